@@ -1,0 +1,147 @@
+"""What a model is, as data: the shapes and rules that its attention part and its FFN part follow.
+
+A family's file turns a Hugging Face ``config.json`` into a :class:`ModelSpec` and names the
+checkpoint's tensors (:class:`TensorRef`). Nothing here or in a family's file imports torch, so
+that the planner, the scheduler and the launcher read models in milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+DType = Literal["bfloat16", "float32"]
+DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4}
+
+
+class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Rotary position embedding. Frequencies come from transformers' rope functions in the rank."""
+
+    dim: int
+    """Rotated features per head."""
+    interleaved: bool
+    """True: pairs are (0, 1), (2, 3), ...; False: pairs are (i, i + dim / 2)."""
+
+
+class GQASpec(msgspec.Struct, frozen=True, kw_only=True, tag="gqa"):
+    """Grouped-query attention (MHA when ``kv_heads == q_heads``)."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: RopeSpec
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMSNorm of q and k: none, per head (Qwen3), or over all heads at once (OLMoE)."""
+    qkv_bias: bool = False
+    o_bias: bool = False
+    sliding_window: int | None = None
+    """Tokens that a query sees, itself included; None: all."""
+    qkv_clip: float | None = None
+    """q, k and v are clamped to [-clip, clip] after their projections (OLMoE)."""
+
+
+class MLASpec(msgspec.Struct, frozen=True, kw_only=True, tag="mla"):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
+
+    q_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    scale: float
+    """Softmax scale, with the family's YaRN mscale correction already in it."""
+    rope: RopeSpec
+    qkv_bias: bool = False
+
+
+class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens choose experts."""
+
+    score: Literal["softmax", "sigmoid"]
+    top_k: int
+    groups: int = 1
+    """Experts are split into this many groups, of which the best ``top_groups`` may be chosen."""
+    top_groups: int = 1
+    group_score: Literal["max", "top2_sum"] = "max"
+    """A group's score: its best expert (DeepSeek-V2), or the sum of its best two (V3)."""
+    correction_bias: bool = False
+    """A bias is added to the scores for the choice of experts only (DeepSeek-V3)."""
+    renormalize: bool = False
+    """The chosen experts' weights are divided by their sum."""
+    scale: float = 1.0
+    """The weights are multiplied by this last."""
+
+
+class DenseFFN(msgspec.Struct, frozen=True, kw_only=True, tag="dense"):
+    """A gated MLP: down(silu(gate(x)) * up(x))."""
+
+    intermediate: int
+
+
+class MoEFFN(msgspec.Struct, frozen=True, kw_only=True, tag="moe"):
+    """Routed gated-MLP experts, plus an optional shared gated MLP that every token takes."""
+
+    experts: int
+    intermediate: int
+    """Intermediate size of one expert."""
+    router: RouterSpec
+    shared_intermediate: int = 0
+    """Intermediate size of all shared experts together; 0: none."""
+
+
+FFNSpec = DenseFFN | MoEFFN
+AttentionSpec = GQASpec | MLASpec
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One model: everything that pools, scheduler and ranks need to know of it but its weights."""
+
+    family: str
+    """The HF ``model_type``: ``qwen3_moe``, ``deepseek_v2``, ..."""
+    hidden: int
+    vocab: int
+    context: int
+    """Longest sequence in tokens (``max_position_embeddings``, or the user's limit)."""
+    dtype: DType
+    norm_eps: float
+    tied_embeddings: bool
+    attention: AttentionSpec
+    ffn: tuple[FFNSpec, ...]
+    """One per layer."""
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def layers(self) -> int:
+        return len(self.ffn)
+
+    @property
+    def kv_width(self) -> int:
+        """KV elements per token and layer: K and V of every KV head, or the MLA latent and rope."""
+        a = self.attention
+        if isinstance(a, GQASpec):
+            return 2 * a.kv_heads * a.head_dim
+        return a.kv_lora_rank + a.qk_rope_head_dim
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """KV bytes of one token over all layers (the paper's kappa)."""
+        return self.layers * self.kv_width * DTYPE_BYTES[self.dtype]
+
+
+class TensorRef(msgspec.Struct, frozen=True, kw_only=True):
+    """One tensor of a model: what we call it, what the checkpoint calls it, and how it splits."""
+
+    key: str
+    """Our name within its part and layer: ``q_proj``, ``experts.3.gate``, ``shared.down``, ..."""
+    name: str
+    """The checkpoint's name."""
+    shape: tuple[int, ...]
+    split: int | None = None
+    """Dimension along which tensor-parallel FFN ranks share it; None: every rank holds all."""
+    expert: int | None = None
+    """Index of the routed expert that it belongs to; None: not an expert's."""
+    keep_fp32: bool = False
+    """Held in float32 whatever the model's dtype (the router's correction bias)."""

@@ -1,0 +1,199 @@
+"""The control path's messages: between the scheduler and the device processes, over ZMQ.
+
+The scheduler binds one ROUTER; every device process connects a DEALER whose identity is its
+device's name. Each frame is one msgpack-encoded message of the unions below; messages of one
+device arrive in the order in which they were sent, and the device carries them out in that order
+(a chunk is mapped before the step that writes to it).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+"""Both ends compare it in :class:`Ready`; a change of any message below raises it."""
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """How an attention rank picks a request's next token. Fields as in SGLang's SamplingParams."""
+
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_k: int = -1
+    """-1: all tokens."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    """With the token's position, it alone determines the random draw."""
+    min_new_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    """Barred until ``min_new_tokens`` output tokens exist (the model's eos ids among them)."""
+
+
+class Logprobs(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Which log-probabilities a request wants: log-softmax of the model's own logits, before
+    temperature, penalties, bias and grammar."""
+
+    output: bool = False
+    prompt_start: int = -1
+    """First prompt position whose own token's log-probability is wanted; -1: none."""
+    top: int = 0
+    token_ids: tuple[int, ...] = ()
+
+
+class Open(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """A request comes to live on an attention rank (at first, or again after a restart)."""
+
+    request: int
+    """The scheduler's number for it, unique over the scheduler's life."""
+    prompt_len: int
+    """Tokens below this position are prompt: they count for repetition, not as output."""
+    sampling: Sampling
+    logprobs: Logprobs
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One request's share of a step: the next tokens of its sequence."""
+
+    request: int
+    start: int
+    """Position of the first of ``tokens`` in the sequence."""
+    tokens: list[int]
+    """A prompt chunk, or the one token that was sampled last."""
+    pages: list[int]
+    """Pages that its page table gains before this step."""
+    sample: bool
+    """Whether the last position yields a new token (the prompt ends here, or decode)."""
+    bitmask: bytes | None = None
+    """Tokens that a grammar allows, xgrammar's layout: bit i of little-endian int32 words."""
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
+    """One batch of one model through all its layers."""
+
+    step: int
+    """Unique and growing per attention rank; the result names it."""
+    model: int
+    """Index into the deployment's models."""
+    map_chunks: list[int]
+    """Chunks of the model's virtual range to map before the step."""
+    opens: list[Open]
+    rows: list[Row]
+
+
+class Release(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
+    """Requests that are over, and chunks that no request of the model uses any more."""
+
+    model: int
+    requests: list[int]
+    unmap_chunks: list[int]
+
+
+class Inspect(msgspec.Struct, frozen=True, kw_only=True, tag="inspect"):
+    """A question about the device process; answered by :class:`Inspected` with the same id."""
+
+    id: int
+    what: Literal["tensors", "pools", "counters", "trace_start", "trace_stop"]
+
+
+class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
+    """Finish the steps in flight and exit with status 0."""
+
+
+ToDevice = Step | Release | Inspect | Shutdown
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Log-probabilities at one position."""
+
+    token: int
+    logprob: float | None
+    """None at a sequence's first token, which nothing precedes."""
+    top: list[tuple[float, int]]
+    """The best (log-probability, token) pairs, best first."""
+    token_ids: list[tuple[float, int]]
+    """The asked-for tokens' (log-probability, token) pairs, in the order asked."""
+
+
+class RowResult(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What a step made of one row."""
+
+    request: int
+    token: int = -1
+    """The sampled token; -1 when the row did not sample."""
+    output: TokenLogprobs | None = None
+    prompt: list[TokenLogprobs] = []
+    """For the row's prompt positions at or after ``prompt_start``, in order."""
+
+
+class StepResult(msgspec.Struct, frozen=True, kw_only=True, tag="step_result"):
+    step: int
+    rows: list[RowResult]
+    """In the order of the step's rows."""
+
+
+class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank holds, for the pools' table and for the readiness check."""
+
+    role: Literal["attention", "ffn"]
+    rank: int
+    weight_bytes: int
+    kv_bytes: int
+    """KV budget of an attention rank; 0 for an FFN rank."""
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """A device process has loaded its weights, pre-faulted its pool and joined its peers."""
+
+    version: int
+    device: str
+    pid: int
+    ranks: list[RankInfo]
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """The device process cannot go on and exits; ``message`` is meant for the user.
+
+    ``user_error`` is true for a bad checkpoint, configuration or budget (exit status 2)."""
+
+    device: str
+    message: str
+    user_error: bool
+
+
+class Inspected(msgspec.Struct, frozen=True, kw_only=True, tag="inspected"):
+    """``answer`` for `tensors`: list of {role, rank, model, layer, key, name, shape, dtype, bytes};
+    `pools`: {mapped_bytes: {model: int}, free_bytes, budget_bytes, rss_bytes};
+    `counters`: {dispatch_rows, dispatch_bytes, combine_bytes, steps, ...} per lane and peer;
+    `trace_stop`: list of lane events (see observability.trace)."""
+
+    id: int
+    device: str
+    answer: Any
+
+
+FromDevice = StepResult | Ready | Failed | Inspected
+
+_encoder = msgspec.msgpack.Encoder()
+_to_device = msgspec.msgpack.Decoder(ToDevice)
+_from_device = msgspec.msgpack.Decoder(FromDevice)
+
+
+def encode(message: ToDevice | FromDevice) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_to_device(frame: bytes) -> ToDevice:
+    """Raises msgspec.ValidationError on anything that is no message for a device."""
+    return _to_device.decode(frame)
+
+
+def decode_from_device(frame: bytes) -> FromDevice:
+    """Raises msgspec.ValidationError on anything that is no message from a device."""
+    return _from_device.decode(frame)
