@@ -59,6 +59,10 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds that a request may wait for admission before it is refused with 429."""
     watchdog_timeout: float = 300.0
     """Seconds after which a step without result counts as a dead rank."""
+    failure_grace: float = 5.0
+    """Seconds for which the server goes on to answer 503 after one of its processes died."""
+    drain_timeout: float = 60.0
+    """Seconds that requests in flight may take to end after SIGTERM."""
     random_seed: int | None = None
     host: str = "127.0.0.1"
     port: int = 30000
