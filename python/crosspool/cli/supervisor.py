@@ -1,0 +1,202 @@
+"""Starts processes, watches them, and stops them in order, so that none is ever left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+from crosspool.config.process import die_with_parent
+
+_POLL_SECONDS = 0.1
+_STOP_SECONDS = 5.0
+"""How long a process may take to end after SIGTERM, before SIGKILL."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessSpec:
+    """All that it takes to start a process, and to start it again."""
+
+    name: str
+    """For the user: ``http``, ``device process cpu:0``."""
+    argv: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Added to the launcher's own environment."""
+    pass_fds: Sequence[int] = ()
+    device: str | None = None
+    """The device that it drives, if it is a device process."""
+
+    def spawn(self) -> Child:
+        """Starts it in a process group of its own (Ctrl-C reaches the launcher alone), to be
+        killed by the kernel when the launcher ends."""
+        process = subprocess.Popen(
+            self.argv,
+            env={**os.environ, **self.env},
+            pass_fds=self.pass_fds,
+            stdin=subprocess.DEVNULL,
+            process_group=0,
+            preexec_fn=die_with_parent,
+        )
+        return Child(self, process)
+
+
+class Child:
+    """A started process. Its pid, and with it its group's name, stays ours until :meth:`reap`."""
+
+    def __init__(self, spec: ProcessSpec, process: subprocess.Popen[bytes]) -> None:
+        self.spec = spec
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def has_ended(self) -> bool:
+        if self._process.returncode is not None:
+            return True
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self.pid, flags) is not None
+
+    def signal(self, number: signal.Signals) -> None:
+        if not self.has_ended():
+            os.kill(self.pid, number)
+
+    def reap(self) -> int:
+        """Kills whatever is left of its process group and returns the exit status, as
+        subprocess does: -n for a process killed by signal n."""
+        if self._process.returncode is None:
+            os.killpg(self.pid, signal.SIGKILL)
+        return self._process.wait()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """A process that ended although nobody had asked it to."""
+
+    spec: ProcessSpec
+    status: int
+
+    @property
+    def cause(self) -> str:
+        if self.status < 0:
+            return f"{self.spec.name} was killed by {signal.Signals(-self.status).name}"
+        return f"{self.spec.name} exited with status {self.status}"
+
+
+class Supervisor:
+    """Runs a set of processes as one.
+
+    ``stages`` are the processes in the order in which they are stopped, those of one stage at
+    once; they are started from the last stage to the first without waiting for one another.
+    ``is_ready`` is asked again and again until it says True, then ``on_ready`` is called once.
+    ``on_loss`` is called for every process that is lost after it was ready; then the others are
+    left alone for ``failure_grace`` seconds, unless all of the first stage is gone."""
+
+    def __init__(
+        self,
+        stages: Sequence[Sequence[ProcessSpec]],
+        *,
+        is_ready: Callable[[], bool],
+        on_ready: Callable[[], None],
+        on_loss: Callable[[Loss], None],
+        say: Callable[[str], None],
+        failure_grace: float,
+        drain_timeout: float,
+    ) -> None:
+        self._stages = stages
+        self._is_ready = is_ready
+        self._on_ready = on_ready
+        self._on_loss = on_loss
+        self._say = say
+        self._failure_grace = failure_grace
+        self._drain_timeout = drain_timeout
+        self._children: list[list[Child]] = [[] for _ in stages]
+        self._signals = 0
+
+    def run(self) -> int:
+        """Returns the exit status: 0 after SIGTERM or SIGINT, 2 when a process ended with 2 (the
+        user's mistake, which it has told), else 1."""
+        with self._catching_signals():
+            try:
+                for index in reversed(range(len(self._stages))):
+                    for spec in self._stages[index]:
+                        self._children[index].append(spec.spawn())
+                losses = self._watch()
+                if losses:
+                    self._say("stopping the other processes")
+                    self._stop(_STOP_SECONDS)
+                    return 2 if any(loss.status == 2 for loss in losses) else 1
+                self._say("draining: requests in flight may end; again to stop at once")
+                self._stop(self._drain_timeout)
+                return 0
+            finally:
+                self._kill_all()
+
+    def _watch(self) -> list[Loss]:
+        """Returns the losses, or an empty list when a signal asks to stop."""
+        ready = False
+        losses: list[Loss] = []
+        deadline = float("inf")
+        while not self._signals and time.monotonic() < deadline:
+            for loss in self._new_losses(losses):
+                losses.append(loss)
+                self._say(f"[bold red]{loss.cause}[/]")
+                if not ready or loss.spec in self._stages[0]:
+                    deadline = 0.0
+                else:
+                    self._on_loss(loss)
+                    deadline = min(deadline, time.monotonic() + self._failure_grace)
+            if not ready and not losses and self._is_ready():
+                ready = True
+                self._on_ready()
+            time.sleep(_POLL_SECONDS)
+        return losses
+
+    def _new_losses(self, known: Sequence[Loss]) -> list[Loss]:
+        names = {loss.spec.name for loss in known}
+        return [
+            Loss(spec=child.spec, status=child.reap())
+            for stage in self._children
+            for child in stage
+            if child.spec.name not in names and child.has_ended()
+        ]
+
+    def _stop(self, first_stage_seconds: float) -> None:
+        signals = self._signals
+        for index, stage in enumerate(self._children):
+            deadline = time.monotonic() + (first_stage_seconds if index == 0 else _STOP_SECONDS)
+            for child in stage:
+                child.signal(signal.SIGTERM)
+            while not all(child.has_ended() for child in stage):
+                if self._signals > signals:
+                    return
+                if time.monotonic() > deadline:
+                    late = ", ".join(c.spec.name for c in stage if not c.has_ended())
+                    self._say(f"killing {late}: no end after SIGTERM")
+                    break
+                time.sleep(_POLL_SECONDS)
+            for child in stage:
+                child.reap()
+
+    def _kill_all(self) -> None:
+        for stage in self._children:
+            for child in stage:
+                child.reap()
+
+    @contextmanager
+    def _catching_signals(self) -> Iterator[None]:
+        def count(number: int, frame: FrameType | None) -> None:
+            self._signals += 1
+
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = [signal.signal(number, count) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)

@@ -1,0 +1,208 @@
+"""The supervisor over real stand-in processes, run in a process of its own as the launcher is."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+STAND_IN = """
+import signal, sys, time
+from pathlib import Path
+log, name = Path(sys.argv[1]), sys.argv[2]
+def note(word):
+    with log.open("a") as file:
+        file.write(f"{name} {word}\\n")
+def end(*_):
+    note("end")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in sys.argv else end)
+if "silent" not in sys.argv:
+    note("start")
+if "dies" in sys.argv:
+    time.sleep(0.5)
+    sys.exit(int(sys.argv[-1]))
+if "parent" in sys.argv:
+    import subprocess
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+time.sleep(600)
+"""
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from crosspool.cli.supervisor import ProcessSpec, Supervisor
+folder = Path(sys.argv[1])
+log = folder / "log"
+def spec(name, *words):
+    argv = [sys.executable, str(folder / "stand_in.py"), str(log), name, *words]
+    return ProcessSpec(name=name, argv=argv, device=name if name == "device" else None)
+def note(word):
+    with log.open("a") as file:
+        file.write(word + "\\n")
+stages = [[spec(*name.split()) for name in stage.split(",")] for stage in sys.argv[2].split(";")]
+supervisor = Supervisor(
+    stages,
+    is_ready=lambda: log.exists() and log.read_text().count("start") == sum(map(len, stages)),
+    on_ready=lambda: note("ready"),
+    on_loss=lambda loss: note(f"lost {loss.spec.device}: {loss.cause}"),
+    say=lambda text: note(f"say {text}"),
+    failure_grace=float(sys.argv[3]),
+    drain_timeout=1.0,
+)
+sys.exit(supervisor.run())
+"""
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Run:
+    def __init__(self, folder: Path, stages: str, grace: float = 0.0) -> None:
+        (folder / "stand_in.py").write_text(textwrap.dedent(STAND_IN))
+        (folder / "launcher.py").write_text(textwrap.dedent(LAUNCHER))
+        self.log_file = folder / "log"
+        self.process = subprocess.Popen(
+            [sys.executable, str(folder / "launcher.py"), str(folder), stages, str(grace)]
+        )
+        self.seen: dict[int, psutil.Process] = {}
+
+    @property
+    def log(self) -> list[str]:
+        return self.log_file.read_text().splitlines() if self.log_file.exists() else []
+
+    def wait_for(self, line: str) -> None:
+        deadline = time.monotonic() + 20
+        while line not in self.log:
+            assert time.monotonic() < deadline, f"{line} not in {self.log}"
+            time.sleep(0.02)
+        self.look()
+
+    def look(self) -> None:
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            self.seen[process.pid] = process
+
+    def end(self) -> int:
+        return self.process.wait(timeout=20)
+
+    def orphans(self) -> list[psutil.Process]:
+        deadline = time.monotonic() + 2
+        while alive := [process for process in self.seen.values() if is_alive(process)]:
+            if time.monotonic() > deadline:
+                return alive
+            time.sleep(0.02)
+        return []
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    runs: list[Run] = []
+
+    def start(stages: str, grace: float = 0.0) -> Run:
+        runs.append(Run(tmp_path, stages, grace))
+        return runs[-1]
+
+    yield start
+    for one in runs:
+        one.process.kill()
+        one.process.wait()
+        for process in one.seen.values():
+            if process.is_running():
+                process.kill()
+
+
+def test_sigterm_stops_stage_by_stage(run) -> None:
+    server = run("http;scheduler;detokenizer;device,other")
+    server.wait_for("ready")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    ends = [line.split()[0] for line in server.log if line.endswith(" end")]
+    assert ends[:3] == ["http", "scheduler", "detokenizer"]
+    assert set(ends[3:]) == {"device", "other"}
+    assert len(server.seen) == 5 and not server.orphans()
+
+
+@pytest.mark.parametrize(("status", "expected"), [(1, 1), (0, 1), (2, 2)])
+def test_a_lost_process_stops_the_others(run, status: int, expected: int) -> None:
+    server = run(f"http;device dies {status}")
+    server.wait_for("ready")
+    assert server.end() == expected
+    assert f"lost device: device exited with status {status}" in server.log
+    assert "http end" in server.log
+    assert not server.orphans()
+
+
+def test_others_live_on_for_the_grace_period(run) -> None:
+    server = run("http;device", grace=1.0)
+    server.wait_for("ready")
+    (device,) = [p for p in server.seen.values() if "device" in p.cmdline()]
+    began = time.monotonic()
+    device.send_signal(signal.SIGKILL)
+    server.wait_for("lost device: device was killed by SIGKILL")
+    assert "http end" not in server.log
+    assert server.end() == 1
+    assert time.monotonic() - began > 1.0
+    assert not server.orphans()
+
+
+def test_no_grace_when_the_first_stage_itself_is_lost(run) -> None:
+    server = run("http dies 3;device", grace=600.0)
+    assert server.end() == 1
+    assert "device end" in server.log
+    assert not server.orphans()
+
+
+def test_loss_before_ready_stops_at_once(run) -> None:
+    server = run("http silent;device dies 2", grace=600.0)
+    assert server.end() == 2
+    assert "ready" not in server.log
+
+
+def test_stubborn_process_is_killed_after_the_drain_timeout(run) -> None:
+    server = run("http stubborn;device")
+    server.wait_for("ready")
+    server.process.send_signal(signal.SIGINT)
+    assert server.end() == 0
+    assert "say killing http: no end after SIGTERM" in server.log
+    assert not server.orphans()
+
+
+def test_second_signal_kills_at_once(run) -> None:
+    server = run("http stubborn;device stubborn")
+    server.wait_for("ready")
+    server.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    began = time.monotonic()
+    server.process.send_signal(signal.SIGINT)
+    assert server.end() == 0
+    assert time.monotonic() - began < 0.6
+    assert not server.orphans()
+
+
+def test_grandchildren_do_not_survive(run) -> None:
+    server = run("http parent;device parent")
+    server.wait_for("ready")
+    deadline = time.monotonic() + 10
+    while len(server.seen) < 4 and time.monotonic() < deadline:
+        server.look()
+    assert len(server.seen) == 4
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert not server.orphans()
+
+
+def test_children_die_with_a_killed_launcher(run) -> None:
+    server = run("http;device")
+    server.wait_for("ready")
+    os.kill(server.process.pid, signal.SIGKILL)
+    assert server.end() == -signal.SIGKILL
+    assert len(server.seen) == 2 and not server.orphans()
