@@ -53,7 +53,7 @@ class Open(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     request: int
     """The scheduler's number for it, unique over the scheduler's life."""
     prompt_len: int
-    """Tokens below this position are prompt: they count for repetition, not as output."""
+    """Tokens below this position are prompt. Penalties count the output tokens, as SGLang's do."""
     sampling: Sampling
     logprobs: Logprobs
 
