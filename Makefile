@@ -1,0 +1,65 @@
+# make env     an environment in .venv with everything that serving needs
+# make serve   the three bundled models on port 30000
+# make test    the tests;  make lint  style, types, formatting
+#
+# PyTorch's CPU wheels (200 MB instead of several GB of CUDA) come from an index of their own:
+#   make env TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Other variables: PYTHON (3.11 or newer), VENV, PIP_ARGS (for every pip install), PORT, ARGS.
+
+VENV ?= .venv
+PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v))) python3)
+PORT ?= 30000
+TORCH_INDEX ?=
+PIP_ARGS ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+TORCH := $(shell sed -n 's/^  "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)
+NODEPS := requirements/frontend-nodeps.txt
+NATIVE := $(shell find sgl-kernel-ext -type f)
+CXX_FILES := $(filter %.h %.hpp %.c %.cpp %.cu,$(NATIVE))
+
+.PHONY: env dev serve test lint format clean
+env: $(VENV)/.env
+dev: $(VENV)/.dev
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11: make env PYTHON=python3.11"; exit 1; }
+	@echo "==> environment in $(VENV) ($$($(PYTHON) --version))"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.env: pyproject.toml $(NODEPS) $(NATIVE) | $(VENV)/bin/python
+	@echo "==> $(TORCH)$(if $(TORCH_INDEX), from $(TORCH_INDEX))"
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@echo "==> crosspool, its native code and its dependencies"
+	@$(PIP) --editable .
+	@echo "==> SGLang's front end, without the GPU stack"
+	@$(PIP) --no-deps -r $(NODEPS)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.env
+	@echo "==> tools for tests and lint"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+serve: env
+	@$(BIN)/crosspool demo --port $(PORT) $(ARGS)
+
+test: dev
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: dev
+	@echo "==> ruff check"; $(BIN)/ruff check .
+	@echo "==> ruff format --check"; $(BIN)/ruff format --check .
+	@echo "==> mypy"; $(BIN)/mypy
+	@$(if $(CXX_FILES),echo "==> clang-format"; $(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+
+format: dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
