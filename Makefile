@@ -2,7 +2,7 @@
 # make serve   the three bundled models on port 30000
 # make test    the tests;  make lint  style, types, formatting
 #
-# PyTorch's CPU wheels (200 MB instead of several GB of CUDA) come from an index of their own:
+# PyTorch's CPU wheels (no CUDA libraries with them) come from an index of their own:
 #   make env TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # Other variables: PYTHON (3.11 or newer), VENV, PIP_ARGS (for every pip install), PORT, ARGS.
 
