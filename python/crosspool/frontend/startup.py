@@ -20,7 +20,7 @@ class _SGLangImport:
     ) -> None:
         del path, target
         if name == "sglang":
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            sys.meta_path.remove(self)
             from crosspool.frontend import compat
 
             compat.install()
@@ -29,4 +29,4 @@ class _SGLangImport:
 def watch() -> None:
     """Puts the watcher in front of Python's own finders. Idempotent."""
     if not any(isinstance(finder, _SGLangImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _SGLangImport())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _SGLangImport())

@@ -1,0 +1,68 @@
+"""A deployment's models as SGLang sees them: ServerArgs and PortArgs of each.
+
+Import :mod:`crosspool.frontend.compat` and call ``install()`` before this module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.server_args import PortArgs, ServerArgs
+
+from crosspool.config.deployment import ConfigError, Deployment
+from crosspool.config.sglang_flags import BY_NAME, reason_refused
+
+
+def server_args(deployment: Deployment, index: int) -> ServerArgs:
+    """ServerArgs of model ``index``, resolved and checked by SGLang.
+
+    Raises ConfigError for an argument that CrossPool does not take or that SGLang finds wrong."""
+    model = deployment.models[index]
+    arguments: dict[str, Any] = {**deployment.sglang, **model.sglang}
+    for name in arguments:
+        flag = BY_NAME.get(name)
+        if flag is None or flag.effect != "sglang":
+            raise ConfigError(f"{model.name}: {name}: {reason_refused(name)}")
+    arguments.update(
+        model_path=model.path,
+        served_model_name=model.name,
+        context_length=model.context_length,
+        dtype=model.dtype,
+        device="cpu",
+        host=deployment.host,
+        port=deployment.port,
+        page_size=deployment.page_size,
+        chunked_prefill_size=deployment.chunked_prefill_size,
+        max_running_requests=deployment.max_running_requests,
+        max_queued_requests=deployment.max_queued_requests,
+        watchdog_timeout=deployment.watchdog_timeout,
+        random_seed=deployment.random_seed,
+        skip_server_warmup=True,
+        disable_radix_cache=True,
+    )
+    try:
+        args = ServerArgs(**arguments)
+        args.resolve_once()
+        args.check_server_args()
+    except (ValueError, TypeError, AssertionError, OSError) as error:
+        raise ConfigError(f"{model.name}: {error}") from error
+    return args
+
+
+def port_args(deployment: Deployment, index: int) -> PortArgs:
+    """The sockets of model ``index``: names in the runtime folder that every process can tell."""
+
+    def socket(name: str) -> str:
+        return f"ipc://{deployment.runtime_dir}/m{index}.{name}"
+
+    return PortArgs(
+        tokenizer_ipc_name=socket("tokenizer"),
+        scheduler_input_ipc_name=socket("scheduler"),
+        detokenizer_ipc_name=socket("detokenizer"),
+        rpc_ipc_name=socket("rpc"),
+        metrics_ipc_name=socket("metrics"),
+        nccl_port=0,
+        tokenizer_worker_ipc_name=None,
+        decoupled_spec_ipc_config=None,
+        instance_id=f"crosspool-{index}",
+    )

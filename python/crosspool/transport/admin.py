@@ -1,0 +1,185 @@
+"""Questions to a running deployment: from the front end, the command line, the launcher, and
+front ends that attach to it.
+
+The scheduler process binds one ROUTER at ``deployment.admin_address``. A client connects a DEALER,
+sends one request and waits for the reply with the same id. Frames are msgpack, msgspec-typed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+MAX_MESSAGE_BYTES = 64 << 20
+
+What = Literal["status", "tensors", "pools", "counters", "trace_start", "trace_stop"]
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True, tag="ask"):
+    """What of the deployment to tell. ``status`` is answered at once, even while it starts; the
+    others are put to every device process."""
+
+    id: int
+    what: What
+
+
+class Attach(msgspec.Struct, frozen=True, kw_only=True, tag="attach"):
+    """Another front end wants to serve ``model`` from this deployment.
+
+    The names are SGLang's sockets (``ipc://...``); the front end's own processes bind them."""
+
+    id: int
+    model: str
+    scheduler_input: str
+    tokenizer: str
+    detokenizer: str
+
+
+class RankGone(msgspec.Struct, frozen=True, kw_only=True, tag="rank_gone"):
+    """The launcher tells that a device's process has ended; answered by an Answer without data."""
+
+    id: int
+    device: str
+    cause: str
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
+    """The reply to an Ask or a RankGone; ``error`` says why there is no ``data``."""
+
+    id: int
+    data: Any = None
+    error: str | None = None
+
+
+class Attached(msgspec.Struct, frozen=True, kw_only=True, tag="attached"):
+    """The reply to an Attach."""
+
+    id: int
+    max_total_tokens: int
+    """Tokens of the model that the whole KV pool would hold."""
+    max_input_tokens: int
+    """Longest prompt that the model takes."""
+
+
+ToScheduler = Ask | Attach | RankGone
+FromScheduler = Answer | Attached
+
+_encoder = msgspec.msgpack.Encoder()
+_to_scheduler = msgspec.msgpack.Decoder(ToScheduler)
+_from_scheduler = msgspec.msgpack.Decoder(FromScheduler)
+_ids = itertools.count(1)
+_Reply = TypeVar("_Reply", Answer, Attached)
+
+
+class AdminError(RuntimeError):
+    """The deployment did not answer in time, or refused; the message says which."""
+
+
+def encode(message: ToScheduler | FromScheduler) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_to_scheduler(frame: bytes) -> ToScheduler:
+    """Raises msgspec.ValidationError on anything that is no request."""
+    return _to_scheduler.decode(frame)
+
+
+def bind(context: zmq.Context[Any], address: str) -> zmq.Socket[Any]:
+    """The scheduler's end, for :func:`decode_to_scheduler`; only this user may connect."""
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.bind(address)
+    os.chmod(Path(address.removeprefix("ipc://")), 0o600)
+    return socket
+
+
+def _connect(socket: zmq.Socket[Any], address: str) -> None:
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.connect(address)
+
+
+def _checked(reply: FromScheduler, kind: type[_Reply]) -> _Reply:
+    if isinstance(reply, Answer) and reply.error is not None:
+        raise AdminError(reply.error)
+    if not isinstance(reply, kind):
+        raise AdminError(f"the deployment answered {type(reply).__name__}, not {kind.__name__}")
+    return reply
+
+
+def _no_answer(address: str, timeout: float) -> AdminError:
+    return AdminError(f"the deployment at {address} did not answer within {timeout:g} s")
+
+
+def _exchange(address: str, message: ToScheduler, timeout: float) -> FromScheduler:
+    socket: zmq.Socket[Any]
+    with zmq.Context.instance().socket(zmq.DEALER) as socket:
+        _connect(socket, address)
+        socket.send(encode(message))
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0 and socket.poll(max(1, int(left * 1000))):
+            reply = _from_scheduler.decode(socket.recv())
+            if reply.id == message.id:
+                return reply
+    raise _no_answer(address, timeout)
+
+
+def ask(address: str, what: What, timeout: float = 10.0) -> Any:
+    """Puts one question and returns the answer's data.
+
+    Raises AdminError when nobody answers within ``timeout`` seconds or the answer is an error."""
+    return _checked(_exchange(address, Ask(id=next(_ids), what=what), timeout), Answer).data
+
+
+def rank_gone(address: str, device: str, cause: str, timeout: float = 2.0) -> None:
+    """Tells the scheduler that ``device``'s process has ended, so that every request in flight is
+    answered with 503 at once. Raises AdminError when the scheduler does not confirm it."""
+    message = RankGone(id=next(_ids), device=device, cause=cause)
+    _checked(_exchange(address, message, timeout), Answer)
+
+
+def attach(
+    address: str,
+    *,
+    model: str,
+    scheduler_input: str,
+    tokenizer: str,
+    detokenizer: str,
+    timeout: float = 10.0,
+) -> Attached:
+    """Asks a running deployment to serve ``model`` to another front end; see :class:`Attach`.
+
+    Raises AdminError, for an unknown model with the names of those it serves."""
+    message = Attach(
+        id=next(_ids),
+        model=model,
+        scheduler_input=scheduler_input,
+        tokenizer=tokenizer,
+        detokenizer=detokenizer,
+    )
+    return _checked(_exchange(address, message, timeout), Attached)
+
+
+async def ask_async(
+    context: zmq.asyncio.Context, address: str, what: What, timeout: float = 10.0
+) -> Any:
+    """As :func:`ask`, without blocking the event loop."""
+    message = Ask(id=next(_ids), what=what)
+    with context.socket(zmq.DEALER) as socket:
+        _connect(socket, address)
+        await socket.send(encode(message))
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            if await socket.poll(max(1, int(left * 1000))):
+                reply = _from_scheduler.decode(await socket.recv())
+                if reply.id == message.id:
+                    return _checked(reply, Answer).data
+    raise _no_answer(address, timeout)
