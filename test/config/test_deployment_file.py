@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import pytest
+from crosspool.config.deployment import ConfigError
+from crosspool.config.deployment_file import read
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "deployment.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_the_example_is_read() -> None:
+    draft = read(ROOT / "deployment.example.yaml")
+    assert [model.name for model in draft.models] == ["qwen", "deepseek"]
+    assert draft.models[1].dtype == "float32"
+    assert draft.models[0].path == str(ROOT / "python/crosspool/demo/tiny-qwen3-moe")
+    assert draft.kv_pool_bytes == "256MiB"
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, "models: [{path: a}, {path: /b}, {path: ~/c}]")
+    paths = [model.path for model in read(file).models]
+    assert paths == [str(tmp_path / "a"), "/b", str(Path.home() / "c")]
+
+
+MODEL = "models: [{path: a}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{}", "models is missing"),
+        ("", "top level: Expected `object`, got `null`"),
+        ("models: [", "is no YAML"),
+        ("models: [{name: a}]", r"models\[0\].path is missing"),
+        ("models: [{path: a, nam: b}]", r"unknown key models\[0\].nam \(did you mean name\?\)"),
+        (MODEL + "kv_pool_byte: 1GiB", r"unknown key kv_pool_byte \(did you mean kv_pool_bytes\?"),
+        (MODEL + "zzz: 1", r"unknown key zzz \(known keys: models, .*lanes"),
+        (MODEL + "lanes: two", "lanes: Expected `int`, got `str`"),
+        (MODEL + "lanes: 1.5", "lanes: Expected `int`, got `float`"),
+        ("models: {path: a}", "models: Expected `array`, got `object`"),
+        (MODEL + "ffn_parallel: pp", "ffn_parallel: Invalid enum value 'pp'"),
+        (MODEL + "sglang: {api_kee: x}", r"sglang.api_kee: did you mean api_key\?"),
+        (MODEL + "sglang: {tp_size: 2}", "sglang.tp_size: parallelism follows"),
+        (MODEL + "sglang: {port: 2}", "sglang.port: write this key outside of sglang"),
+        (MODEL + "sglang: {mem_fraction_static: 0.5}", "sglang.mem_fraction_static has no effect"),
+        (MODEL + "sglang: {api_key: 5}", "sglang.api_key: expected str, got 5"),
+        (MODEL + "sglang: {grammar_backend: x}", "grammar_backend: 'x' is not one of xgrammar"),
+        (
+            "models: [{path: a, sglang: {api_key: x}}]",
+            r"models\[0\].sglang.api_key is the whole server's",
+        ),
+    ],
+)
+def test_mistakes_name_file_and_key(tmp_path: Path, text: str, problem: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=problem) as error:
+        read(file)
+    assert str(file) in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere.yaml: No such file"):
+        read(tmp_path / "nowhere.yaml")

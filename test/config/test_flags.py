@@ -1,0 +1,86 @@
+import pytest
+from crosspool.config.deployment import ConfigError
+from crosspool.config.flags import parse
+from crosspool.config.sglang_flags import FLAGS
+
+TWO = ["--model-path", "/models/a", "--model-path", "/models/b"]
+
+
+def test_flags_of_sglang_and_of_the_pools() -> None:
+    draft = parse(
+        [
+            *TWO,
+            *["--served-model-name", "A", "--served-model-name", "B"],
+            *["--context-length", "512", "--context-length", "1024"],
+            *["--dtype", "float32", "--kv-pool-devices", "cpu:0", "--kv-pool-bytes", "2GiB"],
+            *["--lanes", "3", "--port", "1234", "--api-key", "secret", "--enable-metrics"],
+            *["--chat-template", "chatml", "--trust-remote-code", "--log-requests-target", "a"],
+        ]
+    )
+    assert [(m.path, m.name) for m in draft.models] == [("/models/a", "A"), ("/models/b", "B")]
+    assert [m.context_length for m in draft.models] == [512, 1024]
+    assert {m.dtype for m in draft.models} == {"float32"}
+    assert draft.models[0].sglang == {"chat_template": "chatml", "trust_remote_code": True}
+    assert draft.models[1].sglang == draft.models[0].sglang
+    assert draft.sglang == {
+        "api_key": "secret",
+        "enable_metrics": True,
+        "log_requests_target": ["a"],
+    }
+    assert (draft.kv_pool_devices, draft.kv_pool_bytes) == ("cpu:0", "2GiB")
+    assert (draft.lanes, draft.port) == (3, 1234)
+
+
+def test_what_is_not_given_is_left_open() -> None:
+    draft = parse(["--model", "/models/a"])
+    (model,) = draft.models
+    assert (model.name, model.context_length, model.dtype, model.sglang) == (None, None, "auto", {})
+    assert draft.kv_pool_bytes is None and draft.weight_pool_bytes is None
+    assert draft.sglang == {}
+
+
+def test_json_flags_arrive_parsed() -> None:
+    flag = next(flag.flag for flag in FLAGS if flag.kind == "json" and flag.scope == "model")
+    draft = parse([*TWO, flag, '{"x": 1}', flag, "{}"])
+    assert [list(m.sglang.values()) for m in draft.models] == [[{"x": 1}], [{}]]
+    with pytest.raises(ConfigError, match=f"{flag}: .* is no JSON"):
+        parse([*TWO, flag, "{x"])
+
+
+def test_flags_without_effect_are_taken_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    draft = parse(["--model-path", "a", "--mem-fraction-static", "0.8", "--disable-radix-cache"])
+    assert draft == parse(["--model-path", "a"])
+    said = capsys.readouterr().err
+    assert "--mem-fraction-static has no effect" in said
+    assert "--disable-radix-cache has no effect" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ([], "--model-path is missing"),
+        ([*TWO, "--served-model-name", "A"], "--served-model-name is given 1 times for 2 models"),
+        ([*TWO, *["--context-length", "5"] * 3], "--context-length is given 3 times for 2 models"),
+        ([*TWO, "--tp-size", "2"], "--tp-size: parallelism follows"),
+        ([*TWO, "--tp=2"], "--tp=2: parallelism follows"),
+        ([*TWO, "--nonsense"], "--nonsense: CrossPool has no such argument"),
+        ([*TWO, "word"], "'word'"),
+        ([*TWO, "--lanes", "two"], "--lanes: invalid int value: 'two'"),
+        ([*TWO, "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        ([*TWO, "--nnodes", "2"], "--nnodes: invalid choice"),
+        ([*TWO, "--ffn-parallel", "pp"], "ffn_parallel: Invalid enum value 'pp'"),
+        ([*TWO, "--port"], "--port: expected one argument"),
+    ],
+)
+def test_mistakes_name_the_flag(flags: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        parse(flags)
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "--kv-pool-bytes" in said and "python -m crosspool.launch_server" in said
+    assert all(flag.flag in said for flag in FLAGS)

@@ -1,0 +1,72 @@
+import stat
+import tempfile
+from pathlib import Path
+
+import msgspec
+import pytest
+from crosspool.config.deployment import ConfigError, Deployment, ModelConfig, save
+from crosspool.config.device import Device
+from crosspool.config.runtime_dir import RuntimeDir, find_running
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(prefix="cp") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield
+
+
+def deployment(folder: RuntimeDir, port: int) -> Deployment:
+    return Deployment(
+        models=(ModelConfig(name="a", path="/a"),),
+        kv_pool_devices=(Device("cpu"),),
+        weight_pool_devices=(Device("cpu"),),
+        kv_pool_bytes=1,
+        weight_pool_bytes=1,
+        port=port,
+        runtime_dir=str(folder.path),
+    )
+
+
+def test_a_running_deployment_is_found_by_its_lock() -> None:
+    with pytest.raises(ConfigError, match="no CrossPool server"):
+        find_running()
+    first = RuntimeDir()
+    assert stat.S_IMODE(first.path.stat().st_mode) == 0o700
+    save(deployment(first, 1))
+    assert find_running() == deployment(first, 1)
+    assert find_running(port=1) == deployment(first, 1)
+    with pytest.raises(ConfigError, match="on port 2"):
+        find_running(port=2)
+    second = RuntimeDir()
+    save(deployment(second, 2))
+    with pytest.raises(ConfigError, match=r"--port \(.*1.*\)"):
+        find_running()
+    assert find_running(port=2).runtime_dir == str(second.path)
+    first.close()
+    assert not first.path.exists()
+    assert find_running().port == 2
+    second.close()
+
+
+def test_what_a_killed_launcher_left_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = Path(tempfile.gettempdir()) / "stale"
+    live = RuntimeDir()
+    live.path.rename(stale)
+    left = live.path
+    left.mkdir()
+    (left / "launcher.lock").touch()
+    (left / "deployment.json").write_bytes(msgspec.json.encode(deployment(live, 7)))
+    with pytest.raises(ConfigError, match="no CrossPool server"):
+        find_running()
+    RuntimeDir().close()
+    assert not left.exists()
+
+
+def test_too_long_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with pytest.raises(ConfigError, match="TMPDIR"):
+        RuntimeDir()
+    assert not list(long.iterdir())
