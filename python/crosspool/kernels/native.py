@@ -1,0 +1,174 @@
+"""The typed face of ``libcrosspool_cpu.so`` (sgl-kernel-ext/): chunks of memory, and signals.
+
+The library is loaded with the first call. ``pip install .`` and ``pip install -e .`` build it;
+for a source tree on PYTHONPATH, ``cmake --install build/native --prefix python`` puts it beside
+this file (sgl-kernel-ext/CMakeLists.txt says how). Calls release the GIL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import crosspool.kernels
+
+LIBRARY = "libcrosspool_cpu.so"
+ABI_VERSION = 1
+HUGE_PAGE = 2 << 20
+"""Bytes; ranges are aligned to it and chunks are multiples of it."""
+
+_U64 = ctypes.c_uint64
+_U64_POINTER = ctypes.POINTER(ctypes.c_uint64)
+_ADDRESS_POINTER = ctypes.POINTER(ctypes.c_void_p)
+_CHUNK_MOVE = (
+    ctypes.c_int,
+    (ctypes.c_void_p, ctypes.c_void_p, _U64, _U64_POINTER, _U64_POINTER, _U64, _U64_POINTER),
+)
+_SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "crosspool_abi_version": (ctypes.c_uint32, ()),
+    "crosspool_range_reserve": (ctypes.c_int, (_U64, _ADDRESS_POINTER)),
+    "crosspool_parking_reserve": (ctypes.c_int, (_U64, _ADDRESS_POINTER)),
+    "crosspool_touch": (ctypes.c_int, (ctypes.c_void_p, _U64)),
+    "crosspool_chunks_map": _CHUNK_MOVE,
+    "crosspool_chunks_unmap": _CHUNK_MOVE,
+    "crosspool_range_release": (ctypes.c_int, (ctypes.c_void_p, _U64)),
+    "crosspool_signal_load": (_U64, (ctypes.c_void_p,)),
+    "crosspool_signal_store": (None, (ctypes.c_void_p, _U64)),
+    "crosspool_doorbell_rings": (ctypes.c_uint32, (ctypes.c_void_p,)),
+    "crosspool_doorbell_ring": (None, (ctypes.c_void_p,)),
+    "crosspool_doorbell_wait": (
+        ctypes.c_uint32,
+        (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int64, ctypes.c_int64),
+    ),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library with typed functions.
+
+    Raises ImportError that says how to build it when it is missing or of another version."""
+    how = "build it with `pip install -e .` (or `make`) in CrossPool's source tree"
+    folders = [Path(folder) for folder in crosspool.kernels.__path__]
+    found = next((folder / LIBRARY for folder in folders if (folder / LIBRARY).is_file()), None)
+    if found is None:
+        places = ", ".join(map(str, folders))
+        raise ImportError(f"CrossPool's native library {LIBRARY} is not in {places}: {how}")
+    try:
+        native = ctypes.CDLL(str(found))
+        version = native.crosspool_abi_version()
+    except (OSError, AttributeError) as error:
+        raise ImportError(f"{found} cannot be loaded ({error}): {how}") from error
+    if version != ABI_VERSION:
+        raise ImportError(f"{found} has version {version}, not {ABI_VERSION}: {how} again")
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(native, name)
+        function.restype, function.argtypes = result, arguments
+    return native
+
+
+def _check(status: int, what: str) -> None:
+    if status < 0:
+        raise OSError(-status, f"{what}: {os.strerror(-status)}")
+
+
+def reserve_range(nbytes: int) -> int:
+    """Address of ``nbytes`` of inaccessible address space, 2 MiB aligned. Raises OSError."""
+    address = ctypes.c_void_p()
+    status = library().crosspool_range_reserve(nbytes, ctypes.byref(address))
+    _check(status, f"reserving {nbytes} bytes of address space")
+    return address.value or 0
+
+
+def reserve_parking(nbytes: int) -> int:
+    """Address of a parking range of ``nbytes``; memory comes with :func:`touch`. Raises OSError."""
+    address = ctypes.c_void_p()
+    status = library().crosspool_parking_reserve(nbytes, ctypes.byref(address))
+    _check(status, f"reserving a parking range of {nbytes} bytes")
+    return address.value or 0
+
+
+def touch(address: int, nbytes: int) -> None:
+    """Makes the memory under a part of a parking range exist."""
+    _check(library().crosspool_touch(address, nbytes), "touching memory")
+
+
+def release(address: int, nbytes: int) -> None:
+    """Gives a range or parking range back to the system."""
+    _check(library().crosspool_range_release(address, nbytes), "releasing memory")
+
+
+def map_chunks(
+    parking: int, target: int, chunk_bytes: int, slots: Sequence[int], chunks: Sequence[int]
+) -> None:
+    """Moves parking slot ``slots[i]`` under chunk ``chunks[i]`` of the range at ``target``.
+
+    Raises OSError; the pool is then not to be used any more (part of the chunks have moved)."""
+    native, numbers, done = library(), _U64 * len(chunks), _U64()
+    status = native.crosspool_chunks_map(
+        parking, target, chunk_bytes, numbers(*slots), numbers(*chunks), len(chunks), done
+    )
+    _check(status, f"mapping {len(chunks)} chunks, of which {done.value} were")
+
+
+def unmap_chunks(
+    parking: int, target: int, chunk_bytes: int, slots: Sequence[int], chunks: Sequence[int]
+) -> None:
+    """Moves chunk ``chunks[i]`` of the range at ``target`` back to its parking slot ``slots[i]``.
+
+    Raises OSError as :func:`map_chunks` does."""
+    native, numbers, done = library(), _U64 * len(chunks), _U64()
+    status = native.crosspool_chunks_unmap(
+        parking, target, chunk_bytes, numbers(*slots), numbers(*chunks), len(chunks), done
+    )
+    _check(status, f"unmapping {len(chunks)} chunks, of which {done.value} were")
+
+
+class Signal:
+    """A 64-bit sequence number in shared memory that only grows; 8-byte aligned."""
+
+    __slots__ = ("_address", "_native")
+
+    def __init__(self, address: int) -> None:
+        """The owner of the memory keeps it alive as long as the signal."""
+        self._address = address
+        self._native = library()
+
+    def load(self) -> int:
+        """The number (acquire): what its writer wrote before storing it is visible now."""
+        return self._native.crosspool_signal_load(self._address)
+
+    def store(self, value: int) -> None:
+        """Publishes everything written before (release)."""
+        self._native.crosspool_signal_store(self._address, value)
+
+
+class Doorbell:
+    """Wakes one device that waits for any of its signals; 8 bytes of shared memory, zero at first.
+
+    Whoever publishes stores its signal, then rings. Whoever waits reads :meth:`rings`, looks at
+    its signals, and calls :meth:`wait` with what it read: a ring in between ends the wait at once.
+    """
+
+    __slots__ = ("_address", "_native")
+
+    def __init__(self, address: int) -> None:
+        """The owner of the memory keeps it alive as long as the doorbell."""
+        self._address = address
+        self._native = library()
+
+    def rings(self) -> int:
+        """How often it rang, modulo 2**32."""
+        return self._native.crosspool_doorbell_rings(self._address)
+
+    def ring(self) -> None:
+        self._native.crosspool_doorbell_ring(self._address)
+
+    def wait(self, seen: int, spin_ns: int, timeout_ns: int) -> int:
+        """Waits for a ring after ``seen``, spinning at most ``spin_ns``, for ``timeout_ns`` in all.
+
+        Returns :meth:`rings`; it equals ``seen`` when time was up or a signal handler ran."""
+        return self._native.crosspool_doorbell_wait(self._address, seen, spin_ns, timeout_ns)
