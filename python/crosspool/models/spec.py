@@ -22,6 +22,8 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Rotated features per head."""
     interleaved: bool
     """True: pairs are (0, 1), (2, 3), ...; False: pairs are (i, i + dim / 2)."""
+    fp32: bool = False
+    """The rotation is computed in float32 whatever the model's dtype (DeepSeek-V2)."""
 
 
 class GQASpec(msgspec.Struct, frozen=True, kw_only=True, tag="gqa"):
@@ -55,6 +57,9 @@ class MLASpec(msgspec.Struct, frozen=True, kw_only=True, tag="mla"):
     """Softmax scale, with the family's YaRN mscale correction already in it."""
     rope: RopeSpec
     qkv_bias: bool = False
+    """``q_a_proj``, ``kv_a_proj`` and ``o_proj`` have a bias."""
+    latent_norm_eps: float = 1e-6
+    """Epsilon of the norms of the q and kv latents, whatever the model's ``norm_eps``."""
 
 
 class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +78,9 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The chosen experts' weights are divided by their sum."""
     scale: float = 1.0
     """The weights are multiplied by this last."""
+    fp32_logits: bool = False
+    """The router's matrix product runs in float32 whatever the model's dtype; its weight is held
+    in float32."""
 
 
 class DenseFFN(msgspec.Struct, frozen=True, kw_only=True, tag="dense"):

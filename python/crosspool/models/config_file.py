@@ -1,0 +1,92 @@
+"""A checkpoint folder's ``config.json``, read field by field, each checked as it is read."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from crosspool.config.deployment import ConfigError
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises ConfigError when the file is missing or is no JSON object."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file} is missing: the path must be a checkpoint folder") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold a JSON object, not a {type(values).__name__}")
+    return values
+
+
+class ConfigFile:
+    """The fields of one JSON file. Every reader takes the default of a missing field, and raises
+    ConfigError that names file and field when the value is none that the field may have."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.values = read_json(file)
+
+    def error(self, field: str, what: str) -> ConfigError:
+        """To be raised by a caller who finds a field's value wrong."""
+        return ConfigError(f"{self.file}: {field}={self.values.get(field)!r}: {what}")
+
+    def spelling(self, *names: str) -> str:
+        """The first of several names of one field that the file uses, or the first."""
+        return next((name for name in names if name in self.values), names[0])
+
+    def integer(self, field: str, default: int | None, minimum: int = 1) -> int:
+        value = self.optional_integer(field, default, minimum)
+        if value is None:
+            raise self.error(field, f"must be an integer of at least {minimum}")
+        return value
+
+    def optional_integer(self, field: str, default: int | None, minimum: int = 1) -> int | None:
+        value = self.values.get(field, default)
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise self.error(field, f"must be an integer of at least {minimum}")
+        return value
+
+    def number(self, field: str, default: float, above: float = 0.0) -> float:
+        value = self.optional_number(field, default, above)
+        if value is None:
+            raise self.error(field, f"must be a number above {above:g}")
+        return value
+
+    def optional_number(
+        self, field: str, default: float | None, above: float = 0.0
+    ) -> float | None:
+        value = self.values.get(field, default)
+        if value is None:
+            return None
+        valid = isinstance(value, int | float) and not isinstance(value, bool)
+        if not valid or not math.isfinite(value) or value <= above:
+            raise self.error(field, f"must be a number above {above:g}")
+        return float(value)
+
+    def boolean(self, field: str, default: bool) -> bool:
+        value = self.values.get(field, default)
+        if not isinstance(value, bool):
+            raise self.error(field, "must be true or false")
+        return value
+
+    def text(self, field: str, default: str) -> str:
+        value = self.values.get(field, default)
+        if not isinstance(value, str):
+            raise self.error(field, "must be a string")
+        return value
+
+    def integers(self, field: str) -> list[int]:
+        """A list of integers; empty when missing or null."""
+        value = self.values.get(field) or []
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise self.error(field, "must be a list of integers")
+        return value

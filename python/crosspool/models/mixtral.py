@@ -1,0 +1,47 @@
+"""Mixtral: GQA with an optional sliding window; softmax routing, always renormalised."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from crosspool.models.config_file import ConfigFile
+from crosspool.models.family import Family, FFNNames, check_router, gqa, grouped_heads, head_size
+from crosspool.models.rope import check_rope
+from crosspool.models.spec import FFNSpec, GQASpec, MoEFFN, RouterSpec
+
+
+def _attention(config: ConfigFile, hidden: int) -> GQASpec:
+    check_rope(config)
+    q_heads, kv_heads = grouped_heads(config, 32, 8, null_means_all=True)
+    return replace(
+        gqa(q_heads, kv_heads, head_size(config, hidden, q_heads)),
+        sliding_window=config.optional_integer("sliding_window", None),
+    )
+
+
+def _ffn(config: ConfigFile, layers: int) -> tuple[FFNSpec, ...]:
+    experts = config.integer(config.spelling("num_local_experts", "num_experts"), 8)
+    router = RouterSpec(
+        score="softmax", top_k=config.integer("num_experts_per_tok", 2), renormalize=True
+    )
+    moe = MoEFFN(
+        experts=experts,
+        intermediate=config.integer("intermediate_size", 14336),
+        router=check_router(config, router, experts),
+    )
+    return (moe,) * layers
+
+
+MIXTRAL = Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    attention=_attention,
+    ffn=_ffn,
+    names=FFNNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
+    vocab=32000,
+    hidden=4096,
+    layers=32,
+    context=131072,
+    norm_eps=1e-5,
+    eos_token_id=2,
+)

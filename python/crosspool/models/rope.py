@@ -1,0 +1,53 @@
+"""The rope fields of a config.json in both spellings: ``rope_parameters`` (transformers 5) and
+``rope_theta`` with ``rope_scaling``. The rank computes the frequencies; here is what the planner
+must refuse, and what changes the softmax scale."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from crosspool.config.deployment import ConfigError
+from crosspool.models.config_file import ConfigFile
+
+# What each type needs beside the base. Others change with the length of the sequence (longrope),
+# so that keys already in the cache would have to be rotated again.
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+def check_rope(config: ConfigFile) -> dict[str, Any]:
+    """The rope parameters in one dict, as transformers merges them (``rope_type`` is in it).
+
+    Raises ConfigError for a type that is not supported or a value that makes no sense."""
+    field = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
+    given = config.values.get(field) or {}
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise config.error(field, "must be one object for all layers")
+    rope = {"rope_type": given.get("type", "default")} | given
+    if rope["rope_type"] not in _NEEDS:
+        raise config.error(field, f"rope_type must be one of {', '.join(_NEEDS)}")
+    for name in _NEEDS[rope["rope_type"]]:
+        _check_positive(config, field, name, rope.get(name))
+    if rope.get("rope_theta") is not None:
+        _check_positive(config, field, "rope_theta", rope["rope_theta"])
+    config.optional_number("rope_theta", None)
+    partial = given.get("partial_rotary_factor", config.values.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise config.error(field, "partial_rotary_factor must be 1: heads rotate in full")
+    return rope
+
+
+def _check_positive(config: ConfigFile, field: str, name: str, value: object) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:  # type: ignore[operator, arg-type]
+        raise ConfigError(f"{config.file}: {field}.{name}={value!r}: must be a number above 0")
+
+
+def yarn_mscale(factor: float, mscale_all_dim: float) -> float:
+    """By how much YaRN sharpens the attention's logits, once for q and once for k."""
+    return 1.0 if factor <= 1 else 0.1 * mscale_all_dim * math.log(factor) + 1.0
