@@ -1,0 +1,61 @@
+"""Who comes in next, and on which attention rank.
+
+Models take turns: the one whose last admission lies furthest back goes first, with its request
+that has waited longest; so a flood at one model delays another's request by one admission per
+model, not by the flood. A request that does not fit yet keeps the rank with the most free KV to
+itself: nobody is admitted there before it, so large requests get in as running ones end. A
+request that is in has every page it can need and is never put out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+from crosspool.scheduler.attention_rank import AttentionRank
+from crosspool.scheduler.queues import WaitingQueue
+from crosspool.scheduler.sequence import Sequence
+
+
+class Admission:
+    def __init__(
+        self, queues: list[WaitingQueue], ranks: list[AttentionRank], max_running: int
+    ) -> None:
+        self._queues = queues
+        self._ranks = ranks
+        self._max_running = max_running
+        self._turns = count(1)
+        self._last_turn = [0] * len(queues)
+
+    def admit(self) -> Iterator[Sequence]:
+        """Moves requests from the queues to the ranks while that is possible; yields each."""
+        blocked: set[int] = set()
+        kept: set[int] = set()
+        while (seq := self._next_in_turn(blocked)) is not None:
+            ranks = [
+                rank
+                for rank in sorted(self._ranks, key=_reserved_chunks)
+                if rank.index not in kept and len(rank.running[seq.model]) < self._max_running
+            ]
+            if any(rank.admit(seq) for rank in ranks):
+                self._queues[seq.model].remove(seq)
+                self._last_turn[seq.model] = next(self._turns)
+                yield seq
+            else:
+                blocked.add(seq.model)
+                kept.update(rank.index for rank in ranks[:1])
+
+    def _next_in_turn(self, blocked: set[int]) -> Sequence | None:
+        heads = [
+            queue.head
+            for model, queue in enumerate(self._queues)
+            if model not in blocked and queue.head is not None
+        ]
+        return min(heads, key=self._turn, default=None)
+
+    def _turn(self, seq: Sequence) -> tuple[int, int]:
+        return self._last_turn[seq.model], seq.number
+
+
+def _reserved_chunks(rank: AttentionRank) -> int:
+    return rank.budget_chunks - rank.allocator.free_chunks

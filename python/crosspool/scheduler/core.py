@@ -1,0 +1,355 @@
+"""The scheduler's core: requests in; steps and outputs out. It does no I/O and reads no clock but
+the one it is given; the scheduler process feeds it and sends what it drains.
+
+    core.add(request)                        # or core.abort(...), core.on_result(...)
+    core.schedule()
+    for rank, message in core.drain_messages(): ...   # to that attention rank's device, in order
+    for output in core.drain_outputs(): ...           # to the detokenizer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from itertools import chain, count
+from typing import Any
+
+from crosspool.config.deployment import Deployment
+from crosspool.kvpool.layout import KVLayout
+from crosspool.models.spec import ModelSpec
+from crosspool.scheduler.admission import Admission
+from crosspool.scheduler.attention_rank import AttentionRank
+from crosspool.scheduler.batching import form_batch, next_model
+from crosspool.scheduler.counters import ModelCounters
+from crosspool.scheduler.protocols import GrammarBackend, TextDecoder
+from crosspool.scheduler.queues import WaitingQueue
+from crosspool.scheduler.request import Finish, GenerateRequest, Output
+from crosspool.scheduler.sequence import Sequence
+from crosspool.scheduler.stopping import Stopping
+from crosspool.scheduler.validation import problem
+from crosspool.transport.messages import RowResult, StepResult, ToDevice
+
+
+class SchedulerCore:
+    """All logical state of a deployment: who waits, who runs where, what each rank was told.
+
+    ``specs``, ``decoders`` and ``grammars`` have one entry per model of ``deployment``, in its
+    order. ``clock`` gives seconds that only grow (``time.monotonic``).
+
+    Raises ConfigError when the KV pool of one attention rank holds no page of some model."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        specs: Seq[ModelSpec],
+        decoders: Seq[TextDecoder],
+        grammars: Seq[GrammarBackend],
+        clock: Callable[[], float],
+    ) -> None:
+        d = deployment
+        self._deployment = d
+        self._specs = specs
+        self._decoders = decoders
+        self._grammars = grammars
+        self._clock = clock
+        self._names = [model.name for model in d.models]
+        self._layouts = [KVLayout(spec, d.page_size, d.chunk_bytes) for spec in specs]
+        budget_chunks = d.kv_pool_bytes // len(d.kv_pool_devices) // d.chunk_bytes
+        self._ranks = [
+            AttentionRank(index, budget_chunks, self._layouts)
+            for index in range(len(d.kv_pool_devices))
+        ]
+        self._queues = [WaitingQueue(d.max_queued_requests) for _ in specs]
+        self._admission = Admission(self._queues, self._ranks, d.max_running_requests)
+        self._counters = [ModelCounters() for _ in specs]
+        self._numbers = count(1)
+        self._messages: list[tuple[int, ToDevice]] = []
+        self._outputs: list[Output] = []
+        self._failure: Finish | None = None
+
+    # --- what comes in; call schedule() afterwards
+
+    def add(self, request: GenerateRequest) -> None:
+        """Queues ``request``, or refuses it at once with an abort output: 400 for a request that
+        the model can never serve, 429 when its queue is full, the failure's status after
+        :meth:`fail_all`. Waiting time counts from this call."""
+        model = request.model
+        spec, queue = self._specs[model], self._queues[model]
+        seq = self._sequence(request)
+        self._counters[model].requests += 1
+        if self._failure is not None:
+            return self._end(seq, self._failure)
+        wrong = problem(request, spec) or self._too_large(seq)
+        if wrong is not None:
+            return self._end(seq, Finish(kind="abort", message=wrong, status=400))
+        if queue.full:
+            self._admit()
+        if queue.full:
+            message = (
+                f"the queue of model {self._names[model]} is full ({len(queue)} waiting); "
+                "retry later"
+            )
+            return self._end(seq, Finish(kind="abort", message=message, status=429))
+        if request.grammar is None:
+            queue.push(seq)
+        else:
+            queue.push_after(seq, self._grammars[model].compile(request.grammar))
+
+    def abort(
+        self,
+        rid_prefix: str,
+        model: int | None = None,
+        all: bool = False,
+        message: str = "the client aborted the request",
+    ) -> None:
+        """Ends with status 499 every request (of ``model``, if given) whose rid begins with
+        ``rid_prefix``, or simply every one if ``all``. What one has sampled so far is delivered;
+        its step in flight comes to nothing."""
+        finish = Finish(kind="abort", message=message, status=499)
+        for seq in list(self._requests()):
+            if model in (None, seq.model) and (all or seq.request.rid.startswith(rid_prefix)):
+                self._end(seq, finish)
+
+    def on_result(self, attention_rank: int, result: StepResult) -> None:
+        """Takes a step's result. Raises ValueError when it is no answer to a step in flight."""
+        if self._failure is not None:
+            return
+        flight = self._ranks[attention_rank].land(result)
+        for seq, row in zip(flight.sequences, result.rows, strict=True):
+            if not seq.over:
+                self._advance(seq, row)
+
+    def fail_all(self, message: str, status: int = 503) -> None:
+        """Aborts every request, and every later one: a rank is gone. Nothing more is sent to the
+        ranks, and results that still arrive are ignored."""
+        self._failure = Finish(kind="abort", message=message, status=status)
+        for seq in list(self._requests()):
+            self._end(seq, self._failure)
+        for rank in self._ranks:
+            rank.flights.clear()
+        self._messages.clear()
+
+    # --- what follows from it
+
+    def schedule(self) -> None:
+        """Does everything that is possible now. Besides after the calls above, it is due at
+        :meth:`next_deadline` and when a grammar's future is done."""
+        if self._failure is not None:
+            return
+        now = self._clock()
+        self._queue_compiled()
+        self._refuse_expired(now)
+        self._release_ended()
+        self._admit()
+        self._launch_steps(now)
+
+    def _queue_compiled(self) -> None:
+        for queue in self._queues:
+            for seq, compiled in queue.take_compiled():
+                grammar, error = seq.request.grammar, compiled.exception()
+                assert grammar is not None
+                if error is None:
+                    seq.stopping.matcher = compiled.result()
+                    queue.push(seq)
+                else:
+                    message = f"the {grammar.kind} {grammar.source[:200]!r} is no grammar: {error}"
+                    self._end(seq, Finish(kind="abort", message=message, status=400))
+
+    def _refuse_expired(self, now: float) -> None:
+        message = f"no room in the KV pool within {self._deployment.queue_timeout:g} s; retry later"
+        for queue in self._queues:
+            while (seq := queue.oldest) is not None and seq.deadline <= now:
+                self._end(seq, Finish(kind="abort", message=message, status=429))
+
+    def _release_ended(self) -> None:
+        for rank in self._ranks:
+            self._messages += [(rank.index, release) for release in rank.release()]
+
+    def _admit(self) -> None:
+        for seq in self._admission.admit():
+            self._counters[seq.model].admitted += 1
+
+    def _launch_steps(self, now: float) -> None:
+        for rank in self._ranks:
+            while (model := next_model(rank, self._deployment.lanes)) is not None:
+                running = rank.running[model].values()
+                batch = form_batch(running, self._deployment.chunked_prefill_size)
+                self._messages.append((rank.index, rank.launch(model, batch, now)))
+                self._counters[model].step(rank.flights[model])
+
+    def _advance(self, seq: Sequence, row: RowResult) -> None:
+        seq.append_prompt_logprobs(row.prompt)
+        finish = None
+        if row.token >= 0:
+            self._counters[seq.model].output_tokens += 1
+            finish = seq.append(row.token, row.output)
+        elif seq.prefill_only and seq.decoding:
+            finish = Finish(kind="length")
+
+        if finish is not None:
+            self._end(seq, finish)
+        elif seq.request.stream and seq.deliverable > 0:
+            self._outputs.append(seq.output(None))
+
+    def _end(self, seq: Sequence, finish: Finish) -> None:
+        """The one way out, from wherever ``seq`` is."""
+        seq.over = True
+        if seq.rank >= 0:
+            self._ranks[seq.rank].retire(seq)
+        elif seq in self._queues[seq.model]:
+            self._queues[seq.model].remove(seq)
+        self._counters[seq.model].end(finish)
+        self._outputs.append(seq.output(finish))
+
+    # --- what goes out
+
+    def drain_messages(self) -> list[tuple[int, ToDevice]]:
+        """(attention rank, message) pairs since the last call; each rank's in sending order."""
+        messages, self._messages = self._messages, []
+        return messages
+
+    def drain_outputs(self) -> list[Output]:
+        """Outputs since the last call; each request's in order, its last with ``finish``."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    # --- what can be asked
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits or runs, no step is in flight and nothing is to be drained."""
+        return not (
+            self._messages
+            or self._outputs
+            or any(self._requests())
+            or any(rank.flights for rank in self._ranks)
+        )
+
+    def next_deadline(self) -> float | None:
+        """Clock time at which a waiting request is to be refused or a step is overdue, whichever
+        comes first; None when neither can happen. The process sleeps until then at most."""
+        waits = [q.oldest.deadline for q in self._queues if q.oldest is not None]
+        watchdog = self._deployment.watchdog_timeout
+        steps = [f.issued + watchdog for rank in self._ranks for f in rank.flights.values()]
+        return min(chain(waits, steps), default=None)
+
+    def overdue(self, now: float) -> str | None:
+        """What to tell :meth:`fail_all` when a step has been without result for
+        ``watchdog_timeout`` seconds; None while all is well."""
+        timeout = self._deployment.watchdog_timeout
+        for rank, device in zip(self._ranks, self._deployment.kv_pool_devices, strict=True):
+            for flight in rank.flights.values():
+                if now - flight.issued >= timeout:
+                    return (
+                        f"attention rank {rank.index} ({device.name}) has not answered step "
+                        f"{flight.step} of model {self._names[flight.model]} for {timeout:g} s"
+                    )
+        return None
+
+    def max_tokens(self, model: int) -> int:
+        """Longest sequence of ``model`` that can ever be served: its context, or what the KV pool
+        of one attention rank holds."""
+        pages = self._ranks[0].allocator.capacity(model)
+        return min(self._specs[model].context, pages * self._deployment.page_size)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The state now and the counters since the start, in plain values::
+
+        {"models": [{"name",                            # in the deployment's order
+                     "waiting",                         # requests queued, compiling included
+                     "compiling", "running",
+                     "promised_chunks", "mapped_chunks",    # over all attention ranks
+                     "promised_bytes", "mapped_bytes",
+                     ...}],                             # ModelCounters' fields
+         "ranks": [{"device", "running", "steps_in_flight",
+                    "budget_chunks", "free_chunks",     # free: promised to nobody
+                    "promised_chunks", "mapped_chunks",
+                    "budget_bytes", "free_bytes", "promised_bytes", "mapped_bytes",
+                    "models": [{"running", "promised_chunks", "mapped_chunks"}]}],
+         "failure": str | None}                         # what fail_all was told
+        """
+        ranks = [self._rank_snapshot(rank) for rank in self._ranks]
+        return {
+            "models": [self._model_snapshot(m, ranks) for m in range(len(self._specs))],
+            "ranks": ranks,
+            "failure": self._failure.message if self._failure else None,
+        }
+
+    def _rank_snapshot(self, rank: AttentionRank) -> dict[str, Any]:
+        models = [
+            {
+                "running": len(running),
+                "promised_chunks": rank.allocator.reserved_chunks(model),
+                "mapped_chunks": rank.allocator.mapped_chunks(model),
+            }
+            for model, running in enumerate(rank.running)
+        ]
+        return {
+            "device": self._deployment.kv_pool_devices[rank.index].name,
+            "running": sum(m["running"] for m in models),
+            "steps_in_flight": len(rank.flights),
+            **self._in_bytes(
+                budget=rank.budget_chunks,
+                free=rank.allocator.free_chunks,
+                promised=sum(m["promised_chunks"] for m in models),
+                mapped=sum(m["mapped_chunks"] for m in models),
+            ),
+            "models": models,
+        }
+
+    def _model_snapshot(self, model: int, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+        shares = [rank["models"][model] for rank in ranks]
+        return {
+            "name": self._names[model],
+            "waiting": len(self._queues[model]),
+            "compiling": self._queues[model].compiling,
+            "running": sum(share["running"] for share in shares),
+            **self._in_bytes(
+                promised=sum(share["promised_chunks"] for share in shares),
+                mapped=sum(share["mapped_chunks"] for share in shares),
+            ),
+            **self._counters[model].as_dict(),
+        }
+
+    def _in_bytes(self, **chunks: int) -> dict[str, int]:
+        size = self._deployment.chunk_bytes
+        return {f"{name}_chunks": number for name, number in chunks.items()} | {
+            f"{name}_bytes": number * size for name, number in chunks.items()
+        }
+
+    # --- requests
+
+    def _requests(self) -> Iterator[Sequence]:
+        """Every request that is not over."""
+        yield from chain.from_iterable(self._queues)
+        for rank in self._ranks:
+            for running in rank.running:
+                yield from running.values()
+
+    def _sequence(self, request: GenerateRequest) -> Sequence:
+        model, stop = request.model, request.stop
+        prompt_len = len(request.input_ids)
+        if stop.max_new_tokens is None:
+            limit = self.max_tokens(model)
+        else:
+            limit = min(prompt_len + stop.max_new_tokens, self._specs[model].context)
+        stopping = Stopping(
+            stop, self._specs[model], limit - prompt_len, self._decoders[model], request.input_ids
+        )
+        deadline = self._clock() + self._deployment.queue_timeout
+        return Sequence(next(self._numbers), request, limit, deadline, stopping)
+
+    def _too_large(self, seq: Sequence) -> str | None:
+        least = seq.prompt_len + (seq.request.stop.max_new_tokens != 0)
+        tokens = max(seq.limit, least)
+        pages = self._layouts[seq.model].pages_for(tokens)
+        rank = self._ranks[0]
+        if pages <= rank.allocator.capacity(seq.model):
+            return None
+        need = pages * self._layouts[seq.model].page_bytes
+        pool = rank.budget_chunks * self._deployment.chunk_bytes
+        return (
+            f"prompt and max_new_tokens together are {tokens} tokens and need {need} bytes of KV "
+            f"cache; the KV pool has {pool} bytes per attention rank, "
+            f"enough for {self.max_tokens(seq.model)} tokens"
+        )

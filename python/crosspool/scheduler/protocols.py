@@ -1,0 +1,43 @@
+"""What the scheduler needs from outside to look at text and grammars; ``frontend/`` implements it
+with the models' tokenizers and xgrammar."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Protocol
+
+from crosspool.scheduler.request import Grammar
+
+
+class TextDecoder(Protocol):
+    """One model's tokenizer, as far as stop strings need it."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ``ids``. Bytes that are no complete character yet come out as U+FFFD."""
+        ...
+
+
+class GrammarMatcher(Protocol):
+    """One request's place in its grammar."""
+
+    def fill_bitmask(self) -> bytes:
+        """Tokens allowed next: ceil(vocab / 32) little-endian int32 words, token t is bit
+        ``t % 32`` of word ``t // 32``."""
+        ...
+
+    def accept(self, token: int) -> bool:
+        """Moves on by one sampled token; False when the grammar does not allow it."""
+        ...
+
+    def is_terminated(self) -> bool:
+        """Whether the output is complete and no token may follow."""
+        ...
+
+
+class GrammarBackend(Protocol):
+    """One model's grammar compiler."""
+
+    def compile(self, grammar: Grammar) -> Future[GrammarMatcher]:
+        """Starts compiling and returns at once; the future's exception says what is wrong with
+        the grammar. Each call gives a matcher of its own."""
+        ...

@@ -1,0 +1,76 @@
+"""The waiting requests of one model: first come, first served, bounded in number and in time."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from concurrent.futures import Future
+from itertools import chain
+
+from crosspool.scheduler.protocols import GrammarMatcher
+from crosspool.scheduler.sequence import Sequence
+
+
+class WaitingQueue:
+    """Requests in the order of their numbers. A request whose grammar still compiles waits beside
+    the queue and takes its place in the order when that is done; it counts for the bound."""
+
+    def __init__(self, bound: int) -> None:
+        self._bound = bound
+        self._ready: dict[int, Sequence] = {}
+        self._order: list[int] = []
+        """Heap of the numbers in ``_ready``, and of some that have left it."""
+        self._compiling: dict[int, tuple[Sequence, Future[GrammarMatcher]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._ready) + len(self._compiling)
+
+    def __contains__(self, seq: Sequence) -> bool:
+        return seq.number in self._ready or seq.number in self._compiling
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return chain(self._ready.values(), (seq for seq, _ in self._compiling.values()))
+
+    @property
+    def compiling(self) -> int:
+        return len(self._compiling)
+
+    @property
+    def full(self) -> bool:
+        return len(self) >= self._bound
+
+    @property
+    def head(self) -> Sequence | None:
+        """The request that has waited longest, compiling ones aside."""
+        while self._order and self._order[0] not in self._ready:
+            heapq.heappop(self._order)
+        return self._ready[self._order[0]] if self._order else None
+
+    @property
+    def oldest(self) -> Sequence | None:
+        """The request that has waited longest, and so the next to reach its deadline."""
+        compiling = next(iter(self._compiling.values()), None)
+        if compiling is None or (self.head and self.head.number < compiling[0].number):
+            return self.head
+        return compiling[0]
+
+    def push(self, seq: Sequence) -> None:
+        self._ready[seq.number] = seq
+        heapq.heappush(self._order, seq.number)
+
+    def push_after(self, seq: Sequence, grammar: Future[GrammarMatcher]) -> None:
+        """Queues ``seq`` once its ``grammar`` is compiled."""
+        self._compiling[seq.number] = (seq, grammar)
+
+    def take_compiled(self) -> list[tuple[Sequence, Future[GrammarMatcher]]]:
+        """Requests whose grammar is done, one way or the other; they have left the queue."""
+        done = [entry for entry in self._compiling.values() if entry[1].done()]
+        for seq, _ in done:
+            del self._compiling[seq.number]
+        return done
+
+    def remove(self, seq: Sequence) -> None:
+        if self._ready.pop(seq.number, None) is None:
+            _, grammar = self._compiling.pop(seq.number)
+            grammar.cancel()
+

@@ -1,0 +1,134 @@
+"""One request inside the scheduler: its tokens, how far they are computed, what was delivered."""
+
+from __future__ import annotations
+
+import msgspec
+
+from crosspool.kvpool.allocator import Reservation
+from crosspool.scheduler.request import Finish, GenerateRequest, Output
+from crosspool.scheduler.stopping import Stopping
+from crosspool.transport.messages import Open, Row, TokenLogprobs
+
+
+class Sequence:
+    """Waits without ``reservation``; runs on attention rank ``rank`` with it; is over for good
+    once ``over``, though a last step of it may still be ``in_flight``."""
+
+    def __init__(
+        self, number: int, request: GenerateRequest, limit: int, deadline: float, stopping: Stopping
+    ) -> None:
+        self.number = number
+        self.request = request
+        self.limit = limit
+        """Most tokens that it may reach, prompt included: what admission promises pages for."""
+        self.deadline = deadline
+        """Clock time at which it is refused if it still waits."""
+        self.stopping = stopping
+
+        self.tokens = list(request.input_ids)
+        self.computed = 0
+        """Tokens whose KV exists or is written by the step in flight."""
+        self.rank = -1
+        self.reservation: Reservation | None = None
+        self.pages_sent = 0
+        self.in_flight = False
+        self.over = False
+
+        self._prompt_logprobs: list[TokenLogprobs] = []
+        self._output_logprobs: list[TokenLogprobs] = []
+        self._delivered = self.prompt_len
+        self._first = True
+
+    @property
+    def model(self) -> int:
+        return self.request.model
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.input_ids)
+
+    @property
+    def prefill_only(self) -> bool:
+        return self.limit == self.prompt_len
+
+    @property
+    def decoding(self) -> bool:
+        return self.computed >= self.prompt_len
+
+    @property
+    def opened(self) -> bool:
+        """Whether its attention rank has heard of it."""
+        return self.computed > 0
+
+    # --- steps
+
+    def open(self) -> Open:
+        """With ``min_new_tokens`` of a grammar's request left to :meth:`Stopping.bitmask`."""
+        by_bitmask = self.stopping.matcher is not None
+        sampling = msgspec.structs.replace(
+            self.request.sampling,
+            min_new_tokens=0 if by_bitmask else self.request.stop.min_new_tokens,
+            stop_token_ids=tuple(sorted(self.stopping.stop_tokens)),
+        )
+        return Open(
+            request=self.number,
+            prompt_len=self.prompt_len,
+            sampling=sampling,
+            logprobs=self.request.logprobs,
+        )
+
+    def next_row(self, tokens: int, pages_reached: int) -> Row:
+        """Its share of the next step: ``tokens`` more, which lie in the first ``pages_reached``
+        of its pages."""
+        assert self.reservation is not None
+        start, end = self.computed, self.computed + tokens
+        sample = end == len(self.tokens) and not self.prefill_only
+        row = Row(
+            request=self.number,
+            start=start,
+            tokens=self.tokens[start:end],
+            pages=self.reservation.pages[self.pages_sent : pages_reached],
+            sample=sample,
+            bitmask=self.stopping.bitmask() if sample else None,
+        )
+        self.computed = end
+        self.pages_sent = pages_reached
+        self.in_flight = True
+        return row
+
+    def append(self, token: int, logprobs: TokenLogprobs | None) -> Finish | None:
+        """Takes a sampled token; says how the request ends if it ends with it."""
+        self.tokens.append(token)
+        if logprobs is not None:
+            self._output_logprobs.append(logprobs)
+        return self.stopping.after(token)
+
+    def append_prompt_logprobs(self, logprobs: list[TokenLogprobs]) -> None:
+        self._prompt_logprobs += logprobs
+
+    # --- delivery
+
+    @property
+    def deliverable(self) -> int:
+        """Output tokens that a stream may show now."""
+        return len(self.tokens) - self.stopping.held - self._delivered
+
+    def output(self, finish: Finish | None) -> Output:
+        """News since the last output: what is deliverable, or everything with ``finish``."""
+        count = len(self.tokens) - self._delivered if finish else self.deliverable
+        output = Output(
+            rid=self.request.rid,
+            model=self.model,
+            first=self._first,
+            token_ids=self.tokens[self._delivered : self._delivered + count],
+            finish=finish,
+            prompt_tokens=self.prompt_len,
+            completion_tokens=self._delivered + count - self.prompt_len,
+            cached_tokens=0,
+            output_logprobs=self._output_logprobs[:count],
+            prompt_logprobs=self._prompt_logprobs if self._first else [],
+        )
+        self._delivered += count
+        self._output_logprobs = self._output_logprobs[count:]
+        self._first = False
+        return output

@@ -1,0 +1,156 @@
+"""When a request ends: end-of-sequence and stop tokens, a complete grammar, stop strings, length.
+
+Stop strings are looked for in the decoded text, so they may straddle tokens. While a stream runs,
+tokens whose text may yet turn out to be the beginning of a stop string are *held*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from crosspool.models.spec import ModelSpec
+from crosspool.scheduler.protocols import GrammarMatcher, TextDecoder
+from crosspool.scheduler.request import Finish, StopRules
+
+_INCOMPLETE = "\ufffd"
+_LONGEST_CHARACTER = 8
+"""Tokens after which bytes that are still no character are taken for what they look like."""
+CONTEXT_TOKENS = 5
+"""Prompt tokens decoded before the output: some tokenizers drop a text's leading space."""
+
+
+class Stopping:
+    """Decides after every output token of one request whether it was the last.
+
+    ``max_new_tokens`` is the request's limit, clipped to what context and pool can hold; below 1,
+    there is no output token to decide about."""
+
+    def __init__(
+        self,
+        rules: StopRules,
+        spec: ModelSpec,
+        max_new_tokens: int,
+        decoder: TextDecoder,
+        prompt: Sequence[int],
+    ) -> None:
+        self._eos = frozenset(spec.eos_token_ids)
+        self._min_new_tokens = rules.min_new_tokens
+        self._max_new_tokens = max_new_tokens
+        self._count = 0
+        self._text = (
+            StopText(rules.stop_strings, decoder, prompt[-CONTEXT_TOKENS:])
+            if rules.stop_strings
+            else None
+        )
+        stop_tokens = rules.stop_token_ids | (frozenset() if rules.ignore_eos else self._eos)
+        self.stop_tokens = frozenset(t for t in stop_tokens if 0 <= t < spec.vocab)
+        """Tokens that end the request once ``min_new_tokens`` tokens came before them."""
+        self.matcher: GrammarMatcher | None = None
+
+    @property
+    def held(self) -> int:
+        """How many of the last output tokens may belong to a stop string."""
+        return self._text.held if self._text else 0
+
+    def after(self, token: int) -> Finish | None:
+        """Takes the next output token; says how the request ends if it ends with it."""
+        self._count += 1
+        if self.matcher and not self.matcher.accept(token):
+            message = f"the grammar does not allow the sampled token {token}"
+            return Finish(kind="abort", message=message, status=500)
+        stop_string = self._text.feed(token) if self._text else None
+
+        if token in self.stop_tokens and self._count > self._min_new_tokens:
+            return Finish(kind="stop", matched=token)
+        if self.matcher and self.matcher.is_terminated():
+            return Finish(kind="stop", matched=token if token in self._eos else None)
+        if stop_string is not None and self._count >= self._min_new_tokens:
+            return Finish(kind="stop", matched=stop_string)
+        if self._count >= self._max_new_tokens:
+            return Finish(kind="length")
+        return None
+
+    def bitmask(self) -> bytes | None:
+        """The tokens that the grammar allows next, without those that would end the request too
+        early, unless nothing else is allowed; None without a grammar."""
+        if self.matcher is None:
+            return None
+        allowed = self.matcher.fill_bitmask()
+        if self._count >= self._min_new_tokens:
+            return allowed
+        later = bytearray(allowed)
+        for token in self.stop_tokens:
+            later[token // 8] &= ~(1 << token % 8)
+        return bytes(later) if any(later) else allowed
+
+
+class StopText:
+    """Follows the decoded output text and finds the first stop string to be completed in it."""
+
+    def __init__(
+        self, stop_strings: Iterable[str], decoder: TextDecoder, context: Sequence[int]
+    ) -> None:
+        self._patterns = [_Pattern(s) for s in sorted(stop_strings, key=len, reverse=True)]
+        self._decoder = decoder
+        self._ids = list(context)
+        self._decided = len(self._ids)
+        """So many of ``_ids`` have given their text; they stay as context of the next."""
+        self._length = 0
+        self._open_tokens: list[int] = []
+        """For each held token, the length of the text at its end; -1: its text is incomplete."""
+
+    @property
+    def held(self) -> int:
+        return len(self._open_tokens)
+
+    def feed(self, token: int) -> str | None:
+        """Takes the next token; returns the stop string that its text completes, if any."""
+        text = self._decode(token)
+        if text is None:
+            self._open_tokens.append(-1)
+            return None
+        completed = [p.text for c in text for p in self._patterns if p.feed(c)]
+        self._length += len(text)
+        ends = [end if end >= 0 else self._length for end in self._open_tokens]
+        safe = self._length - max(pattern.matched for pattern in self._patterns)
+        self._open_tokens = [end for end in (*ends, self._length) if end > safe]
+        return completed[0] if completed else None
+
+    def _decode(self, token: int) -> str | None:
+        """Text that ``token`` adds; None while it ends within a character."""
+        self._ids.append(token)
+        before = self._decoder.decode(self._ids[: self._decided])
+        after = self._decoder.decode(self._ids)
+        too_long = len(self._ids) - self._decided >= _LONGEST_CHARACTER
+        if after.endswith(_INCOMPLETE) and not too_long:
+            return None
+        text = after[len(before) :]
+        if text or too_long:
+            self._ids = self._ids[self._decided :]
+            self._decided = len(self._ids)
+        return text
+
+
+class _Pattern:
+    """Knuth-Morris-Pratt matcher, one character at a time."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.matched = 0
+        """Length of the longest proper beginning of ``text`` that ends the text fed so far."""
+        self._fallback = [0]
+        for character in text[1:]:
+            self._fallback.append(self._longer(self._fallback[-1], character))
+
+    def feed(self, character: str) -> bool:
+        """Whether ``character`` completes ``text``."""
+        self.matched = self._longer(self.matched, character)
+        complete = self.matched == len(self.text)
+        if complete:
+            self.matched = self._fallback[-1]
+        return complete
+
+    def _longer(self, matched: int, character: str) -> int:
+        while matched and self.text[matched] != character:
+            matched = self._fallback[matched - 1]
+        return matched + 1 if self.text[matched] == character else 0
