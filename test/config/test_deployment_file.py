@@ -64,5 +64,5 @@ def test_mistakes_name_file_and_key(tmp_path: Path, text: str, problem: str) -> 
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere.yaml: No such file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
         read(tmp_path / "nowhere.yaml")

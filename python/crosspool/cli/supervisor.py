@@ -40,7 +40,7 @@ class ProcessSpec:
             pass_fds=self.pass_fds,
             stdin=subprocess.DEVNULL,
             process_group=0,
-            preexec_fn=die_with_parent,
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, no lock
         )
         return Child(self, process)
 

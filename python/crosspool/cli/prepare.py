@@ -1,0 +1,192 @@
+"""From what the user wrote to a deployment that can start: reads the models, fills in what was
+left open, and refuses what cannot work, before any process exists."""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
+from crosspool.config.draft import Draft, ModelDraft, devices_of, size_of
+from crosspool.config.sizes import format_size
+from crosspool.kvpool.layout import KVLayout
+from crosspool.models.registry import read_model
+from crosspool.models.spec import ModelSpec
+from crosspool.weightpool.placement import Placement, attention_bytes, place
+
+KV_POOL_SHARE = 0.2
+"""Part of the available memory that the KV pool takes when the user names no size."""
+KV_POOL_DEFAULT_LIMIT = 4 << 30
+_HUGE_PAGE = 2 << 20
+
+
+_SAME = (
+    "ffn_parallel",
+    "lanes",
+    "page_size",
+    "chunked_prefill_size",
+    "max_running_requests",
+    "max_queued_requests",
+    "queue_timeout",
+    "watchdog_timeout",
+    "failure_grace",
+    "drain_timeout",
+    "random_seed",
+    "host",
+    "sglang",
+)
+"""Fields that a deployment takes from its draft as they are."""
+_NAME = re.compile(r"[\w.:+-]+(/[\w.:+-]+)*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A deployment ready to start (but for its runtime folder), and its models in order."""
+
+    deployment: Deployment
+    specs: tuple[ModelSpec, ...]
+    placement: Placement
+
+
+def prepare(draft: Draft) -> Prepared:
+    """Raises ConfigError for the first thing that is wrong: the field, and what would be right."""
+    _check_numbers(draft)
+    models, specs = _read_models(draft)
+    kv_devices = devices_of(draft.kv_pool_devices, "kv_pool_devices")
+    weight_devices = devices_of(draft.weight_pool_devices, "weight_pool_devices")
+    available = psutil.virtual_memory().available
+    chunk_bytes = size_of(draft.chunk_bytes, "chunk_bytes")
+    if chunk_bytes % _HUGE_PAGE:
+        raise ConfigError(f"chunk_bytes: {chunk_bytes} must be a multiple of 2MiB")
+    kv_pool_bytes = (
+        min(int(available * KV_POOL_SHARE), KV_POOL_DEFAULT_LIMIT)
+        if draft.kv_pool_bytes is None
+        else size_of(draft.kv_pool_bytes, "kv_pool_bytes")
+    )
+    layouts = [KVLayout(spec, draft.page_size, chunk_bytes) for spec in specs]
+    for model, spec, layout in zip(models, specs, layouts, strict=True):
+        _check_kv_budget(model.name, spec, layout, kv_pool_bytes, len(kv_devices))
+    ranks = len(weight_devices)
+    names = [model.name for model in models]
+    if draft.weight_pool_bytes is None:
+        placement = place(specs, names, ranks, sys.maxsize, draft.ffn_parallel)
+        weight_pool_bytes = ranks * max(map(sum, placement.weight_bytes))
+    else:
+        weight_pool_bytes = size_of(draft.weight_pool_bytes, "weight_pool_bytes")
+        placement = place(specs, names, ranks, weight_pool_bytes // ranks, draft.ffn_parallel)
+    deployment = Deployment(
+        models=models,
+        kv_pool_devices=kv_devices,
+        weight_pool_devices=weight_devices,
+        kv_pool_bytes=kv_pool_bytes,
+        weight_pool_bytes=weight_pool_bytes,
+        chunk_bytes=chunk_bytes,
+        port=_free_port(draft.host, draft.port),
+        **{name: getattr(draft, name) for name in _SAME},
+    )
+    _check_memory(deployment, specs, placement, available)
+    return Prepared(deployment=deployment, specs=specs, placement=placement)
+
+
+def _check_numbers(draft: Draft) -> None:
+    for field, least in (
+        ("lanes", 1),
+        ("page_size", 1),
+        ("chunked_prefill_size", 1),
+        ("max_running_requests", 1),
+        ("max_queued_requests", 0),
+        ("queue_timeout", 0),
+        ("watchdog_timeout", 1),
+        ("failure_grace", 0),
+        ("drain_timeout", 0),
+    ):
+        if getattr(draft, field) < least:
+            raise ConfigError(f"{field}: {getattr(draft, field)} must be at least {least}")
+    if not 0 <= draft.port <= 65535:
+        raise ConfigError(f"port: {draft.port} must be between 1 and 65535, or 0 for any free one")
+
+
+def _read_models(draft: Draft) -> tuple[tuple[ModelConfig, ...], tuple[ModelSpec, ...]]:
+    if not draft.models:
+        raise ConfigError("models: name at least one")
+    models = tuple(_model_config(model) for model in draft.models)
+    for index, model in enumerate(models):
+        if model.name in {earlier.name for earlier in models[:index]}:
+            raise ConfigError(
+                f"two models are named {model.name!r}: give each its own with --served-model-name"
+            )
+    specs = tuple(
+        read_model(Path(model.path), model.context_length, model.dtype) for model in models
+    )
+    return models, specs
+
+
+def _model_config(draft: ModelDraft) -> ModelConfig:
+    folder = Path(draft.path).absolute()
+    if not folder.is_dir():
+        raise ConfigError(f"model path {draft.path}: no such folder (models are local folders)")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model path {draft.path}: there is no config.json in it")
+    name = folder.name if draft.name is None else draft.name
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"model name {name!r}: use letters, digits and . _ : + - /")
+    return ModelConfig(
+        name=name,
+        path=str(folder),
+        sglang=draft.sglang,
+        context_length=draft.context_length,
+        dtype=draft.dtype,
+    )
+
+
+def _check_kv_budget(
+    name: str, spec: ModelSpec, layout: KVLayout, kv_pool_bytes: int, ranks: int
+) -> None:
+    """One request as long as the model's context must fit into one attention rank's budget."""
+    pages = layout.pages_for(spec.context)
+    chunks = -(-pages * layout.page_bytes // layout.chunk_bytes)
+    budget = kv_pool_bytes // ranks // layout.chunk_bytes
+    if chunks <= budget:
+        return
+    needed = chunks * layout.chunk_bytes * ranks
+    tokens = layout.pages_in(budget) * layout.page_size
+    shorter = f"--context-length {tokens}, or " if tokens else ""
+    raise ConfigError(
+        f"kv_pool_bytes: {format_size(kv_pool_bytes)} on {ranks} device(s) do not hold one request "
+        f"of {spec.context} tokens, the context of {name}: give {shorter}"
+        f"--kv-pool-bytes {needed} ({format_size(needed)})"
+    )
+
+
+def _check_memory(
+    deployment: Deployment, specs: Sequence[ModelSpec], placement: Placement, available: int
+) -> None:
+    """What ranks will hold must fit into the memory that is available now."""
+    ffn = sum(map(sum, placement.weight_bytes))
+    attention = sum(map(attention_bytes, specs)) * len(deployment.kv_pool_devices)
+    needed = deployment.kv_pool_bytes + ffn + attention
+    if needed > available:
+        raise ConfigError(
+            f"{format_size(needed)} are needed (KV pool {format_size(deployment.kv_pool_bytes)}, "
+            f"FFN weights {format_size(ffn)}, attention weights {format_size(attention)}), "
+            f"{format_size(available)} of memory are available: serve fewer models or lower "
+            "--kv-pool-bytes"
+        )
+
+
+def _free_port(host: str, port: int) -> int:
+    """``port`` if nothing listens there, or any free one for 0."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"port {port} on {host}: {error.strerror}; choose --port") from None
+        return int(probe.getsockname()[1])
