@@ -1,0 +1,405 @@
+"""The data path between devices of one host: one shared-memory segment for the whole deployment.
+
+The segment (a memfd that the launcher creates and every device process inherits) holds
+
+- a header: what the segment was made for, checked by everyone who attaches;
+- one doorbell per device, in the order of ``deployment.devices``;
+- one link per pair of attention rank and FFN rank on different devices, and lane::
+
+      offset
+           0  dispatch signal   64-bit number   written by the attention rank
+          64  dispatch header   epoch, model, layer, rows, row bytes    "
+         128  combine signal    64-bit number   written by the FFN rank
+         192  combine header    epoch, rows, row bytes                  "
+         256  dispatch payload  rows x row bytes                        "  attention rank
+              combine payload   rows x row bytes                        "  FFN rank
+
+Order of publication. Dispatch n (n = 1, 2, ...): the attention rank writes payload and header,
+stores n into the dispatch signal (release), and rings the doorbell of the FFN rank's device. The
+FFN rank, which polls, loads n (acquire), reads header and payload in place, writes its partial sum
+and header, stores n into the combine signal (release), and rings the doorbell of the attention
+rank's device. The attention rank loads n (acquire) and reads the partial sum in place.
+
+Who may write when. Payloads belong to the attention rank while the signals are equal and to the FFN
+rank while the dispatch signal is one ahead. No other state exists, and it lives in the segment
+alone: an FFN rank that attaches anew finds the dispatch that its predecessor did not answer.
+
+Waiting. A device waits on its doorbell for any of its links. :meth:`SharedMemoryTransport.wait`
+remembers the doorbell's count from before the caller looked at its links, so a ring in between ends
+the next wait at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from crosspool.config.deployment import Deployment
+from crosspool.config.device import Device
+from crosspool.kernels.native import Doorbell, Signal
+from crosspool.transport.data_path import (
+    DispatchHeader,
+    LaneError,
+    LinkCounters,
+    check_rows,
+    remote_pairs,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SPIN_NS = 20_000
+"""How long a device with cores of its own spins before it sleeps: about what a wake-up costs."""
+
+_LINE = 64
+_PAGE = 4096
+_SEGMENT_HEADER = struct.Struct("<8s7IxxxxQ")
+_MAGIC = b"CPLANES1"
+_DISPATCH_HEADER = struct.Struct("<QIIII")
+_COMBINE_HEADER = struct.Struct("<QII")
+_DISPATCH_SIGNAL, _DISPATCH, _COMBINE_SIGNAL, _COMBINE, _PAYLOADS = 0, 64, 128, 192, 256
+
+
+def _round_up(nbytes: int, unit: int) -> int:
+    return -(-nbytes // unit) * unit
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Where everything lies; all sizes in bytes."""
+
+    deployment: Deployment
+    max_hidden_bytes: int
+
+    @cached_property
+    def pairs(self) -> list[tuple[int, int]]:
+        return remote_pairs(self.deployment)
+
+    @property
+    def payload_bytes(self) -> int:
+        return _round_up(self.deployment.max_step_tokens * self.max_hidden_bytes, _LINE)
+
+    @property
+    def link_bytes(self) -> int:
+        return _round_up(_PAYLOADS + 2 * self.payload_bytes, _PAGE)
+
+    @property
+    def links_offset(self) -> int:
+        return _round_up(_LINE * (1 + len(self.deployment.devices)), _PAGE)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.links_offset + len(self.pairs) * self.deployment.lanes * self.link_bytes
+
+    @property
+    def header(self) -> bytes:
+        deployment = self.deployment
+        return _SEGMENT_HEADER.pack(
+            _MAGIC,
+            len(deployment.devices),
+            len(deployment.kv_pool_devices),
+            len(deployment.weight_pool_devices),
+            deployment.lanes,
+            deployment.max_step_tokens,
+            self.max_hidden_bytes,
+            len(self.pairs),
+            self.total_bytes,
+        )
+
+    def doorbell(self, device: Device) -> int:
+        return _LINE * (1 + self.deployment.devices.index(device))
+
+    def link(self, attention_rank: int, lane: int, ffn_rank: int) -> int:
+        pair = self.pairs.index((attention_rank, ffn_rank))
+        return self.links_offset + (pair * self.deployment.lanes + lane) * self.link_bytes
+
+
+def segment_bytes(deployment: Deployment, max_hidden_bytes: int) -> int:
+    """Size of the segment; 0 when no two ranks that exchange live on different devices.
+
+    ``max_hidden_bytes``: most bytes of one row, hidden size times dtype bytes, over all models."""
+    segment = _Segment(deployment, max_hidden_bytes)
+    return segment.total_bytes if segment.pairs else 0
+
+
+def create(deployment: Deployment, max_hidden_bytes: int) -> int:
+    """Makes the segment, zeroed and sealed against resizing; returns its file descriptor.
+
+    The descriptor is closed on exec unless handed on (``pass_fds``). Raises ValueError when the
+    deployment needs no segment, OSError when the system refuses it."""
+    segment = _Segment(deployment, max_hidden_bytes)
+    if not segment.pairs:
+        raise ValueError("every attention rank shares its device with the only FFN rank")
+    fd = os.memfd_create("crosspool-lanes", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, segment.total_bytes)
+        os.pwrite(fd, segment.header, 0)
+        seals = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _attach(fd: int, deployment: Deployment) -> tuple[mmap.mmap, _Segment]:
+    """Raises LaneError when ``fd`` is no segment of this deployment."""
+    raw = os.pread(fd, _SEGMENT_HEADER.size, 0)
+    if len(raw) < _SEGMENT_HEADER.size:
+        raise LaneError("the lanes' file is too short for a segment")
+    segment = _Segment(deployment, _SEGMENT_HEADER.unpack(raw)[6])
+    if raw != segment.header or os.fstat(fd).st_size != segment.total_bytes:
+        raise LaneError("the lanes' segment was made for another deployment")
+    return mmap.mmap(fd, segment.total_bytes), segment
+
+
+class _Lane:
+    """One link's part of the segment, seen from either end."""
+
+    def __init__(
+        self, memory: mmap.mmap, segment: _Segment, attention_rank: int, lane: int, ffn_rank: int
+    ) -> None:
+        import torch
+
+        base = segment.link(attention_rank, lane, ffn_rank)
+        everything = torch.frombuffer(memory, dtype=torch.uint8)
+        address, payload = everything.data_ptr() + base, segment.payload_bytes
+        self.name = f"attention rank {attention_rank}, lane {lane}, FFN rank {ffn_rank}"
+        self.memory = memory
+        self.max_rows = segment.deployment.max_step_tokens
+        self.max_row_bytes = segment.max_hidden_bytes
+        self.dispatched = Signal(address + _DISPATCH_SIGNAL)
+        self.combined = Signal(address + _COMBINE_SIGNAL)
+        self.dispatch_header = base + _DISPATCH
+        self.combine_header = base + _COMBINE
+        start = base + _PAYLOADS
+        self.dispatch_payload = everything[start : start + payload]
+        self.combine_payload = everything[start + payload : start + 2 * payload]
+
+    def error(self, what: str) -> LaneError:
+        return LaneError(f"{self.name}: {what}")
+
+    def check_size(self, rows: int, row_bytes: int) -> None:
+        if not (1 <= rows <= self.max_rows and 1 <= row_bytes <= self.max_row_bytes):
+            raise self.error(
+                f"{rows} rows of {row_bytes} bytes; between 1 and {self.max_rows} rows of at most"
+                f" {self.max_row_bytes} bytes fit"
+            )
+
+    def view(self, payload: Tensor, rows: int, row_bytes: int, dtype: torch.dtype) -> Tensor:
+        if row_bytes % dtype.itemsize:
+            raise self.error(f"rows of {row_bytes} bytes are no whole rows of {dtype}")
+        return payload[: rows * row_bytes].view(dtype).view(rows, row_bytes // dtype.itemsize)
+
+
+class SharedMemoryAttentionLink:
+    """The :class:`~crosspool.transport.data_path.AttentionLink` through the segment."""
+
+    def __init__(
+        self, link: _Lane, peer: Doorbell, attention_rank: int, lane: int, ffn_rank: int
+    ) -> None:
+        self.attention_rank = attention_rank
+        self.lane = lane
+        self.ffn_rank = ffn_rank
+        self.counters = LinkCounters()
+        self._link = link
+        self._peer = peer
+        self._sequence = link.dispatched.load()
+        self._outstanding: DispatchHeader | None = None
+        self._row_bytes = 0
+
+    def dispatch(self, header: DispatchHeader, hidden: Tensor) -> None:
+        link = self._link
+        if self._outstanding is not None or link.combined.load() != self._sequence:
+            raise link.error("a dispatch is outstanding")
+        check_rows(header, hidden)
+        row_bytes = hidden.shape[1] * hidden.itemsize
+        link.check_size(header.rows, row_bytes)
+        link.view(link.dispatch_payload, header.rows, row_bytes, hidden.dtype).copy_(hidden)
+        _DISPATCH_HEADER.pack_into(
+            link.memory,
+            link.dispatch_header,
+            header.epoch,
+            header.model,
+            header.layer,
+            header.rows,
+            row_bytes,
+        )
+        self._sequence += 1
+        self._outstanding, self._row_bytes = header, row_bytes
+        link.dispatched.store(self._sequence)
+        self._peer.ring()
+        self.counters.dispatches += 1
+        self.counters.rows += header.rows
+        self.counters.dispatch_bytes += header.rows * row_bytes
+
+    def ready(self) -> bool:
+        return self._outstanding is not None and self._link.combined.load() == self._sequence
+
+    def combine(self, out_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        link, header = self._link, self._outstanding
+        if header is None or not self.ready():
+            raise link.error("nothing to combine")
+        epoch, rows, row_bytes = _COMBINE_HEADER.unpack_from(link.memory, link.combine_header)
+        if (epoch, rows, row_bytes) != (header.epoch, header.rows, self._row_bytes):
+            raise link.error(
+                f"the answer (epoch {epoch}, {rows} rows of {row_bytes} bytes) does not fit the"
+                f" dispatch (epoch {header.epoch}, {header.rows} rows of {self._row_bytes} bytes)"
+            )
+        partial = link.view(link.combine_payload, rows, row_bytes, dtype)
+        if partial.shape != tuple(out_shape):
+            raise link.error(f"the partial sum is {tuple(partial.shape)}, not {tuple(out_shape)}")
+        self._outstanding = None
+        self.counters.combine_bytes += rows * row_bytes
+        return partial
+
+
+class SharedMemoryFFNLink:
+    """The :class:`~crosspool.transport.data_path.FFNLink` through the segment."""
+
+    def __init__(
+        self, link: _Lane, peer: Doorbell, attention_rank: int, lane: int, ffn_rank: int
+    ) -> None:
+        self.attention_rank = attention_rank
+        self.lane = lane
+        self.ffn_rank = ffn_rank
+        self.counters = LinkCounters()
+        self._link = link
+        self._peer = peer
+        self._answered = link.combined.load()
+        self._polled: DispatchHeader | None = None
+        self._row_bytes = 0
+
+    def poll(self) -> DispatchHeader | None:
+        if self._polled is not None:
+            return self._polled
+        link = self._link
+        sequence = link.dispatched.load()
+        if sequence == self._answered:
+            return None
+        if sequence != self._answered + 1:
+            raise link.error(f"dispatch {sequence} came after answer {self._answered}")
+        epoch, model, layer, rows, row_bytes = _DISPATCH_HEADER.unpack_from(
+            link.memory, link.dispatch_header
+        )
+        link.check_size(rows, row_bytes)
+        self._polled, self._row_bytes = DispatchHeader(epoch, model, layer, rows), row_bytes
+        return self._polled
+
+    def hidden(self, dtype: torch.dtype) -> Tensor:
+        link, header = self._link, self._polled
+        if header is None:
+            raise link.error("no dispatch was polled")
+        return link.view(link.dispatch_payload, header.rows, self._row_bytes, dtype)
+
+    def reply(self, partial: Tensor) -> None:
+        link, header = self._link, self._polled
+        if header is None:
+            raise link.error("no dispatch to answer")
+        rows, row_bytes = header.rows, self._row_bytes
+        if partial.dim() != 2 or partial.shape[0] != rows:
+            raise link.error(f"a partial sum {tuple(partial.shape)} does not answer {rows} rows")
+        if partial.shape[1] * partial.itemsize != row_bytes:
+            raise link.error(
+                f"a partial sum {tuple(partial.shape)} of {partial.dtype} does not answer rows of"
+                f" {row_bytes} bytes"
+            )
+        link.view(link.combine_payload, rows, row_bytes, partial.dtype).copy_(partial)
+        _COMBINE_HEADER.pack_into(link.memory, link.combine_header, header.epoch, rows, row_bytes)
+        self._answered += 1
+        self._polled = None
+        link.combined.store(self._answered)
+        self._peer.ring()
+        self.counters.dispatches += 1
+        self.counters.rows += rows
+        self.counters.dispatch_bytes += rows * row_bytes
+        self.counters.combine_bytes += rows * row_bytes
+
+
+class SharedMemoryTransport:
+    """One device's ends of all links to other devices, and its doorbell.
+
+    >>> transport = SharedMemoryTransport(fd, deployment, device)
+    >>> links = [transport.ffn_link(a, lane) for a in ... for lane in ...]
+    >>> while True:
+    ...     if not any(serve(link) for link in links):
+    ...         transport.wait(timeout=1.0)
+    """
+
+    def __init__(
+        self, fd: int, deployment: Deployment, device: Device, spin_ns: int | None = None
+    ) -> None:
+        """``fd`` may be closed afterwards. ``spin_ns``: longest spin of :meth:`wait`; None: SPIN_NS
+        if no other device has one of this device's cores, else 0.
+
+        Raises LaneError when ``fd`` is no segment of this deployment."""
+        import torch
+
+        self._memory, self._segment = _attach(fd, deployment)
+        self._deployment = deployment
+        self._device = device
+        base = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+        self._doorbells = {
+            peer: Doorbell(base + self._segment.doorbell(peer)) for peer in deployment.devices
+        }
+        self._doorbell = self._doorbells[device]
+        self._seen = self._doorbell.rings()
+        self._spin_ns = _spin_ns(deployment, device) if spin_ns is None else spin_ns
+
+    def attention_link(self, lane: int, ffn_rank: int) -> SharedMemoryAttentionLink:
+        """This device's attention rank's end of a lane to an FFN rank on another device.
+
+        Raises ValueError when there is no such link."""
+        attention_rank = _rank_on(self._device, self._deployment.kv_pool_devices)
+        peer = self._doorbells[self._deployment.weight_pool_devices[ffn_rank]]
+        link = self._lane(attention_rank, lane, ffn_rank)
+        return SharedMemoryAttentionLink(link, peer, attention_rank, lane, ffn_rank)
+
+    def ffn_link(self, attention_rank: int, lane: int) -> SharedMemoryFFNLink:
+        """This device's FFN rank's end of a lane of an attention rank on another device.
+
+        Raises ValueError when there is no such link."""
+        ffn_rank = _rank_on(self._device, self._deployment.weight_pool_devices)
+        peer = self._doorbells[self._deployment.kv_pool_devices[attention_rank]]
+        link = self._lane(attention_rank, lane, ffn_rank)
+        return SharedMemoryFFNLink(link, peer, attention_rank, lane, ffn_rank)
+
+    def wait(self, timeout: float) -> bool:
+        """Sleeps until a peer or :meth:`wake` rang this device's doorbell, at most ``timeout``
+        seconds. A ring since the last call's return ends it at once: look at the links after each
+        call, and none is missed. False: nobody rang."""
+        seen = self._seen
+        self._seen = self._doorbell.wait(seen, self._spin_ns, int(timeout * 1e9))
+        return self._seen != seen
+
+    def wake(self) -> None:
+        """Ends this device's current or next :meth:`wait`; for another thread of this process."""
+        self._doorbell.ring()
+
+    def _lane(self, attention_rank: int, lane: int, ffn_rank: int) -> _Lane:
+        if (attention_rank, ffn_rank) not in self._segment.pairs:
+            raise ValueError(
+                f"attention rank {attention_rank} and FFN rank {ffn_rank} are on one device"
+            )
+        if not 0 <= lane < self._deployment.lanes:
+            raise ValueError(f"lane {lane} of {self._deployment.lanes}")
+        return _Lane(self._memory, self._segment, attention_rank, lane, ffn_rank)
+
+
+def _rank_on(device: Device, pool: Sequence[Device]) -> int:
+    if device not in pool:
+        raise ValueError(f"device {device.name} has no rank of this pool")
+    return list(pool).index(device)
+
+
+def _spin_ns(deployment: Deployment, device: Device) -> int:
+    others = (d for d in deployment.devices if d.is_cpu and d != device)
+    shared = any(not set(device.cores).isdisjoint(other.cores) for other in others)
+    return 0 if shared else SPIN_NS
