@@ -1,0 +1,91 @@
+"""The FFN part's kernels: gated MLP, router, experts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+
+def gated_mlp(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """down(silu(gate(x)) * up(x)): ``x`` [T, H], ``gate_up`` [2I, H] with the gate first, ``down``
+    [H, I]; returns [T, H]."""
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down)
+
+
+def route(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    score: Literal["softmax", "sigmoid"],
+    top_k: int,
+    groups: int,
+    top_groups: int,
+    group_score: Literal["max", "top2_sum"],
+    renormalize: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts of every row of ``x`` [T, H] and their weights: int64 and float32 [T, top_k].
+
+    ``weight`` [experts, H]: the product runs in its dtype. ``bias`` float32 [experts] moves the
+    choice only. The rest is as in :class:`crosspool.models.spec.RouterSpec`."""
+    logits = F.linear(x.to(weight.dtype), weight).float()
+    scores = logits.softmax(dim=-1) if score == "softmax" else logits.sigmoid()
+    choice = scores if bias is None else scores + bias
+    if groups > 1:
+        choice = _limit_groups(choice, groups, top_groups, group_score)
+    experts = choice.topk(top_k, dim=-1).indices
+    weights = scores.gather(1, experts)
+    if renormalize:
+        # All chosen sigmoids may be zero; the largest values of a softmax cannot.
+        tiny = 1e-20 if score == "sigmoid" else 0.0
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + tiny)
+    return experts, weights * scale
+
+
+def _limit_groups(
+    choice: torch.Tensor, groups: int, top_groups: int, group_score: Literal["max", "top2_sum"]
+) -> torch.Tensor:
+    """``choice`` [T, experts] with every expert outside a row's best groups barred."""
+    grouped = choice.unflatten(1, (groups, -1))
+    if group_score == "max":
+        group_scores = grouped.amax(dim=-1)
+    else:
+        group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
+    best = group_scores.topk(top_groups, dim=-1).indices
+    barred = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
+    return grouped.masked_fill(barred[..., None], float("-inf")).flatten(1)
+
+
+def moe_experts(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    first_expert: int,
+) -> torch.Tensor:
+    """Weighted sum of the chosen experts among those held here: float32 [T, H].
+
+    ``x`` [T, H]; ``experts`` and ``weights`` [T, top_k] as from :func:`route`; ``gate_up``
+    [E, 2I, H] and ``down`` [E, H, I] are the experts ``first_expert`` and following. Only experts
+    that some row chose are touched, each once."""
+    held, top_k = gate_up.shape[0], experts.shape[1]
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    order = experts.flatten().argsort(stable=True)
+    counts = torch.bincount(experts.flatten(), minlength=first_expert + held).tolist()
+    rows, weights = order // top_k, weights.flatten()[order, None]
+    begin = sum(counts[:first_expert])
+    for expert, count in enumerate(counts[first_expert : first_expert + held]):
+        if count == 0:
+            continue
+        end = begin + count
+        chosen = rows[begin:end]
+        result = gated_mlp(x[chosen], gate_up[expert], down[expert])
+        out.index_add_(0, chosen, result * weights[begin:end])
+        begin = end
+    return out

@@ -1,0 +1,42 @@
+"""Rotary position embedding."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+def rope_frequencies(config: PreTrainedConfig, dim: int) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies, float32 [dim / 2], and the factor on cos and sin, for the rope type
+    that ``config.rope_parameters`` names."""
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default":
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    return 1.0 / (rope["rope_theta"] ** exponents), 1.0
+
+
+def rope_tables(
+    positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, float32 [T, dim / 2] each, of int64 ``positions`` [T]."""
+    angles = positions.float()[:, None] * inv_freq
+    return angles.cos() * scaling, angles.sin() * scaling
+
+
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    """Rotates the heads of ``x`` [T, heads, dim] by cos and sin [T, dim / 2].
+
+    Computed in the wider dtype of ``x`` and the tables, returned in ``x``'s. Pairs lie side by
+    side (interleaved) or half a head apart; the result always has them half a head apart, which
+    a product of q and k does not see."""
+    if interleaved:
+        first, second = x[..., 0::2], x[..., 1::2]
+    else:
+        first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)

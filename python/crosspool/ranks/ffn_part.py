@@ -1,0 +1,130 @@
+"""A model's FFN part on one FFN rank: routers, experts, shared experts, dense MLPs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from crosspool.kernels.moe import gated_mlp, moe_experts, route
+from crosspool.models.registry import ffn_tensors
+from crosspool.models.spec import DenseFFN, ModelSpec, MoEFFN, TensorRef
+from crosspool.ranks.weights import TORCH_DTYPES, TensorListing, fill
+from crosspool.weightpool.checkpoint import Progress, Read
+from crosspool.weightpool.placement import FFNShard
+
+
+class FFNPart:
+    """One FFN rank's share of a model's FFN part.
+
+    Example, the second of two tensor-parallel ranks::
+
+        part = FFNPart(spec, path, FFNShard(rank=1, ranks=2, parallel="tp"), progress=bar.update)
+        partial = part.forward(layer=0, x=hidden)  # to be added to the other rank's
+    """
+
+    def __init__(self, spec: ModelSpec, path: Path, shard: FFNShard, progress: Progress) -> None:
+        """Loads this rank's share; ``progress`` is called with bytes read.
+
+        Raises ConfigError when the checkpoint lacks a tensor or has another shape than its
+        config.json says."""
+        self._layers: list[_Dense | _MoE] = []
+        reads: list[tuple[int | None, Read]] = []
+        for layer, ffn in enumerate(spec.ffn):
+            block = (
+                _Dense(spec, ffn, shard) if isinstance(ffn, DenseFFN) else _MoE(spec, ffn, shard)
+            )
+            self._layers.append(block)
+            for ref in ffn_tensors(spec, layer):
+                if (index := shard.slice(ref, ffn)) is not None:
+                    reads.append((layer, Read(ref, index, block.place(ref))))
+        self._listing = fill(path, reads, progress)
+
+    @torch.inference_mode()
+    def forward(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """This rank's partial sum of the layer's FFN: ``x`` and the result are [T, hidden] in the
+        model's dtype."""
+        return self._layers[layer].forward(x)
+
+    def tensors(self) -> list[TensorListing]:
+        """Everything held, share by share."""
+        return self._listing
+
+
+class _GatedMLP:
+    """Weights of one gated MLP, or of a stack of them: gate and up in one tensor, gate first."""
+
+    def __init__(self, spec: ModelSpec, width: int, stack: tuple[int, ...] = ()) -> None:
+        dtype = TORCH_DTYPES[spec.dtype]
+        self.gate_up = torch.empty(*stack, 2 * width, spec.hidden, dtype=dtype)
+        self.down = torch.empty(*stack, spec.hidden, width, dtype=dtype)
+
+    def place(self, ref: TensorRef, *index: int) -> torch.Tensor:
+        """Where the tensor goes; ``index`` chooses from the stack."""
+        down = self.down[index]
+        if ref.key.endswith(".down"):
+            return down
+        gate, up = self.gate_up[index].split(down.shape[1])
+        return gate if ref.key.endswith(".gate") else up
+
+
+class _Dense:
+    def __init__(self, spec: ModelSpec, ffn: DenseFFN, shard: FFNShard) -> None:
+        self._mlp = _GatedMLP(spec, shard.width(ffn.intermediate))
+
+    def place(self, ref: TensorRef) -> torch.Tensor:
+        return self._mlp.place(ref)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return gated_mlp(x, self._mlp.gate_up, self._mlp.down)
+
+
+class _MoE:
+    def __init__(self, spec: ModelSpec, ffn: MoEFFN, shard: FFNShard) -> None:
+        self._rules = ffn.router
+        dtype = torch.float32 if ffn.router.fp32_logits else TORCH_DTYPES[spec.dtype]
+        self._router = torch.empty(ffn.experts, spec.hidden, dtype=dtype)
+        self._bias = torch.empty(ffn.experts) if ffn.router.correction_bias else None
+        held = shard.experts(ffn)
+        self._first_expert = held.start
+        width = ffn.intermediate if shard.parallel == "ep" else shard.width(ffn.intermediate)
+        self._experts = _GatedMLP(spec, width, (len(held),))
+        self._shared: _GatedMLP | None = None
+        if ffn.shared_intermediate:
+            self._shared = _GatedMLP(spec, shard.width(ffn.shared_intermediate))
+
+    def place(self, ref: TensorRef) -> torch.Tensor:
+        if ref.expert is not None:
+            return self._experts.place(ref, ref.expert - self._first_expert)
+        if ref.key == "router":
+            return self._router
+        if ref.key == "router_bias" and self._bias is not None:
+            return self._bias
+        assert self._shared is not None, ref.key
+        return self._shared.place(ref)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rules = self._rules
+        experts, weights = route(
+            x,
+            self._router,
+            self._bias,
+            score=rules.score,
+            top_k=rules.top_k,
+            groups=rules.groups,
+            top_groups=rules.top_groups,
+            group_score=rules.group_score,
+            renormalize=rules.renormalize,
+            scale=rules.scale,
+        )
+        out = moe_experts(
+            x,
+            experts,
+            weights,
+            gate_up=self._experts.gate_up,
+            down=self._experts.down,
+            first_expert=self._first_expert,
+        )
+        if self._shared is not None:
+            out += gated_mlp(x, self._shared.gate_up, self._shared.down)
+        return out.to(x.dtype)

@@ -1,0 +1,112 @@
+"""Reads tensors, or parts of them, from a folder of safetensors straight into their places.
+
+Shard files are read one after another and a tensor at a time, so that memory holds at most one
+tensor beyond the result, and a rank touches only the bytes that are its own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+
+from crosspool.config.deployment import ConfigError
+from crosspool.models.config_file import read_json
+from crosspool.models.spec import TensorRef
+
+Progress = Callable[[int], None]
+"""Called with the bytes that were just read into place (``tqdm.update``)."""
+
+_DTYPES = ("BF16", "F16", "F32")
+
+
+class Read(msgspec.Struct, frozen=True):
+    """A part of a checkpoint's tensor and the place that it goes to."""
+
+    ref: TensorRef
+    index: tuple[slice, ...]
+    into: torch.Tensor
+    """Of the part's shape; the values are converted to its dtype."""
+
+
+class Checkpoint:
+    """A folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and shards."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError when the folder holds neither, or a broken index."""
+        self.path = path
+        self._files = self._index()
+
+    def check(self, refs: Iterable[TensorRef]) -> None:
+        """Raises ConfigError naming the first tensor that is missing, or has another shape or a
+        dtype that cannot be used. Reads only the files' headers."""
+        for file, group in self._by_file(refs, lambda ref: ref):
+            with self._open(file) as opened:
+                present = set(opened.keys())
+                for ref in group:
+                    if ref.name not in present:
+                        raise ConfigError(f"{self.path / file}: tensor {ref.name} is missing")
+                    found = opened.get_slice(ref.name)
+                    shape = tuple(found.get_shape())
+                    if shape != ref.shape:
+                        raise ConfigError(
+                            f"{self.path / file}: tensor {ref.name} has shape {list(shape)}, "
+                            f"config.json asks for {list(ref.shape)}"
+                        )
+                    if found.get_dtype() not in _DTYPES:
+                        raise ConfigError(
+                            f"{self.path / file}: tensor {ref.name} is {found.get_dtype()}, "
+                            f"it must be one of {', '.join(_DTYPES)}"
+                        )
+
+    def load(self, reads: Sequence[Read], progress: Progress) -> None:
+        """Fills every ``into``. Call :meth:`check` first."""
+        for file, group in self._by_file(reads, lambda read: read.ref):
+            with self._open(file) as opened:
+                for read in group:
+                    read.into.copy_(opened.get_slice(read.ref.name)[read.index])
+                    progress(read.into.nbytes)
+
+    def _by_file(
+        self, items: Iterable[Any], ref: Callable[[Any], TensorRef]
+    ) -> Iterator[tuple[str, list[Any]]]:
+        groups: dict[str, list[Any]] = defaultdict(list)
+        for item in items:
+            name = ref(item).name
+            if name not in self._files:
+                raise ConfigError(f"{self.path}: the checkpoint has no tensor {name}")
+            groups[self._files[name]].append(item)
+        yield from sorted(groups.items())
+
+    @contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        try:
+            with safe_open(self.path / file, framework="pt") as opened:
+                yield opened
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{self.path / file} cannot be read: {error}") from None
+
+    def _index(self) -> dict[str, str]:
+        """Tensor name -> file."""
+        index = self.path / "model.safetensors.index.json"
+        if index.exists():
+            files = read_json(index).get("weight_map")
+            if not isinstance(files, dict):
+                raise ConfigError(f"{index}: weight_map is missing")
+            for name, file in files.items():
+                if not isinstance(file, str) or Path(file).name != file:
+                    raise ConfigError(f"{index}: {name} must name a file of the same folder")
+            return files
+        single = "model.safetensors"
+        if not (self.path / single).exists():
+            raise ConfigError(
+                f"{self.path} holds neither {single} nor {index.name}: only safetensors are read"
+            )
+        with self._open(single) as opened:
+            return dict.fromkeys(opened.keys(), single)
