@@ -44,7 +44,7 @@ _OUR_NAMES = {"model_path": "path", "served_model_name": "name"}
 _TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "json": str, "list": str}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Reports a mistake as ConfigError, like every other one."""
 
     def error(self, message: str) -> NoReturn:
@@ -52,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description="Serves several Mixture-of-Experts models from one KV pool and one weight "
         "pool, behind SGLang's HTTP server and OpenAI API.",

@@ -1,0 +1,176 @@
+"""Runs one deployment: its runtime folder, its processes, and what the user sees of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import urllib.request
+
+import msgspec
+from rich.console import Console
+
+from crosspool.cli.pools import describe
+from crosspool.cli.prepare import Prepared, prepare
+from crosspool.cli.supervisor import Loss, ProcessSpec, Supervisor
+from crosspool.config.deployment import Deployment, save
+from crosspool.config.draft import Draft
+from crosspool.config.process import set_title
+from crosspool.config.runtime_dir import RuntimeDir
+from crosspool.models.spec import DTYPE_BYTES
+from crosspool.observability.pools_table import pools_tables
+from crosspool.transport import admin, shared_memory
+from crosspool.transport.data_path import remote_pairs
+
+_CHECK_EVERY = 0.3
+_CHECK_SECONDS = 2.0
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def launch(draft: Draft) -> int:
+    """Serves until a signal or a loss; returns the exit status (see Supervisor.run).
+
+    Raises ConfigError before anything is started when the draft cannot work."""
+    set_title("launcher")
+    prepared = prepare(draft)
+    runtime = RuntimeDir()
+    lanes_fd: int | None = None
+    try:
+        deployment = msgspec.structs.replace(prepared.deployment, runtime_dir=str(runtime.path))
+        save(deployment)
+        if remote_pairs(deployment):
+            lanes_fd = shared_memory.create(deployment, _max_hidden_bytes(prepared))
+        face = _Face(prepared, deployment)
+        supervisor = Supervisor(
+            process_stages(deployment, lanes_fd),
+            is_ready=face.is_ready,
+            on_ready=face.greet,
+            on_loss=face.tell_scheduler,
+            say=face.say,
+            failure_grace=deployment.failure_grace,
+            drain_timeout=deployment.drain_timeout,
+        )
+        return supervisor.run()
+    finally:
+        if lanes_fd is not None:
+            os.close(lanes_fd)
+        runtime.close()
+
+
+def process_stages(deployment: Deployment, lanes_fd: int | None) -> list[list[ProcessSpec]]:
+    """Every process of a deployment, in the order in which they are stopped."""
+    file = ["--deployment", str(deployment.file)]
+    lanes = [] if lanes_fd is None else ["--lanes-fd", str(lanes_fd)]
+    devices = [
+        ProcessSpec(
+            name=f"device process {device.name}",
+            argv=[
+                *[sys.executable, "-m", "crosspool.ranks.device_process", *file],
+                *["--device", device.name, *lanes],
+            ],
+            env={**_OFFLINE, **_threads(len(device.cores))},
+            pass_fds=[] if lanes_fd is None else [lanes_fd],
+            device=device.name,
+        )
+        for device in deployment.devices
+    ]
+    front = [
+        ProcessSpec(
+            name=name,
+            argv=[sys.executable, "-m", f"crosspool.frontend.{name}_process", *file],
+            env={**_OFFLINE, **_threads(1)},
+        )
+        for name in ("http", "scheduler", "detokenizer")
+    ]
+    return [*([spec] for spec in front), devices]
+
+
+def _threads(count: int) -> dict[str, str]:
+    return dict.fromkeys(_THREAD_VARIABLES, str(count))
+
+
+def _max_hidden_bytes(prepared: Prepared) -> int:
+    """Bytes of the widest hidden state among the models, one row of it."""
+    return max(spec.hidden * DTYPE_BYTES[spec.dtype] for spec in prepared.specs)
+
+
+class _Face:
+    """What the launcher says to the user, asks the server and tells the scheduler."""
+
+    def __init__(self, prepared: Prepared, deployment: Deployment) -> None:
+        self._prepared = prepared
+        self._deployment = deployment
+        self._console = Console(highlight=False)
+        self._began = time.monotonic()
+        self._next_check = 0.0
+        self._ready_devices: set[str] = set()
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(deployment.host, deployment.host)
+        self._url = f"http://{f'[{host}]' if ':' in host else host}:{deployment.port}"
+        count = len(deployment.models)
+        self.say(f"starting {count} model{'s' if count > 1 else ''} in {deployment.runtime_dir}")
+
+    def say(self, text: str) -> None:
+        self._console.print(f"crosspool: {text}", markup=False)
+
+    def is_ready(self) -> bool:
+        """Asks at most every 0.3 s, and tells of every device that has become ready."""
+        now = time.monotonic()
+        if now < self._next_check:
+            return False
+        ready = self._all_devices_ready() and self._http_ready()
+        self._next_check = time.monotonic() + _CHECK_EVERY
+        return ready
+
+    def _all_devices_ready(self) -> bool:
+        if len(self._ready_devices) == len(self._deployment.devices):
+            return True
+        try:
+            status = admin.ask(self._deployment.admin_address, "status", _CHECK_SECONDS)
+        except admin.AdminError:
+            return False
+        for device in status["devices"]:
+            if device["ready"] and device["device"] not in self._ready_devices:
+                self._ready_devices.add(device["device"])
+                self.say(f"device {device['device']} is ready ({self._elapsed})")
+        return len(self._ready_devices) == len(self._deployment.devices)
+
+    def _http_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self._url}/health", timeout=_CHECK_SECONDS) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    @property
+    def _elapsed(self) -> str:
+        return f"{time.monotonic() - self._began:.1f} s"
+
+    def greet(self) -> None:
+        """Prints the pools' tables and a line to try."""
+        self._console.print()
+        self._console.print(pools_tables(*describe(self._prepared, None)))
+        body = {
+            "model": self._deployment.models[0].name,
+            "prompt": "The import statement",
+            "max_tokens": 40,
+        }
+        self._console.print()
+        self.say(f"ready on {self._url} after {self._elapsed}. Try:\n")
+        key = " -H 'Authorization: Bearer KEY'" if "api_key" in self._deployment.sglang else ""
+        self._console.print(
+            f"curl {self._url}/v1/completions{key} -H 'Content-Type: application/json' \\\n"
+            f"  -d '{json.dumps(body)}'\n",
+            markup=False,
+            soft_wrap=True,
+        )
+
+    def tell_scheduler(self, loss: Loss) -> None:
+        """Lets the scheduler end every request that needed a lost device with 503."""
+        if loss.spec.device is None:
+            return
+        try:
+            admin.rank_gone(self._deployment.admin_address, loss.spec.device, loss.cause)
+        except admin.AdminError as error:
+            self.say(f"the scheduler does not hear of it: {error}")

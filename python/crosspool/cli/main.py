@@ -1,0 +1,68 @@
+"""The command ``crosspool``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import crosspool
+from crosspool.config.deployment import ConfigError
+from crosspool.transport.admin import AdminError
+
+_COMMANDS = {
+    "serve": "serve models, from flags or a deployment file",
+    "demo": "serve the three small models that come with CrossPool",
+    "pools": "show what the pools of a running server hold",
+    "trace": "record what the lanes of a running server do",
+}
+_EPILOG = """\
+examples:
+  crosspool demo
+  crosspool serve --model-path models/Qwen3-30B-A3B --model-path models/GLM-4.7-Flash
+  crosspool serve --config deployment.yaml
+  crosspool pools --tensors
+  crosspool trace --seconds 2 --out trace.json
+
+crosspool COMMAND --help tells more. Exit status: 0 after an orderly end, 2 for a mistake in the
+input (the message says which), 1 when something failed.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="crosspool",
+        description="Serves many cold Mixture-of-Experts models from one KV pool and one weight "
+        "pool.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"crosspool {crosspool.__version__}")
+    parser.add_argument(
+        "command",
+        choices=_COMMANDS,
+        metavar="COMMAND",
+        help="; ".join(f"{name}: {text}" for name, text in _COMMANDS.items()),
+    )
+    command = parser.parse_args(words[:1] or ["--help"]).command
+    return run(command, words[1:])
+
+
+def run(command: str, words: Sequence[str], prog: str | None = None) -> int:
+    """Runs one command and returns its exit status, telling errors on stderr."""
+    prog = prog or f"crosspool {command}"
+    module = importlib.import_module(f"crosspool.cli.{command}")
+    try:
+        return int(module.run(words, prog))
+    except ConfigError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except AdminError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The pools as two tables for a terminal: what each rank holds, and what each model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from crosspool.config.sizes import format_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRow:
+    """One rank; sizes in bytes."""
+
+    rank: str
+    """``attention 0``, ``FFN 1``."""
+    device: str
+    weights: int
+    kv_budget: int | None
+    """None for an FFN rank."""
+    kv_mapped: int | None = None
+    """KV memory in use now; None when the server has not been asked, and for an FFN rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRow:
+    """One model; sizes in bytes."""
+
+    name: str
+    dtype: str
+    attention_weights: int
+    """On each attention rank."""
+    ffn_weights: int
+    """On all FFN ranks together."""
+    kv_per_token: int
+    pages: int
+    """KV pages that the whole KV pool would hold if it were this model's alone."""
+    tokens: int
+    """Tokens in as many pages."""
+    context: int
+    """Longest sequence in tokens."""
+    kv_mapped: int | None = None
+    """KV memory in use now; None when the server has not been asked."""
+
+
+def pools_tables(ranks: Sequence[RankRow], models: Sequence[ModelRow]) -> Group:
+    """Renders both tables; the columns of what is in use appear only where it is known."""
+    live = any(model.kv_mapped is not None for model in models)
+    by_rank = _table(
+        "Pools", "rank", "device", "weights", "KV budget", *(["KV in use"] if live else [])
+    )
+    for rank in ranks:
+        cells = [rank.rank, rank.device, format_size(rank.weights), _size(rank.kv_budget)]
+        by_rank.add_row(*cells, *([_size(rank.kv_mapped)] if live else []))
+    by_model = _table(
+        "Models",
+        "model",
+        "dtype",
+        "attention weights",
+        "FFN weights",
+        "KV / token",
+        "KV pages, alone",
+        "tokens",
+        "context",
+        *(["KV in use"] if live else []),
+    )
+    for model in models:
+        cells = [
+            model.name,
+            model.dtype,
+            format_size(model.attention_weights),
+            format_size(model.ffn_weights),
+            format_size(model.kv_per_token),
+            f"{model.pages:,}",
+            f"{model.tokens:,}",
+            f"{model.context:,}",
+        ]
+        by_model.add_row(*cells, *([_size(model.kv_mapped)] if live else []))
+    return Group(by_rank, Text(), by_model)
+
+
+def _table(title: str, first: str, second: str, *numbers: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column(first)
+    table.add_column(second)
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _size(size: int | None) -> str:
+    return "" if size is None else format_size(size)
