@@ -18,6 +18,9 @@ CAPACITY = 1 << 16
 """Events that a device process keeps; older ones are dropped."""
 
 
+Part = Literal["attention", "ffn", "lm_head"]
+
+
 class LaneEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One part that one rank computed for one lane."""
 
@@ -31,7 +34,7 @@ class LaneEvent(msgspec.Struct, frozen=True, kw_only=True):
     model: int
     layer: int
     """-1 for the LM head."""
-    part: Literal["attention", "ffn", "lm_head"]
+    part: Part
     rows: int
     start_ns: int
     end_ns: int
@@ -79,7 +82,7 @@ class LaneTrace:
         step: int,
         model: int,
         layer: int,
-        part: Literal["attention", "ffn", "lm_head"],
+        part: Part,
         rows: int,
         start_ns: int,
     ) -> None:

@@ -1,0 +1,154 @@
+"""The attention rank's state: requests and their page tables, the KV pool's ranges, the attention
+parts of every model. What it does with them, it does in the order the scheduler says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from crosspool.kvpool.virtualizer import Virtualizer
+from crosspool.models.spec import ModelSpec
+from crosspool.ranks.attention_part import AttentionPart
+from crosspool.ranks.step_batch import Segment, StepBatch
+from crosspool.transport.messages import Logprobs, Release, Row, Sampling, Step
+
+
+@dataclass
+class Request:
+    """A request that lives on this rank."""
+
+    prompt_len: int
+    sampling: Sampling
+    logprobs: Logprobs
+    pages: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """Its page table: int64 [pages]."""
+    output: list[int] = field(default_factory=list)
+    """Its tokens at and after ``prompt_len`` that have gone through a step."""
+    last_residual: Tensor | None = None
+    """Residual [hidden] at the end of the last prompt chunk, kept while the next chunk's first
+    token wants its log-probability."""
+
+    def wants_prompt_logprob(self, position: int) -> bool:
+        return 0 <= self.logprobs.prompt_start <= position < self.prompt_len
+
+
+@dataclass
+class Batch:
+    """A step on its way through the layers."""
+
+    step: int
+    model: int
+    rows: list[Row]
+    requests: list[Request]
+    """Of ``rows``, one each."""
+    token_ids: Tensor
+    """int64 [T], the rows' tokens one after another."""
+    shape: StepBatch
+    residual: Tensor
+    """[T, hidden]: what the layers add to; empty until the embedding."""
+
+
+class AttentionRank:
+    """One attention rank; ``parts`` and ``kv`` are indexed by model.
+
+    ``kv``: per model [pages, layers, page_size, kv_width], of which only mapped chunks may be
+    touched."""
+
+    def __init__(
+        self,
+        rank: int,
+        specs: Sequence[ModelSpec],
+        parts: Sequence[AttentionPart],
+        virtualizer: Virtualizer,
+        kv: Sequence[Tensor],
+    ) -> None:
+        self.rank = rank
+        self.specs = specs
+        self.parts = parts
+        self.virtualizer = virtualizer
+        self.kv = kv
+        self.steps = 0
+        """Steps begun."""
+        self._requests: dict[int, Request] = {}
+
+    @property
+    def budget_bytes(self) -> int:
+        """KV memory of this rank, mapped or free."""
+        mapped = sum(self.virtualizer.mapped_bytes(model) for model in range(len(self.specs)))
+        return mapped + self.virtualizer.free_bytes
+
+    @property
+    def requests(self) -> int:
+        """Requests that live here."""
+        return len(self._requests)
+
+    def begin(self, step: Step) -> Batch:
+        """Maps the step's chunks, opens its requests, extends their page tables.
+
+        Raises RuntimeError where the step contradicts what came before."""
+        if step.map_chunks:
+            self.virtualizer.map(step.model, step.map_chunks)
+        for opened in step.opens:
+            self._requests[opened.request] = Request(
+                opened.prompt_len, opened.sampling, opened.logprobs
+            )
+        page_size = self.kv[step.model].shape[2]
+        requests, segments, positions = [], [], []
+        tokens: list[int] = []
+        for row in step.rows:
+            request = self._requests.get(row.request)
+            if request is None:
+                raise RuntimeError(f"step {step.step}: request {row.request} was never opened")
+            end = row.start + len(row.tokens)
+            if row.pages:
+                request.pages = torch.cat([request.pages, torch.tensor(row.pages)])
+            if len(request.pages) * page_size < end:
+                raise RuntimeError(
+                    f"step {step.step}: request {row.request} has pages for "
+                    f"{len(request.pages) * page_size} tokens, not for {end}"
+                )
+            request.output += row.tokens[max(request.prompt_len - row.start, 0) :]
+            segments.append(Segment(len(tokens), len(row.tokens), row.start, request.pages))
+            positions.append(torch.arange(row.start, end))
+            tokens += row.tokens
+            requests.append(request)
+        self.steps += 1
+        return Batch(
+            step=step.step,
+            model=step.model,
+            rows=step.rows,
+            requests=requests,
+            token_ids=torch.tensor(tokens, dtype=torch.int64),
+            shape=StepBatch(torch.cat(positions), segments),
+            residual=torch.empty(0),
+        )
+
+    def attend(self, batch: Batch, layer: int) -> Tensor:
+        """The attention part of one layer: returns the hidden states [T, hidden] to dispatch."""
+        part = self.parts[batch.model]
+        if layer == 0:
+            batch.residual = part.embed(batch.token_ids)
+        batch.residual, normed = part.attend(
+            layer, batch.residual, batch.shape, self.kv[batch.model]
+        )
+        return normed
+
+    def combine(self, batch: Batch, partials: Sequence[Tensor]) -> None:
+        """Adds the FFN ranks' partial sums, each [T, hidden], to the residual."""
+        if len(partials) == 1:
+            batch.residual = batch.residual + partials[0]
+            return
+        total = partials[0].to(torch.float32, copy=True)
+        for partial in partials[1:]:
+            total += partial
+        batch.residual = batch.residual + total.to(batch.residual.dtype)
+
+    def release(self, release: Release) -> None:
+        """Forgets requests and gives chunks back."""
+        for request in release.requests:
+            self._requests.pop(request, None)
+        if release.unmap_chunks:
+            self.virtualizer.unmap(release.model, release.unmap_chunks)

@@ -1,0 +1,296 @@
+"""Loads the ranks of one device, joins them to their peers, and answers questions about them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+from tqdm import tqdm
+
+from crosspool.config.deployment import ConfigError, Deployment
+from crosspool.config.device import Device
+from crosspool.kvpool.layout import KVLayout
+from crosspool.kvpool.virtualizer import MremapVirtualizer
+from crosspool.models.registry import read_model
+from crosspool.models.spec import ModelSpec
+from crosspool.observability.trace import LaneTrace
+from crosspool.ranks.attention_part import AttentionPart
+from crosspool.ranks.attention_rank import AttentionRank
+from crosspool.ranks.executor import Executor
+from crosspool.ranks.ffn_part import FFNPart
+from crosspool.ranks.ffn_rank import FFNRank
+from crosspool.ranks.host_loop import HostLoop
+from crosspool.ranks.weights import TORCH_DTYPES
+from crosspool.transport.data_path import AttentionLink, FFNLink, LocalLink
+from crosspool.transport.messages import RankInfo
+from crosspool.transport.shared_memory import SharedMemoryTransport
+from crosspool.weightpool.checkpoint import Progress
+from crosspool.weightpool.placement import attention_bytes, place
+
+log = logging.getLogger(__name__)
+
+Parts = Sequence[AttentionPart | FFNPart]
+
+
+@dataclass
+class DeviceRanks:
+    """The ranks of one device, what drives them, and their links."""
+
+    deployment: Deployment
+    executor: Executor
+    attention: AttentionRank | None
+    ffn: FFNRank | None
+    links: Sequence[Sequence[AttentionLink]]
+    """Of the attention rank, by lane and FFN rank."""
+    transport: SharedMemoryTransport | None
+    trace: LaneTrace
+
+    def infos(self) -> list[RankInfo]:
+        infos = []
+        if self.attention is not None:
+            infos.append(
+                RankInfo(
+                    role="attention",
+                    rank=self.attention.rank,
+                    weight_bytes=_weight_bytes(self.attention.parts),
+                    kv_bytes=self.attention.budget_bytes,
+                )
+            )
+        if self.ffn is not None:
+            infos.append(
+                RankInfo(
+                    role="ffn",
+                    rank=self.ffn.rank,
+                    weight_bytes=_weight_bytes(self.ffn.parts),
+                    kv_bytes=0,
+                )
+            )
+        return infos
+
+    def inspect(self, what: str) -> Any:
+        """The answer to :class:`~crosspool.transport.messages.Inspect`, as its reply documents."""
+        match what:
+            case "tensors":
+                return list(self._tensors())
+            case "pools":
+                return self._pools()
+            case "counters":
+                return self._counters()
+            case "trace_start":
+                self.trace.start()
+                return None
+            case "trace_stop":
+                return self.trace.stop()
+
+    def close(self) -> None:
+        """Gives the KV pool's memory back; no tensor of it may be touched afterwards."""
+        if self.attention is not None:
+            self.attention.virtualizer.close()
+
+    def _tensors(self) -> Iterator[dict[str, Any]]:
+        hosted: list[tuple[str, int, Parts]] = []
+        if self.attention is not None:
+            hosted.append(("attention", self.attention.rank, self.attention.parts))
+        if self.ffn is not None:
+            hosted.append(("ffn", self.ffn.rank, self.ffn.parts))
+        for role, rank, parts in hosted:
+            for model, part in zip(self.deployment.models, parts, strict=True):
+                for listing in part.tensors():
+                    yield {
+                        "role": role,
+                        "rank": rank,
+                        "model": model.name,
+                        **msgspec.structs.asdict(listing),
+                    }
+
+    def _pools(self) -> dict[str, Any]:
+        rss = psutil.Process().memory_info().rss
+        if self.attention is None:
+            return {"mapped_bytes": {}, "free_bytes": 0, "budget_bytes": 0, "rss_bytes": rss}
+        virtualizer = self.attention.virtualizer
+        return {
+            "mapped_bytes": {
+                model.name: virtualizer.mapped_bytes(index)
+                for index, model in enumerate(self.deployment.models)
+            },
+            "free_bytes": virtualizer.free_bytes,
+            "budget_bytes": self.attention.budget_bytes,
+            "rss_bytes": rss,
+        }
+
+    def _counters(self) -> dict[str, Any]:
+        answer: dict[str, Any] = {"steps": 0, "requests": 0, "links": [], "served": []}
+        if self.attention is not None:
+            answer |= {"steps": self.attention.steps, "requests": self.attention.requests}
+            answer["links"] = [_counted(link) for lane in self.links for link in lane]
+        if self.ffn is not None:
+            answer["served"] = [_counted(link) for link in self.ffn.links]
+        return answer
+
+
+def _counted(link: AttentionLink | FFNLink) -> dict[str, int]:
+    return {
+        "attention_rank": link.attention_rank,
+        "lane": link.lane,
+        "ffn_rank": link.ffn_rank,
+        **asdict(link.counters),
+    }
+
+
+def _weight_bytes(parts: Parts) -> int:
+    return sum(listing.bytes for part in parts for listing in part.tensors())
+
+
+def load_ranks(deployment: Deployment, device: Device, lanes_fd: int | None) -> DeviceRanks:
+    """Loads the weights of the device's ranks, takes the KV pool's memory, joins the links.
+
+    ``lanes_fd``: the data path's shared memory, needed when a peer lives on another device.
+    Raises ConfigError for a bad checkpoint or a budget that does not do."""
+    if not device.is_cpu:
+        raise ConfigError(f"device {device.name}: only CPU devices can be driven here")
+    specs = [
+        read_model(Path(model.path), model.context_length, model.dtype)
+        for model in deployment.models
+    ]
+    trace = LaneTrace()
+    attention = ffn = None
+    if device in deployment.kv_pool_devices:
+        attention = _attention_rank(deployment, device, specs)
+    if device in deployment.weight_pool_devices:
+        ffn = _ffn_rank(deployment, device, specs, trace)
+    transport = None
+    if lanes_fd is not None:
+        transport = SharedMemoryTransport(lanes_fd, deployment, device)
+        os.close(lanes_fd)
+    links = _links(deployment, device, transport)
+    if ffn is not None:
+        ffn.links = _served(deployment, device, transport, links)
+    executor = HostLoop(
+        attention,
+        links,
+        ffn,
+        doorbell=transport,
+        serves_peers=ffn is not None and any(d != device for d in deployment.kv_pool_devices),
+        trace=trace,
+    )
+    return DeviceRanks(deployment, executor, attention, ffn, links, transport, trace)
+
+
+def _links(
+    deployment: Deployment, device: Device, transport: SharedMemoryTransport | None
+) -> list[list[AttentionLink]]:
+    """The attention rank's ends by lane and FFN rank; none without an attention rank."""
+    if device not in deployment.kv_pool_devices:
+        return []
+    rank = deployment.kv_pool_devices.index(device)
+    return [
+        [
+            LocalLink(rank, lane, ffn_rank)
+            if peer == device
+            else _joined(transport, device).attention_link(lane, ffn_rank)
+            for ffn_rank, peer in enumerate(deployment.weight_pool_devices)
+        ]
+        for lane in range(deployment.lanes)
+    ]
+
+
+def _served(
+    deployment: Deployment,
+    device: Device,
+    transport: SharedMemoryTransport | None,
+    own: list[list[AttentionLink]],
+) -> list[FFNLink]:
+    """The FFN rank's ends of all lanes; ``own``: the links of the same device's attention rank."""
+    ffn_rank = deployment.weight_pool_devices.index(device)
+    served: list[FFNLink] = []
+    for lane in range(deployment.lanes):
+        for rank, peer in enumerate(deployment.kv_pool_devices):
+            if peer != device:
+                served.append(_joined(transport, device).ffn_link(rank, lane))
+                continue
+            local = own[lane][ffn_rank]
+            assert isinstance(local, LocalLink)
+            served.append(local)
+    return served
+
+
+def _joined(transport: SharedMemoryTransport | None, device: Device) -> SharedMemoryTransport:
+    if transport is None:
+        raise RuntimeError(f"device {device.name} has peers on other devices: pass --lanes-fd")
+    return transport
+
+
+def _attention_rank(
+    deployment: Deployment, device: Device, specs: Sequence[ModelSpec]
+) -> AttentionRank:
+    rank = deployment.kv_pool_devices.index(device)
+    parts = []
+    for model, spec in zip(deployment.models, specs, strict=True):
+        with _loading(device, f"attention part of {model.name}", attention_bytes(spec)) as progress:
+            parts.append(AttentionPart(spec, Path(model.path), progress))
+    layouts = [KVLayout(spec, deployment.page_size, deployment.chunk_bytes) for spec in specs]
+    budget = deployment.kv_pool_bytes // len(deployment.kv_pool_devices)
+    chunks = budget // deployment.chunk_bytes
+    with _loading(device, "KV pool", chunks * deployment.chunk_bytes) as progress:
+        done = 0
+
+        def advance(now: int, _total: int) -> None:
+            nonlocal done
+            progress(now - done)
+            done = now
+
+        virtualizer = MremapVirtualizer(
+            budget,
+            deployment.chunk_bytes,
+            [layout.range_bytes(chunks) for layout in layouts],
+            advance,
+        )
+    kv = [
+        virtualizer.tensor(
+            model,
+            (layout.pages_in(chunks), spec.layers, deployment.page_size, spec.kv_width),
+            TORCH_DTYPES[spec.dtype],
+        )
+        for model, (spec, layout) in enumerate(zip(specs, layouts, strict=True))
+    ]
+    return AttentionRank(rank, specs, parts, virtualizer, kv)
+
+
+def _ffn_rank(
+    deployment: Deployment, device: Device, specs: Sequence[ModelSpec], trace: LaneTrace
+) -> FFNRank:
+    rank = deployment.weight_pool_devices.index(device)
+    ranks = len(deployment.weight_pool_devices)
+    names = [model.name for model in deployment.models]
+    budget = deployment.weight_pool_bytes // ranks
+    placement = place(specs, names, ranks, budget, deployment.ffn_parallel)
+    parts = []
+    for index, (model, spec) in enumerate(zip(deployment.models, specs, strict=True)):
+        total = placement.weight_bytes[rank][index]
+        with _loading(device, f"FFN part of {model.name}", total) as progress:
+            parts.append(FFNPart(spec, Path(model.path), placement.shards[rank], progress))
+    return FFNRank(rank, specs, parts, trace)
+
+
+@contextlib.contextmanager
+def _loading(device: Device, what: str, total: int) -> Iterator[Progress]:
+    """A progress bar where someone watches, and one line in the log in any case."""
+    began = time.monotonic()
+    with tqdm(
+        total=total,
+        desc=f"{device.name}: {what}",
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        disable=None,
+    ) as bar:
+        yield bar.update
+    log.info("%s: %d bytes in %.1f s", what, total, time.monotonic() - began)

@@ -1,0 +1,166 @@
+"""A device process: the ranks of one device, and their end of the control path.
+
+    python -m crosspool.ranks.device_process --deployment FILE --device cpu:0 [--lanes-fd N]
+
+Exit status 0 after ``Shutdown`` or SIGTERM, 2 for a user's mistake (its message is on stderr and in
+:class:`Failed`), 1 for anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crosspool.config.deployment import ConfigError, Deployment, load
+from crosspool.config.device import Device
+from crosspool.config.process import die_with_parent, set_title
+from crosspool.transport.device_socket import DeviceSocket
+from crosspool.transport.messages import (
+    PROTOCOL_VERSION,
+    Failed,
+    Inspect,
+    Inspected,
+    Ready,
+    Release,
+    Shutdown,
+    Step,
+    ToDevice,
+)
+
+if TYPE_CHECKING:
+    from crosspool.ranks.device import DeviceRanks
+
+log = logging.getLogger(__name__)
+
+_SLEEP = 1.0
+"""Seconds between looks at signals while only the control path can bring work."""
+_BUSY_WAIT = 0.001
+"""Longest wait on the data path in seconds while steps are in flight: until then a new step for a
+free lane may stay unnoticed."""
+_IDLE_WAIT = 0.05
+"""The same on a device whose only work are other devices' dispatches."""
+_SHUTDOWN_SECONDS = 10.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="crosspool.ranks.device_process")
+    parser.add_argument("--deployment", type=Path, required=True, help="deployment.json")
+    parser.add_argument("--device", required=True, help="name of the device to drive")
+    parser.add_argument("--lanes-fd", type=int, help="shared memory of the data path")
+    args = parser.parse_args(argv)
+
+    die_with_parent()
+    set_title(f"device {args.device}")
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s %(levelname)s device {args.device}: %(message)s",
+        stream=sys.stderr,
+    )
+    deployment = load(args.deployment)
+    device = Device(args.device)
+    socket = DeviceSocket(deployment.control_address, device.name)
+    try:
+        return DeviceProcess(deployment, device, args.lanes_fd, socket).run()
+    except ConfigError as error:
+        print(f"device {device.name}: {error}", file=sys.stderr)
+        socket.send(Failed(device=device.name, message=str(error), user_error=True))
+        return 2
+    except Exception as error:
+        log.exception("cannot go on")
+        message = f"{type(error).__name__}: {error}"
+        socket.send(Failed(device=device.name, message=message, user_error=False))
+        return 1
+    finally:
+        socket.close()
+
+
+class DeviceProcess:
+    """Carries messages between the scheduler and the device's ranks until it is told to end."""
+
+    def __init__(
+        self, deployment: Deployment, device: Device, lanes_fd: int | None, socket: DeviceSocket
+    ) -> None:
+        self._deployment = deployment
+        self._device = device
+        self._lanes_fd = lanes_fd
+        self._socket = socket
+        self._ending = False
+
+    def run(self) -> int:
+        """Loads, reports :class:`Ready`, works; returns the exit status.
+
+        SIGTERM ends it at once while it loads, and lets steps in flight finish later."""
+        os.sched_setaffinity(0, self._device.cores)
+        ranks = self._load()
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._socket.send(
+            Ready(
+                version=PROTOCOL_VERSION,
+                device=self._device.name,
+                pid=os.getpid(),
+                ranks=ranks.infos(),
+            )
+        )
+        log.info("ready")
+        try:
+            self._work(ranks)
+            return self._drain(ranks)
+        finally:
+            ranks.close()
+
+    def _load(self) -> DeviceRanks:
+        # torch takes seconds to import, and takes over the cores that it finds: after affinity.
+        import torch
+
+        torch.set_num_threads(len(self._device.cores))
+        from crosspool.ranks.device import load_ranks
+
+        return load_ranks(self._deployment, self._device, self._lanes_fd)
+
+    def _on_sigterm(self, _number: int, _frame: object) -> None:
+        self._ending = True
+
+    def _work(self, ranks: DeviceRanks) -> None:
+        executor = ranks.executor
+        patience = _IDLE_WAIT if ranks.attention is None else _BUSY_WAIT
+        while not self._ending:
+            while (message := self._socket.receive()) is not None:
+                self._handle(message, ranks)
+            if executor.quiet:
+                self._socket.wait(_SLEEP)
+                continue
+            idle = ranks.attention is not None and executor.drained
+            for result in executor.run(_IDLE_WAIT / 5 if idle else patience):
+                self._socket.send(result)
+
+    def _handle(self, message: ToDevice, ranks: DeviceRanks) -> None:
+        match message:
+            case Step() | Release():
+                ranks.executor.submit(message)
+            case Inspect():
+                answer = ranks.inspect(message.what)
+                self._socket.send(Inspected(id=message.id, device=self._device.name, answer=answer))
+            case Shutdown():
+                self._ending = True
+
+    def _drain(self, ranks: DeviceRanks) -> int:
+        deadline = time.monotonic() + _SHUTDOWN_SECONDS
+        while not ranks.executor.drained:
+            if time.monotonic() > deadline:
+                log.error("steps in flight did not end in %.0f s", _SHUTDOWN_SECONDS)
+                return 1
+            for result in ranks.executor.run(_BUSY_WAIT):
+                self._socket.send(result)
+        log.info("ends")
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""The seam between a device process and what drives its layers.
+
+The host loop (:mod:`crosspool.ranks.host_loop`) implements it in Python; a resident loop takes its
+place by implementing it over its own threads or device-launched graphs. Scheduler, front end and
+models see neither.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from crosspool.transport.messages import Release, Step, StepResult
+
+
+class Executor(Protocol):
+    """Carries out steps and releases for the attention rank of one device, and serves the
+    dispatches of every attention rank to the FFN rank of that device."""
+
+    def submit(self, operation: Step | Release) -> None:
+        """Appends to the queue. Operations begin in this order: a step when a lane is free, a
+        release when no step of its model is on a lane."""
+
+    def run(self, timeout: float) -> list[StepResult]:
+        """Does a bounded amount of ready work (about one part of one layer), or waits up to
+        ``timeout`` seconds for some. Returns the steps that ended, in the order they ended."""
+
+    @property
+    def drained(self) -> bool:
+        """Whether every submitted operation is done, and no attention rank of another device has
+        dispatched for a third of a second."""
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing can become ready before the next ``submit``: the caller may then sleep
+        on the control path instead of calling ``run``."""

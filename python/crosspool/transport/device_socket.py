@@ -1,0 +1,51 @@
+"""The device process's end of the control path: a DEALER towards the scheduler's ROUTER."""
+
+from __future__ import annotations
+
+import msgspec
+import zmq
+
+from crosspool.transport.messages import FromDevice, ToDevice, decode_to_device, encode
+
+MAX_MESSAGE_BYTES = 256 << 20
+"""A peer that sends more is cut off."""
+_LINGER_MS = 2000
+
+
+class DeviceSocket:
+    """Messages to and from the scheduler, in order. Connecting needs no scheduler to be there yet:
+    what is sent waits until it is."""
+
+    def __init__(self, address: str, device: str) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, device.encode())
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.connect(address)
+
+    def send(self, message: FromDevice) -> None:
+        self._socket.send(encode(message))
+
+    def receive(self) -> ToDevice | None:
+        """The next message, or None when none is there; never waits.
+
+        Raises ValueError on a frame that is no message for a device."""
+        if not self._socket.poll(0):
+            return None
+        frame = self._socket.recv(zmq.DONTWAIT)
+        try:
+            return decode_to_device(frame)
+        except msgspec.DecodeError as error:
+            raise ValueError(f"the scheduler sent a frame that is no message: {error}") from error
+
+    def wait(self, timeout: float) -> None:
+        """Sleeps until a message is there, at most ``timeout`` seconds."""
+        self._socket.poll(int(timeout * 1000))
+
+    def close(self) -> None:
+        """Closes after giving sent messages up to two seconds to leave."""
+        self._socket.close()
+        self._context.term()

@@ -1,0 +1,319 @@
+"""Drives real device processes as the scheduler would: a deployment, its processes, its steps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zmq
+from crosspool.config import deployment as deployment_module
+from crosspool.config.deployment import Deployment, ModelConfig
+from crosspool.config.device import Device
+from crosspool.config.process import die_with_parent
+from crosspool.kvpool.allocator import PageAllocator, Reservation
+from crosspool.kvpool.layout import KVLayout
+from crosspool.models.registry import read_model
+from crosspool.transport import shared_memory
+from crosspool.transport.messages import (
+    Failed,
+    FromDevice,
+    Inspect,
+    Inspected,
+    Logprobs,
+    Open,
+    Ready,
+    Release,
+    Row,
+    RowResult,
+    Sampling,
+    Shutdown,
+    Step,
+    StepResult,
+    ToDevice,
+    TokenLogprobs,
+    decode_from_device,
+    encode,
+)
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@dataclass
+class Generation:
+    """A request under way, on one attention rank."""
+
+    model: int
+    prompt: list[int]
+    new_tokens: int
+    sampling: Sampling = GREEDY
+    logprobs: Logprobs = field(default_factory=Logprobs)
+    rank: int = 0
+    chunk: int = 1 << 30
+    """Prompt tokens of one step at most."""
+    output: list[int] = field(default_factory=list)
+    output_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    request: int = -1
+    computed: int = 0
+    reservation: Reservation | None = None
+    paged: int = 0
+
+    @property
+    def done(self) -> bool:
+        return len(self.output) >= self.new_tokens
+
+
+class DeviceDriver:
+    """Device processes of a deployment, and the scheduler's side of their control path."""
+
+    def __init__(
+        self,
+        models: Sequence[Path],
+        kv: Sequence[str] = ("cpu:0",),
+        weights: Sequence[str] = ("cpu:0",),
+        ready_timeout: float = 120.0,
+        **fields: Any,
+    ) -> None:
+        self.runtime_dir = Path(tempfile.mkdtemp(prefix="crosspool-test-"))
+        settings: dict[str, Any] = {
+            "kv_pool_bytes": 8 << 20,
+            "weight_pool_bytes": 256 << 20,
+            "page_size": 4,
+        } | fields
+        self.deployment = Deployment(
+            models=tuple(
+                ModelConfig(name=f"{path.name}-{i}", path=str(path))
+                for i, path in enumerate(models)
+            ),
+            kv_pool_devices=tuple(Device(name) for name in kv),
+            weight_pool_devices=tuple(Device(name) for name in weights),
+            runtime_dir=str(self.runtime_dir),
+            **settings,
+        )
+        deployment_module.save(self.deployment)
+        self.specs = [read_model(path) for path in models]
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.bind(self.deployment.control_address)
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.logs: dict[str, Path] = {}
+        self.ready: dict[str, Ready] = {}
+        self._numbers = 0
+        self._steps = 0
+        try:
+            self._spawn()
+            self._await_ready(ready_timeout)
+        except BaseException:
+            self.close()
+            raise
+        deployment = self.deployment
+        layouts = [
+            KVLayout(spec, deployment.page_size, deployment.chunk_bytes) for spec in self.specs
+        ]
+        per_rank = deployment.kv_pool_bytes // len(kv) // deployment.chunk_bytes
+        self.allocators = [PageAllocator(per_rank, layouts) for _ in kv]
+
+    def _spawn(self) -> None:
+        deployment = self.deployment
+        lanes_fd: list[str] = []
+        fds: tuple[int, ...] = ()
+        if any(a != f for a in deployment.kv_pool_devices for f in deployment.weight_pool_devices):
+            fd = shared_memory.create(deployment, max(s.hidden for s in self.specs) * 4)
+            lanes_fd, fds = ["--lanes-fd", str(fd)], (fd,)
+        for device in deployment.devices:
+            log = self.runtime_dir / f"{device.name}.log"
+            self.logs[device.name] = log
+            with log.open("wb") as out:
+                self.processes[device.name] = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-m",
+                        "crosspool.ranks.device_process",
+                        "--deployment",
+                        str(deployment.file),
+                        "--device",
+                        device.name,
+                        *lanes_fd,
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=fds,
+                    preexec_fn=die_with_parent,  # noqa: PLW1509
+                )
+        for fd in fds:
+            os.close(fd)
+
+    def _await_ready(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while len(self.ready) < len(self.processes):
+            device, message = self.receive(deadline - time.monotonic())
+            if isinstance(message, Failed):
+                raise DeviceFailed(message)
+            assert isinstance(message, Ready), message
+            self.ready[device] = message
+
+    def send(self, device: str, message: ToDevice) -> None:
+        self._socket.send_multipart([device.encode(), encode(message)])
+
+    def receive(self, timeout: float = 60.0) -> tuple[str, FromDevice]:
+        """The next message and the device that sent it; fails when none comes or one dies."""
+        deadline = time.monotonic() + timeout
+        while not self._socket.poll(100):
+            for name, process in self.processes.items():
+                if process.poll() is not None and not self._socket.poll(500):
+                    raise AssertionError(
+                        f"{name} ended with {process.returncode}:\n{self.log(name)}"
+                    )
+            if time.monotonic() > deadline:
+                logs = "\n".join(self.log(name) for name in self.processes)
+                raise AssertionError(f"no message in {timeout:.0f} s:\n{logs}")
+        identity, frame = self._socket.recv_multipart()
+        return identity.decode(), decode_from_device(frame)
+
+    def log(self, device: str) -> str:
+        return self.logs[device].read_text(errors="replace")
+
+    def inspect(self, device: str, what: str) -> Any:
+        self._numbers += 1
+        self.send(device, Inspect(id=self._numbers, what=what))  # type: ignore[arg-type]
+        sender, message = self.receive()
+        assert isinstance(message, Inspected), message
+        assert (message.id, message.device, sender) == (self._numbers, device, device)
+        return message.answer
+
+    def step(self, sequences: Sequence[Generation], bitmask: bytes | None = None) -> int:
+        """Sends one step with the next tokens of ``sequences`` (one model, one rank)."""
+        first = sequences[0]
+        opens, rows, chunks = [], [], []
+        for sequence in sequences:
+            assert (sequence.model, sequence.rank) == (first.model, first.rank)
+            allocator = self.allocators[sequence.rank]
+            layout = KVLayout(
+                self.specs[sequence.model], self.deployment.page_size, self.deployment.chunk_bytes
+            )
+            if sequence.reservation is None:
+                self._numbers += 1
+                sequence.request = self._numbers
+                pages = layout.pages_for(len(sequence.prompt) + sequence.new_tokens)
+                sequence.reservation = allocator.reserve(sequence.model, pages)
+                assert sequence.reservation is not None, "the pool is too small for the test"
+                opens.append(
+                    Open(
+                        request=sequence.request,
+                        prompt_len=len(sequence.prompt),
+                        sampling=sequence.sampling,
+                        logprobs=sequence.logprobs,
+                    )
+                )
+            known = sequence.prompt + sequence.output
+            end = min(len(known), sequence.computed + sequence.chunk)
+            pages = layout.pages_for(end)
+            chunks += allocator.chunks_to_map(sequence.reservation, pages)
+            rows.append(
+                Row(
+                    request=sequence.request,
+                    start=sequence.computed,
+                    tokens=known[sequence.computed : end],
+                    pages=sequence.reservation.pages[sequence.paged : pages],
+                    sample=end == len(known),
+                    bitmask=bitmask,
+                )
+            )
+            sequence.paged = pages
+        self._steps += 1
+        self.send(
+            self.deployment.kv_pool_devices[first.rank].name,
+            Step(step=self._steps, model=first.model, map_chunks=chunks, opens=opens, rows=rows),
+        )
+        return self._steps
+
+    def take(self, sequences: Sequence[Generation], result: StepResult) -> None:
+        """Carries a result over into the sequences of its step."""
+        assert [s.request for s in sequences] == [r.request for r in result.rows]
+        for sequence, row in zip(sequences, result.rows, strict=True):
+            known = len(sequence.prompt) + len(sequence.output)
+            sequence.computed = min(known, sequence.computed + sequence.chunk)
+            assert (row.token >= 0) == (sequence.computed == known)
+            self._take_row(sequence, row)
+
+    def _take_row(self, sequence: Generation, row: RowResult) -> None:
+        sequence.prompt_logprobs += row.prompt
+        if row.token >= 0:
+            sequence.output.append(row.token)
+        if row.output is not None:
+            sequence.output_logprobs.append(row.output)
+
+    def generate(self, sequences: Iterable[Generation]) -> None:
+        """Runs sequences of any models and ranks to their end, one step per model and rank at a
+        time, all models and ranks at once; then releases them."""
+        waiting = list(sequences)
+        flying: dict[int, list[Generation]] = {}
+        busy: set[tuple[int, int]] = set()
+        groups: dict[tuple[int, int], list[Generation]] = {}
+        for sequence in waiting:
+            groups.setdefault((sequence.rank, sequence.model), []).append(sequence)
+        while True:
+            for key, group in groups.items():
+                batch = [sequence for sequence in group if not sequence.done]
+                if batch and key not in busy:
+                    busy.add(key)
+                    flying[self.step(batch)] = batch
+            if not flying:
+                break
+            _, message = self.receive()
+            assert isinstance(message, StepResult), message
+            batch = flying.pop(message.step)
+            busy.remove((batch[0].rank, batch[0].model))
+            self.take(batch, message)
+        self.release(waiting)
+
+    def release(self, sequences: Iterable[Generation]) -> None:
+        for sequence in sequences:
+            assert sequence.reservation is not None
+            self.send(
+                self.deployment.kv_pool_devices[sequence.rank].name,
+                Release(
+                    model=sequence.model,
+                    requests=[sequence.request],
+                    unmap_chunks=self.allocators[sequence.rank].release(sequence.reservation),
+                ),
+            )
+
+    def shutdown(self, timeout: float = 20.0) -> dict[str, int]:
+        """Asks every device process to end; their exit statuses."""
+        for name in self.processes:
+            self.send(name, Shutdown())
+        return {name: process.wait(timeout) for name, process in self.processes.items()}
+
+    def close(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        self._socket.close(linger=0)
+        self._context.term()
+        shutil.rmtree(self.runtime_dir, ignore_errors=True)
+
+    def __enter__(self) -> DeviceDriver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class DeviceFailed(Exception):
+    """A device process said that it cannot go on."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(failed.message)
+        self.failed = failed
