@@ -1,0 +1,366 @@
+"""A deterministic deployment on a virtual clock: the scheduler's core over simulated attention
+ranks that check every message against the control path's rules and answer steps with tokens that
+depend on the sequence alone."""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from crosspool.config.deployment import Deployment, ModelConfig
+from crosspool.config.device import Device
+from crosspool.kvpool.layout import KVLayout
+from crosspool.models.spec import DenseFFN, GQASpec, ModelSpec, RopeSpec
+from crosspool.scheduler.core import SchedulerCore
+from crosspool.scheduler.request import GenerateRequest, Grammar, Output, StopRules
+from crosspool.transport.messages import (
+    Logprobs,
+    Release,
+    Row,
+    RowResult,
+    Sampling,
+    Step,
+    StepResult,
+    TokenLogprobs,
+)
+
+VOCAB = 320
+EOS = 300
+WORDS = {301: "ab", 302: "abc", 303: "STOP", 304: "xST", 305: "OPy"}
+"""Tokens of several characters; those below 256 are single bytes, the rest have no text."""
+
+NextToken = Callable[[list[int]], int]
+
+
+def hashed_token(tokens: list[int]) -> int:
+    """A token that depends on the whole sequence before it; about one in 40 is the eos."""
+    digest = zlib.crc32(repr(tokens).encode())
+    return EOS if digest % 40 == 0 else digest // 40 % 256
+
+
+def spec(context: int = 256, layers: int = 2, head_dim: int = 8) -> ModelSpec:
+    """``layers * head_dim * 4`` bytes of KV per token."""
+    return ModelSpec(
+        family="qwen3_moe",
+        hidden=16,
+        vocab=VOCAB,
+        context=context,
+        dtype="bfloat16",
+        norm_eps=1e-6,
+        tied_embeddings=False,
+        attention=GQASpec(
+            q_heads=1,
+            kv_heads=1,
+            head_dim=head_dim,
+            scale=1.0,
+            rope=RopeSpec(dim=head_dim, interleaved=False),
+        ),
+        ffn=(DenseFFN(intermediate=8),) * layers,
+        eos_token_ids=(EOS,),
+    )
+
+
+def deployment(models: int, ranks: int = 1, **fields: Any) -> Deployment:
+    defaults: dict[str, Any] = {
+        "kv_pool_bytes": ranks * 64 * 4096,
+        "chunk_bytes": 4096,
+        "page_size": 4,
+        "chunked_prefill_size": 32,
+        "max_running_requests": 8,
+    }
+    return Deployment(
+        models=tuple(ModelConfig(name=f"model{i}", path="/none") for i in range(models)),
+        kv_pool_devices=tuple(Device(f"cuda:{i}") for i in range(ranks)),
+        weight_pool_devices=(Device("cuda:9"),),
+        weight_pool_bytes=0,
+        **(defaults | fields),
+    )
+
+
+def request(
+    rid: str,
+    prompt: list[int] | int,
+    max_new_tokens: int | None,
+    *,
+    model: int = 0,
+    stream: bool = False,
+    grammar: Grammar | None = None,
+    logprobs: Logprobs | None = None,
+    sampling: Sampling | None = None,
+    **stop: Any,
+) -> GenerateRequest:
+    """``prompt``: token ids, or just their number."""
+    if isinstance(prompt, int):
+        seed = zlib.crc32(rid.encode())
+        prompt = [(seed + 31 * i) % 256 for i in range(prompt)]
+    return GenerateRequest(
+        rid=rid,
+        model=model,
+        input_ids=prompt,
+        sampling=sampling or Sampling(),
+        stop=StopRules(max_new_tokens=max_new_tokens, **stop),
+        logprobs=logprobs or Logprobs(),
+        grammar=grammar,
+        stream=stream,
+    )
+
+
+class WordDecoder:
+    """Text of the tokens: UTF-8 bytes, ``WORDS``, nothing."""
+
+    def decode(self, ids: list[int]) -> str:
+        parts = [bytes([t]) if t < 256 else WORDS.get(t, "").encode() for t in ids]
+        return b"".join(parts).decode(errors="replace")
+
+
+class SimulatedRank:
+    """One attention rank: carries messages out in order and asserts that they may be sent."""
+
+    def __init__(self, d: Deployment, specs: list[ModelSpec], next_token: NextToken) -> None:
+        self.deployment = d
+        self.next_token = next_token
+        self.layouts = [KVLayout(s, d.page_size, d.chunk_bytes) for s in specs]
+        self.budget = d.kv_pool_bytes // len(d.kv_pool_devices) // d.chunk_bytes
+        self.mapped: list[set[int]] = [set() for _ in specs]
+        self.steps: list[Step] = []
+        self.served: list[int] = []
+        """Models of all steps received, in order."""
+        self.last_step = -1
+        self.model: dict[int, int] = {}
+        self.prompt_len: dict[int, int] = {}
+        self.logprobs: dict[int, Logprobs] = {}
+        self.sampling: dict[int, Sampling] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.sampled: dict[int, int] = {}
+        """The last sampled token of a request, until it is fed back."""
+        self.pages: dict[int, list[int]] = {}
+        self.ever_opened: set[int] = set()
+
+    def receive(self, message: Any) -> None:
+        if isinstance(message, Step):
+            self.take_step(message)
+        else:
+            assert isinstance(message, Release)
+            self.take_release(message)
+
+    def take_step(self, step: Step) -> None:
+        assert step.step > self.last_step
+        self.last_step = step.step
+        assert step.model not in [s.model for s in self.steps], "two steps of one model"
+        assert len(self.steps) < self.deployment.lanes + 1
+        self.map_chunks(step.model, step.map_chunks)
+        for opened in step.opens:
+            assert opened.request not in self.ever_opened, "opened twice"
+            self.ever_opened.add(opened.request)
+            self.model[opened.request] = step.model
+            self.prompt_len[opened.request] = opened.prompt_len
+            self.logprobs[opened.request] = opened.logprobs
+            self.sampling[opened.request] = opened.sampling
+            self.tokens[opened.request] = []
+            self.pages[opened.request] = []
+        assert step.rows
+        assert len({row.request for row in step.rows}) == len(step.rows)
+        assert {o.request for o in step.opens} <= {row.request for row in step.rows}
+        for row in step.rows:
+            self.take_row(step.model, row)
+        prompts = [row for row in step.rows if row.start < self.prompt_len[row.request]]
+        assert sum(len(r.tokens) for r in prompts) <= self.deployment.chunked_prefill_size
+        assert len(step.rows) <= self.deployment.max_running_requests
+        self.steps.append(step)
+        self.served.append(step.model)
+
+    def map_chunks(self, model: int, chunks: list[int]) -> None:
+        assert not self.mapped[model] & set(chunks), "mapped twice"
+        assert len(set(chunks)) == len(chunks)
+        self.mapped[model] |= set(chunks)
+        assert sum(len(chunks) for chunks in self.mapped) <= self.budget, "over budget"
+
+    def take_row(self, model: int, row: Row) -> None:
+        assert self.model[row.request] == model
+        tokens, prompt_len = self.tokens[row.request], self.prompt_len[row.request]
+        assert row.tokens and row.start == len(tokens), "a gap in the sequence"
+        end = row.start + len(row.tokens)
+        if row.start >= prompt_len:
+            assert row.tokens == [self.sampled.pop(row.request)]
+        else:
+            assert end <= prompt_len
+        assert not row.sample or end >= prompt_len
+        for other, pages in self.pages.items():
+            if self.model[other] == model:
+                assert not set(pages) & set(row.pages), "a page of two requests"
+        tokens += row.tokens
+        self.pages[row.request] += row.pages
+        layout = self.layouts[model]
+        assert len(self.pages[row.request]) == layout.pages_for(end)
+        for page in self.pages[row.request]:
+            assert set(layout.chunks_of_pages(page)) <= self.mapped[model], "unmapped page"
+
+    def take_release(self, release: Release) -> None:
+        assert release.requests or release.unmap_chunks
+        busy = {row.request for step in self.steps for row in step.rows}
+        for number in release.requests:
+            assert number not in busy, "released while in a step"
+            assert self.model.pop(number) == release.model
+            del self.tokens[number], self.pages[number]
+            self.sampled.pop(number, None)
+        unmap = set(release.unmap_chunks)
+        assert unmap <= self.mapped[release.model]
+        for number, pages in self.pages.items():
+            if self.model[number] == release.model:
+                used = {c for p in pages for c in self.layouts[release.model].chunks_of_pages(p)}
+                assert not used & unmap, "a chunk in use is unmapped"
+        self.mapped[release.model] -= unmap
+
+    def answer(self, index: int = 0) -> StepResult:
+        """The result of one of the steps at work on the lanes."""
+        step = self.steps.pop(min(index, len(self.steps) - 1, self.deployment.lanes - 1))
+        return StepResult(step=step.step, rows=[self.answer_row(row) for row in step.rows])
+
+    def answer_row(self, row: Row) -> RowResult:
+        wants = self.logprobs[row.request]
+        prompt = [
+            TokenLogprobs(token=token, logprob=-float(p) if p else None, top=[], token_ids=[])
+            for p, token in enumerate(row.tokens, row.start)
+            if 0 <= wants.prompt_start <= p < self.prompt_len[row.request]
+        ]
+        if not row.sample:
+            return RowResult(request=row.request, prompt=prompt)
+        token = self.next_token(self.tokens[row.request])
+        if row.bitmask is not None and not _allows(row.bitmask, token):
+            token = next(t for t in range(VOCAB) if _allows(row.bitmask, t))
+        self.sampled[row.request] = token
+        output = TokenLogprobs(token=token, logprob=-1.0, top=[], token_ids=[])
+        return RowResult(
+            request=row.request,
+            token=token,
+            output=output if wants.output else None,
+            prompt=prompt,
+        )
+
+
+def _allows(bitmask: bytes, token: int) -> bool:
+    return bool(bitmask[token // 8] >> token % 8 & 1)
+
+
+def bitmask_of(tokens: set[int]) -> bytes:
+    return sum(1 << token for token in tokens).to_bytes(VOCAB // 8, "little")
+
+
+class ToyMatcher:
+    """Allows one set of tokens after another; complete after the last."""
+
+    def __init__(self, allowed: list[set[int]]) -> None:
+        self.allowed = allowed
+        self.position = 0
+
+    def fill_bitmask(self) -> bytes:
+        assert not self.is_terminated()
+        return bitmask_of(self.allowed[self.position])
+
+    def accept(self, token: int) -> bool:
+        if token not in self.allowed[self.position]:
+            return False
+        self.position += 1
+        return True
+
+    def is_terminated(self) -> bool:
+        return self.position == len(self.allowed)
+
+
+class ToyGrammars:
+    """Compiles when the test sets the future's result."""
+
+    def __init__(self) -> None:
+        self.futures: list[Future[Any]] = []
+
+    def compile(self, grammar: Grammar) -> Future[Any]:
+        self.futures.append(Future())
+        return self.futures[-1]
+
+
+class Simulation:
+    """Core, ranks and clock together. ``outputs[rid]`` collects what came out."""
+
+    def __init__(
+        self, d: Deployment, specs: list[ModelSpec], next_token: NextToken = hashed_token
+    ) -> None:
+        self.now = 1000.0
+        self.specs = specs
+        self.deployment = d
+        self.grammars = [ToyGrammars() for _ in specs]
+        decoders = [WordDecoder() for _ in specs]
+        self.core = SchedulerCore(d, specs, decoders, self.grammars, lambda: self.now)
+        self.ranks = [SimulatedRank(d, specs, next_token) for _ in d.kv_pool_devices]
+        self.outputs: dict[str, list[Output]] = defaultdict(list)
+
+    def add(self, *requests: GenerateRequest) -> None:
+        for r in requests:
+            self.core.add(r)
+        self.schedule()
+
+    def schedule(self) -> None:
+        self.core.schedule()
+        for rank, message in self.core.drain_messages():
+            self.ranks[rank].receive(message)
+        for output in self.core.drain_outputs():
+            news = self.outputs[output.rid]
+            assert not news or news[-1].finish is None, "output after the end"
+            assert output.first == (not news)
+            assert output.finish or output.token_ids
+            assert not (news and output.prompt_logprobs)
+            news.append(output)
+            assert output.completion_tokens == len(self.tokens(output.rid))
+
+    def answer(self, rank: int = 0, index: int = 0) -> None:
+        """One step of ``rank`` ends."""
+        self.core.on_result(rank, self.ranks[rank].answer(index))
+        self.schedule()
+
+    def answer_all(self) -> None:
+        """The oldest step of every rank ends."""
+        for index, rank in enumerate(self.ranks):
+            if rank.steps:
+                self.answer(index)
+
+    def run(self) -> None:
+        """Until every step is answered."""
+        while any(rank.steps for rank in self.ranks):
+            self.answer_all()
+
+    def finished(self, rid: str) -> bool:
+        return bool(self.outputs[rid]) and self.outputs[rid][-1].finish is not None
+
+    def finish(self, rid: str) -> Any:
+        assert self.finished(rid), f"{rid} has not ended"
+        return self.outputs[rid][-1].finish
+
+    def tokens(self, rid: str) -> list[int]:
+        return [token for output in self.outputs[rid] for token in output.token_ids]
+
+    def text(self, rid: str) -> str:
+        return WordDecoder().decode(self.tokens(rid))
+
+    def assert_empty(self) -> None:
+        """Nobody waits or runs and every page and chunk is back."""
+        assert self.core.idle
+        for rank in self.ranks:
+            assert not rank.model and not any(rank.mapped) and not rank.steps
+        for rank in self.core.snapshot()["ranks"]:
+            assert rank["free_chunks"] == rank["budget_chunks"]
+            assert rank["promised_chunks"] == rank["mapped_chunks"] == rank["running"] == 0
+
+
+def expected_tokens(r: GenerateRequest, s: ModelSpec) -> list[int]:
+    """What ``r`` (without stop strings or grammar) must yield under :func:`hashed_token`."""
+    most = r.stop.max_new_tokens
+    room = s.context - len(r.input_ids)
+    tokens = list(r.input_ids)
+    stops = r.stop.stop_token_ids | (frozenset() if r.stop.ignore_eos else {EOS})
+    for _ in range(room if most is None else min(most, room)):
+        tokens.append(hashed_token(tokens))
+        if tokens[-1] in stops:
+            break
+    return tokens[len(r.input_ids) :]
