@@ -1,10 +1,9 @@
 """Requests through the core and simulated attention ranks, one behaviour each."""
 
 import pytest
-from simulation import EOS, Simulation, deployment, expected_tokens, request, spec
-
 from crosspool.scheduler.request import Finish
 from crosspool.transport.messages import Logprobs, RowResult, StepResult
+from simulation import EOS, Simulation, deployment, expected_tokens, request, spec
 
 
 def scripted(*script: int):
