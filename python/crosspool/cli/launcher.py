@@ -9,7 +9,6 @@ import time
 import urllib.request
 
 import msgspec
-from rich.console import Console
 
 from crosspool.cli.pools import describe
 from crosspool.cli.prepare import Prepared, prepare
@@ -19,7 +18,7 @@ from crosspool.config.draft import Draft
 from crosspool.config.process import set_title
 from crosspool.config.runtime_dir import RuntimeDir
 from crosspool.models.spec import DTYPE_BYTES
-from crosspool.observability.pools_table import pools_tables
+from crosspool.observability.pools_table import make_console, pools_tables
 from crosspool.transport import admin, shared_memory
 from crosspool.transport.data_path import remote_pairs
 
@@ -102,7 +101,7 @@ class _Face:
     def __init__(self, prepared: Prepared, deployment: Deployment) -> None:
         self._prepared = prepared
         self._deployment = deployment
-        self._console = Console(highlight=False)
+        self._console = make_console()
         self._began = time.monotonic()
         self._next_check = 0.0
         self._ready_devices: set[str] = set()
@@ -150,7 +149,8 @@ class _Face:
     def greet(self) -> None:
         """Prints the pools' tables and a line to try."""
         self._console.print()
-        self._console.print(pools_tables(*describe(self._prepared, None)))
+        rows = describe(self._deployment, self._prepared.specs, self._prepared.placement)
+        self._console.print(pools_tables(*rows))
         body = {
             "model": self._deployment.models[0].name,
             "prompt": "The import statement",

@@ -2,17 +2,89 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from crosspool.cli.prepare import Prepared
+from crosspool.config.deployment import Deployment
+from crosspool.config.runtime_dir import find_running
+from crosspool.config.sizes import format_size
 from crosspool.kvpool.layout import KVLayout
-from crosspool.observability.pools_table import ModelRow, RankRow
-from crosspool.weightpool.placement import attention_bytes
+from crosspool.models.registry import read_model
+from crosspool.models.spec import ModelSpec
+from crosspool.observability.pools_table import ModelRow, RankRow, make_console, pools_tables
+from crosspool.transport import admin
+from crosspool.weightpool.placement import Placement, attention_bytes, place
+
+_EPILOG = """\
+examples:
+  crosspool pools                         # devices, ranks, models, KV memory in use
+  crosspool pools --tensors               # and every tensor that each rank holds
+  crosspool pools --tensors | grep 'FFN 0'
+"""
+_ROLES = {"attention": "attention", "ffn": "FFN"}
 
 
-def describe(prepared: Prepared, live: Any) -> tuple[list[RankRow], list[ModelRow]]:
-    """The rows of the pools' tables."""
-    deployment, specs = prepared.deployment, prepared.specs
+def run(words: Sequence[str], prog: str) -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Shows the pools of a server that this user runs on this machine.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tensors", action="store_true", help="list the tensors of every rank")
+    parser.add_argument("--port", type=int, help="which server, when several run here")
+    arguments = parser.parse_args(words)
+
+    deployment = find_running(arguments.port)
+    specs = [
+        read_model(Path(model.path), model.context_length, model.dtype)
+        for model in deployment.models
+    ]
+    placement = place(
+        specs,
+        [model.name for model in deployment.models],
+        len(deployment.weight_pool_devices),
+        deployment.weight_pool_bytes // len(deployment.weight_pool_devices),
+        deployment.ffn_parallel,
+    )
+    used = {
+        device["device"]: device["mapped_bytes"]
+        for device in admin.ask(deployment.admin_address, "pools")
+    }
+    make_console().print(pools_tables(*describe(deployment, specs, placement, used)))
+    if arguments.tensors:
+        _print_tensors(admin.ask(deployment.admin_address, "tensors", timeout=30.0))
+    return 0
+
+
+def _print_tensors(tensors: Sequence[dict[str, Any]]) -> None:
+    """One line per tensor, in columns that grep and awk can read, then the sum of each rank."""
+    sums: dict[str, int] = {}
+    print()
+    for tensor in tensors:
+        rank = f"{_ROLES[tensor['role']]} {tensor['rank']}"
+        sums[rank] = sums.get(rank, 0) + tensor["bytes"]
+        shape = "x".join(map(str, tensor["shape"]))
+        print(
+            f"{rank:12} {tensor['bytes']:>12} {tensor['dtype']:9} {shape:>16}  "
+            f"{tensor['model']}  {tensor['name']}"
+        )
+    print()
+    for rank, size in sums.items():
+        print(f"{rank:12} {size:>12} bytes in all ({format_size(size)})")
+
+
+def describe(
+    deployment: Deployment,
+    specs: Sequence[ModelSpec],
+    placement: Placement,
+    used: dict[str, dict[str, int]] | None = None,
+) -> tuple[list[RankRow], list[ModelRow]]:
+    """The rows of the pools' tables.
+
+    ``used``: KV bytes in use by device and model name, if the server has been asked."""
     ranks = len(deployment.kv_pool_devices)
     chunks = deployment.kv_pool_bytes // ranks // deployment.chunk_bytes
     attention = [attention_bytes(spec) for spec in specs]
@@ -22,12 +94,14 @@ def describe(prepared: Prepared, live: Any) -> tuple[list[RankRow], list[ModelRo
             device=device.name,
             weights=sum(attention),
             kv_budget=chunks * deployment.chunk_bytes,
+            kv_mapped=None if used is None else sum(used[device.name].values()),
         )
         for rank, device in enumerate(deployment.kv_pool_devices)
-    ] + [
+    ]
+    by_rank += [
         RankRow(rank=f"FFN {rank}", device=device.name, weights=sum(weights), kv_budget=None)
         for rank, (device, weights) in enumerate(
-            zip(deployment.weight_pool_devices, prepared.placement.weight_bytes, strict=True)
+            zip(deployment.weight_pool_devices, placement.weight_bytes, strict=True)
         )
     ]
     by_model = []
@@ -39,11 +113,16 @@ def describe(prepared: Prepared, live: Any) -> tuple[list[RankRow], list[ModelRo
                 name=model.name,
                 dtype=spec.dtype,
                 attention_weights=attention[index],
-                ffn_weights=sum(held[index] for held in prepared.placement.weight_bytes),
+                ffn_weights=sum(held[index] for held in placement.weight_bytes),
                 kv_per_token=spec.kv_bytes_per_token,
                 pages=pages,
                 tokens=pages * deployment.page_size,
                 context=spec.context,
+                kv_mapped=(
+                    None
+                    if used is None
+                    else sum(of_device.get(model.name, 0) for of_device in used.values())
+                ),
             )
         )
     return by_rank, by_model

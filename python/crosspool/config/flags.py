@@ -54,6 +54,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(
         prog=prog,
+        usage="%(prog)s --model-path DIR [--model-path DIR ...] [flags]",
         description="Serves several Mixture-of-Experts models from one KV pool and one weight "
         "pool, behind SGLang's HTTP server and OpenAI API.",
         epilog=EXAMPLES,

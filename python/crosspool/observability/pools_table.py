@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -47,6 +47,15 @@ class ModelRow:
     """KV memory in use now; None when the server has not been asked."""
 
 
+_WIDTH_OF_A_FILE = 140
+
+
+def make_console() -> Console:
+    """A console that does not squeeze tables when the output is no terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_WIDTH_OF_A_FILE)
+
+
 def pools_tables(ranks: Sequence[RankRow], models: Sequence[ModelRow]) -> Group:
     """Renders both tables; the columns of what is in use appear only where it is known."""
     live = any(model.kv_mapped is not None for model in models)
@@ -63,7 +72,7 @@ def pools_tables(ranks: Sequence[RankRow], models: Sequence[ModelRow]) -> Group:
         "attention weights",
         "FFN weights",
         "KV / token",
-        "KV pages, alone",
+        "KV pages",
         "tokens",
         "context",
         *(["KV in use"] if live else []),
@@ -85,7 +94,7 @@ def pools_tables(ranks: Sequence[RankRow], models: Sequence[ModelRow]) -> Group:
 
 def _table(title: str, first: str, second: str, *numbers: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column(first)
+    table.add_column(first, overflow="fold")
     table.add_column(second)
     for heading in numbers:
         table.add_column(heading, justify="right")
