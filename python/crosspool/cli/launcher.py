@@ -130,9 +130,9 @@ class _Face:
         except admin.AdminError:
             return False
         for device in status["devices"]:
-            if device["ready"] and device["device"] not in self._ready_devices:
-                self._ready_devices.add(device["device"])
-                self.say(f"device {device['device']} is ready ({self._elapsed})")
+            if device["ready"] and device["name"] not in self._ready_devices:
+                self._ready_devices.add(device["name"])
+                self.say(f"device {device['name']} is ready ({self._elapsed})")
         return len(self._ready_devices) == len(self._deployment.devices)
 
     def _http_ready(self) -> bool:

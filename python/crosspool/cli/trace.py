@@ -37,9 +37,11 @@ def run(words: Sequence[str], prog: str) -> int:
     deployment = find_running(arguments.port)
     admin.ask(deployment.admin_address, "trace_start", _ANSWER_SECONDS)
     time.sleep(arguments.seconds)
-    answer = admin.ask(deployment.admin_address, "trace_stop", _ANSWER_SECONDS)
-    events = msgspec.convert(answer, list[LaneEvent])
+    rows = admin.ask(deployment.admin_address, "trace_stop", _ANSWER_SECONDS)
     names = [model.name for model in deployment.models]
+    events = [
+        msgspec.convert({**row, "model": names.index(row["model"])}, LaneEvent) for row in rows
+    ]
     arguments.out.write_text(json.dumps(to_chrome(events, names)))
     print(f"{len(events)} events in {arguments.out}")
     return 0

@@ -1,0 +1,160 @@
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from crosspool.cli.prepare import prepare
+from crosspool.config.deployment import ConfigError
+from crosspool.config.draft import Draft, to_draft
+
+CORES = sorted(os.sched_getaffinity(0))
+CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "intermediate_size": 128,
+    "vocab_size": 100,
+    "max_position_embeddings": 65536,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 1,
+}
+# bytes of bf16 KV per token: 2 layers x (K, V) x 2 heads x 16 features
+KV_PER_TOKEN = 2 * 2 * 2 * 16 * 2
+# 2 layers x (4 experts x 3 matrices of 64 x 32 and the router of 4 x 64) in bf16
+FFN_BYTES = 2 * (4 * 3 * 64 * 32 + 4 * 64) * 2
+
+
+def model(folder: Path, **changes: Any) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    return str(folder)
+
+
+def draft(*paths: str, **more: Any) -> Draft:
+    return to_draft({"models": [{"path": path} for path in paths], "port": 0, **more}, "test")
+
+
+def test_what_is_left_open_is_filled_in(tmp_path: Path) -> None:
+    prepared = prepare(draft(model(tmp_path / "a"), model(tmp_path / "b")))
+    deployment = prepared.deployment
+    assert [m.name for m in deployment.models] == ["a", "b"]
+    assert [m.path for m in deployment.models] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert [d.name for d in deployment.devices] == ["cpu"]
+    assert deployment.weight_pool_bytes == 2 * FFN_BYTES
+    assert 0 < deployment.kv_pool_bytes <= 4 << 30
+    assert deployment.kv_pool_bytes < psutil.virtual_memory().total / 4
+    assert deployment.port > 0
+    assert [spec.context for spec in prepared.specs] == [65536, 65536]
+
+
+def test_what_is_given_is_kept(tmp_path: Path) -> None:
+    device = f"cpu:{CORES[0]}"
+    deployment = prepare(
+        draft(
+            model(tmp_path / "a"),
+            kv_pool_devices=device,
+            weight_pool_devices=[device],
+            kv_pool_bytes="64MiB",
+            weight_pool_bytes="1GB",
+            lanes=3,
+            chunk_bytes="4MiB",
+            sglang={"api_key": "x"},
+        )
+    ).deployment
+    assert [d.name for d in deployment.devices] == [device]
+    assert (deployment.kv_pool_bytes, deployment.weight_pool_bytes) == (64 << 20, 10**9)
+    assert (deployment.lanes, deployment.chunk_bytes) == (3, 4 << 20)
+    assert deployment.sglang == {"api_key": "x"}
+
+
+def test_the_smallest_pool_for_one_request_is_enough(tmp_path: Path) -> None:
+    """A context of 65536 tokens is 16 MiB of KV: 8 chunks."""
+    path = model(tmp_path / "a")
+    needed = 65536 * KV_PER_TOKEN
+    assert prepare(draft(path, kv_pool_bytes=needed)).deployment.kv_pool_bytes == needed
+    with pytest.raises(ConfigError) as error:
+        prepare(draft(path, kv_pool_bytes=needed - 1))
+    said = str(error.value)
+    assert f"--kv-pool-bytes {needed}" in said and "a" in said and "65536" in said
+    tokens = int(said.partition("--context-length ")[2].partition(",")[0])
+    shorter = to_draft(
+        {
+            "models": [{"path": path, "context_length": tokens}],
+            "kv_pool_bytes": needed - 1,
+            "port": 0,
+        },
+        "test",
+    )
+    assert prepare(shorter).specs[0].context == tokens
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores for two devices")
+def test_every_kv_device_must_hold_a_request(tmp_path: Path) -> None:
+    two = [f"cpu:{CORES[0]}", f"cpu:{CORES[1]}"]
+    path, needed = model(tmp_path / "a"), 65536 * KV_PER_TOKEN
+    with pytest.raises(ConfigError, match=f"--kv-pool-bytes {2 * needed}"):
+        prepare(draft(path, kv_pool_devices=two, kv_pool_bytes=needed))
+    assert prepare(draft(path, kv_pool_devices=two, kv_pool_bytes=2 * needed))
+
+
+def test_weight_pool_of_exactly_what_is_needed(tmp_path: Path) -> None:
+    path = model(tmp_path / "a")
+    assert prepare(draft(path, weight_pool_bytes=FFN_BYTES))
+    with pytest.raises(ConfigError, match="weight_pool_bytes"):
+        prepare(draft(path, weight_pool_bytes=FFN_BYTES - 1))
+
+
+def test_port_in_use_is_refused(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port {port} .*--port"):
+            prepare(draft(model(tmp_path / "a"), port=port))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("lanes", 0, "lanes: 0 must be at least 1"),
+        ("page_size", 0, "page_size: 0 must be at least 1"),
+        ("port", 70000, "port: 70000 must be between"),
+        ("kv_pool_bytes", "2 gigs", "kv_pool_bytes: '2 gigs' is no size"),
+        ("weight_pool_bytes", "x", "weight_pool_bytes: 'x' is no size"),
+        ("chunk_bytes", "3MiB", "chunk_bytes: 3145728 must be a multiple of 2MiB"),
+        ("kv_pool_devices", "gpu", "kv_pool_devices: 'gpu' is no device"),
+        ("weight_pool_devices", "cpu,cpu", "weight_pool_devices: cpu is named twice"),
+        ("kv_pool_devices", "cuda:0", "kv_pool_devices: cuda:0: this build drives CPUs only"),
+        ("kv_pool_bytes", "900TiB", "of memory are available"),
+        ("host", "no.such.host.invalid", "port 0 on no.such.host.invalid"),
+    ],
+)
+def test_mistakes_name_the_field(tmp_path: Path, field: str, value: Any, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        prepare(draft(model(tmp_path / "a"), **{field: value}))
+
+
+def test_models_must_exist_and_have_names_of_their_own(tmp_path: Path) -> None:
+    path = model(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "sub").mkdir()
+    for paths, problem in (
+        ([], "name at least one"),
+        ([str(tmp_path / "nowhere")], "nowhere: no such folder"),
+        ([str(tmp_path / "empty")], r"empty: there is no config\.json"),
+        ([path, path], "two models are named 'a'"),
+        ([path, model(tmp_path / "sub" / "a")], "two models are named 'a'"),
+        ([model(tmp_path / "x y")], "model name 'x y'"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            prepare(draft(*paths))
