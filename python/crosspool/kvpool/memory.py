@@ -6,6 +6,9 @@ from pathlib import Path
 
 import psutil
 
+MOUNT = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+
 
 def available_bytes() -> int:
     """The least of the system's MemAvailable and what the control groups of this process leave."""
@@ -14,15 +17,14 @@ def available_bytes() -> int:
 
 def _control_groups_leave() -> list[int]:
     """Bytes that each limited control group (v2) around this process has left."""
-    mount = Path("/sys/fs/cgroup")
-    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    lines = MEMBERSHIP.read_text().splitlines()
     name = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
     if name is None:
         return []
-    group = mount / name
+    group = MOUNT / name
     leaves = []
     for folder in (group, *group.parents):
-        if not folder.is_relative_to(mount):
+        if not folder.is_relative_to(MOUNT):
             break
         limit = folder / "memory.max"
         if limit.is_file() and (text := limit.read_text().strip()) != "max":
