@@ -1,0 +1,84 @@
+"""Answers to what SGLang's tokenizer manager asks a scheduler besides generating.
+
+Whoever sends one of these waits for its answer for ever, so every request has one: what CrossPool
+does not do is answered with failure and a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.managers import io_struct as io
+
+UNSUPPORTED = "CrossPool does not support this"
+NO_CACHE = "there is no prefix cache to flush"
+NO_PROFILE = "CrossPool has no torch profiler; POST /crosspool/trace/start records lane events"
+
+Maker = Callable[[Any], Any]
+
+
+def _refused(output: Any) -> Maker:
+    return lambda request: output(success=False, message=UNSUPPORTED)
+
+
+def _lora(request: Any) -> Any:
+    return io.LoRAUpdateOutput(success=False, error_message="LoRA adapters are not supported")
+
+
+ANSWERS: dict[type, Maker] = {
+    io.FlushCacheReqInput: lambda r: io.FlushCacheReqOutput(success=True, message=NO_CACHE),
+    io.SetInternalStateReq: lambda r: io.SetInternalStateReqOutput(updated=False),
+    io.ProfileReq: lambda r: io.ProfileReqOutput(success=False, message=NO_PROFILE),
+    io.OpenSessionReqInput: lambda r: io.OpenSessionReqOutput(
+        session_id=r.session_id, success=False
+    ),
+    io.UpdateWeightFromDiskReqInput: _refused(io.UpdateWeightFromDiskReqOutput),
+    io.UpdateWeightsFromDistributedReqInput: _refused(io.UpdateWeightsFromDistributedReqOutput),
+    io.UpdateWeightsFromTensorReqInput: _refused(io.UpdateWeightsFromTensorReqOutput),
+    io.UpdateWeightsFromIPCReqInput: _refused(io.UpdateWeightsFromIPCReqOutput),
+    io.InitWeightsUpdateGroupReqInput: _refused(io.InitWeightsUpdateGroupReqOutput),
+    io.DestroyWeightsUpdateGroupReqInput: _refused(io.DestroyWeightsUpdateGroupReqOutput),
+    io.InitWeightsSendGroupForRemoteInstanceReqInput: _refused(
+        io.InitWeightsSendGroupForRemoteInstanceReqOutput
+    ),
+    io.SendWeightsToRemoteInstanceReqInput: _refused(io.SendWeightsToRemoteInstanceReqOutput),
+    io.BeginWeightUpdateReqInput: _refused(io.BeginWeightUpdateReqOutput),
+    io.EndWeightUpdateReqInput: _refused(io.EndWeightUpdateReqOutput),
+    io.UpdateWeightVersionReqInput: lambda r: io.UpdateWeightVersionReqOutput(),
+    io.GetWeightsByNameReqInput: lambda r: io.GetWeightsByNameReqOutput(parameter=None),
+    io.CheckWeightsReqInput: _refused(io.CheckWeightsReqOutput),
+    io.ReleaseMemoryOccupationReqInput: lambda r: io.ReleaseMemoryOccupationReqOutput(),
+    io.ResumeMemoryOccupationReqInput: lambda r: io.ResumeMemoryOccupationReqOutput(),
+    io.SlowDownReqInput: lambda r: io.SlowDownReqOutput(),
+    io.PdRoleSwitchReqInput: _refused(io.PdRoleSwitchReqOutput),
+    io.ScaleElasticEPReqInput: _refused(io.ScaleElasticEPReqOutput),
+    io.ClearHiCacheReqInput: lambda r: io.ClearHiCacheReqOutput(success=False),
+    io.AttachHiCacheStorageReqInput: _refused(io.AttachHiCacheStorageReqOutput),
+    io.DetachHiCacheStorageReqInput: _refused(io.DetachHiCacheStorageReqOutput),
+    io.AddExternalCorpusReqInput: _refused(io.AddExternalCorpusReqOutput),
+    io.RemoveExternalCorpusReqInput: _refused(io.RemoveExternalCorpusReqOutput),
+    io.ListExternalCorporaReqInput: _refused(io.ListExternalCorporaReqOutput),
+    io.ExpertDistributionReq: lambda r: io.ExpertDistributionReqOutput(),
+    io.LoadLoRAAdapterReqInput: _lora,
+    io.LoadLoRAAdapterFromTensorsReqInput: _lora,
+    io.UnloadLoRAAdapterReqInput: _lora,
+    io.DumperControlReqInput: lambda r: io.DumperControlReqOutput(
+        success=False, response=[], error=UNSUPPORTED
+    ),
+    io.LazyDumpTensorsReqInput: lambda r: io.LazyDumpTensorsReqOutput(success=False),
+}
+"""Answers that need nothing of the scheduler's state; they go to the tokenizer manager."""
+
+FORWARDED: tuple[type, ...] = (io.FreezeGCReq, io.ConfigureLoggingReq)
+"""Meant for the detokenizer as well, which the tokenizer manager reaches through the scheduler."""
+
+UNANSWERED: tuple[type, ...] = (
+    io.PauseGenerationReqInput,
+    io.ContinueGenerationReqInput,
+    io.CloseSessionReqInput,
+    io.BlockReqInput,
+    io.EncoderDispatchErrorReq,
+)
+"""Nobody waits for an answer, and there is nothing to do: a paused tokenizer manager sends no
+requests, and sessions and encoders do not exist."""

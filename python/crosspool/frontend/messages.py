@@ -1,0 +1,319 @@
+"""SGLang's messages in the scheduler's words, and back.
+
+A TokenizedGenerateReqInput becomes a GenerateRequest; Outputs become one BatchTokenIDOutput for
+the detokenizer. Parallel lists, deltas and prompt tails are as SGLang 0.5.21's detokenizer and
+tokenizer manager expect them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+from sglang.srt.managers.io_struct import BatchTokenIDOutput, TokenizedGenerateReqInput
+from sglang.srt.sampling.sampling_params import TOP_K_ALL, SamplingParams
+
+from crosspool.scheduler.request import (
+    Finish,
+    GenerateRequest,
+    Grammar,
+    Output,
+    StopRules,
+)
+from crosspool.transport.messages import Logprobs, Sampling, TokenLogprobs
+
+PROMPT_TAIL = 5
+"""Prompt tokens that the detokenizer gets before the output, so that it joins them rightly."""
+
+CLIENT_ABORT = 499
+_ERROR_TYPES = {
+    400: "BadRequestError",
+    429: "RateLimitError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+}
+_SEED_MASK = (1 << 63) - 1
+
+_UNSUPPORTED: tuple[tuple[str, str], ...] = (
+    ("input_embeds", "input_embeds"),
+    ("mm_inputs", "image, video and audio input"),
+    ("positional_embed_overrides", "embedding overrides"),
+    ("token_type_ids", "token_type_ids"),
+    ("lora_id", "LoRA adapters"),
+    ("session_params", "sessions"),
+    ("custom_logit_processor", "custom_logit_processor"),
+    ("return_hidden_states", "return_hidden_states"),
+    ("return_routed_experts", "return_routed_experts"),
+    ("return_indexer_topk", "return_indexer_topk"),
+    ("return_sampling_mask", "return_sampling_mask"),
+    ("return_entropy", "return_entropy"),
+    ("multi_item_delimiter_indices", "multi-item scoring"),
+    ("token_indices_to_pool", "pooled readout"),
+    ("bootstrap_room", "prefill-decode disaggregation"),
+)
+_UNSUPPORTED_SAMPLING: tuple[tuple[str, str], ...] = (
+    ("stop_regex_strs", "stop_regex"),
+    ("beam_width", "beam search"),
+    ("custom_params", "custom_params"),
+)
+_GRAMMARS: tuple[Literal["regex", "json_schema", "ebnf", "structural_tag"], ...] = (
+    "regex",
+    "json_schema",
+    "ebnf",
+    "structural_tag",
+)
+
+
+def seeds(random_seed: int | None) -> Iterator[int]:
+    """Seeds for requests that bring none: a fixed sequence for a fixed ``random_seed``."""
+    while random_seed is None:
+        yield int.from_bytes(os.urandom(8), "little") & _SEED_MASK
+    counter = random_seed
+    while True:
+        yield (counter * 0x9E3779B97F4A7C15) & _SEED_MASK
+        counter += 1
+
+
+def to_request(message: TokenizedGenerateReqInput, model: int, seed: int) -> GenerateRequest:
+    """``seed`` serves a request that brings none. Raises ValueError, meant for the client, for
+    what CrossPool does not do; whether the values are right is the scheduler's question."""
+    for field, what in _UNSUPPORTED:
+        if getattr(message, field):
+            raise ValueError(f"{what} is not supported")
+    params = message.sampling_params
+    for field, what in _UNSUPPORTED_SAMPLING:
+        if getattr(params, field):
+            raise ValueError(f"{what} is not supported")
+    assert message.rid is not None
+    input_ids = list(message.input_ids or ())
+    return GenerateRequest(
+        rid=message.rid,
+        model=model,
+        input_ids=input_ids,
+        sampling=_sampling(params, seed),
+        stop=StopRules(
+            max_new_tokens=params.max_new_tokens,
+            min_new_tokens=params.min_new_tokens,
+            # as in SGLang, ignore_eos holds for stop tokens too
+            stop_token_ids=frozenset(() if params.ignore_eos else params.stop_token_ids or ()),
+            stop_strings=_strings(params.stop_strs),
+            ignore_eos=params.ignore_eos,
+        ),
+        logprobs=_logprobs(message, len(input_ids)),
+        grammar=_grammar(params),
+        stream=message.stream,
+        arrival=time.monotonic(),
+    )
+
+
+def _strings(value: str | list[str] | None) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else tuple(value or ())
+    return tuple(string for string in strings if string)
+
+
+def _sampling(params: SamplingParams, seed: int) -> Sampling:
+    # SGLang turns temperature 0 into top_k 1; every way to ask for the best token is greedy.
+    greedy = params.top_k == 1 or params.temperature == 0
+    own_seed = params.sampling_seed
+    return Sampling(
+        temperature=0.0 if greedy else params.temperature,
+        top_k=-1 if params.top_k in (-1, TOP_K_ALL) else params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        repetition_penalty=params.repetition_penalty,
+        logit_bias={int(token): bias for token, bias in (params.logit_bias or {}).items()},
+        seed=seed if own_seed is None else own_seed & _SEED_MASK,
+        min_new_tokens=params.min_new_tokens,
+    )
+
+
+def _logprobs(message: TokenizedGenerateReqInput, prompt_len: int) -> Logprobs:
+    if not message.return_logprob:
+        return Logprobs()
+    start = message.logprob_start_len
+    return Logprobs(
+        output=True,
+        prompt_start=-1 if start == prompt_len else start,
+        top=message.top_logprobs_num,
+        token_ids=tuple(message.token_ids_logprob or ()),
+    )
+
+
+def _grammar(params: SamplingParams) -> Grammar | None:
+    for kind in _GRAMMARS:  # SGLang lets at most one through
+        if source := getattr(params, kind):
+            return Grammar(kind=kind, source=source)
+    return None
+
+
+def refusal(rid: str, model: int, message: str, status: int, prompt_tokens: int) -> Output:
+    """The only output of a request that never reached the scheduler."""
+    return Output(
+        rid=rid,
+        model=model,
+        first=True,
+        token_ids=[],
+        finish=Finish(kind="abort", message=message, status=status),
+        prompt_tokens=prompt_tokens,
+        completion_tokens=0,
+        cached_tokens=0,
+        output_logprobs=[],
+        prompt_logprobs=[],
+    )
+
+
+def finish_reason(finish: Finish | None, completion_tokens: int) -> dict[str, Any] | None:
+    """SGLang's finish reason. Only aborts that are errors carry a status: the client's own abort
+    is an ordinary end of its answer."""
+    if finish is None:
+        return None
+    if finish.kind == "stop":
+        return {"type": "stop", "matched": finish.matched}
+    if finish.kind == "length":
+        return {"type": "length", "length": completion_tokens}
+    reason: dict[str, Any] = {"type": "abort", "message": finish.message}
+    if finish.status != CLIENT_ABORT:
+        reason["status_code"] = finish.status
+        reason["err_type"] = _ERROR_TYPES.get(finish.status, "InternalServerError")
+    return reason
+
+
+@dataclasses.dataclass
+class OpenRequest:
+    """What the way back needs of a request, kept until its finish has been sent."""
+
+    rid: str
+    http_worker_ipc: str | None
+    prompt_tail: array[int]
+    prompt_len: int
+    stream: bool
+    stream_interval: int
+    params: SamplingParams
+    logprobs: bool
+    top: int
+    token_ids: tuple[int, ...]
+    held: Output | None = None
+    """Outputs that wait for the stream interval, or for the end of an answer in one piece."""
+
+    @classmethod
+    def of(cls, message: TokenizedGenerateReqInput, stream_interval: int) -> OpenRequest:
+        ids = message.input_ids if message.input_ids is not None else array("q")
+        assert message.rid is not None
+        return cls(
+            rid=message.rid,
+            http_worker_ipc=message.http_worker_ipc,
+            prompt_tail=array("q", ids[-PROMPT_TAIL:]),
+            prompt_len=len(ids),
+            stream=message.stream,
+            stream_interval=message.sampling_params.stream_interval or stream_interval,
+            params=message.sampling_params,
+            logprobs=message.return_logprob,
+            top=message.top_logprobs_num,
+            token_ids=tuple(message.token_ids_logprob or ()),
+        )
+
+    def take(self, output: Output) -> Output | None:
+        """The output to send now: this one joined to those held back, or None to wait for more."""
+        if self.held is not None:
+            output = _join(self.held, output)
+        due = self.stream and (output.first or len(output.token_ids) >= self.stream_interval)
+        if output.finish is not None or due:
+            self.held = None
+            return output
+        self.held = output
+        return None
+
+
+def _join(earlier: Output, later: Output) -> Output:
+    return dataclasses.replace(
+        later,
+        first=earlier.first,
+        token_ids=earlier.token_ids + later.token_ids,
+        output_logprobs=earlier.output_logprobs + later.output_logprobs,
+        prompt_logprobs=earlier.prompt_logprobs + later.prompt_logprobs,
+    )
+
+
+Item = tuple[OpenRequest, Output]
+
+
+def to_token_id_output(items: Sequence[Item]) -> BatchTokenIDOutput:
+    """One message for the detokenizer; ``items`` are requests of one front end, each at most
+    once."""
+    ids = [array("q", output.token_ids) for _, output in items]
+    any_logprobs = any(request.logprobs for request, _ in items)
+
+    def each(value: Callable[[OpenRequest, Output], Any]) -> list[Any]:
+        return [value(request, output) for request, output in items]
+
+    def logprobs(value: Callable[[OpenRequest, Output], list[Any]]) -> list[Any] | None:
+        if not any_logprobs:
+            return None
+        return each(lambda r, o: value(r, o) if r.logprobs else [])
+
+    return BatchTokenIDOutput(
+        rids=each(lambda r, o: r.rid),
+        http_worker_ipcs=each(lambda r, o: r.http_worker_ipc),
+        finished_reasons=each(lambda r, o: finish_reason(o.finish, o.completion_tokens)),
+        decoded_texts=[""] * len(items),
+        decode_ids=[
+            request.prompt_tail + delta if output.first else delta
+            for (request, output), delta in zip(items, ids, strict=True)
+        ],
+        read_offsets=each(lambda r, o: len(r.prompt_tail)),
+        output_ids=ids,
+        skip_special_tokens=each(lambda r, o: r.params.skip_special_tokens),
+        spaces_between_special_tokens=each(lambda r, o: r.params.spaces_between_special_tokens),
+        no_stop_trim=each(lambda r, o: r.params.no_stop_trim),
+        prompt_tokens=each(lambda r, o: o.prompt_tokens),
+        reasoning_tokens=[0] * len(items),
+        completion_tokens=each(lambda r, o: o.completion_tokens),
+        cached_tokens=each(lambda r, o: o.cached_tokens),
+        input_token_logprobs_val=logprobs(lambda r, o: _values(o.prompt_logprobs)),
+        input_token_logprobs_idx=logprobs(lambda r, o: _tokens(o.prompt_logprobs)),
+        output_token_logprobs_val=logprobs(lambda r, o: _values(o.output_logprobs)),
+        output_token_logprobs_idx=logprobs(lambda r, o: _tokens(o.output_logprobs)),
+        input_top_logprobs_val=logprobs(lambda r, o: _top(o.prompt_logprobs, 0)),
+        input_top_logprobs_idx=logprobs(lambda r, o: _top(o.prompt_logprobs, 1)),
+        output_top_logprobs_val=logprobs(lambda r, o: _top(o.output_logprobs, 0)),
+        output_top_logprobs_idx=logprobs(lambda r, o: _top(o.output_logprobs, 1)),
+        input_token_ids_logprobs_val=logprobs(lambda r, o: _asked(o.prompt_logprobs, 0)),
+        input_token_ids_logprobs_idx=logprobs(lambda r, o: _asked(o.prompt_logprobs, 1)),
+        output_token_ids_logprobs_val=logprobs(lambda r, o: _asked(o.output_logprobs, 0)),
+        output_token_ids_logprobs_idx=logprobs(lambda r, o: _asked(o.output_logprobs, 1)),
+        output_token_entropy_val=None,
+        output_token_sampling_mask=None,
+        output_hidden_states=None,
+        routed_experts=None,
+        indexer_topk=None,
+        placeholder_tokens_idx=None,
+        placeholder_tokens_val=None,
+        retraction_counts=[0] * len(items),
+    )
+
+
+def _values(positions: list[TokenLogprobs]) -> list[float | None]:
+    return [position.logprob for position in positions]
+
+
+def _tokens(positions: list[TokenLogprobs]) -> list[int]:
+    return [position.token for position in positions]
+
+
+def _column(pairs: list[tuple[float, int]], column: int) -> list[Any] | None:
+    """Values or tokens of a position's pairs; None where there are none (a first token)."""
+    return [pair[column] for pair in pairs] or None
+
+
+def _top(positions: list[TokenLogprobs], column: int) -> list[Any]:
+    return [_column(position.top, column) for position in positions]
+
+
+def _asked(positions: list[TokenLogprobs], column: int) -> list[Any]:
+    return [_column(position.token_ids, column) for position in positions]

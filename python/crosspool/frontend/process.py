@@ -1,0 +1,52 @@
+"""What the front end's processes have in common: arguments, title, log, exit status."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from crosspool.config.deployment import ConfigError, Deployment, load
+from crosspool.config.process import die_with_parent, set_title
+
+
+def run(name: str, serve: Callable[[Deployment], None], argv: Sequence[str] | None = None) -> int:
+    """Parses ``--deployment FILE`` and calls ``serve``, which imports SGLang.
+
+    Returns 0 when it returns, 2 after a ConfigError, which is told on stderr; other exceptions
+    are logged and come to 1."""
+    parser = argparse.ArgumentParser(prog=f"crosspool {name}")
+    parser.add_argument("--deployment", type=Path, required=True, help="deployment.json")
+    arguments = parser.parse_args(argv)
+
+    die_with_parent()
+    set_title(name)
+    deployment = load(arguments.deployment)
+    configure_logging(name, deployment)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        serve(deployment)
+    except ConfigError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except Exception:
+        logging.getLogger(__name__).exception("the %s process cannot go on", name)
+        return 1
+    return 0
+
+
+def configure_logging(name: str, deployment: Deployment) -> None:
+    """Log lines of this process go to stderr at the deployment's ``log_level``. SGLang warns at
+    import of kernels that the front end never uses; that is not for the user."""
+    logging.basicConfig(
+        level=str(deployment.sglang.get("log_level", "info")).upper(),
+        format=f"%(asctime)s %(levelname)s {name}: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    warnings.filterwarnings("ignore", message="Only CUDA", module="sglang")
