@@ -100,7 +100,7 @@ def request(
         rid=rid,
         model=model,
         input_ids=prompt,
-        sampling=sampling or Sampling(),
+        sampling=sampling or Sampling(seed=zlib.crc32(rid.encode())),
         stop=StopRules(max_new_tokens=max_new_tokens, **stop),
         logprobs=logprobs or Logprobs(),
         grammar=grammar,
@@ -294,10 +294,14 @@ class Simulation:
         decoders = [WordDecoder() for _ in specs]
         self.core = SchedulerCore(d, specs, decoders, self.grammars, lambda: self.now)
         self.ranks = [SimulatedRank(d, specs, next_token) for _ in d.kv_pool_devices]
+        self.started: list[str] = []
+        """rids in the order in which the requests were opened on a rank."""
+        self._rid_of_seed: dict[int, str] = {}
         self.outputs: dict[str, list[Output]] = defaultdict(list)
 
     def add(self, *requests: GenerateRequest) -> None:
         for r in requests:
+            self._rid_of_seed[r.sampling.seed] = r.rid
             self.core.add(r)
         self.schedule()
 
@@ -305,6 +309,8 @@ class Simulation:
         self.core.schedule()
         for rank, message in self.core.drain_messages():
             self.ranks[rank].receive(message)
+            if isinstance(message, Step):
+                self.started += [self._rid_of_seed[o.sampling.seed] for o in message.opens]
         for output in self.core.drain_outputs():
             news = self.outputs[output.rid]
             assert not news or news[-1].finish is None, "output after the end"
