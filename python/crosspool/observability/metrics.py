@@ -1,0 +1,97 @@
+"""The deployment's state as Prometheus metrics, ``crosspool_*``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+_MODEL_GAUGES = (
+    ("waiting", "crosspool_requests_waiting", "Requests queued."),
+    ("running", "crosspool_requests_running", "Requests admitted and not finished."),
+    ("mapped_bytes", "crosspool_kv_mapped_bytes", "KV memory mapped for the model."),
+    ("promised_bytes", "crosspool_kv_promised_bytes", "KV memory promised to running requests."),
+)
+_MODEL_COUNTERS = (
+    ("requests", "crosspool_requests", "Requests received, refused ones included."),
+    ("admitted", "crosspool_requests_admitted", "Requests admitted to the KV pool."),
+    ("prompt_tokens", "crosspool_prompt_tokens", "Prompt tokens computed."),
+    ("output_tokens", "crosspool_output_tokens", "Tokens sampled."),
+    ("steps", "crosspool_steps", "Steps: passes of a batch through all layers."),
+    ("decode_rows", "crosspool_decode_rows", "Rows that fed back a sampled token."),
+)
+_RANK_GAUGES = (
+    ("budget_bytes", "crosspool_kv_budget_bytes", "KV budget of the attention rank."),
+    ("free_bytes", "crosspool_kv_free_bytes", "KV memory promised to nobody."),
+    ("steps_in_flight", "crosspool_steps_in_flight", "Steps sent and not answered."),
+)
+_LINK_COUNTERS = (
+    ("rows", "crosspool_hidden_state_rows", "Token rows dispatched to FFN ranks."),
+    ("dispatch_bytes", "crosspool_dispatch_bytes", "Hidden-state bytes dispatched."),
+    ("combine_bytes", "crosspool_combine_bytes", "Hidden-state bytes combined."),
+)
+
+
+def render(status: Mapping[str, Any], counters: Sequence[Mapping[str, Any]]) -> bytes:
+    """Metrics in Prometheus' text format.
+
+    ``status``: what the scheduler process answers to ``status`` (may be empty while it starts).
+    ``counters``: what the devices answer to ``counters``, one dict per device with its ``links``."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Snapshot(status, counters))
+    return generate_latest(registry)
+
+
+class _Snapshot(Collector):
+    def __init__(
+        self, status: Mapping[str, Any], counters: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self._status = status
+        self._counters = counters
+
+    def collect(self) -> Iterator[Metric]:
+        ready = GaugeMetricFamily("crosspool_ready", "1 when every device is ready.")
+        ready.add_metric([], float(bool(self._status.get("ready"))))
+        yield ready
+        yield from self._models(self._status.get("models", ()))
+        yield from self._ranks(self._status.get("ranks", ()))
+        yield from self._links()
+
+    def _models(self, models: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
+        for key, name, text in _MODEL_GAUGES:
+            gauge = GaugeMetricFamily(name, text, labels=["model"])
+            for model in models:
+                gauge.add_metric([model["name"]], model[key])
+            yield gauge
+        for key, name, text in _MODEL_COUNTERS:
+            counter = CounterMetricFamily(name, text, labels=["model"])
+            for model in models:
+                counter.add_metric([model["name"]], model[key])
+            yield counter
+        for key, label, text in (
+            ("finished", "reason", "Requests that ended by themselves."),
+            ("aborted", "status", "Requests refused or aborted, by HTTP status."),
+        ):
+            by = CounterMetricFamily(f"crosspool_requests_{key}", text, labels=["model", label])
+            for model in models:
+                for value, number in model[key].items():
+                    by.add_metric([model["name"], value], number)
+            yield by
+
+    def _ranks(self, ranks: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
+        for key, name, text in _RANK_GAUGES:
+            gauge = GaugeMetricFamily(name, text, labels=["attention_rank", "device"])
+            for index, rank in enumerate(ranks):
+                gauge.add_metric([str(index), rank["device"]], rank[key])
+            yield gauge
+
+    def _links(self) -> Iterator[Metric]:
+        for key, name, text in _LINK_COUNTERS:
+            counter = CounterMetricFamily(name, text, labels=["device"])
+            for device in self._counters:
+                total = sum(link[key] for link in device.get("links", ()))
+                counter.add_metric([device["device"]], total)
+            yield counter

@@ -1,0 +1,63 @@
+from crosspool.observability.metrics import render
+from prometheus_client.parser import text_string_to_metric_families
+
+MODEL = {
+    "name": 'odd "name"\\',
+    "waiting": 3,
+    "running": 2,
+    "mapped_bytes": 4 << 20,
+    "promised_bytes": 6 << 20,
+    "requests": 9,
+    "admitted": 5,
+    "prompt_tokens": 100,
+    "output_tokens": 40,
+    "steps": 30,
+    "decode_rows": 38,
+    "finished": {"stop": 1, "length": 2},
+    "aborted": {"429": 1},
+}
+RANK = {"device": "cpu:0", "budget_bytes": 64 << 20, "free_bytes": 58 << 20, "steps_in_flight": 1}
+LINK = {
+    "attention_rank": 0,
+    "lane": 1,
+    "ffn_rank": 2,
+    "dispatches": 7,
+    "rows": 70,
+    "dispatch_bytes": 7000,
+    "combine_bytes": 7001,
+}
+
+
+def samples(*, ready: bool = True, counters: bool = True) -> dict[tuple[str, ...], float]:
+    status = {"ready": ready, "models": [MODEL], "ranks": [RANK]}
+    devices = [{"device": "cpu:0", "links": [LINK], "served": [LINK]}] if counters else []
+    text = render(status, devices).decode()
+    return {
+        (sample.name, *(f"{k}={v}" for k, v in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_every_number_arrives_under_its_labels() -> None:
+    found = samples()
+    model = f"model={MODEL['name']}"
+    assert found["crosspool_requests_waiting", model] == 3
+    assert found["crosspool_kv_mapped_bytes", model] == 4 << 20
+    assert found["crosspool_requests_total", model] == 9
+    assert found["crosspool_decode_rows_total", model] == 38
+    assert found["crosspool_requests_finished_total", "by=length", model] == 2
+    assert found["crosspool_requests_aborted_total", model, "status=429"] == 1
+    rank = ("attention_rank=0", "device=cpu:0")
+    assert found["crosspool_kv_free_bytes", *rank] == 58 << 20
+    link = ("attention_rank=0", "ffn_rank=2", "lane=1")
+    assert found["crosspool_dispatch_rows_total", *link] == 70
+    assert found["crosspool_dispatch_bytes_total", *link] == 7000
+    assert found["crosspool_combine_bytes_total", *link] == 7001
+    assert found["crosspool_up",] == 1
+
+
+def test_while_devices_start_there_are_no_links() -> None:
+    found = samples(ready=False, counters=False)
+    assert found["crosspool_up",] == 0
+    assert not any(name.startswith("crosspool_dispatch") for name, *_ in found)
