@@ -1,0 +1,99 @@
+"""Paged attention against a plain float64 softmax over the tokens of each request."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from crosspool.kernels.attention import (
+    Segment,
+    append_kv,
+    gather_kv,
+    gqa_attention,
+    mla_attention,
+)
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def _attend(q: Array, k: Array, v: Array, *, scale: float, start: int, window: int | None) -> Array:
+    """One head: q [rows, d], k [len, d], v [len, dv]."""
+    out = np.zeros((len(q), v.shape[1]))
+    for row in range(len(q)):
+        last = start + row
+        first = 0 if window is None else max(0, last - window + 1)
+        scores = k[first : last + 1] @ q[row] * scale
+        weights = np.exp(scores - scores.max())
+        out[row] = weights / weights.sum() @ v[first : last + 1]
+    return out
+
+
+# (tokens cached before, rows of the batch) of each request; 300 rows span several blocks.
+RAGGED = [(0, 5), (11, 1), (3, 300), (16, 4), (0, 1), (40, 1)]
+PAGE_SIZE = 8
+
+
+def _paged(width: int) -> tuple[torch.Tensor, list[Segment], list[torch.Tensor]]:
+    """NaN-filled cache of three layers with every request's tokens in layer 1."""
+    generator = torch.Generator().manual_seed(0)
+    kv = torch.full((64, 3, PAGE_SIZE, width), math.nan)
+    free = torch.randperm(64, generator=generator)
+    segments, tokens, row = [], [], 0
+    for start, rows in RAGGED:
+        length = start + rows
+        used = -(-length // PAGE_SIZE)
+        pages, free = free[:used], free[used:]
+        values = torch.randn(length, width, generator=generator)
+        positions = torch.arange(length)
+        slots = pages[positions // PAGE_SIZE], positions % PAGE_SIZE
+        append_kv(kv, 1, slots, values)
+        segments.append(Segment(first_row=row, rows=rows, start=start, pages=pages))
+        tokens.append(values)
+        row += rows
+    assert kv[:, [0, 2]].isnan().all()
+    return kv, segments, tokens
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, 200])
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+def test_gqa(window: int | None, q_heads: int, kv_heads: int) -> None:
+    head_dim, scale = 16, 0.3
+    kv, segments, tokens = _paged(2 * kv_heads * head_dim)
+    q = torch.randn(sum(rows for _, rows in RAGGED), q_heads, head_dim)
+    found = gqa_attention(q, kv, 1, segments, kv_heads=kv_heads, scale=scale, window=window).numpy()
+    for segment, values in zip(segments, tokens, strict=True):
+        rows = slice(segment.first_row, segment.first_row + segment.rows)
+        k, v = values.double().numpy().reshape(-1, 2, kv_heads, head_dim).swapaxes(0, 1)
+        for head in range(q_heads):
+            of_kv = head // (q_heads // kv_heads)
+            queries = q[rows, head].double().numpy()
+            expected = _attend(
+                queries, k[:, of_kv], v[:, of_kv], scale=scale, start=segment.start, window=window
+            )
+            np.testing.assert_allclose(found[rows, head], expected, atol=2e-5)
+
+
+def test_mla() -> None:
+    heads, latent, rope, scale = 5, 24, 8, 0.2
+    kv, segments, tokens = _paged(latent + rope)
+    q = torch.randn(sum(rows for _, rows in RAGGED), heads, latent + rope)
+    found = mla_attention(q, kv, 1, segments, latent=latent, scale=scale).numpy()
+    for segment, values in zip(segments, tokens, strict=True):
+        rows = slice(segment.first_row, segment.first_row + segment.rows)
+        keys = values.double().numpy()
+        for head in range(heads):
+            queries = q[rows, head].double().numpy()
+            expected = _attend(
+                queries, keys, keys[:, :latent], scale=scale, start=segment.start, window=None
+            )
+            np.testing.assert_allclose(found[rows, head], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 1), (0, 8), (7, 9), (8, 16), (13, 44)])
+def test_gather_takes_exactly_the_asked_tokens(start: int, end: int) -> None:
+    kv, segments, tokens = _paged(4)
+    found = gather_kv(kv, 1, segments[2].pages, start, end)
+    torch.testing.assert_close(found, tokens[2][start:end], atol=0, rtol=0)

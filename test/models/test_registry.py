@@ -1,0 +1,243 @@
+"""config.json -> ModelSpec, against transformers' own reading of the same fields."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crosspool.config.deployment import ConfigError
+from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
+from crosspool.models.spec import DenseFFN, GQASpec, MLASpec, ModelSpec, MoEFFN, RopeSpec
+from make_random_checkpoint import FAMILIES, hub_tensors, make_random_checkpoint
+from transformers import AutoConfig, PreTrainedConfig
+
+ARCHITECTURES = {
+    family: name.replace("Config", "ForCausalLM") for family, (name, _) in FAMILIES.items()
+}
+# A field without which transformers itself cannot build the model.
+_NEEDED: dict[str, dict[str, Any]] = {"deepseek_v2": {"num_experts_per_tok": 6}}
+
+
+def _write(folder: Path, family: str, **fields: Any) -> Path:
+    config = {"architectures": [ARCHITECTURES[family]], "model_type": family, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config | _NEEDED.get(family, {}) | fields))
+    return folder
+
+
+def _check_against(spec: ModelSpec, config: PreTrainedConfig) -> None:
+    assert spec.family == config.model_type
+    assert spec.hidden == config.hidden_size
+    assert spec.vocab == config.vocab_size
+    assert spec.layers == config.num_hidden_layers
+    assert spec.context == config.max_position_embeddings
+    assert spec.norm_eps == config.rms_norm_eps
+    assert spec.tied_embeddings == config.tie_word_embeddings
+    eos = config.eos_token_id
+    assert spec.eos_token_ids == (() if eos is None else (eos,))
+    attention = spec.attention
+    assert attention.q_heads == config.num_attention_heads
+    if isinstance(attention, MLASpec):
+        for field in (
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+        ):
+            assert getattr(attention, field) == getattr(config, field)
+        assert attention.rope.interleaved == getattr(config, "rope_interleave", True)
+    else:
+        assert attention.kv_heads == config.num_key_value_heads
+        assert attention.sliding_window == getattr(config, "sliding_window", None)
+        assert attention.qkv_clip == getattr(config, "clip_qkv", None)
+    for ffn in spec.ffn:
+        if isinstance(ffn, DenseFFN):
+            assert ffn.intermediate == config.intermediate_size
+            continue
+        router = ffn.router
+        v2 = config.model_type == "deepseek_v2"
+        assert ffn.experts == (config.n_routed_experts if v2 else config.num_local_experts)
+        assert ffn.intermediate == getattr(
+            config, "moe_intermediate_size", config.intermediate_size
+        )
+        shared = getattr(config, "n_shared_experts", 0)
+        assert ffn.shared_intermediate == shared * ffn.intermediate
+        assert router.top_k == config.num_experts_per_tok
+        assert router.scale == getattr(config, "routed_scaling_factor", 1.0)
+        assert router.renormalize == getattr(config, "norm_topk_prob", True)
+        assert router.groups == (getattr(config, "n_group", 1) or 1)
+        assert router.top_groups == (getattr(config, "topk_group", 1) or 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_missing_fields_take_transformers_defaults(family: str, tmp_path: Path) -> None:
+    spec = read_model(_write(tmp_path, family))
+    _check_against(spec, AutoConfig.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_small_configs_read_as_transformers_reads_them(family: str, tmp_path: Path) -> None:
+    path = make_random_checkpoint(family, tmp_path / "c")
+    spec = read_model(path)
+    _check_against(spec, AutoConfig.from_pretrained(path))
+    assert spec.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_tensors_are_those_of_a_published_checkpoint(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
+    path = make_random_checkpoint(family, tmp_path / "c", {"tie_word_embeddings": tied})
+    spec = read_model(path)
+    config = AutoConfig.from_pretrained(path)
+    expected = {name: tuple(t.shape) for name, t in hub_tensors(config, config.dtype).items()}
+    refs = [ref for _, ref in attention_tensors(spec)]
+    refs += [ref for layer in range(spec.layers) for ref in ffn_tensors(spec, layer)]
+    assert {ref.name: ref.shape for ref in refs} == expected
+    assert len({ref.name for ref in refs}) == len(refs)
+
+
+def test_kv_width_and_bytes() -> None:
+    gqa = {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "scale": 0.25}
+    rope = {"dim": 16, "interleaved": False}
+    spec = ModelSpec(
+        family="mixtral",
+        hidden=64,
+        vocab=10,
+        context=8,
+        dtype="bfloat16",
+        norm_eps=1e-5,
+        tied_embeddings=False,
+        attention=GQASpec(**gqa, rope=RopeSpec(**rope)),
+        ffn=(DenseFFN(intermediate=8),) * 3,
+        eos_token_ids=(),
+    )
+    assert spec.kv_width == 2 * 2 * 16
+    assert spec.kv_bytes_per_token == 3 * 64 * 2
+
+
+def test_qwen3_dense_layers(tmp_path: Path) -> None:
+    fields = {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    spec = read_model(_write(tmp_path, "qwen3_moe", **fields))
+    kinds = [isinstance(ffn, MoEFFN) for ffn in spec.ffn]
+    assert kinds == [False, True, False, False, False, True]
+
+
+def test_deepseek_v3_yarn_sharpens_the_softmax(tmp_path: Path) -> None:
+    scaling = {
+        "type": "yarn",
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+    }
+    path = _write(tmp_path, "deepseek_v3", rope_scaling=scaling, max_position_embeddings=163840)
+    # DeepSeek-V3's published value: 192 ** -0.5 * (0.1 * ln 40 + 1) ** 2
+    assert read_model(path).attention.scale == pytest.approx(0.1352337788608801)
+
+
+def test_eos_ids_of_both_files(tmp_path: Path) -> None:
+    path = _write(tmp_path, "qwen3_moe", eos_token_id=7)
+    (path / "generation_config.json").write_text('{"eos_token_id": [9, 7]}')
+    assert read_model(path).eos_token_ids == (7, 9)
+
+
+def test_context_length_and_dtype_given_by_the_user(tmp_path: Path) -> None:
+    path = _write(tmp_path, "olmoe")
+    spec = read_model(path, context_length=100, dtype="float32")
+    assert (spec.context, spec.dtype) == (100, "float32")
+    with pytest.raises(ConfigError, match="max_position_embeddings=4096"):
+        read_model(path, context_length=4097)
+    with pytest.raises(ConfigError, match="float16"):
+        read_model(path, dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("mixtral", {"hidden_size": 0}, "hidden_size=0: must be an integer of at least 1"),
+        ("mixtral", {"hidden_size": "64"}, "hidden_size"),
+        ("mixtral", {"num_key_value_heads": 5}, "num_key_value_heads=5: must divide"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok=9: must be at most 8"),
+        ("mixtral", {"rms_norm_eps": 0}, "rms_norm_eps"),
+        ("mixtral", {"rms_norm_eps": None}, "rms_norm_eps"),
+        ("mixtral", {"head_dim": 7}, "head_dim"),
+        ("mixtral", {"sliding_window": -1}, "sliding_window"),
+        ("mixtral", {"num_attention_heads": 3, "num_key_value_heads": 3}, "num_attention_heads"),
+        ("mixtral", {"hidden_act": "gelu"}, "hidden_act='gelu': must be silu"),
+        ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+        ("mixtral", {"dtype": "float16"}, "dtype='float16'"),
+        ("mixtral", {"eos_token_id": "x"}, "eos_token_id"),
+        ("mixtral", {"tie_word_embeddings": 1}, "tie_word_embeddings=1: must be true or false"),
+        ("mixtral", {"rope_scaling": {"type": "longrope"}}, "rope_type must be one of"),
+        ("mixtral", {"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor=None"),
+        ("mixtral", {"rope_scaling": [1]}, "rope_scaling"),
+        ("mixtral", {"rope_theta": -1.0}, "rope_theta"),
+        ("mixtral", {"rope_parameters": {"full": {"rope_theta": 1}}}, "rope_parameters"),
+        ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("olmoe", {"head_dim": 16}, "head_dim=16"),
+        ("qwen3_moe", {"mlp_only_layers": "all"}, "mlp_only_layers"),
+        ("qwen3_moe", {"num_key_value_heads": None}, "num_key_value_heads"),
+        ("deepseek_v2", {"num_experts_per_tok": None}, "num_experts_per_tok=None"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "n_group=None"),
+        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias"),
+        ("deepseek_v3", {"n_group": 7}, "n_group=7: must divide"),
+        ("deepseek_v3", {"n_group": 256, "topk_group": 8}, "n_group=256: every group"),
+        ("deepseek_v3", {"topk_group": 9}, "topk_group=9: must be at most n_group=8"),
+        ("deepseek_v3", {"qk_rope_head_dim": 3}, "qk_rope_head_dim"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, "mlp_layer_types"),
+    ],
+)
+def test_nonsense_is_named(
+    family: str, fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_model(_write(tmp_path, family, **fields))
+    assert message in str(caught.value)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+        {"architectures": ["MixtralForSequenceClassification"]},
+        {"architectures": None, "model_type": "mamba"},
+        {"architectures": "MixtralForCausalLM"},
+    ],
+)
+def test_unsupported_architectures_name_the_supported(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_model(_write(tmp_path, "mixtral", **fields))
+    for architecture in ARCHITECTURES.values():
+        assert architecture in str(caught.value)
+
+
+def test_model_type_decides_where_no_architecture_is_named(tmp_path: Path) -> None:
+    assert read_model(_write(tmp_path, "mixtral", architectures=None)).family == "mixtral"
+
+
+def test_missing_and_malformed_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json is missing"):
+        read_model(tmp_path)
+    for text, message in (("{", "not valid JSON"), ("[]", "JSON object"), ("\xff", "JSON")):
+        (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(ConfigError, match=message):
+            read_model(tmp_path)
+
+
+def test_reading_a_model_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, crosspool.models.registry, crosspool.weightpool.placement;"
+        "print([m for m in ('torch', 'transformers', 'safetensors') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

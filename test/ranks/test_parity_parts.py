@@ -1,0 +1,239 @@
+"""The parts against transformers' models: same logits, for every family and shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from make_random_checkpoint import make_random_checkpoint
+from parts import Parts
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+DEMO = Path(__file__).parents[2] / "python" / "crosspool" / "demo"
+DECODE_STEPS = 32
+
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4,
+    "beta_slow": 1,
+    "rope_theta": 10000.0,
+}
+_DEEPSEEK_YARN = _YARN | {"mscale": 0.707, "mscale_all_dim": 1.0}
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-tied-dense-between": (
+        "qwen3_moe",
+        {
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [1],
+            "tie_word_embeddings": True,
+            "norm_topk_prob": False,
+            "attention_bias": True,
+        },
+    ),
+    "qwen3-yarn-window": (
+        "qwen3_moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "head_dim": 8,
+            "rope_parameters": _YARN,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+        },
+    ),
+    "v2-greedy": (
+        "deepseek_v2",
+        {"num_hidden_layers": 3, "n_shared_experts": 2, "rope_parameters": _DEEPSEEK_YARN},
+    ),
+    "v2-groups-q-lora": (
+        "deepseek_v2",
+        {
+            "q_lora_rank": 24,
+            "first_k_dense_replace": 0,
+            "topk_method": "group_limited_greedy",
+            "n_routed_experts": 12,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 1.5,
+            "attention_bias": True,
+        },
+    ),
+    "v3-groups-q-lora": (
+        "deepseek_v3",
+        {
+            "num_hidden_layers": 3,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "rope_parameters": _DEEPSEEK_YARN,
+        },
+    ),
+    "v3-no-q-lora": (
+        "deepseek_v3",
+        {
+            "q_lora_rank": None,
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": False,
+            "n_shared_experts": 2,
+            "v_head_dim": 8,
+            "rope_interleave": False,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "glm": ("glm4_moe_lite", {"num_hidden_layers": 3, "v_head_dim": 24, "n_routed_experts": 6}),
+    "glm-dense-last": (
+        "glm4_moe_lite",
+        {
+            "mlp_layer_types": ["sparse", "dense"],
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "n_group": 2,
+            "rms_norm_eps": 0.01,
+            "attention_bias": True,
+        },
+    ),
+    "mixtral": ("mixtral", {"num_hidden_layers": 3}),
+    "mixtral-window": (
+        "mixtral",
+        {
+            "sliding_window": 11,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 1,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+        },
+    ),
+    "olmoe": ("olmoe", {"num_key_value_heads": 2, "clip_qkv": 1.5, "attention_bias": True}),
+    "olmoe-norm": (
+        "olmoe",
+        {
+            "num_experts": 6,
+            "norm_topk_prob": True,
+            "num_experts_per_tok": 3,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "rope_theta": 1e4,
+            },
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family, overrides = SHAPES[request.param]
+    out = tmp_path_factory.mktemp("checkpoint") / request.param
+    overrides = {"vocab_size": 160} | overrides
+    return make_random_checkpoint(family, out, overrides, "float32", seed=3, max_shard_size="200KB")
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> PreTrainedModel:
+    return _reference(checkpoint, torch.float32)
+
+
+def _reference(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    for module in model.modules():
+        if type(module).__name__ == "DeepseekV2Moe":
+            # transformers 5.12.1 reads this when routing is group-limited, and never sets it.
+            module.num_experts = model.config.n_routed_experts
+    return model.eval()
+
+
+def _sequences(lengths: list[int], vocab: int) -> list[list[int]]:
+    """Random tokens: a prompt of each length, and what is fed during decode."""
+    generator = torch.Generator().manual_seed(5)
+    return [
+        torch.randint(vocab, (length + DECODE_STEPS,), generator=generator).tolist()
+        for length in lengths
+    ]
+
+
+def _logits(parts: Parts, sequences: list[list[int]], lengths: list[int]) -> list[torch.Tensor]:
+    """Prompts in chunks of 7, one request after another joining; then decode, all in one batch.
+    Requests that are through their prompt decode beside those that are not."""
+    done = [0] * len(sequences)
+    logits: list[list[torch.Tensor]] = [[] for _ in sequences]
+    step = 0
+    while any(position < len(sequences[i]) for i, position in enumerate(done)):
+        rows = {}
+        for i in range(min(step + 1, len(sequences))):
+            size = min(7, lengths[i] - done[i]) if done[i] < lengths[i] else 1
+            if chunk := sequences[i][done[i] : done[i] + size]:
+                rows[i] = chunk
+        for i, result in parts.step(rows).items():
+            done[i] += len(rows[i])
+            logits[i].append(result)
+        step += 1
+    return [torch.cat(of_request) for of_request in logits]
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), [(1, "tp"), (2, "tp"), (2, "ep")])
+@torch.inference_mode()
+def test_logits_equal_transformers(
+    checkpoint: Path,
+    reference: PreTrainedModel,
+    ranks: int,
+    parallel: Literal["tp", "ep"],
+) -> None:
+    lengths = [19, 1, 8]
+    parts = Parts(checkpoint, ranks, parallel)
+    sequences = _sequences(lengths, parts.spec.vocab)
+    for sequence, found in zip(sequences, _logits(parts, sequences, lengths), strict=True):
+        expected = reference(torch.tensor([sequence])).logits[0]
+        assert expected.std() > 0.3  # else the tolerance would say nothing
+        assert (expected[1:] - expected[:-1]).abs().amax(dim=1).min() > 0.1
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+@torch.inference_mode()
+def test_bfloat16_stays_close_to_transformers(checkpoint: Path, reference: PreTrainedModel) -> None:
+    """In bfloat16 both round differently: ours may be no further from the float32 model than
+    twice what transformers' own bfloat16 run is, on average."""
+    lengths = [19]
+    parts = Parts(checkpoint, dtype="bfloat16")
+    sequences = _sequences(lengths, parts.spec.vocab)
+    tokens = torch.tensor(sequences)
+    exact = reference(tokens).logits[0]
+    rounded = _reference(checkpoint, torch.bfloat16)(tokens).logits[0].float()
+    found = _logits(parts, sequences, lengths)[0]
+    theirs, ours = (rounded - exact).abs().mean(), (found - exact).abs().mean()
+    assert 0 < ours < 2 * theirs
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen3-moe", "tiny-deepseek-v2", "tiny-glm4-moe-lite"])
+@torch.inference_mode()
+def test_bundled_model_writes_what_transformers_writes(name: str) -> None:
+    path = DEMO / name
+    if not (path / "config.json").exists():
+        pytest.skip(f"{name} is not there")
+    reference = _reference(path, torch.float32)
+    prompt = list(range(40, 61))
+    expected = reference.generate(
+        torch.tensor([prompt]), do_sample=False, min_new_tokens=64, max_new_tokens=64
+    )[0, len(prompt) :].tolist()
+    parts = Parts(path, dtype="float32")
+    barred = list(parts.spec.eos_token_ids)
+    found: list[int] = []
+    logits = parts.step({0: prompt})[0][-1]
+    while len(found) < 64:
+        logits[barred] = -torch.inf
+        found.append(int(logits.argmax()))
+        logits = parts.step({0: found[-1:]})[0][-1]
+    assert found == expected

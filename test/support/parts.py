@@ -1,0 +1,64 @@
+"""Runs attention part and FFN parts in-process, as the ranks do, over a KV cache full of NaN."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from crosspool.models.registry import read_model
+from crosspool.ranks.attention_part import AttentionPart
+from crosspool.ranks.ffn_part import FFNPart
+from crosspool.ranks.step_batch import Segment, StepBatch
+from crosspool.ranks.weights import TORCH_DTYPES
+from crosspool.weightpool.placement import FFNShard
+
+PAGE_SIZE = 4
+
+
+class Parts:
+    """One model on one attention rank and ``ranks`` FFN ranks."""
+
+    def __init__(
+        self,
+        path: Path,
+        ranks: int = 1,
+        parallel: Literal["tp", "ep"] = "tp",
+        pages: int = 128,
+        dtype: str = "auto",
+    ) -> None:
+        self.spec = read_model(path, dtype=dtype)
+        self.attention = AttentionPart(self.spec, path, lambda _: None)
+        self.ffn = [
+            FFNPart(
+                self.spec,
+                path,
+                FFNShard(rank=rank, ranks=ranks, parallel=parallel),
+                lambda _: None,
+            )
+            for rank in range(ranks)
+        ]
+        shape = (pages, self.spec.layers, PAGE_SIZE, self.spec.kv_width)
+        self.kv = torch.full(shape, torch.nan, dtype=TORCH_DTYPES[self.spec.dtype])
+        self._free = torch.randperm(pages, generator=torch.Generator().manual_seed(1)).tolist()
+        self._sequences: dict[int, tuple[int, list[int]]] = {}
+
+    def step(self, rows: dict[int, list[int]]) -> dict[int, torch.Tensor]:
+        """The next tokens of each request -> float32 [tokens, vocab] logits of each."""
+        segments, positions, tokens = [], [], []
+        for request, new in rows.items():
+            start, pages = self._sequences.get(request, (0, []))
+            while len(pages) * PAGE_SIZE < start + len(new):
+                pages.append(self._free.pop())
+            segments.append(Segment(len(tokens), len(new), start, torch.tensor(pages)))
+            positions += range(start, start + len(new))
+            tokens += new
+            self._sequences[request] = (start + len(new), pages)
+        batch = StepBatch(positions=torch.tensor(positions), segments=segments)
+        residual = self.attention.embed(torch.tensor(tokens))
+        for layer in range(self.spec.layers):
+            residual, normed = self.attention.attend(layer, residual, batch, self.kv)
+            partial_sums = [ffn.forward(layer, normed).float() for ffn in self.ffn]
+            residual = residual + torch.stack(partial_sums).sum(0).to(residual.dtype)
+        logits = self.attention.logits(residual)
+        return dict(zip(rows, logits.split([len(new) for new in rows.values()]), strict=True))
