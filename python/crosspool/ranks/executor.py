@@ -17,8 +17,8 @@ class Executor(Protocol):
     dispatches of every attention rank to the FFN rank of that device."""
 
     def submit(self, operation: Step | Release) -> None:
-        """Appends to the queue. Operations begin in this order: a step when a lane is free, a
-        release when no step of its model is on a lane."""
+        """Appends to the queue. Operations begin in this order, at once where they can: a step when
+        a lane is free, a release when no step of its model is on a lane."""
 
     def run(self, timeout: float) -> list[StepResult]:
         """Does a bounded amount of ready work (about one part of one layer), or waits up to

@@ -142,10 +142,12 @@ class HostLoop:
         self._last_served = -math.inf
         self._sources = deque(sources)
 
+    @torch.inference_mode()
     def submit(self, operation: Step | Release) -> None:
         if self._attention is None:
             raise RuntimeError("a step or release came to a device without an attention rank")
         self._queue.append(operation)
+        self._begin_queued()
 
     @property
     def drained(self) -> bool:

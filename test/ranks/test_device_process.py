@@ -1,0 +1,435 @@
+"""Real device processes, driven as the scheduler drives them, against transformers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from crosspool.transport.messages import (
+    Failed,
+    Logprobs,
+    Row,
+    Sampling,
+    Step,
+    StepResult,
+    TokenLogprobs,
+)
+from make_random_checkpoint import make_random_checkpoint
+from safetensors.torch import load_file, save_file
+from support.device_driver import DeviceDriver, DeviceFailed, Generation
+from transformers import AutoModelForCausalLM
+
+CORES = sorted(os.sched_getaffinity(0))
+FIRST = f"cpu:{CORES[0]}"
+SECOND = f"cpu:{CORES[-1]}"
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "one device": {"kv": [FIRST], "weights": [FIRST]},
+    "two devices": {"kv": [FIRST], "weights": [SECOND]},
+    "two FFN ranks": {"kv": [FIRST], "weights": [FIRST, SECOND]},
+    "two of each, EP": {
+        "kv": [FIRST, SECOND],
+        "weights": [SECOND, FIRST],
+        "ffn_parallel": "ep",
+        "kv_pool_bytes": 16 << 20,
+    },
+}
+QWEN, DEEPSEEK, QWEN_AGAIN = 0, 1, 2
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    qwen = make_random_checkpoint(
+        "qwen3_moe", folder / "qwen", {"num_hidden_layers": 2}, "float32", seed=1
+    )
+    deepseek = make_random_checkpoint(
+        "deepseek_v2", folder / "deepseek", {"num_hidden_layers": 5}, "float32", seed=2
+    )
+    return [qwen, deepseek, qwen]
+
+
+@pytest.fixture(scope="module")
+def references(checkpoints: list[Path]) -> list[Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        loaded = {
+            path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            for path in set(checkpoints)
+        }
+        return [loaded[path] for path in checkpoints]
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=list(PLACEMENTS))
+def driver(request: pytest.FixtureRequest, checkpoints: list[Path]) -> Iterator[DeviceDriver]:
+    placement = PLACEMENTS[request.param]
+    if len(CORES) == 1 and request.param != "one device":
+        pytest.skip("needs two cores")
+    with DeviceDriver(checkpoints, **placement) as devices:
+        yield devices
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    return [int(token) for token in np.random.default_rng(seed).integers(2, 512, length)]
+
+
+def reference_logprobs(model: Any, tokens: list[int]) -> torch.Tensor:
+    """float32 [len(tokens), vocab]: row p judges the token at p + 1."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokens])).logits[0]
+    return torch.log_softmax(logits.double(), dim=-1).float()
+
+
+def assert_logprobs(found: TokenLogprobs, token: int, row: torch.Tensor, asked: Logprobs) -> None:
+    assert found.token == token
+    assert found.logprob == pytest.approx(row[token].item(), abs=TOLERANCE)
+    best = row.topk(asked.top).values.tolist()
+    assert [value for value, _ in found.top] == pytest.approx(best, abs=TOLERANCE)
+    for value, other in found.top:
+        assert value == pytest.approx(row[other].item(), abs=TOLERANCE)
+    assert [other for _, other in found.token_ids] == list(asked.token_ids)
+    for value, other in found.token_ids:
+        assert value == pytest.approx(row[other].item(), abs=TOLERANCE)
+
+
+def assert_matches(generation: Generation, model: Any) -> None:
+    """Greedy tokens and all asked-for log-probabilities equal the reference's."""
+    known = generation.prompt + generation.output
+    rows = reference_logprobs(model, known)
+    asked = generation.logprobs
+    assert len(generation.output) == generation.new_tokens
+    for i, token in enumerate(generation.output):
+        row = rows[len(generation.prompt) + i - 1]
+        assert row[token] >= row.max() - TOLERANCE
+        if asked.output:
+            assert_logprobs(generation.output_logprobs[i], token, row, asked)
+    wanted = (
+        [] if asked.prompt_start < 0 else list(range(asked.prompt_start, len(generation.prompt)))
+    )
+    assert len(generation.prompt_logprobs) == len(wanted)
+    for found, position in zip(generation.prompt_logprobs, wanted, strict=True):
+        if position == 0:
+            assert found == TokenLogprobs(
+                token=generation.prompt[0], logprob=None, top=[], token_ids=[]
+            )
+        else:
+            assert_logprobs(found, generation.prompt[position], rows[position - 1], asked)
+
+
+def test_tokens_and_logprobs_equal_transformers(
+    driver: DeviceDriver, references: list[Any]
+) -> None:
+    """Models interleaved, requests of different lengths in one batch, several prompt chunks,
+    prompt log-probabilities over chunk borders, every attention rank."""
+    everything = Logprobs(output=True, prompt_start=0, top=4, token_ids=(7, 3))
+    generations = []
+    for rank in range(len(driver.deployment.kv_pool_devices)):
+        for model in (QWEN, DEEPSEEK, QWEN_AGAIN):
+            shapes = [
+                (37, 9, everything),
+                (50, 16, Logprobs(output=True, prompt_start=16, top=1)),
+                (23, 7, Logprobs(prompt_start=11, token_ids=(5,))),
+                (5, 100, Logprobs()),
+                (1, 1, everything),
+            ]
+            for length, chunk, logprobs in shapes:
+                generations.append(
+                    Generation(
+                        model,
+                        prompt(length, 10 * model + length),
+                        6 + length % 5,
+                        logprobs=logprobs,
+                        rank=rank,
+                        chunk=chunk,
+                    )
+                )
+    driver.generate(generations)
+    for generation in generations:
+        assert_matches(generation, references[generation.model])
+
+
+def test_draws_do_not_depend_on_the_batch(driver: DeviceDriver) -> None:
+    last = len(driver.deployment.kv_pool_devices) - 1
+    sampling = Sampling(temperature=1.2, top_p=0.9, seed=1234)
+
+    def one(rank: int) -> Generation:
+        return Generation(QWEN, prompt(20, 5), 12, sampling=sampling, rank=rank)
+
+    alone, among = one(0), one(last)
+    driver.generate([alone])
+    others = [
+        Generation(QWEN, prompt(9 + i, i), 8, sampling=Sampling(seed=i), rank=last)
+        for i in range(4)
+    ]
+    driver.generate([*others, among, Generation(DEEPSEEK, prompt(30, 9), 12)])
+    assert alone.output == among.output
+    assert len(set(alone.output)) > 3
+
+
+def test_where_the_tensors_are(driver: DeviceDriver, checkpoints: list[Path]) -> None:
+    deployment = driver.deployment
+    tensors = [t for device in driver.processes for t in driver.inspect(device, "tensors")]
+    ranks = {(t["role"], t["rank"]) for t in tensors}
+    assert ranks == {("attention", i) for i in range(len(deployment.kv_pool_devices))} | {
+        ("ffn", i) for i in range(len(deployment.weight_pool_devices))
+    }
+    for tensor in tensors:
+        is_ffn = "mlp." in tensor["name"]
+        assert is_ffn == (tensor["role"] == "ffn"), tensor
+        assert tensor["bytes"] == 4 * int(np.prod(tensor["shape"])), tensor
+    for name, path in zip((m.name for m in deployment.models), checkpoints, strict=True):
+        (file,) = path.glob("*.safetensors")
+        whole = load_file(file)
+        held: dict[str, int] = {}
+        for tensor in tensors:
+            if (tensor["model"] == name and tensor["rank"] == 0) or tensor["role"] == "ffn":
+                held.setdefault(tensor["name"], 0)
+        assert {t["name"] for t in tensors if t["model"] == name} == set(whole)
+        split = [n for n in whole if "_proj" in n and "mlp." in n]
+        for key in split:
+            shares = sum(t["bytes"] for t in tensors if (t["model"], t["name"]) == (name, key))
+            assert shares == whole[key].nbytes, key
+    for ready in driver.ready.values():
+        for info in ready.ranks:
+            assert info.weight_bytes == sum(
+                t["bytes"] for t in tensors if (t["role"], t["rank"]) == (info.role, info.rank)
+            )
+
+
+def test_what_crosses_is_counted(driver: DeviceDriver) -> None:
+    """Per FFN rank: 2 x layers x hidden x rows x bytes of an element, rows being the tokens."""
+
+    def crossed() -> np.ndarray[Any, Any]:
+        answers = [driver.inspect(device, "counters") for device in driver.processes]
+        ends = []
+        for end in ("links", "served"):
+            links = [link for answer in answers for link in answer[end]]
+            total = len(driver.deployment.kv_pool_devices) * len(
+                driver.deployment.weight_pool_devices
+            )
+            assert len(links) == total * driver.deployment.lanes
+            fields = ("rows", "dispatch_bytes", "combine_bytes")
+            ends.append([sum(link[field] for link in links) for field in fields])
+        return np.array(ends)
+
+    for model in (QWEN, DEEPSEEK):
+        spec = driver.specs[model]
+        before = crossed()
+        driver.generate([Generation(model, prompt(21, 3), 5, chunk=8)])
+        rows = (21 + 4) * spec.layers * len(driver.deployment.weight_pool_devices)
+        one_way = rows * spec.hidden * 4
+        assert (crossed() - before).tolist() == [[rows, one_way, one_way]] * 2
+
+
+def test_the_pool_is_mapped_on_demand_and_given_back(driver: DeviceDriver) -> None:
+    device = driver.deployment.kv_pool_devices[0].name
+    budget = driver.inspect(device, "pools")["budget_bytes"]
+    assert budget == driver.deployment.kv_pool_bytes // len(driver.deployment.kv_pool_devices)
+    generation = Generation(DEEPSEEK, prompt(40, 1), 2)
+    step = driver.step([generation])
+    _, result = driver.receive()
+    assert isinstance(result, StepResult)
+    assert result.step == step
+    pools = driver.inspect(device, "pools")
+    name = driver.deployment.models[DEEPSEEK].name
+    assert pools["mapped_bytes"][name] == driver.deployment.chunk_bytes
+    assert sum(pools["mapped_bytes"].values()) + pools["free_bytes"] == budget
+    driver.release([generation])
+    pools = driver.inspect(device, "pools")
+    assert (sum(pools["mapped_bytes"].values()), pools["free_bytes"]) == (0, budget)
+    assert driver.inspect(device, "counters")["requests"] == 0
+
+
+def test_a_release_waits_for_its_models_step(driver: DeviceDriver, references: list[Any]) -> None:
+    """Sent right behind a step, it may not take the pages away from under it; what comes after it
+    still finds its place in the order."""
+    first, second = Generation(DEEPSEEK, prompt(60, 1), 1), Generation(QWEN, prompt(30, 2), 1)
+    third = Generation(DEEPSEEK, prompt(12, 3), 1)
+    flying = {}
+    for generation in (first, second, third):
+        flying[driver.step([generation])] = generation
+        driver.release([generation])
+    for _ in flying:
+        _, result = driver.receive()
+        assert isinstance(result, StepResult)
+        driver.take([flying[result.step]], result)
+    for generation in flying.values():
+        assert_matches(generation, references[generation.model])
+
+
+def test_a_bitmask_bars_tokens(driver: DeviceDriver) -> None:
+    allowed = {40, 77, 300}
+    words = np.zeros(512 // 32, dtype="<u4")
+    for token in allowed:
+        words[token // 32] |= np.uint32(1 << (token % 32))
+    generation = Generation(QWEN, prompt(8, 4), 1, sampling=Sampling(temperature=2.0))
+    driver.step([generation], bitmask=words.tobytes())
+    _, result = driver.receive()
+    assert isinstance(result, StepResult)
+    assert result.rows[0].token in allowed
+    driver.release([generation])
+
+
+def test_an_idle_process_uses_no_processor_time(driver: DeviceDriver) -> None:
+    time.sleep(1.5)
+    processes = [psutil.Process(process.pid) for process in driver.processes.values()]
+    before = [sum(process.cpu_times()[:2]) for process in processes]
+    time.sleep(2.0)
+    used = [sum(p.cpu_times()[:2]) - b for p, b in zip(processes, before, strict=True)]
+    assert max(used) < 0.1, used
+
+
+@pytest.mark.skipif(len(CORES) == 1, reason="needs two cores")
+class TestPipeline:
+    """Two devices, three models on two lanes, as the lane events show them."""
+
+    @pytest.fixture(scope="class")
+    def events(self, checkpoints: list[Path]) -> list[dict[str, Any]]:
+        with DeviceDriver(checkpoints, kv=[FIRST], weights=[SECOND]) as driver:
+            for device in driver.processes:
+                driver.inspect(device, "trace_start")
+            driver.generate(
+                [Generation(model, prompt(30, model), 20) for model in (QWEN, DEEPSEEK, QWEN_AGAIN)]
+            )
+            events = [
+                event
+                for device in driver.processes
+                for event in driver.inspect(device, "trace_stop")
+            ]
+            assert driver.inspect(FIRST, "trace_stop") == []
+            statuses = driver.shutdown()
+            assert set(statuses.values()) == {0}
+        return events
+
+    def test_every_part_is_there(self, events: list[dict[str, Any]]) -> None:
+        layers = {QWEN: 2, DEEPSEEK: 5, QWEN_AGAIN: 2}
+        for part, role in (("attention", "attention"), ("ffn", "ffn")):
+            for model, depth in layers.items():
+                seen = [e["layer"] for e in events if (e["part"], e["model"]) == (part, model)]
+                assert sorted(seen) == sorted([*range(depth)] * 20)
+            assert {e["role"] for e in events if e["part"] == part} == {role}
+        heads = [e for e in events if e["part"] == "lm_head"]
+        assert len(heads) == 60
+        assert {e["lane"] for e in events} == {0, 1}
+
+    def test_attention_of_one_model_overlaps_ffn_of_another(
+        self, events: list[dict[str, Any]]
+    ) -> None:
+        overlaps = sum(
+            a["model"] != f["model"] and a["start_ns"] < f["end_ns"] and f["start_ns"] < a["end_ns"]
+            for a in events
+            if a["part"] == "attention"
+            for f in events
+            if f["part"] == "ffn"
+        )
+        assert overlaps > 10
+
+    def test_a_batch_that_ends_early_is_replaced_while_the_other_goes_on(
+        self, events: list[dict[str, Any]]
+    ) -> None:
+        steps: dict[int, dict[str, Any]] = {}
+        for event in events:
+            if event["role"] == "attention":
+                step = steps.setdefault(event["step"], event | {"ends": 0})
+                step["start_ns"] = min(step["start_ns"], event["start_ns"])
+                step["ends"] = max(step["ends"], event["end_ns"])
+        ordered = sorted(steps.values(), key=lambda s: s["start_ns"])
+        replaced = 0
+        for step in ordered:
+            later = [
+                s for s in ordered if s["lane"] == step["lane"] and s["start_ns"] > step["ends"]
+            ]
+            if later and any(
+                other["lane"] != step["lane"]
+                and other["start_ns"] < step["ends"]
+                and later[0]["start_ns"] < other["ends"]
+                for other in ordered
+            ):
+                replaced += 1
+        assert replaced > 10
+
+
+def test_sigterm_lets_a_step_finish(checkpoints: list[Path]) -> None:
+    with DeviceDriver(checkpoints, kv=[FIRST], weights=[FIRST]) as driver:
+        (process,) = driver.processes.values()
+        driver.generate([Generation(QWEN, prompt(4, 1), 1)])
+        driver.step([Generation(DEEPSEEK, prompt(400, 1), 1, logprobs=Logprobs(prompt_start=0))])
+        time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, result = driver.receive()
+        assert isinstance(result, StepResult)
+        assert len(result.rows[0].prompt) == 400
+        assert process.wait(10) == 0
+
+
+def test_a_step_for_an_unknown_request_ends_the_process_with_its_cause(
+    checkpoints: list[Path],
+) -> None:
+    with DeviceDriver(checkpoints[:1], kv=[FIRST], weights=[FIRST]) as driver:
+        row = Row(request=99, start=0, tokens=[1], pages=[0], sample=True)
+        driver.send(FIRST, Step(step=1, model=0, map_chunks=[0], opens=[], rows=[row]))
+        _, message = driver.receive()
+        assert isinstance(message, Failed)
+        assert not message.user_error
+        assert "request 99" in message.message
+        assert driver.processes[FIRST].wait(10) == 1
+        assert "Traceback" in driver.log(FIRST)
+
+
+def failure(driver: type[DeviceDriver], *args: Any, **fields: Any) -> Failed:
+    with pytest.raises(DeviceFailed) as caught:
+        driver(*args, **fields)
+    return caught.value.failed
+
+
+class LoggingDriver(DeviceDriver):
+    """Keeps exit statuses and logs of processes that never became ready."""
+
+    outcome: tuple[int, str] = (0, "")
+
+    def close(self) -> None:
+        for name, process in self.processes.items():
+            try:
+                LoggingDriver.outcome = (process.wait(10), self.log(name))
+            except subprocess.TimeoutExpired:
+                LoggingDriver.outcome = (-1, self.log(name))
+        super().close()
+
+
+def test_a_missing_tensor_is_the_users_error(checkpoints: list[Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in checkpoints[QWEN].iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    missing = "model.layers.1.mlp.experts.2.up_proj.weight"
+    del tensors[missing]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    failed = failure(LoggingDriver, [broken], kv=[FIRST], weights=[FIRST])
+    assert failed.user_error
+    assert missing in failed.message
+    status, log = LoggingDriver.outcome
+    assert status == 2
+    assert missing in log
+    assert "Traceback" not in log
+
+
+def test_weights_that_do_not_fit_are_the_users_error(checkpoints: list[Path]) -> None:
+    failed = failure(
+        LoggingDriver, checkpoints[:1], kv=[FIRST], weights=[FIRST], weight_pool_bytes=1 << 10
+    )
+    assert failed.user_error
+    assert "weight_pool_bytes" in failed.message
+    assert LoggingDriver.outcome[0] == 2
