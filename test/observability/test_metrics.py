@@ -30,7 +30,11 @@ LINK = {
 
 def samples(*, ready: bool = True, counters: bool = True) -> dict[tuple[str, ...], float]:
     status = {"ready": ready, "models": [MODEL], "ranks": [RANK]}
-    devices = [{"device": "cpu:0", "links": [LINK], "served": [LINK]}] if counters else []
+    devices = (
+        [{"device": "cpu:0", "links": [LINK, {**LINK, "lane": 0}], "served": [LINK]}]
+        if counters
+        else []
+    )
     text = render(status, devices).decode()
     return {
         (sample.name, *(f"{k}={v}" for k, v in sorted(sample.labels.items()))): sample.value
@@ -46,18 +50,27 @@ def test_every_number_arrives_under_its_labels() -> None:
     assert found["crosspool_kv_mapped_bytes", model] == 4 << 20
     assert found["crosspool_requests_total", model] == 9
     assert found["crosspool_decode_rows_total", model] == 38
-    assert found["crosspool_requests_finished_total", "by=length", model] == 2
+    assert found["crosspool_requests_finished_total", model, "reason=length"] == 2
     assert found["crosspool_requests_aborted_total", model, "status=429"] == 1
     rank = ("attention_rank=0", "device=cpu:0")
     assert found["crosspool_kv_free_bytes", *rank] == 58 << 20
-    link = ("attention_rank=0", "ffn_rank=2", "lane=1")
-    assert found["crosspool_dispatch_rows_total", *link] == 70
-    assert found["crosspool_dispatch_bytes_total", *link] == 7000
-    assert found["crosspool_combine_bytes_total", *link] == 7001
-    assert found["crosspool_up",] == 1
+    device = "device=cpu:0"  # two links, which the device of the attention rank counts
+    assert found["crosspool_hidden_state_rows_total", device] == 2 * 70
+    assert found["crosspool_dispatch_bytes_total", device] == 2 * 7000
+    assert found["crosspool_combine_bytes_total", device] == 2 * 7001
+    assert found["crosspool_ready",] == 1
 
 
 def test_while_devices_start_there_are_no_links() -> None:
     found = samples(ready=False, counters=False)
-    assert found["crosspool_up",] == 0
+    assert found["crosspool_ready",] == 0
     assert not any(name.startswith("crosspool_dispatch") for name, *_ in found)
+
+
+def test_before_the_scheduler_answers_there_is_only_the_flag() -> None:
+    assert render({}, []).decode().count("\n") > 2
+    assert [
+        (sample.name, sample.value)
+        for family in text_string_to_metric_families(render({}, []).decode())
+        for sample in family.samples
+    ] == [("crosspool_ready", 0.0)]

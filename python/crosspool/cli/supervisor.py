@@ -131,7 +131,7 @@ class Supervisor:
                     self._say("stopping the other processes")
                     self._stop(_STOP_SECONDS)
                     return 2 if any(loss.status == 2 for loss in losses) else 1
-                self._say("draining: requests in flight may end; again to stop at once")
+                self._say("stopping: requests in flight may finish; a second signal stops at once")
                 self._stop(self._drain_timeout)
                 return 0
             finally:
