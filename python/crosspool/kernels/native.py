@@ -51,7 +51,7 @@ def library() -> ctypes.CDLL:
     """The loaded library with typed functions.
 
     Raises ImportError that says how to build it when it is missing or of another version."""
-    how = "build it with `pip install -e .` (or `make`) in CrossPool's source tree"
+    how = "build it with `pip install -e .` (or `make env`) in CrossPool's source tree"
     folders = [Path(folder) for folder in crosspool.kernels.__path__]
     found = next((folder / LIBRARY for folder in folders if (folder / LIBRARY).is_file()), None)
     if found is None:
