@@ -58,12 +58,10 @@ class AttentionPart:
             _GQA(attention, spec.norm_eps) if isinstance(attention, GQASpec) else _MLA(attention)
         )
 
-    @torch.inference_mode()
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 [T] -> [T, hidden] in the model's dtype."""
         return F.embedding(token_ids, self._globals["embed"])
 
-    @torch.inference_mode()
     def attend(
         self, layer: int, residual: torch.Tensor, batch: StepBatch, kv: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +76,6 @@ class AttentionPart:
         residual = residual + self._attention.forward(layer, x, weights, batch, kv)
         return residual, rms_norm(residual, weights["post_norm"], eps)
 
-    @torch.inference_mode()
     def logits(self, residual_rows: torch.Tensor) -> torch.Tensor:
         """Final norm and LM head: [N, hidden] -> float32 [N, vocab]."""
         x = rms_norm(residual_rows, self._globals["final_norm"], self._spec.norm_eps)

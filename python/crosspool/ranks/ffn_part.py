@@ -40,7 +40,6 @@ class FFNPart:
                     reads.append((layer, Read(ref, index, block.place(ref))))
         self._listing = fill(path, reads, progress)
 
-    @torch.inference_mode()
     def forward(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """This rank's partial sum of the layer's FFN: ``x`` and the result are [T, hidden] in the
         model's dtype."""

@@ -55,11 +55,6 @@ class FFNShard(msgspec.Struct, frozen=True, kw_only=True):
         return (*whole[: ref.split], share, *whole[ref.split + 1 :])
 
 
-def whole_shard() -> FFNShard:
-    """The share of a weight pool's only rank."""
-    return FFNShard(rank=0, ranks=1, parallel="tp")
-
-
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
     shards: tuple[FFNShard, ...]
     """One per FFN rank."""
