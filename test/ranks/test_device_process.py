@@ -79,6 +79,23 @@ def driver(request: pytest.FixtureRequest, checkpoints: list[Path]) -> Iterator[
         pytest.skip("needs two cores")
     with DeviceDriver(checkpoints, **placement) as devices:
         yield devices
+        assert_ends_in_order(devices, by_signal=request.param != "one device")
+
+
+def assert_ends_in_order(driver: DeviceDriver, by_signal: bool) -> None:
+    """By SIGTERM or message to all at once: the step in flight is finished, the status is 0."""
+    driver.step([Generation(DEEPSEEK, prompt(400, 1), 1, logprobs=Logprobs(prompt_start=0))])
+    if by_signal:
+        time.sleep(0.05)
+        for process in driver.processes.values():
+            process.send_signal(signal.SIGTERM)
+        statuses = {name: process.wait(20) for name, process in driver.processes.items()}
+    else:
+        statuses = driver.shutdown()
+    assert set(statuses.values()) == {0}, statuses
+    _, result = driver.receive()
+    assert isinstance(result, StepResult)
+    assert len(result.rows[0].prompt) == 400
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -283,35 +300,32 @@ def test_a_bitmask_bars_tokens(driver: DeviceDriver) -> None:
 
 
 def test_an_idle_process_uses_no_processor_time(driver: DeviceDriver) -> None:
-    time.sleep(1.5)
+    time.sleep(0.5)
     processes = [psutil.Process(process.pid) for process in driver.processes.values()]
     before = [sum(process.cpu_times()[:2]) for process in processes]
-    time.sleep(2.0)
+    time.sleep(1.5)
     used = [sum(p.cpu_times()[:2]) - b for p, b in zip(processes, before, strict=True)]
     assert max(used) < 0.1, used
 
 
-@pytest.mark.skipif(len(CORES) == 1, reason="needs two cores")
-class TestPipeline:
-    """Two devices, three models on two lanes, as the lane events show them."""
+@pytest.fixture(scope="module")
+def events(driver: DeviceDriver) -> list[dict[str, Any]]:
+    """Lane events of three models on two lanes."""
+    for device in driver.processes:
+        driver.inspect(device, "trace_start")
+    driver.generate(
+        [Generation(model, prompt(30, model), 20) for model in (QWEN, DEEPSEEK, QWEN_AGAIN)]
+    )
+    events = [
+        event for device in driver.processes for event in driver.inspect(device, "trace_stop")
+    ]
+    assert driver.inspect(FIRST, "trace_stop") == []
+    return events
 
-    @pytest.fixture(scope="class")
-    def events(self, checkpoints: list[Path]) -> list[dict[str, Any]]:
-        with DeviceDriver(checkpoints, kv=[FIRST], weights=[SECOND]) as driver:
-            for device in driver.processes:
-                driver.inspect(device, "trace_start")
-            driver.generate(
-                [Generation(model, prompt(30, model), 20) for model in (QWEN, DEEPSEEK, QWEN_AGAIN)]
-            )
-            events = [
-                event
-                for device in driver.processes
-                for event in driver.inspect(device, "trace_stop")
-            ]
-            assert driver.inspect(FIRST, "trace_stop") == []
-            statuses = driver.shutdown()
-            assert set(statuses.values()) == {0}
-        return events
+
+@pytest.mark.parametrize("driver", ["two devices"], indirect=True)
+class TestPipeline:
+    """What the lane events show."""
 
     def test_every_part_is_there(self, events: list[dict[str, Any]]) -> None:
         layers = {QWEN: 2, DEEPSEEK: 5, QWEN_AGAIN: 2}
@@ -359,19 +373,6 @@ class TestPipeline:
             ):
                 replaced += 1
         assert replaced > 10
-
-
-def test_sigterm_lets_a_step_finish(checkpoints: list[Path]) -> None:
-    with DeviceDriver(checkpoints, kv=[FIRST], weights=[FIRST]) as driver:
-        (process,) = driver.processes.values()
-        driver.generate([Generation(QWEN, prompt(4, 1), 1)])
-        driver.step([Generation(DEEPSEEK, prompt(400, 1), 1, logprobs=Logprobs(prompt_start=0))])
-        time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        _, result = driver.receive()
-        assert isinstance(result, StepResult)
-        assert len(result.rows[0].prompt) == 400
-        assert process.wait(10) == 0
 
 
 def test_a_step_for_an_unknown_request_ends_the_process_with_its_cause(

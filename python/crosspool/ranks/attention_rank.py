@@ -5,15 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from crosspool.kvpool.virtualizer import Virtualizer
 from crosspool.models.spec import ModelSpec
-from crosspool.ranks.attention_part import AttentionPart
 from crosspool.ranks.step_batch import Segment, StepBatch
 from crosspool.transport.messages import Logprobs, Release, Row, Sampling, Step
+
+if TYPE_CHECKING:
+    from crosspool.ranks.attention_part import AttentionPart
 
 
 @dataclass

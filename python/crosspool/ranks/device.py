@@ -9,23 +9,20 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psutil
 from tqdm import tqdm
 
-from crosspool.config.deployment import ConfigError, Deployment
+from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.kvpool.layout import KVLayout
 from crosspool.kvpool.virtualizer import MremapVirtualizer
-from crosspool.models.registry import read_model
 from crosspool.models.spec import ModelSpec
 from crosspool.observability.trace import LaneTrace
-from crosspool.ranks.attention_part import AttentionPart
 from crosspool.ranks.attention_rank import AttentionRank
 from crosspool.ranks.executor import Executor
-from crosspool.ranks.ffn_part import FFNPart
 from crosspool.ranks.ffn_rank import FFNRank
 from crosspool.ranks.host_loop import HostLoop
 from crosspool.ranks.weights import TORCH_DTYPES
@@ -33,11 +30,13 @@ from crosspool.transport.data_path import AttentionLink, FFNLink, LocalLink
 from crosspool.transport.messages import RankInfo
 from crosspool.transport.shared_memory import SharedMemoryTransport
 from crosspool.weightpool.checkpoint import Progress
-from crosspool.weightpool.placement import attention_bytes, place
+from crosspool.weightpool.placement import Placement, attention_bytes
+
+if TYPE_CHECKING:
+    from crosspool.ranks.attention_part import AttentionPart
+    from crosspool.ranks.ffn_part import FFNPart
 
 log = logging.getLogger(__name__)
-
-Parts = Sequence[AttentionPart | FFNPart]
 
 
 @dataclass
@@ -96,7 +95,7 @@ class DeviceRanks:
             self.attention.virtualizer.close()
 
     def _tensors(self) -> Iterator[dict[str, Any]]:
-        hosted: list[tuple[str, int, Parts]] = []
+        hosted: list[tuple[str, int, Sequence[AttentionPart | FFNPart]]] = []
         if self.attention is not None:
             hosted.append(("attention", self.attention.rank, self.attention.parts))
         if self.ffn is not None:
@@ -145,27 +144,27 @@ def _counted(link: AttentionLink | FFNLink) -> dict[str, int]:
     }
 
 
-def _weight_bytes(parts: Parts) -> int:
+def _weight_bytes(parts: Sequence[AttentionPart | FFNPart]) -> int:
     return sum(listing.bytes for part in parts for listing in part.tensors())
 
 
-def load_ranks(deployment: Deployment, device: Device, lanes_fd: int | None) -> DeviceRanks:
+def load_ranks(
+    deployment: Deployment,
+    device: Device,
+    specs: Sequence[ModelSpec],
+    placement: Placement,
+    lanes_fd: int | None,
+) -> DeviceRanks:
     """Loads the weights of the device's ranks, takes the KV pool's memory, joins the links.
 
     ``lanes_fd``: the data path's shared memory, needed when a peer lives on another device.
-    Raises ConfigError for a bad checkpoint or a budget that does not do."""
-    if not device.is_cpu:
-        raise ConfigError(f"device {device.name}: only CPU devices can be driven here")
-    specs = [
-        read_model(Path(model.path), model.context_length, model.dtype)
-        for model in deployment.models
-    ]
+    Raises ConfigError for a bad checkpoint or a KV pool that the system has no memory for."""
     trace = LaneTrace()
     attention = ffn = None
     if device in deployment.kv_pool_devices:
         attention = _attention_rank(deployment, device, specs)
     if device in deployment.weight_pool_devices:
-        ffn = _ffn_rank(deployment, device, specs, trace)
+        ffn = _ffn_rank(deployment, device, specs, placement, trace)
     transport = None
     if lanes_fd is not None:
         transport = SharedMemoryTransport(lanes_fd, deployment, device)
@@ -231,6 +230,8 @@ def _joined(transport: SharedMemoryTransport | None, device: Device) -> SharedMe
 def _attention_rank(
     deployment: Deployment, device: Device, specs: Sequence[ModelSpec]
 ) -> AttentionRank:
+    from crosspool.ranks.attention_part import AttentionPart
+
     rank = deployment.kv_pool_devices.index(device)
     parts = []
     for model, spec in zip(deployment.models, specs, strict=True):
@@ -265,13 +266,15 @@ def _attention_rank(
 
 
 def _ffn_rank(
-    deployment: Deployment, device: Device, specs: Sequence[ModelSpec], trace: LaneTrace
+    deployment: Deployment,
+    device: Device,
+    specs: Sequence[ModelSpec],
+    placement: Placement,
+    trace: LaneTrace,
 ) -> FFNRank:
+    from crosspool.ranks.ffn_part import FFNPart
+
     rank = deployment.weight_pool_devices.index(device)
-    ranks = len(deployment.weight_pool_devices)
-    names = [model.name for model in deployment.models]
-    budget = deployment.weight_pool_bytes // ranks
-    placement = place(specs, names, ranks, budget, deployment.ffn_parallel)
     parts = []
     for index, (model, spec) in enumerate(zip(deployment.models, specs, strict=True)):
         total = placement.weight_bytes[rank][index]

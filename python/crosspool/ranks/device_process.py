@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.device import Device
 from crosspool.config.process import die_with_parent, set_title
+from crosspool.models.registry import read_model
 from crosspool.transport.device_socket import DeviceSocket
 from crosspool.transport.messages import (
     PROTOCOL_VERSION,
@@ -33,6 +34,7 @@ from crosspool.transport.messages import (
     Step,
     ToDevice,
 )
+from crosspool.weightpool.placement import place
 
 if TYPE_CHECKING:
     from crosspool.ranks.device import DeviceRanks
@@ -97,7 +99,6 @@ class DeviceProcess:
         """Loads, reports :class:`Ready`, works; returns the exit status.
 
         SIGTERM ends it at once while it loads, and lets steps in flight finish later."""
-        os.sched_setaffinity(0, self._device.cores)
         ranks = self._load()
         signal.signal(signal.SIGTERM, self._on_sigterm)
         self._socket.send(
@@ -116,13 +117,29 @@ class DeviceProcess:
             ranks.close()
 
     def _load(self) -> DeviceRanks:
-        # torch takes seconds to import, and takes over the cores that it finds: after affinity.
+        deployment, device = self._deployment, self._device
+        if not device.is_cpu:
+            raise ConfigError(f"device {device.name}: only CPU devices can be driven here")
+        specs = [
+            read_model(Path(model.path), model.context_length, model.dtype)
+            for model in deployment.models
+        ]
+        ffn_ranks = len(deployment.weight_pool_devices)
+        placement = place(
+            specs,
+            [model.name for model in deployment.models],
+            ffn_ranks,
+            deployment.weight_pool_bytes // ffn_ranks,
+            deployment.ffn_parallel,
+        )
+        # Importing torch takes seconds, and its threads keep the cores that they find: only now.
+        os.sched_setaffinity(0, device.cores)
         import torch
 
-        torch.set_num_threads(len(self._device.cores))
+        torch.set_num_threads(len(device.cores))
         from crosspool.ranks.device import load_ranks
 
-        return load_ranks(self._deployment, self._device, self._lanes_fd)
+        return load_ranks(deployment, device, specs, placement, self._lanes_fd)
 
     def _on_sigterm(self, _number: int, _frame: object) -> None:
         self._ending = True

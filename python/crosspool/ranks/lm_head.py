@@ -4,15 +4,18 @@ so that neither memory nor the other lanes suffer from a long prompt's log-proba
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from crosspool.models.spec import ModelSpec
-from crosspool.ranks.attention_part import AttentionPart
 from crosspool.ranks.attention_rank import Batch
 from crosspool.ranks.sampler import SamplingRow, sample, token_logprobs
 from crosspool.transport.messages import RowResult, StepResult, TokenLogprobs
+
+if TYPE_CHECKING:
+    from crosspool.ranks.attention_part import AttentionPart
 
 LOGITS_BYTES = 64 << 20
 """Logits that are held at once."""
