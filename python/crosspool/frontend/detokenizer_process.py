@@ -7,6 +7,7 @@ Exit status 0 after SIGTERM, 2 for a user's mistake (told on stderr), 1 for anyt
 
 from __future__ import annotations
 
+import functools
 import logging
 import signal
 import sys
@@ -26,12 +27,17 @@ _LONGEST_SLEEP_MS = 1000
 
 def serve(deployment: Deployment) -> None:
     compat.install()
+    from sglang.srt.managers import detokenizer_manager
     from sglang.srt.managers.detokenizer_manager import DetokenizerManager
     from sglang.srt.managers.io_struct import sock_recv, sock_send
     from sglang.srt.runtime_context import publish
 
     from crosspool.frontend.server_args import port_args, server_args
 
+    # One thread counts the process's CPU time, whatever the number of managers.
+    detokenizer_manager.start_cpu_monitor_thread = functools.cache(
+        detokenizer_manager.start_cpu_monitor_thread
+    )
     stopping = False
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -16,23 +16,32 @@ from typing import Any
 from sglang.srt import runtime_context
 
 _current: ContextVar[runtime_context.RuntimeContext] = ContextVar("model_context")
+_first: list[runtime_context.RuntimeContext] = []
+"""What threads see that were not started within :func:`use`."""
+
+
+def _context() -> runtime_context.RuntimeContext:
+    return _current.get(_first[0])
 
 
 class _CurrentContext:
     """Stands where SGLang's global context was."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(_current.get(), name)
+        return getattr(_context(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(_current.get(), name, value)
+        setattr(_context(), name, value)
 
 
 def new() -> runtime_context.RuntimeContext:
     """An empty context for one more model; the first call puts the stand-in in place."""
     if not isinstance(runtime_context._CONTEXT, _CurrentContext):
         runtime_context._CONTEXT = _CurrentContext()
-    return runtime_context.RuntimeContext(parallel=runtime_context._PARALLEL)
+    context = runtime_context.RuntimeContext(parallel=runtime_context._PARALLEL)
+    if not _first:
+        _first.append(context)
+    return context
 
 
 @contextmanager

@@ -27,8 +27,15 @@ def run(name: str, serve: Callable[[Deployment], None], argv: Sequence[str] | No
     set_title(name)
     deployment = load(arguments.deployment)
     configure_logging(name, deployment)
+    os.environ["SGLANG_USE_PICKLE_IPC"] = "0"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if deployment.sglang.get("enable_metrics"):
+        # SGLang's metrics of all processes go through files; prometheus_client reads this when it
+        # is imported.
+        folder = Path(deployment.runtime_dir) / "metrics"
+        folder.mkdir(exist_ok=True)
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
     try:
         serve(deployment)
     except ConfigError as error:
@@ -50,3 +57,4 @@ def configure_logging(name: str, deployment: Deployment) -> None:
         force=True,
     )
     warnings.filterwarnings("ignore", message="Only CUDA", module="sglang")
+    warnings.filterwarnings("ignore", message="ORJSONResponse is deprecated")

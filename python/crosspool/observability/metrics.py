@@ -7,6 +7,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 _MODEL_GAUGES = (
@@ -39,16 +40,22 @@ def render(status: Mapping[str, Any], counters: Sequence[Mapping[str, Any]]) -> 
     """Metrics in Prometheus' text format.
 
     ``status``: what the scheduler process answers to ``status`` (may be empty while it starts).
-    ``counters``: what the devices answer to ``counters``, one dict per device with its ``links``."""
+    ``counters``: what the devices answer to ``counters``: a dict per device, with ``links``."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Snapshot(status, counters))
     return generate_latest(registry)
 
 
+def of_all_processes() -> bytes:
+    """What SGLang's own metrics of every process have come to; they share the folder
+    ``PROMETHEUS_MULTIPROC_DIR``."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)
+    return generate_latest(registry)
+
+
 class _Snapshot(Collector):
-    def __init__(
-        self, status: Mapping[str, Any], counters: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def __init__(self, status: Mapping[str, Any], counters: Sequence[Mapping[str, Any]]) -> None:
         self._status = status
         self._counters = counters
 

@@ -1,0 +1,91 @@
+"""A plugin for stock SGLang servers: serve a model from a CrossPool that is already running.
+
+    CROSSPOOL_ADMIN=ipc:///.../admin python -m sglang.launch_server \\
+        --model-path PATH --served-model-name NAME --device cpu --port 31000
+
+SGLang loads it by its entry point (group ``sglang.srt.plugins``). Without ``CROSSPOOL_ADMIN`` it
+does nothing. With it, the server starts no scheduler of its own: CrossPool connects to its sockets
+as one more front end of the model NAME. The server ends when CrossPool no longer answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+from crosspool.transport import admin
+
+log = logging.getLogger(__name__)
+
+ADDRESS = "CROSSPOOL_ADMIN"
+_PING_SECONDS = 1.0
+_SILENCE_SECONDS = 15.0
+
+
+def register() -> None:
+    """Called by SGLang in every process that it starts."""
+    address = os.environ.get(ADDRESS)
+    if address is None:
+        return
+    if not address.startswith("ipc://"):
+        raise ValueError(f"{ADDRESS} must be an ipc:// address, got {address!r}")
+
+    from sglang.srt.managers import io_struct
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    # CrossPool reads no pickles; for this process, and for the detokenizer that it will start.
+    io_struct._USE_PICKLE_IPC = False
+    os.environ["SGLANG_USE_PICKLE_IPC"] = "0"
+
+    def attach(launch: Any, cls: Any, server_args: Any, port_args: Any, *_: Any, **__: Any) -> Any:
+        del launch, cls
+        return _attach(address, server_args, port_args)
+
+    HookRegistry.register(
+        "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes",
+        attach,
+        HookType.AROUND,
+    )
+
+
+def _attach(address: str, server_args: Any, port_args: Any) -> Any:
+    from sglang.srt.entrypoints.engine import SchedulerInitResult
+
+    attached = admin.attach(
+        address,
+        model=server_args.served_model_name or server_args.model_path,
+        scheduler_input=port_args.scheduler_input_ipc_name,
+        tokenizer=port_args.tokenizer_ipc_name,
+        detokenizer=port_args.detokenizer_ipc_name,
+    )
+    threading.Thread(target=_watch, args=(address,), name="crosspool watch", daemon=True).start()
+    ready = {
+        "status": "ready",
+        "max_total_num_tokens": attached.max_total_tokens,
+        "max_req_input_len": attached.max_input_tokens,
+        "startup_time": {},
+    }
+    return SchedulerInitResult(scheduler_infos=[ready]), None
+
+
+def _watch(address: str) -> None:
+    """Ends this server when the deployment has failed or is gone: nobody would answer."""
+    heard = time.monotonic()
+    while time.monotonic() - heard < _SILENCE_SECONDS:
+        time.sleep(_PING_SECONDS)
+        try:
+            status = admin.ask(address, "status", timeout=_PING_SECONDS)
+        except admin.AdminError:
+            continue
+        heard = time.monotonic()
+        if not status["ready"]:
+            log.error("CrossPool cannot serve any more: %s", status["message"])
+            break
+    else:
+        log.error("CrossPool at %s does not answer", address)
+    # SGLang's own way to end a server whose scheduler has died.
+    os.kill(os.getpid(), signal.SIGQUIT)

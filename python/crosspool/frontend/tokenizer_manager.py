@@ -1,0 +1,95 @@
+"""SGLang's tokenizer manager, as one of several in a process that belongs to CrossPool."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from http import HTTPStatus
+from typing import Any
+
+import fastapi
+from sglang.srt.managers import io_struct, tokenizer_manager
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
+from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
+
+native_api: ContextVar[bool] = ContextVar("native_api", default=False)
+"""Whether the request at hand came by SGLang's own ``/generate``, which reports errors in its way,
+rather than by an OpenAI route."""
+
+# One thread counts the process's CPU time, whatever the number of managers.
+tokenizer_manager.start_cpu_monitor_thread = functools.cache(start_cpu_monitor_thread)
+
+
+class Refused(ValueError):
+    """An error answer on SGLang's own routes, which read ``status_code`` from a ValueError."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status_code = status
+
+
+class PooledTokenizerManager(TokenizerManager):
+    """Leaves signals and the end of the process to CrossPool, and turns every abort that carries
+    a status into an HTTP error of that status."""
+
+    event_loop: asyncio.AbstractEventLoop | None
+
+    def auto_create_handle_loop(self) -> None:
+        if self.event_loop is None:
+            self.event_loop = asyncio.get_running_loop()
+            loop = tokenizer_manager.print_exception_wrapper(self.handle_loop)
+            self.asyncio_tasks.add(self.event_loop.create_task(loop))
+
+    async def _handle_abort_finish_reason(
+        self, out: dict[str, Any], state: Any, is_stream: bool
+    ) -> dict[str, Any] | None:
+        reason = out["meta_info"]["finish_reason"]
+        status = reason.get("status_code")
+        if reason.get("type") != "abort" or not status:
+            return None
+        # OpenAI streams look for this type; the message brought a plain number.
+        reason["status_code"] = HTTPStatus(status)
+        if is_stream and out["meta_info"]["completion_tokens"] > 0:
+            return out
+        if native_api.get():
+            raise Refused(reason["message"], status)
+        if status == HTTPStatus.BAD_REQUEST:
+            raise ValueError(reason["message"])
+        raise fastapi.HTTPException(status_code=status, detail=reason["message"])
+
+    def fail_all(self, message: str, status: int) -> None:
+        """Ends every request with an error: the scheduler will not answer any more."""
+        reason = {"type": "abort", "message": message, "status_code": status}
+        for rid in list(self.rid_to_state):
+            self._handle_abort_req(io_struct.AbortReq(rid=rid, finished_reason=dict(reason)))
+
+
+def _shared(make: Callable[..., Any]) -> Any:
+    """Makes a metric once per name; who asks again gets the same."""
+    made: dict[str, Any] = {}
+
+    def get(**arguments: Any) -> Any:
+        name = arguments["name"]
+        if name not in made:
+            made[name] = make(**arguments)
+        return made[name]
+
+    return staticmethod(get)
+
+
+@functools.cache
+def shared_metrics() -> type[TokenizerMetricsCollector]:
+    """SGLang's metrics of a tokenizer manager, with one set of metrics for all of a process: they
+    are told apart by the label ``model_name``."""
+    # Here, because it may be imported only once PROMETHEUS_MULTIPROC_DIR is set.
+    import prometheus_client
+
+    class SharedTokenizerMetrics(TokenizerMetricsCollector):
+        _counter_cls = _shared(prometheus_client.Counter)
+        _gauge_cls = _shared(prometheus_client.Gauge)
+        _histogram_cls = _shared(prometheus_client.Histogram)
+
+    return SharedTokenizerMetrics

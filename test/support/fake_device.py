@@ -1,0 +1,158 @@
+"""A device process without weights: it speaks the control path and answers steps with tokens that
+a script chooses, so that everything above the ranks can be tested alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from crosspool.config.deployment import Deployment
+from crosspool.transport.device_socket import DeviceSocket
+from crosspool.transport.messages import (
+    PROTOCOL_VERSION,
+    Failed,
+    Inspect,
+    Inspected,
+    Open,
+    RankInfo,
+    Ready,
+    Release,
+    Row,
+    RowResult,
+    Shutdown,
+    Step,
+    StepResult,
+    ToDevice,
+    TokenLogprobs,
+)
+
+Script = Callable[[int, list[int], int], int]
+"""(model, tokens of the sequence so far, prompt length) -> next token."""
+
+
+@dataclass
+class FakeRequest:
+    model: int
+    open: Open
+    tokens: list[int] = field(default_factory=list)
+
+
+def logprob_of(token: int) -> float:
+    """What every fake token's log-probability is."""
+    return -0.5 - (token % 97) / 100
+
+
+class FakeDevice(threading.Thread):
+    """``script`` chooses tokens; where a grammar's bitmask forbids its choice, the smallest
+    allowed token is taken. ``step_seconds``: how long each step takes."""
+
+    def __init__(
+        self, deployment: Deployment, name: str, script: Script, step_seconds: float = 0.0
+    ) -> None:
+        super().__init__(name=f"fake device {name}", daemon=True)
+        self._deployment = deployment
+        self._device = name
+        self._script = script
+        self.step_seconds = step_seconds
+        self._requests: dict[int, FakeRequest] = {}
+        self._stop_event = threading.Event()
+        self.failure: str | None = None
+        """Set it to make the device report Failed and fall silent."""
+        self.received: list[ToDevice] = []
+
+    def run(self) -> None:
+        socket = DeviceSocket(self._deployment.control_address, self._device)
+        try:
+            socket.send(self._ready())
+            while not self._stop_event.is_set():
+                if self.failure is not None:
+                    socket.send(Failed(device=self._device, message=self.failure, user_error=False))
+                    return
+                socket.wait(0.01)
+                while (message := socket.receive()) is not None:
+                    self.received.append(message)
+                    self._handle(socket, message)
+        finally:
+            socket.close()
+
+    def stop(self) -> None:
+        self._stop_event.set()
+        self.join(10)
+
+    def _ready(self) -> Ready:
+        ranks = []
+        d = self._deployment
+        for role, devices in (("attention", d.kv_pool_devices), ("ffn", d.weight_pool_devices)):
+            for rank, device in enumerate(devices):
+                if device.name == self._device:
+                    kv = d.kv_pool_bytes // len(d.kv_pool_devices) if role == "attention" else 0
+                    ranks.append(RankInfo(role=role, rank=rank, weight_bytes=1 << 20, kv_bytes=kv))
+        return Ready(version=PROTOCOL_VERSION, device=self._device, pid=0, ranks=ranks)
+
+    def _handle(self, socket: DeviceSocket, message: ToDevice) -> None:
+        match message:
+            case Step():
+                time.sleep(self.step_seconds)
+                for opened in message.opens:
+                    self._requests[opened.request] = FakeRequest(message.model, opened)
+                rows = [self._row(row) for row in message.rows]
+                socket.send(StepResult(step=message.step, rows=rows))
+            case Release():
+                for number in message.requests:
+                    self._requests.pop(number, None)
+            case Inspect():
+                answer = self._answer(message.what)
+                socket.send(Inspected(id=message.id, device=self._device, answer=answer))
+            case Shutdown():
+                self._stop_event.set()
+
+    def _row(self, row: Row) -> RowResult:
+        request = self._requests[row.request]
+        del request.tokens[row.start :]
+        request.tokens += row.tokens
+        wanted = request.open.logprobs
+        prompt = []
+        if wanted.prompt_start >= 0:
+            for position in range(row.start, row.start + len(row.tokens)):
+                if wanted.prompt_start <= position < request.open.prompt_len:
+                    prompt.append(self._logprobs(request, request.tokens[position], position))
+        if not row.sample:
+            return RowResult(request=row.request, prompt=prompt)
+        token = self._script(request.model, list(request.tokens), request.open.prompt_len)
+        if row.bitmask is not None and not row.bitmask[token // 8] >> token % 8 & 1:
+            token = next(t for t in range(8 * len(row.bitmask)) if row.bitmask[t // 8] >> t % 8 & 1)
+        output = self._logprobs(request, token, len(request.tokens)) if wanted.output else None
+        return RowResult(request=row.request, token=token, output=output, prompt=prompt)
+
+    def _logprobs(self, request: FakeRequest, token: int, position: int) -> TokenLogprobs:
+        wanted = request.open.logprobs
+        if position == 0:
+            return TokenLogprobs(token=token, logprob=None, top=[], token_ids=[])
+        value = logprob_of(token)
+        return TokenLogprobs(
+            token=token,
+            logprob=value,
+            top=[(value - i, (token + i) % 100) for i in range(wanted.top)],
+            token_ids=[(logprob_of(t), t) for t in wanted.token_ids],
+        )
+
+    def _answer(self, what: str) -> object:
+        if what == "tensors":
+            return [{"role": "ffn", "rank": 0, "model": 0, "layer": 0, "key": "router", "bytes": 8}]
+        if what == "pools":
+            return {
+                "mapped_bytes": {0: 0, 1: 0},
+                "free_bytes": 1,
+                "budget_bytes": 1,
+                "rss_bytes": 1,
+            }
+        if what == "counters":
+            return {"links": [{"rows": 3, "dispatch_bytes": 300, "combine_bytes": 600}]}
+        if what == "trace_stop":
+            return [
+                {"model": 1, "start_ns": 2, "end_ns": 3},
+                {"model": 0, "start_ns": 1, "end_ns": 2},
+            ]
+        return None

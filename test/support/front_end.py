@@ -1,0 +1,143 @@
+"""The front end's three processes over fake devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from crosspool.config.deployment import Deployment, ModelConfig, save
+from crosspool.config.device import Device
+from crosspool.config.process import die_with_parent
+from support.fake_device import FakeDevice, Script
+from support.server import DEMO, ROOT, free_port
+
+MODELS = ("tiny-qwen3-moe", "tiny-deepseek-v2")
+
+
+def deployment(**changes: Any) -> Deployment:
+    """Two bundled models on one device, in a fresh runtime folder."""
+    fields: dict[str, Any] = {
+        "models": tuple(ModelConfig(name=name, path=str(DEMO / name)) for name in MODELS),
+        "kv_pool_devices": (Device("cpu"),),
+        "weight_pool_devices": (Device("cpu"),),
+        "kv_pool_bytes": 64 << 20,
+        "weight_pool_bytes": 64 << 20,
+        "port": free_port(),
+        "random_seed": 1,
+        "runtime_dir": tempfile.mkdtemp(prefix="crosspool-test-", dir="/tmp"),
+    }
+    made = msgspec.convert({}, type=dict)
+    made.update(fields | changes)
+    return Deployment(**made)
+
+
+class FrontEndServer:
+    """Scheduler, detokenizer and HTTP process of ``deployment``, and a fake device for each of
+    its devices."""
+
+    def __init__(
+        self, deployment: Deployment, script: Script, *, start_devices: bool = True
+    ) -> None:
+        self.deployment = deployment
+        self.url = f"http://127.0.0.1:{deployment.port}"
+        self.log = Path(deployment.runtime_dir) / "log"
+        save(deployment)
+        self.devices = [FakeDevice(deployment, d.name, script) for d in deployment.devices]
+        self.processes = {name: self._start(name) for name in ("http", "scheduler", "detokenizer")}
+        if start_devices:
+            for device in self.devices:
+                device.start()
+
+    def _start(self, name: str) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [
+                    *(sys.executable, "-m", f"crosspool.frontend.{name}_process"),
+                    *("--deployment", str(self.deployment.file)),
+                ],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"},
+                preexec_fn=die_with_parent,  # noqa: PLW1509
+            )
+
+    def wait_ready(self, timeout: float = 180.0) -> FrontEndServer:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            ended = [n for n, p in self.processes.items() if p.poll() is not None]
+            if ended:
+                raise RuntimeError(f"{ended} ended:\n{self.log.read_text()}")
+            if self.request("/health")[0] == 200:
+                return self
+            time.sleep(0.1)
+        raise TimeoutError(f"not ready:\n{self.log.read_text()}")
+
+    def request(
+        self,
+        path: str,
+        body: Any = None,
+        headers: dict[str, str] | None = None,
+        timeout: float = 60,
+    ) -> tuple[int, Any, dict[str, str]]:
+        """(status, decoded JSON or text, headers); status 0 when nothing listens."""
+        data = None
+        if body is not None:
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self.url + path,
+            data=data,
+            headers={"Content-Type": "application/json", **(headers or {})},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                status, payload, got = answer.status, answer.read(), dict(answer.headers)
+        except urllib.error.HTTPError as error:
+            status, payload, got = error.code, error.read(), dict(error.headers)
+        except OSError:
+            return 0, "", {}
+        got = {name.lower(): value for name, value in got.items()}
+        try:
+            return status, json.loads(payload), got
+        except ValueError:
+            return status, payload.decode(errors="replace"), got
+
+    def events(self, path: str, body: Any, timeout: float = 60) -> list[Any]:
+        """The decoded events of a stream, without its [DONE]."""
+        request = urllib.request.Request(
+            self.url + path,
+            data=json.dumps({**body, "stream": True}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            lines = [line.decode().strip() for line in answer]
+        data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+        assert data[-1] == "[DONE]", data
+        return [json.loads(event) for event in data[:-1]]
+
+    def stop(self) -> dict[str, int]:
+        """SIGTERM in the launcher's order; the exit statuses."""
+        statuses = {}
+        for name, process in self.processes.items():
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            try:
+                statuses[name] = process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                statuses[name] = process.wait()
+        for device in self.devices:
+            if device.is_alive():
+                device.stop()
+        shutil.rmtree(self.deployment.runtime_dir, ignore_errors=True)
+        return statuses
