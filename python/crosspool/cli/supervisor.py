@@ -14,7 +14,7 @@ from types import FrameType
 from crosspool.config.process import die_with_parent
 
 _POLL_SECONDS = 0.1
-_STOP_SECONDS = 5.0
+_STOP_SECONDS = 15.0
 """How long a process may take to end after SIGTERM, before SIGKILL."""
 
 
