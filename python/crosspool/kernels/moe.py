@@ -75,17 +75,17 @@ def moe_experts(
     [E, 2I, H] and ``down`` [E, H, I] are the experts ``first_expert`` and following. Only experts
     that some row chose are touched, each once."""
     held, top_k = gate_up.shape[0], experts.shape[1]
-    out = torch.zeros(x.shape, dtype=torch.float32)
-    order = experts.flatten().argsort(stable=True)
-    counts = torch.bincount(experts.flatten(), minlength=first_expert + held).tolist()
+    chosen, order = experts.flatten().sort(stable=True)
     rows, weights = order // top_k, weights.flatten()[order, None]
+    counts = torch.bincount(chosen, minlength=first_expert + held).tolist()
+    by_expert = torch.zeros(len(order), x.shape[1], dtype=torch.float32)
     begin = sum(counts[:first_expert])
     for expert, count in enumerate(counts[first_expert : first_expert + held]):
         if count == 0:
             continue
         end = begin + count
-        chosen = rows[begin:end]
-        result = gated_mlp(x[chosen], gate_up[expert], down[expert])
-        out.index_add_(0, chosen, result * weights[begin:end])
+        result = gated_mlp(x[rows[begin:end]], gate_up[expert], down[expert])
+        torch.mul(result, weights[begin:end], out=by_expert[begin:end])
         begin = end
-    return out
+    by_row = by_expert[order.argsort()]
+    return by_row.view(-1, top_k, x.shape[1]).sum(dim=1)
