@@ -13,6 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -133,14 +134,12 @@ class HostLoop:
         self._serves_peers = serves_peers
         self._queue: deque[Step | Release] = deque()
         self._results: list[StepResult] = []
-        sources: list[Callable[[], bool]] = [
-            lambda lane=lane: self._advance(lane)  # type: ignore[misc]
-            for lane in self._lanes
-        ]
-        if ffn is not None:
-            sources += [lambda link=link: self._serve(ffn, link) for link in ffn.links]  # type: ignore[misc]
         self._last_served = -math.inf
-        self._sources = deque(sources)
+        self._sources: deque[Callable[[], bool]] = deque(
+            partial(self._advance, lane) for lane in self._lanes
+        )
+        if ffn is not None:
+            self._sources.extend(partial(self._serve, ffn, link) for link in ffn.links)
 
     @torch.inference_mode()
     def submit(self, operation: Step | Release) -> None:
