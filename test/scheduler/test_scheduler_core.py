@@ -151,6 +151,19 @@ def test_abort_waiting_running_and_in_flight():
     sim.assert_empty()
 
 
+def test_a_request_aborted_before_its_first_step_is_unknown_to_the_rank():
+    sim = Simulation(deployment(1), [spec()])
+    sim.add(request("running", 8, 20))
+    sim.add(request("admitted", 200, 20))
+    promised = sim.core.snapshot()["ranks"][0]["promised_chunks"]
+    sim.core.abort("admitted")
+    sim.schedule()
+    assert sim.core.snapshot()["ranks"][0]["promised_chunks"] < promised
+    assert len(sim.ranks[0].ever_opened) == 1
+    sim.run()
+    sim.assert_empty()
+
+
 def test_abort_of_one_model_or_of_all():
     sim = Simulation(deployment(2), [spec(), spec()])
     sim.add(*(request(f"r{i}", 8, 20, model=i % 2) for i in range(4)))

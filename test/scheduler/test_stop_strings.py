@@ -77,6 +77,8 @@ def test_a_stop_string_before_min_new_tokens_does_not_count():
     assert finish.matched == "STOP"
     _, finish, _ = stream(ids("S", "T", "O", "P", "x"), "STOP", min_new_tokens=5)
     assert finish.kind == "length"
+    shown, finish, _ = stream(ids("a", "a", "a", "b"), "aa", min_new_tokens=3)
+    assert shown == [0, 1, 3] and finish.matched == "aa"
 
 
 def test_an_abort_gives_up_what_was_held():
