@@ -73,4 +73,3 @@ class WaitingQueue:
         if self._ready.pop(seq.number, None) is None:
             _, grammar = self._compiling.pop(seq.number)
             grammar.cancel()
-

@@ -22,7 +22,8 @@ class StopRules:
     """When a request ends."""
 
     max_new_tokens: int | None
-    """None: up to the model's context. 0: prefill only, then finish with ``length``."""
+    """None: up to the model's context, or to what the KV pool of one attention rank holds;
+    admission promises pages for all of it. 0: prefill only, then finish with ``length``."""
     min_new_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     """Beside the model's own eos ids."""
@@ -54,7 +55,7 @@ class Finish:
 
     ``stop``: ``matched`` is the token id or the stop string (None: its grammar was complete).
     ``length``: the limit was reached. ``abort``: ``message`` says why; ``status`` is the HTTP
-    status (400 bad request, 429 queue or pool, 499 the client's own abort, 503 a rank is gone)."""
+    status (400 bad request, 429 queue or pool, 499 the client's own abort, 500 a sampled token that the grammar forbids, 503 a rank is gone)."""
 
     kind: Literal["stop", "length", "abort"]
     matched: int | str | None = None

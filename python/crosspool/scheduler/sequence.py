@@ -25,6 +25,7 @@ class Sequence:
         """Clock time at which it is refused if it still waits."""
         self.stopping = stopping
 
+        self.prompt_len = len(request.input_ids)
         self.tokens = list(request.input_ids)
         self.computed = 0
         """Tokens whose KV exists or is written by the step in flight."""
@@ -42,10 +43,6 @@ class Sequence:
     @property
     def model(self) -> int:
         return self.request.model
-
-    @property
-    def prompt_len(self) -> int:
-        return len(self.request.input_ids)
 
     @property
     def prefill_only(self) -> bool:
