@@ -55,7 +55,8 @@ class Finish:
 
     ``stop``: ``matched`` is the token id or the stop string (None: its grammar was complete).
     ``length``: the limit was reached. ``abort``: ``message`` says why; ``status`` is the HTTP
-    status (400 bad request, 429 queue or pool, 499 the client's own abort, 500 a sampled token that the grammar forbids, 503 a rank is gone)."""
+    status (400 bad request, 429 queue or pool, 499 the client's own abort, 500 a sampled token that
+    the grammar forbids, 503 a rank is gone)."""
 
     kind: Literal["stop", "length", "abort"]
     matched: int | str | None = None
