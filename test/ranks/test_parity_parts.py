@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -200,6 +201,27 @@ def test_logits_equal_transformers(
         assert expected.std() > 0.3  # else the tolerance would say nothing
         assert (expected[1:] - expected[:-1]).abs().amax(dim=1).min() > 0.1
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+@torch.inference_mode()
+def test_config_as_published_before_transformers_5(tmp_path: Path) -> None:
+    """``rope_theta`` and ``rope_scaling`` with ``type``, ``torch_dtype``, ``auto_map``."""
+    overrides = {"vocab_size": 160, "rope_parameters": _DEEPSEEK_YARN}
+    path = make_random_checkpoint("deepseek_v3", tmp_path / "v3", overrides, "float32")
+    file = path / "config.json"
+    fields = json.loads(file.read_text())
+    scaling = fields.pop("rope_parameters")
+    fields["rope_theta"] = scaling.pop("rope_theta")
+    fields["rope_scaling"] = {"type": scaling.pop("rope_type")} | scaling
+    fields["torch_dtype"] = fields.pop("dtype")
+    fields["auto_map"] = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+    file.write_text(json.dumps(fields))
+    parts = Parts(path)
+    sequences = _sequences([19], 160)
+    expected = _reference(path, torch.float32)(torch.tensor(sequences)).logits[0]
+    assert expected.std() > 0.3
+    found = _logits(parts, sequences, [19])[0]
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
 @torch.inference_mode()
