@@ -11,6 +11,7 @@ import torch
 from make_random_checkpoint import make_random_checkpoint
 from parts import Parts
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_get_mscale
 
 DEMO = Path(__file__).parents[2] / "python" / "crosspool" / "demo"
 DECODE_STEPS = 32
@@ -154,6 +155,11 @@ def _reference(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         if type(module).__name__ == "DeepseekV2Moe":
             # transformers 5.12.1 reads this when routing is group-limited, and never sets it.
             module.num_experts = model.config.n_routed_experts
+        if type(module).__name__ == "DeepseekV2Attention":
+            # It also leaves YaRN's mscale_all_dim out of the softmax scale; later releases do not.
+            rope = model.config.rope_parameters
+            if rope.get("mscale_all_dim"):
+                module.scaling *= yarn_get_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
     return model.eval()
 
 

@@ -1,8 +1,9 @@
 """DeepSeek-V2 and DeepSeek-V3: MLA, leading dense layers, shared experts, group-limited routing.
 
-The rules are those of transformers 5.12.1, which differs from the models' own first code in two
-points of V2: YaRN's ``mscale_all_dim`` stays out of the softmax scale, and ``norm_topk_prob`` has
-no effect.
+The rules are those of transformers 5.12.1 with one exception: V2's softmax scale has YaRN's
+``mscale_all_dim`` in it, as in the models' own code and in later transformers (its pull request
+47435).
+V2's ``norm_topk_prob`` has no effect there, and none here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ def _v2_attention(config: ConfigFile, hidden: int) -> MLASpec:
         v_head_dim=128,
         interleaved=True,
         fp32_rope=True,
-        yarn_sharpens=False,
     )
 
 

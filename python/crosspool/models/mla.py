@@ -16,10 +16,8 @@ def read_mla(
     v_head_dim: int,
     interleaved: bool,
     fp32_rope: bool = False,
-    yarn_sharpens: bool = True,
 ) -> MLASpec:
-    """The numbers are the family's defaults. ``yarn_sharpens``: YaRN's ``mscale_all_dim`` enters
-    the softmax scale, as transformers does for the family."""
+    """The numbers are the family's defaults. YaRN's ``mscale_all_dim`` enters the softmax scale."""
     rope = check_rope(config)
     nope = config.integer("qk_nope_head_dim", qk_nope_head_dim)
     rope_dim = config.integer("qk_rope_head_dim", 64, minimum=2)
@@ -29,7 +27,7 @@ def read_mla(
     mscale_all_dim = rope.get("mscale_all_dim") or 0
     if not isinstance(mscale_all_dim, int | float):
         raise config.error("rope_scaling", "mscale_all_dim must be a number")
-    if yarn_sharpens and rope["rope_type"] != "default" and mscale_all_dim:
+    if rope["rope_type"] != "default" and mscale_all_dim:
         scale *= yarn_mscale(rope["factor"], mscale_all_dim) ** 2
     return MLASpec(
         q_heads=config.integer("num_attention_heads", heads),

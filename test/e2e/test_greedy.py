@@ -1,0 +1,81 @@
+"""Greedy tokens through HTTP equal transformers', while the other models are under load."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from prompts import sentences
+from server import DEMO, TINY_MODELS, Server
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PROMPTS = 20
+NEW_TOKENS = 64
+
+
+def reference_tokens(model: str, prompts: list[list[int]]) -> list[list[int]]:
+    """transformers' greedy continuation in fp32, eos ignored."""
+    reference = AutoModelForCausalLM.from_pretrained(DEMO / model, dtype=torch.float32).eval()
+    answers = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            cache, tokens, ids = None, [], torch.tensor([prompt])
+            for _ in range(NEW_TOKENS):
+                out = reference(ids, past_key_values=cache, use_cache=True)
+                cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+                tokens.append(int(ids))
+            answers.append(tokens)
+    return answers
+
+
+def generate(server: Server, model: str, prompt: list[int]) -> list[int]:
+    status, answer = server.post(
+        f"/m/{model}/generate",
+        {
+            "input_ids": prompt,
+            "sampling_params": {
+                "temperature": 0,
+                "max_new_tokens": NEW_TOKENS,
+                "ignore_eos": True,
+            },
+        },
+    )
+    assert status == 200, answer
+    return list(answer["output_ids"])
+
+
+def check_model(server: Server, model: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / model)
+    prompts = [tokenizer.encode(text) for text in sentences(PROMPTS)]
+    expected = reference_tokens(model, prompts)
+    over = threading.Event()
+
+    def load(other: str) -> int:
+        served = 0
+        while not over.is_set():
+            generate(server, other, prompts[served % PROMPTS])
+            served += 1
+        return served
+
+    with ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(load, m) for m in TINY_MODELS if m != model]
+        try:
+            answers = list(pool.map(lambda p: generate(server, model, p), prompts))
+        finally:
+            over.set()
+        assert all(other.result() > 0 for other in others)
+    assert len({tuple(tokens) for tokens in expected}) > PROMPTS // 2
+    for prompt, got, want in zip(prompts, answers, expected, strict=True):
+        assert got == want, (model, tokenizer.decode(prompt))
+
+
+@pytest.mark.parametrize("model", TINY_MODELS)
+def test_greedy_tokens_equal_transformers(server: Server, model: str) -> None:
+    check_model(server, model)
+
+
+@pytest.mark.parametrize("model", TINY_MODELS)
+def test_greedy_tokens_equal_transformers_on_two_devices(split_server: Server, model: str) -> None:
+    check_model(split_server, model)

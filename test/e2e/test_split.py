@@ -1,0 +1,121 @@
+"""Two devices: what lies where, what crosses, and that the pipeline overlaps."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from prompts import sentences
+from server import DEMO, TINY_MODELS, Server
+
+FFN_KEYS = ("router", "experts.", "shared.", "mlp.")
+
+
+def config(model: str) -> dict[str, Any]:
+    return dict(json.loads((DEMO / model / "config.json").read_text()))
+
+
+def test_no_ffn_tensor_on_an_attention_rank(split_server: Server) -> None:
+    tensors = split_server.get("/crosspool/tensors")
+    assert {t["model"] for t in tensors} == set(TINY_MODELS)
+    for tensor in tensors:
+        is_ffn = tensor["key"].startswith(FFN_KEYS)
+        assert is_ffn == (tensor["role"] == "ffn"), tensor
+        assert tensor["bytes"] > 0
+    for model in TINY_MODELS:
+        files = (DEMO / model).glob("*.safetensors")
+        on_disk = sum(f.stat().st_size for f in files)
+        held = sum(t["bytes"] for t in tensors if t["model"] == model)
+        # bf16 on disk, fp32 in the pools; headers and padding are a few per cent
+        assert 1.9 * on_disk < held < 2.1 * on_disk, (model, held, on_disk)
+
+
+def counters(server: Server) -> tuple[int, int, int]:
+    links = [link for device in server.get("/crosspool/counters") for link in device["links"]]
+    return (
+        sum(link["rows"] for link in links),
+        sum(link["dispatch_bytes"] for link in links),
+        sum(link["combine_bytes"] for link in links),
+    )
+
+
+def test_what_crosses_is_hidden_states_only(split_server: Server) -> None:
+    for model in TINY_MODELS:
+        shape = config(model)
+        rows, dispatched, combined = counters(split_server)
+        prompt, new_tokens = list(range(5, 45)), 8
+        status, _ = split_server.post(
+            f"/m/{model}/generate",
+            {
+                "input_ids": prompt,
+                "sampling_params": {
+                    "temperature": 0,
+                    "max_new_tokens": new_tokens,
+                    "ignore_eos": True,
+                },
+            },
+        )
+        assert status == 200
+        after = counters(split_server)
+        layers, hidden = shape["num_hidden_layers"], shape["hidden_size"]
+        # the last token that was sampled is never fed back
+        crossed_rows = len(prompt) + new_tokens - 1
+        assert after[0] - rows == layers * crossed_rows
+        assert after[1] - dispatched == layers * hidden * crossed_rows * 4
+        assert after[2] - combined == layers * hidden * crossed_rows * 4
+
+
+def test_lanes_overlap_and_batches_leave_early(split_server: Server) -> None:
+    """Attention of one model runs while the FFN of another does; a batch that has ended is
+    replaced while the other goes on."""
+
+    def one(job: tuple[str, str, int]) -> int:
+        model, text, tokens = job
+        body = {
+            "text": text,
+            "sampling_params": {"max_new_tokens": tokens, "ignore_eos": True},
+        }
+        return split_server.post(f"/m/{model}/generate", body)[0]
+
+    texts = sentences(12)
+    jobs = [(TINY_MODELS[i % 3], text, 24 + 8 * (i % 3)) for i, text in enumerate(texts)]
+    assert split_server.post("/crosspool/trace/start", {})[0] == 200
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        assert set(pool.map(one, jobs)) == {200}
+    time.sleep(0.2)
+    status, events = split_server.post("/crosspool/trace/stop", {})
+    assert status == 200
+    attention = [e for e in events if e["part"] == "attention"]
+    ffn = [e for e in events if e["part"] == "ffn"]
+    assert attention and ffn
+
+    overlaps = sum(
+        a["model"] != f["model"] and a["start_ns"] < f["end_ns"] and f["start_ns"] < a["end_ns"]
+        for a in attention
+        for f in ffn
+    )
+    assert overlaps > 100
+
+    spans: dict[int, tuple[int, int, int]] = {}
+    for event in attention:
+        lane, start, end = spans.get(
+            event["step"], (event["lane"], event["start_ns"], event["end_ns"])
+        )
+        spans[event["step"]] = (
+            lane,
+            min(start, event["start_ns"]),
+            max(end, event["end_ns"]),
+        )
+    ordered = sorted(spans.values(), key=lambda span: span[1])
+    replaced_early = 0
+    for lane, _, end in ordered:
+        for other_lane, other_start, other_end in ordered:
+            # `other` goes on over the end of this one, whose lane is taken meanwhile
+            if other_lane != lane and other_start < end < other_end:
+                replaced_early += any(
+                    next_lane == lane and end <= next_start < other_end
+                    for next_lane, next_start, _ in ordered
+                )
+    assert replaced_early > 10

@@ -1,0 +1,147 @@
+"""A CrossPool server under test: the real launcher with all its processes, on a free port."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "python" / "crosspool" / "demo"
+TINY_MODELS = ("tiny-qwen3-moe", "tiny-deepseek-v2", "tiny-glm4-moe-lite")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def two_device_flags() -> list[str]:
+    """The KV pool and the weight pool on the first two cores that this process may use."""
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    return ["--kv-pool-devices", f"cpu:{first}", "--weight-pool-devices", f"cpu:{second}"]
+
+
+class Server:
+    """Starts ``python -m crosspool.launch_server`` and waits until ``/health`` answers 200."""
+
+    def __init__(
+        self,
+        flags: Sequence[str] = (),
+        models: Sequence[str | Path] = TINY_MODELS,
+        ready_timeout: float = 240.0,
+    ) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = tempfile.NamedTemporaryFile(  # noqa: SIM115
+            mode="w+", prefix="crosspool-test-", suffix=".log", delete=False
+        )
+        command = [sys.executable, "-m", "crosspool.launch_server", "--port", str(self.port)]
+        for model in models:
+            path = Path(model) if Path(model).is_absolute() else DEMO / model
+            command += ["--model-path", str(path), "--served-model-name", path.name]
+        self.process = subprocess.Popen(
+            [*command, *flags], stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            self._wait_ready(ready_timeout)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _wait_ready(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log}")
+            if self.status("/health") == 200:
+                return
+            time.sleep(0.2)
+        raise TimeoutError(f"the server is not ready after {timeout} s:\n{self.log}")
+
+    @property
+    def log(self) -> str:
+        return Path(self._log.name).read_text(errors="replace")
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return json.loads(answer.read())
+
+    def status(self, path: str) -> int | None:
+        """HTTP status of a GET; None when nothing listens."""
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            return None
+
+    def post(self, path: str, body: Any, timeout: float = 300) -> tuple[int, Any]:
+        """HTTP status and decoded JSON answer (text where it is no JSON)."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self.url + path, data=data, headers={"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                status, payload = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            status, payload = error.code, error.read()
+        try:
+            return status, json.loads(payload)
+        except ValueError:
+            return status, payload.decode(errors="replace")
+
+    def processes(self) -> list[psutil.Process]:
+        """The launcher and everything below it."""
+        launcher = psutil.Process(self.process.pid)
+        return [launcher, *launcher.children(recursive=True)]
+
+    def find(self, title: str) -> psutil.Process:
+        """The one process whose title contains ``title``."""
+        found = [p for p in self.processes() if title in " ".join(p.cmdline())]
+        assert len(found) == 1, (title, [p.cmdline() for p in self.processes()])
+        return found[0]
+
+    def stop(self, timeout: float = 60.0) -> int:
+        """SIGTERM, then the launcher's exit status; nothing of it may be left."""
+        family = self.processes() if self.process.poll() is None else []
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            status = self.process.wait(timeout)
+            _, alive = psutil.wait_procs(family, timeout=5)
+            assert not alive, f"left behind: {alive}\n{self.log}"
+            return status
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in reversed(self.processes()):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self.process.wait(30)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.stop()
+        self._log.close()
+        Path(self._log.name).unlink(missing_ok=True)
