@@ -158,12 +158,14 @@ class App:
         # Here, because it may be imported only once PROMETHEUS_MULTIPROC_DIR is set.
         from crosspool.observability import metrics
 
+        status, counters = self._state.status, []
         try:
-            counters = await self._ask("counters") if self._state.ready else []
+            if self._state.ready:
+                status = await self._ask("status")
+                counters = await self._ask("counters")
         except admin.AdminError as error:
-            log.warning("metrics without the devices' counters: %s", error)
-            counters = []
-        text = metrics.render(self._state.status, counters)
+            log.warning("metrics are not complete: %s", error)
+        text = metrics.render(status, counters)
         if self._sglang_metrics:
             text += metrics.of_all_processes()
         await answer(send, HTTPStatus.OK, text, b"text/plain; version=0.0.4; charset=utf-8")

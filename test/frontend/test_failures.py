@@ -1,0 +1,156 @@
+"""A server that starts, refuses, and loses its device. The tests run in this order."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from support.front_end import MODELS, FrontEndServer, deployment
+
+KEY, ADMIN_KEY = "user-key", "admin-key"
+USER = {"Authorization": f"Bearer {KEY}"}
+ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
+COMPLETION = {"model": MODELS[0], "prompt": "x", "max_tokens": 2}
+LONG = {"model": MODELS[0], "prompt": "x", "max_tokens": 3000}
+
+
+@pytest.fixture(scope="module")
+def server(script: Callable[[int, list[int], int], int]) -> Iterator[FrontEndServer]:
+    made = deployment(
+        max_running_requests=1,
+        max_queued_requests=1,
+        sglang={"api_key": KEY, "admin_api_key": ADMIN_KEY, "enable_metrics": True},
+    )
+    running = FrontEndServer(made, script, start_devices=False)
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+def wait_listening(server: FrontEndServer) -> None:
+    deadline = time.monotonic() + 60
+    while server.request("/health")[0] == 0:
+        assert time.monotonic() < deadline, server.log.read_text()
+        time.sleep(0.1)
+
+
+def test_unavailable_until_every_device_is_ready(server: FrontEndServer) -> None:
+    wait_listening(server)
+    seen = set()
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        status, answer, _ = server.request("/health")
+        assert status == 503
+        seen.add(answer["message"])
+        if "loading on cpu" in seen:
+            break
+        time.sleep(0.2)
+    assert "loading on cpu" in seen, seen
+    status, answer, headers = server.request("/v1/completions", COMPLETION, USER)
+    assert (status, answer["error"]["code"]) == (503, 503)
+    assert "loading" in answer["error"]["message"] and "retry-after" in headers
+    for device in server.devices:
+        device.start()
+    server.wait_ready()
+
+
+def test_keys(server: FrontEndServer) -> None:
+    for path in ("/v1/models", "/server_info", "/crosspool/status", "/v1/models/x"):
+        assert server.request(path)[0] == 401
+    assert server.request("/v1/completions", COMPLETION)[0] == 401
+    assert server.request("/v1/completions", {**COMPLETION, "model": "nope"})[0] == 401
+    assert server.request("/v1/completions", COMPLETION, USER)[0] == 200
+    assert server.request("/v1/models", headers=USER)[0] == 200
+    assert server.request("/crosspool/status", headers=USER)[0] == 401
+    assert server.request("/crosspool/status", headers=ADMIN)[0] == 200
+    assert server.request("/health")[0] == 200
+    assert server.request("/metrics")[0] == 200
+
+
+def test_sglang_metrics_of_every_model(server: FrontEndServer) -> None:
+    for name in MODELS:
+        assert server.request("/v1/completions", {**COMPLETION, "model": name}, USER)[0] == 200
+    text = server.request("/metrics")[1]
+    for name in MODELS:
+        assert (
+            f'sglang:generation_tokens_total{{engine_type="unified",is_streaming="False",model_name="{name}"}}'
+            in text
+        ), text
+
+
+@pytest.mark.parametrize(
+    ("path", "extra"),
+    [
+        ("/v1/completions", {}),
+        ("/v1/completions", {"stream": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "stream": True}),
+        ("/generate", {"text": "x"}),
+    ],
+)
+def test_a_full_queue_is_429(server: FrontEndServer, path: str, extra: dict[str, Any]) -> None:
+    (device,) = server.devices
+    device.step_seconds = 0.05
+    done = threading.Event()
+    body = {**COMPLETION, "max_tokens": 30, "ignore_eos": True}
+
+    def occupy() -> None:
+        while not done.is_set():
+            server.request("/v1/completions", body, USER)
+
+    with ThreadPoolExecutor(3) as threads:
+        for _ in range(3):
+            threads.submit(occupy)
+        try:
+            deadline = time.monotonic() + 20
+            status = 0
+            while status != 429 and time.monotonic() < deadline:
+                status, answer, headers = server.request(path, {**COMPLETION, **extra}, USER)
+        finally:
+            done.set()
+            device.step_seconds = 0.0
+    assert status == 429
+    assert "queue" in answer["error"]["message"] and answer["error"]["code"] == 429
+    assert int(headers["retry-after"]) >= 1
+
+
+def test_a_lost_device_is_503(server: FrontEndServer) -> None:
+    (device,) = server.devices
+    device.step_seconds = 0.05
+    answers: dict[str, Any] = {}
+
+    def whole() -> None:
+        answers["whole"] = server.request("/v1/completions", LONG, USER)
+
+    def native() -> None:
+        body = {"text": "x", "sampling_params": {"max_new_tokens": 3000}}
+        answers["native"] = server.request(f"/m/{MODELS[1]}/generate", body, USER)
+
+    threads = [threading.Thread(target=target) for target in (whole, native)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    device.failure = "it burned"
+    for thread in threads:
+        thread.join(20)
+    for name in ("whole", "native"):
+        status, answer, headers = answers[name]
+        assert status in (200, 503), answer
+        assert status == 503 and "it burned" in answer["error"]["message"]
+        assert "retry-after" in headers
+    status, answer, _ = server.request("/v1/completions", COMPLETION, USER)
+    assert status == 503 and "it burned" in answer["error"]["message"]
+    deadline = time.monotonic() + 5
+    while server.request("/health")[0] != 503 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    status, answer, _ = server.request("/health")
+    assert status == 503 and "it burned" in answer["message"]
+
+
+def test_every_process_ends_with_0(server: FrontEndServer) -> None:
+    assert server.stop() == {"http": 0, "scheduler": 0, "detokenizer": 0}
