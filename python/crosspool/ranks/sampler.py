@@ -43,7 +43,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[
     ``logits``: float32 [N, vocab]; left as it is. Returns int64 [N]. ``eos_token_ids`` are barred
     beside a row's own stop ids while it has fewer than ``min_new_tokens`` output tokens.
     """
-    logits = _adjusted(logits, rows, eos_token_ids)
+    logits = adjusted(logits, rows, eos_token_ids)
     tokens = logits.argmax(dim=-1)
     drawn = [i for i, row in enumerate(rows) if not is_greedy(row.sampling)]
     if drawn:
@@ -68,7 +68,7 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=key)).random())
 
 
-def _adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]) -> Tensor:
+def adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]) -> Tensor:
     """The logits after penalties, grammar and bias; a copy where anything applies."""
     changed = [i for i, row in enumerate(rows) if _adjusts(row)]
     if not changed:
