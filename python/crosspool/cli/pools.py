@@ -56,6 +56,7 @@ def run(words: Sequence[str], prog: str) -> int:
     make_console().print(pools_tables(*describe(deployment, specs, placement, used)))
     if arguments.tensors:
         _print_tensors(admin.ask(deployment.admin_address, "tensors", timeout=30.0))
+    print(f"\nTo attach a stock SGLang server: CROSSPOOL_ADMIN={deployment.admin_address}")
     return 0
 
 

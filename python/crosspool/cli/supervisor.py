@@ -145,7 +145,7 @@ class Supervisor:
         while not self._signals and time.monotonic() < deadline:
             for loss in self._new_losses(losses):
                 losses.append(loss)
-                self._say(f"[bold red]{loss.cause}[/]")
+                self._say(loss.cause)
                 if not ready or loss.spec in self._stages[0]:
                     deadline = 0.0
                 else:
