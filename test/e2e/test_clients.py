@@ -109,7 +109,7 @@ def test_json_schema(client: openai.OpenAI, model: str) -> None:
     answer = client.chat.completions.create(
         model=model,
         messages=CHAT,
-        max_tokens=120,
+        max_tokens=300,
         temperature=0.8,
         seed=1,
         response_format={

@@ -45,7 +45,7 @@ def test_a_dead_rank_is_told_answered_503_and_ends_the_server(pool: str) -> None
                 assert answer.result()[0] == 503, answer.result()
         assert 503 in seen
         assert server.process.returncode == 1
-        assert "SIGKILL" in server.log and title.split()[-1] in server.log
+        assert "SIGKILL" in server.log and title.rsplit(maxsplit=1)[-1] in server.log
         _, alive = psutil.wait_procs(family, timeout=5)
         assert not alive
 

@@ -24,6 +24,9 @@ CACHED_GRAMMARS = 256
 """Compiled grammars that each model keeps, the most recently used ones."""
 MAX_SOURCE_CHARACTERS = 256 << 10
 """A longer grammar is refused: compiling it would take minutes and gigabytes."""
+MAX_WHITESPACE = 16
+"""Characters between two tokens of JSON: enough to indent with, and a model that would write
+blanks until its tokens run out has to go on."""
 
 _NATIVE_PLACE = re.compile(r"^\[[\d:]+\] \S+: ")
 """Where in xgrammar's source an error arose, which begins its message."""
@@ -119,7 +122,11 @@ def _compile(
     if grammar.source == "$$ANY$$":
         return compiler.compile_builtin_json_grammar()
     json.loads(grammar.source)
-    return compiler.compile_json_schema(grammar.source, any_whitespace=any_whitespace)
+    return compiler.compile_json_schema(
+        grammar.source,
+        any_whitespace=any_whitespace,
+        max_whitespace_cnt=MAX_WHITESPACE if any_whitespace else None,
+    )
 
 
 def _structural_tag(source: str) -> str:
