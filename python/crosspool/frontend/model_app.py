@@ -69,7 +69,7 @@ class ModelApp:
             )
             self.context_length = self.manager.context_len
             self._module = _private_copy(index)
-        self.manager.set_startup_time({})
+        self.manager.startup_time = {}
         self.manager.max_req_input_len = self.context_length - 1
         self._args = args
         self._templates = templates
