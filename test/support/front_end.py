@@ -15,7 +15,6 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from crosspool.config.deployment import Deployment, ModelConfig, save
 from crosspool.config.device import Device
 from crosspool.config.process import die_with_parent
@@ -37,9 +36,7 @@ def deployment(**changes: Any) -> Deployment:
         "random_seed": 1,
         "runtime_dir": tempfile.mkdtemp(prefix="crosspool-test-", dir="/tmp"),
     }
-    made = msgspec.convert({}, type=dict)
-    made.update(fields | changes)
-    return Deployment(**made)
+    return Deployment(**(fields | changes))
 
 
 class FrontEndServer:

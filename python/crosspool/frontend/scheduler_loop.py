@@ -177,6 +177,9 @@ class SchedulerLoop:
 
     def _take_requests(self, front_end: FrontEnd) -> None:
         for _ in range(_MESSAGES_AT_ONCE):
+            # a message may be the front end's last: it is closed then
+            if front_end.socket not in self._front_ends:
+                return
             message = front_end.receive()
             if message is None:
                 return
