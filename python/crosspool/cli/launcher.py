@@ -87,7 +87,9 @@ def process_stages(deployment: Deployment, lanes_fd: int | None) -> list[list[Pr
 
 
 def _threads(count: int) -> dict[str, str]:
-    return dict.fromkeys(_THREAD_VARIABLES, str(count))
+    """Between two kernels torch's threads sleep: spinning ones would take the cores from the front
+    end's processes, which live beside them."""
+    return {**dict.fromkeys(_THREAD_VARIABLES, str(count)), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def _max_hidden_bytes(prepared: Prepared) -> int:
