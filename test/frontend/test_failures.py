@@ -140,6 +140,7 @@ def test_a_lost_device_is_503(server: FrontEndServer) -> None:
     device.failure = "it burned"
     for thread in threads:
         thread.join(20)
+    assert set(answers) == {"whole", "native"}, server.log.read_text()
     for name in ("whole", "native"):
         status, answer, headers = answers[name]
         assert status in (200, 503), answer

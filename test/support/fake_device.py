@@ -71,7 +71,8 @@ class FakeDevice(threading.Thread):
                     socket.send(Failed(device=self._device, message=self.failure, user_error=False))
                     return
                 socket.wait(0.01)
-                while (message := socket.receive()) is not None:
+                # one at a time: while several models run, there is always a next one
+                if (message := socket.receive()) is not None:
                     self.received.append(message)
                     self._handle(socket, message)
         finally:
