@@ -129,6 +129,7 @@ def test_tools() -> None:
         "function": {
             "name": "get_weather",
             "description": "The weather of a city",
+            "strict": True,
             "parameters": {
                 "type": "object",
                 "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
@@ -144,7 +145,7 @@ def test_tools() -> None:
             messages=[{"role": "user", "content": "How is the weather in Paris?"}],
             tools=[tool],
             tool_choice={"type": "function", "function": {"name": "get_weather"}},
-            max_tokens=80,
+            max_tokens=200,
             temperature=0,
         )
         calls = answer.choices[0].message.tool_calls

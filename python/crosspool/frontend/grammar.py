@@ -133,7 +133,8 @@ def _structural_tag(source: str) -> str:
     """Takes both forms that SGLang sends: ``structures`` with ``triggers``, and xgrammar's own."""
     tag: dict[str, Any] = json.loads(source)
     if "structures" not in tag:
-        return source
+        _bound_whitespace(tag)
+        return json.dumps(tag)
     tags = [
         {
             "type": "tag",
@@ -149,4 +150,18 @@ def _structural_tag(source: str) -> str:
         "tags": tags,
         "at_least_one": tag.get("at_least_one", False),
     }
+    _bound_whitespace(triggered)
     return json.dumps({"type": "structural_tag", "format": triggered})
+
+
+def _bound_whitespace(node: Any) -> None:
+    """Bounds the whitespace of every JSON content in a structural tag."""
+    if isinstance(node, list):
+        for child in node:
+            _bound_whitespace(child)
+    elif isinstance(node, dict):
+        if "json_schema" in node:
+            node.setdefault("max_whitespace_cnt", MAX_WHITESPACE)
+        for key, child in node.items():
+            if key != "json_schema":
+                _bound_whitespace(child)
