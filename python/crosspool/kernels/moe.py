@@ -7,12 +7,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from crosspool.kernels.linear import linear
+
 
 def gated_mlp(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """down(silu(gate(x)) * up(x)): ``x`` [T, H], ``gate_up`` [2I, H] with the gate first, ``down``
     [H, I]; returns [T, H]."""
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down)
+    gate, up = linear(x, gate_up).chunk(2, dim=-1)
+    return linear(F.silu(gate) * up, down)
 
 
 def route(
@@ -32,7 +34,7 @@ def route(
 
     ``weight`` [experts, H]: the product runs in its dtype. ``bias`` float32 [experts] moves the
     choice only. The rest is as in :class:`crosspool.models.spec.RouterSpec`."""
-    logits = F.linear(x.to(weight.dtype), weight).float()
+    logits = linear(x.to(weight.dtype), weight).float()
     scores = logits.softmax(dim=-1) if score == "softmax" else logits.sigmoid()
     choice = scores if bias is None else scores + bias
     if groups > 1:

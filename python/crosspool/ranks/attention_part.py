@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig
 
 from crosspool.kernels.attention import append_kv, gqa_attention, mla_attention
+from crosspool.kernels.linear import bmm, linear
 from crosspool.kernels.norm import rms_norm
 from crosspool.kernels.rope import rope_frequencies, rope_tables, rotate
 from crosspool.models.config_file import read_json
@@ -79,7 +80,7 @@ class AttentionPart:
     def logits(self, residual_rows: torch.Tensor) -> torch.Tensor:
         """Final norm and LM head: [N, hidden] -> float32 [N, vocab]."""
         x = rms_norm(residual_rows, self._globals["final_norm"], self._spec.norm_eps)
-        return F.linear(x, self._lm_head).float()
+        return linear(x, self._lm_head).float()
 
     def tensors(self) -> list[TensorListing]:
         """Everything held."""
@@ -128,12 +129,12 @@ class _GQA:
             scale=spec.scale,
             window=spec.sliding_window,
         )
-        return F.linear(out.flatten(1), w["o_proj"], w.get("o_bias"))
+        return linear(out.flatten(1), w["o_proj"], w.get("o_bias"))
 
     def _project(self, x: torch.Tensor, w: Weights, letter: str) -> torch.Tensor:
         """q, k or v of all heads [T, heads * head_dim], normed and clamped, not rotated."""
         spec = self._spec
-        out = F.linear(x, w[f"{letter}_proj"], w.get(f"{letter}_bias"))
+        out = linear(x, w[f"{letter}_proj"], w.get(f"{letter}_bias"))
         if letter != "v" and spec.qk_norm != "none":
             width = spec.head_dim if spec.qk_norm == "head" else out.shape[1]
             heads = out.unflatten(1, (-1, width))
@@ -159,24 +160,24 @@ class _MLA:
         up = w["kv_b_proj"].view(spec.q_heads, nope + spec.v_head_dim, latent)
         keys_up, values_up = up[:, :nope], up[:, nope:]
         # [heads, T, nope] x [heads, nope, latent]
-        absorbed = torch.bmm(q[..., :nope].transpose(0, 1), keys_up).transpose(0, 1)
+        absorbed = bmm(q[..., :nope].transpose(0, 1), keys_up).transpose(0, 1)
         q = torch.cat((absorbed, _rotate(q[..., nope:], batch, spec.rope)), dim=-1)
         out = mla_attention(q, kv, layer, batch.segments, latent=latent, scale=spec.scale)
         # [heads, T, latent] x [heads, latent, v]
-        out = torch.bmm(out.transpose(0, 1), values_up.transpose(1, 2)).transpose(0, 1)
-        return F.linear(out.flatten(1), w["o_proj"], w.get("o_bias"))
+        out = bmm(out.transpose(0, 1), values_up.transpose(1, 2)).transpose(0, 1)
+        return linear(out.flatten(1), w["o_proj"], w.get("o_bias"))
 
     def _queries(self, x: torch.Tensor, w: Weights) -> torch.Tensor:
         if self._spec.q_lora_rank is None:
-            return F.linear(x, w["q_proj"])
-        compressed = F.linear(x, w["q_a_proj"], w.get("q_a_bias"))
+            return linear(x, w["q_proj"])
+        compressed = linear(x, w["q_a_proj"], w.get("q_a_bias"))
         normed = rms_norm(compressed, w["q_a_norm"], self._spec.latent_norm_eps)
-        return F.linear(normed, w["q_b_proj"])
+        return linear(normed, w["q_b_proj"])
 
     def _cached(self, x: torch.Tensor, w: Weights, batch: StepBatch) -> torch.Tensor:
         """What the KV pool keeps of each row: the normed latent, then the rotated rope key."""
         spec = self._spec
-        compressed = F.linear(x, w["kv_a_proj"], w.get("kv_a_bias"))
+        compressed = linear(x, w["kv_a_proj"], w.get("kv_a_bias"))
         latent, rope_key = compressed.split((spec.kv_lora_rank, spec.qk_rope_head_dim), dim=1)
         latent = rms_norm(latent, w["kv_a_norm"], spec.latent_norm_eps)
         rope_key = _rotate(rope_key[:, None], batch, spec.rope)[:, 0]
