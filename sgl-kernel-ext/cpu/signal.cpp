@@ -32,10 +32,11 @@ void relax() {
 #endif
 }
 
-// Shared between processes, hence without FUTEX_PRIVATE_FLAG.
-void futex_wait(std::uint32_t* word, std::uint32_t expected, std::int64_t timeout_ns) {
+// Shared between processes, hence without FUTEX_PRIVATE_FLAG. False: time is up, the word has
+// changed, or a signal came for this thread; true: somebody called wake.
+bool futex_wait(std::uint32_t* word, std::uint32_t expected, std::int64_t timeout_ns) {
   const timespec timeout{.tv_sec = timeout_ns / kSecond, .tv_nsec = timeout_ns % kSecond};
-  syscall(SYS_futex, word, FUTEX_WAIT, expected, &timeout, nullptr, 0);
+  return syscall(SYS_futex, word, FUTEX_WAIT, expected, &timeout, nullptr, 0) == 0;
 }
 
 void futex_wake_all(std::uint32_t* word) {
@@ -82,7 +83,15 @@ std::uint32_t crosspool_doorbell_wait(crosspool_doorbell* doorbell, std::uint32_
   if (spent >= timeout_ns) return rings;
   std::atomic_ref sleepers(doorbell->sleepers);
   sleepers.fetch_add(1, std::memory_order_seq_cst);
-  futex_wait(&doorbell->rings, seen, timeout_ns - spent);
+  // The wake of an earlier ring, which its ringer counted before it looked for sleepers, may come
+  // only now: that is no news.
+  bool woken = true;
+  while (woken && spent < timeout_ns) {
+    woken = futex_wait(&doorbell->rings, seen, timeout_ns - spent);
+    rings = crosspool_doorbell_rings(doorbell);
+    if (rings != seen) break;
+    spent = now_ns() - start;
+  }
   sleepers.fetch_sub(1, std::memory_order_seq_cst);
-  return crosspool_doorbell_rings(doorbell);
+  return rings;
 }
