@@ -47,14 +47,27 @@ def run(name: str, serve: Callable[[Deployment], None], argv: Sequence[str] | No
     return 0
 
 
+_NOISE = (
+    "does not support Intel AMX",
+    "SGLANG_USE_CUDA_IPC_TRANSPORT is deprecated",
+    "Registered linear attn model",
+    "OpenAI Responses API (/v1/responses) disabled",
+    "Using fallback token IDs for yes/no",
+    "Restoring add_bos_token",
+)
+"""What SGLang says of parts of it that CrossPool does not use, once per model and process."""
+
+
 def configure_logging(name: str, deployment: Deployment) -> None:
-    """Log lines of this process go to stderr at the deployment's ``log_level``. SGLang warns at
-    import of kernels that the front end never uses; that is not for the user."""
+    """Log lines of this process go to stderr at the deployment's ``log_level``, but for SGLang's
+    about parts that are not in use."""
     logging.basicConfig(
         level=str(deployment.sglang.get("log_level", "info")).upper(),
         format=f"%(asctime)s %(levelname)s {name}: %(message)s",
         stream=sys.stderr,
         force=True,
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(lambda record: not any(n in record.getMessage() for n in _NOISE))
     warnings.filterwarnings("ignore", message="Only CUDA", module="sglang")
     warnings.filterwarnings("ignore", message="ORJSONResponse is deprecated")

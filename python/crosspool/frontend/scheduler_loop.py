@@ -116,7 +116,7 @@ class SchedulerLoop:
         log.info("waiting for devices: %s", self._devices.progress)
         while not self._stopping:
             self._turn(self._poller.poll(self._sleep_ms()))
-        self._fail("the server is shutting down")
+        self._core.fail_all("the server is shutting down", 503)
         self._send_outputs()
         self._devices.broadcast(Shutdown())
         self._context.destroy(linger=500)
