@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from server import TINY_MODELS, Server, two_device_flags
+from support.server import TINY_MODELS, Server, two_device_flags
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server import DEMO, TINY_MODELS, Server
+from support.server import DEMO, TINY_MODELS, Server
 
 MODEL = TINY_MODELS[0]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import openai
 import pytest
-from server import DEMO, TINY_MODELS, Server
+from support.server import DEMO, TINY_MODELS, Server
 
 
 @pytest.fixture(scope="module")

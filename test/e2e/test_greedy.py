@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from prompts import sentences
-from server import DEMO, TINY_MODELS, Server
+from support.prompts import sentences
+from support.server import DEMO, TINY_MODELS, Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPTS = 20

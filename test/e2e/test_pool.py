@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from server import TINY_MODELS, Server
+from support.server import TINY_MODELS, Server
 
 BUDGET = 16 << 20
 PAGE = 16

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
-from server import TINY_MODELS, Server, two_device_flags
+from support.server import TINY_MODELS, Server, two_device_flags
 
 needs_two_cores = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="needs two cores for two devices"

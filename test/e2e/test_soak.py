@@ -13,8 +13,8 @@ from typing import Any
 
 import aiohttp
 import pytest
-from prompts import sentences
-from server import TINY_MODELS, Server, two_device_flags
+from support.prompts import sentences
+from support.server import TINY_MODELS, Server, two_device_flags
 
 MINUTES = float(os.environ.get("CROSSPOOL_SOAK_MINUTES", "0.5"))
 CLIENTS = 6

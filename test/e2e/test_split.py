@@ -7,8 +7,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from prompts import sentences
-from server import DEMO, TINY_MODELS, Server
+from support.prompts import sentences
+from support.server import DEMO, TINY_MODELS, Server
 
 FFN_KEYS = ("router", "experts.", "shared.", "mlp.")
 

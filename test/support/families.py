@@ -1,0 +1,143 @@
+"""Shapes of every family, and transformers' models of them as references."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_get_mscale
+
+YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4,
+    "beta_slow": 1,
+    "rope_theta": 10000.0,
+}
+DEEPSEEK_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 1.0}
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-tied-dense-between": (
+        "qwen3_moe",
+        {
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [1],
+            "tie_word_embeddings": True,
+            "norm_topk_prob": False,
+            "attention_bias": True,
+        },
+    ),
+    "qwen3-yarn-window": (
+        "qwen3_moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "head_dim": 8,
+            "rope_parameters": YARN,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+        },
+    ),
+    "v2-greedy": (
+        "deepseek_v2",
+        {"num_hidden_layers": 3, "n_shared_experts": 2, "rope_parameters": DEEPSEEK_YARN},
+    ),
+    "v2-groups-q-lora": (
+        "deepseek_v2",
+        {
+            "q_lora_rank": 24,
+            "first_k_dense_replace": 0,
+            "topk_method": "group_limited_greedy",
+            "n_routed_experts": 12,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 1.5,
+            "attention_bias": True,
+        },
+    ),
+    "v3-groups-q-lora": (
+        "deepseek_v3",
+        {
+            "num_hidden_layers": 3,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "rope_parameters": DEEPSEEK_YARN,
+        },
+    ),
+    "v3-no-q-lora": (
+        "deepseek_v3",
+        {
+            "q_lora_rank": None,
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": False,
+            "n_shared_experts": 2,
+            "v_head_dim": 8,
+            "rope_interleave": False,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "glm": ("glm4_moe_lite", {"num_hidden_layers": 3, "v_head_dim": 24, "n_routed_experts": 6}),
+    "glm-dense-last": (
+        "glm4_moe_lite",
+        {
+            "mlp_layer_types": ["sparse", "dense"],
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "n_group": 2,
+            "rms_norm_eps": 0.01,
+            "attention_bias": True,
+        },
+    ),
+    "mixtral": ("mixtral", {"num_hidden_layers": 3}),
+    "mixtral-window": (
+        "mixtral",
+        {
+            "sliding_window": 11,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 1,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+        },
+    ),
+    "olmoe": ("olmoe", {"num_key_value_heads": 2, "clip_qkv": 1.5, "attention_bias": True}),
+    "olmoe-norm": (
+        "olmoe",
+        {
+            "num_experts": 6,
+            "norm_topk_prob": True,
+            "num_experts_per_tok": 3,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "rope_theta": 1e4,
+            },
+        },
+    ),
+}
+
+
+def reference_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    for module in model.modules():
+        if type(module).__name__ == "DeepseekV2Moe":
+            # transformers 5.12.1 reads this when routing is group-limited, and never sets it.
+            module.num_experts = model.config.n_routed_experts
+        if type(module).__name__ == "DeepseekV2Attention":
+            # It also leaves YaRN's mscale_all_dim out of the softmax scale; later releases do not.
+            rope = model.config.rope_parameters
+            if rope.get("mscale_all_dim"):
+                module.scaling *= yarn_get_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
+    return model.eval()
