@@ -1,0 +1,77 @@
+"""Imports run one way; torch, transformers and sglang stay where docs/architecture.md has them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import crosspool
+
+PACKAGE = Path(crosspool.__file__).parent
+LEAVES = {"config", "transport", "observability"}
+ABOVE = {
+    "cli": {"frontend", "scheduler", "kvpool", "weightpool", "ranks", "models", "kernels"},
+    "frontend": {"scheduler", "kvpool", "weightpool", "ranks", "models", "kernels"},
+    "scheduler": {"kvpool", "weightpool", "models"},
+    "ranks": {"kvpool", "weightpool", "models", "kernels"},
+    "kvpool": {"models", "kernels"},
+    "weightpool": {"models", "kernels"},
+    "models": set(),
+    "kernels": set(),
+    "config": {"models"},
+    "transport": {"models", "kernels"},
+    "observability": {"models"},
+}
+"""What each package may import beside the leaves and itself."""
+HEAVY = {"torch", "transformers", "sglang"}
+LIGHT = ("cli/", "config/", "scheduler/", "models/", "kvpool/allocator", "kvpool/layout")
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Imported modules, and whether the import runs when the module is imported."""
+    tree = ast.parse(path.read_text())
+    lazy: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        is_typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if is_function or is_typing:
+            lazy.update(ast.walk(node))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node not in lazy) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append((node.module, node not in lazy))
+    return found
+
+
+def modules() -> list[Path]:
+    found = sorted(PACKAGE.rglob("*.py"))
+    assert len(found) > 50
+    return found
+
+
+def test_imports_run_one_way() -> None:
+    for path in modules():
+        place = path.relative_to(PACKAGE)
+        if len(place.parts) == 1:
+            continue
+        own = place.parts[0]
+        if own == "demo":
+            continue
+        for name, _ in imports(path):
+            parts = name.split(".")
+            if parts[0] == "crosspool" and len(parts) > 1:
+                allowed = {own} | LEAVES | ABOVE[own]
+                assert parts[1] in allowed, f"{place} imports {name}"
+
+
+def test_heavy_libraries_stay_where_they_belong() -> None:
+    for path in modules():
+        place = path.relative_to(PACKAGE).as_posix()
+        for name, at_import in imports(path):
+            library = name.split(".")[0]
+            if library == "sglang":
+                assert place.startswith("frontend/"), f"{place} imports {name}"
+            if library in HEAVY and at_import:
+                assert not place.startswith(LIGHT), f"{place} imports {name}"
