@@ -43,7 +43,7 @@ class Server:
         self,
         flags: Sequence[str] = (),
         models: Sequence[str | Path] = TINY_MODELS,
-        ready_timeout: float = 240.0,
+        ready_timeout: float = 300.0,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
