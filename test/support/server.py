@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from crosspool.config.process import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "python" / "crosspool" / "demo"
@@ -55,7 +56,11 @@ class Server:
             path = Path(model) if Path(model).is_absolute() else DEMO / model
             command += ["--model-path", str(path), "--served-model-name", path.name]
         self.process = subprocess.Popen(
-            [*command, *flags], stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+            [*command, *flags],
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent,  # noqa: PLW1509
         )
         try:
             self._wait_ready(ready_timeout)

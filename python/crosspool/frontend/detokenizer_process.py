@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 import signal
-import sys
 from collections.abc import Sequence
 from types import FrameType
 
@@ -18,7 +17,7 @@ import zmq
 
 from crosspool.config.deployment import Deployment
 from crosspool.frontend import compat
-from crosspool.frontend.process import run
+from crosspool.frontend.process import leave, run
 
 log = logging.getLogger(__name__)
 
@@ -74,4 +73,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -14,7 +14,6 @@ import contextlib
 import logging
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ import zmq.asyncio
 from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.frontend import compat
 from crosspool.frontend.app import App, State
-from crosspool.frontend.process import run
+from crosspool.frontend.process import leave, run
 from crosspool.transport import admin
 
 if TYPE_CHECKING:
@@ -192,4 +191,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.process import die_with_parent, set_title
@@ -45,6 +46,15 @@ def run(name: str, serve: Callable[[Deployment], None], argv: Sequence[str] | No
         logging.getLogger(__name__).exception("the %s process cannot go on", name)
         return 1
     return 0
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process at once: taking SGLang's and torch's modules apart costs seconds and serves
+    nobody."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 _NOISE = (

@@ -7,12 +7,11 @@ Exit status 0 after SIGTERM, 2 for a user's mistake (told on stderr), 1 for anyt
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from crosspool.config.deployment import Deployment
 from crosspool.frontend import compat
-from crosspool.frontend.process import run
+from crosspool.frontend.process import leave, run
 
 
 def serve(deployment: Deployment) -> None:
@@ -27,4 +26,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
