@@ -101,7 +101,7 @@ async def client(
                 await asyncio.sleep(rng.random() * 0.3)
                 if "rid" in body:  # an abort by name
                     prefix = path.removesuffix("/generate")
-                    await session.post(f"{prefix}/abort_request", json={"rid": body["rid"]})
+                    await exchange(session, f"{prefix}/abort_request", {"rid": body["rid"]})
                     await asyncio.wait([call])
                     call.exception()
                     tally["aborted"] += 1
@@ -119,6 +119,13 @@ async def exchange(session: aiohttp.ClientSession, path: str, body: dict[str, An
     async with session.post(path, json=body) as answer:
         await answer.read()
         return answer.status
+
+
+def report(tally: dict[str, int], figures: list[dict[str, dict[str, int]]]) -> None:
+    print(json.dumps({"minutes": MINUTES, "answers": tally}))
+    for name in figures[0] if figures else ():
+        rows = [moment[name] for moment in figures if name in moment]
+        print(name, json.dumps({key: [row[key] for row in rows] for key in rows[0]}))
 
 
 def pools_empty(server: Server) -> bool:
@@ -152,7 +159,10 @@ def test_mixed_traffic_leaks_nothing() -> None:
             c.result()
 
     with Server([*two_device_flags(), "--kv-pool-bytes", "64MiB"]) as server:
-        asyncio.run(run(server))
+        try:
+            asyncio.run(run(server))
+        finally:
+            report(tally, figures)
         deadline = time.monotonic() + 30
         while not pools_empty(server) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -160,11 +170,7 @@ def test_mixed_traffic_leaks_nothing() -> None:
         figures.append(measure(server))
         assert server.status("/health") == 200
 
-    print(json.dumps({"minutes": MINUTES, "answers": tally}))
-    for name in figures[0]:
-        rows = [moment.get(name) for moment in figures]
-        assert all(rows), f"{name} came or went"
-        print(name, json.dumps({key: [r[key] for r in rows if r] for key in figures[0][name]}))
+    assert all(moment.keys() == figures[0].keys() for moment in figures), "a process came or went"
     assert tally.pop("aborted") > 0 and tally.pop("disconnected") > 0
     assert set(tally) <= {"200", "429"} and tally["200"] > 0
     first, last = figures[0], figures[-1]

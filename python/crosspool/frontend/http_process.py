@@ -37,6 +37,9 @@ _STATUS_SECONDS = 0.5
 _ASK_SECONDS = 10.0
 _SILENCE_SECONDS = 15.0
 """A scheduler that has not answered for so long is taken for dead."""
+_KEEP_ALIVE_SECONDS = 75
+"""How long an idle connection stays open: longer than clients and proxies keep theirs, since a
+request that meets a closing connection is lost (aiohttp gives up after 15 s, openai after 5)."""
 _LINGER_SECONDS = 5
 """How long open connections may take to close after the last request was answered."""
 _BACKLOG = 2048
@@ -73,6 +76,7 @@ class HttpProcess:
                 log_config=None,
                 access_log=level == "debug",
                 lifespan="off",
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=_LINGER_SECONDS,
             )
         )
