@@ -67,8 +67,9 @@ def attached(server: FrontEndServer, installed: dict[str, str], tmp_path: Path) 
 def test_it_serves_beside_the_deployment(server: FrontEndServer, attached: FrontEndServer) -> None:
     body = {"model": MODELS[1], "prompt": "x", "max_tokens": 6}
     status, answer, _ = attached.request("/v1/completions", body)
-    assert status == 200
-    own = server.request("/v1/completions", body)[1]
+    assert status == 200, (answer, attached.log.read_text()[-3000:])
+    status, own, _ = server.request("/v1/completions", body)
+    assert status == 200, (own, server.log.read_text()[-3000:])
     assert answer["choices"][0]["text"] == own["choices"][0]["text"]
     models = admin.ask(server.deployment.admin_address, "status")["models"]
     assert [model["attached"] for model in models] == [0, 1]
