@@ -36,7 +36,7 @@ def script(scripted: list[list[int]]) -> Callable[[int, list[int], int], int]:
     return next_token
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def server(script: Callable[[int, list[int], int], int]) -> Iterator[FrontEndServer]:
     running = FrontEndServer(deployment(), script)
     try:
