@@ -24,7 +24,15 @@ ABOVE = {
 }
 """What each package may import beside the leaves and itself."""
 HEAVY = {"torch", "transformers", "sglang"}
-LIGHT = ("cli/", "config/", "scheduler/", "models/", "kvpool/allocator", "kvpool/layout")
+LIGHT = (
+    "cli/",
+    "config/",
+    "scheduler/",
+    "models/",
+    "kvpool/allocator",
+    "kvpool/layout",
+    "kvpool/planner/",
+)
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
