@@ -93,6 +93,8 @@ def test_sglang_metrics_of_every_model(server: FrontEndServer) -> None:
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "stream": True}),
         ("/generate", {"text": "x"}),
+        ("/generate", {"text": "x", "stream": True}),
+        (f"/m/{MODELS[0]}/generate", {"text": "x", "stream": True}),
     ],
 )
 def test_a_full_queue_is_429(server: FrontEndServer, path: str, extra: dict[str, Any]) -> None:

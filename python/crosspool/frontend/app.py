@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, unquote
 import msgspec
 
 from crosspool.config.deployment import Deployment
+from crosspool.frontend import refusal
 from crosspool.frontend.asgi import (
     BodyTooLarge,
     ErrorShaper,
@@ -32,6 +33,7 @@ from crosspool.frontend.asgi import (
     read_body,
     replay,
 )
+from crosspool.frontend.refusal import Refusal
 from crosspool.transport import admin
 
 if TYPE_CHECKING:
@@ -274,8 +276,10 @@ class App:
 
     async def _serve(self, model: ModelApp, scope: Scope, receive: Receive, send: Send) -> None:
         self._state.in_flight += 1
+        refused = Refusal()
+        refusal.current.set(refused)
         try:
-            await model(scope, receive, ErrorShaper(send))
+            await model(scope, receive, ErrorShaper(send, refused))
         finally:
             self._state.in_flight -= 1
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from crosspool.frontend.refusal import Refusal
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -15,6 +17,7 @@ Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 RETRY_AFTER_SECONDS = 1
+"""Where the scheduler names no time."""
 _JSON = b"application/json"
 _ERROR_TYPES = {
     400: "invalid_request_error",
@@ -62,14 +65,22 @@ def error_of(status: int, message: str, code: str | None = None) -> dict[str, An
     }
 
 
-async def answer_error(send: Send, status: int, message: str, code: str | None = None) -> None:
+async def answer_error(
+    send: Send,
+    status: int,
+    message: str,
+    code: str | None = None,
+    retry_after: int | None = None,
+) -> None:
     body = msgspec.json.encode({"error": error_of(status, message, code)})
-    await answer(send, status, body, headers=_retry_after(status))
+    await answer(send, status, body, headers=_retry_after(status, retry_after))
 
 
-def _retry_after(status: int) -> Headers:
+def _retry_after(status: int, seconds: int | None) -> Headers:
+    """Retry-After for the statuses that pass by themselves; ``seconds``: None where nobody can
+    tell."""
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
-        return [(b"retry-after", str(RETRY_AFTER_SECONDS).encode())]
+        return [(b"retry-after", str(seconds or RETRY_AFTER_SECONDS).encode())]
     return []
 
 
@@ -112,33 +123,66 @@ class ErrorShaper:
     """A ``send`` that gives errors of SGLang's OpenAI routes the ``error`` object that OpenAI's
     clients look for, beside SGLang's own fields, and 429 and 503 a Retry-After header.
 
-    Answers that are no errors pass through as they come, streams included."""
+    A stream begins with its first event: one that was ``refused`` before it is answered with the
+    error's status, as if no stream had been asked for. Every other answer that is no error passes
+    through as it comes."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, refused: Refusal) -> None:
         self._send = send
+        self._refused = refused
         self._start: Message | None = None
+        """An answer's start that is held back: an error's until its body is whole, a stream's
+        until its first event."""
         self._body = b""
+        self._over = False
         self.status = 0
         """HTTP status of the answer; 0 before it has begun."""
 
     async def __call__(self, message: Message) -> None:
+        if self._over:
+            return
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            if self.status >= HTTPStatus.BAD_REQUEST:
+            if self.status >= HTTPStatus.BAD_REQUEST or _is_stream(message):
                 self._start = message
                 return
         if self._start is None or message["type"] != "http.response.body":
             await self._send(message)
+        elif self.status >= HTTPStatus.BAD_REQUEST:
+            await self._error(self._start, message)
+        else:
+            await self._first_event(self._start, message)
+
+    async def _first_event(self, start: Message, message: Message) -> None:
+        self._start = None
+        if self._refused.status:
+            self._over = True
+            self.status = self._refused.status
+            refused = self._refused
+            await answer_error(
+                self._send, refused.status, refused.message, retry_after=refused.retry_after
+            )
             return
+        await self._send(start)
+        await self._send(message)
+
+    async def _error(self, start: Message, message: Message) -> None:
         self._body += message.get("body", b"")
         if message.get("more_body"):
             return
         body = _with_error(self.status, self._body)
-        kept = [(k, v) for k, v in self._start["headers"] if k.lower() != b"content-length"]
+        kept = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
         length = (b"content-length", str(len(body)).encode())
-        headers = [*kept, length, *_retry_after(self.status)]
-        await self._send({**self._start, "headers": headers})
+        headers = [*kept, length, *_retry_after(self.status, self._refused.retry_after)]
+        await self._send({**start, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
+
+
+def _is_stream(start: Message) -> bool:
+    return any(
+        name.lower() == b"content-type" and value.startswith(b"text/event-stream")
+        for name, value in start["headers"]
+    )
 
 
 def _with_error(status: int, body: bytes) -> bytes:

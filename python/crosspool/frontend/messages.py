@@ -8,6 +8,7 @@ tokenizer manager expect them.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from array import array
@@ -170,7 +171,8 @@ def refusal(rid: str, model: int, message: str, status: int, prompt_tokens: int)
 
 def finish_reason(finish: Finish | None, completion_tokens: int) -> dict[str, Any] | None:
     """SGLang's finish reason. Only aborts that are errors carry a status: the client's own abort
-    is an ordinary end of its answer."""
+    is an ordinary end of its answer. ``retry_after``, whole seconds, is ours: SGLang passes it on
+    untouched."""
     if finish is None:
         return None
     if finish.kind == "stop":
@@ -181,6 +183,8 @@ def finish_reason(finish: Finish | None, completion_tokens: int) -> dict[str, An
     if finish.status != CLIENT_ABORT:
         reason["status_code"] = finish.status
         reason["err_type"] = _ERROR_TYPES.get(finish.status, "InternalServerError")
+    if finish.retry_after is not None:
+        reason["retry_after"] = max(1, math.ceil(finish.retry_after))
     return reason
 
 

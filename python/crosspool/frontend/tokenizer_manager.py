@@ -15,6 +15,8 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
 from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
 
+from crosspool.frontend import refusal
+
 native_api: ContextVar[bool] = ContextVar("native_api", default=False)
 """Whether the request at hand came by SGLang's own ``/generate``, which reports errors in its way,
 rather than by an OpenAI route."""
@@ -54,6 +56,10 @@ class PooledTokenizerManager(TokenizerManager):
         reason["status_code"] = HTTPStatus(status)
         if is_stream and out["meta_info"]["completion_tokens"] > 0:
             return out
+        if (refused := refusal.current.get()) is not None:
+            refused.status = status
+            refused.message = reason["message"]
+            refused.retry_after = reason.get("retry_after")
         if native_api.get():
             raise Refused(reason["message"], status)
         if status == HTTPStatus.BAD_REQUEST:

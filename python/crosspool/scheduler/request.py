@@ -62,6 +62,8 @@ class Finish:
     matched: int | str | None = None
     message: str = ""
     status: int = 200
+    retry_after: float | None = None
+    """With 429: seconds after which it may be worth asking again, as far as can be told."""
 
 
 @dataclass(frozen=True, kw_only=True)
