@@ -114,6 +114,55 @@ def test_weight_pool_of_exactly_what_is_needed(tmp_path: Path) -> None:
         prepare(draft(path, weight_pool_bytes=FFN_BYTES - 1))
 
 
+def placed(*places: Any, **more: Any) -> Draft:
+    """Models of ``FFN_BYTES`` each, with their ``weight_pool_devices``, on two weight devices."""
+    models = [
+        {"path": path, "name": str(index), "weight_pool_devices": own}
+        for index, (path, own) in enumerate(places)
+    ]
+    pool = [f"cpu:{CORES[0]}", f"cpu:{CORES[-1]}"]
+    return to_draft({"models": models, "weight_pool_devices": pool, "port": 0, **more}, "test")
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores for two devices")
+def test_models_on_some_of_the_weight_pools_devices(tmp_path: Path) -> None:
+    path = model(tmp_path / "a")
+    first, second = f"cpu:{CORES[0]}", f"cpu:{CORES[-1]}"
+    places = [(path, second), (path, [second, first]), (path, [second]), (path, None)]
+    prepared = prepare(placed(*places))
+    deployment = prepared.deployment
+    assert [deployment.ffn_ranks(i) for i in range(4)] == [(1,), (0, 1), (1,), (0, 1)]
+    assert [d.name for d in deployment.models[1].weight_pool_devices or ()] == [second, first]
+    router = 2 * 4 * 64 * 2  # on both ranks of a model that lies on two
+    half = (FFN_BYTES - router) // 2 + router
+    assert prepared.placement.weight_bytes == (
+        (0, half, 0, half),
+        (FFN_BYTES, half, FFN_BYTES, half),
+    )
+    fullest = 2 * FFN_BYTES + 2 * half
+    assert deployment.weight_pool_bytes == 2 * fullest
+    assert prepare(placed(*places, weight_pool_bytes=2 * fullest))
+    with pytest.raises(ConfigError, match=f"FFN weights on {second} .*{fullest} bytes"):
+        prepare(placed(*places, weight_pool_bytes=2 * fullest - 1))
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores for two devices")
+@pytest.mark.parametrize(
+    ("own", "problem"),
+    [
+        ("cpu", f"cpu is none of weight_pool_devices: cpu:{CORES[0]}, cpu:{CORES[-1]}"),
+        ([f"cpu:{CORES[0]}"] * 2, f"cpu:{CORES[0]} is named twice"),
+        ([], "'' is no device"),
+        ("gpu", "'gpu' is no device"),
+    ],
+)
+def test_a_models_devices_must_be_the_weight_pools(tmp_path: Path, own: Any, problem: str) -> None:
+    path = model(tmp_path / "a")
+    with pytest.raises(ConfigError) as error:
+        prepare(placed((path, None), (path, own)))
+    assert f"models[1].weight_pool_devices: {problem}" in str(error.value)
+
+
 def test_port_in_use_is_refused(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

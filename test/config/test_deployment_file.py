@@ -21,6 +21,16 @@ def test_the_example_is_read() -> None:
     assert draft.kv_pool_bytes == "256MiB"
 
 
+def test_devices_of_a_model(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        "models: [{path: a, weight_pool_devices: 'cpu:1'}, {path: b}, "
+        "{path: c, weight_pool_devices: ['cpu:0', 'cpu:1']}]",
+    )
+    own = [model.weight_pool_devices for model in read(file).models]
+    assert own == ["cpu:1", None, ["cpu:0", "cpu:1"]]
+
+
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     file = write(tmp_path, "models: [{path: a}, {path: /b}, {path: ~/c}]")
     paths = [model.path for model in read(file).models]
@@ -40,6 +50,10 @@ MODEL = "models: [{path: a}]\n"
         ("models: [{path: a, nam: b}]", r"unknown key models\[0\].nam \(did you mean name\?\)"),
         (MODEL + "kv_pool_byte: 1GiB", r"unknown key kv_pool_byte \(did you mean kv_pool_bytes\?"),
         (MODEL + "zzz: 1", r"unknown key zzz \(known keys: models, .*lanes"),
+        (
+            "models: [{path: a, weight_pool_devices: 1}]",
+            r"models\[0\].weight_pool_devices: Expected",
+        ),
         (MODEL + "lanes: two", "lanes: Expected `int`, got `str`"),
         (MODEL + "lanes: 1.5", "lanes: Expected `int`, got `float`"),
         ("models: {path: a}", "models: Expected `array`, got `object`"),

@@ -34,7 +34,11 @@ SECOND = f"cpu:{CORES[-1]}"
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "one device": {"kv": [FIRST], "weights": [FIRST]},
     "two devices": {"kv": [FIRST], "weights": [SECOND]},
-    "two FFN ranks": {"kv": [FIRST], "weights": [FIRST, SECOND]},
+    "two FFN ranks, a model on each and one on both": {
+        "kv": [FIRST],
+        "weights": [FIRST, SECOND],
+        "places": [[FIRST], [SECOND], None],
+    },
     "two of each, EP": {
         "kv": [FIRST, SECOND],
         "weights": [SECOND, FIRST],
@@ -206,7 +210,10 @@ def test_where_the_tensors_are(driver: DeviceDriver, checkpoints: list[Path]) ->
         is_ffn = "mlp." in tensor["name"]
         assert is_ffn == (tensor["role"] == "ffn"), tensor
         assert tensor["bytes"] == 4 * int(np.prod(tensor["shape"])), tensor
-    for name, path in zip((m.name for m in deployment.models), checkpoints, strict=True):
+    for index, path in enumerate(checkpoints):
+        name = deployment.models[index].name
+        holders = {t["rank"] for t in tensors if (t["model"], t["role"]) == (name, "ffn")}
+        assert holders == set(deployment.ffn_ranks(index))
         (file,) = path.glob("*.safetensors")
         whole = load_file(file)
         assert {t["name"] for t in tensors if t["model"] == name} == set(whole)
@@ -222,28 +229,39 @@ def test_where_the_tensors_are(driver: DeviceDriver, checkpoints: list[Path]) ->
 
 
 def test_what_crosses_is_counted(driver: DeviceDriver) -> None:
-    """Per FFN rank: 2 x layers x hidden x rows x bytes of an element, rows being the tokens."""
+    """Per FFN rank of the model: 2 x layers x hidden x rows x bytes of an element, rows being the
+    tokens; nothing to other FFN ranks."""
+    ffn_ranks = range(len(driver.deployment.weight_pool_devices))
 
     def crossed() -> np.ndarray[Any, Any]:
+        """[end, FFN rank, field]"""
         answers = [driver.inspect(device, "counters") for device in driver.processes]
         ends = []
         for end in ("links", "served"):
             links = [link for answer in answers for link in answer[end]]
-            total = len(driver.deployment.kv_pool_devices) * len(
-                driver.deployment.weight_pool_devices
-            )
+            total = len(driver.deployment.kv_pool_devices) * len(ffn_ranks)
             assert len(links) == total * driver.deployment.lanes
             fields = ("rows", "dispatch_bytes", "combine_bytes")
-            ends.append([sum(link[field] for link in links) for field in fields])
+            ends.append(
+                [
+                    [
+                        sum(link[field] for link in links if link["ffn_rank"] == rank)
+                        for field in fields
+                    ]
+                    for rank in ffn_ranks
+                ]
+            )
         return np.array(ends)
 
-    for model in (QWEN, DEEPSEEK):
+    for model in (QWEN, DEEPSEEK, QWEN_AGAIN):
         spec = driver.specs[model]
         before = crossed()
         driver.generate([Generation(model, prompt(21, 3), 5, chunk=8)])
-        rows = (21 + 4) * spec.layers * len(driver.deployment.weight_pool_devices)
+        rows = (21 + 4) * spec.layers
         one_way = rows * spec.hidden * 4
-        assert (crossed() - before).tolist() == [[rows, one_way, one_way]] * 2
+        own = driver.deployment.ffn_ranks(model)
+        expected = [[rows, one_way, one_way] if rank in own else [0] * 3 for rank in ffn_ranks]
+        assert (crossed() - before).tolist() == [expected] * 2
 
 
 def test_the_pool_is_mapped_on_demand_and_given_back(driver: DeviceDriver) -> None:

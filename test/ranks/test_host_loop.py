@@ -14,7 +14,7 @@ from crosspool.ranks import lm_head
 from crosspool.ranks.attention_rank import AttentionRank
 from crosspool.ranks.ffn_rank import FFNRank
 from crosspool.ranks.host_loop import HostLoop
-from crosspool.transport.data_path import LocalLink
+from crosspool.transport.data_path import DispatchHeader, LaneError, LocalLink
 from crosspool.transport.messages import Logprobs, Open, Release, Row, Sampling, Step, StepResult
 
 VOCAB = 32
@@ -92,13 +92,14 @@ class Device:
         kv = [torch.empty(8, 1, 4, 1) for _ in LAYERS]
         self.trace = LaneTrace()
         self.attention = AttentionRank(0, specs, parts, chunks, kv)
-        ffn = FFNRank(0, specs, parts, self.trace)
+        ffn = FFNRank(0, specs, dict(enumerate(parts)), self.trace)
         links = [LocalLink(0, lane, 0) for lane in range(lanes)]
         ffn.links = links
         self.loop = HostLoop(
             self.attention,
             [[link] for link in links],
             ffn,
+            ffn_ranks=[[0]] * len(LAYERS),
             doorbell=None,
             serves_peers=False,
             trace=self.trace,
@@ -158,6 +159,51 @@ def test_a_batch_that_ends_is_replaced_at_once() -> None:
     assert lanes[3] == lanes[1] != lanes[2]
     order = [e.step for e in events]
     assert order.index(3) < len(order) - 1 - order[::-1].index(2)
+
+
+def test_a_batch_goes_to_its_models_ffn_ranks_only() -> None:
+    """One model on FFN rank 0, one on rank 1, one on both, whose partial sums make a double; lanes
+    change between them, so each link is left out by some batches and used by the next."""
+    device = Device()
+    ffn_ranks = [[0], [1], [0, 1]]
+    links = [[LocalLink(0, lane, rank) for rank in (0, 1)] for lane in (0, 1)]
+    specs = [spec(layers) for layers in LAYERS]
+    loops = []
+    logs: list[list[tuple[str, int, int]]] = [[], []]
+    for rank, log in enumerate(logs):
+        parts: Any = {m: OneHot(m, log) for m, ranks in enumerate(ffn_ranks) if rank in ranks}
+        ffn = FFNRank(rank, specs, parts, LaneTrace())
+        ffn.links = [of_lane[rank] for of_lane in links]
+        loops.append(
+            HostLoop(
+                *((device.attention, links) if rank == 0 else (None, [])),
+                ffn,
+                ffn_ranks=ffn_ranks,
+                doorbell=None,
+                serves_peers=rank == 1,
+                trace=LaneTrace(),
+            )
+        )
+    for number in range(12):
+        loops[0].submit(step(number, number % 3))
+    results: list[StepResult] = []
+    for _ in range(1000):
+        for loop in loops:
+            results += loop.run(0.0)
+    assert {r.step: r.rows[0].token for r in results} == {n: 3 + LAYERS[n % 3] for n in range(12)}
+    for rank, log in enumerate(logs):
+        own = [m for m, ranks in enumerate(ffn_ranks) if rank in ranks]
+        assert {model for _, model, _ in log} == set(own)
+        dispatches = sum(of_lane[rank].counters.dispatches for of_lane in links)
+        assert dispatches == len(log) == 4 * sum(LAYERS[model] for model in own)
+
+
+def test_a_dispatch_of_a_model_that_lies_elsewhere_is_an_error() -> None:
+    link = LocalLink(0, 0, 1)
+    ffn = FFNRank(1, [spec(1)] * 2, {1: OneHot(1, [])}, LaneTrace())  # type: ignore[dict-item]
+    link.dispatch(DispatchHeader(epoch=0, model=0, layer=0, rows=1), torch.zeros(1, VOCAB))
+    with pytest.raises(LaneError, match="FFN rank 1 holds nothing of model 0"):
+        ffn.serve(link)
 
 
 def test_steps_wait_for_a_lane_in_order() -> None:
@@ -256,6 +302,7 @@ def test_waits_on_the_doorbell_when_nothing_is_ready() -> None:
         device.attention,
         [[link]],
         None,
+        ffn_ranks=[[0]] * len(LAYERS),
         doorbell=Doorbell(),
         serves_peers=False,
         trace=LaneTrace(),

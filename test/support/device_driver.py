@@ -79,9 +79,12 @@ class DeviceDriver:
         models: Sequence[Path],
         kv: Sequence[str] = ("cpu:0",),
         weights: Sequence[str] = ("cpu:0",),
+        places: Sequence[Sequence[str] | None] | None = None,
         ready_timeout: float = 120.0,
         **fields: Any,
     ) -> None:
+        """``places``: for each model the devices of its FFN weights, None for all of ``weights``;
+        ``fields``: of the deployment."""
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="crosspool-test-"))
         settings: dict[str, Any] = {
             "kv_pool_bytes": 8 << 20,
@@ -90,8 +93,14 @@ class DeviceDriver:
         } | fields
         self.deployment = Deployment(
             models=tuple(
-                ModelConfig(name=f"{path.name}-{i}", path=str(path))
-                for i, path in enumerate(models)
+                ModelConfig(
+                    name=f"{path.name}-{i}",
+                    path=str(path),
+                    weight_pool_devices=own and tuple(Device(name) for name in own),
+                )
+                for i, (path, own) in enumerate(
+                    zip(models, places or [None] * len(models), strict=True)
+                )
             ),
             kv_pool_devices=tuple(Device(name) for name in kv),
             weight_pool_devices=tuple(Device(name) for name in weights),

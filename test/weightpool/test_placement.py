@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
-from crosspool.config.deployment import ConfigError
+from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
+from crosspool.config.device import Device
 from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.attention_part import AttentionPart
@@ -27,6 +29,30 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def spec(path: Path) -> ModelSpec:
     return read_model(path)
+
+
+def deployment(
+    ranks: int,
+    places: Sequence[Sequence[int] | None],
+    weight_pool_bytes: int = 1 << 30,
+    ffn_parallel: Literal["tp", "ep"] = "tp",
+) -> Deployment:
+    """``ranks`` FFN ranks; ``places``: for each model its own, None for all."""
+    return Deployment(
+        models=tuple(
+            ModelConfig(
+                name=f"model-{index}",
+                path="",
+                weight_pool_devices=None if own is None else tuple(Device(f"cpu:{i}") for i in own),
+            )
+            for index, own in enumerate(places)
+        ),
+        kv_pool_devices=(Device("cpu"),),
+        weight_pool_devices=tuple(Device(f"cpu:{rank}") for rank in range(ranks)),
+        kv_pool_bytes=1 << 30,
+        weight_pool_bytes=weight_pool_bytes,
+        ffn_parallel=ffn_parallel,
+    )
 
 
 @pytest.mark.parametrize("parallel", ["tp", "ep"])
@@ -49,10 +75,22 @@ def test_shards_cover_everything_once(
 def test_planned_bytes_are_the_bytes_held(
     path: Path, spec: ModelSpec, parallel: Literal["tp", "ep"]
 ) -> None:
-    placement = place([spec, spec], ["a", "b"], 2, 1 << 30, parallel)
-    for shard, planned in zip(placement.shards, placement.weight_bytes, strict=True):
-        part = FFNPart(spec, path, shard, lambda _: None)
-        assert [sum(t.bytes for t in part.tensors())] * 2 == list(planned)
+    """Model 0 lies on all FFN ranks, model 1 on the last two alone, cut in two."""
+    placement = place(deployment(3, [None, [1, 2]], ffn_parallel=parallel), [spec, spec])
+    assert [list(of_rank) for of_rank in placement.shards] == [[0], [0, 1], [0, 1]]
+    assert [(s.rank, s.ranks) for s in (of[0] for of in placement.shards)] == [
+        (0, 3),
+        (1, 3),
+        (2, 3),
+    ]
+    assert [(s.rank, s.ranks) for s in (of[1] for of in placement.shards[1:])] == [(0, 2), (1, 2)]
+    for shards, planned in zip(placement.shards, placement.weight_bytes, strict=True):
+        for model in (0, 1):
+            held = 0
+            if model in shards:
+                part = FFNPart(spec, path, shards[model], lambda _: None)
+                held = sum(t.bytes for t in part.tensors())
+            assert held == planned[model]
     held = AttentionPart(spec, path, lambda _: None).tensors()
     assert sum(t.bytes for t in held) == attention_bytes(spec)
 
@@ -70,9 +108,27 @@ def test_parts_hold_their_own_tensors_and_no_others(path: Path, spec: ModelSpec)
 
 
 def test_too_small_a_pool_is_refused(spec: ModelSpec) -> None:
-    needed = sum(place([spec], ["a"], 1, 1 << 30, "tp").weight_bytes[0])
-    place([spec, spec], ["small", "other"], 1, 2 * needed, "tp")
+    needed = place(deployment(1, [None]), [spec]).pool_bytes
+    place(deployment(1, [None, None], 2 * needed), [spec, spec])
     with pytest.raises(ConfigError) as caught:
-        place([spec, spec], ["small", "other"], 1, 2 * needed - 1, "tp")
-    for text in ("weight_pool_bytes", "small", "other", str(2 * needed), str(2 * needed - 1)):
+        place(deployment(1, [None, None], 2 * needed - 1), [spec, spec])
+    for text in ("weight_pool_bytes", "model-0", "model-1", str(2 * needed), str(2 * needed - 1)):
         assert text in str(caught.value)
+    assert "weight_pool_devices" not in str(caught.value)
+
+
+def test_the_device_that_is_too_full_is_named(spec: ModelSpec) -> None:
+    """Two models whole on one device of three need three times their bytes, for the pool is
+    shared evenly; what lies on other devices is not to blame."""
+    whole = place(deployment(1, [None]), [spec]).pool_bytes
+    places = [[1], [0], [1]]
+    placed = place(deployment(3, places), [spec] * 3)
+    assert placed.weight_bytes == ((0, whole, 0), (whole, 0, whole), (0, 0, 0))
+    assert placed.pool_bytes == 3 * 2 * whole
+    assert place(deployment(3, places, placed.pool_bytes), [spec] * 3) == placed
+    with pytest.raises(ConfigError) as caught:
+        place(deployment(3, places, placed.pool_bytes - 1), [spec] * 3)
+    said = str(caught.value)
+    for text in ("cpu:1", "model-0", "model-2", f"{2 * whole} bytes", str(6 * whole)):
+        assert text in said
+    assert "weight_pool_devices" in said and "model-1" not in said and "cpu:0" not in said

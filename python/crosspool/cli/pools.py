@@ -42,13 +42,7 @@ def run(words: Sequence[str], prog: str) -> int:
         read_model(Path(model.path), model.context_length, model.dtype)
         for model in deployment.models
     ]
-    placement = place(
-        specs,
-        [model.name for model in deployment.models],
-        len(deployment.weight_pool_devices),
-        deployment.weight_pool_bytes // len(deployment.weight_pool_devices),
-        deployment.ffn_parallel,
-    )
+    placement = place(deployment, specs)
     used = {
         device["device"]: device["mapped_bytes"]
         for device in admin.ask(deployment.admin_address, "pools")
@@ -115,6 +109,7 @@ def describe(
                 dtype=spec.dtype,
                 attention_weights=attention[index],
                 ffn_weights=sum(held[index] for held in placement.weight_bytes),
+                ffn_ranks=deployment.ffn_ranks(index),
                 kv_per_token=spec.kv_bytes_per_token,
                 pages=pages,
                 tokens=pages * deployment.page_size,

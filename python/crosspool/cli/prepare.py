@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import psutil
 
 from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
+from crosspool.config.device import Device
 from crosspool.config.draft import Draft, ModelDraft, devices_of, size_of
 from crosspool.config.sizes import format_size
 from crosspool.kvpool.layout import KVLayout
@@ -57,9 +59,9 @@ class Prepared:
 def prepare(draft: Draft) -> Prepared:
     """Raises ConfigError for the first thing that is wrong: the field, and what would be right."""
     _check_numbers(draft)
-    models, specs = _read_models(draft)
     kv_devices = devices_of(draft.kv_pool_devices, "kv_pool_devices")
     weight_devices = devices_of(draft.weight_pool_devices, "weight_pool_devices")
+    models, specs = _read_models(draft, weight_devices)
     available = psutil.virtual_memory().available
     chunk_bytes = size_of(draft.chunk_bytes, "chunk_bytes")
     if chunk_bytes % _HUGE_PAGE:
@@ -72,24 +74,23 @@ def prepare(draft: Draft) -> Prepared:
     layouts = [KVLayout(spec, draft.page_size, chunk_bytes) for spec in specs]
     for model, spec, layout in zip(models, specs, layouts, strict=True):
         _check_kv_budget(model.name, spec, layout, kv_pool_bytes, len(kv_devices))
-    ranks = len(weight_devices)
-    names = [model.name for model in models]
-    if draft.weight_pool_bytes is None:
-        placement = place(specs, names, ranks, sys.maxsize, draft.ffn_parallel)
-        weight_pool_bytes = ranks * max(map(sum, placement.weight_bytes))
-    else:
-        weight_pool_bytes = size_of(draft.weight_pool_bytes, "weight_pool_bytes")
-        placement = place(specs, names, ranks, weight_pool_bytes // ranks, draft.ffn_parallel)
     deployment = Deployment(
         models=models,
         kv_pool_devices=kv_devices,
         weight_pool_devices=weight_devices,
         kv_pool_bytes=kv_pool_bytes,
-        weight_pool_bytes=weight_pool_bytes,
+        weight_pool_bytes=(
+            sys.maxsize
+            if draft.weight_pool_bytes is None
+            else size_of(draft.weight_pool_bytes, "weight_pool_bytes")
+        ),
         chunk_bytes=chunk_bytes,
         port=_free_port(draft.host, draft.port),
         **{name: getattr(draft, name) for name in _SAME},
     )
+    placement = place(deployment, specs)
+    if draft.weight_pool_bytes is None:
+        deployment = msgspec.structs.replace(deployment, weight_pool_bytes=placement.pool_bytes)
     _check_memory(deployment, specs, placement, available)
     return Prepared(deployment=deployment, specs=specs, placement=placement)
 
@@ -112,10 +113,15 @@ def _check_numbers(draft: Draft) -> None:
         raise ConfigError(f"port: {draft.port} must be between 1 and 65535, or 0 for any free one")
 
 
-def _read_models(draft: Draft) -> tuple[tuple[ModelConfig, ...], tuple[ModelSpec, ...]]:
+def _read_models(
+    draft: Draft, weight_devices: Sequence[Device]
+) -> tuple[tuple[ModelConfig, ...], tuple[ModelSpec, ...]]:
     if not draft.models:
         raise ConfigError("models: name at least one")
-    models = tuple(_model_config(model) for model in draft.models)
+    models = tuple(
+        _model_config(model, _own_devices(model, f"models[{index}]", weight_devices))
+        for index, model in enumerate(draft.models)
+    )
     for index, model in enumerate(models):
         if model.name in {earlier.name for earlier in models[:index]}:
             raise ConfigError(
@@ -127,7 +133,22 @@ def _read_models(draft: Draft) -> tuple[tuple[ModelConfig, ...], tuple[ModelSpec
     return models, specs
 
 
-def _model_config(draft: ModelDraft) -> ModelConfig:
+def _own_devices(
+    draft: ModelDraft, where: str, pool: Sequence[Device]
+) -> tuple[Device, ...] | None:
+    """Devices of the weight pool that the model names for itself."""
+    if draft.weight_pool_devices is None:
+        return None
+    key = f"{where}.weight_pool_devices"
+    own = devices_of(draft.weight_pool_devices, key)
+    for device in own:
+        if device not in pool:
+            known = ", ".join(device.name for device in pool)
+            raise ConfigError(f"{key}: {device.name} is none of weight_pool_devices: {known}")
+    return own
+
+
+def _model_config(draft: ModelDraft, weight_devices: tuple[Device, ...] | None) -> ModelConfig:
     folder = Path(draft.path).absolute()
     if not folder.is_dir():
         raise ConfigError(f"model path {draft.path}: no such folder (models are local folders)")
@@ -142,6 +163,7 @@ def _model_config(draft: ModelDraft) -> ModelConfig:
         sglang=draft.sglang,
         context_length=draft.context_length,
         dtype=draft.dtype,
+        weight_pool_devices=weight_devices,
     )
 
 

@@ -32,6 +32,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     context_length: int | None = None
     """Longest sequence in tokens; None: the config's."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    weight_pool_devices: tuple[Device, ...] | None = None
+    """Devices of the weight pool that share the FFN weights; None: all of them."""
 
 
 class Deployment(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +77,15 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     def devices(self) -> tuple[Device, ...]:
         """Every device once, KV pool first."""
         return tuple(dict.fromkeys((*self.kv_pool_devices, *self.weight_pool_devices)))
+
+    def ffn_ranks(self, model: int) -> tuple[int, ...]:
+        """FFN ranks that share the model's FFN weights, ascending; ``model``: index."""
+        own = self.models[model].weight_pool_devices
+        return tuple(
+            rank
+            for rank, device in enumerate(self.weight_pool_devices)
+            if own is None or device in own
+        )
 
     @property
     def max_step_tokens(self) -> int:

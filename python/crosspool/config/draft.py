@@ -21,6 +21,7 @@ class ModelDraft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """None: the last part of ``path``."""
     context_length: int | None = None
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    weight_pool_devices: str | list[str] | None = None
     sglang: dict[str, Any] = {}
 
 

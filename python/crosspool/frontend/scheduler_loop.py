@@ -376,7 +376,7 @@ class SchedulerLoop:
     def status(self) -> dict[str, Any]:
         """The core's snapshot, and: ``ready``; ``message``, what it waits for or why it fails;
         ``devices`` [{name, ready, pid, ranks}]; per model ``path``, ``context``, ``dtype``,
-        ``kv_bytes_per_token``, ``max_tokens``, ``attached`` front ends."""
+        ``kv_bytes_per_token``, ``max_tokens``, ``ffn_ranks``, ``attached`` front ends."""
         snapshot = self._core.snapshot()
         for index, model in enumerate(snapshot["models"]):
             spec = self._specs[index]
@@ -386,6 +386,7 @@ class SchedulerLoop:
                 dtype=spec.dtype,
                 kv_bytes_per_token=spec.kv_bytes_per_token,
                 max_tokens=self._core.max_tokens(index),
+                ffn_ranks=self._deployment.ffn_ranks(index),
                 attached=sum(f.attached and f.model == index for f in self._front_ends.values()),
             )
         devices = [self._device_status(device.name) for device in self._deployment.devices]

@@ -35,7 +35,8 @@ class ModelRow:
     attention_weights: int
     """On each attention rank."""
     ffn_weights: int
-    """On all FFN ranks together."""
+    """On all of its FFN ranks together."""
+    ffn_ranks: tuple[int, ...]
     kv_per_token: int
     pages: int
     """KV pages that the whole KV pool would hold if it were this model's alone."""
@@ -71,6 +72,7 @@ def pools_tables(ranks: Sequence[RankRow], models: Sequence[ModelRow]) -> Group:
         "dtype",
         "attention weights",
         "FFN weights",
+        "FFN ranks",
         "KV / token",
         "KV pages",
         "tokens",
@@ -83,6 +85,7 @@ def pools_tables(ranks: Sequence[RankRow], models: Sequence[ModelRow]) -> Group:
             model.dtype,
             format_size(model.attention_weights),
             format_size(model.ffn_weights),
+            ", ".join(map(str, model.ffn_ranks)),
             format_size(model.kv_per_token),
             f"{model.pages:,}",
             f"{model.tokens:,}",

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +68,7 @@ class DeviceRanks:
                 RankInfo(
                     role="ffn",
                     rank=self.ffn.rank,
-                    weight_bytes=_weight_bytes(self.ffn.parts),
+                    weight_bytes=_weight_bytes(self.ffn.parts.values()),
                     kv_bytes=0,
                 )
             )
@@ -95,20 +95,21 @@ class DeviceRanks:
             self.attention.virtualizer.close()
 
     def _tensors(self) -> Iterator[dict[str, Any]]:
-        hosted: list[tuple[str, int, Sequence[AttentionPart | FFNPart]]] = []
+        hosted: list[tuple[str, int, int, AttentionPart | FFNPart]] = []
         if self.attention is not None:
-            hosted.append(("attention", self.attention.rank, self.attention.parts))
+            for model, attention in enumerate(self.attention.parts):
+                hosted.append(("attention", self.attention.rank, model, attention))
         if self.ffn is not None:
-            hosted.append(("ffn", self.ffn.rank, self.ffn.parts))
-        for role, rank, parts in hosted:
-            for model, part in zip(self.deployment.models, parts, strict=True):
-                for listing in part.tensors():
-                    yield {
-                        "role": role,
-                        "rank": rank,
-                        "model": model.name,
-                        **msgspec.structs.asdict(listing),
-                    }
+            for model, ffn in self.ffn.parts.items():
+                hosted.append(("ffn", self.ffn.rank, model, ffn))
+        for role, rank, model, part in hosted:
+            for listing in part.tensors():
+                yield {
+                    "role": role,
+                    "rank": rank,
+                    "model": self.deployment.models[model].name,
+                    **msgspec.structs.asdict(listing),
+                }
 
     def _pools(self) -> dict[str, Any]:
         rss = psutil.Process().memory_info().rss
@@ -144,7 +145,7 @@ def _counted(link: AttentionLink | FFNLink) -> dict[str, int]:
     }
 
 
-def _weight_bytes(parts: Sequence[AttentionPart | FFNPart]) -> int:
+def _weight_bytes(parts: Iterable[AttentionPart | FFNPart]) -> int:
     return sum(listing.bytes for part in parts for listing in part.tensors())
 
 
@@ -176,6 +177,7 @@ def load_ranks(
         attention,
         links,
         ffn,
+        ffn_ranks=[deployment.ffn_ranks(model) for model in range(len(specs))],
         doorbell=transport,
         serves_peers=ffn is not None and any(d != device for d in deployment.kv_pool_devices),
         trace=trace,
@@ -275,11 +277,11 @@ def _ffn_rank(
     from crosspool.ranks.ffn_part import FFNPart
 
     rank = deployment.weight_pool_devices.index(device)
-    parts = []
-    for index, (model, spec) in enumerate(zip(deployment.models, specs, strict=True)):
-        total = placement.weight_bytes[rank][index]
+    parts = {}
+    for index, shard in placement.shards[rank].items():
+        model, total = deployment.models[index], placement.weight_bytes[rank][index]
         with _loading(device, f"FFN part of {model.name}", total) as progress:
-            parts.append(FFNPart(spec, Path(model.path), placement.shards[rank], progress))
+            parts[index] = FFNPart(specs[index], Path(model.path), shard, progress)
     return FFNRank(rank, specs, parts, trace)
 
 

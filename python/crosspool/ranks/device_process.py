@@ -124,14 +124,7 @@ class DeviceProcess:
             read_model(Path(model.path), model.context_length, model.dtype)
             for model in deployment.models
         ]
-        ffn_ranks = len(deployment.weight_pool_devices)
-        placement = place(
-            specs,
-            [model.name for model in deployment.models],
-            ffn_ranks,
-            deployment.weight_pool_bytes // ffn_ranks,
-            deployment.ffn_parallel,
-        )
+        placement = place(deployment, specs)
         # Importing torch takes seconds, and its threads keep the cores that they find: only now.
         os.sched_setaffinity(0, device.cores)
         import torch

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from crosspool.models.spec import ModelSpec
 from crosspool.observability.trace import LaneTrace
 from crosspool.ranks.ffn_part import FFNPart
-from crosspool.transport.data_path import FFNLink
+from crosspool.transport.data_path import FFNLink, LaneError
 
 
 class FFNRank:
-    """One FFN rank; ``parts`` is indexed by model. It never waits for an attention rank."""
+    """One FFN rank; ``parts`` holds the models that lie on it, by the model's index. It never
+    waits for an attention rank."""
 
     def __init__(
         self,
         rank: int,
         specs: Sequence[ModelSpec],
-        parts: Sequence[FFNPart],
+        parts: Mapping[int, FFNPart],
         trace: LaneTrace,
     ) -> None:
         self.rank = rank
@@ -30,13 +31,18 @@ class FFNRank:
         self._trace = trace
 
     def serve(self, link: FFNLink) -> bool:
-        """Carries out the link's dispatch, if there is one; says whether there was."""
+        """Carries out the link's dispatch, if there is one; says whether there was.
+
+        Raises LaneError for a model that does not lie here."""
         header = link.poll()
         if header is None:
             return False
+        part = self.parts.get(header.model)
+        if part is None:
+            raise LaneError(f"FFN rank {self.rank} holds nothing of model {header.model}")
         start = self._trace.now()
         hidden = link.hidden(self._dtypes[header.model])
-        link.reply(self.parts[header.model].forward(header.layer, hidden))
+        link.reply(part.forward(header.layer, hidden))
         if self._trace.on:
             self._trace.record(
                 role="ffn",

@@ -1,10 +1,11 @@
 """The host loop: drives the lanes of one device layer by layer from Python.
 
 A lane carries one batch. It is *ready* when its next attention part (or piece of LM head) can be
-computed, that is at its beginning and whenever all FFN ranks have answered its dispatch. One call
-of :meth:`HostLoop.run` picks the next ready thing in rotation, lanes and dispatches to this
-device's FFN rank alike, and computes it: with both pools on one device the lanes take turns part by
-part, and with the pools apart the other lane's attention runs while one lane waits.
+computed, that is at its beginning and whenever all FFN ranks of its batch's model have answered its
+dispatch. One call of :meth:`HostLoop.run` picks the next ready thing in rotation, lanes and
+dispatches to this device's FFN rank alike, and computes it: with both pools on one device the lanes
+take turns part by part, and with the pools apart the other lane's attention runs while one lane
+waits.
 """
 
 from __future__ import annotations
@@ -36,10 +37,15 @@ class Doorbell(Protocol):
 
 
 class Lane:
-    """One of an attention rank's lanes: its links to the FFN ranks, and the batch on it."""
+    """One of an attention rank's lanes, and the batch on it; ``links``: by model, to the model's
+    FFN ranks."""
 
     def __init__(
-        self, index: int, links: Sequence[AttentionLink], rank: AttentionRank, trace: LaneTrace
+        self,
+        index: int,
+        links: Sequence[Sequence[AttentionLink]],
+        rank: AttentionRank,
+        trace: LaneTrace,
     ) -> None:
         self.index = index
         self.links = links
@@ -61,18 +67,17 @@ class Lane:
     def ready(self) -> bool:
         if self.batch is None:
             return False
-        return not self._dispatched or all(link.ready() for link in self.links)
+        return not self._dispatched or all(link.ready() for link in self.links[self.batch.model])
 
     def advance(self) -> StepResult | None:
         """Computes the ready part; returns the result, and is free, when it was the last."""
         batch = self.batch
         assert batch is not None
+        links = self.links[batch.model]
         start = self._trace.now()
         if self._dispatched:
             shape = batch.residual.shape
-            self._rank.combine(
-                batch, [link.combine(shape, batch.residual.dtype) for link in self.links]
-            )
+            self._rank.combine(batch, [link.combine(shape, batch.residual.dtype) for link in links])
             self._dispatched = False
             self._layer += 1
         if self._layer < self._rank.specs[batch.model].layers:
@@ -80,7 +85,7 @@ class Lane:
             header = DispatchHeader(
                 epoch=0, model=batch.model, layer=self._layer, rows=hidden.shape[0]
             )
-            for link in self.links:
+            for link in links:
                 link.dispatch(header, hidden)
             self._dispatched = True
             self._record(batch, "attention", self._layer, hidden.shape[0], start)
@@ -114,7 +119,8 @@ class HostLoop:
     """The :class:`~crosspool.ranks.executor.Executor` in Python.
 
     ``attention`` and ``links`` ([lane][FFN rank]) are absent on a device without attention rank,
-    ``ffn`` on one without FFN rank. ``doorbell`` is None when no peer lives on another device."""
+    ``ffn`` on one without FFN rank. ``ffn_ranks``: by model, the FFN ranks that share it.
+    ``doorbell`` is None when no peer lives on another device."""
 
     def __init__(
         self,
@@ -122,14 +128,17 @@ class HostLoop:
         links: Sequence[Sequence[AttentionLink]],
         ffn: FFNRank | None,
         *,
+        ffn_ranks: Sequence[Sequence[int]],
         doorbell: Doorbell | None,
         serves_peers: bool,
         trace: LaneTrace,
     ) -> None:
         self._attention = attention
-        self._lanes = (
-            [Lane(i, row, attention, trace) for i, row in enumerate(links)] if attention else []
-        )
+        self._lanes = []
+        if attention is not None:
+            for index, of_lane in enumerate(links):
+                by_model = [[of_lane[rank] for rank in ranks] for ranks in ffn_ranks]
+                self._lanes.append(Lane(index, by_model, attention, trace))
         self._doorbell = doorbell
         self._serves_peers = serves_peers
         self._queue: deque[Step | Release] = deque()

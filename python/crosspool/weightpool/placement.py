@@ -1,5 +1,6 @@
 """Which FFN rank holds which share of which tensor, and whether all of them fit.
 
+A model lies on all FFN ranks or on some of them, and these alone share it.
 Tensor-parallel: gate and up projections are cut along their rows, down projections along their
 columns, so that a rank's output is a partial sum; routers are on every rank. Expert-parallel:
 routed experts go whole to one rank each, in contiguous runs; the rest is as before.
@@ -13,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-from crosspool.config.deployment import ConfigError
+from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.models.registry import attention_tensors, ffn_tensors
 from crosspool.models.spec import DTYPE_BYTES, FFNSpec, ModelSpec, MoEFFN, TensorRef
 
@@ -25,10 +26,12 @@ def _share(size: int, rank: int, ranks: int) -> slice:
 
 
 class FFNShard(msgspec.Struct, frozen=True, kw_only=True):
-    """One FFN rank's share of every layer."""
+    """One FFN rank's share of every layer of a model."""
 
     rank: int
+    """Among the model's FFN ranks."""
     ranks: int
+    """FFN ranks of the model."""
     parallel: Literal["tp", "ep"]
 
     def experts(self, ffn: MoEFFN) -> range:
@@ -56,10 +59,16 @@ class FFNShard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
-    shards: tuple[FFNShard, ...]
-    """One per FFN rank."""
+    shards: tuple[dict[int, FFNShard], ...]
+    """By FFN rank: the share of every model that lies on it, keyed by the model's index."""
     weight_bytes: tuple[tuple[int, ...], ...]
-    """Bytes held, by rank and model."""
+    """Bytes held, by FFN rank and model; 0 where the model does not lie on the rank."""
+
+    @property
+    def pool_bytes(self) -> int:
+        """The smallest weight pool that holds it: one that gives every rank what the fullest
+        needs, since ranks share the pool evenly."""
+        return len(self.weight_bytes) * max(map(sum, self.weight_bytes))
 
 
 def held_bytes(ref: TensorRef, spec: ModelSpec, index: tuple[slice, ...]) -> int:
@@ -86,28 +95,48 @@ def attention_bytes(spec: ModelSpec) -> int:
     )
 
 
-def place(
-    specs: Sequence[ModelSpec],
-    names: Sequence[str],
-    ranks: int,
-    bytes_per_rank: int,
-    parallel: Literal["tp", "ep"],
-) -> Placement:
-    """Shares all models' FFN weights among ``ranks`` FFN ranks.
+def place(deployment: Deployment, specs: Sequence[ModelSpec]) -> Placement:
+    """Shares every model's FFN weights among its FFN ranks.
 
-    ``names`` are the models' names, for the message. Raises ConfigError when a rank would hold
-    more than ``bytes_per_rank``."""
-    shards = tuple(FFNShard(rank=rank, ranks=ranks, parallel=parallel) for rank in range(ranks))
-    weight_bytes = tuple(tuple(ffn_bytes(spec, shard) for spec in specs) for shard in shards)
-    needed = max(sum(of_rank) for of_rank in weight_bytes)
-    if needed > bytes_per_rank:
-        models = ", ".join(
-            f"{name} {sum(of_rank[model] for of_rank in weight_bytes) / _GIB:.3f} GiB"
-            for model, name in enumerate(names)
+    Raises ConfigError when a rank would hold more than its share of ``weight_pool_bytes``."""
+    shards: tuple[dict[int, FFNShard], ...] = tuple({} for _ in deployment.weight_pool_devices)
+    for model in range(len(specs)):
+        ranks = deployment.ffn_ranks(model)
+        for index, rank in enumerate(ranks):
+            shards[rank][model] = FFNShard(
+                rank=index, ranks=len(ranks), parallel=deployment.ffn_parallel
+            )
+    weight_bytes = tuple(
+        tuple(
+            ffn_bytes(spec, of_rank[model]) if model in of_rank else 0
+            for model, spec in enumerate(specs)
         )
-        raise ConfigError(
-            f"weight_pool_bytes is too small: the FFN weights ({models}) need {needed} bytes on "
-            f"each of {ranks} FFN ranks, {needed * ranks} in all; there are {bytes_per_rank} per "
-            "rank. Raise it, add weight pool devices, or serve fewer models"
-        )
-    return Placement(shards=shards, weight_bytes=weight_bytes)
+        for of_rank in shards
+    )
+    placement = Placement(shards=shards, weight_bytes=weight_bytes)
+    _check_budget(deployment, placement)
+    return placement
+
+
+def _check_budget(deployment: Deployment, placement: Placement) -> None:
+    """Raises ConfigError that names the fullest device when it is too full."""
+    devices = deployment.weight_pool_devices
+    held = [sum(of_rank) for of_rank in placement.weight_bytes]
+    fullest = held.index(max(held))
+    budget = deployment.weight_pool_bytes // len(devices)
+    if held[fullest] <= budget:
+        return
+    models = ", ".join(
+        f"{model.name} {size / _GIB:.3f} GiB"
+        for model, size in zip(deployment.models, placement.weight_bytes[fullest], strict=True)
+        if size
+    )
+    elsewhere = (
+        ", place models elsewhere with their weight_pool_devices" if len(devices) > 1 else ""
+    )
+    raise ConfigError(
+        f"weight_pool_bytes is too small: the FFN weights on {devices[fullest].name} ({models}) "
+        f"need {held[fullest]} bytes, and each of the weight pool's {len(devices)} device(s) has "
+        f"{budget}. Raise it to {placement.pool_bytes}{elsewhere}, add weight pool devices, or "
+        "serve fewer models"
+    )
