@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from support.server import TINY_MODELS, Server, two_device_flags
-
-
-@pytest.fixture(scope="session")
-def models() -> tuple[str, ...]:
-    return TINY_MODELS
+import yaml
+from support.server import DEMO, TINY_MODELS, Server
 
 
 @pytest.fixture(scope="package")
@@ -22,10 +19,26 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="package")
-def split_server() -> Iterator[Server]:
-    """The pools on two devices, fp32."""
-    if len(os.sched_getaffinity(0)) < 2:
+def split_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two devices, from a file, fp32: attention on the first; FFN rank 0 on the second, FFN rank 1
+    on the first; the FFN weights of the first model on rank 0 only, of the second on both, of the
+    third on rank 1 only."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
         pytest.skip("needs two cores for two devices")
-    flags = [*two_device_flags(), "--dtype", "float32", "--kv-pool-bytes", "128MiB"]
-    with Server(flags) as running:
+    first, second = (f"cpu:{core}" for core in cores[:2])
+    models: list[dict[str, Any]] = [
+        {"path": str(DEMO / name), "dtype": "float32"} for name in TINY_MODELS
+    ]
+    models[0]["weight_pool_devices"] = second
+    models[2]["weight_pool_devices"] = [first]
+    deployment = {
+        "models": models,
+        "kv_pool_devices": first,
+        "weight_pool_devices": [second, first],
+        "kv_pool_bytes": "128MiB",
+    }
+    file = tmp_path_factory.mktemp("split") / "deployment.yaml"
+    file.write_text(yaml.safe_dump(deployment))
+    with Server(["--config", str(file)], models=()) as running:
         yield running

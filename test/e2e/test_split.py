@@ -10,15 +10,22 @@ from support.prompts import sentences
 from support.server import DEMO, TINY_MODELS, Server
 
 FFN_KEYS = ("router", "experts.", "shared.", "mlp.")
+FFN_RANKS = dict(zip(TINY_MODELS, ([0], [0, 1], [1]), strict=True))
+"""As the server's deployment file places the models."""
 
 
 def config(model: str) -> dict[str, Any]:
     return dict(json.loads((DEMO / model / "config.json").read_text()))
 
 
-def test_no_ffn_tensor_on_an_attention_rank(split_server: Server) -> None:
+def test_tensors_are_where_the_file_places_them(split_server: Server) -> None:
     tensors = split_server.get("/crosspool/tensors")
-    assert {t["model"] for t in tensors} == set(TINY_MODELS)
+    devices = [device["name"] for device in split_server.get("/crosspool/status")["devices"]]
+    for model in TINY_MODELS:
+        held = {t["rank"]: t["device"] for t in tensors if is_part(t, model, "ffn")}
+        assert held == {rank: devices[1 - rank] for rank in FFN_RANKS[model]}
+        held = {t["rank"]: t["device"] for t in tensors if is_part(t, model, "attention")}
+        assert held == {0: devices[0]}
     for tensor in tensors:
         is_ffn = tensor["key"].startswith(FFN_KEYS)
         assert is_ffn == (tensor["role"] == "ffn"), tensor
@@ -29,21 +36,29 @@ def test_no_ffn_tensor_on_an_attention_rank(split_server: Server) -> None:
         held = sum(t["bytes"] for t in tensors if t["model"] == model)
         # bf16 on disk, fp32 in the pools; headers and padding are a few per cent
         assert 1.9 * on_disk < held < 2.1 * on_disk, (model, held, on_disk)
+    placed = {m["name"]: m["ffn_ranks"] for m in split_server.get("/crosspool/status")["models"]}
+    assert placed == FFN_RANKS
 
 
-def counters(server: Server) -> tuple[int, int, int]:
+def is_part(tensor: dict[str, Any], model: str, role: str) -> bool:
+    return (tensor["model"], tensor["role"]) == (model, role)
+
+
+def counters(server: Server) -> list[list[int]]:
+    """[FFN rank][rows, dispatch bytes, combine bytes]"""
     links = [link for device in server.get("/crosspool/counters") for link in device["links"]]
-    return (
-        sum(link["rows"] for link in links),
-        sum(link["dispatch_bytes"] for link in links),
-        sum(link["combine_bytes"] for link in links),
-    )
+    assert len(links) == 2 * 2
+    fields = ("rows", "dispatch_bytes", "combine_bytes")
+    return [
+        [sum(link[field] for link in links if link["ffn_rank"] == rank) for field in fields]
+        for rank in (0, 1)
+    ]
 
 
-def test_what_crosses_is_hidden_states_only(split_server: Server) -> None:
+def test_what_crosses_is_hidden_states_to_the_models_ffn_ranks(split_server: Server) -> None:
     for model in TINY_MODELS:
         shape = config(model)
-        rows, dispatched, combined = counters(split_server)
+        before = counters(split_server)
         prompt, new_tokens = list(range(5, 45)), 8
         status, _ = split_server.post(
             f"/m/{model}/generate",
@@ -61,9 +76,11 @@ def test_what_crosses_is_hidden_states_only(split_server: Server) -> None:
         layers, hidden = shape["num_hidden_layers"], shape["hidden_size"]
         # the last token that was sampled is never fed back
         crossed_rows = len(prompt) + new_tokens - 1
-        assert after[0] - rows == layers * crossed_rows
-        assert after[1] - dispatched == layers * hidden * crossed_rows * 4
-        assert after[2] - combined == layers * hidden * crossed_rows * 4
+        one_way = layers * hidden * crossed_rows * 4
+        for rank in (0, 1):
+            crossed = [b - a for a, b in zip(before[rank], after[rank], strict=True)]
+            expected = [layers * crossed_rows, one_way, one_way]
+            assert crossed == (expected if rank in FFN_RANKS[model] else [0, 0, 0]), (model, rank)
 
 
 def test_lanes_overlap_and_batches_leave_early(split_server: Server) -> None:
