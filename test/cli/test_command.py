@@ -53,6 +53,25 @@ def test_no_command_prints_the_help(tmp_path: Path) -> None:
     assert all(command in done.stdout for command in ("serve", "demo", "pools", "trace"))
 
 
+@pytest.mark.parametrize("length", [1, 1_000_000])
+def test_an_output_that_nobody_reads_ends_it_silently(length: int) -> None:
+    """As with ``| head``; a short one fails only when it is flushed."""
+    code = (
+        "import sys\nfrom crosspool.cli import main, pools\n"
+        f"pools.run = lambda words, prog: print('x' * {length}) or 0\n"
+        "sys.exit(main.main(['pools']))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, timeout=60
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_the_launcher_is_thin(tmp_path: Path) -> None:
     code = (
         "import sys, crosspool.cli.launcher, crosspool.cli.pools, crosspool.cli.trace; "

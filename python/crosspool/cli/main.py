@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -51,11 +53,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(command: str, words: Sequence[str], prog: str | None = None) -> int:
-    """Runs one command and returns its exit status, telling errors on stderr."""
+    """Runs one command and returns its exit status, telling errors on stderr.
+
+    Where nobody reads its output any more (``| head``) it ends silently, with a shell's status for
+    SIGPIPE."""
     prog = prog or f"crosspool {command}"
     module = importlib.import_module(f"crosspool.cli.{command}")
     try:
-        return int(module.run(words, prog))
+        try:
+            return int(module.run(words, prog))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still in the buffer would fail once more, and be told of, at the very end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except ConfigError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
