@@ -1,0 +1,434 @@
+// The CPU kernels of the resident loop: what they compute, on which arrays, and which share of the
+// work one call does.
+//
+// Every kernel runs on the calling thread and does the share that it is told, so that a team splits
+// a part among its cores and meets at barriers of its own. No kernel allocates, locks or keeps
+// state; what it needs beside its arrays is a scratch area per thread (scratch_bytes). Shares are
+// half-open ranges. Whatever the ranges, an element of the result is computed by the same sequence
+// of operations: a team's size never changes a result. (A row's neighbours in the batch may, on the
+// amx path, where few rows go another way than many.)
+//
+// A table of kernels exists per ISA path and per dtype of the model. "Model dtype" below is the
+// table's: bfloat16 (bit patterns in uint16_t) or float32. Where the host loop rounds to the
+// model's dtype, so do the kernels, also where an array of floats holds the result: called
+// "rounded floats" below. Sums run in float32.
+//
+// All structures are plain: python/crosspool/kernels/native_kernels.py mirrors them field by field.
+#ifndef CROSSPOOL_CPU_KERNELS_KERNELS_H
+#define CROSSPOOL_CPU_KERNELS_KERNELS_H
+
+#include <crosspool/export.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace crosspool {
+
+enum class DType : std::int32_t { kBFloat16 = 0, kFloat32 = 1 };
+
+constexpr std::int64_t element_bytes(DType dtype) { return dtype == DType::kBFloat16 ? 2 : 4; }
+
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// ---- Matrices
+// ------------------------------------------------------------------------------------
+
+// A panel: the weights of 16 output columns over all of k, contiguous.
+inline constexpr std::int32_t kPanel = 16;
+inline constexpr std::int32_t kDepth = 32;  // k is padded with zeros to a multiple
+
+// Weights W [n, k] of y = x W^T, packed: [n / 16] panels, 64-byte aligned, each
+//   bfloat16: [k / 2][16 columns][2 of k]   (what vdpbf16ps and a tile of AMX read)
+//   float32:  [k][16 columns]
+// with zeros for columns past n and depths past k.
+//
+// Gated pairs (gate and up of a gated MLP of width I) are one matrix of n = 2 * round_up(I, 32)
+// columns: panel 2j holds the columns 16j.. of gate, panel 2j + 1 those of up.
+struct Matrix {
+  void* data;
+  std::int32_t n;
+  std::int32_t k;
+  DType dtype;
+
+  std::int32_t panels() const { return (n + kPanel - 1) / kPanel; }
+  std::int64_t depth() const { return round_up(k, kDepth); }
+  std::int64_t panel_bytes() const { return depth() * kPanel * element_bytes(dtype); }
+  std::int64_t bytes() const { return panels() * panel_bytes(); }
+};
+
+// Rows of a checkpoint's tensor, of the matrix's dtype. Element (i, j) is at
+// data[i * row_stride + j * column_stride].
+struct Source {
+  const void* data;
+  std::int64_t rows;
+  std::int64_t row_stride;
+  std::int64_t column_stride;
+};
+
+// ---- Matrix products
+// -----------------------------------------------------------------------------
+
+// Rows of activations: row i begins at element (index ? index[i] : i) * stride.
+struct Rows {
+  const void* data;
+  std::int64_t stride;
+  const std::int32_t* index;
+};
+
+enum class Store : std::int32_t {
+  kModel = 0,     // out (model dtype) = y
+  kFloat = 1,     // out (float) = y, rounded
+  kResidual = 2,  // out (rounded float) = round(out + y)
+};
+
+// y = x W^T + bias for `rows` rows; column c of row i goes to out[i * out_stride + c]. Columns past
+// the matrix's n are not written, elements of x past its k are not read.
+struct Gemm {
+  const Matrix* weight;  // of the table's dtype
+  const float* bias;     // [n], or null
+  Rows x;                // model dtype
+  void* out;
+  std::int64_t out_stride;
+  std::int32_t rows;
+  Store store;
+};
+
+// ---- FFN part
+// ------------------------------------------------------------------------------------
+
+enum class Score : std::int32_t { kSoftmax = 0, kSigmoid = 1 };
+enum class GroupScore : std::int32_t { kMax = 0, kTop2Sum = 1 };
+
+// crosspool.models.spec.RouterSpec says what the fields mean.
+struct Router {
+  const float* bias;  // [experts], moves the choice only; or null
+  std::int32_t experts;
+  std::int32_t top_k;
+  std::int32_t groups;
+  std::int32_t top_groups;
+  Score score;
+  GroupScore group_score;
+  std::int32_t renormalize;  // 0 or 1
+  float scale;
+};
+
+// One layer's FFN weights on this rank. Routed experts first_expert .. first_expert + held, and at
+// most one gated MLP that every row takes with weight 1: the shared expert, or a dense layer's only
+// one (then held is 0 and top_k is 0).
+struct FFNLayer {
+  const Matrix* gate_up;         // [held], gated pairs, k = hidden
+  const Matrix* down;            // [held], n = hidden, k = I
+  const Matrix* shared_gate_up;  // or null
+  const Matrix* shared_down;
+  std::int32_t first_expert;
+  std::int32_t held;
+  std::int32_t top_k;
+};
+
+// Rows that go through one gated MLP: slots first_slot .. first_slot + slots of the plan.
+struct ExpertGroup {
+  const Matrix* gate_up;
+  const Matrix* down;
+  std::int32_t first_slot;
+  std::int32_t slots;
+};
+
+// A batch's rows sorted by expert, experts ascending, the shared one last, rows ascending within
+// one; experts without rows have no group. The caller owns the arrays: groups [held + 1], slot_row
+// and slot_weight [rows * (top_k + 1)].
+struct ExpertPlan {
+  ExpertGroup* groups;
+  std::int32_t* slot_row;
+  float* slot_weight;
+  std::int32_t group_count;
+  std::int32_t slot_count;
+};
+
+// activation[slot] = silu(gate(x[row of slot])) * up(x[row of slot]), then
+// out[row] = sum over the row's slots of weight * down(activation[slot]), in the plan's order.
+struct Experts {
+  const ExpertPlan* plan;
+  const void* x;  // model dtype [rows, x_stride]
+  std::int64_t x_stride;
+  void* activation;  // model dtype [slots, activation_stride], all of round_up(I, 32) is written
+  std::int64_t activation_stride;
+  float* out;  // [rows, out_stride]; not rounded
+  std::int64_t out_stride;
+  std::int32_t rows;
+};
+
+// ---- Attention part
+// ------------------------------------------------------------------------------
+
+// One model's KV on one rank: [pages, layers, page_size, kv_width] of the model's dtype.
+struct KVCache {
+  void* data;
+  std::int32_t layers;
+  std::int32_t page_size;
+  std::int32_t kv_width;
+};
+
+// Where a row of the batch stands: its position in its sequence, and the slot of its KV.
+struct RowPlace {
+  std::int32_t position;
+  std::int32_t page;
+  std::int32_t offset;  // within the page
+};
+
+// cos and sin by position: rounded floats [positions, dim / 2] (floats if fp32), as
+// crosspool.kernels.rope.rope_tables computes them. Rotated pairs lie half a head apart in the
+// result, whatever `interleaved` says of the input.
+struct Rope {
+  const float* cos;
+  const float* sin;
+  std::int32_t dim;
+  std::int32_t interleaved;  // 0 or 1
+  std::int32_t fp32;         // 1: products are not rounded, only their sum is
+};
+
+enum class QKNorm : std::int32_t { kNone = 0, kHead = 1, kFull = 2 };
+
+// What lies between a GQA layer's projections and its attention, in this order: QK-norm, clip,
+// rotation, KV append.
+struct GQAPrepare {
+  const float* qkv;  // rounded floats [rows, qkv_stride]: q heads, K heads, V heads
+  std::int64_t qkv_stride;
+  const float* q_norm;  // [head_dim], [q_heads * head_dim] or null, as qk_norm says
+  const float* k_norm;
+  const RowPlace* places;  // [rows]
+  void* q;                 // out, model dtype [rows, q_stride]
+  std::int64_t q_stride;
+  KVCache kv;  // out, the rows' slots of `layer`
+  Rope rope;   // dim == head_dim
+  std::int32_t layer;
+  std::int32_t q_heads;
+  std::int32_t kv_heads;
+  std::int32_t head_dim;
+  QKNorm qk_norm;
+  float eps;
+  float clip;  // infinity: none
+};
+
+// What a MLA layer appends to the KV: the normed latent, then the rotated rope key.
+struct MLAAppend {
+  const float* compressed;  // rounded floats [rows, compressed_stride]: latent, rope key
+  std::int64_t compressed_stride;
+  const float* norm;  // [latent]
+  const RowPlace* places;
+  KVCache kv;
+  Rope rope;
+  std::int32_t layer;
+  std::int32_t latent;
+  float eps;
+};
+
+// Rotates one stretch of `dim` features per head: head h of row i is read at
+// x[i * x_stride + h * x_head_stride] and written at out[i * out_stride + h * out_head_stride].
+struct Rotate {
+  const void* x;  // model dtype
+  std::int64_t x_stride;
+  std::int64_t x_head_stride;
+  void* out;  // model dtype
+  std::int64_t out_stride;
+  std::int64_t out_head_stride;
+  const RowPlace* places;
+  Rope rope;
+  std::int32_t heads;
+};
+
+// Keys and values in a slot. KV head h has its K at h * qk_dim and its V at v_begin + h * v_dim.
+// GQA: qk_dim = v_dim = head_dim, v_begin = kv_heads * head_dim. MLA, absorbed: kv_heads = 1,
+// qk_dim = kv_width, v_dim = latent, v_begin = 0.
+struct AttentionShape {
+  std::int32_t q_heads;
+  std::int32_t kv_heads;  // divides q_heads
+  std::int32_t qk_dim;
+  std::int32_t v_dim;
+  std::int32_t v_begin;
+  std::int32_t window;  // tokens that a query sees, itself included; 0: all
+  float scale;
+};
+
+// One request's rows of a batch. Its own KV is in the cache already.
+struct Segment {
+  const std::int32_t* pages;  // covers start + rows tokens
+  std::int32_t first_row;
+  std::int32_t rows;
+  std::int32_t start;  // position of the first row
+};
+
+// A stretch of work that one thread does: some rows and q heads (of one KV head) of a segment over
+// the keys [key_begin, key_end). Long requests of few rows are cut into `splits` ranges of keys;
+// whoever ends the last of them merges them all, in order. attention_plan.h makes the tasks.
+struct AttentionTask {
+  std::int32_t segment;
+  std::int32_t row_begin;  // within the segment
+  std::int32_t row_end;
+  std::int32_t head_begin;
+  std::int32_t head_end;
+  std::int32_t key_begin;
+  std::int32_t key_end;
+  std::int32_t split;
+  std::int32_t splits;
+  std::int32_t arrival;  // index into arrivals, if splits > 1
+  std::int64_t partial;  // index into partials of split 0's
+};
+
+struct Attention {
+  const AttentionShape* shape;
+  const Segment* segments;
+  const void* q;  // model dtype [rows, q_stride]: q_heads of qk_dim
+  std::int64_t q_stride;
+  void* out;  // model dtype [rows, out_stride]: q_heads of v_dim
+  std::int64_t out_stride;
+  float* partials;          // of the plan
+  std::uint32_t* arrivals;  // of the plan; zero, and zero again when all tasks are done
+  KVCache kv;
+  std::int32_t layer;
+};
+
+// ---- Sampling
+// ------------------------------------------------------------------------------------
+
+struct Best {
+  float value;
+  std::int32_t index;
+};
+
+// As crosspool.transport.messages.Sampling. temperature > 0.
+struct SamplingRule {
+  double top_p;  // 1 or more: all
+  float temperature;
+  float min_p;         // 0: all
+  std::int32_t top_k;  // -1: all
+};
+
+// ---- The table
+// -----------------------------------------------------------------------------------
+
+// The largest that any call with a scratch area will bring.
+struct Limits {
+  std::int32_t k;  // of any matrix
+  std::int32_t qk_dim;
+  std::int32_t v_dim;
+  std::int32_t experts;
+  std::int32_t vocab;
+};
+
+struct Kernels {
+  // Bytes of scratch, 64-byte aligned, that each thread gives to the kernels that ask for it.
+  std::int64_t (*scratch_bytes)(const Limits& limits);
+
+  // Packs panels [begin, end) of `matrix` (its data is written) from `count` sources that follow
+  // one another along n.
+  void (*pack)(const Matrix& matrix, const Source* sources, std::int32_t count, std::int32_t begin,
+               std::int32_t end);
+  // The same for gated pairs; gate and up have the same number of rows, I.
+  void (*pack_gated)(const Matrix& matrix, const Source& gate, const Source& up, std::int32_t begin,
+                     std::int32_t end);
+
+  // Panels [begin, end) of the product.
+  void (*gemm)(const Gemm& gemm, std::int32_t begin, std::int32_t end, void* scratch);
+
+  // out (model dtype) = x / rms(x) * weight, for rows [begin, end) of n features of rounded floats.
+  void (*rms_norm)(const float* x, std::int64_t x_stride, const float* weight, std::int32_t n,
+                   float eps, void* out, std::int64_t out_stride, std::int32_t begin,
+                   std::int32_t end);
+
+  // residual = round(residual + round(x)), features [begin, end) of `rows` rows.
+  void (*add)(float* residual, std::int64_t residual_stride, const float* x, std::int64_t x_stride,
+              std::int32_t rows, std::int32_t begin, std::int32_t end);
+  // The same with x of the model's dtype.
+  void (*add_model)(float* residual, std::int64_t residual_stride, const void* x,
+                    std::int64_t x_stride, std::int32_t rows, std::int32_t begin, std::int32_t end);
+  // Model dtype <-> floats, `count` elements.
+  void (*to_float)(const void* x, float* out, std::int64_t count);
+  void (*from_float)(const float* x, void* out, std::int64_t count);
+
+  // out[i] = row ids[i] of the table as floats, for i in [begin, end): from a plain table
+  // [vocab, hidden] of the model's dtype, or from its packed form (a tied LM head).
+  void (*embed)(const void* table, std::int32_t hidden, const std::int32_t* ids, float* out,
+                std::int64_t out_stride, std::int32_t begin, std::int32_t end);
+  void (*embed_packed)(const Matrix& table, const std::int32_t* ids, float* out,
+                       std::int64_t out_stride, std::int32_t begin, std::int32_t end);
+
+  // Chooses experts for rows [begin, end): logits [rows, logits_stride] (rounded floats, or floats
+  // of a float32 router); experts and weights [rows, top_k], best first. Among equals the lower
+  // index wins.
+  void (*route)(const Router& router, const float* logits, std::int64_t logits_stride,
+                std::int32_t* experts, float* weights, std::int32_t begin, std::int32_t end,
+                void* scratch);
+  // Sorts a batch by expert; experts and weights [rows, top_k] as from route.
+  void (*plan_experts)(const FFNLayer& layer, const std::int32_t* experts, const float* weights,
+                       std::int32_t rows, ExpertPlan* plan, void* scratch);
+  // Thread `thread` of `threads`'s share of the activations; shares differ by little in time.
+  void (*expert_gate_up)(const Experts& experts, std::int32_t thread, std::int32_t threads,
+                         void* scratch);
+  // Panels [begin, end) of hidden of out; all activations must be there.
+  void (*expert_down)(const Experts& experts, std::int32_t begin, std::int32_t end, void* scratch);
+
+  // Rows [row_begin, row_end), KV heads [head_begin, head_end) and their q heads.
+  void (*gqa_prepare)(const GQAPrepare& prepare, std::int32_t row_begin, std::int32_t row_end,
+                      std::int32_t head_begin, std::int32_t head_end);
+  void (*mla_append)(const MLAAppend& append, std::int32_t row_begin, std::int32_t row_end);
+  void (*rotate)(const Rotate& rotate, std::int32_t row_begin, std::int32_t row_end,
+                 std::int32_t head_begin, std::int32_t head_end);
+  // Causal attention of `count` tasks, in order. Slots that no segment wrote are never read.
+  void (*attend)(const Attention& attention, const AttentionTask* tasks, std::int32_t count,
+                 void* scratch);
+
+  // The largest of logits[0 .. count), the lowest index among equals; a NaN is larger than any
+  // number (torch.argmax's rules). Shares of one row combine by the same rules: better().
+  void (*argmax)(const float* logits, std::int32_t count, Best* best);
+  // One row's token by crosspool.ranks.sampler's rules, for a draw in [0, 1).
+  std::int32_t (*sample)(const float* logits, std::int32_t vocab, const SamplingRule& rule,
+                         double draw, void* scratch);
+};
+
+// Whether `a` beats `b`, whichever was found first.
+inline bool better(const Best& a, const Best& b) {
+  const bool a_nan = a.value != a.value, b_nan = b.value != b.value;
+  if (a_nan != b_nan) return a_nan;
+  if (!a_nan && a.value != b.value) return a.value > b.value;
+  return a.index < b.index;
+}
+
+// The draw of crosspool.ranks.sampler.uniform(seed, position), bit for bit.
+double uniform(std::uint64_t seed, std::uint64_t position);
+
+// ---- ISA paths
+// -----------------------------------------------------------------------------------
+
+enum class Isa : std::int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+
+// The path of this process: the best that the machine has, or the one that CROSSPOOL_CPU_ISA names.
+// Decided once. Throws std::runtime_error when the environment names one that does not exist or
+// that the machine lacks. Threads that use the amx path first call prepare_thread().
+Isa isa();
+const char* isa_name(Isa isa);
+bool isa_available(Isa isa);
+
+const Kernels& kernels(DType dtype);  // of isa()
+// Null when the machine lacks the path.
+const Kernels* kernels_of(Isa isa, DType dtype);
+
+// Once per thread before its first kernel: AMX state, and numbers too small for float32 count as
+// zero, so that no path is slowed by them.
+void prepare_thread();
+
+// Part `part` of `parts` of [0, total), as equal as can be.
+struct Range {
+  std::int32_t begin;
+  std::int32_t end;
+};
+constexpr Range share(std::int32_t total, std::int32_t part, std::int32_t parts) {
+  const std::int64_t wide = total;
+  return {static_cast<std::int32_t>(wide * part / parts),
+          static_cast<std::int32_t>(wide * (part + 1) / parts)};
+}
+
+}  // namespace crosspool
+
+#endif
