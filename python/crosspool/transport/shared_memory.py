@@ -24,6 +24,9 @@ Who may write when. Payloads belong to the attention rank while the signals are 
 rank while the dispatch signal is one ahead. No other state exists, and it lives in the segment
 alone: an FFN rank that attaches anew finds the dispatch that its predecessor did not answer.
 
+include/crosspool/lanes.h in sgl-kernel-ext/ is the same protocol for native code, and model/lanes.pml
+its model.
+
 Waiting. A device waits on its doorbell for any of its links. :meth:`SharedMemoryTransport.wait`
 remembers the doorbell's count from before the caller looked at its links, so a ring in between ends
 the next wait at once.
@@ -351,6 +354,10 @@ class SharedMemoryTransport:
         }
         self._doorbell = self._doorbells[device]
         self._seen = self._doorbell.rings()
+        # A predecessor may have died between a store and its ring.
+        for peer, doorbell in self._doorbells.items():
+            if peer != device:
+                doorbell.ring()
         self._spin_ns = _spin_ns(deployment, device) if spin_ns is None else spin_ns
 
     def attention_link(self, lane: int, ffn_rank: int) -> SharedMemoryAttentionLink:

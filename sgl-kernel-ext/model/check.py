@@ -1,0 +1,144 @@
+"""Checks the lane protocol's model with spin (``apt-get install spin``; a C compiler beside it).
+
+    python sgl-kernel-ext/model/check.py [--seconds 0.5]
+
+Small deployments are searched exhaustively (spin's partial-order reduction, states compressed).
+Then every deployment of 1 to 3 attention ranks, 1 to 3 FFN ranks and 1 to 4 lanes gets a search of
+bounded time over hashed states (bitstate), in a random order: it visits hundreds of thousands of
+states of each, not all. Exit status 1 when anything is found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+MODEL = Path(__file__).parent / "lanes.pml"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One deployment, and what happens in it."""
+
+    attention_ranks: int
+    ffn_ranks: int
+    lanes: int
+    steps: int
+    """Of each attention rank."""
+    layers: int
+    """Of a step, at most."""
+    restarts: int
+
+    def __str__(self) -> str:
+        return " ".join(f"{value} {name.replace('_', ' ')}" for name, value in asdict(self).items())
+
+
+@dataclass(frozen=True)
+class Report:
+    errors: int
+    complaint: str
+    """The first error in spin's words; empty: none."""
+    states: int
+    complete: bool
+    """Whether the search ended by itself."""
+    output: str
+
+
+EXHAUSTIVE = [
+    Case(1, 1, 1, 2, 2, 2),
+    Case(1, 1, 2, 2, 2, 1),
+    Case(1, 2, 1, 2, 1, 1),
+    Case(2, 1, 1, 1, 1, 1),
+    Case(1, 1, 3, 3, 2, 0),
+    Case(2, 2, 1, 1, 1, 0),
+]
+SWEEP = [
+    Case(attention_ranks, ffn_ranks, lanes, lanes + 1, 2, 1)
+    for attention_ranks, ffn_ranks, lanes in itertools.product((1, 2, 3), (1, 2, 3), (1, 2, 3, 4))
+]
+
+
+def available() -> bool:
+    return shutil.which("spin") is not None and _compiler() is not None
+
+
+def verify(case: Case, text: str, seconds: float | None = None) -> Report:
+    """Searches the model ``text``: wholly, or its hashed states for at most ``seconds``."""
+    with tempfile.TemporaryDirectory(prefix="crosspool-spin-") as name:
+        folder = Path(name)
+        (folder / "lanes.pml").write_text(text)
+        defines = [f"-D{field.upper()}={value}" for field, value in asdict(case).items()]
+        _run(["spin", "-a", *defines, "lanes.pml"], folder)
+        options = ["-DCOLLAPSE"] if seconds is None else ["-DBITSTATE", "-DT_RAND", "-DP_RAND"]
+        _run([_compiler() or "cc", "-w", "-O2", "-DSAFETY", *options, "-o", "pan", "pan.c"], folder)
+        search = ["-w22"] if seconds is None else ["-w27", f"-RS{hash(case) % 10**6}"]
+        return _search([str(folder / "pan"), "-n", "-m1000000", *search], folder, seconds)
+
+
+def _compiler() -> str | None:
+    return next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+
+
+def _run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command[0]} failed:\n{done.stdout}{done.stderr}")
+
+
+def _search(command: list[str], folder: Path, seconds: float | None) -> Report:
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    complete = True
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        complete = False
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate()
+    errors = re.search(r"errors: (\d+)", output)
+    states = re.search(r"(\d+) states, stored", output)
+    if errors is None or states is None:
+        raise RuntimeError(f"the search said nothing of its result:\n{output}")
+    complaint = re.search(r"^pan:\d+: (.*)$", output, re.MULTILINE)
+    return Report(
+        int(errors[1]), complaint[1] if complaint else "", int(states[1]), complete, output
+    )
+
+
+def _rows(seconds: float) -> Iterator[tuple[Case, Report]]:
+    text = MODEL.read_text()
+    for case in EXHAUSTIVE:
+        yield case, verify(case, text)
+    for case in SWEEP:
+        yield case, verify(case, text, seconds)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each bounded search")
+    seconds = parser.parse_args().seconds
+    if not available():
+        print("spin, or a C compiler, is not installed", file=sys.stderr)
+        return 2
+    errors = 0
+    for case, report in _rows(seconds):
+        kind = "whole" if report.complete else "part"
+        print(f"{case}: {report.errors} errors, {report.states} states ({kind})", flush=True)
+        if report.errors:
+            print(report.output, file=sys.stderr)
+        errors += report.errors
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""The lane protocol's model under spin, and that the search finds faults that are put into it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+_CHECK = Path(__file__).parents[2] / "sgl-kernel-ext" / "model" / "check.py"
+
+
+def _load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("lane_model_check", _CHECK)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+check = _load()
+pytestmark = pytest.mark.skipif(
+    not check.available(), reason="spin or a C compiler is not installed"
+)
+
+
+@pytest.mark.parametrize("case", check.EXHAUSTIVE, ids=str)
+def test_every_state_of_a_small_deployment_is_right(case: Any) -> None:
+    report = check.verify(case, check.MODEL.read_text())
+    assert report.errors == 0, report.output
+    assert report.complete
+    assert report.states > 1000
+
+
+@pytest.mark.slow
+def test_part_of_the_states_of_every_deployment_is_right() -> None:
+    text = check.MODEL.read_text()
+    for case in check.SWEEP:
+        report = check.verify(case, text, seconds=0.5)
+        assert report.errors == 0, f"{case}\n{report.output}"
+        assert report.states > 1000
+
+
+FAULTS = {
+    "the signal is stored before the payload": (
+        "               dispatch_payload[i] = TAG(epoch, step[lane], layer[lane]);\n"
+        "               dispatched[i] = sequence[i]\n",
+        "               dispatched[i] = sequence[i];\n"
+        "               dispatch_payload[i] = TAG(epoch, step[lane], layer[lane])\n",
+    ),
+    "a new rank does not ring its peers": (
+        "  for (a : 0 .. ATTENTION_RANKS - 1) { attention_bell[a] = true }\n",
+        "",
+    ),
+    "a reply does not ring": ("            attention_bell[a] = true\n", "            skip\n"),
+    "the bell is rung before the signal is stored": (
+        "            dispatched[i] = sequence[i];\n            MAY_DIE;\n            ffn_bell[f] = true",
+        "            ffn_bell[f] = true;\n            MAY_DIE;\n            dispatched[i] = sequence[i]",
+    ),
+    "a new attention rank does not wait for its predecessor's answer": (
+        "ready = ready && dispatched[LINK(a, lane, f)] == combined[LINK(a, lane, f)]",
+        "skip",
+    ),
+    "a new FFN rank forgets what was answered": (
+        "answered[LINK(a, lane, f)] = combined[LINK(a, lane, f)]",
+        "skip",
+    ),
+    "a dispatch is not sent again to new memory": (
+        "dispatched[i] = sequence[i]\n            :: else",
+        "skip\n            :: else",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault: str) -> None:
+    right, wrong = FAULTS[fault]
+    text = check.MODEL.read_text()
+    assert text.count(right) == 1
+    report = check.verify(check.Case(1, 1, 1, 2, 2, 1), text.replace(right, wrong))
+    assert report.errors > 0, report.output
