@@ -9,6 +9,8 @@
 
 namespace crosspool {
 
+inline constexpr std::int32_t kAttentionQueries = 96;  // rows x heads of a task at most
+
 class AttentionPlan {
  public:
   // Plans `count` segments for a team of `threads`. The cut into tasks depends on the segments
@@ -17,7 +19,7 @@ class AttentionPlan {
   void make(const AttentionShape& shape, const Segment* segments, std::int32_t count,
             std::int32_t threads);
 
-  // The tasks of one thread, heaviest load balanced over the team.
+  // One thread's tasks; the shares are near in cost.
   const AttentionTask* tasks(std::int32_t thread) const;
   std::int32_t task_count(std::int32_t thread) const;
 
@@ -32,5 +34,17 @@ class AttentionPlan {
 };
 
 }  // namespace crosspool
+
+// For Python; the engine uses the class.
+extern "C" {
+CROSSPOOL_API crosspool::AttentionPlan* crosspool_attention_plan(
+    const crosspool::AttentionShape* shape, const crosspool::Segment* segments, std::int32_t count,
+    std::int32_t threads);
+// Returns one thread's tasks and their number; partials and arrivals are the whole plan's.
+CROSSPOOL_API const crosspool::AttentionTask* crosspool_attention_plan_tasks(
+    crosspool::AttentionPlan* plan, std::int32_t thread, std::int32_t* count, float** partials,
+    std::uint32_t** arrivals);
+CROSSPOOL_API void crosspool_attention_plan_free(crosspool::AttentionPlan* plan);
+}
 
 #endif

@@ -431,4 +431,14 @@ constexpr Range share(std::int32_t total, std::int32_t part, std::int32_t parts)
 
 }  // namespace crosspool
 
+// For Python; the engine uses the functions above.
+extern "C" {
+// The path of this process (crosspool::Isa), or -1 when CROSSPOOL_CPU_ISA asks for one that does
+// not exist or that the machine lacks.
+CROSSPOOL_API std::int32_t crosspool_isa(void);
+// The table of a path and a dtype; null when the machine lacks the path.
+CROSSPOOL_API const crosspool::Kernels* crosspool_kernels(std::int32_t isa, std::int32_t dtype);
+CROSSPOOL_API double crosspool_uniform(std::uint64_t seed, std::uint64_t position);
+}
+
 #endif

@@ -1,0 +1,131 @@
+#include "attention_plan.h"
+
+#include <algorithm>
+
+namespace crosspool {
+namespace {
+
+// A request whose rows of one KV head fit into one task is cut along its keys: into ranges of about
+// this many, which are worth a task of their own, or else into the largest number of ranges.
+constexpr std::int64_t kSplitKeys = 128;
+constexpr std::int64_t kMostSplits = 64;
+constexpr std::int64_t kKeyStep = 64;  // ranges begin at multiples: the kernel's blocks
+
+// What a task costs, in any unit: fetching and packing a key costs about as much as eight queries.
+std::int64_t cost(const AttentionTask& task) {
+  const std::int64_t heads = task.head_end - task.head_begin;
+  const std::int64_t rows = task.row_end - task.row_begin;
+  return (std::int64_t{task.key_end} - task.key_begin) * (8 + rows * heads);
+}
+
+struct Cut {
+  const AttentionShape& shape;
+  const Segment& segment;
+  std::int32_t index;
+
+  std::int32_t first_key(std::int32_t row) const {
+    if (shape.window == 0) return 0;
+    return std::max(0, segment.start + row + 1 - shape.window);
+  }
+};
+
+}  // namespace
+
+void AttentionPlan::make(const AttentionShape& shape, const Segment* segments, std::int32_t count,
+                         std::int32_t threads) {
+  tasks_.clear();
+  std::int64_t partials = 0;
+  std::int32_t arrivals = 0;
+
+  const auto add = [&](const Cut& cut, std::int32_t head, std::int32_t heads, std::int32_t row,
+                       std::int32_t rows, bool may_split) {
+    AttentionTask task{};
+    task.segment = cut.index;
+    task.row_begin = row;
+    task.row_end = row + rows;
+    task.head_begin = head;
+    task.head_end = head + heads;
+    const std::int32_t begin = cut.first_key(row), end = cut.segment.start + row + rows;
+    const std::int64_t keys = end - begin;
+    const std::int64_t splits =
+        may_split ? std::clamp((keys + kSplitKeys / 2) / kSplitKeys, std::int64_t{1}, kMostSplits)
+                  : 1;
+    task.splits = static_cast<std::int32_t>(splits);
+    task.arrival = arrivals;
+    task.partial = partials;
+    const auto edge = [&](std::int64_t split) {
+      if (split == splits) return end;
+      return begin + static_cast<std::int32_t>(keys * split / splits / kKeyStep * kKeyStep);
+    };
+    for (task.split = 0; task.split < splits; ++task.split) {
+      task.key_begin = edge(task.split);
+      task.key_end = edge(task.split + 1);
+      tasks_.push_back(task);
+    }
+    if (splits == 1) return;
+    ++arrivals;
+    partials += splits * heads * rows * (shape.v_dim + 2);
+  };
+
+  const std::int32_t group = shape.q_heads / shape.kv_heads;
+  const std::int32_t most_heads = std::min(group, kAttentionQueries);
+  for (std::int32_t s = 0; s < count; ++s) {
+    const Cut cut{shape, segments[s], s};
+    const std::int32_t rows = segments[s].rows;
+    for (std::int32_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head) {
+      for (std::int32_t h = 0; h < group; h += most_heads) {
+        const std::int32_t heads = std::min(most_heads, group - h);
+        const std::int32_t most_rows = kAttentionQueries / heads;
+        for (std::int32_t row = 0; row < rows; row += most_rows) {
+          add(cut, kv_head * group + h, heads, row, std::min(most_rows, rows - row),
+              rows <= most_rows);
+        }
+      }
+    }
+  }
+  partials_.resize(std::max(partials_.size(), static_cast<std::size_t>(partials)));
+  arrivals_.resize(std::max(arrivals_.size(), static_cast<std::size_t>(arrivals)));
+
+  // Neighbours in memory stay with one thread; a task is its share's that holds its middle.
+  std::int64_t total = 0;
+  for (const AttentionTask& task : tasks_) total += cost(task);
+  begins_.assign(static_cast<std::size_t>(threads) + 1, static_cast<std::int32_t>(tasks_.size()));
+  std::int64_t done = 0;
+  std::int32_t thread = 0;
+  for (std::size_t i = 0; i < tasks_.size(); ++i) {
+    const std::int64_t middle = done + cost(tasks_[i]) / 2;
+    while (thread <= middle * threads / total) begins_[thread++] = static_cast<std::int32_t>(i);
+    done += cost(tasks_[i]);
+  }
+}
+
+const AttentionTask* AttentionPlan::tasks(std::int32_t thread) const {
+  return tasks_.data() + begins_[thread];
+}
+
+std::int32_t AttentionPlan::task_count(std::int32_t thread) const {
+  return begins_[thread + 1] - begins_[thread];
+}
+
+}  // namespace crosspool
+
+crosspool::AttentionPlan* crosspool_attention_plan(const crosspool::AttentionShape* shape,
+                                                   const crosspool::Segment* segments,
+                                                   std::int32_t count, std::int32_t threads) {
+  auto* const plan = new crosspool::AttentionPlan;
+  plan->make(*shape, segments, count, threads);
+  return plan;
+}
+
+const crosspool::AttentionTask* crosspool_attention_plan_tasks(crosspool::AttentionPlan* plan,
+                                                               std::int32_t thread,
+                                                               std::int32_t* count,
+                                                               float** partials,
+                                                               std::uint32_t** arrivals) {
+  *count = plan->task_count(thread);
+  *partials = plan->partials();
+  *arrivals = plan->arrivals();
+  return plan->tasks(thread);
+}
+
+void crosspool_attention_plan_free(crosspool::AttentionPlan* plan) { delete plan; }

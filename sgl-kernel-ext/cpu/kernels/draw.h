@@ -1,0 +1,17 @@
+// Which token a random number falls on: what sampling needs that no ISA makes faster.
+#ifndef CROSSPOOL_CPU_KERNELS_DRAW_H
+#define CROSSPOOL_CPU_KERNELS_DRAW_H
+
+#include "kernels.h"
+
+namespace crosspool {
+
+// One token of probabilities [vocab], after top-k, top-p and min-p, by the inverse of the
+// cumulative distribution at `draw` in [0, 1).
+std::int32_t draw_token(const float* probs, std::int32_t vocab, const SamplingRule& rule,
+                        double draw, void* scratch);
+std::int64_t draw_scratch(std::int32_t vocab);
+
+}  // namespace crosspool
+
+#endif

@@ -1,0 +1,137 @@
+// Gated MLPs over rows that are sorted by expert: routed experts, shared experts, dense layers.
+#include "families.h"
+#include "product.h"
+
+namespace crosspool::CROSSPOOL_ISA {
+namespace {
+
+void plan_experts(const FFNLayer& layer, const std::int32_t* experts, const float* weights,
+                  std::int32_t rows, ExpertPlan* plan, void* scratch) {
+  auto* const next = static_cast<std::int32_t*>(scratch);  // [held + 1]: slots, then next slot
+  const std::int64_t choices = std::int64_t{rows} * layer.top_k;
+  std::memset(next, 0, (layer.held + 1) * sizeof(*next));
+  for (std::int64_t i = 0; i < choices; ++i) {
+    const std::int32_t e = experts[i] - layer.first_expert;
+    if (e >= 0 && e < layer.held) ++next[e];
+  }
+  plan->group_count = 0;
+  plan->slot_count = 0;
+  const auto open = [&](const Matrix* gate_up, const Matrix* down, std::int32_t slots) {
+    plan->groups[plan->group_count++] = {gate_up, down, plan->slot_count, slots};
+    plan->slot_count += slots;
+  };
+  for (std::int32_t e = 0; e < layer.held; ++e) {
+    const std::int32_t slots = next[e];
+    next[e] = plan->slot_count;
+    if (slots > 0) open(layer.gate_up + e, layer.down + e, slots);
+  }
+  for (std::int64_t i = 0; i < choices; ++i) {
+    const std::int32_t e = experts[i] - layer.first_expert;
+    if (e < 0 || e >= layer.held) continue;
+    plan->slot_row[next[e]] = static_cast<std::int32_t>(i / layer.top_k);
+    plan->slot_weight[next[e]++] = weights[i];
+  }
+  if (layer.shared_gate_up == nullptr || rows == 0) return;
+  for (std::int32_t row = 0; row < rows; ++row) {
+    plan->slot_row[plan->slot_count + row] = row;
+    plan->slot_weight[plan->slot_count + row] = 1.0F;
+  }
+  open(layer.shared_gate_up, layer.shared_down, rows);
+}
+
+// What a pair of panels costs by its rows, in any unit: reading its weights costs about as much as
+// multiplying sixteen rows.
+std::int64_t pair_cost(const ExpertGroup& group) { return 16 + group.slots; }
+
+template <class T>
+void activate(const Experts& e, const ExpertGroup& group, int begin, int end, const void* then,
+              void* scratch) {
+  const Rows x{e.x, e.x_stride, e.plan->slot_row + group.first_slot};
+  auto* const out =
+      static_cast<typename T::Element*>(e.activation) + group.first_slot * e.activation_stride;
+  product<T>(*group.gate_up, x, group.slots, begin, end, then, scratch,
+             [&](std::int64_t first, std::int64_t rows, int panel, int panels, const float* c) {
+               for (std::int64_t i = 0; i < rows; ++i) {
+                 auto* const row = out + (first + i) * e.activation_stride + panel / 2 * kPanel;
+                 for (int pair = 0; pair < panels / 2; ++pair) {
+                   const float* const gate = c + i * kTileWidth + pair * 2 * kPanel;
+                   for (int v = 0; v < kPanel; v += kLanes) {
+                     const V g = T::round(silu(T::round(load(gate + v))));
+                     T::store(row + pair * kPanel + v, g * T::round(load(gate + kPanel + v)));
+                   }
+                 }
+               }
+             });
+}
+
+template <class T>
+void expert_gate_up(const Experts& e, std::int32_t thread, std::int32_t threads, void* scratch) {
+  const ExpertGroup* const groups = e.plan->groups;
+  std::int64_t total = 0;
+  for (int g = 0; g < e.plan->group_count; ++g) {
+    total += groups[g].gate_up->panels() / 2 * pair_cost(groups[g]);
+  }
+  const std::int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;
+  std::int64_t at = 0;
+  for (int g = 0; g < e.plan->group_count && at < end; ++g) {
+    const std::int64_t cost = pair_cost(groups[g]), pairs = groups[g].gate_up->panels() / 2;
+    // A pair is its share's whose range holds the pair's beginning.
+    const std::int64_t first = min(pairs, (max(begin - at, 0) + cost - 1) / cost);
+    const std::int64_t last = min(pairs, (end - at + cost - 1) / cost);
+    at += pairs * cost;
+    if (first >= last) continue;
+    const bool goes_on = at < end && g + 1 < e.plan->group_count;
+    activate<T>(e, groups[g], static_cast<int>(2 * first), static_cast<int>(2 * last),
+                goes_on ? groups[g + 1].gate_up->data : nullptr, scratch);
+  }
+}
+
+template <class T>
+void expert_down(const Experts& e, std::int32_t begin, std::int32_t end, void* scratch) {
+  const ExpertPlan& plan = *e.plan;
+  if (begin >= end) return;
+  const std::int64_t hidden = plan.group_count > 0 ? plan.groups[0].down->n : end * kPanel;
+  const std::int64_t left = begin * kPanel, right = min(hidden, end * kPanel);
+  for (std::int64_t row = 0; row < e.rows; ++row) {
+    std::memset(e.out + row * e.out_stride + left, 0, (right - left) * sizeof(float));
+  }
+  for (int g = 0; g < plan.group_count; ++g) {
+    const ExpertGroup& group = plan.groups[g];
+    const Rows x{static_cast<const typename T::Element*>(e.activation) +
+                     group.first_slot * e.activation_stride,
+                 e.activation_stride, nullptr};
+    const void* then = nullptr;
+    if (g + 1 < plan.group_count) {
+      const Matrix& next = *plan.groups[g + 1].down;
+      then = static_cast<const std::byte*>(next.data) + begin * next.panel_bytes();
+    }
+    product<T>(*group.down, x, group.slots, begin, end, then, scratch,
+               [&](std::int64_t first, std::int64_t rows, int panel, int panels, const float* c) {
+                 const std::int64_t from = panel * kPanel;
+                 const std::int64_t to = min(right, from + panels * kPanel);
+                 for (std::int64_t i = 0; i < rows; ++i) {
+                   const std::int64_t slot = group.first_slot + first + i;
+                   float* const out = e.out + plan.slot_row[slot] * e.out_stride;
+                   const V weight = splat(plan.slot_weight[slot]);
+                   for_lanes(from, to, [&](std::int64_t column, auto n) {
+                     const V y = T::round(load(c + i * kTileWidth + column - from));
+                     // Rounded twice on purpose: the host loop multiplies, then adds.
+                     store(out + column, load(out + column, n) + weight * y, n);
+                   });
+                 }
+               });
+  }
+}
+
+}  // namespace
+
+template <class T>
+void add_experts(Kernels& table) {
+  table.plan_experts = plan_experts;
+  table.expert_gate_up = expert_gate_up<T>;
+  table.expert_down = expert_down<T>;
+}
+template void add_experts<BFloat16>(Kernels& table);
+template void add_experts<Float32>(Kernels& table);
+
+}  // namespace crosspool::CROSSPOOL_ISA

@@ -1,0 +1,151 @@
+#include "multiply.h"
+
+#include "tiles.h"
+
+namespace crosspool::CROSSPOOL_ISA {
+namespace {
+
+CROSSPOOL_INLINE void prefetch_line(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
+
+// One step along k: the 64 bytes of a panel, 16 columns of one depth (float32) or of a pair of
+// depths (bfloat16), against the operand elements of that depth. Where no instruction multiplies
+// pairs, a step has two halves: the even depth stands in the upper halves of the words when they
+// are shifted, the odd one when the lower halves are cleared.
+template <class T>
+struct Step {
+  static constexpr bool kPairs = T::kDType == DType::kBFloat16;
+  static constexpr int kHalves = kPairs && !kReadsModelDType<T> ? 2 : 1;
+  static constexpr std::int64_t kBytes = 4 * kHalves;  // of an operand row
+
+  static std::int64_t count(std::int64_t k) { return kPairs ? (k + 1) / 2 : k; }
+
+  CROSSPOOL_INLINE static V weights(const std::byte* panel, int part, int half) {
+    const U bits = load_bits(panel + part * 4 * kLanes);
+    if constexpr (kHalves == 1) return (V)bits;
+    return (V)(half == 0 ? bits << 16 : bits & splat_bits(0xffff0000U));
+  }
+
+  CROSSPOOL_INLINE static V operand(const std::byte* row, int half) {
+    std::uint32_t bits;
+    std::memcpy(&bits, row + 4 * half, 4);
+    return (V)splat_bits(bits);
+  }
+
+  CROSSPOOL_INLINE static V dot(V sum, V weights, V operand) {
+#if defined(__AVX512BF16__)
+    if constexpr (kPairs) return _mm512_dpbf16_ps(sum, (__m512bh)operand, (__m512bh)weights);
+#endif
+    return fma(weights, operand, sum);
+  }
+};
+
+// Panels whose accumulators fit into registers together.
+constexpr int panels_at_once(int rows, int panels) {
+  const int registers = kLanes == 16 ? 24 : 12;
+  const int fit = registers / (rows * kParts);
+  return fit >= 4 && panels >= 4 ? 4 : fit >= 2 && panels >= 2 ? 2 : 1;
+}
+
+template <class T, int kRows, int kPanels>
+CROSSPOOL_INLINE void micro_panels(const Multiply& m, int first_panel, float* tile) {
+  using S = Step<T>;
+  const std::byte* x[kRows];
+  for (int r = 0; r < kRows; ++r) x[r] = m.x.row(m.first + r);
+  const std::int64_t skipped = first_panel * m.panel_bytes;
+  const std::byte* const w = m.weights + skipped;
+  const std::int64_t steps = S::count(m.k);
+  const std::int64_t split = min(m.prefetch.split, steps);
+
+  V sum[kRows][kPanels][kParts] = {};
+  const auto stretch = [&](std::int64_t begin, std::int64_t end, const std::byte* ahead,
+                           std::int64_t ahead_step) __attribute__((always_inline)) {
+    for (std::int64_t s = begin; s < end; ++s) {
+      const std::byte* const panel = w + s * 64;
+      for (int p = 0; p < kPanels; ++p) {
+        prefetch_line(ahead + p * m.panel_bytes + s * ahead_step);
+      }
+      for (int half = 0; half < S::kHalves; ++half) {
+        V weights[kPanels][kParts];
+        for (int p = 0; p < kPanels; ++p) {
+          for (int v = 0; v < kParts; ++v) {
+            weights[p][v] = S::weights(panel + p * m.panel_bytes, v, half);
+          }
+        }
+        for (int r = 0; r < kRows; ++r) {
+          const V operand = S::operand(x[r] + s * S::kBytes, half);
+          for (int p = 0; p < kPanels; ++p) {
+            for (int v = 0; v < kParts; ++v) {
+              sum[r][p][v] = S::dot(sum[r][p][v], weights[p][v], operand);
+            }
+          }
+        }
+      }
+    }
+  };
+  stretch(0, split, m.prefetch.near + skipped, m.prefetch.near_step);
+  stretch(split, steps, m.prefetch.far + skipped, 64);
+
+  for (int r = 0; r < kRows; ++r) {
+    for (int p = 0; p < kPanels; ++p) {
+      for (int v = 0; v < kParts; ++v) {
+        store(tile + r * kTileWidth + (first_panel + p) * kPanel + v * kLanes, sum[r][p][v]);
+      }
+    }
+  }
+}
+
+template <class T, int kRows, int kPanels>
+void micro(const Multiply& m, float* tile) {
+  constexpr int kAtOnce = panels_at_once(kRows, kPanels);
+  for (int p = 0; p < kPanels; p += kAtOnce) micro_panels<T, kRows, kAtOnce>(m, p, tile);
+}
+
+using Micro = void (*)(const Multiply& m, float* tile);
+
+template <class T, int kRows>
+Micro micro_of(int panels) {
+  return panels == 4 ? micro<T, kRows, 4> : panels == 2 ? micro<T, kRows, 2> : micro<T, kRows, 1>;
+}
+
+template <class T>
+Micro micro_of(std::int64_t rows, int panels) {
+  if constexpr (kMicroRows == 6) {
+    if (rows == 6) return micro_of<T, 6>(panels);
+    if (rows == 5) return micro_of<T, 5>(panels);
+    if (rows == 4) return micro_of<T, 4>(panels);
+    if (rows == 3) return micro_of<T, 3>(panels);
+  }
+  return rows == 2 ? micro_of<T, 2>(panels) : micro_of<T, 1>(panels);
+}
+
+}  // namespace
+
+template <class T>
+MultiplyScope<T>::MultiplyScope(std::int64_t rows) : rows_(rows), tiles_(uses_tiles<T>(rows)) {
+  const std::int64_t at_once = tiles_ ? 2 * kTileRows : kMicroRows;
+  stretches_ = (rows + at_once - 1) / at_once;
+  if constexpr (kHasTiles) {
+    if (tiles_) tiles::configure(min(rows, kTileRows));
+  }
+}
+
+template <class T>
+MultiplyScope<T>::~MultiplyScope() {
+  if constexpr (kHasTiles) {
+    if (tiles_) tiles::release();
+  }
+}
+
+template <class T>
+const float* MultiplyScope<T>::multiply(const Multiply& m, Tile& tile) const {
+  if constexpr (kHasTiles) {
+    if (tiles_) return tiles::multiply(m, min(rows_, kTileRows), tile.at);
+  }
+  micro_of<T>(m.rows, m.panels)(m, tile.at);
+  return tile.at;
+}
+
+template class MultiplyScope<BFloat16>;
+template class MultiplyScope<Float32>;
+
+}  // namespace crosspool::CROSSPOOL_ISA

@@ -1,0 +1,109 @@
+// The heart of every product: some rows of x times a group of up to four panels, into a small tile
+// of floats. gemm.cpp, experts.cpp and attention.cpp differ in what they make of the tile.
+#ifndef CROSSPOOL_CPU_KERNELS_MULTIPLY_H
+#define CROSSPOOL_CPU_KERNELS_MULTIPLY_H
+
+#include "dtypes.h"
+
+namespace crosspool::CROSSPOOL_ISA {
+
+// Panels that are worked on together. Four streams of memory also read faster than one.
+inline constexpr int kGroup = 4;
+inline constexpr int kTileWidth = kGroup * kPanel;
+
+// A micro-kernel's rows: as many as accumulators fit into registers beside a group's weights.
+#if defined(__AVX2__) || defined(__aarch64__)
+inline constexpr int kMicroRows = 6;
+#else
+inline constexpr int kMicroRows = 2;
+#endif
+
+// A tile of AMX takes 16 rows, a call two; below 4 rows vectors are as fast.
+#if defined(__AMX_BF16__) || defined(CROSSPOOL_EMULATED_TILES)
+inline constexpr bool kHasTiles = true;
+#else
+inline constexpr bool kHasTiles = false;
+#endif
+inline constexpr int kTileRows = 16;
+inline constexpr int kFewestTileRows = 4;
+
+template <class T>
+CROSSPOOL_INLINE bool uses_tiles(std::int64_t rows) {
+  return kHasTiles && T::kDType == DType::kBFloat16 && rows >= kFewestTileRows;
+}
+
+// Where a call leaves its result: floats [rows][kTileWidth].
+struct alignas(64) Tile {
+  float at[(kHasTiles ? 2 * kTileRows : kMicroRows) * kTileWidth];
+};
+
+// What the micro-kernels broadcast. Where bf16 pairs have an instruction of their own they read x
+// as it is; elsewhere x is held as floats.
+template <class T>
+inline constexpr bool kReadsModelDType = kLanes == 16 || T::kDType == DType::kFloat32;
+template <class T>
+inline constexpr std::int64_t kOperandBytes =
+    kReadsModelDType<T> ? sizeof(typename T::Element) : sizeof(float);
+
+// Rows as the micro-kernels take them: operand elements, an even number of them (with tiles: a
+// multiple of kDepth), row i beginning at data + (index ? index[i] : i) * stride bytes.
+struct Operand {
+  const std::byte* data;
+  std::int64_t stride;
+  const std::int32_t* index;
+
+  CROSSPOOL_INLINE const std::byte* row(std::int64_t i) const {
+    return data + (index != nullptr ? index[i] : i) * stride;
+  }
+};
+
+// Which memory a call asks for while it computes: in step s of a panel of the group the line at
+// near + s * near_step while s < split, else at far + s * far_step; the next panel's lines lie
+// panel_bytes further on.
+struct Prefetch {
+  const std::byte* near;
+  const std::byte* far;
+  std::int64_t split;
+  std::int64_t near_step;
+};
+
+// The product of rows [first, first + rows) of x with `panels` (1, 2 or 4) panels that lie
+// panel_bytes apart.
+struct Multiply {
+  Operand x;
+  const std::byte* weights;
+  std::int64_t panel_bytes;
+  std::int64_t k;
+  Prefetch prefetch;
+  std::int64_t first;
+  std::int64_t rows;
+  int panels;
+};
+
+// A stretch of calls over the same rows, `rows` in all: sets up the tiles and gives them back.
+template <class T>
+class MultiplyScope {
+ public:
+  explicit MultiplyScope(std::int64_t rows);
+  ~MultiplyScope();
+  MultiplyScope(const MultiplyScope&) = delete;
+  MultiplyScope& operator=(const MultiplyScope&) = delete;
+
+  // The rows are worked on in this many stretches, of which stretch `i` begins at begin(i).
+  std::int64_t stretches() const { return stretches_; }
+  std::int64_t begin(std::int64_t i) const {
+    return tiles_ ? min(2 * kTileRows * i, rows_) : rows_ * i / stretches_;
+  }
+
+  // Multiplies one stretch; row `first`'s result is at the returned address.
+  const float* multiply(const Multiply& m, Tile& tile) const;
+
+ private:
+  std::int64_t rows_;
+  std::int64_t stretches_;
+  bool tiles_;
+};
+
+}  // namespace crosspool::CROSSPOOL_ISA
+
+#endif

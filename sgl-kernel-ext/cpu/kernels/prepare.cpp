@@ -1,0 +1,159 @@
+// What lies between projections and attention: QK-norm, clip, rotation, KV append.
+#include "families.h"
+#include "norm.h"
+
+namespace crosspool::CROSSPOOL_ISA {
+namespace {
+
+template <class T>
+typename T::Element* slot_of(const KVCache& kv, std::int32_t layer, const RowPlace& place) {
+  const std::int64_t plane = std::int64_t{place.page} * kv.layers + layer;
+  return static_cast<typename T::Element*>(kv.data) +
+         (plane * kv.page_size + place.offset) * kv.kv_width;
+}
+
+// Elements p[0], p[2], p[4], ...
+template <class X, class N>
+CROSSPOOL_INLINE V load_every_other(const typename X::Element* p, N n) {
+  typename X::Element lanes[kLanes] = {};
+  std::int64_t count = kLanes;
+  if constexpr (!__is_same(N, AllLanes)) count = n;
+  for (std::int64_t i = 0; i < count; ++i) lanes[i] = p[2 * i];
+  return X::load(lanes);
+}
+
+// A head's features as a model's rules leave them before they are rotated.
+template <class T>
+struct Normed {
+  const float* x;
+  const float* weight;  // null: no norm
+  float inverse;        // 1 / rms
+  float clip;           // infinity: none
+
+  CROSSPOOL_INLINE V ruled(V v, V w) const {
+    if (weight != nullptr) v = scaled<T>(v, inverse, w);
+    const V bound = splat(clip);
+    v = v > bound ? bound : v;
+    return v < -bound ? -bound : v;
+  }
+  template <class N>
+  CROSSPOOL_INLINE V at(std::int64_t i, N n) const {
+    return ruled(load(x + i, n), weight == nullptr ? V{} : load(weight + i, n));
+  }
+  template <class N>
+  CROSSPOOL_INLINE V every_other(std::int64_t i, N n) const {
+    return ruled(load_every_other<Float32>(x + i, n),
+                 weight == nullptr ? V{} : load_every_other<Float32>(weight + i, n));
+  }
+};
+
+// A head's features as they lie in memory.
+template <class T>
+struct Plain {
+  const typename T::Element* x;
+
+  template <class N>
+  CROSSPOOL_INLINE V at(std::int64_t i, N n) const {
+    return T::load(x + i, n);
+  }
+  template <class N>
+  CROSSPOOL_INLINE V every_other(std::int64_t i, N n) const {
+    return load_every_other<T>(x + i, n);
+  }
+};
+
+template <class T, class Features>
+CROSSPOOL_INLINE void rotate_head(const Features& x, const Rope& rope, std::int32_t position,
+                                  typename T::Element* out) {
+  const std::int64_t half = rope.dim / 2;
+  const float* const cosines = rope.cos + position * half;
+  const float* const sines = rope.sin + position * half;
+  const bool rounds = rope.fp32 == 0;
+  const auto product = [rounds](V a, V b) __attribute__((always_inline)) {
+    return rounds ? T::round(a * b) : a * b;
+  };
+  for_lanes(0, half, [&](std::int64_t i, auto n) {
+    const V first = rope.interleaved != 0 ? x.every_other(2 * i, n) : x.at(i, n);
+    const V second = rope.interleaved != 0 ? x.every_other(2 * i + 1, n) : x.at(half + i, n);
+    const V c = load(cosines + i, n), s = load(sines + i, n);
+    T::store(out + i, product(first, c) - product(second, s), n);
+    T::store(out + half + i, product(second, c) + product(first, s), n);
+  });
+}
+
+template <class T>
+void gqa_prepare(const GQAPrepare& p, std::int32_t row_begin, std::int32_t row_end,
+                 std::int32_t head_begin, std::int32_t head_end) {
+  const std::int64_t dim = p.head_dim, group = p.q_heads / p.kv_heads;
+  const std::int64_t q_width = p.q_heads * dim, k_width = p.kv_heads * dim;
+  for (std::int64_t row = row_begin; row < row_end; ++row) {
+    const RowPlace& place = p.places[row];
+    const float* const q = p.qkv + row * p.qkv_stride;
+    const float* const k = q + q_width;
+    const float* const v = k + k_width;
+    auto* const q_out = static_cast<typename T::Element*>(p.q) + row * p.q_stride;
+    auto* const slot = slot_of<T>(p.kv, p.layer, place);
+    const bool full = p.qk_norm == QKNorm::kFull;
+    const float q_inverse = full ? inverse_rms(q, q_width, p.eps) : 0.0F;
+    const float k_inverse = full ? inverse_rms(k, k_width, p.eps) : 0.0F;
+    const auto head = [&](const float* x, const float* weight, float inverse, std::int64_t index) {
+      Normed<T> features{x + index * dim, nullptr, inverse, p.clip};
+      if (full) features.weight = weight + index * dim;
+      if (p.qk_norm == QKNorm::kHead) {
+        features.weight = weight;
+        features.inverse = inverse_rms(features.x, dim, p.eps);
+      }
+      return features;
+    };
+    for (std::int64_t h = head_begin * group; h < head_end * group; ++h) {
+      rotate_head<T>(head(q, p.q_norm, q_inverse, h), p.rope, place.position, q_out + h * dim);
+    }
+    for (std::int64_t h = head_begin; h < head_end; ++h) {
+      rotate_head<T>(head(k, p.k_norm, k_inverse, h), p.rope, place.position, slot + h * dim);
+      const Normed<T> values{v + h * dim, nullptr, 0.0F, p.clip};
+      auto* const v_slot = slot + k_width + h * dim;
+      for_lanes(0, dim, [&](std::int64_t i, auto n) { T::store(v_slot + i, values.at(i, n), n); });
+    }
+  }
+}
+
+template <class T>
+void mla_append(const MLAAppend& a, std::int32_t row_begin, std::int32_t row_end) {
+  for (std::int64_t row = row_begin; row < row_end; ++row) {
+    const RowPlace& place = a.places[row];
+    const float* const latent = a.compressed + row * a.compressed_stride;
+    auto* const slot = slot_of<T>(a.kv, a.layer, place);
+    const float inverse = inverse_rms(latent, a.latent, a.eps);
+    for_lanes(0, a.latent, [&](std::int64_t i, auto n) {
+      T::store(slot + i, scaled<T>(load(latent + i, n), inverse, load(a.norm + i, n)), n);
+    });
+    rotate_head<T>(Plain<Float32>{latent + a.latent}, a.rope, place.position, slot + a.latent);
+  }
+}
+
+template <class T>
+void rotate(const Rotate& r, std::int32_t row_begin, std::int32_t row_end, std::int32_t head_begin,
+            std::int32_t head_end) {
+  using Element = typename T::Element;
+  for (std::int64_t row = row_begin; row < row_end; ++row) {
+    const auto* const x = static_cast<const Element*>(r.x) + row * r.x_stride;
+    auto* const out = static_cast<Element*>(r.out) + row * r.out_stride;
+    for (std::int64_t h = head_begin; h < head_end; ++h) {
+      rotate_head<T>(Plain<T>{x + h * r.x_head_stride}, r.rope, r.places[row].position,
+                     out + h * r.out_head_stride);
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
+void add_prepare(Kernels& table) {
+  table.gqa_prepare = gqa_prepare<T>;
+  table.mla_append = mla_append<T>;
+  table.rotate = rotate<T>;
+}
+template void add_prepare<BFloat16>(Kernels& table);
+template void add_prepare<Float32>(Kernels& table);
+
+}  // namespace crosspool::CROSSPOOL_ISA

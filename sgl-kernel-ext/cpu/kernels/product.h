@@ -1,0 +1,116 @@
+// x W^T over a range of panels and any number of rows: readies the rows, walks groups of panels and
+// stretches of rows, asks for the weights ahead of their use, and hands every tile to the caller.
+#ifndef CROSSPOOL_CPU_KERNELS_PRODUCT_H
+#define CROSSPOOL_CPU_KERNELS_PRODUCT_H
+
+#include "multiply.h"
+
+namespace crosspool::CROSSPOOL_ISA {
+
+// Scratch for rows that must be copied; as many at a time as fit, at least one stretch's.
+inline constexpr std::int64_t kOperandScratch = std::int64_t{512} << 10;
+inline constexpr std::int64_t kFewestOperandRows = 32;
+
+CROSSPOOL_INLINE std::int64_t product_scratch(std::int64_t k) {
+  return max(kOperandScratch, kFewestOperandRows * round_up(k, kDepth) * 4);
+}
+
+template <class T>
+CROSSPOOL_INLINE bool needs_copy(const Rows& x, std::int64_t rows, std::int64_t k) {
+  if constexpr (!kReadsModelDType<T>) return true;
+  if (uses_tiles<T>(rows)) return x.index != nullptr || k % kDepth != 0;
+  return T::kDType == DType::kBFloat16 && k % 2 != 0;
+}
+
+// Copies a row of k elements as the micro-kernels read it, with zeros up to a multiple of kDepth.
+template <class T>
+CROSSPOOL_INLINE void copy_row(const typename T::Element* x, std::int64_t k, std::byte* out) {
+  const std::int64_t depth = round_up(k, kDepth);
+  if constexpr (kReadsModelDType<T>) {
+    std::memcpy(out, x, k * sizeof(*x));
+    std::memset(out + k * sizeof(*x), 0, (depth - k) * sizeof(*x));
+  } else {
+    auto* floats = reinterpret_cast<float*>(out);
+    for_lanes(0, k, [&](std::int64_t i, auto n) { store(floats + i, T::load(x + i, n), n); });
+    std::memset(floats + k, 0, (depth - k) * sizeof(float));
+  }
+}
+
+// Rows [first, first + rows) of x for the micro-kernels: where they are, or copied to scratch.
+template <class T>
+CROSSPOOL_INLINE Operand ready_rows(const Rows& x, std::int64_t first, std::int64_t rows,
+                                    std::int64_t k, bool copy, void* scratch) {
+  using Element = typename T::Element;
+  const auto* data = static_cast<const Element*>(x.data);
+  const std::int32_t* const index = x.index == nullptr ? nullptr : x.index + first;
+  if (!copy) {
+    if (index == nullptr) data += first * x.stride;
+    return {reinterpret_cast<const std::byte*>(data),
+            static_cast<std::int64_t>(x.stride * sizeof(Element)), index};
+  }
+  auto* const out = static_cast<std::byte*>(scratch);
+  const std::int64_t stride = round_up(k, kDepth) * kOperandBytes<T>;
+  for (std::int64_t i = 0; i < rows; ++i) {
+    const std::int64_t row = index == nullptr ? first + i : index[i];
+    copy_row<T>(data + row * x.stride, k, out + i * stride);
+  }
+  return {out, stride, nullptr};
+}
+
+// What stretch `i` of `count` asks for while it multiplies the group of panels at `group`, which
+// `next` follows. One stretch alone is bound by memory: it runs a little ahead of itself in every
+// panel, and at their ends begins with the next group. More of them compute on weights that are in
+// the cache by then; the last eight (four, two) share the next group evenly.
+CROSSPOOL_INLINE Prefetch ahead(const std::byte* group, const std::byte* next, bool first_group,
+                                std::int64_t i, std::int64_t count, std::int64_t steps,
+                                std::int64_t panel_bytes) {
+  constexpr std::int64_t kLinesAhead = 32;
+  if (count == 1) {
+    const std::int64_t split = max(0, steps - kLinesAhead);
+    return {group + kLinesAhead * 64, next - split * 64, split, 64};
+  }
+  if (first_group && i == 0) return {group + kLinesAhead * 64, nullptr, steps, 64};
+  const std::int64_t sharing = count >= 8 ? 8 : count >= 4 ? 4 : 2;
+  const std::int64_t turn = i - (count - sharing);
+  if (turn < 0) return {group, nullptr, steps, 0};
+  return {next + turn * (panel_bytes / sharing), nullptr, steps, 64 / sharing};
+}
+
+// Calls done(row, rows, panel, panels, c) for tiles that cover rows [0, rows) and panels
+// [begin, end): element (row + i, panel * 16 + j) is c[i * kTileWidth + j]. A tile never begins or
+// ends inside a pair of panels that begins at an even distance from `begin`. `then`: weights that
+// the caller reads next, or null.
+template <class T, class Done>
+CROSSPOOL_INLINE void product(const Matrix& weight, const Rows& x, std::int64_t rows, int begin,
+                              int end, const void* then, void* scratch, Done done) {
+  const std::int64_t k = weight.k, panel_bytes = weight.panel_bytes();
+  const auto* const data = static_cast<const std::byte*>(weight.data);
+  const bool copy = needs_copy<T>(x, rows, k);
+  const std::int64_t row_bytes = round_up(k, kDepth) * kOperandBytes<T>;
+  const std::int64_t at_once = copy ? min(rows, product_scratch(k) / row_bytes) : rows;
+  const std::int64_t steps = T::kDType == DType::kBFloat16 ? (k + 1) / 2 : k;
+  alignas(64) Tile tile;
+  for (std::int64_t row = 0; row < rows; row += at_once) {
+    const std::int64_t block = min(at_once, rows - row);
+    const Operand operand = ready_rows<T>(x, row, block, k, copy, scratch);
+    const MultiplyScope<T> scope(block);
+    for (int panel = begin, panels; panel < end; panel += panels) {
+      panels = end - panel >= 4 ? 4 : end - panel >= 2 ? 2 : 1;
+      const std::byte* const group = data + panel * panel_bytes;
+      const std::byte* next = group + panels * panel_bytes;
+      if (panel + panels == end)
+        next = then == nullptr ? group : static_cast<const std::byte*>(then);
+      for (std::int64_t i = 0; i < scope.stretches(); ++i) {
+        const std::int64_t first = scope.begin(i), count = scope.begin(i + 1) - first;
+        const Prefetch prefetch =
+            ahead(group, next, panel == begin, i, scope.stretches(), steps, panel_bytes);
+        const Multiply m{operand, group, panel_bytes, k, prefetch, first, count, panels};
+        done(row + first, count, panel, panels, scope.multiply(m, tile));
+      }
+    }
+  }
+}
+
+}  // namespace crosspool::CROSSPOOL_ISA
+
+#endif

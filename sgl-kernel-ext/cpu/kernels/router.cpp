@@ -1,0 +1,121 @@
+// Which experts a row goes to, from its logits.
+#include "families.h"
+
+namespace crosspool::CROSSPOOL_ISA {
+namespace {
+
+constexpr float kBarred = -__builtin_huge_valf();
+
+// Index of the largest, the lowest among equals; a NaN counts as larger than any number, as in
+// torch.topk.
+std::int64_t largest(const float* x, std::int64_t n) {
+  std::int64_t best = 0;
+  for (std::int64_t i = 1; i < n; ++i) {
+    const bool beats = x[i] > x[best] || (x[i] != x[i] && x[best] == x[best]);
+    if (beats) best = i;
+  }
+  return best;
+}
+
+void softmax(const float* logits, std::int64_t n, float* scores) {
+  const float highest = logits[largest(logits, n)];
+  V sums{};
+  for_lanes(0, n, [&](std::int64_t i, auto lanes) {
+    store(scores + i, exp(load(logits + i, lanes) - splat(highest)), lanes);
+    sums += load(scores + i, lanes);
+  });
+  const V total = splat(reduce_add(sums));
+  for_lanes(0, n, [&](std::int64_t i, auto lanes) {
+    store(scores + i, load(scores + i, lanes) / total, lanes);
+  });
+}
+
+void sigmoid(const float* logits, std::int64_t n, float* scores) {
+  for_lanes(0, n, [&](std::int64_t i, auto lanes) {
+    const V one = splat(1.0F);
+    store(scores + i, one / (one + exp(-load(logits + i, lanes))), lanes);
+  });
+}
+
+float group_score(const float* choice, std::int64_t n, GroupScore how) {
+  const std::int64_t best = largest(choice, n);
+  if (how == GroupScore::kMax) return choice[best];
+  float second = kBarred;
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (i != best && choice[i] > second) second = choice[i];
+  }
+  return choice[best] + second;
+}
+
+// Bars every expert outside the best groups.
+void limit_groups(const Router& router, float* choice, float* groups) {
+  const std::int64_t size = router.experts / router.groups;
+  for (std::int64_t g = 0; g < router.groups; ++g) {
+    groups[g] = group_score(choice + g * size, size, router.group_score);
+  }
+  for (std::int32_t i = 0; i < router.top_groups; ++i) {
+    // Taken groups are marked by a value that no score reaches.
+    groups[largest(groups, router.groups)] = kBarred;
+  }
+  for (std::int64_t g = 0; g < router.groups; ++g) {
+    if (groups[g] == kBarred) continue;
+    for (std::int64_t e = g * size; e < (g + 1) * size; ++e) choice[e] = kBarred;
+  }
+}
+
+void choose(const Router& router, const float* logits, std::int32_t* experts, float* weights,
+            float* scores, float* choice, float* groups) {
+  const std::int64_t n = router.experts;
+  if (router.score == Score::kSoftmax) {
+    softmax(logits, n, scores);
+  } else {
+    sigmoid(logits, n, scores);
+  }
+  for_lanes(0, n, [&](std::int64_t i, auto lanes) {
+    V v = load(scores + i, lanes);
+    if (router.bias != nullptr) v += load(router.bias + i, lanes);
+    store(choice + i, v, lanes);
+  });
+  if (router.groups > 1) limit_groups(router, choice, groups);
+  float sum = 0.0F;
+  for (std::int32_t i = 0; i < router.top_k; ++i) {
+    const std::int64_t best = largest(choice, n);
+    choice[best] = kBarred;
+    experts[i] = static_cast<std::int32_t>(best);
+    weights[i] = scores[best];
+    sum += weights[i];
+  }
+  // All chosen sigmoids may be zero; the largest values of a softmax cannot.
+  if (router.score == Score::kSigmoid) sum += 1e-20F;
+  for (std::int32_t i = 0; i < router.top_k; ++i) {
+    if (router.renormalize != 0) weights[i] /= sum;
+    weights[i] *= router.scale;
+  }
+}
+
+void route(const Router& router, const float* logits, std::int64_t logits_stride,
+           std::int32_t* experts, float* weights, std::int32_t begin, std::int32_t end,
+           void* scratch) {
+  const std::int64_t n = round_up(router.experts, 16);
+  auto* const scores = static_cast<float*>(scratch);
+  for (std::int64_t row = begin; row < end; ++row) {
+    choose(router, logits + row * logits_stride, experts + row * router.top_k,
+           weights + row * router.top_k, scores, scores + n, scores + 2 * n);
+  }
+}
+
+}  // namespace
+
+// Three rows of floats; also what plan_experts counts in.
+std::int64_t router_scratch(const Limits& limits) {
+  return 3 * round_up(limits.experts + 1, 16) * static_cast<std::int64_t>(sizeof(float));
+}
+
+template <class T>
+void add_router(Kernels& table) {
+  table.route = route;
+}
+template void add_router<BFloat16>(Kernels& table);
+template void add_router<Float32>(Kernels& table);
+
+}  // namespace crosspool::CROSSPOOL_ISA

@@ -1,0 +1,170 @@
+// Vectors of one ISA path. Every file of a path is compiled with that path's flags, and with
+// CROSSPOOL_ISA as its name; all its code lives in the namespace of that name, so that the linker
+// can never merge functions of two paths.
+//
+// The vector type is as wide as the machine's registers; 16 columns (a panel's) are kParts of them.
+#ifndef CROSSPOOL_CPU_KERNELS_SIMD_H
+#define CROSSPOOL_CPU_KERNELS_SIMD_H
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#ifndef CROSSPOOL_ISA
+#error "CROSSPOOL_ISA names the path that this file is compiled for"
+#endif
+
+#define CROSSPOOL_INLINE [[gnu::always_inline]] inline
+
+namespace crosspool::CROSSPOOL_ISA {
+
+#if defined(__AVX512BF16__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;
+#endif
+inline constexpr int kParts = 16 / kLanes;
+
+typedef float V __attribute__((vector_size(4 * kLanes)));
+typedef std::int32_t I __attribute__((vector_size(4 * kLanes)));
+typedef std::uint32_t U __attribute__((vector_size(4 * kLanes)));
+typedef std::uint16_t H __attribute__((vector_size(2 * kLanes)));
+typedef V UnalignedV __attribute__((aligned(4), may_alias));
+typedef U UnalignedU __attribute__((aligned(2), may_alias));
+typedef H UnalignedH __attribute__((aligned(2), may_alias));
+
+CROSSPOOL_INLINE V load(const float* p) { return *reinterpret_cast<const UnalignedV*>(p); }
+CROSSPOOL_INLINE void store(float* p, V v) { *reinterpret_cast<UnalignedV*>(p) = v; }
+CROSSPOOL_INLINE U load_bits(const void* p) { return *static_cast<const UnalignedU*>(p); }
+CROSSPOOL_INLINE void store_bits(void* p, U v) { *static_cast<UnalignedU*>(p) = v; }
+CROSSPOOL_INLINE H load_half(const std::uint16_t* p) {
+  return *reinterpret_cast<const UnalignedH*>(p);
+}
+CROSSPOOL_INLINE void store_half(std::uint16_t* p, H v) { *reinterpret_cast<UnalignedH*>(p) = v; }
+
+CROSSPOOL_INLINE V splat(float x) { return V{} + x; }
+CROSSPOOL_INLINE U splat_bits(std::uint32_t x) { return U{} + x; }
+
+// The first n lanes, n < kLanes; the others are zero, and the memory behind them is not touched.
+CROSSPOOL_INLINE V load(const float* p, std::int64_t n) {
+  float lanes[kLanes] = {};
+  for (std::int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+CROSSPOOL_INLINE void store(float* p, V v, std::int64_t n) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (std::int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+CROSSPOOL_INLINE H load_half(const std::uint16_t* p, std::int64_t n) {
+  std::uint16_t lanes[kLanes] = {};
+  for (std::int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load_half(lanes);
+}
+CROSSPOOL_INLINE void store_half(std::uint16_t* p, H v, std::int64_t n) {
+  std::uint16_t lanes[kLanes];
+  store_half(lanes, v);
+  for (std::int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// Stands for n where all lanes are meant, so that one piece of code serves whole vectors and ends.
+struct AllLanes {};
+CROSSPOOL_INLINE V load(const float* p, AllLanes) { return load(p); }
+CROSSPOOL_INLINE void store(float* p, V v, AllLanes) { store(p, v); }
+CROSSPOOL_INLINE H load_half(const std::uint16_t* p, AllLanes) { return load_half(p); }
+CROSSPOOL_INLINE void store_half(std::uint16_t* p, H v, AllLanes) { store_half(p, v); }
+
+// Calls body(i, n) for [begin, end) a vector at a time: n is AllLanes, or at the end their number.
+template <class Body>
+CROSSPOOL_INLINE void for_lanes(std::int64_t begin, std::int64_t end, Body body) {
+  std::int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) body(i, AllLanes{});
+  if (i < end) body(i, end - i);
+}
+
+// a * b + c, in one rounding where the machine has it.
+CROSSPOOL_INLINE V fma(V a, V b, V c) {
+#if defined(__AVX512BF16__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+CROSSPOOL_INLINE V max(V a, V b) { return a > b ? a : b; }
+CROSSPOOL_INLINE V min(V a, V b) { return a < b ? a : b; }
+CROSSPOOL_INLINE std::int64_t min(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+CROSSPOOL_INLINE std::int64_t max(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
+CROSSPOOL_INLINE float reduce_add(V v) {
+#if defined(__AVX512BF16__)
+  return _mm512_reduce_add_ps(v);
+#else
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+#endif
+}
+CROSSPOOL_INLINE float reduce_max(V v) {
+#if defined(__AVX512BF16__)
+  return _mm512_reduce_max_ps(v);
+#else
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i)
+      lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  }
+  return lanes[0];
+#endif
+}
+
+// 0, 1, 2, ...
+CROSSPOOL_INLINE I iota() {
+  I lanes{};
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// e^x to 2 units in the last place (Cephes' polynomial). Below -87.33 (where the result would not
+// be a normal number) 0; above 88 as at 88; NaN stays NaN.
+CROSSPOOL_INLINE V exp(V x) {
+  const V low = splat(-87.33654F), high = splat(88.0F);
+  const V bounded = x > high ? high : x;
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the lowest bits.
+  const V magic = splat(12582912.0F);
+  const V shifted = fma(bounded, splat(1.44269504F), magic);
+  const V n = shifted - magic;
+  V r = fma(n, splat(-0.693359375F), bounded);
+  r = fma(n, splat(2.12194440e-4F), r);
+  V p = splat(1.9875691500e-4F);
+  p = fma(p, r, splat(1.3981999507e-3F));
+  p = fma(p, r, splat(8.3334519073e-3F));
+  p = fma(p, r, splat(4.1665795894e-2F));
+  p = fma(p, r, splat(1.6666665459e-1F));
+  p = fma(p, r, splat(5.0000001201e-1F));
+  p = fma(p, r * r, r + splat(1.0F));
+  const V scaled = (V)((U)p + ((U)shifted << 23));
+  return x < low ? V{} : scaled;
+}
+
+CROSSPOOL_INLINE V silu(V x) { return x / (splat(1.0F) + exp(-x)); }
+
+}  // namespace crosspool::CROSSPOOL_ISA
+
+#endif
