@@ -162,7 +162,7 @@ def _draw(probs: Tensor, samplings: Sequence[Sampling], draws: Tensor) -> Tensor
         tokens[plain] = _inverse_cdf(probs[plain].to(torch.float64), draws[plain])
     some = torch.nonzero(filtered)[:, 0]
     if len(some):
-        best, ids = probs[some].topk(min(_BEST, vocab), dim=-1)
+        best, ids = _ordered(*probs[some].topk(min(_BEST, vocab), dim=-1))
         enough = (
             (top_k[some] <= best.shape[1])
             | (best.to(torch.float64).sum(dim=-1) > top_p[some])
@@ -171,9 +171,17 @@ def _draw(probs: Tensor, samplings: Sequence[Sampling], draws: Tensor) -> Tensor
         if enough.any():
             draw_filtered(some[enough], best[enough], ids[enough])
         if not enough.all():
-            whole, whole_ids = probs[some[~enough]].sort(dim=-1, descending=True)
+            whole, whole_ids = probs[some[~enough]].sort(dim=-1, descending=True, stable=True)
             draw_filtered(some[~enough], whole, whole_ids)
     return tokens
+
+
+def _ordered(best: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of descending probabilities and their tokens, the lower token first among equals:
+    topk gives those in any order, and bfloat16 logits have many."""
+    ids, order = ids.sort(dim=-1)
+    best, order = best.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    return best, ids.gather(1, order)
 
 
 def _inverse_cdf(weights: Tensor, draws: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ struct Normed {
 
   CROSSPOOL_INLINE V ruled(V v, V w) const {
     if (weight != nullptr) v = scaled<T>(v, inverse, w);
-    const V bound = splat(clip);
+    const V bound = T::round(splat(clip));
     v = v > bound ? bound : v;
     return v < -bound ? -bound : v;
   }

@@ -1,0 +1,158 @@
+"""Native routers and experts against the host loop's kernels and float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from crosspool.kernels.moe import gated_mlp, moe_experts, route
+from crosspool.kernels.native_kernels import NativeKernels, available_isas
+
+ROUTERS = (
+    {"score": "softmax", "groups": 1, "top_groups": 1, "group_score": "max"},
+    {"score": "softmax", "groups": 4, "top_groups": 2, "group_score": "max"},
+    {"score": "sigmoid", "groups": 4, "top_groups": 3, "group_score": "top2_sum"},
+)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("rules", ROUTERS, ids=lambda rules: f"{rules['score']}-{rules['groups']}")
+@pytest.mark.parametrize("isa", available_isas())
+def test_router(isa: str, rules: dict[str, str | int], renormalize: bool) -> None:
+    """No two logits are equal, so that the order of the chosen ones is determined."""
+    experts, top_k = 28, 5
+    native = NativeKernels(torch.bfloat16, isa, shares=3)
+    x, weight = torch.randn(60, experts), torch.eye(experts)
+    bias = torch.randn(experts) if rules["score"] == "sigmoid" else None
+    options = {**rules, "top_k": top_k, "renormalize": renormalize, "scale": 1.7}
+    expected = route(x, weight, bias, **options)  # type: ignore[arg-type]
+    found = native.route(x, bias, **options)  # type: ignore[arg-type]
+    assert torch.equal(found[0].long(), expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_among_equals_the_lower_index_wins(isa: str) -> None:
+    native = NativeKernels(torch.float32, isa)
+    logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0, 0.0]])
+    rules = {"score": "softmax", "group_score": "max", "renormalize": True, "scale": 1.0}
+    found, weights = native.route(
+        logits,
+        None,
+        top_k=4,
+        groups=1,
+        top_groups=1,
+        **rules,  # type: ignore[arg-type]
+    )
+    assert found.tolist() == [[1, 3, 0, 2]]
+    assert weights.sum().item() == pytest.approx(1.0)
+    found, _ = native.route(
+        logits,
+        None,
+        top_k=2,
+        groups=3,
+        top_groups=1,
+        **rules,  # type: ignore[arg-type]
+    )
+    assert found.tolist() == [[1, 0]]
+
+
+EXPERTS, TOP_K, HIDDEN, WIDTH, SHARED = 9, 3, 80, 40, 50
+
+
+class _Weights:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.gate_up = (torch.randn(EXPERTS, 2 * WIDTH, HIDDEN) / 9).to(dtype)
+        self.down = (torch.randn(EXPERTS, HIDDEN, WIDTH) / 6).to(dtype)
+        self.shared_gate_up = (torch.randn(2 * SHARED, HIDDEN) / 9).to(dtype)
+        self.shared_down = (torch.randn(HIDDEN, SHARED) / 7).to(dtype)
+
+
+def _batch(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = torch.randn(rows, HIDDEN).to(dtype)
+    return x, torch.rand(rows, EXPERTS).topk(TOP_K).indices, torch.rand(rows, TOP_K)
+
+
+def _native_sum(
+    native: NativeKernels,
+    batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    w: _Weights,
+    held: slice,
+    shared: bool,
+) -> torch.Tensor:
+    x, experts, weights = batch
+    packed = native.pack_gated(*w.shared_gate_up.chunk(2)), native.pack(w.shared_down)
+    return native.experts(
+        x,
+        experts.to(torch.int32),
+        weights,
+        gate_up=[native.pack_gated(*gate_up.chunk(2)) for gate_up in w.gate_up[held]],
+        down=[native.pack(down) for down in w.down[held]],
+        first_expert=held.start,
+        shared=packed if shared else None,
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 33, 256])
+def test_experts_follow_the_host_loop(native: NativeKernels, dtype: torch.dtype, rows: int) -> None:
+    w, batch = _Weights(dtype), _batch(rows, dtype)
+    expected = moe_experts(*batch, gate_up=w.gate_up, down=w.down, first_expert=0)
+    expected += gated_mlp(batch[0], w.shared_gate_up, w.shared_down)
+    found = _native_sum(native, batch, w, slice(0, EXPERTS), shared=True)
+    # Where a sum of products falls on another side of a rounding border, one bf16 step follows.
+    tolerance = 2**-6 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_experts_in_float64(native: NativeKernels, dtype: torch.dtype) -> None:
+    w, batch = _Weights(dtype), _batch(20, dtype)
+    x, experts, weights = batch
+    expected = torch.zeros(20, HIDDEN, dtype=torch.float64)
+    for row in range(20):
+        for expert, weight in zip(experts[row].tolist(), weights[row].tolist(), strict=True):
+            gate, up = (w.gate_up[expert].double() @ x[row].double()).chunk(2)
+            hidden = gate / (1 + torch.exp(-gate)) * up
+            expected[row] += weight * (w.down[expert].double() @ hidden)
+    found = _native_sum(native, batch, w, slice(0, EXPERTS), shared=False)
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_ranks_share_the_sum(native: NativeKernels, dtype: torch.dtype, rows: int) -> None:
+    """Expert parallel: experts 0-3 and 4-8 on two ranks, the shared one on the first."""
+    w, batch = _Weights(dtype), _batch(rows, dtype)
+    whole = _native_sum(native, batch, w, slice(0, EXPERTS), shared=True)
+    first = _native_sum(native, batch, w, slice(0, 4), shared=True)
+    second = _native_sum(native, batch, w, slice(4, EXPERTS), shared=False)
+    torch.testing.assert_close(first + second, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_shares_do_not_change_the_result(
+    native: NativeKernels, whole: NativeKernels, dtype: torch.dtype, rows: int
+) -> None:
+    w, batch = _Weights(dtype), _batch(rows, dtype)
+    one, three = (
+        _native_sum(kernels, batch, w, slice(0, EXPERTS), shared=True)
+        for kernels in (whole, native)
+    )
+    assert torch.equal(one, three)
+
+
+def test_experts_that_nobody_chose_are_not_touched(
+    native: NativeKernels, dtype: torch.dtype
+) -> None:
+    w, (x, experts, weights) = _Weights(dtype), _batch(4, dtype)
+    experts = torch.tensor([[1, 2, 5]]).repeat(4, 1)
+    w.gate_up[[0, 3, 4, 6, 7, 8]] = torch.nan
+    w.down[[0, 3, 4, 6, 7, 8]] = torch.nan
+    assert _native_sum(native, (x, experts, weights), w, slice(0, EXPERTS), False).isfinite().all()
+
+
+def test_a_rank_without_chosen_experts_adds_nothing(
+    native: NativeKernels, dtype: torch.dtype
+) -> None:
+    w, (x, experts, weights) = _Weights(dtype), _batch(4, dtype)
+    experts = torch.tensor([[1, 2, 5]]).repeat(4, 1)
+    out = _native_sum(native, (x, experts, weights), w, slice(6, EXPERTS), shared=False)
+    assert out.shape == (4, HIDDEN) and not out.any()

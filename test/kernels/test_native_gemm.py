@@ -1,0 +1,122 @@
+"""Native products against float64, on every ISA path of this machine."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from crosspool.kernels.native_kernels import NativeKernels, PackedMatrix
+
+ROWS = (1, 2, 3, 7, 8, 33, 256)
+# (n, k): panels that end inside a group, n inside a panel, k inside a block, odd k.
+SHAPES = ((64, 32), (80, 96), (100, 70), (7, 33), (200, 1056), (1, 1))
+
+
+def _exact(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x.double() @ w.double().T
+
+
+def _check(found: torch.Tensor, expected: torch.Tensor, k: int, dtype: torch.dtype) -> None:
+    """Inputs are about 1 in size: sums of k products are about sqrt(k)."""
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(
+        found.double(), expected, rtol=rounding, atol=1e-6 * math.sqrt(k) * 4
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_product(native: NativeKernels, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    n, k = shape
+    w = torch.randn(n, k).to(dtype)
+    packed = native.pack(w)
+    for rows in ROWS:
+        x = torch.randn(rows, k).to(dtype)
+        _check(native.gemm(x, packed), _exact(x, w), k, dtype)
+
+
+def test_bias_index_and_stores(native: NativeKernels, dtype: torch.dtype) -> None:
+    n, k, rows = 72, 64, 40
+    w, bias = torch.randn(n, k).to(dtype), torch.randn(n)
+    packed, x = native.pack(w), torch.randn(50, k).to(dtype)
+    index = torch.randperm(50)[:rows].to(torch.int32)
+    expected = _exact(x[index], w) + bias.double()
+
+    found = native.gemm(x, packed, bias=bias, index=index)
+    _check(found, expected, k, dtype)
+    floats = native.gemm(x, packed, bias=bias, index=index, store="float")
+    assert torch.equal(floats, found.float())
+
+    residual = torch.randn(rows, n).to(dtype).float()
+    summed = native.gemm(x, packed, bias=bias, index=index, store="residual", out=residual.clone())
+    assert torch.equal(summed, (residual + floats).to(dtype).float())
+
+
+def test_only_its_columns_and_elements_are_touched(
+    native: NativeKernels, dtype: torch.dtype
+) -> None:
+    n, k, rows = 40, 35, 9
+    w = torch.randn(n, k).to(dtype)
+    wide = torch.full((rows, k + 13), math.nan, dtype=dtype)
+    wide[:, :k] = torch.randn(rows, k).to(dtype)
+    out = torch.full((rows, n + 5), 7.0, dtype=dtype)
+    native.gemm(wide[:, :k], native.pack(w), out=out[:, :n])
+    _check(out[:, :n], _exact(wide[:, :k], w), k, dtype)
+    assert (out[:, n:] == 7.0).all()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 33])
+def test_shares_do_not_change_the_result(
+    native: NativeKernels, whole: NativeKernels, dtype: torch.dtype, rows: int
+) -> None:
+    w, x = torch.randn(272, 320).to(dtype), torch.randn(rows, 320).to(dtype)
+    packed = whole.pack(w)
+    assert torch.equal(native.pack(w).memory, packed.memory)
+    assert torch.equal(native.gemm(x, packed), whole.gemm(x, packed))
+
+
+def test_a_row_does_not_depend_on_the_others(native: NativeKernels, dtype: torch.dtype) -> None:
+    if native.isa == "amx":
+        pytest.skip("tiles sum in another order than vectors")
+    w, x = torch.randn(96, 256).to(dtype), torch.randn(70, 256).to(dtype)
+    packed = native.pack(w)
+    together = native.gemm(x, packed, store="float")
+    for row in (0, 5, 69):
+        assert torch.equal(native.gemm(x[row : row + 1], packed, store="float")[0], together[row])
+
+
+def test_sources_follow_one_another(native: NativeKernels, dtype: torch.dtype) -> None:
+    """q, k and v in one matrix; their borders lie inside panels."""
+    parts = [torch.randn(n, 50).to(dtype) for n in (24, 5, 19)]
+    x = torch.randn(6, 50).to(dtype)
+    packed = native.pack(*parts)
+    assert torch.equal(packed.memory, native.pack(torch.cat(parts)).memory)
+    _check(native.gemm(x, packed), _exact(x, torch.cat(parts)), 50, dtype)
+
+
+def test_a_transposed_source(native: NativeKernels, dtype: torch.dtype) -> None:
+    """The up-projection of MLA's keys is multiplied the other way round."""
+    w = torch.randn(30, 45).to(dtype)
+    assert torch.equal(native.pack(w.T).memory, native.pack(w.T.contiguous()).memory)
+
+
+def test_gated_pairs_alternate(native: NativeKernels, dtype: torch.dtype) -> None:
+    gate, up = torch.randn(40, 32).to(dtype), torch.randn(40, 32).to(dtype)
+    x = torch.randn(3, 32).to(dtype)
+    y = native.gemm(x, native.pack_gated(gate, up)).unflatten(1, (-1, 2, 16))
+    for found, w in zip((y[:, :, 0], y[:, :, 1]), (gate, up), strict=True):
+        padded = torch.cat((w, torch.zeros(24, 32, dtype=dtype)))
+        _check(found.flatten(1), _exact(x, padded), 32, dtype)
+
+
+def test_embedding_rows(native: NativeKernels, dtype: torch.dtype) -> None:
+    table = torch.randn(50, 33).to(dtype)
+    ids = torch.tensor([49, 0, 17, 17], dtype=torch.int32)
+    for held in (table, native.pack(table)):
+        assert isinstance(held, torch.Tensor | PackedMatrix)
+        assert torch.equal(native.embed(held, ids), table[ids].float())
+
+
+def test_no_rows(native: NativeKernels, dtype: torch.dtype) -> None:
+    packed = native.pack(torch.randn(32, 32).to(dtype))
+    assert native.gemm(torch.empty(0, 32, dtype=dtype), packed).shape == (0, 32)

@@ -1,0 +1,148 @@
+"""Native norms, rotations and KV appends against the host loop's, which they follow to the bit."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import pytest
+import torch
+from crosspool.kernels.native_kernels import NativeKernels, Placement, RopeTables
+from crosspool.kernels.norm import rms_norm
+from crosspool.kernels.rope import rope_tables, rotate
+
+PAGES, LAYERS, PAGE_SIZE, LAYER = 6, 2, 4, 1
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal, but where the order of a sum of squares moved a value over a rounding border."""
+    assert found.dtype == expected.dtype
+    bf16 = found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=2**-7 if bf16 else 1e-6, atol=1e-6)
+    if bf16:
+        assert (found != expected).float().mean() < 0.01
+
+
+def _places(rows: int) -> Placement:
+    """Distinct slots at positions that are not in order."""
+    slots = torch.randperm(PAGES * PAGE_SIZE)[:rows].to(torch.int32)
+    positions = torch.randint(0, 90, (rows,), dtype=torch.int32)
+    return Placement(positions, slots // PAGE_SIZE, slots % PAGE_SIZE)
+
+
+def _tables(dim: int, dtype: torch.dtype, interleaved: bool, fp32: bool) -> RopeTables:
+    frequencies = 1.0 / 100.0 ** (torch.arange(0, dim, 2).float() / dim)
+    cos, sin = rope_tables(torch.arange(90), frequencies, 1.1)
+    if not fp32:
+        cos, sin = cos.to(dtype).float(), sin.to(dtype).float()
+    return RopeTables(cos, sin, interleaved, fp32)
+
+
+def _rotated(x: torch.Tensor, places: Placement, tables: RopeTables) -> torch.Tensor:
+    """``x`` [T, heads, dim] by the host loop's kernel."""
+    cos, sin = tables.cos[places.positions], tables.sin[places.positions]
+    if not tables.fp32:
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return rotate(x, cos, sin, tables.interleaved)
+
+
+def _values(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """Random, in the model's precision, as floats."""
+    return torch.randn(shape).to(dtype).float()
+
+
+@pytest.mark.parametrize("n", [1, 16, 100, 1024])
+def test_rms_norm(native: NativeKernels, dtype: torch.dtype, n: int) -> None:
+    x, weight = _values(dtype, 5, n), _values(dtype, n)
+    found = native.rms_norm(x, weight, 1e-6)
+    _close(found, rms_norm(x.to(dtype), weight.to(dtype), 1e-6))
+
+
+def test_residual_sums(native: NativeKernels, dtype: torch.dtype) -> None:
+    residual, x = _values(dtype, 4, 77), torch.randn(4, 77)
+    expected = (residual.to(dtype) + x.to(dtype)).float()
+    for addend in (x, x.to(dtype)):
+        found = residual.clone()
+        native.add(found, addend)
+        assert torch.equal(found, expected)
+
+
+def test_conversions(native: NativeKernels, dtype: torch.dtype) -> None:
+    """Rounding is torch's: to nearest, ties to even; NaN and infinity stay."""
+    x = torch.cat((torch.randn(1000), torch.tensor([math.inf, -math.inf, 1.00390625, 1.01171875])))
+    assert torch.equal(native.round(x), x.to(dtype))
+    assert torch.equal(native.convert(x.to(dtype)), x.to(dtype).float())
+    assert native.round(torch.tensor([math.nan])).isnan().all()
+
+
+@pytest.mark.parametrize("fp32", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation(native: NativeKernels, dtype: torch.dtype, interleaved: bool, fp32: bool) -> None:
+    for dim in (6, 64):
+        x, places = torch.randn(7, 3, dim).to(dtype), _places(7)
+        tables = _tables(dim, dtype, interleaved, fp32)
+        assert torch.equal(native.rotate(x, places, tables), _rotated(x, places, tables))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.7])
+@pytest.mark.parametrize("qk_norm", ["none", "head", "full"])
+def test_gqa_prepare(
+    native: NativeKernels,
+    dtype: torch.dtype,
+    qk_norm: Literal["none", "head", "full"],
+    clip: float | None,
+    interleaved: bool,
+) -> None:
+    rows, q_heads, kv_heads, dim = 9, 6, 3, 10
+    qkv = _values(dtype, rows, (q_heads + 2 * kv_heads) * dim)
+    places, tables = _places(rows), _tables(dim, dtype, interleaved, False)
+    q, k, v = qkv.to(dtype).split([q_heads * dim, kv_heads * dim, kv_heads * dim], dim=1)
+    norms = []
+    for projected in (q, k):
+        norms.append(_values(dtype, dim if qk_norm == "head" else projected.shape[1]))
+    if qk_norm != "none":
+        q, k = (
+            rms_norm(x.unflatten(1, (-1, len(w))), w.to(dtype), 1e-5).flatten(1)
+            for x, w in zip((q, k), norms, strict=True)
+        )
+    if clip is not None:
+        q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
+    expected_q = _rotated(q.unflatten(1, (-1, dim)), places, tables).flatten(1)
+    expected_k = _rotated(k.unflatten(1, (-1, dim)), places, tables).flatten(1)
+
+    kv = torch.full((PAGES, LAYERS, PAGE_SIZE, 2 * kv_heads * dim), math.nan, dtype=dtype)
+    found = native.gqa_prepare(
+        qkv,
+        kv,
+        LAYER,
+        placement=places,
+        rope=tables,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        qk_norm=qk_norm,
+        q_norm=None if qk_norm == "none" else norms[0],
+        k_norm=None if qk_norm == "none" else norms[1],
+        eps=1e-5,
+        clip=clip,
+    )
+    _close(found, expected_q)
+    slots = (places.pages.long(), torch.full((rows,), LAYER), places.offsets.long())
+    _close(kv[slots], torch.cat((expected_k, v), dim=1))
+    kv[slots] = math.nan
+    assert kv.isnan().all(), "a slot of another row or layer was written"
+
+
+def test_mla_append(native: NativeKernels, dtype: torch.dtype) -> None:
+    rows, latent, dim = 5, 40, 6
+    compressed, norm = _values(dtype, rows, latent + dim), _values(dtype, latent)
+    places, tables = _places(rows), _tables(dim, dtype, True, True)
+    kv = torch.full((PAGES, LAYERS, PAGE_SIZE, latent + dim), math.nan, dtype=dtype)
+    native.mla_append(compressed, norm, kv, LAYER, placement=places, rope=tables, eps=1e-6)
+    latents, keys = compressed.to(dtype).split([latent, dim], dim=1)
+    slots = (places.pages.long(), torch.full((rows,), LAYER), places.offsets.long())
+    written = kv[slots]
+    _close(written[:, :latent], rms_norm(latents, norm.to(dtype), 1e-6))
+    assert torch.equal(written[:, latent:], _rotated(keys[:, None], places, tables)[:, 0])
+    kv[slots] = math.nan
+    assert kv.isnan().all()
