@@ -58,8 +58,8 @@ FAULTS = {
     ),
     "a reply does not ring": ("            attention_bell[a] = true\n", "            skip\n"),
     "the bell is rung before the signal is stored": (
-        "            dispatched[i] = sequence[i];\n            MAY_DIE;\n            ffn_bell[f] = true",
-        "            ffn_bell[f] = true;\n            MAY_DIE;\n            dispatched[i] = sequence[i]",
+        "dispatched[i] = sequence[i];\n            MAY_DIE;\n            ffn_bell[f] = true",
+        "ffn_bell[f] = true;\n            MAY_DIE;\n            dispatched[i] = sequence[i]",
     ),
     "a new attention rank does not wait for its predecessor's answer": (
         "ready = ready && dispatched[LINK(a, lane, f)] == combined[LINK(a, lane, f)]",

@@ -24,8 +24,8 @@ Who may write when. Payloads belong to the attention rank while the signals are 
 rank while the dispatch signal is one ahead. No other state exists, and it lives in the segment
 alone: an FFN rank that attaches anew finds the dispatch that its predecessor did not answer.
 
-include/crosspool/lanes.h in sgl-kernel-ext/ is the same protocol for native code, and model/lanes.pml
-its model.
+include/crosspool/lanes.h in sgl-kernel-ext/ is the same protocol for native code; model/lanes.pml
+there is its model.
 
 Waiting. A device waits on its doorbell for any of its links. :meth:`SharedMemoryTransport.wait`
 remembers the doorbell's count from before the caller looked at its links, so a ring in between ends

@@ -1,0 +1,143 @@
+"""The native engine's face: a team of threads, and the resident loop that runs on it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from ctypes import byref
+from types import TracebackType
+from typing import Self
+
+from crosspool.kernels import engine_structs as es
+from crosspool.kernels import native
+from crosspool.kernels import native_structs as ns
+
+
+class EngineError(RuntimeError):
+    """The native engine cannot go on; its message says why."""
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = native.library()
+    for name, (result, arguments) in es.SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    sizes = (ctypes.c_uint64 * len(es.MIRRORED))()
+    library.crosspool_engine_sizes(sizes, len(sizes))
+    for structure, size in zip(es.MIRRORED, sizes, strict=True):
+        if ctypes.sizeof(structure) != size:
+            raise ImportError(
+                f"{native.LIBRARY} has {size} bytes for {structure.__name__}, not"
+                f" {ctypes.sizeof(structure)}: build it again"
+            )
+    return library
+
+
+def _created(address: int | None) -> int:
+    if address is None:
+        raise EngineError(_library().crosspool_error().decode())
+    return address
+
+
+def link_offset(
+    devices: int, lanes: int, max_rows: int, max_row_bytes: int, pair: int, lane: int
+) -> int:
+    """Where the lane protocol's header puts a link in its segment, in bytes."""
+    return _library().crosspool_link_offset(devices, lanes, max_rows, max_row_bytes, pair, lane)
+
+
+class Team:
+    """A device's threads, one per core, which sleep while nothing runs."""
+
+    def __init__(self, cores: Sequence[int]) -> None:
+        """``cores``: what each thread is pinned to; -1: to none. Raises EngineError."""
+        numbers = (ctypes.c_int32 * len(cores))(*cores)
+        self._native = _library()
+        self.address = _created(self._native.crosspool_team_create(numbers, len(cores)))
+        self.size = len(cores)
+
+    def pack(self, matrix: ns.Matrix, sources: Sequence[ns.Source]) -> None:
+        """Packs what ``sources`` point to, one after another along n, into ``matrix.data``."""
+        array = (ns.Source * len(sources))(*sources)
+        self._native.crosspool_team_pack(self.address, byref(matrix), array, len(sources))
+
+    def pack_gated(self, matrix: ns.Matrix, gate: ns.Source, up: ns.Source) -> None:
+        """Packs a gated MLP's gate and up into ``matrix.data``."""
+        self._native.crosspool_team_pack_gated(
+            self.address, byref(matrix), byref(gate), byref(up)
+        )
+
+    def close(self) -> None:
+        """Ends the threads; loops on the team are closed before."""
+        if self.address:
+            self._native.crosspool_team_free(self.address)
+            self.address = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Loop:
+    """A running resident loop. What its description points to is kept by the caller."""
+
+    def __init__(self, team: Team, description: es.LoopDescription) -> None:
+        """Raises EngineError when the tables contradict each other."""
+        self._native = _library()
+        self._team = team
+        self._address = _created(
+            self._native.crosspool_loop_create(team.address, byref(description))
+        )
+
+    def push_step(self, arguments: es.StepArguments) -> None:
+        """Queues a step; the arguments stay as they are until its ``DONE``."""
+        self._push(es.Command(es.STEP, 0, arguments.step, ctypes.addressof(arguments), 0))
+
+    def push_resume(self, lane: int, step: int) -> None:
+        """Lets a lane go on whose logits were looked at."""
+        self._push(es.Command(es.RESUME, lane, step, None, 0))
+
+    def pop(self) -> es.Event | None:
+        """What happened next; None: nothing did.
+
+        Raises EngineError when the loop cannot go on."""
+        event = es.Event()
+        if not self._native.crosspool_loop_pop(self._address, byref(event)):
+            return None
+        if event.kind == es.FAILED:
+            assert event.address is not None
+            raise EngineError(ctypes.string_at(event.address).decode())
+        return event
+
+    @property
+    def last_served_ns(self) -> int:
+        """CLOCK_MONOTONIC of the last dispatch of another device that was answered; 0: none."""
+        return self._native.crosspool_loop_last_served(self._address)
+
+    def trace_start(self) -> None:
+        self._native.crosspool_loop_trace_start(self._address)
+
+    def trace_stop(self, room: int) -> list[es.TraceEvent]:
+        """Ends recording; the latest ``room`` events, oldest first."""
+        events = (es.TraceEvent * room)()
+        count = self._native.crosspool_loop_trace_stop(self._address, events, room)
+        return list(events[:count])
+
+    def close(self) -> None:
+        """Ends the loop after the part under way; steps in flight are lost."""
+        if self._address:
+            self._native.crosspool_loop_free(self._address)
+            self._address = 0
+
+    def _push(self, command: es.Command) -> None:
+        if not self._native.crosspool_loop_push(self._address, byref(command)):
+            raise EngineError("the command ring is full")

@@ -1,0 +1,101 @@
+#include "attention_part.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "mixers.h"
+
+namespace crosspool {
+
+void combine(const Part& part, Lane& lane, Range rows) {
+  if (lane.partials.empty() || rows.begin == rows.end) return;
+  const std::int32_t hidden = part.model.hidden, count = rows.end - rows.begin;
+  const std::int64_t offset = std::int64_t{rows.begin} * hidden;
+  float* const residual = lane.residual.as<float>() + offset;
+  const Partial& first = lane.partials.front();
+  if (lane.partials.size() == 1) {
+    if (first.floats != nullptr) {
+      part.k.add(residual, hidden, first.floats + offset, hidden, count, 0, hidden);
+    } else {
+      part.k.add_model(residual, hidden, element(first.elements, offset, part.model.dtype), hidden,
+                       count, 0, hidden);
+    }
+    return;
+  }
+  const std::int64_t elements = std::int64_t{count} * hidden;
+  float* const sum = part.work.sum.as<float>() + offset;
+  float* const wide = part.work.wide.as<float>() + offset;
+  const auto floats = [&](const Partial& partial, float* into) {
+    if (partial.floats != nullptr) {
+      std::memcpy(into, partial.floats + offset, elements * sizeof(float));
+    } else {
+      part.k.to_float(element(partial.elements, offset, part.model.dtype), into, elements);
+    }
+  };
+  floats(first, sum);
+  for (std::size_t i = 1; i < lane.partials.size(); ++i) {
+    floats(lane.partials[i], wide);
+    for (std::int64_t j = 0; j < elements; ++j) sum[j] += wide[j];
+  }
+  part.k.add(residual, hidden, sum, hidden, count, 0, hidden);
+}
+
+namespace {
+
+// The step's tokens as rows [begin, end) of the residual.
+void embed(const Part& part, Lane& lane, Range rows) {
+  const ModelTable& model = part.model;
+  if (model.embed != nullptr) {
+    part.k.embed(model.embed, model.hidden, lane.step->tokens, lane.residual.as<float>(),
+                 model.hidden, rows.begin, rows.end);
+  } else {
+    part.k.embed_packed(*model.head, lane.step->tokens, lane.residual.as<float>(), model.hidden,
+                        rows.begin, rows.end);
+  }
+}
+
+}  // namespace
+
+void run_attention_part(const Part& part, Lane& lane, std::span<unsigned char* const> copies) {
+  const ModelTable& model = part.model;
+  const AttentionLayer& weights = model.attention[lane.layer];
+  const std::int32_t hidden = model.hidden;
+  const Range rows = part.share(lane.step->rows);
+  float* const residual = lane.residual.as<float>();
+
+  if (lane.layer == 0) {
+    embed(part, lane, rows);
+  } else {
+    combine(part, lane, rows);
+  }
+  part.k.rms_norm(residual, hidden, weights.input_norm, hidden, model.norm_eps,
+                  part.work.normed.data(), hidden, rows.begin, rows.end);
+  part.meet();
+
+  Rows attended{};
+  if (model.attention_kind == AttentionKind::kGQA) {
+    attended = run_gqa(part, lane);
+  } else {
+    attended = run_mla(part, lane);
+  }
+  part.product({.weight = weights.o,
+                .bias = weights.o_bias,
+                .x = attended,
+                .out = residual,
+                .out_stride = hidden,
+                .rows = lane.step->rows,
+                .store = Store::kResidual});
+  part.meet();
+
+  part.k.rms_norm(residual, hidden, weights.post_norm, hidden, model.norm_eps, lane.payload.data(),
+                  hidden, rows.begin, rows.end);
+  const std::int64_t offset = std::int64_t{rows.begin} * hidden;
+  const std::int64_t bytes =
+      std::int64_t{rows.end - rows.begin} * hidden * element_bytes(model.dtype);
+  const char* const own = element(lane.payload.data(), offset, model.dtype);
+  for (unsigned char* copy : copies) {
+    std::memcpy(element(copy, offset, model.dtype), own, static_cast<std::size_t>(bytes));
+  }
+}
+
+}  // namespace crosspool

@@ -1,0 +1,109 @@
+#include "engine.h"
+
+#include <crosspool/lanes.h>
+
+#include <algorithm>
+#include <exception>
+#include <span>
+#include <string>
+#include <utility>
+
+using crosspool::Loop;
+using crosspool::Team;
+
+namespace {
+
+thread_local std::string last_error;
+
+template <class Make>
+auto caught(Make&& make) -> decltype(make()) {
+  try {
+    return make();
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    return nullptr;
+  }
+}
+
+// Pairs of panels stay together.
+template <class Pack>
+void with_panels(Team* team, const crosspool::Matrix* matrix, Pack&& pack) {
+  team->launch([&](int thread) {
+    const std::int32_t panels = matrix->panels();
+    const crosspool::Range pairs = crosspool::share((panels + 1) / 2, thread, team->size());
+    pack(crosspool::kernels(matrix->dtype),
+         crosspool::Range{2 * pairs.begin, std::min(panels, 2 * pairs.end)});
+  });
+  team->wait();
+}
+
+}  // namespace
+
+const char* crosspool_error() { return last_error.c_str(); }
+
+std::int32_t crosspool_engine_sizes(std::uint64_t* sizes, std::int32_t count) {
+  const std::uint64_t all[] = {sizeof(crosspool::AttentionLayer),
+                               sizeof(crosspool::FFNTable),
+                               sizeof(crosspool::ModelTable),
+                               sizeof(crosspool::Wanted),
+                               sizeof(crosspool::Keep),
+                               sizeof(crosspool::StepArguments),
+                               sizeof(crosspool::LinkDescription),
+                               sizeof(crosspool::LoopDescription),
+                               sizeof(crosspool::Command),
+                               sizeof(crosspool::Event),
+                               sizeof(crosspool::TraceEvent),
+                               sizeof(crosspool::LinkCounters)};
+  std::copy_n(all, std::min<std::size_t>(std::size(all), count), sizes);
+  return static_cast<std::int32_t>(std::size(all));
+}
+
+std::uint64_t crosspool_link_offset(std::uint32_t devices, std::uint32_t lanes,
+                                    std::uint32_t max_rows, std::uint32_t max_row_bytes,
+                                    std::uint32_t pair, std::uint32_t lane) {
+  return crosspool::SegmentLayout{devices, lanes, max_rows, max_row_bytes, 0}.link(pair, lane);
+}
+
+Team* crosspool_team_create(const std::int32_t* cores, std::int32_t count) {
+  return caught([&] { return new Team({cores, cores + count}); });
+}
+
+void crosspool_team_free(Team* team) { delete team; }
+
+void crosspool_team_pack(Team* team, const crosspool::Matrix* matrix,
+                         const crosspool::Source* sources, std::int32_t count) {
+  with_panels(team, matrix, [&](const crosspool::Kernels& kernels, crosspool::Range panels) {
+    kernels.pack(*matrix, sources, count, panels.begin, panels.end);
+  });
+}
+
+void crosspool_team_pack_gated(Team* team, const crosspool::Matrix* matrix,
+                               const crosspool::Source* gate, const crosspool::Source* up) {
+  with_panels(team, matrix, [&](const crosspool::Kernels& kernels, crosspool::Range panels) {
+    kernels.pack_gated(*matrix, *gate, *up, panels.begin, panels.end);
+  });
+}
+
+Loop* crosspool_loop_create(Team* team, const crosspool::LoopDescription* description) {
+  return caught([&] { return new Loop(*team, *description); });
+}
+
+void crosspool_loop_free(Loop* loop) { delete loop; }
+
+std::int32_t crosspool_loop_push(Loop* loop, const crosspool::Command* command) {
+  return loop->push(*command) ? 1 : 0;
+}
+
+std::int32_t crosspool_loop_pop(Loop* loop, crosspool::Event* event) {
+  return loop->pop(event) ? 1 : 0;
+}
+
+std::int64_t crosspool_loop_last_served(Loop* loop) { return loop->last_served_ns(); }
+
+void crosspool_loop_trace_start(Loop* loop) { loop->trace().start(); }
+
+std::uint64_t crosspool_loop_trace_stop(Loop* loop, crosspool::TraceEvent* into,
+                                        std::uint64_t room) {
+  loop->trace().stop();
+  return loop->trace().read(into, room);
+}

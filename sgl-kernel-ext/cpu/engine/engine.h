@@ -1,0 +1,56 @@
+// The engine's C face, for crosspool/kernels/native_engine.py. Functions that can fail return null,
+// and crosspool_error() says why, for the calling thread.
+#ifndef CROSSPOOL_CPU_ENGINE_ENGINE_H
+#define CROSSPOOL_CPU_ENGINE_ENGINE_H
+
+#include <crosspool/command_ring.h>
+#include <crosspool/export.h>
+
+#include <cstdint>
+
+#include "../kernels/kernels.h"
+#include "loop.h"
+#include "team.h"
+
+extern "C" {
+
+CROSSPOOL_API const char* crosspool_error(void);
+
+// sizeof of what Python mirrors, in the order of native_engine.py; `count` of them at most. Returns
+// their number.
+CROSSPOOL_API std::int32_t crosspool_engine_sizes(std::uint64_t* sizes, std::int32_t count);
+// Where a link of a segment lies: crosspool/lanes.h, for the check against shared_memory.py.
+CROSSPOOL_API std::uint64_t crosspool_link_offset(std::uint32_t devices, std::uint32_t lanes,
+                                                  std::uint32_t max_rows,
+                                                  std::uint32_t max_row_bytes, std::uint32_t pair,
+                                                  std::uint32_t lane);
+
+// A thread per core; a negative core pins nothing.
+CROSSPOOL_API crosspool::Team* crosspool_team_create(const std::int32_t* cores, std::int32_t count);
+// No loop may run on it.
+CROSSPOOL_API void crosspool_team_free(crosspool::Team* team);
+// Packs a matrix with the whole team, each thread the panels that it reads later. No loop may run.
+CROSSPOOL_API void crosspool_team_pack(crosspool::Team* team, const crosspool::Matrix* matrix,
+                                       const crosspool::Source* sources, std::int32_t count);
+CROSSPOOL_API void crosspool_team_pack_gated(crosspool::Team* team, const crosspool::Matrix* matrix,
+                                             const crosspool::Source* gate,
+                                             const crosspool::Source* up);
+
+CROSSPOOL_API crosspool::Loop* crosspool_loop_create(crosspool::Team* team,
+                                                     const crosspool::LoopDescription* description);
+CROSSPOOL_API void crosspool_loop_free(crosspool::Loop* loop);
+// 0: the ring is full.
+CROSSPOOL_API std::int32_t crosspool_loop_push(crosspool::Loop* loop,
+                                               const crosspool::Command* command);
+// 0: there is no event.
+CROSSPOOL_API std::int32_t crosspool_loop_pop(crosspool::Loop* loop, crosspool::Event* event);
+CROSSPOOL_API std::int64_t crosspool_loop_last_served(crosspool::Loop* loop);
+
+CROSSPOOL_API void crosspool_loop_trace_start(crosspool::Loop* loop);
+// Ends recording; copies at most `room` events and returns their number.
+CROSSPOOL_API std::uint64_t crosspool_loop_trace_stop(crosspool::Loop* loop,
+                                                      crosspool::TraceEvent* into,
+                                                      std::uint64_t room);
+}
+
+#endif

@@ -1,0 +1,68 @@
+// A lane of the attention rank: the batch on it, and its arrays.
+#ifndef CROSSPOOL_CPU_ENGINE_LANE_H
+#define CROSSPOOL_CPU_ENGINE_LANE_H
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "../kernels/attention_plan.h"
+#include "buffer.h"
+#include "tables.h"
+
+namespace crosspool {
+
+// Where a lane's batch is on its way.
+enum class Stage {
+  kFree,     // no batch
+  kBegun,    // on the lane, nothing computed
+  kWaiting,  // dispatched; waits for the FFN ranks
+  kHead,     // in the LM head
+  kHost,     // in the LM head; waits for the host to be done with the logits
+};
+
+// A partial sum that is to be added to the residual: a local one as floats, or a remote one of the
+// model's dtype.
+struct Partial {
+  const float* floats = nullptr;
+  const void* elements = nullptr;
+};
+
+struct Lane {
+  Lane(std::int32_t index, std::span<const ModelTable> models, std::int32_t max_rows,
+       std::int32_t threads);
+
+  // Puts a batch on the free lane.
+  void take(const StepArguments* arguments, const ModelTable* of, std::int32_t threads);
+
+  std::int32_t index;
+  Stage stage = Stage::kFree;
+  const StepArguments* step = nullptr;
+  const ModelTable* model = nullptr;
+  std::int32_t layer = 0;
+
+  std::vector<RowPlace> places;  // [rows]
+  AttentionPlan plan;
+  Buffer residual;  // rounded floats [rows, hidden]
+  Buffer payload;   // the dispatch, in the model's dtype [rows, hidden]
+
+  // Of the dispatch under way.
+  bool local_pending = false;     // the FFN rank of this device has not computed it
+  bool local_added = false;       // its sum is in the residual already
+  Buffer partial;                 // else here: floats [rows, hidden]
+  std::vector<Partial> partials;  // to be added before the next part, in the order of FFN ranks
+
+  // The LM head works on wanted rows [head_row, head_row + head_rows) and, of these, on panels from
+  // head_panel on.
+  std::int32_t head_row = 0;
+  std::int32_t head_rows = 0;
+  std::int32_t head_panel = 0;
+  std::int32_t head_capacity = 0;  // rows of logits that there is room for
+  Buffer head_normed;              // model dtype [head_rows, hidden]
+  Buffer logits;                   // floats [head_rows, vocab]
+  std::vector<Best> best;          // [threads, head_rows]
+};
+
+}  // namespace crosspool
+
+#endif

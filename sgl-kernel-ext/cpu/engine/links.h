@@ -1,0 +1,69 @@
+// A device's ends of the lanes: to FFN ranks on other devices, from attention ranks on other
+// devices, and the ones that never leave the device.
+#ifndef CROSSPOOL_CPU_ENGINE_LINKS_H
+#define CROSSPOOL_CPU_ENGINE_LINKS_H
+
+#include <crosspool/lanes.h>
+#include <crosspool/signal.h>
+
+#include <cstdint>
+
+namespace crosspool {
+
+// crosspool.transport.data_path.LinkCounters. The loop writes, anyone reads.
+struct LinkCounters {
+  std::uint64_t dispatches;
+  std::uint64_t rows;
+  std::uint64_t dispatch_bytes;
+  std::uint64_t combine_bytes;
+
+  void count_dispatch(std::uint64_t of_rows, std::uint64_t bytes) {
+    add(dispatches, 1);
+    add(rows, of_rows);
+    add(dispatch_bytes, bytes);
+  }
+  void count_combine(std::uint64_t bytes) { add(combine_bytes, bytes); }
+
+ private:
+  static void add(std::uint64_t& counter, std::uint64_t value) {
+    Atomic<std::uint64_t> atomic(counter);
+    atomic.store(atomic.load(kRelaxed) + value, kRelaxed);
+  }
+};
+
+// Either end of a link to another device, as the host describes it.
+struct LinkDescription {
+  Link* link;
+  std::uint64_t payload_bytes;
+  std::uint32_t max_rows;
+  std::uint32_t max_row_bytes;
+  crosspool_doorbell* peer;  // of the other end's device
+  LinkCounters* counters;
+  std::int32_t attention_rank;
+  std::int32_t lane;
+  std::int32_t ffn_rank;
+  std::int32_t reserved;
+
+  LinkMemory memory() const { return {link, payload_bytes, max_rows, max_row_bytes}; }
+};
+
+// A lane's way to one FFN rank.
+struct OutgoingLink {
+  bool local = true;
+  AttentionEnd end;  // of a remote one, as is `peer`
+  crosspool_doorbell* peer = nullptr;
+  LinkCounters* counters = nullptr;
+};
+
+// A lane of an attention rank on another device.
+struct IncomingLink {
+  FFNEnd end;
+  crosspool_doorbell* peer;
+  LinkCounters* counters;
+  std::int32_t attention_rank;
+  std::int32_t lane;
+};
+
+}  // namespace crosspool
+
+#endif

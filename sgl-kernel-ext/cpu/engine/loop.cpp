@@ -1,0 +1,441 @@
+#include "loop.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "../wait.h"
+#include "attention_part.h"
+
+namespace crosspool {
+
+namespace {
+
+constexpr std::int64_t kIdleWaitNs = kSecond;
+
+// How long threads spin at a meeting at least: shares of a part end within that of each other.
+// Where other devices have the same cores, a spinning thread keeps the others from arriving.
+constexpr std::int64_t kMeetingNs = 50'000;
+constexpr std::int64_t kSharedMeetingNs = 2'000;
+
+std::vector<ModelTable> copied(const LoopDescription& description) {
+  return {description.models, description.models + description.model_count};
+}
+
+}  // namespace
+
+Loop::Loop(Team& team, const LoopDescription& description)
+    : team_(team),
+      description_(description),
+      models_(copied(description)),
+      workspace_(models_, description.max_rows, team.size()) {
+  for (const ModelTable& model : models_) {
+    for (std::int32_t i = 0; i < model.ffn_rank_count; ++i) {
+      ffn_ranks_ = std::max<std::size_t>(ffn_ranks_, model.ffn_ranks[i] + 1);
+    }
+  }
+  outgoing_.resize(description.lanes * ffn_ranks_);
+  for (std::int32_t lane = 0; lane < description.lanes; ++lane) {
+    lanes_.emplace_back(lane, models_, description.max_rows, team.size());
+    if (description.local_counters == nullptr) continue;
+    outgoing(lanes_.back(), description.ffn_rank).counters = &description.local_counters[lane];
+  }
+  for (std::int32_t i = 0; i < description.outgoing_count; ++i) {
+    const LinkDescription& link = description.outgoing[i];
+    if (link.lane >= description.lanes || link.ffn_rank >= static_cast<int>(ffn_ranks_)) continue;
+    outgoing(lanes_[link.lane], link.ffn_rank) = {false, AttentionEnd(link.memory()), link.peer,
+                                                  link.counters};
+  }
+  for (std::int32_t i = 0; i < description.incoming_count; ++i) {
+    const LinkDescription& link = description.incoming[i];
+    incoming_.push_back(
+        {FFNEnd(link.memory()), link.peer, link.counters, link.attention_rank, link.lane});
+  }
+  for (const Lane& lane : lanes_) {
+    for (const ModelTable& model : models_) {
+      for (std::int32_t i = 0; i < model.ffn_rank_count; ++i) {
+        if (outgoing(lane, model.ffn_ranks[i]).counters == nullptr) {
+          throw std::runtime_error("lane " + std::to_string(lane.index) +
+                                   " has no link to FFN rank " +
+                                   std::to_string(model.ffn_ranks[i]));
+        }
+      }
+    }
+  }
+  team_.set_patience(description.spin_ns > 0 ? kMeetingNs : kSharedMeetingNs);
+  copies_.reserve(ffn_ranks_);
+  queue_.reserve(sizeof(commands_.slots) / sizeof(commands_.slots[0]));
+  team_.launch([this](int thread) { run(thread); });
+}
+
+Loop::~Loop() {
+  push({CommandKind::kStop, 0, 0, 0, 0});
+  team_.wait();
+}
+
+bool Loop::push(const Command& command) {
+  const bool pushed = commands_.push(command);
+  crosspool_doorbell_ring(description_.doorbell);
+  return pushed;
+}
+
+void Loop::run(int thread) {
+  for (;;) {
+    team_.meet(thread, [this] { choose(); });
+    if (work_.kind == Kind::kStop) return;
+    run_part(thread);
+  }
+}
+
+void Loop::run_part(int thread) {
+  const Part part(team_, workspace_, *work_.model, thread);
+  switch (work_.kind) {
+    case Kind::kAttention:
+      return run_attention_part(part, lanes_[work_.index], copies_);
+    case Kind::kHead:
+      return run_head(part, lanes_[work_.index]);
+    case Kind::kLocalFFN:
+    case Kind::kRemoteFFN:
+      return run_ffn_part(part, work_.ffn);
+    case Kind::kStop:
+      return;
+  }
+}
+
+void Loop::choose() {
+  finish();
+  work_.kind = Kind::kStop;
+  for (;;) {
+    const std::uint32_t seen = crosspool_doorbell_rings(description_.doorbell);
+    if (!take_commands()) return;
+    if (!failed_) {
+      begin_steps();
+      if (choose_ready()) {
+        work_.start_ns = trace_.on() ? now_ns() : 0;
+        return;
+      }
+    }
+    wait(seen);
+  }
+}
+
+// Looks at every source once, beginning behind the one that was chosen last: lanes, then this
+// device's lanes' dispatches to its own FFN rank, then other devices'.
+bool Loop::choose_ready() {
+  const std::size_t lanes = lanes_.size(), sources = 2 * lanes + incoming_.size();
+  for (std::size_t i = 0; i < sources && !failed_; ++i) {
+    const std::size_t source = next_source_;
+    next_source_ = source + 1 == sources ? 0 : source + 1;
+    const bool chosen = source < lanes ? choose_lane(lanes_[source])
+                        : source < 2 * lanes
+                            ? choose_local(lanes_[source - lanes])
+                            : choose_incoming(static_cast<int>(source - 2 * lanes));
+    if (chosen) return true;
+  }
+  return false;
+}
+
+bool Loop::choose_lane(Lane& lane) {
+  const ModelTable* model = lane.model;
+  if (lane.stage == Stage::kWaiting) {
+    if (lane.local_pending) return false;
+    for (std::int32_t i = 0; i < model->ffn_rank_count; ++i) {
+      OutgoingLink& link = outgoing(lane, model->ffn_ranks[i]);
+      if (!link.local && !link.end.answered()) return false;
+    }
+    collect(lane);
+    if (failed_) return false;
+    ++lane.layer;
+    lane.stage = lane.layer < model->layers ? Stage::kBegun : Stage::kHead;
+    if (lane.stage == Stage::kHead && lane.step->wanted_count + lane.step->keep_count == 0) {
+      end_step(lane);
+      begin_steps();
+      return choose_lane(lane);
+    }
+  }
+  if (lane.stage != Stage::kBegun && lane.stage != Stage::kHead) return false;
+  work_.kind = lane.stage == Stage::kBegun ? Kind::kAttention : Kind::kHead;
+  work_.index = lane.index;
+  work_.model = lane.model;
+  if (work_.kind == Kind::kAttention) {
+    copies_.clear();
+    for (std::int32_t i = 0; i < lane.model->ffn_rank_count; ++i) {
+      const OutgoingLink& link = outgoing(lane, lane.model->ffn_ranks[i]);
+      if (!link.local) copies_.push_back(link.end.payload());
+    }
+  }
+  return true;
+}
+
+bool Loop::choose_local(Lane& lane) {
+  if (lane.stage != Stage::kWaiting || !lane.local_pending) return false;
+  work_.kind = Kind::kLocalFFN;
+  work_.index = lane.index;
+  work_.model = lane.model;
+  // Alone, its sum goes where it belongs at once.
+  const bool alone = lane.model->ffn_rank_count == 1;
+  work_.ffn = {.layer = lane.layer,
+               .rows = lane.step->rows,
+               .x = lane.payload.data(),
+               .residual = alone ? lane.residual.as<float>() : nullptr,
+               .partial = alone ? nullptr : lane.partial.as<float>(),
+               .answer = nullptr};
+  return true;
+}
+
+bool Loop::choose_incoming(std::int32_t index) {
+  IncomingLink& link = incoming_[index];
+  const Poll found = link.end.poll();
+  if (found == Poll::kNothing) return false;
+  const std::string name = "attention rank " + std::to_string(link.attention_rank) + ", lane " +
+                           std::to_string(link.lane);
+  if (found == Poll::kBroken) {
+    fail(name + ": what it dispatched breaks the lane protocol");
+    return false;
+  }
+  const DispatchHeader& header = link.end.header();
+  if (header.model >= models_.size() || models_[header.model].ffn == nullptr) {
+    fail("FFN rank " + std::to_string(description_.ffn_rank) + " holds nothing of model " +
+         std::to_string(header.model));
+    return false;
+  }
+  const ModelTable& model = models_[header.model];
+  const std::int64_t row_bytes = model.hidden * element_bytes(model.dtype);
+  if (header.layer >= static_cast<std::uint32_t>(model.layers) || header.row_bytes != row_bytes ||
+      header.rows > static_cast<std::uint32_t>(description_.max_rows)) {
+    fail(name + ": dispatched " + std::to_string(header.rows) + " rows of " +
+         std::to_string(header.row_bytes) + " bytes to layer " + std::to_string(header.layer) +
+         " of model " + std::to_string(header.model) + ", whose rows have " +
+         std::to_string(row_bytes) + " bytes");
+    return false;
+  }
+  work_.kind = Kind::kRemoteFFN;
+  work_.index = index;
+  work_.model = &model;
+  work_.ffn = {.layer = static_cast<std::int32_t>(header.layer),
+               .rows = static_cast<std::int32_t>(header.rows),
+               .x = link.end.payload(),
+               .residual = nullptr,
+               .partial = nullptr,
+               .answer = link.end.answer()};
+  return true;
+}
+
+// False: the loop is to end.
+bool Loop::take_commands() {
+  Command command;
+  while (commands_.pop(&command)) {
+    switch (command.kind) {
+      case CommandKind::kStop:
+        stopping_ = true;
+        break;
+      case CommandKind::kStep:
+        queue_.push_back(reinterpret_cast<const StepArguments*>(command.arguments));
+        break;
+      case CommandKind::kResume: {
+        Lane& lane = lanes_[command.lane];
+        if (lane.stage == Stage::kHost) finish_head(lane);
+        break;
+      }
+    }
+  }
+  return !stopping_;
+}
+
+// Steps begin in their order, as lanes become free.
+void Loop::begin_steps() {
+  while (!queue_.empty()) {
+    const StepArguments* step = queue_.front();
+    const ModelTable& model = models_[step->model];
+    const auto lane = std::find_if(lanes_.begin(), lanes_.end(), [&](const Lane& one) {
+      return one.stage == Stage::kFree && links_free(one, model);
+    });
+    if (lane == lanes_.end()) return;
+    queue_.erase(queue_.begin());
+    lane->take(step, &model, team_.size());
+  }
+}
+
+// Whether nothing of a predecessor of this attention rank is outstanding on the lane.
+bool Loop::links_free(const Lane& lane, const ModelTable& model) {
+  for (std::int32_t i = 0; i < model.ffn_rank_count; ++i) {
+    const OutgoingLink& link = outgoing(lane, model.ffn_ranks[i]);
+    if (!link.local && !link.end.free()) return false;
+  }
+  return true;
+}
+
+void Loop::wait(std::uint32_t seen) {
+  const bool in_flight = std::any_of(
+      lanes_.begin(), lanes_.end(), [](const Lane& lane) { return lane.stage == Stage::kWaiting; });
+  const bool just_served =
+      now_ns() - last_served_.load(std::memory_order_relaxed) < description_.busy_spin_ns;
+  const std::int64_t spin =
+      in_flight || just_served ? description_.busy_spin_ns : description_.spin_ns;
+  if (spin > kMeetingNs) team_.set_patience(spin);
+  crosspool_doorbell_wait(description_.doorbell, seen, spin, kIdleWaitNs);
+}
+
+void Loop::finish() {
+  if (work_.model == nullptr) return;  // nothing has run yet
+  switch (work_.kind) {
+    case Kind::kAttention:
+      finish_attention(lanes_[work_.index]);
+      break;
+    case Kind::kHead:
+      record(work_);
+      finish_head(lanes_[work_.index]);
+      return;
+    case Kind::kLocalFFN:
+      finish_local(lanes_[work_.index]);
+      break;
+    case Kind::kRemoteFFN:
+      finish_incoming(incoming_[work_.index]);
+      break;
+    case Kind::kStop:
+      return;
+  }
+  record(work_);
+}
+
+std::int64_t Loop::dispatch_bytes(const Lane& lane) const {
+  return std::int64_t{lane.step->rows} * lane.model->hidden * element_bytes(lane.model->dtype);
+}
+
+void Loop::finish_attention(Lane& lane) {
+  const ModelTable& model = *lane.model;
+  const auto rows = static_cast<std::uint32_t>(lane.step->rows);
+  const auto row_bytes = static_cast<std::uint32_t>(model.hidden * element_bytes(model.dtype));
+  lane.partials.clear();
+  lane.stage = Stage::kWaiting;
+  for (std::int32_t i = 0; i < model.ffn_rank_count; ++i) {
+    OutgoingLink& link = outgoing(lane, model.ffn_ranks[i]);
+    link.counters->count_dispatch(rows, dispatch_bytes(lane));
+    if (link.local) {
+      lane.local_pending = true;
+      continue;
+    }
+    link.end.dispatch({description_.epoch, static_cast<std::uint32_t>(&model - models_.data()),
+                       static_cast<std::uint32_t>(lane.layer), rows, row_bytes});
+    crosspool_doorbell_ring(link.peer);
+  }
+}
+
+void Loop::finish_local(Lane& lane) {
+  lane.local_pending = false;
+  lane.local_added = work_.ffn.residual != nullptr;
+}
+
+// The partial sums of an answered dispatch.
+void Loop::collect(Lane& lane) {
+  const ModelTable& model = *lane.model;
+  for (std::int32_t i = 0; i < model.ffn_rank_count; ++i) {
+    OutgoingLink& link = outgoing(lane, model.ffn_ranks[i]);
+    link.counters->count_combine(dispatch_bytes(lane));
+    if (link.local) {
+      if (!lane.local_added) lane.partials.push_back({lane.partial.as<float>(), nullptr});
+      continue;
+    }
+    const unsigned char* answer = link.end.combine();
+    if (answer == nullptr) {
+      return fail("lane " + std::to_string(lane.index) + ": the answer of FFN rank " +
+                  std::to_string(model.ffn_ranks[i]) + " does not fit the dispatch");
+    }
+    lane.partials.push_back({nullptr, answer});
+  }
+}
+
+void Loop::finish_incoming(IncomingLink& link) {
+  const std::uint64_t rows = link.end.header().rows;
+  const std::uint64_t bytes = rows * link.end.header().row_bytes;
+  link.end.reply();
+  crosspool_doorbell_ring(link.peer);
+  link.counters->count_dispatch(rows, bytes);
+  link.counters->count_combine(bytes);
+  last_served_.store(now_ns(), std::memory_order_relaxed);
+}
+
+// After a piece of the LM head, or after the host is done with its logits.
+void Loop::finish_head(Lane& lane) {
+  const StepArguments& step = *lane.step;
+  if (lane.stage == Stage::kHead && lane.head_rows > 0) {
+    lane.head_panel += head_panels(*lane.model, team_.size());
+    if (lane.head_panel < lane.model->head->panels()) return;
+    bool for_host = false;
+    for (std::int32_t i = 0; i < lane.head_rows; ++i) {
+      const Choice choice = step.wanted[lane.head_row + i].choice;
+      for_host = for_host || choice == Choice::kHost;
+      if (choice != Choice::kGreedy) continue;
+      Best best{0.0F, -1};
+      for (int thread = 0; thread < team_.size(); ++thread) {
+        const Best& found = lane.best[static_cast<std::size_t>(thread) * lane.places.size() + i];
+        if (found.index >= 0 && (best.index < 0 || better(found, best))) best = found;
+      }
+      step.chosen[lane.head_row + i] = best.index;
+    }
+    if (for_host) {
+      lane.stage = Stage::kHost;
+      publish({EventKind::kLogits, static_cast<std::uint32_t>(lane.index), step.step,
+               static_cast<std::uint32_t>(lane.head_row),
+               static_cast<std::uint32_t>(lane.head_rows),
+               reinterpret_cast<std::uintptr_t>(lane.logits.data())});
+      return;
+    }
+  }
+  lane.stage = Stage::kHead;
+  lane.head_row += lane.head_rows;
+  lane.head_rows = std::min(lane.head_capacity, step.wanted_count - lane.head_row);
+  lane.head_panel = 0;
+  if (lane.head_rows == 0) end_step(lane);
+}
+
+void Loop::end_step(Lane& lane) {
+  publish({EventKind::kDone, static_cast<std::uint32_t>(lane.index), lane.step->step, 0, 0, 0});
+  lane.stage = Stage::kFree;
+  lane.step = nullptr;
+}
+
+void Loop::publish(const Event& event) {
+  // The host keeps fewer steps in flight than there are slots, so there is room.
+  events_.push(event);
+  const std::uint64_t one = 1;
+  [[maybe_unused]] const auto written = write(description_.event_fd, &one, sizeof(one));
+}
+
+// The loop does nothing any more but wait for its end.
+void Loop::fail(const std::string& message) {
+  failed_ = true;
+  message_ = message;
+  publish({EventKind::kFailed, 0, 0, 0, 0, reinterpret_cast<std::uintptr_t>(message_.c_str())});
+}
+
+void Loop::record(const Work& work) {
+  if (work.start_ns == 0 || !trace_.on()) return;
+  TraceEvent event{};
+  event.start_ns = work.start_ns;
+  event.end_ns = now_ns();
+  event.model = static_cast<std::int32_t>(work.model - models_.data());
+  event.attention_rank = description_.attention_rank;
+  event.lane = work.index;
+  if (work.kind == Kind::kLocalFFN || work.kind == Kind::kRemoteFFN) {
+    event.step = -1;
+    event.layer = work.ffn.layer;
+    event.rows = work.ffn.rows;
+    event.part = TracedPart::kFFN;
+    if (work.kind == Kind::kRemoteFFN) {
+      event.attention_rank = incoming_[work.index].attention_rank;
+      event.lane = incoming_[work.index].lane;
+    }
+  } else {
+    const Lane& lane = lanes_[work.index];
+    event.step = static_cast<std::int64_t>(lane.step->step);
+    const bool head = work.kind == Kind::kHead;
+    event.layer = head ? -1 : lane.layer;
+    event.rows = head ? lane.head_rows : lane.step->rows;
+    event.part = head ? TracedPart::kHead : TracedPart::kAttention;
+  }
+  trace_.record(event);
+}
+
+}  // namespace crosspool

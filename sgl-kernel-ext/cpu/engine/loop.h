@@ -1,0 +1,124 @@
+// The resident loop of a device: drives the lanes of its attention rank, and serves the dispatches
+// to its FFN rank, with the whole team, one part at a time, whatever is ready.
+#ifndef CROSSPOOL_CPU_ENGINE_LOOP_H
+#define CROSSPOOL_CPU_ENGINE_LOOP_H
+
+#include <crosspool/command_ring.h>
+#include <crosspool/signal.h>
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ffn_part.h"
+#include "lane.h"
+#include "links.h"
+#include "tables.h"
+#include "team.h"
+#include "trace.h"
+#include "workspace.h"
+
+namespace crosspool {
+
+// As the host describes a loop. Pointers stay valid as long as the loop.
+struct LoopDescription {
+  const ModelTable* models;
+  const LinkDescription* outgoing;  // [outgoing_count], each a lane's to an FFN rank elsewhere
+  const LinkDescription*
+      incoming;                  // [incoming_count], each a lane's of an attention rank elsewhere
+  LinkCounters* local_counters;  // [lanes], of the links that do not leave the device; or null
+  crosspool_doorbell* doorbell;  // of this device
+  std::uint64_t epoch;           // incarnation of the attention rank
+  std::int64_t spin_ns;  // how long the team may spin before it sleeps while nothing is in flight
+  std::int64_t busy_spin_ns;  // ... while other devices compute for it, or did just now
+  std::int32_t model_count;
+  std::int32_t outgoing_count;
+  std::int32_t incoming_count;
+  std::int32_t lanes;  // of the attention rank; 0 without one
+  std::int32_t max_rows;
+  std::int32_t attention_rank;  // -1: none on this device
+  std::int32_t ffn_rank;        // -1: none on this device
+  std::int32_t event_fd;        // written to after every event
+};
+
+class Loop {
+ public:
+  // Throws std::runtime_error when the tables contradict each other.
+  Loop(Team& team, const LoopDescription& description);
+  // Ends the loop; steps in flight are lost.
+  ~Loop();
+  Loop(const Loop&) = delete;
+  Loop& operator=(const Loop&) = delete;
+
+  // The host's end. push: false when the ring is full. pop: false when nothing happened.
+  bool push(const Command& command);
+  bool pop(Event* event) { return events_.pop(event); }
+  Trace& trace() { return trace_; }
+  // When the last dispatch of another device was served, as CLOCK_MONOTONIC; 0: never.
+  std::int64_t last_served_ns() const { return last_served_.load(std::memory_order_relaxed); }
+
+ private:
+  enum class Kind { kStop, kAttention, kHead, kLocalFFN, kRemoteFFN };
+  struct Work {
+    Kind kind = Kind::kStop;
+    std::int32_t index = 0;  // lane, or incoming link
+    const ModelTable* model = nullptr;
+    FFNTask ffn{};
+    std::int64_t start_ns = 0;
+  };
+
+  void run(int thread);
+  void run_part(int thread);
+
+  // All below run on thread 0 while the others wait.
+  void choose();
+  bool choose_ready();
+  bool choose_lane(Lane& lane);
+  bool choose_local(Lane& lane);
+  bool choose_incoming(std::int32_t index);
+  bool take_commands();
+  void begin_steps();
+  bool links_free(const Lane& lane, const ModelTable& model);
+  void wait(std::uint32_t seen);
+  void finish();
+  void finish_attention(Lane& lane);
+  void finish_local(Lane& lane);
+  void finish_incoming(IncomingLink& link);
+  void finish_head(Lane& lane);
+  void collect(Lane& lane);
+  void end_step(Lane& lane);
+  void publish(const Event& event);
+  void fail(const std::string& message);
+  void record(const Work& work);
+  OutgoingLink& outgoing(const Lane& lane, std::int32_t ffn_rank) {
+    return outgoing_[static_cast<std::size_t>(lane.index) * ffn_ranks_ + ffn_rank];
+  }
+  std::int64_t dispatch_bytes(const Lane& lane) const;
+
+  Team& team_;
+  LoopDescription description_;
+  std::vector<ModelTable> models_;
+  std::size_t ffn_ranks_ = 1;
+  Workspace workspace_;
+  std::deque<Lane> lanes_;
+  std::vector<OutgoingLink> outgoing_;  // [lanes, FFN ranks]
+  std::vector<IncomingLink> incoming_;
+  CommandRing commands_{};
+  EventRing events_{};
+  Trace trace_;
+  std::atomic<std::int64_t> last_served_{0};
+
+  Work work_;
+  std::vector<unsigned char*> copies_;  // of the payload of the attention part under way
+  std::vector<const StepArguments*> queue_;
+  std::size_t next_source_ = 0;
+  bool stopping_ = false;
+  bool failed_ = false;
+  std::string message_;
+};
+
+}  // namespace crosspool
+
+#endif

@@ -1,0 +1,170 @@
+#include "mixers.h"
+
+#include <algorithm>
+
+namespace crosspool {
+
+namespace {
+
+// Attention of q over the lane's pages: into the workspace's `attended`.
+void attend(const Part& part, Lane& lane) {
+  const AttentionShape& shape = part.model.shape;
+  const Attention attention{.shape = &shape,
+                            .segments = lane.step->segments,
+                            .q = part.work.q.data(),
+                            .q_stride = std::int64_t{shape.q_heads} * shape.qk_dim,
+                            .out = part.work.attended.data(),
+                            .out_stride = std::int64_t{shape.q_heads} * shape.v_dim,
+                            .partials = lane.plan.partials(),
+                            .arrivals = lane.plan.arrivals(),
+                            .kv = part.model.kv,
+                            .layer = lane.layer};
+  part.k.attend(attention, lane.plan.tasks(part.thread), lane.plan.task_count(part.thread),
+                part.scratch());
+  part.meet();
+}
+
+// One product per head: head h of a row is read at x + h * x_step and written at out + h *
+// out_step.
+void head_products(const Part& part, const Matrix* weights, const void* x, std::int64_t x_stride,
+                   std::int64_t x_step, void* out, std::int64_t out_stride, std::int64_t out_step,
+                   std::int32_t rows) {
+  const DType dtype = part.model.dtype;
+  part.blocks(
+      part.model.shape.q_heads, weights->panels(),
+      [&](std::int32_t head_begin, std::int32_t head_end, std::int32_t begin, std::int32_t end) {
+        for (std::int32_t head = head_begin; head < head_end; ++head) {
+          const Gemm gemm{.weight = &weights[head],
+                          .bias = nullptr,
+                          .x = {element(x, head * x_step, dtype), x_stride, nullptr},
+                          .out = element(out, head * out_step, dtype),
+                          .out_stride = out_stride,
+                          .rows = rows,
+                          .store = Store::kModel};
+          part.k.gemm(gemm, begin, end, part.scratch());
+        }
+      });
+}
+
+}  // namespace
+
+Rows run_gqa(const Part& part, Lane& lane) {
+  const ModelTable& model = part.model;
+  const AttentionShape& shape = model.shape;
+  const AttentionLayer& weights = model.attention[lane.layer];
+  const std::int32_t rows = lane.step->rows;
+  part.product({.weight = weights.qkv,
+                .bias = weights.qkv_bias,
+                .x = {part.work.normed.data(), model.hidden, nullptr},
+                .out = part.work.projected.data(),
+                .out_stride = weights.qkv->n,
+                .rows = rows,
+                .store = Store::kFloat});
+  part.meet();
+
+  const GQAPrepare prepare{.qkv = part.work.projected.as<float>(),
+                           .qkv_stride = weights.qkv->n,
+                           .q_norm = weights.q_norm,
+                           .k_norm = weights.k_norm,
+                           .places = lane.places.data(),
+                           .q = part.work.q.data(),
+                           .q_stride = std::int64_t{shape.q_heads} * shape.qk_dim,
+                           .kv = model.kv,
+                           .rope = model.rope,
+                           .layer = lane.layer,
+                           .q_heads = shape.q_heads,
+                           .kv_heads = shape.kv_heads,
+                           .head_dim = shape.qk_dim,
+                           .qk_norm = model.qk_norm,
+                           .eps = model.norm_eps,
+                           .clip = model.qkv_clip};
+  part.blocks(rows, shape.kv_heads, [&](auto... block) { part.k.gqa_prepare(prepare, block...); });
+  part.meet();
+
+  attend(part, lane);
+  return {part.work.attended.data(), std::int64_t{shape.q_heads} * shape.v_dim, nullptr};
+}
+
+Rows run_mla(const Part& part, Lane& lane) {
+  const ModelTable& model = part.model;
+  const AttentionShape& shape = model.shape;
+  const AttentionLayer& weights = model.attention[lane.layer];
+  Workspace& work = part.work;
+  const std::int32_t rows = lane.step->rows, heads = shape.q_heads, latent = shape.v_dim;
+  const std::int64_t compressed_q = weights.q_a != nullptr ? weights.q_a->n : 0;
+  const std::int64_t projected = compressed_q + weights.kv_a->n;
+  float* const compressed = work.projected.as<float>();
+  const Rows normed{work.normed.data(), model.hidden, nullptr};
+  const auto queries = [&](const Rows& x) {
+    part.product({.weight = weights.q,
+                  .bias = nullptr,
+                  .x = x,
+                  .out = work.plain_q.data(),
+                  .out_stride = weights.q->n,
+                  .rows = rows,
+                  .store = Store::kModel});
+  };
+  const auto compress = [&](const Matrix* weight, const float* bias, float* out) {
+    part.product({.weight = weight,
+                  .bias = bias,
+                  .x = normed,
+                  .out = out,
+                  .out_stride = projected,
+                  .rows = rows,
+                  .store = Store::kFloat});
+  };
+
+  compress(weights.kv_a, weights.kv_a_bias, compressed + compressed_q);
+  if (compressed_q == 0) {
+    queries(normed);
+  } else {
+    compress(weights.q_a, weights.q_a_bias, compressed);
+  }
+  part.meet();
+
+  const Range share = part.share(rows);
+  const MLAAppend append{.compressed = compressed + compressed_q,
+                         .compressed_stride = projected,
+                         .norm = weights.kv_a_norm,
+                         .places = lane.places.data(),
+                         .kv = model.kv,
+                         .rope = model.rope,
+                         .layer = lane.layer,
+                         .latent = latent,
+                         .eps = model.latent_norm_eps};
+  part.k.mla_append(append, share.begin, share.end);
+  if (compressed_q != 0) {
+    part.k.rms_norm(compressed, projected, weights.q_a_norm,
+                    static_cast<std::int32_t>(compressed_q), model.latent_norm_eps,
+                    work.latent_q.data(), compressed_q, share.begin, share.end);
+    part.meet();
+    queries({work.latent_q.data(), compressed_q, nullptr});
+    part.meet();
+  }
+
+  // Absorbed: the query without position goes into the space of the latents, that with position is
+  // rotated behind it.
+  const std::int64_t head_width = weights.q->n / heads,
+                     q_stride = std::int64_t{heads} * shape.qk_dim;
+  head_products(part, weights.keys_up, work.plain_q.data(), weights.q->n, head_width, work.q.data(),
+                q_stride, shape.qk_dim, rows);
+  const Rotate rotate{.x = element(work.plain_q.data(), model.nope_dim, model.dtype),
+                      .x_stride = weights.q->n,
+                      .x_head_stride = head_width,
+                      .out = element(work.q.data(), latent, model.dtype),
+                      .out_stride = q_stride,
+                      .out_head_stride = shape.qk_dim,
+                      .places = lane.places.data(),
+                      .rope = model.rope,
+                      .heads = heads};
+  part.blocks(rows, heads, [&](auto... block) { part.k.rotate(rotate, block...); });
+  part.meet();
+
+  attend(part, lane);
+  head_products(part, weights.values_up, work.attended.data(), std::int64_t{heads} * latent, latent,
+                work.values.data(), std::int64_t{heads} * model.value_dim, model.value_dim, rows);
+  part.meet();
+  return {work.values.data(), std::int64_t{heads} * model.value_dim, nullptr};
+}
+
+}  // namespace crosspool

@@ -1,0 +1,119 @@
+// What the engine knows of a model: pointers to packed weights and tables, and the numbers of
+// crosspool.models.spec. Python fills them in (crosspool/kernels/native_engine.py mirrors them
+// field by field) and keeps what they point to alive as long as the loop.
+#ifndef CROSSPOOL_CPU_ENGINE_TABLES_H
+#define CROSSPOOL_CPU_ENGINE_TABLES_H
+
+#include <cstdint>
+
+#include "../kernels/kernels.h"
+
+namespace crosspool {
+
+// One layer's weights of the attention part; null what a layer does not have.
+struct AttentionLayer {
+  const float* input_norm;  // [hidden]
+  const float* post_norm;   // [hidden]
+
+  const Matrix* qkv;  // GQA: q, k and v one after another
+  const float* qkv_bias;
+  const float* q_norm;
+  const float* k_norm;
+
+  const Matrix* q_a;  // MLA with compressed queries: q_a, q_a_norm, q; without: q alone
+  const float* q_a_bias;
+  const float* q_a_norm;
+  const Matrix* q;
+  const Matrix* kv_a;
+  const float* kv_a_bias;
+  const float* kv_a_norm;
+  const Matrix* keys_up;    // [q_heads]: query without position [nope] -> [latent]
+  const Matrix* values_up;  // [q_heads]: [latent] -> [v_head_dim]
+
+  const Matrix* o;
+  const float* o_bias;
+};
+
+// One layer's FFN weights on this rank.
+struct FFNTable {
+  FFNLayer layer;
+  Router router;
+  const Matrix* router_weight;  // of the model's dtype or of float32; null for a dense layer
+};
+
+enum class AttentionKind : std::int32_t { kGQA = 0, kMLA = 1 };
+
+struct ModelTable {
+  DType dtype;
+  std::int32_t hidden;
+  std::int32_t vocab;
+  std::int32_t layers;
+  float norm_eps;
+
+  AttentionKind attention_kind;
+  AttentionShape shape;
+  Rope rope;
+  KVCache kv;
+  QKNorm qk_norm;
+  float qkv_clip;          // infinity: none
+  std::int32_t nope_dim;   // MLA: features of a query head without position
+  std::int32_t value_dim;  // MLA: v_head_dim
+  float latent_norm_eps;
+
+  // Null on a device without the attention rank.
+  const AttentionLayer* attention;  // [layers]
+  const void* embed;                // [vocab, hidden] of the model's dtype; null: rows of `head`
+  const float* final_norm;
+  const Matrix* head;
+
+  // Null where the model does not lie on this device's FFN rank.
+  const FFNTable* ffn;  // [layers]
+
+  const std::int32_t* ffn_ranks;  // that share the model, ascending
+  std::int32_t ffn_rank_count;
+};
+
+// ---- A step
+// --------------------------------------------------------------------------------------
+
+enum class Choice : std::int32_t {
+  kGreedy = 0,
+  kDraw = 1,
+  kHost = 2,  // the host chooses, or wants the logits for something else
+};
+
+// A row of logits and what it is for.
+struct Wanted {
+  const float* residual;  // [hidden], kept from an earlier step (Keep); null: `row` of this one
+  std::int32_t row;
+  Choice choice;
+  SamplingRule rule;  // of kDraw, as are seed and position
+  std::uint64_t seed;
+  std::uint64_t position;
+};
+
+// The residual of a row after the last layer, for a later step.
+struct Keep {
+  float* into;  // [hidden]
+  std::int32_t row;
+};
+
+// A step as the host sends it. Everything stays in place until the step's last event.
+struct StepArguments {
+  std::uint64_t step;
+  std::int32_t model;
+  std::int32_t rows;
+  std::int32_t segment_count;
+  std::int32_t wanted_count;
+  std::int32_t keep_count;
+  std::int32_t reserved;
+  const std::int32_t* tokens;  // [rows]
+  const Segment* segments;     // of all rows, in their order
+  const Wanted* wanted;
+  const Keep* keep;
+  std::int32_t* chosen;  // out [wanted_count]: tokens; what the host chooses is left alone
+};
+
+}  // namespace crosspool
+
+#endif

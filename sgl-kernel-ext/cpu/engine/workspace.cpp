@@ -1,0 +1,108 @@
+#include "workspace.h"
+
+#include <algorithm>
+
+namespace crosspool {
+
+namespace {
+
+constexpr std::int64_t kElement = 4;
+
+struct Sizes {
+  std::int64_t hidden = 0, projected = 0, latent_q = 0, plain_q = 0, q = 0, attended = 0;
+  std::int64_t values = 0, experts = 0, top_k = 0, held = 0, activation = 0;
+  Limits limits{};
+
+  void cover(std::int64_t& size, std::int64_t value) { size = std::max(size, value); }
+  void cover_k(const Matrix* matrix) {
+    if (matrix != nullptr) limits.k = std::max(limits.k, matrix->k);
+  }
+
+  void add(const ModelTable& model) {
+    cover(hidden, model.hidden);
+    limits.vocab = std::max(limits.vocab, model.vocab);
+    limits.k = std::max(limits.k, model.hidden);
+    if (model.attention != nullptr) add_attention(model);
+    if (model.ffn != nullptr) {
+      for (std::int32_t layer = 0; layer < model.layers; ++layer) add(model.ffn[layer]);
+    }
+  }
+
+  void add_attention(const ModelTable& model) {
+    const AttentionShape& shape = model.shape;
+    const std::int64_t heads = shape.q_heads;
+    limits.qk_dim = std::max(limits.qk_dim, shape.qk_dim);
+    limits.v_dim = std::max(limits.v_dim, shape.v_dim);
+    cover(q, heads * shape.qk_dim);
+    cover(attended, heads * shape.v_dim);
+    for (std::int32_t layer = 0; layer < model.layers; ++layer) {
+      const AttentionLayer& weights = model.attention[layer];
+      for (const Matrix* matrix : {weights.qkv, weights.q_a, weights.q, weights.kv_a,
+                                   weights.keys_up, weights.values_up, weights.o}) {
+        cover_k(matrix);
+      }
+      if (model.attention_kind == AttentionKind::kGQA) {
+        cover(projected, weights.qkv->n);
+        continue;
+      }
+      const std::int64_t compressed = weights.q_a != nullptr ? weights.q_a->n : 0;
+      cover(projected, compressed + weights.kv_a->n);
+      cover(latent_q, compressed);
+      cover(plain_q, weights.q->n);
+      cover(values, heads * model.value_dim);
+    }
+  }
+
+  void add(const FFNTable& ffn) {
+    const FFNLayer& layer = ffn.layer;
+    std::int64_t width = 0;
+    for (std::int32_t expert = 0; expert < layer.held; ++expert) {
+      width = std::max(width, layer.down[expert].depth());
+      cover_k(&layer.down[expert]);
+    }
+    if (layer.shared_down != nullptr) {
+      width = std::max(width, layer.shared_down->depth());
+      cover_k(layer.shared_down);
+    }
+    if (ffn.router_weight != nullptr) {
+      limits.experts = std::max(limits.experts, ffn.router.experts);
+      cover(experts, ffn.router.experts);
+    }
+    cover(top_k, layer.top_k + 1);
+    cover(held, layer.held + 1);
+    cover(activation, (layer.top_k + 1) * width);
+  }
+};
+
+}  // namespace
+
+Workspace::Workspace(std::span<const ModelTable> models, std::int32_t max_rows,
+                     std::int32_t threads) {
+  Sizes sizes;
+  for (const ModelTable& model : models) sizes.add(model);
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
+    scratch_bytes = std::max(scratch_bytes, kernels(dtype).scratch_bytes(sizes.limits));
+  }
+  scratch_bytes = round_up(scratch_bytes, 4096);
+  scratches = Buffer(scratch_bytes * threads);
+  const std::int64_t rows = max_rows;
+  normed = Buffer(rows * sizes.hidden * kElement);
+  projected = Buffer(rows * sizes.projected * kElement);
+  latent_q = Buffer(rows * sizes.latent_q * kElement);
+  plain_q = Buffer(rows * sizes.plain_q * kElement);
+  q = Buffer(rows * sizes.q * kElement);
+  attended = Buffer(rows * sizes.attended * kElement);
+  values = Buffer(rows * sizes.values * kElement);
+  sum = Buffer(rows * sizes.hidden * kElement);
+  wide = Buffer(rows * sizes.hidden * kElement);
+  router_logits = Buffer(rows * sizes.experts * kElement);
+  experts = Buffer(rows * sizes.top_k * kElement);
+  weights = Buffer(rows * sizes.top_k * kElement);
+  activation = Buffer(rows * sizes.activation * kElement);
+  groups = Buffer(sizes.held * static_cast<std::int64_t>(sizeof(ExpertGroup)));
+  slot_row = Buffer(rows * sizes.top_k * kElement);
+  slot_weight = Buffer(rows * sizes.top_k * kElement);
+  plan = {groups.as<ExpertGroup>(), slot_row.as<std::int32_t>(), slot_weight.as<float>(), 0, 0};
+}
+
+}  // namespace crosspool

@@ -1,0 +1,48 @@
+// The arrays that a part needs while it runs. Parts run one at a time with the whole team, so one
+// set serves all lanes and models; it is sized for the largest before the first step.
+#ifndef CROSSPOOL_CPU_ENGINE_WORKSPACE_H
+#define CROSSPOOL_CPU_ENGINE_WORKSPACE_H
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "buffer.h"
+#include "tables.h"
+
+namespace crosspool {
+
+struct Workspace {
+  Workspace(std::span<const ModelTable> models, std::int32_t max_rows, std::int32_t threads);
+
+  void* scratch(int thread) const {
+    return scratches.as<char>() + static_cast<std::int64_t>(thread) * scratch_bytes;
+  }
+
+  // "model" below: elements of the model's dtype, room for four bytes each. First dimension: rows.
+  Buffer normed;     // model [hidden]: what a part's first product reads
+  Buffer projected;  // float: q, k, v of GQA; the compressed query and KV of MLA
+  Buffer latent_q;   // model: MLA's normed compressed query
+  Buffer plain_q;    // model: MLA's queries before they are absorbed
+  Buffer q;          // model [q_heads * qk_dim]
+  Buffer attended;   // model [q_heads * v_dim]
+  Buffer values;     // model [q_heads * value_dim] of MLA
+  Buffer sum;        // float [hidden]: partial sums of several FFN ranks, or one before its reply
+
+  Buffer wide;           // float [hidden]: the rows for a router of float32 in a bfloat16 model
+  Buffer router_logits;  // float [experts]
+  Buffer experts;        // int32 [top_k]
+  Buffer weights;        // float [top_k]
+  Buffer activation;     // model, by slot of the plan
+  Buffer groups;         // ExpertGroup
+  Buffer slot_row;       // int32, by slot
+  Buffer slot_weight;    // float, by slot
+  ExpertPlan plan{};
+
+  Buffer scratches;  // by thread
+  std::int64_t scratch_bytes = 0;
+};
+
+}  // namespace crosspool
+
+#endif
