@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,14 +61,16 @@ def generations(models: int) -> list[Generation]:
     ]
 
 
+@pytest.mark.parametrize("loop", ["host", "resident"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_distributions_equal_transformers(
-    placement: str, checkpoints: list[Path], references: list[PreTrainedModel]
+    placement: str, loop: str, checkpoints: list[Path], references: list[PreTrainedModel]
 ) -> None:
     if len(CORES) == 1 and placement != "one device":
         pytest.skip("needs two cores")
     requests = generations(len(checkpoints))
-    with DeviceDriver(checkpoints, kv_pool_bytes=64 << 20, **PLACEMENTS[placement]) as driver:  # type: ignore[arg-type]
+    fields: dict[str, Any] = {"kv_pool_bytes": 64 << 20, "loop": loop, **PLACEMENTS[placement]}
+    with DeviceDriver(checkpoints, **fields) as driver:
         driver.generate(requests)
     for request in requests:
         tokens = request.prompt + request.output

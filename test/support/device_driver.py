@@ -8,11 +8,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import zmq
 from crosspool.config import deployment as deployment_module
 from crosspool.config.deployment import Deployment, ModelConfig
@@ -81,10 +82,13 @@ class DeviceDriver:
         weights: Sequence[str] = ("cpu:0",),
         places: Sequence[Sequence[str] | None] | None = None,
         ready_timeout: float = 120.0,
+        *,
+        loops: Mapping[str, Literal["host", "resident"]] | None = None,
         **fields: Any,
     ) -> None:
         """``places``: for each model the devices of its FFN weights, None for all of ``weights``;
-        ``fields``: of the deployment."""
+        ``loops``: of single devices, where not the deployment's; ``fields``: of the deployment."""
+        self._loops = loops or {}
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="crosspool-test-"))
         settings: dict[str, Any] = {
             "kv_pool_bytes": 8 << 20,
@@ -139,6 +143,7 @@ class DeviceDriver:
             fd = shared_memory.create(deployment, max(s.hidden for s in self.specs) * 4)
             lanes_fd, fds = ["--lanes-fd", str(fd)], (fd,)
         for device in deployment.devices:
+            file = self._file_of(device)
             log = self.runtime_dir / f"{device.name}.log"
             self.logs[device.name] = log
             with log.open("wb") as out:
@@ -148,7 +153,7 @@ class DeviceDriver:
                         "-m",
                         "crosspool.ranks.device_process",
                         "--deployment",
-                        str(deployment.file),
+                        str(file),
                         "--device",
                         device.name,
                         *lanes_fd,
@@ -161,6 +166,15 @@ class DeviceDriver:
                 )
         for fd in fds:
             os.close(fd)
+
+    def _file_of(self, device: Device) -> Path:
+        """The deployment as the device's process is to see it."""
+        loop = self._loops.get(device.name)
+        if loop is None:
+            return self.deployment.file
+        file = self.runtime_dir / f"{device.name}.json"
+        file.write_bytes(msgspec.json.encode(msgspec.structs.replace(self.deployment, loop=loop)))
+        return file
 
     def _await_ready(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout

@@ -30,6 +30,7 @@ _HUGE_PAGE = 2 << 20
 
 _SAME = (
     "ffn_parallel",
+    "loop",
     "lanes",
     "page_size",
     "chunked_prefill_size",

@@ -39,6 +39,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     weight_pool_bytes: int | str | None = None
     """None: what the models' FFN weights need."""
     ffn_parallel: Literal["tp", "ep"] = _defaults["ffn_parallel"]
+    loop: Literal["host", "resident"] = _defaults["loop"]
     lanes: int = _defaults["lanes"]
     page_size: int = _defaults["page_size"]
     chunk_bytes: int | str = _defaults["chunk_bytes"]

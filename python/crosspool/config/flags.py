@@ -34,6 +34,7 @@ _POOL_FLAGS: tuple[tuple[str, type, str], ...] = (
     ("kv_pool_bytes", str, "KV cache budget of all KV devices together (2GiB, 512MiB, 1.5GB)"),
     ("weight_pool_bytes", str, "FFN weight budget of all weight devices together"),
     ("ffn_parallel", str, "how weight devices share a layer: tp splits every expert, ep deals"),
+    ("loop", str, "what drives the layers: host (Python) or resident (native threads)"),
     ("lanes", int, "batches in flight per KV device"),
     ("chunk_bytes", str, "unit of physical KV memory; a multiple of 2MiB"),
     ("queue_timeout", float, "seconds that a request may wait for admission"),

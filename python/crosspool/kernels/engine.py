@@ -42,7 +42,7 @@ def _created(address: int | None) -> int:
 
 
 def link_offset(
-    devices: int, lanes: int, max_rows: int, max_row_bytes: int, pair: int, lane: int
+    *, devices: int, lanes: int, max_rows: int, max_row_bytes: int, pair: int, lane: int
 ) -> int:
     """Where the lane protocol's header puts a link in its segment, in bytes."""
     return _library().crosspool_link_offset(devices, lanes, max_rows, max_row_bytes, pair, lane)
@@ -65,9 +65,7 @@ class Team:
 
     def pack_gated(self, matrix: ns.Matrix, gate: ns.Source, up: ns.Source) -> None:
         """Packs a gated MLP's gate and up into ``matrix.data``."""
-        self._native.crosspool_team_pack_gated(
-            self.address, byref(matrix), byref(gate), byref(up)
-        )
+        self._native.crosspool_team_pack_gated(self.address, byref(matrix), byref(gate), byref(up))
 
     def close(self) -> None:
         """Ends the threads; loops on the team are closed before."""

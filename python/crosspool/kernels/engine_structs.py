@@ -1,5 +1,5 @@
-"""The structures of ``sgl-kernel-ext/cpu/engine/`` and ``include/crosspool/command_ring.h``, field by
-field; the headers say what they mean. :mod:`crosspool.kernels.engine` is their face."""
+"""The structures of ``sgl-kernel-ext/cpu/engine/`` and of ``include/crosspool/command_ring.h``,
+field by field; the headers say what they mean. :mod:`crosspool.kernels.engine` is their face."""
 
 from __future__ import annotations
 

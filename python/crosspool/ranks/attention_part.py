@@ -53,7 +53,7 @@ class AttentionPart:
         self._listing = fill(path, reads, progress)
         head = "embed" if spec.tied_embeddings else "lm_head"
         self._lm_head = self._globals[head]
-        self._inv_freq, self._rope_scaling = _frequencies(spec, path)
+        self._inv_freq, self._rope_scaling = frequencies(spec, path)
         attention = spec.attention
         self._attention = (
             _GQA(attention, spec.norm_eps) if isinstance(attention, GQASpec) else _MLA(attention)
@@ -94,8 +94,8 @@ class AttentionPart:
         return cos.to(dtype), sin.to(dtype)
 
 
-def _frequencies(spec: ModelSpec, path: Path) -> tuple[torch.Tensor, float]:
-    """Rope frequencies by transformers' own reading of the config."""
+def frequencies(spec: ModelSpec, path: Path) -> tuple[torch.Tensor, float]:
+    """Rope frequencies by transformers' own reading of the config; the factor on cos and sin."""
     fields = read_json(path / "config.json")
     fields.pop("model_type", None)
     config = AutoConfig.for_model(spec.family, **fields)

@@ -1,11 +1,13 @@
 """The attention rank's state: requests and their page tables, the KV pool's ranges, the attention
-parts of every model. What it does with them, it does in the order the scheduler says."""
+parts of every model. What it does with them, it does in the order the scheduler says.
+
+What every executor needs of it is :class:`KVRank`; :class:`AttentionRank` is the host loop's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,10 +15,11 @@ from torch import Tensor
 from crosspool.kvpool.virtualizer import Virtualizer
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.step_batch import Segment, StepBatch
+from crosspool.ranks.weights import TensorListing
 from crosspool.transport.messages import Logprobs, Release, Row, Sampling, Step
 
 if TYPE_CHECKING:
-    from crosspool.ranks.attention_part import AttentionPart
+    from crosspool.ranks.attention_part import AttentionPart  # noqa: F401
 
 
 @dataclass
@@ -26,8 +29,6 @@ class Request:
     prompt_len: int
     sampling: Sampling
     logprobs: Logprobs
-    pages: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    """Its page table: int64 [pages]."""
     output: list[int] = field(default_factory=list)
     """Its tokens at and after ``prompt_len`` that have gone through a step."""
     last_residual: Tensor | None = None
@@ -39,13 +40,19 @@ class Request:
 
 
 @dataclass
+class PagedRequest(Request):
+    pages: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """Its page table: int64 [pages]."""
+
+
+@dataclass
 class Batch:
     """A step on its way through the layers."""
 
     step: int
     model: int
     rows: list[Row]
-    requests: list[Request]
+    requests: list[PagedRequest]
     """Of ``rows``, one each."""
     token_ids: Tensor
     """int64 [T], the rows' tokens one after another."""
@@ -54,8 +61,19 @@ class Batch:
     """[T, hidden]: what the layers add to; empty until the embedding."""
 
 
-class AttentionRank:
-    """One attention rank; ``parts`` and ``kv`` are indexed by model.
+class ListsTensors(Protocol):
+    """A part of a model, as far as everyone may know it."""
+
+    def tensors(self) -> list[TensorListing]: ...
+
+
+P = TypeVar("P", bound=ListsTensors)
+R = TypeVar("R", bound=Request)
+
+
+class KVRank(Generic[P, R]):
+    """One attention rank: its requests, of type R, and its memory; ``parts``, of type P, and ``kv``
+    are indexed by model.
 
     ``kv``: per model [pages, layers, page_size, kv_width], of which only mapped chunks may be
     touched."""
@@ -64,7 +82,7 @@ class AttentionRank:
         self,
         rank: int,
         specs: Sequence[ModelSpec],
-        parts: Sequence[AttentionPart],
+        parts: Sequence[P],
         virtualizer: Virtualizer,
         kv: Sequence[Tensor],
     ) -> None:
@@ -75,7 +93,7 @@ class AttentionRank:
         self.kv = kv
         self.steps = 0
         """Steps begun."""
-        self._requests: dict[int, Request] = {}
+        self._requests: dict[int, R] = {}
 
     @property
     def budget_bytes(self) -> int:
@@ -88,37 +106,62 @@ class AttentionRank:
         """Requests that live here."""
         return len(self._requests)
 
+    def release(self, release: Release) -> None:
+        """Forgets requests and gives chunks back."""
+        for request in release.requests:
+            self._requests.pop(request, None)
+        if release.unmap_chunks:
+            self.virtualizer.unmap(release.model, release.unmap_chunks)
+
+    def _open(self, step: Step, make: Callable[[int, Sampling, Logprobs], R]) -> None:
+        """Maps the step's chunks and opens its requests."""
+        if step.map_chunks:
+            self.virtualizer.map(step.model, step.map_chunks)
+        for opened in step.opens:
+            self._requests[opened.request] = make(
+                opened.prompt_len, opened.sampling, opened.logprobs
+            )
+        self.steps += 1
+
+    def _request(self, step: Step, row: Row) -> R:
+        """The row's request, whose output has grown by the row.
+
+        Raises RuntimeError when it was never opened."""
+        request = self._requests.get(row.request)
+        if request is None:
+            raise RuntimeError(f"step {step.step}: request {row.request} was never opened")
+        request.output += row.tokens[max(request.prompt_len - row.start, 0) :]
+        return request
+
+    def _check_pages(self, step: Step, row: Row, pages: int) -> None:
+        """Raises RuntimeError when a page table of ``pages`` does not cover the row."""
+        slots, end = pages * self.kv[step.model].shape[2], row.start + len(row.tokens)
+        if slots < end:
+            raise RuntimeError(
+                f"step {step.step}: request {row.request} has pages for {slots} tokens, not for"
+                f" {end}"
+            )
+
+
+class AttentionRank(KVRank["AttentionPart", PagedRequest]):
+    """The attention rank as the host loop drives it."""
+
     def begin(self, step: Step) -> Batch:
         """Maps the step's chunks, opens its requests, extends their page tables.
 
         Raises RuntimeError where the step contradicts what came before."""
-        if step.map_chunks:
-            self.virtualizer.map(step.model, step.map_chunks)
-        for opened in step.opens:
-            self._requests[opened.request] = Request(
-                opened.prompt_len, opened.sampling, opened.logprobs
-            )
-        page_size = self.kv[step.model].shape[2]
+        self._open(step, PagedRequest)
         requests, segments, positions = [], [], []
         tokens: list[int] = []
         for row in step.rows:
-            request = self._requests.get(row.request)
-            if request is None:
-                raise RuntimeError(f"step {step.step}: request {row.request} was never opened")
-            end = row.start + len(row.tokens)
+            request = self._request(step, row)
             if row.pages:
                 request.pages = torch.cat([request.pages, torch.tensor(row.pages)])
-            if len(request.pages) * page_size < end:
-                raise RuntimeError(
-                    f"step {step.step}: request {row.request} has pages for "
-                    f"{len(request.pages) * page_size} tokens, not for {end}"
-                )
-            request.output += row.tokens[max(request.prompt_len - row.start, 0) :]
+            self._check_pages(step, row, len(request.pages))
             segments.append(Segment(len(tokens), len(row.tokens), row.start, request.pages))
-            positions.append(torch.arange(row.start, end))
+            positions.append(torch.arange(row.start, row.start + len(row.tokens)))
             tokens += row.tokens
             requests.append(request)
-        self.steps += 1
         return Batch(
             step=step.step,
             model=step.model,
@@ -148,10 +191,3 @@ class AttentionRank:
         for partial in partials[1:]:
             total += partial
         batch.residual = batch.residual + total.to(batch.residual.dtype)
-
-    def release(self, release: Release) -> None:
-        """Forgets requests and gives chunks back."""
-        for request in release.requests:
-            self._requests.pop(request, None)
-        if release.unmap_chunks:
-            self.virtualizer.unmap(release.model, release.unmap_chunks)

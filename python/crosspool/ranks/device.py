@@ -6,13 +6,14 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import msgspec
 import psutil
+import torch
 from tqdm import tqdm
 
 from crosspool.config.deployment import Deployment
@@ -20,23 +21,50 @@ from crosspool.config.device import Device
 from crosspool.kvpool.layout import KVLayout
 from crosspool.kvpool.virtualizer import MremapVirtualizer
 from crosspool.models.spec import ModelSpec
-from crosspool.observability.trace import LaneTrace
-from crosspool.ranks.attention_rank import AttentionRank
+from crosspool.observability.trace import LaneEvent, LaneTrace
+from crosspool.ranks.attention_rank import AttentionRank, KVRank, ListsTensors
 from crosspool.ranks.executor import Executor
 from crosspool.ranks.ffn_rank import FFNRank
 from crosspool.ranks.host_loop import HostLoop
 from crosspool.ranks.weights import TORCH_DTYPES
-from crosspool.transport.data_path import AttentionLink, FFNLink, LocalLink
+from crosspool.transport.data_path import AttentionLink, FFNLink, LinkCounters, LocalLink
 from crosspool.transport.messages import RankInfo
 from crosspool.transport.shared_memory import SharedMemoryTransport
 from crosspool.weightpool.checkpoint import Progress
 from crosspool.weightpool.placement import Placement, attention_bytes
 
-if TYPE_CHECKING:
-    from crosspool.ranks.attention_part import AttentionPart
-    from crosspool.ranks.ffn_part import FFNPart
-
 log = logging.getLogger(__name__)
+
+
+class Counted(Protocol):
+    """A link, as far as its counters go."""
+
+    attention_rank: int
+    lane: int
+    ffn_rank: int
+
+    @property
+    def counters(self) -> LinkCounters: ...
+
+
+class HostsFFN(Protocol):
+    """An FFN rank, as far as everyone may know it; ``parts`` by the model's index."""
+
+    rank: int
+
+    @property
+    def parts(self) -> Mapping[int, ListsTensors]: ...
+
+    @property
+    def links(self) -> Sequence[Counted]: ...
+
+
+class Traces(Protocol):
+    """Lane events: see :class:`~crosspool.observability.trace.LaneTrace`."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> list[LaneEvent]: ...
 
 
 @dataclass
@@ -45,12 +73,14 @@ class DeviceRanks:
 
     deployment: Deployment
     executor: Executor
-    attention: AttentionRank | None
-    ffn: FFNRank | None
-    links: Sequence[Sequence[AttentionLink]]
+    attention: KVRank[Any, Any] | None
+    ffn: HostsFFN | None
+    links: Sequence[Sequence[Counted]]
     """Of the attention rank, by lane and FFN rank."""
     transport: SharedMemoryTransport | None
-    trace: LaneTrace
+    trace: Traces
+    resources: contextlib.ExitStack
+    """What is given back in the end."""
 
     def infos(self) -> list[RankInfo]:
         infos = []
@@ -90,12 +120,11 @@ class DeviceRanks:
                 return self.trace.stop()
 
     def close(self) -> None:
-        """Gives the KV pool's memory back; no tensor of it may be touched afterwards."""
-        if self.attention is not None:
-            self.attention.virtualizer.close()
+        """Ends the executor and gives memory back; no tensor of it may be touched afterwards."""
+        self.resources.close()
 
     def _tensors(self) -> Iterator[dict[str, Any]]:
-        hosted: list[tuple[str, int, int, AttentionPart | FFNPart]] = []
+        hosted: list[tuple[str, int, int, ListsTensors]] = []
         if self.attention is not None:
             for model, attention in enumerate(self.attention.parts):
                 hosted.append(("attention", self.attention.rank, model, attention))
@@ -136,7 +165,7 @@ class DeviceRanks:
         return answer
 
 
-def _counted(link: AttentionLink | FFNLink) -> dict[str, int]:
+def _counted(link: Counted) -> dict[str, int]:
     return {
         "attention_rank": link.attention_rank,
         "lane": link.lane,
@@ -145,7 +174,7 @@ def _counted(link: AttentionLink | FFNLink) -> dict[str, int]:
     }
 
 
-def _weight_bytes(parts: Iterable[AttentionPart | FFNPart]) -> int:
+def _weight_bytes(parts: Iterable[ListsTensors]) -> int:
     return sum(listing.bytes for part in parts for listing in part.tensors())
 
 
@@ -160,16 +189,19 @@ def load_ranks(
 
     ``lanes_fd``: the data path's shared memory, needed when a peer lives on another device.
     Raises ConfigError for a bad checkpoint or a KV pool that the system has no memory for."""
+    if deployment.loop == "resident":
+        from crosspool.ranks.resident_device import load_resident_ranks
+
+        return load_resident_ranks(deployment, device, specs, placement, lanes_fd)
     trace = LaneTrace()
+    resources = contextlib.ExitStack()
     attention = ffn = None
     if device in deployment.kv_pool_devices:
         attention = _attention_rank(deployment, device, specs)
+        resources.callback(attention.virtualizer.close)
     if device in deployment.weight_pool_devices:
         ffn = _ffn_rank(deployment, device, specs, placement, trace)
-    transport = None
-    if lanes_fd is not None:
-        transport = SharedMemoryTransport(lanes_fd, deployment, device)
-        os.close(lanes_fd)
+    transport = join(deployment, device, lanes_fd)
     links = _links(deployment, device, transport)
     if ffn is not None:
         ffn.links = _served(deployment, device, transport, links)
@@ -182,7 +214,18 @@ def load_ranks(
         serves_peers=ffn is not None and any(d != device for d in deployment.kv_pool_devices),
         trace=trace,
     )
-    return DeviceRanks(deployment, executor, attention, ffn, links, transport, trace)
+    return DeviceRanks(deployment, executor, attention, ffn, links, transport, trace, resources)
+
+
+def join(
+    deployment: Deployment, device: Device, lanes_fd: int | None
+) -> SharedMemoryTransport | None:
+    """The device's ends of the data path; None without one. Takes the descriptor."""
+    if lanes_fd is None:
+        return None
+    transport = SharedMemoryTransport(lanes_fd, deployment, device)
+    os.close(lanes_fd)
+    return transport
 
 
 def _links(
@@ -237,12 +280,21 @@ def _attention_rank(
     rank = deployment.kv_pool_devices.index(device)
     parts = []
     for model, spec in zip(deployment.models, specs, strict=True):
-        with _loading(device, f"attention part of {model.name}", attention_bytes(spec)) as progress:
+        with loading(device, f"attention part of {model.name}", attention_bytes(spec)) as progress:
             parts.append(AttentionPart(spec, Path(model.path), progress))
+    return AttentionRank(rank, specs, parts, *kv_pool(deployment, device, specs))
+
+
+def kv_pool(
+    deployment: Deployment, device: Device, specs: Sequence[ModelSpec]
+) -> tuple[MremapVirtualizer, list[torch.Tensor]]:
+    """Takes the KV memory of the device's attention rank: the memory, and each model's cache.
+
+    Raises ConfigError when the system has no memory for it."""
     layouts = [KVLayout(spec, deployment.page_size, deployment.chunk_bytes) for spec in specs]
     budget = deployment.kv_pool_bytes // len(deployment.kv_pool_devices)
     chunks = budget // deployment.chunk_bytes
-    with _loading(device, "KV pool", chunks * deployment.chunk_bytes) as progress:
+    with loading(device, "KV pool", chunks * deployment.chunk_bytes) as progress:
         done = 0
 
         def advance(now: int, _total: int) -> None:
@@ -264,7 +316,7 @@ def _attention_rank(
         )
         for model, (spec, layout) in enumerate(zip(specs, layouts, strict=True))
     ]
-    return AttentionRank(rank, specs, parts, virtualizer, kv)
+    return virtualizer, kv
 
 
 def _ffn_rank(
@@ -280,13 +332,13 @@ def _ffn_rank(
     parts = {}
     for index, shard in placement.shards[rank].items():
         model, total = deployment.models[index], placement.weight_bytes[rank][index]
-        with _loading(device, f"FFN part of {model.name}", total) as progress:
+        with loading(device, f"FFN part of {model.name}", total) as progress:
             parts[index] = FFNPart(specs[index], Path(model.path), shard, progress)
     return FFNRank(rank, specs, parts, trace)
 
 
 @contextlib.contextmanager
-def _loading(device: Device, what: str, total: int) -> Iterator[Progress]:
+def loading(device: Device, what: str, total: int) -> Iterator[Progress]:
     """A progress bar where someone watches, and one line in the log in any case."""
     began = time.monotonic()
     with tqdm(

@@ -32,6 +32,7 @@ from crosspool.transport.messages import (
     Release,
     Shutdown,
     Step,
+    StepResult,
     ToDevice,
 )
 from crosspool.weightpool.placement import place
@@ -129,7 +130,8 @@ class DeviceProcess:
         os.sched_setaffinity(0, device.cores)
         import torch
 
-        torch.set_num_threads(len(device.cores))
+        # Under the resident loop the cores belong to its team.
+        torch.set_num_threads(len(device.cores) if deployment.loop == "host" else 1)
         from crosspool.ranks.device import load_ranks
 
         return load_ranks(deployment, device, specs, placement, self._lanes_fd)
@@ -143,12 +145,19 @@ class DeviceProcess:
         while not self._ending:
             while (message := self._socket.receive()) is not None:
                 self._handle(message, ranks)
+            if executor.descriptor is not None:
+                self._socket.wait(_SLEEP, executor.descriptor)
+                self._send(executor.run(0.0))
+                continue
             if executor.quiet:
                 self._socket.wait(_SLEEP)
                 continue
             idle = ranks.attention is not None and executor.drained
-            for result in executor.run(_IDLE_WAIT / 5 if idle else patience):
-                self._socket.send(result)
+            self._send(executor.run(_IDLE_WAIT / 5 if idle else patience))
+
+    def _send(self, results: Sequence[StepResult]) -> None:
+        for result in results:
+            self._socket.send(result)
 
     def _handle(self, message: ToDevice, ranks: DeviceRanks) -> None:
         match message:
@@ -166,8 +175,7 @@ class DeviceProcess:
             if time.monotonic() > deadline:
                 log.error("steps in flight did not end in %.0f s", _SHUTDOWN_SECONDS)
                 return 1
-            for result in ranks.executor.run(_BUSY_WAIT):
-                self._socket.send(result)
+            self._send(ranks.executor.run(_BUSY_WAIT))
         log.info("ends")
         return 0
 

@@ -25,6 +25,11 @@ class Executor(Protocol):
         ``timeout`` seconds for some. Returns the steps that ended, in the order they ended."""
 
     @property
+    def descriptor(self) -> int | None:
+        """A file descriptor that becomes readable when ``run`` has something to do, for executors
+        that work on their own; None: they work only while ``run`` is called."""
+
+    @property
     def drained(self) -> bool:
         """Whether every submitted operation is done, and no attention rank of another device has
         dispatched for a third of a second."""

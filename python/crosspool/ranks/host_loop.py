@@ -158,6 +158,10 @@ class HostLoop:
         self._begin_queued()
 
     @property
+    def descriptor(self) -> None:
+        return None
+
+    @property
     def drained(self) -> bool:
         return self._idle and time.monotonic() - self._last_served > _DRAIN_SECONDS
 

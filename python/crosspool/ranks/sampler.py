@@ -70,7 +70,7 @@ def uniform(seed: int, position: int) -> float:
 
 def adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]) -> Tensor:
     """The logits after penalties, grammar and bias; a copy where anything applies."""
-    changed = [i for i, row in enumerate(rows) if _adjusts(row)]
+    changed = [i for i, row in enumerate(rows) if adjusts(row)]
     if not changed:
         return logits
     logits = logits.clone()
@@ -93,7 +93,8 @@ def adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequenc
     return logits
 
 
-def _adjusts(row: SamplingRow) -> bool:
+def adjusts(row: SamplingRow) -> bool:
+    """Whether :func:`adjusted` changes the row's logits."""
     s = row.sampling
     return (
         row.bitmask is not None

@@ -41,9 +41,13 @@ class DeviceSocket:
         except msgspec.DecodeError as error:
             raise ValueError(f"the scheduler sent a frame that is no message: {error}") from error
 
-    def wait(self, timeout: float) -> None:
-        """Sleeps until a message is there, at most ``timeout`` seconds."""
-        self._socket.poll(int(timeout * 1000))
+    def wait(self, timeout: float, descriptor: int | None = None) -> None:
+        """Sleeps until a message is there, or the file descriptor is readable, at most ``timeout``
+        seconds."""
+        if descriptor is None:
+            self._socket.poll(int(timeout * 1000))
+            return
+        zmq.zmq_poll([(self._socket, zmq.POLLIN), (descriptor, zmq.POLLIN)], int(timeout * 1000))
 
     def close(self) -> None:
         """Closes after giving sent messages up to two seconds to leave."""

@@ -202,6 +202,18 @@ class _Lane:
         return payload[: rows * row_bytes].view(dtype).view(rows, row_bytes // dtype.itemsize)
 
 
+@dataclass(frozen=True)
+class LinkPlace:
+    """Where native code finds a link, as addresses of this process."""
+
+    address: int
+    payload_bytes: int
+    max_rows: int
+    max_row_bytes: int
+    peer_doorbell: int
+    """Of the other end's device."""
+
+
 class SharedMemoryAttentionLink:
     """The :class:`~crosspool.transport.data_path.AttentionLink` through the segment."""
 
@@ -348,7 +360,7 @@ class SharedMemoryTransport:
         self._memory, self._segment = _attach(fd, deployment)
         self._deployment = deployment
         self._device = device
-        base = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+        self._base = base = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
         self._doorbells = {
             peer: Doorbell(base + self._segment.doorbell(peer)) for peer in deployment.devices
         }
@@ -358,7 +370,7 @@ class SharedMemoryTransport:
         for peer, doorbell in self._doorbells.items():
             if peer != device:
                 doorbell.ring()
-        self._spin_ns = _spin_ns(deployment, device) if spin_ns is None else spin_ns
+        self._spin_ns = spin_ns_of(deployment, device) if spin_ns is None else spin_ns
 
     def attention_link(self, lane: int, ffn_rank: int) -> SharedMemoryAttentionLink:
         """This device's attention rank's end of a lane to an FFN rank on another device.
@@ -378,6 +390,23 @@ class SharedMemoryTransport:
         link = self._lane(attention_rank, lane, ffn_rank)
         return SharedMemoryFFNLink(link, peer, attention_rank, lane, ffn_rank)
 
+    @property
+    def doorbell_address(self) -> int:
+        """Of this device's doorbell. The transport keeps all memory that it tells of alive."""
+        return self._base + self._segment.doorbell(self._device)
+
+    def attention_place(self, lane: int, ffn_rank: int) -> LinkPlace:
+        """What :meth:`attention_link` would use, for native code. Raises ValueError as it does."""
+        attention_rank = _rank_on(self._device, self._deployment.kv_pool_devices)
+        peer = self._deployment.weight_pool_devices[ffn_rank]
+        return self._place(attention_rank, lane, ffn_rank, peer)
+
+    def ffn_place(self, attention_rank: int, lane: int) -> LinkPlace:
+        """What :meth:`ffn_link` would use, for native code. Raises ValueError as it does."""
+        ffn_rank = _rank_on(self._device, self._deployment.weight_pool_devices)
+        peer = self._deployment.kv_pool_devices[attention_rank]
+        return self._place(attention_rank, lane, ffn_rank, peer)
+
     def wait(self, timeout: float) -> bool:
         """Sleeps until a peer or :meth:`wake` rang this device's doorbell, at most ``timeout``
         seconds. A ring since the last call's return ends it at once: look at the links after each
@@ -390,14 +419,28 @@ class SharedMemoryTransport:
         """Ends this device's current or next :meth:`wait`; for another thread of this process."""
         self._doorbell.ring()
 
+    def _place(self, attention_rank: int, lane: int, ffn_rank: int, peer: Device) -> LinkPlace:
+        self._check(attention_rank, lane, ffn_rank)
+        segment = self._segment
+        return LinkPlace(
+            address=self._base + segment.link(attention_rank, lane, ffn_rank),
+            payload_bytes=segment.payload_bytes,
+            max_rows=self._deployment.max_step_tokens,
+            max_row_bytes=segment.max_hidden_bytes,
+            peer_doorbell=self._base + segment.doorbell(peer),
+        )
+
     def _lane(self, attention_rank: int, lane: int, ffn_rank: int) -> _Lane:
+        self._check(attention_rank, lane, ffn_rank)
+        return _Lane(self._memory, self._segment, attention_rank, lane, ffn_rank)
+
+    def _check(self, attention_rank: int, lane: int, ffn_rank: int) -> None:
         if (attention_rank, ffn_rank) not in self._segment.pairs:
             raise ValueError(
                 f"attention rank {attention_rank} and FFN rank {ffn_rank} are on one device"
             )
         if not 0 <= lane < self._deployment.lanes:
             raise ValueError(f"lane {lane} of {self._deployment.lanes}")
-        return _Lane(self._memory, self._segment, attention_rank, lane, ffn_rank)
 
 
 def _rank_on(device: Device, pool: Sequence[Device]) -> int:
@@ -406,7 +449,8 @@ def _rank_on(device: Device, pool: Sequence[Device]) -> int:
     return list(pool).index(device)
 
 
-def _spin_ns(deployment: Deployment, device: Device) -> int:
+def spin_ns_of(deployment: Deployment, device: Device) -> int:
+    """SPIN_NS if no other device has one of this device's cores, else 0."""
     others = (d for d in deployment.devices if d.is_cpu and d != device)
     shared = any(not set(device.cores).isdisjoint(other.cores) for other in others)
     return 0 if shared else SPIN_NS

@@ -1,4 +1,4 @@
-"""Reads tensors, or parts of them, from a folder of safetensors straight into their places.
+"""Reads tensors, or parts of them, from a folder of safetensors.
 
 Shard files are read one after another and a tensor at a time, so that memory holds at most one
 tensor beyond the result, and a rank touches only the bytes that are its own.
@@ -67,11 +67,20 @@ class Checkpoint:
 
     def load(self, reads: Sequence[Read], progress: Progress) -> None:
         """Fills every ``into``. Call :meth:`check` first."""
-        for file, group in self._by_file(reads, lambda read: read.ref):
+        for number, part in self.stream([(read.ref, read.index) for read in reads]):
+            into = reads[number].into
+            into.copy_(part)
+            progress(into.nbytes)
+
+    def stream(
+        self, parts: Sequence[tuple[TensorRef, tuple[slice, ...]]]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Every part with its number, in the checkpoint's dtype, in the order of the files. Call
+        :meth:`check` first."""
+        for file, group in self._by_file(list(enumerate(parts)), lambda item: item[1][0]):
             with self._open(file) as opened:
-                for read in group:
-                    read.into.copy_(opened.get_slice(read.ref.name)[read.index])
-                    progress(read.into.nbytes)
+                for number, (ref, index) in group:
+                    yield number, opened.get_slice(ref.name)[index]
 
     def _by_file(
         self, items: Iterable[Any], ref: Callable[[Any], TensorRef]

@@ -1,0 +1,219 @@
+"""Weights on their way from a checkpoint into the packed form that the native kernels read.
+
+A part of a model declares what it needs: matrices, and the tensors that they are made of. When all
+is declared, one arena of huge pages takes all matrices, the checkpoint is read shard by shard, and
+whatever is complete is packed by the team at once and forgotten: memory holds the arena and the
+tensors of one unfinished matrix (a layer's q, k and v; an expert's gate and up).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from crosspool.kernels import native
+from crosspool.kernels import native_structs as ns
+from crosspool.kernels.engine import Team
+from crosspool.models.spec import TensorRef
+from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
+from crosspool.weightpool.checkpoint import Checkpoint, Progress
+
+_LINE = 64
+_NUMBERS = {torch.bfloat16: ns.BFLOAT16, torch.float32: ns.FLOAT32}
+
+Index = tuple[slice, ...]
+Pack = Callable[[list[Tensor]], object]
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """Tensors, or shares of them, and what is done when all of them are there."""
+
+    layer: int | None
+    parts: list[tuple[TensorRef, Index]]
+    dtype: torch.dtype
+    finish: Pack
+
+
+class PackedWeights:
+    """One part of one model in packed form.
+
+    >>> weights = PackedWeights(team, "bfloat16")
+    >>> qkv = weights.stacked(0, [(q, whole(q)), (k, whole(k)), (v, whole(v))])
+    >>> norm = weights.floats(0, input_norm)
+    >>> weights.load(path, progress)  # qkv.data points to panels, norm holds the values
+    """
+
+    def __init__(self, team: Team, dtype: str) -> None:
+        self._team = team
+        self._dtype = TORCH_DTYPES[dtype]
+        self._declared: list[_Declared] = []
+        self._matrices: list[ns.Matrix] = []
+        self._arena = 0
+        self._arena_bytes = 0
+        self.listing: list[TensorListing] = []
+        """Everything held, by the checkpoint's names and shapes, once it is loaded."""
+
+    def matrices(
+        self, count: int, n: int, k: int, dtype: torch.dtype | None = None
+    ) -> ctypes.Array:
+        """``count`` matrices of the same shape in one array, to be filled by a declaration."""
+        number = _NUMBERS[dtype or self._dtype]
+        array = (ns.Matrix * count)(*(ns.Matrix(None, n, k, number) for _ in range(count)))
+        self._matrices += [array[i] for i in range(count)]
+        return array
+
+    def stacked(
+        self,
+        layer: int | None,
+        parts: Sequence[tuple[TensorRef, Index]],
+        into: ns.Matrix | None = None,
+    ) -> ns.Matrix:
+        """A matrix of tensors [n_i, k] that follow one another along n; ``into``: one that is
+        there already."""
+        dtype = self._held_dtype(parts[0][0])
+        shapes = [_shape(index) for _, index in parts]
+        if into is None:
+            into = self.matrices(1, sum(n for n, _ in shapes), shapes[0][1], dtype)[0]
+        matrix = into
+
+        def finish(tensors: list[Tensor]) -> None:
+            self._team.pack(matrix, [source(tensor) for tensor in tensors])
+
+        self._declared.append(_Declared(layer, list(parts), dtype, finish))
+        return matrix
+
+    def gated(
+        self,
+        layer: int,
+        gate: tuple[TensorRef, Index],
+        up: tuple[TensorRef, Index],
+        into: ns.Matrix,
+    ) -> None:
+        """Fills a matrix of n = 2 x :func:`gated_columns` from a gated MLP's gate and up."""
+
+        def finish(tensors: list[Tensor]) -> None:
+            self._team.pack_gated(into, *(source(tensor) for tensor in tensors))
+
+        self._declared.append(_Declared(layer, [gate, up], self._dtype, finish))
+
+    def floats(self, layer: int | None, part: TensorRef) -> Tensor:
+        """A vector in float32, of the model's dtype's values."""
+        out = torch.empty(part.shape, dtype=torch.float32)
+        self.copied(layer, part, out)
+        return out
+
+    def plain(self, layer: int | None, part: TensorRef) -> Tensor:
+        """A tensor as it is, in the model's dtype."""
+        out = torch.empty(part.shape, dtype=self._held_dtype(part))
+        self.copied(layer, part, out)
+        return out
+
+    def copied(self, layer: int | None, part: TensorRef, into: Tensor) -> None:
+        """Copies a tensor to its place, in the place's dtype."""
+        self.custom(layer, part, lambda tensors: into.copy_(tensors[0]))
+
+    def custom(self, layer: int | None, part: TensorRef, finish: Pack) -> None:
+        """Calls ``finish`` with the one tensor."""
+        self._declared.append(
+            _Declared(layer, [(part, whole(part))], self._held_dtype(part), finish)
+        )
+
+    def pack(self, matrix: ns.Matrix, sources: Sequence[ns.Source]) -> None:
+        """For :meth:`custom` declarations."""
+        self._team.pack(matrix, sources)
+
+    def load(self, path: Path, progress: Progress) -> None:
+        """Reads and packs everything; ``progress`` is called with bytes read.
+
+        Raises ConfigError when the checkpoint lacks a tensor or has another shape."""
+        flat = [(i, part) for i, one in enumerate(self._declared) for part in one.parts]
+        checkpoint = Checkpoint(path)
+        checkpoint.check([ref for _, (ref, _) in flat])
+        self._allocate()
+        waiting: dict[int, dict[int, Tensor]] = {}
+        first: dict[int, int] = {}
+        for number, (owner, _) in enumerate(flat):
+            first.setdefault(owner, number)
+        for number, tensor in checkpoint.stream([part for _, part in flat]):
+            owner = flat[number][0]
+            declared = self._declared[owner]
+            here = waiting.setdefault(owner, {})
+            here[number - first[owner]] = tensor.to(declared.dtype)
+            if len(here) == len(declared.parts):
+                declared.finish([here[i] for i in range(len(here))])
+                del waiting[owner]
+            progress(here[number - first[owner]].nbytes)
+        self.listing = [
+            _listing(one.layer, ref, index, one.dtype)
+            for one in self._declared
+            for ref, index in one.parts
+        ]
+
+    def close(self) -> None:
+        """Gives the memory back; the loop that reads it is closed before."""
+        if self._arena:
+            native.release(self._arena, self._arena_bytes)
+            self._arena = 0
+
+    def _held_dtype(self, ref: TensorRef) -> torch.dtype:
+        return torch.float32 if ref.keep_fp32 else self._dtype
+
+    def _allocate(self) -> None:
+        total = sum(_up(matrix_bytes(matrix), _LINE) for matrix in self._matrices)
+        self._arena_bytes = max(_up(total, native.HUGE_PAGE), native.HUGE_PAGE)
+        self._arena = native.reserve_parking(self._arena_bytes)
+        address = self._arena
+        for matrix in self._matrices:
+            matrix.data = address
+            address += _up(matrix_bytes(matrix), _LINE)
+
+
+def whole(ref: TensorRef) -> Index:
+    """All of a tensor."""
+    return tuple(slice(0, size) for size in ref.shape)
+
+
+def gated_columns(width: int) -> int:
+    """Columns that each half of a gated pair of ``width`` takes."""
+    return _up(width, ns.DEPTH)
+
+
+def matrix_bytes(matrix: ns.Matrix) -> int:
+    """``crosspool::Matrix::bytes``."""
+    size = 2 if matrix.dtype == ns.BFLOAT16 else 4
+    return _up(matrix.n, ns.PANEL) * _up(matrix.k, ns.DEPTH) * size
+
+
+def source(tensor: Tensor) -> ns.Source:
+    """Rows of a tensor [n, k], with whatever strides; it must outlive its packing."""
+    return ns.Source(tensor.data_ptr(), tensor.shape[0], tensor.stride(0), tensor.stride(1))
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _shape(index: Index) -> tuple[int, ...]:
+    return tuple(part.stop - part.start for part in index)
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def _listing(layer: int | None, ref: TensorRef, index: Index, dtype: torch.dtype) -> TensorListing:
+    shape = _shape(index)
+    return TensorListing(
+        layer=layer,
+        key=ref.key,
+        name=ref.name,
+        shape=shape,
+        dtype=str(dtype).removeprefix("torch."),
+        bytes=torch.Size(shape).numel() * dtype.itemsize,
+    )

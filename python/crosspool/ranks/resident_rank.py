@@ -1,0 +1,163 @@
+"""The attention rank as the resident loop drives it: steps become arguments for native code."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from crosspool.kernels import engine_structs as es
+from crosspool.ranks.attention_rank import KVRank, Request
+from crosspool.ranks.lm_head import StepEnd, Wanted
+from crosspool.ranks.packed_attention import PackedAttention
+from crosspool.ranks.sampler import adjusts, is_greedy
+from crosspool.transport.messages import Row, Step, StepResult
+
+_FIRST_PAGES = 16
+
+
+@dataclass
+class ResidentRequest(Request):
+    pages: np.ndarray = field(default_factory=lambda: np.empty(_FIRST_PAGES, dtype=np.int32))
+    """Its page table, with room behind ``page_count``. Native code reads it where it is; it grows
+    between the request's steps only."""
+    page_count: int = 0
+
+    def gain(self, pages: Sequence[int]) -> None:
+        end = self.page_count + len(pages)
+        if end > len(self.pages):
+            larger = np.empty(max(end, 2 * len(self.pages)), dtype=np.int32)
+            larger[: self.page_count] = self.pages[: self.page_count]
+            self.pages = larger
+        self.pages[self.page_count : end] = pages
+        self.page_count = end
+
+
+class Flight:
+    """A step on its way through the resident loop, and everything that native code reads of it."""
+
+    def __init__(self, step: Step, requests: Sequence[ResidentRequest], end: StepEnd) -> None:
+        self.model = step.model
+        self._end = end
+        self._wanted = end.wanted
+        self._tokens = np.array([t for row in step.rows for t in row.tokens], dtype=np.int32)
+        self._pages = [request.pages for request in requests]
+        self._segments = _segments(step.rows, self._pages)
+        self._choices = _choices(end)
+        self._native_wanted = _wanted(end, self._choices)
+        self._keep = _keep(end)
+        self._chosen = np.full(len(self._wanted), -1, dtype=np.int32)
+        self.arguments = es.StepArguments(
+            step=step.step,
+            model=step.model,
+            rows=len(self._tokens),
+            segment_count=len(step.rows),
+            wanted_count=len(self._wanted),
+            keep_count=len(self._keep),
+            tokens=self._tokens.ctypes.data,
+            segments=self._segments.ctypes.data,
+            wanted=self._native_wanted.ctypes.data,
+            keep=self._keep.ctypes.data,
+            chosen=self._chosen.ctypes.data,
+        )
+
+    def take_logits(self, first: int, count: int, address: int, vocab: int) -> None:
+        """Samples from, and reports of, the logits of wanted rows that native code leaves to us:
+        float32 [count, vocab] at ``address``."""
+        memory = (ctypes.c_float * (count * vocab)).from_address(address)
+        logits = torch.frombuffer(memory, dtype=torch.float32).view(count, vocab)
+        ours = [i for i in range(count) if self._choices[first + i] == es.HOST]
+        rows = logits if len(ours) == count else logits[ours]
+        self._end.take([self._wanted[first + i] for i in ours], rows)
+
+    def result(self) -> StepResult:
+        """After the step's end."""
+        for wanted, choice, token in zip(
+            self._wanted, self._choices, self._chosen.tolist(), strict=True
+        ):
+            if choice != es.HOST:
+                self._end.choose(wanted.row, token)
+        return self._end.result()
+
+
+class ResidentRank(KVRank[PackedAttention, ResidentRequest]):
+    """One attention rank. Its chunks are mapped, and its page tables grow, in the order in which
+    steps are begun."""
+
+    def begin(self, step: Step, max_rows: int) -> Flight:
+        """Raises RuntimeError where the step contradicts what came before, or is too large."""
+        self._open(step, ResidentRequest)
+        requests = []
+        for row in step.rows:
+            request = self._request(step, row)
+            request.gain(row.pages)
+            self._check_pages(step, row, request.page_count)
+            requests.append(request)
+        spec = self.specs[step.model]
+        rows = sum(len(row.tokens) for row in step.rows)
+        if not 1 <= rows <= max_rows:
+            raise RuntimeError(f"step {step.step}: {rows} token rows; 1 to {max_rows} fit")
+        for row in step.rows:
+            if not all(0 <= token < spec.vocab for token in row.tokens):
+                raise RuntimeError(
+                    f"step {step.step}: request {row.request} has a token outside the vocabulary"
+                    f" of {spec.vocab}"
+                )
+        end = StepEnd(step.step, step.rows, requests, spec)
+        for kept, _ in end.kept:
+            kept.last_residual = torch.empty(spec.hidden)
+        return Flight(step, requests, end)
+
+
+def _segments(rows: Sequence[Row], pages: Sequence[np.ndarray]) -> np.ndarray:
+    out = np.zeros(len(rows), dtype=es.SEGMENT)
+    first = 0
+    for i, (row, table) in enumerate(zip(rows, pages, strict=True)):
+        out[i] = (table.ctypes.data, first, len(row.tokens), row.start)
+        first += len(row.tokens)
+    return out
+
+
+def _choices(end: StepEnd) -> list[int]:
+    """Who chooses, by wanted row."""
+    choices = []
+    for wanted in end.wanted:
+        if wanted.token >= 0 or end.reports(wanted.row):
+            choices.append(es.HOST)
+            continue
+        row = end.sampling_row(wanted.row)
+        if adjusts(row):
+            choices.append(es.HOST)
+        else:
+            choices.append(es.GREEDY if is_greedy(row.sampling) else es.DRAW)
+    return choices
+
+
+def _wanted(end: StepEnd, choices: Sequence[int]) -> np.ndarray:
+    out = np.zeros(len(choices), dtype=es.WANTED)
+    for i, (wanted, choice) in enumerate(zip(end.wanted, choices, strict=True)):
+        out[i] = (_residual(wanted), max(wanted.source, 0), choice, _no_rule, 0, 0)
+        if choice == es.DRAW:
+            row = end.sampling_row(wanted.row)
+            s = row.sampling
+            out[i]["rule"] = (s.top_p, s.temperature, s.min_p, s.top_k)
+            out[i]["seed"], out[i]["position"] = s.seed & (2**64 - 1), row.position
+    return out
+
+
+_no_rule = (1.0, 1.0, 0.0, -1)
+
+
+def _residual(wanted: Wanted) -> int:
+    return 0 if wanted.carried is None else wanted.carried.data_ptr()
+
+
+def _keep(end: StepEnd) -> np.ndarray:
+    out = np.zeros(len(end.kept), dtype=es.KEEP)
+    for i, (request, row) in enumerate(end.kept):
+        assert request.last_residual is not None
+        out[i] = (request.last_residual.data_ptr(), row)
+    return out
