@@ -1,0 +1,157 @@
+// What follows a part, before the next is chosen: dispatches, replies, tokens, results, trace.
+#include <algorithm>
+
+#include "../wait.h"
+#include "attention_part.h"
+#include "loop.h"
+
+namespace crosspool {
+
+void Loop::finish() {
+  if (work_.model == nullptr) return;  // nothing has run yet
+  switch (work_.kind) {
+    case Kind::kAttention:
+      finish_attention(lanes_[work_.index]);
+      break;
+    case Kind::kHead:
+      record(work_);
+      finish_head(lanes_[work_.index]);
+      return;
+    case Kind::kLocalFFN:
+      finish_local(lanes_[work_.index]);
+      break;
+    case Kind::kRemoteFFN:
+      finish_incoming(incoming_[work_.index]);
+      break;
+    case Kind::kStop:
+      return;
+  }
+  record(work_);
+}
+
+std::int64_t Loop::dispatch_bytes(const Lane& lane) const {
+  return std::int64_t{lane.step->rows} * lane.model->hidden * element_bytes(lane.model->dtype);
+}
+
+void Loop::finish_attention(Lane& lane) {
+  const ModelTable& model = *lane.model;
+  const auto rows = static_cast<std::uint32_t>(lane.step->rows);
+  const auto row_bytes = static_cast<std::uint32_t>(model.hidden * element_bytes(model.dtype));
+  lane.partials.clear();
+  lane.stage = Stage::kWaiting;
+  for (std::int32_t i = 0; i < model.ffn_rank_count; ++i) {
+    OutgoingLink& link = outgoing(lane, model.ffn_ranks[i]);
+    link.counters->count_dispatch(rows, dispatch_bytes(lane));
+    if (link.local) {
+      lane.local_pending = true;
+      continue;
+    }
+    link.end.dispatch({description_.epoch, static_cast<std::uint32_t>(&model - models_.data()),
+                       static_cast<std::uint32_t>(lane.layer), rows, row_bytes});
+    crosspool_doorbell_ring(link.peer);
+  }
+}
+
+void Loop::finish_local(Lane& lane) {
+  lane.local_pending = false;
+  lane.local_added = work_.ffn.residual != nullptr;
+}
+
+// The partial sums of an answered dispatch.
+void Loop::collect(Lane& lane) {
+  const ModelTable& model = *lane.model;
+  for (std::int32_t i = 0; i < model.ffn_rank_count; ++i) {
+    OutgoingLink& link = outgoing(lane, model.ffn_ranks[i]);
+    link.counters->count_combine(dispatch_bytes(lane));
+    if (link.local) {
+      if (!lane.local_added) lane.partials.push_back({lane.partial.as<float>(), nullptr});
+      continue;
+    }
+    const unsigned char* answer = link.end.combine();
+    if (answer == nullptr) {
+      return fail("lane " + std::to_string(lane.index) + ": the answer of FFN rank " +
+                  std::to_string(model.ffn_ranks[i]) + " does not fit the dispatch");
+    }
+    lane.partials.push_back({nullptr, answer});
+  }
+}
+
+void Loop::finish_incoming(IncomingLink& link) {
+  const std::uint64_t rows = link.end.header().rows;
+  const std::uint64_t bytes = rows * link.end.header().row_bytes;
+  link.end.reply();
+  crosspool_doorbell_ring(link.peer);
+  link.counters->count_dispatch(rows, bytes);
+  link.counters->count_combine(bytes);
+  last_served_.store(now_ns(), std::memory_order_relaxed);
+}
+
+// After a piece of the LM head, or after the host is done with its logits.
+void Loop::finish_head(Lane& lane) {
+  const StepArguments& step = *lane.step;
+  if (lane.stage == Stage::kHead && lane.head_rows > 0) {
+    lane.head_panel += head_panels(*lane.model, team_.size());
+    if (lane.head_panel < lane.model->head->panels()) return;
+    bool for_host = false;
+    for (std::int32_t i = 0; i < lane.head_rows; ++i) {
+      const Choice choice = step.wanted[lane.head_row + i].choice;
+      for_host = for_host || choice == Choice::kHost;
+      if (choice != Choice::kGreedy) continue;
+      Best best{0.0F, -1};
+      for (int thread = 0; thread < team_.size(); ++thread) {
+        const Best& found = lane.best[static_cast<std::size_t>(thread) * lane.places.size() + i];
+        if (found.index >= 0 && (best.index < 0 || better(found, best))) best = found;
+      }
+      step.chosen[lane.head_row + i] = best.index;
+    }
+    if (for_host) {
+      lane.stage = Stage::kHost;
+      publish({EventKind::kLogits, static_cast<std::uint32_t>(lane.index), step.step,
+               static_cast<std::uint32_t>(lane.head_row),
+               static_cast<std::uint32_t>(lane.head_rows),
+               reinterpret_cast<std::uintptr_t>(lane.logits.data())});
+      return;
+    }
+  }
+  lane.stage = Stage::kHead;
+  lane.head_row += lane.head_rows;
+  lane.head_rows = std::min(lane.head_capacity, step.wanted_count - lane.head_row);
+  lane.head_panel = 0;
+  if (lane.head_rows == 0) end_step(lane);
+}
+
+void Loop::end_step(Lane& lane) {
+  publish({EventKind::kDone, static_cast<std::uint32_t>(lane.index), lane.step->step, 0, 0, 0});
+  lane.stage = Stage::kFree;
+  lane.step = nullptr;
+}
+
+void Loop::record(const Work& work) {
+  if (work.start_ns == 0 || !trace_.on()) return;
+  TraceEvent event{};
+  event.start_ns = work.start_ns;
+  event.end_ns = now_ns();
+  event.model = static_cast<std::int32_t>(work.model - models_.data());
+  event.attention_rank = description_.attention_rank;
+  event.lane = work.index;
+  if (work.kind == Kind::kLocalFFN || work.kind == Kind::kRemoteFFN) {
+    event.step = -1;
+    event.layer = work.ffn.layer;
+    event.rows = work.ffn.rows;
+    event.part = TracedPart::kFFN;
+    if (work.kind == Kind::kRemoteFFN) {
+      event.attention_rank = incoming_[work.index].attention_rank;
+      event.lane = incoming_[work.index].lane;
+    }
+  } else {
+    const Lane& lane = lanes_[work.index];
+    event.step = static_cast<std::int64_t>(lane.step->step);
+    const bool head = work.kind == Kind::kHead;
+    event.layer = head ? -1 : lane.layer;
+    event.rows = head ? lane.head_rows : lane.step->rows;
+    event.part = head ? TracedPart::kHead : TracedPart::kAttention;
+  }
+  trace_.record(event);
+}
+
+}  // namespace crosspool

@@ -1,0 +1,349 @@
+// Whole loops on tiny models, fit for sanitizers. Requests of two models run in one lane, one
+// thread; their tokens must come out the same with any number of threads and lanes, with the FFN
+// rank on another device, with two FFN ranks, and while FFN ranks or the attention rank are
+// replaced.
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "../cpu/engine/loop.h"
+#include "check.h"
+#include "tiny_model.h"
+
+using namespace crosspool;
+using crosspool::test::kPageSize;
+using crosspool::test::TinyModel;
+
+namespace {
+
+constexpr std::int32_t kMaxRows = 64;
+constexpr std::int32_t kRequestPages = 12;
+
+struct Bell {
+  alignas(64) crosspool_doorbell doorbell{};
+};
+
+// The lane buffers between two devices, as in shared memory; links by lane.
+struct Memory {
+  explicit Memory(std::int32_t lanes)
+      : layout{2, static_cast<std::uint32_t>(lanes), kMaxRows, TinyModel::kHidden * 4, 1},
+        bytes(layout.bytes() + kPage) {}
+
+  LinkDescription link(std::int32_t lane, std::int32_t ffn_rank, Bell& peer) {
+    auto* const base = reinterpret_cast<unsigned char*>(
+        aligned_up(reinterpret_cast<std::uintptr_t>(bytes.data()), kPage));
+    LinkDescription out{};
+    out.link = reinterpret_cast<Link*>(base + layout.link(0, static_cast<std::uint32_t>(lane)));
+    out.payload_bytes = layout.payload_bytes();
+    out.max_rows = layout.max_rows;
+    out.max_row_bytes = layout.max_row_bytes;
+    out.peer = &peer.doorbell;
+    out.counters = &counters.emplace_back();
+    out.lane = lane;
+    out.ffn_rank = ffn_rank;
+    return out;
+  }
+
+  SegmentLayout layout;
+  std::vector<unsigned char> bytes;
+  std::deque<LinkCounters> counters;
+};
+
+struct Request {
+  std::int32_t model;
+  std::vector<std::int32_t> tokens;  // prompt, then what was chosen
+  std::size_t computed = 0;
+  std::size_t prompt = 0;
+  std::vector<std::int32_t> pages;
+  std::optional<SamplingRule> rule;  // none: greedy
+};
+
+// One step of some requests of one model.
+struct Step {
+  std::vector<Request*> requests;
+  std::vector<std::int32_t> tokens;
+  std::vector<Segment> segments;
+  std::vector<Wanted> wanted;
+  std::vector<std::int32_t> chosen;
+  std::vector<bool> sampled;
+  StepArguments arguments{};
+
+  Step(std::uint64_t number, std::vector<Request*> of, std::size_t chunk)
+      : requests(std::move(of)) {
+    for (Request* request : requests) {
+      const std::size_t left = request->tokens.size() - request->computed;
+      const std::size_t rows = std::min(left, chunk);
+      segments.push_back({request->pages.data(), static_cast<std::int32_t>(tokens.size()),
+                          static_cast<std::int32_t>(rows),
+                          static_cast<std::int32_t>(request->computed)});
+      for (std::size_t i = 0; i < rows; ++i)
+        tokens.push_back(request->tokens[request->computed + i]);
+      sampled.push_back(rows == left);
+      if (rows != left) continue;
+      Wanted one{};
+      one.row = static_cast<std::int32_t>(tokens.size() - 1);
+      one.choice = request->rule ? Choice::kDraw : Choice::kGreedy;
+      if (request->rule) one.rule = *request->rule;
+      one.seed = 5;
+      one.position = request->tokens.size();
+      wanted.push_back(one);
+    }
+    chosen.assign(wanted.size(), -1);
+    arguments.step = number;
+    arguments.model = requests[0]->model;
+    arguments.rows = static_cast<std::int32_t>(tokens.size());
+    arguments.segment_count = static_cast<std::int32_t>(segments.size());
+    arguments.wanted_count = static_cast<std::int32_t>(wanted.size());
+    arguments.tokens = tokens.data();
+    arguments.segments = segments.data();
+    arguments.wanted = wanted.data();
+    arguments.chosen = chosen.data();
+  }
+
+  void carry_over() const {
+    std::size_t next = 0;
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+      requests[i]->computed += segments[i].rows;
+      if (sampled[i]) requests[i]->tokens.push_back(chosen[next++]);
+    }
+  }
+};
+
+std::vector<Request> make_requests() {
+  std::vector<Request> requests;
+  std::int32_t page = 0;
+  for (std::int32_t i = 0; i < 8; ++i) {
+    Request request{
+        .model = i % 2, .tokens = {}, .computed = 0, .prompt = 0, .pages = {}, .rule = {}};
+    for (std::int32_t token = 0; token < 3 + 2 * i; ++token) {
+      request.tokens.push_back((7 * i + 3 * token) % 50);
+    }
+    request.prompt = request.tokens.size();
+    for (std::int32_t j = 0; j < kRequestPages; ++j) request.pages.push_back((page++ * 5) % 61);
+    if (i / 2 % 2 == 1) request.rule = SamplingRule{0.9, 1.1F, 0.0F, 20};
+    requests.push_back(request);
+    if (page + kRequestPages > 61) page = 0;
+  }
+  // Requests of one model have pages of their own; models have caches of their own.
+  for (Request& request : requests) {
+    const std::int32_t index = static_cast<std::int32_t>(&request - requests.data()) / 2;
+    for (std::int32_t j = 0; j < kRequestPages; ++j) {
+      request.pages[j] = (index * kRequestPages + j) * 13 % 61;
+    }
+  }
+  return requests;
+}
+
+// The two models on a device.
+std::vector<ModelTable> tables(std::array<TinyModel, 2>& models, std::vector<float>* caches,
+                               std::int32_t first, std::int32_t held, bool shared,
+                               const std::vector<std::int32_t>& ranks) {
+  std::vector<ModelTable> out;
+  for (int i = 0; i < 2; ++i) {
+    float* kv = caches == nullptr ? nullptr : caches[i].data();
+    out.push_back(models[i].view(kv, first, held, shared, ranks)->table);
+  }
+  return out;
+}
+
+enum class Placement { kOne, kTwo, kSplit };
+
+struct Setup {
+  Placement placement;
+  int threads;
+  std::int32_t lanes;
+  bool replace_ffn = false;
+  bool replace_attention = false;
+  std::int64_t spin_ns = 0;
+};
+
+class Device {
+ public:
+  Device(int threads, std::vector<ModelTable> models, LoopDescription description,
+         std::vector<LinkDescription> outgoing, std::vector<LinkDescription> incoming)
+      : team_(std::vector<int>(threads, -1)),
+        models_(std::move(models)),
+        outgoing_(std::move(outgoing)),
+        incoming_(std::move(incoming)),
+        description_(description) {
+    description_.models = models_.data();
+    description_.model_count = static_cast<std::int32_t>(models_.size());
+    description_.outgoing = outgoing_.data();
+    description_.outgoing_count = static_cast<std::int32_t>(outgoing_.size());
+    description_.incoming = incoming_.data();
+    description_.incoming_count = static_cast<std::int32_t>(incoming_.size());
+    description_.max_rows = kMaxRows;
+    description_.event_fd = eventfd(0, EFD_NONBLOCK);
+    start();
+  }
+  ~Device() {
+    loop_.reset();
+    close(description_.event_fd);
+  }
+
+  void replace() {
+    loop_.reset();
+    ++description_.epoch;
+    start();
+  }
+
+  // Waits for the next event, or what comes of a wait of a moment.
+  bool next(Event* event, int milliseconds) {
+    if (loop_->pop(event)) return true;
+    pollfd descriptor{description_.event_fd, POLLIN, 0};
+    poll(&descriptor, 1, milliseconds);
+    std::uint64_t count = 0;
+    [[maybe_unused]] const auto got = read(description_.event_fd, &count, sizeof(count));
+    return loop_->pop(event);
+  }
+
+  Loop& loop() { return *loop_; }
+
+ private:
+  void start() { loop_ = std::make_unique<Loop>(team_, description_); }
+
+  Team team_;
+  std::vector<ModelTable> models_;
+  std::vector<LinkDescription> outgoing_, incoming_;
+  LoopDescription description_;
+  std::unique_ptr<Loop> loop_;
+};
+
+std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, const Setup& setup,
+                                           std::size_t new_tokens) {
+  std::vector<float> caches[2] = {models[0].cache(), models[1].cache()};
+  Memory memory(setup.lanes);
+  Bell attention_bell, ffn_bell;
+  std::vector<LinkDescription> outgoing, incoming;
+  const bool split = setup.placement == Placement::kSplit, one = setup.placement == Placement::kOne;
+  const std::int32_t remote = split ? 1 : 0;
+  for (std::int32_t lane = 0; lane < setup.lanes && !one; ++lane) {
+    outgoing.push_back(memory.link(lane, remote, ffn_bell));
+    incoming.push_back(memory.link(lane, remote, attention_bell));
+  }
+  const std::vector<std::int32_t> ranks =
+      split ? std::vector<std::int32_t>{0, 1} : std::vector<std::int32_t>{0};
+  constexpr std::int32_t kHalf = TinyModel::kExperts / 2;
+
+  LoopDescription description{};
+  description.spin_ns = description.busy_spin_ns = setup.spin_ns;
+  description.lanes = setup.lanes;
+  description.attention_rank = 0;
+  description.doorbell = &attention_bell.doorbell;
+  description.ffn_rank = setup.placement == Placement::kTwo ? -1 : 0;
+  std::vector<LinkCounters> local(setup.lanes);
+  if (description.ffn_rank == 0) description.local_counters = local.data();
+  const std::int32_t held = one ? TinyModel::kExperts : split ? kHalf : -1;
+  Device attention(setup.threads, tables(models, caches, 0, held, true, ranks), description,
+                   outgoing, {});
+  std::unique_ptr<Device> ffn;
+  if (!one) {
+    LoopDescription other{};
+    other.spin_ns = other.busy_spin_ns = setup.spin_ns;
+    other.attention_rank = -1;
+    other.ffn_rank = remote;
+    other.doorbell = &ffn_bell.doorbell;
+    ffn = std::make_unique<Device>(
+        setup.threads,
+        split ? tables(models, nullptr, kHalf, kHalf, false, ranks)
+              : tables(models, nullptr, 0, TinyModel::kExperts, true, ranks),
+        other, std::vector<LinkDescription>{}, incoming);
+  }
+
+  std::vector<Request> requests = make_requests();
+  std::uint64_t number = 0;
+  std::array<std::unique_ptr<Step>, 2> flying;
+  const auto send = [&](int model) {
+    std::vector<Request*> batch;
+    for (Request& request : requests) {
+      const bool done = request.tokens.size() >= request.prompt + new_tokens;
+      if (request.model == model && !done) batch.push_back(&request);
+    }
+    if (batch.empty()) return;
+    flying[model] = std::make_unique<Step>(++number, batch, 5);
+    attention.loop().push({CommandKind::kStep, 0, number,
+                           reinterpret_cast<std::uintptr_t>(&flying[model]->arguments), 0});
+  };
+  send(0);
+  send(1);
+  int silence = 0;
+  std::uint64_t events = 0;
+  while (flying[0] != nullptr || flying[1] != nullptr) {
+    Event event{};
+    if (!attention.next(&event, 20)) {
+      if (++silence > 1000) fail("engine_stress: no step ended in 20 s");
+    } else {
+      silence = 0;
+      ++events;
+      if (event.kind != EventKind::kDone) {
+        fail("engine_stress: event %u %s", static_cast<unsigned>(event.kind),
+             event.kind == EventKind::kFailed ? reinterpret_cast<const char*>(event.address) : "");
+      }
+      const int model = flying[0] != nullptr && flying[0]->arguments.step == event.step ? 0 : 1;
+      flying[model]->carry_over();
+      flying[model].reset();
+      send(model);
+    }
+    if (setup.replace_ffn) ffn->replace();
+    if (setup.replace_attention && events % 3 == 1) {
+      // What was in flight is lost, and sent again; what had ended already is not.
+      attention.replace();
+      for (auto& step : flying) {
+        if (step == nullptr) continue;
+        attention.loop().push({CommandKind::kStep, 0, step->arguments.step,
+                               reinterpret_cast<std::uintptr_t>(&step->arguments), 0});
+      }
+      ++events;
+    }
+  }
+  ffn.reset();
+  std::vector<std::vector<std::int32_t>> out;
+  for (const Request& request : requests) out.push_back(request.tokens);
+  return out;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::size_t new_tokens = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 8;
+  std::array<TinyModel, 2> models{TinyModel(AttentionKind::kGQA, 3, 500, 1),
+                                  TinyModel(AttentionKind::kMLA, 4, 333, 2)};
+  const auto expected = run(models, {Placement::kOne, 1, 1}, new_tokens);
+  const struct {
+    const char* name;
+    Setup setup;
+  } cases[] = {
+      {"three threads, two lanes", {Placement::kOne, 3, 2}},
+      {"spinning", {.placement = Placement::kOne, .threads = 2, .lanes = 2, .spin_ns = 20'000}},
+      {"two devices", {Placement::kTwo, 1, 2}},
+      {"two devices of two threads", {Placement::kTwo, 2, 2}},
+      {"two FFN ranks", {Placement::kSplit, 2, 2}},
+      {"FFN rank replaced",
+       {.placement = Placement::kTwo, .threads = 1, .lanes = 2, .replace_ffn = true}},
+      {"attention rank replaced",
+       {.placement = Placement::kTwo, .threads = 2, .lanes = 2, .replace_attention = true}},
+  };
+  for (const auto& one : cases) {
+    const auto found = run(models, one.setup, new_tokens);
+    for (std::size_t i = 0; i < found.size(); ++i) {
+      if (found[i] == expected[i]) continue;
+      fail("engine_stress: %s: request %zu has other tokens than in one lane, one thread", one.name,
+           i);
+    }
+    std::printf("%s: the same tokens\n", one.name);
+  }
+  std::size_t different = 0;
+  for (const auto& tokens : expected) different += tokens.back() != expected[0].back();
+  if (different == 0) fail("engine_stress: all requests end alike: the models do nothing");
+  return 0;
+}
