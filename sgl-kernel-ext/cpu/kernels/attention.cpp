@@ -1,178 +1,91 @@
-// Paged attention. A task's queries (rows x heads of one KV head) meet the keys in blocks: the
-// block's K and V are packed like weights, so that both products are those of multiply.h, and an
-// online softmax lies between them. One decode row per head is the same code with few queries;
-// reading the cache bounds it then, not the packing.
-#include "attention_plan.h"
+// Paged attention. A task's queries meet the keys in blocks, one KV head after another: the block's
+// K and V are packed like weights, so that both products are those of multiply.h, and an online
+// softmax lies between them. One decode row per head is the same code with few queries; reading the
+// cache bounds it then, not the packing.
+#include "attention_block.h"
 #include "families.h"
-#include "product.h"
-#include "transpose.h"
 
 namespace crosspool::CROSSPOOL_ISA {
 namespace {
 
-constexpr std::int64_t kKeys = kTileWidth;  // of a block: one group of panels
 constexpr float kNothing = -__builtin_huge_valf();
-
-// A task's place in the scratch area; all parts are 64-byte aligned.
-template <class T>
-struct Room {
-  using Element = typename T::Element;
-
-  explicit Room(const AttentionShape& shape, void* scratch)
-      : q_stride(round_up(shape.qk_dim, kDepth) * kOperandBytes<T>),
-        p_stride(kKeys * kOperandBytes<T>),
-        k_panel(round_up(shape.qk_dim, kDepth) * kPanel * sizeof(Element)),
-        v_panel(kKeys * kPanel * sizeof(Element)),
-        v_stride(round_up(shape.v_dim, kPanel)) {
-    auto* at = static_cast<std::byte*>(scratch);
-    const auto take = [&at](std::int64_t bytes) {
-      std::byte* const taken = at;
-      at += round_up(bytes, 64);
-      return taken;
-    };
-    q = take(kAttentionQueries * q_stride);
-    p = take(kAttentionQueries * p_stride);
-    keys = take(kGroup * k_panel);
-    values = take(v_stride / kPanel * v_panel);
-    zeros = take(round_up(shape.qk_dim, kDepth) * sizeof(Element));
-    sums = reinterpret_cast<float*>(take(kAttentionQueries * v_stride * sizeof(float)));
-    highest = reinterpret_cast<float*>(take(kAttentionQueries * sizeof(float)));
-    total = reinterpret_cast<float*>(take(kAttentionQueries * sizeof(float)));
-    decay = reinterpret_cast<float*>(take(kAttentionQueries * sizeof(float)));
-  }
-
-  std::int64_t q_stride, p_stride;  // bytes
-  std::int64_t k_panel, v_panel;    // bytes
-  std::int64_t v_stride;            // floats
-  std::byte* q;                     // queries, as operands
-  std::byte* p;                     // probabilities of a block, as operands
-  std::byte* keys;                  // [4] panels of k_panel
-  std::byte* values;                // [v_stride / 16] panels of v_panel
-  std::byte* zeros;                 // stands for keys behind the last
-  float* sums;                      // [queries][v_stride]: of p times values
-  float* highest;                   // [queries]: largest score so far
-  float* total;                     // [queries]: sum of p
-  float* decay;                     // [queries]: what the last block made of earlier sums
-};
 
 template <class T>
 class Task {
   using Element = typename T::Element;
 
  public:
-  Task(const Attention& attention, const AttentionTask& task, void* scratch)
+  // `next`: the task that follows, whose first keys are asked for at this one's end; or null.
+  Task(const Attention& attention, const AttentionTask& task, const AttentionTask* next,
+       void* scratch)
       : a_(attention),
         t_(task),
+        next_(next),
         shape_(*attention.shape),
         segment_(attention.segments[task.segment]),
-        heads_(task.head_end - task.head_begin),
-        queries_((task.row_end - task.row_begin) * heads_),
+        group_(shape_.q_heads / shape_.kv_heads),
+        heads_(min(group_, task.head_end - task.head_begin)),
+        rows_(task.row_end - task.row_begin),
+        kv_begin_(task.head_begin / group_),
+        kv_end_((task.head_end + group_ - 1) / group_),
+        queries_(rows_ * (task.head_end - task.head_begin)),
         room_(shape_, scratch),
-        scope_(queries_) {
-    const std::int64_t kv_head = task.head_begin / (shape_.q_heads / shape_.kv_heads);
-    k_begin_ = kv_head * shape_.qk_dim;
-    v_begin_ = shape_.v_begin + kv_head * shape_.v_dim;
-  }
+        scope_(rows_ * heads_) {}
 
   void run() {
     ready();
-    const Element* slots[2][kKeys];
-    find_slots(t_.key_begin, slots[0]);
+    KeyBlock<T> blocks[2];
+    find(t_, t_.key_begin, blocks[0]);
     int turn = 0;
     for (std::int64_t key = t_.key_begin; key < t_.key_end; key += kKeys, turn ^= 1) {
-      const std::int64_t count = min(kKeys, t_.key_end - key);
-      const std::int64_t next = find_slots(key + kKeys, slots[turn ^ 1]);
-      pack_keys(slots[turn], count, slots[turn ^ 1], next);
-      pack_values(slots[turn], count);
-      score(key, count);
-      accumulate(count);
+      const KeyBlock<T>& block = blocks[turn];
+      KeyBlock<T>& after = blocks[turn ^ 1];
+      if (key + kKeys < t_.key_end) {
+        find(t_, key + kKeys, after);
+      } else if (next_ != nullptr) {
+        find(*next_, next_->key_begin, after);
+      } else {
+        after.count = 0;
+      }
+      Ahead<T> ahead(after, keys_at(kv_begin_), keys_at(kv_end_), values_at(kv_begin_),
+                     values_at(kv_end_));
+      for (std::int64_t kv_head = kv_begin_; kv_head < kv_end_; ++kv_head) {
+        const std::int64_t query = (kv_head - kv_begin_) * rows_ * heads_;
+        pack_keys<T>(block, keys_at(kv_head), shape_.qk_dim, room_, ahead);
+        pack_values<T>(block, values_at(kv_head), shape_.v_dim, room_, ahead);
+        score(query, key, block.count, ahead);
+        accumulate(query, block.count);
+      }
     }
     finish();
   }
 
  private:
-  // Query q of the task is its row q / heads_ (of the segment's rows) and head q % heads_.
-  std::int64_t row_of(std::int64_t query) const { return t_.row_begin + query / heads_; }
-  std::int64_t head_of(std::int64_t query) const { return t_.head_begin + query % heads_; }
+  // The block of a task that begins at `key`.
+  void find(const AttentionTask& task, std::int64_t key, KeyBlock<T>& block) const {
+    block.find(a_.kv, a_.layer, a_.segments[task.segment].pages, key, task.key_end);
+  }
+
+  // Queries are ordered by KV head, row and head.
+  std::int64_t row_of(std::int64_t query) const { return t_.row_begin + query / heads_ % rows_; }
+  std::int64_t head_of(std::int64_t query) const {
+    return t_.head_begin + query / (rows_ * heads_) * group_ + query % heads_;
+  }
+  // Where a KV head's keys and values begin in a slot.
+  std::int64_t keys_at(std::int64_t kv_head) const { return kv_head * shape_.qk_dim; }
+  std::int64_t values_at(std::int64_t kv_head) const {
+    return shape_.v_begin + kv_head * shape_.v_dim;
+  }
 
   void ready() {
-    std::memset(room_.zeros, 0, round_up(shape_.qk_dim, kDepth) * sizeof(Element));
+    std::memset(room_.zeros, 0, zero_elements(shape_.qk_dim, shape_.v_dim) * sizeof(Element));
     std::memset(room_.sums, 0, queries_ * room_.v_stride * sizeof(float));
     for (std::int64_t q = 0; q < queries_; ++q) {
       const auto* const row =
           static_cast<const Element*>(a_.q) + (segment_.first_row + row_of(q)) * a_.q_stride;
       copy_row<T>(row + head_of(q) * shape_.qk_dim, shape_.qk_dim, room_.q + q * room_.q_stride);
       room_.highest[q] = kNothing;
-      room_.total[q] = 0.0F;
-    }
-  }
-
-  // The slots of up to kKeys keys from `key` on; returns how many there are.
-  std::int64_t find_slots(std::int64_t key, const Element** slots) const {
-    const std::int64_t count = max(0, min(kKeys, t_.key_end - key)), size = a_.kv.page_size;
-    std::int64_t page = key / size, offset = key % size;
-    for (std::int64_t i = 0; i < count; ++page, offset = 0) {
-      const std::int64_t plane = std::int64_t{segment_.pages[page]} * a_.kv.layers + a_.layer;
-      const auto* slot =
-          static_cast<const Element*>(a_.kv.data) + (plane * size + offset) * a_.kv.kv_width;
-      for (; i < count && offset < size; ++i, ++offset, slot += a_.kv.kv_width) slots[i] = slot;
-    }
-    return count;
-  }
-
-  // Packs the block's keys, and asks for the next block's slots meanwhile.
-  void pack_keys(const Element* const* slots, std::int64_t count, const Element* const* next,
-                 std::int64_t next_count) const {
-    const std::int64_t bytes = shape_.qk_dim * sizeof(Element);
-    const auto prefetch = [](const Element* begin, std::int64_t elements) {
-      const auto* const p = reinterpret_cast<const std::byte*>(begin);
-      const std::int64_t size = elements * sizeof(Element);
-      for (std::int64_t i = 0; i < size; i += 64) __builtin_prefetch(p + i, 0, 2);
-    };
-    for (std::int64_t first = 0; first < count; first += kPanel) {
-      const void* rows[kPanel];
-      for (std::int64_t r = 0; r < kPanel; ++r) {
-        const bool there = first + r < count;
-        rows[r] = there ? static_cast<const void*>(slots[first + r] + k_begin_) : room_.zeros;
-        if (first + r >= next_count) continue;
-        prefetch(next[first + r] + k_begin_, shape_.qk_dim);
-        if (shape_.v_begin > 0) prefetch(next[first + r] + v_begin_, shape_.v_dim);
-      }
-      pack_rows(rows, bytes, round_up(shape_.qk_dim, kDepth) * sizeof(Element),
-                room_.keys + first / kPanel * room_.k_panel);
-    }
-  }
-
-  // Packs the block's values: keys are the depth of that product.
-  void pack_values(const Element* const* slots, std::int64_t count) const {
-    constexpr std::int64_t kPerWord = 4 / sizeof(Element);
-    const std::int64_t padded = round_up(count, kDepth);
-    for (std::int64_t key = 0; key < padded; key += kPerWord) {
-      std::byte* const line = room_.values + key / kPerWord * 64;
-      const Element* const first = key < count ? slots[key] + v_begin_ : nullptr;
-      const Element* const second =
-          kPerWord == 2 && key + 1 < count ? slots[key + 1] + v_begin_ : nullptr;
-      for (std::int64_t i = 0; i < room_.v_stride; i += kLanes) {
-        std::byte* const to = line + i / kPanel * room_.v_panel + i % kPanel * 4;
-        const std::int64_t left = shape_.v_dim - i;
-        if (left >= kLanes) {
-          store_bits(to, words(first, second, i, AllLanes{}));
-        } else {
-          store_bits(to, words(first, second, i, max(left, 0)));
-        }
-      }
-    }
-  }
-
-  template <class N>
-  CROSSPOOL_INLINE static U words(const Element* first, const Element* second, std::int64_t i,
-                                  N n) {
-    if constexpr (T::kDType == DType::kFloat32) {
-      return first == nullptr ? U{} : (U)load(first + i, n);
-    } else {
-      const U low = first == nullptr ? U{} : __builtin_convertvector(load_half(first + i, n), U);
-      const U high = second == nullptr ? U{} : __builtin_convertvector(load_half(second + i, n), U);
-      return low | (high << 16);
+      store(room_.total + q * kLanes, V{});
     }
   }
 
@@ -189,79 +102,100 @@ class Task {
     }
   }
 
-  // Scores of the block of `count` keys from `key` on, and their probabilities.
-  void score(std::int64_t key, std::int64_t count) const {
+  // Scores of the block of `count` keys from `key` on, and their probabilities, for one KV head's
+  // queries.
+  void score(std::int64_t query, std::int64_t key, std::int64_t count, Ahead<T>& ahead) const {
+    // Packing has asked for rather more than half of as many lines as it read. (Many queries leave
+    // time enough for that.)
+    const std::int64_t row_bytes = (shape_.qk_dim + shape_.v_dim) * sizeof(Element);
+    const std::int64_t lines = count * row_bytes / 64 * 7 / 16 / (rows_ * heads_);
     const int panels = count > kDepth ? 4 : 2;  // columns behind `count` are masked below
-    multiply(room_.q, room_.q_stride, room_.keys, room_.k_panel, panels, shape_.qk_dim,
-             [&](std::int64_t first, std::int64_t rows, const float* c) {
+    multiply(room_.q + query * room_.q_stride, room_.q_stride, room_.keys, room_.k_panel, panels,
+             shape_.qk_dim, [&](std::int64_t first, std::int64_t rows, const float* c) {
                for (std::int64_t i = 0; i < rows; ++i) {
-                 const std::int64_t q = first + i, position = segment_.start + row_of(q);
-                 const std::int64_t end = min(count, position + 1 - key);
-                 const std::int64_t begin =
-                     shape_.window == 0 ? 0 : max(0, position + 1 - shape_.window - key);
-                 soften(q, c + i * kTileWidth, begin, end, panels * kPanel);
+                 ahead.lines(lines);
+                 soften(query + first + i, c + i * kTileWidth, key, count, panels * kPanel);
                }
              });
   }
 
-  // Probabilities, up to a common factor, of one query's scores: those of the keys [begin, end) of
-  // the block; of the others up to `padded` zero, whatever their scores are.
-  void soften(std::int64_t q, const float* scores, std::int64_t begin, std::int64_t end,
-              std::int64_t padded) const {
-    const V scale = splat(shape_.scale), nothing = splat(kNothing);
-    V masked[kKeys / kLanes];
+  // Probabilities, up to a common factor, of one query's scores of the block of `count` keys from
+  // `key` on: zero for keys that it does not see, whatever their scores are. `written` scores may
+  // be read.
+  CROSSPOOL_INLINE void soften(std::int64_t q, const float* scores, std::int64_t key,
+                               std::int64_t count, std::int64_t written) const {
+    const std::int64_t position = segment_.start + row_of(q);
+    const std::int64_t end = min(count, position + 1 - key);
+    const std::int64_t begin = shape_.window == 0 ? 0 : max(0, position + 1 - shape_.window - key);
+    const V scale = splat(shape_.scale * 1.44269504F), nothing = splat(kNothing);
+    V s[kKeys / kLanes];
     V most = nothing;
-    const I low = I{} + static_cast<std::int32_t>(begin),
-            high = I{} + static_cast<std::int32_t>(end);
-    for (std::int64_t i = 0; i < padded; i += kLanes) {
-      const I index = iota() + static_cast<std::int32_t>(i);
-      const V s = load(scores + i) * scale;
-      masked[i / kLanes] = (index >= low) & (index < high) ? s : nothing;
-      most = max(masked[i / kLanes], most);
+    if (begin == 0 && end == kKeys) {
+      for (int i = 0; i < kKeys / kLanes; ++i) {
+        s[i] = load(scores + i * kLanes) * scale;
+        most = max(s[i], most);
+      }
+    } else {
+      const I low = I{} + static_cast<std::int32_t>(begin);
+      const I high = I{} + static_cast<std::int32_t>(end);
+      for (int i = 0; i < kKeys / kLanes; ++i) {
+        const I index = iota() + i * kLanes;
+        s[i] = nothing;
+        if (i * kLanes < written) s[i] = load(scores + i * kLanes) * scale;
+        s[i] = (index >= low) & (index < high) ? s[i] : nothing;
+        most = max(s[i], most);
+      }
     }
-    const float before = room_.highest[q], block = begin < end ? reduce_max(most) : kNothing;
+    const float before = room_.highest[q], block = reduce_max(most);
     const float highest = block > before ? block : before;
-    // No key of the block, nor any before it, is seen: there is nothing yet to scale.
+    // Where no key is seen yet there is nothing to scale.
     const V shift = splat(highest == kNothing ? 0.0F : highest);
     V sum{};
     std::byte* const out = room_.p + q * room_.p_stride;
-    for (std::int64_t i = 0; i < padded; i += kLanes) {
-      const V p = exp(masked[i / kLanes] - shift);
+    for (int i = 0; i < kKeys / kLanes; ++i) {
+      const V p = power(s[i] - shift);
       sum += p;
       if constexpr (kReadsModelDType<T>) {
-        T::store(reinterpret_cast<Element*>(out) + i, p);
+        T::store(reinterpret_cast<Element*>(out) + i * kLanes, p);
       } else {
-        store(reinterpret_cast<float*>(out) + i, p);
+        store(reinterpret_cast<float*>(out) + i * kLanes, p);
       }
     }
-    const float decay = exp(splat(before) - shift)[0];
+    const float decay = highest == before ? 1.0F : power(splat(before) - shift)[0];
+    float* const total = room_.total + q * kLanes;
+    store(total, fma(load(total), splat(decay), sum));
     room_.highest[q] = highest;
-    room_.total[q] = room_.total[q] * decay + reduce_add(sum);
     room_.decay[q] = decay;
   }
 
-  // sums = sums * decay + p times values.
-  void accumulate(std::int64_t count) const {
+  CROSSPOOL_INLINE static V power(V x) {
+    return T::kDType == DType::kBFloat16 ? exp2_rough(x) : exp2(x);
+  }
+
+  // sums = sums * decay + p times values, for one KV head's queries.
+  void accumulate(std::int64_t query, std::int64_t count) const {
     const int all = static_cast<int>(room_.v_stride / kPanel);
     for (int panel = 0, panels; panel < all; panel += panels) {
       panels = all - panel >= 4 ? 4 : all - panel >= 2 ? 2 : 1;
-      multiply(room_.p, room_.p_stride, room_.values + panel * room_.v_panel, room_.v_panel, panels,
-               count, [&](std::int64_t first, std::int64_t rows, const float* c) {
-                 for (std::int64_t i = 0; i < rows; ++i) {
-                   float* const sum = room_.sums + (first + i) * room_.v_stride + panel * kPanel;
-                   const V decay = splat(room_.decay[first + i]);
-                   for (int v = 0; v < panels * kPanel; v += kLanes) {
-                     store(sum + v, fma(load(sum + v), decay, load(c + i * kTileWidth + v)));
-                   }
-                 }
-               });
+      multiply(
+          room_.p + query * room_.p_stride, room_.p_stride, room_.values + panel * room_.v_panel,
+          room_.v_panel, panels, count, [&](std::int64_t first, std::int64_t rows, const float* c) {
+            for (std::int64_t i = 0; i < rows; ++i) {
+              float* const sum = room_.sums + (query + first + i) * room_.v_stride + panel * kPanel;
+              const V decay = splat(room_.decay[query + first + i]);
+              for (int v = 0; v < panels * kPanel; v += kLanes) {
+                store(sum + v, fma(load(sum + v), decay, load(c + i * kTileWidth + v)));
+              }
+            }
+          });
     }
   }
 
   void finish() const {
     if (t_.splits == 1) {
       for (std::int64_t q = 0; q < queries_; ++q) {
-        write(q, room_.sums + q * room_.v_stride, 1.0F / room_.total[q]);
+        write(q, room_.sums + q * room_.v_stride,
+              1.0F / reduce_add(load(room_.total + q * kLanes)));
       }
       return;
     }
@@ -270,7 +204,7 @@ class Task {
     for (std::int64_t q = 0; q < queries_; ++q) {
       float* const partial = partials + (t_.split * queries_ + q) * width;
       partial[0] = room_.highest[q];
-      partial[1] = room_.total[q];
+      partial[1] = reduce_add(load(room_.total + q * kLanes));
       std::memcpy(partial + 2, room_.sums + q * room_.v_stride, shape_.v_dim * sizeof(float));
     }
     std::uint32_t* const arrivals = a_.arrivals + t_.arrival;
@@ -291,7 +225,7 @@ class Task {
     std::memset(sums, 0, room_.v_stride * sizeof(float));
     for (std::int64_t s = 0; s < t_.splits; ++s) {
       const float* const split = partial + s * stride;
-      const V factor = exp(splat(split[0]) - splat(highest));
+      const V factor = exp2(splat(split[0]) - splat(highest));
       total += split[1] * factor[0];
       for_lanes(0, shape_.v_dim, [&](std::int64_t i, auto n) {
         store(sums + i, fma(load(split + 2 + i, n), factor, load(sums + i, n)), n);
@@ -310,11 +244,14 @@ class Task {
 
   const Attention& a_;
   const AttentionTask& t_;
+  const AttentionTask* next_;
   const AttentionShape& shape_;
   const Segment& segment_;
-  std::int64_t heads_;
+  std::int64_t group_;  // q heads of a KV head
+  std::int64_t heads_;  // of them in this task
+  std::int64_t rows_;
+  std::int64_t kv_begin_, kv_end_;  // KV heads of this task
   std::int64_t queries_;
-  std::int64_t k_begin_, v_begin_;  // of the KV head, within a slot
   Room<T> room_;
   MultiplyScope<T> scope_;
 };
@@ -322,7 +259,10 @@ class Task {
 template <class T>
 void attend(const Attention& attention, const AttentionTask* tasks, std::int32_t count,
             void* scratch) {
-  for (std::int32_t i = 0; i < count; ++i) Task<T>(attention, tasks[i], scratch).run();
+  for (std::int32_t i = 0; i < count; ++i) {
+    const AttentionTask* const next = i + 1 < count ? tasks + i + 1 : nullptr;
+    Task<T>(attention, tasks[i], next, scratch).run();
+  }
 }
 
 }  // namespace
@@ -331,8 +271,8 @@ void attend(const Attention& attention, const AttentionTask* tasks, std::int32_t
 std::int64_t attention_scratch(const Limits& limits) {
   const std::int64_t depth = round_up(limits.qk_dim, kDepth);
   const std::int64_t width = round_up(limits.v_dim, kPanel);
-  const std::int64_t floats =
-      kAttentionQueries * (depth + kKeys + width + 3) + kKeys * depth + kKeys * width + depth;
+  const std::int64_t floats = kAttentionQueries * (depth + kKeys + width + 2 + kLanes) +
+                              kKeys * depth + kKeys * width + depth;
   return floats * 4 + 9 * 64;
 }
 

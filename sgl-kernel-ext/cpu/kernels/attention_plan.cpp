@@ -18,16 +18,15 @@ std::int64_t cost(const AttentionTask& task) {
   return (std::int64_t{task.key_end} - task.key_begin) * (8 + rows * heads);
 }
 
-struct Cut {
-  const AttentionShape& shape;
-  const Segment& segment;
-  std::int32_t index;
+std::int64_t splits_of(std::int64_t keys) {
+  return std::clamp((keys + kSplitKeys / 2) / kSplitKeys, std::int64_t{1}, kMostSplits);
+}
 
-  std::int32_t first_key(std::int32_t row) const {
-    if (shape.window == 0) return 0;
-    return std::max(0, segment.start + row + 1 - shape.window);
-  }
-};
+// First key that a row of a segment sees.
+std::int32_t first_key(const AttentionShape& shape, const Segment& segment, std::int32_t row) {
+  if (shape.window == 0) return 0;
+  return std::max(0, segment.start + row + 1 - shape.window);
+}
 
 }  // namespace
 
@@ -36,49 +35,67 @@ void AttentionPlan::make(const AttentionShape& shape, const Segment* segments, s
   tasks_.clear();
   std::int64_t partials = 0;
   std::int32_t arrivals = 0;
-
-  const auto add = [&](const Cut& cut, std::int32_t head, std::int32_t heads, std::int32_t row,
-                       std::int32_t rows, bool may_split) {
-    AttentionTask task{};
-    task.segment = cut.index;
-    task.row_begin = row;
-    task.row_end = row + rows;
-    task.head_begin = head;
-    task.head_end = head + heads;
-    const std::int32_t begin = cut.first_key(row), end = cut.segment.start + row + rows;
-    const std::int64_t keys = end - begin;
-    const std::int64_t splits =
-        may_split ? std::clamp((keys + kSplitKeys / 2) / kSplitKeys, std::int64_t{1}, kMostSplits)
-                  : 1;
-    task.splits = static_cast<std::int32_t>(splits);
-    task.arrival = arrivals;
-    task.partial = partials;
-    const auto edge = [&](std::int64_t split) {
-      if (split == splits) return end;
-      return begin + static_cast<std::int32_t>(keys * split / splits / kKeyStep * kKeyStep);
-    };
-    for (task.split = 0; task.split < splits; ++task.split) {
-      task.key_begin = edge(task.split);
-      task.key_end = edge(task.split + 1);
-      tasks_.push_back(task);
-    }
-    if (splits == 1) return;
-    ++arrivals;
-    partials += splits * heads * rows * (shape.v_dim + 2);
-  };
-
   const std::int32_t group = shape.q_heads / shape.kv_heads;
-  const std::int32_t most_heads = std::min(group, kAttentionQueries);
+  const auto is_light = [&](const Segment& s) { return s.rows * group <= kAttentionQueries; };
+
+  // Tasks of few rows take several KV heads, so that they read whole slots, as long as every thread
+  // finds some tasks.
+  std::int64_t ranges = 0;
   for (std::int32_t s = 0; s < count; ++s) {
-    const Cut cut{shape, segments[s], s};
-    const std::int32_t rows = segments[s].rows;
+    if (!is_light(segments[s])) continue;
+    const std::int64_t end = std::int64_t{segments[s].start} + segments[s].rows;
+    ranges += splits_of(end - first_key(shape, segments[s], 0));
+  }
+  const std::int64_t wanted = std::max<std::int64_t>(1, ranges * shape.kv_heads / (2 * threads));
+
+  for (std::int32_t index = 0; index < count; ++index) {
+    const Segment& segment = segments[index];
+    AttentionTask task{};
+    task.segment = index;
+    task.splits = 1;
+    if (is_light(segment)) {
+      const std::int32_t begin = first_key(shape, segment, 0), end = segment.start + segment.rows;
+      const std::int64_t keys = end - begin, splits = splits_of(keys);
+      const auto heads = static_cast<std::int32_t>(
+          std::min<std::int64_t>(wanted, kAttentionQueries / (segment.rows * group)) * group);
+      task.splits = static_cast<std::int32_t>(splits);
+      task.row_end = segment.rows;
+      const std::int32_t first_arrival = arrivals;
+      const std::int64_t first_partial = partials;
+      for (task.split = 0; task.split < splits; ++task.split) {
+        const auto edge = [&](std::int64_t split) {
+          if (split == splits) return end;
+          return begin + static_cast<std::int32_t>(keys * split / splits / kKeyStep * kKeyStep);
+        };
+        task.key_begin = edge(task.split);
+        task.key_end = edge(task.split + 1);
+        arrivals = first_arrival;
+        partials = first_partial;
+        for (std::int32_t head = 0; head < shape.q_heads; head += heads) {
+          task.head_begin = head;
+          task.head_end = std::min(head + heads, shape.q_heads);
+          task.arrival = arrivals;
+          task.partial = partials;
+          tasks_.push_back(task);
+          if (splits == 1) continue;
+          ++arrivals;
+          partials += splits * (task.head_end - head) * segment.rows * (shape.v_dim + 2);
+        }
+      }
+      continue;
+    }
+    const std::int32_t heads = std::min(group, kAttentionQueries);
+    const std::int32_t rows = kAttentionQueries / heads;
     for (std::int32_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head) {
-      for (std::int32_t h = 0; h < group; h += most_heads) {
-        const std::int32_t heads = std::min(most_heads, group - h);
-        const std::int32_t most_rows = kAttentionQueries / heads;
-        for (std::int32_t row = 0; row < rows; row += most_rows) {
-          add(cut, kv_head * group + h, heads, row, std::min(most_rows, rows - row),
-              rows <= most_rows);
+      for (std::int32_t head = 0; head < group; head += heads) {
+        task.head_begin = kv_head * group + head;
+        task.head_end = kv_head * group + std::min(head + heads, group);
+        for (std::int32_t row = 0; row < segment.rows; row += rows) {
+          task.row_begin = row;
+          task.row_end = std::min(row + rows, segment.rows);
+          task.key_begin = first_key(shape, segment, row);
+          task.key_end = segment.start + task.row_end;
+          tasks_.push_back(task);
         }
       }
     }

@@ -22,6 +22,17 @@ struct Float32 {
     CROSSPOOL_ISA::store(p, v, n);
   }
   CROSSPOOL_INLINE static V round(V v) { return v; }
+  // One word per element; `second` is not read.
+  template <class N>
+  CROSSPOOL_INLINE static U interleaved(const float* first, const float*, N n) {
+    return (U)load(first, n);
+  }
+  // The same for 32 elements: a line of each of two panels.
+  CROSSPOOL_INLINE static void interleave_panels(const float* first, const float*, std::byte* left,
+                                                 std::byte* right) {
+    std::memcpy(left, first, 64);
+    std::memcpy(right, first + 16, 64);
+  }
 };
 
 struct BFloat16 {
@@ -46,9 +57,43 @@ struct BFloat16 {
     return (V)(rounded_bits(v) & splat_bits(0xffff0000U));
 #endif
   }
+  // Words that hold an element of `first` and one of `second`.
+  template <class N>
+  CROSSPOOL_INLINE static U interleaved(const std::uint16_t* first, const std::uint16_t* second,
+                                        N n) {
+    return words(load_half(first, n)) | (words(load_half(second, n)) << 16);
+  }
+  // The same for two vectors of elements each.
+  CROSSPOOL_INLINE static void interleaved_pair(const std::uint16_t* first,
+                                                const std::uint16_t* second, V& left, V& right) {
+#if defined(__AVX512BF16__)
+    typedef std::uint16_t Halves __attribute__((vector_size(64)));
+    Halves order{};
+    for (int i = 0; i < 32; ++i) order[i] = static_cast<std::uint16_t>(i / 2 + i % 2 * 32);
+    const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+    left = (V)_mm512_permutex2var_epi16(a, (__m512i)order, b);
+    right = (V)_mm512_permutex2var_epi16(a, (__m512i)(order + 16), b);
+#else
+    left = (V)interleaved(first, second, AllLanes{});
+    right = (V)interleaved(first + kLanes, second + kLanes, AllLanes{});
+#endif
+  }
+  // 32 elements of each: a line of each of two panels.
+  CROSSPOOL_INLINE static void interleave_panels(const std::uint16_t* first,
+                                                 const std::uint16_t* second, std::byte* left,
+                                                 std::byte* right) {
+    V words[2 * kParts];
+    for (int v = 0; v < 2 * kParts; v += 2) {
+      interleaved_pair(first + v * kLanes, second + v * kLanes, words[v], words[v + 1]);
+    }
+    for (int v = 0; v < kParts; ++v) {
+      store_bits(left + v * kLanes * 4, (U)words[v]);
+      store_bits(right + v * kLanes * 4, (U)words[v + kParts]);
+    }
+  }
 
  private:
-  CROSSPOOL_INLINE static V widen(H h) { return (V)(__builtin_convertvector(h, U) << 16); }
+  CROSSPOOL_INLINE static V widen(H h) { return (V)(words(h) << 16); }
 #if defined(__AVX512BF16__)
   CROSSPOOL_INLINE static H narrow(V v) { return (H)_mm512_cvtneps_pbh(v); }
 #else

@@ -259,9 +259,10 @@ struct Segment {
   std::int32_t start;  // position of the first row
 };
 
-// A stretch of work that one thread does: some rows and q heads (of one KV head) of a segment over
-// the keys [key_begin, key_end). Long requests of few rows are cut into `splits` ranges of keys;
-// whoever ends the last of them merges them all, in order. attention_plan.h makes the tasks.
+// A stretch of work that one thread does: some rows and q heads of a segment over the keys
+// [key_begin, key_end). The heads are all those of one or more KV heads, or some of one. Long
+// requests of few rows are cut into `splits` ranges of keys; whoever ends the last of them merges
+// them all, in order. attention_plan.h makes the tasks.
 struct AttentionTask {
   std::int32_t segment;
   std::int32_t row_begin;  // within the segment

@@ -5,7 +5,12 @@
 namespace crosspool::CROSSPOOL_ISA {
 namespace {
 
-CROSSPOOL_INLINE void prefetch_line(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
+struct ToFirstLevel {
+  CROSSPOOL_INLINE static void fetch(const std::byte* p) { __builtin_prefetch(p, 0, 3); }
+};
+struct ToSecondLevel {
+  CROSSPOOL_INLINE static void fetch(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
+};
 
 // One step along k: the 64 bytes of a panel, 16 columns of one depth (float32) or of a pair of
 // depths (bfloat16), against the operand elements of that depth. Where no instruction multiplies
@@ -56,13 +61,18 @@ CROSSPOOL_INLINE void micro_panels(const Multiply& m, int first_panel, float* ti
   const std::int64_t steps = S::count(m.k);
   const std::int64_t split = min(m.prefetch.split, steps);
 
-  V sum[kRows][kPanels][kParts] = {};
-  const auto stretch = [&](std::int64_t begin, std::int64_t end, const std::byte* ahead,
+  V sum[kRows][kPanels][kParts];
+  for (int r = 0; r < kRows; ++r) {
+    for (int p = 0; p < kPanels; ++p) {
+      for (int v = 0; v < kParts; ++v) sum[r][p][v] = V{};  // = {} might go through memory
+    }
+  }
+  const auto stretch = [&](auto level, std::int64_t begin, std::int64_t end, const std::byte* ahead,
                            std::int64_t ahead_step) __attribute__((always_inline)) {
     for (std::int64_t s = begin; s < end; ++s) {
       const std::byte* const panel = w + s * 64;
       for (int p = 0; p < kPanels; ++p) {
-        prefetch_line(ahead + p * m.panel_bytes + s * ahead_step);
+        level.fetch(ahead + p * m.panel_bytes + s * ahead_step);
       }
       for (int half = 0; half < S::kHalves; ++half) {
         V weights[kPanels][kParts];
@@ -82,8 +92,13 @@ CROSSPOOL_INLINE void micro_panels(const Multiply& m, int first_panel, float* ti
       }
     }
   };
-  stretch(0, split, m.prefetch.near + skipped, m.prefetch.near_step);
-  stretch(split, steps, m.prefetch.far + skipped, 64);
+  const std::byte* const near = m.prefetch.near + skipped;
+  if (m.prefetch.far == nullptr) {
+    stretch(ToSecondLevel{}, 0, steps, near, m.prefetch.near_step);
+  } else {
+    stretch(ToFirstLevel{}, 0, split, near, m.prefetch.near_step);
+    stretch(ToFirstLevel{}, split, steps, m.prefetch.far + skipped, 64);
+  }
 
   for (int r = 0; r < kRows; ++r) {
     for (int p = 0; p < kPanels; ++p) {

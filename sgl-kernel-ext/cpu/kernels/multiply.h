@@ -58,12 +58,13 @@ struct Operand {
 };
 
 // Which memory a call asks for while it computes: in step s of a panel of the group the line at
-// near + s * near_step while s < split, else at far + s * far_step; the next panel's lines lie
-// panel_bytes further on.
+// near + s * near_step while s < split, else at far + s * 64; the next panel's lines lie
+// panel_bytes further on. Without a far end the lines are not needed soon: they go to the
+// second-level cache.
 struct Prefetch {
   const std::byte* near;
-  const std::byte* far;
-  std::int64_t split;
+  const std::byte* far;  // or null
+  std::int64_t split;    // of all steps, where there is no far end
   std::int64_t near_step;
 };
 

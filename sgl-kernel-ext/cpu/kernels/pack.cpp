@@ -24,7 +24,7 @@ void pack_panel(const Matrix& matrix, std::int32_t panel, const typename T::Elem
   if (stride == 1) {
     const void* pointers[kPanel];
     for (int r = 0; r < kPanel; ++r) pointers[r] = rows[r];
-    pack_rows(pointers, matrix.k * sizeof(Element), matrix.depth() * sizeof(Element), out);
+    pack_rows(pointers, matrix.k * sizeof(Element), matrix.depth() * sizeof(Element), out, [] {});
     return;
   }
   constexpr std::int64_t kPerWord = 4 / sizeof(Element);

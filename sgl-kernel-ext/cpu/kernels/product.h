@@ -58,19 +58,18 @@ CROSSPOOL_INLINE Operand ready_rows(const Rows& x, std::int64_t first, std::int6
 }
 
 // What stretch `i` of `count` asks for while it multiplies the group of panels at `group`, which
-// `next` follows. One stretch alone is bound by memory: it runs a little ahead of itself in every
-// panel, and at their ends begins with the next group. More of them compute on weights that are in
-// the cache by then; the last eight (four, two) share the next group evenly.
+// `next` follows. The first of few stretches is bound by memory: it runs a little ahead of itself
+// in every panel, and at their ends begins with the next group. The others compute on weights that
+// are in the cache by then, and ask for the next group meanwhile: evenly, the last ones of many.
 CROSSPOOL_INLINE Prefetch ahead(const std::byte* group, const std::byte* next, bool first_group,
                                 std::int64_t i, std::int64_t count, std::int64_t steps,
                                 std::int64_t panel_bytes) {
-  constexpr std::int64_t kLinesAhead = 32;
-  if (count == 1) {
+  constexpr std::int64_t kLinesAhead = 20, kFew = 3;
+  if (i == 0 && (first_group || count <= kFew)) {
     const std::int64_t split = max(0, steps - kLinesAhead);
     return {group + kLinesAhead * 64, next - split * 64, split, 64};
   }
-  if (first_group && i == 0) return {group + kLinesAhead * 64, nullptr, steps, 64};
-  const std::int64_t sharing = count >= 8 ? 8 : count >= 4 ? 4 : 2;
+  const std::int64_t sharing = count <= kFew ? count - 1 : count >= 8 ? 8 : 4;
   const std::int64_t turn = i - (count - sharing);
   if (turn < 0) return {group, nullptr, steps, 0};
   return {next + turn * (panel_bytes / sharing), nullptr, steps, 64 / sharing};

@@ -53,6 +53,17 @@ CROSSPOOL_INLINE void store_half(std::uint16_t* p, H v) { *reinterpret_cast<Unal
 CROSSPOOL_INLINE V splat(float x) { return V{} + x; }
 CROSSPOOL_INLINE U splat_bits(std::uint32_t x) { return U{} + x; }
 
+// Zero-extended. (GCC makes detours of __builtin_convertvector here.)
+CROSSPOOL_INLINE U words(H h) {
+#if defined(__AVX512BF16__)
+  return (U)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (U)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, U);
+#endif
+}
+
 // The first n lanes, n < kLanes; the others are zero, and the memory behind them is not touched.
 CROSSPOOL_INLINE V load(const float* p, std::int64_t n) {
   float lanes[kLanes] = {};
@@ -162,6 +173,24 @@ CROSSPOOL_INLINE V exp(V x) {
   const V scaled = (V)((U)p + ((U)shifted << 23));
   return x < low ? V{} : scaled;
 }
+
+// 2^x for x <= 0 with a relative error below 4e-6: enough where the result is rounded to bfloat16.
+// Below -126 it is 0; NaN stays NaN.
+CROSSPOOL_INLINE V exp2_rough(V x) {
+  const V magic = splat(12582912.0F);
+  const V shifted = x + magic;
+  const V f = x - (shifted - magic);
+  V p = splat(9.6181291e-3F);
+  p = fma(p, f, splat(5.5504109e-2F));
+  p = fma(p, f, splat(2.4022651e-1F));
+  p = fma(p, f, splat(6.9314718e-1F));
+  p = fma(p, f, splat(1.0F));
+  const V scaled = (V)((U)p + ((U)shifted << 23));
+  return x < splat(-126.0F) ? V{} : scaled;
+}
+
+// 2^x for x <= 0 to 2 units in the last place.
+CROSSPOOL_INLINE V exp2(V x) { return exp(x * splat(0.69314718F)); }
 
 CROSSPOOL_INLINE V silu(V x) { return x / (splat(1.0F) + exp(-x)); }
 

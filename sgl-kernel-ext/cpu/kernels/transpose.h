@@ -71,14 +71,19 @@ CROSSPOOL_INLINE void transpose_words(const void* const* rows, std::int64_t at, 
 // Packs 16 rows of `bytes` bytes into a panel of `padded` / 4 lines of 64 bytes: line w has word w
 // of every row. A null row is all zeros, and so is what lies behind `bytes`. `padded` is a multiple
 // of 64.
+// `meanwhile` is called once for every 64 bytes of each row.
+template <class Meanwhile>
 CROSSPOOL_INLINE void pack_rows(const void* const* rows, std::int64_t bytes, std::int64_t padded,
-                                std::byte* panel) {
+                                std::byte* panel, Meanwhile meanwhile) {
   static constexpr std::byte kZeros[64] = {};
   bool whole = true;
   for (int r = 0; r < 16; ++r) whole &= rows[r] != nullptr;
   std::int64_t at = 0;
   if (whole) {
-    for (; at + 64 <= bytes; at += 64) transpose_words(rows, at, panel + at * 16);
+    for (; at + 64 <= bytes; at += 64) {
+      meanwhile();
+      transpose_words(rows, at, panel + at * 16);
+    }
   }
   for (; at < padded; at += 64) {
     alignas(64) std::byte copies[16][64] = {};

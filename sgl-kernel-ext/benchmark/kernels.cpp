@@ -1,0 +1,310 @@
+// Every kernel against the floors of one core, in one run: the time that the memory it must read
+// takes (read between the runs of the kernel, so that both see the same machine), or that its
+// multiplications take at the best rate, whichever is longer. One row of JSON per case.
+//
+//   crosspool_kernel_benchmark [seconds per case] [isa] [dtype] [name]
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../cpu/kernels/attention_plan.h"
+#include "floors.h"
+
+namespace crosspool::benchmark {
+namespace {
+
+constexpr std::int32_t kHidden = 1024, kWidth = 512, kExperts = 64, kTopK = 4, kLayers = 4;
+constexpr std::int32_t kQHeads = 16, kKVHeads = 4, kHeadDim = 64, kVocab = 32000;
+constexpr std::int32_t kPageSize = 16;
+
+// Memory on huge pages, filled with numbers near one another (so that no sum overflows).
+std::byte* memory(std::size_t bytes, DType dtype) {
+  constexpr std::size_t kHuge = std::size_t{2} << 20;
+  const std::size_t size = (bytes + 2 * kHuge - 1) / kHuge * kHuge;
+  void* const raw = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (raw == MAP_FAILED) std::abort();
+  const auto begin = (reinterpret_cast<std::uintptr_t>(raw) + kHuge - 1) / kHuge * kHuge;
+  auto* const p = reinterpret_cast<std::byte*>(begin);
+  madvise(p, size - kHuge, MADV_HUGEPAGE);
+  std::vector<std::uint32_t> pattern(4096);
+  std::minstd_rand random(1);
+  for (auto& word : pattern) {
+    const auto half = [&] {
+      const float value = (static_cast<float>(random() % 2048) - 1024.0F) / 16384.0F;
+      std::uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      return bits;
+    };
+    word = dtype == DType::kBFloat16 ? half() >> 16 | (half() & 0xffff0000U) : half();
+  }
+  for (std::size_t at = 0; at < bytes; at += 16384) {
+    std::memcpy(p + at, pattern.data(), std::min<std::size_t>(16384, bytes - at));
+  }
+  return p;
+}
+
+struct Case {
+  std::string name;
+  std::int64_t rows;
+  double bytes;
+  double flops;
+  std::function<void()> prepare;  // not measured
+  std::function<void()> run;
+};
+
+class Benchmark {
+ public:
+  Benchmark(double seconds, Isa isa, DType dtype, std::string only)
+      : seconds_(seconds),
+        isa_(isa),
+        dtype_(dtype),
+        only_(std::move(only)),
+        k_(*kernels_of(isa, dtype)),
+        size_(element_bytes(dtype)),
+        peak_(peak_flops(isa, dtype)) {
+    scratch_ = memory(k_.scratch_bytes({kHidden, 576, 512, kExperts, kVocab}), dtype);
+    pool_bytes_ = std::size_t{512} << 20;
+    pool_ = memory(pool_bytes_, dtype);
+  }
+
+  void all() {
+    norms();
+    gemms();
+    experts();
+    attention();
+    std::vector<float> logits(kVocab);
+    for (auto& logit : logits) logit = static_cast<float>(random_() % 4096) / 256.0F;
+    Best best;
+    measure({"argmax", 1, 0, 0, {}, [&] { k_.argmax(logits.data(), kVocab, &best); }});
+    const SamplingRule rule{0.9, 0.8F, 0.0F, 50};
+    measure({"sample", 1, 0, 0, {}, [&] {
+               best.index = k_.sample(logits.data(), kVocab, rule, 0.4, scratch_);
+             }});
+  }
+
+ private:
+  Matrix matrix(std::int32_t n, std::int32_t k) {
+    Matrix m{nullptr, n, k, dtype_};
+    m.data = memory(static_cast<std::size_t>(m.bytes()), dtype_);
+    return m;
+  }
+
+  void norms() {
+    std::vector<float> x(kHidden * 8, 0.5F), weight(kHidden, 1.0F);
+    std::byte* const out = memory(kHidden * 8 * 4, dtype_);
+    for (const std::int32_t rows : {1, 8}) {
+      measure({"rms_norm", rows, 0, 0, {}, [&, rows] {
+                 k_.rms_norm(x.data(), kHidden, weight.data(), kHidden, 1e-6F, out, kHidden, 0,
+                             rows);
+               }});
+    }
+  }
+
+  void gemms() {
+    struct Shape {
+      const char* name;
+      std::int32_t n, k;
+    };
+    for (const auto& [name, n, k] : {Shape{"qkv", 1536, 1024}, Shape{"lm_head", kVocab, 1024}}) {
+      // Copies, so that none is in the cache when its turn comes.
+      const std::int64_t bytes = Matrix{nullptr, n, k, dtype_}.bytes();
+      const std::int64_t copies = std::max<std::int64_t>(1, (std::int64_t{256} << 20) / bytes);
+      std::byte* const weights = memory(static_cast<std::size_t>(bytes * copies), dtype_);
+      for (const std::int32_t rows : {1, 2, 4, 8, 16, 64, 512}) {
+        if (rows > 64 && n == kVocab) continue;
+        std::byte* const x = memory(static_cast<std::size_t>(rows) * k * 4, dtype_);
+        std::vector<float> out(static_cast<std::size_t>(rows) * n);
+        std::int64_t turn = 0;
+        measure({name, rows, static_cast<double>(bytes), 2.0 * rows * n * k, {}, [&] {
+                   const Matrix m{weights + turn++ % copies * bytes, n, k, dtype_};
+                   const Gemm gemm{&m, nullptr, {x, k, nullptr}, out.data(),
+                                   n,  rows,    Store::kFloat};
+                   k_.gemm(gemm, 0, m.panels(), scratch_);
+                 }});
+      }
+    }
+  }
+
+  void experts() {
+    std::vector<Matrix> gate_up, down;
+    for (int i = 0; i < kLayers * kExperts; ++i) {
+      gate_up.push_back(matrix(2 * kWidth, kHidden));
+      down.push_back(matrix(kHidden, kWidth));
+    }
+    const Matrix router = matrix(kExperts, kHidden);
+    const double expert_bytes = static_cast<double>(gate_up[0].bytes() + down[0].bytes());
+    for (const std::int32_t rows : {1, 2, 4, 8, 16, 64, 512}) {
+      const std::size_t slots = static_cast<std::size_t>(rows) * (kTopK + 1);
+      std::byte* const x = memory(static_cast<std::size_t>(rows) * kHidden * 4, dtype_);
+      std::byte* const activation = memory(slots * kWidth * 4, dtype_);
+      std::vector<float> out(static_cast<std::size_t>(rows) * kHidden), weights(slots),
+          chosen(slots);
+      std::vector<float> logits(static_cast<std::size_t>(rows) * kExperts);
+      std::vector<std::int32_t> ids(slots), slot_row(slots);
+      std::vector<ExpertGroup> groups(kExperts + 1);
+      ExpertPlan plan{groups.data(), slot_row.data(), chosen.data(), 0, 0};
+      const Router rules{nullptr,         kExperts,         kTopK, 1,   1,
+                         Score::kSoftmax, GroupScore::kMax, 1,     1.0F};
+      std::vector<float> noise(logits.size());
+      std::int64_t layer = 0;
+      // Which experts are read is known when the rows are; so are the bytes.
+      Case c{"moe", rows, 0, 6.0 * rows * kTopK * kHidden * kWidth, {}, {}};
+      const auto choose = [&] {
+        k_.route(rules, noise.data(), kExperts, ids.data(), weights.data(), 0, rows, scratch_);
+        const FFNLayer ffn{&gate_up[layer * kExperts],
+                           &down[layer * kExperts],
+                           nullptr,
+                           nullptr,
+                           0,
+                           kExperts,
+                           kTopK};
+        k_.plan_experts(ffn, ids.data(), weights.data(), rows, &plan, scratch_);
+      };
+      c.prepare = [&] {
+        layer = (layer + 1) % kLayers;
+        for (auto& value : noise) value = static_cast<float>(random_() % 4096) / 1024.0F;
+        choose();
+        c.bytes = plan.group_count * expert_bytes + static_cast<double>(router.bytes());
+      };
+      c.run = [&] {
+        const Gemm gemm{&router,  nullptr, {x, kHidden, nullptr}, logits.data(),
+                        kExperts, rows,    Store::kFloat};
+        k_.gemm(gemm, 0, router.panels(), scratch_);
+        choose();
+        const Experts call{&plan, x, kHidden, activation, kWidth, out.data(), kHidden, rows};
+        k_.expert_gate_up(call, 0, 1, scratch_);
+        k_.expert_down(call, 0, kHidden / kPanel, scratch_);
+      };
+      measure(c);
+    }
+  }
+
+  void attention() {
+    const AttentionShape gqa{kQHeads, kKVHeads, kHeadDim, kHeadDim, kKVHeads * kHeadDim, 0, 0.125F};
+    const AttentionShape mla{16, 1, 576, 512, 0, 0, 0.07F};
+    for (const std::int32_t context : {256, 4096}) {
+      attend("gqa_decode", gqa, 2 * kKVHeads * kHeadDim, context, 1);
+      attend("mla_decode", mla, 576, context, 1);
+    }
+    attend("gqa_prefill", gqa, 2 * kKVHeads * kHeadDim, 0, 2048);
+    attend("mla_prefill", mla, 576, 0, 512);
+  }
+
+  void attend(const char* name, const AttentionShape& shape, std::int32_t width, std::int32_t start,
+              std::int32_t rows) {
+    const std::int32_t length = start + rows, pages = (length + kPageSize - 1) / kPageSize;
+    constexpr std::int32_t kCacheLayers = 16;
+    const std::size_t cache = static_cast<std::size_t>(pages) * kCacheLayers * kPageSize * width;
+    KVCache kv{memory(cache * static_cast<std::size_t>(size_), dtype_), kCacheLayers, kPageSize,
+               width};
+    std::vector<std::int32_t> table(static_cast<std::size_t>(pages));
+    for (std::int32_t i = 0; i < pages; ++i) table[i] = i;
+    std::shuffle(table.begin(), table.end(), random_);
+    const Segment segment{table.data(), 0, rows, start};
+    AttentionPlan plan;
+    plan.make(shape, &segment, 1, 1);
+    const std::int64_t q_stride = std::int64_t{shape.q_heads} * shape.qk_dim;
+    const std::int64_t out_stride = std::int64_t{shape.q_heads} * shape.v_dim;
+    std::byte* const q = memory(static_cast<std::size_t>(rows * q_stride * 4), dtype_);
+    std::byte* const out = memory(static_cast<std::size_t>(rows * out_stride * 4), dtype_);
+    Attention call{&shape,          &segment,        q,  q_stride, out, out_stride,
+                   plan.partials(), plan.arrivals(), kv, 0};
+    const double pairs = rows * (start + (rows + 1) / 2.0);
+    measure({name,
+             start + rows,
+             static_cast<double>(length) * width * size_,
+             2.0 * pairs * shape.q_heads * (shape.qk_dim + shape.v_dim),
+             {},
+             [&] {
+               call.layer = (call.layer + 1) % kCacheLayers;
+               k_.attend(call, plan.tasks(0), plan.task_count(0), scratch_);
+             }});
+  }
+
+  // Runs a case and the reading of as many bytes by turns.
+  void measure(const Case& c) {
+    if (!only_.empty() && c.name != only_) return;
+    std::vector<double> times, floors, shares;
+    const double end = now() + seconds_;
+    for (int i = 0; i < 3 || now() < end; ++i) {
+      if (c.prepare) c.prepare();
+      double floor = 0;
+      if (c.bytes > 0) {
+        const auto bytes = static_cast<std::size_t>(c.bytes);
+        const std::size_t room = pool_bytes_ > bytes ? pool_bytes_ - bytes : 1;
+        const std::byte* const at = pool_ + std::uint64_t{random_()} * 4096 % room / 4096 * 4096;
+        const double begin = now();
+        read_bytes(at, std::min(bytes, pool_bytes_));
+        floor = now() - begin;
+      }
+      floor = std::max(floor, c.flops / peak_);
+      const double begin = now();
+      c.run();
+      const double time = now() - begin;
+      if (i == 0) continue;  // first touches
+      times.push_back(time);
+      floors.push_back(floor);
+      if (floor > 0) shares.push_back(floor / time);
+    }
+    const auto quantile = [](std::vector<double> values, double q) {
+      if (values.empty()) return 0.0;
+      std::sort(values.begin(), values.end());
+      return values[static_cast<std::size_t>(q * static_cast<double>(values.size() - 1))];
+    };
+    const double median = quantile(times, 0.5);
+    double load[1] = {0};
+    getloadavg(load, 1);
+    std::printf(
+        "{\"name\": \"%s\", \"isa\": \"%s\", \"dtype\": \"%s\", \"rows\": %lld, "
+        "\"median_us\": %.2f, \"p10_us\": %.2f, \"p99_us\": %.2f, \"floor_us\": %.2f, "
+        "\"share_of_floor\": %.3f, "
+        "\"gb_per_s\": %.2f, \"gflop_per_s\": %.1f, \"peak_gflop_per_s\": %.1f, \"n\": %zu, "
+        "\"load1\": %.2f}\n",
+        c.name.c_str(), isa_name(isa_), dtype_ == DType::kBFloat16 ? "bfloat16" : "float32",
+        static_cast<long long>(c.rows), median * 1e6, quantile(times, 0.1) * 1e6,
+        quantile(times, 0.99) * 1e6, quantile(floors, 0.5) * 1e6, quantile(shares, 0.5),
+        c.bytes / median / 1e9, c.flops / median / 1e9, peak_ / 1e9, times.size(), load[0]);
+    std::fflush(stdout);
+  }
+
+  double seconds_;
+  Isa isa_;
+  DType dtype_;
+  std::string only_;
+  const Kernels& k_;
+  std::int64_t size_;
+  double peak_;
+  std::byte* scratch_;
+  std::byte* pool_;
+  std::size_t pool_bytes_;
+  std::mt19937 random_{7};
+};
+
+}  // namespace
+}  // namespace crosspool::benchmark
+
+int main(int argc, char** argv) {
+  using namespace crosspool;
+  const double seconds = argc > 1 ? std::atof(argv[1]) : 0.3;
+  Isa path = isa();
+  for (const Isa other : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
+    if (argc > 2 && std::strcmp(argv[2], isa_name(other)) == 0) path = other;
+  }
+  if (!isa_available(path)) {
+    std::fprintf(stderr, "this machine does not have %s\n", isa_name(path));
+    return 2;
+  }
+  const bool wide = argc > 3 && std::strcmp(argv[3], "float32") == 0;
+  prepare_thread();
+  benchmark::Benchmark(seconds, path, wide ? DType::kFloat32 : DType::kBFloat16,
+                       argc > 4 ? argv[4] : "")
+      .all();
+}
