@@ -1,0 +1,207 @@
+"""Devices of a deployment in one process, under either loop, and the scheduler's side of them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from crosspool.config.deployment import Deployment, ModelConfig
+from crosspool.config.device import Device
+from crosspool.kvpool.layout import KVLayout
+from crosspool.models.registry import read_model
+from crosspool.ranks.device import DeviceRanks, load_ranks
+from crosspool.transport import shared_memory
+from crosspool.transport.messages import (
+    Logprobs,
+    Open,
+    Release,
+    Row,
+    RowResult,
+    Sampling,
+    Step,
+    StepResult,
+)
+from crosspool.weightpool.placement import place
+
+GREEDY = Sampling(temperature=0.0)
+CORES = sorted(os.sched_getaffinity(0))
+
+
+@dataclass
+class Stream:
+    """A request on attention rank 0, with pages of its own."""
+
+    model: int
+    prompt: list[int]
+    new_tokens: int
+    sampling: Sampling = GREEDY
+    logprobs: Logprobs = field(default_factory=Logprobs)
+    chunk: int = 1 << 30
+    bitmask: bytes | None = None
+    output: list[int] = field(default_factory=list)
+    results: list[RowResult] = field(default_factory=list)
+    request: int = -1
+    computed: int = 0
+    paged: int = 0
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return len(self.output) >= self.new_tokens
+
+
+class Machine:
+    """One attention rank, on ``kv``, and FFN ranks on ``weights``; all KV memory is mapped at the
+    first step of a model and full of NaN before."""
+
+    def __init__(
+        self,
+        models: Sequence[Path],
+        *,
+        loop: Literal["host", "resident"],
+        kv: str = "cpu",
+        weights: Sequence[str] = ("cpu",),
+        dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+        chunks_per_model: int = 2,
+        **fields: Any,
+    ) -> None:
+        settings: dict[str, Any] = {
+            "kv_pool_bytes": len(models) * chunks_per_model * (2 << 20),
+            "weight_pool_bytes": 1 << 30,
+            "page_size": 4,
+            "loop": loop,
+        } | fields
+        self.deployment = Deployment(
+            models=tuple(
+                ModelConfig(name=f"{path.name}-{i}", path=str(path), dtype=dtype)
+                for i, path in enumerate(models)
+            ),
+            kv_pool_devices=(Device(kv),),
+            weight_pool_devices=tuple(map(Device, weights)),
+            **settings,
+        )
+        deployment = self.deployment
+        self.specs = [read_model(path, dtype=dtype) for path in models]
+        placement = place(deployment, self.specs)
+        self.fd: int | None = None
+        if len(deployment.devices) > 1:
+            self.fd = shared_memory.create(deployment, max(spec.hidden for spec in self.specs) * 4)
+        self.devices: list[DeviceRanks] = [
+            load_ranks(
+                deployment,
+                device,
+                self.specs,
+                placement,
+                None if self.fd is None else os.dup(self.fd),
+            )
+            for device in deployment.devices
+        ]
+        self.first = self.devices[0]
+        assert self.first.attention is not None
+        virtualizer: Any = self.first.attention.virtualizer
+        ctypes.memset(virtualizer._parking, 0xFF, virtualizer.budget_bytes)
+        self._chunks = chunks_per_model
+        self._layouts = [KVLayout(spec, 4, deployment.chunk_bytes) for spec in self.specs]
+        self._mapped: set[int] = set()
+        self._free_pages = [
+            random.Random(1).sample(range(pages), pages)
+            for pages in (layout.pages_in(chunks_per_model) for layout in self._layouts)
+        ]
+        self._numbers = 0
+
+    def step(self, sequences: Sequence[Stream]) -> Step:
+        """The next tokens of ``sequences``, of one model."""
+        model = sequences[0].model
+        opens, rows = [], []
+        for s in sequences:
+            assert s.model == model
+            if s.request < 0:
+                self._numbers += 1
+                s.request = self._numbers
+                opens.append(
+                    Open(
+                        request=s.request,
+                        prompt_len=len(s.prompt),
+                        sampling=s.sampling,
+                        logprobs=s.logprobs,
+                    )
+                )
+            known = s.prompt + s.output
+            end = min(len(known), s.computed + s.chunk)
+            while len(s.pages) < self._layouts[model].pages_for(end):
+                s.pages.append(self._free_pages[model].pop())
+            rows.append(
+                Row(
+                    request=s.request,
+                    start=s.computed,
+                    tokens=known[s.computed : end],
+                    pages=s.pages[s.paged :],
+                    sample=end == len(known),
+                    bitmask=s.bitmask,
+                )
+            )
+            s.paged, s.computed = len(s.pages), end
+        chunks = [] if model in self._mapped else list(range(self._chunks))
+        self._mapped.add(model)
+        self._numbers += 1
+        return Step(step=self._numbers, model=model, map_chunks=chunks, opens=opens, rows=rows)
+
+    def take(self, sequences: Sequence[Stream], result: StepResult) -> None:
+        for s, row in zip(sequences, result.rows, strict=True):
+            assert s.request == row.request
+            s.results.append(row)
+            if row.token >= 0:
+                s.output.append(row.token)
+
+    def submit(self, operation: Step | Release) -> None:
+        self.first.executor.submit(operation)
+
+    def results(self, count: int, timeout: float = 60.0) -> list[StepResult]:
+        """The next ``count`` results; every executor is run in turn."""
+        found: list[StepResult] = []
+        deadline = time.monotonic() + timeout
+        wait = 0.0 if self.deployment.loop == "host" else 0.01
+        while len(found) < count:
+            for device in self.devices:
+                found += device.executor.run(wait if device is self.first else 0.0)
+            assert time.monotonic() < deadline, f"{len(found)} of {count} steps ended"
+        return found
+
+    def generate(self, sequences: Iterable[Stream]) -> None:
+        """Runs sequences to their ends: one step per model at a time, all models at once."""
+        groups: dict[int, list[Stream]] = {}
+        for sequence in sequences:
+            groups.setdefault(sequence.model, []).append(sequence)
+        flying: dict[int, list[Stream]] = {}
+
+        def send(model: int) -> None:
+            if batch := [s for s in groups[model] if not s.done]:
+                step = self.step(batch)
+                flying[step.step] = batch
+                self.submit(step)
+
+        for model in groups:
+            send(model)
+        while flying:
+            for result in self.results(1):
+                batch = flying.pop(result.step)
+                self.take(batch, result)
+                send(batch[0].model)
+
+    def close(self) -> None:
+        for device in self.devices:
+            device.close()
+        if self.fd is not None:
+            os.close(self.fd)
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
