@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from crosspool.kernels.native_kernels import available_isas
 from crosspool.transport.messages import (
     Failed,
     Logprobs,
@@ -395,6 +396,49 @@ class TestPipeline:
             ):
                 replaced += 1
         assert replaced > 10
+
+
+@pytest.mark.skipif(len(CORES) == 1, reason="needs two cores")
+@pytest.mark.parametrize("loop", ["host", "resident"])
+def test_a_dead_ffn_rank_is_replaced_under_a_step(
+    loop: str, checkpoints: list[Path], references: list[Any]
+) -> None:
+    """Its successor finds what it had been sent, and the step goes on."""
+    with DeviceDriver(checkpoints, kv=[FIRST], weights=[SECOND], loop=loop) as driver:
+        generation = Generation(DEEPSEEK, prompt(40, 1), 8)
+        driver.generate([Generation(QWEN, prompt(9, 2), 2)])
+        for _ in range(2):
+            # Stopped, it is surely dispatched to, and surely has not answered, when it dies.
+            driver.processes[SECOND].send_signal(signal.SIGSTOP)
+            driver.step([generation])
+            time.sleep(0.2)
+            driver.replace(SECOND)
+            _, result = driver.receive()
+            assert isinstance(result, StepResult)
+            driver.take([generation], result)
+        driver.generate([generation])
+        assert_matches(generation, references[DEEPSEEK])
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_every_isa_path_equals_transformers(
+    isa: str,
+    checkpoints: list[Path],
+    references: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CROSSPOOL_CPU_ISA", isa)
+    with DeviceDriver(checkpoints[:2], kv=[FIRST], weights=[FIRST], loop="resident") as driver:
+        generations = [
+            Generation(
+                model, prompt(30, seed), 8, logprobs=Logprobs(output=True, prompt_start=0, top=3)
+            )
+            for model in (QWEN, DEEPSEEK)
+            for seed in (1, 2)
+        ]
+        driver.generate(generations)
+        for generation in generations:
+            assert_matches(generation, references[generation.model])
 
 
 def test_a_step_for_an_unknown_request_ends_the_process_with_its_cause(

@@ -116,10 +116,14 @@ class DeviceDriver:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.bind(self.deployment.control_address)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.logs: dict[str, Path] = {}
         self.ready: dict[str, Ready] = {}
+        self._lanes_fd: int | None = None
+        self._early: list[tuple[str, FromDevice]] = []
+        self._messages: list[tuple[str, FromDevice]] = []
         self._numbers = 0
         self._steps = 0
         try:
@@ -137,35 +141,41 @@ class DeviceDriver:
 
     def _spawn(self) -> None:
         deployment = self.deployment
-        lanes_fd: list[str] = []
-        fds: tuple[int, ...] = ()
         if any(a != f for a in deployment.kv_pool_devices for f in deployment.weight_pool_devices):
-            fd = shared_memory.create(deployment, max(s.hidden for s in self.specs) * 4)
-            lanes_fd, fds = ["--lanes-fd", str(fd)], (fd,)
+            self._lanes_fd = shared_memory.create(deployment, max(s.hidden for s in self.specs) * 4)
         for device in deployment.devices:
-            file = self._file_of(device)
-            log = self.runtime_dir / f"{device.name}.log"
-            self.logs[device.name] = log
-            with log.open("wb") as out:
-                self.processes[device.name] = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-m",
-                        "crosspool.ranks.device_process",
-                        "--deployment",
-                        str(file),
-                        "--device",
-                        device.name,
-                        *lanes_fd,
-                    ],
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=fds,
-                    preexec_fn=die_with_parent,  # noqa: PLW1509
-                )
-        for fd in fds:
-            os.close(fd)
+            self.logs[device.name] = self.runtime_dir / f"{device.name}.log"
+            self._spawn_device(device)
+
+    def _spawn_device(self, device: Device) -> None:
+        lanes = [] if self._lanes_fd is None else ["--lanes-fd", str(self._lanes_fd)]
+        with self.logs[device.name].open("ab") as out:
+            self.processes[device.name] = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "crosspool.ranks.device_process",
+                    "--deployment",
+                    str(self._file_of(device)),
+                    "--device",
+                    device.name,
+                    *lanes,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                pass_fds=() if self._lanes_fd is None else (self._lanes_fd,),
+                preexec_fn=die_with_parent,  # noqa: PLW1509
+            )
+
+    def replace(self, name: str) -> None:
+        """Kills a device's process and starts another in its place; returns when it is ready."""
+        self.processes[name].kill()
+        self.processes[name].wait()
+        del self.ready[name]
+        self._spawn_device(Device(name))
+        self._await_ready(60.0)
+        self._messages, self._early = self._early, []
 
     def _file_of(self, device: Device) -> Path:
         """The deployment as the device's process is to see it."""
@@ -182,6 +192,9 @@ class DeviceDriver:
             device, message = self.receive(deadline - time.monotonic())
             if isinstance(message, Failed):
                 raise DeviceFailed(message)
+            if isinstance(message, StepResult):  # a replaced rank works before it says so
+                self._early.append((device, message))
+                continue
             assert isinstance(message, Ready), message
             self.ready[device] = message
 
@@ -190,6 +203,8 @@ class DeviceDriver:
 
     def receive(self, timeout: float = 60.0) -> tuple[str, FromDevice]:
         """The next message and the device that sent it; fails when none comes or one dies."""
+        if self._messages:
+            return self._messages.pop(0)
         deadline = time.monotonic() + timeout
         while not self._socket.poll(100):
             for name, process in self.processes.items():
@@ -323,6 +338,9 @@ class DeviceDriver:
             if process.poll() is None:
                 process.kill()
             process.wait()
+        if self._lanes_fd is not None:
+            os.close(self._lanes_fd)
+            self._lanes_fd = None
         self._socket.close(linger=0)
         self._context.term()
         shutil.rmtree(self.runtime_dir, ignore_errors=True)
