@@ -2,7 +2,7 @@
 // takes (read between the runs of the kernel, so that both see the same machine), or that its
 // multiplications take at the best rate, whichever is longer. One row of JSON per case.
 //
-//   crosspool_kernel_benchmark [seconds per case] [isa] [dtype] [name]
+//   kernel_benchmark [seconds per case] [isa] [dtype] [name]
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -254,25 +254,31 @@ class Benchmark {
       floors.push_back(floor);
       if (floor > 0) shares.push_back(floor / time);
     }
-    const auto quantile = [](std::vector<double> values, double q) {
-      if (values.empty()) return 0.0;
-      std::sort(values.begin(), values.end());
-      return values[static_cast<std::size_t>(q * static_cast<double>(values.size() - 1))];
-    };
-    const double median = quantile(times, 0.5);
-    double load[1] = {0};
-    getloadavg(load, 1);
-    std::printf(
-        "{\"name\": \"%s\", \"isa\": \"%s\", \"dtype\": \"%s\", \"rows\": %lld, "
-        "\"median_us\": %.2f, \"p10_us\": %.2f, \"p99_us\": %.2f, \"floor_us\": %.2f, "
-        "\"share_of_floor\": %.3f, "
-        "\"gb_per_s\": %.2f, \"gflop_per_s\": %.1f, \"peak_gflop_per_s\": %.1f, \"n\": %zu, "
-        "\"load1\": %.2f}\n",
-        c.name.c_str(), isa_name(isa_), dtype_ == DType::kBFloat16 ? "bfloat16" : "float32",
-        static_cast<long long>(c.rows), median * 1e6, quantile(times, 0.1) * 1e6,
-        quantile(times, 0.99) * 1e6, quantile(floors, 0.5) * 1e6, quantile(shares, 0.5),
-        c.bytes / median / 1e9, c.flops / median / 1e9, peak_ / 1e9, times.size(), load[0]);
+    print(c, times, floors, shares);
+  }
+
+  // A row of JSON: up to 500 of the times, in the order measured, and what they are measured by.
+  void print(const Case& c, const std::vector<double>& times, const std::vector<double>& floors,
+             const std::vector<double>& shares) const {
+    std::printf("{\"name\": \"%s\", \"isa\": \"%s\", \"dtype\": \"%s\", \"rows\": %lld, ",
+                c.name.c_str(), isa_name(isa_), dtype_ == DType::kBFloat16 ? "bfloat16" : "float32",
+                static_cast<long long>(c.rows));
+    std::printf("\"floor_us\": %.3f, \"share_of_floor\": %.3f, \"bytes\": %.0f, \"flops\": %.0f, ",
+                median(floors) * 1e6, median(shares), c.bytes, c.flops);
+    std::printf("\"peak_flops\": %.4g, \"us\": [", peak_);
+    const std::size_t step = times.size() / 500 + 1;
+    for (std::size_t i = 0; i < times.size(); i += step) {
+      std::printf("%s%.2f", i == 0 ? "" : ", ", times[i] * 1e6);
+    }
+    std::printf("]}\n");
     std::fflush(stdout);
+  }
+
+  static double median(std::vector<double> values) {
+    if (values.empty()) return 0;
+    const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+    std::nth_element(values.begin(), middle, values.end());
+    return *middle;
   }
 
   double seconds_;

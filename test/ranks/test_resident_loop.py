@@ -242,6 +242,7 @@ def test_operations_keep_their_order(pair: list[Path]) -> None:
     [
         (list(range(9)), [0, 1], "request 7 has pages for 8 tokens, not for 9"),
         ([VOCAB], [0], f"a token outside the vocabulary of {VOCAB}"),
+        ([1], [10_000_000], "a page outside the"),
         ([1] * 600, list(range(150)), "600 token rows; 1 to 576 fit"),
     ],
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 import crosspool.kernels
 
 LIBRARY = "libcrosspool_cpu.so"
-ABI_VERSION = 1
+ABI_VERSION = 2
 HUGE_PAGE = 2 << 20
 """Bytes; ranges are aligned to it and chunks are multiples of it."""
 

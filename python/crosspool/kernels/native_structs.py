@@ -1,4 +1,4 @@
-"""The structures of ``sgl-kernel-ext/cpu/kernels/kernels.h``, field by field; it says what they
+"""The structures of ``sgl-kernel-ext/cpu/kernels/arguments.h``, field by field; it says what they
 mean. :mod:`crosspool.kernels.native_kernels` is their face for tensors."""
 
 from __future__ import annotations

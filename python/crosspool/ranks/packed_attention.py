@@ -29,9 +29,11 @@ class PackedAttention:
     def __init__(
         self, spec: ModelSpec, path: Path, team: Team, positions: int, progress: Progress
     ) -> None:
-        """``positions``: the longest sequence that will come. ``progress`` is called with bytes
+        """``positions``: the longest sequence that may come. ``progress`` is called with bytes
         read. Raises ConfigError for a checkpoint that does not fit its config.json."""
         self._spec = spec
+        self.positions = positions
+        """The longest sequence that may come."""
         self._weights = PackedWeights(team, spec.dtype)
         self._layers = (es.AttentionLayer * spec.layers)()
         self._vectors: list[Tensor] = []

@@ -96,20 +96,29 @@ class ResidentRank(KVRank[PackedAttention, ResidentRequest]):
             request.gain(row.pages)
             self._check_pages(step, row, request.page_count)
             requests.append(request)
-        spec = self.specs[step.model]
+            self._check_row(step, row)
         rows = sum(len(row.tokens) for row in step.rows)
         if not 1 <= rows <= max_rows:
             raise RuntimeError(f"step {step.step}: {rows} token rows; 1 to {max_rows} fit")
-        for row in step.rows:
-            if not all(0 <= token < spec.vocab for token in row.tokens):
-                raise RuntimeError(
-                    f"step {step.step}: request {row.request} has a token outside the vocabulary"
-                    f" of {spec.vocab}"
-                )
+        spec = self.specs[step.model]
         end = StepEnd(step.step, step.rows, requests, spec)
         for kept, _ in end.kept:
             kept.last_residual = torch.empty(spec.hidden)
         return Flight(step, requests, end)
+
+    def _check_row(self, step: Step, row: Row) -> None:
+        """Native code trusts what it reads: raises RuntimeError for what would lead it astray."""
+        spec, pages = self.specs[step.model], self.kv[step.model].shape[0]
+        positions = self.parts[step.model].positions
+        wrong = None
+        if min(row.tokens) < 0 or max(row.tokens) >= spec.vocab:
+            wrong = f"a token outside the vocabulary of {spec.vocab}"
+        elif row.pages and (min(row.pages) < 0 or max(row.pages) >= pages):
+            wrong = f"a page outside the {pages} of its model"
+        elif row.start < 0 or row.start + len(row.tokens) > positions:
+            wrong = f"a position outside the {positions} that its model has"
+        if wrong is not None:
+            raise RuntimeError(f"step {step.step}: request {row.request} has {wrong}")
 
 
 def _segments(rows: Sequence[Row], pages: Sequence[np.ndarray]) -> np.ndarray:

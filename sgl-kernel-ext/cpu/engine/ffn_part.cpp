@@ -87,9 +87,15 @@ void run_ffn_part(const Part& part, const FFNTask& task) {
   part.meet();
 
   const Range panels = part.share((model.hidden + kPanel - 1) / kPanel);
-  part.k.expert_down(experts, panels.begin, panels.end, part.scratch());
   const std::int32_t begin = std::min(model.hidden, panels.begin * kPanel);
   const std::int32_t end = std::min(model.hidden, panels.end * kPanel);
+  if (work.plan.group_count > 0) {
+    part.k.expert_down(experts, panels.begin, panels.end, part.scratch());
+  } else {  // none of the chosen experts lies here
+    for (std::int64_t row = 0; row < task.rows; ++row) {
+      std::fill(out + row * model.hidden + begin, out + row * model.hidden + end, 0.0F);
+    }
+  }
   if (task.residual != nullptr) {
     part.k.add(task.residual, model.hidden, out, model.hidden, task.rows, begin, end);
   } else if (task.answer != nullptr) {

@@ -63,7 +63,8 @@ Loop::Loop(Team& team, const LoopDescription& description)
       }
     }
   }
-  team_.set_patience(description.spin_ns > 0 ? kMeetingNs : kSharedMeetingNs);
+  meeting_ns_ = description.spin_ns > 0 ? kMeetingNs : kSharedMeetingNs;
+  team_.set_patience(meeting_ns_);
   copies_.reserve(ffn_ranks_);
   queue_.reserve(sizeof(commands_.slots) / sizeof(commands_.slots[0]));
   team_.launch([this](int thread) { run(thread); });
@@ -273,7 +274,7 @@ void Loop::wait(std::uint32_t seen) {
       now_ns() - last_served_.load(std::memory_order_relaxed) < description_.busy_spin_ns;
   const std::int64_t spin =
       in_flight || just_served ? description_.busy_spin_ns : description_.spin_ns;
-  if (spin > kMeetingNs) team_.set_patience(spin);
+  team_.set_patience(std::max(spin, meeting_ns_));
   crosspool_doorbell_wait(description_.doorbell, seen, spin, kIdleWaitNs);
 }
 

@@ -113,6 +113,7 @@ class Loop {
   Work work_;
   std::vector<unsigned char*> copies_;  // of the payload of the attention part under way
   std::vector<const StepArguments*> queue_;
+  std::int64_t meeting_ns_ = 0;  // how long threads spin at a meeting at least
   std::size_t next_source_ = 0;
   bool stopping_ = false;
   bool failed_ = false;

@@ -1,0 +1,109 @@
+"""The native kernels on one core against what that core can do: the time that the memory which a
+kernel must read takes, or that its multiplications take at the best rate, whichever is longer.
+
+    python -m benchmark.kernels [--isa avx512] [--dtype bfloat16] [--seconds 0.5] [--core 1]
+
+The floor is measured in the same run, turn by turn with the kernel. The shapes are those of a
+Qwen3-MoE with hidden 1024, 64 experts of 512, top-4, 16 q and 4 kv heads of 64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from crosspool.kernels import native_structs
+from crosspool.kernels.native_kernels import available_isas, default_isa
+from rich.console import Console
+from rich.table import Table
+
+from benchmark import machine
+from benchmark.records import ROOT, Recorder
+
+BUILD = ROOT / "build" / "benchmark"
+COLUMNS = ("kernel", "rows", "median us", "p99 us", "floor us", "of the floor", "GB/s", "GFLOP/s")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmark.kernels", description=__doc__)
+    parser.add_argument("--isa", choices=native_structs.ISAS, default=default_isa())
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--seconds", type=float, default=0.5, help="per kernel and shape")
+    parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
+    given = parser.parse_args(words)
+    if given.isa not in available_isas():
+        parser.error(f"this machine does not have {given.isa}")
+    program = build()
+    recorder = Recorder("kernels")
+    load1, before, start = machine.load1(), _child_seconds(), time.monotonic()
+    done = subprocess.run(
+        ["taskset", "-c", str(given.core), program, str(given.seconds), given.isa, given.dtype],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    cpu_s, wall_s = _child_seconds() - before, time.monotonic() - start
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    table = Table(*COLUMNS, title=f"{given.isa}, {given.dtype}, one core, load {load1:.2f}")
+    for row in rows:
+        summary = recorder.add(
+            row["name"],
+            row["us"],
+            "us",
+            parameters={"isa": row["isa"], "dtype": row["dtype"], "rows": row["rows"]},
+            cpu_s=cpu_s,
+            wall_s=wall_s,
+            load1=load1,
+            ratio_to="floor",
+            ratio=row["share_of_floor"],
+            floor=row["floor_us"],
+            bytes=row["bytes"],
+            flops=row["flops"],
+            peak_flops=row["peak_flops"],
+        )
+        assert summary.median is not None and summary.p99 is not None
+        table.add_row(*_cells(row, summary.median, summary.p99))
+    recorder.write()
+    Console().print(table)
+    return 0
+
+
+def build() -> Path:
+    """Builds the benchmark's program; returns its path."""
+    configure = ["cmake", "-S", ROOT / "sgl-kernel-ext", "-B", BUILD]
+    options = ["-DCROSSPOOL_BUILD_BENCHMARKS=ON", "-DCMAKE_BUILD_TYPE=Release"]
+    subprocess.run([*configure, *options], check=True, stdout=subprocess.DEVNULL)
+    command = ["cmake", "--build", BUILD, "--target", "kernel_benchmark", "-j2"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return BUILD / "benchmark" / "kernel_benchmark"
+
+
+def _child_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _cells(row: dict[str, Any], median: float, p99: float) -> list[str]:
+    bound = row["floor_us"] > 0
+    return [
+        row["name"],
+        str(row["rows"]),
+        f"{median:.1f}",
+        f"{p99:.1f}",
+        f"{row['floor_us']:.1f}" if bound else "",
+        f"{100 * row['share_of_floor']:.0f} %" if bound else "",
+        f"{row['bytes'] / median / 1e3:.1f}" if bound else "",
+        f"{row['flops'] / median / 1e3:.1f}" if bound else "",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,284 @@
+// What the kernels take: matrices, rows, and the arguments of every family. kernels.h says what the
+// kernels make of them. All structures are plain: python/crosspool/kernels/native_structs.py
+// mirrors them field by field.
+//
+// "Model dtype" is the dtype of the table whose kernel is called: bfloat16 (bit patterns in
+// uint16_t) or float32. "Rounded floats" are floats that hold values of the model's dtype.
+#ifndef CROSSPOOL_CPU_KERNELS_ARGUMENTS_H
+#define CROSSPOOL_CPU_KERNELS_ARGUMENTS_H
+
+#include <cstddef>
+#include <cstdint>
+
+namespace crosspool {
+
+enum class DType : std::int32_t { kBFloat16 = 0, kFloat32 = 1 };
+
+constexpr std::int64_t element_bytes(DType dtype) { return dtype == DType::kBFloat16 ? 2 : 4; }
+
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// A panel: the weights of 16 output columns over all of k, contiguous.
+inline constexpr std::int32_t kPanel = 16;
+inline constexpr std::int32_t kDepth = 32;  // k is padded with zeros to a multiple
+
+// Weights W [n, k] of y = x W^T, packed: [n / 16] panels, 64-byte aligned, each
+//   bfloat16: [k / 2][16 columns][2 of k]   (what vdpbf16ps and a tile of AMX read)
+//   float32:  [k][16 columns]
+// with zeros for columns past n and depths past k.
+//
+// Gated pairs (gate and up of a gated MLP of width I) are one matrix of n = 2 * round_up(I, 32)
+// columns: panel 2j holds the columns 16j.. of gate, panel 2j + 1 those of up.
+struct Matrix {
+  void* data;
+  std::int32_t n;
+  std::int32_t k;
+  DType dtype;
+
+  std::int32_t panels() const { return (n + kPanel - 1) / kPanel; }
+  std::int64_t depth() const { return round_up(k, kDepth); }
+  std::int64_t panel_bytes() const { return depth() * kPanel * element_bytes(dtype); }
+  std::int64_t bytes() const { return panels() * panel_bytes(); }
+};
+
+// Rows of a checkpoint's tensor, of the matrix's dtype. Element (i, j) is at
+// data[i * row_stride + j * column_stride].
+struct Source {
+  const void* data;
+  std::int64_t rows;
+  std::int64_t row_stride;
+  std::int64_t column_stride;
+};
+
+// Rows of activations: row i begins at element (index ? index[i] : i) * stride.
+struct Rows {
+  const void* data;
+  std::int64_t stride;
+  const std::int32_t* index;
+};
+
+enum class Store : std::int32_t {
+  kModel = 0,     // out (model dtype) = y
+  kFloat = 1,     // out (float) = y, rounded
+  kResidual = 2,  // out (rounded float) = round(out + y)
+};
+
+// y = x W^T + bias for `rows` rows; column c of row i goes to out[i * out_stride + c]. Columns past
+// the matrix's n are not written, elements of x past its k are not read.
+struct Gemm {
+  const Matrix* weight;  // of the table's dtype
+  const float* bias;     // [n], or null
+  Rows x;                // model dtype
+  void* out;
+  std::int64_t out_stride;
+  std::int32_t rows;
+  Store store;
+};
+
+enum class Score : std::int32_t { kSoftmax = 0, kSigmoid = 1 };
+enum class GroupScore : std::int32_t { kMax = 0, kTop2Sum = 1 };
+
+// crosspool.models.spec.RouterSpec says what the fields mean.
+struct Router {
+  const float* bias;  // [experts], moves the choice only; or null
+  std::int32_t experts;
+  std::int32_t top_k;
+  std::int32_t groups;
+  std::int32_t top_groups;
+  Score score;
+  GroupScore group_score;
+  std::int32_t renormalize;  // 0 or 1
+  float scale;
+};
+
+// One layer's FFN weights on this rank. Routed experts first_expert .. first_expert + held, and at
+// most one gated MLP that every row takes with weight 1: the shared expert, or a dense layer's only
+// one (then held is 0 and top_k is 0).
+struct FFNLayer {
+  const Matrix* gate_up;         // [held], gated pairs, k = hidden
+  const Matrix* down;            // [held], n = hidden, k = I
+  const Matrix* shared_gate_up;  // or null
+  const Matrix* shared_down;
+  std::int32_t first_expert;
+  std::int32_t held;
+  std::int32_t top_k;
+};
+
+// Rows that go through one gated MLP: slots first_slot .. first_slot + slots of the plan.
+struct ExpertGroup {
+  const Matrix* gate_up;
+  const Matrix* down;
+  std::int32_t first_slot;
+  std::int32_t slots;
+};
+
+// A batch's rows sorted by expert, experts ascending, the shared one last, rows ascending within
+// one; experts without rows have no group. The caller owns the arrays: groups [held + 1], slot_row
+// and slot_weight [rows * (top_k + 1)].
+struct ExpertPlan {
+  ExpertGroup* groups;
+  std::int32_t* slot_row;
+  float* slot_weight;
+  std::int32_t group_count;
+  std::int32_t slot_count;
+};
+
+// activation[slot] = silu(gate(x[row of slot])) * up(x[row of slot]), then
+// out[row] = sum over the row's slots of weight * down(activation[slot]), in the plan's order.
+struct Experts {
+  const ExpertPlan* plan;
+  const void* x;  // model dtype [rows, x_stride]
+  std::int64_t x_stride;
+  void* activation;  // model dtype [slots, activation_stride], all of round_up(I, 32) is written
+  std::int64_t activation_stride;
+  float* out;  // [rows, out_stride]; not rounded
+  std::int64_t out_stride;
+  std::int32_t rows;
+};
+
+// One model's KV on one rank: [pages, layers, page_size, kv_width] of the model's dtype.
+struct KVCache {
+  void* data;
+  std::int32_t layers;
+  std::int32_t page_size;
+  std::int32_t kv_width;
+};
+
+// Where a row of the batch stands: its position in its sequence, and the slot of its KV.
+struct RowPlace {
+  std::int32_t position;
+  std::int32_t page;
+  std::int32_t offset;  // within the page
+};
+
+// cos and sin by position: rounded floats [positions, dim / 2] (floats if fp32), as
+// crosspool.kernels.rope.rope_tables computes them. Rotated pairs lie half a head apart in the
+// result, whatever `interleaved` says of the input.
+struct Rope {
+  const float* cos;
+  const float* sin;
+  std::int32_t dim;
+  std::int32_t interleaved;  // 0 or 1
+  std::int32_t fp32;         // 1: products are not rounded, only their sum is
+};
+
+enum class QKNorm : std::int32_t { kNone = 0, kHead = 1, kFull = 2 };
+
+// What lies between a GQA layer's projections and its attention, in this order: QK-norm, clip,
+// rotation, KV append.
+struct GQAPrepare {
+  const float* qkv;  // rounded floats [rows, qkv_stride]: q heads, K heads, V heads
+  std::int64_t qkv_stride;
+  const float* q_norm;  // [head_dim], [q_heads * head_dim] or null, as qk_norm says
+  const float* k_norm;
+  const RowPlace* places;  // [rows]
+  void* q;                 // out, model dtype [rows, q_stride]
+  std::int64_t q_stride;
+  KVCache kv;  // out, the rows' slots of `layer`
+  Rope rope;   // dim == head_dim
+  std::int32_t layer;
+  std::int32_t q_heads;
+  std::int32_t kv_heads;
+  std::int32_t head_dim;
+  QKNorm qk_norm;
+  float eps;
+  float clip;  // infinity: none
+};
+
+// What a MLA layer appends to the KV: the normed latent, then the rotated rope key.
+struct MLAAppend {
+  const float* compressed;  // rounded floats [rows, compressed_stride]: latent, rope key
+  std::int64_t compressed_stride;
+  const float* norm;  // [latent]
+  const RowPlace* places;
+  KVCache kv;
+  Rope rope;
+  std::int32_t layer;
+  std::int32_t latent;
+  float eps;
+};
+
+// Rotates one stretch of `dim` features per head: head h of row i is read at
+// x[i * x_stride + h * x_head_stride] and written at out[i * out_stride + h * out_head_stride].
+struct Rotate {
+  const void* x;  // model dtype
+  std::int64_t x_stride;
+  std::int64_t x_head_stride;
+  void* out;  // model dtype
+  std::int64_t out_stride;
+  std::int64_t out_head_stride;
+  const RowPlace* places;
+  Rope rope;
+  std::int32_t heads;
+};
+
+// Keys and values in a slot. KV head h has its K at h * qk_dim and its V at v_begin + h * v_dim.
+// GQA: qk_dim = v_dim = head_dim, v_begin = kv_heads * head_dim. MLA, absorbed: kv_heads = 1,
+// qk_dim = kv_width, v_dim = latent, v_begin = 0.
+struct AttentionShape {
+  std::int32_t q_heads;
+  std::int32_t kv_heads;  // divides q_heads
+  std::int32_t qk_dim;
+  std::int32_t v_dim;
+  std::int32_t v_begin;
+  std::int32_t window;  // tokens that a query sees, itself included; 0: all
+  float scale;
+};
+
+// One request's rows of a batch. Its own KV is in the cache already.
+struct Segment {
+  const std::int32_t* pages;  // covers start + rows tokens
+  std::int32_t first_row;
+  std::int32_t rows;
+  std::int32_t start;  // position of the first row
+};
+
+// A stretch of work that one thread does: some rows and q heads of a segment over the keys
+// [key_begin, key_end). The heads are all those of one or more KV heads, or some of one. Long
+// requests of few rows are cut into `splits` ranges of keys; whoever ends the last of them merges
+// them all, in order. attention_plan.h makes the tasks.
+struct AttentionTask {
+  std::int32_t segment;
+  std::int32_t row_begin;  // within the segment
+  std::int32_t row_end;
+  std::int32_t head_begin;
+  std::int32_t head_end;
+  std::int32_t key_begin;
+  std::int32_t key_end;
+  std::int32_t split;
+  std::int32_t splits;
+  std::int32_t arrival;  // index into arrivals, if splits > 1
+  std::int64_t partial;  // index into partials of split 0's
+};
+
+struct Attention {
+  const AttentionShape* shape;
+  const Segment* segments;
+  const void* q;  // model dtype [rows, q_stride]: q_heads of qk_dim
+  std::int64_t q_stride;
+  void* out;  // model dtype [rows, out_stride]: q_heads of v_dim
+  std::int64_t out_stride;
+  float* partials;          // of the plan
+  std::uint32_t* arrivals;  // of the plan; zero, and zero again when all tasks are done
+  KVCache kv;
+  std::int32_t layer;
+};
+
+struct Best {
+  float value;
+  std::int32_t index;
+};
+
+// As crosspool.transport.messages.Sampling. temperature > 0.
+struct SamplingRule {
+  double top_p;  // 1 or more: all
+  float temperature;
+  float min_p;         // 0: all
+  std::int32_t top_k;  // -1: all
+};
+
+}  // namespace crosspool
+
+#endif

@@ -1,0 +1,418 @@
+// Every kernel of every ISA path that the machine has, on heap arrays of exactly the size that the
+// contracts name, so that AddressSanitizer sees any step beyond; products, experts and attention
+// against plain double loops. Also the tiles of AMX, emulated, where the machine has AVX512. What
+// the kernels compute in detail is checked by test/kernels/test_native_*.py.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../cpu/kernels/attention_plan.h"
+#include "check.h"
+
+namespace crosspool {
+
+#if defined(CROSSPOOL_TEST_EMULATED)
+namespace emulated {
+const Kernels& table(DType dtype);
+}
+#endif
+
+namespace {
+
+std::mt19937 random_bits(3);
+
+// Numbers of a model's dtype, in memory of exactly their size.
+class Numbers {
+ public:
+  Numbers(DType dtype, std::int64_t count, bool random = true)
+      : dtype_(dtype), count_(count), bytes_(allocate(count * element_bytes(dtype))) {
+    std::normal_distribution<float> normal;
+    for (std::int64_t i = 0; i < count; ++i) {
+      set(i, random ? normal(random_bits) : std::nanf(""));
+    }
+  }
+  void* data() const { return bytes_.get(); }
+  const float* floats() const { return static_cast<const float*>(data()); }
+  double operator[](std::int64_t i) const {
+    if (dtype_ == DType::kFloat32) return static_cast<const float*>(data())[i];
+    const auto half = static_cast<const std::uint16_t*>(data())[i];
+    return std::bit_cast<float>(static_cast<std::uint32_t>(half) << 16);
+  }
+  void set(std::int64_t i, float value) {
+    if (dtype_ == DType::kFloat32) {
+      static_cast<float*>(data())[i] = value;
+    } else {  // cut off: what is set need not be rounded well
+      const auto bits = std::bit_cast<std::uint32_t>(value);
+      static_cast<std::uint16_t*>(data())[i] = static_cast<std::uint16_t>(bits >> 16);
+    }
+  }
+  std::int64_t size() const { return count_; }
+
+ private:
+  static std::shared_ptr<void> allocate(std::int64_t bytes) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, static_cast<std::size_t>(std::max<std::int64_t>(bytes, 1)))) {
+      fail("out of memory");
+    }
+    return {memory, std::free};
+  }
+  DType dtype_;
+  std::int64_t count_;
+  std::shared_ptr<void> bytes_;
+};
+
+struct Packed {
+  Matrix matrix;
+  Numbers memory;
+};
+
+class Check {
+ public:
+  Check(const Kernels& kernels, DType dtype, std::string name)
+      : k_(kernels), dtype_(dtype), name_(std::move(name)) {
+    tolerance_ = dtype == DType::kBFloat16 ? 0.02 : 1e-5;
+  }
+
+  void all() {
+    for (const std::int32_t rows : {1, 2, 3, 4, 5, 7, 8, 16, 17, 33, 50}) {
+      for (const auto& [n, k] : {std::pair{64, 32}, {100, 70}, {7, 33}, {48, 96}, {16, 1}}) {
+        product(rows, n, k);
+      }
+      experts(rows);
+    }
+    const AttentionShape gqa{6, 2, 20, 20, 40, 0, 0.3F}, windowed{6, 2, 20, 20, 40, 9, 0.3F};
+    const AttentionShape wide{8, 2, 64, 64, 128, 0, 0.1F}, mla{5, 1, 41, 33, 0, 0, 0.2F};
+    for (const AttentionShape& shape : {gqa, windowed, wide, mla}) {
+      attention(shape, {{0, 40}, {70, 1}, {5, 3}, {300, 1}, {0, 1}});
+    }
+    prepare();
+    others();
+  }
+
+ private:
+  void near(double found, double expected, double size, const char* what) const {
+    if (std::abs(found - expected) <= tolerance_ * (size + std::abs(expected))) return;
+    fail("%s: %s is %g instead of %g", name_.c_str(), what, found, expected);
+  }
+
+  Numbers scratch(Limits limits) const {
+    return {DType::kFloat32, (k_.scratch_bytes(limits) + 3) / 4, false};
+  }
+
+  Packed packed(const Numbers& weights, std::int32_t n, std::int32_t k) const {
+    Matrix matrix{nullptr, n, k, dtype_};
+    Packed result{matrix, {dtype_, matrix.bytes() / element_bytes(dtype_), false}};
+    result.matrix.data = result.memory.data();
+    const Source source{weights.data(), n, k, 1};
+    k_.pack(result.matrix, &source, 1, 0, matrix.panels());
+    return result;
+  }
+
+  void product(std::int32_t rows, std::int32_t n, std::int32_t k) const {
+    const Numbers weights(dtype_, std::int64_t{n} * k), x(dtype_, std::int64_t{rows} * k);
+    const Numbers bias(DType::kFloat32, n), out(DType::kFloat32, std::int64_t{rows} * n, false);
+    const Numbers room = scratch({k, 0, 0, 0, 0});
+    const Packed w = packed(weights, n, k);
+    std::vector<std::int32_t> index(static_cast<std::size_t>(rows));
+    std::iota(index.rbegin(), index.rend(), 0);
+    const Gemm gemm{&w.matrix, bias.floats(), {x.data(), k, index.data()}, out.data(), n,
+                    rows,      Store::kFloat};
+    const std::int32_t middle = w.matrix.panels() / 2;
+    k_.gemm(gemm, 0, middle, room.data());
+    k_.gemm(gemm, middle, w.matrix.panels(), room.data());
+    for (std::int64_t i = 0; i < rows; ++i) {
+      for (std::int64_t j = 0; j < n; ++j) {
+        double sum = bias[j];
+        for (std::int64_t d = 0; d < k; ++d) sum += x[(rows - 1 - i) * k + d] * weights[j * k + d];
+        near(out[i * n + j], sum, std::sqrt(k), "a product");
+      }
+    }
+  }
+
+  void experts(std::int32_t rows) const {
+    constexpr std::int32_t kHidden = 70, kWidth = 40, kHeld = 5, kTopK = 2;
+    std::vector<Numbers> gates, ups, downs;
+    std::vector<Packed> packed_gates, packed_downs;
+    std::vector<Matrix> gate_up, down;
+    for (int e = 0; e <= kHeld; ++e) {  // the last is shared
+      gates.emplace_back(dtype_, kWidth * kHidden);
+      ups.emplace_back(dtype_, kWidth * kHidden);
+      downs.emplace_back(dtype_, kHidden * kWidth);
+      Matrix matrix{nullptr, 2 * static_cast<std::int32_t>(round_up(kWidth, 32)), kHidden, dtype_};
+      packed_gates.push_back({matrix, {dtype_, matrix.bytes() / element_bytes(dtype_), false}});
+      gate_up.push_back(matrix);
+      gate_up.back().data = packed_gates.back().memory.data();
+      k_.pack_gated(gate_up.back(), {gates[e].data(), kWidth, kHidden, 1},
+                    {ups[e].data(), kWidth, kHidden, 1}, 0, matrix.panels());
+      packed_downs.push_back(packed(downs[e], kHidden, kWidth));
+      down.push_back(packed_downs.back().matrix);
+    }
+    const FFNLayer layer{gate_up.data(), down.data(), &gate_up[kHeld], &down[kHeld], 1,
+                         kHeld,          kTopK};
+    const Numbers x(dtype_, rows * kHidden), weights(DType::kFloat32, rows * kTopK);
+    std::vector<std::int32_t> ids;
+    for (int i = 0; i < rows; ++i) {  // of experts 0 to 6, of which 1 to 5 are here
+      const auto first = static_cast<std::int32_t>(random_bits() % 7);
+      ids.insert(ids.end(), {first, (first + 1) % 7});
+    }
+    const std::size_t slots = static_cast<std::size_t>(rows) * (kTopK + 1);
+    std::vector<ExpertGroup> groups(kHeld + 1);
+    std::vector<std::int32_t> slot_row(slots);
+    std::vector<float> slot_weight(slots);
+    ExpertPlan plan{groups.data(), slot_row.data(), slot_weight.data(), 0, 0};
+    const Numbers room = scratch({kHidden, 0, 0, kHeld, 0});
+    k_.plan_experts(layer, ids.data(), weights.floats(), rows, &plan, room.data());
+    const Numbers activation(dtype_, plan.slot_count * round_up(kWidth, 32), false);
+    const Numbers out(DType::kFloat32, rows * kHidden, false);
+    const Experts call{&plan,
+                       x.data(),
+                       kHidden,
+                       activation.data(),
+                       round_up(kWidth, 32),
+                       static_cast<float*>(out.data()),
+                       kHidden,
+                       rows};
+    for (int thread = 0; thread < 3; ++thread) k_.expert_gate_up(call, thread, 3, room.data());
+    k_.expert_down(call, 0, 2, room.data());
+    k_.expert_down(call, 2, 5, room.data());
+    for (std::int64_t i = 0; i < rows; ++i) {
+      std::vector<double> expected(kHidden);
+      double size = 0;
+      const auto add = [&](std::int64_t e, double weight) {
+        for (std::int64_t w = 0; w < kWidth; ++w) {
+          double gate = 0, up = 0;
+          for (std::int64_t h = 0; h < kHidden; ++h) {
+            gate += x[i * kHidden + h] * gates[e][w * kHidden + h];
+            up += x[i * kHidden + h] * ups[e][w * kHidden + h];
+          }
+          const double hidden = gate / (1 + std::exp(-gate)) * up * weight;
+          size += std::abs(hidden);
+          for (std::int64_t h = 0; h < kHidden; ++h)
+            expected[h] += hidden * downs[e][h * kWidth + w];
+        }
+      };
+      for (int c = 0; c < kTopK; ++c) {
+        const std::int32_t e = ids[i * kTopK + c] - 1;
+        if (e >= 0 && e < kHeld) add(e, weights[i * kTopK + c]);
+      }
+      add(kHeld, 1);
+      for (std::int64_t h = 0; h < kHidden; ++h) {
+        near(out[i * kHidden + h], expected[h], std::sqrt(size) * 5, "an expert's sum");
+      }
+    }
+  }
+
+  struct Request {
+    std::int32_t start, rows;
+  };
+
+  void attention(const AttentionShape& shape, const std::vector<Request>& requests) const {
+    constexpr std::int32_t kPageSize = 12, kLayers = 2, kLayer = 1;
+    const std::int32_t width =
+        std::max(shape.v_begin + shape.kv_heads * shape.v_dim, shape.kv_heads * shape.qk_dim);
+    std::int32_t all_rows = 0, all_pages = 0;
+    std::vector<std::vector<std::int32_t>> tables;
+    std::vector<Segment> segments;
+    for (const auto& [start, rows] : requests) {
+      std::vector<std::int32_t> table((start + rows + kPageSize - 1) / kPageSize);
+      for (auto& page : table) page = all_pages++;
+      tables.push_back(table);
+      segments.push_back({tables.back().data(), all_rows, rows, start});
+      all_rows += rows;
+    }
+    for (std::size_t s = 0; s < segments.size(); ++s) segments[s].pages = tables[s].data();
+    // Slots that no request wrote are no numbers, the last page's included.
+    Numbers kv(dtype_, std::int64_t{all_pages} * kLayers * kPageSize * width, false);
+    const auto slot = [&](std::size_t s, std::int64_t position) {
+      const std::int64_t page = tables[s][position / kPageSize];
+      return ((page * kLayers + kLayer) * kPageSize + position % kPageSize) * width;
+    };
+    std::normal_distribution<float> normal;
+    for (std::size_t s = 0; s < segments.size(); ++s) {
+      for (std::int64_t p = 0; p < segments[s].start + segments[s].rows; ++p) {
+        for (std::int64_t i = 0; i < width; ++i) kv.set(slot(s, p) + i, normal(random_bits));
+      }
+    }
+    const std::int64_t q_width = std::int64_t{shape.q_heads} * shape.qk_dim;
+    const std::int64_t out_width = std::int64_t{shape.q_heads} * shape.v_dim;
+    const Numbers q(dtype_, all_rows * q_width), out(dtype_, all_rows * out_width, false);
+    const Numbers room = scratch({0, shape.qk_dim, shape.v_dim, 0, 0});
+    AttentionPlan plan;
+    constexpr int kThreads = 3;
+    plan.make(shape, segments.data(), static_cast<std::int32_t>(segments.size()), kThreads);
+    const Attention call{&shape,          segments.data(), q.data(),
+                         q_width,         out.data(),      out_width,
+                         plan.partials(), plan.arrivals(), {kv.data(), kLayers, kPageSize, width},
+                         kLayer};
+    for (int t = 0; t < kThreads; ++t) {
+      k_.attend(call, plan.tasks(t), plan.task_count(t), room.data());
+    }
+    for (std::size_t s = 0; s < segments.size(); ++s) {
+      for (std::int64_t r = 0; r < segments[s].rows; ++r) {
+        for (std::int64_t h = 0; h < shape.q_heads; ++h) {
+          const std::int64_t position = segments[s].start + r, row = segments[s].first_row + r;
+          const std::int64_t first =
+              shape.window == 0 ? 0 : std::max<std::int64_t>(0, position + 1 - shape.window);
+          const std::int64_t head = h / (shape.q_heads / shape.kv_heads);
+          std::vector<double> sums(static_cast<std::size_t>(shape.v_dim));
+          double total = 0;
+          for (std::int64_t p = first; p <= position; ++p) {
+            double score = 0;
+            for (std::int64_t i = 0; i < shape.qk_dim; ++i) {
+              score += q[row * q_width + h * shape.qk_dim + i] *
+                       kv[slot(s, p) + head * shape.qk_dim + i];
+            }
+            const double weight = std::exp(score * shape.scale);
+            total += weight;
+            for (std::int64_t i = 0; i < shape.v_dim; ++i) {
+              sums[i] += weight * kv[slot(s, p) + shape.v_begin + head * shape.v_dim + i];
+            }
+          }
+          for (std::int64_t i = 0; i < shape.v_dim; ++i) {
+            near(out[row * out_width + h * shape.v_dim + i], sums[i] / total, 1, "attention");
+          }
+        }
+      }
+    }
+  }
+
+  // Norms, rotations and appends: that they stay within their arrays and give numbers.
+  void prepare() const {
+    constexpr std::int32_t kRows = 5, kQHeads = 6, kKVHeads = 2, kDim = 10, kLatent = 18;
+    const Numbers cos(DType::kFloat32, 40 * kDim / 2), sin(DType::kFloat32, 40 * kDim / 2);
+    std::vector<RowPlace> places;
+    for (std::int32_t i = 0; i < kRows; ++i) places.push_back({39 - i, i / 3, i % 3});
+    const Rope rope{cos.floats(), sin.floats(), kDim, 1, 0};
+    const std::int32_t qkv_width = (kQHeads + 2 * kKVHeads) * kDim, width = 2 * kKVHeads * kDim;
+    const Numbers qkv(DType::kFloat32, kRows * qkv_width), norm(DType::kFloat32, kDim);
+    const Numbers q(dtype_, kRows * kQHeads * kDim, false), kv(dtype_, 2 * 3 * width, false);
+    const GQAPrepare gqa{qkv.floats(),   qkv_width,
+                         norm.floats(),  norm.floats(),
+                         places.data(),  q.data(),
+                         kQHeads * kDim, {kv.data(), 1, 3, width},
+                         rope,           0,
+                         kQHeads,        kKVHeads,
+                         kDim,           QKNorm::kHead,
+                         1e-6F,          2.0F};
+    k_.gqa_prepare(gqa, 0, kRows, 0, 1);
+    k_.gqa_prepare(gqa, 0, kRows, 1, kKVHeads);
+    finite(q, q.size(), "a query");
+    finite(kv, kRows * width, "a key");
+
+    const Numbers compressed(DType::kFloat32, kRows * (kLatent + kDim));
+    const Numbers latent_norm(DType::kFloat32, kLatent);
+    const Numbers latents(dtype_, 2 * 3 * (kLatent + kDim), false);
+    const MLAAppend append{compressed.floats(),
+                           kLatent + kDim,
+                           latent_norm.floats(),
+                           places.data(),
+                           {latents.data(), 1, 3, kLatent + kDim},
+                           rope,
+                           0,
+                           kLatent,
+                           1e-6F};
+    k_.mla_append(append, 0, kRows);
+    finite(latents, kRows * (kLatent + kDim), "a latent");
+
+    const Numbers x(dtype_, kRows * kQHeads * kDim), turned(dtype_, kRows * kQHeads * kDim, false);
+    const Rotate rotate{x.data(), kQHeads * kDim, kDim, turned.data(), kQHeads * kDim,
+                        kDim,     places.data(),  rope, kQHeads};
+    k_.rotate(rotate, 0, kRows, 0, kQHeads);
+    finite(turned, turned.size(), "a rotated feature");
+
+    const Numbers wide(DType::kFloat32, 3 * 50), wide_norm(DType::kFloat32, 50);
+    const Numbers normed(dtype_, 3 * 50, false);
+    k_.rms_norm(wide.floats(), 50, wide_norm.floats(), 50, 1e-6F, normed.data(), 50, 0, 3);
+    finite(normed, normed.size(), "a norm");
+    Numbers residual(DType::kFloat32, 3 * 50);
+    auto* const sums = static_cast<float*>(residual.data());
+    k_.add(sums, 50, wide.floats(), 50, 3, 0, 29);
+    k_.add_model(sums, 50, normed.data(), 50, 3, 29, 50);
+    k_.to_float(normed.data(), sums, 3 * 50);
+    k_.from_float(sums, normed.data(), 3 * 50);
+    finite(residual, residual.size(), "a residual");
+  }
+
+  void others() const {
+    constexpr std::int32_t kExperts = 21, kTopK = 4, kRows = 3, kVocab = 333;
+    const Numbers logits(DType::kFloat32, kRows * kVocab), bias(DType::kFloat32, kExperts);
+    const Numbers room = scratch({0, 0, 0, kExperts, kVocab});
+    const Router router{bias.floats(),        kExperts, kTopK, 3, 2, Score::kSigmoid,
+                        GroupScore::kTop2Sum, 1,        1.5F};
+    std::vector<std::int32_t> experts(kRows * kTopK);
+    const Numbers weights(DType::kFloat32, kRows * kTopK, false);
+    k_.route(router, logits.floats(), kVocab, experts.data(), static_cast<float*>(weights.data()),
+             0, kRows, room.data());
+    finite(weights, weights.size(), "a weight");
+    for (const std::int32_t expert : experts) {
+      if (expert < 0 || expert >= kExperts)
+        fail("%s: there is no expert %d", name_.c_str(), expert);
+    }
+    for (int row = 0; row < kRows; ++row) {
+      const float* const line = logits.floats() + row * kVocab;
+      Best best;
+      k_.argmax(line, kVocab, &best);
+      if (best.index != std::max_element(line, line + kVocab) - line)
+        fail("%s: argmax", name_.c_str());
+      for (const SamplingRule& rule :
+           {SamplingRule{1.0, 1.0F, 0.0F, -1}, SamplingRule{0.9, 0.7F, 0.01F, 40}}) {
+        const std::int32_t token = k_.sample(line, kVocab, rule, 0.999, room.data());
+        if (token < 0 || token >= kVocab) fail("%s: there is no token %d", name_.c_str(), token);
+      }
+    }
+    constexpr std::int32_t kTokens = 19, kHidden = 45;
+    const Numbers table(dtype_, kTokens * kHidden), out(DType::kFloat32, 2 * kHidden, false);
+    const Packed head = packed(table, kTokens, kHidden);
+    const std::int32_t ids[] = {18, 3};
+    auto* const floats = static_cast<float*>(out.data());
+    for (const bool plain : {true, false}) {
+      if (plain) {
+        k_.embed(table.data(), kHidden, ids, floats, kHidden, 0, 2);
+      } else {
+        k_.embed_packed(head.matrix, ids, floats, kHidden, 0, 2);
+      }
+      for (std::int64_t i = 0; i < kHidden; ++i) {
+        near(out[i], table[18 * kHidden + i], 0, "an embedding");
+        near(out[kHidden + i], table[3 * kHidden + i], 0, "an embedding");
+      }
+    }
+  }
+
+  void finite(const Numbers& numbers, std::int64_t count, const char* what) const {
+    for (std::int64_t i = 0; i < count; ++i) {
+      if (!std::isfinite(numbers[i])) fail("%s: %s is no number", name_.c_str(), what);
+    }
+  }
+
+  const Kernels& k_;
+  DType dtype_;
+  std::string name_;
+  double tolerance_;
+};
+
+}  // namespace
+}  // namespace crosspool
+
+int main() {
+  using namespace crosspool;
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
+    for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
+      const Kernels* const kernels = kernels_of(isa, dtype);
+      if (kernels == nullptr) continue;
+      Check(*kernels, dtype, isa_name(isa)).all();
+      std::printf("%s\n", isa_name(isa));
+    }
+#if defined(CROSSPOOL_TEST_EMULATED)
+    if (isa_available(Isa::kAvx512)) {
+      Check(emulated::table(dtype), dtype, "emulated tiles").all();
+      std::printf("emulated tiles\n");
+    }
+#endif
+  }
+}

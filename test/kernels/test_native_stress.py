@@ -1,0 +1,46 @@
+"""Builds the native stress tests under sanitizers and runs them (sgl-kernel-ext/test/)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+NATIVE = Path(__file__).parents[2] / "sgl-kernel-ext"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake"),
+]
+
+
+def run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
+
+
+def sanitizer_works(sanitizer: str, folder: Path) -> bool:
+    """Some compilers come without its library, and some kernels' address layouts stop it."""
+    source, program = folder / "empty.cpp", folder / "empty"
+    source.write_text("int main() {}\n")
+    compiler = shutil.which("c++") or "g++"
+    if run([compiler, f"-fsanitize={sanitizer}", source, "-o", program]).returncode:
+        return False
+    return run([program]).returncode == 0
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_stress_under_a_sanitizer(sanitizer: str, tmp_path: Path) -> None:
+    if not sanitizer_works(sanitizer, tmp_path):
+        pytest.skip(f"-fsanitize={sanitizer} does not work here")
+    build = tmp_path / "build"
+    options = ["-DCROSSPOOL_BUILD_TESTS=ON", f"-DCROSSPOOL_SANITIZE={sanitizer}"]
+    for command in (
+        ["cmake", "-S", NATIVE, "-B", build, *options],
+        ["cmake", "--build", build, "-j", str(len(os.sched_getaffinity(0)))],
+        ["ctest", "--test-dir", build, "--output-on-failure"],
+    ):
+        done = run(command)
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
+    assert "100% tests passed" in done.stdout
