@@ -63,6 +63,7 @@ def test_flags_without_effect_are_taken_with_a_warning(capsys: pytest.CaptureFix
         ([*TWO, *["--context-length", "5"] * 3], "--context-length is given 3 times for 2 models"),
         ([*TWO, "--tp-size", "2"], "--tp-size: parallelism follows"),
         ([*TWO, "--tp=2"], "--tp=2: parallelism follows"),
+        ([*TWO, "--json-model-override-args", "{}"], "--json-model-override-args: ranks read"),
         ([*TWO, "--nonsense"], "--nonsense: CrossPool has no such argument"),
         ([*TWO, "word"], "'word'"),
         ([*TWO, "--lanes", "two"], "--lanes: invalid int value: 'two'"),

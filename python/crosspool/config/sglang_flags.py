@@ -95,7 +95,6 @@ FLAGS: tuple[SGLangFlag, ...] = (
             "Default sampling: OpenAI's, or the model's generation_config.json.",
             ("openai", "model"),
         ),
-        ("json_model_override_args", "str", "Fields that replace config.json's (JSON)."),
         ("weight_version", "str", "A name for these weights that answers carry."),
         ("stream_interval", "int", "Tokens between two pieces of a stream."),
     ),
@@ -168,6 +167,10 @@ _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
         "no such backend",
     ),
     (("revision", "download_dir"), "models are local folders"),
+    (
+        ("json_model_override_args",),
+        "ranks read the model's own config.json: change a copy of its folder instead",
+    ),
 )
 
 
