@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,6 @@ from crosspool.transport.messages import (
     FromDevice,
     Inspect,
     Inspected,
-    RankInfo,
     Ready,
     StepResult,
     ToDevice,
@@ -77,10 +76,6 @@ class Devices:
     def progress(self) -> str:
         waiting = [name for name in self._names if name not in self.ready]
         return f"loading on {', '.join(waiting)}" if waiting else "ready"
-
-    def ranks(self) -> Sequence[tuple[str, RankInfo]]:
-        """Every rank that has reported, with its device's name."""
-        return [(name, rank) for name, ready in self.ready.items() for rank in ready.ranks]
 
     def send(self, attention_rank: int, message: ToDevice) -> None:
         """To the device of ``attention_rank``. Raises DeviceGone when it is not connected."""
