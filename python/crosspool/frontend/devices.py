@@ -10,18 +10,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import zmq
 
 from crosspool.config.deployment import Deployment
 from crosspool.transport.messages import (
+    MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     Failed,
     FromDevice,
     Inspect,
     Inspected,
+    InspectWhat,
     Ready,
     StepResult,
     ToDevice,
@@ -31,10 +32,7 @@ from crosspool.transport.messages import (
 
 log = logging.getLogger(__name__)
 
-MAX_MESSAGE_BYTES = 256 << 20
 INSPECT_SECONDS = 8.0
-
-InspectWhat = Literal["tensors", "pools", "counters", "trace_start", "trace_stop"]
 
 
 class DeviceGone(RuntimeError):

@@ -14,6 +14,11 @@ import msgspec
 
 PROTOCOL_VERSION = 1
 """Both ends compare it in :class:`Ready`; a change of any message below raises it."""
+MAX_MESSAGE_BYTES = 256 << 20
+"""A peer that sends more is cut off."""
+
+InspectWhat = Literal["tensors", "pools", "counters", "trace_start", "trace_stop"]
+"""What a device process can be asked; :class:`Inspected` says what it answers."""
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -99,7 +104,7 @@ class Inspect(msgspec.Struct, frozen=True, kw_only=True, tag="inspect"):
     """A question about the device process; answered by :class:`Inspected` with the same id."""
 
     id: int
-    what: Literal["tensors", "pools", "counters", "trace_start", "trace_stop"]
+    what: InspectWhat
 
 
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
