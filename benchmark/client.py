@@ -1,6 +1,8 @@
 """A client that replays a load open-loop: every request is sent at its time, whatever became of
-those before it. It reads streams of the native ``/generate`` and notes when each piece came; what
-the pieces say is decoded afterwards, so that the client takes little from the server's cores."""
+those before it. (Or closed-loop: so many at once.)
+
+It reads streams of the native ``/generate`` and notes when each piece came; what the pieces say is
+decoded afterwards, so that the client takes little from the server's cores."""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import asyncio
 import gc
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -77,17 +79,16 @@ class Replay:
         return [answer.sent - answer.request.arrival for answer in self.answers]
 
 
-def replay(
-    url: str, load: Sequence[Request], progress: Callable[[int], None] = lambda done: None
-) -> Replay:
+def replay(url: str, load: Sequence[Request], at_once: int | None = None) -> Replay:
     """Sends ``load`` to the server at ``url`` and waits for every answer.
 
-    ``progress`` is told how many requests are over."""
+    ``at_once``: the next request waits, beyond its arrival, until fewer than so many are open;
+    None: it never does."""
     gc.collect()
     gc.disable()  # a collection here would look like the server's pause
     try:
         cpu = time.process_time()
-        answers, raw, seconds = asyncio.run(_replay(url, load, progress))
+        answers, raw, seconds = asyncio.run(_replay(url, load, at_once or len(load)))
         cpu = time.process_time() - cpu
     finally:
         gc.enable()
@@ -100,7 +101,7 @@ _Events = list[tuple[float, bytes]]
 
 
 async def _replay(
-    url: str, load: Sequence[Request], progress: Callable[[int], None]
+    url: str, load: Sequence[Request], at_once: int
 ) -> tuple[list[Answer], list[_Events], float]:
     answers = [Answer(request) for request in load]
     raw: list[_Events] = [[] for _ in load]
@@ -110,24 +111,22 @@ async def _replay(
         ).encode()
         for r in load
     ]
-    over = 0
+    gate = asyncio.Semaphore(at_once)
     timeout = aiohttp.ClientTimeout(total=TIMEOUT)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
         start = time.perf_counter()
 
         async def one(index: int) -> None:
-            nonlocal over
             answer = answers[index]
-            await asyncio.sleep(start + answer.request.arrival - time.perf_counter())
-            answer.sent = time.perf_counter() - start
-            try:
-                await _exchange(session, bodies[index], answer, raw[index], start)
-            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-                answer.error = f"{type(error).__name__}: {error}"
-            answer.done = time.perf_counter() - start
-            over += 1
-            progress(over)
+            async with gate:
+                await asyncio.sleep(start + answer.request.arrival - time.perf_counter())
+                answer.sent = time.perf_counter() - start
+                try:
+                    await _exchange(session, bodies[index], answer, raw[index], start)
+                except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                    answer.error = f"{type(error).__name__}: {error}"
+                answer.done = time.perf_counter() - start
 
         await asyncio.gather(*(one(index) for index in range(len(load))))
         return answers, raw, time.perf_counter() - start

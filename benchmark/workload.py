@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from crosspool.models.registry import read_model
+
+from benchmark.server import DEMO, TINY_MODELS
 
 FORCE = 100.0
 """A logit bias that no logit outweighs."""
+_ORDINARY = 300
+"""Below it the bundled models have special tokens and single bytes."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,11 @@ def poisson(rate: float, seconds: float, rng: np.random.Generator) -> npt.NDArra
 
 
 def random_prompt(length: int, vocab: int, rng: np.random.Generator) -> list[int]:
-    """Token ids that share no prefix with another prompt. The lowest ids are left out: special
-    tokens lie there."""
+    """Ordinary token ids, in an order that no other prompt shares."""
     return rng.integers(_ORDINARY, vocab, length).tolist()
 
 
-_ORDINARY = 300
+@functools.cache
+def eos_tokens() -> dict[str, int]:
+    """An end-of-sequence token of each bundled model."""
+    return {name: read_model(DEMO / name).eos_token_ids[0] for name in TINY_MODELS}

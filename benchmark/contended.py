@@ -1,0 +1,393 @@
+"""The contended regime, served: what happens as the offered load passes what the KV pool holds.
+
+    python -m benchmark.contended [--quick]
+
+Three bundled models share a pool that is too small for them: a handful of requests fills it. The
+load is counted in promised KV bytes per second, a request's being the pages for its prompt and for
+``max_tokens``; 1 is what the pool turns over when its queues are never empty, measured first. Half
+of what is promised for answers goes unused: requests end by themselves, at a length that the load
+fixes. Admitted requests must keep their time between tokens while TTFT and 429s take the pressure.
+
+The loads of both promise policies are the same requests at the same times, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmark import machine, plots
+from benchmark.client import STREAM_FLAGS, Answer, Replay, replay
+from benchmark.pool_sampler import PoolSampler
+from benchmark.records import IMAGES, Recorder
+from benchmark.server import TINY_MODELS, Server
+from benchmark.summary import quantile
+from benchmark.workload import Request, eos_tokens, poisson, random_prompt
+
+PROMISES = ("worst_case", "growth")
+LIMIT = 1.25
+"""P99 time between tokens at twice the pool's capacity, over that at half of it, at most."""
+POOL_BYTES = 16 << 20
+PAGE_SIZE = 16
+QUEUE_TIMEOUT = 4.0
+CHUNK_TOKENS = 128
+"""Prompt tokens of one step: what a request that comes in can add to the others' gaps."""
+FLAGS = (
+    *("--dtype", "float32", "--context-length", "1024", "--page-size", str(PAGE_SIZE)),
+    *("--kv-pool-bytes", str(POOL_BYTES), "--queue-timeout", f"{QUEUE_TIMEOUT:g}"),
+    *("--chunked-prefill-size", str(CHUNK_TOKENS)),
+    *STREAM_FLAGS,
+)
+PROMPT = (256, 512)
+OUTPUT = (64, 320)
+"""Shortest and longest, uniform in between; tokens."""
+MAX_TOKENS = 384
+_VOCAB = 2048
+_AT_ONCE = 10
+"""More requests than the pool holds."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    loads: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    rounds: int = 2
+    seconds: float = 12.0
+    """Length of one load in one round."""
+    saturating: int = 48
+    """Requests that measure the pool's capacity."""
+
+
+QUICK = Plan(loads=(0.5, 2.0), rounds=1, seconds=6.0, saturating=30)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One load on one server in one round."""
+
+    promise: str
+    load: float
+    replay: Replay
+    samples: PoolSampler
+    server_cpu_s: float
+    load1: float
+
+    @property
+    def complete(self) -> list[Answer]:
+        return [answer for answer in self.replay.answers if answer.complete]
+
+
+def request(model: str, arrival: float, rng: np.random.Generator) -> Request:
+    return Request(
+        arrival=arrival,
+        model=model,
+        prompt=random_prompt(int(rng.integers(PROMPT[0], PROMPT[1] + 1)), _VOCAB, rng),
+        max_tokens=MAX_TOKENS,
+        stop_after=int(rng.integers(OUTPUT[0], OUTPUT[1] + 1)),
+        eos=eos_tokens()[model],
+    )
+
+
+def promised_bytes(request: Request, per_token: dict[str, int]) -> int:
+    """KV bytes that admission promises ``request`` in the worst case, in whole pages."""
+    pages = -(-(len(request.prompt) + request.max_tokens) // PAGE_SIZE)
+    return pages * PAGE_SIZE * per_token[request.model]
+
+
+def make_load(rate: float, seconds: float, seed: Sequence[int]) -> list[Request]:
+    """Poisson arrivals of ``rate`` per second, each of a model drawn evenly."""
+    rng = np.random.default_rng(seed)
+    return [
+        request(TINY_MODELS[int(rng.integers(len(TINY_MODELS)))], float(arrival), rng)
+        for arrival in poisson(rate, seconds, rng)
+    ]
+
+
+def capacity(server: Server, per_token: dict[str, int], requests: int) -> float:
+    """Promised bytes per second that complete while requests always wait."""
+    rng = np.random.default_rng(7)
+    backlog = [request(TINY_MODELS[i % len(TINY_MODELS)], 0.0, rng) for i in range(requests)]
+    answers = replay(server.url, backlog, at_once=_AT_ONCE).answers
+    if failed := [answer.error for answer in answers if answer.error]:
+        raise RuntimeError(f"while the pool's capacity was measured: {failed}")
+    complete = [answer for answer in answers if answer.complete]
+    begin, end = min(a.done for a in complete), max(a.sent for a in answers)
+    done = [a for a in complete if begin < a.done <= end]
+    return sum(promised_bytes(a.request, per_token) for a in done) / (end - begin)
+
+
+def measure(server: Server, promise: str, load: float, requests: list[Request]) -> Phase:
+    server.wait_idle()
+    load1 = machine.load1()
+    before = sum(server.cpu_seconds().values())
+    with PoolSampler(server.port) as samples:
+        replayed = replay(server.url, requests)
+    cpu = sum(server.cpu_seconds().values()) - before
+    return Phase(promise, load, replayed, samples, cpu, load1)
+
+
+def run(plan: Plan, promises: Sequence[str], console: Console) -> tuple[list[Phase], float]:
+    """Every phase, and the pool's capacity in promised bytes per second."""
+    phases: list[Phase] = []
+    turns = plan.rounds * len(plan.loads) * len(promises)
+    with Progress(console=console, refresh_per_second=2) as progress, ExitStack() as stack:
+        task = progress.add_task("starting", total=turns + 1)
+        servers = {
+            promise: stack.enter_context(Server([*FLAGS, *_promise_flags(promise)]))
+            for promise in promises
+        }
+        status = next(iter(servers.values())).status()
+        per_token = {m["name"]: m["kv_bytes_per_token"] for m in status["models"]}
+        progress.update(task, description="what the pool turns over")
+        for server in servers.values():
+            capacity(server, per_token, 12)  # every lazily made buffer of the processes
+        full = capacity(servers[promises[0]], per_token, plan.saturating)
+        progress.advance(task)
+        mean_bytes = _mean_promised(per_token)
+        for turn in range(plan.rounds):
+            for load in plan.loads[:: -1 if turn % 2 else 1]:
+                requests = make_load(
+                    load * full / mean_bytes, plan.seconds, (turn, round(100 * load))
+                )
+                for promise, server in servers.items():
+                    progress.update(task, description=f"round {turn + 1}, load {load:g}, {promise}")
+                    phases.append(measure(server, promise, load, requests))
+                    progress.advance(task)
+    return phases, full
+
+
+def _promise_flags(promise: str) -> list[str]:
+    return [] if promise == "worst_case" else ["--promise", promise]
+
+
+def _mean_promised(per_token: dict[str, int]) -> float:
+    rng = np.random.default_rng(0)
+    drawn = [request(model, 0.0, rng) for model in TINY_MODELS for _ in range(200)]
+    return float(np.mean([promised_bytes(r, per_token) for r in drawn]))
+
+
+@dataclass(frozen=True)
+class Row:
+    """All rounds of one load under one promise policy."""
+
+    promise: str
+    load: float
+    ttft: list[float]
+    tbt: list[float]
+    offered: int
+    complete: int
+    refused: int
+    failures: list[str]
+    retry_after: list[int]
+    """Of each 429 that carried one, seconds."""
+    output_tokens_per_s: float
+    promised_share: float
+    """Mean share of the pool that is promised, while the load arrives."""
+    mapped_share: float
+    running: int
+    """Most requests at once."""
+    client_cpu_share: float
+    """Of one core."""
+    lateness: float
+    """P99 of the seconds by which the client sent a request late."""
+    server_cpu_s: float
+    client_cpu_s: float
+    wall_s: float
+    load1: float
+
+
+def row(phases: Sequence[Phase]) -> Row:
+    answers = [answer for phase in phases for answer in phase.replay.answers]
+    complete = [answer for answer in answers if answer.complete]
+    refused = [answer for answer in answers if answer.refused]
+    wall = sum(phase.replay.seconds for phase in phases)
+    budget = phases[0].samples.samples[0].budget_bytes
+    client = sum(phase.replay.client_cpu_s for phase in phases)
+    return Row(
+        promise=phases[0].promise,
+        load=phases[0].load,
+        ttft=[answer.ttft for answer in complete],
+        tbt=[gap for answer in complete for gap in answer.tbt],
+        offered=len(answers),
+        complete=len(complete),
+        refused=len(refused),
+        failures=[a.error or str(a.status) for a in answers if not a.complete and not a.refused],
+        retry_after=[a.retry_after for a in refused if a.retry_after is not None],
+        output_tokens_per_s=sum(len(a.tokens) for a in complete) / wall,
+        promised_share=_mean_share(phases, "promised_bytes", budget),
+        mapped_share=_mean_share(phases, "mapped_bytes", budget),
+        running=max(s.running for phase in phases for s in phase.samples.samples),
+        client_cpu_share=client / wall,
+        lateness=quantile([late for p in phases for late in p.replay.lateness], 0.99),
+        server_cpu_s=sum(phase.server_cpu_s for phase in phases),
+        client_cpu_s=client,
+        wall_s=wall,
+        load1=max(phase.load1 for phase in phases),
+    )
+
+
+def _mean_share(phases: Sequence[Phase], column: str, budget: int) -> float:
+    parts = []
+    for phase in phases:
+        seconds = phase.samples.column("seconds")
+        last = max(answer.request.arrival for answer in phase.replay.answers)
+        arriving = seconds <= seconds[0] + last
+        parts.append(phase.samples.column(column)[arriving])
+    return float(np.concatenate(parts).mean()) / budget
+
+
+def ratio(rows: Sequence[Row], promise: str) -> float:
+    """P99 time between tokens at the highest load over that at the lowest."""
+    own = sorted((r for r in rows if r.promise == promise), key=lambda r: r.load)
+    return quantile(own[-1].tbt, 0.99) / quantile(own[0].tbt, 0.99)
+
+
+def record(rows: Sequence[Row], plan: Plan, full: float) -> Recorder:
+    recorder = Recorder("contended")
+    for r in rows:
+        common: dict[str, Any] = {
+            "parameters": {
+                "load": r.load,
+                "promise": r.promise,
+                "capacity_bytes_per_s": round(full),
+                "kv_pool_bytes": POOL_BYTES,
+                "prompt": PROMPT,
+                "output": OUTPUT,
+                "max_tokens": MAX_TOKENS,
+                "queue_timeout": QUEUE_TIMEOUT,
+                "rounds": plan.rounds,
+                "seconds": plan.seconds,
+            },
+            "cpu_s": r.server_cpu_s + r.client_cpu_s,
+            "wall_s": r.wall_s,
+            "load1": r.load1,
+        }
+        recorder.add("tbt", r.tbt, "s", **common)
+        recorder.add(
+            "ttft",
+            r.ttft,
+            "s",
+            **common,
+            offered=r.offered,
+            complete=r.complete,
+            refused=r.refused,
+            failed=len(r.failures),
+            retry_after_median=float(np.median(r.retry_after)) if r.retry_after else None,
+            output_tokens_per_s=r.output_tokens_per_s,
+            promised_share=r.promised_share,
+            mapped_share=r.mapped_share,
+            most_running=r.running,
+            client_cpu_share=r.client_cpu_share,
+            client_lateness_p99=r.lateness,
+        )
+    return recorder
+
+
+def table(rows: Sequence[Row]) -> Table:
+    made = Table(title="Offered load against the KV pool's capacity", title_justify="left")
+    for title in (
+        *("promise", "load", "TBT P50 ms", "TBT P99 ms", "TTFT P50 s", "TTFT P99 s"),
+        *("answered", "429", "failed", "tokens/s", "promised", "mapped", "most at once", "client"),
+    ):
+        made.add_column(title, justify="left" if title == "promise" else "right")
+    for r in rows:
+        made.add_row(
+            r.promise,
+            f"{r.load:g}",
+            f"{1e3 * quantile(r.tbt, 0.5):.1f}",
+            f"{1e3 * quantile(r.tbt, 0.99):.1f}",
+            f"{quantile(r.ttft, 0.5):.2f}",
+            f"{quantile(r.ttft, 0.99):.2f}",
+            f"{r.complete} of {r.offered}",
+            f"{r.refused}",
+            f"{len(r.failures)}",
+            f"{r.output_tokens_per_s:.0f}",
+            f"{r.promised_share:.0%}",
+            f"{r.mapped_share:.0%}",
+            f"{r.running}",
+            f"{r.client_cpu_share:.0%}",
+        )
+    return made
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    figure, (tbt, ttft, refused, used) = plots.panels(
+        (
+            "Time between tokens, ms",
+            "Time to first token, s",
+            "Answered with 429, %",
+            "Pool, % of its bytes",
+        )
+    )
+    for promise, color in zip(PROMISES, plots.COLORS, strict=False):
+        own = [r for r in rows if r.promise == promise]
+        if not own:
+            continue
+        loads = [r.load for r in own]
+        label = promise.replace("_", " ")
+        for q, style in ((0.5, "--"), (0.99, "-")):
+            name = f"{label}, P{100 * q:g}"
+            tbt.plot(loads, [1e3 * quantile(r.tbt, q) for r in own], style, color=color, label=name)
+            ttft.plot(loads, [quantile(r.ttft, q) for r in own], style, color=color, label=name)
+        shares = [100 * r.refused / r.offered for r in own]
+        refused.plot(loads, shares, "-", color=color, label=label)
+        used.plot(loads, [100 * r.promised_share for r in own], "-", color=color)
+        used.plot(loads, [100 * r.mapped_share for r in own], ":", color=color)
+    used.plot([], [], "-", color="black", label="promised")
+    used.plot([], [], ":", color="black", label="mapped")
+    for axis in (tbt, ttft, refused, used):
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=7, frameon=False)
+        axis.set_xlabel("offered load, of the pool's capacity", fontsize=8)
+    plots.save(figure, path)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmark.contended", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="seconds, nothing recorded")
+    parser.add_argument("--promise", choices=PROMISES, nargs="+", default=PROMISES)
+    given = parser.parse_args(words)
+    plan = QUICK if given.quick else Plan()
+    console = Console(width=max(Console().width, 130))
+    began = time.monotonic()
+    phases, full = run(plan, given.promise, console)
+    rows = [
+        row([p for p in phases if (p.promise, p.load) == (promise, load)])
+        for promise in given.promise
+        for load in plan.loads
+    ]
+    if not given.quick:
+        console.print(f"rows: {record(rows, plan, full).write()}")
+        plot(rows, IMAGES / "contended.svg")
+    console.print(table(rows))
+    console.print(
+        f"capacity {full / 2**20:.1f} MiB of promised KV per second, load average "
+        f"{machine.load1():.1f}, {time.monotonic() - began:.0f} s"
+    )
+    failures = [failure for r in rows for failure in r.failures]
+    for failure in failures[:5]:
+        console.print(f"failed: {failure}", markup=False)
+    ratios = {promise: ratio(rows, promise) for promise in given.promise}
+    for promise, value in ratios.items():
+        verdict = "within" if value <= LIMIT else "BEYOND"
+        console.print(
+            f"{promise}: P99 time between tokens at load {plan.loads[-1]:g} is {value:.2f} times "
+            f"that at {plan.loads[0]:g}, {verdict} {LIMIT:g}"
+        )
+    return 1 if failures or (not given.quick and max(ratios.values()) > LIMIT) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
