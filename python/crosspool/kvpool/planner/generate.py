@@ -53,6 +53,8 @@ def generate(loads: Sequence[Load], seconds: float, seed: int) -> Trace:
     has it that no request arrives at all."""
     if not (math.isfinite(seconds) and seconds > 0):
         raise ConfigError(f"seconds {seconds}: must be a finite number above 0")
+    if not loads:
+        raise ConfigError("no load is given: name at least one model and its rate")
     timed = {load.speed is not None for load in loads if load.rate > 0}
     if len(timed) > 1:
         raise ConfigError("either all models or none must have a decode speed")

@@ -12,6 +12,7 @@ import numpy as np
 
 from crosspool.config.deployment import ConfigError
 from crosspool.kvpool.planner.trace import Trace
+from crosspool.kvpool.planner.trace_columns import JSON_ERRORS
 from crosspool.kvpool.planner.traffic import Ints
 
 CHARACTERS_PER_TOKEN = 4.0
@@ -63,7 +64,7 @@ def _items(file: Path) -> list[msgspec.Raw]:
         text = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         return msgspec.json.decode(text, type=list[msgspec.Raw])
-    except msgspec.DecodeError as error:
+    except JSON_ERRORS as error:
         raise ConfigError(f"{file}: is no JSON list of conversations: {error}") from None
 
 
@@ -72,7 +73,7 @@ def _turns(file: Path, first: int, items: list[msgspec.Raw]) -> Iterator[tuple[s
     for number, item in enumerate(items, first):
         try:
             turns = msgspec.json.decode(item, type=_Conversation).conversations
-        except msgspec.DecodeError as error:
+        except JSON_ERRORS as error:
             raise ConfigError(f"{file}: item {number} of the list: {error}") from None
         if len(turns) >= 2:
             yield turns[0].value.strip(), turns[1].value.strip()

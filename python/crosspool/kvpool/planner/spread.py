@@ -70,16 +70,15 @@ def at_rates(
     """Poisson arrivals at ``rates[i]`` requests per second of model i, each request any of the
     trace's. Raises ConfigError."""
     _check_rates(rates, models)
-    whole: list[Samples] = []
-    for speed in _per_model(speeds, models):
-        if not whole or not isinstance(speeds, DecodeSpeed | None):
-            whole.append(Samples(trace.prompt, trace.output, service_times(trace, speed)))
-        else:
-            whole.append(whole[0])
+    each = _per_model(speeds, models)
+    samples = {
+        speed: Samples(trace.prompt, trace.output, service_times(trace, speed))
+        for speed in dict.fromkeys(each)
+    }
     return Traffic(
         models=tuple(
-            ModelTraffic(model=model, rate=float(rate), samples=samples)
-            for model, rate, samples in zip(models, rates, whole, strict=True)
+            ModelTraffic(model=model, rate=float(rate), samples=samples[speed])
+            for model, rate, speed in zip(models, rates, each, strict=True)
         ),
         seconds=math.inf,
     )

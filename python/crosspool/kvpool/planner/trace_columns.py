@@ -23,6 +23,8 @@ Column = Any
 """A numpy array, of int64 for tokens and for time (nanoseconds), of float64 seconds otherwise; a
 list of str for text."""
 BLOCK_BYTES = 4 << 20
+JSON_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding JSON that someone else wrote may raise."""
 _LONGEST_SECONDS = 1e10
 
 
@@ -122,7 +124,7 @@ def jsonl_columns(
             rows = decoder.decode_lines(block)
             for column in present:
                 columns.add(column, _column(column.kind, map(attrgetter(column.name), rows)))
-        except (ValueError, OverflowError, msgspec.DecodeError) as error:
+        except (ValueError, OverflowError, *JSON_ERRORS) as error:
             _find_in_jsonl(file, first, block, present)
             raise AssertionError(f"{file}: no wrong line found") from error
     return columns.joined()
@@ -243,7 +245,7 @@ def _find_in_jsonl(file: Path, first: int, block: bytes, present: list[Field]) -
 def _object(file: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         values = msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except JSON_ERRORS as error:
         raise ConfigError(f"{file}:{number}: is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file}:{number}: must be a JSON object")

@@ -29,7 +29,13 @@ from tqdm import tqdm
 from crosspool.config.deployment import ConfigError
 from crosspool.kvpool.planner.sharegpt import read_sharegpt
 from crosspool.kvpool.planner.trace import Trace
-from crosspool.kvpool.planner.trace_columns import Column, Field, csv_columns, jsonl_columns
+from crosspool.kvpool.planner.trace_columns import (
+    JSON_ERRORS,
+    Column,
+    Field,
+    csv_columns,
+    jsonl_columns,
+)
 
 TraceFormat = Literal["azure", "csv", "jsonl", "mooncake", "sharegpt"]
 FORMATS: tuple[str, ...] = get_args(TraceFormat)
@@ -104,7 +110,7 @@ def _detected(path: Path) -> str:
     if head.startswith(b"{"):
         try:
             fields = set(msgspec.json.decode(line))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except JSON_ERRORS as error:
             raise ConfigError(f"{path}:1: is not valid JSON: {error}") from None
     else:
         fields = {name.strip(' "\r') for name in line.decode(errors="replace").split(",")}
@@ -138,10 +144,9 @@ def _cleaned(path: Path, columns: dict[str, Column]) -> Trace:
         trace = trace.take(usable)
     if not len(trace):
         raise ConfigError(f"{path}: no request has both a prompt and an output token")
-    if trace.arrival is not None:
-        if backwards := int((np.diff(trace.arrival) < 0).sum()):
-            notes.append(f"arrivals went backwards {backwards} times: sorted")
-            trace = trace.take(np.argsort(trace.arrival, kind="stable"))
+    if trace.arrival is not None and (backwards := int((np.diff(trace.arrival) < 0).sum())):
+        notes.append(f"arrivals went backwards {backwards} times: sorted")
+        trace = trace.take(np.argsort(trace.arrival, kind="stable"))
     if trace.arrival is not None:
         trace = replace(trace, arrival=trace.arrival - trace.arrival[0])
     return replace(trace, notes=tuple(notes))
