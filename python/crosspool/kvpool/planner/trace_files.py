@@ -78,7 +78,8 @@ def read_trace(
     name = trace_format or _detected(path)
     if name not in FORMATS:
         raise ConfigError(f"trace format {name!r}: must be one of {', '.join(FORMATS)}")
-    shown = progress if progress is not None else sys.stderr.isatty() and size > 16 << 20
+    slow = size > (16 << 20 if tokenizer is None else 1 << 20)
+    shown = progress if progress is not None else sys.stderr.isatty() and slow
     with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=not shown) as bar:
         if name == "sharegpt":
             return read_sharegpt(path, tokenizer, lambda part: bar.update(part * size))
