@@ -10,7 +10,7 @@ import pytest
 from crosspool.config.deployment import ConfigError
 from crosspool.kvpool.planner.compound import exact_demand, request_law
 from crosspool.kvpool.planner.demand import monte_carlo
-from crosspool.kvpool.planner.kv_model import Charge, KVModel, loads
+from crosspool.kvpool.planner.kv_model import Charge, KVModel, kv_loads
 from crosspool.kvpool.planner.quantile import ranks
 from crosspool.kvpool.planner.traffic import ModelTraffic, Samples, Traffic
 from scipy.stats import binom, poisson
@@ -108,7 +108,7 @@ def test_rows_are_kept_together_and_long_ones_are_seen_more(rate: float) -> None
 def test_the_law_of_a_request_against_its_definition() -> None:
     rng = np.random.default_rng(3)
     rows = Samples(rng.integers(1, 500, 40), rng.integers(1, 300, 40), rng.uniform(0.1, 9, 40))
-    [load] = loads(traffic((1.0, rows)), [kv()], 1)
+    [load] = kv_loads(traffic((1.0, rows)), [kv()], 1)
     share = (np.arange(20_000) + 0.5) / 20_000
     pages = np.ceil((rows.prompt[:, None] + rows.output[:, None] * share) / 16).astype(int)
     weight = np.repeat(rows.service / rows.service.sum() / len(share), len(share))
@@ -141,7 +141,7 @@ def test_promised_is_the_worst_case_for_the_whole_time_within_the_context() -> N
 
 def test_requests_are_cut_to_the_context() -> None:
     rows = samples((100, 20, 4.0), (150, 300, 4.0), (500, 5, 4.0))
-    [load] = loads(traffic((1.0, rows)), [KVModel("m0", 1, 16, context=200)], 1)
+    [load] = kv_loads(traffic((1.0, rows)), [KVModel("m0", 1, 16, context=200)], 1)
     assert load.cut == 2
     assert load.samples.prompt.tolist() == [100, 150, 199]
     assert load.samples.output.tolist() == [20, 50, 1]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import fft, signal
 
-from crosspool.kvpool.planner.kv_model import Charge, KVModel, Load, loads
+from crosspool.kvpool.planner.kv_model import Charge, KVLoad, KVModel, kv_loads
 from crosspool.kvpool.planner.quantile import QuantileEstimate, check_probability
 from crosspool.kvpool.planner.traffic import Floats, Ints, Traffic
 
@@ -65,12 +65,12 @@ def exact_demand(
     Raises ConfigError when traffic and models do not belong together."""
     models = tuple(
         _trimmed(chunk_law(load, charge, chunk_bytes))
-        for load in loads(traffic, kv_models, chunk_bytes)
+        for load in kv_loads(traffic, kv_models, chunk_bytes)
     )
     return ExactDemand(chunk_bytes, charge, convolution(models), models)
 
 
-def request_law(load: Load, charge: Charge) -> Floats:
+def request_law(load: KVLoad, charge: Charge) -> Floats:
     """[k] probability that a request, active at a random time, holds 0, 1, 2, ... pages.
 
     P(P <= k) = sum_r w_r * clip((k - first_r) / growth_r, 0, 1), w_r = T_r / sum T, a sum of
@@ -94,7 +94,7 @@ def request_law(load: Load, charge: Charge) -> Floats:
     return law / law.sum()
 
 
-def chunk_law(load: Load, charge: Charge, chunk_bytes: int) -> Floats:
+def chunk_law(load: KVLoad, charge: Charge, chunk_bytes: int) -> Floats:
     """[k] probability that a random time finds 0, 1, 2, ... chunks of the model in demand."""
     if load.active == 0:
         return np.ones(1)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from crosspool.config.deployment import ConfigError
 from crosspool.kvpool.planner.compound import chunk_law
-from crosspool.kvpool.planner.kv_model import Charge, KVModel, Load, Pages, loads
+from crosspool.kvpool.planner.kv_model import Charge, KVLoad, KVModel, Pages, kv_loads
 from crosspool.kvpool.planner.quantile import (
     QuantileEstimate,
     estimate,
@@ -83,7 +83,7 @@ class DemandSamples:
 class _Source:
     """Where the requests of one model that are active at a random time come from."""
 
-    load: Load
+    load: KVLoad
     pages: Pages
     law: Floats | None
     """[k] law of the model's chunks, of a busy model."""
@@ -124,7 +124,7 @@ def monte_carlo(
     Raises ConfigError when traffic and models do not belong together, or times are missing."""
     if samples < 1:
         raise ConfigError(f"samples: {samples}; give 1 or more")
-    found = loads(traffic, kv_models, chunk_bytes)
+    found = kv_loads(traffic, kv_models, chunk_bytes)
     windows = 0 if window is None else _windows(traffic, window)
     sources = [_source(load, charge, chunk_bytes, traffic.seconds, windows) for load in found]
     cells = _cells(sources, samples, windows, seed)
@@ -174,7 +174,9 @@ def _windows(traffic: Traffic, window: float) -> int:
     return round(traffic.seconds / window)
 
 
-def _source(load: Load, charge: Charge, chunk_bytes: int, seconds: float, windows: int) -> _Source:
+def _source(
+    load: KVLoad, charge: Charge, chunk_bytes: int, seconds: float, windows: int
+) -> _Source:
     rates = law = None
     if windows:
         arrivals = np.empty(0) if load.arrivals is None else load.arrivals

@@ -53,7 +53,7 @@ class Pages:
 
 
 @dataclass(frozen=True, eq=False)
-class Load:
+class KVLoad:
     """One model's traffic, with requests cut to what the model can hold."""
 
     kv: KVModel
@@ -116,7 +116,9 @@ def _check(model: ModelTraffic) -> None:
             )
 
 
-def loads(traffic: Traffic, kv_models: Sequence[KVModel], chunk_bytes: int) -> tuple[Load, ...]:
+def kv_loads(
+    traffic: Traffic, kv_models: Sequence[KVModel], chunk_bytes: int
+) -> tuple[KVLoad, ...]:
     """Pairs the traffic with the models, in their order.
 
     Raises ConfigError when names or their order differ, and for impossible values."""
@@ -135,5 +137,5 @@ def loads(traffic: Traffic, kv_models: Sequence[KVModel], chunk_bytes: int) -> t
             raise ConfigError(f"max_new_tokens of {kv.name}: {kv.max_new_tokens}; give 1 or more")
         _check(model)
         samples, cut = _cut(model.samples, kv)
-        found.append(Load(kv, model.rate, samples, cut, model.arrivals))
+        found.append(KVLoad(kv, model.rate, samples, cut, model.arrivals))
     return tuple(found)

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from crosspool.config.deployment import ConfigError
-from crosspool.kvpool.planner.kv_model import Charge, KVModel, Load, loads
+from crosspool.kvpool.planner.kv_model import Charge, KVLoad, KVModel, kv_loads
 from crosspool.kvpool.planner.path import Path, total
 from crosspool.kvpool.planner.quantile import QuantileEstimate
 from crosspool.kvpool.planner.traffic import Floats, Traffic
@@ -107,9 +107,9 @@ def independent_shifts(
 
 def timed_loads(
     traffic: Traffic, kv_models: Sequence[KVModel], chunk_bytes: int
-) -> tuple[Load, ...]:
+) -> tuple[KVLoad, ...]:
     """The traffic's models, when all that have requests have times of arrival, too."""
-    found = loads(traffic, kv_models, chunk_bytes)
+    found = kv_loads(traffic, kv_models, chunk_bytes)
     for load in found:
         if load.arrivals is None and load.rate > 0:
             raise ConfigError(f"arrivals of {load.kv.name}: the traffic has only its rate")
@@ -118,7 +118,7 @@ def timed_loads(
     return found
 
 
-def _model_path(load: Load, charge: Charge, chunk_bytes: int, seconds: float) -> Path:
+def _model_path(load: KVLoad, charge: Charge, chunk_bytes: int, seconds: float) -> Path:
     if load.arrivals is None:
         return Path.of_steps(np.empty(0), np.empty(0), seconds)
     at, pages = _page_changes(load, charge)
@@ -127,7 +127,7 @@ def _model_path(load: Load, charge: Charge, chunk_bytes: int, seconds: float) ->
     return Path.of_steps(held.times[:-1], np.diff(chunks, prepend=0.0), seconds).merged()
 
 
-def _page_changes(load: Load, charge: Charge) -> tuple[Floats, Floats]:
+def _page_changes(load: KVLoad, charge: Charge) -> tuple[Floats, Floats]:
     """When and by how much the model's pages change.
 
     A request starts with prompt // page_size + 1 pages (its first output token is on its way) and
