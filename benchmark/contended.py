@@ -31,7 +31,7 @@ from benchmark import machine, plots
 from benchmark.client import STREAM_FLAGS, Answer, Replay, replay
 from benchmark.pool_sampler import PoolSampler
 from benchmark.records import IMAGES, Recorder
-from benchmark.server import TINY_MODELS, Server
+from benchmark.server import TINY_MODELS, Server, one_device
 from benchmark.summary import quantile
 from benchmark.workload import Request, eos_tokens, poisson, random_prompt
 
@@ -41,12 +41,12 @@ LIMIT = 1.25
 POOL_BYTES = 16 << 20
 PAGE_SIZE = 16
 QUEUE_TIMEOUT = 4.0
-CHUNK_TOKENS = 128
+CHUNK_TOKENS = 64
 """Prompt tokens of one step: what a request that comes in can add to the others' gaps."""
 FLAGS = (
     *("--dtype", "float32", "--context-length", "1024", "--page-size", str(PAGE_SIZE)),
     *("--kv-pool-bytes", str(POOL_BYTES), "--queue-timeout", f"{QUEUE_TIMEOUT:g}"),
-    *("--chunked-prefill-size", str(CHUNK_TOKENS)),
+    *("--chunked-prefill-size", str(CHUNK_TOKENS), *one_device()),
     *STREAM_FLAGS,
 )
 PROMPT = (256, 512)

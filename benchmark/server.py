@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -23,6 +24,13 @@ from benchmark.records import ROOT
 DEMO = ROOT / "python" / "crosspool" / "demo"
 TINY_MODELS = ("tiny-qwen3-moe", "tiny-deepseek-v2", "tiny-glm4-moe-lite")
 """The bundled models."""
+
+
+def one_device() -> list[str]:
+    """Flags that put both pools on the first core that this process may use, and so leave the
+    others to the front end and to the client."""
+    core = min(os.sched_getaffinity(0))
+    return ["--kv-pool-devices", f"cpu:{core}", "--weight-pool-devices", f"cpu:{core}"]
 
 
 class Server:
