@@ -48,11 +48,11 @@ def test_json_flags_arrive_parsed() -> None:
 
 
 def test_flags_without_effect_are_taken_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    draft = parse(["--model-path", "a", "--mem-fraction-static", "0.8", "--disable-radix-cache"])
+    draft = parse(["--model-path", "a", "--mem-fraction-static", "0.8", "--max-total-tokens", "9"])
     assert draft == parse(["--model-path", "a"])
     said = capsys.readouterr().err
     assert "--mem-fraction-static has no effect" in said
-    assert "--disable-radix-cache has no effect" in said
+    assert "--max-total-tokens has no effect" in said
 
 
 @pytest.mark.parametrize(

@@ -28,19 +28,24 @@ def pool(server: Server) -> dict[str, Any]:
     return dict(device)
 
 
-def wait_empty(server: Server) -> dict[str, Any]:
+def wait_empty(server: Server) -> None:
+    """Nothing is promised soon, and nothing is mapped once the cached prefixes are flushed."""
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        now = pool(server)
-        if now["free_bytes"] == now["budget_bytes"]:
-            return now
+    while promised := server.get("/crosspool/status")["ranks"][0]["promised_bytes"]:
+        assert time.monotonic() < deadline, f"{promised} bytes are still promised"
         time.sleep(0.1)
-    raise AssertionError(f"the pool is not empty: {now}")
+    assert server.post("/flush_cache", {})[0] == 200
+    now = pool(server)
+    while now["free_bytes"] != now["budget_bytes"]:
+        assert time.monotonic() < deadline, f"the pool is not empty: {now}"
+        time.sleep(0.1)
+        now = pool(server)
 
 
-def request(tokens: int, prompt: int = 64) -> dict[str, Any]:
+def request(tokens: int, prompt: int, number: int) -> dict[str, Any]:
+    """Requests of unlike ``number`` share no prefix."""
     return {
-        "input_ids": [7 + i % 900 for i in range(prompt)],
+        "input_ids": [7 + number, *(7 + i % 900 for i in range(prompt - 1))],
         "sampling_params": {
             "temperature": 0,
             "max_new_tokens": tokens,
@@ -59,8 +64,10 @@ def fill(server: Server, model: str, share: float) -> tuple[int, int]:
     most_mapped = most_resident = 0
     with ThreadPoolExecutor(count) as threads:
         # long prompts and few new tokens: the pages are reached quickly
-        body = request(tokens=24, prompt=length - 24)
-        answers = [threads.submit(server.post, f"/m/{model}/generate", body) for _ in range(count)]
+        answers = [
+            threads.submit(server.post, f"/m/{model}/generate", request(24, length - 24, number))
+            for number in range(count)
+        ]
         while not all(answer.done() for answer in answers):
             now = pool(server)
             most_mapped = max(most_mapped, now["mapped_bytes"][model])
@@ -93,7 +100,7 @@ def test_overload_answers_every_request_in_full_or_refuses_it(small_pool: Server
     for model in TINY_MODELS:
         per_token = next(m["kv_bytes_per_token"] for m in status["models"] if m["name"] == model)
         count = BUDGET // (per_token * (tokens + prompt)) + 1  # each model alone fills the pool
-        jobs += [(model, request(tokens, prompt))] * count
+        jobs += [(model, request(tokens, prompt, number)) for number in range(count)]
     with ThreadPoolExecutor(len(jobs)) as threads:
         answers = list(
             threads.map(lambda job: small_pool.post(f"/m/{job[0]}/generate", job[1]), jobs)

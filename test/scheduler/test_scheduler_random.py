@@ -80,7 +80,8 @@ class Traffic(RuleBasedStateMachine):
     def the_books_agree(self):
         snapshot = self.sim.core.snapshot()
         for rank, simulated in zip(snapshot["ranks"], self.sim.ranks, strict=True):
-            assert rank["free_chunks"] + rank["promised_chunks"] == rank["budget_chunks"]
+            used = rank["promised_chunks"] + rank["cached_chunks"]
+            assert rank["free_chunks"] + used == rank["budget_chunks"]
             assert [m["mapped_chunks"] for m in rank["models"]] == [
                 len(chunks) for chunks in simulated.mapped
             ]

@@ -36,6 +36,7 @@ _SAME = (
     "max_running_requests",
     "max_queued_requests",
     "queue_timeout",
+    "prefix_cache",
     "watchdog_timeout",
     "failure_grace",
     "drain_timeout",

@@ -59,6 +59,8 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """Requests of one model that wait at most; more are refused with 429."""
     queue_timeout: float = 600.0
     """Seconds that a request may wait for admission before it is refused with 429."""
+    prefix_cache: bool = True
+    """Whether computed KV is kept for later requests that begin alike."""
     watchdog_timeout: float = 300.0
     """Seconds after which a step without result counts as a dead rank."""
     failure_grace: float = 5.0

@@ -46,6 +46,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     max_running_requests: int = _defaults["max_running_requests"]
     max_queued_requests: int = _defaults["max_queued_requests"]
     queue_timeout: float = _defaults["queue_timeout"]
+    prefix_cache: bool = _defaults["prefix_cache"]
     watchdog_timeout: float = _defaults["watchdog_timeout"]
     failure_grace: float = _defaults["failure_grace"]
     drain_timeout: float = _defaults["drain_timeout"]

@@ -111,7 +111,9 @@ def parse(argv: Sequence[str], prog: str = "crosspool serve") -> Draft:
     data: dict[str, Any] = {"models": models, "sglang": shared_sglang}
     for name, value in given.items():
         flag = BY_NAME.get(name)
-        if flag is None or (flag.scope == "shared" and flag.effect == "crosspool"):
+        if name == "disable_radix_cache":
+            data["prefix_cache"] = False
+        elif flag is None or (flag.scope == "shared" and flag.effect == "crosspool"):
             data[name] = value
         elif flag.effect == "none":
             print(f"crosspool: {flag.flag} has no effect: {flag.help}", file=sys.stderr)

@@ -15,6 +15,7 @@ from itertools import chain, count
 from typing import Any
 
 from crosspool.config.deployment import Deployment
+from crosspool.kvpool.allocator import PageAllocator
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.admission import Admission
@@ -25,6 +26,7 @@ from crosspool.scheduler.protocols import GrammarBackend, TextDecoder
 from crosspool.scheduler.queues import WaitingQueue
 from crosspool.scheduler.request import Finish, GenerateRequest, Output
 from crosspool.scheduler.sequence import Sequence
+from crosspool.scheduler.snapshot import snapshot
 from crosspool.scheduler.stopping import Stopping
 from crosspool.scheduler.validation import problem
 from crosspool.transport.messages import RowResult, StepResult, ToDevice
@@ -56,7 +58,9 @@ class SchedulerCore:
         self._layouts = [KVLayout(spec, d.page_size, d.chunk_bytes) for spec in specs]
         budget_chunks = d.kv_pool_bytes // len(d.kv_pool_devices) // d.chunk_bytes
         self._ranks = [
-            AttentionRank(index, budget_chunks, self._layouts)
+            AttentionRank(
+                index, PageAllocator(budget_chunks, self._layouts), self._layouts, d.prefix_cache
+            )
             for index in range(len(d.kv_pool_devices))
         ]
         self._queues = [WaitingQueue(d.max_queued_requests) for _ in specs]
@@ -119,6 +123,13 @@ class SchedulerCore:
             if not seq.over:
                 self._advance(seq, row)
 
+    def flush(self, model: int | None = None) -> bool:
+        """Gives up all cached KV (of ``model``, if given) but what running requests use; says
+        whether there is a prefix cache at all."""
+        for rank in self._ranks:
+            rank.flush(model)
+        return self._deployment.prefix_cache
+
     def fail_all(self, message: str, status: int = 503) -> None:
         """Aborts every request, and every later one: a rank is gone. Nothing more is sent to the
         ranks, and results that still arrive are ignored."""
@@ -139,8 +150,11 @@ class SchedulerCore:
         now = self._clock()
         self._queue_compiled()
         self._refuse_expired(now)
-        self._release_ended()
+        for rank in self._ranks:
+            rank.reclaim()
         self._admit()
+        for rank in self._ranks:
+            self._messages += [(rank.index, release) for release in rank.releases()]
         self._launch_steps(now)
 
     def _queue_compiled(self) -> None:
@@ -161,13 +175,9 @@ class SchedulerCore:
             while (seq := queue.oldest) is not None and seq.deadline <= now:
                 self._end(seq, Finish(kind="abort", message=message, status=429))
 
-    def _release_ended(self) -> None:
-        for rank in self._ranks:
-            self._messages += [(rank.index, release) for release in rank.release()]
-
     def _admit(self) -> None:
         for seq in self._admission.admit():
-            self._counters[seq.model].admitted += 1
+            self._counters[seq.model].admit(seq)
 
     def _launch_steps(self, now: float) -> None:
         for rank in self._ranks:
@@ -253,69 +263,9 @@ class SchedulerCore:
         return min(self._specs[model].context, pages * self._deployment.page_size)
 
     def snapshot(self) -> dict[str, Any]:
-        """The state now and the counters since the start, in plain values::
-
-        {"models": [{"name",                            # in the deployment's order
-                     "waiting",                         # requests queued, compiling included
-                     "compiling", "running",
-                     "promised_chunks", "mapped_chunks",    # over all attention ranks
-                     "promised_bytes", "mapped_bytes",
-                     ...}],                             # ModelCounters' fields
-         "ranks": [{"device", "running", "steps_in_flight",
-                    "budget_chunks", "free_chunks",     # free: promised to nobody
-                    "promised_chunks", "mapped_chunks",
-                    "budget_bytes", "free_bytes", "promised_bytes", "mapped_bytes",
-                    "models": [{"running", "promised_chunks", "mapped_chunks"}]}],
-         "failure": str | None}                         # what fail_all was told
-        """
-        ranks = [self._rank_snapshot(rank) for rank in self._ranks]
-        return {
-            "models": [self._model_snapshot(m, ranks) for m in range(len(self._specs))],
-            "ranks": ranks,
-            "failure": self._failure.message if self._failure else None,
-        }
-
-    def _rank_snapshot(self, rank: AttentionRank) -> dict[str, Any]:
-        models = [
-            {
-                "running": len(running),
-                "promised_chunks": rank.allocator.reserved_chunks(model),
-                "mapped_chunks": rank.allocator.mapped_chunks(model),
-            }
-            for model, running in enumerate(rank.running)
-        ]
-        return {
-            "device": self._deployment.kv_pool_devices[rank.index].name,
-            "running": sum(m["running"] for m in models),
-            "steps_in_flight": len(rank.flights),
-            **self._in_bytes(
-                budget=rank.budget_chunks,
-                free=rank.allocator.free_chunks,
-                promised=sum(m["promised_chunks"] for m in models),
-                mapped=sum(m["mapped_chunks"] for m in models),
-            ),
-            "models": models,
-        }
-
-    def _model_snapshot(self, model: int, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-        shares = [rank["models"][model] for rank in ranks]
-        return {
-            "name": self._names[model],
-            "waiting": len(self._queues[model]),
-            "compiling": self._queues[model].compiling,
-            "running": sum(share["running"] for share in shares),
-            **self._in_bytes(
-                promised=sum(share["promised_chunks"] for share in shares),
-                mapped=sum(share["mapped_chunks"] for share in shares),
-            ),
-            **self._counters[model].as_dict(),
-        }
-
-    def _in_bytes(self, **chunks: int) -> dict[str, int]:
-        size = self._deployment.chunk_bytes
-        return {f"{name}_chunks": number for name, number in chunks.items()} | {
-            f"{name}_bytes": number * size for name, number in chunks.items()
-        }
+        """See :func:`crosspool.scheduler.snapshot.snapshot`."""
+        failure = self._failure.message if self._failure else None
+        return snapshot(self._deployment, self._queues, self._ranks, self._counters, failure)
 
     # --- requests
 
@@ -336,8 +286,14 @@ class SchedulerCore:
         stopping = Stopping(
             stop, self._specs[model], limit - prompt_len, self._decoders[model], request.input_ids
         )
-        deadline = self._clock() + self._deployment.queue_timeout
-        return Sequence(next(self._numbers), request, limit, deadline, stopping)
+        return Sequence(
+            next(self._numbers),
+            request,
+            limit=limit,
+            deadline=self._clock() + self._deployment.queue_timeout,
+            stopping=stopping,
+            page_size=self._deployment.page_size,
+        )
 
     def _too_large(self, seq: Sequence) -> str | None:
         least = seq.prompt_len + (seq.request.stop.max_new_tokens != 0)
@@ -347,7 +303,7 @@ class SchedulerCore:
         if pages <= rank.allocator.capacity(seq.model):
             return None
         need = pages * self._layouts[seq.model].page_bytes
-        pool = rank.budget_chunks * self._deployment.chunk_bytes
+        pool = rank.allocator.budget_chunks * self._deployment.chunk_bytes
         return (
             f"prompt and max_new_tokens together are {tokens} tokens and need {need} bytes of KV "
             f"cache; the KV pool has {pool} bytes per attention rank, "
