@@ -66,9 +66,8 @@ def run_quantile_interval(
         run = poisson_run(traffic, run_seconds, np.random.default_rng(stream), start)
         found[i] = replay(run, kv_models, charge, chunk_bytes=chunk_bytes).quantile(quantile).value
     found.sort()
-    return QuantileEstimate(
-        quantile, float(np.median(found)), found[outside - 1], found[runs - outside], level
-    )
+    low, high = float(found[outside - 1]), float(found[runs - outside])
+    return QuantileEstimate(quantile, float(np.median(found)), low, high, level)
 
 
 def _model_run(
