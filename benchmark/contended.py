@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmark import machine, plots
 from benchmark.client import STREAM_FLAGS, Answer, Replay, replay
-from benchmark.pool_sampler import PoolSampler
+from benchmark.pool_sampler import PoolSample, PoolSampler
 from benchmark.records import IMAGES, Recorder
 from benchmark.server import TINY_MODELS, Server, one_device
 from benchmark.summary import quantile
@@ -194,8 +194,9 @@ class Row:
     """Of each 429 that carried one, seconds."""
     output_tokens_per_s: float
     promised_share: float
-    """Mean share of the pool that is promised, while the load arrives."""
-    mapped_share: float
+    """Mean share of the pool that is promised to running requests, while the load arrives."""
+    written_share: float
+    """The part of it that holds tokens."""
     running: int
     """Most requests at once."""
     client_cpu_share: float
@@ -213,7 +214,6 @@ def row(phases: Sequence[Phase]) -> Row:
     complete = [answer for answer in answers if answer.complete]
     refused = [answer for answer in answers if answer.refused]
     wall = sum(phase.replay.seconds for phase in phases)
-    budget = phases[0].samples.samples[0].budget_bytes
     client = sum(phase.replay.client_cpu_s for phase in phases)
     return Row(
         promise=phases[0].promise,
@@ -226,8 +226,8 @@ def row(phases: Sequence[Phase]) -> Row:
         failures=[a.error or str(a.status) for a in answers if not a.complete and not a.refused],
         retry_after=[a.retry_after for a in refused if a.retry_after is not None],
         output_tokens_per_s=sum(len(a.tokens) for a in complete) / wall,
-        promised_share=_mean_share(phases, "promised_bytes", budget),
-        mapped_share=_mean_share(phases, "mapped_bytes", budget),
+        promised_share=_mean_share(phases, lambda s: s.promised_bytes),
+        written_share=_mean_share(phases, lambda s: s.mapped_bytes - s.cached_bytes),
         running=max(s.running for phase in phases for s in phase.samples.samples),
         client_cpu_share=client / wall,
         lateness=quantile([late for p in phases for late in p.replay.lateness], 0.99),
@@ -238,14 +238,16 @@ def row(phases: Sequence[Phase]) -> Row:
     )
 
 
-def _mean_share(phases: Sequence[Phase], column: str, budget: int) -> float:
-    parts = []
+def _mean_share(phases: Sequence[Phase], used: Callable[[PoolSample], int]) -> float:
+    """Share of the pool that is ``used``, over the time in which a load arrives."""
+    shares = []
     for phase in phases:
-        seconds = phase.samples.column("seconds")
+        samples = phase.samples.samples
         last = max(answer.request.arrival for answer in phase.replay.answers)
-        arriving = seconds <= seconds[0] + last
-        parts.append(phase.samples.column(column)[arriving])
-    return float(np.concatenate(parts).mean()) / budget
+        shares += [
+            used(s) / s.budget_bytes for s in samples if s.seconds <= samples[0].seconds + last
+        ]
+    return float(np.mean(shares))
 
 
 def ratio(rows: Sequence[Row], promise: str) -> float:
@@ -287,7 +289,7 @@ def record(rows: Sequence[Row], plan: Plan, full: float) -> Recorder:
             retry_after_median=float(np.median(r.retry_after)) if r.retry_after else None,
             output_tokens_per_s=r.output_tokens_per_s,
             promised_share=r.promised_share,
-            mapped_share=r.mapped_share,
+            written_share=r.written_share,
             most_running=r.running,
             client_cpu_share=r.client_cpu_share,
             client_lateness_p99=r.lateness,
@@ -299,7 +301,7 @@ def table(rows: Sequence[Row]) -> Table:
     made = Table(title="Offered load against the KV pool's capacity", title_justify="left")
     for title in (
         *("promise", "load", "TBT P50 ms", "TBT P99 ms", "TTFT P50 s", "TTFT P99 s"),
-        *("answered", "429", "failed", "tokens/s", "promised", "mapped", "most at once", "client"),
+        *("answered", "429", "failed", "tokens/s", "promised", "written", "most at once", "client"),
     ):
         made.add_column(title, justify="left" if title == "promise" else "right")
     for r in rows:
@@ -315,7 +317,7 @@ def table(rows: Sequence[Row]) -> Table:
             f"{len(r.failures)}",
             f"{r.output_tokens_per_s:.0f}",
             f"{r.promised_share:.0%}",
-            f"{r.mapped_share:.0%}",
+            f"{r.written_share:.0%}",
             f"{r.running}",
             f"{r.client_cpu_share:.0%}",
         )
@@ -328,7 +330,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             "Time between tokens, ms",
             "Time to first token, s",
             "Answered with 429, %",
-            "Pool, % of its bytes",
+            "KV pool, % of its bytes",
         )
     )
     for promise, color in zip(PROMISES, plots.COLORS, strict=False):
@@ -344,9 +346,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         shares = [100 * r.refused / r.offered for r in own]
         refused.plot(loads, shares, "-", color=color, label=label)
         used.plot(loads, [100 * r.promised_share for r in own], "-", color=color)
-        used.plot(loads, [100 * r.mapped_share for r in own], ":", color=color)
+        used.plot(loads, [100 * r.written_share for r in own], ":", color=color)
     used.plot([], [], "-", color="black", label="promised")
-    used.plot([], [], ":", color="black", label="mapped")
+    used.plot([], [], ":", color="black", label="written")
     for axis in (tbt, ttft, refused, used):
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=7, frameon=False)

@@ -15,12 +15,14 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class PoolSample:
-    """One look at ``/crosspool/status``."""
+    """One look at ``/crosspool/status``. Mapped are the chunks of cached pages, and of promised
+    ones as far as they have been written."""
 
     seconds: float
     """``time.perf_counter()`` at the answer."""
     budget_bytes: int
     promised_bytes: int
+    cached_bytes: int
     mapped_bytes: int
     waiting: int
     running: int
@@ -67,6 +69,7 @@ def _sample(answer: bytes) -> PoolSample:
         seconds=time.perf_counter(),
         budget_bytes=sum(rank["budget_bytes"] for rank in ranks),
         promised_bytes=sum(model["promised_bytes"] for model in models),
+        cached_bytes=sum(model["cached_bytes"] for model in models),
         mapped_bytes=sum(model["mapped_bytes"] for model in models),
         waiting=sum(model["waiting"] for model in models),
         running=sum(model["running"] for model in models),

@@ -102,14 +102,18 @@ class Server:
                 process.wait()
 
     def request(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        """HTTP status and decoded answer, None where it is empty; ``path`` begins with /."""
+        """HTTP status and answer: decoded, or as text where it is no JSON; ``path`` begins with
+        /."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             data = None if body is None else json.dumps(body)
             connection.request(method, path, data, {"Content-Type": "application/json"})
             answer = connection.getresponse()
-            text = answer.read()
-            return answer.status, json.loads(text) if text else None
+            text = answer.read().decode()
+            try:
+                return answer.status, json.loads(text)
+            except ValueError:
+                return answer.status, text
         finally:
             connection.close()
 
