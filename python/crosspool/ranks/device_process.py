@@ -9,6 +9,7 @@ Exit status 0 after ``Shutdown`` or SIGTERM, 2 for a user's mistake (its message
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -100,6 +101,8 @@ class DeviceProcess:
 
         SIGTERM ends it at once while it loads, and lets steps in flight finish later."""
         ranks = self._load()
+        gc.collect()
+        gc.freeze()  # else a full collection walks through torch's modules: 0.2 s without a step
         signal.signal(signal.SIGTERM, self._on_sigterm)
         self._socket.send(
             Ready(
