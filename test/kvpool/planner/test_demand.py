@@ -211,7 +211,7 @@ def test_windows_follow_the_rate() -> None:
     """M_t/G/infinity: at time t there are Poisson(integral of the rate over (t - T, t])."""
     service = 30.0
     drawn = monte_carlo(
-        Traffic((changing(service),), 200.0), [kv()], 200_000, 0, chunk_bytes=176, window=100
+        Traffic((changing(service),), 200.0), [kv()], 80_000, 0, chunk_bytes=176, window=100
     )
     t = (np.arange(4000) + 0.5) / 20
 
@@ -221,7 +221,7 @@ def test_windows_follow_the_rate() -> None:
     number = poisson(arrived(t) - arrived(t - service))
     for k in (0, 5, 30, 60, 200, 270, 300):
         truth = float(np.mean(number.cdf(k)))
-        assert np.mean(drawn.chunks <= k) == pytest.approx(truth, abs=0.005)
+        assert np.mean(drawn.chunks <= k) == pytest.approx(truth, abs=0.0075)
 
 
 @pytest.mark.parametrize("window", [1.0, 7.3, 40.0])
@@ -232,9 +232,7 @@ def test_windows_of_any_length_know_samples_of_any_time(window: float) -> None:
     arrivals = np.sort(np.concatenate((rng.uniform(0, 200, 100), rng.uniform(60, 64, 300))))
     model = changing(1.0, arrivals)
     model.samples.service[::2] = 50.0
-    drawn = monte_carlo(
-        Traffic((model,), 200.0), [kv()], 200_000, 0, chunk_bytes=176, window=window
-    )
+    drawn = monte_carlo(Traffic((model,), 200.0), [kv()], 80_000, 0, chunk_bytes=176, window=window)
     windows = round(200 / window)
     counts, edges = np.histogram(arrivals, windows, (0, 200))
     total = np.concatenate(([0], np.cumsum(counts)))
@@ -243,10 +241,10 @@ def test_windows_of_any_length_know_samples_of_any_time(window: float) -> None:
         [np.interp(t, edges, total) - np.interp(t - T, edges, total) for T in (1.0, 50.0)], axis=0
     )
     number = poisson(active)
-    assert np.mean(drawn.chunks) == pytest.approx(active.mean(), rel=0.02)
+    assert np.mean(drawn.chunks) == pytest.approx(active.mean(), rel=0.03)
     for k in (0, 5, 20, 100, 150):
         truth = float(np.mean(number.cdf(k)))
-        assert np.mean(drawn.chunks <= k) == pytest.approx(truth, abs=0.005)
+        assert np.mean(drawn.chunks <= k) == pytest.approx(truth, abs=0.0075)
 
 
 def test_windows_let_bursts_of_two_models_meet() -> None:

@@ -29,7 +29,7 @@ def model(name: str, requests: int, seed: int) -> ModelTraffic:
 
 
 TRAFFIC = Traffic((model("m0", 60, 0), model("m1", 40, 1)), SECONDS)
-GRID = (np.arange(200_000) + 0.5) * SECONDS / 200_000
+GRID = (np.arange(40_000) + 0.5) * SECONDS / 40_000
 
 
 def by_hand(kv: KVModel, traffic: ModelTraffic, charge: Charge, chunk_bytes: int) -> np.ndarray:

@@ -54,7 +54,7 @@ class DemandSamples:
     chunk_bytes: int
     charge: Charge
     chunks: Ints
-    """[samples] chunks of all models together."""
+    """[samples] chunks of all models together, in no order that means anything."""
     counts: tuple[Ints, ...]
     """Per model [k]: at how many of the times it needed 0, 1, 2, ... chunks."""
 
