@@ -90,6 +90,7 @@ def request(
     grammar: Grammar | None = None,
     logprobs: Logprobs | None = None,
     sampling: Sampling | None = None,
+    cache_namespace: tuple[str, str] = ("", ""),
     **stop: Any,
 ) -> GenerateRequest:
     """``prompt``: token ids, or just their number."""
@@ -105,6 +106,7 @@ def request(
         logprobs=logprobs or Logprobs(),
         grammar=grammar,
         stream=stream,
+        cache_namespace=cache_namespace,
     )
 
 

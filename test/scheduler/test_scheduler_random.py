@@ -17,6 +17,7 @@ GRAMMAR = Grammar(kind="regex", source="[0-9]*")
 shapes = st.tuples(
     st.integers(0, 2),  # model
     st.integers(1, 120),  # prompt tokens
+    st.integers(0, 3),  # prompts of one family begin alike; 0: like no other
     st.one_of(st.none(), st.integers(0, 80)),  # max_new_tokens
     st.booleans(),  # stream
     st.sampled_from(["plain", "plain", "stop", "logprobs", "grammar"]),
@@ -35,21 +36,46 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(burst=st.lists(shapes, min_size=1, max_size=12))
     def arrive(self, burst):
-        for model, prompt, max_new_tokens, stream, kind in burst:
+        for model, length, family, max_new_tokens, stream, kind in burst:
             rid = f"{len(self.requests) % 7}-{len(self.requests)}"
             self.requests[rid] = request(
                 rid,
-                prompt,
+                self.prompt(length, family),
                 max_new_tokens,
                 model=model,
                 stream=stream,
                 stop_strings=("ab", "\x00") if kind == "stop" else (),
-                logprobs=Logprobs(output=True, prompt_start=prompt // 2)
+                logprobs=Logprobs(output=True, prompt_start=length // 2)
                 if kind == "logprobs"
                 else None,
                 grammar=GRAMMAR if kind == "grammar" else None,
             )
         self.sim.add(*list(self.requests.values())[-len(burst) :])
+
+    def prompt(self, length, family):
+        number = len(self.requests)
+        if not family:
+            return [(number * 7 + 3 * i) % 256 for i in range(length)]
+        alike = length - number % 12
+        return [(family if i < alike else number + i) % 256 for i in range(length)]
+
+    @rule(index=st.integers(0, 10**6), more=st.integers(1, 20))
+    def follow_up(self, index, more):
+        """The next turn of a conversation."""
+        ended = [r for r in self.requests.values() if self.sim.finished(r.rid)]
+        if not ended:
+            return
+        last = ended[index % len(ended)]
+        rid = f"{len(self.requests) % 7}-{len(self.requests)}"
+        prompt = last.input_ids + self.sim.tokens(last.rid) + [5] * more
+        if len(prompt) < self.sim.specs[last.model].context:
+            self.requests[rid] = request(rid, prompt, more, model=last.model)
+            self.sim.add(self.requests[rid])
+
+    @rule(model=st.none() | st.integers(0, 2))
+    def flush(self, model):
+        self.sim.core.flush(model)
+        self.sim.schedule()
 
     @rule(steps=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), max_size=60))
     def progress(self, steps):
@@ -140,6 +166,7 @@ def test_hundreds_of_requests(seed):
                 (
                     random.choice([0, 0, 1, 2]),
                     random.randint(1, 120),
+                    random.randrange(4),
                     random.choice([None, 0, random.randint(1, 80)]),
                     random.random() < 0.5,
                     random.choice(["plain", "stop", "logprobs", "grammar"]),
@@ -150,11 +177,17 @@ def test_hundreds_of_requests(seed):
         traffic.progress(steps=[(random.randrange(2), random.randrange(2)) for _ in range(50)])
         if random.random() < 0.2:
             traffic.abort(prefix=random.randrange(7), model=random.choice([None, 0, 1, 2]))
+        for _ in range(3):
+            traffic.follow_up(index=random.randrange(10**6), more=random.randint(1, 20))
         if random.random() < 0.5:
             traffic.compile()
+        if random.random() < 0.05:
+            traffic.flush(model=random.choice([None, 0, 1, 2]))
         traffic.the_books_agree()
     traffic.teardown()
     counters = traffic.sim.core.snapshot()["models"]
     assert len(traffic.requests) >= 250
     assert sum(sum(m["finished"].values()) for m in counters) >= 150
     assert sum(m["aborted"].get("499", 0) for m in counters) >= 20
+    assert sum(m["prefix_hits"] for m in counters) >= 50
+    assert sum(m["evicted_pages"] for m in counters) >= 500

@@ -267,13 +267,18 @@ class DeviceDriver:
             sequence.output_logprobs.append(row.output)
 
     def generate(self, sequences: Iterable[Generation]) -> None:
-        """Runs sequences of any models and ranks to their end, one step per model and rank at a
-        time, all models and ranks at once; then releases them."""
+        """:meth:`run`, then :meth:`release`."""
         waiting = list(sequences)
+        self.run(waiting)
+        self.release(waiting)
+
+    def run(self, sequences: Iterable[Generation]) -> None:
+        """Runs sequences of any models and ranks to their end, one step per model and rank at a
+        time, all models and ranks at once."""
         flying: dict[int, list[Generation]] = {}
         busy: set[tuple[int, int]] = set()
         groups: dict[tuple[int, int], list[Generation]] = {}
-        for sequence in waiting:
+        for sequence in sequences:
             groups.setdefault((sequence.rank, sequence.model), []).append(sequence)
         while True:
             for key, group in groups.items():
@@ -288,7 +293,6 @@ class DeviceDriver:
             batch = flying.pop(message.step)
             busy.remove((batch[0].rank, batch[0].model))
             self.take(batch, message)
-        self.release(waiting)
 
     def release(self, sequences: Iterable[Generation]) -> None:
         for sequence in sequences:

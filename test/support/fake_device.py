@@ -71,7 +71,7 @@ class FakeDevice(threading.Thread):
             socket.send(self._ready())
             while not self._stop_event.is_set():
                 if self.failure is not None:
-                    socket.send(Failed(device=self._device, message=self.failure, user_error=False))
+                    socket.send(Failed(device=self._device, message=self.failure))
                     return
                 socket.wait(0.01)
                 # one at a time: while several models run, there is always a next one

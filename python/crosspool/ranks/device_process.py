@@ -73,12 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DeviceProcess(deployment, device, args.lanes_fd, socket).run()
     except ConfigError as error:
         print(f"device {device.name}: {error}", file=sys.stderr)
-        socket.send(Failed(device=device.name, message=str(error), user_error=True))
+        socket.send(Failed(device=device.name, message=str(error)))
         return 2
     except Exception as error:
         log.exception("cannot go on")
         message = f"{type(error).__name__}: {error}"
-        socket.send(Failed(device=device.name, message=message, user_error=False))
+        socket.send(Failed(device=device.name, message=message))
         return 1
     finally:
         socket.close()
