@@ -7,6 +7,7 @@ import pytest
 
 from benchmark import contended, prefix_cache
 from benchmark.client import Answer, Replay
+from benchmark.pool_sampler import PoolSampler
 from benchmark.server import TINY_MODELS
 from benchmark.workload import Request
 
@@ -29,13 +30,25 @@ def test_promised_bytes_are_whole_pages() -> None:
 
 
 def test_ratio_compares_the_highest_load_with_the_lowest() -> None:
-    def row(load: float, tbt: list[float]) -> contended.Row:
-        return contended.Row(
-            "growth", load, [0.1], tbt, 1, 1, 0, [], [], 1.0, 0.5, 0.5, 1, 0.1, 0.0, 1, 1, 1, 0.1
-        )
+    def phase(promise: str, load: float, turn: int, *gaps: float) -> contended.Phase:
+        times = np.cumsum([1.0, *gaps])
+        request = Request(0.0, "a", [400], len(times))
+        answer = Answer(request, status=200, pieces=[(float(t), 1) for t in times])
+        refused = Answer(request, status=429, pieces=[(0.0, 1), (99.0, 1)])
+        replay = Replay([answer, refused], 1.0, 0.1)
+        return contended.Phase(promise, load, turn, replay, PoolSampler(0), 1.0, 0.1)
 
-    rows = [row(2.0, [0.01, 0.06]), row(0.5, [0.01, 0.04]), row(1.0, [9.0])]
-    assert contended.ratio(rows, "growth") == pytest.approx(1.5)
+    phases = [
+        phase("growth", 0.5, 0, 0.01, 0.04),
+        phase("growth", 1.0, 0, 9.0),
+        phase("growth", 2.0, 0, 0.06, 0.01),
+        phase("growth", 2.0, 1, 0.05, 0.05),
+        phase("growth", 0.5, 1, 0.05),
+        phase("worst_case", 2.0, 0, 9.0),
+    ]
+    both = contended.ratio(phases, "growth")
+    assert both.by_round == pytest.approx([1.5, 1.0])
+    assert both.pooled == pytest.approx(0.06 / 0.05)
 
 
 def test_reusable_share_by_hand() -> None:
