@@ -12,6 +12,7 @@ from crosspool.kvpool.planner.compound import exact_demand, request_law
 from crosspool.kvpool.planner.demand import monte_carlo
 from crosspool.kvpool.planner.kv_model import Charge, KVModel, kv_loads
 from crosspool.kvpool.planner.quantile import ranks
+from crosspool.kvpool.planner.replay import replay
 from crosspool.kvpool.planner.traffic import ModelTraffic, Samples, Traffic
 from scipy.stats import binom, poisson
 
@@ -226,25 +227,45 @@ def test_windows_follow_the_rate() -> None:
 
 @pytest.mark.parametrize("window", [1.0, 7.3, 40.0])
 def test_windows_of_any_length_know_samples_of_any_time(window: float) -> None:
-    """Two kinds of samples, of which one outlives many windows: the mean of demand is what
-    arrivals and times give, whatever bounds the thinning used."""
+    """Requests that outlive many windows, and a burst of short ones, which stay short: each keeps
+    to its own window."""
     rng = np.random.default_rng(2)
     arrivals = np.sort(np.concatenate((rng.uniform(0, 200, 100), rng.uniform(60, 64, 300))))
     model = changing(1.0, arrivals)
-    model.samples.service[::2] = 50.0
+    model.samples.service[arrivals < 50] = 50.0
     drawn = monte_carlo(Traffic((model,), 200.0), [kv()], 80_000, 0, chunk_bytes=176, window=window)
-    windows = round(200 / window)
-    counts, edges = np.histogram(arrivals, windows, (0, 200))
-    total = np.concatenate(([0], np.cumsum(counts)))
     t = (np.arange(40_000) + 0.5) / 200
-    active = np.mean(
-        [np.interp(t, edges, total) - np.interp(t - T, edges, total) for T in (1.0, 50.0)], axis=0
-    )
+    active = np.zeros(len(t))
+    for service in (1.0, 50.0):
+        own = arrivals[model.samples.service == service]
+        counts, edges = np.histogram(own, round(200 / window), (0, 200))
+        total = np.concatenate(([0], np.cumsum(counts)))
+        active += np.interp(t, edges, total) - np.interp(t - service, edges, total)
     number = poisson(active)
     assert np.mean(drawn.chunks) == pytest.approx(active.mean(), rel=0.03)
     for k in (0, 5, 20, 100, 150):
         truth = float(np.mean(number.cdf(k)))
         assert np.mean(drawn.chunks <= k) == pytest.approx(truth, abs=0.0075)
+
+
+@pytest.mark.parametrize("window", [0.5, 10.0, 2000.0])
+def test_windows_know_ages_and_lengths_together(window: float) -> None:
+    """Windows shorter than any request, longer than any, and one for the whole trace, which is
+    the stationary law but for the trace's ends."""
+    rng = np.random.default_rng(4)
+    prompt = rng.integers(10, 3000, 2000)
+    rows = Samples(prompt, rng.integers(10, 3000, 2000), 1.0 + prompt / 500)
+    model = ModelTraffic("m0", 1.0, rows, np.sort(rng.uniform(0, 2000, 2000)))
+    trace = Traffic((model,), 2000.0)
+    drawn = monte_carlo(trace, [kv()], 60_000, 0, chunk_bytes=16, window=window)
+    assert drawn.mean == pytest.approx(replay(trace, [kv()], chunk_bytes=16).mean, rel=0.02)
+    if window == 2000:
+        exact = exact_demand(trace, [kv()], chunk_bytes=16)
+        for quantile in (0.1, 0.5, 0.9, 0.99):
+            truth = exact.quantile(quantile).value
+            assert drawn.quantile(quantile).value == pytest.approx(truth, rel=0.03)
+    again = monte_carlo(trace, [kv()], 60_000, 0, chunk_bytes=16, window=window, threads=1)
+    assert np.array_equal(drawn.chunks, again.chunks)
 
 
 def test_windows_let_bursts_of_two_models_meet() -> None:

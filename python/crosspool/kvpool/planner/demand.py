@@ -7,14 +7,7 @@ Poisson(B * rate / n * T), scattered uniformly over the B times and over the row
 how they are drawn here, a row's three values always together. Models with more than ``BUSY``
 requests active are drawn from the exact law of their sum instead (compound.py), one draw per time.
 
-Windows: arrivals are Poisson with a rate that is constant within each window of the trace, taken
-from its number of arrivals there; the random time is uniform over the whole trace and the same for
-all models, so that bursts of several models in one window meet. A request of age u at time t is
-kept with probability proportional to the rate at t - u (thinning): exact for those rates. What is
-approximate is the rates. Within a window arrivals are Poisson, clumps shorter than a window are
-lost; samples are drawn from the whole trace, whatever the window; the system is empty at the start
-of the trace; and a window's count is itself a draw of chance, which adds to the variance where
-windows hold few arrivals. replay.py has none of these, and no randomness.
+Windows: the random time is one of a trace's, whose requests keep to their windows (windows.py).
 
 Rounding: a request to pages, a model to chunks (its pages lie one after another).
 """
@@ -39,12 +32,12 @@ from crosspool.kvpool.planner.quantile import (
     scaled,
 )
 from crosspool.kvpool.planner.traffic import Floats, Ints, Traffic
+from crosspool.kvpool.planner.windows import WindowedRequests, Windows, windows_of
 
 BUSY = 8.0
 """Active requests, in the mean, above which a model's exact law is cheaper than its requests."""
 _CELL_TIMES = 1 << 16
 _CELL_REQUESTS = 1 << 19
-_STRATA = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +80,15 @@ class _Source:
     pages: Pages
     law: Floats | None
     """[k] law of the model's chunks, of a busy model."""
-    rates: Floats | None
-    """[windows] arrivals per second, where rates change."""
-    length: float
-    """Seconds of a window."""
+    windowed: WindowedRequests | None
+    """Its requests by windows."""
+
+    @property
+    def most(self) -> float:
+        """Requests to draw per random time."""
+        if self.windowed is not None:
+            return self.windowed.most
+        return self.load.active if self.law is None else 0.0
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,8 @@ class _Cell:
 
     index: int
     times: int
-    stratum: tuple[int, int] | None
-    """Windows [first, last) in which the times lie."""
+    stratum: int
+    """Of the windows; 0 without windows."""
 
 
 def monte_carlo(
@@ -125,8 +123,8 @@ def monte_carlo(
     if samples < 1:
         raise ConfigError(f"samples: {samples}; give 1 or more")
     found = kv_loads(traffic, kv_models, chunk_bytes)
-    windows = 0 if window is None else _windows(traffic, window)
-    sources = [_source(load, charge, chunk_bytes, traffic.seconds, windows) for load in found]
+    windows = None if window is None else windows_of(traffic, window)
+    sources = [_source(load, charge, chunk_bytes, windows) for load in found]
     cells = _cells(sources, samples, windows, seed)
     chunks = np.empty(samples, dtype=np.int64)
     counts = [np.zeros(1, dtype=np.int64) for _ in sources]
@@ -134,10 +132,7 @@ def monte_carlo(
 
     def draw(cell: _Cell) -> list[Ints]:
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1, cell.index)))
-        times = None
-        if cell.stratum is not None:
-            first, last = cell.stratum
-            times = (first + (last - first) * rng.random(cell.times)) * (traffic.seconds / windows)
+        times = None if windows is None else windows.times(cell.stratum, cell.times, rng)
         total = chunks[ends[cell.index] - cell.times : ends[cell.index]]
         total[:] = 0
         drawn = []
@@ -163,52 +158,29 @@ def monte_carlo(
     return DemandSamples(chunk_bytes, charge, chunks, tuple(counts))
 
 
-def _windows(traffic: Traffic, window: float) -> int:
-    """Number of windows, all of the same length, next to the one asked for."""
-    if not 0 < window <= traffic.seconds:
-        raise ConfigError(f"window: {window} s; give more than 0, at most {traffic.seconds}")
-    if not np.isfinite(traffic.seconds) or any(
-        model.arrivals is None and model.rate > 0 for model in traffic.models
-    ):
-        raise ConfigError("window: the traffic has no times of arrival, only rates")
-    return round(traffic.seconds / window)
+def _source(load: KVLoad, charge: Charge, chunk_bytes: int, windows: Windows | None) -> _Source:
+    pages = load.pages(charge)
+    if windows is not None:
+        return _Source(load, pages, None, WindowedRequests.of(load, pages, windows))
+    law = chunk_law(load, charge, chunk_bytes) if load.active > BUSY else None
+    return _Source(load, pages, law, None)
 
 
-def _source(
-    load: KVLoad, charge: Charge, chunk_bytes: int, seconds: float, windows: int
-) -> _Source:
-    rates = law = None
-    if windows:
-        arrivals = np.empty(0) if load.arrivals is None else load.arrivals
-        rates = np.histogram(arrivals, windows, (0, seconds))[0] * (windows / seconds)
-    elif load.active > BUSY:
-        law = chunk_law(load, charge, chunk_bytes)
-    return _Source(load, load.pages(charge), law, rates, seconds / windows if windows else 0.0)
-
-
-def _cells(sources: Sequence[_Source], samples: int, windows: int, seed: int) -> list[_Cell]:
+def _cells(
+    sources: Sequence[_Source], samples: int, windows: Windows | None, seed: int
+) -> list[_Cell]:
     """Cells small enough for a core's cache, and none of them with times of two strata."""
-    most = max((_most_active(s) for s in sources if s.law is None), default=0.0)
+    most = max((source.most for source in sources), default=0.0)
     size = int(np.clip(_CELL_REQUESTS / max(most, 1e-9), 64, _CELL_TIMES))
-    strata: list[tuple[tuple[int, int] | None, int]] = [(None, samples)]
-    if windows:
-        edges = np.unique(np.linspace(0, windows, _STRATA + 1).astype(int))
+    strata = [samples]
+    if windows is not None:
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
-        times = rng.multinomial(samples, np.diff(edges) / windows)
-        pairs = zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
-        strata = list(zip(pairs, times.tolist(), strict=True))
+        strata = rng.multinomial(samples, windows.share()).tolist()
     cells: list[_Cell] = []
-    for stratum, times_in_it in strata:
-        for begin in range(0, times_in_it, size):
-            cells.append(_Cell(len(cells), min(size, times_in_it - begin), stratum))
+    for stratum, times in enumerate(strata):
+        for begin in range(0, times, size):
+            cells.append(_Cell(len(cells), min(size, times - begin), stratum))
     return cells
-
-
-def _most_active(source: _Source) -> float:
-    if source.rates is None:
-        return source.load.active
-    service = source.load.samples.service
-    return float(source.rates.max() * service.mean()) if len(service) else 0.0
 
 
 def _demand(
@@ -220,9 +192,10 @@ def _demand(
         return rng.permutation(np.repeat(np.arange(len(often)), often))
     if len(source.load.samples) == 0:
         return np.zeros(cell.times, dtype=np.int64)
-    at, pages = (
-        _active(source, cell, rng) if times is None else _active_then(source, cell, times, rng)
-    )
+    if source.windowed is not None and times is not None:
+        at, pages = source.windowed.active(cell.stratum, times, rng)
+    else:
+        at, pages = _active(source, cell, rng)
     held = np.bincount(at, weights=pages, minlength=cell.times).astype(np.int64)
     return source.load.kv.chunks(held, chunk_bytes)
 
@@ -236,37 +209,6 @@ def _active(source: _Source, cell: _Cell, rng: np.random.Generator) -> tuple[Int
     pages *= np.repeat(source.pages.growth, requests)
     pages += np.repeat(source.pages.first, requests)
     return at, np.ceil(pages, out=pages)
-
-
-def _active_then(
-    source: _Source, cell: _Cell, times: Floats, rng: np.random.Generator
-) -> tuple[Ints, Floats]:
-    """The same where rates change; ``times``: [cell.times] seconds after the trace's start."""
-    assert source.rates is not None and cell.stratum is not None
-    service = source.load.samples.service
-    bound = _bound(source, cell.stratum)
-    requests = rng.poisson(bound * service * (cell.times / len(service)))
-    rows = np.repeat(np.arange(len(service)), requests)
-    at = rng.integers(0, cell.times, len(rows))
-    share = rng.random(len(rows))
-    arrived = times[at] - share * service[rows]
-    window = np.clip((arrived / source.length).astype(np.int64), 0, len(source.rates) - 1)
-    rate = np.where(arrived >= 0, source.rates[window], 0)
-    kept = rng.random(len(rows)) * bound[rows] < rate
-    rows, share = rows[kept], share[kept]
-    return at[kept], np.ceil(source.pages.first[rows] + source.pages.growth[rows] * share)
-
-
-def _bound(source: _Source, stratum: tuple[int, int]) -> Floats:
-    """[n] per sample the highest rate in the windows that reach from its time before the stratum
-    to the stratum's end."""
-    assert source.rates is not None
-    first, last = stratum
-    highest = np.maximum.accumulate(
-        np.concatenate(([source.rates[first:last].max()], source.rates[:first][::-1]))
-    )
-    back = np.ceil(source.load.samples.service / source.length).astype(np.int64)
-    return highest[np.minimum(back, first)]
 
 
 def _sum(a: Ints, b: Ints) -> Ints:
