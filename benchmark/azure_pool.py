@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from crosspool.config.deployment import ConfigError
@@ -173,17 +174,26 @@ def plot(found: Deal, path: Path) -> None:
     demand.set_ylim(0, 1.3 * found.figures["own_peak"] / 1e9)
     demand.set_xlabel("minutes", fontsize=8)
     demand.legend(fontsize=7, frameon=False, ncols=2, loc="upper left")
-    shares = found.peaks.coincidence
-    shown = max(k for k, share in enumerate(shares.together) if share > 0) + 1
-    k = np.arange(shown)
-    peaks.bar(k - 0.2, shares.together[:shown], 0.4, color=blue, label="as in the trace")
-    peaks.bar(k + 0.2, shares.independent[:shown], 0.4, color=orange, label="if independent")
+    k_models = shares(found.peaks)
+    k = np.arange(len(k_models["together"]))
+    peaks.bar(k - 0.2, k_models["together"], 0.4, color=blue, label="as in the trace")
+    peaks.bar(k + 0.2, k_models["independent"], 0.4, color=orange, label="if independent")
     peaks.set_yscale("log")
     peaks.set_ylim(bottom=1e-6)
     peaks.set_xticks(k)
     peaks.set_xlabel("k", fontsize=8)
     peaks.legend(fontsize=7, frameon=False)
     plots.save(figure, path)
+
+
+def shares(report: PeakReport) -> dict[str, Any]:
+    """Share of time with 0, 1, 2, ... models at their peak, in the trace and if independent."""
+    found = report.coincidence
+    count = max(k for k, share in enumerate(found.together) if share > 0) + 1
+    return {
+        "together": [float(f"{share:.4g}") for share in found.together[:count]],
+        "independent": [float(f"{share:.4g}") for share in found.independent[:count]],
+    }
 
 
 def shown(name: str, value: float) -> str:
@@ -237,10 +247,11 @@ def main(words: Sequence[str] | None = None) -> int:
         columns.append(deals[0].figures)
         for figure in NAMES:
             values = [each.figures[figure] for each in deals]
+            more = shares(deals[0].peaks) if figure == "peak_dispersion" else {}
             recorder.add(
                 figure, values, "bytes" if figure in GB else "1", parameters=parameters,
                 load1=load1, cpu_s=cpu, wall_s=wall,
-                first=values[0], least=min(values), most=max(values),
+                first=values[0], least=min(values), most=max(values), **more,
             )  # fmt: skip
         if (charge, name) == ("active", "both"):
             sample = deals[0]
