@@ -5,6 +5,7 @@ import time
 import pytest
 from crosspool.config.deployment import ConfigError
 from crosspool.kvpool.allocator import PageAllocator
+from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import DenseFFN, GQASpec, ModelSpec, RopeSpec
 from hypothesis import settings
@@ -54,7 +55,11 @@ class AgainstBruteForce(RuleBasedStateMachine):
         self.budget = max(budget, 6 + sum(self.floors))
         layouts = [KVLayout(model(nbytes), 1, chunk_bytes) for nbytes in page_bytes]
         self.allocator = (
-            PageAllocator(self.budget, layouts, self.floors, self.ceilings)
+            PageAllocator(
+                self.budget,
+                layouts,
+                Bounds(self.budget, tuple(self.floors), tuple(self.ceilings)),
+            )
             if bounds
             else PageAllocator(self.budget, layouts)
         )
@@ -209,7 +214,7 @@ def test_the_whole_budget_is_one_models_when_it_is_alone():
 
 def test_a_floor_is_kept_from_others_promises_but_not_from_what_they_cache():
     layouts = [KVLayout(model(64), 1, 64)] * 2
-    allocator = PageAllocator(10, layouts, floors=[0, 4])
+    allocator = PageAllocator(10, layouts, Bounds(10, floors=(0, 4), ceilings=(10, 10)))
     assert allocator.capacity(0) == 6 and not allocator.fits(0, 7)
     first = allocator.take(0, 6)
     assert not allocator.fits(0, 1) and allocator.fits(1, 4)
@@ -221,7 +226,7 @@ def test_a_floor_is_kept_from_others_promises_but_not_from_what_they_cache():
 
 def test_a_ceiling_bounds_promises_only():
     layouts = [KVLayout(model(64), 1, 64)] * 2
-    allocator = PageAllocator(10, layouts, ceilings=[3, 10])
+    allocator = PageAllocator(10, layouts, Bounds(10, floors=(0, 0), ceilings=(3, 10)))
     assert allocator.capacity(0) == 3
     for _ in range(3):
         allocator.keep(0, allocator.take(0, 3))

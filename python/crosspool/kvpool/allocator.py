@@ -6,20 +6,23 @@ a promised or a cached page touches, once, so a promise never fails for memory; 
 first gives up as many cached ones as that needs. Physical chunks follow later, when a step first
 writes.
 
-Per model a *floor* keeps chunks that the promises of others never take, and a *ceiling* bounds the
-model's own promises. Cached pages count for neither.
+Floors and ceilings of models bound promises (:mod:`crosspool.kvpool.bounds`); cached pages count
+for neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from crosspool.config.deployment import ConfigError
+from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 
+Guard = Callable[[list[int]], bool]
+"""Says of pages that are about to be promised whether they may be."""
 _Ints = npt.NDArray[np.int64]
 _Mask = npt.NDArray[np.bool_]
 
@@ -163,17 +166,15 @@ class PageAllocator:
         self,
         budget_chunks: int,
         layouts: Sequence[KVLayout],
-        floors: Sequence[int] | None = None,
-        ceilings: Sequence[int] | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
-        """``layouts``, ``floors``, ``ceilings``: one per model, in the deployment's order; the
-        latter two in chunks (None: no floor, the whole budget).
+        """``layouts``: one per model, in the deployment's order. ``bounds``: None for no floors
+        and no ceilings.
 
         Raises ConfigError when some model could not hold one page."""
         self._models = [_Model(layout, budget_chunks) for layout in layouts]
         self.budget_chunks = budget_chunks
-        self._floors = list(floors or [0] * len(layouts))
-        self._ceilings = list(ceilings or [budget_chunks] * len(layouts))
+        self._bounds = bounds or Bounds.without_floors(budget_chunks, len(layouts))
         for index, layout in enumerate(layouts):
             if self.capacity(index) <= 0:
                 raise ConfigError(
@@ -187,17 +188,14 @@ class PageAllocator:
 
     def capacity(self, model: int) -> int:
         """Pages that the model could be promised if nobody else were promised any."""
-        others = sum(self._floors) - self._floors[model]
-        chunks = min(self._ceilings[model], self.budget_chunks - others)
-        return self._models[model].geometry.layout.pages_in(max(chunks, 0))
+        return self._models[model].geometry.layout.pages_in(self._bounds.reach(model))
 
-    def fits(self, model: int, count: int) -> bool:
+    def fits(self, model: int, count: int, guard: Guard | None = None) -> bool:
         """Whether ``count`` more pages could be promised if all cached pages were given up."""
-        m = self._models[model]
-        pages = m.best_of_all(count)
-        return len(pages) == count and self._may_promise(model, m.promised.new_chunks(pages))
+        pages = self._models[model].best_of_all(count)
+        return len(pages) == count and self._may_promise(model, pages, guard)
 
-    def shortage(self, model: int, count: int) -> int:
+    def shortage(self, model: int, count: int, guard: Guard | None = None) -> int:
         """At least so many cached pages have to be freed before :meth:`take`; 0 when none."""
         m = self._models[model]
         pages = m.best(count)
@@ -207,10 +205,11 @@ class PageAllocator:
         if missing > 0:
             return -(-missing // max(other.widest for other in self._models))
         # the free pages may lie so scattered between cached ones that they cost more
-        return 0 if self._may_promise(model, m.promised.new_chunks(pages)) else 1
+        return 0 if self._may_promise(model, pages, guard) else 1
 
     def take(self, model: int, count: int) -> list[int]:
-        """Promises ``count`` free pages. Raises ValueError where :meth:`shortage` is not 0."""
+        """Promises ``count`` free pages. Raises ValueError where :meth:`shortage` is not 0 (but
+        the guard is not asked again)."""
         if count < 1 or self.shortage(model, count):
             raise ValueError(f"{count} pages of model {model} are not to be had")
         m = self._models[model]
@@ -262,13 +261,11 @@ class PageAllocator:
         """Chunks of the model that are mapped."""
         return int(np.count_nonzero(self._models[model].mapped))
 
-    def _may_promise(self, model: int, more: int) -> bool:
-        """Whether the model's promises may touch so many ``more`` chunks."""
+    def _may_promise(self, model: int, pages: _Ints, guard: Guard | None) -> bool:
+        """Whether bounds and guard let free or cached ``pages`` be promised."""
         promised = [m.promised.chunks for m in self._models]
-        promised[model] += more
-        if promised[model] > self._ceilings[model]:
-            return False
-        return sum(map(max, promised, self._floors)) <= self.budget_chunks
+        promised[model] += self._models[model].promised.new_chunks(pages)
+        return self._bounds.allow(promised) and (guard is None or guard(pages.tolist()))
 
     def _checked(self, model: int, pages: Sequence[int]) -> tuple[_Model, _Ints]:
         m = self._models[model]

@@ -5,8 +5,7 @@ that has waited longest; so a flood at one model delays another's request by one
 model, not by the flood. A request goes to the rank that has the most of its prompt cached, if that
 is worth half of the prompt, and else to the one with the most KV memory that is promised to nobody.
 A request that does not fit yet keeps the latter to itself: nobody is admitted there before it, so
-large requests get in as running ones end. A request that is in has every page it can need and is
-never put out.
+large requests get in as running ones end. A request that is in is never put out.
 """
 
 from __future__ import annotations
@@ -71,13 +70,13 @@ class Admission:
 
 
 def _promised_chunks(rank: AttentionRank) -> int:
-    return rank.promised_chunks
+    return rank.promises.promised_chunks
 
 
 def _by_match(seq: Sequence, ranks: list[AttentionRank]) -> list[AttentionRank]:
     """``ranks``, first those that have at least half of the prompt cached, the most first."""
     if len(ranks) < 2:
         return ranks
-    matched = {rank.index: len(rank.match(seq)) for rank in ranks}
+    matched = {rank.index: len(rank.promises.match(seq)) for rank in ranks}
     half = len(seq.page_keys(0, seq.prompt_len)) / 2
     return sorted(ranks, key=lambda r: -matched[r.index] if matched[r.index] >= half else 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from crosspool.scheduler.attention_rank import AttentionRank
 from crosspool.scheduler.sequence import Sequence
@@ -13,14 +13,23 @@ def next_model(rank: AttentionRank, lanes: int) -> int | None:
     there is none, or when ``lanes`` steps are at work and one more waits behind them."""
     if len(rank.flights) > lanes:
         return None
-    ready = [m for m, running in enumerate(rank.running) if running and m not in rank.flights]
+    ready = [
+        model
+        for model, running in enumerate(rank.running)
+        if len(running) > len(rank.paused[model]) and model not in rank.flights
+    ]
     return min(ready, key=lambda model: rank.last_step[model], default=None)
 
 
-def form_batch(running: Iterable[Sequence], prompt_tokens: int) -> Iterator[tuple[Sequence, int]]:
+def form_batch(
+    running: Iterable[Sequence], paused: Container[int], prompt_tokens: int
+) -> Iterator[tuple[Sequence, int]]:
     """One step's requests, each with the number of tokens that it takes: one of every request
-    that decodes, and up to ``prompt_tokens`` of prompts, first admitted first."""
+    that decodes, and up to ``prompt_tokens`` of prompts, first admitted first; none of those whose
+    numbers are in ``paused``."""
     for seq in running:
+        if seq.number in paused:
+            continue
         if seq.decoding:
             yield seq, 1
         elif prompt_tokens:

@@ -15,13 +15,14 @@ from itertools import chain, count
 from typing import Any
 
 from crosspool.config.deployment import Deployment
-from crosspool.kvpool.allocator import PageAllocator
+from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.admission import Admission
 from crosspool.scheduler.attention_rank import AttentionRank
 from crosspool.scheduler.batching import form_batch, next_model
 from crosspool.scheduler.counters import ModelCounters
+from crosspool.scheduler.promises import Promises
 from crosspool.scheduler.protocols import GrammarBackend, TextDecoder
 from crosspool.scheduler.queues import WaitingQueue
 from crosspool.scheduler.request import Finish, GenerateRequest, Output
@@ -56,10 +57,17 @@ class SchedulerCore:
         self._clock = clock
         self._names = [model.name for model in d.models]
         self._layouts = [KVLayout(spec, d.page_size, d.chunk_bytes) for spec in specs]
-        budget_chunks = d.kv_pool_bytes // len(d.kv_pool_devices) // d.chunk_bytes
+        self._bounds = Bounds.of(d)
         self._ranks = [
             AttentionRank(
-                index, PageAllocator(budget_chunks, self._layouts), self._layouts, d.prefix_cache
+                index,
+                Promises(
+                    self._bounds,
+                    self._layouts,
+                    prefix_cache=d.prefix_cache,
+                    growth_tokens=d.growth_tokens if d.promise == "growth" else None,
+                ),
+                self._layouts,
             )
             for index in range(len(d.kv_pool_devices))
         ]
@@ -93,7 +101,7 @@ class SchedulerCore:
                 f"the queue of model {self._names[model]} is full ({len(queue)} waiting); "
                 "retry later"
             )
-            return self._end(seq, Finish(kind="abort", message=message, status=429))
+            return self._end(seq, self._refusal(model, message))
         if request.grammar is None:
             queue.push(seq)
         else:
@@ -127,7 +135,7 @@ class SchedulerCore:
         """Gives up all cached KV (of ``model``, if given) but what running requests use; says
         whether there is a prefix cache at all."""
         for rank in self._ranks:
-            rank.flush(model)
+            rank.promises.flush(model)
         return self._deployment.prefix_cache
 
     def fail_all(self, message: str, status: int = 503) -> None:
@@ -152,6 +160,8 @@ class SchedulerCore:
         self._refuse_expired(now)
         for rank in self._ranks:
             rank.reclaim()
+            for seq in rank.extend():
+                self._counters[seq.model].pauses += 1
         self._admit()
         for rank in self._ranks:
             self._messages += [(rank.index, release) for release in rank.releases()]
@@ -173,17 +183,26 @@ class SchedulerCore:
         message = f"no room in the KV pool within {self._deployment.queue_timeout:g} s; retry later"
         for queue in self._queues:
             while (seq := queue.oldest) is not None and seq.deadline <= now:
-                self._end(seq, Finish(kind="abort", message=message, status=429))
+                self._end(seq, self._refusal(seq.model, message))
+
+    def _refusal(self, model: int, message: str) -> Finish:
+        seconds = self._queues[model].drain_seconds(self._clock())
+        after = max(1.0, min(seconds, self._deployment.queue_timeout))
+        return Finish(kind="abort", message=message, status=429, retry_after=after)
 
     def _admit(self) -> None:
+        now = self._clock()
         for seq in self._admission.admit():
             self._counters[seq.model].admit(seq)
+            self._queues[seq.model].moved(now)
+        for queue in self._queues:
+            queue.look(now)
 
     def _launch_steps(self, now: float) -> None:
         for rank in self._ranks:
             while (model := next_model(rank, self._deployment.lanes)) is not None:
-                running = rank.running[model].values()
-                batch = form_batch(running, self._deployment.chunked_prefill_size)
+                running, paused = rank.running[model].values(), rank.paused[model]
+                batch = form_batch(running, paused, self._deployment.chunked_prefill_size)
                 self._messages.append((rank.index, rank.launch(model, batch, now)))
                 self._counters[model].step(rank.flights[model])
 
@@ -257,9 +276,9 @@ class SchedulerCore:
         return None
 
     def max_tokens(self, model: int) -> int:
-        """Longest sequence of ``model`` that can ever be served: its context, or what the KV pool
-        of one attention rank holds."""
-        pages = self._ranks[0].allocator.capacity(model)
+        """Longest sequence of ``model`` that can ever be served: its context, or what it may have
+        of one attention rank's KV pool."""
+        pages = self._layouts[model].pages_in(self._bounds.reach(model))
         return min(self._specs[model].context, pages * self._deployment.page_size)
 
     def snapshot(self) -> dict[str, Any]:
@@ -299,13 +318,12 @@ class SchedulerCore:
         least = seq.prompt_len + (seq.request.stop.max_new_tokens != 0)
         tokens = max(seq.limit, least)
         pages = self._layouts[seq.model].pages_for(tokens)
-        rank = self._ranks[0]
-        if pages <= rank.allocator.capacity(seq.model):
+        if pages <= self._layouts[seq.model].pages_in(self._bounds.reach(seq.model)):
             return None
         need = pages * self._layouts[seq.model].page_bytes
-        pool = rank.allocator.budget_chunks * self._deployment.chunk_bytes
+        most = self._bounds.reach(seq.model) * self._deployment.chunk_bytes
         return (
             f"prompt and max_new_tokens together are {tokens} tokens and need {need} bytes of KV "
-            f"cache; the KV pool has {pool} bytes per attention rank, "
+            f"cache; the model may have {most} bytes per attention rank, "
             f"enough for {self.max_tokens(seq.model)} tokens"
         )

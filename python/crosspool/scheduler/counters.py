@@ -28,6 +28,8 @@ class ModelCounters:
     """Prompt tokens that the prefix cache had."""
     prefix_hits: int = 0
     """Requests admitted with cached tokens."""
+    pauses: int = 0
+    """Times that a running request had to wait for further pages (growth policy)."""
     output_tokens: int = 0
     """Tokens sampled."""
     steps: int = 0
@@ -65,6 +67,7 @@ class ModelCounters:
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "prefix_hits": self.prefix_hits,
+            "pauses": self.pauses,
             "output_tokens": self.output_tokens,
             "steps": self.steps,
             "decode_rows": self.decode_rows,

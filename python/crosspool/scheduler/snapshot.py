@@ -25,14 +25,15 @@ def snapshot(
         {"models": [{"name",                            # in the deployment's order
                      "waiting",                         # requests queued, compiling included
                      "compiling", "running",
+                     "paused",                          # of those running: wait for more pages
                      "promised_chunks", "cached_chunks", "mapped_chunks",   # over all ranks
                      "promised_bytes", "cached_bytes", "mapped_bytes",
                      "evicted_pages",                   # cached pages given up for promises
                      ...}],                             # ModelCounters' fields
-         "ranks": [{"device", "running", "steps_in_flight",
+         "ranks": [{"device", "running", "paused", "steps_in_flight",
                     "budget_chunks", "free_chunks", "promised_chunks", "cached_chunks",
                     "mapped_chunks", and the same in bytes,
-                    "models": [{"running", "promised_chunks", "cached_chunks",
+                    "models": [{"running", "paused", "promised_chunks", "cached_chunks",
                                 "mapped_chunks", "evicted_pages"}]}],
          "failure": failure}
 
@@ -55,14 +56,15 @@ def snapshot(
 
 
 def _rank(rank: AttentionRank, device: str, chunk_bytes: int) -> dict[str, Any]:
-    allocator = rank.allocator
+    allocator = rank.promises.allocator
     models = [
         {
             "running": len(running),
+            "paused": len(rank.paused[model]),
             "promised_chunks": allocator.promised_chunks(model),
             "cached_chunks": allocator.cached_chunks(model),
             "mapped_chunks": allocator.mapped_chunks(model),
-            "evicted_pages": rank.evicted_pages[model],
+            "evicted_pages": rank.promises.evicted_pages[model],
         }
         for model, running in enumerate(rank.running)
     ]
@@ -86,6 +88,7 @@ def _sums(shares: list[dict[str, Any]], chunk_bytes: int) -> dict[str, int]:
     chunks = {kind: total(f"{kind}_chunks") for kind in _KINDS}
     return {
         "running": total("running"),
+        "paused": total("paused"),
         **_in_bytes(chunks, chunk_bytes),
         "evicted_pages": total("evicted_pages"),
     }
