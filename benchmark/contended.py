@@ -33,6 +33,7 @@ from benchmark.pool_sampler import PoolSample, PoolSampler
 from benchmark.records import IMAGES, Recorder
 from benchmark.server import TINY_MODELS, Server, one_device
 from benchmark.summary import quantile
+from benchmark.usage import Usage, total
 from benchmark.workload import Request, eos_tokens, poisson, random_prompt
 
 PROMISES = ("worst_case", "growth")
@@ -82,8 +83,7 @@ class Phase:
     round: int
     replay: Replay
     samples: PoolSampler
-    server_cpu_s: float
-    load1: float
+    usage: Usage
 
     @property
     def tbt(self) -> list[float]:
@@ -131,12 +131,9 @@ def capacity(server: Server, per_token: dict[str, int], requests: int) -> float:
 
 def measure(server: Server, promise: str, load: float, turn: int, requests: list[Request]) -> Phase:
     server.wait_idle()
-    load1 = machine.load1()
-    before = sum(server.cpu_seconds().values())
-    with PoolSampler(server.port) as samples:
+    with PoolSampler(server.port) as samples, Usage(server) as usage:
         replayed = replay(server.url, requests)
-    cpu = sum(server.cpu_seconds().values()) - before
-    return Phase(promise, load, turn, replayed, samples, cpu, load1)
+    return Phase(promise, load, turn, replayed, samples, usage)
 
 
 def run(plan: Plan, promises: Sequence[str], console: Console) -> tuple[list[Phase], float]:
@@ -204,10 +201,8 @@ class Row:
     """Of one core."""
     lateness: float
     """P99 of the seconds by which the client sent a request late."""
-    server_cpu_s: float
-    client_cpu_s: float
-    wall_s: float
-    load1: float
+    usage: dict[str, Any]
+    """As in every record."""
 
 
 def row(phases: Sequence[Phase]) -> Row:
@@ -232,10 +227,7 @@ def row(phases: Sequence[Phase]) -> Row:
         running=max(s.running for phase in phases for s in phase.samples.samples),
         client_cpu_share=client / wall,
         lateness=quantile([late for p in phases for late in p.replay.lateness], 0.99),
-        server_cpu_s=sum(phase.server_cpu_s for phase in phases),
-        client_cpu_s=client,
-        wall_s=wall,
-        load1=max(phase.load1 for phase in phases),
+        usage=total([phase.usage for phase in phases]),
     )
 
 
@@ -275,7 +267,9 @@ def ratio(phases: Sequence[Phase], promise: str) -> Ratio:
     return Ratio(between(own), [between([p for p in own if p.round == n]) for n in rounds])
 
 
-def record(rows: Sequence[Row], ratios: dict[str, Ratio], plan: Plan, full: float) -> Recorder:
+def record(
+    phases: Sequence[Phase], rows: Sequence[Row], ratios: dict[str, Ratio], plan: Plan, full: float
+) -> Recorder:
     recorder = Recorder("contended")
     constant = {
         "capacity_bytes_per_s": round(full),
@@ -289,23 +283,18 @@ def record(rows: Sequence[Row], ratios: dict[str, Ratio], plan: Plan, full: floa
         "seconds": plan.seconds,
     }
     for promise, both in ratios.items():
-        own = [r for r in rows if r.promise == promise]
         recorder.add(
             "tbt_p99_ratio",
             both.by_round,
             "1",
             parameters={"promise": promise, **constant},
-            cpu_s=sum(r.server_cpu_s + r.client_cpu_s for r in own),
-            wall_s=sum(r.wall_s for r in own),
-            load1=max(r.load1 for r in own),
+            **total([phase.usage for phase in phases if phase.promise == promise]),
             pooled=both.pooled,
         )
     for r in rows:
         common: dict[str, Any] = {
             "parameters": {"load": r.load, "promise": r.promise, **constant},
-            "cpu_s": r.server_cpu_s + r.client_cpu_s,
-            "wall_s": r.wall_s,
-            "load1": r.load1,
+            **r.usage,
         }
         recorder.add("tbt", r.tbt, "s", **common)
         recorder.add(
@@ -332,7 +321,17 @@ def table(rows: Sequence[Row]) -> Table:
     made = Table(title="Offered load against the KV pool's capacity", title_justify="left")
     for title in (
         *("promise", "load", "TBT P50 ms", "TBT P99 ms", "TTFT P50 s", "TTFT P99 s"),
-        *("answered", "429", "failed", "tokens/s", "promised", "written", "most at once", "client"),
+        *(
+            "answered",
+            "429",
+            "failed",
+            "tokens/s",
+            "promised",
+            "written",
+            "most at once",
+            "client",
+            "others",
+        ),
     ):
         made.add_column(title, justify="left" if title == "promise" else "right")
     for r in rows:
@@ -351,6 +350,7 @@ def table(rows: Sequence[Row]) -> Table:
             f"{r.written_share:.0%}",
             f"{r.running}",
             f"{r.client_cpu_share:.0%}",
+            f"{r.usage['other_cpu_share']:.0%}",
         )
     return made
 
@@ -403,7 +403,7 @@ def main(words: Sequence[str] | None = None) -> int:
     ]
     ratios = {promise: ratio(phases, promise) for promise in given.promise}
     if not given.quick:
-        console.print(f"rows: {record(rows, ratios, plan, full).write()}")
+        console.print(f"rows: {record(phases, rows, ratios, plan, full).write()}")
         plot(rows, IMAGES / "contended.svg")
     console.print(table(rows))
     console.print(

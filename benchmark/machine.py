@@ -25,6 +25,13 @@ def load1() -> float:
     return os.getloadavg()[0]
 
 
+def busy_seconds() -> float:
+    """CPU seconds that all cores have spent at work since the machine's start, and those that a
+    hypervisor took from them."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
+
+
 def _cpu_model() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

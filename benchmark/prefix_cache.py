@@ -27,11 +27,12 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from benchmark import machine, plots
+from benchmark import plots
 from benchmark.client import STREAM_FLAGS, Answer, Replay, replay
 from benchmark.records import IMAGES, Recorder
 from benchmark.server import DEMO, TINY_MODELS, Server
 from benchmark.summary import quantile
+from benchmark.usage import Usage, total
 from benchmark.workload import Request, poisson
 
 CACHE = {"with": (), "without": ("--disable-radix-cache",)}
@@ -62,8 +63,7 @@ class Round:
 
     cache: str
     replay: Replay
-    server_cpu_s: float
-    load1: float
+    usage: Usage
 
 
 def texts() -> tuple[str, list[str]]:
@@ -130,10 +130,9 @@ def run(plan: Plan, console: Console) -> list[Round]:
                 if cache == "with":  # every round begins with an empty one
                     status, answer = server.request("POST", "/flush_cache")
                     assert status == 200, answer
-                load1, before = machine.load1(), sum(server.cpu_seconds().values())
-                replayed = replay(server.url, load)
-                cpu = sum(server.cpu_seconds().values()) - before
-                rounds.append(Round(cache, replayed, cpu, load1))
+                with Usage(server) as usage:
+                    replayed = replay(server.url, load)
+                rounds.append(Round(cache, replayed, usage))
                 progress.advance(task)
     return rounds
 
@@ -202,9 +201,7 @@ def record(rows: Sequence[Row], rounds: Sequence[Round], plan: Plan, possible: f
             "s",
             model=r.model,
             parameters=parameters,
-            cpu_s=sum(one.server_cpu_s + one.replay.client_cpu_s for one in own),
-            wall_s=sum(one.replay.seconds for one in own),
-            load1=max(one.load1 for one in own),
+            **total([one.usage for one in own]),
             hit_rate=r.hit_rate,
             reusable_share=possible,
             prompt_tokens=r.prompt_tokens,
@@ -219,10 +216,17 @@ def table(rows: Sequence[Row], rounds: Sequence[Round]) -> Table:
     made = Table(title="A shared system prompt on three models", title_justify="left")
     made.add_column("model")
     made.add_column("prefix cache")
-    for title in ("hit rate", "TTFT P50 ms", "TTFT P99 ms", "requests", "server CPU s"):
+    for title in (
+        "hit rate",
+        "TTFT P50 ms",
+        "TTFT P99 ms",
+        "requests",
+        "server CPU s",
+        "others' CPU",
+    ):
         made.add_column(title, justify="right")
     for r in rows:
-        cpu = sum(one.server_cpu_s for one in rounds if one.cache == r.cache)
+        usages = [one.usage for one in rounds if one.cache == r.cache]
         made.add_row(
             r.model,
             r.cache,
@@ -230,7 +234,14 @@ def table(rows: Sequence[Row], rounds: Sequence[Round]) -> Table:
             f"{1e3 * quantile(r.ttft, 0.5):.1f}",
             f"{1e3 * quantile(r.ttft, 0.99):.1f}",
             f"{len(r.ttft)}",
-            f"{cpu:.1f}" if r.model == "all" else "",
+            *(
+                (
+                    f"{sum(usage.server_cpu_s for usage in usages):.1f}",
+                    f"{total(usages)['other_cpu_share']:.0%}",
+                )
+                if r.model == "all"
+                else ()
+            ),
         )
     return made
 

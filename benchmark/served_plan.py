@@ -41,12 +41,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmark import machine, plots
+from benchmark import plots
 from benchmark.client import STREAM_FLAGS, Answer, Replay, replay
 from benchmark.pool_sampler import PoolSampler
 from benchmark.records import IMAGES, Recorder
 from benchmark.server import TINY_MODELS, Server
 from benchmark.summary import quantile
+from benchmark.usage import Usage, total
 from benchmark.workload import Request, random_prompt
 
 QUANTILE = 0.99
@@ -227,8 +228,7 @@ class Run:
     """Fitted to the served run itself."""
     samples: PoolSampler
     compared: list[Compared]
-    server_cpu_s: float
-    load1: float
+    usage: Usage
 
 
 def run(setting: Setting, console: Console) -> Run:
@@ -252,16 +252,12 @@ def run(setting: Setting, console: Console) -> Run:
             planned = plan(speed, models, setting)
             stage("serving what was planned")
             load = requests_of(make_trace(setting.seconds, seed=21), seed=22)
-            load1, before = machine.load1(), sum(server.cpu_seconds().values())
-            with PoolSampler(server.port) as samples:
+            with PoolSampler(server.port) as samples, Usage(server) as usage:
                 served = replay(server.url, load)
-            cpu = sum(server.cpu_seconds().values()) - before
             _check(served)
         stage("comparing")
         compared = compare(planned, served.answers, samples, speed, models)
-    return Run(
-        calibration, speed, served, fitted_speed(served.answers), samples, compared, cpu, load1
-    )
+    return Run(calibration, speed, served, fitted_speed(served.answers), samples, compared, usage)
 
 
 def _check(replayed: Replay) -> None:
@@ -273,11 +269,7 @@ def _check(replayed: Replay) -> None:
 
 def record(run: Run, setting: Setting) -> Recorder:
     recorder = Recorder("served_plan")
-    common: dict[str, Any] = {
-        "cpu_s": run.server_cpu_s + run.served.client_cpu_s,
-        "wall_s": run.served.seconds,
-        "load1": run.load1,
-    }
+    common: dict[str, Any] = total([run.usage])
     for c in run.compared:
         parameters = {
             "charge": c.charge,
@@ -379,8 +371,8 @@ def main(words: Sequence[str] | None = None) -> int:
             f"{speed.prefill_tokens_per_s:.0f} tokens/s after {1e3 * speed.ttft_s:.0f} ms"
         )
     console.print(
-        f"{len(done.served.answers)} requests, {len(done.samples.samples)} samples, "
-        f"{time.monotonic() - began:.0f} s"
+        f"{len(done.served.answers)} requests, {len(done.samples.samples)} samples, others took "
+        f"{total([done.usage])['other_cpu_share']:.0%} of a core, {time.monotonic() - began:.0f} s"
     )
     return 0 if given.quick or all(c.within for c in done.compared) else 1
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any, cast
+
 import numpy as np
 import pytest
 
@@ -9,6 +12,7 @@ from benchmark import contended, prefix_cache
 from benchmark.client import Answer, Replay
 from benchmark.pool_sampler import PoolSampler
 from benchmark.server import TINY_MODELS
+from benchmark.usage import Usage, total
 from benchmark.workload import Request
 
 
@@ -36,7 +40,8 @@ def test_ratio_compares_the_highest_load_with_the_lowest() -> None:
         answer = Answer(request, status=200, pieces=[(float(t), 1) for t in times])
         refused = Answer(request, status=429, pieces=[(0.0, 1), (99.0, 1)])
         replay = Replay([answer, refused], 1.0, 0.1)
-        return contended.Phase(promise, load, turn, replay, PoolSampler(0), 1.0, 0.1)
+        usage = Usage(cast(Any, None))
+        return contended.Phase(promise, load, turn, replay, PoolSampler(0), usage)
 
     phases = [
         phase("growth", 0.5, 0, 0.01, 0.04),
@@ -74,7 +79,7 @@ def test_answers_are_compared_request_by_request() -> None:
     def round_(cache: str, *tokens: list[int]) -> prefix_cache.Round:
         request = Request(0.0, "a", [400], 2)
         answers = [Answer(request, status=200, tokens=t) for t in tokens]
-        return prefix_cache.Round(cache, Replay(answers, 1.0, 0.1), 1.0, 0.1)
+        return prefix_cache.Round(cache, Replay(answers, 1.0, 0.1), Usage(cast(Any, None)))
 
     rounds = [
         round_("with", [1, 2], [3, 4]),
@@ -92,3 +97,25 @@ def test_prefix_prompts_share_the_system_prompt_only() -> None:
     assert len(prompts.system) == prefix_cache.SYSTEM_TOKENS
     assert first[: len(prompts.system)] == second[: len(prompts.system)] == prompts.system
     assert first != second
+
+
+def test_usages_add_up() -> None:
+    server = cast(Any, None)
+    first = Usage(server, load1=0.5, wall_s=10.0, server_cpu_s=9.0, own_cpu_s=1.0, other_cpu_s=0.5)
+    second = Usage(server, load1=1.5, wall_s=30.0, server_cpu_s=8.0, own_cpu_s=2.0, other_cpu_s=3.5)
+    assert total([first, second]) == {
+        "cpu_s": 20.0, "wall_s": 40.0, "load1": 1.5, "other_cpu_share": 0.1
+    }  # fmt: skip
+
+
+def test_usage_tells_this_process_from_others() -> None:
+    class Nothing:
+        def cpu_seconds(self) -> dict[str, float]:
+            return {}
+
+    with Usage(cast(Any, Nothing())) as usage:
+        end = time.process_time() + 0.3
+        while time.process_time() < end:
+            pass
+    assert usage.own_cpu_s == pytest.approx(0.3, abs=0.1) and usage.wall_s >= 0.3
+    assert usage.server_cpu_s == 0.0
