@@ -39,15 +39,18 @@ from benchmark.workload import Request, eos_tokens, poisson, random_prompt
 PROMISES = ("worst_case", "growth")
 LIMIT = 1.25
 """P99 time between tokens at twice the pool's capacity, over that at half of it, at most."""
-POOL_BYTES = 16 << 20
+POOL_BYTES = 12 << 20
 PAGE_SIZE = 16
 QUEUE_TIMEOUT = 4.0
 CHUNK_TOKENS = 64
 """Prompt tokens of one step: what a request that comes in can add to the others' gaps."""
+GROWTH_TOKENS = 64
+"""What the growth policy promises at a time."""
 FLAGS = (
     *("--dtype", "float32", "--context-length", "1024", "--page-size", str(PAGE_SIZE)),
     *("--kv-pool-bytes", str(POOL_BYTES), "--queue-timeout", f"{QUEUE_TIMEOUT:g}"),
-    *("--chunked-prefill-size", str(CHUNK_TOKENS), *one_device()),
+    *("--chunked-prefill-size", str(CHUNK_TOKENS), "--growth-tokens", str(GROWTH_TOKENS)),
+    *one_device(),
     *STREAM_FLAGS,
 )
 PROMPT = (256, 512)
@@ -84,6 +87,8 @@ class Phase:
     replay: Replay
     samples: PoolSampler
     usage: Usage
+    pauses: int
+    """Times that a running request waited for more pages (growth only)."""
 
     @property
     def tbt(self) -> list[float]:
@@ -131,9 +136,15 @@ def capacity(server: Server, per_token: dict[str, int], requests: int) -> float:
 
 def measure(server: Server, promise: str, load: float, turn: int, requests: list[Request]) -> Phase:
     server.wait_idle()
+    before = _pauses(server)
     with PoolSampler(server.port) as samples, Usage(server) as usage:
         replayed = replay(server.url, requests)
-    return Phase(promise, load, turn, replayed, samples, usage)
+    pauses = _pauses(server) - before
+    return Phase(promise, load, turn, replayed, samples, usage, pauses)
+
+
+def _pauses(server: Server) -> int:
+    return sum(model["pauses"] for model in server.status()["models"])
 
 
 def run(plan: Plan, promises: Sequence[str], console: Console) -> tuple[list[Phase], float]:
@@ -143,7 +154,7 @@ def run(plan: Plan, promises: Sequence[str], console: Console) -> tuple[list[Pha
     with Progress(console=console, refresh_per_second=2) as progress, ExitStack() as stack:
         task = progress.add_task("starting", total=turns + 1)
         servers = {
-            promise: stack.enter_context(Server([*FLAGS, *_promise_flags(promise)]))
+            promise: stack.enter_context(Server([*FLAGS, "--promise", promise]))
             for promise in promises
         }
         status = next(iter(servers.values())).status()
@@ -164,10 +175,6 @@ def run(plan: Plan, promises: Sequence[str], console: Console) -> tuple[list[Pha
                     phases.append(measure(server, promise, load, turn, requests))
                     progress.advance(task)
     return phases, full
-
-
-def _promise_flags(promise: str) -> list[str]:
-    return [] if promise == "worst_case" else ["--promise", promise]
 
 
 def _mean_promised(per_token: dict[str, int]) -> float:
@@ -197,6 +204,7 @@ class Row:
     """The part of it that holds tokens."""
     running: int
     """Most requests at once."""
+    pauses: int
     client_cpu_share: float
     """Of one core."""
     lateness: float
@@ -225,6 +233,7 @@ def row(phases: Sequence[Phase]) -> Row:
         promised_share=_mean_share(phases, lambda s: s.promised_bytes),
         written_share=_mean_share(phases, lambda s: s.mapped_bytes - s.cached_bytes),
         running=max(s.running for phase in phases for s in phase.samples.samples),
+        pauses=sum(phase.pauses for phase in phases),
         client_cpu_share=client / wall,
         lateness=quantile([late for p in phases for late in p.replay.lateness], 0.99),
         usage=total([phase.usage for phase in phases]),
@@ -275,6 +284,7 @@ def record(
         "capacity_bytes_per_s": round(full),
         "kv_pool_bytes": POOL_BYTES,
         "chunked_prefill_size": CHUNK_TOKENS,
+        "growth_tokens": GROWTH_TOKENS,
         "prompt": PROMPT,
         "output": OUTPUT,
         "max_tokens": MAX_TOKENS,
@@ -311,6 +321,7 @@ def record(
             promised_share=r.promised_share,
             written_share=r.written_share,
             most_running=r.running,
+            pauses=r.pauses,
             client_cpu_share=r.client_cpu_share,
             client_lateness_p99=r.lateness,
         )
@@ -319,29 +330,21 @@ def record(
 
 def table(rows: Sequence[Row]) -> Table:
     made = Table(title="Offered load against the KV pool's capacity", title_justify="left")
+    made.add_column("promise", no_wrap=True)
     for title in (
-        *("promise", "load", "TBT P50 ms", "TBT P99 ms", "TTFT P50 s", "TTFT P99 s"),
-        *(
-            "answered",
-            "429",
-            "failed",
-            "tokens/s",
-            "promised",
-            "written",
-            "most at once",
-            "client",
-            "others",
-        ),
+        *("load", "TBT ms\nP50, P99", "TTFT s\nP50, P99", "whole\nanswers", "429", "failed"),
+        *("tokens\nper s", "pool\npromised", "pool\nwritten", "most\nat once", "pauses"),
+        *("client\nCPU", "others'\nCPU"),
     ):
-        made.add_column(title, justify="left" if title == "promise" else "right")
+        made.add_column(title, justify="right", no_wrap=True)
     for r in rows:
+        tbt = [1e3 * quantile(r.tbt, q) for q in (0.5, 0.99)]
+        ttft = [quantile(r.ttft, q) for q in (0.5, 0.99)]
         made.add_row(
             r.promise,
             f"{r.load:g}",
-            f"{1e3 * quantile(r.tbt, 0.5):.1f}",
-            f"{1e3 * quantile(r.tbt, 0.99):.1f}",
-            f"{quantile(r.ttft, 0.5):.2f}",
-            f"{quantile(r.ttft, 0.99):.2f}",
+            f"{tbt[0]:.1f}, {tbt[1]:.1f}",
+            f"{ttft[0]:.2f}, {ttft[1]:.2f}",
             f"{r.complete} of {r.offered}",
             f"{r.refused}",
             f"{len(r.failures)}",
@@ -349,6 +352,7 @@ def table(rows: Sequence[Row]) -> Table:
             f"{r.promised_share:.0%}",
             f"{r.written_share:.0%}",
             f"{r.running}",
+            f"{r.pauses}",
             f"{r.client_cpu_share:.0%}",
             f"{r.usage['other_cpu_share']:.0%}",
         )

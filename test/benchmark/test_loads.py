@@ -41,7 +41,7 @@ def test_ratio_compares_the_highest_load_with_the_lowest() -> None:
         refused = Answer(request, status=429, pieces=[(0.0, 1), (99.0, 1)])
         replay = Replay([answer, refused], 1.0, 0.1)
         usage = Usage(cast(Any, None))
-        return contended.Phase(promise, load, turn, replay, PoolSampler(0), usage)
+        return contended.Phase(promise, load, turn, replay, PoolSampler(0), usage, 0)
 
     phases = [
         phase("growth", 0.5, 0, 0.01, 0.04),
