@@ -43,6 +43,9 @@ def parallelism(attention: str, kv_heads: int, ranks: int) -> Parallelism:
     """The paper's way, which a monolithic server goes too. Raises ConfigError."""
     if ranks < 1 or kv_heads < 1:
         raise ConfigError(f"{kv_heads} KV heads on {ranks} ranks: both must be at least 1")
+    if ranks == 1:
+        reason = "one rank: there is nothing to split"
+        return Parallelism(type="I", ranks=1, group=1, heads=kv_heads, share=1.0, reason=reason)
     if kv_heads >= ranks:
         heads = -(-kv_heads // ranks)
         share = kv_heads / (heads * ranks)
@@ -53,24 +56,26 @@ def parallelism(attention: str, kv_heads: int, ranks: int) -> Parallelism:
             group=ranks,
             heads=heads,
             share=share,
-            reason=f"{kv_heads} KV heads are split over {ranks} rank(s){uneven}",
+            reason=f"{kv_heads} KV heads are split over {ranks} ranks{uneven}",
         )
-    one = "one latent for all heads" if attention == "mla" else f"{kv_heads} KV head(s)"
+    heads_text = "one KV head" if kv_heads == 1 else f"{kv_heads} KV heads"
+    held = "one latent for all heads" if attention == "mla" else heads_text
+    size = "one rank" if kv_heads == 1 else f"{kv_heads} ranks"
     return Parallelism(
         type="II",
         ranks=ranks,
         group=kv_heads,
         heads=1,
         share=kv_heads / ranks,
-        reason=f"{one}, {ranks} ranks: attention runs data-parallel over groups of {kv_heads} "
-        "rank(s), of which a request sees one",
+        reason=f"{held}, {ranks} ranks: attention runs data-parallel over groups of {size}, of "
+        "which a request sees one",
     )
 
 
 def served(ranks: int) -> Parallelism:
     """The way of CrossPool's server: every attention rank holds the attention parts of all models
     whole, and a request lives on one rank."""
-    whole = "the pool's only rank: it sees everything" if ranks == 1 else f"one rank of {ranks}"
+    whole = "the pool's only rank and sees all of it" if ranks == 1 else f"one rank of {ranks}"
     return Parallelism(
         type="I" if ranks == 1 else "II",
         ranks=ranks,
