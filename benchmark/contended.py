@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -306,7 +307,7 @@ def record(
             "parameters": {"load": r.load, "promise": r.promise, **constant},
             **r.usage,
         }
-        recorder.add("tbt", r.tbt, "s", **common)
+        recorder.add("tbt", r.tbt, "s", **common, p999=quantile(r.tbt, 0.999), longest=max(r.tbt))
         recorder.add(
             "ttft",
             r.ttft,
@@ -329,7 +330,9 @@ def record(
 
 
 def table(rows: Sequence[Row]) -> Table:
-    made = Table(title="Offered load against the KV pool's capacity", title_justify="left")
+    made = Table(
+        title="Offered load against the KV pool's capacity", title_justify="left", box=box.SIMPLE
+    )
     made.add_column("promise", no_wrap=True)
     for title in (
         *("load", "TBT ms\nP50, P99", "TTFT s\nP50, P99", "whole\nanswers", "429", "failed"),
@@ -397,7 +400,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--promise", choices=PROMISES, nargs="+", default=PROMISES)
     given = parser.parse_args(words)
     plan = QUICK if given.quick else Plan()
-    console = Console(width=max(Console().width, 130))
+    console = Console(width=max(Console().width, 140))
     began = time.monotonic()
     phases, full = run(plan, given.promise, console)
     rows = [
