@@ -14,6 +14,9 @@ from crosspool.models.registry import read_model
 from crosspool.planning.request import PlanRequest
 from crosspool.planning.result import Plan
 
+_PROMISES = {"active": "growth", "promised": "worst_case"}
+"""The server's way to admit that holds what the plan counted."""
+
 
 def device_names(count: int, given: Sequence[str] | None) -> list[str]:
     """The user's names, or GPUs by number. Raises ConfigError when there are not as many."""
@@ -46,7 +49,8 @@ def deployment_yaml(
             )
         read_model(folders[model.name])
     kv = list(names[: plan.kv_devices])
-    weight = kv if plan.shared_device else list(names[plan.kv_devices :][: plan.weight_devices])
+    first = 0 if plan.shared_device else plan.kv_devices
+    weight = list(names[first : first + plan.weight_devices])
     models = []
     for asked, model in zip(request.models, plan.models, strict=True):
         entry: dict[str, Any] = {"path": str(folders[model.name].absolute()), "name": model.name}
@@ -60,6 +64,7 @@ def deployment_yaml(
         "kv_pool_devices": kv,
         "weight_pool_devices": weight,
         "kv_pool_bytes": kv_pool_bytes(request, plan),
+        "promise": _PROMISES[plan.charge],
         "page_size": request.page_size,
         "chunk_bytes": request.chunk_bytes,
     }

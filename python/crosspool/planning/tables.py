@@ -190,7 +190,8 @@ def _saved(plan: Plan) -> Text:
         (saved.devices_over_monolithic, "monolithic serving"),
     ):
         if value is not None:
-            words.append(f"{value} device(s) against {against}")
+            count = f"{value} device(s)" if value >= 0 else f"no device ({-value} more needed)"
+            words.append(f"{count} against {against}")
     kept = (
         f"{format_size(saved.kv_bytes)} of KV memory ({share(saved.kv_share)}) against a "
         f"P{100 * plan.quantile:g} of every model for itself"
