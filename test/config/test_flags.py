@@ -47,6 +47,22 @@ def test_json_flags_arrive_parsed() -> None:
         parse([*TWO, flag, "{x"])
 
 
+def test_the_prefix_cache_is_switched_off_by_sglangs_flag() -> None:
+    assert parse(["--model-path", "a"]).prefix_cache
+    assert not parse(["--model-path", "a", "--disable-radix-cache"]).prefix_cache
+
+
+def test_flags_of_promises() -> None:
+    draft = parse(
+        [*TWO, "--kv-floor-bytes", "1MiB", "--promise", "growth", "--growth-tokens", "64"]
+    )
+    assert [m.kv_floor_bytes for m in draft.models] == ["1MiB"] * 2
+    assert [m.kv_ceiling_bytes for m in draft.models] == [None] * 2
+    assert (draft.promise, draft.growth_tokens) == ("growth", 64)
+    with pytest.raises(ConfigError, match="promise"):
+        parse([*TWO, "--promise", "nothing"])
+
+
 def test_flags_without_effect_are_taken_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     draft = parse(["--model-path", "a", "--mem-fraction-static", "0.8", "--max-total-tokens", "9"])
     assert draft == parse(["--model-path", "a"])

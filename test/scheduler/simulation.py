@@ -63,7 +63,13 @@ def spec(context: int = 256, layers: int = 2, head_dim: int = 8) -> ModelSpec:
     )
 
 
-def deployment(models: int, ranks: int = 1, **fields: Any) -> Deployment:
+def deployment(
+    models: int,
+    ranks: int = 1,
+    bounds: dict[int, dict[str, int]] | None = None,
+    **fields: Any,
+) -> Deployment:
+    """``bounds``: kv_floor_bytes and kv_ceiling_bytes by model."""
     defaults: dict[str, Any] = {
         "kv_pool_bytes": ranks * 64 * 4096,
         "chunk_bytes": 4096,
@@ -72,7 +78,10 @@ def deployment(models: int, ranks: int = 1, **fields: Any) -> Deployment:
         "max_running_requests": 8,
     }
     return Deployment(
-        models=tuple(ModelConfig(name=f"model{i}", path="/none") for i in range(models)),
+        models=tuple(
+            ModelConfig(name=f"model{i}", path="/none", **(bounds or {}).get(i, {}))
+            for i in range(models)
+        ),
         kv_pool_devices=tuple(Device(f"cuda:{i}") for i in range(ranks)),
         weight_pool_devices=(Device("cuda:9"),),
         weight_pool_bytes=0,

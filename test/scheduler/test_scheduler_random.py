@@ -3,8 +3,10 @@ ranks check every message; here: every request ends once, with the tokens it sho
 nothing is left behind."""
 
 from random import Random
+from typing import Any, ClassVar
 
 import pytest
+from crosspool.kvpool.bounds import Bounds
 from crosspool.scheduler.request import GenerateRequest, Grammar
 from crosspool.transport.messages import Logprobs
 from hypothesis import settings
@@ -25,13 +27,21 @@ shapes = st.tuples(
 
 
 class Traffic(RuleBasedStateMachine):
+    fields: ClassVar[dict[str, Any]] = {}
+
     def __init__(self) -> None:
         super().__init__()
         d = deployment(
-            3, ranks=2, kv_pool_bytes=2 * 24 * 4096, max_queued_requests=60, queue_timeout=900.0
+            3,
+            ranks=2,
+            kv_pool_bytes=2 * 24 * 4096,
+            max_queued_requests=60,
+            queue_timeout=900.0,
+            **self.fields,
         )
         specs = [spec(), spec(context=300, head_dim=12), spec(context=150, layers=10, head_dim=14)]
         self.sim = Simulation(d, specs)
+        self.bounds = Bounds.of(d)
         self.requests: dict[str, GenerateRequest] = {}
 
     @rule(burst=st.lists(shapes, min_size=1, max_size=12))
@@ -112,6 +122,9 @@ class Traffic(RuleBasedStateMachine):
                 len(chunks) for chunks in simulated.mapped
             ]
             assert rank["steps_in_flight"] == len(simulated.steps)
+            promised = [m["promised_chunks"] for m in rank["models"]]
+            assert self.bounds.allow(promised)
+            assert rank["steps_in_flight"] or not rank["running"], "everybody is stuck"
         unfinished = sum(not self.sim.finished(rid) for rid in self.requests)
         assert sum(m["waiting"] + m["running"] for m in snapshot["models"]) == unfinished
 
@@ -133,6 +146,8 @@ class Traffic(RuleBasedStateMachine):
         finish, tokens = self.sim.finish(r.rid), self.sim.tokens(r.rid)
         ended = finish.kind != "abort"
         assert ended or finish.status in (429, 499)
+        if not ended and finish.status == 429:
+            assert 1 <= finish.retry_after <= 900
         if r.grammar is not None:
             assert all(48 <= token < 58 for token in tokens)
             return ended
@@ -150,16 +165,41 @@ class Traffic(RuleBasedStateMachine):
         return ended
 
 
+class GrowingTraffic(Traffic):
+    fields: ClassVar = {"promise": "growth", "growth_tokens": 8}
+
+
+class BoundedTraffic(Traffic):
+    """Model 0 has a floor, model 1 a ceiling, model 2 both."""
+
+    fields: ClassVar = {
+        "bounds": {
+            0: {"kv_floor_bytes": 2 * 3 * 4096},
+            1: {"kv_ceiling_bytes": 2 * 7 * 4096},
+            2: {"kv_floor_bytes": 2 * 3 * 4096, "kv_ceiling_bytes": 2 * 21 * 4096},
+        },
+    }
+
+
+class BoundedGrowingTraffic(BoundedTraffic):
+    fields: ClassVar = {**BoundedTraffic.fields, **GrowingTraffic.fields}
+
+
+KINDS = (Traffic, GrowingTraffic, BoundedTraffic, BoundedGrowingTraffic)
 TestTraffic = Traffic.TestCase
+TestGrowingTraffic = GrowingTraffic.TestCase
+TestBoundedGrowingTraffic = BoundedGrowingTraffic.TestCase
 TestTraffic.settings = settings(
-    derandomize=True, max_examples=20, stateful_step_count=40, deadline=None
+    derandomize=True, max_examples=15, stateful_step_count=40, deadline=None
 )
+TestGrowingTraffic.settings = TestBoundedGrowingTraffic.settings = TestTraffic.settings
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_hundreds_of_requests(seed):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(2))
+def test_hundreds_of_requests(kind, seed):
     random = Random(seed)
-    traffic = Traffic()
+    traffic = kind()
     for _ in range(60):
         traffic.arrive(
             burst=[
@@ -191,3 +231,4 @@ def test_hundreds_of_requests(seed):
     assert sum(m["aborted"].get("499", 0) for m in counters) >= 20
     assert sum(m["prefix_hits"] for m in counters) >= 50
     assert sum(m["evicted_pages"] for m in counters) >= 500
+    assert (sum(m["pauses"] for m in counters) > 0) == ("promise" in kind.fields)
