@@ -43,7 +43,7 @@ def make_plan(request: PlanRequest) -> Plan:
         KVModel(model.name, model.shape.kv_bytes_per_token, request.page_size, context)
         for model, context in zip(request.models, contexts, strict=True)
     ]
-    demand = monte_carlo(
+    sampled = monte_carlo(
         request.traffic,
         kv_models,
         request.samples,
@@ -53,6 +53,8 @@ def make_plan(request: PlanRequest) -> Plan:
         window=request.window,
         progress=request.progress,
     )
+    replayed = _replay(request, kv_models)
+    demand = _larger(sampled, replayed, request.quantile)
     budget = kv_budget(demand, kv_models, request.quantile, kv_devices, request.level)
     alone = crosspool(shapes, 1, request.devices).free[0]
     kv_needed = max(1, math.ceil(budget.demand.value / alone))
@@ -69,7 +71,6 @@ def make_plan(request: PlanRequest) -> Plan:
         pooled(request, "crosspool", system, (tuple(range(kv_devices)),) * len(shapes), needed),
     )
     groups = group(_ffn_loads(request), weight_devices, request.devices.usable_for_weights)
-    replayed = _replay(request, kv_models)
     return Plan(
         devices=request.devices,
         shared_device=shared,
@@ -88,6 +89,7 @@ def make_plan(request: PlanRequest) -> Plan:
         budget=budget,
         kv_bytes=sum(system.free),
         exceeds=demand.exceeds(sum(system.free)),
+        sampled=sampled.quantile(request.quantile, request.level),
         replayed=None if replayed is None else replayed.quantile(request.quantile),
         models=tuple(
             ModelPlan(
@@ -114,8 +116,8 @@ def make_plan(request: PlanRequest) -> Plan:
             if request.peaks and replayed is not None
             else None
         ),
-        notes=request.notes + _notes(request, budget, system, systems[2], replayed),
-        curve=_curve(demand, replayed),
+        notes=request.notes + _notes(budget, system, systems[2], demand is replayed),
+        curve=_curve(sampled, replayed),
         curve_over_time=replayed is not None,
     )
 
@@ -229,19 +231,24 @@ def _saved(budget: Budget, systems: tuple[SystemPlan, ...]) -> Saved:
     )
 
 
-def _notes(
-    request: PlanRequest,
-    budget: Budget,
-    system: System,
-    ours: SystemPlan,
-    replayed: ReplayDemand | None,
-) -> tuple[str, ...]:
+def _larger(
+    sampled: DemandSamples, replayed: ReplayDemand | None, quantile: float
+) -> DemandSamples | ReplayDemand:
+    """What the budget is made for: rates do not tell all of a trace's bursts, and the trace does
+    not tell what else its rates may bring."""
+    if replayed is None:
+        return sampled
+    is_bursty = replayed.quantile(quantile).value > sampled.quantile(quantile).value
+    return replayed if is_bursty else sampled
+
+
+def _notes(budget: Budget, system: System, ours: SystemPlan, is_bursty: bool) -> tuple[str, ...]:
     notes = []
-    if replayed is not None and replayed.quantile(request.quantile).value > budget.demand.high:
+    if is_bursty:
         notes.append(
-            "the trace itself needs more than the budget: its arrivals come in clumps that rates "
-            f"do not tell; the budget is exceeded {replayed.exceeds(budget.pool_bytes):.2%} of its "
-            "time"
+            "the trace itself needs more than its rates tell, since its arrivals come in clumps: "
+            "the budget is made for the trace, but the rates that the devices sustain hold for "
+            "arrivals without clumps"
         )
     if budget.demand.value > sum(system.free):
         notes.append(

@@ -143,6 +143,7 @@ def _new(columns: int, width: float) -> Figure:
 
     # the same plan gives the same file
     matplotlib.rcParams["svg.hashsalt"] = "crosspool"
+    matplotlib.rcParams["svg.fonttype"] = "none"
     figure, _ = pyplot.subplots(1, columns, figsize=(width * columns, 4.2))
     return figure
 

@@ -71,6 +71,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """KV memory on the KV pool's devices."""
     exceeds: float
     """Part of the time in which the demand exceeds ``kv_bytes``: requests wait."""
+    sampled: QuantileEstimate
+    """Demand in bytes by Monte Carlo. The budget is for the larger of this and the next."""
     replayed: QuantileEstimate | None
     """The quantile over the trace's own time, exactly; None: no times of arrival."""
     models: tuple[ModelPlan, ...]

@@ -74,9 +74,10 @@ def _pools(plan: Plan) -> Table:
 
 
 def _budget(plan: Plan) -> Text:
-    demand, budget = plan.budget.demand, plan.budget
+    demand, budget = plan.sampled, plan.budget
     name = f"P{100 * plan.quantile:g}"
     tokens = {"active": "tokens held", "promised": "tokens promised at admission"}[plan.charge]
+    chosen = "" if plan.replayed is None else ", for the larger of the two"
     lines = [
         f"KV demand at a random time ({tokens}; {plan.arrivals}; {number(plan.rate)} requests/s):",
         f"  {name} {precise(demand.value)}, between {precise(demand.low)} and "
@@ -88,7 +89,7 @@ def _budget(plan: Plan) -> Text:
             f"  {name} of the trace's time, replayed exactly: {precise(plan.replayed.value)}"
         )
     lines.append(
-        f"Page budget: {precise(budget.pool_bytes)} on {budget.ranks} KV pool device(s), "
+        f"Page budget{chosen}: {precise(budget.pool_bytes)} on {budget.ranks} KV pool device(s), "
         f"{budget.rank_chunks:,} chunks of {format_size(budget.chunk_bytes)} each; "
         f"{format_size(plan.kv_bytes)} are there, exceeded {share(plan.exceeds)} of the time"
     )
