@@ -55,9 +55,9 @@ FLAGS = (
     *STREAM_FLAGS,
 )
 PROMPT = (256, 512)
-OUTPUT = (64, 320)
+OUTPUT = (128, 448)
 """Shortest and longest, uniform in between; tokens."""
-MAX_TOKENS = 384
+MAX_TOKENS = 512
 _VOCAB = 2048
 _AT_ONCE = 10
 """More requests than the pool holds."""
@@ -69,9 +69,9 @@ class Plan:
 
     loads: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     rounds: int = 2
-    seconds: float = 10.0
+    seconds: float = 12.0
     """Length of one load in one round."""
-    saturating: int = 32
+    saturating: int = 28
     """Requests that measure the pool's capacity."""
 
 

@@ -45,7 +45,7 @@ from benchmark import plots
 from benchmark.client import STREAM_FLAGS, Answer, Replay, replay
 from benchmark.pool_sampler import PoolSampler
 from benchmark.records import IMAGES, Recorder
-from benchmark.server import TINY_MODELS, Server
+from benchmark.server import TINY_MODELS, Server, one_device
 from benchmark.summary import quantile
 from benchmark.usage import Usage, total
 from benchmark.workload import Request, random_prompt
@@ -65,7 +65,7 @@ FLAGS = (
     *("--dtype", "float32", "--context-length", str(CONTEXT), "--page-size", str(PAGE_SIZE)),
     *("--kv-pool-bytes", "256MiB", "--chunk-bytes", str(CHUNK_BYTES)),
     # cached prefixes fill what is free, and are no demand; prompts here share none
-    *("--disable-radix-cache", *STREAM_FLAGS),
+    *("--disable-radix-cache", *one_device(), *STREAM_FLAGS),
 )
 COLUMNS: dict[Charge, str] = {"active": "mapped_bytes", "promised": "promised_bytes"}
 _VOCAB = 2048
