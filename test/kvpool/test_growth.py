@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from crosspool.kvpool.allocator import PageAllocator
 from crosspool.kvpool.bounds import Bounds
-from crosspool.kvpool.growth import Claim, _cost, safe
+from crosspool.kvpool.growth import Claim, most_chunks, safe, touched
 from crosspool.kvpool.layout import KVLayout
 from test_allocator import model
 
@@ -42,7 +42,7 @@ def test_no_number_of_pages_costs_more_than_the_bound_however_scattered(page_byt
         count = random.randint(1, free)
         before = allocator.promised_chunks(0)
         allocator.take(0, count)
-        cost, bound = allocator.promised_chunks(0) - before, _cost(one, count, budget)
+        cost, bound = allocator.promised_chunks(0) - before, most_chunks(one, count, budget)
         assert cost <= bound
         closest = min(closest, bound - cost)
     assert closest == 0, "a bound that is never reached tests nothing"
@@ -55,10 +55,10 @@ def brute_force(bounds, layouts, claims):
         for place, claim in enumerate(order):
             left = order[place:]
             promised = [
-                len(chunks_of(one, [p for c in left if c.model == index for p in c.pages]))
+                len({int(chunk) for c in left if c.model == index for chunk in c.chunks})
                 for index, one in enumerate(layouts)
             ]
-            cost = _cost(layouts[claim.model], claim.need, bounds.budget)
+            cost = most_chunks(layouts[claim.model], claim.need, bounds.budget)
             promised[claim.model] += cost
             if cost and not (
                 all(p <= c for p, c in zip(promised, bounds.ceilings, strict=True))
@@ -72,21 +72,36 @@ def brute_force(bounds, layouts, claims):
 
 
 def random_state(random):
+    """Bounds, layouts, and (model, pages, need) of requests that hold what the bounds allow."""
     layouts = [layout(random.choice((24, 40, 104, 200))) for _ in range(2)]
     budget = random.randint(12, 24)
     floors = random.choice(((0, 0), (3, 0), (2, 4)))
     ceilings = random.choice(((budget, budget), (8, budget)))
     bounds = Bounds(budget, floors, ceilings)
     allocator = PageAllocator(budget, layouts, bounds)
-    claims = []
+    held = []
     for _ in range(random.randint(1, 5)):
         index, count = random.randrange(2), random.randint(1, 8)
-        shared = [p for c in claims if c.model == index for p in c.pages[:2]][:2]
+        shared = [p for model, pages, _ in held if model == index for p in pages[:2]][:2]
         shared = shared if random.random() < 0.3 else []
-        if allocator.fits(index, count) and not allocator.shortage(index, count):
+        if not allocator.shortage(index, count):
             pages = shared + allocator.take(index, count)
-            claims.append(Claim(index, pages, random.choice((0, *range(1, 30)))))
-    return bounds, layouts, claims
+            held.append((index, pages, random.choice((0, *range(1, 30)))))
+    return bounds, layouts, held
+
+
+def claims_of(layouts, held):
+    return [
+        Claim(model, touched(layouts[model], pages), need) for model, pages, need in held if pages
+    ]
+
+
+def test_touched_chunks_are_those_of_every_byte():
+    random = Random(0)
+    for page_bytes in (8, 24, 40, 64, 72, 96, 104, 200, 320):
+        one = layout(page_bytes)
+        pages = random.sample(range(50), 9)
+        assert touched(one, pages).tolist() == sorted(chunks_of(one, pages))
 
 
 def test_safe_finds_an_order_only_where_there_is_one():
@@ -94,7 +109,10 @@ def test_safe_finds_an_order_only_where_there_is_one():
     found = {True: 0, False: 0}
     missed = 0
     for _ in range(1500):
-        bounds, layouts, claims = random_state(random)
+        bounds, layouts, held = random_state(random)
+        if not held:
+            continue
+        claims = claims_of(layouts, held)
         answer = safe(bounds, layouts, claims)
         possible = brute_force(bounds, layouts, claims)
         assert not answer or possible
@@ -109,28 +127,29 @@ def test_a_safe_state_stays_safe_when_a_request_ends_and_when_the_first_has_all_
     random = Random(2)
     seen = 0
     while seen < 300:
-        bounds, layouts, claims = random_state(random)
-        if not safe(bounds, layouts, claims):
+        bounds, layouts, held = random_state(random)
+        if not held or not safe(bounds, layouts, claims_of(layouts, held)):
             continue
         seen += 1
-        for i in range(len(claims)):
-            assert safe(bounds, layouts, claims[:i] + claims[i + 1 :])
-        needy = [c for c in claims if c.need]
+        for i in range(len(held)):
+            others = held[:i] + held[i + 1 :]
+            assert not others or safe(bounds, layouts, claims_of(layouts, others))
+        needy = [h for h in held if h[2]]
         if not needy:
             continue
-        first = min(needy, key=lambda c: _cost(layouts[c.model], c.need, bounds.budget))
-        held = {p for c in claims if c.model == first.model for p in c.pages}
-        more = greedy(layouts[first.model], held, first.need, bounds.budget)
-        after = [c for c in claims if c is not first]
-        granted = Claim(first.model, [*first.pages, *more], 0)
-        assert safe(bounds, layouts, [*after, granted])
+        first = min(needy, key=lambda h: most_chunks(layouts[h[0]], h[2], bounds.budget))
+        model_index, pages, need = first
+        taken = {p for model, pages, _ in held if model == model_index for p in pages}
+        more = greedy(layouts[model_index], taken, need, bounds.budget)
+        after = [h for h in held if h is not first] + [(model_index, pages + more, 0)]
+        assert safe(bounds, layouts, claims_of(layouts, after))
 
 
 def greedy(one, held, count, budget):
     """Pages as the allocator chooses them: free of charge first, each group ascending."""
-    touched = chunks_of(one, held)
+    paid = chunks_of(one, held)
     free = [p for p in range(one.pages_in(budget)) if p not in held]
-    free.sort(key=lambda p: not set(one.chunks_of_pages(p)) <= touched)
+    free.sort(key=lambda p: not set(one.chunks_of_pages(p)) <= paid)
     assert len(free) >= count
     return free[:count]
 
@@ -139,9 +158,12 @@ def test_two_that_could_wait_for_each_other_are_not_both_let_in():
     """The textbook's deadlock: each holds half and needs the other half."""
     one = layout(96)
     bounds = Bounds.without_floors(10, 1)
-    first = Claim(0, [0, 1, 2, 3, 4], 5)
-    assert safe(bounds, [one], [first])
-    assert not safe(bounds, [one], [first, Claim(0, [5, 6, 7, 8, 9], 5)])
-    assert safe(bounds, [one], [first, Claim(0, [5], 4)])
-    assert safe(bounds, [one], [Claim(0, [0, 1, 2, 3, 4], 4), Claim(0, [5], 9)])
-    assert not safe(bounds, [one], [first, Claim(0, [5], 5)])
+
+    def is_safe(*held):
+        return safe(bounds, [one], claims_of([one], [(0, [*pages], need) for pages, need in held]))
+
+    assert is_safe((range(5), 5))
+    assert not is_safe((range(5), 5), (range(5, 10), 5))
+    assert is_safe((range(5), 5), ([5], 4))
+    assert is_safe((range(5), 4), ([5], 9))
+    assert not is_safe((range(5), 5), ([5], 5))

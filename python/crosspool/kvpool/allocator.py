@@ -253,6 +253,9 @@ class PageAllocator:
         """Chunks that the model's promised pages touch, mapped or not."""
         return self._models[model].promised.chunks
 
+    def cached_pages(self, model: int) -> int:
+        return self._models[model].taken.size - self._models[model].promised.size
+
     def cached_chunks(self, model: int) -> int:
         """Chunks that only cached pages of the model touch: what giving them up would free."""
         return self._models[model].taken.chunks - self._models[model].promised.chunks

@@ -39,9 +39,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
+
+_Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -49,25 +52,38 @@ class Claim:
     """A request that holds pages, shared ones included, and may need ``need`` more."""
 
     model: int
-    pages: Sequence[int]
+    chunks: _Ints
+    """What its pages touch: see :func:`touched`."""
     need: int
 
 
+def touched(layout: KVLayout, pages: Sequence[int]) -> _Ints:
+    """Chunks that ``pages`` touch, int64, ascending, each once."""
+    numbers = np.asarray(pages, dtype=np.int64)
+    first = numbers * layout.page_bytes // layout.chunk_bytes
+    last = ((numbers + 1) * layout.page_bytes - 1) // layout.chunk_bytes
+    steps = np.arange(layout.page_bytes // layout.chunk_bytes + 2)
+    return np.unique(np.minimum(first[:, None] + steps, last[:, None]))
+
+
 def safe(bounds: Bounds, layouts: Sequence[KVLayout], claims: Sequence[Claim]) -> bool:
-    """Whether all claims can be met one after another, as the module's text has it."""
-    cost = [_cost(layouts[claim.model], claim.need, bounds.budget) for claim in claims]
-    order = sorted(range(len(claims)), key=cost.__getitem__)
-    held = _held(bounds, layouts, [claims[i] for i in order])
-    for place, i in enumerate(order):
-        if cost[i]:
-            promised = held[place].tolist()
-            promised[claims[i].model] += cost[i]
-            if not bounds.allow(promised):
-                return False
-    return True
+    """Whether all claims (at least one) can be met one after another, as the module's text has it;
+    what is held now is within the bounds."""
+    cost = np.array([most_chunks(layouts[c.model], c.need, bounds.budget) for c in claims])
+    order = np.argsort(cost, kind="stable")
+    claims, cost = [claims[i] for i in order], cost[order]
+    models = np.array([claim.model for claim in claims])
+    floors, ceilings = np.array(bounds.floors), np.array(bounds.ceilings)
+    held = _held(claims, len(layouts))
+    before = held[np.arange(len(claims)), models]
+    after = before + cost
+    floor = floors[models]
+    total = np.maximum(held, floors).sum(axis=1) - np.maximum(before, floor)
+    meets = (after <= ceilings[models]) & (total + np.maximum(after, floor) <= bounds.budget)
+    return bool(np.all(meets | (cost == 0)))
 
 
-def _cost(layout: KVLayout, pages: int, budget: int) -> int:
+def most_chunks(layout: KVLayout, pages: int, budget: int) -> int:
     """Most chunks that so many more pages can cost."""
     if pages == 0:
         return 0
@@ -75,22 +91,18 @@ def _cost(layout: KVLayout, pages: int, budget: int) -> int:
     return -(-(pages * layout.page_bytes + tail) // layout.chunk_bytes)
 
 
-def _held(
-    bounds: Bounds, layouts: Sequence[KVLayout], claims: Sequence[Claim]
-) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+def _held(claims: Sequence[Claim], models: int) -> _Ints:
     """int64 [claims, models]: chunks that the claims from each one on touch."""
-    held = np.zeros((len(claims), len(layouts)), dtype=np.int64)
-    last: dict[int, np.ndarray[tuple[int], np.dtype[np.int64]]] = {}
+    held = np.zeros((len(claims), models), dtype=np.int64)
+    of_model: dict[int, list[int]] = {}
     for place, claim in enumerate(claims):
-        layout = layouts[claim.model]
-        if claim.model not in last:
-            last[claim.model] = np.full(bounds.budget, -1, dtype=np.int64)
-        pages = np.asarray(claim.pages, dtype=np.int64)
-        first_chunk = pages * layout.page_bytes // layout.chunk_bytes
-        last_chunk = ((pages + 1) * layout.page_bytes - 1) // layout.chunk_bytes
-        for step in range(layout.page_bytes // layout.chunk_bytes + 2):
-            last[claim.model][np.minimum(first_chunk + step, last_chunk)] = place
-    for model, places in last.items():
-        ends = np.bincount(places[places >= 0], minlength=len(claims))
+        of_model.setdefault(claim.model, []).append(place)
+    for model, places in of_model.items():
+        chunks = [claims[place].chunks for place in places]
+        # per chunk the last claim in the order that touches it
+        last = np.full(max(int(c[-1]) for c in chunks) + 1, -1, dtype=np.int64)
+        for place, touches in zip(places, chunks, strict=True):
+            last[touches] = place
+        ends = np.bincount(last[last >= 0], minlength=len(claims))
         held[:, model] = np.cumsum(ends[::-1])[::-1]
     return held

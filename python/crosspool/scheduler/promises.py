@@ -10,7 +10,7 @@ from collections import defaultdict
 
 from crosspool.kvpool.allocator import Guard, PageAllocator
 from crosspool.kvpool.bounds import Bounds
-from crosspool.kvpool.growth import Claim, safe
+from crosspool.kvpool.growth import Claim, safe, touched
 from crosspool.kvpool.layout import KVLayout
 from crosspool.scheduler.prefix_cache import Entry, PrefixCache
 from crosspool.scheduler.sequence import Sequence
@@ -36,8 +36,8 @@ class Promises:
         self._layouts = layouts
         self._growth_tokens = growth_tokens
         self._cache = PrefixCache() if prefix_cache else None
-        self._holders: dict[int, Sequence] = {}
-        """Requests that hold pages, by number."""
+        self._claims: dict[int, Claim] = {}
+        """With the growth policy, of every request that holds pages, by number."""
         self._unmap: dict[int, list[int]] = defaultdict(list)
 
     @property
@@ -80,7 +80,6 @@ class Promises:
         seq.path = path
         seq.cached = seq.computed = len(path) * self._layouts[seq.model].page_size
         self._grant(seq, shared, count)
-        self._holders[seq.number] = seq
         return True
 
     def extend(self, seq: Sequence) -> bool:
@@ -107,27 +106,30 @@ class Promises:
         return next((n for n in counts if self.allocator.fits(seq.model, n, guard)), None)
 
     def _grant(self, seq: Sequence, pages: list[int], count: int) -> None:
-        guard = self._guard(seq, pages)
+        # where the model has cached pages, others may be had than :meth:`_grantable` looked at
+        cached = self.allocator.cached_pages(seq.model)
+        guard = self._guard(seq, pages) if cached else None
         while short := self.allocator.shortage(seq.model, count, guard):
             self._evict(short)
         seq.pages = pages + self.allocator.take(seq.model, count)
+        if self._growth_tokens is not None:
+            layout = self._layouts[seq.model]
+            need = layout.pages_for(seq.limit) - len(seq.pages)
+            self._claims[seq.number] = Claim(seq.model, touched(layout, seq.pages), need)
 
     def _guard(self, seq: Sequence, pages: list[int]) -> Guard | None:
         """Says whether a state is safe in which ``seq`` has further pages."""
         if self._growth_tokens is None:
             return None
-        others = [
-            self._claim(other, other.pages) for other in self._holders.values() if other != seq
-        ]
+        layout = self._layouts[seq.model]
+        need = layout.pages_for(seq.limit) - len(pages)
+        others = [claim for number, claim in self._claims.items() if number != seq.number]
 
         def is_safe(more: list[int]) -> bool:
-            return safe(self._bounds, self._layouts, [*others, self._claim(seq, pages + more)])
+            claim = Claim(seq.model, touched(layout, pages + more), need - len(more))
+            return safe(self._bounds, self._layouts, [*others, claim])
 
         return is_safe
-
-    def _claim(self, seq: Sequence, pages: list[int]) -> Claim:
-        need = 0 if seq.over else self._layouts[seq.model].pages_for(seq.limit) - len(pages)
-        return Claim(seq.model, pages, need)
 
     # --- taking back
 
@@ -148,7 +150,7 @@ class Promises:
     def take_back(self, seq: Sequence) -> None:
         """``seq`` has ended: those of its pages that hold computed tokens are cached, the others
         free."""
-        del self._holders[seq.number]
+        self._claims.pop(seq.number, None)
         spare = seq.pages
         if self._cache is not None:
             full = seq.computed // self._layouts[seq.model].page_size
