@@ -5,6 +5,7 @@ MODEL = {
     "name": 'odd "name"\\',
     "waiting": 3,
     "running": 2,
+    "paused": 1,
     "mapped_bytes": 4 << 20,
     "promised_bytes": 6 << 20,
     "cached_bytes": 5 << 20,
@@ -14,6 +15,7 @@ MODEL = {
     "cached_tokens": 60,
     "prefix_hits": 4,
     "evicted_pages": 11,
+    "pauses": 8,
     "output_tokens": 40,
     "steps": 30,
     "decode_rows": 38,
@@ -63,6 +65,8 @@ def test_every_number_arrives_under_its_labels() -> None:
     assert found["crosspool_cached_tokens_total", model] == 60
     assert found["crosspool_prefix_hits_total", model] == 4
     assert found["crosspool_evicted_pages_total", model] == 11
+    assert found["crosspool_requests_paused", model] == 1
+    assert found["crosspool_pauses_total", model] == 8
     assert found["crosspool_requests_total", model] == 9
     assert found["crosspool_decode_rows_total", model] == 38
     assert found["crosspool_requests_finished_total", model, "reason=length"] == 2
