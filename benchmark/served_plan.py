@@ -114,17 +114,19 @@ def requests_of(trace: Trace, seed: int) -> list[Request]:
 
 
 def fitted_speed(answers: Sequence[Answer]) -> DecodeSpeed:
-    """The speed at which ``answers`` came: TTFT as a constant and a rate of prompt tokens (least
-    squares), and the mean time per further token."""
+    """The speed at which ``answers`` came: TTFT as a constant of at least 0 and a rate of prompt
+    tokens (least squares), and the mean time per further token."""
     prompt = np.array([len(a.request.prompt) for a in answers], dtype=np.float64)
     ttft = np.array([a.ttft for a in answers])
     seconds_per_token, constant = np.polyfit(prompt, ttft, 1)
+    if constant < 0:
+        seconds_per_token, constant = prompt @ ttft / (prompt @ prompt), 0.0
     decode = sum(a.pieces[-1][0] - a.pieces[0][0] for a in answers)
     tokens = sum(len(a.tokens) - 1 for a in answers)
     return DecodeSpeed(
         tbt_s=decode / tokens,
-        prefill_tokens_per_s=1 / max(seconds_per_token, 1e-9),
-        ttft_s=max(constant, 0.0),
+        prefill_tokens_per_s=1 / max(float(seconds_per_token), 1e-9),
+        ttft_s=float(constant),
     )
 
 

@@ -43,6 +43,21 @@ def test_the_speed_of_answers_is_found_again() -> None:
     assert speed.ttft_s == pytest.approx(SPEED.ttft_s)
 
 
+def test_a_speed_has_no_negative_constant() -> None:
+    """TTFT that grows faster than the prompt: the best line would begin below zero."""
+    steep = [served(TINY_MODELS[0], float(i), 100 * i, 5) for i in range(1, 9)]
+    for answer in steep:
+        late = (len(answer.request.prompt) / 400) ** 2
+        answer.pieces = [(when + late, tokens) for when, tokens in answer.pieces]
+    speed = served_plan.fitted_speed(steep)
+    assert speed.ttft_s == 0.0
+    modelled = [len(a.request.prompt) / speed.prefill_tokens_per_s for a in steep]
+    # least squares through the origin: what is left over is orthogonal to the prompts
+    left = np.array([a.ttft for a in steep]) - modelled
+    prompts = np.array([len(a.request.prompt) for a in steep])
+    assert left @ prompts == pytest.approx(0.0, abs=1e-6)
+
+
 def test_requests_are_the_trace_s() -> None:
     trace = served_plan.make_trace(60.0, seed=4)
     load = served_plan.requests_of(trace, seed=5)
