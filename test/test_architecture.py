@@ -40,6 +40,8 @@ LIGHT = (
     "scheduler/",
     "models/",
     "kvpool/allocator",
+    "kvpool/bounds",
+    "kvpool/growth",
     "kvpool/layout",
     "kvpool/planner/",
     "weightpool/groups",
