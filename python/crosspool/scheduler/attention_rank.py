@@ -23,6 +23,12 @@ class Flight:
     sequences: list[Sequence]
     rows: list[Row]
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether it takes prompt tokens."""
+        pairs = zip(self.sequences, self.rows, strict=True)
+        return any(row.start < seq.prompt_len for seq, row in pairs)
+
 
 class AttentionRank:
     def __init__(self, index: int, promises: Promises, layouts: list[KVLayout]) -> None:
@@ -36,6 +42,8 @@ class AttentionRank:
         """Steps in flight by model: one each."""
         self.last_step = [-1] * len(layouts)
         """Per model the number of its latest step."""
+        self.last_prompt_step = [-1] * len(layouts)
+        """Per model the number of its latest step that took prompt tokens."""
         self.version = 0
         """Changes whenever somebody may be promised pages to whom they were refused before."""
         self._layouts = layouts
@@ -97,7 +105,9 @@ class AttentionRank:
             sequences.append(seq)
         number = next(self._step_numbers)
         self.last_step[model] = number
-        self.flights[model] = Flight(number, model, now, sequences, rows)
+        flight = self.flights[model] = Flight(number, model, now, sequences, rows)
+        if flight.reads_prompt:
+            self.last_prompt_step[model] = number
         return Step(step=number, model=model, map_chunks=map_chunks, opens=opens, rows=rows)
 
     def land(self, result: StepResult) -> Flight:

@@ -13,12 +13,37 @@ def next_model(rank: AttentionRank, lanes: int) -> int | None:
     there is none, or when ``lanes`` steps are at work and one more waits behind them."""
     if len(rank.flights) > lanes:
         return None
+    reader = prompt_reader(rank)
     ready = [
         model
         for model, running in enumerate(rank.running)
-        if len(running) > len(rank.paused[model]) and model not in rank.flights
+        if model not in rank.flights
+        and any(
+            seq.number not in rank.paused[model] and (seq.decoding or reader in (None, model))
+            for seq in running.values()
+        )
     ]
     return min(ready, key=lambda model: rank.last_step[model], default=None)
+
+
+NOBODY = -1
+
+
+def prompt_reader(rank: AttentionRank) -> int | None:
+    """The one model whose next step may take prompt tokens, or NOBODY; None: every model's.
+
+    While a request answers here, prompts are read by one step at a time, models with prompts in
+    turn: so a token waits for at most one prompt chunk of other models, however many come in."""
+    if not any(seq.answering for running in rank.running for seq in running.values()):
+        return None
+    if any(flight.reads_prompt for flight in rank.flights.values()):
+        return NOBODY
+    reading = (
+        model
+        for model, running in enumerate(rank.running)
+        if any(not seq.decoding for seq in running.values())
+    )
+    return min(reading, key=lambda model: rank.last_prompt_step[model], default=NOBODY)
 
 
 def form_batch(

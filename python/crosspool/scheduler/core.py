@@ -20,7 +20,7 @@ from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.admission import Admission
 from crosspool.scheduler.attention_rank import AttentionRank
-from crosspool.scheduler.batching import form_batch, next_model
+from crosspool.scheduler.batching import form_batch, next_model, prompt_reader
 from crosspool.scheduler.counters import ModelCounters
 from crosspool.scheduler.promises import Promises
 from crosspool.scheduler.protocols import GrammarBackend, TextDecoder
@@ -202,7 +202,9 @@ class SchedulerCore:
         for rank in self._ranks:
             while (model := next_model(rank, self._deployment.lanes)) is not None:
                 running, paused = rank.running[model].values(), rank.paused[model]
-                batch = form_batch(running, paused, self._deployment.chunked_prefill_size)
+                reads = prompt_reader(rank) in (None, model)
+                prompt_tokens = self._deployment.chunked_prefill_size if reads else 0
+                batch = form_batch(running, paused, prompt_tokens)
                 self._messages.append((rank.index, rank.launch(model, batch, now)))
                 self._counters[model].step(rank.flights[model])
 

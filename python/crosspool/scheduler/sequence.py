@@ -67,6 +67,11 @@ class Sequence:
     def decoding(self) -> bool:
         return self.computed >= self.prompt_len
 
+    @property
+    def answering(self) -> bool:
+        """Whether it has sampled a token."""
+        return len(self.tokens) > self.prompt_len
+
     # --- pages
 
     @property
