@@ -1,6 +1,6 @@
 """The contended regime, served: what happens as the offered load passes what the KV pool holds.
 
-    python -m benchmark.contended [--quick]
+    python -m benchmark.contended [--quick] [--chunk-tokens N]
 
 Three bundled models share a pool that is too small for them: a handful of requests fills it. The
 load is counted in promised KV bytes per second, a request's being the pages for its prompt and for
@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,14 @@ POOL_BYTES = 12 << 20
 PAGE_SIZE = 16
 QUEUE_TIMEOUT = 4.0
 CHUNK_TOKENS = 64
-"""Prompt tokens of one step: what a request that comes in can add to the others' gaps."""
+"""Prompt tokens of one step unless asked for otherwise: what a request that comes in can add to the
+others' gaps."""
 GROWTH_TOKENS = 64
 """What the growth policy promises at a time."""
 FLAGS = (
     *("--dtype", "float32", "--context-length", "1024", "--page-size", str(PAGE_SIZE)),
     *("--kv-pool-bytes", str(POOL_BYTES), "--queue-timeout", f"{QUEUE_TIMEOUT:g}"),
-    *("--chunked-prefill-size", str(CHUNK_TOKENS), "--growth-tokens", str(GROWTH_TOKENS)),
+    *("--growth-tokens", str(GROWTH_TOKENS)),
     *one_device(),
     *STREAM_FLAGS,
 )
@@ -73,6 +74,7 @@ class Plan:
     """Length of one load in one round."""
     saturating: int = 28
     """Requests that measure the pool's capacity."""
+    chunk_tokens: int = CHUNK_TOKENS
 
 
 QUICK = Plan(loads=(0.5, 2.0), rounds=1, seconds=6.0, saturating=30)
@@ -154,8 +156,9 @@ def run(plan: Plan, promises: Sequence[str], console: Console) -> tuple[list[Pha
     turns = plan.rounds * len(plan.loads) * len(promises)
     with Progress(console=console, refresh_per_second=2) as progress, ExitStack() as stack:
         task = progress.add_task("starting", total=turns + 1)
+        flags = [*FLAGS, "--chunked-prefill-size", str(plan.chunk_tokens)]
         servers = {
-            promise: stack.enter_context(Server([*FLAGS, "--promise", promise]))
+            promise: stack.enter_context(Server([*flags, "--promise", promise]))
             for promise in promises
         }
         status = next(iter(servers.values())).status()
@@ -277,14 +280,20 @@ def ratio(phases: Sequence[Phase], promise: str) -> Ratio:
     return Ratio(between(own), [between([p for p in own if p.round == n]) for n in rounds])
 
 
+def name(plan: Plan) -> str:
+    """Of the record and the plot."""
+    plain = plan.chunk_tokens == CHUNK_TOKENS
+    return "contended" if plain else f"contended_chunk_{plan.chunk_tokens}"
+
+
 def record(
     phases: Sequence[Phase], rows: Sequence[Row], ratios: dict[str, Ratio], plan: Plan, full: float
 ) -> Recorder:
-    recorder = Recorder("contended")
+    recorder = Recorder(name(plan))
     constant = {
         "capacity_bytes_per_s": round(full),
         "kv_pool_bytes": POOL_BYTES,
-        "chunked_prefill_size": CHUNK_TOKENS,
+        "chunked_prefill_size": plan.chunk_tokens,
         "growth_tokens": GROWTH_TOKENS,
         "prompt": PROMPT,
         "output": OUTPUT,
@@ -398,8 +407,11 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.contended", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="seconds, nothing recorded")
     parser.add_argument("--promise", choices=PROMISES, nargs="+", default=PROMISES)
+    parser.add_argument(
+        "--chunk-tokens", type=int, default=CHUNK_TOKENS, help="the servers' chunked prefill size"
+    )
     given = parser.parse_args(words)
-    plan = QUICK if given.quick else Plan()
+    plan = replace(QUICK if given.quick else Plan(), chunk_tokens=given.chunk_tokens)
     console = Console(width=max(Console().width, 140))
     began = time.monotonic()
     phases, full = run(plan, given.promise, console)
@@ -411,7 +423,7 @@ def main(words: Sequence[str] | None = None) -> int:
     ratios = {promise: ratio(phases, promise) for promise in given.promise}
     if not given.quick:
         console.print(f"rows: {record(phases, rows, ratios, plan, full).write()}")
-        plot(rows, IMAGES / "contended.svg")
+        plot(rows, IMAGES / f"{name(plan)}.svg")
     console.print(table(rows))
     console.print(
         f"capacity {full / 2**20:.1f} MiB of promised KV per second, load average "
