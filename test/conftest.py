@@ -9,7 +9,7 @@ import torch
 from crosspool.frontend import compat
 
 _ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(_ROOT / "scripts"), str(_ROOT / "test")]
+sys.path[:0] = [str(_ROOT / "scripts"), str(_ROOT / "test"), str(_ROOT)]
 
 compat.install()
 torch.set_num_threads(1)

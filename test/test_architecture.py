@@ -10,10 +10,20 @@ import crosspool
 PACKAGE = Path(crosspool.__file__).parent
 LEAVES = {"config", "transport", "observability"}
 ABOVE = {
-    "cli": {"frontend", "scheduler", "kvpool", "weightpool", "ranks", "models", "kernels"},
+    "cli": {
+        "frontend",
+        "scheduler",
+        "planning",
+        "kvpool",
+        "weightpool",
+        "ranks",
+        "models",
+        "kernels",
+    },
     "frontend": {"scheduler", "kvpool", "weightpool", "ranks", "models", "kernels"},
     "scheduler": {"kvpool", "weightpool", "models"},
     "ranks": {"kvpool", "weightpool", "models", "kernels"},
+    "planning": {"kvpool", "weightpool", "models"},
     "kvpool": {"models", "kernels"},
     "weightpool": {"models", "kernels"},
     "models": set(),
@@ -30,8 +40,12 @@ LIGHT = (
     "scheduler/",
     "models/",
     "kvpool/allocator",
+    "kvpool/bounds",
+    "kvpool/growth",
     "kvpool/layout",
     "kvpool/planner/",
+    "weightpool/groups",
+    "planning/",
 )
 
 

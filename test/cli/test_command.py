@@ -40,7 +40,7 @@ def test_mistakes_end_with_status_2(tmp_path: Path, words: list[str], told: str)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["serve", "demo", "pools", "trace"])
+@pytest.mark.parametrize("command", ["serve", "plan", "demo", "pools", "trace"])
 def test_help_shows_an_example(tmp_path: Path, command: str) -> None:
     done = call("crosspool.cli.main", command, "--help", folder=tmp_path)
     assert done.returncode == 0
@@ -50,7 +50,7 @@ def test_help_shows_an_example(tmp_path: Path, command: str) -> None:
 def test_no_command_prints_the_help(tmp_path: Path) -> None:
     done = call("crosspool.cli.main", folder=tmp_path)
     assert done.returncode == 0
-    assert all(command in done.stdout for command in ("serve", "demo", "pools", "trace"))
+    assert all(command in done.stdout for command in ("serve", "plan", "demo", "pools", "trace"))
 
 
 @pytest.mark.parametrize("length", [1, 1_000_000])

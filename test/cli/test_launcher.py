@@ -1,7 +1,7 @@
 import os
 import sys
 
-from crosspool.cli.launcher import process_stages
+from crosspool.cli.launcher import device_processes, fork_server, front_end
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
 
@@ -20,32 +20,27 @@ def deployment(kv: str, weights: str) -> Deployment:
 
 
 def test_one_device_process_for_a_device_of_both_pools() -> None:
-    stages = process_stages(deployment("cpu", "cpu"), None)
-    assert [[spec.name for spec in stage] for stage in stages] == [
-        ["http"],
-        ["scheduler"],
-        ["detokenizer"],
-        ["device process cpu"],
-    ]
-    for stage in stages:
-        for spec in stage:
-            assert spec.argv[:2] == [sys.executable, "-m"]
-            assert spec.argv[3:5] == ["--deployment", "/run/somewhere/deployment.json"]
-            assert spec.env["HF_HUB_OFFLINE"] == "1"
-            assert not spec.pass_fds
-    (http,), (scheduler,), (detokenizer,), (device,) = stages
-    assert {s.env["OMP_NUM_THREADS"] for s in (http, scheduler, detokenizer)} == {"1"}
+    both = deployment("cpu", "cpu")
+    front, (device,) = front_end(both), device_processes(both, None)
+    assert [spec.name for spec in front] == ["http", "scheduler", "detokenizer"]
+    assert device.name == "device process cpu"
+    for spec in (*front, fork_server(both), device):
+        assert spec.argv[:2] == [sys.executable, "-m"]
+        assert spec.argv[3:5] == ["--deployment", "/run/somewhere/deployment.json"]
+        assert spec.env["HF_HUB_OFFLINE"] == "1"
+        assert not spec.pass_fds
+    assert {spec.env["OMP_NUM_THREADS"] for spec in front} == {"1"}
+    assert {tuple(spec.env.items()) for spec in front} == {tuple(fork_server(both).env.items())}
     assert device.env["OMP_NUM_THREADS"] == str(len(CORES))
-    assert device.device == "cpu" and http.device is None
+    assert device.device == "cpu" and front[0].device is None
     assert "--lanes-fd" not in device.argv
 
 
 def test_device_processes_share_the_lanes() -> None:
     first = f"cpu:{CORES[0]}"
-    *front, devices = process_stages(deployment("cpu", first), 7)
+    devices = device_processes(deployment("cpu", first), 7)
     assert [spec.device for spec in devices] == ["cpu", first]
     for spec in devices:
         assert spec.argv[-4:] == ["--device", spec.device, "--lanes-fd", "7"]
         assert list(spec.pass_fds) == [7]
     assert devices[1].env["OMP_NUM_THREADS"] == "1"
-    assert not any(spec.pass_fds for stage in front for spec in stage)

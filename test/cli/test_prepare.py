@@ -163,6 +163,59 @@ def test_a_models_devices_must_be_the_weight_pools(tmp_path: Path, own: Any, pro
     assert f"models[1].weight_pool_devices: {problem}" in str(error.value)
 
 
+def bounded(path: str, *bounds: dict[str, Any], **more: Any) -> Draft:
+    """One model of ``path`` for each of ``bounds``."""
+    models = [{"path": path, "name": f"m{i}", **own} for i, own in enumerate(bounds)]
+    return to_draft({"models": models, "port": 0, **more}, "test")
+
+
+def test_floors_and_ceilings_are_read(tmp_path: Path) -> None:
+    path = model(tmp_path / "a", max_position_embeddings=1024)
+    models = prepare(
+        bounded(path, {"kv_floor_bytes": "4MiB", "kv_ceiling_bytes": 8 << 20}, {})
+    ).deployment.models
+    assert [(m.kv_floor_bytes, m.kv_ceiling_bytes) for m in models] == [
+        (4 << 20, 8 << 20),
+        (0, None),
+    ]
+
+
+# one request of 65536 tokens takes 16 MiB, on each KV device
+@pytest.mark.parametrize(
+    ("bounds", "problem"),
+    [
+        (
+            ({"kv_floor_bytes": "20MiB"}, {"kv_floor_bytes": "13MiB"}),
+            "kv_floor_bytes: the floors of all models come to 34.0 MiB in whole chunks, more than "
+            "the KV pool's 32.0 MiB",
+        ),
+        (
+            ({"kv_floor_bytes": "20MiB", "kv_ceiling_bytes": "18MiB"},),
+            "kv_ceiling_bytes of m0: 18874368 is below its kv_floor_bytes, 20971520",
+        ),
+        (
+            ({"kv_ceiling_bytes": "15MiB"},),
+            "kv_ceiling_bytes of m0: 15.0 MiB on 1 device(s) do not hold one request of 65536 "
+            "tokens, the context of m0: give --context-length 57344, or a ceiling of 16777216",
+        ),
+        (
+            ({}, {"kv_floor_bytes": "17MiB"}),
+            "kv_pool_bytes: 32.0 MiB on 1 device(s) beside the floors of other models, 18.0 MiB, "
+            "do not hold one request of 65536 tokens, the context of m0: give --context-length "
+            "57344, or --kv-pool-bytes 35651584",
+        ),
+        (({"kv_floor_bytes": "much"},), "m0: kv_floor_bytes: 'much' is no size"),
+    ],
+)
+def test_floors_and_ceilings_that_cannot_be_kept(
+    tmp_path: Path, bounds: tuple[dict[str, Any], ...], problem: str
+) -> None:
+    path = model(tmp_path / "a")
+    with pytest.raises(ConfigError) as error:
+        prepare(bounded(path, *bounds, kv_pool_bytes="32MiB"))
+    assert problem in str(error.value)
+
+
 def test_port_in_use_is_refused(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -177,6 +230,7 @@ def test_port_in_use_is_refused(tmp_path: Path) -> None:
     [
         ("lanes", 0, "lanes: 0 must be at least 1"),
         ("page_size", 0, "page_size: 0 must be at least 1"),
+        ("growth_tokens", 0, "growth_tokens: 0 must be at least 1"),
         ("port", 70000, "port: 70000 must be between"),
         ("kv_pool_bytes", "2 gigs", "kv_pool_bytes: '2 gigs' is no size"),
         ("weight_pool_bytes", "x", "weight_pool_bytes: 'x' is no size"),

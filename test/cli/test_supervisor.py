@@ -1,12 +1,15 @@
 """The supervisor over real stand-in processes, run in a process of its own as the launcher is."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -33,10 +36,28 @@ if "parent" in sys.argv:
 time.sleep(600)
 """
 
+FORK_SERVER = """
+import json, runpy, sys, time
+from functools import partial
+from crosspool.frontend.fork_server import fork_all
+def become(argv):
+    sys.argv = argv
+    try:
+        runpy.run_path(argv[0])
+    except SystemExit as end:
+        return end.code
+seconds, status, processes = json.loads(sys.argv[1])
+time.sleep(seconds)
+if status:
+    sys.exit(status)
+fork_all({name: partial(become, argv) for name, argv in processes.items()}, int(sys.argv[3]))
+"""
+
 LAUNCHER = """
-import sys
+import json, sys
 from pathlib import Path
-from crosspool.cli.supervisor import ProcessSpec, Supervisor
+from crosspool.cli.child import ProcessSpec
+from crosspool.cli.supervisor import Supervisor
 folder = Path(sys.argv[1])
 log = folder / "log"
 def spec(name, *words):
@@ -46,8 +67,16 @@ def note(word):
     with log.open("a") as file:
         file.write(word + "\\n")
 stages = [[spec(*name.split()) for name in stage.split(",")] for stage in sys.argv[2].split(";")]
+forked = [spec for stage in stages for spec in stage if "forked" in spec.argv]
+plan = [*json.loads(sys.argv[4]), {spec.name: spec.argv[1:] for spec in forked}]
+fork_server = ProcessSpec(
+    name="fork server",
+    argv=[sys.executable, str(folder / "fork_server.py"), json.dumps(plan)],
+)
 supervisor = Supervisor(
     stages,
+    fork_server=fork_server if forked else None,
+    forked=forked,
     is_ready=lambda: log.exists() and log.read_text().count("start") == sum(map(len, stages)),
     on_ready=lambda: note("ready"),
     on_loss=lambda loss: note(f"lost {loss.spec.device}: {loss.cause}"),
@@ -67,12 +96,20 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 class Run:
-    def __init__(self, folder: Path, stages: str, grace: float = 0.0) -> None:
+    def __init__(
+        self, folder: Path, stages: str, grace: float = 0.0, fork_server: tuple[float, int] = (0, 0)
+    ) -> None:
+        """``stages``: processes and their words, one stage after the other; ``fork_server``:
+        seconds that it sleeps first, and the exit status with which it then fails, if not 0."""
         (folder / "stand_in.py").write_text(textwrap.dedent(STAND_IN))
+        (folder / "fork_server.py").write_text(FORK_SERVER)
         (folder / "launcher.py").write_text(textwrap.dedent(LAUNCHER))
         self.log_file = folder / "log"
         self.process = subprocess.Popen(
-            [sys.executable, str(folder / "launcher.py"), str(folder), stages, str(grace)]
+            [
+                *[sys.executable, str(folder / "launcher.py"), str(folder), stages, str(grace)],
+                json.dumps(fork_server),
+            ]
         )
         self.seen: dict[int, psutil.Process] = {}
 
@@ -107,8 +144,8 @@ class Run:
 def run(tmp_path: Path):
     runs: list[Run] = []
 
-    def start(stages: str, grace: float = 0.0) -> Run:
-        runs.append(Run(tmp_path, stages, grace))
+    def start(stages: str, **more: Any) -> Run:
+        runs.append(Run(tmp_path, stages, **more))
         return runs[-1]
 
     yield start
@@ -206,3 +243,82 @@ def test_children_die_with_a_killed_launcher(run) -> None:
     os.kill(server.process.pid, signal.SIGKILL)
     assert server.end() == -signal.SIGKILL
     assert len(server.seen) == 2 and not server.orphans()
+
+
+FORKED = "http forked;scheduler forked;detokenizer forked;device"
+
+
+def test_forked_processes_are_children_like_others(run) -> None:
+    """Each leads a group of its own; the fork server is gone; they stop stage by stage."""
+    server = run(FORKED)
+    server.wait_for("ready")
+    launcher = psutil.Process(server.process.pid)
+    children = launcher.children()
+    assert len(children) == len(launcher.children(recursive=True)) == 4
+    assert {os.getpgid(child.pid) for child in children} == {child.pid for child in children}
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    ends = [line.split()[0] for line in server.log if line.endswith(" end")]
+    assert ends == ["http", "scheduler", "detokenizer", "device"]
+    assert not server.orphans()
+
+
+@pytest.mark.parametrize(("status", "expected"), [(1, 1), (0, 1), (2, 2)])
+def test_a_forked_process_that_is_lost_stops_the_others(run, status: int, expected: int) -> None:
+    server = run(f"http forked;scheduler forked dies {status};device")
+    server.wait_for("ready")
+    assert server.end() == expected
+    assert f"say scheduler exited with status {status}" in server.log
+    assert "http end" in server.log and "device end" in server.log
+    assert not server.orphans()
+
+
+def test_forked_processes_die_with_a_killed_launcher(run) -> None:
+    server = run(FORKED)
+    server.wait_for("ready")
+    os.kill(server.process.pid, signal.SIGKILL)
+    assert server.end() == -signal.SIGKILL
+    assert len(server.seen) >= 4 and not server.orphans()
+
+
+def test_a_fork_server_that_fails_is_a_loss(run) -> None:
+    server = run(FORKED, grace=600.0, fork_server=(0.3, 2))
+    assert server.end() == 2
+    assert "say fork server exited with status 2" in server.log
+    assert "device end" in server.log
+    assert not server.orphans()
+
+
+@pytest.mark.parametrize(("number", "expected"), [("SIGTERM", 0), ("SIGKILL", -signal.SIGKILL)])
+def test_the_fork_server_ends_with_the_launcher(run, number: str, expected: int) -> None:
+    server = run(FORKED, fork_server=(600.0, 0))
+    server.wait_for("device start")
+    deadline = time.monotonic() + 10
+    while len(server.seen) < 2 and time.monotonic() < deadline:
+        server.look()
+    assert len(server.seen) == 2
+    began = time.monotonic()
+    server.process.send_signal(signal.Signals[number])
+    assert server.end() == expected
+    assert time.monotonic() - began < 10
+    assert not server.orphans()
+
+
+def test_what_is_forked_leaves_when_it_is_not_adopted(tmp_path: Path) -> None:
+    """The launcher has closed its end: it stops, or it is gone."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    (tmp_path / "fork_server.py").write_text(FORK_SERVER)
+    plan = [0, 0, {"http": ["never read"]}]
+    argv = [sys.executable, str(tmp_path / "fork_server.py"), json.dumps(plan), "--launcher-fd"]
+    with theirs:
+        fd = theirs.fileno()
+        server = subprocess.Popen([*argv, str(fd)], pass_fds=[fd])
+    with ours:
+        ours.settimeout(30)
+        forked = psutil.Process(json.loads(ours.recv(4096))["http"])
+        assert server.wait(10) == 0
+        assert is_alive(forked)
+    deadline = time.monotonic() + 10
+    while is_alive(forked):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

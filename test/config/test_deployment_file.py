@@ -65,6 +65,10 @@ MODEL = "models: [{path: a}]\n"
         (MODEL + "sglang: {api_key: 5}", "sglang.api_key: expected str, got 5"),
         (MODEL + "sglang: {grammar_backend: x}", "grammar_backend: 'x' is not one of xgrammar"),
         (
+            "models: [{path: a, sglang: {json_model_override_args: '{}'}}]",
+            r"models\[0\].sglang.json_model_override_args: ranks read the model's own config.json",
+        ),
+        (
             "models: [{path: a, sglang: {api_key: x}}]",
             r"models\[0\].sglang.api_key is the whole server's",
         ),

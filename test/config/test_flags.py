@@ -47,12 +47,28 @@ def test_json_flags_arrive_parsed() -> None:
         parse([*TWO, flag, "{x"])
 
 
+def test_the_prefix_cache_is_switched_off_by_sglangs_flag() -> None:
+    assert parse(["--model-path", "a"]).prefix_cache
+    assert not parse(["--model-path", "a", "--disable-radix-cache"]).prefix_cache
+
+
+def test_flags_of_promises() -> None:
+    draft = parse(
+        [*TWO, "--kv-floor-bytes", "1MiB", "--promise", "growth", "--growth-tokens", "64"]
+    )
+    assert [m.kv_floor_bytes for m in draft.models] == ["1MiB"] * 2
+    assert [m.kv_ceiling_bytes for m in draft.models] == [None] * 2
+    assert (draft.promise, draft.growth_tokens) == ("growth", 64)
+    with pytest.raises(ConfigError, match="promise"):
+        parse([*TWO, "--promise", "nothing"])
+
+
 def test_flags_without_effect_are_taken_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    draft = parse(["--model-path", "a", "--mem-fraction-static", "0.8", "--disable-radix-cache"])
+    draft = parse(["--model-path", "a", "--mem-fraction-static", "0.8", "--max-total-tokens", "9"])
     assert draft == parse(["--model-path", "a"])
     said = capsys.readouterr().err
     assert "--mem-fraction-static has no effect" in said
-    assert "--disable-radix-cache has no effect" in said
+    assert "--max-total-tokens has no effect" in said
 
 
 @pytest.mark.parametrize(
@@ -63,6 +79,7 @@ def test_flags_without_effect_are_taken_with_a_warning(capsys: pytest.CaptureFix
         ([*TWO, *["--context-length", "5"] * 3], "--context-length is given 3 times for 2 models"),
         ([*TWO, "--tp-size", "2"], "--tp-size: parallelism follows"),
         ([*TWO, "--tp=2"], "--tp=2: parallelism follows"),
+        ([*TWO, "--json-model-override-args", "{}"], "--json-model-override-args: ranks read"),
         ([*TWO, "--nonsense"], "--nonsense: CrossPool has no such argument"),
         ([*TWO, "word"], "'word'"),
         ([*TWO, "--lanes", "two"], "--lanes: invalid int value: 'two'"),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import openai
 import pytest
 from support.server import TINY_MODELS, Server
 
@@ -28,19 +29,24 @@ def pool(server: Server) -> dict[str, Any]:
     return dict(device)
 
 
-def wait_empty(server: Server) -> dict[str, Any]:
+def wait_empty(server: Server) -> None:
+    """Nothing is promised soon, and nothing is mapped once the cached prefixes are flushed."""
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        now = pool(server)
-        if now["free_bytes"] == now["budget_bytes"]:
-            return now
+    while promised := server.get("/crosspool/status")["ranks"][0]["promised_bytes"]:
+        assert time.monotonic() < deadline, f"{promised} bytes are still promised"
         time.sleep(0.1)
-    raise AssertionError(f"the pool is not empty: {now}")
+    assert server.post("/flush_cache", {})[0] == 200
+    now = pool(server)
+    while now["free_bytes"] != now["budget_bytes"]:
+        assert time.monotonic() < deadline, f"the pool is not empty: {now}"
+        time.sleep(0.1)
+        now = pool(server)
 
 
-def request(tokens: int, prompt: int = 64) -> dict[str, Any]:
+def request(tokens: int, prompt: int, number: int) -> dict[str, Any]:
+    """Requests of unlike ``number`` share no prefix."""
     return {
-        "input_ids": [7 + i % 900 for i in range(prompt)],
+        "input_ids": [7 + number, *(7 + i % 900 for i in range(prompt - 1))],
         "sampling_params": {
             "temperature": 0,
             "max_new_tokens": tokens,
@@ -59,8 +65,10 @@ def fill(server: Server, model: str, share: float) -> tuple[int, int]:
     most_mapped = most_resident = 0
     with ThreadPoolExecutor(count) as threads:
         # long prompts and few new tokens: the pages are reached quickly
-        body = request(tokens=24, prompt=length - 24)
-        answers = [threads.submit(server.post, f"/m/{model}/generate", body) for _ in range(count)]
+        answers = [
+            threads.submit(server.post, f"/m/{model}/generate", request(24, length - 24, number))
+            for number in range(count)
+        ]
         while not all(answer.done() for answer in answers):
             now = pool(server)
             most_mapped = max(most_mapped, now["mapped_bytes"][model])
@@ -93,7 +101,7 @@ def test_overload_answers_every_request_in_full_or_refuses_it(small_pool: Server
     for model in TINY_MODELS:
         per_token = next(m["kv_bytes_per_token"] for m in status["models"] if m["name"] == model)
         count = BUDGET // (per_token * (tokens + prompt)) + 1  # each model alone fills the pool
-        jobs += [(model, request(tokens, prompt))] * count
+        jobs += [(model, request(tokens, prompt, number)) for number in range(count)]
     with ThreadPoolExecutor(len(jobs)) as threads:
         answers = list(
             threads.map(lambda job: small_pool.post(f"/m/{job[0]}/generate", job[1]), jobs)
@@ -111,24 +119,31 @@ def test_overload_answers_every_request_in_full_or_refuses_it(small_pool: Server
 
 
 def test_queue_limit_refuses_with_429_and_retry_after() -> None:
+    """Whole answers and streams alike: OpenAI's client raises what its users wait and retry for."""
+
+    def ask(number: int) -> openai.RateLimitError | None:
+        try:
+            answer = client.completions.create(
+                model=TINY_MODELS[0],
+                prompt="The import statement",
+                max_tokens=64,
+                stream=number % 2 == 1,
+                extra_body={"ignore_eos": True},
+            )
+            if number % 2 == 1:
+                assert list(answer)
+        except openai.RateLimitError as error:
+            return error
+        return None
+
     flags = ["--kv-pool-bytes", "8MiB", "--context-length", "1024", "--max-queued-requests", "2"]
     with Server([*flags, "--max-running-requests", "1"], models=TINY_MODELS[:1]) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         with ThreadPoolExecutor(12) as threads:
-            answers = list(
-                threads.map(
-                    lambda _: server.post(
-                        "/v1/completions",
-                        {
-                            "model": TINY_MODELS[0],
-                            "prompt": "The import statement",
-                            "max_tokens": 64,
-                            "ignore_eos": True,
-                        },
-                    ),
-                    range(12),
-                )
-            )
-        codes = [code for code, _ in answers]
-        assert set(codes) == {200, 429}, codes
-        refused = next(answer for code, answer in answers if code == 429)
-        assert "queue" in refused["error"]["message"]
+            outcomes = list(threads.map(ask, range(12)))
+    refused = [(number, error) for number, error in enumerate(outcomes) if error is not None]
+    assert {number % 2 for number, _ in refused} == {0, 1}, outcomes
+    assert len(refused) < 12
+    for _, error in refused:
+        assert "queue" in error.message and error.type == "rate_limit_error"
+        assert 1 <= int(error.response.headers["retry-after"]) <= 600

@@ -128,6 +128,10 @@ def report(tally: dict[str, int], figures: list[dict[str, dict[str, int]]]) -> N
         print(name, json.dumps({key: [row[key] for row in rows] for key in rows[0]}))
 
 
+def nothing_promised(server: Server) -> bool:
+    return not any(rank["promised_bytes"] for rank in server.get("/crosspool/status")["ranks"])
+
+
 def pools_empty(server: Server) -> bool:
     return all(
         device["free_bytes"] == device["budget_bytes"]
@@ -164,6 +168,10 @@ def test_mixed_traffic_leaks_nothing() -> None:
         finally:
             report(tally, figures)
         deadline = time.monotonic() + 30
+        while not nothing_promised(server) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert nothing_promised(server), server.get("/crosspool/status")
+        assert server.post("/flush_cache", {})[0] == 200
         while not pools_empty(server) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert pools_empty(server), server.get("/crosspool/pools")

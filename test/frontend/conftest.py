@@ -38,7 +38,7 @@ def script(scripted: list[list[int]]) -> Callable[[int, list[int], int], int]:
 
 @pytest.fixture(scope="module")
 def server(script: Callable[[int, list[int], int], int]) -> Iterator[FrontEndServer]:
-    running = FrontEndServer(deployment(), script)
+    running = FrontEndServer(deployment(sglang={"enable_cache_report": True}), script)
     try:
         yield running.wait_ready()
     finally:

@@ -285,6 +285,26 @@ def test_information(server: FrontEndServer) -> None:
     assert server.request("/health_generate")[0] == 200
 
 
+def test_cached_tokens_and_flush(server: FrontEndServer) -> None:
+    def cached(model: int, salt: str | None = None) -> int:
+        body = {"input_ids": list(range(100, 170)), "sampling_params": GREEDY, "cache_salt": salt}
+        status, answer, _ = server.request(f"/m/{MODELS[model]}/generate", body)
+        assert status == 200
+        return int(answer["meta_info"]["cached_tokens"])
+
+    assert [cached(0), cached(1), cached(0), cached(1)] == [0, 0, 64, 64]
+    assert [cached(0, "a"), cached(0, "a"), cached(0, "b")] == [0, 64, 0]
+    assert server.request(f"/m/{MODELS[0]}/flush_cache", {})[0] == 200
+    assert [cached(0), cached(1), cached(0)] == [0, 64, 64]
+    assert server.request("/flush_cache", {})[0] == 200
+    assert [cached(0), cached(1)] == [0, 0]
+    body = {"model": MODELS[0], "prompt": list(range(100, 170)), "max_tokens": 1}
+    usage = server.request("/v1/completions", body)[1]["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 64
+    models = server.request("/crosspool/status")[1]["models"]
+    assert models[0]["cached_bytes"] > 0 and models[0]["promised_bytes"] == 0
+
+
 MANAGEMENT = {
     "/flush_cache": {},
     "/start_profile": {},

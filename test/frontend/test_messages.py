@@ -151,7 +151,7 @@ def test_aborts_that_are_errors_carry_a_status() -> None:
 
 def test_every_answer_that_sglang_waits_for_is_given() -> None:
     given = {type(make(_dummy(kind))) for kind, make in ANSWERS.items()}
-    handled_by_the_loop = {io.GetInternalStateReqOutput}
+    handled_by_the_loop = {io.GetInternalStateReqOutput, io.FlushCacheReqOutput}
     assert {spec[1] for spec in _COMMUNICATOR_SPECS} <= given | handled_by_the_loop
     assert {io.UpdateWeightFromDiskReqOutput, io.OpenSessionReqOutput} <= given
     assert not set(ANSWERS) & {*FORWARDED, *UNANSWERED}

@@ -5,6 +5,7 @@ import time
 import pytest
 from crosspool.config.deployment import ConfigError
 from crosspool.kvpool.allocator import PageAllocator
+from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import DenseFFN, GQASpec, ModelSpec, RopeSpec
 from hypothesis import settings
@@ -42,85 +43,154 @@ class AgainstBruteForce(RuleBasedStateMachine):
         budget=st.integers(6, 30),
         chunk_bytes=st.sampled_from([64, 96, 128]),
         page_bytes=st.lists(st.sampled_from([8, 24, 40, 64, 72, 200, 320]), min_size=1, max_size=3),
+        bounds=st.none()
+        | st.lists(st.tuples(st.integers(0, 3), st.integers(6, 30)), min_size=3, max_size=3),
     )
-    def make(self, budget, chunk_bytes, page_bytes):
-        self.budget, self.chunk_bytes, self.page_bytes = budget, chunk_bytes, page_bytes
+    def make(self, budget, chunk_bytes, page_bytes, bounds):
+        models = len(page_bytes)
+        self.chunk_bytes, self.page_bytes = chunk_bytes, page_bytes
+        self.floors = [floor for floor, _ in bounds[:models]] if bounds else [0] * models
+        self.ceilings = [ceiling for _, ceiling in bounds[:models]] if bounds else [99] * models
+        # a page of 320 bytes has room beside other models' floors
+        self.budget = max(budget, 6 + sum(self.floors))
         layouts = [KVLayout(model(nbytes), 1, chunk_bytes) for nbytes in page_bytes]
-        self.allocator = PageAllocator(budget, layouts)
-        self.pages = [budget * chunk_bytes // nbytes for nbytes in page_bytes]
-        self.live = []
+        self.allocator = (
+            PageAllocator(
+                self.budget,
+                layouts,
+                Bounds(self.budget, tuple(self.floors), tuple(self.ceilings)),
+            )
+            if bounds
+            else PageAllocator(self.budget, layouts)
+        )
+        self.pages = [self.budget * chunk_bytes // nbytes for nbytes in page_bytes]
+        self.promised = [set() for _ in page_bytes]
+        self.cached = [set() for _ in page_bytes]
         self.mapped = [set() for _ in page_bytes]
 
     def chunks_of(self, index, pages):
         size = self.page_bytes[index]
         return {byte // self.chunk_bytes for p in pages for byte in range(p * size, (p + 1) * size)}
 
-    def reserved(self, index):
-        return self.chunks_of(index, [p for r in self.live if r.model == index for p in r.pages])
+    def taken(self, index):
+        return self.promised[index] | self.cached[index]
 
     def free_chunks(self):
-        return self.budget - sum(len(self.reserved(i)) for i in range(len(self.pages)))
+        used = (len(self.chunks_of(i, self.taken(i))) for i in range(len(self.pages)))
+        return self.budget - sum(used)
 
-    def expected(self, index, count):
-        """The pages that must be given, or None."""
-        taken = {p for r in self.live if r.model == index for p in r.pages}
-        reserved = self.reserved(index)
-        free = [p for p in range(self.pages[index]) if p not in taken]
-        free.sort(key=lambda p: (not self.chunks_of(index, [p]) <= reserved, p))
-        if len(free) < count:
+    def may_promise(self, index, pages):
+        chunks = [len(self.chunks_of(i, held)) for i, held in enumerate(self.promised)]
+        chunks[index] = len(self.chunks_of(index, self.promised[index] | set(pages)))
+        with_floors = sum(max(c, f) for c, f in zip(chunks, self.floors, strict=True))
+        return chunks[index] <= self.ceilings[index] and with_floors <= self.budget
+
+    def choice(self, index, count, taken):
+        """The pages that must be given when ``taken`` are not to be had, or None."""
+        promised = self.chunks_of(index, self.promised[index])
+        charged = self.chunks_of(index, taken)
+
+        def price(page):
+            chunks = self.chunks_of(index, [page])
+            return 0 if chunks <= promised else 1 if chunks <= charged else 2
+
+        free = sorted((p for p in range(self.pages[index]) if p not in taken), key=price)
+        return free[:count] if len(free) >= count else None
+
+    def possible(self, index, count, taken, free_chunks):
+        pages = self.choice(index, count, taken)
+        if pages is None:
             return None
-        new = self.chunks_of(index, free[:count]) - reserved
-        return free[:count] if len(new) <= self.free_chunks() else None
+        new = self.chunks_of(index, pages) - self.chunks_of(index, taken)
+        return pages if len(new) <= free_chunks and self.may_promise(index, pages) else None
 
     @rule(data=st.data(), count=st.integers(1, 20))
-    def reserve(self, data, count):
+    def take(self, data, count):
         index = data.draw(st.integers(0, len(self.pages) - 1))
-        expected = self.expected(index, count)
-        assert self.allocator.can_reserve(index, count) == (expected is not None)
-        reservation = self.allocator.reserve(index, count)
+        cached = [(i, p) for i, pages in enumerate(self.cached) for p in sorted(pages)]
+        fits = self.possible(index, count, self.promised[index], self.budget) is not None
+        assert self.allocator.fits(index, count) == fits
+        while (short := self.allocator.shortage(index, count)) and cached:
+            assert self.possible(index, count, self.taken(index), self.free_chunks()) is None
+            # never more than are needed: without one of them it does not fit either
+            short = min(short, len(cached))
+            for _ in range(short):
+                i, page = cached.pop(data.draw(st.integers(0, len(cached) - 1)))
+                assert self.possible(index, count, self.taken(index), self.free_chunks()) is None
+                self.give_back(i, [page])
+        assert (short == 0) == fits, "what fits without cached pages is had once they are gone"
+        expected = self.possible(index, count, self.taken(index), self.free_chunks())
+        assert (expected is not None) == fits
         if expected is None:
-            assert reservation is None
+            with pytest.raises(ValueError, match="not to be had"):
+                self.allocator.take(index, count)
             return
-        assert reservation is not None
-        assert reservation.model == index
-        assert reservation.pages == expected
-        self.live.append(reservation)
+        assert self.allocator.take(index, count) == expected
+        self.promised[index] |= set(expected)
 
-    @precondition(lambda self: self.live)
-    @rule(data=st.data(), count=st.integers(0, 25))
-    def chunks_to_map(self, data, count):
-        reservation = data.draw(st.sampled_from(self.live))
-        chunks = self.allocator.chunks_to_map(reservation, count)
-        mapped = self.mapped[reservation.model]
-        wanted = self.chunks_of(reservation.model, reservation.pages[:count])
-        assert chunks == sorted(wanted - mapped)
-        mapped |= set(chunks)
+    def give_back(self, index, pages):
+        chunks = self.allocator.free(index, pages)
+        self.promised[index] -= set(pages)
+        self.cached[index] -= set(pages)
+        left = self.chunks_of(index, self.taken(index))
+        assert chunks == sorted(self.mapped[index] - left)
+        self.mapped[index] -= set(chunks)
 
-    @precondition(lambda self: self.live)
+    def some(self, data, sets):
+        index = data.draw(st.sampled_from([i for i, pages in enumerate(sets) if pages]))
+        pages = data.draw(st.lists(st.sampled_from(sorted(sets[index])), max_size=25, unique=True))
+        return index, pages
+
+    @precondition(lambda self: any(self.promised))
     @rule(data=st.data())
-    def release(self, data):
-        reservation = data.draw(st.sampled_from(self.live))
-        self.live.remove(reservation)
-        chunks = self.allocator.release(reservation)
-        mapped = self.mapped[reservation.model]
-        assert chunks == sorted(mapped - self.reserved(reservation.model))
-        mapped -= set(chunks)
-        with pytest.raises(ValueError, match="released"):
-            self.allocator.release(reservation)
+    def map(self, data):
+        index, pages = self.some(data, self.promised)
+        chunks = self.allocator.map(index, pages)
+        assert chunks == sorted(self.chunks_of(index, pages) - self.mapped[index])
+        self.mapped[index] |= set(chunks)
+
+    @precondition(lambda self: any(self.promised))
+    @rule(data=st.data())
+    def keep(self, data):
+        index, pages = self.some(data, self.promised)
+        self.allocator.keep(index, pages)
+        self.promised[index] -= set(pages)
+        self.cached[index] |= set(pages)
+
+    @precondition(lambda self: any(self.cached))
+    @rule(data=st.data())
+    def hold(self, data):
+        index, pages = self.some(data, self.cached)
+        if not self.may_promise(index, pages):
+            return
+        self.allocator.hold(index, pages)
+        self.promised[index] |= set(pages)
+        self.cached[index] -= set(pages)
+
+    @precondition(lambda self: any(self.promised) or any(self.cached))
+    @rule(data=st.data())
+    def free(self, data):
+        index, pages = self.some(data, [self.taken(i) for i in range(len(self.pages))])
+        self.give_back(index, pages)
+        if pages:
+            with pytest.raises(ValueError, match="free"):
+                self.allocator.free(index, pages)
 
     @invariant()
     def counters(self):
-        if not hasattr(self, "live"):
+        if not hasattr(self, "pages"):
             return
         assert self.allocator.free_chunks == self.free_chunks() >= 0
-        for index, pages in enumerate(self.pages):
-            held = [p for r in self.live if r.model == index for p in r.pages]
-            assert len(set(held)) == len(held)
-            assert self.allocator.capacity(index) == pages
-            assert self.allocator.free_pages(index) == pages - len(held)
-            assert self.allocator.reserved_chunks(index) == len(self.reserved(index))
+        for index in range(len(self.pages)):
+            promised = len(self.chunks_of(index, self.promised[index]))
+            charged = len(self.chunks_of(index, self.taken(index)))
+            assert self.allocator.promised_chunks(index) == promised <= self.ceilings[index]
+            assert self.allocator.cached_chunks(index) == charged - promised
             assert self.allocator.mapped_chunks(index) == len(self.mapped[index])
-            assert self.mapped[index] <= self.reserved(index)
+            assert self.mapped[index] <= self.chunks_of(index, self.taken(index))
+            limit = min(self.ceilings[index], self.budget - sum(self.floors) + self.floors[index])
+            capacity = limit * self.chunk_bytes // self.page_bytes[index]
+            assert self.allocator.capacity(index) == capacity
 
 
 AgainstBruteForce.TestCase.settings = settings(
@@ -132,12 +202,35 @@ TestAllocator = AgainstBruteForce.TestCase
 def test_the_whole_budget_is_one_models_when_it_is_alone():
     layouts = [KVLayout(model(104), 16, 4096), KVLayout(model(8), 16, 4096)]
     allocator = PageAllocator(13, layouts)
-    everything = allocator.reserve(0, allocator.capacity(0))
-    assert everything.pages == list(range(13 * 4096 // (104 * 16)))
-    assert allocator.reserve(1, 1) is None
-    allocator.release(everything)
+    everything = allocator.take(0, allocator.capacity(0))
+    assert everything == list(range(13 * 4096 // (104 * 16)))
+    assert not allocator.fits(1, 1)
+    allocator.keep(0, everything)
+    assert allocator.fits(1, 1) and allocator.shortage(1, 1)
+    allocator.free(0, everything)
     assert allocator.free_chunks == 13
-    assert allocator.reserve(1, allocator.capacity(1)) is not None
+    assert len(allocator.take(1, allocator.capacity(1))) == 13 * 4096 // (8 * 16)
+
+
+def test_a_floor_is_kept_from_others_promises_but_not_from_what_they_cache():
+    layouts = [KVLayout(model(64), 1, 64)] * 2
+    allocator = PageAllocator(10, layouts, Bounds(10, floors=(0, 4), ceilings=(10, 10)))
+    assert allocator.capacity(0) == 6 and not allocator.fits(0, 7)
+    first = allocator.take(0, 6)
+    assert not allocator.fits(0, 1) and allocator.fits(1, 4)
+    allocator.keep(0, first)
+    allocator.take(0, 4)
+    assert allocator.free_chunks == 0 and allocator.fits(1, 4)
+    assert allocator.shortage(1, 4) == 4
+
+
+def test_a_ceiling_bounds_promises_only():
+    layouts = [KVLayout(model(64), 1, 64)] * 2
+    allocator = PageAllocator(10, layouts, Bounds(10, floors=(0, 0), ceilings=(3, 10)))
+    assert allocator.capacity(0) == 3
+    for _ in range(3):
+        allocator.keep(0, allocator.take(0, 3))
+    assert allocator.cached_chunks(0) == 9 and not allocator.fits(0, 4)
 
 
 def test_a_budget_without_one_page_names_the_field():
@@ -145,29 +238,19 @@ def test_a_budget_without_one_page_names_the_field():
         PageAllocator(1, [KVLayout(model(8), 1, 64), KVLayout(model(72), 1, 64)])
 
 
-def test_no_pages_are_no_reservation():
-    with pytest.raises(ValueError, match="at least one"):
-        PageAllocator(4, [KVLayout(model(8), 1, 64)]).reserve(0, 0)
-
-
-def test_a_reservation_of_another_allocator_is_refused():
-    layouts = [KVLayout(model(8), 1, 64)]
-    foreign = PageAllocator(4, layouts).reserve(0, 1)
-    allocator = PageAllocator(4, layouts)
-    with pytest.raises(ValueError, match="not the allocator's"):
-        allocator.chunks_to_map(foreign, 1)
-
-
-def test_reserving_among_100k_pages_is_fast():
+def test_taking_among_100k_pages_is_fast():
     layout = KVLayout(model(20_000), 10, 2 << 20)
     allocator = PageAllocator(10_000, [layout] * 3)
     assert allocator.capacity(0) > 100_000
     live, seconds = [], []
     for turn in range(200):
+        model_index, count = turn % 3, 40 + turn
         begin = time.perf_counter()
-        live.append(allocator.reserve(turn % 3, 40 + turn))
+        assert allocator.fits(model_index, count)
+        live.append((model_index, allocator.take(model_index, count)))
         seconds.append(time.perf_counter() - begin)
         if turn % 2:
-            allocator.release(live.pop(turn // 3))
-    assert all(reservation is not None for reservation in live)
-    assert sorted(seconds)[len(seconds) // 2] < 0.002
+            index, pages = live.pop(turn // 3)
+            allocator.keep(index, pages[::2])
+            allocator.free(index, pages[1::2])
+    assert sorted(seconds)[len(seconds) // 2] < 0.004

@@ -5,18 +5,31 @@ MODEL = {
     "name": 'odd "name"\\',
     "waiting": 3,
     "running": 2,
+    "paused": 1,
     "mapped_bytes": 4 << 20,
     "promised_bytes": 6 << 20,
+    "cached_bytes": 5 << 20,
     "requests": 9,
     "admitted": 5,
     "prompt_tokens": 100,
+    "cached_tokens": 60,
+    "prefix_hits": 4,
+    "evicted_pages": 11,
+    "pauses": 8,
     "output_tokens": 40,
     "steps": 30,
     "decode_rows": 38,
     "finished": {"stop": 1, "length": 2},
     "aborted": {"429": 1},
 }
-RANK = {"device": "cpu:0", "budget_bytes": 64 << 20, "free_bytes": 58 << 20, "steps_in_flight": 1}
+RANK = {
+    "device": "cpu:0",
+    "budget_bytes": 64 << 20,
+    "free_bytes": 58 << 20,
+    "promised_bytes": 4 << 20,
+    "cached_bytes": 2 << 20,
+    "steps_in_flight": 1,
+}
 LINK = {
     "attention_rank": 0,
     "lane": 1,
@@ -48,6 +61,12 @@ def test_every_number_arrives_under_its_labels() -> None:
     model = f"model={MODEL['name']}"
     assert found["crosspool_requests_waiting", model] == 3
     assert found["crosspool_kv_mapped_bytes", model] == 4 << 20
+    assert found["crosspool_kv_cached_bytes", model] == 5 << 20
+    assert found["crosspool_cached_tokens_total", model] == 60
+    assert found["crosspool_prefix_hits_total", model] == 4
+    assert found["crosspool_evicted_pages_total", model] == 11
+    assert found["crosspool_requests_paused", model] == 1
+    assert found["crosspool_pauses_total", model] == 8
     assert found["crosspool_requests_total", model] == 9
     assert found["crosspool_decode_rows_total", model] == 38
     assert found["crosspool_requests_finished_total", model, "reason=length"] == 2

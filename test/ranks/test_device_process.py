@@ -290,6 +290,39 @@ def test_the_pool_is_mapped_on_demand_and_given_back(driver: DeviceDriver) -> No
     assert driver.inspect(device, "counters")["requests"] == 0
 
 
+@pytest.mark.parametrize("model", [QWEN, DEEPSEEK])
+def test_pages_of_another_sequence_serve_as_well_as_own_ones(
+    driver: DeviceDriver, references: list[Any], model: int
+) -> None:
+    """Their first tokens are the same; both sequences run at once, and each writes behind them."""
+    page_size = driver.deployment.page_size
+    ids, other = prompt(43, 7), prompt(9, 8)
+    first = Generation(model, ids, 6)
+    driver.run([first])
+    whole = (len(ids) + 5) // page_size
+    asked = Logprobs(output=True, prompt_start=30 // page_size * page_size + 1, top=2)
+    followers = []
+    for tokens, shared in (
+        (ids, 10),
+        (ids[:30] + other, 7),
+        (ids + first.output[:-1] + other, whole),
+    ):
+        for pages in (shared, 0):
+            follower = Generation(model, list(tokens), 6, chunk=5)
+            follower.shared = first.pages[:pages]
+            follower.computed = pages * page_size
+            if pages * page_size < asked.prompt_start:
+                follower.logprobs = asked
+            followers.append(follower)
+    driver.run(followers)
+    for hit, miss in zip(followers[::2], followers[1::2], strict=True):
+        assert hit.shared and not miss.shared
+        assert hit.output == miss.output
+        assert_matches(hit, references[model])
+        assert_matches(miss, references[model])
+    driver.release([*followers, first])
+
+
 def test_a_release_waits_for_its_models_step(driver: DeviceDriver, references: list[Any]) -> None:
     """Sent right behind a step, it may not take the pages away from under it; what comes after it
     still finds its place in the order."""
@@ -449,7 +482,6 @@ def test_a_step_for_an_unknown_request_ends_the_process_with_its_cause(
         driver.send(FIRST, Step(step=1, model=0, map_chunks=[0], opens=[], rows=[row]))
         _, message = driver.receive()
         assert isinstance(message, Failed)
-        assert not message.user_error
         assert "request 99" in message.message
         assert driver.processes[FIRST].wait(10) == 1
         assert "Traceback" in driver.log(FIRST)
@@ -485,7 +517,6 @@ def test_a_missing_tensor_is_the_users_error(checkpoints: list[Path], tmp_path: 
     del tensors[missing]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     failed = failure(LoggingDriver, [broken], kv=[FIRST], weights=[FIRST])
-    assert failed.user_error
     assert missing in failed.message
     status, log = LoggingDriver.outcome
     assert status == 2
@@ -497,6 +528,5 @@ def test_weights_that_do_not_fit_are_the_users_error(checkpoints: list[Path]) ->
     failed = failure(
         LoggingDriver, checkpoints[:1], kv=[FIRST], weights=[FIRST], weight_pool_bytes=1 << 10
     )
-    assert failed.user_error
     assert "weight_pool_bytes" in failed.message
     assert LoggingDriver.outcome[0] == 2

@@ -1,6 +1,6 @@
 """A deterministic deployment on a virtual clock: the scheduler's core over simulated attention
 ranks that check every message against the control path's rules and answer steps with tokens that
-depend on the sequence alone."""
+depend on the sequence alone, as they find it in the request's pages."""
 
 from __future__ import annotations
 
@@ -63,7 +63,13 @@ def spec(context: int = 256, layers: int = 2, head_dim: int = 8) -> ModelSpec:
     )
 
 
-def deployment(models: int, ranks: int = 1, **fields: Any) -> Deployment:
+def deployment(
+    models: int,
+    ranks: int = 1,
+    bounds: dict[int, dict[str, int]] | None = None,
+    **fields: Any,
+) -> Deployment:
+    """``bounds``: kv_floor_bytes and kv_ceiling_bytes by model."""
     defaults: dict[str, Any] = {
         "kv_pool_bytes": ranks * 64 * 4096,
         "chunk_bytes": 4096,
@@ -72,7 +78,10 @@ def deployment(models: int, ranks: int = 1, **fields: Any) -> Deployment:
         "max_running_requests": 8,
     }
     return Deployment(
-        models=tuple(ModelConfig(name=f"model{i}", path="/none") for i in range(models)),
+        models=tuple(
+            ModelConfig(name=f"model{i}", path="/none", **(bounds or {}).get(i, {}))
+            for i in range(models)
+        ),
         kv_pool_devices=tuple(Device(f"cuda:{i}") for i in range(ranks)),
         weight_pool_devices=(Device("cuda:9"),),
         weight_pool_bytes=0,
@@ -90,6 +99,7 @@ def request(
     grammar: Grammar | None = None,
     logprobs: Logprobs | None = None,
     sampling: Sampling | None = None,
+    cache_namespace: tuple[str, str] = ("", ""),
     **stop: Any,
 ) -> GenerateRequest:
     """``prompt``: token ids, or just their number."""
@@ -105,6 +115,7 @@ def request(
         logprobs=logprobs or Logprobs(),
         grammar=grammar,
         stream=stream,
+        cache_namespace=cache_namespace,
     )
 
 
@@ -114,6 +125,15 @@ class WordDecoder:
     def decode(self, ids: list[int]) -> str:
         parts = [bytes([t]) if t < 256 else WORDS.get(t, "").encode() for t in ids]
         return b"".join(parts).decode(errors="replace")
+
+
+Slot = tuple[int, int]
+"""What one position of a page holds: its token, and the digest of the sequence up to it, on which
+its K and V depend."""
+
+
+def digest(before: int, token: int) -> int:
+    return zlib.crc32(token.to_bytes(4, "little"), before)
 
 
 class SimulatedRank:
@@ -137,6 +157,10 @@ class SimulatedRank:
         self.sampled: dict[int, int] = {}
         """The last sampled token of a request, until it is fed back."""
         self.pages: dict[int, list[int]] = {}
+        self.own: dict[int, set[int]] = {}
+        """Pages of a request that it may write to."""
+        self.written: list[dict[int, list[Slot]]] = [{} for _ in specs]
+        """Per model and page what was written there since it was mapped."""
         self.ever_opened: set[int] = set()
 
     def receive(self, message: Any) -> None:
@@ -161,6 +185,7 @@ class SimulatedRank:
             self.sampling[opened.request] = opened.sampling
             self.tokens[opened.request] = []
             self.pages[opened.request] = []
+            self.own[opened.request] = set()
         assert step.rows
         assert len({row.request for row in step.rows}) == len(step.rows)
         assert {o.request for o in step.opens} <= {row.request for row in step.rows}
@@ -181,8 +206,20 @@ class SimulatedRank:
     def take_row(self, model: int, row: Row) -> None:
         assert self.model[row.request] == model
         tokens, prompt_len = self.tokens[row.request], self.prompt_len[row.request]
+        layout = self.layouts[model]
+        size, end = layout.page_size, row.start + len(row.tokens)
+        if not tokens:
+            # what lies before its first row, it shares
+            shared, rest = divmod(row.start, size)
+            assert not rest and row.start < prompt_len
+            start = self.logprobs[row.request].prompt_start
+            assert not (shared and 0 <= start <= row.start), "its log-probability was not computed"
+            tokens += [token for page in row.pages[:shared] for token, _ in self.read(model, page)]
+            new = set(row.pages[shared:])
+        else:
+            new = set(row.pages)
+        self.own[row.request] |= new
         assert row.tokens and row.start == len(tokens), "a gap in the sequence"
-        end = row.start + len(row.tokens)
         if row.start >= prompt_len:
             assert row.tokens == [self.sampled.pop(row.request)]
         else:
@@ -190,13 +227,42 @@ class SimulatedRank:
         assert not row.sample or end >= prompt_len
         for other, pages in self.pages.items():
             if self.model[other] == model:
-                assert not set(pages) & set(row.pages), "a page of two requests"
-        tokens += row.tokens
+                assert not set(pages) & new, "a page to write to is another request's"
         self.pages[row.request] += row.pages
-        layout = self.layouts[model]
-        assert len(self.pages[row.request]) == layout.pages_for(end)
-        for page in self.pages[row.request]:
+        pages = self.pages[row.request]
+        assert len(set(pages)) == len(pages) == layout.pages_for(end)
+        for page in pages:
             assert set(layout.chunks_of_pages(page)) <= self.mapped[model], "unmapped page"
+        self.check_read(model, pages, tokens)
+        self.write(model, row, tokens)
+
+    def read(self, model: int, page: int) -> list[Slot]:
+        slots = self.written[model].get(page, [])
+        assert len(slots) == self.layouts[model].page_size, "a shared page is not full"
+        return slots
+
+    def check_read(self, model: int, pages: list[int], tokens: list[int]) -> None:
+        """The pages hold the K and V of exactly these tokens."""
+        size, chain = self.layouts[model].page_size, 0
+        for position, token in enumerate(tokens):
+            chain = digest(chain, token)
+            slots = self.written[model].get(pages[position // size], [])
+            assert slots[position % size : position % size + 1] == [(token, chain)], "wrong KV"
+
+    def write(self, model: int, row: Row, tokens: list[int]) -> None:
+        size = self.layouts[model].page_size
+        chain = 0
+        for token in tokens:
+            chain = digest(chain, token)
+        for position, token in enumerate(row.tokens, row.start):
+            page = self.pages[row.request][position // size]
+            assert page in self.own[row.request], "a shared page is written"
+            chain = digest(chain, token)
+            slots = self.written[model].setdefault(page, [])
+            del slots[position % size :]
+            assert len(slots) == position % size
+            slots.append((token, chain))
+        tokens += row.tokens
 
     def take_release(self, release: Release) -> None:
         assert release.requests or release.unmap_chunks
@@ -204,7 +270,7 @@ class SimulatedRank:
         for number in release.requests:
             assert number not in busy, "released while in a step"
             assert self.model.pop(number) == release.model
-            del self.tokens[number], self.pages[number]
+            del self.tokens[number], self.pages[number], self.own[number]
             self.sampled.pop(number, None)
         unmap = set(release.unmap_chunks)
         assert unmap <= self.mapped[release.model]
@@ -213,6 +279,10 @@ class SimulatedRank:
                 used = {c for p in pages for c in self.layouts[release.model].chunks_of_pages(p)}
                 assert not used & unmap, "a chunk in use is unmapped"
         self.mapped[release.model] -= unmap
+        written = self.written[release.model]
+        for page in list(written):
+            if unmap.intersection(self.layouts[release.model].chunks_of_pages(page)):
+                del written[page]
 
     def answer(self, index: int = 0) -> StepResult:
         """The result of one of the steps at work on the lanes."""
@@ -350,13 +420,20 @@ class Simulation:
         return WordDecoder().decode(self.tokens(rid))
 
     def assert_empty(self) -> None:
-        """Nobody waits or runs and every page and chunk is back."""
+        """Nobody waits or runs and nothing is promised; what is still mapped is cached, and goes
+        with a flush, so that every page and chunk is back."""
         assert self.core.idle
+        for rank in self.core.snapshot()["ranks"]:
+            assert rank["free_chunks"] + rank["cached_chunks"] == rank["budget_chunks"]
+            assert rank["promised_chunks"] == rank["running"] == 0
+            assert rank["mapped_chunks"] == rank["cached_chunks"]
+        self.core.flush()
+        self.schedule()
         for rank in self.ranks:
             assert not rank.model and not any(rank.mapped) and not rank.steps
         for rank in self.core.snapshot()["ranks"]:
             assert rank["free_chunks"] == rank["budget_chunks"]
-            assert rank["promised_chunks"] == rank["mapped_chunks"] == rank["running"] == 0
+            assert rank["promised_chunks"] == rank["mapped_chunks"] == rank["cached_chunks"] == 0
 
 
 def expected_tokens(r: GenerateRequest, s: ModelSpec) -> list[int]:

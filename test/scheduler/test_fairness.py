@@ -33,6 +33,25 @@ def test_a_lane_that_is_slow_with_one_model_serves_the_others():
     assert sim.ranks[0].served.count(1) == sim.ranks[0].served.count(2) >= 20
 
 
+def test_while_a_request_answers_prompts_are_read_by_one_step_at_a_time_in_turn():
+    d = deployment(4, lanes=3, chunked_prefill_size=8, max_running_requests=4)
+    sim = Simulation(d, [spec()] * 4, never_ending)
+    sim.add(request("answering", 4, 200, model=0))
+    sim.answer()
+    others = [request(f"{m}-{i}", 40, 20, model=m) for m in range(1, 4) for i in range(4)]
+    sim.add(*others)
+    readers = []
+    while not all(sim.finished(r.rid) for r in others):
+        steps = sim.ranks[0].steps
+        reading = [step.model for step in steps if any(len(r.tokens) > 1 for r in step.rows)]
+        assert len(reading) <= 1, "two models' prompts at once delay a third model's token twice"
+        if reading and readers[-1:] != reading:
+            readers += reading
+        sim.answer()
+    assert sim.ranks[0].served.count(0) >= 60, "and the answer goes on meanwhile"
+    assert readers[:6] in ([1, 2, 3] * 2, [2, 3, 1] * 2, [3, 1, 2] * 2)
+
+
 def test_a_flood_of_one_model_delays_another_by_one_admission():
     d = deployment(2, kv_pool_bytes=4 * 4096, max_running_requests=64)
     sim = Simulation(d, [spec(), spec()], never_ending)

@@ -19,7 +19,7 @@ from crosspool.config import deployment as deployment_module
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.config.process import die_with_parent
-from crosspool.kvpool.allocator import PageAllocator, Reservation
+from crosspool.kvpool.allocator import PageAllocator
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.registry import read_model
 from crosspool.transport import shared_memory
@@ -64,7 +64,10 @@ class Generation:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     request: int = -1
     computed: int = 0
-    reservation: Reservation | None = None
+    """Of its tokens, so many lie in pages; where it starts with ``shared`` pages, theirs."""
+    shared: list[int] = field(default_factory=list)
+    """Pages of another sequence that hold the first ``computed`` tokens."""
+    pages: list[int] = field(default_factory=list)
     paged: int = 0
 
     @property
@@ -239,12 +242,13 @@ class DeviceDriver:
             layout = KVLayout(
                 self.specs[sequence.model], self.deployment.page_size, self.deployment.chunk_bytes
             )
-            if sequence.reservation is None:
+            if sequence.request < 0:
                 self._numbers += 1
                 sequence.request = self._numbers
                 pages = layout.pages_for(len(sequence.prompt) + sequence.new_tokens)
-                sequence.reservation = allocator.reserve(sequence.model, pages)
-                assert sequence.reservation is not None, "the pool is too small for the test"
+                pages -= len(sequence.shared)
+                assert not allocator.shortage(sequence.model, pages), "too small a pool"
+                sequence.pages = sequence.shared + allocator.take(sequence.model, pages)
                 opens.append(
                     Open(
                         request=sequence.request,
@@ -256,13 +260,13 @@ class DeviceDriver:
             known = sequence.prompt + sequence.output
             end = min(len(known), sequence.computed + sequence.chunk)
             pages = layout.pages_for(end)
-            chunks += allocator.chunks_to_map(sequence.reservation, pages)
+            chunks += allocator.map(sequence.model, sequence.pages[:pages])
             rows.append(
                 Row(
                     request=sequence.request,
                     start=sequence.computed,
                     tokens=known[sequence.computed : end],
-                    pages=sequence.reservation.pages[sequence.paged : pages],
+                    pages=sequence.pages[sequence.paged : pages],
                     sample=end == len(known),
                     bitmask=bitmask,
                 )
@@ -292,13 +296,18 @@ class DeviceDriver:
             sequence.output_logprobs.append(row.output)
 
     def generate(self, sequences: Iterable[Generation]) -> None:
-        """Runs sequences of any models and ranks to their end, one step per model and rank at a
-        time, all models and ranks at once; then releases them."""
+        """:meth:`run`, then :meth:`release`."""
         waiting = list(sequences)
+        self.run(waiting)
+        self.release(waiting)
+
+    def run(self, sequences: Iterable[Generation]) -> None:
+        """Runs sequences of any models and ranks to their end, one step per model and rank at a
+        time, all models and ranks at once."""
         flying: dict[int, list[Generation]] = {}
         busy: set[tuple[int, int]] = set()
         groups: dict[tuple[int, int], list[Generation]] = {}
-        for sequence in waiting:
+        for sequence in sequences:
             groups.setdefault((sequence.rank, sequence.model), []).append(sequence)
         while True:
             for key, group in groups.items():
@@ -313,17 +322,16 @@ class DeviceDriver:
             batch = flying.pop(message.step)
             busy.remove((batch[0].rank, batch[0].model))
             self.take(batch, message)
-        self.release(waiting)
 
     def release(self, sequences: Iterable[Generation]) -> None:
         for sequence in sequences:
-            assert sequence.reservation is not None
+            own = sequence.pages[len(sequence.shared) :]
             self.send(
                 self.deployment.kv_pool_devices[sequence.rank].name,
                 Release(
                     model=sequence.model,
                     requests=[sequence.request],
-                    unmap_chunks=self.allocators[sequence.rank].release(sequence.reservation),
+                    unmap_chunks=self.allocators[sequence.rank].free(sequence.model, own),
                 ),
             )
 

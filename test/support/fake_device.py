@@ -37,6 +37,7 @@ class FakeRequest:
     model: int
     open: Open
     tokens: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
 
 
 def logprob_of(token: int) -> float:
@@ -57,6 +58,8 @@ class FakeDevice(threading.Thread):
         self._script = script
         self.step_seconds = step_seconds
         self._requests: dict[int, FakeRequest] = {}
+        self._pages: dict[tuple[int, int], list[int]] = {}
+        """By model and page the tokens that were written there."""
         self._stop_event = threading.Event()
         self.failure: str | None = None
         """Set it to make the device report Failed and fall silent."""
@@ -68,7 +71,7 @@ class FakeDevice(threading.Thread):
             socket.send(self._ready())
             while not self._stop_event.is_set():
                 if self.failure is not None:
-                    socket.send(Failed(device=self._device, message=self.failure, user_error=False))
+                    socket.send(Failed(device=self._device, message=self.failure))
                     return
                 socket.wait(0.01)
                 # one at a time: while several models run, there is always a next one
@@ -111,8 +114,16 @@ class FakeDevice(threading.Thread):
 
     def _row(self, row: Row) -> RowResult:
         request = self._requests[row.request]
-        del request.tokens[row.start :]
+        size = self._deployment.page_size
+        request.pages += row.pages
+        if not request.tokens:  # what lies before its first row, it shares
+            for page in request.pages[: row.start // size]:
+                request.tokens += self._pages[request.model, page]
+        assert len(request.tokens) == row.start
         request.tokens += row.tokens
+        for index in range(row.start // size, len(request.pages)):
+            tokens = request.tokens[index * size : (index + 1) * size]
+            self._pages[request.model, request.pages[index]] = tokens
         wanted = request.open.logprobs
         prompt = []
         if wanted.prompt_start >= 0:

@@ -32,7 +32,7 @@ def test_connects_before_the_scheduler_binds_and_keeps_the_order(
 ) -> None:
     socket, address = router
     device = DeviceSocket(address, "cpu:0-3")
-    failed = Failed(device="cpu:0-3", message="no", user_error=True)
+    failed = Failed(device="cpu:0-3", message="no")
     device.send(failed)
     assert device.receive() is None
     socket.bind(address)
@@ -59,7 +59,7 @@ def test_a_frame_that_is_no_message(router: tuple[zmq.Socket[bytes], str]) -> No
     socket, address = router
     socket.bind(address)
     device = DeviceSocket(address, "cpu")
-    device.send(Failed(device="cpu", message="", user_error=False))
+    device.send(Failed(device="cpu", message=""))
     identity, _ = socket.recv_multipart()
     socket.send_multipart([identity, b"\x01nonsense"])
     device.wait(10.0)

@@ -10,9 +10,10 @@ import urllib.request
 
 import msgspec
 
+from crosspool.cli.child import ProcessSpec
 from crosspool.cli.pools import describe
 from crosspool.cli.prepare import Prepared, prepare
-from crosspool.cli.supervisor import Loss, ProcessSpec, Supervisor
+from crosspool.cli.supervisor import Loss, Supervisor
 from crosspool.config.deployment import Deployment, save
 from crosspool.config.draft import Draft
 from crosspool.config.process import set_title
@@ -42,8 +43,11 @@ def launch(draft: Draft) -> int:
         if remote_pairs(deployment):
             lanes_fd = shared_memory.create(deployment, _max_hidden_bytes(prepared))
         face = _Face(prepared, deployment)
+        front = front_end(deployment)
         supervisor = Supervisor(
-            process_stages(deployment, lanes_fd),
+            [*([spec] for spec in front), device_processes(deployment, lanes_fd)],
+            fork_server=fork_server(deployment),
+            forked=front,
             is_ready=face.is_ready,
             on_ready=face.greet,
             on_loss=face.tell_scheduler,
@@ -58,15 +62,14 @@ def launch(draft: Draft) -> int:
         runtime.close()
 
 
-def process_stages(deployment: Deployment, lanes_fd: int | None) -> list[list[ProcessSpec]]:
-    """Every process of a deployment, in the order in which they are stopped."""
-    file = ["--deployment", str(deployment.file)]
+def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[ProcessSpec]:
+    """A process for each device."""
     lanes = [] if lanes_fd is None else ["--lanes-fd", str(lanes_fd)]
-    devices = [
+    return [
         ProcessSpec(
             name=f"device process {device.name}",
             argv=[
-                *[sys.executable, "-m", "crosspool.ranks.device_process", *file],
+                *_module("ranks.device_process", deployment),
                 *["--device", device.name, *lanes],
             ],
             env={**_OFFLINE, **_threads(len(device.cores))},
@@ -75,15 +78,31 @@ def process_stages(deployment: Deployment, lanes_fd: int | None) -> list[list[Pr
         )
         for device in deployment.devices
     ]
-    front = [
+
+
+def front_end(deployment: Deployment) -> list[ProcessSpec]:
+    """The front end's processes, in the order in which they are stopped."""
+    return [
         ProcessSpec(
             name=name,
-            argv=[sys.executable, "-m", f"crosspool.frontend.{name}_process", *file],
+            argv=_module(f"frontend.{name}_process", deployment),
             env={**_OFFLINE, **_threads(1)},
         )
         for name in ("http", "scheduler", "detokenizer")
     ]
-    return [*([spec] for spec in front), devices]
+
+
+def fork_server(deployment: Deployment) -> ProcessSpec:
+    """Imports SGLang once for all of them: it takes longer than anything else at the start."""
+    return ProcessSpec(
+        name="front end",
+        argv=_module("frontend.fork_server", deployment),
+        env={**_OFFLINE, **_threads(1)},
+    )
+
+
+def _module(name: str, deployment: Deployment) -> list[str]:
+    return [sys.executable, "-m", f"crosspool.{name}", "--deployment", str(deployment.file)]
 
 
 def _threads(count: int) -> dict[str, str]:

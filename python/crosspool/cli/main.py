@@ -15,6 +15,7 @@ from crosspool.transport.admin import AdminError
 
 _COMMANDS = {
     "serve": "serve models, from flags or a deployment file",
+    "plan": "plan pools, budget and placement for models, devices and traffic",
     "demo": "serve the three small models that come with CrossPool",
     "pools": "show what the pools of a running server hold",
     "trace": "record what the lanes of a running server do",
@@ -24,6 +25,7 @@ examples:
   crosspool demo
   crosspool serve --model-path models/Qwen3-30B-A3B --model-path models/GLM-4.7-Flash
   crosspool serve --config deployment.yaml
+  crosspool plan Qwen3-30B-A3B GLM-4.7-Flash --devices 5x40GB --rate 1 --prompt 800 --output 200
   crosspool pools --tensors
   crosspool trace --seconds 2 --out trace.json
 

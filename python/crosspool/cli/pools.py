@@ -13,7 +13,14 @@ from crosspool.config.sizes import format_size
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.registry import read_model
 from crosspool.models.spec import ModelSpec
-from crosspool.observability.pools_table import ModelRow, RankRow, make_console, pools_tables
+from crosspool.observability.pools_table import (
+    KVUse,
+    ModelRow,
+    RankRow,
+    UseRow,
+    make_console,
+    pools_tables,
+)
 from crosspool.transport import admin
 from crosspool.weightpool.placement import Placement, attention_bytes, place
 
@@ -43,15 +50,27 @@ def run(words: Sequence[str], prog: str) -> int:
         for model in deployment.models
     ]
     placement = place(deployment, specs)
-    used = {
-        device["device"]: device["mapped_bytes"]
-        for device in admin.ask(deployment.admin_address, "pools")
-    }
-    make_console().print(pools_tables(*describe(deployment, specs, placement, used)))
+    status = admin.ask(deployment.admin_address, "status")
+    rows = describe(deployment, specs, placement, status)
+    make_console().print(pools_tables(*rows, [_use_row(model) for model in status["models"]]))
     if arguments.tensors:
         _print_tensors(admin.ask(deployment.admin_address, "tensors", timeout=30.0))
     print(f"\nTo attach a stock SGLang server: CROSSPOOL_ADMIN={deployment.admin_address}")
     return 0
+
+
+def _kv_use(part: dict[str, Any]) -> KVUse:
+    """Of a rank or a model in the server's status."""
+    return KVUse(
+        promised=part["promised_bytes"], cached=part["cached_bytes"], mapped=part["mapped_bytes"]
+    )
+
+
+def _use_row(model: dict[str, Any]) -> UseRow:
+    return UseRow(
+        kv=_kv_use(model),
+        **{key: model[key] for key in UseRow.__dataclass_fields__ if key != "kv"},
+    )
 
 
 def _print_tensors(tensors: Sequence[dict[str, Any]]) -> None:
@@ -75,11 +94,11 @@ def describe(
     deployment: Deployment,
     specs: Sequence[ModelSpec],
     placement: Placement,
-    used: dict[str, dict[str, int]] | None = None,
+    status: dict[str, Any] | None = None,
 ) -> tuple[list[RankRow], list[ModelRow]]:
     """The rows of the pools' tables.
 
-    ``used``: KV bytes in use by device and model name, if the server has been asked."""
+    ``status``: what the server says of itself, if it has been asked."""
     ranks = len(deployment.kv_pool_devices)
     chunks = deployment.kv_pool_bytes // ranks // deployment.chunk_bytes
     attention = [attention_bytes(spec) for spec in specs]
@@ -89,7 +108,7 @@ def describe(
             device=device.name,
             weights=sum(attention),
             kv_budget=chunks * deployment.chunk_bytes,
-            kv_mapped=None if used is None else sum(used[device.name].values()),
+            kv=None if status is None else _kv_use(status["ranks"][rank]),
         )
         for rank, device in enumerate(deployment.kv_pool_devices)
     ]
@@ -114,11 +133,6 @@ def describe(
                 pages=pages,
                 tokens=pages * deployment.page_size,
                 context=spec.context,
-                kv_mapped=(
-                    None
-                    if used is None
-                    else sum(of_device.get(model.name, 0) for of_device in used.values())
-                ),
             )
         )
     return by_rank, by_model

@@ -17,6 +17,7 @@ from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.config.draft import Draft, ModelDraft, devices_of, size_of
 from crosspool.config.sizes import format_size
+from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.registry import read_model
 from crosspool.models.spec import ModelSpec
@@ -37,6 +38,9 @@ _SAME = (
     "max_running_requests",
     "max_queued_requests",
     "queue_timeout",
+    "promise",
+    "growth_tokens",
+    "prefix_cache",
     "watchdog_timeout",
     "failure_grace",
     "drain_timeout",
@@ -72,9 +76,6 @@ def prepare(draft: Draft) -> Prepared:
         if draft.kv_pool_bytes is None
         else size_of(draft.kv_pool_bytes, "kv_pool_bytes")
     )
-    layouts = [KVLayout(spec, draft.page_size, chunk_bytes) for spec in specs]
-    for model, spec, layout in zip(models, specs, layouts, strict=True):
-        _check_kv_budget(model.name, spec, layout, kv_pool_bytes, len(kv_devices))
     deployment = Deployment(
         models=models,
         kv_pool_devices=kv_devices,
@@ -89,6 +90,7 @@ def prepare(draft: Draft) -> Prepared:
         port=_free_port(draft.host, draft.port),
         **{name: getattr(draft, name) for name in _SAME},
     )
+    _check_kv_bounds(deployment, specs)
     placement = place(deployment, specs)
     if draft.weight_pool_bytes is None:
         deployment = msgspec.structs.replace(deployment, weight_pool_bytes=placement.pool_bytes)
@@ -103,6 +105,7 @@ def _check_numbers(draft: Draft) -> None:
         ("chunked_prefill_size", 1),
         ("max_running_requests", 1),
         ("max_queued_requests", 0),
+        ("growth_tokens", 1),
         ("queue_timeout", 0),
         ("watchdog_timeout", 1),
         ("failure_grace", 0),
@@ -164,26 +167,59 @@ def _model_config(draft: ModelDraft, weight_devices: tuple[Device, ...] | None) 
         sglang=draft.sglang,
         context_length=draft.context_length,
         dtype=draft.dtype,
+        kv_floor_bytes=_own_size(draft.kv_floor_bytes, f"{name}: kv_floor_bytes") or 0,
+        kv_ceiling_bytes=_own_size(draft.kv_ceiling_bytes, f"{name}: kv_ceiling_bytes"),
         weight_pool_devices=weight_devices,
     )
 
 
-def _check_kv_budget(
-    name: str, spec: ModelSpec, layout: KVLayout, kv_pool_bytes: int, ranks: int
-) -> None:
-    """One request as long as the model's context must fit into one attention rank's budget."""
-    pages = layout.pages_for(spec.context)
-    chunks = -(-pages * layout.page_bytes // layout.chunk_bytes)
-    budget = kv_pool_bytes // ranks // layout.chunk_bytes
-    if chunks <= budget:
-        return
-    needed = chunks * layout.chunk_bytes * ranks
-    tokens = layout.pages_in(budget) * layout.page_size
+def _own_size(value: int | str | None, key: str) -> int | None:
+    return None if value is None else size_of(value, key)
+
+
+def _check_kv_bounds(d: Deployment, specs: Sequence[ModelSpec]) -> None:
+    """Floors fit together, and one request as long as each model's context fits into what its
+    promises can reach on one attention rank."""
+    bounds, ranks = Bounds.of(d), len(d.kv_pool_devices)
+    if sum(bounds.floors) > bounds.budget:
+        floors = sum(bounds.floors) * d.chunk_bytes * ranks
+        raise ConfigError(
+            f"kv_floor_bytes: the floors of all models come to {format_size(floors)} in whole "
+            f"chunks, more than the KV pool's {format_size(d.kv_pool_bytes)}: lower them or give "
+            "a larger --kv-pool-bytes"
+        )
+    for index, (model, spec) in enumerate(zip(d.models, specs, strict=True)):
+        layout = KVLayout(spec, d.page_size, d.chunk_bytes)
+        chunks = -(-layout.pages_for(spec.context) * layout.page_bytes // layout.chunk_bytes)
+        if bounds.ceilings[index] < bounds.floors[index]:
+            raise ConfigError(
+                f"kv_ceiling_bytes of {model.name}: {model.kv_ceiling_bytes} is below its "
+                f"kv_floor_bytes, {model.kv_floor_bytes} (in whole chunks of each device)"
+            )
+        if chunks > bounds.reach(index):
+            raise ConfigError(_too_long(d, index, spec, layout))
+
+
+def _too_long(d: Deployment, index: int, spec: ModelSpec, layout: KVLayout) -> str:
+    """Why one request of the model's context does not fit, and what would make it."""
+    bounds, model, ranks = Bounds.of(d), d.models[index], len(d.kv_pool_devices)
+    name = model.name
+    chunks = -(-layout.pages_for(spec.context) * layout.page_bytes // layout.chunk_bytes)
+    needed = chunks * d.chunk_bytes * ranks
+    tokens = layout.pages_in(bounds.reach(index)) * layout.page_size
     shorter = f"--context-length {tokens}, or " if tokens else ""
-    raise ConfigError(
-        f"kv_pool_bytes: {format_size(kv_pool_bytes)} on {ranks} device(s) do not hold one request "
-        f"of {spec.context} tokens, the context of {name}: give {shorter}"
-        f"--kv-pool-bytes {needed} ({format_size(needed)})"
+    request = f"do not hold one request of {spec.context} tokens, the context of {name}"
+    if chunks > bounds.ceilings[index] and model.kv_ceiling_bytes is not None:
+        return (
+            f"kv_ceiling_bytes of {name}: {format_size(model.kv_ceiling_bytes)} on {ranks} "
+            f"device(s) {request}: give {shorter}a ceiling of {needed} ({format_size(needed)})"
+        )
+    others = (sum(bounds.floors) - bounds.floors[index]) * d.chunk_bytes * ranks
+    beside = f" beside the floors of other models, {format_size(others)}," if others else ""
+    needed += others
+    return (
+        f"kv_pool_bytes: {format_size(d.kv_pool_bytes)} on {ranks} device(s){beside} {request}: "
+        f"give {shorter}--kv-pool-bytes {needed} ({format_size(needed)})"
     )
 
 

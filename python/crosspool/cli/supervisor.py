@@ -2,76 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 
-from crosspool.config.process import die_with_parent
+from crosspool.cli.child import Child, ForkServer, ProcessSpec
+from crosspool.config.process import adopt_orphans
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 15.0
 """How long a process may take to end after SIGTERM, before SIGKILL."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProcessSpec:
-    """All that it takes to start a process, and to start it again."""
-
-    name: str
-    """For the user: ``http``, ``device process cpu:0``."""
-    argv: Sequence[str]
-    env: Mapping[str, str] = field(default_factory=dict)
-    """Added to the launcher's own environment."""
-    pass_fds: Sequence[int] = ()
-    device: str | None = None
-    """The device that it drives, if it is a device process."""
-
-    def spawn(self) -> Child:
-        """Starts it in a process group of its own (Ctrl-C reaches the launcher alone), to be
-        killed by the kernel when the launcher ends."""
-        process = subprocess.Popen(
-            self.argv,
-            env={**os.environ, **self.env},
-            pass_fds=self.pass_fds,
-            stdin=subprocess.DEVNULL,
-            process_group=0,
-            preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, no lock
-        )
-        return Child(self, process)
-
-
-class Child:
-    """A started process. Its pid, and with it its group's name, stays ours until :meth:`reap`."""
-
-    def __init__(self, spec: ProcessSpec, process: subprocess.Popen[bytes]) -> None:
-        self.spec = spec
-        self._process = process
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def has_ended(self) -> bool:
-        if self._process.returncode is not None:
-            return True
-        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        return os.waitid(os.P_PID, self.pid, flags) is not None
-
-    def signal(self, number: signal.Signals) -> None:
-        if not self.has_ended():
-            os.kill(self.pid, number)
-
-    def reap(self) -> int:
-        """Kills whatever is left of its process group and returns the exit status, as
-        subprocess does: -n for a process killed by signal n."""
-        if self._process.returncode is None:
-            os.killpg(self.pid, signal.SIGKILL)
-        return self._process.wait()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +35,8 @@ class Supervisor:
     """Runs a set of processes as one.
 
     ``stages`` are the processes in the order in which they are stopped, those of one stage at
-    once; they are started from the last stage to the first without waiting for one another.
+    once; they are started from the last stage to the first without waiting for one another, but
+    for those that are ``forked``: these come from the fork server, which is started last.
     ``is_ready`` is asked again and again until it says True, then ``on_ready`` is called once.
     ``on_loss`` is called for every process that is lost after it was ready; then the others are
     left alone for ``failure_grace`` seconds, unless all of the first stage is gone."""
@@ -101,6 +45,8 @@ class Supervisor:
         self,
         stages: Sequence[Sequence[ProcessSpec]],
         *,
+        fork_server: ProcessSpec | None = None,
+        forked: Sequence[ProcessSpec] = (),
         is_ready: Callable[[], bool],
         on_ready: Callable[[], None],
         on_loss: Callable[[Loss], None],
@@ -109,6 +55,9 @@ class Supervisor:
         drain_timeout: float,
     ) -> None:
         self._stages = stages
+        self._fork_server_spec = fork_server
+        self._fork_server: ForkServer | None = None
+        self._forked = forked
         self._is_ready = is_ready
         self._on_ready = on_ready
         self._on_loss = on_loss
@@ -123,9 +72,7 @@ class Supervisor:
         user's mistake, which it has told), else 1."""
         with self._catching_signals():
             try:
-                for index in reversed(range(len(self._stages))):
-                    for spec in self._stages[index]:
-                        self._children[index].append(spec.spawn())
+                self._start()
                 losses = self._watch()
                 if losses:
                     self._say("stopping the other processes")
@@ -136,6 +83,15 @@ class Supervisor:
                 return 0
             finally:
                 self._kill_all()
+
+    def _start(self) -> None:
+        for index in reversed(range(len(self._stages))):
+            for spec in self._stages[index]:
+                if spec not in self._forked:
+                    self._children[index].append(spec.spawn())
+        if self._fork_server_spec is not None:
+            adopt_orphans()
+            self._fork_server = ForkServer(self._fork_server_spec)
 
     def _watch(self) -> list[Loss]:
         """Returns the losses, or an empty list when a signal asks to stop."""
@@ -158,16 +114,33 @@ class Supervisor:
         return losses
 
     def _new_losses(self, known: Sequence[Loss]) -> list[Loss]:
+        lost = self._adopt_forked()
         names = {loss.spec.name for loss in known}
-        return [
+        return lost + [
             Loss(spec=child.spec, status=child.reap())
             for stage in self._children
             for child in stage
             if child.spec.name not in names and child.has_ended()
         ]
 
+    def _adopt_forked(self) -> list[Loss]:
+        """Takes over what the fork server forked, once it has ended; its loss if it failed."""
+        server = self._fork_server
+        if server is None or not server.child.has_ended():
+            return []
+        self._fork_server = None
+        status = server.child.reap()
+        if status != 0:
+            server.end()
+            return [Loss(spec=server.child.spec, status=status)]
+        for child in server.adopt(self._forked):
+            index = next(i for i, stage in enumerate(self._stages) if child.spec in stage)
+            self._children[index].append(child)
+        return []
+
     def _stop(self, first_stage_seconds: float) -> None:
         signals = self._signals
+        self._end_fork_server()
         for index, stage in enumerate(self._children):
             deadline = time.monotonic() + (first_stage_seconds if index == 0 else _STOP_SECONDS)
             for child in stage:
@@ -183,7 +156,13 @@ class Supervisor:
             for child in stage:
                 child.reap()
 
+    def _end_fork_server(self) -> None:
+        if self._fork_server is not None:
+            self._fork_server.end()
+            self._fork_server = None
+
     def _kill_all(self) -> None:
+        self._end_fork_server()
         for stage in self._children:
             for child in stage:
                 child.reap()

@@ -26,6 +26,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The ``model`` that clients ask for."""
     path: str
     """Local folder with config.json, safetensors and tokenizer."""
+    kv_floor_bytes: int = 0
+    """KV memory that the promises of other models never take, over the whole pool."""
+    kv_ceiling_bytes: int | None = None
+    """Most KV memory that this model's requests are promised, over the whole pool; None: all."""
     sglang: dict[str, Any] = {}
     """SGLang server arguments of this model alone (``chat_template``, ``tool_call_parser``, ...),
     keyed by ServerArgs field."""
@@ -61,6 +65,13 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """Requests of one model that wait at most; more are refused with 429."""
     queue_timeout: float = 600.0
     """Seconds that a request may wait for admission before it is refused with 429."""
+    promise: Literal["worst_case", "growth"] = "worst_case"
+    """What a request is promised at admission: pages for the longest that it can become, or for
+    its prompt and some tokens, and more as it grows."""
+    growth_tokens: int = 256
+    """With ``growth``, tokens that are promised at a time."""
+    prefix_cache: bool = True
+    """Whether computed KV is kept for later requests that begin alike."""
     watchdog_timeout: float = 300.0
     """Seconds after which a step without result counts as a dead rank."""
     failure_grace: float = 5.0

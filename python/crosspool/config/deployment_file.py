@@ -53,6 +53,8 @@ def _check_sglang(arguments: dict[str, Any], where: str, scopes: tuple[str, ...]
             close = difflib.get_close_matches(name, taken, n=1)
             hint = f"did you mean {close[0]}?" if close else reason_refused(name)
             raise ConfigError(f"{where}.{name}: {hint}")
+        if name == "disable_radix_cache":
+            raise ConfigError(f"{where}.{name}: write prefix_cache: false outside of sglang")
         if flag.effect == "crosspool":
             raise ConfigError(f"{where}.{name}: write this key outside of sglang")
         if flag.effect == "none":

@@ -22,6 +22,8 @@ class ModelDraft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     context_length: int | None = None
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     weight_pool_devices: str | list[str] | None = None
+    kv_floor_bytes: int | str | None = None
+    kv_ceiling_bytes: int | str | None = None
     sglang: dict[str, Any] = {}
 
 
@@ -47,6 +49,9 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     max_running_requests: int = _defaults["max_running_requests"]
     max_queued_requests: int = _defaults["max_queued_requests"]
     queue_timeout: float = _defaults["queue_timeout"]
+    promise: Literal["worst_case", "growth"] = _defaults["promise"]
+    growth_tokens: int = _defaults["growth_tokens"]
+    prefix_cache: bool = _defaults["prefix_cache"]
     watchdog_timeout: float = _defaults["watchdog_timeout"]
     failure_grace: float = _defaults["failure_grace"]
     drain_timeout: float = _defaults["drain_timeout"]

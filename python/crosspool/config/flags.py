@@ -38,9 +38,24 @@ _POOL_FLAGS: tuple[tuple[str, type, str], ...] = (
     ("lanes", int, "batches in flight per KV device"),
     ("chunk_bytes", str, "unit of physical KV memory; a multiple of 2MiB"),
     ("queue_timeout", float, "seconds that a request may wait for admission"),
+    (
+        "promise",
+        str,
+        "KV memory promised at admission: worst_case (all a request can need) or growth",
+    ),
+    ("growth_tokens", int, "tokens promised at a time with --promise growth"),
     ("failure_grace", float, "seconds of 503 answers after a process died, before the exit"),
     ("drain_timeout", float, "seconds that requests in flight may take to end after SIGTERM"),
 )
+_MODEL_FLAGS = tuple(
+    SGLangFlag(name=name, kind="str", scope="model", effect="crosspool", help=text)
+    for name, text in (
+        ("kv_floor_bytes", "KV memory that other models' requests never take (512MiB)."),
+        ("kv_ceiling_bytes", "Most KV memory that the model's requests may take."),
+    )
+)
+"""Flags per model that SGLang does not have."""
+_BY_NAME = BY_NAME | {flag.name: flag for flag in _MODEL_FLAGS}
 _OUR_NAMES = {"model_path": "path", "served_model_name": "name"}
 _TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "json": str, "list": str}
 
@@ -66,7 +81,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     server = parser.add_argument_group("server")
     ignored = parser.add_argument_group("taken from SGLang command lines, without effect")
     pools = parser.add_argument_group("pools")
-    for flag in FLAGS:
+    for flag in (*FLAGS, *_MODEL_FLAGS):
         group = models if flag.scope == "model" else server
         _add_sglang_flag(ignored if flag.effect == "none" else group, flag)
     for name, kind, text in _POOL_FLAGS:
@@ -111,8 +126,10 @@ def parse(argv: Sequence[str], prog: str = "crosspool serve") -> Draft:
     models: list[dict[str, Any]] = [{"sglang": {}} for _ in given["model_path"]]
     data: dict[str, Any] = {"models": models, "sglang": shared_sglang}
     for name, value in given.items():
-        flag = BY_NAME.get(name)
-        if flag is None or (flag.scope == "shared" and flag.effect == "crosspool"):
+        flag = _BY_NAME.get(name)
+        if name == "disable_radix_cache":
+            data["prefix_cache"] = False
+        elif flag is None or (flag.scope == "shared" and flag.effect == "crosspool"):
             data[name] = value
         elif flag.effect == "none":
             print(f"crosspool: {flag.flag} has no effect: {flag.help}", file=sys.stderr)

@@ -23,7 +23,8 @@ class SGLangFlag(msgspec.Struct, frozen=True, kw_only=True):
     """``model``: may differ between models; ``shared``: one value for the server."""
     effect: Literal["crosspool", "sglang", "none"]
     """``crosspool``: sets the field of Deployment or ModelConfig of that name
-    (``served_model_name`` is ``name``, ``model_path`` is ``path``). ``sglang``: goes into their
+    (``served_model_name`` is ``name``, ``model_path`` is ``path``, ``disable_radix_cache`` is no
+    ``prefix_cache``). ``sglang``: goes into their
     ``sglang`` mapping. ``none``: taken so that a command line written for SGLang works, and the
     user is warned with the help text."""
     help: str
@@ -74,6 +75,7 @@ FLAGS: tuple[SGLangFlag, ...] = (
         ("max_running_requests", "int", "Requests of one model that run at once, per KV device."),
         ("max_queued_requests", "int", "Requests of one model that wait; more are refused (429)."),
         ("watchdog_timeout", "float", "Seconds after which a silent device counts as dead."),
+        ("disable_radix_cache", "bool", "Keep no KV cache for later requests that begin alike."),
         ("random_seed", "int", "Seed from which requests without one get theirs."),
     ),
     *_flags(
@@ -95,7 +97,6 @@ FLAGS: tuple[SGLangFlag, ...] = (
             "Default sampling: OpenAI's, or the model's generation_config.json.",
             ("openai", "model"),
         ),
-        ("json_model_override_args", "str", "Fields that replace config.json's (JSON)."),
         ("weight_version", "str", "A name for these weights that answers carry."),
         ("stream_interval", "int", "Tokens between two pieces of a stream."),
     ),
@@ -127,7 +128,6 @@ FLAGS: tuple[SGLangFlag, ...] = (
         ("max_total_tokens", "int", "The KV pool is sized by its bytes."),
         ("max_prefill_tokens", "int", "A step's prompt tokens: --chunked-prefill-size."),
         ("mem_fraction_static", "float", "Pools are sized in bytes, not as a fraction."),
-        ("disable_radix_cache", "bool", "There is no prefix cache to switch off."),
         (
             "schedule_policy",
             "str",
@@ -154,7 +154,8 @@ _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("speculative",), "speculative decoding is not supported"),
     (("lora", "enable_lora", "max_lora", "max_loras"), "LoRA adapters are not supported"),
     (("disaggregation", "encoder"), "prefill-decode disaggregation is not supported"),
-    (("enable_hierarchical_cache", "hicache", "radix"), "there is no prefix cache"),
+    (("enable_hierarchical_cache", "hicache"), "the prefix cache lives in the KV pool only"),
+    (("radix",), "the prefix cache gives up the least recently used pages of all models"),
     (("is_embedding",), "only text generation is supported"),
     (
         ("enable_multimodal", "mm", "limit_mm", "image", "video", "audio"),
@@ -168,6 +169,10 @@ _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
         "no such backend",
     ),
     (("revision", "download_dir"), "models are local folders"),
+    (
+        ("json_model_override_args",),
+        "ranks read the model's own config.json: change a copy of its folder instead",
+    ),
 )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from sglang.srt.managers import io_struct as io
 
 UNSUPPORTED = "CrossPool does not support this"
-NO_CACHE = "there is no prefix cache to flush"
+NO_CACHE = "there is no prefix cache to flush: it is switched off"
+FLUSHED = "every cached prefix is given up, but those that running requests use"
 NO_PROFILE = "CrossPool has no torch profiler; POST /crosspool/trace/start records lane events"
 
 Maker = Callable[[Any], Any]
@@ -27,7 +28,6 @@ def _lora(request: Any) -> Any:
 
 
 ANSWERS: dict[type, Maker] = {
-    io.FlushCacheReqInput: lambda r: io.FlushCacheReqOutput(success=True, message=NO_CACHE),
     io.SetInternalStateReq: lambda r: io.SetInternalStateReqOutput(updated=False),
     io.ProfileReq: lambda r: io.ProfileReqOutput(success=False, message=NO_PROFILE),
     io.OpenSessionReqInput: lambda r: io.OpenSessionReqOutput(

@@ -7,22 +7,22 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import zmq
 
 from crosspool.config.deployment import Deployment
 from crosspool.transport.messages import (
+    MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     Failed,
     FromDevice,
     Inspect,
     Inspected,
-    RankInfo,
+    InspectWhat,
     Ready,
     StepResult,
     ToDevice,
@@ -32,10 +32,7 @@ from crosspool.transport.messages import (
 
 log = logging.getLogger(__name__)
 
-MAX_MESSAGE_BYTES = 256 << 20
 INSPECT_SECONDS = 8.0
-
-InspectWhat = Literal["tensors", "pools", "counters", "trace_start", "trace_stop"]
 
 
 class DeviceGone(RuntimeError):
@@ -77,10 +74,6 @@ class Devices:
     def progress(self) -> str:
         waiting = [name for name in self._names if name not in self.ready]
         return f"loading on {', '.join(waiting)}" if waiting else "ready"
-
-    def ranks(self) -> Sequence[tuple[str, RankInfo]]:
-        """Every rank that has reported, with its device's name."""
-        return [(name, rank) for name, ready in self.ready.items() for rank in ready.ranks]
 
     def send(self, attention_rank: int, message: ToDevice) -> None:
         """To the device of ``attention_rank``. Raises DeviceGone when it is not connected."""

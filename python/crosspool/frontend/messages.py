@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -107,7 +106,7 @@ def to_request(message: TokenizedGenerateReqInput, model: int, seed: int) -> Gen
         logprobs=_logprobs(message, len(input_ids)),
         grammar=_grammar(params),
         stream=message.stream,
-        arrival=time.monotonic(),
+        cache_namespace=(message.cache_salt or "", message.extra_key or ""),
     )
 
 

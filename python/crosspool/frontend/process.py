@@ -25,8 +25,22 @@ def run(name: str, serve: Callable[[Deployment], None], argv: Sequence[str] | No
     arguments = parser.parse_args(argv)
 
     die_with_parent()
+    deployment = prepare(name, arguments.deployment)
+    try:
+        serve(deployment)
+    except ConfigError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except Exception:
+        logging.getLogger(__name__).exception("the %s process cannot go on", name)
+        return 1
+    return 0
+
+
+def prepare(name: str, file: Path) -> Deployment:
+    """Gives the process its title, its log and the environment in which SGLang is imported."""
     set_title(name)
-    deployment = load(arguments.deployment)
+    deployment = load(file)
     configure_logging(name, deployment)
     os.environ["SGLANG_USE_PICKLE_IPC"] = "0"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,15 +51,7 @@ def run(name: str, serve: Callable[[Deployment], None], argv: Sequence[str] | No
         folder = Path(deployment.runtime_dir) / "metrics"
         folder.mkdir(exist_ok=True)
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
-    try:
-        serve(deployment)
-    except ConfigError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    except Exception:
-        logging.getLogger(__name__).exception("the %s process cannot go on", name)
-        return 1
-    return 0
+    return deployment
 
 
 def leave(status: int) -> NoReturn:

@@ -21,7 +21,7 @@ import zmq
 from sglang.srt.managers import io_struct as io
 
 from crosspool.config.deployment import Deployment
-from crosspool.frontend.control_requests import ANSWERS, FORWARDED, UNANSWERED
+from crosspool.frontend.control_requests import ANSWERS, FLUSHED, FORWARDED, NO_CACHE, UNANSWERED
 from crosspool.frontend.devices import DeviceGone, Devices
 from crosspool.frontend.front_end import FrontEnd, FrontEndLost
 from crosspool.frontend.grammar import XGrammarBackend
@@ -201,6 +201,9 @@ class SchedulerLoop:
             case io.GetInternalStateReq():
                 state = self._core.snapshot()["models"][front_end.model]
                 front_end.to_tokenizer(io.GetInternalStateReqOutput(internal_state=state))
+            case io.FlushCacheReqInput():
+                text = FLUSHED if self._core.flush(front_end.model) else NO_CACHE
+                front_end.to_tokenizer(io.FlushCacheReqOutput(success=True, message=text))
             case io.ShutdownReq():
                 # An attached server ends; the deployment does not.
                 if front_end.attached:

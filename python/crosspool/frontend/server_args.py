@@ -38,7 +38,7 @@ def server_args(deployment: Deployment, index: int) -> ServerArgs:
         watchdog_timeout=deployment.watchdog_timeout,
         random_seed=deployment.random_seed,
         skip_server_warmup=True,
-        disable_radix_cache=True,
+        disable_radix_cache=not deployment.prefix_cache,
     )
     try:
         args = ServerArgs(**arguments)

@@ -1,89 +1,142 @@
-"""The logical side of the KV pool: which pages are promised to whom, and what that costs.
+"""The logical side of the KV pool: whose page is which, and what that costs in chunks.
 
-One allocator per attention rank, kept by the scheduler. Admission reserves all pages that a request
-may come to need; the budget is charged with every chunk that a reserved page touches, once, so an
-admitted request never fails for memory. Physical chunks follow later, when a step first writes.
+One allocator per attention rank, kept by the scheduler. A page is free, *promised* to requests that
+run, or *cached*: it holds tokens that nobody uses now. The budget is charged with every chunk that
+a promised or a cached page touches, once, so a promise never fails for memory; who takes pages
+first gives up as many cached ones as that needs. Physical chunks follow later, when a step first
+writes.
+
+Floors and ceilings of models bound promises (:mod:`crosspool.kvpool.bounds`); cached pages count
+for neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from crosspool.config.deployment import ConfigError
+from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 
+Guard = Callable[[list[int]], bool]
+"""Says of pages that are about to be promised whether they may be."""
 _Ints = npt.NDArray[np.int64]
+_Mask = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Reservation:
-    """Pages promised to one request. Its tokens fill them in this order."""
-
-    model: int
-    pages: list[int]
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """Pages for a reservation, how often they touch each chunk of a span, and new chunks."""
-
-    pages: _Ints
-    span: slice
-    touches: _Ints
-    cost: int
-
-
-class _Model:
-    """The pages of one model: who holds them, and how many reserved pages touch each chunk."""
+class _Geometry:
+    """Which chunks each page of a model touches: first and last, int64 [pages]."""
 
     def __init__(self, layout: KVLayout, budget_chunks: int) -> None:
-        self.layout = layout
         pages = np.arange(layout.pages_in(budget_chunks), dtype=np.int64)
-        self.first_chunk: _Ints = pages * layout.page_bytes // layout.chunk_bytes
-        self.last_chunk: _Ints = ((pages + 1) * layout.page_bytes - 1) // layout.chunk_bytes
-        self.free = np.ones(len(pages), dtype=bool)
-        self.free_pages = len(pages)
-        self.costs = np.ones(len(pages), dtype=bool)
-        """Whether a page touches a chunk that no reserved page touches."""
-        self.touching = np.zeros(budget_chunks, dtype=np.int64)
-        self.mapped = np.zeros(budget_chunks, dtype=bool)
-
-    def best(self, count: int) -> _Ints:
-        """Up to ``count`` free pages: those that cost no new chunk, then others, each ascending."""
-        cheap = _first(self.free & ~self.costs, count)
-        if len(cheap) == count:
-            return cheap
-        return np.concatenate((cheap, _first(self.free & self.costs, count - len(cheap))))
+        self.layout = layout
+        self.pages = len(pages)
+        self.chunks = budget_chunks
+        self.first: _Ints = pages * layout.page_bytes // layout.chunk_bytes
+        self.last: _Ints = ((pages + 1) * layout.page_bytes - 1) // layout.chunk_bytes
 
     def touches(self, pages: _Ints) -> tuple[slice, _Ints]:
         """A span of chunks, and for each of them how many of ``pages`` touch it."""
-        first, last = self.first_chunk[pages], self.last_chunk[pages]
+        if len(pages) == 0:
+            return slice(0, 0), np.empty(0, dtype=np.int64)
+        first, last = self.first[pages], self.last[pages]
         low, high = int(first.min()), int(last.max()) + 1
         begins = np.bincount(first - low, minlength=high - low + 1)
         ends = np.bincount(last + 1 - low, minlength=high - low + 1)
         return slice(low, high), np.cumsum(begins - ends)[:-1]
 
-    def change(self, pages: _Ints, span: slice, touches: _Ints, *, free: bool) -> None:
-        """Takes or frees ``pages``, which touch the chunks of ``span`` so many times."""
-        self.free[pages] = free
-        self.free_pages += len(pages) if free else -len(pages)
-        self.touching[span] += -touches if free else touches
-        low = span.start * self.layout.chunk_bytes // self.layout.page_bytes
-        high = min(
-            (span.stop * self.layout.chunk_bytes - 1) // self.layout.page_bytes + 1, len(self.free)
-        )
-        first, last = self.first_chunk[low:high], self.last_chunk[low:high]
+
+class _PageSet:
+    """Some of a model's pages, and the chunks that they touch."""
+
+    def __init__(self, geometry: _Geometry) -> None:
+        self._geometry = geometry
+        self.has: _Mask = np.zeros(geometry.pages, dtype=bool)
+        self.size = 0
+        self.touching = np.zeros(geometry.chunks, dtype=np.int64)
+        self.chunks = 0
+        """How many chunks its pages touch."""
+        self.costs: _Mask = np.ones(geometry.pages, dtype=bool)
+        """Whether a page touches a chunk that no page of the set touches."""
+
+    def add(self, pages: _Ints) -> None:
+        span, touches = self._geometry.touches(pages)
+        self.chunks += int(np.count_nonzero((touches > 0) & (self.touching[span] == 0)))
+        self.touching[span] += touches
+        self.has[pages] = True
+        self.size += len(pages)
+        self._price(span)
+
+    def remove(self, pages: _Ints) -> _Ints:
+        """Returns the chunks that the set touches no more, ascending."""
+        span, touches = self._geometry.touches(pages)
+        self.touching[span] -= touches
+        self.has[pages] = False
+        self.size -= len(pages)
+        self._price(span)
+        left = np.flatnonzero((touches > 0) & (self.touching[span] == 0)) + span.start
+        self.chunks -= len(left)
+        return left
+
+    def new_chunks(self, pages: _Ints) -> int:
+        """How many more chunks the set would touch with ``pages``."""
+        span, touches = self._geometry.touches(pages)
+        return int(np.count_nonzero((touches > 0) & (self.touching[span] == 0)))
+
+    def _price(self, span: slice) -> None:
+        """Renews ``costs`` of all pages that touch the chunks of ``span``."""
+        if span.start == span.stop:
+            return
+        g = self._geometry
+        low = span.start * g.layout.chunk_bytes // g.layout.page_bytes
+        high = min((span.stop * g.layout.chunk_bytes - 1) // g.layout.page_bytes + 1, g.pages)
+        first, last = g.first[low:high], g.last[low:high]
         base = int(first[0])
         untouched = np.zeros(int(last[-1]) - base + 2, dtype=np.int64)
         np.cumsum(self.touching[base : int(last[-1]) + 1] == 0, out=untouched[1:])
         self.costs[low:high] = untouched[last + 1 - base] > untouched[first - base]
 
 
-def _first(mask: npt.NDArray[np.bool_], count: int) -> _Ints:
+class _Model:
+    def __init__(self, layout: KVLayout, budget_chunks: int) -> None:
+        self.geometry = _Geometry(layout, budget_chunks)
+        self.promised = _PageSet(self.geometry)
+        self.taken = _PageSet(self.geometry)
+        """Promised and cached pages."""
+        self.mapped: _Mask = np.zeros(budget_chunks, dtype=bool)
+        self.widest = int((self.geometry.last - self.geometry.first).max(initial=0)) + 1
+        """Most chunks that one page touches."""
+
+    def best(self, count: int) -> _Ints:
+        """Up to ``count`` free pages: first those that cost promises no further chunk, then those
+        that cost the budget none, then others, each ascending."""
+        free = ~self.taken.has
+        return _pick(
+            count,
+            free & ~self.promised.costs,
+            free & self.promised.costs & ~self.taken.costs,
+            free & self.taken.costs,
+        )
+
+    def best_of_all(self, count: int) -> _Ints:
+        """What :meth:`best` would give if there were no cached pages."""
+        free = ~self.promised.has
+        return _pick(count, free & ~self.promised.costs, free & self.promised.costs)
+
+
+def _pick(count: int, *masks: _Mask) -> _Ints:
+    """The first ``count`` pages of the masks one after another, or all when there are fewer."""
+    picked = np.empty(0, dtype=np.int64)
+    for mask in masks:
+        if len(picked) < count:
+            picked = np.concatenate((picked, _first(mask, count - len(picked))))
+    return picked
+
+
+def _first(mask: _Mask, count: int) -> _Ints:
     """Indices of the first ``count`` true entries, or of all when there are fewer."""
     limit = 2 * count + 1024
     while True:
@@ -97,100 +150,129 @@ class PageAllocator:
     """Pages and chunks of one attention rank.
 
     >>> allocator = PageAllocator(budget_chunks=8, layouts=[layout])
-    >>> reservation = allocator.reserve(model=0, pages=3)       # None: wait
-    >>> allocator.chunks_to_map(reservation, first_n_pages=1)   # before the first step
+    >>> allocator.fits(model=0, count=3)       # False: wait
+    True
+    >>> allocator.shortage(model=0, count=3)   # so many cached pages have to be freed first
+    0
+    >>> pages = allocator.take(model=0, count=3)
+    >>> allocator.map(model=0, pages=pages[:1])   # before the first step
     [0]
-    >>> allocator.release(reservation)                          # chunks to unmap now
+    >>> allocator.keep(model=0, pages=pages)      # cached from now on
+    >>> allocator.free(model=0, pages=pages)      # chunks to unmap now
     [0]
     """
 
-    def __init__(self, budget_chunks: int, layouts: Sequence[KVLayout]) -> None:
-        """``layouts``: one per model, in the deployment's order.
+    def __init__(
+        self,
+        budget_chunks: int,
+        layouts: Sequence[KVLayout],
+        bounds: Bounds | None = None,
+    ) -> None:
+        """``layouts``: one per model, in the deployment's order. ``bounds``: None for no floors
+        and no ceilings.
 
-        Raises ConfigError when the budget does not hold one page of every model."""
+        Raises ConfigError when some model could not hold one page."""
+        self._models = [_Model(layout, budget_chunks) for layout in layouts]
+        self.budget_chunks = budget_chunks
+        self._bounds = bounds or Bounds.without_floors(budget_chunks, len(layouts))
         for index, layout in enumerate(layouts):
-            if layout.pages_in(budget_chunks) == 0:
+            if self.capacity(index) <= 0:
                 raise ConfigError(
                     f"kv_pool_bytes: {budget_chunks} chunks of {layout.chunk_bytes} bytes per"
                     f" attention rank hold no page of model {index}, which takes"
-                    f" {layout.page_bytes} bytes; enlarge the KV pool"
+                    f" {layout.page_bytes} bytes, beside the floors of other models and below its"
+                    " own ceiling; enlarge the KV pool"
                 )
-        self._models = [_Model(layout, budget_chunks) for layout in layouts]
-        self._live: set[Reservation] = set()
         self.free_chunks = budget_chunks
-        """Chunks of the budget that no reserved page of any model touches."""
+        """Chunks of the budget that no promised or cached page of any model touches."""
 
     def capacity(self, model: int) -> int:
-        """Pages that the model could hold if the pool were its own."""
-        return len(self._models[model].free)
+        """Pages that the model could be promised if nobody else were promised any."""
+        return self._models[model].geometry.layout.pages_in(self._bounds.reach(model))
 
-    def free_pages(self, model: int) -> int:
-        """Pages of the model that nobody holds, whatever their chunks would cost."""
-        return self._models[model].free_pages
+    def fits(self, model: int, count: int, guard: Guard | None = None) -> bool:
+        """Whether ``count`` more pages could be promised if all cached pages were given up."""
+        pages = self._models[model].best_of_all(count)
+        return len(pages) == count and self._may_promise(model, pages, guard)
 
-    def can_reserve(self, model: int, pages: int) -> bool:
-        """Whether :meth:`reserve` would succeed now."""
-        return self._choose(model, pages) is not None
+    def shortage(self, model: int, count: int, guard: Guard | None = None) -> int:
+        """At least so many cached pages have to be freed before :meth:`take`; 0 when none."""
+        m = self._models[model]
+        pages = m.best(count)
+        if len(pages) < count:
+            return count - len(pages)
+        missing = m.taken.new_chunks(pages) - self.free_chunks
+        if missing > 0:
+            return -(-missing // max(other.widest for other in self._models))
+        # the free pages may lie so scattered between cached ones that they cost more
+        return 0 if self._may_promise(model, pages, guard) else 1
 
-    def reserve(self, model: int, pages: int) -> Reservation | None:
-        """Promises ``pages`` (at least one) pages, or None when they do not fit into the budget."""
-        choice = self._choose(model, pages)
-        if choice is None:
-            return None
-        self._models[model].change(choice.pages, choice.span, choice.touches, free=False)
-        self.free_chunks -= choice.cost
-        reservation = Reservation(model, choice.pages.tolist())
-        self._live.add(reservation)
-        return reservation
+    def take(self, model: int, count: int) -> list[int]:
+        """Promises ``count`` free pages. Raises ValueError where :meth:`shortage` is not 0 (but
+        the guard is not asked again)."""
+        if count < 1 or self.shortage(model, count):
+            raise ValueError(f"{count} pages of model {model} are not to be had")
+        m = self._models[model]
+        pages = m.best(count)
+        self.free_chunks -= m.taken.new_chunks(pages)
+        m.taken.add(pages)
+        m.promised.add(pages)
+        return pages.tolist()
 
-    def chunks_to_map(self, reservation: Reservation, first_n_pages: int) -> list[int]:
-        """Chunks under the reservation's first ``first_n_pages`` pages that are not mapped
-        yet, ascending. From now on they count as mapped: the caller has them mapped before
-        those pages are written."""
-        self._check_live(reservation)
-        model = self._models[reservation.model]
-        pages = np.asarray(reservation.pages[:first_n_pages], dtype=np.int64)
-        if len(pages) == 0:
-            return []
-        span, touches = model.touches(pages)
-        missing = np.flatnonzero((touches > 0) & ~model.mapped[span]) + span.start
-        model.mapped[missing] = True
+    def keep(self, model: int, pages: Sequence[int]) -> None:
+        """Promised ``pages`` become cached ones."""
+        m, array = self._checked(model, pages)
+        m.promised.remove(array)
+
+    def hold(self, model: int, pages: Sequence[int]) -> None:
+        """Cached ``pages`` become promised ones; they cost the budget nothing new."""
+        m, array = self._checked(model, pages)
+        m.promised.add(array)
+
+    def free(self, model: int, pages: Sequence[int]) -> list[int]:
+        """Takes promised or cached ``pages`` back; returns the mapped chunks that no page touches
+        any more, ascending. The caller has them unmapped before anything else is mapped."""
+        m, array = self._checked(model, pages)
+        m.promised.remove(array[m.promised.has[array]])
+        left = m.taken.remove(array)
+        self.free_chunks += len(left)
+        unmapped = left[m.mapped[left]]
+        m.mapped[unmapped] = False
+        return unmapped.tolist()
+
+    def map(self, model: int, pages: Sequence[int]) -> list[int]:
+        """Chunks under ``pages`` that are not mapped yet, ascending. From now on they count as
+        mapped: the caller has them mapped before those pages are written."""
+        m, array = self._checked(model, pages)
+        span, touches = m.geometry.touches(array)
+        missing = np.flatnonzero((touches > 0) & ~m.mapped[span]) + span.start
+        m.mapped[missing] = True
         return missing.tolist()
 
-    def release(self, reservation: Reservation) -> list[int]:
-        """Takes the pages back; returns the mapped chunks that no reserved page touches any more,
-        ascending. The caller has them unmapped before anything else is mapped."""
-        self._check_live(reservation)
-        self._live.remove(reservation)
-        model = self._models[reservation.model]
-        pages = np.asarray(reservation.pages, dtype=np.int64)
-        span, touches = model.touches(pages)
-        model.change(pages, span, touches, free=True)
-        dropped = (touches > 0) & (model.touching[span] == 0)
-        self.free_chunks += int(np.count_nonzero(dropped))
-        unmapped = np.flatnonzero(dropped & model.mapped[span]) + span.start
-        model.mapped[unmapped] = False
-        return unmapped.tolist()
+    def promised_chunks(self, model: int) -> int:
+        """Chunks that the model's promised pages touch, mapped or not."""
+        return self._models[model].promised.chunks
+
+    def cached_pages(self, model: int) -> int:
+        return self._models[model].taken.size - self._models[model].promised.size
+
+    def cached_chunks(self, model: int) -> int:
+        """Chunks that only cached pages of the model touch: what giving them up would free."""
+        return self._models[model].taken.chunks - self._models[model].promised.chunks
 
     def mapped_chunks(self, model: int) -> int:
         """Chunks of the model that are mapped."""
         return int(np.count_nonzero(self._models[model].mapped))
 
-    def reserved_chunks(self, model: int) -> int:
-        """Chunks of the budget that the model's reserved pages touch, mapped or not."""
-        return int(np.count_nonzero(self._models[model].touching))
+    def _may_promise(self, model: int, pages: _Ints, guard: Guard | None) -> bool:
+        """Whether bounds and guard let free or cached ``pages`` be promised."""
+        promised = [m.promised.chunks for m in self._models]
+        promised[model] += self._models[model].promised.new_chunks(pages)
+        return self._bounds.allow(promised) and (guard is None or guard(pages.tolist()))
 
-    def _choose(self, index: int, count: int) -> _Choice | None:
-        if count < 1:
-            raise ValueError(f"{count} pages: a reservation has at least one")
-        model = self._models[index]
-        if model.free_pages < count:
-            return None
-        pages = model.best(count)
-        span, touches = model.touches(pages)
-        cost = int(np.count_nonzero((touches > 0) & (model.touching[span] == 0)))
-        return _Choice(pages, span, touches, cost) if cost <= self.free_chunks else None
-
-    def _check_live(self, reservation: Reservation) -> None:
-        if reservation not in self._live:
-            raise ValueError("this reservation is not the allocator's, or it was released")
+    def _checked(self, model: int, pages: Sequence[int]) -> tuple[_Model, _Ints]:
+        m = self._models[model]
+        array = np.asarray(pages, dtype=np.int64)
+        if not m.taken.has[array].all():
+            raise ValueError(f"some of pages {list(pages)} of model {model} are free")
+        return m, array

@@ -13,20 +13,28 @@ from prometheus_client.registry import Collector
 _MODEL_GAUGES = (
     ("waiting", "crosspool_requests_waiting", "Requests queued."),
     ("running", "crosspool_requests_running", "Requests admitted and not finished."),
+    ("paused", "crosspool_requests_paused", "Of them, those that wait for more KV memory."),
     ("mapped_bytes", "crosspool_kv_mapped_bytes", "KV memory mapped for the model."),
     ("promised_bytes", "crosspool_kv_promised_bytes", "KV memory promised to running requests."),
+    ("cached_bytes", "crosspool_kv_cached_bytes", "KV memory of cached prefixes not in use."),
 )
 _MODEL_COUNTERS = (
     ("requests", "crosspool_requests", "Requests received, refused ones included."),
     ("admitted", "crosspool_requests_admitted", "Requests admitted to the KV pool."),
     ("prompt_tokens", "crosspool_prompt_tokens", "Prompt tokens computed."),
+    ("cached_tokens", "crosspool_cached_tokens", "Prompt tokens that the prefix cache had."),
+    ("prefix_hits", "crosspool_prefix_hits", "Requests admitted with cached prompt tokens."),
+    ("evicted_pages", "crosspool_evicted_pages", "Cached KV pages given up for requests."),
+    ("pauses", "crosspool_pauses", "Times that a running request waited for more KV memory."),
     ("output_tokens", "crosspool_output_tokens", "Tokens sampled."),
     ("steps", "crosspool_steps", "Steps: passes of a batch through all layers."),
     ("decode_rows", "crosspool_decode_rows", "Rows that fed back a sampled token."),
 )
 _RANK_GAUGES = (
     ("budget_bytes", "crosspool_kv_budget_bytes", "KV budget of the attention rank."),
-    ("free_bytes", "crosspool_kv_free_bytes", "KV memory promised to nobody."),
+    ("free_bytes", "crosspool_kv_free_bytes", "KV memory neither promised nor cached."),
+    ("promised_bytes", "crosspool_kv_rank_promised_bytes", "KV memory promised to requests."),
+    ("cached_bytes", "crosspool_kv_rank_cached_bytes", "KV memory of cached prefixes only."),
     ("steps_in_flight", "crosspool_steps_in_flight", "Steps sent and not answered."),
 )
 _LINK_COUNTERS = (

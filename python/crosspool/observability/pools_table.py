@@ -1,4 +1,4 @@
-"""The pools as two tables for a terminal: what each rank holds, and what each model takes."""
+"""The pools as tables for a terminal: what each rank holds, what each model takes, what is used."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ from crosspool.config.sizes import format_size
 
 
 @dataclass(frozen=True, kw_only=True)
+class KVUse:
+    """KV memory in use now, in bytes."""
+
+    promised: int
+    """To requests that run."""
+    cached: int
+    """Of prefixes that no request uses: given up as soon as one needs the room."""
+    mapped: int
+    """In physical memory: all that is cached, and what has been written of what is promised."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankRow:
     """One rank; sizes in bytes."""
 
@@ -22,8 +34,8 @@ class RankRow:
     weights: int
     kv_budget: int | None
     """None for an FFN rank."""
-    kv_mapped: int | None = None
-    """KV memory in use now; None when the server has not been asked, and for an FFN rank."""
+    kv: KVUse | None = None
+    """None when the server has not been asked, and for an FFN rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +56,25 @@ class ModelRow:
     """Tokens in as many pages."""
     context: int
     """Longest sequence in tokens."""
-    kv_mapped: int | None = None
-    """KV memory in use now; None when the server has not been asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UseRow:
+    """What one model makes of the KV pool now, and since the start."""
+
+    name: str
+    running: int
+    waiting: int
+    kv: KVUse
+    cached_tokens: int
+    """Prompt tokens that the prefix cache had."""
+    prompt_tokens: int
+    """Prompt tokens computed."""
+    evicted_pages: int
 
 
 _WIDTH_OF_A_FILE = 140
+_USE = ("KV promised", "KV cached", "KV mapped")
 
 
 def make_console() -> Console:
@@ -57,15 +83,15 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=_WIDTH_OF_A_FILE)
 
 
-def pools_tables(ranks: Sequence[RankRow], models: Sequence[ModelRow]) -> Group:
-    """Renders both tables; the columns of what is in use appear only where it is known."""
-    live = any(model.kv_mapped is not None for model in models)
-    by_rank = _table(
-        "Pools", "rank", "device", "weights", "KV budget", *(["KV in use"] if live else [])
-    )
+def pools_tables(
+    ranks: Sequence[RankRow], models: Sequence[ModelRow], use: Sequence[UseRow] = ()
+) -> Group:
+    """Renders the tables; what is in use now appears only where it is known."""
+    live = _USE if use else ()
+    by_rank = _table("Pools", "rank", "device", "weights", "KV budget", *live)
     for rank in ranks:
         cells = [rank.rank, rank.device, format_size(rank.weights), _size(rank.kv_budget)]
-        by_rank.add_row(*cells, *([_size(rank.kv_mapped)] if live else []))
+        by_rank.add_row(*cells, *(_use(rank.kv) if use else ()))
     by_model = _table(
         "Models",
         "model",
@@ -77,7 +103,6 @@ def pools_tables(ranks: Sequence[RankRow], models: Sequence[ModelRow]) -> Group:
         "KV pages",
         "tokens",
         "context",
-        *(["KV in use"] if live else []),
     )
     for model in models:
         cells = [
@@ -91,8 +116,31 @@ def pools_tables(ranks: Sequence[RankRow], models: Sequence[ModelRow]) -> Group:
             f"{model.tokens:,}",
             f"{model.context:,}",
         ]
-        by_model.add_row(*cells, *([_size(model.kv_mapped)] if live else []))
-    return Group(by_rank, Text(), by_model)
+        by_model.add_row(*cells)
+    if not use:
+        return Group(by_rank, Text(), by_model)
+    now = _table(
+        "KV memory now",
+        "model",
+        "running",
+        "waiting",
+        *_USE,
+        "prompt tokens",
+        "of them cached",
+        "pages given up",
+    )
+    for row in use:
+        prompt = row.prompt_tokens + row.cached_tokens
+        now.add_row(
+            row.name,
+            str(row.running),
+            str(row.waiting),
+            *_use(row.kv),
+            f"{prompt:,}",
+            f"{row.cached_tokens:,}",
+            f"{row.evicted_pages:,}",
+        )
+    return Group(by_rank, Text(), by_model, Text(), now)
 
 
 def _table(title: str, first: str, second: str, *numbers: str) -> Table:
@@ -102,6 +150,12 @@ def _table(title: str, first: str, second: str, *numbers: str) -> Table:
     for heading in numbers:
         table.add_column(heading, justify="right")
     return table
+
+
+def _use(kv: KVUse | None) -> tuple[str, ...]:
+    if kv is None:
+        return ("",) * len(_USE)
+    return tuple(format_size(size) for size in (kv.promised, kv.cached, kv.mapped))
 
 
 def _size(size: int | None) -> str:

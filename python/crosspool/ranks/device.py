@@ -28,7 +28,7 @@ from crosspool.ranks.ffn_rank import FFNRank
 from crosspool.ranks.host_loop import HostLoop
 from crosspool.ranks.weights import TORCH_DTYPES
 from crosspool.transport.data_path import AttentionLink, FFNLink, LinkCounters, LocalLink
-from crosspool.transport.messages import RankInfo
+from crosspool.transport.messages import InspectWhat, RankInfo
 from crosspool.transport.shared_memory import SharedMemoryTransport
 from crosspool.weightpool.checkpoint import Progress
 from crosspool.weightpool.placement import Placement, attention_bytes
@@ -104,7 +104,7 @@ class DeviceRanks:
             )
         return infos
 
-    def inspect(self, what: str) -> Any:
+    def inspect(self, what: InspectWhat) -> Any:
         """The answer to :class:`~crosspool.transport.messages.Inspect`, as its reply documents."""
         match what:
             case "tensors":

@@ -1,14 +1,14 @@
-"""The scheduler's picture of one attention rank: its KV pages, who runs there, steps in flight."""
+"""The scheduler's picture of one attention rank: who runs there, and which steps are in flight."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
-from crosspool.kvpool.allocator import PageAllocator
 from crosspool.kvpool.layout import KVLayout
+from crosspool.scheduler.promises import Promises
 from crosspool.scheduler.sequence import Sequence
 from crosspool.transport.messages import Open, Release, Row, Step, StepResult
 
@@ -23,31 +23,71 @@ class Flight:
     sequences: list[Sequence]
     rows: list[Row]
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether it takes prompt tokens."""
+        pairs = zip(self.sequences, self.rows, strict=True)
+        return any(row.start < seq.prompt_len for seq, row in pairs)
+
 
 class AttentionRank:
-    def __init__(self, index: int, budget_chunks: int, layouts: list[KVLayout]) -> None:
+    def __init__(self, index: int, promises: Promises, layouts: list[KVLayout]) -> None:
         self.index = index
-        self.budget_chunks = budget_chunks
-        self.allocator = PageAllocator(budget_chunks, layouts)
+        self.promises = promises
         self.running: list[dict[int, Sequence]] = [{} for _ in layouts]
         """Per model the requests that run here, by number, in order of admission."""
+        self.paused: list[dict[int, Sequence]] = [{} for _ in layouts]
+        """Those of them that wait for further pages."""
         self.flights: dict[int, Flight] = {}
         """Steps in flight by model: one each."""
         self.last_step = [-1] * len(layouts)
         """Per model the number of its latest step."""
+        self.last_prompt_step = [-1] * len(layouts)
+        """Per model the number of its latest step that took prompt tokens."""
+        self.version = 0
+        """Changes whenever somebody may be promised pages to whom they were refused before."""
         self._layouts = layouts
         self._step_numbers = count()
         self._ended: list[Sequence] = []
+        self._forget: dict[int, list[int]] = defaultdict(list)
+        """Per model the requests that the rank is still to be told to forget."""
+        self._asked = -1
+        """The version at which the paused requests last asked in vain."""
+
+    # --- who comes, and who goes on
 
     def admit(self, seq: Sequence) -> bool:
-        """Promises ``seq`` every page that it can come to need here, if they are to be had."""
-        pages = self._layouts[seq.model].pages_for(seq.limit)
-        seq.reservation = self.allocator.reserve(seq.model, pages)
-        if seq.reservation is None:
+        """Nobody comes in while somebody who is in waits for pages."""
+        if any(self.paused) or not self.promises.admit(seq):
             return False
         seq.rank = self.index
         self.running[seq.model][seq.number] = seq
         return True
+
+    def extend(self) -> Iterator[Sequence]:
+        """Promises further pages to those who have filled theirs, first admitted first, or pauses
+        them; yields each that is paused from now on."""
+        if not self.promises.grow:
+            return
+        for running, paused in zip(self.running, self.paused, strict=True):
+            for seq in running.values():
+                if seq.decoding and not seq.in_flight and seq.number not in paused:
+                    if self.promises.holds(seq, seq.computed + 1):
+                        continue
+                    if self.promises.extend(seq):
+                        self.version += 1
+                    else:
+                        paused[seq.number] = seq
+                        yield seq
+        while any(self.paused) and self._asked != self.version:
+            self._asked = self.version
+            waiting = [seq for paused in self.paused for seq in paused.values()]
+            for seq in sorted(waiting, key=lambda seq: seq.number):
+                if self.promises.extend(seq):
+                    del self.paused[seq.model][seq.number]
+                    self.version += 1
+
+    # --- steps
 
     def launch(self, model: int, batch: Iterable[tuple[Sequence, int]], now: float) -> Step:
         """Makes the step that takes so many further tokens of each request in ``batch``."""
@@ -60,13 +100,14 @@ class AttentionRank:
                 opens.append(seq.open())
             pages = self._layouts[model].pages_for(seq.computed + tokens)
             if pages > seq.pages_sent:
-                assert seq.reservation is not None
-                map_chunks += self.allocator.chunks_to_map(seq.reservation, pages)
+                map_chunks += self.promises.allocator.map(model, seq.pages[seq.pages_sent : pages])
             rows.append(seq.next_row(tokens, pages))
             sequences.append(seq)
         number = next(self._step_numbers)
         self.last_step[model] = number
-        self.flights[model] = Flight(number, model, now, sequences, rows)
+        flight = self.flights[model] = Flight(number, model, now, sequences, rows)
+        if flight.reads_prompt:
+            self.last_prompt_step[model] = number
         return Step(step=number, model=model, map_chunks=map_chunks, opens=opens, rows=rows)
 
     def land(self, result: StepResult) -> Flight:
@@ -83,30 +124,39 @@ class AttentionRank:
                 f"(request, sampled) {answered} where {asked} were asked for"
             )
         del self.flights[flight.model]
-        for seq in flight.sequences:
+        for seq, row in zip(flight.sequences, flight.rows, strict=True):
             seq.in_flight = False
             if seq.over:
                 self._ended.append(seq)
+            elif row.start < seq.prompt_len == seq.computed and self.promises.share(seq):
+                self.version += 1
         return flight
+
+    # --- who leaves
 
     def retire(self, seq: Sequence) -> None:
         """``seq`` runs no more; its pages are given back after its step in flight, if any."""
         del self.running[seq.model][seq.number]
+        self.paused[seq.model].pop(seq.number, None)
+        self.version += 1
         if not seq.in_flight:
             self._ended.append(seq)
 
-    def release(self) -> list[Release]:
-        """Gives back the pages of every request that has ended since the last call."""
-        requests: dict[int, list[int]] = defaultdict(list)
-        chunks: dict[int, list[int]] = defaultdict(list)
+    def reclaim(self) -> None:
+        """Takes back the pages of every request that has ended."""
         for seq in self._ended:
-            assert seq.reservation is not None
-            chunks[seq.model] += self.allocator.release(seq.reservation)
             if seq.opened:
-                requests[seq.model].append(seq.number)
+                self._forget[seq.model].append(seq.number)
+            self.promises.take_back(seq)
+            self.version += 1
         self._ended.clear()
+
+    def releases(self) -> list[Release]:
+        """What the rank has to be told since the last call."""
+        forget, self._forget = self._forget, defaultdict(list)
+        unmap = self.promises.chunks_to_unmap()
         return [
-            Release(model=model, requests=requests[model], unmap_chunks=unmap)
-            for model, unmap in chunks.items()
-            if requests[model] or unmap
+            Release(model=model, requests=forget[model], unmap_chunks=unmap[model])
+            for model in range(len(self._layouts))
+            if forget[model] or unmap[model]
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from crosspool.scheduler.attention_rank import AttentionRank
 from crosspool.scheduler.sequence import Sequence
@@ -13,14 +13,48 @@ def next_model(rank: AttentionRank, lanes: int) -> int | None:
     there is none, or when ``lanes`` steps are at work and one more waits behind them."""
     if len(rank.flights) > lanes:
         return None
-    ready = [m for m, running in enumerate(rank.running) if running and m not in rank.flights]
+    reader = prompt_reader(rank)
+    ready = [
+        model
+        for model, running in enumerate(rank.running)
+        if model not in rank.flights
+        and any(
+            seq.number not in rank.paused[model] and (seq.decoding or reader in (None, model))
+            for seq in running.values()
+        )
+    ]
     return min(ready, key=lambda model: rank.last_step[model], default=None)
 
 
-def form_batch(running: Iterable[Sequence], prompt_tokens: int) -> Iterator[tuple[Sequence, int]]:
+NOBODY = -1
+
+
+def prompt_reader(rank: AttentionRank) -> int | None:
+    """The one model whose next step may take prompt tokens, or NOBODY; None: every model's.
+
+    While a request answers here, prompts are read by one step at a time, models with prompts in
+    turn: so a token waits for at most one prompt chunk of other models, however many come in."""
+    if not any(seq.answering for running in rank.running for seq in running.values()):
+        return None
+    if any(flight.reads_prompt for flight in rank.flights.values()):
+        return NOBODY
+    reading = (
+        model
+        for model, running in enumerate(rank.running)
+        if any(not seq.decoding for seq in running.values())
+    )
+    return min(reading, key=lambda model: rank.last_prompt_step[model], default=NOBODY)
+
+
+def form_batch(
+    running: Iterable[Sequence], paused: Container[int], prompt_tokens: int
+) -> Iterator[tuple[Sequence, int]]:
     """One step's requests, each with the number of tokens that it takes: one of every request
-    that decodes, and up to ``prompt_tokens`` of prompts, first admitted first."""
+    that decodes, and up to ``prompt_tokens`` of prompts, first admitted first; none of those whose
+    numbers are in ``paused``."""
     for seq in running:
+        if seq.number in paused:
+            continue
         if seq.decoding:
             yield seq, 1
         elif prompt_tokens:

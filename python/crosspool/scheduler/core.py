@@ -15,16 +15,19 @@ from itertools import chain, count
 from typing import Any
 
 from crosspool.config.deployment import Deployment
+from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.admission import Admission
 from crosspool.scheduler.attention_rank import AttentionRank
-from crosspool.scheduler.batching import form_batch, next_model
+from crosspool.scheduler.batching import form_batch, next_model, prompt_reader
 from crosspool.scheduler.counters import ModelCounters
+from crosspool.scheduler.promises import Promises
 from crosspool.scheduler.protocols import GrammarBackend, TextDecoder
 from crosspool.scheduler.queues import WaitingQueue
 from crosspool.scheduler.request import Finish, GenerateRequest, Output
 from crosspool.scheduler.sequence import Sequence
+from crosspool.scheduler.snapshot import snapshot
 from crosspool.scheduler.stopping import Stopping
 from crosspool.scheduler.validation import problem
 from crosspool.transport.messages import RowResult, StepResult, ToDevice
@@ -54,9 +57,18 @@ class SchedulerCore:
         self._clock = clock
         self._names = [model.name for model in d.models]
         self._layouts = [KVLayout(spec, d.page_size, d.chunk_bytes) for spec in specs]
-        budget_chunks = d.kv_pool_bytes // len(d.kv_pool_devices) // d.chunk_bytes
+        self._bounds = Bounds.of(d)
         self._ranks = [
-            AttentionRank(index, budget_chunks, self._layouts)
+            AttentionRank(
+                index,
+                Promises(
+                    self._bounds,
+                    self._layouts,
+                    prefix_cache=d.prefix_cache,
+                    growth_tokens=d.growth_tokens if d.promise == "growth" else None,
+                ),
+                self._layouts,
+            )
             for index in range(len(d.kv_pool_devices))
         ]
         self._queues = [WaitingQueue(d.max_queued_requests) for _ in specs]
@@ -89,7 +101,7 @@ class SchedulerCore:
                 f"the queue of model {self._names[model]} is full ({len(queue)} waiting); "
                 "retry later"
             )
-            return self._end(seq, Finish(kind="abort", message=message, status=429))
+            return self._end(seq, self._refusal(model, message))
         if request.grammar is None:
             queue.push(seq)
         else:
@@ -119,6 +131,13 @@ class SchedulerCore:
             if not seq.over:
                 self._advance(seq, row)
 
+    def flush(self, model: int | None = None) -> bool:
+        """Gives up all cached KV (of ``model``, if given) but what running requests use; says
+        whether there is a prefix cache at all."""
+        for rank in self._ranks:
+            rank.promises.flush(model)
+        return self._deployment.prefix_cache
+
     def fail_all(self, message: str, status: int = 503) -> None:
         """Aborts every request, and every later one: a rank is gone. Nothing more is sent to the
         ranks, and results that still arrive are ignored."""
@@ -139,8 +158,13 @@ class SchedulerCore:
         now = self._clock()
         self._queue_compiled()
         self._refuse_expired(now)
-        self._release_ended()
+        for rank in self._ranks:
+            rank.reclaim()
+            for seq in rank.extend():
+                self._counters[seq.model].pauses += 1
         self._admit()
+        for rank in self._ranks:
+            self._messages += [(rank.index, release) for release in rank.releases()]
         self._launch_steps(now)
 
     def _queue_compiled(self) -> None:
@@ -159,21 +183,28 @@ class SchedulerCore:
         message = f"no room in the KV pool within {self._deployment.queue_timeout:g} s; retry later"
         for queue in self._queues:
             while (seq := queue.oldest) is not None and seq.deadline <= now:
-                self._end(seq, Finish(kind="abort", message=message, status=429))
+                self._end(seq, self._refusal(seq.model, message))
 
-    def _release_ended(self) -> None:
-        for rank in self._ranks:
-            self._messages += [(rank.index, release) for release in rank.release()]
+    def _refusal(self, model: int, message: str) -> Finish:
+        seconds = self._queues[model].drain_seconds(self._clock())
+        after = max(1.0, min(seconds, self._deployment.queue_timeout))
+        return Finish(kind="abort", message=message, status=429, retry_after=after)
 
     def _admit(self) -> None:
+        now = self._clock()
         for seq in self._admission.admit():
-            self._counters[seq.model].admitted += 1
+            self._counters[seq.model].admit(seq)
+            self._queues[seq.model].moved(now)
+        for queue in self._queues:
+            queue.look(now)
 
     def _launch_steps(self, now: float) -> None:
         for rank in self._ranks:
             while (model := next_model(rank, self._deployment.lanes)) is not None:
-                running = rank.running[model].values()
-                batch = form_batch(running, self._deployment.chunked_prefill_size)
+                running, paused = rank.running[model].values(), rank.paused[model]
+                reads = prompt_reader(rank) in (None, model)
+                prompt_tokens = self._deployment.chunked_prefill_size if reads else 0
+                batch = form_batch(running, paused, prompt_tokens)
                 self._messages.append((rank.index, rank.launch(model, batch, now)))
                 self._counters[model].step(rank.flights[model])
 
@@ -247,75 +278,15 @@ class SchedulerCore:
         return None
 
     def max_tokens(self, model: int) -> int:
-        """Longest sequence of ``model`` that can ever be served: its context, or what the KV pool
-        of one attention rank holds."""
-        pages = self._ranks[0].allocator.capacity(model)
+        """Longest sequence of ``model`` that can ever be served: its context, or what it may have
+        of one attention rank's KV pool."""
+        pages = self._layouts[model].pages_in(self._bounds.reach(model))
         return min(self._specs[model].context, pages * self._deployment.page_size)
 
     def snapshot(self) -> dict[str, Any]:
-        """The state now and the counters since the start, in plain values::
-
-        {"models": [{"name",                            # in the deployment's order
-                     "waiting",                         # requests queued, compiling included
-                     "compiling", "running",
-                     "promised_chunks", "mapped_chunks",    # over all attention ranks
-                     "promised_bytes", "mapped_bytes",
-                     ...}],                             # ModelCounters' fields
-         "ranks": [{"device", "running", "steps_in_flight",
-                    "budget_chunks", "free_chunks",     # free: promised to nobody
-                    "promised_chunks", "mapped_chunks",
-                    "budget_bytes", "free_bytes", "promised_bytes", "mapped_bytes",
-                    "models": [{"running", "promised_chunks", "mapped_chunks"}]}],
-         "failure": str | None}                         # what fail_all was told
-        """
-        ranks = [self._rank_snapshot(rank) for rank in self._ranks]
-        return {
-            "models": [self._model_snapshot(m, ranks) for m in range(len(self._specs))],
-            "ranks": ranks,
-            "failure": self._failure.message if self._failure else None,
-        }
-
-    def _rank_snapshot(self, rank: AttentionRank) -> dict[str, Any]:
-        models = [
-            {
-                "running": len(running),
-                "promised_chunks": rank.allocator.reserved_chunks(model),
-                "mapped_chunks": rank.allocator.mapped_chunks(model),
-            }
-            for model, running in enumerate(rank.running)
-        ]
-        return {
-            "device": self._deployment.kv_pool_devices[rank.index].name,
-            "running": sum(m["running"] for m in models),
-            "steps_in_flight": len(rank.flights),
-            **self._in_bytes(
-                budget=rank.budget_chunks,
-                free=rank.allocator.free_chunks,
-                promised=sum(m["promised_chunks"] for m in models),
-                mapped=sum(m["mapped_chunks"] for m in models),
-            ),
-            "models": models,
-        }
-
-    def _model_snapshot(self, model: int, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-        shares = [rank["models"][model] for rank in ranks]
-        return {
-            "name": self._names[model],
-            "waiting": len(self._queues[model]),
-            "compiling": self._queues[model].compiling,
-            "running": sum(share["running"] for share in shares),
-            **self._in_bytes(
-                promised=sum(share["promised_chunks"] for share in shares),
-                mapped=sum(share["mapped_chunks"] for share in shares),
-            ),
-            **self._counters[model].as_dict(),
-        }
-
-    def _in_bytes(self, **chunks: int) -> dict[str, int]:
-        size = self._deployment.chunk_bytes
-        return {f"{name}_chunks": number for name, number in chunks.items()} | {
-            f"{name}_bytes": number * size for name, number in chunks.items()
-        }
+        """See :func:`crosspool.scheduler.snapshot.snapshot`."""
+        failure = self._failure.message if self._failure else None
+        return snapshot(self._deployment, self._queues, self._ranks, self._counters, failure)
 
     # --- requests
 
@@ -336,20 +307,25 @@ class SchedulerCore:
         stopping = Stopping(
             stop, self._specs[model], limit - prompt_len, self._decoders[model], request.input_ids
         )
-        deadline = self._clock() + self._deployment.queue_timeout
-        return Sequence(next(self._numbers), request, limit, deadline, stopping)
+        return Sequence(
+            next(self._numbers),
+            request,
+            limit=limit,
+            deadline=self._clock() + self._deployment.queue_timeout,
+            stopping=stopping,
+            page_size=self._deployment.page_size,
+        )
 
     def _too_large(self, seq: Sequence) -> str | None:
         least = seq.prompt_len + (seq.request.stop.max_new_tokens != 0)
         tokens = max(seq.limit, least)
         pages = self._layouts[seq.model].pages_for(tokens)
-        rank = self._ranks[0]
-        if pages <= rank.allocator.capacity(seq.model):
+        if pages <= self._layouts[seq.model].pages_in(self._bounds.reach(seq.model)):
             return None
         need = pages * self._layouts[seq.model].page_bytes
-        pool = rank.budget_chunks * self._deployment.chunk_bytes
+        most = self._bounds.reach(seq.model) * self._deployment.chunk_bytes
         return (
             f"prompt and max_new_tokens together are {tokens} tokens and need {need} bytes of KV "
-            f"cache; the KV pool has {pool} bytes per attention rank, "
+            f"cache; the model may have {most} bytes per attention rank, "
             f"enough for {self.max_tokens(seq.model)} tokens"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from crosspool.scheduler.attention_rank import Flight
 from crosspool.scheduler.request import Finish
+from crosspool.scheduler.sequence import Sequence
 
 
 @dataclass
@@ -23,6 +24,12 @@ class ModelCounters:
     """Requests refused or aborted, by status."""
     prompt_tokens: int = 0
     """Prompt tokens computed."""
+    cached_tokens: int = 0
+    """Prompt tokens that the prefix cache had."""
+    prefix_hits: int = 0
+    """Requests admitted with cached tokens."""
+    pauses: int = 0
+    """Times that a running request had to wait for further pages (growth policy)."""
     output_tokens: int = 0
     """Tokens sampled."""
     steps: int = 0
@@ -30,6 +37,11 @@ class ModelCounters:
     """Rows that fed back a sampled token; over ``steps``: the mean decode batch."""
     largest_batch: int = 0
     """Most requests in one step."""
+
+    def admit(self, seq: Sequence) -> None:
+        self.admitted += 1
+        self.cached_tokens += seq.cached
+        self.prefix_hits += seq.cached > 0
 
     def end(self, finish: Finish) -> None:
         if finish.kind == "abort":
@@ -53,6 +65,9 @@ class ModelCounters:
             "finished": {kind: self.finished[kind] for kind in ("stop", "length")},
             "aborted": {str(status): number for status, number in sorted(self.aborted.items())},
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "prefix_hits": self.prefix_hits,
+            "pauses": self.pauses,
             "output_tokens": self.output_tokens,
             "steps": self.steps,
             "decode_rows": self.decode_rows,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from itertools import chain
 
 from crosspool.scheduler.protocols import GrammarMatcher
 from crosspool.scheduler.sequence import Sequence
+
+_MOVES = 64
 
 
 class WaitingQueue:
@@ -21,6 +24,10 @@ class WaitingQueue:
         self._order: list[int] = []
         """Heap of the numbers in ``_ready``, and of some that have left it."""
         self._compiling: dict[int, tuple[Sequence, Future[GrammarMatcher]]] = {}
+        self._stalled_at: float | None = None
+        """Clock time since when somebody has been waiting all the time."""
+        self._moves: deque[float] = deque(maxlen=_MOVES)
+        """Clock times of the latest admissions since then."""
 
     def __len__(self) -> int:
         return len(self._ready) + len(self._compiling)
@@ -30,6 +37,28 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Sequence]:
         return chain(self._ready.values(), (seq for seq, _ in self._compiling.values()))
+
+    def moved(self, now: float) -> None:
+        """A request was admitted at clock time ``now``."""
+        if self._stalled_at is not None:
+            self._moves.append(now)
+
+    def look(self, now: float) -> None:
+        """Everybody is admitted who could be at clock time ``now``: who is still here waits."""
+        if self.head is None:
+            self._stalled_at = None
+            self._moves.clear()
+        elif self._stalled_at is None:
+            self._stalled_at = now
+
+    def drain_seconds(self, now: float) -> float:
+        """How long those who wait now will take to be admitted, at the pace of the latest
+        admissions since the queue last was empty; as if the next one were due when there were
+        none. The requests that came into an empty queue say nothing about the pace."""
+        if self._stalled_at is None:
+            return 0.0
+        since = self._moves[0] if len(self._moves) == _MOVES else self._stalled_at
+        return len(self) * (now - since) / max(1, len(self._moves))
 
     @property
     def compiling(self) -> int:

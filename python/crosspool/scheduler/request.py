@@ -45,8 +45,8 @@ class GenerateRequest:
     logprobs: Logprobs = field(default_factory=Logprobs)
     grammar: Grammar | None = None
     stream: bool = False
-    arrival: float = 0.0
-    """time.monotonic() at which it reached the scheduler process."""
+    cache_namespace: tuple[str, str] = ("", "")
+    """Prefixes are shared only within one: SGLang's ``cache_salt`` and ``extra_key``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,7 @@ class Output:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    """Prompt tokens that the prefix cache had."""
     output_logprobs: list[TokenLogprobs]
     """One per new token when asked for, else empty."""
     prompt_logprobs: list[TokenLogprobs]

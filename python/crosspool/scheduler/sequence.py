@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import msgspec
 
-from crosspool.kvpool.allocator import Reservation
+from crosspool.scheduler.prefix_cache import Entry, PageKeys
 from crosspool.scheduler.request import Finish, GenerateRequest, Output
 from crosspool.scheduler.stopping import Stopping
 from crosspool.transport.messages import Open, Row, TokenLogprobs
 
 
 class Sequence:
-    """Waits without ``reservation``; runs on attention rank ``rank`` with it; is over for good
-    once ``over``, though a last step of it may still be ``in_flight``."""
+    """Waits without ``pages``; runs on attention rank ``rank`` with them; is over for good once
+    ``over``, though a last step of it may still be ``in_flight``."""
 
     def __init__(
-        self, number: int, request: GenerateRequest, limit: int, deadline: float, stopping: Stopping
+        self,
+        number: int,
+        request: GenerateRequest,
+        *,
+        limit: int,
+        deadline: float,
+        stopping: Stopping,
+        page_size: int,
     ) -> None:
         self.number = number
         self.request = request
@@ -27,14 +34,22 @@ class Sequence:
 
         self.prompt_len = len(request.input_ids)
         self.tokens = list(request.input_ids)
+        self.cached = 0
+        """Prompt tokens whose KV was there when it was admitted."""
         self.computed = 0
-        """Tokens whose KV exists or is written by the step in flight."""
+        """Tokens whose KV exists or is written by the step in flight, cached ones included."""
         self.rank = -1
-        self.reservation: Reservation | None = None
+        self.pages: list[int] = []
+        """Pages promised to it, which its tokens fill in this order."""
+        self.path: list[Entry] = []
+        """Entries of the prefix cache under the first of ``pages``."""
         self.pages_sent = 0
+        self.opened = False
+        """Whether its attention rank has heard of it."""
         self.in_flight = False
         self.over = False
 
+        self._keys = PageKeys(page_size)
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._output_logprobs: list[TokenLogprobs] = []
         self._delivered = self.prompt_len
@@ -53,9 +68,26 @@ class Sequence:
         return self.computed >= self.prompt_len
 
     @property
-    def opened(self) -> bool:
-        """Whether its attention rank has heard of it."""
-        return self.computed > 0
+    def answering(self) -> bool:
+        """Whether it has sampled a token."""
+        return len(self.tokens) > self.prompt_len
+
+    # --- pages
+
+    @property
+    def reusable(self) -> int:
+        """Prompt tokens that need not be computed if their KV is there: the last one yields the
+        first output, and the one before ``prompt_start`` the first log-probability."""
+        start = self.request.logprobs.prompt_start
+        last = self.prompt_len if start < 0 else min(start, self.prompt_len)
+        return max(last - 1, 0)
+
+    def page_keys(self, first: int, tokens: int) -> list[bytes]:
+        """Keys of the full pages from number ``first`` on, of the first ``tokens`` tokens."""
+        known = len(self._keys)
+        if known < tokens:
+            self._keys.extend(self.tokens[known : max(tokens, self.prompt_len)])
+        return self._keys[first : tokens // self._keys.page_size]
 
     # --- steps
 
@@ -77,20 +109,19 @@ class Sequence:
     def next_row(self, tokens: int, pages_reached: int) -> Row:
         """Its share of the next step: ``tokens`` more, which lie in the first ``pages_reached``
         of its pages."""
-        assert self.reservation is not None
         start, end = self.computed, self.computed + tokens
         sample = end == len(self.tokens) and not self.prefill_only
         row = Row(
             request=self.number,
             start=start,
             tokens=self.tokens[start:end],
-            pages=self.reservation.pages[self.pages_sent : pages_reached],
+            pages=self.pages[self.pages_sent : pages_reached],
             sample=sample,
             bitmask=self.stopping.bitmask() if sample else None,
         )
         self.computed = end
         self.pages_sent = pages_reached
-        self.in_flight = True
+        self.opened = self.in_flight = True
         return row
 
     def append(self, token: int, logprobs: TokenLogprobs | None) -> Finish | None:
@@ -121,7 +152,7 @@ class Sequence:
             finish=finish,
             prompt_tokens=self.prompt_len,
             completion_tokens=self._delivered + count - self.prompt_len,
-            cached_tokens=0,
+            cached_tokens=self.cached,
             output_logprobs=self._output_logprobs[:count],
             prompt_logprobs=self._prompt_logprobs if self._first else [],
         )

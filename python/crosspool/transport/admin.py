@@ -17,9 +17,11 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from crosspool.transport.messages import InspectWhat
+
 MAX_MESSAGE_BYTES = 64 << 20
 
-What = Literal["status", "tensors", "pools", "counters", "trace_start", "trace_stop"]
+What = Literal["status", InspectWhat]
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True, tag="ask"):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import msgspec
 import zmq
 
-from crosspool.transport.messages import FromDevice, ToDevice, decode_to_device, encode
+from crosspool.transport.messages import (
+    MAX_MESSAGE_BYTES,
+    FromDevice,
+    ToDevice,
+    decode_to_device,
+    encode,
+)
 
-MAX_MESSAGE_BYTES = 256 << 20
-"""A peer that sends more is cut off."""
 _LINGER_MS = 2000
 
 

@@ -12,8 +12,13 @@ from typing import Any, Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Both ends compare it in :class:`Ready`; a change of any message below raises it."""
+MAX_MESSAGE_BYTES = 256 << 20
+"""A peer that sends more is cut off."""
+
+InspectWhat = Literal["tensors", "pools", "counters", "trace_start", "trace_stop"]
+"""What a device process can be asked; :class:`Inspected` says what it answers."""
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -63,7 +68,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     request: int
     start: int
-    """Position of the first of ``tokens`` in the sequence."""
+    """Position of the first of ``tokens`` in the sequence. A request's first row begins behind the
+    full pages, if any, that other requests have written for the same tokens."""
     tokens: list[int]
     """A prompt chunk, or the one token that was sampled last."""
     pages: list[int]
@@ -88,7 +94,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
-    """Requests that are over, and chunks that no request of the model uses any more."""
+    """Requests that are over, and chunks in which no page of the model is of use any more."""
 
     model: int
     requests: list[int]
@@ -99,7 +105,7 @@ class Inspect(msgspec.Struct, frozen=True, kw_only=True, tag="inspect"):
     """A question about the device process; answered by :class:`Inspected` with the same id."""
 
     id: int
-    what: Literal["tensors", "pools", "counters", "trace_start", "trace_stop"]
+    what: InspectWhat
 
 
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
@@ -158,13 +164,11 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
-    """The device process cannot go on and exits; ``message`` is meant for the user.
-
-    ``user_error`` is true for a bad checkpoint, configuration or budget (exit status 2)."""
+    """The device process cannot go on and exits, with status 2 for a bad checkpoint, configuration
+    or budget; ``message`` is meant for the user."""
 
     device: str
     message: str
-    user_error: bool
 
 
 class Inspected(msgspec.Struct, frozen=True, kw_only=True, tag="inspected"):

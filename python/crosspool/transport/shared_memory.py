@@ -124,18 +124,11 @@ class _Segment:
         return self.links_offset + (pair * self.deployment.lanes + lane) * self.link_bytes
 
 
-def segment_bytes(deployment: Deployment, max_hidden_bytes: int) -> int:
-    """Size of the segment; 0 when no two ranks that exchange live on different devices.
-
-    ``max_hidden_bytes``: most bytes of one row, hidden size times dtype bytes, over all models."""
-    segment = _Segment(deployment, max_hidden_bytes)
-    return segment.total_bytes if segment.pairs else 0
-
-
 def create(deployment: Deployment, max_hidden_bytes: int) -> int:
     """Makes the segment, zeroed and sealed against resizing; returns its file descriptor.
 
-    The descriptor is closed on exec unless handed on (``pass_fds``). Raises ValueError when the
+    ``max_hidden_bytes``: most bytes of one row, hidden size times dtype bytes, over all models. The
+    descriptor is closed on exec unless handed on (``pass_fds``). Raises ValueError when the
     deployment needs no segment, OSError when the system refuses it."""
     segment = _Segment(deployment, max_hidden_bytes)
     if not segment.pairs:
@@ -408,16 +401,12 @@ class SharedMemoryTransport:
         return self._place(attention_rank, lane, ffn_rank, peer)
 
     def wait(self, timeout: float) -> bool:
-        """Sleeps until a peer or :meth:`wake` rang this device's doorbell, at most ``timeout``
-        seconds. A ring since the last call's return ends it at once: look at the links after each
-        call, and none is missed. False: nobody rang."""
+        """Sleeps until a peer rang this device's doorbell, at most ``timeout`` seconds. A ring
+        since the last call's return ends it at once: look at the links after each call, and none
+        is missed. False: nobody rang."""
         seen = self._seen
         self._seen = self._doorbell.wait(seen, self._spin_ns, int(timeout * 1e9))
         return self._seen != seen
-
-    def wake(self) -> None:
-        """Ends this device's current or next :meth:`wait`; for another thread of this process."""
-        self._doorbell.ring()
 
     def _place(self, attention_rank: int, lane: int, ffn_rank: int, peer: Device) -> LinkPlace:
         self._check(attention_rank, lane, ffn_rank)

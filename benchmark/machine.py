@@ -1,0 +1,38 @@
+"""The machine that a figure comes from."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import psutil
+
+
+def describe() -> dict[str, str | int]:
+    """CPU model, cores that this process may use, memory and the Python that ran."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def load1() -> float:
+    """The load average of the last minute."""
+    return os.getloadavg()[0]
+
+
+def busy_seconds() -> float:
+    """CPU seconds that all cores have spent at work since the machine's start, and those that a
+    hypervisor took from them."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")

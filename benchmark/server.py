@@ -1,0 +1,140 @@
+"""A CrossPool server to measure: the real launcher with all its processes, on a free port."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+from crosspool.config.process import die_with_parent
+
+from benchmark.records import ROOT
+
+DEMO = ROOT / "python" / "crosspool" / "demo"
+TINY_MODELS = ("tiny-qwen3-moe", "tiny-deepseek-v2", "tiny-glm4-moe-lite")
+"""The bundled models."""
+
+
+def one_device() -> list[str]:
+    """Flags that put both pools on the first core that this process may use, and so leave the
+    others to the front end and to the client."""
+    core = min(os.sched_getaffinity(0))
+    return ["--kv-pool-devices", f"cpu:{core}", "--weight-pool-devices", f"cpu:{core}"]
+
+
+class Server:
+    """Runs ``python -m crosspool.launch_server`` from the ``with``'s beginning, where it waits
+    until ``/health`` answers 200, to its end."""
+
+    def __init__(
+        self,
+        flags: Sequence[str],
+        models: Sequence[str] = TINY_MODELS,
+        ready_timeout: float = 300.0,
+    ) -> None:
+        """``models``: bundled ones by name, others by folder."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._command = [sys.executable, "-m", "crosspool.launch_server", "--port", str(self.port)]
+        for model in models:
+            path = DEMO / model if (DEMO / model).is_dir() else Path(model)
+            self._command += ["--model-path", str(path), "--served-model-name", path.name]
+        self._command += flags
+        self._ready_timeout = ready_timeout
+        self._log = Path(tempfile.mkstemp(prefix="crosspool-benchmark-", suffix=".log")[1])
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Server:
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=die_with_parent,  # noqa: PLW1509
+            )
+        try:
+            self._wait_ready(self._process)
+        except BaseException:
+            self._stop(self._process)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process is not None
+        self._stop(self._process)
+        self._log.unlink(missing_ok=True)
+
+    def _wait_ready(self, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + self._ready_timeout
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                text = self._log.read_text(errors="replace")
+                raise RuntimeError(f"the server ended with {process.returncode}:\n{text}")
+            with contextlib.suppress(OSError):
+                if self.request("GET", "/health")[0] == 200:
+                    return
+            time.sleep(0.2)
+        text = self._log.read_text(errors="replace")
+        raise TimeoutError(f"the server is not ready after {self._ready_timeout:g} s:\n{text}")
+
+    @staticmethod
+    def _stop(process: subprocess.Popen[bytes]) -> None:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()  # its children die with it
+                process.wait()
+
+    def request(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        """HTTP status and answer: decoded, or as text where it is no JSON; ``path`` begins with
+        /."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            data = None if body is None else json.dumps(body)
+            connection.request(method, path, data, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            text = answer.read().decode()
+            try:
+                return answer.status, json.loads(text)
+            except ValueError:
+                return answer.status, text
+        finally:
+            connection.close()
+
+    def status(self) -> dict[str, Any]:
+        """The scheduler's snapshot."""
+        return dict(self.request("GET", "/crosspool/status")[1])
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU time so far of each of its processes, by title."""
+        assert self._process is not None
+        launcher = psutil.Process(self._process.pid)
+        used = {}
+        for process in (launcher, *launcher.children(recursive=True)):
+            times = process.cpu_times()
+            used[process.cmdline()[0].rpartition("/")[2]] = times.user + times.system
+        return used
+
+    def wait_idle(self, timeout: float = 120.0) -> None:
+        """Until nothing waits or runs. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout
+        while any(m["waiting"] or m["running"] for m in self.status()["models"]):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"requests still wait or run after {timeout:g} s")
+            time.sleep(0.1)

@@ -1,0 +1,127 @@
+"""Processes that the launcher starts, or has forked for it, and waits for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from crosspool.config.process import die_with_parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessSpec:
+    """All that it takes to start a process, and to start it again."""
+
+    name: str
+    """For the user: ``http``, ``device process cpu:0``."""
+    argv: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Added to the launcher's own environment."""
+    pass_fds: Sequence[int] = ()
+    device: str | None = None
+    """The device that it drives, if it is a device process."""
+
+    def spawn(self) -> Child:
+        """Starts it in a process group of its own (Ctrl-C reaches the launcher alone), to be
+        killed by the kernel when the launcher ends."""
+        process = subprocess.Popen(
+            self.argv,
+            env={**os.environ, **self.env},
+            pass_fds=self.pass_fds,
+            stdin=subprocess.DEVNULL,
+            process_group=0,
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, no lock
+        )
+        return Child(self, process)
+
+
+class _Process(Protocol):
+    """What of subprocess.Popen a Child needs."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    def wait(self) -> int: ...
+
+
+class Child:
+    """A process of ours. Its pid, and with it its group's name, stays ours until :meth:`reap`."""
+
+    def __init__(self, spec: ProcessSpec, process: _Process) -> None:
+        self.spec = spec
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def has_ended(self) -> bool:
+        if self._process.returncode is not None:
+            return True
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self.pid, flags) is not None
+
+    def signal(self, number: signal.Signals) -> None:
+        if not self.has_ended():
+            os.kill(self.pid, number)
+
+    def reap(self) -> int:
+        """Kills whatever is left of its process group and returns the exit status, as
+        subprocess does: -n for a process killed by signal n."""
+        if self._process.returncode is None:
+            os.killpg(self.pid, signal.SIGKILL)
+        return self._process.wait()
+
+
+class _Adopted:
+    """A process that another one forked, and whose parent this process has become."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def wait(self) -> int:
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+
+class ForkServer:
+    """A process that imports once what several others need, forks them, and ends; then they are
+    this process's children, which must be a subreaper for that
+    (:func:`crosspool.config.process.adopt_orphans`).
+
+    ``spec``'s process gets ``--launcher-fd N`` in addition, a socket: there it sends, before it
+    ends with status 0, a JSON object of the pids by name, each leading a process group. A forked
+    process waits on the same socket for the word that its parent has changed (only then can it
+    tell the kernel to end with it), and leaves when the launcher closes its end instead. See
+    :mod:`crosspool.frontend.fork_server`."""
+
+    def __init__(self, spec: ProcessSpec) -> None:
+        """Starts it."""
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            fd = theirs.fileno()
+            argv = [*spec.argv, "--launcher-fd", str(fd)]
+            self.child = replace(spec, argv=argv, pass_fds=[*spec.pass_fds, fd]).spawn()
+
+    def adopt(self, specs: Sequence[ProcessSpec]) -> list[Child]:
+        """The processes of these names, running from now on; call it once, after the fork server
+        has ended with status 0."""
+        with self._socket:
+            pids = json.loads(self._socket.recv(4096, socket.MSG_DONTWAIT))
+            for _ in specs:
+                self._socket.send(b"go")
+        return [Child(spec, _Adopted(pids[spec.name])) for spec in specs]
+
+    def end(self) -> None:
+        """Ends it, and every process that waits to be adopted."""
+        self.child.reap()
+        self._socket.close()

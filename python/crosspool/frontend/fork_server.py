@@ -1,0 +1,89 @@
+"""Imports SGLang once, and forks the front end's three processes.
+
+    python -m crosspool.frontend.fork_server --deployment FILE --launcher-fd N
+
+SGLang's import takes longer than anything else at the start, and its modules half a gigabyte;
+forked processes do it once and share what they do not change. The fork server ends as soon as it
+has told the launcher their pids: :class:`crosspool.cli.child.ForkServer` says how they get on from
+there. Each of the three can be started alone, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from crosspool.config.process import die_with_parent
+from crosspool.frontend import compat, detokenizer_process, http_process, scheduler_process
+from crosspool.frontend.process import leave, prepare
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="crosspool front end")
+    parser.add_argument("--deployment", type=Path, required=True, help="deployment.json")
+    parser.add_argument("--launcher-fd", type=int, required=True, help="socket to the launcher")
+    arguments = parser.parse_args(argv)
+
+    die_with_parent()
+    prepare("front end", arguments.deployment)
+    _import_everything()
+    words = ["--deployment", str(arguments.deployment)]
+    processes = {
+        "http": partial(http_process.main, words),
+        "scheduler": partial(scheduler_process.main, words),
+        "detokenizer": partial(detokenizer_process.main, words),
+    }
+    fork_all(processes, arguments.launcher_fd)
+    return 0
+
+
+def _import_everything() -> None:
+    compat.install()
+    from sglang.srt.managers import detokenizer_manager  # noqa: F401
+
+    from crosspool.frontend import model_app, scheduler_loop  # noqa: F401
+
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        log.warning("importing SGLang started %d threads, which forked processes lack", threads - 1)
+    gc.collect()
+    gc.freeze()  # else the collector, writing to every object, would soon have copied all pages
+
+
+def fork_all(processes: Mapping[str, Callable[[], int]], launcher_fd: int) -> None:
+    """Forks ``processes``, each in a process group of its own, and sends their pids. What each
+    returns is its exit status."""
+    launcher = os.getppid()
+    with socket.socket(fileno=launcher_fd) as to_launcher:
+        pids = {}
+        for name, run in processes.items():
+            pid = os.fork()
+            if pid == 0:
+                _wait_for_adoption(to_launcher, launcher)
+                leave(run())
+            os.setpgid(pid, pid)
+            pids[name] = pid
+        to_launcher.send(json.dumps(pids).encode())
+
+
+def _wait_for_adoption(to_launcher: socket.socket, launcher: int) -> None:
+    """Returns when the launcher is the parent and its end will be this process's end."""
+    with to_launcher:
+        if to_launcher.recv(len(b"go")) != b"go":
+            os._exit(1)
+    die_with_parent()
+    if os.getppid() != launcher:  # it ended in between
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,141 @@
+"""What one request of a model holds of the KV pool, and how models and traffic are paired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from crosspool.config.deployment import ConfigError
+from crosspool.kvpool.planner.traffic import Floats, Ints, ModelTraffic, Samples, Traffic
+
+Charge = Literal["active", "promised"]
+"""``active``: the tokens that a request has at its age u, Q(u) = O_p + O_d * u / T (the paper's
+demand). ``promised``: O_p + max_new_tokens from its first to its last moment, which is what an
+admission holds that promises the worst case."""
+
+
+@dataclass(frozen=True)
+class KVModel:
+    """A model as the KV pool sees it."""
+
+    name: str
+    bytes_per_token: int
+    """KV bytes of one token, all layers (the paper's kappa)."""
+    page_size: int
+    """Tokens per page; a request holds whole pages."""
+    context: int
+    """Tokens that a request can have at most, prompt and output."""
+    max_new_tokens: int | None = None
+    """What clients ask for, when they all ask for the same; None: each asks for its output."""
+
+    @property
+    def page_bytes(self) -> int:
+        return self.bytes_per_token * self.page_size
+
+    def chunks(self, pages: Ints, chunk_bytes: int) -> Ints:
+        """Chunks under so many pages that lie one after another from a chunk's beginning. Pages
+        that requests left behind between others (scatter) are not modelled."""
+        return (pages * self.page_bytes + (chunk_bytes - 1)) // chunk_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Pages:
+    """Requests of one model in pages, one row each: at the share v of its time (u = v * T) a
+    request holds ceil(first + growth * v) pages."""
+
+    first: Floats
+    """[n] prompt / page_size, or, when pages are promised, the whole number of them."""
+    growth: Floats
+    """[n] output / page_size; zeros when pages are promised."""
+
+
+@dataclass(frozen=True, eq=False)
+class KVLoad:
+    """One model's traffic, with requests cut to what the model can hold."""
+
+    kv: KVModel
+    rate: float
+    """Requests per second."""
+    samples: Samples
+    cut: int
+    """How many of the samples did not fit into the context."""
+    arrivals: Floats | None
+
+    @property
+    def active(self) -> float:
+        """Requests in the system at a random time, in the mean: rate * E[T] (Little)."""
+        return self.rate * float(self.samples.service.mean()) if self.rate > 0 else 0.0
+
+    def pages(self, charge: Charge) -> Pages:
+        size = self.kv.page_size
+        prompt, output = self.samples.prompt, self.samples.output
+        if charge == "active":
+            return Pages(prompt / size, output / size)
+        asked = output if self.kv.max_new_tokens is None else self.kv.max_new_tokens
+        tokens = np.minimum(prompt + asked, self.kv.context)
+        return Pages(-(-tokens // size).astype(np.float64), np.zeros(len(tokens)))
+
+
+def _cut(samples: Samples, kv: KVModel) -> tuple[Samples, int]:
+    """Cuts prompts to all but one token of the context, then outputs to what is left of it and to
+    ``max_new_tokens``; times stay. Also says how many rows the context cut."""
+    prompt = np.minimum(samples.prompt, kv.context - 1)
+    room = kv.context - prompt
+    cut = int(np.count_nonzero((prompt < samples.prompt) | (room < samples.output)))
+    output = np.minimum(samples.output, room)
+    if kv.max_new_tokens is not None:
+        output = np.minimum(output, kv.max_new_tokens)
+    return Samples(prompt, output, samples.service), cut
+
+
+def _check(model: ModelTraffic) -> None:
+    samples = model.samples
+    if not (np.isfinite(model.rate) and model.rate >= 0):
+        raise ConfigError(f"rate of {model.model}: {model.rate} is no rate; give 0 or more")
+    if model.rate > 0 and len(samples) == 0:
+        raise ConfigError(f"samples of {model.model}: none, but its rate is {model.rate}")
+    if not len(samples.prompt) == len(samples.output) == len(samples.service):
+        raise ConfigError(f"samples of {model.model}: columns of different lengths")
+    if model.arrivals is not None and len(model.arrivals) != len(samples):
+        raise ConfigError(
+            f"arrivals of {model.model}: {len(model.arrivals)} for {len(samples)} samples"
+        )
+    for name, column, least in (
+        ("prompt", samples.prompt, 1),
+        ("output", samples.output, 1),
+        ("service", samples.service, np.finfo(np.float64).tiny),
+    ):
+        wrong = np.flatnonzero(~(np.isfinite(column) & (column >= least)))
+        if len(wrong):
+            raise ConfigError(
+                f"{name} of {model.model}, sample {wrong[0]}: {column[wrong[0]]} is too small"
+                " or not finite"
+            )
+
+
+def kv_loads(
+    traffic: Traffic, kv_models: Sequence[KVModel], chunk_bytes: int
+) -> tuple[KVLoad, ...]:
+    """Pairs the traffic with the models, in their order.
+
+    Raises ConfigError when names or their order differ, and for impossible values."""
+    names = [model.model for model in traffic.models]
+    if names != [kv.name for kv in kv_models]:
+        raise ConfigError(
+            f"traffic is of the models {names}, the KV pool has {[kv.name for kv in kv_models]}"
+        )
+    if chunk_bytes < 1:
+        raise ConfigError(f"chunk_bytes: {chunk_bytes}; give 1 or more")
+    found = []
+    for model, kv in zip(traffic.models, kv_models, strict=True):
+        if kv.bytes_per_token < 1 or kv.page_size < 1 or kv.context < 2:
+            raise ConfigError(f"{kv}: bytes_per_token, page_size (1) or context (2) too small")
+        if kv.max_new_tokens is not None and kv.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens of {kv.name}: {kv.max_new_tokens}; give 1 or more")
+        _check(model)
+        samples, cut = _cut(model.samples, kv)
+        found.append(KVLoad(kv, model.rate, samples, cut, model.arrivals))
+    return tuple(found)

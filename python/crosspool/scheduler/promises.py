@@ -1,0 +1,192 @@
+"""What one attention rank's KV pages are promised to, and what they are kept for.
+
+A request is promised pages when it is admitted, and with the *growth* policy again whenever it has
+filled them; cached pages are given up for either, oldest first, before anyone waits.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from crosspool.kvpool.allocator import Guard, PageAllocator
+from crosspool.kvpool.bounds import Bounds
+from crosspool.kvpool.growth import Claim, safe, touched
+from crosspool.kvpool.layout import KVLayout
+from crosspool.scheduler.prefix_cache import Entry, PrefixCache
+from crosspool.scheduler.sequence import Sequence
+
+
+class Promises:
+    def __init__(
+        self,
+        bounds: Bounds,
+        layouts: list[KVLayout],
+        *,
+        prefix_cache: bool,
+        growth_tokens: int | None,
+    ) -> None:
+        """``growth_tokens``: None to promise the worst case at admission, or how many tokens to
+        promise at a time (see :mod:`crosspool.kvpool.growth`).
+
+        Raises ConfigError when some model could not be promised one page."""
+        self.allocator = PageAllocator(bounds.budget, layouts, bounds)
+        self.evicted_pages = [0] * len(layouts)
+        """Per model the cached pages given up for promises."""
+        self._bounds = bounds
+        self._layouts = layouts
+        self._growth_tokens = growth_tokens
+        self._cache = PrefixCache() if prefix_cache else None
+        self._claims: dict[int, Claim] = {}
+        """With the growth policy, of every request that holds pages, by number."""
+        self._unmap: dict[int, list[int]] = defaultdict(list)
+
+    @property
+    def grow(self) -> bool:
+        """Whether requests may come to ask for more than they were promised at admission."""
+        return self._growth_tokens is not None
+
+    @property
+    def promised_chunks(self) -> int:
+        return sum(map(self.allocator.promised_chunks, range(len(self._layouts))))
+
+    # --- giving
+
+    def match(self, seq: Sequence) -> list[Entry]:
+        """The cached beginning of ``seq``'s prompt, as far as it may use it."""
+        if self._cache is None:
+            return []
+        keys = seq.page_keys(0, seq.reusable)
+        return self._cache.match(seq.model, seq.request.cache_namespace, keys)
+
+    def admit(self, seq: Sequence) -> bool:
+        """Promises ``seq`` pages for what is not cached of its prompt, and for what may follow, if
+        they are to be had when all that is cached is given up; gives up no more than that needs.
+
+        Cached pages lie where they lie: where a promise with them touches too many chunks, one
+        without them may still fit."""
+        path = self.match(seq)
+        return self._admit(seq, path) or (bool(path) and self._admit(seq, []))
+
+    def _admit(self, seq: Sequence, path: list[Entry]) -> bool:
+        idle = [entry.page for entry in path if not entry.users]
+        shared = [entry.page for entry in path]
+        self.allocator.hold(seq.model, idle)
+        count = self._grantable(seq, shared, seq.prompt_len)
+        if count is None:
+            self.allocator.keep(seq.model, idle)
+            return False
+        if self._cache is not None:
+            self._cache.use(path)
+        seq.path = path
+        seq.cached = seq.computed = len(path) * self._layouts[seq.model].page_size
+        self._grant(seq, shared, count)
+        return True
+
+    def extend(self, seq: Sequence) -> bool:
+        """Promises ``seq`` its next pages; False: not now."""
+        count = self._grantable(seq, seq.pages, len(seq.tokens))
+        if count is None:
+            return False
+        self._grant(seq, seq.pages, count)
+        return True
+
+    def holds(self, seq: Sequence, tokens: int) -> bool:
+        """Whether ``seq`` has pages for so many tokens."""
+        return len(seq.pages) >= self._layouts[seq.model].pages_for(tokens)
+
+    def _grantable(self, seq: Sequence, pages: list[int], tokens: int) -> int | None:
+        """How many pages may be promised to ``seq``, which holds ``pages`` and has ``tokens``."""
+        layout = self._layouts[seq.model]
+        most = layout.pages_for(seq.limit) - len(pages)
+        counts = [most]
+        if self._growth_tokens is not None:
+            some = layout.pages_for(min(seq.limit, tokens + self._growth_tokens)) - len(pages)
+            counts = [some, most] if some < most else [most]
+        guard = self._guard(seq, pages)
+        return next((n for n in counts if self.allocator.fits(seq.model, n, guard)), None)
+
+    def _grant(self, seq: Sequence, pages: list[int], count: int) -> None:
+        # where the model has cached pages, others may be had than :meth:`_grantable` looked at
+        cached = self.allocator.cached_pages(seq.model)
+        guard = self._guard(seq, pages) if cached else None
+        while short := self.allocator.shortage(seq.model, count, guard):
+            self._evict(short)
+        seq.pages = pages + self.allocator.take(seq.model, count)
+        if self._growth_tokens is not None:
+            layout = self._layouts[seq.model]
+            need = layout.pages_for(seq.limit) - len(seq.pages)
+            self._claims[seq.number] = Claim(seq.model, touched(layout, seq.pages), need)
+
+    def _guard(self, seq: Sequence, pages: list[int]) -> Guard | None:
+        """Says whether a state is safe in which ``seq`` has further pages."""
+        if self._growth_tokens is None:
+            return None
+        layout = self._layouts[seq.model]
+        need = layout.pages_for(seq.limit) - len(pages)
+        others = [claim for number, claim in self._claims.items() if number != seq.number]
+
+        def is_safe(more: list[int]) -> bool:
+            claim = Claim(seq.model, touched(layout, pages + more), need - len(more))
+            return safe(self._bounds, self._layouts, [*others, claim])
+
+        return is_safe
+
+    # --- taking back
+
+    def share(self, seq: Sequence) -> bool:
+        """The full pages of ``seq``'s prompt are computed: others may use them from now on."""
+        if self._cache is None:
+            return False
+        full = seq.prompt_len // self._layouts[seq.model].page_size
+        self._cache.grow(
+            seq.model,
+            seq.request.cache_namespace,
+            seq.path,
+            seq.page_keys(len(seq.path), seq.prompt_len),
+            seq.pages[len(seq.path) : full],
+        )
+        return True
+
+    def take_back(self, seq: Sequence) -> None:
+        """``seq`` has ended: those of its pages that hold computed tokens are cached, the others
+        free."""
+        self._claims.pop(seq.number, None)
+        spare = seq.pages
+        if self._cache is not None:
+            full = seq.computed // self._layouts[seq.model].page_size
+            shared = len(seq.path)
+            idle, twins = self._cache.leave(
+                seq.model,
+                seq.request.cache_namespace,
+                seq.path,
+                seq.page_keys(shared, seq.computed),
+                seq.pages[shared:full],
+            )
+            self.allocator.keep(seq.model, idle)
+            spare = twins + seq.pages[full:]
+        self._unmap[seq.model] += self.allocator.free(seq.model, spare)
+
+    def flush(self, model: int | None) -> None:
+        """Gives up every cached page (of ``model``, if given) that no request uses."""
+        if self._cache is not None:
+            self._free(self._cache.flush(model))
+
+    def chunks_to_unmap(self) -> dict[int, list[int]]:
+        """By model, since the last call."""
+        chunks, self._unmap = self._unmap, defaultdict(list)
+        return chunks
+
+    def _evict(self, count: int) -> None:
+        assert self._cache is not None
+        given_up = self._cache.give_up(count)
+        assert given_up, "promises and free chunks do not make up the budget"
+        for model, _ in given_up:
+            self.evicted_pages[model] += 1
+        self._free(given_up)
+
+    def _free(self, given_up: list[tuple[int, int]]) -> None:
+        pages: dict[int, list[int]] = defaultdict(list)
+        for model, page in given_up:
+            pages[model].append(page)
+        for model, of_model in pages.items():
+            self._unmap[model] += self.allocator.free(model, of_model)
