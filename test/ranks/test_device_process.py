@@ -26,8 +26,9 @@ from crosspool.transport.messages import (
 )
 from make_random_checkpoint import make_random_checkpoint
 from safetensors.torch import load_file, save_file
-from support.device_driver import DeviceDriver, DeviceFailed, Generation
 from transformers import AutoModelForCausalLM
+
+from benchmark.device_driver import DeviceDriver, DeviceFailed, Generation
 
 CORES = sorted(os.sched_getaffinity(0))
 FIRST = f"cpu:{CORES[0]}"

@@ -12,9 +12,10 @@ import pytest
 import torch
 from crosspool.transport.messages import Logprobs
 from make_random_checkpoint import make_random_checkpoint
-from support.device_driver import DeviceDriver, Generation
 from support.families import SHAPES, reference_model
 from transformers import PreTrainedModel
+
+from benchmark.device_driver import DeviceDriver, Generation
 
 CORES = sorted(os.sched_getaffinity(0))
 FIRST, SECOND = f"cpu:{CORES[0]}", f"cpu:{CORES[-1]}"
