@@ -1,0 +1,208 @@
+"""A Qwen3-MoE of random weights, on which this engine and others are compared.
+
+    python -m benchmark.checkpoint DIR [--tiny] [--seed 0]
+
+Hidden 1024, 16 layers, 64 experts of 512 (top-4), 16 query and 4 KV heads of 64, vocabulary 32000:
+1.72 billion parameters, 209 million of them active, 3.4 GB in bfloat16. The weights are scaled so
+that activations keep their size from layer to layer and logits spread like a trained model's; the
+tokenizer takes bytes. Transformers and everything that reads its checkpoints loads the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tqdm import tqdm
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Qwen3-MoE; ``intermediate`` is that of one expert."""
+
+    name: str
+    hidden: int
+    layers: int
+    experts: int
+    top_k: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    context: int = 8192
+
+
+FULL = Shape("moe-1.7b", 1024, 16, 64, 4, 512, 16, 4, 64, 32000)
+TINY = Shape("moe-tiny", 256, 2, 8, 2, 128, 4, 2, 64, 512)
+
+
+def cache_dir() -> Path:
+    """Where checkpoints and the environments of other engines are kept: CROSSPOOL_BENCH_DIR, or
+    ``~/.cache/crosspool-bench``."""
+    given = os.environ.get("CROSSPOOL_BENCH_DIR")
+    return Path(given) if given else Path.home() / ".cache" / "crosspool-bench"
+
+
+def models(count: int = 1, *, tiny: bool = False) -> list[Path]:
+    """Folders of that many checkpoints of the same shape and different weights; made once."""
+    shape = TINY if tiny else FULL
+    folders = [cache_dir() / "models" / f"{shape.name}-{seed}" for seed in range(count)]
+    for seed, folder in enumerate(folders):
+        if not (folder / "config.json").is_file():
+            part = folder.with_name(f"{folder.name}.{os.getpid()}")
+            write(part, shape, seed)
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+    return folders
+
+
+def write(folder: Path, shape: Shape = FULL, seed: int = 0) -> None:
+    """Writes the checkpoint, one shard per layer; the same weights for the same seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = shape.layers + 1
+    index: dict[str, str] = {}
+    size = 0
+    bar = tqdm(_shards(shape, seed), f"writing {shape.name}", parts, unit="shard", disable=None)
+    for number, tensors in enumerate(bar, 1):
+        file = f"model-{number:05d}-of-{parts:05d}.safetensors"
+        save_file(tensors, folder / file, {"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": size}, "weight_map": index},
+    )
+    _write_tokenizer(folder, shape.vocabulary)
+    _write_json(
+        folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    )
+    _write_json(folder / "config.json", _config(shape))
+
+
+def _shards(shape: Shape, seed: int) -> Iterator[Tensors]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(rows: int, columns: int, scale: float = 1.0) -> torch.Tensor:
+        weight = torch.empty(rows, columns, dtype=torch.bfloat16)
+        return weight.normal_(0.0, scale * columns**-0.5, generator=generator)
+
+    def norm(size: int) -> torch.Tensor:
+        return torch.empty(size).uniform_(0.8, 1.2, generator=generator).bfloat16()
+
+    hidden, width = shape.hidden, shape.heads * shape.head_dim
+    into_residual = (2 * shape.layers) ** -0.5
+    for layer in range(shape.layers):
+        tensors = {
+            "input_layernorm": norm(hidden),
+            "self_attn.q_proj": normal(width, hidden),
+            "self_attn.k_proj": normal(shape.kv_heads * shape.head_dim, hidden),
+            "self_attn.v_proj": normal(shape.kv_heads * shape.head_dim, hidden),
+            "self_attn.o_proj": normal(hidden, width, into_residual),
+            "self_attn.q_norm": norm(shape.head_dim),
+            "self_attn.k_norm": norm(shape.head_dim),
+            "post_attention_layernorm": norm(hidden),
+            "mlp.gate": normal(shape.experts, hidden),
+        }
+        for expert in range(shape.experts):
+            name = f"mlp.experts.{expert}"
+            tensors[f"{name}.gate_proj"] = normal(shape.intermediate, hidden)
+            tensors[f"{name}.up_proj"] = normal(shape.intermediate, hidden)
+            # the product of the gate's SiLU and the other has about a third of their size, and
+            # so has the weighted mean of the experts taken
+            tensors[f"{name}.down_proj"] = normal(hidden, shape.intermediate, 3 * into_residual)
+        yield {f"model.layers.{layer}.{name}.weight": tensor for name, tensor in tensors.items()}
+    yield {
+        "model.embed_tokens.weight": normal(shape.vocabulary, hidden, hidden**0.5),
+        "model.norm.weight": norm(hidden),
+        "lm_head.weight": normal(shape.vocabulary, hidden, 2.0),
+    }
+
+
+def _config(shape: Shape) -> dict[str, object]:
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 2,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": 4 * shape.intermediate,
+        "max_position_embeddings": shape.context,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": shape.intermediate,
+        "norm_topk_prob": True,
+        "num_attention_heads": shape.heads,
+        "num_experts": shape.experts,
+        "num_experts_per_tok": shape.top_k,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
+        "pad_token_id": 0,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 1_000_000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": shape.vocabulary,
+    }
+
+
+def _write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """A token per byte; the rest of the vocabulary are words that no text becomes."""
+    special = ["<pad>", "<s>", "</s>"]
+    words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words += [f"<{number}>" for number in range(len(words), vocabulary)]
+    tokenizer = Tokenizer(BPE({word: number for number, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": "<pad>",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "chat_template": "{% for message in messages %}{{ message['content'] }}\n{% endfor %}",
+        },
+    )
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmark.checkpoint", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="2 layers of 8 experts, for tests")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(words)
+    write(given.folder, TINY if given.tiny else FULL, given.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
