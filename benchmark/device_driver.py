@@ -103,7 +103,9 @@ class DeviceDriver:
                 ModelConfig(
                     name=f"{path.name}-{i}",
                     path=str(path),
-                    weight_pool_devices=own and tuple(Device(name) for name in own),
+                    weight_pool_devices=None
+                    if own is None
+                    else tuple(Device(name) for name in own),
                 )
                 for i, (path, own) in enumerate(
                     zip(models, places or [None] * len(models), strict=True)

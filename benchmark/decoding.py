@@ -1,0 +1,276 @@
+"""Our engine by itself: device processes that get their steps from here, without scheduler and
+without HTTP."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+import psutil
+from crosspool.config.device import Device
+from crosspool.models.registry import read_model
+from crosspool.observability.trace import LaneEvent
+from crosspool.transport.messages import StepResult
+
+from benchmark.device_driver import DeviceDriver, Generation
+
+Loop = Literal["host", "resident"]
+
+_ORDINARY = 100
+"""Below it a vocabulary may have special tokens."""
+_WARM_STEPS = 4
+"""Decode steps of each model before the clock starts."""
+_MOST = 4
+"""A model that steps faster than another takes at most so many times the asked-for steps."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where models run, and what drives them."""
+
+    kv: tuple[str, ...]
+    """Devices of the KV pool."""
+    weights: tuple[str, ...]
+    """Devices of the weight pool."""
+    loop: Loop = "resident"
+    lanes: int = 2
+    chunk: int = 512
+    """Prompt tokens of one step."""
+
+    @property
+    def cores(self) -> list[int]:
+        names = dict.fromkeys((*self.kv, *self.weights))
+        return sorted({core for name in names for core in Device(name).cores})
+
+
+def one_device(cores: Sequence[int]) -> Setup:
+    """Both pools on one device of ``cores``."""
+    name = "cpu:" + "+".join(str(core) for core in cores)
+    return Setup((name,), (name,))
+
+
+def two_devices(attention: int, ffn: int, lanes: int, loop: Loop = "resident") -> Setup:
+    """A core for each pool."""
+    return Setup((f"cpu:{attention}",), (f"cpu:{ffn}",), loop, lanes)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the engine's trace says of one step; microseconds."""
+
+    span: float
+    """From the first part's beginning to the last one's end."""
+    attention: float
+    ffn: float
+    lm_head: float
+
+
+@dataclass
+class Decoded:
+    """Some models that decoded at once."""
+
+    step_ms: list[list[float]]
+    """For each model, the time from each result to its next."""
+    wall_s: float
+    cpu_s: float
+    """Of the device processes and of this one."""
+    prompt_s: float
+    """What came before: the prompts, and the first steps."""
+    parts: list[list[Parts]] = field(default_factory=list)
+    """For each model, of its steps, where tracing was asked for."""
+    dispatch_us: list[float] = field(default_factory=list)
+    """From the end of an attention part to the beginning of its FFN part."""
+    combine_us: list[float] = field(default_factory=list)
+    """And back."""
+
+    @property
+    def all_ms(self) -> list[float]:
+        return [ms for model in self.step_ms for ms in model]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Steps of all models per second; times the batch, tokens."""
+        return sum(1e3 / float(np.mean(model)) for model in self.step_ms)
+
+
+class Engine:
+    """Models on the device processes of a setup, from the ``with``'s beginning to its end."""
+
+    def __init__(self, checkpoints: Sequence[Path], setup: Setup, tokens: int = 24576) -> None:
+        """``tokens``: what the KV pool holds, of the models' largest."""
+        self.setup = setup
+        chunk_bytes = 2 << 20
+        weights = sum(file.stat().st_size for p in checkpoints for file in p.glob("*.safetensors"))
+        self._driver = DeviceDriver(
+            checkpoints,
+            kv=setup.kv,
+            weights=setup.weights,
+            ready_timeout=600.0,
+            page_size=16,
+            chunk_bytes=chunk_bytes,
+            kv_pool_bytes=_kv_bytes(checkpoints, tokens, chunk_bytes),
+            weight_pool_bytes=2 * weights,
+            chunked_prefill_size=setup.chunk,
+            loop=setup.loop,
+            lanes=setup.lanes,
+        )
+        self._rng = np.random.default_rng(0)
+
+    def decode(
+        self,
+        batch: int,
+        context: int,
+        steps: int,
+        models: int | None = None,
+        trace: bool = False,
+    ) -> Decoded:
+        """``models`` of them (None: all) decode at once, each ``batch`` requests of ``context``
+        tokens; it ends when each has taken ``steps`` steps."""
+        began = time.perf_counter()
+        driver = self._driver
+        groups = [
+            [self._generation(model, context, _WARM_STEPS + _MOST * steps) for _ in range(batch)]
+            for model in range(len(driver.specs) if models is None else models)
+        ]
+        for group in groups:
+            for sequence in group:
+                self._prompt(sequence)
+        self._steps(groups, _WARM_STEPS)
+        prompt_s = time.perf_counter() - began
+        if trace:
+            for device in driver.processes:
+                driver.inspect(device, "trace_start")
+        cpu, start = self._cpu_seconds(), time.perf_counter()
+        ends = self._steps(groups, steps)
+        decoded = Decoded(
+            step_ms=[[1e3 * (b - a) for a, b in pairwise(times)] for times in ends],
+            wall_s=time.perf_counter() - start,
+            cpu_s=self._cpu_seconds() - cpu,
+            prompt_s=prompt_s,
+        )
+        if trace:
+            self._read_traces(decoded)
+        driver.release([sequence for group in groups for sequence in group])
+        return decoded
+
+    def prefill(self, tokens: int) -> float:
+        """Seconds from a prompt's first step to its first token."""
+        sequence = self._generation(0, tokens, 1)
+        start = time.perf_counter()
+        self._prompt(sequence)
+        seconds = time.perf_counter() - start
+        self._driver.release([sequence])
+        return seconds
+
+    def close(self) -> None:
+        self._driver.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _generation(self, model: int, context: int, new_tokens: int) -> Generation:
+        vocab = self._driver.specs[model].vocab
+        prompt = self._rng.integers(_ORDINARY, vocab, context).tolist()
+        return Generation(model, prompt, new_tokens, chunk=self.setup.chunk)
+
+    def _prompt(self, sequence: Generation) -> None:
+        while not sequence.output:
+            self._step([sequence])
+            self._take([sequence])
+
+    def _step(self, group: list[Generation]) -> None:
+        self._driver.step(group)
+
+    def _take(self, group: list[Generation]) -> None:
+        _, message = self._driver.receive()
+        assert isinstance(message, StepResult), message
+        self._driver.take(group, message)
+
+    def _steps(self, groups: Sequence[list[Generation]], steps: int) -> list[list[float]]:
+        """Every group steps until all have ``steps`` results; when each one's came, the first
+        entry being the beginning."""
+        now = time.perf_counter()
+        ends = [[now] for _ in groups]
+        flying = {self._driver.step(group): index for index, group in enumerate(groups)}
+        short = len(groups)
+        while flying:
+            _, message = self._driver.receive()
+            now = time.perf_counter()
+            assert isinstance(message, StepResult), message
+            index = flying.pop(message.step)
+            self._driver.take(groups[index], message)
+            if short:
+                ends[index].append(now)
+                short -= len(ends[index]) == steps + 1
+            if short and len(ends[index]) <= _MOST * steps:
+                flying[self._driver.step(groups[index])] = index
+        return ends
+
+    def _cpu_seconds(self) -> float:
+        own = resource.getrusage(resource.RUSAGE_SELF)
+        used = own.ru_utime + own.ru_stime
+        for process in self._driver.processes.values():
+            times = psutil.Process(process.pid).cpu_times()
+            used += times.user + times.system
+        return used
+
+    def _read_traces(self, decoded: Decoded) -> None:
+        events = [
+            msgspec.convert(event, LaneEvent)
+            for device in self._driver.processes
+            for event in self._driver.inspect(device, "trace_stop")
+        ]
+        decoded.parts = [steps_of(events, model) for model in range(len(decoded.step_ms))]
+        decoded.dispatch_us, decoded.combine_us = hand_overs(events)
+
+
+def steps_of(events: Sequence[LaneEvent], model: int) -> list[Parts]:
+    """The parts of each whole step of a model that had one step at a time."""
+    own = sorted((e for e in events if e.model == model), key=lambda e: e.start_ns)
+    steps, current = [], list[LaneEvent]()
+    for event in own:
+        if event.part == "attention" and event.layer == 0:
+            current = []
+        current.append(event)
+        if event.part == "lm_head" and current[0].part == "attention" and current[0].layer == 0:
+            took = {"attention": 0, "ffn": 0, "lm_head": 0}
+            for part in current:
+                took[part.part] += part.end_ns - part.start_ns
+            span = current[-1].end_ns - current[0].start_ns
+            steps.append(
+                Parts(span / 1e3, took["attention"] / 1e3, took["ffn"] / 1e3, took["lm_head"] / 1e3)
+            )
+            current = []
+    return [step for step in steps if step.attention > 0]
+
+
+def hand_overs(events: Sequence[LaneEvent]) -> tuple[list[float], list[float]]:
+    """Microseconds from attention part to FFN part of the same lane and layer, and back to the
+    next attention part (or the LM head)."""
+    lanes: dict[tuple[int, int], list[LaneEvent]] = {}
+    for event in sorted(events, key=lambda e: e.start_ns):
+        lanes.setdefault((event.attention_rank, event.lane), []).append(event)
+    there, back = list[float](), list[float]()
+    for lane in lanes.values():
+        for first, then in pairwise(lane):
+            gap = (then.start_ns - first.end_ns) / 1e3
+            if first.part == "attention" and then.part == "ffn":
+                there.append(gap)
+            elif first.part == "ffn" and then.part != "ffn":
+                back.append(gap)
+    return there, back
+
+
+def _kv_bytes(checkpoints: Sequence[Path], tokens: int, chunk_bytes: int) -> int:
+    largest = max(read_model(path).kv_bytes_per_token for path in checkpoints)
+    return -(-tokens * largest // chunk_bytes + len(checkpoints)) * chunk_bytes
