@@ -43,25 +43,63 @@ class Recorder:
         ``cpu_s``, ``wall_s``: what the measurement it comes from took; ``load1``: the load average
         before that."""
         summary = summarise(values)
-        self.rows.append(
-            {
-                "benchmark": self.benchmark,
-                "name": name,
-                "model": model,
-                "parameters": parameters,
-                "unit": unit,
-                "median": _short(summary.median),
-                "p99": _short(summary.p99),
-                "n": summary.n,
-                **{key: _short(value) for key, value in more.items()},
-                "load1": _short(load1),
-                "cpu_s": _short(cpu_s),
-                "wall_s": _short(wall_s),
-                "date": self._date,
-                "machine": self._machine,
-            }
+        self._append(
+            name=name,
+            model=model,
+            parameters=parameters,
+            unit=unit,
+            median=summary.median,
+            p99=summary.p99,
+            n=summary.n,
+            **more,
+            load1=load1,
+            cpu_s=cpu_s,
+            wall_s=wall_s,
         )
         return summary
+
+    def add_steps(
+        self,
+        name: str,
+        step_ms: Sequence[float],
+        *,
+        model: str,
+        batch: int,
+        context: int,
+        threads: int,
+        ratio_to: str | None,
+        ratio: float | None,
+        load1: float,
+        cpu_s: float,
+        wall_s: float,
+        **more: Any,
+    ) -> Summary:
+        """Times of an engine's steps, in milliseconds; ``ratio``: their median over that of
+        ``ratio_to``, another row's name."""
+        summary = summarise(step_ms)
+        self._append(
+            name=name,
+            model=model,
+            batch=batch,
+            context=context,
+            threads=threads,
+            median_ms=summary.median,
+            p99_ms=summary.p99,
+            n=summary.n,
+            ratio_to=ratio_to,
+            ratio=ratio,
+            load1=load1,
+            cpu_s=cpu_s,
+            wall_s=wall_s,
+            **more,
+        )
+        return summary
+
+    def _append(self, **fields: Any) -> None:
+        row = {key: _short(value) for key, value in fields.items()}
+        self.rows.append(
+            {"benchmark": self.benchmark, **row, "date": self._date, "machine": self._machine}
+        )
 
     def write(self, folder: Path = RESULTS) -> Path:
         """Replaces this benchmark's file of rows."""
