@@ -75,6 +75,7 @@ def deployment(
         "chunk_bytes": 4096,
         "page_size": 4,
         "chunked_prefill_size": 32,
+        "tbt_target_ms": 0.0,
         "max_running_requests": 8,
     }
     return Deployment(

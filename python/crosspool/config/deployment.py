@@ -59,6 +59,9 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """Unit of physical KV memory that the virtualizer maps; a multiple of 2 MiB."""
     chunked_prefill_size: int = 512
     """Prompt tokens of one step at most."""
+    tbt_target_ms: float = 50.0
+    """Time between two tokens of a request, over which prompt chunks beside it should not push it,
+    if pages of prompt can be small enough; 0: prompt chunks have their full size."""
     max_running_requests: int = 64
     """Requests of one model that run at once, per attention rank."""
     max_queued_requests: int = 1024

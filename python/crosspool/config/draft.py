@@ -46,6 +46,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     page_size: int = _defaults["page_size"]
     chunk_bytes: int | str = _defaults["chunk_bytes"]
     chunked_prefill_size: int = _defaults["chunked_prefill_size"]
+    tbt_target_ms: float = _defaults["tbt_target_ms"]
     max_running_requests: int = _defaults["max_running_requests"]
     max_queued_requests: int = _defaults["max_queued_requests"]
     queue_timeout: float = _defaults["queue_timeout"]

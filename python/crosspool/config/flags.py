@@ -36,6 +36,12 @@ _POOL_FLAGS: tuple[tuple[str, type, str], ...] = (
     ("ffn_parallel", str, "how weight devices share a layer: tp splits every expert, ep deals"),
     ("loop", str, "what drives the layers: host (Python) or resident (native threads)"),
     ("lanes", int, "batches in flight per KV device"),
+    (
+        "tbt_target_ms",
+        float,
+        "time between tokens over which prompts read meanwhile should not push other requests' "
+        "(default 50; 0: steps always take --chunked-prefill-size)",
+    ),
     ("chunk_bytes", str, "unit of physical KV memory; a multiple of 2MiB"),
     ("queue_timeout", float, "seconds that a request may wait for admission"),
     (

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 
 from crosspool.kvpool.layout import KVLayout
+from crosspool.scheduler.chunk_budget import ChunkBudget
 from crosspool.scheduler.promises import Promises
 from crosspool.scheduler.sequence import Sequence
 from crosspool.transport.messages import Open, Release, Row, Step, StepResult
@@ -23,17 +25,20 @@ class Flight:
     sequences: list[Sequence]
     rows: list[Row]
 
-    @property
-    def reads_prompt(self) -> bool:
-        """Whether it takes prompt tokens."""
+    @cached_property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens that it takes."""
         pairs = zip(self.sequences, self.rows, strict=True)
-        return any(row.start < seq.prompt_len for seq, row in pairs)
+        return sum(len(row.tokens) for seq, row in pairs if row.start < seq.prompt_len)
 
 
 class AttentionRank:
-    def __init__(self, index: int, promises: Promises, layouts: list[KVLayout]) -> None:
+    def __init__(
+        self, index: int, promises: Promises, layouts: list[KVLayout], budget: ChunkBudget
+    ) -> None:
         self.index = index
         self.promises = promises
+        self.budget = budget
         self.running: list[dict[int, Sequence]] = [{} for _ in layouts]
         """Per model the requests that run here, by number, in order of admission."""
         self.paused: list[dict[int, Sequence]] = [{} for _ in layouts]
@@ -44,6 +49,8 @@ class AttentionRank:
         """Per model the number of its latest step."""
         self.last_prompt_step = [-1] * len(layouts)
         """Per model the number of its latest step that took prompt tokens."""
+        self.delayed: set[int] = set()
+        """Models whose requests have waited for a prompt chunk and not had a token since."""
         self.version = 0
         """Changes whenever somebody may be promised pages to whom they were refused before."""
         self._layouts = layouts
@@ -89,6 +96,17 @@ class AttentionRank:
 
     # --- steps
 
+    @property
+    def answering(self) -> set[int]:
+        """Models of which a request wants its next token, not its first."""
+        return {
+            model
+            for model, running in enumerate(self.running)
+            if any(
+                seq.answering and seq.number not in self.paused[model] for seq in running.values()
+            )
+        }
+
     def launch(self, model: int, batch: Iterable[tuple[Sequence, int]], now: float) -> Step:
         """Makes the step that takes so many further tokens of each request in ``batch``."""
         sequences: list[Sequence] = []
@@ -105,12 +123,13 @@ class AttentionRank:
             sequences.append(seq)
         number = next(self._step_numbers)
         self.last_step[model] = number
+        self.budget.share_out(self.flights.values(), now)
         flight = self.flights[model] = Flight(number, model, now, sequences, rows)
-        if flight.reads_prompt:
+        if flight.prompt_tokens:
             self.last_prompt_step[model] = number
         return Step(step=number, model=model, map_chunks=map_chunks, opens=opens, rows=rows)
 
-    def land(self, result: StepResult) -> Flight:
+    def land(self, result: StepResult, now: float) -> Flight:
         """The step that ``result`` answers. Raises ValueError when it answers none, or not every
         row of it."""
         flight = next((f for f in self.flights.values() if f.step == result.step), None)
@@ -123,7 +142,12 @@ class AttentionRank:
                 f"attention rank {self.index} answered step {result.step} with rows "
                 f"(request, sampled) {answered} where {asked} were asked for"
             )
+        self.budget.share_out(self.flights.values(), now)
+        self.budget.landed(flight)
         del self.flights[flight.model]
+        if flight.prompt_tokens:
+            self.delayed = self.answering
+        self.delayed.discard(flight.model)
         for seq, row in zip(flight.sequences, flight.rows, strict=True):
             seq.in_flight = False
             if seq.over:

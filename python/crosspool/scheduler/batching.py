@@ -33,10 +33,12 @@ def prompt_reader(rank: AttentionRank) -> int | None:
     """The one model whose next step may take prompt tokens, or NOBODY; None: every model's.
 
     While a request answers here, prompts are read by one step at a time, models with prompts in
-    turn: so a token waits for at most one prompt chunk of other models, however many come in."""
-    if not any(seq.answering for running in rank.running for seq in running.values()):
+    turn, and by the next only when every model that waited for it has had its token: so a token
+    waits for at most one prompt chunk of other models, however many come in."""
+    answering = rank.answering
+    if not answering:
         return None
-    if any(flight.reads_prompt for flight in rank.flights.values()):
+    if answering & rank.delayed or any(f.prompt_tokens for f in rank.flights.values()):
         return NOBODY
     reading = (
         model

@@ -21,6 +21,7 @@ from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.admission import Admission
 from crosspool.scheduler.attention_rank import AttentionRank
 from crosspool.scheduler.batching import form_batch, next_model, prompt_reader
+from crosspool.scheduler.chunk_budget import ChunkBudget
 from crosspool.scheduler.counters import ModelCounters
 from crosspool.scheduler.promises import Promises
 from crosspool.scheduler.protocols import GrammarBackend, TextDecoder
@@ -68,6 +69,13 @@ class SchedulerCore:
                     growth_tokens=d.growth_tokens if d.promise == "growth" else None,
                 ),
                 self._layouts,
+                ChunkBudget(
+                    len(specs),
+                    lanes=d.lanes,
+                    page_size=d.page_size,
+                    most_tokens=d.chunked_prefill_size,
+                    target=d.tbt_target_ms / 1e3,
+                ),
             )
             for index in range(len(d.kv_pool_devices))
         ]
@@ -126,7 +134,7 @@ class SchedulerCore:
         """Takes a step's result. Raises ValueError when it is no answer to a step in flight."""
         if self._failure is not None:
             return
-        flight = self._ranks[attention_rank].land(result)
+        flight = self._ranks[attention_rank].land(result, self._clock())
         for seq, row in zip(flight.sequences, result.rows, strict=True):
             if not seq.over:
                 self._advance(seq, row)
@@ -203,7 +211,7 @@ class SchedulerCore:
             while (model := next_model(rank, self._deployment.lanes)) is not None:
                 running, paused = rank.running[model].values(), rank.paused[model]
                 reads = prompt_reader(rank) in (None, model)
-                prompt_tokens = self._deployment.chunked_prefill_size if reads else 0
+                prompt_tokens = rank.budget.tokens(model, rank.answering) if reads else 0
                 batch = form_batch(running, paused, prompt_tokens)
                 self._messages.append((rank.index, rank.launch(model, batch, now)))
                 self._counters[model].step(rank.flights[model])
