@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,9 +56,12 @@ def cache_dir() -> Path:
     return Path(given) if given else Path.home() / ".cache" / "crosspool-bench"
 
 
-def models(count: int = 1, *, tiny: bool = False) -> list[Path]:
-    """Folders of that many checkpoints of the same shape and different weights; made once."""
+def models(count: int = 1, *, tiny: bool = False, layers: int | None = None) -> list[Path]:
+    """Folders of that many checkpoints of the same shape and different weights; made once.
+    ``layers``: other than the shape's own."""
     shape = TINY if tiny else FULL
+    if layers is not None and layers != shape.layers:
+        shape = replace(shape, name=f"{shape.name}-{layers}-layers", layers=layers)
     folders = [cache_dir() / "models" / f"{shape.name}-{seed}" for seed in range(count)]
     for seed, folder in enumerate(folders):
         if not (folder / "config.json").is_file():

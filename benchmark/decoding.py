@@ -3,7 +3,6 @@ without HTTP."""
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -76,11 +75,12 @@ class Parts:
 class Decoded:
     """Some models that decoded at once."""
 
+    batch: int
     step_ms: list[list[float]]
     """For each model, the time from each result to its next."""
     wall_s: float
     cpu_s: float
-    """Of the device processes and of this one."""
+    """Of the device processes and of the thread that drives them."""
     prompt_s: float
     """What came before: the prompts, and the first steps."""
     parts: list[list[Parts]] = field(default_factory=list)
@@ -96,8 +96,8 @@ class Decoded:
 
     @property
     def tokens_per_s(self) -> float:
-        """Steps of all models per second; times the batch, tokens."""
-        return sum(1e3 / float(np.mean(model)) for model in self.step_ms)
+        """Of all models together."""
+        return self.batch * sum(1e3 / float(np.mean(model)) for model in self.step_ms)
 
 
 class Engine:
@@ -147,12 +147,13 @@ class Engine:
         if trace:
             for device in driver.processes:
                 driver.inspect(device, "trace_start")
-        cpu, start = self._cpu_seconds(), time.perf_counter()
+        cpu, start = self.cpu_seconds(), time.perf_counter()
         ends = self._steps(groups, steps)
         decoded = Decoded(
+            batch=batch,
             step_ms=[[1e3 * (b - a) for a, b in pairwise(times)] for times in ends],
             wall_s=time.perf_counter() - start,
-            cpu_s=self._cpu_seconds() - cpu,
+            cpu_s=self.cpu_seconds() - cpu,
             prompt_s=prompt_s,
         )
         if trace:
@@ -216,9 +217,9 @@ class Engine:
                 flying[self._driver.step(groups[index])] = index
         return ends
 
-    def _cpu_seconds(self) -> float:
-        own = resource.getrusage(resource.RUSAGE_SELF)
-        used = own.ru_utime + own.ru_stime
+    def cpu_seconds(self) -> float:
+        """CPU time so far of the device processes and of the thread that drives them."""
+        used = time.thread_time()
         for process in self._driver.processes.values():
             times = psutil.Process(process.pid).cpu_times()
             used += times.user + times.system
