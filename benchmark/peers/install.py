@@ -1,0 +1,141 @@
+"""Installs the other engines, each into an environment of its own.
+
+    python -m benchmark.peers.install [NAME ...] [--torch-index URL] [--force]
+
+They lie under CROSSPOOL_BENCH_DIR (``~/.cache/crosspool-bench``), in ``peers/``. llama.cpp is
+compiled for this machine, which takes about ten minutes and a C++ compiler. PyTorch's CPU wheels
+come from an index of their own: ``--torch-index https://download.pytorch.org/whl/cpu``.
+An engine that cannot be installed is named at the end; the others are not held up by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmark.checkpoint import cache_dir
+from benchmark.peers.protocol import Contestant
+
+REQUIREMENTS = Path(__file__).with_name("requirements")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An engine and how it is installed: from ``requirements/<name>.txt``, then without their
+    dependencies what ``requirements/<name>-nodeps.txt`` names."""
+
+    name: str
+    module: str
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables for pip: how a package is compiled."""
+    unwanted: tuple[str, ...] = ()
+    """Packages that come along and do not load here."""
+
+    @property
+    def folder(self) -> Path:
+        return cache_dir() / "peers" / self.name
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    @property
+    def installed(self) -> bool:
+        mark = self.folder / ".installed"
+        return mark.is_file() and mark.read_text() == self.requirements()
+
+    def requirements(self) -> str:
+        return "".join(path.read_text() for path in self.files())
+
+    def files(self) -> list[Path]:
+        names = (f"{self.name}.txt", f"{self.name}-nodeps.txt")
+        return [REQUIREMENTS / name for name in names if (REQUIREMENTS / name).is_file()]
+
+    def start(self, number: int = 0) -> Contestant:
+        """A process of it, not loaded yet; ``number`` tells apart those of one engine."""
+        log = cache_dir() / "logs" / f"{self.name}-{number}.log"
+        return Contestant(self.python, self.module, log)
+
+
+LLAMA_OPTIONS = (
+    "-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF"
+    " -DLLAMA_BUILD_SERVER=OFF -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF"
+)
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("openvino", "benchmark.peers.openvino_peer"),
+        Peer(
+            "llama",
+            "benchmark.peers.llama_peer",
+            environment={"CMAKE_ARGS": LLAMA_OPTIONS, "CMAKE_BUILD_PARALLEL_LEVEL": "2"},
+        ),
+        Peer("vllm", "benchmark.peers.vllm_peer", unwanted=("torchaudio", "torchcodec")),
+        Peer("transformers", "benchmark.peers.transformers_peer"),
+        Peer("sglang", "benchmark.peers.sglang_peer"),
+        Peer("kt", "benchmark.peers.kt_kernel"),
+    )
+}
+
+
+def install(peer: Peer, torch_index: str | None = None) -> None:
+    """Raises CalledProcessError where pip fails."""
+    shutil.rmtree(peer.folder, ignore_errors=True)
+    venv.create(peer.folder, with_pip=True)
+    with_dependencies, *without = peer.files()
+    torch = [
+        line for line in with_dependencies.read_text().splitlines() if line.startswith("torch==")
+    ]
+    if torch:  # first, so that nothing else brings a build with CUDA libraries
+        index = ["--index-url", torch_index] if torch_index else []
+        _pip(peer, "install", *index, *torch)
+    _pip(peer, "install", "-r", str(with_dependencies))
+    for file in without:
+        _pip(peer, "install", "--no-deps", "-r", str(file))
+    if peer.unwanted:
+        _pip(peer, "uninstall", "--yes", *peer.unwanted)
+    (peer.folder / ".installed").write_text(peer.requirements())
+
+
+def _pip(peer: Peer, *words: str) -> None:
+    command = [str(peer.python), "-m", "pip", "--quiet", "--disable-pip-version-check", *words]
+    subprocess.run(command, check=True, env={**os.environ, **peer.environment})
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.peers.install", description=__doc__
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PEERS)}")
+    parser.add_argument("--torch-index", help="where pip finds PyTorch's wheels for the CPU")
+    parser.add_argument("--force", action="store_true", help="also what is installed already")
+    given = parser.parse_args(words)
+    unknown = set(given.names) - set(PEERS)
+    if unknown:
+        parser.error(f"no such engine: {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
+    failed = []
+    for name in given.names or PEERS:
+        peer = PEERS[name]
+        if peer.installed and not given.force:
+            print(f"==> {name}: is there ({peer.folder})", flush=True)
+            continue
+        print(f"==> {name}: into {peer.folder}", flush=True)
+        try:
+            install(peer, given.torch_index)
+        except subprocess.CalledProcessError as error:
+            print(f"==> {name}: {error}", file=sys.stderr, flush=True)
+            failed.append(name)
+    if failed:
+        print(f"not installed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""How the engines that are compared are driven: a process each, JSON lines over its pipes.
+
+    {"do": "load", "checkpoint": folder, "threads": n, "cores": [...]}  -> {"engine": ..., ...}
+    {"do": "decode", "batch": b, "context": c, "steps": n}
+        -> {"step_ms": [...], "started_s": [...], "cpu_s": seconds}
+    {"do": "prefill", "tokens": t, "repeats": r}                        -> {"seconds": [...]}
+    {"do": "tokens", "prompt": [ids], "steps": n}                       -> {"tokens": [ids]}
+    {"do": "moe", "batch": b, "repeats": r}                             -> {"layer_us": [...]}
+    {"do": "quit"}                                                      -> {}
+
+``load`` comes first and once: cores and threads are limited before the engine's libraries are
+imported. A step of ``decode`` is one token for every sequence, greedy, on top of a KV cache of
+``context`` tokens each, after four steps that are not counted; ``started_s`` is when each began,
+on the machine's monotonic clock, by which steps of two processes are matched; ``cpu_s`` the CPU
+time of all of the process's threads in the counted steps. ``tokens`` are greedy continuations, by
+which an engine shows that it computes the same model. A request that fails is answered with
+{"error": text}.
+
+The engines' environments have nothing of this project: this module and those of the engines import
+the standard library, and an engine's packages once it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+ROOT = Path(__file__).resolve().parents[2]
+WARM_UP = 4
+"""Steps of a decode that are not counted."""
+
+Message = dict[str, Any]
+
+
+class Engine(Protocol):
+    """One engine, loaded. Those that are asked for less leave methods out."""
+
+    def about(self) -> Message:
+        """Names and versions of what runs, and what it chose."""
+        ...
+
+    def start(self, prompts: Sequence[Sequence[int]], steps: int) -> Callable[[], list[int]]:
+        """Reads the prompts, all of one length, and returns a step: every call appends the last
+        greedy token of each sequence and returns the next ones. Called at most ``steps`` times."""
+        ...
+
+    def prefill(self, prompt: Sequence[int]) -> None:
+        """Reads one prompt, to its first token."""
+        ...
+
+
+# The engine's end
+
+
+def serve(load: Callable[[Path, int, list[int]], Any]) -> None:
+    """Answers requests on stdin until ``quit`` or the end of it. ``load(checkpoint, threads,
+    cores)`` makes the engine. What libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    engine: Any = None
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            if asked["do"] == "quit":
+                answer: Message = {}
+            elif asked["do"] == "load":
+                limit(asked["threads"], asked["cores"])
+                engine = load(Path(asked["checkpoint"]), asked["threads"], asked["cores"])
+                answer = engine.about()
+            else:
+                answer = _ANSWERS[asked["do"]](engine, asked)
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        if asked["do"] == "quit":
+            break
+    answers.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # not through the engine's own exit handlers: some wait for minutes
+
+
+def limit(threads: int, cores: Sequence[int]) -> None:
+    """Pins the process, and so every thread that it will start, and bounds its thread pools."""
+    os.sched_setaffinity(0, cores)
+    for name in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "RAYON"):
+        os.environ[f"{name}_NUM_THREADS"] = str(threads)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def random_ids(vocabulary: int, count: int, seed: int) -> list[int]:
+    """Token ids without the first few, which may be special."""
+    import random
+
+    return random.Random(seed).choices(range(3, vocabulary), k=count)
+
+
+def _decode(engine: Any, asked: Message) -> Message:
+    batch, context, steps = asked["batch"], asked["context"], asked["steps"]
+    prompts = [random_ids(engine.vocabulary, context, seed) for seed in range(batch)]
+    step = engine.start(prompts, WARM_UP + steps)
+    for _ in range(WARM_UP):
+        step()
+    started, ended = [], []
+    cpu = time.process_time()
+    for _ in range(steps):
+        started.append(time.monotonic())
+        step()
+        ended.append(time.monotonic())
+    cpu = time.process_time() - cpu
+    return {
+        "step_ms": [1e3 * (end - start) for start, end in zip(started, ended, strict=True)],
+        "started_s": started,
+        "cpu_s": cpu,
+    }
+
+
+def _prefill(engine: Any, asked: Message) -> Message:
+    seconds = []
+    cpu = time.process_time()
+    for seed in range(asked["repeats"] + 1):
+        prompt = random_ids(engine.vocabulary, asked["tokens"], seed)
+        start = time.monotonic()
+        if seed == 1:
+            cpu = time.process_time()
+        engine.prefill(prompt)
+        seconds.append(time.monotonic() - start)
+    return {"seconds": seconds[1:], "cpu_s": time.process_time() - cpu}
+
+
+def _tokens(engine: Any, asked: Message) -> Message:
+    step = engine.start([asked["prompt"]], asked["steps"])
+    return {"tokens": [step()[0] for _ in range(asked["steps"])]}
+
+
+def _moe(engine: Any, asked: Message) -> Message:
+    cpu = time.process_time()
+    layer_us = engine.moe(asked["batch"], asked["repeats"])
+    return {"layer_us": layer_us, "cpu_s": time.process_time() - cpu}
+
+
+_ANSWERS: dict[str, Callable[[Any, Message], Message]] = {
+    "decode": _decode,
+    "prefill": _prefill,
+    "tokens": _tokens,
+    "moe": _moe,
+}
+
+
+# The benchmark's end
+
+
+class ContestantError(RuntimeError):
+    """An engine failed, died or took too long; the message ends with its last lines of output."""
+
+
+class Contestant:
+    """One engine's process.
+
+    ``python``: the interpreter of its environment; ``module``: what runs in it, for example
+    ``benchmark.peers.vllm_peer``; ``log``: where its output goes."""
+
+    def __init__(
+        self,
+        python: Path,
+        module: str,
+        log: Path,
+        *,
+        paths: Sequence[Path] = (ROOT,),
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.module = module
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        variables = {
+            **os.environ,
+            **(environment or {}),
+            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        }
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [str(python), "-m", module],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                env=variables,
+                cwd=ROOT,
+                start_new_session=True,
+                text=True,
+            )
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        assert self._process.stdout is not None
+        threading.Thread(target=self._read, args=[self._process.stdout], daemon=True).start()
+
+    def _read(self, pipe: IO[str]) -> None:
+        for line in pipe:
+            self._lines.put(line)
+        self._lines.put("")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def load(
+        self, checkpoint: Path, threads: int, cores: Sequence[int], timeout_s: float = 900.0
+    ) -> Message:
+        return self.ask(
+            {"do": "load", "checkpoint": str(checkpoint), "threads": threads, "cores": [*cores]},
+            timeout_s,
+        )
+
+    def decode(self, batch: int, context: int, steps: int, timeout_s: float = 300.0) -> Message:
+        return self.ask(
+            {"do": "decode", "batch": batch, "context": context, "steps": steps}, timeout_s
+        )
+
+    def prefill(self, tokens: int, repeats: int, timeout_s: float = 300.0) -> Message:
+        return self.ask({"do": "prefill", "tokens": tokens, "repeats": repeats}, timeout_s)
+
+    def ask(self, message: Message, timeout_s: float) -> Message:
+        self.send(message)
+        return self.receive(timeout_s)
+
+    def send(self, message: Message) -> None:
+        """Without waiting for the answer: several engines at work at once."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._error("died") from None
+
+    def receive(self, timeout_s: float) -> Message:
+        """Raises ContestantError at an answer that is an error, at death and when time is up (and
+        then ends the process)."""
+        try:
+            line = self._lines.get(timeout=timeout_s)
+        except queue.Empty:
+            self._kill()
+            raise self._error(f"did not answer in {timeout_s:.0f} s") from None
+        if not line:
+            raise self._error(f"died with status {self._process.wait()}")
+        answer: Message = json.loads(line)
+        if "error" in answer:
+            raise self._error(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """Ends the process; that of one which is idle and well goes by itself."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.close()  # an idle engine takes that for ``quit``
+        except BrokenPipeError:
+            pass
+        try:
+            self._process.wait(timeout=10.0)
+        except subprocess.TimeoutExpired:
+            pass
+        self._kill()
+
+    def _kill(self) -> None:
+        """It and whatever it started."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+
+    def __enter__(self) -> Contestant:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _error(self, what: str) -> ContestantError:
+        lines = self.log.read_text(errors="replace").splitlines()[-8:]
+        return ContestantError("\n  ".join([f"{self.module} {what}; its output ({self.log}):", *lines]))
