@@ -51,13 +51,16 @@ class ChunkBudget:
 
     def tokens(self, model: int, answering: Set[int]) -> int:
         """Prompt tokens that ``model``'s next step may take while requests of the models
-        ``answering`` answer: what is left of the target beside one step of each, in whole pages
-        and at least one, so that prompts go on whatever the load."""
+        ``answering`` answer: what is left of the target beside a step of each, in whole pages and
+        at least one, so that prompts go on whatever the load. Where models are more than lanes, a
+        request that waits for a lane may find a second step on each of the others."""
         if not self._target or not answering:
             return self._most_tokens
         tokens = self._page_size
         if self._token[model].known:
-            room = self._target - sum(self._step[m].value for m in answering | {model})
+            steps = sorted((self._step[m].value for m in answering | {model}), reverse=True)
+            again = self._lanes - 1 if len(steps) > self._lanes else 0
+            room = self._target - sum(steps) - sum(steps[:again])
             cost = self._token[model].value
             most = self._most_tokens
             fitting = int(room / cost) if room < most * cost else most
