@@ -1,11 +1,11 @@
 """The contended regime, served: what happens as the offered load passes what the KV pool holds.
 
-    python -m benchmark.contended [--quick] [--chunk-tokens N]
+    python -m benchmark.contended [--quick] [--loop resident] [--tbt-target-ms T]
 
 Three bundled models share a pool that is too small for them: a handful of requests fills it. The
 load is counted in promised KV bytes per second, a request's being the pages for its prompt and for
-``max_tokens``; 1 is what the pool turns over when its queues are never empty, measured first. Half
-of what is promised for answers goes unused: requests end by themselves, at a length that the load
+``max_tokens``; 1 is what the pool turns over when its queues are never empty, measured at the
+beginning of every round, since it follows the machine's speed of the moment. Half of what is promised for answers goes unused: requests end by themselves, at a length that the load
 fixes. Admitted requests must keep their time between tokens while TTFT and 429s take the pressure.
 
 The loads of both promise policies are the same requests at the same times, in turns.
@@ -43,9 +43,11 @@ LIMIT = 1.25
 POOL_BYTES = 12 << 20
 PAGE_SIZE = 16
 QUEUE_TIMEOUT = 4.0
-CHUNK_TOKENS = 64
-"""Prompt tokens of one step unless asked for otherwise: what a request that comes in can add to the
-others' gaps."""
+CHUNK_TOKENS = 512
+"""Prompt tokens of one step at most, the server's own default."""
+TBT_TARGET_MS = {"host": 12.0, "resident": 4.0}
+"""By loop: what is left of it beside the bundled models' decode steps takes some dozens of prompt
+tokens, so that chunks fill it at every load."""
 GROWTH_TOKENS = 64
 """What the growth policy promises at a time."""
 FLAGS = (
@@ -69,15 +71,17 @@ class Plan:
     """How much is measured."""
 
     loads: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
-    rounds: int = 2
-    seconds: float = 12.0
+    rounds: int = 3
+    seconds: float = 9.0
     """Length of one load in one round."""
-    saturating: int = 28
-    """Requests that measure the pool's capacity."""
+    saturating: int = 20
+    """Requests that measure the pool's capacity in one round."""
+    loop: str = "host"
+    tbt_target_ms: float = TBT_TARGET_MS["host"]
     chunk_tokens: int = CHUNK_TOKENS
 
 
-QUICK = Plan(loads=(0.5, 2.0), rounds=1, seconds=6.0, saturating=30)
+QUICK = Plan(loads=(0.5, 2.0), rounds=1, seconds=6.0)
 
 
 @dataclass(frozen=True)
@@ -150,26 +154,31 @@ def _pauses(server: Server) -> int:
     return sum(model["pauses"] for model in server.status()["models"])
 
 
-def run(plan: Plan, promises: Sequence[str], console: Console) -> tuple[list[Phase], float]:
-    """Every phase, and the pool's capacity in promised bytes per second."""
+def run(plan: Plan, promises: Sequence[str], console: Console) -> tuple[list[Phase], list[float]]:
+    """Every phase, and by round the pool's capacity in promised bytes per second."""
     phases: list[Phase] = []
-    turns = plan.rounds * len(plan.loads) * len(promises)
+    capacities: list[float] = []
+    turns = plan.rounds * (len(plan.loads) * len(promises) + 1)
     with Progress(console=console, refresh_per_second=2) as progress, ExitStack() as stack:
-        task = progress.add_task("starting", total=turns + 1)
-        flags = [*FLAGS, "--chunked-prefill-size", str(plan.chunk_tokens)]
+        task = progress.add_task("starting", total=turns)
+        flags = [
+            *(*FLAGS, "--loop", plan.loop, "--tbt-target-ms", f"{plan.tbt_target_ms:g}"),
+            *("--chunked-prefill-size", str(plan.chunk_tokens)),
+        ]
         servers = {
             promise: stack.enter_context(Server([*flags, "--promise", promise]))
             for promise in promises
         }
         status = next(iter(servers.values())).status()
         per_token = {m["name"]: m["kv_bytes_per_token"] for m in status["models"]}
-        progress.update(task, description="what the pool turns over")
         for server in servers.values():
             capacity(server, per_token, 12)  # every lazily made buffer of the processes
-        full = capacity(servers[promises[0]], per_token, plan.saturating)
-        progress.advance(task)
         mean_bytes = _mean_promised(per_token)
         for turn in range(plan.rounds):
+            progress.update(task, description=f"round {turn + 1}, what the pool turns over")
+            full = capacity(servers[promises[0]], per_token, plan.saturating)
+            capacities.append(full)
+            progress.advance(task)
             for load in plan.loads[:: -1 if turn % 2 else 1]:
                 requests = make_load(
                     load * full / mean_bytes, plan.seconds, (turn, round(100 * load))
@@ -178,7 +187,7 @@ def run(plan: Plan, promises: Sequence[str], console: Console) -> tuple[list[Pha
                     progress.update(task, description=f"round {turn + 1}, load {load:g}, {promise}")
                     phases.append(measure(server, promise, load, turn, requests))
                     progress.advance(task)
-    return phases, full
+    return phases, capacities
 
 
 def _mean_promised(per_token: dict[str, int]) -> float:
@@ -282,16 +291,28 @@ def ratio(phases: Sequence[Phase], promise: str) -> Ratio:
 
 def name(plan: Plan) -> str:
     """Of the record and the plot."""
-    plain = plan.chunk_tokens == CHUNK_TOKENS
-    return "contended" if plain else f"contended_chunk_{plan.chunk_tokens}"
+    parts = ["contended"]
+    if plan.loop != "host":
+        parts.append(plan.loop)
+    if plan.tbt_target_ms != TBT_TARGET_MS[plan.loop]:
+        parts.append(f"target_{plan.tbt_target_ms:g}")
+    if plan.chunk_tokens != CHUNK_TOKENS:
+        parts.append(f"chunk_{plan.chunk_tokens}")
+    return "_".join(parts)
 
 
 def record(
-    phases: Sequence[Phase], rows: Sequence[Row], ratios: dict[str, Ratio], plan: Plan, full: float
+    phases: Sequence[Phase],
+    rows: Sequence[Row],
+    ratios: dict[str, Ratio],
+    plan: Plan,
+    capacities: Sequence[float],
 ) -> Recorder:
     recorder = Recorder(name(plan))
     constant = {
-        "capacity_bytes_per_s": round(full),
+        "loop": plan.loop,
+        "tbt_target_ms": plan.tbt_target_ms,
+        "capacity_bytes_per_s": [round(full) for full in capacities],
         "kv_pool_bytes": POOL_BYTES,
         "chunked_prefill_size": plan.chunk_tokens,
         "growth_tokens": GROWTH_TOKENS,
@@ -407,14 +428,26 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.contended", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="seconds, nothing recorded")
     parser.add_argument("--promise", choices=PROMISES, nargs="+", default=PROMISES)
+    parser.add_argument("--loop", choices=tuple(TBT_TARGET_MS), default="host")
+    parser.add_argument(
+        "--tbt-target-ms",
+        type=float,
+        help="the servers' target for the time between tokens; 0: chunks of a fixed size",
+    )
     parser.add_argument(
         "--chunk-tokens", type=int, default=CHUNK_TOKENS, help="the servers' chunked prefill size"
     )
     given = parser.parse_args(words)
-    plan = replace(QUICK if given.quick else Plan(), chunk_tokens=given.chunk_tokens)
+    target = TBT_TARGET_MS[given.loop] if given.tbt_target_ms is None else given.tbt_target_ms
+    plan = replace(
+        QUICK if given.quick else Plan(),
+        loop=given.loop,
+        tbt_target_ms=target,
+        chunk_tokens=given.chunk_tokens,
+    )
     console = Console(width=max(Console().width, 140))
     began = time.monotonic()
-    phases, full = run(plan, given.promise, console)
+    phases, capacities = run(plan, given.promise, console)
     rows = [
         row([p for p in phases if (p.promise, p.load) == (promise, load)])
         for promise in given.promise
@@ -422,12 +455,12 @@ def main(words: Sequence[str] | None = None) -> int:
     ]
     ratios = {promise: ratio(phases, promise) for promise in given.promise}
     if not given.quick:
-        console.print(f"rows: {record(phases, rows, ratios, plan, full).write()}")
+        console.print(f"rows: {record(phases, rows, ratios, plan, capacities).write()}")
         plot(rows, IMAGES / f"{name(plan)}.svg")
     console.print(table(rows))
     console.print(
-        f"capacity {full / 2**20:.1f} MiB of promised KV per second, load average "
-        f"{machine.load1():.1f}, {time.monotonic() - began:.0f} s"
+        f"capacity {', '.join(f'{full / 2**20:.1f}' for full in capacities)} MiB of promised KV "
+        f"per second, load average {machine.load1():.1f}, {time.monotonic() - began:.0f} s"
     )
     failures = [failure for r in rows for failure in r.failures]
     for failure in failures[:5]:
