@@ -68,16 +68,17 @@ LLAMA_OPTIONS = (
     "-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF"
     " -DLLAMA_BUILD_SERVER=OFF -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF"
 )
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("openvino", "benchmark.peers.openvino_peer"),
+        Peer("openvino", "benchmark.peers.openvino_peer", unwanted=("torchvision",)),
         Peer(
             "llama",
             "benchmark.peers.llama_peer",
             environment={"CMAKE_ARGS": LLAMA_OPTIONS, "CMAKE_BUILD_PARALLEL_LEVEL": "2"},
         ),
-        Peer("vllm", "benchmark.peers.vllm_peer", unwanted=("torchaudio", "torchcodec")),
+        Peer("vllm", "benchmark.peers.vllm_peer", unwanted=UNWANTED),
         Peer("transformers", "benchmark.peers.transformers_peer"),
         Peer("sglang", "benchmark.peers.sglang_peer"),
         Peer("kt", "benchmark.peers.kt_kernel"),
