@@ -5,8 +5,9 @@
 Three bundled models share a pool that is too small for them: a handful of requests fills it. The
 load is counted in promised KV bytes per second, a request's being the pages for its prompt and for
 ``max_tokens``; 1 is what the pool turns over when its queues are never empty, measured at the
-beginning of every round, since it follows the machine's speed of the moment. Half of what is promised for answers goes unused: requests end by themselves, at a length that the load
-fixes. Admitted requests must keep their time between tokens while TTFT and 429s take the pressure.
+beginning of every round, since it follows the machine's speed of the moment. Half of what is
+promised for answers goes unused: requests end by themselves, at a length that the load fixes.
+Admitted requests must keep their time between tokens while TTFT and 429s take the pressure.
 
 The loads of both promise policies are the same requests at the same times, in turns.
 """
