@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 from crosspool.config.device import Device
 from crosspool.models.registry import read_model
+from crosspool.models.spec import ModelSpec
 from crosspool.observability.trace import LaneEvent
 from crosspool.transport.messages import StepResult
 
@@ -122,6 +123,10 @@ class Engine:
             lanes=setup.lanes,
         )
         self._rng = np.random.default_rng(0)
+
+    @property
+    def specs(self) -> list[ModelSpec]:
+        return self._driver.specs
 
     def decode(
         self,
