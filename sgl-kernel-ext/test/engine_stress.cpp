@@ -1,7 +1,7 @@
 // Whole loops on tiny models, fit for sanitizers. Requests of two models run in one lane, one
 // thread; their tokens must come out the same with any number of threads and lanes, with the FFN
-// rank on another device, with two FFN ranks, and while FFN ranks or the attention rank are
-// replaced.
+// rank on another device, with two FFN ranks, while FFN ranks or the attention rank are replaced,
+// and with leases, some of them recalled.
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -28,6 +28,7 @@ namespace {
 
 constexpr std::int32_t kMaxRows = 64;
 constexpr std::int32_t kRequestPages = 12;
+constexpr std::int32_t kStop = 17;  // a token that some requests come to choose
 
 struct Bell {
   alignas(64) crosspool_doorbell doorbell{};
@@ -76,29 +77,36 @@ struct Step {
   std::vector<Wanted> wanted;
   std::vector<std::int32_t> chosen;
   std::vector<bool> sampled;
+  std::vector<std::size_t> rows;  // of each request
   StepArguments arguments{};
 
-  Step(std::uint64_t number, std::vector<Request*> of, std::size_t chunk)
+  // `lease`: steps at most, where all requests sample.
+  Step(std::uint64_t number, std::vector<Request*> of, std::size_t chunk, std::size_t lease)
       : requests(std::move(of)) {
     for (Request* request : requests) {
       const std::size_t left = request->tokens.size() - request->computed;
-      const std::size_t rows = std::min(left, chunk);
+      const std::size_t taken = std::min(left, chunk);
+      rows.push_back(taken);
       segments.push_back({request->pages.data(), static_cast<std::int32_t>(tokens.size()),
-                          static_cast<std::int32_t>(rows),
+                          static_cast<std::int32_t>(taken),
                           static_cast<std::int32_t>(request->computed)});
-      for (std::size_t i = 0; i < rows; ++i)
+      for (std::size_t i = 0; i < taken; ++i)
         tokens.push_back(request->tokens[request->computed + i]);
-      sampled.push_back(rows == left);
-      if (rows != left) continue;
+      sampled.push_back(taken == left);
+      if (taken != left) continue;
       Wanted one{};
       one.row = static_cast<std::int32_t>(tokens.size() - 1);
       one.choice = request->rule ? Choice::kDraw : Choice::kGreedy;
       if (request->rule) one.rule = *request->rule;
       one.seed = 5;
       one.position = request->tokens.size();
+      one.stops = &kStop;
+      one.stop_count = 1;
       wanted.push_back(one);
     }
-    chosen.assign(wanted.size(), -1);
+    if (wanted.size() < segments.size()) lease = 1;
+    chosen.assign(lease * wanted.size(), -1);
+    arguments.lease = static_cast<std::int32_t>(lease);
     arguments.step = number;
     arguments.model = requests[0]->model;
     arguments.rows = static_cast<std::int32_t>(tokens.size());
@@ -110,10 +118,11 @@ struct Step {
     arguments.chosen = chosen.data();
   }
 
-  void carry_over() const {
-    std::size_t next = 0;
+  // Of the lease's step `index`; the segments are the loop's.
+  void carry_over(std::uint32_t index) const {
+    std::size_t next = index * wanted.size();
     for (std::size_t i = 0; i < requests.size(); ++i) {
-      requests[i]->computed += segments[i].rows;
+      requests[i]->computed += index == 0 ? rows[i] : 1;
       if (sampled[i]) requests[i]->tokens.push_back(chosen[next++]);
     }
   }
@@ -165,6 +174,7 @@ struct Setup {
   bool replace_ffn = false;
   bool replace_attention = false;
   std::int64_t spin_ns = 0;
+  std::size_t lease = 1;
 };
 
 class Device {
@@ -265,19 +275,22 @@ std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, con
   std::array<std::unique_ptr<Step>, 2> flying;
   const auto send = [&](int model) {
     std::vector<Request*> batch;
+    std::size_t lease = setup.lease;
     for (Request& request : requests) {
       const bool done = request.tokens.size() >= request.prompt + new_tokens;
-      if (request.model == model && !done) batch.push_back(&request);
+      if (request.model != model || done) continue;
+      batch.push_back(&request);
+      lease = std::min(lease, request.prompt + new_tokens - request.tokens.size());
     }
     if (batch.empty()) return;
-    flying[model] = std::make_unique<Step>(++number, batch, 5);
+    flying[model] = std::make_unique<Step>(++number, batch, 5, lease);
     attention.loop().push({CommandKind::kStep, 0, number,
                            reinterpret_cast<std::uintptr_t>(&flying[model]->arguments), 0});
   };
   send(0);
   send(1);
   int silence = 0;
-  std::uint64_t events = 0;
+  std::uint64_t events = 0, leased = 0;
   while (flying[0] != nullptr || flying[1] != nullptr) {
     Event event{};
     if (!attention.next(&event, 20)) {
@@ -285,12 +298,19 @@ std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, con
     } else {
       silence = 0;
       ++events;
-      if (event.kind != EventKind::kDone) {
+      if (event.kind != EventKind::kDone && event.kind != EventKind::kTokens) {
         fail("engine_stress: event %u %s", static_cast<unsigned>(event.kind),
              event.kind == EventKind::kFailed ? reinterpret_cast<const char*>(event.address) : "");
       }
       const int model = flying[0] != nullptr && flying[0]->arguments.step == event.step ? 0 : 1;
-      flying[model]->carry_over();
+      flying[model]->carry_over(event.first);
+      if (event.kind == EventKind::kTokens) {
+        ++leased;
+        if (events % 5 == 0) {
+          attention.loop().push({CommandKind::kRecall, 0, event.step, 0, 0});
+        }
+        continue;
+      }
       flying[model].reset();
       send(model);
     }
@@ -307,6 +327,7 @@ std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, con
     }
   }
   ffn.reset();
+  if ((leased > 0) != (setup.lease > 1)) fail("engine_stress: leases are not what was asked for");
   std::vector<std::vector<std::int32_t>> out;
   for (const Request& request : requests) out.push_back(request.tokens);
   return out;
@@ -328,6 +349,10 @@ int main(int argc, char** argv) {
       {"two devices", {Placement::kTwo, 1, 2}},
       {"two devices of two threads", {Placement::kTwo, 2, 2}},
       {"two FFN ranks", {Placement::kSplit, 2, 2}},
+      {"leases", {.placement = Placement::kOne, .threads = 2, .lanes = 2, .lease = 8}},
+      {"leases in one lane", {.placement = Placement::kOne, .threads = 1, .lanes = 1, .lease = 3}},
+      {"leases on two devices",
+       {.placement = Placement::kTwo, .threads = 2, .lanes = 2, .lease = 5}},
       {"FFN rank replaced",
        {.placement = Placement::kTwo, .threads = 1, .lanes = 2, .replace_ffn = true}},
       {"attention rank replaced",

@@ -14,7 +14,7 @@ import torch
 from crosspool.kernels.engine import EngineError
 from crosspool.ranks.sampler import adjusts
 from crosspool.transport.data_path import DispatchHeader
-from crosspool.transport.messages import Logprobs, Release, Row, Sampling, Step
+from crosspool.transport.messages import Logprobs, Recall, Release, Row, Sampling, Step, StepResult
 from crosspool.transport.shared_memory import SharedMemoryTransport
 from make_random_checkpoint import make_random_checkpoint
 from support.families import SHAPES
@@ -65,12 +65,17 @@ def streams(models: int, new_tokens: int = 12, **fields: Any) -> list[Stream]:
 
 
 def generated(
-    loop: Literal["host", "resident"], models: list[Path], of: list[Stream], **fields: Any
+    loop: Literal["host", "resident"],
+    models: list[Path],
+    of: list[Stream],
+    lease: int = 1,
+    **fields: Any,
 ) -> list[Stream]:
     """What the loop makes of copies of the streams."""
     copies = [dataclasses.replace(s, output=[], results=[], pages=[]) for s in of]
     with Machine(models, loop=loop, **fields) as machine:
-        machine.generate(copies)
+        machine.generate(copies, lease)
+        assert (machine.results_taken > machine.steps_sent) == (lease > 1)
         assert machine.first.executor.quiet
     return copies
 
@@ -255,6 +260,91 @@ def test_a_step_that_makes_no_sense_is_refused(
         row = Row(request=7, start=0, tokens=tokens, pages=pages, sample=True)
         with pytest.raises(RuntimeError, match=message):
             machine.submit(Step(step=1, model=0, map_chunks=[0], opens=[open7], rows=[row]))
+
+
+# --- leases
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("placement", ["one device", "two FFN ranks, TP"])
+def test_leases_give_the_same_tokens(placement: str, lanes: int, pair: list[Path]) -> None:
+    """Ragged batches, greedy and drawn; three models, so that leases share lanes."""
+    if len(CORES) == 1 and placement != "one device":
+        pytest.skip("needs two cores")
+    models, fields = [*pair, pair[0]], {**PLACEMENTS[placement], "lanes": lanes}
+    of = streams(len(models), 14)
+    for i, s in enumerate(of):
+        s.sampling = SAMPLINGS[i % 7]
+    host = generated("host", models, of, **fields)
+    resident = generated("resident", models, of, lease=5, **fields)
+    assert [s.output for s in resident] == [s.output for s in host]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS[7:])
+def test_what_python_must_see_is_not_leased(sampling: Sampling, pair: list[Path]) -> None:
+    """Penalties, bias; and min_new_tokens, as long as they bar something."""
+    of = [Stream(0, [1, 2, 3], 9, sampling), Stream(0, [4], 9)]
+    (host, _), copies = generated("host", pair[:1], of), [dataclasses.replace(s) for s in of]
+    with Machine(pair[:1], loop="resident") as machine:
+        first = machine.step(copies, 3)
+        machine.submit(first)
+        (result,) = machine.results(1)
+        assert not result.more
+        machine.take(copies, result)
+        machine.generate(copies, 4)
+    assert copies[0].output == host.output
+
+
+def test_a_stop_token_ends_a_lease(pair: list[Path]) -> None:
+    (free,) = generated("host", pair[:1], [Stream(0, [1, 2, 3], 30, Sampling(seed=3))])
+    stop = free.output[11]
+    first = free.output.index(stop)
+    sampling = Sampling(seed=3, stop_token_ids=(VOCAB - 1, stop))
+    with Machine(pair[:1], loop="resident") as machine:
+        stopped = Stream(0, [1, 2, 3], 30, sampling)
+        machine.submit(machine.step([stopped], 30))
+        results = machine.results(first + 1)
+        assert [result.more for result in results] == [True] * first + [False]
+        for result in results:
+            machine.take([stopped], result)
+        assert machine.first.executor.quiet
+    assert stopped.output == free.output[: first + 1]
+
+
+def test_others_come_in_between(pair: list[Path]) -> None:
+    """With one lane: a lease gives way to another model's step, and ends when it is recalled, or
+    when something of its model is released."""
+    with Machine(pair, loop="resident", lanes=1) as machine:
+        long, short = Stream(0, [1, 2, 3], 900), Stream(1, [4], 1)
+        ended = Stream(0, [7], 1)
+        machine.submit(machine.step([ended]))
+        machine.take([ended], machine.results(1)[0])
+
+        def until(step: int) -> list[StepResult]:
+            results = machine.results(1)
+            while results[-1].step != step or results[-1].more:
+                results += machine.results(1)
+            return results
+
+        lease = machine.step([long], 800)
+        machine.submit(lease)
+        machine.results(3)
+        other = machine.step([short])
+        machine.submit(other)
+        results = until(other.step)
+        assert all(result.more for result in results[:-1])
+        machine.first.executor.recall(Recall(step=lease.step))
+        recalled = until(lease.step)
+        assert machine.first.executor.quiet
+        machine.first.executor.recall(Recall(step=lease.step))  # it has ended
+        assert len(results) + len(recalled) < 700
+
+        again = Stream(0, [1, 2, 3], 900)
+        lease = machine.step([again], 800)
+        machine.submit(lease)
+        machine.submit(Release(model=0, requests=[ended.request], unmap_chunks=[]))
+        assert len(until(lease.step)) < 700
+        assert machine.first.executor.quiet
 
 
 @pytest.mark.skipif(len(CORES) == 1, reason="needs two cores")

@@ -18,6 +18,7 @@ from crosspool.scheduler.core import SchedulerCore
 from crosspool.scheduler.request import GenerateRequest, Grammar, Output, StopRules
 from crosspool.transport.messages import (
     Logprobs,
+    Recall,
     Release,
     Row,
     RowResult,
@@ -150,6 +151,9 @@ class SimulatedRank:
         self.served: list[int] = []
         """Models of all steps received, in order."""
         self.last_step = -1
+        self.recalled: set[int] = set()
+        self.leased_steps = 0
+        """Steps that followed without a message."""
         self.model: dict[int, int] = {}
         self.prompt_len: dict[int, int] = {}
         self.logprobs: dict[int, Logprobs] = {}
@@ -167,6 +171,8 @@ class SimulatedRank:
     def receive(self, message: Any) -> None:
         if isinstance(message, Step):
             self.take_step(message)
+        elif isinstance(message, Recall):
+            self.take_recall(message)
         else:
             assert isinstance(message, Release)
             self.take_release(message)
@@ -188,10 +194,12 @@ class SimulatedRank:
             self.pages[opened.request] = []
             self.own[opened.request] = set()
         assert step.rows
+        if step.lease > 1:
+            assert all(row.sample and row.bitmask is None for row in step.rows)
         assert len({row.request for row in step.rows}) == len(step.rows)
         assert {o.request for o in step.opens} <= {row.request for row in step.rows}
         for row in step.rows:
-            self.take_row(step.model, row)
+            self.take_row(step.model, row, step.lease)
         prompts = [row for row in step.rows if row.start < self.prompt_len[row.request]]
         assert sum(len(r.tokens) for r in prompts) <= self.deployment.chunked_prefill_size
         assert len(step.rows) <= self.deployment.max_running_requests
@@ -204,7 +212,13 @@ class SimulatedRank:
         self.mapped[model] |= set(chunks)
         assert sum(len(chunks) for chunks in self.mapped) <= self.budget, "over budget"
 
-    def take_row(self, model: int, row: Row) -> None:
+    def take_recall(self, recall: Recall) -> None:
+        assert recall.step <= self.last_step
+        assert recall.step not in self.recalled, "recalled twice"
+        self.recalled.add(recall.step)
+
+    def take_row(self, model: int, row: Row, lease: int) -> None:
+        """``lease``: steps left of it, this one included; only its first brings pages."""
         assert self.model[row.request] == model
         tokens, prompt_len = self.tokens[row.request], self.prompt_len[row.request]
         layout = self.layouts[model]
@@ -231,7 +245,10 @@ class SimulatedRank:
                 assert not set(pages) & new, "a page to write to is another request's"
         self.pages[row.request] += row.pages
         pages = self.pages[row.request]
-        assert len(set(pages)) == len(pages) == layout.pages_for(end)
+        assert len(set(pages)) == len(pages)
+        if row.pages:
+            assert len(pages) == layout.pages_for(end + lease - 1)
+        assert len(pages) >= layout.pages_for(end + lease - 1)
         for page in pages:
             assert set(layout.chunks_of_pages(page)) <= self.mapped[model], "unmapped page"
         self.check_read(model, pages, tokens)
@@ -288,7 +305,34 @@ class SimulatedRank:
     def answer(self, index: int = 0) -> StepResult:
         """The result of one of the steps at work on the lanes."""
         step = self.steps.pop(min(index, len(self.steps) - 1, self.deployment.lanes - 1))
-        return StepResult(step=step.step, rows=[self.answer_row(row) for row in step.rows])
+        rows = [self.answer_row(row) for row in step.rows]
+        more = self.goes_on(step, rows)
+        if more:
+            self.go_on(step)
+        return StepResult(step=step.step, rows=rows, more=more)
+
+    def goes_on(self, step: Step, rows: list[RowResult]) -> bool:
+        stopped = any(r.token in self.sampling[r.request].stop_token_ids for r in rows)
+        return step.lease > 1 and not stopped and step.step not in self.recalled
+
+    def go_on(self, step: Step) -> None:
+        """The next step of a lease, behind those that wait."""
+        rows = []
+        for row in step.rows:
+            end, token = row.start + len(row.tokens), self.sampled[row.request]
+            rows.append(Row(request=row.request, start=end, tokens=[token], pages=[], sample=True))
+            self.take_row(step.model, rows[-1], step.lease - 1)
+        self.leased_steps += 1
+        self.steps.append(
+            Step(
+                step=step.step,
+                model=step.model,
+                map_chunks=[],
+                opens=[],
+                rows=rows,
+                lease=step.lease - 1,
+            )
+        )
 
     def answer_row(self, row: Row) -> RowResult:
         wants = self.logprobs[row.request]

@@ -185,14 +185,33 @@ class BoundedGrowingTraffic(BoundedTraffic):
     fields: ClassVar = {**BoundedTraffic.fields, **GrowingTraffic.fields}
 
 
-KINDS = (Traffic, GrowingTraffic, BoundedTraffic, BoundedGrowingTraffic)
+class LeasedTraffic(Traffic):
+    """On devices that make several decode steps of one message."""
+
+    fields: ClassVar = {"loop": "resident", "lease_steps": 7}
+
+
+class LeasedGrowingTraffic(BoundedGrowingTraffic):
+    fields: ClassVar = {**BoundedGrowingTraffic.fields, **LeasedTraffic.fields}
+
+
+KINDS = (
+    Traffic,
+    GrowingTraffic,
+    BoundedTraffic,
+    BoundedGrowingTraffic,
+    LeasedTraffic,
+    LeasedGrowingTraffic,
+)
 TestTraffic = Traffic.TestCase
 TestGrowingTraffic = GrowingTraffic.TestCase
 TestBoundedGrowingTraffic = BoundedGrowingTraffic.TestCase
+TestLeasedTraffic = LeasedTraffic.TestCase
 TestTraffic.settings = settings(
     derandomize=True, max_examples=15, stateful_step_count=40, deadline=None
 )
 TestGrowingTraffic.settings = TestBoundedGrowingTraffic.settings = TestTraffic.settings
+TestLeasedTraffic.settings = TestTraffic.settings
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -232,3 +251,5 @@ def test_hundreds_of_requests(kind, seed):
     assert sum(m["prefix_hits"] for m in counters) >= 50
     assert sum(m["evicted_pages"] for m in counters) >= 500
     assert (sum(m["pauses"] for m in counters) > 0) == ("promise" in kind.fields)
+    leased = sum(rank.leased_steps for rank in traffic.sim.ranks)
+    assert (leased > 500) == ("lease_steps" in kind.fields)

@@ -114,9 +114,11 @@ class Machine:
             for pages in (layout.pages_in(chunks_per_model) for layout in self._layouts)
         ]
         self._numbers = 0
+        self.results_taken = 0
+        self.steps_sent = 0
 
-    def step(self, sequences: Sequence[Stream]) -> Step:
-        """The next tokens of ``sequences``, of one model."""
+    def step(self, sequences: Sequence[Stream], lease: int = 1) -> Step:
+        """The next tokens of ``sequences``, of one model, and up to ``lease - 1`` more."""
         model = sequences[0].model
         opens, rows = [], []
         for s in sequences:
@@ -134,7 +136,7 @@ class Machine:
                 )
             known = s.prompt + s.output
             end = min(len(known), s.computed + s.chunk)
-            while len(s.pages) < self._layouts[model].pages_for(end):
+            while len(s.pages) < self._layouts[model].pages_for(end + lease - 1):
                 s.pages.append(self._free_pages[model].pop())
             rows.append(
                 Row(
@@ -150,16 +152,27 @@ class Machine:
         chunks = [] if model in self._mapped else list(range(self._chunks))
         self._mapped.add(model)
         self._numbers += 1
-        return Step(step=self._numbers, model=model, map_chunks=chunks, opens=opens, rows=rows)
+        return Step(
+            step=self._numbers,
+            model=model,
+            map_chunks=chunks,
+            opens=opens,
+            rows=rows,
+            lease=lease,
+        )
 
     def take(self, sequences: Sequence[Stream], result: StepResult) -> None:
+        self.results_taken += 1
         for s, row in zip(sequences, result.rows, strict=True):
             assert s.request == row.request
             s.results.append(row)
             if row.token >= 0:
                 s.output.append(row.token)
+            if result.more:
+                s.computed += 1
 
     def submit(self, operation: Step | Release) -> None:
+        self.steps_sent += isinstance(operation, Step)
         self.first.executor.submit(operation)
 
     def results(self, count: int, timeout: float = 60.0) -> list[StepResult]:
@@ -173,8 +186,9 @@ class Machine:
             assert time.monotonic() < deadline, f"{len(found)} of {count} steps ended"
         return found
 
-    def generate(self, sequences: Iterable[Stream]) -> None:
-        """Runs sequences to their ends: one step per model at a time, all models at once."""
+    def generate(self, sequences: Iterable[Stream], lease: int = 1) -> None:
+        """Runs sequences to their ends: one step per model at a time, all models at once, with
+        leases where every row samples."""
         groups: dict[int, list[Stream]] = {}
         for sequence in sequences:
             groups.setdefault(sequence.model, []).append(sequence)
@@ -182,7 +196,9 @@ class Machine:
 
         def send(model: int) -> None:
             if batch := [s for s in groups[model] if not s.done]:
-                step = self.step(batch)
+                sampling = all(s.computed + s.chunk >= len(s.prompt + s.output) for s in batch)
+                left = min(s.new_tokens - len(s.output) for s in batch)
+                step = self.step(batch, min(lease, left) if sampling else 1)
                 flying[step.step] = batch
                 self.submit(step)
 
@@ -190,9 +206,11 @@ class Machine:
             send(model)
         while flying:
             for result in self.results(1):
-                batch = flying.pop(result.step)
+                batch = flying[result.step]
                 self.take(batch, result)
-                send(batch[0].model)
+                if not result.more:
+                    del flying[result.step]
+                    send(batch[0].model)
 
     def close(self) -> None:
         for device in self.devices:

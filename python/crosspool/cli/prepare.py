@@ -33,6 +33,7 @@ _SAME = (
     "ffn_parallel",
     "loop",
     "lanes",
+    "lease_steps",
     "page_size",
     "chunked_prefill_size",
     "tbt_target_ms",
@@ -102,6 +103,7 @@ def prepare(draft: Draft) -> Prepared:
 def _check_numbers(draft: Draft) -> None:
     for field, least in (
         ("lanes", 1),
+        ("lease_steps", 1),
         ("page_size", 1),
         ("chunked_prefill_size", 1),
         ("tbt_target_ms", 0),

@@ -43,6 +43,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ffn_parallel: Literal["tp", "ep"] = _defaults["ffn_parallel"]
     loop: Literal["host", "resident"] = _defaults["loop"]
     lanes: int = _defaults["lanes"]
+    lease_steps: int = _defaults["lease_steps"]
     page_size: int = _defaults["page_size"]
     chunk_bytes: int | str = _defaults["chunk_bytes"]
     chunked_prefill_size: int = _defaults["chunked_prefill_size"]

@@ -104,6 +104,10 @@ class Loop:
         """Lets a lane go on whose logits were looked at."""
         self._push(es.Command(es.RESUME, lane, step, None, 0))
 
+    def push_recall(self, step: int) -> None:
+        """Ends a step's lease, if it still has one, with what is under way or comes next."""
+        self._push(es.Command(es.RECALL, 0, step, None, 0))
+
     def pop(self) -> es.Event | None:
         """What happened next; None: nothing did.
 

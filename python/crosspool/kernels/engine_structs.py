@@ -14,9 +14,9 @@ GQA, MLA = 0, 1
 """crosspool::AttentionKind."""
 GREEDY, DRAW, HOST = 0, 1, 2
 """crosspool::Choice."""
-STEP, RESUME = 1, 2
+STEP, RESUME, RECALL = 1, 2, 4
 """crosspool::CommandKind."""
-DONE, LOGITS, FAILED = 1, 2, 3
+DONE, LOGITS, FAILED, TOKENS = 1, 2, 3, 4
 """crosspool::EventKind."""
 
 
@@ -84,6 +84,8 @@ class Wanted(ctypes.Structure):
         ("rule", ns.SamplingRule),
         ("seed", c_uint64),
         ("position", c_uint64),
+        ("stops", c_void_p),
+        ("stop_count", c_int32),
     )
 
 
@@ -99,12 +101,14 @@ class StepArguments(ctypes.Structure):
         ("segment_count", c_int32),
         ("wanted_count", c_int32),
         ("keep_count", c_int32),
-        ("reserved", c_int32),
+        ("lease", c_int32),
         ("tokens", c_void_p),
         ("segments", c_void_p),
         ("wanted", c_void_p),
         ("keep", c_void_p),
         ("chosen", c_void_p),
+        ("steps_done", c_int32),
+        ("reserved", c_int32),
     )
 
 

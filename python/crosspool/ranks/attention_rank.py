@@ -134,8 +134,10 @@ class KVRank(Generic[P, R]):
         return request
 
     def _check_pages(self, step: Step, row: Row, pages: int) -> None:
-        """Raises RuntimeError when a page table of ``pages`` does not cover the row."""
-        slots, end = pages * self.kv[step.model].shape[2], row.start + len(row.tokens)
+        """Raises RuntimeError when a page table of ``pages`` does not cover the row, with all of
+        its lease."""
+        slots = pages * self.kv[step.model].shape[2]
+        end = row.start + len(row.tokens) + step.lease - 1
         if slots < end:
             raise RuntimeError(
                 f"step {step.step}: request {row.request} has pages for {slots} tokens, not for"

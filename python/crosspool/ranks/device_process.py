@@ -30,6 +30,7 @@ from crosspool.transport.messages import (
     Inspect,
     Inspected,
     Ready,
+    Recall,
     Release,
     Shutdown,
     Step,
@@ -166,6 +167,8 @@ class DeviceProcess:
         match message:
             case Step() | Release():
                 ranks.executor.submit(message)
+            case Recall():
+                ranks.executor.recall(message)
             case Inspect():
                 answer = ranks.inspect(message.what)
                 self._socket.send(Inspected(id=message.id, device=self._device.name, answer=answer))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from crosspool.transport.messages import Release, Step, StepResult
+from crosspool.transport.messages import Recall, Release, Step, StepResult
 
 
 class Executor(Protocol):
@@ -20,9 +20,13 @@ class Executor(Protocol):
         """Appends to the queue. Operations begin in this order, at once where they can: a step when
         a lane is free, a release when no step of its model is on a lane."""
 
+    def recall(self, recall: Recall) -> None:
+        """Ends a lease."""
+
     def run(self, timeout: float) -> list[StepResult]:
         """Does a bounded amount of ready work (about one part of one layer), or waits up to
-        ``timeout`` seconds for some. Returns the steps that ended, in the order they ended."""
+        ``timeout`` seconds for some. Returns the steps that ended, in the order they ended, those
+        of a lease among them."""
 
     @property
     def descriptor(self) -> int | None:

@@ -24,7 +24,7 @@ from crosspool.ranks.attention_rank import AttentionRank, Batch
 from crosspool.ranks.ffn_rank import FFNRank
 from crosspool.ranks.lm_head import LMHead
 from crosspool.transport.data_path import AttentionLink, DispatchHeader, FFNLink
-from crosspool.transport.messages import Release, Step, StepResult
+from crosspool.transport.messages import Recall, Release, Step, StepResult
 
 _DRAIN_SECONDS = 1 / 3
 
@@ -116,7 +116,8 @@ class Lane:
 
 
 class HostLoop:
-    """The :class:`~crosspool.ranks.executor.Executor` in Python.
+    """The :class:`~crosspool.ranks.executor.Executor` in Python. It ends every lease after its
+    first step.
 
     ``attention`` and ``links`` ([lane][FFN rank]) are absent on a device without attention rank,
     ``ffn`` on one without FFN rank. ``ffn_ranks``: by model, the FFN ranks that share it.
@@ -156,6 +157,9 @@ class HostLoop:
             raise RuntimeError("a step or release came to a device without an attention rank")
         self._queue.append(operation)
         self._begin_queued()
+
+    def recall(self, recall: Recall) -> None:
+        pass
 
     @property
     def descriptor(self) -> None:

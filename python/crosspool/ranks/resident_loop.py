@@ -14,11 +14,13 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+import msgspec
+
 from crosspool.kernels import engine_structs as es
 from crosspool.kernels.engine import Loop, Team
 from crosspool.ranks.resident_rank import Flight, ResidentRank
 from crosspool.transport.data_path import LinkCounters
-from crosspool.transport.messages import Release, Step, StepResult
+from crosspool.transport.messages import Recall, Release, Step, StepResult
 
 _DRAIN_NS = 333_000_000
 _BUSY_SPIN_NS = 500_000
@@ -71,6 +73,14 @@ class ResidentLoop:
         self._queue.append(operation)
         self._begin_queued()
 
+    def recall(self, recall: Recall) -> None:
+        if recall.step in self._flights:
+            self._recall(recall.step)
+            return
+        for i, operation in enumerate(self._queue):
+            if isinstance(operation, Step) and operation.step == recall.step:
+                self._queue[i] = msgspec.structs.replace(operation, lease=1)
+
     def run(self, timeout: float) -> list[StepResult]:
         """Results that are there, or the first that comes within ``timeout`` seconds.
 
@@ -102,13 +112,16 @@ class ResidentLoop:
     def _begin_queued(self) -> None:
         """Begins operations in order, up to the first that must wait. A step may begin before a
         lane is free, so that the lane finds it at once; a release waits for the steps of its model
-        that came before it."""
+        that came before it, and ends their leases."""
         attention = self._attention
         assert attention is not None
         while self._queue:
             operation = self._queue[0]
             if isinstance(operation, Release):
-                if any(flight.model == operation.model for flight in self._flights.values()):
+                before = [n for n, f in self._flights.items() if f.model == operation.model]
+                for step in before:
+                    self._recall(step)
+                if before:
                     return
                 attention.release(operation)
             else:
@@ -119,15 +132,23 @@ class ResidentLoop:
                 self._loop.push_step(flight.arguments)
             self._queue.popleft()
 
+    def _recall(self, step: int) -> None:
+        flight = self._flights[step]
+        if flight.leased:
+            flight.leased = False
+            self._loop.push_recall(step)
+
     def _take_events(self) -> list[StepResult]:
         results = []
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.descriptor)
         while (event := self._loop.pop()) is not None:
             flight = self._flights[event.step]
-            if event.kind == es.DONE:
-                del self._flights[event.step]
-                results.append(flight.result())
+            if event.kind in (es.DONE, es.TOKENS):
+                more = event.kind == es.TOKENS
+                if not more:
+                    del self._flights[event.step]
+                results.append(flight.result(event.first, more=more))
             else:
                 assert self._attention is not None and event.address is not None
                 vocab = self._attention.specs[flight.model].vocab

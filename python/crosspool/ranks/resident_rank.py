@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import torch
 
@@ -13,8 +14,8 @@ from crosspool.kernels import engine_structs as es
 from crosspool.ranks.attention_rank import KVRank, Request
 from crosspool.ranks.lm_head import StepEnd, Wanted
 from crosspool.ranks.packed_attention import PackedAttention
-from crosspool.ranks.sampler import adjusts, is_greedy
-from crosspool.transport.messages import Row, Step, StepResult
+from crosspool.ranks.sampler import adjusts, is_greedy, penalises
+from crosspool.transport.messages import Row, RowResult, Step, StepResult
 
 _FIRST_PAGES = 16
 
@@ -41,15 +42,22 @@ class Flight:
 
     def __init__(self, step: Step, requests: Sequence[ResidentRequest], end: StepEnd) -> None:
         self.model = step.model
+        self._step = step.step
+        self._requests = requests
         self._end = end
         self._wanted = end.wanted
         self._tokens = np.array([t for row in step.rows for t in row.tokens], dtype=np.int32)
+        self._rows = step.rows
         self._pages = [request.pages for request in requests]
         self._segments = _segments(step.rows, self._pages)
         self._choices = _choices(end)
-        self._native_wanted = _wanted(end, self._choices)
+        self._stops = [np.array(r.sampling.stop_token_ids, dtype=np.int32) for r in requests]
+        self._native_wanted = _wanted(end, self._choices, self._stops)
         self._keep = _keep(end)
-        self._chosen = np.full(len(self._wanted), -1, dtype=np.int32)
+        lease = step.lease if self._may_be_leased() else 1
+        self.leased = lease > 1
+        """Whether further steps may follow that nobody has recalled."""
+        self._chosen = np.full((lease, len(self._wanted)), -1, dtype=np.int32)
         self.arguments = es.StepArguments(
             step=step.step,
             model=step.model,
@@ -57,6 +65,7 @@ class Flight:
             segment_count=len(step.rows),
             wanted_count=len(self._wanted),
             keep_count=len(self._keep),
+            lease=lease,
             tokens=self._tokens.ctypes.data,
             segments=self._segments.ctypes.data,
             wanted=self._native_wanted.ctypes.data,
@@ -73,14 +82,33 @@ class Flight:
         rows = logits if len(ours) == count else logits[ours]
         self._end.take([self._wanted[first + i] for i in ours], rows)
 
-    def result(self) -> StepResult:
-        """After the step's end."""
-        for wanted, choice, token in zip(
-            self._wanted, self._choices, self._chosen.tolist(), strict=True
-        ):
-            if choice != es.HOST:
-                self._end.choose(wanted.row, token)
-        return self._end.result()
+    def result(self, index: int, *, more: bool) -> StepResult:
+        """Of the lease's step ``index``, after its end; ``more``: it was not the last."""
+        chosen = self._chosen[index].tolist()
+        if index > 0:
+            rows = [
+                RowResult(request=row.request, token=token)
+                for row, token in zip(self._rows, chosen, strict=True)
+            ]
+            result = StepResult(step=self._step, rows=rows, more=more)
+        else:
+            for wanted, choice, token in zip(self._wanted, self._choices, chosen, strict=True):
+                if choice != es.HOST:
+                    self._end.choose(wanted.row, token)
+            result = msgspec.structs.replace(self._end.result(), more=more)
+        if more:
+            for request, token in zip(self._requests, chosen, strict=True):
+                request.output.append(token)
+        return result
+
+    def _may_be_leased(self) -> bool:
+        """Whether native code chooses now and later, for every row."""
+        return (
+            len(self._wanted) == len(self._requests)
+            and es.HOST not in self._choices
+            and not self._end.kept
+            and not any(penalises(request.sampling) for request in self._requests)
+        )
 
 
 class ResidentRank(KVRank[PackedAttention, ResidentRequest]):
@@ -115,7 +143,7 @@ class ResidentRank(KVRank[PackedAttention, ResidentRequest]):
             wrong = f"a token outside the vocabulary of {spec.vocab}"
         elif row.pages and (min(row.pages) < 0 or max(row.pages) >= pages):
             wrong = f"a page outside the {pages} of its model"
-        elif row.start < 0 or row.start + len(row.tokens) > positions:
+        elif row.start < 0 or row.start + len(row.tokens) + step.lease - 1 > positions:
             wrong = f"a position outside the {positions} that its model has"
         if wrong is not None:
             raise RuntimeError(f"step {step.step}: request {row.request} has {wrong}")
@@ -145,10 +173,12 @@ def _choices(end: StepEnd) -> list[int]:
     return choices
 
 
-def _wanted(end: StepEnd, choices: Sequence[int]) -> np.ndarray:
+def _wanted(end: StepEnd, choices: Sequence[int], stops: Sequence[np.ndarray]) -> np.ndarray:
     out = np.zeros(len(choices), dtype=es.WANTED)
     for i, (wanted, choice) in enumerate(zip(end.wanted, choices, strict=True)):
-        out[i] = (_residual(wanted), max(wanted.source, 0), choice, _no_rule, 0, 0)
+        stop = stops[wanted.row]
+        at = (_residual(wanted), max(wanted.source, 0))
+        out[i] = (*at, choice, _no_rule, 0, 0, stop.ctypes.data, len(stop))
         if choice == es.DRAW:
             row = end.sampling_row(wanted.row)
             s = row.sampling

@@ -100,14 +100,16 @@ def adjusts(row: SamplingRow) -> bool:
         row.bitmask is not None
         or bool(s.logit_bias)
         or len(row.output) < s.min_new_tokens
-        or (
-            len(row.output) > 0
-            and (
-                s.frequency_penalty != 0.0
-                or s.presence_penalty != 0.0
-                or s.repetition_penalty != 1.0
-            )
-        )
+        or (len(row.output) > 0 and penalises(s))
+    )
+
+
+def penalises(sampling: Sampling) -> bool:
+    """Whether what was sampled changes the logits of what comes later."""
+    return (
+        sampling.frequency_penalty != 0.0
+        or sampling.presence_penalty != 0.0
+        or sampling.repetition_penalty != 1.0
     )
 
 

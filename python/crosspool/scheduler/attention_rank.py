@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 
@@ -12,18 +12,21 @@ from crosspool.kvpool.layout import KVLayout
 from crosspool.scheduler.chunk_budget import ChunkBudget
 from crosspool.scheduler.promises import Promises
 from crosspool.scheduler.sequence import Sequence
-from crosspool.transport.messages import Open, Release, Row, Step, StepResult
+from crosspool.transport.messages import Open, Recall, Release, Row, Step, StepResult
 
 
 @dataclass(frozen=True)
 class Flight:
-    """A step that the rank has not answered yet."""
+    """A step that the rank has not answered yet; with a lease, the next of its steps."""
 
     step: int
     model: int
     issued: float
     sequences: list[Sequence]
     rows: list[Row]
+    lease: int = 1
+    """Steps that may be answered yet."""
+    recalled: bool = False
 
     @cached_property
     def prompt_tokens(self) -> int:
@@ -107,8 +110,13 @@ class AttentionRank:
             )
         }
 
-    def launch(self, model: int, batch: Iterable[tuple[Sequence, int]], now: float) -> Step:
-        """Makes the step that takes so many further tokens of each request in ``batch``."""
+    def launch(
+        self, model: int, batch: Iterable[tuple[Sequence, int]], now: float, lease_steps: int
+    ) -> Step:
+        """Makes the step that takes so many further tokens of each request in ``batch``, with a
+        lease of ``lease_steps`` at most."""
+        batch = list(batch)
+        lease = self._lease(model, batch, lease_steps)
         sequences: list[Sequence] = []
         opens: list[Open] = []
         rows: list[Row] = []
@@ -116,7 +124,8 @@ class AttentionRank:
         for seq, tokens in batch:
             if not seq.opened:
                 opens.append(seq.open())
-            pages = self._layouts[model].pages_for(seq.computed + tokens)
+            pages = self._layouts[model].pages_for(seq.computed + tokens + lease - 1)
+            pages = max(pages, seq.pages_sent)  # an earlier lease may have reached further
             if pages > seq.pages_sent:
                 map_chunks += self.promises.allocator.map(model, seq.pages[seq.pages_sent : pages])
             rows.append(seq.next_row(tokens, pages))
@@ -124,14 +133,31 @@ class AttentionRank:
         number = next(self._step_numbers)
         self.last_step[model] = number
         self.budget.share_out(self.flights.values(), now)
-        flight = self.flights[model] = Flight(number, model, now, sequences, rows)
+        flight = self.flights[model] = Flight(number, model, now, sequences, rows, lease)
         if flight.prompt_tokens:
             self.last_prompt_step[model] = number
-        return Step(step=number, model=model, map_chunks=map_chunks, opens=opens, rows=rows)
+        return Step(
+            step=number, model=model, map_chunks=map_chunks, opens=opens, rows=rows, lease=lease
+        )
+
+    def _lease(self, model: int, batch: list[tuple[Sequence, int]], most: int) -> int:
+        """For how many steps everybody in ``batch`` may go on, by pages and by length."""
+        for seq, tokens in batch:
+            known = len(seq.tokens)
+            if not seq.leasable or seq.computed + tokens < known:
+                return 1
+            slots = len(seq.pages) * self._layouts[model].page_size
+            most = min(most, seq.limit - known, slots - known + 1)
+        return max(most, 1)
+
+    def recall(self, flight: Flight) -> Recall:
+        """Ends the lease of ``flight``; steps of it may be answered yet."""
+        self.flights[flight.model] = replace(flight, recalled=True)
+        return Recall(step=flight.step)
 
     def land(self, result: StepResult, now: float) -> Flight:
-        """The step that ``result`` answers. Raises ValueError when it answers none, or not every
-        row of it."""
+        """The step that ``result`` answers; the next of its lease takes its place. Raises
+        ValueError when it answers none, or not every row of it."""
         flight = next((f for f in self.flights.values() if f.step == result.step), None)
         if flight is None:
             raise ValueError(f"attention rank {self.index} answered unknown step {result.step}")
@@ -142,18 +168,38 @@ class AttentionRank:
                 f"attention rank {self.index} answered step {result.step} with rows "
                 f"(request, sampled) {answered} where {asked} were asked for"
             )
+        if result.more and flight.lease == 1:
+            raise ValueError(f"attention rank {self.index} outdid the lease of step {result.step}")
         self.budget.share_out(self.flights.values(), now)
         self.budget.landed(flight)
         del self.flights[flight.model]
+        if result.more:
+            rows = [
+                Row(
+                    request=row.request,
+                    start=row.start + len(row.tokens),
+                    tokens=[answer.token],
+                    pages=[],
+                    sample=True,
+                )
+                for row, answer in zip(flight.rows, result.rows, strict=True)
+            ]
+            self.flights[flight.model] = replace(
+                flight, issued=now, rows=rows, lease=flight.lease - 1
+            )
         if flight.prompt_tokens:
             self.delayed = self.answering
         self.delayed.discard(flight.model)
         for seq, row in zip(flight.sequences, flight.rows, strict=True):
-            seq.in_flight = False
+            seq.in_flight = result.more
             if seq.over:
-                self._ended.append(seq)
-            elif row.start < seq.prompt_len == seq.computed and self.promises.share(seq):
+                if not result.more:
+                    self._ended.append(seq)
+                continue
+            if row.start < seq.prompt_len == seq.computed and self.promises.share(seq):
                 self.version += 1
+            if result.more:
+                seq.computed += 1
         return flight
 
     # --- who leaves

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
 
-from crosspool.scheduler.attention_rank import AttentionRank
+from crosspool.scheduler.attention_rank import AttentionRank, Flight
 from crosspool.scheduler.sequence import Sequence
 
 
@@ -13,17 +13,42 @@ def next_model(rank: AttentionRank, lanes: int) -> int | None:
     there is none, or when ``lanes`` steps are at work and one more waits behind them."""
     if len(rank.flights) > lanes:
         return None
-    reader = prompt_reader(rank)
-    ready = [
-        model
-        for model, running in enumerate(rank.running)
-        if model not in rank.flights
-        and any(
-            seq.number not in rank.paused[model] and (seq.decoding or reader in (None, model))
-            for seq in running.values()
-        )
-    ]
+    ready = [model for model in _with_work(rank) if model not in rank.flights]
     return min(ready, key=lambda model: rank.last_step[model], default=None)
+
+
+def lease_steps(rank: AttentionRank, lanes: int, most: int) -> int:
+    """Steps of a lease: 1 where it would keep the step of another model from being launched."""
+    busy = sum(map(bool, rank.running))
+    return most if busy <= lanes + 1 else 1
+
+
+def leases_in_the_way(rank: AttentionRank, lanes: int) -> list[Flight]:
+    """Leases that are to end: one of their requests is over, another of their model could join
+    them, or another model's step cannot be launched."""
+    leases = [f for f in rank.flights.values() if f.lease > 1 and not f.recalled]
+    if not leases:
+        return []
+    joining = set(_with_work(rank))
+    blocked = len(rank.flights) > lanes and not joining <= rank.flights.keys()
+    return [
+        lease
+        for lease in leases
+        if blocked or lease.model in joining or any(seq.over for seq in lease.sequences)
+    ]
+
+
+def _with_work(rank: AttentionRank) -> Iterator[int]:
+    """Models of which a request could be in a step and is in none."""
+    reader = prompt_reader(rank)
+    for model, running in enumerate(rank.running):
+        if any(
+            not seq.in_flight
+            and seq.number not in rank.paused[model]
+            and (seq.decoding or reader in (None, model))
+            for seq in running.values()
+        ):
+            yield model
 
 
 NOBODY = -1

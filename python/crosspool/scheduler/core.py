@@ -20,7 +20,13 @@ from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.admission import Admission
 from crosspool.scheduler.attention_rank import AttentionRank
-from crosspool.scheduler.batching import form_batch, next_model, prompt_reader
+from crosspool.scheduler.batching import (
+    form_batch,
+    lease_steps,
+    leases_in_the_way,
+    next_model,
+    prompt_reader,
+)
 from crosspool.scheduler.chunk_budget import ChunkBudget
 from crosspool.scheduler.counters import ModelCounters
 from crosspool.scheduler.promises import Promises
@@ -56,6 +62,7 @@ class SchedulerCore:
         self._decoders = decoders
         self._grammars = grammars
         self._clock = clock
+        self._lease_steps = d.lease_steps if d.loop == "resident" else 1
         self._names = [model.name for model in d.models]
         self._layouts = [KVLayout(spec, d.page_size, d.chunk_bytes) for spec in specs]
         self._bounds = Bounds.of(d)
@@ -134,7 +141,10 @@ class SchedulerCore:
         """Takes a step's result. Raises ValueError when it is no answer to a step in flight."""
         if self._failure is not None:
             return
-        flight = self._ranks[attention_rank].land(result, self._clock())
+        rank = self._ranks[attention_rank]
+        flight = rank.land(result, self._clock())
+        if result.more:
+            self._counters[flight.model].step(rank.flights[flight.model])
         for seq, row in zip(flight.sequences, result.rows, strict=True):
             if not seq.over:
                 self._advance(seq, row)
@@ -207,14 +217,18 @@ class SchedulerCore:
             queue.look(now)
 
     def _launch_steps(self, now: float) -> None:
+        lanes = self._deployment.lanes
         for rank in self._ranks:
-            while (model := next_model(rank, self._deployment.lanes)) is not None:
+            while (model := next_model(rank, lanes)) is not None:
                 running, paused = rank.running[model].values(), rank.paused[model]
                 reads = prompt_reader(rank) in (None, model)
                 prompt_tokens = rank.budget.tokens(model, rank.answering) if reads else 0
                 batch = form_batch(running, paused, prompt_tokens)
-                self._messages.append((rank.index, rank.launch(model, batch, now)))
+                lease = lease_steps(rank, lanes, self._lease_steps)
+                self._messages.append((rank.index, rank.launch(model, batch, now, lease)))
                 self._counters[model].step(rank.flights[model])
+            for flight in leases_in_the_way(rank, lanes):
+                self._messages.append((rank.index, rank.recall(flight)))
 
     def _advance(self, seq: Sequence, row: RowResult) -> None:
         seq.append_prompt_logprobs(row.prompt)

@@ -72,6 +72,12 @@ class Sequence:
         """Whether it has sampled a token."""
         return len(self.tokens) > self.prompt_len
 
+    @property
+    def leasable(self) -> bool:
+        """Whether token may follow token until a stop token or ``limit``, without anything that
+        only the scheduler knows."""
+        return not self.prefill_only and self.stopping.by_tokens
+
     # --- pages
 
     @property

@@ -52,6 +52,11 @@ class Stopping:
         """How many of the last output tokens may belong to a stop string."""
         return self._text.held if self._text else 0
 
+    @property
+    def by_tokens(self) -> bool:
+        """Whether nothing but ``stop_tokens`` and the number of tokens decides."""
+        return self.matcher is None and self._text is None
+
     def after(self, token: int) -> Finish | None:
         """Takes the next output token; says how the request ends if it ends with it."""
         self._count += 1

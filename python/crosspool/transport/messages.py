@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Both ends compare it in :class:`Ready`; a change of any message below raises it."""
 MAX_MESSAGE_BYTES = 256 << 20
 """A peer that sends more is cut off."""
@@ -91,6 +91,17 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     """Chunks of the model's virtual range to map before the step."""
     opens: list[Open]
     rows: list[Row]
+    lease: int = 1
+    """Steps at most: those after the first feed back the token that each row sampled last, as long
+    as no row has sampled one of its ``stop_token_ids``, and need no further message. Above 1, every
+    row samples, none has a bitmask, and the rows' pages reach for all of the lease. The device may
+    end it after any step; each is answered by a result of its own."""
+
+
+class Recall(msgspec.Struct, frozen=True, kw_only=True, tag="recall"):
+    """The lease of ``step`` is to end as soon as it can; nothing, if it has ended."""
+
+    step: int
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
@@ -112,7 +123,7 @@ class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
     """Finish the steps in flight and exit with status 0."""
 
 
-ToDevice = Step | Release | Inspect | Shutdown
+ToDevice = Step | Recall | Release | Inspect | Shutdown
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -142,6 +153,8 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, tag="step_result"):
     step: int
     rows: list[RowResult]
     """In the order of the step's rows."""
+    more: bool = False
+    """Whether the step's lease goes on: another result with the same number follows."""
 
 
 class RankInfo(msgspec.Struct, frozen=True, kw_only=True):

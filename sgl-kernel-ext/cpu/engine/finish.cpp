@@ -102,7 +102,7 @@ void Loop::finish_head(Lane& lane) {
         const Best& found = lane.best[static_cast<std::size_t>(thread) * lane.places.size() + i];
         if (found.index >= 0 && (best.index < 0 || better(found, best))) best = found;
       }
-      step.chosen[lane.head_row + i] = best.index;
+      step.chosen_now()[lane.head_row + i] = best.index;
     }
     if (for_host) {
       lane.stage = Stage::kHost;
@@ -121,9 +121,33 @@ void Loop::finish_head(Lane& lane) {
 }
 
 void Loop::end_step(Lane& lane) {
-  publish({EventKind::kDone, static_cast<std::uint32_t>(lane.index), lane.step->step, 0, 0, 0});
+  StepArguments& step = *lane.step;
+  const bool goes_on = lease_goes_on(step);
+  const auto done = static_cast<std::uint32_t>(step.steps_done);
+  const std::uint64_t number = step.step;
   lane.stage = Stage::kFree;
   lane.step = nullptr;
+  if (goes_on) {
+    step.advance();
+    // Behind what waits for a lane: a lease keeps none to itself.
+    queue_.push_back(&step);
+  }
+  publish({goes_on ? EventKind::kTokens : EventKind::kDone, static_cast<std::uint32_t>(lane.index),
+           number, done, 0, 0});
+}
+
+// Whether a further step follows the one that has just ended.
+bool Loop::lease_goes_on(const StepArguments& step) {
+  if (step.steps_done + 1 >= step.lease || events_.room() <= kEventReserve) return false;
+  for (std::int32_t i = 0; i < step.wanted_count; ++i) {
+    const Wanted& wanted = step.wanted[i];
+    const std::int32_t token = step.chosen_now()[i];
+    if (std::find(wanted.stops, wanted.stops + wanted.stop_count, token) !=
+        wanted.stops + wanted.stop_count) {
+      return false;
+    }
+  }
+  return true;
 }
 
 void Loop::record(const Work& work) {

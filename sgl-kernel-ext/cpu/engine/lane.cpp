@@ -30,7 +30,7 @@ Lane::Lane(std::int32_t lane, std::span<const ModelTable> models, std::int32_t m
   best.resize(static_cast<std::size_t>(threads) * max_rows);
 }
 
-void Lane::take(const StepArguments* arguments, const ModelTable* of, std::int32_t threads) {
+void Lane::take(StepArguments* arguments, const ModelTable* of, std::int32_t threads) {
   step = arguments;
   model = of;
   layer = 0;

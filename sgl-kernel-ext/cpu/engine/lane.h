@@ -33,11 +33,11 @@ struct Lane {
        std::int32_t threads);
 
   // Puts a batch on the free lane.
-  void take(const StepArguments* arguments, const ModelTable* of, std::int32_t threads);
+  void take(StepArguments* arguments, const ModelTable* of, std::int32_t threads);
 
   std::int32_t index;
   Stage stage = Stage::kFree;
-  const StepArguments* step = nullptr;
+  StepArguments* step = nullptr;
   const ModelTable* model = nullptr;
   std::int32_t layer = 0;
 

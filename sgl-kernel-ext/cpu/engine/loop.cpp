@@ -232,22 +232,35 @@ bool Loop::take_commands() {
         stopping_ = true;
         break;
       case CommandKind::kStep:
-        queue_.push_back(reinterpret_cast<const StepArguments*>(command.arguments));
+        queue_.push_back(reinterpret_cast<StepArguments*>(command.arguments));
         break;
       case CommandKind::kResume: {
         Lane& lane = lanes_[command.lane];
         if (lane.stage == Stage::kHost) finish_head(lane);
         break;
       }
+      case CommandKind::kRecall:
+        recall(command.step);
+        break;
     }
   }
   return !stopping_;
 }
 
+void Loop::recall(std::uint64_t step) {
+  for (StepArguments* waiting : queue_) {
+    if (waiting->step == step) waiting->lease = waiting->steps_done + 1;
+  }
+  for (const Lane& lane : lanes_) {
+    if (lane.step != nullptr && lane.step->step == step)
+      lane.step->lease = lane.step->steps_done + 1;
+  }
+}
+
 // Steps begin in their order, as lanes become free.
 void Loop::begin_steps() {
   while (!queue_.empty()) {
-    const StepArguments* step = queue_.front();
+    StepArguments* step = queue_.front();
     const ModelTable& model = models_[step->model];
     const auto lane = std::find_if(lanes_.begin(), lanes_.end(), [&](const Lane& one) {
       return one.stage == Stage::kFree && links_free(one, model);

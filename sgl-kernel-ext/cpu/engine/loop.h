@@ -89,6 +89,8 @@ class Loop {
   void finish_head(Lane& lane);
   void collect(Lane& lane);
   void end_step(Lane& lane);
+  bool lease_goes_on(const StepArguments& step);
+  void recall(std::uint64_t step);
   void publish(const Event& event);
   void fail(const std::string& message);
   void record(const Work& work);
@@ -112,7 +114,7 @@ class Loop {
 
   Work work_;
   std::vector<unsigned char*> copies_;  // of the payload of the attention part under way
-  std::vector<const StepArguments*> queue_;
+  std::vector<StepArguments*> queue_;
   std::int64_t meeting_ns_ = 0;  // how long threads spin at a meeting at least
   std::size_t next_source_ = 0;
   bool stopping_ = false;

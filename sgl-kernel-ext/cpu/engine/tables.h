@@ -4,6 +4,7 @@
 #ifndef CROSSPOOL_CPU_ENGINE_TABLES_H
 #define CROSSPOOL_CPU_ENGINE_TABLES_H
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../kernels/kernels.h"
@@ -90,6 +91,8 @@ struct Wanted {
   SamplingRule rule;  // of kDraw, as are seed and position
   std::uint64_t seed;
   std::uint64_t position;
+  const std::int32_t* stops;  // [stop_count]: tokens that end a lease
+  std::int32_t stop_count;
 };
 
 // The residual of a row after the last layer, for a later step.
@@ -99,6 +102,11 @@ struct Keep {
 };
 
 // A step as the host sends it. Everything stays in place until the step's last event.
+//
+// With a lease, decode steps follow without the host: every segment goes on with the token that was
+// chosen last. So every segment has one wanted row, in the order of segments, that native code
+// chooses; page tables reach for all of it; nothing is kept. Tokens, segments and wanted rows then
+// are the loop's to rewrite.
 struct StepArguments {
   std::uint64_t step;
   std::int32_t model;
@@ -106,12 +114,33 @@ struct StepArguments {
   std::int32_t segment_count;
   std::int32_t wanted_count;
   std::int32_t keep_count;
-  std::int32_t reserved;
-  const std::int32_t* tokens;  // [rows]
-  const Segment* segments;     // of all rows, in their order
-  const Wanted* wanted;
+  std::int32_t lease;    // steps at most; at least 1
+  std::int32_t* tokens;  // [rows]
+  Segment* segments;     // of all rows, in their order
+  Wanted* wanted;
   const Keep* keep;
-  std::int32_t* chosen;  // out [wanted_count]: tokens; what the host chooses is left alone
+  std::int32_t* chosen;  // out [lease, wanted_count]: tokens; what the host chooses is left alone
+  std::int32_t steps_done;  // 0 at first; the loop's
+  std::int32_t reserved;
+
+  // Of the step under way.
+  std::int32_t* chosen_now() const {
+    return chosen + static_cast<std::ptrdiff_t>(steps_done) * wanted_count;
+  }
+
+  // Makes it the lease's next step.
+  void advance() {
+    for (std::int32_t i = 0; i < segment_count; ++i) {
+      tokens[i] = chosen_now()[i];
+      segments[i].start += segments[i].rows;
+      segments[i].first_row = i;
+      segments[i].rows = 1;
+      wanted[i].row = i;
+      ++wanted[i].position;
+    }
+    rows = segment_count;
+    ++steps_done;
+  }
 };
 
 }  // namespace crosspool

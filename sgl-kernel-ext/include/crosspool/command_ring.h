@@ -16,6 +16,7 @@ enum class CommandKind : std::uint32_t {
   kStep = 1,    // a batch for the next free lane; `arguments`: a StepArguments
   kResume = 2,  // the host is done with the logits of `lane`
   kStop = 3,    // end the loop
+  kRecall = 4,  // the lease of `step` ends with the step of it that is under way, or comes next
 };
 
 struct Command {
@@ -30,13 +31,14 @@ enum class EventKind : std::uint32_t {
   kDone = 1,    // the step has ended, its tokens are in its arguments
   kLogits = 2,  // logits of rows [first, first + count) of the step's wanted rows wait for the host
   kFailed = 3,  // the loop cannot go on; `address`: a message, zero-terminated
+  kTokens = 4,  // a step of a lease has ended, another follows; its tokens are in its arguments
 };
 
 struct Event {
   EventKind kind;
   std::uint32_t lane;
   std::uint64_t step;
-  std::uint32_t first;
+  std::uint32_t first;  // of kTokens and kDone: how many steps of the lease came before
   std::uint32_t count;
   std::uint64_t address;  // of logits, float [count, vocab]
 };
@@ -67,13 +69,23 @@ struct Ring {
     return true;
   }
 
+  // Slots that the producer may push at least.
+  CROSSPOOL_INLINE std::uint64_t room() {
+    return kSlots - (Atomic<std::uint64_t>(head).load(kRelaxed) -
+                     Atomic<std::uint64_t>(tail).load(kAcquire));
+  }
+
   CROSSPOOL_INLINE bool empty() {
     return Atomic<std::uint64_t>(head).load(kAcquire) == Atomic<std::uint64_t>(tail).load(kRelaxed);
   }
 };
 
 using CommandRing = Ring<Command, 64>;
-using EventRing = Ring<Event, 64>;
+using EventRing = Ring<Event, 256>;
+
+// Slots of the event ring that leases leave to the ends of steps: as many as steps may be in
+// flight.
+inline constexpr std::uint64_t kEventReserve = 64;
 
 static_assert(sizeof(Command) == 32 && std::is_trivially_copyable_v<Command>);
 static_assert(offsetof(Command, step) == 8 && offsetof(Command, arguments) == 16);
