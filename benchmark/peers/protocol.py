@@ -5,7 +5,8 @@
         -> {"step_ms": [...], "started_s": [...], "cpu_s": seconds}
     {"do": "prefill", "tokens": t, "repeats": r}                        -> {"seconds": [...]}
     {"do": "tokens", "prompt": [ids], "steps": n}                       -> {"tokens": [ids]}
-    {"do": "moe", "batch": b, "repeats": r}                             -> {"layer_us": [...]}
+    {"do": "moe", "batch": b, "repeats": layers}                        -> {"layer_us": [...]}
+    {"do": "moe_error", "batch": b}                                     -> {"relative_error": e}
     {"do": "quit"}                                                      -> {}
 
 ``load`` comes first and once: cores and threads are limited before the engine's libraries are
@@ -151,11 +152,16 @@ def _moe(engine: Any, asked: Message) -> Message:
     return {"layer_us": layer_us, "cpu_s": time.process_time() - cpu}
 
 
+def _moe_error(engine: Any, asked: Message) -> Message:
+    return {"relative_error": engine.error(asked["batch"])}
+
+
 _ANSWERS: dict[str, Callable[[Any, Message], Message]] = {
     "decode": _decode,
     "prefill": _prefill,
     "tokens": _tokens,
     "moe": _moe,
+    "moe_error": _moe_error,
 }
 
 

@@ -85,13 +85,13 @@ def test_prefill(engine: Contestant) -> None:
 
 def test_moe_layers_of_kt_kernel(folder: Path) -> None:
     with loaded("kt", folder) as contestant:
-        answer = contestant.ask({"do": "moe", "batch": 3, "repeats": 4}, TIMEOUT_S)
-        assert len(answer["layer_us"]) == 4 * checkpoint.TINY.layers
+        answer = contestant.ask({"do": "moe", "batch": 3, "repeats": 5}, TIMEOUT_S)
+        assert len(answer["layer_us"]) == 5 and min(answer["layer_us"]) > 0.0
         error = contestant.ask({"do": "moe_error", "batch": 3}, TIMEOUT_S)["relative_error"]
         assert error < 0.02
 
 
-FAKE = '''
+FAKE = """
 import os, sys
 from benchmark.peers import protocol
 
@@ -109,7 +109,7 @@ class Engine:
         os._exit(3)
 
 protocol.serve(lambda checkpoint, threads, cores: Engine())
-'''
+"""
 
 
 @pytest.fixture
@@ -117,9 +117,7 @@ def fake(tmp_path: Path) -> Iterator[Contestant]:
     (tmp_path / "fake_engine.py").write_text(FAKE)
     root = Path(checkpoint.__file__).parents[1]
     log = tmp_path / "log"
-    with Contestant(
-        Path(sys.executable), "fake_engine", log, paths=[tmp_path, root]
-    ) as contestant:
+    with Contestant(Path(sys.executable), "fake_engine", log, paths=[tmp_path, root]) as contestant:
         yield contestant
 
 
