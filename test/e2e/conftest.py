@@ -13,8 +13,15 @@ from support.server import DEMO, TINY_MODELS, Server
 
 @pytest.fixture(scope="package")
 def server() -> Iterator[Server]:
-    """Both pools on one device, fp32, so that tokens can be compared with transformers'."""
+    """Both pools on one device, the resident loop, fp32, so that tokens can be compared with transformers'."""
     with Server(["--dtype", "float32", "--kv-pool-bytes", "256MiB"]) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def host_server() -> Iterator[Server]:
+    """As ``server``, its layers driven by the host loop."""
+    with Server(["--dtype", "float32", "--kv-pool-bytes", "256MiB", "--loop", "host"]) as running:
         yield running
 
 

@@ -77,5 +77,12 @@ def test_greedy_tokens_equal_transformers(server: Server, model: str) -> None:
 
 
 @pytest.mark.parametrize("model", TINY_MODELS)
+def test_greedy_tokens_equal_transformers_under_the_host_loop(
+    host_server: Server, model: str
+) -> None:
+    check_model(host_server, model)
+
+
+@pytest.mark.parametrize("model", TINY_MODELS)
 def test_greedy_tokens_equal_transformers_on_two_devices(split_server: Server, model: str) -> None:
     check_model(split_server, model)

@@ -77,6 +77,7 @@ def deployment(
         "page_size": 4,
         "chunked_prefill_size": 32,
         "tbt_target_ms": 0.0,
+        "loop": "host",
         "max_running_requests": 8,
     }
     return Deployment(

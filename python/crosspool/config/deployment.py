@@ -49,7 +49,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     weight_pool_bytes: int
     """FFN weight budget of the whole pool, shared evenly by its devices."""
     ffn_parallel: Literal["tp", "ep"] = "tp"
-    loop: Literal["host", "resident"] = "host"
+    loop: Literal["host", "resident"] = "resident"
     """What drives the layers on a CPU device: Python, or native threads."""
     lanes: int = 2
     """Batches in flight per attention rank."""

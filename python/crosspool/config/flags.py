@@ -34,7 +34,7 @@ _POOL_FLAGS: tuple[tuple[str, type, str], ...] = (
     ("kv_pool_bytes", str, "KV cache budget of all KV devices together (2GiB, 512MiB, 1.5GB)"),
     ("weight_pool_bytes", str, "FFN weight budget of all weight devices together"),
     ("ffn_parallel", str, "how weight devices share a layer: tp splits every expert, ep deals"),
-    ("loop", str, "what drives the layers: host (Python) or resident (native threads)"),
+    ("loop", str, "what drives the layers: resident (native threads, default) or host (Python)"),
     ("lanes", int, "batches in flight per KV device"),
     ("lease_steps", int, "decode steps in a row at most for one batch (resident loop; default 8)"),
     (
