@@ -175,13 +175,16 @@ def plot(arms: Sequence[Arm], path: Path) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.ablation", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few steps; records nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of a tiny model; records nothing"
+    )
     parser.add_argument("--results", type=Path, help="folder of the records")
     given = parser.parse_args(words)
     rounds, steps = (1, 10) if given.quick else (5, 100)
     attention, ffn = sorted(os.sched_getaffinity(0))[-2:]
     console = Console(width=150)
-    checkpoints = checkpoint.models(MODELS, layers=LAYERS)
+    layers = None if given.quick else LAYERS
+    checkpoints = checkpoint.models(MODELS, tiny=given.quick, layers=layers)
     model = checkpoints[0].name.rpartition("-")[0]
     with Progress(console=console, refresh_per_second=2) as progress, ExitStack() as stack:
         engines = [

@@ -71,6 +71,8 @@ class Replay:
     answers: list[Answer]
     seconds: float
     """From the load's start to its last answer."""
+    started: float
+    """When the load began, on the monotonic clock."""
     client_cpu_s: float
 
     @property
@@ -88,13 +90,14 @@ def replay(url: str, load: Sequence[Request], at_once: int | None = None) -> Rep
     gc.disable()  # a collection here would look like the server's pause
     try:
         cpu = time.process_time()
-        answers, raw, seconds = asyncio.run(_replay(url, load, at_once or len(load)))
+        answers, raw, start = asyncio.run(_replay(url, load, at_once or len(load)))
+        seconds = time.perf_counter() - start
         cpu = time.process_time() - cpu
     finally:
         gc.enable()
     for answer, events in zip(answers, raw, strict=True):
         _decode(answer, events)
-    return Replay(answers, seconds, cpu)
+    return Replay(answers, seconds, start, cpu)
 
 
 _Events = list[tuple[float, bytes]]
@@ -129,7 +132,7 @@ async def _replay(
                 answer.done = time.perf_counter() - start
 
         await asyncio.gather(*(one(index) for index in range(len(load))))
-        return answers, raw, time.perf_counter() - start
+        return answers, raw, start
 
 
 async def _exchange(

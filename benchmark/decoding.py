@@ -70,6 +70,8 @@ class Parts:
     attention: float
     ffn: float
     lm_head: float
+    end_ns: int
+    """When the last part ended, on the monotonic clock."""
 
 
 @dataclass
@@ -254,7 +256,13 @@ def steps_of(events: Sequence[LaneEvent], model: int) -> list[Parts]:
                 took[part.part] += part.end_ns - part.start_ns
             span = current[-1].end_ns - current[0].start_ns
             steps.append(
-                Parts(span / 1e3, took["attention"] / 1e3, took["ffn"] / 1e3, took["lm_head"] / 1e3)
+                Parts(
+                    span / 1e3,
+                    took["attention"] / 1e3,
+                    took["ffn"] / 1e3,
+                    took["lm_head"] / 1e3,
+                    current[-1].end_ns,
+                )
             )
             current = []
     return [step for step in steps if step.attention > 0]
@@ -279,4 +287,4 @@ def hand_overs(events: Sequence[LaneEvent]) -> tuple[list[float], list[float]]:
 
 def _kv_bytes(checkpoints: Sequence[Path], tokens: int, chunk_bytes: int) -> int:
     largest = max(read_model(path).kv_bytes_per_token for path in checkpoints)
-    return -(-tokens * largest // chunk_bytes + len(checkpoints)) * chunk_bytes
+    return (-(-tokens * largest // chunk_bytes) + len(checkpoints)) * chunk_bytes

@@ -46,7 +46,7 @@ class Plan:
     tiny: bool = False
 
 
-QUICK = Plan(rounds=1, steps=20, batched_steps=10)
+QUICK = Plan(rounds=1, steps=20, batched_steps=10, tiny=True)
 
 
 class Bench:
@@ -226,7 +226,9 @@ def shown(name: str, measured: dict[str, float], layers: int) -> str:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.engine", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few steps; records nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of a tiny model; records nothing"
+    )
     parser.add_argument("--results", type=Path, help="folder of the records")
     given = parser.parse_args(words)
     plan = QUICK if given.quick else Plan()

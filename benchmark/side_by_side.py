@@ -71,7 +71,7 @@ class Plan:
     tiny: bool = False
 
 
-QUICK = Plan(rounds=1, steps=10, batched_steps=5)
+QUICK = Plan(rounds=1, steps=10, batched_steps=5, tiny=True)
 
 
 @dataclass
@@ -312,7 +312,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.side_by_side", description=__doc__)
     parser.add_argument("--peers", nargs="+", metavar="NAME", choices=PEERS)
     parser.add_argument("--rounds", type=int, default=Plan.rounds)
-    parser.add_argument("--quick", action="store_true", help="a few steps; records nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of a tiny model; records nothing"
+    )
     parser.add_argument("--results", type=Path, help="folder of the records")
     given = parser.parse_args(words)
     peers = given.peers or [name for name, peer in PEERS.items() if peer.installed]

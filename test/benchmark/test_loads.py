@@ -39,7 +39,7 @@ def test_ratio_compares_the_highest_load_with_the_lowest() -> None:
         request = Request(0.0, "a", [400], len(times))
         answer = Answer(request, status=200, pieces=[(float(t), 1) for t in times])
         refused = Answer(request, status=429, pieces=[(0.0, 1), (99.0, 1)])
-        replay = Replay([answer, refused], 1.0, 0.1)
+        replay = Replay([answer, refused], 1.0, 0.0, 0.1)
         usage = Usage(cast(Any, None))
         return contended.Phase(promise, load, turn, replay, PoolSampler(0), usage, 0)
 
@@ -79,7 +79,7 @@ def test_answers_are_compared_request_by_request() -> None:
     def round_(cache: str, *tokens: list[int]) -> prefix_cache.Round:
         request = Request(0.0, "a", [400], 2)
         answers = [Answer(request, status=200, tokens=t) for t in tokens]
-        return prefix_cache.Round(cache, Replay(answers, 1.0, 0.1), Usage(cast(Any, None)))
+        return prefix_cache.Round(cache, Replay(answers, 1.0, 0.0, 0.1), Usage(cast(Any, None)))
 
     rounds = [
         round_("with", [1, 2], [3, 4]),
