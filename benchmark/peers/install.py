@@ -1,4 +1,5 @@
-"""Installs the other engines, each into an environment of its own.
+"""Installs the other engines, each into an environment of its own; transformers and SGLang are in
+this project's.
 
     python -m benchmark.peers.install [NAME ...] [--torch-index URL] [--force]
 
@@ -11,6 +12,7 @@ An engine that cannot be installed is named at the end; the others are not held 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -37,6 +39,8 @@ class Peer:
     """Variables for pip: how a package is compiled."""
     unwanted: tuple[str, ...] = ()
     """Packages that come along and do not load here."""
+    ours: bool = False
+    """It is among this project's own packages and runs in the environment of the benchmark."""
 
     @property
     def folder(self) -> Path:
@@ -44,10 +48,12 @@ class Peer:
 
     @property
     def python(self) -> Path:
-        return self.folder / "bin" / "python"
+        return Path(sys.executable) if self.ours else self.folder / "bin" / "python"
 
     @property
     def installed(self) -> bool:
+        if self.ours:
+            return importlib.util.find_spec(self.name) is not None
         mark = self.folder / ".installed"
         return mark.is_file() and mark.read_text() == self.requirements()
 
@@ -79,8 +85,8 @@ PEERS = {
             environment={"CMAKE_ARGS": LLAMA_OPTIONS, "CMAKE_BUILD_PARALLEL_LEVEL": "2"},
         ),
         Peer("vllm", "benchmark.peers.vllm_peer", unwanted=UNWANTED),
-        Peer("transformers", "benchmark.peers.transformers_peer"),
-        Peer("sglang", "benchmark.peers.sglang_peer"),
+        Peer("transformers", "benchmark.peers.transformers_peer", ours=True),
+        Peer("sglang", "benchmark.peers.sglang_peer", ours=True),
         Peer("kt", "benchmark.peers.kt_kernel"),
     )
 }
@@ -111,9 +117,7 @@ def _pip(peer: Peer, *words: str) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.peers.install", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmark.peers.install", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--torch-index", help="where pip finds PyTorch's wheels for the CPU")
     parser.add_argument("--force", action="store_true", help="also what is installed already")
@@ -124,6 +128,9 @@ def main(words: Sequence[str] | None = None) -> int:
     failed = []
     for name in given.names or PEERS:
         peer = PEERS[name]
+        if peer.ours:
+            print(f"==> {name}: in this environment{'' if peer.installed else ' it is missing'}")
+            continue
         if peer.installed and not given.force:
             print(f"==> {name}: is there ({peer.folder})", flush=True)
             continue

@@ -63,7 +63,7 @@ class LlamaEngine:
         def step() -> list[int]:
             nonlocal last, position
             for row, token in enumerate(last):
-                self._put(batch, row, token, position, row, True)
+                self._put(batch, row, token, position, row, logits=True)
             self._run(batch, count)
             position += 1
             last = []
@@ -99,12 +99,12 @@ class LlamaEngine:
             part = tokens[first : first + LONGEST_READ]
             for row, token in enumerate(part):
                 ends = logits and first + row == len(tokens) - 1
-                self._put(batch, row, token, first + row, sequence, ends)
+                self._put(batch, row, token, first + row, sequence, logits=ends)
             self._run(batch, len(part))
         self._llama.llama_batch_free(batch)
 
     def _put(
-        self, batch: Any, row: int, token: int, position: int, sequence: int, logits: bool
+        self, batch: Any, row: int, token: int, position: int, sequence: int, *, logits: bool
     ) -> None:
         batch.token[row] = token
         batch.pos[row] = position

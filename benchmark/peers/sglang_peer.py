@@ -1,0 +1,163 @@
+"""SGLang's own engine on the CPU: its scheduler, model code and processes, on PyTorch's kernels.
+
+SGLang's CPU kernels (``sgl-kernel`` built for the CPU) are in no package index. Without AMX it uses
+them for little more than imports, and takes PyTorch in their place; so a package of that name is
+put in their stead, of which whatever is called raises NotImplementedError. A step ends when every
+sequence's next token has come out of the engine.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmark.peers import protocol
+
+LONGEST = 8192
+MOST_SEQUENCES = 8
+KV_TOKENS = 20_000
+SPARE = 4
+"""Tokens that a sequence may still have to go when the last step is counted."""
+
+
+class Missing:
+    """Something of a package that is not there."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Missing:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Missing(f"{self._name}.{name}")
+
+    def __call__(self, *_: object, **__: object) -> None:
+        raise NotImplementedError(self._name)
+
+
+class MissingPackage(types.ModuleType):
+    def __getattr__(self, name: str) -> Missing:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Missing(f"{self.__name__}.{name}")
+
+
+class MissingKernels(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports ``sgl_kernel`` and its modules as packages of missing things."""
+
+    def find_spec(self, fullname: str, *_: object) -> importlib.machinery.ModuleSpec | None:
+        if fullname.partition(".")[0] != "sgl_kernel":
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return MissingPackage(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+class SGLangEngine:
+    def __init__(self, checkpoint: Path, threads: int, cores: list[int]) -> None:
+        from sglang.srt.entrypoints.engine import Engine
+
+        self._threads = threads
+        self._engine = Engine(
+            model_path=str(checkpoint),
+            device="cpu",
+            dtype="bfloat16",
+            attention_backend="torch_native",
+            sampling_backend="pytorch",
+            disable_overlap_schedule=True,
+            disable_cuda_graph=True,
+            disable_radix_cache=True,
+            max_total_tokens=KV_TOKENS,
+            max_running_requests=MOST_SEQUENCES,
+            chunked_prefill_size=LONGEST,
+            context_length=LONGEST,
+            skip_tokenizer_init=True,
+            log_level="warning",
+        )
+        config = self._engine.tokenizer_manager.model_config
+        self.vocabulary = config.vocab_size
+        self._tokens: Iterator[dict[str, Any]] = iter(())
+
+    def about(self) -> protocol.Message:
+        import sglang
+
+        return {
+            "engine": "sglang",
+            "version": sglang.__version__,
+            "threads": self._threads,
+            "dtype": "bfloat16",
+            "kernels": "PyTorch (no sgl-kernel)",
+        }
+
+    def start(self, prompts: Sequence[Sequence[int]], steps: int) -> Callable[[], list[int]]:
+        self._begin(prompts, steps + SPARE)
+        tokens: list[list[int]] = [[] for _ in prompts]
+        # the first token comes with the prompt; it is the first of ours
+        ready = 0
+
+        def forward() -> None:
+            output = next(self._tokens)
+            tokens[output.get("index", 0)] = output["output_ids"]  # all so far
+
+        def step() -> list[int]:
+            nonlocal ready
+            ready += 1
+            while min(map(len, tokens)) < ready:
+                forward()
+            return [sequence[ready - 1] for sequence in tokens]
+
+        while not all(tokens):
+            forward()
+        return step
+
+    def prefill(self, prompt: Sequence[int]) -> None:
+        self._begin([prompt], 1)
+        for _ in self._tokens:
+            pass
+
+    def cpu_seconds(self) -> float:
+        """Of this process and those that it started."""
+        tick = os.sysconf("SC_CLK_TCK")
+        return sum(_ticks(pid) for pid in _family(os.getpid())) / tick
+
+    def _begin(self, prompts: Sequence[Sequence[int]], tokens: int) -> None:
+        for _ in self._tokens:  # what is left of the requests before
+            pass
+        self._tokens = self._engine.generate(
+            input_ids=[list(prompt) for prompt in prompts],
+            sampling_params={"max_new_tokens": tokens, "temperature": 0.0, "ignore_eos": True},
+            stream=True,
+        )
+
+
+def _family(pid: int) -> Iterator[int]:
+    yield pid
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            yield from _family(int(child))
+
+
+def _ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def load(checkpoint: Path, threads: int, cores: list[int]) -> SGLangEngine:
+    return SGLangEngine(checkpoint, threads, cores)
+
+
+if __name__ in ("__main__", "__mp_main__"):  # also in the processes that SGLang starts
+    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    sys.meta_path.insert(0, MissingKernels())
+if __name__ == "__main__":
+    protocol.serve(load)

@@ -55,8 +55,8 @@ class VLLMEngine:
         }
 
     def start(self, prompts: Sequence[Sequence[int]], steps: int) -> Callable[[], list[int]]:
-        # its first step samples at once: that token is the first of ours; and it may read the prompts
-        # in more than one, so that a sequence is ahead of another
+        # vLLM samples in the step that ends a prompt: that token is the first of ours; prompts may
+        # end in different steps, so that a sequence is ahead of another
         sequences = self._add(prompts, steps + SPARE)
         last: dict[str, list[int]] = {name: [] for name in sequences}
 
