@@ -54,10 +54,10 @@ std::byte* memory(std::size_t bytes, DType dtype) {
 struct Case {
   std::string name;
   std::int64_t rows;
-  double bytes;
   double flops;
-  std::function<void()> prepare;  // not measured
+  std::function<void(Case&)> prepare;  // not measured; may set the bytes
   std::function<void()> run;
+  double bytes = 0;
 };
 
 class Benchmark {
@@ -83,9 +83,9 @@ class Benchmark {
     std::vector<float> logits(kVocab);
     for (auto& logit : logits) logit = static_cast<float>(random_() % 4096) / 256.0F;
     Best best;
-    measure({"argmax", 1, 0, 0, {}, [&] { k_.argmax(logits.data(), kVocab, &best); }});
+    measure({"argmax", 1, 0, {}, [&] { k_.argmax(logits.data(), kVocab, &best); }});
     const SamplingRule rule{0.9, 0.8F, 0.0F, 50};
-    measure({"sample", 1, 0, 0, {}, [&] {
+    measure({"sample", 1, 0, {}, [&] {
                best.index = k_.sample(logits.data(), kVocab, rule, 0.4, scratch_);
              }});
   }
@@ -101,7 +101,7 @@ class Benchmark {
     std::vector<float> x(kHidden * 8, 0.5F), weight(kHidden, 1.0F);
     std::byte* const out = memory(kHidden * 8 * 4, dtype_);
     for (const std::int32_t rows : {1, 8}) {
-      measure({"rms_norm", rows, 0, 0, {}, [&, rows] {
+      measure({"rms_norm", rows, 0, {}, [&, rows] {
                  k_.rms_norm(x.data(), kHidden, weight.data(), kHidden, 1e-6F, out, kHidden, 0,
                              rows);
                }});
@@ -118,17 +118,21 @@ class Benchmark {
       const std::int64_t bytes = Matrix{nullptr, n, k, dtype_}.bytes();
       const std::int64_t copies = std::max<std::int64_t>(1, (std::int64_t{256} << 20) / bytes);
       std::byte* const weights = memory(static_cast<std::size_t>(bytes * copies), dtype_);
-      for (const std::int32_t rows : {1, 2, 4, 8, 16, 64, 512}) {
+      for (const std::int32_t rows : {1, 4, 8, 16, 64, 512, 2048}) {
         if (rows > 64 && n == kVocab) continue;
         std::byte* const x = memory(static_cast<std::size_t>(rows) * k * 4, dtype_);
-        std::vector<float> out(static_cast<std::size_t>(rows) * n);
+        std::byte* const out = memory(static_cast<std::size_t>(rows) * n * 4, dtype_);
         std::int64_t turn = 0;
-        measure({name, rows, static_cast<double>(bytes), 2.0 * rows * n * k, {}, [&] {
+        measure({name,
+                 rows,
+                 2.0 * rows * n * k,
+                 {},
+                 [&] {
                    const Matrix m{weights + turn++ % copies * bytes, n, k, dtype_};
-                   const Gemm gemm{&m, nullptr, {x, k, nullptr}, out.data(),
-                                   n,  rows,    Store::kFloat};
+                   const Gemm gemm{&m, nullptr, {x, k, nullptr}, out, n, rows, Store::kFloat};
                    k_.gemm(gemm, 0, m.panels(), scratch_);
-                 }});
+                 },
+                 static_cast<double>(bytes)});
       }
     }
   }
@@ -140,13 +144,13 @@ class Benchmark {
       down.push_back(matrix(kHidden, kWidth));
     }
     const Matrix router = matrix(kExperts, kHidden);
-    const double expert_bytes = static_cast<double>(gate_up[0].bytes() + down[0].bytes());
-    for (const std::int32_t rows : {1, 2, 4, 8, 16, 64, 512}) {
+    for (const std::int32_t rows : {1, 4, 8, 16, 64, 512, 2048}) {
       const std::size_t slots = static_cast<std::size_t>(rows) * (kTopK + 1);
       std::byte* const x = memory(static_cast<std::size_t>(rows) * kHidden * 4, dtype_);
       std::byte* const activation = memory(slots * kWidth * 4, dtype_);
-      std::vector<float> out(static_cast<std::size_t>(rows) * kHidden), weights(slots),
-          chosen(slots);
+      auto* const out = reinterpret_cast<float*>(
+          memory(static_cast<std::size_t>(rows) * kHidden * sizeof(float), DType::kFloat32));
+      std::vector<float> weights(slots), chosen(slots);
       std::vector<float> logits(static_cast<std::size_t>(rows) * kExperts);
       std::vector<std::int32_t> ids(slots), slot_row(slots);
       std::vector<ExpertGroup> groups(kExperts + 1);
@@ -155,8 +159,6 @@ class Benchmark {
                          Score::kSoftmax, GroupScore::kMax, 1,     1.0F};
       std::vector<float> noise(logits.size());
       std::int64_t layer = 0;
-      // Which experts are read is known when the rows are; so are the bytes.
-      Case c{"moe", rows, 0, 6.0 * rows * kTopK * kHidden * kWidth, {}, {}};
       const auto choose = [&] {
         k_.route(rules, noise.data(), kExperts, ids.data(), weights.data(), 0, rows, scratch_);
         const FFNLayer ffn{&gate_up[layer * kExperts],
@@ -168,22 +170,39 @@ class Benchmark {
                            kTopK};
         k_.plan_experts(ffn, ids.data(), weights.data(), rows, &plan, scratch_);
       };
-      c.prepare = [&] {
+      // Which experts are read is known when the rows are; so are the bytes.
+      const auto draw = [&](Case& c, double expert_bytes, double other_bytes) {
         layer = (layer + 1) % kLayers;
         for (auto& value : noise) value = static_cast<float>(random_() % 4096) / 1024.0F;
         choose();
-        c.bytes = plan.group_count * expert_bytes + static_cast<double>(router.bytes());
+        c.bytes = plan.group_count * expert_bytes + other_bytes;
       };
-      c.run = [&] {
+      const auto router_bytes = static_cast<double>(router.bytes());
+      const auto up_bytes = static_cast<double>(gate_up[0].bytes());
+      const auto down_bytes = static_cast<double>(down[0].bytes());
+      const double pair = 2.0 * rows * kTopK * kHidden * kWidth;
+      const Experts call{&plan, x, kHidden, activation, kWidth, out, kHidden, rows};
+      const auto run_router = [&] {
         const Gemm gemm{&router,  nullptr, {x, kHidden, nullptr}, logits.data(),
                         kExperts, rows,    Store::kFloat};
         k_.gemm(gemm, 0, router.panels(), scratch_);
         choose();
-        const Experts call{&plan, x, kHidden, activation, kWidth, out.data(), kHidden, rows};
-        k_.expert_gate_up(call, 0, 1, scratch_);
-        k_.expert_down(call, 0, kHidden / kPanel, scratch_);
       };
-      measure(c);
+      const auto run_up = [&] { k_.expert_gate_up(call, 0, 1, scratch_); };
+      const auto run_down = [&] { k_.expert_down(call, 0, kHidden / kPanel, scratch_); };
+
+      const double router_flops = 2.0 * rows * kHidden * kExperts;
+      measure(
+          {"router", rows, router_flops, [&](Case& c) { draw(c, 0, router_bytes); }, run_router});
+      measure({"experts_up", rows, 2 * pair, [&](Case& c) { draw(c, up_bytes, 0); }, run_up});
+      measure({"experts_down", rows, pair, [&](Case& c) { draw(c, down_bytes, 0); }, run_down});
+      measure({"moe", rows, 3 * pair + router_flops,
+               [&](Case& c) { draw(c, up_bytes + down_bytes, router_bytes); },
+               [&] {
+                 run_router();
+                 run_up();
+                 run_down();
+               }});
     }
   }
 
@@ -220,22 +239,22 @@ class Benchmark {
     const double pairs = rows * (start + (rows + 1) / 2.0);
     measure({name,
              start + rows,
-             static_cast<double>(length) * width * size_,
              2.0 * pairs * shape.q_heads * (shape.qk_dim + shape.v_dim),
              {},
              [&] {
                call.layer = (call.layer + 1) % kCacheLayers;
                k_.attend(call, plan.tasks(0), plan.task_count(0), scratch_);
-             }});
+             },
+             static_cast<double>(length) * width * size_});
   }
 
   // Runs a case and the reading of as many bytes by turns.
-  void measure(const Case& c) {
+  void measure(Case c) {
     if (!only_.empty() && c.name != only_) return;
     std::vector<double> times, floors, shares;
     const double end = now() + seconds_;
     for (int i = 0; i < 3 || now() < end; ++i) {
-      if (c.prepare) c.prepare();
+      if (c.prepare) c.prepare(c);
       double floor = 0;
       if (c.bytes > 0) {
         const auto bytes = static_cast<std::size_t>(c.bytes);

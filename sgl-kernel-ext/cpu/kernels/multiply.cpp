@@ -44,13 +44,6 @@ struct Step {
   }
 };
 
-// Panels whose accumulators fit into registers together.
-constexpr int panels_at_once(int rows, int panels) {
-  const int registers = kLanes == 16 ? 24 : 12;
-  const int fit = registers / (rows * kParts);
-  return fit >= 4 && panels >= 4 ? 4 : fit >= 2 && panels >= 2 ? 2 : 1;
-}
-
 template <class T, int kRows, int kPanels>
 CROSSPOOL_INLINE void micro_panels(const Multiply& m, int first_panel, float* tile) {
   using S = Step<T>;
@@ -118,27 +111,25 @@ void micro(const Multiply& m, float* tile) {
 using Micro = void (*)(const Multiply& m, float* tile);
 
 template <class T, int kRows>
-Micro micro_of(int panels) {
+Micro micro_of_rows(int panels) {
   return panels == 4 ? micro<T, kRows, 4> : panels == 2 ? micro<T, kRows, 2> : micro<T, kRows, 1>;
 }
 
-template <class T>
+template <class T, int kRows = kMostRows>
 Micro micro_of(std::int64_t rows, int panels) {
-  if constexpr (kMicroRows == 6) {
-    if (rows == 6) return micro_of<T, 6>(panels);
-    if (rows == 5) return micro_of<T, 5>(panels);
-    if (rows == 4) return micro_of<T, 4>(panels);
-    if (rows == 3) return micro_of<T, 3>(panels);
+  if constexpr (kRows > 1) {
+    if (rows != kRows) return micro_of<T, kRows - 1>(rows, panels);
   }
-  return rows == 2 ? micro_of<T, 2>(panels) : micro_of<T, 1>(panels);
+  return micro_of_rows<T, kRows>(panels);
 }
 
 }  // namespace
 
 template <class T>
 MultiplyScope<T>::MultiplyScope(std::int64_t rows) : rows_(rows), tiles_(uses_tiles<T>(rows)) {
-  const std::int64_t at_once = tiles_ ? 2 * kTileRows : kMicroRows;
-  stretches_ = (rows + at_once - 1) / at_once;
+  const std::int64_t most = tiles_ ? 2 * kTileRows : rows > kMostRows ? kMicroRows : kMostRows;
+  stretches_ = (rows + most - 1) / most;
+  rows_at_once_ = (rows + stretches_ - 1) / stretches_;
   if constexpr (kHasTiles) {
     if (tiles_) tiles::configure(min(rows, kTileRows));
   }

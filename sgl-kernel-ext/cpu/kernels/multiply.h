@@ -11,12 +11,22 @@ namespace crosspool::CROSSPOOL_ISA {
 inline constexpr int kGroup = 4;
 inline constexpr int kTileWidth = kGroup * kPanel;
 
-// A micro-kernel's rows: as many as accumulators fit into registers beside a group's weights.
-#if defined(__AVX2__) || defined(__aarch64__)
-inline constexpr int kMicroRows = 6;
+// A micro-kernel's rows: as many as their sums fit into registers beside the weights of a group, or
+// of two panels. Up to kMostRows are worked on at once, so that the weights pass once; of more
+// rows, which compute on weights in the cache, stretches of kMicroRows need the fewest loads.
+#if defined(__AVX512BF16__)
+inline constexpr int kMicroRows = 6, kMostRows = 12;
+#elif defined(__AVX2__) || defined(__aarch64__)
+inline constexpr int kMicroRows = 6, kMostRows = 6;
 #else
-inline constexpr int kMicroRows = 2;
+inline constexpr int kMicroRows = 2, kMostRows = 2;
 #endif
+
+// Panels whose sums fit into registers together with those of `rows` rows.
+constexpr int panels_at_once(std::int64_t rows, int panels) {
+  const std::int64_t fit = (kLanes == 16 ? 24 : 12) / (rows * kParts);
+  return fit >= 4 && panels >= 4 ? 4 : fit >= 2 && panels >= 2 ? 2 : 1;
+}
 
 // A tile of AMX takes 16 rows, a call two; below 4 rows vectors are as fast.
 #if defined(__AMX_BF16__) || defined(CROSSPOOL_EMULATED_TILES)
@@ -34,7 +44,7 @@ CROSSPOOL_INLINE bool uses_tiles(std::int64_t rows) {
 
 // Where a call leaves its result: floats [rows][kTileWidth].
 struct alignas(64) Tile {
-  float at[(kHasTiles ? 2 * kTileRows : kMicroRows) * kTileWidth];
+  float at[(kHasTiles ? 2 * kTileRows : kMostRows) * kTileWidth];
 };
 
 // What the micro-kernels broadcast. Where bf16 pairs have an instruction of their own they read x
@@ -99,9 +109,17 @@ class MultiplyScope {
   // Multiplies one stretch; row `first`'s result is at the returned address.
   const float* multiply(const Multiply& m, Tile& tile) const;
 
+  // Of `left` panels, those that the next call takes.
+  int panels(int left) const {
+    const int group = left >= kGroup ? kGroup : left >= 2 ? 2 : 1;
+    if (tiles_ || group == 1) return group;
+    return max(2, panels_at_once(rows_at_once_, group));
+  }
+
  private:
   std::int64_t rows_;
   std::int64_t stretches_;
+  std::int64_t rows_at_once_;  // of a stretch
   bool tiles_;
 };
 

@@ -7,12 +7,21 @@
 
 namespace crosspool::CROSSPOOL_ISA {
 
-// Scratch for rows that must be copied; as many at a time as fit, at least one stretch's.
-inline constexpr std::int64_t kOperandScratch = std::int64_t{512} << 10;
+// Rows that are worked on at a time, in bytes, and scratch for those that must be copied; at least
+// one stretch's.
+inline constexpr std::int64_t kOperandScratch = std::int64_t{256} << 10;
 inline constexpr std::int64_t kFewestOperandRows = 32;
 
 CROSSPOOL_INLINE std::int64_t product_scratch(std::int64_t k) {
   return max(kOperandScratch, kFewestOperandRows * round_up(k, kDepth) * 4);
+}
+
+// Rows that are worked on while a weight is read once: as many as stay in the second-level cache
+// beside two groups of panels, in blocks of near the same size.
+CROSSPOOL_INLINE std::int64_t rows_at_once(std::int64_t rows, std::int64_t row_bytes) {
+  const std::int64_t most = max(kFewestOperandRows, kOperandScratch / row_bytes);
+  const std::int64_t blocks = max(1, (rows + most - 1) / most);
+  return (rows + blocks - 1) / blocks;
 }
 
 template <class T>
@@ -63,11 +72,12 @@ CROSSPOOL_INLINE Operand ready_rows(const Rows& x, std::int64_t first, std::int6
 // are in the cache by then, and ask for the next group meanwhile: evenly, the last ones of many.
 CROSSPOOL_INLINE Prefetch ahead(const std::byte* group, const std::byte* next, bool first_group,
                                 std::int64_t i, std::int64_t count, std::int64_t steps,
-                                std::int64_t panel_bytes) {
-  constexpr std::int64_t kLinesAhead = 20, kFew = 3;
+                                std::int64_t panel_bytes, int panels) {
+  constexpr std::int64_t kFew = 3;
+  const std::int64_t lines_ahead = 80 / panels;
   if (i == 0 && (first_group || count <= kFew)) {
-    const std::int64_t split = max(0, steps - kLinesAhead);
-    return {group + kLinesAhead * 64, next - split * 64, split, 64};
+    const std::int64_t split = max(0, steps - lines_ahead);
+    return {group + lines_ahead * 64, next - split * 64, split, 64};
   }
   const std::int64_t sharing = count <= kFew ? count - 1 : count >= 8 ? 8 : 4;
   const std::int64_t turn = i - (count - sharing);
@@ -86,7 +96,7 @@ CROSSPOOL_INLINE void product(const Matrix& weight, const Rows& x, std::int64_t 
   const auto* const data = static_cast<const std::byte*>(weight.data);
   const bool copy = needs_copy<T>(x, rows, k);
   const std::int64_t row_bytes = round_up(k, kDepth) * kOperandBytes<T>;
-  const std::int64_t at_once = copy ? min(rows, product_scratch(k) / row_bytes) : rows;
+  const std::int64_t at_once = rows_at_once(rows, row_bytes);
   const std::int64_t steps = T::kDType == DType::kBFloat16 ? (k + 1) / 2 : k;
   alignas(64) Tile tile;
   for (std::int64_t row = 0; row < rows; row += at_once) {
@@ -94,15 +104,18 @@ CROSSPOOL_INLINE void product(const Matrix& weight, const Rows& x, std::int64_t 
     const Operand operand = ready_rows<T>(x, row, block, k, copy, scratch);
     const MultiplyScope<T> scope(block);
     for (int panel = begin, panels; panel < end; panel += panels) {
-      panels = end - panel >= 4 ? 4 : end - panel >= 2 ? 2 : 1;
+      panels = scope.panels(end - panel);
       const std::byte* const group = data + panel * panel_bytes;
       const std::byte* next = group + panels * panel_bytes;
-      if (panel + panels == end)
-        next = then == nullptr ? group : static_cast<const std::byte*>(then);
+      if (panel + panels == end) {
+        next = row + at_once < rows ? data + begin * panel_bytes
+               : then == nullptr    ? group
+                                    : static_cast<const std::byte*>(then);
+      }
       for (std::int64_t i = 0; i < scope.stretches(); ++i) {
         const std::int64_t first = scope.begin(i), count = scope.begin(i + 1) - first;
         const Prefetch prefetch =
-            ahead(group, next, panel == begin, i, scope.stretches(), steps, panel_bytes);
+            ahead(group, next, panel == begin, i, scope.stretches(), steps, panel_bytes, panels);
         const Multiply m{operand, group, panel_bytes, k, prefetch, first, count, panels};
         done(row + first, count, panel, panels, scope.multiply(m, tile));
       }
