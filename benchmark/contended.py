@@ -36,7 +36,7 @@ from benchmark.records import IMAGES, Recorder
 from benchmark.server import TINY_MODELS, Server, one_device
 from benchmark.summary import quantile
 from benchmark.usage import Usage, total
-from benchmark.workload import Request, eos_tokens, poisson, random_prompt
+from benchmark.workload import Request, eos_tokens, random_prompt
 
 PROMISES = ("worst_case", "growth")
 LIMIT = 1.25
@@ -73,7 +73,7 @@ class Plan:
 
     loads: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     rounds: int = 3
-    seconds: float = 9.0
+    seconds: float = 10.0
     """Length of one load in one round."""
     saturating: int = 20
     """Requests that measure the pool's capacity in one round."""
@@ -121,11 +121,14 @@ def promised_bytes(request: Request, per_token: dict[str, int]) -> int:
 
 
 def make_load(rate: float, seconds: float, seed: Sequence[int]) -> list[Request]:
-    """Poisson arrivals of ``rate`` per second, each of a model drawn evenly."""
+    """Arrivals of a Poisson process that has brought just as many as ``rate`` says by its end, of
+    every model alike, so that short loads are what they are called."""
     rng = np.random.default_rng(seed)
+    arrivals = np.sort(rng.uniform(0, seconds, max(1, round(rate * seconds))))
+    models = rng.permutation(np.arange(len(arrivals)) % len(TINY_MODELS))
     return [
-        request(TINY_MODELS[int(rng.integers(len(TINY_MODELS)))], float(arrival), rng)
-        for arrival in poisson(rate, seconds, rng)
+        request(TINY_MODELS[model], float(arrival), rng)
+        for model, arrival in zip(models, arrivals, strict=True)
     ]
 
 
