@@ -1,6 +1,8 @@
 # make env     an environment in .venv with everything that serving needs
 # make serve   the three bundled models on port 30000
 # make test    the tests;  make lint  style, types, formatting
+# make bench   kernels, engine and ablation, in under 15 minutes; records and plots are rewritten
+# make bench-peers  installs other engines (PEERS="llama vllm": only these) and measures beside them
 #
 # PyTorch's CPU wheels (no CUDA libraries with them) come from an index of their own:
 #   make env TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -12,6 +14,7 @@ PORT ?= 30000
 TORCH_INDEX ?=
 PIP_ARGS ?=
 ARGS ?=
+PEERS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
@@ -20,7 +23,7 @@ NODEPS := requirements/frontend-nodeps.txt
 NATIVE := $(shell find sgl-kernel-ext -type f)
 CXX_FILES := $(filter %.h %.hpp %.c %.cpp %.cu,$(NATIVE))
 
-.PHONY: env dev serve test lint format clean
+.PHONY: env dev serve test lint format bench bench-peers clean
 env: $(VENV)/.env
 dev: $(VENV)/.dev
 
@@ -55,6 +58,17 @@ lint: dev
 	@echo "==> ruff format --check"; $(BIN)/ruff format --check .
 	@echo "==> mypy"; $(BIN)/mypy
 	@$(if $(CXX_FILES),echo "==> clang-format"; $(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+
+bench: dev
+	@echo "==> kernels"; $(BIN)/python -m benchmark.kernels
+	@echo "==> hand-over"; $(BIN)/python -m benchmark.hand_over
+	@echo "==> engine"; $(BIN)/python -m benchmark.engine $(ARGS)
+	@echo "==> ablation"; $(BIN)/python -m benchmark.ablation $(ARGS)
+	@$(BIN)/python -m benchmark.report kernels hand_over engine ablation
+
+bench-peers: dev
+	@$(BIN)/python -m benchmark.peers.install $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(PEERS)
+	@$(BIN)/python -m benchmark.side_by_side $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
 format: dev
 	@$(BIN)/ruff check --fix .

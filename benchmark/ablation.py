@@ -180,7 +180,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--results", type=Path, help="folder of the records")
     given = parser.parse_args(words)
-    rounds, steps = (1, 10) if given.quick else (5, 100)
+    rounds, steps = (1, 10) if given.quick else (4, 100)
     attention, ffn = sorted(os.sched_getaffinity(0))[-2:]
     console = Console(width=150)
     layers = None if given.quick else LAYERS

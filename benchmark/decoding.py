@@ -41,6 +41,8 @@ class Setup:
     """Devices of the weight pool."""
     loop: Loop = "resident"
     lanes: int = 2
+    lease: int = 8
+    """Decode steps for one message, under the resident loop."""
     chunk: int = 512
     """Prompt tokens of one step."""
 
@@ -142,8 +144,9 @@ class Engine:
         tokens; it ends when each has taken ``steps`` steps."""
         began = time.perf_counter()
         driver = self._driver
+        tokens = _WARM_STEPS + _MOST * steps + 3 * self.setup.lease
         groups = [
-            [self._generation(model, context, _WARM_STEPS + _MOST * steps) for _ in range(batch)]
+            [self._generation(model, context, tokens) for _ in range(batch)]
             for model in range(len(driver.specs) if models is None else models)
         ]
         for group in groups:
@@ -207,21 +210,26 @@ class Engine:
     def _steps(self, groups: Sequence[list[Generation]], steps: int) -> list[list[float]]:
         """Every group steps until all have ``steps`` results; when each one's came, the first
         entry being the beginning."""
+        driver = self._driver
+        lease = self.setup.lease if self.setup.loop == "resident" else 1
         now = time.perf_counter()
         ends = [[now] for _ in groups]
-        flying = {self._driver.step(group): index for index, group in enumerate(groups)}
+        flying = {driver.step(group, lease=lease): index for index, group in enumerate(groups)}
         short = len(groups)
         while flying:
-            _, message = self._driver.receive()
+            _, message = driver.receive()
             now = time.perf_counter()
             assert isinstance(message, StepResult), message
-            index = flying.pop(message.step)
-            self._driver.take(groups[index], message)
+            index = flying[message.step]
+            driver.take(groups[index], message)
             if short:
                 ends[index].append(now)
                 short -= len(ends[index]) == steps + 1
+            if message.more:
+                continue
+            del flying[message.step]
             if short and len(ends[index]) <= _MOST * steps:
-                flying[self._driver.step(groups[index])] = index
+                flying[driver.step(groups[index], lease=lease)] = index
         return ends
 
     def cpu_seconds(self) -> float:

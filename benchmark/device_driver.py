@@ -234,8 +234,11 @@ class DeviceDriver:
         assert (message.id, message.device, sender) == (self._numbers, device, device)
         return message.answer
 
-    def step(self, sequences: Sequence[Generation], bitmask: bytes | None = None) -> int:
-        """Sends one step with the next tokens of ``sequences`` (one model, one rank)."""
+    def step(
+        self, sequences: Sequence[Generation], bitmask: bytes | None = None, lease: int = 1
+    ) -> int:
+        """Sends one step with the next tokens of ``sequences`` (one model, one rank), and with the
+        lease of so many; every result is for :meth:`take`."""
         first = sequences[0]
         opens, rows, chunks = [], [], []
         for sequence in sequences:
@@ -261,7 +264,7 @@ class DeviceDriver:
                 )
             known = sequence.prompt + sequence.output
             end = min(len(known), sequence.computed + sequence.chunk)
-            pages = layout.pages_for(end)
+            pages = max(sequence.paged, layout.pages_for(end + lease - 1))
             chunks += allocator.map(sequence.model, sequence.pages[:pages])
             rows.append(
                 Row(
@@ -277,7 +280,14 @@ class DeviceDriver:
         self._steps += 1
         self.send(
             self.deployment.kv_pool_devices[first.rank].name,
-            Step(step=self._steps, model=first.model, map_chunks=chunks, opens=opens, rows=rows),
+            Step(
+                step=self._steps,
+                model=first.model,
+                map_chunks=chunks,
+                opens=opens,
+                rows=rows,
+                lease=lease,
+            ),
         )
         return self._steps
 

@@ -39,10 +39,10 @@ PROMPT = 2048
 class Plan:
     """How much is measured."""
 
-    rounds: int = 5
-    steps: int = 200
+    rounds: int = 3
+    steps: int = 150
     """Of batch 1, in one turn."""
-    batched_steps: int = 50
+    batched_steps: int = 40
     tiny: bool = False
 
 

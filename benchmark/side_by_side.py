@@ -1,12 +1,12 @@
 """Our engine beside the engines that a user would run instead, on the same checkpoint.
 
-    python -m benchmark.side_by_side [--peers NAME ...] [--rounds 3] [--quick]
+    python -m benchmark.side_by_side [--peers NAME ...] [--rounds 2] [--quick]
 
 Those that ``python -m benchmark.peers.install`` has installed, one after another, each in turns
 with ours: one model with two threads, at batch 1 and 8, and a prompt; two models at once, which for
-the others are two processes, a core for each or both sharing both cores; one model on one core; and
-for kt-kernel, which is no more than that, the MoE layer on one core. Ours has both pools on one
-device, and is driven from here as the others are: without HTTP and scheduler. Needs 22 GB.
+llama.cpp and vLLM are two processes, a core for each or both sharing both cores; one model on one
+core; and for kt-kernel, which is no more than that, the MoE layer on one core. Ours has both pools
+on one device, and is driven from here as the others are: without HTTP and scheduler. Needs 22 GB.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ CONTEXT = 256
 PROMPT = 2048
 OURS = "crosspool"
 MOE_PEER = "kt"
+PAIRED = ("llama", "vllm")
+"""Of which two processes are measured at once."""
 MOE_BATCHES = (1, 8, 64)
 ONE = "one model, two threads"
 TWO_PINNED = "two models, a core for each process"
@@ -65,7 +67,7 @@ LIMITS = {
 class Plan:
     """How much is measured."""
 
-    rounds: int = 3
+    rounds: int = 2
     steps: int = 80
     batched_steps: int = 25
     tiny: bool = False
@@ -217,7 +219,8 @@ class Bench:
         """Every case of one peer. Raises ContestantError."""
         if peer == MOE_PEER:
             return self._moe_layer(peer)
-        return [*self._one(peer), *self._pinned(peer), *self._shared(peer)]
+        done = self._one(peer)
+        return [*done, *self._pinned(peer), *self._shared(peer)] if peer in PAIRED else done
 
     def _one(self, peer: str) -> list[Comparison]:
         with self._processes(peer, [self._cores]) as processes:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+from crosspool.models.registry import read_model
 from crosspool.observability.trace import LaneEvent, Part
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmark import checkpoint
+from benchmark import checkpoint, floors, report
 from benchmark.ablation import Arm, split
 from benchmark.client import Answer, Replay
 from benchmark.decoding import Engine, hand_overs, one_device, steps_of, two_devices
 from benchmark.http_tbt import matched
-from benchmark.records import Recorder
+from benchmark.records import Recorder, read_rows
 from benchmark.side_by_side import overlapping
 from benchmark.turns import Case, Comparison, Measured, record, table, take_turns
 from benchmark.workload import Request
@@ -134,6 +136,38 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for seed, folder in enumerate(made):
         checkpoint.write(folder, checkpoint.TINY, seed)
     return made
+
+
+def test_bytes_of_a_step(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = checkpoint._config(checkpoint.FULL)
+    (folder / "config.json").write_text(json.dumps(config))
+    spec = read_model(folder)
+    layer = 2 * (1024 * (1024 + 512) + 1024 * 1024 + 64 * 1024)  # attention and router
+    expert = 2 * 3 * 512 * 1024
+    head = 2 * 32000 * 1024
+    cached = 2 * 2 * 4 * 64
+    one = 16 * (layer + 4 * expert + 256 * cached) + head
+    assert floors.step_bytes(spec, 1, 256) == pytest.approx(one, rel=1e-3)
+    # eight rows of four out of 64 choose 25.8 of them on the average
+    eight = 16 * (layer + 25.81 * expert + 8 * 256 * cached) + head
+    assert floors.step_bytes(spec, 8, 256) == pytest.approx(eight, rel=1e-3)
+
+
+def test_the_report_takes_rows_of_kernels_and_of_steps(tmp_path: Path) -> None:
+    recorder = Recorder("trial")
+    common = {"cpu_s": 1.0, "wall_s": 2.0, "load1": 0.5}
+    recorder.add("gemm", [3.0], "us", parameters={"rows": 8}, **common)
+    recorder.add_steps(
+        "one model", [7.0], model="m", batch=1, context=256, threads=2, ratio_to="floor",
+        ratio=1.25, **common,
+    )  # fmt: skip
+    console = Console(width=190, record=True)
+    console.print(report.table(read_rows(recorder.write(tmp_path))))
+    kernel, step = console.export_text().splitlines()[-3:-1]
+    assert kernel.split() == ["trial", "gemm", "8", "1", *["3.0", "us"] * 2, "0.50", "1.0", "2.0"]
+    assert step.split()[-8:] == ["ms", "7.00", "ms", "1.25", "floor", "0.50", "1.0", "2.0"]
 
 
 def cores() -> list[int]:
