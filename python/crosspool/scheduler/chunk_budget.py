@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -68,9 +67,8 @@ class ChunkBudget:
         return min(tokens, self._most_tokens)
 
     def share_out(self, flights: Iterable[Flight], now: float) -> None:
-        """Time has passed for ``flights``, in the order of their launch; to be called before one
-        is added or ends."""
-        at_work = list(islice(flights, self._lanes))
+        """Time has passed for ``flights``; to be called before one is added or ends."""
+        at_work = sorted(flights, key=lambda flight: flight.step)[: self._lanes]
         expected = [self._expected(flight) for flight in at_work]
         rate = (now - self._seen) / sum(expected) if any(expected) else 0.0
         for flight, seconds in zip(at_work, expected, strict=True):
