@@ -182,7 +182,7 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser.parse_args(words)
     rounds, steps = (1, 10) if given.quick else (4, 100)
     attention, ffn = sorted(os.sched_getaffinity(0))[-2:]
-    console = Console(width=150)
+    console = Console(width=190)
     layers = None if given.quick else LAYERS
     checkpoints = checkpoint.models(MODELS, tiny=given.quick, layers=layers)
     model = checkpoints[0].name.rpartition("-")[0]

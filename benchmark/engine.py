@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -194,18 +195,21 @@ def parts(decoded: Sequence[Decoded]) -> dict[str, float]:
     """Medians of what the trace says of a step and of the hand-overs within it, microseconds.
     ``between``: from a step's last part to the next one's first."""
     steps: list[Parts] = [step for one in decoded for step in one.parts[0]]
-    step_us = 1e3 * quantile([ms for one in decoded for ms in one.all_ms], 0.5)
 
     def middle(values: list[float]) -> float:
         return quantile(values, 0.5)
 
-    span = middle([step.span for step in steps])
+    between = [
+        (then.end_ns - first.end_ns) / 1e3 - then.span
+        for one in decoded
+        for first, then in pairwise(one.parts[0])
+    ]
     return {
         "attention_us": middle([step.attention for step in steps]),
         "ffn_us": middle([step.ffn for step in steps]),
         "lm_head_us": middle([step.lm_head for step in steps]),
-        "span_us": span,
-        "between_us": step_us - span,
+        "span_us": middle([step.span for step in steps]),
+        "between_us": middle(between),
         "dispatch_us": middle([us for one in decoded for us in one.dispatch_us]),
         "dispatch_p99_us": quantile([us for one in decoded for us in one.dispatch_us], 0.99),
         "combine_us": middle([us for one in decoded for us in one.combine_us]),
@@ -235,7 +239,7 @@ def main(words: Sequence[str] | None = None) -> int:
     cores = sorted(os.sched_getaffinity(0))[-2:]
     if len(cores) < 2:
         parser.error("two cores are needed")
-    console = Console(width=150)
+    console = Console(width=190)
     recorder = Recorder("engine")
     comparisons, traces = [], []
     with Progress(console=console, refresh_per_second=2) as progress:

@@ -325,7 +325,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error("no engine is installed: python -m benchmark.peers.install")
     cores = sorted(os.sched_getaffinity(0))[-2:]
     plan = QUICK if given.quick else Plan(rounds=given.rounds)
-    console = Console(width=160)
+    console = Console(width=210)
     recorder = Recorder("side_by_side")
     comparisons: list[Comparison] = []
     failed: dict[str, str] = {}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import psutil
@@ -57,6 +57,11 @@ class Case:
     @property
     def median(self) -> float:
         return quantile(self.ms, 0.5)
+
+    @property
+    def mean(self) -> float:
+        """Far above the median where results come in bursts, or others take the cores."""
+        return fmean(self.ms)
 
     @property
     def p99(self) -> float:
@@ -133,6 +138,7 @@ def record(recorder: Recorder, comparison: Comparison, **more: Any) -> None:
         load1=case.load1,
         cpu_s=sum(turn.cpu_s for turn in case.turns),
         wall_s=sum(turn.wall_s for turn in case.turns),
+        mean_ms=case.mean,
         medians_ms=[round(quantile(turn.ms, 0.5), 4) for turn in case.turns],
         other_cpu_share=case.other_cpu_share,
         **more,
@@ -142,12 +148,15 @@ def record(recorder: Recorder, comparison: Comparison, **more: Any) -> None:
 def table(title: str, comparisons: Sequence[Comparison]) -> Table:
     made = Table(title=title, title_justify="left", box=box.SIMPLE)
     made.add_column("", no_wrap=True)
-    for name in ("models", "batch", "context", "threads", "median ms", "P99 ms", "P99/med."):
-        made.add_column(name, justify="right")
+    for name in (
+        *("models", "batch", "context", "threads", "median\nms", "mean\nms", "P99\nms"),
+        "P99 /\nmedian",
+    ):
+        made.add_column(name, justify="right", no_wrap=True)
     made.add_column("ratio", justify="right", no_wrap=True)
     made.add_column("to", no_wrap=True)
     for name in ("cores\nin use", "others'\nCPU"):
-        made.add_column(name, justify="right")
+        made.add_column(name, justify="right", no_wrap=True)
     for comparison in comparisons:
         case, ratio, limit = comparison.case, comparison.ratio, comparison.limit
         cpu, wall = (sum(getattr(t, f) for t in case.turns) for f in ("cpu_s", "wall_s"))
@@ -162,6 +171,7 @@ def table(title: str, comparisons: Sequence[Comparison]) -> Table:
             str(case.context or ""),
             str(case.threads),
             f"{case.median:.2f}",
+            f"{case.mean:.2f}",
             f"{case.p99:.2f}",
             f"{case.p99 / case.median:.2f}",
             shown,
