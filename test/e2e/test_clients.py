@@ -60,7 +60,7 @@ def test_stream_equals_the_whole_answer(client: openai.OpenAI, model: str) -> No
         usage = event.usage or usage
         pieces += [c.delta.content for c in event.choices if c.delta.content]
     assert "".join(pieces) == whole.message.content
-    assert len(pieces) > 3
+    assert len(pieces) > 1  # tokens that come faster than the client reads share a piece
     assert usage is not None and usage.completion_tokens > 3
 
 
