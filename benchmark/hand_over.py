@@ -39,7 +39,7 @@ def main(words: Sequence[str] | None = None) -> int:
     table = Table("bytes", "median us", "p99 us", title="hand-over between two cores")
     for size in given.bytes:
         load1, start, before = machine.load1(), time.monotonic(), _child_seconds()
-        command = [program, str(size), str(given.rounds), *map(str, given.cores)]
+        command = [str(program), str(size), str(given.rounds), *map(str, given.cores)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         summary = recorder.add(
             "hand-over",
