@@ -13,7 +13,8 @@ from support.server import DEMO, TINY_MODELS, Server
 
 @pytest.fixture(scope="package")
 def server() -> Iterator[Server]:
-    """Both pools on one device, the resident loop, fp32, so that tokens can be compared with transformers'."""
+    """Both pools on one device, the resident loop, fp32, so that tokens can be compared with
+    transformers'."""
     with Server(["--dtype", "float32", "--kv-pool-bytes", "256MiB"]) as running:
         yield running
 
