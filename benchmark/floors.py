@@ -49,8 +49,12 @@ def _one_row_of(ref: TensorRef, spec: ModelSpec) -> bool:
 
 def step_seconds(cores: Sequence[int], spec: ModelSpec, batch: int, context: int) -> list[float]:
     """What some passes over a step's bytes took just now, a thread pinned to each core."""
-    size = round(step_bytes(spec, batch, context))
-    command = [str(_program()), str(size), str(_PASSES), *map(str, cores)]
+    return read_seconds(cores, round(step_bytes(spec, batch, context)))
+
+
+def read_seconds(cores: Sequence[int], count: int) -> list[float]:
+    """What some passes over so many bytes took just now, a thread pinned to each core."""
+    command = [str(_program()), str(count), str(_PASSES), *map(str, cores)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return [float(line) for line in done.stdout.split()]
 

@@ -1,10 +1,12 @@
 """The native kernels on one core against what that core can do: the time that the memory which a
 kernel must read takes, or that its multiplications take at the best rate, whichever is longer.
 
-    python -m benchmark.kernels [--isa avx512] [--dtype bfloat16] [--seconds 0.5] [--core 1]
+    python -m benchmark.kernels [--isa avx512] [--dtype bfloat16] [--seconds 0.3] [--core 1]
 
-The floor is measured in the same run, turn by turn with the kernel. The shapes are those of a
-Qwen3-MoE with hidden 1024, 64 experts of 512, top-4, 16 q and 4 kv heads of 64.
+First what the machine can do at all: how fast memory is read by one core and by all, and how long a
+team's barrier takes. A kernel's floor is measured in the same run, turn by turn with it. The shapes
+are those of a Qwen3-MoE with hidden 1024, 64 experts of 512, top-4, 16 q and 4 kv heads of 64;
+beside them a dense layer of width 3072, and MLA with 16 heads over latents of 512.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ from typing import Any
 from crosspool.kernels import native_structs
 from crosspool.kernels.native_kernels import available_isas, default_isa
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from benchmark import machine
+from benchmark import floors, machine
 from benchmark.records import ROOT, Recorder
 
 BUILD = ROOT / "build" / "benchmark"
+_READ_BYTES = 1 << 28
+_MEETINGS = 2000
+"""Hundreds of them."""
 COLUMNS = ("kernel", "rows", "median us", "p99 us", "floor us", "of the floor", "GB/s", "GFLOP/s")
 
 
@@ -36,23 +41,28 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.kernels", description=__doc__)
     parser.add_argument("--isa", choices=native_structs.ISAS, default=default_isa())
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--seconds", type=float, default=0.5, help="per kernel and shape")
+    parser.add_argument("--seconds", type=float, default=0.3, help="per kernel and shape")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
     given = parser.parse_args(words)
     if given.isa not in available_isas():
         parser.error(f"this machine does not have {given.isa}")
-    program = build()
+    program = build("kernel_benchmark")
     recorder = Recorder("kernels")
+    _machine(recorder, given.core)
     load1, before, start = machine.load1(), _child_seconds(), time.monotonic()
+    pinned = ["taskset", "-c", str(given.core)]
     done = subprocess.run(
-        ["taskset", "-c", str(given.core), program, str(given.seconds), given.isa, given.dtype],
+        [*pinned, str(program), str(given.seconds), given.isa, given.dtype],
         check=True,
         capture_output=True,
         text=True,
     )
     cpu_s, wall_s = _child_seconds() - before, time.monotonic() - start
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    table = Table(*COLUMNS, title=f"{given.isa}, {given.dtype}, one core, load {load1:.2f}")
+    table = Table(
+        *(Column(name, no_wrap=True) for name in COLUMNS),
+        title=f"{given.isa}, {given.dtype}, one core, load {load1:.2f}",
+    )
     for row in rows:
         summary = recorder.add(
             row["name"],
@@ -76,14 +86,40 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build() -> Path:
-    """Builds the benchmark's program; returns its path."""
-    configure = ["cmake", "-S", ROOT / "sgl-kernel-ext", "-B", BUILD]
+def _machine(recorder: Recorder, core: int) -> None:
+    """Records and prints what the machine can do."""
+    cores = sorted(os.sched_getaffinity(0))
+    table = Table("machine", "cores", "median", "p99", "unit")
+    for name, some in (("read", [core]), ("read", cores), ("barrier", cores)):
+        load1, before, start = machine.load1(), _child_seconds(), time.monotonic()
+        if name == "read":
+            seconds = floors.read_seconds(some, _READ_BYTES)
+            values, unit = [_READ_BYTES / value / 1e9 for value in seconds], "GB/s"
+        else:
+            command = [build("barrier"), str(_MEETINGS), *map(str, some)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            values, unit = json.loads(done.stdout)["us"], "us"
+        summary = recorder.add(
+            name,
+            values,
+            unit,
+            parameters={"cores": len(some)},
+            cpu_s=_child_seconds() - before,
+            wall_s=time.monotonic() - start,
+            load1=load1,
+        )
+        table.add_row(name, str(len(some)), f"{summary.median:.3g}", f"{summary.p99:.3g}", unit)
+    Console().print(table)
+
+
+def build(target: str) -> Path:
+    """Builds a program of the benchmark; returns its path."""
+    configure = ["cmake", "-S", str(ROOT / "sgl-kernel-ext"), "-B", str(BUILD)]
     options = ["-DCROSSPOOL_BUILD_BENCHMARKS=ON", "-DCMAKE_BUILD_TYPE=Release"]
     subprocess.run([*configure, *options], check=True, stdout=subprocess.DEVNULL)
-    command = ["cmake", "--build", BUILD, "--target", "kernel_benchmark", "-j2"]
+    command = ["cmake", "--build", str(BUILD), "--target", target, "-j2"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return BUILD / "benchmark" / "kernel_benchmark"
+    return BUILD / "benchmark" / target
 
 
 def _child_seconds() -> float:

@@ -23,7 +23,8 @@ namespace {
 
 constexpr std::int32_t kHidden = 1024, kWidth = 512, kExperts = 64, kTopK = 4, kLayers = 4;
 constexpr std::int32_t kQHeads = 16, kKVHeads = 4, kHeadDim = 64, kVocab = 32000;
-constexpr std::int32_t kPageSize = 16;
+constexpr std::int32_t kPageSize = 16, kDenseWidth = 3072;
+constexpr std::int32_t kRows[] = {1, 2, 8, 16, 64, 512, 2048};
 
 // Memory on huge pages, filled with numbers near one another (so that no sum overflows).
 std::byte* memory(std::size_t bytes, DType dtype) {
@@ -70,7 +71,7 @@ class Benchmark {
         k_(*kernels_of(isa, dtype)),
         size_(element_bytes(dtype)),
         peak_(peak_flops(isa, dtype)) {
-    scratch_ = memory(k_.scratch_bytes({kHidden, 576, 512, kExperts, kVocab}), dtype);
+    scratch_ = memory(k_.scratch_bytes({kDenseWidth, 576, 512, kExperts, kVocab}), dtype);
     pool_bytes_ = std::size_t{512} << 20;
     pool_ = memory(pool_bytes_, dtype);
   }
@@ -79,6 +80,7 @@ class Benchmark {
     norms();
     gemms();
     experts();
+    dense();
     attention();
     std::vector<float> logits(kVocab);
     for (auto& logit : logits) logit = static_cast<float>(random_() % 4096) / 256.0F;
@@ -113,12 +115,13 @@ class Benchmark {
       const char* name;
       std::int32_t n, k;
     };
-    for (const auto& [name, n, k] : {Shape{"qkv", 1536, 1024}, Shape{"lm_head", kVocab, 1024}}) {
+    for (const auto& [name, n, k] :
+         {Shape{"qkv", 1536, 1024}, Shape{"o", 1024, 1024}, Shape{"lm_head", kVocab, 1024}}) {
       // Copies, so that none is in the cache when its turn comes.
       const std::int64_t bytes = Matrix{nullptr, n, k, dtype_}.bytes();
       const std::int64_t copies = std::max<std::int64_t>(1, (std::int64_t{256} << 20) / bytes);
       std::byte* const weights = memory(static_cast<std::size_t>(bytes * copies), dtype_);
-      for (const std::int32_t rows : {1, 4, 8, 16, 64, 512, 2048}) {
+      for (const std::int32_t rows : kRows) {
         if (rows > 64 && n == kVocab) continue;
         std::byte* const x = memory(static_cast<std::size_t>(rows) * k * 4, dtype_);
         std::byte* const out = memory(static_cast<std::size_t>(rows) * n * 4, dtype_);
@@ -144,7 +147,7 @@ class Benchmark {
       down.push_back(matrix(kHidden, kWidth));
     }
     const Matrix router = matrix(kExperts, kHidden);
-    for (const std::int32_t rows : {1, 4, 8, 16, 64, 512, 2048}) {
+    for (const std::int32_t rows : kRows) {
       const std::size_t slots = static_cast<std::size_t>(rows) * (kTopK + 1);
       std::byte* const x = memory(static_cast<std::size_t>(rows) * kHidden * 4, dtype_);
       std::byte* const activation = memory(slots * kWidth * 4, dtype_);
@@ -194,8 +197,8 @@ class Benchmark {
       const double router_flops = 2.0 * rows * kHidden * kExperts;
       measure(
           {"router", rows, router_flops, [&](Case& c) { draw(c, 0, router_bytes); }, run_router});
-      measure({"experts_up", rows, 2 * pair, [&](Case& c) { draw(c, up_bytes, 0); }, run_up});
-      measure({"experts_down", rows, pair, [&](Case& c) { draw(c, down_bytes, 0); }, run_down});
+      measure({"gate_up", rows, 2 * pair, [&](Case& c) { draw(c, up_bytes, 0); }, run_up});
+      measure({"down", rows, pair, [&](Case& c) { draw(c, down_bytes, 0); }, run_down});
       measure({"moe", rows, 3 * pair + router_flops,
                [&](Case& c) { draw(c, up_bytes + down_bytes, router_bytes); },
                [&] {
@@ -203,6 +206,41 @@ class Benchmark {
                  run_up();
                  run_down();
                }});
+    }
+  }
+
+  // A dense layer's gated MLP, which is planned like an expert that every row chose.
+  void dense() {
+    const std::int64_t bytes = Matrix{nullptr, 3 * kDenseWidth, kHidden, dtype_}.bytes();
+    std::vector<Matrix> gate_up, down;
+    for (std::int64_t at = 0; at < std::int64_t{256} << 20; at += bytes) {
+      gate_up.push_back(matrix(2 * kDenseWidth, kHidden));
+      down.push_back(matrix(kHidden, kDenseWidth));
+    }
+    for (const std::int32_t rows : kRows) {
+      std::byte* const x = memory(static_cast<std::size_t>(rows) * kHidden * 4, dtype_);
+      std::byte* const activation =
+          memory(static_cast<std::size_t>(rows) * kDenseWidth * 4, dtype_);
+      auto* const out = reinterpret_cast<float*>(
+          memory(static_cast<std::size_t>(rows) * kHidden * sizeof(float), DType::kFloat32));
+      std::vector<ExpertGroup> groups(1);
+      std::vector<std::int32_t> slot_row(static_cast<std::size_t>(rows));
+      std::vector<float> slot_weight(static_cast<std::size_t>(rows));
+      ExpertPlan plan{groups.data(), slot_row.data(), slot_weight.data(), 0, 0};
+      const Experts call{&plan, x, kHidden, activation, kDenseWidth, out, kHidden, rows};
+      std::size_t turn = 0;
+      measure({"dense",
+               rows,
+               6.0 * rows * kHidden * kDenseWidth,
+               {},
+               [&] {
+                 turn = (turn + 1) % down.size();
+                 const FFNLayer layer{nullptr, nullptr, &gate_up[turn], &down[turn], 0, 0, 0};
+                 k_.plan_experts(layer, nullptr, nullptr, rows, &plan, scratch_);
+                 k_.expert_gate_up(call, 0, 1, scratch_);
+                 k_.expert_down(call, 0, kHidden / kPanel, scratch_);
+               },
+               static_cast<double>(bytes)});
     }
   }
 
