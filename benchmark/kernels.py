@@ -96,7 +96,7 @@ def _machine(recorder: Recorder, core: int) -> None:
             seconds = floors.read_seconds(some, _READ_BYTES)
             values, unit = [_READ_BYTES / value / 1e9 for value in seconds], "GB/s"
         else:
-            command = [build("barrier"), str(_MEETINGS), *map(str, some)]
+            command = [str(build("barrier")), str(_MEETINGS), *map(str, some)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             values, unit = json.loads(done.stdout)["us"], "us"
         summary = recorder.add(
