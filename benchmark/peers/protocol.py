@@ -182,7 +182,8 @@ class ContestantError(RuntimeError):
 
 
 class Contestant:
-    """One engine's process.
+    """One engine's process. It is stopped while it has nothing to answer: threads of engines at
+    rest that spin would take the cores from others.
 
     ``python``: the interpreter of its environment; ``module``: what runs in it, for example
     ``benchmark.peers.vllm_peer``; ``log``: where its output goes."""
@@ -251,6 +252,7 @@ class Contestant:
     def send(self, message: Message) -> None:
         """Without waiting for the answer: several engines at work at once."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
@@ -267,6 +269,7 @@ class Contestant:
             raise self._error(f"did not answer in {timeout_s:.0f} s") from None
         if not line:
             raise self._error(f"died with status {self._process.wait()}")
+        self._signal(signal.SIGSTOP)
         answer: Message = json.loads(line)
         if "error" in answer:
             raise self._error(answer["error"])
@@ -275,6 +278,7 @@ class Contestant:
     def close(self) -> None:
         """Ends the process; that of one which is idle and well goes by itself."""
         assert self._process.stdin is not None and self._process.stdout is not None
+        self._signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()  # an idle engine takes that for ``quit``
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -282,10 +286,13 @@ class Contestant:
         self._kill()
 
     def _kill(self) -> None:
-        """It and whatever it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To it and whatever it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def __enter__(self) -> Contestant:
         return self

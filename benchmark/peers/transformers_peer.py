@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from benchmark.peers import protocol
 class TransformersEngine:
     def __init__(self, checkpoint: Path, threads: int) -> None:
         import torch
+
+        # a torchvision built for CUDA fails at import beside PyTorch's CPU build, and transformers
+        # with it; a model of text does without
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -92,7 +93,7 @@ def test_moe_layers_of_kt_kernel(folder: Path) -> None:
 
 
 FAKE = """
-import os, sys
+import os, threading, time
 from benchmark.peers import protocol
 
 class Engine:
@@ -101,6 +102,8 @@ class Engine:
         return {"affinity": sorted(os.sched_getaffinity(0)), "omp": os.environ["OMP_NUM_THREADS"]}
     def start(self, prompts, steps):
         print("chatter on stdout")
+        if steps == 1:
+            time.sleep(3600)
         calls = iter(range(steps))
         def step():
             return [next(calls)] * len(prompts)
@@ -108,7 +111,15 @@ class Engine:
     def prefill(self, prompt):
         os._exit(3)
 
-protocol.serve(lambda checkpoint, threads, cores: Engine())
+def load(checkpoint, threads, cores):
+    threading.Thread(target=spin, daemon=True).start()
+    return Engine()
+
+def spin():
+    while True:
+        time.sleep(0.001)
+
+protocol.serve(load)
 """
 
 
@@ -135,10 +146,19 @@ def test_protocol(fake: Contestant, tmp_path: Path) -> None:
         fake.prefill(16, 1)
 
 
+def test_an_engine_at_rest_takes_no_core(fake: Contestant, tmp_path: Path) -> None:
+    fake.load(tmp_path, 1, [max(os.sched_getaffinity(0))])
+    process = psutil.Process(fake.pid)
+    before = (process.num_ctx_switches(), process.cpu_times())
+    time.sleep(0.3)
+    assert (process.num_ctx_switches(), process.cpu_times()) == before
+    assert process.status() == psutil.STATUS_STOPPED
+    assert fake.ask({"do": "tokens", "prompt": [1], "steps": 2}, 30.0) == {"tokens": [0, 1]}
+
+
 def test_an_engine_that_hangs_is_ended(fake: Contestant, tmp_path: Path) -> None:
     fake.load(tmp_path, 1, [max(os.sched_getaffinity(0))])
-    os.kill(fake.pid, 19)  # SIGSTOP
     with pytest.raises(ContestantError, match="did not answer in 1 s"):
-        fake.decode(1, 4, 2, timeout_s=1.0)
+        fake.ask({"do": "tokens", "prompt": [1], "steps": 1}, timeout_s=1.0)
     with pytest.raises(ProcessLookupError):
         os.kill(fake.pid, 0)
