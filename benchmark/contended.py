@@ -1,13 +1,17 @@
 """The contended regime, served: what happens as the offered load passes what the KV pool holds.
 
-    python -m benchmark.contended [--quick] [--loop resident] [--tbt-target-ms T]
+    python -m benchmark.contended [--quick] [--loop host] [--tbt-target-ms T]
 
-Three bundled models share a pool that is too small for them: a handful of requests fills it. The
-load is counted in promised KV bytes per second, a request's being the pages for its prompt and for
+Three models share a pool that is too small for them: a handful of requests fills it. The load is
+counted in promised KV bytes per second, a request's being the pages for its prompt and for
 ``max_tokens``; 1 is what the pool turns over when its queues are never empty, measured at the
-beginning of every round, since it follows the machine's speed of the moment. Half of what is
-promised for answers goes unused: requests end by themselves, at a length that the load fixes.
-Admitted requests must keep their time between tokens while TTFT and 429s take the pressure.
+beginning of every round, since it follows the machine's speed of the moment. Admitted requests must
+keep their time between tokens while TTFT and 429s take the pressure.
+
+The resident loop serves models of four layers of the checkpoint that engines are compared on, whose
+steps take milliseconds, and answers have the length that was asked for. The host loop serves the
+bundled models, and half of what is promised for answers goes unused: requests end by themselves, at
+a length that the load fixes (by a logit bias, which the resident loop would leave to Python).
 
 The loads of both promise policies are the same requests at the same times, in turns.
 """
@@ -29,11 +33,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmark import machine, plots
+from benchmark import checkpoint, machine, plots
 from benchmark.client import STREAM_FLAGS, Replay, replay
 from benchmark.pool_sampler import PoolSample, PoolSampler
 from benchmark.records import IMAGES, Recorder
-from benchmark.server import TINY_MODELS, Server, one_device
+from benchmark.server import DEMO, TINY_MODELS, Server, one_device
 from benchmark.summary import quantile
 from benchmark.usage import Usage, total
 from benchmark.workload import Request, eos_tokens, random_prompt
@@ -46,13 +50,14 @@ PAGE_SIZE = 16
 QUEUE_TIMEOUT = 4.0
 CHUNK_TOKENS = 512
 """Prompt tokens of one step at most, the server's own default."""
-TBT_TARGET_MS = {"host": 12.0, "resident": 4.0}
-"""By loop: what is left of it beside the bundled models' decode steps takes some dozens of prompt
-tokens, so that chunks fill it at every load."""
+TBT_TARGET_MS = {"resident": 40.0, "host": 12.0}
+"""By loop: beside the models' decode steps it leaves room for some dozens of prompt tokens, so that
+chunks fill it at every load."""
+LAYERS = 4
 GROWTH_TOKENS = 64
 """What the growth policy promises at a time."""
 FLAGS = (
-    *("--dtype", "float32", "--context-length", "1024", "--page-size", str(PAGE_SIZE)),
+    *("--context-length", "1024", "--page-size", str(PAGE_SIZE)),
     *("--kv-pool-bytes", str(POOL_BYTES), "--queue-timeout", f"{QUEUE_TIMEOUT:g}"),
     *("--growth-tokens", str(GROWTH_TOKENS)),
     *one_device(),
@@ -63,6 +68,7 @@ OUTPUT = (128, 448)
 """Shortest and longest, uniform in between; tokens."""
 MAX_TOKENS = 512
 _VOCAB = 2048
+"""Of all models, at least."""
 _AT_ONCE = 10
 """More requests than the pool holds."""
 
@@ -73,13 +79,29 @@ class Plan:
 
     loads: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     rounds: int = 3
-    seconds: float = 10.0
+    seconds: float = 16.0
     """Length of one load in one round."""
     saturating: int = 20
     """Requests that measure the pool's capacity in one round."""
-    loop: str = "host"
-    tbt_target_ms: float = TBT_TARGET_MS["host"]
+    loop: str = "resident"
+    tbt_target_ms: float = TBT_TARGET_MS["resident"]
     chunk_tokens: int = CHUNK_TOKENS
+
+    @property
+    def dtype(self) -> str:
+        return "float32" if self.loop == "host" else "bfloat16"
+
+    def models(self) -> list[Path]:
+        if self.loop == "host":
+            return [DEMO / model for model in TINY_MODELS]
+        return checkpoint.models(len(TINY_MODELS), layers=LAYERS)
+
+    def request(self, model: str, arrival: float, rng: np.random.Generator) -> Request:
+        prompt = random_prompt(int(rng.integers(PROMPT[0], PROMPT[1] + 1)), _VOCAB, rng)
+        length = int(rng.integers(OUTPUT[0], OUTPUT[1] + 1))
+        if self.loop == "resident":
+            return Request(arrival, model, prompt, length)
+        return Request(arrival, model, prompt, MAX_TOKENS, length, eos_tokens()[model])
 
 
 QUICK = Plan(loads=(0.5, 2.0), rounds=1, seconds=6.0)
@@ -103,39 +125,30 @@ class Phase:
         return [gap for answer in self.replay.answers if answer.complete for gap in answer.tbt]
 
 
-def request(model: str, arrival: float, rng: np.random.Generator) -> Request:
-    return Request(
-        arrival=arrival,
-        model=model,
-        prompt=random_prompt(int(rng.integers(PROMPT[0], PROMPT[1] + 1)), _VOCAB, rng),
-        max_tokens=MAX_TOKENS,
-        stop_after=int(rng.integers(OUTPUT[0], OUTPUT[1] + 1)),
-        eos=eos_tokens()[model],
-    )
-
-
 def promised_bytes(request: Request, per_token: dict[str, int]) -> int:
     """KV bytes that admission promises ``request`` in the worst case, in whole pages."""
     pages = -(-(len(request.prompt) + request.max_tokens) // PAGE_SIZE)
     return pages * PAGE_SIZE * per_token[request.model]
 
 
-def make_load(rate: float, seconds: float, seed: Sequence[int]) -> list[Request]:
+def make_load(plan: Plan, rate: float, seed: Sequence[int]) -> list[Request]:
     """Arrivals of a Poisson process that has brought just as many as ``rate`` says by its end, of
     every model alike, so that short loads are what they are called."""
+    names = [path.name for path in plan.models()]
     rng = np.random.default_rng(seed)
-    arrivals = np.sort(rng.uniform(0, seconds, max(1, round(rate * seconds))))
-    models = rng.permutation(np.arange(len(arrivals)) % len(TINY_MODELS))
+    arrivals = np.sort(rng.uniform(0, plan.seconds, max(1, round(rate * plan.seconds))))
+    models = rng.permutation(np.arange(len(arrivals)) % len(names))
     return [
-        request(TINY_MODELS[model], float(arrival), rng)
+        plan.request(names[model], float(arrival), rng)
         for model, arrival in zip(models, arrivals, strict=True)
     ]
 
 
-def capacity(server: Server, per_token: dict[str, int], requests: int) -> float:
+def capacity(plan: Plan, server: Server, per_token: dict[str, int], requests: int) -> float:
     """Promised bytes per second that complete while requests always wait."""
     rng = np.random.default_rng(7)
-    backlog = [request(TINY_MODELS[i % len(TINY_MODELS)], 0.0, rng) for i in range(requests)]
+    names = list(per_token)
+    backlog = [plan.request(names[i % len(names)], 0.0, rng) for i in range(requests)]
     answers = replay(server.url, backlog, at_once=_AT_ONCE).answers
     if failed := [answer.error for answer in answers if answer.error]:
         raise RuntimeError(f"while the pool's capacity was measured: {failed}")
@@ -165,28 +178,35 @@ def run(plan: Plan, promises: Sequence[str], console: Console) -> tuple[list[Pha
     turns = plan.rounds * (len(plan.loads) * len(promises) + 1)
     with Progress(console=console, refresh_per_second=2) as progress, ExitStack() as stack:
         task = progress.add_task("starting", total=turns)
+        models = [str(path) for path in plan.models()]
         flags = [
-            *(*FLAGS, "--loop", plan.loop, "--tbt-target-ms", f"{plan.tbt_target_ms:g}"),
+            *(
+                *FLAGS,
+                "--loop",
+                plan.loop,
+                "--dtype",
+                plan.dtype,
+                "--tbt-target-ms",
+                f"{plan.tbt_target_ms:g}",
+            ),
             *("--chunked-prefill-size", str(plan.chunk_tokens)),
         ]
         servers = {
-            promise: stack.enter_context(Server([*flags, "--promise", promise]))
+            promise: stack.enter_context(Server([*flags, "--promise", promise], models))
             for promise in promises
         }
         status = next(iter(servers.values())).status()
         per_token = {m["name"]: m["kv_bytes_per_token"] for m in status["models"]}
         for server in servers.values():
-            capacity(server, per_token, 12)  # every lazily made buffer of the processes
-        mean_bytes = _mean_promised(per_token)
+            capacity(plan, server, per_token, 12)  # every lazily made buffer of the processes
+        mean_bytes = _mean_promised(plan, per_token)
         for turn in range(plan.rounds):
             progress.update(task, description=f"round {turn + 1}, what the pool turns over")
-            full = capacity(servers[promises[0]], per_token, plan.saturating)
+            full = capacity(plan, servers[promises[0]], per_token, plan.saturating)
             capacities.append(full)
             progress.advance(task)
             for load in plan.loads[:: -1 if turn % 2 else 1]:
-                requests = make_load(
-                    load * full / mean_bytes, plan.seconds, (turn, round(100 * load))
-                )
+                requests = make_load(plan, load * full / mean_bytes, (turn, round(100 * load)))
                 for promise, server in servers.items():
                     progress.update(task, description=f"round {turn + 1}, load {load:g}, {promise}")
                     phases.append(measure(server, promise, load, turn, requests))
@@ -194,9 +214,9 @@ def run(plan: Plan, promises: Sequence[str], console: Console) -> tuple[list[Pha
     return phases, capacities
 
 
-def _mean_promised(per_token: dict[str, int]) -> float:
+def _mean_promised(plan: Plan, per_token: dict[str, int]) -> float:
     rng = np.random.default_rng(0)
-    drawn = [request(model, 0.0, rng) for model in TINY_MODELS for _ in range(200)]
+    drawn = [plan.request(model, 0.0, rng) for model in per_token for _ in range(200)]
     return float(np.mean([promised_bytes(r, per_token) for r in drawn]))
 
 
@@ -296,7 +316,7 @@ def ratio(phases: Sequence[Phase], promise: str) -> Ratio:
 def name(plan: Plan) -> str:
     """Of the record and the plot."""
     parts = ["contended"]
-    if plan.loop != "host":
+    if plan.loop != "resident":
         parts.append(plan.loop)
     if plan.tbt_target_ms != TBT_TARGET_MS[plan.loop]:
         parts.append(f"target_{plan.tbt_target_ms:g}")
@@ -432,7 +452,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.contended", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="seconds, nothing recorded")
     parser.add_argument("--promise", choices=PROMISES, nargs="+", default=PROMISES)
-    parser.add_argument("--loop", choices=tuple(TBT_TARGET_MS), default="host")
+    parser.add_argument("--loop", choices=tuple(TBT_TARGET_MS), default="resident")
     parser.add_argument(
         "--tbt-target-ms",
         type=float,
