@@ -38,9 +38,7 @@ def test_every_state_of_a_small_deployment_is_right(case: Any) -> None:
 
 @pytest.mark.slow
 def test_part_of_the_states_of_every_deployment_is_right() -> None:
-    text = check.MODEL.read_text()
-    for case in check.SWEEP:
-        report = check.verify(case, text, seconds=0.5)
+    for case, report in check.sweep(check.MODEL.read_text(), seconds=0.5):
         assert report.errors == 0, f"{case}\n{report.output}"
         assert report.states > 1000
 

@@ -31,6 +31,23 @@ const Kernels& table(DType dtype);
 
 namespace {
 
+// Paths that this build has (CROSSPOOL_KERNEL_PATHS).
+#if defined(CROSSPOOL_BUILT_avx2)
+constexpr bool kBuiltAvx2 = true;
+#else
+constexpr bool kBuiltAvx2 = false;
+#endif
+#if defined(CROSSPOOL_BUILT_avx512)
+constexpr bool kBuiltAvx512 = true;
+#else
+constexpr bool kBuiltAvx512 = false;
+#endif
+#if defined(CROSSPOOL_BUILT_amx)
+constexpr bool kBuiltAmx = true;
+#else
+constexpr bool kBuiltAmx = false;
+#endif
+
 constexpr Isa kAll[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
 
 #if defined(__x86_64__)
@@ -65,7 +82,7 @@ Isa decide() {
     if (std::string_view(asked) != isa_name(isa)) continue;
     if (isa_available(isa)) return isa;
     throw std::runtime_error("CROSSPOOL_CPU_ISA=" + std::string(asked) +
-                             ": this machine does not have it");
+                             ": this machine, or this build, does not have it");
   }
   throw std::runtime_error("CROSSPOOL_CPU_ISA=" + std::string(asked) +
                            ": must be portable, avx2, avx512 or amx");
@@ -79,11 +96,11 @@ bool isa_available(Isa isa) {
     case Isa::kPortable:
       return true;
     case Isa::kAvx2:
-      return has_avx2();
+      return kBuiltAvx2 && has_avx2();
     case Isa::kAvx512:
-      return has_avx512();
+      return kBuiltAvx512 && has_avx512();
     case Isa::kAmx:
-      return has_amx();
+      return kBuiltAmx && has_amx();
   }
   return false;
 #else
@@ -104,9 +121,15 @@ Isa isa() {
 const Kernels* kernels_of(Isa isa, DType dtype) {
   if (!isa_available(isa)) return nullptr;
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx2) return &avx2::table(dtype);
-  if (isa == Isa::kAvx512) return &avx512::table(dtype);
-  if (isa == Isa::kAmx) return &amx::table(dtype);
+  if constexpr (kBuiltAvx2) {
+    if (isa == Isa::kAvx2) return &avx2::table(dtype);
+  }
+  if constexpr (kBuiltAvx512) {
+    if (isa == Isa::kAvx512) return &avx512::table(dtype);
+  }
+  if constexpr (kBuiltAmx) {
+    if (isa == Isa::kAmx) return &amx::table(dtype);
+  }
 #endif
   return &portable::table(dtype);
 }
