@@ -1,7 +1,7 @@
 # make env     an environment in .venv with everything that serving needs
 # make serve   the three bundled models on port 30000
 # make test    the tests;  make lint  style, types, formatting
-# make bench   kernels, engine and ablation, in under 15 minutes; records and plots are rewritten
+# make bench   kernels, hand-over, engine and ablation; records and plots are rewritten
 # make bench-peers  installs other engines (PEERS="llama vllm": only these) and measures beside them
 #
 # PyTorch's CPU wheels (no CUDA libraries with them) come from an index of their own:

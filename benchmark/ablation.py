@@ -27,7 +27,7 @@ from rich.table import Table
 from benchmark import checkpoint, plots
 from benchmark.decoding import Engine, Loop, two_devices
 from benchmark.records import IMAGES, Recorder
-from benchmark.turns import Case, Measured, take_turns
+from benchmark.turns import Case, Measured, record_case, take_turns
 
 MODELS = 3
 LAYERS = 4
@@ -135,25 +135,15 @@ def record(arms: Sequence[Arm]) -> Recorder:
     for batch in sorted({arm.case.batch for arm in arms}):
         own = [arm for arm in arms if arm.case.batch == batch]
         for arm in own:
-            case = arm.case
-            recorder.add_steps(
-                case.name,
-                case.ms,
-                model=case.model,
-                models=case.models,
-                batch=case.batch,
-                context=case.context,
-                threads=case.threads,
+            record_case(
+                recorder,
+                arm.case,
                 ratio_to=own[0].case.name,
                 ratio=arm.gain(own[0]),
                 tokens_per_s=median(arm.rates),
                 tokens_per_s_of_turns=[round(rate, 2) for rate in arm.rates],
                 loop=arm.loop,
                 lanes=arm.lanes,
-                load1=case.load1,
-                cpu_s=sum(turn.cpu_s for turn in case.turns),
-                wall_s=sum(turn.wall_s for turn in case.turns),
-                other_cpu_share=case.other_cpu_share,
             )
     return recorder
 

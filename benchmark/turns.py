@@ -123,7 +123,20 @@ class Comparison:
 
 
 def record(recorder: Recorder, comparison: Comparison, **more: Any) -> None:
-    case, to = comparison.case, comparison.to
+    to = comparison.to
+    record_case(
+        recorder,
+        comparison.case,
+        ratio_to=None if to is None else to.name,
+        ratio=comparison.ratio,
+        limit=comparison.limit,
+        **more,
+    )
+
+
+def record_case(
+    recorder: Recorder, case: Case, *, ratio_to: str | None, ratio: float | None, **more: Any
+) -> None:
     recorder.add_steps(
         case.name,
         case.ms,
@@ -132,9 +145,8 @@ def record(recorder: Recorder, comparison: Comparison, **more: Any) -> None:
         batch=case.batch,
         context=case.context,
         threads=case.threads,
-        ratio_to=None if to is None else to.name,
-        ratio=comparison.ratio,
-        limit=comparison.limit,
+        ratio_to=ratio_to,
+        ratio=ratio,
         load1=case.load1,
         cpu_s=sum(turn.cpu_s for turn in case.turns),
         wall_s=sum(turn.wall_s for turn in case.turns),

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from benchmark import contended, prefix_cache
+from benchmark import contended, contended_report, prefix_cache
 from benchmark.client import Answer, Replay
 from benchmark.pool_sampler import PoolSampler
 from benchmark.server import TINY_MODELS
@@ -35,14 +35,14 @@ def test_promised_bytes_are_whole_pages() -> None:
 
 
 def test_ratio_compares_the_highest_load_with_the_lowest() -> None:
-    def phase(promise: str, load: float, turn: int, *gaps: float) -> contended.Phase:
+    def phase(promise: str, load: float, turn: int, *gaps: float) -> contended_report.Phase:
         times = np.cumsum([1.0, *gaps])
         request = Request(0.0, "a", [400], len(times))
         answer = Answer(request, status=200, pieces=[(float(t), 1) for t in times])
         refused = Answer(request, status=429, pieces=[(0.0, 1), (99.0, 1)])
         replay = Replay([answer, refused], 1.0, 0.0, 0.1)
         usage = Usage(cast(Any, None))
-        return contended.Phase(promise, load, turn, replay, PoolSampler(0), usage, 0)
+        return contended_report.Phase(promise, load, turn, replay, PoolSampler(0), usage, 0)
 
     phases = [
         phase("growth", 0.5, 0, 0.01, 0.04),
@@ -52,7 +52,7 @@ def test_ratio_compares_the_highest_load_with_the_lowest() -> None:
         phase("growth", 0.5, 1, 0.05),
         phase("worst_case", 2.0, 0, 9.0),
     ]
-    both = contended.ratio(phases, "growth")
+    both = contended_report.ratio(phases, "growth")
     assert both.by_round == pytest.approx([1.5, 1.0])
     assert both.pooled == pytest.approx(0.06 / 0.05)
 
