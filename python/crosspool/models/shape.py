@@ -149,19 +149,9 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         return self.ffn_parameters / self.parameters
 
     @property
-    def layer_ffn_bytes(self) -> float:
-        """FFN bytes of a layer, mean over the layers."""
-        return self.ffn_bytes / self.layers
-
-    @property
     def active_ffn_bytes_per_token(self) -> int:
         """FFN bytes that one token's way through all layers reads."""
         return self._active_ffn * self.dtype_bytes + self.moe_layers * self._router_fp32_bytes
-
-    @property
-    def active_bytes_per_token(self) -> int:
-        """Weight bytes that one token's way through the model reads."""
-        return self.active_parameters * self.dtype_bytes + self.moe_layers * self._router_fp32_bytes
 
     @property
     def _norm(self) -> int:
