@@ -34,7 +34,8 @@ def test_a_dead_rank_is_told_answered_503_and_ends_the_server(pool: str) -> None
                 threads.submit(server.post, f"/m/{model}/generate", LONG, 60)
                 for model in TINY_MODELS[:2]
             ]
-            time.sleep(2)
+            while not all(m["running"] for m in server.get("/crosspool/status")["models"]):
+                assert not any(answer.done() for answer in running), "they never ran together"
             server.find(title).kill()
             killed = time.monotonic()
             seen: set[int | None] = set()

@@ -122,16 +122,18 @@ def test_lanes_overlap_and_batches_leave_early(split_server: Server) -> None:
     )
     assert overlaps > 100
 
-    spans: dict[int, tuple[int, int, int]] = {}
-    for event in (e for e in events if e["role"] == "attention"):
+    # a lease is one step to the scheduler and many on the lanes: each begins with layer 0
+    turns: dict[int, int] = {}
+    spans: dict[tuple[int, int], tuple[int, int, int]] = {}
+    for event in sorted(
+        (e for e in events if e["role"] == "attention"), key=lambda event: event["start_ns"]
+    ):
+        step = event["step"]
+        turns[step] = turns.get(step, 0) + (event["part"] == "attention" and event["layer"] == 0)
         lane, start, end = spans.get(
-            event["step"], (event["lane"], event["start_ns"], event["end_ns"])
+            (step, turns[step]), (event["lane"], event["start_ns"], event["end_ns"])
         )
-        spans[event["step"]] = (
-            lane,
-            min(start, event["start_ns"]),
-            max(end, event["end_ns"]),
-        )
+        spans[step, turns[step]] = (lane, start, max(end, event["end_ns"]))
     ordered = sorted(spans.values(), key=lambda span: span[1])
     replaced_early = 0
     for lane, _, end in ordered:

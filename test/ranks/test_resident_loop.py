@@ -322,34 +322,38 @@ def test_a_stop_token_ends_a_lease(pair: list[Path]) -> None:
 def test_others_come_in_between(pair: list[Path]) -> None:
     """With one lane: a lease gives way to another model's step, and ends when it is recalled, or
     when something of its model is released."""
-    with Machine(pair, loop="resident", lanes=1) as machine:
-        long, short = Stream(0, [1, 2, 3], 900), Stream(1, [4], 1)
-        ended = Stream(0, [7], 1)
-        machine.submit(machine.step([ended]))
-        machine.take([ended], machine.results(1)[0])
+    # Many rows on one core, so that a lease does not end before this thread takes its results.
+    fields: dict[str, Any] = {"lanes": 1, "chunks_per_model": 16} | PLACEMENTS["one core"]
+    with Machine(pair, loop="resident", **fields) as machine:
+
+        def begin() -> Step:
+            lease = machine.step([Stream(0, [i], 900) for i in range(24)], 800)
+            machine.submit(lease)
+            assert all(result.more for result in machine.results(3))
+            return lease
 
         def until(step: int) -> list[StepResult]:
             results = machine.results(1)
-            while results[-1].step != step or results[-1].more:
+            while not any(result.step == step and not result.more for result in results):
                 results += machine.results(1)
             return results
 
-        lease = machine.step([long], 800)
-        machine.submit(lease)
-        machine.results(3)
+        ended, short = Stream(0, [7], 1), Stream(1, [4], 1)
+        machine.submit(machine.step([ended]))
+        machine.take([ended], machine.results(1)[0])
+
+        lease = begin()
         other = machine.step([short])
         machine.submit(other)
         results = until(other.step)
-        assert all(result.more for result in results[:-1])
+        assert [result.step for result in results if not result.more] == [other.step]
         machine.first.executor.recall(Recall(step=lease.step))
         recalled = until(lease.step)
         assert machine.first.executor.quiet
         machine.first.executor.recall(Recall(step=lease.step))  # it has ended
         assert len(results) + len(recalled) < 700
 
-        again = Stream(0, [1, 2, 3], 900)
-        lease = machine.step([again], 800)
-        machine.submit(lease)
+        lease = begin()
         machine.submit(Release(model=0, requests=[ended.request], unmap_chunks=[]))
         assert len(until(lease.step)) < 700
         assert machine.first.executor.quiet

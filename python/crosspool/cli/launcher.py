@@ -23,7 +23,6 @@ from crosspool.observability.pools_table import make_console, pools_tables
 from crosspool.transport import admin, shared_memory
 from crosspool.transport.data_path import remote_pairs
 
-_CHECK_EVERY = 0.3
 _CHECK_SECONDS = 2.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -124,7 +123,6 @@ class _Face:
         self._deployment = deployment
         self._console = make_console()
         self._began = time.monotonic()
-        self._next_check = 0.0
         self._ready_devices: set[str] = set()
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(deployment.host, deployment.host)
         self._url = f"http://{f'[{host}]' if ':' in host else host}:{deployment.port}"
@@ -135,13 +133,8 @@ class _Face:
         self._console.print(f"crosspool: {text}", markup=False)
 
     def is_ready(self) -> bool:
-        """Asks at most every 0.3 s, and tells of every device that has become ready."""
-        now = time.monotonic()
-        if now < self._next_check:
-            return False
-        ready = self._all_devices_ready() and self._http_ready()
-        self._next_check = time.monotonic() + _CHECK_EVERY
-        return ready
+        """Tells of every device that has become ready since it was asked last."""
+        return self._all_devices_ready() and self._http_ready()
 
     def _all_devices_ready(self) -> bool:
         if len(self._ready_devices) == len(self._deployment.devices):

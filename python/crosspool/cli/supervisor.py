@@ -13,6 +13,7 @@ from crosspool.cli.child import Child, ForkServer, ProcessSpec
 from crosspool.config.process import adopt_orphans
 
 _POLL_SECONDS = 0.1
+_CHECK_SECONDS = 0.3
 _STOP_SECONDS = 15.0
 """How long a process may take to end after SIGTERM, before SIGKILL."""
 
@@ -37,7 +38,8 @@ class Supervisor:
     ``stages`` are the processes in the order in which they are stopped, those of one stage at
     once; they are started from the last stage to the first without waiting for one another, but
     for those that are ``forked``: these come from the fork server, which is started last.
-    ``is_ready`` is asked again and again until it says True, then ``on_ready`` is called once.
+    ``is_ready`` is asked again and again until it says True, then ``on_ready`` is called once. A
+    loss before that ends them all, unless ``is_ready``, asked at once, says True.
     ``on_loss`` is called for every process that is lost after it was ready; then the others are
     left alone for ``failure_grace`` seconds, unless all of the first stage is gone."""
 
@@ -96,20 +98,25 @@ class Supervisor:
     def _watch(self) -> list[Loss]:
         """Returns the losses, or an empty list when a signal asks to stop."""
         ready = False
+        next_check = 0.0
         losses: list[Loss] = []
         deadline = float("inf")
         while not self._signals and time.monotonic() < deadline:
             for loss in self._new_losses(losses):
                 losses.append(loss)
                 self._say(loss.cause)
+                # Requests may have come in since the last time that it was asked.
+                ready = ready or self._is_ready()
                 if not ready or loss.spec in self._stages[0]:
                     deadline = 0.0
                 else:
                     self._on_loss(loss)
                     deadline = min(deadline, time.monotonic() + self._failure_grace)
-            if not ready and not losses and self._is_ready():
-                ready = True
-                self._on_ready()
+            if not ready and not losses and time.monotonic() >= next_check:
+                ready = self._is_ready()
+                if ready:
+                    self._on_ready()
+                next_check = time.monotonic() + _CHECK_SECONDS
             time.sleep(_POLL_SECONDS)
         return losses
 

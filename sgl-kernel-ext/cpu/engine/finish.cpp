@@ -8,15 +8,15 @@
 namespace crosspool {
 
 void Loop::finish() {
-  if (work_.model == nullptr) return;  // nothing has run yet
+  if (work_.model == nullptr || work_.kind == Kind::kStop) return;  // nothing has run
+  record(work_);  // before the peer can begin: what crosses begins when the part has ended
   switch (work_.kind) {
     case Kind::kAttention:
       finish_attention(lanes_[work_.index]);
       break;
     case Kind::kHead:
-      record(work_);
       finish_head(lanes_[work_.index]);
-      return;
+      break;
     case Kind::kLocalFFN:
       finish_local(lanes_[work_.index]);
       break;
@@ -24,9 +24,8 @@ void Loop::finish() {
       finish_incoming(incoming_[work_.index]);
       break;
     case Kind::kStop:
-      return;
+      break;
   }
-  record(work_);
 }
 
 std::int64_t Loop::dispatch_bytes(const Lane& lane) const {
