@@ -253,26 +253,22 @@ class Engine:
 def steps_of(events: Sequence[LaneEvent], model: int) -> list[Parts]:
     """The parts of each whole step of a model that had one step at a time."""
     own = sorted((e for e in events if e.model == model), key=lambda e: e.start_ns)
-    steps, current = [], list[LaneEvent]()
-    for event in own:
-        if event.part == "attention" and event.layer == 0:
-            current = []
-        current.append(event)
-        if event.part == "lm_head" and current[0].part == "attention" and current[0].layer == 0:
-            took = {"attention": 0, "ffn": 0, "lm_head": 0}
-            for part in current:
-                took[part.part] += part.end_ns - part.start_ns
-            span = current[-1].end_ns - current[0].start_ns
-            steps.append(
-                Parts(
-                    span / 1e3,
-                    took["attention"] / 1e3,
-                    took["ffn"] / 1e3,
-                    took["lm_head"] / 1e3,
-                    current[-1].end_ns,
-                )
+    begins = [i for i, e in enumerate(own) if e.part == "attention" and e.layer == 0]
+    steps = []
+    for begin, end in pairwise(begins):  # what follows the last beginning may not be whole
+        took = {"attention": 0, "ffn": 0, "lm_head": 0}
+        for part in own[begin:end]:
+            took[part.part] += part.end_ns - part.start_ns
+        last = own[end - 1].end_ns  # the LM head has several parts
+        steps.append(
+            Parts(
+                (last - own[begin].start_ns) / 1e3,
+                took["attention"] / 1e3,
+                took["ffn"] / 1e3,
+                took["lm_head"] / 1e3,
+                last,
             )
-            current = []
+        )
     return [step for step in steps if step.attention > 0]
 
 
