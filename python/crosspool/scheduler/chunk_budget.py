@@ -3,6 +3,7 @@ their tokens keeps to a target."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,10 +27,68 @@ class _Estimate:
         self.known = True
 
 
+@dataclass
+class _Length:
+    """Chunks of about one length: running means of both."""
+
+    tokens: float
+    seconds: float
+
+
+class _ChunkCost:
+    """Seconds that a model's prompt chunks add to its steps, by their length.
+
+    Not proportional to it: a chunk of a few tokens already reads most experts of a layer. So it is
+    learnt apart for lengths up to each power of two, with straight lines in between."""
+
+    _GUESS = 1e-4
+    """Seconds per token, before anything is known."""
+
+    def __init__(self) -> None:
+        self._lengths: dict[int, _Length] = {}
+        self._sorted: list[_Length] = []
+
+    def take(self, tokens: int, seconds: float) -> None:
+        expected = self.expected(tokens)
+        length = self._lengths.get(tokens.bit_length())
+        if length is None:
+            length = self._lengths[tokens.bit_length()] = _Length(tokens, seconds)
+        else:
+            length.tokens += _WEIGHT * (tokens - length.tokens)
+            length.seconds += _WEIGHT * (seconds - length.seconds)
+        self._sorted = sorted(self._lengths.values(), key=lambda each: each.tokens)
+        # The device has become faster or slower for the others too, and no longer chunk is cheaper.
+        speed = 1 + _WEIGHT * (seconds / expected - 1) if expected else 1.0
+        for other in self._sorted:
+            if other is not length:
+                other.seconds *= speed
+                longer = other.tokens > length.tokens
+                other.seconds = (max if longer else min)(other.seconds, length.seconds)
+
+    def expected(self, tokens: int) -> float:
+        """Seconds of a chunk; outside the lengths that are known, in proportion."""
+        if not self._sorted:
+            return tokens * self._GUESS
+        after = bisect_left(self._sorted, float(tokens), key=lambda length: length.tokens)
+        if after in (0, len(self._sorted)):
+            nearest = self._sorted[max(after - 1, 0)]
+            return nearest.seconds * tokens / nearest.tokens
+        low, high = self._sorted[after - 1], self._sorted[after]
+        share = (tokens - low.tokens) / (high.tokens - low.tokens)
+        return low.seconds + share * (high.seconds - low.seconds)
+
+    def fits(self, tokens: int, seconds: float) -> bool:
+        """Whether a chunk takes no longer, as far as is known: one that is shorter than any before
+        may take as long as the shortest."""
+        if not self._sorted:
+            return False
+        return max(self.expected(tokens), self._sorted[0].seconds) <= seconds
+
+
 class ChunkBudget:
     """Of one attention rank: learns what its steps cost and sizes the next prompt chunk.
 
-    A step's cost is its model's seconds per step and seconds per prompt token. Steps on several
+    A step's cost is its model's seconds per step, and what a prompt chunk adds. Steps on several
     lanes share the rank part by part, so no step's own time shows on the clock: the time that
     passes is shared out among those on the lanes as their costs are expected to be, and when one
     ends, its model's costs follow the share that it got."""
@@ -43,7 +102,7 @@ class ChunkBudget:
         self._most_tokens = most_tokens
         self._target = target
         self._step = [_Estimate(1e-3) for _ in range(models)]
-        self._token = [_Estimate(1e-4) for _ in range(models)]
+        self._chunk = [_ChunkCost() for _ in range(models)]
         self._spent: dict[int, float] = {}
         """Seconds that a step in flight has had, by its number."""
         self._seen = 0.0
@@ -55,16 +114,14 @@ class ChunkBudget:
         request that waits for a lane may find a second step on each of the others."""
         if not self._target or not answering:
             return self._most_tokens
-        tokens = self._page_size
-        if self._token[model].known:
-            steps = sorted((self._step[m].value for m in answering | {model}), reverse=True)
-            again = self._lanes - 1 if len(steps) > self._lanes else 0
-            room = self._target - sum(steps) - sum(steps[:again])
-            cost = self._token[model].value
-            most = self._most_tokens
-            fitting = int(room / cost) if room < most * cost else most
-            tokens = max(tokens, fitting // self._page_size * self._page_size)
-        return min(tokens, self._most_tokens)
+        steps = sorted((self._step[m].value for m in answering | {model}), reverse=True)
+        again = self._lanes - 1 if len(steps) > self._lanes else 0
+        room = self._target - sum(steps) - sum(steps[:again])
+        cost, page = self._chunk[model], self._page_size
+        most = max(self._most_tokens // page, 1)
+        # The first number of pages that does not fit, less one.
+        pages = bisect_left(range(1, most + 1), True, key=lambda n: not cost.fits(n * page, room))
+        return min(max(pages, 1) * page, self._most_tokens)
 
     def share_out(self, flights: Iterable[Flight], now: float) -> None:
         """Time has passed for ``flights``; to be called before one is added or ends."""
@@ -78,16 +135,14 @@ class ChunkBudget:
     def landed(self, flight: Flight) -> None:
         """``flight`` has ended, and its time is shared out."""
         seconds = self._spent.pop(flight.step, 0.0)
-        step, token = self._step[flight.model], self._token[flight.model]
+        step = self._step[flight.model]
         if not flight.prompt_tokens:
             return step.take(seconds, _WEIGHT)
         beside = step.value if step.known else 0.0
-        chunk = flight.prompt_tokens * token.value
-        # A short chunk says little of the cost of a token.
-        weight = _WEIGHT * chunk / (chunk + beside) if chunk else _WEIGHT
-        token.take(max(seconds - beside, 0.0) / flight.prompt_tokens, weight)
+        self._chunk[flight.model].take(flight.prompt_tokens, max(seconds - beside, 0.0))
 
     def _expected(self, flight: Flight) -> float:
-        return (
-            self._step[flight.model].value + flight.prompt_tokens * self._token[flight.model].value
-        )
+        step = self._step[flight.model].value
+        if not flight.prompt_tokens:
+            return step
+        return step + self._chunk[flight.model].expected(flight.prompt_tokens)
