@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from crosspool.kernels import native_structs
-from crosspool.kernels.native_kernels import available_isas, default_isa
+from crosspool.kernels.native_dense import available_isas, default_isa
 from rich.console import Console
 from rich.table import Column, Table
 

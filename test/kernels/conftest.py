@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from crosspool.kernels.native_kernels import NativeKernels, available_isas
+from crosspool.kernels.native_dense import available_isas
+from crosspool.kernels.native_kernels import NativeKernels
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from crosspool.kernels.native_kernels import NativeKernels, PackedMatrix
+from crosspool.kernels.native_dense import PackedMatrix
+from crosspool.kernels.native_kernels import NativeKernels
 
 ROWS = (1, 2, 3, 7, 8, 33, 256)
 # (n, k): panels that end inside a group, n inside a panel, k inside a block, odd k.

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from crosspool.kernels.native_kernels import available_isas
+from crosspool.kernels.native_dense import available_isas
 from crosspool.transport.messages import (
     Failed,
     Logprobs,
