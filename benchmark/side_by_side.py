@@ -215,12 +215,11 @@ class Bench:
         self._progress = progress
         self._checkpoints = checkpoint.models(2, tiny=plan.tiny)
 
-    def against(self, peer: str) -> list[Comparison]:
-        """Every case of one peer. Raises ContestantError."""
+    def matches(self, peer: str) -> list[Callable[[str], list[Comparison]]]:
+        """What is played against one peer; each may raise ContestantError."""
         if peer == MOE_PEER:
-            return self._moe_layer(peer)
-        done = self._one(peer)
-        return [*done, *self._pinned(peer), *self._shared(peer)] if peer in PAIRED else done
+            return [self._moe_layer]
+        return [self._one, self._pinned, self._shared] if peer in PAIRED else [self._one]
 
     def _one(self, peer: str) -> list[Comparison]:
         with self._processes(peer, [self._cores]) as processes:
@@ -336,9 +335,9 @@ def main(words: Sequence[str] | None = None) -> int:
             stack.enter_context(Engine(folders[:1], one_device(cores[-1:]))),
         )
         bench = Bench(plan, ours, cores, progress)
-        for peer in peers:
+        for peer, match in ((name, one) for name in peers for one in bench.matches(name)):
             try:
-                done = bench.against(peer)
+                done = match(peer)
             except ContestantError as error:
                 failed[peer] = str(error)
                 continue

@@ -41,6 +41,7 @@ class VLLMEngine:
         ).llm_engine
         self.vocabulary = self._engine.model_config.get_vocab_size()
         self._requests = 0
+        self._names: list[str] = []
 
     def about(self) -> protocol.Message:
         import torch
@@ -62,7 +63,15 @@ class VLLMEngine:
 
         def forward() -> None:
             for output in self._engine.step():
-                last[output.request_id] = list(output.outputs[0].token_ids)
+                if output.request_id not in last:
+                    raise RuntimeError(f"request {output.request_id} was to be gone")
+                generated = output.outputs[0]
+                last[output.request_id] = list(generated.token_ids)
+                if output.finished and len(generated.token_ids) < steps + SPARE:
+                    raise RuntimeError(
+                        f"a sequence ended after {len(generated.token_ids)} tokens: "
+                        f"{generated.finish_reason}, {generated.stop_reason}"
+                    )
 
         ready = 0
 
@@ -85,10 +94,8 @@ class VLLMEngine:
     def _add(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
         from vllm import SamplingParams
 
-        unfinished = [*self._engine.output_processor.request_states]
-        if unfinished:
-            self._engine.abort_request(unfinished)
-        names = []
+        self._engine.abort_request(self._names)
+        names = self._names = []
         for prompt in prompts:
             self._requests += 1
             names.append(str(self._requests))

@@ -1,11 +1,12 @@
-"""Checks the lane protocol's model with spin (``apt-get install spin``; a C compiler beside it).
+"""Checks the models of the lanes and of the command ring with spin (``apt-get install spin``; a C
+compiler beside it).
 
     python sgl-kernel-ext/model/check.py [--seconds 0.5]
 
-Small deployments are searched exhaustively (spin's partial-order reduction, states compressed).
-Then every deployment of 1 to 3 attention ranks, 1 to 3 FFN ranks and 1 to 4 lanes gets a search of
-bounded time over hashed states (bitstate), in a random order: it visits hundreds of thousands of
-states of each, not all. Exit status 1 when anything is found.
+Small deployments, and a host with its loop, are searched exhaustively (spin's partial-order
+reduction, states compressed). Then every deployment of 1 to 3 attention ranks, 1 to 3 FFN ranks and
+1 to 4 lanes gets a search of bounded time over hashed states (bitstate), in a random order: it
+visits hundreds of thousands of states of each, not all. Exit status 1 when anything is found.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 MODEL = Path(__file__).parent / "lanes.pml"
+COMMANDS_MODEL = Path(__file__).parent / "commands.pml"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,21 @@ class Case:
 
     def __str__(self) -> str:
         return " ".join(f"{value} {name.replace('_', ' ')}" for name, value in asdict(self).items())
+
+
+@dataclass(frozen=True)
+class CommandCase:
+    """One host with its loop."""
+
+    lanes: int
+    steps: int
+    lease: int
+    """Steps of a lease."""
+    spare: int
+    """Slots of the event ring beyond its reserve."""
+
+    def __str__(self) -> str:
+        return " ".join(f"{value} {name}" for name, value in asdict(self).items())
 
 
 @dataclass(frozen=True)
@@ -63,6 +80,7 @@ EXHAUSTIVE = [
     Case(1, 1, 3, 3, 2, 0),
     Case(2, 2, 1, 1, 1, 0),
 ]
+COMMANDS = [CommandCase(1, 2, 3, 1), CommandCase(1, 2, 3, 2), CommandCase(2, 2, 2, 1)]
 SWEEP = [
     Case(attention_ranks, ffn_ranks, lanes, lanes + 1, 2, 1)
     for attention_ranks, ffn_ranks, lanes in itertools.product((1, 2, 3), (1, 2, 3), (1, 2, 3, 4))
@@ -73,13 +91,13 @@ def available() -> bool:
     return shutil.which("spin") is not None and _compiler() is not None
 
 
-def verify(case: Case, text: str, seconds: float | None = None) -> Report:
+def verify(case: Case | CommandCase, text: str, seconds: float | None = None) -> Report:
     """Searches the model ``text``: wholly, or its hashed states for at most ``seconds``."""
     with tempfile.TemporaryDirectory(prefix="crosspool-spin-") as name:
         folder = Path(name)
-        (folder / "lanes.pml").write_text(text)
+        (folder / "model.pml").write_text(text)
         defines = [f"-D{field.upper()}={value}" for field, value in asdict(case).items()]
-        _run(["spin", "-a", *defines, "lanes.pml"], folder)
+        _run(["spin", "-a", *defines, "model.pml"], folder)
         if seconds is None:
             options = ["-O2", "-DCOLLAPSE"]
         else:  # compiling takes longer than the search
@@ -127,10 +145,12 @@ def _search(command: list[str], folder: Path, seconds: float | None) -> Report:
     )
 
 
-def _rows(seconds: float) -> Iterator[tuple[Case, Report]]:
+def _rows(seconds: float) -> Iterator[tuple[Case | CommandCase, Report]]:
     text = MODEL.read_text()
     for case in EXHAUSTIVE:
         yield case, verify(case, text)
+    for commands in COMMANDS:
+        yield commands, verify(commands, COMMANDS_MODEL.read_text())
     yield from sweep(text, seconds)
 
 

@@ -1,4 +1,5 @@
-"""The lane protocol's model under spin, and that the search finds faults that are put into it."""
+"""The models of the lanes and of the command ring under spin, and that the search finds faults that
+are put into them."""
 
 from __future__ import annotations
 
@@ -80,4 +81,53 @@ def test_a_fault_is_found(fault: str) -> None:
     text = check.MODEL.read_text()
     assert text.count(right) == 1
     report = check.verify(check.Case(1, 1, 1, 2, 2, 1), text.replace(right, wrong))
+    assert report.errors > 0, report.output
+
+
+@pytest.mark.parametrize("case", check.COMMANDS, ids=str)
+def test_every_state_of_a_host_and_its_loop_is_right(case: Any) -> None:
+    report = check.verify(case, check.COMMANDS_MODEL.read_text())
+    assert report.errors == 0, report.output
+    assert report.complete
+    assert report.states > 1000
+
+
+COMMAND_FAULTS = {
+    "the host empties the eventfd after it looked": (
+        "     atomic { signalled -> signalled = false }\n     do\n",
+        "     signalled;\n     do\n",
+        "     :: else -> break\n     od\n  od;\n",
+        "     :: else -> break\n     od;\n     signalled = false\n  od;\n",
+    ),
+    "the bell is looked at after the commands": (
+        "     bell = false;\n     do\n",
+        "     do\n",
+        "     :: else -> break\n     od;\n     skip;\n     /* Steps begin",
+        "     :: else -> break\n     od;\n     bell = false;\n     /* Steps begin",
+    ),
+    "a slot is filled after it is counted": (
+        "    assert(event_head - event_tail < EVENTS);     \\\n",
+        "    event_head++;                                 \\\n",
+        "  event_head++;                                   \\\n  signalled",
+        "  signalled",
+    ),
+    "leases leave no room for the ends of steps": (
+        "> RESERVE;",
+        "> 0;",
+    ),
+    "a recall does not reach a lease that waits for a lane": (
+        ":: i < queued && queue[i] == s -> lease[s] = done[s] + 1",
+        ":: false -> skip",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", COMMAND_FAULTS)
+def test_a_fault_of_the_rings_is_found(fault: str) -> None:
+    text = check.COMMANDS_MODEL.read_text()
+    changes = COMMAND_FAULTS[fault]
+    for right, wrong in zip(changes[::2], changes[1::2], strict=True):
+        assert text.count(right) == 1
+        text = text.replace(right, wrong)
+    report = check.verify(check.COMMANDS[0], text)
     assert report.errors > 0, report.output
