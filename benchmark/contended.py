@@ -54,7 +54,7 @@ LAYERS = 4
 GROWTH_TOKENS = 64
 """What the growth policy promises at a time."""
 FLAGS = (
-    *("--context-length", "1024", "--page-size", str(PAGE_SIZE)),
+    *("--context-length", "1152", "--page-size", str(PAGE_SIZE)),
     *("--kv-pool-bytes", str(POOL_BYTES), "--queue-timeout", f"{QUEUE_TIMEOUT:g}"),
     *("--growth-tokens", str(GROWTH_TOKENS), "--lanes", str(len(TINY_MODELS))),
     *one_device(),
@@ -63,7 +63,8 @@ FLAGS = (
 PROMPT = (384, 768)
 OUTPUT = (64, 256)
 """Shortest and longest, uniform in between; tokens."""
-MAX_TOKENS = 256
+MAX_TOKENS = 320
+"""Of the host loop's requests; the resident loop's ask for what they get."""
 _VOCAB = 2048
 """Of all models, at least."""
 _AT_ONCE = 12

@@ -21,7 +21,7 @@ def test_contended_load_offers_its_rate_and_lengths() -> None:
     load = contended.make_load(plan, 20.0, (1, 50))
     assert len(load) == pytest.approx(2000, rel=0.1)
     assert {r.model for r in load} == set(TINY_MODELS)
-    assert all(256 <= len(r.prompt) <= 512 and 128 <= r.output_tokens <= 448 for r in load)
+    assert all(384 <= len(r.prompt) <= 768 and 64 <= r.output_tokens <= 256 for r in load)
     assert all(r.output_tokens < r.max_tokens for r in load)
     again = contended.make_load(plan, 20.0, (1, 50))
     assert [(r.arrival, r.prompt) for r in load] == [(r.arrival, r.prompt) for r in again]
