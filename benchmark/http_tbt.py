@@ -7,7 +7,7 @@ have the layers of the checkpoint that engines are compared on, but fewer of the
 takes several milliseconds on one core. Both pools lie on one device of so many cores; what is left
 is the front end's and the client's. For every gap between two tokens at the client, the engine's
 trace tells how long the step took that made the second, and how long after the model's step before
-it ended ("end to end": where three models share two lanes, a step may wait for one).
+it ended ("end to end"). There is a lane for each model, so that no step waits for one.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Phase:
         return quantile(self.tbt, q) / quantile(self.steps, q)
 
     def ratio_to_period(self, q: float) -> float:
-        """Of the client's gaps to the engine's, in which a step may also wait for a lane."""
+        """Of the client's gaps to the engine's, from end to end."""
         return quantile(self.tbt, q) / quantile(self.periods, q)
 
 
@@ -220,7 +220,8 @@ def main(words: Sequence[str] | None = None) -> int:
     device = "cpu:" + "+".join(map(str, cores))
     flags = [
         *("--kv-pool-devices", device, "--weight-pool-devices", device, "--loop", "resident"),
-        *("--kv-pool-bytes", str(256 << 20), *STREAM_FLAGS, *given.flags.split()),
+        *("--lanes", str(MODELS), "--kv-pool-bytes", str(256 << 20), *STREAM_FLAGS),
+        *given.flags.split(),
     ]
     console = Console(width=170)
     phases = []
