@@ -142,7 +142,7 @@ class Task {
         const I index = iota() + i * kLanes;
         s[i] = nothing;
         if (i * kLanes < written) s[i] = load(scores + i * kLanes) * scale;
-        s[i] = (index >= low) & (index < high) ? s[i] : nothing;
+        s[i] = ((index >= low) & (index < high)) ? s[i] : nothing;
         most = max(s[i], most);
       }
     }

@@ -31,6 +31,9 @@ const Kernels& table(DType dtype);
 
 namespace {
 
+constexpr Isa kAll[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
+
+#if defined(__x86_64__)
 // Paths that this build has (CROSSPOOL_KERNEL_PATHS).
 #if defined(CROSSPOOL_BUILT_avx2)
 constexpr bool kBuiltAvx2 = true;
@@ -48,9 +51,6 @@ constexpr bool kBuiltAmx = true;
 constexpr bool kBuiltAmx = false;
 #endif
 
-constexpr Isa kAll[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
-
-#if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 bool has_avx512() {
