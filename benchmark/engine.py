@@ -163,7 +163,7 @@ def on_one_device(bench: Bench, cores: Sequence[int], progress: Progress) -> lis
         Comparison(floor_one),
         Comparison(single, floor_one),
         Comparison(partition, single),
-        Comparison(two, partition, 1.1),
+        Comparison(two, single, 1.1),
         Comparison(floor_batch),
         Comparison(one_batch, floor_batch),
         Comparison(two_batch, one_batch),

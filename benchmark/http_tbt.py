@@ -239,7 +239,13 @@ def main(words: Sequence[str] | None = None) -> int:
             progress.advance(task)
     model = names[0].rpartition("-")[0]
     if not given.quick:
-        parameters = {"cores": given.cores, "prompt": PROMPT, "output": OUTPUT, "models": MODELS}
+        parameters = {
+            "cores": given.cores,
+            "lanes": MODELS,
+            "prompt": PROMPT,
+            "output": OUTPUT,
+            "models": MODELS,
+        }
         recorder = record(phases, model, parameters)
         recorder.write(given.results) if given.results else recorder.write()
         plot(phases, (given.results or IMAGES) / "http_tbt.svg")

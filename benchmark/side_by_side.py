@@ -327,7 +327,7 @@ def main(words: Sequence[str] | None = None) -> int:
     console = Console(width=210)
     recorder = Recorder("side_by_side")
     comparisons: list[Comparison] = []
-    failed: dict[str, str] = {}
+    failed: list[tuple[str, str]] = []
     with Progress(console=console, refresh_per_second=2) as progress, ExitStack() as stack:
         folders = checkpoint.models(2, tiny=plan.tiny)
         ours = Ours(
@@ -339,7 +339,7 @@ def main(words: Sequence[str] | None = None) -> int:
             try:
                 done = match(peer)
             except ContestantError as error:
-                failed[peer] = str(error)
+                failed.append((peer, str(error)))
                 continue
             for comparison in done:
                 more: dict[str, Any] = {}
@@ -352,7 +352,7 @@ def main(words: Sequence[str] | None = None) -> int:
         recorder.write(given.results) if given.results else recorder.write()
         plot(comparisons, (given.results or IMAGES) / "side_by_side.svg")
     console.print(table("Beside other engines", comparisons))
-    for peer, why in failed.items():
+    for peer, why in failed:
         console.print(f"{peer} failed: {why}", style="red", markup=False)
     return 1 if failed else 0
 
