@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from crosspool.kernels import native_structs as ns
 from crosspool.kernels.native_dense import PackedMatrix
 from crosspool.kernels.native_kernels import NativeKernels
 
@@ -27,11 +28,15 @@ def _check(found: torch.Tensor, expected: torch.Tensor, k: int, dtype: torch.dty
     )
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["compact", "plain"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_product(native: NativeKernels, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+def test_product(
+    native: NativeKernels, dtype: torch.dtype, shape: tuple[int, int], plain: bool
+) -> None:
     n, k = shape
     w = torch.randn(n, k).to(dtype)
-    packed = native.pack(w)
+    packed = native.pack(w, plain=plain)
+    assert packed.struct.encoding == (not plain and native.table.compact)
     for rows in ROWS:
         x = torch.randn(rows, k).to(dtype)
         _check(native.gemm(x, packed), _exact(x, w), k, dtype)
@@ -122,3 +127,51 @@ def test_embedding_rows(native: NativeKernels, dtype: torch.dtype) -> None:
 def test_no_rows(native: NativeKernels, dtype: torch.dtype) -> None:
     packed = native.pack(torch.randn(32, 32).to(dtype))
     assert native.gemm(torch.empty(0, 32, dtype=dtype), packed).shape == (0, 32)
+
+
+def _with_odd_ones(n: int, k: int) -> torch.Tensor:
+    """Weights of which some lie far outside the range of the others."""
+    w = torch.randn(n, k).bfloat16()
+    w[torch.rand(n, k) < 0.05] = 0.0
+    for at, value in enumerate((1e30, -1e-30, 3e-9, -7e8, 1e-39)):
+        w[(5 * at) % n, (37 * at) % k] = value
+    w[-1, -1] = -2e-12
+    return w
+
+
+def test_compact_weights_are_the_same_weights(native: NativeKernels, dtype: torch.dtype) -> None:
+    if not native.table.compact:
+        pytest.skip("this path reads plain weights only")
+    for n, k in ((50, 33), (80, 96), (48, 1056)):
+        w = _with_odd_ones(n, k)
+        packed, plain = native.pack(w), native.pack(w, plain=True)
+        assert packed.struct.encoding == ns.COMPACT
+        assert packed.struct.bytes < (0.8 if k > 1000 else 1.5) * plain.struct.bytes
+        ids = torch.arange(n, dtype=torch.int32)
+        assert torch.equal(native.embed(packed, ids), w.float())
+        # Every weight by itself; kernels flush what is below the normal numbers.
+        for rows in (min(k, 12), k):
+            y = native.gemm(torch.eye(k, dtype=dtype)[:rows], packed, store="float")
+            expected = w[:, :rows].float().T
+            expected[expected.abs() < 2**-126] = 0.0
+            assert torch.equal(y, expected), (n, k, rows)
+
+
+def test_compact_products_are_plain_products(native: NativeKernels, dtype: torch.dtype) -> None:
+    """Bit for bit, but for the exceptions, which are added last."""
+    if not native.table.compact:
+        pytest.skip("this path reads plain weights only")
+    w = (torch.rand(272, 1000) + 0.01).to(dtype) * torch.randn(272, 1000).sign().to(dtype)
+    packed, plain = native.pack(w), native.pack(w, plain=True)
+    for rows in (1, 2, 6, 12, 13, 33, 200):
+        x = torch.randn(rows, 1000).to(dtype)
+        assert torch.equal(native.gemm(x, packed), native.gemm(x, plain))
+
+
+def test_weights_of_any_bits(native: NativeKernels, dtype: torch.dtype) -> None:
+    """A matrix with too many exceptions is packed plain."""
+    w = torch.randint(-(2**15), 2**15, (64, 256), dtype=torch.int16).view(torch.bfloat16)
+    w = torch.where(w.isfinite(), w, torch.ones_like(w)).to(dtype)
+    packed = native.pack(w)
+    assert packed.struct.encoding == ns.PLAIN
+    assert torch.equal(native.embed(packed, torch.arange(64, dtype=torch.int32)), w.float())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -60,12 +61,12 @@ def uniform(seed: int, position: int) -> float:
 class PackedMatrix:
     """Weights in the kernels' layout; owns their memory."""
 
-    def __init__(self, n: int, k: int, dtype: torch.dtype) -> None:
+    def __init__(self, n: int, k: int, dtype: torch.dtype, encoding: int) -> None:
         """Memory for [n, k] weights; :meth:`DenseKernels.pack` fills it."""
-        depth, panels = _round_up(k, ns.DEPTH), -(-n // ns.PANEL)
-        self.memory = _aligned(panels * ns.PANEL * depth * dtype.itemsize)
-        self.struct = ns.Matrix(pointer(self.memory), n, k, _DTYPES[dtype])
-        self.panels = panels
+        self.struct = ns.Matrix(None, n, k, _DTYPES[dtype], encoding)
+        self.memory = _aligned(self.struct.bytes)
+        self.struct.data = pointer(self.memory)
+        self.panels = -(-n // ns.PANEL)
         self.dtype = dtype
 
 
@@ -91,19 +92,34 @@ class DenseKernels:
         limits = ns.Limits(k, qk_dim, v_dim, experts, vocab)
         return _aligned(self.table.scratch_bytes(limits))
 
-    def pack(self, *weights: Tensor) -> PackedMatrix:
-        """Packs weights [n_i, k] that follow one another along n."""
-        packed = PackedMatrix(sum(w.shape[0] for w in weights), weights[0].shape[1], self.dtype)
+    def pack(self, *weights: Tensor, plain: bool = False) -> PackedMatrix:
+        """Packs weights [n_i, k] that follow one another along n; ``plain``: not compact even where
+        the path can and the weights allow."""
         sources = (ns.Source * len(weights))(*map(self._source, weights))
-        for begin, end in self._ranges(packed.panels):
-            self.table.pack(packed.struct, sources, len(weights), begin, end)
-        return packed
 
-    def pack_gated(self, gate: Tensor, up: Tensor) -> PackedMatrix:
+        def write(packed: PackedMatrix, begin: int, end: int) -> bool:
+            return self.table.pack(packed.struct, sources, len(weights), begin, end)
+
+        return self._packed(
+            sum(w.shape[0] for w in weights), weights[0].shape[1], plain, write
+        )
+
+    def pack_gated(self, gate: Tensor, up: Tensor, plain: bool = False) -> PackedMatrix:
         """Packs a gated MLP's gate and up, [I, k] each, into one matrix of pairs."""
-        packed = PackedMatrix(2 * _round_up(gate.shape[0], 32), gate.shape[1], self.dtype)
-        for begin, end in self._ranges(packed.panels):
-            self.table.pack_gated(packed.struct, self._source(gate), self._source(up), begin, end)
+        source, other = self._source(gate), self._source(up)
+
+        def write(packed: PackedMatrix, begin: int, end: int) -> bool:
+            return self.table.pack_gated(packed.struct, source, other, begin, end)
+
+        return self._packed(2 * _round_up(gate.shape[0], 32), gate.shape[1], plain, write)
+
+    def _packed(
+        self, n: int, k: int, plain: bool, write: Callable[[PackedMatrix, int, int], bool]
+    ) -> PackedMatrix:
+        for encoding in [ns.COMPACT] * (self.table.compact and not plain) + [ns.PLAIN]:
+            packed = PackedMatrix(n, k, self.dtype, encoding)
+            if all([write(packed, begin, end) for begin, end in self._ranges(packed.panels)]):
+                break
         return packed
 
     def gemm(

@@ -4,16 +4,37 @@ mean. :mod:`crosspool.kernels.native_kernels` is their face for tensors."""
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import c_bool, c_double, c_float, c_int32, c_int64, c_void_p
 
 ISAS = ("portable", "avx2", "avx512", "amx")
 """In the order of ``crosspool::Isa``."""
 BFLOAT16, FLOAT32 = 0, 1
+PLAIN, COMPACT = 0, 1
+"""crosspool::Encoding."""
 PANEL, DEPTH = 16, 32
 
 
 class Matrix(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("n", c_int32), ("k", c_int32), ("dtype", c_int32))
+    _fields_ = (
+        ("data", c_void_p),
+        ("n", c_int32),
+        ("k", c_int32),
+        ("dtype", c_int32),
+        ("encoding", c_int32),
+    )
+
+    @property
+    def bytes(self) -> int:
+        """``crosspool::Matrix::bytes``."""
+        depth = _up(self.k, DEPTH)
+        panels = _up(self.n, PANEL) // PANEL
+        if self.encoding == PLAIN:
+            return panels * depth * PANEL * (2 if self.dtype == BFLOAT16 else 4)
+        return panels * (64 * max(3, 1 + depth // 512) + depth * PANEL * 3 // 2)
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
 
 
 class Source(ctypes.Structure):
@@ -257,10 +278,23 @@ def _pointer(structure: type) -> type:
 class Kernels(ctypes.Structure):
     _fields_ = (
         ("scratch_bytes", _function(_pointer(Limits), result=c_int64)),
-        ("pack", _function(_pointer(Matrix), _pointer(Source), c_int32, c_int32, c_int32)),
+        ("compact", c_int32),
+        (
+            "pack",
+            _function(
+                _pointer(Matrix), _pointer(Source), c_int32, c_int32, c_int32, result=c_bool
+            ),
+        ),
         (
             "pack_gated",
-            _function(_pointer(Matrix), _pointer(Source), _pointer(Source), c_int32, c_int32),
+            _function(
+                _pointer(Matrix),
+                _pointer(Source),
+                _pointer(Source),
+                c_int32,
+                c_int32,
+                result=c_bool,
+            ),
         ),
         ("gemm", _function(_pointer(Gemm), c_int32, c_int32, c_void_p)),
         (

@@ -3,7 +3,8 @@
 A part of a model declares what it needs: matrices, and the tensors that they are made of. When all
 is declared, one arena of huge pages takes all matrices, the checkpoint is read shard by shard, and
 whatever is complete is packed by the team at once and forgotten: memory holds the arena and the
-tensors of one unfinished matrix (a layer's q, k and v; an expert's gate and up).
+tensors of one unfinished matrix (a layer's q, k and v; an expert's gate and up). The arena is as
+large as plain matrices are; of what compact ones leave free nothing is ever touched.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class PackedWeights:
         self._matrices: list[ns.Matrix] = []
         self._arena = 0
         self._arena_bytes = 0
+        self._taken = 0
         self.listing: list[TensorListing] = []
         """Everything held, by the checkpoint's names and shapes, once it is loaded."""
 
@@ -83,7 +85,7 @@ class PackedWeights:
         matrix = into
 
         def finish(tensors: list[Tensor]) -> None:
-            self._team.pack(matrix, [source(tensor) for tensor in tensors])
+            self.pack(matrix, [source(tensor) for tensor in tensors])
 
         self._declared.append(_Declared(layer, list(parts), dtype, finish))
         return matrix
@@ -98,7 +100,9 @@ class PackedWeights:
         """Fills a matrix of n = 2 x :func:`gated_columns` from a gated MLP's gate and up."""
 
         def finish(tensors: list[Tensor]) -> None:
+            self._place(into)
             self._team.pack_gated(into, *(source(tensor) for tensor in tensors))
+            self._taken += _up(into.bytes, _LINE)
 
         self._declared.append(_Declared(layer, [gate, up], self._dtype, finish))
 
@@ -125,8 +129,13 @@ class PackedWeights:
         )
 
     def pack(self, matrix: ns.Matrix, sources: Sequence[ns.Source]) -> None:
-        """For :meth:`custom` declarations."""
+        """For :meth:`custom` declarations; once for each matrix."""
+        self._place(matrix)
         self._team.pack(matrix, sources)
+        self._taken += _up(matrix.bytes, _LINE)
+
+    def _place(self, matrix: ns.Matrix) -> None:
+        matrix.data = self._arena + self._taken
 
     def load(self, path: Path, progress: Progress) -> None:
         """Reads and packs everything; ``progress`` is called with bytes read.
@@ -165,13 +174,9 @@ class PackedWeights:
         return torch.float32 if ref.keep_fp32 else self._dtype
 
     def _allocate(self) -> None:
-        total = sum(_up(matrix_bytes(matrix), _LINE) for matrix in self._matrices)
+        total = sum(_up(matrix.bytes, _LINE) for matrix in self._matrices)
         self._arena_bytes = max(_up(total, native.HUGE_PAGE), native.HUGE_PAGE)
         self._arena = native.reserve_parking(self._arena_bytes)
-        address = self._arena
-        for matrix in self._matrices:
-            matrix.data = address
-            address += _up(matrix_bytes(matrix), _LINE)
 
 
 def whole(ref: TensorRef) -> Index:
@@ -182,12 +187,6 @@ def whole(ref: TensorRef) -> Index:
 def gated_columns(width: int) -> int:
     """Columns that each half of a gated pair of ``width`` takes."""
     return _up(width, ns.DEPTH)
-
-
-def matrix_bytes(matrix: ns.Matrix) -> int:
-    """``crosspool::Matrix::bytes``."""
-    size = 2 if matrix.dtype == ns.BFLOAT16 else 4
-    return _up(matrix.n, ns.PANEL) * _up(matrix.k, ns.DEPTH) * size
 
 
 def source(tensor: Tensor) -> ns.Source:

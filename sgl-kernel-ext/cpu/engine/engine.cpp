@@ -3,6 +3,7 @@
 #include <crosspool/lanes.h>
 
 #include <algorithm>
+#include <atomic>
 #include <exception>
 #include <span>
 #include <string>
@@ -25,16 +26,26 @@ auto caught(Make&& make) -> decltype(make()) {
   }
 }
 
-// Pairs of panels stay together.
+// Packs compact where the path can and all panels fit, else plain. Pairs of panels stay together.
 template <class Pack>
-void with_panels(Team* team, const crosspool::Matrix* matrix, Pack&& pack) {
-  team->launch([&](int thread) {
-    const std::int32_t panels = matrix->panels();
-    const crosspool::Range pairs = crosspool::share((panels + 1) / 2, thread, team->size());
-    pack(crosspool::kernels(matrix->dtype),
-         crosspool::Range{2 * pairs.begin, std::min(panels, 2 * pairs.end)});
-  });
-  team->wait();
+void with_panels(Team* team, crosspool::Matrix* matrix, Pack&& pack) {
+  const crosspool::Kernels& kernels = crosspool::kernels(matrix->dtype);
+  const auto packed = [&](crosspool::Encoding encoding) {
+    matrix->encoding = encoding;
+    std::atomic<bool> fits{true};
+    team->launch([&](int thread) {
+      const std::int32_t panels = matrix->panels();
+      const crosspool::Range pairs = crosspool::share((panels + 1) / 2, thread, team->size());
+      if (!pack(kernels, crosspool::Range{2 * pairs.begin, std::min(panels, 2 * pairs.end)})) {
+        fits.store(false, std::memory_order_relaxed);
+      }
+    });
+    team->wait();
+    return fits.load(std::memory_order_relaxed);
+  };
+  if (kernels.compact == 0 || !packed(crosspool::Encoding::kCompact)) {
+    packed(crosspool::Encoding::kPlain);
+  }
 }
 
 }  // namespace
@@ -70,17 +81,17 @@ Team* crosspool_team_create(const std::int32_t* cores, std::int32_t count) {
 
 void crosspool_team_free(Team* team) { delete team; }
 
-void crosspool_team_pack(Team* team, const crosspool::Matrix* matrix,
+void crosspool_team_pack(Team* team, crosspool::Matrix* matrix,
                          const crosspool::Source* sources, std::int32_t count) {
   with_panels(team, matrix, [&](const crosspool::Kernels& kernels, crosspool::Range panels) {
-    kernels.pack(*matrix, sources, count, panels.begin, panels.end);
+    return kernels.pack(*matrix, sources, count, panels.begin, panels.end);
   });
 }
 
-void crosspool_team_pack_gated(Team* team, const crosspool::Matrix* matrix,
+void crosspool_team_pack_gated(Team* team, crosspool::Matrix* matrix,
                                const crosspool::Source* gate, const crosspool::Source* up) {
   with_panels(team, matrix, [&](const crosspool::Kernels& kernels, crosspool::Range panels) {
-    kernels.pack_gated(*matrix, *gate, *up, panels.begin, panels.end);
+    return kernels.pack_gated(*matrix, *gate, *up, panels.begin, panels.end);
   });
 }
 

@@ -29,10 +29,12 @@ CROSSPOOL_API std::uint64_t crosspool_link_offset(std::uint32_t devices, std::ui
 CROSSPOOL_API crosspool::Team* crosspool_team_create(const std::int32_t* cores, std::int32_t count);
 // No loop may run on it.
 CROSSPOOL_API void crosspool_team_free(crosspool::Team* team);
-// Packs a matrix with the whole team, each thread the panels that it reads later. No loop may run.
-CROSSPOOL_API void crosspool_team_pack(crosspool::Team* team, const crosspool::Matrix* matrix,
+// Packs a matrix with the whole team, each thread the panels that it reads later, and sets its
+// encoding: compact where the kernels can and the weights allow. Its memory has room for the plain
+// one. No loop may run.
+CROSSPOOL_API void crosspool_team_pack(crosspool::Team* team, crosspool::Matrix* matrix,
                                        const crosspool::Source* sources, std::int32_t count);
-CROSSPOOL_API void crosspool_team_pack_gated(crosspool::Team* team, const crosspool::Matrix* matrix,
+CROSSPOOL_API void crosspool_team_pack_gated(crosspool::Team* team, crosspool::Matrix* matrix,
                                              const crosspool::Source* gate,
                                              const crosspool::Source* up);
 

@@ -24,10 +24,18 @@ constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
 inline constexpr std::int32_t kPanel = 16;
 inline constexpr std::int32_t kDepth = 32;  // k is padded with zeros to a multiple
 
+enum class Encoding : std::int32_t { kPlain = 0, kCompact = 1 };
+
 // Weights W [n, k] of y = x W^T, packed: [n / 16] panels, 64-byte aligned, each
 //   bfloat16: [k / 2][16 columns][2 of k]   (what vdpbf16ps and a tile of AMX read)
 //   float32:  [k][16 columns]
 // with zeros for columns past n and depths past k.
+//
+// Compact panels hold the same bfloat16 values in three quarters of the bytes, exactly: sign and
+// exponent of trained weights take few values, so that the upper byte of nearly every weight is one
+// of sixteen, which the panel lists. A code of four bits stands for it; the lower byte stays as it
+// is. The few other weights are zeros there and stand in a list of exceptions (compact.h). A matrix
+// of which a panel has too many of them stays plain.
 //
 // Gated pairs (gate and up of a gated MLP of width I) are one matrix of n = 2 * round_up(I, 32)
 // columns: panel 2j holds the columns 16j.. of gate, panel 2j + 1 those of up.
@@ -36,10 +44,20 @@ struct Matrix {
   std::int32_t n;
   std::int32_t k;
   DType dtype;
+  Encoding encoding = Encoding::kPlain;
 
   std::int32_t panels() const { return (n + kPanel - 1) / kPanel; }
   std::int64_t depth() const { return round_up(k, kDepth); }
-  std::int64_t panel_bytes() const { return depth() * kPanel * element_bytes(dtype); }
+  std::int64_t plain_panel_bytes() const { return depth() * kPanel * element_bytes(dtype); }
+  // What a compact panel begins with: codes and exceptions, one in some hundred weights at most.
+  std::int64_t header_bytes() const {
+    const std::int64_t lines = 1 + depth() / 512;
+    return 64 * (lines < 3 ? 3 : lines);
+  }
+  std::int64_t panel_bytes() const {
+    if (encoding == Encoding::kPlain) return plain_panel_bytes();
+    return header_bytes() + depth() * kPanel * 3 / 2;
+  }
   std::int64_t bytes() const { return panels() * panel_bytes(); }
 };
 

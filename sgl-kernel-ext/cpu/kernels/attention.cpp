@@ -93,7 +93,7 @@ class Task {
   template <class Body>
   void multiply(const std::byte* x, std::int64_t stride, const std::byte* weights,
                 std::int64_t panel_bytes, int panels, std::int64_t k, Body body) const {
-    const Prefetch nothing{weights, nullptr, k, 0};  // the panels are in the cache
+    const Prefetch nothing{weights, nullptr, k, 0, panel_bytes};  // the panels are in the cache
     alignas(64) Tile tile;
     for (std::int64_t i = 0; i < scope_.stretches(); ++i) {
       const std::int64_t first = scope_.begin(i), rows = scope_.begin(i + 1) - first;

@@ -1,4 +1,5 @@
 // Embedding rows, from a plain table or out of a packed matrix.
+#include "compact.h"
 #include "families.h"
 
 namespace crosspool::CROSSPOOL_ISA {
@@ -15,6 +16,18 @@ void embed(const void* table, std::int32_t hidden, const std::int32_t* ids, floa
   }
 }
 
+void embed_compact(const std::byte* panel, const Matrix& table, std::int64_t column, float* to) {
+  const std::int64_t header_bytes = table.header_bytes();
+  for (std::int64_t k = 0; k < table.k; ++k) {
+    to[k] = widened(compact_element(panel, header_bytes, k, column));
+  }
+  const auto& header = *reinterpret_cast<const CompactHeader*>(panel);
+  for (std::int32_t i = 0; i < header.count; ++i) {
+    const Exception& exception = header.exceptions()[i];
+    if (exception.column == column) to[exception.depth] = widened(exception.value);
+  }
+}
+
 // A row of the matrix is one word (a float, or a pair of bf16) in every line of its panel.
 template <class T>
 void embed_packed(const Matrix& table, const std::int32_t* ids, float* out, std::int64_t out_stride,
@@ -24,11 +37,14 @@ void embed_packed(const Matrix& table, const std::int32_t* ids, float* out, std:
   constexpr std::int64_t kLineElements = kPanel * kPerWord;
   for (std::int64_t row = begin; row < end; ++row) {
     const std::int64_t panel = ids[row] / kPanel, column = ids[row] % kPanel;
-    const auto* const from =
-        reinterpret_cast<const Element*>(static_cast<const std::byte*>(table.data) +
-                                         panel * table.panel_bytes()) +
-        column * kPerWord;
+    const auto* const begins =
+        static_cast<const std::byte*>(table.data) + panel * table.panel_bytes();
     float* const to = out + row * out_stride;
+    if (table.encoding == Encoding::kCompact) {
+      embed_compact(begins, table, column, to);
+      continue;
+    }
+    const auto* const from = reinterpret_cast<const Element*>(begins) + column * kPerWord;
     for (std::int64_t k = 0; k < table.k; ++k) {
       const Element element = from[k / kPerWord * kLineElements + k % kPerWord];
       if constexpr (kPerWord == 1) {

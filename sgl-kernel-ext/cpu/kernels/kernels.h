@@ -35,12 +35,16 @@ struct Kernels {
   // Bytes of scratch, 64-byte aligned, that each thread gives to the kernels that ask for it.
   std::int64_t (*scratch_bytes)(const Limits& limits);
 
+  // 1: the path packs and reads compact matrices (of bfloat16).
+  std::int32_t compact;
+
   // Packs panels [begin, end) of `matrix` (its data is written) from `count` sources that follow
-  // one another along n.
-  void (*pack)(const Matrix& matrix, const Source* sources, std::int32_t count, std::int32_t begin,
+  // one another along n. False: a panel does not fit, or the path has no compact matrices; plain
+  // ones always fit.
+  bool (*pack)(const Matrix& matrix, const Source* sources, std::int32_t count, std::int32_t begin,
                std::int32_t end);
   // The same for gated pairs; gate and up have the same number of rows, I.
-  void (*pack_gated)(const Matrix& matrix, const Source& gate, const Source& up, std::int32_t begin,
+  bool (*pack_gated)(const Matrix& matrix, const Source& gate, const Source& up, std::int32_t begin,
                      std::int32_t end);
 
   // Panels [begin, end) of the product.

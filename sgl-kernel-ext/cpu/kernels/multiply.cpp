@@ -49,8 +49,7 @@ CROSSPOOL_INLINE void micro_panels(const Multiply& m, int first_panel, float* ti
   using S = Step<T>;
   const std::byte* x[kRows];
   for (int r = 0; r < kRows; ++r) x[r] = m.x.row(m.first + r);
-  const std::int64_t skipped = first_panel * m.panel_bytes;
-  const std::byte* const w = m.weights + skipped;
+  const std::byte* const w = m.weights + first_panel * m.panel_bytes;
   const std::int64_t steps = S::count(m.k);
   const std::int64_t split = min(m.prefetch.split, steps);
 
@@ -65,7 +64,7 @@ CROSSPOOL_INLINE void micro_panels(const Multiply& m, int first_panel, float* ti
     for (std::int64_t s = begin; s < end; ++s) {
       const std::byte* const panel = w + s * 64;
       for (int p = 0; p < kPanels; ++p) {
-        level.fetch(ahead + p * m.panel_bytes + s * ahead_step);
+        level.fetch(ahead + p * m.prefetch.panel_bytes + s * ahead_step);
       }
       for (int half = 0; half < S::kHalves; ++half) {
         V weights[kPanels][kParts];
@@ -85,12 +84,13 @@ CROSSPOOL_INLINE void micro_panels(const Multiply& m, int first_panel, float* ti
       }
     }
   };
-  const std::byte* const near = m.prefetch.near + skipped;
+  const std::int64_t skipped_ahead = first_panel * m.prefetch.panel_bytes;
+  const std::byte* const near = m.prefetch.near + skipped_ahead;
   if (m.prefetch.far == nullptr) {
     stretch(ToSecondLevel{}, 0, steps, near, m.prefetch.near_step);
   } else {
     stretch(ToFirstLevel{}, 0, split, near, m.prefetch.near_step);
-    stretch(ToFirstLevel{}, split, steps, m.prefetch.far + skipped, 64);
+    stretch(ToFirstLevel{}, split, steps, m.prefetch.far + skipped_ahead, 64);
   }
 
   for (int r = 0; r < kRows; ++r) {
@@ -102,9 +102,71 @@ CROSSPOOL_INLINE void micro_panels(const Multiply& m, int first_panel, float* ti
   }
 }
 
+#if defined(__AVX512BF16__)
+
+// The same on compact panels, whose lines are put together in registers.
+template <int kRows, int kPanels>
+CROSSPOOL_INLINE void micro_compact(const Multiply& m, int first_panel, float* tile) {
+  const std::byte* x[kRows];
+  for (int r = 0; r < kRows; ++r) x[r] = m.x.row(m.first + r);
+  const std::byte* const w = m.weights + first_panel * m.panel_bytes;
+  const std::int64_t steps = (m.k + 1) / 2, header_lines = m.header_bytes / 64;
+  const std::int64_t skipped_ahead = first_panel * m.prefetch.panel_bytes;
+  const std::byte* const near = m.prefetch.near + skipped_ahead;
+  const std::byte* const far = m.prefetch.far + skipped_ahead;
+
+  __m512 sum[kRows][kPanels];
+  __m512i upper[kPanels];
+  for (int p = 0; p < kPanels; ++p) {
+    for (int r = 0; r < kRows; ++r) sum[r][p] = _mm512_setzero_ps();
+    upper[p] = upper_bytes(w + p * m.panel_bytes);
+    for (std::int64_t line = 0; line < header_lines; ++line) {
+      ToFirstLevel::fetch((line < m.prefetch.split ? near : far) + p * m.prefetch.panel_bytes +
+                          line * 64);
+    }
+  }
+  const auto block = [&](std::int64_t b, int lines_used) __attribute__((always_inline)) {
+    const std::byte* const at = w + m.header_bytes + b * kCompactBlock;
+    const std::int64_t line = header_lines + 3 * b;
+    const std::byte* const ahead = (line < m.prefetch.split ? near : far) + line * 64;
+    for (int p = 0; p < kPanels; ++p) {
+      for (int i = 0; i < 3; ++i) {
+        ToFirstLevel::fetch(ahead + p * m.prefetch.panel_bytes + i * 64);
+      }
+      const CompactLines lines = read_block(at + p * m.panel_bytes, upper[p]);
+      for (int i = 0; i < lines_used; ++i) {
+        for (int r = 0; r < kRows; ++r) {
+          std::int32_t pair;
+          std::memcpy(&pair, x[r] + b * 16 + i * 4, 4);
+          sum[r][p] = _mm512_dpbf16_ps(sum[r][p], (__m512bh)lines.at[i],
+                                       (__m512bh)_mm512_set1_epi32(pair));
+        }
+      }
+    }
+  };
+  for (std::int64_t b = 0; b < steps / 4; ++b) block(b, 4);
+  if (steps % 4 != 0) block(steps / 4, static_cast<int>(steps % 4));
+
+  for (int r = 0; r < kRows; ++r) {
+    for (int p = 0; p < kPanels; ++p) {
+      _mm512_storeu_ps(tile + r * kTileWidth + (first_panel + p) * kPanel, sum[r][p]);
+    }
+  }
+}
+
+#endif
+
 template <class T, int kRows, int kPanels>
 void micro(const Multiply& m, float* tile) {
   constexpr int kAtOnce = panels_at_once(kRows, kPanels);
+#if defined(__AVX512BF16__)
+  if constexpr (T::kDType == DType::kBFloat16) {
+    if (m.header_bytes != 0) {
+      for (int p = 0; p < kPanels; p += kAtOnce) micro_compact<kRows, kAtOnce>(m, p, tile);
+      return;
+    }
+  }
+#endif
   for (int p = 0; p < kPanels; p += kAtOnce) micro_panels<T, kRows, kAtOnce>(m, p, tile);
 }
 
@@ -143,7 +205,7 @@ MultiplyScope<T>::~MultiplyScope() {
 }
 
 template <class T>
-const float* MultiplyScope<T>::multiply(const Multiply& m, Tile& tile) const {
+float* MultiplyScope<T>::multiply(const Multiply& m, Tile& tile) const {
   if constexpr (kHasTiles) {
     if (tiles_) return tiles::multiply(m, min(rows_, kTileRows), tile.at);
   }

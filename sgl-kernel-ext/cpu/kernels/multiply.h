@@ -3,7 +3,7 @@
 #ifndef CROSSPOOL_CPU_KERNELS_MULTIPLY_H
 #define CROSSPOOL_CPU_KERNELS_MULTIPLY_H
 
-#include "dtypes.h"
+#include "compact.h"
 
 namespace crosspool::CROSSPOOL_ISA {
 
@@ -67,19 +67,20 @@ struct Operand {
   }
 };
 
-// Which memory a call asks for while it computes: in step s of a panel of the group the line at
-// near + s * near_step while s < split, else at far + s * 64; the next panel's lines lie
-// panel_bytes further on. Without a far end the lines are not needed soon: they go to the
-// second-level cache.
+// Which memory a call asks for while it computes: in step s of a panel of the group (a plain line; a
+// line of a compact panel where those are read) the line at near + s * near_step while s < split,
+// else at far + s * 64; the next panel's lines lie panel_bytes further on. Without a far end the
+// lines are not needed soon: they go to the second-level cache.
 struct Prefetch {
   const std::byte* near;
   const std::byte* far;  // or null
   std::int64_t split;    // of all steps, where there is no far end
   std::int64_t near_step;
+  std::int64_t panel_bytes;
 };
 
 // The product of rows [first, first + rows) of x with `panels` (1, 2 or 4) panels that lie
-// panel_bytes apart.
+// panel_bytes apart. Exceptions of compact panels are left out.
 struct Multiply {
   Operand x;
   const std::byte* weights;
@@ -89,6 +90,7 @@ struct Multiply {
   std::int64_t first;
   std::int64_t rows;
   int panels;
+  std::int64_t header_bytes = 0;  // of compact panels; 0: plain ones
 };
 
 // A stretch of calls over the same rows, `rows` in all: sets up the tiles and gives them back.
@@ -107,7 +109,11 @@ class MultiplyScope {
   }
 
   // Multiplies one stretch; row `first`'s result is at the returned address.
-  const float* multiply(const Multiply& m, Tile& tile) const;
+  float* multiply(const Multiply& m, Tile& tile) const;
+
+  // Whether compact panels are multiplied as they are: where every weight is used by few rows.
+  // Otherwise they are expanded first.
+  bool reads_compact() const { return kReadsCompact && !tiles_ && stretches_ == 1; }
 
   // Of `left` panels, those that the next call takes.
   int panels(int left) const {

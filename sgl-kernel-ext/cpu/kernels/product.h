@@ -12,8 +12,13 @@ namespace crosspool::CROSSPOOL_ISA {
 inline constexpr std::int64_t kOperandScratch = std::int64_t{256} << 10;
 inline constexpr std::int64_t kFewestOperandRows = 32;
 
-CROSSPOOL_INLINE std::int64_t product_scratch(std::int64_t k) {
+CROSSPOOL_INLINE std::int64_t operand_scratch(std::int64_t k) {
   return max(kOperandScratch, kFewestOperandRows * round_up(k, kDepth) * 4);
+}
+
+// Behind the rows: an expanded group of compact panels.
+CROSSPOOL_INLINE std::int64_t product_scratch(std::int64_t k) {
+  return operand_scratch(k) + (kReadsCompact ? kGroup * round_up(k, kDepth) * kPanel * 2 : 0);
 }
 
 // Rows that are worked on while a weight is read once: as many as stay in the second-level cache
@@ -66,23 +71,45 @@ CROSSPOOL_INLINE Operand ready_rows(const Rows& x, std::int64_t first, std::int6
   return {out, stride, nullptr};
 }
 
-// What stretch `i` of `count` asks for while it multiplies the group of panels at `group`, which
-// `next` follows. The first of few stretches is bound by memory: it runs a little ahead of itself
-// in every panel, and at their ends begins with the next group. The others compute on weights that
-// are in the cache by then, and ask for the next group meanwhile: evenly, the last ones of many.
+// What stretch `i` of `count` asks for while it multiplies the group of panels at `group` (of
+// `steps` lines each), which `next` follows. The first of few stretches is bound by memory: it runs
+// a little ahead of itself in every panel, and at their ends begins with the next group. The others
+// compute on weights that are in the cache by then, and ask for the next group meanwhile: evenly,
+// the last ones of many. So do all where the group was expanded.
 CROSSPOOL_INLINE Prefetch ahead(const std::byte* group, const std::byte* next, bool first_group,
-                                std::int64_t i, std::int64_t count, std::int64_t steps,
-                                std::int64_t panel_bytes, int panels) {
+                                bool expanded, std::int64_t i, std::int64_t count,
+                                std::int64_t steps, std::int64_t panel_bytes, int panels) {
   constexpr std::int64_t kFew = 3;
   const std::int64_t lines_ahead = 80 / panels;
-  if (i == 0 && (first_group || count <= kFew)) {
+  if (i == 0 && !expanded && (first_group || count <= kFew)) {
     const std::int64_t split = max(0, steps - lines_ahead);
-    return {group + lines_ahead * 64, next - split * 64, split, 64};
+    return {group + lines_ahead * 64, next - split * 64, split, 64, panel_bytes};
   }
-  const std::int64_t sharing = count <= kFew ? count - 1 : count >= 8 ? 8 : 4;
+  const std::int64_t sharing = count <= kFew ? max(1, count - 1) : count >= 8 ? 8 : 4;
   const std::int64_t turn = i - (count - sharing);
-  if (turn < 0) return {group, nullptr, steps, 0};
-  return {next + turn * (panel_bytes / sharing), nullptr, steps, 64 / sharing};
+  if (turn < 0) return {group, nullptr, steps, 0, panel_bytes};
+  return {next + turn * (panel_bytes / sharing), nullptr, steps, 64 / sharing, panel_bytes};
+}
+
+// The exceptions of `panels` compact panels, which lie panel_bytes apart, for the rows of a tile.
+template <class T>
+CROSSPOOL_INLINE void add_exceptions(const std::byte* group, std::int64_t panel_bytes, int panels,
+                                     const Operand& x, std::int64_t first, std::int64_t rows,
+                                     float* tile) {
+  if constexpr (kHasCompact<T>) {
+    for (int p = 0; p < panels; ++p) {
+      const auto& header = *reinterpret_cast<const CompactHeader*>(group + p * panel_bytes);
+      for (std::int32_t e = 0; e < header.count; ++e) {
+        const Exception& exception = header.exceptions()[e];
+        const float weight = widened(exception.value);
+        for (std::int64_t i = 0; i < rows; ++i) {
+          std::uint16_t element;
+          std::memcpy(&element, x.row(first + i) + std::int64_t{exception.depth} * 2, 2);
+          tile[i * kTileWidth + p * kPanel + exception.column] += weight * widened(element);
+        }
+      }
+    }
+  }
 }
 
 // Calls done(row, rows, panel, panels, c) for tiles that cover rows [0, rows) and panels
@@ -95,14 +122,18 @@ CROSSPOOL_INLINE void product(const Matrix& weight, const Rows& x, std::int64_t 
   const std::int64_t k = weight.k, panel_bytes = weight.panel_bytes();
   const auto* const data = static_cast<const std::byte*>(weight.data);
   const bool copy = needs_copy<T>(x, rows, k);
+  const bool compact = kHasCompact<T> && weight.encoding == Encoding::kCompact;
   const std::int64_t row_bytes = round_up(k, kDepth) * kOperandBytes<T>;
   const std::int64_t at_once = rows_at_once(rows, row_bytes);
-  const std::int64_t steps = T::kDType == DType::kBFloat16 ? (k + 1) / 2 : k;
+  const std::int64_t plain_steps = T::kDType == DType::kBFloat16 ? (k + 1) / 2 : k;
+  std::byte* const plain = static_cast<std::byte*>(scratch) + operand_scratch(k);
   alignas(64) Tile tile;
   for (std::int64_t row = 0; row < rows; row += at_once) {
     const std::int64_t block = min(at_once, rows - row);
     const Operand operand = ready_rows<T>(x, row, block, k, copy, scratch);
     const MultiplyScope<T> scope(block);
+    const bool expanded = compact && !scope.reads_compact();
+    const std::int64_t steps = compact && !expanded ? panel_bytes / 64 : plain_steps;
     for (int panel = begin, panels; panel < end; panel += panels) {
       panels = scope.panels(end - panel);
       const std::byte* const group = data + panel * panel_bytes;
@@ -112,12 +143,26 @@ CROSSPOOL_INLINE void product(const Matrix& weight, const Rows& x, std::int64_t 
                : then == nullptr    ? group
                                     : static_cast<const std::byte*>(then);
       }
+      for (int p = 0; expanded && p < panels; ++p) {
+        expand(group + p * panel_bytes, weight.header_bytes(), weight.depth(),
+               plain + p * weight.plain_panel_bytes());
+      }
       for (std::int64_t i = 0; i < scope.stretches(); ++i) {
         const std::int64_t first = scope.begin(i), count = scope.begin(i + 1) - first;
-        const Prefetch prefetch =
-            ahead(group, next, panel == begin, i, scope.stretches(), steps, panel_bytes, panels);
-        const Multiply m{operand, group, panel_bytes, k, prefetch, first, count, panels};
-        done(row + first, count, panel, panels, scope.multiply(m, tile));
+        const Prefetch prefetch = ahead(group, next, panel == begin, expanded, i, scope.stretches(),
+                                        steps, panel_bytes, panels);
+        const Multiply m{operand,
+                         expanded ? plain : group,
+                         expanded ? weight.plain_panel_bytes() : panel_bytes,
+                         k,
+                         prefetch,
+                         first,
+                         count,
+                         panels,
+                         compact && !expanded ? weight.header_bytes() : 0};
+        float* const c = scope.multiply(m, tile);
+        if (compact) add_exceptions<T>(group, panel_bytes, panels, operand, first, count, c);
+        done(row + first, count, panel, panels, c);
       }
     }
   }

@@ -1,4 +1,5 @@
 // One path's tables.
+#include "compact.h"
 #include "families.h"
 #include "product.h"
 
@@ -17,6 +18,7 @@ template <class T>
 Kernels make() {
   Kernels table{};
   table.scratch_bytes = scratch_bytes;
+  table.compact = kHasCompact<T>;
   add_pack<T>(table);
   add_gemm<T>(table);
   add_norm<T>(table);

@@ -42,10 +42,10 @@ inline void configure(std::int64_t rows) {
 inline void release() { CROSSPOOL_TILE_RELEASE(); }
 
 // What a block of depths (16 steps) asks for of one panel.
-CROSSPOOL_INLINE void prefetch_block(const Prefetch& ahead, std::int64_t panel, std::int64_t step) {
+CROSSPOOL_INLINE void prefetch_block(const Prefetch& ahead, int panel, std::int64_t step) {
   const bool is_near = step < ahead.split;
   const std::int64_t stride = is_near ? ahead.near_step : 64;
-  const std::byte* const p = (is_near ? ahead.near : ahead.far) + panel + step * stride;
+  const std::byte* const p = (is_near ? ahead.near : ahead.far) + panel * ahead.panel_bytes + step * stride;
   for (std::int64_t i = 0; i < 16 * stride; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
@@ -61,7 +61,7 @@ inline void one_by_four(const Multiply& m, const std::byte* x, float* tile) {
   CROSSPOOL_TILE_ZERO(2);
   CROSSPOOL_TILE_ZERO(3);
   for (std::int64_t b = 0; b < blocks; ++b, w += kBlockBytes) {
-    for (int p = 0; p < m.panels; ++p) prefetch_block(m.prefetch, p * panel, b * 16);
+    for (int p = 0; p < m.panels; ++p) prefetch_block(m.prefetch, p, b * 16);
     CROSSPOOL_TILE_LOAD(4, x + b * 64, m.x.stride);
     CROSSPOOL_TILE_LOAD(5, w, 64);
     CROSSPOOL_TILE_DOT(0, 4, 5);
@@ -86,22 +86,22 @@ inline void one_by_four(const Multiply& m, const std::byte* x, float* tile) {
 
 // Two tiles of rows by two panels, or by one when `single`.
 inline void two_by_two(const Multiply& m, const std::byte* x0, const std::byte* x1,
-                       std::int64_t skipped, bool single, float* tile0, float* tile1) {
+                       int first_panel, bool single, float* tile0, float* tile1) {
   const std::int64_t blocks = (m.k + kDepth - 1) / kDepth, panel = m.panel_bytes;
-  const std::byte* w = m.weights + skipped;
+  const std::byte* w = m.weights + first_panel * panel;
   CROSSPOOL_TILE_ZERO(0);
   CROSSPOOL_TILE_ZERO(1);
   CROSSPOOL_TILE_ZERO(2);
   CROSSPOOL_TILE_ZERO(3);
   for (std::int64_t b = 0; b < blocks; ++b, w += kBlockBytes) {
-    prefetch_block(m.prefetch, skipped, b * 16);
+    prefetch_block(m.prefetch, first_panel, b * 16);
     CROSSPOOL_TILE_LOAD(4, x0 + b * 64, m.x.stride);
     CROSSPOOL_TILE_LOAD(6, w, 64);
     CROSSPOOL_TILE_DOT(0, 4, 6);
     CROSSPOOL_TILE_LOAD(5, x1 + b * 64, m.x.stride);
     CROSSPOOL_TILE_DOT(2, 5, 6);
     if (!single) {
-      prefetch_block(m.prefetch, skipped + panel, b * 16);
+      prefetch_block(m.prefetch, first_panel + 1, b * 16);
       CROSSPOOL_TILE_LOAD(7, w + panel, 64);
       CROSSPOOL_TILE_DOT(1, 4, 7);
       CROSSPOOL_TILE_DOT(3, 5, 7);
@@ -117,7 +117,7 @@ inline void two_by_two(const Multiply& m, const std::byte* x0, const std::byte* 
 
 // `tile_rows` is what configure() was told. A last tile with fewer rows left begins earlier and
 // computes some rows again: that needs neither another configuration nor rows past the end.
-inline const float* multiply(const Multiply& m, std::int64_t tile_rows, float* tile) {
+inline float* multiply(const Multiply& m, std::int64_t tile_rows, float* tile) {
   const std::int64_t last = m.first + m.rows - tile_rows;
   if (m.rows <= tile_rows) {
     one_by_four(m, m.x.row(last), tile);
@@ -125,7 +125,7 @@ inline const float* multiply(const Multiply& m, std::int64_t tile_rows, float* t
   }
   float* const tile1 = tile + (last - m.first) * kTileWidth;
   for (int p = 0; p < m.panels; p += 2) {
-    two_by_two(m, m.x.row(m.first), m.x.row(last), p * m.panel_bytes, p + 1 == m.panels,
+    two_by_two(m, m.x.row(m.first), m.x.row(last), p, p + 1 == m.panels,
                tile + p * kPanel, tile1 + p * kPanel);
   }
   return tile;
@@ -135,7 +135,7 @@ inline const float* multiply(const Multiply& m, std::int64_t tile_rows, float* t
 
 inline void configure(std::int64_t) {}
 inline void release() {}
-inline const float* multiply(const Multiply&, std::int64_t, float* tile) { return tile; }
+inline float* multiply(const Multiply&, std::int64_t, float* tile) { return tile; }
 
 #endif
 

@@ -1,0 +1,107 @@
+// Compact panels: how the values of a panel are found in three quarters of its bytes.
+//
+// A panel is a header (its first member a CompactHeader, the exceptions behind it), then a block for
+// every 8 depths: a line of codes and two lines of lower bytes, each for 4 depths. The lower nibbles
+// of the codes belong to the first of them. Byte j of a line of lower bytes (and nibble j) is that
+// of an element of the two plain lines of the same 4 depths: so that the instruction that
+// interleaves bytes, which works in stretches of 16, puts lower and upper bytes together.
+#ifndef CROSSPOOL_CPU_KERNELS_COMPACT_H
+#define CROSSPOOL_CPU_KERNELS_COMPACT_H
+
+#include "dtypes.h"
+
+namespace crosspool::CROSSPOOL_ISA {
+
+#if defined(__AVX512BF16__)
+inline constexpr bool kReadsCompact = true;
+#else
+inline constexpr bool kReadsCompact = false;
+#endif
+
+template <class T>
+inline constexpr bool kHasCompact = kReadsCompact && T::kDType == DType::kBFloat16;
+
+inline constexpr std::int64_t kCompactBlock = 192;  // bytes
+inline constexpr int kCompactDepths = 8;
+
+// A weight that no code stands for.
+struct Exception {
+  std::int32_t depth;
+  std::int16_t column;
+  std::uint16_t value;  // bfloat16
+};
+
+struct alignas(32) CompactHeader {
+  std::uint8_t upper[16];  // by code; that of code 0 is 0
+  std::int32_t count;
+
+  static constexpr std::int64_t room(std::int64_t header_bytes) {
+    return (header_bytes - static_cast<std::int64_t>(sizeof(CompactHeader))) /
+           static_cast<std::int64_t>(sizeof(Exception));
+  }
+  const Exception* exceptions() const { return reinterpret_cast<const Exception*>(this + 1); }
+  Exception* exceptions() { return reinterpret_cast<Exception*>(this + 1); }
+};
+
+inline float widened(std::uint16_t value) {
+  const std::uint32_t bits = std::uint32_t{value} << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+// Element (depth, column), which no exception stands for.
+inline std::uint16_t compact_element(const std::byte* panel, std::int64_t header_bytes,
+                                     std::int64_t depth, std::int64_t column) {
+  const std::byte* const block = panel + header_bytes + depth / kCompactDepths * kCompactBlock;
+  const std::int64_t half = depth / 4 % 2, word = column * 2 + depth % 2;
+  const std::int64_t at = word / 8 * 16 + depth / 2 % 2 * 8 + word % 8;
+  const auto codes = std::to_integer<std::uint32_t>(block[at]) >> (4 * half) & 15U;
+  const auto lower = std::to_integer<std::uint32_t>(block[64 + 64 * half + at]);
+  return static_cast<std::uint16_t>(
+      reinterpret_cast<const CompactHeader*>(panel)->upper[codes] << 8 | lower);
+}
+
+#if defined(__AVX512BF16__)
+
+// The four plain lines of a block.
+struct CompactLines {
+  __m512i at[4];
+};
+
+CROSSPOOL_INLINE CompactLines read_block(const std::byte* block, __m512i upper) {
+  const __m512i nibble = _mm512_set1_epi8(15);
+  const __m512i codes = _mm512_load_si512(block);
+  const __m512i low0 = _mm512_load_si512(block + 64), low1 = _mm512_load_si512(block + 128);
+  const __m512i high0 = _mm512_shuffle_epi8(upper, _mm512_and_si512(codes, nibble));
+  const __m512i high1 =
+      _mm512_shuffle_epi8(upper, _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble));
+  return {{_mm512_unpacklo_epi8(low0, high0), _mm512_unpackhi_epi8(low0, high0),
+           _mm512_unpacklo_epi8(low1, high1), _mm512_unpackhi_epi8(low1, high1)}};
+}
+
+CROSSPOOL_INLINE __m512i upper_bytes(const std::byte* panel) {
+  return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(panel)));
+}
+
+#endif
+
+// A plain panel from a compact one, with zeros where exceptions are.
+CROSSPOOL_INLINE void expand([[maybe_unused]] const std::byte* panel,
+                             [[maybe_unused]] std::int64_t header_bytes,
+                             [[maybe_unused]] std::int64_t depth, [[maybe_unused]] std::byte* out) {
+#if defined(__AVX512BF16__)
+  constexpr std::int64_t kAhead = 2048;
+  const __m512i upper = upper_bytes(panel);
+  const std::byte* block = panel + header_bytes;
+  for (std::int64_t k = 0; k < depth; k += kCompactDepths, block += kCompactBlock, out += 256) {
+    for (int line = 0; line < 3; ++line) __builtin_prefetch(block + kAhead + line * 64, 0, 3);
+    const CompactLines lines = read_block(block, upper);
+    for (int line = 0; line < 4; ++line) _mm512_store_si512(out + line * 64, lines.at[line]);
+  }
+#endif
+}
+
+}  // namespace crosspool::CROSSPOOL_ISA
+
+#endif
