@@ -24,6 +24,7 @@ namespace {
 constexpr std::int32_t kHidden = 1024, kWidth = 512, kExperts = 64, kTopK = 4, kLayers = 4;
 constexpr std::int32_t kQHeads = 16, kKVHeads = 4, kHeadDim = 64, kVocab = 32000;
 constexpr std::int32_t kPageSize = 16, kDenseWidth = 3072;
+constexpr std::int64_t kNormals = std::int64_t{1} << 16;
 constexpr std::int32_t kRows[] = {1, 2, 8, 16, 64, 512, 2048};
 
 // Memory on huge pages, filled with numbers near one another (so that no sum overflows).
@@ -74,6 +75,16 @@ class Benchmark {
     scratch_ = memory(k_.scratch_bytes({kDenseWidth, 576, 512, kExperts, kVocab}), dtype);
     pool_bytes_ = std::size_t{512} << 20;
     pool_ = memory(pool_bytes_, dtype);
+    normal_ = memory(kNormals * 4, dtype);
+    std::normal_distribution<float> normal(0.0F, 0.03F);
+    for (std::int64_t i = 0; i < kNormals; ++i) {
+      const float value = normal(random_);
+      if (dtype == DType::kFloat32) {
+        std::memcpy(normal_ + i * 4, &value, 4);
+      } else {
+        std::memcpy(normal_ + i * 2, reinterpret_cast<const std::byte*>(&value) + 2, 2);
+      }
+    }
   }
 
   void all() {
@@ -93,9 +104,13 @@ class Benchmark {
   }
 
  private:
+  // Weights as a model's are packed: their values are spread like those of trained ones.
   Matrix matrix(std::int32_t n, std::int32_t k) {
-    Matrix m{nullptr, n, k, dtype_};
+    Matrix m{nullptr, n, k, dtype_, k_.compact != 0 ? Encoding::kCompact : Encoding::kPlain};
     m.data = memory(static_cast<std::size_t>(m.bytes()), dtype_);
+    // Overlapping rows of one run of numbers.
+    const Source source{normal_, n, 1, 1};
+    if (n + k > kNormals || !k_.pack(m, &source, 1, 0, m.panels())) std::abort();
     return m;
   }
 
@@ -118,24 +133,25 @@ class Benchmark {
     for (const auto& [name, n, k] :
          {Shape{"qkv", 1536, 1024}, Shape{"o", 1024, 1024}, Shape{"lm_head", kVocab, 1024}}) {
       // Copies, so that none is in the cache when its turn comes.
-      const std::int64_t bytes = Matrix{nullptr, n, k, dtype_}.bytes();
-      const std::int64_t copies = std::max<std::int64_t>(1, (std::int64_t{256} << 20) / bytes);
-      std::byte* const weights = memory(static_cast<std::size_t>(bytes * copies), dtype_);
+      std::vector<Matrix> copies;
+      do {
+        copies.push_back(matrix(n, k));
+      } while (std::ssize(copies) * copies[0].bytes() < std::int64_t{256} << 20);
       for (const std::int32_t rows : kRows) {
         if (rows > 64 && n == kVocab) continue;
         std::byte* const x = memory(static_cast<std::size_t>(rows) * k * 4, dtype_);
         std::byte* const out = memory(static_cast<std::size_t>(rows) * n * 4, dtype_);
-        std::int64_t turn = 0;
+        std::size_t turn = 0;
         measure({name,
                  rows,
                  2.0 * rows * n * k,
                  {},
                  [&] {
-                   const Matrix m{weights + turn++ % copies * bytes, n, k, dtype_};
+                   const Matrix& m = copies[turn++ % copies.size()];
                    const Gemm gemm{&m, nullptr, {x, k, nullptr}, out, n, rows, Store::kFloat};
                    k_.gemm(gemm, 0, m.panels(), scratch_);
                  },
-                 static_cast<double>(bytes)});
+                 static_cast<double>(copies[0].bytes())});
       }
     }
   }
@@ -211,12 +227,13 @@ class Benchmark {
 
   // A dense layer's gated MLP, which is planned like an expert that every row chose.
   void dense() {
-    const std::int64_t bytes = Matrix{nullptr, 3 * kDenseWidth, kHidden, dtype_}.bytes();
     std::vector<Matrix> gate_up, down;
-    for (std::int64_t at = 0; at < std::int64_t{256} << 20; at += bytes) {
+    std::int64_t bytes;
+    do {
       gate_up.push_back(matrix(2 * kDenseWidth, kHidden));
       down.push_back(matrix(kHidden, kDenseWidth));
-    }
+      bytes = gate_up[0].bytes() + down[0].bytes();
+    } while (std::ssize(down) * bytes < std::int64_t{256} << 20);
     for (const std::int32_t rows : kRows) {
       std::byte* const x = memory(static_cast<std::size_t>(rows) * kHidden * 4, dtype_);
       std::byte* const activation =
@@ -347,6 +364,7 @@ class Benchmark {
   double peak_;
   std::byte* scratch_;
   std::byte* pool_;
+  std::byte* normal_;
   std::size_t pool_bytes_;
   std::mt19937 random_{7};
 };

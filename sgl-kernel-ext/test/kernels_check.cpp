@@ -83,6 +83,7 @@ class Check {
     for (const std::int32_t rows : {1, 2, 3, 4, 5, 7, 8, 16, 17, 33, 50}) {
       for (const auto& [n, k] : {std::pair{64, 32}, {100, 70}, {7, 33}, {48, 96}, {16, 1}}) {
         product(rows, n, k);
+        product(rows, n, k);
       }
       experts(rows);
     }
@@ -105,16 +106,25 @@ class Check {
     return {DType::kFloat32, (k_.scratch_bytes(limits) + 3) / 4, false};
   }
 
-  Packed packed(const Numbers& weights, std::int32_t n, std::int32_t k) const {
-    Matrix matrix{nullptr, n, k, dtype_};
+  // Memory for a matrix: every other one is compact where the kernels have those.
+  Packed matrix(std::int32_t n, std::int32_t k) {
+    compact_ = k_.compact != 0 && !compact_;
+    Matrix matrix{nullptr, n, k, dtype_, compact_ ? Encoding::kCompact : Encoding::kPlain};
     Packed result{matrix, {dtype_, matrix.bytes() / element_bytes(dtype_), false}};
     result.matrix.data = result.memory.data();
-    const Source source{weights.data(), n, k, 1};
-    k_.pack(result.matrix, &source, 1, 0, matrix.panels());
     return result;
   }
 
-  void product(std::int32_t rows, std::int32_t n, std::int32_t k) const {
+  Packed packed(const Numbers& weights, std::int32_t n, std::int32_t k) {
+    Packed result = matrix(n, k);
+    const Source source{weights.data(), n, k, 1};
+    if (!k_.pack(result.matrix, &source, 1, 0, result.matrix.panels())) {
+      fail("%s: weights do not fit", name_.c_str());
+    }
+    return result;
+  }
+
+  void product(std::int32_t rows, std::int32_t n, std::int32_t k) {
     const Numbers weights(dtype_, std::int64_t{n} * k), x(dtype_, std::int64_t{rows} * k);
     const Numbers bias(DType::kFloat32, n), out(DType::kFloat32, std::int64_t{rows} * n, false);
     const Numbers room = scratch({k, 0, 0, 0, 0});
@@ -135,7 +145,7 @@ class Check {
     }
   }
 
-  void experts(std::int32_t rows) const {
+  void experts(std::int32_t rows) {
     constexpr std::int32_t kHidden = 70, kWidth = 40, kHeld = 5, kTopK = 2;
     std::vector<Numbers> gates, ups, downs;
     std::vector<Packed> packed_gates, packed_downs;
@@ -144,12 +154,12 @@ class Check {
       gates.emplace_back(dtype_, kWidth * kHidden);
       ups.emplace_back(dtype_, kWidth * kHidden);
       downs.emplace_back(dtype_, kHidden * kWidth);
-      Matrix matrix{nullptr, 2 * static_cast<std::int32_t>(round_up(kWidth, 32)), kHidden, dtype_};
-      packed_gates.push_back({matrix, {dtype_, matrix.bytes() / element_bytes(dtype_), false}});
-      gate_up.push_back(matrix);
-      gate_up.back().data = packed_gates.back().memory.data();
-      k_.pack_gated(gate_up.back(), {gates[e].data(), kWidth, kHidden, 1},
-                    {ups[e].data(), kWidth, kHidden, 1}, 0, matrix.panels());
+      packed_gates.push_back(matrix(2 * static_cast<std::int32_t>(round_up(kWidth, 32)), kHidden));
+      gate_up.push_back(packed_gates.back().matrix);
+      if (!k_.pack_gated(gate_up.back(), {gates[e].data(), kWidth, kHidden, 1},
+                         {ups[e].data(), kWidth, kHidden, 1}, 0, gate_up.back().panels())) {
+        fail("%s: gates do not fit", name_.c_str());
+      }
       packed_downs.push_back(packed(downs[e], kHidden, kWidth));
       down.push_back(packed_downs.back().matrix);
     }
@@ -341,7 +351,7 @@ class Check {
     finite(residual, residual.size(), "a residual");
   }
 
-  void others() const {
+  void others() {
     constexpr std::int32_t kExperts = 21, kTopK = 4, kRows = 3, kVocab = 333;
     const Numbers logits(DType::kFloat32, kRows * kVocab), bias(DType::kFloat32, kExperts);
     const Numbers room = scratch({0, 0, 0, kExperts, kVocab});
@@ -396,6 +406,7 @@ class Check {
   DType dtype_;
   std::string name_;
   double tolerance_;
+  bool compact_ = false;
 };
 
 }  // namespace

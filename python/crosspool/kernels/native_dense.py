@@ -100,9 +100,7 @@ class DenseKernels:
         def write(packed: PackedMatrix, begin: int, end: int) -> bool:
             return self.table.pack(packed.struct, sources, len(weights), begin, end)
 
-        return self._packed(
-            sum(w.shape[0] for w in weights), weights[0].shape[1], plain, write
-        )
+        return self._packed(sum(w.shape[0] for w in weights), weights[0].shape[1], plain, write)
 
     def pack_gated(self, gate: Tensor, up: Tensor, plain: bool = False) -> PackedMatrix:
         """Packs a gated MLP's gate and up, [I, k] each, into one matrix of pairs."""

@@ -281,9 +281,7 @@ class Kernels(ctypes.Structure):
         ("compact", c_int32),
         (
             "pack",
-            _function(
-                _pointer(Matrix), _pointer(Source), c_int32, c_int32, c_int32, result=c_bool
-            ),
+            _function(_pointer(Matrix), _pointer(Source), c_int32, c_int32, c_int32, result=c_bool),
         ),
         (
             "pack_gated",

@@ -81,15 +81,15 @@ Team* crosspool_team_create(const std::int32_t* cores, std::int32_t count) {
 
 void crosspool_team_free(Team* team) { delete team; }
 
-void crosspool_team_pack(Team* team, crosspool::Matrix* matrix,
-                         const crosspool::Source* sources, std::int32_t count) {
+void crosspool_team_pack(Team* team, crosspool::Matrix* matrix, const crosspool::Source* sources,
+                         std::int32_t count) {
   with_panels(team, matrix, [&](const crosspool::Kernels& kernels, crosspool::Range panels) {
     return kernels.pack(*matrix, sources, count, panels.begin, panels.end);
   });
 }
 
-void crosspool_team_pack_gated(Team* team, crosspool::Matrix* matrix,
-                               const crosspool::Source* gate, const crosspool::Source* up) {
+void crosspool_team_pack_gated(Team* team, crosspool::Matrix* matrix, const crosspool::Source* gate,
+                               const crosspool::Source* up) {
   with_panels(team, matrix, [&](const crosspool::Kernels& kernels, crosspool::Range panels) {
     return kernels.pack_gated(*matrix, *gate, *up, panels.begin, panels.end);
   });

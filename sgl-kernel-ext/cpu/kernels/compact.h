@@ -1,9 +1,9 @@
 // Compact panels: how the values of a panel are found in three quarters of its bytes.
 //
-// A panel is a header (its first member a CompactHeader, the exceptions behind it), then a block for
-// every 8 depths: a line of codes and two lines of lower bytes, each for 4 depths. The lower nibbles
-// of the codes belong to the first of them. Byte j of a line of lower bytes (and nibble j) is that
-// of an element of the two plain lines of the same 4 depths: so that the instruction that
+// A panel is a header (its first member a CompactHeader, the exceptions behind it), then a block
+// for every 8 depths: a line of codes and two lines of lower bytes, each for 4 depths. The lower
+// nibbles of the codes belong to the first of them. Byte j of a line of lower bytes (and nibble j)
+// is that of an element of the two plain lines of the same 4 depths: so that the instruction that
 // interleaves bytes, which works in stretches of 16, puts lower and upper bytes together.
 #ifndef CROSSPOOL_CPU_KERNELS_COMPACT_H
 #define CROSSPOOL_CPU_KERNELS_COMPACT_H

@@ -138,8 +138,8 @@ CROSSPOOL_INLINE void micro_compact(const Multiply& m, int first_panel, float* t
         for (int r = 0; r < kRows; ++r) {
           std::int32_t pair;
           std::memcpy(&pair, x[r] + b * 16 + i * 4, 4);
-          sum[r][p] = _mm512_dpbf16_ps(sum[r][p], (__m512bh)lines.at[i],
-                                       (__m512bh)_mm512_set1_epi32(pair));
+          sum[r][p] =
+              _mm512_dpbf16_ps(sum[r][p], (__m512bh)lines.at[i], (__m512bh)_mm512_set1_epi32(pair));
         }
       }
     }

@@ -67,8 +67,8 @@ struct Operand {
   }
 };
 
-// Which memory a call asks for while it computes: in step s of a panel of the group (a plain line; a
-// line of a compact panel where those are read) the line at near + s * near_step while s < split,
+// Which memory a call asks for while it computes: in step s of a panel of the group (a plain line;
+// a line of a compact panel where those are read) the line at near + s * near_step while s < split,
 // else at far + s * 64; the next panel's lines lie panel_bytes further on. Without a far end the
 // lines are not needed soon: they go to the second-level cache.
 struct Prefetch {

@@ -45,7 +45,8 @@ inline void release() { CROSSPOOL_TILE_RELEASE(); }
 CROSSPOOL_INLINE void prefetch_block(const Prefetch& ahead, int panel, std::int64_t step) {
   const bool is_near = step < ahead.split;
   const std::int64_t stride = is_near ? ahead.near_step : 64;
-  const std::byte* const p = (is_near ? ahead.near : ahead.far) + panel * ahead.panel_bytes + step * stride;
+  const std::byte* const p =
+      (is_near ? ahead.near : ahead.far) + panel * ahead.panel_bytes + step * stride;
   for (std::int64_t i = 0; i < 16 * stride; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
@@ -85,8 +86,8 @@ inline void one_by_four(const Multiply& m, const std::byte* x, float* tile) {
 }
 
 // Two tiles of rows by two panels, or by one when `single`.
-inline void two_by_two(const Multiply& m, const std::byte* x0, const std::byte* x1,
-                       int first_panel, bool single, float* tile0, float* tile1) {
+inline void two_by_two(const Multiply& m, const std::byte* x0, const std::byte* x1, int first_panel,
+                       bool single, float* tile0, float* tile1) {
   const std::int64_t blocks = (m.k + kDepth - 1) / kDepth, panel = m.panel_bytes;
   const std::byte* w = m.weights + first_panel * panel;
   CROSSPOOL_TILE_ZERO(0);
@@ -125,8 +126,8 @@ inline float* multiply(const Multiply& m, std::int64_t tile_rows, float* tile) {
   }
   float* const tile1 = tile + (last - m.first) * kTileWidth;
   for (int p = 0; p < m.panels; p += 2) {
-    two_by_two(m, m.x.row(m.first), m.x.row(last), p, p + 1 == m.panels,
-               tile + p * kPanel, tile1 + p * kPanel);
+    two_by_two(m, m.x.row(m.first), m.x.row(last), p, p + 1 == m.panels, tile + p * kPanel,
+               tile1 + p * kPanel);
   }
   return tile;
 }
