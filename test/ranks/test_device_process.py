@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,19 +15,15 @@ import pytest
 import torch
 from crosspool.kernels.native_dense import available_isas
 from crosspool.transport.messages import (
-    Failed,
     Logprobs,
-    Row,
     Sampling,
-    Step,
     StepResult,
     TokenLogprobs,
 )
 from make_random_checkpoint import make_random_checkpoint
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from benchmark.device_driver import DeviceDriver, DeviceFailed, Generation
+from benchmark.device_driver import DeviceDriver, Generation
 
 CORES = sorted(os.sched_getaffinity(0))
 FIRST = f"cpu:{CORES[0]}"
@@ -477,61 +472,3 @@ def test_every_isa_path_equals_transformers(
         driver.generate(generations)
         for generation in generations:
             assert_matches(generation, references[generation.model])
-
-
-def test_a_step_for_an_unknown_request_ends_the_process_with_its_cause(
-    checkpoints: list[Path],
-) -> None:
-    with DeviceDriver(checkpoints[:1], kv=[FIRST], weights=[FIRST]) as driver:
-        row = Row(request=99, start=0, tokens=[1], pages=[0], sample=True)
-        driver.send(FIRST, Step(step=1, model=0, map_chunks=[0], opens=[], rows=[row]))
-        _, message = driver.receive()
-        assert isinstance(message, Failed)
-        assert "request 99" in message.message
-        assert driver.processes[FIRST].wait(10) == 1
-        assert "Traceback" in driver.log(FIRST)
-
-
-def failure(driver: type[DeviceDriver], *args: Any, **fields: Any) -> Failed:
-    with pytest.raises(DeviceFailed) as caught:
-        driver(*args, **fields)
-    return caught.value.failed
-
-
-class LoggingDriver(DeviceDriver):
-    """Keeps exit statuses and logs of processes that never became ready."""
-
-    outcome: tuple[int, str] = (0, "")
-
-    def close(self) -> None:
-        for name, process in self.processes.items():
-            try:
-                LoggingDriver.outcome = (process.wait(10), self.log(name))
-            except subprocess.TimeoutExpired:
-                LoggingDriver.outcome = (-1, self.log(name))
-        super().close()
-
-
-def test_a_missing_tensor_is_the_users_error(checkpoints: list[Path], tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in checkpoints[QWEN].iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(broken / "model.safetensors")
-    missing = "model.layers.1.mlp.experts.2.up_proj.weight"
-    del tensors[missing]
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    failed = failure(LoggingDriver, [broken], kv=[FIRST], weights=[FIRST])
-    assert missing in failed.message
-    status, log = LoggingDriver.outcome
-    assert status == 2
-    assert missing in log
-    assert "Traceback" not in log
-
-
-def test_weights_that_do_not_fit_are_the_users_error(checkpoints: list[Path]) -> None:
-    failed = failure(
-        LoggingDriver, checkpoints[:1], kv=[FIRST], weights=[FIRST], weight_pool_bytes=1 << 10
-    )
-    assert "weight_pool_bytes" in failed.message
-    assert LoggingDriver.outcome[0] == 2

@@ -10,6 +10,7 @@ large as plain matrices are; of what compact ones leave free nothing is ever tou
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from crosspool.kernels.engine import Team
 from crosspool.models.spec import TensorRef
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
 from crosspool.weightpool.checkpoint import Checkpoint, Progress
+
+log = logging.getLogger(__name__)
 
 _LINE = 64
 _NUMBERS = {torch.bfloat16: ns.BFLOAT16, torch.float32: ns.FLOAT32}
@@ -57,7 +60,10 @@ class PackedWeights:
         self._matrices: list[ns.Matrix] = []
         self._arena = 0
         self._arena_bytes = 0
+        self._plain = 0
+        """Bytes of the matrices as they are declared."""
         self._taken = 0
+        """Bytes of the arena that hold packed matrices."""
         self.listing: list[TensorListing] = []
         """Everything held, by the checkpoint's names and shapes, once it is loaded."""
 
@@ -158,6 +164,9 @@ class PackedWeights:
                 declared.finish([here[i] for i in range(len(here))])
                 del waiting[owner]
             progress(here[number - first[owner]].nbytes)
+        log.info(
+            "%d matrices of %d bytes held in %d", len(self._matrices), self._plain, self._taken
+        )
         self.listing = [
             _listing(one.layer, ref, index, one.dtype)
             for one in self._declared
@@ -174,8 +183,8 @@ class PackedWeights:
         return torch.float32 if ref.keep_fp32 else self._dtype
 
     def _allocate(self) -> None:
-        total = sum(_up(matrix.bytes, _LINE) for matrix in self._matrices)
-        self._arena_bytes = max(_up(total, native.HUGE_PAGE), native.HUGE_PAGE)
+        self._plain = sum(_up(matrix.bytes, _LINE) for matrix in self._matrices)
+        self._arena_bytes = max(_up(self._plain, native.HUGE_PAGE), native.HUGE_PAGE)
         self._arena = native.reserve_parking(self._arena_bytes)
 
 

@@ -1,0 +1,84 @@
+"""Device processes that cannot start or go on: what they say, and how they end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crosspool.transport.messages import Failed, Row, Step
+from make_random_checkpoint import make_random_checkpoint
+from safetensors.torch import load_file, save_file
+
+from benchmark.device_driver import DeviceDriver, DeviceFailed
+
+FIRST = f"cpu:{min(os.sched_getaffinity(0))}"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_random_checkpoint(
+        "qwen3_moe",
+        tmp_path_factory.mktemp("checkpoints") / "qwen",
+        {"num_hidden_layers": 2},
+        "float32",
+        seed=1,
+    )
+
+
+def test_a_step_for_an_unknown_request_ends_the_process_with_its_cause(checkpoint: Path) -> None:
+    with DeviceDriver([checkpoint], kv=[FIRST], weights=[FIRST]) as driver:
+        row = Row(request=99, start=0, tokens=[1], pages=[0], sample=True)
+        driver.send(FIRST, Step(step=1, model=0, map_chunks=[0], opens=[], rows=[row]))
+        _, message = driver.receive()
+        assert isinstance(message, Failed)
+        assert "request 99" in message.message
+        assert driver.processes[FIRST].wait(10) == 1
+        assert "Traceback" in driver.log(FIRST)
+
+
+def failure(driver: type[DeviceDriver], *args: Any, **fields: Any) -> Failed:
+    with pytest.raises(DeviceFailed) as caught:
+        driver(*args, **fields)
+    return caught.value.failed
+
+
+class LoggingDriver(DeviceDriver):
+    """Keeps exit statuses and logs of processes that never became ready."""
+
+    outcome: tuple[int, str] = (0, "")
+
+    def close(self) -> None:
+        for name, process in self.processes.items():
+            try:
+                LoggingDriver.outcome = (process.wait(10), self.log(name))
+            except subprocess.TimeoutExpired:
+                LoggingDriver.outcome = (-1, self.log(name))
+        super().close()
+
+
+def test_a_missing_tensor_is_the_users_error(checkpoint: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in checkpoint.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(broken / "model.safetensors")
+    missing = "model.layers.1.mlp.experts.2.up_proj.weight"
+    del tensors[missing]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    failed = failure(LoggingDriver, [broken], kv=[FIRST], weights=[FIRST])
+    assert missing in failed.message
+    status, log = LoggingDriver.outcome
+    assert status == 2
+    assert missing in log
+    assert "Traceback" not in log
+
+
+def test_weights_that_do_not_fit_are_the_users_error(checkpoint: Path) -> None:
+    failed = failure(
+        LoggingDriver, [checkpoint], kv=[FIRST], weights=[FIRST], weight_pool_bytes=1 << 10
+    )
+    assert "weight_pool_bytes" in failed.message
+    assert LoggingDriver.outcome[0] == 2
