@@ -24,7 +24,7 @@ def _check(found: torch.Tensor, expected: torch.Tensor, k: int, dtype: torch.dty
     size, one way or the other, are off by 2^-24 k, and one in 10^5 by some times as much."""
     rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
     torch.testing.assert_close(
-        found.double(), expected, rtol=rounding, atol=8 * 2**-24 * max(k, 32)
+        found.double(), expected, rtol=rounding, atol=4 * 2**-24 * max(k, 32)
     )
 
 

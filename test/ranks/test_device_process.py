@@ -21,6 +21,7 @@ from crosspool.transport.messages import (
     TokenLogprobs,
 )
 from make_random_checkpoint import make_random_checkpoint
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from benchmark.device_driver import DeviceDriver, Generation
