@@ -165,6 +165,8 @@ def _moe_error(engine: Any, asked: Message) -> Message:
     return {"relative_error": engine.error(asked["batch"])}
 
 
+_STOP_SECONDS = 5.0
+
 _ANSWERS: dict[str, Callable[[Any, Message], Message]] = {
     "decode": _decode,
     "prefill": _prefill,
@@ -269,7 +271,7 @@ class Contestant:
             raise self._error(f"did not answer in {timeout_s:.0f} s") from None
         if not line:
             raise self._error(f"died with status {self._process.wait()}")
-        self._signal(signal.SIGSTOP)
+        self._rest()
         answer: Message = json.loads(line)
         if "error" in answer:
             raise self._error(answer["error"])
@@ -284,6 +286,16 @@ class Contestant:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10.0)
         self._kill()
+
+    def _rest(self) -> None:
+        """Stops the process, and waits until all its threads have stopped (or it has ended)."""
+        self._signal(signal.SIGSTOP)
+        ends = time.monotonic() + _STOP_SECONDS
+        stopped = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while os.waitid(os.P_PID, self._process.pid, stopped) is None:
+            if time.monotonic() > ends:
+                raise self._error(f"did not stop in {_STOP_SECONDS:.0f} s")
+            time.sleep(0.001)
 
     def _kill(self) -> None:
         self._signal(signal.SIGKILL)
