@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from crosspool.config.deployment import ConfigError
+from crosspool.config.errors import ConfigError
 from crosspool.kernels.cuda_driver import CudaBindings, CudaError
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from support.fake_cuda import OUT_OF_MEMORY, FakeCuda

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crosspool.config.deployment import ConfigError
+from crosspool.config.errors import ConfigError
 from crosspool.kvpool.memory import available_bytes
 from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
 
@@ -194,7 +194,7 @@ def test_more_than_the_available_memory_is_refused_before_it_is_touched():
 def test_refused_address_space_names_the_field():
     script = """
 import resource
-from crosspool.config.deployment import ConfigError
+from crosspool.config.errors import ConfigError
 from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 try:

@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 import torch
-from crosspool.config.deployment import ConfigError
+from crosspool.config.errors import ConfigError
 from crosspool.kernels.cuda_driver import CudaError
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from crosspool.config.deployment import ConfigError
+from crosspool.config.errors import ConfigError
 from crosspool.kernels.dlpack import DLPACK_CUDA, DLPackDevice
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from crosspool.config.deployment import ConfigError
+from crosspool.config.errors import ConfigError
 from crosspool.kernels import native
 from crosspool.kvpool.memory import available_bytes
 from crosspool.kvpool.virtualizer import ChunkTable, Progress, whole_chunks

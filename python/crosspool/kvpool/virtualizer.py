@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from crosspool.config.deployment import ConfigError
+from crosspool.config.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import msgspec
 import psutil
 import torch
 from tqdm import tqdm
@@ -137,7 +136,7 @@ class DeviceRanks:
                     "role": role,
                     "rank": rank,
                     "model": self.deployment.models[model].name,
-                    **msgspec.structs.asdict(listing),
+                    **asdict(listing),
                 }
 
     def _pools(self) -> dict[str, Any]:
