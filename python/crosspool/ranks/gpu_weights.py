@@ -61,13 +61,13 @@ class GPUAttention:
             reads.append((number, Read(ref, _whole(ref), into)))
         self._listing = [] if path is None else fill(path, reads, progress)
         self.layers = layers
-        self.tables = {
-            key: TensorTable.of([layer[key] for layer in layers]) for key in layers[0]
-        }
+        self.tables = {key: TensorTable.of([layer[key] for layer in layers]) for key in layers[0]}
         self.final_norm = TensorTable.of([self.globals["final_norm"]])
         self.embed = self.globals["embed"]
         self.lm_head = self.globals["embed" if spec.tied_embeddings else "lm_head"]
-        self.rope = RopeTable(*_rope(spec, path, positions, device), spec.attention.rope.interleaved)
+        self.rope = RopeTable(
+            *_rope(spec, path, positions, device), spec.attention.rope.interleaved
+        )
 
     def tensors(self) -> list[TensorListing]:
         """Everything held."""
