@@ -15,8 +15,6 @@ import pytest
 import torch
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
-from crosspool.config.errors import ConfigError
-from crosspool.kernels.dlpack import tensor_at
 from crosspool.transport import nvshmem
 from crosspool.transport.lane_layout import LinkLayout
 from crosspool.transport.rendezvous import RendezvousError
@@ -33,12 +31,11 @@ class World:
     ids: set[bytes] = field(default_factory=set)
     sizes: set[int] = field(default_factory=set)
     heaps: dict[int, torch.Tensor] = field(default_factory=dict)
-    unreachable: set[tuple[int, int]] = field(default_factory=set)
 
 
 @dataclass
 class FakeNvshmem:
-    """One PE; ``heaps`` of others are reached where they lie."""
+    """One PE."""
 
     world: World
     pe: int = -1
@@ -59,15 +56,6 @@ class FakeNvshmem:
         self.world.heaps[self.pe] = torch.zeros(nbytes, dtype=torch.uint8)
         self.world.barrier.wait(10)
         return self.world.heaps[self.pe].data_ptr()
-
-    def pointer(self, address: int, pe: int) -> int:
-        assert address == self.world.heaps[self.pe].data_ptr()
-        if (self.pe, pe) in self.world.unreachable:
-            return 0
-        return self.world.heaps[pe].data_ptr()
-
-    def finalize(self) -> None:
-        self.world.barrier.wait(10)
 
 
 @pytest.fixture
@@ -126,7 +114,7 @@ def test_an_id_of_another_size_is_refused(deployment):
     assert world.ids == set()
 
 
-def test_links_lie_in_the_ffn_ranks_symmetric_memory(deployment):
+def test_both_ends_have_the_link_at_one_symmetric_place(deployment):
     world = World(threading.Barrier(3))
     layout = LinkLayout(deployment.max_step_tokens, 192)
 
@@ -135,30 +123,28 @@ def test_links_lie_in_the_ffn_ranks_symmetric_memory(deployment):
         return nvshmem.links(library, deployment, device, layout, CPU)
 
     found = in_processes(deployment, world, work)
-    assert world.sizes == {2 * 2 * layout.link_bytes}
-    heaps = {pe: heap.data_ptr() for pe, heap in world.heaps.items()}
-    assert found["cuda:0"].bases == {0: heaps[2], 1: heaps[1]}
-    assert found["cuda:2"].bases == {0: heaps[2]}
-    for attention_rank in range(2):
-        here, there = found[f"cuda:{attention_rank}"], found["cuda:2"]
-        place = here.attention_place(1, 0)
-        assert place == there.ffn_place(attention_rank, 1)
-        here.payloads(attention_rank, 1, 0).fill_(attention_rank + 1)
-        assert (there.payloads(attention_rank, 1, 0) == attention_rank + 1).all()
-        assert not tensor_at(place.address, (256,), torch.uint8, CPU).any()
-
-
-def test_a_pe_out_of_reach_names_both_devices(deployment):
-    world = World(threading.Barrier(3), unreachable={(0, 2)})
-
-    def work(library, device):
-        nvshmem.initialise(library, deployment, device)
-        return nvshmem.links(library, deployment, device, LinkLayout(16, 192), CPU)
-
-    found = in_processes(deployment, world, work)
-    assert isinstance(found["cuda:0"], ConfigError)
-    assert "cuda:0 cannot reach memory of cuda:2" in str(found["cuda:0"])
-    assert found["cuda:1"].bases.keys() == {0, 1}
+    # FFN rank 0 has two attention ranks on other devices, FFN rank 1 (beside attention rank 1) one.
+    assert world.sizes == {(2 + 1) * 2 * layout.link_bytes}
+    heaps = [world.heaps[pe].data_ptr() for pe in range(3)]
+    offsets = set()
+    pes = {0: 2, 1: 1}
+    for attention_rank, ffn_rank in ((0, 0), (1, 0), (0, 1)):
+        for lane in range(2):
+            there = found[f"cuda:{pes[ffn_rank]}"]
+            here_at, peer = found[f"cuda:{attention_rank}"].attention_end(lane, ffn_rank)
+            there_at, back = there.ffn_end(attention_rank, lane)
+            assert (peer, back) == (pes[ffn_rank], attention_rank)
+            offset = here_at.address - heaps[attention_rank]
+            assert offset == there_at.address - heaps[pes[ffn_rank]]
+            offsets.add(offset)
+            assert there.ends.payloads(attention_rank, lane, ffn_rank).numel() == (
+                2 * layout.payload_bytes
+            )
+    assert offsets == {n * layout.link_bytes for n in range(6)}
+    with pytest.raises(ValueError, match="cuda:1 has no link"):
+        found["cuda:1"].attention_end(0, 1)
+    with pytest.raises(ValueError, match="cuda:2 has no link"):
+        found["cuda:2"].ends.payloads(0, 0, 1)
 
 
 UNIQUE_ID = """

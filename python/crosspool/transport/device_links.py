@@ -1,9 +1,9 @@
-"""Links whose memory is a GPU's: both ends reach it with plain loads and stores.
+"""Links whose memory is a GPU's.
 
-The links of an FFN rank lie in its own GPU's memory, one after another by attention rank on another
-device (ascending) and by lane, each as in lanes.h: the FFN rank polls its own memory. How a device
-reaches the memory of another is the affair of :mod:`crosspool.transport.peer_memory` (one host) and
-:mod:`crosspool.transport.nvshmem`.
+The links of an FFN rank lie one after another by attention rank on another device (ascending) and
+by lane, each as in lanes.h. Where GPUs reach each other's memory with loads and stores
+(:mod:`crosspool.transport.peer_memory`), they lie once, in memory of the FFN rank's GPU, so that it
+polls its own memory. Elsewhere (:mod:`crosspool.transport.nvshmem`) each end has them all.
 
 Resident loops use all of a link (:meth:`DeviceLinks.attention_place`). Host loops cannot look into
 a GPU's memory cheaply; theirs keep signals, headers and doorbells in the host's segment
@@ -38,7 +38,7 @@ class DeviceLinks:
     device: Device
     layout: LinkLayout
     bases: Mapping[int, int]
-    """Address of each FFN rank's links, for the FFN ranks that share a link with this device."""
+    """Where this device reaches the links of each FFN rank that it shares a link with."""
     memory: DLPackDevice
 
     def payloads(self, attention_rank: int, lane: int, ffn_rank: int) -> Tensor:

@@ -3,8 +3,8 @@
 The first device of the deployment makes NVSHMEM's unique id (128 bytes), tells it to the others at
 a meeting in the runtime folder (:mod:`crosspool.transport.rendezvous`), and all initialise with it:
 no MPI, no launcher of NVSHMEM's. A device is the processing element (PE) of its place among the
-deployment's devices. The library itself is native code, linked with NVSHMEM's device part;
-:class:`NvshmemLibrary` is what is asked of it.
+deployment's devices. The library itself is native code, linked with NVSHMEM's device part
+(crosspool/kernels/nvshmem.py); :class:`NvshmemLibrary` is what is asked of it here.
 
 Making and telling the id has run with NVSHMEM's own library, on a machine without a GPU. The rest
 has not run on GPUs so far.
@@ -12,14 +12,14 @@ has not run on GPUs so far.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
-from crosspool.config.errors import ConfigError
 from crosspool.transport.device_links import DeviceLinks, linked_ffn_ranks, links_bytes
-from crosspool.transport.lane_layout import LinkLayout
+from crosspool.transport.lane_layout import LinkLayout, LinkPlace
 from crosspool.transport.rendezvous import Brought, RendezvousError, exchange
 
 if TYPE_CHECKING:
@@ -49,15 +49,6 @@ class NvshmemLibrary(Protocol):
         """nvshmem_calloc, by all PEs together: the address of zeros in symmetric memory."""
         ...
 
-    def pointer(self, address: int, pe: int) -> int:
-        """nvshmem_ptr: where this PE's loads and stores reach the same object of another PE; 0:
-        nowhere."""
-        ...
-
-    def finalize(self) -> None:
-        """nvshmem_finalize, by all PEs together; frees what was allocated."""
-        ...
-
 
 def initialise(
     library: NvshmemLibrary, deployment: Deployment, device: Device, timeout: float = 60.0
@@ -81,28 +72,43 @@ def initialise(
     return pe
 
 
+@dataclass(frozen=True)
+class SymmetricLinks:
+    """The links of one device in symmetric memory: each end has a whole one at the same symmetric
+    address, and carries what it has written into the other end's (sgl-kernel-ext/cuda/nvshmem.h).
+    """
+
+    ends: DeviceLinks
+
+    def attention_end(self, lane: int, ffn_rank: int) -> tuple[LinkPlace, int]:
+        """This device's attention rank's end of a lane, and the PE of the other end.
+
+        Raises ValueError when there is no such link."""
+        deployment = self.ends.deployment
+        peer = deployment.weight_pool_devices[ffn_rank]
+        return self.ends.attention_place(lane, ffn_rank), deployment.devices.index(peer)
+
+    def ffn_end(self, attention_rank: int, lane: int) -> tuple[LinkPlace, int]:
+        """This device's FFN rank's end of a lane, as :meth:`attention_end`."""
+        deployment = self.ends.deployment
+        peer = deployment.kv_pool_devices[attention_rank]
+        return self.ends.ffn_place(attention_rank, lane), deployment.devices.index(peer)
+
+
 def links(
     library: NvshmemLibrary,
     deployment: Deployment,
     device: Device,
     layout: LinkLayout,
     memory: DLPackDevice,
-) -> DeviceLinks:
-    """The device's links in symmetric memory; every device process calls this after
-    :func:`initialise`. They are good until the library is finalised.
+) -> SymmetricLinks:
+    """The device's links; every device process calls this after :func:`initialise`. They are good
+    until the library is finalised. ``memory``: where tensors over this device's ends lie.
 
-    Raises ConfigError when a peer's memory is out of reach for loads and stores."""
-    pools = deployment.weight_pool_devices
-    address = library.allocate(
-        max(links_bytes(deployment, layout, rank) for rank in range(len(pools)))
-    )
-    bases = {}
-    for rank in linked_ffn_ranks(deployment, device):
-        reached = library.pointer(address, deployment.devices.index(pools[rank]))
-        if reached == 0:
-            raise ConfigError(
-                f"kv_pool_devices, weight_pool_devices: {device.name} cannot reach memory of"
-                f" {pools[rank].name}: choose GPUs with peer access to each other"
-            )
-        bases[rank] = reached
-    return DeviceLinks(deployment, device, layout, bases, memory)
+    Raises RuntimeError when symmetric memory has no room."""
+    sizes = [
+        links_bytes(deployment, layout, rank) for rank in range(len(deployment.weight_pool_devices))
+    ]
+    address = library.allocate(sum(sizes))
+    bases = {rank: address + sum(sizes[:rank]) for rank in linked_ffn_ranks(deployment, device)}
+    return SymmetricLinks(DeviceLinks(deployment, device, layout, bases, memory))
