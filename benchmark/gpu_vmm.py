@@ -89,13 +89,14 @@ class Clock:
     ) -> int:
         """What the call returns, or 0."""
         with running() as runs:
-            faulthandler.dump_traceback_later(_PATIENCE_S, exit=True)
-            began = time.perf_counter_ns()
+            faulthandler.dump_traceback_later(_PATIENCE_S, exit=True, file=sys.__stderr__)
             try:
+                began = time.perf_counter_ns()
                 result = call(*arguments)
+                took_ns = time.perf_counter_ns() - began
             finally:
                 faulthandler.cancel_dump_traceback_later()
-            self.us.setdefault(name, []).append((time.perf_counter_ns() - began) / 1000)
+            self.us.setdefault(name, []).append(took_ns / 1000)
             self.waited[name] = self.waited.get(name, 0) + (not runs())
         return result or 0
 

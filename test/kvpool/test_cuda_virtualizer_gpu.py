@@ -41,7 +41,8 @@ def views(pool) -> list[torch.Tensor]:
 
 def test_a_tensor_over_a_partly_mapped_range(pool):
     kv = views(pool)[0]
-    assert kv.is_cuda
+    where = kv.device.type  # a failing assertion must not print a tensor that is not all there
+    assert where == "cuda"
     pool.map(0, [3, 4, 9])
     kv[3:5] = 7
     kv[9] = torch.arange(pool.chunk // 8, device=kv.device)
