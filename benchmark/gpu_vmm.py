@@ -89,7 +89,7 @@ class Clock:
     ) -> int:
         """What the call returns, or 0."""
         with running() as runs:
-            faulthandler.dump_traceback_later(_PATIENCE_S, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(_PATIENCE_S, exit=True, file=2)
             try:
                 began = time.perf_counter_ns()
                 result = call(*arguments)
