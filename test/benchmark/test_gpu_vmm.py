@@ -7,7 +7,7 @@ import contextlib
 import json
 
 import pytest
-from support.fake_cuda import FakeCuda
+from support.fake_cuda_memory import FakeCuda
 
 from benchmark import gpu_vmm
 from benchmark.records import Recorder

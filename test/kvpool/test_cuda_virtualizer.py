@@ -13,7 +13,7 @@ import torch
 from crosspool.config.errors import ConfigError
 from crosspool.kernels.cuda_driver import CudaBindings, CudaError
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
-from support.fake_cuda import OUT_OF_MEMORY, FakeCuda
+from support.fake_cuda_memory import OUT_OF_MEMORY, FakeCuda
 
 UNIT = 2 << 20
 CHUNK = 2 * UNIT
@@ -171,7 +171,7 @@ def test_a_failed_export_closes_what_it_opened(driver):
 TOUCH = """
 import sys, torch
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
-from support.fake_cuda import FakeCuda
+from support.fake_cuda_memory import FakeCuda
 pool = CudaVirtualizer(FakeCuda(total=8 << 20), 8 << 20, 2 << 20, [8 << 20])
 kv = pool.tensor(0, (4, 1 << 20), torch.bfloat16)
 pool.map(0, [1, 2])

@@ -16,7 +16,7 @@ from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from support.fake_cuda import OUT_OF_MEMORY, FakeCuda
+from support.fake_cuda_memory import OUT_OF_MEMORY, FakeCuda
 
 CHUNK = 4 << 20
 BUDGET = 7

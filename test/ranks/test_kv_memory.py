@@ -12,7 +12,7 @@ from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.kvpool.layout import KVLayout
 from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
 from crosspool.ranks.kv_memory import take_kv_pool
-from support.fake_cuda import FakeCuda
+from support.fake_cuda_memory import FakeCuda
 from support.kv_specs import SPECS
 
 CHUNK = 2 << 20

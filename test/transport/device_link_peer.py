@@ -29,7 +29,7 @@ def driver_of(device: Device, real: bool):
 
         torch.cuda.init()
         return CudaBindings(0)
-    from support.fake_cuda import FakeCuda
+    from support.fake_cuda_memory import FakeCuda
 
     return FakeCuda(total=64 << 20, name=device.name)
 

@@ -18,7 +18,7 @@ from crosspool.config.device import Device
 from crosspool.transport import nvshmem
 from crosspool.transport.lane_layout import LinkLayout
 from crosspool.transport.rendezvous import RendezvousError
-from support.fake_cuda import CPU
+from support.fake_cuda_memory import CPU
 
 MEMBERS = ("cuda:0", "cuda:1", "cuda:2")
 

@@ -30,7 +30,7 @@ from crosspool.transport.lane_layout import LinkLayout
 from crosspool.transport.peer_memory import PeerMemory
 from crosspool.transport.rendezvous import RendezvousError
 from crosspool.transport.shared_memory import SharedMemoryTransport
-from support.fake_cuda import CPU, FakeCuda
+from support.fake_cuda_memory import CPU, FakeCuda
 from transport.device_link_peer import DTYPES, MAX_ROW_BYTES, driver_of
 
 PEER = Path(__file__).with_name("device_link_peer.py")

@@ -7,7 +7,7 @@ import os
 
 import pytest
 from crosspool.kernels.cuda_driver import CudaError
-from support.fake_cuda import INVALID, OUT_OF_MEMORY, FakeCuda
+from support.fake_cuda_memory import INVALID, OUT_OF_MEMORY, FakeCuda
 
 UNIT = 2 << 20
 
