@@ -160,7 +160,7 @@ def test_the_yaml_is_a_deployment(
     assert ready.promise == "growth"
 
 
-def test_gpus_are_written_and_refused_by_serve_for_now(
+def test_gpus_are_written_and_several_refused_by_serve_for_now(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "deployment.yaml"

@@ -9,6 +9,7 @@ import pytest
 from crosspool.cli.prepare import prepare
 from crosspool.config.deployment import ConfigError
 from crosspool.config.draft import Draft, to_draft
+from support.gpus import pretend_gpus
 
 CORES = sorted(os.sched_getaffinity(0))
 CONFIG = {
@@ -237,7 +238,6 @@ def test_port_in_use_is_refused(tmp_path: Path) -> None:
         ("chunk_bytes", "3MiB", "chunk_bytes: 3145728 must be a multiple of 2MiB"),
         ("kv_pool_devices", "gpu", "kv_pool_devices: 'gpu' is no device"),
         ("weight_pool_devices", "cpu,cpu", "weight_pool_devices: cpu is named twice"),
-        ("kv_pool_devices", "cuda:0", "kv_pool_devices: cuda:0: this build drives CPUs only"),
         ("kv_pool_bytes", "900TiB", "of memory are available"),
         ("host", "no.such.host.invalid", "port 0 on no.such.host.invalid"),
     ],
@@ -261,3 +261,28 @@ def test_models_must_exist_and_have_names_of_their_own(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=problem):
             prepare(draft(*paths))
+
+
+def test_a_gpu_for_both_pools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretend_gpus(monkeypatch, tmp_path, 1000)
+    both: dict[str, Any] = {"kv_pool_devices": "cuda:0", "weight_pool_devices": "cuda:0"}
+    path = model(tmp_path / "a")
+    deployment = prepare(draft(path, **both)).deployment
+    assert [device.name for device in deployment.devices] == ["cuda:0"]
+    assert deployment.weight_pool_bytes == FFN_BYTES
+    # What weights leave of 92 % of its free memory, in whole chunks.
+    usable = int((1000 << 20) * 0.92)
+    assert usable - (4 << 20) < deployment.kv_pool_bytes < usable
+    assert deployment.kv_pool_bytes % (2 << 20) == 0
+    with pytest.raises(ConfigError, match="of memory of cuda:0 are available"):
+        prepare(draft(path, kv_pool_bytes=usable, **both))
+
+
+def test_placements_that_no_gpu_drives_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretend_gpus(monkeypatch, tmp_path, 1000, 1000)
+    path = model(tmp_path / "a")
+    for kv, weights in (("cuda:0", "cpu"), ("cuda:0", "cuda:1"), ("cpu", "cuda:0")):
+        with pytest.raises(ConfigError, match="both pools by itself for now"):
+            prepare(draft(path, kv_pool_devices=kv, weight_pool_devices=weights))
+    with pytest.raises(ConfigError, match="cuda:2: 2 GPU"):
+        prepare(draft(path, kv_pool_devices="cuda:2", weight_pool_devices="cuda:2"))

@@ -14,7 +14,9 @@ from crosspool.cli.child import ProcessSpec
 from crosspool.cli.pools import describe
 from crosspool.cli.prepare import Prepared, prepare
 from crosspool.cli.supervisor import Loss, Supervisor
+from crosspool.config import gpu
 from crosspool.config.deployment import Deployment, save
+from crosspool.config.device import Device
 from crosspool.config.draft import Draft
 from crosspool.config.process import set_title
 from crosspool.config.runtime_dir import RuntimeDir
@@ -71,7 +73,7 @@ def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[Proce
                 *_module("ranks.device_process", deployment),
                 *["--device", device.name, *lanes],
             ],
-            env={**_OFFLINE, **_threads(len(device.cores))},
+            env={**_OFFLINE, **_device_environment(device)},
             pass_fds=[] if lanes_fd is None else [lanes_fd],
             device=device.name,
         )
@@ -102,6 +104,12 @@ def fork_server(deployment: Deployment) -> ProcessSpec:
 
 def _module(name: str, deployment: Deployment) -> list[str]:
     return [sys.executable, "-m", f"crosspool.{name}", "--deployment", str(deployment.file)]
+
+
+def _device_environment(device: Device) -> dict[str, str]:
+    if device.is_cpu:
+        return _threads(len(device.cores))
+    return {**_threads(1), **gpu.ENVIRONMENT}
 
 
 def _threads(count: int) -> dict[str, str]:

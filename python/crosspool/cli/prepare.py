@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import psutil
 
+from crosspool.cli.memory import check_memory, default_kv_bytes, memories
 from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.config.draft import Draft, ModelDraft, devices_of, size_of
@@ -21,11 +21,8 @@ from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.registry import read_model
 from crosspool.models.spec import ModelSpec
-from crosspool.weightpool.placement import Placement, attention_bytes, place
+from crosspool.weightpool.placement import Placement, place
 
-KV_POOL_SHARE = 0.2
-"""Part of the available memory that the KV pool takes when the user names no size."""
-KV_POOL_DEFAULT_LIMIT = 4 << 30
 _HUGE_PAGE = 2 << 20
 
 
@@ -69,20 +66,16 @@ def prepare(draft: Draft) -> Prepared:
     kv_devices = devices_of(draft.kv_pool_devices, "kv_pool_devices")
     weight_devices = devices_of(draft.weight_pool_devices, "weight_pool_devices")
     models, specs = _read_models(draft, weight_devices)
-    available = psutil.virtual_memory().available
     chunk_bytes = size_of(draft.chunk_bytes, "chunk_bytes")
     if chunk_bytes % _HUGE_PAGE:
         raise ConfigError(f"chunk_bytes: {chunk_bytes} must be a multiple of 2MiB")
-    kv_pool_bytes = (
-        min(int(available * KV_POOL_SHARE), KV_POOL_DEFAULT_LIMIT)
-        if draft.kv_pool_bytes is None
-        else size_of(draft.kv_pool_bytes, "kv_pool_bytes")
-    )
     deployment = Deployment(
         models=models,
         kv_pool_devices=kv_devices,
         weight_pool_devices=weight_devices,
-        kv_pool_bytes=kv_pool_bytes,
+        kv_pool_bytes=(
+            0 if draft.kv_pool_bytes is None else size_of(draft.kv_pool_bytes, "kv_pool_bytes")
+        ),
         weight_pool_bytes=(
             sys.maxsize
             if draft.weight_pool_bytes is None
@@ -92,11 +85,17 @@ def prepare(draft: Draft) -> Prepared:
         port=_free_port(draft.host, draft.port),
         **{name: getattr(draft, name) for name in _SAME},
     )
+    _check_devices(deployment)
+    found = memories(deployment.devices)
+    if draft.kv_pool_bytes is None:
+        unbounded = place(msgspec.structs.replace(deployment, weight_pool_bytes=sys.maxsize), specs)
+        kv_pool_bytes = default_kv_bytes(deployment, specs, unbounded, found)
+        deployment = msgspec.structs.replace(deployment, kv_pool_bytes=kv_pool_bytes)
     _check_kv_bounds(deployment, specs)
     placement = place(deployment, specs)
     if draft.weight_pool_bytes is None:
         deployment = msgspec.structs.replace(deployment, weight_pool_bytes=placement.pool_bytes)
-    _check_memory(deployment, specs, placement, available)
+    check_memory(deployment, specs, placement, found)
     return Prepared(deployment=deployment, specs=specs, placement=placement)
 
 
@@ -181,6 +180,17 @@ def _own_size(value: int | str | None, key: str) -> int | None:
     return None if value is None else size_of(value, key)
 
 
+def _check_devices(deployment: Deployment) -> None:
+    """What device processes can be joined: see docs/gpu.md."""
+    gpus = [device.name for device in deployment.devices if not device.is_cpu]
+    if gpus and len(deployment.devices) > 1:
+        others = [device.name for device in deployment.devices if device.name not in gpus]
+        raise ConfigError(
+            f"kv_pool_devices, weight_pool_devices: {', '.join((*gpus, *others))}: a GPU serves "
+            f"both pools by itself for now; write {gpus[0]} for both"
+        )
+
+
 def _check_kv_bounds(d: Deployment, specs: Sequence[ModelSpec]) -> None:
     """Floors fit together, and one request as long as each model's context fits into what its
     promises can reach on one attention rank."""
@@ -225,22 +235,6 @@ def _too_long(d: Deployment, index: int, spec: ModelSpec, layout: KVLayout) -> s
         f"kv_pool_bytes: {format_size(d.kv_pool_bytes)} on {ranks} device(s){beside} {request}: "
         f"give {shorter}--kv-pool-bytes {needed} ({format_size(needed)})"
     )
-
-
-def _check_memory(
-    deployment: Deployment, specs: Sequence[ModelSpec], placement: Placement, available: int
-) -> None:
-    """What ranks will hold must fit into the memory that is available now."""
-    ffn = sum(map(sum, placement.weight_bytes))
-    attention = sum(map(attention_bytes, specs)) * len(deployment.kv_pool_devices)
-    needed = deployment.kv_pool_bytes + ffn + attention
-    if needed > available:
-        raise ConfigError(
-            f"{format_size(needed)} are needed (KV pool {format_size(deployment.kv_pool_bytes)}, "
-            f"FFN weights {format_size(ffn)}, attention weights {format_size(attention)}), "
-            f"{format_size(available)} of memory are available: serve fewer models or lower "
-            "--kv-pool-bytes"
-        )
 
 
 def _free_port(host: str, port: int) -> int:

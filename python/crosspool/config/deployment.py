@@ -12,11 +12,9 @@ from typing import Any, Literal
 import msgspec
 
 from crosspool.config.device import Device
+from crosspool.config.errors import ConfigError
 
-
-class ConfigError(ValueError):
-    """A user's mistake in flags, a deployment file or a checkpoint: the message names the field
-    and what would be right. The command line ends with exit status 2."""
+__all__ = ["ConfigError", "Deployment", "ModelConfig", "load", "save"]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):

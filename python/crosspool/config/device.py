@@ -23,6 +23,14 @@ class Device(msgspec.Struct, frozen=True):
         return self.name.startswith("cpu")
 
     @property
+    def gpu(self) -> int:
+        """Number of a GPU among those that a process may use."""
+        match = _CUDA.fullmatch(self.name)
+        if match is None:
+            raise ValueError(f"{self.name} is not a GPU")
+        return int(match.group(1))
+
+    @property
     def cores(self) -> tuple[int, ...]:
         """Cores of a CPU device, ascending."""
         match = _CPU.fullmatch(self.name)

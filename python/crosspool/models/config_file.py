@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from crosspool.config.deployment import ConfigError
+from crosspool.config.errors import ConfigError
 
 
 def read_json(file: Path) -> dict[str, Any]:

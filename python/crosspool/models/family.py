@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import msgspec
+from dataclasses import dataclass
 
 from crosspool.models.config_file import ConfigFile
 from crosspool.models.spec import AttentionSpec, FFNSpec, GQASpec, RopeSpec, RouterSpec
 
 
-class FFNNames(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class FFNNames:
     """How the checkpoints of a family call their FFN tensors, beneath ``model.layers.N.``."""
 
     block: str = "mlp"
@@ -21,7 +21,8 @@ class FFNNames(msgspec.Struct, frozen=True, kw_only=True):
     down: str = "down_proj"
 
 
-class Family(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Family:
     """A family of models. The numbers are transformers' defaults for fields that a config.json
     may leave out."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from msgspec.structs import replace
+from dataclasses import replace
 
 from crosspool.models.config_file import ConfigFile
 from crosspool.models.family import Family, check_router, gqa, grouped_heads, head_size

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from crosspool.config.deployment import ConfigError
+from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import ConfigFile
 from crosspool.models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from crosspool.models.family import Family

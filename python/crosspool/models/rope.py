@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from crosspool.config.deployment import ConfigError
+from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import ConfigFile
 
 # What each type needs beside the base. Others change with the length of the sequence (longrope),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from crosspool.config.deployment import ConfigError
+from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import ConfigFile
 from crosspool.models.shape import AttentionKind, ModelShape
 

@@ -7,15 +7,15 @@ that the planner, the scheduler and the launcher read models in milliseconds.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
-
-import msgspec
 
 DType = Literal["bfloat16", "float32"]
 DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4}
 
 
-class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class RopeSpec:
     """Rotary position embedding. Frequencies come from transformers' rope functions in the rank."""
 
     dim: int
@@ -26,7 +26,8 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The rotation is computed in float32 whatever the model's dtype (DeepSeek-V2)."""
 
 
-class GQASpec(msgspec.Struct, frozen=True, kw_only=True, tag="gqa"):
+@dataclass(frozen=True, kw_only=True)
+class GQASpec:
     """Grouped-query attention (MHA when ``kv_heads == q_heads``)."""
 
     q_heads: int
@@ -44,7 +45,8 @@ class GQASpec(msgspec.Struct, frozen=True, kw_only=True, tag="gqa"):
     """q, k and v are clamped to [-clip, clip] after their projections (OLMoE)."""
 
 
-class MLASpec(msgspec.Struct, frozen=True, kw_only=True, tag="mla"):
+@dataclass(frozen=True, kw_only=True)
+class MLASpec:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
 
     q_heads: int
@@ -62,7 +64,8 @@ class MLASpec(msgspec.Struct, frozen=True, kw_only=True, tag="mla"):
     """Epsilon of the norms of the q and kv latents, whatever the model's ``norm_eps``."""
 
 
-class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class RouterSpec:
     """How tokens choose experts."""
 
     score: Literal["softmax", "sigmoid"]
@@ -83,13 +86,15 @@ class RouterSpec(msgspec.Struct, frozen=True, kw_only=True):
     in float32."""
 
 
-class DenseFFN(msgspec.Struct, frozen=True, kw_only=True, tag="dense"):
+@dataclass(frozen=True, kw_only=True)
+class DenseFFN:
     """A gated MLP: down(silu(gate(x)) * up(x))."""
 
     intermediate: int
 
 
-class MoEFFN(msgspec.Struct, frozen=True, kw_only=True, tag="moe"):
+@dataclass(frozen=True, kw_only=True)
+class MoEFFN:
     """Routed gated-MLP experts, plus an optional shared gated MLP that every token takes."""
 
     experts: int
@@ -104,7 +109,8 @@ FFNSpec = DenseFFN | MoEFFN
 AttentionSpec = GQASpec | MLASpec
 
 
-class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
     """One model: everything that pools, scheduler and ranks need to know of it but its weights."""
 
     family: str
@@ -139,7 +145,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         return self.layers * self.kv_width * DTYPE_BYTES[self.dtype]
 
 
-class TensorRef(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class TensorRef:
     """One tensor of a model: what we call it, what the checkpoint calls it, and how it splits."""
 
     key: str

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from crosspool.config import gpu
 from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.device import Device
 from crosspool.config.process import die_with_parent, set_title
@@ -37,9 +38,10 @@ from crosspool.transport.messages import (
     StepResult,
     ToDevice,
 )
-from crosspool.weightpool.placement import place
+from crosspool.weightpool.placement import Placement, place
 
 if TYPE_CHECKING:
+    from crosspool.models.spec import ModelSpec
     from crosspool.ranks.device import DeviceRanks
 
 log = logging.getLogger(__name__)
@@ -123,13 +125,13 @@ class DeviceProcess:
 
     def _load(self) -> DeviceRanks:
         deployment, device = self._deployment, self._device
-        if not device.is_cpu:
-            raise ConfigError(f"device {device.name}: only CPU devices can be driven here")
         specs = [
             read_model(Path(model.path), model.context_length, model.dtype)
             for model in deployment.models
         ]
         placement = place(deployment, specs)
+        if not device.is_cpu:
+            return self._load_gpu(specs, placement)
         # Importing torch takes seconds, and its threads keep the cores that they find: only now.
         os.sched_setaffinity(0, device.cores)
         import torch
@@ -139,6 +141,17 @@ class DeviceProcess:
         from crosspool.ranks.device import load_ranks
 
         return load_ranks(deployment, device, specs, placement, self._lanes_fd)
+
+    def _load_gpu(self, specs: Sequence[ModelSpec], placement: Placement) -> DeviceRanks:
+        # CUDA reads these when it is loaded; set here too, for a process started by hand.
+        os.environ.update(gpu.ENVIRONMENT)
+        import torch
+
+        torch.set_num_threads(1)
+        check_visible(self._device)
+        from crosspool.ranks.gpu_device import load_gpu_ranks
+
+        return load_gpu_ranks(self._deployment, self._device, specs, placement)
 
     def _on_sigterm(self, _number: int, _frame: object) -> None:
         self._ending = True
@@ -184,6 +197,22 @@ class DeviceProcess:
             self._send(ranks.executor.run(_BUSY_WAIT))
         log.info("ends")
         return 0
+
+
+def check_visible(device: Device) -> None:
+    """Raises ConfigError unless torch can drive the GPU."""
+    import torch
+
+    if not torch.backends.cuda.is_built():
+        raise ConfigError(
+            f"device {device.name}: this torch ({torch.__version__}) is built without CUDA: "
+            "install one with it"
+        )
+    count = torch.cuda.device_count()
+    if device.gpu >= count:
+        limit = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hidden = "" if limit is None else f" (CUDA_VISIBLE_DEVICES={limit})"
+        raise ConfigError(f"device {device.name}: torch sees {count} GPU(s){hidden}")
 
 
 if __name__ == "__main__":

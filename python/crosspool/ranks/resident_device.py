@@ -21,7 +21,8 @@ from crosspool.ranks.packed_ffn import PackedFFN
 from crosspool.ranks.resident_loop import ResidentLink, ResidentLoop
 from crosspool.ranks.resident_rank import ResidentRank
 from crosspool.ranks.resident_trace import ResidentTrace
-from crosspool.transport.shared_memory import LinkPlace, SharedMemoryTransport, spin_ns_of
+from crosspool.transport.lane_layout import LinkPlace
+from crosspool.transport.shared_memory import SharedMemoryTransport, spin_ns_of
 from crosspool.weightpool.placement import Placement, attention_bytes
 
 _DTYPES = {"bfloat16": ns.BFLOAT16, "float32": ns.FLOAT32}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import torch
 
 from crosspool.weightpool.checkpoint import Checkpoint, Progress, Read
@@ -13,7 +13,8 @@ from crosspool.weightpool.checkpoint import Checkpoint, Progress, Read
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-class TensorListing(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class TensorListing:
     """One tensor, or share of one, on a rank."""
 
     layer: int | None

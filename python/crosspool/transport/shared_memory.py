@@ -53,6 +53,15 @@ from crosspool.transport.data_path import (
     check_rows,
     remote_pairs,
 )
+from crosspool.transport.device_links import DeviceLinks
+from crosspool.transport.lane_layout import (
+    LINE_BYTES,
+    LINK_HEAD_BYTES,
+    PAGE_BYTES,
+    LinkLayout,
+    LinkPlace,
+    round_up,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -61,17 +70,11 @@ if TYPE_CHECKING:
 SPIN_NS = 20_000
 """How long a device with cores of its own spins before it sleeps: about what a wake-up costs."""
 
-_LINE = 64
-_PAGE = 4096
 _SEGMENT_HEADER = struct.Struct("<8s7IxxxxQ")
 _MAGIC = b"CPLANES1"
 _DISPATCH_HEADER = struct.Struct("<QIIII")
 _COMBINE_HEADER = struct.Struct("<QII")
-_DISPATCH_SIGNAL, _DISPATCH, _COMBINE_SIGNAL, _COMBINE, _PAYLOADS = 0, 64, 128, 192, 256
-
-
-def _round_up(nbytes: int, unit: int) -> int:
-    return -(-nbytes // unit) * unit
+_DISPATCH_SIGNAL, _DISPATCH, _COMBINE_SIGNAL, _COMBINE = 0, 64, 128, 192
 
 
 @dataclass(frozen=True)
@@ -85,21 +88,17 @@ class _Segment:
     def pairs(self) -> list[tuple[int, int]]:
         return remote_pairs(self.deployment)
 
-    @property
-    def payload_bytes(self) -> int:
-        return _round_up(self.deployment.max_step_tokens * self.max_hidden_bytes, _LINE)
-
-    @property
-    def link_bytes(self) -> int:
-        return _round_up(_PAYLOADS + 2 * self.payload_bytes, _PAGE)
+    @cached_property
+    def layout(self) -> LinkLayout:
+        return LinkLayout(self.deployment.max_step_tokens, self.max_hidden_bytes)
 
     @property
     def links_offset(self) -> int:
-        return _round_up(_LINE * (1 + len(self.deployment.devices)), _PAGE)
+        return round_up(LINE_BYTES * (1 + len(self.deployment.devices)), PAGE_BYTES)
 
     @property
     def total_bytes(self) -> int:
-        return self.links_offset + len(self.pairs) * self.deployment.lanes * self.link_bytes
+        return self.links_offset + len(self.pairs) * self.deployment.lanes * self.layout.link_bytes
 
     @property
     def header(self) -> bytes:
@@ -117,11 +116,11 @@ class _Segment:
         )
 
     def doorbell(self, device: Device) -> int:
-        return _LINE * (1 + self.deployment.devices.index(device))
+        return LINE_BYTES * (1 + self.deployment.devices.index(device))
 
     def link(self, attention_rank: int, lane: int, ffn_rank: int) -> int:
         pair = self.pairs.index((attention_rank, ffn_rank))
-        return self.links_offset + (pair * self.deployment.lanes + lane) * self.link_bytes
+        return self.links_offset + (pair * self.deployment.lanes + lane) * self.layout.link_bytes
 
 
 def create(deployment: Deployment, max_hidden_bytes: int) -> int:
@@ -160,13 +159,21 @@ class _Lane:
     """One link's part of the segment, seen from either end."""
 
     def __init__(
-        self, memory: mmap.mmap, segment: _Segment, attention_rank: int, lane: int, ffn_rank: int
+        self,
+        memory: mmap.mmap,
+        segment: _Segment,
+        link: tuple[int, int, int],
+        on_gpu: DeviceLinks | None,
     ) -> None:
+        """``link``: attention rank, lane, FFN rank. ``on_gpu``: where its payloads lie, if not in
+        the segment."""
         import torch
 
-        base = segment.link(attention_rank, lane, ffn_rank)
+        attention_rank, lane, ffn_rank = link
+
+        base, payload = segment.link(*link), segment.layout.payload_bytes
         everything = torch.frombuffer(memory, dtype=torch.uint8)
-        address, payload = everything.data_ptr() + base, segment.payload_bytes
+        address, start = everything.data_ptr() + base, base + LINK_HEAD_BYTES
         self.name = f"attention rank {attention_rank}, lane {lane}, FFN rank {ffn_rank}"
         self.memory = memory
         self.max_rows = segment.deployment.max_step_tokens
@@ -175,9 +182,10 @@ class _Lane:
         self.combined = Signal(address + _COMBINE_SIGNAL)
         self.dispatch_header = base + _DISPATCH
         self.combine_header = base + _COMBINE
-        start = base + _PAYLOADS
-        self.dispatch_payload = everything[start : start + payload]
-        self.combine_payload = everything[start + payload : start + 2 * payload]
+        self._on_gpu = on_gpu
+        payloads = everything[start:] if on_gpu is None else on_gpu.payloads(*link)
+        self.dispatch_payload = payloads[:payload]
+        self.combine_payload = payloads[payload : 2 * payload]
 
     def error(self, what: str) -> LaneError:
         return LaneError(f"{self.name}: {what}")
@@ -194,17 +202,11 @@ class _Lane:
             raise self.error(f"rows of {row_bytes} bytes are no whole rows of {dtype}")
         return payload[: rows * row_bytes].view(dtype).view(rows, row_bytes // dtype.itemsize)
 
-
-@dataclass(frozen=True)
-class LinkPlace:
-    """Where native code finds a link, as addresses of this process."""
-
-    address: int
-    payload_bytes: int
-    max_rows: int
-    max_row_bytes: int
-    peer_doorbell: int
-    """Of the other end's device."""
+    def fill(self, payload: Tensor, row_bytes: int, rows: Tensor) -> None:
+        """Returns when a peer may be told of the rows."""
+        self.view(payload, len(rows), row_bytes, rows.dtype).copy_(rows)
+        if self._on_gpu is not None:
+            self._on_gpu.settle()
 
 
 class SharedMemoryAttentionLink:
@@ -230,7 +232,7 @@ class SharedMemoryAttentionLink:
         check_rows(header, hidden)
         row_bytes = hidden.shape[1] * hidden.itemsize
         link.check_size(header.rows, row_bytes)
-        link.view(link.dispatch_payload, header.rows, row_bytes, hidden.dtype).copy_(hidden)
+        link.fill(link.dispatch_payload, row_bytes, hidden)
         _DISPATCH_HEADER.pack_into(
             link.memory,
             link.dispatch_header,
@@ -319,7 +321,7 @@ class SharedMemoryFFNLink:
                 f"a partial sum {tuple(partial.shape)} of {partial.dtype} does not answer rows of"
                 f" {row_bytes} bytes"
             )
-        link.view(link.combine_payload, rows, row_bytes, partial.dtype).copy_(partial)
+        link.fill(link.combine_payload, row_bytes, partial)
         _COMBINE_HEADER.pack_into(link.memory, link.combine_header, header.epoch, rows, row_bytes)
         self._answered += 1
         self._polled = None
@@ -342,10 +344,17 @@ class SharedMemoryTransport:
     """
 
     def __init__(
-        self, fd: int, deployment: Deployment, device: Device, spin_ns: int | None = None
+        self,
+        fd: int,
+        deployment: Deployment,
+        device: Device,
+        spin_ns: int | None = None,
+        *,
+        on_gpu: DeviceLinks | None = None,
     ) -> None:
         """``fd`` may be closed afterwards. ``spin_ns``: longest spin of :meth:`wait`; None: SPIN_NS
-        if no other device has one of this device's cores, else 0.
+        if no other device has one of this device's cores, else 0. ``on_gpu``: where payloads lie,
+        at both ends of every link of this device, if not in the segment.
 
         Raises LaneError when ``fd`` is no segment of this deployment."""
         import torch
@@ -353,6 +362,7 @@ class SharedMemoryTransport:
         self._memory, self._segment = _attach(fd, deployment)
         self._deployment = deployment
         self._device = device
+        self._on_gpu = on_gpu
         self._base = base = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
         self._doorbells = {
             peer: Doorbell(base + self._segment.doorbell(peer)) for peer in deployment.devices
@@ -413,15 +423,16 @@ class SharedMemoryTransport:
         segment = self._segment
         return LinkPlace(
             address=self._base + segment.link(attention_rank, lane, ffn_rank),
-            payload_bytes=segment.payload_bytes,
-            max_rows=self._deployment.max_step_tokens,
-            max_row_bytes=segment.max_hidden_bytes,
+            payload_bytes=segment.layout.payload_bytes,
+            max_rows=segment.layout.max_rows,
+            max_row_bytes=segment.layout.max_row_bytes,
             peer_doorbell=self._base + segment.doorbell(peer),
         )
 
     def _lane(self, attention_rank: int, lane: int, ffn_rank: int) -> _Lane:
         self._check(attention_rank, lane, ffn_rank)
-        return _Lane(self._memory, self._segment, attention_rank, lane, ffn_rank)
+        link = (attention_rank, lane, ffn_rank)
+        return _Lane(self._memory, self._segment, link, self._on_gpu)
 
     def _check(self, attention_rank: int, lane: int, ffn_rank: int) -> None:
         if (attention_rank, ffn_rank) not in self._segment.pairs:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
-from crosspool.config.deployment import ConfigError
+from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import read_json
 from crosspool.models.spec import TensorRef
 
@@ -26,7 +26,8 @@ Progress = Callable[[int], None]
 _DTYPES = ("BF16", "F16", "F32")
 
 
-class Read(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class Read:
     """A part of a checkpoint's tensor and the place that it goes to."""
 
     ref: TensorRef

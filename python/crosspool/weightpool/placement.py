@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-import msgspec
-
-from crosspool.config.deployment import ConfigError, Deployment
+from crosspool.config.errors import ConfigError
 from crosspool.models.registry import attention_tensors, ffn_tensors
 from crosspool.models.spec import DTYPE_BYTES, FFNSpec, ModelSpec, MoEFFN, TensorRef
+
+if TYPE_CHECKING:
+    from crosspool.config.deployment import Deployment
 
 _GIB = 1 << 30
 
@@ -25,7 +27,8 @@ def _share(size: int, rank: int, ranks: int) -> slice:
     return slice(size * rank // ranks, size * (rank + 1) // ranks)
 
 
-class FFNShard(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class FFNShard:
     """One FFN rank's share of every layer of a model."""
 
     rank: int
@@ -58,7 +61,8 @@ class FFNShard(msgspec.Struct, frozen=True, kw_only=True):
         return (*whole[: ref.split], share, *whole[ref.split + 1 :])
 
 
-class Placement(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Placement:
     shards: tuple[dict[int, FFNShard], ...]
     """By FFN rank: the share of every model that lies on it, keyed by the model's index."""
     weight_bytes: tuple[tuple[int, ...], ...]

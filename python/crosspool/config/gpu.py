@@ -1,0 +1,85 @@
+"""GPUs as the processes that are going to be started will see them, asked of ``nvidia-smi``: the
+launcher needs neither torch nor a CUDA context for that."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from crosspool.config.device import Device
+from crosspool.config.errors import ConfigError
+
+ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_MODULE_LOADING": "EAGER"}
+"""Of every device process of a GPU: ``cuda:N`` is the N-th GPU as ``nvidia-smi`` counts them, and
+no kernel is loaded later, behind a resident loop that it might have to wait for."""
+_TIMEOUT = 30.0
+_QUERY = "--query-gpu=index,uuid,name,memory.free"
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One GPU of this machine."""
+
+    index: str
+    """As ``nvidia-smi`` counts."""
+    uuid: str
+    name: str
+    free_bytes: int
+
+
+def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[GPU]:
+    """The GPUs that a process may use, ``cuda:0`` first: all, or those of CUDA_VISIBLE_DEVICES.
+
+    Raises ConfigError where ``nvidia-smi`` is missing or does not answer."""
+    command = ["nvidia-smi", _QUERY, "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=_TIMEOUT
+        )
+    except FileNotFoundError:
+        raise ConfigError(
+            "nvidia-smi is not found: there is no NVIDIA driver here, or it is not on the PATH"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"nvidia-smi did not answer in {_TIMEOUT:.0f} s") from None
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip()
+        raise ConfigError(f"nvidia-smi failed with {done.returncode}: {said}")
+    gpus = [_parsed(line) for line in done.stdout.splitlines() if line.strip()]
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return gpus
+    chosen: list[GPU] = []
+    for name in (part.strip() for part in visible.split(",")):
+        gpu = next((g for g in gpus if name == g.index or _is_uuid(name, g.uuid)), None)
+        if gpu is None:  # CUDA, too, ignores what follows a name that it does not know
+            break
+        chosen.append(gpu)
+    return chosen
+
+
+def gpu_of(device: Device, gpus: list[GPU]) -> GPU:
+    """The GPU that ``device`` (``cuda:N``) names; raises ConfigError that says what there is."""
+    number = device.gpu
+    if number < len(gpus):
+        return gpus[number]
+    names = ", ".join(f"cuda:{i} {gpu.name}" for i, gpu in enumerate(gpus)) or "none"
+    limit = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = "" if limit is None else f" (CUDA_VISIBLE_DEVICES={limit})"
+    raise ConfigError(f"{device.name}: {len(gpus)} GPU(s) are visible here{hidden}: {names}")
+
+
+def _parsed(line: str) -> GPU:
+    fields = [field.strip() for field in line.split(",")]
+    try:
+        index, uuid, name, free = fields
+        return GPU(index, uuid, name, int(free) << 20)
+    except ValueError:
+        raise ConfigError(f"nvidia-smi {_QUERY} answered {line!r}") from None
+
+
+def _is_uuid(name: str, uuid: str) -> bool:
+    """CUDA takes any unambiguous beginning of a UUID."""
+    return name.startswith("GPU-") and uuid.startswith(name)

@@ -1,0 +1,45 @@
+"""Where a link's parts lie in memory, whosesoever memory it is: ``Link`` of lanes.h, then the
+dispatch payload and the combine payload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LINE_BYTES = 64
+PAGE_BYTES = 4096
+LINK_HEAD_BYTES = 256
+"""Signals and headers of a link, before its payloads."""
+
+
+def round_up(nbytes: int, unit: int) -> int:
+    return -(-nbytes // unit) * unit
+
+
+@dataclass(frozen=True)
+class LinkLayout:
+    """The sizes of one deployment's links."""
+
+    max_rows: int
+    max_row_bytes: int
+    """Hidden size times dtype bytes, over all models."""
+
+    @property
+    def payload_bytes(self) -> int:
+        """Of either payload."""
+        return round_up(self.max_rows * self.max_row_bytes, LINE_BYTES)
+
+    @property
+    def link_bytes(self) -> int:
+        return round_up(LINK_HEAD_BYTES + 2 * self.payload_bytes, PAGE_BYTES)
+
+
+@dataclass(frozen=True)
+class LinkPlace:
+    """Where native code finds a link, as addresses of this process."""
+
+    address: int
+    payload_bytes: int
+    max_rows: int
+    max_row_bytes: int
+    peer_doorbell: int
+    """Of the other end's device; 0: it polls."""

@@ -1,0 +1,20 @@
+"""A machine with GPUs, as far as ``nvidia-smi`` tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+def pretend_gpus(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *free_mib: int, status: int = 0
+) -> None:
+    """Puts an ``nvidia-smi`` on the PATH that names a GPU for each of ``free_mib``."""
+    lines = [f"{i}, GPU-{i:08x}, Pretended H100, {free}" for i, free in enumerate(free_mib)]
+    program = folder / "nvidia-smi"
+    text = "\n".join(lines) if status == 0 else "no driver"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\nexit {status}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
