@@ -101,7 +101,9 @@ def _route_kernel(
         scores = scores / tl.sum(tl.sum(scores, 1), 0)
     choice = scores
     if biases is not None:
-        choice += tl.load(pointer_at(biases, tl.load(layer), tl.float32) + expert, inside, other=0.0)
+        choice += tl.load(
+            pointer_at(biases, tl.load(layer), tl.float32) + expert, inside, other=0.0
+        )
     LEAST: tl.constexpr = -0x7FFFFFFF - 1  # below every key
     keys = tl.where(inside, _ordered(choice), LEAST)
     if GROUPS > 1:
