@@ -48,9 +48,7 @@ def test_products(
 
     residual = random(bucket, n, dtype=dtype, device=device)
     before = residual.clone()
-    linear(
-        x, table, layer, count, residual, workspace, bias=TensorTable.of(biases), add=True
-    )
+    linear(x, table, layer, count, residual, workspace, bias=TensorTable.of(biases), add=True)
     assert_close(residual[:rows], before[:rows].double() + expected + biases[2].double(), dtype)
     assert torch.equal(residual[rows:], before[rows:])
 
