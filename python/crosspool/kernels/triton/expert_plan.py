@@ -165,7 +165,7 @@ def _few_kernel(
     rows = tl.load(count)
     e = tl.arange(0, HELD_BLOCK)
     choices = tl.arange(0, CHOICE_BLOCK)
-    taken = (e == HELD) & SHARED
+    taken = (e == HELD) if SHARED else (e < 0)
     if TOP_K > 0:
         for row in range(BUCKET):
             is_choice = (choices < TOP_K) & (row < rows)
@@ -230,7 +230,8 @@ def _place_kernel(
     rows = tl.load(count)
     e = tl.arange(0, HELD_BLOCK)
     counts = tl.load(expert_counts + e, e < HELD, other=0)
-    counts = tl.where((e == HELD) & SHARED, rows, counts)
+    if SHARED:
+        counts = tl.where(e == HELD, rows, counts)
     groups = tl.cdiv(counts, BLOCK)
     first_group = tl.sum(tl.where(e < expert, groups, 0), 0)
     own_groups = tl.sum(tl.where(e == expert, groups, 0), 0)
