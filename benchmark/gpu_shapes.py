@@ -17,6 +17,7 @@ from crosspool.kernels.triton.gqa import gqa_prepare
 from crosspool.kernels.triton.linear import LinearWorkspace, head_logits, linear
 from crosspool.kernels.triton.mla import mla_append, mla_queries, mla_values
 from crosspool.kernels.triton.router import route
+from crosspool.kernels.triton.sampling import SamplingRules, SamplingWorkspace, sample
 from crosspool.kernels.triton.tables import TensorTable
 from torch import Tensor
 
@@ -114,6 +115,7 @@ def cases(model: Shape, rows: int, contexts: tuple[int, ...], arrays: Arrays) ->
     yield _routing(model, rows, arrays)
     yield _ffn(model, rows, arrays)
     yield _head(model, rows, arrays)
+    yield _sample(model, rows, arrays)
 
 
 def _rotation(bytes_each: int) -> int:
@@ -335,4 +337,26 @@ def _head(m: Shape, rows: int, arrays: Arrays) -> Case:
         bytes=2 * m.vocab * m.hidden + 8 * rows * m.vocab,
         layers=1,
         launch=launch,
+    )
+
+
+def _sample(m: Shape, rows: int, arrays: Arrays) -> Case:
+    device = arrays.device
+    logits = arrays.random(rows, m.vocab, dtype=FP32) * 60.0
+    best, count = arrays.ints(logits.argmax(1)), arrays.ints(torch.tensor([rows]))
+    rules = SamplingRules(
+        temperature=torch.full((rows,), 0.7, device=device),
+        top_k=torch.full((rows,), -1, dtype=INT32, device=device),
+        top_p=torch.full((rows,), 0.9, dtype=torch.float64, device=device),
+        min_p=torch.zeros(rows, device=device),
+        seed=torch.arange(rows, device=device),
+        position=torch.arange(rows, device=device),
+    )
+    tokens, workspace = best.clone(), SamplingWorkspace.allocate(rows, m.vocab, device)
+    return Case(
+        kernel="sample",
+        shape=f"{m.vocab}, top-p 0.9",
+        bytes=4 * rows * m.vocab,
+        layers=1,
+        launch=lambda layer: sample(logits, best, rules, count, tokens, workspace),
     )

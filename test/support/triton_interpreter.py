@@ -1,6 +1,6 @@
 """Triton's interpreter with bfloat16 as a GPU computes it, and under today's NumPy.
 
-The interpreter of Triton 3.6 takes an array of one element for a number, which NumPy 2.4 no longer
+The interpreter of Triton (3.6 to 3.9) takes an array of one element for a number, which NumPy 2.4 no longer
 does. It multiplies the bit patterns of bfloat16 operands of ``tl.dot`` as if
 they were integers, and cuts float32 off to bfloat16 where a GPU rounds it to the nearest.
 """
@@ -17,6 +17,29 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 def repair() -> None:
     """For this process, in which the interpreter runs."""
+    _repair_numbers()
+    _repair_masks()
+
+
+def _repair_masks() -> None:
+    """The interpreter's own logic makes masks of integers, which Triton 3.9's loads refuse."""
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        return load(self, pointers, _bool_handle(mask), *rest)
+
+    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        return store(self, pointers, value, _bool_handle(mask), *rest)
+
+    InterpreterBuilder.create_masked_load = create_masked_load
+    InterpreterBuilder.create_masked_store = create_masked_store
+
+
+def _bool_handle(mask: Any) -> Any:
+    return TensorHandle(mask.data.astype(bool), tl.int1)
+
+
+def _repair_numbers() -> None:
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
     patch = interpreter._patch_lang_tensor
 

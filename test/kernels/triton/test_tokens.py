@@ -109,7 +109,7 @@ def draw(logits: Tensor, samplings: list[dict[str, Any]], positions: list[int]) 
     return tokens[:rows]
 
 
-@pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
+@pytest.mark.parametrize("spread", [0.01, 8.0])
 @pytest.mark.parametrize(
     "vocab, repeats",
     [(1301, 1), pytest.param(3001, 20, marks=gpu), pytest.param(151936, 4, marks=gpu)],
