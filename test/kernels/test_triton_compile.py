@@ -171,13 +171,13 @@ def test_kernels_that_decoding_waits_for(capability: int) -> None:
         ffn(1, 128, 8, 768, 0)
         ffn(4, 64, 6, 1408, 2816)
     print(describe(compiled))
-    assert {k.name for k in compiled} >= {"_decode_kernel", "_merge_kernel", "_down_few_kernel"}
+    assert {k.name for k in compiled} >= {"decode_kernel", "merge_kernel", "down_few_kernel"}
     for kernel in compiled:
         assert kernel.spilled == 0, describe([kernel])
         assert kernel.shared <= SHARED_MEMORY[capability], describe([kernel])
     # Weights come in loads of 16 bytes that run ahead of the arithmetic.
     for kernel in compiled:
-        if kernel.name in ("_linear_kernel", "_gate_up_kernel", "_down_few_kernel"):
+        if kernel.name in ("_linear_kernel", "gate_up_kernel", "down_few_kernel"):
             sizes = re.findall(
                 r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", kernel.ptx
             )
@@ -197,6 +197,6 @@ def test_kernels_of_many_rows() -> None:
         tokens(4, 2048, 151936)
     print(describe(compiled))
     names = {k.name for k in compiled}
-    assert names >= {"_prefill_kernel", "_place_kernel", "_down_kernel", "_sample_kernel"}
+    assert names >= {"prefill_kernel", "_place_kernel", "down_kernel", "_sample_kernel"}
     for kernel in compiled:
         assert kernel.shared <= SHARED_MEMORY[90], describe([kernel])

@@ -1,8 +1,8 @@
 """Triton's interpreter with bfloat16 as a GPU computes it, and under today's NumPy.
 
-The interpreter of Triton (3.6 to 3.9) takes an array of one element for a number, which NumPy 2.4 no longer
-does. It multiplies the bit patterns of bfloat16 operands of ``tl.dot`` as if
-they were integers, and cuts float32 off to bfloat16 where a GPU rounds it to the nearest.
+The interpreter of Triton (3.6 to 3.9) takes an array of one element for a number, which NumPy 2.4
+no longer does. It multiplies the bit patterns of bfloat16 operands of ``tl.dot`` as if they were
+integers, and cuts float32 off to bfloat16 where a GPU rounds it to the nearest.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ device memory:
   there. Rows past it are neither read nor written, and none of their KV is;
 - rows of activations are contiguous, [bucket, width]; the bucket is their first dimension.
 
-Sums run in float32 and are rounded to the model's dtype where a result is stored.
+Sums run in float32 and are rounded to the model's dtype where a result is stored. Nothing here has
+run on a GPU yet: docs/gpu.md says how it was shown to be right, and what is not known.
 
 norm.py embeddings, RMSNorm, residual sums; linear.py products with few rows; gqa.py and mla.py
 what lies between projections and attention; attention.py paged attention; router.py,

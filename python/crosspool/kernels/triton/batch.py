@@ -80,3 +80,13 @@ def rotated(
 ) -> tuple[tl.tensor, tl.tensor]:
     """The two halves of a rotated head, float32."""
     return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def is_single(
+    sequences: tl.tensor, row: tl.tensor, sequence: tl.tensor, count: tl.tensor
+) -> tl.tensor:
+    """Whether the row is the only one of its sequence."""
+    before = tl.load(sequences + row - 1, row > 0, other=-1)
+    behind = tl.load(sequences + row + 1, row + 1 < count, other=-1)
+    return (before != sequence) & (behind != sequence)
