@@ -112,7 +112,7 @@ def draw(logits: Tensor, samplings: list[dict[str, Any]], positions: list[int]) 
 @pytest.mark.parametrize("spread", [0.01, 8.0])
 @pytest.mark.parametrize(
     "vocab, repeats",
-    [(40, 8), (1301, 1), pytest.param(3001, 20, marks=gpu), pytest.param(151936, 4, marks=gpu)],
+    [(1301, 1), pytest.param(3001, 20, marks=gpu), pytest.param(151936, 4, marks=gpu)],
 )
 def test_the_same_tokens_are_drawn_as_on_the_host(
     vocab: int, repeats: int, spread: float, sampler: ModuleType, device: torch.device
@@ -133,6 +133,22 @@ def test_the_same_tokens_are_drawn_as_on_the_host(
     # exp() differs in the last bit between devices, and with it where a draw at an edge falls.
     wrong = (found != expected).sum()
     assert wrong <= (0 if device.type == "cpu" else len(rules) // 50)
+
+
+@pytest.mark.parametrize(
+    "rule", [{"top_k": 5}, {"top_p": 0.4}, {"top_k": 30, "min_p": 0.5}], ids=str
+)
+def test_filters_cut_through_equals(
+    rule: dict[str, float], sampler: ModuleType, device: torch.device
+) -> None:
+    """Of tokens as probable as the last one kept, the lower ones are kept, and no more."""
+    from crosspool.transport.messages import Sampling
+
+    logits = torch.randint(0, 2, (4, 40)).float()
+    samplings = [{"seed": i, **rule} for i in range(4)]
+    rows = [sampler.SamplingRow(Sampling(**s), [], position=2) for s in samplings]
+    expected = sampler.sample(logits, rows, []).tolist()
+    assert draw(logits.to(device), samplings, [2] * 4).tolist() == expected
 
 
 def test_barred_tokens_are_never_drawn(device: torch.device) -> None:
