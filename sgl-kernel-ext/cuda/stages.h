@@ -28,11 +28,12 @@ inline constexpr std::uint32_t kStages = 8;
 // On the device, one per lane: written by the lane before each launch, read by the graphs.
 struct alignas(32) StageWords {
   std::uint64_t inputs;  // StepArguments::inputs
-  std::int32_t layer;    // of the stage; the model's count of layers in kHead
+  std::int32_t layer;    // of the stage; in kHead and kFeed the count of layers
   std::int32_t link;     // of a served dispatch: which link of the lane it came through
   std::int32_t rows;     // of the step, of the dispatch
   std::int32_t done;     // steps of the lease that have ended
-  std::uint64_t reserved;
+  std::int32_t lane;     // whose turn it is, where lanes share words and graphs
+  std::int32_t reserved;
 };
 
 // What Command::arguments points to, in memory that the device can read. The addresses in it are of
@@ -88,6 +89,7 @@ enum class Fault : std::uint32_t {
 };
 
 enum class BadArgument : std::uint32_t {
+  kNone = 0,
   kModel = 1,
   kBucket = 2,
   kRows = 3,
@@ -121,12 +123,6 @@ struct alignas(64) LaneStatus {
   std::uint32_t fault;
   std::uint32_t detail;
   std::uint32_t left;  // 1: the scheduler has left the device, or is about to
-};
-
-// Lanes of one device that launch stages one at a time, first come first served; on the device.
-struct alignas(64) Turn {
-  std::uint64_t next;
-  std::uint64_t serving;
 };
 
 static_assert(sizeof(StageWords) == 32 && offsetof(StageWords, layer) == 8);

@@ -4,7 +4,8 @@ Per lane one scheduler graph polls for steps and launches the captured graph of 
 by layer, without the host. The library and its state machine are tested against a fake driver; on
 a GPU this has not run yet (docs/gpu.md).
 
-    loop = CudaLoop([ModelStages(kinds=(False, True, True))], [LanePlaces(words, chosen)], [1, 2, 4])
+    model, lane = ModelStages(kinds=(False, True, True)), LanePlaces(words, chosen)
+    loop = CudaLoop([model], [lane], bucket_rows=[1, 2, 4])
     for stage, bucket, graph in captured:            # graph: torch.cuda.CUDAGraph(keep_graph=True)
         loop.add_graph(0, 0, stage, bucket, graph.raw_cuda_graph())
     loop.start()
@@ -17,7 +18,7 @@ a GPU this has not run yet (docs/gpu.md).
 
 What a stage's graph reads: the lane's ``words``, 32 bytes on the device (``StageWords``: as int32
 elements, [0:2] the address of the step's inputs as an int64, [2] the layer, [3] the link, [4] the
-rows, [5] how many steps of the lease have ended). ``EMBED`` copies the step's inputs from there to
+rows, [5] how many steps of the lease have ended, [6] the lane). ``EMBED`` copies the step's inputs from there to
 the lane's buffers and embeds; ``FEED`` embeds the tokens that ``HEAD`` wrote last, one position
 further; ``ATTENTION``, ``DENSE_FFN`` and ``MOE_FFN`` run the layer; ``HEAD`` writes int32 tokens to
 the lane's ``chosen``, wanted rows first.
@@ -201,10 +202,10 @@ class CudaLoop:
         self._native = library() if native is None else native
         self._address: int | None = None
         self.lanes = len(lanes)
-        kinds = [bytes(map(int, model.kinds)) for model in models]
+        kinds = [(ctypes.c_uint8 * len(m.kinds))(*map(int, m.kinds)) for m in models]
         described = (cs.ModelDescription * len(models))()
         for into, model, row in zip(described, models, kinds, strict=True):
-            into.layer_kinds = ctypes.cast(row, ctypes.c_void_p).value or 0
+            into.layer_kinds = ctypes.addressof(row)
             into.layers, into.row_bytes = len(model.kinds), model.row_bytes
             into.links = sum(1 << link for link in set(model.links))
             into.local = int(model.local)

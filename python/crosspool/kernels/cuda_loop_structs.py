@@ -16,7 +16,8 @@ class StageWords(ctypes.Structure):
         ("link", c_int32),
         ("rows", c_int32),
         ("done", c_int32),
-        ("reserved", c_uint64),
+        ("lane", c_int32),
+        ("reserved", c_int32),
     )
 
 
