@@ -51,6 +51,7 @@ class Lane {
   Lane() = default;
   explicit Lane(const LanePlaces& places) : at_(places) {}
 
+  CROSSPOOL_INLINE std::uint32_t index() const { return at_.index; }
   CROSSPOOL_INLINE std::uint64_t spin_ns() const { return at_.spin_ns; }
 
   // At the beginning of every pass.
