@@ -80,23 +80,6 @@ std::int32_t crosspool_cuda_loop_quiesce(Loop* loop, std::int64_t timeout_ns) {
   });
 }
 
-std::int32_t crosspool_cuda_loop_launch(Loop* loop, std::uint32_t lane, std::uint32_t model,
-                                        std::uint32_t stage, std::uint32_t bucket) {
-  return guarded([&] {
-    loop->launch(lane, model, stage, bucket);
-    return 0;
-  });
-}
-
-void* crosspool_cuda_loop_stream(Loop* loop, std::uint32_t lane) {
-  void* stream = nullptr;
-  guarded([&] {
-    stream = loop->stream(lane);
-    return 0;
-  });
-  return stream;
-}
-
 std::int32_t crosspool_cuda_loop_push_step(Loop* loop, std::uint32_t lane,
                                            const crosspool::gpu::StepArguments* arguments) {
   return guarded([&] { return loop->push_step(lane, *arguments) ? 1 : 0; });

@@ -129,6 +129,7 @@ class Lane {
         case Phase::kNext:
           if (leaving_) return leave();
           ++done_;
+          layer_ = 0;
           begin(Stage::kFeed);
           break;
         case Phase::kFailed:
@@ -284,7 +285,6 @@ class Lane {
     put(at_.status->stage, static_cast<std::uint32_t>(stage_));
     put(at_.status->layer, layer_);
     put(at_.status->launches, ++launches_);
-    stopped_ = false;
     enter_phase(Phase::kRunning);
     return {Action::kLaunch, exec()};
   }
@@ -294,7 +294,6 @@ class Lane {
     switch (stage_) {
       case Stage::kEmbed:
       case Stage::kFeed:
-        layer_ = 0;
         return begin(Stage::kAttention);
       case Stage::kAttention:
         return begin(model().links != 0 ? Stage::kDispatch : ffn());

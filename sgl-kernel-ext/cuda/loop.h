@@ -83,13 +83,6 @@ CROSSPOOL_API std::int32_t crosspool_cuda_loop_start(crosspool::gpu::Loop* loop)
 // they are until the next start. Fails after `timeout_ns`; the lanes may still leave later.
 CROSSPOOL_API std::int32_t crosspool_cuda_loop_quiesce(crosspool::gpu::Loop* loop,
                                                        std::int64_t timeout_ns);
-// Launches one stage from the host, in the lane's stream; the caller has written the lane's words
-// in that stream. The loop does not run.
-CROSSPOOL_API std::int32_t crosspool_cuda_loop_launch(crosspool::gpu::Loop* loop,
-                                                      std::uint32_t lane, std::uint32_t model,
-                                                      std::uint32_t stage, std::uint32_t bucket);
-// The lane's cudaStream_t.
-CROSSPOOL_API void* crosspool_cuda_loop_stream(crosspool::gpu::Loop* loop, std::uint32_t lane);
 
 // The structure is copied. 0: the lane has kMaxHeld steps already.
 CROSSPOOL_API std::int32_t crosspool_cuda_loop_push_step(

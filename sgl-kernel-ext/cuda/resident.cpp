@@ -272,20 +272,6 @@ void Loop::quiesce(std::int64_t timeout_ns) {
   }
 }
 
-void Loop::launch(std::uint32_t lane, std::uint32_t model, std::uint32_t stage,
-                  std::uint32_t bucket) {
-  not_resident("a launch from the host");
-  const Exec exec = graphs_.find(lane, model, stage, bucket);
-  if (exec == nullptr) {
-    throw std::runtime_error(lane_name(lane) + " has no graph for stage " + std::to_string(stage) +
-                             " of model " + std::to_string(model) + ", bucket " +
-                             std::to_string(bucket));
-  }
-  check(calls().launch(exec, host_[lane].stream), "launching a stage");
-}
-
-Stream Loop::stream(std::uint32_t lane) const { return at(lane).stream; }
-
 bool Loop::push_step(std::uint32_t index, const StepArguments& arguments) {
   HostLane& lane = at(index);
   if (lane.pushed - lane.done == kMaxHeld) return false;
@@ -304,17 +290,20 @@ bool Loop::push(std::uint32_t lane, const Command& command) {
 }
 
 bool Loop::pop(Event* event) {
+  // Looked for first: then what a lane published before its fault is seen before it.
+  std::uint32_t failed = lane_count_;
+  for (std::uint32_t i = 0; i < lane_count_; ++i) {
+    if (Atomic<std::uint32_t>(mapped_[i].status.fault).load(kAcquire) != 0) failed = i;
+  }
   for (std::uint32_t n = 0; n < lane_count_; ++n) {
     const std::uint32_t lane = (next_lane_ + n) % lane_count_;
-    Atomic<std::uint32_t> fault(mapped_[lane].status.fault);
-    const bool failed = fault.load(kAcquire) != 0;
-    if (mapped_[lane].events.pop(event) && event->kind != EventKind::kFailed) {
-      next_lane_ = lane + 1;
-      if (event->kind == EventKind::kDone) ++host_[lane].done;
-      return true;
-    }
-    if (failed || fault.load(kAcquire) != 0) report(lane);
+    if (!mapped_[lane].events.pop(event)) continue;
+    next_lane_ = lane + 1;
+    if (event->kind == EventKind::kFailed) report(lane);
+    if (event->kind == EventKind::kDone) ++host_[lane].done;
+    return true;
   }
+  if (failed < lane_count_) report(failed);
   return false;
 }
 

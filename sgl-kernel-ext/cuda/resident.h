@@ -27,8 +27,6 @@ class Loop {
   void start();
   void quiesce(std::int64_t timeout_ns);
   bool resident() const;
-  void launch(std::uint32_t lane, std::uint32_t model, std::uint32_t stage, std::uint32_t bucket);
-  Stream stream(std::uint32_t lane) const;
 
   bool push_step(std::uint32_t lane, const StepArguments& arguments);
   bool push(std::uint32_t lane, const Command& command);

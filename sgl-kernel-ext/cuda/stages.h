@@ -28,7 +28,7 @@ inline constexpr std::uint32_t kStages = 8;
 // On the device, one per lane: written by the lane before each launch, read by the graphs.
 struct alignas(32) StageWords {
   std::uint64_t inputs;  // StepArguments::inputs
-  std::int32_t layer;    // of the stage; in kHead and kFeed the count of layers
+  std::int32_t layer;    // of the stage; 0 in kEmbed and kFeed, the count of layers in kHead
   std::int32_t link;     // of a served dispatch: which link of the lane it came through
   std::int32_t rows;     // of the step, of the dispatch
   std::int32_t done;     // steps of the lease that have ended

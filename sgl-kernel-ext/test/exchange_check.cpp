@@ -71,6 +71,7 @@ struct Deployment {
     attention_rank.reset();
     ffn_ranks.clear();
     for (const Graph graph : graphs) fake::destroy_graph(graph);
+    if (fake::live() != 0) fail("something was not given back");
     fake::reset();
   }
 
@@ -216,19 +217,45 @@ struct Deployment {
   }
 };
 
+// A link that always has a dispatch does not keep the others waiting.
+void check_rotation() {
+  auto deployment = std::make_unique<Deployment>();
+  while (deployment->lanes < 2) deployment = std::make_unique<Deployment>();
+  Loop& ffn_rank = *deployment->ffn_ranks[0];
+  std::vector<std::int32_t> order;
+  fake::on_stage([&] { order.push_back(deployment->ffn_words[0].link); });
+  const DispatchHeader header{7, 0, 0, 1, kRowBytes};
+  std::vector<AttentionEnd> ends;
+  for (std::uint32_t lane = 0; lane < 2; ++lane) {
+    ends.emplace_back(deployment->links[lane][0]);
+    ends.back().dispatch(header);
+  }
+  ffn_rank.start();
+  while (order.size() < 6) {
+    fake::run(1);
+    for (AttentionEnd& end : ends) {
+      if (!end.answered()) continue;
+      if (end.combine() == nullptr) fail("an answer of another dispatch");
+      end.dispatch(header);
+    }
+  }
+  ffn_rank.quiesce(10 * kSecond);
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    if (order[i] != static_cast<std::int32_t>(i % 2)) fail("a link is served out of turn");
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const int deployments = count > 1 ? std::atoi(arguments[1]) : 100;
+  check_rotation();
   std::uint64_t steps = 0;
   for (int i = 0; i < deployments; ++i) {
     generator.seed(i);
     fake::seed(i);
-    {
-      Deployment deployment;
-      steps += deployment.drive();
-    }
-    if (fake::live() != 0) fail("deployment %d: something was not given back", i);
+    Deployment deployment;
+    steps += deployment.drive();
   }
   if (steps < static_cast<std::uint64_t>(deployments))
     fail("only %llu steps ended", static_cast<unsigned long long>(steps));

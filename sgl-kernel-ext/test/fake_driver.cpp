@@ -406,14 +406,7 @@ std::uint64_t now_ns() { return state.now; }
 
 int stages_under_way() { return state.under_way; }
 
-void reset() {
-  state.violations.clear();
-  state.knobs.clear();
-  state.failures.clear();
-  state.tail_error = state.under_way = 0;
-  state.pass_hook = nullptr;
-  state.stage_hook = nullptr;
-}
+void reset() { state = State{}; }
 
 }  // namespace crosspool::fake
 

@@ -58,7 +58,7 @@ std::size_t live();
 std::uint64_t now_ns();
 // Stages that are under way, over all streams.
 int stages_under_way();
-// Forgets everything but what is live.
+// Forgets everything; what is live is leaked.
 void reset();
 
 }  // namespace crosspool::fake

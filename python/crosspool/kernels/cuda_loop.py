@@ -262,17 +262,6 @@ class CudaLoop:
         finally:
             self.start()
 
-    def launch(self, lane: int, model: int, stage: Stage, bucket: int) -> None:
-        """Launches one stage from the host in :meth:`stream`, where the caller has written the
-        lane's words; the loop must not run. Raises CudaLoopError."""
-        self._check(
-            self._native.crosspool_cuda_loop_launch(self._address, lane, model, stage, bucket)
-        )
-
-    def stream(self, lane: int) -> int:
-        """The lane's ``cudaStream_t``."""
-        return self._native.crosspool_cuda_loop_stream(self._address, lane)
-
     def push_step(self, lane: int, arguments: StepArguments) -> None:
         """Queues a step; the structure is copied, what its addresses point to (device or pinned
         memory) stays as it is until its ``DONE``. Raises CudaLoopError."""

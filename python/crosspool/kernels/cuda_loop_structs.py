@@ -121,8 +121,6 @@ SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     ),
     "crosspool_cuda_loop_start": (c_int32, (c_void_p,)),
     "crosspool_cuda_loop_quiesce": (c_int32, (c_void_p, c_int64)),
-    "crosspool_cuda_loop_launch": (c_int32, (c_void_p, c_uint32, c_uint32, c_uint32, c_uint32)),
-    "crosspool_cuda_loop_stream": (c_void_p, (c_void_p, c_uint32)),
     "crosspool_cuda_loop_push_step": (c_int32, (c_void_p, c_uint32, POINTER(StepArguments))),
     "crosspool_cuda_loop_push": (c_int32, (c_void_p, c_uint32, POINTER(Command))),
     "crosspool_cuda_loop_pop": (c_int32, (c_void_p, POINTER(Event))),
