@@ -25,7 +25,6 @@ from crosspool.kernels.cuda_loop import (
     Stage,
     StepArguments,
 )
-
 from support import fake_cuda
 from support.fake_cuda import FakeCuda, Knob, Node
 

@@ -16,12 +16,12 @@ a GPU this has not run yet (docs/gpu.md).
         ...                                          # operations that may wait behind it
     loop.close()
 
-What a stage's graph reads: the lane's ``words``, 32 bytes on the device (``StageWords``: as int32
-elements, [0:2] the address of the step's inputs as an int64, [2] the layer, [3] the link, [4] the
-rows, [5] how many steps of the lease have ended, [6] the lane). ``EMBED`` copies the step's inputs from there to
-the lane's buffers and embeds; ``FEED`` embeds the tokens that ``HEAD`` wrote last, one position
-further; ``ATTENTION``, ``DENSE_FFN`` and ``MOE_FFN`` run the layer; ``HEAD`` writes int32 tokens to
-the lane's ``chosen``, wanted rows first.
+What a stage's graph reads: the lane's ``words``, 32 bytes on the device (``StageWords``). As int32
+elements: [0:2] the address of the step's inputs (int64), [2] the layer, [3] the link, [4] the rows,
+[5] how many steps of the lease have ended, [6] the lane. ``EMBED`` copies the step's inputs from
+there to the lane's buffers and embeds; ``FEED`` embeds the tokens that ``HEAD`` wrote last, one
+position further; ``ATTENTION``, ``DENSE_FFN`` and ``MOE_FFN`` run the layer; ``HEAD`` writes int32
+tokens to the lane's ``chosen``, wanted rows first.
 """
 
 from __future__ import annotations
