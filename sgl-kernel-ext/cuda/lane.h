@@ -18,6 +18,13 @@
 #include "stages.h"
 #include "turn.h"
 
+// Called from several places; inlined everywhere, the scheduler would not fit an instruction cache.
+#if defined(__CUDACC__)
+#define CROSSPOOL_CALLED __host__ __device__ __noinline__
+#else
+#define CROSSPOOL_CALLED
+#endif
+
 namespace crosspool::gpu {
 
 struct Action {
@@ -68,7 +75,7 @@ class Lane {
 
   // Copies the chosen tokens to the host; thread `thread` of `threads` does its rows. Whether one
   // of them is a stop token of its row. has_tokens() holds.
-  CROSSPOOL_INLINE bool take_tokens(std::uint32_t thread, std::uint32_t threads) const {
+  CROSSPOOL_CALLED bool take_tokens(std::uint32_t thread, std::uint32_t threads) const {
     auto* into =
         reinterpret_cast<std::int32_t*>(step_.tokens) + std::uint64_t{done_} * step_.wanted;
     const auto* stops = reinterpret_cast<const std::int32_t*>(step_.stops);
@@ -89,7 +96,7 @@ class Lane {
 
   // What to do at `now` (ns of a clock that only grows). After kLaunch it is called again only when
   // the stage has ended.
-  CROSSPOOL_INLINE Action advance(std::uint64_t now) {
+  CROSSPOOL_CALLED Action advance(std::uint64_t now) {
     for (;;) {
       switch (phase_) {
         case Phase::kNew:
@@ -139,7 +146,7 @@ class Lane {
   }
 
   // Ends the lane: its status says why, and an event if there is room.
-  CROSSPOOL_INLINE void fail(Fault fault, std::uint32_t detail) {
+  CROSSPOOL_CALLED void fail(Fault fault, std::uint32_t detail) {
     ticket_.give(at_.turn);
     put(at_.status->detail, detail);
     Atomic<std::uint32_t>(at_.status->fault).store(static_cast<std::uint32_t>(fault), kRelease);
@@ -168,18 +175,18 @@ class Lane {
     return kinds[layer_] == 0 ? Stage::kDenseFFN : Stage::kMoEFFN;
   }
 
-  CROSSPOOL_INLINE void enter_phase(Phase phase) {
+  CROSSPOOL_CALLED void enter_phase(Phase phase) {
     phase_ = phase;
     waits_ = false;
     put(at_.status->phase, static_cast<std::uint32_t>(phase));
   }
 
-  CROSSPOOL_INLINE void begin(Stage stage) {
+  CROSSPOOL_CALLED void begin(Stage stage) {
     stage_ = stage;
     enter_phase(Phase::kStage);
   }
 
-  CROSSPOOL_INLINE Action leave() {
+  CROSSPOOL_CALLED Action leave() {
     leaving_ = waits_ = false;
     left_ = true;
     Atomic<std::uint32_t>(at_.status->left).store(1, kRelease);
@@ -188,7 +195,7 @@ class Lane {
 
   // A wait for a peer, for the host or for the turn. A lane that waits for its turn does not leave:
   // those behind it wait for its ticket.
-  CROSSPOOL_INLINE Action wait(std::uint64_t now) {
+  CROSSPOOL_CALLED Action wait(std::uint64_t now) {
     if (!drain() || (leaving_ && phase_ != Phase::kStage)) return leave();
     if (!waits_) {
       waits_ = true;
@@ -200,7 +207,7 @@ class Lane {
     return {Action::kWait, 0};
   }
 
-  CROSSPOOL_INLINE void make_ends() {
+  CROSSPOOL_CALLED void make_ends() {
     for (std::uint32_t i = 0; i < at_.link_count; ++i) {
       if (at_.role == Role::kFFN) {
         served_[i] = FFNEnd(at_.links[i]);
@@ -212,7 +219,7 @@ class Lane {
   }
 
   // Takes all commands, so that none waits behind a step. False: the lane has failed.
-  CROSSPOOL_INLINE bool drain() {
+  CROSSPOOL_CALLED bool drain() {
     Command command;
     while (at_.commands->pop(&command)) {
       const bool takes_steps = at_.role == Role::kAttention && held_count_ < kMaxHeld;
@@ -319,7 +326,7 @@ class Lane {
   }
 
   // A lease ends with a stop token, when it is recalled, and when another step waits for the lane.
-  CROSSPOOL_INLINE void end_step() {
+  CROSSPOOL_CALLED void end_step() {
     if (!drain()) return;
     const bool ends = stopped_ || recalled_ || held_count_ > 0;
     const bool goes_on = done_ + 1 < step_.lease && !ends;
@@ -328,7 +335,7 @@ class Lane {
             goes_on ? Phase::kNext : Phase::kIdle);
   }
 
-  CROSSPOOL_INLINE void publish(const Event& event, Phase then) {
+  CROSSPOOL_CALLED void publish(const Event& event, Phase then) {
     event_ = event;
     after_event_ = then;
     enter_phase(Phase::kEvent);
@@ -363,7 +370,7 @@ class Lane {
   }
 
   // Looks at every link once, beginning behind the one that was served last. False: no dispatch.
-  CROSSPOOL_INLINE bool next_dispatch() {
+  CROSSPOOL_CALLED bool next_dispatch() {
     for (std::uint32_t i = 0; i < at_.link_count; ++i) {
       const std::uint32_t link = (first_link_ + i) % at_.link_count;
       const Poll found = served_[link].poll();
