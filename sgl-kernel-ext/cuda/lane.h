@@ -156,6 +156,8 @@ class Lane {
   }
 
  private:
+  static constexpr std::uint64_t kLookNs = 20'000;
+
   template <class T>
   CROSSPOOL_INLINE static void put(T& place, T value) {
     Atomic<T>(place).store(value, kRelaxed);
@@ -194,17 +196,20 @@ class Lane {
   }
 
   // A wait for a peer, for the host or for the turn. A lane that waits for its turn does not leave:
-  // those behind it wait for its ticket.
+  // those behind it wait for its ticket. Commands lie across the bus, so they are looked for less
+  // often than a peer's signal.
   CROSSPOOL_CALLED Action wait(std::uint64_t now) {
-    if (!drain() || (leaving_ && phase_ != Phase::kStage)) return leave();
     if (!waits_) {
       waits_ = true;
-      since_ = now;
-    } else if (now - since_ >= at_.wait_ns) {
-      fail(Fault::kTimeout, static_cast<std::uint32_t>(phase_));
-      return leave();
+      since_ = looked_ = now;
+    } else if (now - looked_ >= kLookNs) {
+      looked_ = now;
+      if (!drain()) return leave();
     }
-    return {Action::kWait, 0};
+    if (leaving_ && phase_ != Phase::kStage) return leave();
+    if (now - since_ < at_.wait_ns) return {Action::kWait, 0};
+    fail(Fault::kTimeout, static_cast<std::uint32_t>(phase_));
+    return leave();
   }
 
   CROSSPOOL_CALLED void make_ends() {
@@ -413,6 +418,7 @@ class Lane {
   std::uint64_t beats_ = 0;
   std::uint64_t launches_ = 0;
   std::uint64_t since_ = 0;
+  std::uint64_t looked_ = 0;
   Phase phase_ = Phase::kNew;
   Phase after_event_ = Phase::kIdle;
   Stage stage_ = Stage::kEmbed;

@@ -194,6 +194,12 @@ struct Deployment {
         fake::run(static_cast<int>(below(40)));
         loop.start();
       }
+      if (below(40) == 0) {  // no answer can come
+        ffn_ranks[0]->quiesce(10 * kSecond);
+        attention_rank->quiesce(10 * kSecond);
+        ffn_ranks[0]->start();
+        attention_rank->start();
+      }
       fake::run(static_cast<int>(below(80)));
       ended += take(steps, busy);
     }
@@ -220,13 +226,16 @@ struct Deployment {
 // A link that always has a dispatch does not keep the others waiting.
 void check_rotation() {
   auto deployment = std::make_unique<Deployment>();
-  while (deployment->lanes < 2) deployment = std::make_unique<Deployment>();
+  while (deployment->lanes < 3) {
+    deployment.reset();
+    deployment = std::make_unique<Deployment>();
+  }
   Loop& ffn_rank = *deployment->ffn_ranks[0];
   std::vector<std::int32_t> order;
   fake::on_stage([&] { order.push_back(deployment->ffn_words[0].link); });
   const DispatchHeader header{7, 0, 0, 1, kRowBytes};
   std::vector<AttentionEnd> ends;
-  for (std::uint32_t lane = 0; lane < 2; ++lane) {
+  for (std::uint32_t lane = 0; lane < deployment->lanes; ++lane) {
     ends.emplace_back(deployment->links[lane][0]);
     ends.back().dispatch(header);
   }
@@ -241,7 +250,7 @@ void check_rotation() {
   }
   ffn_rank.quiesce(10 * kSecond);
   for (std::size_t i = 0; i < order.size(); ++i) {
-    if (order[i] != static_cast<std::int32_t>(i % 2)) fail("a link is served out of turn");
+    if (order[i] != static_cast<std::int32_t>(i % 3)) fail("a link is served out of turn");
   }
 }
 

@@ -215,11 +215,13 @@ def test_who_gives_up_its_turn_lets_nobody_in(driver: FakeCuda) -> None:
     bench = Bench(driver, lanes=3, take_turns=True, ticks=3000, wait_s=4e-5)
     for lane in range(3):
         bench.loop.push_step(lane, bench.step(lane))
-        bench.loop.start() if lane == 0 else None
+        if lane == 0:
+            bench.loop.start()
         driver.run(200)
     with pytest.raises(CudaLoopError, match="waited too long in phase 2"):
         bench.events(3000)
     assert bench.ran == []
+    assert [bench.loop.status(lane).launches for lane in range(3)] == [1, 0, 0]
     bench.loop.close()
 
 
