@@ -1,5 +1,5 @@
 // The fake driver for Python: with the host's side of the resident loop it makes a library that
-// crosspool/kernels/cuda_loop.py drives where there is no GPU (test/support/fake_cuda.py).
+// crosspool/kernels/cuda_loop.py drives where there is no GPU (test/support/fake_cuda_graphs.py).
 #include <crosspool/export.h>
 
 #include "fake_driver.h"

@@ -25,10 +25,10 @@ from crosspool.kernels.cuda_loop import (
     Stage,
     StepArguments,
 )
-from support import fake_cuda
-from support.fake_cuda import FakeCuda, Knob, Node
+from support import fake_cuda_graphs
+from support.fake_cuda_graphs import FakeCuda, Knob, Node
 
-pytestmark = pytest.mark.skipif(fake_cuda.COMPILER is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(fake_cuda_graphs.COMPILER is None, reason="no C++ compiler")
 
 STAGES = (
     Stage.EMBED,
@@ -42,7 +42,7 @@ STAGES = (
 
 @pytest.fixture(scope="session")
 def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake_cuda.build(tmp_path_factory.mktemp("fake_cuda"))
+    return fake_cuda_graphs.build(tmp_path_factory.mktemp("fake_cuda"))
 
 
 @pytest.fixture
@@ -291,7 +291,7 @@ def test_a_refused_stage_fails_its_lane_alone(driver: FakeCuda) -> None:
     bench = Bench(driver, lanes=2, take_turns=True)
     for lane in range(2):
         bench.loop.push_step(lane, bench.step(lane, lease=3))
-    driver.fail_tail_launch(fake_cuda.INVALID_VALUE)
+    driver.fail_tail_launch(fake_cuda_graphs.INVALID_VALUE)
     bench.loop.start()
     driver.run(20000)
     kinds, errors = [], 0
@@ -472,6 +472,6 @@ def test_structures_and_names_are_the_headers(tmp_path: Path) -> None:
     lines.append(f"static_assert(kMaxHeld == {cuda_loop.MAX_HELD});")
     source = tmp_path / "layout.cpp"
     source.write_text("\n".join(lines) + "\n")
-    native = fake_cuda.NATIVE
-    command = [fake_cuda.COMPILER, "-std=c++20", "-fsyntax-only", source]
+    native = fake_cuda_graphs.NATIVE
+    command = [fake_cuda_graphs.COMPILER, "-std=c++20", "-fsyntax-only", source]
     subprocess.run([*command, "-I", native, "-I", native / "include"], check=True, timeout=60)
