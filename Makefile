@@ -2,7 +2,7 @@
 # make serve   the three bundled models on port 30000
 # make test    the tests;  make lint  style, types, formatting
 # make bench   kernels, hand-over, engine and ablation; records and plots are rewritten
-# make sanitize-gpu  the resident loop's GPU tests under compute-sanitizer (SANITIZE_PYTHON: with torch)
+# make sanitize-gpu  the resident loop's GPU tests under compute-sanitizer (GPU_PYTHON: with torch)
 # make bench-peers  installs other engines (PEERS="llama vllm": only these) and measures beside them
 #
 # PyTorch's CPU wheels (no CUDA libraries with them) come from an index of their own:
@@ -72,12 +72,13 @@ bench-peers: dev
 	@$(BIN)/python -m benchmark.side_by_side $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
 # Needs no environment of ours: torch, pytest and the built GPU libraries are enough.
-SANITIZE_PYTHON ?= python3
+GPU_PYTHON ?= python3
 sanitize-gpu:
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH"; exit 1; }
 	@for tool in memcheck racecheck; do echo "==> $$tool"; \
-	  CROSSPOOL_GPU_STEPS=1000 PYTHONPATH=python:. compute-sanitizer --tool $$tool --error-exitcode 1 \
-	  $(SANITIZE_PYTHON) -m pytest -m gpu test/kernels/test_cuda_loop_gpu.py $(ARGS) || exit 1; done
+	  CROSSPOOL_GPU_STEPS=1000 CUDA_MODULE_LOADING=EAGER PYTHONPATH=python:. \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 \
+	  $(GPU_PYTHON) -m pytest -m gpu test/kernels/test_cuda_loop_gpu.py $(ARGS) || exit 1; done
 
 format: dev
 	@$(BIN)/ruff check --fix .

@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import fake_cuda_graphs
+from support.fake_cuda_graphs import COMPILER, HOST_SIDE, compile_sources
 
-pytestmark = pytest.mark.skipif(fake_cuda_graphs.COMPILER is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 CHECKS = {"lane_check": "60", "exchange_check": "30"}
 
@@ -20,21 +20,19 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("empty")
     source, program = folder / "empty.cpp", folder / "empty"
     source.write_text("int main() {}\n")
-    built = subprocess.run([fake_cuda_graphs.COMPILER, sanitize, source, "-o", program], timeout=60)
+    built = subprocess.run([COMPILER, sanitize, source, "-o", program], timeout=60)
     works = built.returncode == 0 and subprocess.run([program], timeout=60).returncode == 0
     return ["-O1", *([sanitize, "-fno-sanitize-recover=all"] if works else [])]
 
 
 def test_lanes_and_exchange(flags: list[str], tmp_path: Path) -> None:
     tests = [f"test/{name}.cpp" for name in CHECKS]
-    objects = fake_cuda_graphs.compile_sources(
-        (*fake_cuda_graphs.HOST_SIDE, *tests), tmp_path, flags
-    )
+    objects = compile_sources((*HOST_SIDE, *tests), tmp_path, flags)
     shared = [one for one in objects if one.stem not in CHECKS]
     for name, deployments in CHECKS.items():
         program = tmp_path / name
         command = [
-            fake_cuda_graphs.COMPILER,
+            COMPILER,
             *flags,
             *shared,
             tmp_path / f"{name}.o",
