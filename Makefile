@@ -2,6 +2,7 @@
 # make serve   the three bundled models on port 30000
 # make test    the tests;  make lint  style, types, formatting
 # make bench   kernels, hand-over, engine and ablation; records and plots are rewritten
+# make sanitize-gpu  the resident loop's GPU tests under compute-sanitizer (GPU_PYTHON: with torch)
 # make bench-peers  installs other engines (PEERS="llama vllm": only these) and measures beside them
 #
 # PyTorch's CPU wheels (no CUDA libraries with them) come from an index of their own:
@@ -23,7 +24,7 @@ NODEPS := requirements/frontend-nodeps.txt
 NATIVE := $(shell find sgl-kernel-ext -type f)
 CXX_FILES := $(filter %.h %.hpp %.c %.cpp %.cu,$(NATIVE))
 
-.PHONY: env dev serve test lint format bench bench-peers clean
+.PHONY: env dev serve test lint format bench bench-peers sanitize-gpu clean
 env: $(VENV)/.env
 dev: $(VENV)/.dev
 
@@ -69,6 +70,15 @@ bench: dev
 bench-peers: dev
 	@$(BIN)/python -m benchmark.peers.install $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(PEERS)
 	@$(BIN)/python -m benchmark.side_by_side $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+# Needs no environment of ours: torch, pytest and the built GPU libraries are enough.
+GPU_PYTHON ?= python3
+sanitize-gpu:
+	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH"; exit 1; }
+	@for tool in memcheck racecheck; do echo "==> $$tool"; \
+	  CROSSPOOL_GPU_STEPS=1000 CUDA_MODULE_LOADING=EAGER PYTHONPATH=python:. \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 \
+	  $(GPU_PYTHON) -m pytest -m gpu test/kernels/test_cuda_loop_gpu.py $(ARGS) || exit 1; done
 
 format: dev
 	@$(BIN)/ruff check --fix .

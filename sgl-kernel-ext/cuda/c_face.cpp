@@ -1,0 +1,107 @@
+// loop.h: exceptions become messages.
+#include <array>
+#include <exception>
+#include <stdexcept>
+#include <string>
+
+#include "loop.h"
+#include "resident.h"
+
+namespace {
+
+using crosspool::gpu::Loop;
+
+thread_local std::string error;
+
+// What `body` returns, or -1.
+template <class Body>
+std::int32_t guarded(Body body) {
+  try {
+    return body();
+  } catch (const std::exception& caught) {
+    error = caught.what();
+    return -1;
+  }
+}
+
+}  // namespace
+
+const char* crosspool_cuda_error() { return error.c_str(); }
+
+std::int32_t crosspool_cuda_sizes(std::uint64_t* sizes, std::int32_t count) {
+  using namespace crosspool::gpu;
+  constexpr std::array kSizes = {sizeof(StageWords),       sizeof(StepArguments),
+                                 sizeof(LaneStatus),       sizeof(crosspool::LinkMemory),
+                                 sizeof(ModelDescription), sizeof(LaneDescription),
+                                 sizeof(LoopDescription),  sizeof(crosspool::Command),
+                                 sizeof(crosspool::Event)};
+  for (std::int32_t i = 0; i < count && i < static_cast<std::int32_t>(kSizes.size()); ++i) {
+    sizes[i] = kSizes[i];
+  }
+  return kSizes.size();
+}
+
+Loop* crosspool_cuda_loop_create(const crosspool::gpu::LoopDescription* description) {
+  Loop* loop = nullptr;
+  guarded([&] {
+    loop = new Loop(*description);
+    return 0;
+  });
+  return loop;
+}
+
+std::int32_t crosspool_cuda_loop_free(Loop* loop) {
+  return guarded([&] {
+    if (loop->resident()) throw std::runtime_error("the loop is on the device: quiesce");
+    delete loop;
+    return 0;
+  });
+}
+
+std::int32_t crosspool_cuda_loop_add_graph(Loop* loop, std::int32_t lane, std::uint32_t model,
+                                           std::uint32_t stage, std::uint32_t bucket, void* graph) {
+  return guarded([&] {
+    loop->add_graph(lane, model, stage, bucket, graph);
+    return 0;
+  });
+}
+
+std::int32_t crosspool_cuda_loop_start(Loop* loop) {
+  return guarded([&] {
+    loop->start();
+    return 0;
+  });
+}
+
+std::int32_t crosspool_cuda_loop_quiesce(Loop* loop, std::int64_t timeout_ns) {
+  return guarded([&] {
+    loop->quiesce(timeout_ns);
+    return 0;
+  });
+}
+
+std::int32_t crosspool_cuda_loop_push_step(Loop* loop, std::uint32_t lane,
+                                           const crosspool::gpu::StepArguments* arguments) {
+  return guarded([&] { return loop->push_step(lane, *arguments) ? 1 : 0; });
+}
+
+std::int32_t crosspool_cuda_loop_push(Loop* loop, std::uint32_t lane,
+                                      const crosspool::Command* command) {
+  return guarded([&] { return loop->push(lane, *command) ? 1 : 0; });
+}
+
+std::int32_t crosspool_cuda_loop_pop(Loop* loop, crosspool::Event* event) {
+  return guarded([&] { return loop->pop(event) ? 1 : 0; });
+}
+
+std::int32_t crosspool_cuda_loop_wait(Loop* loop, std::int64_t timeout_ns) {
+  return guarded([&] { return loop->wait(timeout_ns) ? 1 : 0; });
+}
+
+std::int32_t crosspool_cuda_loop_status(Loop* loop, std::uint32_t lane,
+                                        crosspool::gpu::LaneStatus* status) {
+  return guarded([&] {
+    *status = loop->status(lane);
+    return 0;
+  });
+}

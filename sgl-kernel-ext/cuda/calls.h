@@ -1,0 +1,62 @@
+// What the resident loop asks of CUDA's runtime, as a table: runtime_calls.cu fills it with the
+// runtime, test/fake_driver.cpp with a driver that enforces the documented limits on the host.
+#ifndef CROSSPOOL_CUDA_CALLS_H
+#define CROSSPOOL_CUDA_CALLS_H
+
+#include <cstddef>
+
+namespace crosspool::gpu {
+
+class Lane;
+
+using Graph = void*;   // cudaGraph_t
+using Node = void*;    // cudaGraphNode_t
+using Exec = void*;    // cudaGraphExec_t
+using Stream = void*;  // cudaStream_t
+using Error = int;     // cudaError_t
+
+inline constexpr Error kSuccess = 0;
+inline constexpr Error kNotReady = 600;
+
+// cudaGraphNodeType: what a graph that is launched from the device may hold.
+inline constexpr int kKernelNode = 0;
+inline constexpr int kMemcpyNode = 1;
+inline constexpr int kMemsetNode = 2;
+inline constexpr int kChildGraphNode = 4;
+
+// cudaGraphInstantiateFlags.
+inline constexpr unsigned kUploadFlag = 2;
+inline constexpr unsigned kDeviceLaunchFlag = 4;
+
+struct Calls {
+  Error (*host_alloc)(void** memory, std::size_t bytes);  // mapped, at the same address there
+  Error (*host_free)(void* memory);
+  Error (*device_alloc)(void** memory, std::size_t bytes);
+  Error (*device_free)(void* memory);
+  Error (*copy_to_device)(void* to, const void* from, std::size_t bytes, Stream stream);
+
+  Error (*stream_create)(Stream* stream);  // does not wait for the default stream
+  Error (*stream_destroy)(Stream stream);
+  Error (*stream_query)(Stream stream);  // kNotReady: work is under way
+
+  Error (*graph_nodes)(Graph graph, Node* nodes, std::size_t* count);  // null nodes: the count
+  Error (*node_type)(Node node, int* type);
+  Error (*child_graph)(Node node, Graph* graph);
+  Error (*scheduler_graph)(Graph* graph, Lane* lane);  // one node: the scheduler of a lane
+  Error (*graph_destroy)(Graph graph);
+  // `result`: a cudaGraphInstantiateResult.
+  Error (*instantiate)(Exec* exec, Graph graph, unsigned flags, Stream stream, int* result);
+  Error (*exec_destroy)(Exec exec);
+  Error (*launch)(Exec exec, Stream stream);
+
+  const char* (*error_name)(Error error);
+};
+
+const Calls& calls();
+
+// Throws std::runtime_error that says what was being done.
+void check(Error error, const char* what);
+
+}  // namespace crosspool::gpu
+
+#endif

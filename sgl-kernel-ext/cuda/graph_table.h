@@ -1,0 +1,52 @@
+// The graphs of the lanes: checked, instantiated for launches from the device, and found there by
+// model, stage and bucket.
+#ifndef CROSSPOOL_CUDA_GRAPH_TABLE_H
+#define CROSSPOOL_CUDA_GRAPH_TABLE_H
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "calls.h"
+#include "memory.h"
+#include "stages.h"
+
+namespace crosspool::gpu {
+
+// Throws std::runtime_error, named `what`, for a graph that cannot be launched from the device.
+// Instantiates with upload in `stream`; the exec may be launched when that has been waited for.
+Exec instantiate(Graph graph, Stream stream, const std::string& what);
+
+class GraphTable {
+ public:
+  GraphTable(std::uint32_t lanes, std::uint32_t models, std::uint32_t buckets);
+  GraphTable(GraphTable&&) = delete;
+  GraphTable& operator=(GraphTable&&) = delete;
+  ~GraphTable();
+
+  // For one lane, or for all with `lane` < 0. Throws std::runtime_error.
+  void add(std::int32_t lane, std::uint32_t model, std::uint32_t stage, std::uint32_t bucket,
+           Graph graph, Stream stream);
+  // Null: there is none.
+  Exec find(std::uint32_t lane, std::uint32_t model, std::uint32_t stage,
+            std::uint32_t bucket) const;
+
+  // A lane's part of the table on the device, and its copy there.
+  const std::uint64_t* on_device(std::uint32_t lane) const;
+  void copy_to_device(Stream stream) const;
+
+ private:
+  std::size_t place(std::uint32_t lane, std::uint32_t model, std::uint32_t stage,
+                    std::uint32_t bucket) const;
+
+  std::uint32_t lanes_;
+  std::uint32_t models_;
+  std::uint32_t buckets_;
+  std::vector<std::uint64_t> execs_;
+  std::vector<Exec> owned_;
+  DeviceArray<std::uint64_t> device_;
+};
+
+}  // namespace crosspool::gpu
+
+#endif

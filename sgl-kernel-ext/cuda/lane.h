@@ -1,0 +1,445 @@
+// The state machine of a lane: which stage comes next, and what is told to the host. One code for
+// the device, where the scheduler graph's kernel runs it (scheduler.cu), and for the host, where
+// the tests do (test/lane_check.cpp).
+//
+// A lane's scheduler graph makes passes. A pass asks advance() what to do: launch a stage and be
+// launched again behind it, look again, or leave. Launches are tail launches, which run one after
+// another once the launching graph has ended; so the pass after a stage's launch finds the stage
+// complete, with no flag to say so, and the scheduler holds no multiprocessor meanwhile.
+#ifndef CROSSPOOL_CUDA_LANE_H
+#define CROSSPOOL_CUDA_LANE_H
+
+#include <crosspool/command_ring.h>
+#include <crosspool/lanes.h>
+
+#include <type_traits>
+
+#include "loop.h"
+#include "stages.h"
+#include "turn.h"
+
+// Called from several places; inlined everywhere, the scheduler would not fit an instruction cache.
+#if defined(__CUDACC__)
+#define CROSSPOOL_CALLED __host__ __device__ __noinline__
+#else
+#define CROSSPOOL_CALLED
+#endif
+
+namespace crosspool::gpu {
+
+struct Action {
+  enum Kind : std::uint32_t { kLaunch, kWait, kLeave } kind;
+  std::uint64_t exec;  // of kLaunch: the stage's cudaGraphExec_t
+};
+
+// What the host sets of a lane. Addresses are the device's.
+struct LanePlaces {
+  Tables tables;
+  const std::uint64_t* execs;
+  CommandRing* commands;
+  EventRing* events;
+  LaneStatus* status;
+  StageWords* words;
+  const std::int32_t* chosen;
+  Turn* turn;  // null: the lane launches whenever it is ready
+  LinkMemory links[kMaxLinks];
+  std::uint32_t link_count;
+  std::uint32_t index;
+  Role role;
+  std::uint32_t reserved;
+  std::uint64_t epoch;
+  std::uint64_t spin_ns;
+  std::uint64_t wait_ns;
+};
+
+// In device memory. Its scheduler alone touches it.
+class Lane {
+ public:
+  Lane() = default;
+  explicit Lane(const LanePlaces& places) : at_(places) {}
+
+  CROSSPOOL_INLINE std::uint32_t index() const { return at_.index; }
+  CROSSPOOL_INLINE std::uint64_t spin_ns() const { return at_.spin_ns; }
+
+  // At the beginning of every pass.
+  CROSSPOOL_INLINE void enter() {
+    put(at_.status->heartbeat, ++beats_);
+    if (left_) put(at_.status->left, 0U);
+    left_ = false;
+  }
+
+  // Whether the head has just ended and its tokens are to be taken.
+  CROSSPOOL_INLINE bool has_tokens() const {
+    return phase_ == Phase::kRunning && stage_ == Stage::kHead;
+  }
+
+  // Copies the chosen tokens to the host; thread `thread` of `threads` does its rows. Whether one
+  // of them is a stop token of its row. has_tokens() holds.
+  CROSSPOOL_CALLED bool take_tokens(std::uint32_t thread, std::uint32_t threads) const {
+    auto* into =
+        reinterpret_cast<std::int32_t*>(step_.tokens) + std::uint64_t{done_} * step_.wanted;
+    const auto* stops = reinterpret_cast<const std::int32_t*>(step_.stops);
+    const auto* ends = reinterpret_cast<const std::uint32_t*>(step_.stop_ends);
+    bool stopped = false;
+    for (std::uint32_t row = thread; row < step_.wanted; row += threads) {
+      const std::int32_t token = at_.chosen[row];
+      into[row] = token;
+      if (stops == nullptr) continue;
+      for (std::uint32_t i = row == 0 ? 0 : ends[row - 1]; i < ends[row]; ++i) {
+        stopped = stopped || stops[i] == token;
+      }
+    }
+    return stopped;
+  }
+
+  CROSSPOOL_INLINE void set_stopped(bool stopped) { stopped_ = stopped; }
+
+  // What to do at `now` (ns of a clock that only grows). After kLaunch it is called again only when
+  // the stage has ended.
+  CROSSPOOL_CALLED Action advance(std::uint64_t now) {
+    for (;;) {
+      switch (phase_) {
+        case Phase::kNew:
+          make_ends();
+          break;
+        case Phase::kIdle:
+          if (!drain()) break;
+          if (leaving_) return leave();
+          if (!(at_.role == Role::kFFN ? next_dispatch() : next_step())) return {Action::kWait, 0};
+          break;
+        case Phase::kStage:
+          if (exec() == 0) {
+            fail(Fault::kNoGraph, static_cast<std::uint32_t>(stage_));
+            break;
+          }
+          // A predecessor's dispatch may still be unanswered.
+          if ((stage_ == Stage::kDispatch && !links_free()) || !ticket_.take(at_.turn))
+            return wait(now);
+          return launch();
+        case Phase::kRunning:
+          ticket_.give(at_.turn);
+          at_.role == Role::kFFN ? reply() : ended();
+          break;
+        case Phase::kPeers:
+          if (!answered()) return wait(now);
+          combine();
+          break;
+        case Phase::kHost:
+          if (!drain()) break;
+          if (!resumed_) return wait(now);
+          end_step();
+          break;
+        case Phase::kEvent:
+          if (!at_.events->push(event_)) return wait(now);
+          enter_phase(after_event_);
+          break;
+        case Phase::kNext:
+          if (leaving_) return leave();
+          ++done_;
+          layer_ = 0;
+          begin(Stage::kFeed);
+          break;
+        case Phase::kFailed:
+          return leave();
+      }
+    }
+  }
+
+  // Ends the lane: its status says why, and an event if there is room.
+  CROSSPOOL_CALLED void fail(Fault fault, std::uint32_t detail) {
+    ticket_.give(at_.turn);
+    put(at_.status->detail, detail);
+    Atomic<std::uint32_t>(at_.status->fault).store(static_cast<std::uint32_t>(fault), kRelease);
+    at_.events->push(
+        {EventKind::kFailed, at_.index, step_.step, static_cast<std::uint32_t>(fault), detail, 0});
+    enter_phase(Phase::kFailed);
+  }
+
+ private:
+  static constexpr std::uint64_t kLookNs = 20'000;
+
+  template <class T>
+  CROSSPOOL_INLINE static void put(T& place, T value) {
+    Atomic<T>(place).store(value, kRelaxed);
+  }
+
+  CROSSPOOL_INLINE const ModelEntry& model() const { return at_.tables.models[model_]; }
+
+  CROSSPOOL_INLINE std::uint64_t exec() const {
+    return at_.execs[at_.tables.place(model_, stage_, bucket_)];
+  }
+
+  // Whether link i leads to an FFN rank of the model.
+  CROSSPOOL_INLINE bool uses(std::uint32_t i) const { return (model().links >> i & 1U) != 0; }
+
+  CROSSPOOL_INLINE Stage ffn() const {
+    const auto* kinds = reinterpret_cast<const std::uint8_t*>(model().layer_kinds);
+    return kinds[layer_] == 0 ? Stage::kDenseFFN : Stage::kMoEFFN;
+  }
+
+  CROSSPOOL_CALLED void enter_phase(Phase phase) {
+    phase_ = phase;
+    waits_ = false;
+    put(at_.status->phase, static_cast<std::uint32_t>(phase));
+  }
+
+  CROSSPOOL_CALLED void begin(Stage stage) {
+    stage_ = stage;
+    enter_phase(Phase::kStage);
+  }
+
+  CROSSPOOL_CALLED Action leave() {
+    leaving_ = waits_ = false;
+    left_ = true;
+    Atomic<std::uint32_t>(at_.status->left).store(1, kRelease);
+    return {Action::kLeave, 0};
+  }
+
+  // A wait for a peer, for the host or for the turn. A lane that waits for its turn does not leave:
+  // those behind it wait for its ticket. Commands lie across the bus, so they are looked for less
+  // often than a peer's signal.
+  CROSSPOOL_CALLED Action wait(std::uint64_t now) {
+    if (!waits_) {
+      waits_ = true;
+      since_ = looked_ = now;
+    } else if (now - looked_ >= kLookNs) {
+      looked_ = now;
+      if (!drain()) return leave();
+    }
+    if (leaving_ && phase_ != Phase::kStage) return leave();
+    if (now - since_ < at_.wait_ns) return {Action::kWait, 0};
+    fail(Fault::kTimeout, static_cast<std::uint32_t>(phase_));
+    return leave();
+  }
+
+  CROSSPOOL_CALLED void make_ends() {
+    for (std::uint32_t i = 0; i < at_.link_count; ++i) {
+      if (at_.role == Role::kFFN) {
+        served_[i] = FFNEnd(at_.links[i]);
+      } else {
+        ends_[i] = AttentionEnd(at_.links[i]);
+      }
+    }
+    enter_phase(Phase::kIdle);
+  }
+
+  // Takes all commands, so that none waits behind a step. False: the lane has failed.
+  CROSSPOOL_CALLED bool drain() {
+    Command command;
+    while (at_.commands->pop(&command)) {
+      const bool takes_steps = at_.role == Role::kAttention && held_count_ < kMaxHeld;
+      if (command.kind == CommandKind::kStep && takes_steps) {
+        command.reserved = 0;
+        held_[(held_first_ + held_count_++) % kMaxHeld] = command;
+      } else if (command.kind == CommandKind::kResume) {
+        resumed_ = resumed_ || (phase_ == Phase::kHost && command.step == step_.step);
+      } else if (command.kind == CommandKind::kRecall) {
+        recall(command.step);
+      } else if (command.kind == CommandKind::kStop) {
+        leaving_ = true;
+      } else {
+        fail(Fault::kCommand, static_cast<std::uint32_t>(command.kind));
+        return false;
+      }
+    }
+    return true;
+  }
+
+  CROSSPOOL_INLINE void recall(std::uint64_t step) {
+    recalled_ = recalled_ || step_.step == step;
+    for (std::uint32_t i = 0; i < held_count_; ++i) {
+      Command& held = held_[(held_first_ + i) % kMaxHeld];
+      if (held.step == step) held.reserved = 1;
+    }
+  }
+
+  // False: none waits.
+  CROSSPOOL_INLINE bool next_step() {
+    if (held_count_ == 0) return false;
+    const Command command = held_[held_first_];
+    held_first_ = (held_first_ + 1) % kMaxHeld;
+    --held_count_;
+    step_ = *reinterpret_cast<const StepArguments*>(command.arguments);
+    put(at_.status->step, step_.step);
+    recalled_ = command.reserved != 0;
+    done_ = layer_ = link_ = 0;
+    if (const BadArgument wrong = bad_argument(); wrong != BadArgument::kNone) {
+      fail(Fault::kArguments, static_cast<std::uint32_t>(wrong));
+      return true;
+    }
+    model_ = step_.model;
+    bucket_ = step_.bucket;
+    begin(Stage::kEmbed);
+    return true;
+  }
+
+  CROSSPOOL_INLINE BadArgument bad_argument() const {
+    const StepArguments& step = step_;
+    if (step.model >= at_.tables.model_count) return BadArgument::kModel;
+    if (step.bucket >= at_.tables.buckets) return BadArgument::kBucket;
+    const bool fits = step.rows >= 1 && step.rows <= at_.tables.bucket_rows[step.bucket];
+    if (!fits) return BadArgument::kRows;
+    if (step.wanted > step.rows) return BadArgument::kWanted;
+    const bool leased = step.lease > 1;
+    if (step.lease == 0 || (leased && step.wanted != step.rows)) return BadArgument::kLease;
+    const bool can_look = step.wanted > 0 && !leased;
+    return step.for_host == 0 || can_look ? BadArgument::kNone : BadArgument::kForHost;
+  }
+
+  CROSSPOOL_INLINE Action launch() {
+    *at_.words = {step_.inputs,
+                  static_cast<std::int32_t>(layer_),
+                  static_cast<std::int32_t>(link_),
+                  static_cast<std::int32_t>(step_.rows),
+                  static_cast<std::int32_t>(done_),
+                  static_cast<std::int32_t>(at_.index),
+                  0};
+    put(at_.status->stage, static_cast<std::uint32_t>(stage_));
+    put(at_.status->layer, layer_);
+    put(at_.status->launches, ++launches_);
+    enter_phase(Phase::kRunning);
+    return {Action::kLaunch, exec()};
+  }
+
+  // An attention rank's stage has ended: what follows.
+  CROSSPOOL_INLINE void ended() {
+    switch (stage_) {
+      case Stage::kEmbed:
+      case Stage::kFeed:
+        return begin(Stage::kAttention);
+      case Stage::kAttention:
+        return begin(model().links != 0 ? Stage::kDispatch : ffn());
+      case Stage::kDispatch:
+        dispatch();
+        return model().local != 0 ? begin(ffn()) : enter_phase(Phase::kPeers);
+      case Stage::kDenseFFN:
+      case Stage::kMoEFFN:
+        return model().links != 0 ? enter_phase(Phase::kPeers) : next_layer();
+      case Stage::kCombine:
+        return next_layer();
+      case Stage::kHead:
+        if (step_.for_host == 0) return end_step();
+        resumed_ = false;
+        return publish({EventKind::kLogits, at_.index, step_.step, 0, step_.wanted, 0},
+                       Phase::kHost);
+    }
+  }
+
+  CROSSPOOL_INLINE void next_layer() {
+    if (++layer_ < model().layers) return begin(Stage::kAttention);
+    return step_.wanted > 0 ? begin(Stage::kHead) : end_step();
+  }
+
+  // A lease ends with a stop token, when it is recalled, and when another step waits for the lane.
+  CROSSPOOL_CALLED void end_step() {
+    if (!drain()) return;
+    const bool ends = stopped_ || recalled_ || held_count_ > 0;
+    const bool goes_on = done_ + 1 < step_.lease && !ends;
+    publish({goes_on ? EventKind::kTokens : EventKind::kDone, at_.index, step_.step, done_,
+             step_.wanted, step_.tokens},
+            goes_on ? Phase::kNext : Phase::kIdle);
+  }
+
+  CROSSPOOL_CALLED void publish(const Event& event, Phase then) {
+    event_ = event;
+    after_event_ = then;
+    enter_phase(Phase::kEvent);
+  }
+
+  CROSSPOOL_INLINE bool links_free() const {
+    for (std::uint32_t i = 0; i < at_.link_count; ++i) {
+      if (uses(i) && !ends_[i].free()) return false;
+    }
+    return true;
+  }
+
+  // The payloads are written.
+  CROSSPOOL_INLINE void dispatch() {
+    for (std::uint32_t i = 0; i < at_.link_count; ++i) {
+      if (uses(i)) ends_[i].dispatch({at_.epoch, model_, layer_, step_.rows, model().row_bytes});
+    }
+  }
+
+  CROSSPOOL_INLINE bool answered() const {
+    for (std::uint32_t i = 0; i < at_.link_count; ++i) {
+      if (uses(i) && !ends_[i].answered()) return false;
+    }
+    return true;
+  }
+
+  CROSSPOOL_INLINE void combine() {
+    for (std::uint32_t i = 0; i < at_.link_count; ++i) {
+      if (uses(i) && ends_[i].combine() == nullptr) return fail(Fault::kAnswer, i);
+    }
+    begin(Stage::kCombine);
+  }
+
+  // Looks at every link once, beginning behind the one that was served last. False: no dispatch.
+  CROSSPOOL_CALLED bool next_dispatch() {
+    for (std::uint32_t i = 0; i < at_.link_count; ++i) {
+      const std::uint32_t link = (first_link_ + i) % at_.link_count;
+      const Poll found = served_[link].poll();
+      if (found == Poll::kNothing) continue;
+      if (found == Poll::kBroken || !accept(link, served_[link].header())) {
+        fail(Fault::kDispatch, link);
+      }
+      return true;
+    }
+    return false;
+  }
+
+  CROSSPOOL_INLINE bool accept(std::uint32_t link, const DispatchHeader& header) {
+    if (header.model >= at_.tables.model_count) return false;
+    model_ = header.model;
+    layer_ = header.layer;
+    if (layer_ >= model().layers || header.row_bytes != model().row_bytes) return false;
+    bucket_ = 0;
+    while (bucket_ < at_.tables.buckets && at_.tables.bucket_rows[bucket_] < header.rows) ++bucket_;
+    if (bucket_ == at_.tables.buckets) return false;
+    step_.rows = header.rows;
+    link_ = link;
+    begin(ffn());
+    return true;
+  }
+
+  CROSSPOOL_INLINE void reply() {
+    served_[link_].reply();
+    first_link_ = link_ + 1;
+    enter_phase(Phase::kIdle);
+  }
+
+  LanePlaces at_{};
+  AttentionEnd ends_[kMaxLinks];
+  FFNEnd served_[kMaxLinks];
+  Command held_[kMaxHeld]{};  // steps that wait; `reserved`: 1 once recalled
+  StepArguments step_{};
+  Ticket ticket_;
+  Event event_{};
+  std::uint64_t beats_ = 0;
+  std::uint64_t launches_ = 0;
+  std::uint64_t since_ = 0;
+  std::uint64_t looked_ = 0;
+  Phase phase_ = Phase::kNew;
+  Phase after_event_ = Phase::kIdle;
+  Stage stage_ = Stage::kEmbed;
+  std::uint32_t held_first_ = 0;
+  std::uint32_t held_count_ = 0;
+  std::uint32_t model_ = 0;
+  std::uint32_t bucket_ = 0;
+  std::uint32_t layer_ = 0;
+  std::uint32_t link_ = 0;
+  std::uint32_t first_link_ = 0;
+  std::uint32_t done_ = 0;
+  bool stopped_ = false;
+  bool recalled_ = false;
+  bool resumed_ = false;
+  bool leaving_ = false;
+  bool left_ = false;
+  bool waits_ = false;
+};
+
+static_assert(std::is_trivially_copyable_v<Lane>);
+
+}  // namespace crosspool::gpu
+
+#endif

@@ -1,0 +1,51 @@
+// One execution of a lane's scheduler graph.
+#ifndef CROSSPOOL_CUDA_PASS_H
+#define CROSSPOOL_CUDA_PASS_H
+
+#include "lane.h"
+
+namespace crosspool::gpu {
+
+// Runs the lane's state machine until there is something to launch, or the pass has polled long
+// enough; then launches the scheduler graph again, unless the lane leaves. For one thread.
+template <class Driver>
+CROSSPOOL_INLINE void pass(Lane& lane, Driver& driver) {
+  const std::uint64_t begin = driver.now();
+  Action action = lane.advance(begin);
+  for (std::uint64_t now = begin; action.kind == Action::kWait && now - begin < lane.spin_ns();) {
+    driver.pause();
+    now = driver.now();
+    action = lane.advance(now);
+  }
+  if (action.kind == Action::kLeave) return;
+  Fault fault = Fault::kLaunch;
+  std::uint32_t error = 0;
+  if (action.kind == Action::kLaunch) error = driver.launch(action.exec);
+  if (error == 0) {
+    fault = Fault::kRelaunch;
+    error = driver.relaunch();
+  }
+  if (error == 0) return;
+  lane.fail(fault, error);
+  lane.advance(begin);  // leaves
+}
+
+// The scheduler's kernel, for each thread of its warp. The driver has thread(), threads(), and
+// any(), which joins a yes or no of all threads; for the first thread also now() in ns, pause(),
+// and tail launches that return a cudaError_t as a number: launch(exec), and relaunch() of the
+// scheduler graph.
+template <class Driver>
+CROSSPOOL_INLINE void schedule(Lane& lane, Driver& driver) {
+  bool stopped = false;
+  if (lane.has_tokens()) {
+    stopped = driver.any(lane.take_tokens(driver.thread(), driver.threads()));
+  }
+  if (driver.thread() != 0) return;
+  lane.enter();
+  lane.set_stopped(stopped);
+  pass(lane, driver);
+}
+
+}  // namespace crosspool::gpu
+
+#endif

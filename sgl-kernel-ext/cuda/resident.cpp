@@ -1,0 +1,379 @@
+#include "resident.h"
+
+#include <time.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace crosspool::gpu {
+
+namespace {
+
+constexpr std::int64_t kNapNs = 20'000;             // between two looks at rings and streams
+constexpr std::int64_t kLookNs = 1'000'000;         // between two looks after the lanes
+constexpr std::int64_t kSettleNs = 60'000'000'000;  // bound of copies and uploads
+
+std::int64_t now_ns() {
+  timespec now{};
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec * 1'000'000'000 + now.tv_nsec;
+}
+
+void nap() {
+  const timespec pause{0, kNapNs};
+  nanosleep(&pause, nullptr);
+}
+
+std::string lane_name(std::uint32_t lane) { return "lane " + std::to_string(lane); }
+
+const LoopDescription& checked(const LoopDescription& description) {
+  if (description.lane_count == 0) throw std::runtime_error("a loop needs a lane");
+  if (description.model_count == 0) throw std::runtime_error("a loop needs a model");
+  if (description.wait_ns == 0) throw std::runtime_error("wait_ns: 0; waits need time");
+  const std::uint32_t* buckets = description.bucket_rows;
+  for (std::uint32_t i = 0; i < description.bucket_count; ++i) {
+    if (buckets[i] <= (i == 0 ? 0 : buckets[i - 1])) {
+      throw std::runtime_error("bucket_rows must ascend from 1 or more");
+    }
+  }
+  if (description.bucket_count == 0) throw std::runtime_error("a loop needs a row bucket");
+  for (std::uint32_t i = 0; i < description.lane_count; ++i) {
+    const LaneDescription& lane = description.lanes[i];
+    const bool serves = lane.role == Role::kFFN;
+    if (lane.link_count > kMaxLinks) {
+      throw std::runtime_error(lane_name(i) + " has more than " + std::to_string(kMaxLinks) +
+                               " links");
+    }
+    if (serves && lane.link_count == 0) throw std::runtime_error(lane_name(i) + " serves no link");
+    if (lane.words == 0 || lane.words % alignof(StageWords) != 0) {
+      throw std::runtime_error(lane_name(i) + ": words must be aligned to 32 bytes");
+    }
+    if (!serves && lane.chosen == 0) throw std::runtime_error(lane_name(i) + ": chosen is null");
+    for (std::uint32_t m = 0; m < description.model_count; ++m) {
+      if (!serves && description.models[m].links >> lane.link_count != 0) {
+        throw std::runtime_error("model " + std::to_string(m) + " uses links that " + lane_name(i) +
+                                 " does not have");
+      }
+    }
+  }
+  for (std::uint32_t m = 0; m < description.model_count; ++m) {
+    const ModelDescription& model = description.models[m];
+    if (model.layers == 0) throw std::runtime_error("model " + std::to_string(m) + " has no layer");
+    if (model.links == 0 && model.local == 0) {
+      throw std::runtime_error("model " + std::to_string(m) + " has its FFN parts nowhere");
+    }
+  }
+  return description;
+}
+
+std::string fault_text(const LaneStatus& status) {
+  const std::string detail = std::to_string(status.detail);
+  switch (static_cast<Fault>(status.fault)) {
+    case Fault::kNone:
+      break;
+    case Fault::kCommand:
+      return "it cannot take a command of kind " + detail + " now";
+    case Fault::kArguments: {
+      constexpr const char* kFields[] = {"",       "model", "bucket",  "rows",
+                                         "wanted", "lease", "for_host"};
+      return std::string("the step's ") + kFields[std::min(status.detail, 6U)] +
+             " contradicts the tables or the other fields";
+    }
+    case Fault::kNoGraph:
+      return "there is no graph for stage " + detail + " of the step's model and bucket";
+    case Fault::kLaunch:
+      return std::string("its stage was not launched: ") +
+             calls().error_name(static_cast<Error>(status.detail));
+    case Fault::kRelaunch:
+      return std::string("it could not launch itself again: ") +
+             calls().error_name(static_cast<Error>(status.detail));
+    case Fault::kTimeout:
+      return "it waited too long in phase " + detail;
+    case Fault::kAnswer:
+      return "the answer that came through link " + detail + " is not of its dispatch";
+    case Fault::kDispatch:
+      return "what came through link " + detail + " breaks the lane protocol or fits no model";
+  }
+  return "it failed";
+}
+
+}  // namespace
+
+void check(Error error, const char* what) {
+  if (error == kSuccess) return;
+  throw std::runtime_error(std::string(what) + ": " + calls().error_name(error));
+}
+
+Loop::Loop(const LoopDescription& description)
+    : lane_count_(checked(description).lane_count),
+      wait_ns_(description.wait_ns),
+      take_turns_(description.take_turns != 0),
+      bucket_rows_(description.bucket_rows, description.bucket_rows + description.bucket_count),
+      device_models_(description.model_count),
+      device_bucket_rows_(description.bucket_count),
+      turn_(1),
+      lanes_(lane_count_),
+      mapped_(lane_count_),
+      graphs_(lane_count_, description.model_count, description.bucket_count),
+      host_(lane_count_) {
+  try {
+    for (HostLane& lane : host_) check(calls().stream_create(&lane.stream), "creating a stream");
+    describe_models(description);
+    make_lanes(description);
+  } catch (...) {
+    destroy();
+    throw;
+  }
+}
+
+Loop::~Loop() { destroy(); }
+
+void Loop::destroy() {
+  for (const HostLane& lane : host_) {
+    if (lane.scheduler != nullptr) calls().exec_destroy(lane.scheduler);
+    if (lane.stream != nullptr) calls().stream_destroy(lane.stream);
+  }
+}
+
+void Loop::describe_models(const LoopDescription& description) {
+  const Stream stream = host_[0].stream;
+  for (std::uint32_t m = 0; m < description.model_count; ++m) {
+    const ModelDescription& model = description.models[m];
+    const auto* kinds = reinterpret_cast<const std::uint8_t*>(model.layer_kinds);
+    kinds_.emplace_back(kinds, kinds + model.layers);
+    device_kinds_.emplace_back(model.layers);
+    device_kinds_.back().fill(kinds_.back(), stream);
+    models_.push_back({model.layers, model.row_bytes, model.links, model.local,
+                       reinterpret_cast<std::uintptr_t>(device_kinds_.back().data())});
+  }
+  device_models_.fill(models_, stream);
+  device_bucket_rows_.fill(bucket_rows_, stream);
+}
+
+void Loop::make_lanes(const LoopDescription& description) {
+  for (std::uint32_t i = 0; i < lane_count_; ++i) {
+    const LaneDescription& lane = description.lanes[i];
+    LanePlaces places{};
+    places.tables = {device_models_.data(), device_bucket_rows_.data(), description.model_count,
+                     description.bucket_count};
+    places.execs = graphs_.on_device(i);
+    places.commands = &mapped_[i].commands;
+    places.events = &mapped_[i].events;
+    places.status = &mapped_[i].status;
+    places.words = reinterpret_cast<StageWords*>(lane.words);
+    places.chosen = reinterpret_cast<const std::int32_t*>(lane.chosen);
+    places.turn = take_turns_ ? turn_.data() : nullptr;
+    const auto* links = reinterpret_cast<const LinkMemory*>(lane.links);
+    std::copy(links, links + lane.link_count, places.links);
+    places.link_count = lane.link_count;
+    places.index = i;
+    places.role = lane.role;
+    places.epoch = description.epoch;
+    places.spin_ns = description.spin_ns;
+    places.wait_ns = description.wait_ns;
+    images_.emplace_back(places);
+  }
+  const Stream stream = host_[0].stream;
+  const Turn turn{};
+  turn_.fill({&turn, 1}, stream);
+  lanes_.fill(images_, stream);
+  settle(stream, "copying the lanes to the device");
+  for (std::uint32_t i = 0; i < lane_count_; ++i) {
+    Graph graph = nullptr;
+    check(calls().scheduler_graph(&graph, lanes_.data() + i), "making a scheduler graph");
+    try {
+      host_[i].scheduler = instantiate(graph, stream, "the scheduler graph of " + lane_name(i));
+    } catch (...) {
+      calls().graph_destroy(graph);
+      throw;
+    }
+    check(calls().graph_destroy(graph), "destroying a captured graph");
+  }
+  settle(stream, "uploading the scheduler graphs");
+}
+
+// Waits for what was put into the stream.
+void Loop::settle(Stream stream, const char* what) const {
+  const std::int64_t deadline = now_ns() + kSettleNs;
+  for (;;) {
+    const Error error = calls().stream_query(stream);
+    if (error == kSuccess) return;
+    if (error != kNotReady) check(error, what);
+    if (now_ns() > deadline) throw std::runtime_error(std::string(what) + " does not end");
+    nap();
+  }
+}
+
+const Loop::HostLane& Loop::at(std::uint32_t lane) const {
+  if (lane >= lane_count_) throw std::runtime_error("there is no " + lane_name(lane));
+  return host_[lane];
+}
+
+Loop::HostLane& Loop::at(std::uint32_t lane) {
+  return const_cast<HostLane&>(std::as_const(*this).at(lane));
+}
+
+bool Loop::resident() const {
+  return std::any_of(host_.begin(), host_.end(),
+                     [](const HostLane& lane) { return lane.resident; });
+}
+
+void Loop::not_resident(const char* what) const {
+  if (resident())
+    throw std::runtime_error(std::string(what) + " may wait behind the loop: quiesce");
+}
+
+void Loop::add_graph(std::int32_t lane, std::uint32_t model, std::uint32_t stage,
+                     std::uint32_t bucket, Graph graph) {
+  not_resident("uploading a graph");
+  if (lane < 0 && !take_turns_) {
+    throw std::runtime_error("lanes that do not take turns cannot share a graph");
+  }
+  const Stream stream = host_[lane < 0 ? 0 : lane].stream;
+  graphs_.add(lane, model, stage, bucket, graph, stream);
+  settle(stream, "uploading a graph");
+}
+
+void Loop::start() {
+  not_resident("starting again");
+  graphs_.copy_to_device(host_[0].stream);
+  settle(host_[0].stream, "copying the table of graphs to the device");
+  for (std::uint32_t i = 0; i < lane_count_; ++i) {
+    if (mapped_[i].status.fault != 0) report(i);
+  }
+  for (HostLane& lane : host_) {
+    check(calls().launch(lane.scheduler, lane.stream), "launching a scheduler graph");
+    lane.resident = true;
+    lane.asked_to_leave = false;
+    lane.heard_ns = now_ns();
+  }
+}
+
+void Loop::quiesce(std::int64_t timeout_ns) {
+  const std::int64_t deadline = now_ns() + timeout_ns;
+  for (;;) {
+    for (std::uint32_t i = 0; i < lane_count_; ++i) {
+      HostLane& lane = host_[i];
+      if (!lane.resident) continue;
+      if (!lane.asked_to_leave) {
+        lane.asked_to_leave = mapped_[i].commands.push({CommandKind::kStop, i, 0, 0, 0});
+      }
+      const Error error = calls().stream_query(lane.stream);
+      if (error != kNotReady) lane.resident = false;
+      if (error != kNotReady) check(error, "the stages of a lane");
+    }
+    if (!resident()) return;
+    if (now_ns() > deadline) break;
+    nap();
+  }
+  for (std::uint32_t i = 0; i < lane_count_; ++i) {
+    if (host_[i].resident) throw std::runtime_error(lane_name(i) + " does not leave the device");
+  }
+}
+
+bool Loop::push_step(std::uint32_t index, const StepArguments& arguments) {
+  HostLane& lane = at(index);
+  if (lane.pushed - lane.done == kMaxHeld) return false;
+  StepArguments& place = mapped_[index].arguments[lane.pushed % kMaxHeld];
+  place = arguments;
+  const std::uint64_t address = reinterpret_cast<std::uintptr_t>(&place);
+  if (!push(index, {CommandKind::kStep, index, arguments.step, address, 0})) return false;
+  if (lane.pushed == lane.done) lane.heard_ns = now_ns();
+  ++lane.pushed;
+  return true;
+}
+
+bool Loop::push(std::uint32_t lane, const Command& command) {
+  at(lane);
+  return mapped_[lane].commands.push(command);
+}
+
+bool Loop::pop(Event* event) {
+  // Looked for first: then what a lane published before its fault is seen before it.
+  std::uint32_t failed = lane_count_;
+  for (std::uint32_t i = 0; i < lane_count_; ++i) {
+    if (Atomic<std::uint32_t>(mapped_[i].status.fault).load(kAcquire) != 0) failed = i;
+  }
+  for (std::uint32_t n = 0; n < lane_count_; ++n) {
+    const std::uint32_t lane = (next_lane_ + n) % lane_count_;
+    if (!mapped_[lane].events.pop(event)) continue;
+    next_lane_ = lane + 1;
+    if (event->kind == EventKind::kFailed) report(lane);
+    if (event->kind == EventKind::kDone) ++host_[lane].done;
+    return true;
+  }
+  if (failed < lane_count_) report(failed);
+  return false;
+}
+
+bool Loop::has_event() const {
+  for (std::uint32_t i = 0; i < lane_count_; ++i) {
+    if (!mapped_[i].events.empty() || Atomic<std::uint32_t>(mapped_[i].status.fault).load(kAcquire))
+      return true;
+  }
+  return false;
+}
+
+bool Loop::wait(std::int64_t timeout_ns) {
+  const std::int64_t deadline = now_ns() + timeout_ns;
+  for (std::int64_t look = 0;;) {
+    if (has_event()) return true;
+    const std::int64_t now = now_ns();
+    if (now >= look) {
+      look_after(now);
+      look = now + kLookNs;
+    }
+    if (now >= deadline) return has_event();
+    nap();
+  }
+}
+
+// A lane that died in a stage, or that does not come back from one, says nothing itself.
+void Loop::look_after(std::int64_t now) {
+  for (std::uint32_t i = 0; i < lane_count_; ++i) {
+    HostLane& lane = host_[i];
+    if (!lane.resident) continue;
+    const Error error = calls().stream_query(lane.stream);
+    if (error != kNotReady && error != kSuccess) {
+      lane.resident = false;
+      check(error, "the stages of a lane");
+    }
+    const std::uint64_t heartbeat =
+        Atomic<std::uint64_t>(mapped_[i].status.heartbeat).load(kRelaxed);
+    if (heartbeat != lane.heartbeat) {
+      lane.heartbeat = heartbeat;
+      lane.heard_ns = now;
+    } else if (lane.pushed != lane.done &&
+               now - lane.heard_ns > static_cast<std::int64_t>(wait_ns_)) {
+      const LaneStatus status = this->status(i);
+      throw std::runtime_error(
+          lane_name(i) + " has not come back from stage " + std::to_string(status.stage) +
+          ", layer " + std::to_string(status.layer) + ", step " + std::to_string(status.step));
+    }
+  }
+}
+
+LaneStatus Loop::status(std::uint32_t lane) const {
+  at(lane);
+  LaneStatus& from = mapped_[lane].status;
+  LaneStatus to{};
+  to.heartbeat = Atomic<std::uint64_t>(from.heartbeat).load(kRelaxed);
+  to.launches = Atomic<std::uint64_t>(from.launches).load(kRelaxed);
+  to.step = Atomic<std::uint64_t>(from.step).load(kRelaxed);
+  to.phase = Atomic<std::uint32_t>(from.phase).load(kRelaxed);
+  to.stage = Atomic<std::uint32_t>(from.stage).load(kRelaxed);
+  to.layer = Atomic<std::uint32_t>(from.layer).load(kRelaxed);
+  to.fault = Atomic<std::uint32_t>(from.fault).load(kAcquire);
+  to.detail = Atomic<std::uint32_t>(from.detail).load(kRelaxed);
+  to.left = Atomic<std::uint32_t>(from.left).load(kAcquire);
+  return to;
+}
+
+void Loop::report(std::uint32_t lane) const {
+  const LaneStatus status = this->status(lane);
+  throw std::runtime_error(lane_name(lane) + ", step " + std::to_string(status.step) + ", layer " +
+                           std::to_string(status.layer) + ": " + fault_text(status));
+}
+
+}  // namespace crosspool::gpu

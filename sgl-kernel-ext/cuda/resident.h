@@ -1,0 +1,88 @@
+// The host's side of a GPU's resident loop.
+#ifndef CROSSPOOL_CUDA_RESIDENT_H
+#define CROSSPOOL_CUDA_RESIDENT_H
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "calls.h"
+#include "graph_table.h"
+#include "lane.h"
+#include "loop.h"
+#include "memory.h"
+
+namespace crosspool::gpu {
+
+// Methods throw std::runtime_error.
+class Loop {
+ public:
+  explicit Loop(const LoopDescription& description);
+  ~Loop();
+  Loop(Loop&&) = delete;
+  Loop& operator=(Loop&&) = delete;
+
+  void add_graph(std::int32_t lane, std::uint32_t model, std::uint32_t stage, std::uint32_t bucket,
+                 Graph graph);
+  void start();
+  void quiesce(std::int64_t timeout_ns);
+  bool resident() const;
+
+  bool push_step(std::uint32_t lane, const StepArguments& arguments);
+  bool push(std::uint32_t lane, const Command& command);
+  bool pop(Event* event);
+  bool wait(std::int64_t timeout_ns);
+  LaneStatus status(std::uint32_t lane) const;
+
+ private:
+  // A lane's memory that both sides see.
+  struct Mapped {
+    CommandRing commands;
+    EventRing events;
+    LaneStatus status;
+    StepArguments arguments[kMaxHeld];
+  };
+
+  struct HostLane {
+    Stream stream = nullptr;
+    Exec scheduler = nullptr;
+    bool resident = false;
+    bool asked_to_leave = false;
+    std::uint64_t pushed = 0;  // steps
+    std::uint64_t done = 0;
+    std::uint64_t heartbeat = 0;  // as seen last, and when it had changed
+    std::int64_t heard_ns = 0;
+  };
+
+  void describe_models(const LoopDescription& description);
+  void make_lanes(const LoopDescription& description);
+  void settle(Stream stream, const char* what) const;
+  void destroy();
+  const HostLane& at(std::uint32_t lane) const;
+  HostLane& at(std::uint32_t lane);
+  void not_resident(const char* what) const;
+  bool has_event() const;
+  void look_after(std::int64_t now);
+  [[noreturn]] void report(std::uint32_t lane) const;
+
+  std::uint32_t lane_count_;
+  std::uint64_t wait_ns_;
+  bool take_turns_;
+  std::vector<std::vector<std::uint8_t>> kinds_;
+  std::vector<DeviceArray<std::uint8_t>> device_kinds_;
+  std::vector<ModelEntry> models_;
+  std::vector<std::uint32_t> bucket_rows_;
+  std::vector<Lane> images_;  // of the lanes, as they begin
+  DeviceArray<ModelEntry> device_models_;
+  DeviceArray<std::uint32_t> device_bucket_rows_;
+  DeviceArray<Turn> turn_;
+  DeviceArray<Lane> lanes_;
+  MappedArray<Mapped> mapped_;
+  GraphTable graphs_;
+  std::vector<HostLane> host_;
+  std::uint32_t next_lane_ = 0;  // pop() looks there first
+};
+
+}  // namespace crosspool::gpu
+
+#endif
