@@ -1,0 +1,332 @@
+"""The face of ``libcrosspool_cuda.so`` (sgl-kernel-ext/cuda/): a GPU's resident loop.
+
+Per lane one scheduler graph polls for steps and launches the captured graph of each stage, layer
+by layer, without the host. The library and its state machine are tested against a fake driver; on
+a GPU this has not run yet (docs/gpu.md).
+
+    loop = CudaLoop([ModelStages(kinds=(False, True, True))], [LanePlaces(words, chosen)], [1, 2, 4])
+    for stage, bucket, graph in captured:            # graph: torch.cuda.CUDAGraph(keep_graph=True)
+        loop.add_graph(0, 0, stage, bucket, graph.raw_cuda_graph())
+    loop.start()
+    loop.push_step(0, StepArguments(step=1, model=0, bucket=0, rows=1, wanted=1, lease=1, ...))
+    while (event := loop.pop()) is None:
+        loop.wait(1.0)
+    with loop.quiesced():                            # nothing of the loop is on the device
+        ...                                          # operations that may wait behind it
+    loop.close()
+
+What a stage's graph reads: the lane's ``words``, 32 bytes on the device (``StageWords``: as int32
+elements, [0:2] the address of the step's inputs as an int64, [2] the layer, [3] the link, [4] the
+rows, [5] how many steps of the lease have ended). ``EMBED`` copies the step's inputs from there to
+the lane's buffers and embeds; ``FEED`` embeds the tokens that ``HEAD`` wrote last, one position
+further; ``ATTENTION``, ``DENSE_FFN`` and ``MOE_FFN`` run the layer; ``HEAD`` writes int32 tokens to
+the lane's ``chosen``, wanted rows first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import enum
+import functools
+from collections.abc import Iterator, Sequence
+from ctypes import byref
+from dataclasses import dataclass
+from pathlib import Path
+
+import crosspool.kernels
+from crosspool.kernels import cuda_loop_structs as cs
+from crosspool.kernels import native
+from crosspool.kernels.engine_structs import (
+    DONE,
+    FAILED,
+    LOGITS,
+    RECALL,
+    RESUME,
+    TOKENS,
+    Command,
+    Event,
+)
+
+LIBRARY = "libcrosspool_cuda.so"
+MAX_HELD = 8
+"""Steps that a lane has at once: the one under way and those that wait behind it."""
+EVERY_LANE = -1
+
+StepArguments = cs.StepArguments
+LaneStatus = cs.LaneStatus
+LinkMemory = cs.LinkMemory
+__all__ = ["DONE", "FAILED", "LOGITS", "TOKENS", "CudaLoop", "CudaLoopError", "Event", "Fault"]
+
+
+class Stage(enum.IntEnum):
+    """crosspool::gpu::Stage."""
+
+    EMBED = 0
+    FEED = 1
+    ATTENTION = 2
+    DENSE_FFN = 3
+    MOE_FFN = 4
+    HEAD = 5
+    DISPATCH = 6
+    COMBINE = 7
+
+
+class Phase(enum.IntEnum):
+    """crosspool::gpu::Phase."""
+
+    NEW = 0
+    IDLE = 1
+    STAGE = 2
+    RUNNING = 3
+    PEERS = 4
+    HOST = 5
+    EVENT = 6
+    NEXT = 7
+    FAILED = 8
+
+
+class Fault(enum.IntEnum):
+    """crosspool::gpu::Fault."""
+
+    NONE = 0
+    COMMAND = 1
+    ARGUMENTS = 2
+    NO_GRAPH = 3
+    LAUNCH = 4
+    RELAUNCH = 5
+    TIMEOUT = 6
+    ANSWER = 7
+    DISPATCH = 8
+
+
+class BadArgument(enum.IntEnum):
+    """crosspool::gpu::BadArgument."""
+
+    MODEL = 1
+    BUCKET = 2
+    ROWS = 3
+    WANTED = 4
+    LEASE = 5
+    FOR_HOST = 6
+
+
+class CudaLoopError(RuntimeError):
+    """The resident loop refuses, or cannot go on; the message says why."""
+
+
+@dataclass(frozen=True)
+class ModelStages:
+    """A model as the loop knows it."""
+
+    kinds: tuple[bool, ...]
+    """Per layer: whether its FFN part is a MoE."""
+    row_bytes: int = 0
+    """Of a dispatched row; 0 where nothing crosses."""
+    links: tuple[int, ...] = ()
+    """The lane's links, by index, that lead to FFN ranks of the model on other devices."""
+    local: bool = True
+    """Whether this device has (a part of) the FFN parts."""
+
+
+@dataclass(frozen=True)
+class LanePlaces:
+    """A lane's fixed places on the device."""
+
+    words: int
+    """Address of the 32 bytes that graphs read, 32-byte aligned."""
+    chosen: int
+    """Address of int32 [rows of the largest bucket]: the tokens that ``HEAD`` chose."""
+    links: tuple[LinkMemory, ...] = ()
+    serves: bool = False
+    """True: an FFN rank's lane, which serves the dispatches that come through its links."""
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library at ``path`` with typed functions. Raises ImportError."""
+    how = "build it again (`pip install -e .` where nvcc is found)"
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in cs.SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise ImportError(f"{path} cannot be loaded ({error}): {how}") from error
+    if library.crosspool_abi_version() != native.ABI_VERSION:
+        raise ImportError(f"{path} is not of version {native.ABI_VERSION}: {how}")
+    sizes = (ctypes.c_uint64 * len(cs.MIRRORED))()
+    library.crosspool_cuda_sizes(sizes, len(sizes))
+    for structure, size in zip(cs.MIRRORED, sizes, strict=True):
+        if ctypes.sizeof(structure) != size:
+            raise ImportError(f"{path} has {size} bytes for {structure.__name__}: {how}")
+    return library
+
+
+def library_path() -> Path | None:
+    """Where the library lies; None: it was not built (no nvcc)."""
+    folders = [Path(folder) for folder in crosspool.kernels.__path__]
+    return next((folder / LIBRARY for folder in folders if (folder / LIBRARY).is_file()), None)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Raises ImportError that says how to build it when it is missing or of another version."""
+    path = library_path()
+    if path is None:
+        raise ImportError(
+            f"CrossPool's GPU library {LIBRARY} was not built: `pip install -e .` with nvcc on PATH"
+        )
+    return load(path)
+
+
+class CudaLoop:
+    """The resident loop of the current CUDA device. What its descriptions point to is kept by the
+    caller. One thread at a time uses it."""
+
+    def __init__(
+        self,
+        models: Sequence[ModelStages],
+        lanes: Sequence[LanePlaces],
+        bucket_rows: Sequence[int],
+        *,
+        take_turns: bool = False,
+        epoch: int = 1,
+        spin_s: float = 1e-3,
+        wait_s: float = 30.0,
+        native: ctypes.CDLL | None = None,
+    ) -> None:
+        """``bucket_rows``: ascending. ``take_turns``: one stage at a time of all lanes. ``spin_s``:
+        how long a pass of a lane polls before it launches the next. ``wait_s``: bound of a lane's
+        every wait for a peer or for the host. Raises CudaLoopError."""
+        self._native = library() if native is None else native
+        self._address: int | None = None
+        self.lanes = len(lanes)
+        kinds = [bytes(map(int, model.kinds)) for model in models]
+        described = (cs.ModelDescription * len(models))()
+        for into, model, row in zip(described, models, kinds, strict=True):
+            into.layer_kinds = ctypes.cast(row, ctypes.c_void_p).value or 0
+            into.layers, into.row_bytes = len(model.kinds), model.row_bytes
+            into.links = sum(1 << link for link in set(model.links))
+            into.local = int(model.local)
+        links = [(LinkMemory * max(1, len(lane.links)))(*lane.links) for lane in lanes]
+        places = (cs.LaneDescription * len(lanes))()
+        for place, lane, array in zip(places, lanes, links, strict=True):
+            place.words, place.chosen = lane.words, lane.chosen
+            place.links, place.link_count = ctypes.addressof(array), len(lane.links)
+            place.role = int(lane.serves)
+        description = cs.LoopDescription(
+            models=described,
+            lanes=places,
+            bucket_rows=(ctypes.c_uint32 * len(bucket_rows))(*bucket_rows),
+            model_count=len(models),
+            lane_count=len(lanes),
+            bucket_count=len(bucket_rows),
+            take_turns=int(take_turns),
+            epoch=epoch,
+            spin_ns=int(spin_s * 1e9),
+            wait_ns=int(wait_s * 1e9),
+        )
+        address = self._native.crosspool_cuda_loop_create(byref(description))
+        if address is None:
+            raise self._error()
+        self._address = address
+
+    def add_graph(self, lane: int, model: int, stage: Stage, bucket: int, graph: int) -> None:
+        """Puts a captured graph (``cudaGraph_t``, as ``CUDAGraph.raw_cuda_graph()`` gives it) into
+        a lane's table; ``EVERY_LANE``, with ``take_turns``: of all lanes. It is instantiated and
+        uploaded here, so that the loop must not run; the captured one stays the caller's.
+
+        Raises CudaLoopError, for example for a node that cannot be launched from the device."""
+        self._check(
+            self._native.crosspool_cuda_loop_add_graph(
+                self._address, lane, model, stage, bucket, graph
+            )
+        )
+
+    def start(self) -> None:
+        """Launches the lanes: at first, and again after :meth:`quiesce`. Raises CudaLoopError."""
+        self._check(self._native.crosspool_cuda_loop_start(self._address))
+
+    def quiesce(self, timeout_s: float = 10.0) -> None:
+        """Has every lane leave the device between two steps, and waits until all have. Their steps
+        go on with the next :meth:`start`. Raises CudaLoopError after ``timeout_s``."""
+        self._check(self._native.crosspool_cuda_loop_quiesce(self._address, int(timeout_s * 1e9)))
+
+    @contextlib.contextmanager
+    def quiesced(self, timeout_s: float = 10.0) -> Iterator[None]:
+        """Nothing of the loop is on the device within. Raises CudaLoopError."""
+        self.quiesce(timeout_s)
+        try:
+            yield
+        finally:
+            self.start()
+
+    def launch(self, lane: int, model: int, stage: Stage, bucket: int) -> None:
+        """Launches one stage from the host in :meth:`stream`, where the caller has written the
+        lane's words; the loop must not run. Raises CudaLoopError."""
+        self._check(
+            self._native.crosspool_cuda_loop_launch(self._address, lane, model, stage, bucket)
+        )
+
+    def stream(self, lane: int) -> int:
+        """The lane's ``cudaStream_t``."""
+        return self._native.crosspool_cuda_loop_stream(self._address, lane)
+
+    def push_step(self, lane: int, arguments: StepArguments) -> None:
+        """Queues a step; the structure is copied, what its addresses point to (device or pinned
+        memory) stays as it is until its ``DONE``. Raises CudaLoopError."""
+        status = self._native.crosspool_cuda_loop_push_step(self._address, lane, byref(arguments))
+        self._check(status)
+        if status == 0:
+            raise CudaLoopError(f"lane {lane} has {MAX_HELD} steps already")
+
+    def push_resume(self, lane: int, step: int) -> None:
+        """Lets a lane go on whose logits were looked at. Raises CudaLoopError."""
+        self._push(lane, Command(RESUME, lane, step, None, 0))
+
+    def push_recall(self, lane: int, step: int) -> None:
+        """Ends a step's lease, if it still has one, with what is under way or comes next. A step
+        that waits on the lane ends the lease before it too. Raises CudaLoopError."""
+        self._push(lane, Command(RECALL, lane, step, None, 0))
+
+    def pop(self) -> Event | None:
+        """What happened next on any lane; None: nothing did.
+
+        Raises CudaLoopError when a lane cannot go on."""
+        event = Event()
+        status = self._native.crosspool_cuda_loop_pop(self._address, byref(event))
+        self._check(status)
+        return event if status else None
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether there is an event, now or within ``timeout_s``."""
+        status = self._native.crosspool_cuda_loop_wait(self._address, int(timeout_s * 1e9))
+        self._check(status)
+        return bool(status)
+
+    def status(self, lane: int) -> LaneStatus:
+        """What the lane last said about itself; its ``heartbeat`` grows while it is resident."""
+        status = LaneStatus()
+        self._check(self._native.crosspool_cuda_loop_status(self._address, lane, byref(status)))
+        return status
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Quiesces, and frees everything; steps in flight are lost. Raises CudaLoopError when a
+        lane does not leave: its memory must then stay, and the process should end."""
+        if self._address is not None:
+            self.quiesce(timeout_s)
+            address, self._address = self._address, None
+            self._check(self._native.crosspool_cuda_loop_free(address))
+
+    def _push(self, lane: int, command: Command) -> None:
+        status = self._native.crosspool_cuda_loop_push(self._address, lane, byref(command))
+        self._check(status)
+        if status == 0:
+            raise CudaLoopError(f"the command ring of lane {lane} is full")
+
+    def _check(self, status: int) -> None:
+        if status < 0:
+            raise self._error()
+
+    def _error(self) -> CudaLoopError:
+        return CudaLoopError(self._native.crosspool_cuda_error().decode())

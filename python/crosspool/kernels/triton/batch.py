@@ -1,0 +1,52 @@
+"""The batch of one step as the kernels see it: fixed buffers of a lane."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """Rows of one model that go through the layers together; all int32, on the device.
+
+    Rows of one sequence follow one another in the order of their positions. Example: a decode row
+    at position 40 beside a prompt chunk of positions 0 to 2, in a bucket of 8 rows with pages of
+    16 tokens (``_`` may hold anything)::
+
+        count      = [4]
+        positions  = [40, 0, 1, 2, _, _, _, _]
+        sequences  = [0, 1, 1, 1, _, _, _, _]
+        page_table = [[7, 2, 9, _], [4, _, _, _], ...]
+    """
+
+    count: torch.Tensor
+    """[1]: rows that are there, 0 to bucket."""
+    positions: torch.Tensor
+    """[bucket]: each row's position in its sequence."""
+    sequences: torch.Tensor
+    """[bucket]: each row's line of ``page_table``."""
+    page_table: torch.Tensor
+    """[sequences, pages]: line s holds sequence s's pages, those of the batch's own KV included."""
+
+    @property
+    def bucket(self) -> int:
+        return self.positions.shape[0]
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """cos and sin by position: float32 [positions, dim / 2] each, rounded to the model's dtype
+    where the model rounds them (:func:`crosspool.kernels.rope.rope_tables`).
+
+    Rotated pairs lie half a head apart in every result, whatever ``interleaved`` says of the
+    input."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool
+
+    @property
+    def dim(self) -> int:
+        return 2 * self.cos.shape[1]

@@ -1,0 +1,111 @@
+// The C face of libcrosspool_cuda.so, for crosspool/kernels/cuda_loop.py: the resident loop of one
+// GPU. Functions that can fail return null or a negative number, and crosspool_cuda_error() says
+// why, for the calling thread. One thread at a time uses a loop.
+#ifndef CROSSPOOL_CUDA_LOOP_H
+#define CROSSPOOL_CUDA_LOOP_H
+
+#include <crosspool/command_ring.h>
+#include <crosspool/export.h>
+#include <crosspool/lanes.h>
+
+#include <cstdint>
+
+#include "stages.h"
+
+namespace crosspool::gpu {
+
+inline constexpr std::uint32_t kMaxLinks = 8;  // of a lane
+inline constexpr std::uint32_t kMaxHeld = 8;   // steps that a lane has taken, or is offered
+
+class Loop;
+
+// Of a model, in host memory.
+struct ModelDescription {
+  std::uint64_t layer_kinds;  // uint8 [layers], host memory
+  std::uint32_t layers;
+  std::uint32_t row_bytes;
+  std::uint32_t links;
+  std::uint32_t local;
+};
+
+enum class Role : std::uint32_t {
+  kAttention = 0,  // takes steps; its links lead to FFN ranks
+  kFFN = 1,        // serves the dispatches that come through its links
+};
+
+struct LaneDescription {
+  std::uint64_t words;   // device address of the StageWords
+  std::uint64_t chosen;  // device address, int32 [rows of the largest bucket]: kHead writes
+  std::uint64_t links;   // host address of LinkMemory [link_count], device addresses within
+  std::uint32_t link_count;
+  Role role;
+};
+
+struct LoopDescription {
+  const ModelDescription* models;
+  const LaneDescription* lanes;
+  const std::uint32_t* bucket_rows;  // ascending
+  std::uint32_t model_count;
+  std::uint32_t lane_count;
+  std::uint32_t bucket_count;
+  std::uint32_t take_turns;  // 1: one stage at a time of all lanes; they may share graphs then
+  std::uint64_t epoch;       // of the attention rank
+  std::uint64_t spin_ns;     // how long a pass polls before it launches the next
+  std::uint64_t wait_ns;     // bound of every wait for a peer or for the host
+};
+
+}  // namespace crosspool::gpu
+
+extern "C" {
+
+CROSSPOOL_API const char* crosspool_cuda_error(void);
+
+// sizeof of what Python mirrors, in the order of cuda_loop.py; `count` of them at most. Returns
+// their number.
+CROSSPOOL_API std::int32_t crosspool_cuda_sizes(std::uint64_t* sizes, std::int32_t count);
+
+// On the calling thread's current device. The loop does not run yet.
+CROSSPOOL_API crosspool::gpu::Loop* crosspool_cuda_loop_create(
+    const crosspool::gpu::LoopDescription* description);
+// The loop has left the device (quiesce). Destroys its graphs and memory.
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_free(crosspool::gpu::Loop* loop);
+
+// Instantiates a captured graph (cudaGraph_t) for launches from the device, uploads it, and puts it
+// into the table of a lane; of every lane for `lane` = -1, which needs take_turns. The loop does
+// not run. The captured graph stays the caller's, and must outlive nothing.
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_add_graph(crosspool::gpu::Loop* loop,
+                                                         std::int32_t lane, std::uint32_t model,
+                                                         std::uint32_t stage, std::uint32_t bucket,
+                                                         void* graph);
+// Launches every lane's scheduler graph: at first, and again after quiesce.
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_start(crosspool::gpu::Loop* loop);
+// Asks every lane to leave the device between two steps, and waits until all have. Steps stay where
+// they are until the next start. Fails after `timeout_ns`; the lanes may still leave later.
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_quiesce(crosspool::gpu::Loop* loop,
+                                                       std::int64_t timeout_ns);
+// Launches one stage from the host, in the lane's stream; the caller has written the lane's words
+// in that stream. The loop does not run.
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_launch(crosspool::gpu::Loop* loop,
+                                                      std::uint32_t lane, std::uint32_t model,
+                                                      std::uint32_t stage, std::uint32_t bucket);
+// The lane's cudaStream_t.
+CROSSPOOL_API void* crosspool_cuda_loop_stream(crosspool::gpu::Loop* loop, std::uint32_t lane);
+
+// The structure is copied. 0: the lane has kMaxHeld steps already.
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_push_step(
+    crosspool::gpu::Loop* loop, std::uint32_t lane, const crosspool::gpu::StepArguments* arguments);
+// kResume and kRecall. 0: the ring is full.
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_push(crosspool::gpu::Loop* loop, std::uint32_t lane,
+                                                    const crosspool::Command* command);
+// The next event of any lane, lanes in turn. 0: there is none.
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_pop(crosspool::gpu::Loop* loop,
+                                                   crosspool::Event* event);
+// Waits until there is an event. 0: none came within `timeout_ns`.
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_wait(crosspool::gpu::Loop* loop,
+                                                    std::int64_t timeout_ns);
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_status(crosspool::gpu::Loop* loop,
+                                                      std::uint32_t lane,
+                                                      crosspool::gpu::LaneStatus* status);
+}
+
+#endif
