@@ -3,30 +3,24 @@
 A model's range is as long as the model could ever use and costs nothing by itself. Chunks of the
 budget are moved under it when a step first writes there, and away when no request uses them; the
 kernels see an ordinary tensor over the whole range.
+
+The interface is here, and what its two kinds share: :mod:`crosspool.kvpool.mremap_virtualizer` for
+CPU devices, :mod:`crosspool.kvpool.cuda_virtualizer` for GPUs.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 from crosspool.config.errors import ConfigError
-from crosspool.kernels import native
-from crosspool.kvpool.memory import available_bytes
 
 if TYPE_CHECKING:
     import torch
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), first with 0 done, last with all done."""
-
-_TOUCH_BYTES = 64 << 20
-_OTHER_MAPPINGS = 4096
-"""Memory mappings left to the rest of the process (libraries, threads, allocator)."""
 
 
 class Virtualizer(Protocol):
@@ -63,152 +57,94 @@ class Virtualizer(Protocol):
         ...
 
 
-class MremapVirtualizer:
-    """The KV pool of one CPU device: huge-page chunks moved with ``mremap`` (no copy, no zeroing).
+def whole_chunks(budget_bytes: int, chunk_bytes: int, unit: int) -> int:
+    """Chunks of ``chunk_bytes`` in the budget of one attention rank; ``unit``: the bytes that the
+    device maps at a time.
 
-    >>> with MremapVirtualizer(1 << 30, 2 << 20, [1 << 30, 1 << 30]) as pool:
-    ...     pool.map(0, [0, 1])
-    ...     kv = pool.tensor(0, (pages, layers, page_size, kv_width), torch.bfloat16)
+    Raises ConfigError that names the field when a chunk is no multiple of it, or there is none."""
+    if chunk_bytes <= 0 or chunk_bytes % unit:
+        raise ConfigError(f"chunk_bytes: {chunk_bytes} is no multiple of {unit}")
+    chunks = budget_bytes // chunk_bytes
+    if chunks <= 0:
+        raise ConfigError(
+            f"kv_pool_bytes: {budget_bytes} bytes per attention rank are less than one chunk"
+            f" of {chunk_bytes} bytes"
+        )
+    return chunks
+
+
+class ChunkTable:
+    """Which slot of the budget lies under which chunk of which model.
+
+    A slot is memory for one chunk, named by a number that means something to the virtualizer. The
+    table tells what may be done; the virtualizer does it, and notes in the table what it has done.
     """
 
-    def __init__(
-        self,
-        budget_bytes: int,
-        chunk_bytes: int,
-        ranges: Sequence[int],
-        progress: Progress | None = None,
-    ) -> None:
-        """Reserves the ranges and takes the whole budget from the system, which may take seconds
-        per GiB where memory was never used before; ``progress`` is called on the way.
-
-        ``budget_bytes`` is rounded down, and ``ranges`` (bytes per model) are rounded up, to
-        multiples of ``chunk_bytes``, itself a multiple of 2 MiB. Raises ConfigError that names the
-        field when the system does not have so much memory or so many mappings."""
-        if chunk_bytes <= 0 or chunk_bytes % native.HUGE_PAGE:
-            raise ConfigError(f"chunk_bytes: {chunk_bytes} is no multiple of {native.HUGE_PAGE}")
-        slots = budget_bytes // chunk_bytes
-        if slots == 0:
-            raise ConfigError(
-                f"kv_pool_bytes: {budget_bytes} bytes per attention rank are less than one chunk"
-                f" of {chunk_bytes} bytes"
-            )
-        _check_mappings(slots, chunk_bytes)
+    def __init__(self, chunk_bytes: int, ranges: Sequence[int]) -> None:
+        """``ranges``: bytes per model, rounded up to whole chunks."""
         self.chunk_bytes = chunk_bytes
-        self.budget_bytes = slots * chunk_bytes
-        self._range_chunks = [-(-nbytes // chunk_bytes) for nbytes in ranges]
-        self._free_slots = list(range(slots - 1, -1, -1))
+        self.range_chunks = [-(-nbytes // chunk_bytes) for nbytes in ranges]
+        self.free: list[int] = []
+        """Slots under no chunk; the last is used first."""
         self._slot_of: list[dict[int, int]] = [{} for _ in ranges]
-        self._ranges: list[int] = []
-        self._parking = 0
-        try:
-            self._reserve()
-            self._take_memory(progress or (lambda done, total: None))
-        except BaseException:
-            self.close()
-            raise
 
-    def __enter__(self) -> Self:
-        return self
+    def slots_for(self, model: int, chunks: Sequence[int]) -> list[int]:
+        """The free slots to map under ``chunks``, one each.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def map(self, model: int, chunks: Sequence[int]) -> None:
+        Raises ValueError as :meth:`Virtualizer.map` does."""
         slot_of = self._slot_of[model]
-        wrong = [c for c in chunks if c in slot_of or not 0 <= c < self._range_chunks[model]]
+        wrong = [c for c in chunks if c in slot_of or not 0 <= c < self.range_chunks[model]]
         if wrong or len(set(chunks)) != len(chunks):
             raise ValueError(f"model {model}: chunks {wrong or chunks} are mapped or out of range")
-        if len(chunks) > len(self._free_slots):
+        if len(chunks) > len(self.free):
             raise ValueError(
-                f"model {model}: {len(chunks)} chunks to map, {len(self._free_slots)} are free"
+                f"model {model}: {len(chunks)} chunks to map, {len(self.free)} are free"
             )
-        if not chunks:
-            return
-        slots = self._free_slots[: -len(chunks) - 1 : -1]
-        native.map_chunks(self._parking, self._ranges[model], self.chunk_bytes, slots, chunks)
-        del self._free_slots[-len(chunks) :]
-        slot_of.update(zip(chunks, slots, strict=True))
+        return self.free[: -len(chunks) - 1 : -1]
 
-    def unmap(self, model: int, chunks: Sequence[int]) -> None:
+    def note_mapped(self, model: int, chunks: Sequence[int], slots: Sequence[int]) -> None:
+        """``slots``, as :meth:`slots_for` told them, lie under ``chunks`` now."""
+        del self.free[len(self.free) - len(slots) :]
+        self._slot_of[model].update(zip(chunks, slots, strict=True))
+
+    def slots_under(self, model: int, chunks: Sequence[int]) -> list[int]:
+        """The slots under ``chunks``, one each.
+
+        Raises ValueError as :meth:`Virtualizer.unmap` does."""
         slot_of = self._slot_of[model]
         wrong = [c for c in chunks if c not in slot_of]
         if wrong or len(set(chunks)) != len(chunks):
             raise ValueError(f"model {model}: chunks {wrong or chunks} are not mapped")
-        slots = [slot_of[c] for c in chunks]
-        native.unmap_chunks(self._parking, self._ranges[model], self.chunk_bytes, slots, chunks)
-        for chunk in chunks:
-            del slot_of[chunk]
-        self._free_slots.extend(slots)
+        return [slot_of[c] for c in chunks]
 
-    def tensor(self, model: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        import torch
+    def note_unmapped(self, model: int, chunks: Sequence[int]) -> None:
+        """The slots under ``chunks`` are free now."""
+        self.free.extend(self._slot_of[model].pop(chunk) for chunk in chunks)
 
-        count, space = math.prod(shape), self._range_chunks[model] * self.chunk_bytes
-        if count * dtype.itemsize > space:
-            raise ValueError(
-                f"model {model}: a tensor {tuple(shape)} of {dtype} takes"
-                f" {count * dtype.itemsize} bytes, its range has {space}"
-            )
-        memory = (ctypes.c_char * space).from_address(self._ranges[model])
-        return torch.frombuffer(memory, dtype=dtype, count=count).view(*shape)
+    def mapped(self, model: int) -> list[int]:
+        """The model's mapped chunks, in the order of mapping."""
+        return list(self._slot_of[model])
+
+    def clear(self) -> None:
+        """No slot is left, mapped or free."""
+        self.free = []
+        self._slot_of = [{} for _ in self._slot_of]
 
     def mapped_bytes(self, model: int) -> int:
         return len(self._slot_of[model]) * self.chunk_bytes
 
     @property
     def free_bytes(self) -> int:
-        return len(self._free_slots) * self.chunk_bytes
+        return len(self.free) * self.chunk_bytes
 
-    def close(self) -> None:
-        for address, chunks in zip(self._ranges, self._range_chunks, strict=False):
-            native.release(address, chunks * self.chunk_bytes)
-        self._ranges = []
-        if self._parking:
-            native.release(self._parking, self.budget_bytes)
-            self._parking = 0
-        self._free_slots = []
-        self._slot_of = [{} for _ in self._slot_of]
+    def range_bytes(self, model: int) -> int:
+        return self.range_chunks[model] * self.chunk_bytes
 
-    def _reserve(self) -> None:
-        try:
-            for chunks in self._range_chunks:
-                self._ranges.append(native.reserve_range(chunks * self.chunk_bytes))
-            self._parking = native.reserve_parking(self.budget_bytes)
-        except OSError as error:
-            raise ConfigError(
-                f"kv_pool_bytes: the system refuses address space for {self.budget_bytes} bytes of"
-                f" KV cache per attention rank ({error.strerror}); make the KV pool smaller, or"
-                " raise the limit on address space (ulimit -v)"
-            ) from error
-
-    def _take_memory(self, progress: Progress) -> None:
-        """Touches the whole budget, by the thread and so on the memory node that calls."""
-        available = available_bytes()
-        if self.budget_bytes > available:
-            raise ConfigError(
-                f"kv_pool_bytes: {self.budget_bytes} bytes of KV cache per attention rank do not"
-                f" fit into the {available} bytes of memory that are available; make the KV pool"
-                " smaller"
+    def check_tensor(self, model: int, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Raises ValueError when the model's range is too small for the tensor."""
+        needed, space = math.prod(shape) * dtype.itemsize, self.range_bytes(model)
+        if needed > space:
+            raise ValueError(
+                f"model {model}: a tensor {tuple(shape)} of {dtype} takes {needed} bytes, its"
+                f" range has {space}"
             )
-        progress(0, self.budget_bytes)
-        for offset in range(0, self.budget_bytes, _TOUCH_BYTES):
-            nbytes = min(_TOUCH_BYTES, self.budget_bytes - offset)
-            native.touch(self._parking + offset, nbytes)
-            progress(offset + nbytes, self.budget_bytes)
-
-
-def _check_mappings(slots: int, chunk_bytes: int) -> None:
-    """Every mapped chunk is a mapping of its own, and may have another beside it."""
-    most = int(Path("/proc/sys/vm/max_map_count").read_text())
-    if 2 * slots + _OTHER_MAPPINGS > most:
-        usable = max(1, (most - _OTHER_MAPPINGS) // 2)
-        larger = -(-slots * chunk_bytes // (usable * native.HUGE_PAGE)) * native.HUGE_PAGE
-        raise ConfigError(
-            f"chunk_bytes: {slots} chunks of {chunk_bytes} bytes need more memory mappings than"
-            f" vm.max_map_count ({most}) allows; chunk_bytes of {larger} would do"
-        )

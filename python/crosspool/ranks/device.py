@@ -18,7 +18,7 @@ from tqdm import tqdm
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.kvpool.layout import KVLayout
-from crosspool.kvpool.virtualizer import MremapVirtualizer
+from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
 from crosspool.models.spec import ModelSpec
 from crosspool.observability.trace import LaneEvent, LaneTrace
 from crosspool.ranks.attention_rank import AttentionRank, KVRank, ListsTensors

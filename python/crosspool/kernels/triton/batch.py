@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 
 
 @dataclass(frozen=True)
@@ -50,3 +52,31 @@ class RopeTable:
     @property
     def dim(self) -> int:
         return 2 * self.cos.shape[1]
+
+
+@triton.jit
+def kv_slot(
+    kv: tl.tensor,
+    page_table: tl.tensor,
+    table_stride: tl.tensor,
+    sequence: tl.tensor,
+    positions: tl.tensor,
+    layer: tl.tensor,
+    layers: tl.tensor,
+    inside: tl.tensor,
+    PAGE_SIZE: tl.constexpr,
+    KV_WIDTH: tl.constexpr,
+) -> tl.tensor:
+    """Where a sequence's KV of ``positions`` lies in ``kv`` [pages, layers, page_size, kv_width];
+    pages of positions that are not ``inside`` are not looked up."""
+    line = page_table + sequence.to(tl.int64) * table_stride
+    page = tl.load(line + positions // PAGE_SIZE, inside, other=0).to(tl.int64)
+    return kv + ((page * layers + layer) * PAGE_SIZE + positions % PAGE_SIZE) * KV_WIDTH
+
+
+@triton.jit
+def rotated(
+    first: tl.tensor, second: tl.tensor, cos: tl.tensor, sin: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """The two halves of a rotated head, float32."""
+    return first * cos - second * sin, second * cos + first * sin

@@ -9,8 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 
-from crosspool.kernels.triton.tables import TensorTable
+from crosspool.kernels.triton.tables import TensorTable, pointer_at, tl_dtype
+from crosspool.kernels.triton.tiles import MULTIPROCESSORS, Tile, product_tile
+
+_PARTIALS = 4 << 20
+_ARRIVALS = 1 << 14
+_MOST_SPLITS = 16
 
 
 @dataclass(frozen=True)
@@ -25,8 +32,11 @@ class LinearWorkspace:
 
     @classmethod
     def allocate(cls, device: torch.device) -> LinearWorkspace:
-        """Enough for every product: those that would need more do not split K."""
-        raise NotImplementedError
+        """16 MiB: products that would need more do not split K."""
+        return cls(
+            partials=torch.empty(_PARTIALS, dtype=torch.float32, device=device),
+            arrivals=torch.zeros(_ARRIVALS, dtype=torch.int32, device=device),
+        )
 
 
 def linear(
@@ -42,16 +52,182 @@ def linear(
 ) -> None:
     """out = x W^T + bias, or out += it (``add``: the residual's sum).
 
-    ``x`` [bucket, K] of a 16-bit or 32-bit float dtype, rows at any stride; ``weight`` table of
-    [N, K]; ``bias`` table of [N]; ``out`` [bucket, N], rows at any stride, rounded to its own
-    dtype. A float32 weight takes x as float32 (a router's); a bfloat16 one takes bfloat16."""
-    raise NotImplementedError
+    ``x`` [bucket, K], rows at any stride, taken in the weight's dtype (a float32 router's x is
+    widened); ``weight`` table of [N, K], K a multiple of 16; ``bias`` table of [N]; ``out``
+    [bucket, N], rows at any stride, rounded to its own dtype."""
+    bucket = out.shape[0]
+    n, k = weight.shape
+    tile = product_tile(bucket, n, k, weight.dtype)
+    tiles = triton.cdiv(n, tile.columns) * triton.cdiv(bucket, tile.rows)
+    splits = _splits(tiles, k // tile.depth, bucket * n)
+    _linear_kernel[(triton.cdiv(n, tile.columns), triton.cdiv(bucket, tile.rows), splits)](
+        x,
+        x.stride(0),
+        weight.pointers,
+        layer,
+        None if bias is None else bias.pointers,
+        count,
+        out,
+        out.stride(0),
+        workspace.partials,
+        workspace.arrivals,
+        bucket,
+        N=n,
+        K=k,
+        WEIGHT=tl_dtype(weight.dtype),
+        BIAS=None if bias is None else tl_dtype(bias.dtype),
+        SPLITS=splits,
+        ADD=add,
+        ROUND=False,
+        **_options(tile),
+    )
 
 
 def head_logits(
-    x: torch.Tensor, weight: torch.Tensor, count: torch.Tensor, logits: torch.Tensor
+    x: torch.Tensor,
+    weight: TensorTable,
+    layer: torch.Tensor,
+    count: torch.Tensor,
+    logits: torch.Tensor,
 ) -> None:
     """LM head: logits = x W^T rounded to the model's dtype, held as float32 [bucket, vocab].
 
-    ``x`` [bucket, hidden] and ``weight`` [vocab, hidden] are of the model's dtype."""
-    raise NotImplementedError
+    ``x`` [bucket, hidden]; ``weight`` a table of [vocab, hidden] of one layer, ``layer`` [0]."""
+    bucket, n = logits.shape
+    tile = product_tile(bucket, n, weight.shape[1], weight.dtype)
+    _linear_kernel[(triton.cdiv(n, tile.columns), triton.cdiv(bucket, tile.rows), 1)](
+        x,
+        x.stride(0),
+        weight.pointers,
+        layer,
+        None,
+        count,
+        logits,
+        logits.stride(0),
+        None,
+        None,
+        bucket,
+        N=n,
+        K=weight.shape[1],
+        WEIGHT=tl_dtype(weight.dtype),
+        BIAS=None,
+        SPLITS=1,
+        ADD=False,
+        ROUND=True,
+        **_options(tile),
+    )
+
+
+def _options(tile: Tile) -> dict[str, int]:
+    return {
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _splits(tiles: int, steps: int, elements: int) -> int:
+    """Ranges of K: as many as let every multiprocessor work, that divide the steps evenly, and
+    whose partial sums the workspace holds."""
+    most = min(_MOST_SPLITS, MULTIPROCESSORS // tiles, _PARTIALS // elements, steps // 2)
+    if tiles > _ARRIVALS:
+        return 1
+    return max((s for s in range(1, most + 1) if steps % s == 0), default=1)
+
+
+@triton.jit
+def _linear_kernel(
+    x: tl.tensor,
+    x_stride: tl.tensor,
+    weights: tl.tensor,
+    layer: tl.tensor,
+    biases: tl.tensor,  # or None
+    count: tl.tensor,
+    out: tl.tensor,
+    out_stride: tl.tensor,
+    partials: tl.tensor,  # None without splits
+    arrivals: tl.tensor,
+    bucket: tl.tensor,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ADD: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    first = tl.program_id(1) * BLOCK_M
+    split = tl.program_id(2)
+    if first >= tl.load(count):
+        return
+    rows = first + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    present = rows < tl.load(count)
+    index = tl.load(layer)
+    weight = pointer_at(weights, index, WEIGHT)
+    depths = split * (K // SPLITS) + tl.arange(0, BLOCK_K)
+    x_at = x + rows.to(tl.int64)[:, None] * x_stride + depths[None, :]
+    w_at = weight + columns.to(tl.int64)[:, None] * K + depths[None, :]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for _ in range(0, K // SPLITS, BLOCK_K):
+        a = tl.load(x_at, present[:, None], other=0.0).to(WEIGHT)
+        if N % BLOCK_N == 0:
+            w = tl.load(w_at)
+        else:
+            w = tl.load(w_at, (columns < N)[:, None], other=0.0)
+        total = tl.dot(a, tl.trans(w), total, input_precision="ieee")
+        x_at += BLOCK_K
+        w_at += BLOCK_K
+    inside = present[:, None] & (columns < N)[None, :]
+    if SPLITS > 1:
+        # The last program to arrive adds the partial sums, in the order of the splits.
+        part = rows[:, None] * N + columns[None, :]
+        tl.store(partials + split * bucket * N + part, total, inside)
+        tl.debug_barrier()
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(arrivals + tile, 0)
+            whole = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for s in range(SPLITS):
+                whole += tl.load(
+                    partials + s * bucket * N + part, inside, other=0.0, cache_modifier=".cg"
+                )
+            _finish(
+                whole, biases, index, out, out_stride, rows, columns, inside, N, BIAS, ADD, ROUND, WEIGHT
+            )
+    else:
+        _finish(
+            total, biases, index, out, out_stride, rows, columns, inside, N, BIAS, ADD, ROUND, WEIGHT
+        )
+
+
+@triton.jit
+def _finish(
+    total: tl.tensor,
+    biases: tl.tensor,
+    index: tl.tensor,
+    out: tl.tensor,
+    out_stride: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    inside: tl.tensor,
+    N: tl.constexpr,
+    BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    ROUND: tl.constexpr,
+    WEIGHT: tl.constexpr,
+) -> None:
+    if biases is not None:
+        bias = tl.load(pointer_at(biases, index, BIAS) + columns, columns < N, other=0.0)
+        total += bias.to(tl.float32)[None, :]
+    at = out + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+    if ADD:
+        total += tl.load(at, inside, other=0.0).to(tl.float32)
+    if ROUND:
+        total = total.to(WEIGHT)
+    tl.store(at, total.to(out.dtype.element_ty), inside)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 
-from crosspool.kernels.triton.tables import TensorTable
+from crosspool.kernels.triton.tables import TensorTable, pointer_at, tl_dtype
+
+_EMBED_BLOCK = 1024
 
 
 def embed(
@@ -12,7 +16,9 @@ def embed(
 ) -> None:
     """out[i] = table[tokens[i]]: ``table`` [vocab, hidden], ``tokens`` int32 [bucket], ``out``
     [bucket, hidden] in any float dtype (the residual's)."""
-    raise NotImplementedError
+    bucket, hidden = out.shape
+    grid = (bucket, triton.cdiv(hidden, _EMBED_BLOCK))
+    _embed_kernel[grid](table, tokens, count, out, hidden, BLOCK=_EMBED_BLOCK)
 
 
 def rms_norm(
@@ -25,11 +31,11 @@ def rms_norm(
     eps: float,
     rows: torch.Tensor | None = None,
 ) -> None:
-    """out[i] = x[i] / rms(x[i]) * weight: ``x`` [*, n], ``out`` [bucket, n], each row contiguous.
+    """out[i] = x[i] / rms(x[i]) * weight: ``x`` [*, n], ``out`` [bucket, n], rows at any stride.
 
     ``rows``: int32 [bucket]; out[i] is made of x[rows[i]] instead (the rows that the LM head
     wants; ``count`` is then their number)."""
-    raise NotImplementedError
+    _norm(x, None, weight, layer, count, out, eps=eps, rows=rows)
 
 
 def add_rms_norm(
@@ -44,9 +50,111 @@ def add_rms_norm(
 ) -> None:
     """residual += addend, then out = its RMSNorm: all [bucket, n]; ``addend`` (the combine) is of
     the model's dtype or float32."""
-    raise NotImplementedError
+    _norm(residual, addend, weight, layer, count, out, eps=eps, rows=None)
 
 
 def add(residual: torch.Tensor, addend: torch.Tensor, count: torch.Tensor) -> None:
     """residual += addend, both [bucket, n]: the last layer's combine."""
-    raise NotImplementedError
+    bucket, n = residual.shape
+    grid = (bucket, triton.cdiv(n, _EMBED_BLOCK))
+    _add_kernel[grid](residual, addend, count, n, BLOCK=_EMBED_BLOCK)
+
+
+def _norm(
+    x: torch.Tensor,
+    addend: torch.Tensor | None,
+    weight: TensorTable,
+    layer: torch.Tensor,
+    count: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    eps: float,
+    rows: torch.Tensor | None,
+) -> None:
+    bucket, n = out.shape
+    block = triton.next_power_of_2(n)
+    _norm_kernel[(bucket,)](
+        x,
+        x.stride(0),
+        addend,
+        weight.pointers,
+        layer,
+        rows,
+        count,
+        out,
+        out.stride(0),
+        eps,
+        N=n,
+        WEIGHT=tl_dtype(weight.dtype),
+        BLOCK=block,
+        num_warps=max(1, min(8, block // 256)),
+    )
+
+
+@triton.jit
+def _embed_kernel(
+    table: tl.tensor,
+    tokens: tl.tensor,
+    count: tl.tensor,
+    out: tl.tensor,
+    hidden: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0)
+    if row >= tl.load(count):
+        return
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(tokens + row).to(tl.int64)
+    values = tl.load(table + token * hidden + columns, columns < hidden)
+    tl.store(out + row * hidden + columns, values.to(out.dtype.element_ty), columns < hidden)
+
+
+@triton.jit
+def _add_kernel(
+    residual: tl.tensor, addend: tl.tensor, count: tl.tensor, n: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    row = tl.program_id(0)
+    if row >= tl.load(count):
+        return
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = row * n + columns
+    total = tl.load(residual + at, columns < n).to(tl.float32)
+    total += tl.load(addend + at, columns < n).to(tl.float32)
+    tl.store(residual + at, total.to(residual.dtype.element_ty), columns < n)
+
+
+@triton.jit
+def _norm_kernel(
+    x: tl.tensor,
+    x_stride: tl.tensor,
+    addend: tl.tensor,  # or None
+    weights: tl.tensor,
+    layer: tl.tensor,
+    rows: tl.tensor,  # or None
+    count: tl.tensor,
+    out: tl.tensor,
+    out_stride: tl.tensor,
+    eps: tl.tensor,
+    N: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0)
+    if row >= tl.load(count):
+        return
+    columns = tl.arange(0, BLOCK)
+    inside = columns < N
+    source = row
+    if rows is not None:
+        source = tl.load(rows + row)
+    at = x + source.to(tl.int64) * x_stride + columns
+    values = tl.load(at, inside, other=0.0).to(tl.float32)
+    if addend is not None:
+        values += tl.load(addend + row * N + columns, inside, other=0.0).to(tl.float32)
+        rounded = values.to(x.dtype.element_ty)
+        tl.store(at, rounded, inside)
+        values = rounded.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(values * values, 0) / N + eps)
+    weight = tl.load(pointer_at(weights, tl.load(layer), WEIGHT) + columns, inside, other=0.0)
+    normed = values * inverse * weight.to(tl.float32)
+    tl.store(out + row * out_stride + columns, normed.to(out.dtype.element_ty), inside)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 
 _ALIGNMENT = 16
 """Bytes: the widest load of a thread."""
@@ -77,3 +79,19 @@ class TensorTable:
             dtype=held[0].dtype,
             tensors=held,
         )
+
+
+def tl_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a dtype. Raises ValueError for one that the kernels do not hold weights
+    in."""
+    names = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    if dtype not in names:
+        raise ValueError(f"the kernels hold weights in bfloat16 or float32, not {dtype}")
+    return names[dtype]
+
+
+@triton.jit
+def pointer_at(pointers: tl.tensor, index: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """The tensor that entry ``index`` of a table's pointers names."""
+    address = tl.load(pointers + index)
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from crosspool.config.deployment import ConfigError
+from crosspool.config.errors import ConfigError
 from crosspool.kvpool.memory import available_bytes
-from crosspool.kvpool.virtualizer import MremapVirtualizer
+from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
 
 CHUNK = 2 << 20
 CHUNKS = 40
@@ -134,7 +134,7 @@ def test_ranges_never_have_a_hole_that_another_mapping_takes(pool):
 
 TOUCH = """
 import sys, torch
-from crosspool.kvpool.virtualizer import MremapVirtualizer
+from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
 pool = MremapVirtualizer(8 << 20, 2 << 20, [8 << 20])
 kv = pool.tensor(0, (4, 1 << 20), torch.bfloat16)
 pool.map(0, [1, 2])
@@ -194,8 +194,8 @@ def test_more_than_the_available_memory_is_refused_before_it_is_touched():
 def test_refused_address_space_names_the_field():
     script = """
 import resource
-from crosspool.config.deployment import ConfigError
-from crosspool.kvpool.virtualizer import MremapVirtualizer
+from crosspool.config.errors import ConfigError
+from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 try:
     MremapVirtualizer(4 << 30, 2 << 20, [4 << 30])

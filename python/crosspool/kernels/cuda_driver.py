@@ -1,0 +1,179 @@
+"""The calls of the CUDA driver that manage virtual memory, of one GPU, behind a narrow interface.
+
+:class:`CudaDriver` is what CrossPool uses of it; :class:`CudaBindings` makes the calls through
+``cuda.bindings.driver``. Addresses, handles and descriptors are plain ints, sizes are bytes. What
+each call demands is said in cuda.h; ``test/support/fake_cuda.py`` enforces it without a GPU.
+
+Not run on a GPU so far.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from crosspool.config.errors import ConfigError
+from crosspool.kernels.dlpack import DLPACK_CUDA, DLPackDevice
+
+
+class CudaError(RuntimeError):
+    """A driver call failed."""
+
+    def __init__(self, call: str, code: str) -> None:
+        super().__init__(f"{call}: {code}")
+        self.call = call
+        self.code = code
+        """Name of the CUresult, such as CUDA_ERROR_INVALID_VALUE."""
+
+    @property
+    def is_out_of_memory(self) -> bool:
+        return self.code == "CUDA_ERROR_OUT_OF_MEMORY"
+
+
+class CudaDriver(Protocol):
+    """Virtual memory of one GPU. Every call raises CudaError when the driver refuses it."""
+
+    name: str
+    """Of the device, as the deployment writes it."""
+    granularity: int
+    """Sizes of memory and offsets of mappings are multiples of it."""
+    dlpack_device: DLPackDevice
+    """Where tensors over the memory lie."""
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the device that are free, and all of them."""
+        ...
+
+    def reserve(self, nbytes: int) -> int:
+        """cuMemAddressReserve: an address with nothing under it."""
+        ...
+
+    def free_reservation(self, address: int, nbytes: int) -> None:
+        """cuMemAddressFree: of a whole reservation, in which nothing is mapped."""
+        ...
+
+    def create(self, nbytes: int) -> int:
+        """cuMemCreate: a handle of memory on the device, which can be exported."""
+        ...
+
+    def release(self, handle: int) -> None:
+        """cuMemRelease: the memory is free when it is mapped nowhere either, here or at a peer."""
+        ...
+
+    def map(self, address: int, nbytes: int, handle: int) -> None:
+        """cuMemMap: all of the handle's memory; nobody may touch it yet."""
+        ...
+
+    def set_access(self, address: int, nbytes: int) -> None:
+        """cuMemSetAccess: lets the device read and write whole mappings side by side. May wait for
+        kernels that run."""
+        ...
+
+    def unmap(self, address: int, nbytes: int) -> None:
+        """cuMemUnmap: of exactly one mapping. May wait for kernels that run."""
+        ...
+
+    def export(self, handle: int) -> int:
+        """cuMemExportToShareableHandle: a file descriptor, which the caller closes."""
+        ...
+
+    def import_descriptor(self, descriptor: int) -> int:
+        """cuMemImportFromShareableHandle: a handle of a peer's memory, to be released. The
+        descriptor stays the caller's."""
+        ...
+
+
+class CudaBindings:
+    """The driver's own calls, for the GPU ``cuda:index``.
+
+    Retains the device's primary context, which is torch's too, and makes it the calling thread's:
+    other threads make it theirs (``torch.cuda.set_device``) before they call."""
+
+    def __init__(self, index: int) -> None:
+        """Raises ConfigError when there is no such GPU, no driver, no ``cuda-bindings``, or a GPU
+        without virtual memory management."""
+        try:
+            from cuda.bindings import driver
+        except ImportError as error:
+            raise ConfigError(f"device cuda:{index}: install cuda-bindings ({error})") from error
+        self.name = f"cuda:{index}"
+        self.dlpack_device = DLPackDevice(DLPACK_CUDA, index)
+        self._driver: Any = driver
+        try:
+            self._call("cuInit", 0)
+            device = self._call("cuDeviceGet", index)
+            context = self._call("cuDevicePrimaryCtxRetain", device)
+            self._call("cuCtxSetCurrent", context)
+        except (CudaError, RuntimeError) as error:
+            raise ConfigError(f"device {self.name} cannot be used: {error}") from error
+        attributes = driver.CUdevice_attribute
+        for what, attribute in (
+            (
+                "virtual memory management",
+                attributes.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
+            ),
+            (
+                "memory handles as file descriptors",
+                attributes.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
+            ),
+        ):
+            if not self._call("cuDeviceGetAttribute", attribute, device):
+                raise ConfigError(f"device {self.name} has no {what}")
+        self._descriptors = (
+            driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        )
+        location = driver.CUmemLocation()
+        location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        location.id = index
+        self._properties = driver.CUmemAllocationProp()
+        self._properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self._properties.location = location
+        self._properties.requestedHandleTypes = self._descriptors
+        self._access = driver.CUmemAccessDesc()
+        self._access.location = location
+        self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        self.granularity = int(
+            self._call(
+                "cuMemGetAllocationGranularity",
+                self._properties,
+                driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM,
+            )
+        )
+
+    def memory(self) -> tuple[int, int]:
+        free, total = self._call("cuMemGetInfo")
+        return int(free), int(total)
+
+    def reserve(self, nbytes: int) -> int:
+        return int(self._call("cuMemAddressReserve", nbytes, self.granularity, 0, 0))
+
+    def free_reservation(self, address: int, nbytes: int) -> None:
+        self._call("cuMemAddressFree", address, nbytes)
+
+    def create(self, nbytes: int) -> int:
+        return int(self._call("cuMemCreate", nbytes, self._properties, 0))
+
+    def release(self, handle: int) -> None:
+        self._call("cuMemRelease", handle)
+
+    def map(self, address: int, nbytes: int, handle: int) -> None:
+        self._call("cuMemMap", address, nbytes, 0, handle, 0)
+
+    def set_access(self, address: int, nbytes: int) -> None:
+        self._call("cuMemSetAccess", address, nbytes, [self._access], 1)
+
+    def unmap(self, address: int, nbytes: int) -> None:
+        self._call("cuMemUnmap", address, nbytes)
+
+    def export(self, handle: int) -> int:
+        return int(self._call("cuMemExportToShareableHandle", handle, self._descriptors, 0))
+
+    def import_descriptor(self, descriptor: int) -> int:
+        call = "cuMemImportFromShareableHandle"
+        return int(self._call(call, descriptor, self._descriptors))
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """What the call returns beside its result: nothing, one thing, or a tuple."""
+        result, *values = getattr(self._driver, name)(*arguments)
+        if result != self._driver.CUresult.CUDA_SUCCESS:
+            raise CudaError(name, result.name)
+        return values[0] if len(values) == 1 else tuple(values)

@@ -1,0 +1,218 @@
+"""The virtualizer of a GPU: memory handles that the driver maps under the models' ranges.
+
+Creating a handle is by far the dearest call, so all of them are made ahead; then a step that needs
+a chunk pays for its mapping and, once for each run of neighbouring chunks, for the access to it.
+Each chunk is a mapping of its own, because the driver takes back whole mappings only.
+
+Not run on a GPU so far; ``benchmark/gpu_vmm.py`` measures each call there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from crosspool.config.errors import ConfigError
+from crosspool.kvpool.virtualizer import ChunkTable, Progress, whole_chunks
+
+if TYPE_CHECKING:
+    import torch
+
+    from crosspool.kernels.cuda_driver import CudaDriver
+
+
+class CudaVirtualizer:
+    """The KV pool of one GPU.
+
+    A step that runs must not touch what :meth:`unmap` takes away; nothing else is asked of the
+    kernels. A slot of the table is a handle.
+
+    >>> with CudaVirtualizer(CudaBindings(0), 8 << 30, 16 << 20, [8 << 30, 8 << 30]) as pool:
+    ...     pool.map(0, [0, 1])
+    ...     kv = pool.tensor(0, (pages, layers, page_size, kv_width), torch.bfloat16)
+    """
+
+    def __init__(
+        self,
+        driver: CudaDriver,
+        budget_bytes: int,
+        chunk_bytes: int,
+        ranges: Sequence[int],
+        progress: Progress | None = None,
+    ) -> None:
+        """Reserves the ranges and creates the whole budget's handles; ``progress`` is called on
+        the way.
+
+        ``budget_bytes`` is rounded down, and ``ranges`` (bytes per model) are rounded up, to
+        multiples of ``chunk_bytes``, itself a multiple of the driver's granularity. Raises
+        ConfigError that names the field when that does not hold or the device has too little
+        memory, CudaError when the driver refuses for another reason."""
+        whole_chunks(budget_bytes, chunk_bytes, driver.granularity)
+        self.quiesced: Callable[[], contextlib.AbstractContextManager[object]] = (
+            contextlib.nullcontext
+        )
+        """Entered around driver calls that may wait for kernels which run. Who keeps a resident
+        loop on this device puts here what stops it meanwhile."""
+        self._driver = driver
+        self._table = ChunkTable(chunk_bytes, ranges)
+        self._ranges: list[int] = []
+        try:
+            for model in range(len(ranges)):
+                self._ranges.append(driver.reserve(self._table.range_bytes(model)))
+            self.resize(budget_bytes, progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def budget_bytes(self) -> int:
+        """Bytes of the pool, mapped or free."""
+        models = range(len(self._table.range_chunks))
+        return self.free_bytes + sum(self._table.mapped_bytes(model) for model in models)
+
+    def resize(self, budget_bytes: int, progress: Progress | None = None) -> None:
+        """Creates handles, or gives free ones back to the system, until the pool has
+        ``budget_bytes``, rounded down to whole chunks.
+
+        Raises ValueError, and gives nothing back, when more than that is mapped; ConfigError when
+        the device has too little memory, and the pool is as it was."""
+        table, driver = self._table, self._driver
+        chunks = whole_chunks(budget_bytes, table.chunk_bytes, driver.granularity)
+        missing = chunks - self.budget_bytes // table.chunk_bytes
+        if -missing > len(table.free):
+            raise ValueError(
+                f"{budget_bytes} bytes are less than the"
+                f" {self.budget_bytes - self.free_bytes} bytes that are mapped"
+            )
+        with self.quiesced():
+            if missing > 0:
+                self._create(missing, progress or (lambda done, total: None))
+            for _ in range(-missing):
+                driver.release(table.free[-1])
+                table.free.pop()
+
+    def map(self, model: int, chunks: Sequence[int]) -> None:
+        """As :meth:`~crosspool.kvpool.virtualizer.Virtualizer.map`; when the driver refuses,
+        CudaError, and nothing is mapped."""
+        table, driver = self._table, self._driver
+        slots, nbytes = table.slots_for(model, chunks), table.chunk_bytes
+        if not chunks:
+            return
+        with self.quiesced(), contextlib.ExitStack() as undo:
+            for chunk, slot in zip(chunks, slots, strict=True):
+                address = self._address(model, chunk)
+                driver.map(address, nbytes, slot)
+                undo.callback(driver.unmap, address, nbytes)
+            for run in _runs(chunks):
+                driver.set_access(self._address(model, run.start), len(run) * nbytes)
+            undo.pop_all()
+        table.note_mapped(model, chunks, slots)
+
+    def unmap(self, model: int, chunks: Sequence[int]) -> None:
+        """As :meth:`~crosspool.kvpool.virtualizer.Virtualizer.unmap`; when the driver refuses,
+        CudaError, and the chunks before the refused one are unmapped."""
+        self._table.slots_under(model, chunks)
+        if not chunks:
+            return
+        with self.quiesced():
+            for chunk in chunks:
+                self._driver.unmap(self._address(model, chunk), self._table.chunk_bytes)
+                self._table.note_unmapped(model, [chunk])
+
+    def tensor(self, model: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        from crosspool.kernels.dlpack import tensor_at
+
+        self._table.check_tensor(model, shape, dtype)
+        return tensor_at(self._ranges[model], shape, dtype, self._driver.dlpack_device, owner=self)
+
+    def export(self, model: int, chunks: Sequence[int]) -> list[int]:
+        """File descriptors of the memory under mapped chunks, for other processes of this host;
+        the caller closes them. The memory stays what it is while a peer has it mapped, even when
+        the pool has given it up.
+
+        Raises ValueError when a chunk is not mapped, CudaError when the driver refuses."""
+        descriptors: list[int] = []
+        try:
+            for slot in self._table.slots_under(model, chunks):
+                descriptors.append(self._driver.export(slot))
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+        return descriptors
+
+    def mapped_bytes(self, model: int) -> int:
+        return self._table.mapped_bytes(model)
+
+    @property
+    def free_bytes(self) -> int:
+        return self._table.free_bytes
+
+    def close(self) -> None:
+        """As :meth:`~crosspool.kvpool.virtualizer.Virtualizer.close`. Raises CudaError when the
+        driver refuses; another call then goes on where this one failed."""
+        table, driver = self._table, self._driver
+        for model in range(len(self._ranges)):
+            self.unmap(model, table.mapped(model))
+        with self.quiesced():
+            while table.free:
+                driver.release(table.free[-1])
+                table.free.pop()
+            while self._ranges:
+                model = len(self._ranges) - 1
+                driver.free_reservation(self._ranges[model], table.range_bytes(model))
+                self._ranges.pop()
+
+    def _address(self, model: int, chunk: int) -> int:
+        return self._ranges[model] + chunk * self._table.chunk_bytes
+
+    def _create(self, count: int, progress: Progress) -> None:
+        """``count`` more handles, or none."""
+        nbytes, driver, free = self._table.chunk_bytes, self._driver, self._table.free
+        available, total = driver.memory()
+        before = len(free)
+        try:
+            if count * nbytes > available:
+                raise ConfigError(self._too_large(count * nbytes, available, total))
+            progress(0, count * nbytes)
+            for done in range(1, count + 1):
+                free.append(driver.create(nbytes))
+                progress(done * nbytes, count * nbytes)
+        except BaseException as error:
+            while len(free) > before:
+                driver.release(free.pop())
+            if getattr(error, "is_out_of_memory", False):
+                raise ConfigError(self._too_large(count * nbytes, available, total)) from error
+            raise
+
+    def _too_large(self, wanted: int, available: int, total: int) -> str:
+        return (
+            f"kv_pool_bytes: {wanted} bytes of KV cache per attention rank do not fit into the"
+            f" {available} bytes that {self._driver.name} has free, of {total}; make the KV pool"
+            " smaller"
+        )
+
+
+def _runs(chunks: Sequence[int]) -> Iterator[range]:
+    """The chunks as ranges of neighbours, ascending."""
+    ordered = sorted(chunks)
+    start = ordered[0]
+    for chunk, following in zip(ordered, [*ordered[1:], None], strict=True):
+        if following != chunk + 1:
+            yield range(start, chunk + 1)
+            if following is not None:
+                start = following

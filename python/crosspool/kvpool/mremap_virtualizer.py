@@ -1,0 +1,149 @@
+"""The virtualizer of a CPU device: huge-page chunks moved with ``mremap`` between a parking range
+and the models' ranges."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from crosspool.config.errors import ConfigError
+from crosspool.kernels import native
+from crosspool.kvpool.memory import available_bytes
+from crosspool.kvpool.virtualizer import ChunkTable, Progress, whole_chunks
+
+if TYPE_CHECKING:
+    import torch
+
+_TOUCH_BYTES = 64 << 20
+_OTHER_MAPPINGS = 4096
+"""Memory mappings left to the rest of the process (libraries, threads, allocator)."""
+
+
+class MremapVirtualizer:
+    """The KV pool of one CPU device: huge-page chunks moved with ``mremap`` (no copy, no zeroing).
+
+    >>> with MremapVirtualizer(1 << 30, 2 << 20, [1 << 30, 1 << 30]) as pool:
+    ...     pool.map(0, [0, 1])
+    ...     kv = pool.tensor(0, (pages, layers, page_size, kv_width), torch.bfloat16)
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        chunk_bytes: int,
+        ranges: Sequence[int],
+        progress: Progress | None = None,
+    ) -> None:
+        """Reserves the ranges and takes the whole budget from the system, which may take seconds
+        per GiB where memory was never used before; ``progress`` is called on the way.
+
+        ``budget_bytes`` is rounded down, and ``ranges`` (bytes per model) are rounded up, to
+        multiples of ``chunk_bytes``, itself a multiple of 2 MiB. Raises ConfigError that names the
+        field when the system does not have so much memory or so many mappings."""
+        slots = whole_chunks(budget_bytes, chunk_bytes, native.HUGE_PAGE)
+        _check_mappings(slots, chunk_bytes)
+        self.budget_bytes = slots * chunk_bytes
+        self._table = ChunkTable(chunk_bytes, ranges)
+        self._table.free = list(range(slots - 1, -1, -1))
+        self._ranges: list[int] = []
+        self._parking = 0
+        try:
+            self._reserve()
+            self._take_memory(progress or (lambda done, total: None))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def map(self, model: int, chunks: Sequence[int]) -> None:
+        slots = self._table.slots_for(model, chunks)
+        if not chunks:
+            return
+        native.map_chunks(
+            self._parking, self._ranges[model], self._table.chunk_bytes, slots, chunks
+        )
+        self._table.note_mapped(model, chunks, slots)
+
+    def unmap(self, model: int, chunks: Sequence[int]) -> None:
+        slots = self._table.slots_under(model, chunks)
+        native.unmap_chunks(
+            self._parking, self._ranges[model], self._table.chunk_bytes, slots, chunks
+        )
+        self._table.note_unmapped(model, chunks)
+
+    def tensor(self, model: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        import torch
+
+        self._table.check_tensor(model, shape, dtype)
+        space = self._table.range_bytes(model)
+        memory = (ctypes.c_char * space).from_address(self._ranges[model])
+        return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(*shape)
+
+    def mapped_bytes(self, model: int) -> int:
+        return self._table.mapped_bytes(model)
+
+    @property
+    def free_bytes(self) -> int:
+        return self._table.free_bytes
+
+    def close(self) -> None:
+        for model, address in enumerate(self._ranges):
+            native.release(address, self._table.range_bytes(model))
+        self._ranges = []
+        if self._parking:
+            native.release(self._parking, self.budget_bytes)
+            self._parking = 0
+        self._table.clear()
+
+    def _reserve(self) -> None:
+        try:
+            for model in range(len(self._table.range_chunks)):
+                self._ranges.append(native.reserve_range(self._table.range_bytes(model)))
+            self._parking = native.reserve_parking(self.budget_bytes)
+        except OSError as error:
+            raise ConfigError(
+                f"kv_pool_bytes: the system refuses address space for {self.budget_bytes} bytes of"
+                f" KV cache per attention rank ({error.strerror}); make the KV pool smaller, or"
+                " raise the limit on address space (ulimit -v)"
+            ) from error
+
+    def _take_memory(self, progress: Progress) -> None:
+        """Touches the whole budget, by the thread and so on the memory node that calls."""
+        available = available_bytes()
+        if self.budget_bytes > available:
+            raise ConfigError(
+                f"kv_pool_bytes: {self.budget_bytes} bytes of KV cache per attention rank do not"
+                f" fit into the {available} bytes of memory that are available; make the KV pool"
+                " smaller"
+            )
+        progress(0, self.budget_bytes)
+        for offset in range(0, self.budget_bytes, _TOUCH_BYTES):
+            nbytes = min(_TOUCH_BYTES, self.budget_bytes - offset)
+            native.touch(self._parking + offset, nbytes)
+            progress(offset + nbytes, self.budget_bytes)
+
+
+def _check_mappings(slots: int, chunk_bytes: int) -> None:
+    """Every mapped chunk is a mapping of its own, and may have another beside it."""
+    most = int(Path("/proc/sys/vm/max_map_count").read_text())
+    if 2 * slots + _OTHER_MAPPINGS > most:
+        usable = max(1, (most - _OTHER_MAPPINGS) // 2)
+        larger = -(-slots * chunk_bytes // (usable * native.HUGE_PAGE)) * native.HUGE_PAGE
+        raise ConfigError(
+            f"chunk_bytes: {slots} chunks of {chunk_bytes} bytes need more memory mappings than"
+            f" vm.max_map_count ({most}) allows; chunk_bytes of {larger} would do"
+        )

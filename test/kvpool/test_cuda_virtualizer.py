@@ -1,0 +1,202 @@
+"""The GPU's virtualizer on the fake driver: which calls it makes and when, and what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from crosspool.config.errors import ConfigError
+from crosspool.kernels.cuda_driver import CudaBindings, CudaError
+from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
+from support.fake_cuda import OUT_OF_MEMORY, FakeCuda
+
+UNIT = 2 << 20
+CHUNK = 2 * UNIT
+
+
+@pytest.fixture
+def driver():
+    return FakeCuda(total=16 * CHUNK, granularity=UNIT)
+
+
+def calls(driver: FakeCuda, *names: str) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, arguments) for name, arguments in driver.calls if name in names]
+
+
+def test_all_memory_is_created_ahead(driver):
+    seen = []
+    with CudaVirtualizer(
+        driver, 6 * CHUNK + 5, CHUNK, [CHUNK, 3 * CHUNK - 1], lambda *now: seen.append(now)
+    ) as pool:
+        assert driver.used == pool.budget_bytes == pool.free_bytes == 6 * CHUNK
+        assert seen == [(n * CHUNK, 6 * CHUNK) for n in range(7)]
+        driver.calls.clear()
+        pool.map(1, [0, 2])
+        pool.unmap(1, [0])
+        pool.map(0, [0])
+        assert calls(driver, "create", "release", "reserve") == []
+    assert driver.is_clean
+
+
+def test_access_is_set_once_for_each_run_of_neighbours(driver):
+    with CudaVirtualizer(driver, 16 * CHUNK, CHUNK, [16 * CHUNK]) as pool:
+        base = pool.tensor(0, (1,), torch.uint8).data_ptr()
+        driver.calls.clear()
+        pool.map(0, [7, 2, 3, 1, 9, 8, 12])
+        assert calls(driver, "set_access") == [
+            ("set_access", (base + 1 * CHUNK, 3 * CHUNK)),
+            ("set_access", (base + 7 * CHUNK, 3 * CHUNK)),
+            ("set_access", (base + 12 * CHUNK, CHUNK)),
+        ]
+        assert {arguments[1] for _, arguments in calls(driver, "map")} == {CHUNK}
+
+
+def test_what_may_wait_for_kernels_happens_while_the_loop_is_stopped(driver):
+    stopped: list[list[str]] = []
+
+    @contextlib.contextmanager
+    def quiesced():
+        before = len(driver.calls)
+        yield
+        stopped.append([name for name, _ in driver.calls[before:]])
+
+    pool = CudaVirtualizer(driver, 4 * CHUNK, CHUNK, [4 * CHUNK])
+    pool.quiesced = quiesced
+    driver.calls.clear()
+    pool.map(0, [1, 2])
+    pool.unmap(0, [2])
+    pool.resize(2 * CHUNK)
+    pool.map(0, [])
+    pool.unmap(0, [])
+    assert stopped == [["map", "map", "set_access"], ["unmap"], ["release", "release"]]
+    pool.close()
+    assert sum(map(len, stopped)) == len([name for name, _ in driver.calls if name != "memory"])
+    assert driver.is_clean
+
+
+def test_a_smaller_pool_gives_memory_back_and_a_larger_one_takes_it(driver):
+    with CudaVirtualizer(driver, 8 * CHUNK, CHUNK, [8 * CHUNK]) as pool:
+        pool.map(0, [0, 1, 2])
+        pool.resize(3 * CHUNK + 1)
+        assert (driver.used, pool.free_bytes) == (3 * CHUNK, 0)
+        with pytest.raises(ValueError, match="1 chunks to map, 0 are free"):
+            pool.map(0, [3])
+        with pytest.raises(ValueError, match=f"less than the {3 * CHUNK} bytes that are mapped"):
+            pool.resize(2 * CHUNK)
+        pool.resize(5 * CHUNK)
+        pool.map(0, [3, 4])
+        assert driver.used == pool.mapped_bytes(0) == 5 * CHUNK
+
+
+@pytest.mark.parametrize(
+    ("budget", "chunk", "message"),
+    [
+        (CHUNK, UNIT + 4096, f"chunk_bytes: {UNIT + 4096} is no multiple of {UNIT}"),
+        (CHUNK, 0, "chunk_bytes: 0 "),
+        (CHUNK - 1, CHUNK, f"kv_pool_bytes: {CHUNK - 1} bytes .* less than one chunk"),
+        (17 * CHUNK, CHUNK, f"kv_pool_bytes: {17 * CHUNK} .* the {16 * CHUNK} bytes that cuda:0"),
+    ],
+)
+def test_bad_sizes_name_the_field_and_leave_nothing(driver, budget, chunk, message):
+    with pytest.raises(ConfigError, match=message):
+        CudaVirtualizer(driver, budget, chunk, [CHUNK])
+    assert driver.is_clean
+
+
+def test_memory_that_ends_while_it_is_taken_names_the_field(driver):
+    driver.fail["create"] = 3, OUT_OF_MEMORY
+    with pytest.raises(ConfigError, match=r"kv_pool_bytes: .* that cuda:0 has free"):
+        CudaVirtualizer(driver, 8 * CHUNK, CHUNK, [CHUNK])
+    assert driver.is_clean
+
+
+@pytest.mark.parametrize("call", ["reserve", "create"])
+def test_another_failure_at_the_start_leaves_nothing(driver, call):
+    driver.fail[call] = 1, "CUDA_ERROR_UNKNOWN"
+    with pytest.raises(CudaError, match=f"{call}: CUDA_ERROR_UNKNOWN"):
+        CudaVirtualizer(driver, 8 * CHUNK, CHUNK, [CHUNK, CHUNK])
+    assert driver.is_clean
+
+
+def test_closing_goes_on_where_it_failed(driver):
+    pool = CudaVirtualizer(driver, 4 * CHUNK, CHUNK, [4 * CHUNK, CHUNK])
+    pool.map(0, [1, 3])
+    for call, after in (("unmap", 1), ("release", 2), ("free_reservation", 1)):
+        driver.fail[call] = after, "CUDA_ERROR_UNKNOWN"
+        with pytest.raises(CudaError, match=call):
+            pool.close()
+    pool.close()
+    assert driver.is_clean
+
+
+def test_a_peer_reads_exported_memory_even_when_the_pool_is_gone(driver):
+    pool = CudaVirtualizer(driver, 4 * CHUNK, CHUNK, [4 * CHUNK])
+    pool.map(0, [1, 2])
+    kv = pool.tensor(0, (4, CHUNK), torch.uint8)
+    kv[1], kv[2] = 11, 22
+    descriptors = pool.export(0, [2, 1])
+    with pytest.raises(ValueError, match="not mapped"):
+        pool.export(0, [1, 3])
+    pool.close()
+    peer = FakeCuda(total=0, granularity=UNIT)
+    base = peer.reserve(2 * CHUNK)
+    for place, descriptor in enumerate(descriptors):
+        handle = peer.import_descriptor(descriptor)
+        os.close(descriptor)
+        peer.map(base + place * CHUNK, CHUNK, handle)
+        peer.release(handle)
+    peer.set_access(base, 2 * CHUNK)
+    from crosspool.kernels.dlpack import tensor_at
+
+    seen = tensor_at(base, (2, CHUNK), torch.uint8, peer.dlpack_device)
+    assert (seen[0] == 22).all()
+    assert (seen[1] == 11).all()
+
+
+def test_a_failed_export_closes_what_it_opened(driver):
+    with CudaVirtualizer(driver, 4 * CHUNK, CHUNK, [4 * CHUNK]) as pool:
+        pool.map(0, [0, 1, 2])
+        before = os.listdir("/proc/self/fd")
+        driver.fail["export"] = 2, "CUDA_ERROR_UNKNOWN"
+        with pytest.raises(CudaError, match="export"):
+            pool.export(0, [0, 1, 2])
+        assert os.listdir("/proc/self/fd") == before
+
+
+TOUCH = """
+import sys, torch
+from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
+from support.fake_cuda import FakeCuda
+pool = CudaVirtualizer(FakeCuda(total=8 << 20), 8 << 20, 2 << 20, [8 << 20])
+kv = pool.tensor(0, (4, 1 << 20), torch.bfloat16)
+pool.map(0, [1, 2])
+kv[1:3] = 1
+pool.unmap(0, [2])
+kv[1] = 2
+print("mapped is fine", flush=True)
+kv[int(sys.argv[1]), -1].item()
+print("touched", flush=True)
+"""
+
+
+@pytest.mark.parametrize("chunk", [0, 2], ids=["never mapped", "unmapped"])
+def test_touching_what_is_not_mapped_is_a_fault(chunk):
+    done = subprocess.run(
+        [sys.executable, "-c", TOUCH, str(chunk)],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=120,
+    )
+    assert done.stdout == b"mapped is fine\n", done.stderr
+    assert done.returncode == -signal.SIGSEGV
+
+
+def test_a_missing_gpu_is_a_clear_error():
+    index = torch.cuda.device_count()
+    with pytest.raises(ConfigError, match=f"device cuda:{index}"):
+        CudaBindings(index)

@@ -1,0 +1,204 @@
+"""Both virtualizers through random maps and unmaps: what is mapped holds what was written, and
+every byte of the budget is in one place. The GPU's runs on the fake driver, which refuses whatever
+the real one would, and fails at any call."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+from crosspool.config.errors import ConfigError
+from crosspool.kernels.cuda_driver import CudaError
+from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
+from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from support.fake_cuda import OUT_OF_MEMORY, FakeCuda
+
+CHUNK = 4 << 20
+BUDGET = 7
+RANGES = (9, 5)
+MODELS = st.integers(0, len(RANGES) - 1)
+CHUNKS = st.lists(st.integers(-1, max(RANGES)), max_size=5)
+
+
+class Machine(RuleBasedStateMachine):
+    """The same rules for both; ``written`` says what each mapped chunk holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = self.make()
+        self.budget = BUDGET
+        self.written: list[dict[int, int]] = [{} for _ in RANGES]
+        self.tensors = [
+            self.pool.tensor(model, (chunks, CHUNK // 8), torch.int64)
+            for model, chunks in enumerate(RANGES)
+        ]
+        self.stamp = 0
+
+    def make(self):
+        raise NotImplementedError
+
+    @property
+    def mapped(self) -> int:
+        return sum(map(len, self.written))
+
+    @rule(model=MODELS, chunks=CHUNKS)
+    def map(self, model: int, chunks: list[int]) -> None:
+        written = self.written[model]
+        fits = (
+            all(0 <= c < RANGES[model] and c not in written for c in chunks)
+            and len(set(chunks)) == len(chunks)
+            and self.mapped + len(chunks) <= self.budget
+        )
+        if not fits:
+            with pytest.raises(ValueError, match=f"model {model}: "):
+                self.pool.map(model, chunks)
+            return
+        self.pool.map(model, chunks)
+        for chunk in chunks:
+            self.write(model, chunk)
+
+    @rule(model=MODELS, chunks=CHUNKS)
+    def unmap(self, model: int, chunks: list[int]) -> None:
+        written = self.written[model]
+        if any(c not in written for c in chunks) or len(set(chunks)) != len(chunks):
+            with pytest.raises(ValueError, match="not mapped"):
+                self.pool.unmap(model, chunks)
+            return
+        self.pool.unmap(model, chunks)
+        for chunk in chunks:
+            del written[chunk]
+
+    @rule(model=MODELS, data=st.data())
+    def unmap_some(self, model: int, data: st.DataObject) -> None:
+        if self.written[model]:
+            self.unmap(model, data.draw(st.lists(st.sampled_from([*self.written[model]]))))
+
+    def write(self, model: int, chunk: int) -> None:
+        self.stamp += 1
+        self.tensors[model][chunk, ::4096] = self.stamp
+        self.written[model][chunk] = self.stamp
+
+    @invariant()
+    def chunks_hold_what_was_written(self) -> None:
+        for tensor, written in zip(self.tensors, self.written, strict=True):
+            for chunk, stamp in written.items():
+                assert (tensor[chunk, ::4096] == stamp).all()
+
+    @invariant()
+    def bytes_are_counted(self) -> None:
+        for model, written in enumerate(self.written):
+            assert self.pool.mapped_bytes(model) == len(written) * CHUNK
+        assert self.pool.free_bytes == (self.budget - self.mapped) * CHUNK
+        assert self.pool.budget_bytes == self.budget * CHUNK
+
+    def teardown(self) -> None:
+        self.pool.close()
+        self.pool.close()
+
+
+class MremapMachine(Machine):
+    def make(self) -> MremapVirtualizer:
+        return MremapVirtualizer(BUDGET * CHUNK, CHUNK, [chunks * CHUNK for chunks in RANGES])
+
+
+class CudaMachine(Machine):
+    def make(self) -> CudaVirtualizer:
+        self.driver = FakeCuda(total=10 * CHUNK)
+        self.quiet = 0
+        ranges = [chunks * CHUNK for chunks in RANGES]
+        pool = CudaVirtualizer(self.driver, BUDGET * CHUNK, CHUNK, ranges)
+        pool.quiesced = self.quiesced
+        return pool
+
+    @contextlib.contextmanager
+    def quiesced(self):
+        assert self.quiet == 0, "a loop is stopped twice"
+        self.quiet += 1
+        try:
+            yield
+        finally:
+            self.quiet -= 1
+
+    @rule(chunks=st.integers(0, 12))
+    def resize(self, chunks: int) -> None:
+        if chunks == 0 or chunks > 10:
+            with pytest.raises(ConfigError, match="kv_pool_bytes"):
+                self.pool.resize(chunks * CHUNK)
+        elif chunks < self.mapped:
+            with pytest.raises(ValueError, match="are mapped"):
+                self.pool.resize(chunks * CHUNK)
+        else:
+            self.pool.resize(chunks * CHUNK + CHUNK - 1)
+            self.budget = chunks
+
+    @precondition(lambda self: self.budget < 10)
+    @rule(after=st.integers(0, 9), grow=st.integers(1, 3))
+    def growing_fails(self, after: int, grow: int) -> None:
+        target = min(10, self.budget + grow)
+        fails = after < target - self.budget
+        self.driver.fail["create"] = after, OUT_OF_MEMORY
+        if fails:
+            with pytest.raises(ConfigError, match=r"kv_pool_bytes: .* cuda:0 has free"):
+                self.pool.resize(target * CHUNK)
+        else:
+            self.pool.resize(target * CHUNK)
+            self.budget = target
+        self.driver.fail.clear()
+
+    @precondition(lambda self: self.mapped < self.budget)
+    @rule(data=st.data(), call=st.sampled_from(["map", "set_access"]))
+    def mapping_fails(self, data: st.DataObject, call: str) -> None:
+        free = {
+            model: [c for c in range(RANGES[model]) if c not in self.written[model]]
+            for model in range(len(RANGES))
+        }
+        model = data.draw(st.sampled_from([m for m, chunks in free.items() if chunks]))
+        most = min(self.budget - self.mapped, len(free[model]))
+        chunks = data.draw(
+            st.lists(st.sampled_from(free[model]), min_size=1, max_size=most, unique=True)
+        )
+        ordered = sorted(chunks)
+        runs = 1 + sum(b != a + 1 for a, b in itertools.pairwise(ordered))
+        calls = len(chunks) if call == "map" else runs
+        self.driver.fail[call] = data.draw(st.integers(0, calls - 1)), OUT_OF_MEMORY
+        with pytest.raises(CudaError, match=f"{call}: {OUT_OF_MEMORY}"):
+            self.pool.map(model, chunks)
+        assert self.driver.fail == {}
+
+    @precondition(lambda self: self.mapped > 0)
+    @rule(data=st.data())
+    def unmapping_fails(self, data: st.DataObject) -> None:
+        model = data.draw(st.sampled_from([m for m, written in enumerate(self.written) if written]))
+        chunks = data.draw(
+            st.lists(st.sampled_from([*self.written[model]]), min_size=1, unique=True)
+        )
+        done = data.draw(st.integers(0, len(chunks) - 1))
+        self.driver.fail["unmap"] = done, "CUDA_ERROR_UNKNOWN"
+        with pytest.raises(CudaError, match="unmap: CUDA_ERROR_UNKNOWN"):
+            self.pool.unmap(model, chunks)
+        for chunk in chunks[:done]:
+            del self.written[model][chunk]
+
+    @invariant()
+    def the_driver_agrees(self) -> None:
+        driver = self.driver
+        assert driver.used == self.budget * CHUNK
+        assert len(driver.mappings) == self.mapped
+        assert driver.accessible_bytes == self.mapped * CHUNK
+        assert all(memory.mappings <= 1 for memory in driver.handles.values())
+        assert len(driver.handles) == self.budget
+
+    def teardown(self) -> None:
+        super().teardown()
+        assert self.driver.is_clean
+
+
+MremapMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+CudaMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestMremap = MremapMachine.TestCase
+TestCuda = CudaMachine.TestCase
