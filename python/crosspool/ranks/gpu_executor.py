@@ -26,24 +26,24 @@ unnoticed."""
 class GPUExecutor:
     """Carries out the steps of one GPU that has both pools.
 
-    A step begins when a lane is free. Chunks are mapped and unmapped with the loop off the device:
-    the driver may have such calls wait for whatever runs there, and a resident loop never ends."""
+    A step begins when a lane is free."""
 
     def __init__(
         self,
         attention: GPURank,
         loop: DeviceLoop,
+        *,
         buckets: Sequence[int],
         stages: Mapping[tuple[int, int, int], Stages],
         memory: Sequence[HostMemory],
         counters: Sequence[LinkCounters],
-        *,
         pinned: bool,
     ) -> None:
         """``buckets``: rows, ascending; ``stages``: by lane, model and bucket; ``memory`` and
         ``counters``: by lane; ``pinned``: host memory that the device reads must be."""
         self._attention = attention
         self._loop = loop
+        self._closed = False
         self._buckets = buckets
         self._stages = stages
         self._layouts: list[list[InputLayout]] = [
@@ -97,19 +97,22 @@ class GPUExecutor:
     def quiet(self) -> bool:
         return not self._queue and not self._flights
 
+    def quiesced(self) -> contextlib.AbstractContextManager[None]:
+        """Within, no loop is on the device: for driver calls that may wait for what runs there."""
+        return contextlib.nullcontext() if self._closed else self._loop.quiesced()
+
     def close(self) -> None:
         """Ends the loop; steps in flight are lost."""
         self._loop.close()
+        self._closed = True
 
     def _take(self, event: Event) -> StepResult | None:
         flight = self._flights[event.lane]
         if event.kind == LOGITS:
             arguments, spec = flight.arguments, self._attention.specs[flight.model]
             stages = self._stages[event.lane, flight.model, arguments.bucket]
-            flight.look(
-                stages,
-                self._logits.view(-1)[: stages.layout.wanted * spec.vocab].view(-1, spec.vocab),
-            )
+            size = stages.layout.wanted * spec.vocab
+            flight.look(stages, self._logits[:size].view(-1, spec.vocab))
             self._loop.push_resume(event.lane, event.step)
             return None
         if event.kind not in (DONE, TOKENS):
@@ -136,27 +139,26 @@ class GPUExecutor:
         while self._queue:
             operation = self._queue[0]
             if isinstance(operation, Release):
-                before = {l: f for l, f in self._flights.items() if f.model == operation.model}
+                before = {
+                    lane: flight
+                    for lane, flight in self._flights.items()
+                    if flight.model == operation.model
+                }
                 for lane, flight in before.items():
                     self._recall(lane, flight)
                 if before:
                     return
-                with self._mapping(operation.unmap_chunks):
-                    self._attention.release(operation)
+                self._attention.release(operation)
             else:
-                lane = next((l for l in range(len(self._memory)) if l not in self._flights), -1)
+                lane = next((n for n in range(len(self._memory)) if n not in self._flights), -1)
                 if lane < 0:
                     return
-                with self._mapping(operation.map_chunks):
-                    flight = self._attention.begin(
-                        operation, self._buckets, self._layouts, self._memory[lane]
-                    )
+                flight = self._attention.begin(
+                    operation, self._buckets, self._layouts, self._memory[lane]
+                )
                 self._flights[lane] = flight
                 self._loop.push_step(lane, flight.arguments)
             self._queue.popleft()
-
-    def _mapping(self, chunks: Sequence[int]) -> contextlib.AbstractContextManager[None]:
-        return self._loop.quiesced() if chunks else contextlib.nullcontext()
 
     def _recall(self, lane: int, flight: GPUFlight) -> None:
         if flight.leased:

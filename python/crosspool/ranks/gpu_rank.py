@@ -157,12 +157,12 @@ class GPUFlight:
         for i, (one, choice) in enumerate(zip(wanted, choices, strict=False)):
             host["wanted_rows"][i] = max(one.source, 0)
             if choice == es.DRAW:
-                row = self._end.sampling_row(one.row)
-                rule = row.sampling
+                sampled = self._end.sampling_row(one.row)
+                rule = sampled.sampling
                 host["temperature"][i], host["top_p"][i] = rule.temperature, rule.top_p
                 host["top_k"][i], host["min_p"][i] = rule.top_k, rule.min_p
                 host["seed"][i] = np.uint64(rule.seed & (2**64 - 1)).astype(np.int64)
-                host["position"][i] = row.position
+                host["position"][i] = sampled.position
         host.close(
             len(self._message.rows), pages, max(1, len(wanted)) if self.for_host else len(wanted)
         )

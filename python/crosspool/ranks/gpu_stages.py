@@ -252,7 +252,7 @@ class Stages:
         s, part, wanted = self.scratch, self.model.attention, self.inputs.wanted_count
         eps = self.model.spec.norm_eps
         rms_norm(s.last, part.final_norm, self._first, wanted, s.last_normed, eps=eps)
-        head_logits(s.last_normed, part.lm_head, wanted, s.logits)
+        head_logits(s.last_normed, part.lm_head, self._first, wanted, s.logits)
 
     def _embed(self) -> None:
         s = self.scratch

@@ -62,7 +62,9 @@ class GPUAttention:
         self.tables = {key: TensorTable.of([layer[key] for layer in layers]) for key in layers[0]}
         self.final_norm = TensorTable.of([self.globals["final_norm"]])
         self.embed = self.globals["embed"]
-        self.lm_head = self.globals["embed" if spec.tied_embeddings else "lm_head"]
+        self.lm_head = TensorTable.of(
+            [self.globals["embed" if spec.tied_embeddings else "lm_head"]]
+        )
         self.rope = RopeTable(
             *_rope(spec, path, positions, device), spec.attention.rope.interleaved
         )

@@ -198,11 +198,35 @@ def _linear_kernel(
                     partials + s * bucket * N + part, inside, other=0.0, cache_modifier=".cg"
                 )
             _finish(
-                whole, biases, index, out, out_stride, rows, columns, inside, N, BIAS, ADD, ROUND, WEIGHT
+                whole,
+                biases,
+                index,
+                out,
+                out_stride,
+                rows,
+                columns,
+                inside,
+                N,
+                BIAS,
+                ADD,
+                ROUND,
+                WEIGHT,
             )
     else:
         _finish(
-            total, biases, index, out, out_stride, rows, columns, inside, N, BIAS, ADD, ROUND, WEIGHT
+            total,
+            biases,
+            index,
+            out,
+            out_stride,
+            rows,
+            columns,
+            inside,
+            N,
+            BIAS,
+            ADD,
+            ROUND,
+            WEIGHT,
         )
 
 

@@ -1,0 +1,229 @@
+"""Loads the ranks of one GPU: weights, KV pool, stages, graphs, and the loop that drives them.
+
+:func:`join_lanes` puts stages and a loop together over any torch device; on CPU tensors, with
+Triton's interpreter, it makes the same device without graphs, as the tests do.
+Nothing here has run on a GPU yet (docs/gpu.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from crosspool.config.deployment import ConfigError, Deployment
+from crosspool.config.device import Device
+from crosspool.kernels.cuda_loop import CudaLoop, ModelStages
+from crosspool.kernels.cuda_loop import LanePlaces as LoopPlaces
+from crosspool.kvpool.layout import KVLayout
+from crosspool.kvpool.virtualizer import Virtualizer
+from crosspool.models.spec import ModelSpec
+from crosspool.ranks.device import DeviceRanks, loading
+from crosspool.ranks.gpu_executor import GPUExecutor
+from crosspool.ranks.gpu_launch import EagerLauncher, GraphLauncher, capture
+from crosspool.ranks.gpu_loop import DeviceLoop, HostLaunchedLoop
+from crosspool.ranks.gpu_rank import GPURank, HostMemory
+from crosspool.ranks.gpu_stages import (
+    GPUModel,
+    LanePlaces,
+    Scratch,
+    Stages,
+    buckets_up_to,
+    layouts_of,
+)
+from crosspool.ranks.gpu_trace import GPUTrace
+from crosspool.ranks.gpu_weights import GPUFFN, GPUAttention
+from crosspool.ranks.weights import TORCH_DTYPES
+from crosspool.transport.data_path import LocalLink
+from crosspool.weightpool.placement import Placement, attention_bytes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class GPUFFNRank:
+    """The FFN rank of a GPU; ``parts`` by the model's index."""
+
+    rank: int
+    parts: dict[int, GPUFFN]
+    links: Sequence[LocalLink]
+
+
+def load_gpu_ranks(
+    deployment: Deployment, device: Device, specs: Sequence[ModelSpec], placement: Placement
+) -> DeviceRanks:
+    """As :func:`crosspool.ranks.device.load_ranks`, for a GPU that has both pools."""
+    if deployment.devices != (device,):
+        raise ConfigError(f"device {device.name}: a GPU serves both pools by itself for now")
+    from crosspool.kernels.cuda_driver import CudaBindings
+    from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
+
+    torch.cuda.set_device(device.gpu)
+    gpu = torch.device("cuda", device.gpu)
+    resources = contextlib.ExitStack()
+    layouts = [KVLayout(spec, deployment.page_size, deployment.chunk_bytes) for spec in specs]
+    chunks = deployment.kv_pool_bytes // deployment.chunk_bytes
+    with loading(device, "KV pool", chunks * deployment.chunk_bytes) as progress:
+        done = 0
+
+        def advance(now: int, _total: int) -> None:
+            nonlocal done
+            progress(now - done)
+            done = now
+
+        virtualizer = CudaVirtualizer(
+            CudaBindings(device.gpu),
+            deployment.kv_pool_bytes,
+            deployment.chunk_bytes,
+            [layout.range_bytes(chunks) for layout in layouts],
+            advance,
+        )
+    resources.callback(virtualizer.close)
+    models = load_models(deployment, device, specs, placement, virtualizer, on=gpu)
+    ranks, executor = join_lanes(deployment, models, virtualizer, gpu, resources)
+    virtualizer.quiesced = executor.quiesced
+    return ranks
+
+
+def load_models(
+    deployment: Deployment,
+    device: Device,
+    specs: Sequence[ModelSpec],
+    placement: Placement,
+    virtualizer: Virtualizer,
+    *,
+    on: torch.device,
+) -> list[GPUModel]:
+    """Weights of all models, and tensors over their KV. Raises ConfigError for a bad checkpoint."""
+    models = []
+    for index, (model, spec) in enumerate(zip(deployment.models, specs, strict=True)):
+        layout = KVLayout(spec, deployment.page_size, deployment.chunk_bytes)
+        pages = layout.pages_in(deployment.kv_pool_bytes // deployment.chunk_bytes)
+        kv = virtualizer.tensor(
+            index,
+            (pages, spec.layers, deployment.page_size, spec.kv_width),
+            TORCH_DTYPES[spec.dtype],
+        )
+        path, positions = Path(model.path), min(spec.context, pages * deployment.page_size)
+        with loading(device, f"attention part of {model.name}", attention_bytes(spec)) as progress:
+            attention = GPUAttention(spec, path, on, positions, progress)
+        total = placement.weight_bytes[0][index]
+        with loading(device, f"FFN part of {model.name}", total) as progress:
+            ffn = GPUFFN(spec, path, placement.shards[0][index], on, progress)
+        models.append(GPUModel(spec, attention, ffn, kv))
+    return models
+
+
+def join_lanes(
+    deployment: Deployment,
+    models: Sequence[GPUModel],
+    virtualizer: Virtualizer,
+    device: torch.device,
+    resources: contextlib.ExitStack,
+) -> tuple[DeviceRanks, GPUExecutor]:
+    """Stages and host memory of every lane, and the loop over them.
+
+    Raises ConfigError for a model whose layers a GPU does not drive."""
+    specs = [model.spec for model in models]
+    on_gpu = device.type == "cuda"
+    buckets = buckets_up_to(deployment.max_step_tokens)
+    lanes, stages = make_stages(
+        models, buckets, deployment.lanes, deployment.max_running_requests, device
+    )
+    memory = [
+        HostMemory(
+            max(of_model.layout.elements for of_model in stages.values()),
+            deployment.max_running_requests,
+            deployment.lease_steps,
+            pinned=on_gpu,
+        )
+        for _ in lanes
+    ]
+    resident = on_gpu and deployment.loop == "resident"
+    trace = GPUTrace(resident=resident)
+    loop = make_loop(models, lanes, stages, buckets, resident=resident, trace=trace)
+    links = [LocalLink(0, lane, 0) for lane in range(deployment.lanes)]
+    kv = [model.kv for model in models]
+    attention = GPURank(0, specs, [model.attention for model in models], virtualizer, kv)
+    executor = GPUExecutor(
+        attention,
+        loop,
+        buckets=buckets,
+        stages=stages,
+        memory=memory,
+        counters=[link.counters for link in links],
+        pinned=on_gpu,
+    )
+    resources.callback(executor.close)
+    ranks = DeviceRanks(
+        deployment=deployment,
+        executor=executor,
+        attention=attention,
+        ffn=GPUFFNRank(0, {i: model.ffn for i, model in enumerate(models)}, links),
+        links=[[link] for link in links],
+        transport=None,
+        trace=trace,
+        resources=resources,
+    )
+    return ranks, executor
+
+
+def make_stages(
+    models: Sequence[GPUModel],
+    buckets: Sequence[int],
+    lanes: int,
+    sequences: int,
+    device: torch.device,
+) -> tuple[list[LanePlaces], dict[tuple[int, int, int], Stages]]:
+    """Every lane's memory, and its stages by lane, model and bucket; ``sequences``: of a step at
+    most."""
+    layouts = [layouts_of(model, buckets, sequences) for model in models]
+    arena = max(
+        Scratch.bytes(model.spec, layout)
+        for model, of_model in zip(models, layouts, strict=True)
+        for layout in of_model
+    )
+    places = [LanePlaces(device, buckets[-1], arena) for _ in range(lanes)]
+    stages = {
+        (lane, index, bucket): Stages(model, layout, place)
+        for lane, place in enumerate(places)
+        for index, (model, of_model) in enumerate(zip(models, layouts, strict=True))
+        for bucket, layout in enumerate(of_model)
+    }
+    return places, stages
+
+
+def make_loop(
+    models: Sequence[GPUModel],
+    lanes: Sequence[LanePlaces],
+    stages: dict[tuple[int, int, int], Stages],
+    buckets: Sequence[int],
+    *,
+    resident: bool,
+    trace: GPUTrace | None = None,
+) -> DeviceLoop:
+    """The loop over the lanes' stages: resident or host-launched graphs on a GPU, plain calls on
+    CPU tensors. Raises ConfigError for a model whose layers it does not drive."""
+    try:
+        known = [ModelStages(kinds=model.kinds) for model in models]
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if lanes[0].device.type != "cuda":
+        return HostLaunchedLoop(known, len(lanes), EagerLauncher(lanes, stages), trace)
+    graphs = capture(lanes, stages)
+    log.info("captured %d graphs", len(graphs))
+    if not resident:
+        for graph in graphs.values():
+            graph.instantiate()
+        layers = max(model.spec.layers for model in models)
+        return HostLaunchedLoop(known, len(lanes), GraphLauncher(lanes, graphs, layers), trace)
+    places = [LoopPlaces(lane.words.data_ptr(), lane.chosen.data_ptr()) for lane in lanes]
+    loop = CudaLoop(known, places, buckets)
+    for (lane, model, stage, bucket), graph in graphs.items():
+        loop.add_graph(lane, model, stage, bucket, graph.raw_cuda_graph())
+    loop.start()
+    return loop
