@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -13,10 +14,12 @@ from crosspool.kernels.engine_structs import DONE, LOGITS, TOKENS, Event
 from crosspool.ranks.gpu_inputs import InputLayout
 from crosspool.ranks.gpu_loop import DeviceLoop
 from crosspool.ranks.gpu_rank import GPUFlight, GPURank, HostMemory
-from crosspool.ranks.gpu_stages import Stages
 from crosspool.ranks.weights import TORCH_DTYPES
 from crosspool.transport.data_path import LinkCounters
 from crosspool.transport.messages import Recall, Release, Step, StepResult
+
+if TYPE_CHECKING:
+    from crosspool.ranks.gpu_stages import Stages
 
 _LONGEST_WAIT = 100e-6
 """Seconds that :meth:`GPUExecutor.run` waits at most: so long may a new step for a free lane stay

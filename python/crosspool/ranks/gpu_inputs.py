@@ -12,9 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosspool.kernels.triton.batch import DeviceBatch
-from crosspool.kernels.triton.sampling import SamplingRules
-
 _NUMPY: dict[torch.dtype, type[np.generic]] = {
     torch.int32: np.int32,
     torch.int64: np.int64,
@@ -93,35 +90,6 @@ class HostInputs:
     def close(self, sequences: int, pages: int, wanted: int) -> None:
         """Says how much there is: lines of the page table, pages in the longest, wanted rows."""
         self._header[:3] = sequences, pages, wanted
-
-
-class DeviceInputs:
-    """The same on the device: what the kernels take. ``count``: int32 [1], rows of the step."""
-
-    def __init__(self, layout: InputLayout, memory: Tensor, count: Tensor) -> None:
-        flat = memory[: layout.elements]
-        self.flat = flat
-        fields = {
-            name: flat[at : at + size * (dtype.itemsize // 4)].view(dtype)
-            for name, (at, size, dtype) in layout.fields.items()
-        }
-        self.tokens = fields["tokens"]
-        self.wanted_rows = fields["wanted_rows"]
-        self.wanted_count = flat[2:3]
-        self.batch = DeviceBatch(
-            count=count,
-            positions=fields["positions"],
-            sequences=fields["row_sequences"],
-            page_table=flat[layout.head :].view(layout.sequences, layout.pages),
-        )
-        self.rules = SamplingRules(
-            temperature=fields["temperature"],
-            top_k=fields["top_k"],
-            top_p=fields["top_p"],
-            min_p=fields["min_p"],
-            seed=fields["seed"],
-            position=fields["position"],
-        )
 
 
 def _up(elements: int) -> int:

@@ -13,14 +13,16 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from crosspool.kernels.cuda_loop import ModelStages, Stage
 from crosspool.kernels.cuda_loop_structs import StepArguments
 from crosspool.kernels.engine_structs import DONE, LOGITS, TOKENS, Event
-from crosspool.ranks.gpu_launch import Launcher
+
+if TYPE_CHECKING:
+    from crosspool.ranks.gpu_launch import Launcher
 
 _SLEEP = 20e-6
 """Seconds between two looks at lanes that all wait for the device."""

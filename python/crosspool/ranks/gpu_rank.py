@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -15,12 +16,14 @@ from crosspool.kernels import engine_structs as es
 from crosspool.kernels.cuda_loop_structs import StepArguments
 from crosspool.ranks.attention_rank import KVRank
 from crosspool.ranks.gpu_inputs import HostInputs, InputLayout
-from crosspool.ranks.gpu_stages import Stages
-from crosspool.ranks.gpu_weights import GPUAttention
 from crosspool.ranks.lm_head import StepEnd, Wanted
 from crosspool.ranks.resident_rank import ResidentRequest, choices_of
 from crosspool.ranks.sampler import penalises
 from crosspool.transport.messages import RowResult, Step, StepResult
+
+if TYPE_CHECKING:
+    from crosspool.ranks.gpu_stages import Stages
+    from crosspool.ranks.gpu_weights import GPUAttention  # noqa: F401
 
 _STOPS = 64
 """Stop tokens of a row, in the mean, that a lease has room for."""
@@ -168,7 +171,7 @@ class GPUFlight:
         )
 
 
-class GPURank(KVRank[GPUAttention, ResidentRequest]):
+class GPURank(KVRank["GPUAttention", ResidentRequest]):
     """One attention rank. Its chunks are mapped, and its page tables grow, in the order in which
     steps are begun."""
 

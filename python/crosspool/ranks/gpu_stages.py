@@ -16,6 +16,7 @@ from torch import Tensor
 from crosspool.kernels.cuda_loop import Stage
 from crosspool.kernels.triton.argmax import argmax, argmax_blocks
 from crosspool.kernels.triton.attention import AttentionWorkspace, attend
+from crosspool.kernels.triton.batch import DeviceBatch
 from crosspool.kernels.triton.experts import FFNWorkspace, gated_mlps
 from crosspool.kernels.triton.gqa import gqa_prepare
 from crosspool.kernels.triton.inputs import feed, take_inputs
@@ -23,9 +24,9 @@ from crosspool.kernels.triton.linear import LinearWorkspace, head_logits, linear
 from crosspool.kernels.triton.mla import mla_append, mla_queries, mla_values
 from crosspool.kernels.triton.norm import add_rms_norm, embed, rms_norm
 from crosspool.kernels.triton.router import ExpertPlan, plan, route
-from crosspool.kernels.triton.sampling import sample
+from crosspool.kernels.triton.sampling import SamplingRules, sample
 from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, MoEFFN
-from crosspool.ranks.gpu_inputs import DeviceInputs, InputLayout
+from crosspool.ranks.gpu_inputs import InputLayout
 from crosspool.ranks.gpu_weights import GPUFFN, FFNKind, GPUAttention
 from crosspool.ranks.weights import TORCH_DTYPES
 
@@ -60,6 +61,35 @@ class GPUModel:
     def pages_of_sequence(self) -> int:
         """Pages of the longest sequence."""
         return -(-self.attention.positions // self.kv.shape[2])
+
+
+class DeviceInputs:
+    """A step's inputs on the device, as the kernels take them. ``count``: int32 [1], its rows."""
+
+    def __init__(self, layout: InputLayout, memory: Tensor, count: Tensor) -> None:
+        flat = memory[: layout.elements]
+        self.flat = flat
+        fields = {
+            name: flat[at : at + size * (dtype.itemsize // 4)].view(dtype)
+            for name, (at, size, dtype) in layout.fields.items()
+        }
+        self.tokens = fields["tokens"]
+        self.wanted_rows = fields["wanted_rows"]
+        self.wanted_count = flat[2:3]
+        self.batch = DeviceBatch(
+            count=count,
+            positions=fields["positions"],
+            sequences=fields["row_sequences"],
+            page_table=flat[layout.head :].view(layout.sequences, layout.pages),
+        )
+        self.rules = SamplingRules(
+            temperature=fields["temperature"],
+            top_k=fields["top_k"],
+            top_p=fields["top_p"],
+            min_p=fields["min_p"],
+            seed=fields["seed"],
+            position=fields["position"],
+        )
 
 
 class LanePlaces:
