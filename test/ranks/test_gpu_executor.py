@@ -179,7 +179,7 @@ def test_who_needs_the_host_gets_it(
     assert gpu.executor.run(0.0) == []
     assert looked == [(InputLayout(2, 2, 16), (2, 32))]
     assert loop.said[-1] == ("resume", 0, 1)
-    loop.answer(0, 0, [0])
+    loop.answer(0, 0, [0] * arguments.wanted)
     (result,) = gpu.executor.run(0.0)
     assert result.rows[0].token == 9
 
@@ -316,9 +316,7 @@ def test_a_recalled_lease_of_launched_stages_ends() -> None:
 
 def test_a_prompt_chunk_without_sampling_has_no_head() -> None:
     gpu, launches = launched(1)
-    message = step(1, tokens=(4, 5))
-    message.rows[0].sample = False
-    gpu.executor.submit(message)
+    gpu.executor.submit(step(1, tokens=(4, 5), sample=False))
     (result,) = run(gpu, 1)
     assert result.rows[0].token == -1
     assert Stage.HEAD not in [what for _, what, _ in launches.log]

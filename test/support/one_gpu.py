@@ -94,6 +94,7 @@ def step(
     sampling: Sampling | None = None,
     logprobs: Logprobs | None = None,
     bitmask: bytes | None = None,
+    sample: bool = True,
 ) -> Step:
     """A request's whole prompt, of which a token is sampled."""
     return Step(
@@ -114,7 +115,7 @@ def step(
                 start=0,
                 tokens=list(tokens),
                 pages=[number % PAGES, 1],
-                sample=True,
+                sample=sample,
                 bitmask=bitmask,
             )
         ],

@@ -69,7 +69,7 @@ class GPUFlight:
             lease = 1
         self.leased = lease > 1
         """Whether further steps may follow that nobody has recalled."""
-        wanted = min(len(end.wanted), layout.wanted)
+        wanted = min(len(end.wanted), layout.wanted, self.rows)
         if self.for_host:
             wanted = max(1, wanted)  # the loop asks for a row where the host looks
         self._chosen = memory.tokens.numpy()[: lease * wanted].reshape(lease, wanted)
