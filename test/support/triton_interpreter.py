@@ -1,6 +1,7 @@
-"""Triton's interpreter with bfloat16 as a GPU computes it.
+"""Triton's interpreter with bfloat16 as a GPU computes it, and under today's NumPy.
 
-The interpreter of Triton 3.6 multiplies the bit patterns of bfloat16 operands of ``tl.dot`` as if
+The interpreter of Triton 3.6 takes an array of one element for a number, which NumPy 2.4 no longer
+does. It multiplies the bit patterns of bfloat16 operands of ``tl.dot`` as if
 they were integers, and cuts float32 off to bfloat16 where a GPU rounds it to the nearest.
 """
 
@@ -10,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def repair() -> None:
     """For this process, in which the interpreter runs."""
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    patch = interpreter._patch_lang_tensor
 
     def cast_impl(self: Any, source: Any, to: Any) -> Any:
         pair = (source.dtype.scalar, to.scalar)
@@ -28,8 +31,13 @@ def repair() -> None:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, *(_wide_handle(operand) for operand in (a, b)), *rest)
 
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def _rounded(x: np.ndarray) -> np.ndarray:

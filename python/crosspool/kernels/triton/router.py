@@ -1,17 +1,14 @@
-"""Which experts a row goes to, and the work that follows from it."""
+"""Which experts a row goes to."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import triton
+import triton.language as tl
 
-from crosspool.kernels.triton.tables import TensorTable
-
-FEW_ROWS = 16
-"""Up to so many rows every chosen expert sees all of the bucket, those that did not choose it with
-weight 0; above, rows are sorted by expert."""
+from crosspool.kernels.triton.tables import TensorTable, pointer_at
 
 
 def route(
@@ -36,48 +33,108 @@ def route(
     The rules are those of :class:`crosspool.models.spec.RouterSpec`. ``bias``: float32 table of
     [experts], moves the choice only. Among equals the lower index wins; a NaN counts as larger
     than any number."""
-    raise NotImplementedError
+    bucket, top_k = experts.shape
+    size = logits.shape[1] // groups
+    _route_kernel[(bucket,)](
+        logits,
+        None if bias is None else bias.pointers,
+        layer,
+        count,
+        experts,
+        weights,
+        scale,
+        GROUPS=groups,
+        SIZE=size,
+        TOP_K=top_k,
+        TOP_GROUPS=top_groups,
+        SIGMOID=score == "sigmoid",
+        TOP2_SUM=group_score == "top2_sum",
+        RENORMALIZE=renormalize,
+        GROUP_BLOCK=triton.next_power_of_2(groups),
+        SIZE_BLOCK=triton.next_power_of_2(size),
+        CHOICE_BLOCK=triton.next_power_of_2(top_k),
+        num_warps=1,
+    )
 
 
-@dataclass(frozen=True)
-class ExpertPlan:
-    """A batch's rows by expert, as :func:`plan` makes them; int32 unless said. Group ``held`` (the
-    last) is the MLP that every row takes."""
-
-    group_expert: torch.Tensor
-    """[groups]: the expert of each group of rows, counted from the first one held."""
-    group_count: torch.Tensor
-    """[1]: groups that are there."""
-    group_weights: torch.Tensor
-    """float32 [groups, bucket] (few rows): each row's weight; negative: it did not choose the
-    expert. Many rows: empty."""
-    slot_pair: torch.Tensor
-    """[groups * block] (many rows): pair row * (top_k + 1) + choice of each slot; -1: none. Few
-    rows: empty."""
-    block: int
-    """Rows of a group."""
-    top_k: int
-    held: int
-    shared: bool
-
-    @classmethod
-    def allocate(
-        cls, bucket: int, top_k: int, held: int, shared: bool, device: torch.device
-    ) -> ExpertPlan:
-        """``held``: routed experts on this rank (0 in a dense layer, with top_k 0); ``shared``:
-        whether there is a MLP that every row takes (the shared expert, or the dense layer's)."""
-        raise NotImplementedError
+@triton.jit
+def _ordered(x: tl.tensor) -> tl.tensor:
+    """int32 keys in the order of floats; all NaN above all numbers, zeros of both signs equal."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(x != x, 0x7FFFFFFF, keys)
 
 
-def plan(
-    experts: torch.Tensor,
-    weights: torch.Tensor,
-    count: torch.Tensor,
-    plan: ExpertPlan,
-    *,
-    first_expert: int = 0,
+@triton.jit
+def _route_kernel(
+    logits: tl.tensor,
+    biases: tl.tensor,  # or None
+    layer: tl.tensor,
+    count: tl.tensor,
+    experts: tl.tensor,
+    weights: tl.tensor,
+    scale: tl.tensor,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    TOP2_SUM: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    SIZE_BLOCK: tl.constexpr,
+    CHOICE_BLOCK: tl.constexpr,
 ) -> None:
-    """Sorts a batch by expert; ``experts`` and ``weights`` [bucket, top_k] as from :func:`route`
-    ([bucket, 0] in a dense layer). Experts outside first_expert .. first_expert + held are another
-    rank's."""
-    raise NotImplementedError
+    row = tl.program_id(0)
+    if row >= tl.load(count):
+        return
+    g = tl.arange(0, GROUP_BLOCK)
+    j = tl.arange(0, SIZE_BLOCK)
+    expert = g[:, None] * SIZE + j[None, :]
+    inside = (g < GROUPS)[:, None] & (j < SIZE)[None, :]
+    at = logits + row.to(tl.int64) * (GROUPS * SIZE) + expert
+    x = tl.load(at, inside, other=float("-inf")).to(tl.float32)
+    if SIGMOID:
+        scores = 1.0 / (1.0 + tl.exp(-x))
+    else:
+        scores = tl.exp(x - tl.max(tl.max(x, 1), 0))
+        scores = scores / tl.sum(tl.sum(scores, 1), 0)
+    choice = scores
+    if biases is not None:
+        choice += tl.load(pointer_at(biases, tl.load(layer), tl.float32) + expert, inside, other=0.0)
+    LEAST: tl.constexpr = -0x7FFFFFFF - 1  # below every key
+    keys = tl.where(inside, _ordered(choice), LEAST)
+    if GROUPS > 1:
+        best = tl.max(keys, 1)
+        at_best = tl.min(tl.where(keys == best[:, None], j[None, :], SIZE), 1)
+        is_best = j[None, :] == at_best[:, None]
+        group_scores = tl.sum(tl.where(is_best, choice, 0.0), 1)
+        if TOP2_SUM:
+            others = tl.where(is_best | (inside == 0) | (choice != choice), float("-inf"), choice)
+            group_scores += tl.max(others, 1)
+        group_keys = tl.where(g < GROUPS, _ordered(group_scores), LEAST)
+        kept = g < 0
+        for _ in tl.static_range(TOP_GROUPS):
+            left = tl.where(kept, LEAST, group_keys)
+            top = tl.min(tl.where(left == tl.max(left, 0), g, GROUP_BLOCK), 0)
+            kept = kept | (g == top)
+        keys = tl.where(kept[:, None], keys, LEAST)
+    choices = tl.arange(0, CHOICE_BLOCK)
+    chosen = tl.zeros([CHOICE_BLOCK], tl.int32)
+    chosen_scores = tl.zeros([CHOICE_BLOCK], tl.float32)
+    total = 0.0
+    for i in tl.static_range(TOP_K):
+        highest = tl.max(tl.max(keys, 1), 0)
+        top = tl.min(tl.min(tl.where(keys == highest, expert, GROUPS * SIZE_BLOCK), 1), 0)
+        value = tl.sum(tl.sum(tl.where(expert == top, tl.where(inside, scores, 0.0), 0.0), 1), 0)
+        keys = tl.where((expert == top) & inside, LEAST, keys)
+        chosen = tl.where(choices == i, top, chosen)
+        chosen_scores = tl.where(choices == i, value, chosen_scores)
+        total += value
+    if RENORMALIZE:
+        if SIGMOID:  # all of the chosen may be zero; the largest values of a softmax cannot
+            total += 1e-20
+        chosen_scores = chosen_scores / total
+    to = row.to(tl.int64) * TOP_K + choices
+    tl.store(experts + to, chosen, choices < TOP_K)
+    tl.store(weights + to, chosen_scores * scale, choices < TOP_K)
