@@ -17,13 +17,14 @@ from crosspool.kernels.cuda_loop import Stage
 from crosspool.kernels.triton.argmax import argmax, argmax_blocks
 from crosspool.kernels.triton.attention import AttentionWorkspace, attend
 from crosspool.kernels.triton.batch import DeviceBatch
+from crosspool.kernels.triton.expert_plan import ExpertPlan, plan_experts
 from crosspool.kernels.triton.experts import FFNWorkspace, gated_mlps
 from crosspool.kernels.triton.gqa import gqa_prepare
 from crosspool.kernels.triton.inputs import feed, take_inputs
 from crosspool.kernels.triton.linear import LinearWorkspace, head_logits, linear
 from crosspool.kernels.triton.mla import mla_append, mla_queries, mla_values
 from crosspool.kernels.triton.norm import add_rms_norm, embed, rms_norm
-from crosspool.kernels.triton.router import ExpertPlan, plan, route
+from crosspool.kernels.triton.router import route
 from crosspool.kernels.triton.sampling import SamplingRules, sample
 from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, MoEFFN
 from crosspool.ranks.gpu_inputs import InputLayout
@@ -378,10 +379,13 @@ class Stages:
         held = kind.held if kind.weights.gate_up is not None else 0
         work = ExpertPlan.allocate(bucket, top_k, held, shared, lane.device)
         workspace = FFNWorkspace.allocate(bucket, self.model.spec.hidden, kind.weights, work)
-        experts, weights = s.experts[:, :top_k], s.expert_weights[:, :top_k]
+        experts = None if rules is None else s.experts
+        weights = None if rules is None else s.expert_weights
 
         def call() -> None:
+            routed = None
             if rules is not None:
+                routed = s.experts, s.expert_weights
                 assert kind.router is not None
                 linear(s.payload, kind.router, lane.layer, lane.count, s.router, lane.linear)
                 route(
@@ -389,8 +393,7 @@ class Stages:
                     kind.router_bias,
                     lane.layer,
                     lane.count,
-                    experts,
-                    weights,
+                    *routed,
                     score=rules.score,
                     groups=rules.groups,
                     top_groups=rules.top_groups,
@@ -398,16 +401,17 @@ class Stages:
                     renormalize=rules.renormalize,
                     scale=rules.scale,
                 )
-            plan(experts, weights, lane.count, work, first_expert=kind.first_expert)
+            plan_experts(experts, weights, lane.count, bucket, work, first_expert=kind.first_expert)
             gated_mlps(
                 s.payload,
                 kind.weights,
                 lane.layer,
                 lane.count,
                 work,
-                None if rules is None else (experts, weights),
+                routed,
                 s.partial,
                 workspace,
+                first_expert=kind.first_expert,
             )
 
         return call
