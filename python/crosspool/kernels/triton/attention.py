@@ -135,9 +135,7 @@ def attend(
     if q.dtype == torch.float32:
         block_m = max(32, block_h)
     rows = block_m // block_h
-    _prefill_kernel[
-        (triton.cdiv(bucket, rows), kv_heads * triton.cdiv(group, block_h))
-    ](
+    _prefill_kernel[(triton.cdiv(bucket, rows), kv_heads * triton.cdiv(group, block_h))](
         *arrays,
         out,
         **shape,

@@ -44,9 +44,7 @@ def attend_keys(
     ``limits[m]``; one that sees none of them leaves its sums as they are. The first BLOCK_D
     features of a key and its last BLOCK_R (those past V_DIM, MLA's rope) are read apart."""
     d = tl.arange(0, BLOCK_D)
-    q_main = tl.load(
-        q_at[:, None] + d[None, :], wanted[:, None] & (d < V_DIM)[None, :], other=0.0
-    )
+    q_main = tl.load(q_at[:, None] + d[None, :], wanted[:, None] & (d < V_DIM)[None, :], other=0.0)
     if BLOCK_R > 0:
         r = tl.arange(0, BLOCK_R)
         is_rest = r < QK_DIM - V_DIM
@@ -82,9 +80,7 @@ def attend_keys(
         else:
             v_at = slot + KV_HEADS * QK_DIM + kv_head * V_DIM
             v = tl.load(v_at[:, None] + d[None, :], mask, other=0.0)
-        result = tl.dot(
-            weights.to(v.dtype), v, result * before[:, None], input_precision="ieee"
-        )
+        result = tl.dot(weights.to(v.dtype), v, result * before[:, None], input_precision="ieee")
         highest = higher
     return highest, total, result
 

@@ -249,13 +249,13 @@ def _place_kernel(
         for start in range(0, rows, PAIRS_BLOCK):
             row = start + p
             tl.store(slot_pair + first_slot + row, row * CHOICES + TOP_K, row < rows)
-    else:
+    elif TOP_K > 0:
         placed = 0
         for start in range(0, rows * TOP_K, PAIRS_BLOCK):
             at = start + p
             inside = at < rows * TOP_K
             match = inside & (tl.load(experts + at, inside, other=-1) - first_expert == expert)
             ranks = placed + tl.cumsum(match.to(tl.int32), 0) - 1
-            pair = at // tl.maximum(TOP_K, 1) * CHOICES + at % tl.maximum(TOP_K, 1)
+            pair = at // TOP_K * CHOICES + at % TOP_K
             tl.store(slot_pair + first_slot + ranks, pair, match)
             placed += tl.sum(match.to(tl.int32), 0)

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from crosspool.kernels.triton.order import ordered
 from crosspool.kernels.triton.tables import TensorTable, pointer_at
 
 
@@ -58,14 +59,6 @@ def route(
 
 
 @triton.jit
-def _ordered(x: tl.tensor) -> tl.tensor:
-    """int32 keys in the order of floats; all NaN above all numbers, zeros of both signs equal."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(x != x, 0x7FFFFFFF, keys)
-
-
-@triton.jit
 def _route_kernel(
     logits: tl.tensor,
     biases: tl.tensor,  # or None
@@ -101,9 +94,11 @@ def _route_kernel(
         scores = scores / tl.sum(tl.sum(scores, 1), 0)
     choice = scores
     if biases is not None:
-        choice += tl.load(pointer_at(biases, tl.load(layer), tl.float32) + expert, inside, other=0.0)
+        choice += tl.load(
+            pointer_at(biases, tl.load(layer), tl.float32) + expert, inside, other=0.0
+        )
     LEAST: tl.constexpr = -0x7FFFFFFF - 1  # below every key
-    keys = tl.where(inside, _ordered(choice), LEAST)
+    keys = tl.where(inside, ordered(choice), LEAST)
     if GROUPS > 1:
         best = tl.max(keys, 1)
         at_best = tl.min(tl.where(keys == best[:, None], j[None, :], SIZE), 1)
@@ -112,7 +107,7 @@ def _route_kernel(
         if TOP2_SUM:
             others = tl.where(is_best | (inside == 0) | (choice != choice), float("-inf"), choice)
             group_scores += tl.max(others, 1)
-        group_keys = tl.where(g < GROUPS, _ordered(group_scores), LEAST)
+        group_keys = tl.where(g < GROUPS, ordered(group_scores), LEAST)
         kept = g < 0
         for _ in tl.static_range(TOP_GROUPS):
             left = tl.where(kept, LEAST, group_keys)
