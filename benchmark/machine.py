@@ -6,15 +6,13 @@ import os
 import platform
 from pathlib import Path
 
-import psutil
-
 
 def describe() -> dict[str, str | int]:
     """CPU model, cores that this process may use, memory and the Python that ran."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
@@ -28,6 +26,8 @@ def load1() -> float:
 def busy_seconds() -> float:
     """CPU seconds that all cores have spent at work since the machine's start, and those that a
     hypervisor took from them."""
+    import psutil
+
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
 

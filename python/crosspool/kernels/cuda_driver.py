@@ -2,7 +2,8 @@
 
 :class:`CudaDriver` is what CrossPool uses of it; :class:`CudaBindings` makes the calls through
 ``cuda.bindings.driver``. Addresses, handles and descriptors are plain ints, sizes are bytes. What
-each call demands is said in cuda.h; ``test/support/fake_cuda.py`` enforces it without a GPU.
+each call demands is said in cuda.h; ``test/support/fake_cuda.py`` enforces it without a GPU,
+and ``sgl-kernel-ext/test/libcuda.c`` hears what :class:`CudaBindings` says.
 
 Not run on a GPU so far.
 """

@@ -18,7 +18,7 @@ class DLPackDevice(NamedTuple):
 
     kind: int
     """DLPACK_CPU or DLPACK_CUDA."""
-    index: int
+    ordinal: int
 
 
 DLPACK_CPU = 1
@@ -36,7 +36,7 @@ _CODES = {
 
 
 class _Device(ctypes.Structure):
-    _fields_ = (("kind", ctypes.c_int32), ("index", ctypes.c_int32))
+    _fields_ = (("kind", ctypes.c_int32), ("ordinal", ctypes.c_int32))
 
 
 class _DataType(ctypes.Structure):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 import torch
@@ -17,7 +18,6 @@ from tqdm import tqdm
 
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
-from crosspool.kvpool.layout import KVLayout
 from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
 from crosspool.models.spec import ModelSpec
 from crosspool.observability.trace import LaneEvent, LaneTrace
@@ -25,12 +25,15 @@ from crosspool.ranks.attention_rank import AttentionRank, KVRank, ListsTensors
 from crosspool.ranks.executor import Executor
 from crosspool.ranks.ffn_rank import FFNRank
 from crosspool.ranks.host_loop import HostLoop
-from crosspool.ranks.weights import TORCH_DTYPES
+from crosspool.ranks.kv_memory import Make, V, take_kv_pool
 from crosspool.transport.data_path import AttentionLink, FFNLink, LinkCounters, LocalLink
 from crosspool.transport.messages import InspectWhat, RankInfo
 from crosspool.transport.shared_memory import SharedMemoryTransport
 from crosspool.weightpool.checkpoint import Progress
 from crosspool.weightpool.placement import Placement, attention_bytes
+
+if TYPE_CHECKING:
+    from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 
 log = logging.getLogger(__name__)
 
@@ -290,10 +293,29 @@ def kv_pool(
     """Takes the KV memory of the device's attention rank: the memory, and each model's cache.
 
     Raises ConfigError when the system has no memory for it."""
-    layouts = [KVLayout(spec, deployment.page_size, deployment.chunk_bytes) for spec in specs]
-    budget = deployment.kv_pool_bytes // len(deployment.kv_pool_devices)
-    chunks = budget // deployment.chunk_bytes
-    with loading(device, "KV pool", chunks * deployment.chunk_bytes) as progress:
+    return _kv_pool(deployment, device, specs, MremapVirtualizer)
+
+
+def gpu_kv_pool(
+    deployment: Deployment, device: Device, specs: Sequence[ModelSpec]
+) -> tuple[CudaVirtualizer, list[torch.Tensor]]:
+    """As :func:`kv_pool`, on a GPU. Whoever keeps a resident loop there sets the virtualizer's
+    ``quiesced``.
+
+    Raises ConfigError when the GPU cannot be used or has no memory for it."""
+    from crosspool.kernels.cuda_driver import CudaBindings
+    from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
+
+    driver = CudaBindings(device.gpu)
+    return _kv_pool(deployment, device, specs, functools.partial(CudaVirtualizer, driver))
+
+
+def _kv_pool(
+    deployment: Deployment, device: Device, specs: Sequence[ModelSpec], make: Make[V]
+) -> tuple[V, list[torch.Tensor]]:
+    chunks = deployment.kv_pool_bytes // len(deployment.kv_pool_devices) // deployment.chunk_bytes
+    budget = chunks * deployment.chunk_bytes
+    with loading(device, "KV pool", budget) as progress:
         done = 0
 
         def advance(now: int, _total: int) -> None:
@@ -301,21 +323,14 @@ def kv_pool(
             progress(now - done)
             done = now
 
-        virtualizer = MremapVirtualizer(
-            budget,
-            deployment.chunk_bytes,
-            [layout.range_bytes(chunks) for layout in layouts],
-            advance,
+        return take_kv_pool(
+            make,
+            specs,
+            budget_bytes=budget,
+            chunk_bytes=deployment.chunk_bytes,
+            page_size=deployment.page_size,
+            progress=advance,
         )
-    kv = [
-        virtualizer.tensor(
-            model,
-            (layout.pages_in(chunks), spec.layers, deployment.page_size, spec.kv_width),
-            TORCH_DTYPES[spec.dtype],
-        )
-        for model, (spec, layout) in enumerate(zip(specs, layouts, strict=True))
-    ]
-    return virtualizer, kv
 
 
 def _ffn_rank(

@@ -1,0 +1,61 @@
+"""The KV memory of an attention rank: its virtualizer, and a cache over each model's range."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import torch
+
+from crosspool.kvpool.layout import KVLayout
+from crosspool.kvpool.virtualizer import Progress, Virtualizer
+from crosspool.models.spec import ModelSpec
+from crosspool.ranks.weights import TORCH_DTYPES
+
+V = TypeVar("V", bound=Virtualizer)
+V_co = TypeVar("V_co", bound=Virtualizer, covariant=True)
+
+
+class Make(Protocol[V_co]):
+    """Makes a virtualizer: MremapVirtualizer, or CudaVirtualizer with its driver bound."""
+
+    def __call__(
+        self,
+        budget_bytes: int,
+        chunk_bytes: int,
+        ranges: Sequence[int],
+        progress: Progress | None = None,
+    ) -> V_co: ...
+
+
+def take_kv_pool(
+    make: Make[V],
+    specs: Sequence[ModelSpec],
+    *,
+    budget_bytes: int,
+    chunk_bytes: int,
+    page_size: int,
+    progress: Progress | None = None,
+) -> tuple[V, list[torch.Tensor]]:
+    """Takes the memory of one attention rank (``budget_bytes``, in whole chunks); returns it, and
+    each model's cache [pages, layers, page_size, kv_width], in which every model could use all of
+    the budget. Only mapped chunks of a cache may be touched.
+
+    Raises ConfigError when the device has no memory for it."""
+    layouts = [KVLayout(spec, page_size, chunk_bytes) for spec in specs]
+    chunks = budget_bytes // chunk_bytes
+    ranges = [layout.range_bytes(chunks) for layout in layouts]
+    virtualizer = make(budget_bytes, chunk_bytes, ranges, progress)
+    try:
+        caches = [
+            virtualizer.tensor(
+                model,
+                (layout.pages_in(chunks), spec.layers, page_size, spec.kv_width),
+                TORCH_DTYPES[spec.dtype],
+            )
+            for model, (spec, layout) in enumerate(zip(specs, layouts, strict=True))
+        ]
+    except BaseException:
+        virtualizer.close()
+        raise
+    return virtualizer, caches
