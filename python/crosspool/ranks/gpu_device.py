@@ -19,10 +19,9 @@ from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.device import Device
 from crosspool.kernels.cuda_loop import CudaLoop, ModelStages
 from crosspool.kernels.cuda_loop import LanePlaces as LoopPlaces
-from crosspool.kvpool.layout import KVLayout
 from crosspool.kvpool.virtualizer import Virtualizer
 from crosspool.models.spec import ModelSpec
-from crosspool.ranks.device import DeviceRanks, loading
+from crosspool.ranks.device import DeviceRanks, gpu_kv_pool, loading
 from crosspool.ranks.gpu_executor import GPUExecutor
 from crosspool.ranks.gpu_launch import EagerLauncher, GraphLauncher, capture
 from crosspool.ranks.gpu_loop import DeviceLoop, HostLaunchedLoop
@@ -37,7 +36,6 @@ from crosspool.ranks.gpu_stages import (
 )
 from crosspool.ranks.gpu_trace import GPUTrace
 from crosspool.ranks.gpu_weights import GPUFFN, GPUAttention
-from crosspool.ranks.weights import TORCH_DTYPES
 from crosspool.transport.data_path import LocalLink
 from crosspool.weightpool.placement import Placement, attention_bytes
 
@@ -59,31 +57,12 @@ def load_gpu_ranks(
     """As :func:`crosspool.ranks.device.load_ranks`, for a GPU that has both pools."""
     if deployment.devices != (device,):
         raise ConfigError(f"device {device.name}: a GPU serves both pools by itself for now")
-    from crosspool.kernels.cuda_driver import CudaBindings
-    from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
-
     torch.cuda.set_device(device.gpu)
     gpu = torch.device("cuda", device.gpu)
     resources = contextlib.ExitStack()
-    layouts = [KVLayout(spec, deployment.page_size, deployment.chunk_bytes) for spec in specs]
-    chunks = deployment.kv_pool_bytes // deployment.chunk_bytes
-    with loading(device, "KV pool", chunks * deployment.chunk_bytes) as progress:
-        done = 0
-
-        def advance(now: int, _total: int) -> None:
-            nonlocal done
-            progress(now - done)
-            done = now
-
-        virtualizer = CudaVirtualizer(
-            CudaBindings(device.gpu),
-            deployment.kv_pool_bytes,
-            deployment.chunk_bytes,
-            [layout.range_bytes(chunks) for layout in layouts],
-            advance,
-        )
+    virtualizer, kv = gpu_kv_pool(deployment, device, specs)
     resources.callback(virtualizer.close)
-    models = load_models(deployment, device, specs, placement, virtualizer, on=gpu)
+    models = load_models(deployment, device, specs, placement, kv, on=gpu)
     ranks, executor = join_lanes(deployment, models, virtualizer, gpu, resources)
     virtualizer.quiesced = executor.quiesced
     return ranks
@@ -94,21 +73,14 @@ def load_models(
     device: Device,
     specs: Sequence[ModelSpec],
     placement: Placement,
-    virtualizer: Virtualizer,
+    caches: Sequence[torch.Tensor],
     *,
     on: torch.device,
 ) -> list[GPUModel]:
-    """Weights of all models, and tensors over their KV. Raises ConfigError for a bad checkpoint."""
+    """Weights of all models, beside their KV caches. Raises ConfigError for a bad checkpoint."""
     models = []
-    for index, (model, spec) in enumerate(zip(deployment.models, specs, strict=True)):
-        layout = KVLayout(spec, deployment.page_size, deployment.chunk_bytes)
-        pages = layout.pages_in(deployment.kv_pool_bytes // deployment.chunk_bytes)
-        kv = virtualizer.tensor(
-            index,
-            (pages, spec.layers, deployment.page_size, spec.kv_width),
-            TORCH_DTYPES[spec.dtype],
-        )
-        path, positions = Path(model.path), min(spec.context, pages * deployment.page_size)
+    for index, (model, spec, kv) in enumerate(zip(deployment.models, specs, caches, strict=True)):
+        path, positions = Path(model.path), min(spec.context, kv.shape[0] * kv.shape[2])
         with loading(device, f"attention part of {model.name}", attention_bytes(spec)) as progress:
             attention = GPUAttention(spec, path, on, positions, progress)
         total = placement.weight_bytes[0][index]

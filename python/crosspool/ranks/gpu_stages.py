@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crosspool.kernels.cuda_loop import Stage
-from crosspool.kernels.triton.argmax import argmax, argmax_blocks
+from crosspool.kernels.triton.argmax import ArgmaxWorkspace, argmax
 from crosspool.kernels.triton.attention import AttentionWorkspace, attend
 from crosspool.kernels.triton.batch import DeviceBatch
 from crosspool.kernels.triton.expert_plan import ExpertPlan, plan_experts
@@ -25,7 +25,7 @@ from crosspool.kernels.triton.linear import LinearWorkspace, head_logits, linear
 from crosspool.kernels.triton.mla import mla_append, mla_queries, mla_values
 from crosspool.kernels.triton.norm import add_rms_norm, embed, rms_norm
 from crosspool.kernels.triton.router import route
-from crosspool.kernels.triton.sampling import SamplingRules, sample
+from crosspool.kernels.triton.sampling import SamplingRules, SamplingWorkspace, sample
 from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, MoEFFN
 from crosspool.ranks.gpu_inputs import InputLayout
 from crosspool.ranks.gpu_weights import GPUFFN, FFNKind, GPUAttention
@@ -177,11 +177,12 @@ class Scratch:
         self.last_partial = take(wanted, spec.hidden)
         self.last_normed = take(wanted, spec.hidden)
         self.logits = carver.take(torch.float32, wanted, spec.vocab)
-        self.probs = carver.take(torch.float32, wanted, spec.vocab)
         self.best = carver.take(torch.int32, wanted)
-        blocks = argmax_blocks(spec.vocab)
-        self.block_value = carver.take(torch.float32, wanted, blocks)
-        self.block_index = carver.take(torch.int32, wanted, blocks)
+        self.sampling = SamplingWorkspace(
+            probs=carver.take(torch.float32, wanted, spec.vocab),
+            candidates=carver.take(torch.float32, wanted, spec.vocab),
+            tokens=carver.take(torch.int32, wanted, spec.vocab),
+        )
 
     @classmethod
     def bytes(cls, spec: ModelSpec, layout: InputLayout) -> int:
@@ -213,6 +214,7 @@ class Stages:
             Stage.MOE_FFN if isinstance(kind.ffn, MoEFFN) else Stage.DENSE_FFN: self._ffn(kind)
             for kind in model.ffn.kinds
         }
+        self._argmax = ArgmaxWorkspace.allocate(layout.wanted, spec.vocab, device)
         self._first = torch.zeros(1, dtype=torch.int32, device=device)
 
     @property
@@ -267,9 +269,9 @@ class Stages:
         s, wanted = self.scratch, self.inputs.wanted_count
         self.gather()
         self.logits()
-        argmax(s.logits, wanted, s.best, s.block_value, s.block_index)
+        argmax(s.logits, wanted, s.best, self._argmax)
         chosen = self.lane.chosen[: self.layout.wanted]
-        sample(s.logits, s.best, self.inputs.rules, wanted, chosen, s.probs)
+        sample(s.logits, s.best, self.inputs.rules, wanted, chosen, s.sampling)
 
     def gather(self) -> None:
         """The wanted rows' residuals after the last layer, to ``scratch.last``."""

@@ -12,7 +12,6 @@ from crosspool.kernels.triton.expert_plan import ExpertPlan
 from crosspool.kernels.triton.tables import TensorTable, pointer_at, tl_dtype
 from crosspool.kernels.triton.tiles import depth_block, product_tile
 
-
 _CHUNK = 768
 """Depths of a down matrix that one program takes where rows are few: short enough that a chosen
 expert keeps every multiprocessor busy, a multiple of every depth block."""

@@ -178,9 +178,7 @@ def _sample_kernel(
     reaches_further = (n < top_k) & (kept_mass <= top_p) & (below >= least)
     if (threshold > 0) & reaches_further:
         n, kept_mass = _collect(probs, vocab, 1, candidates, candidate_tokens, BLOCK)
-    token = _draw_filtered(
-        candidates, candidate_tokens, n, top_k, top_p, least, most, draw, BLOCK
-    )
+    token = _draw_filtered(candidates, candidate_tokens, n, top_k, top_p, least, most, draw, BLOCK)
     tl.store(tokens + row, token)
 
 

@@ -1,0 +1,47 @@
+"""The ranks of a GPU on CPU tensors: its stages called one by one, Triton's kernels interpreted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from crosspool.config.deployment import Deployment
+from crosspool.config.device import Device
+from crosspool.models.spec import ModelSpec
+from crosspool.ranks.device import DeviceRanks, kv_pool
+from crosspool.ranks.gpu_device import join_lanes, load_models
+from crosspool.weightpool.placement import Placement
+
+
+def load_interpreted(
+    deployment: Deployment,
+    device: Device,
+    specs: Sequence[ModelSpec],
+    placement: Placement,
+    _lanes_fd: int | None,
+) -> DeviceRanks:
+    """As :func:`crosspool.ranks.gpu_device.load_gpu_ranks`."""
+    cpu = torch.device("cpu")
+    virtualizer, kv = kv_pool(deployment, device, specs)
+    resources = contextlib.ExitStack()
+    resources.callback(virtualizer.close)
+    models = load_models(deployment, device, specs, placement, kv, on=cpu)
+    ranks, _ = join_lanes(deployment, models, virtualizer, cpu, resources)
+    return ranks
+
+
+def shallow(checkpoint: Path, folder: Path, layers: int) -> Path:
+    """The first layers of a checkpoint: its files beside a config.json that names fewer."""
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        if file.name != "config.json":
+            (folder / file.name).symlink_to(file)
+    config = json.loads((checkpoint / "config.json").read_text())
+    for field in ("mlp_layer_types", "layer_types"):
+        if field in config:
+            config[field] = config[field][:layers]
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    return folder
