@@ -8,7 +8,6 @@ Nothing here has run on a GPU yet (docs/gpu.md).
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,29 +16,18 @@ import torch
 
 from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.device import Device
-from crosspool.kernels.cuda_loop import CudaLoop, ModelStages
-from crosspool.kernels.cuda_loop import LanePlaces as LoopPlaces
 from crosspool.kvpool.virtualizer import Virtualizer
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks, gpu_kv_pool, loading
 from crosspool.ranks.gpu_executor import GPUExecutor
-from crosspool.ranks.gpu_launch import EagerLauncher, GraphLauncher, capture
-from crosspool.ranks.gpu_loop import DeviceLoop, HostLaunchedLoop
-from crosspool.ranks.gpu_rank import GPURank, HostMemory
-from crosspool.ranks.gpu_stages import (
-    GPUModel,
-    LanePlaces,
-    Scratch,
-    Stages,
-    buckets_up_to,
-    layouts_of,
-)
+from crosspool.ranks.gpu_inputs import HostMemory
+from crosspool.ranks.gpu_lanes import make_loop, make_stages
+from crosspool.ranks.gpu_rank import GPURank
+from crosspool.ranks.gpu_stages import GPUModel, buckets_up_to
 from crosspool.ranks.gpu_trace import GPUTrace
 from crosspool.ranks.gpu_weights import GPUFFN, GPUAttention
 from crosspool.transport.data_path import LocalLink
 from crosspool.weightpool.placement import Placement, attention_bytes
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -117,7 +105,7 @@ def join_lanes(
     ]
     resident = on_gpu and deployment.loop == "resident"
     trace = GPUTrace(resident=resident)
-    loop = make_loop(models, lanes, stages, buckets, resident=resident, trace=trace)
+    loop = make_loop(models, lanes, stages, buckets, resident=resident, watch=trace)
     links = [LocalLink(0, lane, 0) for lane in range(deployment.lanes)]
     kv = [model.kv for model in models]
     attention = GPURank(0, specs, [model.attention for model in models], virtualizer, kv)
@@ -142,60 +130,3 @@ def join_lanes(
         resources=resources,
     )
     return ranks, executor
-
-
-def make_stages(
-    models: Sequence[GPUModel],
-    buckets: Sequence[int],
-    lanes: int,
-    sequences: int,
-    device: torch.device,
-) -> tuple[list[LanePlaces], dict[tuple[int, int, int], Stages]]:
-    """Every lane's memory, and its stages by lane, model and bucket; ``sequences``: of a step at
-    most."""
-    layouts = [layouts_of(model, buckets, sequences) for model in models]
-    arena = max(
-        Scratch.bytes(model.spec, layout)
-        for model, of_model in zip(models, layouts, strict=True)
-        for layout in of_model
-    )
-    places = [LanePlaces(device, buckets[-1], arena) for _ in range(lanes)]
-    stages = {
-        (lane, index, bucket): Stages(model, layout, place)
-        for lane, place in enumerate(places)
-        for index, (model, of_model) in enumerate(zip(models, layouts, strict=True))
-        for bucket, layout in enumerate(of_model)
-    }
-    return places, stages
-
-
-def make_loop(
-    models: Sequence[GPUModel],
-    lanes: Sequence[LanePlaces],
-    stages: dict[tuple[int, int, int], Stages],
-    buckets: Sequence[int],
-    *,
-    resident: bool,
-    trace: GPUTrace | None = None,
-) -> DeviceLoop:
-    """The loop over the lanes' stages: resident or host-launched graphs on a GPU, plain calls on
-    CPU tensors. Raises ConfigError for a model whose layers it does not drive."""
-    try:
-        known = [ModelStages(kinds=model.kinds) for model in models]
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    if lanes[0].device.type != "cuda":
-        return HostLaunchedLoop(known, len(lanes), EagerLauncher(lanes, stages), trace)
-    graphs = capture(lanes, stages)
-    log.info("captured %d graphs", len(graphs))
-    if not resident:
-        for graph in graphs.values():
-            graph.instantiate()
-        layers = max(model.spec.layers for model in models)
-        return HostLaunchedLoop(known, len(lanes), GraphLauncher(lanes, graphs, layers), trace)
-    places = [LoopPlaces(lane.words.data_ptr(), lane.chosen.data_ptr()) for lane in lanes]
-    loop = CudaLoop(known, places, buckets)
-    for (lane, model, stage, bucket), graph in graphs.items():
-        loop.add_graph(lane, model, stage, bucket, graph.raw_cuda_graph())
-    loop.start()
-    return loop

@@ -11,9 +11,9 @@ import msgspec
 import torch
 
 from crosspool.kernels.engine_structs import DONE, LOGITS, TOKENS, Event
-from crosspool.ranks.gpu_inputs import InputLayout
+from crosspool.ranks.gpu_inputs import HostMemory, InputLayout
 from crosspool.ranks.gpu_loop import DeviceLoop
-from crosspool.ranks.gpu_rank import GPUFlight, GPURank, HostMemory
+from crosspool.ranks.gpu_rank import GPUFlight, GPURank
 from crosspool.ranks.weights import TORCH_DTYPES
 from crosspool.transport.data_path import LinkCounters
 from crosspool.transport.messages import Recall, Release, Step, StepResult

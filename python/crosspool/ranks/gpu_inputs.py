@@ -18,6 +18,8 @@ _NUMPY: dict[torch.dtype, type[np.generic]] = {
     torch.float32: np.float32,
     torch.float64: np.float64,
 }
+_STOPS = 64
+"""Stop tokens of a row, in the mean, that a lease has room for."""
 _HEADER = 4
 """Elements: sequences, pages of the longest sequence, wanted rows, one that is unused."""
 
@@ -90,6 +92,19 @@ class HostInputs:
     def close(self, sequences: int, pages: int, wanted: int) -> None:
         """Says how much there is: lines of the page table, pages in the longest, wanted rows."""
         self._header[:3] = sequences, pages, wanted
+
+
+class HostMemory:
+    """What the steps of one lane leave in host memory for the device, and get back from it. On a
+    GPU it is pinned, and so readable there."""
+
+    def __init__(self, elements: int, wanted: int, lease: int, *, pinned: bool) -> None:
+        """``elements``: of the largest inputs; ``wanted``: tokens of one step; ``lease``: steps."""
+        self.inputs = torch.zeros(elements, dtype=torch.int32, pin_memory=pinned)
+        self.tokens = torch.full((lease * wanted,), -1, dtype=torch.int32, pin_memory=pinned)
+        self.stops = torch.zeros(_STOPS * wanted, dtype=torch.int32, pin_memory=pinned)
+        self.stop_ends = torch.zeros(wanted, dtype=torch.int32, pin_memory=pinned)
+        self.lease = lease
 
 
 def _up(elements: int) -> int:

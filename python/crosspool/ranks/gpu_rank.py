@@ -15,7 +15,7 @@ from torch import Tensor
 from crosspool.kernels import engine_structs as es
 from crosspool.kernels.cuda_loop_structs import StepArguments
 from crosspool.ranks.attention_rank import KVRank
-from crosspool.ranks.gpu_inputs import HostInputs, InputLayout
+from crosspool.ranks.gpu_inputs import HostInputs, HostMemory, InputLayout
 from crosspool.ranks.lm_head import StepEnd, Wanted
 from crosspool.ranks.resident_rank import ResidentRequest, choices_of
 from crosspool.ranks.sampler import penalises
@@ -24,22 +24,6 @@ from crosspool.transport.messages import RowResult, Step, StepResult
 if TYPE_CHECKING:
     from crosspool.ranks.gpu_stages import Stages
     from crosspool.ranks.gpu_weights import GPUAttention  # noqa: F401
-
-_STOPS = 64
-"""Stop tokens of a row, in the mean, that a lease has room for."""
-
-
-class HostMemory:
-    """What the steps of one lane leave in host memory for the device, and get back from it. On a
-    GPU it is pinned, and so readable there."""
-
-    def __init__(self, elements: int, wanted: int, lease: int, *, pinned: bool) -> None:
-        """``elements``: of the largest inputs; ``wanted``: tokens of one step; ``lease``: steps."""
-        self.inputs = torch.zeros(elements, dtype=torch.int32, pin_memory=pinned)
-        self.tokens = torch.full((lease * wanted,), -1, dtype=torch.int32, pin_memory=pinned)
-        self.stops = torch.zeros(_STOPS * wanted, dtype=torch.int32, pin_memory=pinned)
-        self.stop_ends = torch.zeros(wanted, dtype=torch.int32, pin_memory=pinned)
-        self.lease = lease
 
 
 class GPUFlight:
