@@ -14,6 +14,6 @@ device memory:
 Sums run in float32 and are rounded to the model's dtype where a result is stored.
 
 norm.py embeddings, RMSNorm, residual sums; linear.py products with few rows; gqa.py and mla.py
-what lies between projections and attention; attention.py paged attention; router.py, expert_plan.py, experts.py
-the FFN part (route, plan_experts, gated_mlps in this order); argmax.py and sampling.py the tokens.
+what lies between projections and attention; attention.py paged attention; router.py,
+expert_plan.py and experts.py the FFN part, in this order; argmax.py and sampling.py the tokens.
 """

@@ -1,0 +1,37 @@
+"""The Triton kernels' tests in Triton's interpreter.
+
+It must be chosen before triton is imported, and would change triton for every other test: hence a
+process of its own."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def _has_triton() -> bool:
+    try:
+        importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not _has_triton(), reason="triton is not installed")
+def test_kernels_in_the_interpreter() -> None:
+    tests = Path(__file__).parent / "triton"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(tests)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout, done.stdout

@@ -1,0 +1,34 @@
+"""Each test here runs twice: on a GPU (``pytest -m gpu test/kernels/triton``), and where it is not
+itself marked ``gpu``, by test/kernels/test_triton.py in Triton's interpreter, on CPU tensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETED:
+    from support.triton_interpreter import repair
+
+    repair()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if not INTERPRETED and here in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the kernels run."""
+    if INTERPRETED:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU (the interpreter's run: test/kernels/test_triton.py)")
+    return torch.device("cuda")

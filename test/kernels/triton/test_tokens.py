@@ -1,0 +1,126 @@
+"""Argmax, the project's random numbers, and sampling, token by token."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from crosspool.kernels.triton.argmax import ArgmaxWorkspace, argmax
+from crosspool.kernels.triton.sampling import SamplingRules, SamplingWorkspace, sample
+from crosspool.kernels.triton.uniform import uniform
+from crosspool.ranks import sampler
+from crosspool.transport.messages import Sampling
+from support.device_kernels import int32
+from torch import Tensor
+
+gpu = pytest.mark.gpu
+
+
+def test_draws_are_numpys(device: torch.device) -> None:
+    seeds = [0, 1, -5, 2**63 - 1, -(2**63) + 11]
+    positions = [0, 1, 77, 2**40, 5]
+    out = torch.empty(5, dtype=torch.float64, device=device)
+    uniform(torch.tensor(seeds, device=device), torch.tensor(positions, device=device), out)
+    expected = [sampler.uniform(s, p) for s, p in zip(seeds, positions, strict=True)]
+    assert out.tolist() == expected
+
+
+def best_tokens(logits: Tensor, rows: int) -> Tensor:
+    bucket, vocab = logits.shape
+    best = torch.full((bucket,), -7, dtype=torch.int32, device=logits.device)
+    workspace = ArgmaxWorkspace.allocate(bucket, vocab, logits.device)
+    argmax(logits, int32([rows], logits.device), best, workspace)
+    return best
+
+
+@pytest.mark.parametrize(
+    "vocab", [1, 300, 5000, pytest.param(151936, marks=gpu), pytest.param(154880, marks=gpu)]
+)
+def test_argmax(vocab: int, device: torch.device) -> None:
+    logits = torch.randint(-9, 9, (6, vocab), device=device).float() - 20.0
+    logits[1] = -math.inf
+    logits[2, vocab // 2 :] = math.nan
+    logits[3] = 0.0
+    logits[3, : vocab // 2] = -0.0  # no smaller than the others
+    found = best_tokens(logits, 5).tolist()
+    assert found[0] == int((logits[0] == logits[0].max()).nonzero()[0, 0])
+    assert found[1:4] == [0, vocab // 2, 0]
+    assert found[5] == -7
+
+
+RULES: tuple[dict[str, float], ...] = (
+    {},
+    {"temperature": 0.3},
+    {"temperature": 0.0},
+    {"top_k": 1},
+    {"top_k": 1 << 20},
+    {"top_k": 5},
+    {"top_k": 1500},
+    {"top_p": 0.9},
+    {"top_p": 0.9999},
+    {"min_p": 0.02},
+    {"min_p": 1e-5, "temperature": 3.0},
+    {"top_k": 40, "top_p": 0.8, "min_p": 0.01, "temperature": 0.8},
+    {"top_k": 40, "top_p": 0.0001},
+)
+
+
+def draw(logits: Tensor, samplings: list[Sampling], positions: list[int]) -> Tensor:
+    rows, vocab = logits.shape
+    device = logits.device
+
+    def column(values: list[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    rules = SamplingRules(
+        temperature=column([s.temperature for s in samplings], torch.float32),
+        top_k=column([s.top_k for s in samplings], torch.int32),
+        top_p=column([s.top_p for s in samplings], torch.float64),
+        min_p=column([s.min_p for s in samplings], torch.float32),
+        seed=column([s.seed for s in samplings], torch.int64),
+        position=column(positions, torch.int64),
+    )
+    tokens = torch.full((rows + 1,), -7, dtype=torch.int32, device=device)
+    workspace = SamplingWorkspace.allocate(rows, vocab, device)
+    workspace.probs.fill_(math.nan)
+    workspace.candidates.fill_(math.nan)
+    sample(logits, best_tokens(logits, rows), rules, int32([rows], device), tokens, workspace)
+    assert tokens[rows] == -7
+    return tokens[:rows]
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
+@pytest.mark.parametrize(
+    "vocab, repeats",
+    [(1501, 1), pytest.param(3001, 20, marks=gpu), pytest.param(151936, 4, marks=gpu)],
+)
+def test_the_same_tokens_are_drawn_as_on_the_host(
+    vocab: int, repeats: int, spread: float, device: torch.device
+) -> None:
+    rules = [rule for rule in RULES for _ in range(repeats)]
+    # As a bfloat16 model's: with many equals.
+    logits = (torch.randn(len(rules), vocab) * spread).bfloat16().float()
+    samplings = [Sampling(seed=i * 7919 - 3, **rule) for i, rule in enumerate(rules)]  # type: ignore[arg-type]
+    positions = [i + 3 for i in range(len(rules))]
+    rows = [
+        sampler.SamplingRow(s, [], position=p) for s, p in zip(samplings, positions, strict=True)
+    ]
+    expected = sampler.sample(logits, rows, [])
+    found = draw(logits.to(device), samplings, positions).cpu()
+    # exp() differs in the last bit between devices, and with it where a draw at an edge falls.
+    wrong = (found != expected).sum()
+    assert wrong <= (0 if device.type == "cpu" else len(rules) // 50)
+
+
+def test_barred_tokens_are_never_drawn(device: torch.device) -> None:
+    logits = torch.full((12, 100), -math.inf, device=device)
+    logits[:, [20, 60]] = 1.0
+    samplings = [Sampling(seed=i, top_k=(-1, 50, 3)[i % 3]) for i in range(12)]
+    assert set(draw(logits, samplings, [5] * 12).tolist()) == {20, 60}
+
+
+def test_a_row_without_numbers_ends_at_the_last_token(device: torch.device) -> None:
+    logits = torch.full((2, 100), math.nan, device=device)
+    samplings = [Sampling(seed=1), Sampling(seed=1, top_k=5)]
+    assert draw(logits, samplings, [5, 5]).tolist() == [99, 99]
