@@ -1,4 +1,5 @@
-"""The ranks of a GPU on CPU tensors: its stages called one by one, Triton's kernels interpreted."""
+"""The ranks of a GPU for tests: on it, or on CPU tensors, its stages called one by one and Triton's
+kernels interpreted."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks, kv_pool
-from crosspool.ranks.gpu_device import join_lanes, load_models
+from crosspool.ranks.gpu_device import join_lanes, load_gpu_ranks, load_models
 from crosspool.weightpool.placement import Placement
 
 
@@ -30,6 +31,27 @@ def load_interpreted(
     resources.callback(virtualizer.close)
     models = load_models(deployment, device, specs, placement, kv, on=cpu)
     ranks, _ = join_lanes(deployment, models, virtualizer, cpu, resources)
+    return ranks
+
+
+def load_compiled(
+    deployment: Deployment,
+    device: Device,
+    specs: Sequence[ModelSpec],
+    placement: Placement,
+    _lanes_fd: int | None,
+) -> DeviceRanks:
+    """A GPU's, with the KV memory that is mapped first full of NaN."""
+    ranks = load_gpu_ranks(deployment, device, specs, placement)
+    assert ranks.attention is not None
+    virtualizer = ranks.attention.virtualizer
+    for model, kv in enumerate(ranks.attention.kv):
+        chunks = list(range(virtualizer.free_bytes // deployment.chunk_bytes))
+        virtualizer.map(model, chunks)
+        pages = len(chunks) * deployment.chunk_bytes // (kv[0].nbytes)
+        kv[:pages].fill_(torch.nan)
+        torch.cuda.synchronize()
+        virtualizer.unmap(model, chunks)
     return ranks
 
 

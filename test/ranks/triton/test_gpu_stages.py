@@ -1,22 +1,31 @@
-"""Whole steps through the stages of a GPU, on CPU tensors under Triton's interpreter."""
+"""Whole steps through the stages of a GPU: on one under both loops, and on CPU tensors under
+Triton's interpreter, against the host loop of the CPU."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import crosspool.demo
 import pytest
 import torch
-from crosspool.transport.messages import Logprobs, Sampling, TokenLogprobs
-from support.machine import Machine, Stream
 
 pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("kernels are compiled here: TRITON_INTERPRET is not 1", allow_module_level=True)
+pytest.importorskip("msgspec", reason="msgspec is not installed (the messages of a step)")
 
-from support.triton_device import load_interpreted, shallow
+from crosspool.transport.messages import Logprobs, Sampling, TokenLogprobs
+from support.machine import Machine, Stream
+from support.triton_device import load_compiled, load_interpreted, shallow
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PLACES: dict[str, dict[str, Any]] = {
+    loop: {"loop": loop, "kv": "cuda:0", "weights": ("cuda:0",), "load": load_compiled}
+    for loop in ("host", "resident")
+}
+if INTERPRETED:
+    PLACES = {"interpreted": {"loop": "host", "load": load_interpreted}}
 
 DEMO = Path(crosspool.demo.__path__[0])
 QWEN, DEEPSEEK, GLM = 0, 1, 2
@@ -36,9 +45,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [shallow(DEMO / name, folder / name, layers=2) for name in names]
 
 
-@pytest.fixture(scope="module")
-def gpu(models: list[Path]) -> Iterator[Machine]:
-    with Machine(models, loop="host", dtype="float32", load=load_interpreted, **LIMITS) as machine:
+@pytest.fixture(scope="module", params=list(PLACES))
+def gpu(models: list[Path], request: pytest.FixtureRequest) -> Iterator[Machine]:
+    if not INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    with Machine(models, dtype="float32", **PLACES[request.param], **LIMITS) as machine:
         yield machine
 
 
