@@ -1,6 +1,8 @@
 # make env     an environment in .venv with everything that serving needs
 # make serve   the three bundled models on port 30000
 # make test    the tests;  make lint  style, types, formatting
+# make test-gpu  the tests that need an NVIDIA GPU, with the Python that holds torch (GPU_PYTHON);
+#              make bench-gpu  the measurements there. Nothing is installed for either: see docs/gpu.md
 # make bench   kernels, hand-over, engine and ablation; records and plots are rewritten
 # make bench-peers  installs other engines (PEERS="llama vllm": only these) and measures beside them
 #
@@ -15,6 +17,8 @@ TORCH_INDEX ?=
 PIP_ARGS ?=
 ARGS ?=
 PEERS ?=
+GPU_PYTHON ?= python3
+GPU_ARCHITECTURES ?= 80;90
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
@@ -23,7 +27,12 @@ NODEPS := requirements/frontend-nodeps.txt
 NATIVE := $(shell find sgl-kernel-ext -type f)
 CXX_FILES := $(filter %.h %.hpp %.c %.cpp %.cu,$(NATIVE))
 
-.PHONY: env dev serve test lint format bench bench-peers clean
+# The files and folders that hold tests marked `gpu`; others may need what is not there.
+GPU_TESTS = $(sort $(patsubst %/conftest.py,%,$(shell grep -rl --include=conftest.py --include='test_*.py' pytest.mark.gpu test)))
+GPU_RUN := PYTHONPATH=python:.$(if $(PYTHONPATH),:$(PYTHONPATH)) CUDA_MODULE_LOADING=EAGER $(GPU_PYTHON)
+GPU_BUILD := build/gpu
+
+.PHONY: native-gpu test-gpu bench-gpu env dev serve test lint format bench bench-peers clean
 env: $(VENV)/.env
 dev: $(VENV)/.dev
 
@@ -58,6 +67,21 @@ lint: dev
 	@echo "==> ruff format --check"; $(BIN)/ruff format --check .
 	@echo "==> mypy"; $(BIN)/mypy
 	@$(if $(CXX_FILES),echo "==> clang-format"; $(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+
+# In place: python/crosspool/kernels/*.so. CMake comes with pip's cmake or the system.
+native-gpu:
+	@echo "==> native code, in place"
+	@cmake -S sgl-kernel-ext -B $(GPU_BUILD) -DCMAKE_BUILD_TYPE=Release \
+	  -DCROSSPOOL_CUDA_ARCHITECTURES="$(GPU_ARCHITECTURES)" \
+	  -DCROSSPOOL_NVSHMEM="$$($(GPU_PYTHON) scripts/nvshmem_folder.py)"
+	@cmake --build $(GPU_BUILD) --parallel
+	@cmake --install $(GPU_BUILD) --prefix python
+
+test-gpu: native-gpu
+	@$(GPU_RUN) -m pytest -m gpu $(GPU_TESTS) $(ARGS)
+
+bench-gpu: native-gpu
+	@$(GPU_RUN) -m benchmark.gpu $(ARGS)
 
 bench: dev
 	@echo "==> kernels"; $(BIN)/python -m benchmark.kernels
