@@ -20,7 +20,8 @@ if INTERPRETED:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
-        if not INTERPRETED and here in item.path.parents:
+        on_device = "device" in getattr(item, "fixturenames", ())
+        if not INTERPRETED and on_device and here in item.path.parents:
             item.add_marker(pytest.mark.gpu)
 
 

@@ -12,7 +12,7 @@ from support.device_kernels import Paged, assert_close, attention, paged, poison
 from torch import Tensor
 
 gpu = pytest.mark.gpu
-RAGGED = ((200, 1), (0, 5), (0, 1), (33, 7), (97, 1))
+RAGGED = ((130, 1), (0, 3), (0, 1), (17, 3))
 LONG = ((4095, 1), (130, 1), (0, 1), (2048, 200), (0, 1), (511, 40))
 SHAPES = [
     # q_heads, kv_heads, qk_dim, v_dim, window
@@ -68,6 +68,8 @@ def test_ragged_batches(
     segments = RAGGED if device.type == "cpu" else LONG
     if dtype == torch.float32 and qk_dim == 576:
         pytest.skip("no model of this shape is held in float32")
+    if dtype == torch.float32 and device.type == "cpu" and (q_heads == 3 or window is not None):
+        pytest.skip("bfloat16 covers it in the interpreter")
     width = qk_dim if v_dim < qk_dim else 2 * kv_heads * qk_dim
     rows = sum(rows for _, rows in segments)
     made = paged(segments, rows + 2, width, dtype, device)
@@ -79,7 +81,7 @@ def test_ragged_batches(
     assert_close(out, expected, dtype)
 
 
-@pytest.mark.parametrize("bucket", [1, 2, 4])
+@pytest.mark.parametrize("bucket", [1, 4])
 @pytest.mark.parametrize(
     "q_heads, kv_heads, qk_dim, v_dim",
     [
@@ -107,7 +109,7 @@ def test_decode_with_many_splits(
 @pytest.mark.parametrize("window", [None, 20])
 def test_reference_is_the_host_loops(window: int | None) -> None:
     """The float64 reference above against the project's torch kernels."""
-    made = paged(RAGGED, 15, 256, torch.float32, torch.device("cpu"))
+    made = paged(RAGGED, 8, 256, torch.float32, torch.device("cpu"))
     first = 0
     segments = []
     for start, rows in made.segments:
@@ -115,12 +117,12 @@ def test_reference_is_the_host_loops(window: int | None) -> None:
         pages = made.batch.page_table[line].long()
         segments.append(Segment(first_row=first, rows=rows, start=start, pages=pages))
         first += rows
-    q = torch.randn(15, 4, 64)
+    q = torch.randn(8, 4, 64)
     expected = attention(q, made, kv_heads=2, v_dim=64, scale=0.125, window=window)
     found = gqa_attention(q, made.kv, 1, segments, kv_heads=2, scale=0.125, window=window)
     assert_close(found, expected, torch.float32)
     if window is None:
-        q = torch.randn(15, 3, 256)
+        q = torch.randn(8, 3, 256)
         expected = attention(q, made, kv_heads=1, v_dim=192, scale=0.1, window=None)
         found = mla_attention(q, made.kv, 1, segments, latent=192, scale=0.1)
         assert_close(found, expected, torch.float32)

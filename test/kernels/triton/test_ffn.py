@@ -34,16 +34,15 @@ DEEPSEEK_V3 = {
 }
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize(
-    "experts, top_k, biased, rules",
+    "experts, top_k, biased, rules, dtype",
     [
-        (8, 2, False, QWEN3),
-        (128, 8, False, QWEN3),
-        (64, 6, False, DEEPSEEK_V2),
-        (64, 4, True, GLM),
-        (160, 6, False, GROUPED),
-        (256, 8, True, DEEPSEEK_V3),
+        (8, 2, False, QWEN3, BF16),
+        (128, 8, False, QWEN3, BF16),
+        (64, 6, False, DEEPSEEK_V2, FP32),
+        (64, 4, True, GLM, FP32),
+        (160, 6, False, GROUPED, BF16),
+        (256, 8, True, DEEPSEEK_V3, FP32),
     ],
 )
 def test_routes(
@@ -54,16 +53,16 @@ def test_routes(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    logits = random(9, experts, dtype=dtype, device=device)
+    logits = random(6, experts, dtype=dtype, device=device)
     logits[0] = 0.5  # all the same: the lowest indices win
     logits[1, experts // 2 :] = logits[1, : experts - experts // 2]  # pairs of equals
     bias = [torch.randn(experts, device=device) * 0.1 for _ in range(2)] if biased else None
-    chosen = torch.full((9, top_k), -7, dtype=torch.int32, device=device)
-    weights = poisoned(9, top_k, dtype=FP32, device=device)
+    chosen = torch.full((6, top_k), -7, dtype=torch.int32, device=device)
+    weights = poisoned(6, top_k, dtype=FP32, device=device)
     table = TensorTable.of(bias) if bias else None
-    route(logits, table, int32([1], device), int32([7], device), chosen, weights, **rules)
+    route(logits, table, int32([1], device), int32([5], device), chosen, weights, **rules)
 
-    wide = logits[:7].float().cpu()
+    wide = logits[:5].float().cpu()
     fields = {"groups": 1, "top_groups": 1, "group_score": "max", "renormalize": False}
     fields |= {"scale": 1.0} | rules
     bias_used = bias[1].cpu() if bias else None
@@ -71,20 +70,20 @@ def test_routes(
     expected, expected_weights = host_route(
         wide, torch.eye(experts), bias_used, top_k=top_k, **fields
     )
-    distinct = [row for row in range(7) if len(wide[row].unique()) == experts] if not biased else []
+    distinct = [row for row in range(5) if len(wide[row].unique()) == experts] if not biased else []
     assert torch.equal(chosen[distinct].cpu().long(), expected[distinct])
     torch.testing.assert_close(weights[distinct].cpu(), expected_weights[distinct])
     # Ties: whichever are chosen, the values are the same, and the lower index comes first.
     scores = wide.softmax(-1) if rules["score"] == "softmax" else wide.sigmoid()
     choice = scores if bias_used is None else scores + bias_used
-    own = choice.gather(1, chosen[:7].cpu().long())
+    own = choice.gather(1, chosen[:5].cpu().long())
     torch.testing.assert_close(own, choice.gather(1, expected))
     equal = own[:, 1:] == own[:, :-1]
-    assert (chosen[:7].cpu().diff(dim=1)[equal] > 0).all()
+    assert (chosen[:5].cpu().diff(dim=1)[equal] > 0).all()
     if not biased:
         assert chosen[0].tolist() == list(range(top_k))
-    assert (chosen[7:] == -7).all()
-    assert weights[7:].isnan().all()
+    assert (chosen[5:] == -7).all()
+    assert weights[5:].isnan().all()
 
 
 def test_a_nan_is_chosen_before_any_number(device: torch.device) -> None:
@@ -112,10 +111,10 @@ CASES = [
     (4, 3, 8, 0, 8, 2, 128, 0, 128),  # tiny Qwen3
     (2, 2, 8, 0, 8, 2, 96, 192, 128),  # tiny DeepSeek-V2
     (16, 16, 8, 4, 4, 2, 96, 96, 128),  # tiny GLM-4.7, the second of two ranks
-    (1, 1, 0, 0, 0, 0, 0, 800, 128),  # a dense layer: more than one chunk
-    (24, 21, 8, 0, 8, 2, 96, 192, 128),
-    (100, 99, 4, 1, 2, 2, 128, 0, 96),
-    (40, 39, 0, 0, 0, 0, 0, 384, 128),
+    (1, 1, 0, 0, 0, 0, 0, 800, 64),  # a dense layer: more than one chunk
+    (24, 21, 8, 0, 8, 2, 48, 96, 64),
+    (100, 99, 4, 1, 2, 2, 64, 0, 64),
+    (40, 39, 0, 0, 0, 0, 0, 192, 64),
     pytest.param(1, 1, 128, 0, 128, 8, 768, 0, 2048, marks=gpu),  # Qwen3-30B-A3B
     pytest.param(4, 3, 128, 0, 128, 8, 768, 0, 2048, marks=gpu),
     pytest.param(256, 250, 128, 0, 128, 8, 768, 0, 2048, marks=gpu),
@@ -129,7 +128,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("dtype, out_dtype", [(BF16, BF16), (FP32, FP32), (BF16, FP32)], ids=str)
 @pytest.mark.parametrize(
     "bucket, rows, experts, first, held, top_k, width, shared_width, hidden", CASES
 )
@@ -144,10 +143,13 @@ def test_gated_mlps(
     shared_width: int,
     hidden: int,
     dtype: torch.dtype,
+    out_dtype: torch.dtype,
     device: torch.device,
 ) -> None:
     if dtype == FP32 and hidden == 2048:
         pytest.skip("no model of this shape is held in float32")
+    if device.type == "cpu" and dtype != out_dtype and bucket < 16:
+        pytest.skip("the other cases cover it in the interpreter")
     stacks, shared = [], []
     if held:
         stacks = [
@@ -181,13 +183,12 @@ def test_gated_mlps(
             expected[row] += routed[1][row, choice].double() * result
     if shared_width:
         expected += gated_mlp(x[:rows], *shared)
-    for out_dtype in (dtype, FP32):
-        out = poisoned(bucket, hidden, dtype=out_dtype, device=device)
-        plan_experts(*(routed or (None, None)), count, bucket, plan, first_expert=first)
-        gated_mlps(x, weights, layer, count, plan, routed, out, workspace, first_expert=first)
-        assert_close(out[:rows], expected, dtype)
-        assert out[rows:].isnan().all()
-        assert not workspace.arrivals.any()
+    out = poisoned(bucket, hidden, dtype=out_dtype, device=device)
+    plan_experts(*(routed or (None, None)), count, bucket, plan, first_expert=first)
+    gated_mlps(x, weights, layer, count, plan, routed, out, workspace, first_expert=first)
+    assert_close(out[:rows], expected, dtype)
+    assert out[rows:].isnan().all()
+    assert not workspace.arrivals.any()
 
 
 def test_rows_without_an_expert_here_become_zero(device: torch.device) -> None:

@@ -93,7 +93,7 @@ def draw(logits: Tensor, samplings: list[Sampling], positions: list[int]) -> Ten
 @pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
 @pytest.mark.parametrize(
     "vocab, repeats",
-    [(1501, 1), pytest.param(3001, 20, marks=gpu), pytest.param(151936, 4, marks=gpu)],
+    [(1301, 1), pytest.param(3001, 20, marks=gpu), pytest.param(151936, 4, marks=gpu)],
 )
 def test_the_same_tokens_are_drawn_as_on_the_host(
     vocab: int, repeats: int, spread: float, device: torch.device
@@ -114,10 +114,12 @@ def test_the_same_tokens_are_drawn_as_on_the_host(
 
 
 def test_barred_tokens_are_never_drawn(device: torch.device) -> None:
-    logits = torch.full((12, 100), -math.inf, device=device)
+    logits = torch.full((4, 100), -math.inf, device=device)
     logits[:, [20, 60]] = 1.0
-    samplings = [Sampling(seed=i, top_k=(-1, 50, 3)[i % 3]) for i in range(12)]
-    assert set(draw(logits, samplings, [5] * 12).tolist()) == {20, 60}
+    samplings = [Sampling(seed=i, top_k=(-1, 50)[i % 2]) for i in range(4)]
+    expected = [20 if sampler.uniform(i, 5) < 0.5 else 60 for i in range(4)]
+    assert set(expected) == {20, 60}
+    assert draw(logits, samplings, [5] * 4).tolist() == expected
 
 
 def test_a_row_without_numbers_ends_at_the_last_token(device: torch.device) -> None:

@@ -1,0 +1,203 @@
+"""Every kernel compiles for the GPUs that it is meant for, at the shapes of real models, and those
+that decoding waits for keep their values in registers. No GPU is needed, nothing runs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+try:
+    importlib.metadata.version("triton")
+except importlib.metadata.PackageNotFoundError:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from crosspool.kernels.triton import norm
+from crosspool.kernels.triton.argmax import ArgmaxWorkspace, argmax
+from crosspool.kernels.triton.attention import AttentionWorkspace, attend
+from crosspool.kernels.triton.batch import DeviceBatch, RopeTable
+from crosspool.kernels.triton.expert_plan import ExpertPlan, plan_experts
+from crosspool.kernels.triton.experts import FFNWeights, FFNWorkspace, gated_mlps
+from crosspool.kernels.triton.gqa import gqa_prepare
+from crosspool.kernels.triton.linear import LinearWorkspace, head_logits, linear
+from crosspool.kernels.triton.mla import mla_append, mla_queries, mla_values
+from crosspool.kernels.triton.router import route
+from crosspool.kernels.triton.sampling import SamplingRules, SamplingWorkspace, sample
+from crosspool.kernels.triton.tables import TensorTable
+from support.offline_triton import Compiled, compiling
+from torch import Tensor
+
+CPU = torch.device("cpu")
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+INT32, INT64 = torch.int32, torch.int64
+ONE = torch.zeros(1, dtype=INT32)
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
+"""Bytes that a block may have."""
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    """Never touched, so it costs no memory however large."""
+    return torch.empty(shape, dtype=dtype)
+
+
+def table(*shape: int, dtype: torch.dtype = BF16) -> TensorTable:
+    return TensorTable.of([empty(*shape, dtype=dtype)])
+
+
+def batch(bucket: int) -> DeviceBatch:
+    return DeviceBatch(
+        ONE,
+        empty(bucket, dtype=INT32),
+        empty(bucket, dtype=INT32),
+        empty(bucket, 4096, dtype=INT32),
+    )
+
+
+def rope(dim: int) -> RopeTable:
+    return RopeTable(empty(4096, dim // 2, dtype=FP32), empty(4096, dim // 2, dtype=FP32), False)
+
+
+def attention(bucket: int, q_heads: int, kv_heads: int, qk_dim: int, v_dim: int) -> None:
+    width = qk_dim if v_dim < qk_dim else 2 * kv_heads * qk_dim
+    attend(
+        empty(bucket, q_heads, qk_dim),
+        empty(100, 48, 16, width),
+        batch(bucket),
+        ONE,
+        empty(bucket, q_heads, v_dim),
+        AttentionWorkspace.allocate(bucket, q_heads, kv_heads, v_dim, CPU),
+        kv_heads=kv_heads,
+        scale=0.1,
+        window=128 if qk_dim == 64 else None,
+        mixed=bucket > 16,
+    )
+
+
+def ffn(bucket: int, held: int, top_k: int, width: int, shared_width: int) -> None:
+    hidden = 2048
+    weights = FFNWeights(
+        gate_up=TensorTable.of_stacks([empty(held, 2 * width, hidden)]) if held else None,
+        down=TensorTable.of_stacks([empty(held, hidden, width)]) if held else None,
+        shared_gate_up=table(2 * shared_width, hidden) if shared_width else None,
+        shared_down=table(hidden, shared_width) if shared_width else None,
+    )
+    plan = ExpertPlan.allocate(bucket, top_k, held, bool(shared_width), CPU)
+    workspace = FFNWorkspace.allocate(bucket, hidden, weights, plan)
+    routed = None
+    if top_k:
+        routed = (empty(bucket, top_k, dtype=INT32), empty(bucket, top_k, dtype=FP32))
+        bias = table(held, dtype=FP32)
+        route(empty(bucket, held, dtype=FP32), bias, ONE, ONE, *routed, score="sigmoid")
+    plan_experts(*(routed or (None, None)), ONE, bucket, plan)
+    x = empty(bucket, hidden)
+    gated_mlps(x, weights, ONE, ONE, plan, routed, x, workspace)
+
+
+def product(bucket: int, n: int, k: int, dtype: torch.dtype = BF16) -> None:
+    workspace = LinearWorkspace.allocate(CPU)
+    linear(
+        empty(bucket, k), table(n, k, dtype=dtype), ONE, ONE, empty(bucket, n), workspace, add=True
+    )
+
+
+def tokens(bucket: int, hidden: int, vocab: int) -> None:
+    logits, best = empty(bucket, vocab, dtype=FP32), empty(bucket, dtype=INT32)
+    head_logits(empty(bucket, hidden), table(vocab, hidden), ONE, ONE, logits)
+    argmax(logits, ONE, best, ArgmaxWorkspace.allocate(bucket, vocab, CPU))
+    dtypes = (FP32, INT32, FP64, FP32, INT64, INT64)
+    rules = SamplingRules(*(empty(bucket, dtype=dtype) for dtype in dtypes))
+    workspace = SamplingWorkspace.allocate(bucket, vocab, CPU)
+    sample(logits, best, rules, ONE, best, workspace)
+
+
+def rows_of(bucket: int) -> None:
+    """The small kernels between the products."""
+    x, weight = empty(bucket, 2048), table(2048)
+    norm.embed(empty(1000, 2048), empty(bucket, dtype=INT32), ONE, x)
+    norm.rms_norm(x, weight, ONE, ONE, x, eps=1e-6, rows=empty(bucket, dtype=INT32))
+    norm.add_rms_norm(x, x, weight, ONE, ONE, x, eps=1e-6)
+    norm.add(x, x, ONE)
+    gqa_prepare(
+        empty(bucket, 40 * 128),
+        batch(bucket),
+        ONE,
+        rope(128),
+        empty(bucket, 32, 128),
+        empty(100, 48, 16, 1024),
+        kv_heads=4,
+        q_norm=table(128),
+        k_norm=table(128),
+    )
+    kv = empty(100, 48, 16, 576)
+    mla_append(empty(bucket, 576), table(512), batch(bucket), ONE, rope(64), kv, eps=1e-6)
+    kv_b, q = table(20 * 448, 512), empty(bucket, 20, 576)
+    mla_queries(empty(bucket, 20, 256), kv_b, batch(bucket), ONE, rope(64), q, nope=192)
+    attended, out = empty(bucket, 20, 512), empty(bucket, 20, 256)
+    mla_values(attended, kv_b, batch(bucket), ONE, out, nope=192)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No kernel that an earlier run compiled is taken for one that compiles now."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    yield
+
+
+def describe(compiled: list[Compiled]) -> str:
+    return "\n".join(
+        f"{k.name} {k.grid}: {k.warps} warps, {k.registers} registers, {k.shared} bytes shared, "
+        f"{k.spilled} bytes spilled"
+        for k in compiled
+    )
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("capability", [90, 80])
+def test_kernels_that_decoding_waits_for(capability: int) -> None:
+    """Qwen3-30B-A3B at 1 row, DeepSeek-V2-Lite and GLM-4.7-Flash at 4 and 2."""
+    with compiling(capability) as compiled:
+        rows_of(1)
+        product(1, 5120, 2048)
+        product(1, 2048, 4096)
+        product(4, 576, 2048)
+        attention(1, 32, 4, 128, 128)
+        attention(4, 16, 1, 576, 512)
+        attention(2, 20, 1, 576, 512)
+        attention(1, 64, 8, 64, 64)  # gpt-oss, a layer with a window
+        ffn(1, 128, 8, 768, 0)
+        ffn(4, 64, 6, 1408, 2816)
+    print(describe(compiled))
+    assert {k.name for k in compiled} >= {"_decode_kernel", "_merge_kernel", "_down_few_kernel"}
+    for kernel in compiled:
+        assert kernel.spilled == 0, describe([kernel])
+        assert kernel.shared <= SHARED_MEMORY[capability], describe([kernel])
+    # Weights come in loads of 16 bytes that run ahead of the arithmetic.
+    for kernel in compiled:
+        if kernel.name in ("_linear_kernel", "_gate_up_kernel", "_down_few_kernel"):
+            sizes = re.findall(
+                r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", kernel.ptx
+            )
+            assert sizes, f"{kernel.name} does not load ahead"
+            assert set(sizes) == {"0x10"}, f"{kernel.name} loads {set(sizes)} bytes at a time"
+
+
+@pytest.mark.usefixtures("cache")
+def test_kernels_of_many_rows() -> None:
+    with compiling(90) as compiled:
+        product(256, 5120, 2048)
+        product(4, 64, 2048, FP32)
+        attention(64, 32, 4, 128, 128)
+        attention(64, 16, 1, 576, 512)
+        ffn(64, 128, 8, 768, 0)
+        ffn(512, 64, 6, 1408, 2816)
+        ffn(128, 0, 0, 0, 10944)
+        tokens(4, 2048, 151936)
+    print(describe(compiled))
+    names = {k.name for k in compiled}
+    assert names >= {"_prefill_kernel", "_place_kernel", "_down_kernel", "_sample_kernel"}
+    for kernel in compiled:
+        assert kernel.shared <= SHARED_MEMORY[90], describe([kernel])
