@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -10,11 +11,27 @@ from crosspool.kernels.triton.argmax import ArgmaxWorkspace, argmax
 from crosspool.kernels.triton.sampling import SamplingRules, SamplingWorkspace, sample
 from crosspool.kernels.triton.uniform import uniform
 from crosspool.ranks import sampler
-from crosspool.transport.messages import Sampling
 from support.device_kernels import int32
 from torch import Tensor
 
 gpu = pytest.mark.gpu
+
+
+@dataclass
+class Sampling:
+    """What the reference reads of :class:`crosspool.transport.messages.Sampling`, which needs
+    msgspec; a GPU machine may not have it."""
+
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    logit_bias: dict[int, float] = field(default_factory=dict)
 
 
 def test_draws_are_numpys(device: torch.device) -> None:
