@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from crosspool.kernels.triton.argmax import ArgmaxWorkspace, argmax
 from crosspool.kernels.triton.sampling import SamplingRules, SamplingWorkspace, sample
 from crosspool.kernels.triton.uniform import uniform
-from crosspool.ranks import sampler
 from support.device_kernels import int32
 from torch import Tensor
 
 gpu = pytest.mark.gpu
 
 
-@dataclass
-class Sampling:
-    """What the reference reads of :class:`crosspool.transport.messages.Sampling`, which needs
-    msgspec; a GPU machine may not have it."""
+@pytest.fixture
+def sampler() -> ModuleType:
+    """The host's, where what it imports is installed."""
+    return pytest.importorskip("crosspool.ranks.sampler")
 
-    temperature: float = 1.0
-    top_k: int = -1
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    min_new_tokens: int = 0
-    logit_bias: dict[int, float] = field(default_factory=dict)
+
+def host_uniform(seed: int, position: int) -> float:
+    """As the host's sampler draws."""
+    key = np.array([seed & (2**64 - 1), position], dtype=np.uint64)
+    return float(np.random.Generator(np.random.Philox(key=key)).random())
 
 
 def test_draws_are_numpys(device: torch.device) -> None:
@@ -39,7 +35,7 @@ def test_draws_are_numpys(device: torch.device) -> None:
     positions = [0, 1, 77, 2**40, 5]
     out = torch.empty(5, dtype=torch.float64, device=device)
     uniform(torch.tensor(seeds, device=device), torch.tensor(positions, device=device), out)
-    expected = [sampler.uniform(s, p) for s, p in zip(seeds, positions, strict=True)]
+    expected = [host_uniform(s, p) for s, p in zip(seeds, positions, strict=True)]
     assert out.tolist() == expected
 
 
@@ -49,6 +45,10 @@ def best_tokens(logits: Tensor, rows: int) -> Tensor:
     workspace = ArgmaxWorkspace.allocate(bucket, vocab, logits.device)
     argmax(logits, int32([rows], logits.device), best, workspace)
     return best
+
+
+def test_the_hosts_draws_are_numpys(sampler: ModuleType) -> None:
+    assert sampler.uniform(-5, 77) == host_uniform(-5, 77)
 
 
 @pytest.mark.parametrize(
@@ -83,20 +83,22 @@ RULES: tuple[dict[str, float], ...] = (
 )
 
 
-def draw(logits: Tensor, samplings: list[Sampling], positions: list[int]) -> Tensor:
+def draw(logits: Tensor, samplings: list[dict[str, Any]], positions: list[int]) -> Tensor:
+    """Each row's token by its rule (fields of a Sampling; those it lacks are no filter)."""
     rows, vocab = logits.shape
     device = logits.device
 
-    def column(values: list[float], dtype: torch.dtype) -> Tensor:
+    def column(field: str, default: float, dtype: torch.dtype) -> Tensor:
+        values = [sampling.get(field, default) for sampling in samplings]
         return torch.tensor(values, dtype=dtype, device=device)
 
     rules = SamplingRules(
-        temperature=column([s.temperature for s in samplings], torch.float32),
-        top_k=column([s.top_k for s in samplings], torch.int32),
-        top_p=column([s.top_p for s in samplings], torch.float64),
-        min_p=column([s.min_p for s in samplings], torch.float32),
-        seed=column([s.seed for s in samplings], torch.int64),
-        position=column(positions, torch.int64),
+        temperature=column("temperature", 1.0, torch.float32),
+        top_k=column("top_k", -1, torch.int32),
+        top_p=column("top_p", 1.0, torch.float64),
+        min_p=column("min_p", 0.0, torch.float32),
+        seed=column("seed", 0, torch.int64),
+        position=torch.tensor(positions, device=device),
     )
     tokens = torch.full((rows + 1,), -7, dtype=torch.int32, device=device)
     workspace = SamplingWorkspace.allocate(rows, vocab, device)
@@ -113,15 +115,18 @@ def draw(logits: Tensor, samplings: list[Sampling], positions: list[int]) -> Ten
     [(1301, 1), pytest.param(3001, 20, marks=gpu), pytest.param(151936, 4, marks=gpu)],
 )
 def test_the_same_tokens_are_drawn_as_on_the_host(
-    vocab: int, repeats: int, spread: float, device: torch.device
+    vocab: int, repeats: int, spread: float, sampler: ModuleType, device: torch.device
 ) -> None:
+    from crosspool.transport.messages import Sampling
+
     rules = [rule for rule in RULES for _ in range(repeats)]
     # As a bfloat16 model's: with many equals.
     logits = (torch.randn(len(rules), vocab) * spread).bfloat16().float()
-    samplings = [Sampling(seed=i * 7919 - 3, **rule) for i, rule in enumerate(rules)]  # type: ignore[arg-type]
+    samplings = [{"seed": i * 7919 - 3, **rule} for i, rule in enumerate(rules)]
     positions = [i + 3 for i in range(len(rules))]
     rows = [
-        sampler.SamplingRow(s, [], position=p) for s, p in zip(samplings, positions, strict=True)
+        sampler.SamplingRow(Sampling(**s), [], position=p)
+        for s, p in zip(samplings, positions, strict=True)
     ]
     expected = sampler.sample(logits, rows, [])
     found = draw(logits.to(device), samplings, positions).cpu()
@@ -133,13 +138,13 @@ def test_the_same_tokens_are_drawn_as_on_the_host(
 def test_barred_tokens_are_never_drawn(device: torch.device) -> None:
     logits = torch.full((4, 100), -math.inf, device=device)
     logits[:, [20, 60]] = 1.0
-    samplings = [Sampling(seed=i, top_k=(-1, 50)[i % 2]) for i in range(4)]
-    expected = [20 if sampler.uniform(i, 5) < 0.5 else 60 for i in range(4)]
+    samplings = [{"seed": i, "top_k": (-1, 50)[i % 2]} for i in range(4)]
+    expected = [20 if host_uniform(i, 5) < 0.5 else 60 for i in range(4)]
     assert set(expected) == {20, 60}
     assert draw(logits, samplings, [5] * 4).tolist() == expected
 
 
 def test_a_row_without_numbers_ends_at_the_last_token(device: torch.device) -> None:
     logits = torch.full((2, 100), math.nan, device=device)
-    samplings = [Sampling(seed=1), Sampling(seed=1, top_k=5)]
+    samplings = [{"seed": 1}, {"seed": 1, "top_k": 5}]
     assert draw(logits, samplings, [5, 5]).tolist() == [99, 99]
