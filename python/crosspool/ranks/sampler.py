@@ -13,14 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from crosspool.transport.messages import Sampling, TokenLogprobs
+from crosspool.transport.messages import Sampling, TokenLogprobs
 
 _BEST = 1024
 """Candidates that are looked at first; only a row whose filters reach further is sorted whole."""
@@ -209,8 +207,6 @@ def token_logprobs(
     ``logits``: float32 [N, vocab]. Per row: the token whose value is wanted, how many of the best
     tokens to name beside it, and further tokens to give the value of.
     """
-    from crosspool.transport.messages import TokenLogprobs
-
     logprobs = torch.log_softmax(logits, dim=-1)
     chosen = logprobs.gather(1, torch.tensor(tokens, dtype=torch.int64)[:, None])[:, 0].tolist()
     values, indices = logprobs.topk(min(max(top), logits.shape[1]), dim=-1)
