@@ -14,6 +14,7 @@ from crosspool.config.device import Device
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks, kv_pool
 from crosspool.ranks.gpu_device import join_lanes, load_gpu_ranks, load_models
+from crosspool.ranks.gpu_executor import GPUExecutor
 from crosspool.weightpool.placement import Placement
 
 
@@ -43,14 +44,15 @@ def load_compiled(
 ) -> DeviceRanks:
     """A GPU's, with the KV memory that is mapped first full of NaN."""
     ranks = load_gpu_ranks(deployment, device, specs, placement)
-    assert ranks.attention is not None
+    assert ranks.attention is not None and isinstance(ranks.executor, GPUExecutor)
     virtualizer = ranks.attention.virtualizer
     for model, kv in enumerate(ranks.attention.kv):
         chunks = list(range(virtualizer.free_bytes // deployment.chunk_bytes))
         virtualizer.map(model, chunks)
         pages = len(chunks) * deployment.chunk_bytes // (kv[0].nbytes)
-        kv[:pages].fill_(torch.nan)
-        torch.cuda.synchronize()
+        with ranks.executor.quiesced():  # the device is never idle while a loop is resident
+            kv[:pages].fill_(torch.nan)
+            torch.cuda.synchronize()
         virtualizer.unmap(model, chunks)
     return ranks
 

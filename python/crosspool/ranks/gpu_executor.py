@@ -61,6 +61,7 @@ class GPUExecutor:
         wanted = max(layout.wanted for of_model in self._layouts for layout in of_model)
         vocab = max(spec.vocab for spec in attention.specs)
         self._logits = torch.empty(wanted * vocab, pin_memory=pinned)
+        self._stream = torch.cuda.Stream() if pinned else None
 
     def submit(self, operation: Step | Release) -> None:
         self._queue.append(operation)
@@ -115,7 +116,8 @@ class GPUExecutor:
             arguments, spec = flight.arguments, self._attention.specs[flight.model]
             stages = self._stages[event.lane, flight.model, arguments.bucket]
             size = stages.layout.wanted * spec.vocab
-            flight.look(stages, self._logits[:size].view(-1, spec.vocab))
+            with self._beside():
+                flight.look(stages, self._logits[:size].view(-1, spec.vocab))
             self._loop.push_resume(event.lane, event.step)
             return None
         if event.kind not in (DONE, TOKENS):
@@ -125,6 +127,11 @@ class GPUExecutor:
         if not more:
             del self._flights[event.lane]
         return flight.result(event.first, more=more)
+
+    def _beside(self) -> contextlib.AbstractContextManager[object]:
+        """What Python computes within runs on a stream of its own: torch's default stream waits
+        for all others, and so for a loop that never ends."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _count(self, lane: int, flight: GPUFlight) -> None:
         """What would have crossed a link in the step that ended."""

@@ -85,8 +85,8 @@ class GPUFlight:
             logits.copy_(scratch.logits[: len(group)])
             self._end.take(group, logits)
         for request, row in self._end.kept:
-            last = scratch.residual[row] + scratch.partial[row]
-            request.last_residual = last.to("cpu", copy=True)
+            torch.add(scratch.residual[row], scratch.partial[row], out=scratch.last[0])
+            request.last_residual = scratch.last[0].to("cpu", copy=True)
 
     def result(self, index: int, *, more: bool) -> StepResult:
         """Of the lease's step ``index``, after its end; ``more``: it was not the last."""
