@@ -535,3 +535,11 @@ def test_weights_that_do_not_fit_are_the_users_error(checkpoints: list[Path]) ->
     )
     assert "weight_pool_bytes" in failed.message
     assert LoggingDriver.outcome[0] == 2
+
+
+def test_a_gpu_that_torch_does_not_see_is_refused(checkpoints: list[Path]) -> None:
+    gpus = torch.cuda.device_count()
+    device = f"cuda:{gpus}"
+    why = rf"torch sees {gpus} GPU" if torch.backends.cuda.is_built() else "built without CUDA"
+    with pytest.raises(DeviceFailed, match=rf"device {device}: .*{why}"):
+        DeviceDriver(checkpoints[:1], kv=[device], weights=[device])
