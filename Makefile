@@ -1,6 +1,8 @@
 # make env     an environment in .venv with everything that serving needs
 # make serve   the three bundled models on port 30000
 # make test    the tests;  make lint  style, types, formatting
+# make test-gpu  the tests that need an NVIDIA GPU, with the Python that holds torch (GPU_PYTHON);
+#              make bench-gpu  the measurements there. Nothing is installed for either: see docs/gpu.md
 # make bench   kernels, hand-over, engine and ablation; records and plots are rewritten
 # make sanitize-gpu  the resident loop's GPU tests under compute-sanitizer (GPU_PYTHON: with torch)
 # make bench-peers  installs other engines (PEERS="llama vllm": only these) and measures beside them
@@ -16,6 +18,8 @@ TORCH_INDEX ?=
 PIP_ARGS ?=
 ARGS ?=
 PEERS ?=
+GPU_PYTHON ?= python3
+GPU_ARCHITECTURES ?= 80;90
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
@@ -24,7 +28,12 @@ NODEPS := requirements/frontend-nodeps.txt
 NATIVE := $(shell find sgl-kernel-ext -type f)
 CXX_FILES := $(filter %.h %.hpp %.c %.cpp %.cu,$(NATIVE))
 
-.PHONY: env dev serve test lint format bench bench-peers sanitize-gpu clean
+# The files and folders that hold tests marked `gpu`; others may need what is not there.
+GPU_TESTS = $(sort $(patsubst %/conftest.py,%,$(shell grep -rl --include=conftest.py --include='test_*.py' pytest.mark.gpu test)))
+GPU_RUN := PYTHONPATH=python:.$(if $(PYTHONPATH),:$(PYTHONPATH)) CUDA_MODULE_LOADING=EAGER $(GPU_PYTHON)
+GPU_BUILD := build/gpu
+
+.PHONY: native-gpu test-gpu bench-gpu sanitize-gpu env dev serve test lint format bench bench-peers clean
 env: $(VENV)/.env
 dev: $(VENV)/.dev
 
@@ -60,6 +69,28 @@ lint: dev
 	@echo "==> mypy"; $(BIN)/mypy
 	@$(if $(CXX_FILES),echo "==> clang-format"; $(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
 
+# In place: python/crosspool/kernels/*.so. CMake comes with pip's cmake or the system.
+native-gpu:
+	@echo "==> native code, in place"
+	@cmake -S sgl-kernel-ext -B $(GPU_BUILD) -DCMAKE_BUILD_TYPE=Release \
+	  -DCROSSPOOL_CUDA_ARCHITECTURES="$(GPU_ARCHITECTURES)" \
+	  -DCROSSPOOL_NVSHMEM="$$($(GPU_PYTHON) scripts/nvshmem_folder.py)"
+	@cmake --build $(GPU_BUILD) --parallel
+	@cmake --install $(GPU_BUILD) --prefix python
+
+test-gpu: native-gpu
+	@$(GPU_RUN) -m pytest -m gpu $(GPU_TESTS) $(ARGS)
+
+bench-gpu: native-gpu
+	@$(GPU_RUN) -m benchmark.gpu $(ARGS)
+
+sanitize-gpu: native-gpu
+	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH"; exit 1; }
+	@for tool in memcheck racecheck; do echo "==> $$tool"; \
+	  CROSSPOOL_GPU_STEPS=1000 PYTHONPATH=python:. CUDA_MODULE_LOADING=EAGER \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 \
+	  $(GPU_PYTHON) -m pytest -m gpu test/kernels/test_cuda_loop_gpu.py $(ARGS) || exit 1; done
+
 bench: dev
 	@echo "==> kernels"; $(BIN)/python -m benchmark.kernels
 	@echo "==> hand-over"; $(BIN)/python -m benchmark.hand_over
@@ -70,15 +101,6 @@ bench: dev
 bench-peers: dev
 	@$(BIN)/python -m benchmark.peers.install $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(PEERS)
 	@$(BIN)/python -m benchmark.side_by_side $(if $(PEERS),--peers $(PEERS)) $(ARGS)
-
-# Needs no environment of ours: torch, pytest and the built GPU libraries are enough.
-GPU_PYTHON ?= python3
-sanitize-gpu:
-	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH"; exit 1; }
-	@for tool in memcheck racecheck; do echo "==> $$tool"; \
-	  CROSSPOOL_GPU_STEPS=1000 CUDA_MODULE_LOADING=EAGER PYTHONPATH=python:. \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 \
-	  $(GPU_PYTHON) -m pytest -m gpu test/kernels/test_cuda_loop_gpu.py $(ARGS) || exit 1; done
 
 format: dev
 	@$(BIN)/ruff check --fix .

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from crosspool.transport.messages import Failed, Row, Step
 from make_random_checkpoint import make_random_checkpoint
 from safetensors.torch import load_file, save_file
@@ -82,3 +83,11 @@ def test_weights_that_do_not_fit_are_the_users_error(checkpoint: Path) -> None:
     )
     assert "weight_pool_bytes" in failed.message
     assert LoggingDriver.outcome[0] == 2
+
+
+def test_a_gpu_that_torch_does_not_see_is_refused(checkpoint: Path) -> None:
+    gpus = torch.cuda.device_count()
+    device = f"cuda:{gpus}"
+    why = rf"torch sees {gpus} GPU" if torch.backends.cuda.is_built() else "built without CUDA"
+    with pytest.raises(DeviceFailed, match=rf"device {device}: .*{why}"):
+        DeviceDriver([checkpoint], kv=[device], weights=[device])

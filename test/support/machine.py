@@ -6,7 +6,7 @@ import ctypes
 import os
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.kvpool.layout import KVLayout
+from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
 from crosspool.models.registry import read_model
 from crosspool.ranks.device import DeviceRanks, load_ranks
 from crosspool.transport import shared_memory
@@ -30,6 +31,7 @@ from crosspool.transport.messages import (
 from crosspool.weightpool.placement import place
 
 GREEDY = Sampling(temperature=0.0)
+Load = Callable[..., DeviceRanks]
 CORES = sorted(os.sched_getaffinity(0))
 
 
@@ -69,6 +71,7 @@ class Machine:
         weights: Sequence[str] = ("cpu",),
         dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         chunks_per_model: int = 2,
+        load: Load = load_ranks,
         **fields: Any,
     ) -> None:
         settings: dict[str, Any] = {
@@ -93,7 +96,7 @@ class Machine:
         if len(deployment.devices) > 1:
             self.fd = shared_memory.create(deployment, max(spec.hidden for spec in self.specs) * 4)
         self.devices: list[DeviceRanks] = [
-            load_ranks(
+            load(
                 deployment,
                 device,
                 self.specs,
@@ -105,7 +108,8 @@ class Machine:
         self.first = self.devices[0]
         assert self.first.attention is not None
         virtualizer: Any = self.first.attention.virtualizer
-        ctypes.memset(virtualizer._parking, 0xFF, virtualizer.budget_bytes)
+        if isinstance(virtualizer, MremapVirtualizer):
+            ctypes.memset(virtualizer._parking, 0xFF, virtualizer.budget_bytes)
         self._chunks = chunks_per_model
         self._layouts = [KVLayout(spec, 4, deployment.chunk_bytes) for spec in self.specs]
         self._mapped: set[int] = set()

@@ -144,6 +144,20 @@ class KVRank(Generic[P, R]):
                 f" {end}"
             )
 
+    def _check_row(self, step: Step, row: Row, positions: int) -> None:
+        """Native code and GPU kernels trust what they read: raises RuntimeError for what would
+        lead them astray. ``positions``: of the longest sequence."""
+        spec, pages = self.specs[step.model], self.kv[step.model].shape[0]
+        wrong = None
+        if min(row.tokens) < 0 or max(row.tokens) >= spec.vocab:
+            wrong = f"a token outside the vocabulary of {spec.vocab}"
+        elif row.pages and (min(row.pages) < 0 or max(row.pages) >= pages):
+            wrong = f"a page outside the {pages} of its model"
+        elif row.start < 0 or row.start + len(row.tokens) + step.lease - 1 > positions:
+            wrong = f"a position outside the {positions} that its model has"
+        if wrong is not None:
+            raise RuntimeError(f"step {step.step}: request {row.request} has {wrong}")
+
 
 class AttentionRank(KVRank["AttentionPart", PagedRequest]):
     """The attention rank as the host loop drives it."""

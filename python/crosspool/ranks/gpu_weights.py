@@ -47,10 +47,8 @@ class GPUAttention:
         checkpoint that does not fit its config.json."""
         self.positions = positions
         self.globals: dict[str, Tensor] = {}
-        layers: list[Layer] = [{} for _ in range(spec.layers)]
+        layers = [_stacks(spec, device) for _ in range(spec.layers)]
         refs = attention_tensors(spec)
-        for layer in layers:
-            layer |= _stacks(spec, device)
         reads: list[tuple[int | None, Read]] = []
         for number, ref in refs:
             into = (
@@ -64,7 +62,9 @@ class GPUAttention:
         self.tables = {key: TensorTable.of([layer[key] for layer in layers]) for key in layers[0]}
         self.final_norm = TensorTable.of([self.globals["final_norm"]])
         self.embed = self.globals["embed"]
-        self.lm_head = self.globals["embed" if spec.tied_embeddings else "lm_head"]
+        self.lm_head = TensorTable.of(
+            [self.globals["embed" if spec.tied_embeddings else "lm_head"]]
+        )
         self.rope = RopeTable(
             *_rope(spec, path, positions, device), spec.attention.rope.interleaved
         )

@@ -50,7 +50,7 @@ class Flight:
         self._rows = step.rows
         self._pages = [request.pages for request in requests]
         self._segments = _segments(step.rows, self._pages)
-        self._choices = _choices(end)
+        self._choices = choices_of(end)
         self._stops = [np.array(r.sampling.stop_token_ids, dtype=np.int32) for r in requests]
         self._native_wanted = _wanted(end, self._choices, self._stops)
         self._keep = _keep(end)
@@ -124,7 +124,7 @@ class ResidentRank(KVRank[PackedAttention, ResidentRequest]):
             request.gain(row.pages)
             self._check_pages(step, row, request.page_count)
             requests.append(request)
-            self._check_row(step, row)
+            self._check_row(step, row, self.parts[step.model].positions)
         rows = sum(len(row.tokens) for row in step.rows)
         if not 1 <= rows <= max_rows:
             raise RuntimeError(f"step {step.step}: {rows} token rows; 1 to {max_rows} fit")
@@ -133,20 +133,6 @@ class ResidentRank(KVRank[PackedAttention, ResidentRequest]):
         for kept, _ in end.kept:
             kept.last_residual = torch.empty(spec.hidden)
         return Flight(step, requests, end)
-
-    def _check_row(self, step: Step, row: Row) -> None:
-        """Native code trusts what it reads: raises RuntimeError for what would lead it astray."""
-        spec, pages = self.specs[step.model], self.kv[step.model].shape[0]
-        positions = self.parts[step.model].positions
-        wrong = None
-        if min(row.tokens) < 0 or max(row.tokens) >= spec.vocab:
-            wrong = f"a token outside the vocabulary of {spec.vocab}"
-        elif row.pages and (min(row.pages) < 0 or max(row.pages) >= pages):
-            wrong = f"a page outside the {pages} of its model"
-        elif row.start < 0 or row.start + len(row.tokens) + step.lease - 1 > positions:
-            wrong = f"a position outside the {positions} that its model has"
-        if wrong is not None:
-            raise RuntimeError(f"step {step.step}: request {row.request} has {wrong}")
 
 
 def _segments(rows: Sequence[Row], pages: Sequence[np.ndarray]) -> np.ndarray:
@@ -158,7 +144,7 @@ def _segments(rows: Sequence[Row], pages: Sequence[np.ndarray]) -> np.ndarray:
     return out
 
 
-def _choices(end: StepEnd) -> list[int]:
+def choices_of(end: StepEnd) -> list[int]:
     """Who chooses, by wanted row."""
     choices = []
     for wanted in end.wanted:

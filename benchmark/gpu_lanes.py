@@ -1,0 +1,187 @@
+"""Lanes of one GPU driven by themselves: steps of rows with pages, no scheduler and no messages.
+
+Needs torch, Triton and, for the resident loop, the native library; on CPU tensors, with Triton's
+interpreter, the same steps are called one by one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from crosspool.kernels.cuda_loop_structs import StepArguments
+from crosspool.kernels.engine_structs import DONE, TOKENS
+from crosspool.models.registry import read_model
+from crosspool.models.spec import ModelSpec
+from crosspool.ranks.gpu_inputs import HostInputs, HostMemory
+from crosspool.ranks.gpu_lanes import make_loop, make_stages
+from crosspool.ranks.gpu_stages import GPUModel
+from crosspool.ranks.gpu_weights import GPUFFN, GPUAttention
+from crosspool.ranks.weights import TORCH_DTYPES
+from crosspool.weightpool.placement import FFNShard
+
+__all__ = ["Lanes", "Row", "random_model", "read_model"]
+
+_PATIENCE = 60.0
+"""Seconds that a step may take."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sequence's next tokens; the last one is answered with a greedy token."""
+
+    tokens: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    """All of its page table."""
+
+
+class Lanes:
+    """Lanes over models on one device.
+
+    >>> with Lanes([model], lanes=2, buckets=[1, 2, 4], device=gpu, resident=True) as lanes:
+    ...     lanes.push(0, 0, [Row([5], 0, [3])])
+    ...     lane, tokens = lanes.pop()  # [1 step, 1 row]
+    """
+
+    def __init__(
+        self,
+        models: Sequence[GPUModel],
+        *,
+        lanes: int,
+        buckets: Sequence[int],
+        device: torch.device,
+        resident: bool,
+        lease: int = 1,
+    ) -> None:
+        self.models = models
+        self.device = device
+        self._buckets = buckets
+        sequences = buckets[-1]
+        self.places, self.stages = make_stages(models, buckets, lanes, sequences, device)
+        elements = max(stages.layout.elements for stages in self.stages.values())
+        pinned = device.type == "cuda"
+        self._memory = [HostMemory(elements, sequences, lease, pinned=pinned) for _ in range(lanes)]
+        self.loop = make_loop(models, self.places, self.stages, buckets, resident=resident)
+        self._flying: dict[int, StepArguments] = {}
+        self._steps = 0
+
+    def push(self, lane: int, model: int, rows: Sequence[Row], lease: int = 1) -> None:
+        """Sends a step to a lane that is free; ``lease``: steps, for rows of one token."""
+        assert lane not in self._flying
+        memory, count = self._memory[lane], sum(len(row.tokens) for row in rows)
+        bucket = bisect.bisect_left(self._buckets, count)
+        layout = self.stages[lane, model, bucket].layout
+        host = HostInputs(layout, memory.inputs)
+        first = 0
+        host["temperature"].fill(0.0)
+        for i, row in enumerate(rows):
+            end = first + len(row.tokens)
+            host["tokens"][first:end] = row.tokens
+            host["positions"][first:end] = np.arange(row.start, row.start + len(row.tokens))
+            host["row_sequences"][first:end] = i
+            host["wanted_rows"][i] = end - 1
+            host.page_table[i, : len(row.pages)] = row.pages
+            first = end
+        host.close(len(rows), max(len(row.pages) for row in rows), len(rows))
+        memory.tokens.fill_(-1)
+        self._steps += 1
+        arguments = StepArguments(
+            step=self._steps,
+            model=model,
+            bucket=bucket,
+            rows=count,
+            wanted=len(rows),
+            lease=lease,
+            inputs=memory.inputs.data_ptr(),
+            tokens=memory.tokens.data_ptr(),
+        )
+        self._flying[lane] = arguments
+        self.loop.push_step(lane, arguments)
+
+    def pop(self, on_token: Callable[[int], None] | None = None) -> tuple[int, np.ndarray]:
+        """The lane whose step, with all of its lease, ends next, and its tokens [steps, rows];
+        ``on_token`` is called with the lane of every step that ends."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            event = self.loop.pop()
+            if event is None:
+                self.loop.wait(0.01)
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"no step ended in {_PATIENCE:.0f} s")
+                continue
+            if event.kind not in (DONE, TOKENS):
+                raise RuntimeError(f"an event of kind {event.kind}")
+            if on_token is not None:
+                on_token(event.lane)
+            if event.kind == DONE:
+                arguments = self._flying.pop(event.lane)
+                tokens = self._memory[event.lane].tokens.numpy()
+                size = (event.first + 1) * arguments.wanted
+                return event.lane, tokens[:size].reshape(-1, arguments.wanted).copy()
+
+    def close(self) -> None:
+        self.loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def random_model(
+    spec: ModelSpec,
+    device: torch.device,
+    *,
+    pages: int,
+    page_size: int = 16,
+    seed: int = 0,
+    kv: torch.Tensor | None = None,
+) -> GPUModel:
+    """A model of ``spec``'s shapes whose weights keep activations at their size. ``kv``: instead
+    of a cache of its own, which holds random values."""
+    generator = torch.Generator(device).manual_seed(seed)
+    positions = min(spec.context, pages * page_size)
+    attention = GPUAttention(spec, None, device, positions, lambda _: None)
+    shard = FFNShard(rank=0, ranks=1, parallel="tp")
+    ffn = GPUFFN(spec, None, shard, device, lambda _: None)
+    for name, tensor in attention.globals.items():
+        _fill(tensor, name, generator)
+    for layer in attention.layers:
+        for name, tensor in layer.items():
+            _fill(tensor, name, generator)
+    for block in ffn.layers:
+        for pair in (block.experts, block.shared):
+            for tensor in pair or ():
+                _fill(tensor, "mlp", generator)
+        if block.router is not None:
+            _fill(block.router, "router", generator)
+        if block.bias is not None:
+            block.bias.normal_(0.0, 0.01, generator=generator)
+    if kv is None:
+        shape = (pages, spec.layers, page_size, spec.kv_width)
+        kv = torch.empty(shape, dtype=TORCH_DTYPES[spec.dtype], device=device)
+        for page in kv:
+            page.normal_(0.0, 1.0, generator=generator)
+    return GPUModel(spec, attention, ffn, kv)
+
+
+def _fill(tensor: torch.Tensor, name: str, generator: torch.Generator) -> None:
+    if name.endswith("norm"):
+        tensor.uniform_(0.8, 1.2, generator=generator)
+        return
+    scale = 1.0 if name == "embed" else tensor.shape[-1] ** -0.5
+    for part in tensor if tensor.dim() == 3 else (tensor,):
+        part.normal_(0.0, scale, generator=generator)

@@ -1,0 +1,70 @@
+"""A step's inputs on their way to a lane's buffers: from host memory that the device can read, or,
+for a lease's further steps, from the tokens that the lane itself chose last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 1024
+
+
+def take_inputs(address: torch.Tensor, inputs: torch.Tensor, head: int, line: int) -> None:
+    """Copies a step's inputs to ``inputs``, int32, flat: the first ``head`` elements, then lines of
+    ``line`` elements each (the page table).
+
+    ``address``: int64 [1] on the device, where the source lies: as long as ``inputs``, 16-byte
+    aligned. Its elements 0 and 1 say how many of the lines, and how many elements of each, are of
+    use: only these are copied."""
+    lines = (inputs.shape[0] - head) // line
+    blocks = max(triton.cdiv(head, _BLOCK), triton.cdiv(line, _BLOCK))
+    _take_kernel[(1 + lines, blocks)](address, inputs, head, line, BLOCK=_BLOCK)
+
+
+def feed(
+    chosen: torch.Tensor,
+    count: torch.Tensor,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    sampled_positions: torch.Tensor,
+) -> None:
+    """The next step of a lease: row i's token is chosen[i], one position further, and so is the
+    token to pick after it. ``chosen``, ``tokens``, ``positions`` int32 and ``sampled_positions``
+    int64, [bucket] or longer; ``count`` int32 [1]: rows."""
+    bucket = tokens.shape[0]
+    grid = (triton.cdiv(bucket, _BLOCK),)
+    _feed_kernel[grid](chosen, count, tokens, positions, sampled_positions, BLOCK=_BLOCK)
+
+
+@triton.jit
+def _take_kernel(address: Any, inputs: Any, head: Any, line: Any, BLOCK: tl.constexpr) -> None:
+    source = tl.load(address).to(tl.pointer_type(tl.int32))
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    number = tl.program_id(0)
+    if number == 0:
+        values = tl.load(source + columns, columns < head)
+        tl.store(inputs + columns, values, columns < head)
+    else:
+        used = tl.load(source + 1)
+        if (number <= tl.load(source)) & (tl.program_id(1) * BLOCK < used):
+            at = head + (number - 1).to(tl.int64) * line + columns
+            tl.store(inputs + at, tl.load(source + at, columns < used), columns < used)
+
+
+@triton.jit
+def _feed_kernel(
+    chosen: Any,
+    count: Any,
+    tokens: Any,
+    positions: Any,
+    sampled_positions: Any,
+    BLOCK: tl.constexpr,
+) -> None:
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = rows < tl.load(count)
+    tl.store(tokens + rows, tl.load(chosen + rows, there), there)
+    tl.store(positions + rows, tl.load(positions + rows, there) + 1, there)
+    tl.store(sampled_positions + rows, tl.load(sampled_positions + rows, there) + 1, there)

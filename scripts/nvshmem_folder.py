@@ -1,0 +1,20 @@
+"""Prints the folder of NVSHMEM's wheel (nvidia-nvshmem-cu12 or -cu13) in this Python; nothing where
+there is none."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+
+def folder() -> Path | None:
+    """``site-packages/nvidia/nvshmem``, which has include/ and lib/."""
+    spec = importlib.util.find_spec("nvidia")
+    for place in spec.submodule_search_locations or () if spec else ():
+        if (found := Path(place) / "nvshmem").joinpath("include", "nvshmem.h").is_file():
+            return found
+    return None
+
+
+if __name__ == "__main__":
+    print(folder() or "")

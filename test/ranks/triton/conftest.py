@@ -1,0 +1,34 @@
+"""Tests here run on a GPU (``make test-gpu``), and by test/ranks/test_gpu_interpreted.py in
+Triton's interpreter, on CPU tensors, but for those that are marked ``gpu`` themselves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETED:
+    from support.triton_interpreter import repair
+
+    repair()
+else:
+    # CUDA reads it when it is loaded: no kernel is loaded later, behind a resident loop.
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if not INTERPRETED and here in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_gpu() -> None:
+    import torch
+
+    if not INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU (interpreted: test/ranks/test_gpu_interpreted.py)")
