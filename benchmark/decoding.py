@@ -41,7 +41,7 @@ class Setup:
     """Devices of the weight pool."""
     loop: Loop = "resident"
     lanes: int = 2
-    lease: int = 8
+    lease: int = 32
     """Decode steps for one message, under the resident loop."""
     chunk: int = 512
     """Prompt tokens of one step."""

@@ -51,7 +51,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """What drives the layers on a CPU device: Python, or native threads."""
     lanes: int = 2
     """Batches in flight per attention rank."""
-    lease_steps: int = 8
+    lease_steps: int = 32
     """Decode steps at most that the resident loop makes of one batch without being told to."""
     page_size: int = 16
     """Tokens per KV page."""

@@ -36,7 +36,7 @@ _POOL_FLAGS: tuple[tuple[str, type, str], ...] = (
     ("ffn_parallel", str, "how weight devices share a layer: tp splits every expert, ep deals"),
     ("loop", str, "what drives the layers: resident (native threads, default) or host (Python)"),
     ("lanes", int, "batches in flight per KV device"),
-    ("lease_steps", int, "decode steps in a row at most for one batch (resident loop; default 8)"),
+    ("lease_steps", int, "decode steps in a row at most for one batch (resident loop; default 32)"),
     (
         "tbt_target_ms",
         float,
