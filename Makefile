@@ -25,6 +25,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 TORCH := $(shell sed -n 's/^  "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)
 NODEPS := requirements/frontend-nodeps.txt
+TRITON := $(abspath $(VENV))/triton
+TRITON_TESTS := test/test_bare_gpu_machine.py test/kernels/test_triton.py \
+  test/kernels/test_triton_compile.py test/ranks/test_gpu_interpreted.py \
+  test/benchmark/test_gpu_benchmark.py test/benchmark/test_gpu_kernels.py
 NATIVE := $(shell find sgl-kernel-ext -type f)
 CXX_FILES := $(filter %.h %.hpp %.c %.cpp %.cu,$(NATIVE))
 
@@ -55,12 +59,15 @@ $(VENV)/.env: pyproject.toml $(NODEPS) $(NATIVE) | $(VENV)/bin/python
 $(VENV)/.dev: $(VENV)/.env
 	@echo "==> tools for tests and lint"
 	@$(PIP) --editable '.[dev]'
+	@echo "==> Triton, in a folder of its own: servers run without it"
+	@$(PIP) --no-deps --upgrade --target $(TRITON) 'triton==3.6.0'
 	@touch $@
 
 serve: env
 	@$(BIN)/crosspool demo --port $(PORT) $(ARGS)
 
 test: dev
+	@$(if $(ARGS),,PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q $(TRITON_TESTS))
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: dev

@@ -14,7 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), str(ROOT), str(ROOT / "test")]),
+    "PYTHONPATH": os.pathsep.join(
+        [str(ROOT / "python"), str(ROOT), str(ROOT / "test"), os.environ.get("PYTHONPATH", "")]
+    ),
     "CUDA_VISIBLE_DEVICES": "",
 }
 

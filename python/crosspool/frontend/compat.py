@@ -96,7 +96,7 @@ def _stand_in_for_triton() -> None:
 
 def _declare_torchvision_operators() -> None:
     spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None or "torchvision" in sys.modules:
+    if spec is None or spec.origin is None or "torchvision" in sys.modules or _keep_alive:
         return
     import torch
 

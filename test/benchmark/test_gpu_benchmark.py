@@ -26,7 +26,9 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
 def test_a_tiny_model_goes_the_whole_way(tmp_path: Path) -> None:
     small = "--device cpu --tiny --layers 1 --batches 1 --context 3 --tokens 1 --rounds 1"
-    path = os.pathsep.join([str(ROOT / "python"), str(ROOT), str(ROOT / "test")])
+    path = os.pathsep.join(
+        [str(ROOT / "python"), str(ROOT), str(ROOT / "test"), os.environ.get("PYTHONPATH", "")]
+    )
     done = subprocess.run(
         [sys.executable, "-c", RUN, *small.split(), "--out", str(tmp_path)],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
