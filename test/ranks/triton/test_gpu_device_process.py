@@ -17,7 +17,7 @@ from benchmark.device_driver import DeviceDriver, Generation
 
 pytestmark = pytest.mark.gpu
 
-DEMO = Path(crosspool.__path__[0]) / "demo"
+DEMO = Path(crosspool.__file__).parent / "demo"
 NAMES = ("tiny-qwen3-moe", "tiny-deepseek-v2", "tiny-glm4-moe-lite")
 PROMPTS = 20
 

@@ -26,7 +26,7 @@ from benchmark.gpu_lanes import Lanes, Row
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-DEMO = Path(crosspool.__path__[0]) / "demo"
+DEMO = Path(crosspool.__file__).parent / "demo"
 NAMES = ("tiny-qwen3-moe", "tiny-deepseek-v2", "tiny-glm4-moe-lite")
 PAGE_SIZE, PAGES = 16, 64
 MAKE_KV = Callable[[tuple[int, ...]], torch.Tensor]
