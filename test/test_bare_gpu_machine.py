@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.packages import installed
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
@@ -20,9 +20,7 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 
-pytestmark = pytest.mark.skipif(
-    not importlib.util.find_spec("triton"), reason="triton is not installed"
-)
+pytestmark = pytest.mark.skipif(not installed("triton"), reason="triton is not installed")
 
 
 def gpu_tests() -> list[str]:

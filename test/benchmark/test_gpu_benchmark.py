@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.packages import installed
 
 from benchmark.gpu import cost_table
 
@@ -23,7 +23,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+@pytest.mark.skipif(not installed("triton"), reason="triton is not installed")
 def test_a_tiny_model_goes_the_whole_way(tmp_path: Path) -> None:
     small = "--device cpu --tiny --layers 1 --batches 1 --context 3 --tokens 1 --rounds 1"
     path = os.pathsep.join(

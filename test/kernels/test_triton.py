@@ -5,24 +5,16 @@ process of its own."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.packages import installed
 
 
-def _has_triton() -> bool:
-    try:
-        importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not _has_triton(), reason="triton is not installed")
+@pytest.mark.skipif(not installed("triton"), reason="triton is not installed")
 def test_kernels_in_the_interpreter() -> None:
     tests = Path(__file__).parent / "triton"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider"]

@@ -3,16 +3,16 @@ would change it for every other test: hence a process of its own."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.packages import installed
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+@pytest.mark.skipif(not installed("triton"), reason="triton is not installed")
 def test_steps_in_the_interpreter() -> None:
     tests = Path(__file__).parent / "triton"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider"]
