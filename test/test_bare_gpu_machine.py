@@ -37,7 +37,7 @@ def gpu_tests() -> list[str]:
 
 def test_gpu_tests_are_collected_without_what_is_missing_there() -> None:
     paths = gpu_tests()
-    assert "test/ranks/triton" in paths and "test/kernels/triton" in paths, paths
+    assert "test/ranks/gpu" in paths and "test/kernels/gpu" in paths, paths
     # Run, not only collected: without a GPU each says by itself what it needs.
     command = [sys.executable, "-m", "pytest", "-p", "support.bare_machine", "-rs", "-m", "gpu"]
     done = subprocess.run(

@@ -16,7 +16,7 @@ from support.packages import installed
 
 @pytest.mark.skipif(not installed("triton"), reason="triton is not installed")
 def test_kernels_in_the_interpreter() -> None:
-    tests = Path(__file__).parent / "triton"
+    tests = Path(__file__).parent / "gpu"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, str(tests)],

@@ -1,4 +1,4 @@
-"""Each test here runs twice: on a GPU (``pytest -m gpu test/kernels/triton``), and where it is not
+"""Each test here runs twice: on a GPU (``pytest -m gpu test/kernels/gpu``), and where it is not
 itself marked ``gpu``, by test/kernels/test_triton.py in Triton's interpreter, on CPU tensors."""
 
 from __future__ import annotations
