@@ -6,6 +6,7 @@ memory of the CPU and of GPUs alike, and never looks at the memory itself.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -69,6 +70,16 @@ _alive: dict[int, tuple[object, ...]] = {}
 @_Deleter
 def _delete(address: int) -> None:
     _alive.pop(address, None)
+
+
+@atexit.register
+def _let_go() -> None:
+    """Tensors that outlive the interpreter must not call into it: they find no deleter then, and
+    what they would have freed stays."""
+    for managed, *_ in _alive.values():
+        assert isinstance(managed, _ManagedTensor)
+        managed.deleter = _Deleter()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_alive))
 
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New
