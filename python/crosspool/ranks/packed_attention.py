@@ -34,11 +34,11 @@ class PackedAttention:
         self._spec = spec
         self.positions = positions
         """The longest sequence that may come."""
-        self._weights = PackedWeights(team, spec.dtype)
+        self.weights = PackedWeights(team, spec.dtype)
         self._layers = (es.AttentionLayer * spec.layers)()
         self._vectors: list[Tensor] = []
         self._declare()
-        self._weights.load(path, progress)
+        self.weights.load(path, progress)
         self._cos, self._sin = _rope(spec, path, positions)
 
     def fill(self, table: es.ModelTable, kv: Tensor) -> None:
@@ -86,18 +86,18 @@ class PackedAttention:
 
     def tensors(self) -> list[TensorListing]:
         """Everything held."""
-        return self._weights.listing
+        return self.weights.listing
 
     def close(self) -> None:
         """Gives the memory back; the loop is closed before."""
-        self._weights.close()
+        self.weights.close()
 
     def _declare(self) -> None:
         by_layer: dict[int | None, dict[str, TensorRef]] = {}
         for layer, ref in attention_tensors(self._spec):
             by_layer.setdefault(layer, {})[ref.key] = ref
         of_model = by_layer.pop(None)
-        weights = self._weights
+        weights = self.weights
         self._embed: Tensor | None = None
         if self._spec.tied_embeddings:
             head = of_model["embed"]
@@ -115,12 +115,12 @@ class PackedAttention:
 
         def matrix(*keys: str) -> ctypes._Pointer[ns.Matrix]:
             parts = [(refs[key], whole(refs[key])) for key in keys]
-            return ctypes.pointer(self._weights.stacked(layer, parts))
+            return ctypes.pointer(self.weights.stacked(layer, parts))
 
         def vector(key: str) -> int | None:
             if key not in refs:
                 return None
-            self._vectors.append(self._weights.floats(layer, refs[key]))
+            self._vectors.append(self.weights.floats(layer, refs[key]))
             return pointer(self._vectors[-1])
 
         table.input_norm, table.post_norm = vector("input_norm"), vector("post_norm")
@@ -146,7 +146,7 @@ class PackedAttention:
         self._vectors.append(joined)
         places = joined.split([ref.shape[0] for ref in biases])
         for ref, place in zip(biases, places, strict=True):
-            self._weights.copied(layer, ref, place)
+            self.weights.copied(layer, ref, place)
         return joined.data_ptr()
 
     def _absorbed(
@@ -155,15 +155,15 @@ class PackedAttention:
         """``kv_b_proj`` [heads x (nope + v), latent], cut by head into the query's way to the
         latents, [latent, nope], and the latents' way to the values, [v, latent]."""
         nope, value, latent = spec.qk_nope_head_dim, spec.v_head_dim, spec.kv_lora_rank
-        keys_up = self._weights.matrices(spec.q_heads, latent, nope)
-        values_up = self._weights.matrices(spec.q_heads, value, latent)
+        keys_up = self.weights.matrices(spec.q_heads, latent, nope)
+        values_up = self.weights.matrices(spec.q_heads, value, latent)
 
         def finish(tensors: list[Tensor]) -> None:
             for head, both in enumerate(tensors[0].view(spec.q_heads, nope + value, latent)):
-                self._weights.pack(keys_up[head], [source(both[:nope].t())])
-                self._weights.pack(values_up[head], [source(both[nope:])])
+                self.weights.pack(keys_up[head], [source(both[:nope].t())])
+                self.weights.pack(values_up[head], [source(both[nope:])])
 
-        self._weights.custom(layer, ref, finish)
+        self.weights.custom(layer, ref, finish)
         return keys_up, values_up
 
 

@@ -31,23 +31,23 @@ class PackedFFN:
         fit its config.json."""
         self._spec = spec
         self._shard = shard
-        self._weights = PackedWeights(team, spec.dtype)
+        self.weights = PackedWeights(team, spec.dtype)
         self._layers = (es.FFNTable * spec.layers)()
         self._biases: list[Tensor] = []
         for layer, ffn in enumerate(spec.ffn):
             self._declare(layer, ffn)
-        self._weights.load(path, progress)
+        self.weights.load(path, progress)
 
     def fill(self, table: es.ModelTable) -> None:
         table.ffn = self._layers
 
     def tensors(self) -> list[TensorListing]:
         """Everything held, share by share."""
-        return self._weights.listing
+        return self.weights.listing
 
     def close(self) -> None:
         """Gives the memory back; the loop is closed before."""
-        self._weights.close()
+        self.weights.close()
 
     def _declare(self, layer: int, ffn: FFNSpec) -> None:
         parts: dict[str, tuple[TensorRef, Index]] = {}
@@ -94,8 +94,8 @@ class PackedFFN:
         """Matrices of ``count`` gated MLPs: gate and up, down."""
         hidden = self._spec.hidden
         return (
-            self._weights.matrices(count, 2 * gated_columns(width), hidden),
-            self._weights.matrices(count, hidden, width),
+            self.weights.matrices(count, 2 * gated_columns(width), hidden),
+            self.weights.matrices(count, hidden, width),
         )
 
     def _fill_mlp(
@@ -106,8 +106,8 @@ class PackedFFN:
         gate_up: ns.Matrix,
         down: ns.Matrix,
     ) -> None:
-        self._weights.gated(layer, parts[f"{key}.gate"], parts[f"{key}.up"], gate_up)
-        self._weights.stacked(layer, [parts[f"{key}.down"]], down)
+        self.weights.gated(layer, parts[f"{key}.gate"], parts[f"{key}.up"], gate_up)
+        self.weights.stacked(layer, [parts[f"{key}.down"]], down)
 
     def _router(
         self,
@@ -117,13 +117,13 @@ class PackedFFN:
         parts: dict[str, tuple[TensorRef, Index]],
     ) -> None:
         rules: RouterSpec = ffn.router
-        matrix = self._weights.stacked(layer, [parts["router"]])
+        matrix = self.weights.stacked(layer, [parts["router"]])
         table.router_weight = ctypes.pointer(matrix)
         bias = None
         if rules.correction_bias:
             ref, index = parts["router_bias"]
             assert index == whole(ref)
-            bias = self._weights.floats(layer, ref)
+            bias = self.weights.floats(layer, ref)
             self._biases.append(bias)
         table.router = ns.Router(
             bias=pointer(bias),

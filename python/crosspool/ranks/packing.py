@@ -10,7 +10,6 @@ large as plain matrices are; of what compact ones leave free nothing is ever tou
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,6 @@ from crosspool.kernels.engine import Team
 from crosspool.models.spec import TensorRef
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
 from crosspool.weightpool.checkpoint import Checkpoint, Progress
-
-log = logging.getLogger(__name__)
 
 _LINE = 64
 _NUMBERS = {torch.bfloat16: ns.BFLOAT16, torch.float32: ns.FLOAT32}
@@ -60,10 +57,10 @@ class PackedWeights:
         self._matrices: list[ns.Matrix] = []
         self._arena = 0
         self._arena_bytes = 0
-        self._plain = 0
-        """Bytes of the matrices as they are declared."""
-        self._taken = 0
-        """Bytes of the arena that hold packed matrices."""
+        self.plain_bytes = 0
+        """Of the matrices as they are declared."""
+        self.held_bytes = 0
+        """Of the arena, with packed matrices in them."""
         self.listing: list[TensorListing] = []
         """Everything held, by the checkpoint's names and shapes, once it is loaded."""
 
@@ -108,7 +105,7 @@ class PackedWeights:
         def finish(tensors: list[Tensor]) -> None:
             self._place(into)
             self._team.pack_gated(into, *(source(tensor) for tensor in tensors))
-            self._taken += _up(into.bytes, _LINE)
+            self.held_bytes += _up(into.bytes, _LINE)
 
         self._declared.append(_Declared(layer, [gate, up], self._dtype, finish))
 
@@ -138,10 +135,10 @@ class PackedWeights:
         """For :meth:`custom` declarations; once for each matrix."""
         self._place(matrix)
         self._team.pack(matrix, sources)
-        self._taken += _up(matrix.bytes, _LINE)
+        self.held_bytes += _up(matrix.bytes, _LINE)
 
     def _place(self, matrix: ns.Matrix) -> None:
-        matrix.data = self._arena + self._taken
+        matrix.data = self._arena + self.held_bytes
 
     def load(self, path: Path, progress: Progress) -> None:
         """Reads and packs everything; ``progress`` is called with bytes read.
@@ -164,9 +161,6 @@ class PackedWeights:
                 declared.finish([here[i] for i in range(len(here))])
                 del waiting[owner]
             progress(here[number - first[owner]].nbytes)
-        log.info(
-            "%d matrices of %d bytes held in %d", len(self._matrices), self._plain, self._taken
-        )
         self.listing = [
             _listing(one.layer, ref, index, one.dtype)
             for one in self._declared
@@ -183,8 +177,8 @@ class PackedWeights:
         return torch.float32 if ref.keep_fp32 else self._dtype
 
     def _allocate(self) -> None:
-        self._plain = sum(_up(matrix.bytes, _LINE) for matrix in self._matrices)
-        self._arena_bytes = max(_up(self._plain, native.HUGE_PAGE), native.HUGE_PAGE)
+        self.plain_bytes = sum(_up(matrix.bytes, _LINE) for matrix in self._matrices)
+        self._arena_bytes = max(_up(self.plain_bytes, native.HUGE_PAGE), native.HUGE_PAGE)
         self._arena = native.reserve_parking(self._arena_bytes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,12 +19,15 @@ from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks, join, kv_pool, loading
 from crosspool.ranks.packed_attention import PackedAttention
 from crosspool.ranks.packed_ffn import PackedFFN
+from crosspool.ranks.packing import PackedWeights
 from crosspool.ranks.resident_loop import ResidentLink, ResidentLoop
 from crosspool.ranks.resident_rank import ResidentRank
 from crosspool.ranks.resident_trace import ResidentTrace
 from crosspool.transport.lane_layout import LinkPlace
 from crosspool.transport.shared_memory import SharedMemoryTransport, spin_ns_of
 from crosspool.weightpool.placement import Placement, attention_bytes
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": ns.BFLOAT16, "float32": ns.FLOAT32}
 
@@ -137,8 +141,10 @@ class _Loading:
         ):
             positions = min(spec.context, cache.shape[0] * cache.shape[2])
             total = attention_bytes(spec)
-            with loading(device, f"attention part of {model.name}", total) as progress:
+            what = f"attention part of {model.name}"
+            with loading(device, what, total) as progress:
                 part = PackedAttention(spec, Path(model.path), self._team, positions, progress)
+            _tell(what, part.weights)
             self._resources.callback(part.close)
             part.fill(table, cache)
             parts.append(part)
@@ -151,12 +157,18 @@ class _Loading:
         for index, shard in placement.shards[rank].items():
             model, spec = self._deployment.models[index], self._specs[index]
             total = placement.weight_bytes[rank][index]
-            with loading(self._device, f"FFN part of {model.name}", total) as progress:
+            what = f"FFN part of {model.name}"
+            with loading(self._device, what, total) as progress:
                 part = PackedFFN(spec, Path(model.path), shard, self._team, progress)
+            _tell(what, part.weights)
             self._resources.callback(part.close)
             part.fill(self.tables[index])
             parts[index] = part
         return ResidentFFN(rank, parts)
+
+
+def _tell(what: str, weights: PackedWeights) -> None:
+    log.info("%s: matrices of %d bytes in %d", what, weights.plain_bytes, weights.held_bytes)
 
 
 def _join_links(
