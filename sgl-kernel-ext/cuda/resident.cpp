@@ -3,6 +3,7 @@
 #include <time.h>
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -27,10 +28,32 @@ void nap() {
 
 std::string lane_name(std::uint32_t lane) { return "lane " + std::to_string(lane); }
 
+std::string model_name(std::uint32_t model) { return "model " + std::to_string(model); }
+
+// That an attention rank's lane has the links that a model uses, and they take its rows.
+void check_links(const ModelDescription& model, std::uint32_t m, const LaneDescription& lane,
+                 std::uint32_t i) {
+  if (model.links >> lane.link_count != 0) {
+    throw std::runtime_error(model_name(m) + " uses links that " + lane_name(i) + " does not have");
+  }
+  const auto* links = reinterpret_cast<const LinkMemory*>(lane.links);
+  for (std::uint32_t link = 0; link < lane.link_count; ++link) {
+    if ((model.links >> link & 1U) != 0 && !links[link].fits(1, model.row_bytes)) {
+      throw std::runtime_error(model_name(m) + ": row_bytes of " + std::to_string(model.row_bytes) +
+                               " do not fit link " + std::to_string(link) + " of " + lane_name(i));
+    }
+  }
+}
+
 const LoopDescription& checked(const LoopDescription& description) {
   if (description.lane_count == 0) throw std::runtime_error("a loop needs a lane");
   if (description.model_count == 0) throw std::runtime_error("a loop needs a model");
-  if (description.wait_ns == 0) throw std::runtime_error("wait_ns: 0; waits need time");
+  if (description.wait_ns == 0 || description.wait_ns > std::numeric_limits<std::int64_t>::max()) {
+    throw std::runtime_error("wait_ns: waits need time, and less than 2^63 ns");
+  }
+  if (description.spin_ns >= description.wait_ns) {  // a lane's heart beats once in a pass
+    throw std::runtime_error("spin_ns must be less than wait_ns");
+  }
   const std::uint32_t* buckets = description.bucket_rows;
   for (std::uint32_t i = 0; i < description.bucket_count; ++i) {
     if (buckets[i] <= (i == 0 ? 0 : buckets[i - 1])) {
@@ -50,18 +73,15 @@ const LoopDescription& checked(const LoopDescription& description) {
       throw std::runtime_error(lane_name(i) + ": words must be aligned to 32 bytes");
     }
     if (!serves && lane.chosen == 0) throw std::runtime_error(lane_name(i) + ": chosen is null");
-    for (std::uint32_t m = 0; m < description.model_count; ++m) {
-      if (!serves && description.models[m].links >> lane.link_count != 0) {
-        throw std::runtime_error("model " + std::to_string(m) + " uses links that " + lane_name(i) +
-                                 " does not have");
-      }
+    for (std::uint32_t m = 0; m < description.model_count && !serves; ++m) {
+      check_links(description.models[m], m, lane, i);
     }
   }
   for (std::uint32_t m = 0; m < description.model_count; ++m) {
     const ModelDescription& model = description.models[m];
-    if (model.layers == 0) throw std::runtime_error("model " + std::to_string(m) + " has no layer");
+    if (model.layers == 0) throw std::runtime_error(model_name(m) + " has no layer");
     if (model.links == 0 && model.local == 0) {
-      throw std::runtime_error("model " + std::to_string(m) + " has its FFN parts nowhere");
+      throw std::runtime_error(model_name(m) + " has its FFN parts nowhere");
     }
   }
   return description;
@@ -78,7 +98,7 @@ std::string fault_text(const LaneStatus& status) {
       constexpr const char* kFields[] = {"",       "model", "bucket",  "rows",
                                          "wanted", "lease", "for_host"};
       return std::string("the step's ") + kFields[std::min(status.detail, 6U)] +
-             " contradicts the tables or the other fields";
+             " contradicts the tables, the links or the other fields";
     }
     case Fault::kNoGraph:
       return "there is no graph for stage " + detail + " of the step's model and bucket";
@@ -188,7 +208,7 @@ void Loop::make_lanes(const LoopDescription& description) {
       calls().graph_destroy(graph);
       throw;
     }
-    check(calls().graph_destroy(graph), "destroying a captured graph");
+    check(calls().graph_destroy(graph), "destroying a scheduler graph");
   }
   settle(stream, "uploading the scheduler graphs");
 }
@@ -230,7 +250,7 @@ void Loop::add_graph(std::int32_t lane, std::uint32_t model, std::uint32_t stage
   if (lane < 0 && !take_turns_) {
     throw std::runtime_error("lanes that do not take turns cannot share a graph");
   }
-  const Stream stream = host_[lane < 0 ? 0 : lane].stream;
+  const Stream stream = at(static_cast<std::uint32_t>(std::max(lane, 0))).stream;
   graphs_.add(lane, model, stage, bucket, graph, stream);
   settle(stream, "uploading a graph");
 }
@@ -240,7 +260,7 @@ void Loop::start() {
   graphs_.copy_to_device(host_[0].stream);
   settle(host_[0].stream, "copying the table of graphs to the device");
   for (std::uint32_t i = 0; i < lane_count_; ++i) {
-    if (mapped_[i].status.fault != 0) report(i);
+    if (status(i).fault != 0) report(i);
   }
   for (HostLane& lane : host_) {
     check(calls().launch(lane.scheduler, lane.stream), "launching a scheduler graph");
@@ -252,6 +272,7 @@ void Loop::start() {
 
 void Loop::quiesce(std::int64_t timeout_ns) {
   const std::int64_t deadline = now_ns() + timeout_ns;
+  Error ended = kSuccess;  // how the first of them did that did not leave of itself
   for (;;) {
     for (std::uint32_t i = 0; i < lane_count_; ++i) {
       HostLane& lane = host_[i];
@@ -260,10 +281,11 @@ void Loop::quiesce(std::int64_t timeout_ns) {
         lane.asked_to_leave = mapped_[i].commands.push({CommandKind::kStop, i, 0, 0, 0});
       }
       const Error error = calls().stream_query(lane.stream);
-      if (error != kNotReady) lane.resident = false;
-      if (error != kNotReady) check(error, "the stages of a lane");
+      if (error == kNotReady) continue;
+      lane.resident = false;
+      if (ended == kSuccess) ended = error;
     }
-    if (!resident()) return;
+    if (!resident()) return check(ended, "the stages of a lane");
     if (now_ns() > deadline) break;
     nap();
   }
@@ -278,14 +300,18 @@ bool Loop::push_step(std::uint32_t index, const StepArguments& arguments) {
   StepArguments& place = mapped_[index].arguments[lane.pushed % kMaxHeld];
   place = arguments;
   const std::uint64_t address = reinterpret_cast<std::uintptr_t>(&place);
-  if (!push(index, {CommandKind::kStep, index, arguments.step, address, 0})) return false;
-  if (lane.pushed == lane.done) lane.heard_ns = now_ns();
+  if (!mapped_[index].commands.push({CommandKind::kStep, index, arguments.step, address, 0})) {
+    return false;
+  }
   ++lane.pushed;
   return true;
 }
 
 bool Loop::push(std::uint32_t lane, const Command& command) {
   at(lane);
+  if (command.kind != CommandKind::kResume && command.kind != CommandKind::kRecall) {
+    throw std::runtime_error("kind: only kResume and kRecall are pushed so");
+  }
   return mapped_[lane].commands.push(command);
 }
 
@@ -344,8 +370,7 @@ void Loop::look_after(std::int64_t now) {
     if (heartbeat != lane.heartbeat) {
       lane.heartbeat = heartbeat;
       lane.heard_ns = now;
-    } else if (lane.pushed != lane.done &&
-               now - lane.heard_ns > static_cast<std::int64_t>(wait_ns_)) {
+    } else if (now - lane.heard_ns > static_cast<std::int64_t>(wait_ns_)) {
       const LaneStatus status = this->status(i);
       throw std::runtime_error(
           lane_name(i) + " has not come back from stage " + std::to_string(status.stage) +
