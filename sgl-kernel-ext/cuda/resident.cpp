@@ -3,9 +3,10 @@
 #include <time.h>
 
 #include <algorithm>
-#include <limits>
 #include <stdexcept>
 #include <string>
+
+#include "description.h"
 
 namespace crosspool::gpu {
 
@@ -26,65 +27,13 @@ void nap() {
   nanosleep(&pause, nullptr);
 }
 
-std::string lane_name(std::uint32_t lane) { return "lane " + std::to_string(lane); }
-
-std::string model_name(std::uint32_t model) { return "model " + std::to_string(model); }
-
-// That an attention rank's lane has the links that a model uses, and they take its rows.
-void check_links(const ModelDescription& model, std::uint32_t m, const LaneDescription& lane,
-                 std::uint32_t i) {
-  if (model.links >> lane.link_count != 0) {
-    throw std::runtime_error(model_name(m) + " uses links that " + lane_name(i) + " does not have");
+// Waits for what was put into the stream: how it ended, or kNotReady.
+Error ended(Stream stream) {
+  for (const std::int64_t deadline = now_ns() + kSettleNs;;) {
+    const Error error = calls().stream_query(stream);
+    if (error != kNotReady || now_ns() > deadline) return error;
+    nap();
   }
-  const auto* links = reinterpret_cast<const LinkMemory*>(lane.links);
-  for (std::uint32_t link = 0; link < lane.link_count; ++link) {
-    if ((model.links >> link & 1U) != 0 && !links[link].fits(1, model.row_bytes)) {
-      throw std::runtime_error(model_name(m) + ": row_bytes of " + std::to_string(model.row_bytes) +
-                               " do not fit link " + std::to_string(link) + " of " + lane_name(i));
-    }
-  }
-}
-
-const LoopDescription& checked(const LoopDescription& description) {
-  if (description.lane_count == 0) throw std::runtime_error("a loop needs a lane");
-  if (description.model_count == 0) throw std::runtime_error("a loop needs a model");
-  if (description.wait_ns == 0 || description.wait_ns > std::numeric_limits<std::int64_t>::max()) {
-    throw std::runtime_error("wait_ns: waits need time, and less than 2^63 ns");
-  }
-  if (description.spin_ns >= description.wait_ns) {  // a lane's heart beats once in a pass
-    throw std::runtime_error("spin_ns must be less than wait_ns");
-  }
-  const std::uint32_t* buckets = description.bucket_rows;
-  for (std::uint32_t i = 0; i < description.bucket_count; ++i) {
-    if (buckets[i] <= (i == 0 ? 0 : buckets[i - 1])) {
-      throw std::runtime_error("bucket_rows must ascend from 1 or more");
-    }
-  }
-  if (description.bucket_count == 0) throw std::runtime_error("a loop needs a row bucket");
-  for (std::uint32_t i = 0; i < description.lane_count; ++i) {
-    const LaneDescription& lane = description.lanes[i];
-    const bool serves = lane.role == Role::kFFN;
-    if (lane.link_count > kMaxLinks) {
-      throw std::runtime_error(lane_name(i) + " has more than " + std::to_string(kMaxLinks) +
-                               " links");
-    }
-    if (serves && lane.link_count == 0) throw std::runtime_error(lane_name(i) + " serves no link");
-    if (lane.words == 0 || lane.words % alignof(StageWords) != 0) {
-      throw std::runtime_error(lane_name(i) + ": words must be aligned to 32 bytes");
-    }
-    if (!serves && lane.chosen == 0) throw std::runtime_error(lane_name(i) + ": chosen is null");
-    for (std::uint32_t m = 0; m < description.model_count && !serves; ++m) {
-      check_links(description.models[m], m, lane, i);
-    }
-  }
-  for (std::uint32_t m = 0; m < description.model_count; ++m) {
-    const ModelDescription& model = description.models[m];
-    if (model.layers == 0) throw std::runtime_error(model_name(m) + " has no layer");
-    if (model.links == 0 && model.local == 0) {
-      throw std::runtime_error(model_name(m) + " has its FFN parts nowhere");
-    }
-  }
-  return description;
 }
 
 std::string fault_text(const LaneStatus& status) {
@@ -149,8 +98,10 @@ Loop::Loop(const LoopDescription& description)
 
 Loop::~Loop() { destroy(); }
 
+// Nothing of the loop is resident; copies and uploads may be under way where its making failed.
 void Loop::destroy() {
   for (const HostLane& lane : host_) {
+    if (lane.stream != nullptr) ended(lane.stream);
     if (lane.scheduler != nullptr) calls().exec_destroy(lane.scheduler);
     if (lane.stream != nullptr) calls().stream_destroy(lane.stream);
   }
@@ -213,16 +164,10 @@ void Loop::make_lanes(const LoopDescription& description) {
   settle(stream, "uploading the scheduler graphs");
 }
 
-// Waits for what was put into the stream.
 void Loop::settle(Stream stream, const char* what) const {
-  const std::int64_t deadline = now_ns() + kSettleNs;
-  for (;;) {
-    const Error error = calls().stream_query(stream);
-    if (error == kSuccess) return;
-    if (error != kNotReady) check(error, what);
-    if (now_ns() > deadline) throw std::runtime_error(std::string(what) + " does not end");
-    nap();
-  }
+  const Error error = ended(stream);
+  if (error == kNotReady) throw std::runtime_error(std::string(what) + " does not end");
+  check(error, what);
 }
 
 const Loop::HostLane& Loop::at(std::uint32_t lane) const {
@@ -272,7 +217,7 @@ void Loop::start() {
 
 void Loop::quiesce(std::int64_t timeout_ns) {
   const std::int64_t deadline = now_ns() + timeout_ns;
-  Error ended = kSuccess;  // how the first of them did that did not leave of itself
+  Error error = kSuccess;  // the first of a lane's
   for (;;) {
     for (std::uint32_t i = 0; i < lane_count_; ++i) {
       HostLane& lane = host_[i];
@@ -280,12 +225,12 @@ void Loop::quiesce(std::int64_t timeout_ns) {
       if (!lane.asked_to_leave) {
         lane.asked_to_leave = mapped_[i].commands.push({CommandKind::kStop, i, 0, 0, 0});
       }
-      const Error error = calls().stream_query(lane.stream);
-      if (error == kNotReady) continue;
+      const Error found = calls().stream_query(lane.stream);
+      if (found == kNotReady) continue;
       lane.resident = false;
-      if (ended == kSuccess) ended = error;
+      if (error == kSuccess) error = found;
     }
-    if (!resident()) return check(ended, "the stages of a lane");
+    if (!resident()) return check(error, "the stages of a lane");
     if (now_ns() > deadline) break;
     nap();
   }

@@ -17,6 +17,7 @@ NATIVE = Path(__file__).parents[2] / "sgl-kernel-ext"
 COMPILER = shutil.which("c++") or shutil.which("g++")
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Werror")
 HOST_SIDE = (
+    "cuda/description.cpp",
     "cuda/graph_table.cpp",
     "cuda/resident.cpp",
     "test/fake_calls.cpp",

@@ -34,14 +34,16 @@ enum class EventKind : std::uint32_t {
   kTokens = 4,  // a step of a lease has ended, another follows; its tokens are in its arguments
 };
 
+// A CPU's loop has logits at `address`, float [count, vocab], or with kFailed a message that ends
+// with a zero. A GPU's lane has StepArguments::tokens there, `count` of them in each step; with
+// kFailed it says why in `first` and `count` (cuda/stages.h, Fault).
 struct Event {
   EventKind kind;
   std::uint32_t lane;
   std::uint64_t step;
-  std::uint32_t first;    // of kTokens and kDone: how many steps of the lease came before
-  std::uint32_t count;    // of logits; of a GPU's kTokens and kDone: tokens of a step
-  std::uint64_t address;  // of logits, float [count, vocab]; of a CPU's kFailed, a message that ends
-                          // with a zero; of a GPU's kTokens and kDone, StepArguments::tokens
+  std::uint32_t first;  // of kTokens and kDone: how many steps of the lease came before
+  std::uint32_t count;
+  std::uint64_t address;
 };
 
 template <class Slot, std::uint32_t kSlots>
