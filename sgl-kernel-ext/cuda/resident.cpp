@@ -36,6 +36,13 @@ Error ended(Stream stream) {
   }
 }
 
+// The same; throws unless it ended well.
+void settle(Stream stream, const char* what) {
+  const Error error = ended(stream);
+  if (error == kNotReady) throw std::runtime_error(std::string(what) + " does not end");
+  check(error, what);
+}
+
 std::string fault_text(const LaneStatus& status) {
   const std::string detail = std::to_string(status.detail);
   switch (static_cast<Fault>(status.fault)) {
@@ -162,12 +169,6 @@ void Loop::make_lanes(const LoopDescription& description) {
     check(calls().graph_destroy(graph), "destroying a scheduler graph");
   }
   settle(stream, "uploading the scheduler graphs");
-}
-
-void Loop::settle(Stream stream, const char* what) const {
-  const Error error = ended(stream);
-  if (error == kNotReady) throw std::runtime_error(std::string(what) + " does not end");
-  check(error, what);
 }
 
 const Loop::HostLane& Loop::at(std::uint32_t lane) const {
