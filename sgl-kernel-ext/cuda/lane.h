@@ -71,8 +71,8 @@ class Lane {
 
   CROSSPOOL_INLINE void set_stopped(bool stopped) { stopped_ = stopped; }
 
-  // What to do at `now` (ns of a clock that only grows). After kLaunch it is called again only when
-  // the stage has ended.
+  // What to do at `now`, in ns of a clock that grows, but for a little between two passes. After
+  // kLaunch it is called again only when the stage has ended.
   CROSSPOOL_CALLED Action advance(std::uint64_t now) {
     for (;;) {
       switch (phase_) {

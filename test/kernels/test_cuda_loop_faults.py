@@ -126,7 +126,7 @@ def test_a_refused_stage_fails_its_lane_alone(driver: FakeCuda) -> None:
 
 @pytest.mark.parametrize(
     ("call", "successes"),
-    [("host_alloc", 0), ("stream_query", 0), ("stream_query", 3), ("launch", 0)]
+    [("host_alloc", 0), ("stream_query", 0), ("stream_query", 3), ("launch", 0), ("launch", 1)]
     + [("device_alloc", n) for n in range(6)]
     + [("stream_create", n) for n in range(2)]
     + [("copy_to_device", n) for n in range(6)]
