@@ -95,7 +95,7 @@ bench-gpu: native-gpu
 
 sanitize-gpu: native-gpu
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH"; exit 1; }
-	@for tool in memcheck racecheck; do echo "==> $$tool"; \
+	@for tool in memcheck synccheck; do echo "==> $$tool"; \
 	  CROSSPOOL_GPU_STEPS=1000 $(GPU_ENV) compute-sanitizer --tool $$tool --error-exitcode 1 \
 	  $(GPU_PYTHON) -m pytest -m gpu test/kernels/test_cuda_loop_gpu.py $(ARGS) || exit 1; done
 

@@ -168,6 +168,8 @@ void WorkLoop::recall() {
 
 int main(int count, char** arguments) {
   using namespace crosspool::bench;
+  // Before CUDA starts: a stream that shares its connection with a lane's may wait for ever.
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
   const std::string what = count > 1 ? arguments[1] : "";
   if (what == "limits") {
     limits();
