@@ -34,7 +34,9 @@ CXX_FILES := $(filter %.h %.hpp %.c %.cpp %.cu,$(NATIVE))
 
 # The files and folders that hold tests marked `gpu`; others may need what is not there.
 GPU_TESTS = $(sort $(patsubst %/conftest.py,%,$(shell grep -rl --include=conftest.py --include='test_*.py' pytest.mark.gpu test)))
-GPU_RUN := PYTHONPATH=python:.$(if $(PYTHONPATH),:$(PYTHONPATH)) CUDA_MODULE_LOADING=EAGER $(GPU_PYTHON)
+# Beside a resident loop no kernel is loaded, and no stream shares its connection to the device.
+GPU_ENV := PYTHONPATH=python:.$(if $(PYTHONPATH),:$(PYTHONPATH)) CUDA_MODULE_LOADING=EAGER \
+  CUDA_DEVICE_MAX_CONNECTIONS=32
 GPU_BUILD := build/gpu
 
 .PHONY: native-gpu test-gpu bench-gpu sanitize-gpu env dev serve test lint format bench bench-peers clean
@@ -86,16 +88,15 @@ native-gpu:
 	@cmake --install $(GPU_BUILD) --prefix python
 
 test-gpu: native-gpu
-	@$(GPU_RUN) -m pytest -m gpu $(GPU_TESTS) $(ARGS)
+	@$(GPU_ENV) $(GPU_PYTHON) -m pytest -m gpu $(GPU_TESTS) $(ARGS)
 
 bench-gpu: native-gpu
-	@$(GPU_RUN) -m benchmark.gpu $(ARGS)
+	@$(GPU_ENV) $(GPU_PYTHON) -m benchmark.gpu $(ARGS)
 
 sanitize-gpu: native-gpu
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH"; exit 1; }
-	@for tool in memcheck racecheck; do echo "==> $$tool"; \
-	  CROSSPOOL_GPU_STEPS=1000 PYTHONPATH=python:. CUDA_MODULE_LOADING=EAGER \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 \
+	@for tool in memcheck synccheck; do echo "==> $$tool"; \
+	  CROSSPOOL_GPU_STEPS=1000 $(GPU_ENV) compute-sanitizer --tool $$tool --error-exitcode 1 \
 	  $(GPU_PYTHON) -m pytest -m gpu test/kernels/test_cuda_loop_gpu.py $(ARGS) || exit 1; done
 
 bench: dev

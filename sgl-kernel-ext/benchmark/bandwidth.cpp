@@ -2,8 +2,6 @@
 //   bandwidth BYTES PASSES CORE...
 // prints the seconds of each pass, in which every thread reads its share of BYTES. Passes go
 // through four times as much memory, in huge pages that the reading thread touched first.
-#include <pthread.h>
-#include <sched.h>
 #include <sys/mman.h>
 
 #include <barrier>
@@ -14,23 +12,15 @@
 #include <vector>
 
 #include "floors.h"
+#include "pin.h"
 
 namespace {
 
 using crosspool::benchmark::now;
+using crosspool::benchmark::pin;
 
 constexpr std::size_t kHuge = std::size_t{2} << 20;
 constexpr std::size_t kCopies = 4;
-
-void pin(int core) {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(core, &set);
-  if (pthread_setaffinity_np(pthread_self(), sizeof set, &set) != 0) {
-    std::fprintf(stderr, "core %d is not available\n", core);
-    std::exit(2);
-  }
-}
 
 std::byte* touched(std::size_t bytes) {
   void* const memory = std::aligned_alloc(kHuge, (bytes + kHuge - 1) / kHuge * kHuge);

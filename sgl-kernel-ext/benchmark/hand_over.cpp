@@ -7,7 +7,6 @@
 // Prints a line of JSON: {"bytes": .., "us": [..]}, half of each round trip in microseconds.
 #include <crosspool/lanes.h>
 #include <crosspool/signal.h>
-#include <sched.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -16,8 +15,10 @@
 #include <vector>
 
 #include "../cpu/wait.h"
+#include "pin.h"
 
 using namespace crosspool;
+using crosspool::benchmark::pin;
 
 namespace {
 
@@ -27,16 +28,6 @@ constexpr int kWarm = 1000;
 struct alignas(kLine) Bell {
   crosspool_doorbell doorbell{};
 };
-
-void pin(int core) {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(core, &set);
-  if (sched_setaffinity(0, sizeof(set), &set) != 0) {
-    std::perror("hand_over: sched_setaffinity");
-    std::exit(1);
-  }
-}
 
 template <class Ready>
 void wait(Bell& bell, Ready&& ready) {

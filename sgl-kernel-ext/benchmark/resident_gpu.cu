@@ -147,7 +147,8 @@ std::uint32_t WorkLoop::take() {
 double WorkLoop::run(std::uint32_t steps) {
   const double start = now_us();
   for (std::uint32_t lane = 0; lane < lanes_; ++lane) push(lane, steps);
-  for (std::uint32_t ended = 0; ended < lanes_;) ended += take();
+  const Patience patience;
+  for (std::uint32_t ended = 0; ended < lanes_; patience.look()) ended += take();
   return now_us() - start;
 }
 
@@ -160,13 +161,15 @@ void WorkLoop::keep_busy() {
 void WorkLoop::recall() {
   const Command command{CommandKind::kRecall, 0, step_, 0, 0};
   if (crosspool_cuda_loop_push(loop_, 0, &command) != 1) fail();
-  while (busy_) busy_ = take() == 0;
+  for (const Patience patience; busy_; patience.look()) busy_ = take() == 0;
 }
 
 }  // namespace crosspool::bench
 
 int main(int count, char** arguments) {
   using namespace crosspool::bench;
+  // Before CUDA starts: a stream that shares its connection with a lane's may wait for ever.
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
   const std::string what = count > 1 ? arguments[1] : "";
   if (what == "limits") {
     limits();

@@ -42,6 +42,19 @@ inline void row(const char* experiment, const std::string& name, const char* uni
 
 double now_us();
 
+// Bounds a wait for events: who waits goes on with look(), which ends the program after a minute.
+class Patience {
+ public:
+  void look() const {
+    if (now_us() - begin_ < 60e6) return;
+    std::fprintf(stderr, "the loop has told nothing for a minute\n");
+    std::exit(1);
+  }
+
+ private:
+  double begin_ = now_us();
+};
+
 // The work of one stage: `bytes` read by the whole GPU; 0: a kernel that does nothing.
 void add_work(std::size_t bytes, cudaStream_t stream);
 // As a graph that is not instantiated.

@@ -17,6 +17,8 @@ constexpr double kPatienceUs = 2e6;
 // So that a step takes long, and events are few: a lane waits while their ring is full.
 constexpr std::uint32_t kLayers = 4096;
 
+// One for each state of the loop, so that each has a first launch.
+template <bool kBusy>
 __global__ void never_launched_before(float* x) {
   if (x != nullptr) *x = 1.0F;
 }
@@ -97,7 +99,7 @@ void measure(WorkLoop& loop, const char* state, const Call& call) {
       std::string("\"loop\": \"") + state + "\", \"blocked\": " + (blocked ? "true" : "false"));
 }
 
-std::vector<Call> calls() {
+std::vector<Call> calls(bool busy) {
   static Chunk chunk;
   static void *memory = nullptr, *pinned = nullptr, *pooled = nullptr;
   static cudaStream_t stream = nullptr;
@@ -135,8 +137,9 @@ std::vector<Call> calls() {
        }},
       {"cudaGraphExecDestroy", [] { CUDA(cudaGraphExecDestroy(exec)); }},
       {"the first launch of a kernel",
-       [] {
-         never_launched_before<<<1, 1, 0, stream>>>(nullptr);
+       [=] {
+         (busy ? never_launched_before<true>
+               : never_launched_before<false>)<<<1, 1, 0, stream>>>(nullptr);
          CUDA(cudaGetLastError());
          CUDA(cudaStreamSynchronize(stream));
        }},
@@ -153,8 +156,8 @@ std::vector<Call> calls() {
 
 void blocking() {
   WorkLoop loop(1, kLayers, 8 << 20, false);
-  const std::vector<Call> all = calls();
   for (const bool busy : {false, true}) {
+    const std::vector<Call> all = calls(busy);
     loop.start();
     for (const Call& call : all) {
       if (busy) loop.keep_busy();

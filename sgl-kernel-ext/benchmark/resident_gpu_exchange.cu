@@ -78,7 +78,7 @@ void exchange(const char* path) {
   CUDA(cudaMalloc(&ends, sizeof(end)));
   CUDA(cudaMemcpy(ends, &end, sizeof(end), cudaMemcpyHostToDevice));
 
-  // Two layers would do; the dispatch takes the attention part's place, the answer the FFN part's.
+  // The dispatch takes the attention part's place, the answer the FFN part's.
   const std::vector<std::uint8_t> kinds(48);
   const auto layers = static_cast<std::uint32_t>(kinds.size());
   const gpu::ModelDescription model{reinterpret_cast<std::uintptr_t>(kinds.data()), layers, 0, 0,
@@ -112,7 +112,9 @@ void exchange(const char* path) {
     loop_status(crosspool_cuda_loop_push_step(loop, 0, &step));
     Event event{};
     std::int32_t found = 0;
-    while (found == 0) loop_status(found = crosspool_cuda_loop_pop(loop, &event));
+    for (const Patience patience; found == 0; patience.look()) {
+      loop_status(found = crosspool_cuda_loop_pop(loop, &event));
+    }
     us.push_back((now_us() - start) / layers);
   }
   loop_status(crosspool_cuda_loop_quiesce(loop, 30'000'000'000));

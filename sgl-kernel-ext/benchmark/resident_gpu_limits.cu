@@ -6,6 +6,7 @@ namespace crosspool::bench {
 
 namespace {
 
+// In mapped host memory: written once, at the end, since every access crosses the bus.
 struct Outcome {
   std::uint32_t launched;
   std::uint32_t error;
@@ -24,11 +25,13 @@ __global__ void launch_many(const cudaGraphExec_t* execs, std::uint32_t wanted, 
                             Outcome* outcome) {
   const std::uint64_t begin = clock_ns();
   const cudaStream_t how = tail ? cudaStreamGraphTailLaunch : cudaStreamGraphFireAndForget;
-  for (; outcome->launched < wanted; ++outcome->launched) {
-    outcome->error = cudaGraphLaunch(execs[outcome->launched], how);
-    if (outcome->error != cudaSuccess) break;
+  std::uint32_t launched = 0;
+  cudaError_t error = cudaSuccess;
+  for (; launched < wanted; ++launched) {
+    error = cudaGraphLaunch(execs[launched], how);
+    if (error != cudaSuccess) break;
   }
-  outcome->ns = clock_ns() - begin;
+  *outcome = {launched, static_cast<std::uint32_t>(error), 0, clock_ns() - begin};
 }
 
 __global__ void raise_flag(volatile std::uint32_t* flag) {
@@ -41,19 +44,22 @@ __global__ void launch_again(cudaGraphExec_t exec, volatile std::uint32_t* flag,
                              std::uint32_t wanted, Outcome* outcome) {
   constexpr std::uint64_t kPatienceNs = 100'000'000;
   const std::uint64_t begin = clock_ns();
-  while (outcome->launched < wanted && clock_ns() - begin < kPatienceNs) {
-    outcome->error = cudaGraphLaunch(exec, cudaStreamGraphFireAndForget);
-    if (outcome->error == cudaErrorInvalidValue) {
-      ++outcome->retries;
+  std::uint32_t launched = 0;
+  std::uint64_t retries = 0;
+  cudaError_t error = cudaSuccess;
+  while (launched < wanted && clock_ns() - begin < kPatienceNs) {
+    error = cudaGraphLaunch(exec, cudaStreamGraphFireAndForget);
+    if (error == cudaErrorInvalidValue) {
+      ++retries;
       __nanosleep(50);
       continue;
     }
-    if (outcome->error != cudaSuccess) break;
-    ++outcome->launched;
-    while (*flag < outcome->launched && clock_ns() - begin < kPatienceNs) {
+    if (error != cudaSuccess) break;
+    ++launched;
+    while (*flag < launched && clock_ns() - begin < kPatienceNs) {
     }
   }
-  outcome->ns = clock_ns() - begin;
+  *outcome = {launched, static_cast<std::uint32_t>(error), retries, clock_ns() - begin};
 }
 
 cudaGraphExec_t for_device(cudaGraph_t graph, cudaStream_t stream) {

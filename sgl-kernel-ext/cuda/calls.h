@@ -1,5 +1,5 @@
-// What the resident loop asks of CUDA's runtime, as a table: runtime_calls.cu fills it with the
-// runtime, test/fake_driver.cpp with a driver that enforces the documented limits on the host.
+// What the resident loop asks of CUDA's runtime, as a table: runtime_calls.cpp fills it with the
+// runtime, test/fake_calls.cpp with a driver that enforces the documented limits on the host.
 #ifndef CROSSPOOL_CUDA_CALLS_H
 #define CROSSPOOL_CUDA_CALLS_H
 

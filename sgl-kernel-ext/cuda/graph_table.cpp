@@ -84,7 +84,7 @@ GraphTable::GraphTable(std::uint32_t lanes, std::uint32_t models, std::uint32_t 
     : lanes_(lanes),
       models_(models),
       buckets_(buckets),
-      execs_(std::size_t{lanes} * models * kStages * buckets),
+      execs_(lanes * Tables{nullptr, nullptr, models, buckets}.places()),
       device_(execs_.size()) {}
 
 GraphTable::~GraphTable() {
@@ -98,8 +98,8 @@ std::size_t GraphTable::place(std::uint32_t lane, std::uint32_t model, std::uint
                              ", stage " + std::to_string(stage) + ", bucket " +
                              std::to_string(bucket) + " lies outside the table of graphs");
   }
-  return (std::size_t{lane} * models_ + model) * kStages * buckets_ +
-         std::size_t{stage} * buckets_ + bucket;
+  const Tables tables{nullptr, nullptr, models_, buckets_};
+  return lane * tables.places() + tables.place(model, static_cast<Stage>(stage), bucket);
 }
 
 void GraphTable::add(std::int32_t lane, std::uint32_t model, std::uint32_t stage,
@@ -129,7 +129,7 @@ Exec GraphTable::find(std::uint32_t lane, std::uint32_t model, std::uint32_t sta
 }
 
 const std::uint64_t* GraphTable::on_device(std::uint32_t lane) const {
-  return device_.data() + std::size_t{lane} * models_ * kStages * buckets_;
+  return device_.data() + place(lane, 0, 0, 0);
 }
 
 void GraphTable::copy_to_device(Stream stream) const { device_.fill(execs_, stream); }

@@ -9,14 +9,11 @@
 #ifndef CROSSPOOL_CUDA_LANE_H
 #define CROSSPOOL_CUDA_LANE_H
 
-#include <crosspool/command_ring.h>
-#include <crosspool/lanes.h>
-
 #include <type_traits>
 
-#include "loop.h"
-#include "stages.h"
-#include "turn.h"
+#include "held_steps.h"
+#include "lane_places.h"
+#include "links.h"
 
 // Called from several places; inlined everywhere, the scheduler would not fit an instruction cache.
 #if defined(__CUDACC__)
@@ -30,26 +27,6 @@ namespace crosspool::gpu {
 struct Action {
   enum Kind : std::uint32_t { kLaunch, kWait, kLeave } kind;
   std::uint64_t exec;  // of kLaunch: the stage's cudaGraphExec_t
-};
-
-// What the host sets of a lane. Addresses are the device's.
-struct LanePlaces {
-  Tables tables;
-  const std::uint64_t* execs;
-  CommandRing* commands;
-  EventRing* events;
-  LaneStatus* status;
-  StageWords* words;
-  const std::int32_t* chosen;
-  Turn* turn;  // null: the lane launches whenever it is ready
-  LinkMemory links[kMaxLinks];
-  std::uint32_t link_count;
-  std::uint32_t index;
-  Role role;
-  std::uint32_t reserved;
-  std::uint64_t epoch;
-  std::uint64_t spin_ns;
-  std::uint64_t wait_ns;
 };
 
 // In device memory. Its scheduler alone touches it.
@@ -94,8 +71,8 @@ class Lane {
 
   CROSSPOOL_INLINE void set_stopped(bool stopped) { stopped_ = stopped; }
 
-  // What to do at `now` (ns of a clock that only grows). After kLaunch it is called again only when
-  // the stage has ended.
+  // What to do at `now`, in ns of a clock that grows, but for a little between two passes. After
+  // kLaunch it is called again only when the stage has ended.
   CROSSPOOL_CALLED Action advance(std::uint64_t now) {
     for (;;) {
       switch (phase_) {
@@ -103,7 +80,7 @@ class Lane {
           make_ends();
           break;
         case Phase::kIdle:
-          if (!drain()) break;
+          if ((at_.role == Role::kAttention || due(now)) && !drain()) break;
           if (leaving_) return leave();
           if (!(at_.role == Role::kFFN ? next_dispatch() : next_step())) return {Action::kWait, 0};
           break;
@@ -112,16 +89,14 @@ class Lane {
             fail(Fault::kNoGraph, static_cast<std::uint32_t>(stage_));
             break;
           }
-          // A predecessor's dispatch may still be unanswered.
-          if ((stage_ == Stage::kDispatch && !links_free()) || !ticket_.take(at_.turn))
-            return wait(now);
+          if (after_predecessor() || !ticket_.take(at_.turn)) return wait(now);
           return launch();
         case Phase::kRunning:
           ticket_.give(at_.turn);
           at_.role == Role::kFFN ? reply() : ended();
           break;
         case Phase::kPeers:
-          if (!answered()) return wait(now);
+          if (!links_.answered(model().links)) return wait(now);
           combine();
           break;
         case Phase::kHost:
@@ -145,9 +120,10 @@ class Lane {
     }
   }
 
-  // Ends the lane: its status says why, and an event if there is room.
+  // Ends the lane: its status says why, and an event if there is room. Where the scheduler was not
+  // launched again its stage may have been, and ends unseen: then the turn is not given on.
   CROSSPOOL_CALLED void fail(Fault fault, std::uint32_t detail) {
-    ticket_.give(at_.turn);
+    if (fault != Fault::kRelaunch) ticket_.give(at_.turn);
     put(at_.status->detail, detail);
     Atomic<std::uint32_t>(at_.status->fault).store(static_cast<std::uint32_t>(fault), kRelease);
     at_.events->push(
@@ -168,9 +144,6 @@ class Lane {
   CROSSPOOL_INLINE std::uint64_t exec() const {
     return at_.execs[at_.tables.place(model_, stage_, bucket_)];
   }
-
-  // Whether link i leads to an FFN rank of the model.
-  CROSSPOOL_INLINE bool uses(std::uint32_t i) const { return (model().links >> i & 1U) != 0; }
 
   CROSSPOOL_INLINE Stage ffn() const {
     const auto* kinds = reinterpret_cast<const std::uint8_t*>(model().layer_kinds);
@@ -195,30 +168,36 @@ class Lane {
     return {Action::kLeave, 0};
   }
 
-  // A wait for a peer, for the host or for the turn. A lane that waits for its turn does not leave:
-  // those behind it wait for its ticket. Commands lie across the bus, so they are looked for less
-  // often than a peer's signal.
+  // Commands lie across the bus: who waits for a peer looks for them less often than for its
+  // signal.
+  CROSSPOOL_INLINE bool due(std::uint64_t now) {
+    if (now - looked_ < kLookNs) return false;
+    looked_ = now;
+    return true;
+  }
+
+  // A wait for a peer, for the host or for the turn. A lane that has drawn a ticket does not leave:
+  // those behind it wait for its turn to end.
   CROSSPOOL_CALLED Action wait(std::uint64_t now) {
     if (!waits_) {
       waits_ = true;
       since_ = looked_ = now;
-    } else if (now - looked_ >= kLookNs) {
-      looked_ = now;
-      if (!drain()) return leave();
+    } else if (due(now) && !drain()) {
+      return leave();
     }
-    if (leaving_ && phase_ != Phase::kStage) return leave();
-    if (now - since_ < at_.wait_ns) return {Action::kWait, 0};
+    if (leaving_ && !ticket_.drawn()) return leave();
+    // Signed: another multiprocessor's clock may be a little behind.
+    const auto waited = static_cast<std::int64_t>(now - since_);
+    if (waited < static_cast<std::int64_t>(at_.wait_ns)) return {Action::kWait, 0};
     fail(Fault::kTimeout, static_cast<std::uint32_t>(phase_));
     return leave();
   }
 
   CROSSPOOL_CALLED void make_ends() {
-    for (std::uint32_t i = 0; i < at_.link_count; ++i) {
-      if (at_.role == Role::kFFN) {
-        served_[i] = FFNEnd(at_.links[i]);
-      } else {
-        ends_[i] = AttentionEnd(at_.links[i]);
-      }
+    if (at_.role == Role::kFFN) {
+      served_.make(at_.links, at_.link_count);
+    } else {
+      links_.make(at_.links, at_.link_count);
     }
     enter_phase(Phase::kIdle);
   }
@@ -227,14 +206,13 @@ class Lane {
   CROSSPOOL_CALLED bool drain() {
     Command command;
     while (at_.commands->pop(&command)) {
-      const bool takes_steps = at_.role == Role::kAttention && held_count_ < kMaxHeld;
-      if (command.kind == CommandKind::kStep && takes_steps) {
-        command.reserved = 0;
-        held_[(held_first_ + held_count_++) % kMaxHeld] = command;
+      if (command.kind == CommandKind::kStep && at_.role == Role::kAttention && !held_.full()) {
+        held_.push(command.step, command.arguments);
       } else if (command.kind == CommandKind::kResume) {
         resumed_ = resumed_ || (phase_ == Phase::kHost && command.step == step_.step);
       } else if (command.kind == CommandKind::kRecall) {
-        recall(command.step);
+        recalled_ = recalled_ || command.step == step_.step;
+        held_.recall(command.step);
       } else if (command.kind == CommandKind::kStop) {
         leaving_ = true;
       } else {
@@ -245,24 +223,14 @@ class Lane {
     return true;
   }
 
-  CROSSPOOL_INLINE void recall(std::uint64_t step) {
-    recalled_ = recalled_ || step_.step == step;
-    for (std::uint32_t i = 0; i < held_count_; ++i) {
-      Command& held = held_[(held_first_ + i) % kMaxHeld];
-      if (held.step == step) held.reserved = 1;
-    }
-  }
-
   // False: none waits.
   CROSSPOOL_INLINE bool next_step() {
-    if (held_count_ == 0) return false;
-    const Command command = held_[held_first_];
-    held_first_ = (held_first_ + 1) % kMaxHeld;
-    --held_count_;
-    step_ = *reinterpret_cast<const StepArguments*>(command.arguments);
+    if (held_.empty()) return false;
+    const HeldStep held = held_.pop();
+    step_ = *reinterpret_cast<const StepArguments*>(held.arguments);
     put(at_.status->step, step_.step);
-    recalled_ = command.reserved != 0;
-    done_ = layer_ = link_ = 0;
+    recalled_ = held.recalled;
+    done_ = layer_ = 0;
     if (const BadArgument wrong = bad_argument(); wrong != BadArgument::kNone) {
       fail(Fault::kArguments, static_cast<std::uint32_t>(wrong));
       return true;
@@ -277,8 +245,9 @@ class Lane {
     const StepArguments& step = step_;
     if (step.model >= at_.tables.model_count) return BadArgument::kModel;
     if (step.bucket >= at_.tables.buckets) return BadArgument::kBucket;
+    const ModelEntry& model = at_.tables.models[step.model];
     const bool fits = step.rows >= 1 && step.rows <= at_.tables.bucket_rows[step.bucket];
-    if (!fits) return BadArgument::kRows;
+    if (!fits || !links_.fit(model.links, step.rows, model.row_bytes)) return BadArgument::kRows;
     if (step.wanted > step.rows) return BadArgument::kWanted;
     const bool leased = step.lease > 1;
     if (step.lease == 0 || (leased && step.wanted != step.rows)) return BadArgument::kLease;
@@ -289,7 +258,7 @@ class Lane {
   CROSSPOOL_INLINE Action launch() {
     *at_.words = {step_.inputs,
                   static_cast<std::int32_t>(layer_),
-                  static_cast<std::int32_t>(link_),
+                  static_cast<std::int32_t>(served_.link()),
                   static_cast<std::int32_t>(step_.rows),
                   static_cast<std::int32_t>(done_),
                   static_cast<std::int32_t>(at_.index),
@@ -310,7 +279,7 @@ class Lane {
       case Stage::kAttention:
         return begin(model().links != 0 ? Stage::kDispatch : ffn());
       case Stage::kDispatch:
-        dispatch();
+        links_.dispatch(model().links, {at_.epoch, model_, layer_, step_.rows, model().row_bytes});
         return model().local != 0 ? begin(ffn()) : enter_phase(Phase::kPeers);
       case Stage::kDenseFFN:
       case Stage::kMoEFFN:
@@ -333,7 +302,7 @@ class Lane {
   // A lease ends with a stop token, when it is recalled, and when another step waits for the lane.
   CROSSPOOL_CALLED void end_step() {
     if (!drain()) return;
-    const bool ends = stopped_ || recalled_ || held_count_ > 0;
+    const bool ends = stopped_ || recalled_ || !held_.empty();
     const bool goes_on = done_ + 1 < step_.lease && !ends;
     publish({goes_on ? EventKind::kTokens : EventKind::kDone, at_.index, step_.step, done_,
              step_.wanted, step_.tokens},
@@ -346,49 +315,29 @@ class Lane {
     enter_phase(Phase::kEvent);
   }
 
-  CROSSPOOL_INLINE bool links_free() const {
-    for (std::uint32_t i = 0; i < at_.link_count; ++i) {
-      if (uses(i) && !ends_[i].free()) return false;
-    }
-    return true;
-  }
-
-  // The payloads are written.
-  CROSSPOOL_INLINE void dispatch() {
-    for (std::uint32_t i = 0; i < at_.link_count; ++i) {
-      if (uses(i)) ends_[i].dispatch({at_.epoch, model_, layer_, step_.rows, model().row_bytes});
-    }
-  }
-
-  CROSSPOOL_INLINE bool answered() const {
-    for (std::uint32_t i = 0; i < at_.link_count; ++i) {
-      if (uses(i) && !ends_[i].answered()) return false;
-    }
-    return true;
+  // Whether a predecessor's dispatch is still unanswered. Once a step has dispatched, its links
+  // have only seen this lane.
+  CROSSPOOL_INLINE bool after_predecessor() const {
+    return stage_ == Stage::kDispatch && layer_ == 0 && !links_.free(model().links);
   }
 
   CROSSPOOL_INLINE void combine() {
-    for (std::uint32_t i = 0; i < at_.link_count; ++i) {
-      if (uses(i) && ends_[i].combine() == nullptr) return fail(Fault::kAnswer, i);
-    }
+    const std::uint32_t wrong = links_.combine(model().links);
+    if (wrong < kMaxLinks) return fail(Fault::kAnswer, wrong);
     begin(Stage::kCombine);
   }
 
-  // Looks at every link once, beginning behind the one that was served last. False: no dispatch.
+  // False: there is none.
   CROSSPOOL_CALLED bool next_dispatch() {
-    for (std::uint32_t i = 0; i < at_.link_count; ++i) {
-      const std::uint32_t link = (first_link_ + i) % at_.link_count;
-      const Poll found = served_[link].poll();
-      if (found == Poll::kNothing) continue;
-      if (found == Poll::kBroken || !accept(link, served_[link].header())) {
-        fail(Fault::kDispatch, link);
-      }
-      return true;
+    const Poll found = served_.poll();
+    if (found == Poll::kNothing) return false;
+    if (found == Poll::kBroken || !accept(served_.header())) {
+      fail(Fault::kDispatch, served_.link());
     }
-    return false;
+    return true;
   }
 
-  CROSSPOOL_INLINE bool accept(std::uint32_t link, const DispatchHeader& header) {
+  CROSSPOOL_INLINE bool accept(const DispatchHeader& header) {
     if (header.model >= at_.tables.model_count) return false;
     model_ = header.model;
     layer_ = header.layer;
@@ -397,38 +346,32 @@ class Lane {
     while (bucket_ < at_.tables.buckets && at_.tables.bucket_rows[bucket_] < header.rows) ++bucket_;
     if (bucket_ == at_.tables.buckets) return false;
     step_.rows = header.rows;
-    link_ = link;
     begin(ffn());
     return true;
   }
 
   CROSSPOOL_INLINE void reply() {
-    served_[link_].reply();
-    first_link_ = link_ + 1;
+    served_.reply();
     enter_phase(Phase::kIdle);
   }
 
   LanePlaces at_{};
-  AttentionEnd ends_[kMaxLinks];
-  FFNEnd served_[kMaxLinks];
-  Command held_[kMaxHeld]{};  // steps that wait; `reserved`: 1 once recalled
+  DispatchLinks links_;  // of an attention rank
+  ServedLinks served_;   // of an FFN rank
+  HeldSteps held_;
   StepArguments step_{};
   Ticket ticket_;
   Event event_{};
   std::uint64_t beats_ = 0;
   std::uint64_t launches_ = 0;
   std::uint64_t since_ = 0;
-  std::uint64_t looked_ = 0;
+  std::uint64_t looked_ = 0;  // for commands
   Phase phase_ = Phase::kNew;
   Phase after_event_ = Phase::kIdle;
   Stage stage_ = Stage::kEmbed;
-  std::uint32_t held_first_ = 0;
-  std::uint32_t held_count_ = 0;
   std::uint32_t model_ = 0;
   std::uint32_t bucket_ = 0;
   std::uint32_t layer_ = 0;
-  std::uint32_t link_ = 0;
-  std::uint32_t first_link_ = 0;
   std::uint32_t done_ = 0;
   bool stopped_ = false;
   bool recalled_ = false;

@@ -1,6 +1,7 @@
 // The C face of libcrosspool_cuda.so, for crosspool/kernels/cuda_loop.py: the resident loop of one
 // GPU. Functions that can fail return null or a negative number, and crosspool_cuda_error() says
-// why, for the calling thread. One thread at a time uses a loop.
+// why, for the calling thread. One thread at a time uses a loop, with the loop's device as its
+// current one.
 #ifndef CROSSPOOL_CUDA_LOOP_H
 #define CROSSPOOL_CUDA_LOOP_H
 
@@ -23,7 +24,7 @@ class Loop;
 struct ModelDescription {
   std::uint64_t layer_kinds;  // uint8 [layers], host memory
   std::uint32_t layers;
-  std::uint32_t row_bytes;
+  std::uint32_t row_bytes;  // these three: ModelEntry
   std::uint32_t links;
   std::uint32_t local;
 };
@@ -50,8 +51,8 @@ struct LoopDescription {
   std::uint32_t bucket_count;
   std::uint32_t take_turns;  // 1: one stage at a time of all lanes; they may share graphs then
   std::uint64_t epoch;       // of the attention rank
-  std::uint64_t spin_ns;     // how long a pass polls before it launches the next
-  std::uint64_t wait_ns;     // bound of every wait for a peer or for the host
+  std::uint64_t spin_ns;     // how long a pass polls before it launches the next; below wait_ns
+  std::uint64_t wait_ns;     // bound of every wait for a peer, for the host or for the turn
 };
 
 }  // namespace crosspool::gpu
@@ -64,7 +65,8 @@ CROSSPOOL_API const char* crosspool_cuda_error(void);
 // their number.
 CROSSPOOL_API std::int32_t crosspool_cuda_sizes(std::uint64_t* sizes, std::int32_t count);
 
-// On the calling thread's current device. The loop does not run yet.
+// On the current device. The loop does not run yet. Creating and freeing a loop may wait for all
+// that runs on the device: no other loop is resident there.
 CROSSPOOL_API crosspool::gpu::Loop* crosspool_cuda_loop_create(
     const crosspool::gpu::LoopDescription* description);
 // The loop has left the device (quiesce). Destroys its graphs and memory.
@@ -72,22 +74,24 @@ CROSSPOOL_API std::int32_t crosspool_cuda_loop_free(crosspool::gpu::Loop* loop);
 
 // Instantiates a captured graph (cudaGraph_t) for launches from the device, uploads it, and puts it
 // into the table of a lane; of every lane for `lane` = -1, which needs take_turns. The loop does
-// not run. The captured graph stays the caller's, and must outlive nothing.
+// not run. The captured graph stays the caller's, who may destroy it at once; what its nodes point
+// to stays until the loop is freed.
 CROSSPOOL_API std::int32_t crosspool_cuda_loop_add_graph(crosspool::gpu::Loop* loop,
                                                          std::int32_t lane, std::uint32_t model,
                                                          std::uint32_t stage, std::uint32_t bucket,
                                                          void* graph);
 // Launches every lane's scheduler graph: at first, and again after quiesce.
 CROSSPOOL_API std::int32_t crosspool_cuda_loop_start(crosspool::gpu::Loop* loop);
-// Asks every lane to leave the device between two steps, and waits until all have. Steps stay where
-// they are until the next start. Fails after `timeout_ns`; the lanes may still leave later.
+// Asks every lane to leave the device between two steps, or where it waits (stages.h, Phase), and
+// waits until all have. Steps stay where they are until the next start. Fails after `timeout_ns`;
+// the lanes may still leave later.
 CROSSPOOL_API std::int32_t crosspool_cuda_loop_quiesce(crosspool::gpu::Loop* loop,
                                                        std::int64_t timeout_ns);
 
 // The structure is copied. 0: the lane has kMaxHeld steps already.
 CROSSPOOL_API std::int32_t crosspool_cuda_loop_push_step(
     crosspool::gpu::Loop* loop, std::uint32_t lane, const crosspool::gpu::StepArguments* arguments);
-// kResume and kRecall. 0: the ring is full.
+// kResume or kRecall. 0: the ring is full.
 CROSSPOOL_API std::int32_t crosspool_cuda_loop_push(crosspool::gpu::Loop* loop, std::uint32_t lane,
                                                     const crosspool::Command* command);
 // The next event of any lane, lanes in turn. 0: there is none.

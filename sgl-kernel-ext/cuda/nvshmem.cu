@@ -17,12 +17,14 @@ constexpr int kThreads = 512;
 
 static_assert(sizeof(nvshmemx_uniqueid_t) == CROSSPOOL_NVSHMEM_ID_BYTES);
 
-__device__ unsigned char* payload_of(Link* link) {
-  return reinterpret_cast<unsigned char*>(link) + sizeof(Link);
+// Of a link of which only the address is known.
+__device__ LinkMemory memory_of(Link* link, std::uint64_t payload_bytes = 0) {
+  return {link, payload_bytes, 0, 0};
 }
 
-// What the peer polls is set when all before it has come. The whole block calls it; its threads
-// have met since `header` was written.
+// What the peer polls is set when all before it has come: a put with signal orders its own payload
+// alone, so the header's put is fenced. The whole block calls it; its threads have met since
+// `header` was written, and meet at the end of a block's put.
 __device__ void carry(void* header, std::size_t header_bytes, unsigned char* payload,
                       std::size_t bytes, Signal* signal, std::uint64_t sequence, int peer) {
   nvshmemx_putmem_nbi_block(header, header, header_bytes, peer);
@@ -41,8 +43,8 @@ __global__ void __launch_bounds__(kThreads)
     link->dispatch = {epoch, model, static_cast<std::uint32_t>(words->layer), rows, row_bytes};
   }
   __syncthreads();
-  carry(&link->dispatch, sizeof(link->dispatch), payload_of(link), std::size_t{rows} * row_bytes,
-        &link->dispatched, link->dispatched.sequence + 1, peer);
+  carry(&link->dispatch, sizeof(link->dispatch), memory_of(link).dispatch_payload(),
+        std::size_t{rows} * row_bytes, &link->dispatched, link->dispatched.sequence + 1, peer);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -52,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
   const DispatchHeader asked = link->dispatch;
   if (threadIdx.x == 0) link->combine = {asked.epoch, asked.rows, asked.row_bytes};
   __syncthreads();
-  carry(&link->combine, sizeof(link->combine), payload_of(link) + payload_bytes,
+  carry(&link->combine, sizeof(link->combine), memory_of(link, payload_bytes).combine_payload(),
         std::size_t{asked.rows} * asked.row_bytes, &link->combined, link->dispatched.sequence,
         end.peer);
 }

@@ -33,13 +33,11 @@ CROSSPOOL_INLINE void pass(Lane& lane, Driver& driver) {
 // The scheduler's kernel, for each thread of its warp. The driver has thread(), threads(), and
 // any(), which joins a yes or no of all threads; for the first thread also now() in ns, pause(),
 // and tail launches that return a cudaError_t as a number: launch(exec), and relaunch() of the
-// scheduler graph.
+// scheduler graph. All threads meet in any() before the first one changes the lane.
 template <class Driver>
 CROSSPOOL_INLINE void schedule(Lane& lane, Driver& driver) {
-  bool stopped = false;
-  if (lane.has_tokens()) {
-    stopped = driver.any(lane.take_tokens(driver.thread(), driver.threads()));
-  }
+  const bool stopped =
+      driver.any(lane.has_tokens() && lane.take_tokens(driver.thread(), driver.threads()));
   if (driver.thread() != 0) return;
   lane.enter();
   lane.set_stopped(stopped);

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "description.h"
+
 namespace crosspool::gpu {
 
 namespace {
@@ -25,46 +27,20 @@ void nap() {
   nanosleep(&pause, nullptr);
 }
 
-std::string lane_name(std::uint32_t lane) { return "lane " + std::to_string(lane); }
+// Waits for what was put into the stream: how it ended, or kNotReady.
+Error ended(Stream stream) {
+  for (const std::int64_t deadline = now_ns() + kSettleNs;;) {
+    const Error error = calls().stream_query(stream);
+    if (error != kNotReady || now_ns() > deadline) return error;
+    nap();
+  }
+}
 
-const LoopDescription& checked(const LoopDescription& description) {
-  if (description.lane_count == 0) throw std::runtime_error("a loop needs a lane");
-  if (description.model_count == 0) throw std::runtime_error("a loop needs a model");
-  if (description.wait_ns == 0) throw std::runtime_error("wait_ns: 0; waits need time");
-  const std::uint32_t* buckets = description.bucket_rows;
-  for (std::uint32_t i = 0; i < description.bucket_count; ++i) {
-    if (buckets[i] <= (i == 0 ? 0 : buckets[i - 1])) {
-      throw std::runtime_error("bucket_rows must ascend from 1 or more");
-    }
-  }
-  if (description.bucket_count == 0) throw std::runtime_error("a loop needs a row bucket");
-  for (std::uint32_t i = 0; i < description.lane_count; ++i) {
-    const LaneDescription& lane = description.lanes[i];
-    const bool serves = lane.role == Role::kFFN;
-    if (lane.link_count > kMaxLinks) {
-      throw std::runtime_error(lane_name(i) + " has more than " + std::to_string(kMaxLinks) +
-                               " links");
-    }
-    if (serves && lane.link_count == 0) throw std::runtime_error(lane_name(i) + " serves no link");
-    if (lane.words == 0 || lane.words % alignof(StageWords) != 0) {
-      throw std::runtime_error(lane_name(i) + ": words must be aligned to 32 bytes");
-    }
-    if (!serves && lane.chosen == 0) throw std::runtime_error(lane_name(i) + ": chosen is null");
-    for (std::uint32_t m = 0; m < description.model_count; ++m) {
-      if (!serves && description.models[m].links >> lane.link_count != 0) {
-        throw std::runtime_error("model " + std::to_string(m) + " uses links that " + lane_name(i) +
-                                 " does not have");
-      }
-    }
-  }
-  for (std::uint32_t m = 0; m < description.model_count; ++m) {
-    const ModelDescription& model = description.models[m];
-    if (model.layers == 0) throw std::runtime_error("model " + std::to_string(m) + " has no layer");
-    if (model.links == 0 && model.local == 0) {
-      throw std::runtime_error("model " + std::to_string(m) + " has its FFN parts nowhere");
-    }
-  }
-  return description;
+// The same; throws unless it ended well.
+void settle(Stream stream, const char* what) {
+  const Error error = ended(stream);
+  if (error == kNotReady) throw std::runtime_error(std::string(what) + " does not end");
+  check(error, what);
 }
 
 std::string fault_text(const LaneStatus& status) {
@@ -78,7 +54,7 @@ std::string fault_text(const LaneStatus& status) {
       constexpr const char* kFields[] = {"",       "model", "bucket",  "rows",
                                          "wanted", "lease", "for_host"};
       return std::string("the step's ") + kFields[std::min(status.detail, 6U)] +
-             " contradicts the tables or the other fields";
+             " contradicts the tables, the links or the other fields";
     }
     case Fault::kNoGraph:
       return "there is no graph for stage " + detail + " of the step's model and bucket";
@@ -129,8 +105,10 @@ Loop::Loop(const LoopDescription& description)
 
 Loop::~Loop() { destroy(); }
 
+// Nothing of the loop is resident; copies and uploads may be under way where its making failed.
 void Loop::destroy() {
   for (const HostLane& lane : host_) {
+    if (lane.stream != nullptr) ended(lane.stream);
     if (lane.scheduler != nullptr) calls().exec_destroy(lane.scheduler);
     if (lane.stream != nullptr) calls().stream_destroy(lane.stream);
   }
@@ -188,21 +166,9 @@ void Loop::make_lanes(const LoopDescription& description) {
       calls().graph_destroy(graph);
       throw;
     }
-    check(calls().graph_destroy(graph), "destroying a captured graph");
+    check(calls().graph_destroy(graph), "destroying a scheduler graph");
   }
   settle(stream, "uploading the scheduler graphs");
-}
-
-// Waits for what was put into the stream.
-void Loop::settle(Stream stream, const char* what) const {
-  const std::int64_t deadline = now_ns() + kSettleNs;
-  for (;;) {
-    const Error error = calls().stream_query(stream);
-    if (error == kSuccess) return;
-    if (error != kNotReady) check(error, what);
-    if (now_ns() > deadline) throw std::runtime_error(std::string(what) + " does not end");
-    nap();
-  }
 }
 
 const Loop::HostLane& Loop::at(std::uint32_t lane) const {
@@ -230,7 +196,7 @@ void Loop::add_graph(std::int32_t lane, std::uint32_t model, std::uint32_t stage
   if (lane < 0 && !take_turns_) {
     throw std::runtime_error("lanes that do not take turns cannot share a graph");
   }
-  const Stream stream = host_[lane < 0 ? 0 : lane].stream;
+  const Stream stream = at(static_cast<std::uint32_t>(std::max(lane, 0))).stream;
   graphs_.add(lane, model, stage, bucket, graph, stream);
   settle(stream, "uploading a graph");
 }
@@ -240,7 +206,7 @@ void Loop::start() {
   graphs_.copy_to_device(host_[0].stream);
   settle(host_[0].stream, "copying the table of graphs to the device");
   for (std::uint32_t i = 0; i < lane_count_; ++i) {
-    if (mapped_[i].status.fault != 0) report(i);
+    if (status(i).fault != 0) report(i);
   }
   for (HostLane& lane : host_) {
     check(calls().launch(lane.scheduler, lane.stream), "launching a scheduler graph");
@@ -252,6 +218,7 @@ void Loop::start() {
 
 void Loop::quiesce(std::int64_t timeout_ns) {
   const std::int64_t deadline = now_ns() + timeout_ns;
+  Error error = kSuccess;  // the first of a lane's
   for (;;) {
     for (std::uint32_t i = 0; i < lane_count_; ++i) {
       HostLane& lane = host_[i];
@@ -259,11 +226,12 @@ void Loop::quiesce(std::int64_t timeout_ns) {
       if (!lane.asked_to_leave) {
         lane.asked_to_leave = mapped_[i].commands.push({CommandKind::kStop, i, 0, 0, 0});
       }
-      const Error error = calls().stream_query(lane.stream);
-      if (error != kNotReady) lane.resident = false;
-      if (error != kNotReady) check(error, "the stages of a lane");
+      const Error found = calls().stream_query(lane.stream);
+      if (found == kNotReady) continue;
+      lane.resident = false;
+      if (error == kSuccess) error = found;
     }
-    if (!resident()) return;
+    if (!resident()) return check(error, "the stages of a lane");
     if (now_ns() > deadline) break;
     nap();
   }
@@ -278,14 +246,18 @@ bool Loop::push_step(std::uint32_t index, const StepArguments& arguments) {
   StepArguments& place = mapped_[index].arguments[lane.pushed % kMaxHeld];
   place = arguments;
   const std::uint64_t address = reinterpret_cast<std::uintptr_t>(&place);
-  if (!push(index, {CommandKind::kStep, index, arguments.step, address, 0})) return false;
-  if (lane.pushed == lane.done) lane.heard_ns = now_ns();
+  if (!mapped_[index].commands.push({CommandKind::kStep, index, arguments.step, address, 0})) {
+    return false;
+  }
   ++lane.pushed;
   return true;
 }
 
 bool Loop::push(std::uint32_t lane, const Command& command) {
   at(lane);
+  if (command.kind != CommandKind::kResume && command.kind != CommandKind::kRecall) {
+    throw std::runtime_error("kind: only kResume and kRecall are pushed so");
+  }
   return mapped_[lane].commands.push(command);
 }
 
@@ -344,8 +316,7 @@ void Loop::look_after(std::int64_t now) {
     if (heartbeat != lane.heartbeat) {
       lane.heartbeat = heartbeat;
       lane.heard_ns = now;
-    } else if (lane.pushed != lane.done &&
-               now - lane.heard_ns > static_cast<std::int64_t>(wait_ns_)) {
+    } else if (now - lane.heard_ns > static_cast<std::int64_t>(wait_ns_)) {
       const LaneStatus status = this->status(i);
       throw std::runtime_error(
           lane_name(i) + " has not come back from stage " + std::to_string(status.stage) +

@@ -56,7 +56,6 @@ class Loop {
 
   void describe_models(const LoopDescription& description);
   void make_lanes(const LoopDescription& description);
-  void settle(Stream stream, const char* what) const;
   void destroy();
   const HostLane& at(std::uint32_t lane) const;
   HostLane& at(std::uint32_t lane);

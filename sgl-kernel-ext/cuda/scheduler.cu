@@ -13,11 +13,11 @@ constexpr unsigned kPauseNs = 200;
 struct DeviceDriver {
   __device__ std::uint32_t thread() const { return threadIdx.x; }
   __device__ std::uint32_t threads() const { return kWarp; }
-  // What the threads wrote before is ordered before what the first one publishes after.
+  // What the threads read and wrote before is ordered before what the first one does after.
   __device__ bool any(bool mine) const {
-    const bool all = __any_sync(~0U, mine) != 0;
+    const bool yes = __any_sync(~0U, mine) != 0;
     __syncwarp();
-    return all;
+    return yes;
   }
   __device__ std::uint64_t now() const {
     std::uint64_t ns;

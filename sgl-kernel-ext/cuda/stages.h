@@ -69,6 +69,9 @@ struct Tables {
   std::uint32_t model_count;
   std::uint32_t buckets;
 
+  CROSSPOOL_INLINE std::uint64_t places() const {
+    return std::uint64_t{model_count} * kStages * buckets;
+  }
   CROSSPOOL_INLINE std::uint64_t place(std::uint32_t model, Stage stage,
                                        std::uint32_t bucket) const {
     return (std::uint64_t{model} * kStages + static_cast<std::uint32_t>(stage)) * buckets + bucket;
@@ -79,10 +82,10 @@ struct Tables {
 enum class Fault : std::uint32_t {
   kNone = 0,
   kCommand = 1,    // a command that it does not take now; its kind
-  kArguments = 2,  // a step's arguments contradict each other or the tables; which: BadArgument
+  kArguments = 2,  // a step's arguments contradict each other, the tables or the links: BadArgument
   kNoGraph = 3,    // no graph for the stage; the stage
   kLaunch = 4,     // the stage's graph was refused; the cudaError_t
-  kRelaunch = 5,   // the scheduler graph was refused; the cudaError_t
+  kRelaunch = 5,   // the scheduler graph was refused, its stage perhaps not; the cudaError_t
   kTimeout = 6,    // a wait passed its bound; the Phase
   kAnswer = 7,     // a combine is not of the dispatch; the link
   kDispatch = 8,   // a dispatch breaks the lane protocol or fits no table; the link
@@ -103,7 +106,7 @@ enum class BadArgument : std::uint32_t {
 enum class Phase : std::uint32_t {
   kNew = 0,      // its ends of the links are to be made
   kIdle = 1,     // leaves: polls for a step, or for a dispatch
-  kStage = 2,    // `stage` is to be launched
+  kStage = 2,    // `stage` is to be launched; leaves: before a predecessor's dispatch is answered
   kRunning = 3,  // `stage` is under way: the next pass comes after it
   kPeers = 4,    // leaves: waits for the partial sums
   kHost = 5,     // leaves: the host has the logits

@@ -34,6 +34,8 @@ class Ticket {
     if (serving.load(kRelaxed) == number_) serving.store(number_ + 1, kRelease);
   }
 
+  CROSSPOOL_INLINE bool drawn() const { return drawn_; }
+
  private:
   std::uint64_t number_ = 0;
   bool drawn_ = false;

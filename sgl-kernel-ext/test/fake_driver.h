@@ -5,10 +5,12 @@
 // - an exec is launched again only when it has ended; it may wait to be launched once more by
 //   itself;
 // - at most 255 tail launches by one execution of a graph;
-// - a graph's tail launches run in their order when it has ended, before anything behind it.
+// - a graph's tail launches run in their order when it has ended, before anything behind it;
+// - freeing device memory waits for all work, and so for ever beside a resident loop.
 //
 // It is one thread: work progresses in run() and in stream queries, a random stream's each time, so
-// that lanes, devices and the host interleave in every way. Device memory is not zero at first.
+// that lanes, devices and the host interleave in every way. A unit of progress takes 1 us, and no
+// two executions of a scheduler have quite the same clock. Device memory is not zero at first.
 // A refused operation returns an error and is kept as a violation, which the tests look at.
 #ifndef CROSSPOOL_TEST_FAKE_DRIVER_H
 #define CROSSPOOL_TEST_FAKE_DRIVER_H
@@ -45,6 +47,8 @@ void turn(Knob knob);
 void fail_call(const std::string& name, int successes, int error);
 // A tail launch of a stage fails the next time.
 void fail_tail_launch(int error);
+// A scheduler's launch of itself behind a stage fails the next time.
+void fail_relaunch(int error);
 // The execution that is under way on a stream with stages ends in an illegal address.
 void fault_stage();
 

@@ -14,6 +14,7 @@ CROSSPOOL_API void crosspool_fake_run(int units);
 CROSSPOOL_API void crosspool_fake_turn(int knob);
 CROSSPOOL_API void crosspool_fake_fail_call(const char* name, int successes, int error);
 CROSSPOOL_API void crosspool_fake_fail_tail_launch(int error);
+CROSSPOOL_API void crosspool_fake_fail_relaunch(int error);
 CROSSPOOL_API void crosspool_fake_fault_stage();
 CROSSPOOL_API const char* crosspool_fake_violation(unsigned index);  // null: there is none
 CROSSPOOL_API unsigned crosspool_fake_live();
@@ -43,6 +44,8 @@ void crosspool_fake_fail_call(const char* name, int successes, int error) {
 }
 
 void crosspool_fake_fail_tail_launch(int error) { crosspool::fake::fail_tail_launch(error); }
+
+void crosspool_fake_fail_relaunch(int error) { crosspool::fake::fail_relaunch(error); }
 
 void crosspool_fake_fault_stage() { crosspool::fake::fault_stage(); }
 

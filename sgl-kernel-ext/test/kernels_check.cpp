@@ -3,10 +3,7 @@
 // against plain double loops. Also the tiles of AMX, emulated, where the machine has AVX512. What
 // the kernels compute in detail is checked by test/kernels/test_native_*.py.
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <cstring>
-#include <memory>
 #include <numeric>
 #include <random>
 #include <string>
@@ -14,6 +11,7 @@
 
 #include "../cpu/kernels/attention_plan.h"
 #include "check.h"
+#include "numbers.h"
 
 namespace crosspool {
 
@@ -24,53 +22,6 @@ const Kernels& table(DType dtype);
 #endif
 
 namespace {
-
-std::mt19937 random_bits(3);
-
-// Numbers of a model's dtype, in memory of exactly their size.
-class Numbers {
- public:
-  Numbers(DType dtype, std::int64_t count, bool random = true)
-      : dtype_(dtype), count_(count), bytes_(allocate(count * element_bytes(dtype))) {
-    std::normal_distribution<float> normal;
-    for (std::int64_t i = 0; i < count; ++i) {
-      set(i, random ? normal(random_bits) : std::nanf(""));
-    }
-  }
-  void* data() const { return bytes_.get(); }
-  const float* floats() const { return static_cast<const float*>(data()); }
-  double operator[](std::int64_t i) const {
-    if (dtype_ == DType::kFloat32) return static_cast<const float*>(data())[i];
-    const auto half = static_cast<const std::uint16_t*>(data())[i];
-    return std::bit_cast<float>(static_cast<std::uint32_t>(half) << 16);
-  }
-  void set(std::int64_t i, float value) {
-    if (dtype_ == DType::kFloat32) {
-      static_cast<float*>(data())[i] = value;
-    } else {  // cut off: what is set need not be rounded well
-      const auto bits = std::bit_cast<std::uint32_t>(value);
-      static_cast<std::uint16_t*>(data())[i] = static_cast<std::uint16_t>(bits >> 16);
-    }
-  }
-  std::int64_t size() const { return count_; }
-
- private:
-  static std::shared_ptr<void> allocate(std::int64_t bytes) {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 64, static_cast<std::size_t>(std::max<std::int64_t>(bytes, 1)))) {
-      fail("out of memory");
-    }
-    return {memory, std::free};
-  }
-  DType dtype_;
-  std::int64_t count_;
-  std::shared_ptr<void> bytes_;
-};
-
-struct Packed {
-  Matrix matrix;
-  Numbers memory;
-};
 
 class Check {
  public:

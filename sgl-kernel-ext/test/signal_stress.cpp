@@ -9,6 +9,8 @@
 #include <cstdlib>
 #include <thread>
 
+#include "check.h"
+
 namespace {
 
 constexpr int kLanes = 2;
@@ -34,15 +36,10 @@ std::array<Lane, kLanes> lanes;
 Bell attention_bell;
 Bell ffn_bell;
 
-[[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "signal_stress: %s\n", what);
-  std::_Exit(1);
-}
-
 // Waits for the next ring after `seen`; a rank that sleeps through one is the bug we look for.
 std::uint32_t wait(Bell& bell, std::uint32_t seen, std::int64_t spin_ns) {
   const std::uint32_t rings = crosspool_doorbell_wait(&bell.doorbell, seen, spin_ns, kTimeoutNs);
-  if (rings == seen) fail("lost wake-up: a wait timed out");
+  if (rings == seen) fail("signal_stress: lost wake-up: a wait timed out");
   return rings;
 }
 
@@ -55,9 +52,9 @@ void ffn_rank(std::uint64_t rounds, std::int64_t spin_ns) {
       Lane& lane = lanes[i];
       const std::uint64_t sequence = crosspool_signal_load(&lane.dispatched.sequence);
       if (sequence == answered[i]) continue;
-      if (sequence != answered[i] + 1) fail("more than one dispatch outstanding");
+      if (sequence != answered[i] + 1) fail("signal_stress: more than one dispatch outstanding");
       for (int word = 0; word < kWords; ++word) {
-        if (lane.request[word] != sequence * kWords + word) fail("torn dispatch");
+        if (lane.request[word] != sequence * kWords + word) fail("signal_stress: torn dispatch");
         lane.answer[word] = ~lane.request[word];
       }
       answered[i] = sequence;
@@ -82,7 +79,7 @@ void attention_rank(std::uint64_t rounds, std::int64_t spin_ns) {
       if (!first) {
         if (crosspool_signal_load(&lane.combined.sequence) != sent[i]) continue;
         for (int word = 0; word < kWords; ++word) {
-          if (lane.answer[word] != ~(sent[i] * kWords + word)) fail("torn combine");
+          if (lane.answer[word] != ~(sent[i] * kWords + word)) fail("signal_stress: torn combine");
         }
       }
       news = true;

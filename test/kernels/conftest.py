@@ -1,13 +1,18 @@
-"""Every ISA path that this machine has, for both dtypes of a model."""
+"""Every ISA path that this machine has, for both dtypes of a model; and a fake CUDA driver with a
+GPU's resident loop over it."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from crosspool.kernels.native_dense import available_isas
 from crosspool.kernels.native_kernels import NativeKernels
+from support import fake_cuda_graphs
+from support.fake_cuda_graphs import FakeCuda
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -35,3 +40,15 @@ def whole(path: tuple[str, str]) -> NativeKernels:
     """The same kernels called by one thread."""
     isa, dtype = path
     return NativeKernels(DTYPES[dtype], isa)
+
+
+@pytest.fixture(scope="session")
+def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_cuda_graphs.build(tmp_path_factory.mktemp("fake_cuda"))
+
+
+@pytest.fixture
+def driver(fake_library: Path) -> Iterator[FakeCuda]:
+    fake = FakeCuda(fake_library)
+    yield fake
+    fake.close()

@@ -136,18 +136,39 @@ class Leases:
 
 
 @pytest.fixture
-def chains() -> Iterator[list[Chain]]:
+def chains() -> list[Chain]:
     made = [Chain(), Chain()]
     for chain in made:
         chain.capture()
-    yield made
-    torch.cuda.synchronize()
+    return made
+
+
+@pytest.fixture
+def make_loop() -> Iterator[Callable[..., CudaLoop]]:
+    """Makes loops as CudaLoop does. However the test ends, all leave the device before one is
+    freed, since freeing device memory waits for everything there."""
+    made: list[CudaLoop] = []
+
+    def make(*arguments: object, **options: object) -> CudaLoop:
+        made.append(CudaLoop(*arguments, **options))
+        return made[-1]
+
+    yield make
+    try:
+        for loop in made:
+            loop.quiesce()
+    except CudaLoopError as error:
+        pytest.exit(f"the device is lost to further tests: {error}", returncode=1)
+    for loop in made:
+        loop.close()
 
 
 @pytest.mark.parametrize("take_turns", [False, True])
-def test_many_steps(chains: list[Chain], take_turns: bool) -> None:
+def test_many_steps(
+    chains: list[Chain], make_loop: Callable[..., CudaLoop], take_turns: bool
+) -> None:
     """Two lanes at a time, with the loop off the device now and then, amidst leases."""
-    loop = CudaLoop(
+    loop = make_loop(
         [ModelStages(kinds=KINDS)], [c.places for c in chains], [ROWS], take_turns=take_turns
     )
     for lane, chain in enumerate(chains):
@@ -169,12 +190,13 @@ def test_many_steps(chains: list[Chain], take_turns: bool) -> None:
             with loop.quiesced():
                 torch.cuda.synchronize()  # would not come back behind a resident loop
     assert min(lane.steps for lane in lanes) > STEPS // 10
-    loop.close()
 
 
-def test_a_graph_with_a_node_for_the_host_is_refused(chains: list[Chain]) -> None:
+def test_a_graph_that_no_device_launches_is_refused(
+    chains: list[Chain], make_loop: Callable[..., CudaLoop]
+) -> None:
     runtime = pytest.importorskip("cuda.bindings.runtime")
-    loop = CudaLoop([ModelStages(kinds=KINDS)], [chains[0].places], [ROWS])
+    loop = make_loop([ModelStages(kinds=KINDS)], [chains[0].places], [ROWS])
     _, empty = runtime.cudaGraphCreate(0)
     with pytest.raises(CudaLoopError, match="empty"):
         loop.add_graph(0, 0, Stage.HEAD, 0, int(empty))
@@ -182,10 +204,9 @@ def test_a_graph_with_a_node_for_the_host_is_refused(chains: list[Chain]) -> Non
     with pytest.raises(CudaLoopError, match="'empty'"):
         loop.add_graph(0, 0, Stage.HEAD, 0, int(empty))
     runtime.cudaGraphDestroy(empty)
-    loop.close()
 
 
-def test_two_loops_exchange_rows(chains: list[Chain]) -> None:
+def test_two_loops_exchange_rows(chains: list[Chain], make_loop: Callable[..., CudaLoop]) -> None:
     """An attention rank and an FFN rank as two loops on one GPU: links in its memory."""
     attention, ffn = chains
     link = torch.zeros(LINK_BYTES, dtype=torch.uint8, device="cuda")
@@ -212,8 +233,8 @@ def test_two_loops_exchange_rows(chains: list[Chain]) -> None:
     torch.cuda.synchronize()
     # Rows of 8 bytes, all of them, in one bucket.
     crossing = ModelStages(kinds=KINDS, row_bytes=8, links=(0,), local=False)
-    loop = CudaLoop([crossing], [of_attention], [ROWS])
-    peer = CudaLoop([ModelStages(kinds=KINDS, row_bytes=8)], [of_ffn], [ROWS])
+    loop = make_loop([crossing], [of_attention], [ROWS])
+    peer = make_loop([ModelStages(kinds=KINDS, row_bytes=8)], [of_ffn], [ROWS])
     for stage, graph in graphs.items():
         if stage not in remote:
             loop.add_graph(0, 0, stage, 0, graph.raw_cuda_graph())
@@ -229,8 +250,6 @@ def test_two_loops_exchange_rows(chains: list[Chain]) -> None:
             assert loop.wait(10.0)
             continue
         lane.take(event.kind, event.step, event.first)
-    loop.close()
-    peer.close()
 
 
 def test_nvshmem_carries_a_dispatch_and_its_answer() -> None:

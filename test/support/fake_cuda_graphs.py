@@ -16,7 +16,13 @@ from crosspool.kernels import cuda_loop
 NATIVE = Path(__file__).parents[2] / "sgl-kernel-ext"
 COMPILER = shutil.which("c++") or shutil.which("g++")
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Werror")
-HOST_SIDE = ("cuda/graph_table.cpp", "cuda/resident.cpp", "test/fake_driver.cpp")
+HOST_SIDE = (
+    "cuda/description.cpp",
+    "cuda/graph_table.cpp",
+    "cuda/resident.cpp",
+    "test/fake_calls.cpp",
+    "test/fake_driver.cpp",
+)
 
 _BODY = ctypes.CFUNCTYPE(None)
 
@@ -109,6 +115,9 @@ class FakeCuda:
 
     def fail_tail_launch(self, error: int) -> None:
         self.native.crosspool_fake_fail_tail_launch(error)
+
+    def fail_relaunch(self, error: int) -> None:
+        self.native.crosspool_fake_fail_relaunch(error)
 
     def fault_stage(self) -> None:
         self.native.crosspool_fake_fault_stage()

@@ -85,7 +85,8 @@ class Nvshmem:
         return memory.raw
 
     def init(self, pe: int, pes: int, unique_id: bytes) -> None:
-        """Returns when all PEs have come."""
+        """Returns when all PEs have come. Where this fails NVSHMEM itself ends the process, with
+        its reason on stderr."""
         if len(unique_id) != UNIQUE_ID_BYTES:
             raise ValueError(f"unique_id: {len(unique_id)} bytes, not {UNIQUE_ID_BYTES}")
         self._check(

@@ -50,16 +50,22 @@ inline float widened(std::uint16_t value) {
   return result;
 }
 
-// Element (depth, column), which no exception stands for.
-inline std::uint16_t compact_element(const std::byte* panel, std::int64_t header_bytes,
-                                     std::int64_t depth, std::int64_t column) {
-  const std::byte* const block = panel + header_bytes + depth / kCompactDepths * kCompactBlock;
-  const std::int64_t half = depth / 4 % 2, word = column * 2 + depth % 2;
-  const std::int64_t at = word / 8 * 16 + depth / 2 % 2 * 8 + word % 8;
-  const auto codes = std::to_integer<std::uint32_t>(block[at]) >> (4 * half) & 15U;
-  const auto lower = std::to_integer<std::uint32_t>(block[64 + 64 * half + at]);
-  return static_cast<std::uint16_t>(
-      reinterpret_cast<const CompactHeader*>(panel)->upper[codes] << 8 | lower);
+// Column `column` of a panel, k depths of it, as floats.
+inline void expand_column(const std::byte* panel, std::int64_t header_bytes, std::int64_t k,
+                          std::int64_t column, float* to) {
+  const auto& header = *reinterpret_cast<const CompactHeader*>(panel);
+  for (std::int64_t depth = 0; depth < k; ++depth) {
+    const std::byte* const block = panel + header_bytes + depth / kCompactDepths * kCompactBlock;
+    const std::int64_t half = depth / 4 % 2, word = column * 2 + depth % 2;
+    const std::int64_t at = word / 8 * 16 + depth / 2 % 2 * 8 + word % 8;
+    const auto code = std::to_integer<std::uint32_t>(block[at]) >> (4 * half) & 15U;
+    const auto lower = std::to_integer<std::uint32_t>(block[64 + 64 * half + at]);
+    to[depth] = widened(static_cast<std::uint16_t>(header.upper[code] << 8 | lower));
+  }
+  for (std::int32_t i = 0; i < header.count; ++i) {
+    const Exception& exception = header.exceptions()[i];
+    if (exception.column == column) to[exception.depth] = widened(exception.value);
+  }
 }
 
 #if defined(__AVX512BF16__)

@@ -16,18 +16,6 @@ void embed(const void* table, std::int32_t hidden, const std::int32_t* ids, floa
   }
 }
 
-void embed_compact(const std::byte* panel, const Matrix& table, std::int64_t column, float* to) {
-  const std::int64_t header_bytes = table.header_bytes();
-  for (std::int64_t k = 0; k < table.k; ++k) {
-    to[k] = widened(compact_element(panel, header_bytes, k, column));
-  }
-  const auto& header = *reinterpret_cast<const CompactHeader*>(panel);
-  for (std::int32_t i = 0; i < header.count; ++i) {
-    const Exception& exception = header.exceptions()[i];
-    if (exception.column == column) to[exception.depth] = widened(exception.value);
-  }
-}
-
 // A row of the matrix is one word (a float, or a pair of bf16) in every line of its panel.
 template <class T>
 void embed_packed(const Matrix& table, const std::int32_t* ids, float* out, std::int64_t out_stride,
@@ -40,9 +28,11 @@ void embed_packed(const Matrix& table, const std::int32_t* ids, float* out, std:
     const auto* const begins =
         static_cast<const std::byte*>(table.data) + panel * table.panel_bytes();
     float* const to = out + row * out_stride;
-    if (table.encoding == Encoding::kCompact) {
-      embed_compact(begins, table, column, to);
-      continue;
+    if constexpr (kHasCompact<T>) {
+      if (table.encoding == Encoding::kCompact) {
+        expand_column(begins, table.header_bytes(), table.k, column, to);
+        continue;
+      }
     }
     const auto* const from = reinterpret_cast<const Element*>(begins) + column * kPerWord;
     for (std::int64_t k = 0; k < table.k; ++k) {
@@ -50,8 +40,7 @@ void embed_packed(const Matrix& table, const std::int32_t* ids, float* out, std:
       if constexpr (kPerWord == 1) {
         to[k] = element;
       } else {
-        const std::uint32_t bits = static_cast<std::uint32_t>(element) << 16;
-        std::memcpy(to + k, &bits, 4);
+        to[k] = widened(element);
       }
     }
   }

@@ -16,7 +16,6 @@ const typename T::Element* source_row(const Source& source, std::int64_t row) {
   return static_cast<const typename T::Element*>(source.data) + row * source.row_stride;
 }
 
-template <class T>
 std::byte* panel_of(const Matrix& matrix, std::int32_t panel) {
   return static_cast<std::byte*>(matrix.data) + panel * matrix.panel_bytes();
 }
@@ -112,25 +111,25 @@ bool encode_panel(const Matrix& matrix, const std::byte* plain, std::byte* out) 
 template <class T, class Write>
 bool pack_panels(const Matrix& matrix, std::int32_t begin, std::int32_t end, Write write) {
   if (matrix.encoding == Encoding::kPlain) {
-    for (std::int32_t panel = begin; panel < end; ++panel) write(panel, panel_of<T>(matrix, panel));
+    for (std::int32_t panel = begin; panel < end; ++panel) write(panel, panel_of(matrix, panel));
     return true;
   }
 #if defined(__AVX512BF16__)
-  if (T::kDType != DType::kBFloat16) return false;
-  struct Free {
-    void operator()(std::byte* p) const { std::free(p); }
-  };
-  const std::unique_ptr<std::byte, Free> plain(static_cast<std::byte*>(
-      std::aligned_alloc(64, static_cast<std::size_t>(matrix.plain_panel_bytes()))));
-  if (plain == nullptr) return false;
-  for (std::int32_t panel = begin; panel < end; ++panel) {
-    write(panel, plain.get());
-    if (!encode_panel(matrix, plain.get(), panel_of<T>(matrix, panel))) return false;
+  if constexpr (kHasCompact<T>) {
+    struct Free {
+      void operator()(std::byte* p) const { std::free(p); }
+    };
+    const std::unique_ptr<std::byte, Free> plain(static_cast<std::byte*>(
+        std::aligned_alloc(64, static_cast<std::size_t>(matrix.plain_panel_bytes()))));
+    if (plain == nullptr) return false;
+    for (std::int32_t panel = begin; panel < end; ++panel) {
+      write(panel, plain.get());
+      if (!encode_panel(matrix, plain.get(), panel_of(matrix, panel))) return false;
+    }
+    return true;
   }
-  return true;
-#else
-  return false;
 #endif
+  return false;
 }
 
 template <class T>

@@ -13,9 +13,9 @@
 namespace crosspool {
 
 enum class CommandKind : std::uint32_t {
-  kStep = 1,    // a batch for the next free lane; `arguments`: a StepArguments
+  kStep = 1,    // a batch; `arguments`: a StepArguments of the loop's kind
   kResume = 2,  // the host is done with the logits of `lane`
-  kStop = 3,    // end the loop
+  kStop = 3,    // end the loop; of a GPU's lane: leave the device
   kRecall = 4,  // the lease of `step` ends with the step of it that is under way, or comes next
 };
 
@@ -30,17 +30,20 @@ struct Command {
 enum class EventKind : std::uint32_t {
   kDone = 1,    // the step has ended, its tokens are in its arguments
   kLogits = 2,  // logits of rows [first, first + count) of the step's wanted rows wait for the host
-  kFailed = 3,  // the loop cannot go on; `address`: a message, zero-terminated
+  kFailed = 3,  // the loop, or the GPU's lane, cannot go on
   kTokens = 4,  // a step of a lease has ended, another follows; its tokens are in its arguments
 };
 
+// A CPU's loop has logits at `address`, float [count, vocab], or with kFailed a message that ends
+// with a zero. A GPU's lane has StepArguments::tokens there, `count` of them in each step; with
+// kFailed it says why in `first` and `count` (cuda/stages.h, Fault).
 struct Event {
   EventKind kind;
   std::uint32_t lane;
   std::uint64_t step;
   std::uint32_t first;  // of kTokens and kDone: how many steps of the lease came before
   std::uint32_t count;
-  std::uint64_t address;  // of logits, float [count, vocab]
+  std::uint64_t address;
 };
 
 template <class Slot, std::uint32_t kSlots>
