@@ -23,6 +23,7 @@ from crosspool.kernels.triton.batch import DeviceBatch, RopeTable
 from crosspool.kernels.triton.expert_plan import ExpertPlan, plan_experts
 from crosspool.kernels.triton.experts import FFNWeights, FFNWorkspace, gated_mlps
 from crosspool.kernels.triton.gqa import gqa_prepare
+from crosspool.kernels.triton.inputs import feed, take_inputs
 from crosspool.kernels.triton.linear import LinearWorkspace, head_logits, linear
 from crosspool.kernels.triton.mla import mla_append, mla_queries, mla_values
 from crosspool.kernels.triton.router import route
@@ -117,6 +118,9 @@ def tokens(bucket: int, hidden: int, vocab: int) -> None:
 def rows_of(bucket: int) -> None:
     """The small kernels between the products."""
     x, weight = empty(bucket, 2048), table(2048)
+    inputs, ints = empty(2 * bucket + 4096, dtype=INT32), empty(bucket, dtype=INT32)
+    take_inputs(torch.zeros(1, dtype=INT64), inputs, 2 * bucket, 4096)
+    feed(ints, ONE, ints, ints, empty(bucket, dtype=INT64))
     norm.embed(empty(1000, 2048), empty(bucket, dtype=INT32), ONE, x)
     norm.rms_norm(x, weight, ONE, ONE, x, eps=1e-6, rows=empty(bucket, dtype=INT32))
     norm.add_rms_norm(x, x, weight, ONE, ONE, x, eps=1e-6)
@@ -183,6 +187,24 @@ def test_kernels_that_decoding_waits_for(capability: int) -> None:
             )
             assert sizes, f"{kernel.name} does not load ahead"
             assert set(sizes) == {"0x10"}, f"{kernel.name} loads {set(sizes)} bytes at a time"
+    assert_last_to_arrive_sees_what_others_stored(compiled)
+
+
+def assert_last_to_arrive_sees_what_others_stored(compiled: list[Compiled]) -> None:
+    """One thread arrives for its program, once all threads have stored; and no thread reads before
+    the arrival has told, or reads what an L1 cache held before it."""
+    found = set()
+    for kernel in compiled:
+        before, arrival, behind = kernel.ptx.partition("atom.global.gpu.acq_rel.add")
+        if not arrival:
+            continue
+        found.add(kernel.name)
+        _, stored, to_arrival = before.rpartition("st.global")
+        assert stored and "bar.sync" in to_arrival, kernel.name
+        told, parts, _ = behind.partition("ld.global.cg")
+        assert parts and "bar.sync" in told, kernel.name
+        assert "atom.global" not in behind, kernel.name
+    assert found == {"_linear_kernel", "down_few_kernel"}
 
 
 @pytest.mark.usefixtures("cache")
@@ -200,3 +222,15 @@ def test_kernels_of_many_rows() -> None:
     assert names >= {"prefill_kernel", "_place_kernel", "down_kernel", "_sample_kernel"}
     for kernel in compiled:
         assert kernel.shared <= SHARED_MEMORY[90], describe([kernel])
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_small_vocabulary_is_sampled_by_the_same_code() -> None:
+    """Triton's histogram would count tokens of a block that is smaller than its program has threads
+    several times; the interpreter does not show it."""
+    with compiling(90) as compiled:
+        tokens(1, 64, 64)
+        tokens(1, 64, 16000)
+    samplers = [kernel.ptx for kernel in compiled if kernel.name == "_sample_kernel"]
+    assert len(samplers) == 2
+    assert samplers[0] == samplers[1]

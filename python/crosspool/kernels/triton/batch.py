@@ -75,10 +75,32 @@ def kv_slot(
 
 
 @triton.jit
-def rotated(
-    first: tl.tensor, second: tl.tensor, cos: tl.tensor, sin: tl.tensor
+def pair_places(
+    pairs: tl.tensor, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The two halves of a rotated head, float32."""
+    """Where the two features of each pair lie in a head that is not rotated yet."""
+    if INTERLEAVED:
+        first, second = 2 * pairs, 2 * pairs + 1
+    else:
+        first, second = pairs, HALF + pairs
+    return first, second
+
+
+@triton.jit
+def rotated(
+    first: tl.tensor,
+    second: tl.tensor,
+    cosines: tl.tensor,
+    sines: tl.tensor,
+    position: tl.tensor,
+    pairs: tl.tensor,
+    inside: tl.tensor,
+    HALF: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The two halves, float32, of heads rotated to their positions; ``pairs`` that are not
+    ``inside`` are none of the head's."""
+    cos = tl.load(cosines + position * HALF + pairs, inside, other=0.0)
+    sin = tl.load(sines + position * HALF + pairs, inside, other=0.0)
     return first * cos - second * sin, second * cos + first * sin
 
 
@@ -86,7 +108,7 @@ def rotated(
 def is_single(
     sequences: tl.tensor, row: tl.tensor, sequence: tl.tensor, count: tl.tensor
 ) -> tl.tensor:
-    """Whether the row is the only one of its sequence."""
-    before = tl.load(sequences + row - 1, row > 0, other=-1)
+    """Whether the row is the only one of its sequence; meaningless past ``count``."""
+    before = tl.load(sequences + row - 1, (row > 0) & (row < count), other=-1)
     behind = tl.load(sequences + row + 1, row + 1 < count, other=-1)
     return (before != sequence) & (behind != sequence)
