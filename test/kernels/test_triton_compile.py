@@ -49,6 +49,10 @@ def table(*shape: int, dtype: torch.dtype = BF16) -> TensorTable:
     return TensorTable.of([empty(*shape, dtype=dtype)])
 
 
+def norm_table(width: int | None, dtype: torch.dtype) -> TensorTable | None:
+    return None if width is None else table(width, dtype=dtype)
+
+
 def batch(bucket: int) -> DeviceBatch:
     return DeviceBatch(
         ONE,
@@ -58,18 +62,21 @@ def batch(bucket: int) -> DeviceBatch:
     )
 
 
-def rope(dim: int) -> RopeTable:
-    return RopeTable(empty(4096, dim // 2, dtype=FP32), empty(4096, dim // 2, dtype=FP32), False)
+def rope(dim: int, interleaved: bool = False) -> RopeTable:
+    cos, sin = (empty(4096, dim // 2, dtype=FP32) for _ in range(2))
+    return RopeTable(cos, sin, interleaved)
 
 
-def attention(bucket: int, q_heads: int, kv_heads: int, qk_dim: int, v_dim: int) -> None:
+def attention(
+    bucket: int, q_heads: int, kv_heads: int, qk_dim: int, v_dim: int, *, dtype: torch.dtype = BF16
+) -> None:
     width = qk_dim if v_dim < qk_dim else 2 * kv_heads * qk_dim
     attend(
-        empty(bucket, q_heads, qk_dim),
-        empty(100, 48, 16, width),
+        empty(bucket, q_heads, qk_dim, dtype=dtype),
+        empty(100, 48, 16, width, dtype=dtype),
         batch(bucket),
         ONE,
-        empty(bucket, q_heads, v_dim),
+        empty(bucket, q_heads, v_dim, dtype=dtype),
         AttentionWorkspace.allocate(bucket, q_heads, kv_heads, v_dim, CPU),
         kv_heads=kv_heads,
         scale=0.1,
@@ -78,13 +85,27 @@ def attention(bucket: int, q_heads: int, kv_heads: int, qk_dim: int, v_dim: int)
     )
 
 
-def ffn(bucket: int, held: int, top_k: int, width: int, shared_width: int) -> None:
-    hidden = 2048
+def ffn(
+    bucket: int,
+    held: int,
+    top_k: int,
+    width: int,
+    shared_width: int,
+    *,
+    hidden: int = 2048,
+    dtype: torch.dtype = BF16,
+) -> None:
+    def stack(*shape: int) -> TensorTable | None:
+        return TensorTable.of_stacks([empty(held, *shape, dtype=dtype)]) if held else None
+
+    def shared(*shape: int) -> TensorTable | None:
+        return table(*shape, dtype=dtype) if shared_width else None
+
     weights = FFNWeights(
-        gate_up=TensorTable.of_stacks([empty(held, 2 * width, hidden)]) if held else None,
-        down=TensorTable.of_stacks([empty(held, hidden, width)]) if held else None,
-        shared_gate_up=table(2 * shared_width, hidden) if shared_width else None,
-        shared_down=table(hidden, shared_width) if shared_width else None,
+        gate_up=stack(2 * width, hidden),
+        down=stack(hidden, width),
+        shared_gate_up=shared(2 * shared_width, hidden),
+        shared_down=shared(hidden, shared_width),
     )
     plan = ExpertPlan.allocate(bucket, top_k, held, bool(shared_width), CPU)
     workspace = FFNWorkspace.allocate(bucket, hidden, weights, plan)
@@ -94,15 +115,15 @@ def ffn(bucket: int, held: int, top_k: int, width: int, shared_width: int) -> No
         bias = table(held, dtype=FP32)
         route(empty(bucket, held, dtype=FP32), bias, ONE, ONE, *routed, score="sigmoid")
     plan_experts(*(routed or (None, None)), ONE, bucket, plan)
-    x = empty(bucket, hidden)
+    x = empty(bucket, hidden, dtype=dtype)
     gated_mlps(x, weights, ONE, ONE, plan, routed, x, workspace)
 
 
 def product(bucket: int, n: int, k: int, dtype: torch.dtype = BF16) -> None:
     workspace = LinearWorkspace.allocate(CPU)
-    linear(
-        empty(bucket, k), table(n, k, dtype=dtype), ONE, ONE, empty(bucket, n), workspace, add=True
-    )
+    x, out, weight = empty(bucket, k), empty(bucket, n, dtype=dtype), table(n, k, dtype=dtype)
+    bias = table(n, dtype=dtype)
+    linear(x, weight, ONE, ONE, out, workspace, bias=bias, add=True)
 
 
 def tokens(bucket: int, hidden: int, vocab: int) -> None:
@@ -125,23 +146,54 @@ def rows_of(bucket: int) -> None:
     norm.rms_norm(x, weight, ONE, ONE, x, eps=1e-6, rows=empty(bucket, dtype=INT32))
     norm.add_rms_norm(x, x, weight, ONE, ONE, x, eps=1e-6)
     norm.add(x, x, ONE)
+    gqa(bucket, 32, 4, 128, (128, 128))
+    mla(bucket, 20, 512, 192, 64, v_dim=256)
+
+
+def gqa(
+    bucket: int,
+    q_heads: int,
+    kv_heads: int,
+    dim: int,
+    norms: tuple[int | None, int | None],
+    *,
+    interleaved: bool = False,
+    clip: float | None = None,
+    dtype: torch.dtype = BF16,
+) -> None:
     gqa_prepare(
-        empty(bucket, 40 * 128),
+        empty(bucket, (q_heads + 2 * kv_heads) * dim, dtype=dtype),
         batch(bucket),
         ONE,
-        rope(128),
-        empty(bucket, 32, 128),
-        empty(100, 48, 16, 1024),
-        kv_heads=4,
-        q_norm=table(128),
-        k_norm=table(128),
+        rope(dim, interleaved),
+        empty(bucket, q_heads, dim, dtype=dtype),
+        empty(100, 48, 16, 2 * kv_heads * dim, dtype=dtype),
+        kv_heads=kv_heads,
+        q_norm=norm_table(norms[0], dtype),
+        k_norm=norm_table(norms[1], dtype),
+        clip=clip,
     )
-    kv = empty(100, 48, 16, 576)
-    mla_append(empty(bucket, 576), table(512), batch(bucket), ONE, rope(64), kv, eps=1e-6)
-    kv_b, q = table(20 * 448, 512), empty(bucket, 20, 576)
-    mla_queries(empty(bucket, 20, 256), kv_b, batch(bucket), ONE, rope(64), q, nope=192)
-    attended, out = empty(bucket, 20, 512), empty(bucket, 20, 256)
-    mla_values(attended, kv_b, batch(bucket), ONE, out, nope=192)
+
+
+def mla(
+    bucket: int,
+    heads: int,
+    latent: int,
+    nope: int,
+    rope_dim: int,
+    *,
+    v_dim: int,
+    interleaved: bool = False,
+    dtype: torch.dtype = BF16,
+) -> None:
+    rows, turn, width = batch(bucket), rope(rope_dim, interleaved), latent + rope_dim
+    compressed, kv = empty(bucket, width, dtype=dtype), empty(100, 48, 16, width, dtype=dtype)
+    mla_append(compressed, table(latent, dtype=dtype), rows, ONE, turn, kv, eps=1e-6)
+    kv_b = table(heads * (nope + v_dim), latent, dtype=dtype)
+    plain, q = (empty(bucket, heads, n + rope_dim, dtype=dtype) for n in (nope, latent))
+    mla_queries(plain, kv_b, rows, ONE, turn, q, nope=nope)
+    attended, out = (empty(bucket, heads, n, dtype=dtype) for n in (latent, v_dim))
+    mla_values(attended, kv_b, rows, ONE, out, nope=nope)
 
 
 @pytest.fixture
@@ -222,6 +274,39 @@ def test_kernels_of_many_rows() -> None:
     assert names >= {"prefill_kernel", "_place_kernel", "down_kernel", "_sample_kernel"}
     for kernel in compiled:
         assert kernel.shared <= SHARED_MEMORY[90], describe([kernel])
+
+
+@pytest.mark.usefixtures("cache")
+def test_every_rule_of_every_kernel() -> None:
+    """What the interpreter's tests go through: the interpreter takes what the compiler refuses."""
+    with compiling(90) as compiled:
+        for dtype in (BF16, FP32):
+            attention(64, 4, 2, 64, 64, dtype=dtype)
+            attention(4, 3, 3, 48, 48, dtype=dtype)
+            attention(64, 4, 1, 160, 128, dtype=dtype)
+            gqa(4, 4, 2, 64, (None, None), interleaved=True, dtype=dtype)
+            gqa(4, 4, 2, 64, (64, 64), dtype=dtype)
+            gqa(4, 3, 3, 48, (144, 144), clip=0.8, dtype=dtype)
+            mla(4, 4, 128, 32, 32, v_dim=32, interleaved=True, dtype=dtype)
+            mla(128, 2, 96, 48, 16, v_dim=16, dtype=dtype)
+            ffn(2, 8, 2, 96, 192, hidden=128, dtype=dtype)
+            ffn(24, 8, 2, 48, 0, hidden=64, dtype=dtype)
+            for bucket in (1, 40):
+                ffn(bucket, 0, 0, 0, 800, hidden=64, dtype=dtype)
+                product(bucket, 96, 1024, dtype)
+            rows, weight = empty(4, 96, dtype=dtype), table(96, dtype=dtype)
+            norm.embed(empty(50, 96), empty(4, dtype=INT32), ONE, rows)
+            norm.add_rms_norm(empty(4, 96), rows, table(96), ONE, ONE, empty(4, 96), eps=1e-6)
+            norm.rms_norm(rows, weight, ONE, ONE, rows, eps=1e-6)
+            head_logits(rows, table(300, 96, dtype=dtype), ONE, ONE, empty(4, 300, dtype=FP32))
+        logits, chosen = empty(4, 256), (empty(4, 8, dtype=INT32), empty(4, 8, dtype=FP32))
+        route(logits, None, ONE, ONE, *chosen, score="softmax", groups=8, top_groups=3)
+        bias = table(256, dtype=FP32)
+        rules = {"groups": 8, "top_groups": 4, "group_score": "top2_sum", "renormalize": True}
+        route(logits, bias, ONE, ONE, *chosen, score="sigmoid", **rules)
+        attention(64, 128, 1, 576, 512)  # DeepSeek-V3: more heads than one program takes
+    for kernel in compiled:
+        assert kernel.shared <= SHARED_MEMORY[80], describe([kernel])
 
 
 @pytest.mark.usefixtures("cache")

@@ -19,15 +19,15 @@ def test_what_is_used_of_a_page_table_is_taken(
     source[0], source[1] = lines - 1, line - 2
     if device.type == "cuda":
         source = source.pin_memory()
-    address = TensorTable.of([source]).pointers.to(device)
+    table = TensorTable.of([source])
     inputs = torch.full_like(source, UNTOUCHED, device=device)
-    take_inputs(address, inputs, head, line)
+    take_inputs(table.pointers.to(device), inputs, head, line)
     found = inputs.cpu()
     assert torch.equal(found[:head], source[:head])
-    table, expected = (flat[head:].view(lines, line) for flat in (found, source))
-    assert torch.equal(table[:-1, :-2], expected[:-1, :-2])
-    assert (table[-1] == UNTOUCHED).all()
-    assert (table[:, -2:] == UNTOUCHED).all()
+    pages, expected = (flat[head:].view(lines, line) for flat in (found, source))
+    assert torch.equal(pages[:-1, :-2], expected[:-1, :-2])
+    assert (pages[-1] == UNTOUCHED).all()
+    assert (pages[:, -2:] == UNTOUCHED).all()
 
 
 def test_a_lease_feeds_on_what_was_chosen(device: torch.device) -> None:
