@@ -119,10 +119,12 @@ def ffn(
     gated_mlps(x, weights, ONE, ONE, plan, routed, x, workspace)
 
 
-def product(bucket: int, n: int, k: int, dtype: torch.dtype = BF16) -> None:
+def product(
+    bucket: int, n: int, k: int, *, dtype: torch.dtype = BF16, biased: bool = False
+) -> None:
     workspace = LinearWorkspace.allocate(CPU)
     x, out, weight = empty(bucket, k), empty(bucket, n, dtype=dtype), table(n, k, dtype=dtype)
-    bias = table(n, dtype=dtype)
+    bias = table(n, dtype=dtype) if biased else None
     linear(x, weight, ONE, ONE, out, workspace, bias=bias, add=True)
 
 
@@ -263,7 +265,7 @@ def assert_last_to_arrive_sees_what_others_stored(compiled: list[Compiled]) -> N
 def test_kernels_of_many_rows() -> None:
     with compiling(90) as compiled:
         product(256, 5120, 2048)
-        product(4, 64, 2048, FP32)
+        product(4, 64, 2048, dtype=FP32)
         attention(64, 32, 4, 128, 128)
         attention(64, 16, 1, 576, 512)
         ffn(64, 128, 8, 768, 0)
@@ -293,7 +295,7 @@ def test_every_rule_of_every_kernel() -> None:
             ffn(24, 8, 2, 48, 0, hidden=64, dtype=dtype)
             for bucket in (1, 40):
                 ffn(bucket, 0, 0, 0, 800, hidden=64, dtype=dtype)
-                product(bucket, 96, 1024, dtype)
+                product(bucket, 96, 1024, dtype=dtype, biased=True)
             rows, weight = empty(4, 96, dtype=dtype), table(96, dtype=dtype)
             norm.embed(empty(50, 96), empty(4, dtype=INT32), ONE, rows)
             norm.add_rms_norm(empty(4, 96), rows, table(96), ONE, ONE, empty(4, 96), eps=1e-6)

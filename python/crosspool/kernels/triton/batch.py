@@ -57,9 +57,7 @@ class RopeTable:
 @triton.jit
 def kv_slot(
     kv: tl.tensor,
-    page_table: tl.tensor,
-    table_stride: tl.tensor,
-    sequence: tl.tensor,
+    line: tl.tensor,
     positions: tl.tensor,
     layer: tl.tensor,
     layers: tl.tensor,
@@ -68,10 +66,30 @@ def kv_slot(
     KV_WIDTH: tl.constexpr,
 ) -> tl.tensor:
     """Where a sequence's KV of ``positions`` lies in ``kv`` [pages, layers, page_size, kv_width];
-    pages of positions that are not ``inside`` are not looked up."""
-    line = page_table + sequence.to(tl.int64) * table_stride
+    ``line``: the sequence's, of the page table. Pages of positions that are not ``inside`` are not
+    looked up."""
     page = tl.load(line + positions // PAGE_SIZE, inside, other=0).to(tl.int64)
     return kv + ((page * layers + layer) * PAGE_SIZE + positions % PAGE_SIZE) * KV_WIDTH
+
+
+@triton.jit
+def row_slot(
+    row: tl.tensor,
+    positions: tl.tensor,
+    sequences: tl.tensor,
+    page_table: tl.tensor,
+    table_stride: tl.tensor,
+    kv: tl.tensor,
+    layer: tl.tensor,
+    layers: tl.tensor,
+    PAGE_SIZE: tl.constexpr,
+    KV_WIDTH: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """A row's position, and where its own KV lies in ``kv``."""
+    position = tl.load(positions + row)
+    sequence = tl.load(sequences + row)
+    line = page_table + sequence.to(tl.int64) * table_stride
+    return position, kv_slot(kv, line, position, layer, layers, True, PAGE_SIZE, KV_WIDTH)
 
 
 @triton.jit

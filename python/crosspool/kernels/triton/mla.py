@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from crosspool.kernels.triton.batch import DeviceBatch, RopeTable, kv_slot, pair_places, rotated
+from crosspool.kernels.triton.batch import DeviceBatch, RopeTable, pair_places, rotated, row_slot
 from crosspool.kernels.triton.tables import TensorTable, pointer_at, tl_dtype
 from crosspool.kernels.triton.tiles import depth_block
 
@@ -162,17 +162,15 @@ def _mla_append_kernel(
     if row >= tl.load(count):
         return
     index = tl.load(layer)
-    position = tl.load(positions + row)
-    sequence = tl.load(sequences + row)
-    slot = kv_slot(
-        kv,
+    position, slot = row_slot(
+        row,
+        positions,
+        sequences,
         page_table,
         table_stride,
-        sequence,
-        position,
+        kv,
         index,
         layers,
-        True,
         PAGE_SIZE,
         LATENT + 2 * HALF,
     )
