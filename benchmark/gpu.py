@@ -346,6 +346,7 @@ def layers_that_fit(spec: ModelSpec, pages: int, device: torch.device, most: int
     limit = min(spec.layers, most or spec.layers)
     if device.type != "cuda":
         return limit
+    torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE
     shard = FFNShard(rank=0, ranks=1, parallel="tp")
     for layers in range(limit, 0, -1):

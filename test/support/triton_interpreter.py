@@ -100,13 +100,13 @@ def _joined(extents: list[tuple[int, int]]) -> np.ndarray:
 
 
 def _shuffle_programs() -> None:
-    """A GPU runs the programs of a launch in any order; so does this, another one each time."""
+    """A GPU runs the programs of a launch in any order; here it is another one with every seed."""
     set_dim, set_index = InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx
-    generator = np.random.default_rng()
     order: Iterator[int] = iter(())
 
     def set_grid_dim(self: Any, *grid: int) -> None:
         nonlocal order
+        generator = np.random.default_rng(torch.initial_seed())
         order = iter(generator.permutation(int(np.prod(grid))).tolist())
         set_dim(self, *grid)
 
