@@ -36,6 +36,13 @@ CPU = torch.device("cpu")
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 INT32, INT64 = torch.int32, torch.int64
 ONE = torch.zeros(1, dtype=INT32)
+WEIGHT_KERNELS = {
+    "_linear_kernel",
+    "_mla_queries_kernel",
+    "_mla_values_kernel",
+    "gate_up_kernel",
+    "down_few_kernel",
+}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 """Bytes that a block may have."""
 
@@ -229,13 +236,13 @@ def test_kernels_that_decoding_waits_for(capability: int) -> None:
         ffn(1, 128, 8, 768, 0)
         ffn(4, 64, 6, 1408, 2816)
     print(describe(compiled))
-    assert {k.name for k in compiled} >= {"decode_kernel", "merge_kernel", "down_few_kernel"}
+    assert {k.name for k in compiled} >= {"decode_kernel", "merge_kernel", *WEIGHT_KERNELS}
     for kernel in compiled:
         assert kernel.spilled == 0, describe([kernel])
         assert kernel.shared <= SHARED_MEMORY[capability], describe([kernel])
     # Weights come in loads of 16 bytes that run ahead of the arithmetic.
     for kernel in compiled:
-        if kernel.name in ("_linear_kernel", "gate_up_kernel", "down_few_kernel"):
+        if kernel.name in WEIGHT_KERNELS:
             sizes = re.findall(
                 r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", kernel.ptx
             )

@@ -216,7 +216,9 @@ def _mla_queries_kernel(
     if first_row >= tl.load(count):
         return
     head = tl.program_id(0)
-    rows, present, heads = _rows_of_head(first_row, head, count, HEADS, BLOCK_M)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    present = rows < tl.load(count)
+    heads = rows.to(tl.int64) * HEADS + head
     from_at = plain + (heads * (NOPE + 2 * HALF))[:, None]
     to_at = q + (heads * (LATENT + 2 * HALF))[:, None]
     if tl.program_id(1) * BLOCK_N < LATENT:
@@ -255,7 +257,9 @@ def _mla_values_kernel(
     if first_row >= tl.load(count):
         return
     head = tl.program_id(0)
-    _, present, heads = _rows_of_head(first_row, head, count, HEADS, BLOCK_M)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    present = rows < tl.load(count)
+    heads = rows.to(tl.int64) * HEADS + head
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     weight = pointer_at(weights, tl.load(layer), WEIGHT)
     w_at = weight + (head * HEAD_ROWS + NOPE + columns) * LATENT
@@ -263,19 +267,6 @@ def _mla_values_kernel(
     total = _product(from_at, w_at, present, LATENT, 1, BLOCK_M, BLOCK_N, BLOCK_K)
     at = out + (heads * (HEAD_ROWS - NOPE))[:, None] + columns[None, :]
     tl.store(at, total.to(out.dtype.element_ty), present[:, None])
-
-
-@triton.jit
-def _rows_of_head(
-    first_row: tl.tensor,
-    head: tl.tensor,
-    count: tl.tensor,
-    HEADS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """A block of rows, which of them are there, and where each has the head among all heads."""
-    rows = first_row + tl.arange(0, BLOCK_M)
-    return rows, rows < tl.load(count), rows.to(tl.int64) * HEADS + head
 
 
 @triton.jit
