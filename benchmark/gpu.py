@@ -129,6 +129,8 @@ class Run:
     """Collects the rows of all models."""
 
     def __init__(self, plan: Plan) -> None:
+        from benchmark.gpu_timing import copy_bandwidth
+
         self.plan = plan
         self.recorder = Recorder("gpu")
         self._began = time.monotonic()
@@ -183,10 +185,12 @@ class Run:
             )
 
     def _whole(self, name: str, model: GPUModel, batch: int) -> float:
+        from benchmark.gpu_timing import device_times
         from benchmark.gpu_whole import whole_model
 
         with whole_model(model, batch, self.plan.context, self.plan.device) as step:
-            ms = timed(step, self.plan.device, self.plan.rounds)
+            times = device_times(step, self.plan.device, self.plan.rounds)
+        ms = [1e3 * seconds for seconds in times]
         self._add("whole", name, ms, "ms", model=model, batch=batch)
         return statistics.median(ms)
 
@@ -216,13 +220,15 @@ class Run:
             self._add(f"hand-over, {loop}", name, [us], "us", model=model, batch=batch)
 
     def _stages(self, name: str, model: GPUModel, batch: int) -> None:
+        from benchmark.gpu_timing import device_times
         from benchmark.gpu_whole import stage_calls
 
         with stage_calls(model, batch, self.plan.context, self.plan.device) as calls:
             launches = [host_us(calls[0][1]) for _ in range(self.plan.rounds)]
             self._add("launch", name, launches, "us", model=model, batch=batch)
             for what, call, size in calls:
-                us = [1e3 * ms for ms in timed(call, self.plan.device, self.plan.rounds)]
+                times = device_times(call, self.plan.device, self.plan.rounds)
+                us = [1e6 * seconds for seconds in times]
                 rate = size / statistics.median(us) * 1e6
                 self._add(
                     what,
@@ -324,46 +330,11 @@ def decode(lanes: Lanes, plan: Plan, batch: int, count: int) -> list[float]:
     return ms
 
 
-def timed(call: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
-    """Milliseconds of each call on the device."""
-    import torch
-
-    if device.type != "cuda":
-        found = []
-        for _ in range(rounds):
-            start = time.perf_counter_ns()
-            call()
-            found.append((time.perf_counter_ns() - start) / 1e6)
-        return found
-    call()
-    events = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(rounds)
-    ]
-    for before, after in events:
-        before.record()
-        call()
-        after.record()
-    torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in events]
-
-
 def host_us(call: Callable[[], object]) -> float:
     """Microseconds until a call returns, whatever the device still does."""
     start = time.perf_counter_ns()
     call()
     return (time.perf_counter_ns() - start) / 1e3
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a large copy on the device, read and written."""
-    import torch
-
-    size = 2 << 30 if device.type == "cuda" else 16 << 20
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    ms = timed(lambda: target.copy_(source), device, 10)
-    return 2 * size / statistics.median(ms) * 1e3
 
 
 def layers_that_fit(spec: ModelSpec, pages: int, device: torch.device, most: int | None) -> int:
@@ -375,6 +346,7 @@ def layers_that_fit(spec: ModelSpec, pages: int, device: torch.device, most: int
     limit = min(spec.layers, most or spec.layers)
     if device.type != "cuda":
         return limit
+    torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE
     shard = FFNShard(rank=0, ranks=1, parallel="tp")
     for layers in range(limit, 0, -1):

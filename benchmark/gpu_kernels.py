@@ -15,19 +15,19 @@ import datetime
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmark.gpu_shapes import MODELS, Arrays, Case, cases
+from benchmark.gpu_timing import copy_bandwidth, device_times
 
 RESULTS = Path(__file__).parent / "results" / "gpu_kernels.jsonl"
 _REPEATS = 20
 _LAUNCHES = 48
 """Of a graph at least: so that what a replay costs the host is little of it."""
-_COPY_BYTES = 1 << 30
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -64,14 +64,6 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of a copy within the device's memory."""
-    source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = event_times(lambda: target.copy_(source), _REPEATS)
-    return 2 * _COPY_BYTES / statistics.median(times)
-
-
 def measure(case: Case, copy: float) -> dict[str, Any]:
     """The row of one case."""
     device = torch.device("cuda")
@@ -85,7 +77,8 @@ def measure(case: Case, copy: float) -> dict[str, Any]:
         for _ in range(rounds):
             for layer in layers:
                 case.launch(layer)
-    seconds = statistics.median(event_times(graph.replay, _REPEATS)) / (rounds * case.layers)
+    times = device_times(graph.replay, device, _REPEATS)
+    seconds = statistics.median(times) / (rounds * case.layers)
     return {
         "kernel": case.kernel,
         "shape": case.shape,
@@ -94,22 +87,6 @@ def measure(case: Case, copy: float) -> dict[str, Any]:
         "bytes_per_s": case.bytes / seconds,
         "share": case.bytes / seconds / copy,
     }
-
-
-def event_times(work: Callable[[], object], repeats: int) -> list[float]:
-    """Seconds of each of ``repeats`` runs, after three that are not counted."""
-    for _ in range(3):
-        work()
-    events = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(repeats)
-    ]
-    for begin, end in events:
-        begin.record()
-        work()
-        end.record()
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) / 1e3 for begin, end in events]
 
 
 if __name__ == "__main__":

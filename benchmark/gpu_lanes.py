@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from crosspool.kernels.cuda_loop_structs import StepArguments
 from crosspool.kernels.engine_structs import DONE, TOKENS
-from crosspool.models.registry import read_model
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.gpu_inputs import HostInputs, HostMemory
 from crosspool.ranks.gpu_lanes import make_loop, make_stages
@@ -25,8 +24,6 @@ from crosspool.ranks.gpu_stages import GPUModel
 from crosspool.ranks.gpu_weights import GPUFFN, GPUAttention
 from crosspool.ranks.weights import TORCH_DTYPES
 from crosspool.weightpool.placement import FFNShard
-
-__all__ = ["Lanes", "Row", "random_model", "read_model"]
 
 _PATIENCE = 60.0
 """Seconds that a step may take."""
@@ -81,6 +78,7 @@ class Lanes:
         host = HostInputs(layout, memory.inputs)
         first = 0
         host["temperature"].fill(0.0)
+        host["wanted_rows"].fill(0)  # those past the wanted ones are gathered, too
         for i, row in enumerate(rows):
             end = first + len(row.tokens)
             host["tokens"][first:end] = row.tokens

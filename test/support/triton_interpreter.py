@@ -3,14 +3,22 @@
 The interpreter of Triton (3.6 to 3.9) takes an array of one element for a number, which NumPy 2.4
 no longer does. It multiplies the bit patterns of bfloat16 operands of ``tl.dot`` as if they were
 integers, and cuts float32 off to bfloat16 where a GPU rounds it to the nearest.
+
+It also runs the programs of a launch one after another in the order of their numbers, and reads and
+writes wherever a pointer points. :func:`repair` shuffles the programs; :func:`check_bounds` refuses
+accesses outside the arrays that a kernel was given.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
+from crosspool.kernels.triton.tables import TensorTable
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -19,6 +27,94 @@ def repair() -> None:
     """For this process, in which the interpreter runs."""
     _repair_numbers()
     _repair_masks()
+    _shuffle_programs()
+
+
+def check_bounds() -> None:
+    """From now on an access by a pointer that lies in no array of the launch, and in no tensor of a
+    TensorTable, is an IndexError. For kernels that find everything else in their arguments."""
+    init_args = interpreter.GridExecutor._init_args_hst
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    rmw, make = InterpreterBuilder.create_atomic_rmw, TensorTable._make.__func__
+    tables: weakref.WeakSet[TensorTable] = weakref.WeakSet()
+    arrays = np.zeros((0, 2), np.uint64)
+
+    def init_args_hst(self: Any, args: Any, kwargs: Any) -> Any:
+        nonlocal arrays
+        held = [tensor for table in tables for tensor in table.tensors]
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        arrays = _joined([_extent(tensor) for tensor in (*given, *held) if tensor.numel()])
+        return init_args(self, args, kwargs)
+
+    def check(pointers: Any, mask: Any) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        at = pointers.data[mask.data.astype(bool)].astype(np.uint64)
+        array = np.searchsorted(arrays[:, 0], at, side="right").astype(np.int64) - 1
+        outside = (array < 0) | (at + np.uint64(size) > arrays[array, 1])
+        if outside.any():
+            raise IndexError(f"{outside.sum()} of {at.size} elements lie in no array of the launch")
+
+    def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def create_atomic_rmw(
+        self: Any, op: Any, pointer: Any, value: Any, mask: Any, *rest: Any
+    ) -> Any:
+        check(pointer, mask)
+        return rmw(self, op, pointer, value, mask, *rest)
+
+    def make_table(cls: Any, *args: Any) -> TensorTable:
+        table = make(cls, *args)
+        tables.add(table)
+        return table
+
+    interpreter.GridExecutor._init_args_hst = init_args_hst
+    InterpreterBuilder.create_masked_load = create_masked_load
+    InterpreterBuilder.create_masked_store = create_masked_store
+    InterpreterBuilder.create_atomic_rmw = create_atomic_rmw
+    TensorTable._make = classmethod(make_table)
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and of the one after its last."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in sizes)
+    begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.element_size()
+
+
+def _joined(extents: list[tuple[int, int]]) -> np.ndarray:
+    """Extents that overlap as one; uint64 [n, 2], ascending."""
+    joined: list[list[int]] = []
+    for begin, end in sorted(extents):
+        if joined and begin < joined[-1][1]:
+            joined[-1][1] = max(joined[-1][1], end)
+        else:
+            joined.append([begin, end])
+    return np.array(joined, np.uint64).reshape(-1, 2)
+
+
+def _shuffle_programs() -> None:
+    """A GPU runs the programs of a launch in any order; here it is another one with every seed."""
+    set_dim, set_index = InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx
+    order: Iterator[int] = iter(())
+
+    def set_grid_dim(self: Any, *grid: int) -> None:
+        nonlocal order
+        generator = np.random.default_rng(torch.initial_seed())
+        order = iter(generator.permutation(int(np.prod(grid))).tolist())
+        set_dim(self, *grid)
+
+    def set_grid_idx(self: Any, *_: int) -> None:
+        set_index(self, *(int(i) for i in np.unravel_index(next(order), self.grid_dim)))
+
+    InterpreterBuilder.set_grid_dim = set_grid_dim
+    InterpreterBuilder.set_grid_idx = set_grid_idx
 
 
 def _repair_masks() -> None:

@@ -104,7 +104,7 @@ class CudaBindings:
             device = self._call("cuDeviceGet", index)
             context = self._call("cuDevicePrimaryCtxRetain", device)
             self._call("cuCtxSetCurrent", context)
-        except (CudaError, RuntimeError) as error:
+        except RuntimeError as error:
             raise ConfigError(f"device {self.name} cannot be used: {error}") from error
         attributes = driver.CUdevice_attribute
         for what, attribute in (

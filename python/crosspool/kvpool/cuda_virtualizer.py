@@ -12,19 +12,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+
+import torch
 
 from crosspool.config.errors import ConfigError
-from crosspool.kvpool.virtualizer import ChunkTable, Progress, whole_chunks
-
-if TYPE_CHECKING:
-    import torch
-
-    from crosspool.kernels.cuda_driver import CudaDriver
+from crosspool.kernels.cuda_driver import CudaDriver, CudaError
+from crosspool.kernels.dlpack import tensor_at
+from crosspool.kvpool.virtualizer import ChunkTable, Progress, Virtualizer, whole_chunks
 
 
-class CudaVirtualizer:
+class CudaVirtualizer(Virtualizer):
     """The KV pool of one GPU.
 
     A step that runs must not touch what :meth:`unmap` takes away; nothing else is asked of the
@@ -66,17 +63,6 @@ class CudaVirtualizer:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def budget_bytes(self) -> int:
@@ -134,8 +120,6 @@ class CudaVirtualizer:
                 self._table.note_unmapped(model, [chunk])
 
     def tensor(self, model: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        from crosspool.kernels.dlpack import tensor_at
-
         self._table.check_tensor(model, shape, dtype)
         return tensor_at(self._ranges[model], shape, dtype, self._driver.dlpack_device, owner=self)
 
@@ -154,13 +138,6 @@ class CudaVirtualizer:
                 os.close(descriptor)
             raise
         return descriptors
-
-    def mapped_bytes(self, model: int) -> int:
-        return self._table.mapped_bytes(model)
-
-    @property
-    def free_bytes(self) -> int:
-        return self._table.free_bytes
 
     def close(self) -> None:
         """As :meth:`~crosspool.kvpool.virtualizer.Virtualizer.close`. Raises CudaError when the
@@ -195,7 +172,7 @@ class CudaVirtualizer:
         except BaseException as error:
             while len(free) > before:
                 driver.release(free.pop())
-            if getattr(error, "is_out_of_memory", False):
+            if isinstance(error, CudaError) and error.is_out_of_memory:
                 raise ConfigError(self._too_large(count * nbytes, available, total)) from error
             raise
 

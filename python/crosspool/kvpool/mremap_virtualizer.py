@@ -7,13 +7,12 @@ import ctypes
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from crosspool.config.errors import ConfigError
 from crosspool.kernels import native
 from crosspool.kvpool.memory import available_bytes
-from crosspool.kvpool.virtualizer import ChunkTable, Progress, whole_chunks
+from crosspool.kvpool.virtualizer import ChunkTable, Progress, Virtualizer, whole_chunks
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +22,7 @@ _OTHER_MAPPINGS = 4096
 """Memory mappings left to the rest of the process (libraries, threads, allocator)."""
 
 
-class MremapVirtualizer:
+class MremapVirtualizer(Virtualizer):
     """The KV pool of one CPU device: huge-page chunks moved with ``mremap`` (no copy, no zeroing).
 
     >>> with MremapVirtualizer(1 << 30, 2 << 20, [1 << 30, 1 << 30]) as pool:
@@ -58,17 +57,6 @@ class MremapVirtualizer:
             self.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def map(self, model: int, chunks: Sequence[int]) -> None:
         slots = self._table.slots_for(model, chunks)
         if not chunks:
@@ -92,13 +80,6 @@ class MremapVirtualizer:
         space = self._table.range_bytes(model)
         memory = (ctypes.c_char * space).from_address(self._ranges[model])
         return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(*shape)
-
-    def mapped_bytes(self, model: int) -> int:
-        return self._table.mapped_bytes(model)
-
-    @property
-    def free_bytes(self) -> int:
-        return self._table.free_bytes
 
     def close(self) -> None:
         for model, address in enumerate(self._ranges):

@@ -11,8 +11,10 @@ CPU devices, :mod:`crosspool.kvpool.cuda_virtualizer` for GPUs.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 from crosspool.config.errors import ConfigError
 
@@ -23,38 +25,53 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), first with 0 done, last with all done."""
 
 
-class Virtualizer(Protocol):
-    """Physical memory for the KV ranges of one attention rank. Chunk c of a model is byte
-    c * chunk_bytes of its range; what a newly mapped chunk contains is undefined."""
+class Virtualizer(ABC):
+    """Physical memory for the KV ranges of one attention rank, closed at the end of a ``with``.
+    Chunk c of a model is byte c * chunk_bytes of its range; what a newly mapped chunk contains is
+    undefined."""
 
+    _table: ChunkTable
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abstractmethod
     def map(self, model: int, chunks: Sequence[int]) -> None:
         """Puts memory of the budget under these chunks of the model's range.
 
         Raises ValueError, and maps nothing, when one is mapped already, lies outside the range, or
         when the budget is exhausted."""
-        ...
 
+    @abstractmethod
     def unmap(self, model: int, chunks: Sequence[int]) -> None:
         """Takes the memory back into the budget at once; touching it is then a fault.
 
         Raises ValueError, and unmaps nothing, when one is not mapped."""
-        ...
 
+    @abstractmethod
     def tensor(self, model: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """The model's range from its beginning as a tensor; only mapped parts may be touched, and
         nothing after :meth:`close`. Raises ValueError when the range is too small for it."""
-        ...
 
-    def mapped_bytes(self, model: int) -> int: ...
+    @abstractmethod
+    def close(self) -> None:
+        """Gives ranges and budget back to the system. A second call does nothing."""
+
+    def mapped_bytes(self, model: int) -> int:
+        return self._table.mapped_bytes(model)
 
     @property
     def free_bytes(self) -> int:
         """Bytes of the budget that are under no range."""
-        ...
-
-    def close(self) -> None:
-        """Gives ranges and budget back to the system. A second call does nothing."""
-        ...
+        return self._table.free_bytes
 
 
 def whole_chunks(budget_bytes: int, chunk_bytes: int, unit: int) -> int:

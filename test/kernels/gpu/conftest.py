@@ -12,9 +12,10 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
-    from support.triton_interpreter import repair
+    from support.triton_interpreter import check_bounds, repair
 
     repair()
+    check_bounds()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,17 @@ import pytest
 import torch
 from crosspool.kernels.attention import Segment, gqa_attention, mla_attention
 from crosspool.kernels.triton.attention import AttentionWorkspace, attend
-from support.device_kernels import Paged, assert_close, attention, paged, poisoned, random
+from crosspool.kernels.triton.batch import DeviceBatch, RopeTable
+from crosspool.kernels.triton.gqa import gqa_prepare
+from support.device_kernels import (
+    Paged,
+    assert_close,
+    attention,
+    int32,
+    paged,
+    poisoned,
+    random,
+)
 from torch import Tensor
 
 gpu = pytest.mark.gpu
@@ -104,6 +114,31 @@ def test_decode_with_many_splits(
     out = run(made, q, kv_heads, v_dim, None, mixed=False)
     expected = attention(q, made, kv_heads=kv_heads, v_dim=v_dim, scale=qk_dim**-0.5, window=None)
     assert_close(out, expected, dtype)
+
+
+def test_a_cache_of_more_elements_than_int32_counts(device: torch.device) -> None:
+    """Of which only one page is touched."""
+    dtype, layers, page_size, width = torch.bfloat16, 64, 16, 256
+    pages = 2**31 // (layers * page_size * width) + 2
+    kv = torch.empty(pages, layers, page_size, width, dtype=dtype, device=device)
+    history = random(3, width, dtype=dtype, device=device)
+    kv[-1, -1, :2] = history[:2]
+    batch = DeviceBatch(
+        count=int32([1], device),
+        positions=int32([2], device),
+        sequences=int32([0], device),
+        page_table=int32([[pages - 1]], device),
+    )
+    made = Paged(batch, kv, int32([layers - 1], device), [history], [(2, 1)], 1)
+    own = torch.cat((random(1, 256, dtype=dtype, device=device), history[2:]), 1)
+    q = poisoned(1, 4, 64, dtype=dtype, device=device)
+    still = RopeTable(*(torch.full((3, 32), turn, device=device) for turn in (1.0, 0.0)), False)
+    gqa_prepare(own, batch, made.layer, still, q, kv, kv_heads=2)
+    assert torch.equal(kv[-1, -1, 2], history[2])
+    for mixed in (False, True):
+        out = run(made, q, 2, 64, None, mixed=mixed)
+        expected = attention(q, made, kv_heads=2, v_dim=64, scale=0.125, window=None)
+        assert_close(out, expected, dtype)
 
 
 @pytest.mark.parametrize("window", [None, 20])

@@ -114,7 +114,7 @@ def test_gqa_rows(
     "bucket, heads, latent, nope, rope_dim, v_dim",
     [
         (BUCKET, 4, 128, 32, 32, 32),  # tiny DeepSeek-V2 and GLM-4.7
-        (20, 2, 64, 48, 16, 16),
+        (20, 2, 96, 48, 16, 16),
         pytest.param(BUCKET, 16, 512, 128, 64, 128, marks=gpu),  # DeepSeek-V2-Lite
         pytest.param(BUCKET, 20, 512, 192, 64, 256, marks=gpu),  # GLM-4.7-Flash
         pytest.param(128, 16, 512, 128, 64, 128, marks=gpu),
@@ -168,3 +168,12 @@ def test_mla_rows(
     values = torch.einsum("thl,hvl->thv", attended[: made.rows].double(), up[:, nope:])
     assert_close(out[: made.rows], values, dtype)
     assert out[made.rows :].isnan().all()
+
+
+def test_an_odd_latent_is_refused(device: torch.device) -> None:
+    made = paged(SEGMENTS, BUCKET, 56, torch.bfloat16, device)
+    table = TensorTable.of([random(2 * 32, 40, dtype=torch.bfloat16, device=device)])
+    plain = random(BUCKET, 2, 32, dtype=torch.bfloat16, device=device)
+    q = poisoned(BUCKET, 2, 56, dtype=torch.bfloat16, device=device)
+    with pytest.raises(ValueError, match="multiple of 16, not 40"):
+        mla_queries(plain, table, made.batch, made.layer, rope_table(16, False, device), q, nope=16)

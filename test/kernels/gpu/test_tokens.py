@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from crosspool.kernels.triton.argmax import ArgmaxWorkspace, argmax
 from crosspool.kernels.triton.sampling import SamplingRules, SamplingWorkspace, sample
-from crosspool.kernels.triton.uniform import uniform
+from crosspool.kernels.triton.uniform import draw_uniform
 from support.device_kernels import int32
 from torch import Tensor
 
@@ -30,11 +32,18 @@ def host_uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=key)).random())
 
 
+@triton.jit
+def draws_kernel(seeds: tl.tensor, positions: tl.tensor, out: tl.tensor) -> None:
+    i = tl.program_id(0)
+    tl.store(out + i, draw_uniform(tl.load(seeds + i), tl.load(positions + i)))
+
+
 def test_draws_are_numpys(device: torch.device) -> None:
     seeds = [0, 1, -5, 2**63 - 1, -(2**63) + 11]
     positions = [0, 1, 77, 2**40, 5]
     out = torch.empty(5, dtype=torch.float64, device=device)
-    uniform(torch.tensor(seeds, device=device), torch.tensor(positions, device=device), out)
+    keys = (torch.tensor(key, device=device) for key in (seeds, positions))
+    draws_kernel[(5,)](*keys, out)
     expected = [host_uniform(s, p) for s, p in zip(seeds, positions, strict=True)]
     assert out.tolist() == expected
 

@@ -14,7 +14,8 @@ device memory:
 Sums run in float32 and are rounded to the model's dtype where a result is stored. Nothing here has
 run on a GPU yet: docs/gpu.md says how it was shown to be right, and what is not known.
 
-norm.py embeddings, RMSNorm, residual sums; linear.py products with few rows; gqa.py and mla.py
-what lies between projections and attention; attention.py paged attention; router.py,
-expert_plan.py and experts.py the FFN part, in this order; argmax.py and sampling.py the tokens.
+inputs.py a step's inputs; norm.py embeddings, RMSNorm, residual sums; linear.py products with few
+rows; gqa.py and mla.py what lies between projections and attention; attention.py paged attention;
+router.py, expert_plan.py and experts.py the FFN part, in this order; argmax.py and sampling.py the
+tokens.
 """

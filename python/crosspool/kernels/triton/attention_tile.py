@@ -14,9 +14,7 @@ def attend_keys(
     wanted: tl.tensor,
     limits: tl.tensor,
     kv: tl.tensor,
-    page_table: tl.tensor,
-    table_stride: tl.tensor,
-    sequence: tl.tensor,
+    line: tl.tensor,
     layer: tl.tensor,
     layers: tl.tensor,
     kv_head: tl.tensor,
@@ -37,8 +35,9 @@ def attend_keys(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Adds keys [first, last) to a running softmax: ``highest`` and ``total`` [M] and ``result``
-    [M, BLOCK_D], the weighted values, in powers of 2 (``scale`` includes log2 e).
+    """Adds keys [first, last) of the sequence whose pages are on ``line`` to a running softmax:
+    ``highest`` and ``total`` [M] and ``result`` [M, BLOCK_D], the weighted values, in powers of 2
+    (``scale`` includes log2 e).
 
     Query m [QK_DIM] lies at ``q_at[m]`` where ``wanted``, and sees keys up to position
     ``limits[m]``; one that sees none of them leaves its sums as they are. The first BLOCK_D
@@ -54,9 +53,7 @@ def attend_keys(
     for start in range(first, last, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         inside = keys < last
-        slot = kv_slot(
-            kv, page_table, table_stride, sequence, keys, layer, layers, inside, PAGE_SIZE, KV_WIDTH
-        )
+        slot = kv_slot(kv, line, keys, layer, layers, inside, PAGE_SIZE, KV_WIDTH)
         k_at = slot + kv_head * QK_DIM
         mask = inside[:, None] & (d < V_DIM)[None, :]
         k_main = tl.load(k_at[:, None] + d[None, :], mask, other=0.0)

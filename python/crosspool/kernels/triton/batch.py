@@ -57,9 +57,7 @@ class RopeTable:
 @triton.jit
 def kv_slot(
     kv: tl.tensor,
-    page_table: tl.tensor,
-    table_stride: tl.tensor,
-    sequence: tl.tensor,
+    line: tl.tensor,
     positions: tl.tensor,
     layer: tl.tensor,
     layers: tl.tensor,
@@ -68,17 +66,59 @@ def kv_slot(
     KV_WIDTH: tl.constexpr,
 ) -> tl.tensor:
     """Where a sequence's KV of ``positions`` lies in ``kv`` [pages, layers, page_size, kv_width];
-    pages of positions that are not ``inside`` are not looked up."""
-    line = page_table + sequence.to(tl.int64) * table_stride
+    ``line``: the sequence's, of the page table. Pages of positions that are not ``inside`` are not
+    looked up."""
     page = tl.load(line + positions // PAGE_SIZE, inside, other=0).to(tl.int64)
     return kv + ((page * layers + layer) * PAGE_SIZE + positions % PAGE_SIZE) * KV_WIDTH
 
 
 @triton.jit
-def rotated(
-    first: tl.tensor, second: tl.tensor, cos: tl.tensor, sin: tl.tensor
+def row_slot(
+    row: tl.tensor,
+    positions: tl.tensor,
+    sequences: tl.tensor,
+    page_table: tl.tensor,
+    table_stride: tl.tensor,
+    kv: tl.tensor,
+    layer: tl.tensor,
+    layers: tl.tensor,
+    PAGE_SIZE: tl.constexpr,
+    KV_WIDTH: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The two halves of a rotated head, float32."""
+    """A row's position, and where its own KV lies in ``kv``."""
+    position = tl.load(positions + row)
+    sequence = tl.load(sequences + row)
+    line = page_table + sequence.to(tl.int64) * table_stride
+    return position, kv_slot(kv, line, position, layer, layers, True, PAGE_SIZE, KV_WIDTH)
+
+
+@triton.jit
+def pair_places(
+    pairs: tl.tensor, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Where the two features of each pair lie in a head that is not rotated yet."""
+    if INTERLEAVED:
+        first, second = 2 * pairs, 2 * pairs + 1
+    else:
+        first, second = pairs, HALF + pairs
+    return first, second
+
+
+@triton.jit
+def rotated(
+    first: tl.tensor,
+    second: tl.tensor,
+    cosines: tl.tensor,
+    sines: tl.tensor,
+    position: tl.tensor,
+    pairs: tl.tensor,
+    inside: tl.tensor,
+    HALF: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The two halves, float32, of heads rotated to their positions; ``pairs`` that are not
+    ``inside`` are none of the head's."""
+    cos = tl.load(cosines + position * HALF + pairs, inside, other=0.0)
+    sin = tl.load(sines + position * HALF + pairs, inside, other=0.0)
     return first * cos - second * sin, second * cos + first * sin
 
 
@@ -86,7 +126,7 @@ def rotated(
 def is_single(
     sequences: tl.tensor, row: tl.tensor, sequence: tl.tensor, count: tl.tensor
 ) -> tl.tensor:
-    """Whether the row is the only one of its sequence."""
-    before = tl.load(sequences + row - 1, row > 0, other=-1)
+    """Whether the row is the only one of its sequence; meaningless past ``count``."""
+    before = tl.load(sequences + row - 1, (row > 0) & (row < count), other=-1)
     behind = tl.load(sequences + row + 1, row + 1 < count, other=-1)
     return (before != sequence) & (behind != sequence)

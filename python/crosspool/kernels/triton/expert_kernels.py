@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from crosspool.kernels.triton.arrival import is_last_to_arrive
 from crosspool.kernels.triton.tables import pointer_at
 
 
@@ -44,14 +45,16 @@ def gate_up_kernel(
     SHARED_WIDTH: tl.constexpr,
     STRIDE: tl.constexpr,
     HELD: tl.constexpr,
-    CHOICES: tl.constexpr,
-    FEW: tl.constexpr,
     WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    TOP_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    FEW: tl.constexpr,
+    CHOICES: tl.constexpr,
+    TOP_K: tl.constexpr,
 ) -> None:
+    """Some columns of one group's activation: of the gate's product and the up's, times the rows'
+    weights; zero for rows that did not choose the expert."""
     group = tl.program_id(1)
     if group >= tl.load(group_count):
         return
@@ -97,6 +100,41 @@ def gate_up_kernel(
 
 
 @triton.jit
+def _down_product(
+    activation: tl.tensor,
+    downs: tl.tensor,
+    shared_downs: tl.tensor,
+    layer: tl.tensor,
+    group: tl.tensor,
+    expert: tl.tensor,
+    columns: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    width: tl.tensor,
+    STRIDE: tl.constexpr,
+    HELD: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """A group's activations times the columns of its expert's down matrix, over the depths
+    [begin, end) of the expert's width: float32 [BLOCK_M, BLOCK_N]."""
+    slots = (group * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    depths = begin + tl.arange(0, BLOCK_K)
+    matrix = _matrix(downs, shared_downs, tl.load(layer), expert, HELD, WEIGHT)
+    a_at = activation + slots[:, None] * STRIDE + depths[None, :]
+    row_stride = tl.multiple_of(width.to(tl.int64), 16)
+    w_at = matrix + columns[:, None] * row_stride + depths[None, :]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for _ in range(begin, end, BLOCK_K):
+        total = tl.dot(tl.load(a_at), tl.trans(tl.load(w_at)), total, input_precision="ieee")
+        a_at += BLOCK_K
+        w_at += BLOCK_K
+    return total
+
+
+@triton.jit
 def down_few_kernel(
     activation: tl.tensor,
     downs: tl.tensor,
@@ -114,8 +152,6 @@ def down_few_kernel(
     SHARED_WIDTH: tl.constexpr,
     STRIDE: tl.constexpr,
     HELD: tl.constexpr,
-    CHOICES: tl.constexpr,
-    FEW: tl.constexpr,
     WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -132,9 +168,10 @@ def down_few_kernel(
     m = tl.arange(0, BLOCK_M)
     present = m < tl.load(count)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    to = out + m[:, None] * HIDDEN + columns[None, :]
+    place = m[:, None] * HIDDEN + columns[None, :]
     if (groups == 0) & (group == 0) & (chunk == 0):  # none of the chosen experts lies here
-        tl.store(to, tl.zeros([BLOCK_M, BLOCK_N], out.dtype.element_ty), present[:, None])
+        zeros = tl.zeros([BLOCK_M, BLOCK_N], out.dtype.element_ty)
+        tl.store(out + place, zeros, present[:, None])
     if group >= groups:
         return
     expert = tl.load(group_expert + group)
@@ -142,44 +179,48 @@ def down_few_kernel(
     begin = chunk * CHUNK
     if begin >= width:
         return
-    depths = begin + tl.arange(0, BLOCK_K)
-    matrix = _matrix(downs, shared_downs, tl.load(layer), expert, HELD, WEIGHT)
-    a_at = activation + (group * BLOCK_M + m).to(tl.int64)[:, None] * STRIDE + depths[None, :]
-    row_stride = tl.multiple_of(width.to(tl.int64), 16)
-    w_at = matrix + columns[:, None] * row_stride + depths[None, :]
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in range(begin, tl.minimum(begin + CHUNK, width), BLOCK_K):
-        total = tl.dot(tl.load(a_at), tl.trans(tl.load(w_at)), total, input_precision="ieee")
-        a_at += BLOCK_K
-        w_at += BLOCK_K
+    total = _down_product(
+        activation,
+        downs,
+        shared_downs,
+        layer,
+        group,
+        expert,
+        columns,
+        begin,
+        tl.minimum(begin + CHUNK, width),
+        width,
+        STRIDE,
+        HELD,
+        WEIGHT,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
     CHUNKS: tl.constexpr = (STRIDE + CHUNK - 1) // CHUNK
     OWN: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
     SHARED: tl.constexpr = (SHARED_WIDTH + CHUNK - 1) // CHUNK
-    if SHARED_WIDTH > 0:
-        units = (groups - 1) * OWN + SHARED
-    else:
-        units = groups * OWN
-    place = m[:, None] * HIDDEN + columns[None, :]
     unit = (group * CHUNKS + chunk).to(tl.int64)
     tl.store(partials + unit * (BUCKET * HIDDEN) + place, total, present[:, None])
-    tl.debug_barrier()
-    if tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel") == units - 1:
-        tl.store(arrivals + tl.program_id(0), 0)
-        whole = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, groups * CHUNKS, SUM_BLOCK):
-            u = start + tl.arange(0, SUM_BLOCK)
-            of = u // CHUNKS
-            there = of < groups
-            owner = tl.load(group_expert + of, there, other=-1)
-            there = there & (u % CHUNKS < tl.where(owner == HELD, SHARED, OWN))
-            weight = tl.load(
-                slot_weight + of[:, None] * BLOCK_M + m[None, :], there[:, None], other=-1.0
-            )
-            mine = there[:, None] & present[None, :] & ((weight < 0) == 0)
-            at = u.to(tl.int64)[:, None, None] * (BUCKET * HIDDEN) + place[None, :, :]
-            part = tl.load(partials + at, mine[:, :, None], other=0.0, cache_modifier=".cg")
-            whole += tl.sum(part, 0)
-        tl.store(to, whole.to(out.dtype.element_ty), present[:, None])
+    units = groups * OWN
+    if SHARED_WIDTH > 0:  # the last group's
+        units += SHARED - OWN
+    if not is_last_to_arrive(arrivals + tl.program_id(0), units):
+        return
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, groups * CHUNKS, SUM_BLOCK):
+        u = start + tl.arange(0, SUM_BLOCK)
+        of = u // CHUNKS
+        there = of < groups
+        owner = tl.load(group_expert + of, there, other=-1)
+        there = there & (u % CHUNKS < tl.where(owner == HELD, SHARED, OWN))
+        at = slot_weight + of[:, None] * BLOCK_M + m[None, :]
+        weight = tl.load(at, there[:, None], other=-1.0)
+        mine = there[:, None] & present[None, :] & ((weight < 0) == 0)
+        at = partials + u.to(tl.int64)[:, None, None] * (BUCKET * HIDDEN) + place[None, :, :]
+        part = tl.load(at, mine[:, :, None], other=0.0, cache_modifier=".cg")
+        total += tl.sum(part, 0)
+    tl.store(out + place, total.to(out.dtype.element_ty), present[:, None])
 
 
 @triton.jit
@@ -197,31 +238,37 @@ def down_kernel(
     SHARED_WIDTH: tl.constexpr,
     STRIDE: tl.constexpr,
     HELD: tl.constexpr,
-    CHOICES: tl.constexpr,
-    FEW: tl.constexpr,
     WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
+    """Some columns of one group's product, to the place of each row's choice."""
     group = tl.program_id(1)
     if group >= tl.load(group_count):
         return
     expert = tl.load(group_expert + group)
     width = tl.where(expert == HELD, SHARED_WIDTH, WIDTH)
-    m = tl.arange(0, BLOCK_M)
-    pair = tl.load(slot_pair + group * BLOCK_M + m)
+    pair = tl.load(slot_pair + group * BLOCK_M + tl.arange(0, BLOCK_M))
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    depths = tl.arange(0, BLOCK_K)
-    matrix = _matrix(downs, shared_downs, tl.load(layer), expert, HELD, WEIGHT)
-    a_at = activation + (group * BLOCK_M + m).to(tl.int64)[:, None] * STRIDE + depths[None, :]
-    row_stride = tl.multiple_of(width.to(tl.int64), 16)
-    w_at = matrix + columns[:, None] * row_stride + depths[None, :]
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, width, BLOCK_K):
-        a = tl.load(a_at + k)
-        w = tl.load(w_at + k)
-        total = tl.dot(a, tl.trans(w), total, input_precision="ieee")
+    total = _down_product(
+        activation,
+        downs,
+        shared_downs,
+        layer,
+        group,
+        expert,
+        columns,
+        0,
+        width,
+        width,
+        STRIDE,
+        HELD,
+        WEIGHT,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
     to = pair_sums + pair.to(tl.int64)[:, None] * HIDDEN + columns[None, :]
     tl.store(to, total, (pair >= 0)[:, None])
 

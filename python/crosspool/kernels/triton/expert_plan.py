@@ -175,7 +175,7 @@ def _few_kernel(
     group = tl.cumsum(taken.to(tl.int32), 0) - 1
     tl.store(group_expert + group, e, taken)
     tl.store(group_count, tl.sum(taken.to(tl.int32), 0))
-    for row in range(BLOCK):
+    for row in range(BUCKET):
         weight = tl.full([HELD_BLOCK], -1.0, tl.float32)
         if TOP_K > 0:
             is_choice = (choices < TOP_K) & (row < rows)
@@ -186,6 +186,11 @@ def _few_kernel(
             weight = tl.where(tl.max(match.to(tl.int32), 0) > 0, own, weight)
         weight = tl.where((e == HELD) & (row < rows), 1.0, weight)
         tl.store(slot_weight + group * BLOCK + row, weight, taken)
+    if BUCKET < BLOCK:
+        spare = tl.arange(0, BLOCK)
+        at = slot_weight + group[:, None] * BLOCK + spare[None, :]
+        weight = tl.full([HELD_BLOCK, BLOCK], -1.0, tl.float32)
+        tl.store(at, weight, taken[:, None] & (spare >= BUCKET)[None, :])
 
 
 @triton.jit

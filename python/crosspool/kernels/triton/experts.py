@@ -113,8 +113,6 @@ def gated_mlps(
         "SHARED_WIDTH": shared_width,
         "STRIDE": widest,
         "HELD": plan.held,
-        "CHOICES": plan.choices,
-        "FEW": plan.few,
         "WEIGHT": tl_dtype(weights.dtype),
         "BLOCK_M": plan.block,
     }
@@ -133,9 +131,11 @@ def gated_mlps(
         count,
         workspace.activation,
         **sizes,
-        TOP_K=plan.top_k,
         BLOCK_N=columns,
         BLOCK_K=tile.depth,
+        FEW=plan.few,
+        CHOICES=plan.choices,
+        TOP_K=plan.top_k,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from crosspool.kernels.triton.batch import DeviceBatch, RopeTable, kv_slot, rotated
+from crosspool.kernels.triton.batch import DeviceBatch, RopeTable, pair_places, rotated, row_slot
 from crosspool.kernels.triton.tables import TensorTable, pointer_at, tl_dtype
 
 
@@ -29,8 +29,8 @@ def gqa_prepare(
     ``qkv`` [bucket, (q_heads + 2 * kv_heads) * head_dim]: q heads, K heads, V heads. Writes ``q``
     [bucket, q_heads, head_dim] and the rows' slots of ``kv`` [pages, layers, page_size,
     2 * kv_heads * head_dim]. Norm tables of [head_dim] norm every head on its own, tables of
-    [q_heads * head_dim] and [kv_heads * head_dim] all heads at once; None: no norm. ``rope.dim``
-    is head_dim."""
+    [q_heads * head_dim] and [kv_heads * head_dim] all heads at once; None: no norm, of q and K
+    alike. ``rope.dim`` is head_dim."""
     bucket, q_heads, head_dim = q.shape
     full = q_norm is not None and q_norm.shape[0] != head_dim
     _gqa_prepare_kernel[(bucket, q_heads + 2 * kv_heads)](
@@ -100,17 +100,15 @@ def _gqa_prepare_kernel(
     if row >= tl.load(count):
         return
     index = tl.load(layer)
-    position = tl.load(positions + row)
-    sequence = tl.load(sequences + row)
-    slot = kv_slot(
-        kv,
+    position, slot = row_slot(
+        row,
+        positions,
+        sequences,
         page_table,
         table_stride,
-        sequence,
-        position,
+        kv,
         index,
         layers,
-        True,
         PAGE_SIZE,
         2 * KV_HEADS * 2 * HALF,
     )
@@ -119,9 +117,9 @@ def _gqa_prepare_kernel(
     inside = i < HALF
     is_value = head >= Q_HEADS + KV_HEADS
     if INTERLEAVED and not is_value:
-        first_at, second_at = 2 * i, 2 * i + 1
+        first_at, second_at = pair_places(i, HALF, True)
     else:
-        first_at, second_at = i, HALF + i
+        first_at, second_at = pair_places(i, HALF, False)
     first = tl.load(line + head * 2 * HALF + first_at, inside, other=0.0).to(tl.float32)
     second = tl.load(line + head * 2 * HALF + second_at, inside, other=0.0).to(tl.float32)
     if q_norms is not None and not is_value:
@@ -144,9 +142,7 @@ def _gqa_prepare_kernel(
         first = tl.minimum(tl.maximum(first, -clip), clip)
         second = tl.minimum(tl.maximum(second, -clip), clip)
     if not is_value:
-        cos = tl.load(cosines + position * HALF + i, inside, other=0.0)
-        sin = tl.load(sines + position * HALF + i, inside, other=0.0)
-        first, second = rotated(first, second, cos, sin)
+        first, second = rotated(first, second, cosines, sines, position, i, inside, HALF)
     if head < Q_HEADS:
         to = q + (row.to(tl.int64) * Q_HEADS + head) * 2 * HALF
     else:

@@ -3,11 +3,11 @@ for a lease's further steps, from the tokens that the lane itself chose last."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
+
+from crosspool.kernels.triton.tables import pointer_at
 
 _BLOCK = 1024
 
@@ -40,27 +40,31 @@ def feed(
 
 
 @triton.jit
-def _take_kernel(address: Any, inputs: Any, head: Any, line: Any, BLOCK: tl.constexpr) -> None:
-    source = tl.load(address).to(tl.pointer_type(tl.int32))
+def _take_kernel(
+    address: tl.tensor, inputs: tl.tensor, head: tl.tensor, line: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    source = pointer_at(address, 0, tl.int32)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     number = tl.program_id(0)
     if number == 0:
         values = tl.load(source + columns, columns < head)
         tl.store(inputs + columns, values, columns < head)
     else:
+        lines = tl.load(source)
         used = tl.load(source + 1)
-        if (number <= tl.load(source)) & (tl.program_id(1) * BLOCK < used):
+        if (number <= lines) & (tl.program_id(1) * BLOCK < used):
             at = head + (number - 1).to(tl.int64) * line + columns
-            tl.store(inputs + at, tl.load(source + at, columns < used), columns < used)
+            values = tl.load(source + at, columns < used)
+            tl.store(inputs + at, values, columns < used)
 
 
 @triton.jit
 def _feed_kernel(
-    chosen: Any,
-    count: Any,
-    tokens: Any,
-    positions: Any,
-    sampled_positions: Any,
+    chosen: tl.tensor,
+    count: tl.tensor,
+    tokens: tl.tensor,
+    positions: tl.tensor,
+    sampled_positions: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
+from crosspool.kernels.triton.arrival import is_last_to_arrive
 from crosspool.kernels.triton.tables import TensorTable, pointer_at, tl_dtype
-from crosspool.kernels.triton.tiles import MULTIPROCESSORS, Tile, product_tile
+from crosspool.kernels.triton.tiles import MULTIPROCESSORS, product_tile
 
 _PARTIALS = 4 << 20
-_ARRIVALS = 1 << 14
 _MOST_SPLITS = 16
 
 
@@ -28,14 +28,14 @@ class LinearWorkspace:
     partials: torch.Tensor
     """float32, flat."""
     arrivals: torch.Tensor
-    """int32, flat; zero between products."""
+    """int32, by tile of a product; zero between products."""
 
     @classmethod
     def allocate(cls, device: torch.device) -> LinearWorkspace:
         """16 MiB: products that would need more do not split K."""
         return cls(
             partials=torch.empty(_PARTIALS, dtype=torch.float32, device=device),
-            arrivals=torch.zeros(_ARRIVALS, dtype=torch.int32, device=device),
+            arrivals=torch.zeros(MULTIPROCESSORS, dtype=torch.int32, device=device),
         )
 
 
@@ -55,32 +55,7 @@ def linear(
     ``x`` [bucket, K], rows at any stride, taken in the weight's dtype (a float32 router's x is
     widened); ``weight`` table of [N, K], K a multiple of 16; ``bias`` table of [N]; ``out``
     [bucket, N], rows at any stride, rounded to its own dtype."""
-    bucket = out.shape[0]
-    n, k = weight.shape
-    tile = product_tile(bucket, n, k, weight.dtype)
-    tiles = triton.cdiv(n, tile.columns) * triton.cdiv(bucket, tile.rows)
-    splits = _splits(tiles, k // tile.depth, bucket * n)
-    _linear_kernel[(triton.cdiv(n, tile.columns), triton.cdiv(bucket, tile.rows), splits)](
-        x,
-        x.stride(0),
-        weight.pointers,
-        layer,
-        None if bias is None else bias.pointers,
-        count,
-        out,
-        out.stride(0),
-        workspace.partials,
-        workspace.arrivals,
-        bucket,
-        N=n,
-        K=k,
-        WEIGHT=tl_dtype(weight.dtype),
-        BIAS=None if bias is None else tl_dtype(bias.dtype),
-        SPLITS=splits,
-        ADD=add,
-        ROUND=False,
-        **_options(tile),
-    )
+    _launch(x, weight, layer, count, out, workspace, bias=bias, add=add, rounded=False)
 
 
 def head_logits(
@@ -93,47 +68,60 @@ def head_logits(
     """LM head: logits = x W^T rounded to the model's dtype, held as float32 [bucket, vocab].
 
     ``x`` [bucket, hidden]; ``weight`` a table of [vocab, hidden] of one layer, ``layer`` [0]."""
-    bucket, n = logits.shape
-    tile = product_tile(bucket, n, weight.shape[1], weight.dtype)
-    _linear_kernel[(triton.cdiv(n, tile.columns), triton.cdiv(bucket, tile.rows), 1)](
+    _launch(x, weight, layer, count, logits, None, bias=None, add=False, rounded=True)
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: TensorTable,
+    layer: torch.Tensor,
+    count: torch.Tensor,
+    out: torch.Tensor,
+    workspace: LinearWorkspace | None,
+    *,
+    bias: TensorTable | None,
+    add: bool,
+    rounded: bool,
+) -> None:
+    """Without a workspace K is not split."""
+    bucket = out.shape[0]
+    n, k = weight.shape
+    tile = product_tile(bucket, n, k, weight.dtype)
+    grid = (triton.cdiv(n, tile.columns), triton.cdiv(bucket, tile.rows))
+    splits = 1
+    if workspace is not None:
+        splits = _splits(grid[0] * grid[1], k // tile.depth, bucket * n)
+    _linear_kernel[(*grid, splits)](
         x,
         x.stride(0),
         weight.pointers,
         layer,
-        None,
+        None if bias is None else bias.pointers,
         count,
-        logits,
-        logits.stride(0),
-        None,
-        None,
+        out,
+        out.stride(0),
+        None if workspace is None else workspace.partials,
+        None if workspace is None else workspace.arrivals,
         bucket,
         N=n,
-        K=weight.shape[1],
+        K=k,
         WEIGHT=tl_dtype(weight.dtype),
-        BIAS=None,
-        SPLITS=1,
-        ADD=False,
-        ROUND=True,
-        **_options(tile),
+        BIAS=None if bias is None else tl_dtype(bias.dtype),
+        SPLITS=splits,
+        ADD=add,
+        ROUND=rounded,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_K=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-
-
-def _options(tile: Tile) -> dict[str, int]:
-    return {
-        "BLOCK_M": tile.rows,
-        "BLOCK_N": tile.columns,
-        "BLOCK_K": tile.depth,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
 
 
 def _splits(tiles: int, steps: int, elements: int) -> int:
     """Ranges of K: as many as let every multiprocessor work, that divide the steps evenly, and
     whose partial sums the workspace holds."""
     most = min(_MOST_SPLITS, MULTIPROCESSORS // tiles, _PARTIALS // elements, steps // 2)
-    if tiles > _ARRIVALS:
-        return 1
     return max((s for s in range(1, most + 1) if steps % s == 0), default=1)
 
 
@@ -147,7 +135,7 @@ def _linear_kernel(
     count: tl.tensor,
     out: tl.tensor,
     out_stride: tl.tensor,
-    partials: tl.tensor,  # None without splits
+    partials: tl.tensor,  # or None, without splits
     arrivals: tl.tensor,
     bucket: tl.tensor,
     N: tl.constexpr,
@@ -186,66 +174,14 @@ def _linear_kernel(
     inside = present[:, None] & (columns < N)[None, :]
     if SPLITS > 1:
         # The last program to arrive adds the partial sums, in the order of the splits.
-        part = rows[:, None] * N + columns[None, :]
-        tl.store(partials + split * bucket * N + part, total, inside)
-        tl.debug_barrier()
+        part = partials + rows[:, None] * N + columns[None, :]
+        tl.store(part + split * bucket * N, total, inside)
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        if tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLITS - 1:
-            tl.store(arrivals + tile, 0)
-            whole = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for s in range(SPLITS):
-                whole += tl.load(
-                    partials + s * bucket * N + part, inside, other=0.0, cache_modifier=".cg"
-                )
-            _finish(
-                whole,
-                biases,
-                index,
-                out,
-                out_stride,
-                rows,
-                columns,
-                inside,
-                N,
-                BIAS,
-                ADD,
-                ROUND,
-                WEIGHT,
-            )
-    else:
-        _finish(
-            total,
-            biases,
-            index,
-            out,
-            out_stride,
-            rows,
-            columns,
-            inside,
-            N,
-            BIAS,
-            ADD,
-            ROUND,
-            WEIGHT,
-        )
-
-
-@triton.jit
-def _finish(
-    total: tl.tensor,
-    biases: tl.tensor,
-    index: tl.tensor,
-    out: tl.tensor,
-    out_stride: tl.tensor,
-    rows: tl.tensor,
-    columns: tl.tensor,
-    inside: tl.tensor,
-    N: tl.constexpr,
-    BIAS: tl.constexpr,
-    ADD: tl.constexpr,
-    ROUND: tl.constexpr,
-    WEIGHT: tl.constexpr,
-) -> None:
+        if not is_last_to_arrive(arrivals + tile, SPLITS):
+            return
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for s in range(SPLITS):
+            total += tl.load(part + s * bucket * N, inside, other=0.0, cache_modifier=".cg")
     if biases is not None:
         bias = tl.load(pointer_at(biases, index, BIAS) + columns, columns < N, other=0.0)
         total += bias.to(tl.float32)[None, :]

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from crosspool.kernels.triton.batch import DeviceBatch, RopeTable, kv_slot, rotated
+from crosspool.kernels.triton.batch import DeviceBatch, RopeTable, pair_places, rotated, row_slot
 from crosspool.kernels.triton.tables import TensorTable, pointer_at, tl_dtype
 from crosspool.kernels.triton.tiles import depth_block
 
@@ -66,11 +66,12 @@ def mla_queries(
 
     ``plain`` [bucket, heads, nope + rope.dim]; ``kv_b`` table of [heads * (nope + v), latent], the
     checkpoint's ``kv_b_proj``, of which K_h is head h's first ``nope`` rows; ``q``
-    [bucket, heads, latent + rope.dim]."""
+    [bucket, heads, latent + rope.dim]. Raises ValueError when latent or nope is no multiple of
+    16."""
     bucket, heads, _ = plain.shape
     rows, latent = kv_b.shape
     block_m = _rows(bucket)
-    block_n = min(64, latent)
+    block_n = depth_block(latent, 64)
     _mla_queries_kernel[(heads, latent // block_n + 1, triton.cdiv(bucket, block_m))](
         plain,
         kv_b.pointers,
@@ -105,12 +106,12 @@ def mla_values(
     nope: int,
 ) -> None:
     """out[:, h] = attended[:, h] V_h^T: ``attended`` [bucket, heads, latent], ``out``
-    [bucket, heads, v], V_h the rows of head h in ``kv_b`` that follow its K_h; v and nope are
-    multiples of 16."""
+    [bucket, heads, v], V_h the rows of head h in ``kv_b`` that follow its K_h. Raises ValueError
+    when latent or v is no multiple of 16."""
     bucket, heads, latent = attended.shape
     v = out.shape[2]
     block_m = _rows(bucket)
-    block_n = 16 if bucket <= 64 else depth_block(v, 64)
+    block_n = depth_block(v, 16 if bucket <= 64 else 64)
     _mla_values_kernel[(heads, v // block_n, triton.cdiv(bucket, block_m))](
         attended,
         kv_b.pointers,
@@ -119,8 +120,8 @@ def mla_values(
         out,
         HEADS=heads,
         NOPE=nope,
-        V=v,
         LATENT=latent,
+        HEAD_ROWS=nope + v,
         WEIGHT=tl_dtype(kv_b.dtype),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -161,17 +162,15 @@ def _mla_append_kernel(
     if row >= tl.load(count):
         return
     index = tl.load(layer)
-    position = tl.load(positions + row)
-    sequence = tl.load(sequences + row)
-    slot = kv_slot(
-        kv,
+    position, slot = row_slot(
+        row,
+        positions,
+        sequences,
         page_table,
         table_stride,
-        sequence,
-        position,
+        kv,
         index,
         layers,
-        True,
         PAGE_SIZE,
         LATENT + 2 * HALF,
     )
@@ -182,19 +181,13 @@ def _mla_append_kernel(
     latent *= tl.rsqrt(tl.sum(latent * latent, 0) / LATENT + eps) * weight
     tl.store(slot + i, latent.to(kv.dtype.element_ty), i < LATENT)
 
-    j = tl.arange(0, HALF_BLOCK)
-    inside = j < HALF
-    if INTERLEAVED:
-        first_at, second_at = 2 * j, 2 * j + 1
-    else:
-        first_at, second_at = j, HALF + j
-    first = tl.load(line + LATENT + first_at, inside, other=0.0).to(tl.float32)
-    second = tl.load(line + LATENT + second_at, inside, other=0.0).to(tl.float32)
-    cos = tl.load(cosines + position * HALF + j, inside, other=0.0)
-    sin = tl.load(sines + position * HALF + j, inside, other=0.0)
-    first, second = rotated(first, second, cos, sin)
-    tl.store(slot + LATENT + j, first.to(kv.dtype.element_ty), inside)
-    tl.store(slot + LATENT + HALF + j, second.to(kv.dtype.element_ty), inside)
+    pairs = tl.arange(0, HALF_BLOCK)
+    inside = pairs < HALF
+    first, second = _rotated_at(
+        line + LATENT, position, cosines, sines, pairs, inside, HALF, INTERLEAVED
+    )
+    tl.store(slot + LATENT + pairs, first.to(kv.dtype.element_ty), inside)
+    tl.store(slot + LATENT + HALF + pairs, second.to(kv.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -230,30 +223,18 @@ def _mla_queries_kernel(
     to_at = q + (heads * (LATENT + 2 * HALF))[:, None]
     if tl.program_id(1) * BLOCK_N < LATENT:
         columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        depths = tl.arange(0, BLOCK_K)
-        weight = pointer_at(weights, tl.load(layer), WEIGHT) + head * HEAD_ROWS * LATENT
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k in range(0, NOPE, BLOCK_K):
-            a = tl.load(from_at + k + depths[None, :], present[:, None], other=0.0)
-            w = tl.load(weight + (k + depths)[:, None] * LATENT + columns[None, :])
-            total = tl.dot(a, w, total, input_precision="ieee")
+        w_at = pointer_at(weights, tl.load(layer), WEIGHT) + head * HEAD_ROWS * LATENT + columns
+        total = _product(from_at, w_at, present, NOPE, LATENT, BLOCK_M, BLOCK_N, BLOCK_K)
         tl.store(to_at + columns[None, :], total.to(q.dtype.element_ty), present[:, None])
     else:  # the last program of a head rotates
-        j = tl.arange(0, HALF_BLOCK)
-        inside = present[:, None] & (j < HALF)[None, :]
-        if INTERLEAVED:
-            first_at, second_at = 2 * j, 2 * j + 1
-        else:
-            first_at, second_at = j, HALF + j
-        first = tl.load(from_at + NOPE + first_at[None, :], inside, other=0.0).to(tl.float32)
-        second = tl.load(from_at + NOPE + second_at[None, :], inside, other=0.0).to(tl.float32)
-        position = tl.load(positions + rows, present, other=0)
-        at = position[:, None] * HALF + j[None, :]
-        cos = tl.load(cosines + at, inside, other=0.0)
-        sin = tl.load(sines + at, inside, other=0.0)
-        first, second = rotated(first, second, cos, sin)
-        tl.store(to_at + LATENT + j[None, :], first.to(q.dtype.element_ty), inside)
-        tl.store(to_at + LATENT + HALF + j[None, :], second.to(q.dtype.element_ty), inside)
+        pairs = tl.arange(0, HALF_BLOCK)[None, :]
+        inside = present[:, None] & (pairs < HALF)
+        position = tl.load(positions + rows, present, other=0)[:, None]
+        first, second = _rotated_at(
+            from_at + NOPE, position, cosines, sines, pairs, inside, HALF, INTERLEAVED
+        )
+        tl.store(to_at + LATENT + pairs, first.to(q.dtype.element_ty), inside)
+        tl.store(to_at + LATENT + HALF + pairs, second.to(q.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -265,8 +246,8 @@ def _mla_values_kernel(
     out: tl.tensor,
     HEADS: tl.constexpr,
     NOPE: tl.constexpr,
-    V: tl.constexpr,
     LATENT: tl.constexpr,
+    HEAD_ROWS: tl.constexpr,
     WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -280,15 +261,52 @@ def _mla_values_kernel(
     present = rows < tl.load(count)
     heads = rows.to(tl.int64) * HEADS + head
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    depths = tl.arange(0, BLOCK_K)
     weight = pointer_at(weights, tl.load(layer), WEIGHT)
-    w_at = weight + (head * (NOPE + V) + NOPE + columns)[:, None] * LATENT + depths[None, :]
-    a_at = attended + (heads * LATENT)[:, None] + depths[None, :]
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in range(0, LATENT, BLOCK_K):
-        a = tl.load(a_at, present[:, None], other=0.0)
-        total = tl.dot(a, tl.trans(tl.load(w_at)), total, input_precision="ieee")
-        a_at += BLOCK_K
-        w_at += BLOCK_K
-    at = out + (heads * V)[:, None] + columns[None, :]
+    w_at = weight + (head * HEAD_ROWS + NOPE + columns) * LATENT
+    from_at = attended + (heads * LATENT)[:, None]
+    total = _product(from_at, w_at, present, LATENT, 1, BLOCK_M, BLOCK_N, BLOCK_K)
+    at = out + (heads * (HEAD_ROWS - NOPE))[:, None] + columns[None, :]
     tl.store(at, total.to(out.dtype.element_ty), present[:, None])
+
+
+@triton.jit
+def _product(
+    a_at: tl.tensor,
+    w_at: tl.tensor,
+    present: tl.tensor,
+    DEPTH: tl.constexpr,
+    DEPTH_STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """float32 [BLOCK_M, BLOCK_N]: rows at ``a_at`` [BLOCK_M, 1], where ``present``, times the
+    columns at ``w_at`` [BLOCK_N], whose depths lie DEPTH_STRIDE elements apart."""
+    depths = tl.arange(0, BLOCK_K)
+    a_at += depths[None, :]
+    w_at = w_at[None, :] + (depths * DEPTH_STRIDE)[:, None]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for _ in range(0, DEPTH, BLOCK_K):
+        a = tl.load(a_at, present[:, None], other=0.0)
+        total = tl.dot(a, tl.load(w_at), total, input_precision="ieee")
+        a_at += BLOCK_K
+        w_at += BLOCK_K * DEPTH_STRIDE
+    return total
+
+
+@triton.jit
+def _rotated_at(
+    at: tl.tensor,
+    position: tl.tensor,
+    cosines: tl.tensor,
+    sines: tl.tensor,
+    pairs: tl.tensor,
+    inside: tl.tensor,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The two halves, float32, of what lies at ``at``, rotated to its ``position``."""
+    first_at, second_at = pair_places(pairs, HALF, INTERLEAVED)
+    first = tl.load(at + first_at, inside, other=0.0).to(tl.float32)
+    second = tl.load(at + second_at, inside, other=0.0).to(tl.float32)
+    return rotated(first, second, cosines, sines, position, pairs, inside, HALF)

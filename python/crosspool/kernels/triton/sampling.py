@@ -17,6 +17,8 @@ import triton.language as tl
 from crosspool.kernels.triton.uniform import draw_uniform
 
 _BLOCK = 4096
+"""Tokens at a time, whatever the vocabulary: Triton's histogram counts an element once for every
+thread that holds it, so there must be one for each of a program's 512 threads."""
 _BINS = 2048
 _BIN_SHIFT = 20
 """Probabilities by their highest bits, exponent and three bits of the fraction: 2048 bins."""
@@ -91,7 +93,7 @@ def sample(
         workspace.candidates,
         workspace.tokens,
         vocab,
-        BLOCK=min(_BLOCK, triton.next_power_of_2(vocab)),
+        BLOCK=_BLOCK,
         BINS=_BINS,
         BIN_SHIFT=_BIN_SHIFT,
         CANDIDATES=_CANDIDATES,

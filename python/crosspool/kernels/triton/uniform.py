@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 
-def uniform(seed: torch.Tensor, position: torch.Tensor, out: torch.Tensor) -> None:
-    """out[i] = crosspool.ranks.sampler.uniform(seed[i], position[i]), bit for bit: int64 [n] each
-    (the bits of the unsigned seed), ``out`` float64 [n]."""
-    _uniform_kernel[(out.shape[0],)](seed, position, out, num_warps=1)
-
-
-@triton.jit
-def _uniform_kernel(seed: tl.tensor, position: tl.tensor, out: tl.tensor) -> None:
-    i = tl.program_id(0)
-    tl.store(out + i, draw_uniform(tl.load(seed + i), tl.load(position + i)))
-
-
 @triton.jit
 def draw_uniform(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
-    """The number in [0, 1) that decides the token at ``position``: float64."""
+    """The number in [0, 1), float64, that decides the token at ``position``: that of
+    crosspool.ranks.sampler.uniform, bit for bit. Both int64, of the unsigned seed its bits."""
     first_factor = tl.full([], 0xD2E7470EE14C6C93, tl.uint64)
     second_factor = tl.full([], 0xCA5A826395121157, tl.uint64)
     key0 = seed.to(tl.uint64, bitcast=True)
