@@ -15,6 +15,7 @@ from crosspool.kernels.triton.expert_plan import ExpertPlan, plan_experts
 from crosspool.kernels.triton.experts import FFNWeights, FFNWorkspace, gated_mlps
 from crosspool.kernels.triton.gqa import gqa_prepare
 from crosspool.kernels.triton.linear import LinearWorkspace, head_logits, linear
+from crosspool.kernels.triton.memory import DeviceMemory
 from crosspool.kernels.triton.mla import mla_append, mla_queries, mla_values
 from crosspool.kernels.triton.router import route
 from crosspool.kernels.triton.sampling import SamplingRules, SamplingWorkspace, sample
@@ -236,7 +237,9 @@ def _attention(m: Shape, rows: int, context: int, arrays: Arrays) -> Case:
     kv = arrays.random(batch.page_table.numel(), layers, PAGE_SIZE, width)
     q = arrays.random(rows, m.q_heads, qk_dim)
     out = arrays.empty(rows, m.q_heads, v_dim)
-    workspace = AttentionWorkspace.allocate(rows, m.q_heads, m.kv_heads, v_dim, arrays.device)
+    workspace = AttentionWorkspace.allocate(
+        rows, m.q_heads, m.kv_heads, v_dim, DeviceMemory(arrays.device)
+    )
     return Case(
         kernel="attend",
         shape=f"{m.q_heads}/{m.kv_heads}x{qk_dim}, {context} keys",
@@ -268,7 +271,7 @@ def _routing(m: Shape, rows: int, arrays: Arrays) -> Case:
     x, logits = arrays.random(rows, m.hidden), arrays.empty(rows, m.experts, dtype=FP32)
     experts, shares = _routed(m, rows, arrays)
     shared = m.shared_width > 0
-    plan = ExpertPlan.allocate(rows, m.top_k, m.experts, shared, arrays.device)
+    plan = ExpertPlan.allocate(rows, m.top_k, m.experts, shared, DeviceMemory(arrays.device))
 
     def launch(layer: Tensor) -> None:
         linear(x, weights, layer, count, logits, arrays.linear)
@@ -304,8 +307,8 @@ def _ffn(m: Shape, rows: int, arrays: Arrays) -> Case:
         shared_down=TensorTable.of(shared[1]) if m.shared_width else None,
     )
     has_shared = m.shared_width > 0
-    plan = ExpertPlan.allocate(rows, m.top_k, m.experts, has_shared, arrays.device)
-    workspace = FFNWorkspace.allocate(rows, m.hidden, weights, plan)
+    plan = ExpertPlan.allocate(rows, m.top_k, m.experts, has_shared, DeviceMemory(arrays.device))
+    workspace = FFNWorkspace.allocate(rows, m.hidden, weights, plan, DeviceMemory(arrays.device))
     x, out = arrays.random(rows, m.hidden), arrays.empty(rows, m.hidden)
     plan_experts(experts, shares, count, rows, plan)
     elements = 3 * m.hidden * (chosen * m.width + m.shared_width) + 2 * rows * m.hidden
@@ -325,7 +328,7 @@ def _head(m: Shape, rows: int, arrays: Arrays) -> Case:
     count = arrays.ints(torch.tensor([rows]))
     x, logits = arrays.random(rows, m.hidden), arrays.empty(rows, m.vocab, dtype=FP32)
     best = arrays.empty(rows, dtype=INT32)
-    workspace = ArgmaxWorkspace.allocate(rows, m.vocab, arrays.device)
+    workspace = ArgmaxWorkspace.allocate(rows, m.vocab, DeviceMemory(arrays.device))
 
     def launch(layer: Tensor) -> None:
         head_logits(x, weights, layer, count, logits)
@@ -352,7 +355,10 @@ def _sample(m: Shape, rows: int, arrays: Arrays) -> Case:
         seed=torch.arange(rows, device=device),
         position=torch.arange(rows, device=device),
     )
-    tokens, workspace = best.clone(), SamplingWorkspace.allocate(rows, m.vocab, device)
+    tokens, workspace = (
+        best.clone(),
+        SamplingWorkspace.allocate(rows, m.vocab, DeviceMemory(device)),
+    )
     return Case(
         kernel="sample",
         shape=f"{m.vocab}, top-p 0.9",

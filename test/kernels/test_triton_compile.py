@@ -25,6 +25,7 @@ from crosspool.kernels.triton.experts import FFNWeights, FFNWorkspace, gated_mlp
 from crosspool.kernels.triton.gqa import gqa_prepare
 from crosspool.kernels.triton.inputs import feed, take_inputs
 from crosspool.kernels.triton.linear import LinearWorkspace, head_logits, linear
+from crosspool.kernels.triton.memory import DeviceMemory
 from crosspool.kernels.triton.mla import mla_append, mla_queries, mla_values
 from crosspool.kernels.triton.router import route
 from crosspool.kernels.triton.sampling import SamplingRules, SamplingWorkspace, sample
@@ -84,7 +85,7 @@ def attention(
         batch(bucket),
         ONE,
         empty(bucket, q_heads, v_dim, dtype=dtype),
-        AttentionWorkspace.allocate(bucket, q_heads, kv_heads, v_dim, CPU),
+        AttentionWorkspace.allocate(bucket, q_heads, kv_heads, v_dim, DeviceMemory(CPU)),
         kv_heads=kv_heads,
         scale=0.1,
         window=128 if qk_dim == 64 else None,
@@ -114,8 +115,8 @@ def ffn(
         shared_gate_up=shared(2 * shared_width, hidden),
         shared_down=shared(hidden, shared_width),
     )
-    plan = ExpertPlan.allocate(bucket, top_k, held, bool(shared_width), CPU)
-    workspace = FFNWorkspace.allocate(bucket, hidden, weights, plan)
+    plan = ExpertPlan.allocate(bucket, top_k, held, bool(shared_width), DeviceMemory(CPU))
+    workspace = FFNWorkspace.allocate(bucket, hidden, weights, plan, DeviceMemory(CPU))
     routed = None
     if top_k:
         routed = (empty(bucket, top_k, dtype=INT32), empty(bucket, top_k, dtype=FP32))
@@ -138,10 +139,10 @@ def product(
 def tokens(bucket: int, hidden: int, vocab: int) -> None:
     logits, best = empty(bucket, vocab, dtype=FP32), empty(bucket, dtype=INT32)
     head_logits(empty(bucket, hidden), table(vocab, hidden), ONE, ONE, logits)
-    argmax(logits, ONE, best, ArgmaxWorkspace.allocate(bucket, vocab, CPU))
+    argmax(logits, ONE, best, ArgmaxWorkspace.allocate(bucket, vocab, DeviceMemory(CPU)))
     dtypes = (FP32, INT32, FP64, FP32, INT64, INT64)
     rules = SamplingRules(*(empty(bucket, dtype=dtype) for dtype in dtypes))
-    workspace = SamplingWorkspace.allocate(bucket, vocab, CPU)
+    workspace = SamplingWorkspace.allocate(bucket, vocab, DeviceMemory(CPU))
     sample(logits, best, rules, ONE, best, workspace)
 
 

@@ -9,6 +9,7 @@ from crosspool.kernels.triton.attention import AttentionWorkspace, attend
 from crosspool.kernels.triton.expert_plan import ExpertPlan, plan_experts
 from crosspool.kernels.triton.experts import FFNWeights, FFNWorkspace, gated_mlps
 from crosspool.kernels.triton.linear import LinearWorkspace, linear
+from crosspool.kernels.triton.memory import DeviceMemory
 from crosspool.kernels.triton.router import route
 from crosspool.kernels.triton.tables import TensorTable
 from support.device_kernels import (
@@ -42,9 +43,9 @@ def test_a_graph_follows_the_layer_and_the_rows_in_device_memory(device: torch.d
     made.kv[:, 2] = made.kv[:, 1] * -1.0
     layer, count = int32([0], device), made.batch.count
     weights = FFNWeights(TensorTable.of_stacks(gate_ups), TensorTable.of_stacks(downs), None, None)
-    plan = ExpertPlan.allocate(BUCKET, TOP_K, EXPERTS, False, device)
-    workspace = FFNWorkspace.allocate(BUCKET, HIDDEN, weights, plan)
-    splits = AttentionWorkspace.allocate(BUCKET, HEADS, 2, DIM, device)
+    plan = ExpertPlan.allocate(BUCKET, TOP_K, EXPERTS, False, DeviceMemory(device))
+    workspace = FFNWorkspace.allocate(BUCKET, HIDDEN, weights, plan, DeviceMemory(device))
+    splits = AttentionWorkspace.allocate(BUCKET, HEADS, 2, DIM, DeviceMemory(device))
     products = LinearWorkspace.allocate(device)
     tables = [TensorTable.of(tensors) for tensors in (norms, projections, routers)]
     x = random(BUCKET, HIDDEN, dtype=BF16, device=device)

@@ -12,6 +12,7 @@ from crosspool.kernels.moe import moe_experts
 from crosspool.kernels.moe import route as host_route
 from crosspool.kernels.triton.expert_plan import ExpertPlan, plan_experts
 from crosspool.kernels.triton.experts import FFNWeights, FFNWorkspace, gated_mlps
+from crosspool.kernels.triton.memory import DeviceMemory
 from crosspool.kernels.triton.router import route
 from crosspool.kernels.triton.tables import TensorTable
 from support.device_kernels import assert_close, gated_mlp, int32, poisoned, random
@@ -169,8 +170,8 @@ def test_gated_mlps(
     x = random(bucket, hidden, dtype=dtype, device=device)
     x[rows:] = math.nan
     layer, count = int32([1], device), int32([rows], device)
-    plan = ExpertPlan.allocate(bucket, top_k, held, bool(shared_width), device)
-    workspace = FFNWorkspace.allocate(bucket, hidden, weights, plan)
+    plan = ExpertPlan.allocate(bucket, top_k, held, bool(shared_width), DeviceMemory(device))
+    workspace = FFNWorkspace.allocate(bucket, hidden, weights, plan, DeviceMemory(device))
     for poison in (plan.group_expert, plan.group_count, plan.slot_pair, plan.expert_counts):
         poison.fill_(2**30)
     for floats in (plan.slot_weight, workspace.activation, workspace.partials):
@@ -200,8 +201,8 @@ def test_rows_without_an_expert_here_become_zero(device: torch.device) -> None:
             torch.ones(bucket, 2, dtype=torch.int32, device=device),
             torch.ones(bucket, 2, device=device),
         )
-        plan = ExpertPlan.allocate(bucket, 2, 2, False, device)
-        workspace = FFNWorkspace.allocate(bucket, 32, weights, plan)
+        plan = ExpertPlan.allocate(bucket, 2, 2, False, DeviceMemory(device))
+        workspace = FFNWorkspace.allocate(bucket, 32, weights, plan, DeviceMemory(device))
         workspace.partials.fill_(math.nan)
         x = random(bucket, 32, dtype=BF16, device=device)
         out = poisoned(bucket, 32, dtype=BF16, device=device)

@@ -10,6 +10,7 @@ from crosspool.kernels.attention import Segment, gqa_attention, mla_attention
 from crosspool.kernels.triton.attention import AttentionWorkspace, attend
 from crosspool.kernels.triton.batch import DeviceBatch, RopeTable
 from crosspool.kernels.triton.gqa import gqa_prepare
+from crosspool.kernels.triton.memory import DeviceMemory
 from support.device_kernels import (
     Paged,
     assert_close,
@@ -43,7 +44,9 @@ def run(
 ) -> Tensor:
     bucket, q_heads, qk_dim = q.shape
     out = poisoned(bucket, q_heads, v_dim, dtype=q.dtype, device=q.device)
-    workspace = AttentionWorkspace.allocate(bucket, q_heads, kv_heads, v_dim, q.device)
+    workspace = AttentionWorkspace.allocate(
+        bucket, q_heads, kv_heads, v_dim, DeviceMemory(q.device)
+    )
     workspace.out.fill_(math.nan)
     workspace.lse.fill_(math.nan)
     attend(

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from crosspool.kernels.triton.argmax import ArgmaxWorkspace, argmax
+from crosspool.kernels.triton.memory import DeviceMemory
 from crosspool.kernels.triton.sampling import SamplingRules, SamplingWorkspace, sample
 from crosspool.kernels.triton.uniform import draw_uniform
 from support.device_kernels import int32
@@ -51,7 +52,7 @@ def test_draws_are_numpys(device: torch.device) -> None:
 def best_tokens(logits: Tensor, rows: int) -> Tensor:
     bucket, vocab = logits.shape
     best = torch.full((bucket,), -7, dtype=torch.int32, device=logits.device)
-    workspace = ArgmaxWorkspace.allocate(bucket, vocab, logits.device)
+    workspace = ArgmaxWorkspace.allocate(bucket, vocab, DeviceMemory(logits.device))
     argmax(logits, int32([rows], logits.device), best, workspace)
     return best
 
@@ -110,7 +111,7 @@ def draw(logits: Tensor, samplings: list[dict[str, Any]], positions: list[int]) 
         position=torch.tensor(positions, device=device),
     )
     tokens = torch.full((rows + 1,), -7, dtype=torch.int32, device=device)
-    workspace = SamplingWorkspace.allocate(rows, vocab, device)
+    workspace = SamplingWorkspace.allocate(rows, vocab, DeviceMemory(device))
     workspace.probs.fill_(math.nan)
     workspace.candidates.fill_(math.nan)
     sample(logits, best_tokens(logits, rows), rules, int32([rows], device), tokens, workspace)

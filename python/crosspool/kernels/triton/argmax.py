@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from crosspool.kernels.triton.memory import Memory
 from crosspool.kernels.triton.order import ordered
 
 _BLOCK = 4096
@@ -21,12 +22,9 @@ class ArgmaxWorkspace:
     indices: torch.Tensor
 
     @classmethod
-    def allocate(cls, bucket: int, vocab: int, device: torch.device) -> ArgmaxWorkspace:
+    def allocate(cls, bucket: int, vocab: int, memory: Memory) -> ArgmaxWorkspace:
         shape = (bucket, triton.cdiv(vocab, _BLOCK))
-        return cls(
-            keys=torch.empty(shape, dtype=torch.int32, device=device),
-            indices=torch.empty(shape, dtype=torch.int32, device=device),
-        )
+        return cls(keys=memory.take(torch.int32, *shape), indices=memory.take(torch.int32, *shape))
 
 
 def argmax(

@@ -15,6 +15,7 @@ import triton
 from crosspool.kernels.triton.attention_decode import decode_kernel, merge_kernel
 from crosspool.kernels.triton.attention_prefill import prefill_kernel
 from crosspool.kernels.triton.batch import DeviceBatch
+from crosspool.kernels.triton.memory import Memory
 from crosspool.kernels.triton.tiles import MULTIPROCESSORS
 
 _MOST_SPLITS = 128
@@ -33,15 +34,15 @@ class AttentionWorkspace:
 
     @classmethod
     def allocate(
-        cls, bucket: int, q_heads: int, kv_heads: int, v_dim: int, device: torch.device
+        cls, bucket: int, q_heads: int, kv_heads: int, v_dim: int, memory: Memory
     ) -> AttentionWorkspace:
         """Splits enough to keep the device busy with ``bucket`` rows."""
         blocks = triton.cdiv(q_heads // kv_heads, _heads_block(q_heads // kv_heads))
         splits = triton.cdiv(2 * MULTIPROCESSORS, bucket * kv_heads * blocks)
         splits = min(_MOST_SPLITS, splits)
         return cls(
-            out=torch.empty(bucket, q_heads, splits, v_dim, dtype=torch.float32, device=device),
-            lse=torch.empty(bucket, q_heads, splits, dtype=torch.float32, device=device),
+            out=memory.take(torch.float32, bucket, q_heads, splits, v_dim),
+            lse=memory.take(torch.float32, bucket, q_heads, splits),
         )
 
 

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from crosspool.kernels.triton.memory import Memory
 from crosspool.kernels.triton.tiles import FEW_ROWS
 
 _SORTED_BLOCK = 64
@@ -55,7 +56,7 @@ class ExpertPlan:
 
     @classmethod
     def allocate(
-        cls, bucket: int, top_k: int, held: int, shared: bool, device: torch.device
+        cls, bucket: int, top_k: int, held: int, shared: bool, memory: Memory
     ) -> ExpertPlan:
         """``held``: routed experts on this rank (0 in a dense layer, with top_k 0); ``shared``:
         whether there is a MLP that every row takes."""
@@ -67,18 +68,13 @@ class ExpertPlan:
             block = _SORTED_BLOCK if pairs > 2 * FEW_ROWS * max(held, 1) else FEW_ROWS
             block = _SORTED_BLOCK if held == 0 else block
             groups = min(pairs, pairs // block + held) + shared * triton.cdiv(bucket, block)
-
-        def ints(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=torch.int32, device=device)
-
+        slots, nothing = (groups, block), (0,)
         return cls(
-            group_expert=ints(groups),
-            group_count=ints(1),
-            slot_weight=torch.empty(
-                (groups, block) if few else 0, dtype=torch.float32, device=device
-            ),
-            slot_pair=ints(*((0,) if few else (groups, block))),
-            expert_counts=ints(0 if few else held),
+            group_expert=memory.take(torch.int32, groups),
+            group_count=memory.take(torch.int32, 1),
+            slot_weight=memory.take(torch.float32, *(slots if few else nothing)),
+            slot_pair=memory.take(torch.int32, *(nothing if few else slots)),
+            expert_counts=memory.take(torch.int32, 0 if few else held),
             block=block,
             top_k=top_k,
             held=held,

@@ -14,6 +14,7 @@ from crosspool.kernels.triton.expert_kernels import (
     sum_kernel,
 )
 from crosspool.kernels.triton.expert_plan import ExpertPlan
+from crosspool.kernels.triton.memory import Memory
 from crosspool.kernels.triton.tables import TensorTable, tl_dtype
 from crosspool.kernels.triton.tiles import depth_block, product_tile
 
@@ -65,20 +66,19 @@ class FFNWorkspace:
     """float32 [*, bucket, hidden]: what is summed up, by chunk of a group (few rows) or by choice
     (many)."""
     arrivals: torch.Tensor
-    """int32, zero between products: few rows."""
+    """int32, zero between products: few rows. Always memory of its own."""
 
     @classmethod
     def allocate(
-        cls, bucket: int, hidden: int, weights: FFNWeights, plan: ExpertPlan
+        cls, bucket: int, hidden: int, weights: FFNWeights, plan: ExpertPlan, memory: Memory
     ) -> FFNWorkspace:
-        device = plan.group_expert.device
         slots = plan.groups * plan.block
         width = max(weights.width, weights.shared_width)
         parts = plan.groups * triton.cdiv(width, _CHUNK) if plan.few else plan.choices
         return cls(
-            activation=torch.empty(slots, width, dtype=weights.dtype, device=device),
-            partials=torch.empty(parts, bucket, hidden, dtype=torch.float32, device=device),
-            arrivals=torch.zeros(hidden // 16, dtype=torch.int32, device=device),
+            activation=memory.take(weights.dtype, slots, width),
+            partials=memory.take(torch.float32, parts, bucket, hidden),
+            arrivals=torch.zeros(hidden // 16, dtype=torch.int32, device=memory.device),
         )
 
 

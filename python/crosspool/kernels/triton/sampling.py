@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from crosspool.kernels.triton.memory import Memory
 from crosspool.kernels.triton.uniform import draw_uniform
 
 _BLOCK = 4096
@@ -57,12 +58,12 @@ class SamplingWorkspace:
     """int32: theirs."""
 
     @classmethod
-    def allocate(cls, bucket: int, vocab: int, device: torch.device) -> SamplingWorkspace:
-        def floats() -> torch.Tensor:
-            return torch.empty(bucket, vocab, dtype=torch.float32, device=device)
-
-        tokens = torch.empty(bucket, vocab, dtype=torch.int32, device=device)
-        return cls(probs=floats(), candidates=floats(), tokens=tokens)
+    def allocate(cls, bucket: int, vocab: int, memory: Memory) -> SamplingWorkspace:
+        return cls(
+            probs=memory.take(torch.float32, bucket, vocab),
+            candidates=memory.take(torch.float32, bucket, vocab),
+            tokens=memory.take(torch.int32, bucket, vocab),
+        )
 
 
 def sample(

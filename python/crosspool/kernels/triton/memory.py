@@ -1,0 +1,26 @@
+"""Where the kernels' workspaces lie."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class Memory(Protocol):
+    """Gives out tensors of any content."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def take(self, dtype: torch.dtype, *shape: int) -> torch.Tensor: ...
+
+
+class DeviceMemory:
+    """Memory of its own for every tensor."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def take(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
