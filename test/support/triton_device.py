@@ -7,15 +7,79 @@ import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks, kv_pool
-from crosspool.ranks.gpu_device import join_lanes, load_gpu_ranks, load_models
+from crosspool.ranks.gpu_device import join_lanes, load_gpu_ranks, load_parts
 from crosspool.ranks.gpu_executor import GPUExecutor
+from crosspool.ranks.gpu_peers import Peers, join_host_memory, layout_of
+from crosspool.transport.data_path import remote_pairs
+from crosspool.transport.device_links import DeviceLinks, linked_ffn_ranks, links_bytes
+from crosspool.transport.lane_layout import PAGE_BYTES, LinkLayout, round_up
 from crosspool.weightpool.placement import Placement
+from support.fake_cuda_memory import CPU
+from torch import Tensor
+
+
+class Interpreted:
+    """The devices of one deployment in this process; their links lie in plain memory."""
+
+    def __init__(self) -> None:
+        self._links: dict[int, Tensor] = {}
+        """By FFN rank."""
+
+    def load(
+        self,
+        deployment: Deployment,
+        device: Device,
+        specs: Sequence[ModelSpec],
+        placement: Placement,
+        lanes_fd: int | None,
+    ) -> DeviceRanks:
+        """As :func:`crosspool.ranks.gpu_device.load_gpu_ranks`."""
+        peers = None
+        if remote_pairs(deployment):
+            links = self._reach(deployment, device, layout_of(deployment, specs))
+            peers = Peers(links, join_host_memory(deployment, device, lanes_fd, links))
+        return load_on_cpu(deployment, device, specs, placement, peers)
+
+    def _reach(self, deployment: Deployment, device: Device, layout: LinkLayout) -> DeviceLinks:
+        bases = {}
+        for rank in linked_ffn_ranks(deployment, device):
+            if rank not in self._links:
+                size = links_bytes(deployment, layout, rank)
+                # Full of NaN. The host loop has its signals elsewhere.
+                self._links[rank] = torch.full((size + PAGE_BYTES,), 0xFF, dtype=torch.uint8)
+            bases[rank] = round_up(self._links[rank].data_ptr(), PAGE_BYTES)
+        return DeviceLinks(deployment, device, layout, bases, CPU)
+
+
+def load_on_cpu(
+    deployment: Deployment,
+    device: Device,
+    specs: Sequence[ModelSpec],
+    placement: Placement,
+    peers: Peers | None,
+) -> DeviceRanks:
+    """A GPU's ranks on CPU tensors, whose arenas are full of NaN."""
+    cpu = torch.device("cpu")
+    resources = contextlib.ExitStack()
+    virtualizer, kv = None, []
+    if device in deployment.kv_pool_devices:
+        virtualizer, kv = kv_pool(deployment, device, specs)
+        resources.callback(virtualizer.close)
+    held = load_parts(deployment, device, specs, placement, kv, on=cpu)
+    ranks, executor = join_lanes(
+        deployment, device, held, peers, virtualizer=virtualizer, on=cpu, resources=resources
+    )
+    loop: Any = executor._loop
+    for place in loop._launcher._lanes:
+        place.arena.fill_(0xFF)
+    return ranks
 
 
 def load_interpreted(
@@ -23,16 +87,10 @@ def load_interpreted(
     device: Device,
     specs: Sequence[ModelSpec],
     placement: Placement,
-    _lanes_fd: int | None,
+    lanes_fd: int | None,
 ) -> DeviceRanks:
-    """As :func:`crosspool.ranks.gpu_device.load_gpu_ranks`."""
-    cpu = torch.device("cpu")
-    virtualizer, kv = kv_pool(deployment, device, specs)
-    resources = contextlib.ExitStack()
-    resources.callback(virtualizer.close)
-    models = load_models(deployment, device, specs, placement, kv, on=cpu)
-    ranks, _ = join_lanes(deployment, models, virtualizer, cpu, resources)
-    return ranks
+    """A GPU's ranks, both of them, on CPU tensors."""
+    return Interpreted().load(deployment, device, specs, placement, lanes_fd)
 
 
 def load_compiled(

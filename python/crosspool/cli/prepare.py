@@ -183,11 +183,11 @@ def _own_size(value: int | str | None, key: str) -> int | None:
 def _check_devices(deployment: Deployment) -> None:
     """What device processes can be joined: see docs/gpu.md."""
     gpus = [device.name for device in deployment.devices if not device.is_cpu]
-    if gpus and len(deployment.devices) > 1:
-        others = [device.name for device in deployment.devices if device.name not in gpus]
+    cpus = [device.name for device in deployment.devices if device.is_cpu]
+    if gpus and cpus:
         raise ConfigError(
-            f"kv_pool_devices, weight_pool_devices: {', '.join((*gpus, *others))}: a GPU serves "
-            f"both pools by itself for now; write {gpus[0]} for both"
+            f"kv_pool_devices, weight_pool_devices: {', '.join((*gpus, *cpus))}: a CPU cannot "
+            "serve beside a GPU; name GPUs alone, or CPUs alone"
         )
 
 

@@ -225,14 +225,26 @@ class SharedMemoryAttentionLink:
         self._outstanding: DispatchHeader | None = None
         self._row_bytes = 0
 
+    @property
+    def free(self) -> bool:
+        """Whether a dispatch may be made, and its payload written: none is outstanding."""
+        return self._outstanding is None and self._link.combined.load() == self._sequence
+
     def dispatch(self, header: DispatchHeader, hidden: Tensor) -> None:
         link = self._link
-        if self._outstanding is not None or link.combined.load() != self._sequence:
-            raise link.error("a dispatch is outstanding")
+        self._check_free()
         check_rows(header, hidden)
         row_bytes = hidden.shape[1] * hidden.itemsize
         link.check_size(header.rows, row_bytes)
         link.fill(link.dispatch_payload, row_bytes, hidden)
+        self.announce(header, row_bytes)
+
+    def announce(self, header: DispatchHeader, row_bytes: int) -> None:
+        """As :meth:`dispatch`, of rows that device code has written into the payload while the link
+        was :attr:`free`. Raises LaneError as it does."""
+        link = self._link
+        self._check_free()
+        link.check_size(header.rows, row_bytes)
         _DISPATCH_HEADER.pack_into(
             link.memory,
             link.dispatch_header,
@@ -254,6 +266,22 @@ class SharedMemoryAttentionLink:
         return self._outstanding is not None and self._link.combined.load() == self._sequence
 
     def combine(self, out_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        link, header = self._link, self._answered()
+        partial = link.view(link.combine_payload, header.rows, self._row_bytes, dtype)
+        if partial.shape != tuple(out_shape):
+            raise link.error(f"the partial sum is {tuple(partial.shape)}, not {tuple(out_shape)}")
+        self.accept()
+        return partial
+
+    def accept(self) -> None:
+        """As :meth:`combine`, of a partial sum that device code reads out of the payload, before
+        the next dispatch. Raises LaneError as it does."""
+        header = self._answered()
+        self._outstanding = None
+        self.counters.combine_bytes += header.rows * self._row_bytes
+
+    def _answered(self) -> DispatchHeader:
+        """The dispatch that the answer is to."""
         link, header = self._link, self._outstanding
         if header is None or not self.ready():
             raise link.error("nothing to combine")
@@ -263,12 +291,11 @@ class SharedMemoryAttentionLink:
                 f"the answer (epoch {epoch}, {rows} rows of {row_bytes} bytes) does not fit the"
                 f" dispatch (epoch {header.epoch}, {header.rows} rows of {self._row_bytes} bytes)"
             )
-        partial = link.view(link.combine_payload, rows, row_bytes, dtype)
-        if partial.shape != tuple(out_shape):
-            raise link.error(f"the partial sum is {tuple(partial.shape)}, not {tuple(out_shape)}")
-        self._outstanding = None
-        self.counters.combine_bytes += rows * row_bytes
-        return partial
+        return header
+
+    def _check_free(self) -> None:
+        if not self.free:
+            raise self._link.error("a dispatch is outstanding")
 
 
 class SharedMemoryFFNLink:
@@ -309,6 +336,11 @@ class SharedMemoryFFNLink:
             raise link.error("no dispatch was polled")
         return link.view(link.dispatch_payload, header.rows, self._row_bytes, dtype)
 
+    @property
+    def row_bytes(self) -> int:
+        """Of the polled dispatch's rows."""
+        return self._row_bytes
+
     def reply(self, partial: Tensor) -> None:
         link, header = self._link, self._polled
         if header is None:
@@ -322,6 +354,15 @@ class SharedMemoryFFNLink:
                 f" {row_bytes} bytes"
             )
         link.fill(link.combine_payload, row_bytes, partial)
+        self.answer()
+
+    def answer(self) -> None:
+        """As :meth:`reply`, of a partial sum that device code has written into the payload. Raises
+        LaneError when nothing was polled."""
+        link, header = self._link, self._polled
+        if header is None:
+            raise link.error("no dispatch to answer")
+        rows, row_bytes = header.rows, self._row_bytes
         _COMBINE_HEADER.pack_into(link.memory, link.combine_header, header.epoch, rows, row_bytes)
         self._answered += 1
         self._polled = None
