@@ -7,7 +7,6 @@ import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from crosspool.config.deployment import Deployment
@@ -19,14 +18,15 @@ from crosspool.ranks.gpu_executor import GPUExecutor
 from crosspool.ranks.gpu_peers import Peers, join_host_memory, layout_of
 from crosspool.transport.data_path import remote_pairs
 from crosspool.transport.device_links import DeviceLinks, linked_ffn_ranks, links_bytes
-from crosspool.transport.lane_layout import PAGE_BYTES, LinkLayout, round_up
+from crosspool.transport.lane_layout import LINK_HEAD_BYTES, PAGE_BYTES, LinkLayout, round_up
 from crosspool.weightpool.placement import Placement
 from support.fake_cuda_memory import CPU
 from torch import Tensor
 
 
 class Interpreted:
-    """The devices of one deployment in this process; their links lie in plain memory."""
+    """The devices of one deployment in this process; their links lie in plain memory, which is
+    there as long as this is."""
 
     def __init__(self) -> None:
         self._links: dict[int, Tensor] = {}
@@ -52,10 +52,17 @@ class Interpreted:
         for rank in linked_ffn_ranks(deployment, device):
             if rank not in self._links:
                 size = links_bytes(deployment, layout, rank)
-                # Full of NaN. The host loop has its signals elsewhere.
                 self._links[rank] = torch.full((size + PAGE_BYTES,), 0xFF, dtype=torch.uint8)
+                self._clear_heads(rank, layout)
             bases[rank] = round_up(self._links[rank].data_ptr(), PAGE_BYTES)
         return DeviceLinks(deployment, device, layout, bases, CPU)
+
+    def _clear_heads(self, rank: int, layout: LinkLayout) -> None:
+        """Signals and headers are zero at first; payloads stay full of NaN."""
+        memory = self._links[rank]
+        first = round_up(memory.data_ptr(), PAGE_BYTES) - memory.data_ptr()
+        for at in range(first, len(memory) - LINK_HEAD_BYTES, layout.link_bytes):
+            memory[at : at + LINK_HEAD_BYTES] = 0
 
 
 def load_on_cpu(
@@ -65,7 +72,7 @@ def load_on_cpu(
     placement: Placement,
     peers: Peers | None,
 ) -> DeviceRanks:
-    """A GPU's ranks on CPU tensors, whose arenas are full of NaN."""
+    """A GPU's ranks on CPU tensors."""
     cpu = torch.device("cpu")
     resources = contextlib.ExitStack()
     virtualizer, kv = None, []
@@ -73,12 +80,9 @@ def load_on_cpu(
         virtualizer, kv = kv_pool(deployment, device, specs)
         resources.callback(virtualizer.close)
     held = load_parts(deployment, device, specs, placement, kv, on=cpu)
-    ranks, executor = join_lanes(
+    ranks, _ = join_lanes(
         deployment, device, held, peers, virtualizer=virtualizer, on=cpu, resources=resources
     )
-    loop: Any = executor._loop
-    for place in loop._launcher._lanes:
-        place.arena.fill_(0xFF)
     return ranks
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from crosspool.config.device import Device
@@ -69,6 +69,17 @@ def gpu_of(device: Device, gpus: list[GPU]) -> GPU:
     limit = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = "" if limit is None else f" (CUDA_VISIBLE_DEVICES={limit})"
     raise ConfigError(f"{device.name}: {len(gpus)} GPU(s) are visible here{hidden}: {names}")
+
+
+def check_alike(devices: Sequence[Device]) -> None:
+    """Raises ConfigError for a CPU beside a GPU, which no data path joins."""
+    gpus = [device.name for device in devices if not device.is_cpu]
+    cpus = [device.name for device in devices if device.is_cpu]
+    if gpus and cpus:
+        raise ConfigError(
+            f"kv_pool_devices, weight_pool_devices: {', '.join((*gpus, *cpus))}: a CPU cannot "
+            "serve beside a GPU; name GPUs alone, or CPUs alone"
+        )
 
 
 def _parsed(line: str) -> GPU:

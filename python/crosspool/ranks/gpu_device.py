@@ -17,6 +17,7 @@ import torch
 
 from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
 from crosspool.config.device import Device
+from crosspool.config.gpu import check_alike
 from crosspool.kernels.cuda_driver import CudaBindings
 from crosspool.kernels.cuda_loop import MAX_LINKS, LinkMemory
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
@@ -37,7 +38,7 @@ from crosspool.ranks.gpu_links import (
 )
 from crosspool.ranks.gpu_loop import DeviceLoop, HostExchange
 from crosspool.ranks.gpu_model import GPUModel
-from crosspool.ranks.gpu_peers import Peers, check_devices, meet
+from crosspool.ranks.gpu_peers import Peers, meet
 from crosspool.ranks.gpu_rank import GPURank
 from crosspool.ranks.gpu_scratch import LanePlaces
 from crosspool.ranks.gpu_stages import HasStages, Stages, buckets_up_to
@@ -81,7 +82,7 @@ def load_gpu_ranks(
 ) -> DeviceRanks:
     """As :func:`crosspool.ranks.device.load_ranks`. The processes of all GPUs of a deployment call
     it at once: they meet, to share the memory of their links."""
-    check_devices(deployment)
+    check_alike(deployment.devices)
     torch.cuda.set_device(device.gpu)
     gpu = torch.device("cuda", device.gpu)
     with contextlib.ExitStack() as resources:

@@ -150,12 +150,16 @@ def join_loop(
         layers = max(len(model.kinds) for model in models)
         launcher = GraphLauncher(lanes, graphs, layers)
         return HostLaunchedLoop(models, own, launcher, watch, exchange)
-    places = [
-        LoopPlaces(lane.words.data_ptr(), lane.chosen.data_ptr(), lane.links, lane.serves)
-        for lane in lanes
-    ]
-    loop = CudaLoop(models, places, buckets, epoch=epoch)
+    loop = CudaLoop(models, loop_places(lanes), buckets, epoch=epoch)
     for (lane, model, stage, bucket), graph in graphs.items():
         loop.add_graph(lane, model, stage, bucket, graph.raw_cuda_graph())
     loop.start()
     return loop
+
+
+def loop_places(lanes: Sequence[LanePlaces]) -> list[LoopPlaces]:
+    """Lanes as the resident loop takes them."""
+    return [
+        LoopPlaces(lane.words.data_ptr(), lane.chosen.data_ptr(), lane.links, lane.serves)
+        for lane in lanes
+    ]

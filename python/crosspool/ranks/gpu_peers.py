@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from crosspool.config.deployment import ConfigError, Deployment
+from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.kernels.cuda_driver import CudaDriver
 from crosspool.models.spec import DTYPE_BYTES, ModelSpec
@@ -31,17 +31,6 @@ class Peers:
     links: DeviceLinks
     transport: SharedMemoryTransport | None
     """With the host loop: signals, headers and doorbells in the host's memory."""
-
-
-def check_devices(deployment: Deployment) -> None:
-    """Raises ConfigError for a CPU beside a GPU."""
-    cpus = [device.name for device in deployment.devices if device.is_cpu]
-    gpus = [device.name for device in deployment.devices if not device.is_cpu]
-    if cpus and gpus:
-        raise ConfigError(
-            f"kv_pool_devices, weight_pool_devices: {', '.join((*gpus, *cpus))}: a CPU cannot "
-            "serve beside a GPU; name GPUs alone, or CPUs alone"
-        )
 
 
 def layout_of(deployment: Deployment, specs: Sequence[ModelSpec]) -> LinkLayout:

@@ -1,37 +1,45 @@
 """Whole steps of an attention device and FFN devices that exchange rows through links: on CPU
-tensors, under Triton's interpreter, against the host loop of the CPU."""
+tensors, under Triton's interpreter, against the host loop of the CPU. The host loop drives them, or
+the resident loop's own code over a fake driver."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import crosspool.demo
 import pytest
 import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("msgspec", reason="msgspec is not installed (the messages of a step)")
 
+from crosspool.ranks import gpu_device
 from crosspool.transport.messages import Logprobs, Sampling
+from make_random_checkpoint import make_random_checkpoint
+from support import fake_cuda_graphs
+from support.fake_resident import FakeResident
 from support.machine import Machine, Stream
-from support.triton_device import Interpreted, shallow
+from support.poisoned import poison_lanes
+from support.triton_device import Interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEMO = Path(crosspool.demo.__path__[0])
-QWEN, GLM = 0, 1
-NAMES = ("tiny-qwen3-moe", "tiny-glm4-moe-lite")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="stages are called on CPU tensors"
+)
+
+QWEN, DEEPSEEK, GLM = 0, 1, 2
+VOCAB = 64
 LIMITS: dict[str, Any] = {
-    "max_running_requests": 4,
-    "chunked_prefill_size": 4,
+    "max_running_requests": 3,
+    "chunked_prefill_size": 5,
     "lease_steps": 4,
     "random_seed": 1,
 }
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "one FFN rank": {"kv": "cuda:0", "weights": ("cuda:1",)},
     "two FFN ranks, TP": {"kv": "cuda:0", "weights": ("cuda:1", "cuda:2")},
-    "one of two beside attention, EP": {
+    "two FFN ranks, one of them beside attention, EP": {
         "kv": "cuda:0",
         "weights": ("cuda:1", "cuda:0"),
         "ffn_parallel": "ep",
@@ -41,64 +49,104 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two layers each: a MoE's of GQA; dense and MoE of MLA."""
-    folder = tmp_path_factory.mktemp("shallow")
-    return [shallow(DEMO / name, folder / name, layers=2) for name in NAMES]
+    """Two layers each: MoE with GQA; dense and MoE with MLA; the same with a compressed query and
+    another router."""
+    folder = tmp_path_factory.mktemp("models")
+    return [
+        make_random_checkpoint(family, folder / family, {"vocab_size": VOCAB}, "float32", seed=5)
+        for family in ("qwen3_moe", "deepseek_v2", "glm4_moe_lite")
+    ]
 
 
 def prompt(length: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(6, 2000, (length,), generator=generator).tolist()
+    return torch.randint(2, VOCAB, (length,), generator=generator).tolist()
 
 
-@pytest.fixture(scope="module")
 def streams() -> list[dict[str, Any]]:
-    """Both models at once, on a lane each: a prompt in two chunks beside rows that decode, leases,
-    draws, and log-probabilities that the host looks at."""
-    asked = Logprobs(output=True, prompt_start=1, top=2)
+    """All models at once, on two lanes: a prompt in two chunks, rows beside each other, leases,
+    draws, and log-probabilities, for which the host looks at logits."""
+    everything = Logprobs(output=True, prompt_start=0, token_ids=tuple(range(VOCAB)))
     drawn = Sampling(temperature=0.9, top_k=40, top_p=0.9, seed=7)
     return [
-        {"model": QWEN, "prompt": prompt(6, 1), "new_tokens": 2, "chunk": 4},
-        {"model": GLM, "prompt": prompt(3, 2), "new_tokens": 3, "sampling": drawn},
-        {"model": GLM, "prompt": prompt(1, 3), "new_tokens": 1, "logprobs": asked},
+        {"model": QWEN, "prompt": prompt(7, 1), "new_tokens": 3, "chunk": 5},
+        {"model": DEEPSEEK, "prompt": prompt(3, 2), "new_tokens": 4, "sampling": drawn},
+        {"model": DEEPSEEK, "prompt": prompt(1, 3), "new_tokens": 4},
+        {"model": GLM, "prompt": prompt(3, 4), "new_tokens": 2, "logprobs": everything},
     ]
 
 
-@pytest.fixture(scope="module")
-def expected(models: list[Path], streams: list[dict[str, Any]]) -> list[Stream]:
-    with Machine(models, loop="host", dtype="float32", **LIMITS) as cpu:
-        return run(cpu, streams, 1)
-
-
-def run(machine: Machine, streams: list[dict[str, Any]], lease: int) -> list[Stream]:
-    own = [Stream(**stream) for stream in streams]
+def run(machine: Machine, lease: int) -> list[Stream]:
+    own = [Stream(**stream) for stream in streams()]
     machine.generate(own, lease)
     return own
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the stages are called on CPU tensors")
+@pytest.fixture(scope="module")
+def expected(models: list[Path]) -> list[Stream]:
+    with Machine(models, loop="host", **LIMITS) as cpu:
+        return run(cpu, 1)
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeResident]:
+    if fake_cuda_graphs.COMPILER is None:
+        pytest.skip("no C++ compiler")
+    made = FakeResident(tmp_path_factory.mktemp("fake_cuda"))
+    yield made
+    assert made.cuda.live == 0 and made.cuda.violations == []
+    made.cuda.close()
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_devices_that_exchange_equal_the_cpus_host_loop(
+def test_host_loops_that_exchange(
     models: list[Path],
-    streams: list[dict[str, Any]],
     expected: list[Stream],
     placement: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    place = PLACEMENTS[placement]
-    gpus = Interpreted()
-    with Machine(
-        models, loop="host", dtype="float32", load=gpus.load, **place, **LIMITS
-    ) as machine:
-        found = run(machine, streams, 3)
-        assert [s.output for s in found] == [s.output for s in expected]
-        check_counters(machine)
+    poison_lanes(monkeypatch)
+    gpus, place = Interpreted(), PLACEMENTS[placement]
+    with Machine(models, loop="host", load=gpus.load, **place, **LIMITS) as machine:
+        assert_alike(run(machine, 3), expected)
+        assert_counted(machine)
 
 
-def check_counters(machine: Machine) -> None:
-    """What the attention rank says it sent, each FFN rank says came."""
-    own = machine.first.inspect("counters")
-    sent = {(link["ffn_rank"], link["lane"]): link for link in own["links"]}
-    assert all(link["dispatches"] > 0 for link in sent.values())
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_resident_loops_that_exchange(
+    models: list[Path],
+    expected: list[Stream],
+    placement: str,
+    fake: FakeResident,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    poison_lanes(monkeypatch)
+    monkeypatch.setattr(gpu_device, "join_loop", fake.join_loop)
+    gpus, place = Interpreted(), PLACEMENTS[placement]
+    with Machine(models, loop="resident", load=gpus.load, **place, **LIMITS) as machine:
+        assert_alike(run(machine, 3), expected)
+        assert_counted(machine)
+
+
+def assert_alike(found: list[Stream], expected: list[Stream]) -> None:
+    assert [s.output for s in found] == [s.output for s in expected]
+    assert any(row.prompt for s in found for row in s.results)
+    for ours, reference in zip(found, expected, strict=True):
+        for row, other in zip(ours.results, reference.results, strict=True):
+            pairs = [*zip(row.prompt, other.prompt, strict=True)]
+            pairs += [(row.output, other.output)] if row.output and other.output else []
+            for one, wanted in pairs:
+                values = [value for value, _ in one.token_ids]
+                assert values == pytest.approx([v for v, _ in wanted.token_ids], abs=1e-4)
+
+
+def assert_counted(machine: Machine) -> None:
+    """What the attention rank says that it sent, each FFN rank says that it got."""
+    counters = machine.first.inspect("counters")
+    sent = {(link["ffn_rank"], link["lane"]): link for link in counters["links"]}
+    ranks, lanes = len(machine.deployment.weight_pool_devices), machine.deployment.lanes
+    assert len(sent) == ranks * lanes and all(link["dispatches"] > 0 for link in sent.values())
     for device in machine.devices:
         for link in device.inspect("counters")["served"]:
-            assert link == sent[link["ffn_rank"], link["lane"]]
+            assert link == sent.pop((link["ffn_rank"], link["lane"]))
+    assert not sent
