@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from crosspool.config.deployment import Deployment
-from crosspool.config.device import Device
 from crosspool.kernels.cuda_loop import LinkMemory
 from crosspool.transport.data_path import LinkCounters
 from crosspool.transport.lane_layout import LINK_HEAD_BYTES, LinkPlace
+
+if TYPE_CHECKING:
+    from crosspool.config.deployment import Deployment
+    from crosspool.config.device import Device
 
 
 @dataclass(frozen=True)
