@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from crosspool.kernels.cuda_loop import CudaLoop, ModelStages
+from crosspool.kernels.cuda_loop import CudaLoop, ModelStages, Stage
 from crosspool.ranks.gpu_lanes import loop_places
+from crosspool.ranks.gpu_nvshmem import Tail
 from crosspool.ranks.gpu_scratch import LanePlaces
 from crosspool.ranks.gpu_stages import HasStages
 from support.fake_cuda_graphs import FakeCuda, build
@@ -34,22 +35,27 @@ class FakeResident:
         watch: object,
         exchange: object,
         epoch: int,
+        tails: Mapping[tuple[int, int, Stage], Tail],
     ) -> CudaLoop:
         """As :func:`crosspool.ranks.gpu_lanes.join_loop`."""
         assert exchange is None
         loop = _Driven(self, models, loop_places(lanes), buckets, epoch=epoch)
         for (lane, model, bucket), of_model in stages.items():
             for stage, call in of_model.calls.items():
-                loop.add_graph(lane, model, stage, bucket, self.cuda.graph(self._kept(call)))
+                tail = tails.get((lane, model, stage))
+                graph = self.cuda.graph(self._kept(call, tail))
+                loop.add_graph(lane, model, stage, bucket, graph)
         loop.start()
         return loop
 
-    def _kept(self, call: Callable[[], None]) -> Callable[[], None]:
+    def _kept(self, call: Callable[[], None], tail: Tail | None) -> Callable[[], None]:
         """An exception cannot pass through native code."""
 
         def body() -> None:
             try:
                 call()
+                if tail is not None:
+                    tail(0)
             except BaseException as error:
                 self.failed.append(error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +16,15 @@ from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks, kv_pool
 from crosspool.ranks.gpu_device import join_lanes, load_gpu_ranks, load_parts
 from crosspool.ranks.gpu_executor import GPUExecutor
+from crosspool.ranks.gpu_nvshmem import Carrier
 from crosspool.ranks.gpu_peers import Peers, join_host_memory, layout_of
 from crosspool.transport.data_path import remote_pairs
 from crosspool.transport.device_links import DeviceLinks, linked_ffn_ranks, links_bytes
 from crosspool.transport.lane_layout import LINK_HEAD_BYTES, PAGE_BYTES, LinkLayout, round_up
+from crosspool.transport.nvshmem import SymmetricLinks
 from crosspool.weightpool.placement import Placement
 from support.fake_cuda_memory import CPU
+from support.fake_nvshmem import FakePE
 from torch import Tensor
 
 
@@ -53,16 +57,48 @@ class Interpreted:
             if rank not in self._links:
                 size = links_bytes(deployment, layout, rank)
                 self._links[rank] = torch.full((size + PAGE_BYTES,), 0xFF, dtype=torch.uint8)
-                self._clear_heads(rank, layout)
+                clear_heads(self._links[rank], layout)
             bases[rank] = round_up(self._links[rank].data_ptr(), PAGE_BYTES)
         return DeviceLinks(deployment, device, layout, bases, CPU)
 
-    def _clear_heads(self, rank: int, layout: LinkLayout) -> None:
-        """Signals and headers are zero at first; payloads stay full of NaN."""
-        memory = self._links[rank]
-        first = round_up(memory.data_ptr(), PAGE_BYTES) - memory.data_ptr()
-        for at in range(first, len(memory) - LINK_HEAD_BYTES, layout.link_bytes):
-            memory[at : at + LINK_HEAD_BYTES] = 0
+
+def clear_heads(memory: Tensor, layout: LinkLayout) -> None:
+    """Signals and headers are zero at first; payloads stay as they are."""
+    first = round_up(memory.data_ptr(), PAGE_BYTES) - memory.data_ptr()
+    for at in range(first, len(memory) - LINK_HEAD_BYTES, layout.link_bytes):
+        memory[at : at + LINK_HEAD_BYTES] = 0
+
+
+class Symmetric(Interpreted):
+    """As :class:`Interpreted`, with a copy of every link at either end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heaps: dict[int, int] = {}
+        self.pes: list[FakePE] = []
+
+    def load(
+        self,
+        deployment: Deployment,
+        device: Device,
+        specs: Sequence[ModelSpec],
+        placement: Placement,
+        lanes_fd: int | None,
+    ) -> DeviceRanks:
+        assert lanes_fd is not None
+        os.close(lanes_fd)
+        layout = layout_of(deployment, specs)
+        sizes = [links_bytes(deployment, layout, r) for r in range(len(placement.shards))]
+        pe = deployment.devices.index(device)
+        heap = torch.full((sum(sizes) + PAGE_BYTES,), 0xFF, dtype=torch.uint8)
+        clear_heads(heap, layout)
+        self._links[pe] = heap
+        self.heaps[pe] = base = round_up(heap.data_ptr(), PAGE_BYTES)
+        bases = {rank: base + sum(sizes[:rank]) for rank in linked_ffn_ranks(deployment, device)}
+        links = SymmetricLinks(DeviceLinks(deployment, device, layout, bases, CPU))
+        self.pes.append(FakePE(pe, self.heaps))
+        peers = Peers(links.ends, None, Carrier(self.pes[-1], links))
+        return load_on_cpu(deployment, device, specs, placement, peers)
 
 
 def load_on_cpu(

@@ -16,7 +16,7 @@ from crosspool.cli.memory import check_memory, default_kv_bytes, memories
 from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.config.draft import Draft, ModelDraft, devices_of, size_of
-from crosspool.config.gpu import check_alike
+from crosspool.config.gpu import check_alike, check_loop
 from crosspool.config.sizes import format_size
 from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
@@ -30,6 +30,7 @@ _HUGE_PAGE = 2 << 20
 _SAME = (
     "ffn_parallel",
     "loop",
+    "gpu_links",
     "lanes",
     "lease_steps",
     "page_size",
@@ -87,6 +88,7 @@ def prepare(draft: Draft) -> Prepared:
         **{name: getattr(draft, name) for name in _SAME},
     )
     check_alike(deployment.devices)
+    check_loop(deployment)
     found = memories(deployment.devices)
     if draft.kv_pool_bytes is None:
         unbounded = place(msgspec.structs.replace(deployment, weight_pool_bytes=sys.maxsize), specs)

@@ -7,9 +7,13 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from crosspool.config.device import Device
 from crosspool.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from crosspool.config.deployment import Deployment
 
 ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_MODULE_LOADING": "EAGER"}
 """Of every device process of a GPU: ``cuda:N`` is the N-th GPU as ``nvidia-smi`` counts them, and
@@ -79,6 +83,15 @@ def check_alike(devices: Sequence[Device]) -> None:
         raise ConfigError(
             f"kv_pool_devices, weight_pool_devices: {', '.join((*gpus, *cpus))}: a CPU cannot "
             "serve beside a GPU; name GPUs alone, or CPUs alone"
+        )
+
+
+def check_loop(deployment: Deployment) -> None:
+    """Raises ConfigError for links that the loop cannot use."""
+    if deployment.gpu_links == "nvshmem" and deployment.loop == "host":
+        raise ConfigError(
+            "gpu_links: nvshmem needs the resident loop: a host cannot see when NVSHMEM has carried"
+            " a payload; write gpu_links: peer, or loop: resident"
         )
 
 

@@ -19,7 +19,7 @@ from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.config.gpu import check_alike
 from crosspool.kernels.cuda_driver import CudaBindings
-from crosspool.kernels.cuda_loop import MAX_LINKS, LinkMemory
+from crosspool.kernels.cuda_loop import MAX_LINKS, LinkMemory, Stage
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.kvpool.virtualizer import Virtualizer
 from crosspool.models.spec import ModelSpec, MoEFFN
@@ -38,6 +38,7 @@ from crosspool.ranks.gpu_links import (
 )
 from crosspool.ranks.gpu_loop import DeviceLoop, HostExchange
 from crosspool.ranks.gpu_model import GPUModel
+from crosspool.ranks.gpu_nvshmem import Tail
 from crosspool.ranks.gpu_peers import Peers, meet
 from crosspool.ranks.gpu_rank import GPURank
 from crosspool.ranks.gpu_scratch import LanePlaces
@@ -280,7 +281,7 @@ class _Joining:
         return [memory_of(self._links.attention_place(lane, rank)) for rank in self._remote]
 
     def loop(self) -> DeviceLoop:
-        serving = self._serving or Serving()
+        serving, epoch = self._serving or Serving(), time.time_ns()
         first = len(self._places)
         stages: dict[tuple[int, int, int], HasStages] = dict(self.stages)
         for (lane, model, bucket), of_model in serving.stages.items():
@@ -293,8 +294,31 @@ class _Joining:
             resident=self._resident,
             watch=self.trace,
             exchange=self._host_exchange(),
-            epoch=time.time_ns(),
+            epoch=epoch,
+            tails=self._tails(epoch),
         )
+
+    def _tails(self, epoch: int) -> dict[tuple[int, int, Stage], Tail]:
+        """What carries payloads where peers have copies of the links."""
+        carrier = None if self._peers is None else self._peers.carrier
+        tails: dict[tuple[int, int, Stage], Tail] = {}
+        if carrier is None:
+            return tails
+        for lane, place in enumerate(self._places):
+            for model, crossing in enumerate(self._crossings):
+                if crossing.links:
+                    ranks = [self._remote[link] for link in crossing.links]
+                    size = model_stages(self._specs[model], crossing).row_bytes
+                    tails[lane, model, Stage.DISPATCH] = carrier.dispatch(
+                        place, lane, ranks, epoch=epoch, model=model, row_bytes=size
+                    )
+        for lane, place in enumerate(self._serving.places if self._serving is not None else ()):
+            own = self.incoming[lane * MAX_LINKS : (lane + 1) * MAX_LINKS]
+            answer = carrier.answer(place, own)
+            for model in self._held.ffns:
+                for stage in (Stage.DENSE_FFN, Stage.MOE_FFN):
+                    tails[len(self._places) + lane, model, stage] = answer
+        return tails
 
     def _host_exchange(self) -> HostExchange | None:
         transport = None if self._peers is None else self._peers.transport

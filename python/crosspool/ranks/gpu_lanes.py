@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 import torch
 
 from crosspool.config.errors import ConfigError
-from crosspool.kernels.cuda_loop import MAX_LINKS, CudaLoop, LinkMemory, ModelStages
+from crosspool.kernels.cuda_loop import MAX_LINKS, CudaLoop, LinkMemory, ModelStages, Stage
 from crosspool.kernels.cuda_loop import LanePlaces as LoopPlaces
 from crosspool.models.spec import DTYPE_BYTES, ModelSpec
 from crosspool.ranks.gpu_launch import EagerLauncher, GraphLauncher, capture
 from crosspool.ranks.gpu_links import Crossing, LanePayloads, ServedCounts
 from crosspool.ranks.gpu_loop import DeviceLoop, HostExchange, HostLaunchedLoop, PartWatch
 from crosspool.ranks.gpu_model import GPUModel, kinds_of
+from crosspool.ranks.gpu_nvshmem import Tail
 from crosspool.ranks.gpu_scratch import FFNScratch, LanePlaces, Scratch
 from crosspool.ranks.gpu_stages import HasStages, ServedStages, Stages, layouts_of
 from crosspool.ranks.gpu_weights import GPUFFN
@@ -135,14 +136,15 @@ def join_loop(
     watch: PartWatch | None = None,
     exchange: HostExchange | None = None,
     epoch: int = 1,
+    tails: Mapping[tuple[int, int, Stage], Tail] | None = None,
 ) -> DeviceLoop:
     """The loop over the lanes' stages: resident or host-launched graphs on a GPU, plain calls on
     CPU tensors. ``exchange``: of the host-launched loop, where rows leave the device; ``epoch``:
-    of a resident loop's dispatches."""
+    of a resident loop's dispatches; ``tails``: of captured stages, by lane, model and stage."""
     own = sum(not lane.serves for lane in lanes)
     if lanes[0].device.type != "cuda":
         return HostLaunchedLoop(models, own, EagerLauncher(lanes, stages), watch, exchange)
-    graphs = capture(lanes, stages)
+    graphs = capture(lanes, stages, tails or {})
     log.info("captured %d graphs", len(graphs))
     if not resident:
         for graph in graphs.values():

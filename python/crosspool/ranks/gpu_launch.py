@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crosspool.kernels.cuda_loop import Stage
+from crosspool.ranks.gpu_nvshmem import Tail
 from crosspool.ranks.gpu_stages import HasStages, LanePlaces, StageCall
 
 Key = tuple[int, int, Stage, int]
@@ -147,11 +148,14 @@ def host_tokens(address: int, count: int) -> Tensor:
 
 
 def capture(
-    lanes: Sequence[LanePlaces], stages: Mapping[tuple[int, int, int], HasStages]
+    lanes: Sequence[LanePlaces],
+    stages: Mapping[tuple[int, int, int], HasStages],
+    tails: Mapping[tuple[int, int, Stage], Tail],
 ) -> dict[Key, torch.cuda.CUDAGraph]:
     """Captures every stage, after calling it once so that its kernels are compiled and loaded. The
     lanes' words and inputs say 0 rows, so that nothing of KV is read or written. The graphs are not
-    instantiated yet. ``stages``: by lane, model and bucket.
+    instantiated yet. ``stages``: by lane, model and bucket; ``tails``: what ends the graphs of a
+    stage, by lane and model, and must not run before.
 
     Has not run on a GPU yet (docs/gpu.md)."""
     elements = max(s.input_elements for s in stages.values())
@@ -171,6 +175,8 @@ def capture(
                 graph = torch.cuda.CUDAGraph(keep_graph=True)
                 graph.capture_begin(capture_error_mode="thread_local")
                 call()
+                if (tail := tails.get((lane_index, model, stage))) is not None:
+                    tail(stream.cuda_stream)
                 graph.capture_end()
                 graphs[lane_index, model, stage, bucket] = graph
         stream.synchronize()

@@ -10,11 +10,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from crosspool.config.deployment import Deployment
+from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.device import Device
+from crosspool.config.gpu import check_loop
 from crosspool.kernels.cuda_driver import CudaDriver
 from crosspool.models.spec import DTYPE_BYTES, ModelSpec
-from crosspool.transport import peer_memory
+from crosspool.ranks.gpu_nvshmem import Carrier
+from crosspool.transport import nvshmem, peer_memory
 from crosspool.transport.data_path import remote_pairs
 from crosspool.transport.device_links import DeviceLinks
 from crosspool.transport.lane_layout import LinkLayout
@@ -31,6 +33,8 @@ class Peers:
     links: DeviceLinks
     transport: SharedMemoryTransport | None
     """With the host loop: signals, headers and doorbells in the host's memory."""
+    carrier: Carrier | None = None
+    """Where each end has a copy of the links."""
 
 
 def layout_of(deployment: Deployment, specs: Sequence[ModelSpec]) -> LinkLayout:
@@ -48,17 +52,42 @@ def meet(
     driver: CudaDriver,
     resources: contextlib.ExitStack,
 ) -> Peers | None:
-    """Makes and maps the memory of the device's links, together with the processes of all other
-    devices; None when nothing leaves any device. Takes ``lanes_fd``.
+    """Makes the memory of the device's links, together with the processes of all other devices;
+    None when nothing leaves any device. Takes ``lanes_fd``.
 
-    Raises ConfigError when a GPU cannot reach another's memory, RendezvousError when a device does
-    not come."""
+    Raises ConfigError when a GPU cannot reach another's memory or NVSHMEM is missing,
+    RendezvousError when a device does not come."""
     if not remote_pairs(deployment):
         return None
     layout = layout_of(deployment, specs)
+    if deployment.gpu_links == "nvshmem":
+        return _symmetric(deployment, device, layout, lanes_fd, driver)
     memory, links = peer_memory.join(driver, deployment, device, layout, _MEETING_SECONDS)
     resources.callback(memory.close)
     return Peers(links, join_host_memory(deployment, device, lanes_fd, links))
+
+
+def _symmetric(
+    deployment: Deployment,
+    device: Device,
+    layout: LinkLayout,
+    lanes_fd: int | None,
+    driver: CudaDriver,
+) -> Peers:
+    """Its memory is there until the process ends: giving it back would need all of them."""
+    from crosspool.kernels.nvshmem import Nvshmem
+
+    check_loop(deployment)
+    if lanes_fd is not None:
+        os.close(lanes_fd)
+    os.environ.update(nvshmem.ENVIRONMENT)
+    try:
+        library = Nvshmem()
+    except ImportError as error:
+        raise ConfigError(f"gpu_links: {error}") from error
+    nvshmem.initialise(library, deployment, device, _MEETING_SECONDS)
+    links = nvshmem.links(library, deployment, device, layout, driver.dlpack_device)
+    return Peers(links.ends, None, Carrier(library, links))
 
 
 def join_host_memory(
