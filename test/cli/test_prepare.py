@@ -293,5 +293,7 @@ def test_gpus_serve_beside_gpus_but_not_beside_a_cpu(
     for kv, weights in (("cuda:0", "cpu"), ("cpu", "cuda:0"), ("cuda:0", "cuda:1,cpu")):
         with pytest.raises(ConfigError, match=r"cuda:0.*cpu: a CPU cannot serve beside a GPU"):
             prepare(draft(path, kv_pool_devices=kv, weight_pool_devices=weights))
+    with pytest.raises(ConfigError, match="gpu_links: nvshmem needs the resident loop"):
+        prepare(draft(path, gpu_links="nvshmem", loop="host"))
     with pytest.raises(ConfigError, match="cuda:2: 2 GPU"):
         prepare(draft(path, kv_pool_devices="cuda:2", weight_pool_devices="cuda:2"))

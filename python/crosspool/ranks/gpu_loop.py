@@ -66,7 +66,7 @@ class PartWatch(Protocol):
 
 class DispatchEnd(Protocol):
     """The attention rank's end of a link whose payloads device code writes and reads: see
-    :class:`~crosspool.transport.shared_memory.SharedMemoryAttentionLink`."""
+    :class:`~crosspool.transport.shared_links.SharedMemoryAttentionLink`."""
 
     @property
     def free(self) -> bool: ...
@@ -79,7 +79,7 @@ class DispatchEnd(Protocol):
 
 
 class AnswerEnd(Protocol):
-    """The FFN rank's end, as :class:`~crosspool.transport.shared_memory.SharedMemoryFFNLink`."""
+    """The FFN rank's end, as :class:`~crosspool.transport.shared_links.SharedMemoryFFNLink`."""
 
     attention_rank: int
     lane: int

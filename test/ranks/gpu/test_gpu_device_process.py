@@ -12,6 +12,7 @@ pytest.importorskip("msgspec", reason="msgspec is not installed (the messages of
 pytest.importorskip("zmq", reason="pyzmq is not installed (the control path)")
 pytest.importorskip("setproctitle", reason="setproctitle is not installed")
 
+from crosspool.kernels import nvshmem
 from support.triton_device import shallow
 
 from benchmark.device_driver import DeviceDriver, Generation
@@ -47,7 +48,7 @@ def generations(seed: int) -> list[Generation]:
 
 
 def run(
-    models: list[Path], kv: str, weights: Sequence[str], loop: str, parallel: str = "tp"
+    models: list[Path], kv: str, weights: Sequence[str], loop: str, **fields: str
 ) -> list[list[int]]:
     sequences = generations(1)
     with DeviceDriver(
@@ -55,9 +56,9 @@ def run(
         kv=[kv],
         weights=weights,
         loop=loop,
-        ffn_parallel=parallel,
         kv_pool_bytes=256 << 20,
         ready_timeout=300.0,
+        **fields,
     ) as driver:
         driver.generate(sequences)
         pools = driver.inspect(kv, "pools")
@@ -78,20 +79,24 @@ def test_greedy_tokens_equal_the_cpus(
     assert run(models, "cuda:0", ["cuda:0"], loop) == expected
 
 
-@pytest.mark.parametrize("loop", ["host", "resident"])
+@pytest.mark.parametrize("how", ["host", "resident", "resident, NVSHMEM"])
 @pytest.mark.parametrize(
     ("weights", "parallel"), [(["cuda:1"], "tp"), (["cuda:0", "cuda:1"], "ep")]
 )
 def test_two_gpus_give_the_cpus_tokens(
-    models: list[Path],
-    expected: list[list[int]],
-    weights: list[str],
-    parallel: str,
-    loop: str,
+    models: list[Path], expected: list[list[int]], weights: list[str], parallel: str, how: str
 ) -> None:
     """The FFN parts on another GPU, or half of the experts there and half beside attention."""
     import torch
 
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two NVIDIA GPUs")
-    assert run(models, "cuda:0", weights, loop, parallel) == expected
+    loop, _, carried = how.partition(", ")
+    if carried:
+        try:
+            nvshmem.library()
+        except ImportError as error:
+            pytest.skip(str(error))
+    links = "nvshmem" if carried else "peer"
+    found = run(models, "cuda:0", weights, loop, ffn_parallel=parallel, gpu_links=links)
+    assert found == expected
