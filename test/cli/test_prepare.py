@@ -278,11 +278,22 @@ def test_a_gpu_for_both_pools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         prepare(draft(path, kv_pool_bytes=usable, **both))
 
 
-def test_placements_that_no_gpu_drives_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pretend_gpus(monkeypatch, tmp_path, 1000, 1000)
+def test_gpus_serve_beside_gpus_but_not_beside_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pretend_gpus(monkeypatch, tmp_path, 1000, 600)
     path = model(tmp_path / "a")
-    for kv, weights in (("cuda:0", "cpu"), ("cuda:0", "cuda:1"), ("cpu", "cuda:0")):
-        with pytest.raises(ConfigError, match="both pools by itself for now"):
+    apart = prepare(draft(path, kv_pool_devices="cuda:1", weight_pool_devices="cuda:0"))
+    assert [device.name for device in apart.deployment.devices] == ["cuda:1", "cuda:0"]
+    # The KV pool takes what its own GPU has left.
+    usable = int((600 << 20) * 0.92)
+    assert usable - (4 << 20) < apart.deployment.kv_pool_bytes < usable
+    both = prepare(draft(path, kv_pool_devices="cuda:0,cuda:1", weight_pool_devices="cuda:1"))
+    assert both.deployment.kv_pool_bytes <= 2 * usable
+    for kv, weights in (("cuda:0", "cpu"), ("cpu", "cuda:0"), ("cuda:0", "cuda:1,cpu")):
+        with pytest.raises(ConfigError, match=r"cuda:0.*cpu: a CPU cannot serve beside a GPU"):
             prepare(draft(path, kv_pool_devices=kv, weight_pool_devices=weights))
+    with pytest.raises(ConfigError, match="gpu_links: nvshmem needs the resident loop"):
+        prepare(draft(path, gpu_links="nvshmem", loop="host"))
     with pytest.raises(ConfigError, match="cuda:2: 2 GPU"):
         prepare(draft(path, kv_pool_devices="cuda:2", weight_pool_devices="cuda:2"))

@@ -59,23 +59,24 @@ class Stream:
 
 
 class Machine:
-    """One attention rank, on ``kv``, and FFN ranks on ``weights``; all KV memory is mapped at the
-    first step of a model and full of NaN before."""
+    """An attention rank on ``kv`` (and idle ones on the others it names), FFN ranks on ``weights``;
+    all KV memory is mapped at the first step of a model and full of NaN before."""
 
     def __init__(
         self,
         models: Sequence[Path],
         *,
         loop: Literal["host", "resident"],
-        kv: str = "cpu",
+        kv: str | Sequence[str] = "cpu",
         weights: Sequence[str] = ("cpu",),
         dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         chunks_per_model: int = 2,
         load: Load = load_ranks,
         **fields: Any,
     ) -> None:
+        ranks = [kv] if isinstance(kv, str) else kv
         settings: dict[str, Any] = {
-            "kv_pool_bytes": len(models) * chunks_per_model * (2 << 20),
+            "kv_pool_bytes": len(ranks) * len(models) * chunks_per_model * (2 << 20),
             "weight_pool_bytes": 1 << 30,
             "page_size": 4,
             "loop": loop,
@@ -85,7 +86,7 @@ class Machine:
                 ModelConfig(name=f"{path.name}-{i}", path=str(path), dtype=dtype)
                 for i, path in enumerate(models)
             ),
-            kv_pool_devices=(Device(kv),),
+            kv_pool_devices=tuple(map(Device, ranks)),
             weight_pool_devices=tuple(map(Device, weights)),
             **settings,
         )

@@ -77,7 +77,7 @@ class OneGPU:
             buckets=BUCKETS,
             stages=stages,
             memory=self.memory,
-            counters=self.counters,
+            counters=[[[own]] * 2 for own in self.counters],
             pinned=False,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,9 +14,112 @@ from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks, kv_pool
-from crosspool.ranks.gpu_device import join_lanes, load_gpu_ranks, load_models
+from crosspool.ranks.gpu_device import join_lanes, load_gpu_ranks, load_parts
 from crosspool.ranks.gpu_executor import GPUExecutor
+from crosspool.ranks.gpu_nvshmem import Carrier
+from crosspool.ranks.gpu_peers import Peers, join_host_memory, layout_of
+from crosspool.transport.data_path import remote_pairs
+from crosspool.transport.device_links import DeviceLinks, linked_ffn_ranks, links_bytes
+from crosspool.transport.lane_layout import LINK_HEAD_BYTES, PAGE_BYTES, LinkLayout, round_up
+from crosspool.transport.nvshmem import SymmetricLinks
 from crosspool.weightpool.placement import Placement
+from support.fake_cuda_memory import CPU
+from support.fake_nvshmem import FakePE
+from torch import Tensor
+
+
+class Interpreted:
+    """The devices of one deployment in this process; their links lie in plain memory, which is
+    there as long as this is."""
+
+    def __init__(self) -> None:
+        self._links: dict[int, Tensor] = {}
+        """By FFN rank."""
+
+    def load(
+        self,
+        deployment: Deployment,
+        device: Device,
+        specs: Sequence[ModelSpec],
+        placement: Placement,
+        lanes_fd: int | None,
+    ) -> DeviceRanks:
+        """As :func:`crosspool.ranks.gpu_device.load_gpu_ranks`."""
+        peers = None
+        if remote_pairs(deployment):
+            links = self._reach(deployment, device, layout_of(deployment, specs))
+            peers = Peers(links, join_host_memory(deployment, device, lanes_fd, links))
+        return load_on_cpu(deployment, device, specs, placement, peers)
+
+    def _reach(self, deployment: Deployment, device: Device, layout: LinkLayout) -> DeviceLinks:
+        bases = {}
+        for rank in linked_ffn_ranks(deployment, device):
+            if rank not in self._links:
+                size = links_bytes(deployment, layout, rank)
+                self._links[rank] = torch.full((size + PAGE_BYTES,), 0xFF, dtype=torch.uint8)
+                clear_heads(self._links[rank], layout)
+            bases[rank] = round_up(self._links[rank].data_ptr(), PAGE_BYTES)
+        return DeviceLinks(deployment, device, layout, bases, CPU)
+
+
+def clear_heads(memory: Tensor, layout: LinkLayout) -> None:
+    """Signals and headers are zero at first; payloads stay as they are."""
+    first = round_up(memory.data_ptr(), PAGE_BYTES) - memory.data_ptr()
+    for at in range(first, len(memory) - LINK_HEAD_BYTES, layout.link_bytes):
+        memory[at : at + LINK_HEAD_BYTES] = 0
+
+
+class Symmetric(Interpreted):
+    """As :class:`Interpreted`, with a copy of every link at either end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heaps: dict[int, int] = {}
+        self.pes: list[FakePE] = []
+
+    def load(
+        self,
+        deployment: Deployment,
+        device: Device,
+        specs: Sequence[ModelSpec],
+        placement: Placement,
+        lanes_fd: int | None,
+    ) -> DeviceRanks:
+        assert lanes_fd is not None
+        os.close(lanes_fd)
+        layout = layout_of(deployment, specs)
+        sizes = [links_bytes(deployment, layout, r) for r in range(len(placement.shards))]
+        pe = deployment.devices.index(device)
+        heap = torch.full((sum(sizes) + PAGE_BYTES,), 0xFF, dtype=torch.uint8)
+        clear_heads(heap, layout)
+        self._links[pe] = heap
+        self.heaps[pe] = base = round_up(heap.data_ptr(), PAGE_BYTES)
+        bases = {rank: base + sum(sizes[:rank]) for rank in linked_ffn_ranks(deployment, device)}
+        links = SymmetricLinks(DeviceLinks(deployment, device, layout, bases, CPU))
+        self.pes.append(FakePE(pe, self.heaps))
+        peers = Peers(links.ends, None, Carrier(self.pes[-1], links))
+        return load_on_cpu(deployment, device, specs, placement, peers)
+
+
+def load_on_cpu(
+    deployment: Deployment,
+    device: Device,
+    specs: Sequence[ModelSpec],
+    placement: Placement,
+    peers: Peers | None,
+) -> DeviceRanks:
+    """A GPU's ranks on CPU tensors."""
+    cpu = torch.device("cpu")
+    resources = contextlib.ExitStack()
+    virtualizer, kv = None, []
+    if device in deployment.kv_pool_devices:
+        virtualizer, kv = kv_pool(deployment, device, specs)
+        resources.callback(virtualizer.close)
+    held = load_parts(deployment, device, specs, placement, kv, on=cpu)
+    ranks, _ = join_lanes(
+        deployment, device, held, peers, virtualizer=virtualizer, on=cpu, resources=resources
+    )
+    return ranks
 
 
 def load_interpreted(
@@ -23,16 +127,10 @@ def load_interpreted(
     device: Device,
     specs: Sequence[ModelSpec],
     placement: Placement,
-    _lanes_fd: int | None,
+    lanes_fd: int | None,
 ) -> DeviceRanks:
-    """As :func:`crosspool.ranks.gpu_device.load_gpu_ranks`."""
-    cpu = torch.device("cpu")
-    virtualizer, kv = kv_pool(deployment, device, specs)
-    resources = contextlib.ExitStack()
-    resources.callback(virtualizer.close)
-    models = load_models(deployment, device, specs, placement, kv, on=cpu)
-    ranks, _ = join_lanes(deployment, models, virtualizer, cpu, resources)
-    return ranks
+    """A GPU's ranks, both of them, on CPU tensors."""
+    return Interpreted().load(deployment, device, specs, placement, lanes_fd)
 
 
 def load_compiled(

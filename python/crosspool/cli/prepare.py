@@ -16,6 +16,7 @@ from crosspool.cli.memory import check_memory, default_kv_bytes, memories
 from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.config.draft import Draft, ModelDraft, devices_of, size_of
+from crosspool.config.gpu import check_alike, check_loop
 from crosspool.config.sizes import format_size
 from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
@@ -29,6 +30,7 @@ _HUGE_PAGE = 2 << 20
 _SAME = (
     "ffn_parallel",
     "loop",
+    "gpu_links",
     "lanes",
     "lease_steps",
     "page_size",
@@ -85,7 +87,8 @@ def prepare(draft: Draft) -> Prepared:
         port=_free_port(draft.host, draft.port),
         **{name: getattr(draft, name) for name in _SAME},
     )
-    _check_devices(deployment)
+    check_alike(deployment.devices)
+    check_loop(deployment)
     found = memories(deployment.devices)
     if draft.kv_pool_bytes is None:
         unbounded = place(msgspec.structs.replace(deployment, weight_pool_bytes=sys.maxsize), specs)
@@ -178,17 +181,6 @@ def _model_config(draft: ModelDraft, weight_devices: tuple[Device, ...] | None) 
 
 def _own_size(value: int | str | None, key: str) -> int | None:
     return None if value is None else size_of(value, key)
-
-
-def _check_devices(deployment: Deployment) -> None:
-    """What device processes can be joined: see docs/gpu.md."""
-    gpus = [device.name for device in deployment.devices if not device.is_cpu]
-    if gpus and len(deployment.devices) > 1:
-        others = [device.name for device in deployment.devices if device.name not in gpus]
-        raise ConfigError(
-            f"kv_pool_devices, weight_pool_devices: {', '.join((*gpus, *others))}: a GPU serves "
-            f"both pools by itself for now; write {gpus[0]} for both"
-        )
 
 
 def _check_kv_bounds(d: Deployment, specs: Sequence[ModelSpec]) -> None:

@@ -48,7 +48,10 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """FFN weight budget of the whole pool, shared evenly by its devices."""
     ffn_parallel: Literal["tp", "ep"] = "tp"
     loop: Literal["host", "resident"] = "resident"
-    """What drives the layers on a CPU device: Python, or native threads."""
+    """What drives the layers: Python, or native threads (on a GPU, the GPU itself)."""
+    gpu_links: Literal["peer", "nvshmem"] = "peer"
+    """How GPUs exchange hidden states: by loads and stores into each other's memory, or by
+    NVSHMEM."""
     lanes: int = 2
     """Batches in flight per attention rank."""
     lease_steps: int = 32

@@ -42,6 +42,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """None: what the models' FFN weights need."""
     ffn_parallel: Literal["tp", "ep"] = _defaults["ffn_parallel"]
     loop: Literal["host", "resident"] = _defaults["loop"]
+    gpu_links: Literal["peer", "nvshmem"] = _defaults["gpu_links"]
     lanes: int = _defaults["lanes"]
     lease_steps: int = _defaults["lease_steps"]
     page_size: int = _defaults["page_size"]

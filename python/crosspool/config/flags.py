@@ -35,6 +35,7 @@ _POOL_FLAGS: tuple[tuple[str, type, str], ...] = (
     ("weight_pool_bytes", str, "FFN weight budget of all weight devices together"),
     ("ffn_parallel", str, "how weight devices share a layer: tp splits every expert, ep deals"),
     ("loop", str, "what drives the layers: resident (native threads, default) or host (Python)"),
+    ("gpu_links", str, "between GPUs: peer (each other's memory, default) or nvshmem"),
     ("lanes", int, "batches in flight per KV device"),
     ("lease_steps", int, "decode steps in a row at most for one batch (resident loop; default 32)"),
     (

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from crosspool.config.device import Device
 from crosspool.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from crosspool.config.deployment import Deployment
 
 ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_MODULE_LOADING": "EAGER"}
 """Of every device process of a GPU: ``cuda:N`` is the N-th GPU as ``nvidia-smi`` counts them, and
@@ -69,6 +73,26 @@ def gpu_of(device: Device, gpus: list[GPU]) -> GPU:
     limit = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = "" if limit is None else f" (CUDA_VISIBLE_DEVICES={limit})"
     raise ConfigError(f"{device.name}: {len(gpus)} GPU(s) are visible here{hidden}: {names}")
+
+
+def check_alike(devices: Sequence[Device]) -> None:
+    """Raises ConfigError for a CPU beside a GPU, which no data path joins."""
+    gpus = [device.name for device in devices if not device.is_cpu]
+    cpus = [device.name for device in devices if device.is_cpu]
+    if gpus and cpus:
+        raise ConfigError(
+            f"kv_pool_devices, weight_pool_devices: {', '.join((*gpus, *cpus))}: a CPU cannot "
+            "serve beside a GPU; name GPUs alone, or CPUs alone"
+        )
+
+
+def check_loop(deployment: Deployment) -> None:
+    """Raises ConfigError for links that the loop cannot use."""
+    if deployment.gpu_links == "nvshmem" and deployment.loop == "host":
+        raise ConfigError(
+            "gpu_links: nvshmem needs the resident loop: a host cannot see when NVSHMEM has carried"
+            " a payload; write gpu_links: peer, or loop: resident"
+        )
 
 
 def _parsed(line: str) -> GPU:

@@ -52,6 +52,8 @@ from crosspool.kernels.engine_structs import (
 LIBRARY = "libcrosspool_cuda.so"
 MAX_HELD = 8
 """Steps that a lane has at once: the one under way and those that wait behind it."""
+MAX_LINKS = 8
+"""Of a lane."""
 EVERY_LANE = -1
 
 StepArguments = cs.StepArguments
@@ -202,6 +204,7 @@ class CudaLoop:
         self._native = library() if native is None else native
         self._address: int | None = None
         self.lanes = len(lanes)
+        self._serving = [index for index, lane in enumerate(lanes) if lane.serves]
         kinds = [(ctypes.c_uint8 * len(m.kinds))(*map(int, m.kinds)) for m in models]
         described = (cs.ModelDescription * len(models))()
         for into, model, row in zip(described, models, kinds, strict=True):
@@ -299,6 +302,11 @@ class CudaLoop:
         status = LaneStatus()
         self._check(self._native.crosspool_cuda_loop_status(self._address, lane, byref(status)))
         return status
+
+    @property
+    def served(self) -> int:
+        """Dispatches that the FFN rank's lanes have taken."""
+        return sum(self.status(lane).launches for lane in self._serving)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Quiesces, and frees everything; steps in flight are lost. Raises CudaLoopError when a

@@ -151,7 +151,7 @@ class DeviceProcess:
         check_visible(self._device)
         from crosspool.ranks.gpu_device import load_gpu_ranks
 
-        return load_gpu_ranks(self._deployment, self._device, specs, placement)
+        return load_gpu_ranks(self._deployment, self._device, specs, placement, self._lanes_fd)
 
     def _on_sigterm(self, _number: int, _frame: object) -> None:
         self._ending = True

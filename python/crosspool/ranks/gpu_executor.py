@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from crosspool.kernels.engine_structs import DONE, LOGITS, TOKENS, Event
+from crosspool.ranks.gpu_ffn_executor import ServedPeers
 from crosspool.ranks.gpu_inputs import HostMemory, InputLayout
 from crosspool.ranks.gpu_loop import DeviceLoop
 from crosspool.ranks.gpu_rank import GPUFlight, GPURank
@@ -27,7 +28,8 @@ unnoticed."""
 
 
 class GPUExecutor:
-    """Carries out the steps of one GPU that has both pools.
+    """Carries out the steps of the attention rank of one GPU, and drives its FFN rank, if it has
+    one, in the same loop.
 
     A step begins when a lane is free."""
 
@@ -39,11 +41,14 @@ class GPUExecutor:
         buckets: Sequence[int],
         stages: Mapping[tuple[int, int, int], Stages],
         memory: Sequence[HostMemory],
-        counters: Sequence[LinkCounters],
+        counters: Sequence[Sequence[Sequence[LinkCounters]]],
         pinned: bool,
+        serves_peers: bool = False,
     ) -> None:
-        """``buckets``: rows, ascending; ``stages``: by lane, model and bucket; ``memory`` and
-        ``counters``: by lane; ``pinned``: host memory that the device reads must be."""
+        """``buckets``: rows, ascending; ``stages``: by lane, model and bucket; ``memory``: by lane;
+        ``counters``: of the links to a model's FFN ranks, by lane and model; ``pinned``: host
+        memory that the device reads must be; ``serves_peers``: dispatches come from other devices.
+        """
         self._attention = attention
         self._loop = loop
         self._closed = False
@@ -55,6 +60,7 @@ class GPUExecutor:
         ]
         self._memory = memory
         self._counters = counters
+        self._peers = ServedPeers(loop) if serves_peers else None
         self._queue: deque[Step | Release] = deque()
         self._flights: dict[int, GPUFlight] = {}
         """By lane."""
@@ -77,9 +83,11 @@ class GPUExecutor:
                 self._queue[i] = msgspec.structs.replace(operation, lease=1)
 
     def run(self, timeout: float) -> list[StepResult]:
-        """Raises CudaLoopError when the loop cannot go on."""
+        """Raises CudaLoopError or LaneError when the loop cannot go on."""
         if self._flights:
             self._loop.wait(min(timeout, _LONGEST_WAIT))
+        elif self._peers is not None:
+            self._loop.wait(timeout)
         results = []
         while (event := self._loop.pop()) is not None:
             result = self._take(event)
@@ -95,10 +103,14 @@ class GPUExecutor:
 
     @property
     def drained(self) -> bool:
-        return self.quiet
+        return self._idle and (self._peers is None or self._peers.drained)
 
     @property
     def quiet(self) -> bool:
+        return self._idle and self._peers is None
+
+    @property
+    def _idle(self) -> bool:
         return not self._queue and not self._flights
 
     def quiesced(self) -> contextlib.AbstractContextManager[None]:
@@ -134,14 +146,15 @@ class GPUExecutor:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _count(self, lane: int, flight: GPUFlight) -> None:
-        """What would have crossed a link in the step that ended."""
-        spec, counters = self._attention.specs[flight.model], self._counters[lane]
+        """What crossed the links in the step that ended, or would have within the device."""
+        spec = self._attention.specs[flight.model]
         rows = spec.layers * flight.rows
         size = rows * spec.hidden * TORCH_DTYPES[spec.dtype].itemsize
-        counters.dispatches += spec.layers
-        counters.rows += rows
-        counters.dispatch_bytes += size
-        counters.combine_bytes += size
+        for counters in self._counters[lane][flight.model]:
+            counters.dispatches += spec.layers
+            counters.rows += rows
+            counters.dispatch_bytes += size
+            counters.combine_bytes += size
 
     def _begin_queued(self) -> None:
         """Begins operations in order, up to the first that must wait; a release waits for the

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from crosspool.kernels.cuda_loop import Stage
-from crosspool.ranks.gpu_stages import LanePlaces, StageCall, Stages
+from crosspool.ranks.gpu_nvshmem import Tail
+from crosspool.ranks.gpu_stages import HasStages, LanePlaces, StageCall
 
 Key = tuple[int, int, Stage, int]
 """Lane, model, stage, bucket: its index."""
@@ -20,9 +21,12 @@ Key = tuple[int, int, Stage, int]
 class Launcher(Protocol):
     """Work on one lane is done in the order in which it is asked for."""
 
-    def write(self, lane: int, inputs: int, rows: int, done: int) -> None:
-        """The lane's words for a step that begins: layer 0, ``inputs``: address of its inputs in
-        host memory, ``done``: steps of its lease that have ended."""
+    def write(
+        self, lane: int, inputs: int, rows: int, done: int, *, layer: int = 0, link: int = 0
+    ) -> None:
+        """The lane's words for a step that begins, ``inputs``: address of its inputs in host
+        memory, ``done``: steps of its lease that have ended; or for a dispatch that came through
+        ``link``."""
 
     def set_layer(self, lane: int, layer: int) -> None: ...
 
@@ -44,7 +48,7 @@ class EagerLauncher:
     """Calls the stages at once. For CPU tensors."""
 
     def __init__(
-        self, lanes: Sequence[LanePlaces], stages: Mapping[tuple[int, int, int], Stages]
+        self, lanes: Sequence[LanePlaces], stages: Mapping[tuple[int, int, int], HasStages]
     ) -> None:
         """``stages``: by lane, model and bucket."""
         self._lanes = lanes
@@ -54,8 +58,10 @@ class EagerLauncher:
             for stage, call in of_model.calls.items()
         }
 
-    def write(self, lane: int, inputs: int, rows: int, done: int) -> None:
-        self._lanes[lane].words.copy_(words(inputs, rows, done))
+    def write(
+        self, lane: int, inputs: int, rows: int, done: int, *, layer: int = 0, link: int = 0
+    ) -> None:
+        self._lanes[lane].words.copy_(words(inputs, rows, done, layer, link))
 
     def set_layer(self, lane: int, layer: int) -> None:
         self._lanes[lane].layer.fill_(layer)
@@ -96,10 +102,12 @@ class GraphLauncher:
         self._numbers = torch.arange(layers + 1, dtype=torch.int32, device=device)
         self._words = [torch.zeros(8, dtype=torch.int32, pin_memory=True) for _ in lanes]
 
-    def write(self, lane: int, inputs: int, rows: int, done: int) -> None:
-        # The lane's last step is over, and with it the last copy out of this memory; between two
-        # steps of a lease too.
-        self._words[lane].copy_(words(inputs, rows, done))
+    def write(
+        self, lane: int, inputs: int, rows: int, done: int, *, layer: int = 0, link: int = 0
+    ) -> None:
+        # The lane's last step or dispatch is over, and with it the last copy out of this memory;
+        # between two steps of a lease too.
+        self._words[lane].copy_(words(inputs, rows, done, layer, link))
         with torch.cuda.stream(self._streams[lane]):
             self._lanes[lane].words.copy_(self._words[lane], non_blocking=True)
 
@@ -126,11 +134,11 @@ class GraphLauncher:
         self._streams[lane].synchronize()
 
 
-def words(inputs: int, rows: int, done: int) -> Tensor:
-    """:class:`crosspool.kernels.cuda_loop_structs.StageWords` as int32 [8], of layer 0."""
+def words(inputs: int, rows: int, done: int, layer: int = 0, link: int = 0) -> Tensor:
+    """:class:`crosspool.kernels.cuda_loop_structs.StageWords` as int32 [8]."""
     out = torch.zeros(8, dtype=torch.int32)
     out[:2].view(torch.int64)[0] = inputs
-    out[4], out[5] = rows, done
+    out[2], out[3], out[4], out[5] = layer, link, rows, done
     return out
 
 
@@ -140,15 +148,18 @@ def host_tokens(address: int, count: int) -> Tensor:
 
 
 def capture(
-    lanes: Sequence[LanePlaces], stages: Mapping[tuple[int, int, int], Stages]
+    lanes: Sequence[LanePlaces],
+    stages: Mapping[tuple[int, int, int], HasStages],
+    tails: Mapping[tuple[int, int, Stage], Tail],
 ) -> dict[Key, torch.cuda.CUDAGraph]:
     """Captures every stage, after calling it once so that its kernels are compiled and loaded. The
     lanes' words and inputs say 0 rows, so that nothing of KV is read or written. The graphs are not
-    instantiated yet. ``stages``: by lane, model and bucket.
+    instantiated yet. ``stages``: by lane, model and bucket; ``tails``: what ends the graphs of a
+    stage, by lane and model, and must not run before.
 
     Has not run on a GPU yet (docs/gpu.md)."""
-    empty = torch.zeros(max(s.layout.elements for s in stages.values()), dtype=torch.int32)
-    empty = empty.pin_memory()
+    elements = max(s.input_elements for s in stages.values())
+    empty = torch.zeros(max(1, elements), dtype=torch.int32).pin_memory()
     for lane in lanes:
         lane.words.copy_(words(empty.data_ptr(), rows=0, done=0))
     torch.cuda.synchronize()
@@ -164,6 +175,8 @@ def capture(
                 graph = torch.cuda.CUDAGraph(keep_graph=True)
                 graph.capture_begin(capture_error_mode="thread_local")
                 call()
+                if (tail := tails.get((lane_index, model, stage))) is not None:
+                    tail(stream.cuda_stream)
                 graph.capture_end()
                 graphs[lane_index, model, stage, bucket] = graph
         stream.synchronize()

@@ -7,6 +7,8 @@ import logging
 from crosspool.kernels.cuda_loop import Stage
 from crosspool.kernels.cuda_loop_structs import StepArguments
 from crosspool.observability.trace import LaneEvent, LaneTrace, Part
+from crosspool.ranks.gpu_loop import AnswerEnd
+from crosspool.transport.data_path import DispatchHeader
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +25,11 @@ class GPUTrace:
     every part, so that an event's time is the device's; lanes then do not overlap. A resident loop
     does not tell of its parts."""
 
-    def __init__(self, *, resident: bool) -> None:
+    def __init__(self, *, resident: bool, attention_rank: int = 0, ffn_rank: int = 0) -> None:
+        """The ranks of this device."""
         self._resident = resident
+        self._attention_rank = attention_rank
+        self._ffn_rank = ffn_rank
         self._trace = LaneTrace()
 
     @property
@@ -40,17 +45,32 @@ class GPUTrace:
         return self._trace.stop()
 
     def part(self, lane: int, step: StepArguments, stage: Stage, layer: int, start_ns: int) -> None:
-        """A part that has just ended on the device."""
+        """A part of the attention rank's lane that has just ended on the device."""
         part = _PARTS[stage]
         self._trace.record(
             role="ffn" if part == "ffn" else "attention",
-            rank=0,
-            attention_rank=0,
+            rank=self._ffn_rank if part == "ffn" else self._attention_rank,
+            attention_rank=self._attention_rank,
             lane=lane,
             step=-1 if part == "ffn" else step.step,
             model=step.model,
             layer=layer,
             part=part,
             rows=step.wanted if part == "lm_head" else step.rows,
+            start_ns=start_ns,
+        )
+
+    def served(self, link: AnswerEnd, dispatch: DispatchHeader, start_ns: int) -> None:
+        """The FFN part of another device's dispatch that has just ended."""
+        self._trace.record(
+            role="ffn",
+            rank=self._ffn_rank,
+            attention_rank=link.attention_rank,
+            lane=link.lane,
+            step=-1,
+            model=dispatch.model,
+            layer=dispatch.layer,
+            part="ffn",
+            rows=dispatch.rows,
             start_ns=start_ns,
         )

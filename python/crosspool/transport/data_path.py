@@ -13,22 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
-
-import msgspec
-
-from crosspool.config.deployment import Deployment
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from crosspool.config.deployment import Deployment
 
 
 class LaneError(RuntimeError):
     """An end of a link broke the lane protocol, or the ends disagree about a payload."""
 
 
-class DispatchHeader(msgspec.Struct, frozen=True):
+class DispatchHeader(NamedTuple):
     """What a dispatch asks for. All fields are unsigned; ``epoch`` has 64 bits, the others 32."""
 
     epoch: int

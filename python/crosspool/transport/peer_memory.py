@@ -109,7 +109,8 @@ class PeerMemory:
         except CudaError as error:
             raise ConfigError(
                 f"kv_pool_devices, weight_pool_devices: {self._driver.name} cannot reach memory of"
-                f" {name} ({error}): choose GPUs with peer access to each other"
+                f" {name} ({error}): choose GPUs with peer access to each other, or"
+                " gpu_links: nvshmem"
             ) from error
 
     def _zero(self, address: int, nbytes: int) -> None:

@@ -41,40 +41,30 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
-from crosspool.kernels.native import Doorbell, Signal
-from crosspool.transport.data_path import (
-    DispatchHeader,
-    LaneError,
-    LinkCounters,
-    check_rows,
-    remote_pairs,
-)
+from crosspool.kernels.native import Doorbell
+from crosspool.transport.data_path import LaneError, remote_pairs
 from crosspool.transport.device_links import DeviceLinks
 from crosspool.transport.lane_layout import (
     LINE_BYTES,
-    LINK_HEAD_BYTES,
     PAGE_BYTES,
     LinkLayout,
     LinkPlace,
     round_up,
 )
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from crosspool.transport.shared_links import (
+    SegmentLink,
+    SharedMemoryAttentionLink,
+    SharedMemoryFFNLink,
+)
 
 SPIN_NS = 20_000
 """How long a device with cores of its own spins before it sleeps: about what a wake-up costs."""
 
 _SEGMENT_HEADER = struct.Struct("<8s7IxxxxQ")
 _MAGIC = b"CPLANES1"
-_DISPATCH_HEADER = struct.Struct("<QIIII")
-_COMBINE_HEADER = struct.Struct("<QII")
-_DISPATCH_SIGNAL, _DISPATCH, _COMBINE_SIGNAL, _COMBINE = 0, 64, 128, 192
 
 
 @dataclass(frozen=True)
@@ -153,184 +143,6 @@ def _attach(fd: int, deployment: Deployment) -> tuple[mmap.mmap, _Segment]:
     if raw != segment.header or os.fstat(fd).st_size != segment.total_bytes:
         raise LaneError("the lanes' segment was made for another deployment")
     return mmap.mmap(fd, segment.total_bytes), segment
-
-
-class _Lane:
-    """One link's part of the segment, seen from either end."""
-
-    def __init__(
-        self,
-        memory: mmap.mmap,
-        segment: _Segment,
-        link: tuple[int, int, int],
-        on_gpu: DeviceLinks | None,
-    ) -> None:
-        """``link``: attention rank, lane, FFN rank. ``on_gpu``: where its payloads lie, if not in
-        the segment."""
-        import torch
-
-        attention_rank, lane, ffn_rank = link
-
-        base, payload = segment.link(*link), segment.layout.payload_bytes
-        everything = torch.frombuffer(memory, dtype=torch.uint8)
-        address, start = everything.data_ptr() + base, base + LINK_HEAD_BYTES
-        self.name = f"attention rank {attention_rank}, lane {lane}, FFN rank {ffn_rank}"
-        self.memory = memory
-        self.max_rows = segment.deployment.max_step_tokens
-        self.max_row_bytes = segment.max_hidden_bytes
-        self.dispatched = Signal(address + _DISPATCH_SIGNAL)
-        self.combined = Signal(address + _COMBINE_SIGNAL)
-        self.dispatch_header = base + _DISPATCH
-        self.combine_header = base + _COMBINE
-        self._on_gpu = on_gpu
-        payloads = everything[start:] if on_gpu is None else on_gpu.payloads(*link)
-        self.dispatch_payload = payloads[:payload]
-        self.combine_payload = payloads[payload : 2 * payload]
-
-    def error(self, what: str) -> LaneError:
-        return LaneError(f"{self.name}: {what}")
-
-    def check_size(self, rows: int, row_bytes: int) -> None:
-        if not (1 <= rows <= self.max_rows and 1 <= row_bytes <= self.max_row_bytes):
-            raise self.error(
-                f"{rows} rows of {row_bytes} bytes; between 1 and {self.max_rows} rows of at most"
-                f" {self.max_row_bytes} bytes fit"
-            )
-
-    def view(self, payload: Tensor, rows: int, row_bytes: int, dtype: torch.dtype) -> Tensor:
-        if row_bytes % dtype.itemsize:
-            raise self.error(f"rows of {row_bytes} bytes are no whole rows of {dtype}")
-        return payload[: rows * row_bytes].view(dtype).view(rows, row_bytes // dtype.itemsize)
-
-    def fill(self, payload: Tensor, row_bytes: int, rows: Tensor) -> None:
-        """Returns when a peer may be told of the rows."""
-        self.view(payload, len(rows), row_bytes, rows.dtype).copy_(rows)
-        if self._on_gpu is not None:
-            self._on_gpu.settle()
-
-
-class SharedMemoryAttentionLink:
-    """The :class:`~crosspool.transport.data_path.AttentionLink` through the segment."""
-
-    def __init__(
-        self, link: _Lane, peer: Doorbell, attention_rank: int, lane: int, ffn_rank: int
-    ) -> None:
-        self.attention_rank = attention_rank
-        self.lane = lane
-        self.ffn_rank = ffn_rank
-        self.counters = LinkCounters()
-        self._link = link
-        self._peer = peer
-        self._sequence = link.dispatched.load()
-        self._outstanding: DispatchHeader | None = None
-        self._row_bytes = 0
-
-    def dispatch(self, header: DispatchHeader, hidden: Tensor) -> None:
-        link = self._link
-        if self._outstanding is not None or link.combined.load() != self._sequence:
-            raise link.error("a dispatch is outstanding")
-        check_rows(header, hidden)
-        row_bytes = hidden.shape[1] * hidden.itemsize
-        link.check_size(header.rows, row_bytes)
-        link.fill(link.dispatch_payload, row_bytes, hidden)
-        _DISPATCH_HEADER.pack_into(
-            link.memory,
-            link.dispatch_header,
-            header.epoch,
-            header.model,
-            header.layer,
-            header.rows,
-            row_bytes,
-        )
-        self._sequence += 1
-        self._outstanding, self._row_bytes = header, row_bytes
-        link.dispatched.store(self._sequence)
-        self._peer.ring()
-        self.counters.dispatches += 1
-        self.counters.rows += header.rows
-        self.counters.dispatch_bytes += header.rows * row_bytes
-
-    def ready(self) -> bool:
-        return self._outstanding is not None and self._link.combined.load() == self._sequence
-
-    def combine(self, out_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        link, header = self._link, self._outstanding
-        if header is None or not self.ready():
-            raise link.error("nothing to combine")
-        epoch, rows, row_bytes = _COMBINE_HEADER.unpack_from(link.memory, link.combine_header)
-        if (epoch, rows, row_bytes) != (header.epoch, header.rows, self._row_bytes):
-            raise link.error(
-                f"the answer (epoch {epoch}, {rows} rows of {row_bytes} bytes) does not fit the"
-                f" dispatch (epoch {header.epoch}, {header.rows} rows of {self._row_bytes} bytes)"
-            )
-        partial = link.view(link.combine_payload, rows, row_bytes, dtype)
-        if partial.shape != tuple(out_shape):
-            raise link.error(f"the partial sum is {tuple(partial.shape)}, not {tuple(out_shape)}")
-        self._outstanding = None
-        self.counters.combine_bytes += rows * row_bytes
-        return partial
-
-
-class SharedMemoryFFNLink:
-    """The :class:`~crosspool.transport.data_path.FFNLink` through the segment."""
-
-    def __init__(
-        self, link: _Lane, peer: Doorbell, attention_rank: int, lane: int, ffn_rank: int
-    ) -> None:
-        self.attention_rank = attention_rank
-        self.lane = lane
-        self.ffn_rank = ffn_rank
-        self.counters = LinkCounters()
-        self._link = link
-        self._peer = peer
-        self._answered = link.combined.load()
-        self._polled: DispatchHeader | None = None
-        self._row_bytes = 0
-
-    def poll(self) -> DispatchHeader | None:
-        if self._polled is not None:
-            return self._polled
-        link = self._link
-        sequence = link.dispatched.load()
-        if sequence == self._answered:
-            return None
-        if sequence != self._answered + 1:
-            raise link.error(f"dispatch {sequence} came after answer {self._answered}")
-        epoch, model, layer, rows, row_bytes = _DISPATCH_HEADER.unpack_from(
-            link.memory, link.dispatch_header
-        )
-        link.check_size(rows, row_bytes)
-        self._polled, self._row_bytes = DispatchHeader(epoch, model, layer, rows), row_bytes
-        return self._polled
-
-    def hidden(self, dtype: torch.dtype) -> Tensor:
-        link, header = self._link, self._polled
-        if header is None:
-            raise link.error("no dispatch was polled")
-        return link.view(link.dispatch_payload, header.rows, self._row_bytes, dtype)
-
-    def reply(self, partial: Tensor) -> None:
-        link, header = self._link, self._polled
-        if header is None:
-            raise link.error("no dispatch to answer")
-        rows, row_bytes = header.rows, self._row_bytes
-        if partial.dim() != 2 or partial.shape[0] != rows:
-            raise link.error(f"a partial sum {tuple(partial.shape)} does not answer {rows} rows")
-        if partial.shape[1] * partial.itemsize != row_bytes:
-            raise link.error(
-                f"a partial sum {tuple(partial.shape)} of {partial.dtype} does not answer rows of"
-                f" {row_bytes} bytes"
-            )
-        link.fill(link.combine_payload, row_bytes, partial)
-        _COMBINE_HEADER.pack_into(link.memory, link.combine_header, header.epoch, rows, row_bytes)
-        self._answered += 1
-        self._polled = None
-        link.combined.store(self._answered)
-        self._peer.ring()
-        self.counters.dispatches += 1
-        self.counters.rows += rows
-        self.counters.dispatch_bytes += rows * row_bytes
-        self.counters.combine_bytes += rows * row_bytes
 
 
 class SharedMemoryTransport:
@@ -429,10 +241,10 @@ class SharedMemoryTransport:
             peer_doorbell=self._base + segment.doorbell(peer),
         )
 
-    def _lane(self, attention_rank: int, lane: int, ffn_rank: int) -> _Lane:
+    def _lane(self, attention_rank: int, lane: int, ffn_rank: int) -> SegmentLink:
         self._check(attention_rank, lane, ffn_rank)
-        link = (attention_rank, lane, ffn_rank)
-        return _Lane(self._memory, self._segment, link, self._on_gpu)
+        link, segment = (attention_rank, lane, ffn_rank), self._segment
+        return SegmentLink(self._memory, segment.link(*link), segment.layout, link, self._on_gpu)
 
     def _check(self, attention_rank: int, lane: int, ffn_rank: int) -> None:
         if (attention_rank, ffn_rank) not in self._segment.pairs:

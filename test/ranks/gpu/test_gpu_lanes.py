@@ -20,7 +20,9 @@ from crosspool.models.registry import read_model
 from crosspool.ranks.gpu_stages import GPUModel
 from crosspool.ranks.gpu_weights import GPUFFN, GPUAttention
 from crosspool.weightpool.placement import FFNShard
+from support.exchanging_lanes import ExchangingLanes
 from support.parts import Parts
+from support.poisoned import poison_lanes, with_few_multiprocessors
 
 from benchmark.gpu_lanes import Lanes, Row
 
@@ -98,6 +100,33 @@ def test_greedy_tokens_are_the_references(resident: bool) -> None:
             for number, prompt in enumerate(prompts(count, length)):
                 expected = reference(parts, number, prompt, tokens)
                 assert greedy(lanes, 0, index, prompt, tokens) == expected, (name, number)
+
+
+@pytest.mark.parametrize("resident", [False] if INTERPRETED else [False, True])
+def test_two_loops_on_one_device_exchange_rows(
+    resident: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attention rank and an FFN rank, each with a loop of its own, links between them; two lanes
+    of two models on a GPU. Every buffer and payload is full of NaN before."""
+    names = NAMES[1:2] if INTERPRETED else NAMES[:2]
+    count, length, tokens = (1, 2, 1) if INTERPRETED else (20, 40, 24)
+    buckets = [2] if INTERPRETED else [1, 8, 64]
+    poison_lanes(monkeypatch)
+    if INTERPRETED:
+        with_few_multiprocessors(monkeypatch)
+    models = [load(name) for name in names]
+    with ExchangingLanes(
+        models, lanes=2, buckets=buckets, device=DEVICE, resident=resident, lease=tokens
+    ) as lanes:
+        for index, name in enumerate(names):
+            parts = Parts(DEMO / name, dtype="float32", pages=512)
+            for number, prompt in enumerate(prompts(count, length)):
+                expected = reference(parts, number, prompt, tokens)
+                assert greedy(lanes, number % 2, index, prompt, tokens) == expected, (name, number)
+        layers = sum(len(model.kinds) for model in models)
+        served = [lanes.served.read(lane) for lane in range(2)]
+        assert sum(link.dispatches for link in served) == count * tokens * layers
+        assert sum(link.rows for link in served) == count * (length + tokens - 1) * layers
 
 
 @pytest.mark.gpu

@@ -1,0 +1,67 @@
+"""The process of an FFN device for test_gpu_processes: its ranks, whose links lie in memory that it
+exports.
+
+Arguments: deployment file, device, descriptor of the lanes' segment, "fake" (CPU tensors, Triton's
+interpreter, a fake driver) or "real" (GPU 0, whatever the device's number). It says "ready", serves
+until its standard input ends, and says what it served."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from crosspool.config.deployment import load
+from crosspool.config.device import Device
+from crosspool.models.registry import read_model
+from crosspool.ranks.gpu_device import join_lanes, load_parts
+from crosspool.ranks.gpu_peers import meet
+from crosspool.weightpool.placement import place
+
+
+def driver_of(device: Device, real: bool) -> tuple[Any, torch.device]:
+    """The driver, and where tensors lie."""
+    if real:
+        from crosspool.kernels.cuda_driver import CudaBindings
+
+        torch.cuda.set_device(0)
+        torch.zeros(1, device="cuda")
+        return CudaBindings(0), torch.device("cuda", 0)
+    from support.fake_cuda_memory import FakeCuda
+
+    return FakeCuda(total=64 << 20, name=device.name), torch.device("cpu")
+
+
+def main() -> None:
+    deployment, device = load(Path(sys.argv[1])), Device(sys.argv[2])
+    real = sys.argv[4] == "real"
+    if not real:
+        from support.triton_interpreter import repair
+
+        repair()
+    torch.set_num_threads(1)
+    specs = [read_model(Path(model.path), dtype=model.dtype) for model in deployment.models]
+    driver, on = driver_of(device, real)
+    with contextlib.ExitStack() as resources:
+        peers = meet(
+            deployment, device, specs, int(sys.argv[3]), driver=driver, resources=resources
+        )
+        held = load_parts(deployment, device, specs, place(deployment, specs), (), on=on)
+        lanes = resources.enter_context(contextlib.ExitStack())
+        ranks, executor = join_lanes(
+            deployment, device, held, peers, virtualizer=None, on=on, resources=lanes
+        )
+        print("ready", flush=True)
+        while not select.select([sys.stdin], [], [], 0.0)[0]:
+            executor.run(0.01)
+        print(json.dumps(ranks.inspect("counters")["served"]), flush=True)
+    if not real:
+        assert driver.is_clean
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Devices in processes of their own, which meet, map each other's memory and exchange rows: with
+Triton's interpreter and a fake driver whose memory processes can share, or all on one GPU, as a
+test bed (on GPUs of their own: test_gpu_device_process.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("msgspec", reason="msgspec is not installed (the messages of a step)")
+
+import torch
+from crosspool.config.deployment import Deployment, save
+from crosspool.config.device import Device
+from crosspool.models.spec import ModelSpec
+from crosspool.ranks.device import DeviceRanks, gpu_kv_pool, kv_pool
+from crosspool.ranks.gpu_device import join_lanes, load_parts
+from crosspool.ranks.gpu_peers import meet
+from crosspool.transport.messages import Sampling
+from crosspool.weightpool.placement import Placement
+from make_random_checkpoint import make_random_checkpoint
+from ranks.gpu.ffn_peer import driver_of
+from support.machine import Machine, Stream
+from support.poisoned import poison_lanes, with_few_multiprocessors
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PEER = Path(__file__).with_name("ffn_peer.py")
+VOCAB = 64
+LIMITS: dict[str, Any] = {
+    "max_running_requests": 3,
+    "chunked_prefill_size": 5,
+    "lease_steps": 8,
+    "random_seed": 1,
+}
+
+
+class _Process:
+    """An FFN device's process, in the place of its ranks."""
+
+    def __init__(self, command: Sequence[str], fd: int) -> None:
+        self.process = subprocess.Popen(
+            [*command],
+            pass_fds=[fd],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.served: list[dict[str, int]] = []
+
+    @property
+    def executor(self) -> _Process:
+        return self
+
+    def run(self, _timeout: float) -> list[Any]:
+        assert self.process.poll() is None, "the FFN device's process has ended"
+        return []
+
+    def close(self) -> None:
+        said, _ = self.process.communicate("\n", timeout=60)
+        assert self.process.returncode == 0
+        self.served = json.loads(said.splitlines()[-1])
+
+
+class Processes:
+    """Loads the attention device here, and starts a process for each other one."""
+
+    def __init__(self) -> None:
+        self.started: dict[str, _Process] = {}
+
+    def load(
+        self,
+        deployment: Deployment,
+        device: Device,
+        specs: Sequence[ModelSpec],
+        placement: Placement,
+        lanes_fd: int,
+    ) -> DeviceRanks | _Process:
+        if device in deployment.weight_pool_devices:
+            os.close(lanes_fd)
+            process = self.started[device.name].process
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            return self.started[device.name]
+        save(deployment)
+        kind = "fake" if INTERPRETED else "real"
+        for peer in deployment.weight_pool_devices:
+            words = [str(PEER), str(deployment.file), peer.name, str(lanes_fd), kind]
+            self.started[peer.name] = _Process([sys.executable, *words], lanes_fd)
+        driver, on = driver_of(device, real=not INTERPRETED)
+        resources = contextlib.ExitStack()
+        peers = meet(deployment, device, specs, lanes_fd, driver=driver, resources=resources)
+        virtualizer, kv = (kv_pool if INTERPRETED else gpu_kv_pool)(deployment, device, specs)
+        resources.callback(virtualizer.close)
+        held = load_parts(deployment, device, specs, placement, kv, on=on)
+        ranks, executor = join_lanes(
+            deployment, device, held, peers, virtualizer=virtualizer, on=on, resources=resources
+        )
+        virtualizer.quiesced = executor.quiesced
+        return ranks
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    families = ("glm4_moe_lite",) if INTERPRETED else ("qwen3_moe", "glm4_moe_lite")
+    return [
+        make_random_checkpoint(family, folder / family, {"vocab_size": VOCAB}, "float32", seed=5)
+        for family in families
+    ]
+
+
+def streams(models: int) -> list[dict[str, Any]]:
+    drawn = Sampling(temperature=0.9, top_k=40, top_p=0.9, seed=7)
+    new = 2 if INTERPRETED else 40
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {"model": model, "prompt": prompt, "new_tokens": new} | more
+        for model in range(models)
+        for length, more in ((3, {}), (2, {"sampling": drawn}))
+        if (prompt := torch.randint(2, VOCAB, (length,), generator=generator).tolist())
+    ]
+
+
+def outputs(machine: Machine, lease: int) -> list[list[int]]:
+    own = [Stream(**stream) for stream in streams(len(machine.specs))]
+    machine.generate(own, lease)
+    return [stream.output for stream in own]
+
+
+@pytest.mark.parametrize("loop", ["host"] if INTERPRETED else ["host", "resident"])
+def test_processes_exchange_rows(
+    models: list[Path], loop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attention device and two FFN devices; both on GPU 0, if there is one."""
+    poison_lanes(monkeypatch)
+    if INTERPRETED:
+        with_few_multiprocessors(monkeypatch)
+    with Machine(models, loop="host", **LIMITS) as cpu:
+        expected = outputs(cpu, 1)
+    processes = Processes()
+    load: Any = processes.load
+    with Machine(
+        models,
+        loop=loop,
+        kv="cuda:0",
+        weights=("cuda:1", "cuda:2"),
+        load=load,
+        runtime_dir=str(tmp_path),
+        **LIMITS,
+    ) as machine:
+        assert outputs(machine, 8) == expected
+        sent = machine.first.inspect("counters")["links"]
+    served = [link for process in processes.started.values() for link in process.served]
+    key = ("ffn_rank", "lane")
+    assert sorted(served, key=lambda link: [link[k] for k in key]) == sorted(
+        sent, key=lambda link: [link[k] for k in key]
+    )

@@ -1,0 +1,74 @@
+"""The resident loop over stages that Triton's interpreter runs: native code, as on a GPU, decides
+which stage comes next; the driver behind it is the fake one of support/fake_cuda_graphs.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from crosspool.kernels.cuda_loop import CudaLoop, ModelStages, Stage
+from crosspool.ranks.gpu_lanes import loop_places
+from crosspool.ranks.gpu_nvshmem import Tail
+from crosspool.ranks.gpu_scratch import LanePlaces
+from crosspool.ranks.gpu_stages import HasStages
+from support.fake_cuda_graphs import FakeCuda, build
+
+_UNITS = 64
+
+
+class FakeResident:
+    """All devices' loops are driven together, whichever one is waited for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cuda = FakeCuda(build(folder))
+        self.failed: list[BaseException] = []
+
+    def join_loop(
+        self,
+        models: Sequence[ModelStages],
+        lanes: Sequence[LanePlaces],
+        stages: Mapping[tuple[int, int, int], HasStages],
+        buckets: Sequence[int],
+        *,
+        resident: bool,
+        watch: object,
+        exchange: object,
+        epoch: int,
+        tails: Mapping[tuple[int, int, Stage], Tail],
+    ) -> CudaLoop:
+        """As :func:`crosspool.ranks.gpu_lanes.join_loop`."""
+        assert exchange is None
+        loop = _Driven(self, models, loop_places(lanes), buckets, epoch=epoch)
+        for (lane, model, bucket), of_model in stages.items():
+            for stage, call in of_model.calls.items():
+                tail = tails.get((lane, model, stage))
+                graph = self.cuda.graph(self._kept(call, tail))
+                loop.add_graph(lane, model, stage, bucket, graph)
+        loop.start()
+        return loop
+
+    def _kept(self, call: Callable[[], None], tail: Tail | None) -> Callable[[], None]:
+        """An exception cannot pass through native code."""
+
+        def body() -> None:
+            try:
+                call()
+                if tail is not None:
+                    tail(0)
+            except BaseException as error:
+                self.failed.append(error)
+
+        return body
+
+
+class _Driven(CudaLoop):
+    def __init__(self, fake: FakeResident, *arguments: Any, epoch: int) -> None:
+        super().__init__(*arguments, epoch=epoch, spin_s=1e-6, native=fake.cuda.native)
+        self._fake = fake
+
+    def wait(self, timeout_s: float) -> bool:
+        self._fake.cuda.run(_UNITS)
+        if self._fake.failed:
+            raise self._fake.failed[0]
+        return super().wait(0.0)

@@ -1,0 +1,50 @@
+"""Both ends of a link's signals and headers in plain Python, for host-launched loops of one
+process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from crosspool.transport.data_path import DispatchHeader
+
+
+@dataclass
+class Ends:
+    """As the attention rank's and the FFN rank's end."""
+
+    attention_rank: int = 0
+    lane: int = 0
+    outstanding: DispatchHeader | None = None
+    row_bytes: int = 0
+    answered: bool = False
+    dispatches: int = 0
+
+    @property
+    def free(self) -> bool:
+        return self.outstanding is None
+
+    def announce(self, header: DispatchHeader, row_bytes: int) -> None:
+        assert self.free
+        self.outstanding, self.row_bytes, self.answered = header, row_bytes, False
+        self.dispatches += 1
+
+    def ready(self) -> bool:
+        return self.answered
+
+    def accept(self) -> None:
+        assert self.answered
+        self.outstanding, self.answered = None, False
+
+    def poll(self) -> DispatchHeader | None:
+        return None if self.answered else self.outstanding
+
+    def answer(self) -> None:
+        assert self.poll() is not None
+        self.answered = True
+
+
+class NeverRings:
+    """A doorbell for loops that are driven in turn."""
+
+    def wait(self, timeout: float) -> bool:
+        return False
