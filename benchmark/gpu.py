@@ -41,7 +41,7 @@ from benchmark.records import RESULTS, ROOT, Recorder
 if TYPE_CHECKING:
     import torch
     from crosspool.models.spec import ModelSpec
-    from crosspool.ranks.gpu_stages import GPUModel
+    from crosspool.ranks.gpu_model import GPUModel
 
     from benchmark.gpu_lanes import Lanes
 
@@ -83,8 +83,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=540.0, help="begin no model after them")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args(words)
-    # CUDA reads it when it is loaded: no kernel is loaded later, behind a resident loop.
+    # CUDA reads them when it is loaded: no kernel is loaded later, behind a resident loop, and no
+    # stream shares a connection with one.
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     import torch
 
     device = torch.device(given.device)

@@ -20,7 +20,7 @@ from crosspool.kernels.engine_structs import DONE, TOKENS
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.gpu_inputs import HostInputs, HostMemory
 from crosspool.ranks.gpu_lanes import make_loop, make_stages
-from crosspool.ranks.gpu_stages import GPUModel
+from crosspool.ranks.gpu_model import GPUModel
 from crosspool.ranks.gpu_weights import GPUFFN, GPUAttention
 from crosspool.ranks.weights import TORCH_DTYPES
 from crosspool.weightpool.placement import FFNShard

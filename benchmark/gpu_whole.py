@@ -13,7 +13,9 @@ from crosspool.kernels.cuda_loop import Stage
 from crosspool.models.spec import DTYPE_BYTES, DenseFFN, MoEFFN
 from crosspool.ranks.gpu_inputs import HostInputs, InputLayout
 from crosspool.ranks.gpu_launch import words
-from crosspool.ranks.gpu_stages import GPUModel, LanePlaces, Scratch, Stages
+from crosspool.ranks.gpu_model import GPUModel
+from crosspool.ranks.gpu_scratch import LanePlaces, Scratch
+from crosspool.ranks.gpu_stages import Stages
 
 Call = Callable[[], object]
 
@@ -83,7 +85,7 @@ def _prepared(
     model: GPUModel, batch: int, context: int, device: torch.device
 ) -> tuple[_LayerByLayer, Stages]:
     layout = InputLayout(batch, batch, model.pages_of_sequence)
-    arena = Scratch.bytes(model.spec, layout)
+    arena = Scratch.bytes(model, layout)
     lane = _LayerByLayer(device, batch, arena, model.spec.layers)
     stages = Stages(model, layout, lane)
     memory = torch.zeros(layout.elements, dtype=torch.int32, pin_memory=device.type == "cuda")

@@ -13,7 +13,7 @@ from crosspool.ranks.gpu_inputs import HostMemory
 from crosspool.ranks.gpu_lanes import join_loop, make_serving, make_stages, model_stages
 from crosspool.ranks.gpu_links import Crossing
 from crosspool.ranks.gpu_loop import HostExchange
-from crosspool.ranks.gpu_stages import GPUModel
+from crosspool.ranks.gpu_model import GPUModel
 from crosspool.transport.lane_layout import LINK_HEAD_BYTES, LinkLayout
 from support.link_ends import Ends, NeverRings
 

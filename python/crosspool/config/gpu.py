@@ -15,9 +15,15 @@ from crosspool.config.errors import ConfigError
 if TYPE_CHECKING:
     from crosspool.config.deployment import Deployment
 
-ENVIRONMENT = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_MODULE_LOADING": "EAGER"}
-"""Of every device process of a GPU: ``cuda:N`` is the N-th GPU as ``nvidia-smi`` counts them, and
-no kernel is loaded later, behind a resident loop that it might have to wait for."""
+ENVIRONMENT = {
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    "CUDA_MODULE_LOADING": "EAGER",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+}
+"""Of every device process of a GPU: ``cuda:N`` is the N-th GPU as ``nvidia-smi`` counts them; no
+kernel is loaded later, behind a resident loop that it might have to wait for; and streams share a
+connection with a loop's only when there are more than 32, not eight, since what shares one may wait
+for the loop's end."""
 _TIMEOUT = 30.0
 _QUERY = "--query-gpu=index,uuid,name,memory.free"
 

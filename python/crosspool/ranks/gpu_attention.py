@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from crosspool.kernels.cuda_loop import Stage
-from crosspool.kernels.triton.argmax import ArgmaxWorkspace, argmax
-from crosspool.kernels.triton.attention import AttentionWorkspace, attend
+from crosspool.kernels.triton.argmax import argmax
+from crosspool.kernels.triton.attention import attend
 from crosspool.kernels.triton.exchange import combine_rows, dispatch_rows
 from crosspool.kernels.triton.gqa import gqa_prepare
 from crosspool.kernels.triton.inputs import feed, take_inputs
@@ -40,22 +40,14 @@ class AttentionStages:
         """``crossing``: how rows leave the device."""
         self.model, self.layout, self.lane = model, layout, lane
         spec = model.spec
-        self.scratch = Scratch(spec, layout, Carver(lane.arena))
+        self.scratch = Scratch(model, layout, Carver(lane.arena))
         self.inputs = DeviceInputs(layout, self.scratch.inputs, lane.count)
-        device, a = lane.device, spec.attention
-        self._workspace = AttentionWorkspace.allocate(
-            layout.bucket,
-            a.q_heads,
-            a.kv_heads if isinstance(a, GQASpec) else 1,
-            a.head_dim if isinstance(a, GQASpec) else a.kv_lora_rank,
-            device,
-        )
-        self._attend = self._gqa if isinstance(a, GQASpec) else self._mla
+        device = lane.device
+        self._attend = self._gqa if isinstance(spec.attention, GQASpec) else self._mla
         self._payloads: LanePayloads | None = None
         if crossing.links:
             own = None if crossing.own is None else (crossing.own, self.scratch.partial)
             self._payloads = LanePayloads.of([lane.links[i] for i in crossing.links], device, own)
-        self._argmax = ArgmaxWorkspace.allocate(layout.wanted, spec.vocab, device)
         self._first = torch.zeros(1, dtype=torch.int32, device=device)
 
     @property
@@ -126,7 +118,7 @@ class AttentionStages:
         s, wanted = self.scratch, self.inputs.wanted_count
         self.gather()
         self.logits()
-        argmax(s.logits, wanted, s.best, self._argmax)
+        argmax(s.logits, wanted, s.best, s.argmax)
         chosen = self.lane.chosen[: self.layout.wanted]
         sample(s.logits, s.best, self.inputs.rules, wanted, chosen, s.sampling)
 
@@ -181,7 +173,7 @@ class AttentionStages:
             self.inputs.batch,
             lane.layer,
             s.attended,
-            self._workspace,
+            s.splits,
             kv_heads=a.kv_heads,
             scale=a.scale,
             window=a.sliding_window,
@@ -223,7 +215,7 @@ class AttentionStages:
             batch,
             layer,
             s.latents,
-            self._workspace,
+            s.splits,
             kv_heads=1,
             scale=a.scale,
             mixed=self.layout.bucket >= MIXED_FROM,

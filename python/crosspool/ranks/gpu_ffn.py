@@ -9,27 +9,25 @@ from torch import Tensor
 
 from crosspool.kernels.cuda_loop import Stage
 from crosspool.kernels.triton.exchange import answer_dispatch, take_dispatch
-from crosspool.kernels.triton.expert_plan import ExpertPlan, plan_experts
-from crosspool.kernels.triton.experts import FFNWorkspace, gated_mlps
+from crosspool.kernels.triton.expert_plan import plan_experts
+from crosspool.kernels.triton.experts import gated_mlps
 from crosspool.kernels.triton.linear import linear
 from crosspool.kernels.triton.router import route
 from crosspool.models.spec import ModelSpec, MoEFFN
 from crosspool.ranks.gpu_links import LanePayloads
-from crosspool.ranks.gpu_scratch import Carver, FFNScratch, LanePlaces
-from crosspool.ranks.gpu_weights import GPUFFN, FFNKind
+from crosspool.ranks.gpu_scratch import Carver, FFNScratch, KindScratch, LanePlaces
+from crosspool.ranks.gpu_weights import GPUFFN
 
 StageCall = Callable[[], None]
 
 
-def ffn_stages(
-    spec: ModelSpec, ffn: GPUFFN, bucket: int, lane: LanePlaces, scratch: FFNScratch
-) -> dict[Stage, StageCall]:
+def ffn_stages(lane: LanePlaces, scratch: FFNScratch) -> dict[Stage, StageCall]:
     """A stage for each kind of layer: ``scratch.payload`` to ``scratch.partial``."""
     return {
-        Stage.MOE_FFN if isinstance(kind.ffn, MoEFFN) else Stage.DENSE_FFN: _stage(
-            spec, kind, bucket, lane, scratch
+        Stage.MOE_FFN if isinstance(work.kind.ffn, MoEFFN) else Stage.DENSE_FFN: _stage(
+            work, lane, scratch
         )
-        for kind in ffn.kinds
+        for work in scratch.kinds
     }
 
 
@@ -50,8 +48,8 @@ class ServedStages:
         """``served``: int64 [links, 3], counts each link's dispatches, rows and bytes."""
         self.input_elements = 0
         self._lane, self._payloads, self._served = lane, payloads, served
-        self._scratch = FFNScratch(spec, bucket, Carver(lane.arena))
-        self._ffns = ffn_stages(spec, ffn, bucket, lane, self._scratch)
+        self._scratch = FFNScratch(spec, ffn.kinds, bucket, Carver(lane.arena))
+        self._ffns = ffn_stages(lane, self._scratch)
 
     @property
     def calls(self) -> Mapping[Stage, StageCall]:
@@ -69,16 +67,9 @@ class ServedStages:
         return call
 
 
-def _stage(
-    spec: ModelSpec, kind: FFNKind, bucket: int, lane: LanePlaces, s: FFNScratch
-) -> StageCall:
-    ffn = kind.ffn
-    rules = ffn.router if isinstance(ffn, MoEFFN) else None
-    top_k = 0 if rules is None else rules.top_k
-    shared = kind.weights.shared_gate_up is not None
-    held = kind.held if kind.weights.gate_up is not None else 0
-    work = ExpertPlan.allocate(bucket, top_k, held, shared, lane.device)
-    workspace = FFNWorkspace.allocate(bucket, spec.hidden, kind.weights, work)
+def _stage(work: KindScratch, lane: LanePlaces, s: FFNScratch) -> StageCall:
+    kind, bucket = work.kind, len(s.payload)
+    rules = kind.ffn.router if isinstance(kind.ffn, MoEFFN) else None
     experts = None if rules is None else s.experts
     weights = None if rules is None else s.expert_weights
 
@@ -101,17 +92,18 @@ def _stage(
                 renormalize=rules.renormalize,
                 scale=rules.scale,
             )
-        plan_experts(experts, weights, lane.count, bucket, work, first_expert=kind.first_expert)
+        first = kind.first_expert
+        plan_experts(experts, weights, lane.count, bucket, work.plan, first_expert=first)
         gated_mlps(
             s.payload,
             kind.weights,
             lane.layer,
             lane.count,
-            work,
+            work.plan,
             routed,
             s.partial,
-            workspace,
-            first_expert=kind.first_expert,
+            work.workspace,
+            first_expert=first,
         )
 
     return call

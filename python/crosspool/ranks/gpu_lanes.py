@@ -16,13 +16,14 @@ from crosspool.config.errors import ConfigError
 from crosspool.kernels.cuda_loop import MAX_LINKS, CudaLoop, LinkMemory, ModelStages, Stage
 from crosspool.kernels.cuda_loop import LanePlaces as LoopPlaces
 from crosspool.models.spec import DTYPE_BYTES, ModelSpec
+from crosspool.ranks.gpu_ffn import ServedStages
 from crosspool.ranks.gpu_launch import EagerLauncher, GraphLauncher, capture
 from crosspool.ranks.gpu_links import Crossing, LanePayloads, ServedCounts
 from crosspool.ranks.gpu_loop import DeviceLoop, HostExchange, HostLaunchedLoop, PartWatch
 from crosspool.ranks.gpu_model import GPUModel, kinds_of
 from crosspool.ranks.gpu_nvshmem import Tail
 from crosspool.ranks.gpu_scratch import FFNScratch, LanePlaces, Scratch
-from crosspool.ranks.gpu_stages import HasStages, ServedStages, Stages, layouts_of
+from crosspool.ranks.gpu_stages import HasStages, Stages, layouts_of
 from crosspool.ranks.gpu_weights import GPUFFN
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def make_stages(
     layouts = [layouts_of(model, buckets, sequences) for model in models]
     crossings = crossings or [Crossing()] * len(models)
     arena = max(
-        Scratch.bytes(model.spec, layout)
+        Scratch.bytes(model, layout)
         for model, of_model in zip(models, layouts, strict=True)
         for layout in of_model
     )
@@ -82,7 +83,11 @@ def make_serving(
     """The lanes of an FFN rank; ``ffns``: its parts, by model; ``links``: to other devices."""
     made = Serving(counts=ServedCounts(len(links), device))
     assert made.counts is not None
-    arena = max(FFNScratch.bytes_of_rows(specs[model], buckets[-1]) for model in ffns)
+    arena = max(
+        FFNScratch.bytes_of_rows(specs[model], ffn.kinds, rows)
+        for model, ffn in ffns.items()
+        for rows in buckets
+    )
     for lane, first in enumerate(range(0, len(links), MAX_LINKS)):
         own = links[first : first + MAX_LINKS]
         place = LanePlaces(device, buckets[-1], arena, links=own, serves=True)

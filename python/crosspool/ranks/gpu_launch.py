@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from crosspool.kernels.cuda_loop import Stage
+from crosspool.ranks.gpu_ffn import StageCall
 from crosspool.ranks.gpu_nvshmem import Tail
-from crosspool.ranks.gpu_stages import HasStages, LanePlaces, StageCall
+from crosspool.ranks.gpu_scratch import LanePlaces
+from crosspool.ranks.gpu_stages import HasStages
 
 Key = tuple[int, int, Stage, int]
 """Lane, model, stage, bucket: its index."""

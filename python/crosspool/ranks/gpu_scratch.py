@@ -4,16 +4,23 @@ arena by each (model, row bucket), since only one of them is on the lane at a ti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from crosspool.kernels.cuda_loop import LinkMemory
+from crosspool.kernels.triton.argmax import ArgmaxWorkspace
+from crosspool.kernels.triton.attention import AttentionWorkspace
 from crosspool.kernels.triton.batch import DeviceBatch
+from crosspool.kernels.triton.expert_plan import ExpertPlan
+from crosspool.kernels.triton.experts import FFNWorkspace
 from crosspool.kernels.triton.linear import LinearWorkspace
 from crosspool.kernels.triton.sampling import SamplingRules, SamplingWorkspace
 from crosspool.models.spec import GQASpec, ModelSpec, MoEFFN
 from crosspool.ranks.gpu_inputs import InputLayout
+from crosspool.ranks.gpu_model import GPUModel
+from crosspool.ranks.gpu_weights import FFNKind
 from crosspool.ranks.weights import TORCH_DTYPES
 
 _ALIGNMENT = 256
@@ -97,21 +104,42 @@ class Carver:
     def __init__(self, arena: Tensor | None) -> None:
         self._arena = arena
         self.used = 0
+        self.device = torch.device("meta") if arena is None else arena.device
 
     def take(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """A tensor of any content."""
         begin, size = self.used, torch.Size(shape).numel() * dtype.itemsize
         self.used = -(-(begin + size) // _ALIGNMENT) * _ALIGNMENT
         if self._arena is None:
-            return torch.empty(shape, dtype=dtype, device="meta")
+            return torch.empty(shape, dtype=dtype, device=self.device)
         return self._arena[begin : begin + size].view(dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class KindScratch:
+    """What the FFN layers of one kind work in."""
+
+    kind: FFNKind
+    plan: ExpertPlan
+    workspace: FFNWorkspace
+
+    @classmethod
+    def allocate(cls, spec: ModelSpec, kind: FFNKind, rows: int, carver: Carver) -> KindScratch:
+        ffn, shared = kind.ffn, kind.weights.shared_gate_up is not None
+        top_k = ffn.router.top_k if isinstance(ffn, MoEFFN) else 0
+        held = kind.held if kind.weights.gate_up is not None else 0
+        plan = ExpertPlan.allocate(rows, top_k, held, shared, carver)
+        workspace = FFNWorkspace.allocate(rows, spec.hidden, kind.weights, plan, carver)
+        return cls(kind, plan, workspace)
 
 
 class FFNScratch:
     """What an FFN part takes, works in and gives."""
 
-    def __init__(self, spec: ModelSpec, rows: int, carver: Carver) -> None:
-        """``rows``: the bucket's."""
+    def __init__(
+        self, spec: ModelSpec, kinds: Sequence[FFNKind], rows: int, carver: Carver
+    ) -> None:
+        """``kinds``: of the rank's layers; ``rows``: the bucket's."""
         dtype = TORCH_DTYPES[spec.dtype]
         self.payload = carver.take(dtype, rows, spec.hidden)
         """What a dispatch carries: the FFN part's input."""
@@ -124,12 +152,19 @@ class FFNScratch:
         self.router = carver.take(torch.float32 if fp32 else dtype, rows, experts)
         self.experts = carver.take(torch.int32, rows, top_k)
         self.expert_weights = carver.take(torch.float32, rows, top_k)
+        self.kinds: list[KindScratch] = []
+        begin = end = carver.used
+        for kind in kinds:  # over each other: a lane runs one layer at a time
+            carver.used = begin
+            self.kinds.append(KindScratch.allocate(spec, kind, rows, carver))
+            end = max(end, carver.used)
+        carver.used = end
 
     @classmethod
-    def bytes_of_rows(cls, spec: ModelSpec, rows: int) -> int:
+    def bytes_of_rows(cls, spec: ModelSpec, kinds: Sequence[FFNKind], rows: int) -> int:
         """What it takes of an arena by itself."""
         carver = Carver(None)
-        FFNScratch(spec, rows, carver)
+        FFNScratch(spec, kinds, rows, carver)
         return carver.used
 
 
@@ -137,8 +172,9 @@ class Scratch(FFNScratch):
     """The tensors of one (model, bucket) on an attention rank's lane; rows are the bucket's unless
     said."""
 
-    def __init__(self, spec: ModelSpec, layout: InputLayout, carver: Carver) -> None:
-        super().__init__(spec, layout.bucket, carver)
+    def __init__(self, model: GPUModel, layout: InputLayout, carver: Carver) -> None:
+        spec = model.spec
+        super().__init__(spec, model.ffn.kinds if model.ffn else (), layout.bucket, carver)
         dtype, rows, wanted = TORCH_DTYPES[spec.dtype], layout.bucket, layout.wanted
 
         def take(*shape: int) -> Tensor:
@@ -160,21 +196,25 @@ class Scratch(FFNScratch):
             self.q = take(rows, a.q_heads, cached)
             self.latents = take(rows, a.q_heads, a.kv_lora_rank)
             self.attended = take(rows, a.q_heads, a.v_head_dim)
+        self.splits = AttentionWorkspace.allocate(
+            rows,
+            a.q_heads,
+            a.kv_heads if isinstance(a, GQASpec) else 1,
+            a.head_dim if isinstance(a, GQASpec) else a.kv_lora_rank,
+            carver,
+        )
         self.last = take(wanted, spec.hidden)
         """Residuals of the wanted rows [wanted, hidden]."""
         self.last_partial = take(wanted, spec.hidden)
         self.last_normed = take(wanted, spec.hidden)
         self.logits = carver.take(torch.float32, wanted, spec.vocab)
         self.best = carver.take(torch.int32, wanted)
-        self.sampling = SamplingWorkspace(
-            probs=carver.take(torch.float32, wanted, spec.vocab),
-            candidates=carver.take(torch.float32, wanted, spec.vocab),
-            tokens=carver.take(torch.int32, wanted, spec.vocab),
-        )
+        self.argmax = ArgmaxWorkspace.allocate(wanted, spec.vocab, carver)
+        self.sampling = SamplingWorkspace.allocate(wanted, spec.vocab, carver)
 
     @classmethod
-    def bytes(cls, spec: ModelSpec, layout: InputLayout) -> int:
+    def bytes(cls, model: GPUModel, layout: InputLayout) -> int:
         """What it takes of an arena."""
         carver = Carver(None)
-        cls(spec, layout, carver)
+        cls(model, layout, carver)
         return carver.used

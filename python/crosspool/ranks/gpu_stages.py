@@ -12,13 +12,11 @@ from typing import Protocol
 
 from crosspool.kernels.cuda_loop import Stage
 from crosspool.ranks.gpu_attention import AttentionStages
-from crosspool.ranks.gpu_ffn import ServedStages, StageCall, ffn_stages
+from crosspool.ranks.gpu_ffn import StageCall, ffn_stages
 from crosspool.ranks.gpu_inputs import InputLayout
 from crosspool.ranks.gpu_links import Crossing
 from crosspool.ranks.gpu_model import GPUModel
-from crosspool.ranks.gpu_scratch import LanePlaces, Scratch
-
-__all__ = ["GPUModel", "LanePlaces", "Scratch", "ServedStages", "StageCall", "Stages"]
+from crosspool.ranks.gpu_scratch import LanePlaces
 
 
 class HasStages(Protocol):
@@ -47,7 +45,7 @@ class Stages(AttentionStages):
         super().__init__(model, layout, lane, crossing or Crossing())
         self._ffns: dict[Stage, StageCall] = {}
         if model.ffn is not None:
-            self._ffns = ffn_stages(model.spec, model.ffn, layout.bucket, lane, self.scratch)
+            self._ffns = ffn_stages(lane, self.scratch)
 
     @property
     def calls(self) -> dict[Stage, StageCall]:

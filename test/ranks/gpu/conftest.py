@@ -15,8 +15,10 @@ if INTERPRETED:
 
     repair()
 else:
-    # CUDA reads it when it is loaded: no kernel is loaded later, behind a resident loop.
+    # CUDA reads them when it is loaded: no kernel is loaded later, behind a resident loop, and no
+    # stream shares a connection with one.
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
