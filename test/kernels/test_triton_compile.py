@@ -20,12 +20,6 @@ from crosspool.kernels.triton import norm
 from crosspool.kernels.triton.argmax import ArgmaxWorkspace, argmax
 from crosspool.kernels.triton.attention import AttentionWorkspace, attend
 from crosspool.kernels.triton.batch import DeviceBatch, RopeTable
-from crosspool.kernels.triton.exchange import (
-    answer_dispatch,
-    combine_rows,
-    dispatch_rows,
-    take_dispatch,
-)
 from crosspool.kernels.triton.expert_plan import ExpertPlan, plan_experts
 from crosspool.kernels.triton.experts import FFNWeights, FFNWorkspace, gated_mlps
 from crosspool.kernels.triton.gqa import gqa_prepare
@@ -162,11 +156,6 @@ def rows_of(bucket: int) -> None:
     norm.rms_norm(x, weight, ONE, ONE, x, eps=1e-6, rows=empty(bucket, dtype=INT32))
     norm.add_rms_norm(x, x, weight, ONE, ONE, x, eps=1e-6)
     norm.add(x, x, ONE)
-    payloads = empty(3, dtype=INT64)
-    dispatch_rows(x, payloads, ONE)
-    combine_rows(payloads, ONE, x)
-    take_dispatch(payloads, ONE, ONE, x, empty(3, 3, dtype=INT64))
-    answer_dispatch(x, payloads, ONE, ONE)
     gqa(bucket, 32, 4, 128, (128, 128))
     mla(bucket, 20, 512, 192, 64, v_dim=256)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from crosspool.kernels.cuda_loop import LinkMemory
+from crosspool.kernels.cuda_loop import CudaLoop, LinkMemory
 from crosspool.models.spec import DTYPE_BYTES
 from crosspool.ranks.gpu_inputs import HostMemory
 from crosspool.ranks.gpu_lanes import join_loop, make_serving, make_stages, model_stages
@@ -86,6 +86,10 @@ class ExchangingLanes(Lanes):
         self.loop = own if resident else _InTurn(own, self._peer)
 
     def close(self) -> None:
+        # Freeing device memory waits for everything on the device.
+        for loop in (self.loop, self._peer):
+            if isinstance(loop, CudaLoop):
+                loop.quiesce()
         self.loop.close()
         self._peer.close()
 

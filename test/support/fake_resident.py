@@ -23,6 +23,8 @@ class FakeResident:
     def __init__(self, folder: Path) -> None:
         self.cuda = FakeCuda(build(folder))
         self.failed: list[BaseException] = []
+        self.loops: list[CudaLoop] = []
+        """Not closed."""
 
     def join_loop(
         self,
@@ -66,9 +68,17 @@ class _Driven(CudaLoop):
     def __init__(self, fake: FakeResident, *arguments: Any, epoch: int) -> None:
         super().__init__(*arguments, epoch=epoch, spin_s=1e-6, native=fake.cuda.native)
         self._fake = fake
+        fake.loops.append(self)
 
     def wait(self, timeout_s: float) -> bool:
         self._fake.cuda.run(_UNITS)
         if self._fake.failed:
             raise self._fake.failed[0]
         return super().wait(0.0)
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        # All loops are on the one device of the fake driver, where freeing memory waits for all.
+        for loop in self._fake.loops:
+            loop.quiesce(timeout_s)
+        self._fake.loops = [loop for loop in self._fake.loops if loop is not self]
+        super().close(timeout_s)
