@@ -160,8 +160,8 @@ def test_the_yaml_is_a_deployment(
     assert ready.promise == "growth"
 
 
-def test_gpus_are_written_and_several_refused_by_serve_for_now(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_gpus_are_written_and_named_by_serve_where_there_are_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "deployment.yaml"
     planned(
@@ -169,8 +169,11 @@ def test_gpus_are_written_and_several_refused_by_serve_for_now(
         "--model-path", f"{TINY[0]}={DEMO / TINY[0]}", "--yaml", str(file),
     )  # fmt: skip
     assert read(file).kv_pool_devices == ["cuda:0"]
+    assert read(file).weight_pool_devices == ["cuda:1"]
+    monkeypatch.setenv("PATH", "")
     status = main(["serve", "--config", str(file)])
-    assert status == 2 and "cuda:0" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert status == 2 and "cuda:0, cuda:1: nvidia-smi is not found" in told, told
 
 
 def test_unlike_models_get_weight_devices_of_their_own(

@@ -42,11 +42,14 @@ def memories(devices: Sequence[Device]) -> list[Memory]:
     cpus = tuple(device for device in devices if device.is_cpu)
     if cpus:
         found.append(Memory("memory", psutil.virtual_memory().available, cpus))
-    gpus = visible_gpus() if len(cpus) < len(devices) else []
-    for device in devices:
-        if not device.is_cpu:
-            free = int(gpu_of(device, gpus).free_bytes * GPU_SHARE)
-            found.append(Memory(f"memory of {device.name}", free, (device,)))
+    named = [device for device in devices if not device.is_cpu]
+    try:
+        gpus = visible_gpus() if named else []
+    except ConfigError as error:
+        raise ConfigError(f"{', '.join(device.name for device in named)}: {error}") from None
+    for device in named:
+        free = int(gpu_of(device, gpus).free_bytes * GPU_SHARE)
+        found.append(Memory(f"memory of {device.name}", free, (device,)))
     return found
 
 
