@@ -102,14 +102,10 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeResident]:
     made.cuda.close()
 
 
-@pytest.mark.parametrize("place", [TWO, MIXED], ids=["two FFN ranks", "mixed"])
-def test_host_loops_that_exchange(
-    models: list[Path],
-    expected: list[Stream],
-    place: dict[str, Any],
-) -> None:
+def test_host_loops_that_exchange(models: list[Path], expected: list[Stream]) -> None:
+    """On two devices; test_gpu_processes.py has them on three."""
     gpus = Interpreted()
-    with Machine(models, loop="host", load=gpus.load, **place, **LIMITS) as machine:
+    with Machine(models, loop="host", load=gpus.load, **MIXED, **LIMITS) as machine:
         assert_alike(run(machine, 3), expected)
         assert_counted(machine)
 
