@@ -19,7 +19,8 @@ from crosspool.kernels.cuda_loop_structs import StepArguments
 from crosspool.kernels.engine_structs import DONE, TOKENS
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.gpu_inputs import HostInputs, HostMemory
-from crosspool.ranks.gpu_lanes import make_loop, make_stages
+from crosspool.ranks.gpu_lanes import join_loop, make_stages, model_stages
+from crosspool.ranks.gpu_links import Crossing
 from crosspool.ranks.gpu_model import GPUModel
 from crosspool.ranks.gpu_weights import GPUFFN, GPUAttention
 from crosspool.ranks.weights import TORCH_DTYPES
@@ -65,7 +66,8 @@ class Lanes:
         elements = max(stages.layout.elements for stages in self.stages.values())
         pinned = device.type == "cuda"
         self._memory = [HostMemory(elements, sequences, lease, pinned=pinned) for _ in range(lanes)]
-        self.loop = make_loop(models, self.places, self.stages, buckets, resident=resident)
+        known = [model_stages(model.spec, Crossing()) for model in models]
+        self.loop = join_loop(known, self.places, self.stages, buckets, resident=resident)
         self._flying: dict[int, StepArguments] = {}
         self._steps = 0
 

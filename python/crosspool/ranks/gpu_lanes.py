@@ -102,21 +102,6 @@ def make_serving(
     return made
 
 
-def make_loop(
-    models: Sequence[GPUModel],
-    lanes: Sequence[LanePlaces],
-    stages: Mapping[tuple[int, int, int], Stages],
-    buckets: Sequence[int],
-    *,
-    resident: bool,
-    watch: PartWatch | None = None,
-) -> DeviceLoop:
-    """The loop over an attention rank's lanes from which nothing leaves the device: as
-    :func:`join_loop`."""
-    known = [model_stages(model.spec, Crossing()) for model in models]
-    return join_loop(known, lanes, stages, buckets, resident=resident, watch=watch)
-
-
 def model_stages(spec: ModelSpec, crossing: Crossing) -> ModelStages:
     """A model as a loop knows it. Raises ConfigError for one whose layers it does not drive."""
     try:

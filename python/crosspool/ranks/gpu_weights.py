@@ -110,10 +110,7 @@ class GPUFFN:
                     reads.append((number, Read(ref, index, layer.place(ref))))
         self._listing = [] if path is None else fill(path, reads, progress)
         self.layers = layers
-        distinct = list(dict.fromkeys(spec.ffn))
-        self.kinds = [_kind(ffn, spec, layers, shard) for ffn in distinct]
-        self.kind_of = [distinct.index(ffn) for ffn in spec.ffn]
-        """By layer, the index of its kind."""
+        self.kinds = [_kind(ffn, spec, layers, shard) for ffn in dict.fromkeys(spec.ffn)]
 
     def tensors(self) -> list[TensorListing]:
         """Everything held, share by share."""

@@ -77,8 +77,8 @@ class SegmentLink:
             self._on_gpu.settle()
 
 
-class SharedMemoryAttentionLink:
-    """The :class:`~crosspool.transport.data_path.AttentionLink` through the segment."""
+class _End:
+    """Either end of a link."""
 
     def __init__(
         self, link: SegmentLink, peer: Doorbell, attention_rank: int, lane: int, ffn_rank: int
@@ -89,9 +89,18 @@ class SharedMemoryAttentionLink:
         self.counters = LinkCounters()
         self._link = link
         self._peer = peer
+        self._row_bytes = 0
+
+
+class SharedMemoryAttentionLink(_End):
+    """The :class:`~crosspool.transport.data_path.AttentionLink` through the segment."""
+
+    def __init__(
+        self, link: SegmentLink, peer: Doorbell, attention_rank: int, lane: int, ffn_rank: int
+    ) -> None:
+        super().__init__(link, peer, attention_rank, lane, ffn_rank)
         self._sequence = link.dispatched.load()
         self._outstanding: DispatchHeader | None = None
-        self._row_bytes = 0
 
     @property
     def free(self) -> bool:
@@ -166,21 +175,15 @@ class SharedMemoryAttentionLink:
             raise self._link.error("a dispatch is outstanding")
 
 
-class SharedMemoryFFNLink:
+class SharedMemoryFFNLink(_End):
     """The :class:`~crosspool.transport.data_path.FFNLink` through the segment."""
 
     def __init__(
         self, link: SegmentLink, peer: Doorbell, attention_rank: int, lane: int, ffn_rank: int
     ) -> None:
-        self.attention_rank = attention_rank
-        self.lane = lane
-        self.ffn_rank = ffn_rank
-        self.counters = LinkCounters()
-        self._link = link
-        self._peer = peer
+        super().__init__(link, peer, attention_rank, lane, ffn_rank)
         self._answered = link.combined.load()
         self._polled: DispatchHeader | None = None
-        self._row_bytes = 0
 
     def poll(self) -> DispatchHeader | None:
         if self._polled is not None:
