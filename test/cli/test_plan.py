@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from crosspool.cli import plan
 from crosspool.cli.main import main
 from crosspool.cli.prepare import prepare
 from crosspool.config.deployment_file import read
 from crosspool.models import catalogue
+from support.server import free_port
 
 DEMO = Path(plan.__file__).parents[1] / "demo"
 TINY = ("tiny-qwen3-moe", "tiny-deepseek-v2", "tiny-glm4-moe-lite")
@@ -153,7 +155,7 @@ def test_the_yaml_is_a_deployment(
     found = planned(capsys, *models, *devices, *RATE, "--context", "glm=2048", "--yaml", str(file))
     draft = read(file)
     assert draft.kv_pool_devices == kv and draft.weight_pool_devices == weight
-    ready = prepare(draft).deployment
+    ready = prepare(msgspec.structs.replace(draft, port=free_port())).deployment
     assert [model.name for model in ready.models] == [*TINY[:2], "glm"]
     assert ready.models[2].context_length == 2048
     assert ready.kv_pool_bytes >= found["budget"]["demand"]["value"]
@@ -171,7 +173,7 @@ def test_gpus_are_written_and_named_by_serve_where_there_are_none(
     assert read(file).kv_pool_devices == ["cuda:0"]
     assert read(file).weight_pool_devices == ["cuda:1"]
     monkeypatch.setenv("PATH", "")
-    status = main(["serve", "--config", str(file)])
+    status = main(["serve", "--config", str(file), "--port", str(free_port())])
     told = capsys.readouterr().err
     assert status == 2 and "cuda:0, cuda:1: nvidia-smi is not found" in told, told
 
