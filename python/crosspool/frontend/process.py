@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from crosspool.config.cores import CONTROL_SLICE_NS, keep_off, set_slice
 from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.process import die_with_parent, set_title
 
@@ -41,6 +42,8 @@ def prepare(name: str, file: Path) -> Deployment:
     """Gives the process its title, its log and the environment in which SGLang is imported."""
     set_title(name)
     deployment = load(file)
+    keep_off(deployment.devices)
+    set_slice(CONTROL_SLICE_NS)
     configure_logging(name, deployment)
     os.environ["SGLANG_USE_PICKLE_IPC"] = "0"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crosspool.config import gpu
+from crosspool.config.cores import CONTROL_SLICE_NS, DEFAULT_SLICE_NS, keep_off, set_slice
 from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.device import Device
 from crosspool.config.process import die_with_parent, set_title
@@ -71,8 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream=sys.stderr,
     )
     deployment = load(args.deployment)
+    keep_off(deployment.devices)
     device = Device(args.device)
+    set_slice(CONTROL_SLICE_NS)
     socket = DeviceSocket(deployment.control_address, device.name)
+    set_slice(DEFAULT_SLICE_NS)
     try:
         return DeviceProcess(deployment, device, args.lanes_fd, socket).run()
     except ConfigError as error:
@@ -132,6 +136,7 @@ class DeviceProcess:
         placement = place(deployment, specs)
         if not device.is_cpu:
             return self._load_gpu(specs, placement)
+        elsewhere = os.sched_getaffinity(0)
         # Importing torch takes seconds, and its threads keep the cores that they find: only now.
         os.sched_setaffinity(0, device.cores)
         import torch
@@ -140,7 +145,12 @@ class DeviceProcess:
         torch.set_num_threads(len(device.cores) if deployment.loop == "host" else 1)
         from crosspool.ranks.device import load_ranks
 
-        return load_ranks(deployment, device, specs, placement, self._lanes_fd)
+        ranks = load_ranks(deployment, device, specs, placement, self._lanes_fd)
+        if deployment.loop == "resident":  # this thread has no part in it, but for messages
+            set_slice(CONTROL_SLICE_NS)
+            if elsewhere.isdisjoint(device.cores):
+                os.sched_setaffinity(0, elsewhere)
+        return ranks
 
     def _load_gpu(self, specs: Sequence[ModelSpec], placement: Placement) -> DeviceRanks:
         # CUDA reads these when it is loaded; set here too, for a process started by hand.
