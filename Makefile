@@ -40,7 +40,7 @@ GPU_ENV := PYTHONPATH=python:.$(if $(PYTHONPATH),:$(PYTHONPATH)) CUDA_MODULE_LOA
   CUDA_DEVICE_MAX_CONNECTIONS=32
 GPU_BUILD := build/gpu
 
-.PHONY: native-gpu test-gpu bench-gpu sanitize-gpu env dev serve test lint format bench bench-peers clean
+.PHONY: native-gpu test-gpu bench-gpu sanitize-gpu env dev serve test test-triton test-rest lint format bench bench-peers clean
 env: $(VENV)/.env
 dev: $(VENV)/.dev
 
@@ -70,8 +70,16 @@ serve: env
 	@$(BIN)/crosspool demo --port $(PORT) $(ARGS)
 
 test: dev
-	@$(if $(ARGS),,PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q $(TRITON_TESTS))
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(MAKE) --no-print-directory -j2 test-triton test-rest)
+
+# One core's work, beside the rest.
+test-triton: dev
+	@PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q -p no:cacheprovider $(TRITON_TESTS) >$(TRITON).log 2>&1; \
+	  status=$$?; [ $$status = 0 ] && set -- tail -1 || set -- cat; \
+	  echo; echo "==> tests that need Triton"; "$$@" $(TRITON).log; exit $$status
+
+test-rest: dev
+	@$(BIN)/python -m pytest
 
 lint: dev
 	@echo "==> ruff check"; $(BIN)/ruff check .

@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 import psutil
+from crosspool.config.cores import CONTROL_SLICE_NS, DEFAULT_SLICE_NS, set_slice
 from crosspool.config.device import Device
 from crosspool.models.registry import read_model
 from crosspool.models.spec import ModelSpec
@@ -158,7 +159,11 @@ class Engine:
             for device in driver.processes:
                 driver.inspect(device, "trace_start")
         cpu, start = self.cpu_seconds(), time.perf_counter()
-        ends = self._steps(groups, steps)
+        set_slice(CONTROL_SLICE_NS)  # as the scheduler, in whose place this thread is
+        try:
+            ends = self._steps(groups, steps)
+        finally:
+            set_slice(DEFAULT_SLICE_NS)
         decoded = Decoded(
             batch=batch,
             step_ms=[[1e3 * (b - a) for a, b in pairwise(times)] for times in ends],

@@ -1,6 +1,9 @@
+import dataclasses
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from crosspool.cli.prepare import prepare
 from crosspool.config.deployment import ConfigError
 from crosspool.config.draft import Draft, to_draft
 from support.gpus import pretend_gpus
+from support.hollow import Change, hollow_weights
 
 CORES = sorted(os.sched_getaffinity(0))
 CONFIG = {
@@ -38,6 +42,7 @@ FFN_BYTES = 2 * (4 * 3 * 64 * 32 + 4 * 64) * 2
 def model(folder: Path, **changes: Any) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    hollow_weights(folder)
     return str(folder)
 
 
@@ -245,6 +250,40 @@ def test_port_in_use_is_refused(tmp_path: Path) -> None:
 def test_mistakes_name_the_field(tmp_path: Path, field: str, value: Any, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         prepare(draft(model(tmp_path / "a"), **{field: value}))
+
+
+LAST = "model.layers.1.mlp.experts.3.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda ref: None if ref.name == LAST else ref, f"b: the checkpoint has no tensor {LAST}"),
+        (
+            lambda ref: dataclasses.replace(ref, shape=(9, 9)) if ref.name == LAST else ref,
+            rf"tensor {LAST} has shape \[9, 9\]",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_told_before_anything_starts(
+    tmp_path: Path, change: Change, problem: str
+) -> None:
+    first, second = model(tmp_path / "a"), model(tmp_path / "b")
+    hollow_weights(tmp_path / "b", change)
+    with pytest.raises(ConfigError, match=problem):
+        prepare(draft(first, second))
+
+
+def test_preparing_needs_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from crosspool.cli.prepare import prepare;"
+        "from crosspool.config.draft import to_draft;"
+        "prepare(to_draft({'models': [{'path': sys.argv[1]}], 'port': 0}, 'test'));"
+        "sys.exit('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, model(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_models_must_exist_and_have_names_of_their_own(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -20,8 +21,9 @@ from crosspool.config.gpu import check_alike, check_loop
 from crosspool.config.sizes import format_size
 from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
-from crosspool.models.registry import read_model
+from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
 from crosspool.models.spec import ModelSpec
+from crosspool.weightpool.checkpoint import Checkpoint
 from crosspool.weightpool.placement import Placement, place
 
 _HUGE_PAGE = 2 << 20
@@ -99,6 +101,7 @@ def prepare(draft: Draft) -> Prepared:
     if draft.weight_pool_bytes is None:
         deployment = msgspec.structs.replace(deployment, weight_pool_bytes=placement.pool_bytes)
     check_memory(deployment, specs, placement, found)
+    _check_tensors(models, specs)
     return Prepared(deployment=deployment, specs=specs, placement=placement)
 
 
@@ -141,6 +144,15 @@ def _read_models(
         read_model(Path(model.path), model.context_length, model.dtype) for model in models
     )
     return models, specs
+
+
+def _check_tensors(models: Sequence[ModelConfig], specs: Sequence[ModelSpec]) -> None:
+    """Every tensor is there with its shape: a device would find out only after it has loaded the
+    models before."""
+    for path, spec in {Path(m.path): spec for m, spec in zip(models, specs, strict=True)}.items():
+        layers = (ffn_tensors(spec, layer) for layer in range(spec.layers))
+        attention = (ref for _, ref in attention_tensors(spec))
+        Checkpoint(path).check(chain(attention, chain.from_iterable(layers)))
 
 
 def _own_devices(

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,7 +105,8 @@ class MremapVirtualizer(Virtualizer):
             ) from error
 
     def _take_memory(self, progress: Progress) -> None:
-        """Touches the whole budget, by the thread and so on the memory node that calls."""
+        """Touches the whole budget, by threads on the cores that this one may use, and so on their
+        memory nodes: clearing a large pool would take one of them long."""
         available = available_bytes()
         if self.budget_bytes > available:
             raise ConfigError(
@@ -112,10 +115,15 @@ class MremapVirtualizer(Virtualizer):
                 " smaller"
             )
         progress(0, self.budget_bytes)
-        for offset in range(0, self.budget_bytes, _TOUCH_BYTES):
+
+        def touch(offset: int) -> int:
             nbytes = min(_TOUCH_BYTES, self.budget_bytes - offset)
             native.touch(self._parking + offset, nbytes)
-            progress(offset + nbytes, self.budget_bytes)
+            return offset + nbytes
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            for done in threads.map(touch, range(0, self.budget_bytes, _TOUCH_BYTES)):
+                progress(done, self.budget_bytes)
 
 
 def _check_mappings(slots: int, chunk_bytes: int) -> None:

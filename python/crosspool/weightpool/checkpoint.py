@@ -1,7 +1,8 @@
 """Reads tensors, or parts of them, from a folder of safetensors.
 
 Shard files are read one after another and a tensor at a time, so that memory holds at most one
-tensor beyond the result, and a rank touches only the bytes that are its own.
+tensor beyond the result, and a rank touches only the bytes that are its own. Checking reads headers
+only and needs no torch: the launcher does it before anything starts.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import read_json
 from crosspool.models.spec import TensorRef
+
+if TYPE_CHECKING:
+    import torch
 
 Progress = Callable[[int], None]
 """Called with the bytes that were just read into place (``tqdm.update``)."""
@@ -79,7 +82,7 @@ class Checkpoint:
         """Every part with its number, in the checkpoint's dtype, in the order of the files. Call
         :meth:`check` first."""
         for file, group in self._by_file(list(enumerate(parts)), lambda item: item[1][0]):
-            with self._open(file) as opened:
+            with self._open(file, "pt") as opened:
                 for number, (ref, index) in group:
                     yield number, opened.get_slice(ref.name)[index]
 
@@ -95,9 +98,9 @@ class Checkpoint:
         yield from sorted(groups.items())
 
     @contextmanager
-    def _open(self, file: str) -> Iterator[Any]:
+    def _open(self, file: str, framework: Literal["np", "pt"] = "np") -> Iterator[Any]:
         try:
-            with safe_open(self.path / file, framework="pt") as opened:
+            with safe_open(self.path / file, framework=framework) as opened:
                 yield opened
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{self.path / file} cannot be read: {error}") from None
