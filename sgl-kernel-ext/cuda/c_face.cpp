@@ -34,7 +34,7 @@ std::int32_t crosspool_cuda_sizes(std::uint64_t* sizes, std::int32_t count) {
                                  sizeof(LaneStatus),       sizeof(crosspool::LinkMemory),
                                  sizeof(ModelDescription), sizeof(LaneDescription),
                                  sizeof(LoopDescription),  sizeof(crosspool::Command),
-                                 sizeof(crosspool::Event)};
+                                 sizeof(crosspool::Event), sizeof(TracedStage)};
   for (std::int32_t i = 0; i < count && i < static_cast<std::int32_t>(kSizes.size()); ++i) {
     sizes[i] = kSizes[i];
   }
@@ -104,4 +104,16 @@ std::int32_t crosspool_cuda_loop_status(Loop* loop, std::uint32_t lane,
     *status = loop->status(lane);
     return 0;
   });
+}
+
+std::int32_t crosspool_cuda_loop_trace_start(Loop* loop) {
+  return guarded([&] {
+    loop->trace_start();
+    return 0;
+  });
+}
+
+std::int32_t crosspool_cuda_loop_trace_stop(Loop* loop, crosspool::gpu::TracedStage* stages,
+                                            std::uint32_t room) {
+  return guarded([&] { return static_cast<std::int32_t>(loop->trace_stop(stages, room)); });
 }

@@ -39,8 +39,9 @@ class Lane {
   CROSSPOOL_INLINE std::uint64_t spin_ns() const { return at_.spin_ns; }
 
   // At the beginning of every pass.
-  CROSSPOOL_INLINE void enter() {
+  CROSSPOOL_INLINE void enter(std::uint64_t now) {
     put(at_.status->heartbeat, ++beats_);
+    put(at_.status->clock_ns, now);
     if (left_) put(at_.status->left, 0U);
     left_ = false;
   }
@@ -90,9 +91,10 @@ class Lane {
             break;
           }
           if (after_predecessor() || !ticket_.take(at_.turn)) return wait(now);
-          return launch();
+          return launch(now);
         case Phase::kRunning:
           ticket_.give(at_.turn);
+          if (tracing_) record(now);
           at_.role == Role::kFFN ? reply() : ended();
           break;
         case Phase::kPeers:
@@ -215,6 +217,8 @@ class Lane {
         held_.recall(command.step);
       } else if (command.kind == CommandKind::kStop) {
         leaving_ = true;
+      } else if (command.kind == CommandKind::kTrace) {
+        tracing_ = command.arguments != 0;
       } else {
         fail(Fault::kCommand, static_cast<std::uint32_t>(command.kind));
         return false;
@@ -255,7 +259,8 @@ class Lane {
     return step.for_host == 0 || can_look ? BadArgument::kNone : BadArgument::kForHost;
   }
 
-  CROSSPOOL_INLINE Action launch() {
+  CROSSPOOL_INLINE Action launch(std::uint64_t now) {
+    launched_ns_ = now;
     *at_.words = {step_.inputs,
                   static_cast<std::int32_t>(layer_),
                   static_cast<std::int32_t>(served_.link()),
@@ -268,6 +273,18 @@ class Lane {
     put(at_.status->launches, ++launches_);
     enter_phase(Phase::kRunning);
     return {Action::kLaunch, exec()};
+  }
+
+  // The stage that has ended, to the trace.
+  CROSSPOOL_CALLED void record(std::uint64_t now) {
+    LaneTrace& trace = *at_.trace;
+    trace.stages[recorded_ % kTraceRoom] = {
+        launched_ns_,  now,
+        step_.step,    model_,
+        layer_,        stage_ == Stage::kHead ? step_.wanted : step_.rows,
+        at_.index,     static_cast<std::uint32_t>(stage_),
+        served_.link()};
+    Atomic<std::uint64_t>(trace.written).store(++recorded_, kRelease);
   }
 
   // An attention rank's stage has ended: what follows.
@@ -366,6 +383,8 @@ class Lane {
   std::uint64_t launches_ = 0;
   std::uint64_t since_ = 0;
   std::uint64_t looked_ = 0;  // for commands
+  std::uint64_t launched_ns_ = 0;
+  std::uint64_t recorded_ = 0;
   Phase phase_ = Phase::kNew;
   Phase after_event_ = Phase::kIdle;
   Stage stage_ = Stage::kEmbed;
@@ -379,6 +398,7 @@ class Lane {
   bool leaving_ = false;
   bool left_ = false;
   bool waits_ = false;
+  bool tracing_ = false;
 };
 
 static_assert(std::is_trivially_copyable_v<Lane>);

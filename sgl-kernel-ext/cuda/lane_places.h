@@ -18,6 +18,7 @@ struct LanePlaces {
   CommandRing* commands;
   EventRing* events;
   LaneStatus* status;
+  LaneTrace* trace;
   StageWords* words;
   const std::int32_t* chosen;
   Turn* turn;  // null: the lane launches whenever it is ready

@@ -103,6 +103,15 @@ CROSSPOOL_API std::int32_t crosspool_cuda_loop_wait(crosspool::gpu::Loop* loop,
 CROSSPOOL_API std::int32_t crosspool_cuda_loop_status(crosspool::gpu::Loop* loop,
                                                       std::uint32_t lane,
                                                       crosspool::gpu::LaneStatus* status);
+// Lanes record their stages from now on; those that are in a step, from its end. Fails when a
+// command ring is full.
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_trace_start(crosspool::gpu::Loop* loop);
+// Ends that. Returns how many stages it has written: the latest of all lanes, kTraceRoom of each
+// and `room` at most, in the order of their ends, in ns of the host's CLOCK_MONOTONIC (as near as
+// the host can tell, microseconds) instead of the device's clock.
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_trace_stop(crosspool::gpu::Loop* loop,
+                                                          crosspool::gpu::TracedStage* stages,
+                                                          std::uint32_t room);
 }
 
 #endif

@@ -39,7 +39,7 @@ CROSSPOOL_INLINE void schedule(Lane& lane, Driver& driver) {
   const bool stopped =
       driver.any(lane.has_tokens() && lane.take_tokens(driver.thread(), driver.threads()));
   if (driver.thread() != 0) return;
-  lane.enter();
+  lane.enter(driver.now());
   lane.set_stopped(stopped);
   pass(lane, driver);
 }

@@ -34,6 +34,9 @@ class Loop {
   bool wait(std::int64_t timeout_ns);
   LaneStatus status(std::uint32_t lane) const;
 
+  void trace_start();
+  std::uint32_t trace_stop(TracedStage* stages, std::uint32_t room);
+
  private:
   // A lane's memory that both sides see.
   struct Mapped {
@@ -41,6 +44,7 @@ class Loop {
     EventRing events;
     LaneStatus status;
     StepArguments arguments[kMaxHeld];
+    LaneTrace trace;
   };
 
   struct HostLane {
@@ -52,6 +56,7 @@ class Loop {
     std::uint64_t done = 0;
     std::uint64_t heartbeat = 0;  // as seen last, and when it had changed
     std::int64_t heard_ns = 0;
+    std::uint64_t traced_from = 0;  // stages recorded before this trace, or handed over
   };
 
   void describe_models(const LoopDescription& description);
@@ -62,6 +67,8 @@ class Loop {
   void not_resident(const char* what) const;
   bool has_event() const;
   void look_after(std::int64_t now);
+  void push_trace(bool on);
+  void compare_clocks();
   [[noreturn]] void report(std::uint32_t lane) const;
 
   std::uint32_t lane_count_;
@@ -80,6 +87,9 @@ class Loop {
   GraphTable graphs_;
   std::vector<HostLane> host_;
   std::uint32_t next_lane_ = 0;  // pop() looks there first
+  bool tracing_ = false;
+  std::int64_t ahead_ns_ =
+      0;  // the host's clock of the device's: the least that was seen in a trace
 };
 
 }  // namespace crosspool::gpu

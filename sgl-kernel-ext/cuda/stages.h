@@ -115,6 +115,26 @@ enum class Phase : std::uint32_t {
   kFailed = 8,   // left for good
 };
 
+// A stage that has ended.
+struct TracedStage {
+  std::uint64_t start_ns;  // when it was launched, on the device's clock
+  std::uint64_t end_ns;    // when the pass behind it began
+  std::uint64_t step;      // of an attention rank's lane
+  std::uint32_t model;
+  std::uint32_t layer;  // of kEmbed and kFeed 0; of kHead the count of layers
+  std::uint32_t rows;   // of kHead: those that want a token
+  std::uint32_t lane;
+  std::uint32_t stage;
+  std::uint32_t link;  // of a served dispatch: which link of the lane it came through
+};
+
+// A lane's latest stages, in mapped host memory; the lane writes.
+inline constexpr std::uint32_t kTraceRoom = 1 << 14;
+struct LaneTrace {
+  std::uint64_t written;  // stages ever
+  TracedStage stages[kTraceRoom];
+};
+
 // Of a lane, in mapped host memory; the lane writes.
 struct alignas(64) LaneStatus {
   std::uint64_t heartbeat;  // grows while the lane's scheduler runs
@@ -125,12 +145,13 @@ struct alignas(64) LaneStatus {
   std::uint32_t layer;
   std::uint32_t fault;
   std::uint32_t detail;
-  std::uint32_t left;  // 1: the scheduler has left the device, or is about to
+  std::uint32_t left;      // 1: the scheduler has left the device, or is about to
+  std::uint64_t clock_ns;  // the device's clock when the last pass began
 };
 
 static_assert(sizeof(StageWords) == 32 && offsetof(StageWords, layer) == 8);
 static_assert(sizeof(StepArguments) == 64 && offsetof(StepArguments, inputs) == 32);
-static_assert(sizeof(ModelEntry) == 24 && sizeof(LaneStatus) == 64);
+static_assert(sizeof(ModelEntry) == 24 && sizeof(LaneStatus) == 64 && sizeof(TracedStage) == 48);
 
 }  // namespace crosspool::gpu
 

@@ -7,6 +7,8 @@ on a GPU, by test_cuda_loop_gpu.py."""
 from __future__ import annotations
 
 import ctypes
+import time
+from itertools import pairwise
 
 import pytest
 from crosspool.kernels import cuda_loop
@@ -121,4 +123,47 @@ def test_steps_beyond_a_lanes_room_are_refused(driver: FakeCuda) -> None:
     assert [step for _, step, _ in bench.events()] == list(range(8))
     bench.loop.push_step(0, bench.step(8))
     assert bench.events() == [(DONE, 8, 0)]
+    bench.close()
+
+
+def test_a_trace_has_every_stage(driver: FakeCuda) -> None:
+    bench = LoopBench(driver, lanes=2)
+    for lane in range(2):
+        bench.loop.push_step(lane, bench.step(7 + lane, lease=2))
+    bench.loop.trace_start()
+    bench.loop.start()
+    bench.events()
+    bench.loop.wait(0.0)
+    traced = bench.loop.trace_stop()
+    assert sorted(stage.end_ns for stage in traced) == [stage.end_ns for stage in traced]
+    for lane in range(2):
+        own = [stage for stage in traced if stage.lane == lane]
+        ran = [(stage, layer) for on, stage, layer, _ in bench.ran if on == lane]
+        assert [(stage.stage, stage.layer) for stage in own] == ran
+        assert len(own) == 12
+        assert {(stage.step, stage.model, stage.rows) for stage in own} == {(7 + lane, 0, 2)}
+        for one, then in pairwise(own):
+            assert one.start_ns < one.end_ns <= then.start_ns
+    assert traced[-1].end_ns <= time.monotonic_ns()
+    bench.loop.push_step(0, bench.step(9))
+    bench.events()
+    assert len(bench.ran) == 30
+    assert bench.loop.trace_stop() == []
+    bench.close()
+
+
+def test_a_trace_keeps_the_latest(driver: FakeCuda) -> None:
+    bench = LoopBench(driver)
+    steps = cuda_loop.TRACE_ROOM // 6 + 2
+    bench.loop.trace_start()
+    bench.loop.push_step(0, bench.step(lease=steps))
+    bench.loop.start()
+    while bench.events(20_000)[-1][0] != DONE:
+        pass
+    traced = bench.loop.trace_stop()
+    assert len(bench.ran) == 6 * steps > cuda_loop.TRACE_ROOM
+    # The place of a stage that may be under way is left out.
+    assert len(traced) == cuda_loop.TRACE_ROOM - 1
+    ran = [(stage, layer) for _, stage, layer, _ in bench.ran[-len(traced) :]]
+    assert [(stage.stage, stage.layer) for stage in traced] == ran
     bench.close()

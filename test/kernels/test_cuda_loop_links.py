@@ -72,6 +72,24 @@ def test_an_answer_that_never_comes_fails_the_lane(driver: FakeCuda) -> None:
     bench.loop.close()
 
 
+def test_a_trace_tells_what_was_served(driver: FakeCuda) -> None:
+    link = FakeLink()
+    bench = LoopBench(driver, link=link, serves=True)
+    bench.loop.trace_start()
+    bench.loop.start()
+    for number, (layer, rows) in enumerate([(1, 2), (0, 1)], start=1):
+        link.dispatch[:] = [1, 0, 0, layer, rows, ROW_BYTES]
+        link.dispatched.value = number
+        bench.events()
+        assert link.combined.value == number
+    traced = bench.loop.trace_stop()
+    assert [(stage.stage, stage.layer, stage.rows, stage.link) for stage in traced] == [
+        (Stage.MOE_FFN, 1, 2, 0),
+        (Stage.DENSE_FFN, 0, 1, 0),
+    ]
+    bench.close()
+
+
 @pytest.mark.parametrize(
     "dispatch",
     [[1, 0, 1, 0, 2, ROW_BYTES], [1, 0, 0, 2, 2, ROW_BYTES], [1, 0, 0, 0, 3, ROW_BYTES]],

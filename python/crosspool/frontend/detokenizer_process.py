@@ -16,6 +16,7 @@ from types import FrameType
 import zmq
 
 from crosspool.config.deployment import Deployment
+from crosspool.config.process import freeze_heap
 from crosspool.frontend import compat
 from crosspool.frontend.process import leave, run
 
@@ -54,6 +55,7 @@ def serve(deployment: Deployment) -> None:
         manager = DetokenizerManager(args, port_args(deployment, index))
         managers[manager.recv_from_scheduler] = manager
         poller.register(manager.recv_from_scheduler, zmq.POLLIN)
+    freeze_heap()
     log.info("ready")
     while not stopping:
         for socket, _ in poller.poll(_LONGEST_SLEEP_MS):

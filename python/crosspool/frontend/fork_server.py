@@ -11,7 +11,6 @@ there. Each of the three can be started alone, too.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from crosspool.config.process import die_with_parent
+from crosspool.config.process import die_with_parent, freeze_heap
 from crosspool.frontend import compat, detokenizer_process, http_process, scheduler_process
 from crosspool.frontend.process import leave, prepare
 
@@ -55,8 +54,7 @@ def _import_everything() -> None:
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
         log.warning("importing SGLang started %d threads, which forked processes lack", threads - 1)
-    gc.collect()
-    gc.freeze()  # else the collector, writing to every object, would soon have copied all pages
+    freeze_heap()  # the collector, writing to every object, would soon have copied all pages too
 
 
 def fork_all(processes: Mapping[str, Callable[[], int]], launcher_fd: int) -> None:

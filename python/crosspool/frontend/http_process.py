@@ -23,6 +23,7 @@ import uvloop
 import zmq.asyncio
 
 from crosspool.config.deployment import ConfigError, Deployment
+from crosspool.config.process import freeze_heap
 from crosspool.frontend import compat
 from crosspool.frontend.app import App, State
 from crosspool.frontend.process import leave, run
@@ -131,6 +132,7 @@ class HttpProcess:
             await model.start(pool_tokens)
             if not self._deployment.sglang.get("skip_server_warmup"):
                 await model.warm_up()
+        freeze_heap()
         self._state.models = {model.name: model for model in models}
         self._state.message = "ready"
         self._state.ready = True

@@ -21,6 +21,7 @@ import zmq
 from sglang.srt.managers import io_struct as io
 
 from crosspool.config.deployment import Deployment
+from crosspool.config.process import freeze_heap
 from crosspool.frontend.control_requests import ANSWERS, FLUSHED, FORWARDED, NO_CACHE, UNANSWERED
 from crosspool.frontend.devices import DeviceGone, Devices
 from crosspool.frontend.front_end import FrontEnd, FrontEndLost
@@ -113,6 +114,7 @@ class SchedulerLoop:
         """Returns after SIGTERM or SIGINT."""
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
+        freeze_heap()
         log.info("waiting for devices: %s", self._devices.progress)
         while not self._stopping:
             self._turn(self._poller.poll(self._sleep_ms()))

@@ -54,11 +54,14 @@ MAX_HELD = 8
 """Steps that a lane has at once: the one under way and those that wait behind it."""
 MAX_LINKS = 8
 """Of a lane."""
+TRACE_ROOM = 1 << 14
+"""Stages of a lane that a trace keeps."""
 EVERY_LANE = -1
 
 StepArguments = cs.StepArguments
 LaneStatus = cs.LaneStatus
 LinkMemory = cs.LinkMemory
+TracedStage = cs.TracedStage
 __all__ = ["DONE", "FAILED", "LOGITS", "TOKENS", "CudaLoop", "CudaLoopError", "Event", "Fault"]
 
 
@@ -302,6 +305,21 @@ class CudaLoop:
         status = LaneStatus()
         self._check(self._native.crosspool_cuda_loop_status(self._address, lane, byref(status)))
         return status
+
+    def trace_start(self) -> None:
+        """Has lanes record their stages from now on, those in a step from its end. Raises
+        CudaLoopError."""
+        self._check(self._native.crosspool_cuda_loop_trace_start(self._address))
+
+    def trace_stop(self) -> list[TracedStage]:
+        """Ends that; each lane's latest stages, ``TRACE_ROOM`` at most, in the order of their ends.
+        Times are CLOCK_MONOTONIC, as near as the host can tell from what it sees of the device's
+        clock. Raises CudaLoopError."""
+        room = self.lanes * TRACE_ROOM
+        stages = (TracedStage * room)()
+        count = self._native.crosspool_cuda_loop_trace_stop(self._address, stages, room)
+        self._check(count)
+        return list(stages[:count])
 
     @property
     def served(self) -> int:

@@ -48,7 +48,22 @@ class LaneStatus(ctypes.Structure):
         ("fault", c_uint32),
         ("detail", c_uint32),
         ("left", c_uint32),
-        ("_padding", c_uint64 * 2),
+        ("clock_ns", c_uint64),
+        ("_padding", c_uint64),
+    )
+
+
+class TracedStage(ctypes.Structure):
+    _fields_ = (
+        ("start_ns", c_uint64),
+        ("end_ns", c_uint64),
+        ("step", c_uint64),
+        ("model", c_uint32),
+        ("layer", c_uint32),
+        ("rows", c_uint32),
+        ("lane", c_uint32),
+        ("stage", c_uint32),
+        ("link", c_uint32),
     )
 
 
@@ -106,6 +121,7 @@ MIRRORED: tuple[type[ctypes.Structure], ...] = (
     LoopDescription,
     Command,
     Event,
+    TracedStage,
 )
 """In the order of ``crosspool_cuda_sizes``."""
 
@@ -126,5 +142,7 @@ SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "crosspool_cuda_loop_pop": (c_int32, (c_void_p, POINTER(Event))),
     "crosspool_cuda_loop_wait": (c_int32, (c_void_p, c_int64)),
     "crosspool_cuda_loop_status": (c_int32, (c_void_p, c_uint32, POINTER(LaneStatus))),
+    "crosspool_cuda_loop_trace_start": (c_int32, (c_void_p,)),
+    "crosspool_cuda_loop_trace_stop": (c_int32, (c_void_p, POINTER(TracedStage), c_uint32)),
 }
 """What the library exports."""

@@ -9,7 +9,6 @@ Exit status 0 after ``Shutdown`` or SIGTERM, 2 for a user's mistake (its message
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import os
 import signal
@@ -23,7 +22,7 @@ from crosspool.config import gpu
 from crosspool.config.cores import CONTROL_SLICE_NS, DEFAULT_SLICE_NS, keep_off, set_slice
 from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.device import Device
-from crosspool.config.process import die_with_parent, set_title
+from crosspool.config.process import die_with_parent, freeze_heap, set_title
 from crosspool.models.registry import read_model
 from crosspool.transport.device_socket import DeviceSocket
 from crosspool.transport.messages import (
@@ -109,8 +108,7 @@ class DeviceProcess:
 
         SIGTERM ends it at once while it loads, and lets steps in flight finish later."""
         ranks = self._load()
-        gc.collect()
-        gc.freeze()  # else a full collection walks through torch's modules: 0.2 s without a step
+        freeze_heap()
         signal.signal(signal.SIGTERM, self._on_sigterm)
         self._socket.send(
             Ready(

@@ -19,7 +19,7 @@ from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.config.gpu import check_alike
 from crosspool.kernels.cuda_driver import CudaBindings
-from crosspool.kernels.cuda_loop import MAX_LINKS, LinkMemory, Stage
+from crosspool.kernels.cuda_loop import MAX_LINKS, CudaLoop, LinkMemory, Stage
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.kvpool.virtualizer import Virtualizer
 from crosspool.models.spec import ModelSpec, MoEFFN
@@ -43,7 +43,7 @@ from crosspool.ranks.gpu_peers import Peers, meet
 from crosspool.ranks.gpu_rank import GPURank
 from crosspool.ranks.gpu_scratch import LanePlaces
 from crosspool.ranks.gpu_stages import HasStages, Stages, buckets_up_to
-from crosspool.ranks.gpu_trace import GPUTrace
+from crosspool.ranks.gpu_trace import GPUTrace, ResidentGPUTrace
 from crosspool.ranks.gpu_weights import GPUFFN, GPUAttention
 from crosspool.transport.data_path import LinkCounters
 from crosspool.transport.device_links import DeviceLinks
@@ -178,7 +178,8 @@ def join_lanes(
     join = _Joining(deployment, device, held, peers, on)
     executor: GPUExecutor | GPUFFNExecutor
     attention: GPURank | None = None
-    trace, loop = join.trace, join.loop()
+    loop = join.loop()
+    trace = join.trace_of(loop)
     if join.attention_rank is None:
         executor = GPUFFNExecutor(loop)
     else:
@@ -266,11 +267,7 @@ class _Joining:
         ]
         """Of the attention rank, by lane and FFN rank."""
         self._resident = on.type == "cuda" and deployment.loop == "resident"
-        self.trace = GPUTrace(
-            resident=self._resident,
-            attention_rank=self.attention_rank or 0,
-            ffn_rank=self.ffn_rank or 0,
-        )
+        self._watch = GPUTrace(attention_rank=self.attention_rank or 0, ffn_rank=self.ffn_rank or 0)
 
     @property
     def _links(self) -> DeviceLinks:
@@ -292,7 +289,7 @@ class _Joining:
             stages,
             self.buckets,
             resident=self._resident,
-            watch=self.trace,
+            watch=self._watch,
             exchange=self._host_exchange(),
             epoch=epoch,
             tails=self._tails(epoch),
@@ -334,6 +331,18 @@ class _Joining:
             served=[served[i : i + MAX_LINKS] for i in range(0, len(served), MAX_LINKS)],
             held=frozenset(self._held.ffns),
             bucket_rows=self.buckets,
+        )
+
+    def trace_of(self, loop: DeviceLoop) -> GPUTrace | ResidentGPUTrace:
+        """What records the parts that ``loop`` drives."""
+        if not isinstance(loop, CudaLoop):
+            return self._watch
+        return ResidentGPUTrace(
+            loop,
+            attention_rank=self.attention_rank or 0,
+            ffn_rank=self.ffn_rank or 0,
+            own_lanes=len(self._lanes),
+            incoming=self.incoming,
         )
 
     def host_memory(self) -> list[HostMemory]:

@@ -242,6 +242,8 @@ bool Loop::take_commands() {
       case CommandKind::kRecall:
         recall(command.step);
         break;
+      case CommandKind::kTrace:  // Loop::trace_start() is called instead
+        break;
     }
   }
   return !stopping_;

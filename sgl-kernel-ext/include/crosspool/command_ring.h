@@ -17,6 +17,7 @@ enum class CommandKind : std::uint32_t {
   kResume = 2,  // the host is done with the logits of `lane`
   kStop = 3,    // end the loop; of a GPU's lane: leave the device
   kRecall = 4,  // the lease of `step` ends with the step of it that is under way, or comes next
+  kTrace = 5,   // to a GPU's lane alone: record stages from now on (`arguments` is 1), or no more
 };
 
 struct Command {

@@ -5,7 +5,9 @@ the resident loop's own code over a fake driver."""
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("msgspec", reason="msgspec is not installed (the messages of a step)")
 
+from crosspool.observability.trace import LaneEvent
 from crosspool.ranks import gpu_device
 from crosspool.transport.messages import Logprobs, Sampling
 from make_random_checkpoint import make_random_checkpoint
@@ -121,8 +124,11 @@ def test_resident_loops_that_exchange(
     monkeypatch.setattr(gpu_device, "join_loop", fake.join_loop)
     gpus = Interpreted()
     with Machine(models, loop="resident", load=gpus.load, **place, **LIMITS) as machine:
+        for device in machine.devices:
+            device.inspect("trace_start")
         assert_alike(run(machine, 3), expected)
         assert_counted(machine)
+        assert_traced([device.inspect("trace_stop") for device in machine.devices])
 
 
 def test_resident_loops_whose_links_are_carried(
@@ -166,3 +172,23 @@ def assert_counted(machine: Machine) -> None:
             else:
                 assert link["dispatches"] == 0
     assert not sent
+
+
+def assert_traced(by_device: list[list[LaneEvent]]) -> None:
+    """Layers come in order; what a lane sends to an FFN device is served there in that order."""
+    first, *others = by_device
+    assert all(event.start_ns < event.end_ns <= time.monotonic_ns() for event in first)
+    assert {event.layer == -1 for event in first if event.part == "lm_head"} == {True}
+    for lane in range(2):
+        own = [event for event in first if event.lane == lane]
+        assert all(one.end_ns <= then.start_ns for one, then in pairwise(own))
+        sent = [event for event in own if event.part == "attention"]
+        for one, then in pairwise(sent):
+            same = one.step == then.step and one.model == then.model
+            assert then.layer == (one.layer + 1 if same and then.layer else 0)
+        for events in others:
+            of_lane = [e for e in events if (e.attention_rank, e.lane) == (0, lane)]
+            assert {event.part for event in of_lane} == {"ffn"}
+            models = {event.model for event in of_lane}
+            served = [(event.model, event.layer, event.rows) for event in of_lane]
+            assert served == [(e.model, e.layer, e.rows) for e in sent if e.model in models]
