@@ -347,10 +347,10 @@ class DeviceDriver:
                 ),
             )
 
-    def shutdown(self, timeout: float = 20.0) -> dict[str, int]:
+    def shutdown(self, timeout: float = 20.0, *, drain: bool = True) -> dict[str, int]:
         """Asks every device process to end; their exit statuses."""
         for name in self.processes:
-            self.send(name, Shutdown())
+            self.send(name, Shutdown(drain=drain))
         return {name: process.wait(timeout) for name, process in self.processes.items()}
 
     def close(self) -> None:

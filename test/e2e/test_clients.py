@@ -138,7 +138,8 @@ def test_tools() -> None:
             },
         },
     }
-    with Server(["--tool-call-parser", "qwen25"], models=[model]) as server:
+    flags = ["--tool-call-parser", "qwen25", "--kv-pool-bytes", "64MiB"]
+    with Server(flags, models=[model]) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
         answer = client.chat.completions.create(
             model=model,

@@ -16,6 +16,8 @@ needs_two_cores = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="needs two cores for two devices"
 )
 
+SMALL = ["--kv-pool-bytes", "64MiB"]
+"""Taking 4 GiB from the system, the default, may last ten seconds."""
 LONG = {
     "text": "The import statement",
     "sampling_params": {"max_new_tokens": 3000, "ignore_eos": True},
@@ -25,7 +27,7 @@ LONG = {
 @needs_two_cores
 @pytest.mark.parametrize("pool", ["kv", "weight"])
 def test_a_dead_rank_is_told_answered_503_and_ends_the_server(pool: str) -> None:
-    flags = two_device_flags()
+    flags = [*two_device_flags(), *SMALL, "--failure-grace", "1"]
     title = f"crosspool::device {flags[1 if pool == 'kv' else 3]}"
     with Server(flags, models=TINY_MODELS[:2]) as server:
         family = server.processes()
@@ -39,7 +41,7 @@ def test_a_dead_rank_is_told_answered_503_and_ends_the_server(pool: str) -> None
             server.find(title).kill()
             killed = time.monotonic()
             seen: set[int | None] = set()
-            while server.process.poll() is None and time.monotonic() - killed < 30:
+            while server.process.poll() is None and time.monotonic() - killed < 10:
                 seen.add(server.status("/health"))
                 time.sleep(0.05)
             for answer in running:
@@ -52,7 +54,7 @@ def test_a_dead_rank_is_told_answered_503_and_ends_the_server(pool: str) -> None
 
 
 def test_sigterm_drains_running_requests() -> None:
-    with Server(models=TINY_MODELS[:1]) as server:
+    with Server(SMALL, models=TINY_MODELS[:1]) as server:
         body = {
             "text": "The import statement",
             "sampling_params": {"max_new_tokens": 400, "ignore_eos": True},

@@ -120,7 +120,7 @@ class SchedulerLoop:
             self._turn(self._poller.poll(self._sleep_ms()))
         self._core.fail_all("the server is shutting down", 503)
         self._send_outputs()
-        self._devices.broadcast(Shutdown())
+        self._devices.broadcast(Shutdown(drain=self._failure is None))
         self._context.destroy(linger=500)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:

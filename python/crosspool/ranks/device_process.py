@@ -102,6 +102,7 @@ class DeviceProcess:
         self._lanes_fd = lanes_fd
         self._socket = socket
         self._ending = False
+        self._drains = True
 
     def run(self) -> int:
         """Loads, reports :class:`Ready`, works; returns the exit status.
@@ -195,14 +196,18 @@ class DeviceProcess:
                 self._socket.send(Inspected(id=message.id, device=self._device.name, answer=answer))
             case Shutdown():
                 self._ending = True
+                self._drains = message.drain
 
     def _drain(self, ranks: DeviceRanks) -> int:
         deadline = time.monotonic() + _SHUTDOWN_SECONDS
-        while not ranks.executor.drained:
+        while self._drains and not ranks.executor.drained:
             if time.monotonic() > deadline:
                 log.error("steps in flight did not end in %.0f s", _SHUTDOWN_SECONDS)
                 return 1
             self._send(ranks.executor.run(_BUSY_WAIT))
+            message = self._socket.receive()
+            if isinstance(message, Shutdown):
+                self._handle(message, ranks)
         log.info("ends")
         return 0
 

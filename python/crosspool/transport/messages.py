@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Both ends compare it in :class:`Ready`; a change of any message below raises it."""
 MAX_MESSAGE_BYTES = 256 << 20
 """A peer that sends more is cut off."""
@@ -120,7 +120,10 @@ class Inspect(msgspec.Struct, frozen=True, kw_only=True, tag="inspect"):
 
 
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
-    """Finish the steps in flight and exit with status 0."""
+    """Exit with status 0, after the steps in flight unless told otherwise."""
+
+    drain: bool = True
+    """False: nobody waits for the steps in flight, and a rank that they need may be dead."""
 
 
 ToDevice = Step | Recall | Release | Inspect | Shutdown
