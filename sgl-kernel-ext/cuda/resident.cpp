@@ -1,12 +1,10 @@
 #include "resident.h"
 
-#include <time.h>
-
 #include <algorithm>
-#include <limits>
 #include <stdexcept>
 #include <string>
 
+#include "clock.h"
 #include "description.h"
 
 namespace crosspool::gpu {
@@ -16,12 +14,6 @@ namespace {
 constexpr std::int64_t kNapNs = 20'000;             // between two looks at rings and streams
 constexpr std::int64_t kLookNs = 1'000'000;         // between two looks after the lanes
 constexpr std::int64_t kSettleNs = 60'000'000'000;  // bound of copies and uploads
-
-std::int64_t now_ns() {
-  timespec now{};
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return now.tv_sec * 1'000'000'000 + now.tv_nsec;
-}
 
 void nap() {
   const timespec pause{0, kNapNs};
@@ -343,66 +335,6 @@ LaneStatus Loop::status(std::uint32_t lane) const {
   to.left = Atomic<std::uint32_t>(from.left).load(kAcquire);
   to.clock_ns = Atomic<std::uint64_t>(from.clock_ns).load(kRelaxed);
   return to;
-}
-
-void Loop::trace_start() {
-  for (std::uint32_t i = 0; i < lane_count_; ++i) {
-    host_[i].traced_from = Atomic<std::uint64_t>(mapped_[i].trace.written).load(kAcquire);
-  }
-  push_trace(true);
-  tracing_ = true;
-  ahead_ns_ = std::numeric_limits<std::int64_t>::max();
-  compare_clocks();
-}
-
-std::uint32_t Loop::trace_stop(TracedStage* stages, std::uint32_t room) {
-  compare_clocks();
-  tracing_ = false;
-  push_trace(false);
-  std::vector<TracedStage> found;
-  for (std::uint32_t i = 0; i < lane_count_; ++i) {
-    LaneTrace& trace = mapped_[i].trace;
-    Atomic<std::uint64_t> written(trace.written);
-    const std::uint64_t end = written.load(kAcquire), from = host_[i].traced_from;
-    const std::uint64_t oldest = end - from > kTraceRoom ? end - kTraceRoom : from;
-    const std::size_t before = found.size();
-    for (std::uint64_t n = oldest; n < end; ++n) found.push_back(trace.stages[n % kTraceRoom]);
-    // The lane may go on for a while, and has begun one stage more than it has counted.
-    const std::uint64_t lost = written.load(kAcquire) + 1;
-    if (lost > oldest + kTraceRoom) {
-      const std::uint64_t count = std::min(lost - oldest - kTraceRoom, end - oldest);
-      const auto first = found.begin() + static_cast<std::ptrdiff_t>(before);
-      found.erase(first, first + static_cast<std::ptrdiff_t>(count));
-    }
-    host_[i].traced_from = end;
-  }
-  std::sort(found.begin(), found.end(),
-            [](const TracedStage& a, const TracedStage& b) { return a.end_ns < b.end_ns; });
-  const std::size_t count = std::min<std::size_t>(found.size(), room);
-  std::copy(found.end() - static_cast<std::ptrdiff_t>(count), found.end(), stages);
-  for (std::size_t i = 0; i < count; ++i) {
-    stages[i].start_ns += static_cast<std::uint64_t>(ahead_ns_);
-    stages[i].end_ns += static_cast<std::uint64_t>(ahead_ns_);
-  }
-  return static_cast<std::uint32_t>(count);
-}
-
-void Loop::push_trace(bool on) {
-  for (std::uint32_t i = 0; i < lane_count_; ++i) {
-    if (!mapped_[i].commands.push({CommandKind::kTrace, i, 0, on ? 1U : 0U, 0})) {
-      throw std::runtime_error("the command ring of " + lane_name(i) + " is full");
-    }
-  }
-}
-
-// What the host sees of the device's clock is older than its own; by how much varies, so the least
-// difference is nearest to that of the clocks.
-void Loop::compare_clocks() {
-  for (std::uint32_t i = 0; i < lane_count_; ++i) {
-    const std::uint64_t device = status(i).clock_ns;
-    if (device == 0) continue;
-    ahead_ns_ = std::min(ahead_ns_, now_ns() - static_cast<std::int64_t>(device));
-  }
 }
 
 void Loop::report(std::uint32_t lane) const {

@@ -20,6 +20,7 @@ HOST_SIDE = (
     "cuda/description.cpp",
     "cuda/graph_table.cpp",
     "cuda/resident.cpp",
+    "cuda/resident_trace.cpp",
     "test/fake_calls.cpp",
     "test/fake_driver.cpp",
 )
