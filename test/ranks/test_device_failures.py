@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from crosspool.transport.messages import Failed, Row, Step
 from make_random_checkpoint import make_random_checkpoint
 from safetensors.torch import load_file, save_file
 
-from benchmark.device_driver import DeviceDriver, DeviceFailed
+from benchmark.device_driver import DeviceDriver, DeviceFailed, Generation
 
-FIRST = f"cpu:{min(os.sched_getaffinity(0))}"
+FIRST, SECOND = (f"cpu:{pick(os.sched_getaffinity(0))}" for pick in (min, max))
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,20 @@ def test_a_step_for_an_unknown_request_ends_the_process_with_its_cause(checkpoin
         assert "request 99" in message.message
         assert driver.processes[FIRST].wait(10) == 1
         assert "Traceback" in driver.log(FIRST)
+
+
+@pytest.mark.skipif(FIRST == SECOND, reason="needs two cores")
+@pytest.mark.parametrize("loop", ["host", "resident"])
+def test_a_device_need_not_wait_for_a_step_whose_peer_is_dead(loop: str, checkpoint: Path) -> None:
+    with DeviceDriver([checkpoint], kv=[FIRST], weights=[SECOND], loop=loop) as driver:
+        driver.generate([Generation(0, [1, 2, 3], 2)])
+        driver.processes[SECOND].kill()
+        driver.processes.pop(SECOND).wait()
+        driver.step([Generation(0, [4, 5], 8)])
+        time.sleep(0.2)
+        began = time.monotonic()
+        assert driver.shutdown(drain=False) == {FIRST: 0}
+        assert time.monotonic() - began < 5
 
 
 def failure(driver: type[DeviceDriver], *args: Any, **fields: Any) -> Failed:

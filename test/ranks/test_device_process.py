@@ -452,22 +452,6 @@ def test_a_dead_ffn_rank_is_replaced_under_a_step(
         assert_matches(generation, references[DEEPSEEK])
 
 
-@pytest.mark.skipif(len(CORES) == 1, reason="needs two cores")
-@pytest.mark.parametrize("loop", ["host", "resident"])
-def test_a_device_need_not_wait_for_a_step_whose_peer_is_dead(
-    loop: str, checkpoints: list[Path]
-) -> None:
-    with DeviceDriver(checkpoints, kv=[FIRST], weights=[SECOND], loop=loop) as driver:
-        driver.generate([Generation(QWEN, prompt(9, 2), 2)])
-        driver.processes[SECOND].kill()
-        driver.processes.pop(SECOND).wait()
-        driver.step([Generation(DEEPSEEK, prompt(40, 1), 8)])
-        time.sleep(0.2)
-        began = time.monotonic()
-        assert driver.shutdown(drain=False) == {FIRST: 0}
-        assert time.monotonic() - began < 5
-
-
 @pytest.mark.parametrize("isa", available_isas())
 def test_every_isa_path_equals_transformers(
     isa: str,
