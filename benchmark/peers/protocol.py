@@ -199,6 +199,9 @@ class Contestant:
         paths: Sequence[Path] = (ROOT,),
         environment: dict[str, str] | None = None,
     ) -> None:
+        # Of the measuring side alone: engines' environments have nothing of this project.
+        from crosspool.config.process import die_with_parent
+
         self.module = module
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -217,6 +220,7 @@ class Contestant:
                 cwd=ROOT,
                 start_new_session=True,
                 text=True,
+                preexec_fn=die_with_parent,  # noqa: PLW1509
             )
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         assert self._process.stdout is not None

@@ -4,6 +4,7 @@ threads and on the cores that they were given, and what goes wrong is told."""
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -154,6 +155,29 @@ def test_an_engine_at_rest_takes_no_core(fake: Contestant, tmp_path: Path) -> No
     assert (process.num_ctx_switches(), process.cpu_times()) == before
     assert process.status() == psutil.STATUS_STOPPED
     assert fake.ask({"do": "tokens", "prompt": [1], "steps": 2}, 30.0) == {"tokens": [0, 1]}
+
+
+def test_an_engine_dies_with_who_started_it(tmp_path: Path) -> None:
+    """Though it is stopped, and so does not see that its input has ended."""
+    (tmp_path / "fake_engine.py").write_text(FAKE)
+    root = Path(checkpoint.__file__).parents[1]
+    code = (
+        "import os, sys; from pathlib import Path; from benchmark.peers.protocol import Contestant;"
+        "folder = Path(sys.argv[1]); root = Path(sys.argv[2]);"
+        "engine = Contestant("
+        "    Path(sys.executable), 'fake_engine', folder / 'log', paths=[folder, root]);"
+        "engine.load(folder, 1, [max(os.sched_getaffinity(0))]);"
+        "print(engine.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), str(root)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, cwd=root, check=False
+    )
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_an_engine_that_hangs_is_ended(fake: Contestant, tmp_path: Path) -> None:
