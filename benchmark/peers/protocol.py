@@ -73,6 +73,7 @@ def serve(load: Callable[[Path, int, list[int]], Any]) -> None:
     cores)`` makes the engine. What libraries print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    sys.stdout = sys.stderr  # at once, too: a log that a buffer held back would tell nothing
     engine: Any = None
     for line in sys.stdin:
         asked = json.loads(line)
@@ -92,7 +93,6 @@ def serve(load: Callable[[Path, int, list[int]], Any]) -> None:
         if asked["do"] == "quit":
             break
     answers.close()
-    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # not through the engine's own exit handlers: some wait for minutes
 
