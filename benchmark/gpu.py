@@ -41,7 +41,7 @@ from benchmark.records import RESULTS, ROOT, Recorder
 if TYPE_CHECKING:
     import torch
     from crosspool.models.spec import ModelSpec
-    from crosspool.ranks.gpu_model import GPUModel
+    from crosspool.ranks.gpu.model import GPUModel
 
     from benchmark.gpu_lanes import Lanes
 

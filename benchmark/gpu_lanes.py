@@ -18,11 +18,11 @@ import torch
 from crosspool.kernels.cuda_loop_structs import StepArguments
 from crosspool.kernels.engine_structs import DONE, TOKENS
 from crosspool.models.spec import ModelSpec
-from crosspool.ranks.gpu_inputs import HostInputs, HostMemory
-from crosspool.ranks.gpu_lanes import join_loop, make_stages, model_stages
-from crosspool.ranks.gpu_links import Crossing
-from crosspool.ranks.gpu_model import GPUModel
-from crosspool.ranks.gpu_weights import GPUFFN, GPUAttention
+from crosspool.ranks.gpu.inputs import HostInputs, HostMemory
+from crosspool.ranks.gpu.lanes import join_loop, make_stages, model_stages
+from crosspool.ranks.gpu.links import Crossing
+from crosspool.ranks.gpu.model import GPUModel
+from crosspool.ranks.gpu.weights import GPUFFN, GPUAttention
 from crosspool.ranks.weights import TORCH_DTYPES
 from crosspool.weightpool.placement import FFNShard
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 import torch
 from crosspool.kernels.cuda_loop import Stage
 from crosspool.models.spec import DTYPE_BYTES, DenseFFN, MoEFFN
-from crosspool.ranks.gpu_inputs import HostInputs, InputLayout
-from crosspool.ranks.gpu_launch import words
-from crosspool.ranks.gpu_model import GPUModel
-from crosspool.ranks.gpu_scratch import LanePlaces, Scratch
-from crosspool.ranks.gpu_stages import Stages
+from crosspool.ranks.gpu.inputs import HostInputs, InputLayout
+from crosspool.ranks.gpu.launch import words
+from crosspool.ranks.gpu.model import GPUModel
+from crosspool.ranks.gpu.scratch import LanePlaces, Scratch
+from crosspool.ranks.gpu.stages import Stages
 
 Call = Callable[[], object]
 

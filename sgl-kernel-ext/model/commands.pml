@@ -1,5 +1,5 @@
 /* The rings between a host and a resident loop (include/crosspool/command_ring.h; engine/loop.cpp and
- * ranks/resident_loop.py are its ends), for spin: steps with leases, recalls, logits for the host.
+ * ranks/resident/executor.py are its ends), for spin: steps with leases, recalls, logits for the host.
  *
  * Checked: nothing deadlocks (an end that sleeps through what it waits for is a deadlock), every step
  * ends, its results come once each and in order, no more of them than its lease has, at most one

@@ -407,7 +407,7 @@ class TestPipeline:
         self, driver: DeviceDriver, events: list[dict[str, Any]]
     ) -> None:
         if driver.deployment.loop == "resident":
-            pytest.skip("its steps are shorter than the driver's turn; see test_resident_loop")
+            pytest.skip("its steps are shorter than the driver's turn; see test_resident_executor")
         steps: dict[int, dict[str, Any]] = {}
         for event in events:
             if event["role"] == "attention":

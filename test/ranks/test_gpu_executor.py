@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from crosspool.kernels.cuda_loop import ModelStages, Stage
 from crosspool.kernels.engine_structs import DONE, LOGITS, TOKENS, Event
-from crosspool.ranks.gpu_inputs import InputLayout
-from crosspool.ranks.gpu_loop import HostLaunchedLoop
-from crosspool.ranks.gpu_rank import GPUFlight
+from crosspool.ranks.gpu.flight import GPUFlight
+from crosspool.ranks.gpu.inputs import InputLayout
+from crosspool.ranks.gpu.loop import HostLaunchedLoop
 from crosspool.transport.messages import Logprobs, Recall, Release, Row, Sampling, Step
 from support.one_gpu import LAYERS, OneGPU, step
 

@@ -14,10 +14,10 @@ from crosspool.kernels.cuda_loop import ModelStages, Stage
 from crosspool.kernels.cuda_loop_structs import StepArguments
 from crosspool.kernels.engine_structs import DONE
 from crosspool.models.spec import DenseFFN, MoEFFN, RouterSpec
-from crosspool.ranks.gpu_device import check_share
-from crosspool.ranks.gpu_ffn_executor import GPUFFNExecutor
-from crosspool.ranks.gpu_links import Crossing, crossing_of
-from crosspool.ranks.gpu_loop import HostExchange, HostLaunchedLoop
+from crosspool.ranks.gpu.ffn_executor import GPUFFNExecutor
+from crosspool.ranks.gpu.links import Crossing, crossing_of
+from crosspool.ranks.gpu.load import check_share
+from crosspool.ranks.gpu.loop import HostExchange, HostLaunchedLoop
 from crosspool.transport.data_path import DispatchHeader, LaneError
 from crosspool.transport.messages import Release
 from crosspool.weightpool.placement import FFNShard

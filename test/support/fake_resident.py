@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from crosspool.kernels.cuda_loop import CudaLoop, ModelStages, Stage
-from crosspool.ranks.gpu_lanes import loop_places
-from crosspool.ranks.gpu_nvshmem import Tail
-from crosspool.ranks.gpu_scratch import LanePlaces
-from crosspool.ranks.gpu_stages import HasStages
+from crosspool.ranks.gpu.lanes import loop_places
+from crosspool.ranks.gpu.nvshmem import Tail
+from crosspool.ranks.gpu.scratch import LanePlaces
+from crosspool.ranks.gpu.stages import HasStages
 from support.fake_cuda_graphs import FakeCuda, build
 
 _UNITS = 64
@@ -39,7 +39,7 @@ class FakeResident:
         epoch: int,
         tails: Mapping[tuple[int, int, Stage], Tail],
     ) -> CudaLoop:
-        """As :func:`crosspool.ranks.gpu_lanes.join_loop`."""
+        """As :func:`crosspool.ranks.gpu.lanes.join_loop`."""
         assert exchange is None
         loop = _Driven(self, models, loop_places(lanes), buckets, epoch=epoch)
         for (lane, model, bucket), of_model in stages.items():

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from crosspool.models.spec import DenseFFN, GQASpec, ModelSpec, RopeSpec
-from crosspool.ranks.gpu_executor import GPUExecutor
-from crosspool.ranks.gpu_inputs import HostInputs, HostMemory, InputLayout
-from crosspool.ranks.gpu_rank import GPURank
+from crosspool.ranks.gpu.executor import GPUExecutor
+from crosspool.ranks.gpu.flight import GPURank
+from crosspool.ranks.gpu.inputs import HostInputs, HostMemory, InputLayout
 from crosspool.transport.data_path import LinkCounters
 from crosspool.transport.messages import Logprobs, Open, Row, Sampling, Step
 

@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 from crosspool.models.registry import read_model
-from crosspool.ranks.attention_part import AttentionPart
-from crosspool.ranks.ffn_part import FFNPart
-from crosspool.ranks.step_batch import Segment, StepBatch
+from crosspool.ranks.host.attention import AttentionPart
+from crosspool.ranks.host.ffn import FFNPart
+from crosspool.ranks.host.step_batch import Segment, StepBatch
 from crosspool.ranks.weights import TORCH_DTYPES
 from crosspool.weightpool.placement import FFNShard
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from crosspool.kernels.triton import attention
-from crosspool.ranks import gpu_lanes
-from crosspool.ranks.gpu_scratch import LanePlaces
+from crosspool.ranks.gpu import lanes as gpu_lanes
+from crosspool.ranks.gpu.scratch import LanePlaces
 
 
 class PoisonedPlaces(LanePlaces):

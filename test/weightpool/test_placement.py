@@ -12,8 +12,8 @@ from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
 from crosspool.models.spec import ModelSpec
-from crosspool.ranks.attention_part import AttentionPart
-from crosspool.ranks.ffn_part import FFNPart
+from crosspool.ranks.host.attention import AttentionPart
+from crosspool.ranks.host.ffn import FFNPart
 from crosspool.weightpool.placement import FFNShard, attention_bytes, place
 from make_random_checkpoint import make_random_checkpoint
 

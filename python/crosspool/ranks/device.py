@@ -21,10 +21,10 @@ from crosspool.config.device import Device
 from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
 from crosspool.models.spec import ModelSpec
 from crosspool.observability.trace import LaneEvent, LaneTrace
-from crosspool.ranks.attention_rank import AttentionRank, KVRank, ListsTensors
 from crosspool.ranks.executor import Executor
-from crosspool.ranks.ffn_rank import FFNRank
-from crosspool.ranks.host_loop import HostLoop
+from crosspool.ranks.host.attention_rank import AttentionRank, KVRank, ListsTensors
+from crosspool.ranks.host.executor import HostLoop
+from crosspool.ranks.host.ffn_rank import FFNRank
 from crosspool.ranks.kv_memory import Make, V, take_kv_pool
 from crosspool.transport.data_path import AttentionLink, FFNLink, LinkCounters, LocalLink
 from crosspool.transport.messages import InspectWhat, RankInfo
@@ -192,7 +192,7 @@ def load_ranks(
     ``lanes_fd``: the data path's shared memory, needed when a peer lives on another device.
     Raises ConfigError for a bad checkpoint or a KV pool that the system has no memory for."""
     if deployment.loop == "resident":
-        from crosspool.ranks.resident_device import load_resident_ranks
+        from crosspool.ranks.resident.load import load_resident_ranks
 
         return load_resident_ranks(deployment, device, specs, placement, lanes_fd)
     trace = LaneTrace()
@@ -277,7 +277,7 @@ def _joined(transport: SharedMemoryTransport | None, device: Device) -> SharedMe
 def _attention_rank(
     deployment: Deployment, device: Device, specs: Sequence[ModelSpec]
 ) -> AttentionRank:
-    from crosspool.ranks.attention_part import AttentionPart
+    from crosspool.ranks.host.attention import AttentionPart
 
     rank = deployment.kv_pool_devices.index(device)
     parts = []
@@ -340,7 +340,7 @@ def _ffn_rank(
     placement: Placement,
     trace: LaneTrace,
 ) -> FFNRank:
-    from crosspool.ranks.ffn_part import FFNPart
+    from crosspool.ranks.host.ffn import FFNPart
 
     rank = deployment.weight_pool_devices.index(device)
     parts = {}

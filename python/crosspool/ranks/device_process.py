@@ -158,7 +158,7 @@ class DeviceProcess:
 
         torch.set_num_threads(1)
         check_visible(self._device)
-        from crosspool.ranks.gpu_device import load_gpu_ranks
+        from crosspool.ranks.gpu.load import load_gpu_ranks
 
         return load_gpu_ranks(self._deployment, self._device, specs, placement, self._lanes_fd)
 

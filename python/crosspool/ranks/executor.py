@@ -1,8 +1,8 @@
 """The seam between a device process and what drives its layers.
 
-The host loop (:mod:`crosspool.ranks.host_loop`) implements it in Python; a resident loop takes its
-place by implementing it over its own threads or device-launched graphs. Scheduler, front end and
-models see neither.
+The host loop (:mod:`crosspool.ranks.host.executor`) implements it in Python; a resident loop takes
+its place by implementing it over its own threads or device-launched graphs. Scheduler, front end
+and models see neither.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ import torch
 from crosspool.config.deployment import load
 from crosspool.config.device import Device
 from crosspool.models.registry import read_model
-from crosspool.ranks.gpu_device import join_lanes, load_parts
-from crosspool.ranks.gpu_peers import meet
+from crosspool.ranks.gpu.load import join_lanes, load_parts
+from crosspool.ranks.gpu.peers import meet
 from crosspool.weightpool.placement import place
 
 

@@ -17,8 +17,8 @@ pytest.importorskip("triton")
 
 import crosspool
 from crosspool.models.registry import read_model
-from crosspool.ranks.gpu_model import GPUModel
-from crosspool.ranks.gpu_weights import GPUFFN, GPUAttention
+from crosspool.ranks.gpu.model import GPUModel
+from crosspool.ranks.gpu.weights import GPUFFN, GPUAttention
 from crosspool.weightpool.placement import FFNShard
 from support.exchanging_lanes import ExchangingLanes
 from support.parts import Parts

@@ -23,8 +23,8 @@ from crosspool.config.deployment import Deployment, save
 from crosspool.config.device import Device
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks, gpu_kv_pool, kv_pool
-from crosspool.ranks.gpu_device import join_lanes, load_parts
-from crosspool.ranks.gpu_peers import meet
+from crosspool.ranks.gpu.load import join_lanes, load_parts
+from crosspool.ranks.gpu.peers import meet
 from crosspool.transport.messages import Sampling
 from crosspool.weightpool.placement import Placement
 from make_random_checkpoint import make_random_checkpoint

@@ -1,0 +1,212 @@
+"""The attention rank as the stages of a GPU see it: steps become inputs in host memory that the
+device reads, and arguments for the loop."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from crosspool.kernels import engine_structs as es
+from crosspool.kernels.cuda_loop_structs import StepArguments
+from crosspool.ranks.gpu.inputs import HostInputs, HostMemory, InputLayout
+from crosspool.ranks.host.attention_rank import KVRank
+from crosspool.ranks.resident.flight import ResidentRequest, choices_of
+from crosspool.ranks.sampler import penalises
+from crosspool.ranks.step_end import StepEnd, Wanted
+from crosspool.transport.messages import RowResult, Step, StepResult
+
+if TYPE_CHECKING:
+    from crosspool.ranks.gpu.stages import Stages
+    from crosspool.ranks.gpu.weights import GPUAttention  # noqa: F401
+
+
+class GPUFlight:
+    """A step on its way through the stages of a lane."""
+
+    def __init__(
+        self,
+        step: Step,
+        requests: Sequence[ResidentRequest],
+        end: StepEnd,
+        layout: InputLayout,
+        memory: HostMemory,
+    ) -> None:
+        self.model = step.model
+        self.rows = sum(len(row.tokens) for row in step.rows)
+        self._step = step.step
+        self._message = step
+        self._requests = requests
+        self._end = end
+        self._layout = layout
+        self._memory = memory
+        choices = choices_of(end)
+        self.for_host = es.HOST in choices or bool(end.kept)
+        """The host samples, from logits."""
+        lease = min(step.lease, memory.lease) if self._may_be_leased() else 1
+        if lease > 1 and not self._write_stops():
+            lease = 1
+        self.leased = lease > 1
+        """Whether further steps may follow that nobody has recalled."""
+        wanted = min(len(end.wanted), layout.wanted, self.rows)
+        if self.for_host:
+            wanted = max(1, wanted)  # the loop asks for a row where the host looks
+        self._chosen = memory.tokens.numpy()[: lease * wanted].reshape(lease, wanted)
+        self._chosen.fill(-1)
+        self._write_inputs(choices)
+        self.arguments = StepArguments(
+            step=step.step,
+            model=step.model,
+            rows=self.rows,
+            wanted=wanted,
+            lease=lease,
+            for_host=int(self.for_host),
+            inputs=memory.inputs.data_ptr(),
+            tokens=memory.tokens.data_ptr(),
+            stops=memory.stops.data_ptr() if self.leased else 0,
+            stop_ends=memory.stop_ends.data_ptr() if self.leased else 0,
+        )
+
+    def look(self, stages: Stages, host: Tensor) -> None:
+        """Samples from, and reports of, the logits of all wanted rows, and keeps what later steps
+        need of this one. ``host``: float32 [wanted of a step, vocab], pinned on a GPU."""
+        scratch, most = stages.scratch, self._layout.wanted
+        wanted = self._end.wanted
+        for first in range(0, len(wanted), most):
+            group = wanted[first : first + most]
+            if first > 0 or any(w.carried is not None for w in group):
+                _compute_logits(stages, group)
+            logits = host[: len(group)]
+            logits.copy_(scratch.logits[: len(group)])
+            self._end.take(group, logits)
+        for request, row in self._end.kept:
+            torch.add(scratch.residual[row], scratch.partial[row], out=scratch.last[0])
+            request.last_residual = scratch.last[0].to("cpu", copy=True)
+
+    def result(self, index: int, *, more: bool) -> StepResult:
+        """Of the lease's step ``index``, after its end; ``more``: it was not the last."""
+        rows = self._message.rows
+        if self.for_host:
+            return self._end.result()
+        chosen = self._chosen[index].tolist()
+        if index > 0:
+            results = [
+                RowResult(request=row.request, token=token)
+                for row, token in zip(rows, chosen, strict=True)
+            ]
+            result = StepResult(step=self._step, rows=results, more=more)
+        else:
+            for wanted, token in zip(self._end.wanted, chosen, strict=True):
+                self._end.choose(wanted.row, token)
+            result = msgspec.structs.replace(self._end.result(), more=more)
+        if more:
+            for request, token in zip(self._requests, chosen, strict=True):
+                request.output.append(token)
+        return result
+
+    def _may_be_leased(self) -> bool:
+        """Whether the device chooses now and later, for every row."""
+        return (
+            not self.for_host
+            and len(self._end.wanted) == len(self._requests) == self.rows
+            and not any(penalises(request.sampling) for request in self._requests)
+        )
+
+    def _write_stops(self) -> bool:
+        """Row by row; False: there is no room for so many."""
+        stops = [request.sampling.stop_token_ids for request in self._requests]
+        ends = np.cumsum([len(of_row) for of_row in stops])
+        if ends[-1] > len(self._memory.stops):
+            return False
+        flat = [token for of_row in stops for token in of_row]
+        self._memory.stops.numpy()[: len(flat)] = flat
+        self._memory.stop_ends.numpy()[: len(ends)] = ends
+        return True
+
+    def _write_inputs(self, choices: Sequence[int]) -> None:
+        host = HostInputs(self._layout, self._memory.inputs)
+        first, pages = 0, 0
+        for i, (row, request) in enumerate(zip(self._message.rows, self._requests, strict=True)):
+            end = first + len(row.tokens)
+            host["tokens"][first:end] = row.tokens
+            host["positions"][first:end] = np.arange(row.start, row.start + len(row.tokens))
+            host["row_sequences"][first:end] = i
+            host.page_table[i, : request.page_count] = request.pages[: request.page_count]
+            first, pages = end, max(pages, request.page_count)
+        wanted = self._end.wanted[: self._layout.wanted]
+        host["wanted_rows"].fill(0)
+        host["temperature"].fill(0.0)
+        for i, (one, choice) in enumerate(zip(wanted, choices, strict=False)):
+            host["wanted_rows"][i] = max(one.source, 0)
+            if choice == es.DRAW:
+                sampled = self._end.sampling_row(one.row)
+                rule = sampled.sampling
+                host["temperature"][i], host["top_p"][i] = rule.temperature, rule.top_p
+                host["top_k"][i], host["min_p"][i] = rule.top_k, rule.min_p
+                host["seed"][i] = np.uint64(rule.seed & (2**64 - 1)).astype(np.int64)
+                host["position"][i] = sampled.position
+        host.close(
+            len(self._message.rows), pages, max(1, len(wanted)) if self.for_host else len(wanted)
+        )
+
+
+class GPURank(KVRank["GPUAttention", ResidentRequest]):
+    """One attention rank. Its chunks are mapped, and its page tables grow, in the order in which
+    steps are begun."""
+
+    def begin(
+        self,
+        step: Step,
+        buckets: Sequence[int],
+        layouts: Sequence[Sequence[InputLayout]],
+        memory: HostMemory,
+    ) -> GPUFlight:
+        """``buckets``: rows, ascending; ``layouts``: by model and bucket; ``memory``: of a lane
+        that is free.
+
+        Raises RuntimeError where the step contradicts what came before, or is too large."""
+        self._open(step, ResidentRequest)
+        requests = []
+        part = self.parts[step.model]
+        for row in step.rows:
+            request = self._request(step, row)
+            request.gain(row.pages)
+            self._check_pages(step, row, request.page_count)
+            self._check_row(step, row, part.positions)
+            requests.append(request)
+        rows = sum(len(row.tokens) for row in step.rows)
+        if not 1 <= rows <= buckets[-1]:
+            raise RuntimeError(f"step {step.step}: {rows} token rows; 1 to {buckets[-1]} fit")
+        bucket = bisect.bisect_left(buckets, rows)
+        layout = layouts[step.model][bucket]
+        if len(step.rows) > layout.sequences:
+            raise RuntimeError(
+                f"step {step.step}: {len(step.rows)} requests; {layout.sequences} fit"
+            )
+        longest = max(request.page_count for request in requests)
+        if longest > layout.pages:
+            raise RuntimeError(
+                f"step {step.step}: {longest} pages of a request; {layout.pages} fit"
+            )
+        end = StepEnd(step.step, step.rows, requests, self.specs[step.model])
+        flight = GPUFlight(step, requests, end, layout, memory)
+        flight.arguments.bucket = bucket
+        return flight
+
+
+def _compute_logits(stages: Stages, wanted: Sequence[Wanted]) -> None:
+    """Logits of rows beside those that the head stage took, or with residuals of earlier steps."""
+    rows = torch.zeros(stages.layout.wanted, dtype=torch.int32)
+    rows[: len(wanted)] = torch.tensor([max(w.source, 0) for w in wanted], dtype=torch.int32)
+    stages.inputs.wanted_rows.copy_(rows)
+    stages.inputs.wanted_count.fill_(len(wanted))
+    stages.gather()
+    for i, one in enumerate(wanted):
+        if one.carried is not None:
+            stages.scratch.last[i].copy_(one.carried)
+    stages.logits()

@@ -1,0 +1,157 @@
+"""The lanes of one GPU: their memory, their stages for every model and row bucket, and the loop
+that drives them. Needs torch and Triton, and for a resident loop the native library.
+
+The lanes of an attention rank come first; those of an FFN rank that serves other devices follow,
+one for every eight links."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from crosspool.config.errors import ConfigError
+from crosspool.kernels.cuda_loop import MAX_LINKS, CudaLoop, LinkMemory, ModelStages, Stage
+from crosspool.kernels.cuda_loop import LanePlaces as LoopPlaces
+from crosspool.models.spec import DTYPE_BYTES, ModelSpec
+from crosspool.ranks.gpu.ffn import ServedStages
+from crosspool.ranks.gpu.launch import EagerLauncher, GraphLauncher, capture
+from crosspool.ranks.gpu.links import Crossing, LanePayloads, ServedCounts
+from crosspool.ranks.gpu.loop import DeviceLoop, HostExchange, HostLaunchedLoop, PartWatch
+from crosspool.ranks.gpu.model import GPUModel, kinds_of
+from crosspool.ranks.gpu.nvshmem import Tail
+from crosspool.ranks.gpu.scratch import FFNScratch, LanePlaces, Scratch
+from crosspool.ranks.gpu.stages import HasStages, Stages, layouts_of
+from crosspool.ranks.gpu.weights import GPUFFN
+
+log = logging.getLogger(__name__)
+
+
+def make_stages(
+    models: Sequence[GPUModel],
+    buckets: Sequence[int],
+    lanes: int,
+    sequences: int,
+    device: torch.device,
+    *,
+    links: Sequence[Sequence[LinkMemory]] = (),
+    crossings: Sequence[Crossing] = (),
+) -> tuple[list[LanePlaces], dict[tuple[int, int, int], Stages]]:
+    """Every lane's memory, and its stages by lane, model and bucket; ``sequences``: of a step at
+    most. ``links``: by lane; ``crossings``: by model; none where nothing leaves the device."""
+    layouts = [layouts_of(model, buckets, sequences) for model in models]
+    crossings = crossings or [Crossing()] * len(models)
+    arena = max(
+        Scratch.bytes(model, layout)
+        for model, of_model in zip(models, layouts, strict=True)
+        for layout in of_model
+    )
+    places = [
+        LanePlaces(device, buckets[-1], arena, links=links[lane] if links else ())
+        for lane in range(lanes)
+    ]
+    stages = {
+        (lane, index, bucket): Stages(model, layout, place, crossings[index])
+        for lane, place in enumerate(places)
+        for index, (model, of_model) in enumerate(zip(models, layouts, strict=True))
+        for bucket, layout in enumerate(of_model)
+    }
+    return places, stages
+
+
+@dataclass
+class Serving:
+    """What an FFN rank has for other devices' dispatches."""
+
+    places: list[LanePlaces] = field(default_factory=list)
+    """By lane, of which each has up to eight links."""
+    stages: dict[tuple[int, int, int], ServedStages] = field(default_factory=dict)
+    """By lane (counted from the first that serves), model and bucket."""
+    counts: ServedCounts | None = None
+    """By link, over all lanes."""
+
+
+def make_serving(
+    specs: Sequence[ModelSpec],
+    ffns: Mapping[int, GPUFFN],
+    buckets: Sequence[int],
+    links: Sequence[LinkMemory],
+    device: torch.device,
+) -> Serving:
+    """The lanes of an FFN rank; ``ffns``: its parts, by model; ``links``: to other devices."""
+    made = Serving(counts=ServedCounts(len(links), device))
+    assert made.counts is not None
+    arena = max(
+        FFNScratch.bytes_of_rows(specs[model], ffn.kinds, rows)
+        for model, ffn in ffns.items()
+        for rows in buckets
+    )
+    for lane, first in enumerate(range(0, len(links), MAX_LINKS)):
+        own = links[first : first + MAX_LINKS]
+        place = LanePlaces(device, buckets[-1], arena, links=own, serves=True)
+        made.places.append(place)
+        payloads = LanePayloads.of(own, device, None)
+        counted = made.counts.memory[first : first + MAX_LINKS]
+        for model, ffn in ffns.items():
+            for bucket, rows in enumerate(buckets):
+                made.stages[lane, model, bucket] = ServedStages(
+                    specs[model], ffn, rows, place, payloads=payloads, served=counted
+                )
+    return made
+
+
+def model_stages(spec: ModelSpec, crossing: Crossing) -> ModelStages:
+    """A model as a loop knows it. Raises ConfigError for one whose layers it does not drive."""
+    try:
+        kinds = kinds_of(spec)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return ModelStages(
+        kinds=kinds,
+        row_bytes=spec.hidden * DTYPE_BYTES[spec.dtype],
+        links=crossing.links,
+        local=crossing.own is not None,
+    )
+
+
+def join_loop(
+    models: Sequence[ModelStages],
+    lanes: Sequence[LanePlaces],
+    stages: Mapping[tuple[int, int, int], HasStages],
+    buckets: Sequence[int],
+    *,
+    resident: bool,
+    watch: PartWatch | None = None,
+    exchange: HostExchange | None = None,
+    epoch: int = 1,
+    tails: Mapping[tuple[int, int, Stage], Tail] | None = None,
+) -> DeviceLoop:
+    """The loop over the lanes' stages: resident or host-launched graphs on a GPU, plain calls on
+    CPU tensors. ``exchange``: of the host-launched loop, where rows leave the device; ``epoch``:
+    of a resident loop's dispatches; ``tails``: of captured stages, by lane, model and stage."""
+    own = sum(not lane.serves for lane in lanes)
+    if lanes[0].device.type != "cuda":
+        return HostLaunchedLoop(models, own, EagerLauncher(lanes, stages), watch, exchange)
+    graphs = capture(lanes, stages, tails or {})
+    log.info("captured %d graphs", len(graphs))
+    if not resident:
+        for graph in graphs.values():
+            graph.instantiate()
+        layers = max(len(model.kinds) for model in models)
+        launcher = GraphLauncher(lanes, graphs, layers)
+        return HostLaunchedLoop(models, own, launcher, watch, exchange)
+    loop = CudaLoop(models, loop_places(lanes), buckets, epoch=epoch)
+    for (lane, model, stage, bucket), graph in graphs.items():
+        loop.add_graph(lane, model, stage, bucket, graph.raw_cuda_graph())
+    loop.start()
+    return loop
+
+
+def loop_places(lanes: Sequence[LanePlaces]) -> list[LoopPlaces]:
+    """Lanes as the resident loop takes them."""
+    return [
+        LoopPlaces(lane.words.data_ptr(), lane.chosen.data_ptr(), lane.links, lane.serves)
+        for lane in lanes
+    ]

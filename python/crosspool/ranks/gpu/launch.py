@@ -1,0 +1,185 @@
+"""How the host has a stage done on a lane: as a captured graph on the lane's stream, or by calling
+it on CPU tensors, where Triton interprets the kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from crosspool.kernels.cuda_loop import Stage
+from crosspool.ranks.gpu.ffn import StageCall
+from crosspool.ranks.gpu.nvshmem import Tail
+from crosspool.ranks.gpu.scratch import LanePlaces
+from crosspool.ranks.gpu.stages import HasStages
+
+Key = tuple[int, int, Stage, int]
+"""Lane, model, stage, bucket: its index."""
+
+
+class Launcher(Protocol):
+    """Work on one lane is done in the order in which it is asked for."""
+
+    def write(
+        self, lane: int, inputs: int, rows: int, done: int, *, layer: int = 0, link: int = 0
+    ) -> None:
+        """The lane's words for a step that begins, ``inputs``: address of its inputs in host
+        memory, ``done``: steps of its lease that have ended; or for a dispatch that came through
+        ``link``."""
+
+    def set_layer(self, lane: int, layer: int) -> None: ...
+
+    def launch(self, lane: int, model: int, stage: Stage, bucket: int) -> None: ...
+
+    def fetch(self, lane: int, address: int, count: int) -> None:
+        """Copies the first ``count`` chosen tokens to host memory."""
+
+    def fence(self, lane: int) -> None:
+        """What :meth:`finished` asks about is everything asked for until here."""
+
+    def finished(self, lane: int) -> bool: ...
+
+    def synchronize(self, lane: int) -> None:
+        """Waits until everything on the lane is done."""
+
+
+class EagerLauncher:
+    """Calls the stages at once. For CPU tensors."""
+
+    def __init__(
+        self, lanes: Sequence[LanePlaces], stages: Mapping[tuple[int, int, int], HasStages]
+    ) -> None:
+        """``stages``: by lane, model and bucket."""
+        self._lanes = lanes
+        self._calls: dict[Key, StageCall] = {
+            (lane, model, stage, bucket): call
+            for (lane, model, bucket), of_model in stages.items()
+            for stage, call in of_model.calls.items()
+        }
+
+    def write(
+        self, lane: int, inputs: int, rows: int, done: int, *, layer: int = 0, link: int = 0
+    ) -> None:
+        self._lanes[lane].words.copy_(words(inputs, rows, done, layer, link))
+
+    def set_layer(self, lane: int, layer: int) -> None:
+        self._lanes[lane].layer.fill_(layer)
+
+    def launch(self, lane: int, model: int, stage: Stage, bucket: int) -> None:
+        self._calls[lane, model, stage, bucket]()
+
+    def fetch(self, lane: int, address: int, count: int) -> None:
+        host_tokens(address, count).copy_(self._lanes[lane].chosen[:count])
+
+    def fence(self, lane: int) -> None:
+        pass
+
+    def finished(self, lane: int) -> bool:
+        return True
+
+    def synchronize(self, lane: int) -> None:
+        pass
+
+
+class GraphLauncher:
+    """Launches captured graphs, each lane on a stream of its own.
+
+    Has not run on a GPU yet (docs/gpu.md)."""
+
+    def __init__(
+        self,
+        lanes: Sequence[LanePlaces],
+        graphs: Mapping[Key, torch.cuda.CUDAGraph],
+        layers: int,
+    ) -> None:
+        """``graphs``: instantiated. ``layers``: of the deepest model."""
+        device = lanes[0].device
+        self._lanes = lanes
+        self._graphs = graphs
+        self._streams = [torch.cuda.Stream(device) for _ in lanes]
+        self._events = [torch.cuda.Event() for _ in lanes]
+        self._numbers = torch.arange(layers + 1, dtype=torch.int32, device=device)
+        self._words = [torch.zeros(8, dtype=torch.int32, pin_memory=True) for _ in lanes]
+
+    def write(
+        self, lane: int, inputs: int, rows: int, done: int, *, layer: int = 0, link: int = 0
+    ) -> None:
+        # The lane's last step or dispatch is over, and with it the last copy out of this memory;
+        # between two steps of a lease too.
+        self._words[lane].copy_(words(inputs, rows, done, layer, link))
+        with torch.cuda.stream(self._streams[lane]):
+            self._lanes[lane].words.copy_(self._words[lane], non_blocking=True)
+
+    def set_layer(self, lane: int, layer: int) -> None:
+        with torch.cuda.stream(self._streams[lane]):
+            self._lanes[lane].layer.copy_(self._numbers[layer : layer + 1])
+
+    def launch(self, lane: int, model: int, stage: Stage, bucket: int) -> None:
+        with torch.cuda.stream(self._streams[lane]):
+            self._graphs[lane, model, stage, bucket].replay()
+
+    def fetch(self, lane: int, address: int, count: int) -> None:
+        with torch.cuda.stream(self._streams[lane]):
+            chosen = self._lanes[lane].chosen[:count]
+            host_tokens(address, count).copy_(chosen, non_blocking=True)
+
+    def fence(self, lane: int) -> None:
+        self._events[lane].record(self._streams[lane])
+
+    def finished(self, lane: int) -> bool:
+        return self._events[lane].query()
+
+    def synchronize(self, lane: int) -> None:
+        self._streams[lane].synchronize()
+
+
+def words(inputs: int, rows: int, done: int, layer: int = 0, link: int = 0) -> Tensor:
+    """:class:`crosspool.kernels.cuda_loop_structs.StageWords` as int32 [8]."""
+    out = torch.zeros(8, dtype=torch.int32)
+    out[:2].view(torch.int64)[0] = inputs
+    out[2], out[3], out[4], out[5] = layer, link, rows, done
+    return out
+
+
+def host_tokens(address: int, count: int) -> Tensor:
+    """int32 [count] of host memory."""
+    return torch.frombuffer((ctypes.c_int32 * count).from_address(address), dtype=torch.int32)
+
+
+def capture(
+    lanes: Sequence[LanePlaces],
+    stages: Mapping[tuple[int, int, int], HasStages],
+    tails: Mapping[tuple[int, int, Stage], Tail],
+) -> dict[Key, torch.cuda.CUDAGraph]:
+    """Captures every stage, after calling it once so that its kernels are compiled and loaded. The
+    lanes' words and inputs say 0 rows, so that nothing of KV is read or written. The graphs are not
+    instantiated yet. ``stages``: by lane, model and bucket; ``tails``: what ends the graphs of a
+    stage, by lane and model, and must not run before.
+
+    Has not run on a GPU yet (docs/gpu.md)."""
+    elements = max(s.input_elements for s in stages.values())
+    empty = torch.zeros(max(1, elements), dtype=torch.int32).pin_memory()
+    for lane in lanes:
+        lane.words.copy_(words(empty.data_ptr(), rows=0, done=0))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    graphs: dict[Key, torch.cuda.CUDAGraph] = {}
+    with torch.cuda.stream(stream):
+        for of_model in stages.values():
+            for call in of_model.calls.values():
+                call()
+        stream.synchronize()
+        for (lane_index, model, bucket), of_model in stages.items():
+            for stage, call in of_model.calls.items():
+                graph = torch.cuda.CUDAGraph(keep_graph=True)
+                graph.capture_begin(capture_error_mode="thread_local")
+                call()
+                if (tail := tails.get((lane_index, model, stage))) is not None:
+                    tail(stream.cuda_stream)
+                graph.capture_end()
+                graphs[lane_index, model, stage, bucket] = graph
+        stream.synchronize()
+    return graphs

@@ -1,0 +1,184 @@
+"""A model's attention part on an attention rank: embeddings, norms, attention, LM head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig
+
+from crosspool.kernels.attention import append_kv, gqa_attention, mla_attention
+from crosspool.kernels.linear import bmm, linear
+from crosspool.kernels.norm import rms_norm
+from crosspool.kernels.rope import rope_frequencies, rope_tables, rotate
+from crosspool.models.config_file import read_json
+from crosspool.models.registry import attention_tensors
+from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, RopeSpec
+from crosspool.ranks.host.step_batch import StepBatch
+from crosspool.ranks.weights import TORCH_DTYPES, TensorListing, fill
+from crosspool.weightpool.checkpoint import Progress, Read
+
+Weights = dict[str, torch.Tensor]
+"""One layer's tensors by key."""
+
+
+class AttentionPart:
+    """Example, one step of one model; ``ffn`` stands for dispatch and combine::
+
+    part = AttentionPart(spec, path, progress=bar.update)
+    residual = part.embed(token_ids)
+    for layer in range(spec.layers):
+        residual, normed = part.attend(layer, residual, batch, kv)
+        residual = residual + ffn(layer, normed)
+    logits = part.logits(residual[last_rows])
+    """
+
+    def __init__(self, spec: ModelSpec, path: Path, progress: Progress) -> None:
+        """Loads the weights; ``progress`` is called with bytes read.
+
+        Raises ConfigError when the checkpoint lacks a tensor or has another shape than its
+        config.json says."""
+        self._spec = spec
+        dtype = TORCH_DTYPES[spec.dtype]
+        self._globals: Weights = {}
+        self._layers: list[Weights] = [{} for _ in range(spec.layers)]
+        reads: list[tuple[int | None, Read]] = []
+        for layer, ref in attention_tensors(spec):
+            tensor = torch.empty(ref.shape, dtype=dtype)
+            weights = self._globals if layer is None else self._layers[layer]
+            weights[ref.key] = tensor
+            whole = tuple(slice(0, size) for size in ref.shape)
+            reads.append((layer, Read(ref, whole, tensor)))
+        self._listing = fill(path, reads, progress)
+        head = "embed" if spec.tied_embeddings else "lm_head"
+        self._lm_head = self._globals[head]
+        self._inv_freq, self._rope_scaling = frequencies(spec, path)
+        attention = spec.attention
+        self._attention = (
+            _GQA(attention, spec.norm_eps) if isinstance(attention, GQASpec) else _MLA(attention)
+        )
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [T] -> [T, hidden] in the model's dtype."""
+        return F.embedding(token_ids, self._globals["embed"])
+
+    def attend(
+        self, layer: int, residual: torch.Tensor, batch: StepBatch, kv: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer's attention part: input norm, attention over ``kv`` [pages, layers, page_size,
+        kv_width] after the batch's own KV went into it, residual sum, post-attention norm.
+
+        ``residual`` [T, hidden] -> the new residual and what is dispatched, [T, hidden] each."""
+        weights, eps = self._layers[layer], self._spec.norm_eps
+        if batch.rope is None:
+            batch.rope = self._rope(batch.positions)
+        x = rms_norm(residual, weights["input_norm"], eps)
+        residual = residual + self._attention.forward(layer, x, weights, batch, kv)
+        return residual, rms_norm(residual, weights["post_norm"], eps)
+
+    def logits(self, residual_rows: torch.Tensor) -> torch.Tensor:
+        """Final norm and LM head: [N, hidden] -> float32 [N, vocab]."""
+        x = rms_norm(residual_rows, self._globals["final_norm"], self._spec.norm_eps)
+        return linear(x, self._lm_head).float()
+
+    def tensors(self) -> list[TensorListing]:
+        """Everything held."""
+        return self._listing
+
+    def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = rope_tables(positions, self._inv_freq, self._rope_scaling)
+        if self._spec.attention.rope.fp32:
+            return cos, sin
+        dtype = TORCH_DTYPES[self._spec.dtype]
+        return cos.to(dtype), sin.to(dtype)
+
+
+def frequencies(spec: ModelSpec, path: Path) -> tuple[torch.Tensor, float]:
+    """Rope frequencies by transformers' own reading of the config; the factor on cos and sin."""
+    fields = read_json(path / "config.json")
+    fields.pop("model_type", None)
+    config = AutoConfig.for_model(spec.family, **fields)
+    return rope_frequencies(config, spec.attention.rope.dim)
+
+
+def _rotate(x: torch.Tensor, batch: StepBatch, rope: RopeSpec) -> torch.Tensor:
+    assert batch.rope is not None
+    return rotate(x, *batch.rope, rope.interleaved)
+
+
+class _GQA:
+    def __init__(self, spec: GQASpec, norm_eps: float) -> None:
+        self._spec = spec
+        self._norm_eps = norm_eps
+
+    def forward(
+        self, layer: int, x: torch.Tensor, w: Weights, batch: StepBatch, kv: torch.Tensor
+    ) -> torch.Tensor:
+        spec = self._spec
+        q, k, v = (self._project(x, w, letter) for letter in "qkv")
+        q = _rotate(q.unflatten(1, (spec.q_heads, spec.head_dim)), batch, spec.rope)
+        k = _rotate(k.unflatten(1, (spec.kv_heads, spec.head_dim)), batch, spec.rope)
+        append_kv(kv, layer, batch.slots(kv.shape[2]), torch.cat((k.flatten(1), v), dim=1))
+        out = gqa_attention(
+            q,
+            kv,
+            layer,
+            batch.segments,
+            kv_heads=spec.kv_heads,
+            scale=spec.scale,
+            window=spec.sliding_window,
+        )
+        return linear(out.flatten(1), w["o_proj"], w.get("o_bias"))
+
+    def _project(self, x: torch.Tensor, w: Weights, letter: str) -> torch.Tensor:
+        """q, k or v of all heads [T, heads * head_dim], normed and clamped, not rotated."""
+        spec = self._spec
+        out = linear(x, w[f"{letter}_proj"], w.get(f"{letter}_bias"))
+        if letter != "v" and spec.qk_norm != "none":
+            width = spec.head_dim if spec.qk_norm == "head" else out.shape[1]
+            heads = out.unflatten(1, (-1, width))
+            out = rms_norm(heads, w[f"{letter}_norm"], self._norm_eps).flatten(1)
+        return out if spec.qkv_clip is None else out.clamp(-spec.qkv_clip, spec.qkv_clip)
+
+
+class _MLA:
+    """The absorbed form: the up-projections of keys and values move to the query and the output,
+    so that the cache holds one latent per token instead of every head's K and V."""
+
+    def __init__(self, spec: MLASpec) -> None:
+        self._spec = spec
+
+    def forward(
+        self, layer: int, x: torch.Tensor, w: Weights, batch: StepBatch, kv: torch.Tensor
+    ) -> torch.Tensor:
+        spec = self._spec
+        nope, latent = spec.qk_nope_head_dim, spec.kv_lora_rank
+        append_kv(kv, layer, batch.slots(kv.shape[2]), self._cached(x, w, batch))
+
+        q = self._queries(x, w).unflatten(1, (spec.q_heads, -1))
+        up = w["kv_b_proj"].view(spec.q_heads, nope + spec.v_head_dim, latent)
+        keys_up, values_up = up[:, :nope], up[:, nope:]
+        # [heads, T, nope] x [heads, nope, latent]
+        absorbed = bmm(q[..., :nope].transpose(0, 1), keys_up).transpose(0, 1)
+        q = torch.cat((absorbed, _rotate(q[..., nope:], batch, spec.rope)), dim=-1)
+        out = mla_attention(q, kv, layer, batch.segments, latent=latent, scale=spec.scale)
+        # [heads, T, latent] x [heads, latent, v]
+        out = bmm(out.transpose(0, 1), values_up.transpose(1, 2)).transpose(0, 1)
+        return linear(out.flatten(1), w["o_proj"], w.get("o_bias"))
+
+    def _queries(self, x: torch.Tensor, w: Weights) -> torch.Tensor:
+        if self._spec.q_lora_rank is None:
+            return linear(x, w["q_proj"])
+        compressed = linear(x, w["q_a_proj"], w.get("q_a_bias"))
+        normed = rms_norm(compressed, w["q_a_norm"], self._spec.latent_norm_eps)
+        return linear(normed, w["q_b_proj"])
+
+    def _cached(self, x: torch.Tensor, w: Weights, batch: StepBatch) -> torch.Tensor:
+        """What the KV pool keeps of each row: the normed latent, then the rotated rope key."""
+        spec = self._spec
+        compressed = linear(x, w["kv_a_proj"], w.get("kv_a_bias"))
+        latent, rope_key = compressed.split((spec.kv_lora_rank, spec.qk_rope_head_dim), dim=1)
+        latent = rms_norm(latent, w["kv_a_norm"], spec.latent_norm_eps)
+        rope_key = _rotate(rope_key[:, None], batch, spec.rope)[:, 0]
+        return torch.cat((latent, rope_key), dim=1)

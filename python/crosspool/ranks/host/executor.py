@@ -1,0 +1,223 @@
+"""The host loop: drives the lanes of one device layer by layer from Python.
+
+A lane carries one batch. It is *ready* when its next attention part (or piece of LM head) can be
+computed, that is at its beginning and whenever all FFN ranks of its batch's model have answered its
+dispatch. One call of :meth:`HostLoop.run` picks the next ready thing in rotation, lanes and
+dispatches to this device's FFN rank alike, and computes it: with both pools on one device the lanes
+take turns part by part, and with the pools apart the other lane's attention runs while one lane
+waits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from crosspool.observability.trace import LaneTrace, Part
+from crosspool.ranks.host.attention_rank import AttentionRank, Batch
+from crosspool.ranks.host.ffn_rank import FFNRank
+from crosspool.ranks.step_end import LMHead
+from crosspool.transport.data_path import AttentionLink, DispatchHeader, FFNLink
+from crosspool.transport.messages import Recall, Release, Step, StepResult
+
+_DRAIN_SECONDS = 1 / 3
+
+
+class Doorbell(Protocol):
+    """Where the data path wakes this device."""
+
+    def wait(self, timeout: float) -> bool:
+        """Returns when a peer rang since the last call, or after ``timeout`` seconds."""
+
+
+class Lane:
+    """One of an attention rank's lanes, and the batch on it; ``links``: by model, to the model's
+    FFN ranks."""
+
+    def __init__(
+        self,
+        index: int,
+        links: Sequence[Sequence[AttentionLink]],
+        rank: AttentionRank,
+        trace: LaneTrace,
+    ) -> None:
+        self.index = index
+        self.links = links
+        self.batch: Batch | None = None
+        self._rank = rank
+        self._trace = trace
+        self._layer = 0
+        self._dispatched = False
+        self._head: LMHead | None = None
+
+    def take(self, batch: Batch) -> None:
+        """Puts a batch on the free lane."""
+        self.batch = batch
+        self._layer = 0
+        self._dispatched = False
+        self._head = None
+
+    @property
+    def ready(self) -> bool:
+        if self.batch is None:
+            return False
+        return not self._dispatched or all(link.ready() for link in self.links[self.batch.model])
+
+    def advance(self) -> StepResult | None:
+        """Computes the ready part; returns the result, and is free, when it was the last."""
+        batch = self.batch
+        assert batch is not None
+        links = self.links[batch.model]
+        start = self._trace.now()
+        if self._dispatched:
+            shape = batch.residual.shape
+            self._rank.combine(batch, [link.combine(shape, batch.residual.dtype) for link in links])
+            self._dispatched = False
+            self._layer += 1
+        if self._layer < self._rank.specs[batch.model].layers:
+            hidden = self._rank.attend(batch, self._layer)
+            header = DispatchHeader(
+                epoch=0, model=batch.model, layer=self._layer, rows=hidden.shape[0]
+            )
+            for link in links:
+                link.dispatch(header, hidden)
+            self._dispatched = True
+            self._record(batch, "attention", self._layer, hidden.shape[0], start)
+            return None
+        if self._head is None:
+            self._head = LMHead(batch, self._rank.parts[batch.model], self._rank.specs[batch.model])
+        rows, result = self._head.advance()
+        self._record(batch, "lm_head", -1, rows, start)
+        if result is not None:
+            self.batch = None
+            self._head = None
+        return result
+
+    def _record(self, batch: Batch, part: Part, layer: int, rows: int, start: int) -> None:
+        if self._trace.on:
+            self._trace.record(
+                role="attention",
+                rank=self._rank.rank,
+                attention_rank=self._rank.rank,
+                lane=self.index,
+                step=batch.step,
+                model=batch.model,
+                layer=layer,
+                part=part,
+                rows=rows,
+                start_ns=start,
+            )
+
+
+class HostLoop:
+    """The :class:`~crosspool.ranks.executor.Executor` in Python. It ends every lease after its
+    first step.
+
+    ``attention`` and ``links`` ([lane][FFN rank]) are absent on a device without attention rank,
+    ``ffn`` on one without FFN rank. ``ffn_ranks``: by model, the FFN ranks that share it.
+    ``doorbell`` is None when no peer lives on another device."""
+
+    def __init__(
+        self,
+        attention: AttentionRank | None,
+        links: Sequence[Sequence[AttentionLink]],
+        ffn: FFNRank | None,
+        *,
+        ffn_ranks: Sequence[Sequence[int]],
+        doorbell: Doorbell | None,
+        serves_peers: bool,
+        trace: LaneTrace,
+    ) -> None:
+        self._attention = attention
+        self._lanes = []
+        if attention is not None:
+            for index, of_lane in enumerate(links):
+                by_model = [[of_lane[rank] for rank in ranks] for ranks in ffn_ranks]
+                self._lanes.append(Lane(index, by_model, attention, trace))
+        self._doorbell = doorbell
+        self._serves_peers = serves_peers
+        self._queue: deque[Step | Release] = deque()
+        self._results: list[StepResult] = []
+        self._last_served = -math.inf
+        self._sources: deque[Callable[[], bool]] = deque(
+            partial(self._advance, lane) for lane in self._lanes
+        )
+        if ffn is not None:
+            self._sources.extend(partial(self._serve, ffn, link) for link in ffn.links)
+
+    @torch.inference_mode()
+    def submit(self, operation: Step | Release) -> None:
+        if self._attention is None:
+            raise RuntimeError("a step or release came to a device without an attention rank")
+        self._queue.append(operation)
+        self._begin_queued()
+
+    def recall(self, recall: Recall) -> None:
+        pass
+
+    @property
+    def descriptor(self) -> None:
+        return None
+
+    @property
+    def drained(self) -> bool:
+        return self._idle and time.monotonic() - self._last_served > _DRAIN_SECONDS
+
+    @property
+    def quiet(self) -> bool:
+        return self._idle and not self._serves_peers
+
+    @property
+    def _idle(self) -> bool:
+        return not self._queue and all(lane.batch is None for lane in self._lanes)
+
+    @torch.inference_mode()
+    def run(self, timeout: float) -> list[StepResult]:
+        self._begin_queued()
+        if not self._run_next_ready() and self._doorbell is not None:
+            self._doorbell.wait(timeout)
+        results, self._results = self._results, []
+        return results
+
+    def _begin_queued(self) -> None:
+        """Begins operations in order, up to the first that must wait for a lane."""
+        while self._queue:
+            operation = self._queue[0]
+            assert self._attention is not None
+            if isinstance(operation, Release):
+                if any(lane.batch and lane.batch.model == operation.model for lane in self._lanes):
+                    return
+                self._attention.release(operation)
+            else:
+                lane = next((lane for lane in self._lanes if lane.batch is None), None)
+                if lane is None:
+                    return
+                lane.take(self._attention.begin(operation))
+            self._queue.popleft()
+
+    def _run_next_ready(self) -> bool:
+        for _ in range(len(self._sources)):
+            self._sources.rotate(-1)
+            if self._sources[-1]():
+                return True
+        return False
+
+    def _serve(self, ffn: FFNRank, link: FFNLink) -> bool:
+        served = ffn.serve(link)
+        if served:
+            self._last_served = time.monotonic()
+        return served
+
+    def _advance(self, lane: Lane) -> bool:
+        if not lane.ready:
+            return False
+        result = lane.advance()
+        if result is not None:
+            self._results.append(result)
+        return True

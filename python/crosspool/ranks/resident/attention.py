@@ -1,0 +1,176 @@
+"""A model's attention part in the packed form that the resident loop reads."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from crosspool.kernels import engine_structs as es
+from crosspool.kernels import native_structs as ns
+from crosspool.kernels.engine import Team
+from crosspool.kernels.rope import rope_tables
+from crosspool.models.registry import attention_tensors
+from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, TensorRef
+from crosspool.ranks.host.attention import frequencies
+from crosspool.ranks.resident.packing import PackedWeights, pointer, source, whole
+from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
+from crosspool.weightpool.checkpoint import Progress
+
+_QK_NORMS = {"none": 0, "head": 1, "full": 2}
+
+
+class PackedAttention:
+    """Fills the attention part's fields of a :class:`ModelTable`, and owns what they point to."""
+
+    def __init__(
+        self, spec: ModelSpec, path: Path, team: Team, positions: int, progress: Progress
+    ) -> None:
+        """``positions``: the longest sequence that may come. ``progress`` is called with bytes
+        read. Raises ConfigError for a checkpoint that does not fit its config.json."""
+        self._spec = spec
+        self.positions = positions
+        """The longest sequence that may come."""
+        self.weights = PackedWeights(team, spec.dtype)
+        self._layers = (es.AttentionLayer * spec.layers)()
+        self._vectors: list[Tensor] = []
+        self._declare()
+        self.weights.load(path, progress)
+        self._cos, self._sin = _rope(spec, path, positions)
+
+    def fill(self, table: es.ModelTable, kv: Tensor) -> None:
+        """``kv``: the model's cache, [pages, layers, page_size, kv_width]."""
+        attention = self._spec.attention
+        table.attention = self._layers
+        table.embed = pointer(self._embed)
+        table.final_norm = pointer(self._final_norm)
+        table.head = ctypes.pointer(self._head)
+        rope = attention.rope
+        table.rope = ns.Rope(
+            pointer(self._cos), pointer(self._sin), rope.dim, rope.interleaved, rope.fp32
+        )
+        table.kv = ns.KVCache(kv.data_ptr(), *kv.shape[1:])
+        table.qkv_clip = math.inf
+        if isinstance(attention, GQASpec):
+            table.attention_kind = es.GQA
+            dim, heads = attention.head_dim, attention.kv_heads
+            table.shape = ns.AttentionShape(
+                q_heads=attention.q_heads,
+                kv_heads=heads,
+                qk_dim=dim,
+                v_dim=dim,
+                v_begin=heads * dim,
+                window=attention.sliding_window or 0,
+                scale=attention.scale,
+            )
+            table.qk_norm = _QK_NORMS[attention.qk_norm]
+            if attention.qkv_clip is not None:
+                table.qkv_clip = attention.qkv_clip
+        else:
+            table.attention_kind = es.MLA
+            table.shape = ns.AttentionShape(
+                q_heads=attention.q_heads,
+                kv_heads=1,
+                qk_dim=self._spec.kv_width,
+                v_dim=attention.kv_lora_rank,
+                v_begin=0,
+                window=0,
+                scale=attention.scale,
+            )
+            table.nope_dim = attention.qk_nope_head_dim
+            table.value_dim = attention.v_head_dim
+            table.latent_norm_eps = attention.latent_norm_eps
+
+    def tensors(self) -> list[TensorListing]:
+        """Everything held."""
+        return self.weights.listing
+
+    def close(self) -> None:
+        """Gives the memory back; the loop is closed before."""
+        self.weights.close()
+
+    def _declare(self) -> None:
+        by_layer: dict[int | None, dict[str, TensorRef]] = {}
+        for layer, ref in attention_tensors(self._spec):
+            by_layer.setdefault(layer, {})[ref.key] = ref
+        of_model = by_layer.pop(None)
+        weights = self.weights
+        self._embed: Tensor | None = None
+        if self._spec.tied_embeddings:
+            head = of_model["embed"]
+        else:
+            head = of_model["lm_head"]
+            self._embed = weights.plain(None, of_model["embed"])
+        self._head = weights.stacked(None, [(head, whole(head))])
+        self._final_norm = weights.floats(None, of_model["final_norm"])
+        for layer, refs in by_layer.items():
+            assert layer is not None
+            self._declare_layer(layer, refs)
+
+    def _declare_layer(self, layer: int, refs: dict[str, TensorRef]) -> None:
+        table, attention = self._layers[layer], self._spec.attention
+
+        def matrix(*keys: str) -> ctypes._Pointer[ns.Matrix]:
+            parts = [(refs[key], whole(refs[key])) for key in keys]
+            return ctypes.pointer(self.weights.stacked(layer, parts))
+
+        def vector(key: str) -> int | None:
+            if key not in refs:
+                return None
+            self._vectors.append(self.weights.floats(layer, refs[key]))
+            return pointer(self._vectors[-1])
+
+        table.input_norm, table.post_norm = vector("input_norm"), vector("post_norm")
+        table.o, table.o_bias = matrix("o_proj"), vector("o_bias")
+        if isinstance(attention, GQASpec):
+            table.qkv = matrix("q_proj", "k_proj", "v_proj")
+            table.q_norm, table.k_norm = vector("q_norm"), vector("k_norm")
+            if attention.qkv_bias:
+                table.qkv_bias = self._stacked_bias(layer, refs)
+            return
+        if attention.q_lora_rank is None:
+            table.q = matrix("q_proj")
+        else:
+            table.q_a, table.q = matrix("q_a_proj"), matrix("q_b_proj")
+            table.q_a_bias, table.q_a_norm = vector("q_a_bias"), vector("q_a_norm")
+        table.kv_a = matrix("kv_a_proj")
+        table.kv_a_bias, table.kv_a_norm = vector("kv_a_bias"), vector("kv_a_norm")
+        table.keys_up, table.values_up = self._absorbed(layer, refs["kv_b_proj"], attention)
+
+    def _stacked_bias(self, layer: int, refs: dict[str, TensorRef]) -> int:
+        biases = [refs[f"{letter}_bias"] for letter in "qkv"]
+        joined = torch.empty(sum(ref.shape[0] for ref in biases))
+        self._vectors.append(joined)
+        places = joined.split([ref.shape[0] for ref in biases])
+        for ref, place in zip(biases, places, strict=True):
+            self.weights.copied(layer, ref, place)
+        return joined.data_ptr()
+
+    def _absorbed(
+        self, layer: int, ref: TensorRef, spec: MLASpec
+    ) -> tuple[ctypes.Array[ns.Matrix], ctypes.Array[ns.Matrix]]:
+        """``kv_b_proj`` [heads x (nope + v), latent], cut by head into the query's way to the
+        latents, [latent, nope], and the latents' way to the values, [v, latent]."""
+        nope, value, latent = spec.qk_nope_head_dim, spec.v_head_dim, spec.kv_lora_rank
+        keys_up = self.weights.matrices(spec.q_heads, latent, nope)
+        values_up = self.weights.matrices(spec.q_heads, value, latent)
+
+        def finish(tensors: list[Tensor]) -> None:
+            for head, both in enumerate(tensors[0].view(spec.q_heads, nope + value, latent)):
+                self.weights.pack(keys_up[head], [source(both[:nope].t())])
+                self.weights.pack(values_up[head], [source(both[nope:])])
+
+        self.weights.custom(layer, ref, finish)
+        return keys_up, values_up
+
+
+def _rope(spec: ModelSpec, path: Path, positions: int) -> tuple[Tensor, Tensor]:
+    """cos and sin by position, float32 [positions, dim / 2] of the values that rotate."""
+    cos, sin = rope_tables(torch.arange(positions), *frequencies(spec, path))
+    if spec.attention.rope.fp32:
+        return cos.contiguous(), sin.contiguous()
+    dtype = TORCH_DTYPES[spec.dtype]
+    return cos.to(dtype).float().contiguous(), sin.to(dtype).float().contiguous()

@@ -1,0 +1,138 @@
+"""A model's FFN part on one FFN rank, in the packed form that the resident loop reads."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+from torch import Tensor
+
+from crosspool.kernels import engine_structs as es
+from crosspool.kernels import native_structs as ns
+from crosspool.kernels.engine import Team
+from crosspool.models.registry import ffn_tensors
+from crosspool.models.spec import FFNSpec, ModelSpec, MoEFFN, RouterSpec, TensorRef
+from crosspool.ranks.resident.packing import Index, PackedWeights, gated_columns, pointer, whole
+from crosspool.ranks.weights import TensorListing
+from crosspool.weightpool.checkpoint import Progress
+from crosspool.weightpool.placement import FFNShard
+
+_SCORES = {"softmax": 0, "sigmoid": 1}
+_GROUP_SCORES = {"max": 0, "top2_sum": 1}
+
+
+class PackedFFN:
+    """Fills the FFN part's field of a :class:`ModelTable`, and owns what it points to."""
+
+    def __init__(
+        self, spec: ModelSpec, path: Path, shard: FFNShard, team: Team, progress: Progress
+    ) -> None:
+        """``progress`` is called with bytes read. Raises ConfigError for a checkpoint that does not
+        fit its config.json."""
+        self._spec = spec
+        self._shard = shard
+        self.weights = PackedWeights(team, spec.dtype)
+        self._layers = (es.FFNTable * spec.layers)()
+        self._biases: list[Tensor] = []
+        for layer, ffn in enumerate(spec.ffn):
+            self._declare(layer, ffn)
+        self.weights.load(path, progress)
+
+    def fill(self, table: es.ModelTable) -> None:
+        table.ffn = self._layers
+
+    def tensors(self) -> list[TensorListing]:
+        """Everything held, share by share."""
+        return self.weights.listing
+
+    def close(self) -> None:
+        """Gives the memory back; the loop is closed before."""
+        self.weights.close()
+
+    def _declare(self, layer: int, ffn: FFNSpec) -> None:
+        parts: dict[str, tuple[TensorRef, Index]] = {}
+        for ref in ffn_tensors(self._spec, layer):
+            if (index := self._shard.slice(ref, ffn)) is not None:
+                parts[ref.key] = (ref, index)
+        table = self._layers[layer]
+        if not isinstance(ffn, MoEFFN):
+            self._shared(table.layer, layer, "mlp", ffn.intermediate, parts)
+            return
+        self._router(table, layer, ffn, parts)
+        held = self._shard.experts(ffn)
+        whole_experts = self._shard.parallel == "ep"
+        width = ffn.intermediate if whole_experts else self._shard.width(ffn.intermediate)
+        if width > 0 and len(held) > 0:
+            gate_up, down = self._pair(len(held), width)
+            for i, expert in enumerate(held):
+                self._fill_mlp(layer, f"experts.{expert}", parts, gate_up[i], down[i])
+            table.layer.gate_up, table.layer.down = gate_up, down
+            table.layer.first_expert, table.layer.held = held.start, len(held)
+        table.layer.top_k = ffn.router.top_k
+        if ffn.shared_intermediate:
+            self._shared(table.layer, layer, "shared", ffn.shared_intermediate, parts)
+
+    def _shared(
+        self,
+        table: ns.FFNLayer,
+        layer: int,
+        key: str,
+        intermediate: int,
+        parts: dict[str, tuple[TensorRef, Index]],
+    ) -> None:
+        """A gated MLP that every row takes."""
+        width = self._shard.width(intermediate)
+        if width == 0:
+            return
+        gate_up, down = self._pair(1, width)
+        self._fill_mlp(layer, key, parts, gate_up[0], down[0])
+        table.shared_gate_up, table.shared_down = gate_up, down
+
+    def _pair(
+        self, count: int, width: int
+    ) -> tuple[ctypes.Array[ns.Matrix], ctypes.Array[ns.Matrix]]:
+        """Matrices of ``count`` gated MLPs: gate and up, down."""
+        hidden = self._spec.hidden
+        return (
+            self.weights.matrices(count, 2 * gated_columns(width), hidden),
+            self.weights.matrices(count, hidden, width),
+        )
+
+    def _fill_mlp(
+        self,
+        layer: int,
+        key: str,
+        parts: dict[str, tuple[TensorRef, Index]],
+        gate_up: ns.Matrix,
+        down: ns.Matrix,
+    ) -> None:
+        self.weights.gated(layer, parts[f"{key}.gate"], parts[f"{key}.up"], gate_up)
+        self.weights.stacked(layer, [parts[f"{key}.down"]], down)
+
+    def _router(
+        self,
+        table: es.FFNTable,
+        layer: int,
+        ffn: MoEFFN,
+        parts: dict[str, tuple[TensorRef, Index]],
+    ) -> None:
+        rules: RouterSpec = ffn.router
+        matrix = self.weights.stacked(layer, [parts["router"]])
+        table.router_weight = ctypes.pointer(matrix)
+        bias = None
+        if rules.correction_bias:
+            ref, index = parts["router_bias"]
+            assert index == whole(ref)
+            bias = self.weights.floats(layer, ref)
+            self._biases.append(bias)
+        table.router = ns.Router(
+            bias=pointer(bias),
+            experts=ffn.experts,
+            top_k=rules.top_k,
+            groups=rules.groups,
+            top_groups=rules.top_groups,
+            score=_SCORES[rules.score],
+            group_score=_GROUP_SCORES[rules.group_score],
+            renormalize=rules.renormalize,
+            scale=rules.scale,
+        )
