@@ -1,7 +1,7 @@
 """A program in SGLang's frontend language that asks two models of one server.
 
-    make serve
-    .venv/bin/python examples/dsl_program.py --url http://127.0.0.1:30000
+make serve
+.venv/bin/python examples/dsl_program.py --url http://127.0.0.1:30000
 """
 
 from __future__ import annotations

@@ -60,9 +60,7 @@ def main() -> None:
         loop="host",  # so that steps come one by one, without leases
     )
     specs = [read_model(DEMO / name) for name in NAMES]
-    core = SchedulerCore(
-        deployment, specs, [Decoder()] * 2, [NoGrammars()] * 2, clock=lambda: now
-    )
+    core = SchedulerCore(deployment, specs, [Decoder()] * 2, [NoGrammars()] * 2, clock=lambda: now)
     for number, prompt in enumerate(([1, 2, 3], [4, 5, 6, 7], [8, 9])):
         core.add(
             GenerateRequest(

@@ -1,7 +1,7 @@
 """Chat with every model of a CrossPool server through OpenAI's client.
 
-    make serve
-    .venv/bin/python examples/openai_client.py --url http://127.0.0.1:30000
+make serve
+.venv/bin/python examples/openai_client.py --url http://127.0.0.1:30000
 """
 
 from __future__ import annotations
