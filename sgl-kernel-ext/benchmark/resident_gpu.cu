@@ -78,8 +78,7 @@ cudaGraph_t captured_work(std::size_t bytes) {
   return graph;
 }
 
-WorkLoop::WorkLoop(std::uint32_t lanes, std::uint32_t layers, std::size_t bytes, bool take_turns)
-    : lanes_(lanes) {
+WorkLoop::WorkLoop(std::uint32_t lanes, std::uint32_t layers, std::size_t bytes) : lanes_(lanes) {
   CUDA(cudaMalloc(&words_, sizeof(gpu::StageWords) * lanes));
   CUDA(cudaMalloc(&chosen_, sizeof(std::int32_t) * lanes));
   CUDA(cudaMemset(chosen_, 0, sizeof(std::int32_t) * lanes));
@@ -93,9 +92,8 @@ WorkLoop::WorkLoop(std::uint32_t lanes, std::uint32_t layers, std::size_t bytes,
     places[i].chosen = reinterpret_cast<std::uintptr_t>(chosen_ + i);
   }
   const std::uint32_t bucket = 1;
-  const gpu::LoopDescription description{
-      &model, places.data(),        &bucket, 1,         lanes,
-      1,      take_turns ? 1U : 0U, 1,       1'000'000, 30'000'000'000};
+  const gpu::LoopDescription description{&model, places.data(), &bucket,       1, lanes, 1, 0,
+                                         1,      1'000'000,     30'000'000'000};
   loop_ = crosspool_cuda_loop_create(&description);
   if (loop_ == nullptr) fail();
   for (std::uint32_t i = 0; i < lanes; ++i) {

@@ -63,7 +63,7 @@ cudaGraph_t captured_work(std::size_t bytes);
 // A loop whose every stage does the same work.
 class WorkLoop {
  public:
-  WorkLoop(std::uint32_t lanes, std::uint32_t layers, std::size_t bytes, bool take_turns);
+  WorkLoop(std::uint32_t lanes, std::uint32_t layers, std::size_t bytes);
   ~WorkLoop();
   WorkLoop(WorkLoop&&) = delete;
   WorkLoop& operator=(WorkLoop&&) = delete;

@@ -58,7 +58,7 @@ std::int32_t crosspool_cuda_loop_free(Loop* loop) {
   });
 }
 
-std::int32_t crosspool_cuda_loop_add_graph(Loop* loop, std::int32_t lane, std::uint32_t model,
+std::int32_t crosspool_cuda_loop_add_graph(Loop* loop, std::uint32_t lane, std::uint32_t model,
                                            std::uint32_t stage, std::uint32_t bucket, void* graph) {
   return guarded([&] {
     loop->add_graph(lane, model, stage, bucket, graph);

@@ -90,10 +90,9 @@ class Lane {
             fail(Fault::kNoGraph, static_cast<std::uint32_t>(stage_));
             break;
           }
-          if (after_predecessor() || !ticket_.take(at_.turn)) return wait(now);
+          if (after_predecessor()) return wait(now);
           return launch(now);
         case Phase::kRunning:
-          ticket_.give(at_.turn);
           if (tracing_) record(now);
           at_.role == Role::kFFN ? reply() : ended();
           break;
@@ -122,10 +121,8 @@ class Lane {
     }
   }
 
-  // Ends the lane: its status says why, and an event if there is room. Where the scheduler was not
-  // launched again its stage may have been, and ends unseen: then the turn is not given on.
+  // Ends the lane: its status says why, and an event if there is room.
   CROSSPOOL_CALLED void fail(Fault fault, std::uint32_t detail) {
-    if (fault != Fault::kRelaunch) ticket_.give(at_.turn);
     put(at_.status->detail, detail);
     Atomic<std::uint32_t>(at_.status->fault).store(static_cast<std::uint32_t>(fault), kRelease);
     at_.events->push(
@@ -178,8 +175,7 @@ class Lane {
     return true;
   }
 
-  // A wait for a peer, for the host or for the turn. A lane that has drawn a ticket does not leave:
-  // those behind it wait for its turn to end.
+  // A wait for a peer or for the host.
   CROSSPOOL_CALLED Action wait(std::uint64_t now) {
     if (!waits_) {
       waits_ = true;
@@ -187,7 +183,7 @@ class Lane {
     } else if (due(now) && !drain()) {
       return leave();
     }
-    if (leaving_ && !ticket_.drawn()) return leave();
+    if (leaving_) return leave();
     // Signed: another multiprocessor's clock may be a little behind.
     const auto waited = static_cast<std::int64_t>(now - since_);
     if (waited < static_cast<std::int64_t>(at_.wait_ns)) return {Action::kWait, 0};
@@ -266,8 +262,7 @@ class Lane {
                   static_cast<std::int32_t>(served_.link()),
                   static_cast<std::int32_t>(step_.rows),
                   static_cast<std::int32_t>(done_),
-                  static_cast<std::int32_t>(at_.index),
-                  0};
+                  {}};
     put(at_.status->stage, static_cast<std::uint32_t>(stage_));
     put(at_.status->layer, layer_);
     put(at_.status->launches, ++launches_);
@@ -377,7 +372,6 @@ class Lane {
   ServedLinks served_;   // of an FFN rank
   HeldSteps held_;
   StepArguments step_{};
-  Ticket ticket_;
   Event event_{};
   std::uint64_t beats_ = 0;
   std::uint64_t launches_ = 0;

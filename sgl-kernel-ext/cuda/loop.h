@@ -49,10 +49,10 @@ struct LoopDescription {
   std::uint32_t model_count;
   std::uint32_t lane_count;
   std::uint32_t bucket_count;
-  std::uint32_t take_turns;  // 1: one stage at a time of all lanes; they may share graphs then
-  std::uint64_t epoch;       // of the attention rank
-  std::uint64_t spin_ns;     // how long a pass polls before it launches the next; below wait_ns
-  std::uint64_t wait_ns;     // bound of every wait for a peer, for the host or for the turn
+  std::uint32_t reserved;
+  std::uint64_t epoch;    // of the attention rank
+  std::uint64_t spin_ns;  // how long a pass polls before it launches the next; below wait_ns
+  std::uint64_t wait_ns;  // bound of every wait for a peer or for the host
 };
 
 }  // namespace crosspool::gpu
@@ -73,11 +73,10 @@ CROSSPOOL_API crosspool::gpu::Loop* crosspool_cuda_loop_create(
 CROSSPOOL_API std::int32_t crosspool_cuda_loop_free(crosspool::gpu::Loop* loop);
 
 // Instantiates a captured graph (cudaGraph_t) for launches from the device, uploads it, and puts it
-// into the table of a lane; of every lane for `lane` = -1, which needs take_turns. The loop does
-// not run. The captured graph stays the caller's, who may destroy it at once; what its nodes point
-// to stays until the loop is freed.
+// into the table of a lane. The loop does not run. The captured graph stays the caller's, who may
+// destroy it at once; what its nodes point to stays until the loop is freed.
 CROSSPOOL_API std::int32_t crosspool_cuda_loop_add_graph(crosspool::gpu::Loop* loop,
-                                                         std::int32_t lane, std::uint32_t model,
+                                                         std::uint32_t lane, std::uint32_t model,
                                                          std::uint32_t stage, std::uint32_t bucket,
                                                          void* graph);
 // Launches every lane's scheduler graph: at first, and again after quiesce.

@@ -77,11 +77,9 @@ void check(Error error, const char* what) {
 Loop::Loop(const LoopDescription& description)
     : lane_count_(checked(description).lane_count),
       wait_ns_(description.wait_ns),
-      take_turns_(description.take_turns != 0),
       bucket_rows_(description.bucket_rows, description.bucket_rows + description.bucket_count),
       device_models_(description.model_count),
       device_bucket_rows_(description.bucket_count),
-      turn_(1),
       lanes_(lane_count_),
       mapped_(lane_count_),
       graphs_(lane_count_, description.model_count, description.bucket_count),
@@ -135,7 +133,6 @@ void Loop::make_lanes(const LoopDescription& description) {
     places.trace = &mapped_[i].trace;
     places.words = reinterpret_cast<StageWords*>(lane.words);
     places.chosen = reinterpret_cast<const std::int32_t*>(lane.chosen);
-    places.turn = take_turns_ ? turn_.data() : nullptr;
     const auto* links = reinterpret_cast<const LinkMemory*>(lane.links);
     std::copy(links, links + lane.link_count, places.links);
     places.link_count = lane.link_count;
@@ -147,8 +144,6 @@ void Loop::make_lanes(const LoopDescription& description) {
     images_.emplace_back(places);
   }
   const Stream stream = host_[0].stream;
-  const Turn turn{};
-  turn_.fill({&turn, 1}, stream);
   lanes_.fill(images_, stream);
   settle(stream, "copying the lanes to the device");
   for (std::uint32_t i = 0; i < lane_count_; ++i) {
@@ -184,13 +179,10 @@ void Loop::not_resident(const char* what) const {
     throw std::runtime_error(std::string(what) + " may wait behind the loop: quiesce");
 }
 
-void Loop::add_graph(std::int32_t lane, std::uint32_t model, std::uint32_t stage,
+void Loop::add_graph(std::uint32_t lane, std::uint32_t model, std::uint32_t stage,
                      std::uint32_t bucket, Graph graph) {
   not_resident("uploading a graph");
-  if (lane < 0 && !take_turns_) {
-    throw std::runtime_error("lanes that do not take turns cannot share a graph");
-  }
-  const Stream stream = at(static_cast<std::uint32_t>(std::max(lane, 0))).stream;
+  const Stream stream = at(lane).stream;
   graphs_.add(lane, model, stage, bucket, graph, stream);
   settle(stream, "uploading a graph");
 }

@@ -22,7 +22,7 @@ class Loop {
   Loop(Loop&&) = delete;
   Loop& operator=(Loop&&) = delete;
 
-  void add_graph(std::int32_t lane, std::uint32_t model, std::uint32_t stage, std::uint32_t bucket,
+  void add_graph(std::uint32_t lane, std::uint32_t model, std::uint32_t stage, std::uint32_t bucket,
                  Graph graph);
   void start();
   void quiesce(std::int64_t timeout_ns);
@@ -73,7 +73,6 @@ class Loop {
 
   std::uint32_t lane_count_;
   std::uint64_t wait_ns_;
-  bool take_turns_;
   std::vector<std::vector<std::uint8_t>> kinds_;
   std::vector<DeviceArray<std::uint8_t>> device_kinds_;
   std::vector<ModelEntry> models_;
@@ -81,15 +80,14 @@ class Loop {
   std::vector<Lane> images_;  // of the lanes, as they begin
   DeviceArray<ModelEntry> device_models_;
   DeviceArray<std::uint32_t> device_bucket_rows_;
-  DeviceArray<Turn> turn_;
   DeviceArray<Lane> lanes_;
   MappedArray<Mapped> mapped_;
   GraphTable graphs_;
   std::vector<HostLane> host_;
   std::uint32_t next_lane_ = 0;  // pop() looks there first
   bool tracing_ = false;
-  std::int64_t ahead_ns_ =
-      0;  // the host's clock of the device's: the least that was seen in a trace
+  // How far the host's clock is ahead of the device's: the least that was seen in a trace.
+  std::int64_t ahead_ns_ = 0;
 };
 
 }  // namespace crosspool::gpu

@@ -32,8 +32,7 @@ struct alignas(32) StageWords {
   std::int32_t link;     // of a served dispatch: which link of the lane it came through
   std::int32_t rows;     // of the step, of the dispatch
   std::int32_t done;     // steps of the lease that have ended
-  std::int32_t lane;     // whose turn it is, where lanes share words and graphs
-  std::int32_t reserved;
+  std::int32_t reserved[2];
 };
 
 // What Command::arguments points to, in memory that the device can read. The addresses in it are of

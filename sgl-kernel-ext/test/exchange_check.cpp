@@ -101,8 +101,8 @@ struct Deployment {
                    reinterpret_cast<std::uintptr_t>(chosen.data()),
                    reinterpret_cast<std::uintptr_t>(links[i].data()), ranks, Role::kAttention};
     }
-    attention_rank = std::make_unique<Loop>(LoopDescription{
-        &described, places.data(), buckets.data(), 1, lanes, 3, below(2), 7, 0, kSecond});
+    attention_rank = std::make_unique<Loop>(
+        LoopDescription{&described, places.data(), buckets.data(), 1, lanes, 3, 0, 7, 0, kSecond});
     for (std::uint32_t lane = 0; lane < lanes; ++lane) add_lane(lane);
   }
 

@@ -97,8 +97,6 @@ class Deployment {
  public:
   Deployment() {
     lanes_ = 1 + below(3);
-    turns_ = below(2) != 0;
-    shared_ = turns_ && below(2) != 0;
     buckets_.assign({1});
     while (buckets_.size() < 4 && below(3) != 0) buckets_.push_back(buckets_.back() * 2);
     std::vector<ModelDescription> models(1 + below(3));
@@ -111,23 +109,20 @@ class Deployment {
     for (std::size_t i = 0; i < models.size(); ++i) {
       models[i].layer_kinds = reinterpret_cast<std::uintptr_t>(kinds_[i].data());
     }
-    words_.resize(shared_ ? 1 : lanes_);
+    words_.resize(lanes_);
     chosen_.assign(lanes_, std::vector<std::int32_t>(buckets_.back(), kPoison));
     std::vector<LaneDescription> lanes(lanes_);
     for (std::uint32_t i = 0; i < lanes_; ++i) {
-      lanes[i].words = reinterpret_cast<std::uintptr_t>(&words_of(i));
+      lanes[i].words = reinterpret_cast<std::uintptr_t>(&words_[i]);
       lanes[i].chosen = reinterpret_cast<std::uintptr_t>(chosen_[i].data());
     }
     model_.resize(lanes_);
     loop_ = std::make_unique<Loop>(LoopDescription{
         models.data(), lanes.data(), buckets_.data(), static_cast<std::uint32_t>(models.size()),
-        lanes_, static_cast<std::uint32_t>(buckets_.size()), turns_ ? 1U : 0U, 1,
-        below(2) != 0 ? 0U : 2000U, 1'000'000'000});
-    for (std::uint32_t lane = 0; lane < (shared_ ? 1 : lanes_); ++lane) add_graphs(lane);
+        lanes_, static_cast<std::uint32_t>(buckets_.size()), 0, 1, below(2) != 0 ? 0U : 2000U,
+        1'000'000'000});
+    for (std::uint32_t lane = 0; lane < lanes_; ++lane) add_graphs(lane);
     fake::on_pass([this](Lane* lane) { model_[lane->index()].decide(); });
-    fake::on_stage([this] {
-      if (turns_ && fake::stages_under_way() != 0) fail("two stages run at a time");
-    });
   }
 
   ~Deployment() {
@@ -178,8 +173,6 @@ class Deployment {
   std::uint64_t stages() const { return stages_; }
 
  private:
-  StageWords& words_of(std::uint32_t lane) { return words_[shared_ ? 0 : lane]; }
-
   void add_graphs(std::uint32_t lane) {
     for (std::uint32_t model = 0; model < kinds_.size(); ++model) {
       for (std::uint32_t bucket = 0; bucket < buckets_.size(); ++bucket) {
@@ -188,8 +181,7 @@ class Deployment {
               fake::make_graph([=, this] { ran(lane, model, static_cast<Stage>(stage), bucket); },
                                static_cast<int>(1 + below(3)));
           graphs_.push_back(graph);
-          loop_->add_graph(shared_ ? -1 : static_cast<std::int32_t>(lane), model, stage, bucket,
-                           graph);
+          loop_->add_graph(lane, model, stage, bucket, graph);
         }
       }
     }
@@ -256,10 +248,9 @@ class Deployment {
     }
   }
 
-  void ran(std::uint32_t graph_lane, std::uint32_t model, Stage stage, std::uint32_t bucket) {
+  void ran(std::uint32_t index, std::uint32_t model, Stage stage, std::uint32_t bucket) {
     ++stages_;
-    const std::uint32_t index = shared_ ? words_[0].lane : graph_lane;
-    const StageWords& words = words_of(index);
+    const StageWords& words = words_[index];
     ModelLane& lane = model_[index];
     if (lane.decides || lane.looks) fail("a stage runs before its step was answered");
     if (lane.steps.empty()) fail("a stage runs without a step");
@@ -272,8 +263,7 @@ class Deployment {
     const bool layer_fits = planned.layer < 0 || words.layer == planned.layer;
     if (stage != planned.stage || !layer_fits || model != a.model || bucket != a.bucket ||
         words.inputs != a.inputs || static_cast<std::uint32_t>(words.rows) != a.rows ||
-        static_cast<std::uint32_t>(words.done) != lane.done ||
-        static_cast<std::uint32_t>(words.lane) != index) {
+        static_cast<std::uint32_t>(words.done) != lane.done) {
       fail("lane %u: stage %u of layer %d, where stage %u of layer %d is due", index,
            static_cast<unsigned>(stage), words.layer, static_cast<unsigned>(planned.stage),
            planned.layer);
@@ -335,7 +325,6 @@ class Deployment {
   }
 
   std::uint32_t lanes_ = 0;
-  bool turns_ = false, shared_ = false;
   std::vector<std::uint32_t> buckets_;
   std::vector<std::vector<std::uint8_t>> kinds_;
   std::deque<StageWords> words_;

@@ -99,20 +99,6 @@ def test_quiesced_nothing_runs_and_nothing_is_lost(driver: FakeCuda) -> None:
     bench.close()
 
 
-def test_lanes_that_take_turns_may_share_graphs(driver: FakeCuda) -> None:
-    alone = LoopBench(driver, leave_out=Stage.HEAD)
-    with pytest.raises(CudaLoopError, match="cannot share"):
-        alone.loop.add_graph(cuda_loop.EVERY_LANE, 0, Stage.HEAD, 0, driver.graph())
-    alone.close()
-    both = LoopBench(driver, lanes=2, leave_out=Stage.HEAD, take_turns=True)
-    both.loop.add_graph(cuda_loop.EVERY_LANE, 0, Stage.HEAD, 0, driver.graph())
-    for lane in range(2):
-        both.loop.push_step(lane, both.step(lane))
-    both.loop.start()
-    assert sorted(both.events()) == [(DONE, 0, 0), (DONE, 1, 0)]
-    both.close()
-
-
 def test_steps_beyond_a_lanes_room_are_refused(driver: FakeCuda) -> None:
     bench = LoopBench(driver)
     for number in range(cuda_loop.MAX_HELD):

@@ -163,14 +163,9 @@ def make_loop() -> Iterator[Callable[..., CudaLoop]]:
         loop.close()
 
 
-@pytest.mark.parametrize("take_turns", [False, True])
-def test_many_steps(
-    chains: list[Chain], make_loop: Callable[..., CudaLoop], take_turns: bool
-) -> None:
+def test_many_steps(chains: list[Chain], make_loop: Callable[..., CudaLoop]) -> None:
     """Two lanes at a time, with the loop off the device now and then, amidst leases."""
-    loop = make_loop(
-        [ModelStages(kinds=KINDS)], [c.places for c in chains], [ROWS], take_turns=take_turns
-    )
+    loop = make_loop([ModelStages(kinds=KINDS)], [c.places for c in chains], [ROWS])
     for lane, chain in enumerate(chains):
         for stage, graph in chain.graphs.items():
             loop.add_graph(lane, 0, stage, 0, graph.raw_cuda_graph())

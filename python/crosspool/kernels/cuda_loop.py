@@ -56,7 +56,6 @@ MAX_LINKS = 8
 """Of a lane."""
 TRACE_ROOM = 1 << 14
 """Stages of a lane that a trace keeps."""
-EVERY_LANE = -1
 
 StepArguments = cs.StepArguments
 LaneStatus = cs.LaneStatus
@@ -195,14 +194,12 @@ class CudaLoop:
         lanes: Sequence[LanePlaces],
         bucket_rows: Sequence[int],
         *,
-        take_turns: bool = False,
         epoch: int = 1,
         spin_s: float = 1e-3,
         wait_s: float = 30.0,
         native: ctypes.CDLL | None = None,
     ) -> None:
-        """``bucket_rows``: ascending. ``take_turns``: one stage at a time of all lanes. ``spin_s``:
-        how long a pass of a lane polls before it launches the next. ``wait_s``: bound of a lane's
+        """``bucket_rows``: ascending. ``spin_s``: how long a pass of a lane polls before it launches the next. ``wait_s``: bound of a lane's
         every wait for a peer or for the host. Raises CudaLoopError."""
         self._native = library() if native is None else native
         self._address: int | None = None
@@ -228,7 +225,6 @@ class CudaLoop:
             model_count=len(models),
             lane_count=len(lanes),
             bucket_count=len(bucket_rows),
-            take_turns=int(take_turns),
             epoch=epoch,
             spin_ns=int(spin_s * 1e9),
             wait_ns=int(wait_s * 1e9),
@@ -240,8 +236,7 @@ class CudaLoop:
 
     def add_graph(self, lane: int, model: int, stage: Stage, bucket: int, graph: int) -> None:
         """Puts a captured graph (``cudaGraph_t``, as ``CUDAGraph.raw_cuda_graph()`` gives it) into
-        a lane's table; ``EVERY_LANE``, with ``take_turns``: of all lanes. It is instantiated and
-        uploaded here, so that the loop must not run; the captured one stays the caller's.
+        a lane's table. It is instantiated and uploaded here, so that the loop must not run; the captured one stays the caller's.
 
         Raises CudaLoopError, for example for a node that cannot be launched from the device."""
         self._check(

@@ -16,8 +16,7 @@ class StageWords(ctypes.Structure):
         ("link", c_int32),
         ("rows", c_int32),
         ("done", c_int32),
-        ("lane", c_int32),
-        ("reserved", c_int32),
+        ("reserved", c_int32 * 2),
     )
 
 
@@ -104,7 +103,7 @@ class LoopDescription(ctypes.Structure):
         ("model_count", c_uint32),
         ("lane_count", c_uint32),
         ("bucket_count", c_uint32),
-        ("take_turns", c_uint32),
+        ("reserved", c_uint32),
         ("epoch", c_uint64),
         ("spin_ns", c_uint64),
         ("wait_ns", c_uint64),
@@ -133,7 +132,7 @@ SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "crosspool_cuda_loop_free": (c_int32, (c_void_p,)),
     "crosspool_cuda_loop_add_graph": (
         c_int32,
-        (c_void_p, c_int32, c_uint32, c_uint32, c_uint32, c_void_p),
+        (c_void_p, c_uint32, c_uint32, c_uint32, c_uint32, c_void_p),
     ),
     "crosspool_cuda_loop_start": (c_int32, (c_void_p,)),
     "crosspool_cuda_loop_quiesce": (c_int32, (c_void_p, c_int64)),
