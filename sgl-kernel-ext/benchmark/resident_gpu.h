@@ -83,7 +83,7 @@ class WorkLoop {
   // Takes the events that there are; how many of them end a lease.
   std::uint32_t take();
 
-  gpu::Loop* loop_;
+  gpu::GPULoop* loop_;
   std::uint32_t lanes_;
   std::uint64_t step_ = 0;
   bool busy_ = false;

@@ -101,7 +101,7 @@ std::size_t GraphTable::place(std::uint32_t lane, std::uint32_t model, std::uint
                              std::to_string(bucket) + " lies outside the table of graphs");
   }
   const Tables tables{nullptr, nullptr, models_, buckets_};
-  return lane * tables.places() + tables.place(model, static_cast<Stage>(stage), bucket);
+  return lane * tables.places() + tables.place(model, static_cast<GPUStage>(stage), bucket);
 }
 
 void GraphTable::add(std::uint32_t lane, std::uint32_t model, std::uint32_t stage,

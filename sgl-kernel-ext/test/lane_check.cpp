@@ -29,12 +29,12 @@ std::mt19937_64 generator;
 std::uint32_t below(std::uint32_t bound) { return generator() % bound; }
 
 struct PlannedStage {
-  Stage stage;
+  GPUStage stage;
   std::int32_t layer;
 };
 
 struct Step {
-  StepArguments arguments{};
+  GPUStepArguments arguments{};
   std::vector<std::int32_t> tokens, stops;
   std::vector<std::uint32_t> stop_ends;
   bool recalled = false;
@@ -58,13 +58,13 @@ struct ModelLane {
 
   void plan_pass(const std::vector<std::uint8_t>& kinds) {
     const Step& step = *steps.front();
-    plan.push_back({done == 0 ? Stage::kEmbed : Stage::kFeed, -1});
+    plan.push_back({done == 0 ? GPUStage::kEmbed : GPUStage::kFeed, -1});
     for (std::size_t layer = 0; layer < kinds.size(); ++layer) {
       const auto at = static_cast<std::int32_t>(layer);
-      plan.push_back({Stage::kAttention, at});
-      plan.push_back({kinds[layer] != 0 ? Stage::kMoEFFN : Stage::kDenseFFN, at});
+      plan.push_back({GPUStage::kAttention, at});
+      plan.push_back({kinds[layer] != 0 ? GPUStage::kMoEFFN : GPUStage::kDenseFFN, at});
     }
-    if (step.arguments.wanted > 0) plan.push_back({Stage::kHead, -1});
+    if (step.arguments.wanted > 0) plan.push_back({GPUStage::kHead, -1});
   }
 
   // The scheduler of the lane runs; all that was pushed before is known to it.
@@ -117,12 +117,12 @@ class Deployment {
       lanes[i].chosen = reinterpret_cast<std::uintptr_t>(chosen_[i].data());
     }
     model_.resize(lanes_);
-    loop_ = std::make_unique<Loop>(LoopDescription{
+    loop_ = std::make_unique<GPULoop>(GPULoopDescription{
         models.data(), lanes.data(), buckets_.data(), static_cast<std::uint32_t>(models.size()),
         lanes_, static_cast<std::uint32_t>(buckets_.size()), 0, 1, below(2) != 0 ? 0U : 2000U,
         1'000'000'000});
     for (std::uint32_t lane = 0; lane < lanes_; ++lane) add_graphs(lane);
-    fake::on_pass([this](Lane* lane) { model_[lane->index()].decide(); });
+    fake::on_pass([this](GPULane* lane) { model_[lane->index()].decide(); });
   }
 
   ~Deployment() {
@@ -176,10 +176,11 @@ class Deployment {
   void add_graphs(std::uint32_t lane) {
     for (std::uint32_t model = 0; model < kinds_.size(); ++model) {
       for (std::uint32_t bucket = 0; bucket < buckets_.size(); ++bucket) {
-        for (std::uint32_t stage = 0; stage <= static_cast<std::uint32_t>(Stage::kHead); ++stage) {
-          const Graph graph =
-              fake::make_graph([=, this] { ran(lane, model, static_cast<Stage>(stage), bucket); },
-                               static_cast<int>(1 + below(3)));
+        for (std::uint32_t stage = 0; stage <= static_cast<std::uint32_t>(GPUStage::kHead);
+             ++stage) {
+          const Graph graph = fake::make_graph(
+              [=, this] { ran(lane, model, static_cast<GPUStage>(stage), bucket); },
+              static_cast<int>(1 + below(3)));
           graphs_.push_back(graph);
           loop_->add_graph(lane, model, stage, bucket, graph);
         }
@@ -199,7 +200,7 @@ class Deployment {
   void push_step() {
     const std::uint32_t lane = below(lanes_);
     auto step = std::make_shared<Step>();
-    StepArguments& a = step->arguments;
+    GPUStepArguments& a = step->arguments;
     a.step = ++next_step_;
     a.model = below(static_cast<std::uint32_t>(kinds_.size()));
     a.bucket = below(static_cast<std::uint32_t>(buckets_.size()));
@@ -248,7 +249,7 @@ class Deployment {
     }
   }
 
-  void ran(std::uint32_t index, std::uint32_t model, Stage stage, std::uint32_t bucket) {
+  void ran(std::uint32_t index, std::uint32_t model, GPUStage stage, std::uint32_t bucket) {
     ++stages_;
     const StageWords& words = words_[index];
     ModelLane& lane = model_[index];
@@ -259,7 +260,7 @@ class Deployment {
     lane.begun = true;
     const PlannedStage planned = lane.plan.front();
     lane.plan.pop_front();
-    const StepArguments& a = step.arguments;
+    const GPUStepArguments& a = step.arguments;
     const bool layer_fits = planned.layer < 0 || words.layer == planned.layer;
     if (stage != planned.stage || !layer_fits || model != a.model || bucket != a.bucket ||
         words.inputs != a.inputs || static_cast<std::uint32_t>(words.rows) != a.rows ||
@@ -268,9 +269,9 @@ class Deployment {
            static_cast<unsigned>(stage), words.layer, static_cast<unsigned>(planned.stage),
            planned.layer);
     }
-    if (stage == Stage::kHead) choose(index, lane, step);
+    if (stage == GPUStage::kHead) choose(index, lane, step);
     if (lane.plan.empty()) {
-      if (stage == Stage::kHead) {
+      if (stage == GPUStage::kHead) {
         lane.decides = true;
       } else {
         lane.end(false);
@@ -332,7 +333,7 @@ class Deployment {
   std::vector<ModelLane> model_;
   std::vector<std::shared_ptr<Step>> kept_;
   std::vector<Graph> graphs_;
-  std::unique_ptr<Loop> loop_;
+  std::unique_ptr<GPULoop> loop_;
   std::uint64_t next_step_ = 0, stages_ = 0;
 };
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import pytest
 from crosspool.kernels import cuda_loop
-from crosspool.kernels.cuda_loop import DONE, LOGITS, TOKENS, CudaLoopError, Phase, Stage
+from crosspool.kernels.cuda_loop import DONE, LOGITS, TOKENS, CudaLoopError, GPUStage, Phase
 from support import fake_cuda_graphs
 from support.fake_cuda_graphs import FakeCuda
 from support.loop_bench import STAGES, LoopBench
@@ -26,12 +26,12 @@ def test_a_step_goes_through_its_stages(driver: FakeCuda) -> None:
     bench.loop.start()
     assert bench.events() == [(DONE, 7, 0)]
     assert [(stage, layer) for _, stage, layer, _ in bench.ran] == [
-        (Stage.EMBED, 0),
-        (Stage.ATTENTION, 0),
-        (Stage.DENSE_FFN, 0),
-        (Stage.ATTENTION, 1),
-        (Stage.MOE_FFN, 1),
-        (Stage.HEAD, 2),
+        (GPUStage.EMBED, 0),
+        (GPUStage.ATTENTION, 0),
+        (GPUStage.DENSE_FFN, 0),
+        (GPUStage.ATTENTION, 1),
+        (GPUStage.MOE_FFN, 1),
+        (GPUStage.HEAD, 2),
     ]
     assert list(bench.tokens) == [100, 101]
     assert bench.loop.status(0).launches == 6
@@ -48,10 +48,10 @@ def test_a_lease_feeds_tokens_back_until_a_stop_token(driver: FakeCuda) -> None:
     # the second.
     assert bench.events() == [(TOKENS, 1, 0), (DONE, 1, 1)]
     assert list(bench.tokens) == [100, 101, 102, 103] + 6 * [0]
-    assert [done for _, stage, _, done in bench.ran if stage == Stage.HEAD] == [0, 1]
+    assert [done for _, stage, _, done in bench.ran if stage == GPUStage.HEAD] == [0, 1]
     assert [stage for _, stage, _, _ in bench.ran if stage in STAGES[:2]] == [
-        Stage.EMBED,
-        Stage.FEED,
+        GPUStage.EMBED,
+        GPUStage.FEED,
     ]
     bench.close()
 
@@ -85,14 +85,14 @@ def test_quiesced_nothing_runs_and_nothing_is_lost(driver: FakeCuda) -> None:
     bench.loop.start()
     before = bench.events(300)
     with pytest.raises(CudaLoopError, match="quiesce"):
-        bench.loop.add_graph(0, 0, Stage.DISPATCH, 0, driver.graph())
+        bench.loop.add_graph(0, 0, GPUStage.DISPATCH, 0, driver.graph())
     with bench.loop.quiesced():
         assert [bench.loop.status(lane).phase for lane in range(2)] == [Phase.NEXT, Phase.NEXT]
         ran = len(bench.ran)
         driver.run(1000)
         assert len(bench.ran) == ran
         assert [bench.loop.status(lane).left for lane in range(2)] == [1, 1]
-        bench.loop.add_graph(0, 0, Stage.DISPATCH, 0, driver.graph())
+        bench.loop.add_graph(0, 0, GPUStage.DISPATCH, 0, driver.graph())
     events = before + bench.events(20000)
     for lane in range(2):
         assert [first for _, step, first in events if step == lane] == list(range(30))

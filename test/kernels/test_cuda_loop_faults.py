@@ -10,10 +10,10 @@ from crosspool.kernels.cuda_loop import (
     TOKENS,
     CudaLoop,
     CudaLoopError,
+    GPUStage,
     LanePlaces,
     LinkMemory,
     ModelStages,
-    Stage,
 )
 from crosspool.kernels.engine_structs import Command
 from support import fake_cuda_graphs
@@ -36,12 +36,12 @@ pytestmark = pytest.mark.skipif(fake_cuda_graphs.COMPILER is None, reason="no C+
 def test_a_graph_that_no_device_launches_is_refused(
     driver: FakeCuda, nodes: list[tuple[Node, None]], empty: bool, message: str, nested: bool
 ) -> None:
-    bench = LoopBench(driver, leave_out=Stage.HEAD)
+    bench = LoopBench(driver, leave_out=GPUStage.HEAD)
     graph = driver.graph(nodes=nodes, empty=empty)
     if nested:
         graph = driver.graph(nodes=[(Node.CHILD_GRAPH, graph)], empty=True)
     with pytest.raises(CudaLoopError, match=f"head of model 0, bucket 0.*{message}"):
-        bench.loop.add_graph(0, 0, Stage.HEAD, 0, graph)
+        bench.loop.add_graph(0, 0, GPUStage.HEAD, 0, graph)
     bench.close()  # the driver itself was not asked: no violation
 
 
@@ -81,7 +81,7 @@ def test_a_lane_that_cannot_launch_itself_again_fails_alone(driver: FakeCuda) ->
     with pytest.raises(CudaLoopError, match=r"lane 0.*could not launch itself again"):
         bench.events(20)
     driver.run(4000)
-    assert [stage for lane, stage, _, _ in bench.ran if lane == 0] == [Stage.EMBED]
+    assert [stage for lane, stage, _, _ in bench.ran if lane == 0] == [GPUStage.EMBED]
     event = bench.loop.pop()
     assert event is not None and (event.kind, event.lane, event.step) == (DONE, 1, 1)
     bench.loop.close()
@@ -165,7 +165,7 @@ def test_a_lease_needs_a_token_per_row(driver: FakeCuda) -> None:
 
 
 def test_a_missing_graph_is_named(driver: FakeCuda) -> None:
-    bench = LoopBench(driver, leave_out=Stage.MOE_FFN)
+    bench = LoopBench(driver, leave_out=GPUStage.MOE_FFN)
     bench.loop.push_step(0, bench.step())
     bench.loop.start()
     with pytest.raises(CudaLoopError, match="layer 1: there is no graph for stage 4"):
@@ -241,9 +241,9 @@ def test_what_contradicts_itself_is_refused_at_once(driver: FakeCuda) -> None:
 def test_what_is_not_there_is_refused(driver: FakeCuda) -> None:
     bench = LoopBench(driver)
     with pytest.raises(CudaLoopError, match="there is no lane 5"):
-        bench.loop.add_graph(5, 0, Stage.HEAD, 0, driver.graph())
+        bench.loop.add_graph(5, 0, GPUStage.HEAD, 0, driver.graph())
     with pytest.raises(CudaLoopError, match="bucket 1 lies outside the table"):
-        bench.loop.add_graph(0, 0, Stage.HEAD, 1, driver.graph())
+        bench.loop.add_graph(0, 0, GPUStage.HEAD, 1, driver.graph())
     with pytest.raises(CudaLoopError, match="only kResume and kRecall"):
         bench.loop._push(0, Command(3, 0, 0, None, 0))  # kStop is quiesce's
     bench.close()

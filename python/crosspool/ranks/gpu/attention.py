@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosspool.kernels.cuda_loop import Stage
+from crosspool.kernels.cuda_loop import GPUStage
 from crosspool.kernels.triton.argmax import argmax
 from crosspool.kernels.triton.attention import attend
 from crosspool.kernels.triton.exchange import combine_rows, dispatch_rows
@@ -24,7 +24,7 @@ from crosspool.ranks.gpu.ffn import StageCall
 from crosspool.ranks.gpu.inputs import InputLayout
 from crosspool.ranks.gpu.links import Crossing, LanePayloads
 from crosspool.ranks.gpu.model import GPUModel
-from crosspool.ranks.gpu.scratch import Carver, DeviceInputs, LanePlaces, Scratch
+from crosspool.ranks.gpu.scratch import Carver, DeviceInputs, LaneBuffers, Scratch
 
 MIXED_FROM = 32
 """Buckets of so many rows and more attend to a sequence's rows in blocks; in smaller ones every
@@ -35,7 +35,7 @@ class AttentionStages:
     """The attention stages of one model on one lane in one row bucket."""
 
     def __init__(
-        self, model: GPUModel, layout: InputLayout, lane: LanePlaces, crossing: Crossing
+        self, model: GPUModel, layout: InputLayout, lane: LaneBuffers, crossing: Crossing
     ) -> None:
         """``crossing``: how rows leave the device."""
         self.model, self.layout, self.lane = model, layout, lane
@@ -56,15 +56,15 @@ class AttentionStages:
         return self.layout.elements
 
     @property
-    def attention_calls(self) -> dict[Stage, StageCall]:
+    def attention_calls(self) -> dict[GPUStage, StageCall]:
         """Every attention stage that the model has here."""
-        crossing = {Stage.DISPATCH: self.dispatch, Stage.COMBINE: self.combine}
+        crossing = {GPUStage.DISPATCH: self.dispatch, GPUStage.COMBINE: self.combine}
         return {
-            Stage.EMBED: self.embed,
-            Stage.FEED: self.feed,
-            Stage.ATTENTION: self.attention,
+            GPUStage.EMBED: self.embed,
+            GPUStage.FEED: self.feed,
+            GPUStage.ATTENTION: self.attention,
             **(crossing if self._payloads is not None else {}),
-            Stage.HEAD: self.head,
+            GPUStage.HEAD: self.head,
         }
 
     def embed(self) -> None:

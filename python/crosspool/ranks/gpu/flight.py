@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crosspool.kernels import engine_structs as es
-from crosspool.kernels.cuda_loop_structs import StepArguments
+from crosspool.kernels.cuda_loop_structs import GPUStepArguments
 from crosspool.ranks.gpu.inputs import HostInputs, HostMemory, InputLayout
 from crosspool.ranks.host.attention_rank import KVRank
 from crosspool.ranks.resident.flight import ResidentRequest, choices_of
@@ -59,7 +59,7 @@ class GPUFlight:
         self._chosen = memory.tokens.numpy()[: lease * wanted].reshape(lease, wanted)
         self._chosen.fill(-1)
         self._write_inputs(choices)
-        self.arguments = StepArguments(
+        self.arguments = GPUStepArguments(
             step=step.step,
             model=step.model,
             rows=self.rows,

@@ -13,8 +13,14 @@ from dataclasses import dataclass, field
 import torch
 
 from crosspool.config.errors import ConfigError
-from crosspool.kernels.cuda_loop import MAX_LINKS, CudaLoop, LinkMemory, ModelStages, Stage
-from crosspool.kernels.cuda_loop import LanePlaces as LoopPlaces
+from crosspool.kernels.cuda_loop import (
+    MAX_LINKS,
+    CudaLoop,
+    GPUStage,
+    LanePlaces,
+    LinkMemory,
+    ModelStages,
+)
 from crosspool.models.spec import DTYPE_BYTES, ModelSpec
 from crosspool.ranks.gpu.ffn import ServedStages
 from crosspool.ranks.gpu.launch import EagerLauncher, GraphLauncher, capture
@@ -22,7 +28,7 @@ from crosspool.ranks.gpu.links import Crossing, LanePayloads, ServedCounts
 from crosspool.ranks.gpu.loop import DeviceLoop, HostExchange, HostLaunchedLoop, PartWatch
 from crosspool.ranks.gpu.model import GPUModel, kinds_of
 from crosspool.ranks.gpu.nvshmem import Tail
-from crosspool.ranks.gpu.scratch import FFNScratch, LanePlaces, Scratch
+from crosspool.ranks.gpu.scratch import FFNScratch, LaneBuffers, Scratch
 from crosspool.ranks.gpu.stages import HasStages, Stages, layouts_of
 from crosspool.ranks.gpu.weights import GPUFFN
 
@@ -38,7 +44,7 @@ def make_stages(
     *,
     links: Sequence[Sequence[LinkMemory]] = (),
     crossings: Sequence[Crossing] = (),
-) -> tuple[list[LanePlaces], dict[tuple[int, int, int], Stages]]:
+) -> tuple[list[LaneBuffers], dict[tuple[int, int, int], Stages]]:
     """Every lane's memory, and its stages by lane, model and bucket; ``sequences``: of a step at
     most. ``links``: by lane; ``crossings``: by model; none where nothing leaves the device."""
     layouts = [layouts_of(model, buckets, sequences) for model in models]
@@ -49,7 +55,7 @@ def make_stages(
         for layout in of_model
     )
     places = [
-        LanePlaces(device, buckets[-1], arena, links=links[lane] if links else ())
+        LaneBuffers(device, buckets[-1], arena, links=links[lane] if links else ())
         for lane in range(lanes)
     ]
     stages = {
@@ -65,7 +71,7 @@ def make_stages(
 class Serving:
     """What an FFN rank has for other devices' dispatches."""
 
-    places: list[LanePlaces] = field(default_factory=list)
+    places: list[LaneBuffers] = field(default_factory=list)
     """By lane, of which each has up to eight links."""
     stages: dict[tuple[int, int, int], ServedStages] = field(default_factory=dict)
     """By lane (counted from the first that serves), model and bucket."""
@@ -90,7 +96,7 @@ def make_serving(
     )
     for lane, first in enumerate(range(0, len(links), MAX_LINKS)):
         own = links[first : first + MAX_LINKS]
-        place = LanePlaces(device, buckets[-1], arena, links=own, serves=True)
+        place = LaneBuffers(device, buckets[-1], arena, links=own, serves=True)
         made.places.append(place)
         payloads = LanePayloads.of(own, device, None)
         counted = made.counts.memory[first : first + MAX_LINKS]
@@ -118,7 +124,7 @@ def model_stages(spec: ModelSpec, crossing: Crossing) -> ModelStages:
 
 def join_loop(
     models: Sequence[ModelStages],
-    lanes: Sequence[LanePlaces],
+    lanes: Sequence[LaneBuffers],
     stages: Mapping[tuple[int, int, int], HasStages],
     buckets: Sequence[int],
     *,
@@ -126,7 +132,7 @@ def join_loop(
     watch: PartWatch | None = None,
     exchange: HostExchange | None = None,
     epoch: int = 1,
-    tails: Mapping[tuple[int, int, Stage], Tail] | None = None,
+    tails: Mapping[tuple[int, int, GPUStage], Tail] | None = None,
 ) -> DeviceLoop:
     """The loop over the lanes' stages: resident or host-launched graphs on a GPU, plain calls on
     CPU tensors. ``exchange``: of the host-launched loop, where rows leave the device; ``epoch``:
@@ -149,9 +155,9 @@ def join_loop(
     return loop
 
 
-def loop_places(lanes: Sequence[LanePlaces]) -> list[LoopPlaces]:
+def loop_places(lanes: Sequence[LaneBuffers]) -> list[LanePlaces]:
     """Lanes as the resident loop takes them."""
     return [
-        LoopPlaces(lane.words.data_ptr(), lane.chosen.data_ptr(), lane.links, lane.serves)
+        LanePlaces(lane.words.data_ptr(), lane.chosen.data_ptr(), lane.links, lane.serves)
         for lane in lanes
     ]

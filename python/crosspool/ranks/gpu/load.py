@@ -19,7 +19,7 @@ from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.config.gpu import check_alike
 from crosspool.kernels.cuda_driver import CudaBindings
-from crosspool.kernels.cuda_loop import MAX_LINKS, CudaLoop, LinkMemory, Stage
+from crosspool.kernels.cuda_loop import MAX_LINKS, CudaLoop, GPUStage, LinkMemory
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.kvpool.virtualizer import Virtualizer
 from crosspool.models.spec import ModelSpec, MoEFFN
@@ -41,7 +41,7 @@ from crosspool.ranks.gpu.loop import DeviceLoop, HostExchange
 from crosspool.ranks.gpu.model import GPUModel
 from crosspool.ranks.gpu.nvshmem import Tail
 from crosspool.ranks.gpu.peers import Peers, meet
-from crosspool.ranks.gpu.scratch import LanePlaces
+from crosspool.ranks.gpu.scratch import LaneBuffers
 from crosspool.ranks.gpu.stages import HasStages, Stages, buckets_up_to
 from crosspool.ranks.gpu.trace import GPUTrace, ResidentGPUTrace
 from crosspool.ranks.gpu.weights import GPUFFN, GPUAttention
@@ -241,7 +241,7 @@ class _Joining:
         ]
         """Attention rank and lane of every link from another device."""
         self._crossings = [Crossing()] * len(specs)
-        self._places: list[LanePlaces] = []
+        self._places: list[LaneBuffers] = []
         self.stages: dict[tuple[int, int, int], Stages] = {}
         if self.attention_rank is not None:
             self._crossings = [crossing_of(deployment, device, m) for m in range(len(specs))]
@@ -295,10 +295,10 @@ class _Joining:
             tails=self._tails(epoch),
         )
 
-    def _tails(self, epoch: int) -> dict[tuple[int, int, Stage], Tail]:
+    def _tails(self, epoch: int) -> dict[tuple[int, int, GPUStage], Tail]:
         """What carries payloads where peers have copies of the links."""
         carrier = None if self._peers is None else self._peers.carrier
-        tails: dict[tuple[int, int, Stage], Tail] = {}
+        tails: dict[tuple[int, int, GPUStage], Tail] = {}
         if carrier is None:
             return tails
         for lane, place in enumerate(self._places):
@@ -306,14 +306,14 @@ class _Joining:
                 if crossing.links:
                     ranks = [self._remote[link] for link in crossing.links]
                     size = model_stages(self._specs[model], crossing).row_bytes
-                    tails[lane, model, Stage.DISPATCH] = carrier.dispatch(
+                    tails[lane, model, GPUStage.DISPATCH] = carrier.dispatch(
                         place, lane, ranks, epoch=epoch, model=model, row_bytes=size
                     )
         for lane, place in enumerate(self._serving.places if self._serving is not None else ()):
             own = self.incoming[lane * MAX_LINKS : (lane + 1) * MAX_LINKS]
             answer = carrier.answer(place, own)
             for model in self._held.ffns:
-                for stage in (Stage.DENSE_FFN, Stage.MOE_FFN):
+                for stage in (GPUStage.DENSE_FFN, GPUStage.MOE_FFN):
                     tails[len(self._places) + lane, model, stage] = answer
         return tails
 

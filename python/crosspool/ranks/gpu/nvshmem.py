@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from crosspool.kernels.nvshmem import LinkEnd, device_ends
-from crosspool.ranks.gpu.scratch import LanePlaces
+from crosspool.ranks.gpu.scratch import LaneBuffers
 
 if TYPE_CHECKING:
     from crosspool.transport.nvshmem import SymmetricLinks
@@ -40,7 +40,7 @@ class Carrier:
 
     def dispatch(
         self,
-        lane: LanePlaces,
+        lane: LaneBuffers,
         number: int,
         ffn_ranks: Sequence[int],
         *,
@@ -64,7 +64,7 @@ class Carrier:
 
         return tail
 
-    def answer(self, lane: LanePlaces, links: Sequence[tuple[int, int]]) -> Tail:
+    def answer(self, lane: LaneBuffers, links: Sequence[tuple[int, int]]) -> Tail:
         """Behind the FFN stages of a lane that serves ``links``: (attention rank, lane) each."""
         found = [self._links.ffn_end(*link) for link in links]
         raw = bytearray(device_ends([place.address for place, _ in found], [pe for _, pe in found]))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from crosspool.kernels.cuda_loop import MAX_LINKS, CudaLoop, Stage
-from crosspool.kernels.cuda_loop_structs import StepArguments, TracedStage
+from crosspool.kernels.cuda_loop import MAX_LINKS, CudaLoop, GPUStage
+from crosspool.kernels.cuda_loop_structs import GPUStepArguments, TracedStage
 from crosspool.observability.trace import LaneEvent, LaneTrace, Part
 from crosspool.ranks.gpu.loop import AnswerEnd
 from crosspool.transport.data_path import DispatchHeader
 
-_PARTS: dict[Stage, Part] = {
-    Stage.ATTENTION: "attention",
-    Stage.DENSE_FFN: "ffn",
-    Stage.MOE_FFN: "ffn",
-    Stage.HEAD: "lm_head",
+_PARTS: dict[GPUStage, Part] = {
+    GPUStage.ATTENTION: "attention",
+    GPUStage.DENSE_FFN: "ffn",
+    GPUStage.MOE_FFN: "ffn",
+    GPUStage.HEAD: "lm_head",
 }
 
 
@@ -39,7 +39,9 @@ class GPUTrace:
     def stop(self) -> list[LaneEvent]:
         return self._trace.stop()
 
-    def part(self, lane: int, step: StepArguments, stage: Stage, layer: int, start_ns: int) -> None:
+    def part(
+        self, lane: int, step: GPUStepArguments, stage: GPUStage, layer: int, start_ns: int
+    ) -> None:
         """A part of the attention rank's lane that has just ended on the device."""
         part = _PARTS[stage]
         self._trace.record(
@@ -98,10 +100,10 @@ class ResidentGPUTrace:
         """Events in the order of their ends. Stages between parts (embedding, dispatch and combine)
         are none."""
         stages = self._loop.trace_stop()
-        return [self._event(stage) for stage in stages if Stage(stage.stage) in _PARTS]
+        return [self._event(stage) for stage in stages if GPUStage(stage.stage) in _PARTS]
 
     def _event(self, stage: TracedStage) -> LaneEvent:
-        part = _PARTS[Stage(stage.stage)]
+        part = _PARTS[GPUStage(stage.stage)]
         attention_rank, lane = self._attention_rank, stage.lane
         if lane >= self._own_lanes:
             link = (lane - self._own_lanes) * MAX_LINKS + stage.link
