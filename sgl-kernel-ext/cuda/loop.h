@@ -61,8 +61,8 @@ extern "C" {
 
 CROSSPOOL_API const char* crosspool_cuda_error(void);
 
-// sizeof of what Python mirrors, in the order of cuda_loop_structs.py; `count` of them at most. Returns
-// their number.
+// sizeof of what Python mirrors, in the order of cuda_loop_structs.py; `count` of them at most.
+// Returns their number.
 CROSSPOOL_API std::int32_t crosspool_cuda_sizes(std::uint64_t* sizes, std::int32_t count);
 
 // On the current device. The loop does not run yet. Creating and freeing a loop may wait for all

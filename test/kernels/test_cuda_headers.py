@@ -14,6 +14,7 @@ from crosspool.kernels import cuda_loop, dlpack, nvshmem
 from crosspool.kernels import cuda_loop_structs as cs
 from support import fake_cuda_graphs
 from support.fake_cuda_graphs import COMPILER, NATIVE
+from support.loop_bench import Phase
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
@@ -92,12 +93,7 @@ def test_the_loop(tmp_path: Path) -> None:
     for structure in cs.MIRRORED:
         lines += layout_of(structure, structure.__name__)
     lines += functions(cs.SIGNATURES)
-    for members in (
-        cuda_loop.GPUStage,
-        cuda_loop.Phase,
-        cuda_loop.Fault,
-        cuda_loop.BadArgument,
-    ):
+    for members in (cuda_loop.GPUStage, Phase):
         lines += enumeration(members, members.__name__)
     for constant, value in (
         ("kStages", len(cuda_loop.GPUStage)),

@@ -12,10 +12,11 @@ from itertools import pairwise
 
 import pytest
 from crosspool.kernels import cuda_loop
-from crosspool.kernels.cuda_loop import DONE, LOGITS, TOKENS, CudaLoopError, GPUStage, Phase
+from crosspool.kernels.cuda_loop import CudaLoopError, GPUStage
+from crosspool.kernels.engine_structs import DONE, LOGITS, TOKENS
 from support import fake_cuda_graphs
 from support.fake_cuda_graphs import FakeCuda
-from support.loop_bench import STAGES, LoopBench
+from support.loop_bench import STAGES, LoopBench, Phase
 
 pytestmark = pytest.mark.skipif(fake_cuda_graphs.COMPILER is None, reason="no C++ compiler")
 

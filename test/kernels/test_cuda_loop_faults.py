@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import pytest
 from crosspool.kernels.cuda_loop import (
-    DONE,
-    LOGITS,
-    TOKENS,
     CudaLoop,
     CudaLoopError,
     GPUStage,
@@ -15,7 +12,7 @@ from crosspool.kernels.cuda_loop import (
     LinkMemory,
     ModelStages,
 )
-from crosspool.kernels.engine_structs import Command
+from crosspool.kernels.engine_structs import DONE, LOGITS, TOKENS, Command
 from support import fake_cuda_graphs
 from support.fake_cuda_graphs import INVALID_VALUE, FakeCuda, Knob, Node
 from support.loop_bench import LoopBench

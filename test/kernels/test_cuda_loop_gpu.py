@@ -13,8 +13,6 @@ import pytest
 import torch
 from crosspool.kernels import cuda_loop
 from crosspool.kernels.cuda_loop import (
-    DONE,
-    TOKENS,
     CudaLoop,
     CudaLoopError,
     GPUStage,
@@ -23,6 +21,7 @@ from crosspool.kernels.cuda_loop import (
     LinkMemory,
     ModelStages,
 )
+from crosspool.kernels.engine_structs import DONE, TOKENS
 from torch import Tensor
 
 pytestmark = pytest.mark.gpu

@@ -6,10 +6,11 @@ That rows arrive in every interleaving of two ends is checked by the native test
 from __future__ import annotations
 
 import pytest
-from crosspool.kernels.cuda_loop import DONE, CudaLoopError, GPUStage, Phase
+from crosspool.kernels.cuda_loop import CudaLoopError, GPUStage
+from crosspool.kernels.engine_structs import DONE
 from support import fake_cuda_graphs
 from support.fake_cuda_graphs import FakeCuda
-from support.loop_bench import ROW_BYTES, FakeLink, LoopBench
+from support.loop_bench import ROW_BYTES, FakeLink, LoopBench, Phase
 
 pytestmark = pytest.mark.skipif(fake_cuda_graphs.COMPILER is None, reason="no C++ compiler")
 

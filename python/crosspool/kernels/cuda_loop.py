@@ -38,16 +38,7 @@ from pathlib import Path
 import crosspool.kernels
 from crosspool.kernels import cuda_loop_structs as cs
 from crosspool.kernels import native
-from crosspool.kernels.engine_structs import (
-    DONE,
-    FAILED,
-    LOGITS,
-    RECALL,
-    RESUME,
-    TOKENS,
-    Command,
-    Event,
-)
+from crosspool.kernels.engine_structs import RECALL, RESUME, Command, Event
 
 LIBRARY = "libcrosspool_cuda.so"
 MAX_HELD = 8
@@ -61,7 +52,6 @@ GPUStepArguments = cs.GPUStepArguments
 LaneStatus = cs.LaneStatus
 LinkMemory = cs.LinkMemory
 TracedStage = cs.TracedStage
-__all__ = ["DONE", "FAILED", "LOGITS", "TOKENS", "CudaLoop", "CudaLoopError", "Event", "Fault"]
 
 
 class GPUStage(enum.IntEnum):
@@ -75,45 +65,6 @@ class GPUStage(enum.IntEnum):
     HEAD = 5
     DISPATCH = 6
     COMBINE = 7
-
-
-class Phase(enum.IntEnum):
-    """crosspool::gpu::Phase."""
-
-    NEW = 0
-    IDLE = 1
-    STAGE = 2
-    RUNNING = 3
-    PEERS = 4
-    HOST = 5
-    EVENT = 6
-    NEXT = 7
-    FAILED = 8
-
-
-class Fault(enum.IntEnum):
-    """crosspool::gpu::Fault."""
-
-    NONE = 0
-    COMMAND = 1
-    ARGUMENTS = 2
-    NO_GRAPH = 3
-    LAUNCH = 4
-    RELAUNCH = 5
-    TIMEOUT = 6
-    ANSWER = 7
-    DISPATCH = 8
-
-
-class BadArgument(enum.IntEnum):
-    """crosspool::gpu::BadArgument."""
-
-    MODEL = 1
-    BUCKET = 2
-    ROWS = 3
-    WANTED = 4
-    LEASE = 5
-    FOR_HOST = 6
 
 
 class CudaLoopError(RuntimeError):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from crosspool.kernels.cuda_loop import GPUStage
-from crosspool.kernels.triton.exchange import answer_dispatch, take_dispatch
+from crosspool.kernels.triton.exchange import send_rows, take_dispatch
 from crosspool.kernels.triton.expert_plan import plan_experts
 from crosspool.kernels.triton.experts import gated_mlps
 from crosspool.kernels.triton.linear import linear
@@ -62,7 +62,7 @@ class ServedStages:
         def call() -> None:
             take_dispatch(payloads.dispatched, lane.link, lane.count, scratch.payload, self._served)
             ffn()
-            answer_dispatch(scratch.partial, payloads.combined, lane.link, lane.count)
+            send_rows(scratch.partial, payloads.combined, lane.count, lane.link)
 
         return call
 
