@@ -14,7 +14,7 @@ from crosspool.kernels.cuda_loop import GPUStage, ModelStages
 from crosspool.kernels.cuda_loop_structs import GPUStepArguments
 from crosspool.kernels.engine_structs import DONE
 from crosspool.models.spec import DenseFFN, MoEFFN, RouterSpec
-from crosspool.ranks.gpu.ffn_executor import GPUFFNExecutor
+from crosspool.ranks.gpu.executor import GPUExecutor
 from crosspool.ranks.gpu.links import Crossing, crossing_of
 from crosspool.ranks.gpu.load import check_share
 from crosspool.ranks.gpu.loop import HostExchange, HostLaunchedLoop
@@ -146,7 +146,7 @@ def serving(ends: list[Ends]) -> tuple[HostLaunchedLoop, Launches]:
 def test_dispatches_are_served_in_turn_one_at_a_time() -> None:
     ends = [Ends(lane=lane) for lane in range(3)]
     loop, launches = serving(ends)
-    executor = GPUFFNExecutor(loop)
+    executor = GPUExecutor(None, loop, polls_peers=True)
     for end in ends[1:]:
         end.announce(DispatchHeader(epoch=0, model=0, layer=1, rows=3), ROW_BYTES)
     order = []

@@ -9,9 +9,9 @@ from typing import Any
 
 from crosspool.kernels.cuda_loop import CudaLoop, GPUStage, ModelStages
 from crosspool.ranks.gpu.lanes import loop_places
-from crosspool.ranks.gpu.nvshmem import Tail
 from crosspool.ranks.gpu.scratch import LaneBuffers
 from crosspool.ranks.gpu.stages import HasStages
+from crosspool.transport.device_links import Tail
 from support.fake_cuda_graphs import FakeCuda, build
 
 _UNITS = 64

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from crosspool.kernels.cuda_loop import GPUStage
 from crosspool.ranks.gpu.ffn import StageCall
-from crosspool.ranks.gpu.nvshmem import Tail
 from crosspool.ranks.gpu.scratch import LaneBuffers
 from crosspool.ranks.gpu.stages import HasStages
+
+if TYPE_CHECKING:
+    from crosspool.transport.device_links import Tail
 
 Key = tuple[int, int, GPUStage, int]
 """Lane, model, stage, bucket: its index."""

@@ -24,6 +24,7 @@ from crosspool.kernels.engine_structs import DONE, LOGITS, TOKENS, Event
 from crosspool.transport.data_path import DispatchHeader, LaneError
 
 if TYPE_CHECKING:
+    from crosspool.ranks.executor import PeerDoorbell
     from crosspool.ranks.gpu.launch import Launcher
 
 _SLEEP = 20e-6
@@ -62,7 +63,7 @@ class PartWatch(Protocol):
     ) -> None:
         """A part of an attention rank's lane that has just ended on the device."""
 
-    def served(self, link: AnswerEnd, dispatch: DispatchHeader, start_ns: int) -> None:
+    def served(self, link: ReplyEnd, dispatch: DispatchHeader, start_ns: int) -> None:
         """The FFN part of another device's dispatch that has just ended."""
 
 
@@ -80,7 +81,7 @@ class DispatchEnd(Protocol):
     def accept(self) -> None: ...
 
 
-class AnswerEnd(Protocol):
+class ReplyEnd(Protocol):
     """The FFN rank's end, as :class:`~crosspool.transport.shared_links.SharedMemoryFFNLink`."""
 
     attention_rank: int
@@ -94,22 +95,15 @@ class AnswerEnd(Protocol):
     def answer(self) -> None: ...
 
 
-class Doorbell(Protocol):
-    """Where the data path wakes this device."""
-
-    def wait(self, timeout: float) -> bool:
-        """Returns when a peer rang since the last call, or after ``timeout`` seconds."""
-
-
 @dataclass(frozen=True)
 class HostExchange:
     """What the host-launched loop does with other devices: it tells them, and hears from them, in
     the host's memory, when the device has written a payload."""
 
-    doorbell: Doorbell
+    doorbell: PeerDoorbell
     outgoing: Sequence[Sequence[DispatchEnd]] = ()
     """By lane and link, of the attention rank."""
-    served: Sequence[Sequence[AnswerEnd]] = ()
+    served: Sequence[Sequence[ReplyEnd]] = ()
     """By lane and link, of the FFN rank, whose lanes come after the attention rank's."""
     held: frozenset[int] = frozenset()
     """Models of which the FFN rank holds a part."""
@@ -290,7 +284,7 @@ class HostLaunchedLoop:
             launcher.launch(lane, step.model, GPUStage.COMBINE, step.bucket)
 
     def _serve(
-        self, lane: int, state: _Lane, ends: Sequence[AnswerEnd]
+        self, lane: int, state: _Lane, ends: Sequence[ReplyEnd]
     ) -> Iterator[Callable[[], bool]]:
         """Other devices' dispatches, links in turn; without an end."""
         exchange, launcher = self._exchange, self._launcher
@@ -314,7 +308,7 @@ class HostLaunchedLoop:
             self.served += 1
             first = link + 1
 
-    def _check(self, exchange: HostExchange, end: AnswerEnd, header: DispatchHeader) -> int:
+    def _check(self, exchange: HostExchange, end: ReplyEnd, header: DispatchHeader) -> int:
         """The bucket of a dispatch. Raises LaneError for one that cannot be carried out."""
         model = self._models[header.model] if header.model in exchange.held else None
         if model is None:

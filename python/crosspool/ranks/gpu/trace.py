@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from crosspool.kernels.cuda_loop import MAX_LINKS, CudaLoop, GPUStage
 from crosspool.kernels.cuda_loop_structs import GPUStepArguments, TracedStage
 from crosspool.observability.trace import LaneEvent, LaneTrace, Part
-from crosspool.ranks.gpu.loop import AnswerEnd
+from crosspool.ranks.gpu.links import GPULinks
+from crosspool.ranks.gpu.loop import ReplyEnd
 from crosspool.transport.data_path import DispatchHeader
 
 _PARTS: dict[GPUStage, Part] = {
@@ -57,7 +56,7 @@ class GPUTrace:
             start_ns=start_ns,
         )
 
-    def served(self, link: AnswerEnd, dispatch: DispatchHeader, start_ns: int) -> None:
+    def served(self, link: ReplyEnd, dispatch: DispatchHeader, start_ns: int) -> None:
         """The FFN part of another device's dispatch that has just ended."""
         self._trace.record(
             role="ffn",
@@ -81,17 +80,15 @@ class ResidentGPUTrace:
     def __init__(
         self,
         loop: CudaLoop,
+        links: GPULinks,
         *,
-        attention_rank: int,
-        ffn_rank: int,
         own_lanes: int,
-        incoming: Sequence[tuple[int, int]],
     ) -> None:
-        """``own_lanes``: of the attention rank here; the loop's others serve the links from other
-        devices, ``incoming``: attention rank and lane of each."""
+        """``own_lanes``: lanes of the attention rank here; the loop's others serve the incoming
+        ``links``."""
         self._loop = loop
-        self._attention_rank, self._ffn_rank = attention_rank, ffn_rank
-        self._own_lanes, self._incoming = own_lanes, incoming
+        self._attention_rank, self._ffn_rank = links.attention_rank or 0, links.ffn_rank or 0
+        self._own_lanes, self._sources = own_lanes, links.sources
 
     def start(self) -> None:
         self._loop.trace_start()
@@ -107,7 +104,7 @@ class ResidentGPUTrace:
         attention_rank, lane = self._attention_rank, stage.lane
         if lane >= self._own_lanes:
             link = (lane - self._own_lanes) * MAX_LINKS + stage.link
-            attention_rank, lane = self._incoming[link]
+            attention_rank, lane = self._sources[link]
         return LaneEvent(
             role="ffn" if part == "ffn" else "attention",
             rank=self._ffn_rank if part == "ffn" else self._attention_rank,
