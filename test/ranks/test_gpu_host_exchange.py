@@ -14,10 +14,11 @@ from crosspool.kernels.cuda_loop import GPUStage, ModelStages
 from crosspool.kernels.cuda_loop_structs import GPUStepArguments
 from crosspool.kernels.engine_structs import DONE
 from crosspool.models.spec import DenseFFN, MoEFFN, RouterSpec
+from crosspool.ranks.gpu.exchange import HostExchange
 from crosspool.ranks.gpu.executor import GPUExecutor
 from crosspool.ranks.gpu.links import Crossing, crossing_of
 from crosspool.ranks.gpu.load import check_share
-from crosspool.ranks.gpu.loop import HostExchange, HostLaunchedLoop
+from crosspool.ranks.gpu.loop import HostLaunchedLoop
 from crosspool.transport.data_path import DispatchHeader, LaneError
 from crosspool.transport.messages import Release
 from crosspool.weightpool.placement import FFNShard

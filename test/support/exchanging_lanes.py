@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from crosspool.kernels.cuda_loop import CudaLoop, LinkMemory
 from crosspool.models.spec import DTYPE_BYTES
+from crosspool.ranks.gpu.exchange import HostExchange
 from crosspool.ranks.gpu.inputs import HostMemory
 from crosspool.ranks.gpu.lanes import join_loop, make_serving, make_stages, model_stages
 from crosspool.ranks.gpu.links import Crossing, ServedCounts
-from crosspool.ranks.gpu.loop import HostExchange
 from crosspool.ranks.gpu.model import GPUModel
 from crosspool.transport.lane_layout import LINK_HEAD_BYTES, LinkLayout
 from support.link_ends import Ends, NeverRings

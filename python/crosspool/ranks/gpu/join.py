@@ -98,7 +98,8 @@ def join_lanes(
     )
     every_lane, epoch = [*lanes, *serving], time.time_ns()
     every_stage: dict[tuple[int, int, int], HasStages] = {**stages, **served_stages}
-    watch = GPUTrace(attention_rank=links.attention_rank or 0, ffn_rank=links.ffn_rank or 0)
+    own = {"attention_rank": links.attention_rank or 0, "ffn_rank": links.ffn_rank or 0}
+    watch = GPUTrace(**own)
     loop = join_loop(
         known,
         every_lane,
@@ -113,8 +114,8 @@ def join_lanes(
     attention = ffn = None
     if virtualizer is not None:
         assert links.attention_rank is not None
-        own, kv = [m.attention for m in parts.models], [m.kv for m in parts.models]
-        attention = GPURank(links.attention_rank, parts.specs, own, virtualizer, kv)
+        held_parts, kv = [m.attention for m in parts.models], [m.kv for m in parts.models]
+        attention = GPURank(links.attention_rank, parts.specs, held_parts, virtualizer, kv)
     if links.ffn_rank is not None:
         ffn = GPUFFNRank(links.ffn_rank, parts.ffns, served)
     ranks = [deployment.ffn_ranks(model) for model in models]
@@ -134,7 +135,7 @@ def join_lanes(
     resources.callback(executor.close)
     trace: Traces = watch
     if isinstance(loop, CudaLoop):
-        trace = ResidentGPUTrace(loop, links, own_lanes=len(lanes))
+        trace = ResidentGPUTrace(loop, **own, own_lanes=len(lanes), sources=links.sources)
     return DeviceRanks(
         deployment, device, executor, attention, ffn, outgoing, trace, resources
     ), executor

@@ -22,16 +22,18 @@ from crosspool.kernels.cuda_loop import (
     ModelStages,
 )
 from crosspool.models.spec import DTYPE_BYTES, ModelSpec
+from crosspool.ranks.gpu.exchange import HostExchange
 from crosspool.ranks.gpu.ffn import ServedStages
 from crosspool.ranks.gpu.launch import EagerLauncher, GraphLauncher, capture
 from crosspool.ranks.gpu.links import Crossing, LanePayloads, ServedCounts, by_lane
-from crosspool.ranks.gpu.loop import DeviceLoop, HostExchange, HostLaunchedLoop, PartWatch
+from crosspool.ranks.gpu.loop import DeviceLoop, HostLaunchedLoop
 from crosspool.ranks.gpu.model import GPUModel, kinds_of
 from crosspool.ranks.gpu.scratch import FFNScratch, LaneBuffers, Scratch
 from crosspool.ranks.gpu.stages import HasStages, Stages, layouts_of
 from crosspool.ranks.gpu.weights import GPUFFN
 
 if TYPE_CHECKING:
+    from crosspool.ranks.gpu.trace import GPUTrace
     from crosspool.transport.device_links import Tail
 
 log = logging.getLogger(__name__)
@@ -123,7 +125,7 @@ def join_loop(
     buckets: Sequence[int],
     *,
     resident: bool,
-    watch: PartWatch | None = None,
+    watch: GPUTrace | None = None,
     exchange: HostExchange | None = None,
     epoch: int = 1,
     tails: Mapping[tuple[int, int, GPUStage], Tail] | None = None,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crosspool.kernels.cuda_loop import MAX_LINKS, GPUStage, LinkMemory, ModelStages
-from crosspool.ranks.gpu.loop import DispatchEnd, HostExchange, ReplyEnd
+from crosspool.ranks.gpu.exchange import DispatchEnd, HostExchange, ReplyEnd
 from crosspool.transport.data_path import LinkCounters
 from crosspool.transport.lane_layout import LINK_HEAD_BYTES, LinkPlace
 

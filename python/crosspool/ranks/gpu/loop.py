@@ -21,11 +21,12 @@ import numpy as np
 from crosspool.kernels.cuda_loop import GPUStage, ModelStages
 from crosspool.kernels.cuda_loop_structs import GPUStepArguments
 from crosspool.kernels.engine_structs import DONE, LOGITS, TOKENS, Event
+from crosspool.ranks.gpu.exchange import DispatchEnd, HostExchange, ReplyEnd
 from crosspool.transport.data_path import DispatchHeader, LaneError
 
 if TYPE_CHECKING:
-    from crosspool.ranks.executor import PeerDoorbell
     from crosspool.ranks.gpu.launch import Launcher
+    from crosspool.ranks.gpu.trace import GPUTrace
 
 _SLEEP = 20e-6
 """Seconds between two looks at lanes that all wait for the device."""
@@ -52,64 +53,6 @@ class DeviceLoop(Protocol):
     def served(self) -> int: ...
 
 
-class PartWatch(Protocol):
-    """Told of every part, for a trace."""
-
-    @property
-    def on(self) -> bool: ...
-
-    def part(
-        self, lane: int, step: GPUStepArguments, stage: GPUStage, layer: int, start_ns: int
-    ) -> None:
-        """A part of an attention rank's lane that has just ended on the device."""
-
-    def served(self, link: ReplyEnd, dispatch: DispatchHeader, start_ns: int) -> None:
-        """The FFN part of another device's dispatch that has just ended."""
-
-
-class DispatchEnd(Protocol):
-    """The attention rank's end of a link whose payloads device code writes and reads: see
-    :class:`~crosspool.transport.shared_links.SharedMemoryAttentionLink`."""
-
-    @property
-    def free(self) -> bool: ...
-
-    def announce(self, header: DispatchHeader, row_bytes: int) -> None: ...
-
-    def ready(self) -> bool: ...
-
-    def accept(self) -> None: ...
-
-
-class ReplyEnd(Protocol):
-    """The FFN rank's end, as :class:`~crosspool.transport.shared_links.SharedMemoryFFNLink`."""
-
-    attention_rank: int
-    lane: int
-
-    def poll(self) -> DispatchHeader | None: ...
-
-    @property
-    def row_bytes(self) -> int: ...
-
-    def answer(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class HostExchange:
-    """What the host-launched loop does with other devices: it tells them, and hears from them, in
-    the host's memory, when the device has written a payload."""
-
-    doorbell: PeerDoorbell
-    outgoing: Sequence[Sequence[DispatchEnd]] = ()
-    """By lane and link, of the attention rank."""
-    served: Sequence[Sequence[ReplyEnd]] = ()
-    """By lane and link, of the FFN rank, whose lanes come after the attention rank's."""
-    held: frozenset[int] = frozenset()
-    """Models of which the FFN rank holds a part."""
-    bucket_rows: Sequence[int] = ()
-
-
 @dataclass
 class _Lane:
     work: Iterator[Callable[[], bool]] | None = None
@@ -133,7 +76,7 @@ class HostLaunchedLoop:
         models: Sequence[ModelStages],
         lanes: int,
         launcher: Launcher,
-        watch: PartWatch | None = None,
+        watch: GPUTrace | None = None,
         exchange: HostExchange | None = None,
     ) -> None:
         """``lanes``: of the attention rank."""
@@ -303,7 +246,7 @@ class HostLaunchedLoop:
             launcher.launch(lane, header.model, stage, bucket)
             yield self._device_is_done(lane, state)
             if self._watch is not None and self._watch.on:
-                self._watch.served(end, header, start)
+                self._watch.served(end.attention_rank, end.lane, header, start)
             end.answer()
             self.served += 1
             first = link + 1

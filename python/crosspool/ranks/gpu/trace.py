@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from crosspool.kernels.cuda_loop import MAX_LINKS, CudaLoop, GPUStage
 from crosspool.kernels.cuda_loop_structs import GPUStepArguments, TracedStage
 from crosspool.observability.trace import LaneEvent, LaneTrace, Part
-from crosspool.ranks.gpu.links import GPULinks
-from crosspool.ranks.gpu.loop import ReplyEnd
 from crosspool.transport.data_path import DispatchHeader
 
 _PARTS: dict[GPUStage, Part] = {
@@ -56,13 +56,15 @@ class GPUTrace:
             start_ns=start_ns,
         )
 
-    def served(self, link: ReplyEnd, dispatch: DispatchHeader, start_ns: int) -> None:
+    def served(
+        self, attention_rank: int, lane: int, dispatch: DispatchHeader, start_ns: int
+    ) -> None:
         """The FFN part of another device's dispatch that has just ended."""
         self._trace.record(
             role="ffn",
             rank=self._ffn_rank,
-            attention_rank=link.attention_rank,
-            lane=link.lane,
+            attention_rank=attention_rank,
+            lane=lane,
             step=-1,
             model=dispatch.model,
             layer=dispatch.layer,
@@ -80,15 +82,17 @@ class ResidentGPUTrace:
     def __init__(
         self,
         loop: CudaLoop,
-        links: GPULinks,
         *,
+        attention_rank: int,
+        ffn_rank: int,
         own_lanes: int,
+        sources: Sequence[tuple[int, int]],
     ) -> None:
-        """``own_lanes``: lanes of the attention rank here; the loop's others serve the incoming
-        ``links``."""
+        """``own_lanes``: lanes of the attention rank here. The loop's others serve the links from
+        other devices; ``sources``: attention rank and lane at the other end of each."""
         self._loop = loop
-        self._attention_rank, self._ffn_rank = links.attention_rank or 0, links.ffn_rank or 0
-        self._own_lanes, self._sources = own_lanes, links.sources
+        self._attention_rank, self._ffn_rank = attention_rank, ffn_rank
+        self._own_lanes, self._sources = own_lanes, sources
 
     def start(self) -> None:
         self._loop.trace_start()
