@@ -188,10 +188,12 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 
 
 class Inspected(msgspec.Struct, frozen=True, kw_only=True, tag="inspected"):
-    """``answer`` for `tensors`: list of {role, rank, model, layer, key, name, shape, dtype, bytes};
-    `pools`: {mapped_bytes: {model: int}, free_bytes, budget_bytes, rss_bytes};
-    `counters`: {dispatch_rows, dispatch_bytes, combine_bytes, steps, ...} per lane and peer;
-    `trace_stop`: list of lane events (see observability.trace)."""
+    """The reply to :class:`Inspect`; :mod:`crosspool.transport.inspection` has the structs.
+
+    ``answer`` is a list of ``TensorInfo`` for `tensors`, one ``DevicePools`` for `pools`, one
+    ``DeviceCounters`` for `counters` (steps, requests, and what crossed each link, at the attention
+    rank's and at the FFN rank's end), a list of ``LaneEvent`` for `trace_stop`, None for
+    `trace_start`."""
 
     id: int
     device: str
