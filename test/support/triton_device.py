@@ -16,11 +16,11 @@ from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.gpu.executor import GPUExecutor
 from crosspool.ranks.gpu.join import join_lanes
-from crosspool.ranks.gpu.load import load_gpu_ranks, load_parts, max_row_bytes
+from crosspool.ranks.gpu.load import load_gpu_ranks, load_parts
 from crosspool.ranks.kv_memory import kv_pool
 from crosspool.transport.device_links import DeviceLinks, linked_ffn_ranks, links_bytes
 from crosspool.transport.lane_layout import LINK_HEAD_BYTES, PAGE_BYTES, LinkLayout, round_up
-from crosspool.transport.links import GPUPeers
+from crosspool.transport.links import GPUPeers, max_row_bytes
 from crosspool.transport.nvshmem import SymmetricLinks
 from crosspool.transport.shared_memory import SharedMemoryTransport
 from crosspool.weightpool.placement import Placement

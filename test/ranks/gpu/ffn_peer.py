@@ -20,7 +20,7 @@ from crosspool.config.deployment import load
 from crosspool.config.device import Device
 from crosspool.models.registry import read_model
 from crosspool.ranks.gpu.join import join_lanes
-from crosspool.ranks.gpu.load import load_parts, max_row_bytes
+from crosspool.ranks.gpu.load import load_parts
 from crosspool.transport.links import join_gpus
 from crosspool.weightpool.placement import place
 
@@ -53,7 +53,7 @@ def main() -> None:
             deployment,
             device,
             int(sys.argv[3]),
-            max_row_bytes=max_row_bytes(specs),
+            specs=specs,
             driver=driver,
             resources=resources,
         )

@@ -27,7 +27,7 @@ from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.gpu.join import join_lanes
-from crosspool.ranks.gpu.load import load_parts, max_row_bytes
+from crosspool.ranks.gpu.load import load_parts
 from crosspool.ranks.kv_memory import kv_pool, kv_pool_by
 from crosspool.transport.links import join_gpus
 from crosspool.transport.messages import Sampling
@@ -106,7 +106,7 @@ class Processes:
             deployment,
             device,
             lanes_fd,
-            max_row_bytes=max_row_bytes(specs),
+            specs=specs,
             driver=driver,
             resources=resources,
         )

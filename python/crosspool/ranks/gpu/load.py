@@ -14,7 +14,7 @@ from crosspool.config.device import Device
 from crosspool.config.gpu import check_alike
 from crosspool.kernels.cuda_driver import CudaBindings
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
-from crosspool.models.spec import DTYPE_BYTES, ModelSpec, MoEFFN
+from crosspool.models.spec import ModelSpec, MoEFFN
 from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.gpu.join import GPUParts, join_lanes
 from crosspool.ranks.gpu.model import GPUModel
@@ -45,7 +45,7 @@ def load_gpu_ranks(
             deployment,
             device,
             lanes_fd,
-            max_row_bytes=max_row_bytes(specs),
+            specs=specs,
             driver=driver,
             resources=resources,
         )
@@ -64,11 +64,6 @@ def load_gpu_ranks(
             virtualizer.quiesced = executor.quiesced
         ranks.resources = resources.pop_all()
     return ranks
-
-
-def max_row_bytes(specs: Sequence[ModelSpec]) -> int:
-    """Bytes of the widest row that crosses a link."""
-    return max(spec.hidden * DTYPE_BYTES[spec.dtype] for spec in specs)
 
 
 def load_parts(

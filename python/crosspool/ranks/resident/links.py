@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from crosspool.kernels import engine_structs as es
 from crosspool.transport.data_path import LinkCounters
 from crosspool.transport.lane_layout import LinkPlace
-from crosspool.transport.shared_memory import SharedMemoryTransport
+from crosspool.transport.links import Interconnect
 
 
 @dataclass
@@ -32,9 +32,7 @@ class ResidentLinks:
     """Opens links to other devices for :func:`crosspool.transport.links.open_ends`, and describes
     them to native code."""
 
-    def __init__(
-        self, transport: SharedMemoryTransport, attention_rank: int, ffn_rank: int
-    ) -> None:
+    def __init__(self, transport: Interconnect, attention_rank: int, ffn_rank: int) -> None:
         """The device's ranks, -1 for one that it does not have."""
         self._transport = transport
         self._attention_rank = attention_rank

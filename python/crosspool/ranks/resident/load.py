@@ -26,8 +26,8 @@ from crosspool.ranks.resident.links import ResidentLink, ResidentLinks
 from crosspool.ranks.resident.packing import NATIVE_DTYPES
 from crosspool.ranks.resident.trace import ResidentTrace
 from crosspool.ranks.weights import TORCH_DTYPES, held_models
+from crosspool.transport.data_path import spin_ns_of
 from crosspool.transport.links import join, open_ends
-from crosspool.transport.shared_memory import spin_ns_of
 from crosspool.weightpool.placement import Placement
 
 
