@@ -1,8 +1,7 @@
-"""The face of ``libcrosspool_cuda.so`` (sgl-kernel-ext/cuda/): a GPU's resident loop.
+"""Python interface of ``libcrosspool_cuda.so`` (sgl-kernel-ext/cuda/): a GPU's resident loop.
 
-Per lane one scheduler graph polls for steps and launches the captured graph of each stage, layer
-by layer, without the host. The library and its state machine are tested against a fake driver; on
-a GPU this has not run yet (docs/gpu.md).
+One scheduler graph per lane polls for steps and launches the captured graph of each stage, layer by
+layer, without the host.
 
     model, lane = ModelStages(kinds=(False, True, True)), LanePlaces(words, chosen)
     loop = CudaLoop([model], [lane], bucket_rows=[1, 2, 4])
@@ -16,10 +15,10 @@ a GPU this has not run yet (docs/gpu.md).
         ...                                          # operations that may wait behind it
     loop.close()
 
-What a stage's graph reads: the lane's ``words``, 32 bytes on the device (``StageWords``). As int32
-elements: [0:2] the address of the step's inputs (int64), [2] the layer, [3] the link, [4] the rows,
-[5] how many steps of the lease have ended. ``EMBED`` copies the step's inputs from
-there to the lane's buffers and embeds; ``FEED`` embeds the tokens that ``HEAD`` wrote last, one
+The graph of a stage reads the lane's ``words``, 32 bytes on the device (``StageWords``). Their
+int32 elements are: [0:2] the address of the step's inputs (int64), [2] the layer, [3] the link, [4]
+the rows, [5] the steps of the lease that have ended. ``EMBED`` copies the step's inputs from there
+to the lane's buffers and embeds them; ``FEED`` embeds the tokens that ``HEAD`` wrote last, one
 position further; ``ATTENTION``, ``DENSE_FFN`` and ``MOE_FFN`` run the layer; ``HEAD`` writes int32
 tokens to the lane's ``chosen``, wanted rows first.
 """
@@ -42,11 +41,11 @@ from crosspool.kernels.engine_structs import RECALL, RESUME, Command, Event
 
 LIBRARY = "libcrosspool_cuda.so"
 MAX_HELD = 8
-"""Steps that a lane has at once: the one under way and those that wait behind it."""
+"""Most steps of a lane at once: the one under way and those that wait behind it."""
 MAX_LINKS = 8
-"""Of a lane."""
+"""Most links of a lane."""
 TRACE_ROOM = 1 << 14
-"""Stages of a lane that a trace keeps."""
+"""Stages that a trace keeps of each lane."""
 
 GPUStepArguments = cs.GPUStepArguments
 LaneStatus = cs.LaneStatus
@@ -73,16 +72,16 @@ class CudaLoopError(RuntimeError):
 
 @dataclass(frozen=True)
 class ModelStages:
-    """A model as the loop knows it."""
+    """A model as a loop knows it."""
 
     kinds: tuple[bool, ...]
-    """Per layer: whether its FFN part is a MoE."""
+    """Whether the FFN part of each layer is a MoE."""
     row_bytes: int = 0
-    """Of a dispatched row; 0 where nothing crosses."""
+    """Bytes of a dispatched row; 0 where nothing crosses."""
     links: tuple[int, ...] = ()
-    """The lane's links, by index, that lead to FFN ranks of the model on other devices."""
+    """Indices of the lane's links that lead to FFN ranks of the model on other devices."""
     local: bool = True
-    """Whether this device has (a part of) the FFN parts."""
+    """Whether this device holds the FFN parts, or a share of them."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +94,12 @@ class LanePlaces:
     """Address of int32 [rows of the largest bucket]: the tokens that ``HEAD`` chose."""
     links: tuple[LinkMemory, ...] = ()
     serves: bool = False
-    """True: an FFN rank's lane, which serves the dispatches that come through its links."""
+    """Whether the lane is an FFN rank's, which serves the dispatches that come through its
+    links."""
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """The library at ``path`` with typed functions. Raises ImportError."""
+    """Loads the library at ``path``, with typed functions. Raises ImportError."""
     how = "build it again (`pip install -e .` where nvcc is found)"
     try:
         library = ctypes.CDLL(str(path))
@@ -119,14 +119,15 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def library_path() -> Path | None:
-    """Where the library lies; None: it was not built (no nvcc)."""
+    """Path of the library; None where it was not built (no nvcc)."""
     folders = [Path(folder) for folder in crosspool.kernels.__path__]
     return next((folder / LIBRARY for folder in folders if (folder / LIBRARY).is_file()), None)
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Raises ImportError that says how to build it when it is missing or of another version."""
+    """Loads the library. Raises ImportError, which says how to build it, when it is missing or of
+    another version."""
     path = library_path()
     if path is None:
         raise ImportError(
@@ -136,8 +137,8 @@ def library() -> ctypes.CDLL:
 
 
 class CudaLoop:
-    """The resident loop of the current CUDA device. What its descriptions point to is kept by the
-    caller. One thread at a time uses it."""
+    """The resident loop of the current CUDA device. The caller keeps what its descriptions point
+    to. One thread at a time uses it."""
 
     def __init__(
         self,
@@ -200,7 +201,7 @@ class CudaLoop:
         )
 
     def start(self) -> None:
-        """Launches the lanes: at first, and again after :meth:`quiesce`. Raises CudaLoopError."""
+        """Launches the lanes, for the first time or after :meth:`quiesce`. Raises CudaLoopError."""
         self._check(self._native.crosspool_cuda_loop_start(self._address))
 
     def quiesce(self, timeout_s: float = 10.0) -> None:
@@ -210,7 +211,7 @@ class CudaLoop:
 
     @contextlib.contextmanager
     def quiesced(self, timeout_s: float = 10.0) -> Iterator[None]:
-        """Nothing of the loop is on the device within. Raises CudaLoopError."""
+        """Keeps the loop off the device. Raises CudaLoopError."""
         self.quiesce(timeout_s)
         try:
             yield
@@ -218,24 +219,25 @@ class CudaLoop:
             self.start()
 
     def push_step(self, lane: int, arguments: GPUStepArguments) -> None:
-        """Queues a step; the structure is copied, what its addresses point to (device or pinned
-        memory) stays as it is until its ``DONE``. Raises CudaLoopError."""
+        """Queues a step. The structure is copied; what its addresses point to, device or pinned
+        memory, stays as it is until the step's ``DONE``. Raises CudaLoopError."""
         status = self._native.crosspool_cuda_loop_push_step(self._address, lane, byref(arguments))
         self._check(status)
         if status == 0:
             raise CudaLoopError(f"lane {lane} has {MAX_HELD} steps already")
 
     def push_resume(self, lane: int, step: int) -> None:
-        """Lets a lane go on whose logits were looked at. Raises CudaLoopError."""
+        """Lets a lane go on after the host has looked at its logits. Raises CudaLoopError."""
         self._push(lane, Command(RESUME, lane, step, None, 0))
 
     def push_recall(self, lane: int, step: int) -> None:
-        """Ends a step's lease, if it still has one, with what is under way or comes next. A step
-        that waits on the lane ends the lease before it too. Raises CudaLoopError."""
+        """Ends a step's lease, if it still has one, with the step under way, or with its first if
+        none is. A step that waits on the lane ends the lease before it, too. Raises
+        CudaLoopError."""
         self._push(lane, Command(RECALL, lane, step, None, 0))
 
     def pop(self) -> Event | None:
-        """What happened next on any lane; None: nothing did.
+        """Returns the next event of any lane; None where there is none.
 
         Raises CudaLoopError when a lane cannot go on."""
         event = Event()
@@ -244,26 +246,27 @@ class CudaLoop:
         return event if status else None
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether there is an event, now or within ``timeout_s``."""
+        """Waits up to ``timeout_s`` seconds for an event. Returns whether there is one."""
         status = self._native.crosspool_cuda_loop_wait(self._address, int(timeout_s * 1e9))
         self._check(status)
         return bool(status)
 
     def status(self, lane: int) -> LaneStatus:
-        """What the lane last said about itself; its ``heartbeat`` grows while it is resident."""
+        """Returns what the lane last wrote about itself; its ``heartbeat`` grows while it is
+        resident."""
         status = LaneStatus()
         self._check(self._native.crosspool_cuda_loop_status(self._address, lane, byref(status)))
         return status
 
     def trace_start(self) -> None:
-        """Has lanes record their stages from now on, those in a step from its end. Raises
-        CudaLoopError."""
+        """Makes the lanes record their stages from now on; a lane in a step begins at its end.
+        Raises CudaLoopError."""
         self._check(self._native.crosspool_cuda_loop_trace_start(self._address))
 
     def trace_stop(self) -> list[TracedStage]:
-        """Ends that; each lane's latest stages, ``TRACE_ROOM`` at most, in the order of their ends.
-        Times are CLOCK_MONOTONIC, as near as the host can tell from what it sees of the device's
-        clock. Raises CudaLoopError."""
+        """Ends the recording. Returns the latest stages, at most ``TRACE_ROOM`` of each lane, in
+        the order of their ends. Times are CLOCK_MONOTONIC, in ns, as near as the host can tell from
+        what it sees of the device's clock. Raises CudaLoopError."""
         room = self.lanes * TRACE_ROOM
         stages = (TracedStage * room)()
         count = self._native.crosspool_cuda_loop_trace_stop(self._address, stages, room)
@@ -272,12 +275,14 @@ class CudaLoop:
 
     @property
     def served(self) -> int:
-        """Dispatches that the FFN rank's lanes have taken."""
+        """Dispatches that the lanes of the FFN rank have taken."""
         return sum(self.status(lane).launches for lane in self._serving)
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Quiesces, and frees everything; steps in flight are lost. Raises CudaLoopError when a
-        lane does not leave: its memory must then stay, and the process should end."""
+        """Quiesces, and frees everything; steps in flight are lost.
+
+        Raises CudaLoopError when a lane does not leave the device: its memory must then stay, and
+        the process should end."""
         if self._address is not None:
             self.quiesce(timeout_s)
             address, self._address = self._address, None

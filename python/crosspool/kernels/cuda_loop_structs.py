@@ -1,5 +1,5 @@
-"""The structures of ``sgl-kernel-ext/cuda/stages.h`` and ``loop.h``, field by field; the headers
-say what they mean. :mod:`crosspool.kernels.cuda_loop` is their face."""
+"""Mirrors of the structures in ``sgl-kernel-ext/cuda/stages.h`` and ``loop.h``, field by field; the
+headers say what they mean. :mod:`crosspool.kernels.cuda_loop` uses them."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ MIRRORED: tuple[type[ctypes.Structure], ...] = (
     Event,
     TracedStage,
 )
-"""In the order of ``crosspool_cuda_sizes``."""
+"""Structures in the order of ``crosspool_cuda_sizes``."""
 
 SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "crosspool_abi_version": (c_uint32, ()),
@@ -144,4 +144,4 @@ SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "crosspool_cuda_loop_trace_start": (c_int32, (c_void_p,)),
     "crosspool_cuda_loop_trace_stop": (c_int32, (c_void_p, POINTER(TracedStage), c_uint32)),
 }
-"""What the library exports."""
+"""Result and arguments of each function that the library exports."""

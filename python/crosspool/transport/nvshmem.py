@@ -1,10 +1,9 @@
-"""Start of NVSHMEM over our control path, and links in its symmetric memory.
+"""Links in NVSHMEM's symmetric memory, and the start of NVSHMEM over our control path.
 
-The first device of the deployment makes NVSHMEM's unique id (128 bytes), tells it to the others at
-a meeting in the runtime folder (:mod:`crosspool.transport.rendezvous`), and all initialise with it:
-no MPI, no launcher of NVSHMEM's. A device is the processing element (PE) of its place among the
-deployment's devices. The library itself is native code, linked with NVSHMEM's device part
-(crosspool/kernels/nvshmem.py).
+The first device of the deployment makes NVSHMEM's unique id (128 bytes) and tells it to the others
+at a meeting in the runtime folder (:mod:`crosspool.transport.rendezvous`); then all initialise with
+it, without MPI or NVSHMEM's own launcher. A device's processing element (PE) is its place among the
+deployment's devices. The library is native code (crosspool/kernels/nvshmem.py).
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
     from crosspool.kernels.dlpack import DLPackDevice
 
 ENVIRONMENT = {"NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME": "lo", "NVSHMEM_CUMEM_GRANULARITY": str(2 << 20)}
-"""Of every device process on one host: its bootstrap stays on the loopback interface, and its heap
-grows by less than the 512 MiB of the default."""
+"""Settings for NVSHMEM on one host: its bootstrap stays on the loopback interface, and its heap
+grows in steps of 2 MiB, not of 512 MiB."""
 _MEETING = "nvshmem"
 
 
@@ -65,8 +64,8 @@ def initialise(
     """Initialises NVSHMEM among all devices of the deployment; returns this device's PE. Every
     device process calls this.
 
-    Raises RendezvousError when a device does not come within ``timeout`` seconds. Within NVSHMEM's
-    own initialisation no bound of ours holds; the launcher ends what does not become ready."""
+    Raises RendezvousError when a device does not come within ``timeout`` seconds. NVSHMEM's own
+    initialisation has no bound; the launcher ends a process that does not become ready."""
     members = [member.name for member in deployment.devices]
     pe = members.index(device.name)
     mine = Brought(library.unique_id() if pe == 0 else b"")
@@ -145,8 +144,8 @@ def links(
     layout: LinkLayout,
     memory: DLPackDevice,
 ) -> SymmetricLinks:
-    """The device's links; every device process calls this after :func:`initialise`. They are good
-    until the library is finalised. ``memory``: where tensors over this device's ends lie.
+    """Makes the device's links; every device process calls this after :func:`initialise`. They are
+    valid until the library is finalised. ``memory``: device of tensors over this device's ends.
 
     Raises RuntimeError when symmetric memory has no room."""
     sizes = [

@@ -1,8 +1,6 @@
-"""GPU memory that the device processes of one host share: each exports what it owns as a file
-descriptor, and maps what its peers exported. Loads and stores then go straight to the peer's GPU,
+"""GPU memory that the device processes of one host share. Each process exports its memory as a file
+descriptor and maps what its peers exported; loads and stores then go straight to the peer's GPU,
 over NVLink or PCIe.
-
-Not run on GPUs so far.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ _MEETING = "lane-memory"
 
 
 class PeerMemory:
-    """Memory of zeros on this device, and what peers have of theirs, all mapped here."""
+    """Zeroed memory on this device, and the memory of its peers, all mapped here."""
 
     def __init__(
         self,
@@ -38,13 +36,13 @@ class PeerMemory:
         own_bytes: int,
         timeout: float = 60.0,
     ) -> None:
-        """Makes ``own_bytes`` (rounded up; 0: none), and meets the other ``members`` at the socket
-        ``meeting``. They may be on one GPU, too.
+        """Makes ``own_bytes`` of memory (rounded up; 0: none), and meets the other ``members`` at
+        the socket ``meeting``. Several members may use one GPU.
 
         Raises ConfigError when a peer's memory cannot be reached from this GPU, RendezvousError
         when a member does not come within ``timeout`` seconds, CudaError otherwise."""
         self.addresses: dict[str, int] = {}
-        """Of each member that has memory, its first byte here."""
+        """Address on this device of the first byte of each member that has memory."""
         self._driver = driver
         self._resources = contextlib.ExitStack()
         with contextlib.ExitStack() as failed:
@@ -67,7 +65,7 @@ class PeerMemory:
             failed.pop_all()
 
     def close(self) -> None:
-        """Unmaps everything. What peers have mapped stays theirs until they close, too."""
+        """Unmaps everything. What peers have mapped stays until they close, too."""
         self.addresses = {}
         self._resources.close()
 
@@ -84,7 +82,7 @@ class PeerMemory:
         from crosspool.kernels.cuda_driver import CudaError
 
         if len(brought.descriptors) != 1 or len(brought.payload) != 8:
-            raise RendezvousError(f"{name} brought no memory that can be mapped")
+            raise RendezvousError(f"{name} sent no memory handle to map")
         nbytes = int.from_bytes(brought.payload, "little")
         try:
             handle = self._driver.import_descriptor(brought.descriptors[0])

@@ -1,7 +1,7 @@
-"""The attention stages of a GPU: callables over a lane's fixed buffers, launched or captured.
+"""Attention stages of a GPU: callables over a lane's fixed buffers, launched or captured.
 
-Embedding, a layer's attention part, dispatch and combine where FFN ranks live on other devices, and
-the LM head.
+They are the embedding, a layer's attention part, dispatch and combine where FFN ranks live on other
+devices, and the LM head.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from crosspool.ranks.gpu.model import GPUModel
 from crosspool.ranks.gpu.scratch import Carver, DeviceInputs, LaneBuffers, Scratch
 
 MIXED_FROM = 32
-"""Buckets of so many rows and more attend to a sequence's rows in blocks; in smaller ones every
-row reads its keys itself."""
+"""Buckets of at least so many rows attend to a sequence's rows in blocks that share the keys they
+read; in smaller buckets every row reads its keys itself."""
 
 
 class AttentionStages:
-    """The attention stages of one model on one lane in one row bucket."""
+    """Attention stages of one model on one lane in one row bucket."""
 
     def __init__(
         self, model: GPUModel, layout: InputLayout, lane: LaneBuffers, crossing: Crossing
@@ -52,12 +52,12 @@ class AttentionStages:
 
     @property
     def input_elements(self) -> int:
-        """int32 elements of a step's inputs, which ``embed`` reads."""
+        """int32 elements of a step's inputs that ``embed`` reads."""
         return self.layout.elements
 
     @property
     def attention_calls(self) -> dict[GPUStage, StageCall]:
-        """Every attention stage that the model has here."""
+        """Every attention stage that the model has on this device."""
         crossing = {GPUStage.DISPATCH: self.dispatch, GPUStage.COMBINE: self.combine}
         return {
             GPUStage.EMBED: self.embed,
@@ -68,13 +68,14 @@ class AttentionStages:
         }
 
     def embed(self) -> None:
-        """Takes the inputs over and embeds their tokens."""
+        """Fetches the step's inputs and embeds their tokens."""
         layout = self.layout
         take_inputs(self.lane.address, self.inputs.flat, layout.head, layout.pages)
         self._embed()
 
     def feed(self) -> None:
-        """A lease's next step: the chosen tokens, one position further. Row i's is chosen[i]."""
+        """Embeds the chosen tokens one position further, for a lease's next step. The token of row
+        i is chosen[i]."""
         rows = self.layout.wanted
         feed(
             self.lane.chosen,
@@ -86,7 +87,8 @@ class AttentionStages:
         self._embed()
 
     def attention(self) -> None:
-        """One layer's attention part: combine, input norm, attention, residual sum, post norm."""
+        """Runs one layer's attention part: combine, input norm, attention, residual sum, post
+        norm."""
         s, tables, lane = self.scratch, self.model.attention.tables, self.lane
         layer, count, eps = lane.layer, lane.count, self.model.spec.norm_eps
         norm = tables["input_norm"]
@@ -110,12 +112,13 @@ class AttentionStages:
         send_rows(self.scratch.payload, self._payloads.dispatched, self.lane.count)
 
     def combine(self) -> None:
-        """Adds up the partial sums of all FFN ranks of the model, this device's among them."""
+        """Adds up the partial sums of all FFN ranks of the model, including this device's."""
         assert self._payloads is not None
         combine_rows(self._payloads.combined, self.lane.count, self.scratch.partial)
 
     def head(self) -> None:
-        """Logits of the wanted rows, and their tokens by their rules, to the lane's chosen ones."""
+        """Computes logits of the wanted rows and chooses their tokens, into the lane's
+        ``chosen``."""
         s, wanted = self.scratch, self.inputs.wanted_count
         self.gather()
         self.logits()
@@ -124,14 +127,14 @@ class AttentionStages:
         sample(s.logits, s.best, self.inputs.rules, wanted, chosen, s.sampling)
 
     def gather(self) -> None:
-        """The wanted rows' residuals after the last layer, to ``scratch.last``."""
+        """Gathers the wanted rows' residuals after the last layer into ``scratch.last``."""
         s, rows = self.scratch, self.inputs.wanted_rows
         torch.index_select(s.residual, 0, rows, out=s.last)
         torch.index_select(s.partial, 0, rows, out=s.last_partial)
         s.last.add_(s.last_partial)
 
     def logits(self) -> None:
-        """Logits of ``scratch.last``: float32 [wanted, vocab] to ``scratch.logits``."""
+        """Computes logits of ``scratch.last`` into ``scratch.logits``, float32 [wanted, vocab]."""
         s, part, wanted = self.scratch, self.model.attention, self.inputs.wanted_count
         eps = self.model.spec.norm_eps
         rms_norm(s.last, part.final_norm, self._first, wanted, s.last_normed, eps=eps)
@@ -140,7 +143,7 @@ class AttentionStages:
     def _embed(self) -> None:
         s = self.scratch
         embed(self.model.attention.embed, self.inputs.tokens, self.lane.count, s.residual)
-        s.partial.zero_()  # of the layer before the first
+        s.partial.zero_()  # the first layer has no combine before it
 
     def _gqa(self) -> None:
         a = self.model.spec.attention

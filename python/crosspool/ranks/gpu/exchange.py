@@ -1,5 +1,5 @@
-"""What a host-launched loop does with other devices: it tells them, and hears from them, in the
-host's memory; payloads are written by the device."""
+"""The host-launched loop's seam to other devices. Device code writes and reads the payloads;
+signals and headers lie in the host's memory, where the loop tells its peers and hears from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class DispatchEnd(Protocol):
-    """The attention rank's end of a link whose payloads device code writes and reads: see
+    """The attention rank's end of a link, without its payloads: see
     :class:`~crosspool.transport.shared_links.SharedMemoryAttentionLink`."""
 
     @property
@@ -28,7 +28,8 @@ class DispatchEnd(Protocol):
 
 
 class ReplyEnd(Protocol):
-    """The FFN rank's end, as :class:`~crosspool.transport.shared_links.SharedMemoryFFNLink`."""
+    """The FFN rank's end of a link, without its payloads: see
+    :class:`~crosspool.transport.shared_links.SharedMemoryFFNLink`."""
 
     attention_rank: int
     lane: int
@@ -43,14 +44,14 @@ class ReplyEnd(Protocol):
 
 @dataclass(frozen=True)
 class HostExchange:
-    """What the host-launched loop does with other devices: it tells them, and hears from them, in
-    the host's memory, when the device has written a payload."""
+    """All that the host-launched loop needs of other devices."""
 
     doorbell: PeerDoorbell
     outgoing: Sequence[Sequence[DispatchEnd]] = ()
-    """By lane and link, of the attention rank."""
+    """The attention rank's ends, indexed [lane][link]."""
     served: Sequence[Sequence[ReplyEnd]] = ()
-    """By lane and link, of the FFN rank, whose lanes come after the attention rank's."""
+    """The FFN rank's ends, indexed [lane][link]. Its lanes come after the attention rank's."""
     held: frozenset[int] = frozenset()
-    """Models of which the FFN rank holds a part."""
+    """Indices of the models of which the FFN rank holds a part."""
     bucket_rows: Sequence[int] = ()
+    """Rows of each bucket, ascending."""

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from crosspool.ranks.gpu.stages import Stages
 
 _LONGEST_WAIT = 100e-6
-"""Seconds that :meth:`GPUExecutor.run` waits at most while steps are in flight: so long may a new
-step for a free lane stay unnoticed."""
+"""Longest wait of :meth:`GPUExecutor.run` while steps are in flight, in seconds. A new step for a
+free lane may stay unnoticed for as long."""
 
 
 class GPUExecutor(LoopExecutor[GPURank, GPUFlight]):
@@ -45,10 +45,11 @@ class GPUExecutor(LoopExecutor[GPURank, GPUFlight]):
         pinned: bool = False,
         polls_peers: bool = False,
     ) -> None:
-        """With an attention rank: ``buckets``: rows, ascending; ``stages``: by lane, model and
-        bucket; ``memory``: what each lane shares with the host; ``counters``: counters of the links
-        to a model's FFN ranks, by lane and model; ``pinned``: host memory that the device reads
-        must be."""
+        """A device without an attention rank needs ``polls_peers`` alone.
+
+        ``buckets``: rows, ascending; ``stages``: by lane, model and bucket; ``memory``: what each
+        lane shares with the host; ``counters``: counters of the links to a model's FFN ranks,
+        indexed [lane][model]; ``pinned``: whether the device needs pinned host memory."""
         super().__init__(attention, loop, polls_peers=polls_peers)
         self._closed = False
         self._buckets = buckets
@@ -75,7 +76,7 @@ class GPUExecutor(LoopExecutor[GPURank, GPUFlight]):
         return self._take_events()
 
     def quiesced(self) -> contextlib.AbstractContextManager[None]:
-        """Within, no loop is on the device: for driver calls that may wait for what runs there."""
+        """Keeps the loop off the device, for driver calls that may wait for what runs there."""
         return contextlib.nullcontext() if self._closed else self._loop.quiesced()
 
     def close(self) -> None:
@@ -108,7 +109,8 @@ class GPUExecutor(LoopExecutor[GPURank, GPUFlight]):
         return super()._result(flight, event)
 
     def _last_served(self) -> float:
-        """When a dispatch was last seen to have been served: the loop counts them."""
+        """The loop counts the dispatches that it has served; this is when the count was last seen
+        to grow."""
         if self._polls_peers and (served := self._loop.served) != self._served:
             self._served, self._served_at = served, time.monotonic()
         return self._served_at

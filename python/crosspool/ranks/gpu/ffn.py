@@ -22,7 +22,8 @@ StageCall = Callable[[], None]
 
 
 def ffn_stages(lane: LaneBuffers, scratch: FFNScratch) -> dict[GPUStage, StageCall]:
-    """A stage for each kind of layer: ``scratch.payload`` to ``scratch.partial``."""
+    """Returns a stage for each kind of layer; it turns ``scratch.payload`` into
+    ``scratch.partial``."""
     return {
         GPUStage.MOE_FFN if isinstance(work.kind.ffn, MoEFFN) else GPUStage.DENSE_FFN: _stage(
             work, lane, scratch
@@ -32,8 +33,8 @@ def ffn_stages(lane: LaneBuffers, scratch: FFNScratch) -> dict[GPUStage, StageCa
 
 
 class ServedStages:
-    """The FFN stages of one model in one row bucket on a lane that serves other devices: each takes
-    the rows out of the link that they came through, and leaves its partial sums there."""
+    """FFN stages of one model in one row bucket, on a lane that serves other devices. Each takes
+    the rows out of the link through which they came, and leaves its partial sums there."""
 
     def __init__(
         self,

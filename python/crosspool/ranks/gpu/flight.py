@@ -1,5 +1,5 @@
-"""The attention rank as the stages of a GPU see it: steps become inputs in host memory that the
-device reads, and arguments for the loop."""
+"""Steps as a GPU takes them, inputs in host memory that the device reads and arguments for the
+loop, and the attention rank that makes them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class GPUFlight(Flight):
         self._layout = layout
         self._memory = memory
         self.for_host = HOST in self._choices or bool(end.kept)
-        """Whether the host samples, from logits."""
+        """Whether the host samples from the logits."""
         lease = min(step.lease, memory.lease) if self._may_be_leased() else 1
         if lease > 1 and not self._write_stops():
             lease = 1
@@ -67,8 +67,10 @@ class GPUFlight(Flight):
         )
 
     def look(self, stages: Stages, host: Tensor) -> None:
-        """Samples from, and reports of, the logits of all wanted rows, and keeps what later steps
-        need of this one. ``host``: float32 [wanted of a step, vocab], pinned on a GPU."""
+        """Samples from the logits of all wanted rows, reports their log-probabilities, and keeps
+        the residuals that later steps need.
+
+        ``host``: memory for logits, float32 [wanted rows of the layout, vocab], pinned on a GPU."""
         scratch, most = stages.scratch, self._layout.wanted
         wanted = self._end.wanted
         for first in range(0, len(wanted), most):
@@ -157,7 +159,8 @@ class GPURank(LoopRank["GPUAttention"]):
 
 
 def _compute_logits(stages: Stages, wanted: Sequence[Wanted]) -> None:
-    """Logits of rows beside those that the head stage took, or with residuals of earlier steps."""
+    """Computes logits of rows that the head stage did not take, or of residuals from earlier
+    steps."""
     rows = torch.zeros(stages.layout.wanted, dtype=torch.int32)
     rows[: len(wanted)] = torch.tensor([max(w.source, 0) for w in wanted], dtype=torch.int32)
     stages.inputs.wanted_rows.copy_(rows)

@@ -34,7 +34,7 @@ from crosspool.transport.links import GPUPeers, open_ends
 
 @dataclass(frozen=True)
 class GPUParts:
-    """What lies on one GPU."""
+    """Weights and KV cache that lie on one GPU."""
 
     specs: Sequence[ModelSpec]
     """All models of the deployment."""

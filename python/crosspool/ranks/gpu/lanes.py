@@ -1,8 +1,8 @@
 """The lanes of one GPU: their memory, their stages for every model and row bucket, and the loop
 that drives them. Needs torch and Triton, and for a resident loop the native library.
 
-The lanes of an attention rank come first; those of an FFN rank that serves other devices follow,
-one for every eight links."""
+The lanes of an attention rank come first. The lanes of an FFN rank that serves other devices
+follow, one for every eight links."""
 
 from __future__ import annotations
 
@@ -49,8 +49,11 @@ def make_stages(
     links: Sequence[Sequence[LinkMemory]] = (),
     crossings: Sequence[Crossing] = (),
 ) -> tuple[list[LaneBuffers], dict[tuple[int, int, int], Stages]]:
-    """Every lane's memory, and its stages by lane, model and bucket; ``sequences``: of a step at
-    most. ``links``: by lane; ``crossings``: by model; none where nothing leaves the device."""
+    """Makes the lanes of an attention rank. Returns each lane's memory, and stages by lane, model
+    and bucket.
+
+    ``sequences``: most sequences of a step; ``links``: links of each lane, ``crossings``: one for
+    each model, both empty where nothing leaves the device."""
     layouts = [layouts_of(model, buckets, sequences) for model in models]
     crossings = crossings or [Crossing()] * len(models)
     arena = max(
@@ -81,8 +84,11 @@ def make_serving(
     counts: ServedCounts,
     first_lane: int,
 ) -> tuple[list[LaneBuffers], dict[tuple[int, int, int], ServedStages]]:
-    """The lanes of an FFN rank that serve ``links`` to other devices, and their stages by lane,
-    counted from ``first_lane``, model and bucket. ``ffns``: the rank's parts, by model."""
+    """Makes the lanes of an FFN rank that serve ``links`` to other devices. Returns each lane's
+    memory, and stages by lane (counted from ``first_lane``), model and bucket.
+
+    ``ffns``: the rank's parts by the model's index; ``counts``: where stages count what came
+    through each link."""
     if not links:
         return [], {}
     arena = max(
@@ -105,7 +111,7 @@ def make_serving(
 
 
 def model_stages(spec: ModelSpec, crossing: Crossing) -> ModelStages:
-    """A model as a loop knows it. Raises ConfigError for one whose layers it does not drive."""
+    """Describes a model to a loop. Raises ConfigError for one whose layers it does not drive."""
     try:
         kinds = kinds_of(spec)
     except ValueError as error:
@@ -130,9 +136,11 @@ def join_loop(
     epoch: int = 1,
     tails: Mapping[tuple[int, int, GPUStage], Tail] | None = None,
 ) -> DeviceLoop:
-    """The loop over the lanes' stages: resident or host-launched graphs on a GPU, plain calls on
-    CPU tensors. ``exchange``: of the host-launched loop, where rows leave the device; ``epoch``:
-    of a resident loop's dispatches; ``tails``: of captured stages, by lane, model and stage."""
+    """Makes the loop over the lanes' stages: it launches graphs on a GPU, resident or from the
+    host, and makes plain calls on CPU tensors.
+
+    ``exchange``: for the host-launched loop, where rows leave the device; ``epoch``: of a resident
+    loop's dispatches; ``tails``: what ends captured stages, by lane, model and stage."""
     own = sum(not lane.serves for lane in lanes)
     if lanes[0].device.type != "cuda":
         return HostLaunchedLoop(models, own, EagerLauncher(lanes, stages), watch, exchange)
@@ -152,7 +160,7 @@ def join_loop(
 
 
 def loop_places(lanes: Sequence[LaneBuffers]) -> list[LanePlaces]:
-    """Lanes as the resident loop takes them."""
+    """Describes lanes to the resident loop."""
     return [
         LanePlaces(lane.words.data_ptr(), lane.chosen.data_ptr(), lane.links, lane.serves)
         for lane in lanes

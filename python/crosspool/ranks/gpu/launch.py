@@ -1,5 +1,5 @@
-"""How the host has a stage done on a lane: as a captured graph on the lane's stream, or by calling
-it on CPU tensors, where Triton interprets the kernels."""
+"""Launchers of stages from the host: as captured graphs on the lane's stream, or by plain calls on
+CPU tensors, where Triton interprets the kernels."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from crosspool.transport.device_links import Tail
 
 Key = tuple[int, int, GPUStage, int]
-"""Lane, model, stage, bucket: its index."""
+"""Lane, model, stage, and index of the bucket."""
 
 
 class Launcher(Protocol):
-    """Work on one lane is done in the order in which it is asked for."""
+    """Has stages done; those of one lane in the order in which they were asked for."""
 
     def write(
         self, lane: int, inputs: int, rows: int, done: int, *, layer: int = 0, link: int = 0
     ) -> None:
-        """The lane's words for a step that begins, ``inputs``: address of its inputs in host
-        memory, ``done``: steps of its lease that have ended; or for a dispatch that came through
+        """Writes the lane's words: for a step (``inputs``: address of its inputs in host memory,
+        ``done``: steps of its lease that have ended), or for a dispatch that came through
         ``link``."""
 
     def set_layer(self, lane: int, layer: int) -> None: ...
@@ -40,7 +40,7 @@ class Launcher(Protocol):
         """Copies the first ``count`` chosen tokens to host memory."""
 
     def fence(self, lane: int) -> None:
-        """What :meth:`finished` asks about is everything asked for until here."""
+        """Marks the point up to which :meth:`finished` asks."""
 
     def finished(self, lane: int) -> bool: ...
 
@@ -49,7 +49,7 @@ class Launcher(Protocol):
 
 
 class EagerLauncher:
-    """Calls the stages at once. For CPU tensors."""
+    """Calls the stages at once, on CPU tensors."""
 
     def __init__(
         self, lanes: Sequence[LaneBuffers], stages: Mapping[tuple[int, int, int], HasStages]
@@ -87,9 +87,7 @@ class EagerLauncher:
 
 
 class GraphLauncher:
-    """Launches captured graphs, each lane on a stream of its own.
-
-    Has not run on a GPU yet (docs/gpu.md)."""
+    """Launches captured graphs, each lane's on a stream of its own."""
 
     def __init__(
         self,
@@ -97,7 +95,7 @@ class GraphLauncher:
         graphs: Mapping[Key, torch.cuda.CUDAGraph],
         layers: int,
     ) -> None:
-        """``graphs``: instantiated. ``layers``: of the deepest model."""
+        """``graphs`` are instantiated; ``layers``: layers of the deepest model."""
         device = lanes[0].device
         self._lanes = lanes
         self._graphs = graphs
@@ -109,8 +107,8 @@ class GraphLauncher:
     def write(
         self, lane: int, inputs: int, rows: int, done: int, *, layer: int = 0, link: int = 0
     ) -> None:
-        # The lane's last step or dispatch is over, and with it the last copy out of this memory;
-        # between two steps of a lease too.
+        # The lane's last step or dispatch is over, between two steps of a lease too; and with it
+        # the last copy out of this memory.
         self._words[lane].copy_(words(inputs, rows, done, layer, link))
         with torch.cuda.stream(self._streams[lane]):
             self._lanes[lane].words.copy_(self._words[lane], non_blocking=True)
@@ -156,12 +154,12 @@ def capture(
     stages: Mapping[tuple[int, int, int], HasStages],
     tails: Mapping[tuple[int, int, GPUStage], Tail],
 ) -> dict[Key, torch.cuda.CUDAGraph]:
-    """Captures every stage, after calling it once so that its kernels are compiled and loaded. The
-    lanes' words and inputs say 0 rows, so that nothing of KV is read or written. The graphs are not
-    instantiated yet. ``stages``: by lane, model and bucket; ``tails``: what ends the graphs of a
-    stage, by lane and model, and must not run before.
+    """Captures every stage, after calling it once so that its kernels are compiled and loaded;
+    meanwhile the lanes' words and inputs say 0 rows, so that no KV is read or written. Returns
+    graphs that are not instantiated.
 
-    Has not run on a GPU yet (docs/gpu.md)."""
+    ``stages``: by lane, model and bucket; ``tails``: what ends the graphs of a stage, by lane and
+    model; it must not run before."""
     elements = max(s.input_elements for s in stages.values())
     empty = torch.zeros(max(1, elements), dtype=torch.int32).pin_memory()
     for lane in lanes:

@@ -27,21 +27,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Crossing:
-    """How a model's rows leave an attention rank's device."""
+    """Links through which a model's rows leave the device of an attention rank."""
 
     links: tuple[int, ...] = ()
-    """The lane's links that lead to FFN ranks of the model, by rank."""
+    """Indices of the lane's links that lead to FFN ranks of the model, ordered by rank."""
     own: int | None = 0
-    """Place of this device's FFN rank among the model's; None: it holds nothing of the model."""
+    """Place of this device's FFN rank among the model's FFN ranks; None: it is none of them."""
 
 
 def remote_ffn_ranks(deployment: Deployment, device: Device) -> list[int]:
-    """FFN ranks on other devices, ascending: to these the links of a lane lead, in this order."""
+    """FFN ranks on other devices, ascending. The links of a lane lead to them, in this order."""
     return [rank for rank, other in enumerate(deployment.weight_pool_devices) if other != device]
 
 
 def crossing_of(deployment: Deployment, device: Device, model: int) -> Crossing:
-    """Of a model on the attention rank of ``device``."""
+    """Returns how a model's rows leave ``device``."""
     ranks = deployment.ffn_ranks(model)
     remote = remote_ffn_ranks(deployment, device)
     own = [i for i, rank in enumerate(ranks) if rank not in remote]
@@ -53,7 +53,7 @@ def crossing_of(deployment: Deployment, device: Device, model: int) -> Crossing:
 
 @dataclass(frozen=True)
 class LanePayloads:
-    """Where the payloads of links lie: addresses, int64 [links], on the device."""
+    """Addresses of the payloads of links, int64 [links] on the device."""
 
     dispatched: Tensor
     combined: Tensor
@@ -62,7 +62,7 @@ class LanePayloads:
     def of(
         cls, links: Sequence[LinkMemory], device: torch.device, partial: tuple[int, Tensor] | None
     ) -> LanePayloads:
-        """``partial``: a partial sum of this device's own, and its place among the others."""
+        """``partial``: this device's own partial sum, and its place among the others."""
         dispatched = [int(link.link) + LINK_HEAD_BYTES for link in links]
         combined = [
             address + int(link.payload_bytes)
@@ -87,8 +87,8 @@ class CountedLink:
 
 
 class ServedCounts:
-    """What came through the links of other devices' lanes, counted on the device by the FFN
-    stages."""
+    """Counts of what came through the links of other devices' lanes. FFN stages keep them on the
+    device."""
 
     def __init__(self, links: int, device: torch.device) -> None:
         self.memory = torch.zeros(links, 3, dtype=torch.int64, device=device)
@@ -97,10 +97,8 @@ class ServedCounts:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def read(self, link: int) -> LinkCounters:
-        beside = (
-            contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-        )
-        with beside:
+        stream = self._stream
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             dispatches, rows, size = self.memory[link].tolist()
         return LinkCounters(dispatches, rows, size, size)
 

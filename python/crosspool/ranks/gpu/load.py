@@ -35,8 +35,8 @@ def load_gpu_ranks(
     placement: Placement,
     lanes_fd: int | None,
 ) -> DeviceRanks:
-    """As :func:`crosspool.ranks.device_process.load_ranks`. The processes of all GPUs of a
-    deployment call it at once: they meet, to share the memory of their links."""
+    """Does what :func:`crosspool.ranks.device_process.load_ranks` says, on a GPU. The processes of
+    all GPUs of a deployment call it at once: they meet, to share the memory of their links."""
     check_alike(deployment.devices)
     torch.cuda.set_device(device.gpu)
     gpu, driver = torch.device("cuda", device.gpu), CudaBindings(device.gpu)

@@ -1,8 +1,8 @@
-"""What drives the stages of a GPU's lanes: the face that both loops have, and the one in Python.
+"""Loops over the stages of a GPU's lanes: the interface of both loops, and the loop in Python.
 
 :class:`crosspool.kernels.cuda_loop.CudaLoop` is resident: the device launches the stages itself.
-:class:`HostLaunchedLoop` launches the same ones from here, one by one: the reference, and the
-baseline of the ablation. Both take the same steps and answer with the same events.
+:class:`HostLaunchedLoop` launches the same stages from Python, one by one; it is the reference, and
+the baseline of the ablation. Both take the same steps and tell the same events.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ if TYPE_CHECKING:
     from crosspool.ranks.gpu.trace import GPUTrace
 
 _SLEEP = 20e-6
-"""Seconds between two looks at lanes that all wait for the device."""
+"""Seconds between two polls while every lane waits for the device."""
 
 
 class DeviceLoop(Protocol):
-    """As :class:`crosspool.kernels.cuda_loop.CudaLoop`, where the methods are described."""
+    """The methods that both loops have; :class:`crosspool.kernels.cuda_loop.CudaLoop` describes
+    them."""
 
     def push_step(self, lane: int, arguments: GPUStepArguments) -> None: ...
 
@@ -56,20 +57,19 @@ class DeviceLoop(Protocol):
 @dataclass
 class _Lane:
     work: Iterator[Callable[[], bool]] | None = None
-    """What is under way; gives what must hold before it goes on."""
+    """Work under way. It yields conditions, each of which must hold before it goes on."""
     until: Callable[[], bool] | None = None
     queue: deque[GPUStepArguments] = field(default_factory=deque)
     step: GPUStepArguments | None = None
     with_host: bool = False
     on_device: bool = False
-    """It waits for the device."""
+    """Whether the lane waits for the device."""
     recalled: bool = False
 
 
 class HostLaunchedLoop:
-    """Launches the stages of each lane from Python, lanes in turn, a part at a time; work is done
-    in :meth:`wait` only. A lane whose last part is launched is looked at until the device is done
-    with it, and so is one whose payloads are being written."""
+    """Launches the stages of each lane from Python, a part at a time, lanes in rotation, within
+    :meth:`wait`. It polls lanes whose last part, or whose payloads, the device still works on."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class HostLaunchedLoop:
         watch: GPUTrace | None = None,
         exchange: HostExchange | None = None,
     ) -> None:
-        """``lanes``: of the attention rank."""
+        """``lanes``: number of lanes of the attention rank."""
         self._models = models
         self._steps = [_Lane() for _ in range(lanes)]
         self._launcher = launcher
@@ -88,7 +88,7 @@ class HostLaunchedLoop:
         self._events: deque[Event] = deque()
         self._next = 0
         self.served = 0
-        """Dispatches of other devices that were answered."""
+        """Dispatches of other devices to which the FFN rank has replied."""
         self._lanes = list(self._steps)
         for ends in () if exchange is None else exchange.served:
             serving = _Lane()
@@ -116,8 +116,10 @@ class HostLaunchedLoop:
         return self._events.popleft() if self._events else None
 
     def wait(self, timeout_s: float) -> bool:
-        """Launches the next part of a lane that has one, or looks until one can go on; True when
-        there is an event. Raises LaneError when a peer breaks the lane protocol."""
+        """Launches the next part of a lane that has one, or polls until one can go on. Returns
+        whether there is an event.
+
+        Raises LaneError when a peer breaks the lane protocol."""
         deadline = time.monotonic() + timeout_s
         while not self._events and not self._advance_one():
             left = deadline - time.monotonic()
@@ -131,11 +133,12 @@ class HostLaunchedLoop:
 
     @contextlib.contextmanager
     def quiesced(self) -> Iterator[None]:
-        """Nothing of a loop waits on the device: what was launched ends by itself."""
+        """Does nothing: what was launched ends by itself, and nothing of this loop stays on the
+        device."""
         yield
 
     def close(self) -> None:
-        """Waits for what was launched."""
+        """Waits until everything that was launched has ended."""
         for lane in range(len(self._lanes)):
             self._launcher.synchronize(lane)
 
@@ -148,7 +151,7 @@ class HostLaunchedLoop:
         return False
 
     def _advance(self, lane: int, state: _Lane) -> bool:
-        """Does what is next on a lane; False: nothing can be done."""
+        """Does what is next on a lane. Returns False where nothing can be done."""
         if state.work is None:
             if not state.queue:
                 return False
@@ -165,7 +168,7 @@ class HostLaunchedLoop:
     def _step(
         self, lane: int, state: _Lane, step: GPUStepArguments
     ) -> Iterator[Callable[[], bool]]:
-        """A step, with all of its lease."""
+        """Carries out a step, with all of its lease."""
         launcher, model = self._launcher, self._models[step.model]
         stage, done, more = GPUStage.EMBED, 0, True
         while more:
@@ -194,7 +197,7 @@ class HostLaunchedLoop:
     def _layer(
         self, lane: int, state: _Lane, step: GPUStepArguments, layer: int
     ) -> Iterator[Callable[[], bool]]:
-        """A layer, whose last stage is launched with the next part."""
+        """Carries out a layer; its last stage is launched with the next part."""
         launcher, model = self._launcher, self._models[step.model]
         if layer > 0 and not model.links:
             yield _at_once
@@ -206,7 +209,7 @@ class HostLaunchedLoop:
         if model.links:
             assert self._exchange is not None
             ends = [self._exchange.outgoing[lane][link] for link in model.links]
-            # A predecessor's dispatch may still be unanswered.
+            # A predecessor's dispatch may still wait for its reply.
             yield lambda: all(end.free for end in ends)
             launcher.launch(lane, step.model, GPUStage.DISPATCH, step.bucket)
             yield self._device_is_done(lane, state)
@@ -229,7 +232,7 @@ class HostLaunchedLoop:
     def _serve(
         self, lane: int, state: _Lane, ends: Sequence[ReplyEnd]
     ) -> Iterator[Callable[[], bool]]:
-        """Other devices' dispatches, links in turn; without an end."""
+        """Serves other devices' dispatches for ever, links in rotation."""
         exchange, launcher = self._exchange, self._launcher
         assert exchange is not None
         first = 0
@@ -252,7 +255,7 @@ class HostLaunchedLoop:
             first = link + 1
 
     def _check(self, exchange: HostExchange, end: ReplyEnd, header: DispatchHeader) -> int:
-        """The bucket of a dispatch. Raises LaneError for one that cannot be carried out."""
+        """Returns the bucket of a dispatch. Raises LaneError for one that cannot be carried out."""
         model = self._models[header.model] if header.model in exchange.held else None
         if model is None:
             wrong = f"model {header.model}, of which nothing lies here"
@@ -267,7 +270,7 @@ class HostLaunchedLoop:
         raise LaneError(f"attention rank {end.attention_rank}, lane {end.lane}: dispatched {wrong}")
 
     def _device_is_done(self, lane: int, state: _Lane) -> Callable[[], bool]:
-        """Whether all that was launched on the lane until here has ended."""
+        """Returns a condition: that everything launched on the lane so far has ended."""
         self._launcher.fence(lane)
         state.on_device = True
         return lambda: self._launcher.finished(lane)
@@ -289,7 +292,7 @@ def _ffn_stage(model: ModelStages, layer: int) -> GPUStage:
 
 
 def _stopped(step: GPUStepArguments, done: int) -> bool:
-    """Whether a row's token of the lease's step ``done`` is one of the row's stop tokens."""
+    """Whether a row's token in step ``done`` of the lease is one of the row's stop tokens."""
     if not step.stops:
         return False
     ends = _array(step.stop_ends, step.wanted)

@@ -1,4 +1,4 @@
-"""The stages of a step on a GPU: callables over a lane's fixed buffers, launched or captured.
+"""Stages of a step on a GPU: callables over a lane's fixed buffers, launched or captured.
 
 A stage reads what changes (the layer, the rows, the inputs' address) from device memory, allocates
 nothing and never asks the host, so that one captured graph serves every step of a row bucket and
@@ -20,19 +20,19 @@ from crosspool.ranks.gpu.scratch import LaneBuffers
 
 
 class HasStages(Protocol):
-    """One model on one lane in one row bucket."""
+    """Stages of one model on one lane in one row bucket."""
 
     @property
     def calls(self) -> Mapping[GPUStage, StageCall]: ...
 
     @property
     def input_elements(self) -> int:
-        """int32 elements of a step's inputs that a stage may read."""
+        """int32 elements of a step's inputs that the stages may read."""
 
 
 class Stages(AttentionStages):
-    """The stages of one model on one lane of an attention rank in one row bucket, those of the
-    device's own FFN rank among them."""
+    """Stages of one model on one lane of an attention rank in one row bucket, those of the device's
+    own FFN rank among them."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Stages(AttentionStages):
         lane: LaneBuffers,
         crossing: Crossing | None = None,
     ) -> None:
-        """``crossing``: how rows leave the device; None: they do not."""
+        """``crossing``: how rows leave the device; None: they stay on it."""
         super().__init__(model, layout, lane, crossing or Crossing())
         self._ffns: dict[GPUStage, StageCall] = {}
         if model.ffn is not None:
@@ -54,13 +54,13 @@ class Stages(AttentionStages):
 
 
 def buckets_up_to(rows: int) -> list[int]:
-    """Row buckets: powers of two, and ``rows`` itself last."""
+    """Returns row buckets: powers of two, and ``rows`` itself last."""
     powers = [1 << i for i in range(rows.bit_length()) if 1 << i < rows]
     return [*powers, rows]
 
 
 def layouts_of(model: GPUModel, buckets: Sequence[int], sequences: int) -> list[InputLayout]:
-    """One per bucket; ``sequences``: of a step at most."""
+    """Returns a layout for each bucket; ``sequences``: most sequences of a step."""
     return [
         InputLayout(bucket, min(bucket, sequences), model.pages_of_sequence) for bucket in buckets
     ]

@@ -1,4 +1,4 @@
-"""Lane events of a GPU, by either of its loops."""
+"""Lane events of a GPU, from either of its loops."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _PARTS: dict[GPUStage, Part] = {
 
 
 class GPUTrace:
-    """As :class:`~crosspool.observability.trace.LaneTrace`, where the host launches the parts.
-    While it is on, the host waits for every part, so that an event's time is the device's; lanes
-    then do not overlap."""
+    """A :class:`~crosspool.observability.trace.LaneTrace` for the host-launched loop. While it is
+    on, the host waits for every part, so that an event's time is the device's; lanes then do not
+    overlap."""
 
     def __init__(self, *, attention_rank: int = 0, ffn_rank: int = 0) -> None:
-        """The ranks of this device."""
+        """The arguments are the ranks of this device."""
         self._attention_rank = attention_rank
         self._ffn_rank = ffn_rank
         self._trace = LaneTrace()
@@ -41,7 +41,7 @@ class GPUTrace:
     def part(
         self, lane: int, step: GPUStepArguments, stage: GPUStage, layer: int, start_ns: int
     ) -> None:
-        """A part of the attention rank's lane that has just ended on the device."""
+        """Records a part of the attention rank's lane that has just ended on the device."""
         part = _PARTS[stage]
         self._trace.record(
             role="ffn" if part == "ffn" else "attention",
@@ -59,7 +59,7 @@ class GPUTrace:
     def served(
         self, attention_rank: int, lane: int, dispatch: DispatchHeader, start_ns: int
     ) -> None:
-        """The FFN part of another device's dispatch that has just ended."""
+        """Records the FFN part of another device's dispatch, which has just ended."""
         self._trace.record(
             role="ffn",
             rank=self._ffn_rank,
@@ -75,9 +75,9 @@ class GPUTrace:
 
 
 class ResidentGPUTrace:
-    """As :class:`~crosspool.observability.trace.LaneTrace`, where the device launches the parts and
-    records them itself: nobody waits for anything that would not be waited for without it. A part
-    lasts from its launch to the pass of its lane's scheduler that finds it done."""
+    """A :class:`~crosspool.observability.trace.LaneTrace` for the resident loop. The device records
+    the parts itself, so tracing makes nothing wait. A part lasts from its launch to the pass of its
+    lane's scheduler that finds it done."""
 
     def __init__(
         self,
@@ -98,8 +98,8 @@ class ResidentGPUTrace:
         self._loop.trace_start()
 
     def stop(self) -> list[LaneEvent]:
-        """Events in the order of their ends. Stages between parts (embedding, dispatch and combine)
-        are none."""
+        """Returns events in the order of their ends. Embedding, dispatch and combine are stages
+        between parts and give none."""
         stages = self._loop.trace_stop()
         return [self._event(stage) for stage in stages if GPUStage(stage.stage) in _PARTS]
 
