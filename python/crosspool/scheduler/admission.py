@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import count
 
-from crosspool.scheduler.attention_rank import AttentionRank
 from crosspool.scheduler.queues import WaitingQueue
+from crosspool.scheduler.rank_state import RankState
 from crosspool.scheduler.sequence import Sequence
 
 
 class Admission:
     def __init__(
-        self, queues: list[WaitingQueue], ranks: list[AttentionRank], max_running: int
+        self, queues: list[WaitingQueue], ranks: list[RankState], max_running: int
     ) -> None:
         self._queues = queues
         self._ranks = ranks
@@ -69,11 +69,11 @@ class Admission:
         return self._last_turn[seq.model], seq.number
 
 
-def _promised_chunks(rank: AttentionRank) -> int:
+def _promised_chunks(rank: RankState) -> int:
     return rank.promises.promised_chunks
 
 
-def _by_match(seq: Sequence, ranks: list[AttentionRank]) -> list[AttentionRank]:
+def _by_match(seq: Sequence, ranks: list[RankState]) -> list[RankState]:
     """``ranks``, first those that have at least half of the prompt cached, the most first."""
     if len(ranks) < 2:
         return ranks

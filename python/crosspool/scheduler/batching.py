@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
 
-from crosspool.scheduler.attention_rank import AttentionRank, Flight
+from crosspool.scheduler.flight import StepInFlight
+from crosspool.scheduler.rank_state import RankState
 from crosspool.scheduler.sequence import Sequence
 
 
-def next_model(rank: AttentionRank, lanes: int) -> int | None:
+def next_model(rank: RankState, lanes: int) -> int | None:
     """The model least recently served among those with work and no step in flight; None when
     there is none, or when ``lanes`` steps are at work and one more waits behind them."""
     if len(rank.flights) > lanes:
@@ -17,13 +18,13 @@ def next_model(rank: AttentionRank, lanes: int) -> int | None:
     return min(ready, key=lambda model: rank.last_step[model], default=None)
 
 
-def lease_steps(rank: AttentionRank, lanes: int, most: int) -> int:
+def lease_steps(rank: RankState, lanes: int, most: int) -> int:
     """Steps of a lease: 1 where it would keep the step of another model from being launched."""
     busy = sum(map(bool, rank.running))
     return most if busy <= lanes + 1 else 1
 
 
-def leases_in_the_way(rank: AttentionRank, lanes: int) -> list[Flight]:
+def leases_in_the_way(rank: RankState, lanes: int) -> list[StepInFlight]:
     """Leases that are to end: one of their requests is over, another of their model could join
     them, or another model's step cannot be launched."""
     leases = [f for f in rank.flights.values() if f.lease > 1 and not f.recalled]
@@ -38,7 +39,7 @@ def leases_in_the_way(rank: AttentionRank, lanes: int) -> list[Flight]:
     ]
 
 
-def _with_work(rank: AttentionRank) -> Iterator[int]:
+def _with_work(rank: RankState) -> Iterator[int]:
     """Models of which a request could be in a step and is in none."""
     reader = prompt_reader(rank)
     for model, running in enumerate(rank.running):
@@ -54,7 +55,7 @@ def _with_work(rank: AttentionRank) -> Iterator[int]:
 NOBODY = -1
 
 
-def prompt_reader(rank: AttentionRank) -> int | None:
+def prompt_reader(rank: RankState) -> int | None:
     """The one model whose next step may take prompt tokens, or NOBODY; None: every model's.
 
     While a request answers here, prompts are read by one step at a time, models with prompts in

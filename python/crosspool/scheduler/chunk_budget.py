@@ -6,10 +6,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from crosspool.scheduler.attention_rank import Flight
+from crosspool.scheduler.flight import StepInFlight
 
 _WEIGHT = 0.25
 """Of a step's own time against what was expected before it."""
@@ -123,7 +121,7 @@ class ChunkBudget:
         pages = bisect_left(range(1, most + 1), True, key=lambda n: not cost.fits(n * page, room))
         return min(max(pages, 1) * page, self._most_tokens)
 
-    def share_out(self, flights: Iterable[Flight], now: float) -> None:
+    def share_out(self, flights: Iterable[StepInFlight], now: float) -> None:
         """Time has passed for ``flights``; to be called before one is added or ends."""
         at_work = sorted(flights, key=lambda flight: flight.step)[: self._lanes]
         expected = [self._expected(flight) for flight in at_work]
@@ -132,7 +130,7 @@ class ChunkBudget:
             self._spent[flight.step] = self._spent.get(flight.step, 0.0) + seconds * rate
         self._seen = now
 
-    def landed(self, flight: Flight) -> None:
+    def landed(self, flight: StepInFlight) -> None:
         """``flight`` has ended, and its time is shared out."""
         seconds = self._spent.pop(flight.step, 0.0)
         step = self._step[flight.model]
@@ -141,7 +139,7 @@ class ChunkBudget:
         beside = step.value if step.known else 0.0
         self._chunk[flight.model].take(flight.prompt_tokens, max(seconds - beside, 0.0))
 
-    def _expected(self, flight: Flight) -> float:
+    def _expected(self, flight: StepInFlight) -> float:
         step = self._step[flight.model].value
         if not flight.prompt_tokens:
             return step

@@ -19,7 +19,6 @@ from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.admission import Admission
-from crosspool.scheduler.attention_rank import AttentionRank
 from crosspool.scheduler.batching import (
     form_batch,
     lease_steps,
@@ -32,6 +31,7 @@ from crosspool.scheduler.counters import ModelCounters
 from crosspool.scheduler.promises import Promises
 from crosspool.scheduler.protocols import GrammarBackend, TextDecoder
 from crosspool.scheduler.queues import WaitingQueue
+from crosspool.scheduler.rank_state import RankState
 from crosspool.scheduler.request import Finish, GenerateRequest, Output
 from crosspool.scheduler.sequence import Sequence
 from crosspool.scheduler.snapshot import snapshot
@@ -67,7 +67,7 @@ class SchedulerCore:
         self._layouts = [KVLayout(spec, d.page_size, d.chunk_bytes) for spec in specs]
         self._bounds = Bounds.of(d)
         self._ranks = [
-            AttentionRank(
+            RankState(
                 index,
                 Promises(
                     self._bounds,

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from crosspool.scheduler.attention_rank import Flight
+from crosspool.scheduler.flight import StepInFlight
 from crosspool.scheduler.request import Finish
 from crosspool.scheduler.sequence import Sequence
 
@@ -49,7 +49,7 @@ class ModelCounters:
         else:
             self.finished[finish.kind] += 1
 
-    def step(self, flight: Flight) -> None:
+    def step(self, flight: StepInFlight) -> None:
         self.steps += 1
         self.largest_batch = max(self.largest_batch, len(flight.rows))
         for seq, row in zip(flight.sequences, flight.rows, strict=True):

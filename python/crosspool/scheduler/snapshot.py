@@ -6,9 +6,9 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 from crosspool.config.deployment import Deployment
-from crosspool.scheduler.attention_rank import AttentionRank
 from crosspool.scheduler.counters import ModelCounters
 from crosspool.scheduler.queues import WaitingQueue
+from crosspool.scheduler.rank_state import RankState
 
 _KINDS = ("promised", "cached", "mapped")
 
@@ -16,7 +16,7 @@ _KINDS = ("promised", "cached", "mapped")
 def snapshot(
     deployment: Deployment,
     queues: Seq[WaitingQueue],
-    ranks: Seq[AttentionRank],
+    ranks: Seq[RankState],
     counters: Seq[ModelCounters],
     failure: str | None,
 ) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def snapshot(
     return {"models": models, "ranks": by_rank, "failure": failure}
 
 
-def _rank(rank: AttentionRank, device: str, chunk_bytes: int) -> dict[str, Any]:
+def _rank(rank: RankState, device: str, chunk_bytes: int) -> dict[str, Any]:
     allocator = rank.promises.allocator
     models = [
         {

@@ -4,38 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from itertools import count
 
 from crosspool.kvpool.layout import KVLayout
 from crosspool.scheduler.chunk_budget import ChunkBudget
+from crosspool.scheduler.flight import StepInFlight
 from crosspool.scheduler.promises import Promises
 from crosspool.scheduler.sequence import Sequence
 from crosspool.transport.messages import Open, Recall, Release, Row, Step, StepResult
 
 
-@dataclass(frozen=True)
-class Flight:
-    """A step that the rank has not answered yet; with a lease, the next of its steps."""
-
-    step: int
-    model: int
-    issued: float
-    sequences: list[Sequence]
-    rows: list[Row]
-    lease: int = 1
-    """Steps that may be answered yet."""
-    recalled: bool = False
-
-    @cached_property
-    def prompt_tokens(self) -> int:
-        """Prompt tokens that it takes."""
-        pairs = zip(self.sequences, self.rows, strict=True)
-        return sum(len(row.tokens) for seq, row in pairs if row.start < seq.prompt_len)
-
-
-class AttentionRank:
+class RankState:
     def __init__(
         self, index: int, promises: Promises, layouts: list[KVLayout], budget: ChunkBudget
     ) -> None:
@@ -46,7 +26,7 @@ class AttentionRank:
         """Per model the requests that run here, by number, in order of admission."""
         self.paused: list[dict[int, Sequence]] = [{} for _ in layouts]
         """Those of them that wait for further pages."""
-        self.flights: dict[int, Flight] = {}
+        self.flights: dict[int, StepInFlight] = {}
         """Steps in flight by model: one each."""
         self.last_step = [-1] * len(layouts)
         """Per model the number of its latest step."""
@@ -133,7 +113,7 @@ class AttentionRank:
         number = next(self._step_numbers)
         self.last_step[model] = number
         self.budget.share_out(self.flights.values(), now)
-        flight = self.flights[model] = Flight(number, model, now, sequences, rows, lease)
+        flight = self.flights[model] = StepInFlight(number, model, now, sequences, rows, lease)
         if flight.prompt_tokens:
             self.last_prompt_step[model] = number
         return Step(
@@ -150,12 +130,12 @@ class AttentionRank:
             most = min(most, seq.limit - known, slots - known + 1)
         return max(most, 1)
 
-    def recall(self, flight: Flight) -> Recall:
+    def recall(self, flight: StepInFlight) -> Recall:
         """Ends the lease of ``flight``; steps of it may be answered yet."""
         self.flights[flight.model] = replace(flight, recalled=True)
         return Recall(step=flight.step)
 
-    def land(self, result: StepResult, now: float) -> Flight:
+    def land(self, result: StepResult, now: float) -> StepInFlight:
         """The step that ``result`` answers; the next of its lease takes its place. Raises
         ValueError when it answers none, or not every row of it."""
         flight = next((f for f in self.flights.values() if f.step == result.step), None)
