@@ -42,7 +42,7 @@ def test_one_message_carries_several_steps():
     assert sim.tokens("a") == [n % 256 for n in range(5, 19)]
     assert len(sim.outputs["a"]) == 14  # streamed one by one
     assert not sim.recalls
-    model = sim.core.snapshot()["models"][0]
+    model = sim.snapshot()["models"][0]
     assert (model["steps"], model["decode_rows"], model["prompt_tokens"]) == (14, 13, 5)
     sim.assert_empty()
 

@@ -19,7 +19,7 @@ def growing(models=1, **fields):
 
 
 def model(sim, index=0):
-    return sim.core.snapshot()["models"][index]
+    return sim.snapshot()["models"][index]
 
 
 # --- promises that grow
@@ -92,12 +92,12 @@ def test_nobody_is_stuck_whatever_the_pool_and_the_requests(seed):
     pauses = 0
     while any(rank.steps for rank in sim.ranks):
         sim.answer_all()
-        (rank,) = sim.core.snapshot()["ranks"]
+        (rank,) = sim.snapshot()["ranks"]
         pauses += rank["paused"]
         assert rank["steps_in_flight"] or not rank["running"]
     for r in requests:
         assert sim.tokens(r.rid) == expected_tokens(r, sim.specs[r.model])
-    assert (pauses > 0) <= (sum(m["pauses"] for m in sim.core.snapshot()["models"]) > 0)
+    assert (pauses > 0) <= (sum(m["pauses"] for m in sim.snapshot()["models"]) > 0)
     sim.assert_empty()
 
 

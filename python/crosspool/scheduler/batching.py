@@ -61,10 +61,10 @@ def prompt_reader(rank: RankState) -> int | None:
     While a request answers here, prompts are read by one step at a time, models with prompts in
     turn, and by the next only when every model that waited for it has had its token: so a token
     waits for at most one prompt chunk of other models, however many come in."""
-    answering = rank.answering
-    if not answering:
+    generating = rank.generating
+    if not generating:
         return None
-    if answering & rank.delayed or any(f.prompt_tokens for f in rank.flights.values()):
+    if generating & rank.delayed or any(f.prompt_tokens for f in rank.flights.values()):
         return NOBODY
     reading = (
         model

@@ -1,16 +1,22 @@
-"""How many prompt tokens a step may take beside requests that answer, so that the time between
-their tokens keeps to a target."""
+"""How many prompt tokens a step may take beside requests that generate, so that the time between
+their tokens keeps to a target.
+
+To add another way to decide it, write its class here and let :func:`chunk_budget` choose it by an
+option.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
+from typing import Protocol
 
+from crosspool.config.deployment import Deployment
 from crosspool.scheduler.flight import StepInFlight
 
 _WEIGHT = 0.25
-"""Of a step's own time against what was expected before it."""
+"""Weight of a new measurement in a running mean."""
 
 
 @dataclass
@@ -83,36 +89,50 @@ class _ChunkCost:
         return max(self.expected(tokens), self._sorted[0].seconds) <= seconds
 
 
-class ChunkBudget:
-    """Of one attention rank: learns what its steps cost and sizes the next prompt chunk.
+class ChunkBudget(Protocol):
+    """Decides for one attention rank how many prompt tokens a step may take."""
+
+    def tokens(self, model: int, generating: Set[int]) -> int:
+        """Prompt tokens, at least one, that the next step of ``model`` may take while requests of
+        the models ``generating`` wait for their next token."""
+        ...
+
+    def share_out(self, flights: Iterable[StepInFlight], now: float) -> None:
+        """Time has passed for ``flights``; to be called before one is added or ends."""
+        ...
+
+    def landed(self, flight: StepInFlight) -> None:
+        """``flight`` has ended; the time until now has been shared out."""
+        ...
+
+
+class TargetedChunks:
+    """Keeps the time between tokens to ``tbt_target_ms``: learns what the rank's steps cost, and
+    gives a chunk what the target leaves beside them.
 
     A step's cost is its model's seconds per step, and what a prompt chunk adds. Steps on several
-    lanes share the rank part by part, so no step's own time shows on the clock: the time that
-    passes is shared out among those on the lanes as their costs are expected to be, and when one
+    lanes share the rank part by part, so the clock shows no step's own time: the time that passes
+    is shared out among the steps on the lanes in proportion to their expected costs, and when one
     ends, its model's costs follow the share that it got."""
 
-    def __init__(
-        self, models: int, *, lanes: int, page_size: int, most_tokens: int, target: float
-    ) -> None:
-        """``target``: seconds between two tokens; 0: none, every chunk has ``most_tokens``."""
-        self._lanes = lanes
-        self._page_size = page_size
-        self._most_tokens = most_tokens
-        self._target = target
-        self._step = [_Estimate(1e-3) for _ in range(models)]
-        self._chunk = [_ChunkCost() for _ in range(models)]
+    def __init__(self, deployment: Deployment) -> None:
+        self._lanes = deployment.lanes
+        self._page_size = deployment.page_size
+        self._most_tokens = deployment.chunked_prefill_size
+        self._target = deployment.tbt_target_ms / 1e3
+        self._step = [_Estimate(1e-3) for _ in deployment.models]
+        self._chunk = [_ChunkCost() for _ in deployment.models]
         self._spent: dict[int, float] = {}
         """Seconds that a step in flight has had, by its number."""
         self._seen = 0.0
 
-    def tokens(self, model: int, answering: Set[int]) -> int:
-        """Prompt tokens that ``model``'s next step may take while requests of the models
-        ``answering`` answer: what is left of the target beside a step of each, in whole pages and
-        at least one, so that prompts go on whatever the load. Where models are more than lanes, a
-        request that waits for a lane may find a second step on each of the others."""
-        if not self._target or not answering:
+    def tokens(self, model: int, generating: Set[int]) -> int:
+        """What is left of the target beside a step of each model, in whole pages and at least one,
+        so that prompts go on under any load; the full chunk without a target. Where models are more
+        than lanes, a request that waits for a lane may find a second step on each other lane."""
+        if not self._target or not generating:
             return self._most_tokens
-        steps = sorted((self._step[m].value for m in answering | {model}), reverse=True)
+        steps = sorted((self._step[m].value for m in generating | {model}), reverse=True)
         again = self._lanes - 1 if len(steps) > self._lanes else 0
         room = self._target - sum(steps) - sum(steps[:again])
         cost, page = self._chunk[model], self._page_size
@@ -122,7 +142,6 @@ class ChunkBudget:
         return min(max(pages, 1) * page, self._most_tokens)
 
     def share_out(self, flights: Iterable[StepInFlight], now: float) -> None:
-        """Time has passed for ``flights``; to be called before one is added or ends."""
         at_work = sorted(flights, key=lambda flight: flight.step)[: self._lanes]
         expected = [self._expected(flight) for flight in at_work]
         rate = (now - self._seen) / sum(expected) if any(expected) else 0.0
@@ -131,7 +150,6 @@ class ChunkBudget:
         self._seen = now
 
     def landed(self, flight: StepInFlight) -> None:
-        """``flight`` has ended, and its time is shared out."""
         seconds = self._spent.pop(flight.step, 0.0)
         step = self._step[flight.model]
         if not flight.prompt_tokens:
@@ -144,3 +162,8 @@ class ChunkBudget:
         if not flight.prompt_tokens:
             return step
         return step + self._chunk[flight.model].expected(flight.prompt_tokens)
+
+
+def chunk_budget(deployment: Deployment) -> ChunkBudget:
+    """The budget of one attention rank that ``deployment`` asks for. There is one so far."""
+    return TargetedChunks(deployment)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from itertools import chain, count
-from typing import Any
 
 from crosspool.config.deployment import Deployment
 from crosspool.kvpool.bounds import Bounds
@@ -26,10 +25,11 @@ from crosspool.scheduler.batching import (
     next_model,
     prompt_reader,
 )
-from crosspool.scheduler.chunk_budget import ChunkBudget
+from crosspool.scheduler.chunk_budget import chunk_budget
 from crosspool.scheduler.counters import ModelCounters
 from crosspool.scheduler.promises import Promises
 from crosspool.scheduler.protocols import GrammarBackend, TextDecoder
+from crosspool.scheduler.queue_order import queue_order
 from crosspool.scheduler.queues import WaitingQueue
 from crosspool.scheduler.rank_state import RankState
 from crosspool.scheduler.request import Finish, GenerateRequest, Output
@@ -37,6 +37,7 @@ from crosspool.scheduler.sequence import Sequence
 from crosspool.scheduler.snapshot import snapshot
 from crosspool.scheduler.stopping import Stopping
 from crosspool.scheduler.validation import problem
+from crosspool.transport.inspection import Snapshot
 from crosspool.transport.messages import RowResult, StepResult, ToDevice
 
 
@@ -69,25 +70,16 @@ class SchedulerCore:
         self._ranks = [
             RankState(
                 index,
-                Promises(
-                    self._bounds,
-                    self._layouts,
-                    prefix_cache=d.prefix_cache,
-                    growth_tokens=d.growth_tokens if d.promise == "growth" else None,
-                ),
+                Promises(d, self._bounds, self._layouts),
                 self._layouts,
-                ChunkBudget(
-                    len(specs),
-                    lanes=d.lanes,
-                    page_size=d.page_size,
-                    most_tokens=d.chunked_prefill_size,
-                    target=d.tbt_target_ms / 1e3,
-                ),
+                chunk_budget(d),
             )
             for index in range(len(d.kv_pool_devices))
         ]
         self._queues = [WaitingQueue(d.max_queued_requests) for _ in specs]
-        self._admission = Admission(self._queues, self._ranks, d.max_running_requests)
+        self._admission = Admission(
+            self._queues, queue_order(d), self._ranks, d.max_running_requests
+        )
         self._counters = [ModelCounters() for _ in specs]
         self._numbers = count(1)
         self._messages: list[tuple[int, ToDevice]] = []
@@ -126,15 +118,14 @@ class SchedulerCore:
         self,
         rid_prefix: str,
         model: int | None = None,
-        all: bool = False,
         message: str = "the client aborted the request",
     ) -> None:
         """Ends with status 499 every request (of ``model``, if given) whose rid begins with
-        ``rid_prefix``, or simply every one if ``all``. What one has sampled so far is delivered;
+        ``rid_prefix``. What one has sampled so far is delivered;
         its step in flight comes to nothing."""
         finish = Finish(kind="abort", message=message, status=499)
         for seq in list(self._requests()):
-            if model in (None, seq.model) and (all or seq.request.rid.startswith(rid_prefix)):
+            if model in (None, seq.model) and seq.request.rid.startswith(rid_prefix):
                 self._end(seq, finish)
 
     def on_result(self, attention_rank: int, result: StepResult) -> None:
@@ -222,7 +213,7 @@ class SchedulerCore:
             while (model := next_model(rank, lanes)) is not None:
                 running, paused = rank.running[model].values(), rank.paused[model]
                 reads = prompt_reader(rank) in (None, model)
-                prompt_tokens = rank.budget.tokens(model, rank.answering) if reads else 0
+                prompt_tokens = rank.budget.tokens(model, rank.generating) if reads else 0
                 batch = form_batch(running, paused, prompt_tokens)
                 lease = lease_steps(rank, lanes, self._lease_steps)
                 self._messages.append((rank.index, rank.launch(model, batch, now, lease)))
@@ -268,16 +259,6 @@ class SchedulerCore:
 
     # --- what can be asked
 
-    @property
-    def idle(self) -> bool:
-        """Whether no request waits or runs, no step is in flight and nothing is to be drained."""
-        return not (
-            self._messages
-            or self._outputs
-            or any(self._requests())
-            or any(rank.flights for rank in self._ranks)
-        )
-
     def next_deadline(self) -> float | None:
         """Clock time at which a waiting request is to be refused or a step is overdue, whichever
         comes first; None when neither can happen. The process sleeps until then at most."""
@@ -305,8 +286,8 @@ class SchedulerCore:
         pages = self._layouts[model].pages_in(self._bounds.reach(model))
         return min(self._specs[model].context, pages * self._deployment.page_size)
 
-    def snapshot(self) -> dict[str, Any]:
-        """See :func:`crosspool.scheduler.snapshot.snapshot`."""
+    def snapshot(self) -> Snapshot:
+        """The state now and the counters since the start."""
         failure = self._failure.message if self._failure else None
         return snapshot(self._deployment, self._queues, self._ranks, self._counters, failure)
 

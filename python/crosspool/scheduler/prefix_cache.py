@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 Namespace = tuple[str, str]
 """Requests share entries only within one: SGLang's (cache_salt, extra_key)."""
@@ -163,16 +163,6 @@ class PrefixCache:
             del self._idle[entry]
             self._drop(entry)
         return [(entry.model, entry.page) for entry in dropped]
-
-    @property
-    def idle(self) -> Iterator[tuple[int, int]]:
-        """(model, page) of every idle entry, least recently used first."""
-        return ((entry.model, entry.page) for entry in self._idle)
-
-    @property
-    def namespaces(self) -> int:
-        """Trees that have entries."""
-        return len(self._roots)
 
     def _place(self, model: int, namespace: Namespace, path: list[Entry]) -> Entry | Root:
         """The end of ``path``; the root, made if there is none, where it is empty."""

@@ -8,42 +8,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from crosspool.kvpool.allocator import Guard, PageAllocator
+from crosspool.config.deployment import Deployment
+from crosspool.kvpool.allocator import PageAllocator
 from crosspool.kvpool.bounds import Bounds
-from crosspool.kvpool.growth import Claim, safe, touched
 from crosspool.kvpool.layout import KVLayout
 from crosspool.scheduler.prefix_cache import Entry, PrefixCache
+from crosspool.scheduler.promise_rules import PROMISE_RULES
 from crosspool.scheduler.sequence import Sequence
 
 
 class Promises:
-    def __init__(
-        self,
-        bounds: Bounds,
-        layouts: list[KVLayout],
-        *,
-        prefix_cache: bool,
-        growth_tokens: int | None,
-    ) -> None:
-        """``growth_tokens``: None to promise the worst case at admission, or how many tokens to
-        promise at a time (see :mod:`crosspool.kvpool.growth`).
-
-        Raises ConfigError when some model could not be promised one page."""
+    def __init__(self, deployment: Deployment, bounds: Bounds, layouts: list[KVLayout]) -> None:
+        """Raises ConfigError when some model could not be promised one page."""
         self.allocator = PageAllocator(bounds.budget, layouts, bounds)
         self.evicted_pages = [0] * len(layouts)
-        """Per model the cached pages given up for promises."""
-        self._bounds = bounds
+        """Cached pages given up for promises, by model."""
         self._layouts = layouts
-        self._growth_tokens = growth_tokens
-        self._cache = PrefixCache() if prefix_cache else None
-        self._claims: dict[int, Claim] = {}
-        """With the growth policy, of every request that holds pages, by number."""
+        self.rule = PROMISE_RULES[deployment.promise](deployment, bounds, layouts)
+        self._cache = PrefixCache() if deployment.prefix_cache else None
         self._unmap: dict[int, list[int]] = defaultdict(list)
-
-    @property
-    def grow(self) -> bool:
-        """Whether requests may come to ask for more than they were promised at admission."""
-        return self._growth_tokens is not None
 
     @property
     def promised_chunks(self) -> int:
@@ -96,40 +79,18 @@ class Promises:
 
     def _grantable(self, seq: Sequence, pages: list[int], tokens: int) -> int | None:
         """How many pages may be promised to ``seq``, which holds ``pages`` and has ``tokens``."""
-        layout = self._layouts[seq.model]
-        most = layout.pages_for(seq.limit) - len(pages)
-        counts = [most]
-        if self._growth_tokens is not None:
-            some = layout.pages_for(min(seq.limit, tokens + self._growth_tokens)) - len(pages)
-            counts = [some, most] if some < most else [most]
-        guard = self._guard(seq, pages)
+        counts = self.rule.counts(seq, len(pages), tokens)
+        guard = self.rule.guard(seq, pages)
         return next((n for n in counts if self.allocator.fits(seq.model, n, guard)), None)
 
     def _grant(self, seq: Sequence, pages: list[int], count: int) -> None:
         # where the model has cached pages, others may be had than :meth:`_grantable` looked at
         cached = self.allocator.cached_pages(seq.model)
-        guard = self._guard(seq, pages) if cached else None
+        guard = self.rule.guard(seq, pages) if cached else None
         while short := self.allocator.shortage(seq.model, count, guard):
             self._evict(short)
         seq.pages = pages + self.allocator.take(seq.model, count)
-        if self._growth_tokens is not None:
-            layout = self._layouts[seq.model]
-            need = layout.pages_for(seq.limit) - len(seq.pages)
-            self._claims[seq.number] = Claim(seq.model, touched(layout, seq.pages), need)
-
-    def _guard(self, seq: Sequence, pages: list[int]) -> Guard | None:
-        """Says whether a state is safe in which ``seq`` has further pages."""
-        if self._growth_tokens is None:
-            return None
-        layout = self._layouts[seq.model]
-        need = layout.pages_for(seq.limit) - len(pages)
-        others = [claim for number, claim in self._claims.items() if number != seq.number]
-
-        def is_safe(more: list[int]) -> bool:
-            claim = Claim(seq.model, touched(layout, pages + more), need - len(more))
-            return safe(self._bounds, self._layouts, [*others, claim])
-
-        return is_safe
+        self.rule.promised(seq)
 
     # --- taking back
 
@@ -150,7 +111,7 @@ class Promises:
     def take_back(self, seq: Sequence) -> None:
         """``seq`` has ended: those of its pages that hold computed tokens are cached, the others
         free."""
-        self._claims.pop(seq.number, None)
+        self.rule.ended(seq)
         spare = seq.pages
         if self._cache is not None:
             full = seq.computed // self._layouts[seq.model].page_size

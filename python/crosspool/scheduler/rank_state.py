@@ -57,7 +57,7 @@ class RankState:
     def extend(self) -> Iterator[Sequence]:
         """Promises further pages to those who have filled theirs, first admitted first, or pauses
         them; yields each that is paused from now on."""
-        if not self.promises.grow:
+        if not self.promises.rule.grows:
             return
         for running, paused in zip(self.running, self.paused, strict=True):
             for seq in running.values():
@@ -80,13 +80,13 @@ class RankState:
     # --- steps
 
     @property
-    def answering(self) -> set[int]:
+    def generating(self) -> set[int]:
         """Models of which a request wants its next token, not its first."""
         return {
             model
             for model, running in enumerate(self.running)
             if any(
-                seq.answering and seq.number not in self.paused[model] for seq in running.values()
+                seq.has_output and seq.number not in self.paused[model] for seq in running.values()
             )
         }
 
@@ -168,7 +168,7 @@ class RankState:
                 flight, issued=now, rows=rows, lease=flight.lease - 1
             )
         if flight.prompt_tokens:
-            self.delayed = self.answering
+            self.delayed = self.generating
         self.delayed.discard(flight.model)
         for seq, row in zip(flight.sequences, flight.rows, strict=True):
             seq.in_flight = result.more

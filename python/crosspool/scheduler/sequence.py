@@ -68,7 +68,7 @@ class Sequence:
         return self.computed >= self.prompt_len
 
     @property
-    def answering(self) -> bool:
+    def has_output(self) -> bool:
         """Whether it has sampled a token."""
         return len(self.tokens) > self.prompt_len
 
