@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crosspool.frontend.grammar import XGrammarBackend
 from crosspool.models.registry import read_model
 from crosspool.scheduler.protocols import GrammarMatcher
 from crosspool.scheduler.request import Grammar
+from crosspool.server.grammar import XGrammarBackend
 from support.front_end import MODELS
 from support.server import DEMO
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from crosspool.config.deployment import Deployment
 from crosspool.config.runtime_dir import find_running
@@ -14,14 +13,13 @@ from crosspool.kvpool.layout import KVLayout
 from crosspool.models.registry import read_model
 from crosspool.models.spec import ModelSpec
 from crosspool.observability.pools_table import (
-    KVUse,
     ModelRow,
     RankRow,
-    UseRow,
     make_console,
     pools_tables,
 )
 from crosspool.transport import admin
+from crosspool.transport.inspection import Status, TensorInfo
 from crosspool.weightpool.placement import Placement, attention_bytes, place
 
 _EPILOG = """\
@@ -50,40 +48,27 @@ def run(words: Sequence[str], prog: str) -> int:
         for model in deployment.models
     ]
     placement = place(deployment, specs)
-    status = admin.ask(deployment.admin_address, "status")
+    status = admin.status(deployment.admin_address)
     rows = describe(deployment, specs, placement, status)
-    make_console().print(pools_tables(*rows, [_use_row(model) for model in status["models"]]))
+    make_console().print(pools_tables(*rows, status.models))
     if arguments.tensors:
-        _print_tensors(admin.ask(deployment.admin_address, "tensors", timeout=30.0))
+        report = admin.inspect(deployment.admin_address, "tensors", timeout=30.0)
+        _print_tensors(report.tensors)
     print(f"\nTo attach a stock SGLang server: CROSSPOOL_ADMIN={deployment.admin_address}")
     return 0
 
 
-def _kv_use(part: dict[str, Any]) -> KVUse:
-    """Of a rank or a model in the server's status."""
-    return KVUse(
-        promised=part["promised_bytes"], cached=part["cached_bytes"], mapped=part["mapped_bytes"]
-    )
-
-
-def _use_row(model: dict[str, Any]) -> UseRow:
-    return UseRow(
-        kv=_kv_use(model),
-        **{key: model[key] for key in UseRow.__dataclass_fields__ if key != "kv"},
-    )
-
-
-def _print_tensors(tensors: Sequence[dict[str, Any]]) -> None:
+def _print_tensors(tensors: Sequence[TensorInfo]) -> None:
     """One line per tensor, in columns that grep and awk can read, then the sum of each rank."""
     sums: dict[str, int] = {}
     print()
     for tensor in tensors:
-        rank = f"{_ROLES[tensor['role']]} {tensor['rank']}"
-        sums[rank] = sums.get(rank, 0) + tensor["bytes"]
-        shape = "x".join(map(str, tensor["shape"]))
+        rank = f"{_ROLES[tensor.role]} {tensor.rank}"
+        sums[rank] = sums.get(rank, 0) + tensor.bytes
+        shape = "x".join(map(str, tensor.shape))
         print(
-            f"{rank:12} {tensor['bytes']:>12} {tensor['dtype']:9} {shape:>16}  "
-            f"{tensor['model']}  {tensor['name']}"
+            f"{rank:12} {tensor.bytes:>12} {tensor.dtype:9} {shape:>16}  "
+            f"{tensor.model}  {tensor.name}"
         )
     print()
     for rank, size in sums.items():
@@ -94,7 +79,7 @@ def describe(
     deployment: Deployment,
     specs: Sequence[ModelSpec],
     placement: Placement,
-    status: dict[str, Any] | None = None,
+    status: Status | None = None,
 ) -> tuple[list[RankRow], list[ModelRow]]:
     """The rows of the pools' tables.
 
@@ -108,7 +93,7 @@ def describe(
             device=device.name,
             weights=sum(attention),
             kv_budget=chunks * deployment.chunk_bytes,
-            kv=None if status is None else _kv_use(status["ranks"][rank]),
+            now=None if status is None else status.ranks[rank],
         )
         for rank, device in enumerate(deployment.kv_pool_devices)
     ]

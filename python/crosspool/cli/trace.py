@@ -8,10 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
-
 from crosspool.config.runtime_dir import find_running
-from crosspool.observability.trace import LaneEvent, to_chrome
+from crosspool.observability.trace import to_chrome
 from crosspool.transport import admin
 
 _EPILOG = """\
@@ -35,13 +33,11 @@ def run(words: Sequence[str], prog: str) -> int:
     arguments = parser.parse_args(words)
 
     deployment = find_running(arguments.port)
-    admin.ask(deployment.admin_address, "trace_start", _ANSWER_SECONDS)
+    admin.inspect(deployment.admin_address, "trace_start", _ANSWER_SECONDS)
     time.sleep(arguments.seconds)
-    rows = admin.ask(deployment.admin_address, "trace_stop", _ANSWER_SECONDS)
+    report = admin.inspect(deployment.admin_address, "trace_stop", _ANSWER_SECONDS)
     names = [model.name for model in deployment.models]
-    events = [
-        msgspec.convert({**row, "model": names.index(row["model"])}, LaneEvent) for row in rows
-    ]
+    events = [event for device in report.trace_stop for event in device.events]
     arguments.out.write_text(json.dumps(to_chrome(events, names)))
     print(f"{len(events)} events in {arguments.out}")
     return 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
+
+from crosspool.transport.inspection import DeviceCounters, ModelStatus, RankSnapshot, Status
 
 _MODEL_GAUGES = (
     ("waiting", "crosspool_requests_waiting", "Requests queued."),
@@ -44,11 +45,11 @@ _LINK_COUNTERS = (
 )
 
 
-def render(status: Mapping[str, Any], counters: Sequence[Mapping[str, Any]]) -> bytes:
+def render(status: Status | None, counters: Sequence[DeviceCounters]) -> bytes:
     """Metrics in Prometheus' text format.
 
-    ``status``: what the scheduler process answers to ``status`` (may be empty while it starts).
-    ``counters``: what the devices answer to ``counters``: a dict per device, with ``links``."""
+    ``status`` is None until the scheduler process has told it; ``counters`` has one entry for each
+    device, and none while devices start."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Snapshot(status, counters))
     return generate_latest(registry)
@@ -63,28 +64,28 @@ def of_all_processes() -> bytes:
 
 
 class _Snapshot(Collector):
-    def __init__(self, status: Mapping[str, Any], counters: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, status: Status | None, counters: Sequence[DeviceCounters]) -> None:
         self._status = status
         self._counters = counters
 
     def collect(self) -> Iterator[Metric]:
         ready = GaugeMetricFamily("crosspool_ready", "1 when every device is ready.")
-        ready.add_metric([], float(bool(self._status.get("ready"))))
+        ready.add_metric([], float(self._status is not None and self._status.ready))
         yield ready
-        yield from self._models(self._status.get("models", ()))
-        yield from self._ranks(self._status.get("ranks", ()))
+        yield from self._models(self._status.models if self._status else [])
+        yield from self._ranks(self._status.ranks if self._status else [])
         yield from self._links()
 
-    def _models(self, models: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
+    def _models(self, models: Sequence[ModelStatus]) -> Iterator[Metric]:
         for key, name, text in _MODEL_GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=["model"])
             for model in models:
-                gauge.add_metric([model["name"]], model[key])
+                gauge.add_metric([model.name], getattr(model, key))
             yield gauge
         for key, name, text in _MODEL_COUNTERS:
             counter = CounterMetricFamily(name, text, labels=["model"])
             for model in models:
-                counter.add_metric([model["name"]], model[key])
+                counter.add_metric([model.name], getattr(model, key))
             yield counter
         for key, label, text in (
             ("finished", "reason", "Requests that ended by themselves."),
@@ -92,21 +93,21 @@ class _Snapshot(Collector):
         ):
             by = CounterMetricFamily(f"crosspool_requests_{key}", text, labels=["model", label])
             for model in models:
-                for value, number in model[key].items():
-                    by.add_metric([model["name"], value], number)
+                for value, number in getattr(model, key).items():
+                    by.add_metric([model.name, value], number)
             yield by
 
-    def _ranks(self, ranks: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
+    def _ranks(self, ranks: Sequence[RankSnapshot]) -> Iterator[Metric]:
         for key, name, text in _RANK_GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=["attention_rank", "device"])
             for index, rank in enumerate(ranks):
-                gauge.add_metric([str(index), rank["device"]], rank[key])
+                gauge.add_metric([str(index), rank.device], getattr(rank, key))
             yield gauge
 
     def _links(self) -> Iterator[Metric]:
         for key, name, text in _LINK_COUNTERS:
             counter = CounterMetricFamily(name, text, labels=["device"])
             for device in self._counters:
-                total = sum(link[key] for link in device.get("links", ()))
-                counter.add_metric([device["device"]], total)
+                total = sum(getattr(link, key) for link in device.links)
+                counter.add_metric([device.device], total)
             yield counter

@@ -10,18 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crosspool.config.sizes import format_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class KVUse:
-    """KV memory in use now, in bytes."""
-
-    promised: int
-    """To requests that run."""
-    cached: int
-    """Of prefixes that no request uses: given up as soon as one needs the room."""
-    mapped: int
-    """In physical memory: all that is cached, and what has been written of what is promised."""
+from crosspool.transport.inspection import ModelSnapshot, RankSnapshot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +23,7 @@ class RankRow:
     weights: int
     kv_budget: int | None
     """None for an FFN rank."""
-    kv: KVUse | None = None
+    now: RankSnapshot | None = None
     """None when the server has not been asked, and for an FFN rank."""
 
 
@@ -58,21 +47,6 @@ class ModelRow:
     """Longest sequence in tokens."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class UseRow:
-    """What one model makes of the KV pool now, and since the start."""
-
-    name: str
-    running: int
-    waiting: int
-    kv: KVUse
-    cached_tokens: int
-    """Prompt tokens that the prefix cache had."""
-    prompt_tokens: int
-    """Prompt tokens computed."""
-    evicted_pages: int
-
-
 _WIDTH_OF_A_FILE = 140
 _USE = ("KV promised", "KV cached", "KV mapped")
 
@@ -84,14 +58,14 @@ def make_console() -> Console:
 
 
 def pools_tables(
-    ranks: Sequence[RankRow], models: Sequence[ModelRow], use: Sequence[UseRow] = ()
+    ranks: Sequence[RankRow], models: Sequence[ModelRow], use: Sequence[ModelSnapshot] = ()
 ) -> Group:
     """Renders the tables; what is in use now appears only where it is known."""
     live = _USE if use else ()
     by_rank = _table("Pools", "rank", "device", "weights", "KV budget", *live)
     for rank in ranks:
         cells = [rank.rank, rank.device, format_size(rank.weights), _size(rank.kv_budget)]
-        by_rank.add_row(*cells, *(_use(rank.kv) if use else ()))
+        by_rank.add_row(*cells, *(_use(rank.now) if use else ()))
     by_model = _table(
         "Models",
         "model",
@@ -135,7 +109,7 @@ def pools_tables(
             row.name,
             str(row.running),
             str(row.waiting),
-            *_use(row.kv),
+            *_use(row),
             f"{prompt:,}",
             f"{row.cached_tokens:,}",
             f"{row.evicted_pages:,}",
@@ -152,10 +126,10 @@ def _table(title: str, first: str, second: str, *numbers: str) -> Table:
     return table
 
 
-def _use(kv: KVUse | None) -> tuple[str, ...]:
-    if kv is None:
+def _use(now: RankSnapshot | ModelSnapshot | None) -> tuple[str, ...]:
+    if now is None:
         return ("",) * len(_USE)
-    return tuple(format_size(size) for size in (kv.promised, kv.cached, kv.mapped))
+    return tuple(map(format_size, (now.promised_bytes, now.cached_bytes, now.mapped_bytes)))
 
 
 def _size(size: int | None) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import psutil
 import torch
@@ -27,7 +27,16 @@ from crosspool.ranks.host.executor import HostLoop
 from crosspool.ranks.host.ffn_rank import FFNRank
 from crosspool.ranks.kv_memory import Make, V, take_kv_pool
 from crosspool.transport.data_path import AttentionLink, FFNLink, LinkCounters, LocalLink
-from crosspool.transport.messages import InspectWhat, RankInfo
+from crosspool.transport.inspection import (
+    DeviceCounters,
+    DeviceEvents,
+    DevicePools,
+    InspectWhat,
+    LinkCounts,
+    RankInfo,
+    Report,
+    TensorInfo,
+)
 from crosspool.transport.shared_memory import SharedMemoryTransport
 from crosspool.weightpool.checkpoint import Progress
 from crosspool.weightpool.placement import Placement, attention_bytes
@@ -106,27 +115,36 @@ class DeviceRanks:
             )
         return infos
 
-    def inspect(self, what: InspectWhat) -> Any:
-        """The answer to :class:`~crosspool.transport.messages.Inspect`, as its reply documents."""
+    @property
+    def device(self) -> str:
+        """The device's name."""
+        if self.attention is not None:
+            return self.deployment.kv_pool_devices[self.attention.rank].name
+        assert self.ffn is not None
+        return self.deployment.weight_pool_devices[self.ffn.rank].name
+
+    def inspect(self, what: InspectWhat) -> Report:
+        """The reply to :class:`~crosspool.transport.messages.Inspect`."""
         match what:
             case "tensors":
-                return list(self._tensors())
+                return Report(tensors=list(self.tensors()))
             case "pools":
-                return self._pools()
+                return Report(pools=[self.pools()])
             case "counters":
-                return self._counters()
+                return Report(counters=[self.counters()])
             case "trace_start":
                 self.trace.start()
-                return None
+                return Report(trace_start=[self.device])
             case "trace_stop":
-                return self.trace.stop()
+                events = DeviceEvents(device=self.device, events=self.trace.stop())
+                return Report(trace_stop=[events])
 
     def close(self) -> None:
         """Ends the executor and gives memory back; no tensor of it may be touched afterwards."""
         self.resources.close()
 
-    def _tensors(self) -> Iterator[dict[str, Any]]:
-        hosted: list[tuple[str, int, int, ListsTensors]] = []
+    def tensors(self) -> Iterator[TensorInfo]:
+        hosted: list[tuple[Literal["attention", "ffn"], int, int, ListsTensors]] = []
         if self.attention is not None:
             for model, attention in enumerate(self.attention.parts):
                 hosted.append(("attention", self.attention.rank, model, attention))
@@ -135,45 +153,48 @@ class DeviceRanks:
                 hosted.append(("ffn", self.ffn.rank, model, ffn))
         for role, rank, model, part in hosted:
             for listing in part.tensors():
-                yield {
-                    "role": role,
-                    "rank": rank,
-                    "model": self.deployment.models[model].name,
+                yield TensorInfo(
+                    device=self.device,
+                    role=role,
+                    rank=rank,
+                    model=self.deployment.models[model].name,
                     **asdict(listing),
-                }
+                )
 
-    def _pools(self) -> dict[str, Any]:
+    def pools(self) -> DevicePools:
         rss = psutil.Process().memory_info().rss
         if self.attention is None:
-            return {"mapped_bytes": {}, "free_bytes": 0, "budget_bytes": 0, "rss_bytes": rss}
+            return DevicePools(device=self.device, rss_bytes=rss)
         virtualizer = self.attention.virtualizer
-        return {
-            "mapped_bytes": {
+        return DevicePools(
+            device=self.device,
+            mapped_bytes={
                 model.name: virtualizer.mapped_bytes(index)
                 for index, model in enumerate(self.deployment.models)
             },
-            "free_bytes": virtualizer.free_bytes,
-            "budget_bytes": self.attention.budget_bytes,
-            "rss_bytes": rss,
-        }
+            free_bytes=virtualizer.free_bytes,
+            budget_bytes=self.attention.budget_bytes,
+            rss_bytes=rss,
+        )
 
-    def _counters(self) -> dict[str, Any]:
-        answer: dict[str, Any] = {"steps": 0, "requests": 0, "links": [], "served": []}
-        if self.attention is not None:
-            answer |= {"steps": self.attention.steps, "requests": self.attention.requests}
-            answer["links"] = [_counted(link) for lane in self.links for link in lane]
-        if self.ffn is not None:
-            answer["served"] = [_counted(link) for link in self.ffn.links]
-        return answer
+    def counters(self) -> DeviceCounters:
+        attention = self.attention
+        return DeviceCounters(
+            device=self.device,
+            steps=attention.steps if attention else 0,
+            requests=attention.requests if attention else 0,
+            links=[_counts(link) for lane in self.links for link in lane] if attention else [],
+            served=[_counts(link) for link in self.ffn.links] if self.ffn else [],
+        )
 
 
-def _counted(link: Counted) -> dict[str, int]:
-    return {
-        "attention_rank": link.attention_rank,
-        "lane": link.lane,
-        "ffn_rank": link.ffn_rank,
+def _counts(link: Counted) -> LinkCounts:
+    return LinkCounts(
+        attention_rank=link.attention_rank,
+        lane=link.lane,
+        ffn_rank=link.ffn_rank,
         **asdict(link.counters),
-    }
+    )
 
 
 def _weight_bytes(parts: Iterable[ListsTensors]) -> int:

@@ -8,17 +8,14 @@ device arrive in the order in which they were sent, and the device carries them 
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
 import msgspec
 
-PROTOCOL_VERSION = 4
+from crosspool.transport.inspection import InspectWhat, RankInfo, Report
+
+PROTOCOL_VERSION = 5
 """Both ends compare it in :class:`Ready`; a change of any message below raises it."""
 MAX_MESSAGE_BYTES = 256 << 20
 """A peer that sends more is cut off."""
-
-InspectWhat = Literal["tensors", "pools", "counters", "trace_start", "trace_stop"]
-"""What a device process can be asked; :class:`Inspected` says what it answers."""
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -160,16 +157,6 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, tag="step_result"):
     """Whether the step's lease goes on: another result with the same number follows."""
 
 
-class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank holds, for the pools' table and for the readiness check."""
-
-    role: Literal["attention", "ffn"]
-    rank: int
-    weight_bytes: int
-    kv_bytes: int
-    """KV budget of an attention rank; 0 for an FFN rank."""
-
-
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """A device process has loaded its weights, pre-faulted its pool and joined its peers."""
 
@@ -188,16 +175,11 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 
 
 class Inspected(msgspec.Struct, frozen=True, kw_only=True, tag="inspected"):
-    """The reply to :class:`Inspect`; :mod:`crosspool.transport.inspection` has the structs.
-
-    ``answer`` is a list of ``TensorInfo`` for `tensors`, one ``DevicePools`` for `pools`, one
-    ``DeviceCounters`` for `counters` (steps, requests, and what crossed each link, at the attention
-    rank's and at the FFN rank's end), a list of ``LaneEvent`` for `trace_stop`, None for
-    `trace_start`."""
+    """The reply to :class:`Inspect`."""
 
     id: int
     device: str
-    answer: Any
+    report: Report
 
 
 FromDevice = StepResult | Ready | Failed | Inspected
