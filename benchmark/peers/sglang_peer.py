@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from crosspool.frontend import compat
+
 from benchmark.peers import protocol
 
 LONGEST = 8192
@@ -160,5 +162,6 @@ def load(checkpoint: Path, threads: int, cores: list[int]) -> SGLangEngine:
 if __name__ in ("__main__", "__mp_main__"):  # also in the processes that SGLang starts
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     sys.meta_path.insert(0, MissingKernels())
+    compat.install()
 if __name__ == "__main__":
     protocol.serve(load)

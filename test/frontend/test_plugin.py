@@ -22,10 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def installed(tmp_path: Path) -> dict[str, str]:
-    """The environment of a Python that has CrossPool installed: its .pth file's line and its
-    entry point."""
-    start = "from crosspool.frontend import startup\nstartup.watch()\n"
-    (tmp_path / "sitecustomize.py").write_text(start)
+    """The environment of a Python that has CrossPool installed: with its entry point."""
     info = tmp_path / "crosspool_installed-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: crosspool-installed\nVersion: 0\n")
@@ -42,7 +39,7 @@ def attached(server: FrontEndServer, installed: dict[str, str], tmp_path: Path) 
     with log.open("w") as out:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "sglang.launch_server", "--device", "cpu"),
+                *(sys.executable, "-m", "crosspool.sglang", "launch_server", "--device", "cpu"),
                 *("--model-path", str(DEMO / MODELS[1]), "--served-model-name", MODELS[1]),
                 *("--port", str(port), "--skip-server-warmup"),
             ],

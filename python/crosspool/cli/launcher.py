@@ -86,7 +86,7 @@ def front_end(deployment: Deployment) -> list[ProcessSpec]:
     return [
         ProcessSpec(
             name=name,
-            argv=_module(f"frontend.{name}_process", deployment),
+            argv=_module(f"server.{name}_process", deployment),
             env={**_OFFLINE, **_threads(1)},
         )
         for name in ("http", "scheduler", "detokenizer")
@@ -97,7 +97,7 @@ def fork_server(deployment: Deployment) -> ProcessSpec:
     """Imports SGLang once for all of them: it takes longer than anything else at the start."""
     return ProcessSpec(
         name="front end",
-        argv=_module("frontend.fork_server", deployment),
+        argv=_module("server.fork_server", deployment),
         env={**_OFFLINE, **_threads(1)},
     )
 

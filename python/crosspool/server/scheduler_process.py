@@ -1,6 +1,6 @@
 """The scheduler process.
 
-    python -m crosspool.frontend.scheduler_process --deployment FILE
+    python -m crosspool.server.scheduler_process --deployment FILE
 
 Exit status 0 after SIGTERM, 2 for a user's mistake (told on stderr), 1 for anything else.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from crosspool.config.deployment import Deployment
 from crosspool.frontend import compat
-from crosspool.frontend.process import leave, run
+from crosspool.server.process import leave, run
 
 
 def serve(deployment: Deployment) -> None:

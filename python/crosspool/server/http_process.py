@@ -1,6 +1,6 @@
 """The HTTP process: SGLang's tokenizer managers and applications of every model behind one port.
 
-    python -m crosspool.frontend.http_process --deployment FILE
+    python -m crosspool.server.http_process --deployment FILE
 
 It listens at once and answers ``/health`` with 503 until every process is ready and every model has
 generated a token. SIGTERM lets requests in flight end, for ``drain_timeout`` seconds at most. Exit
@@ -25,8 +25,8 @@ import zmq.asyncio
 from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.process import freeze_heap
 from crosspool.frontend import compat
-from crosspool.frontend.app import App, State
-from crosspool.frontend.process import leave, run
+from crosspool.server.app import App, State
+from crosspool.server.process import leave, run
 from crosspool.transport import admin
 
 if TYPE_CHECKING:
