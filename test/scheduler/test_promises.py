@@ -2,9 +2,12 @@
 refused request is told."""
 
 from random import Random
+from typing import get_args, get_type_hints
 
 import pytest
+from crosspool.config.deployment import Deployment
 from crosspool.kvpool.bounds import Bounds
+from crosspool.scheduler.promise_rules import PROMISE_RULES
 from crosspool.transport.messages import Logprobs
 from simulation import Simulation, deployment, expected_tokens, request, spec
 
@@ -20,6 +23,10 @@ def growing(models=1, **fields):
 
 def model(sim, index=0):
     return sim.snapshot()["models"][index]
+
+
+def test_every_rule_that_a_user_can_name_is_there():
+    assert set(PROMISE_RULES) == set(get_args(get_type_hints(Deployment)["promise"]))
 
 
 # --- promises that grow
