@@ -163,5 +163,5 @@ def test_more_steps_than_were_leased_are_an_error():
     sim = Recorder(lease_steps=1)
     sim.add(request("a", 5, 14))
     answer = sim.ranks[0].answer()
-    with pytest.raises(ValueError, match="outdid the lease of step 0"):
+    with pytest.raises(ValueError, match="goes on with step 0, whose lease is over"):
         sim.core.on_result(0, StepResult(step=answer.step, rows=answer.rows, more=True))

@@ -243,7 +243,7 @@ def test_a_step_without_result_is_overdue():
     assert sim.core.next_deadline() == sim.now + 30
     assert sim.core.overdue(sim.now + 29) is None
     assert sim.core.overdue(sim.now + 30) == (
-        "attention rank 0 (cuda:0) has not answered step 0 of model model0 for 30 s"
+        "attention rank 0 (cuda:0) has not finished step 0 of model model0 for 30 s"
     )
     sim.run()
     assert sim.core.overdue(sim.now + 1000) is None

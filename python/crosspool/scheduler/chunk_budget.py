@@ -21,7 +21,7 @@ _WEIGHT = 0.25
 
 @dataclass
 class _Estimate:
-    """A running mean of seconds; ``value`` is a guess until the first is taken."""
+    """A running mean of seconds; ``value`` is a guess until the first measurement."""
 
     value: float
     known: bool = False
@@ -33,17 +33,18 @@ class _Estimate:
 
 @dataclass
 class _Length:
-    """Chunks of about one length: running means of both."""
+    """Prompt chunks of about one length: running means of their tokens and seconds."""
 
     tokens: float
     seconds: float
 
 
 class _ChunkCost:
-    """Seconds that a model's prompt chunks add to its steps, by their length.
+    """Seconds that a model's prompt chunks add to its steps, by the length of the chunk.
 
-    Not proportional to it: a chunk of a few tokens already reads most experts of a layer. So it is
-    learnt apart for lengths up to each power of two, with straight lines in between."""
+    The cost is not proportional to the length, since a chunk of a few tokens already reads most
+    experts of a layer. So it is learnt separately for lengths up to each power of two, with linear
+    interpolation in between."""
 
     _GUESS = 1e-4
     """Seconds per token, before anything is known."""
@@ -61,7 +62,8 @@ class _ChunkCost:
             length.tokens += _WEIGHT * (tokens - length.tokens)
             length.seconds += _WEIGHT * (seconds - length.seconds)
         self._sorted = sorted(self._lengths.values(), key=lambda each: each.tokens)
-        # The device has become faster or slower for the others too, and no longer chunk is cheaper.
+        # If the device has become faster or slower, it has for every length; and no chunk costs
+        # less than a shorter one.
         speed = 1 + _WEIGHT * (seconds / expected - 1) if expected else 1.0
         for other in self._sorted:
             if other is not length:
@@ -70,7 +72,7 @@ class _ChunkCost:
                 other.seconds = (max if longer else min)(other.seconds, length.seconds)
 
     def expected(self, tokens: int) -> float:
-        """Seconds of a chunk; outside the lengths that are known, in proportion."""
+        """Expected seconds of a chunk; outside the known lengths, in proportion to the nearest."""
         if not self._sorted:
             return tokens * self._GUESS
         after = bisect_left(self._sorted, float(tokens), key=lambda length: length.tokens)
@@ -82,8 +84,8 @@ class _ChunkCost:
         return low.seconds + share * (high.seconds - low.seconds)
 
     def fits(self, tokens: int, seconds: float) -> bool:
-        """Whether a chunk takes no longer, as far as is known: one that is shorter than any before
-        may take as long as the shortest."""
+        """Whether a chunk is known to take no longer than ``seconds``. One that is shorter than any
+        before may take as long as the shortest."""
         if not self._sorted:
             return False
         return max(self.expected(tokens), self._sorted[0].seconds) <= seconds
