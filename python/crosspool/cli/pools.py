@@ -34,12 +34,14 @@ _ROLES = {"attention": "attention", "ffn": "FFN"}
 def run(words: Sequence[str], prog: str) -> int:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Shows the pools of a server that this user runs on this machine.",
+        description="Shows the pools of a server that you run on this machine.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tensors", action="store_true", help="list the tensors of every rank")
-    parser.add_argument("--port", type=int, help="which server, when several run here")
+    parser.add_argument(
+        "--tensors", action="store_true", help="also list the tensors of every rank"
+    )
+    parser.add_argument("--port", type=int, help="port of the server, if several run here")
     arguments = parser.parse_args(words)
 
     deployment = find_running(arguments.port)
@@ -59,7 +61,8 @@ def run(words: Sequence[str], prog: str) -> int:
 
 
 def _print_tensors(tensors: Sequence[TensorInfo]) -> None:
-    """One line per tensor, in columns that grep and awk can read, then the sum of each rank."""
+    """Prints one line for each tensor, in columns that grep and awk can read, and the sum of each
+    rank."""
     sums: dict[str, int] = {}
     print()
     for tensor in tensors:
@@ -81,9 +84,7 @@ def describe(
     placement: Placement,
     status: Status | None = None,
 ) -> tuple[list[RankRow], list[ModelRow]]:
-    """The rows of the pools' tables.
-
-    ``status``: what the server says of itself, if it has been asked."""
+    """The rows of the pools' tables, with the memory in use now where ``status`` is known."""
     ranks = len(deployment.kv_pool_devices)
     chunks = deployment.kv_pool_bytes // ranks // deployment.chunk_bytes
     attention = [attention_bytes(spec) for spec in specs]

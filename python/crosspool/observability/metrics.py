@@ -14,7 +14,7 @@ from crosspool.transport.inspection import DeviceCounters, ModelStatus, RankSnap
 _MODEL_GAUGES = (
     ("waiting", "crosspool_requests_waiting", "Requests queued."),
     ("running", "crosspool_requests_running", "Requests admitted and not finished."),
-    ("paused", "crosspool_requests_paused", "Of them, those that wait for more KV memory."),
+    ("paused", "crosspool_requests_paused", "Running requests that wait for more KV memory."),
     ("mapped_bytes", "crosspool_kv_mapped_bytes", "KV memory mapped for the model."),
     ("promised_bytes", "crosspool_kv_promised_bytes", "KV memory promised to running requests."),
     ("cached_bytes", "crosspool_kv_cached_bytes", "KV memory of cached prefixes not in use."),
@@ -23,7 +23,7 @@ _MODEL_COUNTERS = (
     ("requests", "crosspool_requests", "Requests received, refused ones included."),
     ("admitted", "crosspool_requests_admitted", "Requests admitted to the KV pool."),
     ("prompt_tokens", "crosspool_prompt_tokens", "Prompt tokens computed."),
-    ("cached_tokens", "crosspool_cached_tokens", "Prompt tokens that the prefix cache had."),
+    ("cached_tokens", "crosspool_cached_tokens", "Prompt tokens found in the prefix cache."),
     ("prefix_hits", "crosspool_prefix_hits", "Requests admitted with cached prompt tokens."),
     ("evicted_pages", "crosspool_evicted_pages", "Cached KV pages given up for requests."),
     ("pauses", "crosspool_pauses", "Times that a running request waited for more KV memory."),
@@ -35,8 +35,8 @@ _RANK_GAUGES = (
     ("budget_bytes", "crosspool_kv_budget_bytes", "KV budget of the attention rank."),
     ("free_bytes", "crosspool_kv_free_bytes", "KV memory neither promised nor cached."),
     ("promised_bytes", "crosspool_kv_rank_promised_bytes", "KV memory promised to requests."),
-    ("cached_bytes", "crosspool_kv_rank_cached_bytes", "KV memory of cached prefixes only."),
-    ("steps_in_flight", "crosspool_steps_in_flight", "Steps sent and not answered."),
+    ("cached_bytes", "crosspool_kv_rank_cached_bytes", "KV memory of cached prefixes not in use."),
+    ("steps_in_flight", "crosspool_steps_in_flight", "Steps sent to the rank and not finished."),
 )
 _LINK_COUNTERS = (
     ("rows", "crosspool_hidden_state_rows", "Token rows dispatched to FFN ranks."),
@@ -56,8 +56,7 @@ def render(status: Status | None, counters: Sequence[DeviceCounters]) -> bytes:
 
 
 def of_all_processes() -> bytes:
-    """What SGLang's own metrics of every process have come to; they share the folder
-    ``PROMETHEUS_MULTIPROC_DIR``."""
+    """SGLang's own metrics, summed over all processes, which share ``PROMETHEUS_MULTIPROC_DIR``."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry)
     return generate_latest(registry)

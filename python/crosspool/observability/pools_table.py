@@ -1,4 +1,4 @@
-"""The pools as tables for a terminal: what each rank holds, what each model takes, what is used."""
+"""The pools as tables for a terminal: what each rank holds, what each model needs and uses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RankRow:
     """One rank; sizes in bytes."""
 
     rank: str
-    """``attention 0``, ``FFN 1``."""
+    """Role and number, as in ``attention 0`` or ``FFN 1``."""
     device: str
     weights: int
     kv_budget: int | None
@@ -34,17 +34,17 @@ class ModelRow:
     name: str
     dtype: str
     attention_weights: int
-    """On each attention rank."""
+    """Bytes on each attention rank."""
     ffn_weights: int
-    """On all of its FFN ranks together."""
+    """Bytes on all of the model's FFN ranks together."""
     ffn_ranks: tuple[int, ...]
     kv_per_token: int
     pages: int
-    """KV pages that the whole KV pool would hold if it were this model's alone."""
+    """KV pages that the whole KV pool holds if this model has it to itself."""
     tokens: int
-    """Tokens in as many pages."""
+    """Tokens that these pages hold."""
     context: int
-    """Longest sequence in tokens."""
+    """Longest sequence, in tokens."""
 
 
 _WIDTH_OF_A_FILE = 140
@@ -60,7 +60,8 @@ def make_console() -> Console:
 def pools_tables(
     ranks: Sequence[RankRow], models: Sequence[ModelRow], use: Sequence[ModelSnapshot] = ()
 ) -> Group:
-    """Renders the tables; what is in use now appears only where it is known."""
+    """Renders the tables. ``use`` has one entry for each model; without it, memory in use is left
+    out."""
     live = _USE if use else ()
     by_rank = _table("Pools", "rank", "device", "weights", "KV budget", *live)
     for rank in ranks:
@@ -100,8 +101,8 @@ def pools_tables(
         "waiting",
         *_USE,
         "prompt tokens",
-        "of them cached",
-        "pages given up",
+        "cached among them",
+        "cached pages given up",
     )
     for row in use:
         prompt = row.prompt_tokens + row.cached_tokens

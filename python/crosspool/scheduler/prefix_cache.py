@@ -148,8 +148,8 @@ class PrefixCache:
         return became_idle, spare
 
     def give_up(self, count: int) -> list[tuple[int, int]]:
-        """Drops the ``count`` least recently used idle entries, or all when there are fewer; returns
-        their (model, page) pairs."""
+        """Drops the ``count`` least recently used idle entries, or all when there are fewer.
+        Returns their (model, page) pairs."""
         dropped: list[tuple[int, int]] = []
         while self._idle and len(dropped) < count:
             entry, _ = self._idle.popitem(last=False)

@@ -45,9 +45,9 @@ class Promises:
         return self._cache.match(seq.model, seq.request.cache_namespace, keys)
 
     def admit(self, seq: Sequence) -> bool:
-        """Promises ``seq`` pages for its uncached prompt and for what may follow, if giving up every
-        cached page would make room for them; gives up no more than is needed. Returns whether it
-        did.
+        """Promises ``seq`` pages for its uncached prompt and for what may follow, if there is room
+        for them once every cached page is given up; gives up no more than that needs. Returns
+        whether there is.
 
         Cached pages cannot move: where a promise that includes them touches too many chunks, one
         without them may still fit."""

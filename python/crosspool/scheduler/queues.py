@@ -16,9 +16,9 @@ _MOVES = 64
 
 
 class WaitingQueue:
-    """Requests in the order of their numbers. A request whose grammar is being compiled waits beside
-    the queue, takes its place in the order when that is done, and counts for ``bound``, the largest
-    number of requests."""
+    """Requests in the order of their numbers, ``bound`` at most. A request whose grammar is being
+    compiled waits beside the queue and takes its place in the order when that is done; it counts
+    for the bound."""
 
     def __init__(self, bound: int) -> None:
         self._bound = bound

@@ -22,8 +22,8 @@ class StopRules:
     """The rules by which a request ends."""
 
     max_new_tokens: int | None
-    """None means up to the model's context, or what the KV pool of one attention rank holds. 0 means
-    prefill only, after which the request finishes with ``length``."""
+    """None means up to the model's context, or what the KV pool of one attention rank holds; 0
+    means prefill only, after which the request finishes with ``length``."""
     min_new_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     """Tokens that end the request, in addition to the model's own eos ids."""

@@ -37,7 +37,7 @@ class Sequence:
         self.cached = 0
         """Prompt tokens whose KV was cached when the request was admitted."""
         self.computed = 0
-        """Tokens whose KV exists or is being written by the step in flight, cached ones included."""
+        """Tokens whose KV exists or is written by the step in flight; cached ones are included."""
         self.rank = -1
         self.pages: list[int] = []
         """Pages promised to the request, in the order in which its tokens fill them."""

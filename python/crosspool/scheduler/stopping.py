@@ -22,7 +22,7 @@ CONTEXT_TOKENS = 5
 class Stopping:
     """Decides after every output token of one request whether it was the last.
 
-    ``max_new_tokens`` is the request's limit, clipped to what context and pool can hold. Where it is
+    ``max_new_tokens`` is the request's limit, clipped to what context and pool can hold. If it is
     below 1, there is no output token to decide about."""
 
     def __init__(

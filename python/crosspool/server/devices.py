@@ -1,5 +1,5 @@
-"""The device processes, seen from the scheduler: the control path's ROUTER, who is ready, and
-questions put to all of them."""
+"""The device processes, seen from the scheduler: the control path's ROUTER, which devices are
+ready, and questions put to all of them."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from crosspool.transport.messages import (
 log = logging.getLogger(__name__)
 
 INSPECT_SECONDS = 8.0
+"""Time for every device to reply to a question."""
 
 
 class DeviceGone(RuntimeError):
@@ -92,11 +93,12 @@ class Devices:
         ]
 
     def send(self, attention_rank: int, message: ToDevice) -> None:
-        """To the device of ``attention_rank``. Raises DeviceGone when it is not connected."""
+        """Sends ``message`` to the device of ``attention_rank``. Raises DeviceGone when it is not
+        connected."""
         self._send(self._kv_names[attention_rank], message)
 
     def broadcast(self, message: ToDevice) -> None:
-        """To every device that is still connected."""
+        """Sends ``message`` to every device that is still connected."""
         for name in self._names:
             try:
                 self._send(name, message)
@@ -110,8 +112,8 @@ class Devices:
             raise DeviceGone(f"device {name} cannot be reached: {error}") from error
 
     def receive(self) -> tuple[int, StepResult] | None:
-        """Handles the next message; returns a step's result with its attention rank, or None
-        when no message is left. Raises DeviceGone for a device that has failed."""
+        """Handles messages up to the next result of a step; returns that with its attention rank,
+        or None when no message is left. Raises DeviceGone for a device that has failed."""
         while True:
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -119,12 +121,12 @@ class Devices:
                 return None
             name = frames[0].decode(errors="replace")
             if name not in self._names or len(frames) != 2:
-                log.error("dropped a message of unknown device %r", name)
+                log.error("dropped a message from unknown device %r", name)
                 continue
             try:
                 message = decode_from_device(frames[1])
             except msgspec.DecodeError as error:
-                raise DeviceGone(f"device {name} sent a message we cannot read: {error}") from error
+                raise DeviceGone(f"device {name} sent an unreadable message: {error}") from error
             if isinstance(message, StepResult):
                 return self._kv_names.index(name), message
             self._handle(name, message)
@@ -166,4 +168,4 @@ class Devices:
         for number in late:
             question = self._questions.pop(number)
             silent = sorted(name for name, report in question.reports.items() if report is None)
-            question.done(None, f"no answer from {', '.join(silent)}")
+            question.done(None, f"no reply from {', '.join(silent)} within {INSPECT_SECONDS:g} s")

@@ -34,8 +34,8 @@ _MESSAGES_AT_ONCE = 256
 
 
 class FrontEnds:
-    """Puts what front ends ask to ``core``. ``starting`` says why the deployment takes no requests
-    yet; None once it does."""
+    """Passes front ends' requests to ``core``. ``starting`` returns what the deployment waits for
+    before it takes requests, and None once it takes them."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class FrontEnds:
         self._seeds = seeds(deployment.random_seed)
         self._by_socket: dict[Any, FrontEnd] = {}
         self._owner: dict[tuple[int, str], FrontEnd] = {}
-        """Front end of every request that is not finished, by model and request id."""
+        """Front end of every request that is not finished, indexed [model, request id]."""
 
     def connect(self, model: int, *, attached: bool, **sockets: str) -> None:
         """Serves one more front end of ``model``, which binds ``sockets`` (see FrontEnd)."""
@@ -70,7 +70,7 @@ class FrontEnds:
         return sum(f.attached and f.model == model for f in self._by_socket.values())
 
     def take(self, socket: Any) -> None:
-        """Carries out what a readable ``socket`` brings; nothing, if it is no front end's."""
+        """Carries out the messages of a readable ``socket``, if it is still a front end's."""
         for _ in range(_MESSAGES_AT_ONCE):
             # A message may be the front end's last: it is closed then.
             front_end = self._by_socket.get(socket)
@@ -122,7 +122,7 @@ class FrontEnds:
         self.send([refusal(opened.rid, model, *refused, opened.prompt_len)])
 
     def _drop(self, front_end: FrontEnd, why: str) -> None:
-        """Forgets a front end and what it had asked for."""
+        """Forgets a front end and aborts its requests."""
         lost = len(front_end.requests)
         log.warning("model %s: %s; dropped %d requests", self._names[front_end.model], why, lost)
         self._poller.unregister(front_end.socket)

@@ -1,8 +1,8 @@
-"""Questions to a running deployment: from the front end, the command line, the launcher, and
-front ends that attach to it.
+"""Questions to a running deployment: from the front end, the command line, the launcher, and front
+ends that attach to it.
 
 The scheduler process binds one ROUTER at ``deployment.admin_address``. A client connects a DEALER,
-sends one request and waits for the reply with the same id. Frames are msgpack, msgspec-typed.
+sends one request and waits for the reply with the same id. Frames are msgpack, typed by msgspec.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, tag="ask"):
 class Attach(msgspec.Struct, frozen=True, kw_only=True, tag="attach"):
     """Another front end wants to serve ``model`` from this deployment.
 
-    The names are SGLang's sockets (``ipc://...``); the front end's own processes bind them."""
+    The names are addresses (``ipc://...``) of SGLang's sockets, which that front end binds."""
 
     id: int
     model: str
@@ -66,9 +66,9 @@ class Attached(msgspec.Struct, frozen=True, kw_only=True, tag="attached"):
 
     id: int
     max_total_tokens: int
-    """Tokens of the model that the whole KV pool would hold."""
+    """Number of the model's tokens that the whole KV pool can hold."""
     max_input_tokens: int
-    """Longest prompt that the model takes."""
+    """Longest prompt that the model takes, in tokens."""
 
 
 ToScheduler = Ask | Attach | RankGone
@@ -90,12 +90,12 @@ def encode(message: ToScheduler | FromScheduler) -> bytes:
 
 
 def decode_to_scheduler(frame: bytes) -> ToScheduler:
-    """Raises msgspec.ValidationError on anything that is no request."""
+    """Raises msgspec.DecodeError for anything that is no request."""
     return _to_scheduler.decode(frame)
 
 
 def bind(context: zmq.Context[Any], address: str) -> zmq.Socket[Any]:
-    """The scheduler's end, for :func:`decode_to_scheduler`; only this user may connect."""
+    """Binds the scheduler's socket, to which only this user can connect."""
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     socket.setsockopt(zmq.LINGER, 0)
@@ -177,7 +177,7 @@ def attach(
 ) -> Attached:
     """Asks a running deployment to serve ``model`` to another front end; see :class:`Attach`.
 
-    Raises AdminError, for an unknown model with the names of those it serves."""
+    Raises AdminError; for an unknown model, the message names the models that are served."""
     message = Attach(
         id=next(_ids),
         model=model,
