@@ -68,16 +68,16 @@ def test_it_serves_beside_the_deployment(server: FrontEndServer, attached: Front
     status, own, _ = server.request("/v1/completions", body)
     assert status == 200, (own, server.log.read_text()[-3000:])
     assert answer["choices"][0]["text"] == own["choices"][0]["text"]
-    models = admin.ask(server.deployment.admin_address, "status")["models"]
-    assert [model["attached"] for model in models] == [0, 1]
+    models = admin.status(server.deployment.admin_address).models
+    assert [model.attached for model in models] == [0, 1]
     attached.processes["stock"].send_signal(signal.SIGTERM)
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        models = admin.ask(server.deployment.admin_address, "status")["models"]
-        if [model["attached"] for model in models] == [0, 0]:
+        models = admin.status(server.deployment.admin_address).models
+        if [model.attached for model in models] == [0, 0]:
             break
         time.sleep(0.2)
-    assert [model["attached"] for model in models] == [0, 0]
+    assert [model.attached for model in models] == [0, 0]
     assert server.request("/v1/completions", body)[0] == 200
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import msgspec
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.kvpool.layout import KVLayout
@@ -465,11 +466,26 @@ class Simulation:
     def text(self, rid: str) -> str:
         return WordDecoder().decode(self.tokens(rid))
 
+    def snapshot(self) -> dict[str, Any]:
+        """The core's snapshot as the HTTP clients see it."""
+        return msgspec.to_builtins(self.core.snapshot())
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits or runs, no step is in flight and nothing is to be drained."""
+        core = self.core
+        return not (
+            core._messages
+            or core._outputs
+            or any(core._requests())
+            or any(rank.flights for rank in core._ranks)
+        )
+
     def assert_empty(self) -> None:
         """Nobody waits or runs and nothing is promised; what is still mapped is cached, and goes
         with a flush, so that every page and chunk is back."""
-        assert self.core.idle
-        for rank in self.core.snapshot()["ranks"]:
+        assert self.idle
+        for rank in self.snapshot()["ranks"]:
             assert rank["free_chunks"] + rank["cached_chunks"] == rank["budget_chunks"]
             assert rank["promised_chunks"] == rank["running"] == 0
             assert rank["mapped_chunks"] == rank["cached_chunks"]
@@ -477,7 +493,7 @@ class Simulation:
         self.schedule()
         for rank in self.ranks:
             assert not rank.model and not any(rank.mapped) and not rank.steps
-        for rank in self.core.snapshot()["ranks"]:
+        for rank in self.snapshot()["ranks"]:
             assert rank["free_chunks"] == rank["budget_chunks"]
             assert rank["promised_chunks"] == rank["mapped_chunks"] == rank["cached_chunks"] == 0
 

@@ -42,7 +42,7 @@ def test_one_message_carries_several_steps():
     assert sim.tokens("a") == [n % 256 for n in range(5, 19)]
     assert len(sim.outputs["a"]) == 14  # streamed one by one
     assert not sim.recalls
-    model = sim.core.snapshot()["models"][0]
+    model = sim.snapshot()["models"][0]
     assert (model["steps"], model["decode_rows"], model["prompt_tokens"]) == (14, 13, 5)
     sim.assert_empty()
 
@@ -163,5 +163,5 @@ def test_more_steps_than_were_leased_are_an_error():
     sim = Recorder(lease_steps=1)
     sim.add(request("a", 5, 14))
     answer = sim.ranks[0].answer()
-    with pytest.raises(ValueError, match="outdid the lease of step 0"):
+    with pytest.raises(ValueError, match="goes on with step 0, whose lease is over"):
         sim.core.on_result(0, StepResult(step=answer.step, rows=answer.rows, more=True))

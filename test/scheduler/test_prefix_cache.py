@@ -69,9 +69,9 @@ class AgainstADictionary(RuleBasedStateMachine):
             if prefix not in self.pages:
                 break
             known.append(prefix)
-        before = list(self.cache.idle)
+        before = self.idle()
         request.path = self.cache.match(model, namespace, request.keys())
-        assert list(self.cache.idle) == before, "a match alone changes nothing"
+        assert self.idle() == before, "a match alone changes nothing"
         assert [entry.page for entry in request.path] == [self.pages[p] for p in known]
         self.hits += bool(known)
         request.used = known
@@ -168,6 +168,10 @@ class AgainstADictionary(RuleBasedStateMachine):
         for request in self.live:
             assert self.free.isdisjoint(request.own), "freed while in use"
 
+    def idle(self):
+        """(model, page) of every idle entry, least recently used first."""
+        return [(entry.model, entry.page) for entry in self.cache._idle]
+
     @invariant()
     def no_page_is_lost_or_has_two_owners(self):
         held = [page for request in self.live for page in request.own]
@@ -175,8 +179,8 @@ class AgainstADictionary(RuleBasedStateMachine):
         assert len(held) + len(cached) + len(self.free) == self.fresh
         assert len({*held, *cached, *self.free}) == self.fresh
         idle = sorted((p[0], page) for p, page in self.pages.items() if not self.in_use(p))
-        assert sorted(self.cache.idle) == idle
-        assert self.cache.namespaces == len({p[:2] for p in self.pages})
+        assert sorted(self.idle()) == idle
+        assert len(self.cache._roots) == len({p[:2] for p in self.pages})
 
     def teardown(self):
         while self.live:

@@ -16,7 +16,8 @@ from crosspool.config.device import Device
 from crosspool.kvpool.layout import KVLayout
 from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
 from crosspool.models.registry import read_model
-from crosspool.ranks.device import DeviceRanks, load_ranks
+from crosspool.ranks.device import DeviceRanks
+from crosspool.ranks.device_process import load_ranks
 from crosspool.transport import shared_memory
 from crosspool.transport.messages import (
     Logprobs,

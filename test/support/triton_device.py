@@ -13,11 +13,12 @@ import torch
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.models.spec import ModelSpec
-from crosspool.ranks.device import DeviceRanks, kv_pool
+from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.gpu.executor import GPUExecutor
 from crosspool.ranks.gpu.load import join_lanes, load_gpu_ranks, load_parts
 from crosspool.ranks.gpu.nvshmem import Carrier
 from crosspool.ranks.gpu.peers import Peers, join_host_memory, layout_of
+from crosspool.ranks.kv_memory import kv_pool
 from crosspool.transport.data_path import remote_pairs
 from crosspool.transport.device_links import DeviceLinks, linked_ffn_ranks, links_bytes
 from crosspool.transport.lane_layout import LINK_HEAD_BYTES, PAGE_BYTES, LinkLayout, round_up

@@ -148,13 +148,13 @@ class _Face:
         if len(self._ready_devices) == len(self._deployment.devices):
             return True
         try:
-            status = admin.ask(self._deployment.admin_address, "status", _CHECK_SECONDS)
+            status = admin.status(self._deployment.admin_address, _CHECK_SECONDS)
         except admin.AdminError:
             return False
-        for device in status["devices"]:
-            if device["ready"] and device["name"] not in self._ready_devices:
-                self._ready_devices.add(device["name"])
-                self.say(f"device {device['name']} is ready ({self._elapsed})")
+        for device in status.devices:
+            if device.ready and device.name not in self._ready_devices:
+                self._ready_devices.add(device.name)
+                self.say(f"device {device.name} is ready ({self._elapsed})")
         return len(self._ready_devices) == len(self._deployment.devices)
 
     def _http_ready(self) -> bool:

@@ -69,12 +69,12 @@ def _watch(address: str) -> None:
     while time.monotonic() - heard < _SILENCE_SECONDS:
         time.sleep(_PING_SECONDS)
         try:
-            status = admin.ask(address, "status", timeout=_PING_SECONDS)
+            status = admin.status(address, timeout=_PING_SECONDS)
         except admin.AdminError:
             continue
         heard = time.monotonic()
-        if not status["ready"]:
-            log.error("CrossPool cannot serve any more: %s", status["message"])
+        if not status.ready:
+            log.error("CrossPool cannot serve any more: %s", status.message)
             break
     else:
         log.error("CrossPool at %s does not answer", address)

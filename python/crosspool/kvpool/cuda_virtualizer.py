@@ -18,7 +18,8 @@ import torch
 from crosspool.config.errors import ConfigError
 from crosspool.kernels.cuda_driver import CudaDriver, CudaError
 from crosspool.kernels.dlpack import tensor_at
-from crosspool.kvpool.virtualizer import ChunkTable, Progress, Virtualizer, whole_chunks
+from crosspool.kvpool.virtualizer import ChunkTable, Virtualizer, whole_chunks
+from crosspool.observability.progress import Progress
 
 
 class CudaVirtualizer(Virtualizer):
@@ -86,7 +87,7 @@ class CudaVirtualizer(Virtualizer):
             )
         with self.quiesced():
             if missing > 0:
-                self._create(missing, progress or (lambda done, total: None))
+                self._create(missing, progress or (lambda done: None))
             for _ in range(-missing):
                 driver.release(table.free[-1])
                 table.free.pop()
@@ -165,10 +166,9 @@ class CudaVirtualizer(Virtualizer):
         try:
             if count * nbytes > available:
                 raise ConfigError(self._too_large(count * nbytes, available, total))
-            progress(0, count * nbytes)
-            for done in range(1, count + 1):
+            for _ in range(count):
                 free.append(driver.create(nbytes))
-                progress(done * nbytes, count * nbytes)
+                progress(nbytes)
         except BaseException as error:
             while len(free) > before:
                 driver.release(free.pop())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -20,9 +20,6 @@ from crosspool.config.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all), first with 0 done, last with all done."""
 
 
 class Virtualizer(ABC):

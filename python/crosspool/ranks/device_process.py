@@ -134,33 +134,21 @@ class DeviceProcess:
         ]
         placement = place(deployment, specs)
         if not device.is_cpu:
-            return self._load_gpu(specs, placement)
+            # CUDA reads these when it is loaded; set here too, for a process started by hand.
+            os.environ.update(gpu.ENVIRONMENT)
+            _set_torch_threads(1)
+            return load_ranks(deployment, device, specs, placement, self._lanes_fd)
         elsewhere = os.sched_getaffinity(0)
         # Importing torch takes seconds, and its threads keep the cores that they find: only now.
         os.sched_setaffinity(0, device.cores)
-        import torch
-
         # Under the resident loop the cores belong to its team.
-        torch.set_num_threads(len(device.cores) if deployment.loop == "host" else 1)
-        from crosspool.ranks.device import load_ranks
-
+        _set_torch_threads(len(device.cores) if deployment.loop == "host" else 1)
         ranks = load_ranks(deployment, device, specs, placement, self._lanes_fd)
         if deployment.loop == "resident":  # this thread has no part in it, but for messages
             set_slice(CONTROL_SLICE_NS)
             if elsewhere.isdisjoint(device.cores):
                 os.sched_setaffinity(0, elsewhere)
         return ranks
-
-    def _load_gpu(self, specs: Sequence[ModelSpec], placement: Placement) -> DeviceRanks:
-        # CUDA reads these when it is loaded; set here too, for a process started by hand.
-        os.environ.update(gpu.ENVIRONMENT)
-        import torch
-
-        torch.set_num_threads(1)
-        check_visible(self._device)
-        from crosspool.ranks.gpu.load import load_gpu_ranks
-
-        return load_gpu_ranks(self._deployment, self._device, specs, placement, self._lanes_fd)
 
     def _on_sigterm(self, _number: int, _frame: object) -> None:
         self._ending = True
@@ -192,8 +180,8 @@ class DeviceProcess:
             case Recall():
                 ranks.executor.recall(message)
             case Inspect():
-                answer = ranks.inspect(message.what)
-                self._socket.send(Inspected(id=message.id, device=self._device.name, answer=answer))
+                report = ranks.inspect(message.what)
+                self._socket.send(Inspected(id=message.id, device=self._device.name, report=report))
             case Shutdown():
                 self._ending = True
                 self._drains = message.drain
@@ -210,6 +198,34 @@ class DeviceProcess:
                 self._handle(message, ranks)
         log.info("ends")
         return 0
+
+
+def load_ranks(
+    deployment: Deployment,
+    device: Device,
+    specs: Sequence[ModelSpec],
+    placement: Placement,
+    lanes_fd: int | None,
+) -> DeviceRanks:
+    """Loads the weights of the device's ranks, takes the KV pool's memory and joins the links, with
+    the engine that the deployment names for such a device.
+
+    ``lanes_fd``: the data path's shared memory, needed when a peer lives on another device; it is
+    closed. Raises ConfigError for a bad checkpoint, or a KV pool for which there is no memory."""
+    if not device.is_cpu:
+        check_visible(device)
+        from crosspool.ranks.gpu.load import load_gpu_ranks as load_by_engine
+    elif deployment.loop == "host":
+        from crosspool.ranks.host.load import load_host_ranks as load_by_engine
+    else:
+        from crosspool.ranks.resident.load import load_resident_ranks as load_by_engine
+    return load_by_engine(deployment, device, specs, placement, lanes_fd)
+
+
+def _set_torch_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
 
 
 def check_visible(device: Device) -> None:

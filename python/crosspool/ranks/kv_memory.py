@@ -7,9 +7,13 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from crosspool.config.deployment import Deployment
+from crosspool.config.device import Device
 from crosspool.kvpool.layout import KVLayout
-from crosspool.kvpool.virtualizer import Progress, Virtualizer
+from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
+from crosspool.kvpool.virtualizer import Virtualizer
 from crosspool.models.spec import ModelSpec
+from crosspool.observability.progress import Progress, loading
 from crosspool.ranks.weights import TORCH_DTYPES
 
 V = TypeVar("V", bound=Virtualizer)
@@ -26,6 +30,34 @@ class Make(Protocol[V_co]):
         ranges: Sequence[int],
         progress: Progress | None = None,
     ) -> V_co: ...
+
+
+def kv_pool(
+    deployment: Deployment, device: Device, specs: Sequence[ModelSpec]
+) -> tuple[MremapVirtualizer, list[torch.Tensor]]:
+    """Takes the KV memory of the attention rank on a CPU device, as :func:`take_kv_pool` does.
+
+    Raises ConfigError when the system has no memory for it."""
+    return kv_pool_by(MremapVirtualizer, deployment, device, specs)
+
+
+def kv_pool_by(
+    make: Make[V], deployment: Deployment, device: Device, specs: Sequence[ModelSpec]
+) -> tuple[V, list[torch.Tensor]]:
+    """Takes the device's share of the KV pool, as :func:`take_kv_pool` does, with a progress bar.
+
+    Raises ConfigError when the device has no memory for it."""
+    chunks = deployment.kv_pool_bytes // len(deployment.kv_pool_devices) // deployment.chunk_bytes
+    budget = chunks * deployment.chunk_bytes
+    with loading(device.name, "KV pool", budget) as loaded:
+        return take_kv_pool(
+            make,
+            specs,
+            budget_bytes=budget,
+            chunk_bytes=deployment.chunk_bytes,
+            page_size=deployment.page_size,
+            progress=loaded.progress,
+        )
 
 
 def take_kv_pool(

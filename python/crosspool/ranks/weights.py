@@ -1,14 +1,20 @@
-"""Tensors that a rank holds: filled from the checkpoint, and listed for whoever asks."""
+"""Tensors that a device's ranks hold: which ones, filled from the checkpoint, and listed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from crosspool.weightpool.checkpoint import Checkpoint, Progress, Read
+from crosspool.config.deployment import Deployment
+from crosspool.config.device import Device
+from crosspool.models.spec import ModelSpec
+from crosspool.observability.progress import Loading, Progress, loading
+from crosspool.weightpool.checkpoint import Checkpoint, Read
+from crosspool.weightpool.placement import FFNShard, Placement, attention_bytes
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -22,7 +28,7 @@ class TensorListing:
     name: str
     """The checkpoint's name."""
     shape: tuple[int, ...]
-    """Of the share held here."""
+    """Shape of the share that the rank holds."""
     dtype: str
     bytes: int
 
@@ -47,3 +53,51 @@ def fill(
         )
         for layer, read in reads
     ]
+
+
+@dataclass(frozen=True)
+class HeldModel:
+    """What the ranks of one device hold of a model."""
+
+    index: int
+    """The model's index in the deployment."""
+    path: Path
+    spec: ModelSpec
+    attention: bool
+    """Whether the device has an attention rank, which holds the attention part."""
+    ffn: FFNShard | None
+    """The share of the FFN part; None: it lies on other devices."""
+    what: str
+    """Model and ranks, as the log names them."""
+    bytes: int
+    """Bytes of all tensors."""
+
+    @contextlib.contextmanager
+    def loading(self, device: Device) -> Iterator[Loading]:
+        """Shows the progress of loading the model; one line in the log tells of it."""
+        with loading(device.name, self.what, self.bytes) as loaded:
+            yield loaded
+
+
+def held_models(
+    deployment: Deployment, device: Device, specs: Sequence[ModelSpec], placement: Placement
+) -> Iterator[HeldModel]:
+    """The models of which the device holds weights."""
+    attention_rank = ffn_rank = None
+    if device in deployment.kv_pool_devices:
+        attention_rank = deployment.kv_pool_devices.index(device)
+    if device in deployment.weight_pool_devices:
+        ffn_rank = deployment.weight_pool_devices.index(device)
+    for index, (model, spec) in enumerate(zip(deployment.models, specs, strict=True)):
+        ranks, total, shard = [], 0, None
+        if attention_rank is not None:
+            ranks.append(f"attention rank {attention_rank}")
+            total += attention_bytes(spec)
+        if ffn_rank is not None and index in placement.shards[ffn_rank]:
+            ranks.append(f"FFN rank {ffn_rank}")
+            shard = placement.shards[ffn_rank][index]
+            total += placement.weight_bytes[ffn_rank][index]
+        if ranks:
+            what = f"{model.name} on {' and '.join(ranks)}"
+            held = attention_rank is not None
+            yield HeldModel(index, Path(model.path), spec, held, shard, what, total)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from crosspool.frontend import refusal
 from crosspool.frontend.refusal import Refusal
 from crosspool.server.errors import JSON, ErrorShaper, RequestError, answer_error
 from crosspool.transport import admin
+from crosspool.transport.inspection import DeviceCounters, Status
 
 if TYPE_CHECKING:
     from crosspool.frontend.model_app import ModelApp
@@ -66,8 +66,6 @@ _QUESTIONS: dict[tuple[str, str], admin.What] = {
 """What is asked of the scheduler, by method and path below ``/crosspool/``."""
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-Ask = Callable[[admin.What], Awaitable[Any]]
-
 
 @dataclass
 class State:
@@ -75,8 +73,8 @@ class State:
 
     models: dict[str, ModelApp] = field(default_factory=dict)
     """Applications by model name; empty until SGLang is imported."""
-    status: Mapping[str, Any] = field(default_factory=dict)
-    """The scheduler's status when it was asked last."""
+    status: Status | None = None
+    """The scheduler's status when it was asked last; None before its first answer."""
     message: str = "starting"
     """What is being waited for, or why nothing is served."""
     ready: bool = False
@@ -92,7 +90,7 @@ class _NamedModel(msgspec.Struct):
 class App(Starlette):
     """CrossPool's own routes; every other path is a model's."""
 
-    def __init__(self, deployment: Deployment, state: State, ask: Ask) -> None:
+    def __init__(self, deployment: Deployment, state: State, scheduler: admin.AsyncAdmin) -> None:
         super().__init__(
             routes=[
                 *(Route(path, self._health) for path in ("/health", "/ready", "/ping")),
@@ -111,7 +109,7 @@ class App(Starlette):
         self._keys = (deployment.sglang.get("api_key"), deployment.sglang.get("admin_api_key"))
         self._sglang_metrics = bool(deployment.sglang.get("enable_metrics"))
         self._state = state
-        self._ask = ask
+        self._scheduler = scheduler
 
     @property
     def _serving(self) -> bool:
@@ -149,11 +147,11 @@ class App(Starlette):
         # Here, because it may be imported only once PROMETHEUS_MULTIPROC_DIR is set.
         from crosspool.observability import metrics
 
-        status, counters = self._state.status, []
+        status, counters = self._state.status, list[DeviceCounters]()
         try:
             if self._state.ready:
-                status = await self._ask("status")
-                counters = await self._ask("counters")
+                status = await self._scheduler.status()
+                counters = (await self._scheduler.inspect("counters")).counters
         except admin.AdminError as error:
             log.warning("metrics are not complete: %s", error)
         text = metrics.render(status, counters)
@@ -191,7 +189,10 @@ class App(Starlette):
             known = ", ".join(f"{method} /crosspool/{route}" for method, route in _QUESTIONS)
             raise RequestError(404, f"there is no such route; there are {known}")
         try:
-            return JSON(await self._ask(what))
+            if what == "status":
+                return JSON(msgspec.to_builtins(await self._scheduler.status()))
+            report = await self._scheduler.inspect(what)
+            return JSON(report.plain(what, list(self._paths)))
         except admin.AdminError as error:
             raise RequestError(503, str(error)) from None
 

@@ -51,7 +51,8 @@ def _import_everything() -> None:
     began = time.monotonic()
     log.info("importing SGLang: 10 s, or 20 s and more when its files are read for the first time")
     compat.install()
-    from crosspool.frontend import detokenizer, model_app, scheduler_loop  # noqa: F401
+    from crosspool.frontend import detokenizer, model_app  # noqa: F401
+    from crosspool.server import scheduler_loop  # noqa: F401
 
     log.info("SGLang is imported (%.1f s)", time.monotonic() - began)
     threads = len(os.listdir("/proc/self/task"))

@@ -16,7 +16,7 @@ from crosspool.server.process import leave, run
 
 def serve(deployment: Deployment) -> None:
     compat.install()
-    from crosspool.frontend.scheduler_loop import SchedulerLoop
+    from crosspool.server.scheduler_loop import SchedulerLoop
 
     SchedulerLoop(deployment).run()
 

@@ -19,12 +19,10 @@ from safetensors import SafetensorError, safe_open
 from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import read_json
 from crosspool.models.spec import TensorRef
+from crosspool.observability.progress import Progress
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[int], None]
-"""Called with the bytes that were just read into place (``tqdm.update``)."""
 
 _DTYPES = ("BF16", "F16", "F32")
 

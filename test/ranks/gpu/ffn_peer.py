@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from crosspool.config.deployment import load
 from crosspool.config.device import Device
@@ -58,7 +59,7 @@ def main() -> None:
         print("ready", flush=True)
         while not select.select([sys.stdin], [], [], 0.0)[0]:
             executor.run(0.01)
-        print(json.dumps(ranks.inspect("counters")["served"]), flush=True)
+        print(json.dumps(msgspec.to_builtins(ranks.counters().served)), flush=True)
     if not real:
         assert driver.is_clean
 

@@ -125,10 +125,10 @@ def test_resident_loops_that_exchange(
     gpus = Interpreted()
     with Machine(models, loop="resident", load=gpus.load, **place, **LIMITS) as machine:
         for device in machine.devices:
-            device.inspect("trace_start")
+            device.trace.start()
         assert_alike(run(machine, 3), expected)
         assert_counted(machine)
-        assert_traced([device.inspect("trace_stop") for device in machine.devices])
+        assert_traced([device.trace.stop() for device in machine.devices])
 
 
 def test_resident_loops_whose_links_are_carried(
@@ -161,16 +161,16 @@ def assert_alike(found: list[Stream], expected: list[Stream]) -> None:
 
 def assert_counted(machine: Machine) -> None:
     """What the attention rank says that it sent, each FFN rank says that it got."""
-    counters = machine.first.inspect("counters")
-    sent = {(link["ffn_rank"], link["lane"]): link for link in counters["links"]}
+    counters = machine.first.counters()
+    sent = {(link.ffn_rank, link.lane): link for link in counters.links}
     ranks, lanes = len(machine.deployment.weight_pool_devices), machine.deployment.lanes
-    assert len(sent) == ranks * lanes and all(link["dispatches"] > 0 for link in sent.values())
+    assert len(sent) == ranks * lanes and all(link.dispatches > 0 for link in sent.values())
     for device in machine.devices:
-        for link in device.inspect("counters")["served"]:
-            if link["attention_rank"] == 0:
-                assert link == sent.pop((link["ffn_rank"], link["lane"]))
+        for link in device.counters().served:
+            if link.attention_rank == 0:
+                assert link == sent.pop((link.ffn_rank, link.lane))
             else:
-                assert link["dispatches"] == 0
+                assert link.dispatches == 0
     assert not sent
 
 

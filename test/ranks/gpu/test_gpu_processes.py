@@ -18,13 +18,15 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("msgspec", reason="msgspec is not installed (the messages of a step)")
 
+import msgspec
 import torch
 from crosspool.config.deployment import Deployment, save
 from crosspool.config.device import Device
 from crosspool.models.spec import ModelSpec
-from crosspool.ranks.device import DeviceRanks, gpu_kv_pool, kv_pool
-from crosspool.ranks.gpu.load import join_lanes, load_parts
+from crosspool.ranks.device import DeviceRanks
+from crosspool.ranks.gpu.load import gpu_kv_pool, join_lanes, load_parts
 from crosspool.ranks.gpu.peers import meet
+from crosspool.ranks.kv_memory import kv_pool
 from crosspool.transport.messages import Sampling
 from crosspool.weightpool.placement import Placement
 from make_random_checkpoint import make_random_checkpoint
@@ -158,7 +160,7 @@ def test_processes_exchange_rows(
         **LIMITS,
     ) as machine:
         assert outputs(machine, 8) == expected
-        sent = machine.first.inspect("counters")["links"]
+        sent = msgspec.to_builtins(machine.first.counters().links)
     served = [link for process in processes.started.values() for link in process.served]
     key = ("ffn_rank", "lane")
     assert sorted(served, key=lambda link: [link[k] for k in key]) == sorted(

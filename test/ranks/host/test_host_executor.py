@@ -10,7 +10,7 @@ import pytest
 import torch
 from crosspool.models.spec import DenseFFN, GQASpec, ModelSpec, RopeSpec
 from crosspool.observability.trace import LaneTrace
-from crosspool.ranks import step_end
+from crosspool.ranks.host import lm_head
 from crosspool.ranks.host.attention_rank import AttentionRank
 from crosspool.ranks.host.executor import HostLoop
 from crosspool.ranks.host.ffn_rank import FFNRank
@@ -247,7 +247,7 @@ def test_quiet_and_drained() -> None:
 
 
 def test_long_prompt_logprobs_let_the_other_lane_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_end, "LOGITS_BYTES", 4 * VOCAB * 2)
+    monkeypatch.setattr(lm_head, "LOGITS_BYTES", 4 * VOCAB * 2)
     device = Device()
     device.loop.submit(step(1, 0, tokens=[5, 7, 9, 4, 6, 20, 22], prompt_start=1))
     device.loop.submit(step(2, 1))

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from crosspool.kernels import engine_structs as es
 from crosspool.kernels.cuda_loop_structs import StepArguments
+from crosspool.ranks.flight import ResidentRequest, choices_of
 from crosspool.ranks.gpu.inputs import HostInputs, HostMemory, InputLayout
-from crosspool.ranks.host.attention_rank import KVRank
-from crosspool.ranks.resident.flight import ResidentRequest, choices_of
+from crosspool.ranks.kv_rank import KVRank
 from crosspool.ranks.sampler import penalises
 from crosspool.ranks.step_end import StepEnd, Wanted
 from crosspool.transport.messages import RowResult, Step, StepResult

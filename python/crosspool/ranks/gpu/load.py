@@ -8,6 +8,7 @@ Nothing here has run on a GPU yet (docs/gpu.md).
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ from crosspool.kernels.cuda_loop import MAX_LINKS, CudaLoop, LinkMemory, Stage
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.kvpool.virtualizer import Virtualizer
 from crosspool.models.spec import ModelSpec, MoEFFN
-from crosspool.ranks.device import Counted, DeviceRanks, gpu_kv_pool, loading
+from crosspool.observability.progress import loading
+from crosspool.ranks.device import Counted, DeviceRanks
 from crosspool.ranks.gpu.executor import GPUExecutor
 from crosspool.ranks.gpu.ffn_executor import GPUFFNExecutor
 from crosspool.ranks.gpu.flight import GPURank
@@ -45,6 +47,7 @@ from crosspool.ranks.gpu.scratch import LanePlaces
 from crosspool.ranks.gpu.stages import HasStages, Stages, buckets_up_to
 from crosspool.ranks.gpu.trace import GPUTrace, ResidentGPUTrace
 from crosspool.ranks.gpu.weights import GPUFFN, GPUAttention
+from crosspool.ranks.kv_memory import kv_pool_by
 from crosspool.transport.data_path import LinkCounters
 from crosspool.transport.device_links import DeviceLinks
 from crosspool.weightpool.placement import FFNShard, Placement, attention_bytes
@@ -60,6 +63,18 @@ class GPUFFNRank:
     rank: int
     parts: dict[int, GPUFFN]
     links: Sequence[Counted]
+
+
+def gpu_kv_pool(
+    deployment: Deployment, device: Device, specs: Sequence[ModelSpec]
+) -> tuple[CudaVirtualizer, list[torch.Tensor]]:
+    """Takes the KV memory of the attention rank on a GPU, as
+    :func:`~crosspool.ranks.kv_memory.take_kv_pool` does. The owner of a resident loop on the GPU
+    sets the virtualizer's ``quiesced``.
+
+    Raises ConfigError when the GPU cannot be used or has no memory for it."""
+    driver = CudaBindings(device.gpu)
+    return kv_pool_by(functools.partial(CudaVirtualizer, driver), deployment, device, specs)
 
 
 @dataclass(frozen=True)
@@ -81,8 +96,8 @@ def load_gpu_ranks(
     placement: Placement,
     lanes_fd: int | None,
 ) -> DeviceRanks:
-    """As :func:`crosspool.ranks.device.load_ranks`. The processes of all GPUs of a deployment call
-    it at once: they meet, to share the memory of their links."""
+    """As :func:`crosspool.ranks.device_process.load_ranks`. The processes of all GPUs of a
+    deployment call it at once: they meet, to share the memory of their links."""
     check_alike(deployment.devices)
     torch.cuda.set_device(device.gpu)
     gpu = torch.device("cuda", device.gpu)
@@ -129,13 +144,14 @@ def load_parts(
             model, spec = deployment.models[index], specs[index]
             check_share(model, spec, shard)
             total = placement.weight_bytes[rank][index]
-            with loading(device, f"FFN part of {model.name}", total) as progress:
-                held.ffns[index] = GPUFFN(spec, Path(model.path), shard, on, progress)
+            with loading(device.name, f"FFN part of {model.name}", total) as loaded:
+                held.ffns[index] = GPUFFN(spec, Path(model.path), shard, on, loaded.progress)
     for index, kv in enumerate(caches):
         model, spec = deployment.models[index], specs[index]
         path, positions = Path(model.path), min(spec.context, kv.shape[0] * kv.shape[2])
-        with loading(device, f"attention part of {model.name}", attention_bytes(spec)) as progress:
-            attention = GPUAttention(spec, path, on, positions, progress)
+        what = f"attention part of {model.name}"
+        with loading(device.name, what, attention_bytes(spec)) as loaded:
+            attention = GPUAttention(spec, path, on, positions, loaded.progress)
         held.models.append(GPUModel(spec, attention, held.ffns.get(index), kv))
     return held
 
@@ -202,11 +218,11 @@ def join_lanes(
         ffn = GPUFFNRank(join.ffn_rank, held.ffns, join.served())
     ranks = DeviceRanks(
         deployment=deployment,
+        device=device,
         executor=executor,
         attention=attention,
         ffn=ffn,
         links=join.links,
-        transport=None if peers is None else peers.transport,
         trace=trace,
         resources=resources,
     )

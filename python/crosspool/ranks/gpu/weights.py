@@ -19,9 +19,10 @@ from crosspool.kernels.triton.experts import FFNWeights
 from crosspool.kernels.triton.tables import TensorTable
 from crosspool.models.registry import attention_tensors, ffn_tensors
 from crosspool.models.spec import DenseFFN, FFNSpec, GQASpec, ModelSpec, MoEFFN, TensorRef
+from crosspool.observability.progress import Progress
 from crosspool.ranks.host.attention import frequencies
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing, fill
-from crosspool.weightpool.checkpoint import Progress, Read
+from crosspool.weightpool.checkpoint import Read
 from crosspool.weightpool.placement import FFNShard
 
 Layer = dict[str, Tensor]

@@ -15,9 +15,10 @@ from crosspool.kernels.rope import rope_frequencies, rope_tables, rotate
 from crosspool.models.config_file import read_json
 from crosspool.models.registry import attention_tensors
 from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, RopeSpec
+from crosspool.observability.progress import Progress
 from crosspool.ranks.host.step_batch import StepBatch
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing, fill
-from crosspool.weightpool.checkpoint import Progress, Read
+from crosspool.weightpool.checkpoint import Read
 
 Weights = dict[str, torch.Tensor]
 """One layer's tensors by key."""

@@ -9,8 +9,9 @@ import torch
 from crosspool.kernels.moe import gated_mlp, moe_experts, route
 from crosspool.models.registry import ffn_tensors
 from crosspool.models.spec import DenseFFN, ModelSpec, MoEFFN, TensorRef
+from crosspool.observability.progress import Progress
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing, fill
-from crosspool.weightpool.checkpoint import Progress, Read
+from crosspool.weightpool.checkpoint import Read
 from crosspool.weightpool.placement import FFNShard
 
 

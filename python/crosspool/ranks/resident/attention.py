@@ -15,10 +15,10 @@ from crosspool.kernels.engine import Team
 from crosspool.kernels.rope import rope_tables
 from crosspool.models.registry import attention_tensors
 from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, TensorRef
+from crosspool.observability.progress import Progress
 from crosspool.ranks.host.attention import frequencies
 from crosspool.ranks.resident.packing import PackedWeights, pointer, source, whole
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
-from crosspool.weightpool.checkpoint import Progress
 
 _QK_NORMS = {"none": 0, "head": 1, "full": 2}
 

@@ -12,9 +12,9 @@ from crosspool.kernels import native_structs as ns
 from crosspool.kernels.engine import Team
 from crosspool.models.registry import ffn_tensors
 from crosspool.models.spec import FFNSpec, ModelSpec, MoEFFN, RouterSpec, TensorRef
+from crosspool.observability.progress import Progress
 from crosspool.ranks.resident.packing import Index, PackedWeights, gated_columns, pointer, whole
 from crosspool.ranks.weights import TensorListing
-from crosspool.weightpool.checkpoint import Progress
 from crosspool.weightpool.placement import FFNShard
 
 _SCORES = {"softmax": 0, "sigmoid": 1}

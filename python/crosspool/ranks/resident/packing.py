@@ -21,11 +21,12 @@ from crosspool.kernels import native
 from crosspool.kernels import native_structs as ns
 from crosspool.kernels.engine import Team
 from crosspool.models.spec import TensorRef
+from crosspool.observability.progress import Progress
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
-from crosspool.weightpool.checkpoint import Checkpoint, Progress
+from crosspool.weightpool.checkpoint import Checkpoint
 
 _LINE = 64
-_NUMBERS = {torch.bfloat16: ns.BFLOAT16, torch.float32: ns.FLOAT32}
+NATIVE_DTYPES = {torch.bfloat16: ns.BFLOAT16, torch.float32: ns.FLOAT32}
 
 Index = tuple[slice, ...]
 Pack = Callable[[list[Tensor]], object]
@@ -68,7 +69,7 @@ class PackedWeights:
         self, count: int, n: int, k: int, dtype: torch.dtype | None = None
     ) -> ctypes.Array:
         """``count`` matrices of the same shape in one array, to be filled by a declaration."""
-        number = _NUMBERS[dtype or self._dtype]
+        number = NATIVE_DTYPES[dtype or self._dtype]
         array = (ns.Matrix * count)(*(ns.Matrix(None, n, k, number) for _ in range(count)))
         self._matrices += [array[i] for i in range(count)]
         return array
