@@ -1,6 +1,6 @@
 """A plugin for stock SGLang servers: serve a model from a CrossPool that is already running.
 
-    CROSSPOOL_ADMIN=ipc:///.../admin python -m sglang.launch_server \\
+    CROSSPOOL_ADMIN=ipc:///.../admin python -m crosspool.sglang launch_server \\
         --model-path PATH --served-model-name NAME --device cpu --port 31000
 
 SGLang loads it by its entry point (group ``sglang.srt.plugins``). Without ``CROSSPOOL_ADMIN`` it
