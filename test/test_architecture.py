@@ -11,6 +11,7 @@ PACKAGE = Path(crosspool.__file__).parent
 LEAVES = {"config", "transport", "observability"}
 ABOVE = {
     "cli": {
+        "server",
         "frontend",
         "scheduler",
         "planning",
@@ -20,7 +21,8 @@ ABOVE = {
         "models",
         "kernels",
     },
-    "frontend": {"scheduler", "kvpool", "weightpool", "ranks", "models", "kernels"},
+    "server": {"frontend", "scheduler", "models"},
+    "frontend": {"scheduler", "models"},
     "scheduler": {"kvpool", "weightpool", "models"},
     "ranks": {"kvpool", "weightpool", "models", "kernels"},
     "planning": {"kvpool", "weightpool", "models"},

@@ -39,7 +39,7 @@ time.sleep(600)
 FORK_SERVER = """
 import json, runpy, sys, time
 from functools import partial
-from crosspool.frontend.fork_server import fork_all
+from crosspool.server.fork_server import fork_all
 def become(argv):
     sys.argv = argv
     try:

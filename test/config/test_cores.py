@@ -109,7 +109,7 @@ def test_front_end_processes_keep_off_the_devices_cores(tmp_path: Path) -> None:
         )
     )
     code = (
-        "import os, sys; from pathlib import Path; from crosspool.frontend.process import prepare;"
+        "import os, sys; from pathlib import Path; from crosspool.server.process import prepare;"
         "prepare('http', Path(sys.argv[1])); print(sorted(os.sched_getaffinity(0)))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "deployment.json")]

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 import pytest
+from crosspool.frontend import private
 from crosspool.frontend.control_requests import ANSWERS, FORWARDED, UNANSWERED
 from crosspool.frontend.messages import (
     OpenRequest,
@@ -34,7 +35,7 @@ def message(params: dict[str, Any] | None = None, **fields: Any) -> io.Tokenized
         "token_ids_logprob": None, "stream": False,
     }  # fmt: skip
     made = io.TokenizedGenerateReqInput(**{**defaults, **fields}, sampling_params=sampling)
-    return io._msgpack_decoder.decode(io.msgpack_encode(made))
+    return private.decode(io.msgpack_encode(made))
 
 
 def test_sampling() -> None:
@@ -131,7 +132,7 @@ def test_token_id_output_is_what_sglang_decodes() -> None:
     made = to_token_id_output(
         [(with_logprobs, output([1, 2], first=True)), (without, output([3], END))]
     )
-    got = io._msgpack_decoder.decode(io.msgpack_encode(made))
+    got = private.decode(io.msgpack_encode(made))
     assert got.rids == ["a", "b"]
     assert [list(ids) for ids in got.decode_ids] == [[15, 16, 17, 18, 19, 1, 2], [3]]
     assert got.read_offsets == [5, 5]

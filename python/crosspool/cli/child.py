@@ -102,7 +102,7 @@ class ForkServer:
     ends with status 0, a JSON object of the pids by name, each leading a process group. A forked
     process waits on the same socket for the word that its parent has changed (only then can it
     tell the kernel to end with it), and leaves when the launcher closes its end instead. See
-    :mod:`crosspool.frontend.fork_server`."""
+    :mod:`crosspool.server.fork_server`."""
 
     def __init__(self, spec: ProcessSpec) -> None:
         """Starts it."""

@@ -83,7 +83,7 @@ def front_end(deployment: Deployment) -> list[ProcessSpec]:
     return [
         ProcessSpec(
             name=name,
-            argv=_module(f"frontend.{name}_process", deployment),
+            argv=_module(f"server.{name}_process", deployment),
             env={**_OFFLINE, **_threads(1)},
         )
         for name in ("http", "scheduler", "detokenizer")
@@ -94,7 +94,7 @@ def fork_server(deployment: Deployment) -> ProcessSpec:
     """Imports SGLang once for all of them: it takes longer than anything else at the start."""
     return ProcessSpec(
         name="front end",
-        argv=_module("frontend.fork_server", deployment),
+        argv=_module("server.fork_server", deployment),
         env={**_OFFLINE, **_threads(1)},
     )
 
@@ -140,13 +140,13 @@ class _Face:
         if len(self._ready_devices) == len(self._deployment.devices):
             return True
         try:
-            status = admin.ask(self._deployment.admin_address, "status", _CHECK_SECONDS)
+            status = admin.status(self._deployment.admin_address, _CHECK_SECONDS)
         except admin.AdminError:
             return False
-        for device in status["devices"]:
-            if device["ready"] and device["name"] not in self._ready_devices:
-                self._ready_devices.add(device["name"])
-                self.say(f"device {device['name']} is ready ({self._elapsed})")
+        for device in status.devices:
+            if device.ready and device.name not in self._ready_devices:
+                self._ready_devices.add(device.name)
+                self.say(f"device {device.name} is ready ({self._elapsed})")
         return len(self._ready_devices) == len(self._deployment.devices)
 
     def _http_ready(self) -> bool:

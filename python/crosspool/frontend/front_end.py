@@ -13,6 +13,7 @@ import msgspec
 import zmq
 from sglang.srt.managers import io_struct
 
+from crosspool.frontend import private
 from crosspool.frontend.messages import OpenRequest
 from crosspool.scheduler.request import Output
 
@@ -70,8 +71,7 @@ class FrontEnd:
             except zmq.Again:
                 return None
             try:
-                # SGLang's own decoder, without the unpickling that msgpack_decode does after it
-                message = io_struct._msgpack_decoder.decode(frame)
+                message = private.decode(frame)
             except (msgspec.MsgspecError, ValueError, TypeError) as error:
                 log.error("dropped a message for model %d: %s", self.model, error)
                 continue

@@ -1,6 +1,6 @@
 """A plugin for stock SGLang servers: serve a model from a CrossPool that is already running.
 
-    CROSSPOOL_ADMIN=ipc:///.../admin python -m sglang.launch_server \\
+    CROSSPOOL_ADMIN=ipc:///.../admin python -m crosspool.sglang launch_server \\
         --model-path PATH --served-model-name NAME --device cpu --port 31000
 
 SGLang loads it by its entry point (group ``sglang.srt.plugins``). Without ``CROSSPOOL_ADMIN`` it
@@ -15,6 +15,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from typing import Any
 
 from crosspool.transport import admin
@@ -34,22 +35,12 @@ def register() -> None:
     if not address.startswith("ipc://"):
         raise ValueError(f"{ADDRESS} must be an ipc:// address, got {address!r}")
 
-    from sglang.srt.managers import io_struct
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from crosspool.frontend import private
 
     # CrossPool reads no pickles; for this process, and for the detokenizer that it will start.
-    io_struct._USE_PICKLE_IPC = False
+    private.refuse_pickles()
     os.environ["SGLANG_USE_PICKLE_IPC"] = "0"
-
-    def attach(launch: Any, cls: Any, server_args: Any, port_args: Any, *_: Any, **__: Any) -> Any:
-        del launch, cls
-        return _attach(address, server_args, port_args)
-
-    HookRegistry.register(
-        "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes",
-        attach,
-        HookType.AROUND,
-    )
+    private.replace_scheduler_launch(partial(_attach, address))
 
 
 def _attach(address: str, server_args: Any, port_args: Any) -> Any:
@@ -78,12 +69,12 @@ def _watch(address: str) -> None:
     while time.monotonic() - heard < _SILENCE_SECONDS:
         time.sleep(_PING_SECONDS)
         try:
-            status = admin.ask(address, "status", timeout=_PING_SECONDS)
+            status = admin.status(address, timeout=_PING_SECONDS)
         except admin.AdminError:
             continue
         heard = time.monotonic()
-        if not status["ready"]:
-            log.error("CrossPool cannot serve any more: %s", status["message"])
+        if not status.ready:
+            log.error("CrossPool cannot serve any more: %s", status.message)
             break
     else:
         log.error("CrossPool at %s does not answer", address)

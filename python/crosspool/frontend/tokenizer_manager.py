@@ -12,17 +12,15 @@ from typing import Any
 import fastapi
 from sglang.srt.managers import io_struct, tokenizer_manager
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
-from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
 from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
 
-from crosspool.frontend import refusal
+from crosspool.frontend import private, refusal
 
 native_api: ContextVar[bool] = ContextVar("native_api", default=False)
 """Whether the request at hand came by SGLang's own ``/generate``, which reports errors in its way,
 rather than by an OpenAI route."""
 
-# One thread counts the process's CPU time, whatever the number of managers.
-tokenizer_manager.start_cpu_monitor_thread = functools.cache(start_cpu_monitor_thread)
+private.one_cpu_monitor(tokenizer_manager)
 
 
 class Refused(ValueError):
@@ -33,6 +31,7 @@ class Refused(ValueError):
         self.status_code = status
 
 
+@private.handles_aborts
 class PooledTokenizerManager(TokenizerManager):
     """Leaves signals and the end of the process to CrossPool, and turns every abort that carries
     a status into an HTTP error of that status."""
@@ -45,9 +44,11 @@ class PooledTokenizerManager(TokenizerManager):
             loop = tokenizer_manager.print_exception_wrapper(self.handle_loop)
             self.asyncio_tasks.add(self.event_loop.create_task(loop))
 
-    async def _handle_abort_finish_reason(
+    async def on_abort(
         self, out: dict[str, Any], state: Any, is_stream: bool
     ) -> dict[str, Any] | None:
+        """What SGLang does with an output that ends with an abort; see
+        :func:`private.handles_aborts`."""
         reason = out["meta_info"]["finish_reason"]
         status = reason.get("status_code")
         if reason.get("type") != "abort" or not status:
@@ -70,10 +71,10 @@ class PooledTokenizerManager(TokenizerManager):
         """Ends every request with an error: the scheduler will not answer any more."""
         reason = {"type": "abort", "message": message, "status_code": status}
         for rid in list(self.rid_to_state):
-            self._handle_abort_req(io_struct.AbortReq(rid=rid, finished_reason=dict(reason)))
+            private.abort(self, io_struct.AbortReq(rid=rid, finished_reason=dict(reason)))
 
 
-def _shared(make: Callable[..., Any]) -> Any:
+def _shared(make: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a metric once per name; who asks again gets the same."""
     made: dict[str, Any] = {}
 
@@ -83,7 +84,7 @@ def _shared(make: Callable[..., Any]) -> Any:
             made[name] = make(**arguments)
         return made[name]
 
-    return staticmethod(get)
+    return get
 
 
 @functools.cache
@@ -93,9 +94,9 @@ def shared_metrics() -> type[TokenizerMetricsCollector]:
     # Here, because it may be imported only once PROMETHEUS_MULTIPROC_DIR is set.
     import prometheus_client
 
-    class SharedTokenizerMetrics(TokenizerMetricsCollector):
-        _counter_cls = _shared(prometheus_client.Counter)
-        _gauge_cls = _shared(prometheus_client.Gauge)
-        _histogram_cls = _shared(prometheus_client.Histogram)
-
-    return SharedTokenizerMetrics
+    return private.with_metric_classes(
+        TokenizerMetricsCollector,
+        _shared(prometheus_client.Counter),
+        _shared(prometheus_client.Gauge),
+        _shared(prometheus_client.Histogram),
+    )

@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crosspool.frontend.grammar import XGrammarBackend
 from crosspool.models.registry import read_model
 from crosspool.scheduler.protocols import GrammarMatcher
 from crosspool.scheduler.request import Grammar
+from crosspool.server.grammar import XGrammarBackend
 from support.front_end import MODELS
 from support.server import DEMO
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 SPEC = read_model(Path(DEMO / MODELS[0]))
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> list[PreTrainedTokenizerBase]:
+    return [AutoTokenizer.from_pretrained(str(DEMO / MODELS[0]))]
 
 
 @pytest.fixture

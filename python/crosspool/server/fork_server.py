@@ -1,6 +1,6 @@
 """Imports SGLang once, and forks the front end's three processes.
 
-    python -m crosspool.frontend.fork_server --deployment FILE --launcher-fd N
+    python -m crosspool.server.fork_server --deployment FILE --launcher-fd N
 
 SGLang's import takes longer than anything else at the start, and its modules half a gigabyte;
 forked processes do it once and share what they do not change. The fork server ends as soon as it
@@ -15,13 +15,15 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from crosspool.config.process import die_with_parent, freeze_heap
-from crosspool.frontend import compat, detokenizer_process, http_process, scheduler_process
-from crosspool.frontend.process import leave, prepare
+from crosspool.frontend import compat
+from crosspool.server import detokenizer_process, http_process, scheduler_process
+from crosspool.server.process import leave, prepare
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _import_everything() -> None:
+    began = time.monotonic()
+    log.info("importing SGLang: 10 s, or 20 s and more when its files are read for the first time")
     compat.install()
-    from sglang.srt.managers import detokenizer_manager  # noqa: F401
+    from crosspool.frontend import detokenizer, model_app  # noqa: F401
+    from crosspool.server import scheduler_loop  # noqa: F401
 
-    from crosspool.frontend import model_app, scheduler_loop  # noqa: F401
-
+    log.info("SGLang is imported (%.1f s)", time.monotonic() - began)
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
         log.warning("importing SGLang started %d threads, which forked processes lack", threads - 1)

@@ -1,43 +1,34 @@
-"""The detokenizer process: SGLang's detokenizer of every model, behind one poller.
+"""SGLang's detokenizers, one per model, behind one poller.
 
-    python -m crosspool.frontend.detokenizer_process --deployment FILE
-
-Exit status 0 after SIGTERM, 2 for a user's mistake (told on stderr), 1 for anything else.
+Import :mod:`crosspool.frontend.compat` and call ``install()`` before this module.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import signal
-from collections.abc import Sequence
 from types import FrameType
 
 import zmq
+from sglang.srt.managers import detokenizer_manager
+from sglang.srt.managers.detokenizer_manager import DetokenizerManager
+from sglang.srt.managers.io_struct import sock_recv, sock_send
+from sglang.srt.runtime_context import publish
 
 from crosspool.config.deployment import Deployment
 from crosspool.config.process import freeze_heap
-from crosspool.frontend import compat
-from crosspool.frontend.process import leave, run
+from crosspool.frontend import private
+from crosspool.frontend.server_args import port_args, server_args
 
 log = logging.getLogger(__name__)
 
 _LONGEST_SLEEP_MS = 1000
 
+private.one_cpu_monitor(detokenizer_manager)
+
 
 def serve(deployment: Deployment) -> None:
-    compat.install()
-    from sglang.srt.managers import detokenizer_manager
-    from sglang.srt.managers.detokenizer_manager import DetokenizerManager
-    from sglang.srt.managers.io_struct import sock_recv, sock_send
-    from sglang.srt.runtime_context import publish
-
-    from crosspool.frontend.server_args import port_args, server_args
-
-    # One thread counts the process's CPU time, whatever the number of managers.
-    detokenizer_manager.start_cpu_monitor_thread = functools.cache(
-        detokenizer_manager.start_cpu_monitor_thread
-    )
+    """Returns after SIGTERM or SIGINT."""
     stopping = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -50,7 +41,7 @@ def serve(deployment: Deployment) -> None:
     poller = zmq.Poller()
     for index in range(len(deployment.models)):
         args = server_args(deployment, index)
-        # A manager reads what was published last, and only while it is constructed.
+        # A manager reads the configuration that was published last, and only while it is made.
         publish(args, role="detokenizer")
         manager = DetokenizerManager(args, port_args(deployment, index))
         managers[manager.recv_from_scheduler] = manager
@@ -61,18 +52,10 @@ def serve(deployment: Deployment) -> None:
         for socket, _ in poller.poll(_LONGEST_SLEEP_MS):
             manager = managers[socket]
             try:
-                output = manager._request_dispatcher(sock_recv(socket))
+                output = private.detokenize(manager, sock_recv(socket))
             except Exception:
-                # SGLang's detokenizer would end here, and every model with it.
+                # SGLang's own loop would end here, and text of every model with it.
                 log.exception("dropped a message that cannot be detokenized")
                 continue
             if output is not None:
                 sock_send(manager.send_to_tokenizer, output)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run("detokenizer", serve, argv)
-
-
-if __name__ == "__main__":
-    leave(main())

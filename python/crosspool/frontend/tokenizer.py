@@ -1,4 +1,4 @@
-"""Models' tokenizers, for the scheduler's stop strings and for grammars."""
+"""Models' tokenizers, loaded as SGLang loads them."""
 
 from __future__ import annotations
 
@@ -29,17 +29,3 @@ def load_tokenizer(deployment: Deployment, index: int) -> PreTrainedTokenizerBas
         raise ConfigError(
             f"{model.name}: no tokenizer can be loaded from {path}: {error}"
         ) from error
-
-
-class HFTextDecoder:
-    """A TextDecoder over a Hugging Face tokenizer."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-
-    def decode(self, ids: list[int]) -> str:
-        return str(
-            self._tokenizer.decode(
-                ids, skip_special_tokens=False, spaces_between_special_tokens=False
-            )
-        )

@@ -1,4 +1,4 @@
-"""Grammars, compiled and followed by xgrammar."""
+"""Grammars that constrain output, compiled and followed by xgrammar."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CACHED_GRAMMARS = 256
-"""Compiled grammars that each model keeps, the most recently used ones."""
+"""Number of compiled grammars that each model keeps, the most recently used ones."""
 MAX_SOURCE_CHARACTERS = 256 << 10
 """A longer grammar is refused: compiling it would take minutes and gigabytes."""
 MAX_WHITESPACE = 16
-"""Characters between two tokens of JSON: enough to indent with, and a model that would write
-blanks until its tokens run out has to go on."""
+"""Most whitespace characters between two tokens of JSON: enough for indentation, and a model that
+would go on writing blanks until its tokens run out cannot."""
 
 _NATIVE_PLACE = re.compile(r"^\[[\d:]+\] \S+: ")
-"""Where in xgrammar's source an error arose, which begins its message."""
+"""The place in xgrammar's source with which its error messages begin."""
 
 executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
-"""One thread compiles for every model: xgrammar leaves Python's lock, and cores are for ranks."""
+"""One thread compiles the grammars of every model. xgrammar releases Python's lock meanwhile, and
+more threads would take cores from the ranks."""
 
 
 class XGrammarMatcher:
@@ -89,9 +90,9 @@ class XGrammarBackend:
         return future
 
     def _compile(self, grammar: Grammar) -> GrammarMatcher:
-        """Raises ValueError that says what is wrong with ``grammar``."""
+        """Raises a ValueError that says what is wrong with ``grammar``."""
         if len(grammar.source) > MAX_SOURCE_CHARACTERS:
-            raise ValueError(f"longer than {MAX_SOURCE_CHARACTERS} characters")
+            raise ValueError(f"it is longer than {MAX_SOURCE_CHARACTERS} characters")
         if self._compiler is None:
             info = xgrammar.TokenizerInfo.from_huggingface(
                 self._tokenizer,

@@ -1,6 +1,6 @@
-"""The scheduler process.
+"""The detokenizer process, of every model.
 
-    python -m crosspool.frontend.scheduler_process --deployment FILE
+    python -m crosspool.server.detokenizer_process --deployment FILE
 
 Exit status 0 after SIGTERM, 2 for a user's mistake (told on stderr), 1 for anything else.
 """
@@ -11,18 +11,18 @@ from collections.abc import Sequence
 
 from crosspool.config.deployment import Deployment
 from crosspool.frontend import compat
-from crosspool.frontend.process import leave, run
+from crosspool.server.process import leave, run
 
 
 def serve(deployment: Deployment) -> None:
     compat.install()
-    from crosspool.frontend.scheduler_loop import SchedulerLoop
+    from crosspool.frontend import detokenizer
 
-    SchedulerLoop(deployment).run()
+    detokenizer.serve(deployment)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run("scheduler", serve, argv)
+    return run("detokenizer", serve, argv)
 
 
 if __name__ == "__main__":

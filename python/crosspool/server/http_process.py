@@ -1,6 +1,6 @@
 """The HTTP process: SGLang's tokenizer managers and applications of every model behind one port.
 
-    python -m crosspool.frontend.http_process --deployment FILE
+    python -m crosspool.server.http_process --deployment FILE
 
 It listens at once and answers ``/health`` with 503 until every process is ready and every model has
 generated a token. SIGTERM lets requests in flight end, for ``drain_timeout`` seconds at most. Exit
@@ -25,8 +25,8 @@ import zmq.asyncio
 from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.process import freeze_heap
 from crosspool.frontend import compat
-from crosspool.frontend.app import App, State
-from crosspool.frontend.process import leave, run
+from crosspool.server.app import App, State
+from crosspool.server.process import leave, run
 from crosspool.transport import admin
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _STATUS_SECONDS = 0.5
-_ASK_SECONDS = 10.0
 _SILENCE_SECONDS = 15.0
 """A scheduler that has not answered for so long is taken for dead."""
 _KEEP_ALIVE_SECONDS = 75
@@ -59,7 +58,8 @@ class HttpProcess:
         self._deployment = deployment
         self._state = State()
         self._context = zmq.asyncio.Context()
-        self._app = App(deployment, self._state, self._ask)
+        self._scheduler = admin.AsyncAdmin(self._context, deployment.admin_address)
+        self._app = App(deployment, self._state, self._scheduler)
         self._answered = time.monotonic()
         self._ending = asyncio.Event()
 
@@ -123,12 +123,12 @@ class HttpProcess:
             self._state.message = f"preparing {config.name}"
             await asyncio.sleep(0)  # let waiting health checks be answered in between
             models.append(model_app.ModelApp(self._deployment, index))
-        while not self._state.status.get("ready"):
-            self._state.message = self._state.status.get("message", "waiting for the scheduler")
+        while (status := self._state.status) is None or not status.ready:
+            self._state.message = status.message if status else "waiting for the scheduler"
             await asyncio.sleep(0.05)
         self._state.message = "warming up"
-        for model, status in zip(models, self._state.status["models"], strict=True):
-            pool_tokens = self._deployment.kv_pool_bytes // status["kv_bytes_per_token"]
+        for model, now in zip(models, status.models, strict=True):
+            pool_tokens = self._deployment.kv_pool_bytes // now.kv_bytes_per_token
             await model.start(pool_tokens)
             if not self._deployment.sglang.get("skip_server_warmup"):
                 await model.warm_up()
@@ -143,10 +143,10 @@ class HttpProcess:
         """Keeps the status fresh and notices when the deployment has failed."""
         while True:
             with contextlib.suppress(admin.AdminError):
-                self._state.status = await self._ask("status", timeout=2.0)
+                status = self._state.status = await self._scheduler.status(timeout=2.0)
                 self._answered = time.monotonic()
-                if self._state.ready and not self._state.status["ready"]:
-                    self._fail(self._state.status["message"])
+                if self._state.ready and not status.ready:
+                    self._fail(status.message)
             if self._state.ready and time.monotonic() - self._answered > _SILENCE_SECONDS:
                 self._fail("the scheduler does not answer")
             await asyncio.sleep(_STATUS_SECONDS)
@@ -157,9 +157,6 @@ class HttpProcess:
         self._state.message = cause
         for model in self._state.models.values():
             model.manager.fail_all(cause, 503)
-
-    async def _ask(self, what: admin.What, timeout: float = _ASK_SECONDS) -> Any:
-        return await admin.ask_async(self._context, self._deployment.admin_address, what, timeout)
 
 
 def _import_model_app() -> Any:

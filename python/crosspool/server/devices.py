@@ -1,5 +1,5 @@
-"""The device processes, seen from the scheduler: the control path's ROUTER, who is ready, and
-questions put to all of them."""
+"""The device processes, seen from the scheduler: the control path's ROUTER, which devices are
+ready, and questions put to all of them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import zmq
 
 from crosspool.config.deployment import Deployment
+from crosspool.transport.inspection import DeviceStatus, InspectWhat, Report
 from crosspool.transport.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
@@ -22,7 +23,6 @@ from crosspool.transport.messages import (
     FromDevice,
     Inspect,
     Inspected,
-    InspectWhat,
     Ready,
     StepResult,
     ToDevice,
@@ -33,18 +33,23 @@ from crosspool.transport.messages import (
 log = logging.getLogger(__name__)
 
 INSPECT_SECONDS = 8.0
+"""Time for every device to reply to a question."""
 
 
 class DeviceGone(RuntimeError):
     """A device process has failed or cannot be reached; the message is meant for the user."""
 
 
+Done = Callable[[Report | None, str | None], None]
+"""Takes what all devices replied, or the reason why there is no reply."""
+
+
 @dataclass
 class _Question:
-    done: Callable[[list[Inspected] | None, str], None]
+    done: Done
     deadline: float
-    missing: set[str]
-    answers: list[Inspected] = field(default_factory=list)
+    reports: dict[str, Report | None]
+    """What each device replied, in the deployment's order; None until it does."""
 
 
 class Devices:
@@ -54,7 +59,7 @@ class Devices:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], deployment: Deployment) -> None:
         self._names = [device.name for device in deployment.devices]
         self._kv_names = [device.name for device in deployment.kv_pool_devices]
-        self.ready: dict[str, Ready] = {}
+        self._ready: dict[str, Ready] = {}
         self._questions: dict[int, _Question] = {}
         self._ids = itertools.count(1)
         self.socket = context.socket(zmq.ROUTER)
@@ -68,19 +73,32 @@ class Devices:
 
     @property
     def all_ready(self) -> bool:
-        return len(self.ready) == len(self._names)
+        return len(self._ready) == len(self._names)
 
     @property
     def progress(self) -> str:
-        waiting = [name for name in self._names if name not in self.ready]
+        waiting = [name for name in self._names if name not in self._ready]
         return f"loading on {', '.join(waiting)}" if waiting else "ready"
 
+    def status(self) -> list[DeviceStatus]:
+        ready = [(name, self._ready.get(name)) for name in self._names]
+        return [
+            DeviceStatus(
+                name=name,
+                ready=told is not None,
+                pid=told.pid if told else None,
+                ranks=told.ranks if told else [],
+            )
+            for name, told in ready
+        ]
+
     def send(self, attention_rank: int, message: ToDevice) -> None:
-        """To the device of ``attention_rank``. Raises DeviceGone when it is not connected."""
+        """Sends ``message`` to the device of ``attention_rank``. Raises DeviceGone when it is not
+        connected."""
         self._send(self._kv_names[attention_rank], message)
 
     def broadcast(self, message: ToDevice) -> None:
-        """To every device that is still connected."""
+        """Sends ``message`` to every device that is still connected."""
         for name in self._names:
             try:
                 self._send(name, message)
@@ -94,8 +112,8 @@ class Devices:
             raise DeviceGone(f"device {name} cannot be reached: {error}") from error
 
     def receive(self) -> tuple[int, StepResult] | None:
-        """Handles the next message; returns a step's result with its attention rank, or None
-        when no message is left. Raises DeviceGone for a device that has failed."""
+        """Handles messages up to the next result of a step; returns that with its attention rank,
+        or None when no message is left. Raises DeviceGone for a device that has failed."""
         while True:
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -103,12 +121,12 @@ class Devices:
                 return None
             name = frames[0].decode(errors="replace")
             if name not in self._names or len(frames) != 2:
-                log.error("dropped a message of unknown device %r", name)
+                log.error("dropped a message from unknown device %r", name)
                 continue
             try:
                 message = decode_from_device(frames[1])
             except msgspec.DecodeError as error:
-                raise DeviceGone(f"device {name} sent a message we cannot read: {error}") from error
+                raise DeviceGone(f"device {name} sent an unreadable message: {error}") from error
             if isinstance(message, StepResult):
                 return self._kv_names.index(name), message
             self._handle(name, message)
@@ -122,25 +140,21 @@ class Devices:
                     f"device {name} speaks version {message.version} of the control path, "
                     f"this scheduler version {PROTOCOL_VERSION}"
                 )
-            self.ready[name] = message
-            log.info("device %s is ready (%d of %d)", name, len(self.ready), len(self._names))
+            self._ready[name] = message
+            log.info("device %s is ready (%d of %d)", name, len(self._ready), len(self._names))
         elif isinstance(message, Inspected) and message.id in self._questions:
             question = self._questions[message.id]
-            question.answers.append(message)
-            question.missing.discard(name)
-            if not question.missing:
+            question.reports[name] = message.report
+            reports = [report for report in question.reports.values() if report is not None]
+            if len(reports) == len(self._names):
                 del self._questions[message.id]
-                question.answers.sort(key=lambda answer: self._names.index(answer.device))
-                question.done(question.answers, "")
+                question.done(Report.joined(reports), None)
 
-    def inspect(
-        self, what: InspectWhat, done: Callable[[list[Inspected] | None, str], None]
-    ) -> None:
-        """Asks every device; ``done`` gets their answers in the deployment's order, or None and
-        the reason, within :data:`INSPECT_SECONDS`."""
+    def inspect(self, what: InspectWhat, done: Done) -> None:
+        """Asks every device; calls ``done`` within :data:`INSPECT_SECONDS`."""
         number = next(self._ids)
         deadline = time.monotonic() + INSPECT_SECONDS
-        self._questions[number] = _Question(done, deadline, set(self._names))
+        self._questions[number] = _Question(done, deadline, dict.fromkeys(self._names))
         try:
             for name in self._names:
                 self._send(name, Inspect(id=number, what=what))
@@ -153,4 +167,5 @@ class Devices:
         late = [number for number, q in self._questions.items() if q.deadline <= now]
         for number in late:
             question = self._questions.pop(number)
-            question.done(None, f"no answer from {', '.join(sorted(question.missing))}")
+            silent = sorted(name for name, report in question.reports.items() if report is None)
+            question.done(None, f"no reply from {', '.join(silent)} within {INSPECT_SECONDS:g} s")

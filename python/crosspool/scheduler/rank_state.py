@@ -1,41 +1,24 @@
-"""The scheduler's picture of one attention rank: who runs there, and which steps are in flight."""
+"""What the scheduler knows of one attention rank: its requests, and its steps in flight."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from itertools import count
 
 from crosspool.kvpool.layout import KVLayout
 from crosspool.scheduler.chunk_budget import ChunkBudget
+from crosspool.scheduler.flight import StepInFlight
 from crosspool.scheduler.promises import Promises
 from crosspool.scheduler.sequence import Sequence
 from crosspool.transport.messages import Open, Recall, Release, Row, Step, StepResult
 
 
-@dataclass(frozen=True)
-class Flight:
-    """A step that the rank has not answered yet; with a lease, the next of its steps."""
+class RankState:
+    """Indices and numbers: ``model`` is an index into the deployment's models, a request's number
+    is ``Sequence.number``, a step's is counted by the rank."""
 
-    step: int
-    model: int
-    issued: float
-    sequences: list[Sequence]
-    rows: list[Row]
-    lease: int = 1
-    """Steps that may be answered yet."""
-    recalled: bool = False
-
-    @cached_property
-    def prompt_tokens(self) -> int:
-        """Prompt tokens that it takes."""
-        pairs = zip(self.sequences, self.rows, strict=True)
-        return sum(len(row.tokens) for seq, row in pairs if row.start < seq.prompt_len)
-
-
-class AttentionRank:
     def __init__(
         self, index: int, promises: Promises, layouts: list[KVLayout], budget: ChunkBudget
     ) -> None:
@@ -43,31 +26,32 @@ class AttentionRank:
         self.promises = promises
         self.budget = budget
         self.running: list[dict[int, Sequence]] = [{} for _ in layouts]
-        """Per model the requests that run here, by number, in order of admission."""
+        """Requests that run here, indexed [model][number], in order of admission."""
         self.paused: list[dict[int, Sequence]] = [{} for _ in layouts]
-        """Those of them that wait for further pages."""
-        self.flights: dict[int, Flight] = {}
-        """Steps in flight by model: one each."""
+        """Running requests that wait for more pages, indexed [model][number]."""
+        self.flights: dict[int, StepInFlight] = {}
+        """The step in flight of each model that has one."""
         self.last_step = [-1] * len(layouts)
-        """Per model the number of its latest step."""
+        """Number of each model's latest step; -1 before its first."""
         self.last_prompt_step = [-1] * len(layouts)
-        """Per model the number of its latest step that took prompt tokens."""
+        """Number of each model's latest step that took prompt tokens; -1 before its first."""
         self.delayed: set[int] = set()
         """Models whose requests have waited for a prompt chunk and not had a token since."""
         self.version = 0
-        """Changes whenever somebody may be promised pages to whom they were refused before."""
+        """Changes whenever a request that was refused pages before might get them now."""
         self._layouts = layouts
         self._step_numbers = count()
         self._ended: list[Sequence] = []
         self._forget: dict[int, list[int]] = defaultdict(list)
-        """Per model the requests that the rank is still to be told to forget."""
+        """Requests of each model that the rank has yet to be told to forget."""
         self._asked = -1
         """The version at which the paused requests last asked in vain."""
 
-    # --- who comes, and who goes on
+    # --- admission and promises
 
     def admit(self, seq: Sequence) -> bool:
-        """Nobody comes in while somebody who is in waits for pages."""
+        """Admits ``seq`` if it can be promised pages; nobody is admitted while a running request
+        waits for pages."""
         if any(self.paused) or not self.promises.admit(seq):
             return False
         seq.rank = self.index
@@ -75,9 +59,9 @@ class AttentionRank:
         return True
 
     def extend(self) -> Iterator[Sequence]:
-        """Promises further pages to those who have filled theirs, first admitted first, or pauses
-        them; yields each that is paused from now on."""
-        if not self.promises.grow:
+        """Promises more pages to requests that have filled theirs, in order of admission, or pauses
+        them; yields each request that is paused from now on."""
+        if not self.promises.rule.grows:
             return
         for running, paused in zip(self.running, self.paused, strict=True):
             for seq in running.values():
@@ -100,21 +84,21 @@ class AttentionRank:
     # --- steps
 
     @property
-    def answering(self) -> set[int]:
-        """Models of which a request wants its next token, not its first."""
+    def generating(self) -> set[int]:
+        """Models with a request that has output and waits for its next token."""
         return {
             model
             for model, running in enumerate(self.running)
             if any(
-                seq.answering and seq.number not in self.paused[model] for seq in running.values()
+                seq.has_output and seq.number not in self.paused[model] for seq in running.values()
             )
         }
 
     def launch(
         self, model: int, batch: Iterable[tuple[Sequence, int]], now: float, lease_steps: int
     ) -> Step:
-        """Makes the step that takes so many further tokens of each request in ``batch``, with a
-        lease of ``lease_steps`` at most."""
+        """Makes the next step of ``model``: ``batch`` has the requests and how many tokens the step
+        takes of each; the lease is ``lease_steps`` at most."""
         batch = list(batch)
         lease = self._lease(model, batch, lease_steps)
         sequences: list[Sequence] = []
@@ -133,7 +117,7 @@ class AttentionRank:
         number = next(self._step_numbers)
         self.last_step[model] = number
         self.budget.share_out(self.flights.values(), now)
-        flight = self.flights[model] = Flight(number, model, now, sequences, rows, lease)
+        flight = self.flights[model] = StepInFlight(number, model, now, sequences, rows, lease)
         if flight.prompt_tokens:
             self.last_prompt_step[model] = number
         return Step(
@@ -141,7 +125,8 @@ class AttentionRank:
         )
 
     def _lease(self, model: int, batch: list[tuple[Sequence, int]], most: int) -> int:
-        """For how many steps everybody in ``batch`` may go on, by pages and by length."""
+        """Number of steps, ``most`` at most, for which every request in ``batch`` has pages and may
+        grow longer."""
         for seq, tokens in batch:
             known = len(seq.tokens)
             if not seq.leasable or seq.computed + tokens < known:
@@ -150,26 +135,30 @@ class AttentionRank:
             most = min(most, seq.limit - known, slots - known + 1)
         return max(most, 1)
 
-    def recall(self, flight: Flight) -> Recall:
-        """Ends the lease of ``flight``; steps of it may be answered yet."""
+    def recall(self, flight: StepInFlight) -> Recall:
+        """Ends the lease of ``flight``; results of some more of its steps may still come."""
         self.flights[flight.model] = replace(flight, recalled=True)
         return Recall(step=flight.step)
 
-    def land(self, result: StepResult, now: float) -> Flight:
-        """The step that ``result`` answers; the next of its lease takes its place. Raises
-        ValueError when it answers none, or not every row of it."""
+    def land(self, result: StepResult, now: float) -> StepInFlight:
+        """Returns the step that ``result`` belongs to, which ends; the next step of its lease takes
+        its place. Raises ValueError when ``result`` fits no step in flight, or not its rows."""
         flight = next((f for f in self.flights.values() if f.step == result.step), None)
         if flight is None:
-            raise ValueError(f"attention rank {self.index} answered unknown step {result.step}")
-        asked = [(row.request, row.sample) for row in flight.rows]
-        answered = [(row.request, row.token >= 0) for row in result.rows]
-        if asked != answered:
             raise ValueError(
-                f"attention rank {self.index} answered step {result.step} with rows "
-                f"(request, sampled) {answered} where {asked} were asked for"
+                f"attention rank {self.index} sent a result of unknown step {result.step}"
+            )
+        asked = [(row.request, row.sample) for row in flight.rows]
+        got = [(row.request, row.token >= 0) for row in result.rows]
+        if asked != got:
+            raise ValueError(
+                f"attention rank {self.index} sent rows (request, sampled) {got} as the result of "
+                f"step {result.step}, which has {asked}"
             )
         if result.more and flight.lease == 1:
-            raise ValueError(f"attention rank {self.index} outdid the lease of step {result.step}")
+            raise ValueError(
+                f"attention rank {self.index} goes on with step {result.step}, whose lease is over"
+            )
         self.budget.share_out(self.flights.values(), now)
         self.budget.landed(flight)
         del self.flights[flight.model]
@@ -178,17 +167,17 @@ class AttentionRank:
                 Row(
                     request=row.request,
                     start=row.start + len(row.tokens),
-                    tokens=[answer.token],
+                    tokens=[done.token],
                     pages=[],
                     sample=True,
                 )
-                for row, answer in zip(flight.rows, result.rows, strict=True)
+                for row, done in zip(flight.rows, result.rows, strict=True)
             ]
             self.flights[flight.model] = replace(
                 flight, issued=now, rows=rows, lease=flight.lease - 1
             )
         if flight.prompt_tokens:
-            self.delayed = self.answering
+            self.delayed = self.generating
         self.delayed.discard(flight.model)
         for seq, row in zip(flight.sequences, flight.rows, strict=True):
             seq.in_flight = result.more
@@ -202,10 +191,10 @@ class AttentionRank:
                 seq.computed += 1
         return flight
 
-    # --- who leaves
+    # --- the end of requests
 
     def retire(self, seq: Sequence) -> None:
-        """``seq`` runs no more; its pages are given back after its step in flight, if any."""
+        """``seq`` stops running; its pages are taken back after its step in flight, if any."""
         del self.running[seq.model][seq.number]
         self.paused[seq.model].pop(seq.number, None)
         self.version += 1
@@ -213,7 +202,7 @@ class AttentionRank:
             self._ended.append(seq)
 
     def reclaim(self) -> None:
-        """Takes back the pages of every request that has ended."""
+        """Takes back the pages of every request that has ended and is in no step."""
         for seq in self._ended:
             if seq.opened:
                 self._forget[seq.model].append(seq.number)
@@ -222,7 +211,7 @@ class AttentionRank:
         self._ended.clear()
 
     def releases(self) -> list[Release]:
-        """What the rank has to be told since the last call."""
+        """What to tell the rank about requests and chunks given up since the last call."""
         forget, self._forget = self._forget, defaultdict(list)
         unmap = self.promises.chunks_to_unmap()
         return [
