@@ -17,7 +17,7 @@ from crosspool.cli.supervisor import Loss, Supervisor
 from crosspool.config import gpu
 from crosspool.config.deployment import Deployment, save
 from crosspool.config.device import Device
-from crosspool.config.draft import Draft
+from crosspool.config.options import Options
 from crosspool.config.process import set_title
 from crosspool.config.runtime_dir import RuntimeDir
 from crosspool.models.spec import DTYPE_BYTES
@@ -30,12 +30,12 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def launch(draft: Draft) -> int:
+def launch(options: Options) -> int:
     """Serves until a signal or a loss; returns the exit status (see Supervisor.run).
 
-    Raises ConfigError before anything is started when the draft cannot work."""
+    Raises ConfigError before anything is started when the options cannot work."""
     set_title("launcher")
-    prepared = prepare(draft)
+    prepared = prepare(options)
     runtime = RuntimeDir()
     lanes_fd: int | None = None
     try:

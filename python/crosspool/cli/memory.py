@@ -12,6 +12,8 @@ from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.device import Device
 from crosspool.config.gpu import gpu_of, visible_gpus
 from crosspool.config.sizes import format_size
+from crosspool.kvpool.bounds import Bounds
+from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import ModelSpec
 from crosspool.weightpool.placement import Placement, attention_bytes
 
@@ -24,7 +26,7 @@ captured graphs and what a step works in."""
 
 
 @dataclass(frozen=True)
-class Memory:
+class SystemMemory:
     """One memory, and the devices of the deployment that draw from it."""
 
     name: str
@@ -34,14 +36,14 @@ class Memory:
     devices: tuple[Device, ...]
 
 
-def memories(devices: Sequence[Device]) -> list[Memory]:
+def memories(devices: Sequence[Device]) -> list[SystemMemory]:
     """Of the devices; each of them is in one.
 
     Raises ConfigError for a GPU that is not there."""
     found = []
     cpus = tuple(device for device in devices if device.is_cpu)
     if cpus:
-        found.append(Memory("memory", psutil.virtual_memory().available, cpus))
+        found.append(SystemMemory("memory", psutil.virtual_memory().available, cpus))
     named = [device for device in devices if not device.is_cpu]
     try:
         gpus = visible_gpus() if named else []
@@ -49,7 +51,7 @@ def memories(devices: Sequence[Device]) -> list[Memory]:
         raise ConfigError(f"{', '.join(device.name for device in named)}: {error}") from None
     for device in named:
         free = int(gpu_of(device, gpus).free_bytes * GPU_SHARE)
-        found.append(Memory(f"memory of {device.name}", free, (device,)))
+        found.append(SystemMemory(f"memory of {device.name}", free, (device,)))
     return found
 
 
@@ -57,7 +59,7 @@ def default_kv_bytes(
     deployment: Deployment,
     specs: Sequence[ModelSpec],
     placement: Placement,
-    found: Sequence[Memory],
+    found: Sequence[SystemMemory],
 ) -> int:
     """Bytes of the KV pool where the user names none: on the host a share of what is available, on
     GPUs what the weights leave of the one that has least."""
@@ -76,7 +78,7 @@ def check_memory(
     deployment: Deployment,
     specs: Sequence[ModelSpec],
     placement: Placement,
-    found: Sequence[Memory],
+    found: Sequence[SystemMemory],
 ) -> None:
     """Raises ConfigError when a memory is too small for what its devices will hold."""
     per_rank = deployment.kv_pool_bytes // len(deployment.kv_pool_devices)
@@ -93,8 +95,54 @@ def check_memory(
             )
 
 
+def check_kv_bounds(d: Deployment, specs: Sequence[ModelSpec]) -> None:
+    """Floors fit together, and one request as long as each model's context fits into what its
+    promises can reach on one attention rank."""
+    bounds, ranks = Bounds.of(d), len(d.kv_pool_devices)
+    if sum(bounds.floors) > bounds.budget:
+        floors = sum(bounds.floors) * d.chunk_bytes * ranks
+        raise ConfigError(
+            f"kv_floor_bytes: the floors of all models come to {format_size(floors)} in whole "
+            f"chunks, more than the KV pool's {format_size(d.kv_pool_bytes)}: lower them or give "
+            "a larger --kv-pool-bytes"
+        )
+    for index, (model, spec) in enumerate(zip(d.models, specs, strict=True)):
+        layout = KVLayout(spec, d.page_size, d.chunk_bytes)
+        chunks = -(-layout.pages_for(spec.context) * layout.page_bytes // layout.chunk_bytes)
+        if bounds.ceilings[index] < bounds.floors[index]:
+            raise ConfigError(
+                f"kv_ceiling_bytes of {model.name}: {model.kv_ceiling_bytes} is below its "
+                f"kv_floor_bytes, {model.kv_floor_bytes} (in whole chunks of each device)"
+            )
+        if chunks > bounds.reach(index):
+            raise ConfigError(_too_long(d, index, spec, layout))
+
+
+def _too_long(d: Deployment, index: int, spec: ModelSpec, layout: KVLayout) -> str:
+    """Why one request of the model's context does not fit, and what would make it."""
+    bounds, model, ranks = Bounds.of(d), d.models[index], len(d.kv_pool_devices)
+    name = model.name
+    chunks = -(-layout.pages_for(spec.context) * layout.page_bytes // layout.chunk_bytes)
+    needed = chunks * d.chunk_bytes * ranks
+    tokens = layout.pages_in(bounds.reach(index)) * layout.page_size
+    shorter = f"--context-length {tokens}, or " if tokens else ""
+    request = f"do not hold one request of {spec.context} tokens, the context of {name}"
+    if chunks > bounds.ceilings[index] and model.kv_ceiling_bytes is not None:
+        return (
+            f"kv_ceiling_bytes of {name}: {format_size(model.kv_ceiling_bytes)} on {ranks} "
+            f"device(s) {request}: give {shorter}a ceiling of {needed} ({format_size(needed)})"
+        )
+    others = (sum(bounds.floors) - bounds.floors[index]) * d.chunk_bytes * ranks
+    beside = f" beside the floors of other models, {format_size(others)}," if others else ""
+    needed += others
+    return (
+        f"kv_pool_bytes: {format_size(d.kv_pool_bytes)} on {ranks} device(s){beside} {request}: "
+        f"give {shorter}--kv-pool-bytes {needed} ({format_size(needed)})"
+    )
+
+
 def _weights(
-    memory: Memory, deployment: Deployment, specs: Sequence[ModelSpec], placement: Placement
+    memory: SystemMemory, deployment: Deployment, specs: Sequence[ModelSpec], placement: Placement
 ) -> tuple[int, int]:
     """Bytes of FFN weights and of attention weights in one memory."""
     ffn = sum(
@@ -106,5 +154,5 @@ def _weights(
     return ffn, attention
 
 
-def _count(memory: Memory, pool: Sequence[Device]) -> int:
+def _count(memory: SystemMemory, pool: Sequence[Device]) -> int:
     return sum(device in memory.devices for device in pool)
