@@ -198,7 +198,7 @@ def test_floors_and_ceilings_are_read(tmp_path: Path) -> None:
         ),
         (
             ({"kv_floor_bytes": "20MiB", "kv_ceiling_bytes": "18MiB"},),
-            "kv_ceiling_bytes of m0: 18874368 is below its kv_floor_bytes, 20971520",
+            "kv_ceiling_bytes of m0: 18MiB is below its kv_floor_bytes, 20MiB",
         ),
         (
             ({"kv_ceiling_bytes": "15MiB"},),

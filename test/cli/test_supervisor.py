@@ -209,7 +209,7 @@ def test_stubborn_process_is_killed_after_the_drain_timeout(run) -> None:
     server.wait_for("ready")
     server.process.send_signal(signal.SIGINT)
     assert server.end() == 0
-    assert "say killing http: no end after SIGTERM" in server.log
+    assert "say killing http, which did not end after SIGTERM" in server.log
     assert not server.orphans()
 
 

@@ -1,4 +1,4 @@
-"""Runs one deployment: its runtime folder, its processes, and what the user sees of them."""
+"""Runs one deployment: its runtime folder, its processes, and what the launcher prints of them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from crosspool.config.device import Device
 from crosspool.config.options import Options
 from crosspool.config.process import set_title
 from crosspool.config.runtime_dir import RuntimeDir
+from crosspool.config.sizes import format_size
 from crosspool.models.spec import DTYPE_BYTES
 from crosspool.observability.pools_table import make_console, pools_tables
 from crosspool.transport import admin, shared_memory
 from crosspool.transport.data_path import remote_pairs
+from crosspool.weightpool.placement import attention_bytes
 
 _CHECK_SECONDS = 2.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -31,7 +33,8 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARA
 
 
 def launch(options: Options) -> int:
-    """Serves until a signal or a loss; returns the exit status (see Supervisor.run).
+    """Serves until a signal comes or a process is lost; returns the exit status of
+    :meth:`Supervisor.run`.
 
     Raises ConfigError before anything is started when the options cannot work."""
     set_title("launcher")
@@ -64,7 +67,7 @@ def launch(options: Options) -> int:
 
 
 def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[ProcessSpec]:
-    """A process for each device."""
+    """One process for each device."""
     lanes = [] if lanes_fd is None else ["--lanes-fd", str(lanes_fd)]
     return [
         ProcessSpec(
@@ -94,7 +97,8 @@ def front_end(deployment: Deployment) -> list[ProcessSpec]:
 
 
 def fork_server(deployment: Deployment) -> ProcessSpec:
-    """Imports SGLang once for all of them: it takes longer than anything else at the start."""
+    """The process that imports SGLang once for the front end's processes: this takes longer than
+    anything else at the start."""
     return ProcessSpec(
         name="front end",
         argv=_module("frontend.fork_server", deployment),
@@ -113,18 +117,18 @@ def _device_environment(device: Device) -> dict[str, str]:
 
 
 def _threads(count: int) -> dict[str, str]:
-    """Between two kernels torch's threads sleep: spinning ones would take the cores from the front
-    end's processes, which live beside them."""
+    """Environment of a process with ``count`` threads for torch. They sleep between two kernels:
+    spinning ones would take the cores from the front end's processes."""
     return {**dict.fromkeys(_THREAD_VARIABLES, str(count)), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def _max_hidden_bytes(prepared: Prepared) -> int:
-    """Bytes of the widest hidden state among the models, one row of it."""
+    """Bytes of one row of the widest hidden states among the models."""
     return max(spec.hidden * DTYPE_BYTES[spec.dtype] for spec in prepared.specs)
 
 
 class _Face:
-    """What the launcher says to the user, asks the server and tells the scheduler."""
+    """What the launcher prints for the user, asks the server and tells the scheduler."""
 
     def __init__(self, prepared: Prepared, deployment: Deployment) -> None:
         self._prepared = prepared
@@ -134,14 +138,28 @@ class _Face:
         self._ready_devices: set[str] = set()
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(deployment.host, deployment.host)
         self._url = f"http://{f'[{host}]' if ':' in host else host}:{deployment.port}"
-        count = len(deployment.models)
-        self.say(f"starting {count} model{'s' if count > 1 else ''} in {deployment.runtime_dir}")
+        self._scheduler_answers = False
+        self._announce()
+
+    def _announce(self) -> None:
+        deployment, placement = self._deployment, self._prepared.placement
+        devices = ", ".join(device.name for device in deployment.devices)
+        self.say(f"starting on {devices}; sockets are in {deployment.runtime_dir}")
+        for index, (model, spec) in enumerate(
+            zip(deployment.models, self._prepared.specs, strict=True)
+        ):
+            ffn = sum(held[index] for held in placement.weight_bytes)
+            self.say(
+                f"  {model.name}: {spec.dtype}, {format_size(attention_bytes(spec))} of attention "
+                f"weights, {format_size(ffn)} of FFN weights, context of {spec.context:,} tokens"
+            )
+        self.say("importing SGLang, which takes longer than anything else at the start")
 
     def say(self, text: str) -> None:
         self._console.print(f"crosspool: {text}", markup=False)
 
     def is_ready(self) -> bool:
-        """Tells of every device that has become ready since it was asked last."""
+        """Whether requests can be served; prints a line for each device that has become ready."""
         return self._all_devices_ready() and self._http_ready()
 
     def _all_devices_ready(self) -> bool:
@@ -151,6 +169,9 @@ class _Face:
             status = admin.ask(self._deployment.admin_address, "status", _CHECK_SECONDS)
         except admin.AdminError:
             return False
+        if not self._scheduler_answers:
+            self._scheduler_answers = True
+            self.say(f"SGLang is imported ({self._elapsed})")
         for device in status["devices"]:
             if device["ready"] and device["name"] not in self._ready_devices:
                 self._ready_devices.add(device["name"])
@@ -189,10 +210,11 @@ class _Face:
         )
 
     def tell_scheduler(self, loss: Loss) -> None:
-        """Lets the scheduler end every request that needed a lost device with 503."""
+        """Tells the scheduler of a lost device, so that it ends with 503 every request that needed
+        the device."""
         if loss.spec.device is None:
             return
         try:
             admin.rank_gone(self._deployment.admin_address, loss.spec.device, loss.cause)
         except admin.AdminError as error:
-            self.say(f"the scheduler does not hear of it: {error}")
+            self.say(f"the scheduler cannot be told of this loss: {error}")

@@ -1,5 +1,6 @@
-"""The memories that a deployment's devices draw from: the host's, shared by all CPU devices, and
-each GPU's own. What each must hold, and how much the KV pool takes where the user names no size."""
+"""The memories that a deployment's devices draw from: the host's, which all CPU devices share, and
+each GPU's own. Here is what each must hold, how much the KV pool takes when the user names no size,
+and whether it holds the requests that it must."""
 
 from __future__ import annotations
 
@@ -11,18 +12,19 @@ import psutil
 from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.device import Device
 from crosspool.config.gpu import gpu_of, visible_gpus
-from crosspool.config.sizes import format_size
+from crosspool.config.sizes import exact_size, format_size
 from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import ModelSpec
 from crosspool.weightpool.placement import Placement, attention_bytes
 
 KV_POOL_SHARE = 0.2
-"""Part of the host's available memory that the KV pool takes when the user names no size."""
+"""Share of the host's available memory that the KV pool takes when the user names no size."""
 KV_POOL_DEFAULT_LIMIT = 4 << 30
+"""Most bytes that it then takes."""
 GPU_SHARE = 0.92
-"""Part of a GPU's free memory that weights and KV pool may take: the rest is for the CUDA context,
-captured graphs and what a step works in."""
+"""Share of a GPU's free memory that weights and KV pool may take: the rest is for the CUDA context,
+captured graphs and the scratch memory of a step."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,14 @@ class SystemMemory:
     """One memory, and the devices of the deployment that draw from it."""
 
     name: str
-    """For the user: ``memory``, ``memory of cuda:0``."""
+    """What messages call it: ``memory``, ``memory of cuda:0``."""
     available: int
     """Bytes that the deployment may take."""
     devices: tuple[Device, ...]
 
 
 def memories(devices: Sequence[Device]) -> list[SystemMemory]:
-    """Of the devices; each of them is in one.
+    """Returns the memories that the devices draw from; each device is in one.
 
     Raises ConfigError for a GPU that is not there."""
     found = []
@@ -61,8 +63,8 @@ def default_kv_bytes(
     placement: Placement,
     found: Sequence[SystemMemory],
 ) -> int:
-    """Bytes of the KV pool where the user names none: on the host a share of what is available, on
-    GPUs what the weights leave of the one that has least."""
+    """Returns the bytes of the KV pool when the user names none: on the host a share of the
+    available memory, on GPUs as many on each as the weights leave on the fullest one."""
     kv = deployment.kv_pool_devices
     if all(device.is_cpu for device in kv):
         return min(int(found[0].available * KV_POOL_SHARE), KV_POOL_DEFAULT_LIMIT)
@@ -89,15 +91,16 @@ def check_memory(
         if needed > memory.available:
             raise ConfigError(
                 f"{format_size(needed)} are needed (KV pool {format_size(kv)}, "
-                f"FFN weights {format_size(ffn)}, attention weights {format_size(attention)}), "
+                f"FFN weights {format_size(ffn)}, attention weights {format_size(attention)}), but "
                 f"{format_size(memory.available)} of {memory.name} are available: serve fewer "
                 "models or lower --kv-pool-bytes"
             )
 
 
 def check_kv_bounds(d: Deployment, specs: Sequence[ModelSpec]) -> None:
-    """Floors fit together, and one request as long as each model's context fits into what its
-    promises can reach on one attention rank."""
+    """Raises ConfigError when the floors do not fit into the pool together, or when the KV memory
+    that a model can be promised on one attention rank does not hold a request as long as its
+    context."""
     bounds, ranks = Bounds.of(d), len(d.kv_pool_devices)
     if sum(bounds.floors) > bounds.budget:
         floors = sum(bounds.floors) * d.chunk_bytes * ranks
@@ -111,15 +114,17 @@ def check_kv_bounds(d: Deployment, specs: Sequence[ModelSpec]) -> None:
         chunks = -(-layout.pages_for(spec.context) * layout.page_bytes // layout.chunk_bytes)
         if bounds.ceilings[index] < bounds.floors[index]:
             raise ConfigError(
-                f"kv_ceiling_bytes of {model.name}: {model.kv_ceiling_bytes} is below its "
-                f"kv_floor_bytes, {model.kv_floor_bytes} (in whole chunks of each device)"
+                f"kv_ceiling_bytes of {model.name}: {exact_size(model.kv_ceiling_bytes or 0)} is "
+                f"below its kv_floor_bytes, {exact_size(model.kv_floor_bytes)} (in whole chunks of "
+                "each device): raise the ceiling or lower the floor"
             )
         if chunks > bounds.reach(index):
             raise ConfigError(_too_long(d, index, spec, layout))
 
 
 def _too_long(d: Deployment, index: int, spec: ModelSpec, layout: KVLayout) -> str:
-    """Why one request of the model's context does not fit, and what would make it."""
+    """Says why one request as long as the model's context does not fit, and what would be
+    enough."""
     bounds, model, ranks = Bounds.of(d), d.models[index], len(d.kv_pool_devices)
     name = model.name
     chunks = -(-layout.pages_for(spec.context) * layout.page_bytes // layout.chunk_bytes)

@@ -1,5 +1,5 @@
-"""From what the user asked for to a deployment that can start: reads the models, fills in what was
-left open, and refuses what cannot work, before any process exists."""
+"""Makes a deployment that can start from what the user asked for: reads the models, fills in what
+was left open, and refuses what cannot work, before any process exists."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAME = re.compile(r"[\w.:+-]+(/[\w.:+-]+)*")
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A deployment ready to start (but for its runtime folder), and its models in order."""
+    """A deployment that is ready to start (but for its runtime folder), and its models in order."""
 
     deployment: Deployment
     specs: tuple[ModelSpec, ...]
@@ -36,7 +36,10 @@ class Prepared:
 
 
 def prepare(options: Options) -> Prepared:
-    """Raises ConfigError for the first thing that is wrong: the field, and what would be right."""
+    """Settles what the options leave open.
+
+    Raises ConfigError for the first thing that is wrong; it names the field and what would be
+    right."""
     models = _models(options)
     specs = tuple(
         read_model(Path(model.path), model.context_length, model.dtype) for model in models
@@ -66,7 +69,7 @@ def prepare(options: Options) -> Prepared:
 
 def _models(options: Options) -> tuple[ModelConfig, ...]:
     if not options.models:
-        raise ConfigError("models: name at least one")
+        raise ConfigError("models: name at least one model")
     models = tuple(
         _model_config(model, f"models[{index}]", options.weight_pool_devices)
         for index, model in enumerate(options.models)
@@ -74,7 +77,8 @@ def _models(options: Options) -> tuple[ModelConfig, ...]:
     for index, model in enumerate(models):
         if model.name in {earlier.name for earlier in models[:index]}:
             raise ConfigError(
-                f"two models are named {model.name!r}: give each its own with --served-model-name"
+                f"two models are named {model.name!r}: give each a name of its own, with "
+                "--served-model-name or with the key `name` of the file"
             )
     return models
 
@@ -84,10 +88,12 @@ def _model_config(options: ModelOptions, where: str, pool: Sequence[Device]) -> 
     if not folder.is_dir():
         raise ConfigError(f"model path {options.path}: no such folder (models are local folders)")
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"model path {options.path}: there is no config.json in it")
+        raise ConfigError(f"model path {options.path}: there is no config.json in this folder")
     name = folder.name if options.name is None else options.name
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"model name {name!r}: use letters, digits and . _ : + - /")
+        raise ConfigError(
+            f"model name {name!r}: a name consists of letters, digits and . _ : + - /"
+        )
     for device in options.weight_pool_devices or ():
         if device not in pool:
             known = ", ".join(device.name for device in pool)
@@ -97,8 +103,8 @@ def _model_config(options: ModelOptions, where: str, pool: Sequence[Device]) -> 
 
 
 def _check_tensors(models: Sequence[ModelConfig], specs: Sequence[ModelSpec]) -> None:
-    """Every tensor is there with its shape: a device would find out only after it has loaded the
-    models before."""
+    """Raises ConfigError when a checkpoint lacks a tensor or has it in another shape. A device
+    would find out only after it had loaded the models before this one."""
     for path, spec in {Path(m.path): spec for m, spec in zip(models, specs, strict=True)}.items():
         layers = (ffn_tensors(spec, layer) for layer in range(spec.layers))
         attention = (ref for _, ref in attention_tensors(spec))
@@ -106,12 +112,15 @@ def _check_tensors(models: Sequence[ModelConfig], specs: Sequence[ModelSpec]) ->
 
 
 def _free_port(host: str, port: int) -> int:
-    """``port`` if nothing listens there, or any free one for 0."""
+    """Returns ``port`` if nothing listens there, or any free port for 0; else raises
+    ConfigError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"port {port} on {host}: {error.strerror}; choose --port") from None
+            raise ConfigError(
+                f"port {port} on {host}: {error.strerror}; choose another --port or --host"
+            ) from None
         return int(probe.getsockname()[1])

@@ -19,7 +19,8 @@ def run(words: Sequence[str], prog: str) -> int:
 
 
 def read_options(words: Sequence[str], prog: str) -> Options:
-    """From ``--config FILE``, beside which only the address may be given, or else from flags."""
+    """Returns what the user asks for, in the file of ``--config`` or by flags. With a file, only
+    the address may be given as flags."""
     if not any(word.partition("=")[0] == _CONFIG_FLAG for word in words):
         return flags.parse(words, prog)
     parser = flags.Parser(prog=prog, allow_abbrev=False)

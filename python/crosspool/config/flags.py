@@ -51,10 +51,10 @@ def _options() -> list[Option]:
     return [*models, *SERVER_OPTIONS.values(), *FLAGS]
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str, usage: str = _USAGE) -> argparse.ArgumentParser:
     parser = Parser(
         prog=prog,
-        usage=_USAGE,
+        usage=usage,
         description="Serves several Mixture-of-Experts models from one KV pool and one weight "
         "pool, behind SGLang's HTTP server and OpenAI API.",
         epilog=EXAMPLES,
@@ -115,19 +115,21 @@ def _converter(option: Option) -> Callable[[str], Any]:
     return convert
 
 
-def parse(argv: Sequence[str], prog: str = "crosspool serve") -> Options:
+def parse(argv: Sequence[str], prog: str = "crosspool serve", usage: str = _USAGE) -> Options:
     """Parses a server command line; ``--help`` prints and exits.
 
     Warns on stderr of flags without effect. Raises ConfigError that names the flag."""
-    arguments, unknown = make_parser(prog).parse_known_args(argv)
+    arguments, unknown = make_parser(prog, usage).parse_known_args(argv)
     for word in unknown:
         name = word.partition("=")[0]
         raise ConfigError(
-            f"{word}: {reason_refused(name)}" if name.startswith("-") else f"{word!r}: no flag"
+            f"{word}: {reason_refused(name)}" if name.startswith("-") else f"{word!r} is no flag"
         )
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     if "path" not in given:
-        raise ConfigError("--model-path is missing: name at least one model's folder")
+        raise ConfigError(
+            "--model-path is missing: name the folder of at least one model, or give --config FILE"
+        )
     count = len(given["path"])
     server: dict[str, Any] = {"sglang": {}}
     models: list[dict[str, Any]] = [{"sglang": {}} for _ in range(count)]

@@ -129,7 +129,10 @@ _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
         ("dp", "dp_size", "data_parallel_size", "pp", "pp_size", "pipeline_parallel_size"),
         "parallelism follows from the pools' devices",
     ),
-    (("quantization", "kv_cache_dtype", "load_format"), "only bfloat16 and float32 safetensors"),
+    (
+        ("quantization", "kv_cache_dtype", "load_format"),
+        "only safetensors in bfloat16 or float32 are supported",
+    ),
     (("speculative",), "speculative decoding is not supported"),
     (("lora", "enable_lora", "max_lora", "max_loras"), "LoRA adapters are not supported"),
     (("disaggregation", "encoder"), "prefill-decode disaggregation is not supported"),
@@ -145,7 +148,7 @@ _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("enable_http2", "ssl", "grpc", "smg"), "put a proxy in front for TLS, HTTP/2 or gRPC"),
     (
         ("cuda_graph", "disable_cuda_graph", "attention_backend", "sampling_backend"),
-        "no such backend",
+        "CrossPool has its own kernels and no other backend",
     ),
     (("revision", "download_dir"), "models are local folders"),
     (
