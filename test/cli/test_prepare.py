@@ -13,6 +13,7 @@ from crosspool.cli.prepare import prepare
 from crosspool.config.deployment import ConfigError
 from crosspool.config.deployment_file import to_options
 from crosspool.config.options import Options
+from crosspool.config.sizes import exact_size
 from support.gpus import pretend_gpus
 from support.hollow import Change, hollow_weights
 
@@ -92,7 +93,7 @@ def test_the_smallest_pool_for_one_request_is_enough(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         prepare(draft(path, kv_pool_bytes=needed - 1))
     said = str(error.value)
-    assert f"--kv-pool-bytes {needed}" in said and "a" in said and "65536" in said
+    assert f"--kv-pool-bytes {exact_size(needed)}" in said and "a" in said and "65536" in said
     tokens = int(said.partition("--context-length ")[2].partition(",")[0])
     shorter = to_options(
         {
@@ -109,7 +110,7 @@ def test_the_smallest_pool_for_one_request_is_enough(tmp_path: Path) -> None:
 def test_every_kv_device_must_hold_a_request(tmp_path: Path) -> None:
     two = [f"cpu:{CORES[0]}", f"cpu:{CORES[1]}"]
     path, needed = model(tmp_path / "a"), 65536 * KV_PER_TOKEN
-    with pytest.raises(ConfigError, match=f"--kv-pool-bytes {2 * needed}"):
+    with pytest.raises(ConfigError, match=f"--kv-pool-bytes {exact_size(2 * needed)}"):
         prepare(draft(path, kv_pool_devices=two, kv_pool_bytes=needed))
     assert prepare(draft(path, kv_pool_devices=two, kv_pool_bytes=2 * needed))
 
@@ -203,13 +204,13 @@ def test_floors_and_ceilings_are_read(tmp_path: Path) -> None:
         (
             ({"kv_ceiling_bytes": "15MiB"},),
             "kv_ceiling_bytes of m0: 15.0 MiB on 1 device(s) do not hold one request of 65536 "
-            "tokens, the context of m0: give --context-length 57344, or a ceiling of 16777216",
+            "tokens, the context of m0: give --context-length 57344, or a ceiling of 16MiB",
         ),
         (
             ({}, {"kv_floor_bytes": "17MiB"}),
             "kv_pool_bytes: 32.0 MiB on 1 device(s) beside the floors of other models, 18.0 MiB, "
             "do not hold one request of 65536 tokens, the context of m0: give --context-length "
-            "57344, or --kv-pool-bytes 35651584",
+            "57344, or --kv-pool-bytes 34MiB",
         ),
         (({"kv_floor_bytes": "much"},), "models[0].kv_floor_bytes: 'much' is no size"),
     ],

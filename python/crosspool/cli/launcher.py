@@ -25,7 +25,6 @@ from crosspool.models.spec import DTYPE_BYTES
 from crosspool.observability.pools_table import make_console, pools_tables
 from crosspool.transport import admin, shared_memory
 from crosspool.transport.data_path import remote_pairs
-from crosspool.weightpool.placement import attention_bytes
 
 _CHECK_SECONDS = 2.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -131,7 +130,6 @@ class _Face:
     """What the launcher prints for the user, asks the server and tells the scheduler."""
 
     def __init__(self, prepared: Prepared, deployment: Deployment) -> None:
-        self._prepared = prepared
         self._deployment = deployment
         self._console = make_console()
         self._began = time.monotonic()
@@ -139,20 +137,13 @@ class _Face:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(deployment.host, deployment.host)
         self._url = f"http://{f'[{host}]' if ':' in host else host}:{deployment.port}"
         self._scheduler_answers = False
-        self._announce()
-
-    def _announce(self) -> None:
-        deployment, placement = self._deployment, self._prepared.placement
+        self._rows = describe(deployment, prepared.specs, prepared.placement)
         devices = ", ".join(device.name for device in deployment.devices)
         self.say(f"starting on {devices}; sockets are in {deployment.runtime_dir}")
-        for index, (model, spec) in enumerate(
-            zip(deployment.models, self._prepared.specs, strict=True)
-        ):
-            ffn = sum(held[index] for held in placement.weight_bytes)
-            self.say(
-                f"  {model.name}: {spec.dtype}, {format_size(attention_bytes(spec))} of attention "
-                f"weights, {format_size(ffn)} of FFN weights, context of {spec.context:,} tokens"
-            )
+        for model in self._rows[1]:
+            weights = format_size(model.attention_weights + model.ffn_weights)
+            context = f"context of {model.context:,} tokens"
+            self.say(f"  {model.name}: {weights} of weights in {model.dtype}, {context}")
         self.say("importing SGLang, which takes longer than anything else at the start")
 
     def say(self, text: str) -> None:
@@ -192,8 +183,7 @@ class _Face:
     def greet(self) -> None:
         """Prints the pools' tables and a line to try."""
         self._console.print()
-        rows = describe(self._deployment, self._prepared.specs, self._prepared.placement)
-        self._console.print(pools_tables(*rows))
+        self._console.print(pools_tables(*self._rows))
         body = {
             "model": self._deployment.models[0].name,
             "prompt": "The import statement",

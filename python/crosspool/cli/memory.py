@@ -110,39 +110,37 @@ def check_kv_bounds(d: Deployment, specs: Sequence[ModelSpec]) -> None:
             "a larger --kv-pool-bytes"
         )
     for index, (model, spec) in enumerate(zip(d.models, specs, strict=True)):
-        layout = KVLayout(spec, d.page_size, d.chunk_bytes)
-        chunks = -(-layout.pages_for(spec.context) * layout.page_bytes // layout.chunk_bytes)
         if bounds.ceilings[index] < bounds.floors[index]:
             raise ConfigError(
                 f"kv_ceiling_bytes of {model.name}: {exact_size(model.kv_ceiling_bytes or 0)} is "
                 f"below its kv_floor_bytes, {exact_size(model.kv_floor_bytes)} (in whole chunks of "
                 "each device): raise the ceiling or lower the floor"
             )
-        if chunks > bounds.reach(index):
-            raise ConfigError(_too_long(d, index, spec, layout))
+        _check_longest(d, bounds, index, spec)
 
 
-def _too_long(d: Deployment, index: int, spec: ModelSpec, layout: KVLayout) -> str:
-    """Says why one request as long as the model's context does not fit, and what would be
-    enough."""
-    bounds, model, ranks = Bounds.of(d), d.models[index], len(d.kv_pool_devices)
-    name = model.name
+def _check_longest(d: Deployment, bounds: Bounds, index: int, spec: ModelSpec) -> None:
+    """Raises ConfigError that says what would be enough when one request as long as the model's
+    context does not fit."""
+    model, ranks = d.models[index], len(d.kv_pool_devices)
+    layout = KVLayout(spec, d.page_size, d.chunk_bytes)
     chunks = -(-layout.pages_for(spec.context) * layout.page_bytes // layout.chunk_bytes)
-    needed = chunks * d.chunk_bytes * ranks
+    if chunks <= bounds.reach(index):
+        return
     tokens = layout.pages_in(bounds.reach(index)) * layout.page_size
     shorter = f"--context-length {tokens}, or " if tokens else ""
-    request = f"do not hold one request of {spec.context} tokens, the context of {name}"
+    needed = chunks * d.chunk_bytes * ranks
+    request = f"do not hold one request of {spec.context} tokens, the context of {model.name}"
     if chunks > bounds.ceilings[index] and model.kv_ceiling_bytes is not None:
-        return (
-            f"kv_ceiling_bytes of {name}: {format_size(model.kv_ceiling_bytes)} on {ranks} "
-            f"device(s) {request}: give {shorter}a ceiling of {needed} ({format_size(needed)})"
+        raise ConfigError(
+            f"kv_ceiling_bytes of {model.name}: {format_size(model.kv_ceiling_bytes)} on {ranks} "
+            f"device(s) {request}: give {shorter}a ceiling of {exact_size(needed)}"
         )
     others = (sum(bounds.floors) - bounds.floors[index]) * d.chunk_bytes * ranks
     beside = f" beside the floors of other models, {format_size(others)}," if others else ""
-    needed += others
-    return (
+    raise ConfigError(
         f"kv_pool_bytes: {format_size(d.kv_pool_bytes)} on {ranks} device(s){beside} {request}: "
-        f"give {shorter}--kv-pool-bytes {needed} ({format_size(needed)})"
+        f"give {shorter}--kv-pool-bytes {exact_size(needed + others)}"
     )
 
 

@@ -44,13 +44,10 @@ def to_options(data: Any, source: str) -> Options:
     """Turns parsed YAML into Options.
 
     Raises ConfigError that names ``source``, the key, what was given and what would be right."""
-    given = _object(data, f"{source}: top level")
+    given = _converted(data, dict[str, Any], f"{source}: top level")
     if "models" not in given:
         raise ConfigError(f"{source}: models is missing")
-    try:
-        models = msgspec.convert(given.pop("models"), list[Any])
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: models: {error}") from None
+    models = _converted(given.pop("models"), list[Any], f"{source}: models")
     return Options(
         models=tuple(
             ModelOptions(**_values(model, MODEL_OPTIONS, source, f"models[{index}]"))
@@ -60,9 +57,9 @@ def to_options(data: Any, source: str) -> Options:
     )
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
+def _converted(value: Any, kind: Any, where: str) -> Any:
     try:
-        return msgspec.convert(value, dict[str, Any])
+        return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -70,7 +67,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 def _values(data: Any, options: Mapping[str, Option], source: str, where: str) -> dict[str, Any]:
     """The checked values of the object at ``where``; ``sglang`` is one of them."""
     dot = "." if where else ""
-    given = _object(data, f"{source}: {where}")
+    given = _converted(data, dict[str, Any], f"{source}: {where}")
     for option in options.values():
         if option.is_required and option.name not in given:
             raise ConfigError(f"{source}: {where}{dot}{option.name} is missing")
@@ -80,7 +77,7 @@ def _values(data: Any, options: Mapping[str, Option], source: str, where: str) -
         if name == "sglang":
             values[name] = {
                 part: _read(_sglang_option(part, key, is_model=bool(where)), one, f"{key}.{part}")
-                for part, one in _object(value, key).items()
+                for part, one in _converted(value, dict[str, Any], key).items()
             }
         elif name in options:
             values[name] = _read(options[name], value, key)

@@ -59,7 +59,9 @@ def parse_devices(text: str) -> tuple[Device, ...]:
         if device.is_cpu:
             missing = set(device.cores) - os.sched_getaffinity(0)
             if missing or not device.cores:
-                raise ValueError(f"{name}: cores {sorted(missing)} are not available to this process")
+                raise ValueError(
+                    f"{name}: cores {sorted(missing)} are not available to this process"
+                )
         if device in devices:
             raise ValueError(f"{name} is named twice")
         devices.append(device)

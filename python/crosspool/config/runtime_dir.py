@@ -87,7 +87,5 @@ def find_running(port: int | None = None) -> Deployment:
         raise ConfigError(f"no CrossPool server of this user runs on this machine{where}")
     if len(found) > 1:
         ports = ", ".join(str(deployment.port) for deployment in found)
-        raise ConfigError(
-            f"several servers run on this machine: choose one with --port ({ports})"
-        )
+        raise ConfigError(f"several servers run on this machine: choose one with --port ({ports})")
     return found[0]

@@ -26,65 +26,37 @@ def _rows(
     )
 
 
+# fmt: off
 FLAGS: tuple[Option, ...] = (
-    *_rows(
-        _MODELS,
-        "sglang",
+    *_rows(_MODELS, "sglang",
         ("tokenizer_path", str, "Folder of the tokenizer. If none is given, it is the model's."),
-        (
-            "tokenizer_mode",
-            Literal["auto", "slow"],
-            "Kind of tokenizer: auto is the fast one where the model has it, slow the Python one.",
-        ),
+        ("tokenizer_mode", Literal["auto", "slow"],
+         "Kind of tokenizer: auto is the fast one where the model has it, slow the Python one."),
         ("trust_remote_code", bool, "Run Python code that lies in the model's folder."),
         ("chat_template", str, "Chat template: the name of a built-in one, or a file."),
         ("hf_chat_template_name", str, "Name of the tokenizer's chat template, if it has several."),
         ("completion_template", str, "Completion template: the name of a built-in one, or a file."),
-        (
-            "default_chat_template_kwargs",
-            dict[str, Any],
-            "Arguments that the chat template gets with every request, as a JSON object.",
-        ),
-        (
-            "reasoning_parser",
-            str,
-            "Parser that separates thinking from output: deepseek-r1, qwen3, ...",
-        ),
+        ("default_chat_template_kwargs", dict[str, Any],
+         "Arguments that the chat template gets with every request, as a JSON object."),
+        ("reasoning_parser", str,
+         "Parser that separates thinking from output: deepseek-r1, qwen3, ..."),
         ("tool_call_parser", str, "Parser of tool calls: qwen25, deepseekv3, glm, ..."),
-        (
-            "preferred_sampling_params",
-            dict[str, Any],
-            "Sampling parameters that /get_model_info recommends, as a JSON object.",
-        ),
-        (
-            "sampling_defaults",
-            Literal["openai", "model"],
-            "Defaults for sampling: those of OpenAI's API, or those of generation_config.json.",
-        ),
+        ("preferred_sampling_params", dict[str, Any],
+         "Sampling parameters that /get_model_info recommends, as a JSON object."),
+        ("sampling_defaults", Literal["openai", "model"],
+         "Defaults for sampling: those of OpenAI's API, or those of generation_config.json."),
         ("weight_version", str, "Name of these weights, which responses carry."),
-        ("stream_interval", int, "Tokens between two pieces of a stream."),
-    ),
-    *_rows(
-        _HTTP,
-        "sglang",
+        ("stream_interval", int, "Tokens between two pieces of a stream.")),
+    *_rows(_HTTP, "sglang",
         ("api_key", str, "Key that clients must send, as `Authorization: Bearer KEY`."),
         ("admin_api_key", str, "Key that the management routes ask for."),
         ("grammar_backend", Literal["xgrammar", "none"], "Library that constrains output."),
-        (
-            "constrained_json_disable_any_whitespace",
-            bool,
-            "Write JSON under a schema without optional whitespace.",
-        ),
-        (
-            "incremental_streaming_output",
-            bool,
-            "Send only the new text in each piece of a /generate stream.",
-        ),
-        (
-            "stream_response_default_include_usage",
-            bool,
-            "End every stream with its usage, as if include_usage were asked for.",
-        ),
+        ("constrained_json_disable_any_whitespace", bool,
+         "Write JSON under a schema without optional whitespace."),
+        ("incremental_streaming_output", bool,
+         "Send only the new text in each piece of a /generate stream."),
+        ("stream_response_default_include_usage", bool,
+         "End every stream with its usage, as if include_usage were asked for."),
         ("batch_notify_size", int, "Stream pieces handed over per turn of the event loop."),
         ("enable_cache_report", bool, "Report cached prompt tokens in the usage of a response."),
         ("allow_auto_truncate", bool, "Cut a prompt that is too long instead of refusing it."),
@@ -92,32 +64,23 @@ FLAGS: tuple[Option, ...] = (
         ("log_level", str, "Level of all loggers: debug, info, warning, error."),
         ("log_level_http", str, "Level of the HTTP server's logger."),
         ("log_requests", bool, "Log every request."),
-        (
-            "log_requests_level",
-            Literal[0, 1, 2, 3],
-            "How much of a request is logged: 0 is metadata, 3 everything.",
-        ),
+        ("log_requests_level", Literal[0, 1, 2, 3],
+         "How much of a request is logged: 0 is metadata, 3 everything."),
         ("log_requests_format", Literal["text", "json"], "Format of the request log."),
         ("log_requests_target", list[str], "Where requests are logged: stdout, folders, or both."),
-        ("skip_server_warmup", bool, "Send no first request to each model."),
-    ),
-    *_rows(
-        _IGNORED,
-        "none",
+        ("skip_server_warmup", bool, "Send no first request to each model.")),
+    *_rows(_IGNORED, "none",
         ("device", str, "The pools' devices say where models run."),
         ("max_total_tokens", int, "The KV pool is sized by --kv-pool-bytes."),
         ("max_prefill_tokens", int, "--chunked-prefill-size bounds the prompt tokens of a step."),
         ("mem_fraction_static", float, "The pools are sized in bytes, not as a fraction."),
-        (
-            "schedule_policy",
-            Literal["fcfs"],
-            "Requests of a model are admitted in the order in which they come.",
-        ),
+        ("schedule_policy", Literal["fcfs"],
+         "Requests of a model are admitted in the order in which they come."),
         ("nnodes", Literal[1], "All devices are on this host."),
         ("node_rank", Literal[0], "All devices are on this host."),
-        ("dist_init_addr", str, "All devices are on this host."),
-    ),
+        ("dist_init_addr", str, "All devices are on this host.")),
 )
+# fmt: on
 BY_NAME: dict[str, Option] = {flag.name: flag for flag in FLAGS}
 
 _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
