@@ -45,8 +45,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def _options() -> list[Option]:
-    """Every option that has a flag: all but those of a model that share their name with one of the
-    server's, which can be given in a file alone."""
+    """Returns every option that has a flag. An option of a model that shares its name with one of
+    the server has none: it can be given in a file alone."""
     models = [option for name, option in MODEL_OPTIONS.items() if name not in SERVER_OPTIONS]
     return [*models, *SERVER_OPTIONS.values(), *FLAGS]
 
@@ -72,7 +72,7 @@ def make_parser(prog: str, usage: str = _USAGE) -> argparse.ArgumentParser:
 
 def add_flag(group: argparse._ActionsContainer, option: Option) -> None:
     """Adds the flag of an option; None stands for what is not given."""
-    names = [option.flag, "--model"] if option.is_required else [option.flag]
+    names = [option.flag, "--model"] if option.name == "path" else [option.flag]
     settings: dict[str, Any] = {"type": _converter(option), "metavar": option.metavar}
     if option.plain_type is bool:
         settings = {"action": "store_const", "const": not option.default}
@@ -97,7 +97,7 @@ def described(option: Option) -> str:
 
 
 def _converter(option: Option) -> Callable[[str], Any]:
-    """What makes the value of a flag from its word."""
+    """Returns the function that makes the value of a flag from its word."""
     kind = option.plain_type
 
     def convert(word: str) -> Any:
@@ -153,9 +153,8 @@ def _set(values: dict[str, Any], option: Option, value: Any) -> None:
 
 
 def _per_model(option: Option, value: Any, models: int) -> Sequence[Any]:
-    """One value per model: given once for all, or once for each.
-
-    Names and paths are each model's own."""
+    """Returns one value per model. A flag is given once for all models or once for each; names
+    and paths are each model's own. Raises ConfigError for any other number."""
     if option.plain_type is bool:
         return [value] * models
     if len(value) == models:

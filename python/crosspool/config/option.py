@@ -1,4 +1,4 @@
-"""What an option is: one row that says all there is to say about something a user may set."""
+"""An option: one row that holds everything about a thing that a user may set."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _METAVARS_OF_TYPES = {int: "N", float: "X", dict: "JSON"}
 
 @dataclass(frozen=True)
 class Option:
-    """One option. Rows of :mod:`crosspool.config.options` give name, type, default and scope by the
-    field that they annotate; rows of :mod:`crosspool.config.sglang_flags` name them."""
+    """One option. A row of :mod:`crosspool.config.options` gets its name, type, default and scope
+    from the field that it annotates; a row of :mod:`crosspool.config.sglang_flags` names them."""
 
     help: str
     """Sentences for ``--help`` and the example file."""
@@ -32,8 +32,8 @@ class Option:
     most: float | None = None
     multiple_of: int | None = None
     sglang: str = ""
-    """SGLang's name for it, from which the flag is made. Where SGLang has none, the flag has the
-    option's own name."""
+    """SGLang's name for it, which the flag then has too. A flag of a ``bool`` turns the default
+    around."""
     example: Any = None
     """Value in the example file where the default would show little."""
     name: str = ""
@@ -42,7 +42,7 @@ class Option:
     """Type of its value: ``bool``, ``int``, ``float``, ``str``, a Literal, ``list[str]``,
     ``dict[str, Any]``, or, with the unit ``devices``, a tuple of Device."""
     default: Any = None
-    """None: left open, or required."""
+    """Value when the user gives none; None when that leaves it open, and for required options."""
     is_required: bool = False
     per_model: bool = False
     effect: Literal["crosspool", "sglang", "none"] = "crosspool"
@@ -51,7 +51,8 @@ class Option:
 
     @property
     def flag(self) -> str:
-        return "--" + (self.sglang or self.name).replace("_", "-")
+        own = f"no_{self.name}" if self.default is True else self.name
+        return "--" + (self.sglang or own).replace("_", "-")
 
     @property
     def choices(self) -> tuple[Any, ...]:
@@ -59,7 +60,7 @@ class Option:
 
     @property
     def plain_type(self) -> type:
-        """The class of its values; ``str`` where words are parsed further."""
+        """Class of its values; ``str`` for sizes and devices, which are parsed from text."""
         if self.choices:
             return type(self.choices[0])
         written_as_words = self.unit in ("bytes", "devices")
@@ -67,7 +68,7 @@ class Option:
 
     @property
     def metavar(self) -> str:
-        """What stands for a value in ``--help``: ``SIZE``, ``TOKENS``, ``PATH``, ..."""
+        """Placeholder of a value in ``--help``: ``SIZE``, ``TOKENS``, ``PATH``, ..."""
         if self.unit:
             return _METAVARS_OF_UNITS.get(self.unit, self.unit.upper())
         last_word = self.flag.rpartition("-")[2].upper()
@@ -103,7 +104,7 @@ class Option:
             raise ValueError(f"{given} must be a multiple of {self.written(self.multiple_of)}")
 
     def written(self, value: Any) -> str:
-        """``value`` as a user writes it: ``2MiB``, ``cpu:0,cpu:1``, ``true``, ``50``."""
+        """Returns ``value`` as a user writes it: ``2MiB``, ``cpu:0,cpu:1``, ``true``, ``50``."""
         if self.unit == "bytes":
             return exact_size(value)
         if self.unit == "devices":
@@ -114,7 +115,7 @@ class Option:
 
 
 def options_of(table: type[msgspec.Struct], *, per_model: bool) -> dict[str, Option]:
-    """The options of a struct, by name: its fields that an Option annotates."""
+    """Returns the options of a struct by name: the fields that an Option annotates."""
     hints = get_type_hints(table, include_extras=True)
     found = {}
     for field in msgspec.structs.fields(table):
@@ -132,6 +133,6 @@ def options_of(table: type[msgspec.Struct], *, per_model: bool) -> dict[str, Opt
 
 
 def _without_none(hint: Any) -> Any:
-    """``X`` of ``X | None``."""
+    """Returns ``X`` for ``X | None``."""
     others = [part for part in get_args(hint) if part is not NoneType]
     return others[0] if NoneType in get_args(hint) else hint
