@@ -13,8 +13,7 @@ from rich.console import Group
 from crosspool.cli import plan_inputs
 from crosspool.cli.plan_flags import make_parser
 from crosspool.config.deployment import ConfigError
-from crosspool.config.draft import size_of
-from crosspool.config.sizes import format_size
+from crosspool.config.sizes import format_size, size_of
 from crosspool.models import catalogue
 from crosspool.observability.pools_table import make_console
 from crosspool.planning import reproduce

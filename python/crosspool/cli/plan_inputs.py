@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from crosspool.config.deployment import ConfigError
-from crosspool.config.draft import size_of
+from crosspool.config.sizes import size_of
 from crosspool.kvpool.planner.lengths import PUBLISHED, Lengths, LogNormal, read_length
 from crosspool.kvpool.planner.popularity import read_popularity
 from crosspool.kvpool.planner.service_time import DecodeSpeed
