@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from crosspool.kernels.native_dense import available_isas
+from crosspool.kernels.isa import available_isas
 from rich.console import Console
 from rich.table import Table
 

@@ -22,8 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crosspool.kernels import native_structs
-from crosspool.kernels.native_dense import available_isas, default_isa
+from crosspool.kernels.isa import ISAS, available_isas, default_isa
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -39,7 +38,7 @@ COLUMNS = ("kernel", "rows", "median us", "p99 us", "floor us", "of the floor", 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.kernels", description=__doc__)
-    parser.add_argument("--isa", choices=native_structs.ISAS, default=default_isa())
+    parser.add_argument("--isa", choices=ISAS, default=default_isa())
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--seconds", type=float, default=0.3, help="per kernel and shape")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))

@@ -74,7 +74,7 @@ struct Step {
   std::vector<Request*> requests;
   std::vector<std::int32_t> tokens;
   std::vector<Segment> segments;
-  std::vector<Wanted> wanted;
+  std::vector<WantedRow> wanted;
   std::vector<std::int32_t> chosen;
   std::vector<bool> sampled;
   std::vector<std::size_t> rows;  // of each request
@@ -94,7 +94,7 @@ struct Step {
         tokens.push_back(request->tokens[request->computed + i]);
       sampled.push_back(taken == left);
       if (taken != left) continue;
-      Wanted one{};
+      WantedRow one{};
       one.row = static_cast<std::int32_t>(tokens.size() - 1);
       one.choice = request->rule ? Choice::kDraw : Choice::kGreedy;
       if (request->rule) one.rule = *request->rule;

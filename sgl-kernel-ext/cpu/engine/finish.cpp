@@ -139,7 +139,7 @@ void Loop::end_step(Lane& lane) {
 bool Loop::lease_goes_on(const StepArguments& step) {
   if (step.steps_done + 1 >= step.lease || events_.room() <= kEventReserve) return false;
   for (std::int32_t i = 0; i < step.wanted_count; ++i) {
-    const Wanted& wanted = step.wanted[i];
+    const WantedRow& wanted = step.wanted[i];
     const std::int32_t token = step.chosen_now()[i];
     if (std::find(wanted.stops, wanted.stops + wanted.stop_count, token) !=
         wanted.stops + wanted.stop_count) {

@@ -35,7 +35,7 @@ class ResidentLink:
     attention_rank: int
     lane: int
     ffn_rank: int
-    _native: es.LinkCounters
+    _native: es.NativeLinkCounters
 
     @property
     def counters(self) -> LinkCounters:

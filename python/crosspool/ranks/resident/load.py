@@ -181,7 +181,7 @@ def _join_links(
     links = _Links()
     lanes = range(deployment.lanes)
     if attention is not None:
-        links.local_counters = (es.LinkCounters * deployment.lanes)() if ffn else None
+        links.local_counters = (es.NativeLinkCounters * deployment.lanes)() if ffn else None
         for lane in lanes:
             of_lane = []
             for rank, peer in enumerate(deployment.weight_pool_devices):
@@ -189,7 +189,7 @@ def _join_links(
                     assert links.local_counters is not None
                     counters = links.local_counters[lane]
                 else:
-                    counters = es.LinkCounters()
+                    counters = es.NativeLinkCounters()
                     place = _of(transport, device).attention_place(lane, rank)
                     links.outgoing.append(_described(place, counters, attention.rank, lane, rank))
                 of_lane.append(ResidentLink(attention.rank, lane, rank, counters))
@@ -200,7 +200,7 @@ def _join_links(
                 if peer == device:
                     links.served.append(links.own[lane][ffn.rank])
                     continue
-                counters = es.LinkCounters()
+                counters = es.NativeLinkCounters()
                 place = _of(transport, device).ffn_place(rank, lane)
                 links.incoming.append(_described(place, counters, rank, lane, ffn.rank))
                 links.served.append(ResidentLink(rank, lane, ffn.rank, counters))
@@ -208,7 +208,7 @@ def _join_links(
 
 
 def _described(
-    place: LinkPlace, counters: es.LinkCounters, attention_rank: int, lane: int, ffn_rank: int
+    place: LinkPlace, counters: es.NativeLinkCounters, attention_rank: int, lane: int, ffn_rank: int
 ) -> es.LinkDescription:
     return es.LinkDescription(
         link=place.address,
