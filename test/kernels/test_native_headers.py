@@ -11,11 +11,11 @@ from crosspool.kernels import native
 from crosspool.kernels import native_structs as ns
 from crosspool.kernels.isa import ISAS
 from support import kernel_structs as ks
-from support.headers import COMPILER, assert_holds, same_layout
+from support.headers import COMPILER, assert_holds, same_function, same_layout
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
-HEADERS = ("cpu/engine/engine.h", "crosspool/lanes.h")
+HEADERS = ("cpu/engine/engine.h", "cpu/kernels/attention_plan.h", "crosspool/virtual_memory.h")
 RENAMED = {es.NativeLinkCounters: "LinkCounters"}
 NUMBERS = {
     "DType::kBFloat16": ns.BFLOAT16,
@@ -76,6 +76,13 @@ def test_numbers_are_the_headers(tmp_path: Path) -> None:
     assert_holds(claims, tmp_path, *HEADERS)
 
 
+def test_functions_take_and_return_what_python_says(tmp_path: Path) -> None:
+    signatures = native._SIGNATURES | es.SIGNATURES | ks.SIGNATURES
+    assert len(signatures) > 25
+    claims = [same_function(name, *types) for name, types in signatures.items()]
+    assert_holds(claims, tmp_path, *HEADERS)
+
+
 class _Swapped(ctypes.Structure):
     _fields_ = (("dim", ctypes.c_int32), ("cos", ctypes.c_void_p))
 
@@ -88,6 +95,13 @@ class _Narrower(ctypes.Structure):
     )
 
 
+class _TakesAnother(ctypes.Structure):
+    _fields_ = (
+        *ks.Kernels._fields_[:-1],
+        ("sample", ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64)),
+    )
+
+
 class _WithoutTheLast(ctypes.Structure):
     _fields_ = (*es.Keep._fields_[:1], ("_padding", ctypes.c_int32))
 
@@ -97,11 +111,12 @@ class _WithoutTheLast(ctypes.Structure):
     [
         (_Swapped, "Rope", "offsetof"),
         (_Narrower, "SamplingRule", "sizeof"),
-        (_WithoutTheLast, "Keep", "decomposes into 2 elements"),
+        (_WithoutTheLast, "Keep", "decomposes into 2 elements|1 name"),
+        (_TakesAnother, "Kernels", r"is\(.*sample"),
     ],
 )
 def test_a_mirror_of_something_else_is_found(
     mirror: type[ctypes.Structure], name: str, said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(AssertionError, match=said):
-        assert_holds(same_layout(mirror, name), tmp_path, *HEADERS)
+        assert_holds(same_layout(mirror, name), tmp_path, "cpu/engine/tables.h")

@@ -177,7 +177,11 @@ Micro micro_of_rows(int panels) {
   return panels == 4 ? micro<T, kRows, 4> : panels == 2 ? micro<T, kRows, 2> : micro<T, kRows, 1>;
 }
 
-template <class T, int kRows = kMostRows>
+// More rows than these go to the tiles.
+template <class T>
+inline constexpr int kMostVectorRows = uses_tiles<T>(kMostRows) ? kFewestTileRows - 1 : kMostRows;
+
+template <class T, int kRows = kMostVectorRows<T>>
 Micro micro_of(std::int64_t rows, int panels) {
   if constexpr (kRows > 1) {
     if (rows != kRows) return micro_of<T, kRows - 1>(rows, panels);
