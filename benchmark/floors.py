@@ -3,17 +3,14 @@ read memory, measured by a program of its own."""
 
 from __future__ import annotations
 
-import functools
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 
 from crosspool.models.registry import attention_tensors, ffn_tensors
 from crosspool.models.spec import DTYPE_BYTES, ModelSpec, MoEFFN, TensorRef
 
-from benchmark.records import ROOT
+from benchmark.programs import build
 
-BUILD = ROOT / "build" / "benchmark"
 _PASSES = 20
 
 
@@ -54,16 +51,6 @@ def step_seconds(cores: Sequence[int], spec: ModelSpec, batch: int, context: int
 
 def read_seconds(cores: Sequence[int], count: int) -> list[float]:
     """What some passes over so many bytes took just now, a thread pinned to each core."""
-    command = [str(_program()), str(count), str(_PASSES), *map(str, cores)]
+    command = [str(build("bandwidth")), str(count), str(_PASSES), *map(str, cores)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return [float(line) for line in done.stdout.split()]
-
-
-@functools.cache
-def _program() -> Path:
-    configure = ["cmake", "-S", str(ROOT / "sgl-kernel-ext"), "-B", str(BUILD)]
-    options = ["-DCROSSPOOL_BUILD_BENCHMARKS=ON", "-DCMAKE_BUILD_TYPE=Release"]
-    subprocess.run([*configure, *options], check=True, stdout=subprocess.DEVNULL)
-    command = ["cmake", "--build", str(BUILD), "--target", "bandwidth", "-j2"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return BUILD / "benchmark" / "bandwidth"

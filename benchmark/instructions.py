@@ -22,13 +22,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from crosspool.kernels.native_dense import available_isas
+from crosspool.kernels.isa import available_isas
 from rich.console import Console
 from rich.table import Table
 
+from benchmark.programs import build
 from benchmark.records import RESULTS, ROOT
 
-BUILD = ROOT / "build" / "benchmark"
 RECORD = RESULTS / "instructions.json"
 ISAS = ("portable", "avx2")
 TOLERANCE = 0.03
@@ -63,7 +63,7 @@ def compare(counts: dict[str, int], recorded: dict[str, int], tolerance: float) 
 
 def count() -> dict[str, int]:
     """Instructions by case, "path: kernel rows dtype" or "path: decode step"."""
-    program = build()
+    program = build("instructions")
     counts: dict[str, int] = {}
     isas = [isa for isa in ISAS if isa in available_isas()]
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
@@ -75,16 +75,6 @@ def count() -> dict[str, int]:
             each = (long.result() - short.result()) / (_STEPS[1] - _STEPS[0])
             counts[f"{isa}: decode step"] = round(each)
     return counts
-
-
-def build() -> Path:
-    """Builds the counted program; returns its path."""
-    configure = ["cmake", "-S", str(ROOT / "sgl-kernel-ext"), "-B", str(BUILD)]
-    options = ["-DCROSSPOOL_BUILD_BENCHMARKS=ON", "-DCMAKE_BUILD_TYPE=Release"]
-    subprocess.run([*configure, *options], check=True, stdout=subprocess.DEVNULL)
-    command = ["cmake", "--build", str(BUILD), "--target", "instructions", "-j2"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return BUILD / "benchmark" / "instructions"
 
 
 def _kernels(program: Path, isa: str) -> dict[str, int]:

@@ -14,23 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from crosspool.kernels import native_structs
-from crosspool.kernels.native_dense import available_isas, default_isa
+from crosspool.kernels.isa import ISAS, available_isas, default_isa
 from rich.console import Console
 from rich.table import Column, Table
 
-from benchmark import floors, machine
-from benchmark.records import ROOT, Recorder
+from benchmark import floors
+from benchmark.programs import Stopwatch, build
+from benchmark.records import Recorder
 
-BUILD = ROOT / "build" / "benchmark"
 _READ_BYTES = 1 << 28
 _MEETINGS = 2000
 """Hundreds of them."""
@@ -39,7 +35,7 @@ COLUMNS = ("kernel", "rows", "median us", "p99 us", "floor us", "of the floor", 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.kernels", description=__doc__)
-    parser.add_argument("--isa", choices=native_structs.ISAS, default=default_isa())
+    parser.add_argument("--isa", choices=ISAS, default=default_isa())
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--seconds", type=float, default=0.3, help="per kernel and shape")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
@@ -49,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
     program = build("kernel_benchmark")
     recorder = Recorder("kernels")
     _machine(recorder, given.core)
-    load1, before, start = machine.load1(), _child_seconds(), time.monotonic()
+    watch = Stopwatch()
     pinned = ["taskset", "-c", str(given.core)]
     done = subprocess.run(
         [*pinned, str(program), str(given.seconds), given.isa, given.dtype],
@@ -57,11 +53,11 @@ def main(words: Sequence[str] | None = None) -> int:
         capture_output=True,
         text=True,
     )
-    cpu_s, wall_s = _child_seconds() - before, time.monotonic() - start
+    used = watch.read()
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     table = Table(
         *(Column(name, no_wrap=True) for name in COLUMNS),
-        title=f"{given.isa}, {given.dtype}, one core, load {load1:.2f}",
+        title=f"{given.isa}, {given.dtype}, one core, load {watch.load1:.2f}",
     )
     for row in rows:
         summary = recorder.add(
@@ -69,15 +65,13 @@ def main(words: Sequence[str] | None = None) -> int:
             row["us"],
             "us",
             parameters={"isa": row["isa"], "dtype": row["dtype"], "rows": row["rows"]},
-            cpu_s=cpu_s,
-            wall_s=wall_s,
-            load1=load1,
             ratio_to="floor",
             ratio=row["share_of_floor"],
             floor=row["floor_us"],
             bytes=row["bytes"],
             flops=row["flops"],
             peak_flops=row["peak_flops"],
+            **used,
         )
         assert summary.median is not None and summary.p99 is not None
         table.add_row(*_cells(row, summary.median, summary.p99))
@@ -91,7 +85,7 @@ def _machine(recorder: Recorder, core: int) -> None:
     cores = sorted(os.sched_getaffinity(0))
     table = Table("machine", "cores", "median", "p99", "unit")
     for name, some in (("read", [core]), ("read", cores), ("barrier", cores)):
-        load1, before, start = machine.load1(), _child_seconds(), time.monotonic()
+        watch = Stopwatch()
         if name == "read":
             seconds = floors.read_seconds(some, _READ_BYTES)
             values, unit = [_READ_BYTES / value / 1e9 for value in seconds], "GB/s"
@@ -104,27 +98,10 @@ def _machine(recorder: Recorder, core: int) -> None:
             values,
             unit,
             parameters={"cores": len(some)},
-            cpu_s=_child_seconds() - before,
-            wall_s=time.monotonic() - start,
-            load1=load1,
+            **watch.read(),
         )
         table.add_row(name, str(len(some)), f"{summary.median:.3g}", f"{summary.p99:.3g}", unit)
     Console().print(table)
-
-
-def build(target: str) -> Path:
-    """Builds a program of the benchmark; returns its path."""
-    configure = ["cmake", "-S", str(ROOT / "sgl-kernel-ext"), "-B", str(BUILD)]
-    options = ["-DCROSSPOOL_BUILD_BENCHMARKS=ON", "-DCMAKE_BUILD_TYPE=Release"]
-    subprocess.run([*configure, *options], check=True, stdout=subprocess.DEVNULL)
-    command = ["cmake", "--build", str(BUILD), "--target", target, "-j2"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return BUILD / "benchmark" / target
-
-
-def _child_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def _cells(row: dict[str, Any], median: float, p99: float) -> list[str]:

@@ -173,7 +173,7 @@ void engine(int steps) {
   std::int32_t token = 1, chosen = -1;
   for (int step = 0; step < steps; ++step) {
     Segment segment{pages.data(), 0, 1, step};
-    Wanted wanted{};
+    WantedRow wanted{};
     wanted.choice = Choice::kGreedy;
     StepArguments arguments{};
     arguments.step = static_cast<std::uint64_t>(step) + 1;

@@ -33,7 +33,7 @@ class DispatchLinks {
   }
 
   CROSSPOOL_INLINE bool answered(std::uint32_t used) const {
-    return all(used, [](const AttentionEnd& end) { return end.answered(); });
+    return all(used, [](const AttentionEnd& end) { return end.replied(); });
   }
 
   // Takes the answers. A link whose answer is another dispatch's; kMaxLinks: there is none.

@@ -234,7 +234,7 @@ looked:
 }
 
 proctype FFNRank(byte f) {
-  byte answered[LINKS]; /* of this rank's links only */
+  byte replied[LINKS]; /* of this rank's links only */
   byte a, lane, i, tag, number;
   bool found;
   goto attach;
@@ -251,12 +251,12 @@ restart:
 attach:
   skip;
   d_step {
-    for (i : 0 .. LINKS - 1) { answered[i] = 0 }
+    for (i : 0 .. LINKS - 1) { replied[i] = 0 }
     for (a : 0 .. ATTENTION_RANKS - 1) {
       if
       :: joined[a * FFN_RANKS + f] ->
          for (lane : 0 .. LANES - 1) {
-           answered[LINK(a, lane, f)] = combined[LINK(a, lane, f)]
+           replied[LINK(a, lane, f)] = combined[LINK(a, lane, f)]
          }
       :: else
       fi
@@ -274,24 +274,24 @@ attach:
        for (lane : 0 .. LANES - 1) {
          i = LINK(a, lane, f);
          if
-         :: joined[a * FFN_RANKS + f] && dispatched[i] != answered[i] ->
+         :: joined[a * FFN_RANKS + f] && dispatched[i] != replied[i] ->
             d_step {
               found = true;
               number = dispatched[i];
-              assert(number == answered[i] + 1 || answered[i] == 0);
-              assert(combined[i] == answered[i]);
+              assert(number == replied[i] + 1 || replied[i] == 0);
+              assert(combined[i] == replied[i]);
               tag = dispatch_payload[i]
             }
             MAY_DIE;
             d_step {
               assert(dispatch_payload[i] == tag);
-              assert(dispatched[i] == number && combined[i] == answered[i]);
+              assert(dispatched[i] == number && combined[i] == replied[i]);
               combine_payload[i] = tag;
               tag = 0
             }
             MAY_DIE;
             d_step {
-              answered[i] = number;
+              replied[i] = number;
               combined[i] = number
             }
             MAY_DIE;

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../cpu/engine/loop.h"
+#include "bell.h"
 #include "check.h"
 #include "tiny_model.h"
 
@@ -29,10 +30,6 @@ namespace {
 constexpr std::int32_t kMaxRows = 64;
 constexpr std::int32_t kRequestPages = 12;
 constexpr std::int32_t kStop = 17;  // a token that some requests come to choose
-
-struct Bell {
-  alignas(64) crosspool_doorbell doorbell{};
-};
 
 // The lane buffers between two devices, as in shared memory; links by lane.
 struct Memory {
@@ -70,18 +67,18 @@ struct Request {
 };
 
 // One step of some requests of one model.
-struct Step {
+struct SentStep {
   std::vector<Request*> requests;
   std::vector<std::int32_t> tokens;
   std::vector<Segment> segments;
-  std::vector<Wanted> wanted;
+  std::vector<WantedRow> wanted;
   std::vector<std::int32_t> chosen;
   std::vector<bool> sampled;
   std::vector<std::size_t> rows;  // of each request
   StepArguments arguments{};
 
   // `lease`: steps at most, where all requests sample.
-  Step(std::uint64_t number, std::vector<Request*> of, std::size_t chunk, std::size_t lease)
+  SentStep(std::uint64_t number, std::vector<Request*> of, std::size_t chunk, std::size_t lease)
       : requests(std::move(of)) {
     for (Request* request : requests) {
       const std::size_t left = request->tokens.size() - request->computed;
@@ -94,7 +91,7 @@ struct Step {
         tokens.push_back(request->tokens[request->computed + i]);
       sampled.push_back(taken == left);
       if (taken != left) continue;
-      Wanted one{};
+      WantedRow one{};
       one.row = static_cast<std::int32_t>(tokens.size() - 1);
       one.choice = request->rule ? Choice::kDraw : Choice::kGreedy;
       if (request->rule) one.rule = *request->rule;
@@ -272,7 +269,7 @@ std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, con
 
   std::vector<Request> requests = make_requests();
   std::uint64_t number = 0;
-  std::array<std::unique_ptr<Step>, 2> flying;
+  std::array<std::unique_ptr<SentStep>, 2> flying;
   const auto send = [&](int model) {
     std::vector<Request*> batch;
     std::size_t lease = setup.lease;
@@ -283,7 +280,7 @@ std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, con
       lease = std::min(lease, request.prompt + new_tokens - request.tokens.size());
     }
     if (batch.empty()) return;
-    flying[model] = std::make_unique<Step>(++number, batch, 5, lease);
+    flying[model] = std::make_unique<SentStep>(++number, batch, 5, lease);
     attention.loop().push({CommandKind::kStep, 0, number,
                            reinterpret_cast<std::uintptr_t>(&flying[model]->arguments), 0});
   };

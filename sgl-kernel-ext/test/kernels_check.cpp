@@ -171,11 +171,11 @@ class Check {
     }
   }
 
-  struct Request {
+  struct CachedRows {
     std::int32_t start, rows;
   };
 
-  void attention(const AttentionShape& shape, const std::vector<Request>& requests) const {
+  void attention(const AttentionShape& shape, const std::vector<CachedRows>& requests) const {
     constexpr std::int32_t kPageSize = 12, kLayers = 2, kLayer = 1;
     const std::int32_t width =
         std::max(shape.v_begin + shape.kv_heads * shape.v_dim, shape.kv_heads * shape.qk_dim);

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from crosspool.kernels.attention import Segment, append_kv
-from crosspool.kernels.native_kernels import NativeKernels
+from support.native_kernels import NativeKernels
 
 # (tokens cached before, rows of the batch) of each request: decode rows whose keys fill no block,
 # several, and enough to be split; prompts of one and of several tasks.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from crosspool.kernels.isa import available_isas
 from crosspool.kernels.moe import gated_mlp, moe_experts, route
-from crosspool.kernels.native_dense import available_isas
-from crosspool.kernels.native_kernels import NativeKernels
+from support.native_kernels import NativeKernels
 
 ROUTERS = (
     {"score": "softmax", "groups": 1, "top_groups": 1, "group_score": "max"},

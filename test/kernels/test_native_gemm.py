@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from crosspool.kernels import native_structs as ns
-from crosspool.kernels.native_dense import PackedMatrix
-from crosspool.kernels.native_kernels import NativeKernels
+from support.native_kernels import NativeKernels
+from support.native_operands import PackedMatrix
 
 ROWS = (1, 2, 3, 7, 8, 33, 256)
 # (n, k): panels that end inside a group, n inside a panel, k inside a block, odd k.

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from crosspool.kernels.native_dense import available_isas
+from crosspool.kernels.isa import available_isas
 
 NATIVE = Path(__file__).parents[2] / "sgl-kernel-ext"
 pytestmark = [

@@ -21,9 +21,7 @@ class EngineError(RuntimeError):
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = native.library()
-    for name, (result, arguments) in es.SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+    native.declare(library, es.SIGNATURES)
     sizes = (ctypes.c_uint64 * len(es.MIRRORED))()
     library.crosspool_engine_sizes(sizes, len(sizes))
     for structure, size in zip(es.MIRRORED, sizes, strict=True):
@@ -39,13 +37,6 @@ def _created(address: int | None) -> int:
     if address is None:
         raise EngineError(_library().crosspool_error().decode())
     return address
-
-
-def link_offset(
-    *, devices: int, lanes: int, max_rows: int, max_row_bytes: int, pair: int, lane: int
-) -> int:
-    """Where the lane protocol's header puts a link in its segment, in bytes."""
-    return _library().crosspool_link_offset(devices, lanes, max_rows, max_row_bytes, pair, lane)
 
 
 class Team:

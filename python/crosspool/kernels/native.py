@@ -27,8 +27,12 @@ _CHUNK_MOVE = (
     ctypes.c_int,
     (ctypes.c_void_p, ctypes.c_void_p, _U64, _U64_POINTER, _U64_POINTER, _U64, _U64_POINTER),
 )
-_SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
-    "crosspool_abi_version": (ctypes.c_uint32, ()),
+Signatures = dict[str, tuple[type | None, tuple[type, ...]]]
+"""What functions of a library return and take, by their names."""
+
+_SIGNATURES: Signatures = {
+    "crosspool_isa": (ctypes.c_int32, ()),
+    "crosspool_kernels": (ctypes.c_void_p, (ctypes.c_int32, ctypes.c_int32)),
     "crosspool_range_reserve": (ctypes.c_int, (_U64, _ADDRESS_POINTER)),
     "crosspool_parking_reserve": (ctypes.c_int, (_U64, _ADDRESS_POINTER)),
     "crosspool_touch": (ctypes.c_int, (ctypes.c_void_p, _U64)),
@@ -64,10 +68,15 @@ def library() -> ctypes.CDLL:
         raise ImportError(f"{found} cannot be loaded ({error}): {how}") from error
     if version != ABI_VERSION:
         raise ImportError(f"{found} has version {version}, not {ABI_VERSION}: {how} again")
-    for name, (result, arguments) in _SIGNATURES.items():
+    declare(native, _SIGNATURES)
+    return native
+
+
+def declare(native: ctypes.CDLL, signatures: Signatures) -> None:
+    """Gives functions of a loaded library their types."""
+    for name, (result, arguments) in signatures.items():
         function = getattr(native, name)
         function.restype, function.argtypes = result, arguments
-    return native
 
 
 def _check(status: int, what: str) -> None:

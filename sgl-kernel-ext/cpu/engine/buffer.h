@@ -11,6 +11,9 @@
 
 namespace crosspool {
 
+// Bytes of an element of any dtype at most: buffers serve models of either dtype.
+inline constexpr std::int64_t kWidestElement = 4;
+
 class Buffer {
  public:
   Buffer() = default;

@@ -1,5 +1,5 @@
-// The engine's C face, for crosspool/kernels/native_engine.py. Functions that can fail return null,
-// and crosspool_error() says why, for the calling thread.
+// The engine's C face, for crosspool/kernels/engine.py. Functions that can fail return null, and
+// crosspool_error() says why, for the calling thread.
 #ifndef CROSSPOOL_CPU_ENGINE_ENGINE_H
 #define CROSSPOOL_CPU_ENGINE_ENGINE_H
 
@@ -16,14 +16,9 @@ extern "C" {
 
 CROSSPOOL_API const char* crosspool_error(void);
 
-// sizeof of what Python mirrors, in the order of native_engine.py; `count` of them at most. Returns
-// their number.
+// Writes sizeof of at most `count` structures that Python mirrors, in the order of MIRRORED in
+// engine_structs.py. Returns how many there are.
 CROSSPOOL_API std::int32_t crosspool_engine_sizes(std::uint64_t* sizes, std::int32_t count);
-// Where a link of a segment lies: crosspool/lanes.h, for the check against shared_memory.py.
-CROSSPOOL_API std::uint64_t crosspool_link_offset(std::uint32_t devices, std::uint32_t lanes,
-                                                  std::uint32_t max_rows,
-                                                  std::uint32_t max_row_bytes, std::uint32_t pair,
-                                                  std::uint32_t lane);
 
 // A thread per core; a negative core pins nothing.
 CROSSPOOL_API crosspool::Team* crosspool_team_create(const std::int32_t* cores, std::int32_t count);

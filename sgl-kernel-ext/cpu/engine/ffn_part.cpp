@@ -98,10 +98,10 @@ void run_ffn_part(const Part& part, const FFNTask& task) {
   }
   if (task.residual != nullptr) {
     part.k.add(task.residual, model.hidden, out, model.hidden, task.rows, begin, end);
-  } else if (task.answer != nullptr) {
+  } else if (task.reply != nullptr) {
     for (std::int64_t row = 0; row < task.rows; ++row) {
       const std::int64_t offset = row * model.hidden + begin;
-      part.k.from_float(out + offset, element(task.answer, offset, model.dtype), end - begin);
+      part.k.from_float(out + offset, element(task.reply, offset, model.dtype), end - begin);
     }
   }
 }

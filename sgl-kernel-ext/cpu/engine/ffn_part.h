@@ -13,7 +13,7 @@ struct FFNTask {
   const void* x;    // model dtype [rows, hidden]
   float* residual;  // rounded floats [rows, hidden]: it is added
   float* partial;   // floats [rows, hidden]
-  void* answer;     // model dtype [rows, hidden]
+  void* reply;      // model dtype [rows, hidden]
 };
 
 void run_ffn_part(const Part& part, const FFNTask& task);

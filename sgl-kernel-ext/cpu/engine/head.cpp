@@ -17,7 +17,7 @@ void gather(const Part& part, Lane& lane) {
   const ModelTable& model = part.model;
   const Range share = part.share(lane.head_rows);
   for (std::int32_t i = share.begin; i < share.end; ++i) {
-    const Wanted& wanted = lane.step->wanted[lane.head_row + i];
+    const WantedRow& wanted = lane.step->wanted[lane.head_row + i];
     const float* row = wanted.residual;
     if (row == nullptr) {
       row = lane.residual.as<float>() + std::int64_t{wanted.row} * model.hidden;
@@ -60,7 +60,7 @@ void draw(const Part& part, Lane& lane) {
   const ModelTable& model = part.model;
   const Range share = part.share(lane.head_rows);
   for (std::int32_t i = share.begin; i < share.end; ++i) {
-    const Wanted& wanted = lane.step->wanted[lane.head_row + i];
+    const WantedRow& wanted = lane.step->wanted[lane.head_row + i];
     if (wanted.choice != Choice::kDraw) continue;
     lane.step->chosen_now()[lane.head_row + i] =
         part.k.sample(lane.logits.as<float>() + std::int64_t{i} * model.vocab, model.vocab,

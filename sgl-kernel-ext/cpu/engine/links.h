@@ -42,7 +42,6 @@ struct LinkDescription {
   std::int32_t attention_rank;
   std::int32_t lane;
   std::int32_t ffn_rank;
-  std::int32_t reserved;
 
   LinkMemory memory() const { return {link, payload_bytes, max_rows, max_row_bytes}; }
 };

@@ -84,36 +84,36 @@ bool Loop::push(const Command& command) {
 void Loop::run(int thread) {
   for (;;) {
     team_.meet(thread, [this] { choose(); });
-    if (work_.kind == Kind::kStop) return;
+    if (chosen_.kind == PartKind::kStop) return;
     run_part(thread);
   }
 }
 
 void Loop::run_part(int thread) {
-  const Part part(team_, workspace_, *work_.model, thread);
-  switch (work_.kind) {
-    case Kind::kAttention:
-      return run_attention_part(part, lanes_[work_.index], copies_);
-    case Kind::kHead:
-      return run_head(part, lanes_[work_.index]);
-    case Kind::kLocalFFN:
-    case Kind::kRemoteFFN:
-      return run_ffn_part(part, work_.ffn);
-    case Kind::kStop:
+  const Part part(team_, workspace_, *chosen_.model, thread);
+  switch (chosen_.kind) {
+    case PartKind::kAttention:
+      return run_attention_part(part, lanes_[chosen_.index], copies_);
+    case PartKind::kHead:
+      return run_head(part, lanes_[chosen_.index]);
+    case PartKind::kLocalFFN:
+    case PartKind::kRemoteFFN:
+      return run_ffn_part(part, chosen_.ffn);
+    case PartKind::kStop:
       return;
   }
 }
 
 void Loop::choose() {
   finish();
-  work_.kind = Kind::kStop;
+  chosen_.kind = PartKind::kStop;
   for (;;) {
     const std::uint32_t seen = crosspool_doorbell_rings(description_.doorbell);
     if (!take_commands()) return;
     if (!failed_) {
       begin_steps();
       if (choose_ready()) {
-        work_.start_ns = trace_.on() ? now_ns() : 0;
+        chosen_.start_ns = trace_.on() ? now_ns() : 0;
         return;
       }
     }
@@ -143,7 +143,7 @@ bool Loop::choose_lane(Lane& lane) {
     if (lane.local_pending) return false;
     for (std::int32_t i = 0; i < model->ffn_rank_count; ++i) {
       OutgoingLink& link = outgoing(lane, model->ffn_ranks[i]);
-      if (!link.local && !link.end.answered()) return false;
+      if (!link.local && !link.end.replied()) return false;
     }
     collect(lane);
     if (failed_) return false;
@@ -156,10 +156,10 @@ bool Loop::choose_lane(Lane& lane) {
     }
   }
   if (lane.stage != Stage::kBegun && lane.stage != Stage::kHead) return false;
-  work_.kind = lane.stage == Stage::kBegun ? Kind::kAttention : Kind::kHead;
-  work_.index = lane.index;
-  work_.model = lane.model;
-  if (work_.kind == Kind::kAttention) {
+  chosen_.kind = lane.stage == Stage::kBegun ? PartKind::kAttention : PartKind::kHead;
+  chosen_.index = lane.index;
+  chosen_.model = lane.model;
+  if (chosen_.kind == PartKind::kAttention) {
     copies_.clear();
     for (std::int32_t i = 0; i < lane.model->ffn_rank_count; ++i) {
       const OutgoingLink& link = outgoing(lane, lane.model->ffn_ranks[i]);
@@ -171,17 +171,17 @@ bool Loop::choose_lane(Lane& lane) {
 
 bool Loop::choose_local(Lane& lane) {
   if (lane.stage != Stage::kWaiting || !lane.local_pending) return false;
-  work_.kind = Kind::kLocalFFN;
-  work_.index = lane.index;
-  work_.model = lane.model;
+  chosen_.kind = PartKind::kLocalFFN;
+  chosen_.index = lane.index;
+  chosen_.model = lane.model;
   // Alone, its sum goes where it belongs at once.
   const bool alone = lane.model->ffn_rank_count == 1;
-  work_.ffn = {.layer = lane.layer,
-               .rows = lane.step->rows,
-               .x = lane.payload.data(),
-               .residual = alone ? lane.residual.as<float>() : nullptr,
-               .partial = alone ? nullptr : lane.partial.as<float>(),
-               .answer = nullptr};
+  chosen_.ffn = {.layer = lane.layer,
+                 .rows = lane.step->rows,
+                 .x = lane.payload.data(),
+                 .residual = alone ? lane.residual.as<float>() : nullptr,
+                 .partial = alone ? nullptr : lane.partial.as<float>(),
+                 .reply = nullptr};
   return true;
 }
 
@@ -211,15 +211,15 @@ bool Loop::choose_incoming(std::int32_t index) {
          std::to_string(row_bytes) + " bytes");
     return false;
   }
-  work_.kind = Kind::kRemoteFFN;
-  work_.index = index;
-  work_.model = &model;
-  work_.ffn = {.layer = static_cast<std::int32_t>(header.layer),
-               .rows = static_cast<std::int32_t>(header.rows),
-               .x = link.end.payload(),
-               .residual = nullptr,
-               .partial = nullptr,
-               .answer = link.end.answer()};
+  chosen_.kind = PartKind::kRemoteFFN;
+  chosen_.index = index;
+  chosen_.model = &model;
+  chosen_.ffn = {.layer = static_cast<std::int32_t>(header.layer),
+                 .rows = static_cast<std::int32_t>(header.rows),
+                 .x = link.end.payload(),
+                 .residual = nullptr,
+                 .partial = nullptr,
+                 .reply = link.end.partial_sum()};
   return true;
 }
 
@@ -242,8 +242,9 @@ bool Loop::take_commands() {
       case CommandKind::kRecall:
         recall(command.step);
         break;
-      case CommandKind::kTrace:  // Loop::trace_start() is called instead
-        break;
+      default:
+        fail("command " + std::to_string(static_cast<std::uint32_t>(command.kind)) +
+             " is none of a CPU's loop");
     }
   }
   return !stopping_;

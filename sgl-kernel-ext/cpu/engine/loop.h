@@ -60,9 +60,9 @@ class Loop {
   std::int64_t last_served_ns() const { return last_served_.load(std::memory_order_relaxed); }
 
  private:
-  enum class Kind { kStop, kAttention, kHead, kLocalFFN, kRemoteFFN };
-  struct Work {
-    Kind kind = Kind::kStop;
+  enum class PartKind { kStop, kAttention, kHead, kLocalFFN, kRemoteFFN };
+  struct ChosenPart {
+    PartKind kind = PartKind::kStop;
     std::int32_t index = 0;  // lane, or incoming link
     const ModelTable* model = nullptr;
     FFNTask ffn{};
@@ -93,7 +93,7 @@ class Loop {
   void recall(std::uint64_t step);
   void publish(const Event& event);
   void fail(const std::string& message);
-  void record(const Work& work);
+  void record(const ChosenPart& part);
   OutgoingLink& outgoing(const Lane& lane, std::int32_t ffn_rank) {
     return outgoing_[static_cast<std::size_t>(lane.index) * ffn_ranks_ + ffn_rank];
   }
@@ -112,7 +112,7 @@ class Loop {
   Trace trace_;
   std::atomic<std::int64_t> last_served_{0};
 
-  Work work_;
+  ChosenPart chosen_;
   std::vector<unsigned char*> copies_;  // of the payload of the attention part under way
   std::vector<StepArguments*> queue_;
   std::int64_t meeting_ns_ = 0;  // how long threads spin at a meeting at least

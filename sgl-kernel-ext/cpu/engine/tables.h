@@ -1,6 +1,6 @@
 // What the engine knows of a model: pointers to packed weights and tables, and the numbers of
-// crosspool.models.spec. Python fills them in (crosspool/kernels/native_engine.py mirrors them
-// field by field) and keeps what they point to alive as long as the loop.
+// crosspool.models.spec. Python fills them in (crosspool/kernels/engine_structs.py mirrors them)
+// and keeps what they point to alive as long as the loop.
 #ifndef CROSSPOOL_CPU_ENGINE_TABLES_H
 #define CROSSPOOL_CPU_ENGINE_TABLES_H
 
@@ -84,7 +84,7 @@ enum class Choice : std::int32_t {
 };
 
 // A row of logits and what it is for.
-struct Wanted {
+struct WantedRow {
   const float* residual;  // [hidden], kept from an earlier step (Keep); null: `row` of this one
   std::int32_t row;
   Choice choice;
@@ -117,11 +117,10 @@ struct StepArguments {
   std::int32_t lease;    // steps at most; at least 1
   std::int32_t* tokens;  // [rows]
   Segment* segments;     // of all rows, in their order
-  Wanted* wanted;
+  WantedRow* wanted;
   const Keep* keep;
   std::int32_t* chosen;  // out [lease, wanted_count]: tokens; what the host chooses is left alone
   std::int32_t steps_done;  // 0 at first; the loop's
-  std::int32_t reserved;
 
   // Of the step under way.
   std::int32_t* chosen_now() const {

@@ -38,7 +38,7 @@ inline constexpr int kTileRows = 16;
 inline constexpr int kFewestTileRows = 4;
 
 template <class T>
-CROSSPOOL_INLINE bool uses_tiles(std::int64_t rows) {
+CROSSPOOL_INLINE constexpr bool uses_tiles(std::int64_t rows) {
   return kHasTiles && T::kDType == DType::kBFloat16 && rows >= kFewestTileRows;
 }
 

@@ -156,25 +156,17 @@ class AttentionEnd {
     ++sequence_;
     sent_ = header;
     outstanding_ = true;
-    send_again();
-  }
-
-  // For an FFN rank whose memory is new: publishes the outstanding dispatch under its old number.
-  // The payload has been written again.
-  CROSSPOOL_INLINE void send_again() {
-    memory_.link->dispatch = sent_;
+    memory_.link->dispatch = header;
     memory_.link->dispatched.store(sequence_);
   }
 
-  CROSSPOOL_INLINE bool outstanding() const { return outstanding_; }
-
   // Whether the outstanding dispatch is answered.
-  CROSSPOOL_INLINE bool answered() const {
+  CROSSPOOL_INLINE bool replied() const {
     return outstanding_ && memory_.link->combined.load() == sequence_;
   }
 
   // Takes the answer, which stays in place until the next dispatch; null when it is another
-  // dispatch's. answered() holds.
+  // dispatch's. replied() holds.
   CROSSPOOL_INLINE const unsigned char* combine() {
     const CombineHeader& header = memory_.link->combine;
     outstanding_ = false;
@@ -199,15 +191,15 @@ class FFNEnd {
  public:
   FFNEnd() = default;
   CROSSPOOL_INLINE explicit FFNEnd(LinkMemory memory)
-      : memory_(memory), answered_(memory.link->combined.load()) {}
+      : memory_(memory), replied_(memory.link->combined.load()) {}
 
   // Looks for a dispatch; once there is one, header() and payload() hold until reply(). kBroken:
   // the peer broke the protocol, or sent what does not fit.
   CROSSPOOL_INLINE Poll poll() {
     const std::uint64_t sequence = memory_.link->dispatched.load();
-    if (sequence == answered_) return Poll::kNothing;
+    if (sequence == replied_) return Poll::kNothing;
     // Memory that was made anew has never seen the numbers before.
-    if (sequence != answered_ + 1 && answered_ != 0) return Poll::kBroken;
+    if (sequence != replied_ + 1 && replied_ != 0) return Poll::kBroken;
     header_ = memory_.link->dispatch;
     sequence_ = sequence;
     return memory_.fits(header_.rows, header_.row_bytes) ? Poll::kDispatch : Poll::kBroken;
@@ -216,20 +208,20 @@ class FFNEnd {
   CROSSPOOL_INLINE const DispatchHeader& header() const { return header_; }
   CROSSPOOL_INLINE const unsigned char* payload() const { return memory_.dispatch_payload(); }
   // Where the partial sum goes, before reply().
-  CROSSPOOL_INLINE unsigned char* answer() const { return memory_.combine_payload(); }
+  CROSSPOOL_INLINE unsigned char* partial_sum() const { return memory_.combine_payload(); }
 
   // Publishes the partial sum; the peer is to be rung.
   CROSSPOOL_INLINE void reply() {
     memory_.link->combine = {header_.epoch, header_.rows, header_.row_bytes};
-    answered_ = sequence_;
-    memory_.link->combined.store(answered_);
+    replied_ = sequence_;
+    memory_.link->combined.store(replied_);
   }
 
  private:
   LinkMemory memory_{};
   DispatchHeader header_{};
   std::uint64_t sequence_ = 0;
-  std::uint64_t answered_ = 0;
+  std::uint64_t replied_ = 0;
 };
 
 }  // namespace crosspool
