@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from crosspool.models.config_file import ConfigFile
-from crosspool.models.deepseek import moe_with_shared, sigmoid_router
 from crosspool.models.family import Family
 from crosspool.models.mla import read_mla
+from crosspool.models.moe import moe_with_shared, sigmoid_router
 from crosspool.models.spec import DenseFFN, FFNSpec, MLASpec
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from crosspool.models.config_file import ConfigFile
-from crosspool.models.family import Family, check_router, gqa, grouped_heads, head_size
+from crosspool.models.family import Family
+from crosspool.models.gqa import gqa, grouped_heads, head_size
+from crosspool.models.moe import softmax_moe
 from crosspool.models.rope import check_rope
-from crosspool.models.spec import FFNSpec, GQASpec, MoEFFN, RouterSpec
+from crosspool.models.spec import FFNSpec, GQASpec
 
 
 def _attention(config: ConfigFile, hidden: int) -> GQASpec:
@@ -27,16 +29,12 @@ def _attention(config: ConfigFile, hidden: int) -> GQASpec:
 
 
 def _ffn(config: ConfigFile, layers: int) -> tuple[FFNSpec, ...]:
-    experts = config.integer(config.spelling("num_experts", "num_local_experts"), 64)
-    router = RouterSpec(
-        score="softmax",
-        top_k=config.integer("num_experts_per_tok", 8),
-        renormalize=config.boolean("norm_topk_prob", False),
-    )
-    moe = MoEFFN(
-        experts=experts,
+    moe = softmax_moe(
+        config,
+        experts=64,
+        top_k=8,
         intermediate=config.integer("intermediate_size", 2048),
-        router=check_router(config, router, experts),
+        renormalize=config.boolean("norm_topk_prob", False),
     )
     return (moe,) * layers
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from crosspool.models.config_file import ConfigFile
-from crosspool.models.family import Family, FFNNames, check_router, gqa, grouped_heads, head_size
+from crosspool.models.family import Family, FFNNames
+from crosspool.models.gqa import gqa, grouped_heads, head_size
+from crosspool.models.moe import softmax_moe
 from crosspool.models.rope import check_rope
-from crosspool.models.spec import FFNSpec, GQASpec, MoEFFN, RouterSpec
+from crosspool.models.spec import FFNSpec, GQASpec
 
 
 def _attention(config: ConfigFile, hidden: int) -> GQASpec:
@@ -20,14 +22,12 @@ def _attention(config: ConfigFile, hidden: int) -> GQASpec:
 
 
 def _ffn(config: ConfigFile, layers: int) -> tuple[FFNSpec, ...]:
-    experts = config.integer(config.spelling("num_local_experts", "num_experts"), 8)
-    router = RouterSpec(
-        score="softmax", top_k=config.integer("num_experts_per_tok", 2), renormalize=True
-    )
-    moe = MoEFFN(
-        experts=experts,
+    moe = softmax_moe(
+        config,
+        experts=8,
+        top_k=2,
         intermediate=config.integer("intermediate_size", 14336),
-        router=check_router(config, router, experts),
+        renormalize=True,
     )
     return (moe,) * layers
 

@@ -9,9 +9,10 @@ V2's ``norm_topk_prob`` has no effect there, and none here.
 from __future__ import annotations
 
 from crosspool.models.config_file import ConfigFile
-from crosspool.models.family import Family, check_router
+from crosspool.models.family import Family
 from crosspool.models.mla import read_mla
-from crosspool.models.spec import DenseFFN, FFNSpec, MLASpec, MoEFFN, RouterSpec
+from crosspool.models.moe import leading_dense, moe_with_shared, sigmoid_router
+from crosspool.models.spec import DenseFFN, FFNSpec, MLASpec, RouterSpec
 
 
 def _v2_attention(config: ConfigFile, hidden: int) -> MLASpec:
@@ -56,58 +57,19 @@ def _v2_router(config: ConfigFile) -> RouterSpec:
     raise config.error("topk_method", "must be greedy or group_limited_greedy")
 
 
-def sigmoid_router(
-    config: ConfigFile, *, top_k: int, groups: int, top_groups: int, scale: float
-) -> RouterSpec:
-    """DeepSeek-V3's way of choosing experts; the numbers are the family's defaults."""
-    return RouterSpec(
-        score="sigmoid",
-        top_k=config.integer("num_experts_per_tok", top_k),
-        groups=config.integer("n_group", groups),
-        top_groups=config.integer("topk_group", top_groups),
-        group_score="top2_sum",
-        correction_bias=True,
-        renormalize=config.boolean("norm_topk_prob", True),
-        scale=config.number("routed_scaling_factor", scale),
-        fp32_logits=True,
-    )
-
-
-def moe_with_shared(
-    config: ConfigFile, router: RouterSpec, *, experts: int, intermediate: int, shared: int | None
-) -> MoEFFN:
-    """Routed experts of ``moe_intermediate_size`` and ``n_shared_experts`` more of that size."""
-    count = config.integer(config.spelling("n_routed_experts", "num_local_experts"), experts)
-    size = config.integer("moe_intermediate_size", intermediate)
-    shared_experts = config.optional_integer("n_shared_experts", shared, minimum=0) or 0
-    return MoEFFN(
-        experts=count,
-        intermediate=size,
-        router=check_router(config, router, count),
-        shared_intermediate=shared_experts * size,
-    )
-
-
-def _leading_dense(
-    config: ConfigFile, layers: int, first: int, dense: DenseFFN, moe: MoEFFN
-) -> tuple[FFNSpec, ...]:
-    leading = min(config.integer("first_k_dense_replace", first, minimum=0), layers)
-    return (dense,) * leading + (moe,) * (layers - leading)
-
-
 def _v2_ffn(config: ConfigFile, layers: int) -> tuple[FFNSpec, ...]:
     if config.boolean("mlp_bias", False):
         raise config.error("mlp_bias", "must be false: FFN projections have no bias")
     moe = moe_with_shared(config, _v2_router(config), experts=64, intermediate=1407, shared=2)
     dense = DenseFFN(intermediate=config.integer("intermediate_size", 11008))
-    return _leading_dense(config, layers, 0, dense, moe)
+    return leading_dense(config, layers, 0, dense, moe)
 
 
 def _v3_ffn(config: ConfigFile, layers: int) -> tuple[FFNSpec, ...]:
     router = sigmoid_router(config, top_k=8, groups=8, top_groups=4, scale=2.5)
     moe = moe_with_shared(config, router, experts=256, intermediate=2048, shared=1)
     dense = DenseFFN(intermediate=config.integer("intermediate_size", 18432))
-    return _leading_dense(config, layers, 3, dense, moe)
+    return leading_dense(config, layers, 3, dense, moe)
 
 
 DEEPSEEK_V2 = Family(
