@@ -13,7 +13,7 @@ ABOVE = {
     "cli": {
         "frontend",
         "scheduler",
-        "planning",
+        "planner",
         "kvpool",
         "weightpool",
         "ranks",
@@ -23,7 +23,7 @@ ABOVE = {
     "frontend": {"scheduler", "kvpool", "weightpool", "ranks", "models", "kernels"},
     "scheduler": {"kvpool", "weightpool", "models"},
     "ranks": {"kvpool", "weightpool", "models", "kernels"},
-    "planning": {"kvpool", "weightpool", "models"},
+    "planner": {"kvpool", "weightpool", "models"},
     "kvpool": {"models", "kernels"},
     "weightpool": {"models", "kernels"},
     "models": set(),
@@ -43,9 +43,7 @@ LIGHT = (
     "kvpool/bounds",
     "kvpool/growth",
     "kvpool/layout",
-    "kvpool/planner/",
-    "weightpool/groups",
-    "planning/",
+    "planner/",
 )
 
 
