@@ -12,11 +12,12 @@ import pytest
 from crosspool.config.deployment import ConfigError
 from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
 from crosspool.models.spec import DenseFFN, GQASpec, MLASpec, ModelSpec, MoEFFN, RopeSpec
-from make_random_checkpoint import FAMILIES, hub_tensors, make_random_checkpoint
-from transformers import AutoConfig, PreTrainedConfig
+from make_random_checkpoint import hub_tensors, make_random_checkpoint
+from support.families import FAMILIES
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 ARCHITECTURES = {
-    family: name.replace("Config", "ForCausalLM") for family, (name, _) in FAMILIES.items()
+    family: CONFIG_MAPPING[family].__name__.replace("Config", "ForCausalLM") for family in FAMILIES
 }
 # A field without which transformers itself cannot build the model.
 _NEEDED: dict[str, dict[str, Any]] = {"deepseek_v2": {"num_experts_per_tok": 6}}

@@ -17,6 +17,8 @@ from crosspool.planner.request import PlanRequest
 _MOST_DEVICES = 1024
 
 SystemName = Literal["static", "monolithic", "crosspool"]
+Places = tuple[tuple[int, ...], ...]
+"""Devices of each model."""
 
 
 class SystemPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,7 +29,7 @@ class SystemPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The weights fit; all else is zero where they do not."""
     reason: str | None
     """Why not."""
-    places: tuple[tuple[int, ...], ...]
+    places: Places
     """Devices of each model's attention and KV cache."""
     kv_bytes: int
     """KV memory on all devices."""
@@ -79,62 +81,74 @@ def static_partition(request: PlanRequest, wanted: Requirements) -> SystemPlan:
     )
     longest = tuple(longest_of(request, index, system, 0) for index, system in enumerate(systems))
     factor = min(
-        (
-            sustained(
-                some(request.traffic, [index]),
-                [kv_model(request, index, longest[index])],
-                system.rooms[0].total,
-                request.quantile,
-                chunk_bytes=request.chunk_bytes,
-                charge=request.charge,
-            )
-            for index, system in enumerate(systems)
-            if request.traffic.models[index].rate > 0
-        ),
+        sustained_factor(request, [index], longest, system.rooms[0].total)
+        for index, system in enumerate(systems)
+        if request.traffic.models[index].rate > 0
     )
-    return SystemPlan(
-        name="static",
-        fits=True,
-        reason=None,
-        places=places,
+    return system_plan(
+        request,
+        "static",
+        places,
         kv_bytes=sum(system.rooms[0].total for system in systems),
         longest=longest,
-        sustained=factor * rate(request),
-        too_long=too_long(request.traffic, longest),
+        factor=factor,
         devices_needed=devices_needed,
     )
 
 
 def pooled(
+    request: PlanRequest, system: System, places: Places, devices_needed: int | None
+) -> SystemPlan:
+    """CrossPool: all models share the KV memory of ``system``."""
+    models = range(len(request.models))
+    longest = tuple(longest_of(request, index, system, index) for index in models)
+    return system_plan(
+        request,
+        "crosspool",
+        places,
+        kv_bytes=sum(system.free),
+        longest=longest,
+        factor=sustained_factor(request, models, longest, sum(system.free)),
+        devices_needed=devices_needed,
+    )
+
+
+def system_plan(
     request: PlanRequest,
     name: SystemName,
-    system: System,
-    places: Sequence[tuple[int, ...]],
+    places: Places,
+    *,
+    kv_bytes: int,
+    longest: tuple[int, ...],
+    factor: float,
     devices_needed: int | None,
 ) -> SystemPlan:
-    """A way to serve in which all models share the KV memory of ``system``."""
-    longest = tuple(
-        longest_of(request, index, system, index) for index in range(len(request.models))
-    )
-    kv_models = [kv_model(request, index, longest[index]) for index in range(len(longest))]
-    factor = sustained(
-        request.traffic,
-        kv_models,
-        sum(system.free),
-        request.quantile,
-        chunk_bytes=request.chunk_bytes,
-        charge=request.charge,
-    )
+    """A way to serve that fits; ``factor``: by how much it sustains all of the traffic's rates."""
     return SystemPlan(
         name=name,
         fits=True,
         reason=None,
-        places=tuple(places),
-        kv_bytes=sum(system.free),
+        places=places,
+        kv_bytes=kv_bytes,
         longest=longest,
-        sustained=factor * rate(request),
+        sustained=factor * sum(model.rate for model in request.traffic.models),
         too_long=too_long(request.traffic, longest),
         devices_needed=devices_needed,
+    )
+
+
+def sustained_factor(
+    request: PlanRequest, models: Sequence[int], longest: Sequence[int], limit_bytes: int
+) -> float:
+    """The greatest factor on the rates of ``models`` with which their demand stays within
+    ``limit_bytes`` for the plan's quantile of the time."""
+    return sustained(
+        some(request.traffic, models),
+        [kv_model(request, index, longest[index]) for index in models],
+        limit_bytes,
+        request.quantile,
+        chunk_bytes=request.chunk_bytes,
+        charge=request.charge,
     )
 
 
@@ -193,10 +207,6 @@ def kv_model(request: PlanRequest, index: int, context: int) -> KVModel:
     return KVModel(model.name, model.shape.kv_bytes_per_token, request.page_size, max(2, context))
 
 
-def rate(request: PlanRequest) -> float:
-    return sum(model.rate for model in request.traffic.models)
-
-
 def _sum(numbers: Sequence[int | None]) -> int | None:
     return None if None in numbers else sum(number or 0 for number in numbers)
 
@@ -204,14 +214,13 @@ def _sum(numbers: Sequence[int | None]) -> int | None:
 def does_not_fit(
     request: PlanRequest, name: SystemName, least: int | None, devices_needed: int | None
 ) -> SystemPlan:
-    nothing = (0,) * len(request.models)
     return SystemPlan(
         name=name,
         fits=False,
         reason=f"the weights alone need {least or 'many more'} devices",
-        places=((),) * len(nothing),
+        places=((),) * len(request.models),
         kv_bytes=0,
-        longest=nothing,
+        longest=(0,) * len(request.models),
         sustained=0.0,
         too_long=1.0,
         devices_needed=devices_needed,

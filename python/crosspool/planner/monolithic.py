@@ -13,10 +13,11 @@ from crosspool.planner.compare import (
     fewest,
     kv_model,
     longest_of,
-    rate,
     reaches,
+    sustained_factor,
+    system_plan,
 )
-from crosspool.planner.demand.capacity import some, sustained, too_long
+from crosspool.planner.demand.capacity import some
 from crosspool.planner.demand.compound import exact_demand
 from crosspool.planner.devices.shared_placement import Placed, place_shared
 from crosspool.planner.request import PlanRequest
@@ -61,38 +62,35 @@ def shared_monolithic(request: PlanRequest, wanted: Requirements) -> SystemPlan:
         ) and all(size >= demand(models) for models, size in placed.components)
 
     first = -(-sum(shape.weight_bytes for shape in shapes) // request.devices.usable)
-    most = max(_MOST_DEVICES, 4 * first)
-    needed = fewest(lambda number: any(map(is_enough, on(number))), first, most)
+    limit = max(_MOST_DEVICES, 4 * first)
+    needed = fewest(lambda number: any(map(is_enough, on(number))), first, limit)
     ways = on(request.devices.count)
     if not ways:
-        least = fewest(lambda number: bool(on(number)), first, most)
+        least = fewest(lambda number: bool(on(number)), first, limit)
         return does_not_fit(request, "monolithic", least, needed)
     if len(shapes) > _MANY_MODELS:
         ways = ways[:_FEW_WAYS]
     factors = [_sustained(request, placed) for placed in ways]
     best = ways[factors.index(max(factors))]
-    lengths = _lengths(request, best)
-    return SystemPlan(
-        name="monolithic",
-        fits=True,
-        reason=None,
-        places=best.places,
+    return system_plan(
+        request,
+        "monolithic",
+        best.places,
         kv_bytes=sum(best.system.free),
-        longest=lengths,
-        sustained=max(factors) * rate(request),
-        too_long=too_long(request.traffic, lengths),
+        longest=_longest(request, best),
+        factor=max(factors),
         devices_needed=needed,
     )
 
 
-def _lengths(request: PlanRequest, placed: Placed) -> tuple[int, ...]:
+def _longest(request: PlanRequest, placed: Placed) -> tuple[int, ...]:
     models = range(len(request.models))
     return tuple(longest_of(request, index, placed.system, index) for index in models)
 
 
 def _sustained(request: PlanRequest, placed: Placed) -> float:
     """The factor on all rates: of the component, or the model in its own room, that has least."""
-    lengths = _lengths(request, placed)
+    longest = _longest(request, placed)
     limits = dict(placed.components)
     limits |= {
         (index,): room.total
@@ -100,13 +98,5 @@ def _sustained(request: PlanRequest, placed: Placed) -> float:
         if request.traffic.models[index].rate > 0
     }
     return min(
-        sustained(
-            some(request.traffic, models),
-            [kv_model(request, index, lengths[index]) for index in models],
-            limit,
-            request.quantile,
-            chunk_bytes=request.chunk_bytes,
-            charge=request.charge,
-        )
-        for models, limit in limits.items()
+        sustained_factor(request, models, longest, limit) for models, limit in limits.items()
     )

@@ -68,7 +68,7 @@ def make_plan(request: PlanRequest) -> Plan:
     systems = (
         static_partition(request, wanted),
         shared_monolithic(request, wanted),
-        pooled(request, "crosspool", system, (tuple(range(kv_devices)),) * len(shapes), needed),
+        pooled(request, system, (tuple(range(kv_devices)),) * len(shapes), needed),
     )
     groups = group(_ffn_loads(request), weight_devices, request.devices.usable_for_weights)
     return Plan(

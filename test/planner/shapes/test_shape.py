@@ -15,7 +15,8 @@ from crosspool.planner.shapes import catalogue
 from crosspool.planner.shapes.reader import shape_of_config
 from crosspool.planner.shapes.shape import ModelShape
 from crosspool.weightpool.placement import FFNShard, attention_bytes, ffn_bytes
-from make_random_checkpoint import FAMILIES, make_random_checkpoint
+from make_random_checkpoint import make_random_checkpoint
+from support.families import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 DEMO = Path(crosspool.__file__).parent / "demo"

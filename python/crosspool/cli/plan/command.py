@@ -18,8 +18,9 @@ from crosspool.config.sizes import format_size
 from crosspool.observability.pools_table import make_console
 from crosspool.planner.deployment_file import deployment_yaml, device_names
 from crosspool.planner.paper import reproduce
+from crosspool.planner.paper.plot import plot_figure6
 from crosspool.planner.plan import make_plan
-from crosspool.planner.report.plots import check_suffix, plot_figure6, plot_plan
+from crosspool.planner.report.plots import check_suffix, plot_plan
 from crosspool.planner.report.tables import plan_tables, table
 from crosspool.planner.request import PlanRequest
 from crosspool.planner.shapes import catalogue

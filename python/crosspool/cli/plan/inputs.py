@@ -118,11 +118,12 @@ def traffic(
     if made_of:
         raise ConfigError(f"{', '.join(made_of)}: the trace of --trace tells lengths; give one")
     trace = read_trace(arguments.trace, arguments.trace_format, tokenizer=arguments.tokenizer)
-    recorded = trace.service is not None and arguments.tbt_ms is None
-    speed = None if recorded else _speed(arguments)
-    notes = trace.notes + (() if speed is None else _speed_note(arguments, speed))
+    if trace.service is not None and arguments.tbt_ms is None:
+        made = _of_trace(arguments, trace, names, None)
+        return made, _window(arguments, made), trace.notes
+    speed = _speed(arguments)
     made = _of_trace(arguments, trace, names, speed)
-    return made, _window(arguments, made), notes
+    return made, _window(arguments, made), trace.notes + _speed_note(arguments, speed)
 
 
 def _of_trace(

@@ -27,7 +27,8 @@ TBT_S = {"Q": 0.067, "G": 0.059, "D": 0.041}
 OUTPUT_TOKENS = 100
 """Of every request. The paper does not give it: chosen so that Q at 4-8K comes out near its 6/s."""
 BINS = tuple((size << 10, size << 11) for size in (4, 8, 16, 32, 64))
-SYSTEMS = ("static", "kvcached", "crosspool")
+LABELS = {"static": "static", "kvcached": "kvcached", "crosspool": "CrossPool"}
+SYSTEMS = tuple(LABELS)
 
 READ_OFF: dict[tuple[str, int, str], float] = {
     ("Q", 4, "crosspool"): 6,

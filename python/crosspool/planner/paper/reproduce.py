@@ -11,6 +11,7 @@ from crosspool.planner.devices.parallelism import Parallelism, parallelism
 from crosspool.planner.devices.systems import DEVICE_RESERVE
 from crosspool.planner.paper.figure6 import (
     BINS,
+    LABELS,
     MODELS,
     OUTPUT_TOKENS,
     READ_OFF,
@@ -45,7 +46,6 @@ RATIOS = (
     ("G", 4, "kvcached"),
     ("G", 4, "static"),
 )
-_LABELS = {"static": "static", "kvcached": "kvcached", "crosspool": "CrossPool"}
 
 
 class FFNShare(msgspec.Struct, frozen=True, kw_only=True):
@@ -202,7 +202,7 @@ def figure6_tables(made: Reproduction) -> Group:
                 texts.append(text if cell.paper is None else f"{text} ({cell.paper:g})")
             rates.add_row(
                 f"{model} {name}" if system == SYSTEMS[0] else "",
-                _LABELS[system],
+                LABELS[system],
                 *texts,
                 f"{figure.longest[system][model]:,}",
             )
@@ -225,7 +225,7 @@ def _memory(figure: Figure6) -> Text:
     lines = [f"KV memory by device (reserve {figure.reserve:g} of 40 GB):"]
     for system, free in figure.free.items():
         sizes = ", ".join(format_size(size) if size > 0 else "none" for size in free)
-        lines.append(f"  {_LABELS[system]}: {sizes}")
+        lines.append(f"  {LABELS[system]}: {sizes}")
     return Text("\n".join(lines))
 
 

@@ -1,14 +1,12 @@
-"""Plots of a plan and of the paper's Figure 6, as SVG or PNG; told apart by lines, markers and
-hatches, so that they can be read without colour."""
+"""The plot of a plan, as SVG or PNG; hatches tell its bars apart without colour."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from crosspool.config.errors import ConfigError
 from crosspool.config.sizes import format_size
-from crosspool.planner.paper.figure6 import BINS, MODELS, READ_OFF, SYSTEMS, Figure6
 from crosspool.planner.report.tables import SYSTEM_NAMES
 from crosspool.planner.result import Plan
 
@@ -17,13 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".svg", ".png")
-_LOOKS: dict[str, dict[str, Any]] = {
-    "crosspool": {"marker": "o", "linestyle": "-", "color": "#1b6ca8"},
-    "kvcached": {"marker": "s", "linestyle": "--", "color": "#c0542c"},
-    "static": {"marker": "^", "linestyle": ":", "color": "#4d4d4d"},
-}
 _HATCHES = {"static": "///", "monolithic": "...", "crosspool": ""}
-_LABELS = {"static": "static partition", "kvcached": "kvcached", "crosspool": "CrossPool"}
 _GIB = 1 << 30
 
 
@@ -35,53 +27,9 @@ def check_suffix(path: Path) -> None:
         raise ConfigError(f"plot {path}: there is no folder {path.parent}")
 
 
-def plot_figure6(figure: Figure6, path: Path) -> None:
-    """Rates by context bin; filled: ours, hollow: read off the paper's figure."""
-    drawn = _new(len(MODELS), 4.4)
-    for axes, (model, name) in zip(drawn.axes, MODELS.items(), strict=True):
-        for system in SYSTEMS:
-            cells = [
-                cell
-                for cell in figure.cells
-                if (cell.model, cell.system) == (model, system) and cell.rate > 0
-            ]
-            places = [_place(cell.low) for cell in cells]
-            axes.plot(
-                places, [cell.rate for cell in cells], label=_LABELS[system], **_LOOKS[system]
-            )
-            for cell in cells:
-                if cell.served < 1:
-                    text = f"{cell.served:.0%} of lengths"
-                    at = (_place(cell.low), cell.rate)
-                    up = 8 if system == "kvcached" else -14
-                    axes.annotate(text, at, (4, up), textcoords="offset points", fontsize=7)
-            paper = {
-                _place(low << 10): rate
-                for (of, low, other), rate in READ_OFF.items()
-                if (of, other) == (model, system)
-            }
-            look = {**_LOOKS[system], "linestyle": "none", "markersize": 10}
-            axes.plot(list(paper), list(paper.values()), fillstyle="none", **look)
-        axes.set_yscale("log")
-        axes.set_ylim(0.05, 60)
-        axes.set_xticks(range(len(BINS)), [f"{low >> 10}-{high >> 10}K" for low, high in BINS])
-        axes.set_xlim(-0.4, len(BINS) - 0.6)
-        axes.set_title(f"{model}: {name}", fontsize=10)
-        axes.grid(True, which="major", linewidth=0.4)
-        axes.set_xlabel("context, tokens")
-    drawn.axes[0].set_ylabel("requests/s")
-    drawn.axes[0].legend(fontsize=8)
-    drawn.suptitle(
-        "Highest request rate by context on five 40 GB devices "
-        "(large hollow: read off the paper's Figure 6)",
-        fontsize=10,
-    )
-    _save(drawn, path)
-
-
 def plot_plan(plan: Plan, path: Path) -> None:
     """Demand with the budget line, and what the same devices sustain under the three systems."""
-    drawn = _new(2, 5.4)
+    drawn = new_figure(2, 5.4)
     _draw_demand(drawn.axes[0], plan)
     axes = drawn.axes[1]
     for place, system in enumerate(plan.systems):
@@ -104,7 +52,7 @@ def plot_plan(plan: Plan, path: Path) -> None:
         f"{plan.devices.count} device(s) of {format_size(plan.devices.bytes)}", fontsize=10
     )
     axes.margins(y=0.15)
-    _save(drawn, path)
+    save_figure(drawn, path)
 
 
 def _draw_demand(axes: Axes, plan: Plan) -> None:
@@ -131,11 +79,7 @@ def _draw_demand(axes: Axes, plan: Plan) -> None:
     axes.legend(fontsize=8)
 
 
-def _place(low: int) -> int:
-    return [edges[0] for edges in BINS].index(low)
-
-
-def _new(columns: int, width: float) -> Figure:
+def new_figure(columns: int, width: float) -> Figure:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,7 +92,7 @@ def _new(columns: int, width: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     from matplotlib import pyplot
 
     figure.tight_layout()
