@@ -54,7 +54,7 @@ $(VENV)/.env: pyproject.toml $(NODEPS) $(NATIVE) | $(VENV)/bin/python
 	@echo "==> $(TORCH)$(if $(TORCH_INDEX), from $(TORCH_INDEX))"
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	@echo "==> crosspool, its native code and its dependencies"
-	@$(PIP) --editable .
+	@$(PIP) --editable '.[planner]'
 	@echo "==> SGLang's front end, without the GPU stack"
 	@$(PIP) --no-deps -r $(NODEPS)
 	@touch $@

@@ -28,24 +28,25 @@ from typing import Any
 
 import numpy as np
 from crosspool.config.deployment import ConfigError
-from crosspool.kvpool.planner.budget import kv_budget, longest_bytes
-from crosspool.kvpool.planner.compound import exact_demand
-from crosspool.kvpool.planner.demand import monte_carlo
-from crosspool.kvpool.planner.kv_model import Charge, KVModel, kv_loads
-from crosspool.kvpool.planner.peaks import PeakReport, peak_report
-from crosspool.kvpool.planner.popularity import openrouter
-from crosspool.kvpool.planner.replay import ReplayDemand, independent_shifts, replay
-from crosspool.kvpool.planner.service_time import DecodeSpeed
-from crosspool.kvpool.planner.spread import spread
-from crosspool.kvpool.planner.trace import Trace
-from crosspool.kvpool.planner.trace_files import read_trace
-from crosspool.models import catalogue
+from crosspool.planner.demand.budget import kv_budget, longest_bytes
+from crosspool.planner.demand.compound import exact_demand
+from crosspool.planner.demand.kv_model import Charge, KVModel, kv_loads
+from crosspool.planner.demand.monte_carlo import monte_carlo
+from crosspool.planner.demand.peaks import Coincidence, PeakReport, peak_report
+from crosspool.planner.demand.replay import ReplayDemand, replay
+from crosspool.planner.shapes import catalogue
+from crosspool.planner.traffic.popularity import openrouter
+from crosspool.planner.traffic.service_time import DecodeSpeed
+from crosspool.planner.traffic.spread import spread
+from crosspool.planner.traffic.trace import Trace
+from crosspool.planner.traffic.trace_files import read_trace
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from benchmark import machine, plots
 from benchmark.records import IMAGES, Recorder
+from benchmark.shifted_replays import independent_shifts
 
 QUANTILE = 0.99
 PEAK = 0.95
@@ -105,7 +106,7 @@ def deal(trace: Trace, setting: Setting, charge: Charge, seed: int) -> Deal:
         name = f"{shape.id}/{rank // len(names) + 1}"
         kv.append(KVModel(name, shape.kv_bytes_per_token, PAGE_SIZE, shape.context))
     traffic = spread(
-        trace, openrouter(len(kv)), [each.name for each in kv], seed, speeds=setting.speed
+        trace, openrouter(len(kv)), [each.name for each in kv], seed, speed=setting.speed
     )
     demand = replay(traffic, kv, charge, chunk_bytes=CHUNK_BYTES)
     budget = kv_budget(demand, kv, QUANTILE, ranks=1)
@@ -136,10 +137,20 @@ def deal(trace: Trace, setting: Setting, charge: Charge, seed: int) -> Deal:
         "above": peaks.exceedance.fraction,
         "above_times": float(peaks.exceedance.count),
         "above_longest": peaks.exceedance.longest_seconds,
-        "peak_dispersion": peaks.coincidence.dispersion,
+        "peak_dispersion": dispersion(peaks.coincidence),
         "cut": float(sum(load.cut for load in kv_loads(traffic, kv, CHUNK_BYTES))),
     }
     return Deal(figures, demand, peaks)
+
+
+def dispersion(found: Coincidence) -> float:
+    """The variance of the number of models at their peak over that under independence: 1 when
+    peaks meet as chance has it, the number of models when all peak at the same times."""
+    expected = sum(share * (1 - share) for share in found.at_peak)
+    numbers = np.arange(len(found.together))
+    mean = numbers @ np.array(found.together)
+    variance = float((numbers - mean) ** 2 @ np.array(found.together))
+    return variance / expected if expected else 1.0
 
 
 def together(first: Trace, second: Trace) -> Trace:

@@ -26,23 +26,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from crosspool.kvpool.planner.demand import monte_carlo
-from crosspool.kvpool.planner.generate import Load, generate
-from crosspool.kvpool.planner.kv_model import Charge, KVModel
-from crosspool.kvpool.planner.lengths import Lengths, lognormal
-from crosspool.kvpool.planner.quantile import QuantileEstimate
-from crosspool.kvpool.planner.replay import replay as replay_plan
-from crosspool.kvpool.planner.runs import run_quantile_interval
-from crosspool.kvpool.planner.service_time import DecodeSpeed
-from crosspool.kvpool.planner.spread import by_lengths
-from crosspool.kvpool.planner.trace import Trace
-from crosspool.kvpool.planner.traffic import Floats, ModelTraffic, Samples, Traffic
+from crosspool.planner.demand.kv_model import Charge, KVModel
+from crosspool.planner.demand.monte_carlo import monte_carlo
+from crosspool.planner.demand.quantile import QuantileEstimate
+from crosspool.planner.demand.replay import replay as replay_plan
+from crosspool.planner.traffic.lengths import Lengths, lognormal
+from crosspool.planner.traffic.samples import Floats, ModelTraffic, Samples, Traffic
+from crosspool.planner.traffic.service_time import DecodeSpeed
+from crosspool.planner.traffic.spread import by_lengths
+from crosspool.planner.traffic.trace import Trace
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from benchmark import plots
 from benchmark.client import STREAM_FLAGS, Answer, Replay, replay
+from benchmark.made_trace import Load, generate
+from benchmark.poisson_runs import run_quantile_interval
 from benchmark.pool_sampler import PoolSampler
 from benchmark.records import IMAGES, Recorder
 from benchmark.server import TINY_MODELS, Server, one_device
@@ -138,7 +138,7 @@ def kv_models(server: Server) -> list[KVModel]:
 
 
 def plan(speed: DecodeSpeed, models: Sequence[KVModel], setting: Setting) -> dict[Charge, Planned]:
-    traffic = by_lengths(LENGTHS, RATES, TINY_MODELS, setting.samples, seed=1, speeds=speed)
+    traffic = by_lengths(LENGTHS, RATES, TINY_MODELS, setting.samples, seed=1, speed=speed)
     planned: dict[Charge, Planned] = {}
     for charge in COLUMNS:
         demand = monte_carlo(

@@ -14,7 +14,7 @@ ABOVE = {
         "server",
         "frontend",
         "scheduler",
-        "planning",
+        "planner",
         "kvpool",
         "weightpool",
         "ranks",
@@ -25,7 +25,7 @@ ABOVE = {
     "frontend": {"scheduler", "models"},
     "scheduler": {"kvpool", "weightpool", "models"},
     "ranks": {"kvpool", "weightpool", "models", "kernels"},
-    "planning": {"kvpool", "weightpool", "models"},
+    "planner": {"kvpool", "weightpool", "models"},
     "kvpool": {"models", "kernels"},
     "weightpool": {"models", "kernels"},
     "models": set(),
@@ -45,9 +45,7 @@ LIGHT = (
     "kvpool/bounds",
     "kvpool/growth",
     "kvpool/layout",
-    "kvpool/planner/",
-    "weightpool/groups",
-    "planning/",
+    "planner/",
 )
 
 

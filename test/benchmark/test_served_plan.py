@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from crosspool.kvpool.planner.kv_model import KVModel
-from crosspool.kvpool.planner.quantile import QuantileEstimate
-from crosspool.kvpool.planner.service_time import DecodeSpeed
+from crosspool.planner.demand.kv_model import KVModel
+from crosspool.planner.demand.quantile import QuantileEstimate
+from crosspool.planner.traffic.service_time import DecodeSpeed
 
 from benchmark import served_plan
 from benchmark.client import Answer

@@ -7,17 +7,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import crosspool
 import msgspec
 import pytest
-from crosspool.cli import plan
 from crosspool.cli.main import main
 from crosspool.cli.prepare import prepare
 from crosspool.config.deployment_file import read
 from crosspool.config.device import Device
-from crosspool.models import catalogue
+from crosspool.planner.shapes import catalogue
 from support.server import free_port
 
-DEMO = Path(plan.__file__).parents[1] / "demo"
+DEMO = Path(crosspool.__file__).parent / "demo"
 TINY = ("tiny-qwen3-moe", "tiny-deepseek-v2", "tiny-glm4-moe-lite")
 PAPER = ("Qwen3-30B-A3B", "GLM-4.7-Flash", "DeepSeek-V2-Lite")
 FIVE = ("--devices", "5x40GB")
@@ -319,7 +319,7 @@ def test_as_a_process() -> None:
 
 def test_planning_imports_nothing_heavy() -> None:
     code = (
-        "import sys, crosspool.cli.plan; "
+        "import sys, crosspool.cli.plan.command; "
         "print([m for m in ('torch', 'sglang', 'transformers', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
