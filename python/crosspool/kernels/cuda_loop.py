@@ -150,7 +150,7 @@ class LanePlaces:
 
 def load(path: Path) -> ctypes.CDLL:
     """The library at ``path`` with typed functions. Raises ImportError."""
-    how = "build it again (`pip install -e .` where nvcc is found)"
+    how = "build it again (`make env CUDA=ON`)"
     try:
         library = ctypes.CDLL(str(path))
         for name, (result, arguments) in cs.SIGNATURES.items():
@@ -169,7 +169,7 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def library_path() -> Path | None:
-    """Where the library lies; None: it was not built (no nvcc)."""
+    """Where the library lies; None: it was not built."""
     folders = [Path(folder) for folder in crosspool.kernels.__path__]
     return next((folder / LIBRARY for folder in folders if (folder / LIBRARY).is_file()), None)
 
@@ -180,7 +180,8 @@ def library() -> ctypes.CDLL:
     path = library_path()
     if path is None:
         raise ImportError(
-            f"CrossPool's GPU library {LIBRARY} was not built: `pip install -e .` with nvcc on PATH"
+            f"CrossPool's GPU library {LIBRARY} was not built: `make env CUDA=ON`, or `pip install ."
+            " --config-settings=cmake.define.CROSSPOOL_CUDA=ON`, with nvcc on PATH"
         )
     return load(path)
 
