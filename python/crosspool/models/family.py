@@ -1,4 +1,4 @@
-"""What a family's file provides."""
+"""The description of a family that its file provides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from crosspool.models.spec import AttentionSpec, FFNSpec
 
 @dataclass(frozen=True, kw_only=True)
 class FFNNames:
-    """How the checkpoints of a family call their FFN tensors, beneath ``model.layers.N.``."""
+    """Names of FFN tensors in a family's checkpoints, beneath ``model.layers.N.``."""
 
     block: str = "mlp"
     """Prefix of the router, the experts, and of a dense layer's projections."""
@@ -23,15 +23,15 @@ class FFNNames:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family of models. The numbers are transformers' defaults for fields that a config.json
-    may leave out."""
+    """A family of models. Its numbers are transformers' defaults for fields that a config.json may
+    leave out."""
 
     model_type: str
     architecture: str
     attention: Callable[[ConfigFile, int], AttentionSpec]
-    """Of the file and the hidden size."""
+    """Reads the attention, given the file and the hidden size."""
     ffn: Callable[[ConfigFile, int], tuple[FFNSpec, ...]]
-    """Of the file and the number of layers: one per layer."""
+    """Reads the FFN of every layer, given the file and the number of layers."""
     names: FFNNames = FFNNames()
     vocab: int
     hidden: int

@@ -9,8 +9,8 @@ from crosspool.models.spec import GQASpec, RopeSpec
 def grouped_heads(
     config: ConfigFile, q_heads: int, kv_heads: int | None, null_means_all: bool
 ) -> tuple[int, int]:
-    """Query and KV heads. ``kv_heads`` is the default; None, or null in the file if
-    ``null_means_all``, stands for as many as query heads."""
+    """Reads the numbers of query and KV heads. ``kv_heads`` is the default; None, and null in the
+    file if ``null_means_all``, mean as many as there are query heads."""
     q = config.integer("num_attention_heads", q_heads)
     kv = config.optional_integer("num_key_value_heads", kv_heads)
     if kv is None:
@@ -23,7 +23,7 @@ def grouped_heads(
 
 
 def head_size(config: ConfigFile, hidden: int, heads: int) -> int:
-    """``head_dim``, or an even share of the hidden size."""
+    """Reads ``head_dim``, which is an even share of the hidden size by default."""
     if config.values.get("head_dim") is None and hidden % heads:
         raise config.error("num_attention_heads", f"must divide hidden_size={hidden}")
     size = config.integer("head_dim", None) if config.values.get("head_dim") else hidden // heads
@@ -33,7 +33,7 @@ def head_size(config: ConfigFile, hidden: int, heads: int) -> int:
 
 
 def gqa(q_heads: int, kv_heads: int, head_dim: int) -> GQASpec:
-    """Plain grouped-query attention; a family changes what it has beyond that."""
+    """Returns plain grouped-query attention; a family sets what it has beyond that."""
     return GQASpec(
         q_heads=q_heads,
         kv_heads=kv_heads,

@@ -9,8 +9,8 @@ from crosspool.models.spec import DenseFFN, FFNSpec, MoEFFN, RouterSpec
 def softmax_moe(
     config: ConfigFile, *, experts: int, top_k: int, intermediate: int, renormalize: bool
 ) -> MoEFFN:
-    """Routed experts alone, chosen by softmax. ``experts`` and ``top_k`` are the family's defaults;
-    ``intermediate`` is the size of an expert, as the family read it."""
+    """Reads routed experts that are chosen by softmax. ``experts`` and ``top_k`` are the family's
+    defaults; ``intermediate`` is the intermediate size of an expert."""
     count = config.integer(config.spelling("num_experts", "num_local_experts"), experts)
     router = RouterSpec(
         score="softmax",
@@ -25,7 +25,7 @@ def softmax_moe(
 def sigmoid_router(
     config: ConfigFile, *, top_k: int, groups: int, top_groups: int, scale: float
 ) -> RouterSpec:
-    """DeepSeek-V3's way of choosing experts; the numbers are the family's defaults."""
+    """Reads a router with DeepSeek-V3's rules; the numbers are the family's defaults."""
     return RouterSpec(
         score="sigmoid",
         top_k=config.integer("num_experts_per_tok", top_k),
@@ -42,7 +42,7 @@ def sigmoid_router(
 def moe_with_shared(
     config: ConfigFile, router: RouterSpec, *, experts: int, intermediate: int, shared: int | None
 ) -> MoEFFN:
-    """Routed experts of ``moe_intermediate_size`` and ``n_shared_experts`` more of that size."""
+    """Reads routed experts of ``moe_intermediate_size``, and ``n_shared_experts`` of that size."""
     count = config.integer(config.spelling("n_routed_experts", "num_local_experts"), experts)
     size = config.integer("moe_intermediate_size", intermediate)
     shared_experts = config.optional_integer("n_shared_experts", shared, minimum=0) or 0
@@ -57,12 +57,13 @@ def moe_with_shared(
 def leading_dense(
     config: ConfigFile, layers: int, first: int, dense: DenseFFN, moe: MoEFFN
 ) -> tuple[FFNSpec, ...]:
+    """Returns the FFNs of all layers; the leading ones are dense, ``first`` of them by default."""
     leading = min(config.integer("first_k_dense_replace", first, minimum=0), layers)
     return (dense,) * leading + (moe,) * (layers - leading)
 
 
 def check_router(config: ConfigFile, router: RouterSpec, experts: int) -> RouterSpec:
-    """Raises ConfigError when a token cannot choose as many experts as it must."""
+    """Returns the router. Raises ConfigError when its groups have too few experts for ``top_k``."""
     if experts % router.groups:
         raise config.error("n_group", f"must divide the number of experts, {experts}")
     if router.top_groups > router.groups:

@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a :class:`ModelSpec`, and from a spec to its tensors.
+"""Reads a :class:`ModelSpec` from a checkpoint folder, and lists the tensors of a spec.
 
 Example::
 
@@ -23,7 +23,7 @@ from crosspool.models.tensors import attention_part, ffn_part
 
 
 def _found() -> dict[str, Family]:
-    """The families that the modules of :mod:`crosspool.models.families` define, by model type."""
+    """Returns the families that the modules of :mod:`crosspool.models.families` define."""
     modules = [
         import_module(f"{families.__name__}.{module.name}")
         for module in pkgutil.iter_modules(families.__path__)
@@ -39,9 +39,10 @@ _BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES.values()}
 def read_model(path: Path, context_length: int | None = None, dtype: str = "auto") -> ModelSpec:
     """Reads ``config.json`` and ``generation_config.json`` of a checkpoint folder.
 
-    ``context_length``: a shorter limit in tokens than the model's own. ``dtype``: ``bfloat16``,
-    ``float32``, or ``auto`` for the config's. Raises ConfigError, naming file and field, when the
-    architecture is not supported, a value makes no sense, or the checkpoint is quantised."""
+    ``context_length`` is a limit in tokens below the model's own. ``dtype`` is ``bfloat16``,
+    ``float32``, or ``auto`` for the one in the file. Raises ConfigError that names file and field
+    when the architecture is not supported, a value makes no sense, or the checkpoint is
+    quantised."""
     config = ConfigFile(path / "config.json")
     family = family_of(config)
     if family is None:
@@ -61,8 +62,8 @@ def read_model(path: Path, context_length: int | None = None, dtype: str = "auto
 
 
 def family_of(config: ConfigFile) -> Family | None:
-    """The family of the first known architecture, or of the model type where the file names no
-    architectures; None where the server does not run it."""
+    """Returns the family of the first known architecture in the file, or of its model type where
+    it names no architectures; None for a model that the server does not run."""
     names = config.values.get("architectures")
     if names is None:
         return FAMILIES.get(str(config.values.get("model_type")))
@@ -71,8 +72,8 @@ def family_of(config: ConfigFile) -> Family | None:
 
 
 def read_spec(config: ConfigFile, family: Family, dtype: DType) -> ModelSpec:
-    """Reads a model as its family does, whatever the file says of dtype and quantisation. Raises
-    ConfigError, naming file and field, for a value that makes no sense or that no rank can run."""
+    """Reads a model of ``family``, whatever the file's dtype and quantisation. Raises ConfigError
+    that names file and field for a value that makes no sense, or that ranks cannot run."""
     if config.text("hidden_act", "silu") not in ("silu", "swish"):
         raise config.error("hidden_act", "must be silu")
     hidden = config.integer("hidden_size", family.hidden)
@@ -92,13 +93,13 @@ def read_spec(config: ConfigFile, family: Family, dtype: DType) -> ModelSpec:
 
 
 def attention_tensors(spec: ModelSpec) -> list[tuple[int | None, TensorRef]]:
-    """Every tensor of the attention part with its layer; None for embeddings, final norm and LM
-    head."""
+    """Lists every tensor of the attention part with its layer, which is None for embeddings, final
+    norm and LM head."""
     return list(attention_part(spec))
 
 
 def ffn_tensors(spec: ModelSpec, layer: int) -> list[TensorRef]:
-    """Every tensor of one layer's FFN part, whole: a shard says which share of it a rank holds."""
+    """Lists every whole tensor of one layer's FFN part; an FFNShard selects a rank's share."""
     return list(ffn_part(spec, layer, FAMILIES[spec.family].names))
 
 
@@ -126,7 +127,7 @@ def _dtype(config: ConfigFile, wanted: str) -> DType:
 
 
 def _eos(config: ConfigFile, default: int | None) -> tuple[int, ...]:
-    """End-of-sequence ids of both files; the family's default when neither names any."""
+    """Returns the end-of-sequence ids of both files, or the family's default without any."""
     ids = _token_ids(config)
     generation_file = config.file.with_name("generation_config.json")
     if generation_file.exists():

@@ -1,4 +1,4 @@
-"""What the same devices give under the three ways to serve, and how many devices each needs."""
+"""Compares the three ways to serve on the same devices, and counts the devices that each needs."""
 
 from __future__ import annotations
 
@@ -22,43 +22,44 @@ Places = tuple[tuple[int, ...], ...]
 
 
 class SystemPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to serve on the same devices."""
+    """The result of one way to serve on the same devices."""
 
     name: SystemName
     fits: bool
-    """The weights fit; all else is zero where they do not."""
+    """Whether the weights fit; when they do not, all other numbers are zero."""
     reason: str | None
-    """Why not."""
+    """The reason why the weights do not fit; None when they do."""
     places: Places
-    """Devices of each model's attention and KV cache."""
+    """Devices that hold each model's attention part and KV cache."""
     kv_bytes: int
-    """KV memory on all devices."""
+    """Bytes of KV memory on all devices."""
     longest: tuple[int, ...]
-    """By model: tokens of the longest request, at most the model's context."""
+    """Tokens of each model's longest request, at most its context."""
     sustained: float
-    """Requests per second of all models, in the traffic's proportions, with which demand stays in
-    the KV memory for the plan's quantile of the time."""
+    """Requests per second of all models together, in the traffic's proportions, with which demand
+    stays within the KV memory for the plan's quantile of the time."""
     too_long: float
-    """Share of the requests that are longer than what fits, or than the model's context."""
+    """Share of the requests that are longer than fits, or longer than the model's context."""
     devices_needed: int | None
-    """Equal devices that hold the weights, the planned contexts, and the traffic's demand at the
-    plan's quantile; None: none were enough, of as many as were tried."""
+    """Number of devices that hold the weights, the planned contexts, and the traffic's demand at
+    the plan's quantile; None when no number that was tried is enough."""
 
 
 class Requirements(msgspec.Struct, frozen=True, kw_only=True):
-    """What a way to serve has to have room for."""
+    """The demand that every way to serve must have room for."""
 
     contexts: tuple[int, ...]
-    """By model: tokens of the longest request."""
+    """Tokens of each model's longest request."""
     own_bytes: tuple[int, ...]
-    """By model: its own demand at the quantile."""
+    """Each model's own demand at the quantile, in bytes."""
     pool_bytes: int
-    """Demand of all models at the quantile."""
+    """Demand of all models together at the quantile, in bytes."""
 
 
 def static_partition(request: PlanRequest, wanted: Requirements) -> SystemPlan:
-    """Every model has devices of its own: as many as its weights need, and those that are left go
-    one by one to the model that is shortest of memory for its demand or its context."""
+    """Plans static partition: every model gets as many devices of its own as its weights need.
+    Further devices go one by one to the model that is shortest of memory for its demand or its
+    context."""
     count = request.devices.count
     models = range(len(request.models))
     needed = [fewest(partial(_own_is_enough, request, wanted, index)) for index in models]
@@ -99,7 +100,7 @@ def static_partition(request: PlanRequest, wanted: Requirements) -> SystemPlan:
 def pooled(
     request: PlanRequest, system: System, places: Places, devices_needed: int | None
 ) -> SystemPlan:
-    """CrossPool: all models share the KV memory of ``system``."""
+    """Plans CrossPool: all models share the KV memory of ``system``."""
     models = range(len(request.models))
     longest = tuple(longest_of(request, index, system, index) for index in models)
     return system_plan(
@@ -123,7 +124,8 @@ def system_plan(
     factor: float,
     devices_needed: int | None,
 ) -> SystemPlan:
-    """A way to serve that fits; ``factor``: by how much it sustains all of the traffic's rates."""
+    """Returns the result of a way to serve that fits, and that sustains ``factor`` times the
+    traffic's rates."""
     return SystemPlan(
         name=name,
         fits=True,
@@ -140,7 +142,7 @@ def system_plan(
 def sustained_factor(
     request: PlanRequest, models: Sequence[int], longest: Sequence[int], limit_bytes: int
 ) -> float:
-    """The greatest factor on the rates of ``models`` with which their demand stays within
+    """Returns the greatest factor on the rates of ``models`` with which their demand stays within
     ``limit_bytes`` for the plan's quantile of the time."""
     return sustained(
         some(request.traffic, models),
@@ -153,8 +155,8 @@ def sustained_factor(
 
 
 def longest_in(request: PlanRequest, index: int, group_bytes: int) -> int:
-    """Tokens of the model's longest request in a group's memory, in whole chunks and pages, at most
-    its context."""
+    """Returns the tokens of the model's longest request in the memory of a group, counted in whole
+    chunks and pages, and at most its context."""
     shape = request.models[index].shape
     layout = KVLayout(shape, request.page_size, request.chunk_bytes)
     pages = layout.pages_in(max(0, group_bytes) // request.chunk_bytes)
@@ -170,7 +172,7 @@ def reaches(request: PlanRequest, index: int, system: System, room: int, tokens:
 
 
 def _own(request: PlanRequest, index: int, number: int) -> System:
-    """The model alone on as many devices."""
+    """Returns the memory of the model alone on ``number`` devices."""
     return monolithic(
         [request.models[index].shape], [range(number)], devices_of(request.devices, number)
     )
@@ -181,12 +183,12 @@ def devices_of(devices: EqualDevices, number: int) -> EqualDevices:
 
 
 def fewest(enough: Callable[[int], bool], first: int = 1, most: int = _MOST_DEVICES) -> int | None:
-    """The least number of devices, of ``first`` to ``most``, that is enough."""
+    """Returns the least number of devices from ``first`` to ``most`` that is enough, or None."""
     return next((number for number in range(first, most + 1) if enough(number)), None)
 
 
 def _own_is_enough(request: PlanRequest, wanted: Requirements, index: int, number: int) -> bool:
-    """As many devices of its own give the model all that is wanted."""
+    """Whether ``number`` devices of its own have room for the model's demand and context."""
     system = _own(request, index, number)
     has_room = system.rooms[0].total >= wanted.own_bytes[index]
     return has_room and reaches(request, index, system, 0, wanted.contexts[index])

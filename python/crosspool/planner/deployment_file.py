@@ -1,4 +1,4 @@
-"""A plan as the deployment file that ``crosspool serve --config`` runs."""
+"""Writes a plan as the deployment file that ``crosspool serve --config`` runs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from crosspool.planner.request import PlanRequest
 from crosspool.planner.result import Plan
 
 _PROMISES = {"active": "growth", "promised": "worst_case"}
-"""The server's way to admit that holds what the plan counted."""
+"""The server's promise that matches each charge of a plan."""
 
 
 def device_names(count: int, given: Sequence[str] | None) -> list[str]:
-    """The user's names, or GPUs by number. Raises ConfigError when there are not as many."""
+    """Returns the user's names, or GPUs by number. Raises ConfigError when their number differs."""
     if given is None:
         return [f"cuda:{number}" for number in range(count)]
     if len(given) != count:
-        raise ConfigError(f"device names: {len(given)} for {count} device(s): give one for each")
+        raise ConfigError(
+            f"device names: {len(given)} for {count} device(s): give one name for each device"
+        )
     return list(given)
 
 
 def kv_pool_bytes(request: PlanRequest, plan: Plan) -> int:
-    """The page budget, raised to one longest request of any model per device where that is more
-    (the server admits no model whose context its budget does not hold), at most what is there."""
+    """Returns the page budget, but on each device at least one longest request of any model, since
+    the server refuses a model whose context does not fit its budget, and at most the KV memory."""
     longest = max(model.longest_bytes for model in plan.budget.models)
     each = max(plan.budget.rank_bytes, longest)
     there = plan.kv_bytes // plan.kv_devices // request.chunk_bytes * request.chunk_bytes
@@ -39,12 +41,13 @@ def kv_pool_bytes(request: PlanRequest, plan: Plan) -> int:
 def deployment_yaml(
     request: PlanRequest, plan: Plan, folders: Mapping[str, Path], names: Sequence[str]
 ) -> str:
-    """``folders``: of each model; ``names``: of the devices, KV pool first. Raises ConfigError for
-    a model without a folder or of a family that the server does not run."""
+    """Returns the file's text for the models' checkpoint ``folders`` and the devices' ``names``,
+    the KV pool's first. Raises ConfigError for a model without a folder, or of a family that the
+    server does not run."""
     for model in plan.models:
         if model.name not in folders:
             raise ConfigError(
-                f"--yaml: no folder is known for {model.name}, which comes from the catalogue: "
+                f"--yaml: {model.name} comes from the catalogue and has no checkpoint folder: "
                 f"give --model-path {model.name}=DIR"
             )
         read_model(folders[model.name])

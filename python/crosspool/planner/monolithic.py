@@ -1,5 +1,5 @@
-"""The baseline of monolithic serving with shared KV memory (kvcached), at its best: among several
-placements the one that sustains most traffic."""
+"""Plans the baseline of monolithic serving with shared KV memory (kvcached): of several placements,
+the one that sustains the most traffic."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from crosspool.planner.devices.shared_placement import Placed, place_shared
 from crosspool.planner.request import PlanRequest
 
 _MOST_DEVICES = 64
-"""To be tried, or four times what the weights alone take."""
+"""Most devices that are tried, or four times as many as the weights alone need."""
 _MANY_MODELS = 40
 _FEW_WAYS = 2
-"""Placements that are compared for many models: those with most KV memory."""
+"""Number of placements, those with the most KV memory, that are compared for many models."""
 
 
 def shared_monolithic(request: PlanRequest, wanted: Requirements) -> SystemPlan:
-    """Models share devices, and what their weights leave is KV memory of any of them. Memory of
-    models that share devices, be it through others, is taken as one, which requests that see a part
-    of it do not reach."""
+    """Plans monolithic servers on shared devices, where any model may use the KV memory that
+    weights leave. The memory of models that share devices, directly or through other models,
+    counts as one. This favours the baseline, as a request sees only a part of it."""
     shapes = [model.shape for model in request.models]
 
     @cache
@@ -89,7 +89,7 @@ def _longest(request: PlanRequest, placed: Placed) -> tuple[int, ...]:
 
 
 def _sustained(request: PlanRequest, placed: Placed) -> float:
-    """The factor on all rates: of the component, or the model in its own room, that has least."""
+    """Returns the least factor on rates among the groups of models and the models' own rooms."""
     longest = _longest(request, placed)
     limits = dict(placed.components)
     limits |= {

@@ -1,4 +1,4 @@
-"""Makes a plan: how many devices each pool gets, the page budget, and what each model finds."""
+"""Makes a plan: the devices of each pool, the page budget, and the placement of every model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ _CURVE_POINTS = 200
 
 
 def make_plan(request: PlanRequest) -> Plan:
-    """Raises ConfigError for what cannot be planned: the field, and what would be right."""
+    """Makes the plan. Raises ConfigError for input that cannot be planned, and says what would be
+    right."""
     shapes = [model.shape for model in request.models]
     shared, kv_devices, weight_devices, weight_needed = _split(request)
     beside = sum(shape.ffn_bytes for shape in shapes) if shared else 0
@@ -123,13 +124,13 @@ def make_plan(request: PlanRequest) -> Plan:
 
 
 def _split(request: PlanRequest) -> tuple[bool, int, int, int]:
-    """Whether the pools share one device, devices of the KV and of the weight pool, and how many
-    the weight pool needs."""
+    """Returns whether the pools share one device, the numbers of KV pool and of weight pool
+    devices, and the number that the weight pool needs."""
     devices = request.devices
     ffn = sum(model.shape.ffn_bytes for model in request.models)
     room = devices.usable_for_weights
     if room < 1:
-        raise ConfigError("weight device reserve: leaves no room for FFN weights; lower it")
+        raise ConfigError("weight device reserve: it leaves no room for FFN weights; lower it")
     needed = -(-ffn // room)
     if devices.count == 1:
         return True, 1, 1, 1
@@ -141,13 +142,13 @@ def _split(request: PlanRequest) -> tuple[bool, int, int, int]:
     if weight < needed or kv < 1 or kv + weight > devices.count:
         given = request.kv_pool_devices or 1
         raise ConfigError(
-            f"devices {devices.count}: the FFN weights take {format_size(ffn)}, which are "
-            f"{needed} device(s) with room for {format_size(room)} each, beside {given} for the "
-            f"KV pool: give at least {needed + given}, larger devices, or fewer models"
+            f"devices {devices.count}: the FFN weights take {format_size(ffn)}, so they need "
+            f"{needed} device(s) with room for {format_size(room)} each, and the KV pool needs "
+            f"{given}: give at least {needed + given}, larger devices, or fewer models"
             + (
                 ""
                 if request.kv_pool_devices is None and request.weight_pool_devices is None
-                else f" (asked: {request.kv_pool_devices or 'any number of'} KV pool and "
+                else f" (asked for: {request.kv_pool_devices or 'any number of'} KV pool and "
                 f"{request.weight_pool_devices or 'any number of'} weight pool devices)"
             )
         )
@@ -159,13 +160,13 @@ def _check_room(request: PlanRequest, system: System, shared: bool) -> None:
         return
     attention = sum(model.shape.attention_bytes for model in request.models)
     ffn = sum(model.shape.ffn_bytes for model in request.models)
-    held = f"attention weights of all models, {format_size(attention)}"
+    held = f"attention weights of all models ({format_size(attention)})"
     if shared:
-        held += f", and FFN weights, {format_size(ffn)}, of both pools on one device"
+        held += f" and, as both pools share it, the FFN weights ({format_size(ffn)})"
     raise ConfigError(
         f"devices of {format_size(request.devices.bytes)}: a KV pool device has "
-        f"{format_size(request.devices.usable)} for weights and KV cache, and holds the {held}: "
-        "no KV memory is left. Give larger devices or fewer models"
+        f"{format_size(request.devices.usable)} for weights and KV cache, and must hold the "
+        f"{held}: no KV memory is left. Give larger devices or fewer models"
     )
 
 
@@ -174,8 +175,8 @@ def _context(request: PlanRequest, index: int, longest: int) -> int:
     if model.context is None:
         if longest < 2:
             raise ConfigError(
-                f"devices of {format_size(request.devices.bytes)}: not one page of {model.name} "
-                "fits into the KV memory that weights leave on a device"
+                f"devices of {format_size(request.devices.bytes)}: the KV memory that weights "
+                f"leave on a device is too small for one page of {model.name}; give larger devices"
             )
         return longest
     if model.context < 2:
@@ -187,8 +188,8 @@ def _context(request: PlanRequest, index: int, longest: int) -> int:
     if model.context > longest:
         raise ConfigError(
             f"context {model.context} of {model.name} cannot fit: a request lives on one KV pool "
-            f"device, which holds {longest} of its tokens. Ask for less, or give larger devices or "
-            "fewer models"
+            f"device, which has room for {longest} of its tokens. Ask for a shorter context, or "
+            "give larger devices or fewer models"
         )
     return model.context
 
@@ -234,8 +235,8 @@ def _saved(budget: Budget, systems: tuple[SystemPlan, ...]) -> Saved:
 def _larger(
     sampled: DemandSamples, replayed: ReplayDemand | None, quantile: float
 ) -> DemandSamples | ReplayDemand:
-    """What the budget is made for: rates do not tell all of a trace's bursts, and the trace does
-    not tell what else its rates may bring."""
+    """Returns the demand that the budget must cover: the rates miss some of a trace's bursts, and
+    the trace is only one of the courses that its rates allow."""
     if replayed is None:
         return sampled
     is_bursty = replayed.quantile(quantile).value > sampled.quantile(quantile).value
@@ -246,20 +247,20 @@ def _notes(budget: Budget, system: System, ours: SystemPlan, is_bursty: bool) ->
     notes = []
     if is_bursty:
         notes.append(
-            "the trace itself needs more than its rates tell, since its arrivals come in clumps: "
-            "the budget is made for the trace, but the rates that the devices sustain hold for "
+            "the trace needs more memory than its rates suggest, since its arrivals come in "
+            "clumps. The budget covers the trace, but the rates that the devices sustain hold for "
             "arrivals without clumps"
         )
     if budget.demand.value > sum(system.free):
         notes.append(
             f"the demand at the quantile, {format_size(budget.demand.value)}, exceeds the KV "
-            f"memory, {format_size(sum(system.free))}: requests will wait; {ours.devices_needed} "
+            f"memory of {format_size(sum(system.free))}: requests will wait; {ours.devices_needed} "
             "devices would be enough"
         )
     if ours.too_long > 0:
         notes.append(
-            f"{ours.too_long:.3%} of the requests are longer than what fits or than the model's "
-            "context: they count as cut to it"
+            f"{ours.too_long:.3%} of the requests are longer than fits, or longer than the model's "
+            "context: they are counted as if cut to it"
         )
     return tuple(notes)
 

@@ -1,4 +1,4 @@
-"""What a plan is made from."""
+"""The input of a plan."""
 
 from __future__ import annotations
 
@@ -24,37 +24,39 @@ class PlanModel:
     name: str
     shape: ModelShape
     context: int | None = None
-    """Tokens that its longest request must have room for; None: as many as fit."""
+    """Tokens of the longest request that must fit; None for as many as fit."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlanRequest:
-    """Raises ConfigError for numbers that cannot be."""
+    """All input of a plan. Raises ConfigError for impossible numbers."""
 
     models: tuple[PlanModel, ...]
     devices: EqualDevices
     traffic: Traffic
-    """Of the models, in their order."""
+    """Traffic of the models, in their order."""
     kv_pool_devices: int | None = None
-    """None: the planner chooses."""
+    """Number of KV pool devices; None lets the planner choose."""
     weight_pool_devices: int | None = None
+    """Number of weight pool devices; None lets the planner choose."""
     quantile: float = 0.99
+    """Quantile of KV demand that the page budget covers."""
     level: float = 0.95
-    """Of the quantile's interval."""
+    """Confidence of the quantile's interval."""
     samples: int = 100_000
-    """Random times of the Monte Carlo."""
+    """Number of random times at which demand is drawn."""
     seed: int = 0
     charge: Charge = "active"
     page_size: int = _DEFAULTS["page_size"]
     chunk_bytes: int = _DEFAULTS["chunk_bytes"]
     window: float | None = None
-    """Seconds within which rates count as constant; None: they never change."""
+    """Seconds for which rates count as constant; None when they never change."""
     peaks: bool = False
-    """Analyse how peaks of the trace coincide."""
+    """Whether to analyse how the models' peaks in the trace coincide."""
     notes: tuple[str, ...] = ()
-    """What a reader of the plan ought to know of its input."""
+    """Remarks on the input, for the reader of the plan."""
     progress: bool | None = None
-    """A bar on stderr; None: where that is a terminal."""
+    """Whether to show progress bars on stderr; None does so on a terminal."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -62,7 +64,7 @@ class PlanRequest:
         names = [model.name for model in self.models]
         for name in names:
             if names.count(name) > 1:
-                raise ConfigError(f"two models are named {name!r}: write NAME={name} for one")
+                raise ConfigError(f"two models are named {name!r}: write NAME={name} to rename one")
         for field, least in (("samples", 100), ("page_size", 1), ("chunk_bytes", 1), ("seed", 0)):
             value = getattr(self, field)
             if value < least:
@@ -79,6 +81,6 @@ class PlanRequest:
         if self.window is not None and not self.window > 0:
             raise ConfigError(f"window {self.window}: must be above 0 seconds")
         if self.peaks and any(model.arrivals is None for model in self.traffic.models):
-            raise ConfigError("peaks: need a trace with times of arrival")
+            raise ConfigError("peaks: they need a trace with arrival times")
         if not any(model.rate > 0 for model in self.traffic.models):
             raise ConfigError("rate: all request rates are 0: at least one must be above 0")

@@ -1,4 +1,4 @@
-"""What a plan says."""
+"""The result of planning."""
 
 from __future__ import annotations
 
@@ -15,73 +15,75 @@ from crosspool.planner.devices.systems import EqualDevices
 
 
 class ModelPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """One model; sizes in bytes."""
+    """The plan of one model; sizes are in bytes."""
 
     name: str
     shape: str
-    """The shape's id."""
+    """Id of the model's shape."""
     rate: float
     """Requests per second."""
     kv_bytes_per_token: int
     attention_bytes: int
-    """On every KV pool device."""
+    """Weights on every KV pool device."""
     ffn_bytes: int
     context: int
-    """Tokens of the longest request that is planned for: what was asked, or what fits."""
+    """Tokens of the longest request that the plan has room for: as asked, or as many as fit."""
     longest: int
     """Tokens of the longest request that a KV pool device holds, at most the model's context."""
     own_bytes: int
-    """Its own KV demand at the quantile."""
+    """The model's own KV demand at the quantile."""
     served: Parallelism
-    """What CrossPool's server does, and so what a request sees."""
+    """Parallelism of CrossPool's server, and so the memory that a request sees."""
     paper: Parallelism
-    """The paper's type for this model on as many ranks."""
+    """Parallelism of the paper's type for this model on the same number of ranks."""
     weight_devices: tuple[int, ...]
-    """Weight pool devices that share its FFN weights, by number within the pool."""
+    """Numbers within the weight pool of the devices that share the model's FFN weights."""
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True):
-    """Against static partition and monolithic serving of the same traffic and contexts."""
+    """Savings over static partition and monolithic serving of the same traffic and contexts."""
 
     devices_over_static: int | None
     devices_over_monolithic: int | None
     kv_bytes: int
-    """Budget against the sum of every model's own demand at the quantile."""
+    """Bytes by which the budget is below the sum of the models' own demands at the quantile."""
     kv_share: float
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     devices: EqualDevices
     shared_device: bool
-    """Both pools are on one device."""
+    """Whether both pools are on one device."""
     kv_devices: int
     kv_devices_needed: int
-    """Enough for the demand at the quantile."""
+    """Number of devices that is enough for the demand at the quantile."""
     weight_devices: int
     weight_devices_needed: int
-    """Enough for the FFN weights."""
+    """Number of devices that is enough for the FFN weights."""
     quantile: float
     charge: Charge
     arrivals: str
-    """How arrivals were taken to come."""
+    """Description of the arrivals that were assumed."""
     rate: float
-    """Requests per second of all models."""
+    """Requests per second of all models together."""
     budget: Budget
     kv_bytes: int
-    """KV memory on the KV pool's devices."""
+    """Bytes of KV memory on the KV pool's devices."""
     exceeds: float
-    """Part of the time in which the demand exceeds ``kv_bytes``: requests wait."""
+    """Share of the time in which demand exceeds ``kv_bytes``, so that requests wait."""
     sampled: QuantileEstimate
-    """Demand in bytes by Monte Carlo. The budget is for the larger of this and the next."""
+    """Quantile of demand in bytes by Monte Carlo. The budget covers the larger of this and
+    ``replayed``."""
     replayed: QuantileEstimate | None
-    """The quantile over the trace's own time, exactly; None: no times of arrival."""
+    """The exact quantile over the trace's own time; None without arrival times."""
     models: tuple[ModelPlan, ...]
     groups: Groups
     systems: tuple[SystemPlan, ...]
-    """Static partition, monolithic with shared KV memory, CrossPool."""
+    """Results of static partition, monolithic serving with shared KV memory, and CrossPool."""
     saved: Saved
     peaks: PeakReport | None
     notes: tuple[str, ...]
     curve: tuple[tuple[float, float], ...]
-    """Pool demand in bytes by quantile, for the plot; or by second of the trace."""
+    """Points of the plot: a quantile, or a second of the trace, and the pool's demand in bytes."""
     curve_over_time: bool
+    """Whether the curve is over the trace's seconds."""

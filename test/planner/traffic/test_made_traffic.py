@@ -191,7 +191,7 @@ def test_requests_go_to_the_models_that_the_trace_names() -> None:
     trace = _trace(4, model=["Big", "small", "big", "BIG"])
     traffic = by_model(trace, ["small", "big", "idle"], speed=SPEED)
     assert [m.samples.prompt.tolist() for m in traffic.models] == [[2], [1, 3, 4], []]
-    with pytest.raises(ConfigError, match=r"asks model 'small'.* deployed are big"):
+    with pytest.raises(ConfigError, match=r"requests for 'small'.* deployed are big"):
         by_model(trace, ["big"], speed=SPEED)
     with pytest.raises(ConfigError, match="closest name is smaller"):
         by_model(trace, ["big", "smaller"], speed=SPEED)

@@ -136,7 +136,7 @@ def test_disorder_is_sorted_and_empty_requests_left_out(tmp_path: Path) -> None:
     assert trace.prompt.tolist() == [2, 3, 1]
     assert len(trace.notes) == 2
     assert trace.notes[0].startswith("2 of 5 requests have no prompt or no output")
-    assert trace.notes[1] == "arrivals went backwards 1 times: sorted"
+    assert trace.notes[1] == "arrival times went backwards 1 times and were sorted"
 
 
 def _conversation(*turns: str) -> dict[str, list[dict[str, str]]]:
@@ -155,7 +155,7 @@ def test_sharegpt_estimates_by_characters_and_says_so(tmp_path: Path) -> None:
     trace = read_trace(_file(tmp_path, json.dumps(SHAREGPT, indent=1)))
     assert trace.prompt.tolist() == [19, 2]
     assert trace.output.tolist() == [2, 10]
-    assert trace.notes == ("tokens are estimated: 4 characters each",)
+    assert trace.notes == ("tokens are estimated at 4 characters each",)
 
 
 def test_sharegpt_counts_with_a_tokenizer_as_transformers_does(tmp_path: Path) -> None:
@@ -177,50 +177,52 @@ def test_sharegpt_counts_with_a_tokenizer_as_transformers_does(tmp_path: Path) -
     ("text", "message"),
     [
         ("", "trace: is empty"),
-        ("\n", "begins no trace"),
-        ("a,b\n1,2\n", "trace:1: 'a,b' begins no trace"),
-        (b"\x89PNG\r\n", "begins no trace"),
+        ("\n", "is not the beginning of a trace"),
+        ("a,b\n1,2\n", "trace:1: 'a,b' is not the beginning of a trace"),
+        (b"\x89PNG\r\n", "is not the beginning of a trace"),
         ("{]", "trace:1: is not valid JSON"),
         (AZURE, "trace: has no requests"),
         (PLAIN + "0,5\n", "no request has both"),
         (AZURE + "2023-11-16 18:15:46,1,1\n" * 15 + "2023-11-16 18:15:46,abc,1\n",
-         "trace:17: ContextTokens: 'abc' is no whole number"),
-        (AZURE + "2023-11-16 18:15:46,1.5,1\n", "trace:2: ContextTokens: '1.5' is no whole number"),
-        (AZURE + "2023-11-16 18:15:46,1,\n", "trace:2: GeneratedTokens: '' is no whole number"),
+         "trace:17: ContextTokens: 'abc' is not a whole number"),
+        (AZURE + "2023-11-16 18:15:46,1.5,1\n",
+         "trace:2: ContextTokens: '1.5' is not a whole number"),
+        (AZURE + "2023-11-16 18:15:46,1,\n", "trace:2: GeneratedTokens: '' is not a whole number"),
         (AZURE + "2023-11-16 18:15:46,1,-2\n", "trace:2: GeneratedTokens: '-2' is negative"),
         (AZURE + "2023-11-16 18:15:46,10000001,2\n", "is more than 10000000 tokens"),
         (AZURE + "2023-11-16 18:15:46," + "9" * 30 + ",2\n", "is more than 10000000 tokens"),
         (AZURE + "2023-11-16 18:15:46," + "9" * 5000 + ",2\n", "trace:2: ContextTokens: '999"),
-        (AZURE + "yesterday,1,2\n", "trace:2: TIMESTAMP: 'yesterday' is no UTC time"),
+        (AZURE + "yesterday,1,2\n", "trace:2: TIMESTAMP: 'yesterday' is not a UTC time"),
         (AZURE + "2023-11-16 18:15:46-05:00,1,2\n", "trace:2: TIMESTAMP"),
-        (AZURE + ",1,2\n", "trace:2: TIMESTAMP: '' is no UTC time"),
+        (AZURE + ",1,2\n", "trace:2: TIMESTAMP: '' is not a UTC time"),
         (AZURE + "\n2023-11-16 18:15:46,1\n", "trace:3: 2 fields, where the header has 3"),
         (PLAIN + "1,2,3\n", "trace:2: 3 fields, where the header has 2"),
         (PLAIN.encode() + b"1,\xff\n", "trace:2: is not UTF-8"),
-        ("arrival," + PLAIN + "nan,1,2\n", "trace:2: arrival: 'nan' is no number"),
+        ("arrival," + PLAIN + "nan,1,2\n", "trace:2: arrival: 'nan' is not a number"),
         ("arrival," + PLAIN + "inf,1,2\n", "trace:2: arrival: 'inf' is more than"),
         ("arrival," + PLAIN + "-1,1,2\n", "trace:2: arrival: '-1' is negative"),
         ("service_seconds," + PLAIN + "0,1,2\n", "trace:2: service_seconds: '0' must be above 0"),
         ('{"prompt_tokens": 1, "output_tokens": 2}\n{"prompt_tokens": 1}\n',
          "trace:2: output_tokens is missing"),
         ('{"prompt_tokens": 1, "output_tokens": 2}\n\n{"prompt_tokens": "1", "output_tokens": 2}\n',
-         "trace:3: prompt_tokens: '1' is no whole number"),
+         "trace:3: prompt_tokens: '1' is not a whole number"),
         ('\n{"prompt_tokens": true, "output_tokens": 2}\n', "trace:2: prompt_tokens: True is no"),
         ('{"prompt_tokens": null, "output_tokens": 2}\n', "trace:1: prompt_tokens: None is no"),
         ('{"prompt_tokens": 1, "output_tokens": 2}\n[1]\n', "trace:2: must be a JSON object"),
         ('{"prompt_tokens": 1, "output_tokens": 2}\n{"prompt', "trace:2: is not valid JSON"),
         (b'{"prompt_tokens": 1, "output_tokens": 2}\n{"a": "\xff"}\n', "trace:2: "),
-        ('{"prompt_tokens": 1, "output_tokens": 2, "model": 7}\n', "trace:1: model: 7 is no str"),
+        ('{"prompt_tokens": 1, "output_tokens": 2, "model": 7}\n',
+         "trace:1: model: 7 is not a str"),
         ('{"prompt_tokens": 1, "output_tokens": 2, "x": ' + "[" * 10**5, "trace:1: "),
         ('{"prompt_tokens": 1, "output_tokens": 2}\n{"x": ' + "[" * 10**5, "trace:2: "),
         ('[{"conversations": ' + "[" * 10**5, "trace: "),
         ('{"timestamp": "0", "input_length": 1, "output_length": 2}\n',
-         "trace:1: timestamp: '0' is no number"),
+         "trace:1: timestamp: '0' is not a number"),
         ('{"timestamp": 0, "input_length": -1, "output_length": 2}\n',
          "trace:1: input_length: -1 is negative"),
         ('{"timestamp": 0, "input_length": 1' + "0" * 30 + ', "output_length": 2}\n',
          "trace:1: input_length: 1"),
-        ("[1, 2", "is no JSON list of conversations"),
+        ("[1, 2", "is not a JSON list of conversations"),
         ("[]", "no conversation has a question and an answer"),
         ('[{"conversations": []}, {"turns": []}]', "trace: item 1 of the list"),
         ('[{"conversations": [{"value": 1}]}]', "item 0 of the list: Expected `str`"),
@@ -270,7 +272,7 @@ def test_lines_are_counted_across_blocks(
     lines[150] = "{}"
     with pytest.raises(ConfigError, match="trace:151: prompt_tokens is missing"):
         read_trace(_file(tmp_path, ending.join(lines)))
-    with pytest.raises(ConfigError, match="trace:2: the line is longer than 64 bytes"):
+    with pytest.raises(ConfigError, match="trace:2: the line is longer than 64 B"):
         read_trace(_file(tmp_path, PLAIN + "1" * 500))
 
 

@@ -13,8 +13,8 @@ _LIBRARIES = ("scipy", "matplotlib")
 
 
 def run(words: Sequence[str], prog: str) -> int:
-    """Plan as ``words`` ask and return the exit status. Raise ConfigError for a mistake in them,
-    and when the extra ``planner`` is not installed."""
+    """Makes the plan that ``words`` ask for and returns the exit status. Raises ConfigError for a
+    mistake in the words, and when the extra ``planner`` is not installed."""
     missing = [name for name in _LIBRARIES if find_spec(name) is None]
     if missing:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The command itself: from words to a plan, and to what is printed and written of it."""
+"""Runs the command: makes the plan, prints it, and writes the files that were asked for."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _reproduce(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None and arguments.reproduce != "figure6":
-        raise ConfigError(f"--plot: {arguments.reproduce} is a table; figure6 has a plot")
+        raise ConfigError(f"--plot: {arguments.reproduce} is a table; only figure6 has a plot")
     made: object
     shown: Group
     if arguments.reproduce == "table1":

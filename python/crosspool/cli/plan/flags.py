@@ -11,6 +11,12 @@ from crosspool.planner.request import PlanRequest
 from crosspool.planner.traffic.lengths import PUBLISHED
 from crosspool.planner.traffic.trace_files import FORMATS
 
+_DESCRIPTION = """\
+Plans the KV pool and the weight pool for given models, devices and traffic: how many devices each
+pool needs, the page budget, the placement of FFN weights, the longest contexts, the request rate
+that the memory sustains, and what the same devices give under static partition and monolithic
+serving.
+"""
 _EPILOG = """\
 examples:
   crosspool plan Qwen3-30B-A3B GLM-4.7-Flash DeepSeek-V2-Lite --devices 5x40GB \\
@@ -29,9 +35,7 @@ _REPRODUCE = ("table1", "figure2", "figure6")
 def make_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Plans the KV pool and the weight pool for models, devices and traffic: "
-        "devices of each pool, page budget, parallelism, placement, longest contexts, request "
-        "rate, and what the same devices give under static partition and monolithic serving.",
+        description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -40,8 +44,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         "models",
         nargs="*",
         metavar="MODEL",
-        help="a name of the catalogue, or the path of a config.json or its folder; NAME=MODEL "
-        "calls it NAME, 30xMODEL plans for 30 of it",
+        help="a name from the catalogue, or the path of a config.json or of its folder; NAME=MODEL "
+        "names the model NAME, 30xMODEL plans for 30 copies of it",
     )
     _add_devices(parser.add_argument_group("devices"))
     _add_traffic(parser.add_argument_group("traffic"))
@@ -51,120 +55,178 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _add_devices(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--devices", metavar="NxSIZE", help="number and memory: 5x40GB")
+    group.add_argument(
+        "--devices", metavar="NxSIZE", help="number of devices and memory of each, such as 5x40GB"
+    )
     group.add_argument(
         "--device-names",
         metavar="NAMES",
-        help="for --yaml, KV pool first: cpu:0-7,cpu:8-15 (default: cuda:0,cuda:1,...)",
+        help="names that --yaml writes, the KV pool's first, such as cpu:0-7,cpu:8-15 (default: "
+        "cuda:0,cuda:1,...)",
     )
     group.add_argument(
-        "--kv-pool-devices", type=int, metavar="N", help="default: what the weight pool leaves"
+        "--kv-pool-devices",
+        type=int,
+        metavar="N",
+        help="devices of the KV pool (default: those that the weight pool leaves)",
     )
     group.add_argument(
-        "--weight-pool-devices", type=int, metavar="N", help="default: the fewest that hold the FFN"
+        "--weight-pool-devices",
+        type=int,
+        metavar="N",
+        help="devices of the weight pool (default: the fewest that hold the FFN weights)",
     )
     group.add_argument(
         "--device-reserve",
         type=float,
         default=DEVICE_RESERVE,
         metavar="PART",
-        help="part of a device that is neither weights nor KV cache (default: %(default)s)",
+        help="share of a device's memory that holds neither weights nor KV cache (default: "
+        "%(default)s)",
     )
     group.add_argument(
         "--weight-device-reserve",
         type=float,
         default=WEIGHT_DEVICE_RESERVE,
         metavar="PART",
-        help="the same of a device with FFN weights only (default: %(default)s)",
+        help="the same share for a device that holds FFN weights only (default: %(default)s)",
     )
     group.add_argument(
         "--context",
         action="append",
         default=[],
         metavar="[NAME=]TOKENS",
-        help="the longest request must fit (default: as many tokens as fit)",
+        help="tokens of the longest request that must fit (default: as many as fit)",
     )
 
 
 def _add_traffic(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--trace", type=Path, metavar="FILE", help="requests that were seen")
-    group.add_argument("--trace-format", choices=FORMATS, help="default: told by the content")
+    group.add_argument("--trace", type=Path, metavar="FILE", help="file of recorded requests")
     group.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="counts the tokens of a ShareGPT trace"
+        "--trace-format",
+        choices=FORMATS,
+        help="format of the trace (default: recognised by its content)",
+    )
+    group.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="tokenizer that counts the tokens of a ShareGPT trace (default: estimated)",
     )
     group.add_argument(
         "--rate",
         metavar="RATE",
-        help="requests/s of all models together, or NAME=RATE,...; Poisson arrivals, also of a "
-        "trace's requests",
+        help="requests per second of all models together, or NAME=RATE,... for each; arrivals are "
+        "then Poisson, even where a trace gives their times",
     )
     group.add_argument(
         "--popularity",
         metavar="LAW",
-        help="deals requests to models: openrouter, zipf:ALPHA, uniform, or a weight for each",
+        help="how requests are dealt to models: openrouter, zipf:ALPHA, uniform, or a weight for "
+        "each model",
     )
-    group.add_argument("--prompt", metavar="TOKENS", help="512, or mean=512,sigma=1")
-    group.add_argument("--output", metavar="TOKENS", help="the same of answers")
     group.add_argument(
-        "--lengths", choices=tuple(PUBLISHED), help="published statistics of both instead"
+        "--prompt",
+        metavar="TOKENS",
+        help="length of prompts: a number, or a lognormal law such as mean=512,sigma=1",
+    )
+    group.add_argument("--output", metavar="TOKENS", help="length of outputs, written likewise")
+    group.add_argument(
+        "--lengths", choices=tuple(PUBLISHED), help="published statistics of both lengths instead"
     )
     group.add_argument(
         "--tbt-ms",
         type=float,
         metavar="MS",
-        help="time between tokens: requests last output x this (default: what the trace "
-        f"recorded, else {inputs.DEFAULT_TBT_MS:g})",
+        help="time between tokens, in ms: a request holds KV cache for its output tokens times "
+        f"this (default: the trace's own times, else {inputs.DEFAULT_TBT_MS:g})",
     )
     group.add_argument(
-        "--prefill-tokens-per-s", type=float, metavar="N", help="default: prefill takes no time"
+        "--prefill-tokens-per-s",
+        type=float,
+        metavar="N",
+        help="prompt tokens per second of prefill (default: prefill takes no time)",
     )
-    group.add_argument("--ttft-ms", type=float, default=0.0, metavar="MS", help="added to each")
+    group.add_argument(
+        "--ttft-ms",
+        type=float,
+        default=0.0,
+        metavar="MS",
+        help="time that every request takes beside prefill and decode, in ms (default: 0)",
+    )
 
 
 def _add_demand(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--quantile", type=float, default=0.99, help="of KV demand (default: %(default)s)"
+        "--quantile",
+        type=float,
+        default=0.99,
+        help="quantile of KV demand that the budget covers (default: %(default)s)",
     )
     group.add_argument(
-        "--level", type=float, default=0.95, help="of its interval (default: %(default)s)"
+        "--level",
+        type=float,
+        default=0.95,
+        help="confidence of the quantile's interval (default: %(default)s)",
     )
     group.add_argument(
-        "--samples", type=int, default=100_000, help="random times (default: %(default)s)"
+        "--samples",
+        type=int,
+        default=100_000,
+        help="random times at which demand is drawn (default: %(default)s)",
     )
-    group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    group.add_argument(
+        "--seed", type=int, default=0, help="seed of all random draws (default: %(default)s)"
+    )
     group.add_argument(
         "--charge",
         choices=("active", "promised"),
         default="active",
-        help="what a request holds: its tokens so far, or all it may have (default: %(default)s)",
+        help="what a request is charged: the tokens that it has so far, or all that it can come to "
+        "have (default: %(default)s)",
     )
     group.add_argument(
         "--window",
         metavar="SECONDS",
-        help="rates of a trace count as constant for so long; none: for all of it (default: "
+        help="time for which a trace's rates count as constant; none for the whole trace (default: "
         f"{inputs.WINDOW:g} where the trace is long enough)",
     )
     group.add_argument(
-        "--page-size", type=int, default=PlanRequest.page_size, help="tokens (default: %(default)s)"
+        "--page-size",
+        type=int,
+        default=PlanRequest.page_size,
+        help="tokens per page (default: %(default)s)",
     )
-    group.add_argument("--chunk-bytes", default="2MiB", help="default: %(default)s")
     group.add_argument(
-        "--peaks", action="store_true", help="how the peaks of a trace's models meet"
+        "--chunk-bytes",
+        default="2MiB",
+        metavar="SIZE",
+        help="unit in which physical memory is mapped (default: %(default)s)",
+    )
+    group.add_argument(
+        "--peaks", action="store_true", help="analyse whether a trace's models peak together"
     )
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--format", choices=("table", "json"), default="table")
-    group.add_argument("--plot", type=Path, metavar="FILE", help="writes an .svg or .png")
     group.add_argument(
-        "--yaml", type=Path, metavar="FILE", help="writes the file for crosspool serve --config"
+        "--format",
+        choices=("table", "json"),
+        default="table",
+        help="tables, or all figures as JSON (default: %(default)s)",
+    )
+    group.add_argument("--plot", type=Path, metavar="FILE", help="write a plot, .svg or .png")
+    group.add_argument(
+        "--yaml", type=Path, metavar="FILE", help="write the file for crosspool serve --config"
     )
     group.add_argument(
         "--model-path",
         action="append",
         default=[],
         metavar="NAME=DIR",
-        help="for --yaml: folder of a model that comes from the catalogue",
+        help="checkpoint folder that --yaml names for a model of the catalogue",
     )
-    group.add_argument("--reproduce", choices=_REPRODUCE, help="what the paper prints")
-    group.add_argument("--catalogue", action="store_true", help="lists the models known by name")
+    group.add_argument(
+        "--reproduce", choices=_REPRODUCE, help="compute a table or figure of the paper again"
+    )
+    group.add_argument("--catalogue", action="store_true", help="list the models known by name")

@@ -1,4 +1,4 @@
-"""What a user asks ``crosspool plan`` for, as models, devices and traffic."""
+"""Reads models, devices and traffic from the words of ``crosspool plan``."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from crosspool.planner.traffic.trace_files import read_trace
 
 DEFAULT_TBT_MS = 50.0
 WINDOW = 60.0
-"""Seconds of a trace in which rates count as constant, if it has at least ``_WINDOWS`` of them."""
+"""Seconds for which a trace's rates count as constant, if it lasts ``_WINDOWS`` times as long."""
 _WINDOWS = 10
 _DRAWN = 20_000
-"""Requests that are drawn for each model by its length statistics."""
+"""Requests that are drawn for each model from its length statistics."""
 _MOST_COPIES = 10_000
 _COPIES = re.compile(r"(\d+)x(.+)")
 _DEVICES = re.compile(r"(?:(-?\d+)\s*x\s*)?(.+)")
@@ -37,10 +37,10 @@ _T = TypeVar("_T")
 def models(
     words: Sequence[str], context: Sequence[str], paths: Sequence[str]
 ) -> tuple[list[PlanModel], dict[str, Path]]:
-    """The models, and the folders of those that have one.
+    """Returns the models, and the checkpoint folders of those that have one.
 
-    ``words``: ``MODEL``, ``NAME=MODEL`` or ``NxMODEL`` each, a model being a name of the catalogue
-    or the path of a config.json or its folder. Raises ConfigError."""
+    Each of ``words`` is ``MODEL``, ``NAME=MODEL`` or ``NxMODEL``, where a model is a name from the
+    catalogue or the path of a config.json or of its folder. Raises ConfigError."""
     found: list[PlanModel] = []
     folders: dict[str, Path] = {}
     for word in words:
@@ -48,7 +48,9 @@ def models(
         copies = _COPIES.fullmatch(model)
         number = int(copies.group(1)) if copies else 1
         if not 1 <= number <= _MOST_COPIES:
-            raise ConfigError(f"model {word!r}: {number} copies: must be from 1 to {_MOST_COPIES}")
+            raise ConfigError(
+                f"model {word!r}: {number} copies: the number must be from 1 to {_MOST_COPIES}"
+            )
         source = copies.group(2) if copies else model
         shape = catalogue.find(source)
         is_path = Path(source).suffix == ".json" or Path(source).is_dir()
@@ -82,9 +84,9 @@ def _contexts(words: Sequence[str], names: Sequence[str]) -> dict[str, int]:
 
 
 def devices(text: str | None, reserve: float, weight_reserve: float) -> EqualDevices:
-    """``5x40GB`` or ``40GB``. Raises ConfigError."""
+    """Reads ``5x40GB`` or ``40GB``. Raises ConfigError."""
     if not text:
-        raise ConfigError("--devices is missing: give number and memory, such as 5x40GB")
+        raise ConfigError("--devices is missing: give their number and memory, such as 5x40GB")
     match = _DEVICES.fullmatch(text.strip())
     assert match is not None
     return EqualDevices(
@@ -98,7 +100,8 @@ def devices(text: str | None, reserve: float, weight_reserve: float) -> EqualDev
 def traffic(
     arguments: argparse.Namespace, names: Sequence[str]
 ) -> tuple[Traffic, float | None, tuple[str, ...]]:
-    """The traffic, the window of constant rates, and notes. Raises ConfigError."""
+    """Returns the traffic, the window of constant rates in seconds, and notes for the reader.
+    Raises ConfigError."""
     made_of = [f"--{name}" for name in ("lengths", "prompt", "output") if getattr(arguments, name)]
     if arguments.trace is None:
         if arguments.rate is None:
@@ -116,7 +119,9 @@ def traffic(
         )
         return made, _window(arguments, made), _speed_note(arguments, speed)
     if made_of:
-        raise ConfigError(f"{', '.join(made_of)}: the trace of --trace tells lengths; give one")
+        raise ConfigError(
+            f"{', '.join(made_of)}: the trace already gives the lengths; leave one of the two out"
+        )
     trace = read_trace(arguments.trace, arguments.trace_format, tokenizer=arguments.tokenizer)
     if trace.service is not None and arguments.tbt_ms is None:
         made = _of_trace(arguments, trace, names, None)
@@ -135,24 +140,26 @@ def _of_trace(
     if arguments.rate is not None:
         return at_rates(trace, _rates(arguments, names), names, speed=speed)
     if trace.arrival is None:
-        raise ConfigError(f"--trace {arguments.trace} has no arrival times: give --rate beside it")
+        raise ConfigError(f"--trace {arguments.trace} has no arrival times: give --rate as well")
     if arguments.popularity is not None or (trace.model is None and len(names) == 1):
         shares = read_popularity(arguments.popularity or "uniform", len(names))
         return spread(trace, shares, names, arguments.seed, speed=speed)
     if trace.model is None:
         raise ConfigError(
-            f"--trace {arguments.trace} does not say which model each request asked: give "
-            "--popularity to deal them out by, such as openrouter"
+            f"--trace {arguments.trace} does not say which model each request is for: give "
+            "--popularity, such as openrouter, to deal requests to models"
         )
     return by_model(trace, names, speed=speed)
 
 
 def _rates(arguments: argparse.Namespace, names: Sequence[str]) -> list[float]:
-    """``0.5`` is the rate of all models together."""
+    """Rates of the models, in their order; a single number is the rate of all of them together."""
     text = arguments.rate
     if "=" in text:
         if arguments.popularity is not None:
-            raise ConfigError("--popularity: --rate already gives each model its rate")
+            raise ConfigError(
+                "--popularity: --rate already gives each model its rate; leave one of the two out"
+            )
         found = per_model(text, names, "--rate", _rate)
         return [found[name] for name in names]
     shares = read_popularity(arguments.popularity or "uniform", len(names))
@@ -169,19 +176,19 @@ def per_model(
     read: Callable[[str, str], _T],
     partial: bool = False,
 ) -> dict[str, _T]:
-    """``VALUE`` for all models, or ``NAME=VALUE,NAME=VALUE``; all of them unless ``partial``.
-    Raises ConfigError."""
+    """Reads ``VALUE`` for all models, or ``NAME=VALUE,NAME=VALUE``, which must name every model
+    unless ``partial``. Raises ConfigError."""
     if "=" not in text:
         return {name: read(text, flag) for name in names}
     found: dict[str, _T] = {}
     for part in text.split(","):
         name, _, value = part.rpartition("=")
         if name not in names:
-            raise ConfigError(f"{flag} {part!r}: {name!r} is none of the models: {_few(names)}")
+            raise ConfigError(f"{flag} {part!r}: there is no model {name!r}, only {_few(names)}")
         found[name] = read(value, f"{flag} {name}")
     missing = [name for name in names if name not in found]
     if missing and not partial:
-        raise ConfigError(f"{flag}: nothing for {_few(missing)}; give every model its value")
+        raise ConfigError(f"{flag}: {_few(missing)} has no value; give every model one")
     return found
 
 
@@ -209,11 +216,13 @@ def _tokens(text: str, where: str) -> int:
 def _lengths(arguments: argparse.Namespace) -> Lengths:
     if arguments.lengths is not None:
         if arguments.prompt or arguments.output:
-            raise ConfigError("--lengths: give either it or --prompt and --output")
+            raise ConfigError("--lengths: give either --lengths, or --prompt and --output")
         return PUBLISHED[arguments.lengths]
     for flag in ("prompt", "output"):
         if getattr(arguments, flag) is None:
-            raise ConfigError(f"--{flag} is missing: give tokens, such as 512 or mean=512,sigma=1")
+            raise ConfigError(
+                f"--{flag} is missing: give a number of tokens, or a law such as mean=512,sigma=1"
+            )
     return Lengths(
         prompt=_length("--prompt", arguments.prompt), output=_length("--output", arguments.output)
     )
@@ -240,8 +249,8 @@ def _speed_note(arguments: argparse.Namespace, speed: DecodeSpeed) -> tuple[str,
     if arguments.tbt_ms is not None:
         return ()
     return (
-        f"requests are taken to last {1000 * speed.tbt_s:g} ms per output token; "
-        "--tbt-ms says otherwise",
+        f"requests are assumed to last {1000 * speed.tbt_s:g} ms per output token; --tbt-ms sets "
+        "another time",
     )
 
 
@@ -259,5 +268,5 @@ def _window(arguments: argparse.Namespace, made: Traffic) -> float | None:
     if not (math.isfinite(window) and window > 0):
         raise ConfigError(f"--window {text!r}: must be a number of seconds above 0, or none")
     if not timed:
-        raise ConfigError("--window: rates only change in a trace with times of arrival")
+        raise ConfigError("--window: rates change only in a trace with arrival times")
     return window

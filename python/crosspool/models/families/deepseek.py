@@ -1,9 +1,8 @@
 """DeepSeek-V2 and DeepSeek-V3: MLA, leading dense layers, shared experts, group-limited routing.
 
-The rules are those of transformers 5.12.1 with one exception: V2's softmax scale has YaRN's
-``mscale_all_dim`` in it, as in the models' own code and in later transformers (its pull request
-47435).
-V2's ``norm_topk_prob`` has no effect there, and none here.
+The rules are those of transformers 5.12.1 with one exception: V2's softmax scale includes YaRN's
+``mscale_all_dim``, as in the models' own code and in later transformers (pull request 47435).
+V2's ``norm_topk_prob`` has no effect in transformers, and none here.
 """
 
 from __future__ import annotations

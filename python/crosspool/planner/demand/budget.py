@@ -1,5 +1,5 @@
-"""The page budget: a quantile of pool demand as chunks per attention rank, beside what the same
-models need when none shares."""
+"""The page budget: a quantile of pool demand in chunks per attention rank, compared with the sum of
+what the models need separately."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from crosspool.planner.demand.quantile import QuantileEstimate
 
 
 class Demand(Protocol):
-    """What DemandSamples, ExactDemand and ReplayDemand have in common. Bytes, whole chunks."""
+    """The common interface of the three kinds of demand, in bytes of whole chunks."""
 
     @property
     def chunk_bytes(self) -> int: ...
@@ -29,23 +29,23 @@ class Demand(Protocol):
 
 
 class ModelBudget(msgspec.Struct, frozen=True):
-    """One model's part."""
+    """One model's part of the budget."""
 
     name: str
     page_bytes: int
     rank_pages: int
-    """Pages that the model has on an attention rank when no other model uses the pool."""
+    """Pages that the model can hold on an attention rank while no other model uses the pool."""
     own_bytes: int
-    """The model's own demand at the quantile, whole chunks: its static partition."""
+    """The model's own demand at the quantile, in whole chunks: the size of its static partition."""
     longest_bytes: int
-    """One request of the model's longest context, whole chunks."""
+    """Bytes of one request of the model's longest context, in whole chunks."""
 
 
 class Budget(msgspec.Struct, frozen=True):
-    """The KV pool for a quantile of demand."""
+    """The size of the KV pool for a quantile of demand."""
 
     demand: QuantileEstimate
-    """Bytes of all models together."""
+    """Demand of all models together at the quantile, in bytes."""
     chunk_bytes: int
     ranks: int
     rank_chunks: int
@@ -58,22 +58,22 @@ class Budget(msgspec.Struct, frozen=True):
 
     @property
     def pool_bytes(self) -> int:
-        """All attention ranks: the demand, rounded up so that each has as many chunks."""
+        """Bytes on all attention ranks: the demand, rounded up to equal whole chunks per rank."""
         return self.ranks * self.rank_bytes
 
     @property
     def static_bytes(self) -> int:
-        """Sum of the models' own demand at the same quantile: a partition for each."""
+        """Sum of the models' own demands at the same quantile, as static partitions need."""
         return sum(model.own_bytes for model in self.models)
 
     @property
     def longest_bytes(self) -> int:
-        """Sum of one request of longest context per model."""
+        """Sum of the bytes of one request of the longest context per model."""
         return sum(model.longest_bytes for model in self.models)
 
     @property
     def saving(self) -> float:
-        """Share of ``static_bytes`` that the common pool does without."""
+        """Share of ``static_bytes`` that the common pool saves."""
         return 1 - self.pool_bytes / self.static_bytes if self.static_bytes else 0.0
 
 
@@ -84,11 +84,10 @@ def kv_budget(
     ranks: int,
     level: float = 0.95,
 ) -> Budget:
-    """The budget that demand stays within for ``quantile`` of the time, over ``ranks`` attention
-    ranks. ``level``: of the quantile's interval. Ranks are taken as evenly filled, which admission
-    strives for; where a model has pages on several, each may add a chunk begun.
-
-    Raises ConfigError when there is no rank."""
+    """Returns the budget that demand stays within for ``quantile`` of the time, over ``ranks``
+    attention ranks; ``level`` is the confidence of the quantile's interval. Ranks are assumed to
+    fill evenly, as admission tries to achieve; a model with pages on several ranks may need one
+    more chunk on each. Raises ConfigError when there is no rank."""
     if ranks < 1:
         raise ConfigError(f"ranks: {ranks}; a KV pool has at least one attention rank")
     pool, chunk = demand.quantile(quantile, level), demand.chunk_bytes
@@ -107,6 +106,6 @@ def kv_budget(
 
 
 def longest_bytes(kv: KVModel, chunk_bytes: int) -> int:
-    """Whole chunks under one request of the model's longest context."""
+    """Returns the bytes of one request of the model's longest context, in whole chunks."""
     layout = kv.layout(chunk_bytes)
     return layout.chunks_for(layout.pages_for(kv.context)) * chunk_bytes

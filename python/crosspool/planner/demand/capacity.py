@@ -1,11 +1,11 @@
-"""How much traffic some KV memory sustains: the factor by which all rates can grow until the
-quantile of demand reaches it.
+"""The traffic that some KV memory sustains: the factor by which all rates can grow until the
+quantile of demand reaches the memory's size.
 
-Demand is the stationary law of Poisson arrivals (compound.py), without sampling, so that a search
-by halving is not led astray. Where memory is so large that the law has very many values, its
-quantile comes from its first three moments (Cornish and Fisher, Revue de l'Institut International
-de Statistique 5, 1938): demand is then a sum of thousands of requests, near normal. Memory is all
-that is looked at: not what attention and FFN can compute.
+Demand has the stationary law of Poisson arrivals (compound.py), without sampling, so that bisection
+converges. For memory so large that the law has very many values, the quantile is computed from the
+first three moments (Cornish and Fisher, Revue de l'Institut International de Statistique 5, 1938):
+demand is then a sum of thousands of requests and nearly normal. Only memory is considered, not the
+speed of attention and FFN.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from crosspool.planner.demand.kv_model import Charge, KVLoad, KVModel, kv_loads
 from crosspool.planner.traffic.samples import Floats, Traffic
 
 TOLERANCE = 0.005
-"""Of the factor, relative."""
+"""Relative precision of the factor."""
 MOST = 1e4
-"""Factor beyond which nobody asks."""
+"""Largest factor that is searched for."""
 _EXACT_CHUNKS = 50_000
-"""Chunks of memory up to which the law itself is computed."""
+"""Size of memory in chunks up to which the law itself is computed."""
 
 
 def sustained(
@@ -38,8 +38,8 @@ def sustained(
     chunk_bytes: int,
     charge: Charge = "active",
 ) -> float:
-    """The greatest factor on all rates with which the pool's demand stays within ``limit_bytes``
-    for ``quantile`` of the time; 0 when none does, ``MOST`` when every factor up to it does."""
+    """Returns the greatest factor on all rates with which the pool's demand stays within
+    ``limit_bytes`` for ``quantile`` of the time: 0 when there is none, at most ``MOST``."""
     if limit_bytes < chunk_bytes or not any(model.rate > 0 for model in traffic.models):
         return 0.0 if limit_bytes < chunk_bytes else MOST
     parts = [
@@ -68,13 +68,13 @@ def sustained(
 
 
 def some(traffic: Traffic, models: Sequence[int]) -> Traffic:
-    """The traffic of some of the models."""
+    """Returns the traffic of some of the models."""
     return Traffic(tuple(traffic.models[model] for model in models), traffic.seconds)
 
 
 def too_long(traffic: Traffic, longest: Sequence[int]) -> float:
-    """Share of all requests, by rate, whose prompt and output are more tokens than ``longest`` of
-    their model."""
+    """Returns the share of all requests, by rate, that have more tokens of prompt and output than
+    ``longest`` allows for their model."""
     total = sum(model.rate for model in traffic.models)
     beyond = sum(
         model.rate * float((model.samples.prompt + model.samples.output > most).mean())
@@ -86,14 +86,14 @@ def too_long(traffic: Traffic, longest: Sequence[int]) -> float:
 
 @dataclass(frozen=True)
 class _Part:
-    """One model: its traffic, and the law of a request's pages."""
+    """One model's traffic, and the law of a request's pages."""
 
     load: KVLoad
     law: Floats
 
 
 def _exact(parts: Sequence[_Part], quantile: float, chunk_bytes: int) -> Callable[[float], float]:
-    """The quantile of demand, bytes, by the factor on all rates."""
+    """Returns the quantile of demand in bytes as a function of the factor on all rates."""
 
     def chunks(part: _Part, factor: float) -> Floats:
         pages = compound_poisson(factor * part.load.active, part.law)
@@ -110,8 +110,8 @@ def _exact(parts: Sequence[_Part], quantile: float, chunk_bytes: int) -> Callabl
 def _near_normal(
     parts: Sequence[_Part], quantile: float, chunk_bytes: int
 ) -> Callable[[float], float]:
-    """The same by moments; a model begins half a chunk in the mean."""
-    # a compound Poisson sum: its cumulants are the mean number of requests x their moments
+    """Returns the same function from moments; the last chunk of a model is half full on average."""
+    # the cumulants of a compound Poisson sum are the mean number of requests x their moments
     first = second = third = 0.0
     for part in parts:
         sizes = np.arange(len(part.law)) * float(part.load.kv.page_bytes)

@@ -3,8 +3,9 @@
 With Poisson arrivals a random time finds Poisson(a) active requests of a model, a = rate * E[T]
 (M/G/infinity). Each is a sample drawn with weight T and a uniform share v of its time, and holds
 P = ceil((O_p + O_d * v) / page_size) pages. With f the law of P, the model's pages are compound
-Poisson, transform exp(a * (f^ - 1)); a model's pages are rounded up to chunks, and the pool's
-chunks are the convolution of its models'. All of it by FFT, to about 1e-12 in probability.
+Poisson with the transform exp(a * (f^ - 1)). A model's pages are rounded up to chunks, and the law
+of the pool's chunks is the convolution of its models' laws. FFTs compute all of it, to about 1e-12
+in probability.
 """
 
 from __future__ import annotations
@@ -20,36 +21,36 @@ from crosspool.planner.demand.quantile import QuantileEstimate, check_probabilit
 from crosspool.planner.traffic.samples import Floats, Ints, Traffic
 
 _LOST = 1e-13
-"""Probability that may lie beyond the end of an array."""
+"""Most probability that may lie beyond the end of an array."""
 
 
 @dataclass(frozen=True, eq=False)
 class ExactDemand:
-    """Pool demand at a random time: the law of its chunks and of each model's."""
+    """Pool demand at a random time: the laws of the pool's chunks and of each model's chunks."""
 
     chunk_bytes: int
     charge: Charge
     pool: Floats
-    """[k] probability of 0, 1, 2, ... chunks."""
+    """[k] probabilities that the pool needs 0, 1, 2, ... chunks."""
     models: tuple[Floats, ...]
-    """The same of each model."""
+    """Per model, [k] probabilities that it needs 0, 1, 2, ... chunks."""
 
     def quantile(self, quantile: float, level: float = 0.95) -> QuantileEstimate:
-        """Bytes, whole chunks; ``level`` is there for the sake of the other demands."""
+        """Quantile of the pool's demand, in bytes of whole chunks; exact, whatever ``level``."""
         return QuantileEstimate.exact(quantile, self.chunk_bytes * _quantile(self.pool, quantile))
 
     def model_quantile(self, model: int, quantile: float, level: float = 0.95) -> QuantileEstimate:
-        """Bytes, whole chunks, of one model."""
+        """Quantile of one model's demand, in bytes of whole chunks."""
         law = self.models[model]
         return QuantileEstimate.exact(quantile, self.chunk_bytes * _quantile(law, quantile))
 
     def exceeds(self, nbytes: float) -> float:
-        """Probability that a random time finds more than ``nbytes`` in demand."""
+        """Probability that demand exceeds ``nbytes`` at a random time."""
         return float(self.pool[int(nbytes // self.chunk_bytes) + 1 :].sum())
 
     @property
     def mean(self) -> float:
-        """Bytes."""
+        """Mean demand, in bytes."""
         return float(self.pool @ np.arange(len(self.pool))) * self.chunk_bytes
 
 
@@ -60,9 +61,8 @@ def exact_demand(
     *,
     chunk_bytes: int,
 ) -> ExactDemand:
-    """Uses rates and samples of ``traffic``; times of arrival, where known, are not looked at.
-
-    Raises ConfigError when traffic and models do not belong together."""
+    """Computes demand from the rates and samples of ``traffic``; arrival times are ignored. Raises
+    ConfigError when traffic and models do not belong together."""
     models = tuple(
         _trimmed(chunk_law(load, charge)) for load in kv_loads(traffic, kv_models, chunk_bytes)
     )
@@ -70,10 +70,11 @@ def exact_demand(
 
 
 def request_law(load: KVLoad, charge: Charge) -> Floats:
-    """[k] probability that a request, active at a random time, holds 0, 1, 2, ... pages.
+    """Returns [k] probabilities that a request which is active at a random time holds 0, 1, 2, ...
+    pages.
 
-    P(P <= k) = sum_r w_r * clip((k - first_r) / growth_r, 0, 1), w_r = T_r / sum T, a sum of
-    hinges: every sample adds a slope of w / growth from ``first`` on, until ``first + growth``."""
+    P(P <= k) = sum_r w_r * clip((k - first_r) / growth_r, 0, 1), w_r = T_r / sum T. This is a sum
+    of hinges: every sample adds a slope of w / growth between ``first`` and ``first + growth``."""
     weight = load.samples.service / load.samples.service.sum()
     pages = load.pages(charge)
     if charge == "promised":
@@ -94,7 +95,7 @@ def request_law(load: KVLoad, charge: Charge) -> Floats:
 
 
 def chunk_law(load: KVLoad, charge: Charge) -> Floats:
-    """[k] probability that a random time finds 0, 1, 2, ... chunks of the model in demand."""
+    """Returns [k] probabilities that the model needs 0, 1, 2, ... chunks at a random time."""
     if load.active == 0:
         return np.ones(1)
     pages = compound_poisson(load.active, request_law(load, charge))
@@ -103,7 +104,8 @@ def chunk_law(load: KVLoad, charge: Charge) -> Floats:
 
 
 def compound_poisson(mean: float, law: Floats) -> Floats:
-    """[k] law of the sum of Poisson(mean) independent values of ``law`` ([j], over 0, 1, 2, ...).
+    """Returns [k] the law of the sum of Poisson(mean) independent values with the law ``law``, [j]
+    over 0, 1, 2, ...
 
     The array ends where Chernoff's bound, P(S >= x) <= exp(mean * (E[e^(h P)] - 1) - h * x) for
     every h > 0, is small enough, so that what the FFT folds back does not matter."""
@@ -118,7 +120,7 @@ def compound_poisson(mean: float, law: Floats) -> Floats:
 
 
 def convolution(laws: Sequence[Floats]) -> Floats:
-    """Law of the sum of independent values with these laws, shortest first."""
+    """Returns the law of the sum of independent values that have these laws."""
     left = sorted((_trimmed(law) for law in laws), key=len)
     if not left:
         return np.ones(1)
@@ -132,17 +134,17 @@ def convolution(laws: Sequence[Floats]) -> Floats:
 
 
 def _weights(values: Ints, weights: Floats) -> Floats:
-    """[k] total weight of the values 0, 1, 2, ..."""
+    """Returns [k] total weights of the values 0, 1, 2, ..."""
     return np.bincount(values, weights=weights).astype(np.float64, copy=False)
 
 
 def _trimmed(law: Floats) -> Floats:
-    """Without the end that holds next to nothing."""
+    """Cuts off the end that holds next to no probability."""
     above = np.cumsum(law[::-1])[::-1]
     return law[: max(1, int(np.searchsorted(-above, -_LOST)))]
 
 
 def _quantile(law: Floats, quantile: float) -> int:
-    """Least value with P(X <= value) >= quantile."""
+    """Returns the least value with P(X <= value) >= quantile."""
     check_probability("quantile", quantile)
     return int(np.searchsorted(np.cumsum(law), quantile - _LOST))

@@ -1,15 +1,16 @@
 """Demand on the KV pool at a random time, by Monte Carlo over whole (prompt, output, time) samples.
 
-Stationary: Poisson arrivals of a constant rate. A random time finds Poisson(rate * E[T]) requests
-of a model (M/G/infinity, exactly), each a row of the samples drawn with weight T, at an age
-uniform in [0, T). So the requests of one row that B independent random times find are
-Poisson(B * rate / n * T), scattered uniformly over the B times and over the row's time: that is
-how they are drawn here, a row's three values always together. Models with more than ``BUSY``
-requests active are drawn from the exact law of their sum instead (compound.py), one draw per time.
+Stationary traffic has Poisson arrivals at a constant rate. A random time finds
+Poisson(rate * E[T]) requests of a model (M/G/infinity, exactly), each a row of the samples drawn
+with weight T, at an age uniform in [0, T). So the number of requests of one row that B independent
+random times find is Poisson(B * rate / n * T), spread uniformly over the B times and over the row's
+time. They are drawn in this way, with a row's three values always together. A model with more than
+``BUSY`` active requests is drawn from the exact law of their sum instead (compound.py), once per
+random time.
 
-Windows: the random time is one of a trace's, whose requests keep to their windows (windows.py).
+With windows, the random time lies in a trace whose requests keep to their windows (windows.py).
 
-Rounding: a request to pages, a model to chunks (its pages lie one after another).
+A request is rounded up to pages, and a model to chunks, as its pages lie one after another.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from crosspool.planner.demand.windows import WindowedRequests, Windows, windows_
 from crosspool.planner.traffic.samples import Floats, Ints, Traffic
 
 BUSY = 8.0
-"""Active requests, in the mean, above which a model's exact law is cheaper than its requests."""
+"""Mean number of active requests above which a model's exact law is cheaper than its requests."""
 _CELL_TIMES = 1 << 16
 _CELL_REQUESTS = 1 << 19
 
@@ -47,45 +48,45 @@ class DemandSamples:
     chunk_bytes: int
     charge: Charge
     chunks: Ints
-    """[samples] chunks of all models together, in no order that means anything."""
+    """[samples] chunks of all models together; their order has no meaning."""
     counts: tuple[Ints, ...]
-    """Per model [k]: at how many of the times it needed 0, 1, 2, ... chunks."""
+    """Per model, [k] number of times at which it needed 0, 1, 2, ... chunks."""
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def quantile(self, quantile: float, level: float = 0.95) -> QuantileEstimate:
-        """Bytes, whole chunks."""
+        """Quantile of the pool's demand, in bytes of whole chunks."""
         return scaled(estimate(self.chunks, quantile, level), self.chunk_bytes)
 
     def model_quantile(self, model: int, quantile: float, level: float = 0.95) -> QuantileEstimate:
-        """Bytes, whole chunks, of one model."""
+        """Quantile of one model's demand, in bytes of whole chunks."""
         return scaled(estimate_of_counts(self.counts[model], quantile, level), self.chunk_bytes)
 
     def exceeds(self, nbytes: float) -> float:
-        """Share of the times with more than ``nbytes`` in demand."""
+        """Share of the times at which demand exceeds ``nbytes``."""
         return float(np.mean(self.chunks > nbytes // self.chunk_bytes))
 
     @property
     def mean(self) -> float:
-        """Bytes."""
+        """Mean demand, in bytes."""
         return float(self.chunks.mean()) * self.chunk_bytes
 
 
 @dataclass(frozen=True, eq=False)
 class _Source:
-    """Where the requests of one model that are active at a random time come from."""
+    """Source of one model's requests that are active at a random time."""
 
     load: KVLoad
     pages: Pages
     law: Floats | None
-    """[k] law of the model's chunks, of a busy model."""
+    """[k] law of a busy model's chunks; None for other models."""
     windowed: WindowedRequests | None
-    """Its requests by windows."""
+    """The model's requests by windows; None for stationary traffic."""
 
     @property
     def most(self) -> float:
-        """Requests to draw per random time."""
+        """Mean number of requests to draw per random time."""
         if self.windowed is not None:
             return self.windowed.most
         return self.load.active if self.law is None else 0.0
@@ -98,7 +99,7 @@ class _Cell:
     index: int
     times: int
     stratum: int
-    """Of the windows; 0 without windows."""
+    """Stratum of windows that the times lie in; 0 without windows."""
 
 
 def monte_carlo(
@@ -113,13 +114,15 @@ def monte_carlo(
     threads: int | None = None,
     progress: bool | None = None,
 ) -> DemandSamples:
-    """Demand at ``samples`` independent random times.
+    """Draws demand at ``samples`` independent random times.
 
-    ``window``: seconds, for rates that change (needs times of arrival); None: stationary.
-    ``threads``: by default as many as cores. The result depends on traffic, models, ``samples``
-    and ``seed`` alone. ``progress``: None shows a bar when stderr is a terminal.
+    ``window`` is the time in seconds for which rates count as constant, and needs arrival times;
+    None takes the traffic as stationary. ``threads`` are as many as cores by default; the result
+    depends on traffic, models, ``samples``, ``seed`` and ``window`` alone. A ``progress`` of None
+    shows a bar when stderr is a terminal.
 
-    Raises ConfigError when traffic and models do not belong together, or times are missing."""
+    Raises ConfigError when traffic and models do not belong together, or arrival times are
+    missing."""
     if samples < 1:
         raise ConfigError(f"samples: {samples}; give 1 or more")
     found = kv_loads(traffic, kv_models, chunk_bytes)
@@ -169,7 +172,7 @@ def _source(load: KVLoad, charge: Charge, windows: Windows | None) -> _Source:
 def _cells(
     sources: Sequence[_Source], samples: int, windows: Windows | None, seed: int
 ) -> list[_Cell]:
-    """Cells small enough for a core's cache, and none of them with times of two strata."""
+    """Splits the times into cells that fit a core's cache, each within one stratum."""
     most = max((source.most for source in sources), default=0.0)
     size = int(np.clip(_CELL_REQUESTS / max(most, 1e-9), 64, _CELL_TIMES))
     strata = [samples]
@@ -184,7 +187,7 @@ def _cells(
 
 
 def _demand(source: _Source, cell: _Cell, times: Floats | None, rng: np.random.Generator) -> Ints:
-    """[cell.times] chunks of one model."""
+    """Draws [cell.times] chunks of one model."""
     if source.law is not None:
         often = rng.multinomial(cell.times, source.law / source.law.sum())
         return rng.permutation(np.repeat(np.arange(len(often)), often))
@@ -199,7 +202,7 @@ def _demand(source: _Source, cell: _Cell, times: Floats | None, rng: np.random.G
 
 
 def _active(source: _Source, cell: _Cell, rng: np.random.Generator) -> tuple[Ints, Floats]:
-    """Active requests: [k] at which of the cell's times, and [k] pages."""
+    """Draws active requests: [k] indices of the cell's times, and [k] pages."""
     service = source.load.samples.service
     requests = rng.poisson(source.load.rate * service * (cell.times / len(service)))
     at = rng.integers(0, cell.times, int(requests.sum()))
@@ -210,7 +213,7 @@ def _active(source: _Source, cell: _Cell, rng: np.random.Generator) -> tuple[Int
 
 
 def _sum(a: Ints, b: Ints) -> Ints:
-    """Counts of both, the shorter one continued with zeros."""
+    """Adds counts of different lengths."""
     short, long = sorted((a, b), key=len)
     total = long.copy()
     total[: len(short)] += short

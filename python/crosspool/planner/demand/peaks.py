@@ -1,10 +1,10 @@
-"""Whether models peak together, and what happens above a budget: questions to a replayed trace.
+"""Reports from a replayed trace whether models peak together, and how demand exceeds a budget.
 
-A model is at its peak while its demand exceeds its own q-quantile over time. Were the models'
-demands independent, the number at their peaks at a random time would be the sum of independent
-coin tosses with each model's share of time at its peak (Poisson-binomial; Binomial(M, 1 - q) where
-every share is 1 - q, but demand comes in whole chunks, and a model that is mostly idle spends less
-than that above its quantile), and the pool's demand the convolution of the models'.
+A model is at its peak while its demand exceeds its own q-quantile over time. If the models' demands
+were independent, the number of models at their peak at a random time would be a sum of independent
+coin tosses, one per model with its share of time at its peak (Poisson-binomial). The share is at
+most 1 - q; it is less for a model that is mostly idle, because demand comes in whole chunks. The
+law of the pool's demand would be the convolution of the models' laws.
 """
 
 from __future__ import annotations
@@ -22,44 +22,44 @@ from crosspool.planner.traffic.samples import Floats
 
 
 class Coincidence(msgspec.Struct, frozen=True):
-    """How many models are at their peak at the same time."""
+    """Statistics of the number of models that are at their peak at the same time."""
 
     quantile: float
     at_peak: tuple[float, ...]
-    """Share of the time per model, at most 1 - quantile."""
+    """Per model: share of the time at its peak, at most 1 - quantile."""
     together: tuple[float, ...]
-    """Share of the time in which 0, 1, 2, ... models are at their peak."""
+    """Shares of the time in which 0, 1, 2, ... models are at their peak."""
     independent: tuple[float, ...]
-    """The same, were the models independent."""
+    """Shares of the time that would be expected of independent models."""
 
     def at_least(self, models: int) -> tuple[float, float]:
-        """Share of the time with so many at their peak or more: as it was, and if independent."""
+        """Share of the time with at least so many at their peak: measured, and if independent."""
         return sum(self.together[models:]), sum(self.independent[models:])
 
 
 class Exceedance(msgspec.Struct, frozen=True):
-    """The times at which demand exceeds a budget."""
+    """Statistics of the times at which demand exceeds a budget."""
 
     budget_bytes: float
     fraction: float
-    """Share of the time."""
+    """Share of the time at which demand exceeds the budget."""
     count: int
-    """Intervals without a break."""
+    """Number of intervals in which it does so without a break."""
     mean_seconds: float
     p99_seconds: float
     longest_seconds: float
     largest_bytes: float
-    """The most that demand exceeds the budget by."""
+    """Largest number of bytes by which demand exceeds the budget."""
 
 
 class Quantiles(msgspec.Struct, frozen=True):
-    """Pool demand at one quantile, bytes, in three ways."""
+    """Pool demand at one quantile, in bytes, computed in three ways."""
 
     quantile: float
     trace: float
-    """As the trace has it."""
+    """The trace's own quantile."""
     independent: float
-    """If each model had its own distribution over time, independent of the others."""
+    """The quantile if the models kept their own distributions but were independent."""
     separate: float
     """The sum of the models' own quantiles."""
 
@@ -77,7 +77,7 @@ def peak_report(
     budget_bytes: float,
     quantiles: Sequence[float] = (0.5, 0.9, 0.95, 0.99, 0.999),
 ) -> PeakReport:
-    """Everything below for one trace. ``quantile``: above which a model is at its peak."""
+    """Makes the whole report of one trace. A model is at its peak above its ``quantile``."""
     return PeakReport(
         demand.pool.seconds,
         aggregate(demand, quantiles),
@@ -87,7 +87,7 @@ def peak_report(
 
 
 def aggregate(demand: ReplayDemand, quantiles: Sequence[float]) -> tuple[Quantiles, ...]:
-    """The distribution of aggregate demand, beside what independence would make of it."""
+    """Returns quantiles of the pool's demand, beside those of independent models."""
     chunk = demand.chunk_bytes
     law = np.cumsum(convolution([_law(timeline, chunk) for timeline in demand.models]))
     found = []
@@ -99,7 +99,7 @@ def aggregate(demand: ReplayDemand, quantiles: Sequence[float]) -> tuple[Quantil
 
 
 def coincidence(timelines: Sequence[Timeline], quantile: float) -> Coincidence:
-    """``timelines``: demand over time, one per model, all over the same time."""
+    """Counts the models at their peak. ``timelines`` are the models' demands over the same time."""
     check_probability("quantile", quantile)
     above = [timeline.above(timeline.quantile(quantile)) for timeline in timelines]
     seconds = timelines[0].seconds
@@ -120,7 +120,7 @@ def coincidence(timelines: Sequence[Timeline], quantile: float) -> Coincidence:
 
 
 def exceedance(timeline: Timeline, budget_bytes: float) -> Exceedance:
-    """How often and how long the timeline is above a budget."""
+    """Measures how often and for how long demand exceeds a budget."""
     above = timeline.above(budget_bytes)
     if len(above) == 0:
         return Exceedance(budget_bytes, 0.0, 0, 0.0, 0.0, 0.0, 0.0)
@@ -137,7 +137,7 @@ def exceedance(timeline: Timeline, budget_bytes: float) -> Exceedance:
 
 
 def _law(timeline: Timeline, chunk_bytes: int) -> Floats:
-    """[k] share of the time at which a step function needs 0, 1, 2, ... chunks."""
+    """Returns [k] shares of the time at which a step function needs 0, 1, 2, ... chunks."""
     chunks = np.rint(timeline.start / chunk_bytes).astype(np.int64)
     shares = np.diff(timeline.times) / timeline.seconds
     return np.bincount(chunks, weights=shares).astype(np.float64)

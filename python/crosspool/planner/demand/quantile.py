@@ -1,7 +1,7 @@
-"""A quantile from independent samples, with an interval that needs no distribution.
+"""Estimates a quantile from independent samples, with an interval that assumes no distribution.
 
-The number of n independent samples that lie at or below the true q-quantile is Binomial(n, q),
-whatever the distribution is, so the order statistics X_(r) <= X_(s) enclose that quantile with
+Of n independent samples, the number at or below the true q-quantile is Binomial(n, q) for every
+distribution, so the order statistics X_(r) <= X_(s) enclose that quantile with
 probability at least P(r <= B < s), B ~ Binomial(n, q); exactly so for a continuous distribution.
 Source: H. A. David and H. N. Nagaraja, Order Statistics, 3rd edition (Wiley 2003), section 7.1;
 also W. Q. Meeker, G. J. Hahn and L. A. Escobar, Statistical Intervals, 2nd edition (Wiley 2017),
@@ -26,11 +26,11 @@ class QuantileEstimate(msgspec.Struct, frozen=True):
     quantile: float
     value: float
     low: float
-    """-inf when the samples are too few for a lower end."""
+    """Lower end of the interval; -inf when there are too few samples for one."""
     high: float
-    """inf when the samples are too few for an upper end."""
+    """Upper end of the interval; inf when there are too few samples for one."""
     level: float
-    """Nominal coverage of [low, high]; 1 when the value is exact."""
+    """Nominal coverage of [low, high], 0 to 1; 1 when the value is exact."""
 
     @classmethod
     def exact(cls, quantile: float, value: float) -> QuantileEstimate:
@@ -44,9 +44,9 @@ def check_probability(name: str, value: float) -> None:
 
 
 def ranks(samples: int, quantile: float, level: float) -> tuple[int, int, int]:
-    """Ranks (1 is the least) of the interval's lower end, of the estimate and of the upper end;
-    0 and samples + 1 stand for no lower and no upper end. At either side the interval misses the
-    quantile with probability at most (1 - level) / 2."""
+    """Returns the ranks (1 is the least) of the interval's lower end, of the estimate and of the
+    upper end; 0 means no lower end, and samples + 1 no upper end. On either side the interval
+    misses the quantile with probability at most (1 - level) / 2."""
     check_probability("quantile", quantile)
     check_probability("level", level)
     if samples < 1:
@@ -60,7 +60,7 @@ def ranks(samples: int, quantile: float, level: float) -> tuple[int, int, int]:
 
 
 def estimate(values: Floats | Ints, quantile: float, level: float) -> QuantileEstimate:
-    """``values``: [n] independent samples, in any order."""
+    """Estimates a quantile from ``values``, [n] independent samples in any order."""
     low, middle, high = ranks(len(values), quantile, level)
     wanted = [rank - 1 for rank in (low, middle, high) if 1 <= rank <= len(values)]
     ordered = np.partition(values, wanted)
@@ -74,7 +74,7 @@ def estimate(values: Floats | Ints, quantile: float, level: float) -> QuantileEs
 
 
 def estimate_of_counts(counts: Ints, quantile: float, level: float) -> QuantileEstimate:
-    """The same for samples given as how many have the value 0, 1, 2, ..."""
+    """Estimates a quantile from ``counts``, the numbers of samples with the values 0, 1, 2, ..."""
     below = np.cumsum(counts)
     samples = int(below[-1])
     low, middle, high = ranks(samples, quantile, level)
@@ -92,7 +92,7 @@ def estimate_of_counts(counts: Ints, quantile: float, level: float) -> QuantileE
 
 
 def scaled(estimate: QuantileEstimate, unit: float) -> QuantileEstimate:
-    """The same estimate in another unit, ``unit`` of which make one of the old."""
+    """Converts an estimate to a unit of which ``unit`` make one of the old."""
     return QuantileEstimate(
         estimate.quantile,
         estimate.value * unit,

@@ -1,10 +1,10 @@
-"""Demand of a trace with times of arrival, exactly: every moment of it, and no randomness.
+"""The exact demand of a trace with arrival times, at every moment and without randomness.
 
 Request i of a model arrives at A_i and holds the whole pages of Q_i(t - A_i), so the model's pages
 change at arrivals, whenever a request's tokens pass a page's end, and at departures. The model's
-chunks follow, and the pool's are their sum. What is asked of a random time is asked of the time
-between the trace's start and its end: the system is empty at the start, and requests that stay
-beyond the end are cut off there.
+chunks follow, and the pool's are their sum. Quantiles and shares are over the time between the
+trace's start and its end: the system is empty at the start, and requests that stay beyond the end
+are cut off there.
 """
 
 from __future__ import annotations
@@ -32,21 +32,20 @@ class ReplayDemand:
     models: tuple[Timeline, ...]
 
     def quantile(self, quantile: float, level: float = 0.95) -> QuantileEstimate:
-        """Bytes that are enough for this share of the time; ``level`` is there for the sake of
-        the other demands."""
+        """Bytes that are enough for this share of the time. They are exact, whatever ``level``."""
         return QuantileEstimate.exact(quantile, self.pool.quantile(quantile))
 
     def model_quantile(self, model: int, quantile: float, level: float = 0.95) -> QuantileEstimate:
-        """The same of one model."""
+        """Bytes that are enough for one model for this share of the time."""
         return QuantileEstimate.exact(quantile, self.models[model].quantile(quantile))
 
     def exceeds(self, nbytes: float) -> float:
-        """Share of the time with more than ``nbytes`` in demand."""
+        """Share of the time at which demand exceeds ``nbytes``."""
         return self.pool.fraction_above(nbytes)
 
     @property
     def mean(self) -> float:
-        """Bytes."""
+        """Mean demand, in bytes."""
         return self.pool.mean
 
 
@@ -58,9 +57,8 @@ def replay(
     chunk_bytes: int,
     progress: bool | None = False,
 ) -> ReplayDemand:
-    """Demand of the trace over [0, traffic.seconds).
-
-    Raises ConfigError when traffic and models do not belong together, or times are missing."""
+    """Computes the trace's demand over [0, traffic.seconds). Raises ConfigError when traffic and
+    models do not belong together, or arrival times are missing."""
     found = _timed_loads(traffic, kv_models, chunk_bytes)
     hidden = None if progress is None else not progress
     timelines = tuple(
@@ -73,11 +71,13 @@ def replay(
 def _timed_loads(
     traffic: Traffic, kv_models: Sequence[KVModel], chunk_bytes: int
 ) -> tuple[KVLoad, ...]:
-    """The traffic's models, when all that have requests have times of arrival, too."""
+    """Pairs traffic and models. Raises ConfigError when requests have no arrival times."""
     found = kv_loads(traffic, kv_models, chunk_bytes)
     for load in found:
         if load.arrivals is None and load.rate > 0:
-            raise ConfigError(f"arrivals of {load.kv.name}: the traffic has only its rate")
+            raise ConfigError(
+                f"arrivals of {load.kv.name}: the traffic has only its rate, no times"
+            )
     if not (np.isfinite(traffic.seconds) and traffic.seconds > 0):
         raise ConfigError(f"seconds: traffic over {traffic.seconds} s cannot be replayed")
     return found
@@ -94,10 +94,10 @@ def _model_timeline(load: KVLoad, charge: Charge, seconds: float) -> Timeline:
 
 
 def _page_changes(load: KVLoad, charge: Charge) -> tuple[Floats, Floats]:
-    """When and by how much the model's pages change.
+    """Returns the times at which the model's pages change, and the changes.
 
-    A request starts with prompt // page_size + 1 pages (its first output token is on its way) and
-    takes the next when Q(u) passes a page's end; where pages are promised it has all at once."""
+    A request starts with prompt // page_size + 1 pages, as its first output token is on its way,
+    and takes the next page when Q(u) passes a page's end. Promised pages are all there at once."""
     assert load.arrivals is not None
     pages, service = load.pages(charge), load.samples.service
     leave = load.arrivals + service

@@ -1,4 +1,4 @@
-"""Demand as a function of time: linear pieces, and exact statements about a random time on them."""
+"""Demand as a piecewise linear function of time, with exact statements about a random time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from crosspool.planner.traffic.samples import Floats
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """A piecewise linear function of time with jumps; a step function where every piece is flat."""
+    """A piecewise linear function of time with jumps; a step function when every piece is flat."""
 
     times: Floats
     """[n + 1] seconds, strictly ascending from 0: piece i covers [times[i], times[i + 1])."""
@@ -25,19 +25,19 @@ class Timeline:
 
     @classmethod
     def of_steps(cls, at: Floats, change: Floats, seconds: float) -> Timeline:
-        """The step function on [0, seconds) that changes by ``change[i]`` at ``at[i]``, in any
-        order; what changes before 0 is there from the beginning."""
+        """Returns the step function on [0, seconds) that changes by ``change[i]`` at ``at[i]``, in
+        any order; changes before 0 are there from the beginning."""
         return cls.of_slopes(at, change, np.zeros(len(at)), seconds)
 
     @classmethod
     def of_slopes(cls, at: Floats, change: Floats, slope: Floats, seconds: float) -> Timeline:
-        """The same where at ``at[i]`` also the slope changes, by ``slope[i]`` per second."""
+        """Returns the function whose slope also changes at ``at[i]``, by ``slope[i]`` per s."""
         wanted = at < seconds
         order = np.argsort(at[wanted], kind="stable")
         at, change, slope = at[wanted][order], change[wanted][order], slope[wanted][order]
         value = np.cumsum(change - slope * at)
         rise = np.cumsum(slope)
-        """From event i on the function is value[i] + rise[i] * t."""
+        # from event i on the function is value[i] + rise[i] * t
         last = np.flatnonzero(np.append(at[1:] > at[:-1], True)[: len(at)])
         before = last[at[last] <= 0][-1:]
         after = last[at[last] > 0]
@@ -55,16 +55,16 @@ class Timeline:
 
     @property
     def max(self) -> float:
-        """Bytes; the least upper bound, which a piece that rises to a jump does not attain."""
+        """Least upper bound in bytes, which a piece that rises to a jump does not attain."""
         return float(np.maximum(self.start, self.end).max())
 
     @property
     def mean(self) -> float:
-        """Bytes, mean over time."""
+        """Mean over time, in bytes."""
         return float(self._durations @ (self.start + self.end)) / 2 / self.seconds
 
     def at(self, times: Floats) -> Floats:
-        """[k] bytes at these times."""
+        """Returns [k] values in bytes at [k] times in seconds."""
         piece = np.searchsorted(self.times, times, side="right") - 1
         piece = np.clip(piece, 0, len(self.start) - 1)
         share = (times - self.times[piece]) / self._durations[piece]
@@ -81,8 +81,9 @@ class Timeline:
         return 1 - self.share_at_most(nbytes)
 
     def quantile(self, quantile: float) -> float:
-        """Bytes: the least value x with share_at_most(x) >= quantile, exactly (the distribution
-        over time is itself piecewise linear, with jumps at the values of flat pieces)."""
+        """Returns the least value x in bytes with share_at_most(x) >= quantile, exactly: the
+        distribution over time is itself piecewise linear, with jumps at the values of flat
+        pieces."""
         check_probability("quantile", quantile)
         wanted = quantile - 1e-12
         values = np.unique(np.concatenate((self.start, self.end)))
@@ -105,8 +106,8 @@ class Timeline:
         )
 
     def above(self, nbytes: float) -> Floats:
-        """[k, 2] begin and end, seconds, of each longest interval in which the value exceeds
-        ``nbytes``, ascending."""
+        """Returns [k, 2] beginnings and ends, in seconds, of the longest intervals in which the
+        value exceeds ``nbytes``, ascending."""
         starts, ends = self.start > nbytes, self.end > nbytes
         with np.errstate(divide="ignore", invalid="ignore"):
             share = (nbytes - self.start) / (self.end - self.start)
@@ -119,7 +120,7 @@ class Timeline:
         return np.stack((begin[np.append(True, apart)], end[np.append(apart, True)]), axis=1)
 
     def merged(self) -> Timeline:
-        """The same step function, equal neighbours joined."""
+        """Returns the same step function with equal neighbouring pieces joined."""
         new = np.append(True, self.start[1:] != self.start[:-1])
         times = np.append(self.times[:-1][new], self.seconds)
         return Timeline(times, self.start[new], self.end[new])
@@ -142,7 +143,7 @@ class Timeline:
 
 
 def total(timelines: Sequence[Timeline]) -> Timeline:
-    """The sum of timelines over the same time."""
+    """Returns the sum of timelines over the same time."""
     rises = [(each.end - each.start) / np.diff(each.times) for each in timelines]
     return Timeline.of_slopes(
         np.concatenate([each.times[:-1] for each in timelines]),

@@ -1,15 +1,15 @@
-"""Random times of a trace whose requests keep to their windows, but not to their times in them.
+"""Random times in a trace whose requests keep to their windows, but not to their times in them.
 
 Every request of the trace stands for Poisson(1) requests that arrive uniformly within its window.
-So a window has Poisson arrivals at the rate that the trace has there, and the lengths that it has
-there; the random time is uniform over the whole trace and the same for all models, so that bursts
-of several models in one window meet. A request of window [w, w + d) is active at time t with age u
+So a window has Poisson arrivals at the trace's rate in that window, with the trace's lengths there.
+The random time is uniform over the whole trace and the same for all models, so that bursts of
+several models in one window meet. A request of window [w, w + d) is active at time t with age u
 at intensity du / d where u < T and w <= t - u < w + d, which is drawn exactly.
 
-What is approximate: within a window arrivals are Poisson, so clumps shorter than a window are lost;
-and where windows hold few requests, what was chance in the trace is thrown again, which adds to the
-variance (at windows of next to no length it is that of Poisson(1) copies of every request). The
-system is empty at the trace's start. replay.py has no windows, and no randomness.
+Two things are approximate. Arrivals within a window are Poisson, so clumps shorter than a window
+are lost. And where windows hold few requests, the trace's own chance is drawn a second time, which
+adds variance: in very short windows, that of Poisson(1) copies of every request. The system is
+empty at the trace's start. replay.py needs no windows and has no randomness.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ _STRATA = 128
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Windows of equal length over a trace, and strata of windows for which times are drawn
-    together."""
+    """Windows of equal length over a trace, grouped into strata whose times are drawn together."""
 
     length: float
     """Seconds of a window."""
     edges: Ints
-    """[strata + 1] first window of each stratum, and the number of windows."""
+    """[strata + 1] index of each stratum's first window, and the number of windows."""
 
     def times(self, stratum: int, count: int, rng: np.random.Generator) -> Floats:
-        """[count] seconds, uniform over the stratum."""
+        """Draws [count] times in seconds, uniform over the stratum."""
         first, last = self.edges[stratum : stratum + 2].tolist()
         return (first + (last - first) * rng.random(count)) * self.length
 
     def share(self) -> Floats:
-        """[strata] of the whole time."""
+        """Returns [strata] shares of the whole time."""
         return np.diff(self.edges) / self.edges[-1]
 
 
 def windows_of(traffic: Traffic, seconds: float) -> Windows:
-    """Windows of next to ``seconds``, a whole number of them over the traffic's time.
-
-    Raises ConfigError where the traffic has rates only."""
+    """Returns windows of about ``seconds``, a whole number of which cover the traffic's time.
+    Raises ConfigError when the traffic has rates only."""
     if not 0 < seconds <= traffic.seconds:
-        raise ConfigError(f"window: {seconds} s; give more than 0, at most {traffic.seconds}")
+        raise ConfigError(
+            f"window: {seconds} s; give more than 0 s and at most {traffic.seconds} s"
+        )
     if not np.isfinite(traffic.seconds) or any(
         model.arrivals is None and model.rate > 0 for model in traffic.models
     ):
-        raise ConfigError("window: the traffic has no times of arrival, only rates")
+        raise ConfigError("window: the traffic has no arrival times, only rates")
     count = round(traffic.seconds / seconds)
     edges = np.unique(np.linspace(0, count, min(count, _STRATA) + 1).astype(np.int64))
     return Windows(traffic.seconds / count, edges)
@@ -63,15 +63,15 @@ def windows_of(traffic: Traffic, seconds: float) -> Windows:
 
 @dataclass(frozen=True, eq=False)
 class WindowedRequests:
-    """One model's requests, by the strata in which they may be active."""
+    """One model's requests, grouped by the strata in which they may be active."""
 
     length: float
     begin: Floats
-    """[n] seconds at which a request's window begins."""
+    """[n] beginning of each request's window, in seconds."""
     service: Floats
     pages: Pages
     rows: tuple[Ints, ...]
-    """Per stratum, the requests whose window and time reach into it."""
+    """Per stratum, indices of the requests that may be active in it."""
 
     @classmethod
     def of(cls, load: KVLoad, pages: Pages, windows: Windows) -> WindowedRequests:
@@ -89,13 +89,13 @@ class WindowedRequests:
 
     @property
     def most(self) -> float:
-        """Requests to draw per random time, in the busiest stratum."""
+        """Mean number of requests to draw per random time in the busiest stratum."""
         often = np.minimum(self.service / self.length, 1)
         return max((float(often[rows].sum()) for rows in self.rows), default=0.0)
 
     def active(self, stratum: int, times: Floats, rng: np.random.Generator) -> tuple[Ints, Floats]:
-        """Active requests at ``times`` ([k] seconds, in the stratum): [j] at which of the times,
-        and [j] their pages."""
+        """Draws active requests at ``times``, [k] seconds in the stratum: returns [j] indices of
+        the times, and [j] pages."""
         rows = self.rows[stratum]
         reach = np.minimum(self.service[rows], self.length)
         rows = np.repeat(rows, rng.poisson(reach * (len(times) / self.length)))

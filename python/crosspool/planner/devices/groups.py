@@ -1,21 +1,23 @@
-"""Which weight pool devices share which models' FFN weights.
+"""Groups of weight pool devices that share a model's FFN weights.
 
 A model lies on a run of neighbouring devices, which split every layer evenly (tensor-parallel).
-All models on all devices balances bytes and load perfectly, but then every model waits for every
-other: a short layer stands behind a long one (the paper's second limit; CrossPool, arXiv
-2606.24506: group like with like). :func:`group` trades the two, by what :func:`cost` says:
+With all models on all devices, bytes and load are balanced perfectly, but every model waits for
+every other one, and a short layer stands behind a long one (the second limit of the CrossPool
+paper, arXiv 2606.24506, which therefore groups like with like). :func:`group` minimises the sum of
+three terms:
 
 * bytes: the fullest device's bytes over the mean,
 * load: the busiest device's load over the mean,
-* unlike: how far the layer times on a device lie apart: the standard deviation of their natural
-  logarithms, weighted by load, mean over the devices; times ``UNLIKE_WEIGHT``.
+* unlike: the spread of the layer times on a device, which is the standard deviation of their
+  natural logarithms, weighted by load; its mean over the devices, times ``UNLIKE_WEIGHT``.
 
-A model's load is bytes of FFN weights read per second: requests/s x output tokens x active FFN
-bytes. Its layer time goes as a layer's active FFN bytes, over the devices that share it.
+A model's load is the number of bytes of FFN weights read per second: requests/s x output tokens x
+active FFN bytes. Its layer time is proportional to a layer's active FFN bytes, divided by the
+number of devices that share it.
 
-The search starts from every way to cut the devices into equal runs, models sorted by layer time
-dealt to them, and from there moves or exchanges models as long as that lowers the cost. The tests
-hold it against the best of all arrangements on small cases.
+The search starts from every division of the devices into equal runs, to which models are dealt in
+the order of their layer times. It moves or exchanges models as long as that lowers the cost. The
+tests compare it with the best of all arrangements in small cases.
 """
 
 from __future__ import annotations
@@ -31,12 +33,11 @@ from crosspool.config.errors import ConfigError
 from crosspool.config.sizes import format_size
 
 UNLIKE_WEIGHT = 0.25
-"""Layer times that differ by a factor of e (in the standard deviation) are worth as much as an
-imbalance of 25 %."""
+"""Layer times with a standard deviation of a factor of e cost as much as an imbalance of 25 %."""
 _ALL_RUNS_UP_TO = 12
-"""Devices of which all runs are looked at."""
+"""Number of devices up to which all runs are considered."""
 _SWAPS_UP_TO = 24
-"""Models of which all pairs are looked at."""
+"""Number of models up to which all pairs are exchanged."""
 _STARTS = 4
 _ROUNDS = 20
 _GAIN = 1e-9
@@ -46,23 +47,24 @@ Run = tuple[int, int]
 
 
 class FFNLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model asks of the weight pool."""
+    """The size and load of one model on the weight pool."""
 
     name: str
     bytes: int
-    """FFN weights."""
+    """Bytes of the FFN weights."""
     load: float
-    """FFN bytes read per second, at least 0."""
+    """Bytes of FFN weights that are read per second, at least 0."""
     layer_bytes: float
-    """Active FFN bytes of a layer, mean over the layers, above 0."""
+    """Mean number of active FFN bytes per layer, above 0."""
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
     bytes: float
-    """Fullest device over the mean, at least 1."""
+    """Bytes on the fullest device over the mean, at least 1."""
     load: float
-    """Busiest device over the mean, at least 1."""
+    """Load of the busiest device over the mean, at least 1."""
     unlike: float
+    """Mean spread of the layer times on a device, at least 0."""
 
     @property
     def total(self) -> float:
@@ -71,24 +73,25 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
 
 class Groups(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[tuple[int, ...], ...]
-    """By model: the devices that share its FFN weights."""
+    """Devices that share each model's FFN weights."""
     device_bytes: tuple[int, ...]
-    """By device."""
+    """Bytes on each device."""
     device_load: tuple[float, ...]
-    """By device: part of all load, 0 to 1."""
+    """Share of all load on each device, 0 to 1."""
     cost: Cost
 
 
 def group(models: Sequence[FFNLoad], devices: int, bytes_per_device: int) -> Groups:
-    """Raises ConfigError when the weights do not fit, with what would be enough."""
+    """Finds an arrangement of low cost. Raises ConfigError when the weights do not fit, and says
+    how many devices would be enough."""
     if devices < 1:
         raise ConfigError(f"weight pool devices {devices}: give at least one")
     needed = sum(model.bytes for model in models)
     if needed > devices * bytes_per_device:
         enough = -(-needed // bytes_per_device)
         raise ConfigError(
-            f"weight pool devices {devices}: the FFN weights take {format_size(needed)}, a device "
-            f"has room for {format_size(bytes_per_device)}: give at least {enough}"
+            f"weight pool devices {devices}: the FFN weights take {format_size(needed)}, and a "
+            f"device has room for {format_size(bytes_per_device)}: give at least {enough}"
         )
     search = _Search(models, devices, bytes_per_device)
     found = min((search.improve(start) for start in search.starts()), key=search.score)
@@ -96,7 +99,7 @@ def group(models: Sequence[FFNLoad], devices: int, bytes_per_device: int) -> Gro
 
 
 def cost(models: Sequence[FFNLoad], places: Sequence[Sequence[int]], devices: int) -> Cost:
-    """Of any arrangement; ``places``: devices of each model."""
+    """Returns the cost of an arrangement; ``places`` has the devices of each model."""
     table = _Table(models, devices)
     for index, place in enumerate(places):
         table.add(index, list(place), 1)
@@ -104,19 +107,19 @@ def cost(models: Sequence[FFNLoad], places: Sequence[Sequence[int]], devices: in
 
 
 class _Table:
-    """Sums by device, from which the cost follows."""
+    """The sums per device from which the cost is computed."""
 
     def __init__(self, models: Sequence[FFNLoad], devices: int) -> None:
         self.bytes = np.array([model.bytes for model in models], dtype=np.float64)
         load = np.array([model.load for model in models], dtype=np.float64)
-        # without any traffic every model counts alike
+        # without any traffic all models have the same load
         self.load = load / load.sum() if load.sum() > 0 else np.full(len(models), 1 / len(models))
         self.time = np.log([model.layer_bytes for model in models])
         self.sums: npt.NDArray[np.float64] = np.zeros((5, devices))
-        """[bytes, load, weight, weight x time, weight x time squared] by device."""
+        """[5, devices] bytes, load, weight, weight x time, weight x time squared."""
 
     def share(self, model: int, ranks: int) -> npt.NDArray[np.float64]:
-        """[5] what the model adds to the sums of each of as many devices."""
+        """Returns [5] contributions of a model to the sums of each of its ``ranks`` devices."""
         time = self.time[model] - math.log(ranks)
         weight = max(self.load[model], 1e-6) / ranks
         held = self.bytes[model] / ranks
@@ -134,7 +137,7 @@ class _Table:
 
 
 def _terms(sums: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], ...]:
-    """[...] bytes, load and unlike of [..., 5, devices] sums."""
+    """Returns [...] bytes, load and unlike for [..., 5, devices] sums."""
     held, load, weight, first, second = np.moveaxis(sums, -2, 0)
     busy = np.maximum(weight, 1e-30)
     spread = np.sqrt(np.maximum(second / busy - (first / busy) ** 2, 0))
@@ -159,11 +162,11 @@ class _Search:
             * inside[:, None, :]
             for model in range(len(models))
         ]
-        """By model: [runs, 5, devices], what it adds to the sums if it lies on the run."""
+        """Per model, [runs, 5, devices] contributions to the sums when it lies on each run."""
 
     def starts(self) -> list[list[Run]]:
-        """Arrangements with 1, 2, ... runs of devices, models of like layer times together; the
-        best few of them."""
+        """Returns the best few arrangements on 1, 2, ... equal runs of devices, in which models of
+        like layer times are together."""
         total = sum(model.bytes for model in self.models)
         found = []
         for parts in range(1, min(self.devices, len(self.models)) + 1):
@@ -208,8 +211,8 @@ class _Search:
         return [self.runs[row] for row in rows]
 
     def _scores(self, sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """[...] the cost of [..., 5, devices] sums; above all costs where a device is too full, by
-        how much."""
+        """Returns [...] costs for [..., 5, devices] sums. A device that is too full adds more than
+        any cost, in proportion to the excess."""
         held, load, unlike = _terms(sums)
         over = np.maximum(sums[..., 0, :] - self.limit, 0).sum(-1) / self.limit
         return held + load + UNLIKE_WEIGHT * unlike + np.where(over > 1e-9, 1e6 * (1 + over), 0)
@@ -231,7 +234,8 @@ class _Search:
 
 
 def _runs(devices: int) -> list[Run]:
-    """All runs of few devices; of many, those of 2^k devices that begin at a multiple of 2^k."""
+    """Returns all runs of few devices; of many devices, the runs of 2^k devices that begin at a
+    multiple of 2^k."""
     if devices <= _ALL_RUNS_UP_TO:
         return [(a, b) for a in range(devices) for b in range(a + 1, devices + 1)]
     sizes = [1 << power for power in range(devices.bit_length())]

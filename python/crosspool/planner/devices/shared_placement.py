@@ -1,9 +1,9 @@
-"""Where a monolithic server with shared KV memory (kvcached) would put its models.
+"""Placements of models on monolithic servers with shared KV memory (kvcached).
 
-A short heuristic for the baseline: every model takes as few devices as keep its weights on each
-below a limit, the largest model first, on the devices with most room; several limits are tried,
-from none (every model on every device) to a whole device. On the paper's five devices it finds the
-paper's own placement, and one in which no model shares.
+This is a short heuristic for the baseline: every model takes as few devices as keep its weights on
+each below a limit, the largest model first, on the devices with most room. Several limits are
+tried, from 0 (every model on every device) to a whole device. On the paper's five devices it finds
+the paper's own placement, and one in which no model shares a device.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from crosspool.planner.devices.systems import EqualDevices, System, monolithic, 
 from crosspool.planner.shapes.shape import ModelShape
 
 _LIMITS = (0.0, *(number / 20 for number in range(1, 21)))
-"""Parts of a device that a model's weights may take on it."""
+"""Shares of a device's memory that one model's weights may take."""
 _FEW_LIMITS = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
 _MANY_MODELS = 40
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to put the models."""
+    """One placement of the models."""
 
     places: tuple[tuple[int, ...], ...]
     """Devices of each model."""
@@ -31,8 +31,8 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def components(self) -> list[tuple[tuple[int, ...], int]]:
-        """Models that share devices, directly or by way of others, and the KV bytes of all their
-        devices: what one component leaves is nothing to another."""
+        """Groups of models that share devices, directly or through other models, with the bytes of
+        KV memory on their devices. One group cannot use what another leaves."""
         merged: list[tuple[set[int], set[int]]] = []
         for model, place in enumerate(self.places):
             models, devices = {model}, set(place)
@@ -51,8 +51,8 @@ class Placed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def place_shared(shapes: Sequence[ModelShape], devices: EqualDevices) -> list[Placed]:
-    """Ways that fit, by the limit on a model's weights; the one that leaves most KV memory in all
-    comes first. Empty when none was found."""
+    """Returns the placements that fit, beginning with the one that leaves the most KV memory. The
+    list is empty when none was found."""
     numbers = dict.fromkeys(
         tuple(_fewest(shape, limit, devices) for shape in shapes)
         for limit in (_LIMITS if len(shapes) <= _MANY_MODELS else _FEW_LIMITS)
@@ -67,8 +67,8 @@ def place_shared(shapes: Sequence[ModelShape], devices: EqualDevices) -> list[Pl
 
 
 def _fewest(shape: ModelShape, limit: float, devices: EqualDevices) -> int:
-    """Devices on each of which the model's weights take at most ``limit`` of what is usable, or
-    all devices."""
+    """Returns the fewest devices on each of which the model's weights take at most ``limit`` of
+    the usable memory, or the number of all devices."""
     for number in range(1, devices.count):
         if _held(shape, number) <= limit * devices.usable:
             return number

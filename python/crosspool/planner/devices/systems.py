@@ -1,11 +1,12 @@
-"""Where weights and KV cache lie under the three ways to serve several models, in bytes: static
-partition (each model has devices of its own), monolithic with shared KV memory (kvcached: weights
-of several models on a device, what they leave is KV memory of any of them), and CrossPool.
+"""Bytes of weights and KV cache on each device under three ways to serve several models: static
+partition (each model has its own devices), monolithic with shared KV memory (kvcached: a device
+holds weights of several models, and what they leave is KV memory for any of them), and CrossPool.
 
-Weights of a monolithic server on n devices, as SGLang splits them: FFN, embeddings and LM head by
-n; the rest of the attention part by the ranks of a data-parallel group (one, for MLA: every device
-holds all of it). SGLang keeps the token embedding whole in every group; here it is split, without
-which the paper's own placement on five 40 GB devices has no room at all (docs/planner.md).
+A monolithic server on n devices splits weights as SGLang does: FFN, embeddings and LM head by n,
+the rest of the attention part by the ranks of a data-parallel group, which is one for MLA, so that
+every device holds all of it. SGLang keeps the token embedding whole in every group. Here it is
+split, because otherwise the paper's own placement on five 40 GB devices has no room at all
+(docs/planner.md).
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ from crosspool.planner.devices.parallelism import Parallelism, Room, parallelism
 from crosspool.planner.shapes.shape import ModelShape
 
 DEVICE_RESERVE = 0.182
-"""Part of a device that serves attention which holds neither weights nor KV cache: activations,
-captured graphs, communication buffers, the driver's context. SGLang keeps back 17 to 23 % of a
-40 GB GPU (its ``mem_fraction_static``, by tensor and data parallelism); 18.14 to 18.33 % is what
-puts both of the paper's cliffs for GLM-4.7-Flash into its 16-32K bin (docs/planner.md)."""
+"""Share of an attention device's memory for activations, captured graphs, communication buffers and
+the driver's context. SGLang keeps back 17 to 23 % of a 40 GB GPU (its ``mem_fraction_static``,
+by tensor and data parallelism); with 18.14 to 18.33 % both of the paper's cliffs for GLM-4.7-Flash
+fall into its 16-32K bin (docs/planner.md)."""
 WEIGHT_DEVICE_RESERVE = 0.05
-"""The same of a device with FFN weights only: it has no KV cache and sees the rows of the lanes,
-no prompts at once. The paper's placement puts 36.1 GB on each 40 GB device: 9.7 % at most."""
+"""The same share for a device with FFN weights only, which has no KV cache and sees the rows of
+lanes, never whole prompts. The paper's placement puts 36.1 GB on each 40 GB device, so it is 9.7 %
+at most."""
 
 
 class EqualDevices(msgspec.Struct, frozen=True, kw_only=True):
-    """Equal devices. Raises ConfigError for numbers that cannot be."""
+    """A number of equal devices. Raises ConfigError for impossible numbers."""
 
     count: int
     bytes: int
-    """Memory of each."""
+    """Memory of each device, in bytes."""
     reserve: float = DEVICE_RESERVE
     weight_reserve: float = WEIGHT_DEVICE_RESERVE
 
@@ -51,33 +53,33 @@ class EqualDevices(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def usable(self) -> int:
-        """Bytes of a device for weights and KV cache."""
+        """Bytes of a device that weights and KV cache can use."""
         return int(self.bytes * (1 - self.reserve))
 
     @property
     def usable_for_weights(self) -> int:
-        """Bytes of a weight pool device for FFN weights."""
+        """Bytes of a weight pool device that FFN weights can use."""
         return int(self.bytes * (1 - self.weight_reserve))
 
 
 class System(msgspec.Struct, frozen=True, kw_only=True):
-    """Models on devices, one of the three ways."""
+    """Memory of devices that serve models in one of the three ways."""
 
     free: tuple[int, ...]
-    """KV bytes by device; negative where weights do not fit."""
+    """Bytes for KV cache on each device; negative where weights do not fit."""
     rooms: tuple[Room, ...]
-    """By model, if all the KV memory that it may use were its own."""
+    """Room of each model when no other model uses the shared KV memory."""
     attention: tuple[Parallelism, ...]
-    """By model."""
+    """Parallelism of each model's attention."""
 
     @property
     def fits(self) -> bool:
-        """Weights fit on every device."""
+        """Whether the weights fit on every device."""
         return min(self.free) >= 0
 
 
 def weights_on_rank(shape: ModelShape, attention: Parallelism) -> int:
-    """Bytes of a model's weights on each device of a monolithic server."""
+    """Returns the bytes of a model's weights on each of its devices of a monolithic server."""
     split = shape.ffn_bytes + shape.embedding_bytes
     return (
         split // attention.ranks
@@ -88,8 +90,8 @@ def weights_on_rank(shape: ModelShape, attention: Parallelism) -> int:
 def monolithic(
     shapes: Sequence[ModelShape], places: Sequence[Sequence[int]], devices: EqualDevices
 ) -> System:
-    """``places``: the devices of each model. Static partition is the case in which no device is in
-    two of them."""
+    """Returns the memory of monolithic servers; ``places`` has the devices of each model. Static
+    partition is the case in which no device serves two models."""
     ways = [
         parallelism(shape.attention, shape.kv_heads, len(place))
         for shape, place in zip(shapes, places, strict=True)
@@ -108,8 +110,8 @@ def monolithic(
 def crosspool(
     shapes: Sequence[ModelShape], kv_devices: int, devices: EqualDevices, beside: int = 0
 ) -> System:
-    """The KV pool on ``kv_devices`` devices; ``beside``: FFN bytes on each of them too, where the
-    pools share devices."""
+    """Returns the memory of a KV pool on ``kv_devices`` devices; ``beside`` are the bytes of FFN
+    weights on each of them where both pools share devices."""
     attention = sum(shape.attention_bytes for shape in shapes)
     free = (devices.usable - attention - beside,) * kv_devices
     way = served(kv_devices)

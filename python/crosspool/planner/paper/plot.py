@@ -16,7 +16,7 @@ _LOOKS: dict[str, dict[str, Any]] = {
 
 
 def plot_figure6(figure: Figure6, path: Path) -> None:
-    """Rates by context bin; filled: ours, hollow: read off the paper's figure."""
+    """Plots rates by context bin; hollow marks are read off the paper's figure."""
     drawn = new_figure(len(MODELS), 4.4)
     for axes, (model, name) in zip(drawn.axes, MODELS.items(), strict=True):
         for system in SYSTEMS:

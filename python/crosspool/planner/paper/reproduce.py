@@ -1,4 +1,4 @@
-"""What the paper prints (CrossPool, arXiv 2606.24506), computed again: Table 1, Figures 2 and 6."""
+"""Computes Table 1 and Figures 2 and 6 of the CrossPool paper (arXiv 2606.24506) again."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ RATIOS = (
 
 
 class FFNShare(msgspec.Struct, frozen=True, kw_only=True):
-    """A row of Table 1; shares 0 to 1."""
+    """A row of Table 1; shares are from 0 to 1."""
 
     model: str
     parameters: int
@@ -67,24 +67,24 @@ class SeenShare(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ratio(msgspec.Struct, frozen=True, kw_only=True):
-    """CrossPool's rate over another system's, by reserve."""
+    """CrossPool's rate over another system's, for several reserves."""
 
     model: str
     low: int
-    """Lower end of the context bin, tokens."""
+    """Lower end of the context bin, in tokens."""
     system: str
     by_reserve: dict[str, float | None]
-    """None: nothing fits under the other system. Marked * where its weights do not fit on every
-    device: it then does without the KV memory there."""
+    """Ratios by reserve; None where nothing fits under the other system. A reserve is marked *
+    where that system's weights do not fit on every device, so that it has no KV memory there."""
     paper: float | None
 
 
 class Reproduction(msgspec.Struct, frozen=True, kw_only=True):
-    """Figure 6, and how it depends on the reserve."""
+    """Figure 6, and its dependence on the reserve."""
 
     figure: Figure6
     window: tuple[float, float] | None
-    """Reserves with the paper's cliffs for GLM-4.7-Flash."""
+    """Least and greatest reserve that give the paper's cliffs for GLM-4.7-Flash."""
     ratios: tuple[Ratio, ...]
 
 
@@ -230,10 +230,14 @@ def _memory(figure: Figure6) -> Text:
 
 
 def differences(made: Reproduction) -> str:
-    """Where and why ours is not the paper's."""
+    """Explains where and why the computed figure differs from the paper's."""
     figure = made.figure
     window = made.window
-    between = "no reserve does so" if window is None else f"{window[0]:.4f} to {window[1]:.4f} do"
+    between = (
+        "no reserve gives the same"
+        if window is None
+        else f"reserves from {window[0]:.4f} to {window[1]:.4f} give the same"
+    )
     cliffs = {system: cliff(figure, "G", system) for system in ("kvcached", "static")}
     found = ", ".join(
         f"{system} in {low >> 10}-{low >> 9}K" if low else f"{system} nowhere"
@@ -243,21 +247,22 @@ def differences(made: Reproduction) -> str:
     bound = figure.free["crosspool"][0] / static16
     paper = paper_ratio("G", 4, "static")
     return f"""\
-Cliffs of GLM-4.7-Flash: {found}; the paper has both in 16-32K. The reserve is the one parameter
-that decides it: {between}.
-Rates: requests that fit at once / ({OUTPUT_TOKENS} output tokens x time between tokens, {_tbt()}).
-The same in all systems, so it scales rates and leaves ratios alone; its output tokens are chosen to
-meet the paper's {READ_OFF["Q", 4, "crosspool"]:g}/s for Q at 4-8K.
+The longest requests of GLM-4.7-Flash lie here: {found}; the paper has both in 16-32K. Only the
+reserve decides this: {between}.
+A rate is the number of requests that fit at once over the time for which each holds its memory:
+{OUTPUT_TOKENS} output tokens x time between tokens ({_tbt()}). This time is the same in
+all systems, so ratios do not depend on it; the number of output tokens is chosen to meet the
+paper's {READ_OFF["Q", 4, "crosspool"]:g}/s for Q at 4-8K.
 Where ratios differ:
-- kvcached keeps less than 1 GB of KV memory per device: 0.4 GB of other weights or buffers (a
-  reserve of 0.01 more) halves it, and a device has room for 1 or 2 requests, so rounding decides.
-  Reserves of 0.182 to 0.19 give ratios on both sides of the paper's. (*: the weights of G and D no
-  longer fit on kvcached's fifth device, which then holds no KV cache.)
-- G under static partition: the paper's {paper:.0f}x cannot come from memory. Two devices of which
-  each holds one request of 16K (its cliff) have {static16 / 1e9:.2f} GB each, and CrossPool's
-  device {bound:.0f} times that. Something else limits the paper's static G.
+- kvcached keeps less than 1 GB of KV memory per device: 0.4 GB of other weights or buffers (0.01
+  more reserve) halves it, and a device has room for 1 or 2 requests, so rounding decides. Reserves
+  of 0.182 to 0.19 give ratios on both sides of the paper's. (*: the weights of G and D no longer
+  fit on kvcached's fifth device, which then holds no KV cache.)
+- G under static partition: the paper's {paper:.0f}x cannot come from memory. Two devices that can
+  each hold one request of 16K, where its cliff is, have {static16 / 1e9:.2f} GB each, and
+  CrossPool's device has {bound:.0f} times that. Something else limits the paper's static G.
 - Long contexts: the paper's rates fall faster (G 64-128K, Q 16-32K) than one over the length. Its
-  requests also stay longer as they grow; the time in here does not depend on the prompt."""
+  requests also take longer as they grow; the time here does not depend on the prompt."""
 
 
 def _tbt() -> str:

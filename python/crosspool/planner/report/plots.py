@@ -20,7 +20,7 @@ _GIB = 1 << 30
 
 
 def check_suffix(path: Path) -> None:
-    """Raises ConfigError, before anything is computed."""
+    """Checks the name of a plot before anything is computed. Raises ConfigError."""
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"plot {path}: the name must end in .svg or .png")
     if not path.absolute().parent.is_dir():
@@ -28,7 +28,7 @@ def check_suffix(path: Path) -> None:
 
 
 def plot_plan(plan: Plan, path: Path) -> None:
-    """Demand with the budget line, and what the same devices sustain under the three systems."""
+    """Plots demand with the budget, and the rates that the same devices sustain in three ways."""
     drawn = new_figure(2, 5.4)
     _draw_demand(drawn.axes[0], plan)
     axes = drawn.axes[1]

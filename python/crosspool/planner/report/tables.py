@@ -29,7 +29,7 @@ def plan_tables(plan: Plan) -> Group:
 
 
 def table(title: str, *columns: str, left: int = 1) -> Table:
-    """A table whose first ``left`` columns hold words, the others numbers."""
+    """Makes a table whose first ``left`` columns hold words, and the others numbers."""
     made = Table(title=title, title_justify="left", title_style="bold")
     for index, heading in enumerate(columns):
         made.add_column(heading, justify="left" if index < left else "right", overflow="fold")
@@ -43,12 +43,12 @@ def share(value: float) -> str:
 
 
 def precise(size: float) -> str:
-    """Bytes with four digits or more, to tell the ends of an interval apart."""
+    """Formats bytes with at least four digits, so that the ends of an interval differ."""
     return f"{size / 2**30:.3f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def number(value: float) -> str:
-    """Three significant digits, never an exponent."""
+    """Formats a number with three significant digits and no exponent."""
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 

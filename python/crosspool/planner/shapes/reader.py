@@ -1,8 +1,8 @@
-"""From a ``config.json`` to a :class:`ModelShape`.
+"""Reads a :class:`ModelShape` from a ``config.json``.
 
-A model of a family that the server runs is read as the server reads it (:mod:`crosspool.models`);
-its dtype and quantisation alone do not matter here. The reader of this module is for all others: it
-takes whatever tells its sizes from the known spellings of fields, dense models among them.
+A model whose family the server runs is read as the server reads it (:mod:`crosspool.models`), but
+in any dtype and with any quantisation. For all other models, dense ones among them, this module
+takes the sizes from the known spellings of their fields.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _LAYER_KINDS = {"full_attention": False, "sliding_attention": True}
 
 
 class _Habits(msgspec.Struct, frozen=True):
-    """What a ``model_type`` fixes in its code and leaves out of its config."""
+    """Properties that a ``model_type`` fixes in its code and leaves out of its config."""
 
     qkv_bias: bool = False
-    """Where the file has neither ``attention_bias`` nor ``qkv_bias``."""
+    """Default for files with neither ``attention_bias`` nor ``qkv_bias``."""
     o_bias: bool = True
     """The output projection has a bias where q, k and v have one."""
     qk_norm: Literal["none", "head", "full"] = "none"
@@ -46,7 +46,8 @@ class _Habits(msgspec.Struct, frozen=True):
     correction_bias: bool = False
     router_fp32: bool = False
     alternating: bool = False
-    """Every other layer slides, the first among them, where the file has no ``layer_types``."""
+    """Every other layer has the sliding window, beginning with the first, unless ``layer_types``
+    says otherwise."""
 
 
 _HABITS = {
@@ -62,10 +63,10 @@ _HABITS = {
 
 
 def shape_of_config(path: Path, name: str | None = None) -> ModelShape:
-    """Reads the shape of a decoder with gated FFNs from its ``config.json``, or from the folder
-    that holds it. A model type that neither the server nor ``_HABITS`` knows is taken to have
-    Llama's biases and norms. ``name``: the shape's id; by default the folder's name, or that of a
-    file of another name. Raises ConfigError naming file and field."""
+    """Reads the shape of a decoder with gated FFNs from its ``config.json`` or the folder that
+    holds it. A model type that neither the server nor ``_HABITS`` knows is taken to have Llama's
+    biases and norms. ``name`` is the shape's id; by default the folder's name, or the file's where
+    it is not ``config.json``. Raises ConfigError that names file and field."""
     file = path if path.suffix == ".json" and not path.is_dir() else path / "config.json"
     by_folder = file.name == "config.json"
     name = name or (file.resolve().parent.name if by_folder else file.stem)
@@ -80,7 +81,7 @@ def shape_of_config(path: Path, name: str | None = None) -> ModelShape:
 
 
 def shape_of_spec(spec: ModelSpec, name: str, dtype_bytes: int) -> ModelShape:
-    """The shape of a model that the server runs, its weights in a dtype of ``dtype_bytes``."""
+    """Returns the shape of a model that the server runs, with weights of ``dtype_bytes`` each."""
     attention = spec.attention
     fields: dict[str, Any]
     if isinstance(attention, MLASpec):
@@ -131,7 +132,7 @@ def shape_of_spec(spec: ModelSpec, name: str, dtype_bytes: int) -> ModelShape:
 
 
 def _shape_of_fields(config: ConfigFile, name: str, dtype_bytes: int) -> ModelShape:
-    """The shape of a model that the server does not run."""
+    """Reads the shape of a model that the server does not run."""
     habits = _HABITS.get(str(config.values.get("model_type")), _Habits())
     layers = _size(config, "layers")
     return ModelShape(
@@ -154,7 +155,7 @@ def _size(config: ConfigFile, field: str) -> int:
 
 
 def _dtype_bytes(config: ConfigFile) -> int:
-    """Of the stored dtype; of bfloat16 where none is named."""
+    """Bytes per weight in the stored dtype, which is bfloat16 where none is named."""
     field = config.spelling(*_SPELLINGS["dtype"])
     name = config.text(field, "bfloat16")
     if name not in _DTYPE_BYTES:
@@ -223,7 +224,7 @@ def _window(config: ConfigFile, habits: _Habits, layers: int) -> dict[str, Any]:
 
 
 def _sliding(window: int | None, layers: int, context: int) -> dict[str, Any]:
-    """A window as long as the context is none."""
+    """Fields of a sliding window, unless it is as long as the context."""
     if window is None or window >= context or not layers:
         return {}
     return {"sliding_window": window, "sliding_layers": layers}
@@ -271,7 +272,7 @@ def _ffn(config: ConfigFile, habits: _Habits, layers: int) -> dict[str, Any]:
 
 
 def _dense_layers(config: ConfigFile, layers: int) -> int:
-    """Layers of an MoE model that have a dense FFN."""
+    """Number of layers of an MoE model that have a dense FFN."""
     types = config.values.get("mlp_layer_types")
     if types is not None:
         if not isinstance(types, list) or len(types) != layers or set(types) - {"dense", "sparse"}:

@@ -19,9 +19,9 @@ _FP32_BYTES = 4
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes of one model. Bytes are those of the weights in ``dtype_bytes``, as the server holds
-    them: the quantisation of a checkpoint is not counted, and neither are the layers for
-    multi-token prediction that some checkpoints carry."""
+    """Sizes of one model. Weights are counted in ``dtype_bytes``, as the server holds them: a
+    checkpoint's quantisation does not change the count, and layers for multi-token prediction,
+    which some checkpoints carry, are left out."""
 
     id: str
     layers: int
@@ -36,22 +36,22 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     """Features of a query head and, but for MLA, of a KV head."""
     kv_lora_rank: int = 0
-    """MLA: features of the latent; 0: not MLA."""
+    """Features of MLA's latent; 0 without MLA."""
     q_lora_rank: int = 0
-    """MLA: 0: queries are projected at once."""
+    """Features of MLA's query latent; 0 where queries are projected at once."""
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
-    """MLA: value features of a head."""
+    """Value features of an MLA head."""
     sliding_layers: int = 0
-    """Layers whose queries see ``sliding_window`` tokens only."""
+    """Number of layers whose queries see only ``sliding_window`` tokens."""
     sliding_window: int | None = None
     experts: int = 0
-    """Routed experts of an MoE layer; 0: a dense model."""
+    """Routed experts of an MoE layer; 0 for a dense model."""
     top_k: int = 0
-    """Routed experts that a token takes."""
+    """Routed experts that a token is sent to."""
     moe_intermediate: int = 0
     shared_intermediate: int = 0
-    """Intermediate size of all shared experts together; 0: none."""
+    """Intermediate size of all shared experts together; 0 without any."""
     dense_layers: int = 0
     """Layers with a dense FFN; the others are MoE layers."""
     dense_intermediate: int = 0
@@ -59,23 +59,23 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     dtype_bytes: int = 2
 
     qkv_bias: bool = False
-    """For MLA: of the projections into the latents."""
+    """The q, k and v projections have biases; with MLA, the projections into the latents."""
     o_bias: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"
-    """Norms of q and k: none, per head, or over all heads at once."""
+    """RMSNorm of q and k: none, per head, or over all heads at once."""
     sinks: bool = False
-    """A learnt attention sink per query head (gpt-oss)."""
+    """Every query head has a learnt attention sink (gpt-oss)."""
     norm_bias: bool = False
     lm_head_bias: bool = False
     ffn_bias: bool = False
-    """Of the gate, up and down projections of every FFN."""
+    """The gate, up and down projections of every FFN have biases."""
     router_bias: bool = False
     correction_bias: bool = False
-    """A float32 bias per expert for the choice of experts only (DeepSeek-V3)."""
+    """Every expert has a float32 bias for the choice of experts only (DeepSeek-V3)."""
     router_fp32: bool = False
     """The router's weight is held in float32 whatever the model's dtype."""
     shared_gate: bool = False
-    """A gate of one output in front of the shared experts (Qwen1.5-MoE)."""
+    """The shared experts have a gate of one output in front of them (Qwen1.5-MoE)."""
 
     @property
     def moe_layers(self) -> int:
@@ -91,25 +91,25 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """KV bytes of one token over all layers (the paper's kappa). Layers with a sliding window
-        count as the others: the paged cache holds every token of a request in every layer."""
+        """Bytes of KV cache per token over all layers (the paper's kappa). Layers with a sliding
+        window count in full: the paged cache holds every token of a request in every layer."""
         return self.layers * self.kv_width * self.dtype_bytes
 
     @property
     def embedding_parameters(self) -> int:
-        """Of the token embedding and the LM head."""
+        """Parameters of the token embedding and the LM head."""
         tables = 1 if self.tied_embeddings else 2
         return tables * self.vocab * self.hidden + (self.vocab if self.lm_head_bias else 0)
 
     @property
     def attention_parameters(self) -> int:
-        """All that is not FFN: attention, norms, embeddings, LM head."""
+        """Parameters outside the FFNs: attention, norms, embeddings, LM head."""
         per_layer = self._layer_attention + 2 * self._norm
         return self.layers * per_layer + self._norm + self.embedding_parameters
 
     @property
     def ffn_parameters(self) -> int:
-        """Routers, experts, shared experts and dense FFNs of all layers."""
+        """Parameters of routers, experts, shared experts and dense FFNs in all layers."""
         moe = self._router + self.experts * self._gated(self.moe_intermediate) + self._shared
         return self.moe_layers * moe + self.dense_layers * self._gated(self.dense_intermediate)
 
@@ -119,12 +119,12 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ffn_bytes(self) -> int:
-        """Bytes on the weight pool."""
+        """Bytes of FFN weights, which the weight pool holds."""
         return self.ffn_parameters * self.dtype_bytes + self.moe_layers * self._router_fp32_bytes
 
     @property
     def attention_bytes(self) -> int:
-        """Bytes of all that is not FFN, which every attention rank holds."""
+        """Bytes of all weights outside the FFNs, which every attention rank holds."""
         return self.attention_parameters * self.dtype_bytes
 
     @property
@@ -138,12 +138,12 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ffn_share(self) -> float:
-        """FFN parameters among all (the paper's Table 1), 0 to 1."""
+        """Share of the parameters that are in FFNs, 0 to 1 (the paper's Table 1)."""
         return self.ffn_parameters / self.parameters
 
     @property
     def active_ffn_bytes_per_token(self) -> int:
-        """FFN bytes that one token's way through all layers reads."""
+        """Bytes of FFN weights that are read for one token in all layers."""
         return self._active_ffn * self.dtype_bytes + self.moe_layers * self._router_fp32_bytes
 
     @property
@@ -190,7 +190,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def _router_fp32_bytes(self) -> int:
-        """Bytes of a layer's router beyond those in the model's dtype."""
+        """Bytes that a layer's router takes beyond its size in the model's dtype."""
         fp32 = self.hidden * self.router_fp32 + self.correction_bias
         return self.experts * fp32 * (_FP32_BYTES - self.dtype_bytes)
 

@@ -1,4 +1,4 @@
-"""Lengths of requests: joint samples of prompt and output tokens, drawn by statistics.
+"""Lengths of requests: joint samples of prompt and output tokens, drawn from statistics.
 
 Example::
 
@@ -18,12 +18,12 @@ from crosspool.config.errors import ConfigError
 from crosspool.planner.traffic.samples import Floats, Ints
 
 LONGEST = 10_000_000
-"""Tokens in a prompt or an output, at most: more is taken for a mistake."""
+"""Most tokens of a prompt or an output; more is taken for a mistake."""
 
 
 class LogNormal(msgspec.Struct, frozen=True, kw_only=True):
-    """``exp(mu + sigma z)`` tokens with z normal; sigma 0: always the same. Drawn lengths are
-    rounded to whole tokens and clipped to 1 and ``longest``."""
+    """A length of ``exp(mu + sigma z)`` tokens with z standard normal, so that a sigma of 0 gives
+    a fixed length. Lengths are rounded to whole tokens and clipped to 1 and ``longest``."""
 
     mu: float
     sigma: float
@@ -39,17 +39,17 @@ class LogNormal(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def mean(self) -> float:
-        """Mean tokens, before rounding and clipping."""
+        """Mean length in tokens, before rounding and clipping."""
         return math.exp(self.mu + self.sigma**2 / 2)
 
     def at(self, z: Floats) -> Ints:
-        """[n] tokens of [n] standard normal values."""
+        """Returns [n] lengths in tokens for [n] standard normal values."""
         tokens = np.exp(np.minimum(self.mu + self.sigma * z, math.log(LONGEST)))
         return np.clip(np.rint(tokens), 1, self.longest).astype(np.int64)
 
 
 def fixed(tokens: int) -> LogNormal:
-    """Always as many tokens. Raises ConfigError."""
+    """Returns the law of a fixed length. Raises ConfigError."""
     if not 1 <= tokens <= LONGEST:
         raise ConfigError(f"length: {tokens} tokens: must be between 1 and {LONGEST}")
     return LogNormal(mu=math.log(tokens), sigma=0.0)
@@ -62,7 +62,7 @@ def lognormal(
     sigma: float | None = None,
     longest: int = LONGEST,
 ) -> LogNormal:
-    """A length by any two of its mean, its median and its sigma. Raises ConfigError."""
+    """Returns the law with any two of its mean, its median and its sigma. Raises ConfigError."""
     for name, value in (("mean", mean), ("p50", p50)):
         if value is not None and not 1 <= value <= LONGEST:
             raise ConfigError(f"length: {name} {value}: must be between 1 and {LONGEST}")
@@ -79,8 +79,8 @@ def lognormal(
 
 
 def read_length(text: str) -> LogNormal:
-    """``512``, or ``mean=1155,sigma=0.985,longest=8192`` with two of mean, p50 and sigma. Raises
-    ConfigError."""
+    """Reads ``512``, or ``mean=1155,sigma=0.985,longest=8192`` with two of mean, p50 and sigma.
+    Raises ConfigError."""
     try:
         if "=" not in text:
             return fixed(int(text))
@@ -100,19 +100,19 @@ def read_length(text: str) -> LogNormal:
 
 
 class Lengths(msgspec.Struct, frozen=True, kw_only=True):
-    """Prompt and output lengths by their statistics."""
+    """Joint law of prompt and output lengths."""
 
     prompt: LogNormal
     output: LogNormal
     correlation: float = 0.0
-    """Of the logarithms of prompt and output, -1 to 1."""
+    """Correlation of the logarithms of prompt and output, -1 to 1."""
 
     def __post_init__(self) -> None:
         if not -1 <= self.correlation <= 1:
             raise ConfigError(f"correlation {self.correlation}: must be between -1 and 1")
 
     def draw(self, count: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
-        """[count] prompt and [count] output tokens."""
+        """Returns [count] prompt lengths and [count] output lengths, in tokens."""
         z, other = rng.standard_normal((2, count))
         along, across = self.correlation, math.sqrt(1 - self.correlation**2)
         return self.prompt.at(z), self.output.at(along * z + across * other)

@@ -1,4 +1,4 @@
-"""How requests spread over models: the share of each, most popular first.
+"""Popularity of models: each one's share of the requests, most popular first.
 
 Example::
 
@@ -16,13 +16,13 @@ from crosspool.config.errors import ConfigError
 from crosspool.planner.traffic.samples import Floats
 
 OPENROUTER_ALPHA = 1.32
-"""At 330 models it leaves 16.3 % of the requests to the least popular 90 % of them; the CrossPool
-paper (arXiv 2606.24506) reports 16.5 % of the tokens on OpenRouter."""
+"""Exponent of Zipf's law. With 330 models it leaves 16.3 % of the requests to the least popular
+90 % of them; the CrossPool paper (arXiv 2606.24506) reports 16.5 % of the tokens on OpenRouter."""
 
 
 def zipf(models: int, alpha: float) -> Floats:
-    """[models] shares in proportion to ``rank ** -alpha``, summing to 1; even where alpha is 0.
-    Raises ConfigError."""
+    """Returns [models] shares in proportion to ``rank ** -alpha``, which sum to 1; an alpha of 0
+    makes them equal. Raises ConfigError."""
     if models < 1:
         raise ConfigError(f"popularity: {models} models: must be at least 1")
     if not (math.isfinite(alpha) and 0 <= alpha <= 100):
@@ -32,12 +32,12 @@ def zipf(models: int, alpha: float) -> Floats:
 
 
 def openrouter(models: int) -> Floats:
-    """[models] shares as among the models on OpenRouter."""
+    """Returns [models] shares like those of the models on OpenRouter."""
     return zipf(models, OPENROUTER_ALPHA)
 
 
 def given(weights: Floats) -> Floats:
-    """Shares in proportion to the weights. Raises ConfigError."""
+    """Returns shares in proportion to the weights. Raises ConfigError."""
     if len(weights) == 0 or not np.isfinite(weights).all() or (weights < 0).any():
         raise ConfigError("popularity: the weights must be finite numbers of at least 0")
     if not weights.sum() > 0:
@@ -46,8 +46,8 @@ def given(weights: Floats) -> Floats:
 
 
 def read_popularity(text: str, models: int) -> Floats:
-    """[models] shares from ``openrouter``, ``uniform``, ``zipf:ALPHA`` or a weight for each model,
-    separated by commas. Raises ConfigError."""
+    """Reads [models] shares from ``openrouter``, ``uniform``, ``zipf:ALPHA``, or a weight for each
+    model, separated by commas. Raises ConfigError."""
     if text == "openrouter":
         return openrouter(models)
     if text == "uniform":

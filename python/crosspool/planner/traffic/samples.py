@@ -1,4 +1,5 @@
-"""What is asked of the pool: requests per model, as joint samples and, where known, their times."""
+"""Traffic of a deployment: the requests of each model as joint samples, with their arrival times
+where these are known."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Requests of one model, one row each: the three values of a row belong together, so that
-    their correlation is kept wherever rows are drawn."""
+    """Requests of one model, one row each. Wherever rows are drawn, the three values of a row stay
+    together, so that their correlation is kept."""
 
     prompt: Ints
     """[n] prompt tokens, at least 1."""
     output: Ints
     """[n] output tokens, at least 1."""
     service: Floats
-    """[n] seconds in which the request holds KV cache, above 0 (the paper's T_i)."""
+    """[n] seconds for which the request holds KV cache, above 0 (the paper's T_i)."""
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -33,17 +34,17 @@ class ModelTraffic:
 
     model: str
     rate: float
-    """Requests per second, mean over the traffic's time."""
+    """Mean number of requests per second over the traffic's time."""
     samples: Samples
     arrivals: Floats | None = None
-    """[n] seconds after the traffic's start at which ``samples`` arrived, ascending; None when
-    only the rate is known (arrivals are then Poisson)."""
+    """[n] arrival times of ``samples`` in seconds after the traffic's start, ascending; None when
+    only the rate is known, and arrivals are Poisson."""
 
 
 @dataclass(frozen=True, eq=False)
 class Traffic:
     models: tuple[ModelTraffic, ...]
-    """One per model of the deployment, in its order; a model without requests has rate 0 and no
-    samples."""
+    """One entry per model of the deployment, in its order; a model without requests has rate 0 and
+    no samples."""
     seconds: float
-    """Length of the time that it covers; infinite for rates without times."""
+    """Length of the time that the traffic covers; infinite for rates without arrival times."""

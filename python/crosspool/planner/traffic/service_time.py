@@ -1,5 +1,5 @@
-"""How long a request holds its KV cache (the paper's T_i): measured by the trace, or by a model of
-the decode speed."""
+"""The time for which a request holds its KV cache (the paper's T_i), from the trace or from a model
+of the decode speed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from crosspool.planner.traffic.trace import Trace
 
 
 class DecodeSpeed(msgspec.Struct, frozen=True, kw_only=True):
-    """Service time as an affine function of the lengths. Raises ConfigError for speeds that give
-    no time above 0."""
+    """Service time as an affine function of the lengths. Raises ConfigError for values with which
+    a request could take no time."""
 
     tbt_s: float
-    """Seconds per output token (time between tokens)."""
+    """Time between tokens, in seconds per output token."""
     prefill_tokens_per_s: float = math.inf
-    """Infinite: prefill takes no time, or happens elsewhere."""
+    """Prompt tokens per second of prefill; infinite when prefill takes no time."""
     ttft_s: float = 0.0
-    """Seconds before the prefill that do not depend on the lengths, KV cache being held."""
+    """Seconds that every request holds KV cache beside prefill and decode."""
 
     def __post_init__(self) -> None:
         for field, minimum in (("tbt_s", 0.0), ("ttft_s", 0.0)):
@@ -35,19 +35,19 @@ class DecodeSpeed(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("tbt_s 0.0: must be above 0, or requests take no time at all")
 
     def seconds(self, prompt: Ints, output: Ints) -> Floats:
-        """[n] seconds for requests of [n] prompt and [n] output tokens."""
+        """Returns [n] service times in seconds for [n] prompt and [n] output lengths in tokens."""
         prefill = prompt / self.prefill_tokens_per_s
         return self.ttft_s + prefill + output * self.tbt_s
 
 
 def service_times(trace: Trace, speed: DecodeSpeed | None) -> Floats:
-    """[n] seconds: the speed's where one is given, else what the trace recorded. Raises ConfigError
-    when there is neither."""
+    """Returns [n] service times in seconds: those of ``speed`` where one is given, else those that
+    the trace recorded. Raises ConfigError when there is neither."""
     if speed is not None:
         return np.asarray(speed.seconds(trace.prompt, trace.output))
     if trace.service is None:
         raise ConfigError(
-            "the trace does not say how long requests took: give a decode speed (time between "
-            "tokens and prefill tokens per second)"
+            "the trace does not say how long requests took: give a decode speed (the time between "
+            "tokens, and prefill tokens per second)"
         )
     return trace.service

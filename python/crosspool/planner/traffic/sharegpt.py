@@ -1,4 +1,4 @@
-"""Request lengths out of a ShareGPT file: a JSON list of conversations, whose texts are counted."""
+"""Reads request lengths from a ShareGPT file: a JSON list of conversations."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from crosspool.planner.traffic.trace import Trace
 from crosspool.planner.traffic.trace_columns import JSON_ERRORS
 
 CHARACTERS_PER_TOKEN = 4.0
-"""Of English text, roughly: for an estimate where no tokenizer is given."""
+"""Rough average for English text, for an estimate where no tokenizer is given."""
 _BATCH = 1000
 
-Counter = Callable[[list[str]], Ints]
-"""Tokens of each text."""
+CountTokens = Callable[[list[str]], Ints]
+"""Returns the number of tokens of each text."""
 
 
 class _Turn(msgspec.Struct):
@@ -32,11 +32,11 @@ class _Conversation(msgspec.Struct):
 
 
 def read_sharegpt(file: Path, tokenizer: Path | None, progress: Callable[[float], object]) -> Trace:
-    """A request per conversation: the prompt is its first turn and the output its second, as in
-    the benchmark clients of SGLang and vLLM. Conversations of one turn, or with an empty one, are
-    passed over. ``tokenizer``: a folder with ``tokenizer.json``, or that file; None: tokens are
-    estimated by characters. ``progress`` is told each share of the file that is done, 0 to 1.
-    Raises ConfigError."""
+    """Reads a request per conversation: the prompt is its first turn and the output its second, as
+    in the benchmark clients of SGLang and vLLM. Conversations with only one turn, or with an empty
+    one, are skipped. ``tokenizer`` is a ``tokenizer.json`` or its folder; None estimates tokens
+    from the number of characters. ``progress`` is called with the share of the file, 0 to 1, that
+    was just read. Raises ConfigError."""
     count = _by_characters if tokenizer is None else _by_tokenizer(tokenizer)
     prompts, outputs = [], []
     items = _items(file)
@@ -50,7 +50,7 @@ def read_sharegpt(file: Path, tokenizer: Path | None, progress: Callable[[float]
         progress(len(batch) / len(items))
     if not prompts:
         raise ConfigError(f"{file}: no conversation has a question and an answer")
-    note = f"tokens are estimated: {CHARACTERS_PER_TOKEN:g} characters each"
+    note = f"tokens are estimated at {CHARACTERS_PER_TOKEN:g} characters each"
     return Trace(
         prompt=np.concatenate(prompts),
         output=np.concatenate(outputs),
@@ -59,17 +59,17 @@ def read_sharegpt(file: Path, tokenizer: Path | None, progress: Callable[[float]
 
 
 def _items(file: Path) -> list[msgspec.Raw]:
-    """The list's items, not yet decoded; they are read from the disk as they are looked at."""
+    """The list's items, not decoded yet: each is read from the disk when it is used."""
     with file.open("rb") as stream:
         text = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         return msgspec.json.decode(text, type=list[msgspec.Raw])
     except JSON_ERRORS as error:
-        raise ConfigError(f"{file}: is no JSON list of conversations: {error}") from None
+        raise ConfigError(f"{file}: is not a JSON list of conversations: {error}") from None
 
 
 def _turns(file: Path, first: int, items: list[msgspec.Raw]) -> Iterator[tuple[str, str]]:
-    """First and second turn of each conversation that has them."""
+    """Yields the first and second turn of each conversation that has two."""
     for number, item in enumerate(items, first):
         try:
             turns = msgspec.json.decode(item, type=_Conversation).conversations
@@ -84,7 +84,7 @@ def _by_characters(texts: list[str]) -> Ints:
     return np.maximum(1, np.rint(lengths / CHARACTERS_PER_TOKEN)).astype(np.int64)
 
 
-def _by_tokenizer(path: Path) -> Counter:
+def _by_tokenizer(path: Path) -> CountTokens:
     from tokenizers import Tokenizer
 
     file = path / "tokenizer.json" if path.is_dir() else path

@@ -1,4 +1,4 @@
-"""From requests to a deployment's traffic: whose requests they are, and how often they come.
+"""Makes a deployment's traffic from requests: which model each is for, and how often they come.
 
 Example::
 
@@ -31,8 +31,8 @@ def spread(
     *,
     speed: DecodeSpeed | None,
 ) -> Traffic:
-    """Deals a trace's requests to models, each to model i with probability ``popularity[i]``,
-    whatever models the trace names. Raises ConfigError, also for a trace without arrivals."""
+    """Deals a trace's requests to models, each to model i with probability ``popularity[i]``; the
+    models that the trace names do not matter. Raises ConfigError, also without arrival times."""
     if len(popularity) != len(models):
         raise ConfigError(f"popularity has {len(popularity)} shares for {len(models)} models")
     rng = np.random.default_rng(seed)
@@ -41,12 +41,12 @@ def spread(
 
 
 def by_model(trace: Trace, models: Sequence[str], *, speed: DecodeSpeed | None) -> Traffic:
-    """The traffic of a trace that names its models; names match whatever their case. Raises
-    ConfigError for a name that is none of ``models``."""
+    """Returns the traffic of a trace that names its models, in any case. Raises ConfigError for a
+    name that is not in ``models``."""
     if trace.model is None:
         raise ConfigError(
-            "the trace does not say which model each request asked: give a popularity to deal "
-            "them out by"
+            "the trace does not say which model each request is for: give a popularity to deal "
+            "requests to models"
         )
     index = {model.lower(): number for number, model in enumerate(models)}
     for name in sorted(set(trace.model)):
@@ -54,7 +54,7 @@ def by_model(trace: Trace, models: Sequence[str], *, speed: DecodeSpeed | None) 
             close = difflib.get_close_matches(name.lower(), index, n=1)
             known = [models[index[close[0]]]] if close else models
             raise ConfigError(
-                f"the trace asks model {name!r}, which is not deployed; "
+                f"the trace has requests for {name!r}, which is not deployed; "
                 f"{'the closest name is' if close else 'deployed are'} " + ", ".join(known)
             )
     owner = np.array([index[name.lower()] for name in trace.model])
@@ -68,8 +68,8 @@ def at_rates(
     *,
     speed: DecodeSpeed | None,
 ) -> Traffic:
-    """Poisson arrivals at ``rates[i]`` requests per second of model i, each request any of the
-    trace's. Raises ConfigError."""
+    """Returns Poisson arrivals at ``rates[i]`` requests per second for model i, whose lengths are
+    drawn from all of the trace's requests. Raises ConfigError."""
     _check_rates(rates, models)
     samples = Samples(trace.prompt, trace.output, service_times(trace, speed))
     return Traffic(
@@ -90,8 +90,8 @@ def by_lengths(
     *,
     speed: DecodeSpeed,
 ) -> Traffic:
-    """Poisson arrivals at ``rates[i]``, with ``samples`` requests drawn for every model by its
-    statistics. ``lengths``: of all models, or one for each. Raises ConfigError."""
+    """Returns Poisson arrivals at ``rates[i]`` requests per second for model i, with ``samples``
+    requests drawn for every model. Raises ConfigError."""
     _check_rates(rates, models)
     if samples < 1:
         raise ConfigError(f"samples {samples}: must be at least 1")
@@ -107,7 +107,7 @@ def by_lengths(
 def _deal(
     trace: Trace, owner: np.ndarray, models: Sequence[str], speed: DecodeSpeed | None
 ) -> Traffic:
-    """``owner``: [n] index of the model of each request."""
+    """Returns the traffic in which request i is for the model ``owner[i]``."""
     seconds = trace.seconds
     dealt = []
     for number, model in enumerate(models):
@@ -130,4 +130,4 @@ def _check_rates(rates: Sequence[float] | Floats, models: Sequence[str]) -> None
         if not (math.isfinite(rate) and rate >= 0):
             raise ConfigError(f"rate of {model} {rate}: must be a finite number of at least 0")
     if not any(rate > 0 for rate in rates):
-        raise ConfigError("all request rates are 0: at least one model must be asked")
+        raise ConfigError("all request rates are 0: at least one must be above 0")

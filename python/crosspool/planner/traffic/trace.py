@@ -1,4 +1,4 @@
-"""A trace: requests as they came, before they are dealt to a deployment's models."""
+"""A trace: requests as they were recorded, before they are dealt to a deployment's models."""
 
 from __future__ import annotations
 
@@ -13,40 +13,42 @@ from crosspool.planner.traffic.samples import Floats, Ints
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One row per request; arrivals ascend where there are any."""
+    """Requests, one row each, in the order of arrival where that is known."""
 
     prompt: Ints
     """[n] prompt tokens, at least 1."""
     output: Ints
     """[n] output tokens, at least 1."""
     arrival: Floats | None = None
-    """[n] seconds after the trace's start, ascending; None: the trace tells lengths only."""
+    """[n] arrival times in seconds after the trace's start, ascending; None when the trace has
+    lengths only."""
     service: Floats | None = None
-    """[n] seconds in which the request held KV cache, above 0; None: not recorded."""
+    """[n] seconds for which the request held KV cache, above 0; None when not recorded."""
     model: list[str] | None = None
-    """[n] names of the models that were asked; None: not recorded."""
+    """[n] names of the models that the requests were for; None when not recorded."""
     notes: tuple[str, ...] = ()
-    """What a reader of the plan ought to know of how this was read."""
+    """Remarks on how the file was read, for the reader of a plan."""
 
     def __len__(self) -> int:
         return len(self.prompt)
 
     @property
     def seconds(self) -> float:
-        """From the trace's start to its last arrival. Raises ConfigError where that is no time."""
+        """Seconds from the trace's start to its last arrival. Raises ConfigError when there are
+        no arrival times, or all requests arrive at once."""
         if self.arrival is None:
-            raise ConfigError("the trace has no arrival times: give a request rate beside it")
+            raise ConfigError("the trace has no arrival times: give a request rate as well")
         if not self.arrival[-1] > 0:
             raise ConfigError("the trace covers no time: all its requests arrive at once")
         return float(self.arrival[-1])
 
     @property
     def rate(self) -> float:
-        """Requests per second. Raises ConfigError as :attr:`seconds` does."""
+        """Mean number of requests per second. Raises ConfigError as :attr:`seconds` does."""
         return len(self) / self.seconds
 
     def take(self, rows: npt.NDArray[np.intp] | npt.NDArray[np.bool_]) -> Trace:
-        """The rows of an index or a mask, in its order."""
+        """Returns the rows that an index or a mask selects, in its order."""
         names = None
         if self.model is not None:
             picked = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows

@@ -1,5 +1,5 @@
-"""Columns of numbers out of a text file: read in blocks, checked as a whole, and looked at line by
-line only to say where a block is wrong."""
+"""Reads columns of numbers from a text file in blocks. A block is checked as a whole, and line by
+line only to name the line that is wrong."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ import msgspec
 import numpy as np
 
 from crosspool.config.errors import ConfigError
+from crosspool.config.sizes import format_size
 from crosspool.planner.traffic.lengths import LONGEST
 
 Kind = Literal["tokens", "seconds", "milliseconds", "duration", "time", "text"]
 Column = Any
-"""A numpy array, of int64 for tokens and for time (nanoseconds), of float64 seconds otherwise; a
-list of str for text."""
+"""An int64 array for tokens and for times (in ns), a float64 array of seconds otherwise; a list of
+str for text."""
 BLOCK_BYTES = 4 << 20
 JSON_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What decoding JSON that someone else wrote may raise."""
+"""Exceptions of decoding JSON from outside."""
 _LONGEST_SECONDS = 1e10
 
 
 @dataclass(frozen=True)
 class Field:
-    """One column: what it means to us, what the file calls it, and how it is written."""
+    """One column: its meaning to the planner, its name in the file, and how values are written."""
 
     meaning: Literal["arrival", "prompt", "output", "service", "model"]
     name: str
@@ -40,7 +41,7 @@ class Field:
 
 @dataclass
 class Columns:
-    """What a file says, column by column; blocks are joined at the end."""
+    """The columns of a file; their blocks are joined at the end."""
 
     parts: dict[str, list[Column]] = field(default_factory=dict)
 
@@ -57,8 +58,9 @@ class Columns:
 
 
 def blocks(file: Path, progress: Callable[[int], object]) -> Iterator[tuple[int, bytes]]:
-    """Whole lines in blocks of about :data:`BLOCK_BYTES`, each with the number of its first line.
-    ``progress`` is told the bytes read. Raises ConfigError for a line longer than a block."""
+    """Yields whole lines in blocks of about :data:`BLOCK_BYTES`, each with the number of its first
+    line, and calls ``progress`` with the bytes just read. Raises ConfigError for a line longer than
+    a block."""
     line, rest = 1, b""
     with file.open("rb") as stream:
         while data := stream.read(BLOCK_BYTES):
@@ -67,7 +69,9 @@ def blocks(file: Path, progress: Callable[[int], object]) -> Iterator[tuple[int,
             if not end:
                 rest += data
                 if len(rest) > BLOCK_BYTES:
-                    raise ConfigError(f"{file}:{line}: the line is longer than {BLOCK_BYTES} bytes")
+                    raise ConfigError(
+                        f"{file}:{line}: the line is longer than {format_size(BLOCK_BYTES)}"
+                    )
                 continue
             block, rest = rest + data[:end], data[end:]
             yield line, block.removeprefix(b"\xef\xbb\xbf") if line == 1 else block
@@ -79,7 +83,7 @@ def blocks(file: Path, progress: Callable[[int], object]) -> Iterator[tuple[int,
 def csv_columns(
     file: Path, fields: Sequence[Field], progress: Callable[[int], object]
 ) -> dict[str, Column]:
-    """Columns by meaning, of a CSV file with a header; its other columns are passed over."""
+    """Reads the columns of a CSV file with a header, by meaning; its other columns are ignored."""
     columns = Columns()
     places: list[tuple[Field, int]] = []
     width = 0
@@ -106,8 +110,8 @@ def csv_columns(
 def jsonl_columns(
     file: Path, fields: Sequence[Field], progress: Callable[[int], object]
 ) -> dict[str, Column]:
-    """Columns by meaning, of a file with a JSON object per line. The first line decides which of
-    the optional fields are read; other fields are passed over."""
+    """Reads the columns of a file with a JSON object per line, by meaning. The first line decides
+    which optional fields are read; other fields are ignored."""
     columns = Columns()
     present: list[Field] = []
     decoder: msgspec.json.Decoder[Any] | None = None
@@ -141,7 +145,7 @@ def _text(file: Path, first: int, block: bytes) -> str:
 def _present(file: Path, line: int, fields: Sequence[Field], names: list[str]) -> list[Field]:
     for column in fields:
         if column.name not in names and not column.optional:
-            raise ConfigError(f"{file}:{line}: {column.name} is missing; there are {names}")
+            raise ConfigError(f"{file}:{line}: {column.name} is missing; the line has {names}")
     return [column for column in fields if column.name in names]
 
 
@@ -150,7 +154,7 @@ def _json_type(kind: Kind) -> Any:
 
 
 def _column(kind: Kind, values: Any) -> Column:
-    """The whole column at once. Raises ValueError or OverflowError when any value is wrong."""
+    """Converts a whole column at once. Raises ValueError or OverflowError for any wrong value."""
     if kind == "text":
         return list(values)
     if kind == "tokens":
@@ -177,20 +181,20 @@ def _require(valid: np.ndarray) -> None:
 
 
 def _fault(kind: Kind, value: Any) -> str | None:
-    """What is wrong with one value."""
+    """Says what is wrong with one value; None when nothing is."""
     try:
         _column(kind, [value])
         return None
     except (ValueError, OverflowError, TypeError, AttributeError):
         pass
     if kind == "time":
-        return "is no UTC time such as 2023-11-16 18:15:46.68"
+        return "is not a UTC time such as 2023-11-16 18:15:46.68"
     try:
         number = int(value) if kind == "tokens" else float(value)
     except (ValueError, TypeError):
-        return "is no whole number" if kind == "tokens" else "is no number"
+        return "is not a whole number" if kind == "tokens" else "is not a number"
     if math.isnan(number):
-        return "is no number"
+        return "is not a number"
     if number < 0:
         return "is negative"
     if kind == "duration" and number == 0:
@@ -203,11 +207,11 @@ def _fault(kind: Kind, value: Any) -> str | None:
 
 
 def _json_fault(kind: Kind, value: Any) -> str | None:
-    """What is wrong with one value, its JSON type among it."""
+    """Says what is wrong with one JSON value or its type; None when nothing is."""
     if kind == "text":
-        return None if isinstance(value, str) else "is no string"
+        return None if isinstance(value, str) else "is not a string"
     if isinstance(value, bool | str) or (kind == "tokens" and not isinstance(value, int)):
-        return "is no whole number" if kind == "tokens" else "is no number"
+        return "is not a whole number" if kind == "tokens" else "is not a number"
     return _fault(kind, value)
 
 

@@ -1,4 +1,4 @@
-"""Reads a trace from a file, in any of five formats, told apart by their content.
+"""Reads a trace from a file in one of five formats, which are recognised by their content.
 
 ======== ======================================= ================================================
 azure    Azure LLM inference traces, CSV         ``TIMESTAMP,ContextTokens,GeneratedTokens``
@@ -10,9 +10,9 @@ mooncake Mooncake traces, an object per line     ``timestamp`` (ms), ``input_len
 sharegpt ShareGPT, a JSON list                   ``conversations`` of turns with a ``value``
 ======== ======================================= ================================================
 
-Requests out of order are sorted by arrival, and the first arrival is time 0. Requests of no prompt
-or no output token hold no KV cache worth a plan: they are left out. Both are said in the trace's
-notes; everything else that makes no sense is an error.
+Requests out of order are sorted by arrival, and the first arrival is time 0. Requests without a
+prompt token or without an output token are left out. The trace's notes mention both; any other
+value that makes no sense is an error.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def read_trace(
     tokenizer: Path | None = None,
     progress: bool | None = None,
 ) -> Trace:
-    """Reads a trace. ``trace_format``: None to tell it by the content. ``tokenizer``: counts the
-    tokens of ShareGPT's texts; None: they are estimated by characters. ``progress``: a bar on
-    stderr; None: where that is a terminal and the file takes more than a moment. Raises ConfigError
-    naming file, line and field."""
+    """Reads a trace. A ``trace_format`` of None is recognised by the content. ``tokenizer`` counts
+    the tokens of ShareGPT's texts; None estimates them from the number of characters. ``progress``
+    shows a bar on stderr; None does so on a terminal when the file takes more than a moment. Raises
+    ConfigError that names file, line and field."""
     size = _size(path)
     name = trace_format or _detected(path)
     if name not in FORMATS:
@@ -120,10 +120,10 @@ def _detected(path: Path) -> str:
             return name
     shown = line[:80].decode(errors="replace").strip()
     raise ConfigError(
-        f"{path}:1: {shown!r} begins no trace: it must be a CSV header with TIMESTAMP,"
-        "ContextTokens,GeneratedTokens or prompt_tokens,output_tokens, a JSON object with "
-        "timestamp, input_length, output_length or with prompt_tokens, output_tokens, or a JSON "
-        "list of conversations"
+        f"{path}:1: {shown!r} is not the beginning of a trace: it must be a CSV header with "
+        "TIMESTAMP,ContextTokens,GeneratedTokens or prompt_tokens,output_tokens, a JSON object "
+        "with timestamp, input_length, output_length or with prompt_tokens, output_tokens, or a "
+        "JSON list of conversations"
     )
 
 
@@ -141,12 +141,14 @@ def _cleaned(path: Path, columns: dict[str, Column]) -> Trace:
     )
     usable = (trace.prompt > 0) & (trace.output > 0)
     if left_out := len(trace) - int(usable.sum()):
-        notes.append(f"{left_out} of {len(trace)} requests have no prompt or no output: left out")
+        notes.append(
+            f"{left_out} of {len(trace)} requests have no prompt or no output and are left out"
+        )
         trace = trace.take(usable)
     if not len(trace):
-        raise ConfigError(f"{path}: no request has both a prompt and an output token")
+        raise ConfigError(f"{path}: no request has both a prompt token and an output token")
     if trace.arrival is not None and (backwards := int((np.diff(trace.arrival) < 0).sum())):
-        notes.append(f"arrivals went backwards {backwards} times: sorted")
+        notes.append(f"arrival times went backwards {backwards} times and were sorted")
         trace = trace.take(np.argsort(trace.arrival, kind="stable"))
     if trace.arrival is not None:
         trace = replace(trace, arrival=trace.arrival - trace.arrival[0])

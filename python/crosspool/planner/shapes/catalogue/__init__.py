@@ -1,9 +1,9 @@
-"""Shapes of public models: the ``config.json`` fields that tell their sizes, one file per model.
+"""Shapes of public models: the ``config.json`` fields that determine their sizes, a file each.
 
-The files are read as any ``config.json`` is; under ``crosspool`` they say whose they are and how
-many parameters the model is published to have. Example::
+The files are read like any ``config.json``. Their field ``crosspool`` names the repository, and
+the number of parameters as it is published. Example::
 
-    load("qwen3-30b-a3b").ffn_bytes  # by name, whatever its case, or by the hub's repository name
+    load("qwen3-30b-a3b").ffn_bytes  # a name in any case, or the repository's name on the hub
     find("models/my-model/config.json")  # a name or a path, as the command line takes it
 """
 
@@ -24,35 +24,35 @@ _FOLDER = Path(__file__).parent
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where a catalogue entry's facts come from."""
+    """Sources of a catalogue entry's facts."""
 
     repository: str
-    """Of the ``config.json``, on the Hugging Face hub."""
+    """Repository on the Hugging Face hub that the ``config.json`` comes from."""
     parameters: str
-    """The published total, as published: ``30.5B``."""
+    """Total number of parameters as it is published: ``30.5B``."""
     parameters_at: str
-    """Address where it is published."""
+    """Address at which that number is published."""
     note: str | None = None
 
 
 def names() -> tuple[str, ...]:
-    """Ids of all models in the catalogue, in alphabetical order."""
+    """Returns the ids of all models in the catalogue, in alphabetical order."""
     return tuple(sorted((file.stem for file in _FOLDER.glob("*.json")), key=str.lower))
 
 
 def load(name: str) -> ModelShape:
-    """The shape of a model, by its id or its repository on the hub, in any case. Raises ConfigError
-    with the closest names when there is none."""
+    """Returns the shape of the model with this id or repository name, in any case. Raises
+    ConfigError that suggests the closest names when there is none."""
     return shape_of_config(_file(name))
 
 
 def origin(name: str) -> Origin:
-    """Where the model's facts come from; ``name`` as for :func:`load`."""
+    """Returns the sources of a model's facts; ``name`` is as for :func:`load`."""
     return _origins()[_file(name)]
 
 
 def find(name_or_path: str) -> ModelShape:
-    """A catalogue entry, or the shape in a ``config.json`` or a folder that has one."""
+    """Returns the shape of a catalogue entry, or of a ``config.json`` or a folder that has one."""
     path = Path(name_or_path)
     if path.suffix == ".json" or path.is_dir():
         return shape_of_config(path)
