@@ -1,5 +1,5 @@
-"""What a hand-over between two devices costs: from a dispatch's first byte written on one core to
-its last byte read on another, over the lane buffers, half of each round trip.
+"""How long a hand-over between two devices takes over the lane buffers: from the first byte of a
+dispatch written on one core to its last byte read on another. It is half of a round trip.
 
     python -m benchmark.hand_over [--bytes 4096 ...] [--rounds 20000] [--cores 0 1]
 """

@@ -1,12 +1,13 @@
-"""The native kernels on one core against what that core can do: the time that the memory which a
-kernel must read takes, or that its multiplications take at the best rate, whichever is longer.
+"""The native kernels on one core, against floors: the time to read the memory that a kernel must
+read, or the time of its multiplications at the core's best rate, whichever is longer.
 
     python -m benchmark.kernels [--isa avx512] [--dtype bfloat16] [--seconds 0.3] [--core 1]
 
-First what the machine can do at all: how fast memory is read by one core and by all, and how long a
-team's barrier takes. A kernel's floor is measured in the same run, turn by turn with it. The shapes
-are those of a Qwen3-MoE with hidden 1024, 64 experts of 512, top-4, 16 q and 4 kv heads of 64;
-beside them a dense layer of width 3072, and MLA with 16 heads over latents of 512.
+Two tables are printed and recorded. The first shows the machine: how fast one core and all cores
+read memory, and how long a team's barrier takes. The second shows the kernels; the floor of each is
+measured in the same run, in turns with it. The shapes are those of a Qwen3-MoE (hidden 1024, 64
+experts of width 512, top-4, 16 q and 4 kv heads of 64), of a dense layer of width 3072, and of MLA
+with 16 heads over latents of 512.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from benchmark.records import Recorder
 
 _READ_BYTES = 1 << 28
 _MEETINGS = 2000
-"""Hundreds of them."""
+"""Rounds of the barrier, a hundred meetings each."""
 COLUMNS = ("kernel", "rows", "median us", "p99 us", "floor us", "of the floor", "GB/s", "GFLOP/s")
 
 
@@ -37,8 +38,15 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.kernels", description=__doc__)
     parser.add_argument("--isa", choices=ISAS, default=default_isa())
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--seconds", type=float, default=0.3, help="per kernel and shape")
-    parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=0.3,
+        help="Measuring time for each kernel and shape, in seconds.",
+    )
+    parser.add_argument(
+        "--core", type=int, default=max(os.sched_getaffinity(0)), help="Core to run on."
+    )
     given = parser.parse_args(words)
     if given.isa not in available_isas():
         parser.error(f"this machine does not have {given.isa}")
@@ -81,7 +89,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _machine(recorder: Recorder, core: int) -> None:
-    """Records and prints what the machine can do."""
+    """Records and prints how fast the machine reads memory and how long a barrier takes."""
     cores = sorted(os.sched_getaffinity(0))
     table = Table("machine", "cores", "median", "p99", "unit")
     for name, some in (("read", [core]), ("read", cores), ("barrier", cores)):

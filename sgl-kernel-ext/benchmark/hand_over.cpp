@@ -1,6 +1,6 @@
-// How long a hand-over between two devices takes: a dispatch of some rows from one pinned thread to
-// another over the lane buffers and the doorbells, and the answer of the same size back. The
-// payload is written and read; both sides spin as loops do while something is in flight.
+// Measures a hand-over between two devices: a dispatch goes from one pinned thread to another over
+// the lane buffers and the doorbells, and a reply of the same size comes back. The payload is
+// written and read; both sides spin as loops do while something is in flight.
 //
 //   hand_over BYTES ROUNDS CORE CORE
 //

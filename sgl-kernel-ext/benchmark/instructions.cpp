@@ -19,7 +19,7 @@
 #include "../test/check.h"
 #include "../test/tiny_model.h"
 
-// What callgrind counts: C linkage and a call of its own, so that it can be named.
+// The function that callgrind counts. C linkage and a call of its own give it a name.
 extern "C" [[gnu::noinline]] void counted(const std::function<void()>& run) {
   run();
   asm volatile("" ::: "memory");
@@ -72,7 +72,7 @@ class Cases {
   }
 
   void count(const char* name, std::int32_t rows, const std::function<void()>& run) const {
-    run();  // what happens the first time only
+    run();  // so that work of the first call only is not counted
     std::printf("%s %d %s\n", name, rows, suffix_);
     counted(run);
   }

@@ -1,6 +1,6 @@
 // Two devices over the fake driver: the lanes of an attention rank and those of FFN ranks exchange
 // rows through links (lanes.h), in random interleavings. The residual of every step is compared
-// with what plain loops make of it. Usage: exchange_check DEPLOYMENTS
+// with that of plain loops. Usage: exchange_check DEPLOYMENTS
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -194,7 +194,7 @@ struct ExchangingRanks {
         fake::run(static_cast<int>(below(40)));
         loop.start();
       }
-      if (below(40) == 0) {  // no answer can come
+      if (below(40) == 0) {  // no reply can come
         ffn_ranks[0]->quiesce(10 * kSecond);
         attention_rank->quiesce(10 * kSecond);
         ffn_ranks[0]->start();
@@ -244,7 +244,7 @@ void check_rotation() {
     fake::run(1);
     for (AttentionEnd& end : ends) {
       if (!end.replied()) continue;
-      if (end.combine() == nullptr) fail("an answer of another dispatch");
+      if (end.combine() == nullptr) fail("a reply to another dispatch");
       end.dispatch(header);
     }
   }

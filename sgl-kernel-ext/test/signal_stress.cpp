@@ -1,6 +1,6 @@
-// Two threads exchange payloads over signals and doorbells as the lane protocol does; run under
-// ThreadSanitizer it shows that publication orders the payload, and run at all that no wake-up is
-// lost (a wait that times out is a failure).
+// Two threads exchange payloads over signals and doorbells, as the lane protocol does. No wake-up
+// may be lost (a wait that times out is a failure); ThreadSanitizer checks that publication orders
+// the payload.
 #include <crosspool/lanes.h>
 
 #include <array>
@@ -29,7 +29,7 @@ std::array<StressedLane, kLanes> lanes;
 Bell attention_bell;
 Bell ffn_bell;
 
-// Waits for the next ring after `seen`; a rank that sleeps through one is the bug we look for.
+// Waits for the next ring after `seen`; fails when the rank sleeps through it.
 std::uint32_t wait(Bell& bell, std::uint32_t seen, std::int64_t spin_ns) {
   const std::uint32_t rings = crosspool_doorbell_wait(&bell.doorbell, seen, spin_ns, kTimeoutNs);
   if (rings == seen) fail("signal_stress: lost wake-up: a wait timed out");

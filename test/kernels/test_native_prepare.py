@@ -16,7 +16,7 @@ PAGES, LAYERS, PAGE_SIZE, LAYER = 6, 2, 4, 1
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal, but where the order of a sum of squares moved a value over a rounding border."""
+    """Equality; only the order of a sum of squares may move values over a rounding border."""
     assert found.dtype == expected.dtype
     bf16 = found.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, rtol=2**-7 if bf16 else 1e-6, atol=1e-6)
@@ -40,7 +40,7 @@ def _tables(dim: int, dtype: torch.dtype, interleaved: bool, fp32: bool) -> Rope
 
 
 def _rotated(x: torch.Tensor, places: RowPlaces, tables: RopeTables) -> torch.Tensor:
-    """``x`` [T, heads, dim] by the host loop's kernel."""
+    """Rotates ``x`` [T, heads, dim] with the host loop's kernel."""
     cos, sin = tables.cos[places.positions], tables.sin[places.positions]
     if not tables.fp32:
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -48,7 +48,7 @@ def _rotated(x: torch.Tensor, places: RowPlaces, tables: RopeTables) -> torch.Te
 
 
 def _values(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """Random, in the model's precision, as floats."""
+    """Random floats of the model's precision."""
     return torch.randn(shape).to(dtype).float()
 
 
@@ -69,7 +69,7 @@ def test_residual_sums(native: NativeKernels, dtype: torch.dtype) -> None:
 
 
 def test_conversions(native: NativeKernels, dtype: torch.dtype) -> None:
-    """Rounding is torch's: to nearest, ties to even; NaN and infinity stay."""
+    """Rounding follows torch: to nearest, ties to even; NaN and infinity stay."""
     x = torch.cat((torch.randn(1000), torch.tensor([math.inf, -math.inf, 1.00390625, 1.01171875])))
     assert torch.equal(native.round(x), x.to(dtype))
     assert torch.equal(native.convert(x.to(dtype)), x.to(dtype).float())

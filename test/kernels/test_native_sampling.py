@@ -55,7 +55,7 @@ def test_the_same_tokens_are_drawn(
     kernels: NativeKernels, rule: dict[str, float], spread: float
 ) -> None:
     vocab, rows = 3001, 60
-    # As a bfloat16 model's: with many equals.
+    # Logits of a bfloat16 model have many equals.
     logits = (torch.randn(rows, vocab) * spread).bfloat16().float()
     samplings = [Sampling(seed=i, **rule) for i in range(rows)]  # type: ignore[arg-type]
     expected = sample(

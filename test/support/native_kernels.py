@@ -1,4 +1,4 @@
-"""The native kernels' face for torch tensors: every kernel on whole batches.
+"""The native kernels on torch tensors: every kernel on whole batches.
 
 The resident loop calls the kernels from its own threads; here they run on the calling thread,
 share by share, which gives the same numbers (``sgl-kernel-ext/cpu/kernels/kernels.h`` says what
@@ -56,8 +56,9 @@ class NativeKernels:
     """The kernels of one ISA path for models of one dtype."""
 
     def __init__(self, dtype: torch.dtype, isa: str | None = None, shares: int = 1) -> None:
-        """``isa``: None is :func:`default_isa`. ``shares``: into how many shares work is cut, as a
-        team of that many threads would. Raises ValueError when the machine lacks the path."""
+        """``isa``: None stands for :func:`default_isa`. ``shares``: the number of shares into which
+        work is cut, as for a team of that many threads. Raises ValueError when the machine lacks
+        the path."""
         self.isa = default_isa() if isa is None else isa
         if self.isa not in available_isas():
             raise ValueError(f"{isa}: must be one of {', '.join(available_isas())} here")
@@ -67,8 +68,8 @@ class NativeKernels:
         self._shares = shares
 
     def pack(self, *weights: Tensor, plain: bool = False) -> PackedMatrix:
-        """Packs weights [n_i, k] that follow one another along n; ``plain``: not compact even where
-        the path can and the weights allow."""
+        """Packs weights [n_i, k] that follow one another along n. With ``plain`` the matrix is not
+        compact, even where the path can read such matrices and the weights allow it."""
         sources = (ns.Source * len(weights))(*map(self._source, weights))
 
         def write(packed: PackedMatrix, begin: int, end: int) -> bool:
@@ -116,7 +117,7 @@ class NativeKernels:
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """``x`` float32 [T, n] of the model's precision, ``weight`` float32 [n]."""
+        """Norms ``x``, float32 [T, n] of the model's precision; ``weight`` is float32 [n]."""
         out = torch.empty(x.shape, dtype=self.dtype)
         of, to = (pointer(x), x.stride(0)), (pointer(out), out.stride(0))
         for begin, end in self._ranges(len(x)):
@@ -131,13 +132,13 @@ class NativeKernels:
             function(*to, *of, len(x), begin, end)
 
     def convert(self, x: Tensor) -> Tensor:
-        """Floats of a tensor of the model's dtype."""
+        """Converts a tensor of the model's dtype to float32."""
         out = torch.empty(x.shape, dtype=torch.float32)
         self.table.to_float(pointer(x), pointer(out), x.numel())
         return out
 
     def round(self, x: Tensor) -> Tensor:
-        """A float32 tensor in the model's dtype."""
+        """Rounds a float32 tensor to the model's dtype."""
         out = torch.empty(x.shape, dtype=self.dtype)
         self.table.from_float(pointer(x), pointer(out), x.numel())
         return out
@@ -380,7 +381,7 @@ class NativeKernels:
         return out
 
     def argmax(self, logits: Tensor) -> int:
-        """Index of the largest of float32 ``logits`` [n], the lowest among equals."""
+        """Returns the index of the largest of float32 ``logits`` [n], the lowest among equals."""
         best = ks.Best()
         self.table.argmax(pointer(logits), len(logits), best)
         return best.index
@@ -395,7 +396,7 @@ class NativeKernels:
         top_p: float,
         min_p: float,
     ) -> int:
-        """The token of float32 ``logits`` [vocab] on which ``draw`` in [0, 1) falls."""
+        """Returns the token of float32 ``logits`` [vocab] on which ``draw`` in [0, 1) falls."""
         rule = ns.SamplingRule(top_p, temperature, min_p, top_k)
         scratch = self._scratch(vocab=len(logits))
         return self.table.sample(pointer(logits), len(logits), rule, draw, pointer(scratch))

@@ -1,5 +1,5 @@
-"""What the native kernels take, made of torch tensors: addresses, packed weights, places of rows,
-rope tables."""
+"""Arguments of the native kernels, made of torch tensors: addresses, packed weights, places of
+rows, rope tables."""
 
 from __future__ import annotations
 

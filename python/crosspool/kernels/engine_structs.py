@@ -1,5 +1,6 @@
-"""The structures of ``sgl-kernel-ext/cpu/engine/`` and of ``include/crosspool/command_ring.h``,
-field by field; the headers say what they mean. :mod:`crosspool.kernels.engine` is their face."""
+"""Mirrors of the structures of ``sgl-kernel-ext/cpu/engine/`` and of
+``include/crosspool/command_ring.h``. The headers say what the fields mean;
+:mod:`crosspool.kernels.engine` passes them to the library."""
 
 from __future__ import annotations
 
@@ -13,13 +14,13 @@ from crosspool.kernels.native import Signatures
 from crosspool.kernels.native_structs import fields
 
 GQA, MLA = 0, 1
-"""crosspool::AttentionKind."""
+"""Values of ``crosspool::AttentionKind``."""
 GREEDY, DRAW, HOST = 0, 1, 2
-"""crosspool::Choice."""
+"""Values of ``crosspool::Choice``."""
 STEP, RESUME, RECALL = 1, 2, 4
-"""crosspool::CommandKind."""
+"""Values of ``crosspool::CommandKind``."""
 DONE, LOGITS, FAILED, TOKENS = 1, 2, 3, 4
-"""crosspool::EventKind."""
+"""Values of ``crosspool::EventKind``."""
 
 
 class AttentionLayer(ctypes.Structure):
@@ -154,12 +155,12 @@ MIRRORED: tuple[type[ctypes.Structure], ...] = (
     TraceEvent,
     NativeLinkCounters,
 )
-"""In the order of ``crosspool_engine_sizes``."""
+"""Structures whose sizes ``crosspool_engine_sizes`` tells, in its order."""
 
 SEGMENT = np.dtype(ns.Segment)
 WANTED = np.dtype(WantedRow)
 KEEP = np.dtype(Keep)
-"""Arrays of a step's structures, filled by numpy."""
+"""Dtypes of the arrays of a step's structures, which numpy fills."""
 
 SIGNATURES: Signatures = {
     "crosspool_error": (ctypes.c_char_p, ()),
@@ -179,4 +180,4 @@ SIGNATURES: Signatures = {
     "crosspool_loop_trace_start": (None, (c_void_p,)),
     "crosspool_loop_trace_stop": (c_uint64, (c_void_p, POINTER(TraceEvent), c_uint64)),
 }
-"""What the library exports for the engine."""
+"""Functions that the library exports for the engine."""

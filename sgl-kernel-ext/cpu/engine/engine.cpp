@@ -24,7 +24,8 @@ auto caught(Make&& make) -> decltype(make()) {
   }
 }
 
-// Packs compact where the path can and all panels fit, else plain. Pairs of panels stay together.
+// Packs a compact matrix where the path can and all panels fit, else a plain one. Pairs of panels
+// go to one thread.
 template <class Pack>
 void with_panels(Team* team, crosspool::Matrix* matrix, Pack&& pack) {
   const crosspool::Kernels& kernels = crosspool::kernels(matrix->dtype);

@@ -6,10 +6,10 @@ namespace crosspool {
 
 namespace {
 
-// Batches of so few rows choose their experts on one thread: the others would wait for a meeting.
+// Batches of so few rows choose their experts on one thread, which saves a meeting.
 constexpr std::int32_t kFewRows = 2;
 
-// Logits of the experts, then the plan of the batch.
+// Computes the logits of the experts, then plans the batch.
 void choose_experts(const Part& part, const FFNTask& task, const FFNTable& table) {
   Workspace& work = part.work;
   const DType router_dtype = table.router_weight->dtype;

@@ -1,4 +1,4 @@
-// What follows a part, before the next is chosen: dispatches, replies, tokens, results, trace.
+// The work between a part and the choice of the next: dispatches, replies, tokens, results, trace.
 #include <algorithm>
 
 #include "../wait.h"
@@ -9,7 +9,7 @@ namespace crosspool {
 
 void Loop::finish() {
   if (chosen_.model == nullptr || chosen_.kind == PartKind::kStop) return;  // nothing has run
-  record(chosen_);  // before the peer can begin: what crosses begins when the part has ended
+  record(chosen_);  // before the peer can begin, so that its part begins after this one in a trace
   switch (chosen_.kind) {
     case PartKind::kAttention:
       finish_attention(lanes_[chosen_.index]);
@@ -56,7 +56,7 @@ void Loop::finish_local(Lane& lane) {
   lane.local_added = chosen_.ffn.residual != nullptr;
 }
 
-// The partial sums of an answered dispatch.
+// Collects the partial sums of a dispatch whose replies are there.
 void Loop::collect(Lane& lane) {
   const ModelTable& model = *lane.model;
   for (std::int32_t i = 0; i < model.ffn_rank_count; ++i) {
@@ -128,7 +128,7 @@ void Loop::end_step(Lane& lane) {
   lane.step = nullptr;
   if (goes_on) {
     step.advance();
-    // Behind what waits for a lane: a lease keeps none to itself.
+    // The next step queues behind those that wait for a lane: a lease does not keep its lane.
     queue_.push_back(&step);
   }
   publish({goes_on ? EventKind::kTokens : EventKind::kDone, static_cast<std::uint32_t>(lane.index),

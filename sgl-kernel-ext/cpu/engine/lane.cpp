@@ -24,7 +24,7 @@ Lane::Lane(std::int32_t lane, std::span<const ModelTable> models, std::int32_t m
   payload = Buffer(bytes);
   partial = Buffer(bytes);
   logits = Buffer(std::max(kLogitsBytes, vocab * kWidestElement));
-  // Prompt rows may all be wanted for their log-probabilities.
+  // All rows of a prompt may be wanted, for their log-probabilities.
   head_normed = Buffer(bytes);
   best.resize(static_cast<std::size_t>(threads) * max_rows);
 }

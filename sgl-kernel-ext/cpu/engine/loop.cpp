@@ -14,8 +14,9 @@ namespace {
 
 constexpr std::int64_t kIdleWaitNs = kSecond;
 
-// How long threads spin at a meeting at least: shares of a part end within that of each other.
-// Where other devices have the same cores, a spinning thread keeps the others from arriving.
+// How long threads spin at a meeting at least: the shares of a part end within that time. Where
+// other devices have the same cores, a spinning thread keeps the others from arriving, so it spins
+// less.
 constexpr std::int64_t kMeetingNs = 50'000;
 constexpr std::int64_t kSharedMeetingNs = 2'000;
 
@@ -121,8 +122,8 @@ void Loop::choose() {
   }
 }
 
-// Looks at every source once, beginning behind the one that was chosen last: lanes, then this
-// device's lanes' dispatches to its own FFN rank, then other devices'.
+// Looks at every source once, beginning behind the one that was chosen last. Sources are the lanes,
+// then their dispatches to this device's FFN rank, then the dispatches of other devices.
 bool Loop::choose_ready() {
   const std::size_t lanes = lanes_.size(), sources = 2 * lanes + incoming_.size();
   for (std::size_t i = 0; i < sources && !failed_; ++i) {
@@ -174,7 +175,7 @@ bool Loop::choose_local(Lane& lane) {
   chosen_.kind = PartKind::kLocalFFN;
   chosen_.index = lane.index;
   chosen_.model = lane.model;
-  // Alone, its sum goes where it belongs at once.
+  // The sum of a model's only FFN rank is added to the residual at once.
   const bool alone = lane.model->ffn_rank_count == 1;
   chosen_.ffn = {.layer = lane.layer,
                  .rows = lane.step->rows,
@@ -192,7 +193,7 @@ bool Loop::choose_incoming(std::int32_t index) {
   const std::string name = "attention rank " + std::to_string(link.attention_rank) + ", lane " +
                            std::to_string(link.lane);
   if (found == Poll::kBroken) {
-    fail(name + ": what it dispatched breaks the lane protocol");
+    fail(name + ": its dispatch breaks the lane protocol");
     return false;
   }
   const DispatchHeader& header = link.end.header();
@@ -223,7 +224,7 @@ bool Loop::choose_incoming(std::int32_t index) {
   return true;
 }
 
-// False: the loop is to end.
+// Returns false when the loop is to end.
 bool Loop::take_commands() {
   Command command;
   while (commands_.pop(&command)) {
@@ -260,7 +261,7 @@ void Loop::recall(std::uint64_t step) {
   }
 }
 
-// Steps begin in their order, as lanes become free.
+// Steps begin in the order in which they came, as lanes become free.
 void Loop::begin_steps() {
   while (!queue_.empty()) {
     StepArguments* step = queue_.front();
@@ -274,7 +275,7 @@ void Loop::begin_steps() {
   }
 }
 
-// Whether nothing of a predecessor of this attention rank is outstanding on the lane.
+// Whether no dispatch of a predecessor of this attention rank is outstanding on the lane.
 bool Loop::links_free(const Lane& lane, const ModelTable& model) {
   for (std::int32_t i = 0; i < model.ffn_rank_count; ++i) {
     const OutgoingLink& link = outgoing(lane, model.ffn_ranks[i]);
@@ -295,13 +296,13 @@ void Loop::wait(std::uint32_t seen) {
 }
 
 void Loop::publish(const Event& event) {
-  // The host keeps fewer steps in flight than there are slots, so there is room.
+  // There is room: the host keeps fewer steps in flight than the ring has slots.
   events_.push(event);
   const std::uint64_t one = 1;
   [[maybe_unused]] const auto written = write(description_.event_fd, &one, sizeof(one));
 }
 
-// The loop does nothing any more but wait for its end.
+// From here on the loop only waits for its end.
 void Loop::fail(const std::string& message) {
   failed_ = true;
   message_ = message;

@@ -12,10 +12,10 @@ struct ToSecondLevel {
   CROSSPOOL_INLINE static void fetch(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
 };
 
-// One step along k: the 64 bytes of a panel, 16 columns of one depth (float32) or of a pair of
-// depths (bfloat16), against the operand elements of that depth. Where no instruction multiplies
-// pairs, a step has two halves: the even depth stands in the upper halves of the words when they
-// are shifted, the odd one when the lower halves are cleared.
+// One step along k: 64 bytes of a panel, 16 columns of one depth (float32) or of a pair of depths
+// (bfloat16), times the operand elements of that depth. Where no instruction multiplies pairs, a
+// step has two halves: the weights of the even depth are the words shifted left by 16, those of the
+// odd depth the words with the lower halves cleared.
 template <class T>
 struct DepthStep {
   static constexpr bool kPairs = T::kDType == DType::kBFloat16;
@@ -104,7 +104,7 @@ CROSSPOOL_INLINE void micro_panels(const Multiply& m, int first_panel, float* ti
 
 #if defined(__AVX512BF16__)
 
-// The same on compact panels, whose lines are put together in registers.
+// The same on compact panels, whose lines are assembled in registers.
 template <int kRows, int kPanels>
 CROSSPOOL_INLINE void micro_compact(const Multiply& m, int first_panel, float* tile) {
   const std::byte* x[kRows];
