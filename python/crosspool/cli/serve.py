@@ -29,5 +29,4 @@ def read_options(words: Sequence[str], prog: str) -> Options:
         flags.add_flag(parser, SERVER_OPTIONS[name])
     given = vars(parser.parse_args(words))
     options = deployment_file.read(given.pop("config"))
-    address = {name: value for name, value in given.items() if value is not None}
-    return msgspec.structs.replace(options, **address)
+    return msgspec.structs.replace(options, **given)

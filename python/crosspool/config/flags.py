@@ -71,7 +71,7 @@ def make_parser(prog: str, usage: str = _USAGE) -> argparse.ArgumentParser:
 
 
 def add_flag(group: argparse._ActionsContainer, option: Option) -> None:
-    """Adds the flag of an option; None stands for what is not given."""
+    """Adds the flag of an option; an option that is not given gets no value."""
     names = [option.flag, "--model"] if option.name == "path" else [option.flag]
     settings: dict[str, Any] = {"type": _converter(option), "metavar": option.metavar}
     if option.plain_type is bool:
@@ -83,7 +83,7 @@ def add_flag(group: argparse._ActionsContainer, option: Option) -> None:
     if option.plain_type is list:
         settings["nargs"] = "+"
     text = described(option).replace("%", "%%")
-    group.add_argument(*names, dest=option.name, default=None, help=text, **settings)
+    group.add_argument(*names, dest=option.name, default=argparse.SUPPRESS, help=text, **settings)
 
 
 def described(option: Option) -> str:
@@ -125,7 +125,7 @@ def parse(argv: Sequence[str], prog: str = "crosspool serve", usage: str = _USAG
         raise ConfigError(
             f"{word}: {reason_refused(name)}" if name.startswith("-") else f"{word!r} is no flag"
         )
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    given = vars(arguments)
     if "path" not in given:
         raise ConfigError(
             "--model-path is missing: name the folder of at least one model, or give --config FILE"
@@ -139,17 +139,12 @@ def parse(argv: Sequence[str], prog: str = "crosspool serve", usage: str = _USAG
         value = given[option.name]
         if option.effect == "none":
             print(f"crosspool: {option.flag} has no effect: {option.help}", file=sys.stderr)
-        elif option.per_model:
-            for model, one in zip(models, _per_model(option, value, count), strict=True):
-                _set(model, option, one)
-        else:
-            _set(server, option, value)
+            continue
+        homes = models if option.per_model else [server]
+        values = _per_model(option, value, count) if option.per_model else [value]
+        for home, one in zip(homes, values, strict=True):
+            (home["sglang"] if option.effect == "sglang" else home)[option.name] = one
     return Options(models=tuple(ModelOptions(**model) for model in models), **server)
-
-
-def _set(values: dict[str, Any], option: Option, value: Any) -> None:
-    home = values["sglang"] if option.effect == "sglang" else values
-    home[option.name] = value
 
 
 def _per_model(option: Option, value: Any, models: int) -> Sequence[Any]:

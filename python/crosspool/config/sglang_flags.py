@@ -80,45 +80,33 @@ FLAGS: tuple[Option, ...] = (
         ("node_rank", Literal[0], "All devices are on this host."),
         ("dist_init_addr", str, "All devices are on this host.")),
 )
-# fmt: on
-BY_NAME: dict[str, Option] = {flag.name: flag for flag in FLAGS}
 
 _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (
-        ("tp", "tp_size", "tensor_parallel_size", "ep", "ep_size", "expert_parallel_size"),
-        "parallelism follows from the weight pool's devices",
-    ),
-    (
-        ("dp", "dp_size", "data_parallel_size", "pp", "pp_size", "pipeline_parallel_size"),
-        "parallelism follows from the pools' devices",
-    ),
-    (
-        ("quantization", "kv_cache_dtype", "load_format"),
-        "only safetensors in bfloat16 or float32 are supported",
-    ),
+    (("tp", "tp_size", "tensor_parallel_size", "ep", "ep_size", "expert_parallel_size"),
+     "parallelism follows from the weight pool's devices"),
+    (("dp", "dp_size", "data_parallel_size", "pp", "pp_size", "pipeline_parallel_size"),
+     "parallelism follows from the pools' devices"),
+    (("quantization", "kv_cache_dtype", "load_format"),
+     "only safetensors in bfloat16 or float32 are supported"),
     (("speculative",), "speculative decoding is not supported"),
     (("lora", "enable_lora", "max_lora", "max_loras"), "LoRA adapters are not supported"),
     (("disaggregation", "encoder"), "prefill-decode disaggregation is not supported"),
     (("enable_hierarchical_cache", "hicache"), "the prefix cache lives in the KV pool only"),
     (("radix",), "the prefix cache gives up the least recently used pages of all models"),
     (("is_embedding",), "only text generation is supported"),
-    (
-        ("enable_multimodal", "mm", "limit_mm", "image", "video", "audio"),
-        "only text generation is supported",
-    ),
+    (("enable_multimodal", "mm", "limit_mm", "image", "video", "audio"),
+     "only text generation is supported"),
     (("skip_tokenizer_init",), "the front end needs the tokenizer"),
     (("tokenizer_worker_num", "detokenizer_worker_num"), "one front end process serves all models"),
     (("enable_http2", "ssl", "grpc", "smg"), "put a proxy in front for TLS, HTTP/2 or gRPC"),
-    (
-        ("cuda_graph", "disable_cuda_graph", "attention_backend", "sampling_backend"),
-        "CrossPool has its own kernels and no other backend",
-    ),
+    (("cuda_graph", "disable_cuda_graph", "attention_backend", "sampling_backend"),
+     "CrossPool has its own kernels and no other backend"),
     (("revision", "download_dir"), "models are local folders"),
-    (
-        ("json_model_override_args",),
-        "ranks read the model's own config.json: change a copy of its folder instead",
-    ),
+    (("json_model_override_args",),
+     "ranks read the model's own config.json: change a copy of its folder instead"),
 )
+# fmt: on
+BY_NAME: dict[str, Option] = {flag.name: flag for flag in FLAGS}
 
 
 def reason_refused(name: str) -> str:
