@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from crosspool.frontend import private
-from crosspool.frontend.control_requests import ANSWERS, FORWARDED, UNANSWERED
+from crosspool.frontend.control_requests import FORWARDED, REPLIES, WITHOUT_REPLY
 from crosspool.frontend.messages import (
     OpenRequest,
     finish_reason,
@@ -25,7 +25,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 
 def message(params: dict[str, Any] | None = None, **fields: Any) -> io.TokenizedGenerateReqInput:
-    """As it arrives: encoded and decoded by SGLang's own codec."""
+    """A message as it arrives: encoded and decoded by SGLang's own codec."""
     sampling = SamplingParams(**(params or {}))
     sampling.normalize(object())
     defaults: dict[str, Any] = {
@@ -109,7 +109,7 @@ def output(tokens: list[int], finish: Finish | None = None, first: bool = False)
 END = Finish(kind="length")
 
 
-def test_an_answer_in_one_piece_is_held_back() -> None:
+def test_output_that_is_not_streamed_is_held_back() -> None:
     request = OpenRequest.of(message(), 1)
     assert request.take(output([1], first=True)) is None
     assert request.take(output([2])) is None
@@ -150,12 +150,12 @@ def test_aborts_that_are_errors_carry_a_status() -> None:
     assert own == {"type": "abort", "message": "m"}
 
 
-def test_every_answer_that_sglang_waits_for_is_given() -> None:
-    given = {type(make(_dummy(kind))) for kind, make in ANSWERS.items()}
+def test_every_reply_that_sglang_waits_for_is_given() -> None:
+    given = {type(make(_dummy(kind))) for kind, make in REPLIES.items()}
     handled_by_the_loop = {io.GetInternalStateReqOutput, io.FlushCacheReqOutput}
     assert {spec[1] for spec in _COMMUNICATOR_SPECS} <= given | handled_by_the_loop
     assert {io.UpdateWeightFromDiskReqOutput, io.OpenSessionReqOutput} <= given
-    assert not set(ANSWERS) & {*FORWARDED, *UNANSWERED}
+    assert not set(REPLIES) & {*FORWARDED, *WITHOUT_REPLY}
 
 
 def _dummy(kind: type) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from sglang.srt.managers import io_struct as io
 
-from crosspool.frontend.control_requests import ANSWERS, FLUSHED, FORWARDED, NO_CACHE, UNANSWERED
+from crosspool.frontend.control_requests import FLUSHED, FORWARDED, NO_CACHE, REPLIES, WITHOUT_REPLY
 from crosspool.frontend.front_end import FrontEnd
 from crosspool.frontend.messages import OpenRequest, finish_reason, to_request
 from crosspool.scheduler.request import Finish, GenerateRequest
@@ -59,7 +59,7 @@ Command = Generate | Abort | TellState | FlushCache | Leave
 
 def commands(front_end: FrontEnd, message: Any, stream_interval: int) -> Iterator[Command]:
     """What ``message`` asks of the scheduler. A message that needs nothing of the scheduler's state
-    is answered here. Raises FrontEndLost."""
+    gets its reply here. Raises FrontEndLost."""
     match message:
         case io.TokenizedGenerateReqInput():
             yield Generate(message, stream_interval)
@@ -77,20 +77,20 @@ def commands(front_end: FrontEnd, message: Any, stream_interval: int) -> Iterato
         case io.ShutdownReq():
             yield Leave()
         case _:
-            _answer(front_end, message)
+            _reply(front_end, message)
 
 
-def _answer(front_end: FrontEnd, message: Any) -> None:
+def _reply(front_end: FrontEnd, message: Any) -> None:
     kind = type(message)
-    if kind in ANSWERS:
-        front_end.to_tokenizer(ANSWERS[kind](message))
+    if kind in REPLIES:
+        front_end.to_tokenizer(REPLIES[kind](message))
     elif kind in FORWARDED:
         if kind is io.FreezeGCReq:
             gc.freeze()
         elif message.log_level is not None:
             logging.getLogger().setLevel(message.log_level.upper())
         front_end.to_detokenizer(message)
-    elif kind not in UNANSWERED:
+    elif kind not in WITHOUT_REPLY:
         log.error("refused %s for model %d: it is not supported", kind.__name__, front_end.model)
         for rid in getattr(message, "rids", None) or [message.rid]:
             refuse(front_end, rid, f"{kind.__name__} is not supported")

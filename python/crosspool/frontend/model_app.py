@@ -1,8 +1,4 @@
-"""SGLang's HTTP application of one model, as one of several in a process.
-
-SGLang's ``http_server`` module holds its application and its tokenizer manager as module globals,
-so every model gets a private copy of the module.
-"""
+"""SGLang's HTTP application of one model, as one of several in a process."""
 
 from __future__ import annotations
 
@@ -24,8 +20,8 @@ from crosspool.frontend.tokenizer_manager import PooledTokenizerManager, native_
 
 
 class ModelApp:
-    """The application of model ``index``: an ASGI callable, between :meth:`start` and
-    :meth:`stop`.
+    """The application of model ``index``. It can be called, as ASGI has it, between :meth:`start`
+    and :meth:`stop`.
 
     Construct it on the event loop. Raises ConfigError for wrong SGLang arguments."""
 
@@ -52,7 +48,8 @@ class ModelApp:
         self._templates = templates
 
     async def start(self, max_total_tokens: int) -> None:
-        """Prepares the application to serve; requests may come from then on."""
+        """Prepares the application to serve. ``max_total_tokens`` is what the KV pool could hold of
+        this model alone."""
         info = {
             "max_req_input_len": self.manager.max_req_input_len,
             "max_total_num_tokens": max_total_tokens,
@@ -76,8 +73,7 @@ class ModelApp:
             await self._lifespan.aclose()
 
     async def warm_up(self) -> None:
-        """Generates one token, which passes through every process. Raises what a client would
-        get."""
+        """Generates one token, through every process. Raises what a client would get."""
         request = GenerateReqInput(
             input_ids=[0],
             sampling_params={"max_new_tokens": 1, "temperature": 0},

@@ -1,9 +1,9 @@
-"""SGLang's process-wide runtime context, one per model.
+"""SGLang's runtime context, one for each model instead of one for the process.
 
-SGLang holds the published configuration in one global and reads some of it
-late, while it serves (context length, template options, weight version). With several models in
-one process, every task must see its own model's: the global becomes a stand-in that forwards to a
-context variable, which asyncio carries along with each task.
+SGLang keeps its configuration in a global and reads some of it late, while it serves: context
+length, template options, weight version. With several models in one process, every task must see
+its own model's. So a stand-in takes the global's place and forwards to a context variable, which
+asyncio hands on from task to task.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from crosspool.frontend import private
 
 _current: ContextVar[RuntimeContext] = ContextVar("model_context")
 _first: list[RuntimeContext] = []
-"""What threads see that were not started within :func:`use`."""
+"""The context that threads see that were not started within :func:`use`."""
 
 
 def _context() -> RuntimeContext:

@@ -1,11 +1,11 @@
-"""A plugin for stock SGLang servers: serve a model from a CrossPool that is already running.
+"""A plugin with which a stock SGLang server serves a model of a CrossPool that is already running.
 
     CROSSPOOL_ADMIN=ipc:///.../admin python -m crosspool.sglang launch_server \\
         --model-path PATH --served-model-name NAME --device cpu --port 31000
 
 SGLang loads it by its entry point (group ``sglang.srt.plugins``). Without ``CROSSPOOL_ADMIN`` it
 does nothing. With it, the server starts no scheduler of its own: CrossPool connects to its sockets
-as one more front end of the model NAME. The server ends when CrossPool no longer answers.
+and treats it as one more front end of the model NAME. The server ends when CrossPool does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SILENCE_SECONDS = 15.0
 
 
 def register() -> None:
-    """Called by SGLang in every process that it starts."""
+    """SGLang calls this in every process that it starts."""
     address = os.environ.get(ADDRESS)
     if address is None:
         return
@@ -64,7 +64,7 @@ def _attach(address: str, server_args: Any, port_args: Any) -> Any:
 
 
 def _watch(address: str) -> None:
-    """Ends this server when the deployment has failed or is gone: nobody would answer."""
+    """Ends this server when the deployment has failed or is gone and could finish no request."""
     heard = time.monotonic()
     while time.monotonic() - heard < _SILENCE_SECONDS:
         time.sleep(_PING_SECONDS)
@@ -74,9 +74,9 @@ def _watch(address: str) -> None:
             continue
         heard = time.monotonic()
         if not status.ready:
-            log.error("CrossPool cannot serve any more: %s", status.message)
+            log.error("this server ends, since CrossPool cannot serve: %s", status.message)
             break
     else:
-        log.error("CrossPool at %s does not answer", address)
+        log.error("this server ends, since CrossPool at %s does not answer", address)
     # SGLang's own way to end a server whose scheduler has died.
     os.kill(os.getpid(), signal.SIGQUIT)

@@ -17,14 +17,15 @@ from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
 from crosspool.frontend import private, refusal
 
 native_api: ContextVar[bool] = ContextVar("native_api", default=False)
-"""Whether the request at hand came by SGLang's own ``/generate``, which reports errors in its way,
-rather than by an OpenAI route."""
+"""Whether the current request came by SGLang's ``/generate`` and not by an OpenAI route: the two
+report errors differently."""
 
 private.one_cpu_monitor(tokenizer_manager)
 
 
 class Refused(ValueError):
-    """An error answer on SGLang's own routes, which read ``status_code`` from a ValueError."""
+    """An error on SGLang's own routes, which take the HTTP status from the ``status_code`` of a
+    ValueError."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -33,8 +34,8 @@ class Refused(ValueError):
 
 @private.handles_aborts
 class PooledTokenizerManager(TokenizerManager):
-    """Leaves signals and the end of the process to CrossPool, and turns every abort that carries
-    a status into an HTTP error of that status."""
+    """Leaves signals and the end of the process to CrossPool, and turns every abort that has a
+    status into an HTTP error of that status."""
 
     event_loop: asyncio.AbstractEventLoop | None
 
@@ -53,7 +54,7 @@ class PooledTokenizerManager(TokenizerManager):
         status = reason.get("status_code")
         if reason.get("type") != "abort" or not status:
             return None
-        # OpenAI streams look for this type; the message brought a plain number.
+        # OpenAI streams look for this type; in the message it was a plain number.
         reason["status_code"] = HTTPStatus(status)
         if is_stream and out["meta_info"]["completion_tokens"] > 0:
             return out
@@ -68,14 +69,14 @@ class PooledTokenizerManager(TokenizerManager):
         raise fastapi.HTTPException(status_code=status, detail=reason["message"])
 
     def fail_all(self, message: str, status: int) -> None:
-        """Ends every request with an error: the scheduler will not answer any more."""
+        """Ends every request with an error. For when the scheduler can no longer finish them."""
         reason = {"type": "abort", "message": message, "status_code": status}
         for rid in list(self.rid_to_state):
             private.abort(self, io_struct.AbortReq(rid=rid, finished_reason=dict(reason)))
 
 
 def _shared(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a metric once per name; who asks again gets the same."""
+    """Wraps ``make`` so that it makes a metric once per name and returns the same one later."""
     made: dict[str, Any] = {}
 
     def get(**arguments: Any) -> Any:
@@ -89,8 +90,8 @@ def _shared(make: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def shared_metrics() -> type[TokenizerMetricsCollector]:
-    """SGLang's metrics of a tokenizer manager, with one set of metrics for all of a process: they
-    are told apart by the label ``model_name``."""
+    """SGLang's metrics of a tokenizer manager, with one set of metrics for all models of the
+    process. The label ``model_name`` tells them apart."""
     # Here, because it may be imported only once PROMETHEUS_MULTIPROC_DIR is set.
     import prometheus_client
 

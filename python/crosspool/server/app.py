@@ -24,7 +24,7 @@ from starlette.websockets import WebSocketClose
 from crosspool.config.deployment import Deployment
 from crosspool.frontend import refusal
 from crosspool.frontend.refusal import Refusal
-from crosspool.server.errors import JSON, ErrorShaper, RequestError, answer_error
+from crosspool.server.errors import JSON, ErrorShaper, RequestError, handle_error
 from crosspool.transport import admin
 from crosspool.transport.inspection import DeviceCounters, Status
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 20
 DEFAULT_MODEL = "default"
-"""The name by which SGLang's own clients ask for whatever is served."""
+"""The name that SGLang's own clients give to the model of a server that has one."""
 
 _TO_EVERY_MODEL = {
     "/abort_request",
@@ -45,7 +45,7 @@ _TO_EVERY_MODEL = {
     "/freeze_gc",
     "/pause_generation",
 }
-"""Without a model's name, these mean all of them."""
+"""Paths that mean all models where none is named."""
 _NOT_HERE = {
     "/dump_expert_distribution_record",
     "/release_memory_occupation",
@@ -54,7 +54,7 @@ _NOT_HERE = {
     "/start_expert_distribution_record",
     "/stop_expert_distribution_record",
 }
-"""SGLang would report success for these although nothing was done."""
+"""Paths for which SGLang would report success although nothing was done."""
 _QUESTIONS: dict[tuple[str, str], admin.What] = {
     ("GET", "status"): "status",
     ("GET", "tensors"): "tensors",
@@ -74,7 +74,7 @@ class State:
     models: dict[str, ModelApp] = field(default_factory=dict)
     """Applications by model name; empty until SGLang is imported."""
     status: Status | None = None
-    """The scheduler's status when it was asked last; None before its first answer."""
+    """The scheduler's last status; None before its first answer."""
     message: str = "starting"
     """What is being waited for, or why nothing is served."""
     ready: bool = False
@@ -100,7 +100,7 @@ class App(Starlette):
                 Route("/v1/models/{name:path}", self._models),
                 Route("/crosspool/{route:path}", self._crosspool, methods=["GET", "POST"]),
             ],
-            exception_handlers={HTTPException: answer_error, ClientDisconnect: _gone},
+            exception_handlers={HTTPException: handle_error, ClientDisconnect: _gone},
         )
         self.router.default = self._to_model
         self.router.redirect_slashes = False
@@ -117,7 +117,7 @@ class App(Starlette):
 
     def _check_serving(self) -> None:
         if not self._serving:
-            raise RequestError(503, self._state.message)
+            raise RequestError(503, f"the server takes no requests now: {self._state.message}")
 
     def _check_key(self, request: Request, *, admin_only: bool = False) -> None:
         """Applies the rules of SGLang's own routes."""
@@ -274,8 +274,8 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _model_in(body: bytes, content_type: str) -> str | None:
-    """The ``model`` that a body names. Raises RequestError for a body that says it is JSON and is
-    not, or is no object."""
+    """The ``model`` that a body names. Raises RequestError for a body that is said to be JSON and
+    is not, or that is no object."""
     if not body.strip():
         return None
     try:
@@ -297,7 +297,7 @@ def _unknown_model(name: str) -> RequestError:
 
 
 async def _gone(request: Request, error: Exception) -> Response:
-    """Answers a client that has disconnected: nobody will read it."""
+    """Ends the request of a client that has disconnected; nobody reads the response."""
     return Response()
 
 

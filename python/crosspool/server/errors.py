@@ -36,14 +36,14 @@ class JSON(Response):
 
 
 class RequestError(HTTPException):
-    """A request that is answered with an error; ``code`` is OpenAI's, where it has one."""
+    """Ends a request with an HTTP error. ``code`` is OpenAI's, where it has one."""
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(status, message)
         self.code = code
 
 
-async def answer_error(request: Request, error: Exception) -> Response:
+async def handle_error(request: Request, error: Exception) -> Response:
     """Starlette's handler for HTTPException."""
     del request
     assert isinstance(error, HTTPException)
@@ -84,9 +84,9 @@ class ErrorShaper:
     """A ``send`` that gives errors of SGLang's routes the ``error`` object that OpenAI's clients
     look for, beside SGLang's own fields, and gives 429 and 503 a Retry-After header.
 
-    A stream begins with its first event. If it was ``refused`` before that, it is answered with
-    the error's status, as if no stream had been asked for. All that is no error passes through as
-    it comes."""
+    A stream begins with its first event. If the request was ``refused`` before that, the client
+    gets the error's status, as if it had not asked for a stream. All that is no error passes
+    through as it comes."""
 
     def __init__(self, send: Send, refused: Refusal) -> None:
         self._send = send

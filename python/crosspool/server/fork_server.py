@@ -2,10 +2,10 @@
 
     python -m crosspool.server.fork_server --deployment FILE --launcher-fd N
 
-SGLang's import takes longer than anything else at the start, and its modules half a gigabyte;
-forked processes do it once and share what they do not change. The fork server ends as soon as it
-has told the launcher their pids: :class:`crosspool.cli.child.ForkServer` says how they get on from
-there. Each of the three can be started alone, too.
+Importing SGLang takes longer than anything else at the start, and its modules half a gigabyte.
+Forked processes share the import and the memory that they do not change. The fork server ends as
+soon as it has sent the launcher their pids; :class:`crosspool.cli.child.ForkServer` describes what
+happens then. Each of the three can also be started alone.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _import_everything() -> None:
     began = time.monotonic()
-    log.info("importing SGLang: 10 s, or 20 s and more when its files are read for the first time")
+    log.info("importing SGLang, which takes 10 s, and longer when its files are not in memory yet")
     compat.install()
     from crosspool.frontend import detokenizer, model_app  # noqa: F401
     from crosspool.server import scheduler_loop  # noqa: F401
@@ -62,8 +62,8 @@ def _import_everything() -> None:
 
 
 def fork_all(processes: Mapping[str, Callable[[], int]], launcher_fd: int) -> None:
-    """Forks ``processes``, each in a process group of its own, and sends their pids. What each
-    returns is its exit status."""
+    """Forks ``processes``, each in a process group of its own, and sends their pids to the
+    launcher. What a function returns is its process's exit status."""
     launcher = os.getppid()
     with socket.socket(fileno=launcher_fd) as to_launcher:
         pids = {}
@@ -78,7 +78,7 @@ def fork_all(processes: Mapping[str, Callable[[], int]], launcher_fd: int) -> No
 
 
 def _wait_for_adoption(to_launcher: socket.socket, launcher: int) -> None:
-    """Returns when the launcher is the parent and its end will be this process's end."""
+    """Returns when the launcher is the parent and this process would end with it."""
     with to_launcher:
         if to_launcher.recv(len(b"go")) != b"go":
             os._exit(1)

@@ -1,10 +1,10 @@
-"""The HTTP process: SGLang's tokenizer managers and applications of every model behind one port.
+"""The HTTP process: SGLang's tokenizer manager and application of every model behind one port.
 
     python -m crosspool.server.http_process --deployment FILE
 
-It listens at once and answers ``/health`` with 503 until every process is ready and every model has
-generated a token. SIGTERM lets requests in flight end, for ``drain_timeout`` seconds at most. Exit
-status 0 after that, 2 for a user's mistake (told on stderr), 1 for anything else.
+It listens at once; ``/health`` gives 503 until every process is ready and every model has generated
+a token. After SIGTERM, requests in flight have ``drain_timeout`` seconds to finish. The exit status
+is 0 then, 2 for a user's mistake, which stderr names, and 1 for anything else.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 
 _STATUS_SECONDS = 0.5
 _SILENCE_SECONDS = 15.0
-"""A scheduler that has not answered for so long is taken for dead."""
+"""Seconds of silence after which the scheduler is taken for dead."""
 _KEEP_ALIVE_SECONDS = 75
 """How long an idle connection stays open: longer than clients and proxies keep theirs, since a
 request that meets a closing connection is lost (aiohttp gives up after 15 s, openai after 5)."""
 _LINGER_SECONDS = 5
-"""How long open connections may take to close after the last request was answered."""
+"""Time for open connections to close after the last request has ended."""
 _BACKLOG = 2048
 
 
@@ -108,20 +108,24 @@ class HttpProcess:
     async def _drain(self) -> None:
         deadline = time.monotonic() + self._deployment.drain_timeout
         if self._state.in_flight:
-            log.info("%d requests in flight may end", self._state.in_flight)
+            log.info(
+                "%d requests in flight have %g s to finish",
+                self._state.in_flight,
+                self._deployment.drain_timeout,
+            )
         while self._state.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         if self._state.in_flight:
-            log.warning("%d requests are cut off", self._state.in_flight)
+            log.warning("%d requests did not finish in time", self._state.in_flight)
 
     async def _prepare(self) -> None:
-        """From the first import to the first token of every model; then waits for ever."""
+        """Imports SGLang and has every model generate a token. Never returns by itself."""
         self._state.message = "importing SGLang"
         model_app = await asyncio.to_thread(_import_model_app)
         models: list[ModelApp] = []
         for index, config in enumerate(self._deployment.models):
             self._state.message = f"preparing {config.name}"
-            await asyncio.sleep(0)  # let waiting health checks be answered in between
+            await asyncio.sleep(0)  # lets health checks in between
             models.append(model_app.ModelApp(self._deployment, index))
         while (status := self._state.status) is None or not status.ready:
             self._state.message = status.message if status else "waiting for the scheduler"
@@ -152,7 +156,7 @@ class HttpProcess:
             await asyncio.sleep(_STATUS_SECONDS)
 
     def _fail(self, cause: str) -> None:
-        log.error("%s: answering 503 from now on", cause)
+        log.error("%s: every request gets 503 from now on", cause)
         self._state.ready = False
         self._state.message = cause
         for model in self._state.models.values():

@@ -1,4 +1,4 @@
-"""What the front end's processes have in common: arguments, title, log, exit status."""
+"""What the server's processes have in common: arguments, title, log, exit status."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from crosspool.config.process import die_with_parent, set_title
 def run(name: str, serve: Callable[[Deployment], None], argv: Sequence[str] | None = None) -> int:
     """Parses ``--deployment FILE`` and calls ``serve``, which imports SGLang.
 
-    Returns 0 when it returns, 2 after a ConfigError, which is told on stderr; other exceptions
-    are logged and come to 1."""
+    The exit status is 0 when ``serve`` returns, 2 after a ConfigError, which goes to stderr, and 1
+    after any other exception, which goes to the log."""
     parser = argparse.ArgumentParser(prog=f"crosspool {name}")
     parser.add_argument("--deployment", type=Path, required=True, help="deployment.json")
     arguments = parser.parse_args(argv)
@@ -58,8 +58,8 @@ def prepare(name: str, file: Path) -> Deployment:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process at once: taking SGLang's and torch's modules apart costs seconds and serves
-    nobody."""
+    """Ends the process at once: an orderly end of SGLang's and torch's modules takes seconds and
+    is of no use."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -73,13 +73,16 @@ _NOISE = (
     "OpenAI Responses API (/v1/responses) disabled",
     "Using fallback token IDs for yes/no",
     "Restoring add_bos_token",
+    "Using default HuggingFace chat template",
+    "Started server process",
+    "Finished server process",
 )
-"""What SGLang says of parts of it that CrossPool does not use, once per model and process."""
+"""Lines of SGLang and uvicorn about what CrossPool does not use, or that name no model."""
 
 
 def configure_logging(name: str, deployment: Deployment) -> None:
-    """Log lines of this process go to stderr at the deployment's ``log_level``, but for SGLang's
-    about parts that are not in use."""
+    """Sends log lines of this process to stderr at the deployment's ``log_level``, without those
+    that are noise."""
     logging.basicConfig(
         level=str(deployment.sglang.get("log_level", "info")).upper(),
         format=f"%(asctime)s %(levelname)s {name}: %(message)s",
