@@ -15,7 +15,7 @@ from crosspool.transport.links import join, open_ends
 
 @dataclass
 class ResidentLink:
-    """A link that native code drives, as far as its counters go."""
+    """A link that native code drives, with the counters that it writes."""
 
     attention_rank: int
     lane: int
