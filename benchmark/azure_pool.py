@@ -4,16 +4,17 @@
 
 Reads the Azure LLM inference traces of 2023 (Azure Public Dataset), gives each request to a model
 by the popularity of models on OpenRouter, and takes the models' shapes in turn from the catalogue's
-Mixture-of-Experts models. Service times come from a decode speed, since the traces have none. Of
-demand over the trace, replayed exactly: the pool's P99 as a budget, beside the sum of what each
-model needs by itself (its own P99, its own highest moment, one request of its longest context), and
-beside what the planner says that knows less than the times of arrival; and how often and how long
-demand exceeds the budget, and whether models peak together. Since all models' requests come from
-one trace, its bursts reach all models at once: as bad as it can be for a common pool. Models
-shifted apart in time are the other extreme.
+Mixture-of-Experts models. Service times come from a decode speed, since the traces have none.
 
-Requests are dealt several times (which model is the popular one, and who gets which request): the
-rows have the median over the deals, ``first`` is the first deal, which the plot shows.
+The demand over the trace is replayed exactly. Its P99, the pool's budget, is compared with the sum
+of what each model needs by itself (its own P99, its own highest moment, one request of its longest
+context), and with the planner's answers without the arrival times. The benchmark also says how
+often and for how long demand exceeds the budget, and whether models peak together. Since all
+models' requests come from one trace, its bursts reach all models at once, which is the worst case
+for a common pool. Models that are shifted apart in time are the other extreme.
+
+Requests are dealt several times, with other popular models and other requests for each: the rows
+have the median over the deals, and ``first`` is the first deal, which the plot shows.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ PEAK = 0.95
 CHUNK_BYTES = 2 << 20
 PAGE_SIZE = 16
 WINDOWS = (60.0, 5.0)
-"""Seconds in which arrivals are taken as Poisson."""
+"""Lengths in seconds of the windows in which arrivals are taken as Poisson."""
 CHARGES: tuple[Charge, ...] = ("active", "promised")
 _SUMMARY = __doc__.split("\n", 1)[0]
 NAMES = {
@@ -88,7 +89,7 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Deal:
-    """One way to give a trace's requests to models."""
+    """The result of one way to give a trace's requests to models."""
 
     figures: dict[str, float]
     demand: ReplayDemand
@@ -96,8 +97,8 @@ class Deal:
 
 
 def deal(trace: Trace, setting: Setting, charge: Charge, seed: int) -> Deal:
-    """The trace's demand when ``seed`` says which model has which rank of popularity, and which
-    model each request asks."""
+    """Measures the trace's demand when ``seed`` decides the models' ranks of popularity, and which
+    model each request is for."""
     names = [name for name in catalogue.names() if catalogue.load(name).experts]
     order = np.random.default_rng(seed).permutation(len(names))
     kv = []
@@ -144,8 +145,8 @@ def deal(trace: Trace, setting: Setting, charge: Charge, seed: int) -> Deal:
 
 
 def dispersion(found: Coincidence) -> float:
-    """The variance of the number of models at their peak over that under independence: 1 when
-    peaks meet as chance has it, the number of models when all peak at the same times."""
+    """Returns the variance of the number of models at their peak over that of independent models: 1
+    when peaks meet by chance, the number of models when all peak at the same times."""
     expected = sum(share * (1 - share) for share in found.at_peak)
     numbers = np.arange(len(found.together))
     mean = numbers @ np.array(found.together)
@@ -154,7 +155,7 @@ def dispersion(found: Coincidence) -> float:
 
 
 def together(first: Trace, second: Trace) -> Trace:
-    """Both traces, begun at the same time, until the first of them ends."""
+    """Merges both traces from a common start until the first of them ends."""
     assert first.arrival is not None and second.arrival is not None
     arrival = np.concatenate((first.arrival, second.arrival))
     order = np.argsort(arrival, kind="stable")
@@ -167,7 +168,7 @@ def together(first: Trace, second: Trace) -> Trace:
 
 
 def plot(found: Deal, path: Path) -> None:
-    """Demand over time with the budget's line, and models at their peaks at the same time."""
+    """Plots demand over time with the budget, and the number of models at their peak."""
     figure, (demand, peaks) = plots.panels(
         (
             "KV demand of all models, GB (both traces)",
@@ -198,7 +199,7 @@ def plot(found: Deal, path: Path) -> None:
 
 
 def shares(report: PeakReport) -> dict[str, Any]:
-    """Share of time with 0, 1, 2, ... models at their peak, in the trace and if independent."""
+    """Returns shares of the time with 0, 1, 2, ... models at their peak, measured and expected."""
     found = report.coincidence
     count = max(k for k, share in enumerate(found.together) if share > 0) + 1
     return {

@@ -1,4 +1,4 @@
-"""Makes traces: requests of several models by their rates and lengths, and the file of them.
+"""Makes traces of several models from their rates and lengths, and writes them to a file.
 
 Example::
 
@@ -27,17 +27,17 @@ _MOST_REQUESTS = 100_000_000
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Load:
-    """Requests of one model, as a renewal process. Raises ConfigError."""
+    """The requests of one model as a renewal process. Raises ConfigError."""
 
     model: str
     rate: float
     """Requests per second, at least 0."""
     lengths: Lengths
     gap_cv: float = 1.0
-    """Coefficient of variation of the gaps between arrivals, which are gamma-distributed: 1 is
-    Poisson, above 1 bursts, below 1 a steady beat."""
+    """Coefficient of variation of the gaps between arrivals, which are gamma-distributed: with 1
+    arrivals are Poisson, above 1 they come in bursts, below 1 they are more regular."""
     speed: DecodeSpeed | None = None
-    """Gives the requests a service time; None: they have none."""
+    """Decode speed that gives the requests service times; None for no service times."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.rate) and self.rate >= 0):
@@ -47,9 +47,9 @@ class Load:
 
 
 def generate(loads: Sequence[Load], seconds: float, seed: int) -> Trace:
-    """The requests of ``seconds`` out of endless traffic, in order of arrival. A model's requests
-    depend on the seed and on its place among ``loads`` only. Raises ConfigError, also where chance
-    has it that no request arrives at all."""
+    """Draws ``seconds`` of endless traffic, in the order of arrival. A model's requests depend only
+    on the seed and on its place in ``loads``. Raises ConfigError, also when no request happens to
+    arrive."""
     if not (math.isfinite(seconds) and seconds > 0):
         raise ConfigError(f"seconds {seconds}: must be a finite number above 0")
     if not loads:
@@ -102,7 +102,7 @@ def write_trace(trace: Trace, file: Path) -> None:
 def _of_model(
     load: Load, seconds: float, seed: np.random.SeedSequence
 ) -> tuple[Floats, np.ndarray, np.ndarray, Floats]:
-    """Arrivals, prompt and output tokens, service times (0 where the load has no speed)."""
+    """Draws arrivals, prompt and output tokens, and service times (0 without a speed)."""
     times, sizes = (np.random.default_rng(own) for own in seed.spawn(2))
     arrival = _arrivals(load.rate, load.gap_cv, seconds, times)
     prompt, output = load.lengths.draw(len(arrival), sizes)
@@ -111,7 +111,7 @@ def _of_model(
 
 
 def _arrivals(rate: float, cv: float, seconds: float, rng: np.random.Generator) -> Floats:
-    """Ascending times in [0, seconds) of a gamma renewal process that has always been running.
+    """Draws ascending times in [0, seconds) of a gamma renewal process that was always running.
 
     The gap in which time 0 lies is longer than others (its density is weighted by its length), and
     time 0 anywhere in it: drawn so, the expected number of arrivals is ``rate * seconds`` whatever

@@ -1,4 +1,4 @@
-"""How long the KV planner takes for a random time's demand: many models, many samples.
+"""Measures how long the planner takes for demand at a random time, with many models and samples.
 
     python -m benchmark.planner_speed [--models 300] [--samples 1000000]
 
@@ -27,10 +27,10 @@ from benchmark import machine
 from benchmark.records import Recorder
 
 RATES = (10.0, 100.0, 1000.0)
-"""Requests per second of all models."""
+"""Requests per second of all models together."""
 CHUNK_BYTES = 2 << 20
 ROWS = 10_000
-"""Samples per model that are drawn from."""
+"""Number of samples per model from which requests are drawn."""
 
 
 def main(words: Sequence[str] | None = None) -> int:

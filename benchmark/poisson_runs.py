@@ -1,4 +1,4 @@
-"""What a served run of some length would measure: runs of Poisson arrivals, drawn and replayed."""
+"""Simulates served runs of some length: Poisson arrivals are drawn and replayed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from crosspool.planner.traffic.samples import Ints, ModelTraffic, Samples, Traff
 from tqdm import tqdm
 
 Start = Literal["stationary", "empty"]
-"""What a run finds at its beginning: what a random time finds, or no request at all."""
+"""State at a run's beginning: that of a random time, or no request at all."""
 
 
 def poisson_run(
@@ -41,14 +41,14 @@ def run_quantile_interval(
     start: Start = "stationary",
     progress: bool | None = None,
 ) -> QuantileEstimate:
-    """The interval in which the quantile over time of pool demand, bytes, of one more run of
-    ``run_seconds`` lies with probability ``level``; its ``value`` is the median of the ``runs``
-    simulated ones.
+    """Returns the interval in which the quantile over time of pool demand, in bytes, of one more
+    run of ``run_seconds`` lies with probability ``level``; its ``value`` is the median of the
+    ``runs`` simulated runs.
 
-    A distribution-free prediction interval: one more run falls between the l-th and the u-th of n
-    runs with probability (u - l) / (n + 1) (Meeker, Hahn and Escobar, Statistical Intervals, 2nd
-    edition, chapter 5), at least so where runs can be equal. Demand has no limit here: it is what
-    requests hold when none has to wait. Raises ConfigError when ``runs`` are too few."""
+    It is a distribution-free prediction interval: one more run falls between the l-th and the u-th
+    of n runs with a probability of (u - l) / (n + 1), or more where runs can be equal (Meeker, Hahn
+    and Escobar, Statistical Intervals, 2nd edition, chapter 5). Demand has no limit here: it is
+    what requests hold when none has to wait. Raises ConfigError when ``runs`` are too few."""
     check_probability("quantile", quantile)
     check_probability("level", level)
     kv_loads(traffic, kv_models, chunk_bytes)

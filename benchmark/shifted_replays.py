@@ -12,9 +12,9 @@ from tqdm import tqdm
 def independent_shifts(
     demand: ReplayDemand, quantile: float, shifts: int, seed: int, progress: bool | None = None
 ) -> Floats:
-    """[shifts] the pool's quantile, in bytes, when every model's demand over time is moved on a
-    circle by a time of its own, uniform over the trace. A model keeps its bursts and how often it
-    needs how much; whether bursts of different models meet is left to chance."""
+    """Returns [shifts] quantiles of the pool, in bytes. For each, every model's demand over time is
+    moved on a circle by a time of its own, uniform over the trace: a model keeps its bursts and how
+    often it needs how much, but chance decides whether bursts of different models meet."""
     rng = np.random.default_rng(seed)
     found = np.empty(shifts)
     hidden = None if progress is None else not progress
@@ -26,8 +26,8 @@ def independent_shifts(
 
 
 def rotated(timeline: Timeline, seconds: float) -> Timeline:
-    """The same timeline on a circle, ``seconds`` later: what leaves at the end comes in at the
-    beginning. Every value holds for as long as before."""
+    """Returns the timeline moved on a circle by ``seconds``: what leaves at the end comes in at the
+    beginning, and every value holds for as long as before."""
     edges = timeline.times + seconds % timeline.seconds
     cut = int(np.searchsorted(edges[:-1], timeline.seconds))
     start, end = np.roll(timeline.start, -cut), np.roll(timeline.end, -cut)

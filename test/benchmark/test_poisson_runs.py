@@ -1,4 +1,4 @@
-"""What a run measures: coverage of fresh runs, and limits with closed forms."""
+"""Compares simulated runs with fresh ones, and with closed forms in their limits."""
 
 from __future__ import annotations
 

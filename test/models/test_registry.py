@@ -1,4 +1,4 @@
-"""config.json -> ModelSpec, against transformers' own reading of the same fields."""
+"""Compares the ModelSpec of a config.json with transformers' own reading of the same fields."""
 
 from __future__ import annotations
 

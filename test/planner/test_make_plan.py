@@ -1,4 +1,4 @@
-"""A plan, its parts checked against each other and against bytes counted by hand."""
+"""Checks the parts of a plan against each other and against bytes counted by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Budgets: whole chunks per attention rank, and what sharing saves."""
+"""Budgets in whole chunks per attention rank, and the saving of a common pool."""
 
 from __future__ import annotations
 

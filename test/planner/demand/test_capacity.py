@@ -1,4 +1,4 @@
-"""What memory sustains, against closed forms; monolithic placements, against the paper's."""
+"""Compares sustained rates with closed forms, and monolithic placements with the paper's."""
 
 import math
 from dataclasses import replace
@@ -22,7 +22,7 @@ CHUNK = 1 << 20
 
 
 def fixed(rate: float, service: float = 2.0) -> tuple[Traffic, list[KVModel]]:
-    """Requests of one chunk each, whatever their age."""
+    """Makes requests of one chunk each, whatever their age."""
     rows = Samples(np.array([15]), np.array([1]), np.array([service]))
     kv = KVModel("m", CHUNK // 16, 16, 1000)
     return Traffic((ModelTraffic("m", rate, rows),), math.inf), [kv]
@@ -60,7 +60,7 @@ def azure(models: int, rate: float) -> tuple[Traffic, list[KVModel]]:
 
 
 def scaled(traffic: Traffic, factor: float) -> Traffic:
-    """The same requests at other rates."""
+    """Returns the same requests at other rates."""
     models = tuple(replace(model, rate=model.rate * factor) for model in traffic.models)
     return Traffic(models, math.inf)
 

@@ -1,4 +1,4 @@
-"""Demand at a random time against closed forms: M/G/infinity, Campbell, changing rates."""
+"""Compares demand at a random time with closed forms: M/G/infinity, Campbell, changing rates."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_growth_has_the_mean_of_little_and_the_variance_of_campbell(rate: float)
 
 @pytest.mark.parametrize("rate", [FEW / 10, BUSY])
 def test_rows_are_kept_together_and_long_ones_are_seen_more(rate: float) -> None:
-    """Long prompts take long here: E[T * (O_p + O_d / 2)], and not E[T] times anything."""
+    """Long prompts take long here: the mean is E[T * (O_p + O_d / 2)], not a product with E[T]."""
     rng = np.random.default_rng(5)
     prompt = rng.integers(100, 10_000, 500)
     output = prompt // 3
@@ -227,8 +227,8 @@ def test_windows_follow_the_rate() -> None:
 
 @pytest.mark.parametrize("window", [1.0, 7.3, 40.0])
 def test_windows_of_any_length_know_samples_of_any_time(window: float) -> None:
-    """Requests that outlive many windows, and a burst of short ones, which stay short: each keeps
-    to its own window."""
+    """Requests that outlive many windows and a burst of short requests each keep to their own
+    windows."""
     rng = np.random.default_rng(2)
     arrivals = np.sort(np.concatenate((rng.uniform(0, 200, 100), rng.uniform(60, 64, 300))))
     model = changing(1.0, arrivals)
@@ -250,8 +250,8 @@ def test_windows_of_any_length_know_samples_of_any_time(window: float) -> None:
 
 @pytest.mark.parametrize("window", [0.5, 10.0, 2000.0])
 def test_windows_know_ages_and_lengths_together(window: float) -> None:
-    """Windows shorter than any request, longer than any, and one for the whole trace, which is
-    the stationary law but for the trace's ends."""
+    """Windows are shorter than any request, longer than any, and as long as the trace, which gives
+    the stationary law except at the trace's ends."""
     rng = np.random.default_rng(4)
     prompt = rng.integers(10, 3000, 2000)
     rows = Samples(prompt, rng.integers(10, 3000, 2000), 1.0 + prompt / 500)

@@ -1,4 +1,4 @@
-"""Peaks: by hand, against independence, and against sums on a grid."""
+"""Compares peaks with counts by hand, with independence, and with sums on a grid."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmark.poisson_runs import poisson_run
 
 
 def steps(*pieces: tuple[float, float]) -> Timeline:
-    """A step function of (seconds, bytes)."""
+    """Makes a step function from pairs of seconds and bytes."""
     seconds, values = np.array(pieces, dtype=float).T
     return Timeline(np.append(0, np.cumsum(seconds)), values, values)
 

@@ -1,4 +1,4 @@
-"""Order-statistic intervals: ranks against the binomial, coverage over many seeds."""
+"""Compares ranks of order statistics with the binomial law, and coverage over many seeds."""
 
 from __future__ import annotations
 

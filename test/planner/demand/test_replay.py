@@ -1,4 +1,4 @@
-"""Exact replay against sums over requests on a fine grid, and paths against integrals by hand."""
+"""Compares replays with sums over requests on a fine grid, and timelines with integrals by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmark.shifted_replays import rotated
 
 
 def by_hand(kv: KVModel, traffic: ModelTraffic, charge: Charge, chunk_bytes: int) -> np.ndarray:
-    """The model's bytes at every time of the grid, request by request."""
+    """Sums the model's bytes at every time of the grid, request by request."""
     pages = np.zeros(len(GRID))
     assert traffic.arrivals is not None
     for prompt, output, service, arrival in zip(
@@ -105,7 +105,7 @@ def test_a_total_is_the_sum() -> None:
 
 
 def test_a_long_poisson_trace_is_a_random_time() -> None:
-    """Replay and the stationary law know nothing of each other's formulas."""
+    """The replay and the stationary law share no formula, and agree."""
     rng = np.random.default_rng(7)
     seconds, rate = 20_000.0, 1.5
     rows = Samples(

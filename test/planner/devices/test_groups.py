@@ -1,4 +1,4 @@
-"""Groups of weight pool devices against the best of all arrangements, and by their properties."""
+"""Compares groups of weight pool devices with the best of all arrangements, and by properties."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Parallelism, bytes by device and the paper's Figure 6: against the paper's own numbers."""
+"""Compares parallelism, bytes by device and Figure 6 with the paper's own numbers."""
 
 import pytest
 from crosspool.config.errors import ConfigError

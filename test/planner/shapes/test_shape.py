@@ -1,4 +1,4 @@
-"""Shapes: the catalogue against published totals and transformers, and nonsense in a config."""
+"""Compares shapes with published totals and with transformers, and refuses nonsense in a config."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _read(folder: Path, fields: dict[str, Any]) -> ModelShape:
 
 
 def _transformers_parameters(fields: dict[str, Any]) -> int:
-    """Of transformers' own model, without memory for its weights; with the routers' buffers."""
+    """Counts the parameters of transformers' own model and its routers' buffers, without memory."""
     fields = {key: value for key, value in fields.items() if key != "crosspool"}
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("meta"):
@@ -81,7 +81,7 @@ def test_ffn_shares_of_the_paper(name: str, share: float) -> None:
 
 
 def _active_parameters(shape: ModelShape) -> float:
-    """Parameters that one token's way through the model reads; its own row of the embedding."""
+    """Counts the parameters that one token reads, among them its own row of the embedding."""
     looked_up = 0 if shape.tied_embeddings else (shape.vocab - 1) * shape.hidden
     ffn = shape.active_ffn_bytes_per_token / shape.dtype_bytes
     return shape.attention_parameters - looked_up + ffn

@@ -1,4 +1,4 @@
-"""Popularity, lengths, service times, dealing a trace to models, and traces made by statistics."""
+"""Popularity, lengths, service times, dealing a trace to models, and made traces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trace files of every format, good and bad; the published traces where they are at hand."""
+"""Trace files of every format, good and bad, and the published traces where they are present."""
 
 from __future__ import annotations
 

@@ -86,12 +86,12 @@ def _budget(plan: Plan) -> Text:
     ]
     if plan.replayed is not None:
         lines.append(
-            f"  {name} of the trace's time, replayed exactly: {precise(plan.replayed.value)}"
+            f"  {name} over the trace's own time: {precise(plan.replayed.value)} (replayed)"
         )
     lines.append(
         f"Page budget{chosen}: {precise(budget.pool_bytes)} on {budget.ranks} KV pool device(s), "
-        f"{budget.rank_chunks:,} chunks of {format_size(budget.chunk_bytes)} each; "
-        f"{format_size(plan.kv_bytes)} are there, exceeded {share(plan.exceeds)} of the time"
+        f"{budget.rank_chunks:,} chunks of {format_size(budget.chunk_bytes)} each; demand exceeds "
+        f"the KV memory of {format_size(plan.kv_bytes)} for {share(plan.exceeds)} of the time"
     )
     return Text("\n".join(lines))
 
@@ -136,7 +136,7 @@ def _span(devices: tuple[int, ...]) -> str:
 
 
 def _reasons(plan: Plan) -> Text:
-    lines = ["Parallelism of attention, and what part of the KV pool one request sees:"]
+    lines = ["Parallelism of attention, and the part of the KV pool that one request sees:"]
     lines.append(f"  served: {share(plan.models[0].served.share)}, {plan.models[0].served.reason}")
     of_reason: dict[str, list[ModelPlan]] = {}
     for model in plan.models:
@@ -165,7 +165,7 @@ def _systems(plan: Plan) -> Table:
     )
     for system in plan.systems:
         made.add_row(SYSTEM_NAMES[system.name], *_system_cells(plan, system))
-    made.caption = "by KV memory alone, at this traffic's proportions; compute is not looked at"
+    made.caption = "by KV memory alone, in this traffic's proportions; compute is not considered"
     return made
 
 
@@ -194,8 +194,8 @@ def _saved(plan: Plan) -> Text:
             count = f"{value} device(s)" if value >= 0 else f"no device ({-value} more needed)"
             words.append(f"{count} against {against}")
     kept = (
-        f"{format_size(saved.kv_bytes)} of KV memory ({share(saved.kv_share)}) against a "
-        f"P{100 * plan.quantile:g} of every model for itself"
+        f"{format_size(saved.kv_bytes)} of KV memory ({share(saved.kv_share)}) against the sum of "
+        f"the models' own P{100 * plan.quantile:g}"
         if saved.kv_bytes >= 0
         else "no KV memory"
     )
@@ -225,13 +225,13 @@ def _peaks(report: PeakReport) -> Group:
         if seen == 0:
             break
         lines.append(
-            f"  {models} or more models above their own {peak} at once: {seen:.3%} of the time "
+            f"  {models} or more models are above their own {peak} for {seen:.3%} of the time "
             f"({chance:.3%} if independent)"
         )
     above = report.exceedance
     lines.append(
-        f"  demand above the budget of {format_size(above.budget_bytes)}: {above.fraction:.3%} of "
-        f"the time, {above.count} times, {above.longest_seconds:.1f} s at the longest, by "
-        f"{format_size(max(0, above.largest_bytes))} at most"
+        f"  demand exceeds the budget of {format_size(above.budget_bytes)} for "
+        f"{above.fraction:.3%} of the time: {above.count} times, for at most "
+        f"{above.longest_seconds:.1f} s and by at most {format_size(max(0, above.largest_bytes))}"
     )
     return Group(made, Text("\n".join(lines)))
