@@ -124,7 +124,8 @@ def import_graph() -> dict[str, set[str]]:
             if isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
-                found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= names if names <= known else names | {node.module}
         graph[module_of(path)] = (found & known) - {module_of(path)}
     return graph
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib.util
+import itertools
 import re
 import subprocess
 from collections.abc import Iterator
@@ -15,20 +17,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "crosspool"
 NATIVE = ROOT / "sgl-kernel-ext"
-ROOTS = (ROOT, PACKAGE, NATIVE, NATIVE / "cpu", NATIVE / "cpu" / "engine", NATIVE / "include")
-"""Folders that a path in a document may be relative to."""
-SUFFIXES = ("py", "md", "h", "cpp", "cu", "cuh", "c", "pml", "yaml", "toml", "txt", "json", "jsonl")
-SUFFIXES_RE = "|".join(SUFFIXES)
+SUFFIXES = "py|md|h|cpp|cu|cuh|c|pml|yaml|toml|txt|json|jsonl"
 FOREIGN_FILES = {
-    # files of checkpoints, of a user, or of other projects
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
-    "deployment.yaml", "deployment.json", "trace.json", "plan.yaml", "cuda.h", "setup.py",
-}  # fmt: skip
-FOREIGN_FLAGS = {
-    # of SGLang, pip, CMake, git, pytest and others
-    "--no-deps", "--editable", "--index-url", "--build", "--install", "--prefix", "--device",
-    "--help", "--version", "--durations", "--tool", "--headless", "--parallel",
-}  # fmt: skip
+    # of checkpoints and users
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),
+    *("deployment.yaml", "deployment.json", "trace.json", "plan.yaml"),
+    # of other projects
+    *("llama.cpp", "dlpack.h", "cuda.h"),
+    # what benchmarks write on a GPU
+    *("gpu.jsonl", "gpu_costs.json"),
+}
+FOREIGN_FLAGS = {"--no-deps", "--editable", "--index-url", "--build", "--install", "--prefix"}
+"""Flags of pip and CMake."""
 
 
 def documents() -> list[Path]:
@@ -49,18 +49,23 @@ def sources() -> list[Path]:
     return found
 
 
-def tracked() -> set[str]:
-    """Names of the files that belong to the project, without their folders."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.split("\n")
-    if len(listed) < 100:  # no checkout: an unpacked archive
+@functools.cache
+def tracked() -> frozenset[str]:
+    """Paths of the project's files and folders from its root, each with a slash before it."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if len(listed) < 100:  # an unpacked archive
         listed = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
-    return {Path(name).name for name in listed}
+    files = [Path(name) for name in listed if (ROOT / name).exists()]
+    folders = {parent for file in files for parent in file.parents}
+    return frozenset(f"/{path}" for path in (*files, *folders))
+
+
+@functools.cache
+def exists(name: str) -> bool:
+    """Whether a file or folder of the project has this path or ends with it."""
+    end = "/" + name.removeprefix("./").rstrip("/")
+    return any(path.endswith(end) for path in tracked())
 
 
 def code_spans(path: Path) -> Iterator[tuple[int, str]]:
@@ -104,31 +109,28 @@ def anchors(path: Path) -> set[str]:
 
 
 def test_files_that_documents_name_exist() -> None:
-    missing = []
-    for path in documents():
-        for number, text in code_spans(path):
-            for name in re.findall(
-                rf"(?<![\w/*.{{-])[\w./-]*\w\.(?:{SUFFIXES_RE})\b(?![\w(])", text
-            ):
-                if Path(name).name in FOREIGN_FILES or "..." in name or name.startswith("/"):
-                    continue
-                if not any((root / name).exists() for root in (path.parent, *ROOTS)):
-                    missing.append(where(path, number, name))
-            for name in re.findall(r"(?<![\w/.*-])(?:[a-z_-]+/)+(?=$|\s)", text):
-                if not any((root / name).exists() for root in ROOTS):
-                    missing.append(where(path, number, name))
+    file = re.compile(rf"(?<![\w/*.{{-])[\w./-]*\w\.(?:{SUFFIXES})\b(?![\w(])")
+    folder = re.compile(r"(?<![\w/.*-])(?:[a-z_-]+/)+(?=$|\s)")
+    missing = [
+        where(path, number, name)
+        for path in documents()
+        for number, text in code_spans(path)
+        for name in file.findall(text) + folder.findall(text)
+        if not (Path(name).name in FOREIGN_FILES or "..." in name or exists(name))
+    ]
     assert not missing, "\n".join(missing)
 
 
 def test_files_that_comments_name_exist() -> None:
-    names = tracked() | FOREIGN_FILES
-    missing = []
-    for path in sources():
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            comment = comment_of(path, line)
-            for name in re.findall(r"(?<![\w*<{%-])[\w/-]*\w\.(?:py|md|h|cpp|cu|pml)\b", comment):
-                if Path(name).name not in names:
-                    missing.append(where(path, number, name))
+    file = re.compile(r"(?<![\w*<{%./-])[\w/-]*\w\.(?:py|md|h|cpp|cu|pml)\b")
+    missing = [
+        where(path, number, name)
+        for path in sources()
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        for name in file.findall(comment_of(path, line))
+        if not (Path(name).name in FOREIGN_FILES or exists(name))
+    ]
     assert not missing, "\n".join(missing)
 
 
@@ -152,6 +154,8 @@ def test_cross_references_of_docstrings_resolve() -> None:
 
 
 def resolves(path: Path, kind: str, name: str) -> bool:
+    if name.startswith("."):
+        name = ".".join(path.relative_to(PACKAGE.parent).parent.parts) + name
     parts = name.split(".")
     if parts[0] != "crosspool":
         if parts[0] in {"torch", "numpy", "socket", "multiprocessing", "msgspec", "sglang"}:
@@ -196,27 +200,21 @@ def test_commands_that_documents_name_exist() -> None:
             for command in re.findall(r"(?:^|\s|/)crosspool ([a-z]+)\b", text):
                 if command not in COMMANDS:
                     wrong.append(where(path, number, f"crosspool {command}"))
-            for words in re.findall(r"(?:^|\s)make ([a-z][\w -]*)", text):
-                for target in words.split():
+            for words in re.findall(r"(?:^|\s)make ([a-z][\w -]*)(?![=\w])", text):
+                for target in itertools.takewhile(str.islower, words.split()):
                     if target not in targets:
                         wrong.append(where(path, number, f"make {target}"))
     assert not wrong, "\n".join(wrong)
 
 
 def known_flags() -> set[str]:
-    """Flags of the package's own parsers, and every flag that a parser's source names."""
+    """Flags of the server, and every flag that a program of the project takes."""
     from crosspool.config.flags import make_parser
 
     found = {flag for action in make_parser("x")._actions for flag in action.option_strings}
-    for folder in (PACKAGE, ROOT / "benchmark", ROOT / "scripts", NATIVE / "model"):
-        for path in folder.rglob("*.py"):
-            found |= set(
-                re.findall(r"add_argument\(\s*(?:\"-\w\", )?\"(--[\w-]+)\"", path.read_text())
-            )
-    from crosspool.cli import plan_flags
-
-    for action in plan_flags.make_parser("x")._actions:
-        found |= set(action.option_strings)
+    folders = (PACKAGE, ROOT / "benchmark", ROOT / "scripts", ROOT / "examples", NATIVE / "model")
+    for path in (path for folder in folders for path in folder.rglob("*.py")):
+        found |= set(re.findall(r"""["'](--[a-z][\w-]+)["']""", path.read_text()))
     return found
 
 
@@ -267,9 +265,7 @@ def default_of(field: str) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-@pytest.mark.parametrize("text", ["`python/crosspool/nowhere.py`", "`ranks/native_engine.py`"])
-def test_a_missing_file_is_found(text: str, tmp_path: Path) -> None:
-    document = tmp_path / "x.md"
-    document.write_text(text)
-    ((_, span),) = code_spans(document)
-    assert not any((root / span).exists() for root in ROOTS)
+@pytest.mark.parametrize("name", ["python/crosspool/nowhere.py", "ranks/native_engine.py"])
+def test_a_missing_file_is_found(name: str) -> None:
+    assert exists("python/crosspool/ranks/device.py") and exists("ranks/device.py")
+    assert not exists(name)

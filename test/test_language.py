@@ -15,11 +15,13 @@ PACKAGE = ROOT / "python" / "crosspool"
 NATIVE = ROOT / "sgl-kernel-ext"
 
 BARE = re.compile(
-    r"(Of|By|With|Without|As|At|In|On|For|From|To|Into|Between|Beside|Besides|Behind|Beneath|Below"
-    r"|Above|Over|Under|Through|Until|Since|Within|Before|After|Among|Against|About|Like|Where|Who"
-    r"|Whose|And|But|Or|Than|Per)\b"
+    r"(As|And|But|Or|Than)\b"
+    r"|(Of|By|With|Without|At|In|On|For|From|To|Into|Between|Beside|Besides|Behind|Beneath|Below"
+    r"|Above|Over|Under|Through|Until|Since|Within|Before|After|Among|Against|About|Like)\b"
+    r"(?![^.:]*, )"
 )
-"""Words with which a docstring must not begin: what follows has no subject yet."""
+"""Beginnings of a docstring that has no subject: a bare preposition or conjunction. A sentence may
+begin with a preposition where a comma tells that its subject follows."""
 CPP_TYPE = re.compile(
     r"^(?:struct|class|enum class|enum)(?: alignas\([^)]*\))? ([A-Z]\w*)\s*[:{]", re.M
 )
@@ -36,7 +38,8 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Line and text of every string that stands alone: docstrings of modules, classes, functions
     and attributes."""
     for node in ast.walk(tree):
-        for statement in getattr(node, "body", []) if not isinstance(node, ast.Lambda) else []:
+        body = getattr(node, "body", None)
+        for statement in body if isinstance(body, list) else []:
             value = statement.value if isinstance(statement, ast.Expr) else None
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 yield value.lineno, value.value

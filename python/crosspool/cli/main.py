@@ -13,7 +13,7 @@ import crosspool
 from crosspool.config.deployment import ConfigError
 from crosspool.transport.admin import AdminError
 
-_COMMANDS = {
+COMMANDS = {
     "serve": "Serve the models that flags or a deployment file name.",
     "demo": "Serve the three small models that come with CrossPool.",
     "plan": "Plan pools, KV budget and placement for models, devices and traffic.",
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"crosspool {crosspool.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for name, text in _COMMANDS.items():
+    for name, text in COMMANDS.items():
         commands.add_parser(name, help=text)
     command = parser.parse_args(words[:1] or ["--help"]).command
     return run(command, words[1:])
