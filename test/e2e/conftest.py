@@ -21,7 +21,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def host_server() -> Iterator[Server]:
-    """As ``server``, its layers driven by the host loop."""
+    """The same as ``server``, but the host loop drives the layers."""
     with Server(["--dtype", "float32", "--kv-pool-bytes", "256MiB", "--loop", "host"]) as running:
         yield running
 

@@ -27,7 +27,7 @@ def tokenizers() -> list[PreTrainedTokenizerBase]:
 
 @pytest.fixture(scope="session")
 def scripted(tokenizers: list[PreTrainedTokenizerBase]) -> list[list[int]]:
-    """The tokens that each model's fake device says, over and over."""
+    """The tokens that each model's fake device repeats."""
     return [t.encode(TEXT, add_special_tokens=False) for t in tokenizers]
 
 

@@ -1,4 +1,4 @@
-"""A stock SGLang server, started by SGLang's own command, attached to a running deployment."""
+"""A stock SGLang server that is attached to a running deployment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def installed(tmp_path: Path) -> dict[str, str]:
-    """The environment of a Python that has CrossPool installed: with its entry point."""
+    """The environment of a Python in which CrossPool's entry point is installed."""
     info = tmp_path / "crosspool_installed-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: crosspool-installed\nVersion: 0\n")

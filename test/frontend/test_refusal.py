@@ -1,4 +1,4 @@
-"""How a refusal becomes an HTTP answer, without processes."""
+"""How a refusal becomes an HTTP response, without processes."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class FakeRequest:
 
 
 def logprob_of(token: int) -> float:
-    """What every fake token's log-probability is."""
+    """The log-probability that a fake device reports for a token."""
     return -0.5 - (token % 97) / 100
 
 
@@ -69,7 +69,7 @@ class FakeDevice(threading.Thread):
         self.step_seconds = step_seconds
         self._requests: dict[int, FakeRequest] = {}
         self._pages: dict[tuple[int, int], list[int]] = {}
-        """By model and page the tokens that were written there."""
+        """Tokens written to each page, indexed [model, page]."""
         self._stop_event = threading.Event()
         self.failure: str | None = None
         """Set it to make the device report Failed and fall silent."""

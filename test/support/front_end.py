@@ -123,7 +123,7 @@ class FrontEndServer:
         return [json.loads(event) for event in data[:-1]]
 
     def stop(self) -> dict[str, int]:
-        """SIGTERM in the launcher's order; the exit statuses."""
+        """Sends SIGTERM in the launcher's order and returns the exit statuses."""
         statuses = {}
         for name, process in self.processes.items():
             if process.poll() is None:

@@ -246,7 +246,7 @@ class App(Starlette):
 
 def _inner(scope: Scope) -> dict[str, Any]:
     """A request's scope for an application behind this one, without what Starlette has added."""
-    added = ("app", "router", "route", "endpoint", "path_params")
+    added = ("app", "router", "route", "endpoint", "path_params", "starlette.exception_handlers")
     return {key: value for key, value in scope.items() if key not in added}
 
 
