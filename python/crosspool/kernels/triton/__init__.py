@@ -5,9 +5,9 @@ nodes, no host synchronisation, no allocation (outputs and workspaces are passed
 that depends on shapes alone. What changes from step to step and from layer to layer is read from
 device memory:
 
-- ``layer`` is int32 [1]; per-layer weights are a :class:`~.tables.TensorTable`, so one captured
+- ``layer`` is int32 [1]; per-layer weights are a :class:`~crosspool.kernels.triton.tables.TensorTable`, so one captured
   graph serves every layer of a kind;
-- ``batch`` is a :class:`~.batch.DeviceBatch`: its ``count`` says how many of the bucket's rows are
+- ``batch`` is a :class:`~crosspool.kernels.triton.batch.DeviceBatch`: its ``count`` says how many of the bucket's rows are
   there. Rows past it are neither read nor written, and none of their KV is;
 - rows of activations are contiguous, [bucket, width]; the bucket is their first dimension.
 

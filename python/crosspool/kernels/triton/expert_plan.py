@@ -93,7 +93,7 @@ def plan_experts(
     first_expert: int = 0,
 ) -> None:
     """Sorts a batch by expert; ``experts`` and ``weights`` [bucket, top_k] as from
-    :func:`~.router.route`, None in a dense layer. Experts outside first_expert ..
+    :func:`~crosspool.kernels.triton.router.route`, None in a dense layer. Experts outside first_expert ..
     first_expert + held are another rank's."""
     held_block = triton.next_power_of_2(plan.held + 1)
     if plan.few:

@@ -97,7 +97,7 @@ def gated_mlps(
     """out[row] = sum over its experts here of weight * down(silu(gate(x[row])) * up(x[row])), plus
     the shared expert's with weight 1; rows none of whose experts lie here become zero.
 
-    ``x`` [bucket, hidden] of the model's dtype; ``plan`` as :func:`~.expert_plan.plan_experts`
+    ``x`` [bucket, hidden] of the model's dtype; ``plan`` as :func:`~crosspool.kernels.triton.expert_plan.plan_experts`
     made it from ``routed`` (experts, weights; None in a dense layer); ``out`` [bucket, hidden],
     float32 or the model's dtype. The order of the sum does not depend on the device's timing."""
     bucket, hidden = x.shape

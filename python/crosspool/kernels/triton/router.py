@@ -28,7 +28,7 @@ def route(
     scale: float = 1.0,
 ) -> None:
     """The experts of every row, best first, and their weights: ``experts`` int32 and ``weights``
-    float32 [bucket, top_k], from ``logits`` [bucket, experts] (what :func:`~.linear.linear` made
+    float32 [bucket, top_k], from ``logits`` [bucket, experts] (what :func:`~crosspool.kernels.triton.linear.linear` made
     of the router's weight; float32 or the model's dtype).
 
     The rules are those of :class:`crosspool.models.spec.RouterSpec`. ``bias``: float32 table of

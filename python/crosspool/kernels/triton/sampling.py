@@ -75,7 +75,7 @@ def sample(
     workspace: SamplingWorkspace,
 ) -> None:
     """tokens[i] (int32 [bucket]): the best token where the rule takes it, else the one at which
-    the draw falls. ``logits`` float32 [bucket, vocab]; ``best`` as from :func:`~.argmax.argmax`.
+    the draw falls. ``logits`` float32 [bucket, vocab]; ``best`` as from :func:`~crosspool.kernels.triton.argmax.argmax`.
 
     A row whose logits are no numbers gets the last token, as on the CPU."""
     bucket, vocab = logits.shape
