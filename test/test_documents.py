@@ -22,7 +22,8 @@ SUFFIXES_RE = "|".join(SUFFIXES)
 FOREIGN_FILES = {
     # files of checkpoints, of a user, or of other projects
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
-    "deployment.yaml", "deployment.json", "trace.json", "plan.yaml", "cuda.h", "dlpack.h", "setup.py",
+    "deployment.yaml", "deployment.json", "trace.json", "plan.yaml", "cuda.h", "dlpack.h",
+    "setup.py",
 }  # fmt: skip
 FOREIGN_FLAGS = {
     # of SGLang, pip, CMake, git, pytest and others
