@@ -122,7 +122,7 @@ class AgainstBruteForce(RuleBasedStateMachine):
         expected = self.possible(index, count, self.taken(index), self.free_chunks())
         assert (expected is not None) == fits
         if expected is None:
-            with pytest.raises(ValueError, match="not to be had"):
+            with pytest.raises(ValueError, match="cannot be promised now"):
                 self.allocator.take(index, count)
             return
         assert self.allocator.take(index, count) == expected

@@ -101,19 +101,19 @@ def test_a_layer_waits_for_its_payloads_and_for_every_partial_sum() -> None:
     assert ends[1][0].free and ends[1][1].outstanding is not None
     assert launches.of(0)[3:] == [(GPUStage.DENSE_FFN, 0)]  # this device's own share meanwhile
     assert launches.of(1)[3:] == []
-    ends[0][0].answer()
-    ends[1][1].answer()
+    ends[0][0].announce_reply()
+    ends[1][1].announce_reply()
     turn(loop)
     assert launches.of(0)[4:] == []  # one partial sum is missing
     following = [(GPUStage.COMBINE, 0), (GPUStage.ATTENTION, 1), (GPUStage.DISPATCH, 1)]
     assert launches.of(1)[3:] == following
-    ends[0][1].answer()
+    ends[0][1].announce_reply()
     turn(loop)
     assert launches.of(0)[4:] == following
     launches.busy.clear()
     turn(loop)
     for end in (end for of_lane in ends for end in of_lane if not end.free):
-        end.answer()
+        end.announce_reply()
     assert turn(loop) == []  # the last layer's sum is under way
     assert launches.of(0)[-2:] == [(GPUStage.MOE_FFN, 1), (GPUStage.COMBINE, 1)]
     assert launches.of(1)[-2:] == [(GPUStage.DISPATCH, 1), (GPUStage.COMBINE, 1)]
@@ -131,7 +131,7 @@ def test_a_predecessors_dispatch_is_waited_for() -> None:
     loop.push_step(0, GPUStepArguments(step=1, model=0, rows=3, lease=1))
     turn(loop)
     assert launches.of(0) == [(GPUStage.EMBED, 0), (GPUStage.ATTENTION, 0)]
-    end.answer()
+    end.announce_reply()
     end.accept()
     turn(loop)
     assert launches.of(0)[-1] == (GPUStage.DISPATCH, 0)

@@ -38,7 +38,7 @@ class Ends:
     def poll(self) -> DispatchHeader | None:
         return None if self.answered else self.outstanding
 
-    def answer(self) -> None:
+    def announce_reply(self) -> None:
         assert self.poll() is not None
         self.answered = True
 

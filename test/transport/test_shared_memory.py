@@ -113,7 +113,7 @@ def test_rows_and_shapes_must_agree(attention, ffn):
     with pytest.raises(LaneError, match="no whole rows of"):
         there.hidden(torch.float32)
     for wrong in (torch.zeros(2, HIDDEN - 1), torch.zeros(3, HIDDEN - 1), torch.zeros(3)):
-        with pytest.raises(LaneError, match="does not answer"):
+        with pytest.raises(LaneError, match="does not fit"):
             there.reply(wrong)
     there.reply(torch.ones(3, HIDDEN - 1, dtype=torch.bfloat16))
     with pytest.raises(LaneError, match="no whole rows"):
@@ -141,7 +141,7 @@ def test_one_dispatch_is_outstanding_at_most(attention, ffn):
     there.reply(torch.zeros(1, HIDDEN))
     with pytest.raises(LaneError, match="outstanding"):
         here.dispatch(header(1), torch.zeros(1, HIDDEN))
-    with pytest.raises(LaneError, match="no dispatch to answer"):
+    with pytest.raises(LaneError, match="no dispatch to reply to"):
         there.reply(torch.zeros(1, HIDDEN))
 
 

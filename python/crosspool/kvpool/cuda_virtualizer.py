@@ -40,8 +40,8 @@ class CudaVirtualizer(Virtualizer):
         ranges: Sequence[int],
         progress: Progress | None = None,
     ) -> None:
-        """Reserves the ranges and creates the whole budget's handles; ``progress`` is called on
-        the way.
+        """Reserves the ranges and creates the whole budget's handles; ``progress`` is called with
+        bytes created.
 
         ``budget_bytes`` is rounded down, and ``ranges`` (bytes per model) are rounded up, to
         multiples of ``chunk_bytes``, itself a multiple of the driver's granularity. Raises
@@ -52,8 +52,8 @@ class CudaVirtualizer(Virtualizer):
         self.quiesced: Callable[[], contextlib.AbstractContextManager[object]] = (
             contextlib.nullcontext
         )
-        """Entered around driver calls that may wait for kernels which run. Who keeps a resident
-        loop on this device puts here what stops it meanwhile."""
+        """Entered around driver calls that may wait for running kernels. The owner of a resident
+        loop on this device sets it to what stops the loop meanwhile."""
         self._driver = driver
         self._table = ChunkTable(chunk_bytes, ranges)
         self._ranges: list[int] = []
@@ -66,8 +66,8 @@ class CudaVirtualizer(Virtualizer):
             raise
 
     def map(self, model: int, chunks: Sequence[int]) -> None:
-        """As :meth:`~crosspool.kvpool.virtualizer.Virtualizer.map`; when the driver refuses,
-        CudaError, and nothing is mapped."""
+        """Maps as :meth:`~crosspool.kvpool.virtualizer.Virtualizer.map` does. Raises CudaError, and
+        maps nothing, when the driver refuses."""
         table, driver = self._table, self._driver
         slots, nbytes = table.slots_for(model, chunks), table.chunk_bytes
         if not chunks:
@@ -83,8 +83,8 @@ class CudaVirtualizer(Virtualizer):
         table.note_mapped(model, chunks, slots)
 
     def unmap(self, model: int, chunks: Sequence[int]) -> None:
-        """As :meth:`~crosspool.kvpool.virtualizer.Virtualizer.unmap`; when the driver refuses,
-        CudaError, and the chunks before the refused one are unmapped."""
+        """Unmaps as :meth:`~crosspool.kvpool.virtualizer.Virtualizer.unmap` does. Raises CudaError
+        when the driver refuses; the chunks before the refused one are then unmapped."""
         self._table.slots_under(model, chunks)
         if not chunks:
             return
@@ -98,8 +98,8 @@ class CudaVirtualizer(Virtualizer):
         return tensor_at(self._ranges[model], shape, dtype, self._driver.dlpack_device, owner=self)
 
     def close(self) -> None:
-        """As :meth:`~crosspool.kvpool.virtualizer.Virtualizer.close`. Raises CudaError when the
-        driver refuses; another call then goes on where this one failed."""
+        """Gives ranges and handles back to the system. Raises CudaError when the driver refuses;
+        another call then goes on where this one failed."""
         table, driver = self._table, self._driver
         for model in range(len(self._ranges)):
             self.unmap(model, table.mapped(model))
@@ -139,7 +139,7 @@ class CudaVirtualizer(Virtualizer):
 
 
 def _runs(chunks: Sequence[int]) -> Iterator[range]:
-    """The chunks as ranges of neighbours, ascending."""
+    """Yields the chunks as ranges of neighbours, ascending."""
     ordered = sorted(chunks)
     start = ordered[0]
     for chunk, following in zip(ordered, [*ordered[1:], None], strict=True):

@@ -1,4 +1,4 @@
-"""Where a model's KV pages lie: one after another in its virtual range, across chunk borders."""
+"""The layout of a model's KV pages: one after another in its range, across chunk borders."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from crosspool.transport.messages import InspectWhat, RankInfo
 
 
 class Counted(Protocol):
-    """A link, as far as its counters go."""
+    """The part of a link that is inspected."""
 
     attention_rank: int
     lane: int
@@ -31,7 +31,7 @@ class Counted(Protocol):
 
 
 class HostsFFN(Protocol):
-    """An FFN rank, as far as every engine's has it in common."""
+    """What the FFN ranks of all engines have in common."""
 
     rank: int
 

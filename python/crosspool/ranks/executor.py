@@ -20,7 +20,7 @@ from crosspool.ranks.kv_rank import KVRank
 from crosspool.transport.messages import Recall, Release, Step, StepResult
 
 DRAIN_SECONDS = 1 / 3
-"""An FFN rank to which nobody has dispatched for so long has drained."""
+"""Seconds without a dispatch after which an FFN rank counts as drained."""
 
 
 class Executor(Protocol):
@@ -36,8 +36,8 @@ class Executor(Protocol):
 
     def run(self, timeout: float) -> list[StepResult]:
         """Does a bounded amount of ready work (about one part of one layer), or waits up to
-        ``timeout`` seconds for some. Returns the steps that ended, in the order they ended, those
-        of a lease among them."""
+        ``timeout`` seconds for some. Returns the results of steps that have ended, in order; each
+        step of a lease has one."""
 
     @property
     def descriptor(self) -> int | None:
@@ -56,7 +56,7 @@ class Executor(Protocol):
 
 
 class PeerDoorbell(Protocol):
-    """Where other devices wake this one."""
+    """The bell that other devices ring to wake this one."""
 
     def wait(self, timeout: float) -> bool:
         """Returns when a peer has rung since the last call, or after ``timeout`` seconds; says
@@ -158,7 +158,7 @@ class QueuedExecutor(ABC, Generic[R, F]):
 
 
 class StepLoop(Protocol):
-    """What :class:`LoopExecutor` asks of a loop."""
+    """A loop as :class:`LoopExecutor` knows it."""
 
     def push_resume(self, lane: int, step: int) -> None: ...
 
@@ -180,7 +180,7 @@ class LoopExecutor(QueuedExecutor[R, FL]):
 
     @abstractmethod
     def _look(self, flight: FL, event: Event) -> None:
-        """Samples from the logits that the step's lane waits with."""
+        """Samples from logits that the loop has left to Python; the step's lane waits."""
 
     def _result(self, flight: FL, event: Event) -> StepResult:
         """The result of a step that has ended; its lease may go on."""

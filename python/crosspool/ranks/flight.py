@@ -1,5 +1,5 @@
-"""A step that a loop carries out by itself, natively or on a GPU: what Python keeps of it until the
-last result, and the attention rank that begins such steps."""
+"""Steps that a loop carries out by itself, in native threads or on a GPU: what Python keeps of each
+until its last result, and the attention rank that begins them."""
 
 from __future__ import annotations
 

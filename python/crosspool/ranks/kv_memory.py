@@ -69,9 +69,10 @@ def take_kv_pool(
     page_size: int,
     progress: Progress | None = None,
 ) -> tuple[V, list[torch.Tensor]]:
-    """Takes the memory of one attention rank (``budget_bytes``, in whole chunks); returns it, and
-    each model's cache [pages, layers, page_size, kv_width], in which every model could use all of
-    the budget. Only mapped chunks of a cache may be touched.
+    """Takes the memory of one attention rank, ``budget_bytes`` in whole chunks.
+
+    Returns its virtualizer, and for each model a cache [pages, layers, page_size, kv_width] that is
+    long enough for all of the budget. Only mapped chunks of a cache may be touched.
 
     Raises ConfigError when the device has no memory for it."""
     layouts = [KVLayout(spec, page_size, chunk_bytes) for spec in specs]

@@ -22,7 +22,7 @@ class Request:
     sampling: Sampling
     logprobs: Logprobs
     output: list[int] = field(default_factory=list)
-    """Its tokens at and after ``prompt_len`` that have gone through a step."""
+    """Tokens at and after ``prompt_len`` that have gone through a step."""
     last_residual: Tensor | None = None
     """Residual [hidden] at the end of the last prompt chunk, kept while the next chunk's first
     token wants its log-probability."""
@@ -32,7 +32,7 @@ class Request:
 
 
 class ListsTensors(Protocol):
-    """A part of a model, as far as everyone may know it."""
+    """A part of a model that lists what it holds."""
 
     def tensors(self) -> list[TensorListing]: ...
 
@@ -42,11 +42,10 @@ R = TypeVar("R", bound=Request)
 
 
 class KVRank(Generic[P, R]):
-    """One attention rank: its requests, of type R, and its memory; ``parts``, of type P, and ``kv``
-    are indexed by model.
+    """One attention rank: its requests, of type R, and its memory.
 
-    ``kv``: per model [pages, layers, page_size, kv_width], of which only mapped chunks may be
-    touched."""
+    ``parts``, of type P, and ``kv`` are indexed by model. Each cache in ``kv`` is [pages, layers,
+    page_size, kv_width]; only its mapped chunks may be touched."""
 
     def __init__(
         self,
@@ -62,7 +61,7 @@ class KVRank(Generic[P, R]):
         self.virtualizer = virtualizer
         self.kv = kv
         self.steps = 0
-        """Steps begun."""
+        """Steps that have begun."""
         self._requests: dict[int, R] = {}
 
     @property
@@ -73,7 +72,7 @@ class KVRank(Generic[P, R]):
 
     @property
     def requests(self) -> int:
-        """Requests that live here."""
+        """Number of requests that live here."""
         return len(self._requests)
 
     def release(self, release: Release) -> None:
@@ -94,7 +93,7 @@ class KVRank(Generic[P, R]):
         self.steps += 1
 
     def _request(self, step: Step, row: Row) -> R:
-        """The row's request, whose output has grown by the row.
+        """Returns the row's request, after the row's tokens were added to its output.
 
         Raises RuntimeError when it was never opened."""
         request = self._requests.get(row.request)
@@ -104,8 +103,8 @@ class KVRank(Generic[P, R]):
         return request
 
     def _check_pages(self, step: Step, row: Row, pages: int) -> None:
-        """Raises RuntimeError when a page table of ``pages`` does not cover the row, with all of
-        its lease."""
+        """Raises RuntimeError when a page table of ``pages`` pages does not cover the row with all
+        of its lease."""
         slots = pages * self.kv[step.model].shape[2]
         end = row.start + len(row.tokens) + step.lease - 1
         if slots < end:
@@ -115,8 +114,8 @@ class KVRank(Generic[P, R]):
             )
 
     def _check_row(self, step: Step, row: Row, positions: int) -> None:
-        """Native code and GPU kernels trust what they read: raises RuntimeError for what would
-        lead them astray. ``positions``: of the longest sequence."""
+        """Raises RuntimeError for a row that would lead native code or GPU kernels astray, which
+        trust what they read. ``positions``: tokens of the longest sequence."""
         spec, pages = self.specs[step.model], self.kv[step.model].shape[0]
         wrong = None
         if min(row.tokens) < 0 or max(row.tokens) >= spec.vocab:

@@ -1,4 +1,4 @@
-"""The end of a step: what its last residuals are for, log-probabilities, sampling."""
+"""The end of a step: which of its residual rows need logits, and what these become."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crosspool.transport.messages import Row, RowResult, StepResult, TokenLogpro
 
 @dataclass(frozen=True)
 class Wanted:
-    """One row of logits and what it is for."""
+    """A row of logits that a step needs, and its purpose."""
 
     row: int
     """Index of the step's row."""
@@ -24,13 +24,14 @@ class Wanted:
     token: int
     """The prompt token whose log-probability it gives; -1: it yields a new token."""
     carried: Tensor | None = None
-    """The residual [hidden] itself, where an earlier step made it."""
+    """The residual [hidden] itself, if an earlier step has made it."""
 
 
 class StepEnd:
     """What a step still has to make of its last residuals, and its result so far.
 
-    ``requests``: of ``rows``, one each. Residual rows are those of the step, row after row."""
+    ``requests`` has one entry for each of ``rows``. Residual rows are those of the step, row after
+    row."""
 
     def __init__(
         self, step: int, rows: Sequence[Row], requests: Sequence[Request], spec: ModelSpec
@@ -47,8 +48,9 @@ class StepEnd:
         self.wanted = self._plan()
 
     def _plan(self) -> list[Wanted]:
-        """Prompt positions in order, then the rows that sample. Position p's own token is judged by
-        the logits at p - 1, which for a chunk's first token lie at the end of the last chunk."""
+        """Lists prompt positions in order, then the rows that sample. The log-probability of the
+        token at position p comes from the logits at p - 1, which for the first token of a chunk lie
+        at the end of the chunk before."""
         prompts: list[Wanted] = []
         samples: list[Wanted] = []
         first = 0
@@ -87,7 +89,7 @@ class StepEnd:
         return wanted
 
     def take(self, wanted: Sequence[Wanted], logits: Tensor) -> None:
-        """Samples from, and reports of, ``logits``: float32 [len(wanted), vocab]."""
+        """Samples tokens and log-probabilities from ``logits``, float32 [len(wanted), vocab]."""
         samples = [(i, w.row) for i, w in enumerate(wanted) if w.token < 0]
         if samples:
             tokens = sample(
@@ -118,7 +120,7 @@ class StepEnd:
                 self._outputs[w.row] = value
 
     def choose(self, row: int, token: int) -> None:
-        """The token of a row that was sampled elsewhere."""
+        """Takes the token of a row that was sampled elsewhere."""
         self._tokens[row] = token
 
     def reports(self, row: int) -> bool:
@@ -135,7 +137,7 @@ class StepEnd:
         )
 
     def result(self) -> StepResult:
-        """When everything wanted was taken or chosen."""
+        """Returns the step's result, once every wanted row was taken or chosen."""
         return StepResult(
             step=self._step,
             rows=[

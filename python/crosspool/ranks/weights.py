@@ -29,7 +29,7 @@ class TensorListing:
     layer: int | None
     key: str
     name: str
-    """The checkpoint's name."""
+    """The checkpoint's name for it."""
     shape: tuple[int, ...]
     """Shape of the share that the rank holds."""
     dtype: str
@@ -39,9 +39,9 @@ class TensorListing:
 def fill(
     path: Path, reads: Sequence[tuple[int | None, Read]], progress: Progress
 ) -> list[TensorListing]:
-    """Checks that the checkpoint has every tensor as expected, then reads them all into place.
+    """Checks that the checkpoint has every tensor as expected, and reads all of them into place.
 
-    Raises ConfigError naming the tensor or the file that is wrong."""
+    Raises ConfigError that names the wrong tensor or file."""
     checkpoint = Checkpoint(path)
     checkpoint.check([read.ref for _, read in reads])
     checkpoint.load([read for _, read in reads], progress)
@@ -77,7 +77,7 @@ class HeldModel:
 
     @contextlib.contextmanager
     def loading(self, device: Device) -> Iterator[Loading]:
-        """Shows the progress of loading the model; one line in the log tells of it."""
+        """Shows a progress bar for the model, and logs one line at the end."""
         with loading(device.name, self.what, self.bytes) as loaded:
             yield loaded
 

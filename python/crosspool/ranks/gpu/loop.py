@@ -250,7 +250,7 @@ class HostLaunchedLoop:
             yield self._device_is_done(lane, state)
             if self._watch is not None and self._watch.on:
                 self._watch.served(end.attention_rank, end.lane, header, start)
-            end.answer()
+            end.announce_reply()
             self.served += 1
             first = link + 1
 

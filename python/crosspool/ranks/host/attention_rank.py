@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @dataclass
 class PagedRequest(Request):
     pages: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    """Its page table: int64 [pages]."""
+    """The page table: int64 [pages]."""
 
 
 @dataclass
@@ -31,12 +31,12 @@ class Batch:
     model: int
     rows: list[Row]
     requests: list[PagedRequest]
-    """Of ``rows``, one each."""
+    """The requests of ``rows``, one each."""
     token_ids: Tensor
-    """int64 [T], the rows' tokens one after another."""
+    """The rows' tokens one after another: int64 [T]."""
     shape: StepBatch
     residual: Tensor
-    """[T, hidden]: what the layers add to; empty until the embedding."""
+    """The sum that the layers add to, [T, hidden]; empty until the embedding."""
     leased: bool = False
     """The host loop ends every lease after its first step."""
 
@@ -45,9 +45,9 @@ class AttentionRank(KVRank["AttentionPart", PagedRequest]):
     """The attention rank as the host loop drives it."""
 
     def begin(self, step: Step) -> Batch:
-        """Maps the step's chunks, opens its requests, extends their page tables.
+        """Maps the step's chunks, opens its requests and extends their page tables.
 
-        Raises RuntimeError where the step contradicts what came before."""
+        Raises RuntimeError where the step contradicts earlier ones."""
         self._open(step, PagedRequest)
         requests, segments, positions = [], [], []
         tokens: list[int] = []
@@ -71,7 +71,8 @@ class AttentionRank(KVRank["AttentionPart", PagedRequest]):
         )
 
     def attend(self, batch: Batch, layer: int) -> Tensor:
-        """The attention part of one layer: returns the hidden states [T, hidden] to dispatch."""
+        """Computes the attention part of one layer; returns the hidden states [T, hidden] to
+        dispatch."""
         part = self.parts[batch.model]
         if layer == 0:
             batch.residual = part.embed(batch.token_ids)

@@ -1,8 +1,8 @@
 """The host loop: drives the lanes of one device layer by layer from Python.
 
 A lane carries one batch. It is *ready* when its next attention part (or piece of LM head) can be
-computed, that is at its beginning and whenever all FFN ranks of its batch's model have answered its
-dispatch. One call of :meth:`HostLoop.run` picks the next ready thing in rotation, lanes and
+computed, that is at its beginning and whenever all FFN ranks of its batch's model have replied to
+its dispatch. One call of :meth:`HostLoop.run` picks the next ready thing in rotation, lanes and
 dispatches to this device's FFN rank alike, and computes it: with both pools on one device the lanes
 take turns part by part, and with the pools apart the other lane's attention runs while one lane
 waits.
@@ -28,8 +28,9 @@ from crosspool.transport.messages import Release, Step, StepResult
 
 
 class Lane:
-    """One of an attention rank's lanes, and the batch on it; ``links``: by model, to the model's
-    FFN ranks."""
+    """One of an attention rank's lanes, and the batch on it.
+
+    ``links``: the lane's links to the FFN ranks of each model, indexed by model."""
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class Lane:
         return not self._dispatched or all(link.ready() for link in self.links[self.batch.model])
 
     def advance(self) -> StepResult | None:
-        """Computes the ready part; returns the result, and is free, when it was the last."""
+        """Computes the ready part. After the last one, returns the result and is free."""
         batch = self.batch
         assert batch is not None
         links = self.links[batch.model]
@@ -110,9 +111,9 @@ class HostLoop(QueuedExecutor[AttentionRank, Batch]):
     """The :class:`~crosspool.ranks.executor.Executor` in Python. It ends every lease after its
     first step.
 
-    ``attention`` and ``links`` ([lane][FFN rank]) are absent on a device without attention rank,
-    ``ffn`` on one without FFN rank. ``ffn_ranks``: by model, the FFN ranks that share it.
-    ``doorbell`` is None when no peer lives on another device."""
+    A device without an attention rank has neither ``attention`` nor ``links`` ([lane][FFN rank]),
+    one without an FFN rank has no ``ffn``. ``ffn_ranks``: the FFN ranks that share each model,
+    indexed by model. ``doorbell``: None when no peer lives on another device."""
 
     def __init__(
         self,

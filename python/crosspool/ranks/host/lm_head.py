@@ -20,8 +20,8 @@ LOGITS_BYTES = 64 << 20
 
 
 class LMHead:
-    """One batch's way from its last residual to its result, a bounded number of rows at a time, so
-    that neither memory nor the other lanes suffer from a long prompt's log-probabilities. Create it
+    """Turns a batch's last residual into its result, a bounded number of rows at a time, so that
+    neither memory nor the other lanes suffer from a long prompt's log-probabilities. It is created
     after the last combine."""
 
     def __init__(self, batch: Batch, part: AttentionPart, spec: ModelSpec) -> None:
@@ -34,7 +34,7 @@ class LMHead:
         self._next = 0
 
     def advance(self) -> tuple[int, StepResult | None]:
-        """Works on the next rows: returns their number, and the result when they were the last."""
+        """Works on the next rows; returns their number, and after the last ones the result."""
         wanted = self._end.wanted[self._next : self._next + self._chunk]
         self._next += len(wanted)
         if wanted:

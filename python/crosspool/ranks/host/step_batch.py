@@ -28,7 +28,7 @@ class StepBatch:
     """
 
     positions: torch.Tensor
-    """int64 [T]: each row's position in its sequence."""
+    """Position of each row in its sequence: int64 [T]."""
     segments: Sequence[Segment]
     """Every row belongs to exactly one; a request has at most one."""
     rope: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False)
@@ -36,7 +36,7 @@ class StepBatch:
     _slots: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False)
 
     def slots(self, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where each row's KV goes: page and offset in the page, int64 [T] each."""
+        """Returns the place of each row's KV: page and offset in the page, int64 [T] each."""
         if self._slots is None:
             pages = torch.empty_like(self.positions)
             for segment in self.segments:

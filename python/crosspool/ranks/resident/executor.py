@@ -1,8 +1,8 @@
 """The resident loop: native threads drive the lanes, Python carries steps in and results out.
 
-A step is encoded once, when it begins; from there to its result no Python runs, except that rows
-with a grammar, penalties, a logit bias or log-probabilities have their logits looked at here, once
-per step. Where the parts are computed, and in which order, is in sgl-kernel-ext/cpu/engine.
+A step is encoded once, when it begins. From there to its result no Python runs, except that it
+looks once per step at the logits of rows with a grammar, penalties, a logit bias or
+log-probabilities. sgl-kernel-ext/cpu/engine decides where parts are computed, and in which order.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from crosspool.ranks.resident.flight import ResidentFlight, ResidentRank
 from crosspool.transport.messages import Step, StepResult
 
 _BUSY_SPIN_NS = 500_000
-"""How long a device with cores of its own spins for another one's reply, about a layer's time,
-before it sleeps."""
+"""How long a device with cores of its own spins for another one's reply before it sleeps, in ns:
+about the time of a layer."""
 
 
 class ResidentLoop(LoopExecutor[ResidentRank, ResidentFlight]):
@@ -36,8 +36,10 @@ class ResidentLoop(LoopExecutor[ResidentRank, ResidentFlight]):
         team: Team,
         description: es.LoopDescription,
     ) -> None:
-        """``description``: everything but ``event_fd`` and ``busy_spin_ns``; the caller keeps what
-        it points to, the team too. Raises EngineError when it contradicts itself."""
+        """``description``: all fields but ``event_fd`` and ``busy_spin_ns``. The caller keeps the
+        team and what the description points to.
+
+        Raises EngineError when the description contradicts itself."""
         self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         description.event_fd = self.descriptor
         description.busy_spin_ns = _BUSY_SPIN_NS if description.spin_ns else 0

@@ -45,8 +45,9 @@ class ResidentFlight(Flight):
         )
 
     def take_logits(self, first: int, count: int, address: int, vocab: int) -> None:
-        """Samples from, and reports of, the logits of wanted rows that native code leaves to us:
-        float32 [count, vocab] at ``address``."""
+        """Samples tokens and log-probabilities of wanted rows that native code leaves to Python.
+
+        Their logits are float32 [count, vocab] at ``address``."""
         memory = (ctypes.c_float * (count * vocab)).from_address(address)
         logits = torch.frombuffer(memory, dtype=torch.float32).view(count, vocab)
         ours = [i for i in range(count) if self._choices[first + i] == es.HOST]
@@ -58,7 +59,9 @@ class ResidentRank(LoopRank[PackedAttention]):
     """The attention rank as the resident loop drives it."""
 
     def begin(self, step: Step, max_rows: int) -> ResidentFlight:
-        """Raises RuntimeError where the step contradicts earlier ones, or is too large."""
+        """Maps the step's chunks, opens its requests, extends their page tables and encodes it.
+
+        Raises RuntimeError where the step contradicts earlier ones, or is too large."""
         requests, end = self._begin(step, max_rows)
         for kept, _ in end.kept:
             kept.last_residual = torch.empty(self.specs[step.model].hidden)
