@@ -231,7 +231,13 @@ class DeviceDriver:
         sender, message = self.receive()
         assert isinstance(message, Inspected), message
         assert (message.id, message.device, sender) == (self._numbers, device, device)
-        return message.answer
+        entries = msgspec.to_builtins(getattr(message.report, what))
+        match what:
+            case "pools" | "counters":
+                return entries[0]
+            case "trace_stop":
+                return entries[0]["events"]
+        return entries
 
     def step(
         self, sequences: Sequence[Generation], bitmask: bytes | None = None, lease: int = 1

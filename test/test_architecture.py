@@ -11,19 +11,21 @@ PACKAGE = Path(crosspool.__file__).parent
 LEAVES = {"config", "transport", "observability"}
 ABOVE = {
     "cli": {
+        "server",
         "frontend",
         "scheduler",
-        "planning",
+        "planner",
         "kvpool",
         "weightpool",
         "ranks",
         "models",
         "kernels",
     },
-    "frontend": {"scheduler", "kvpool", "weightpool", "ranks", "models", "kernels"},
+    "server": {"frontend", "scheduler", "models"},
+    "frontend": {"scheduler", "models"},
     "scheduler": {"kvpool", "weightpool", "models"},
     "ranks": {"kvpool", "weightpool", "models", "kernels"},
-    "planning": {"kvpool", "weightpool", "models"},
+    "planner": {"kvpool", "weightpool", "models"},
     "kvpool": {"models", "kernels"},
     "weightpool": {"models", "kernels"},
     "models": set(),
@@ -43,9 +45,7 @@ LIGHT = (
     "kvpool/bounds",
     "kvpool/growth",
     "kvpool/layout",
-    "kvpool/planner/",
-    "weightpool/groups",
-    "planning/",
+    "planner/",
 )
 
 

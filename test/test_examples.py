@@ -1,4 +1,4 @@
-"""The examples run, those that need a server against a real one (test/e2e/test_example_clients.py)."""
+"""The examples that need no server run; test/e2e/test_example_clients.py has the others."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class GPULane {
           at_.role == Role::kFFN ? reply() : ended();
           break;
         case Phase::kPeers:
-          if (!links_.answered(model().links)) return wait(now);
+          if (!links_.replied(model().links)) return wait(now);
           combine();
           break;
         case Phase::kHost:

@@ -32,8 +32,8 @@ class DispatchLinks {
     }
   }
 
-  CROSSPOOL_INLINE bool answered(std::uint32_t used) const {
-    return all(used, [](const AttentionEnd& end) { return end.answered(); });
+  CROSSPOOL_INLINE bool replied(std::uint32_t used) const {
+    return all(used, [](const AttentionEnd& end) { return end.replied(); });
   }
 
   // Takes the replies. Returns a link whose reply belongs to another dispatch, kMaxLinks for none.

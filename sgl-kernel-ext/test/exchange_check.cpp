@@ -1,6 +1,6 @@
 // Two devices over the fake driver: the lanes of an attention rank and those of FFN ranks exchange
 // rows through links (lanes.h), in random interleavings. The residual of every step is compared
-// with what plain loops make of it. Usage: exchange_check DEPLOYMENTS
+// with that of plain loops. Usage: exchange_check DEPLOYMENTS
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -30,7 +30,7 @@ std::uint64_t ffn(std::uint64_t x, std::int32_t layer, std::uint32_t rank) {
   return (x ^ 0x9e3779b97f4a7c15U) * (2 * layer + 3) + rank;
 }
 
-struct Deployment {
+struct ExchangingRanks {
   std::uint32_t lanes = 1 + below(3), ranks = 1 + below(2), layers = 1 + below(4);
   bool local = below(2) != 0;
   std::vector<std::uint8_t> kinds;
@@ -44,7 +44,7 @@ struct Deployment {
   std::unique_ptr<GPULoop> attention_rank;
   std::vector<std::unique_ptr<GPULoop>> ffn_ranks;
 
-  Deployment()
+  ExchangingRanks()
       : residual(lanes, std::vector<std::uint64_t>(kMaxRows)),
         partial(residual),
         words(lanes),
@@ -67,7 +67,7 @@ struct Deployment {
     for (std::uint32_t rank = 0; rank < ranks; ++rank) make_ffn_rank(rank);
   }
 
-  ~Deployment() {
+  ~ExchangingRanks() {
     attention_rank.reset();
     ffn_ranks.clear();
     for (const Graph graph : graphs) fake::destroy_graph(graph);
@@ -194,7 +194,7 @@ struct Deployment {
         fake::run(static_cast<int>(below(40)));
         loop.start();
       }
-      if (below(40) == 0) {  // no answer can come
+      if (below(40) == 0) {  // no reply can come
         ffn_ranks[0]->quiesce(10 * kSecond);
         attention_rank->quiesce(10 * kSecond);
         ffn_ranks[0]->start();
@@ -225,10 +225,10 @@ struct Deployment {
 
 // A link that always has a dispatch does not keep the others waiting.
 void check_rotation() {
-  auto deployment = std::make_unique<Deployment>();
+  auto deployment = std::make_unique<ExchangingRanks>();
   while (deployment->lanes < 3) {
     deployment.reset();
-    deployment = std::make_unique<Deployment>();
+    deployment = std::make_unique<ExchangingRanks>();
   }
   GPULoop& ffn_rank = *deployment->ffn_ranks[0];
   std::vector<std::int32_t> order;
@@ -243,8 +243,8 @@ void check_rotation() {
   while (order.size() < 6) {
     fake::run(1);
     for (AttentionEnd& end : ends) {
-      if (!end.answered()) continue;
-      if (end.combine() == nullptr) fail("an answer of another dispatch");
+      if (!end.replied()) continue;
+      if (end.combine() == nullptr) fail("a reply to another dispatch");
       end.dispatch(header);
     }
   }
@@ -263,7 +263,7 @@ int main(int count, char** arguments) {
   for (int i = 0; i < deployments; ++i) {
     generator.seed(i);
     fake::seed(i);
-    Deployment deployment;
+    ExchangingRanks deployment;
     steps += deployment.drive();
   }
   if (steps < static_cast<std::uint64_t>(deployments))

@@ -345,8 +345,7 @@ def test_pause_and_continue(server: FrontEndServer) -> None:
 
 DSL = """
 import json, sys
-from crosspool.frontend import startup
-startup.watch()
+import crosspool.sglang
 import sglang as sgl
 
 sgl.set_default_backend(sgl.RuntimeEndpoint(sys.argv[1]))

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from crosspool.kernels.attention import Segment, append_kv
-from crosspool.kernels.native_kernels import NativeKernels
+from support.native_kernels import NativeKernels
 
-# (tokens cached before, rows of the batch) of each request: decode rows whose keys fill no block,
-# several, and enough to be split; prompts of one and of several tasks.
+# (cached tokens, rows of the batch) of each request. Keys of decode rows fill less than a block,
+# several blocks, or are split; prompts make one task or several.
 RAGGED = ((0, 5), (11, 1), (3, 150), (16, 4), (0, 1), (40, 1), (700, 1), (300, 2), (63, 1))
 PAGE_SIZE, LAYERS, LAYER = 12, 2, 1
 
@@ -36,7 +36,7 @@ def _reference(
 def _paged(
     width: int, dtype: torch.dtype, requests: tuple[tuple[int, int], ...]
 ) -> tuple[torch.Tensor, list[Segment], list[torch.Tensor]]:
-    """NaN-filled cache with every request's tokens in one layer."""
+    """Makes a cache full of NaN but for every request's tokens in one layer."""
     pages = sum(-(-sum(request) // PAGE_SIZE) for request in requests) + 3
     kv = torch.full((pages, LAYERS, PAGE_SIZE, width), math.nan, dtype=dtype)
     free = torch.randperm(pages)

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from crosspool.kernels.native_dense import available_isas
+from crosspool.kernels.isa import available_isas
 from crosspool.transport.messages import (
     Logprobs,
     Sampling,

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from crosspool.frontend import compat
 from crosspool.ranks.sampler import SamplingRow, adjusted
 from crosspool.transport.messages import Sampling
 
@@ -30,6 +31,7 @@ class Batch(SimpleNamespace):
 
 
 def test_penalties_equal_sglangs() -> None:
+    compat.install()
     penaltylib = pytest.importorskip("sglang.srt.sampling.penaltylib")
     outputs = np.random.default_rng(1).integers(0, 30, (len(SAMPLINGS), 12))
     tokenizer = SimpleNamespace(additional_stop_token_ids=None, eos_token_id=EOS[0])

@@ -1,8 +1,7 @@
-"""SGLang's messages in the scheduler's words, and back.
+"""Translates SGLang's messages to the scheduler's, and back.
 
-A TokenizedGenerateReqInput becomes a GenerateRequest; Outputs become one BatchTokenIDOutput for
-the detokenizer. Parallel lists, deltas and prompt tails are as SGLang 0.5.21's detokenizer and
-tokenizer manager expect them.
+A TokenizedGenerateReqInput becomes a GenerateRequest. Outputs become one BatchTokenIDOutput, with
+the parallel lists, deltas and prompt tails that SGLang's detokenizer and tokenizer manager expect.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ from crosspool.scheduler.request import (
 from crosspool.transport.messages import Logprobs, Sampling, TokenLogprobs
 
 PROMPT_TAIL = 5
-"""Prompt tokens that the detokenizer gets before the output, so that it joins them rightly."""
+"""Number of prompt tokens that the detokenizer gets before a request's first output: how a token
+reads can depend on those before it."""
 
 CLIENT_ABORT = 499
 _ERROR_TYPES = {
@@ -69,7 +69,7 @@ _GRAMMARS: tuple[Literal["regex", "json_schema", "ebnf", "structural_tag"], ...]
 
 
 def seeds(random_seed: int | None) -> Iterator[int]:
-    """Seeds for requests that bring none: a fixed sequence for a fixed ``random_seed``."""
+    """Yield seeds for requests that have none: always the same sequence for one ``random_seed``."""
     while random_seed is None:
         yield int.from_bytes(os.urandom(8), "little") & _SEED_MASK
     counter = random_seed
@@ -79,8 +79,8 @@ def seeds(random_seed: int | None) -> Iterator[int]:
 
 
 def to_request(message: TokenizedGenerateReqInput, model: int, seed: int) -> GenerateRequest:
-    """``seed`` serves a request that brings none. Raises ValueError, meant for the client, for
-    what CrossPool does not do; whether the values are right is the scheduler's question."""
+    """``seed`` is used where the request has none. Raises ValueError, with a text for the client,
+    for what CrossPool does not do. The scheduler checks the values."""
     for field, what in _UNSUPPORTED:
         if getattr(message, field):
             raise ValueError(f"{what} is not supported")
@@ -98,7 +98,7 @@ def to_request(message: TokenizedGenerateReqInput, model: int, seed: int) -> Gen
         stop=StopRules(
             max_new_tokens=params.max_new_tokens,
             min_new_tokens=params.min_new_tokens,
-            # as in SGLang, ignore_eos holds for stop tokens too
+            # As in SGLang, ignore_eos means stop tokens too.
             stop_token_ids=frozenset(() if params.ignore_eos else params.stop_token_ids or ()),
             stop_strings=_strings(params.stop_strs),
             ignore_eos=params.ignore_eos,
@@ -153,7 +153,7 @@ def _grammar(params: SamplingParams) -> Grammar | None:
 
 
 def refusal(rid: str, model: int, message: str, status: int, prompt_tokens: int) -> Output:
-    """The only output of a request that never reached the scheduler."""
+    """The one output of a request that the scheduler never took."""
     return Output(
         rid=rid,
         model=model,
@@ -169,9 +169,9 @@ def refusal(rid: str, model: int, message: str, status: int, prompt_tokens: int)
 
 
 def finish_reason(finish: Finish | None, completion_tokens: int) -> dict[str, Any] | None:
-    """SGLang's finish reason. Only aborts that are errors carry a status: the client's own abort
-    is an ordinary end of its answer. ``retry_after``, whole seconds, is ours: SGLang passes it on
-    untouched."""
+    """SGLang's finish reason. Only aborts that are errors have a status: one that the client asked
+    for is an ordinary end. ``retry_after``, in whole seconds, is CrossPool's own field, which
+    SGLang passes on as it is."""
     if finish is None:
         return None
     if finish.kind == "stop":
@@ -189,7 +189,7 @@ def finish_reason(finish: Finish | None, completion_tokens: int) -> dict[str, An
 
 @dataclasses.dataclass
 class OpenRequest:
-    """What the way back needs of a request, kept until its finish has been sent."""
+    """What is needed to send a request's output, kept until its finish has been sent."""
 
     rid: str
     http_worker_ipc: str | None
@@ -202,7 +202,8 @@ class OpenRequest:
     top: int
     token_ids: tuple[int, ...]
     held: Output | None = None
-    """Outputs that wait for the stream interval, or for the end of an answer in one piece."""
+    """Output that waits until it fills a stream interval or, where nothing is streamed, until the
+    request ends."""
 
     @classmethod
     def of(cls, message: TokenizedGenerateReqInput, stream_interval: int) -> OpenRequest:
@@ -222,7 +223,7 @@ class OpenRequest:
         )
 
     def take(self, output: Output) -> Output | None:
-        """The output to send now: this one joined to those held back, or None to wait for more."""
+        """The output to send now: what was held back and then this one; None to wait for more."""
         if self.held is not None:
             output = _join(self.held, output)
         due = self.stream and (output.first or len(output.token_ids) >= self.stream_interval)
@@ -247,7 +248,7 @@ Item = tuple[OpenRequest, Output]
 
 
 def to_token_id_output(items: Sequence[Item]) -> BatchTokenIDOutput:
-    """One message for the detokenizer; ``items`` are requests of one front end, each at most
+    """One message for the detokenizer. ``items`` are requests of one front end, each at most
     once."""
     ids = [array("q", output.token_ids) for _, output in items]
     any_logprobs = any(request.logprobs for request, _ in items)
@@ -310,7 +311,7 @@ def _tokens(positions: list[TokenLogprobs]) -> list[int]:
 
 
 def _column(pairs: list[tuple[float, int]], column: int) -> list[Any] | None:
-    """Values or tokens of a position's pairs; None where there are none (a first token)."""
+    """Values or tokens of a position's pairs; None for a prompt's first token, which has none."""
     return [pair[column] for pair in pairs] or None
 
 

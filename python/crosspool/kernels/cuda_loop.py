@@ -100,7 +100,7 @@ class LanePlaces:
 
 def load(path: Path) -> ctypes.CDLL:
     """Loads the library at ``path``, with typed functions. Raises ImportError."""
-    how = "build it again (`pip install -e .` where nvcc is found)"
+    how = "build it again (`make env CUDA=ON`)"
     try:
         library = ctypes.CDLL(str(path))
         for name, (result, arguments) in cs.SIGNATURES.items():
@@ -131,7 +131,8 @@ def library() -> ctypes.CDLL:
     path = library_path()
     if path is None:
         raise ImportError(
-            f"CrossPool's GPU library {LIBRARY} was not built: `pip install -e .` with nvcc on PATH"
+            f"CrossPool's GPU library {LIBRARY} was not built: `make env CUDA=ON`, or `pip install "
+            ". --config-settings=cmake.define.CROSSPOOL_CUDA=ON`, with nvcc on PATH"
         )
     return load(path)
 

@@ -52,6 +52,7 @@ def library() -> ctypes.CDLL:
     if found is None:
         raise ImportError(
             f"CrossPool's library {LIBRARY} was not built: `pip install . -C"
+            " cmake.define.CROSSPOOL_CUDA=ON -C"
             " cmake.define.CROSSPOOL_NVSHMEM=<site-packages>/nvidia/nvshmem` with nvcc on PATH"
         )
     try:

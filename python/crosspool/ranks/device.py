@@ -15,8 +15,16 @@ from crosspool.observability.trace import LaneEvent
 from crosspool.ranks.executor import Executor
 from crosspool.ranks.kv_rank import KVRank, ListsTensors
 from crosspool.transport.data_path import LinkCounters
-from crosspool.transport.inspection import DeviceCounters, DevicePools, LinkCounts, TensorInfo
-from crosspool.transport.messages import InspectWhat, RankInfo
+from crosspool.transport.inspection import (
+    DeviceCounters,
+    DeviceEvents,
+    DevicePools,
+    InspectWhat,
+    LinkCounts,
+    RankInfo,
+    Report,
+    TensorInfo,
+)
 
 
 class Counted(Protocol):
@@ -90,22 +98,21 @@ class DeviceRanks:
             )
         return infos
 
-    def inspect(
-        self, what: InspectWhat
-    ) -> list[TensorInfo] | DevicePools | DeviceCounters | list[LaneEvent] | None:
-        """Returns the answer to :class:`~crosspool.transport.messages.Inspect`."""
+    def inspect(self, what: InspectWhat) -> Report:
+        """Returns the reply to :class:`~crosspool.transport.messages.Inspect`."""
         match what:
             case "tensors":
-                return list(self.tensors())
+                return Report(tensors=list(self.tensors()))
             case "pools":
-                return self.pools()
+                return Report(pools=[self.pools()])
             case "counters":
-                return self.counters()
+                return Report(counters=[self.counters()])
             case "trace_start":
                 self.trace.start()
-                return None
+                return Report(trace_start=[self.device.name])
             case "trace_stop":
-                return self.trace.stop()
+                events = DeviceEvents(device=self.device.name, events=self.trace.stop())
+                return Report(trace_stop=[events])
 
     def close(self) -> None:
         """Ends the executor and gives memory back; no tensor of it may be touched afterwards."""

@@ -182,8 +182,8 @@ class DeviceProcess:
             case Recall():
                 ranks.executor.recall(message)
             case Inspect():
-                answer = ranks.inspect(message.what)
-                self._socket.send(Inspected(id=message.id, device=self._device.name, answer=answer))
+                report = ranks.inspect(message.what)
+                self._socket.send(Inspected(id=message.id, device=self._device.name, report=report))
             case Shutdown():
                 self._ending = True
                 self._drains = message.drain

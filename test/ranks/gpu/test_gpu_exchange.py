@@ -125,10 +125,10 @@ def test_resident_loops_that_exchange(
     gpus = Interpreted()
     with Machine(models, loop="resident", load=gpus.load, **place, **LIMITS) as machine:
         for device in machine.devices:
-            device.inspect("trace_start")
+            device.trace.start()
         assert_alike(run(machine, 3), expected)
         assert_counted(machine)
-        assert_traced([device.inspect("trace_stop") for device in machine.devices])
+        assert_traced([device.trace.stop() for device in machine.devices])
 
 
 def test_resident_loops_whose_links_are_carried(

@@ -176,14 +176,14 @@ def test_the_lm_head_comes_in_pieces(wide: Path, pair: list[Path]) -> None:
     models = [wide, pair[1]]
     (host,) = generated("host", models, [long])
     with Machine(models, loop="resident") as machine:
-        machine.first.inspect("trace_start")
+        machine.first.trace.start()
         other = Stream(1, [1, 2, 3], 1)
         steps = [machine.step([long]), machine.step([other])]
         for step in steps:
             machine.submit(step)
         for result in machine.results(2):
             machine.take([long if result.step == steps[0].step else other], result)
-        events = machine.first.inspect("trace_stop")
+        events = machine.first.trace.stop()
     assert long.output == host.output
     expected, found = host.results[0].prompt, long.results[0].prompt
     assert [p.token for p in found] == prompt[1:]
@@ -205,13 +205,13 @@ def test_a_batch_that_ends_is_replaced_at_once(checkpoints: list[Path]) -> None:
     with Machine([shallow, deep, shallow], loop="resident", kv=FIRST, weights=[FIRST]) as machine:
         for _ in range(50):
             of = [Stream(model, list(range(1, 40)), 1) for model in (0, 1, 2)]
-            machine.first.inspect("trace_start")
+            machine.first.trace.start()
             steps = [machine.step([s]) for s in of]
             for step in steps:
                 machine.submit(step)
             submitted = time.monotonic_ns()
             machine.results(3)
-            events = machine.first.inspect("trace_stop")
+            events = machine.first.trace.stop()
             # On a busy machine the host may be late with the second step, and say nothing of us.
             if submitted < events[0].end_ns:
                 break

@@ -20,8 +20,6 @@ from crosspool.ranks.host.attention import frequencies
 from crosspool.ranks.resident.packing import PackedWeights, pointer, source, whole
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
 
-_QK_NORMS = {"none": 0, "head": 1, "full": 2}
-
 
 class PackedAttention:
     """Fills the attention part's fields of a :class:`ModelTable`, and owns what they point to."""
@@ -69,7 +67,7 @@ class PackedAttention:
                 window=attention.sliding_window or 0,
                 scale=attention.scale,
             )
-            table.qk_norm = _QK_NORMS[attention.qk_norm]
+            table.qk_norm = ns.QK_NORMS[attention.qk_norm]
             if attention.qkv_clip is not None:
                 table.qkv_clip = attention.qkv_clip
         else:

@@ -17,9 +17,6 @@ from crosspool.ranks.resident.packing import Index, PackedWeights, gated_columns
 from crosspool.ranks.weights import TensorListing
 from crosspool.weightpool.placement import FFNShard
 
-_SCORES = {"softmax": 0, "sigmoid": 1}
-_GROUP_SCORES = {"max": 0, "top2_sum": 1}
-
 
 class PackedFFN:
     """Fills the FFN part's field of a :class:`ModelTable`, and owns what it points to."""
@@ -132,8 +129,8 @@ class PackedFFN:
             top_k=rules.top_k,
             groups=rules.groups,
             top_groups=rules.top_groups,
-            score=_SCORES[rules.score],
-            group_score=_GROUP_SCORES[rules.group_score],
+            score=ns.SCORES[rules.score],
+            group_score=ns.GROUP_SCORES[rules.group_score],
             renormalize=rules.renormalize,
             scale=rules.scale,
         )

@@ -20,7 +20,7 @@ class ResidentLink:
     attention_rank: int
     lane: int
     ffn_rank: int
-    _native: es.LinkCounters
+    _native: es.NativeLinkCounters
 
     @property
     def counters(self) -> LinkCounters:
@@ -40,7 +40,7 @@ class ResidentLinks:
         self.attention_rank = kv_pool.index(device) if device in kv_pool else -1
         self.ffn_rank = weight_pool.index(device) if device in weight_pool else -1
         self._interconnect = join(deployment, device, lanes_fd)
-        self._local = (es.LinkCounters * deployment.lanes)()
+        self._local = (es.NativeLinkCounters * deployment.lanes)()
         self._outgoing: list[es.LinkDescription] = []
         self._incoming: list[es.LinkDescription] = []
         remote = None if self._interconnect is None else self
@@ -66,14 +66,14 @@ class ResidentLinks:
 
     def attention_link(self, lane: int, ffn_rank: int) -> ResidentLink:
         assert self._interconnect is not None
-        link = ResidentLink(self.attention_rank, lane, ffn_rank, es.LinkCounters())
+        link = ResidentLink(self.attention_rank, lane, ffn_rank, es.NativeLinkCounters())
         place = self._interconnect.attention_place(lane, ffn_rank)
         self._outgoing.append(_described(place, link))
         return link
 
     def ffn_link(self, attention_rank: int, lane: int) -> ResidentLink:
         assert self._interconnect is not None
-        link = ResidentLink(attention_rank, lane, self.ffn_rank, es.LinkCounters())
+        link = ResidentLink(attention_rank, lane, self.ffn_rank, es.NativeLinkCounters())
         place = self._interconnect.ffn_place(attention_rank, lane)
         self._incoming.append(_described(place, link))
         return link
