@@ -142,7 +142,7 @@ def _rotating(lane: _LayerByLayer, call: Call, layers: list[int], device: torch.
 
 
 def _ffn_bytes(stages: Stages, layer: int, size: int) -> int:
-    """Of the experts that the last batch chose, of the shared one and of the router."""
+    """Bytes of the experts that the last batch chose, of the shared expert and of the router."""
     spec = stages.model.spec
     ffn = spec.ffn[layer]
     if isinstance(ffn, DenseFFN):

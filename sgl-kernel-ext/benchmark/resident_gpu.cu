@@ -4,10 +4,8 @@
 //   resident_gpu lanes              us per stage at 1 to 4 lanes, beside launches from the host and
 //                                   one graph of everything
 //   resident_gpu blocking           which calls of the host wait behind a resident loop
-//   resident_gpu exchange LIBRARY   NVSHMEM's dispatch and answer within a loop, one PE;
+//   resident_gpu exchange LIBRARY   NVSHMEM's dispatch and reply within a loop, one PE;
 //                                   LIBRARY: libcrosspool_nvshmem.so
-//
-// Not run on a GPU so far.
 #include <chrono>
 #include <cstring>
 #include <memory>

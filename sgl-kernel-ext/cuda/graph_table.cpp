@@ -40,7 +40,7 @@ std::vector<Node> nodes(Graph graph) {
   return found;
 }
 
-// Returns how many nodes do work.
+// Returns the number of nodes that do work. Throws for a node that the device does not launch.
 std::size_t check_nodes(Graph graph, const std::string& what) {
   std::size_t working = 0;
   for (const Node node : nodes(graph)) {

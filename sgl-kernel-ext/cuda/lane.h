@@ -1,11 +1,11 @@
-// The state machine of a lane: which stage comes next, and what is told to the host. One code for
-// the device, where the scheduler graph's kernel runs it (scheduler.cu), and for the host, where
-// the tests do (test/lane_check.cpp).
+// The state machine of a lane: which stage comes next, and what the host is told. The same code
+// runs on the device, in the scheduler graph's kernel (scheduler.cu), and on the host, in the tests
+// (test/lane_check.cpp).
 //
-// A lane's scheduler graph makes passes. A pass asks advance() what to do: launch a stage and be
-// launched again behind it, look again, or leave. Launches are tail launches, which run one after
-// another once the launching graph has ended; so the pass after a stage's launch finds the stage
-// complete, with no flag to say so, and the scheduler holds no multiprocessor meanwhile.
+// A lane's scheduler graph makes passes. A pass asks advance() what to do: launch a stage and then
+// itself, poll again, or leave. Launches are tail launches, which run one after another once the
+// launching graph has ended. So the pass after a stage's launch finds the stage complete without a
+// flag, and the scheduler holds no multiprocessor meanwhile.
 #ifndef CROSSPOOL_CUDA_LANE_H
 #define CROSSPOOL_CUDA_LANE_H
 
@@ -15,7 +15,8 @@
 #include "lane_places.h"
 #include "links.h"
 
-// Called from several places; inlined everywhere, the scheduler would not fit an instruction cache.
+// For functions with several callers: if all were inlined, the scheduler would not fit into an
+// instruction cache.
 #if defined(__CUDACC__)
 #define CROSSPOOL_CALLED __host__ __device__ __noinline__
 #else
@@ -26,10 +27,10 @@ namespace crosspool::gpu {
 
 struct Action {
   enum : std::uint32_t { kLaunch, kWait, kLeave } kind;
-  std::uint64_t exec;  // of kLaunch: the stage's cudaGraphExec_t
+  std::uint64_t exec;  // for kLaunch: the stage's cudaGraphExec_t
 };
 
-// In device memory. Its scheduler alone touches it.
+// Lies in device memory, where only its scheduler touches it.
 class GPULane {
  public:
   GPULane() = default;
@@ -38,7 +39,7 @@ class GPULane {
   CROSSPOOL_INLINE std::uint32_t index() const { return at_.index; }
   CROSSPOOL_INLINE std::uint64_t spin_ns() const { return at_.spin_ns; }
 
-  // At the beginning of every pass.
+  // Called at the beginning of every pass.
   CROSSPOOL_INLINE void enter(std::uint64_t now) {
     put(at_.status->heartbeat, ++beats_);
     put(at_.status->clock_ns, now);
@@ -46,13 +47,13 @@ class GPULane {
     left_ = false;
   }
 
-  // Whether the head has just ended and its tokens are to be taken.
+  // Whether the head has just ended and left tokens to be taken.
   CROSSPOOL_INLINE bool has_tokens() const {
     return phase_ == Phase::kRunning && stage_ == GPUStage::kHead;
   }
 
-  // Copies the chosen tokens to the host; thread `thread` of `threads` does its rows. Whether one
-  // of them is a stop token of its row. has_tokens() holds.
+  // Copies chosen tokens to the host; thread `thread` of `threads` does its rows. Returns whether
+  // one of them is a stop token of its row. Requires has_tokens().
   CROSSPOOL_CALLED bool take_tokens(std::uint32_t thread, std::uint32_t threads) const {
     auto* into =
         reinterpret_cast<std::int32_t*>(step_.tokens) + std::uint64_t{done_} * step_.wanted;
@@ -72,8 +73,8 @@ class GPULane {
 
   CROSSPOOL_INLINE void set_stopped(bool stopped) { stopped_ = stopped; }
 
-  // What to do at `now`, in ns of a clock that grows, but for a little between two passes. After
-  // kLaunch it is called again only when the stage has ended.
+  // Returns what to do at `now`, in ns of a clock that may step back a little between two passes.
+  // After kLaunch it is called again only when the stage has ended.
   CROSSPOOL_CALLED Action advance(std::uint64_t now) {
     for (;;) {
       switch (phase_) {
@@ -97,7 +98,7 @@ class GPULane {
           at_.role == Role::kFFN ? reply() : ended();
           break;
         case Phase::kPeers:
-          if (!links_.answered(model().links)) return wait(now);
+          if (!links_.replied(model().links)) return wait(now);
           combine();
           break;
         case Phase::kHost:
@@ -121,7 +122,7 @@ class GPULane {
     }
   }
 
-  // Ends the lane: its status says why, and an event if there is room.
+  // Ends the lane. Its status says why, and so does an event if the ring has room.
   CROSSPOOL_CALLED void fail(Fault fault, std::uint32_t detail) {
     put(at_.status->detail, detail);
     Atomic<std::uint32_t>(at_.status->fault).store(static_cast<std::uint32_t>(fault), kRelease);
@@ -167,15 +168,15 @@ class GPULane {
     return {Action::kLeave, 0};
   }
 
-  // Commands lie across the bus: who waits for a peer looks for them less often than for its
-  // signal.
+  // Commands lie across the bus, so a lane that waits for a peer looks for them less often than for
+  // the peer's signal.
   CROSSPOOL_INLINE bool due(std::uint64_t now) {
     if (now - looked_ < kLookNs) return false;
     looked_ = now;
     return true;
   }
 
-  // A wait for a peer or for the host.
+  // Waits for a peer or for the host, within the bound of waits.
   CROSSPOOL_CALLED Action wait(std::uint64_t now) {
     if (!waits_) {
       waits_ = true;
@@ -184,7 +185,7 @@ class GPULane {
       return leave();
     }
     if (leaving_) return leave();
-    // Signed: another multiprocessor's clock may be a little behind.
+    // The difference is signed: another multiprocessor's clock may be a little behind.
     const auto waited = static_cast<std::int64_t>(now - since_);
     if (waited < static_cast<std::int64_t>(at_.wait_ns)) return {Action::kWait, 0};
     fail(Fault::kTimeout, static_cast<std::uint32_t>(phase_));
@@ -200,7 +201,7 @@ class GPULane {
     enter_phase(Phase::kIdle);
   }
 
-  // Takes all commands, so that none waits behind a step. False: the lane has failed.
+  // Takes all commands, so that none waits behind a step. Returns false when the lane has failed.
   CROSSPOOL_CALLED bool drain() {
     Command command;
     while (at_.commands->pop(&command)) {
@@ -223,7 +224,7 @@ class GPULane {
     return true;
   }
 
-  // False: none waits.
+  // Returns false when no step waits.
   CROSSPOOL_INLINE bool next_step() {
     if (held_.empty()) return false;
     const HeldStep held = held_.pop();
@@ -270,7 +271,7 @@ class GPULane {
     return {Action::kLaunch, exec()};
   }
 
-  // The stage that has ended, to the trace.
+  // Writes the stage that has ended to the trace.
   CROSSPOOL_CALLED void record(std::uint64_t now) {
     LaneTrace& trace = *at_.trace;
     trace.stages[recorded_ % kTraceRoom] = {
@@ -282,7 +283,7 @@ class GPULane {
     Atomic<std::uint64_t>(trace.written).store(++recorded_, kRelease);
   }
 
-  // An attention rank's stage has ended: what follows.
+  // Decides what follows a stage of an attention rank that has ended.
   CROSSPOOL_INLINE void ended() {
     switch (stage_) {
       case GPUStage::kEmbed:
@@ -311,7 +312,7 @@ class GPULane {
     return step_.wanted > 0 ? begin(GPUStage::kHead) : end_step();
   }
 
-  // A lease ends with a stop token, when it is recalled, and when another step waits for the lane.
+  // A lease ends with a stop token, with a recall, and when another step waits for the lane.
   CROSSPOOL_CALLED void end_step() {
     if (!drain()) return;
     const bool ends = stopped_ || recalled_ || !held_.empty();
@@ -327,19 +328,19 @@ class GPULane {
     enter_phase(Phase::kEvent);
   }
 
-  // Whether a predecessor's dispatch is still unanswered. Once a step has dispatched, its links
-  // have only seen this lane.
+  // Whether the dispatch of a predecessor still waits for its reply. Once a step has dispatched,
+  // its links have only seen this lane.
   CROSSPOOL_INLINE bool after_predecessor() const {
     return stage_ == GPUStage::kDispatch && layer_ == 0 && !links_.free(model().links);
   }
 
   CROSSPOOL_INLINE void combine() {
     const std::uint32_t wrong = links_.combine(model().links);
-    if (wrong < kMaxLinks) return fail(Fault::kAnswer, wrong);
+    if (wrong < kMaxLinks) return fail(Fault::kReply, wrong);
     begin(GPUStage::kCombine);
   }
 
-  // False: there is none.
+  // Returns false when there is none.
   CROSSPOOL_CALLED bool next_dispatch() {
     const Poll found = served_.poll();
     if (found == Poll::kNothing) return false;
@@ -376,7 +377,7 @@ class GPULane {
   std::uint64_t beats_ = 0;
   std::uint64_t launches_ = 0;
   std::uint64_t since_ = 0;
-  std::uint64_t looked_ = 0;  // for commands
+  std::uint64_t looked_ = 0;  // when it last looked for commands
   std::uint64_t launched_ns_ = 0;
   std::uint64_t recorded_ = 0;
   Phase phase_ = Phase::kNew;

@@ -1,4 +1,4 @@
-// Where a lane finds what it reads and writes.
+// Places of all that a lane reads and writes.
 #ifndef CROSSPOOL_CUDA_LANE_PLACES_H
 #define CROSSPOOL_CUDA_LANE_PLACES_H
 
@@ -10,7 +10,7 @@
 
 namespace crosspool::gpu {
 
-// What the host sets of a lane. Addresses are the device's.
+// Set by the host. Addresses are the device's.
 struct LanePlaces {
   Tables tables;
   const std::uint64_t* execs;

@@ -6,8 +6,8 @@
 
 namespace crosspool::gpu {
 
-// Runs the lane's state machine until there is something to launch, or the pass has polled long
-// enough; then launches the scheduler graph again, unless the lane leaves. For one thread.
+// Runs the lane's state machine, in one thread, until there is something to launch or the pass has
+// polled long enough; then launches the scheduler graph again, unless the lane leaves.
 template <class Driver>
 CROSSPOOL_INLINE void pass(GPULane& lane, Driver& driver) {
   const std::uint64_t begin = driver.now();
@@ -31,9 +31,9 @@ CROSSPOOL_INLINE void pass(GPULane& lane, Driver& driver) {
 }
 
 // The scheduler's kernel, for each thread of its warp. The driver has thread(), threads(), and
-// any(), which joins a yes or no of all threads; for the first thread also now() in ns, pause(),
-// and tail launches that return a cudaError_t as a number: launch(exec), and relaunch() of the
-// scheduler graph. All threads meet in any() before the first one changes the lane.
+// any(), which returns whether any thread says yes. The first thread also uses now() in ns,
+// pause(), and tail launches that return a cudaError_t as a number: launch(exec), and relaunch() of
+// the scheduler graph. All threads meet in any() before the first one changes the lane.
 template <class Driver>
 CROSSPOOL_INLINE void schedule(GPULane& lane, Driver& driver) {
   const bool stopped =

@@ -11,8 +11,8 @@ namespace crosspool::gpu {
 
 namespace {
 
-constexpr std::int64_t kNapNs = 20'000;             // between two looks at rings and streams
-constexpr std::int64_t kLookNs = 1'000'000;         // between two looks after the lanes
+constexpr std::int64_t kNapNs = 20'000;             // between two polls of rings and streams
+constexpr std::int64_t kLookNs = 1'000'000;         // between two checks of the lanes
 constexpr std::int64_t kSettleNs = 60'000'000'000;  // bound of copies and uploads
 
 void nap() {
@@ -20,7 +20,7 @@ void nap() {
   nanosleep(&pause, nullptr);
 }
 
-// Waits for what was put into the stream: how it ended, or kNotReady.
+// Waits for the stream's work. Returns how it ended, or kNotReady.
 Error ended(Stream stream) {
   for (const std::int64_t deadline = now_ns() + kSettleNs;;) {
     const Error error = calls().stream_query(stream);
@@ -29,7 +29,7 @@ Error ended(Stream stream) {
   }
 }
 
-// The same; throws unless it ended well.
+// Waits likewise, and throws unless the work ended well.
 void settle(Stream stream, const char* what) {
   const Error error = ended(stream);
   if (error == kNotReady) throw std::runtime_error(std::string(what) + " does not end");
@@ -59,8 +59,8 @@ std::string fault_text(const LaneStatus& status) {
              calls().error_name(static_cast<Error>(status.detail));
     case Fault::kTimeout:
       return "it waited too long in phase " + detail;
-    case Fault::kAnswer:
-      return "the answer that came through link " + detail + " is not of its dispatch";
+    case Fault::kReply:
+      return "the reply that came through link " + detail + " is not of its dispatch";
     case Fault::kDispatch:
       return "what came through link " + detail + " breaks the lane protocol or fits no model";
   }
@@ -96,7 +96,8 @@ GPULoop::GPULoop(const GPULoopDescription& description)
 
 GPULoop::~GPULoop() { destroy(); }
 
-// Nothing of the loop is resident; copies and uploads may be under way where its making failed.
+// Nothing of the loop is resident, but copies and uploads may be under way where its constructor
+// has failed.
 void GPULoop::destroy() {
   for (const HostLane& lane : host_) {
     if (lane.stream != nullptr) ended(lane.stream);
@@ -242,13 +243,13 @@ bool GPULoop::push_step(std::uint32_t index, const GPUStepArguments& arguments) 
 bool GPULoop::push(std::uint32_t lane, const Command& command) {
   at(lane);
   if (command.kind != CommandKind::kResume && command.kind != CommandKind::kRecall) {
-    throw std::runtime_error("kind: only kResume and kRecall are pushed so");
+    throw std::runtime_error("kind: only kResume and kRecall can be pushed here");
   }
   return mapped_[lane].commands.push(command);
 }
 
 bool GPULoop::pop(Event* event) {
-  // Looked for first: then what a lane published before its fault is seen before it.
+  // A fault is looked for first, so that events which a lane published before it are popped first.
   std::uint32_t failed = lane_count_;
   for (std::uint32_t i = 0; i < lane_count_; ++i) {
     if (Atomic<std::uint32_t>(mapped_[i].status.fault).load(kAcquire) != 0) failed = i;
@@ -287,7 +288,7 @@ bool GPULoop::wait(std::int64_t timeout_ns) {
   }
 }
 
-// A lane that died in a stage, or that does not come back from one, says nothing itself.
+// Notices lanes that died in a stage, or do not come back from one, since these tell nothing.
 void GPULoop::look_after(std::int64_t now) {
   if (tracing_) compare_clocks();
   for (std::uint32_t i = 0; i < lane_count_; ++i) {

@@ -38,7 +38,7 @@ class GPULoop {
   std::uint32_t trace_stop(TracedStage* stages, std::uint32_t room);
 
  private:
-  // A lane's memory that both sides see.
+  // Memory of a lane that host and device both see.
   struct Mapped {
     CommandRing commands;
     EventRing events;
@@ -54,7 +54,7 @@ class GPULoop {
     bool asked_to_leave = false;
     std::uint64_t pushed = 0;  // steps
     std::uint64_t done = 0;
-    std::uint64_t heartbeat = 0;  // as seen last, and when it had changed
+    std::uint64_t heartbeat = 0;  // the last one seen, and when it was seen to change
     std::int64_t heard_ns = 0;
     std::uint64_t traced_from = 0;  // stages recorded before this trace, or handed over
   };
@@ -77,7 +77,7 @@ class GPULoop {
   std::vector<DeviceArray<std::uint8_t>> device_kinds_;
   std::vector<ModelEntry> models_;
   std::vector<std::uint32_t> bucket_rows_;
-  std::vector<GPULane> images_;  // of the lanes, as they begin
+  std::vector<GPULane> images_;  // the lanes as they begin
   DeviceArray<ModelEntry> device_models_;
   DeviceArray<std::uint32_t> device_bucket_rows_;
   DeviceArray<GPULane> lanes_;

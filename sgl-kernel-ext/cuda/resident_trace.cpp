@@ -32,7 +32,7 @@ std::uint32_t GPULoop::trace_stop(TracedStage* stages, std::uint32_t room) {
     const std::uint64_t oldest = end - from > kTraceRoom ? end - kTraceRoom : from;
     const std::size_t before = found.size();
     for (std::uint64_t n = oldest; n < end; ++n) found.push_back(trace.stages[n % kTraceRoom]);
-    // The lane may go on for a while, and has begun one stage more than it has counted.
+    // The lane may still record, and has begun to write one stage more than it has counted.
     const std::uint64_t lost = written.load(kAcquire) + 1;
     if (lost > oldest + kTraceRoom) {
       const std::uint64_t count = std::min(lost - oldest - kTraceRoom, end - oldest);
@@ -60,8 +60,8 @@ void GPULoop::push_trace(bool on) {
   }
 }
 
-// What the host sees of the device's clock is older than its own; by how much varies, so the least
-// difference is nearest to that of the clocks.
+// The host sees the device's clock late, by a varying time, so the least difference that it sees is
+// nearest to the true difference of the clocks.
 void GPULoop::compare_clocks() {
   for (std::uint32_t i = 0; i < lane_count_; ++i) {
     const std::uint64_t device = status(i).clock_ns;

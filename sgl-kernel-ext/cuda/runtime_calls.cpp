@@ -1,4 +1,4 @@
-// calls.h by CUDA's runtime.
+// The table of calls.h, filled with CUDA's runtime.
 #include <cuda_runtime_api.h>
 
 #include "calls.h"

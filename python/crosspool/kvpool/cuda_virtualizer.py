@@ -4,7 +4,7 @@ Creating a handle is by far the dearest call, so all of them are made ahead; the
 a chunk pays for its mapping and, once for each run of neighbouring chunks, for the access to it.
 Each chunk is a mapping of its own, because the driver takes back whole mappings only.
 
-Not run on a GPU so far; ``benchmark/gpu_vmm.py`` measures each call there.
+``benchmark/gpu_vmm.py`` measures each call on a GPU.
 """
 
 from __future__ import annotations

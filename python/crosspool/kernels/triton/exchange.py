@@ -1,9 +1,8 @@
-"""Rows on their way between devices: into the payloads of links, and out of them.
+"""Copies of rows into the payloads of links between devices, and out of them.
 
 A payload holds rows one after another, without gaps, in memory that this device reaches, its own or
-a peer's. Payloads are named by address, in int64 tables on the device; the lane protocol's headers
-and signals are not touched here.
-"""
+a peer's. Kernels find payloads by address, in int64 tables on the device. They do not touch the
+lane protocol's headers and signals."""
 
 from __future__ import annotations
 
@@ -38,8 +37,8 @@ def send_rows(
 
 
 def combine_rows(parts: torch.Tensor, count: torch.Tensor, out: torch.Tensor) -> None:
-    """out[i] = the sum of row i of all ``parts``, int64 [parts] of addresses, in their order, in
-    float32 and rounded once. ``out`` [bucket, hidden] may be one of them."""
+    """Sums row i of all ``parts``, int64 [parts] of addresses, into out[i]: in their order, in
+    float32, rounded once. ``out`` [bucket, hidden] may be one of them."""
     bucket, hidden = out.shape
     _combine_kernel[(bucket, triton.cdiv(hidden, _BLOCK))](
         parts,
@@ -60,8 +59,8 @@ def take_dispatch(
     served: torch.Tensor,
 ) -> None:
     """Copies the rows in payload ``link`` (int32 [1]) of ``payloads``, int64 [links], to ``out``
-    [bucket, hidden], and counts them: ``served`` int64 [links, 3] has each link's dispatches, their
-    rows and their bytes."""
+    [bucket, hidden], and counts them: ``served``, int64 [links, 3], holds dispatches, rows and
+    bytes of each link."""
     bucket, hidden = out.shape
     _take_kernel[(bucket, triton.cdiv(hidden, _BLOCK))](
         payloads,

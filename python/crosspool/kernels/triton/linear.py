@@ -1,4 +1,4 @@
-"""Matrix products with rows of activations, bound by reading the weights.
+"""Products of weights with rows of activations, bound by reading the weights.
 
 Made for buckets of up to a few hundred rows and for weights behind a table. For thousands of rows,
 where the layer's pointers may be fixed at capture, ``torch.matmul`` (cuBLAS) is the faster choice.
@@ -22,8 +22,8 @@ _MOST_SPLITS = 16
 
 @dataclass(frozen=True)
 class LinearWorkspace:
-    """What products that split K need beside their arrays. One serves every product of a lane,
-    one after another; it is not for two streams at a time."""
+    """Memory for products that split K. One workspace serves every product of a lane, one after
+    another; two streams cannot share it."""
 
     partials: torch.Tensor
     """float32, flat."""
@@ -32,7 +32,7 @@ class LinearWorkspace:
 
     @classmethod
     def allocate(cls, device: torch.device) -> LinearWorkspace:
-        """16 MiB: products that would need more do not split K."""
+        """Allocates 16 MiB; products that would need more do not split K."""
         return cls(
             partials=torch.empty(_PARTIALS, dtype=torch.float32, device=device),
             arrivals=torch.zeros(MULTIPROCESSORS, dtype=torch.int32, device=device),
@@ -105,8 +105,8 @@ def head_logits(
 
 
 def _splits(tiles: int, steps: int, elements: int) -> int:
-    """Ranges of K: as many as let every multiprocessor work, that divide the steps evenly, and
-    whose partial sums the workspace holds."""
+    """Number of ranges into which K is split: enough for every multiprocessor to work, dividing the
+    steps evenly, with partial sums that the workspace can hold."""
     most = min(_MOST_SPLITS, MULTIPROCESSORS // tiles, _PARTIALS // elements, steps // 2)
     return max((s for s in range(1, most + 1) if steps % s == 0), default=1)
 
