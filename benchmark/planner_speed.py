@@ -3,7 +3,7 @@
     python -m benchmark.planner_speed [--models 300] [--samples 1000000]
 
 Models share a rate by the popularity of models on OpenRouter; lengths are log-normal as in the
-Azure conversation trace. At each rate: the Monte Carlo, and the same law by FFT.
+Azure conversation trace. At each rate, the Monte Carlo and the same law by FFT are timed.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Where weights and KV cache lie on devices under each way to serve, in bytes."""
+"""Placement of weights and KV cache on devices under each way to serve, in bytes."""
