@@ -1,4 +1,4 @@
-"""The GPU's virtualizer on the fake driver: which calls it makes and when, and what it says."""
+"""The GPU's virtualizer on the fake driver: its calls and their order, and its errors."""
 
 from __future__ import annotations
 

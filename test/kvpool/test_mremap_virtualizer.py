@@ -1,5 +1,5 @@
-"""The mremap virtualizer with real memory: what is mapped works, what is not is a fault, and the
-process never holds more than the budget."""
+"""The mremap virtualizer with real memory: mapped chunks work, touching others is a fault, and
+the process never holds more than the budget."""
 
 import ctypes
 import mmap

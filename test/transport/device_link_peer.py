@@ -20,7 +20,7 @@ from crosspool.transport.shared_memory import SharedMemoryTransport
 WAIT = 60.0
 MAX_ROW_BYTES = 192
 DTYPES = (torch.float32, torch.bfloat16)
-"""Of models 0 and 1."""
+"""Dtypes of models 0 and 1."""
 
 
 def driver_of(device: Device, real: bool):

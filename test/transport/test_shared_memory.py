@@ -259,7 +259,8 @@ def test_a_sleeper_is_woken(fd, deployment, spin_ns):
 
 @pytest.mark.parametrize("spin_ns", [0, 20_000])
 def test_two_processes_exchange_20000_dispatches(spin_ns):
-    """Half of them with each spin; several lanes in flight, contents checked on return."""
+    """Half of the rounds have each spin; several lanes are in flight, and contents are checked
+    on return."""
     deployment = deployment_of(("cpu:0",), ("cpu:1",), lanes=4)
     rounds = 10_000 // deployment.lanes
     fd = shared_memory.create(deployment, HIDDEN * 4)

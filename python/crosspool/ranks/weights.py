@@ -75,11 +75,9 @@ class HeldModel:
     bytes: int
     """Bytes of all tensors."""
 
-    @contextlib.contextmanager
-    def loading(self, device: Device) -> Iterator[Loading]:
+    def loading(self, device: Device) -> contextlib.AbstractContextManager[Loading]:
         """Shows a progress bar for the model, and logs one line at the end."""
-        with loading(device.name, self.what, self.bytes) as loaded:
-            yield loaded
+        return loading(device.name, self.what, self.bytes)
 
 
 def held_models(

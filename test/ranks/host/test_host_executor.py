@@ -1,4 +1,4 @@
-"""The host loop's order of things, with parts whose arithmetic can be done in the head."""
+"""The order in which the host loop works, with parts whose arithmetic can be done in the head."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class OneHot:
 
 @dataclass
 class Chunks:
-    """A virtualizer that only keeps count."""
+    """A virtualizer that only counts."""
 
     log: list[tuple[str, int, int]]
     mapped: set[tuple[int, int]] = field(default_factory=set)
@@ -291,7 +291,7 @@ def test_waits_on_the_doorbell_when_nothing_is_ready() -> None:
             return False
 
     class Silent(LocalLink):
-        """A peer on another device that has not answered yet."""
+        """A peer on another device that has not replied yet."""
 
         def poll(self) -> None:
             return None
