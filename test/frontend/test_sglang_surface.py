@@ -227,7 +227,7 @@ def test_private_names_are_in_one_module() -> None:
 
 
 def test_no_other_private_name_is_used() -> None:
-    """In private.py, an attribute with a leading underscore is SGLang's, and is recorded."""
+    """Every attribute with a leading underscore in private.py is SGLang's, and is recorded."""
     tree = ast.parse(PRIVATE.read_text())
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     used |= {

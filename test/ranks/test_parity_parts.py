@@ -99,7 +99,7 @@ def test_config_as_published_before_transformers_5(tmp_path: Path) -> None:
 
 @torch.inference_mode()
 def test_bfloat16_stays_close_to_transformers(checkpoint: Path, reference: PreTrainedModel) -> None:
-    """In bfloat16 both round differently: on average, ours may be no further from the float32
+    """Both round differently in bfloat16: on average, ours may be no further from the float32
     model than twice the distance of transformers' own bfloat16 run."""
     lengths = [19]
     parts = Parts(checkpoint, dtype="bfloat16")

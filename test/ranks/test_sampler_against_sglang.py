@@ -25,7 +25,7 @@ SAMPLINGS = [
 
 
 class Batch(SimpleNamespace):
-    """As much of SGLang's ScheduleBatch as the penalizers look at; they hold it weakly."""
+    """The part of SGLang's ScheduleBatch that its penalizers look at; they hold it weakly."""
 
     __slots__ = ("__weakref__",)
 

@@ -74,10 +74,10 @@ class FakeCuda:
     reservations: dict[int, int] = field(default_factory=dict)
     """Bytes by address."""
     mappings: dict[int, Mapping] = field(default_factory=dict)
-    """By address."""
+    """Mappings by address."""
     handles: dict[int, Memory] = field(default_factory=dict)
     fail: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """By call: how many more calls of it succeed, and the code of the one after them."""
+    """How many more calls of a name succeed, and the code that the one after them returns."""
     calls: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     used: int = 0
     """Bytes of memory that exist."""

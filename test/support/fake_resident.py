@@ -39,7 +39,7 @@ class FakeResident:
         epoch: int,
         tails: Mapping[tuple[int, int, GPUStage], Tail],
     ) -> CudaLoop:
-        """As :func:`crosspool.ranks.gpu.lanes.join_loop`."""
+        """Stands in for :func:`crosspool.ranks.gpu.lanes.join_loop`."""
         assert exchange is None
         loop = _Driven(self, models, loop_places(lanes), buckets, epoch=epoch)
         for (lane, model, bucket), of_model in stages.items():

@@ -19,7 +19,7 @@ from crosspool.kernels.cuda_loop import (
 from support.fake_cuda_graphs import FakeCuda
 
 ROW_BYTES = 8
-"""Of a row that crosses."""
+"""Size of a row that crosses."""
 STAGES = (
     GPUStage.EMBED,
     GPUStage.FEED,

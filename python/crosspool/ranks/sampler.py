@@ -1,6 +1,6 @@
 """Picks next tokens and reports log-probabilities, one vectorised pass per batch.
 
-Semantics are SGLang's (``srt/sampling`` and ``srt/layers/sampler.py`` of 0.5.21): penalties,
+Semantics are SGLang's (``srt/sampling`` and ``srt/layers/sampler`` of 0.5.21): penalties,
 grammar and bias act on the logits in that order; then temperature, softmax, and top-k, top-p and
 min-p, each a cut through the same descending distribution. The draw is the project's own: one
 uniform number per row, a pure function of (seed, position), through the inverse of the cumulative

@@ -28,7 +28,7 @@ def sampler() -> ModuleType:
 
 
 def host_uniform(seed: int, position: int) -> float:
-    """As the host's sampler draws."""
+    """Returns the number that the host's sampler draws."""
     key = np.array([seed & (2**64 - 1), position], dtype=np.uint64)
     return float(np.random.Generator(np.random.Philox(key=key)).random())
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from crosspool.ranks.host.step_batch import Segment, StepBatch
+from crosspool.ranks.host.step_batch import RowSpan, StepBatch
 from crosspool.ranks.kv_rank import KVRank, Request
 from crosspool.transport.messages import Row, Step
 
@@ -56,7 +56,7 @@ class AttentionRank(KVRank["AttentionPart", PagedRequest]):
             if row.pages:
                 request.pages = torch.cat([request.pages, torch.tensor(row.pages)])
             self._check_pages(step, row, len(request.pages))
-            segments.append(Segment(len(tokens), len(row.tokens), row.start, request.pages))
+            segments.append(RowSpan(len(tokens), len(row.tokens), row.start, request.pages))
             positions.append(torch.arange(row.start, row.start + len(row.tokens)))
             tokens += row.tokens
             requests.append(request)

@@ -29,7 +29,8 @@ def load_host_ranks(
     placement: Placement,
     lanes_fd: int | None,
 ) -> DeviceRanks:
-    """As :func:`crosspool.ranks.device_process.load_ranks`, for the host loop."""
+    """Loads the ranks of a device for the host loop; see
+    :func:`crosspool.ranks.device_process.load_ranks`."""
     trace = LaneTrace()
     attention_parts: list[AttentionPart] = []
     ffn_parts: dict[int, FFNPart] = {}

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from crosspool.kernels.attention import Segment
+from crosspool.kernels.attention import RowSpan
 
-__all__ = ["Segment", "StepBatch"]
+__all__ = ["RowSpan", "StepBatch"]
 
 
 @dataclass
@@ -21,15 +21,15 @@ class StepBatch:
         StepBatch(
             positions=torch.tensor([40, *range(16)]),
             segments=[
-                Segment(first_row=0, rows=1, start=40, pages=torch.tensor([7, 2, 9])),
-                Segment(first_row=1, rows=16, start=0, pages=torch.tensor([4])),
+                RowSpan(first_row=0, rows=1, start=40, pages=torch.tensor([7, 2, 9])),
+                RowSpan(first_row=1, rows=16, start=0, pages=torch.tensor([4])),
             ],
         )
     """
 
     positions: torch.Tensor
     """Position of each row in its sequence: int64 [T]."""
-    segments: Sequence[Segment]
+    segments: Sequence[RowSpan]
     """Every row belongs to exactly one; a request has at most one."""
     rope: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False)
     """cos and sin of the positions; the attention part computes them once per step."""

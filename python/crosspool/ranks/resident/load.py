@@ -47,7 +47,8 @@ def load_resident_ranks(
     placement: Placement,
     lanes_fd: int | None,
 ) -> DeviceRanks:
-    """As :func:`crosspool.ranks.device_process.load_ranks`, for the resident loop."""
+    """Loads the ranks of a device for the resident loop; see
+    :func:`crosspool.ranks.device_process.load_ranks`."""
     resources = contextlib.ExitStack()
     team = resources.enter_context(Team(device.cores))
     tables = _tables(deployment, specs)
