@@ -71,7 +71,8 @@ def main() -> None:
                 stop=StopRules(max_new_tokens=4, ignore_eos=True),
             )
         )
-    while not core.idle:
+    unfinished = 3
+    while unfinished:
         core.schedule()
         for rank, message in core.drain_messages():
             if not isinstance(message, Step):
@@ -82,6 +83,7 @@ def main() -> None:
             core.on_result(rank, carried_out(message))
         for output in core.drain_outputs():
             if output.finish is not None:
+                unfinished -= 1
                 print(f"{output.rid} ({NAMES[output.model]}): tokens {output.token_ids}")
 
 

@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
     "name, says",
     [
         ("embed_scheduler_core.py", "request 2 (tiny-qwen3-moe): tokens [2, 3, 4, 5]"),
-        ("add_family.py", "KV"),
+        ("add_family.py", "24 layers, 12,288 bytes of KV per token"),
         ("add_link.py", "the attention rank combines (2, 8)"),
     ],
 )
