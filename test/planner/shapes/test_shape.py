@@ -138,6 +138,16 @@ def test_families_are_counted_as_the_pools_count_them(
     assert shape.kv_bytes_per_token == spec.kv_bytes_per_token
 
 
+def test_a_served_family_has_a_shape_in_any_dtype_and_quantisation(tmp_path: Path) -> None:
+    fields = MOE | {"model_type": "mixtral", "num_key_value_heads": 2}
+    plain = _read(tmp_path, fields)
+    quantised = {"quantization_config": {"quant_method": "gptq"}, "dtype": "float16"}
+    assert _read(tmp_path, fields | quantised) == plain
+    assert _read(tmp_path, fields | {"dtype": "float32"}).ffn_bytes == 2 * plain.ffn_bytes
+    with pytest.raises(ConfigError, match="rope_type must be one of"):
+        _read(tmp_path, fields | {"rope_scaling": {"type": "longrope"}})
+
+
 @pytest.mark.parametrize(
     "fields",
     [
