@@ -139,7 +139,7 @@ def test_families_are_counted_as_the_pools_count_them(
 
 
 def test_a_served_family_has_a_shape_in_any_dtype_and_quantisation(tmp_path: Path) -> None:
-    fields = MOE | {"model_type": "mixtral"}
+    fields = MOE | {"model_type": "mixtral", "num_key_value_heads": 2}
     plain = _read(tmp_path, fields)
     quantised = {"quantization_config": {"quant_method": "gptq"}, "dtype": "float16"}
     assert _read(tmp_path, fields | quantised) == plain
