@@ -29,7 +29,7 @@ def load_host_ranks(
     placement: Placement,
     lanes_fd: int | None,
 ) -> DeviceRanks:
-    """As :func:`crosspool.ranks.device_process.load_ranks`, for the host loop."""
+    """Does what :func:`crosspool.ranks.device_process.load_ranks` says, for the host loop."""
     trace = LaneTrace()
     attention_parts: list[AttentionPart] = []
     ffn_parts: dict[int, FFNPart] = {}

@@ -47,7 +47,7 @@ def load_resident_ranks(
     placement: Placement,
     lanes_fd: int | None,
 ) -> DeviceRanks:
-    """As :func:`crosspool.ranks.device_process.load_ranks`, for the resident loop."""
+    """Does what :func:`crosspool.ranks.device_process.load_ranks` says, for the resident loop."""
     resources = contextlib.ExitStack()
     team = resources.enter_context(Team(device.cores))
     tables = _tables(deployment, specs)
@@ -97,6 +97,7 @@ class _Packing:
     ffn: dict[int, PackedFFN] = field(default_factory=dict)
 
     def load(self, held: HeldModel) -> None:
+        """Loads the device's part of a model."""
         index, spec, path = held.index, held.spec, held.path
         parts: list[PackedAttention | PackedFFN] = []
         with held.loading(self.device) as loaded:
@@ -116,7 +117,7 @@ class _Packing:
                 self.resources.callback(part.close)
             plain = format_size(sum(part.weights.plain_bytes for part in parts))
             compact = format_size(sum(part.weights.held_bytes for part in parts))
-            loaded.notes.append(f"matrices of {plain} take {compact}")
+            loaded.notes.append(f"{plain} of matrices packed into {compact}")
 
 
 def _tables(deployment: Deployment, specs: Sequence[ModelSpec]) -> ctypes.Array[es.ModelTable]:
