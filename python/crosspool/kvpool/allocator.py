@@ -28,7 +28,7 @@ _Mask = npt.NDArray[np.bool_]
 
 
 class _Geometry:
-    """Which chunks each page of a model touches: first and last, int64 [pages]."""
+    """The chunks that each page of a model touches: first and last, int64 [pages]."""
 
     def __init__(self, layout: KVLayout, budget_chunks: int) -> None:
         pages = np.arange(layout.pages_in(budget_chunks), dtype=np.int64)
@@ -58,7 +58,7 @@ class _PageSet:
         self.size = 0
         self.touching = np.zeros(geometry.chunks, dtype=np.int64)
         self.chunks = 0
-        """How many chunks its pages touch."""
+        """Number of chunks that its pages touch."""
         self.costs: _Mask = np.ones(geometry.pages, dtype=bool)
         """Whether a page touches a chunk that no page of the set touches."""
 
@@ -82,7 +82,7 @@ class _PageSet:
         return left
 
     def new_chunks(self, pages: _Ints) -> int:
-        """How many more chunks the set would touch with ``pages``."""
+        """Returns how many more chunks the set would touch with ``pages``."""
         span, touches = self._geometry.touches(pages)
         return int(np.count_nonzero((touches > 0) & (self.touching[span] == 0)))
 

@@ -84,7 +84,7 @@ def whole_chunks(budget_bytes: int, chunk_bytes: int, unit: int) -> int:
 
 
 class ChunkTable:
-    """Which slot of the budget lies under which chunk of which model.
+    """The slots of the budget, and the chunk of a model that each lies under.
 
     A slot is memory for one chunk, named by a number that means something to the virtualizer. The
     table tells what may be done; the virtualizer does it, and notes in the table what it has done.

@@ -49,7 +49,8 @@ def kv_pool_by(
     Raises ConfigError when the device has no memory for it."""
     chunks = deployment.kv_pool_bytes // len(deployment.kv_pool_devices) // deployment.chunk_bytes
     budget = chunks * deployment.chunk_bytes
-    with loading(device.name, "KV pool", budget) as loaded:
+    rank = deployment.kv_pool_devices.index(device)
+    with loading(device.name, f"KV pool of attention rank {rank}", budget) as loaded:
         return take_kv_pool(
             make,
             specs,

@@ -1,4 +1,4 @@
-"""Which links two devices share, and who opens them: the one place that knows all interconnects.
+"""The one place that knows all interconnects: which links two devices share, and who opens them.
 
 Within a device nothing crosses. CPU devices share a segment of memory
 (:mod:`crosspool.transport.shared_memory`), which the launcher makes and every device process
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from crosspool.kernels.cuda_driver import CudaDriver
 
 _MEETING_SECONDS = 120.0
-"""How long a device process waits for the others to be as far."""
+"""Seconds that a device process waits for the others to come to the meeting."""
 
 A_co = TypeVar("A_co", covariant=True)
 F_co = TypeVar("F_co", covariant=True)

@@ -35,7 +35,7 @@ class ResidentLinks:
     described to native code, which may use them as long as this is there."""
 
     def __init__(self, deployment: Deployment, device: Device, lanes_fd: int | None) -> None:
-        """``lanes_fd``: as for :func:`crosspool.transport.links.join`."""
+        """``lanes_fd`` is what :func:`crosspool.transport.links.join` takes."""
         kv_pool, weight_pool = deployment.kv_pool_devices, deployment.weight_pool_devices
         self.attention_rank = kv_pool.index(device) if device in kv_pool else -1
         self.ffn_rank = weight_pool.index(device) if device in weight_pool else -1
