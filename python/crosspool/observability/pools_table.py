@@ -101,8 +101,8 @@ def pools_tables(
         "waiting",
         *_USE,
         "prompt tokens",
-        "cached among them",
-        "cached pages given up",
+        "found cached",
+        "pages given up",
     )
     for row in use:
         prompt = row.prompt_tokens + row.cached_tokens
