@@ -158,8 +158,8 @@ def _add_norm(m: Shape, rows: int, arrays: Arrays) -> Case:
         shape=f"{m.hidden}",
         bytes=2 * m.hidden * (4 * rows + 1),
         layers=8,
-        launch=lambda layer: norm.add_rms_norm(
-            residual, addend, weights, layer, count, out, eps=1e-6
+        launch=lambda layer: norm.rms_norm(
+            residual, weights, layer, count, out, eps=1e-6, addend=addend
         ),
     )
 

@@ -63,7 +63,7 @@ cudaGraph_t captured_work(std::size_t bytes);
 // A loop whose every stage does the same work.
 class WorkLoop {
  public:
-  WorkLoop(std::uint32_t lanes, std::uint32_t layers, std::size_t bytes, bool take_turns);
+  WorkLoop(std::uint32_t lanes, std::uint32_t layers, std::size_t bytes);
   ~WorkLoop();
   WorkLoop(WorkLoop&&) = delete;
   WorkLoop& operator=(WorkLoop&&) = delete;
@@ -83,7 +83,7 @@ class WorkLoop {
   // Takes the events that there are; how many of them end a lease.
   std::uint32_t take();
 
-  gpu::Loop* loop_;
+  gpu::GPULoop* loop_;
   std::uint32_t lanes_;
   std::uint64_t step_ = 0;
   bool busy_ = false;

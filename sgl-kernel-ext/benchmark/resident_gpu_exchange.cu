@@ -86,9 +86,9 @@ void exchange(const char* path) {
   const auto at = reinterpret_cast<std::uintptr_t>(words);
   const gpu::LaneDescription lane{at, at, 0, 0, gpu::Role::kAttention};
   const std::uint32_t bucket = 1;
-  const gpu::LoopDescription description{&model, &lane, &bucket, 1,         1,
-                                         1,      0,     1,       1'000'000, 30'000'000'000};
-  gpu::Loop* loop = crosspool_cuda_loop_create(&description);
+  const gpu::GPULoopDescription description{&model, &lane, &bucket, 1,         1,
+                                            1,      0,     1,       1'000'000, 30'000'000'000};
+  gpu::GPULoop* loop = crosspool_cuda_loop_create(&description);
   if (loop == nullptr) loop_status(-1);
   cudaStream_t stream = nullptr;
   CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -96,16 +96,17 @@ void exchange(const char* path) {
   const auto answer = [&] {
     status(reply(reinterpret_cast<std::uintptr_t>(ends), kPayload, at, stream), "reply");
   };
-  for (const auto& [stage, graph] : {std::pair{gpu::Stage::kEmbed, captured_work(0)},
-                                     std::pair{gpu::Stage::kAttention, capture(stream, put)},
-                                     std::pair{gpu::Stage::kDenseFFN, capture(stream, answer)}}) {
+  for (const auto& [stage, graph] :
+       {std::pair{gpu::GPUStage::kEmbed, captured_work(0)},
+        std::pair{gpu::GPUStage::kAttention, capture(stream, put)},
+        std::pair{gpu::GPUStage::kDenseFFN, capture(stream, answer)}}) {
     loop_status(
         crosspool_cuda_loop_add_graph(loop, 0, 0, static_cast<std::uint32_t>(stage), 0, graph));
   }
   loop_status(crosspool_cuda_loop_start(loop));
   std::vector<double> us;
   for (std::uint32_t i = 1; i <= kSteps; ++i) {
-    gpu::StepArguments step{};
+    gpu::GPUStepArguments step{};
     step.step = i;
     step.rows = step.lease = 1;
     const double start = now_us();

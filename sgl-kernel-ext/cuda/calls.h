@@ -7,7 +7,7 @@
 
 namespace crosspool::gpu {
 
-class Lane;
+class GPULane;
 
 using Graph = void*;   // cudaGraph_t
 using Node = void*;    // cudaGraphNode_t
@@ -42,7 +42,7 @@ struct Calls {
   Error (*graph_nodes)(Graph graph, Node* nodes, std::size_t* count);  // null nodes: the count
   Error (*node_type)(Node node, int* type);
   Error (*child_graph)(Node node, Graph* graph);
-  Error (*scheduler_graph)(Graph* graph, Lane* lane);  // one node: the scheduler of a lane
+  Error (*scheduler_graph)(Graph* graph, GPULane* lane);  // one node: the scheduler of a lane
   Error (*graph_destroy)(Graph graph);
   // `result`: a cudaGraphInstantiateResult.
   Error (*instantiate)(Exec* exec, Graph graph, unsigned flags, Stream stream, int* result);

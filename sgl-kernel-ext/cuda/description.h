@@ -9,7 +9,7 @@
 namespace crosspool::gpu {
 
 // `description`; throws std::runtime_error where it contradicts itself.
-const LoopDescription& checked(const LoopDescription& description);
+const GPULoopDescription& checked(const GPULoopDescription& description);
 
 // In messages.
 std::string lane_name(std::uint32_t lane);

@@ -24,12 +24,9 @@ class GraphTable {
   GraphTable& operator=(GraphTable&&) = delete;
   ~GraphTable();
 
-  // For one lane, or for all with `lane` < 0. Throws std::runtime_error.
-  void add(std::int32_t lane, std::uint32_t model, std::uint32_t stage, std::uint32_t bucket,
+  // Throws std::runtime_error.
+  void add(std::uint32_t lane, std::uint32_t model, std::uint32_t stage, std::uint32_t bucket,
            Graph graph, Stream stream);
-  // Null: there is none.
-  Exec find(std::uint32_t lane, std::uint32_t model, std::uint32_t stage,
-            std::uint32_t bucket) const;
 
   // A lane's part of the table on the device, and its copy there.
   const std::uint64_t* on_device(std::uint32_t lane) const;
@@ -43,7 +40,6 @@ class GraphTable {
   std::uint32_t models_;
   std::uint32_t buckets_;
   std::vector<std::uint64_t> execs_;
-  std::vector<Exec> owned_;
   DeviceArray<std::uint64_t> device_;
 };
 

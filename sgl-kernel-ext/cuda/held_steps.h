@@ -10,7 +10,7 @@ namespace crosspool::gpu {
 
 struct HeldStep {
   std::uint64_t step;
-  std::uint64_t arguments;  // address of a StepArguments
+  std::uint64_t arguments;  // address of a GPUStepArguments
   bool recalled;
 };
 

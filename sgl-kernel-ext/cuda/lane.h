@@ -25,15 +25,15 @@
 namespace crosspool::gpu {
 
 struct Action {
-  enum Kind : std::uint32_t { kLaunch, kWait, kLeave } kind;
+  enum : std::uint32_t { kLaunch, kWait, kLeave } kind;
   std::uint64_t exec;  // of kLaunch: the stage's cudaGraphExec_t
 };
 
 // In device memory. Its scheduler alone touches it.
-class Lane {
+class GPULane {
  public:
-  Lane() = default;
-  explicit Lane(const LanePlaces& places) : at_(places) {}
+  GPULane() = default;
+  explicit GPULane(const LanePlaces& places) : at_(places) {}
 
   CROSSPOOL_INLINE std::uint32_t index() const { return at_.index; }
   CROSSPOOL_INLINE std::uint64_t spin_ns() const { return at_.spin_ns; }
@@ -48,7 +48,7 @@ class Lane {
 
   // Whether the head has just ended and its tokens are to be taken.
   CROSSPOOL_INLINE bool has_tokens() const {
-    return phase_ == Phase::kRunning && stage_ == Stage::kHead;
+    return phase_ == Phase::kRunning && stage_ == GPUStage::kHead;
   }
 
   // Copies the chosen tokens to the host; thread `thread` of `threads` does its rows. Whether one
@@ -90,10 +90,9 @@ class Lane {
             fail(Fault::kNoGraph, static_cast<std::uint32_t>(stage_));
             break;
           }
-          if (after_predecessor() || !ticket_.take(at_.turn)) return wait(now);
+          if (after_predecessor()) return wait(now);
           return launch(now);
         case Phase::kRunning:
-          ticket_.give(at_.turn);
           if (tracing_) record(now);
           at_.role == Role::kFFN ? reply() : ended();
           break;
@@ -114,7 +113,7 @@ class Lane {
           if (leaving_) return leave();
           ++done_;
           layer_ = 0;
-          begin(Stage::kFeed);
+          begin(GPUStage::kFeed);
           break;
         case Phase::kFailed:
           return leave();
@@ -122,10 +121,8 @@ class Lane {
     }
   }
 
-  // Ends the lane: its status says why, and an event if there is room. Where the scheduler was not
-  // launched again its stage may have been, and ends unseen: then the turn is not given on.
+  // Ends the lane: its status says why, and an event if there is room.
   CROSSPOOL_CALLED void fail(Fault fault, std::uint32_t detail) {
-    if (fault != Fault::kRelaunch) ticket_.give(at_.turn);
     put(at_.status->detail, detail);
     Atomic<std::uint32_t>(at_.status->fault).store(static_cast<std::uint32_t>(fault), kRelease);
     at_.events->push(
@@ -147,9 +144,9 @@ class Lane {
     return at_.execs[at_.tables.place(model_, stage_, bucket_)];
   }
 
-  CROSSPOOL_INLINE Stage ffn() const {
+  CROSSPOOL_INLINE GPUStage ffn() const {
     const auto* kinds = reinterpret_cast<const std::uint8_t*>(model().layer_kinds);
-    return kinds[layer_] == 0 ? Stage::kDenseFFN : Stage::kMoEFFN;
+    return kinds[layer_] == 0 ? GPUStage::kDenseFFN : GPUStage::kMoEFFN;
   }
 
   CROSSPOOL_CALLED void enter_phase(Phase phase) {
@@ -158,7 +155,7 @@ class Lane {
     put(at_.status->phase, static_cast<std::uint32_t>(phase));
   }
 
-  CROSSPOOL_CALLED void begin(Stage stage) {
+  CROSSPOOL_CALLED void begin(GPUStage stage) {
     stage_ = stage;
     enter_phase(Phase::kStage);
   }
@@ -178,8 +175,7 @@ class Lane {
     return true;
   }
 
-  // A wait for a peer, for the host or for the turn. A lane that has drawn a ticket does not leave:
-  // those behind it wait for its turn to end.
+  // A wait for a peer or for the host.
   CROSSPOOL_CALLED Action wait(std::uint64_t now) {
     if (!waits_) {
       waits_ = true;
@@ -187,7 +183,7 @@ class Lane {
     } else if (due(now) && !drain()) {
       return leave();
     }
-    if (leaving_ && !ticket_.drawn()) return leave();
+    if (leaving_) return leave();
     // Signed: another multiprocessor's clock may be a little behind.
     const auto waited = static_cast<std::int64_t>(now - since_);
     if (waited < static_cast<std::int64_t>(at_.wait_ns)) return {Action::kWait, 0};
@@ -231,7 +227,7 @@ class Lane {
   CROSSPOOL_INLINE bool next_step() {
     if (held_.empty()) return false;
     const HeldStep held = held_.pop();
-    step_ = *reinterpret_cast<const StepArguments*>(held.arguments);
+    step_ = *reinterpret_cast<const GPUStepArguments*>(held.arguments);
     put(at_.status->step, step_.step);
     recalled_ = held.recalled;
     done_ = layer_ = 0;
@@ -241,12 +237,12 @@ class Lane {
     }
     model_ = step_.model;
     bucket_ = step_.bucket;
-    begin(Stage::kEmbed);
+    begin(GPUStage::kEmbed);
     return true;
   }
 
   CROSSPOOL_INLINE BadArgument bad_argument() const {
-    const StepArguments& step = step_;
+    const GPUStepArguments& step = step_;
     if (step.model >= at_.tables.model_count) return BadArgument::kModel;
     if (step.bucket >= at_.tables.buckets) return BadArgument::kBucket;
     const ModelEntry& model = at_.tables.models[step.model];
@@ -266,8 +262,7 @@ class Lane {
                   static_cast<std::int32_t>(served_.link()),
                   static_cast<std::int32_t>(step_.rows),
                   static_cast<std::int32_t>(done_),
-                  static_cast<std::int32_t>(at_.index),
-                  0};
+                  {}};
     put(at_.status->stage, static_cast<std::uint32_t>(stage_));
     put(at_.status->layer, layer_);
     put(at_.status->launches, ++launches_);
@@ -281,7 +276,7 @@ class Lane {
     trace.stages[recorded_ % kTraceRoom] = {
         launched_ns_,  now,
         step_.step,    model_,
-        layer_,        stage_ == Stage::kHead ? step_.wanted : step_.rows,
+        layer_,        stage_ == GPUStage::kHead ? step_.wanted : step_.rows,
         at_.index,     static_cast<std::uint32_t>(stage_),
         served_.link()};
     Atomic<std::uint64_t>(trace.written).store(++recorded_, kRelease);
@@ -290,20 +285,20 @@ class Lane {
   // An attention rank's stage has ended: what follows.
   CROSSPOOL_INLINE void ended() {
     switch (stage_) {
-      case Stage::kEmbed:
-      case Stage::kFeed:
-        return begin(Stage::kAttention);
-      case Stage::kAttention:
-        return begin(model().links != 0 ? Stage::kDispatch : ffn());
-      case Stage::kDispatch:
+      case GPUStage::kEmbed:
+      case GPUStage::kFeed:
+        return begin(GPUStage::kAttention);
+      case GPUStage::kAttention:
+        return begin(model().links != 0 ? GPUStage::kDispatch : ffn());
+      case GPUStage::kDispatch:
         links_.dispatch(model().links, {at_.epoch, model_, layer_, step_.rows, model().row_bytes});
         return model().local != 0 ? begin(ffn()) : enter_phase(Phase::kPeers);
-      case Stage::kDenseFFN:
-      case Stage::kMoEFFN:
+      case GPUStage::kDenseFFN:
+      case GPUStage::kMoEFFN:
         return model().links != 0 ? enter_phase(Phase::kPeers) : next_layer();
-      case Stage::kCombine:
+      case GPUStage::kCombine:
         return next_layer();
-      case Stage::kHead:
+      case GPUStage::kHead:
         if (step_.for_host == 0) return end_step();
         resumed_ = false;
         return publish({EventKind::kLogits, at_.index, step_.step, 0, step_.wanted, 0},
@@ -312,8 +307,8 @@ class Lane {
   }
 
   CROSSPOOL_INLINE void next_layer() {
-    if (++layer_ < model().layers) return begin(Stage::kAttention);
-    return step_.wanted > 0 ? begin(Stage::kHead) : end_step();
+    if (++layer_ < model().layers) return begin(GPUStage::kAttention);
+    return step_.wanted > 0 ? begin(GPUStage::kHead) : end_step();
   }
 
   // A lease ends with a stop token, when it is recalled, and when another step waits for the lane.
@@ -335,13 +330,13 @@ class Lane {
   // Whether a predecessor's dispatch is still unanswered. Once a step has dispatched, its links
   // have only seen this lane.
   CROSSPOOL_INLINE bool after_predecessor() const {
-    return stage_ == Stage::kDispatch && layer_ == 0 && !links_.free(model().links);
+    return stage_ == GPUStage::kDispatch && layer_ == 0 && !links_.free(model().links);
   }
 
   CROSSPOOL_INLINE void combine() {
     const std::uint32_t wrong = links_.combine(model().links);
     if (wrong < kMaxLinks) return fail(Fault::kAnswer, wrong);
-    begin(Stage::kCombine);
+    begin(GPUStage::kCombine);
   }
 
   // False: there is none.
@@ -376,8 +371,7 @@ class Lane {
   DispatchLinks links_;  // of an attention rank
   ServedLinks served_;   // of an FFN rank
   HeldSteps held_;
-  StepArguments step_{};
-  Ticket ticket_;
+  GPUStepArguments step_{};
   Event event_{};
   std::uint64_t beats_ = 0;
   std::uint64_t launches_ = 0;
@@ -387,7 +381,7 @@ class Lane {
   std::uint64_t recorded_ = 0;
   Phase phase_ = Phase::kNew;
   Phase after_event_ = Phase::kIdle;
-  Stage stage_ = Stage::kEmbed;
+  GPUStage stage_ = GPUStage::kEmbed;
   std::uint32_t model_ = 0;
   std::uint32_t bucket_ = 0;
   std::uint32_t layer_ = 0;
@@ -401,7 +395,7 @@ class Lane {
   bool tracing_ = false;
 };
 
-static_assert(std::is_trivially_copyable_v<Lane>);
+static_assert(std::is_trivially_copyable_v<GPULane>);
 
 }  // namespace crosspool::gpu
 

@@ -7,7 +7,6 @@
 
 #include "loop.h"
 #include "stages.h"
-#include "turn.h"
 
 namespace crosspool::gpu {
 
@@ -21,7 +20,6 @@ struct LanePlaces {
   LaneTrace* trace;
   StageWords* words;
   const std::int32_t* chosen;
-  Turn* turn;  // null: the lane launches whenever it is ready
   LinkMemory links[kMaxLinks];
   std::uint32_t link_count;
   std::uint32_t index;

@@ -83,10 +83,6 @@ std::int32_t crosspool_nvshmem_init(std::int32_t pe, std::int32_t pes, const voi
 
 void* crosspool_nvshmem_allocate(std::uint64_t bytes) { return nvshmem_calloc(1, bytes); }
 
-void* crosspool_nvshmem_pointer(const void* address, std::int32_t pe) {
-  return nvshmem_ptr(address, pe);
-}
-
 void crosspool_nvshmem_finalize() { nvshmem_finalize(); }
 
 std::int32_t crosspool_nvshmem_dispatch(crosspool_nvshmem_end end, std::uint64_t words,

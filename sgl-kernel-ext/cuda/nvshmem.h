@@ -30,8 +30,6 @@ CROSSPOOL_API int32_t crosspool_nvshmem_unique_id(void* id);
 CROSSPOOL_API int32_t crosspool_nvshmem_init(int32_t pe, int32_t pes, const void* id);
 /* By all PEs together. Zeros; null: there is no room. */
 CROSSPOOL_API void* crosspool_nvshmem_allocate(uint64_t bytes);
-/* Where this PE reaches the object of another by loads and stores; null: nowhere. */
-CROSSPOOL_API void* crosspool_nvshmem_pointer(const void* address, int32_t pe);
 /* By all PEs together. Frees what was allocated. */
 CROSSPOOL_API void crosspool_nvshmem_finalize(void);
 

@@ -10,7 +10,7 @@
 
 namespace crosspool::gpu {
 
-void Loop::trace_start() {
+void GPULoop::trace_start() {
   for (std::uint32_t i = 0; i < lane_count_; ++i) {
     host_[i].traced_from = Atomic<std::uint64_t>(mapped_[i].trace.written).load(kAcquire);
   }
@@ -20,7 +20,7 @@ void Loop::trace_start() {
   compare_clocks();
 }
 
-std::uint32_t Loop::trace_stop(TracedStage* stages, std::uint32_t room) {
+std::uint32_t GPULoop::trace_stop(TracedStage* stages, std::uint32_t room) {
   compare_clocks();
   tracing_ = false;
   push_trace(false);
@@ -52,7 +52,7 @@ std::uint32_t Loop::trace_stop(TracedStage* stages, std::uint32_t room) {
   return static_cast<std::uint32_t>(count);
 }
 
-void Loop::push_trace(bool on) {
+void GPULoop::push_trace(bool on) {
   for (std::uint32_t i = 0; i < lane_count_; ++i) {
     if (!mapped_[i].commands.push({CommandKind::kTrace, i, 0, on ? 1U : 0U, 0})) {
       throw std::runtime_error("the command ring of " + lane_name(i) + " is full");
@@ -62,7 +62,7 @@ void Loop::push_trace(bool on) {
 
 // What the host sees of the device's clock is older than its own; by how much varies, so the least
 // difference is nearest to that of the clocks.
-void Loop::compare_clocks() {
+void GPULoop::compare_clocks() {
   for (std::uint32_t i = 0; i < lane_count_; ++i) {
     const std::uint64_t device = status(i).clock_ns;
     if (device == 0) continue;

@@ -67,7 +67,7 @@ Error child_graph(Node node, Graph* graph) {
   return error;
 }
 
-Error make_scheduler_graph(Graph* graph, Lane* lane) {
+Error make_scheduler_graph(Graph* graph, GPULane* lane) {
   cudaGraph_t made = nullptr;
   const cudaError_t error = scheduler_graph(&made, lane);
   *graph = made;

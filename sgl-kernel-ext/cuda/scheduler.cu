@@ -33,14 +33,14 @@ struct DeviceDriver {
   }
 };
 
-__global__ void __launch_bounds__(kWarp) scheduler(Lane* lane) {
+__global__ void __launch_bounds__(kWarp) scheduler(GPULane* lane) {
   DeviceDriver driver;
   schedule(*lane, driver);
 }
 
 }  // namespace
 
-cudaError_t scheduler_graph(cudaGraph_t* graph, Lane* lane) {
+cudaError_t scheduler_graph(cudaGraph_t* graph, GPULane* lane) {
   cudaGraph_t made = nullptr;
   if (const cudaError_t error = cudaGraphCreate(&made, 0); error != cudaSuccess) return error;
   void* arguments[] = {&lane};

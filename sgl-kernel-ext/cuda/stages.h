@@ -13,7 +13,7 @@ namespace crosspool::gpu {
 // A graph of the table each. A step is: kEmbed (or kFeed), then for each layer kAttention and the
 // layer's FFN, then kHead where rows want tokens. With FFN ranks on other devices a layer is
 // kAttention, kDispatch, the FFN of this device if it has a part of it, kCombine.
-enum class Stage : std::uint32_t {
+enum class GPUStage : std::uint32_t {
   kEmbed = 0,      // takes the step's inputs over from the host and embeds its tokens
   kFeed = 1,       // of a lease's further steps: takes over the chosen tokens and embeds them
   kAttention = 2,  // attention part of StageWords::layer
@@ -27,18 +27,17 @@ inline constexpr std::uint32_t kStages = 8;
 
 // On the device, one per lane: written by the lane before each launch, read by the graphs.
 struct alignas(32) StageWords {
-  std::uint64_t inputs;  // StepArguments::inputs
+  std::uint64_t inputs;  // GPUStepArguments::inputs
   std::int32_t layer;    // of the stage; 0 in kEmbed and kFeed, the count of layers in kHead
   std::int32_t link;     // of a served dispatch: which link of the lane it came through
   std::int32_t rows;     // of the step, of the dispatch
   std::int32_t done;     // steps of the lease that have ended
-  std::int32_t lane;     // whose turn it is, where lanes share words and graphs
-  std::int32_t reserved;
+  std::int32_t reserved[2];
 };
 
 // What Command::arguments points to, in memory that the device can read. The addresses in it are of
 // such memory too, and stay as they are until the step's kDone.
-struct StepArguments {
+struct GPUStepArguments {
   std::uint64_t step;
   std::uint32_t model;
   std::uint32_t bucket;
@@ -72,7 +71,7 @@ struct Tables {
   CROSSPOOL_INLINE std::uint64_t places() const {
     return std::uint64_t{model_count} * kStages * buckets;
   }
-  CROSSPOOL_INLINE std::uint64_t place(std::uint32_t model, Stage stage,
+  CROSSPOOL_INLINE std::uint64_t place(std::uint32_t model, GPUStage stage,
                                        std::uint32_t bucket) const {
     return (std::uint64_t{model} * kStages + static_cast<std::uint32_t>(stage)) * buckets + bucket;
   }
@@ -150,7 +149,7 @@ struct alignas(64) LaneStatus {
 };
 
 static_assert(sizeof(StageWords) == 32 && offsetof(StageWords, layer) == 8);
-static_assert(sizeof(StepArguments) == 64 && offsetof(StepArguments, inputs) == 32);
+static_assert(sizeof(GPUStepArguments) == 64 && offsetof(GPUStepArguments, inputs) == 32);
 static_assert(sizeof(ModelEntry) == 24 && sizeof(LaneStatus) == 64 && sizeof(TracedStage) == 48);
 
 }  // namespace crosspool::gpu

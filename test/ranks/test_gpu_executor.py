@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crosspool.kernels.cuda_loop import ModelStages, Stage
+from crosspool.kernels.cuda_loop import GPUStage, ModelStages
 from crosspool.kernels.engine_structs import DONE, LOGITS, TOKENS, Event
 from crosspool.ranks.gpu.flight import GPUFlight
 from crosspool.ranks.gpu.inputs import InputLayout
@@ -238,9 +238,9 @@ class Launches:
     def set_layer(self, lane: int, layer: int) -> None:
         self.layers[lane] = layer
 
-    def launch(self, lane: int, _model: int, stage: Stage, _bucket: int) -> None:
+    def launch(self, lane: int, _model: int, stage: GPUStage, _bucket: int) -> None:
         self.log.append((lane, stage, self.layers[lane]))
-        if stage is Stage.HEAD:
+        if stage is GPUStage.HEAD:
             self.chosen[lane] = self.chosen.get(lane, 9) + 1
 
     def fetch(self, lane: int, address: int, count: int) -> None:
@@ -280,14 +280,14 @@ def test_stages_of_a_step_in_order_and_lanes_in_turn() -> None:
     gpu.executor.submit(step(2, 1))
     assert [r.rows[0].token for r in run(gpu, 2)] == [10, 10]
     expected = [
-        "words", Stage.EMBED, Stage.ATTENTION, Stage.DENSE_FFN, Stage.ATTENTION, Stage.MOE_FFN,
-        Stage.ATTENTION, Stage.MOE_FFN, Stage.HEAD,
+        "words", GPUStage.EMBED, GPUStage.ATTENTION, GPUStage.DENSE_FFN,
+        GPUStage.ATTENTION, GPUStage.MOE_FFN, GPUStage.ATTENTION, GPUStage.MOE_FFN, GPUStage.HEAD,
     ]  # fmt: skip
     for lane in range(2):
         own = [entry for entry in launches.log if entry[0] == lane]
         assert [what for _, what, _ in own] == expected
         assert [layer for _, _, layer in own[2:]] == [0, 0, 1, 1, 2, 2, 3]
-    lanes = [lane for lane, what, _ in launches.log if what not in ("words", Stage.EMBED)]
+    lanes = [lane for lane, what, _ in launches.log if what not in ("words", GPUStage.EMBED)]
     assert all({0, 1} == set(lanes[i : i + 2]) for i in range(0, len(lanes), 2)), lanes
 
 
@@ -299,7 +299,7 @@ def test_a_lease_of_launched_stages_ends_with_a_stop_token() -> None:
     gpu.executor.submit(Step(step=2, model=0, map_chunks=[], opens=[], rows=[row], lease=5))
     results = run(gpu, 3)
     assert [(r.rows[0].token, r.more) for r in results] == [(11, True), (12, True), (13, False)]
-    assert [what for _, what, _ in launches.log].count(Stage.FEED) == 2
+    assert [what for _, what, _ in launches.log].count(GPUStage.FEED) == 2
     assert gpu.executor.quiet
 
 
@@ -319,4 +319,4 @@ def test_a_prompt_chunk_without_sampling_has_no_head() -> None:
     gpu.executor.submit(step(1, tokens=(4, 5), sample=False))
     (result,) = run(gpu, 1)
     assert result.rows[0].token == -1
-    assert Stage.HEAD not in [what for _, what, _ in launches.log]
+    assert GPUStage.HEAD not in [what for _, what, _ in launches.log]

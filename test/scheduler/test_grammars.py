@@ -8,7 +8,7 @@ DIGITS = set(range(48, 58))
 
 
 def start(*allowed: set[int], next_token=lambda tokens: 50, **fields) -> Simulation:
-    """A request whose grammar allows these sets one after another; it is running."""
+    """A running request whose grammar allows these sets one after another."""
     sim = Simulation(deployment(1), [spec()], next_token)
     sim.add(request("r", 3, 8, grammar=GRAMMAR, **fields))
     assert not sim.ranks[0].steps

@@ -1,4 +1,4 @@
-"""Leases: several decode steps of one message, which end when somebody could join or must leave."""
+"""Leases: several decode steps of one message, which end when a request could join or must go."""
 
 import pytest
 from crosspool.transport.messages import Recall, Step, StepResult
@@ -10,7 +10,7 @@ def never_ending(tokens):
 
 
 class Recorder(Simulation):
-    """Keeps what rank 0 was sent."""
+    """Records the messages to rank 0."""
 
     def __init__(self, models=1, next_token=never_ending, **fields):
         d = deployment(models, **({"loop": "resident", "lease_steps": 6} | fields))
@@ -116,8 +116,8 @@ def test_a_stop_token_ends_it():
 
 
 def test_more_models_than_lanes_take_turns():
-    """Up to lanes + 1 models hold leases; a further one gets its turn within a step of each, and
-    from then on there are none."""
+    """Up to lanes + 1 models hold leases. A further model gets its turn within a step of each, and
+    from then on there are no leases."""
     sim = Recorder(models=4, lanes=2, lease_steps=100)
     for model in range(3):
         sim.add(request(f"r{model}", 5, 90, model=model, stream=True))

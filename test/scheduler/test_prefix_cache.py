@@ -26,7 +26,7 @@ class Live:
     path: list[Entry]
     own: list[int]
     used: list[Prefix] = field(default_factory=list)
-    """What the naive model says of ``path``."""
+    """The path that the naive model expects."""
 
     def prefixes(self, first=0):
         return [
@@ -100,7 +100,7 @@ class AgainstADictionary(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(index=st.integers(0, 1000), computed=st.integers(0, 7))
     def go(self, index, computed):
-        """It ends when so many of its own pages were computed."""
+        """Ends a request of which ``computed`` own pages were computed."""
         self.operations += 1
         self.clock += 1
         request = self.live.pop(index % len(self.live))
@@ -154,7 +154,7 @@ class AgainstADictionary(RuleBasedStateMachine):
         return any(prefix in request.used for request in self.live)
 
     def least_recently_used(self):
-        """Of the entries that nobody uses and nothing follows, the one used longest ago."""
+        """The entry used longest ago among those that nobody uses and nothing follows."""
         followed = {(m, n, tokens[:-PAGE]) for m, n, tokens in self.pages}
         idle = [p for p in self.pages if p not in followed and not self.in_use(p)]
         return min(idle, key=lambda p: self.last_use[p], default=None)

@@ -14,7 +14,7 @@ def never_ending(tokens):
 
 
 def cached(sim, rid):
-    """Cached tokens as the request's outputs tell them, all the same."""
+    """Cached tokens of the request, on which all of its outputs agree."""
     (count,) = {output.cached_tokens for output in sim.outputs[rid]}
     return count
 

@@ -38,8 +38,7 @@ def serve(fd: int, deployment: Deployment, device: Device, rounds: int, real: bo
     driver = driver_of(device, real)
     layout = LinkLayout(deployment.max_step_tokens, MAX_ROW_BYTES)
     with contextlib.ExitStack() as stack:
-        memory, links = peer_memory.join(driver, deployment, device, layout, 30.0)
-        stack.callback(memory.close)
+        links = peer_memory.join(deployment, device, layout, driver, resources=stack, timeout=30.0)
         transport = SharedMemoryTransport(fd, deployment, device, on_gpu=links)
         ends = [
             transport.ffn_link(attention, lane)

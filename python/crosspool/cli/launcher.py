@@ -20,10 +20,8 @@ from crosspool.config.device import Device
 from crosspool.config.draft import Draft
 from crosspool.config.process import set_title
 from crosspool.config.runtime_dir import RuntimeDir
-from crosspool.models.spec import DTYPE_BYTES
 from crosspool.observability.pools_table import make_console, pools_tables
-from crosspool.transport import admin, shared_memory
-from crosspool.transport.data_path import remote_pairs
+from crosspool.transport import admin, links
 
 _CHECK_SECONDS = 2.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -41,8 +39,7 @@ def launch(draft: Draft) -> int:
     try:
         deployment = msgspec.structs.replace(prepared.deployment, runtime_dir=str(runtime.path))
         save(deployment)
-        if remote_pairs(deployment):
-            lanes_fd = shared_memory.create(deployment, _max_hidden_bytes(prepared))
+        lanes_fd = links.create(deployment, prepared.specs)
         face = _Face(prepared, deployment)
         front = front_end(deployment)
         supervisor = Supervisor(
@@ -116,11 +113,6 @@ def _threads(count: int) -> dict[str, str]:
     """Between two kernels torch's threads sleep: spinning ones would take the cores from the front
     end's processes, which live beside them."""
     return {**dict.fromkeys(_THREAD_VARIABLES, str(count)), "OMP_WAIT_POLICY": "PASSIVE"}
-
-
-def _max_hidden_bytes(prepared: Prepared) -> int:
-    """Bytes of the widest hidden state among the models, one row of it."""
-    return max(spec.hidden * DTYPE_BYTES[spec.dtype] for spec in prepared.specs)
 
 
 class _Face:

@@ -15,7 +15,7 @@ from crosspool.frontend.control_requests import FLUSHED, FORWARDED, NO_CACHE, RE
 from crosspool.frontend.front_end import FrontEnd
 from crosspool.frontend.messages import OpenRequest, finish_reason, to_request
 from crosspool.scheduler.request import Finish, GenerateRequest
-from crosspool.transport.inspection import ModelSnapshot
+from crosspool.transport.inspection import ModelStatus
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def refuse(front_end: FrontEnd, rid: str, text: str) -> None:
     front_end.to_tokenizer(io.AbortReq(rid=rid, finished_reason=reason))
 
 
-def tell_state(front_end: FrontEnd, state: ModelSnapshot) -> None:
+def tell_state(front_end: FrontEnd, state: ModelStatus) -> None:
     state_fields = msgspec.structs.asdict(state)
     front_end.to_tokenizer(io.GetInternalStateReqOutput(internal_state=state_fields))
 

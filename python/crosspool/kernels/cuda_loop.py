@@ -9,7 +9,7 @@ a GPU this has not run yet (docs/gpu.md).
     for stage, bucket, graph in captured:            # graph: torch.cuda.CUDAGraph(keep_graph=True)
         loop.add_graph(0, 0, stage, bucket, graph.raw_cuda_graph())
     loop.start()
-    loop.push_step(0, StepArguments(step=1, model=0, bucket=0, rows=1, wanted=1, lease=1, ...))
+    loop.push_step(0, GPUStepArguments(step=1, model=0, bucket=0, rows=1, wanted=1, lease=1, ...))
     while (event := loop.pop()) is None:
         loop.wait(1.0)
     with loop.quiesced():                            # nothing of the loop is on the device
@@ -18,7 +18,7 @@ a GPU this has not run yet (docs/gpu.md).
 
 What a stage's graph reads: the lane's ``words``, 32 bytes on the device (``StageWords``). As int32
 elements: [0:2] the address of the step's inputs (int64), [2] the layer, [3] the link, [4] the rows,
-[5] how many steps of the lease have ended, [6] the lane. ``EMBED`` copies the step's inputs from
+[5] how many steps of the lease have ended. ``EMBED`` copies the step's inputs from
 there to the lane's buffers and embeds; ``FEED`` embeds the tokens that ``HEAD`` wrote last, one
 position further; ``ATTENTION``, ``DENSE_FFN`` and ``MOE_FFN`` run the layer; ``HEAD`` writes int32
 tokens to the lane's ``chosen``, wanted rows first.
@@ -38,16 +38,7 @@ from pathlib import Path
 import crosspool.kernels
 from crosspool.kernels import cuda_loop_structs as cs
 from crosspool.kernels import native
-from crosspool.kernels.engine_structs import (
-    DONE,
-    FAILED,
-    LOGITS,
-    RECALL,
-    RESUME,
-    TOKENS,
-    Command,
-    Event,
-)
+from crosspool.kernels.engine_structs import RECALL, RESUME, Command, Event
 
 LIBRARY = "libcrosspool_cuda.so"
 MAX_HELD = 8
@@ -56,17 +47,15 @@ MAX_LINKS = 8
 """Of a lane."""
 TRACE_ROOM = 1 << 14
 """Stages of a lane that a trace keeps."""
-EVERY_LANE = -1
 
-StepArguments = cs.StepArguments
+GPUStepArguments = cs.GPUStepArguments
 LaneStatus = cs.LaneStatus
 LinkMemory = cs.LinkMemory
 TracedStage = cs.TracedStage
-__all__ = ["DONE", "FAILED", "LOGITS", "TOKENS", "CudaLoop", "CudaLoopError", "Event", "Fault"]
 
 
-class Stage(enum.IntEnum):
-    """crosspool::gpu::Stage."""
+class GPUStage(enum.IntEnum):
+    """crosspool::gpu::GPUStage."""
 
     EMBED = 0
     FEED = 1
@@ -76,45 +65,6 @@ class Stage(enum.IntEnum):
     HEAD = 5
     DISPATCH = 6
     COMBINE = 7
-
-
-class Phase(enum.IntEnum):
-    """crosspool::gpu::Phase."""
-
-    NEW = 0
-    IDLE = 1
-    STAGE = 2
-    RUNNING = 3
-    PEERS = 4
-    HOST = 5
-    EVENT = 6
-    NEXT = 7
-    FAILED = 8
-
-
-class Fault(enum.IntEnum):
-    """crosspool::gpu::Fault."""
-
-    NONE = 0
-    COMMAND = 1
-    ARGUMENTS = 2
-    NO_GRAPH = 3
-    LAUNCH = 4
-    RELAUNCH = 5
-    TIMEOUT = 6
-    ANSWER = 7
-    DISPATCH = 8
-
-
-class BadArgument(enum.IntEnum):
-    """crosspool::gpu::BadArgument."""
-
-    MODEL = 1
-    BUCKET = 2
-    ROWS = 3
-    WANTED = 4
-    LEASE = 5
-    FOR_HOST = 6
 
 
 class CudaLoopError(RuntimeError):
@@ -195,15 +145,15 @@ class CudaLoop:
         lanes: Sequence[LanePlaces],
         bucket_rows: Sequence[int],
         *,
-        take_turns: bool = False,
         epoch: int = 1,
         spin_s: float = 1e-3,
         wait_s: float = 30.0,
         native: ctypes.CDLL | None = None,
     ) -> None:
-        """``bucket_rows``: ascending. ``take_turns``: one stage at a time of all lanes. ``spin_s``:
-        how long a pass of a lane polls before it launches the next. ``wait_s``: bound of a lane's
-        every wait for a peer or for the host. Raises CudaLoopError."""
+        """``bucket_rows``: ascending; ``spin_s``: how long a pass polls before it launches
+        the next. ``wait_s``: bound of each wait of a lane for a peer or for the host.
+
+        Raises CudaLoopError."""
         self._native = library() if native is None else native
         self._address: int | None = None
         self.lanes = len(lanes)
@@ -221,14 +171,13 @@ class CudaLoop:
             place.words, place.chosen = lane.words, lane.chosen
             place.links, place.link_count = ctypes.addressof(array), len(lane.links)
             place.role = int(lane.serves)
-        description = cs.LoopDescription(
+        description = cs.GPULoopDescription(
             models=described,
             lanes=places,
             bucket_rows=(ctypes.c_uint32 * len(bucket_rows))(*bucket_rows),
             model_count=len(models),
             lane_count=len(lanes),
             bucket_count=len(bucket_rows),
-            take_turns=int(take_turns),
             epoch=epoch,
             spin_ns=int(spin_s * 1e9),
             wait_ns=int(wait_s * 1e9),
@@ -238,10 +187,10 @@ class CudaLoop:
             raise self._error()
         self._address = address
 
-    def add_graph(self, lane: int, model: int, stage: Stage, bucket: int, graph: int) -> None:
+    def add_graph(self, lane: int, model: int, stage: GPUStage, bucket: int, graph: int) -> None:
         """Puts a captured graph (``cudaGraph_t``, as ``CUDAGraph.raw_cuda_graph()`` gives it) into
-        a lane's table; ``EVERY_LANE``, with ``take_turns``: of all lanes. It is instantiated and
-        uploaded here, so that the loop must not run; the captured one stays the caller's.
+        a lane's table. It is instantiated and uploaded here, so the loop must not run; the captured
+        graph stays the caller's.
 
         Raises CudaLoopError, for example for a node that cannot be launched from the device."""
         self._check(
@@ -268,7 +217,7 @@ class CudaLoop:
         finally:
             self.start()
 
-    def push_step(self, lane: int, arguments: StepArguments) -> None:
+    def push_step(self, lane: int, arguments: GPUStepArguments) -> None:
         """Queues a step; the structure is copied, what its addresses point to (device or pinned
         memory) stays as it is until its ``DONE``. Raises CudaLoopError."""
         status = self._native.crosspool_cuda_loop_push_step(self._address, lane, byref(arguments))

@@ -34,7 +34,6 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "crosspool_nvshmem_unique_id": (c_int32, (c_void_p,)),
     "crosspool_nvshmem_init": (c_int32, (c_int32, c_int32, c_void_p)),
     "crosspool_nvshmem_allocate": (c_void_p, (c_uint64,)),
-    "crosspool_nvshmem_pointer": (c_void_p, (c_void_p, c_int32)),
     "crosspool_nvshmem_finalize": (None, ()),
     "crosspool_nvshmem_dispatch": (
         c_int32,
@@ -100,10 +99,6 @@ class Nvshmem:
         if address is None:
             raise RuntimeError(f"nvshmem_calloc: no room for {nbytes} bytes in symmetric memory")
         return address
-
-    def pointer(self, address: int, pe: int) -> int:
-        """Where this PE's loads and stores reach the same object of another PE; 0: nowhere."""
-        return self._native.crosspool_nvshmem_pointer(address, pe) or 0
 
     def finalize(self) -> None:
         """By all PEs together; frees what was allocated."""

@@ -10,7 +10,6 @@ Not run on a GPU so far; ``benchmark/gpu_vmm.py`` measures each call there.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -48,7 +47,8 @@ class CudaVirtualizer(Virtualizer):
         multiples of ``chunk_bytes``, itself a multiple of the driver's granularity. Raises
         ConfigError that names the field when that does not hold or the device has too little
         memory, CudaError when the driver refuses for another reason."""
-        whole_chunks(budget_bytes, chunk_bytes, driver.granularity)
+        chunks = whole_chunks(budget_bytes, chunk_bytes, driver.granularity)
+        self.budget_bytes = chunks * chunk_bytes
         self.quiesced: Callable[[], contextlib.AbstractContextManager[object]] = (
             contextlib.nullcontext
         )
@@ -60,37 +60,10 @@ class CudaVirtualizer(Virtualizer):
         try:
             for model in range(len(ranges)):
                 self._ranges.append(driver.reserve(self._table.range_bytes(model)))
-            self.resize(budget_bytes, progress)
+            self._take_memory(progress or (lambda done: None))
         except BaseException:
             self.close()
             raise
-
-    @property
-    def budget_bytes(self) -> int:
-        """Bytes of the pool, mapped or free."""
-        models = range(len(self._table.range_chunks))
-        return self.free_bytes + sum(self._table.mapped_bytes(model) for model in models)
-
-    def resize(self, budget_bytes: int, progress: Progress | None = None) -> None:
-        """Creates handles, or gives free ones back to the system, until the pool has
-        ``budget_bytes``, rounded down to whole chunks.
-
-        Raises ValueError, and gives nothing back, when more than that is mapped; ConfigError when
-        the device has too little memory, and the pool is as it was."""
-        table, driver = self._table, self._driver
-        chunks = whole_chunks(budget_bytes, table.chunk_bytes, driver.granularity)
-        missing = chunks - self.budget_bytes // table.chunk_bytes
-        if -missing > len(table.free):
-            raise ValueError(
-                f"{budget_bytes} bytes are less than the"
-                f" {self.budget_bytes - self.free_bytes} bytes that are mapped"
-            )
-        with self.quiesced():
-            if missing > 0:
-                self._create(missing, progress or (lambda done: None))
-            for _ in range(-missing):
-                driver.release(table.free[-1])
-                table.free.pop()
 
     def map(self, model: int, chunks: Sequence[int]) -> None:
         """As :meth:`~crosspool.kvpool.virtualizer.Virtualizer.map`; when the driver refuses,
@@ -124,22 +97,6 @@ class CudaVirtualizer(Virtualizer):
         self._table.check_tensor(model, shape, dtype)
         return tensor_at(self._ranges[model], shape, dtype, self._driver.dlpack_device, owner=self)
 
-    def export(self, model: int, chunks: Sequence[int]) -> list[int]:
-        """File descriptors of the memory under mapped chunks, for other processes of this host;
-        the caller closes them. The memory stays what it is while a peer has it mapped, even when
-        the pool has given it up.
-
-        Raises ValueError when a chunk is not mapped, CudaError when the driver refuses."""
-        descriptors: list[int] = []
-        try:
-            for slot in self._table.slots_under(model, chunks):
-                descriptors.append(self._driver.export(slot))
-        except BaseException:
-            for descriptor in descriptors:
-                os.close(descriptor)
-            raise
-        return descriptors
-
     def close(self) -> None:
         """As :meth:`~crosspool.kvpool.virtualizer.Virtualizer.close`. Raises CudaError when the
         driver refuses; another call then goes on where this one failed."""
@@ -158,29 +115,26 @@ class CudaVirtualizer(Virtualizer):
     def _address(self, model: int, chunk: int) -> int:
         return self._ranges[model] + chunk * self._table.chunk_bytes
 
-    def _create(self, count: int, progress: Progress) -> None:
-        """``count`` more handles, or none."""
+    def _take_memory(self, progress: Progress) -> None:
+        """Creates the whole budget's handles."""
         nbytes, driver, free = self._table.chunk_bytes, self._driver, self._table.free
         available, total = driver.memory()
-        before = len(free)
         try:
-            if count * nbytes > available:
-                raise ConfigError(self._too_large(count * nbytes, available, total))
-            for _ in range(count):
+            if self.budget_bytes > available:
+                raise ConfigError(self._too_large(available, total))
+            while len(free) * nbytes < self.budget_bytes:
                 free.append(driver.create(nbytes))
                 progress(nbytes)
-        except BaseException as error:
-            while len(free) > before:
-                driver.release(free.pop())
-            if isinstance(error, CudaError) and error.is_out_of_memory:
-                raise ConfigError(self._too_large(count * nbytes, available, total)) from error
+        except CudaError as error:
+            if error.is_out_of_memory:
+                raise ConfigError(self._too_large(available, total)) from error
             raise
 
-    def _too_large(self, wanted: int, available: int, total: int) -> str:
+    def _too_large(self, available: int, total: int) -> str:
         return (
-            f"kv_pool_bytes: {wanted} bytes of KV cache per attention rank do not fit into the"
-            f" {available} bytes that {self._driver.name} has free, of {total}; make the KV pool"
-            " smaller"
+            f"kv_pool_bytes: {self.budget_bytes} bytes of KV cache per attention rank do not fit"
+            f" into the {available} bytes that {self._driver.name} has free, of {total}; make the"
+            " KV pool smaller"
         )
 
 

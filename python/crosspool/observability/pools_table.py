@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crosspool.config.sizes import format_size
-from crosspool.transport.inspection import ModelSnapshot, RankSnapshot
+from crosspool.transport.inspection import ModelStatus, RankSnapshot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def make_console() -> Console:
 
 
 def pools_tables(
-    ranks: Sequence[RankRow], models: Sequence[ModelRow], use: Sequence[ModelSnapshot] = ()
+    ranks: Sequence[RankRow], models: Sequence[ModelRow], use: Sequence[ModelStatus] = ()
 ) -> Group:
     """Renders the tables. ``use`` has one entry for each model; without it, memory in use is left
     out."""
@@ -101,8 +101,8 @@ def pools_tables(
         "waiting",
         *_USE,
         "prompt tokens",
-        "cached among them",
-        "cached pages given up",
+        "found cached",
+        "pages given up",
     )
     for row in use:
         prompt = row.prompt_tokens + row.cached_tokens
@@ -127,7 +127,7 @@ def _table(title: str, first: str, second: str, *numbers: str) -> Table:
     return table
 
 
-def _use(now: RankSnapshot | ModelSnapshot | None) -> tuple[str, ...]:
+def _use(now: RankSnapshot | ModelStatus | None) -> tuple[str, ...]:
     if now is None:
         return ("",) * len(_USE)
     return tuple(map(format_size, (now.promised_bytes, now.cached_bytes, now.mapped_bytes)))

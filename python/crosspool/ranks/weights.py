@@ -6,15 +6,18 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from crosspool.config.deployment import Deployment
-from crosspool.config.device import Device
 from crosspool.models.spec import ModelSpec
 from crosspool.observability.progress import Loading, Progress, loading
 from crosspool.weightpool.checkpoint import Checkpoint, Read
 from crosspool.weightpool.placement import FFNShard, Placement, attention_bytes
+
+if TYPE_CHECKING:  # a machine that runs the GPU's tests alone has no msgspec
+    from crosspool.config.deployment import Deployment
+    from crosspool.config.device import Device
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

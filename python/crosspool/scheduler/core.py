@@ -14,7 +14,6 @@ from collections.abc import Sequence as Seq
 from itertools import chain, count
 
 from crosspool.config.deployment import Deployment
-from crosspool.config.sizes import format_size
 from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import ModelSpec
@@ -70,10 +69,7 @@ class SchedulerCore:
         self._bounds = Bounds.of(d)
         self._ranks = [
             RankState(
-                index,
-                Promises(d, self._bounds, self._layouts),
-                self._layouts,
-                chunk_budget(d),
+                index, Promises(d, self._bounds, self._layouts), self._layouts, chunk_budget(d)
             )
             for index in range(len(d.kv_pool_devices))
         ]
@@ -289,8 +285,15 @@ class SchedulerCore:
 
     def snapshot(self) -> Snapshot:
         """The state now and the counters since the start."""
-        failure = self._failure.message if self._failure else None
-        return snapshot(self._deployment, self._queues, self._ranks, self._counters, failure)
+        return snapshot(
+            self._deployment,
+            self._specs,
+            queues=self._queues,
+            ranks=self._ranks,
+            counters=self._counters,
+            max_tokens=[self.max_tokens(model) for model in range(len(self._specs))],
+            failure=self._failure.message if self._failure else None,
+        )
 
     # --- requests
 
@@ -329,7 +332,7 @@ class SchedulerCore:
         need = pages * self._layouts[seq.model].page_bytes
         most = self._bounds.reach(seq.model) * self._deployment.chunk_bytes
         return (
-            f"prompt and max_new_tokens together are {tokens} tokens and need {format_size(need)} "
-            f"of KV cache; the model may have {format_size(most)} per attention rank, enough for "
-            f"{self.max_tokens(seq.model)} tokens"
+            f"prompt and max_new_tokens together are {tokens} tokens and need {need} bytes of KV "
+            f"cache; the model may have {most} bytes per attention rank, "
+            f"enough for {self.max_tokens(seq.model)} tokens"
         )

@@ -10,32 +10,42 @@ from typing import Any
 import msgspec
 
 from crosspool.config.deployment import Deployment
+from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.counters import ModelCounters
 from crosspool.scheduler.queues import WaitingQueue
 from crosspool.scheduler.rank_state import RankState
-from crosspool.transport.inspection import KVShare, ModelSnapshot, RankSnapshot, Snapshot
+from crosspool.transport.inspection import KVShare, ModelStatus, RankSnapshot, Snapshot
 
 _SUMMED = ("running", "paused", "promised_chunks", "cached_chunks", "mapped_chunks")
 
 
 def snapshot(
     deployment: Deployment,
+    specs: Seq[ModelSpec],
+    *,
     queues: Seq[WaitingQueue],
     ranks: Seq[RankState],
     counters: Seq[ModelCounters],
+    max_tokens: Seq[int],
     failure: str | None,
 ) -> Snapshot:
     size = deployment.chunk_bytes
     by_rank = [_rank(rank, deployment.kv_pool_devices[rank.index].name, size) for rank in ranks]
     models = []
-    for index, model in enumerate(deployment.models):
+    for index, (model, spec) in enumerate(zip(deployment.models, specs, strict=True)):
         shares = [rank.models[index] for rank in by_rank]
         models.append(
-            ModelSnapshot(
+            ModelStatus(
                 name=model.name,
                 waiting=len(queues[index]),
                 compiling=queues[index].compiling,
                 evicted_pages=sum(share.evicted_pages for share in shares),
+                path=model.path,
+                context=spec.context,
+                dtype=spec.dtype,
+                kv_bytes_per_token=spec.kv_bytes_per_token,
+                max_tokens=max_tokens[index],
+                ffn_ranks=deployment.ffn_ranks(index),
                 **_sums(shares, size),
                 **msgspec.structs.asdict(deepcopy(counters[index])),
             )

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import msgspec
 import zmq
 
 from crosspool.config.deployment import Deployment
@@ -29,7 +28,7 @@ from crosspool.server.front_ends import FrontEnds
 from crosspool.server.grammar import XGrammarBackend
 from crosspool.server.text import HFTextDecoder
 from crosspool.transport import admin
-from crosspool.transport.inspection import ModelStatus, Report, Status
+from crosspool.transport.inspection import Report, Status
 from crosspool.transport.messages import Shutdown
 
 log = logging.getLogger(__name__)
@@ -217,21 +216,10 @@ class SchedulerLoop:
 
     def status(self) -> Status:
         snapshot = self._core.snapshot()
-        models = [
-            ModelStatus(
-                **msgspec.structs.asdict(model),
-                path=self._deployment.models[index].path,
-                context=spec.context,
-                dtype=spec.dtype,
-                kv_bytes_per_token=spec.kv_bytes_per_token,
-                max_tokens=self._core.max_tokens(index),
-                ffn_ranks=self._deployment.ffn_ranks(index),
-                attached=self._front_ends.attached(index),
-            )
-            for index, (model, spec) in enumerate(zip(snapshot.models, self._specs, strict=True))
-        ]
+        for index, model in enumerate(snapshot.models):
+            model.attached = self._front_ends.attached(index)
         return Status(
-            models=models,
+            models=snapshot.models,
             ranks=snapshot.ranks,
             failure=snapshot.failure,
             ready=self._devices.all_ready and self._failure is None,

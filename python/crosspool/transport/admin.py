@@ -161,7 +161,7 @@ def inspect(address: str, what: InspectWhat, timeout: float = 10.0) -> Report:
 
 def rank_gone(address: str, device: str, cause: str, timeout: float = 2.0) -> None:
     """Tells the scheduler that ``device``'s process has ended, so that every request in flight is
-    answered with 503 at once. Raises AdminError when the scheduler does not confirm it."""
+    ended with 503 at once. Raises AdminError when the scheduler does not confirm it."""
     message = RankGone(id=next(_ids), device=device, cause=cause)
     _checked(_exchange(address, message, timeout), Answer)
 

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from crosspool.config.deployment import Deployment
+    from crosspool.config.device import Device
+
+
+SPIN_NS = 20_000
+"""How long a device with cores of its own spins before it sleeps: about what a wake-up costs."""
 
 
 class LaneError(RuntimeError):
@@ -108,6 +113,13 @@ def remote_pairs(deployment: Deployment) -> list[tuple[int, int]]:
         for ffn_rank, ffn in enumerate(deployment.weight_pool_devices)
         if attention != ffn
     ]
+
+
+def spin_ns_of(deployment: Deployment, device: Device) -> int:
+    """SPIN_NS if no other device has one of this device's cores, else 0."""
+    others = (d for d in deployment.devices if d.is_cpu and d != device)
+    shared = any(not set(device.cores).isdisjoint(other.cores) for other in others)
+    return 0 if shared else SPIN_NS
 
 
 class LocalLink:

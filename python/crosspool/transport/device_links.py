@@ -15,7 +15,7 @@ Not run on GPUs so far.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,9 +30,13 @@ if TYPE_CHECKING:
     from crosspool.kernels.dlpack import DLPackDevice
 
 
+Tail = Callable[[int], None]
+"""Ends a captured stage; takes the stream under capture."""
+
+
 @dataclass(frozen=True)
 class DeviceLinks:
-    """The links of one device, by where it reaches them."""
+    """The links of one device to other devices, in memory that both reach."""
 
     deployment: Deployment
     device: Device
@@ -71,6 +75,27 @@ class DeviceLinks:
         """This device's FFN rank's end of a lane, as :meth:`attention_place`."""
         ffn_rank = self.deployment.weight_pool_devices.index(self.device)
         return self._place(attention_rank, lane, ffn_rank)
+
+    def dispatch_tail(
+        self,
+        lane: int,
+        ffn_ranks: Sequence[int],
+        *,
+        words: int,
+        epoch: int,
+        model: int,
+        row_bytes: int,
+    ) -> Tail | None:
+        """Returns what must end a captured dispatch of a lane so that ``ffn_ranks`` get it; None
+        where they see what the stage has written.
+
+        ``words``: address of the lane's ``StageWords``; ``epoch``: the loop's."""
+        return None
+
+    def reply_tail(self, links: Sequence[tuple[int, int]], *, words: int) -> Tail | None:
+        """Returns what must end a captured FFN stage of a lane that serves ``links``, (attention
+        rank, lane) each; None as for :meth:`dispatch_tail`."""
+        return None
 
     def _place(self, attention_rank: int, lane: int, ffn_rank: int) -> LinkPlace:
         return LinkPlace(

@@ -101,13 +101,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def joined(cls, reports: Iterable[Report]) -> Report:
         """What several devices replied to one question."""
         reports = list(reports)
-        return cls(
-            tensors=[tensor for report in reports for tensor in report.tensors],
-            pools=[pools for report in reports for pools in report.pools],
-            counters=[counters for report in reports for counters in report.counters],
-            trace_start=[device for report in reports for device in report.trace_start],
-            trace_stop=[events for report in reports for events in report.trace_stop],
-        )
+        fields = cls.__struct_fields__
+        return cls(**{f: [e for report in reports for e in getattr(report, f)] for f in fields})
 
     def plain(self, what: InspectWhat, models: Sequence[str]) -> list[Any]:
         """The field ``what`` as HTTP clients see it, for the JSON encoder. Lane events become one
@@ -166,7 +161,7 @@ class RankSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     cached_bytes: int
     mapped_bytes: int
     models: list[KVShare]
-    """In the deployment's order."""
+    """Entries in the deployment's order."""
 
 
 class ModelCounts(msgspec.Struct, kw_only=True):
@@ -196,8 +191,9 @@ class ModelCounts(msgspec.Struct, kw_only=True):
     """Most requests in one step."""
 
 
-class ModelSnapshot(ModelCounts, kw_only=True):
-    """One model: its requests and KV memory now, over all attention ranks, and its counters."""
+class ModelStatus(ModelCounts, kw_only=True):
+    """One model: its requests and KV memory now, over all attention ranks, its counters, and what
+    is known about it from its config and the deployment."""
 
     name: str
     waiting: int
@@ -212,11 +208,6 @@ class ModelSnapshot(ModelCounts, kw_only=True):
     cached_bytes: int
     mapped_bytes: int
     evicted_pages: int
-
-
-class ModelStatus(ModelSnapshot, kw_only=True):
-    """A model's snapshot, and what is known about it from its config and the deployment."""
-
     path: str
     context: int
     """Longest sequence of the model, in tokens."""
@@ -225,15 +216,15 @@ class ModelStatus(ModelSnapshot, kw_only=True):
     max_tokens: int
     """Longest sequence that can be served: ``context``, or what one rank's KV pool holds."""
     ffn_ranks: tuple[int, ...]
-    attached: int
+    attached: int = 0
     """Stock SGLang servers that are attached to the model."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The scheduler's state at one moment."""
 
-    models: list[ModelSnapshot]
-    """In the deployment's order."""
+    models: list[ModelStatus]
+    """Entries in the deployment's order."""
     ranks: list[RankSnapshot]
     failure: str | None
     """Why every request is refused; None while all is well."""
@@ -250,13 +241,9 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Empty until it is ready."""
 
 
-class Status(msgspec.Struct, frozen=True, kw_only=True):
+class Status(Snapshot, frozen=True, kw_only=True):
     """The state of the whole deployment."""
 
-    models: list[ModelStatus]
-    """In the deployment's order."""
-    ranks: list[RankSnapshot]
-    failure: str | None
     ready: bool
     message: str
     """What the deployment waits for, or why it has failed."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
@@ -27,11 +26,7 @@ _MEETING = "lane-memory"
 
 
 class PeerMemory:
-    """Memory of zeros on this device, and what peers have of theirs, all mapped here.
-
-    >>> with PeerMemory(driver, meeting, "cuda:0", ["cuda:0", "cuda:1"], own_bytes=100) as memory:
-    ...     memory.addresses["cuda:1"]
-    """
+    """Memory of zeros on this device, and what peers have of theirs, all mapped here."""
 
     def __init__(
         self,
@@ -70,17 +65,6 @@ class PeerMemory:
                         self.addresses[name] = self._import(name, brought)
             mine.close()
             failed.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Unmaps everything. What peers have mapped stays theirs until they close, too."""
@@ -125,14 +109,16 @@ class PeerMemory:
 
 
 def join(
-    driver: CudaDriver,
     deployment: Deployment,
     device: Device,
     layout: LinkLayout,
+    driver: CudaDriver,
+    *,
+    resources: contextlib.ExitStack,
     timeout: float = 60.0,
-) -> tuple[PeerMemory, DeviceLinks]:
-    """The device's links to all others of the deployment, on one host; every device process calls
-    this. The links are good until the memory is closed. Raises as :class:`PeerMemory` does."""
+) -> DeviceLinks:
+    """Makes the device's links to all others of the deployment, on one host; every device process
+    calls this. Their memory is unmapped with ``resources``. Raises as :class:`PeerMemory` does."""
     own = [rank for rank, other in enumerate(deployment.weight_pool_devices) if other == device]
     memory = PeerMemory(
         driver,
@@ -142,8 +128,9 @@ def join(
         own_bytes=sum(links_bytes(deployment, layout, rank) for rank in own),
         timeout=timeout,
     )
+    resources.callback(memory.close)
     bases = {
         rank: memory.addresses[deployment.weight_pool_devices[rank].name]
         for rank in linked_ffn_ranks(deployment, device)
     }
-    return memory, DeviceLinks(deployment, device, layout, bases, driver.dlpack_device)
+    return DeviceLinks(deployment, device, layout, bases, driver.dlpack_device)

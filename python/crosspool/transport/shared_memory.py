@@ -45,7 +45,7 @@ from functools import cached_property
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.kernels.native import Doorbell
-from crosspool.transport.data_path import LaneError, remote_pairs
+from crosspool.transport.data_path import LaneError, remote_pairs, spin_ns_of
 from crosspool.transport.device_links import DeviceLinks
 from crosspool.transport.lane_layout import (
     LINE_BYTES,
@@ -59,9 +59,6 @@ from crosspool.transport.shared_links import (
     SharedMemoryAttentionLink,
     SharedMemoryFFNLink,
 )
-
-SPIN_NS = 20_000
-"""How long a device with cores of its own spins before it sleeps: about what a wake-up costs."""
 
 _SEGMENT_HEADER = struct.Struct("<8s7IxxxxQ")
 _MAGIC = b"CPLANES1"
@@ -259,10 +256,3 @@ def _rank_on(device: Device, pool: Sequence[Device]) -> int:
     if device not in pool:
         raise ValueError(f"device {device.name} has no rank of this pool")
     return list(pool).index(device)
-
-
-def spin_ns_of(deployment: Deployment, device: Device) -> int:
-    """SPIN_NS if no other device has one of this device's cores, else 0."""
-    others = (d for d in deployment.devices if d.is_cpu and d != device)
-    shared = any(not set(device.cores).isdisjoint(other.cores) for other in others)
-    return 0 if shared else SPIN_NS

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 pytest.importorskip("msgspec", reason="msgspec is not installed (the messages of a step)")
 
 from crosspool.observability.trace import LaneEvent
-from crosspool.ranks.gpu import load as gpu_load
+from crosspool.ranks.gpu import join
 from crosspool.transport.messages import Logprobs, Sampling
 from make_random_checkpoint import make_random_checkpoint
 from support import fake_cuda_graphs
@@ -121,7 +121,7 @@ def test_resident_loops_that_exchange(
     fake: FakeResident,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gpu_load, "join_loop", fake.join_loop)
+    monkeypatch.setattr(join, "join_loop", fake.join_loop)
     gpus = Interpreted()
     with Machine(models, loop="resident", load=gpus.load, **place, **LIMITS) as machine:
         for device in machine.devices:
@@ -138,7 +138,7 @@ def test_resident_loops_whose_links_are_carried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each end has a copy of the links; kernels behind the stages carry what was written."""
-    monkeypatch.setattr(gpu_load, "join_loop", fake.join_loop)
+    monkeypatch.setattr(join, "join_loop", fake.join_loop)
     gpus = Symmetric()
     with Machine(models, loop="resident", load=gpus.load, **TWO, **LIMITS) as machine:
         assert_alike(run(machine, 3), expected)

@@ -16,16 +16,22 @@ from crosspool.kernels.triton.tables import pointer_at, tl_dtype
 _BLOCK = 1024
 
 
-def dispatch_rows(x: torch.Tensor, payloads: torch.Tensor, count: torch.Tensor) -> None:
-    """Writes the rows of ``x`` [bucket, hidden] to every one of ``payloads``, int64 [links].
-    ``count``: int32 [1], rows."""
+def send_rows(
+    x: torch.Tensor,
+    payloads: torch.Tensor,
+    count: torch.Tensor,
+    link: torch.Tensor | None = None,
+) -> None:
+    """Writes the rows of ``x`` [bucket, hidden] to every one of ``payloads``, int64 [links], or
+    with ``link``, int32 [1], to that one alone. ``count``: int32 [1], rows."""
     bucket, hidden = x.shape
-    _dispatch_kernel[(bucket, triton.cdiv(hidden, _BLOCK))](
+    _send_kernel[(bucket, triton.cdiv(hidden, _BLOCK))](
         x,
         payloads,
+        link,
         count,
         hidden,
-        LINKS=len(payloads),
+        LINKS=len(payloads) if link is None else 1,
         ELEMENT=tl_dtype(x.dtype),
         BLOCK=_BLOCK,
     )
@@ -70,26 +76,11 @@ def take_dispatch(
     )
 
 
-def answer_dispatch(
-    x: torch.Tensor, payloads: torch.Tensor, link: torch.Tensor, count: torch.Tensor
-) -> None:
-    """Copies the rows of ``x`` [bucket, hidden] to payload ``link`` of ``payloads``."""
-    bucket, hidden = x.shape
-    _answer_kernel[(bucket, triton.cdiv(hidden, _BLOCK))](
-        x,
-        payloads,
-        link,
-        count,
-        hidden,
-        ELEMENT=tl_dtype(x.dtype),
-        BLOCK=_BLOCK,
-    )
-
-
 @triton.jit
-def _dispatch_kernel(
+def _send_kernel(
     x: tl.tensor,
     payloads: tl.tensor,
+    link: tl.tensor,  # or None
     count: tl.tensor,
     hidden: tl.tensor,
     LINKS: tl.constexpr,
@@ -102,8 +93,10 @@ def _dispatch_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = row * hidden + columns
     values = tl.load(x + at, columns < hidden)
-    for link in tl.static_range(LINKS):
-        tl.store(pointer_at(payloads, link, ELEMENT) + at, values, columns < hidden)
+    if link is not None:
+        payloads += tl.load(link)
+    for i in tl.static_range(LINKS):
+        tl.store(pointer_at(payloads, i, ELEMENT) + at, values, columns < hidden)
 
 
 @triton.jit
@@ -153,22 +146,3 @@ def _take_kernel(
         tl.store(own, tl.load(own) + 1)
         tl.store(own + 1, tl.load(own + 1) + rows)
         tl.store(own + 2, tl.load(own + 2) + rows.to(tl.int64) * row_bytes)
-
-
-@triton.jit
-def _answer_kernel(
-    x: tl.tensor,
-    payloads: tl.tensor,
-    link: tl.tensor,
-    count: tl.tensor,
-    hidden: tl.tensor,
-    ELEMENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    row = tl.program_id(0)
-    if row >= tl.load(count):
-        return
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = row * hidden + columns
-    payload = pointer_at(payloads, tl.load(link), ELEMENT)
-    tl.store(payload + at, tl.load(x + at, columns < hidden), columns < hidden)

@@ -45,45 +45,18 @@ def linear(
     layer: torch.Tensor,
     count: torch.Tensor,
     out: torch.Tensor,
-    workspace: LinearWorkspace,
+    workspace: LinearWorkspace | None,
     *,
     bias: TensorTable | None = None,
     add: bool = False,
+    rounded: bool = False,
 ) -> None:
     """out = x W^T + bias, or out += it (``add``: the residual's sum).
 
     ``x`` [bucket, K], rows at any stride, taken in the weight's dtype (a float32 router's x is
     widened); ``weight`` table of [N, K], K a multiple of 16; ``bias`` table of [N]; ``out``
-    [bucket, N], rows at any stride, rounded to its own dtype."""
-    _launch(x, weight, layer, count, out, workspace, bias=bias, add=add, rounded=False)
-
-
-def head_logits(
-    x: torch.Tensor,
-    weight: TensorTable,
-    layer: torch.Tensor,
-    count: torch.Tensor,
-    logits: torch.Tensor,
-) -> None:
-    """LM head: logits = x W^T rounded to the model's dtype, held as float32 [bucket, vocab].
-
-    ``x`` [bucket, hidden]; ``weight`` a table of [vocab, hidden] of one layer, ``layer`` [0]."""
-    _launch(x, weight, layer, count, logits, None, bias=None, add=False, rounded=True)
-
-
-def _launch(
-    x: torch.Tensor,
-    weight: TensorTable,
-    layer: torch.Tensor,
-    count: torch.Tensor,
-    out: torch.Tensor,
-    workspace: LinearWorkspace | None,
-    *,
-    bias: TensorTable | None,
-    add: bool,
-    rounded: bool,
-) -> None:
-    """Without a workspace K is not split."""
+    [bucket, N], rows at any stride, rounded to its own dtype (``rounded``: to the weight's dtype
+    first). Without ``workspace`` K is not split."""
     bucket = out.shape[0]
     n, k = weight.shape
     tile = product_tile(bucket, n, k, weight.dtype)
@@ -116,6 +89,19 @@ def _launch(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+
+
+def head_logits(
+    x: torch.Tensor,
+    weight: TensorTable,
+    layer: torch.Tensor,
+    count: torch.Tensor,
+    logits: torch.Tensor,
+) -> None:
+    """LM head: logits = x W^T rounded to the model's dtype, held as float32 [bucket, vocab].
+
+    ``x`` [bucket, hidden]; ``weight`` a table of [vocab, hidden] of one layer, ``layer`` [0]."""
+    linear(x, weight, layer, count, logits, None, rounded=True)
 
 
 def _splits(tiles: int, steps: int, elements: int) -> int:

@@ -9,22 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosspool.kernels.cuda_loop import Stage
+from crosspool.kernels.cuda_loop import GPUStage
 from crosspool.kernels.triton.argmax import argmax
 from crosspool.kernels.triton.attention import attend
-from crosspool.kernels.triton.exchange import combine_rows, dispatch_rows
+from crosspool.kernels.triton.exchange import combine_rows, send_rows
 from crosspool.kernels.triton.gqa import gqa_prepare
 from crosspool.kernels.triton.inputs import feed, take_inputs
 from crosspool.kernels.triton.linear import head_logits, linear
 from crosspool.kernels.triton.mla import mla_append, mla_queries, mla_values
-from crosspool.kernels.triton.norm import add_rms_norm, embed, rms_norm
+from crosspool.kernels.triton.norm import embed, rms_norm
 from crosspool.kernels.triton.sampling import sample
 from crosspool.models.spec import GQASpec, MLASpec
 from crosspool.ranks.gpu.ffn import StageCall
 from crosspool.ranks.gpu.inputs import InputLayout
 from crosspool.ranks.gpu.links import Crossing, LanePayloads
 from crosspool.ranks.gpu.model import GPUModel
-from crosspool.ranks.gpu.scratch import Carver, DeviceInputs, LanePlaces, Scratch
+from crosspool.ranks.gpu.scratch import Carver, DeviceInputs, LaneBuffers, Scratch
 
 MIXED_FROM = 32
 """Buckets of so many rows and more attend to a sequence's rows in blocks; in smaller ones every
@@ -35,7 +35,7 @@ class AttentionStages:
     """The attention stages of one model on one lane in one row bucket."""
 
     def __init__(
-        self, model: GPUModel, layout: InputLayout, lane: LanePlaces, crossing: Crossing
+        self, model: GPUModel, layout: InputLayout, lane: LaneBuffers, crossing: Crossing
     ) -> None:
         """``crossing``: how rows leave the device."""
         self.model, self.layout, self.lane = model, layout, lane
@@ -56,15 +56,15 @@ class AttentionStages:
         return self.layout.elements
 
     @property
-    def attention_calls(self) -> dict[Stage, StageCall]:
+    def attention_calls(self) -> dict[GPUStage, StageCall]:
         """Every attention stage that the model has here."""
-        crossing = {Stage.DISPATCH: self.dispatch, Stage.COMBINE: self.combine}
+        crossing = {GPUStage.DISPATCH: self.dispatch, GPUStage.COMBINE: self.combine}
         return {
-            Stage.EMBED: self.embed,
-            Stage.FEED: self.feed,
-            Stage.ATTENTION: self.attention,
+            GPUStage.EMBED: self.embed,
+            GPUStage.FEED: self.feed,
+            GPUStage.ATTENTION: self.attention,
             **(crossing if self._payloads is not None else {}),
-            Stage.HEAD: self.head,
+            GPUStage.HEAD: self.head,
         }
 
     def embed(self) -> None:
@@ -89,7 +89,8 @@ class AttentionStages:
         """One layer's attention part: combine, input norm, attention, residual sum, post norm."""
         s, tables, lane = self.scratch, self.model.attention.tables, self.lane
         layer, count, eps = lane.layer, lane.count, self.model.spec.norm_eps
-        add_rms_norm(s.residual, s.partial, tables["input_norm"], layer, count, s.normed, eps=eps)
+        norm = tables["input_norm"]
+        rms_norm(s.residual, norm, layer, count, s.normed, eps=eps, addend=s.partial)
         self._attend()
         linear(
             s.attended.flatten(1),
@@ -106,7 +107,7 @@ class AttentionStages:
     def dispatch(self) -> None:
         """Writes the attention part's output into the dispatch payloads of the model's links."""
         assert self._payloads is not None
-        dispatch_rows(self.scratch.payload, self._payloads.dispatched, self.lane.count)
+        send_rows(self.scratch.payload, self._payloads.dispatched, self.lane.count)
 
     def combine(self) -> None:
         """Adds up the partial sums of all FFN ranks of the model, this device's among them."""

@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from crosspool.kernels.cuda_loop import Stage
+from crosspool.kernels.cuda_loop import GPUStage
 from crosspool.ranks.gpu.ffn import StageCall
-from crosspool.ranks.gpu.nvshmem import Tail
-from crosspool.ranks.gpu.scratch import LanePlaces
+from crosspool.ranks.gpu.scratch import LaneBuffers
 from crosspool.ranks.gpu.stages import HasStages
 
-Key = tuple[int, int, Stage, int]
+if TYPE_CHECKING:
+    from crosspool.transport.device_links import Tail
+
+Key = tuple[int, int, GPUStage, int]
 """Lane, model, stage, bucket: its index."""
 
 
@@ -32,7 +34,7 @@ class Launcher(Protocol):
 
     def set_layer(self, lane: int, layer: int) -> None: ...
 
-    def launch(self, lane: int, model: int, stage: Stage, bucket: int) -> None: ...
+    def launch(self, lane: int, model: int, stage: GPUStage, bucket: int) -> None: ...
 
     def fetch(self, lane: int, address: int, count: int) -> None:
         """Copies the first ``count`` chosen tokens to host memory."""
@@ -50,7 +52,7 @@ class EagerLauncher:
     """Calls the stages at once. For CPU tensors."""
 
     def __init__(
-        self, lanes: Sequence[LanePlaces], stages: Mapping[tuple[int, int, int], HasStages]
+        self, lanes: Sequence[LaneBuffers], stages: Mapping[tuple[int, int, int], HasStages]
     ) -> None:
         """``stages``: by lane, model and bucket."""
         self._lanes = lanes
@@ -68,7 +70,7 @@ class EagerLauncher:
     def set_layer(self, lane: int, layer: int) -> None:
         self._lanes[lane].layer.fill_(layer)
 
-    def launch(self, lane: int, model: int, stage: Stage, bucket: int) -> None:
+    def launch(self, lane: int, model: int, stage: GPUStage, bucket: int) -> None:
         self._calls[lane, model, stage, bucket]()
 
     def fetch(self, lane: int, address: int, count: int) -> None:
@@ -91,7 +93,7 @@ class GraphLauncher:
 
     def __init__(
         self,
-        lanes: Sequence[LanePlaces],
+        lanes: Sequence[LaneBuffers],
         graphs: Mapping[Key, torch.cuda.CUDAGraph],
         layers: int,
     ) -> None:
@@ -117,7 +119,7 @@ class GraphLauncher:
         with torch.cuda.stream(self._streams[lane]):
             self._lanes[lane].layer.copy_(self._numbers[layer : layer + 1])
 
-    def launch(self, lane: int, model: int, stage: Stage, bucket: int) -> None:
+    def launch(self, lane: int, model: int, stage: GPUStage, bucket: int) -> None:
         with torch.cuda.stream(self._streams[lane]):
             self._graphs[lane, model, stage, bucket].replay()
 
@@ -150,9 +152,9 @@ def host_tokens(address: int, count: int) -> Tensor:
 
 
 def capture(
-    lanes: Sequence[LanePlaces],
+    lanes: Sequence[LaneBuffers],
     stages: Mapping[tuple[int, int, int], HasStages],
-    tails: Mapping[tuple[int, int, Stage], Tail],
+    tails: Mapping[tuple[int, int, GPUStage], Tail],
 ) -> dict[Key, torch.cuda.CUDAGraph]:
     """Captures every stage, after calling it once so that its kernels are compiled and loaded. The
     lanes' words and inputs say 0 rows, so that nothing of KV is read or written. The graphs are not

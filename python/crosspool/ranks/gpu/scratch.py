@@ -55,7 +55,7 @@ class DeviceInputs:
         )
 
 
-class LanePlaces:
+class LaneBuffers:
     """What a lane has for all models and buckets: the loop's words, the chosen tokens, its links to
     other devices, and memory."""
 

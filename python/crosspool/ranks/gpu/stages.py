@@ -10,20 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from crosspool.kernels.cuda_loop import Stage
+from crosspool.kernels.cuda_loop import GPUStage
 from crosspool.ranks.gpu.attention import AttentionStages
 from crosspool.ranks.gpu.ffn import StageCall, ffn_stages
 from crosspool.ranks.gpu.inputs import InputLayout
 from crosspool.ranks.gpu.links import Crossing
 from crosspool.ranks.gpu.model import GPUModel
-from crosspool.ranks.gpu.scratch import LanePlaces
+from crosspool.ranks.gpu.scratch import LaneBuffers
 
 
 class HasStages(Protocol):
     """One model on one lane in one row bucket."""
 
     @property
-    def calls(self) -> Mapping[Stage, StageCall]: ...
+    def calls(self) -> Mapping[GPUStage, StageCall]: ...
 
     @property
     def input_elements(self) -> int:
@@ -38,17 +38,17 @@ class Stages(AttentionStages):
         self,
         model: GPUModel,
         layout: InputLayout,
-        lane: LanePlaces,
+        lane: LaneBuffers,
         crossing: Crossing | None = None,
     ) -> None:
         """``crossing``: how rows leave the device; None: they do not."""
         super().__init__(model, layout, lane, crossing or Crossing())
-        self._ffns: dict[Stage, StageCall] = {}
+        self._ffns: dict[GPUStage, StageCall] = {}
         if model.ffn is not None:
             self._ffns = ffn_stages(lane, self.scratch)
 
     @property
-    def calls(self) -> dict[Stage, StageCall]:
+    def calls(self) -> dict[GPUStage, StageCall]:
         """Every stage that the model has here."""
         return self.attention_calls | self._ffns
 

@@ -48,7 +48,8 @@ def load_host_ranks(
         rank = deployment.kv_pool_devices.index(device)
         attention = AttentionRank(rank, specs, attention_parts, virtualizer, kv)
     transport = join(deployment, device, lanes_fd)
-    links, served = open_ends(deployment, device, local=LocalLink, remote=transport)
+    ends = open_ends(deployment, device, local=LocalLink, remote=transport)
+    links, served = ends
     if device in deployment.weight_pool_devices:
         rank = deployment.weight_pool_devices.index(device)
         ffn = FFNRank(rank, specs, ffn_parts, trace)

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -25,9 +25,8 @@ from crosspool.ranks.resident.flight import ResidentRank
 from crosspool.ranks.resident.links import ResidentLink, ResidentLinks
 from crosspool.ranks.resident.packing import NATIVE_DTYPES
 from crosspool.ranks.resident.trace import ResidentTrace
-from crosspool.ranks.weights import TORCH_DTYPES, held_models
-from crosspool.transport.links import join, open_ends
-from crosspool.transport.shared_memory import spin_ns_of
+from crosspool.ranks.weights import TORCH_DTYPES, HeldModel, held_models
+from crosspool.transport.data_path import spin_ns_of
 from crosspool.weightpool.placement import Placement
 
 
@@ -38,7 +37,7 @@ class ResidentFFN:
     rank: int
     parts: dict[int, PackedFFN]
     """The models that lie on the rank, by their index."""
-    links: Sequence[ResidentLink] = ()
+    links: Sequence[ResidentLink]
 
 
 def load_resident_ranks(
@@ -52,77 +51,72 @@ def load_resident_ranks(
     resources = contextlib.ExitStack()
     team = resources.enter_context(Team(device.cores))
     tables = _tables(deployment, specs)
-    attention = ffn = None
     kv: Sequence[Tensor] = ()
     if device in deployment.kv_pool_devices:
         virtualizer, kv = kv_pool(deployment, device, specs)
         resources.callback(virtualizer.close)
-    attention_parts: list[PackedAttention] = []
-    ffn_parts: dict[int, PackedFFN] = {}
+    packed = _Packing(device, team, tables, kv, resources)
     for held in held_models(deployment, device, specs, placement):
-        with held.loading(device) as loaded:
-            table, path, weights = tables[held.index], held.path, []
-            if held.attention:
-                cache = kv[held.index]
-                positions = min(held.spec.context, cache.shape[0] * cache.shape[2])
-                attention_part = PackedAttention(held.spec, path, team, positions, loaded.progress)
-                resources.callback(attention_part.close)
-                attention_part.fill(table, cache)
-                attention_parts.append(attention_part)
-                weights.append(attention_part.weights)
-            if held.ffn is not None:
-                ffn_part = PackedFFN(held.spec, path, held.ffn, team, loaded.progress)
-                resources.callback(ffn_part.close)
-                ffn_part.fill(table)
-                ffn_parts[held.index] = ffn_part
-                weights.append(ffn_part.weights)
-            plain = format_size(sum(part.plain_bytes for part in weights))
-            compact = format_size(sum(part.held_bytes for part in weights))
-            loaded.notes.append(f"matrices of {plain} take {compact}")
-    if device in deployment.kv_pool_devices:
-        rank = deployment.kv_pool_devices.index(device)
-        attention = ResidentRank(rank, specs, attention_parts, virtualizer, kv)
-    if device in deployment.weight_pool_devices:
-        ffn = ResidentFFN(deployment.weight_pool_devices.index(device), ffn_parts)
-    transport = join(deployment, device, lanes_fd)
-    attention_rank, ffn_rank = (-1 if rank is None else rank.rank for rank in (attention, ffn))
-    remote = None if transport is None else ResidentLinks(transport, attention_rank, ffn_rank)
-    local_counters = (es.LinkCounters * deployment.lanes)()
-    links, served = open_ends(
-        deployment,
-        device,
-        local=lambda rank, lane, to: ResidentLink(rank, lane, to, local_counters[lane]),
-        remote=remote,
-    )
-    if ffn is not None:
-        ffn.links = served
-    outgoing = _array([] if remote is None else remote.outgoing)
-    incoming = _array([] if remote is None else remote.incoming)
-    # The doorbell of a device without peers on others is its own affair; a cache line of its own.
-    alone = ctypes.create_string_buffer(128)
-    doorbell = -(-ctypes.addressof(alone) // 64) * 64
+        packed.load(held)
+    links = ResidentLinks(deployment, device, lanes_fd)
+    attention = ffn = None
+    if links.attention_rank >= 0:
+        attention = ResidentRank(links.attention_rank, specs, packed.attention, virtualizer, kv)
+    if links.ffn_rank >= 0:
+        ffn = ResidentFFN(links.ffn_rank, packed.ffn, links.ffn)
     description = es.LoopDescription(
         models=tables,
-        outgoing=outgoing,
-        incoming=incoming,
-        local_counters=ctypes.addressof(local_counters) if attention and ffn else None,
-        doorbell=doorbell if transport is None else transport.doorbell_address,
         epoch=time.time_ns(),
         spin_ns=spin_ns_of(deployment, device),
         model_count=len(specs),
-        outgoing_count=len(outgoing),
-        incoming_count=len(incoming),
         lanes=deployment.lanes if attention else 0,
         max_rows=deployment.max_step_tokens,
-        attention_rank=attention_rank,
-        ffn_rank=ffn_rank,
     )
-    # The loop reads them until it is closed, so they are let go of after it.
-    resources.callback(lambda: (alone, tables, links, served, transport, description))
+    links.describe(description)
+    # What the loop reads goes after the loop has ended.
+    resources.callback(lambda: (tables, links, description))
     executor = ResidentLoop(attention, team, description)
     resources.callback(executor.close)
-    trace = ResidentTrace(executor.loop, attention_rank, ffn_rank)
-    return DeviceRanks(deployment, device, executor, attention, ffn, links, trace, resources)
+    trace = ResidentTrace(executor.loop, links.attention_rank, links.ffn_rank)
+    return DeviceRanks(
+        deployment, device, executor, attention, ffn, links.attention, trace, resources
+    )
+
+
+@dataclass
+class _Packing:
+    """Packs what the device holds, and fills the models' tables with it."""
+
+    device: Device
+    team: Team
+    tables: ctypes.Array[es.ModelTable]
+    kv: Sequence[Tensor]
+    """Each model's cache; none without an attention rank."""
+    resources: contextlib.ExitStack
+    attention: list[PackedAttention] = field(default_factory=list)
+    ffn: dict[int, PackedFFN] = field(default_factory=dict)
+
+    def load(self, held: HeldModel) -> None:
+        index, spec, path = held.index, held.spec, held.path
+        parts: list[PackedAttention | PackedFFN] = []
+        with held.loading(self.device) as loaded:
+            if held.attention:
+                cache = self.kv[index]
+                positions = min(spec.context, cache.shape[0] * cache.shape[2])
+                attention = PackedAttention(spec, path, self.team, positions, loaded.progress)
+                attention.fill(self.tables[index], cache)
+                self.attention.append(attention)
+                parts.append(attention)
+            if held.ffn is not None:
+                ffn = PackedFFN(spec, path, held.ffn, self.team, loaded.progress)
+                ffn.fill(self.tables[index])
+                self.ffn[index] = ffn
+                parts.append(ffn)
+            for part in parts:
+                self.resources.callback(part.close)
+            plain = format_size(sum(part.weights.plain_bytes for part in parts))
+            compact = format_size(sum(part.weights.held_bytes for part in parts))
+            loaded.notes.append(f"matrices of {plain} take {compact}")
 
 
 def _tables(deployment: Deployment, specs: Sequence[ModelSpec]) -> ctypes.Array[es.ModelTable]:
@@ -136,7 +130,3 @@ def _tables(deployment: Deployment, specs: Sequence[ModelSpec]) -> ctypes.Array[
         table.ffn_ranks = (ctypes.c_int32 * len(ranks))(*ranks)
         table.ffn_rank_count = len(ranks)
     return tables
-
-
-def _array(links: Sequence[es.LinkDescription]) -> ctypes.Array[es.LinkDescription]:
-    return (es.LinkDescription * len(links))(*links)
