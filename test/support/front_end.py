@@ -60,7 +60,7 @@ class FrontEndServer:
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 [
-                    *(sys.executable, "-m", f"crosspool.server.{name}_process"),
+                    *(sys.executable, "-m", "crosspool.server.process", name),
                     *("--deployment", str(self.deployment.file)),
                 ],
                 stdout=log,

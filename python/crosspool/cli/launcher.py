@@ -85,7 +85,7 @@ def front_end(deployment: Deployment) -> list[ProcessSpec]:
     return [
         ProcessSpec(
             name=name,
-            argv=_module(f"server.{name}_process", deployment),
+            argv=[*_module("server.process", deployment), name],
             env={**_OFFLINE, **_threads(1)},
         )
         for name in ("http", "scheduler", "detokenizer")

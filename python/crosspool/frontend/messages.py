@@ -251,15 +251,9 @@ def to_token_id_output(items: Sequence[Item]) -> BatchTokenIDOutput:
     """One message for the detokenizer. ``items`` are requests of one front end, each at most
     once."""
     ids = [array("q", output.token_ids) for _, output in items]
-    any_logprobs = any(request.logprobs for request, _ in items)
 
     def each(value: Callable[[OpenRequest, Output], Any]) -> list[Any]:
         return [value(request, output) for request, output in items]
-
-    def logprobs(value: Callable[[OpenRequest, Output], list[Any]]) -> list[Any] | None:
-        if not any_logprobs:
-            return None
-        return each(lambda r, o: value(r, o) if r.logprobs else [])
 
     return BatchTokenIDOutput(
         rids=each(lambda r, o: r.rid),
@@ -279,18 +273,7 @@ def to_token_id_output(items: Sequence[Item]) -> BatchTokenIDOutput:
         reasoning_tokens=[0] * len(items),
         completion_tokens=each(lambda r, o: o.completion_tokens),
         cached_tokens=each(lambda r, o: o.cached_tokens),
-        input_token_logprobs_val=logprobs(lambda r, o: _values(o.prompt_logprobs)),
-        input_token_logprobs_idx=logprobs(lambda r, o: _tokens(o.prompt_logprobs)),
-        output_token_logprobs_val=logprobs(lambda r, o: _values(o.output_logprobs)),
-        output_token_logprobs_idx=logprobs(lambda r, o: _tokens(o.output_logprobs)),
-        input_top_logprobs_val=logprobs(lambda r, o: _top(o.prompt_logprobs, 0)),
-        input_top_logprobs_idx=logprobs(lambda r, o: _top(o.prompt_logprobs, 1)),
-        output_top_logprobs_val=logprobs(lambda r, o: _top(o.output_logprobs, 0)),
-        output_top_logprobs_idx=logprobs(lambda r, o: _top(o.output_logprobs, 1)),
-        input_token_ids_logprobs_val=logprobs(lambda r, o: _asked(o.prompt_logprobs, 0)),
-        input_token_ids_logprobs_idx=logprobs(lambda r, o: _asked(o.prompt_logprobs, 1)),
-        output_token_ids_logprobs_val=logprobs(lambda r, o: _asked(o.output_logprobs, 0)),
-        output_token_ids_logprobs_idx=logprobs(lambda r, o: _asked(o.output_logprobs, 1)),
+        **_logprob_lists(items),
         output_token_entropy_val=None,
         output_token_sampling_mask=None,
         output_hidden_states=None,
@@ -302,22 +285,29 @@ def to_token_id_output(items: Sequence[Item]) -> BatchTokenIDOutput:
     )
 
 
-def _values(positions: list[TokenLogprobs]) -> list[float | None]:
-    return [position.logprob for position in positions]
+_OF_POSITION: dict[str, Callable[[TokenLogprobs], Any]] = {
+    "token_logprobs_val": lambda position: position.logprob,
+    "token_logprobs_idx": lambda position: position.token,
+    "top_logprobs_val": lambda position: [value for value, _ in position.top] or None,
+    "top_logprobs_idx": lambda position: [token for _, token in position.top] or None,
+    "token_ids_logprobs_val": lambda position: [value for value, _ in position.token_ids] or None,
+    "token_ids_logprobs_idx": lambda position: [token for _, token in position.token_ids] or None,
+}
+"""What BatchTokenIDOutput lists of each position, of the prompt in ``input_...`` and of the output
+in ``output_...``. None stands where there is nothing, as with a prompt's first token."""
 
 
-def _tokens(positions: list[TokenLogprobs]) -> list[int]:
-    return [position.token for position in positions]
-
-
-def _column(pairs: list[tuple[float, int]], column: int) -> list[Any] | None:
-    """Values or tokens of a position's pairs; None for a prompt's first token, which has none."""
-    return [pair[column] for pair in pairs] or None
-
-
-def _top(positions: list[TokenLogprobs], column: int) -> list[Any]:
-    return [_column(position.top, column) for position in positions]
-
-
-def _asked(positions: list[TokenLogprobs], column: int) -> list[Any]:
-    return [_column(position.token_ids, column) for position in positions]
+def _logprob_lists(items: Sequence[Item]) -> dict[str, list[Any] | None]:
+    fields: dict[str, list[Any] | None] = {}
+    any_logprobs = any(request.logprobs for request, _ in items)
+    for name, value in _OF_POSITION.items():
+        for side, places in (("input", "prompt_logprobs"), ("output", "output_logprobs")):
+            fields[f"{side}_{name}"] = (
+                None
+                if not any_logprobs
+                else [
+                    [value(position) for position in getattr(output, places)] if r.logprobs else []
+                    for r, output in items
+                ]
+            )
+    return fields

@@ -15,15 +15,13 @@ import json
 import logging
 import os
 import socket
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from crosspool.config.process import die_with_parent, freeze_heap
 from crosspool.frontend import compat
-from crosspool.server import detokenizer_process, http_process, scheduler_process
-from crosspool.server.process import leave, prepare
+from crosspool.server.process import PROCESSES, leave, prepare, run
 
 log = logging.getLogger(__name__)
 
@@ -37,24 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     die_with_parent()
     prepare("front end", arguments.deployment)
     _import_everything()
-    words = ["--deployment", str(arguments.deployment)]
-    processes = {
-        "http": partial(http_process.main, words),
-        "scheduler": partial(scheduler_process.main, words),
-        "detokenizer": partial(detokenizer_process.main, words),
-    }
+    processes = {name: partial(run, name, arguments.deployment) for name in PROCESSES}
     fork_all(processes, arguments.launcher_fd)
     return 0
 
 
 def _import_everything() -> None:
-    began = time.monotonic()
-    log.info("importing SGLang, which takes 10 s, and longer when its files are not in memory yet")
     compat.install()
     from crosspool.frontend import detokenizer, model_app  # noqa: F401
-    from crosspool.server import scheduler_loop  # noqa: F401
+    from crosspool.server import http_process, scheduler_loop  # noqa: F401
 
-    log.info("SGLang is imported (%.1f s)", time.monotonic() - began)
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
         log.warning("importing SGLang started %d threads, which forked processes lack", threads - 1)

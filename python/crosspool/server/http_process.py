@@ -1,10 +1,7 @@
 """The HTTP process: SGLang's tokenizer manager and application of every model behind one port.
 
-    python -m crosspool.server.http_process --deployment FILE
-
 It listens at once; ``/health`` gives 503 until every process is ready and every model has generated
-a token. After SIGTERM, requests in flight have ``drain_timeout`` seconds to finish. The exit status
-is 0 then, 2 for a user's mistake, which stderr names, and 1 for anything else.
+a token. After SIGTERM, requests in flight have ``drain_timeout`` seconds to finish.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -26,7 +23,6 @@ from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.process import freeze_heap
 from crosspool.frontend import compat
 from crosspool.server.app import App, State
-from crosspool.server.process import leave, run
 from crosspool.transport import admin
 
 if TYPE_CHECKING:
@@ -191,11 +187,3 @@ def serve(deployment: Deployment) -> None:
         await HttpProcess(deployment).run()
 
     uvloop.run(main())
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run("http", serve, argv)
-
-
-if __name__ == "__main__":
-    leave(main())

@@ -1,4 +1,10 @@
-"""What the server's processes have in common: arguments, title, log, exit status."""
+"""The three processes that import SGLang: http, scheduler and detokenizer.
+
+    python -m crosspool.server.process NAME --deployment FILE
+
+The exit status is 0 after SIGTERM, 2 for a user's mistake, which stderr names, and 1 for anything
+else.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +13,54 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from crosspool.config.cores import CONTROL_SLICE_NS, keep_off, set_slice
 from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.process import die_with_parent, set_title
+from crosspool.frontend import compat
 
 
-def run(name: str, serve: Callable[[Deployment], None], argv: Sequence[str] | None = None) -> int:
-    """Parses ``--deployment FILE`` and calls ``serve``, which imports SGLang.
+def _http(deployment: Deployment) -> None:
+    from crosspool.server import http_process
 
-    The exit status is 0 when ``serve`` returns, 2 after a ConfigError, which goes to stderr, and 1
-    after any other exception, which goes to the log."""
-    parser = argparse.ArgumentParser(prog=f"crosspool {name}")
+    http_process.serve(deployment)
+
+
+def _scheduler(deployment: Deployment) -> None:
+    compat.install()
+    from crosspool.server.scheduler_loop import SchedulerLoop
+
+    SchedulerLoop(deployment).run()
+
+
+def _detokenizer(deployment: Deployment) -> None:
+    compat.install()
+    from crosspool.frontend import detokenizer
+
+    detokenizer.serve(deployment)
+
+
+PROCESSES = {"http": _http, "scheduler": _scheduler, "detokenizer": _detokenizer}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one of :data:`PROCESSES` and returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m crosspool.server.process")
+    parser.add_argument("name", choices=PROCESSES)
     parser.add_argument("--deployment", type=Path, required=True, help="deployment.json")
     arguments = parser.parse_args(argv)
+    return run(arguments.name, arguments.deployment)
 
+
+def run(name: str, file: Path) -> int:
+    """Runs the process ``name`` of the deployment in ``file``; see :func:`main`."""
     die_with_parent()
-    deployment = prepare(name, arguments.deployment)
+    deployment = prepare(name, file)
     try:
-        serve(deployment)
+        PROCESSES[name](deployment)
     except ConfigError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
@@ -93,3 +125,7 @@ def configure_logging(name: str, deployment: Deployment) -> None:
         handler.addFilter(lambda record: not any(n in record.getMessage() for n in _NOISE))
     warnings.filterwarnings("ignore", message="Only CUDA", module="sglang")
     warnings.filterwarnings("ignore", message="ORJSONResponse is deprecated")
+
+
+if __name__ == "__main__":
+    leave(main())
