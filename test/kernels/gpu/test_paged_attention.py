@@ -120,7 +120,7 @@ def test_decode_with_many_splits(
 
 
 def test_a_cache_of_more_elements_than_int32_counts(device: torch.device) -> None:
-    """Of which only one page is touched."""
+    """Only one page of the cache is touched."""
     dtype, layers, page_size, width = torch.bfloat16, 64, 16, 256
     pages = 2**31 // (layers * page_size * width) + 2
     kv = torch.empty(pages, layers, page_size, width, dtype=dtype, device=device)
