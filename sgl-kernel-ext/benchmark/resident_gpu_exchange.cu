@@ -93,12 +93,13 @@ void exchange(const char* path) {
   cudaStream_t stream = nullptr;
   CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   const auto put = [&] { status(dispatch(end, at, 1, 0, kPayload, stream), "dispatch"); };
-  const auto reply = [&] {
+  const auto send_back = [&] {
     status(reply(reinterpret_cast<std::uintptr_t>(ends), kPayload, at, stream), "reply");
   };
-  for (const auto& [stage, graph] : {std::pair{gpu::GPUStage::kEmbed, captured_work(0)},
-                                     std::pair{gpu::GPUStage::kAttention, capture(stream, put)},
-                                     std::pair{gpu::GPUStage::kDenseFFN, capture(stream, reply)}}) {
+  for (const auto& [stage, graph] :
+       {std::pair{gpu::GPUStage::kEmbed, captured_work(0)},
+        std::pair{gpu::GPUStage::kAttention, capture(stream, put)},
+        std::pair{gpu::GPUStage::kDenseFFN, capture(stream, send_back)}}) {
     loop_status(
         crosspool_cuda_loop_add_graph(loop, 0, 0, static_cast<std::uint32_t>(stage), 0, graph));
   }

@@ -1,5 +1,5 @@
 """The resident loop on a GPU: 10^5 steps of a small chain whose every stage changes the tokens, so
-that one left out, repeated or out of place shows. Not run on a GPU so far.
+that a stage left out, repeated or out of place shows.
 
 CROSSPOOL_GPU_STEPS: fewer or more steps, for compute-sanitizer (`make sanitize-gpu`)."""
 

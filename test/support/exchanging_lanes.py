@@ -21,8 +21,7 @@ from benchmark.gpu_lanes import Lanes
 
 
 class ExchangingLanes(Lanes):
-    """Lanes like :class:`benchmark.gpu_lanes.Lanes`, with the models' FFN parts on a rank of their
-    own, behind a link of each lane."""
+    """Lanes whose models have their FFN parts on a rank of its own, behind a link of each lane."""
 
     def __init__(
         self,

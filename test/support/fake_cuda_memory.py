@@ -72,12 +72,12 @@ class FakeCuda:
     name: str = "cuda:0"
     dlpack_device: DLPackDevice = CPU
     reservations: dict[int, int] = field(default_factory=dict)
-    """Bytes by address."""
+    """Bytes of each reservation by its address."""
     mappings: dict[int, Mapping] = field(default_factory=dict)
-    """Mappings by address."""
+    """Mappings by their addresses."""
     handles: dict[int, Memory] = field(default_factory=dict)
     fail: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """How many more calls of a name succeed, and the code that the one after them returns."""
+    """How many more calls of each name succeed, and the error code of the one after them."""
     calls: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     used: int = 0
     """Bytes of memory that exist."""

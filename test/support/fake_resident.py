@@ -18,7 +18,7 @@ _UNITS = 64
 
 
 class FakeResident:
-    """All devices' loops are driven together, whichever one is waited for."""
+    """The loops of all devices. Waiting for one of them drives them all."""
 
     def __init__(self, folder: Path) -> None:
         self.cuda = FakeCuda(build(folder))
@@ -39,7 +39,7 @@ class FakeResident:
         epoch: int,
         tails: Mapping[tuple[int, int, GPUStage], Tail],
     ) -> CudaLoop:
-        """Stands in for :func:`crosspool.ranks.gpu.lanes.join_loop`."""
+        """Takes the place of :func:`crosspool.ranks.gpu.lanes.join_loop`."""
         assert exchange is None
         loop = _Driven(self, models, loop_places(lanes), buckets, epoch=epoch)
         for (lane, model, bucket), of_model in stages.items():

@@ -10,7 +10,7 @@ from crosspool.transport.data_path import DispatchHeader
 
 @dataclass
 class Ends:
-    """State of a link, as the attention rank's and the FFN rank's ends keep it."""
+    """The attention rank's and the FFN rank's end in one."""
 
     attention_rank: int = 0
     lane: int = 0

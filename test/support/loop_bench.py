@@ -19,7 +19,7 @@ from crosspool.kernels.cuda_loop import (
 from support.fake_cuda_graphs import FakeCuda
 
 ROW_BYTES = 8
-"""Size of a row that crosses."""
+"""Bytes of a row that crosses a link."""
 STAGES = (
     GPUStage.EMBED,
     GPUStage.FEED,
@@ -63,8 +63,8 @@ class FakeLink:
 
 
 class LoopBench:
-    """A model of a dense and a MoE layer; ``link``: whose FFN parts are behind it, or, with
-    ``serves``, that is served through it."""
+    """A loop over a model of a dense and a MoE layer. The model's FFN parts are behind ``link``, or,
+    with ``serves``, the loop serves them through it."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class LoopBench:
         return arguments
 
     def events(self, units: int = 4000) -> list[tuple[int, int, int]]:
-        """What happens in so much progress: kind, step, steps of the lease before."""
+        """Lets the driver progress; returns kind, step and earlier steps of the lease of each event."""
         self.driver.run(units)
         found = []
         while (event := self.loop.pop()) is not None:

@@ -17,7 +17,7 @@ class PoisonedPlaces(LaneBuffers):
 
 
 def poison_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Poisons the lanes of all devices that are loaded from now on."""
+    """Poisons the lanes of devices that are loaded from now on."""
     monkeypatch.setattr(gpu_lanes, "LaneBuffers", PoisonedPlaces)
 
 

@@ -35,7 +35,7 @@ class Interpreted:
 
     def __init__(self) -> None:
         self._links: dict[int, Tensor] = {}
-        """Memory of the links by FFN rank."""
+        """Memory of the links of each FFN rank."""
 
     def load(
         self,
@@ -45,7 +45,7 @@ class Interpreted:
         placement: Placement,
         lanes_fd: int | None,
     ) -> DeviceRanks:
-        """Stands in for :func:`crosspool.ranks.gpu.load.load_gpu_ranks`."""
+        """Takes the place of :func:`crosspool.ranks.gpu.load.load_gpu_ranks`."""
         peers = None
         if lanes_fd is not None:
             layout = LinkLayout(deployment.max_step_tokens, max_row_bytes(specs))
@@ -75,7 +75,7 @@ def clear_heads(memory: Tensor, layout: LinkLayout) -> None:
 
 
 class Symmetric(Interpreted):
-    """An :class:`Interpreted` with a copy of every link at either end."""
+    """Devices like those of :class:`Interpreted`, with a copy of every link at either end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def load_compiled(
     placement: Placement,
     lanes_fd: int | None,
 ) -> DeviceRanks:
-    """A GPU's, with the KV memory that is mapped first full of NaN."""
+    """A GPU's ranks, with the KV memory that is mapped first full of NaN."""
     ranks = load_gpu_ranks(deployment, device, specs, placement, lanes_fd)
     assert ranks.attention is not None and isinstance(ranks.executor, GPUExecutor)
     virtualizer = ranks.attention.virtualizer

@@ -106,7 +106,7 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeResident]:
 
 
 def test_host_loops_that_exchange(models: list[Path], expected: list[Stream]) -> None:
-    """Two devices take part here, three in test_gpu_processes.py."""
+    """Runs them on two devices; test_gpu_processes.py has three."""
     gpus = Interpreted()
     with Machine(models, loop="host", load=gpus.load, **MIXED, **LIMITS) as machine:
         assert_alike(run(machine, 3), expected)
