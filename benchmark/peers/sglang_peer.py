@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from crosspool.frontend import compat
-
 from benchmark.peers import protocol
 
 LONGEST = 8192
@@ -68,7 +66,6 @@ class MissingKernels(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 class SGLangEngine:
     def __init__(self, checkpoint: Path, threads: int, cores: list[int]) -> None:
-        compat.install()
         from sglang.srt.entrypoints.engine import Engine
 
         self._threads = threads
@@ -82,7 +79,8 @@ class SGLangEngine:
             disable_cuda_graph=True,
             disable_radix_cache=True,
             max_total_tokens=KV_TOKENS,
-            # or SGLang holds back half of the memory, and has none when others take the other half
+            # Without it SGLang keeps about 13 GB of the memory free beside the KV cache, and finds
+            # no room for the cache where other programs hold the rest.
             mem_fraction_static=0.99,
             max_running_requests=MOST_SEQUENCES,
             chunked_prefill_size=LONGEST,
@@ -165,7 +163,5 @@ def load(checkpoint: Path, threads: int, cores: list[int]) -> SGLangEngine:
 if __name__ in ("__main__", "__mp_main__"):  # also in the processes that SGLang starts
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     sys.meta_path.insert(0, MissingKernels())
-if __name__ == "__mp_main__":
-    compat.install()
 if __name__ == "__main__":
     protocol.serve(load)

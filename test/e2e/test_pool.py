@@ -118,6 +118,7 @@ def test_overload_answers_every_request_in_full_or_refuses_it(small_pool: Server
     wait_empty(small_pool)
 
 
+@pytest.mark.slow
 def test_queue_limit_refuses_with_429_and_retry_after() -> None:
     """OpenAI's client raises the error after which its users wait and retry, streaming or not."""
 

@@ -140,6 +140,7 @@ def pools_empty(server: Server) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores for two devices")
 def test_mixed_traffic_leaks_nothing() -> None:
     texts = sentences(40)

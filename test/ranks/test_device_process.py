@@ -22,6 +22,7 @@ from crosspool.transport.messages import (
 )
 from make_random_checkpoint import make_random_checkpoint
 from safetensors.torch import load_file
+from support.marks import slow_but
 from transformers import AutoModelForCausalLM
 
 from benchmark.device_driver import DeviceDriver, Generation
@@ -52,6 +53,14 @@ PLACEMENTS = {
     "resident attention, host FFN": PLACEMENTS["two devices"] | {"loops": {SECOND: "host"}},
     "host attention, resident FFN": PLACEMENTS["two devices"] | {"loops": {FIRST: "host"}},
 }
+FAST = (
+    "one device",
+    "two devices",
+    "one device, resident",
+    "two devices, resident",
+    "two of each, EP, resident",
+    "resident attention, host FFN",
+)
 QWEN, DEEPSEEK, QWEN_AGAIN = 0, 1, 2
 TOLERANCE = 1e-3
 
@@ -82,7 +91,7 @@ def references(checkpoints: list[Path]) -> list[Any]:
         torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=list(PLACEMENTS))
+@pytest.fixture(scope="module", params=slow_but(FAST, PLACEMENTS))
 def driver(request: pytest.FixtureRequest, checkpoints: list[Path]) -> Iterator[DeviceDriver]:
     placement = PLACEMENTS[request.param]
     if len(CORES) == 1 and request.param != "one device":
@@ -432,7 +441,7 @@ class TestPipeline:
 
 
 @pytest.mark.skipif(len(CORES) == 1, reason="needs two cores")
-@pytest.mark.parametrize("loop", ["host", "resident"])
+@pytest.mark.parametrize("loop", slow_but(["resident"], ["host", "resident"]))
 def test_a_dead_ffn_rank_is_replaced_under_a_step(
     loop: str, checkpoints: list[Path], references: list[Any]
 ) -> None:
@@ -453,7 +462,7 @@ def test_a_dead_ffn_rank_is_replaced_under_a_step(
         assert_matches(generation, references[DEEPSEEK])
 
 
-@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("isa", slow_but(["portable"], available_isas()))
 def test_every_isa_path_equals_transformers(
     isa: str,
     checkpoints: list[Path],
