@@ -32,7 +32,7 @@ _PATIENCE = 60.0
 
 @dataclass(frozen=True)
 class Row:
-    """A sequence's next tokens; the last one is answered with a greedy token."""
+    """A sequence's next tokens; the last one gets a greedy token."""
 
     tokens: Sequence[int]
     start: int

@@ -31,7 +31,7 @@ def test_a_predecessors_dispatch_is_answered_first(driver: FakeCuda) -> None:
         assert (link.dispatched.value, link.combined.value) == (2 + layer, 1 + layer)
         assert link.dispatch[2:] == [0, layer, 2, ROW_BYTES]
         assert bench.loop.status(0).phase == Phase.PEERS
-        link.answer()
+        link.reply()
     assert bench.events() == [(DONE, 3, 0)]
     assert [stage for _, stage, _, _ in bench.ran] == [
         GPUStage.EMBED,
@@ -58,7 +58,7 @@ def test_an_answer_of_another_dispatch_fails_the_lane(driver: FakeCuda) -> None:
     bench.loop.start()
     assert bench.events() == []
     link.dispatch[4] = 1
-    link.answer()
+    link.reply()
     with pytest.raises(CudaLoopError, match="link 0 is not of its dispatch"):
         bench.events()
     bench.loop.close()

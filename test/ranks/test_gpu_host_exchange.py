@@ -17,8 +17,8 @@ from crosspool.models.spec import DenseFFN, MoEFFN, RouterSpec
 from crosspool.ranks.gpu.exchange import HostExchange
 from crosspool.ranks.gpu.executor import GPUExecutor
 from crosspool.ranks.gpu.links import Crossing, crossing_of
-from crosspool.ranks.gpu.load import check_share
 from crosspool.ranks.gpu.loop import HostLaunchedLoop
+from crosspool.ranks.gpu.shares import check_share
 from crosspool.transport.data_path import DispatchHeader, LaneError
 from crosspool.transport.messages import Release
 from crosspool.weightpool.placement import FFNShard
@@ -159,7 +159,7 @@ def test_dispatches_are_served_in_turn_one_at_a_time() -> None:
             order.append(launches.words[0][2])
             launches.busy.clear()
             executor.run(0.0)
-            assert ends[order[-1]].answered and loop.served == len(order)
+            assert ends[order[-1]].replied and loop.served == len(order)
             if len(order) == 1:  # the same lane again: the others come first
                 ends[1].accept()
                 ends[1].announce(DispatchHeader(epoch=0, model=0, layer=1, rows=3), ROW_BYTES)

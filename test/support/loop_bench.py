@@ -57,14 +57,14 @@ class FakeLink:
         self.combined = ctypes.c_uint64.from_address(address + 128)
         self.combine = (ctypes.c_uint32 * 4).from_address(address + 192)
 
-    def answer(self) -> None:
+    def reply(self) -> None:
         self.combine[:] = [*self.dispatch[:2], *self.dispatch[4:]]
         self.combined.value = self.dispatched.value
 
 
 class LoopBench:
-    """A loop over a model of a dense and a MoE layer. The model's FFN parts are behind ``link``, or,
-    with ``serves``, the loop serves them through it."""
+    """A loop over a model of a dense and a MoE layer. Its FFN parts are behind ``link``; with
+    ``serves``, the loop serves them through it."""
 
     def __init__(
         self,
@@ -129,7 +129,8 @@ class LoopBench:
         return arguments
 
     def events(self, units: int = 4000) -> list[tuple[int, int, int]]:
-        """Lets the driver progress; returns kind, step and earlier steps of the lease of each event."""
+        """Lets the driver progress; returns kind, step and earlier steps of the lease of every
+        event."""
         self.driver.run(units)
         found = []
         while (event := self.loop.pop()) is not None:

@@ -118,7 +118,7 @@ def dispatch_to_all(
             sent.append((end, hidden))
         for end, hidden in sent:
             while not end.ready():
-                assert transport.wait(60.0), "no answer came"
+                assert transport.wait(60.0), "no reply came"
             partial = end.combine(hidden.shape, hidden.dtype)
             assert torch.equal(partial, hidden * 2 + (layer + end.lane / 4))
     return [[end.counters.rows for end in of_rank] for of_rank in ends]

@@ -151,7 +151,7 @@ def test_the_same_tokens_are_drawn_as_on_the_host(
 def test_filters_cut_through_equals(
     rule: dict[str, float], sampler: ModuleType, device: torch.device
 ) -> None:
-    """Among tokens as probable as the last one kept, the lower ones are kept, and no more."""
+    """Tokens as probable as the last one kept are kept from the lowest up, and no more."""
     from crosspool.transport.messages import Sampling
 
     logits = torch.randint(0, 2, (4, 40)).float()

@@ -9,23 +9,21 @@ from collections.abc import Sequence
 
 import torch
 
-from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
+from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.config.gpu import check_alike
 from crosspool.kernels.cuda_driver import CudaBindings
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
-from crosspool.models.spec import ModelSpec, MoEFFN
+from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.gpu.join import GPUParts, join_lanes
 from crosspool.ranks.gpu.model import GPUModel
+from crosspool.ranks.gpu.shares import check_share
 from crosspool.ranks.gpu.weights import GPUFFN, GPUAttention
 from crosspool.ranks.kv_memory import kv_pool_by
 from crosspool.ranks.weights import held_models
 from crosspool.transport.links import join_gpus
-from crosspool.weightpool.placement import FFNShard, Placement
-
-_COLUMNS = 16
-"""The kernels take gated MLPs whose widths are multiples of it."""
+from crosspool.weightpool.placement import Placement
 
 
 def load_gpu_ranks(
@@ -94,24 +92,3 @@ def load_parts(
                 attention = GPUAttention(held.spec, held.path, on, positions, loaded.progress)
                 parts.models.append(GPUModel(held.spec, attention, ffn, kv))
     return parts
-
-
-def check_share(model: ModelConfig, spec: ModelSpec, shard: FFNShard) -> None:
-    """Raises ConfigError for a share of gated MLPs that the kernels do not take."""
-    for ffn in dict.fromkeys(spec.ffn):
-        shared = [ffn.intermediate] if not isinstance(ffn, MoEFFN) else [ffn.shared_intermediate]
-        if isinstance(ffn, MoEFFN):
-            if shard.parallel == "tp":
-                shared.append(ffn.intermediate)
-            elif not shard.experts(ffn):
-                raise ConfigError(
-                    f"{model.name}: {ffn.experts} experts cannot be dealt to {shard.ranks} GPUs"
-                )
-        for columns in shared:
-            share = shard.width(columns)
-            if share % _COLUMNS or (columns and not share):
-                raise ConfigError(
-                    f"{model.name}: gated MLPs of {columns} columns cannot be split between "
-                    f"{shard.ranks} GPUs: shares must be multiples of {_COLUMNS} columns; name "
-                    "fewer in the model's weight_pool_devices"
-                )
