@@ -7,6 +7,7 @@ import resource
 import subprocess
 import time
 from pathlib import Path
+from typing import TypedDict
 
 from benchmark import machine
 from benchmark.records import ROOT
@@ -25,6 +26,15 @@ def build(target: str) -> Path:
     return _BUILD / "benchmark" / target
 
 
+class Used(TypedDict):
+    """Fields of a record: CPU time of the programs that have ended and wall time, in seconds, and
+    the load average before them."""
+
+    cpu_s: float
+    wall_s: float
+    load1: float
+
+
 class Stopwatch:
     """Measures the programs that run from its making on."""
 
@@ -32,11 +42,9 @@ class Stopwatch:
         self.load1 = machine.load1()
         self._cpu_s, self._start = _child_seconds(), time.monotonic()
 
-    def read(self) -> dict[str, float]:
-        """CPU time of the programs that have ended and wall time, in seconds, and the load average
-        before them: fields of a record."""
+    def read(self) -> Used:
         wall_s = time.monotonic() - self._start
-        return {"cpu_s": _child_seconds() - self._cpu_s, "wall_s": wall_s, "load1": self.load1}
+        return Used(cpu_s=_child_seconds() - self._cpu_s, wall_s=wall_s, load1=self.load1)
 
 
 def _child_seconds() -> float:
