@@ -27,7 +27,8 @@ def build(target: str) -> Path:
 
 
 class Used(TypedDict):
-    """Fields of a record: CPU time and wall time in seconds, and the load average before."""
+    """Fields of a record: CPU time of the programs that have ended and wall time, in seconds, and
+    the load average before them."""
 
     cpu_s: float
     wall_s: float
@@ -42,9 +43,8 @@ class Stopwatch:
         self._cpu_s, self._start = _child_seconds(), time.monotonic()
 
     def read(self) -> Used:
-        """Returns what the programs used that have ended until now."""
         wall_s = time.monotonic() - self._start
-        return {"cpu_s": _child_seconds() - self._cpu_s, "wall_s": wall_s, "load1": self.load1}
+        return Used(cpu_s=_child_seconds() - self._cpu_s, wall_s=wall_s, load1=self.load1)
 
 
 def _child_seconds() -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, c_bool, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
+from typing import Any
 
 from crosspool.kernels import native_structs as ns
 from crosspool.kernels.native import Signatures
@@ -126,8 +127,10 @@ class Limits(ctypes.Structure):
 
 
 def _function(*takes: type, result: type | None = None) -> type:
-    """A pointer to a function; structures are taken by reference."""
-    by_reference = [POINTER(one) if issubclass(one, ctypes.Structure) else one for one in takes]
+    """A pointer to a function that takes structures by reference."""
+    by_reference: list[Any] = [
+        POINTER(one) if issubclass(one, ctypes.Structure) else one for one in takes
+    ]
     return ctypes.CFUNCTYPE(result, *by_reference)
 
 
