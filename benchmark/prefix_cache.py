@@ -83,7 +83,7 @@ class Prompts:
         self._questions = [tokenizer.encode(s, add_special_tokens=False) for s in sentences[:400]]
 
     def draw(self, rng: np.random.Generator) -> list[int]:
-        question = self._questions[int(rng.integers(len(self._questions)))]
+        question: list[int] = self._questions[int(rng.integers(len(self._questions)))]
         return self.system + question[: int(rng.integers(*QUESTION_TOKENS))]
 
 

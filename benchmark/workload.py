@@ -61,7 +61,7 @@ def poisson(rate: float, seconds: float, rng: np.random.Generator) -> npt.NDArra
 
 def random_prompt(length: int, vocab: int, rng: np.random.Generator) -> list[int]:
     """Ordinary token ids, in an order that no other prompt shares."""
-    return rng.integers(_ORDINARY, vocab, length).tolist()
+    return list(map(int, rng.integers(_ORDINARY, vocab, length)))
 
 
 @functools.cache

@@ -56,7 +56,14 @@ def compile_sources(sources: Sequence[str | Path], into: Path, flags: Sequence[s
 
     def build(source: str | Path) -> Path:
         target = into / (Path(source).stem + ".o")
-        command = [COMPILER, "-std=c++20", *WARNINGS, *flags, "-I", NATIVE / "include"]
+        command: list[str | Path] = [
+            str(COMPILER),
+            "-std=c++20",
+            *WARNINGS,
+            *flags,
+            "-I",
+            NATIVE / "include",
+        ]
         subprocess.run([*command, "-c", NATIVE / source, "-o", target], check=True, timeout=120)
         return target
 
@@ -69,7 +76,7 @@ def build(into: Path) -> Path:
     sources = (*HOST_SIDE, "cuda/c_face.cpp", "cpu/version.cpp", "test/fake_face.cpp")
     objects = compile_sources(sources, into, ("-O1", "-fPIC"))
     library = into / "libcrosspool_cuda_fake.so"
-    subprocess.run([COMPILER, "-shared", *objects, "-o", library], check=True, timeout=120)
+    subprocess.run([str(COMPILER), "-shared", *objects, "-o", library], check=True, timeout=120)
     return library
 
 
@@ -103,7 +110,7 @@ class FakeCuda:
                 ctypes.c_void_p(graph), int(kind), ctypes.c_void_p(child)
             )
         self._graphs.append(graph)
-        return graph
+        return int(graph)
 
     def run(self, units: int) -> None:
         self.native.crosspool_fake_run(units)
@@ -125,7 +132,7 @@ class FakeCuda:
 
     @property
     def violations(self) -> list[str]:
-        found = []
+        found: list[str] = []
         while (text := self.native.crosspool_fake_violation(len(found))) is not None:
             found.append(text.decode())
         return found
@@ -133,7 +140,7 @@ class FakeCuda:
     @property
     def live(self) -> int:
         """What was made and not given back, but for captured graphs."""
-        return self.native.crosspool_fake_live() - len(self._graphs)
+        return int(self.native.crosspool_fake_live()) - len(self._graphs)
 
     def close(self) -> None:
         for graph in self._graphs:

@@ -35,7 +35,7 @@ def check_bounds() -> None:
     TensorTable, an IndexError. For kernels that find everything else in their arguments."""
     init_args = interpreter.GridExecutor._init_args_hst
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    rmw, make = InterpreterBuilder.create_atomic_rmw, TensorTable._make.__func__
+    rmw, make = InterpreterBuilder.create_atomic_rmw, vars(TensorTable)["_make"].__func__
     tables: weakref.WeakSet[TensorTable] = weakref.WeakSet()
     arrays = np.zeros((0, 2), np.uint64)
 
@@ -69,7 +69,7 @@ def check_bounds() -> None:
         return rmw(self, op, pointer, value, mask, *rest)
 
     def make_table(cls: Any, *args: Any) -> TensorTable:
-        table = make(cls, *args)
+        table: TensorTable = make(cls, *args)
         tables.add(table)
         return table
 
@@ -77,7 +77,7 @@ def check_bounds() -> None:
     InterpreterBuilder.create_masked_load = create_masked_load
     InterpreterBuilder.create_masked_store = create_masked_store
     InterpreterBuilder.create_atomic_rmw = create_atomic_rmw
-    TensorTable._make = classmethod(make_table)
+    TensorTable._make = classmethod(make_table)  # type: ignore[method-assign, assignment]
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

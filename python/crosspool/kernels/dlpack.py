@@ -114,7 +114,7 @@ def tensor_at(
     key = ctypes.addressof(managed)
     _alive[key] = managed, sizes, owner
     try:
-        return torch.from_dlpack(_new_capsule(key, b"dltensor", None))
+        return torch.utils.dlpack.from_dlpack(_new_capsule(key, b"dltensor", None))
     except BaseException:
         _alive.pop(key, None)
         raise

@@ -170,7 +170,7 @@ class _FFNLayer:
         assert pair is not None, ref.key
         if ref.key.endswith(".down"):
             return pair[1]
-        gate, up = pair[0].split(pair[1].shape[1])
+        gate, up = torch.split(pair[0], pair[1].shape[1])
         return gate if ref.key.endswith(".gate") else up
 
 

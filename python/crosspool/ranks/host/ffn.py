@@ -64,7 +64,7 @@ class _GatedMLP:
         down = self.down[index]
         if ref.key.endswith(".down"):
             return down
-        gate, up = self.gate_up[index].split(down.shape[1])
+        gate, up = torch.split(self.gate_up[index], down.shape[1])
         return gate if ref.key.endswith(".gate") else up
 
 
