@@ -1,28 +1,33 @@
-# make env     an environment in .venv with everything that serving needs
-# make serve   the three bundled models on port 30000
-# make test    the tests;  make lint  style, types, formatting
-# make test-gpu  the tests that need an NVIDIA GPU, with the Python that holds torch (GPU_PYTHON);
-#              make bench-gpu  the measurements there. Nothing is installed for either: see docs/gpu.md
-# make bench   kernels, hand-over, engine and ablation; records and plots are rewritten
-# make sanitize-gpu  the resident loop's GPU tests under compute-sanitizer (GPU_PYTHON: with torch)
-# make bench-peers  installs other engines (PEERS="llama vllm": only these) and measures beside them
+# The targets' sentences and the variables below, both after `##`, are what `make help` prints.
 #
-# PyTorch's CPU wheels (no CUDA libraries with them) come from an index of their own:
-#   make env TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# Other variables: PYTHON (3.11 or newer), VENV, PIP_ARGS (for every pip install), PORT, ARGS.
+## Variables
+##   VENV          folder of the environment: .venv unless given
+##   PYTHON        Python that makes it, 3.11 or newer
+##   CUDA          ON builds the GPU libraries, AUTO does where nvcc is found; OFF until given once
+##   TORCH_INDEX   package index of torch; https://download.pytorch.org/whl/cpu has it without CUDA
+##   PIP_ARGS      words for every pip install
+##   PORT          port of `make serve`: 30000 unless given
+##   ARGS          words for the program of a target: make test ARGS="test/kvpool -x"
+##   PEERS         engines of `make bench-peers`: PEERS="llama vllm"; all unless given
+##   GPU_PYTHON    Python with torch for CUDA, for targets that need a GPU: python3 unless given
+##   GPU_ARCHITECTURES   compute capabilities of `make native-gpu`: "80;90" unless given
 
 VENV ?= .venv
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v))) python3)
-PORT ?= 30000
+CUDA ?= $(or $(shell cat $(VENV)/.cuda 2>/dev/null),OFF)
 TORCH_INDEX ?=
 PIP_ARGS ?=
+PORT ?= 30000
 ARGS ?=
 PEERS ?=
 GPU_PYTHON ?= python3
 GPU_ARCHITECTURES ?= 80;90
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+# Byte code is written afterwards, on all cores: pip would do it on one.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS)
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/(tests?|testing|models|_inductor|multimodal_gen)/' $(VENV)/lib || true
+PROJECT = --config-settings=cmake.define.CROSSPOOL_CUDA=$(CUDA) --editable
 TORCH := $(shell sed -n 's/^  "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)
 NODEPS := requirements/frontend-nodeps.txt
 TRITON := $(abspath $(VENV))/triton
@@ -35,94 +40,114 @@ CXX_FILES := $(filter %.h %.hpp %.c %.cpp %.cu,$(NATIVE))
 
 # The files and folders that hold tests marked `gpu`; others may need what is not there.
 GPU_TESTS = $(sort $(patsubst %/conftest.py,%,$(shell grep -rl --include=conftest.py --include='test_*.py' pytest.mark.gpu test)))
-# Beside a resident loop no kernel is loaded, and no stream shares its connection to the device.
+# Where a resident loop runs, no kernel may be loaded later, and every stream has its own connection
+# to the device.
 GPU_ENV := PYTHONPATH=python:.$(if $(PYTHONPATH),:$(PYTHONPATH)) CUDA_MODULE_LOADING=EAGER \
   CUDA_DEVICE_MAX_CONNECTIONS=32
 GPU_BUILD := build/gpu
 
-.PHONY: native-gpu test-gpu bench-gpu sanitize-gpu env dev serve test test-triton test-rest lint format bench bench-peers clean
-env: $(VENV)/.env
-dev: $(VENV)/.dev
+.PHONY: help env dev serve test test-all test-triton test-rest lint format bench bench-peers \
+  native-gpu test-gpu bench-gpu sanitize-gpu clean force
 
-$(VENV)/bin/python:
+help: ## Prints this list.
+	@echo "Targets"
+	@sed -n 's/^\([a-z-]*\):.*## /  \1|/p' Makefile | awk -F '|' '{printf "  %-16s%s\n", $$1, $$2}'
+	@echo; sed -n 's/^## \?//p' Makefile
+
+env: $(VENV)/.env ## Makes the environment with everything that serving needs.
+dev: $(VENV)/.dev ## Adds the tools for tests and lint to the environment.
+
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is older than 3.11: make env PYTHON=python3.11"; exit 1; }
 	@echo "==> environment in $(VENV) ($$($(PYTHON) --version))"
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.env: pyproject.toml $(NODEPS) $(NATIVE) | $(VENV)/bin/python
+# Remembers CUDA, and is newer than the environment only after a change of it.
+$(VENV)/.cuda: force | $(BIN)/python
+	@echo $(CUDA) | cmp --silent - $@ || echo $(CUDA) >$@
+
+$(VENV)/.env: pyproject.toml $(NODEPS) $(NATIVE) $(VENV)/.cuda
 	@echo "==> $(TORCH)$(if $(TORCH_INDEX), from $(TORCH_INDEX))"
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	@echo "==> crosspool, its native code and its dependencies"
-	@$(PIP) --editable .
+	@$(PIP) $(PROJECT) '.[planner]'
 	@echo "==> SGLang's front end, without the GPU stack"
 	@$(PIP) --no-deps -r $(NODEPS)
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.env
 	@echo "==> tools for tests and lint"
-	@$(PIP) --editable '.[dev]'
+	@$(PIP) $(PROJECT) '.[dev]'
 	@echo "==> Triton, in a folder of its own: servers run without it"
 	@$(PIP) --no-deps --upgrade --target $(TRITON) 'triton==3.6.0'
+	@$(COMPILE)
 	@touch $@
 
-serve: env
+serve: env ## Serves the three bundled models.
 	@$(BIN)/crosspool demo --port $(PORT) $(ARGS)
 
-test: dev
-	@$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(MAKE) --no-print-directory -j2 test-triton test-rest)
+# With ARGS one pytest, of what they name. Without, two at once: most tests, and those for which
+# Triton must be importable.
+BOTH = $(MAKE) --no-print-directory -j2 test-triton test-rest
 
-# One core's work, beside the rest.
+test: dev ## Runs the tests but those marked `slow`: what you run while working.
+	@$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(BOTH) SELECT="-m 'not slow'")
+
+test-all: dev ## Runs every test, as .ci/run does.
+	@$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(BOTH))
+
 test-triton: dev
-	@PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q -p no:cacheprovider $(TRITON_TESTS) >$(TRITON).log 2>&1; \
+	@PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q -p no:cacheprovider $(SELECT) $(TRITON_TESTS) >$(TRITON).log 2>&1; \
 	  status=$$?; [ $$status = 0 ] && set -- tail -1 || set -- cat; \
 	  echo; echo "==> tests that need Triton"; "$$@" $(TRITON).log; exit $$status
 
 test-rest: dev
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(SELECT)
 
-lint: dev
+lint: dev ## Checks style, types and formatting.
 	@echo "==> ruff check"; $(BIN)/ruff check .
 	@echo "==> ruff format --check"; $(BIN)/ruff format --check .
 	@echo "==> mypy"; $(BIN)/mypy
 	@$(if $(CXX_FILES),echo "==> clang-format"; $(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
 
-# In place: python/crosspool/kernels/*.so. CMake comes with pip's cmake or the system.
-native-gpu:
-	@echo "==> native code, in place"
-	@cmake -S sgl-kernel-ext -B $(GPU_BUILD) -DCMAKE_BUILD_TYPE=Release \
-	  -DCROSSPOOL_CUDA_ARCHITECTURES="$(GPU_ARCHITECTURES)" \
-	  -DCROSSPOOL_NVSHMEM="$$($(GPU_PYTHON) scripts/nvshmem_folder.py)"
-	@cmake --build $(GPU_BUILD) --parallel
-	@cmake --install $(GPU_BUILD) --prefix python
+format: dev ## Formats Python and C++, and mends what ruff can mend.
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
-test-gpu: native-gpu
-	@$(GPU_ENV) $(GPU_PYTHON) -m pytest -m gpu $(GPU_TESTS) $(ARGS)
-
-bench-gpu: native-gpu
-	@$(GPU_ENV) $(GPU_PYTHON) -m benchmark.gpu $(ARGS)
-
-sanitize-gpu: native-gpu
-	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH"; exit 1; }
-	@for tool in memcheck synccheck; do echo "==> $$tool"; \
-	  CROSSPOOL_GPU_STEPS=1000 $(GPU_ENV) compute-sanitizer --tool $$tool --error-exitcode 1 \
-	  $(GPU_PYTHON) -m pytest -m gpu test/kernels/test_cuda_loop_gpu.py $(ARGS) || exit 1; done
-
-bench: dev
+bench: dev ## Measures kernels, hand-over, engine and ablation, and writes records and plots.
 	@echo "==> kernels"; $(BIN)/python -m benchmark.kernels
 	@echo "==> hand-over"; $(BIN)/python -m benchmark.hand_over
 	@echo "==> engine"; $(BIN)/python -m benchmark.engine $(ARGS)
 	@echo "==> ablation"; $(BIN)/python -m benchmark.ablation $(ARGS)
 	@$(BIN)/python -m benchmark.report kernels hand_over engine ablation
 
-bench-peers: dev
+bench-peers: dev ## Installs other engines and measures CrossPool beside them.
 	@$(BIN)/python -m benchmark.peers.install $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(PEERS)
 	@$(BIN)/python -m benchmark.side_by_side $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
-format: dev
-	@$(BIN)/ruff check --fix .
-	@$(BIN)/ruff format .
-	@$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+# CMake comes from the system or from pip's package of that name.
+native-gpu: ## Builds the native code, with the GPU libraries, into python/crosspool/kernels.
+	@echo "==> native code, in place"
+	@cmake -S sgl-kernel-ext -B $(GPU_BUILD) -DCMAKE_BUILD_TYPE=Release -DCROSSPOOL_CUDA=ON \
+	  -DCROSSPOOL_CUDA_ARCHITECTURES="$(GPU_ARCHITECTURES)" \
+	  -DCROSSPOOL_NVSHMEM="$$($(GPU_PYTHON) scripts/nvshmem_folder.py)"
+	@cmake --build $(GPU_BUILD) --parallel
+	@cmake --install $(GPU_BUILD) --prefix python
 
-clean:
+test-gpu: native-gpu ## Runs the tests that need an NVIDIA GPU; docs/gpu.md says what they need.
+	@$(GPU_ENV) $(GPU_PYTHON) -m pytest -m gpu $(GPU_TESTS) $(ARGS)
+
+bench-gpu: native-gpu ## Measures kernels, hand-over and steps on a GPU.
+	@$(GPU_ENV) $(GPU_PYTHON) -m benchmark.gpu $(ARGS)
+
+sanitize-gpu: native-gpu ## Runs the resident loop's GPU tests under compute-sanitizer.
+	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH"; exit 1; }
+	@for tool in memcheck synccheck; do echo "==> $$tool"; \
+	  CROSSPOOL_GPU_STEPS=1000 $(GPU_ENV) compute-sanitizer --tool $$tool --error-exitcode 1 \
+	  $(GPU_PYTHON) -m pytest -m gpu test/kernels/test_cuda_loop_gpu.py $(ARGS) || exit 1; done
+
+clean: ## Removes the environment and everything that was built.
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -79,6 +79,9 @@ class SGLangEngine:
             disable_cuda_graph=True,
             disable_radix_cache=True,
             max_total_tokens=KV_TOKENS,
+            # Without it SGLang keeps about 13 GB of the memory free beside the KV cache, and finds
+            # no room for the cache where other programs hold the rest.
+            mem_fraction_static=0.99,
             max_running_requests=MOST_SEQUENCES,
             chunked_prefill_size=LONGEST,
             context_length=LONGEST,

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from support.marks import slow_but
 from transformers import AutoModelForCausalLM
 
 from benchmark import checkpoint
@@ -43,7 +44,7 @@ def loaded(name: str, folder: Path) -> Contestant:
     return contestant
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=slow_but(["transformers"], MODELS))
 def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Contestant]:
     with loaded(request.param, folder) as contestant:
         yield contestant

@@ -1,4 +1,5 @@
-"""End-to-end fixtures: one server with the three bundled models for most tests."""
+"""Servers that the end-to-end tests share. A start takes about ten seconds, most of them SGLang's
+import, so a test has a server of its own only where it stops one or needs other flags."""
 
 from __future__ import annotations
 
@@ -10,27 +11,29 @@ import pytest
 import yaml
 from support.server import DEMO, TINY_MODELS, Server
 
+FLAGS = ("--dtype", "float32", "--kv-pool-bytes", "128MiB")
+
 
 @pytest.fixture(scope="package")
 def server() -> Iterator[Server]:
-    """Both pools on one device, the resident loop, fp32, so that tokens can be compared with
-    transformers'."""
-    with Server(["--dtype", "float32", "--kv-pool-bytes", "256MiB"]) as running:
+    """Serves the three bundled models with both pools on one device under the resident loop, in
+    float32, so that tokens can be compared with transformers'."""
+    with Server([*FLAGS, "--tool-call-parser", "qwen25"]) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def host_server() -> Iterator[Server]:
-    """As ``server``, its layers driven by the host loop."""
-    with Server(["--dtype", "float32", "--kv-pool-bytes", "256MiB", "--loop", "host"]) as running:
+    """Serves them under the host loop."""
+    with Server([*FLAGS, "--loop", "host"]) as running:
         yield running
 
 
 @pytest.fixture(scope="package")
 def split_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two devices, from a file, fp32: attention on the first; FFN rank 0 on the second, FFN rank 1
-    on the first; the FFN weights of the first model on rank 0 only, of the second on both, of the
-    third on rank 1 only."""
+    """Serves them on two devices, configured by a file. Attention and FFN rank 1 are on the first
+    device, FFN rank 0 is on the second. The FFN weights of the first model lie on rank 0, those of
+    the second on both ranks, and those of the third on rank 1."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         pytest.skip("needs two cores for two devices")

@@ -122,7 +122,7 @@ def test_json_schema(client: openai.OpenAI, model: str) -> None:
     assert len(item["name"]) <= 12 and 0 <= item["count"] <= 99
 
 
-def test_tools() -> None:
+def test_tools(client: openai.OpenAI) -> None:
     model = TINY_MODELS[0]
     tool: Any = {
         "type": "function",
@@ -138,24 +138,22 @@ def test_tools() -> None:
             },
         },
     }
-    flags = ["--tool-call-parser", "qwen25", "--kv-pool-bytes", "64MiB"]
-    with Server(flags, models=[model]) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
-        answer = client.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": "How is the weather in Paris?"}],
-            tools=[tool],
-            tool_choice={"type": "function", "function": {"name": "get_weather"}},
-            max_tokens=200,
-            temperature=0,
-        )
-        calls = answer.choices[0].message.tool_calls
-        assert calls and calls[0].function.name == "get_weather"
-        assert json.loads(calls[0].function.arguments)["city"] in ("Paris", "Rome")
+    answer = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "How is the weather in Paris?"}],
+        tools=[tool],
+        tool_choice={"type": "function", "function": {"name": "get_weather"}},
+        max_tokens=200,
+        temperature=0,
+    )
+    calls = answer.choices[0].message.tool_calls
+    assert calls and calls[0].function.name == "get_weather"
+    assert json.loads(calls[0].function.arguments)["city"] in ("Paris", "Rome")
 
 
 DSL = """
 import json, sys
+import crosspool.sglang
 import sglang as sgl
 
 sgl.set_default_backend(sgl.RuntimeEndpoint(sys.argv[1]))
@@ -223,12 +221,13 @@ def test_curl(server: Server) -> None:
     assert json.loads(run.stdout)["choices"][0]["message"]["content"]
 
 
+@pytest.mark.slow
 def test_bench_serving_on_two_models_at_once(server: Server, tmp_path: Path) -> None:
     runs = []
     for model in TINY_MODELS[:2]:
         out = tmp_path / f"{model}.jsonl"
         command = [
-            *(sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang"),
+            *(sys.executable, "-m", "crosspool.sglang", "bench_serving", "--backend", "sglang"),
             *("--base-url", f"{server.url}/m/{model}"),
             *("--model", str(DEMO / model), "--tokenizer", str(DEMO / model)),
             *("--dataset-name", "random-ids", "--num-prompts", "16", "--request-rate", "8"),

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from support.marks import slow_but
 from support.server import TINY_MODELS, Server, two_device_flags
 
 needs_two_cores = pytest.mark.skipif(
@@ -25,7 +26,7 @@ LONG = {
 
 
 @needs_two_cores
-@pytest.mark.parametrize("pool", ["kv", "weight"])
+@pytest.mark.parametrize("pool", slow_but(["kv"], ["kv", "weight"]))
 def test_a_dead_rank_is_told_answered_503_and_ends_the_server(pool: str) -> None:
     flags = [*two_device_flags(), *SMALL, "--failure-grace", "1"]
     title = f"crosspool::device {flags[1 if pool == 'kv' else 3]}"
@@ -71,7 +72,7 @@ def test_sigterm_drains_running_requests() -> None:
 
 
 def test_killed_launcher_leaves_nothing_behind() -> None:
-    with Server(models=TINY_MODELS[:1]) as server:
+    with Server(SMALL, models=TINY_MODELS[:1]) as server:
         family = server.processes()
         assert len(family) >= 5
         server.process.send_signal(signal.SIGKILL)

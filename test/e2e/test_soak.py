@@ -23,7 +23,7 @@ WARM_SHARE = 0.25
 
 
 def measure(server: Server) -> dict[str, dict[str, int]]:
-    """Per process: file descriptors, threads and unique memory in KiB."""
+    """File descriptors, threads and unique memory in KiB of each process."""
     figures = {}
     for process in server.processes():
         name = process.cmdline()[0].split("/")[-1] if process.cmdline() else process.name()
@@ -140,6 +140,7 @@ def pools_empty(server: Server) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores for two devices")
 def test_mixed_traffic_leaks_nothing() -> None:
     texts = sentences(40)

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from support.fake_cuda_graphs import COMPILER, HOST_SIDE, compile_sources
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
+]
 
 CHECKS = {"lane_check": "60", "exchange_check": "30"}
 

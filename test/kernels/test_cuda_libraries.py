@@ -39,8 +39,17 @@ def test_nvshmem_makes_an_id() -> None:
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
-def test_without_nvcc_the_build_says_so_and_goes_on(tmp_path: Path) -> None:
-    """CMake finds no CUDA compiler: neither on the path nor where toolkits lie."""
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ((), "CROSSPOOL_CUDA is OFF: libcrosspool_cuda is not built"),
+        (("-DCROSSPOOL_CUDA=AUTO",), "No nvcc: libcrosspool_cuda is not built"),
+        (("-DCROSSPOOL_CUDA=ON",), None),
+    ],
+)
+def test_the_build_without_nvcc(option: tuple[str, ...], says: str | None, tmp_path: Path) -> None:
+    """CMake finds no CUDA compiler: neither on the path nor where toolkits lie. Only a build that
+    was told to have one fails."""
     project = tmp_path / "CMakeLists.txt"
     project.write_text(
         "cmake_minimum_required(VERSION 3.22)\n"
@@ -48,14 +57,18 @@ def test_without_nvcc_the_build_says_so_and_goes_on(tmp_path: Path) -> None:
         f"add_subdirectory({NATIVE / 'cuda'} cuda)\n"
         'if(TARGET crosspool_cuda)\n  message(FATAL_ERROR "built")\nendif()\n'
     )
+    command = ["cmake", "-S", tmp_path, "-B", tmp_path / "build"]
     done = subprocess.run(
-        ["cmake", "-S", tmp_path, "-B", tmp_path / "build", "-DCMAKE_CUDA_COMPILER=NOTFOUND"],
+        [*command, "-DCMAKE_CUDA_COMPILER=NOTFOUND", *option],
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("libcrosspool_cuda is not built") == 1
+    if says is None:
+        assert done.returncode != 0 and "CROSSPOOL_CUDA=ON needs nvcc" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(says) == 1
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")

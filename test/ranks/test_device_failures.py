@@ -1,4 +1,4 @@
-"""Device processes that cannot start or go on: what they say, and how they end."""
+"""Device processes that cannot start or go on: their messages and exit statuses."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from crosspool.transport.messages import Failed, Row, Step
 from make_random_checkpoint import make_random_checkpoint
 from safetensors.torch import load_file, save_file
+from support.marks import slow_but
 
 from benchmark.device_driver import DeviceDriver, DeviceFailed, Generation
 
@@ -42,7 +43,7 @@ def test_a_step_for_an_unknown_request_ends_the_process_with_its_cause(checkpoin
 
 
 @pytest.mark.skipif(FIRST == SECOND, reason="needs two cores")
-@pytest.mark.parametrize("loop", ["host", "resident"])
+@pytest.mark.parametrize("loop", slow_but(["resident"], ["host", "resident"]))
 def test_a_device_need_not_wait_for_a_step_whose_peer_is_dead(loop: str, checkpoint: Path) -> None:
     with DeviceDriver([checkpoint], kv=[FIRST], weights=[SECOND], loop=loop) as driver:
         driver.generate([Generation(0, [1, 2, 3], 2)])

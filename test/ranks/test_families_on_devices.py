@@ -3,6 +3,7 @@ distribution at each position equals transformers'."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def references(checkpoints: list[Path]) -> list[PreTrainedModel]:
 
 
 def generations(models: int) -> list[Generation]:
-    """Per model two requests of unlike lengths in one batch, one of several prompt chunks."""
+    """Makes two requests of unlike lengths for each model, in one batch, one of several prompt
+    chunks."""
     everything = Logprobs(output=True, prompt_start=0, token_ids=tuple(range(VOCAB)))
     random = np.random.default_rng(11)
     return [
@@ -62,8 +64,20 @@ def generations(models: int) -> list[Generation]:
     ]
 
 
-@pytest.mark.parametrize("loop", ["host", "resident"])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+FAST = [
+    ("one device", "host"),
+    ("two FFN ranks, TP", "resident"),
+    ("two FFN ranks, EP", "resident"),
+]
+
+
+@pytest.mark.parametrize(
+    ("placement", "loop"),
+    [
+        pytest.param(*variant, marks=() if variant in FAST else pytest.mark.slow)
+        for variant in itertools.product(PLACEMENTS, ("host", "resident"))
+    ],
+)
 def test_distributions_equal_transformers(
     placement: str, loop: str, checkpoints: list[Path], references: list[PreTrainedModel]
 ) -> None:

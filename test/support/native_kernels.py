@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from crosspool.kernels import native
 from crosspool.kernels import native_structs as ns
-from crosspool.kernels.attention import Segment
+from crosspool.kernels.attention import RowSpan
 from crosspool.kernels.isa import ISAS, available_isas, default_isa
 from support import kernel_structs as ks
 from support.native_operands import (
@@ -335,7 +335,7 @@ class NativeKernels:
         q: Tensor,
         kv: Tensor,
         layer: int,
-        segments: Sequence[Segment],
+        segments: Sequence[RowSpan],
         *,
         kv_heads: int,
         v_dim: int,

@@ -18,7 +18,7 @@ block sees are skipped."""
 
 
 @dataclass(frozen=True)
-class Segment:
+class RowSpan:
     """One request's rows of a batch."""
 
     first_row: int
@@ -55,7 +55,7 @@ def gqa_attention(
     q: torch.Tensor,
     kv: torch.Tensor,
     layer: int,
-    segments: Sequence[Segment],
+    segments: Sequence[RowSpan],
     *,
     kv_heads: int,
     scale: float,
@@ -84,7 +84,7 @@ def mla_attention(
     q: torch.Tensor,
     kv: torch.Tensor,
     layer: int,
-    segments: Sequence[Segment],
+    segments: Sequence[RowSpan],
     *,
     latent: int,
     scale: float,

@@ -6,7 +6,7 @@ from crosspool.kernels import native
 from crosspool.kernels.native_structs import FLOAT32
 
 ISAS = ("portable", "avx2", "avx512", "amx")
-"""In the order of ``crosspool::Isa``, slowest first."""
+"""Names of the ISA paths in the order of ``crosspool::Isa``, slowest first."""
 
 
 def default_isa() -> str:

@@ -28,8 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _needs_a_gpu() -> None:
+    """Skips before a fixture of a module computes what a test would compare with."""
     import torch
 
     if not INTERPRETED and not torch.cuda.is_available():

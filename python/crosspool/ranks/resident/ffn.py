@@ -12,9 +12,9 @@ from crosspool.kernels import native_structs as ns
 from crosspool.kernels.engine import Team
 from crosspool.models.registry import ffn_tensors
 from crosspool.models.spec import FFNSpec, ModelSpec, MoEFFN, RouterSpec, TensorRef
+from crosspool.observability.progress import Progress
 from crosspool.ranks.resident.packing import Index, PackedWeights, gated_columns, pointer, whole
 from crosspool.ranks.weights import TensorListing
-from crosspool.weightpool.checkpoint import Progress
 from crosspool.weightpool.placement import FFNShard
 
 
@@ -24,8 +24,9 @@ class PackedFFN:
     def __init__(
         self, spec: ModelSpec, path: Path, shard: FFNShard, team: Team, progress: Progress
     ) -> None:
-        """``progress`` is called with bytes read. Raises ConfigError for a checkpoint that does not
-        fit its config.json."""
+        """Loads and packs the rank's share; ``progress`` is called with bytes read.
+
+        Raises ConfigError for a checkpoint that does not fit its config.json."""
         self._spec = spec
         self._shard = shard
         self.weights = PackedWeights(team, spec.dtype)
@@ -39,11 +40,11 @@ class PackedFFN:
         table.ffn = self._layers
 
     def tensors(self) -> list[TensorListing]:
-        """Everything held, share by share."""
+        """Lists every share of a tensor that the rank holds."""
         return self.weights.listing
 
     def close(self) -> None:
-        """Gives the memory back; the loop is closed before."""
+        """Gives the memory back, after the loop was closed."""
         self.weights.close()
 
     def _declare(self, layer: int, ffn: FFNSpec) -> None:
@@ -77,7 +78,7 @@ class PackedFFN:
         intermediate: int,
         parts: dict[str, tuple[TensorRef, Index]],
     ) -> None:
-        """A gated MLP that every row takes."""
+        """Declares a gated MLP that every row goes through."""
         width = self._shard.width(intermediate)
         if width == 0:
             return
@@ -88,7 +89,7 @@ class PackedFFN:
     def _pair(
         self, count: int, width: int
     ) -> tuple[ctypes.Array[ns.Matrix], ctypes.Array[ns.Matrix]]:
-        """Matrices of ``count`` gated MLPs: gate and up, down."""
+        """Returns the matrices of ``count`` gated MLPs: gate and up in one, and down."""
         hidden = self._spec.hidden
         return (
             self.weights.matrices(count, 2 * gated_columns(width), hidden),
