@@ -27,8 +27,7 @@ def build(target: str) -> Path:
 
 
 class Used(TypedDict):
-    """Fields of a record: CPU time of the programs that have ended and wall time, in seconds, and
-    the load average before them."""
+    """Fields of a record: CPU time and wall time in seconds, and the load average before."""
 
     cpu_s: float
     wall_s: float
@@ -43,8 +42,9 @@ class Stopwatch:
         self._cpu_s, self._start = _child_seconds(), time.monotonic()
 
     def read(self) -> Used:
+        """Returns what the programs used that have ended until now."""
         wall_s = time.monotonic() - self._start
-        return Used(cpu_s=_child_seconds() - self._cpu_s, wall_s=wall_s, load1=self.load1)
+        return {"cpu_s": _child_seconds() - self._cpu_s, "wall_s": wall_s, "load1": self.load1}
 
 
 def _child_seconds() -> float:

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from crosspool.kernels.native import Signatures
+
 NATIVE = Path(__file__).parents[2] / "sgl-kernel-ext"
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 PREAMBLE = """
 #include <cstddef>
 #include <initializer_list>
+#include <iterator>
 #include <type_traits>
 // A type's size and kind. A reference is passed as a pointer is.
 template <class T> constexpr int code() {
@@ -31,6 +34,7 @@ template <class R, class... A> constexpr bool is(R (*)(A...), std::initializer_l
   for (std::size_t i = 0; i < codes.size(); ++i) if (own[i] != codes.begin()[i]) return false;
   return true;
 }
+namespace crosspool {}
 using namespace crosspool;
 """
 
@@ -61,6 +65,11 @@ def same_function(name: str, result: type | None, takes: Sequence[type]) -> str:
     """C++ that compiles where a function returns and takes values of these sizes and kinds."""
     codes = ", ".join(str(_code(one)) for one in (result, *takes))
     return f"static_assert(is({name}, {{{codes}}}));"
+
+
+def same_functions(signatures: Signatures) -> list[str]:
+    """The claim of :func:`same_function` for each of a library's functions."""
+    return [same_function(name, result, takes) for name, (result, takes) in signatures.items()]
 
 
 def _code(of: Any) -> int:
