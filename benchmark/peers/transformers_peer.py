@@ -1,4 +1,4 @@
-"""Transformers on PyTorch: eager, SDPA attention, experts as grouped products."""
+"""Runs Transformers on PyTorch: eager, with SDPA attention and experts as grouped products."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class TransformersEngine:
         def read(ids: torch.Tensor) -> torch.Tensor:
             with torch.inference_mode():
                 output = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                return output.logits[:, -1].argmax(-1, keepdim=True)
+                chosen: torch.Tensor = output.logits[:, -1].argmax(-1, keepdim=True)
+                return chosen
 
         rows = torch.tensor(prompts)
         if rows.shape[1] > 1:
