@@ -4,16 +4,17 @@
 
 Reads the Azure LLM inference traces of 2023 (Azure Public Dataset), gives each request to a model
 by the popularity of models on OpenRouter, and takes the models' shapes in turn from the catalogue's
-Mixture-of-Experts models. Service times come from a decode speed, since the traces have none. Of
-demand over the trace, replayed exactly: the pool's P99 as a budget, beside the sum of what each
-model needs by itself (its own P99, its own highest moment, one request of its longest context), and
-beside what the planner says that knows less than the times of arrival; and how often and how long
-demand exceeds the budget, and whether models peak together. Since all models' requests come from
-one trace, its bursts reach all models at once: as bad as it can be for a common pool. Models
-shifted apart in time are the other extreme.
+Mixture-of-Experts models. Service times come from a decode speed, since the traces have none.
 
-Requests are dealt several times (which model is the popular one, and who gets which request): the
-rows have the median over the deals, ``first`` is the first deal, which the plot shows.
+The demand over the trace is replayed exactly. Its P99, the pool's budget, is compared with the sum
+of what each model needs by itself (its own P99, its own highest moment, one request of its longest
+context), and with the planner's answers without the arrival times. The benchmark also says how
+often and for how long demand exceeds the budget, and whether models peak together. Since all
+models' requests come from one trace, its bursts reach all models at once, which is the worst case
+for a common pool. Models that are shifted apart in time are the other extreme.
+
+Requests are dealt several times, with other popular models and other requests for each: the rows
+have the median over the deals, and ``first`` is the first deal, which the plot shows.
 """
 
 from __future__ import annotations
@@ -28,24 +29,25 @@ from typing import Any
 
 import numpy as np
 from crosspool.config.deployment import ConfigError
-from crosspool.kvpool.planner.budget import kv_budget, longest_bytes
-from crosspool.kvpool.planner.compound import exact_demand
-from crosspool.kvpool.planner.demand import monte_carlo
-from crosspool.kvpool.planner.kv_model import Charge, KVModel, kv_loads
-from crosspool.kvpool.planner.peaks import PeakReport, peak_report
-from crosspool.kvpool.planner.popularity import openrouter
-from crosspool.kvpool.planner.replay import ReplayDemand, independent_shifts, replay
-from crosspool.kvpool.planner.service_time import DecodeSpeed
-from crosspool.kvpool.planner.spread import spread
-from crosspool.kvpool.planner.trace import Trace
-from crosspool.kvpool.planner.trace_files import read_trace
-from crosspool.models import catalogue
+from crosspool.planner.demand.budget import kv_budget, longest_bytes
+from crosspool.planner.demand.compound import exact_demand
+from crosspool.planner.demand.kv_model import Charge, KVModel, kv_loads
+from crosspool.planner.demand.monte_carlo import monte_carlo
+from crosspool.planner.demand.peaks import Coincidence, PeakReport, peak_report
+from crosspool.planner.demand.replay import ReplayDemand, replay
+from crosspool.planner.shapes import catalogue
+from crosspool.planner.traffic.popularity import openrouter
+from crosspool.planner.traffic.service_time import DecodeSpeed
+from crosspool.planner.traffic.spread import spread
+from crosspool.planner.traffic.trace import Trace
+from crosspool.planner.traffic.trace_files import read_trace
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from benchmark import machine, plots
 from benchmark.records import IMAGES, Recorder
+from benchmark.shifted_replays import independent_shifts
 
 QUANTILE = 0.99
 PEAK = 0.95
@@ -53,7 +55,7 @@ PEAK = 0.95
 CHUNK_BYTES = 2 << 20
 PAGE_SIZE = 16
 WINDOWS = (60.0, 5.0)
-"""Seconds in which arrivals are taken as Poisson."""
+"""Lengths in seconds of the windows in which arrivals are taken as Poisson."""
 CHARGES: tuple[Charge, ...] = ("active", "promised")
 _SUMMARY = __doc__.split("\n", 1)[0]
 NAMES = {
@@ -87,7 +89,7 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Deal:
-    """One way to give a trace's requests to models."""
+    """The result of one way to give a trace's requests to models."""
 
     figures: dict[str, float]
     demand: ReplayDemand
@@ -95,8 +97,8 @@ class Deal:
 
 
 def deal(trace: Trace, setting: Setting, charge: Charge, seed: int) -> Deal:
-    """The trace's demand when ``seed`` says which model has which rank of popularity, and which
-    model each request asks."""
+    """Measures the trace's demand when ``seed`` decides the models' ranks of popularity, and which
+    model each request is for."""
     names = [name for name in catalogue.names() if catalogue.load(name).experts]
     order = np.random.default_rng(seed).permutation(len(names))
     kv = []
@@ -105,7 +107,7 @@ def deal(trace: Trace, setting: Setting, charge: Charge, seed: int) -> Deal:
         name = f"{shape.id}/{rank // len(names) + 1}"
         kv.append(KVModel(name, shape.kv_bytes_per_token, PAGE_SIZE, shape.context))
     traffic = spread(
-        trace, openrouter(len(kv)), [each.name for each in kv], seed, speeds=setting.speed
+        trace, openrouter(len(kv)), [each.name for each in kv], seed, speed=setting.speed
     )
     demand = replay(traffic, kv, charge, chunk_bytes=CHUNK_BYTES)
     budget = kv_budget(demand, kv, QUANTILE, ranks=1)
@@ -136,14 +138,24 @@ def deal(trace: Trace, setting: Setting, charge: Charge, seed: int) -> Deal:
         "above": peaks.exceedance.fraction,
         "above_times": float(peaks.exceedance.count),
         "above_longest": peaks.exceedance.longest_seconds,
-        "peak_dispersion": peaks.coincidence.dispersion,
+        "peak_dispersion": dispersion(peaks.coincidence),
         "cut": float(sum(load.cut for load in kv_loads(traffic, kv, CHUNK_BYTES))),
     }
     return Deal(figures, demand, peaks)
 
 
+def dispersion(found: Coincidence) -> float:
+    """Returns the variance of the number of models at their peak over that of independent models: 1
+    when peaks meet by chance, the number of models when all peak at the same times."""
+    expected = sum(share * (1 - share) for share in found.at_peak)
+    numbers = np.arange(len(found.together))
+    mean = numbers @ np.array(found.together)
+    variance = float((numbers - mean) ** 2 @ np.array(found.together))
+    return variance / expected if expected else 1.0
+
+
 def together(first: Trace, second: Trace) -> Trace:
-    """Both traces, begun at the same time, until the first of them ends."""
+    """Merges both traces from a common start until the first of them ends."""
     assert first.arrival is not None and second.arrival is not None
     arrival = np.concatenate((first.arrival, second.arrival))
     order = np.argsort(arrival, kind="stable")
@@ -156,7 +168,7 @@ def together(first: Trace, second: Trace) -> Trace:
 
 
 def plot(found: Deal, path: Path) -> None:
-    """Demand over time with the budget's line, and models at their peaks at the same time."""
+    """Plots demand over time with the budget, and the number of models at their peak."""
     figure, (demand, peaks) = plots.panels(
         (
             "KV demand of all models, GB (both traces)",
@@ -187,7 +199,7 @@ def plot(found: Deal, path: Path) -> None:
 
 
 def shares(report: PeakReport) -> dict[str, Any]:
-    """Share of time with 0, 1, 2, ... models at their peak, in the trace and if independent."""
+    """Returns shares of the time with 0, 1, 2, ... models at their peak, measured and expected."""
     found = report.coincidence
     count = max(k for k, share in enumerate(found.together) if share > 0) + 1
     return {

@@ -22,7 +22,7 @@ from crosspool.config.process import die_with_parent
 from crosspool.kvpool.allocator import PageAllocator
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.registry import read_model
-from crosspool.transport import shared_memory
+from crosspool.transport import links
 from crosspool.transport.messages import (
     Failed,
     FromDevice,
@@ -147,8 +147,7 @@ class DeviceDriver:
 
     def _spawn(self) -> None:
         deployment = self.deployment
-        if any(a != f for a in deployment.kv_pool_devices for f in deployment.weight_pool_devices):
-            self._lanes_fd = shared_memory.create(deployment, max(s.hidden for s in self.specs) * 4)
+        self._lanes_fd = links.create(deployment, self.specs)
         for device in deployment.devices:
             self.logs[device.name] = self.runtime_dir / f"{device.name}.log"
             self._spawn_device(device)
@@ -234,7 +233,13 @@ class DeviceDriver:
         sender, message = self.receive()
         assert isinstance(message, Inspected), message
         assert (message.id, message.device, sender) == (self._numbers, device, device)
-        return message.answer
+        entries = msgspec.to_builtins(getattr(message.report, what))
+        match what:
+            case "pools" | "counters":
+                return entries[0]
+            case "trace_stop":
+                return entries[0]["events"]
+        return entries
 
     def step(
         self, sequences: Sequence[Generation], bitmask: bytes | None = None, lease: int = 1

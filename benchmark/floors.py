@@ -1,25 +1,22 @@
-"""What a decode step takes at least: the bytes that it must read, at the rate at which the cores
-read memory, measured by a program of its own."""
+"""The least time of a decode step: the bytes that it must read, at the rate at which the cores read
+memory, which a program measures."""
 
 from __future__ import annotations
 
-import functools
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 
 from crosspool.models.registry import attention_tensors, ffn_tensors
 from crosspool.models.spec import DTYPE_BYTES, ModelSpec, MoEFFN, TensorRef
 
-from benchmark.records import ROOT
+from benchmark.programs import build
 
-BUILD = ROOT / "build" / "benchmark"
 _PASSES = 20
 
 
 def step_bytes(spec: ModelSpec, batch: int, context: int) -> float:
-    """Weights and cached tokens that one decode step reads. Of the experts of a layer, those that
-    ``batch`` rows choose on the average if each row's choice is random."""
+    """Bytes of weights and cached tokens that one decode step reads. Of a layer's experts it counts
+    those that ``batch`` rows choose on the average when each row chooses at random."""
     total = sum(
         _bytes(ref, spec) for _, ref in attention_tensors(spec) if not _one_row_of(ref, spec)
     )
@@ -43,27 +40,17 @@ def _bytes(ref: TensorRef, spec: ModelSpec) -> float:
 
 
 def _one_row_of(ref: TensorRef, spec: ModelSpec) -> bool:
-    """Whether a token reads one row of it: the embedding, unless the LM head is the same."""
+    """Whether a step reads only a row per token: the embedding, unless it is the LM head too."""
     return ref.name.endswith("embed_tokens.weight") and not spec.tied_embeddings
 
 
 def step_seconds(cores: Sequence[int], spec: ModelSpec, batch: int, context: int) -> list[float]:
-    """What some passes over a step's bytes took just now, a thread pinned to each core."""
+    """Measures passes over a step's bytes, with a thread pinned to each core; seconds of each."""
     return read_seconds(cores, round(step_bytes(spec, batch, context)))
 
 
 def read_seconds(cores: Sequence[int], count: int) -> list[float]:
-    """What some passes over so many bytes took just now, a thread pinned to each core."""
-    command = [str(_program()), str(count), str(_PASSES), *map(str, cores)]
+    """Measures passes over ``count`` bytes, with a thread pinned to each core; seconds of each."""
+    command = [str(build("bandwidth")), str(count), str(_PASSES), *map(str, cores)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return [float(line) for line in done.stdout.split()]
-
-
-@functools.cache
-def _program() -> Path:
-    configure = ["cmake", "-S", str(ROOT / "sgl-kernel-ext"), "-B", str(BUILD)]
-    options = ["-DCROSSPOOL_BUILD_BENCHMARKS=ON", "-DCMAKE_BUILD_TYPE=Release"]
-    subprocess.run([*configure, *options], check=True, stdout=subprocess.DEVNULL)
-    command = ["cmake", "--build", str(BUILD), "--target", "bandwidth", "-j2"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return BUILD / "benchmark" / "bandwidth"

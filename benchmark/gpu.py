@@ -15,8 +15,6 @@ loop adds to ``whole``, shared out over the stages (``hand-over``); what mapping
 go to ``gpu.jsonl`` in ``--out``, the costs, in a form that a simulator reads, to
 ``gpu_costs.json``; the last thing printed is a table. ``--device cpu --tiny`` goes the same way
 with a tiny model on CPU tensors under TRITON_INTERPRET=1: its times mean nothing.
-
-Not run on a GPU so far.
 """
 
 from __future__ import annotations
@@ -49,13 +47,13 @@ CATALOGUE = ROOT / "python" / "crosspool" / "models" / "catalogue"
 MODELS = ("Qwen3-30B-A3B", "DeepSeek-V2-Lite", "GLM-4.7-Flash")
 PAGE_SIZE = 16
 MEMORY_SHARE = 0.85
-"""Of the free memory, for weights and KV."""
+"""Share of the free memory that weights and KV take."""
 _TINY = "tiny-deepseek-v2"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured."""
+    """Choice of what is measured."""
 
     device: torch.device
     batches: tuple[int, ...]
@@ -159,7 +157,7 @@ class Run:
             self._stages(name, model, batch)
 
     def vmm(self) -> None:
-        """What mapping costs, alone; see benchmark.gpu_vmm for more."""
+        """Measures the cost of mapping memory by itself; see benchmark.gpu_vmm for more."""
         from crosspool.kernels.cuda_driver import CudaBindings
 
         from benchmark.gpu_vmm import measure_pool
@@ -273,7 +271,7 @@ class Run:
 
 
 def cost_table(rows: Sequence[dict[str, Any]], gpu: str) -> dict[str, Any]:
-    """Of benchmark rows: see :meth:`Run.costs`."""
+    """Costs for a simulator from benchmark rows: see :meth:`Run.costs`."""
     lists = ("launch_us", "hand_over_us", "map_us", "stages")
     table: dict[str, Any] = {"gpu": gpu} | {name: [] for name in lists}
     for row in rows:
@@ -340,7 +338,8 @@ def host_us(call: Callable[[], object]) -> float:
 
 
 def layers_that_fit(spec: ModelSpec, pages: int, device: torch.device, most: int | None) -> int:
-    """Of the model's layers, so many that weights and KV take MEMORY_SHARE of the free memory."""
+    """Keeps so many of the model's layers that weights and KV take MEMORY_SHARE of the free
+    memory."""
     import torch
     from crosspool.models.spec import DTYPE_BYTES
     from crosspool.weightpool.placement import FFNShard, attention_bytes, ffn_bytes

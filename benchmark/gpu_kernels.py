@@ -27,7 +27,7 @@ from benchmark.gpu_timing import copy_bandwidth, device_times
 RESULTS = Path(__file__).parent / "results" / "gpu_kernels.jsonl"
 _REPEATS = 20
 _LAUNCHES = 48
-"""Of a graph at least: so that what a replay costs the host is little of it."""
+"""Least time of a graph, so that the host's cost of a replay is a small part of it."""
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from typing import Self
 
 import numpy as np
 import torch
-from crosspool.kernels.cuda_loop_structs import StepArguments
+from crosspool.kernels.cuda_loop_structs import GPUStepArguments
 from crosspool.kernels.engine_structs import DONE, TOKENS
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.gpu.inputs import HostInputs, HostMemory
@@ -32,7 +32,7 @@ _PATIENCE = 60.0
 
 @dataclass(frozen=True)
 class Row:
-    """A sequence's next tokens; the last one is answered with a greedy token."""
+    """A sequence's next tokens; the last one gets a greedy token."""
 
     tokens: Sequence[int]
     start: int
@@ -68,7 +68,7 @@ class Lanes:
         self._memory = [HostMemory(elements, sequences, lease, pinned=pinned) for _ in range(lanes)]
         known = [model_stages(model.spec, Crossing()) for model in models]
         self.loop = join_loop(known, self.places, self.stages, buckets, resident=resident)
-        self._flying: dict[int, StepArguments] = {}
+        self._flying: dict[int, GPUStepArguments] = {}
         self._steps = 0
 
     def push(self, lane: int, model: int, rows: Sequence[Row], lease: int = 1) -> None:
@@ -92,7 +92,7 @@ class Lanes:
         host.close(len(rows), max(len(row.pages) for row in rows), len(rows))
         memory.tokens.fill_(-1)
         self._steps += 1
-        arguments = StepArguments(
+        arguments = GPUStepArguments(
             step=self._steps,
             model=model,
             bucket=bucket,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 PAGE_SIZE = 16
 ROTATION_BYTES = 256 << 20
-"""What the layers of a rotation hold at least: several times an H100's L2 cache."""
+"""Least bytes of the layers of a rotation: several times an H100's L2 cache."""
 BF16, FP32, INT32 = torch.bfloat16, torch.float32, torch.int32
 
 
@@ -63,11 +63,11 @@ class Case:
     kernel: str
     shape: str
     bytes: int
-    """That must be read or written, each once."""
+    """Bytes that must be read or written, each once."""
     layers: int
-    """Of the rotation."""
+    """Layers of the rotation."""
     launch: Callable[[Tensor], None]
-    """With the layer, int32 [1]."""
+    """Launches the kernel for a layer, int32 [1]."""
 
 
 class Arrays:
@@ -88,7 +88,7 @@ class Arrays:
         return values.to(INT32).to(self.device)
 
     def layers(self, *shape: int) -> TensorTable:
-        """As many of a tensor as a rotation needs."""
+        """Makes as many copies of a tensor as a rotation needs."""
         bytes_each = 2 * torch.Size(shape).numel()
         return TensorTable.of([self.random(*shape) for _ in range(_rotation(bytes_each))])
 
@@ -158,8 +158,8 @@ def _add_norm(m: Shape, rows: int, arrays: Arrays) -> Case:
         shape=f"{m.hidden}",
         bytes=2 * m.hidden * (4 * rows + 1),
         layers=8,
-        launch=lambda layer: norm.add_rms_norm(
-            residual, addend, weights, layer, count, out, eps=1e-6
+        launch=lambda layer: norm.rms_norm(
+            residual, weights, layer, count, out, eps=1e-6, addend=addend
         ),
     )
 

@@ -7,11 +7,9 @@ Rows ``create``, ``map``, ``set access``, ``set access, run``, ``unmap``, ``rele
 and ``import`` are microseconds per call; the parameters say the chunk's size and what else ran on
 the GPU: ``alone``, or ``kernel``, a kernel that outlasts the call if the call does not wait for it
 (``waited``: share of the calls that ended only after it). ``pool map`` and ``pool unmap`` are
-microseconds per chunk through the KV pool's virtualizer. Whoever has a resident loop passes what
+microseconds per chunk through the KV pool's virtualizer. The owner of a resident loop passes what
 runs it to :func:`measure_calls`; a call that never returns ends the process after a minute, with
 the call's traceback.
-
-Not run on a GPU so far.
 """
 
 from __future__ import annotations
@@ -65,7 +63,7 @@ def kernel() -> Iterator[Callable[[], bool]]:
 
 @functools.cache
 def _cycles() -> int:
-    """Of a kernel that takes ``_SLEEP_S``."""
+    """Cycles of a kernel that takes ``_SLEEP_S``."""
     import torch
 
     tried, begin, end = 20_000_000, torch.cuda.Event(True), torch.cuda.Event(True)
@@ -87,7 +85,7 @@ class Clock:
     def time(
         self, name: str, call: Callable[..., int | None], *arguments: int, running: Running
     ) -> int:
-        """What the call returns, or 0."""
+        """Times a call; returns its result, or 0."""
         with running() as runs:
             faulthandler.dump_traceback_later(_PATIENCE_S, exit=True, file=2)
             try:

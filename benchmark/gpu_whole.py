@@ -9,18 +9,18 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
-from crosspool.kernels.cuda_loop import Stage
+from crosspool.kernels.cuda_loop import GPUStage
 from crosspool.models.spec import DTYPE_BYTES, DenseFFN, MoEFFN
 from crosspool.ranks.gpu.inputs import HostInputs, InputLayout
 from crosspool.ranks.gpu.launch import words
 from crosspool.ranks.gpu.model import GPUModel
-from crosspool.ranks.gpu.scratch import LanePlaces, Scratch
+from crosspool.ranks.gpu.scratch import LaneBuffers, Scratch
 from crosspool.ranks.gpu.stages import Stages
 
 Call = Callable[[], object]
 
 
-class _LayerByLayer(LanePlaces):
+class _LayerByLayer(LaneBuffers):
     """A lane whose layer is fixed where a stage is captured: no kernel writes it."""
 
     def __init__(self, device: torch.device, bucket: int, arena_bytes: int, layers: int) -> None:
@@ -71,7 +71,7 @@ def stage_calls(
         )
     ]
     for moe in sorted(set(kinds)):
-        stage = Stage.MOE_FFN if moe else Stage.DENSE_FFN
+        stage = GPUStage.MOE_FFN if moe else GPUStage.DENSE_FFN
         own = [layer for layer, kind in enumerate(kinds) if kind == moe]
         name = "stage MoE FFN" if moe else "stage dense FFN"
         call = _rotating(lane, stages.calls[stage], own, device)
@@ -107,7 +107,7 @@ def _layers(lane: _LayerByLayer, stages: Stages) -> None:
     for layer, moe in enumerate(stages.model.kinds):
         lane.at = layer
         stages.attention()
-        calls[Stage.MOE_FFN if moe else Stage.DENSE_FFN]()
+        calls[GPUStage.MOE_FFN if moe else GPUStage.DENSE_FFN]()
 
 
 def _captured(call: Call, device: torch.device) -> Call:
@@ -142,7 +142,7 @@ def _rotating(lane: _LayerByLayer, call: Call, layers: list[int], device: torch.
 
 
 def _ffn_bytes(stages: Stages, layer: int, size: int) -> int:
-    """Of the experts that the last batch chose, of the shared one and of the router."""
+    """Bytes of the experts that the last batch chose, of the shared expert and of the router."""
     spec = stages.model.spec
     ffn = spec.ffn[layer]
     if isinstance(ffn, DenseFFN):

@@ -1,5 +1,5 @@
-"""What a hand-over between two devices costs: from a dispatch's first byte written on one core to
-its last byte read on another, over the lane buffers, half of each round trip.
+"""How long a hand-over between two devices takes over the lane buffers: from the first byte of a
+dispatch written on one core to its last byte read on another. It is half of a round trip.
 
     python -m benchmark.hand_over [--bytes 4096 ...] [--rounds 20000] [--cores 0 1]
 """
@@ -9,20 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmark import machine
-from benchmark.records import ROOT, Recorder
-
-BUILD = ROOT / "build" / "benchmark"
+from benchmark.programs import Stopwatch, build
+from benchmark.records import Recorder
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -34,11 +29,11 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser.parse_args(words)
     if len(given.cores) < 2:
         parser.error("two cores are needed")
-    program = build()
+    program = build("hand_over")
     recorder = Recorder("hand_over")
     table = Table("bytes", "median us", "p99 us", title="hand-over between two cores")
     for size in given.bytes:
-        load1, start, before = machine.load1(), time.monotonic(), _child_seconds()
+        watch = Stopwatch()
         command = [str(program), str(size), str(given.rounds), *map(str, given.cores)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         summary = recorder.add(
@@ -46,29 +41,12 @@ def main(words: Sequence[str] | None = None) -> int:
             json.loads(done.stdout)["us"],
             "us",
             parameters={"bytes": size, "cores": given.cores},
-            cpu_s=_child_seconds() - before,
-            wall_s=time.monotonic() - start,
-            load1=load1,
+            **watch.read(),
         )
         table.add_row(str(size), f"{summary.median:.2f}", f"{summary.p99:.2f}")
     recorder.write()
     Console().print(table)
     return 0
-
-
-def build() -> Path:
-    """Builds the benchmark's program; returns its path."""
-    configure = ["cmake", "-S", str(ROOT / "sgl-kernel-ext"), "-B", str(BUILD)]
-    options = ["-DCROSSPOOL_BUILD_BENCHMARKS=ON", "-DCMAKE_BUILD_TYPE=Release"]
-    subprocess.run([*configure, *options], check=True, stdout=subprocess.DEVNULL)
-    command = ["cmake", "--build", str(BUILD), "--target", "hand_over", "-j2"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return BUILD / "benchmark" / "hand_over"
-
-
-def _child_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

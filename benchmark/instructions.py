@@ -1,9 +1,9 @@
-"""Whether the native code needs more instructions than it did: fixed kernel calls, and a decode
-step of a tiny model through the resident loop, counted by callgrind. Unlike times, the counts
-hardly depend on the machine or on what else it does; they do depend on the compiler.
+"""Checks that the native code needs no more instructions than recorded: callgrind counts those of
+fixed kernel calls, and of a decode step of a tiny model through the resident loop. Unlike times,
+the counts hardly depend on the machine and its load; they do depend on the compiler.
 
     python -m benchmark.instructions            # exit status 1 when a count has grown
-    python -m benchmark.instructions --record   # after a change that is meant
+    python -m benchmark.instructions --record   # after an intended change
 
 Valgrind knows no AVX512, so the avx2 and the portable path are counted.
 """
@@ -22,24 +22,28 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from crosspool.kernels.native_dense import available_isas
+from crosspool.kernels.isa import available_isas
 from rich.console import Console
 from rich.table import Table
 
+from benchmark.programs import build
 from benchmark.records import RESULTS, ROOT
 
-BUILD = ROOT / "build" / "benchmark"
 RECORD = RESULTS / "instructions.json"
 ISAS = ("portable", "avx2")
 TOLERANCE = 0.03
 _STEPS = (20, 60)
-"""Two lengths of the same run: what the longer one takes more are its steps."""
+"""Steps of a short and of a long run. Their difference leaves out the start of the program."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.instructions", description=__doc__)
-    parser.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="relative growth")
+    parser.add_argument(
+        "--record", action="store_true", help=f"Write the counts to {RECORD.relative_to(ROOT)}."
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, help="Relative growth of a count that passes."
+    )
     given = parser.parse_args(words)
     if shutil.which("valgrind") is None:
         parser.error("valgrind is not installed")
@@ -53,7 +57,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def compare(counts: dict[str, int], recorded: dict[str, int], tolerance: float) -> list[str]:
-    """The cases that need more instructions than recorded, or that no record has."""
+    """Returns the cases that need more instructions than recorded, and those without a record."""
     return [
         name
         for name, value in counts.items()
@@ -62,8 +66,8 @@ def compare(counts: dict[str, int], recorded: dict[str, int], tolerance: float) 
 
 
 def count() -> dict[str, int]:
-    """Instructions by case, "path: kernel rows dtype" or "path: decode step"."""
-    program = build()
+    """Counts the instructions of each case: "path: kernel rows dtype" or "path: decode step"."""
+    program = build("instructions")
     counts: dict[str, int] = {}
     isas = [isa for isa in ISAS if isa in available_isas()]
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
@@ -77,18 +81,8 @@ def count() -> dict[str, int]:
     return counts
 
 
-def build() -> Path:
-    """Builds the counted program; returns its path."""
-    configure = ["cmake", "-S", str(ROOT / "sgl-kernel-ext"), "-B", str(BUILD)]
-    options = ["-DCROSSPOOL_BUILD_BENCHMARKS=ON", "-DCMAKE_BUILD_TYPE=Release"]
-    subprocess.run([*configure, *options], check=True, stdout=subprocess.DEVNULL)
-    command = ["cmake", "--build", str(BUILD), "--target", "instructions", "-j2"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return BUILD / "benchmark" / "instructions"
-
-
 def _kernels(program: Path, isa: str) -> dict[str, int]:
-    """Each call of the program's function `counted` leaves a profile."""
+    """Counts by kernel call: each call of the program's function `counted` leaves a profile."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "profile")
         options = ["--toggle-collect=counted", "--dump-after=counted"]
@@ -120,7 +114,7 @@ def _callgrind(out: Path, words: Sequence[str], isa: str) -> str:
 def _total(profile: Path) -> int:
     found = re.search(r"^(?:totals|summary): (\d+)", profile.read_text(), re.MULTILINE)
     if found is None:
-        raise RuntimeError(f"{profile.name} has no total")
+        raise RuntimeError(f"callgrind wrote no total to {profile.name}")
     return int(found[1])
 
 

@@ -1,12 +1,13 @@
-"""The native kernels on one core against what that core can do: the time that the memory which a
-kernel must read takes, or that its multiplications take at the best rate, whichever is longer.
+"""The native kernels on one core, against floors: the time to read the memory that a kernel must
+read, or the time of its multiplications at the core's best rate, whichever is longer.
 
     python -m benchmark.kernels [--isa avx512] [--dtype bfloat16] [--seconds 0.3] [--core 1]
 
-First what the machine can do at all: how fast memory is read by one core and by all, and how long a
-team's barrier takes. A kernel's floor is measured in the same run, turn by turn with it. The shapes
-are those of a Qwen3-MoE with hidden 1024, 64 experts of 512, top-4, 16 q and 4 kv heads of 64;
-beside them a dense layer of width 3072, and MLA with 16 heads over latents of 512.
+Two tables are printed and recorded. The first shows the machine: how fast one core and all cores
+read memory, and how long a team's barrier takes. The second shows the kernels; the floor of each is
+measured in the same run, in turns with it. The shapes are those of a Qwen3-MoE (hidden 1024, 64
+experts of width 512, top-4, 16 q and 4 kv heads of 64), of a dense layer of width 3072, and of MLA
+with 16 heads over latents of 512.
 """
 
 from __future__ import annotations
@@ -14,42 +15,45 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from crosspool.kernels import native_structs
-from crosspool.kernels.native_dense import available_isas, default_isa
+from crosspool.kernels.isa import ISAS, available_isas, default_isa
 from rich.console import Console
 from rich.table import Column, Table
 
-from benchmark import floors, machine
-from benchmark.records import ROOT, Recorder
+from benchmark import floors
+from benchmark.programs import Stopwatch, build
+from benchmark.records import Recorder
 
-BUILD = ROOT / "build" / "benchmark"
 _READ_BYTES = 1 << 28
 _MEETINGS = 2000
-"""Hundreds of them."""
+"""Rounds of the barrier, a hundred meetings each."""
 COLUMNS = ("kernel", "rows", "median us", "p99 us", "floor us", "of the floor", "GB/s", "GFLOP/s")
 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.kernels", description=__doc__)
-    parser.add_argument("--isa", choices=native_structs.ISAS, default=default_isa())
+    parser.add_argument("--isa", choices=ISAS, default=default_isa())
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--seconds", type=float, default=0.3, help="per kernel and shape")
-    parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=0.3,
+        help="Measuring time for each kernel and shape, in seconds.",
+    )
+    parser.add_argument(
+        "--core", type=int, default=max(os.sched_getaffinity(0)), help="Core to run on."
+    )
     given = parser.parse_args(words)
     if given.isa not in available_isas():
         parser.error(f"this machine does not have {given.isa}")
     program = build("kernel_benchmark")
     recorder = Recorder("kernels")
     _machine(recorder, given.core)
-    load1, before, start = machine.load1(), _child_seconds(), time.monotonic()
+    watch = Stopwatch()
     pinned = ["taskset", "-c", str(given.core)]
     done = subprocess.run(
         [*pinned, str(program), str(given.seconds), given.isa, given.dtype],
@@ -57,11 +61,11 @@ def main(words: Sequence[str] | None = None) -> int:
         capture_output=True,
         text=True,
     )
-    cpu_s, wall_s = _child_seconds() - before, time.monotonic() - start
+    used = watch.read()
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     table = Table(
         *(Column(name, no_wrap=True) for name in COLUMNS),
-        title=f"{given.isa}, {given.dtype}, one core, load {load1:.2f}",
+        title=f"{given.isa}, {given.dtype}, one core, load {watch.load1:.2f}",
     )
     for row in rows:
         summary = recorder.add(
@@ -69,15 +73,13 @@ def main(words: Sequence[str] | None = None) -> int:
             row["us"],
             "us",
             parameters={"isa": row["isa"], "dtype": row["dtype"], "rows": row["rows"]},
-            cpu_s=cpu_s,
-            wall_s=wall_s,
-            load1=load1,
             ratio_to="floor",
             ratio=row["share_of_floor"],
             floor=row["floor_us"],
             bytes=row["bytes"],
             flops=row["flops"],
             peak_flops=row["peak_flops"],
+            **used,
         )
         assert summary.median is not None and summary.p99 is not None
         table.add_row(*_cells(row, summary.median, summary.p99))
@@ -87,11 +89,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _machine(recorder: Recorder, core: int) -> None:
-    """Records and prints what the machine can do."""
+    """Records and prints how fast the machine reads memory and how long a barrier takes."""
     cores = sorted(os.sched_getaffinity(0))
     table = Table("machine", "cores", "median", "p99", "unit")
     for name, some in (("read", [core]), ("read", cores), ("barrier", cores)):
-        load1, before, start = machine.load1(), _child_seconds(), time.monotonic()
+        watch = Stopwatch()
         if name == "read":
             seconds = floors.read_seconds(some, _READ_BYTES)
             values, unit = [_READ_BYTES / value / 1e9 for value in seconds], "GB/s"
@@ -104,27 +106,10 @@ def _machine(recorder: Recorder, core: int) -> None:
             values,
             unit,
             parameters={"cores": len(some)},
-            cpu_s=_child_seconds() - before,
-            wall_s=time.monotonic() - start,
-            load1=load1,
+            **watch.read(),
         )
         table.add_row(name, str(len(some)), f"{summary.median:.3g}", f"{summary.p99:.3g}", unit)
     Console().print(table)
-
-
-def build(target: str) -> Path:
-    """Builds a program of the benchmark; returns its path."""
-    configure = ["cmake", "-S", str(ROOT / "sgl-kernel-ext"), "-B", str(BUILD)]
-    options = ["-DCROSSPOOL_BUILD_BENCHMARKS=ON", "-DCMAKE_BUILD_TYPE=Release"]
-    subprocess.run([*configure, *options], check=True, stdout=subprocess.DEVNULL)
-    command = ["cmake", "--build", str(BUILD), "--target", target, "-j2"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return BUILD / "benchmark" / target
-
-
-def _child_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def _cells(row: dict[str, Any], median: float, p99: float) -> list[str]:

@@ -1,9 +1,9 @@
-"""How long the KV planner takes for a random time's demand: many models, many samples.
+"""Measures how long the planner takes for demand at a random time, with many models and samples.
 
     python -m benchmark.planner_speed [--models 300] [--samples 1000000]
 
 Models share a rate by the popularity of models on OpenRouter; lengths are log-normal as in the
-Azure conversation trace. At each rate: the Monte Carlo, and the same law by FFT.
+Azure conversation trace. At each rate, the Monte Carlo and the same law by FFT are timed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Sequence
 
-from crosspool.kvpool.planner.compound import ExactDemand, exact_demand
-from crosspool.kvpool.planner.demand import DemandSamples, monte_carlo
-from crosspool.kvpool.planner.kv_model import KVModel, kv_loads
-from crosspool.kvpool.planner.lengths import PUBLISHED
-from crosspool.kvpool.planner.popularity import openrouter
-from crosspool.kvpool.planner.service_time import DecodeSpeed
-from crosspool.kvpool.planner.spread import by_lengths
+from crosspool.planner.demand.compound import ExactDemand, exact_demand
+from crosspool.planner.demand.kv_model import KVModel, kv_loads
+from crosspool.planner.demand.monte_carlo import DemandSamples, monte_carlo
+from crosspool.planner.traffic.lengths import PUBLISHED
+from crosspool.planner.traffic.popularity import openrouter
+from crosspool.planner.traffic.service_time import DecodeSpeed
+from crosspool.planner.traffic.spread import by_lengths
 from rich.console import Console
 from rich.table import Table
 
@@ -27,10 +27,10 @@ from benchmark import machine
 from benchmark.records import Recorder
 
 RATES = (10.0, 100.0, 1000.0)
-"""Requests per second of all models."""
+"""Requests per second of all models together."""
 CHUNK_BYTES = 2 << 20
 ROWS = 10_000
-"""Samples per model that are drawn from."""
+"""Number of samples per model from which requests are drawn."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for rate in RATES:
         traffic = by_lengths(
             PUBLISHED["azure-conversation"], rate * openrouter(given.models), names, ROWS, 0,
-            speeds=DecodeSpeed(tbt_s=0.05, prefill_tokens_per_s=8000),
+            speed=DecodeSpeed(tbt_s=0.05, prefill_tokens_per_s=8000),
         )  # fmt: skip
         active = sum(load.active for load in kv_loads(traffic, kv, CHUNK_BYTES))
         for way in ("monte_carlo", "exact"):

@@ -1,18 +1,18 @@
-"""A served run against its own plan.
+"""Compares a served run with its own plan.
 
     python -m benchmark.served_plan [--quick]
 
 1. A generated load (Poisson arrivals, lognormal lengths, three models of unlike popularity) is
    served for a short time, to learn the decode speed at this load.
-2. The planner says, from rates, lengths and that speed, what the KV pool will hold: the P99 at a
+2. From rates, lengths and that speed, the planner predicts what the KV pool will hold: the P99 at a
    random time, and the interval in which the P99 of one run of this length falls.
-3. The load is served, from another seed, and the pool's use is sampled.
+3. A load from another seed is served, and the pool's use is sampled.
 
 Measured and planned are compared twice: the bytes that are mapped, with the tokens that requests
 have (the charge ``active``), and the bytes that are promised, with what they may come to have
-(``promised``). What the plan misses is told apart by two replays of the served trace: with the
-plan's service times (leaves the arrivals' chance out), and with those that were measured (leaves
-only what the allocator adds: pages between chunks that requests left behind).
+(``promised``). Two replays of the served trace tell apart what the plan misses: one with the plan's
+service times, which leaves out the chance of arrivals, and one with the measured times, after which
+only the allocator's part remains, such as pages between chunks that requests left behind.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from crosspool.kvpool.planner.demand import monte_carlo
-from crosspool.kvpool.planner.generate import Load, generate
-from crosspool.kvpool.planner.kv_model import Charge, KVModel
-from crosspool.kvpool.planner.lengths import Lengths, lognormal
-from crosspool.kvpool.planner.quantile import QuantileEstimate
-from crosspool.kvpool.planner.replay import replay as replay_plan
-from crosspool.kvpool.planner.runs import run_quantile_interval
-from crosspool.kvpool.planner.service_time import DecodeSpeed
-from crosspool.kvpool.planner.spread import by_lengths
-from crosspool.kvpool.planner.trace import Trace
-from crosspool.kvpool.planner.traffic import Floats, ModelTraffic, Samples, Traffic
+from crosspool.planner.demand.kv_model import Charge, KVModel
+from crosspool.planner.demand.monte_carlo import monte_carlo
+from crosspool.planner.demand.quantile import QuantileEstimate
+from crosspool.planner.demand.replay import replay as replay_plan
+from crosspool.planner.traffic.lengths import Lengths, lognormal
+from crosspool.planner.traffic.samples import Floats, ModelTraffic, Samples, Traffic
+from crosspool.planner.traffic.service_time import DecodeSpeed
+from crosspool.planner.traffic.spread import by_lengths
+from crosspool.planner.traffic.trace import Trace
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from benchmark import plots
 from benchmark.client import STREAM_FLAGS, Answer, Replay, replay
+from benchmark.made_trace import Load, generate
+from benchmark.poisson_runs import run_quantile_interval
 from benchmark.pool_sampler import PoolSampler
 from benchmark.records import IMAGES, Recorder
 from benchmark.server import TINY_MODELS, Server, one_device
@@ -70,7 +70,7 @@ FLAGS = (
 COLUMNS: dict[Charge, str] = {"active": "mapped_bytes", "promised": "promised_bytes"}
 _VOCAB = 2048
 _WARM_UP = 5.0
-"""Seconds of the calibration in which the load has not been reached yet."""
+"""Seconds of the calibration that are left out, as the load has not been reached yet."""
 _MIB = 1 << 20
 
 
@@ -87,7 +87,7 @@ QUICK = Setting(calibration_seconds=12.0, seconds=15.0, simulated_runs=100, samp
 
 @dataclass(frozen=True)
 class Planned:
-    """What the planner says for one charge, in bytes."""
+    """The planner's prediction for one charge, in bytes."""
 
     at_random_time: QuantileEstimate
     of_one_run: QuantileEstimate
@@ -102,7 +102,7 @@ def make_trace(seconds: float, seed: int) -> Trace:
 
 
 def requests_of(trace: Trace, seed: int) -> list[Request]:
-    """Requests of exactly the trace's lengths."""
+    """Returns requests with exactly the trace's lengths."""
     rng = np.random.default_rng(seed)
     assert trace.arrival is not None and trace.model is not None
     return [
@@ -114,8 +114,8 @@ def requests_of(trace: Trace, seed: int) -> list[Request]:
 
 
 def fitted_speed(answers: Sequence[Answer]) -> DecodeSpeed:
-    """The speed at which ``answers`` came: TTFT as a constant of at least 0 and a rate of prompt
-    tokens (least squares), and the mean time per further token."""
+    """Fits the speed at which ``answers`` came: TTFT as a constant of at least 0 and a rate of
+    prompt tokens (least squares), and the mean time per further token."""
     prompt = np.array([len(a.request.prompt) for a in answers], dtype=np.float64)
     ttft = np.array([a.ttft for a in answers])
     seconds_per_token, constant = np.polyfit(prompt, ttft, 1)
@@ -138,7 +138,7 @@ def kv_models(server: Server) -> list[KVModel]:
 
 
 def plan(speed: DecodeSpeed, models: Sequence[KVModel], setting: Setting) -> dict[Charge, Planned]:
-    traffic = by_lengths(LENGTHS, RATES, TINY_MODELS, setting.samples, seed=1, speeds=speed)
+    traffic = by_lengths(LENGTHS, RATES, TINY_MODELS, setting.samples, seed=1, speed=speed)
     planned: dict[Charge, Planned] = {}
     for charge in COLUMNS:
         demand = monte_carlo(
@@ -162,7 +162,7 @@ def plan(speed: DecodeSpeed, models: Sequence[KVModel], setting: Setting) -> dic
 
 
 def traffic_of(answers: Sequence[Answer], speed: DecodeSpeed | None) -> Traffic:
-    """The served requests with the times that ``speed`` gives them; None: as they were served."""
+    """Returns the served requests with service times of ``speed``; None for the measured times."""
     models = []
     seconds = max(answer.done for answer in answers)
     for name in TINY_MODELS:
@@ -179,7 +179,7 @@ def traffic_of(answers: Sequence[Answer], speed: DecodeSpeed | None) -> Traffic:
 
 @dataclass(frozen=True)
 class Compared:
-    """One charge: the plan, two replays of the served trace, and what was measured; bytes."""
+    """The plan, two replays of the served trace, and the measured use for one charge, in bytes."""
 
     charge: Charge
     planned: Planned
@@ -188,7 +188,7 @@ class Compared:
     replayed_as_served: float
     """P99 of the served arrivals with the measured service times."""
     measured: list[float]
-    """The samples."""
+    """Samples of the pool's use."""
 
     @property
     def p99(self) -> float:
@@ -221,13 +221,13 @@ def compare(
 
 @dataclass(frozen=True)
 class Run:
-    """The served run and what preceded it."""
+    """The served run, and the calibration before it."""
 
     calibration: Replay
     speed: DecodeSpeed
     served: Replay
     served_speed: DecodeSpeed
-    """Fitted to the served run itself."""
+    """Decode speed that was fitted to the served run itself."""
     samples: PoolSampler
     compared: list[Compared]
     usage: Usage
@@ -263,7 +263,8 @@ def run(setting: Setting, console: Console) -> Run:
 
 
 def _check(replayed: Replay) -> None:
-    """Raises RuntimeError unless every answer is complete: the plan is of a pool that suffices."""
+    """Raises RuntimeError unless every answer is complete, as the plan is for a pool that is large
+    enough."""
     failed = [a.error or a.status for a in replayed.answers if not a.complete]
     if failed:
         raise RuntimeError(f"{len(failed)} requests failed, among them {failed[0]}")

@@ -35,9 +35,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+)
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 512,
@@ -73,45 +78,36 @@ _SIGMOID_ROUTER: dict[str, Any] = {
     "num_nextn_predict_layers": 0,
 }
 
-# Family (the model_type of the configuration): configuration class and the defaults for --set.
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        _COMMON
-        | {
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "num_experts": 4,
-            "moe_intermediate_size": 32,
-            "norm_topk_prob": True,
-        },
-    ),
-    "deepseek_v2": (
-        "DeepseekV2Config",
-        _MLA | {"q_lora_rank": None, "topk_method": "greedy", "scoring_func": "softmax"},
-    ),
-    "deepseek_v3": (
-        "DeepseekV3Config",
-        _MLA | _SIGMOID_ROUTER | {"routed_scaling_factor": 2.5},
-    ),
-    "glm4_moe_lite": (
-        "Glm4MoeLiteConfig",
-        _MLA | _SIGMOID_ROUTER | {"routed_scaling_factor": 1.8},
-    ),
-    "mixtral": ("MixtralConfig", _COMMON | {"num_key_value_heads": 2, "num_local_experts": 4}),
-    "olmoe": (
-        "OlmoeConfig",
-        _COMMON | {"num_key_value_heads": 4, "num_experts": 4, "intermediate_size": 32},
-    ),
+# The model_type of a configuration, and its defaults for --set.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": _COMMON
+    | {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 4,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+    "deepseek_v2": _MLA | {"q_lora_rank": None, "topk_method": "greedy", "scoring_func": "softmax"},
+    "deepseek_v3": _MLA | _SIGMOID_ROUTER | {"routed_scaling_factor": 2.5},
+    "glm4_moe_lite": _MLA | _SIGMOID_ROUTER | {"routed_scaling_factor": 1.8},
+    "mixtral": _COMMON | {"num_key_value_heads": 2, "num_local_experts": 4},
+    "olmoe": _COMMON | {"num_key_value_heads": 4, "num_experts": 4, "intermediate_size": 32},
 }
+# Of these any other family takes the fields that its configuration class has.
+_SMALL = _MLA | _SIGMOID_ROUTER | {"head_dim": 16, "num_experts": 4, "num_local_experts": 4}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def _config(family: str, overrides: dict[str, Any], dtype: str) -> PreTrainedConfig:
-    class_name, defaults = FAMILIES[family]
-    config_class = getattr(transformers, class_name)
-    known = set(defaults) | set(config_class().to_dict()) | {"rope_theta", "rope_scaling"}
+    if family not in CONFIG_MAPPING:
+        raise ValueError(f"transformers has no model type {family!r}")
+    config_class = CONFIG_MAPPING[family]
+    class_name, fields = config_class.__name__, set(config_class().to_dict())
+    small = {name: value for name, value in _SMALL.items() if name in fields}
+    defaults = FAMILIES.get(family, small)
+    known = set(defaults) | fields | {"rope_theta", "rope_scaling"}
     if unknown := sorted(set(overrides) - known):
         raise ValueError(f"{class_name} has no setting {', '.join(unknown)}")
     values = defaults | overrides
@@ -269,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--family", required=True, choices=sorted(FAMILIES))
+    parser.add_argument("--family", required=True, help="model_type: " + ", ".join(FAMILIES))
     parser.add_argument("--out", required=True, type=Path, help="new folder for the checkpoint")
     parser.add_argument(
         "--set",

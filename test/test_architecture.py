@@ -11,19 +11,21 @@ PACKAGE = Path(crosspool.__file__).parent
 LEAVES = {"config", "transport", "observability"}
 ABOVE = {
     "cli": {
+        "server",
         "frontend",
         "scheduler",
-        "planning",
+        "planner",
         "kvpool",
         "weightpool",
         "ranks",
         "models",
         "kernels",
     },
-    "frontend": {"scheduler", "kvpool", "weightpool", "ranks", "models", "kernels"},
+    "server": {"frontend", "scheduler", "models"},
+    "frontend": {"scheduler", "models"},
     "scheduler": {"kvpool", "weightpool", "models"},
     "ranks": {"kvpool", "weightpool", "models", "kernels"},
-    "planning": {"kvpool", "weightpool", "models"},
+    "planner": {"kvpool", "weightpool", "models"},
     "kvpool": {"models", "kernels"},
     "weightpool": {"models", "kernels"},
     "models": set(),
@@ -43,9 +45,7 @@ LIGHT = (
     "kvpool/bounds",
     "kvpool/growth",
     "kvpool/layout",
-    "kvpool/planner/",
-    "weightpool/groups",
-    "planning/",
+    "planner/",
 )
 
 
@@ -97,3 +97,62 @@ def test_heavy_libraries_stay_where_they_belong() -> None:
                 assert place.startswith("frontend/"), f"{place} imports {name}"
             if library in HEAVY and at_import:
                 assert not place.startswith(LIGHT), f"{place} imports {name}"
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Modules of the package that each module imports, inside functions too; imports for types
+    alone do not count."""
+    known = {module_of(path) for path in modules()}
+    graph: dict[str, set[str]] = {}
+    for path in modules():
+        tree = ast.parse(path.read_text())
+        typing = {
+            child
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            for child in ast.walk(node)
+        }
+        found: set[str] = set()
+        for node in ast.walk(tree):
+            if node in typing:
+                continue
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= names if names <= known else names | {node.module}
+        graph[module_of(path)] = (found & known) - {module_of(path)}
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, in order; empty where there are none."""
+    done: set[str] = set()
+
+    def visit(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(graph.get(name, ())):
+            if found := visit(other, [*way, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(graph) if (found := visit(name, []))), [])
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = import_graph()
+    assert graph["crosspool.cli.serve"], "imports were read"
+    assert not circle(graph), " imports ".join(circle(graph))
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not installed("triton"), reason="triton is not i
 
 
 def gpu_tests() -> list[str]:
-    """As the Makefile finds them."""
+    """Test files as the Makefile finds them."""
     shown = subprocess.run(
         ["make", "--no-print-directory", "-n", "-o", "native-gpu", "test-gpu"],
         check=True,

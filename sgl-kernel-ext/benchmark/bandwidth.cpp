@@ -1,7 +1,7 @@
-// How fast some cores together read memory, a thread pinned to each:
+// Measures how fast cores together read memory, with a thread pinned to each:
 //   bandwidth BYTES PASSES CORE...
-// prints the seconds of each pass, in which every thread reads its share of BYTES. Passes go
-// through four times as much memory, in huge pages that the reading thread touched first.
+// prints the seconds of each pass. In a pass every thread reads its share of BYTES. Passes walk
+// through four times as much memory, on huge pages that the reading thread touched first.
 #include <sys/mman.h>
 
 #include <barrier>

@@ -1,6 +1,6 @@
-// How long a meeting of a team takes when nobody is late, a thread pinned to each core:
+// Measures a meeting of a team when no thread is late, with a thread pinned to each core:
 //   barrier ROUNDS CORE...
-// Prints a line of JSON: {"us": [..]}, a value for every hundred meetings that follow one another.
+// Prints a line of JSON: {"us": [..]}, the mean time of each hundred meetings.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>

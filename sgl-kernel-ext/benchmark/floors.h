@@ -1,4 +1,4 @@
-// What the machine can do at best on one core: the floors that kernels are measured against.
+// The best rates of one core, which are the floors for kernels.
 #ifndef CROSSPOOL_BENCHMARK_FLOORS_H
 #define CROSSPOOL_BENCHMARK_FLOORS_H
 

@@ -1,12 +1,11 @@
-// How long a hand-over between two devices takes: a dispatch of some rows from one pinned thread to
-// another over the lane buffers and the doorbells, and the answer of the same size back. The
-// payload is written and read; both sides spin as loops do while something is in flight.
+// Measures a hand-over between two devices: a dispatch goes from one pinned thread to another over
+// the lane buffers and the doorbells, and a reply of the same size comes back. The payload is
+// written and read; both sides spin as loops do while something is in flight.
 //
 //   hand_over BYTES ROUNDS CORE CORE
 //
 // Prints a line of JSON: {"bytes": .., "us": [..]}, half of each round trip in microseconds.
 #include <crosspool/lanes.h>
-#include <crosspool/signal.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -15,6 +14,7 @@
 #include <vector>
 
 #include "../cpu/wait.h"
+#include "../test/bell.h"
 #include "pin.h"
 
 using namespace crosspool;
@@ -24,10 +24,6 @@ namespace {
 
 constexpr std::int64_t kSpinNs = 500'000;
 constexpr int kWarm = 1000;
-
-struct alignas(kLine) Bell {
-  crosspool_doorbell doorbell{};
-};
 
 template <class Ready>
 void wait(Bell& bell, Ready&& ready) {
@@ -68,7 +64,7 @@ int main(int argc, char** argv) {
     for (int round = 0; round < rounds + kWarm; ++round) {
       wait(ffn_bell, [&] { return end.poll() == Poll::kDispatch; });
       checked += sum(end.payload(), bytes);
-      std::memset(end.answer(), round, bytes);
+      std::memset(end.partial_sum(), round, bytes);
       end.reply();
       crosspool_doorbell_ring(&attention_bell.doorbell);
     }
@@ -83,9 +79,9 @@ int main(int argc, char** argv) {
     std::memset(end.payload(), round + 1, bytes);
     end.dispatch({1, 0, 0, 1, bytes});
     crosspool_doorbell_ring(&ffn_bell.doorbell);
-    wait(attention_bell, [&] { return end.answered(); });
-    const unsigned char* answer = end.combine();
-    const std::uint64_t got = answer == nullptr ? 0 : sum(answer, bytes);
+    wait(attention_bell, [&] { return end.replied(); });
+    const unsigned char* const reply = end.combine();
+    const std::uint64_t got = reply == nullptr ? 0 : sum(reply, bytes);
     us.push_back(static_cast<double>(now_ns() - start) / 2e3);
     sent += sum(end.payload(), bytes);
     std::vector<unsigned char> expected(bytes, static_cast<unsigned char>(round));

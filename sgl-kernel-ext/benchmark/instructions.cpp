@@ -19,7 +19,7 @@
 #include "../test/check.h"
 #include "../test/tiny_model.h"
 
-// What callgrind counts: C linkage and a call of its own, so that it can be named.
+// The function that callgrind counts. C linkage and a call of its own give it a name.
 extern "C" [[gnu::noinline]] void counted(const std::function<void()>& run) {
   run();
   asm volatile("" ::: "memory");
@@ -72,7 +72,7 @@ class Cases {
   }
 
   void count(const char* name, std::int32_t rows, const std::function<void()>& run) const {
-    run();  // what happens the first time only
+    run();  // so that work of the first call only is not counted
     std::printf("%s %d %s\n", name, rows, suffix_);
     counted(run);
   }
@@ -173,7 +173,7 @@ void engine(int steps) {
   std::int32_t token = 1, chosen = -1;
   for (int step = 0; step < steps; ++step) {
     Segment segment{pages.data(), 0, 1, step};
-    Wanted wanted{};
+    WantedRow wanted{};
     wanted.choice = Choice::kGreedy;
     StepArguments arguments{};
     arguments.step = static_cast<std::uint64_t>(step) + 1;

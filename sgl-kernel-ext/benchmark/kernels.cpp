@@ -1,6 +1,6 @@
-// Every kernel against the floors of one core, in one run: the time that the memory it must read
-// takes (read between the runs of the kernel, so that both see the same machine), or that its
-// multiplications take at the best rate, whichever is longer. One row of JSON per case.
+// Times every kernel on one core against its floor: the time to read the memory that it must read
+// (measured between the runs of the kernel, so that both see the same machine), or the time of its
+// multiplications at the core's best rate, whichever is longer. Prints one row of JSON per case.
 //
 //   kernel_benchmark [seconds per case] [isa] [dtype] [name]
 #include <sys/mman.h>
@@ -57,7 +57,7 @@ struct Case {
   std::string name;
   std::int64_t rows;
   double flops;
-  std::function<void(Case&)> prepare;  // not measured; may set the bytes
+  std::function<void(Case&)> prepare;  // runs before each measurement; may set `bytes`
   std::function<void()> run;
   double bytes = 0;
 };
@@ -104,7 +104,7 @@ class Benchmark {
   }
 
  private:
-  // Weights as a model's are packed: their values are spread like those of trained ones.
+  // Weights whose values are spread like those of a trained model, packed as a model's are.
   Matrix matrix(std::int32_t n, std::int32_t k) {
     Matrix m{nullptr, n, k, dtype_, k_.compact != 0 ? Encoding::kCompact : Encoding::kPlain};
     m.data = memory(static_cast<std::size_t>(m.bytes()), dtype_);
@@ -132,7 +132,7 @@ class Benchmark {
     };
     for (const auto& [name, n, k] :
          {Shape{"qkv", 1536, 1024}, Shape{"o", 1024, 1024}, Shape{"lm_head", kVocab, 1024}}) {
-      // Copies, so that none is in the cache when its turn comes.
+      // There are so many copies that none is in the cache when its turn comes.
       std::vector<Matrix> copies;
       do {
         copies.push_back(matrix(n, k));
@@ -189,7 +189,7 @@ class Benchmark {
                            kTopK};
         k_.plan_experts(ffn, ids.data(), weights.data(), rows, &plan, scratch_);
       };
-      // Which experts are read is known when the rows are; so are the bytes.
+      // The rows determine which experts, and so how many bytes, are read.
       const auto draw = [&](Case& c, double expert_bytes, double other_bytes) {
         layer = (layer + 1) % kLayers;
         for (auto& value : noise) value = static_cast<float>(random_() % 4096) / 1024.0F;
@@ -225,7 +225,7 @@ class Benchmark {
     }
   }
 
-  // A dense layer's gated MLP, which is planned like an expert that every row chose.
+  // The gated MLP of a dense layer is planned like an expert that every row chose.
   void dense() {
     std::vector<Matrix> gate_up, down;
     std::int64_t bytes;
@@ -303,7 +303,7 @@ class Benchmark {
              static_cast<double>(length) * width * size_});
   }
 
-  // Runs a case and the reading of as many bytes by turns.
+  // Runs a case and the reading of as many bytes in turns.
   void measure(Case c) {
     if (!only_.empty() && c.name != only_) return;
     std::vector<double> times, floors, shares;
@@ -331,7 +331,7 @@ class Benchmark {
     print(c, times, floors, shares);
   }
 
-  // A row of JSON: up to 500 of the times, in the order measured, and what they are measured by.
+  // Prints a row of JSON: up to 500 of the times, in the order measured, and the floor.
   void print(const Case& c, const std::vector<double>& times, const std::vector<double>& floors,
              const std::vector<double>& shares) const {
     std::printf("{\"name\": \"%s\", \"isa\": \"%s\", \"dtype\": \"%s\", \"rows\": %lld, ",

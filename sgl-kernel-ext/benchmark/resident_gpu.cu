@@ -4,10 +4,8 @@
 //   resident_gpu lanes              us per stage at 1 to 4 lanes, beside launches from the host and
 //                                   one graph of everything
 //   resident_gpu blocking           which calls of the host wait behind a resident loop
-//   resident_gpu exchange LIBRARY   NVSHMEM's dispatch and answer within a loop, one PE;
+//   resident_gpu exchange LIBRARY   NVSHMEM's dispatch and reply within a loop, one PE;
 //                                   LIBRARY: libcrosspool_nvshmem.so
-//
-// Not run on a GPU so far.
 #include <chrono>
 #include <cstring>
 #include <memory>
@@ -78,8 +76,7 @@ cudaGraph_t captured_work(std::size_t bytes) {
   return graph;
 }
 
-WorkLoop::WorkLoop(std::uint32_t lanes, std::uint32_t layers, std::size_t bytes, bool take_turns)
-    : lanes_(lanes) {
+WorkLoop::WorkLoop(std::uint32_t lanes, std::uint32_t layers, std::size_t bytes) : lanes_(lanes) {
   CUDA(cudaMalloc(&words_, sizeof(gpu::StageWords) * lanes));
   CUDA(cudaMalloc(&chosen_, sizeof(std::int32_t) * lanes));
   CUDA(cudaMemset(chosen_, 0, sizeof(std::int32_t) * lanes));
@@ -93,14 +90,14 @@ WorkLoop::WorkLoop(std::uint32_t lanes, std::uint32_t layers, std::size_t bytes,
     places[i].chosen = reinterpret_cast<std::uintptr_t>(chosen_ + i);
   }
   const std::uint32_t bucket = 1;
-  const gpu::LoopDescription description{
-      &model, places.data(),        &bucket, 1,         lanes,
-      1,      take_turns ? 1U : 0U, 1,       1'000'000, 30'000'000'000};
+  const gpu::GPULoopDescription description{&model, places.data(), &bucket,       1, lanes, 1, 0,
+                                            1,      1'000'000,     30'000'000'000};
   loop_ = crosspool_cuda_loop_create(&description);
   if (loop_ == nullptr) fail();
   for (std::uint32_t i = 0; i < lanes; ++i) {
-    for (const gpu::Stage stage : {gpu::Stage::kEmbed, gpu::Stage::kFeed, gpu::Stage::kAttention,
-                                   gpu::Stage::kDenseFFN, gpu::Stage::kHead}) {
+    for (const gpu::GPUStage stage :
+         {gpu::GPUStage::kEmbed, gpu::GPUStage::kFeed, gpu::GPUStage::kAttention,
+          gpu::GPUStage::kDenseFFN, gpu::GPUStage::kHead}) {
       const cudaGraph_t graph = captured_work(bytes);
       const auto number = static_cast<std::uint32_t>(stage);
       if (crosspool_cuda_loop_add_graph(loop_, i, 0, number, 0, graph) < 0) fail();
@@ -125,7 +122,7 @@ bool WorkLoop::quiesce(double seconds) {
 }
 
 void WorkLoop::push(std::uint32_t lane, std::uint32_t steps) {
-  gpu::StepArguments step{};
+  gpu::GPUStepArguments step{};
   step.step = ++step_;
   step.rows = step.wanted = 1;
   step.lease = std::min(steps, kMaxLease);

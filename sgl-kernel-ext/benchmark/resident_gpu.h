@@ -1,4 +1,5 @@
-// What the experiments of resident_gpu share: checks, rows of results, a stage's work, a loop.
+// Parts that the experiments of resident_gpu share: checks, rows of results, a stage's work, a
+// loop.
 #ifndef CROSSPOOL_BENCHMARK_RESIDENT_GPU_H
 #define CROSSPOOL_BENCHMARK_RESIDENT_GPU_H
 
@@ -42,7 +43,7 @@ inline void row(const char* experiment, const std::string& name, const char* uni
 
 double now_us();
 
-// Bounds a wait for events: who waits goes on with look(), which ends the program after a minute.
+// Bounds a wait for events: a waiting loop calls look(), which ends the program after a minute.
 class Patience {
  public:
   void look() const {
@@ -57,13 +58,13 @@ class Patience {
 
 // The work of one stage: `bytes` read by the whole GPU; 0: a kernel that does nothing.
 void add_work(std::size_t bytes, cudaStream_t stream);
-// As a graph that is not instantiated.
+// The same work as a graph that is not instantiated.
 cudaGraph_t captured_work(std::size_t bytes);
 
 // A loop whose every stage does the same work.
 class WorkLoop {
  public:
-  WorkLoop(std::uint32_t lanes, std::uint32_t layers, std::size_t bytes, bool take_turns);
+  WorkLoop(std::uint32_t lanes, std::uint32_t layers, std::size_t bytes);
   ~WorkLoop();
   WorkLoop(WorkLoop&&) = delete;
   WorkLoop& operator=(WorkLoop&&) = delete;
@@ -73,17 +74,17 @@ class WorkLoop {
   bool quiesce(double seconds);
   // A lease of `steps` on every lane; us until all have ended.
   double run(std::uint32_t steps);
-  // Sees to it that the first lane has a lease under way, and takes its events.
+  // Keeps a lease under way on the first lane, and takes its events.
   void keep_busy();
   // Ends that lease.
   void recall();
 
  private:
   void push(std::uint32_t lane, std::uint32_t steps);
-  // Takes the events that there are; how many of them end a lease.
+  // Takes the events that there are. Returns how many of them end a lease.
   std::uint32_t take();
 
-  gpu::Loop* loop_;
+  gpu::GPULoop* loop_;
   std::uint32_t lanes_;
   std::uint64_t step_ = 0;
   bool busy_ = false;

@@ -155,7 +155,7 @@ std::vector<Call> calls(bool busy) {
 }  // namespace
 
 void blocking() {
-  WorkLoop loop(1, kLayers, 8 << 20, false);
+  WorkLoop loop(1, kLayers, 8 << 20);
   for (const bool busy : {false, true}) {
     const std::vector<Call> all = calls(busy);
     loop.start();

@@ -1,5 +1,5 @@
 // A put with signal inside graphs that the device launches: NVSHMEM's kernels for a dispatch and
-// its answer as stages of a resident loop, with one PE that is its own peer.
+// its reply as stages of a resident loop, with one PE that is its own peer.
 #include <crosspool/lanes.h>
 #include <dlfcn.h>
 
@@ -78,7 +78,7 @@ void exchange(const char* path) {
   CUDA(cudaMalloc(&ends, sizeof(end)));
   CUDA(cudaMemcpy(ends, &end, sizeof(end), cudaMemcpyHostToDevice));
 
-  // The dispatch takes the attention part's place, the answer the FFN part's.
+  // The dispatch takes the attention part's place, the reply the FFN part's.
   const std::vector<std::uint8_t> kinds(48);
   const auto layers = static_cast<std::uint32_t>(kinds.size());
   const gpu::ModelDescription model{reinterpret_cast<std::uintptr_t>(kinds.data()), layers, 0, 0,
@@ -86,26 +86,27 @@ void exchange(const char* path) {
   const auto at = reinterpret_cast<std::uintptr_t>(words);
   const gpu::LaneDescription lane{at, at, 0, 0, gpu::Role::kAttention};
   const std::uint32_t bucket = 1;
-  const gpu::LoopDescription description{&model, &lane, &bucket, 1,         1,
-                                         1,      0,     1,       1'000'000, 30'000'000'000};
-  gpu::Loop* loop = crosspool_cuda_loop_create(&description);
+  const gpu::GPULoopDescription description{&model, &lane, &bucket, 1,         1,
+                                            1,      0,     1,       1'000'000, 30'000'000'000};
+  gpu::GPULoop* loop = crosspool_cuda_loop_create(&description);
   if (loop == nullptr) loop_status(-1);
   cudaStream_t stream = nullptr;
   CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   const auto put = [&] { status(dispatch(end, at, 1, 0, kPayload, stream), "dispatch"); };
-  const auto answer = [&] {
+  const auto send_back = [&] {
     status(reply(reinterpret_cast<std::uintptr_t>(ends), kPayload, at, stream), "reply");
   };
-  for (const auto& [stage, graph] : {std::pair{gpu::Stage::kEmbed, captured_work(0)},
-                                     std::pair{gpu::Stage::kAttention, capture(stream, put)},
-                                     std::pair{gpu::Stage::kDenseFFN, capture(stream, answer)}}) {
+  for (const auto& [stage, graph] :
+       {std::pair{gpu::GPUStage::kEmbed, captured_work(0)},
+        std::pair{gpu::GPUStage::kAttention, capture(stream, put)},
+        std::pair{gpu::GPUStage::kDenseFFN, capture(stream, send_back)}}) {
     loop_status(
         crosspool_cuda_loop_add_graph(loop, 0, 0, static_cast<std::uint32_t>(stage), 0, graph));
   }
   loop_status(crosspool_cuda_loop_start(loop));
   std::vector<double> us;
   for (std::uint32_t i = 1; i <= kSteps; ++i) {
-    gpu::StepArguments step{};
+    gpu::GPUStepArguments step{};
     step.step = i;
     step.rows = step.lease = 1;
     const double start = now_us();
@@ -123,7 +124,7 @@ void exchange(const char* path) {
   CUDA(cudaMemcpy(&seen, link, sizeof(seen), cudaMemcpyDeviceToHost));
   const std::uint64_t expected = std::uint64_t{kSteps} * layers;
   const bool right = seen.dispatched.sequence == expected && seen.combined.sequence == expected;
-  row("exchange", "dispatch and answer to itself", "us per layer", us,
+  row("exchange", "dispatch and reply to itself", "us per layer", us,
       "\"bytes\": " + std::to_string(kPayload) +
           ", \"signals_right\": " + (right ? "true" : "false"));
   finalize();

@@ -17,15 +17,14 @@ std::string parameters(std::size_t bytes, std::uint32_t lanes) {
   return "\"bytes\": " + std::to_string(bytes) + ", \"lanes\": " + std::to_string(lanes);
 }
 
-void resident(std::size_t bytes, std::uint32_t lanes, bool take_turns) {
-  WorkLoop loop(lanes, kLayers, bytes, take_turns);
+void resident(std::size_t bytes, std::uint32_t lanes) {
+  WorkLoop loop(lanes, kLayers, bytes);
   loop.start();
   loop.run(10);
   std::vector<double> us;
   for (int i = 0; i < kRepeats; ++i) us.push_back(loop.run(kLease) / kLease / kStagesOfStep);
   // Of all lanes' stages together: us[...] / lanes.
-  row("lanes", take_turns ? "resident, in turn" : "resident", "us per stage of each lane", us,
-      parameters(bytes, lanes));
+  row("lanes", "resident", "us per stage of each lane", us, parameters(bytes, lanes));
 }
 
 // One launch of the host per stage; then all stages of a step in one graph.
@@ -61,10 +60,7 @@ void from_host(std::size_t bytes) {
 void lanes() {
   for (const std::size_t bytes : {std::size_t{0}, std::size_t{8} << 20, std::size_t{64} << 20}) {
     from_host(bytes);
-    for (std::uint32_t count = 1; count <= 4; ++count) {
-      resident(bytes, count, false);
-      if (count > 1) resident(bytes, count, true);
-    }
+    for (std::uint32_t count = 1; count <= 4; ++count) resident(bytes, count);
   }
 }
 

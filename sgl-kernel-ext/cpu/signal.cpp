@@ -49,8 +49,8 @@ std::uint32_t crosspool_doorbell_wait(crosspool_doorbell* doorbell, std::uint32_
   if (spent >= timeout_ns) return rings;
   std::atomic_ref sleepers(doorbell->sleepers);
   sleepers.fetch_add(1, std::memory_order_seq_cst);
-  // The wake of an earlier ring, which its ringer counted before it looked for sleepers, may come
-  // only now: that is no news.
+  // A wake may belong to an earlier ring, which was counted in `seen` already; then the wait goes
+  // on.
   bool woken = true;
   while (woken && spent < timeout_ns) {
     woken = crosspool::futex_wait(Futex::kShared, &doorbell->rings, seen, timeout_ns - spent);

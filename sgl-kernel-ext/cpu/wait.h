@@ -1,4 +1,4 @@
-// What waiting is made of: the clock, the pause of a spinning thread, futexes.
+// The means of waiting: the clock, the pause of a spinning thread, futexes.
 #ifndef CROSSPOOL_CPU_WAIT_H
 #define CROSSPOOL_CPU_WAIT_H
 
@@ -31,11 +31,11 @@ inline void relax() {
 #endif
 }
 
-// Of a word that threads of one process share, or processes.
+// Whether processes share a futex's word, or threads of one process.
 enum class Futex : int { kShared = 0, kPrivate = FUTEX_PRIVATE_FLAG };
 
-// False: time is up, the word has changed, or a signal came for this thread; true: somebody called
-// wake. A negative timeout: none.
+// Returns true when woken; false when time is up, the word has changed, or a signal came for this
+// thread. A negative timeout means none.
 inline bool futex_wait(Futex kind, void* word, std::uint32_t expected, std::int64_t timeout_ns) {
   const timespec timeout{.tv_sec = timeout_ns / kSecond, .tv_nsec = timeout_ns % kSecond};
   return syscall(SYS_futex, word, FUTEX_WAIT | static_cast<int>(kind), expected,

@@ -9,7 +9,7 @@
 
 namespace {
 
-using crosspool::gpu::Loop;
+using crosspool::gpu::GPULoop;
 
 thread_local std::string error;
 
@@ -30,27 +30,27 @@ const char* crosspool_cuda_error() { return error.c_str(); }
 
 std::int32_t crosspool_cuda_sizes(std::uint64_t* sizes, std::int32_t count) {
   using namespace crosspool::gpu;
-  constexpr std::array kSizes = {sizeof(StageWords),       sizeof(StepArguments),
-                                 sizeof(LaneStatus),       sizeof(crosspool::LinkMemory),
-                                 sizeof(ModelDescription), sizeof(LaneDescription),
-                                 sizeof(LoopDescription),  sizeof(crosspool::Command),
-                                 sizeof(crosspool::Event), sizeof(TracedStage)};
+  constexpr std::array kSizes = {sizeof(StageWords),         sizeof(GPUStepArguments),
+                                 sizeof(LaneStatus),         sizeof(crosspool::LinkMemory),
+                                 sizeof(ModelDescription),   sizeof(LaneDescription),
+                                 sizeof(GPULoopDescription), sizeof(crosspool::Command),
+                                 sizeof(crosspool::Event),   sizeof(TracedStage)};
   for (std::int32_t i = 0; i < count && i < static_cast<std::int32_t>(kSizes.size()); ++i) {
     sizes[i] = kSizes[i];
   }
   return kSizes.size();
 }
 
-Loop* crosspool_cuda_loop_create(const crosspool::gpu::LoopDescription* description) {
-  Loop* loop = nullptr;
+GPULoop* crosspool_cuda_loop_create(const crosspool::gpu::GPULoopDescription* description) {
+  GPULoop* loop = nullptr;
   guarded([&] {
-    loop = new Loop(*description);
+    loop = new GPULoop(*description);
     return 0;
   });
   return loop;
 }
 
-std::int32_t crosspool_cuda_loop_free(Loop* loop) {
+std::int32_t crosspool_cuda_loop_free(GPULoop* loop) {
   return guarded([&] {
     if (loop->resident()) throw std::runtime_error("the loop is on the device: quiesce");
     delete loop;
@@ -58,7 +58,7 @@ std::int32_t crosspool_cuda_loop_free(Loop* loop) {
   });
 }
 
-std::int32_t crosspool_cuda_loop_add_graph(Loop* loop, std::int32_t lane, std::uint32_t model,
+std::int32_t crosspool_cuda_loop_add_graph(GPULoop* loop, std::uint32_t lane, std::uint32_t model,
                                            std::uint32_t stage, std::uint32_t bucket, void* graph) {
   return guarded([&] {
     loop->add_graph(lane, model, stage, bucket, graph);
@@ -66,39 +66,39 @@ std::int32_t crosspool_cuda_loop_add_graph(Loop* loop, std::int32_t lane, std::u
   });
 }
 
-std::int32_t crosspool_cuda_loop_start(Loop* loop) {
+std::int32_t crosspool_cuda_loop_start(GPULoop* loop) {
   return guarded([&] {
     loop->start();
     return 0;
   });
 }
 
-std::int32_t crosspool_cuda_loop_quiesce(Loop* loop, std::int64_t timeout_ns) {
+std::int32_t crosspool_cuda_loop_quiesce(GPULoop* loop, std::int64_t timeout_ns) {
   return guarded([&] {
     loop->quiesce(timeout_ns);
     return 0;
   });
 }
 
-std::int32_t crosspool_cuda_loop_push_step(Loop* loop, std::uint32_t lane,
-                                           const crosspool::gpu::StepArguments* arguments) {
+std::int32_t crosspool_cuda_loop_push_step(GPULoop* loop, std::uint32_t lane,
+                                           const crosspool::gpu::GPUStepArguments* arguments) {
   return guarded([&] { return loop->push_step(lane, *arguments) ? 1 : 0; });
 }
 
-std::int32_t crosspool_cuda_loop_push(Loop* loop, std::uint32_t lane,
+std::int32_t crosspool_cuda_loop_push(GPULoop* loop, std::uint32_t lane,
                                       const crosspool::Command* command) {
   return guarded([&] { return loop->push(lane, *command) ? 1 : 0; });
 }
 
-std::int32_t crosspool_cuda_loop_pop(Loop* loop, crosspool::Event* event) {
+std::int32_t crosspool_cuda_loop_pop(GPULoop* loop, crosspool::Event* event) {
   return guarded([&] { return loop->pop(event) ? 1 : 0; });
 }
 
-std::int32_t crosspool_cuda_loop_wait(Loop* loop, std::int64_t timeout_ns) {
+std::int32_t crosspool_cuda_loop_wait(GPULoop* loop, std::int64_t timeout_ns) {
   return guarded([&] { return loop->wait(timeout_ns) ? 1 : 0; });
 }
 
-std::int32_t crosspool_cuda_loop_status(Loop* loop, std::uint32_t lane,
+std::int32_t crosspool_cuda_loop_status(GPULoop* loop, std::uint32_t lane,
                                         crosspool::gpu::LaneStatus* status) {
   return guarded([&] {
     *status = loop->status(lane);
@@ -106,14 +106,14 @@ std::int32_t crosspool_cuda_loop_status(Loop* loop, std::uint32_t lane,
   });
 }
 
-std::int32_t crosspool_cuda_loop_trace_start(Loop* loop) {
+std::int32_t crosspool_cuda_loop_trace_start(GPULoop* loop) {
   return guarded([&] {
     loop->trace_start();
     return 0;
   });
 }
 
-std::int32_t crosspool_cuda_loop_trace_stop(Loop* loop, crosspool::gpu::TracedStage* stages,
+std::int32_t crosspool_cuda_loop_trace_stop(GPULoop* loop, crosspool::gpu::TracedStage* stages,
                                             std::uint32_t room) {
   return guarded([&] { return static_cast<std::int32_t>(loop->trace_stop(stages, room)); });
 }

@@ -1,5 +1,6 @@
-// What the resident loop asks of CUDA's runtime, as a table: runtime_calls.cpp fills it with the
-// runtime, test/fake_calls.cpp with a driver that enforces the documented limits on the host.
+// The calls of CUDA's runtime that the resident loop needs, as a table. runtime_calls.cpp fills it
+// with the runtime, test/fake_calls.cpp with a driver on the host that enforces the documented
+// limits.
 #ifndef CROSSPOOL_CUDA_CALLS_H
 #define CROSSPOOL_CUDA_CALLS_H
 
@@ -7,7 +8,7 @@
 
 namespace crosspool::gpu {
 
-class Lane;
+class GPULane;
 
 using Graph = void*;   // cudaGraph_t
 using Node = void*;    // cudaGraphNode_t
@@ -18,7 +19,7 @@ using Error = int;     // cudaError_t
 inline constexpr Error kSuccess = 0;
 inline constexpr Error kNotReady = 600;
 
-// cudaGraphNodeType: what a graph that is launched from the device may hold.
+// Values of cudaGraphNodeType that a graph launched from the device may hold.
 inline constexpr int kKernelNode = 0;
 inline constexpr int kMemcpyNode = 1;
 inline constexpr int kMemsetNode = 2;
@@ -29,20 +30,22 @@ inline constexpr unsigned kUploadFlag = 2;
 inline constexpr unsigned kDeviceLaunchFlag = 4;
 
 struct Calls {
-  Error (*host_alloc)(void** memory, std::size_t bytes);  // mapped, at the same address there
+  // Mapped memory, at the same address on the device.
+  Error (*host_alloc)(void** memory, std::size_t bytes);
   Error (*host_free)(void* memory);
   Error (*device_alloc)(void** memory, std::size_t bytes);
   Error (*device_free)(void* memory);
   Error (*copy_to_device)(void* to, const void* from, std::size_t bytes, Stream stream);
 
-  Error (*stream_create)(Stream* stream);  // does not wait for the default stream
+  Error (*stream_create)(Stream* stream);  // a stream that does not wait for the default one
   Error (*stream_destroy)(Stream stream);
   Error (*stream_query)(Stream stream);  // kNotReady: work is under way
 
-  Error (*graph_nodes)(Graph graph, Node* nodes, std::size_t* count);  // null nodes: the count
+  // With null nodes only the count.
+  Error (*graph_nodes)(Graph graph, Node* nodes, std::size_t* count);
   Error (*node_type)(Node node, int* type);
   Error (*child_graph)(Node node, Graph* graph);
-  Error (*scheduler_graph)(Graph* graph, Lane* lane);  // one node: the scheduler of a lane
+  Error (*scheduler_graph)(Graph* graph, GPULane* lane);  // of one node, the lane's scheduler
   Error (*graph_destroy)(Graph graph);
   // `result`: a cudaGraphInstantiateResult.
   Error (*instantiate)(Exec* exec, Graph graph, unsigned flags, Stream stream, int* result);
@@ -54,7 +57,7 @@ struct Calls {
 
 const Calls& calls();
 
-// Throws std::runtime_error that says what was being done.
+// Throws std::runtime_error, which names `what` was being done, unless `error` is kSuccess.
 void check(Error error, const char* what);
 
 }  // namespace crosspool::gpu

@@ -11,7 +11,7 @@ namespace {
 
 std::string model_name(std::uint32_t model) { return "model " + std::to_string(model); }
 
-// That an attention rank's lane has the links that a model uses, and they take its rows.
+// Throws unless an attention rank's lane has the links that a model uses, and they take its rows.
 void check_links(const ModelDescription& model, std::uint32_t m, const LaneDescription& lane,
                  std::uint32_t i) {
   if (model.links >> lane.link_count != 0) {
@@ -28,7 +28,7 @@ void check_links(const ModelDescription& model, std::uint32_t m, const LaneDescr
 
 }  // namespace
 
-const LoopDescription& checked(const LoopDescription& description) {
+const GPULoopDescription& checked(const GPULoopDescription& description) {
   if (description.lane_count == 0) throw std::runtime_error("a loop needs a lane");
   if (description.model_count == 0) throw std::runtime_error("a loop needs a model");
   if (description.wait_ns == 0 || description.wait_ns > std::numeric_limits<std::int64_t>::max()) {

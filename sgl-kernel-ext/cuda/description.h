@@ -1,4 +1,4 @@
-// What a loop is told to be.
+// Checks of a loop's description.
 #ifndef CROSSPOOL_CUDA_DESCRIPTION_H
 #define CROSSPOOL_CUDA_DESCRIPTION_H
 
@@ -8,10 +8,10 @@
 
 namespace crosspool::gpu {
 
-// `description`; throws std::runtime_error where it contradicts itself.
-const LoopDescription& checked(const LoopDescription& description);
+// Returns `description`. Throws std::runtime_error where it contradicts itself.
+const GPULoopDescription& checked(const GPULoopDescription& description);
 
-// In messages.
+// Names a lane in messages.
 std::string lane_name(std::uint32_t lane);
 
 }  // namespace crosspool::gpu

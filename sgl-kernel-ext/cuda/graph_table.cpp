@@ -40,7 +40,7 @@ std::vector<Node> nodes(Graph graph) {
   return found;
 }
 
-// Returns how many nodes do work.
+// Returns the number of nodes that do work. Throws for a node that the device does not launch.
 std::size_t check_nodes(Graph graph, const std::string& what) {
   std::size_t working = 0;
   for (const Node node : nodes(graph)) {
@@ -88,7 +88,9 @@ GraphTable::GraphTable(std::uint32_t lanes, std::uint32_t models, std::uint32_t 
       device_(execs_.size()) {}
 
 GraphTable::~GraphTable() {
-  for (const Exec exec : owned_) calls().exec_destroy(exec);
+  for (const std::uint64_t exec : execs_) {
+    if (exec != 0) calls().exec_destroy(reinterpret_cast<Exec>(exec));
+  }
 }
 
 std::size_t GraphTable::place(std::uint32_t lane, std::uint32_t model, std::uint32_t stage,
@@ -99,33 +101,19 @@ std::size_t GraphTable::place(std::uint32_t lane, std::uint32_t model, std::uint
                              std::to_string(bucket) + " lies outside the table of graphs");
   }
   const Tables tables{nullptr, nullptr, models_, buckets_};
-  return lane * tables.places() + tables.place(model, static_cast<Stage>(stage), bucket);
+  return lane * tables.places() + tables.place(model, static_cast<GPUStage>(stage), bucket);
 }
 
-void GraphTable::add(std::int32_t lane, std::uint32_t model, std::uint32_t stage,
+void GraphTable::add(std::uint32_t lane, std::uint32_t model, std::uint32_t stage,
                      std::uint32_t bucket, Graph graph, Stream stream) {
-  const std::uint32_t first = lane < 0 ? 0 : static_cast<std::uint32_t>(lane);
-  const std::uint32_t end = lane < 0 ? lanes_ : first + 1;
-  for (std::uint32_t i = first; i < end; ++i) {
-    if (find(i, model, stage, bucket) != nullptr) {
-      throw std::runtime_error("lane " + std::to_string(i) + " has a graph for " +
-                               kStageNames[stage] + " of model " + std::to_string(model) +
-                               ", bucket " + std::to_string(bucket) + " already");
-    }
+  std::uint64_t& exec = execs_[place(lane, model, stage, bucket)];
+  const std::string what = std::string(kStageNames[stage]) + " of model " + std::to_string(model) +
+                           ", bucket " + std::to_string(bucket);
+  if (exec != 0) {
+    throw std::runtime_error("lane " + std::to_string(lane) + " has a graph for " + what +
+                             " already");
   }
-  owned_.reserve(owned_.size() + 1);
-  const Exec exec = instantiate(graph, stream,
-                                std::string("the graph for ") + kStageNames[stage] + " of model " +
-                                    std::to_string(model) + ", bucket " + std::to_string(bucket));
-  owned_.push_back(exec);
-  for (std::uint32_t i = first; i < end; ++i) {
-    execs_[place(i, model, stage, bucket)] = reinterpret_cast<std::uintptr_t>(exec);
-  }
-}
-
-Exec GraphTable::find(std::uint32_t lane, std::uint32_t model, std::uint32_t stage,
-                      std::uint32_t bucket) const {
-  return reinterpret_cast<Exec>(execs_[place(lane, model, stage, bucket)]);
+  exec = reinterpret_cast<std::uintptr_t>(instantiate(graph, stream, "the graph for " + what));
 }
 
 const std::uint64_t* GraphTable::on_device(std::uint32_t lane) const {

@@ -1,5 +1,5 @@
-// The graphs of the lanes: checked, instantiated for launches from the device, and found there by
-// model, stage and bucket.
+// The graphs of the lanes. They are checked, instantiated for launches from the device, and found
+// there by model, stage and bucket.
 #ifndef CROSSPOOL_CUDA_GRAPH_TABLE_H
 #define CROSSPOOL_CUDA_GRAPH_TABLE_H
 
@@ -13,8 +13,8 @@
 
 namespace crosspool::gpu {
 
-// Throws std::runtime_error, named `what`, for a graph that cannot be launched from the device.
-// Instantiates with upload in `stream`; the exec may be launched when that has been waited for.
+// Instantiates a graph and uploads it in `stream`; the exec may be launched once the stream is
+// done. Throws std::runtime_error, which names `what`, for a graph that the device cannot launch.
 Exec instantiate(Graph graph, Stream stream, const std::string& what);
 
 class GraphTable {
@@ -24,14 +24,11 @@ class GraphTable {
   GraphTable& operator=(GraphTable&&) = delete;
   ~GraphTable();
 
-  // For one lane, or for all with `lane` < 0. Throws std::runtime_error.
-  void add(std::int32_t lane, std::uint32_t model, std::uint32_t stage, std::uint32_t bucket,
+  // Throws std::runtime_error.
+  void add(std::uint32_t lane, std::uint32_t model, std::uint32_t stage, std::uint32_t bucket,
            Graph graph, Stream stream);
-  // Null: there is none.
-  Exec find(std::uint32_t lane, std::uint32_t model, std::uint32_t stage,
-            std::uint32_t bucket) const;
 
-  // A lane's part of the table on the device, and its copy there.
+  // Returns a lane's part of the table on the device, which copy_to_device() fills.
   const std::uint64_t* on_device(std::uint32_t lane) const;
   void copy_to_device(Stream stream) const;
 
@@ -43,7 +40,6 @@ class GraphTable {
   std::uint32_t models_;
   std::uint32_t buckets_;
   std::vector<std::uint64_t> execs_;
-  std::vector<Exec> owned_;
   DeviceArray<std::uint64_t> device_;
 };
 

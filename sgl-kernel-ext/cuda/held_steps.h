@@ -1,4 +1,4 @@
-// The steps that a lane has taken from its command ring and not begun, in their order.
+// Steps that a lane has taken from its command ring and not begun yet, in order.
 #ifndef CROSSPOOL_CUDA_HELD_STEPS_H
 #define CROSSPOOL_CUDA_HELD_STEPS_H
 
@@ -10,7 +10,7 @@ namespace crosspool::gpu {
 
 struct HeldStep {
   std::uint64_t step;
-  std::uint64_t arguments;  // address of a StepArguments
+  std::uint64_t arguments;  // address of a GPUStepArguments
   bool recalled;
 };
 
@@ -19,7 +19,7 @@ class HeldSteps {
   CROSSPOOL_INLINE bool empty() const { return count_ == 0; }
   CROSSPOOL_INLINE bool full() const { return count_ == kMaxHeld; }
 
-  // full() does not hold.
+  // Requires !full().
   CROSSPOOL_INLINE void push(std::uint64_t step, std::uint64_t arguments) {
     at(count_++) = {step, arguments, false};
   }
@@ -29,7 +29,7 @@ class HeldSteps {
       at(i).recalled = at(i).recalled || at(i).step == step;
   }
 
-  // empty() does not hold.
+  // Requires !empty().
   CROSSPOOL_INLINE HeldStep pop() {
     const HeldStep held = at(0);
     first_ = (first_ + 1) % kMaxHeld;

@@ -1,11 +1,11 @@
-// The state machine of a lane: which stage comes next, and what is told to the host. One code for
-// the device, where the scheduler graph's kernel runs it (scheduler.cu), and for the host, where
-// the tests do (test/lane_check.cpp).
+// The state machine of a lane: which stage comes next, and what the host is told. The same code
+// runs on the device, in the scheduler graph's kernel (scheduler.cu), and on the host, in the tests
+// (test/lane_check.cpp).
 //
-// A lane's scheduler graph makes passes. A pass asks advance() what to do: launch a stage and be
-// launched again behind it, look again, or leave. Launches are tail launches, which run one after
-// another once the launching graph has ended; so the pass after a stage's launch finds the stage
-// complete, with no flag to say so, and the scheduler holds no multiprocessor meanwhile.
+// A lane's scheduler graph makes passes. A pass asks advance() what to do: launch a stage and then
+// itself, poll again, or leave. Launches are tail launches, which run one after another once the
+// launching graph has ended. So the pass after a stage's launch finds the stage complete without a
+// flag, and the scheduler holds no multiprocessor meanwhile.
 #ifndef CROSSPOOL_CUDA_LANE_H
 #define CROSSPOOL_CUDA_LANE_H
 
@@ -15,7 +15,8 @@
 #include "lane_places.h"
 #include "links.h"
 
-// Called from several places; inlined everywhere, the scheduler would not fit an instruction cache.
+// For functions with several callers: if all were inlined, the scheduler would not fit into an
+// instruction cache.
 #if defined(__CUDACC__)
 #define CROSSPOOL_CALLED __host__ __device__ __noinline__
 #else
@@ -25,20 +26,20 @@
 namespace crosspool::gpu {
 
 struct Action {
-  enum Kind : std::uint32_t { kLaunch, kWait, kLeave } kind;
-  std::uint64_t exec;  // of kLaunch: the stage's cudaGraphExec_t
+  enum : std::uint32_t { kLaunch, kWait, kLeave } kind;
+  std::uint64_t exec;  // for kLaunch: the stage's cudaGraphExec_t
 };
 
-// In device memory. Its scheduler alone touches it.
-class Lane {
+// Lies in device memory, where only its scheduler touches it.
+class GPULane {
  public:
-  Lane() = default;
-  explicit Lane(const LanePlaces& places) : at_(places) {}
+  GPULane() = default;
+  explicit GPULane(const LanePlaces& places) : at_(places) {}
 
   CROSSPOOL_INLINE std::uint32_t index() const { return at_.index; }
   CROSSPOOL_INLINE std::uint64_t spin_ns() const { return at_.spin_ns; }
 
-  // At the beginning of every pass.
+  // Called at the beginning of every pass.
   CROSSPOOL_INLINE void enter(std::uint64_t now) {
     put(at_.status->heartbeat, ++beats_);
     put(at_.status->clock_ns, now);
@@ -46,13 +47,13 @@ class Lane {
     left_ = false;
   }
 
-  // Whether the head has just ended and its tokens are to be taken.
+  // Whether the head has just ended and left tokens to be taken.
   CROSSPOOL_INLINE bool has_tokens() const {
-    return phase_ == Phase::kRunning && stage_ == Stage::kHead;
+    return phase_ == Phase::kRunning && stage_ == GPUStage::kHead;
   }
 
-  // Copies the chosen tokens to the host; thread `thread` of `threads` does its rows. Whether one
-  // of them is a stop token of its row. has_tokens() holds.
+  // Copies chosen tokens to the host; thread `thread` of `threads` does its rows. Returns whether
+  // one of them is a stop token of its row. Requires has_tokens().
   CROSSPOOL_CALLED bool take_tokens(std::uint32_t thread, std::uint32_t threads) const {
     auto* into =
         reinterpret_cast<std::int32_t*>(step_.tokens) + std::uint64_t{done_} * step_.wanted;
@@ -72,8 +73,8 @@ class Lane {
 
   CROSSPOOL_INLINE void set_stopped(bool stopped) { stopped_ = stopped; }
 
-  // What to do at `now`, in ns of a clock that grows, but for a little between two passes. After
-  // kLaunch it is called again only when the stage has ended.
+  // Returns what to do at `now`, in ns of a clock that may step back a little between two passes.
+  // After kLaunch it is called again only when the stage has ended.
   CROSSPOOL_CALLED Action advance(std::uint64_t now) {
     for (;;) {
       switch (phase_) {
@@ -90,15 +91,14 @@ class Lane {
             fail(Fault::kNoGraph, static_cast<std::uint32_t>(stage_));
             break;
           }
-          if (after_predecessor() || !ticket_.take(at_.turn)) return wait(now);
+          if (after_predecessor()) return wait(now);
           return launch(now);
         case Phase::kRunning:
-          ticket_.give(at_.turn);
           if (tracing_) record(now);
           at_.role == Role::kFFN ? reply() : ended();
           break;
         case Phase::kPeers:
-          if (!links_.answered(model().links)) return wait(now);
+          if (!links_.replied(model().links)) return wait(now);
           combine();
           break;
         case Phase::kHost:
@@ -114,7 +114,7 @@ class Lane {
           if (leaving_) return leave();
           ++done_;
           layer_ = 0;
-          begin(Stage::kFeed);
+          begin(GPUStage::kFeed);
           break;
         case Phase::kFailed:
           return leave();
@@ -122,10 +122,8 @@ class Lane {
     }
   }
 
-  // Ends the lane: its status says why, and an event if there is room. Where the scheduler was not
-  // launched again its stage may have been, and ends unseen: then the turn is not given on.
+  // Ends the lane. Its status says why, and so does an event if the ring has room.
   CROSSPOOL_CALLED void fail(Fault fault, std::uint32_t detail) {
-    if (fault != Fault::kRelaunch) ticket_.give(at_.turn);
     put(at_.status->detail, detail);
     Atomic<std::uint32_t>(at_.status->fault).store(static_cast<std::uint32_t>(fault), kRelease);
     at_.events->push(
@@ -147,9 +145,9 @@ class Lane {
     return at_.execs[at_.tables.place(model_, stage_, bucket_)];
   }
 
-  CROSSPOOL_INLINE Stage ffn() const {
+  CROSSPOOL_INLINE GPUStage ffn() const {
     const auto* kinds = reinterpret_cast<const std::uint8_t*>(model().layer_kinds);
-    return kinds[layer_] == 0 ? Stage::kDenseFFN : Stage::kMoEFFN;
+    return kinds[layer_] == 0 ? GPUStage::kDenseFFN : GPUStage::kMoEFFN;
   }
 
   CROSSPOOL_CALLED void enter_phase(Phase phase) {
@@ -158,7 +156,7 @@ class Lane {
     put(at_.status->phase, static_cast<std::uint32_t>(phase));
   }
 
-  CROSSPOOL_CALLED void begin(Stage stage) {
+  CROSSPOOL_CALLED void begin(GPUStage stage) {
     stage_ = stage;
     enter_phase(Phase::kStage);
   }
@@ -170,16 +168,15 @@ class Lane {
     return {Action::kLeave, 0};
   }
 
-  // Commands lie across the bus: who waits for a peer looks for them less often than for its
-  // signal.
+  // Commands lie across the bus, so a lane that waits for a peer looks for them less often than for
+  // the peer's signal.
   CROSSPOOL_INLINE bool due(std::uint64_t now) {
     if (now - looked_ < kLookNs) return false;
     looked_ = now;
     return true;
   }
 
-  // A wait for a peer, for the host or for the turn. A lane that has drawn a ticket does not leave:
-  // those behind it wait for its turn to end.
+  // Waits for a peer or for the host, within the bound of waits.
   CROSSPOOL_CALLED Action wait(std::uint64_t now) {
     if (!waits_) {
       waits_ = true;
@@ -187,8 +184,8 @@ class Lane {
     } else if (due(now) && !drain()) {
       return leave();
     }
-    if (leaving_ && !ticket_.drawn()) return leave();
-    // Signed: another multiprocessor's clock may be a little behind.
+    if (leaving_) return leave();
+    // The difference is signed: another multiprocessor's clock may be a little behind.
     const auto waited = static_cast<std::int64_t>(now - since_);
     if (waited < static_cast<std::int64_t>(at_.wait_ns)) return {Action::kWait, 0};
     fail(Fault::kTimeout, static_cast<std::uint32_t>(phase_));
@@ -204,7 +201,7 @@ class Lane {
     enter_phase(Phase::kIdle);
   }
 
-  // Takes all commands, so that none waits behind a step. False: the lane has failed.
+  // Takes all commands, so that none waits behind a step. Returns false when the lane has failed.
   CROSSPOOL_CALLED bool drain() {
     Command command;
     while (at_.commands->pop(&command)) {
@@ -227,11 +224,11 @@ class Lane {
     return true;
   }
 
-  // False: none waits.
+  // Returns false when no step waits.
   CROSSPOOL_INLINE bool next_step() {
     if (held_.empty()) return false;
     const HeldStep held = held_.pop();
-    step_ = *reinterpret_cast<const StepArguments*>(held.arguments);
+    step_ = *reinterpret_cast<const GPUStepArguments*>(held.arguments);
     put(at_.status->step, step_.step);
     recalled_ = held.recalled;
     done_ = layer_ = 0;
@@ -241,12 +238,12 @@ class Lane {
     }
     model_ = step_.model;
     bucket_ = step_.bucket;
-    begin(Stage::kEmbed);
+    begin(GPUStage::kEmbed);
     return true;
   }
 
   CROSSPOOL_INLINE BadArgument bad_argument() const {
-    const StepArguments& step = step_;
+    const GPUStepArguments& step = step_;
     if (step.model >= at_.tables.model_count) return BadArgument::kModel;
     if (step.bucket >= at_.tables.buckets) return BadArgument::kBucket;
     const ModelEntry& model = at_.tables.models[step.model];
@@ -266,8 +263,7 @@ class Lane {
                   static_cast<std::int32_t>(served_.link()),
                   static_cast<std::int32_t>(step_.rows),
                   static_cast<std::int32_t>(done_),
-                  static_cast<std::int32_t>(at_.index),
-                  0};
+                  {}};
     put(at_.status->stage, static_cast<std::uint32_t>(stage_));
     put(at_.status->layer, layer_);
     put(at_.status->launches, ++launches_);
@@ -275,35 +271,35 @@ class Lane {
     return {Action::kLaunch, exec()};
   }
 
-  // The stage that has ended, to the trace.
+  // Writes the stage that has ended to the trace.
   CROSSPOOL_CALLED void record(std::uint64_t now) {
     LaneTrace& trace = *at_.trace;
     trace.stages[recorded_ % kTraceRoom] = {
         launched_ns_,  now,
         step_.step,    model_,
-        layer_,        stage_ == Stage::kHead ? step_.wanted : step_.rows,
+        layer_,        stage_ == GPUStage::kHead ? step_.wanted : step_.rows,
         at_.index,     static_cast<std::uint32_t>(stage_),
         served_.link()};
     Atomic<std::uint64_t>(trace.written).store(++recorded_, kRelease);
   }
 
-  // An attention rank's stage has ended: what follows.
+  // Decides what follows a stage of an attention rank that has ended.
   CROSSPOOL_INLINE void ended() {
     switch (stage_) {
-      case Stage::kEmbed:
-      case Stage::kFeed:
-        return begin(Stage::kAttention);
-      case Stage::kAttention:
-        return begin(model().links != 0 ? Stage::kDispatch : ffn());
-      case Stage::kDispatch:
+      case GPUStage::kEmbed:
+      case GPUStage::kFeed:
+        return begin(GPUStage::kAttention);
+      case GPUStage::kAttention:
+        return begin(model().links != 0 ? GPUStage::kDispatch : ffn());
+      case GPUStage::kDispatch:
         links_.dispatch(model().links, {at_.epoch, model_, layer_, step_.rows, model().row_bytes});
         return model().local != 0 ? begin(ffn()) : enter_phase(Phase::kPeers);
-      case Stage::kDenseFFN:
-      case Stage::kMoEFFN:
+      case GPUStage::kDenseFFN:
+      case GPUStage::kMoEFFN:
         return model().links != 0 ? enter_phase(Phase::kPeers) : next_layer();
-      case Stage::kCombine:
+      case GPUStage::kCombine:
         return next_layer();
-      case Stage::kHead:
+      case GPUStage::kHead:
         if (step_.for_host == 0) return end_step();
         resumed_ = false;
         return publish({EventKind::kLogits, at_.index, step_.step, 0, step_.wanted, 0},
@@ -312,11 +308,11 @@ class Lane {
   }
 
   CROSSPOOL_INLINE void next_layer() {
-    if (++layer_ < model().layers) return begin(Stage::kAttention);
-    return step_.wanted > 0 ? begin(Stage::kHead) : end_step();
+    if (++layer_ < model().layers) return begin(GPUStage::kAttention);
+    return step_.wanted > 0 ? begin(GPUStage::kHead) : end_step();
   }
 
-  // A lease ends with a stop token, when it is recalled, and when another step waits for the lane.
+  // A lease ends with a stop token, with a recall, and when another step waits for the lane.
   CROSSPOOL_CALLED void end_step() {
     if (!drain()) return;
     const bool ends = stopped_ || recalled_ || !held_.empty();
@@ -332,19 +328,19 @@ class Lane {
     enter_phase(Phase::kEvent);
   }
 
-  // Whether a predecessor's dispatch is still unanswered. Once a step has dispatched, its links
-  // have only seen this lane.
+  // Whether the dispatch of a predecessor still waits for its reply. Once a step has dispatched,
+  // its links have only seen this lane.
   CROSSPOOL_INLINE bool after_predecessor() const {
-    return stage_ == Stage::kDispatch && layer_ == 0 && !links_.free(model().links);
+    return stage_ == GPUStage::kDispatch && layer_ == 0 && !links_.free(model().links);
   }
 
   CROSSPOOL_INLINE void combine() {
     const std::uint32_t wrong = links_.combine(model().links);
-    if (wrong < kMaxLinks) return fail(Fault::kAnswer, wrong);
-    begin(Stage::kCombine);
+    if (wrong < kMaxLinks) return fail(Fault::kReply, wrong);
+    begin(GPUStage::kCombine);
   }
 
-  // False: there is none.
+  // Returns false when there is none.
   CROSSPOOL_CALLED bool next_dispatch() {
     const Poll found = served_.poll();
     if (found == Poll::kNothing) return false;
@@ -376,18 +372,17 @@ class Lane {
   DispatchLinks links_;  // of an attention rank
   ServedLinks served_;   // of an FFN rank
   HeldSteps held_;
-  StepArguments step_{};
-  Ticket ticket_;
+  GPUStepArguments step_{};
   Event event_{};
   std::uint64_t beats_ = 0;
   std::uint64_t launches_ = 0;
   std::uint64_t since_ = 0;
-  std::uint64_t looked_ = 0;  // for commands
+  std::uint64_t looked_ = 0;  // when it last looked for commands
   std::uint64_t launched_ns_ = 0;
   std::uint64_t recorded_ = 0;
   Phase phase_ = Phase::kNew;
   Phase after_event_ = Phase::kIdle;
-  Stage stage_ = Stage::kEmbed;
+  GPUStage stage_ = GPUStage::kEmbed;
   std::uint32_t model_ = 0;
   std::uint32_t bucket_ = 0;
   std::uint32_t layer_ = 0;
@@ -401,7 +396,7 @@ class Lane {
   bool tracing_ = false;
 };
 
-static_assert(std::is_trivially_copyable_v<Lane>);
+static_assert(std::is_trivially_copyable_v<GPULane>);
 
 }  // namespace crosspool::gpu
 

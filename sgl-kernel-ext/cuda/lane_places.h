@@ -1,4 +1,4 @@
-// Where a lane finds what it reads and writes.
+// Places of all that a lane reads and writes.
 #ifndef CROSSPOOL_CUDA_LANE_PLACES_H
 #define CROSSPOOL_CUDA_LANE_PLACES_H
 
@@ -7,11 +7,10 @@
 
 #include "loop.h"
 #include "stages.h"
-#include "turn.h"
 
 namespace crosspool::gpu {
 
-// What the host sets of a lane. Addresses are the device's.
+// Set by the host. Addresses are the device's.
 struct LanePlaces {
   Tables tables;
   const std::uint64_t* execs;
@@ -21,7 +20,6 @@ struct LanePlaces {
   LaneTrace* trace;
   StageWords* words;
   const std::int32_t* chosen;
-  Turn* turn;  // null: the lane launches whenever it is ready
   LinkMemory links[kMaxLinks];
   std::uint32_t link_count;
   std::uint32_t index;

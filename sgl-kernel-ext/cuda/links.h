@@ -1,4 +1,4 @@
-// A lane's links to other devices, all of one kind: to the FFN ranks of its models, or from the
+// Links of a lane to other devices. They lead either to the FFN ranks of its models, or to the
 // attention ranks that it serves. lanes.h says what an end of a link does.
 #ifndef CROSSPOOL_CUDA_LINKS_H
 #define CROSSPOOL_CUDA_LINKS_H
@@ -9,7 +9,7 @@
 
 namespace crosspool::gpu {
 
-// `used` is ModelEntry::links everywhere: bit i says that link i leads to an FFN rank of the model.
+// `used` is always ModelEntry::links: bit i says that link i leads to an FFN rank of the model.
 class DispatchLinks {
  public:
   CROSSPOOL_INLINE void make(const LinkMemory* memory, std::uint32_t count) {
@@ -25,18 +25,18 @@ class DispatchLinks {
     return all(used, [](const AttentionEnd& end) { return end.free(); });
   }
 
-  // The payloads are written.
+  // Called when the payloads are written.
   CROSSPOOL_INLINE void dispatch(std::uint32_t used, const DispatchHeader& header) {
     for (std::uint32_t i = 0; i < count_; ++i) {
       if ((used >> i & 1U) != 0) ends_[i].dispatch(header);
     }
   }
 
-  CROSSPOOL_INLINE bool answered(std::uint32_t used) const {
-    return all(used, [](const AttentionEnd& end) { return end.answered(); });
+  CROSSPOOL_INLINE bool replied(std::uint32_t used) const {
+    return all(used, [](const AttentionEnd& end) { return end.replied(); });
   }
 
-  // Takes the answers. A link whose answer is another dispatch's; kMaxLinks: there is none.
+  // Takes the replies. Returns a link whose reply belongs to another dispatch, kMaxLinks for none.
   CROSSPOOL_INLINE std::uint32_t combine(std::uint32_t used) {
     std::uint32_t wrong = kMaxLinks;
     for (std::uint32_t i = 0; i < count_; ++i) {
@@ -65,8 +65,8 @@ class ServedLinks {
     for (std::uint32_t i = 0; i < count; ++i) ends_[i] = FFNEnd(memory[i]);
   }
 
-  // Looks at every link once, beginning behind the one that was found last. Unless it is kNothing,
-  // link() tells where.
+  // Looks at every link once, beginning behind the link found last. Unless it returns kNothing,
+  // link() says which link it found.
   CROSSPOOL_INLINE Poll poll() {
     for (std::uint32_t i = 0; i < count_; ++i) {
       const std::uint32_t at = (first_ + i) % count_;
@@ -81,7 +81,7 @@ class ServedLinks {
 
   CROSSPOOL_INLINE std::uint32_t link() const { return link_; }
   CROSSPOOL_INLINE const DispatchHeader& header() const { return ends_[link_].header(); }
-  // The partial sum is written.
+  // Called when the partial sum is written.
   CROSSPOOL_INLINE void reply() { ends_[link_].reply(); }
 
  private:

@@ -1,7 +1,7 @@
-// The C face of libcrosspool_cuda.so, for crosspool/kernels/cuda_loop.py: the resident loop of one
-// GPU. Functions that can fail return null or a negative number, and crosspool_cuda_error() says
-// why, for the calling thread. One thread at a time uses a loop, with the loop's device as its
-// current one.
+// The C interface of libcrosspool_cuda.so, for crosspool/kernels/cuda_loop.py: the resident loop of
+// one GPU. Functions that fail return null or a negative number, and crosspool_cuda_error() tells
+// the calling thread why. One thread at a time uses a loop, with the loop's device as its current
+// one.
 #ifndef CROSSPOOL_CUDA_LOOP_H
 #define CROSSPOOL_CUDA_LOOP_H
 
@@ -15,12 +15,12 @@
 
 namespace crosspool::gpu {
 
-inline constexpr std::uint32_t kMaxLinks = 8;  // of a lane
-inline constexpr std::uint32_t kMaxHeld = 8;   // steps that a lane has taken, or is offered
+inline constexpr std::uint32_t kMaxLinks = 8;  // links of a lane
+inline constexpr std::uint32_t kMaxHeld = 8;   // steps of a lane, offered or taken
 
-class Loop;
+class GPULoop;
 
-// Of a model, in host memory.
+// A model, described in host memory.
 struct ModelDescription {
   std::uint64_t layer_kinds;  // uint8 [layers], host memory
   std::uint32_t layers;
@@ -42,17 +42,17 @@ struct LaneDescription {
   Role role;
 };
 
-struct LoopDescription {
+struct GPULoopDescription {
   const ModelDescription* models;
   const LaneDescription* lanes;
   const std::uint32_t* bucket_rows;  // ascending
   std::uint32_t model_count;
   std::uint32_t lane_count;
   std::uint32_t bucket_count;
-  std::uint32_t take_turns;  // 1: one stage at a time of all lanes; they may share graphs then
-  std::uint64_t epoch;       // of the attention rank
-  std::uint64_t spin_ns;     // how long a pass polls before it launches the next; below wait_ns
-  std::uint64_t wait_ns;     // bound of every wait for a peer, for the host or for the turn
+  std::uint32_t reserved;
+  std::uint64_t epoch;    // incarnation of the attention rank
+  std::uint64_t spin_ns;  // how long a pass polls before it launches the next; below wait_ns
+  std::uint64_t wait_ns;  // bound of each wait for a peer or for the host
 };
 
 }  // namespace crosspool::gpu
@@ -61,55 +61,56 @@ extern "C" {
 
 CROSSPOOL_API const char* crosspool_cuda_error(void);
 
-// sizeof of what Python mirrors, in the order of cuda_loop.py; `count` of them at most. Returns
-// their number.
+// sizeof of what Python mirrors, in the order of cuda_loop_structs.py; `count` of them at most.
+// Returns their number.
 CROSSPOOL_API std::int32_t crosspool_cuda_sizes(std::uint64_t* sizes, std::int32_t count);
 
-// On the current device. The loop does not run yet. Creating and freeing a loop may wait for all
-// that runs on the device: no other loop is resident there.
-CROSSPOOL_API crosspool::gpu::Loop* crosspool_cuda_loop_create(
-    const crosspool::gpu::LoopDescription* description);
-// The loop has left the device (quiesce). Destroys its graphs and memory.
-CROSSPOOL_API std::int32_t crosspool_cuda_loop_free(crosspool::gpu::Loop* loop);
+// Makes a loop on the current device; it does not run yet. Creating and freeing a loop may wait for
+// everything that runs on the device, so no other loop may be resident there.
+CROSSPOOL_API crosspool::gpu::GPULoop* crosspool_cuda_loop_create(
+    const crosspool::gpu::GPULoopDescription* description);
+// Destroys the loop's graphs and memory. The loop must have left the device (quiesce).
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_free(crosspool::gpu::GPULoop* loop);
 
 // Instantiates a captured graph (cudaGraph_t) for launches from the device, uploads it, and puts it
-// into the table of a lane; of every lane for `lane` = -1, which needs take_turns. The loop does
-// not run. The captured graph stays the caller's, who may destroy it at once; what its nodes point
-// to stays until the loop is freed.
-CROSSPOOL_API std::int32_t crosspool_cuda_loop_add_graph(crosspool::gpu::Loop* loop,
-                                                         std::int32_t lane, std::uint32_t model,
+// into the table of a lane. The loop must not run. The caller keeps the captured graph and may
+// destroy it at once; what its nodes point to must stay until the loop is freed.
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_add_graph(crosspool::gpu::GPULoop* loop,
+                                                         std::uint32_t lane, std::uint32_t model,
                                                          std::uint32_t stage, std::uint32_t bucket,
                                                          void* graph);
-// Launches every lane's scheduler graph: at first, and again after quiesce.
-CROSSPOOL_API std::int32_t crosspool_cuda_loop_start(crosspool::gpu::Loop* loop);
+// Launches every lane's scheduler graph, for the first time or after quiesce.
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_start(crosspool::gpu::GPULoop* loop);
 // Asks every lane to leave the device between two steps, or where it waits (stages.h, Phase), and
 // waits until all have. Steps stay where they are until the next start. Fails after `timeout_ns`;
 // the lanes may still leave later.
-CROSSPOOL_API std::int32_t crosspool_cuda_loop_quiesce(crosspool::gpu::Loop* loop,
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_quiesce(crosspool::gpu::GPULoop* loop,
                                                        std::int64_t timeout_ns);
 
 // The structure is copied. 0: the lane has kMaxHeld steps already.
 CROSSPOOL_API std::int32_t crosspool_cuda_loop_push_step(
-    crosspool::gpu::Loop* loop, std::uint32_t lane, const crosspool::gpu::StepArguments* arguments);
+    crosspool::gpu::GPULoop* loop, std::uint32_t lane,
+    const crosspool::gpu::GPUStepArguments* arguments);
 // kResume or kRecall. 0: the ring is full.
-CROSSPOOL_API std::int32_t crosspool_cuda_loop_push(crosspool::gpu::Loop* loop, std::uint32_t lane,
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_push(crosspool::gpu::GPULoop* loop,
+                                                    std::uint32_t lane,
                                                     const crosspool::Command* command);
 // The next event of any lane, lanes in turn. 0: there is none.
-CROSSPOOL_API std::int32_t crosspool_cuda_loop_pop(crosspool::gpu::Loop* loop,
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_pop(crosspool::gpu::GPULoop* loop,
                                                    crosspool::Event* event);
 // Waits until there is an event. 0: none came within `timeout_ns`.
-CROSSPOOL_API std::int32_t crosspool_cuda_loop_wait(crosspool::gpu::Loop* loop,
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_wait(crosspool::gpu::GPULoop* loop,
                                                     std::int64_t timeout_ns);
-CROSSPOOL_API std::int32_t crosspool_cuda_loop_status(crosspool::gpu::Loop* loop,
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_status(crosspool::gpu::GPULoop* loop,
                                                       std::uint32_t lane,
                                                       crosspool::gpu::LaneStatus* status);
-// Lanes record their stages from now on; those that are in a step, from its end. Fails when a
-// command ring is full.
-CROSSPOOL_API std::int32_t crosspool_cuda_loop_trace_start(crosspool::gpu::Loop* loop);
-// Ends that. Returns how many stages it has written: the latest of all lanes, kTraceRoom of each
-// and `room` at most, in the order of their ends, in ns of the host's CLOCK_MONOTONIC (as near as
-// the host can tell, microseconds) instead of the device's clock.
-CROSSPOOL_API std::int32_t crosspool_cuda_loop_trace_stop(crosspool::gpu::Loop* loop,
+// Makes lanes record their stages from now on; a lane that is in a step begins at its end. Fails
+// when a command ring is full.
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_trace_start(crosspool::gpu::GPULoop* loop);
+// Ends the recording. Returns how many stages it has written: the latest of all lanes, at most
+// kTraceRoom of each and `room` in all, in the order of their ends. Times are ns of the host's
+// CLOCK_MONOTONIC, exact to microseconds as far as the host can tell.
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_trace_stop(crosspool::gpu::GPULoop* loop,
                                                           crosspool::gpu::TracedStage* stages,
                                                           std::uint32_t room);
 }

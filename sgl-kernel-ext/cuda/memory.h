@@ -1,4 +1,4 @@
-// Memory of the resident loop, on the device and mapped from the host.
+// Memory of the resident loop: on the device, and on the host, mapped for the device.
 #ifndef CROSSPOOL_CUDA_MEMORY_H
 #define CROSSPOOL_CUDA_MEMORY_H
 
@@ -25,7 +25,7 @@ class DeviceArray {
   }
 
   T* data() const { return static_cast<T*>(memory_); }
-  // In the stream's order; `values` stay until it is done.
+  // Copies in the stream's order; `values` must stay until the stream is done.
   void fill(std::span<const T> values, Stream stream) const {
     check(calls().copy_to_device(memory_, values.data(), values.size_bytes(), stream),
           "copying the loop's tables to the device");
@@ -36,7 +36,7 @@ class DeviceArray {
   std::size_t bytes_;
 };
 
-// All zero at first.
+// Zeroed at first.
 template <class T>
 class MappedArray {
  public:

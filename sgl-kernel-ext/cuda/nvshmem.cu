@@ -1,4 +1,4 @@
-// Dispatches and answers by NVSHMEM: header, fence, then payload with signal, each by one block.
+// Dispatches and replies by NVSHMEM: header, fence, then payload with signal, each by one block.
 #include <crosspool/lanes.h>
 #include <cuda_runtime.h>
 #include <nvshmem.h>
@@ -17,14 +17,14 @@ constexpr int kThreads = 512;
 
 static_assert(sizeof(nvshmemx_uniqueid_t) == CROSSPOOL_NVSHMEM_ID_BYTES);
 
-// Of a link of which only the address is known.
+// The memory of a link of which only the address, and perhaps the payload's size, is known.
 __device__ LinkMemory memory_of(Link* link, std::uint64_t payload_bytes = 0) {
   return {link, payload_bytes, 0, 0};
 }
 
-// What the peer polls is set when all before it has come: a put with signal orders its own payload
-// alone, so the header's put is fenced. The whole block calls it; its threads have met since
-// `header` was written, and meet at the end of a block's put.
+// The signal that the peer polls must be set last. A put with signal orders only its own payload,
+// so the header's put is fenced. The whole block calls it; its threads have met since `header` was
+// written, and meet at the end of a block's put.
 __device__ void carry(void* header, std::size_t header_bytes, unsigned char* payload,
                       std::size_t bytes, Signal* signal, std::uint64_t sequence, int peer) {
   nvshmemx_putmem_nbi_block(header, header, header_bytes, peer);
@@ -34,7 +34,8 @@ __device__ void carry(void* header, std::size_t header_bytes, unsigned char* pay
                                NVSHMEM_SIGNAL_SET, peer);
 }
 
-// Its own copy's signal still has the number of the dispatch before: the scheduler sets it after.
+// The signal of its own copy still has the number of the previous dispatch: the scheduler sets it
+// later.
 __global__ void __launch_bounds__(kThreads)
     dispatch(Link* link, const StageWords* words, std::uint64_t epoch, std::uint32_t model,
              std::uint32_t row_bytes, int peer) {
@@ -82,10 +83,6 @@ std::int32_t crosspool_nvshmem_init(std::int32_t pe, std::int32_t pes, const voi
 }
 
 void* crosspool_nvshmem_allocate(std::uint64_t bytes) { return nvshmem_calloc(1, bytes); }
-
-void* crosspool_nvshmem_pointer(const void* address, std::int32_t pe) {
-  return nvshmem_ptr(address, pe);
-}
 
 void crosspool_nvshmem_finalize() { nvshmem_finalize(); }
 

@@ -6,10 +6,10 @@
 
 namespace crosspool::gpu {
 
-// Runs the lane's state machine until there is something to launch, or the pass has polled long
-// enough; then launches the scheduler graph again, unless the lane leaves. For one thread.
+// Runs the lane's state machine, in one thread, until there is something to launch or the pass has
+// polled long enough; then launches the scheduler graph again, unless the lane leaves.
 template <class Driver>
-CROSSPOOL_INLINE void pass(Lane& lane, Driver& driver) {
+CROSSPOOL_INLINE void pass(GPULane& lane, Driver& driver) {
   const std::uint64_t begin = driver.now();
   Action action = lane.advance(begin);
   for (std::uint64_t now = begin; action.kind == Action::kWait && now - begin < lane.spin_ns();) {
@@ -31,11 +31,11 @@ CROSSPOOL_INLINE void pass(Lane& lane, Driver& driver) {
 }
 
 // The scheduler's kernel, for each thread of its warp. The driver has thread(), threads(), and
-// any(), which joins a yes or no of all threads; for the first thread also now() in ns, pause(),
-// and tail launches that return a cudaError_t as a number: launch(exec), and relaunch() of the
-// scheduler graph. All threads meet in any() before the first one changes the lane.
+// any(), which returns whether any thread says yes. The first thread also uses now() in ns,
+// pause(), and tail launches that return a cudaError_t as a number: launch(exec), and relaunch() of
+// the scheduler graph. All threads meet in any() before the first one changes the lane.
 template <class Driver>
-CROSSPOOL_INLINE void schedule(Lane& lane, Driver& driver) {
+CROSSPOOL_INLINE void schedule(GPULane& lane, Driver& driver) {
   const bool stopped =
       driver.any(lane.has_tokens() && lane.take_tokens(driver.thread(), driver.threads()));
   if (driver.thread() != 0) return;

@@ -11,8 +11,8 @@ namespace crosspool::gpu {
 
 namespace {
 
-constexpr std::int64_t kNapNs = 20'000;             // between two looks at rings and streams
-constexpr std::int64_t kLookNs = 1'000'000;         // between two looks after the lanes
+constexpr std::int64_t kNapNs = 20'000;             // between two polls of rings and streams
+constexpr std::int64_t kLookNs = 1'000'000;         // between two checks of the lanes
 constexpr std::int64_t kSettleNs = 60'000'000'000;  // bound of copies and uploads
 
 void nap() {
@@ -20,7 +20,7 @@ void nap() {
   nanosleep(&pause, nullptr);
 }
 
-// Waits for what was put into the stream: how it ended, or kNotReady.
+// Waits for the stream's work. Returns how it ended, or kNotReady.
 Error ended(Stream stream) {
   for (const std::int64_t deadline = now_ns() + kSettleNs;;) {
     const Error error = calls().stream_query(stream);
@@ -29,7 +29,7 @@ Error ended(Stream stream) {
   }
 }
 
-// The same; throws unless it ended well.
+// Waits likewise, and throws unless the work ended well.
 void settle(Stream stream, const char* what) {
   const Error error = ended(stream);
   if (error == kNotReady) throw std::runtime_error(std::string(what) + " does not end");
@@ -59,8 +59,8 @@ std::string fault_text(const LaneStatus& status) {
              calls().error_name(static_cast<Error>(status.detail));
     case Fault::kTimeout:
       return "it waited too long in phase " + detail;
-    case Fault::kAnswer:
-      return "the answer that came through link " + detail + " is not of its dispatch";
+    case Fault::kReply:
+      return "the reply that came through link " + detail + " is not of its dispatch";
     case Fault::kDispatch:
       return "what came through link " + detail + " breaks the lane protocol or fits no model";
   }
@@ -74,14 +74,12 @@ void check(Error error, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + calls().error_name(error));
 }
 
-Loop::Loop(const LoopDescription& description)
+GPULoop::GPULoop(const GPULoopDescription& description)
     : lane_count_(checked(description).lane_count),
       wait_ns_(description.wait_ns),
-      take_turns_(description.take_turns != 0),
       bucket_rows_(description.bucket_rows, description.bucket_rows + description.bucket_count),
       device_models_(description.model_count),
       device_bucket_rows_(description.bucket_count),
-      turn_(1),
       lanes_(lane_count_),
       mapped_(lane_count_),
       graphs_(lane_count_, description.model_count, description.bucket_count),
@@ -96,10 +94,11 @@ Loop::Loop(const LoopDescription& description)
   }
 }
 
-Loop::~Loop() { destroy(); }
+GPULoop::~GPULoop() { destroy(); }
 
-// Nothing of the loop is resident; copies and uploads may be under way where its making failed.
-void Loop::destroy() {
+// Nothing of the loop is resident, but copies and uploads may be under way where its constructor
+// has failed.
+void GPULoop::destroy() {
   for (const HostLane& lane : host_) {
     if (lane.stream != nullptr) ended(lane.stream);
     if (lane.scheduler != nullptr) calls().exec_destroy(lane.scheduler);
@@ -107,7 +106,7 @@ void Loop::destroy() {
   }
 }
 
-void Loop::describe_models(const LoopDescription& description) {
+void GPULoop::describe_models(const GPULoopDescription& description) {
   const Stream stream = host_[0].stream;
   for (std::uint32_t m = 0; m < description.model_count; ++m) {
     const ModelDescription& model = description.models[m];
@@ -122,7 +121,7 @@ void Loop::describe_models(const LoopDescription& description) {
   device_bucket_rows_.fill(bucket_rows_, stream);
 }
 
-void Loop::make_lanes(const LoopDescription& description) {
+void GPULoop::make_lanes(const GPULoopDescription& description) {
   for (std::uint32_t i = 0; i < lane_count_; ++i) {
     const LaneDescription& lane = description.lanes[i];
     LanePlaces places{};
@@ -135,7 +134,6 @@ void Loop::make_lanes(const LoopDescription& description) {
     places.trace = &mapped_[i].trace;
     places.words = reinterpret_cast<StageWords*>(lane.words);
     places.chosen = reinterpret_cast<const std::int32_t*>(lane.chosen);
-    places.turn = take_turns_ ? turn_.data() : nullptr;
     const auto* links = reinterpret_cast<const LinkMemory*>(lane.links);
     std::copy(links, links + lane.link_count, places.links);
     places.link_count = lane.link_count;
@@ -147,8 +145,6 @@ void Loop::make_lanes(const LoopDescription& description) {
     images_.emplace_back(places);
   }
   const Stream stream = host_[0].stream;
-  const Turn turn{};
-  turn_.fill({&turn, 1}, stream);
   lanes_.fill(images_, stream);
   settle(stream, "copying the lanes to the device");
   for (std::uint32_t i = 0; i < lane_count_; ++i) {
@@ -165,37 +161,34 @@ void Loop::make_lanes(const LoopDescription& description) {
   settle(stream, "uploading the scheduler graphs");
 }
 
-const Loop::HostLane& Loop::at(std::uint32_t lane) const {
+const GPULoop::HostLane& GPULoop::at(std::uint32_t lane) const {
   if (lane >= lane_count_) throw std::runtime_error("there is no " + lane_name(lane));
   return host_[lane];
 }
 
-Loop::HostLane& Loop::at(std::uint32_t lane) {
+GPULoop::HostLane& GPULoop::at(std::uint32_t lane) {
   return const_cast<HostLane&>(std::as_const(*this).at(lane));
 }
 
-bool Loop::resident() const {
+bool GPULoop::resident() const {
   return std::any_of(host_.begin(), host_.end(),
                      [](const HostLane& lane) { return lane.resident; });
 }
 
-void Loop::not_resident(const char* what) const {
+void GPULoop::not_resident(const char* what) const {
   if (resident())
     throw std::runtime_error(std::string(what) + " may wait behind the loop: quiesce");
 }
 
-void Loop::add_graph(std::int32_t lane, std::uint32_t model, std::uint32_t stage,
-                     std::uint32_t bucket, Graph graph) {
+void GPULoop::add_graph(std::uint32_t lane, std::uint32_t model, std::uint32_t stage,
+                        std::uint32_t bucket, Graph graph) {
   not_resident("uploading a graph");
-  if (lane < 0 && !take_turns_) {
-    throw std::runtime_error("lanes that do not take turns cannot share a graph");
-  }
-  const Stream stream = at(static_cast<std::uint32_t>(std::max(lane, 0))).stream;
+  const Stream stream = at(lane).stream;
   graphs_.add(lane, model, stage, bucket, graph, stream);
   settle(stream, "uploading a graph");
 }
 
-void Loop::start() {
+void GPULoop::start() {
   not_resident("starting again");
   graphs_.copy_to_device(host_[0].stream);
   settle(host_[0].stream, "copying the table of graphs to the device");
@@ -210,7 +203,7 @@ void Loop::start() {
   }
 }
 
-void Loop::quiesce(std::int64_t timeout_ns) {
+void GPULoop::quiesce(std::int64_t timeout_ns) {
   const std::int64_t deadline = now_ns() + timeout_ns;
   Error error = kSuccess;  // the first of a lane's
   for (;;) {
@@ -234,10 +227,10 @@ void Loop::quiesce(std::int64_t timeout_ns) {
   }
 }
 
-bool Loop::push_step(std::uint32_t index, const StepArguments& arguments) {
+bool GPULoop::push_step(std::uint32_t index, const GPUStepArguments& arguments) {
   HostLane& lane = at(index);
   if (lane.pushed - lane.done == kMaxHeld) return false;
-  StepArguments& place = mapped_[index].arguments[lane.pushed % kMaxHeld];
+  GPUStepArguments& place = mapped_[index].arguments[lane.pushed % kMaxHeld];
   place = arguments;
   const std::uint64_t address = reinterpret_cast<std::uintptr_t>(&place);
   if (!mapped_[index].commands.push({CommandKind::kStep, index, arguments.step, address, 0})) {
@@ -247,16 +240,16 @@ bool Loop::push_step(std::uint32_t index, const StepArguments& arguments) {
   return true;
 }
 
-bool Loop::push(std::uint32_t lane, const Command& command) {
+bool GPULoop::push(std::uint32_t lane, const Command& command) {
   at(lane);
   if (command.kind != CommandKind::kResume && command.kind != CommandKind::kRecall) {
-    throw std::runtime_error("kind: only kResume and kRecall are pushed so");
+    throw std::runtime_error("kind: only kResume and kRecall can be pushed here");
   }
   return mapped_[lane].commands.push(command);
 }
 
-bool Loop::pop(Event* event) {
-  // Looked for first: then what a lane published before its fault is seen before it.
+bool GPULoop::pop(Event* event) {
+  // A fault is looked for first, so that events which a lane published before it are popped first.
   std::uint32_t failed = lane_count_;
   for (std::uint32_t i = 0; i < lane_count_; ++i) {
     if (Atomic<std::uint32_t>(mapped_[i].status.fault).load(kAcquire) != 0) failed = i;
@@ -273,7 +266,7 @@ bool Loop::pop(Event* event) {
   return false;
 }
 
-bool Loop::has_event() const {
+bool GPULoop::has_event() const {
   for (std::uint32_t i = 0; i < lane_count_; ++i) {
     if (!mapped_[i].events.empty() || Atomic<std::uint32_t>(mapped_[i].status.fault).load(kAcquire))
       return true;
@@ -281,7 +274,7 @@ bool Loop::has_event() const {
   return false;
 }
 
-bool Loop::wait(std::int64_t timeout_ns) {
+bool GPULoop::wait(std::int64_t timeout_ns) {
   const std::int64_t deadline = now_ns() + timeout_ns;
   for (std::int64_t look = 0;;) {
     if (has_event()) return true;
@@ -295,8 +288,8 @@ bool Loop::wait(std::int64_t timeout_ns) {
   }
 }
 
-// A lane that died in a stage, or that does not come back from one, says nothing itself.
-void Loop::look_after(std::int64_t now) {
+// Notices lanes that died in a stage, or do not come back from one, since these tell nothing.
+void GPULoop::look_after(std::int64_t now) {
   if (tracing_) compare_clocks();
   for (std::uint32_t i = 0; i < lane_count_; ++i) {
     HostLane& lane = host_[i];
@@ -320,7 +313,7 @@ void Loop::look_after(std::int64_t now) {
   }
 }
 
-LaneStatus Loop::status(std::uint32_t lane) const {
+LaneStatus GPULoop::status(std::uint32_t lane) const {
   at(lane);
   LaneStatus& from = mapped_[lane].status;
   LaneStatus to{};
@@ -337,7 +330,7 @@ LaneStatus Loop::status(std::uint32_t lane) const {
   return to;
 }
 
-void Loop::report(std::uint32_t lane) const {
+void GPULoop::report(std::uint32_t lane) const {
   const LaneStatus status = this->status(lane);
   throw std::runtime_error(lane_name(lane) + ", step " + std::to_string(status.step) + ", layer " +
                            std::to_string(status.layer) + ": " + fault_text(status));

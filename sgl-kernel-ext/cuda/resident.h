@@ -15,20 +15,20 @@
 namespace crosspool::gpu {
 
 // Methods throw std::runtime_error.
-class Loop {
+class GPULoop {
  public:
-  explicit Loop(const LoopDescription& description);
-  ~Loop();
-  Loop(Loop&&) = delete;
-  Loop& operator=(Loop&&) = delete;
+  explicit GPULoop(const GPULoopDescription& description);
+  ~GPULoop();
+  GPULoop(GPULoop&&) = delete;
+  GPULoop& operator=(GPULoop&&) = delete;
 
-  void add_graph(std::int32_t lane, std::uint32_t model, std::uint32_t stage, std::uint32_t bucket,
+  void add_graph(std::uint32_t lane, std::uint32_t model, std::uint32_t stage, std::uint32_t bucket,
                  Graph graph);
   void start();
   void quiesce(std::int64_t timeout_ns);
   bool resident() const;
 
-  bool push_step(std::uint32_t lane, const StepArguments& arguments);
+  bool push_step(std::uint32_t lane, const GPUStepArguments& arguments);
   bool push(std::uint32_t lane, const Command& command);
   bool pop(Event* event);
   bool wait(std::int64_t timeout_ns);
@@ -38,12 +38,12 @@ class Loop {
   std::uint32_t trace_stop(TracedStage* stages, std::uint32_t room);
 
  private:
-  // A lane's memory that both sides see.
+  // Memory of a lane that host and device both see.
   struct Mapped {
     CommandRing commands;
     EventRing events;
     LaneStatus status;
-    StepArguments arguments[kMaxHeld];
+    GPUStepArguments arguments[kMaxHeld];
     LaneTrace trace;
   };
 
@@ -54,13 +54,13 @@ class Loop {
     bool asked_to_leave = false;
     std::uint64_t pushed = 0;  // steps
     std::uint64_t done = 0;
-    std::uint64_t heartbeat = 0;  // as seen last, and when it had changed
+    std::uint64_t heartbeat = 0;  // the last one seen, and when it was seen to change
     std::int64_t heard_ns = 0;
     std::uint64_t traced_from = 0;  // stages recorded before this trace, or handed over
   };
 
-  void describe_models(const LoopDescription& description);
-  void make_lanes(const LoopDescription& description);
+  void describe_models(const GPULoopDescription& description);
+  void make_lanes(const GPULoopDescription& description);
   void destroy();
   const HostLane& at(std::uint32_t lane) const;
   HostLane& at(std::uint32_t lane);
@@ -73,23 +73,21 @@ class Loop {
 
   std::uint32_t lane_count_;
   std::uint64_t wait_ns_;
-  bool take_turns_;
   std::vector<std::vector<std::uint8_t>> kinds_;
   std::vector<DeviceArray<std::uint8_t>> device_kinds_;
   std::vector<ModelEntry> models_;
   std::vector<std::uint32_t> bucket_rows_;
-  std::vector<Lane> images_;  // of the lanes, as they begin
+  std::vector<GPULane> images_;  // the lanes as they begin
   DeviceArray<ModelEntry> device_models_;
   DeviceArray<std::uint32_t> device_bucket_rows_;
-  DeviceArray<Turn> turn_;
-  DeviceArray<Lane> lanes_;
+  DeviceArray<GPULane> lanes_;
   MappedArray<Mapped> mapped_;
   GraphTable graphs_;
   std::vector<HostLane> host_;
   std::uint32_t next_lane_ = 0;  // pop() looks there first
   bool tracing_ = false;
-  std::int64_t ahead_ns_ =
-      0;  // the host's clock of the device's: the least that was seen in a trace
+  // How far the host's clock is ahead of the device's: the least that was seen in a trace.
+  std::int64_t ahead_ns_ = 0;
 };
 
 }  // namespace crosspool::gpu

@@ -10,7 +10,7 @@
 
 namespace crosspool::gpu {
 
-void Loop::trace_start() {
+void GPULoop::trace_start() {
   for (std::uint32_t i = 0; i < lane_count_; ++i) {
     host_[i].traced_from = Atomic<std::uint64_t>(mapped_[i].trace.written).load(kAcquire);
   }
@@ -20,7 +20,7 @@ void Loop::trace_start() {
   compare_clocks();
 }
 
-std::uint32_t Loop::trace_stop(TracedStage* stages, std::uint32_t room) {
+std::uint32_t GPULoop::trace_stop(TracedStage* stages, std::uint32_t room) {
   compare_clocks();
   tracing_ = false;
   push_trace(false);
@@ -32,7 +32,7 @@ std::uint32_t Loop::trace_stop(TracedStage* stages, std::uint32_t room) {
     const std::uint64_t oldest = end - from > kTraceRoom ? end - kTraceRoom : from;
     const std::size_t before = found.size();
     for (std::uint64_t n = oldest; n < end; ++n) found.push_back(trace.stages[n % kTraceRoom]);
-    // The lane may go on for a while, and has begun one stage more than it has counted.
+    // The lane may still record, and has begun to write one stage more than it has counted.
     const std::uint64_t lost = written.load(kAcquire) + 1;
     if (lost > oldest + kTraceRoom) {
       const std::uint64_t count = std::min(lost - oldest - kTraceRoom, end - oldest);
@@ -52,7 +52,7 @@ std::uint32_t Loop::trace_stop(TracedStage* stages, std::uint32_t room) {
   return static_cast<std::uint32_t>(count);
 }
 
-void Loop::push_trace(bool on) {
+void GPULoop::push_trace(bool on) {
   for (std::uint32_t i = 0; i < lane_count_; ++i) {
     if (!mapped_[i].commands.push({CommandKind::kTrace, i, 0, on ? 1U : 0U, 0})) {
       throw std::runtime_error("the command ring of " + lane_name(i) + " is full");
@@ -60,9 +60,9 @@ void Loop::push_trace(bool on) {
   }
 }
 
-// What the host sees of the device's clock is older than its own; by how much varies, so the least
-// difference is nearest to that of the clocks.
-void Loop::compare_clocks() {
+// The host sees the device's clock late, by a varying time, so the least difference that it sees is
+// nearest to the true difference of the clocks.
+void GPULoop::compare_clocks() {
   for (std::uint32_t i = 0; i < lane_count_; ++i) {
     const std::uint64_t device = status(i).clock_ns;
     if (device == 0) continue;

@@ -1,4 +1,4 @@
-// calls.h by CUDA's runtime.
+// The table of calls.h, filled with CUDA's runtime.
 #include <cuda_runtime_api.h>
 
 #include "calls.h"
@@ -67,7 +67,7 @@ Error child_graph(Node node, Graph* graph) {
   return error;
 }
 
-Error make_scheduler_graph(Graph* graph, Lane* lane) {
+Error make_scheduler_graph(Graph* graph, GPULane* lane) {
   cudaGraph_t made = nullptr;
   const cudaError_t error = scheduler_graph(&made, lane);
   *graph = made;

@@ -1,4 +1,4 @@
-// A lane's scheduler graph: one kernel of one warp, whose first thread runs the lane's state
+// The scheduler graph of a lane: one kernel of one warp, whose first thread runs the lane's state
 // machine. It launches the stage's graph and then itself, both as tail launches.
 #include "pass.h"
 #include "scheduler.h"
@@ -13,7 +13,7 @@ constexpr unsigned kPauseNs = 200;
 struct DeviceDriver {
   __device__ std::uint32_t thread() const { return threadIdx.x; }
   __device__ std::uint32_t threads() const { return kWarp; }
-  // What the threads read and wrote before is ordered before what the first one does after.
+  // Orders what all threads read and wrote before it before what the first thread does after it.
   __device__ bool any(bool mine) const {
     const bool yes = __any_sync(~0U, mine) != 0;
     __syncwarp();
@@ -33,14 +33,14 @@ struct DeviceDriver {
   }
 };
 
-__global__ void __launch_bounds__(kWarp) scheduler(Lane* lane) {
+__global__ void __launch_bounds__(kWarp) scheduler(GPULane* lane) {
   DeviceDriver driver;
   schedule(*lane, driver);
 }
 
 }  // namespace
 
-cudaError_t scheduler_graph(cudaGraph_t* graph, Lane* lane) {
+cudaError_t scheduler_graph(cudaGraph_t* graph, GPULane* lane) {
   cudaGraph_t made = nullptr;
   if (const cudaError_t error = cudaGraphCreate(&made, 0); error != cudaSuccess) return error;
   void* arguments[] = {&lane};

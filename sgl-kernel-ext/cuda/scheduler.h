@@ -5,10 +5,10 @@
 
 namespace crosspool::gpu {
 
-class Lane;
+class GPULane;
 
 // A graph of one node, the scheduler of a lane in device memory; not instantiated yet.
-cudaError_t scheduler_graph(cudaGraph_t* graph, Lane* lane);
+cudaError_t scheduler_graph(cudaGraph_t* graph, GPULane* lane);
 
 }  // namespace crosspool::gpu
 

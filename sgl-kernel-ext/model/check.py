@@ -37,9 +37,9 @@ class Case:
     ffn_ranks: int
     lanes: int
     steps: int
-    """Of each attention rank."""
+    """Number of steps of each attention rank."""
     layers: int
-    """Of a step, at most."""
+    """The largest number of layers of a step."""
     restarts: int
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class CommandCase:
     lanes: int
     steps: int
     lease: int
-    """Steps of a lease."""
+    """Number of steps of a lease."""
     spare: int
     """Slots of the event ring beyond its reserve."""
 
@@ -65,7 +65,7 @@ class CommandCase:
 class Report:
     errors: int
     complaint: str
-    """The first error in spin's words; empty: none."""
+    """The first error in spin's words; empty when there is none."""
     states: int
     complete: bool
     """Whether the search ended by itself."""
@@ -92,7 +92,7 @@ def available() -> bool:
 
 
 def verify(case: Case | CommandCase, text: str, seconds: float | None = None) -> Report:
-    """Searches the model ``text``: wholly, or its hashed states for at most ``seconds``."""
+    """Searches the model ``text`` exhaustively, or its hashed states for at most ``seconds``."""
     with tempfile.TemporaryDirectory(prefix="crosspool-spin-") as name:
         folder = Path(name)
         (folder / "model.pml").write_text(text)
@@ -138,7 +138,7 @@ def _search(command: list[str], folder: Path, seconds: float | None) -> Report:
     errors = re.search(r"errors: (\d+)", output)
     states = re.search(r"(\d+) states, stored", output)
     if errors is None or states is None:
-        raise RuntimeError(f"the search said nothing of its result:\n{output}")
+        raise RuntimeError(f"the output of spin's search has no result:\n{output}")
     complaint = re.search(r"^pan:\d+: (.*)$", output, re.MULTILINE)
     return Report(
         int(errors[1]), complaint[1] if complaint else "", int(states[1]), complete, output
@@ -156,10 +156,12 @@ def _rows(seconds: float) -> Iterator[tuple[Case | CommandCase, Report]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each bounded search")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="Time of each bounded search, in seconds."
+    )
     seconds = parser.parse_args().seconds
     if not available():
-        print("spin, or a C compiler, is not installed", file=sys.stderr)
+        print("install spin and a C compiler (apt-get install spin gcc)", file=sys.stderr)
         return 2
     errors = 0
     for case, report in _rows(seconds):

@@ -4,10 +4,10 @@
  * Checked: nothing deadlocks (an end that sleeps through what it waits for is a deadlock), every step
  * ends, its results come once each and in order, no more of them than its lease has, at most one
  * after the loop took a recall, and neither ring is pushed to when it is full. Whether a token stops
- * a lease, when the host recalls one and which lane is looked at next is anything that may be.
+ * a lease, when the host recalls one and which lane is looked at next are left open.
  *
- * A statement, or a d_step, is one memory operation that the other end may see the effect of, or a
- * group of which only the last is seen. Counts of slots never wrap here.
+ * A statement, or a d_step, is one memory operation whose effect the other end may see, or a group
+ * of operations whose last one alone is seen. Counts of slots never wrap here.
  */
 #ifndef LANES
 #define LANES 1

@@ -2,14 +2,14 @@
  * each on a device of its own, with lanes between them.
  *
  * Checked: nothing deadlocks (a rank that sleeps through the ring it waits for is a deadlock), every
- * step of every attention rank ends, a dispatch is answered once, payloads are touched only by the
- * end that they belong to, and an answer is the one to the dispatch that its lane waits for. Steps
+ * step of every attention rank ends, a dispatch gets one reply, payloads are touched only by the
+ * end that they belong to, and a reply is the one to the dispatch that its lane waits for. Steps
  * have 1 to LAYERS layers and lanes take the next step when theirs ends (early exit). Ranks die at
  * any point and start anew, RESTARTS times in all: attention ranks with a new epoch, FFN ranks with
  * their memory kept (a segment that outlives them) or lost (they are sent the dispatch again).
  *
- * A statement, or a d_step, is one memory operation that others may see the effect of, or a group of
- * which only the last is seen. Signals never wrap here: nothing is sent that often.
+ * A statement, or a d_step, is one memory operation whose effect others may see, or a group of
+ * operations whose last one alone is seen. Signals never wrap here: nothing is sent that often.
  */
 #ifndef ATTENTION_RANKS
 #define ATTENTION_RANKS 1
@@ -33,7 +33,7 @@
 #define LINKS (ATTENTION_RANKS * LANES * FFN_RANKS)
 #define LINK(a, lane, f) (((a) * LANES + (lane)) * FFN_RANKS + (f))
 
-/* What a dispatch carries: it names its epoch, lane, step and layer; the answer is its echo. */
+/* What a dispatch carries: it names its epoch, lane, step and layer; the reply is its echo. */
 #define TAG(epoch, step, layer) (1 + (layer) + 4 * ((step) + 8 * (epoch)))
 
 /* The shared memory of a link. */
@@ -73,9 +73,9 @@ proctype AttentionRank(byte a) {
   byte step[LANES];       /* STEPS: the lane is free */
   byte layer[LANES];
   byte layers[LANES];
-  bool outstanding[LANES]; /* the lane waits for the answers to its dispatch */
-  byte sequence[LINKS];    /* of this rank's links only */
-  bool taken[STEPS];       /* steps that this incarnation need not begin */
+  bool outstanding[LANES]; /* the lane waits for the replies to its dispatch */
+  byte sequence[LINKS];    /* only entries of this rank's links are used */
+  bool taken[STEPS];       /* steps that this incarnation does not begin */
   byte lane, f, i;
   bool found, ready;
   goto attach;
@@ -108,7 +108,7 @@ attach:
     lane = 0;
     f = 0
   }
-  /* Whoever attaches rings its peers: its predecessor may have died before it did. */
+  /* A rank that attaches rings its peers: its predecessor may have died before doing so. */
   for (f : 0 .. FFN_RANKS - 1) { ffn_bell[f] = true }
 
   do
@@ -118,7 +118,7 @@ attach:
      for (f : 0 .. FFN_RANKS - 1) {
        if
        :: !joined[a * FFN_RANKS + f] ->
-          /* New, empty memory: what was not answered is sent again. */
+          /* New, empty memory: a dispatch without a reply is sent again. */
           d_step {
             joined[a * FFN_RANKS + f] = true;
             for (lane : 0 .. LANES - 1) {
@@ -146,7 +146,7 @@ attach:
      for (lane : 0 .. LANES - 1) {
        if
        :: step[lane] == STEPS && next < STEPS ->
-          /* The queue's next step; its links may still wait for the answer to a predecessor. */
+          /* The queue's next step; its links may still wait for the reply to a predecessor. */
           d_step {
             ready = true;
             for (f : 0 .. FFN_RANKS - 1) {
@@ -234,7 +234,7 @@ looked:
 }
 
 proctype FFNRank(byte f) {
-  byte answered[LINKS]; /* of this rank's links only */
+  byte replied[LINKS]; /* only entries of this rank's links are used */
   byte a, lane, i, tag, number;
   bool found;
   goto attach;
@@ -251,12 +251,12 @@ restart:
 attach:
   skip;
   d_step {
-    for (i : 0 .. LINKS - 1) { answered[i] = 0 }
+    for (i : 0 .. LINKS - 1) { replied[i] = 0 }
     for (a : 0 .. ATTENTION_RANKS - 1) {
       if
       :: joined[a * FFN_RANKS + f] ->
          for (lane : 0 .. LANES - 1) {
-           answered[LINK(a, lane, f)] = combined[LINK(a, lane, f)]
+           replied[LINK(a, lane, f)] = combined[LINK(a, lane, f)]
          }
       :: else
       fi
@@ -274,24 +274,24 @@ attach:
        for (lane : 0 .. LANES - 1) {
          i = LINK(a, lane, f);
          if
-         :: joined[a * FFN_RANKS + f] && dispatched[i] != answered[i] ->
+         :: joined[a * FFN_RANKS + f] && dispatched[i] != replied[i] ->
             d_step {
               found = true;
               number = dispatched[i];
-              assert(number == answered[i] + 1 || answered[i] == 0);
-              assert(combined[i] == answered[i]);
+              assert(number == replied[i] + 1 || replied[i] == 0);
+              assert(combined[i] == replied[i]);
               tag = dispatch_payload[i]
             }
             MAY_DIE;
             d_step {
               assert(dispatch_payload[i] == tag);
-              assert(dispatched[i] == number && combined[i] == answered[i]);
+              assert(dispatched[i] == number && combined[i] == replied[i]);
               combine_payload[i] = tag;
               tag = 0
             }
             MAY_DIE;
             d_step {
-              answered[i] = number;
+              replied[i] = number;
               combined[i] = number
             }
             MAY_DIE;

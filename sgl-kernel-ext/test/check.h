@@ -1,4 +1,4 @@
-// What the native tests fail with.
+// The end of a native test that fails: a message, and exit status 1.
 #ifndef CROSSPOOL_TEST_CHECK_H
 #define CROSSPOOL_TEST_CHECK_H
 

@@ -1,7 +1,7 @@
-// Whole loops on tiny models, fit for sanitizers. Requests of two models run in one lane, one
-// thread; their tokens must come out the same with any number of threads and lanes, with the FFN
-// rank on another device, with two FFN ranks, while FFN ranks or the attention rank are replaced,
-// and with leases, some of them recalled.
+// Whole loops on tiny models, for sanitizers. Requests of two models run in one lane on one thread.
+// Their tokens must be the same with any number of threads and lanes, with the FFN rank on another
+// device, with two FFN ranks, while FFN ranks or the attention rank are replaced, and with leases,
+// some of them recalled.
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../cpu/engine/loop.h"
+#include "bell.h"
 #include "check.h"
 #include "tiny_model.h"
 
@@ -28,11 +29,7 @@ namespace {
 
 constexpr std::int32_t kMaxRows = 64;
 constexpr std::int32_t kRequestPages = 12;
-constexpr std::int32_t kStop = 17;  // a token that some requests come to choose
-
-struct Bell {
-  alignas(64) crosspool_doorbell doorbell{};
-};
+constexpr std::int32_t kStop = 17;  // a token that some requests choose in the end
 
 // The lane buffers between two devices, as in shared memory; links by lane.
 struct Memory {
@@ -62,7 +59,7 @@ struct Memory {
 
 struct Request {
   std::int32_t model;
-  std::vector<std::int32_t> tokens;  // prompt, then what was chosen
+  std::vector<std::int32_t> tokens;  // the prompt, then the chosen tokens
   std::size_t computed = 0;
   std::size_t prompt = 0;
   std::vector<std::int32_t> pages;
@@ -70,18 +67,18 @@ struct Request {
 };
 
 // One step of some requests of one model.
-struct Step {
+struct SentStep {
   std::vector<Request*> requests;
   std::vector<std::int32_t> tokens;
   std::vector<Segment> segments;
-  std::vector<Wanted> wanted;
+  std::vector<WantedRow> wanted;
   std::vector<std::int32_t> chosen;
   std::vector<bool> sampled;
   std::vector<std::size_t> rows;  // of each request
   StepArguments arguments{};
 
-  // `lease`: steps at most, where all requests sample.
-  Step(std::uint64_t number, std::vector<Request*> of, std::size_t chunk, std::size_t lease)
+  // `lease`: the largest number of steps, where all requests sample.
+  SentStep(std::uint64_t number, std::vector<Request*> of, std::size_t chunk, std::size_t lease)
       : requests(std::move(of)) {
     for (Request* request : requests) {
       const std::size_t left = request->tokens.size() - request->computed;
@@ -94,7 +91,7 @@ struct Step {
         tokens.push_back(request->tokens[request->computed + i]);
       sampled.push_back(taken == left);
       if (taken != left) continue;
-      Wanted one{};
+      WantedRow one{};
       one.row = static_cast<std::int32_t>(tokens.size() - 1);
       one.choice = request->rule ? Choice::kDraw : Choice::kGreedy;
       if (request->rule) one.rule = *request->rule;
@@ -118,7 +115,7 @@ struct Step {
     arguments.chosen = chosen.data();
   }
 
-  // Of the lease's step `index`; the segments are the loop's.
+  // Takes the results of the lease's step `index`; the loop has rewritten the segments.
   void carry_over(std::uint32_t index) const {
     std::size_t next = index * wanted.size();
     for (std::size_t i = 0; i < requests.size(); ++i) {
@@ -207,7 +204,7 @@ class Device {
     start();
   }
 
-  // Waits for the next event, or what comes of a wait of a moment.
+  // Takes the next event, waiting for it at most so long.
   bool next(Event* event, int milliseconds) {
     if (loop_->pop(event)) return true;
     pollfd descriptor{description_.event_fd, POLLIN, 0};
@@ -272,7 +269,7 @@ std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, con
 
   std::vector<Request> requests = make_requests();
   std::uint64_t number = 0;
-  std::array<std::unique_ptr<Step>, 2> flying;
+  std::array<std::unique_ptr<SentStep>, 2> flying;
   const auto send = [&](int model) {
     std::vector<Request*> batch;
     std::size_t lease = setup.lease;
@@ -283,7 +280,7 @@ std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, con
       lease = std::min(lease, request.prompt + new_tokens - request.tokens.size());
     }
     if (batch.empty()) return;
-    flying[model] = std::make_unique<Step>(++number, batch, 5, lease);
+    flying[model] = std::make_unique<SentStep>(++number, batch, 5, lease);
     attention.loop().push({CommandKind::kStep, 0, number,
                            reinterpret_cast<std::uintptr_t>(&flying[model]->arguments), 0});
   };
@@ -316,7 +313,7 @@ std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, con
     }
     if (setup.replace_ffn) ffn->replace();
     if (setup.replace_attention && events % 3 == 1) {
-      // What was in flight is lost, and sent again; what had ended already is not.
+      // Steps in flight are lost and sent again.
       attention.replace();
       for (auto& step : flying) {
         if (step == nullptr) continue;
@@ -327,7 +324,8 @@ std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, con
     }
   }
   ffn.reset();
-  if ((leased > 0) != (setup.lease > 1)) fail("engine_stress: leases are not what was asked for");
+  if ((leased > 0) != (setup.lease > 1))
+    fail("engine_stress: there are leases where none was asked for, or none where some were");
   std::vector<std::vector<std::int32_t>> out;
   for (const Request& request : requests) out.push_back(request.tokens);
   return out;
@@ -369,6 +367,6 @@ int main(int argc, char** argv) {
   }
   std::size_t different = 0;
   for (const auto& tokens : expected) different += tokens.back() != expected[0].back();
-  if (different == 0) fail("engine_stress: all requests end alike: the models do nothing");
+  if (different == 0) fail("engine_stress: all requests end alike, so the models do nothing");
   return 0;
 }

@@ -1,6 +1,6 @@
 // Two devices over the fake driver: the lanes of an attention rank and those of FFN ranks exchange
 // rows through links (lanes.h), in random interleavings. The residual of every step is compared
-// with what plain loops make of it. Usage: exchange_check DEPLOYMENTS
+// with that of plain loops. Usage: exchange_check DEPLOYMENTS
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -30,7 +30,7 @@ std::uint64_t ffn(std::uint64_t x, std::int32_t layer, std::uint32_t rank) {
   return (x ^ 0x9e3779b97f4a7c15U) * (2 * layer + 3) + rank;
 }
 
-struct Deployment {
+struct ExchangingRanks {
   std::uint32_t lanes = 1 + below(3), ranks = 1 + below(2), layers = 1 + below(4);
   bool local = below(2) != 0;
   std::vector<std::uint8_t> kinds;
@@ -41,10 +41,10 @@ struct Deployment {
   std::vector<StageWords> words, ffn_words;
   std::vector<std::int32_t> chosen;
   std::vector<Graph> graphs;
-  std::unique_ptr<Loop> attention_rank;
-  std::vector<std::unique_ptr<Loop>> ffn_ranks;
+  std::unique_ptr<GPULoop> attention_rank;
+  std::vector<std::unique_ptr<GPULoop>> ffn_ranks;
 
-  Deployment()
+  ExchangingRanks()
       : residual(lanes, std::vector<std::uint64_t>(kMaxRows)),
         partial(residual),
         words(lanes),
@@ -67,7 +67,7 @@ struct Deployment {
     for (std::uint32_t rank = 0; rank < ranks; ++rank) make_ffn_rank(rank);
   }
 
-  ~Deployment() {
+  ~ExchangingRanks() {
     attention_rank.reset();
     ffn_ranks.clear();
     for (const Graph graph : graphs) fake::destroy_graph(graph);
@@ -85,7 +85,7 @@ struct Deployment {
   }
 
   template <class Body>
-  void add(Loop& loop, std::uint32_t lane, Stage stage, Body body) {
+  void add(GPULoop& loop, std::uint32_t lane, GPUStage stage, Body body) {
     for (std::uint32_t bucket = 0; bucket < buckets.size(); ++bucket) {
       const Graph graph = fake::make_graph([=, this] { body(bucket); }, 1 + below(3));
       graphs.push_back(graph);
@@ -101,39 +101,39 @@ struct Deployment {
                    reinterpret_cast<std::uintptr_t>(chosen.data()),
                    reinterpret_cast<std::uintptr_t>(links[i].data()), ranks, Role::kAttention};
     }
-    attention_rank = std::make_unique<Loop>(LoopDescription{
-        &described, places.data(), buckets.data(), 1, lanes, 3, below(2), 7, 0, kSecond});
+    attention_rank = std::make_unique<GPULoop>(GPULoopDescription{
+        &described, places.data(), buckets.data(), 1, lanes, 3, 0, 7, 0, kSecond});
     for (std::uint32_t lane = 0; lane < lanes; ++lane) add_lane(lane);
   }
 
   void add_lane(std::uint32_t lane) {
-    Loop& loop = *attention_rank;
+    GPULoop& loop = *attention_rank;
     const StageWords& now = words[lane];
     std::vector<std::uint64_t>&rows = residual[lane], &sum = partial[lane];
-    add(loop, lane, Stage::kEmbed, [&](std::uint32_t) {
+    add(loop, lane, GPUStage::kEmbed, [&](std::uint32_t) {
       for (std::int32_t i = 0; i < now.rows; ++i) rows[i] = now.inputs + i;
     });
-    add(loop, lane, Stage::kAttention, [&](std::uint32_t) {
+    add(loop, lane, GPUStage::kAttention, [&](std::uint32_t) {
       for (std::int32_t i = 0; i < now.rows; ++i) rows[i] = attention(rows[i], now.layer);
     });
-    add(loop, lane, Stage::kDispatch, [&, lane](std::uint32_t) {
+    add(loop, lane, GPUStage::kDispatch, [&, lane](std::uint32_t) {
       for (const LinkMemory& link : links[lane]) {
         std::memcpy(link.dispatch_payload(), rows.data(), std::size_t{kRowBytes} * now.rows);
       }
     });
-    for (const Stage stage : {Stage::kDenseFFN, Stage::kMoEFFN}) {
+    for (const GPUStage stage : {GPUStage::kDenseFFN, GPUStage::kMoEFFN}) {
       add(loop, lane, stage, [&, this, stage](std::uint32_t) {
-        if ((kinds[now.layer] != 0) != (stage == Stage::kMoEFFN)) fail("the wrong kind of FFN");
+        if ((kinds[now.layer] != 0) != (stage == GPUStage::kMoEFFN)) fail("the wrong kind of FFN");
         for (std::int32_t i = 0; i < now.rows; ++i) sum[i] = ffn(rows[i], now.layer, 99);
       });
     }
-    add(loop, lane, Stage::kCombine, [&, this, lane](std::uint32_t) {
+    add(loop, lane, GPUStage::kCombine, [&, this, lane](std::uint32_t) {
       for (std::int32_t i = 0; i < now.rows; ++i) {
         if (local) rows[i] += sum[i];
         for (const LinkMemory& link : links[lane]) rows[i] += payload(link.combine_payload())[i];
       }
     });
-    add(loop, lane, Stage::kHead, [](std::uint32_t) {});
+    add(loop, lane, GPUStage::kHead, [](std::uint32_t) {});
   }
 
   void make_ffn_rank(std::uint32_t rank) {
@@ -142,12 +142,12 @@ struct Deployment {
     for (std::uint32_t lane = 0; lane < lanes; ++lane) served.push_back(links[lane][rank]);
     const LaneDescription place{reinterpret_cast<std::uintptr_t>(&ffn_words[rank]), 0,
                                 reinterpret_cast<std::uintptr_t>(served.data()), lanes, Role::kFFN};
-    ffn_ranks.push_back(std::make_unique<Loop>(
-        LoopDescription{&described, &place, buckets.data(), 1, 1, 3, 0, 0, 0, kSecond}));
+    ffn_ranks.push_back(std::make_unique<GPULoop>(
+        GPULoopDescription{&described, &place, buckets.data(), 1, 1, 3, 0, 0, 0, kSecond}));
     const StageWords& now = ffn_words[rank];
-    for (const Stage stage : {Stage::kDenseFFN, Stage::kMoEFFN}) {
+    for (const GPUStage stage : {GPUStage::kDenseFFN, GPUStage::kMoEFFN}) {
       add(*ffn_ranks.back(), 0, stage, [&, this, rank, stage](std::uint32_t bucket) {
-        if ((kinds[now.layer] != 0) != (stage == Stage::kMoEFFN)) fail("the wrong kind of FFN");
+        if ((kinds[now.layer] != 0) != (stage == GPUStage::kMoEFFN)) fail("the wrong kind of FFN");
         if (now.rows > static_cast<int>(buckets[bucket]) ||
             (bucket > 0 && now.rows <= static_cast<int>(buckets[bucket - 1]))) {
           fail("%d rows in a bucket of %u", now.rows, buckets[bucket]);
@@ -175,13 +175,13 @@ struct Deployment {
   std::uint64_t drive() {
     attention_rank->start();
     for (auto& rank : ffn_ranks) rank->start();
-    std::vector<StepArguments> steps(lanes);
+    std::vector<GPUStepArguments> steps(lanes);
     std::vector<bool> busy(lanes);
     std::uint64_t ended = 0;
     for (int i = 0; i < 400; ++i) {
       const std::uint32_t lane = below(lanes);
       if (!busy[lane]) {
-        StepArguments& step = steps[lane];
+        GPUStepArguments& step = steps[lane];
         step = {generator(), 0, 0, 0, 0, 1, 0, generator(), 0, 0, 0};
         step.bucket = below(3);
         step.rows = 1 + below(buckets[step.bucket]);
@@ -189,12 +189,12 @@ struct Deployment {
         busy[lane] = true;
       }
       if (below(20) == 0) {  // either side may leave, amidst a step
-        Loop& loop = below(2) != 0 ? *attention_rank : *ffn_ranks[below(ranks)];
+        GPULoop& loop = below(2) != 0 ? *attention_rank : *ffn_ranks[below(ranks)];
         loop.quiesce(10 * kSecond);
         fake::run(static_cast<int>(below(40)));
         loop.start();
       }
-      if (below(40) == 0) {  // no answer can come
+      if (below(40) == 0) {  // no reply can come
         ffn_ranks[0]->quiesce(10 * kSecond);
         attention_rank->quiesce(10 * kSecond);
         ffn_ranks[0]->start();
@@ -209,10 +209,10 @@ struct Deployment {
     return ended;
   }
 
-  std::uint64_t take(const std::vector<StepArguments>& steps, std::vector<bool>& busy) {
+  std::uint64_t take(const std::vector<GPUStepArguments>& steps, std::vector<bool>& busy) {
     std::uint64_t ended = 0;
     for (Event event; attention_rank->pop(&event); ++ended) {
-      const StepArguments& step = steps[event.lane];
+      const GPUStepArguments& step = steps[event.lane];
       if (event.kind != EventKind::kDone || event.step != step.step) fail("another step's end");
       for (std::uint32_t row = 0; row < step.rows; ++row) {
         if (residual[event.lane][row] != expected(step.inputs + row)) fail("other hidden states");
@@ -225,12 +225,12 @@ struct Deployment {
 
 // A link that always has a dispatch does not keep the others waiting.
 void check_rotation() {
-  auto deployment = std::make_unique<Deployment>();
+  auto deployment = std::make_unique<ExchangingRanks>();
   while (deployment->lanes < 3) {
     deployment.reset();
-    deployment = std::make_unique<Deployment>();
+    deployment = std::make_unique<ExchangingRanks>();
   }
-  Loop& ffn_rank = *deployment->ffn_ranks[0];
+  GPULoop& ffn_rank = *deployment->ffn_ranks[0];
   std::vector<std::int32_t> order;
   fake::on_stage([&] { order.push_back(deployment->ffn_words[0].link); });
   const DispatchHeader header{7, 0, 0, 1, kRowBytes};
@@ -243,8 +243,8 @@ void check_rotation() {
   while (order.size() < 6) {
     fake::run(1);
     for (AttentionEnd& end : ends) {
-      if (!end.answered()) continue;
-      if (end.combine() == nullptr) fail("an answer of another dispatch");
+      if (!end.replied()) continue;
+      if (end.combine() == nullptr) fail("a reply to another dispatch");
       end.dispatch(header);
     }
   }
@@ -263,7 +263,7 @@ int main(int count, char** arguments) {
   for (int i = 0; i < deployments; ++i) {
     generator.seed(i);
     fake::seed(i);
-    Deployment deployment;
+    ExchangingRanks deployment;
     steps += deployment.drive();
   }
   if (steps < static_cast<std::uint64_t>(deployments))

@@ -120,9 +120,9 @@ Error child_graph(Node node, Graph* graph) {
   return gpu::kSuccess;
 }
 
-Error scheduler_graph(Graph* graph, Lane* lane) {
+Error scheduler_graph(Graph* graph, GPULane* lane) {
   if (const Error error = injected("scheduler_graph")) return error;
-  if (!allocated(lane, sizeof(Lane))) return violate("a lane lies outside device memory");
+  if (!allocated(lane, sizeof(GPULane))) return violate("a lane lies outside device memory");
   *graph = make_graph([] {});
   static_cast<FakeGraph*>(*graph)->lane = lane;
   return gpu::kSuccess;

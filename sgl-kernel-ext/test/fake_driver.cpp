@@ -163,7 +163,7 @@ void fault_stage() {
   }
 }
 
-void on_pass(std::function<void(Lane*)> hook) { state.pass_hook = std::move(hook); }
+void on_pass(std::function<void(GPULane*)> hook) { state.pass_hook = std::move(hook); }
 
 void on_stage(std::function<void()> hook) { state.stage_hook = std::move(hook); }
 

@@ -53,7 +53,7 @@ void fail_relaunch(int error);
 void fault_stage();
 
 // Called before each execution of a scheduler, and before each of a stage.
-void on_pass(std::function<void(gpu::Lane*)> hook);
+void on_pass(std::function<void(gpu::GPULane*)> hook);
 void on_stage(std::function<void()> hook);
 
 const std::vector<std::string>& violations();

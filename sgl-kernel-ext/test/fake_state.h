@@ -16,8 +16,8 @@ namespace crosspool::fake {
 
 using gpu::Error;
 using gpu::Exec;
+using gpu::GPULane;
 using gpu::Graph;
-using gpu::Lane;
 using gpu::Node;
 using gpu::Stream;
 
@@ -29,13 +29,13 @@ struct FakeNode {
 struct FakeGraph {
   std::vector<std::unique_ptr<FakeNode>> nodes;
   std::function<void()> body;
-  Lane* lane = nullptr;  // a scheduler's
+  GPULane* lane = nullptr;  // a scheduler's
   int ticks = 1;
 };
 
 struct FakeExec {
   std::function<void()> body;
-  Lane* lane = nullptr;
+  GPULane* lane = nullptr;
   int ticks = 1;
   bool for_device = false;
   bool uploaded = false;
@@ -67,7 +67,7 @@ struct State {
   std::map<std::string, std::pair<int, int>> failures;  // name: successes left, error
   int tail_error = 0, relaunch_error = 0;
   int under_way = 0;
-  std::function<void(Lane*)> pass_hook;
+  std::function<void(GPULane*)> pass_hook;
   std::function<void()> stage_hook;
 };
 

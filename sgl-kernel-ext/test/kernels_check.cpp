@@ -1,7 +1,7 @@
-// Every kernel of every ISA path that the machine has, on heap arrays of exactly the size that the
-// contracts name, so that AddressSanitizer sees any step beyond; products, experts and attention
-// against plain double loops. Also the tiles of AMX, emulated, where the machine has AVX512. What
-// the kernels compute in detail is checked by test/kernels/test_native_*.py.
+// Runs every kernel of every ISA path that the machine has on heap arrays of exactly the size that
+// the contracts name, so that AddressSanitizer sees any step beyond, and compares products, experts
+// and attention with plain double loops. Where the machine has AVX512, AMX's tiles run too,
+// emulated. test/kernels/test_native_*.py check the kernels' results in detail.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -57,7 +57,7 @@ class Check {
     return {DType::kFloat32, (k_.scratch_bytes(limits) + 3) / 4, false};
   }
 
-  // Memory for a matrix: every other one is compact where the kernels have those.
+  // Memory for a matrix. Every other matrix is compact where the kernels can read such matrices.
   Packed matrix(std::int32_t n, std::int32_t k) {
     compact_ = k_.compact != 0 && !compact_;
     Matrix matrix{nullptr, n, k, dtype_, compact_ ? Encoding::kCompact : Encoding::kPlain};
@@ -118,7 +118,7 @@ class Check {
                          kHeld,          kTopK};
     const Numbers x(dtype_, rows * kHidden), weights(DType::kFloat32, rows * kTopK);
     std::vector<std::int32_t> ids;
-    for (int i = 0; i < rows; ++i) {  // of experts 0 to 6, of which 1 to 5 are here
+    for (int i = 0; i < rows; ++i) {  // chosen of experts 0 to 6; this rank has 1 to 5
       const auto first = static_cast<std::int32_t>(random_bits() % 7);
       ids.insert(ids.end(), {first, (first + 1) % 7});
     }
@@ -171,11 +171,11 @@ class Check {
     }
   }
 
-  struct Request {
+  struct CachedRows {
     std::int32_t start, rows;
   };
 
-  void attention(const AttentionShape& shape, const std::vector<Request>& requests) const {
+  void attention(const AttentionShape& shape, const std::vector<CachedRows>& requests) const {
     constexpr std::int32_t kPageSize = 12, kLayers = 2, kLayer = 1;
     const std::int32_t width =
         std::max(shape.v_begin + shape.kv_heads * shape.v_dim, shape.kv_heads * shape.qk_dim);
@@ -190,7 +190,7 @@ class Check {
       all_rows += rows;
     }
     for (std::size_t s = 0; s < segments.size(); ++s) segments[s].pages = tables[s].data();
-    // Slots that no request wrote are no numbers, the last page's included.
+    // Slots that no request wrote are NaN, those of the last pages included.
     Numbers kv(dtype_, std::int64_t{all_pages} * kLayers * kPageSize * width, false);
     const auto slot = [&](std::size_t s, std::int64_t position) {
       const std::int64_t page = tables[s][position / kPageSize];
@@ -245,7 +245,7 @@ class Check {
     }
   }
 
-  // Norms, rotations and appends: that they stay within their arrays and give numbers.
+  // Norms, rotations and appends stay within their arrays and give numbers.
   void prepare() const {
     constexpr std::int32_t kRows = 5, kQHeads = 6, kKVHeads = 2, kDim = 10, kLatent = 18;
     const Numbers cos(DType::kFloat32, 40 * kDim / 2), sin(DType::kFloat32, 40 * kDim / 2);

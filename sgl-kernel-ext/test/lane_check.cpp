@@ -29,12 +29,12 @@ std::mt19937_64 generator;
 std::uint32_t below(std::uint32_t bound) { return generator() % bound; }
 
 struct PlannedStage {
-  Stage stage;
+  GPUStage stage;
   std::int32_t layer;
 };
 
 struct Step {
-  StepArguments arguments{};
+  GPUStepArguments arguments{};
   std::vector<std::int32_t> tokens, stops;
   std::vector<std::uint32_t> stop_ends;
   bool recalled = false;
@@ -58,13 +58,13 @@ struct ModelLane {
 
   void plan_pass(const std::vector<std::uint8_t>& kinds) {
     const Step& step = *steps.front();
-    plan.push_back({done == 0 ? Stage::kEmbed : Stage::kFeed, -1});
+    plan.push_back({done == 0 ? GPUStage::kEmbed : GPUStage::kFeed, -1});
     for (std::size_t layer = 0; layer < kinds.size(); ++layer) {
       const auto at = static_cast<std::int32_t>(layer);
-      plan.push_back({Stage::kAttention, at});
-      plan.push_back({kinds[layer] != 0 ? Stage::kMoEFFN : Stage::kDenseFFN, at});
+      plan.push_back({GPUStage::kAttention, at});
+      plan.push_back({kinds[layer] != 0 ? GPUStage::kMoEFFN : GPUStage::kDenseFFN, at});
     }
-    if (step.arguments.wanted > 0) plan.push_back({Stage::kHead, -1});
+    if (step.arguments.wanted > 0) plan.push_back({GPUStage::kHead, -1});
   }
 
   // The scheduler of the lane runs; all that was pushed before is known to it.
@@ -97,8 +97,6 @@ class Deployment {
  public:
   Deployment() {
     lanes_ = 1 + below(3);
-    turns_ = below(2) != 0;
-    shared_ = turns_ && below(2) != 0;
     buckets_.assign({1});
     while (buckets_.size() < 4 && below(3) != 0) buckets_.push_back(buckets_.back() * 2);
     std::vector<ModelDescription> models(1 + below(3));
@@ -111,23 +109,20 @@ class Deployment {
     for (std::size_t i = 0; i < models.size(); ++i) {
       models[i].layer_kinds = reinterpret_cast<std::uintptr_t>(kinds_[i].data());
     }
-    words_.resize(shared_ ? 1 : lanes_);
+    words_.resize(lanes_);
     chosen_.assign(lanes_, std::vector<std::int32_t>(buckets_.back(), kPoison));
     std::vector<LaneDescription> lanes(lanes_);
     for (std::uint32_t i = 0; i < lanes_; ++i) {
-      lanes[i].words = reinterpret_cast<std::uintptr_t>(&words_of(i));
+      lanes[i].words = reinterpret_cast<std::uintptr_t>(&words_[i]);
       lanes[i].chosen = reinterpret_cast<std::uintptr_t>(chosen_[i].data());
     }
     model_.resize(lanes_);
-    loop_ = std::make_unique<Loop>(LoopDescription{
+    loop_ = std::make_unique<GPULoop>(GPULoopDescription{
         models.data(), lanes.data(), buckets_.data(), static_cast<std::uint32_t>(models.size()),
-        lanes_, static_cast<std::uint32_t>(buckets_.size()), turns_ ? 1U : 0U, 1,
-        below(2) != 0 ? 0U : 2000U, 1'000'000'000});
-    for (std::uint32_t lane = 0; lane < (shared_ ? 1 : lanes_); ++lane) add_graphs(lane);
-    fake::on_pass([this](Lane* lane) { model_[lane->index()].decide(); });
-    fake::on_stage([this] {
-      if (turns_ && fake::stages_under_way() != 0) fail("two stages run at a time");
-    });
+        lanes_, static_cast<std::uint32_t>(buckets_.size()), 0, 1, below(2) != 0 ? 0U : 2000U,
+        1'000'000'000});
+    for (std::uint32_t lane = 0; lane < lanes_; ++lane) add_graphs(lane);
+    fake::on_pass([this](GPULane* lane) { model_[lane->index()].decide(); });
   }
 
   ~Deployment() {
@@ -178,18 +173,16 @@ class Deployment {
   std::uint64_t stages() const { return stages_; }
 
  private:
-  StageWords& words_of(std::uint32_t lane) { return words_[shared_ ? 0 : lane]; }
-
   void add_graphs(std::uint32_t lane) {
     for (std::uint32_t model = 0; model < kinds_.size(); ++model) {
       for (std::uint32_t bucket = 0; bucket < buckets_.size(); ++bucket) {
-        for (std::uint32_t stage = 0; stage <= static_cast<std::uint32_t>(Stage::kHead); ++stage) {
-          const Graph graph =
-              fake::make_graph([=, this] { ran(lane, model, static_cast<Stage>(stage), bucket); },
-                               static_cast<int>(1 + below(3)));
+        for (std::uint32_t stage = 0; stage <= static_cast<std::uint32_t>(GPUStage::kHead);
+             ++stage) {
+          const Graph graph = fake::make_graph(
+              [=, this] { ran(lane, model, static_cast<GPUStage>(stage), bucket); },
+              static_cast<int>(1 + below(3)));
           graphs_.push_back(graph);
-          loop_->add_graph(shared_ ? -1 : static_cast<std::int32_t>(lane), model, stage, bucket,
-                           graph);
+          loop_->add_graph(lane, model, stage, bucket, graph);
         }
       }
     }
@@ -207,7 +200,7 @@ class Deployment {
   void push_step() {
     const std::uint32_t lane = below(lanes_);
     auto step = std::make_shared<Step>();
-    StepArguments& a = step->arguments;
+    GPUStepArguments& a = step->arguments;
     a.step = ++next_step_;
     a.model = below(static_cast<std::uint32_t>(kinds_.size()));
     a.bucket = below(static_cast<std::uint32_t>(buckets_.size()));
@@ -256,10 +249,9 @@ class Deployment {
     }
   }
 
-  void ran(std::uint32_t graph_lane, std::uint32_t model, Stage stage, std::uint32_t bucket) {
+  void ran(std::uint32_t index, std::uint32_t model, GPUStage stage, std::uint32_t bucket) {
     ++stages_;
-    const std::uint32_t index = shared_ ? words_[0].lane : graph_lane;
-    const StageWords& words = words_of(index);
+    const StageWords& words = words_[index];
     ModelLane& lane = model_[index];
     if (lane.decides || lane.looks) fail("a stage runs before its step was answered");
     if (lane.steps.empty()) fail("a stage runs without a step");
@@ -268,19 +260,18 @@ class Deployment {
     lane.begun = true;
     const PlannedStage planned = lane.plan.front();
     lane.plan.pop_front();
-    const StepArguments& a = step.arguments;
+    const GPUStepArguments& a = step.arguments;
     const bool layer_fits = planned.layer < 0 || words.layer == planned.layer;
     if (stage != planned.stage || !layer_fits || model != a.model || bucket != a.bucket ||
         words.inputs != a.inputs || static_cast<std::uint32_t>(words.rows) != a.rows ||
-        static_cast<std::uint32_t>(words.done) != lane.done ||
-        static_cast<std::uint32_t>(words.lane) != index) {
+        static_cast<std::uint32_t>(words.done) != lane.done) {
       fail("lane %u: stage %u of layer %d, where stage %u of layer %d is due", index,
            static_cast<unsigned>(stage), words.layer, static_cast<unsigned>(planned.stage),
            planned.layer);
     }
-    if (stage == Stage::kHead) choose(index, lane, step);
+    if (stage == GPUStage::kHead) choose(index, lane, step);
     if (lane.plan.empty()) {
-      if (stage == Stage::kHead) {
+      if (stage == GPUStage::kHead) {
         lane.decides = true;
       } else {
         lane.end(false);
@@ -335,7 +326,6 @@ class Deployment {
   }
 
   std::uint32_t lanes_ = 0;
-  bool turns_ = false, shared_ = false;
   std::vector<std::uint32_t> buckets_;
   std::vector<std::vector<std::uint8_t>> kinds_;
   std::deque<StageWords> words_;
@@ -343,7 +333,7 @@ class Deployment {
   std::vector<ModelLane> model_;
   std::vector<std::shared_ptr<Step>> kept_;
   std::vector<Graph> graphs_;
-  std::unique_ptr<Loop> loop_;
+  std::unique_ptr<GPULoop> loop_;
   std::uint64_t next_step_ = 0, stages_ = 0;
 };
 

@@ -36,7 +36,7 @@ class Numbers {
   void set(std::int64_t i, float value) {
     if (dtype_ == DType::kFloat32) {
       static_cast<float*>(data())[i] = value;
-    } else {  // cut off: what is set need not be rounded well
+    } else {  // cut off: the value need not be rounded
       const auto bits = std::bit_cast<std::uint32_t>(value);
       static_cast<std::uint16_t*>(data())[i] = static_cast<std::uint16_t>(bits >> 16);
     }

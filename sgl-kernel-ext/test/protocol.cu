@@ -11,7 +11,7 @@ __global__ void attention_rank(crosspool::LinkMemory memory, crosspool::CommandR
     if (!commands->pop(&command) || !end.free()) continue;
     end.payload()[0] = 1;
     end.dispatch({0, 0, 0, 1, 1});
-    while (!end.answered()) {
+    while (!end.replied()) {
     }
     if (end.combine() == nullptr) break;
     events->push({crosspool::EventKind::kDone, command.lane, command.step, 0, 0, 0});
@@ -24,7 +24,7 @@ __global__ void ffn_rank(crosspool::LinkMemory memory, crosspool::Poll* ended) {
     const crosspool::Poll found = end.poll();
     if (found == crosspool::Poll::kNothing) continue;
     if (found == crosspool::Poll::kBroken) break;
-    end.answer()[0] = end.payload()[0];
+    end.partial_sum()[0] = end.payload()[0];
     end.reply();
   }
   *ended = crosspool::Poll::kBroken;

@@ -1,7 +1,7 @@
-// Two threads exchange payloads over signals and doorbells as the lane protocol does; run under
-// ThreadSanitizer it shows that publication orders the payload, and run at all that no wake-up is
-// lost (a wait that times out is a failure).
-#include <crosspool/signal.h>
+// Two threads exchange payloads over signals and doorbells, as the lane protocol does. No wake-up
+// may be lost (a wait that times out is a failure); ThreadSanitizer checks that publication orders
+// the payload.
+#include <crosspool/lanes.h>
 
 #include <array>
 #include <cstdint>
@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <thread>
 
+#include "bell.h"
 #include "check.h"
 
 namespace {
@@ -17,26 +18,18 @@ constexpr int kLanes = 2;
 constexpr int kWords = 64;
 constexpr std::int64_t kTimeoutNs = 20'000'000'000;
 
-struct alignas(64) Signal {
-  std::uint64_t sequence = 0;
-};
-
-struct alignas(64) Bell {
-  crosspool_doorbell doorbell{};
-};
-
-struct Lane {
-  Signal dispatched;
-  Signal combined;
+struct StressedLane {
+  crosspool::Signal dispatched{};
+  crosspool::Signal combined{};
   std::array<std::uint64_t, kWords> request{};
-  std::array<std::uint64_t, kWords> answer{};
+  std::array<std::uint64_t, kWords> reply{};
 };
 
-std::array<Lane, kLanes> lanes;
+std::array<StressedLane, kLanes> lanes;
 Bell attention_bell;
 Bell ffn_bell;
 
-// Waits for the next ring after `seen`; a rank that sleeps through one is the bug we look for.
+// Waits for the next ring after `seen`; fails when the rank sleeps through it.
 std::uint32_t wait(Bell& bell, std::uint32_t seen, std::int64_t spin_ns) {
   const std::uint32_t rings = crosspool_doorbell_wait(&bell.doorbell, seen, spin_ns, kTimeoutNs);
   if (rings == seen) fail("signal_stress: lost wake-up: a wait timed out");
@@ -44,20 +37,20 @@ std::uint32_t wait(Bell& bell, std::uint32_t seen, std::int64_t spin_ns) {
 }
 
 void ffn_rank(std::uint64_t rounds, std::int64_t spin_ns) {
-  std::array<std::uint64_t, kLanes> answered{};
+  std::array<std::uint64_t, kLanes> replied{};
   std::uint32_t seen = 0;
   for (std::uint64_t left = rounds * kLanes; left > 0;) {
     bool news = false;
     for (int i = 0; i < kLanes; ++i) {
-      Lane& lane = lanes[i];
+      StressedLane& lane = lanes[i];
       const std::uint64_t sequence = crosspool_signal_load(&lane.dispatched.sequence);
-      if (sequence == answered[i]) continue;
-      if (sequence != answered[i] + 1) fail("signal_stress: more than one dispatch outstanding");
+      if (sequence == replied[i]) continue;
+      if (sequence != replied[i] + 1) fail("signal_stress: more than one dispatch outstanding");
       for (int word = 0; word < kWords; ++word) {
         if (lane.request[word] != sequence * kWords + word) fail("signal_stress: torn dispatch");
-        lane.answer[word] = ~lane.request[word];
+        lane.reply[word] = ~lane.request[word];
       }
-      answered[i] = sequence;
+      replied[i] = sequence;
       crosspool_signal_store(&lane.combined.sequence, sequence);
       crosspool_doorbell_ring(&attention_bell.doorbell);
       news = true;
@@ -74,12 +67,12 @@ void attention_rank(std::uint64_t rounds, std::int64_t spin_ns) {
   for (bool first = true; running > 0; first = false) {
     bool news = false;
     for (int i = 0; i < kLanes; ++i) {
-      Lane& lane = lanes[i];
+      StressedLane& lane = lanes[i];
       if (sent[i] > rounds) continue;
       if (!first) {
         if (crosspool_signal_load(&lane.combined.sequence) != sent[i]) continue;
         for (int word = 0; word < kWords; ++word) {
-          if (lane.answer[word] != ~(sent[i] * kWords + word)) fail("signal_stress: torn combine");
+          if (lane.reply[word] != ~(sent[i] * kWords + word)) fail("signal_stress: torn combine");
         }
       }
       news = true;

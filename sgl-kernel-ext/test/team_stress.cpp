@@ -1,5 +1,5 @@
-// A team meets many times: whatever a thread wrote before a meeting, everyone sees after it, and
-// thread 0 is alone in between. Also prints what a meeting costs.
+// A team meets many times. Writes of every thread before a meeting must be visible to all after it,
+// and thread 0 must be alone in between. Also prints how long a meeting takes.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>

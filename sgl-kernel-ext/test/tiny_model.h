@@ -1,5 +1,4 @@
-// A model small enough to run under sanitizers: random weights, in the tables that the engine
-// reads.
+// A model small enough to run under sanitizers: random weights, in the engine's tables.
 #ifndef CROSSPOOL_TEST_TINY_MODEL_H
 #define CROSSPOOL_TEST_TINY_MODEL_H
 
@@ -17,7 +16,7 @@ namespace crosspool::test {
 inline constexpr std::int32_t kPages = 64;
 inline constexpr std::int32_t kPageSize = 4;
 
-// Weights of one model as float32; a rank's tables are made of them as often as needed.
+// The float32 weights of one model. The tables of any number of ranks point to them.
 class TinyModel {
  public:
   TinyModel(AttentionKind kind, std::int32_t layers, std::int32_t vocab, std::uint32_t seed)

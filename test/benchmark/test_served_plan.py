@@ -1,4 +1,4 @@
-"""The served plan's pure parts: what is planned with, and what the run is compared by."""
+"""The pure parts of the served plan: the plan's input, and the comparison with the run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from crosspool.kvpool.planner.kv_model import KVModel
-from crosspool.kvpool.planner.quantile import QuantileEstimate
-from crosspool.kvpool.planner.service_time import DecodeSpeed
+from crosspool.planner.demand.kv_model import KVModel
+from crosspool.planner.demand.quantile import QuantileEstimate
+from crosspool.planner.traffic.service_time import DecodeSpeed
 
 from benchmark import served_plan
 from benchmark.client import Answer
@@ -19,7 +19,7 @@ SPEED = DecodeSpeed(tbt_s=0.01, prefill_tokens_per_s=5000.0, ttft_s=0.02)
 
 
 def served(model: str, arrival: float, prompt: int, output: int) -> Answer:
-    """An answer that came exactly at SPEED."""
+    """Makes an answer that comes exactly at SPEED."""
     request = Request(arrival, model, [400] * prompt, output)
     first = arrival + SPEED.ttft_s + prompt / SPEED.prefill_tokens_per_s
     pieces = [(first + SPEED.tbt_s * i, 1) for i in range(output)]
@@ -44,7 +44,7 @@ def test_the_speed_of_answers_is_found_again() -> None:
 
 
 def test_a_speed_has_no_negative_constant() -> None:
-    """TTFT that grows faster than the prompt: the best line would begin below zero."""
+    """TTFT grows faster than the prompt, so that the best line would begin below zero."""
     steep = [served(TINY_MODELS[0], float(i), 100 * i, 5) for i in range(1, 9)]
     for answer in steep:
         late = (len(answer.request.prompt) / 400) ** 2

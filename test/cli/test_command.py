@@ -1,4 +1,4 @@
-"""The command as a user calls it: exit status, what is told and where."""
+"""The command as a user calls it: its exit status, and what it prints and where."""
 
 import os
 import subprocess
@@ -55,7 +55,7 @@ def test_no_command_prints_the_help(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [1, 1_000_000])
 def test_an_output_that_nobody_reads_ends_it_silently(length: int) -> None:
-    """As with ``| head``; a short one fails only when it is flushed."""
+    """An output that is piped into ``head``; a short one fails only when it is flushed."""
     code = (
         "import sys\nfrom crosspool.cli import main, pools\n"
         f"pools.run = lambda words, prog: print('x' * {length}) or 0\n"

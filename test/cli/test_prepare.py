@@ -11,7 +11,9 @@ import psutil
 import pytest
 from crosspool.cli.prepare import prepare
 from crosspool.config.deployment import ConfigError
-from crosspool.config.draft import Draft, to_draft
+from crosspool.config.deployment_file import to_options
+from crosspool.config.options import Options
+from crosspool.config.sizes import exact_size
 from support.gpus import pretend_gpus
 from support.hollow import Change, hollow_weights
 
@@ -46,8 +48,8 @@ def model(folder: Path, **changes: Any) -> str:
     return str(folder)
 
 
-def draft(*paths: str, **more: Any) -> Draft:
-    return to_draft({"models": [{"path": path} for path in paths], "port": 0, **more}, "test")
+def draft(*paths: str, **more: Any) -> Options:
+    return to_options({"models": [{"path": path} for path in paths], "port": 0, **more}, "test")
 
 
 def test_what_is_left_open_is_filled_in(tmp_path: Path) -> None:
@@ -91,9 +93,9 @@ def test_the_smallest_pool_for_one_request_is_enough(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         prepare(draft(path, kv_pool_bytes=needed - 1))
     said = str(error.value)
-    assert f"--kv-pool-bytes {needed}" in said and "a" in said and "65536" in said
+    assert f"--kv-pool-bytes {exact_size(needed)}" in said and "a" in said and "65536" in said
     tokens = int(said.partition("--context-length ")[2].partition(",")[0])
-    shorter = to_draft(
+    shorter = to_options(
         {
             "models": [{"path": path, "context_length": tokens}],
             "kv_pool_bytes": needed - 1,
@@ -108,7 +110,7 @@ def test_the_smallest_pool_for_one_request_is_enough(tmp_path: Path) -> None:
 def test_every_kv_device_must_hold_a_request(tmp_path: Path) -> None:
     two = [f"cpu:{CORES[0]}", f"cpu:{CORES[1]}"]
     path, needed = model(tmp_path / "a"), 65536 * KV_PER_TOKEN
-    with pytest.raises(ConfigError, match=f"--kv-pool-bytes {2 * needed}"):
+    with pytest.raises(ConfigError, match=f"--kv-pool-bytes {exact_size(2 * needed)}"):
         prepare(draft(path, kv_pool_devices=two, kv_pool_bytes=needed))
     assert prepare(draft(path, kv_pool_devices=two, kv_pool_bytes=2 * needed))
 
@@ -120,14 +122,14 @@ def test_weight_pool_of_exactly_what_is_needed(tmp_path: Path) -> None:
         prepare(draft(path, weight_pool_bytes=FFN_BYTES - 1))
 
 
-def placed(*places: Any, **more: Any) -> Draft:
+def placed(*places: Any, **more: Any) -> Options:
     """Models of ``FFN_BYTES`` each, with their ``weight_pool_devices``, on two weight devices."""
     models = [
         {"path": path, "name": str(index), "weight_pool_devices": own}
         for index, (path, own) in enumerate(places)
     ]
     pool = [f"cpu:{CORES[0]}", f"cpu:{CORES[-1]}"]
-    return to_draft({"models": models, "weight_pool_devices": pool, "port": 0, **more}, "test")
+    return to_options({"models": models, "weight_pool_devices": pool, "port": 0, **more}, "test")
 
 
 @pytest.mark.skipif(len(CORES) < 2, reason="needs two cores for two devices")
@@ -169,10 +171,10 @@ def test_a_models_devices_must_be_the_weight_pools(tmp_path: Path, own: Any, pro
     assert f"models[1].weight_pool_devices: {problem}" in str(error.value)
 
 
-def bounded(path: str, *bounds: dict[str, Any], **more: Any) -> Draft:
+def bounded(path: str, *bounds: dict[str, Any], **more: Any) -> Options:
     """One model of ``path`` for each of ``bounds``."""
     models = [{"path": path, "name": f"m{i}", **own} for i, own in enumerate(bounds)]
-    return to_draft({"models": models, "port": 0, **more}, "test")
+    return to_options({"models": models, "port": 0, **more}, "test")
 
 
 def test_floors_and_ceilings_are_read(tmp_path: Path) -> None:
@@ -197,20 +199,20 @@ def test_floors_and_ceilings_are_read(tmp_path: Path) -> None:
         ),
         (
             ({"kv_floor_bytes": "20MiB", "kv_ceiling_bytes": "18MiB"},),
-            "kv_ceiling_bytes of m0: 18874368 is below its kv_floor_bytes, 20971520",
+            "kv_ceiling_bytes of m0: 18MiB is below its kv_floor_bytes, 20MiB",
         ),
         (
             ({"kv_ceiling_bytes": "15MiB"},),
             "kv_ceiling_bytes of m0: 15.0 MiB on 1 device(s) do not hold one request of 65536 "
-            "tokens, the context of m0: give --context-length 57344, or a ceiling of 16777216",
+            "tokens, the context of m0: give --context-length 57344, or a ceiling of 16MiB",
         ),
         (
             ({}, {"kv_floor_bytes": "17MiB"}),
             "kv_pool_bytes: 32.0 MiB on 1 device(s) beside the floors of other models, 18.0 MiB, "
             "do not hold one request of 65536 tokens, the context of m0: give --context-length "
-            "57344, or --kv-pool-bytes 35651584",
+            "57344, or --kv-pool-bytes 34MiB",
         ),
-        (({"kv_floor_bytes": "much"},), "m0: kv_floor_bytes: 'much' is no size"),
+        (({"kv_floor_bytes": "much"},), "models[0].kv_floor_bytes: 'much' is no size"),
     ],
 )
 def test_floors_and_ceilings_that_cannot_be_kept(
@@ -240,7 +242,7 @@ def test_port_in_use_is_refused(tmp_path: Path) -> None:
         ("port", 70000, "port: 70000 must be between"),
         ("kv_pool_bytes", "2 gigs", "kv_pool_bytes: '2 gigs' is no size"),
         ("weight_pool_bytes", "x", "weight_pool_bytes: 'x' is no size"),
-        ("chunk_bytes", "3MiB", "chunk_bytes: 3145728 must be a multiple of 2MiB"),
+        ("chunk_bytes", "3MiB", "chunk_bytes: 3MiB must be a multiple of 2MiB"),
         ("kv_pool_devices", "gpu", "kv_pool_devices: 'gpu' is no device"),
         ("weight_pool_devices", "cpu,cpu", "weight_pool_devices: cpu is named twice"),
         ("kv_pool_bytes", "900TiB", "of memory are available"),
@@ -277,8 +279,8 @@ def test_weights_that_do_not_fit_the_config_are_told_before_anything_starts(
 def test_preparing_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from crosspool.cli.prepare import prepare;"
-        "from crosspool.config.draft import to_draft;"
-        "prepare(to_draft({'models': [{'path': sys.argv[1]}], 'port': 0}, 'test'));"
+        "from crosspool.config.deployment_file import to_options;"
+        "prepare(to_options({'models': [{'path': sys.argv[1]}], 'port': 0}, 'test'));"
         "sys.exit('torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, model(tmp_path / "a")]

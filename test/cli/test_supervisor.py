@@ -1,4 +1,5 @@
-"""The supervisor over real stand-in processes, run in a process of its own as the launcher is."""
+"""The supervisor with real stand-in processes; it runs in a process of its own, as the launcher
+does."""
 
 import json
 import os
@@ -39,7 +40,7 @@ time.sleep(600)
 FORK_SERVER = """
 import json, runpy, sys, time
 from functools import partial
-from crosspool.frontend.fork_server import fork_all
+from crosspool.server.fork_server import fork_all
 def become(argv):
     sys.argv = argv
     try:
@@ -209,7 +210,7 @@ def test_stubborn_process_is_killed_after_the_drain_timeout(run) -> None:
     server.wait_for("ready")
     server.process.send_signal(signal.SIGINT)
     assert server.end() == 0
-    assert "say killing http: no end after SIGTERM" in server.log
+    assert "say killing http, which did not end after SIGTERM" in server.log
     assert not server.orphans()
 
 
@@ -249,7 +250,8 @@ FORKED = "http forked;scheduler forked;detokenizer forked;device"
 
 
 def test_forked_processes_are_children_like_others(run) -> None:
-    """Each leads a group of its own; the fork server is gone; they stop stage by stage."""
+    """Each forked process leads a group of its own, the fork server is gone, and they stop stage by
+    stage."""
     server = run(FORKED)
     server.wait_for("ready")
     launcher = psutil.Process(server.process.pid)
@@ -305,7 +307,8 @@ def test_the_fork_server_ends_with_the_launcher(run, number: str, expected: int)
 
 
 def test_what_is_forked_leaves_when_it_is_not_adopted(tmp_path: Path) -> None:
-    """The launcher has closed its end: it stops, or it is gone."""
+    """A forked process ends when the launcher closes its end of the socket, because it stops or is
+    gone."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     (tmp_path / "fork_server.py").write_text(FORK_SERVER)
     plan = [0, 0, {"http": ["never read"]}]

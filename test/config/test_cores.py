@@ -1,4 +1,4 @@
-"""Who runs where: teams on their devices' cores, all else beside them where there is room."""
+"""Cores of processes: teams run on those of their devices, all else on the others, if any."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ needs_two_cores = pytest.mark.skipif(len(CORES) < 2, reason="needs a core beside
 
 
 def in_thread(work: Callable[[], T]) -> T:
-    """What ``work`` returns in a thread of its own, whose cores and slice end with it."""
+    """Returns what ``work`` returns in a thread of its own, whose cores and slice end with it."""
     made: list[T] = []
     thread = threading.Thread(target=lambda: made.append(work()))
     thread.start()
@@ -54,7 +54,7 @@ def test_where_no_core_is_left_or_none_is_taken_all_may_be_used(names: list[str]
 
 
 def slice_ns() -> int | None:
-    """Of the calling thread, as Linux tells it; None where it does not."""
+    """Time slice of the calling thread in ns; None where Linux does not report it."""
     try:
         text = Path(f"/proc/self/task/{threading.get_native_id()}/sched").read_text()
     except OSError:
@@ -109,7 +109,7 @@ def test_front_end_processes_keep_off_the_devices_cores(tmp_path: Path) -> None:
         )
     )
     code = (
-        "import os, sys; from pathlib import Path; from crosspool.frontend.process import prepare;"
+        "import os, sys; from pathlib import Path; from crosspool.server.process import prepare;"
         "prepare('http', Path(sys.argv[1])); print(sorted(os.sched_getaffinity(0)))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "deployment.json")]

@@ -1,10 +1,15 @@
+import os
 from pathlib import Path
 
 import pytest
 from crosspool.config.deployment import ConfigError
 from crosspool.config.deployment_file import read
+from crosspool.config.device import Device
+from crosspool.config.example import example
+from crosspool.config.options import SERVER_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
+LAST = f"cpu:{max(os.sched_getaffinity(0))}"
 
 
 def write(folder: Path, text: str) -> Path:
@@ -18,17 +23,27 @@ def test_the_example_is_read() -> None:
     assert [model.name for model in draft.models] == ["qwen", "deepseek"]
     assert draft.models[1].dtype == "float32"
     assert draft.models[0].path == str(ROOT / "python/crosspool/demo/tiny-qwen3-moe")
-    assert draft.kv_pool_bytes == "256MiB"
+    assert draft.kv_pool_bytes == 256 << 20
+
+
+def test_the_example_is_what_the_options_make_of_it() -> None:
+    assert (ROOT / "deployment.example.yaml").read_text() == example(), (
+        "python -m crosspool.config.example > deployment.example.yaml"
+    )
+    options = read(ROOT / "deployment.example.yaml")
+    for name, option in SERVER_OPTIONS.items():
+        if option.example is None:
+            assert getattr(options, name) == option.default
 
 
 def test_devices_of_a_model(tmp_path: Path) -> None:
     file = write(
         tmp_path,
-        "models: [{path: a, weight_pool_devices: 'cpu:1'}, {path: b}, "
-        "{path: c, weight_pool_devices: ['cpu:0', 'cpu:1']}]",
+        f"models: [{{path: a, weight_pool_devices: '{LAST}'}}, {{path: b}}, "
+        f"{{path: c, weight_pool_devices: ['cpu', '{LAST}']}}]",
     )
     own = [model.weight_pool_devices for model in read(file).models]
-    assert own == ["cpu:1", None, ["cpu:0", "cpu:1"]]
+    assert own == [(Device(LAST),), None, (Device("cpu"), Device(LAST))]
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
@@ -57,12 +72,18 @@ MODEL = "models: [{path: a}]\n"
         (MODEL + "lanes: two", "lanes: Expected `int`, got `str`"),
         (MODEL + "lanes: 1.5", "lanes: Expected `int`, got `float`"),
         ("models: {path: a}", "models: Expected `array`, got `object`"),
-        (MODEL + "ffn_parallel: pp", "ffn_parallel: Invalid enum value 'pp'"),
+        (MODEL + "ffn_parallel: pp", "ffn_parallel: 'pp' is not one of tp, ep"),
+        (MODEL + "lanes: 0", "lanes: 0 must be at least 1"),
+        (MODEL + "tbt_target_ms: .nan", "tbt_target_ms: nan must be at least 0"),
         (MODEL + "sglang: {api_kee: x}", r"sglang.api_kee: did you mean api_key\?"),
         (MODEL + "sglang: {tp_size: 2}", "sglang.tp_size: parallelism follows"),
         (MODEL + "sglang: {port: 2}", "sglang.port: write this key outside of sglang"),
+        (
+            MODEL + "sglang: {disable_radix_cache: true}",
+            "sglang.disable_radix_cache: write prefix_cache: false outside of sglang",
+        ),
         (MODEL + "sglang: {mem_fraction_static: 0.5}", "sglang.mem_fraction_static has no effect"),
-        (MODEL + "sglang: {api_key: 5}", "sglang.api_key: expected str, got 5"),
+        (MODEL + "sglang: {api_key: 5}", "sglang.api_key: Expected `str`, got `int`: 5"),
         (MODEL + "sglang: {grammar_backend: x}", "grammar_backend: 'x' is not one of xgrammar"),
         (
             "models: [{path: a, sglang: {json_model_override_args: '{}'}}]",

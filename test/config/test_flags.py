@@ -1,8 +1,12 @@
+import os
+
 import pytest
 from crosspool.config.deployment import ConfigError
+from crosspool.config.device import Device
 from crosspool.config.flags import parse
 from crosspool.config.sglang_flags import FLAGS
 
+CORE = Device(f"cpu:{min(os.sched_getaffinity(0))}")
 TWO = ["--model-path", "/models/a", "--model-path", "/models/b"]
 
 
@@ -12,7 +16,7 @@ def test_flags_of_sglang_and_of_the_pools() -> None:
             *TWO,
             *["--served-model-name", "A", "--served-model-name", "B"],
             *["--context-length", "512", "--context-length", "1024"],
-            *["--dtype", "float32", "--kv-pool-devices", "cpu:0", "--kv-pool-bytes", "2GiB"],
+            *["--dtype", "float32", "--kv-pool-devices", CORE.name, "--kv-pool-bytes", "2GiB"],
             *["--lanes", "3", "--port", "1234", "--api-key", "secret", "--enable-metrics"],
             *["--chat-template", "chatml", "--trust-remote-code", "--log-requests-target", "a"],
         ]
@@ -27,7 +31,7 @@ def test_flags_of_sglang_and_of_the_pools() -> None:
         "enable_metrics": True,
         "log_requests_target": ["a"],
     }
-    assert (draft.kv_pool_devices, draft.kv_pool_bytes) == ("cpu:0", "2GiB")
+    assert (draft.kv_pool_devices, draft.kv_pool_bytes) == ((CORE,), 2 << 30)
     assert (draft.lanes, draft.port) == (3, 1234)
 
 
@@ -40,7 +44,7 @@ def test_what_is_not_given_is_left_open() -> None:
 
 
 def test_json_flags_arrive_parsed() -> None:
-    flag = next(flag.flag for flag in FLAGS if flag.kind == "json" and flag.scope == "model")
+    flag = next(flag.flag for flag in FLAGS if flag.plain_type is dict and flag.per_model)
     draft = parse([*TWO, flag, '{"x": 1}', flag, "{}"])
     assert [list(m.sglang.values()) for m in draft.models] == [[{"x": 1}], [{}]]
     with pytest.raises(ConfigError, match=f"{flag}: .* is no JSON"):
@@ -56,7 +60,7 @@ def test_flags_of_promises() -> None:
     draft = parse(
         [*TWO, "--kv-floor-bytes", "1MiB", "--promise", "growth", "--growth-tokens", "64"]
     )
-    assert [m.kv_floor_bytes for m in draft.models] == ["1MiB"] * 2
+    assert [m.kv_floor_bytes for m in draft.models] == [1 << 20] * 2
     assert [m.kv_ceiling_bytes for m in draft.models] == [None] * 2
     assert (draft.promise, draft.growth_tokens) == ("growth", 64)
     with pytest.raises(ConfigError, match="promise"):
@@ -85,8 +89,12 @@ def test_flags_without_effect_are_taken_with_a_warning(capsys: pytest.CaptureFix
         ([*TWO, "--lanes", "two"], "--lanes: invalid int value: 'two'"),
         ([*TWO, "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         ([*TWO, "--nnodes", "2"], "--nnodes: invalid choice"),
-        ([*TWO, "--ffn-parallel", "pp"], "ffn_parallel: Invalid enum value 'pp'"),
+        ([*TWO, "--ffn-parallel", "pp"], "--ffn-parallel: invalid choice: 'pp'"),
         ([*TWO, "--port"], "--port: expected one argument"),
+        ([*TWO, "--lanes", "0"], "--lanes: 0 must be at least 1"),
+        ([*TWO, "--kv-floor-bytes", "much"], "--kv-floor-bytes: 'much' is no size: write 2GiB"),
+        ([*TWO, "--chunk-bytes", "3MiB"], "--chunk-bytes: 3MiB must be a multiple of 2MiB"),
+        ([*TWO, "--weight-pool-devices", "gpu"], "--weight-pool-devices: 'gpu' is no device"),
     ],
 )
 def test_mistakes_name_the_flag(flags: list[str], problem: str) -> None:

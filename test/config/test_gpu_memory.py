@@ -1,4 +1,4 @@
-"""GPUs as ``nvidia-smi`` tells of them."""
+"""GPUs as ``nvidia-smi`` lists them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What every process does."""
+"""What every process of a deployment does."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 import pytest
-from crosspool.config.sizes import format_size, parse_size
+from crosspool.config.sizes import exact_size, format_size, parse_size
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,19 @@ def test_everything_else_is_refused(text: str) -> None:
 )
 def test_format(size: int, text: str) -> None:
     assert format_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0"),
+        (4097, "4097"),
+        (1536, "1536"),
+        (3 << 29, "1536MiB"),
+        (2 << 20, "2MiB"),
+        (5 << 40, "5TiB"),
+    ],
+)
+def test_exact_sizes_are_read_again(size: int, text: str) -> None:
+    assert exact_size(size) == text
+    assert size == 0 or parse_size(text) == size

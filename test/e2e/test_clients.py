@@ -153,6 +153,7 @@ def test_tools(client: openai.OpenAI) -> None:
 
 DSL = """
 import json, sys
+import crosspool.sglang
 import sglang as sgl
 
 sgl.set_default_backend(sgl.RuntimeEndpoint(sys.argv[1]))
@@ -226,7 +227,7 @@ def test_bench_serving_on_two_models_at_once(server: Server, tmp_path: Path) -> 
     for model in TINY_MODELS[:2]:
         out = tmp_path / f"{model}.jsonl"
         command = [
-            *(sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang"),
+            *(sys.executable, "-m", "crosspool.sglang", "bench_serving", "--backend", "sglang"),
             *("--base-url", f"{server.url}/m/{model}"),
             *("--model", str(DEMO / model), "--tokenizer", str(DEMO / model)),
             *("--dataset-name", "random-ids", "--num-prompts", "16", "--request-rate", "8"),

@@ -44,7 +44,7 @@ def wait_empty(server: Server) -> None:
 
 
 def request(tokens: int, prompt: int, number: int) -> dict[str, Any]:
-    """Requests of unlike ``number`` share no prefix."""
+    """A request that shares no prefix with those of another ``number``."""
     return {
         "input_ids": [7 + number, *(7 + i % 900 for i in range(prompt - 1))],
         "sampling_params": {
@@ -120,7 +120,7 @@ def test_overload_answers_every_request_in_full_or_refuses_it(small_pool: Server
 
 @pytest.mark.slow
 def test_queue_limit_refuses_with_429_and_retry_after() -> None:
-    """Whole answers and streams alike: OpenAI's client raises what its users wait and retry for."""
+    """OpenAI's client raises the error after which its users wait and retry, streaming or not."""
 
     def ask(number: int) -> openai.RateLimitError | None:
         try:

@@ -23,7 +23,7 @@ WARM_SHARE = 0.25
 
 
 def measure(server: Server) -> dict[str, dict[str, int]]:
-    """Per process: file descriptors, threads and unique memory in KiB."""
+    """File descriptors, threads and unique memory in KiB of each process."""
     figures = {}
     for process in server.processes():
         name = process.cmdline()[0].split("/")[-1] if process.cmdline() else process.name()

@@ -11,7 +11,7 @@ from support.server import DEMO, TINY_MODELS, Server
 
 FFN_KEYS = ("router", "experts.", "shared.", "mlp.")
 FFN_RANKS = dict(zip(TINY_MODELS, ([0], [0, 1], [1]), strict=True))
-"""As the server's deployment file places the models."""
+"""FFN ranks of each model, as the server's deployment file has them."""
 
 
 def config(model: str) -> dict[str, Any]:

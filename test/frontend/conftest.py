@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from crosspool.frontend import compat
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.front_end import MODELS, FrontEndServer, deployment
 from support.server import DEMO
+
+compat.install()
 
 TEXT = " the quick brown fox jumps over the lazy dog and then it runs away for good"
 
@@ -24,7 +27,7 @@ def tokenizers() -> list[PreTrainedTokenizerBase]:
 
 @pytest.fixture(scope="session")
 def scripted(tokenizers: list[PreTrainedTokenizerBase]) -> list[list[int]]:
-    """The tokens that each model's fake device says, over and over."""
+    """The tokens that each model's fake device repeats."""
     return [t.encode(TEXT, add_special_tokens=False) for t in tokenizers]
 
 

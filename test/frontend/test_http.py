@@ -31,7 +31,7 @@ def client(server: FrontEndServer) -> openai.OpenAI:
 
 @pytest.fixture
 def slow(server: FrontEndServer) -> Iterator[None]:
-    """Steps take so long that a test can act while one runs."""
+    """Makes steps so slow that a test can act while one runs."""
     (device,) = server.devices
     device.step_seconds = 0.05
     yield
@@ -345,8 +345,7 @@ def test_pause_and_continue(server: FrontEndServer) -> None:
 
 DSL = """
 import json, sys
-from crosspool.frontend import startup
-startup.watch()
+import crosspool.sglang
 import sglang as sgl
 
 sgl.set_default_backend(sgl.RuntimeEndpoint(sys.argv[1]))
@@ -427,7 +426,7 @@ def test_inspection(server: FrontEndServer) -> None:
 
 
 def test_sigterm_lets_requests_end(server: FrontEndServer, slow: None) -> None:
-    """Last: it ends the HTTP process."""
+    """The last test, since it ends the HTTP process."""
     answers: list[Any] = []
     body = {"model": MODELS[0], "prompt": "x", "max_tokens": 40}
     thread = threading.Thread(

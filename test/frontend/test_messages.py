@@ -8,7 +8,8 @@ from itertools import islice
 from typing import Any
 
 import pytest
-from crosspool.frontend.control_requests import ANSWERS, FORWARDED, UNANSWERED
+from crosspool.frontend import private
+from crosspool.frontend.control_requests import FORWARDED, REPLIES, WITHOUT_REPLY
 from crosspool.frontend.messages import (
     OpenRequest,
     finish_reason,
@@ -24,7 +25,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 
 def message(params: dict[str, Any] | None = None, **fields: Any) -> io.TokenizedGenerateReqInput:
-    """As it arrives: encoded and decoded by SGLang's own codec."""
+    """A message as it arrives: encoded and decoded by SGLang's own codec."""
     sampling = SamplingParams(**(params or {}))
     sampling.normalize(object())
     defaults: dict[str, Any] = {
@@ -34,7 +35,7 @@ def message(params: dict[str, Any] | None = None, **fields: Any) -> io.Tokenized
         "token_ids_logprob": None, "stream": False,
     }  # fmt: skip
     made = io.TokenizedGenerateReqInput(**{**defaults, **fields}, sampling_params=sampling)
-    return io._msgpack_decoder.decode(io.msgpack_encode(made))
+    return private.decode(io.msgpack_encode(made))
 
 
 def test_sampling() -> None:
@@ -108,7 +109,7 @@ def output(tokens: list[int], finish: Finish | None = None, first: bool = False)
 END = Finish(kind="length")
 
 
-def test_an_answer_in_one_piece_is_held_back() -> None:
+def test_output_that_is_not_streamed_is_held_back() -> None:
     request = OpenRequest.of(message(), 1)
     assert request.take(output([1], first=True)) is None
     assert request.take(output([2])) is None
@@ -131,7 +132,7 @@ def test_token_id_output_is_what_sglang_decodes() -> None:
     made = to_token_id_output(
         [(with_logprobs, output([1, 2], first=True)), (without, output([3], END))]
     )
-    got = io._msgpack_decoder.decode(io.msgpack_encode(made))
+    got = private.decode(io.msgpack_encode(made))
     assert got.rids == ["a", "b"]
     assert [list(ids) for ids in got.decode_ids] == [[15, 16, 17, 18, 19, 1, 2], [3]]
     assert got.read_offsets == [5, 5]
@@ -149,12 +150,12 @@ def test_aborts_that_are_errors_carry_a_status() -> None:
     assert own == {"type": "abort", "message": "m"}
 
 
-def test_every_answer_that_sglang_waits_for_is_given() -> None:
-    given = {type(make(_dummy(kind))) for kind, make in ANSWERS.items()}
+def test_every_reply_that_sglang_waits_for_is_given() -> None:
+    given = {type(make(_dummy(kind))) for kind, make in REPLIES.items()}
     handled_by_the_loop = {io.GetInternalStateReqOutput, io.FlushCacheReqOutput}
     assert {spec[1] for spec in _COMMUNICATOR_SPECS} <= given | handled_by_the_loop
     assert {io.UpdateWeightFromDiskReqOutput, io.OpenSessionReqOutput} <= given
-    assert not set(ANSWERS) & {*FORWARDED, *UNANSWERED}
+    assert not set(REPLIES) & {*FORWARDED, *WITHOUT_REPLY}
 
 
 def _dummy(kind: type) -> Any:

@@ -1,4 +1,4 @@
-"""A stock SGLang server, started by SGLang's own command, attached to a running deployment."""
+"""A stock SGLang server that is attached to a running deployment."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def installed(tmp_path: Path) -> dict[str, str]:
-    """The environment of a Python that has CrossPool installed: its .pth file's line and its
-    entry point."""
-    start = "from crosspool.frontend import startup\nstartup.watch()\n"
-    (tmp_path / "sitecustomize.py").write_text(start)
+    """The environment of a Python in which CrossPool's entry point is installed."""
     info = tmp_path / "crosspool_installed-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: crosspool-installed\nVersion: 0\n")
@@ -42,7 +39,7 @@ def attached(server: FrontEndServer, installed: dict[str, str], tmp_path: Path) 
     with log.open("w") as out:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "sglang.launch_server", "--device", "cpu"),
+                *(sys.executable, "-m", "crosspool.sglang", "launch_server", "--device", "cpu"),
                 *("--model-path", str(DEMO / MODELS[1]), "--served-model-name", MODELS[1]),
                 *("--port", str(port), "--skip-server-warmup"),
             ],
@@ -71,16 +68,16 @@ def test_it_serves_beside_the_deployment(server: FrontEndServer, attached: Front
     status, own, _ = server.request("/v1/completions", body)
     assert status == 200, (own, server.log.read_text()[-3000:])
     assert answer["choices"][0]["text"] == own["choices"][0]["text"]
-    models = admin.ask(server.deployment.admin_address, "status")["models"]
-    assert [model["attached"] for model in models] == [0, 1]
+    models = admin.status(server.deployment.admin_address).models
+    assert [model.attached for model in models] == [0, 1]
     attached.processes["stock"].send_signal(signal.SIGTERM)
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        models = admin.ask(server.deployment.admin_address, "status")["models"]
-        if [model["attached"] for model in models] == [0, 0]:
+        models = admin.status(server.deployment.admin_address).models
+        if [model.attached for model in models] == [0, 0]:
             break
         time.sleep(0.2)
-    assert [model["attached"] for model in models] == [0, 0]
+    assert [model.attached for model in models] == [0, 0]
     assert server.request("/v1/completions", body)[0] == 200
 
 

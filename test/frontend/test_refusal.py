@@ -1,4 +1,4 @@
-"""How a refusal becomes an HTTP answer, without processes."""
+"""How a refusal becomes an HTTP response, without processes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import fastapi
 import msgspec
 import pytest
 from crosspool.frontend import refusal
-from crosspool.frontend.asgi import ErrorShaper, Message
 from crosspool.frontend.messages import finish_reason
 from crosspool.frontend.refusal import Refusal
 from crosspool.frontend.tokenizer_manager import PooledTokenizerManager, Refused, native_api
 from crosspool.scheduler.request import Finish
+from crosspool.server.errors import ErrorShaper
+from starlette.types import Message
 
 FULL = "the queue is full; retry later"
 EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -127,9 +128,7 @@ def test_the_tokenizer_manager_notes_why(native: bool, streaming: bool) -> None:
             "meta_info": {"finish_reason": finish_reason(finish, 0), "completion_tokens": 0}
         }
         with pytest.raises(Refused if native else fastapi.HTTPException):
-            await PooledTokenizerManager._handle_abort_finish_reason(
-                SimpleNamespace(), out, None, streaming
-            )
+            await PooledTokenizerManager.on_abort(SimpleNamespace(), out, None, streaming)
         return refused
 
     assert asyncio.run(run()) == Refusal(429, FULL, 3)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from crosspool.kernels.native_dense import available_isas
-from crosspool.kernels.native_kernels import NativeKernels
+from crosspool.kernels.isa import available_isas
 from support import fake_cuda_graphs
 from support.fake_cuda_graphs import FakeCuda
+from support.native_kernels import NativeKernels
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from crosspool.kernels.attention import (
-    Segment,
+    RowSpan,
     append_kv,
     gather_kv,
     gqa_attention,
@@ -31,13 +31,13 @@ def _attend(q: Array, k: Array, v: Array, *, scale: float, start: int, window: i
     return out
 
 
-# (tokens cached before, rows of the batch) of each request; 300 rows span several blocks.
+# (cached tokens, rows of the batch) of each request; 300 rows span several blocks.
 RAGGED = [(0, 5), (11, 1), (3, 300), (16, 4), (0, 1), (40, 1)]
 PAGE_SIZE = 8
 
 
-def _paged(width: int) -> tuple[torch.Tensor, list[Segment], list[torch.Tensor]]:
-    """NaN-filled cache of three layers with every request's tokens in layer 1."""
+def _paged(width: int) -> tuple[torch.Tensor, list[RowSpan], list[torch.Tensor]]:
+    """Makes a cache of three layers, full of NaN but for every request's tokens in layer 1."""
     generator = torch.Generator().manual_seed(0)
     kv = torch.full((64, 3, PAGE_SIZE, width), math.nan)
     free = torch.randperm(64, generator=generator)
@@ -50,7 +50,7 @@ def _paged(width: int) -> tuple[torch.Tensor, list[Segment], list[torch.Tensor]]
         positions = torch.arange(length)
         slots = pages[positions // PAGE_SIZE], positions % PAGE_SIZE
         append_kv(kv, 1, slots, values)
-        segments.append(Segment(first_row=row, rows=rows, start=start, pages=pages))
+        segments.append(RowSpan(first_row=row, rows=rows, start=start, pages=pages))
         tokens.append(values)
         row += rows
     assert kv[:, [0, 2]].isnan().all()

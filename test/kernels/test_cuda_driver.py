@@ -136,7 +136,7 @@ def driver():
 @gpu
 @needs_gpu
 def test_the_driver_refuses_what_the_fake_one_refuses(driver):
-    """As far as cuda.h defines it."""
+    """Compares the real driver with what cuda.h defines."""
     unit = driver.granularity
     base, handle, wide = driver.reserve(4 * unit), driver.create(unit), driver.create(2 * unit)
     try:

@@ -12,10 +12,11 @@ from itertools import pairwise
 
 import pytest
 from crosspool.kernels import cuda_loop
-from crosspool.kernels.cuda_loop import DONE, LOGITS, TOKENS, CudaLoopError, Phase, Stage
+from crosspool.kernels.cuda_loop import CudaLoopError, GPUStage
+from crosspool.kernels.engine_structs import DONE, LOGITS, TOKENS
 from support import fake_cuda_graphs
 from support.fake_cuda_graphs import FakeCuda
-from support.loop_bench import STAGES, LoopBench
+from support.loop_bench import STAGES, LoopBench, Phase
 
 pytestmark = pytest.mark.skipif(fake_cuda_graphs.COMPILER is None, reason="no C++ compiler")
 
@@ -26,12 +27,12 @@ def test_a_step_goes_through_its_stages(driver: FakeCuda) -> None:
     bench.loop.start()
     assert bench.events() == [(DONE, 7, 0)]
     assert [(stage, layer) for _, stage, layer, _ in bench.ran] == [
-        (Stage.EMBED, 0),
-        (Stage.ATTENTION, 0),
-        (Stage.DENSE_FFN, 0),
-        (Stage.ATTENTION, 1),
-        (Stage.MOE_FFN, 1),
-        (Stage.HEAD, 2),
+        (GPUStage.EMBED, 0),
+        (GPUStage.ATTENTION, 0),
+        (GPUStage.DENSE_FFN, 0),
+        (GPUStage.ATTENTION, 1),
+        (GPUStage.MOE_FFN, 1),
+        (GPUStage.HEAD, 2),
     ]
     assert list(bench.tokens) == [100, 101]
     assert bench.loop.status(0).launches == 6
@@ -48,10 +49,10 @@ def test_a_lease_feeds_tokens_back_until_a_stop_token(driver: FakeCuda) -> None:
     # the second.
     assert bench.events() == [(TOKENS, 1, 0), (DONE, 1, 1)]
     assert list(bench.tokens) == [100, 101, 102, 103] + 6 * [0]
-    assert [done for _, stage, _, done in bench.ran if stage == Stage.HEAD] == [0, 1]
+    assert [done for _, stage, _, done in bench.ran if stage == GPUStage.HEAD] == [0, 1]
     assert [stage for _, stage, _, _ in bench.ran if stage in STAGES[:2]] == [
-        Stage.EMBED,
-        Stage.FEED,
+        GPUStage.EMBED,
+        GPUStage.FEED,
     ]
     bench.close()
 
@@ -85,32 +86,18 @@ def test_quiesced_nothing_runs_and_nothing_is_lost(driver: FakeCuda) -> None:
     bench.loop.start()
     before = bench.events(300)
     with pytest.raises(CudaLoopError, match="quiesce"):
-        bench.loop.add_graph(0, 0, Stage.DISPATCH, 0, driver.graph())
+        bench.loop.add_graph(0, 0, GPUStage.DISPATCH, 0, driver.graph())
     with bench.loop.quiesced():
         assert [bench.loop.status(lane).phase for lane in range(2)] == [Phase.NEXT, Phase.NEXT]
         ran = len(bench.ran)
         driver.run(1000)
         assert len(bench.ran) == ran
         assert [bench.loop.status(lane).left for lane in range(2)] == [1, 1]
-        bench.loop.add_graph(0, 0, Stage.DISPATCH, 0, driver.graph())
+        bench.loop.add_graph(0, 0, GPUStage.DISPATCH, 0, driver.graph())
     events = before + bench.events(20000)
     for lane in range(2):
         assert [first for _, step, first in events if step == lane] == list(range(30))
     bench.close()
-
-
-def test_lanes_that_take_turns_may_share_graphs(driver: FakeCuda) -> None:
-    alone = LoopBench(driver, leave_out=Stage.HEAD)
-    with pytest.raises(CudaLoopError, match="cannot share"):
-        alone.loop.add_graph(cuda_loop.EVERY_LANE, 0, Stage.HEAD, 0, driver.graph())
-    alone.close()
-    both = LoopBench(driver, lanes=2, leave_out=Stage.HEAD, take_turns=True)
-    both.loop.add_graph(cuda_loop.EVERY_LANE, 0, Stage.HEAD, 0, driver.graph())
-    for lane in range(2):
-        both.loop.push_step(lane, both.step(lane))
-    both.loop.start()
-    assert sorted(both.events()) == [(DONE, 0, 0), (DONE, 1, 0)]
-    both.close()
 
 
 def test_steps_beyond_a_lanes_room_are_refused(driver: FakeCuda) -> None:

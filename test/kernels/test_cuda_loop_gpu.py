@@ -1,5 +1,5 @@
 """The resident loop on a GPU: 10^5 steps of a small chain whose every stage changes the tokens, so
-that one left out, repeated or out of place shows. Not run on a GPU so far.
+that a stage left out, repeated or out of place shows.
 
 CROSSPOOL_GPU_STEPS: fewer or more steps, for compute-sanitizer (`make sanitize-gpu`)."""
 
@@ -13,16 +13,15 @@ import pytest
 import torch
 from crosspool.kernels import cuda_loop
 from crosspool.kernels.cuda_loop import (
-    DONE,
-    TOKENS,
     CudaLoop,
     CudaLoopError,
+    GPUStage,
+    GPUStepArguments,
     LanePlaces,
     LinkMemory,
     ModelStages,
-    Stage,
-    StepArguments,
 )
+from crosspool.kernels.engine_structs import DONE, TOKENS
 from torch import Tensor
 
 pytestmark = pytest.mark.gpu
@@ -73,7 +72,7 @@ class Chain:
         self.chosen = torch.zeros(ROWS, dtype=torch.int32, device="cuda")
         self.state = torch.zeros(ROWS, dtype=torch.int64, device="cuda")
         self.begin = torch.arange(1, ROWS + 1, dtype=torch.int64, device="cuda")
-        self.graphs: dict[Stage, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[GPUStage, torch.cuda.CUDAGraph] = {}
 
     @property
     def places(self) -> LanePlaces:
@@ -87,13 +86,13 @@ class Chain:
         self.chosen.copy_(self.state)
 
     def capture(self) -> None:
-        bodies: dict[Stage, Callable[[], None]] = {
-            Stage.EMBED: lambda: self.state.copy_(self.begin),
-            Stage.FEED: lambda: self.state.copy_(self.chosen),
-            Stage.ATTENTION: lambda: self.part(31, self.state),
-            Stage.DENSE_FFN: lambda: self.part(3, self.state),
-            Stage.MOE_FFN: lambda: self.part(5, self.state),
-            Stage.HEAD: self.head,
+        bodies: dict[GPUStage, Callable[[], None]] = {
+            GPUStage.EMBED: lambda: self.state.copy_(self.begin),
+            GPUStage.FEED: lambda: self.state.copy_(self.chosen),
+            GPUStage.ATTENTION: lambda: self.part(31, self.state),
+            GPUStage.DENSE_FFN: lambda: self.part(3, self.state),
+            GPUStage.MOE_FFN: lambda: self.part(5, self.state),
+            GPUStage.HEAD: self.head,
         }
         for stage, body in bodies.items():
             self.graphs[stage] = captured(body)
@@ -117,7 +116,7 @@ class Leases:
         self.number += 1
         self.loop.push_step(
             self.lane,
-            StepArguments(
+            GPUStepArguments(
                 step=self.number,
                 rows=ROWS,
                 wanted=ROWS,
@@ -163,14 +162,9 @@ def make_loop() -> Iterator[Callable[..., CudaLoop]]:
         loop.close()
 
 
-@pytest.mark.parametrize("take_turns", [False, True])
-def test_many_steps(
-    chains: list[Chain], make_loop: Callable[..., CudaLoop], take_turns: bool
-) -> None:
+def test_many_steps(chains: list[Chain], make_loop: Callable[..., CudaLoop]) -> None:
     """Two lanes at a time, with the loop off the device now and then, amidst leases."""
-    loop = make_loop(
-        [ModelStages(kinds=KINDS)], [c.places for c in chains], [ROWS], take_turns=take_turns
-    )
+    loop = make_loop([ModelStages(kinds=KINDS)], [c.places for c in chains], [ROWS])
     for lane, chain in enumerate(chains):
         for stage, graph in chain.graphs.items():
             loop.add_graph(lane, 0, stage, 0, graph.raw_cuda_graph())
@@ -199,10 +193,10 @@ def test_a_graph_that_no_device_launches_is_refused(
     loop = make_loop([ModelStages(kinds=KINDS)], [chains[0].places], [ROWS])
     _, empty = runtime.cudaGraphCreate(0)
     with pytest.raises(CudaLoopError, match="empty"):
-        loop.add_graph(0, 0, Stage.HEAD, 0, int(empty))
+        loop.add_graph(0, 0, GPUStage.HEAD, 0, int(empty))
     runtime.cudaGraphAddEmptyNode(empty, None, 0)
     with pytest.raises(CudaLoopError, match="'empty'"):
-        loop.add_graph(0, 0, Stage.HEAD, 0, int(empty))
+        loop.add_graph(0, 0, GPUStage.HEAD, 0, int(empty))
     runtime.cudaGraphDestroy(empty)
 
 
@@ -223,11 +217,11 @@ def test_two_loops_exchange_rows(chains: list[Chain], make_loop: Callable[..., C
         ffn.part(factor, combined)
 
     graphs = dict(attention.graphs)
-    graphs[Stage.DISPATCH] = captured(lambda: dispatched.copy_(attention.state))
-    graphs[Stage.COMBINE] = captured(lambda: attention.state.copy_(combined))
+    graphs[GPUStage.DISPATCH] = captured(lambda: dispatched.copy_(attention.state))
+    graphs[GPUStage.COMBINE] = captured(lambda: attention.state.copy_(combined))
     remote = {
-        Stage.DENSE_FFN: captured(lambda: serve(3)),
-        Stage.MOE_FFN: captured(lambda: serve(5)),
+        GPUStage.DENSE_FFN: captured(lambda: serve(3)),
+        GPUStage.MOE_FFN: captured(lambda: serve(5)),
     }
     link.zero_()
     torch.cuda.synchronize()

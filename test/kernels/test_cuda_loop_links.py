@@ -6,10 +6,11 @@ That rows arrive in every interleaving of two ends is checked by the native test
 from __future__ import annotations
 
 import pytest
-from crosspool.kernels.cuda_loop import DONE, CudaLoopError, Phase, Stage
+from crosspool.kernels.cuda_loop import CudaLoopError, GPUStage
+from crosspool.kernels.engine_structs import DONE
 from support import fake_cuda_graphs
 from support.fake_cuda_graphs import FakeCuda
-from support.loop_bench import ROW_BYTES, FakeLink, LoopBench
+from support.loop_bench import ROW_BYTES, FakeLink, LoopBench, Phase
 
 pytestmark = pytest.mark.skipif(fake_cuda_graphs.COMPILER is None, reason="no C++ compiler")
 
@@ -30,12 +31,12 @@ def test_a_predecessors_dispatch_is_answered_first(driver: FakeCuda) -> None:
         assert (link.dispatched.value, link.combined.value) == (2 + layer, 1 + layer)
         assert link.dispatch[2:] == [0, layer, 2, ROW_BYTES]
         assert bench.loop.status(0).phase == Phase.PEERS
-        link.answer()
+        link.reply()
     assert bench.events() == [(DONE, 3, 0)]
     assert [stage for _, stage, _, _ in bench.ran] == [
-        Stage.EMBED,
-        *2 * [Stage.ATTENTION, Stage.DISPATCH, Stage.COMBINE],
-        Stage.HEAD,
+        GPUStage.EMBED,
+        *2 * [GPUStage.ATTENTION, GPUStage.DISPATCH, GPUStage.COMBINE],
+        GPUStage.HEAD,
     ]
     bench.close()
 
@@ -57,7 +58,7 @@ def test_an_answer_of_another_dispatch_fails_the_lane(driver: FakeCuda) -> None:
     bench.loop.start()
     assert bench.events() == []
     link.dispatch[4] = 1
-    link.answer()
+    link.reply()
     with pytest.raises(CudaLoopError, match="link 0 is not of its dispatch"):
         bench.events()
     bench.loop.close()
@@ -84,8 +85,8 @@ def test_a_trace_tells_what_was_served(driver: FakeCuda) -> None:
         assert link.combined.value == number
     traced = bench.loop.trace_stop()
     assert [(stage.stage, stage.layer, stage.rows, stage.link) for stage in traced] == [
-        (Stage.MOE_FFN, 1, 2, 0),
-        (Stage.DENSE_FFN, 0, 1, 0),
+        (GPUStage.MOE_FFN, 1, 2, 0),
+        (GPUStage.DENSE_FFN, 0, 1, 0),
     ]
     bench.close()
 
@@ -114,6 +115,8 @@ def test_a_served_stage_that_never_ends_is_noticed(driver: FakeCuda) -> None:
     bench.loop.start()
     link.dispatch[:] = [1, 0, 0, 1, 2, ROW_BYTES]
     link.dispatched.value = 1
-    with pytest.raises(CudaLoopError, match=f"not come back from stage {Stage.MOE_FFN:d}, layer 1"):
+    with pytest.raises(
+        CudaLoopError, match=f"not come back from stage {GPUStage.MOE_FFN:d}, layer 1"
+    ):
         bench.loop.wait(20.0)
     driver.fault_stage()  # ends it

@@ -18,7 +18,7 @@ HIDDEN, EXPERTS, TOP_K = 16, 12, 3
 def _same_choice(
     found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    """Equal experts and weights, in whatever order."""
+    """Checks that experts and weights are equal in any order."""
     dense = [
         torch.zeros(len(experts), EXPERTS).scatter_(1, experts, weights.float())
         for experts, weights in (found, expected)

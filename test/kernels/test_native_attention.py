@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from crosspool.kernels.attention import Segment, append_kv
-from crosspool.kernels.native_kernels import NativeKernels
+from crosspool.kernels.attention import RowSpan, append_kv
+from support.native_kernels import NativeKernels
 
-# (tokens cached before, rows of the batch) of each request: decode rows whose keys fill no block,
-# several, and enough to be split; prompts of one and of several tasks.
+# (cached tokens, rows of the batch) of each request. Keys of decode rows fill less than a block,
+# several blocks, or are split; prompts make one task or several.
 RAGGED = ((0, 5), (11, 1), (3, 150), (16, 4), (0, 1), (40, 1), (700, 1), (300, 2), (63, 1))
 PAGE_SIZE, LAYERS, LAYER = 12, 2, 1
 
@@ -35,8 +35,8 @@ def _reference(
 
 def _paged(
     width: int, dtype: torch.dtype, requests: tuple[tuple[int, int], ...]
-) -> tuple[torch.Tensor, list[Segment], list[torch.Tensor]]:
-    """NaN-filled cache with every request's tokens in one layer."""
+) -> tuple[torch.Tensor, list[RowSpan], list[torch.Tensor]]:
+    """Makes a cache full of NaN but for every request's tokens in one layer."""
     pages = sum(-(-sum(request) // PAGE_SIZE) for request in requests) + 3
     kv = torch.full((pages, LAYERS, PAGE_SIZE, width), math.nan, dtype=dtype)
     free = torch.randperm(pages)
@@ -47,7 +47,7 @@ def _paged(
         values = torch.randn(length, width).to(dtype)
         positions = torch.arange(length)
         append_kv(kv, LAYER, (used[positions // PAGE_SIZE], positions % PAGE_SIZE), values)
-        segments.append(Segment(first_row=row, rows=rows, start=start, pages=used))
+        segments.append(RowSpan(first_row=row, rows=rows, start=start, pages=used))
         tokens.append(values)
         row += rows
     return kv, segments, tokens
@@ -140,7 +140,7 @@ def test_a_decode_row_does_not_depend_on_the_others(
     for segment in segments:
         if segment.rows > 1:
             continue
-        alone = Segment(first_row=0, rows=1, start=segment.start, pages=segment.pages)
+        alone = RowSpan(first_row=0, rows=1, start=segment.start, pages=segment.pages)
         row = q[segment.first_row : segment.first_row + 1]
         found = native.attend(row, kv, LAYER, [alone], **shape)  # type: ignore[arg-type]
         assert torch.equal(found[0], together[segment.first_row])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from crosspool.kernels.isa import available_isas
 from crosspool.kernels.moe import gated_mlp, moe_experts, route
-from crosspool.kernels.native_dense import available_isas
-from crosspool.kernels.native_kernels import NativeKernels
+from support.native_kernels import NativeKernels
 
 ROUTERS = (
     {"score": "softmax", "groups": 1, "top_groups": 1, "group_score": "max"},
@@ -99,7 +99,7 @@ def test_experts_follow_the_host_loop(native: NativeKernels, dtype: torch.dtype,
     expected = moe_experts(*batch, gate_up=w.gate_up, down=w.down, first_expert=0)
     expected += gated_mlp(batch[0], w.shared_gate_up, w.shared_down)
     found = _native_sum(native, batch, w, slice(0, EXPERTS), shared=True)
-    # Where a sum of products falls on another side of a rounding border, one bf16 step follows.
+    # A sum of products on the other side of a rounding border is one step of bf16 away.
     tolerance = 2**-6 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from crosspool.kernels import native_structs as ns
-from crosspool.kernels.native_dense import PackedMatrix
-from crosspool.kernels.native_kernels import NativeKernels
+from support.native_kernels import NativeKernels
+from support.native_operands import PackedMatrix
 
 ROWS = (1, 2, 3, 7, 8, 33, 256)
 # (n, k): panels that end inside a group, n inside a panel, k inside a block, odd k.
@@ -20,8 +20,8 @@ def _exact(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def _check(found: torch.Tensor, expected: torch.Tensor, k: int, dtype: torch.dtype) -> None:
-    """Inputs are about 1 in size, so sums of k products are about sqrt(k): k roundings of that
-    size, one way or the other, are off by 2^-24 k, and one in 10^5 by some times as much."""
+    """Inputs are about 1 in size, so sums of k products are about sqrt(k). The k roundings of such
+    sums, up or down, add up to about 2^-24 k; one result in 10^5 is off by some times as much."""
     rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
     torch.testing.assert_close(
         found.double(), expected, rtol=rounding, atol=4 * 2**-24 * max(k, 32)
@@ -93,7 +93,7 @@ def test_a_row_does_not_depend_on_the_others(native: NativeKernels, dtype: torch
 
 
 def test_sources_follow_one_another(native: NativeKernels, dtype: torch.dtype) -> None:
-    """q, k and v in one matrix; their borders lie inside panels."""
+    """q, k and v share a matrix; their borders lie inside panels."""
     parts = [torch.randn(n, 50).to(dtype) for n in (24, 5, 19)]
     x = torch.randn(6, 50).to(dtype)
     packed = native.pack(*parts)
@@ -102,7 +102,7 @@ def test_sources_follow_one_another(native: NativeKernels, dtype: torch.dtype) -
 
 
 def test_a_transposed_source(native: NativeKernels, dtype: torch.dtype) -> None:
-    """The up-projection of MLA's keys is multiplied the other way round."""
+    """The up-projection of MLA's keys is packed transposed."""
     w = torch.randn(30, 45).to(dtype)
     assert torch.equal(native.pack(w.T).memory, native.pack(w.T.contiguous()).memory)
 
@@ -130,7 +130,7 @@ def test_no_rows(native: NativeKernels, dtype: torch.dtype) -> None:
 
 
 def _with_odd_ones(n: int, k: int) -> torch.Tensor:
-    """Weights of which some lie far outside the range of the others."""
+    """Random weights, some of them far outside the range of the others."""
     w = torch.randn(n, k).bfloat16()
     w[torch.rand(n, k) < 0.05] = 0.0
     for at, value in enumerate((1e30, -1e-30, 3e-9, -7e8, 1e-39)):
@@ -149,7 +149,7 @@ def test_compact_weights_are_the_same_weights(native: NativeKernels, dtype: torc
         assert packed.struct.bytes < (0.8 if k > 1000 else 1.5) * plain.struct.bytes
         ids = torch.arange(n, dtype=torch.int32)
         assert torch.equal(native.embed(packed, ids), w.float())
-        # Every weight by itself; kernels flush what is below the normal numbers.
+        # Each product is one weight. Kernels flush numbers below the normal ones to zero.
         for rows in (min(k, 12), k):
             y = native.gemm(torch.eye(k, dtype=dtype)[:rows], packed, store="float")
             expected = w[:, :rows].float().T
@@ -158,7 +158,7 @@ def test_compact_weights_are_the_same_weights(native: NativeKernels, dtype: torc
 
 
 def test_compact_products_are_plain_products(native: NativeKernels, dtype: torch.dtype) -> None:
-    """Bit for bit, but for the exceptions, which are added last."""
+    """Without exceptions, which are added last, the products are equal bit for bit."""
     if not native.table.compact:
         pytest.skip("this path reads plain weights only")
     w = (torch.rand(272, 1000) + 0.01).to(dtype) * torch.randn(272, 1000).sign().to(dtype)

@@ -1,4 +1,4 @@
-"""Loading the native library, and the errors of a source tree without it."""
+"""Loading of the native library, and the errors of a source tree without it."""
 
 import errno
 

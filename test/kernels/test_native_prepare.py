@@ -7,15 +7,16 @@ from typing import Literal
 
 import pytest
 import torch
-from crosspool.kernels.native_kernels import NativeKernels, Placement, RopeTables
 from crosspool.kernels.norm import rms_norm
 from crosspool.kernels.rope import rope_tables, rotate
+from support.native_kernels import NativeKernels
+from support.native_operands import RopeTables, RowPlaces
 
 PAGES, LAYERS, PAGE_SIZE, LAYER = 6, 2, 4, 1
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal, but where the order of a sum of squares moved a value over a rounding border."""
+    """Equality; only the order of a sum of squares may move values over a rounding border."""
     assert found.dtype == expected.dtype
     bf16 = found.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, rtol=2**-7 if bf16 else 1e-6, atol=1e-6)
@@ -23,11 +24,11 @@ def _close(found: torch.Tensor, expected: torch.Tensor) -> None:
         assert (found != expected).float().mean() < 0.01
 
 
-def _places(rows: int) -> Placement:
+def _places(rows: int) -> RowPlaces:
     """Distinct slots at positions that are not in order."""
     slots = torch.randperm(PAGES * PAGE_SIZE)[:rows].to(torch.int32)
     positions = torch.randint(0, 90, (rows,), dtype=torch.int32)
-    return Placement(positions, slots // PAGE_SIZE, slots % PAGE_SIZE)
+    return RowPlaces(positions, slots // PAGE_SIZE, slots % PAGE_SIZE)
 
 
 def _tables(dim: int, dtype: torch.dtype, interleaved: bool, fp32: bool) -> RopeTables:
@@ -38,8 +39,8 @@ def _tables(dim: int, dtype: torch.dtype, interleaved: bool, fp32: bool) -> Rope
     return RopeTables(cos, sin, interleaved, fp32)
 
 
-def _rotated(x: torch.Tensor, places: Placement, tables: RopeTables) -> torch.Tensor:
-    """``x`` [T, heads, dim] by the host loop's kernel."""
+def _rotated(x: torch.Tensor, places: RowPlaces, tables: RopeTables) -> torch.Tensor:
+    """Rotates ``x`` [T, heads, dim] with the host loop's kernel."""
     cos, sin = tables.cos[places.positions], tables.sin[places.positions]
     if not tables.fp32:
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -47,7 +48,7 @@ def _rotated(x: torch.Tensor, places: Placement, tables: RopeTables) -> torch.Te
 
 
 def _values(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    """Random, in the model's precision, as floats."""
+    """Random floats of the model's precision."""
     return torch.randn(shape).to(dtype).float()
 
 
@@ -68,7 +69,7 @@ def test_residual_sums(native: NativeKernels, dtype: torch.dtype) -> None:
 
 
 def test_conversions(native: NativeKernels, dtype: torch.dtype) -> None:
-    """Rounding is torch's: to nearest, ties to even; NaN and infinity stay."""
+    """Rounding follows torch: to nearest, ties to even; NaN and infinity stay."""
     x = torch.cat((torch.randn(1000), torch.tensor([math.inf, -math.inf, 1.00390625, 1.01171875])))
     assert torch.equal(native.round(x), x.to(dtype))
     assert torch.equal(native.convert(x.to(dtype)), x.to(dtype).float())
@@ -116,7 +117,7 @@ def test_gqa_prepare(
         qkv,
         kv,
         LAYER,
-        placement=places,
+        places=places,
         rope=tables,
         q_heads=q_heads,
         kv_heads=kv_heads,
@@ -138,7 +139,7 @@ def test_mla_append(native: NativeKernels, dtype: torch.dtype) -> None:
     compressed, norm = _values(dtype, rows, latent + dim), _values(dtype, latent)
     places, tables = _places(rows), _tables(dim, dtype, True, True)
     kv = torch.full((PAGES, LAYERS, PAGE_SIZE, latent + dim), math.nan, dtype=dtype)
-    native.mla_append(compressed, norm, kv, LAYER, placement=places, rope=tables, eps=1e-6)
+    native.mla_append(compressed, norm, kv, LAYER, places=places, rope=tables, eps=1e-6)
     latents, keys = compressed.to(dtype).split([latent, dim], dim=1)
     slots = (places.pages.long(), torch.full((rows,), LAYER), places.offsets.long())
     written = kv[slots]

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from crosspool.kernels import native_dense
-from crosspool.kernels.native_dense import available_isas
-from crosspool.kernels.native_kernels import NativeKernels
+from crosspool.kernels.isa import available_isas
 from crosspool.ranks.sampler import SamplingRow, sample, uniform
 from crosspool.transport.messages import Sampling
+from support.native_kernels import NativeKernels
+from support.native_kernels import uniform as native_uniform
 
 
 @pytest.fixture(params=available_isas())
@@ -21,7 +21,7 @@ def kernels(request: pytest.FixtureRequest) -> NativeKernels:
 def test_draws_are_numpys() -> None:
     for seed in (0, 1, 2**63 + 11, 2**64 - 1, -5):
         for position in (0, 1, 77, 2**40):
-            assert native_dense.uniform(seed, position) == uniform(seed, position)
+            assert native_uniform(seed, position) == uniform(seed, position)
 
 
 @pytest.mark.parametrize("count", [1, 5, 16, 1000])
@@ -55,7 +55,7 @@ def test_the_same_tokens_are_drawn(
     kernels: NativeKernels, rule: dict[str, float], spread: float
 ) -> None:
     vocab, rows = 3001, 60
-    # As a bfloat16 model's: with many equals.
+    # Logits of a bfloat16 model have many equals.
     logits = (torch.randn(rows, vocab) * spread).bfloat16().float()
     samplings = [Sampling(seed=i, **rule) for i in range(rows)]  # type: ignore[arg-type]
     expected = sample(

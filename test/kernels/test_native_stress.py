@@ -1,5 +1,5 @@
-"""Builds the native tests under sanitizers and runs them (sgl-kernel-ext/test/): the stress tests,
-and the kernels' check on the portable path and on this machine's best, AMX's tiles emulated too."""
+"""Builds the native tests (sgl-kernel-ext/test/) under sanitizers and runs them: the stress tests,
+and the check of the kernels on the portable and on this machine's best path, AMX emulated too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from crosspool.kernels.native_dense import available_isas
+from crosspool.kernels.isa import available_isas
 
 NATIVE = Path(__file__).parents[2] / "sgl-kernel-ext"
 pytestmark = [
@@ -19,7 +19,7 @@ pytestmark = [
 
 
 def run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
-    # Beside an interposed allocator a sanitizer would refuse to start.
+    # A sanitizer refuses to start beside an interposed allocator.
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     return subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=1200, env=environment
@@ -27,7 +27,8 @@ def run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
 
 
 def sanitizer_works(sanitizer: str, folder: Path) -> bool:
-    """Some compilers come without its library, and some kernels' address layouts stop it."""
+    """Whether a sanitizer runs here: some compilers lack its library, and some kernels' address
+    layouts stop it."""
     source, program = folder / "empty.cpp", folder / "empty"
     source.write_text("int main() {}\n")
     compiler = shutil.which("c++") or "g++"

@@ -1,4 +1,4 @@
-"""The protocol headers compile for devices too; what they do is tested on the host."""
+"""The protocol headers compile for devices too; their behaviour is tested on the host."""
 
 import shutil
 import subprocess

@@ -27,7 +27,8 @@ def build(compiler: str, folder: Path, *options: str) -> Path:
 
 
 def thread_sanitizer_works(compiler: str, folder: Path) -> bool:
-    """Some compilers come without its library, and some kernels' address layouts stop it."""
+    """Whether the sanitizer runs here: some compilers lack its library, and some kernels' address
+    layouts stop it."""
     source, program = folder / "empty.cpp", folder / "empty"
     source.write_text("int main() {}\n")
     command = [compiler, "-fsanitize=thread", source, "-o", program]

@@ -9,12 +9,7 @@ from support.packages import installed
 if not installed("triton"):
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from crosspool.kernels.triton.exchange import (
-    answer_dispatch,
-    combine_rows,
-    dispatch_rows,
-    take_dispatch,
-)
+from crosspool.kernels.triton.exchange import combine_rows, send_rows, take_dispatch
 from support.offline_triton import compiling
 
 
@@ -24,10 +19,10 @@ def test_they_compile(capability: int, dtype: torch.dtype) -> None:
     rows = torch.empty(4, 2048, dtype=dtype)
     payloads, one = torch.empty(2, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
     with compiling(capability) as compiled:
-        dispatch_rows(rows, payloads, one)
+        send_rows(rows, payloads, one)
         combine_rows(payloads, one, rows)
         take_dispatch(payloads, one, one, rows, torch.zeros(2, 3, dtype=torch.int64))
-        answer_dispatch(rows, payloads, one, one)
+        send_rows(rows, payloads, one, one)
     assert len(compiled) == 4
     assert all(kernel.spilled == 0 for kernel in compiled)
     for kernel in compiled:

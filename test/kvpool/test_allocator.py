@@ -37,7 +37,7 @@ def model(bytes_per_token: int) -> ModelSpec:
 
 
 class AgainstBruteForce(RuleBasedStateMachine):
-    """Every answer of the allocator, and its counters after every call."""
+    """Checks every result of the allocator, and its counters after every call."""
 
     @initialize(
         budget=st.integers(6, 30),
@@ -86,7 +86,7 @@ class AgainstBruteForce(RuleBasedStateMachine):
         return chunks[index] <= self.ceilings[index] and with_floors <= self.budget
 
     def choice(self, index, count, taken):
-        """The pages that must be given when ``taken`` are not to be had, or None."""
+        """Returns the pages that must be given up when ``taken`` cannot be promised, or None."""
         promised = self.chunks_of(index, self.promised[index])
         charged = self.chunks_of(index, taken)
 
@@ -122,7 +122,7 @@ class AgainstBruteForce(RuleBasedStateMachine):
         expected = self.possible(index, count, self.taken(index), self.free_chunks())
         assert (expected is not None) == fits
         if expected is None:
-            with pytest.raises(ValueError, match="not to be had"):
+            with pytest.raises(ValueError, match="cannot be promised now"):
                 self.allocator.take(index, count)
             return
         assert self.allocator.take(index, count) == expected

@@ -94,16 +94,6 @@ def test_one_models_memory_serves_the_next(pool):
         pool.unmap(1, everything)
 
 
-def test_a_smaller_pool_gives_the_device_its_memory(driver, pool):
-    before = driver.memory()[0]
-    pool.map(0, [0, 1])
-    pool.resize(4 * pool.chunk)
-    assert driver.memory()[0] >= before + (CHUNKS - 5) * pool.chunk
-    pool.resize(CHUNKS * pool.chunk)
-    pool.map(1, list(range(CHUNKS - 2)))
-    views(pool)[1][: CHUNKS - 2] = 3
-
-
 def test_a_budget_beyond_the_device_names_the_field(driver):
     from crosspool.config.errors import ConfigError
     from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer

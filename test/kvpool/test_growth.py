@@ -49,7 +49,7 @@ def test_no_number_of_pages_costs_more_than_the_bound_however_scattered(page_byt
 
 
 def brute_force(bounds, layouts, claims):
-    """Whether some order will do, each step counted one chunk after another."""
+    """Whether some order works, with each step counted one chunk after another."""
 
     def ends(order):
         for place, claim in enumerate(order):
@@ -146,7 +146,7 @@ def test_a_safe_state_stays_safe_when_a_request_ends_and_when_the_first_has_all_
 
 
 def greedy(one, held, count, budget):
-    """Pages as the allocator chooses them: free of charge first, each group ascending."""
+    """Returns pages as the allocator chooses them: free of charge first, each group ascending."""
     paid = chunks_of(one, held)
     free = [p for p in range(one.pages_in(budget)) if p not in held]
     free.sort(key=lambda p: not set(one.chunks_of_pages(p)) <= paid)
@@ -155,7 +155,7 @@ def greedy(one, held, count, budget):
 
 
 def test_two_that_could_wait_for_each_other_are_not_both_let_in():
-    """The textbook's deadlock: each holds half and needs the other half."""
+    """The textbook's deadlock: each request holds half and needs the other half."""
     one = layout(96)
     bounds = Bounds.without_floors(10, 1)
 

@@ -1,5 +1,6 @@
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import DenseFFN, MLASpec, ModelSpec, RopeSpec
@@ -55,3 +56,11 @@ def test_a_page_may_span_many_chunks(spec):
     layout = KVLayout(spec, 256, 2 << 20)
     assert layout.chunks_of_pages(0) == range(4)
     assert layout.chunks_of_pages(1) == range(3, 8)
+
+
+def test_chunks_beneath_pages_in_a_row(spec):
+    layout = KVLayout(spec, 16, 2 << 20)
+    assert layout.chunks_for(0) == 0
+    for pages in (1, 4, 5, 421, 422):
+        assert layout.chunks_for(pages) == layout.chunks_of_pages(pages - 1).stop
+    assert layout.chunks_for(np.array([0, 5])).tolist() == [0, layout.chunks_for(5)]

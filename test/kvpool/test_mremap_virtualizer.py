@@ -1,5 +1,5 @@
-"""The mremap virtualizer with real memory: what is mapped works, what is not is a fault, and the
-process never holds more than the budget."""
+"""The mremap virtualizer with real memory: mapped chunks work, touching others is a fault, and
+the process never holds more than the budget."""
 
 import ctypes
 import mmap
@@ -158,15 +158,12 @@ def test_touching_what_is_not_mapped_is_a_fault(chunk):
 
 def test_progress_reaches_the_rounded_budget():
     seen = []
-    with MremapVirtualizer(
-        130 * (1 << 20) + 12345, CHUNK, [1], progress=lambda done, total: seen.append((done, total))
-    ) as pool:
+    with MremapVirtualizer(130 * (1 << 20) + 12345, CHUNK, [1], progress=seen.append) as pool:
         assert pool.budget_bytes == pool.free_bytes == 130 << 20
         pool.map(0, [0])
-    assert seen[0] == (0, 130 << 20)
-    assert seen[-1] == (130 << 20, 130 << 20)
+    assert sum(seen) == 130 << 20
     assert len(seen) > 2
-    assert sorted(seen) == seen
+    assert min(seen) > 0
 
 
 def test_the_pool_is_there_before_its_first_use(pool):

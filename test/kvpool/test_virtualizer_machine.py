@@ -9,7 +9,6 @@ import itertools
 
 import pytest
 import torch
-from crosspool.config.errors import ConfigError
 from crosspool.kernels.cuda_driver import CudaError
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
@@ -31,7 +30,6 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = self.make()
-        self.budget = BUDGET
         self.written: list[dict[int, int]] = [{} for _ in RANGES]
         self.tensors = [
             self.pool.tensor(model, (chunks, CHUNK // 8), torch.int64)
@@ -52,7 +50,7 @@ class Machine(RuleBasedStateMachine):
         fits = (
             all(0 <= c < RANGES[model] and c not in written for c in chunks)
             and len(set(chunks)) == len(chunks)
-            and self.mapped + len(chunks) <= self.budget
+            and self.mapped + len(chunks) <= BUDGET
         )
         if not fits:
             with pytest.raises(ValueError, match=f"model {model}: "):
@@ -93,8 +91,8 @@ class Machine(RuleBasedStateMachine):
     def bytes_are_counted(self) -> None:
         for model, written in enumerate(self.written):
             assert self.pool.mapped_bytes(model) == len(written) * CHUNK
-        assert self.pool.free_bytes == (self.budget - self.mapped) * CHUNK
-        assert self.pool.budget_bytes == self.budget * CHUNK
+        assert self.pool.free_bytes == (BUDGET - self.mapped) * CHUNK
+        assert self.pool.budget_bytes == BUDGET * CHUNK
 
     def teardown(self) -> None:
         self.pool.close()
@@ -124,33 +122,7 @@ class CudaMachine(Machine):
         finally:
             self.quiet -= 1
 
-    @rule(chunks=st.integers(0, 12))
-    def resize(self, chunks: int) -> None:
-        if chunks == 0 or chunks > 10:
-            with pytest.raises(ConfigError, match="kv_pool_bytes"):
-                self.pool.resize(chunks * CHUNK)
-        elif chunks < self.mapped:
-            with pytest.raises(ValueError, match="are mapped"):
-                self.pool.resize(chunks * CHUNK)
-        else:
-            self.pool.resize(chunks * CHUNK + CHUNK - 1)
-            self.budget = chunks
-
-    @precondition(lambda self: self.budget < 10)
-    @rule(after=st.integers(0, 9), grow=st.integers(1, 3))
-    def growing_fails(self, after: int, grow: int) -> None:
-        target = min(10, self.budget + grow)
-        fails = after < target - self.budget
-        self.driver.fail["create"] = after, OUT_OF_MEMORY
-        if fails:
-            with pytest.raises(ConfigError, match=r"kv_pool_bytes: .* cuda:0 has free"):
-                self.pool.resize(target * CHUNK)
-        else:
-            self.pool.resize(target * CHUNK)
-            self.budget = target
-        self.driver.fail.clear()
-
-    @precondition(lambda self: self.mapped < self.budget)
+    @precondition(lambda self: self.mapped < BUDGET)
     @rule(data=st.data(), call=st.sampled_from(["map", "set_access"]))
     def mapping_fails(self, data: st.DataObject, call: str) -> None:
         free = {
@@ -158,7 +130,7 @@ class CudaMachine(Machine):
             for model in range(len(RANGES))
         }
         model = data.draw(st.sampled_from([m for m, chunks in free.items() if chunks]))
-        most = min(self.budget - self.mapped, len(free[model]))
+        most = min(BUDGET - self.mapped, len(free[model]))
         chunks = data.draw(
             st.lists(st.sampled_from(free[model]), min_size=1, max_size=most, unique=True)
         )
@@ -187,11 +159,11 @@ class CudaMachine(Machine):
     @invariant()
     def the_driver_agrees(self) -> None:
         driver = self.driver
-        assert driver.used == self.budget * CHUNK
+        assert driver.used == BUDGET * CHUNK
         assert len(driver.mappings) == self.mapped
         assert driver.accessible_bytes == self.mapped * CHUNK
         assert all(memory.mappings <= 1 for memory in driver.handles.values())
-        assert len(driver.handles) == self.budget
+        assert len(driver.handles) == BUDGET
 
     def teardown(self) -> None:
         super().teardown()

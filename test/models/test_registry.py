@@ -1,4 +1,4 @@
-"""config.json -> ModelSpec, against transformers' own reading of the same fields."""
+"""Compares the ModelSpec of a config.json with transformers' own reading of the same fields."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ import pytest
 from crosspool.config.deployment import ConfigError
 from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
 from crosspool.models.spec import DenseFFN, GQASpec, MLASpec, ModelSpec, MoEFFN, RopeSpec
-from make_random_checkpoint import FAMILIES, hub_tensors, make_random_checkpoint
-from transformers import AutoConfig, PreTrainedConfig
+from make_random_checkpoint import hub_tensors, make_random_checkpoint
+from support.families import FAMILIES
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 ARCHITECTURES = {
-    family: name.replace("Config", "ForCausalLM") for family, (name, _) in FAMILIES.items()
+    family: CONFIG_MAPPING[family].__name__.replace("Config", "ForCausalLM") for family in FAMILIES
 }
-# A field without which transformers itself cannot build the model.
-_NEEDED: dict[str, dict[str, Any]] = {"deepseek_v2": {"num_experts_per_tok": 6}}
+_NEEDED = {"num_experts_per_tok": 6, "n_routed_experts": 64}
+"""Fields for which a family may have no default: transformers then cannot build the model."""
 
 
 def _write(folder: Path, family: str, **fields: Any) -> Path:
     config = {"architectures": [ARCHITECTURES[family]], "model_type": family, "dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(config | _NEEDED.get(family, {}) | fields))
+    defaults = CONFIG_MAPPING[family]()
+    needed = {n: value for n, value in _NEEDED.items() if getattr(defaults, n, value) is None}
+    (folder / "config.json").write_text(json.dumps(config | needed | fields))
     return folder
 
 
@@ -52,7 +55,9 @@ def _check_against(spec: ModelSpec, config: PreTrainedConfig) -> None:
         assert attention.rope.interleaved == getattr(config, "rope_interleave", True)
     else:
         assert attention.kv_heads == config.num_key_value_heads
-        assert attention.sliding_window == getattr(config, "sliding_window", None)
+        slides = "sliding_attention" in getattr(config, "layer_types", ["sliding_attention"])
+        window = getattr(config, "sliding_window", None)
+        assert attention.sliding_window == (window if slides else None)
         assert attention.qkv_clip == getattr(config, "clip_qkv", None)
     for ffn in spec.ffn:
         if isinstance(ffn, DenseFFN):
@@ -64,7 +69,7 @@ def _check_against(spec: ModelSpec, config: PreTrainedConfig) -> None:
         assert ffn.intermediate == getattr(
             config, "moe_intermediate_size", config.intermediate_size
         )
-        shared = getattr(config, "n_shared_experts", 0)
+        shared = getattr(config, "n_shared_experts", 0) or 0
         assert ffn.shared_intermediate == shared * ffn.intermediate
         assert router.top_k == config.num_experts_per_tok
         assert router.scale == getattr(config, "routed_scaling_factor", 1.0)

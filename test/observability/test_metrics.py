@@ -1,4 +1,11 @@
 from crosspool.observability.metrics import render
+from crosspool.transport.inspection import (
+    DeviceCounters,
+    LinkCounts,
+    ModelStatus,
+    RankSnapshot,
+    Status,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 MODEL = {
@@ -21,6 +28,18 @@ MODEL = {
     "decode_rows": 38,
     "finished": {"stop": 1, "length": 2},
     "aborted": {"429": 1},
+    "largest_batch": 2,
+    "compiling": 0,
+    "promised_chunks": 3,
+    "cached_chunks": 2,
+    "mapped_chunks": 2,
+    "path": "/models/odd",
+    "context": 256,
+    "dtype": "float32",
+    "kv_bytes_per_token": 64,
+    "max_tokens": 256,
+    "ffn_ranks": (0,),
+    "attached": 0,
 }
 RANK = {
     "device": "cpu:0",
@@ -29,6 +48,15 @@ RANK = {
     "promised_bytes": 4 << 20,
     "cached_bytes": 2 << 20,
     "steps_in_flight": 1,
+    "running": 2,
+    "paused": 1,
+    "mapped_bytes": 4 << 20,
+    "budget_chunks": 32,
+    "free_chunks": 29,
+    "promised_chunks": 2,
+    "cached_chunks": 1,
+    "mapped_chunks": 2,
+    "models": [],
 }
 LINK = {
     "attention_rank": 0,
@@ -42,12 +70,16 @@ LINK = {
 
 
 def samples(*, ready: bool = True, counters: bool = True) -> dict[tuple[str, ...], float]:
-    status = {"ready": ready, "models": [MODEL], "ranks": [RANK]}
-    devices = (
-        [{"device": "cpu:0", "links": [LINK, {**LINK, "lane": 0}], "served": [LINK]}]
-        if counters
-        else []
+    status = Status(
+        models=[ModelStatus(**MODEL)],
+        ranks=[RankSnapshot(**RANK)],
+        failure=None,
+        ready=ready,
+        message="",
+        devices=[],
     )
+    links = [LinkCounts(**LINK), LinkCounts(**{**LINK, "lane": 0})]
+    devices = [DeviceCounters(device="cpu:0", links=links, served=links[:1])] if counters else []
     text = render(status, devices).decode()
     return {
         (sample.name, *(f"{k}={v}" for k, v in sorted(sample.labels.items()))): sample.value
@@ -89,6 +121,6 @@ def test_while_devices_start_there_are_no_links() -> None:
 def test_before_the_scheduler_answers_there_is_only_the_flag() -> None:
     assert [
         (sample.name, sample.value)
-        for family in text_string_to_metric_families(render({}, []).decode())
+        for family in text_string_to_metric_families(render(None, []).decode())
         for sample in family.samples
     ] == [("crosspool_ready", 0.0)]

@@ -1,4 +1,4 @@
-"""Device processes that cannot start or go on: what they say, and how they end."""
+"""Device processes that cannot start or go on: their messages and exit statuses."""
 
 from __future__ import annotations
 

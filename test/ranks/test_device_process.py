@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from crosspool.kernels.native_dense import available_isas
+from crosspool.kernels.isa import available_isas
 from crosspool.transport.messages import (
     Logprobs,
     Sampling,
@@ -102,7 +102,8 @@ def driver(request: pytest.FixtureRequest, checkpoints: list[Path]) -> Iterator[
 
 
 def assert_ends_in_order(driver: DeviceDriver, by_signal: bool) -> None:
-    """By SIGTERM or message to all at once: the step in flight is finished, the status is 0."""
+    """All processes end at once, by SIGTERM or message: the step in flight is finished, and the
+    status is 0."""
     driver.step([Generation(DEEPSEEK, prompt(400, 1), 1, logprobs=Logprobs(prompt_start=0))])
     if by_signal:
         time.sleep(0.05)
@@ -122,7 +123,7 @@ def prompt(length: int, seed: int) -> list[int]:
 
 
 def reference_logprobs(model: Any, tokens: list[int]) -> torch.Tensor:
-    """float32 [len(tokens), vocab]: row p judges the token at p + 1."""
+    """Returns log-probabilities, float32 [len(tokens), vocab]; row p judges the token at p + 1."""
     with torch.inference_mode():
         logits = model(torch.tensor([tokens])).logits[0]
     return torch.log_softmax(logits.double(), dim=-1).float()
@@ -141,7 +142,7 @@ def assert_logprobs(found: TokenLogprobs, token: int, row: torch.Tensor, asked: 
 
 
 def assert_matches(generation: Generation, model: Any) -> None:
-    """Greedy tokens and all asked-for log-probabilities equal the reference's."""
+    """Asserts that greedy tokens and all asked-for log-probabilities equal the reference's."""
     known = generation.prompt + generation.output
     rows = reference_logprobs(model, known)
     asked = generation.logprobs
@@ -244,8 +245,8 @@ def test_where_the_tensors_are(driver: DeviceDriver, checkpoints: list[Path]) ->
 
 
 def test_what_crosses_is_counted(driver: DeviceDriver) -> None:
-    """Per FFN rank of the model: 2 x layers x hidden x rows x bytes of an element, rows being the
-    tokens; nothing to other FFN ranks."""
+    """2 x layers x hidden x rows x bytes of an element cross to each FFN rank of the model,
+    where rows are tokens; nothing crosses to other FFN ranks."""
     ffn_ranks = range(len(driver.deployment.weight_pool_devices))
 
     def crossed() -> np.ndarray[Any, Any]:
@@ -302,7 +303,7 @@ def test_the_pool_is_mapped_on_demand_and_given_back(driver: DeviceDriver) -> No
 def test_pages_of_another_sequence_serve_as_well_as_own_ones(
     driver: DeviceDriver, references: list[Any], model: int
 ) -> None:
-    """Their first tokens are the same; both sequences run at once, and each writes behind them."""
+    """Both requests begin with the same tokens and run at once, and each writes behind them."""
     page_size = driver.deployment.page_size
     ids, other = prompt(43, 7), prompt(9, 8)
     first = Generation(model, ids, 6)
@@ -332,8 +333,8 @@ def test_pages_of_another_sequence_serve_as_well_as_own_ones(
 
 
 def test_a_release_waits_for_its_models_step(driver: DeviceDriver, references: list[Any]) -> None:
-    """Sent right behind a step, it may not take the pages away from under it; what comes after it
-    still finds its place in the order."""
+    """A release that is sent right behind a step may not take the pages away from under it; what
+    comes after still finds its place in the order."""
     first, second = Generation(DEEPSEEK, prompt(60, 1), 1), Generation(QWEN, prompt(30, 2), 1)
     third = Generation(DEEPSEEK, prompt(12, 3), 1)
     flying = {}
@@ -444,7 +445,7 @@ class TestPipeline:
 def test_a_dead_ffn_rank_is_replaced_under_a_step(
     loop: str, checkpoints: list[Path], references: list[Any]
 ) -> None:
-    """Its successor finds what it had been sent, and the step goes on."""
+    """The successor of a killed FFN rank finds what it had been sent, and the step goes on."""
     with DeviceDriver(checkpoints, kv=[FIRST], weights=[SECOND], loop=loop) as driver:
         generation = Generation(DEEPSEEK, prompt(40, 1), 8)
         driver.generate([Generation(QWEN, prompt(9, 2), 2)])

@@ -47,7 +47,8 @@ def references(checkpoints: list[Path]) -> list[PreTrainedModel]:
 
 
 def generations(models: int) -> list[Generation]:
-    """Per model two requests of unlike lengths in one batch, one of several prompt chunks."""
+    """Makes two requests of unlike lengths for each model, in one batch, one of several prompt
+    chunks."""
     everything = Logprobs(output=True, prompt_start=0, token_ids=tuple(range(VOCAB)))
     random = np.random.default_rng(11)
     return [

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crosspool.kernels.cuda_loop import ModelStages, Stage
+from crosspool.kernels.cuda_loop import GPUStage, ModelStages
 from crosspool.kernels.engine_structs import DONE, LOGITS, TOKENS, Event
 from crosspool.ranks.gpu.flight import GPUFlight
 from crosspool.ranks.gpu.inputs import InputLayout
@@ -50,7 +50,7 @@ class FakeLoop:
     def close(self) -> None:
         pass
 
-    def answer(self, lane: int, first: int, tokens: list[int], *, more: bool = False) -> None:
+    def end_step(self, lane: int, first: int, tokens: list[int], *, more: bool = False) -> None:
         arguments = self.steps[lane]
         assert len(tokens) == arguments.wanted
         places = (np.ctypeslib.ctypes.c_int32 * len(tokens)).from_address(
@@ -73,14 +73,14 @@ def test_steps_wait_for_a_lane_and_releases_for_their_models_steps() -> None:
     executor.submit(Release(model=0, requests=[1], unmap_chunks=[1]))
     assert loop.said == [("step", 0, 1), ("step", 1, 2)]
     assert gpu.log == [("map", 0, [1]), ("map", 1, [2])]
-    loop.answer(1, 0, [7])
+    loop.end_step(1, 0, [7])
     (result,) = executor.run(0.0)
     assert (result.step, result.rows[0].token, result.more) == (2, 7, False)
     assert loop.said[-1] == ("step", 1, 3)  # the free lane was given the step that waited
-    loop.answer(0, 0, [8])
+    loop.end_step(0, 0, [8])
     executor.run(0.0)
     assert ("unmap", 0, [1]) not in gpu.log  # step 3 is of the released model
-    loop.answer(1, 0, [9])
+    loop.end_step(1, 0, [9])
     assert [r.step for r in executor.run(0.0)] == [3]
     assert gpu.log[-1] == ("unmap", 0, [1])
     assert executor.quiet and executor.drained
@@ -111,7 +111,7 @@ def test_what_the_device_finds_in_host_memory() -> None:
 def decode(gpu: OneGPU, loop: FakeLoop, lease: int, **sampling: Any) -> None:
     """A request's prefill, then a step of one row with a lease."""
     gpu.executor.submit(step(1, sampling=Sampling(temperature=0.0, **sampling)))
-    loop.answer(0, 0, [7])
+    loop.end_step(0, 0, [7])
     gpu.executor.run(0.0)
     row = Row(request=1, start=1, tokens=[7], pages=[], sample=True)
     gpu.executor.submit(Step(step=2, model=0, map_chunks=[], opens=[], rows=[row], lease=lease))
@@ -124,13 +124,13 @@ def test_a_lease_streams_its_tokens_and_is_recalled_by_a_release() -> None:
     arguments = loop.steps[0]
     assert arguments.lease == 4
     assert gpu.memory[0].stops[:2].tolist() == [5, 6] and gpu.memory[0].stop_ends[0] == 2
-    loop.answer(0, 0, [11], more=True)
+    loop.end_step(0, 0, [11], more=True)
     (result,) = gpu.executor.run(0.0)
     assert (result.step, result.rows[0].token, result.more) == (2, 11, True)
     gpu.executor.submit(Release(model=0, requests=[1], unmap_chunks=[]))
     gpu.executor.recall(Recall(step=2))  # a second time is nothing
     assert loop.said.count(("recall", 0, 2)) == 1
-    loop.answer(0, 1, [12])
+    loop.end_step(0, 1, [12])
     (result,) = gpu.executor.run(0.0)
     assert (result.rows[0].token, result.more) == (12, False)
     assert gpu.executor.quiet
@@ -146,7 +146,7 @@ def test_penalties_are_not_leased_and_a_queued_lease_is_recalled() -> None:
     gpu.executor.submit(step(1))
     gpu.executor.submit(step(2, lease=4))
     gpu.executor.recall(Recall(step=2))
-    loop.answer(0, 0, [1])
+    loop.end_step(0, 0, [1])
     gpu.executor.run(0.0)
     assert loop.steps[0].step == 2 and loop.steps[0].lease == 1
 
@@ -179,7 +179,7 @@ def test_who_needs_the_host_gets_it(
     assert gpu.executor.run(0.0) == []
     assert looked == [(InputLayout(2, 2, 16), (2, 32))]
     assert loop.said[-1] == ("resume", 0, 1)
-    loop.answer(0, 0, [0] * arguments.wanted)
+    loop.end_step(0, 0, [0] * arguments.wanted)
     (result,) = gpu.executor.run(0.0)
     assert result.rows[0].token == 9
 
@@ -188,7 +188,7 @@ def test_counters_are_what_would_have_crossed() -> None:
     loop = FakeLoop()
     gpu = OneGPU(loop)
     gpu.executor.submit(step(1, tokens=(4, 5, 6)))
-    loop.answer(0, 0, [7])
+    loop.end_step(0, 0, [7])
     gpu.executor.run(0.0)
     counters = gpu.counters[0]
     assert (counters.dispatches, counters.rows) == (LAYERS, 3 * LAYERS)
@@ -238,9 +238,9 @@ class Launches:
     def set_layer(self, lane: int, layer: int) -> None:
         self.layers[lane] = layer
 
-    def launch(self, lane: int, _model: int, stage: Stage, _bucket: int) -> None:
+    def launch(self, lane: int, _model: int, stage: GPUStage, _bucket: int) -> None:
         self.log.append((lane, stage, self.layers[lane]))
-        if stage is Stage.HEAD:
+        if stage is GPUStage.HEAD:
             self.chosen[lane] = self.chosen.get(lane, 9) + 1
 
     def fetch(self, lane: int, address: int, count: int) -> None:
@@ -280,14 +280,14 @@ def test_stages_of_a_step_in_order_and_lanes_in_turn() -> None:
     gpu.executor.submit(step(2, 1))
     assert [r.rows[0].token for r in run(gpu, 2)] == [10, 10]
     expected = [
-        "words", Stage.EMBED, Stage.ATTENTION, Stage.DENSE_FFN, Stage.ATTENTION, Stage.MOE_FFN,
-        Stage.ATTENTION, Stage.MOE_FFN, Stage.HEAD,
+        "words", GPUStage.EMBED, GPUStage.ATTENTION, GPUStage.DENSE_FFN,
+        GPUStage.ATTENTION, GPUStage.MOE_FFN, GPUStage.ATTENTION, GPUStage.MOE_FFN, GPUStage.HEAD,
     ]  # fmt: skip
     for lane in range(2):
         own = [entry for entry in launches.log if entry[0] == lane]
         assert [what for _, what, _ in own] == expected
         assert [layer for _, _, layer in own[2:]] == [0, 0, 1, 1, 2, 2, 3]
-    lanes = [lane for lane, what, _ in launches.log if what not in ("words", Stage.EMBED)]
+    lanes = [lane for lane, what, _ in launches.log if what not in ("words", GPUStage.EMBED)]
     assert all({0, 1} == set(lanes[i : i + 2]) for i in range(0, len(lanes), 2)), lanes
 
 
@@ -299,7 +299,7 @@ def test_a_lease_of_launched_stages_ends_with_a_stop_token() -> None:
     gpu.executor.submit(Step(step=2, model=0, map_chunks=[], opens=[], rows=[row], lease=5))
     results = run(gpu, 3)
     assert [(r.rows[0].token, r.more) for r in results] == [(11, True), (12, True), (13, False)]
-    assert [what for _, what, _ in launches.log].count(Stage.FEED) == 2
+    assert [what for _, what, _ in launches.log].count(GPUStage.FEED) == 2
     assert gpu.executor.quiet
 
 
@@ -319,4 +319,4 @@ def test_a_prompt_chunk_without_sampling_has_no_head() -> None:
     gpu.executor.submit(step(1, tokens=(4, 5), sample=False))
     (result,) = run(gpu, 1)
     assert result.rows[0].token == -1
-    assert Stage.HEAD not in [what for _, what, _ in launches.log]
+    assert GPUStage.HEAD not in [what for _, what, _ in launches.log]

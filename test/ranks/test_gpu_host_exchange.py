@@ -10,14 +10,15 @@ import pytest
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.config.errors import ConfigError
-from crosspool.kernels.cuda_loop import ModelStages, Stage
-from crosspool.kernels.cuda_loop_structs import StepArguments
+from crosspool.kernels.cuda_loop import GPUStage, ModelStages
+from crosspool.kernels.cuda_loop_structs import GPUStepArguments
 from crosspool.kernels.engine_structs import DONE
 from crosspool.models.spec import DenseFFN, MoEFFN, RouterSpec
-from crosspool.ranks.gpu.ffn_executor import GPUFFNExecutor
+from crosspool.ranks.gpu.exchange import HostExchange
+from crosspool.ranks.gpu.executor import GPUExecutor
 from crosspool.ranks.gpu.links import Crossing, crossing_of
-from crosspool.ranks.gpu.load import check_share
-from crosspool.ranks.gpu.loop import HostExchange, HostLaunchedLoop
+from crosspool.ranks.gpu.loop import HostLaunchedLoop
+from crosspool.ranks.gpu.shares import check_share
 from crosspool.transport.data_path import DispatchHeader, LaneError
 from crosspool.transport.messages import Release
 from crosspool.weightpool.placement import FFNShard
@@ -44,7 +45,7 @@ class Launches:
     def set_layer(self, lane: int, layer: int) -> None:
         self.words[lane] = (self.words[lane][0], layer, 0)
 
-    def launch(self, lane: int, model: int, stage: Stage, bucket: int) -> None:
+    def launch(self, lane: int, model: int, stage: GPUStage, bucket: int) -> None:
         self.log.append((lane, stage, self.words[lane][1]))
 
     def fetch(self, lane: int, address: int, count: int) -> None:
@@ -86,10 +87,10 @@ def test_a_layer_waits_for_its_payloads_and_for_every_partial_sum() -> None:
         launches,
         exchange=HostExchange(NeverRings(), ends),
     )
-    loop.push_step(0, StepArguments(step=1, model=0, rows=3, lease=1))
-    loop.push_step(1, StepArguments(step=2, model=1, rows=2, lease=1))
+    loop.push_step(0, GPUStepArguments(step=1, model=0, rows=3, lease=1))
+    loop.push_step(1, GPUStepArguments(step=2, model=1, rows=2, lease=1))
     turn(loop)
-    began = [(Stage.EMBED, 0), (Stage.ATTENTION, 0), (Stage.DISPATCH, 0)]
+    began = [(GPUStage.EMBED, 0), (GPUStage.ATTENTION, 0), (GPUStage.DISPATCH, 0)]
     assert launches.of(0) == launches.of(1) == began
     assert all(end.free for of_lane in ends for end in of_lane)  # payloads are being written
     launches.busy.clear()
@@ -98,24 +99,24 @@ def test_a_layer_waits_for_its_payloads_and_for_every_partial_sum() -> None:
         assert end.outstanding == DispatchHeader(epoch=0, model=0, layer=0, rows=3)
         assert end.row_bytes == ROW_BYTES
     assert ends[1][0].free and ends[1][1].outstanding is not None
-    assert launches.of(0)[3:] == [(Stage.DENSE_FFN, 0)]  # this device's own share meanwhile
+    assert launches.of(0)[3:] == [(GPUStage.DENSE_FFN, 0)]  # this device's own share meanwhile
     assert launches.of(1)[3:] == []
-    ends[0][0].answer()
-    ends[1][1].answer()
+    ends[0][0].announce_reply()
+    ends[1][1].announce_reply()
     turn(loop)
     assert launches.of(0)[4:] == []  # one partial sum is missing
-    following = [(Stage.COMBINE, 0), (Stage.ATTENTION, 1), (Stage.DISPATCH, 1)]
+    following = [(GPUStage.COMBINE, 0), (GPUStage.ATTENTION, 1), (GPUStage.DISPATCH, 1)]
     assert launches.of(1)[3:] == following
-    ends[0][1].answer()
+    ends[0][1].announce_reply()
     turn(loop)
     assert launches.of(0)[4:] == following
     launches.busy.clear()
     turn(loop)
     for end in (end for of_lane in ends for end in of_lane if not end.free):
-        end.answer()
+        end.announce_reply()
     assert turn(loop) == []  # the last layer's sum is under way
-    assert launches.of(0)[-2:] == [(Stage.MOE_FFN, 1), (Stage.COMBINE, 1)]
-    assert launches.of(1)[-2:] == [(Stage.DISPATCH, 1), (Stage.COMBINE, 1)]
+    assert launches.of(0)[-2:] == [(GPUStage.MOE_FFN, 1), (GPUStage.COMBINE, 1)]
+    assert launches.of(1)[-2:] == [(GPUStage.DISPATCH, 1), (GPUStage.COMBINE, 1)]
     launches.busy.clear()
     assert sorted(turn(loop)) == [(DONE, 1), (DONE, 2)]
     assert all(end.free for of_lane in ends for end in of_lane)
@@ -127,13 +128,13 @@ def test_a_predecessors_dispatch_is_waited_for() -> None:
     loop = HostLaunchedLoop(
         [crossing((0,), False)], 1, launches, exchange=HostExchange(NeverRings(), [[end]])
     )
-    loop.push_step(0, StepArguments(step=1, model=0, rows=3, lease=1))
+    loop.push_step(0, GPUStepArguments(step=1, model=0, rows=3, lease=1))
     turn(loop)
-    assert launches.of(0) == [(Stage.EMBED, 0), (Stage.ATTENTION, 0)]
-    end.answer()
+    assert launches.of(0) == [(GPUStage.EMBED, 0), (GPUStage.ATTENTION, 0)]
+    end.announce_reply()
     end.accept()
     turn(loop)
-    assert launches.of(0)[-1] == (Stage.DISPATCH, 0)
+    assert launches.of(0)[-1] == (GPUStage.DISPATCH, 0)
 
 
 def serving(ends: list[Ends]) -> tuple[HostLaunchedLoop, Launches]:
@@ -146,7 +147,7 @@ def serving(ends: list[Ends]) -> tuple[HostLaunchedLoop, Launches]:
 def test_dispatches_are_served_in_turn_one_at_a_time() -> None:
     ends = [Ends(lane=lane) for lane in range(3)]
     loop, launches = serving(ends)
-    executor = GPUFFNExecutor(loop)
+    executor = GPUExecutor(None, loop, polls_peers=True)
     for end in ends[1:]:
         end.announce(DispatchHeader(epoch=0, model=0, layer=1, rows=3), ROW_BYTES)
     order = []
@@ -158,12 +159,12 @@ def test_dispatches_are_served_in_turn_one_at_a_time() -> None:
             order.append(launches.words[0][2])
             launches.busy.clear()
             executor.run(0.0)
-            assert ends[order[-1]].answered and loop.served == len(order)
+            assert ends[order[-1]].replied and loop.served == len(order)
             if len(order) == 1:  # the same lane again: the others come first
                 ends[1].accept()
                 ends[1].announce(DispatchHeader(epoch=0, model=0, layer=1, rows=3), ROW_BYTES)
     assert order == [1, 2, 1]
-    assert launches.of(0) == [(Stage.MOE_FFN, 1)] * 3
+    assert launches.of(0) == [(GPUStage.MOE_FFN, 1)] * 3
     assert not executor.quiet and not executor.drained
     with pytest.raises(RuntimeError, match="without an attention rank"):
         executor.submit(Release(model=0, requests=[], unmap_chunks=[]))

@@ -40,8 +40,8 @@ def _sequences(lengths: list[int], vocab: int) -> list[list[int]]:
 
 
 def _logits(parts: Parts, sequences: list[list[int]], lengths: list[int]) -> list[torch.Tensor]:
-    """Prompts in chunks of 7, one request after another joining; then decode, all in one batch.
-    Requests that are through their prompt decode beside those that are not."""
+    """Prompts come in chunks of 7, one request after another, and then decode, all in one batch.
+    Requests whose prompt is done decode beside those that still read."""
     done = [0] * len(sequences)
     logits: list[list[torch.Tensor]] = [[] for _ in sequences]
     step = 0
@@ -99,8 +99,8 @@ def test_config_as_published_before_transformers_5(tmp_path: Path) -> None:
 
 @torch.inference_mode()
 def test_bfloat16_stays_close_to_transformers(checkpoint: Path, reference: PreTrainedModel) -> None:
-    """In bfloat16 both round differently: ours may be no further from the float32 model than
-    twice what transformers' own bfloat16 run is, on average."""
+    """Both round differently in bfloat16: on average, ours may be no further from the float32
+    model than twice the distance of transformers' own bfloat16 run."""
     lengths = [19]
     parts = Parts(checkpoint, dtype="bfloat16")
     sequences = _sequences(lengths, parts.spec.vocab)

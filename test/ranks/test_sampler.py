@@ -20,7 +20,8 @@ def one_thread():
 
 
 def reference_adjusted(logits, row, eos=()):
-    """SGLang's order: frequency, presence, min tokens; repetition; grammar; bias."""
+    """Applies the rules in SGLang's order: frequency, presence, min tokens; repetition; grammar;
+    bias."""
     x = logits.astype(np.float64).copy()
     s = row.sampling
     for token in row.output:
@@ -119,7 +120,8 @@ def test_adjustments_against_reference(seed):
 
 @pytest.mark.parametrize("row", ADJUSTMENTS)
 def test_adjusted_distribution_draws_like_the_reference(row):
-    """The whole adjusted distribution, not only its maximum: chi-square over 4000 positions."""
+    """The whole adjusted distribution is right, not only its maximum: chi-square over 4000
+    positions."""
     sampling = Sampling(
         **{f: getattr(row.sampling, f) for f in row.sampling.__struct_fields__}
         | {"temperature": 1.5, "seed": 11}

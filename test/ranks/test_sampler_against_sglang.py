@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from crosspool.frontend import compat
 from crosspool.ranks.sampler import SamplingRow, adjusted
 from crosspool.transport.messages import Sampling
 
@@ -24,12 +25,13 @@ SAMPLINGS = [
 
 
 class Batch(SimpleNamespace):
-    """As much of SGLang's ScheduleBatch as the penalizers look at; they hold it weakly."""
+    """The part of SGLang's ScheduleBatch that its penalizers look at; they hold it weakly."""
 
     __slots__ = ("__weakref__",)
 
 
 def test_penalties_equal_sglangs() -> None:
+    compat.install()
     penaltylib = pytest.importorskip("sglang.srt.sampling.penaltylib")
     outputs = np.random.default_rng(1).integers(0, 30, (len(SAMPLINGS), 12))
     tokenizer = SimpleNamespace(additional_stop_token_ids=None, eos_token_id=EOS[0])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import msgspec
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.kvpool.layout import KVLayout
@@ -70,7 +71,7 @@ def deployment(
     bounds: dict[int, dict[str, int]] | None = None,
     **fields: Any,
 ) -> Deployment:
-    """``bounds``: kv_floor_bytes and kv_ceiling_bytes by model."""
+    """``bounds`` has kv_floor_bytes and kv_ceiling_bytes of models, by index."""
     defaults: dict[str, Any] = {
         "kv_pool_bytes": ranks * 64 * 4096,
         "chunk_bytes": 4096,
@@ -105,7 +106,7 @@ def request(
     cache_namespace: tuple[str, str] = ("", ""),
     **stop: Any,
 ) -> GenerateRequest:
-    """``prompt``: token ids, or just their number."""
+    """``prompt`` has token ids, or is just their number."""
     if isinstance(prompt, int):
         seed = zlib.crc32(rid.encode())
         prompt = [(seed + 31 * i) % 256 for i in range(prompt)]
@@ -123,7 +124,7 @@ def request(
 
 
 class WordDecoder:
-    """Text of the tokens: UTF-8 bytes, ``WORDS``, nothing."""
+    """Decodes tokens to UTF-8 bytes, ``WORDS`` or nothing."""
 
     def decode(self, ids: list[int]) -> str:
         parts = [bytes([t]) if t < 256 else WORDS.get(t, "").encode() for t in ids]
@@ -131,8 +132,8 @@ class WordDecoder:
 
 
 Slot = tuple[int, int]
-"""What one position of a page holds: its token, and the digest of the sequence up to it, on which
-its K and V depend."""
+"""One position of a page: its token, and the digest of the sequence up to it, on which its K and V
+depend."""
 
 
 def digest(before: int, token: int) -> int:
@@ -150,23 +151,23 @@ class SimulatedRank:
         self.mapped: list[set[int]] = [set() for _ in specs]
         self.steps: list[Step] = []
         self.served: list[int] = []
-        """Models of all steps received, in order."""
+        """The models of all steps received, in order."""
         self.last_step = -1
         self.recalled: set[int] = set()
         self.leased_steps = 0
-        """Steps that followed without a message."""
+        """Number of steps that followed without a message."""
         self.model: dict[int, int] = {}
         self.prompt_len: dict[int, int] = {}
         self.logprobs: dict[int, Logprobs] = {}
         self.sampling: dict[int, Sampling] = {}
         self.tokens: dict[int, list[int]] = {}
         self.sampled: dict[int, int] = {}
-        """The last sampled token of a request, until it is fed back."""
+        """The last sampled token of each request, until it is fed back."""
         self.pages: dict[int, list[int]] = {}
         self.own: dict[int, set[int]] = {}
         """Pages of a request that it may write to."""
         self.written: list[dict[int, list[Slot]]] = [{} for _ in specs]
-        """Per model and page what was written there since it was mapped."""
+        """What was written to each page since it was mapped, indexed [model][page]."""
         self.ever_opened: set[int] = set()
 
     def receive(self, message: Any) -> None:
@@ -219,7 +220,8 @@ class SimulatedRank:
         self.recalled.add(recall.step)
 
     def take_row(self, model: int, row: Row, lease: int) -> None:
-        """``lease``: steps left of it, this one included; only its first brings pages."""
+        """``lease`` is the number of its steps left, this one included; only its first step brings
+        pages."""
         assert self.model[row.request] == model
         tokens, prompt_len = self.tokens[row.request], self.prompt_len[row.request]
         layout = self.layouts[model]
@@ -261,7 +263,7 @@ class SimulatedRank:
         return slots
 
     def check_read(self, model: int, pages: list[int], tokens: list[int]) -> None:
-        """The pages hold the K and V of exactly these tokens."""
+        """Asserts that the pages hold the K and V of exactly these tokens."""
         size, chain = self.layouts[model].page_size, 0
         for position, token in enumerate(tokens):
             chain = digest(chain, token)
@@ -304,7 +306,7 @@ class SimulatedRank:
                 del written[page]
 
     def answer(self, index: int = 0) -> StepResult:
-        """The result of one of the steps at work on the lanes."""
+        """Ends one of the steps at work on the lanes and returns its result."""
         step = self.steps.pop(min(index, len(self.steps) - 1, self.deployment.lanes - 1))
         rows = [self.answer_row(row) for row in step.rows]
         more = self.goes_on(step, rows)
@@ -317,7 +319,7 @@ class SimulatedRank:
         return step.lease > 1 and not stopped and step.step not in self.recalled
 
     def go_on(self, step: Step) -> None:
-        """The next step of a lease, behind those that wait."""
+        """Queues the next step of a lease behind the steps that wait."""
         rows = []
         for row in step.rows:
             end, token = row.start + len(row.tokens), self.sampled[row.request]
@@ -411,7 +413,7 @@ class Simulation:
         self.core = SchedulerCore(d, specs, decoders, self.grammars, lambda: self.now)
         self.ranks = [SimulatedRank(d, specs, next_token) for _ in d.kv_pool_devices]
         self.started: list[str] = []
-        """rids in the order in which the requests were opened on a rank."""
+        """Request ids in the order in which the requests were opened on a rank."""
         self._rid_of_seed: dict[int, str] = {}
         self.outputs: dict[str, list[Output]] = defaultdict(list)
 
@@ -437,18 +439,18 @@ class Simulation:
             assert output.completion_tokens == len(self.tokens(output.rid))
 
     def answer(self, rank: int = 0, index: int = 0) -> None:
-        """One step of ``rank`` ends."""
+        """Ends one step of ``rank``."""
         self.core.on_result(rank, self.ranks[rank].answer(index))
         self.schedule()
 
     def answer_all(self) -> None:
-        """The oldest step of every rank ends."""
+        """Ends the oldest step of every rank."""
         for index, rank in enumerate(self.ranks):
             if rank.steps:
                 self.answer(index)
 
     def run(self) -> None:
-        """Until every step is answered."""
+        """Goes on until every step has ended."""
         while any(rank.steps for rank in self.ranks):
             self.answer_all()
 
@@ -465,11 +467,26 @@ class Simulation:
     def text(self, rid: str) -> str:
         return WordDecoder().decode(self.tokens(rid))
 
+    def snapshot(self) -> dict[str, Any]:
+        """The core's snapshot as HTTP clients see it."""
+        return msgspec.to_builtins(self.core.snapshot())
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits or runs, no step is in flight and nothing is to be drained."""
+        core = self.core
+        return not (
+            core._messages
+            or core._outputs
+            or any(core._requests())
+            or any(rank.flights for rank in core._ranks)
+        )
+
     def assert_empty(self) -> None:
-        """Nobody waits or runs and nothing is promised; what is still mapped is cached, and goes
-        with a flush, so that every page and chunk is back."""
-        assert self.core.idle
-        for rank in self.core.snapshot()["ranks"]:
+        """Asserts that nobody waits or runs, that nothing is promised, and that a flush gives back
+        every page and chunk."""
+        assert self.idle
+        for rank in self.snapshot()["ranks"]:
             assert rank["free_chunks"] + rank["cached_chunks"] == rank["budget_chunks"]
             assert rank["promised_chunks"] == rank["running"] == 0
             assert rank["mapped_chunks"] == rank["cached_chunks"]
@@ -477,13 +494,13 @@ class Simulation:
         self.schedule()
         for rank in self.ranks:
             assert not rank.model and not any(rank.mapped) and not rank.steps
-        for rank in self.core.snapshot()["ranks"]:
+        for rank in self.snapshot()["ranks"]:
             assert rank["free_chunks"] == rank["budget_chunks"]
             assert rank["promised_chunks"] == rank["mapped_chunks"] == rank["cached_chunks"] == 0
 
 
 def expected_tokens(r: GenerateRequest, s: ModelSpec) -> list[int]:
-    """What ``r`` (without stop strings or grammar) must yield under :func:`hashed_token`."""
+    """Tokens that ``r``, without stop strings or grammar, must yield under :func:`hashed_token`."""
     most = r.stop.max_new_tokens
     room = s.context - len(r.input_ids)
     tokens = list(r.input_ids)

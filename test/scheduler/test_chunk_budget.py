@@ -11,7 +11,8 @@ LAYERS = 4
 PAGE = 4
 TARGET = 0.05
 CLOSE = 1.1 * TARGET
-"""Once costs have changed: those of a model that has not made a step alone since are half known."""
+"""The bound once costs have changed, when those of a model that has made no step without a prompt
+since are only half known."""
 
 
 def never_ending(tokens):
@@ -36,7 +37,7 @@ class Device:
         self.step, self.token, self.chunk = step, token, chunk
         """Seconds of a step, of a prompt token, and of a prompt chunk of any length."""
         self.times = defaultdict(list)
-        """Per request when it got tokens, one after another."""
+        """Times at which each request got its tokens."""
         self.chunks = []
         """(time, model, prompt tokens) of every step that took some, as they end."""
         self._left = {}
@@ -58,7 +59,7 @@ class Device:
         return sum(len(row.tokens) for row in step.rows if row.start < known[row.request])
 
     def run(self, until):
-        """``until()`` is asked after every part; the device is idle only at the very end."""
+        """Computes part after part until ``until()`` is true."""
         while not until():
             self.part()
 
@@ -83,7 +84,7 @@ class Device:
             self.times[rid] += [self.now] * (done - len(self.times[rid]))
 
     def answers(self, model, at_once=1):
-        """Requests that answer for ever, each past its first token."""
+        """Adds requests that generate for ever, and runs until each has its first token."""
         names = [f"answer{model}-{i}" for i in range(at_once)]
         self.add(*(request(n, PAGE, 3000, model=model, stream=True) for n in names))
         self.run(lambda: all(self.sim.tokens(name) for name in names))
@@ -183,7 +184,7 @@ def test_chunks_follow_a_device_that_changes_its_speed(slower):
 
 
 def test_chunks_are_long_where_short_ones_take_most_of_the_time_too():
-    """As where a few tokens are enough to need every expert."""
+    """So it is where a few tokens are enough to need every expert."""
     device = Device(2, token=0.0002, chunk=0.02)
     answers = device.answers(0)
     device.add(*flood(2, each=4, tokens=1000))

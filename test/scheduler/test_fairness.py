@@ -83,7 +83,7 @@ def test_a_request_as_large_as_the_pool_gets_in_despite_a_stream_of_small_ones()
     for i in range(200):
         sim.add(request(f"after{i}", 30, 20, model=1))
         sim.answer()
-        if sim.core.snapshot()["models"][0]["running"]:
+        if sim.snapshot()["models"][0]["running"]:
             break
     else:
         pytest.fail("the large request starved")
@@ -120,17 +120,17 @@ def test_a_model_at_its_own_limit_keeps_nobody_out():
     sim = Simulation(d, [spec(), spec()], never_ending)
     sim.add(*(request(f"r{i}", 10, 20, model=0) for i in range(5)))
     sim.add(request("other", 10, 20, model=1))
-    models = sim.core.snapshot()["models"]
+    models = sim.snapshot()["models"]
     assert [m["running"] for m in models] == [2, 1]
 
 
 def test_requests_go_to_the_rank_with_most_free_kv():
     sim = Simulation(deployment(1, ranks=3), [spec()], never_ending)
     sim.add(*(request(f"r{i}", 60, 60) for i in range(6)))
-    assert [rank["running"] for rank in sim.core.snapshot()["ranks"]] == [2, 2, 2]
+    assert [rank["running"] for rank in sim.snapshot()["ranks"]] == [2, 2, 2]
     sim.add(request("large", 200, 56))
     sim.add(*(request(f"s{i}", 60, 60) for i in range(2)))
-    assert [rank["running"] for rank in sim.core.snapshot()["ranks"]] == [3, 3, 3]
+    assert [rank["running"] for rank in sim.snapshot()["ranks"]] == [3, 3, 3]
 
 
 def test_three_times_the_pool_is_served_in_full_without_an_interruption():
@@ -143,7 +143,7 @@ def test_three_times_the_pool_is_served_in_full_without_an_interruption():
     fewest_free = 16
     while any(rank.steps for rank in sim.ranks):
         sim.answer_all()
-        fewest_free = min(fewest_free, sim.core.snapshot()["ranks"][0]["free_chunks"])
+        fewest_free = min(fewest_free, sim.snapshot()["ranks"][0]["free_chunks"])
     assert fewest_free <= 2
     for r in requests:
         assert len(sim.tokens(r.rid)) == 70 and sim.finish(r.rid).kind == "length"

@@ -8,7 +8,7 @@ DIGITS = set(range(48, 58))
 
 
 def start(*allowed: set[int], next_token=lambda tokens: 50, **fields) -> Simulation:
-    """A request whose grammar allows these sets one after another; it is running."""
+    """A running request whose grammar allows these sets one after another."""
     sim = Simulation(deployment(1), [spec()], next_token)
     sim.add(request("r", 3, 8, grammar=GRAMMAR, **fields))
     assert not sim.ranks[0].steps
@@ -67,7 +67,7 @@ def test_a_compiling_request_keeps_its_place_but_holds_nobody_up():
     sim = Simulation(deployment(1, max_running_requests=1), [spec()], lambda tokens: 50)
     sim.add(request("g", 3, 2, grammar=GRAMMAR))
     sim.add(request("a", 3, 2), request("b", 3, 2))
-    snapshot = sim.core.snapshot()["models"][0]
+    snapshot = sim.snapshot()["models"][0]
     assert (snapshot["running"], snapshot["waiting"], snapshot["compiling"]) == (1, 2, 1)
     sim.grammars[0].futures[0].set_result(ToyMatcher([DIGITS] * 3))
     sim.run()

@@ -1,4 +1,4 @@
-"""Leases: several decode steps of one message, which end when somebody could join or must leave."""
+"""Leases: several decode steps of one message, which end when a request could join or must go."""
 
 import pytest
 from crosspool.transport.messages import Recall, Step, StepResult
@@ -10,7 +10,7 @@ def never_ending(tokens):
 
 
 class Recorder(Simulation):
-    """Keeps what rank 0 was sent."""
+    """Records the messages to rank 0."""
 
     def __init__(self, models=1, next_token=never_ending, **fields):
         d = deployment(models, **({"loop": "resident", "lease_steps": 6} | fields))
@@ -42,7 +42,7 @@ def test_one_message_carries_several_steps():
     assert sim.tokens("a") == [n % 256 for n in range(5, 19)]
     assert len(sim.outputs["a"]) == 14  # streamed one by one
     assert not sim.recalls
-    model = sim.core.snapshot()["models"][0]
+    model = sim.snapshot()["models"][0]
     assert (model["steps"], model["decode_rows"], model["prompt_tokens"]) == (14, 13, 5)
     sim.assert_empty()
 
@@ -116,8 +116,8 @@ def test_a_stop_token_ends_it():
 
 
 def test_more_models_than_lanes_take_turns():
-    """Up to lanes + 1 models hold leases; a further one gets its turn within a step of each, and
-    from then on there are none."""
+    """Up to lanes + 1 models hold leases. A further model gets its turn within a step of each, and
+    from then on there are no leases."""
     sim = Recorder(models=4, lanes=2, lease_steps=100)
     for model in range(3):
         sim.add(request(f"r{model}", 5, 90, model=model, stream=True))
@@ -163,5 +163,5 @@ def test_more_steps_than_were_leased_are_an_error():
     sim = Recorder(lease_steps=1)
     sim.add(request("a", 5, 14))
     answer = sim.ranks[0].answer()
-    with pytest.raises(ValueError, match="outdid the lease of step 0"):
+    with pytest.raises(ValueError, match="goes on with step 0, whose lease is over"):
         sim.core.on_result(0, StepResult(step=answer.step, rows=answer.rows, more=True))

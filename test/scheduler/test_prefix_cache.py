@@ -26,7 +26,7 @@ class Live:
     path: list[Entry]
     own: list[int]
     used: list[Prefix] = field(default_factory=list)
-    """What the naive model says of ``path``."""
+    """The path that the naive model expects."""
 
     def prefixes(self, first=0):
         return [
@@ -69,9 +69,9 @@ class AgainstADictionary(RuleBasedStateMachine):
             if prefix not in self.pages:
                 break
             known.append(prefix)
-        before = list(self.cache.idle)
+        before = self.idle()
         request.path = self.cache.match(model, namespace, request.keys())
-        assert list(self.cache.idle) == before, "a match alone changes nothing"
+        assert self.idle() == before, "a match alone changes nothing"
         assert [entry.page for entry in request.path] == [self.pages[p] for p in known]
         self.hits += bool(known)
         request.used = known
@@ -100,7 +100,7 @@ class AgainstADictionary(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(index=st.integers(0, 1000), computed=st.integers(0, 7))
     def go(self, index, computed):
-        """It ends when so many of its own pages were computed."""
+        """Ends a request of which ``computed`` own pages were computed."""
         self.operations += 1
         self.clock += 1
         request = self.live.pop(index % len(self.live))
@@ -154,7 +154,7 @@ class AgainstADictionary(RuleBasedStateMachine):
         return any(prefix in request.used for request in self.live)
 
     def least_recently_used(self):
-        """Of the entries that nobody uses and nothing follows, the one used longest ago."""
+        """The entry used longest ago among those that nobody uses and nothing follows."""
         followed = {(m, n, tokens[:-PAGE]) for m, n, tokens in self.pages}
         idle = [p for p in self.pages if p not in followed and not self.in_use(p)]
         return min(idle, key=lambda p: self.last_use[p], default=None)
@@ -168,6 +168,10 @@ class AgainstADictionary(RuleBasedStateMachine):
         for request in self.live:
             assert self.free.isdisjoint(request.own), "freed while in use"
 
+    def idle(self):
+        """(model, page) of every idle entry, least recently used first."""
+        return [(entry.model, entry.page) for entry in self.cache._idle]
+
     @invariant()
     def no_page_is_lost_or_has_two_owners(self):
         held = [page for request in self.live for page in request.own]
@@ -175,8 +179,8 @@ class AgainstADictionary(RuleBasedStateMachine):
         assert len(held) + len(cached) + len(self.free) == self.fresh
         assert len({*held, *cached, *self.free}) == self.fresh
         idle = sorted((p[0], page) for p, page in self.pages.items() if not self.in_use(p))
-        assert sorted(self.cache.idle) == idle
-        assert self.cache.namespaces == len({p[:2] for p in self.pages})
+        assert sorted(self.idle()) == idle
+        assert len(self.cache._roots) == len({p[:2] for p in self.pages})
 
     def teardown(self):
         while self.live:

@@ -14,7 +14,7 @@ def never_ending(tokens):
 
 
 def cached(sim, rid):
-    """Cached tokens as the request's outputs tell them, all the same."""
+    """Cached tokens of the request, on which all of its outputs agree."""
     (count,) = {output.cached_tokens for output in sim.outputs[rid]}
     return count
 
@@ -33,11 +33,11 @@ def test_a_prompt_that_was_computed_is_not_computed_again():
     first = request("first", prompt(50), 8, stream=True)
     second = request("second", prompt(50), 8, stream=True)
     run(sim, first)
-    before = sim.core.snapshot()["models"][0]
+    before = sim.snapshot()["models"][0]
     run(sim, second)
     assert (cached(sim, "first"), cached(sim, "second")) == (0, 48)
     assert sim.tokens("first") == sim.tokens("second") == expected_tokens(first, sim.specs[0])
-    after = sim.core.snapshot()["models"][0]
+    after = sim.snapshot()["models"][0]
     assert after["prompt_tokens"] - before["prompt_tokens"] == 2
     assert (after["cached_tokens"], after["prefix_hits"]) == (48, 1)
     sim.assert_empty()
@@ -126,7 +126,7 @@ def test_requests_at_once_each_compute_and_one_copy_stays():
     sim = Simulation(deployment(1), [spec()], never_ending)
     run(sim, *(request(f"r{i}", prompt(31), 5) for i in range(6)))
     # 35 of the 36 tokens went through a step: 8 pages of 256 bytes, a chunk has 16
-    assert sim.core.snapshot()["models"][0]["cached_chunks"] <= 2
+    assert sim.snapshot()["models"][0]["cached_chunks"] <= 2
     run(sim, request("next", prompt(31), 5))
     assert cached(sim, "next") == 28
     sim.assert_empty()
@@ -136,7 +136,7 @@ def test_requests_at_once_each_compute_and_one_copy_stays():
 
 
 def pool(sim):
-    (rank,) = sim.core.snapshot()["ranks"]
+    (rank,) = sim.snapshot()["ranks"]
     return {k: rank[f"{k}_chunks"] for k in ("promised", "cached", "free", "mapped")}
 
 
@@ -164,7 +164,7 @@ def test_cached_pages_are_given_up_before_anyone_waits():
     assert pool(sim)["cached"] >= 7
     run(sim, request("as large as the pool", prompt(12), 500))
     assert len(sim.tokens("as large as the pool")) == 500
-    assert sum(m["evicted_pages"] for m in sim.core.snapshot()["models"]) > 100
+    assert sum(m["evicted_pages"] for m in sim.snapshot()["models"]) > 100
     sim.assert_empty()
 
 
@@ -176,11 +176,11 @@ def test_a_request_that_cannot_get_in_anyway_empties_no_cache():
     before = pool(sim)
     sim.add(request("waiting", prompt(12, 2), 450, model=1))
     assert pool(sim) == before and pool(sim)["cached"] == 2
-    assert sim.core.snapshot()["models"][1]["waiting"] == 1
+    assert sim.snapshot()["models"][1]["waiting"] == 1
     while not sim.finished("running"):
         sim.answer()
     sim.run()
-    assert sim.core.snapshot()["models"][0]["evicted_pages"] > 0
+    assert sim.snapshot()["models"][0]["evicted_pages"] > 0
     sim.assert_empty()
 
 
@@ -195,7 +195,7 @@ def test_a_scan_of_one_model_takes_the_least_recently_used_of_all():
         if i % 3 == 0:
             run(sim, request(f"use{i}", prompt(120), 4, model=1))
             assert cached(sim, f"use{i}") == 116
-    evicted = [m["evicted_pages"] for m in sim.core.snapshot()["models"]]
+    evicted = [m["evicted_pages"] for m in sim.snapshot()["models"]]
     assert evicted[0] > 0 and evicted[1] == 0 and evicted[2] == 30
     run(sim, request("gone", prompt(120), 4, model=2))
     assert cached(sim, "gone") == 0
@@ -209,7 +209,7 @@ def test_no_more_is_given_up_than_is_needed():
     assert pool(sim)["free"] == 0
     sim.add(request("next", prompt(61, 8), 4))
     # 17 pages are needed; each of the 8 left 16 pages of 16 * 8, and nothing else is free
-    assert sim.core.snapshot()["models"][0]["evicted_pages"] == 17
+    assert sim.snapshot()["models"][0]["evicted_pages"] == 17
     sim.run()
     for i in range(7, 1, -1):
         run(sim, request(f"again{i}", prompt(61, i), 1))
@@ -222,7 +222,7 @@ def test_flush_of_one_model():
     run(sim, request("a", prompt(60), 2), request("b", prompt(60), 2, model=1))
     assert sim.core.flush(0)
     sim.schedule()
-    assert [m["cached_chunks"] for m in sim.core.snapshot()["models"]] == [0, 1]
+    assert [m["cached_chunks"] for m in sim.snapshot()["models"]] == [0, 1]
     assert not sim.ranks[0].mapped[0] and sim.ranks[0].mapped[1]
     sim.assert_empty()
 
@@ -231,7 +231,7 @@ def test_flush_of_one_model():
 
 
 def ranks_of(sim):
-    return [rank["running"] for rank in sim.core.snapshot()["ranks"]]
+    return [rank["running"] for rank in sim.snapshot()["ranks"]]
 
 
 def test_a_request_goes_where_its_prompt_is_cached():

@@ -2,9 +2,12 @@
 refused request is told."""
 
 from random import Random
+from typing import get_args, get_type_hints
 
 import pytest
+from crosspool.config.deployment import Deployment
 from crosspool.kvpool.bounds import Bounds
+from crosspool.scheduler.promise_rules import PROMISE_RULES
 from crosspool.transport.messages import Logprobs
 from simulation import Simulation, deployment, expected_tokens, request, spec
 
@@ -19,7 +22,11 @@ def growing(models=1, **fields):
 
 
 def model(sim, index=0):
-    return sim.core.snapshot()["models"][index]
+    return sim.snapshot()["models"][index]
+
+
+def test_every_rule_that_a_user_can_name_is_there():
+    assert set(PROMISE_RULES) == set(get_args(get_type_hints(Deployment)["promise"]))
 
 
 # --- promises that grow
@@ -92,12 +99,12 @@ def test_nobody_is_stuck_whatever_the_pool_and_the_requests(seed):
     pauses = 0
     while any(rank.steps for rank in sim.ranks):
         sim.answer_all()
-        (rank,) = sim.core.snapshot()["ranks"]
+        (rank,) = sim.snapshot()["ranks"]
         pauses += rank["paused"]
         assert rank["steps_in_flight"] or not rank["running"]
     for r in requests:
         assert sim.tokens(r.rid) == expected_tokens(r, sim.specs[r.model])
-    assert (pauses > 0) <= (sum(m["pauses"] for m in sim.core.snapshot()["models"]) > 0)
+    assert (pauses > 0) <= (sum(m["pauses"] for m in sim.snapshot()["models"]) > 0)
     sim.assert_empty()
 
 

@@ -155,10 +155,10 @@ def test_a_request_aborted_before_its_first_step_is_unknown_to_the_rank():
     sim = Simulation(deployment(1), [spec()])
     sim.add(request("running", 8, 20))
     sim.add(request("admitted", 200, 20))
-    promised = sim.core.snapshot()["ranks"][0]["promised_chunks"]
+    promised = sim.snapshot()["ranks"][0]["promised_chunks"]
     sim.core.abort("admitted")
     sim.schedule()
-    assert sim.core.snapshot()["ranks"][0]["promised_chunks"] < promised
+    assert sim.snapshot()["ranks"][0]["promised_chunks"] < promised
     assert len(sim.ranks[0].ever_opened) == 1
     sim.run()
     sim.assert_empty()
@@ -170,7 +170,7 @@ def test_abort_of_one_model_or_of_all():
     sim.core.abort("r", model=1)
     sim.schedule()
     assert [rid for rid in sorted(sim.outputs) if sim.finished(rid)] == ["r1", "r3"]
-    sim.core.abort("", all=True, message="server is flushed")
+    sim.core.abort("", message="server is flushed")
     sim.schedule()
     assert sim.finish("r0").message == "server is flushed"
     sim.run()
@@ -186,7 +186,7 @@ def test_full_queue_is_refused_at_once():
     assert finish.message == "the queue of model model0 is full (2 waiting); retry later"
     sim.run()
     assert all(sim.finish(rid).kind == "length" for rid in ("r0", "r1", "r2", "other"))
-    assert sim.core.snapshot()["models"][0]["aborted"] == {"429": 1}
+    assert sim.snapshot()["models"][0]["aborted"] == {"429": 1}
 
 
 def test_a_request_that_waited_too_long_is_refused():
@@ -233,8 +233,8 @@ def test_a_lost_rank_ends_everything():
         assert sim.finish(rid) == Finish(
             kind="abort", message="attention rank 0 is gone", status=503
         )
-    assert sim.core.idle and sim.core.next_deadline() is None
-    assert sim.core.snapshot()["failure"] == "attention rank 0 is gone"
+    assert sim.idle and sim.core.next_deadline() is None
+    assert sim.snapshot()["failure"] == "attention rank 0 is gone"
 
 
 def test_a_step_without_result_is_overdue():
@@ -243,7 +243,7 @@ def test_a_step_without_result_is_overdue():
     assert sim.core.next_deadline() == sim.now + 30
     assert sim.core.overdue(sim.now + 29) is None
     assert sim.core.overdue(sim.now + 30) == (
-        "attention rank 0 (cuda:0) has not answered step 0 of model model0 for 30 s"
+        "attention rank 0 (cuda:0) has not finished step 0 of model model0 for 30 s"
     )
     sim.run()
     assert sim.core.overdue(sim.now + 1000) is None
@@ -261,12 +261,12 @@ def test_results_that_answer_no_step_are_an_error():
 def test_snapshot_counts():
     sim = Simulation(deployment(2, max_running_requests=1), [spec(), spec()], lambda tokens: 7)
     sim.add(request("a", 40, 3), request("b", 8, 3), request("bad", [], 3))
-    before = sim.core.snapshot()
+    before = sim.snapshot()
     assert before["models"][0]["running"] == 1 and before["models"][0]["waiting"] == 1
     assert before["models"][0]["promised_bytes"] == 4096 == before["ranks"][0]["mapped_bytes"]
     assert before["ranks"][0]["free_bytes"] == 63 * 4096
     sim.run()
-    model = sim.core.snapshot()["models"][0]
+    model = sim.snapshot()["models"][0]
     assert model["requests"] == 3 and model["admitted"] == 2
     assert model["finished"] == {"stop": 0, "length": 2} and model["aborted"] == {"400": 1}
     assert model["prompt_tokens"] == 48 and model["output_tokens"] == 6

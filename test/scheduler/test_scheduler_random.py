@@ -114,7 +114,7 @@ class Traffic(RuleBasedStateMachine):
 
     @invariant()
     def the_books_agree(self):
-        snapshot = self.sim.core.snapshot()
+        snapshot = self.sim.snapshot()
         for rank, simulated in zip(snapshot["ranks"], self.sim.ranks, strict=True):
             used = rank["promised_chunks"] + rank["cached_chunks"]
             assert rank["free_chunks"] + used == rank["budget_chunks"]
@@ -137,7 +137,7 @@ class Traffic(RuleBasedStateMachine):
             assert self.sim.finished(rid)
             assert sum(output.finish is not None for output in self.sim.outputs[rid]) == 1
             ended += self.right(r)
-        counters = self.sim.core.snapshot()["models"]
+        counters = self.sim.snapshot()["models"]
         assert sum(sum(m["finished"].values()) for m in counters) == ended
         assert sum(sum(m["aborted"].values()) for m in counters) == len(self.requests) - ended
 
@@ -186,7 +186,7 @@ class BoundedGrowingTraffic(BoundedTraffic):
 
 
 class LeasedTraffic(Traffic):
-    """On devices that make several decode steps of one message."""
+    """Traffic on devices that make several decode steps of one message."""
 
     fields: ClassVar = {"loop": "resident", "lease_steps": 7}
 
@@ -244,7 +244,7 @@ def test_hundreds_of_requests(kind, seed):
             traffic.flush(model=random.choice([None, 0, 1, 2]))
         traffic.the_books_agree()
     traffic.teardown()
-    counters = traffic.sim.core.snapshot()["models"]
+    counters = traffic.sim.snapshot()["models"]
     assert len(traffic.requests) >= 250
     assert sum(sum(m["finished"].values()) for m in counters) >= 150
     assert sum(m["aborted"].get("499", 0) for m in counters) >= 20

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from crosspool.kernels.cuda_loop import CudaLoop, LinkMemory
 from crosspool.models.spec import DTYPE_BYTES
+from crosspool.ranks.gpu.exchange import HostExchange
 from crosspool.ranks.gpu.inputs import HostMemory
 from crosspool.ranks.gpu.lanes import join_loop, make_serving, make_stages, model_stages
-from crosspool.ranks.gpu.links import Crossing
-from crosspool.ranks.gpu.loop import HostExchange
+from crosspool.ranks.gpu.links import Crossing, ServedCounts
 from crosspool.ranks.gpu.model import GPUModel
 from crosspool.transport.lane_layout import LINK_HEAD_BYTES, LinkLayout
 from support.link_ends import Ends, NeverRings
@@ -21,8 +21,7 @@ from benchmark.gpu_lanes import Lanes
 
 
 class ExchangingLanes(Lanes):
-    """As :class:`benchmark.gpu_lanes.Lanes`, with the models' FFN parts on a rank of their own,
-    behind a link of each lane."""
+    """Lanes whose models have their FFN parts on a rank of its own, behind a link of each lane."""
 
     def __init__(
         self,
@@ -57,9 +56,10 @@ class ExchangingLanes(Lanes):
             crossings=[crossing] * len(models),
         )
         ffns = {i: model.ffn for i, model in enumerate(models) if model.ffn is not None}
-        serving = make_serving(specs, ffns, buckets, places, device)
-        assert serving.counts is not None
-        self.served = serving.counts
+        self.served = ServedCounts(lanes, device)
+        serving, served_stages = make_serving(
+            specs, ffns, buckets, places, device, counts=self.served, first_lane=0
+        )
         elements = max(stages.layout.elements for stages in self.stages.values())
         pinned = device.type == "cuda"
         self._memory = [HostMemory(elements, sequences, lease, pinned=pinned) for _ in range(lanes)]
@@ -68,8 +68,8 @@ class ExchangingLanes(Lanes):
         served: Any = HostExchange(bell, (), [ends], frozenset(ffns), buckets)
         self._peer = join_loop(
             [model_stages(spec, Crossing()) for spec in specs],
-            serving.places,
-            serving.stages,
+            serving,
+            served_stages,
             buckets,
             resident=resident,
             exchange=served,

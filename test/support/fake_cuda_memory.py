@@ -72,12 +72,12 @@ class FakeCuda:
     name: str = "cuda:0"
     dlpack_device: DLPackDevice = CPU
     reservations: dict[int, int] = field(default_factory=dict)
-    """Bytes by address."""
+    """Bytes of each reservation by its address."""
     mappings: dict[int, Mapping] = field(default_factory=dict)
-    """By address."""
+    """Mappings by their addresses."""
     handles: dict[int, Memory] = field(default_factory=dict)
     fail: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """By call: how many more calls of it succeed, and the code of the one after them."""
+    """How many more calls of each name succeed, and the error code of the one after them."""
     calls: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     used: int = 0
     """Bytes of memory that exist."""

@@ -9,7 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from crosspool.config.deployment import Deployment
+from crosspool.observability.trace import LaneEvent
 from crosspool.transport.device_socket import DeviceSocket
+from crosspool.transport.inspection import (
+    DeviceCounters,
+    DeviceEvents,
+    DevicePools,
+    LinkCounts,
+    Report,
+    TensorInfo,
+)
 from crosspool.transport.messages import (
     PROTOCOL_VERSION,
     Failed,
@@ -41,7 +50,7 @@ class FakeRequest:
 
 
 def logprob_of(token: int) -> float:
-    """What every fake token's log-probability is."""
+    """The log-probability that a fake device reports for a token."""
     return -0.5 - (token % 97) / 100
 
 
@@ -55,11 +64,12 @@ class FakeDevice(threading.Thread):
         super().__init__(name=f"fake device {name}", daemon=True)
         self._deployment = deployment
         self._device = name
+        self._models = [model.name for model in deployment.models]
         self._script = script
         self.step_seconds = step_seconds
         self._requests: dict[int, FakeRequest] = {}
         self._pages: dict[tuple[int, int], list[int]] = {}
-        """By model and page the tokens that were written there."""
+        """Tokens written to each page, indexed [model, page]."""
         self._stop_event = threading.Event()
         self.failure: str | None = None
         """Set it to make the device report Failed and fall silent."""
@@ -107,8 +117,8 @@ class FakeDevice(threading.Thread):
                 for number in message.requests:
                     self._requests.pop(number, None)
             case Inspect():
-                answer = self._answer(message.what)
-                socket.send(Inspected(id=message.id, device=self._device, answer=answer))
+                report = self._report(message.what)
+                socket.send(Inspected(id=message.id, device=self._device, report=report))
             case Shutdown():
                 self._stop_event.set()
 
@@ -150,21 +160,36 @@ class FakeDevice(threading.Thread):
             token_ids=[(logprob_of(t), t) for t in wanted.token_ids],
         )
 
-    def _answer(self, what: str) -> object:
-        if what == "tensors":
-            return [{"role": "ffn", "rank": 0, "model": 0, "layer": 0, "key": "router", "bytes": 8}]
-        if what == "pools":
-            return {
-                "mapped_bytes": {0: 0, 1: 0},
-                "free_bytes": 1,
-                "budget_bytes": 1,
-                "rss_bytes": 1,
-            }
-        if what == "counters":
-            return {"links": [{"rows": 3, "dispatch_bytes": 300, "combine_bytes": 600}]}
-        if what == "trace_stop":
-            return [
-                {"model": 1, "start_ns": 2, "end_ns": 3},
-                {"model": 0, "start_ns": 1, "end_ns": 2},
-            ]
-        return None
+    def _report(self, what: str) -> Report:
+        match what:
+            case "tensors":
+                router = TensorInfo(
+                    device=self._device, role="ffn", rank=0, model=self._models[0], layer=0,
+                    key="router", name="router", shape=(2,), dtype="float32", bytes=8,
+                )  # fmt: skip
+                return Report(tensors=[router])
+            case "pools":
+                pools = DevicePools(
+                    device=self._device,
+                    mapped_bytes=dict.fromkeys(self._models, 0),
+                    free_bytes=1,
+                    budget_bytes=1,
+                    rss_bytes=1,
+                )
+                return Report(pools=[pools])
+            case "counters":
+                link = LinkCounts(
+                    attention_rank=0, lane=0, ffn_rank=0, dispatches=1, rows=3, dispatch_bytes=300,
+                    combine_bytes=600,
+                )  # fmt: skip
+                return Report(counters=[DeviceCounters(device=self._device, links=[link])])
+            case "trace_start":
+                return Report(trace_start=[self._device])
+        events = [
+            LaneEvent(
+                role="ffn", rank=0, attention_rank=0, lane=0, step=-1, model=model, layer=0,
+                part="ffn", rows=1, start_ns=start, end_ns=start + 1,
+            )
+            for model, start in ((1, 2), (0, 1))
+        ]  # fmt: skip
+        return Report(trace_stop=[DeviceEvents(device=self._device, events=events)])

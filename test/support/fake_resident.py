@@ -7,18 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from crosspool.kernels.cuda_loop import CudaLoop, ModelStages, Stage
+from crosspool.kernels.cuda_loop import CudaLoop, GPUStage, ModelStages
 from crosspool.ranks.gpu.lanes import loop_places
-from crosspool.ranks.gpu.nvshmem import Tail
-from crosspool.ranks.gpu.scratch import LanePlaces
+from crosspool.ranks.gpu.scratch import LaneBuffers
 from crosspool.ranks.gpu.stages import HasStages
+from crosspool.transport.device_links import Tail
 from support.fake_cuda_graphs import FakeCuda, build
 
 _UNITS = 64
 
 
 class FakeResident:
-    """All devices' loops are driven together, whichever one is waited for."""
+    """The loops of all devices. Waiting for one of them drives them all."""
 
     def __init__(self, folder: Path) -> None:
         self.cuda = FakeCuda(build(folder))
@@ -29,7 +29,7 @@ class FakeResident:
     def join_loop(
         self,
         models: Sequence[ModelStages],
-        lanes: Sequence[LanePlaces],
+        lanes: Sequence[LaneBuffers],
         stages: Mapping[tuple[int, int, int], HasStages],
         buckets: Sequence[int],
         *,
@@ -37,9 +37,9 @@ class FakeResident:
         watch: object,
         exchange: object,
         epoch: int,
-        tails: Mapping[tuple[int, int, Stage], Tail],
+        tails: Mapping[tuple[int, int, GPUStage], Tail],
     ) -> CudaLoop:
-        """As :func:`crosspool.ranks.gpu.lanes.join_loop`."""
+        """Takes the place of :func:`crosspool.ranks.gpu.lanes.join_loop`."""
         assert exchange is None
         loop = _Driven(self, models, loop_places(lanes), buckets, epoch=epoch)
         for (lane, model, bucket), of_model in stages.items():

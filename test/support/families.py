@@ -127,6 +127,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+FAMILIES = sorted({family for family, _ in SHAPES.values()})
 
 
 def reference_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:

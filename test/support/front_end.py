@@ -60,7 +60,7 @@ class FrontEndServer:
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 [
-                    *(sys.executable, "-m", f"crosspool.frontend.{name}_process"),
+                    *(sys.executable, "-m", "crosspool.server.process", name),
                     *("--deployment", str(self.deployment.file)),
                 ],
                 stdout=log,
@@ -123,7 +123,7 @@ class FrontEndServer:
         return [json.loads(event) for event in data[:-1]]
 
     def stop(self) -> dict[str, int]:
-        """SIGTERM in the launcher's order; the exit statuses."""
+        """Sends SIGTERM in the launcher's order and returns the exit statuses."""
         statuses = {}
         for name, process in self.processes.items():
             if process.poll() is None:

@@ -14,8 +14,8 @@ Change = Callable[[TensorRef], TensorRef | None]
 
 
 def hollow_weights(folder: Path, change: Change = lambda ref: ref) -> None:
-    """Beside the folder's config.json, bfloat16 zeros for every tensor that it asks for, as
-    ``change`` has it; None: left out."""
+    """Writes bfloat16 zeros for every tensor that the folder's config.json asks for. ``change`` may
+    alter a tensor, or leave it out by returning None."""
     spec = read_model(folder)
     asked = [ref for _, ref in attention_tensors(spec)]
     asked += [ref for layer in range(spec.layers) for ref in ffn_tensors(spec, layer)]

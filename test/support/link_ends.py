@@ -10,13 +10,13 @@ from crosspool.transport.data_path import DispatchHeader
 
 @dataclass
 class Ends:
-    """As the attention rank's and the FFN rank's end."""
+    """The attention rank's and the FFN rank's end in one."""
 
     attention_rank: int = 0
     lane: int = 0
     outstanding: DispatchHeader | None = None
     row_bytes: int = 0
-    answered: bool = False
+    replied: bool = False
     dispatches: int = 0
 
     @property
@@ -25,22 +25,22 @@ class Ends:
 
     def announce(self, header: DispatchHeader, row_bytes: int) -> None:
         assert self.free
-        self.outstanding, self.row_bytes, self.answered = header, row_bytes, False
+        self.outstanding, self.row_bytes, self.replied = header, row_bytes, False
         self.dispatches += 1
 
     def ready(self) -> bool:
-        return self.answered
+        return self.replied
 
     def accept(self) -> None:
-        assert self.answered
-        self.outstanding, self.answered = None, False
+        assert self.replied
+        self.outstanding, self.replied = None, False
 
     def poll(self) -> DispatchHeader | None:
-        return None if self.answered else self.outstanding
+        return None if self.replied else self.outstanding
 
-    def answer(self) -> None:
+    def announce_reply(self) -> None:
         assert self.poll() is not None
-        self.answered = True
+        self.replied = True
 
 
 class NeverRings:

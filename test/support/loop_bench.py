@@ -4,29 +4,44 @@ that it has."""
 from __future__ import annotations
 
 import ctypes
+import enum
 from collections.abc import Callable
 
 from crosspool.kernels import cuda_loop_structs as cs
 from crosspool.kernels.cuda_loop import (
     CudaLoop,
+    GPUStage,
+    GPUStepArguments,
     LanePlaces,
     LinkMemory,
     ModelStages,
-    Stage,
-    StepArguments,
 )
 from support.fake_cuda_graphs import FakeCuda
 
 ROW_BYTES = 8
-"""Of a row that crosses."""
+"""Bytes of a row that crosses a link."""
 STAGES = (
-    Stage.EMBED,
-    Stage.FEED,
-    Stage.ATTENTION,
-    Stage.DENSE_FFN,
-    Stage.MOE_FFN,
-    Stage.HEAD,
+    GPUStage.EMBED,
+    GPUStage.FEED,
+    GPUStage.ATTENTION,
+    GPUStage.DENSE_FFN,
+    GPUStage.MOE_FFN,
+    GPUStage.HEAD,
 )
+
+
+class Phase(enum.IntEnum):
+    """crosspool::gpu::Phase."""
+
+    NEW = 0
+    IDLE = 1
+    STAGE = 2
+    RUNNING = 3
+    PEERS = 4
+    HOST = 5
+    EVENT = 6
+    NEXT = 7
+    FAILED = 8
 
 
 class FakeLink:
@@ -42,29 +57,28 @@ class FakeLink:
         self.combined = ctypes.c_uint64.from_address(address + 128)
         self.combine = (ctypes.c_uint32 * 4).from_address(address + 192)
 
-    def answer(self) -> None:
+    def reply(self) -> None:
         self.combine[:] = [*self.dispatch[:2], *self.dispatch[4:]]
         self.combined.value = self.dispatched.value
 
 
 class LoopBench:
-    """A model of a dense and a MoE layer; ``link``: whose FFN parts are behind it, or, with
-    ``serves``, that is served through it."""
+    """A loop over a model of a dense and a MoE layer. Its FFN parts are behind ``link``; with
+    ``serves``, the loop serves them through it."""
 
     def __init__(
         self,
         driver: FakeCuda,
         *,
         lanes: int = 1,
-        leave_out: Stage | None = None,
+        leave_out: GPUStage | None = None,
         ticks: int = 1,
-        take_turns: bool = False,
         wait_s: float = 5.0,
         link: FakeLink | None = None,
         serves: bool = False,
     ) -> None:
         self.driver = driver
-        self.ran: list[tuple[int, Stage, int, int]] = []
+        self.ran: list[tuple[int, GPUStage, int, int]] = []
         self.words = [(cs.StageWords * 2)() for _ in range(lanes)]
         self.chosen = [(ctypes.c_int32 * 2)() for _ in range(lanes)]
         self.next_token = 100
@@ -81,34 +95,33 @@ class LoopBench:
             [model],
             places,
             [2],
-            take_turns=take_turns,
             spin_s=1e-6,
             wait_s=wait_s,
             native=driver.native,
         )
         for lane in range(lanes):
-            for stage in (*STAGES, *((Stage.DISPATCH, Stage.COMBINE) if remote else ())):
+            for stage in (*STAGES, *((GPUStage.DISPATCH, GPUStage.COMBINE) if remote else ())):
                 if stage != leave_out:
                     graph = driver.graph(self._body(lane, stage, places[lane]), ticks=ticks)
                     self.loop.add_graph(lane, 0, stage, 0, graph)
 
-    def _body(self, lane: int, stage: Stage, places: LanePlaces) -> Callable[[], None]:
+    def _body(self, lane: int, stage: GPUStage, places: LanePlaces) -> Callable[[], None]:
         words = cs.StageWords.from_address(places.words)
 
         def body() -> None:
             self.ran.append((lane, stage, words.layer, words.done))
-            if stage == Stage.HEAD:
+            if stage == GPUStage.HEAD:
                 for row in range(words.rows):
                     self.chosen[lane][row] = self.next_token
                     self.next_token += 1
 
         return body
 
-    def step(self, number: int = 1, **fields: int) -> StepArguments:
+    def step(self, number: int = 1, **fields: int) -> GPUStepArguments:
         lease = fields.get("lease", 1)
         self.tokens = (ctypes.c_int32 * (2 * lease))()
         self.kept.append(self.tokens)
-        arguments = StepArguments(
+        arguments = GPUStepArguments(
             step=number, rows=2, wanted=2, lease=1, tokens=ctypes.addressof(self.tokens)
         )
         for name, value in fields.items():
@@ -116,7 +129,8 @@ class LoopBench:
         return arguments
 
     def events(self, units: int = 4000) -> list[tuple[int, int, int]]:
-        """What happens in so much progress: kind, step, steps of the lease before."""
+        """Lets the driver progress; returns kind, step and earlier steps of the lease of every
+        event."""
         self.driver.run(units)
         found = []
         while (event := self.loop.pop()) is not None:

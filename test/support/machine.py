@@ -16,8 +16,9 @@ from crosspool.config.device import Device
 from crosspool.kvpool.layout import KVLayout
 from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
 from crosspool.models.registry import read_model
-from crosspool.ranks.device import DeviceRanks, load_ranks
-from crosspool.transport import shared_memory
+from crosspool.ranks.device import DeviceRanks
+from crosspool.ranks.device_process import load_ranks
+from crosspool.transport import links
 from crosspool.transport.messages import (
     Logprobs,
     Open,
@@ -93,9 +94,7 @@ class Machine:
         deployment = self.deployment
         self.specs = [read_model(path, dtype=dtype) for path in models]
         placement = place(deployment, self.specs)
-        self.fd: int | None = None
-        if len(deployment.devices) > 1:
-            self.fd = shared_memory.create(deployment, max(spec.hidden for spec in self.specs) * 4)
+        self.fd = links.create(deployment, self.specs)
         self.devices: list[DeviceRanks] = [
             load(
                 deployment,

@@ -51,8 +51,8 @@ class _Device:
 
 @contextmanager
 def compiling(capability: int) -> Iterator[list[Compiled]]:
-    """Within it, a launch compiles the kernel for sm_<capability> and launches nothing; the list
-    fills with what was compiled. Arrays are never touched."""
+    """Makes a launch compile the kernel for sm_<capability> and launch nothing. The list fills with
+    what was compiled. Arrays are never touched."""
     compiled: list[Compiled] = []
     run = JITFunction.run
 

@@ -9,7 +9,7 @@ import torch
 from crosspool.models.registry import read_model
 from crosspool.ranks.host.attention import AttentionPart
 from crosspool.ranks.host.ffn import FFNPart
-from crosspool.ranks.host.step_batch import Segment, StepBatch
+from crosspool.ranks.host.step_batch import RowSpan, StepBatch
 from crosspool.ranks.weights import TORCH_DTYPES
 from crosspool.weightpool.placement import FFNShard
 
@@ -50,7 +50,7 @@ class Parts:
             start, pages = self._sequences.get(request, (0, []))
             while len(pages) * PAGE_SIZE < start + len(new):
                 pages.append(self._free.pop())
-            segments.append(Segment(len(tokens), len(new), start, torch.tensor(pages)))
+            segments.append(RowSpan(len(tokens), len(new), start, torch.tensor(pages)))
             positions += range(start, start + len(new))
             tokens += new
             self._sequences[request] = (start + len(new), pages)

@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 from crosspool.kernels.triton import attention
 from crosspool.ranks.gpu import lanes as gpu_lanes
-from crosspool.ranks.gpu.scratch import LanePlaces
+from crosspool.ranks.gpu.scratch import LaneBuffers
 
 
-class PoisonedPlaces(LanePlaces):
+class PoisonedPlaces(LaneBuffers):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.arena.fill_(0xFF)
 
 
 def poison_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of devices that are loaded from now on."""
-    monkeypatch.setattr(gpu_lanes, "LanePlaces", PoisonedPlaces)
+    """Poisons the lanes of devices that are loaded from now on."""
+    monkeypatch.setattr(gpu_lanes, "LaneBuffers", PoisonedPlaces)
 
 
 def with_few_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:

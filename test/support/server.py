@@ -97,7 +97,7 @@ class Server:
             return None
 
     def post(self, path: str, body: Any, timeout: float = 300) -> tuple[int, Any]:
-        """HTTP status and decoded JSON answer (text where it is no JSON)."""
+        """HTTP status, and the body: decoded where it is JSON, text where not."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(
             self.url + path, data=data, headers={"Content-Type": "application/json"}
@@ -124,7 +124,7 @@ class Server:
         return found[0]
 
     def stop(self, timeout: float = 60.0) -> int:
-        """SIGTERM, then the launcher's exit status; nothing of it may be left."""
+        """Sends SIGTERM and returns the launcher's exit status. Fails when a process is left."""
         family = self.processes() if self.process.poll() is None else []
         self.process.send_signal(signal.SIGTERM)
         try:

@@ -13,15 +13,16 @@ import torch
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.models.spec import ModelSpec
-from crosspool.ranks.device import DeviceRanks, kv_pool
+from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.gpu.executor import GPUExecutor
-from crosspool.ranks.gpu.load import join_lanes, load_gpu_ranks, load_parts
-from crosspool.ranks.gpu.nvshmem import Carrier
-from crosspool.ranks.gpu.peers import Peers, join_host_memory, layout_of
-from crosspool.transport.data_path import remote_pairs
+from crosspool.ranks.gpu.join import join_lanes
+from crosspool.ranks.gpu.load import load_gpu_ranks, load_parts
+from crosspool.ranks.kv_memory import kv_pool
 from crosspool.transport.device_links import DeviceLinks, linked_ffn_ranks, links_bytes
 from crosspool.transport.lane_layout import LINK_HEAD_BYTES, PAGE_BYTES, LinkLayout, round_up
+from crosspool.transport.links import GPUPeers, max_row_bytes
 from crosspool.transport.nvshmem import SymmetricLinks
+from crosspool.transport.shared_memory import SharedMemoryTransport
 from crosspool.weightpool.placement import Placement
 from support.fake_cuda_memory import CPU
 from support.fake_nvshmem import FakePE
@@ -34,7 +35,7 @@ class Interpreted:
 
     def __init__(self) -> None:
         self._links: dict[int, Tensor] = {}
-        """By FFN rank."""
+        """Memory of the links of each FFN rank."""
 
     def load(
         self,
@@ -44,11 +45,15 @@ class Interpreted:
         placement: Placement,
         lanes_fd: int | None,
     ) -> DeviceRanks:
-        """As :func:`crosspool.ranks.gpu.load.load_gpu_ranks`."""
+        """Takes the place of :func:`crosspool.ranks.gpu.load.load_gpu_ranks`."""
         peers = None
-        if remote_pairs(deployment):
-            links = self._reach(deployment, device, layout_of(deployment, specs))
-            peers = Peers(links, join_host_memory(deployment, device, lanes_fd, links))
+        if lanes_fd is not None:
+            layout = LinkLayout(deployment.max_step_tokens, max_row_bytes(specs))
+            links, host = self._reach(deployment, device, layout), None
+            if deployment.loop == "host":
+                host = SharedMemoryTransport(lanes_fd, deployment, device, on_gpu=links)
+            os.close(lanes_fd)
+            peers = GPUPeers(links, host)
         return load_on_cpu(deployment, device, specs, placement, peers)
 
     def _reach(self, deployment: Deployment, device: Device, layout: LinkLayout) -> DeviceLinks:
@@ -70,7 +75,7 @@ def clear_heads(memory: Tensor, layout: LinkLayout) -> None:
 
 
 class Symmetric(Interpreted):
-    """As :class:`Interpreted`, with a copy of every link at either end."""
+    """Devices like those of :class:`Interpreted`, with a copy of every link at either end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +92,7 @@ class Symmetric(Interpreted):
     ) -> DeviceRanks:
         assert lanes_fd is not None
         os.close(lanes_fd)
-        layout = layout_of(deployment, specs)
+        layout = LinkLayout(deployment.max_step_tokens, max_row_bytes(specs))
         sizes = [links_bytes(deployment, layout, r) for r in range(len(placement.shards))]
         pe = deployment.devices.index(device)
         heap = torch.full((sum(sizes) + PAGE_BYTES,), 0xFF, dtype=torch.uint8)
@@ -95,10 +100,9 @@ class Symmetric(Interpreted):
         self._links[pe] = heap
         self.heaps[pe] = base = round_up(heap.data_ptr(), PAGE_BYTES)
         bases = {rank: base + sum(sizes[:rank]) for rank in linked_ffn_ranks(deployment, device)}
-        links = SymmetricLinks(DeviceLinks(deployment, device, layout, bases, CPU))
         self.pes.append(FakePE(pe, self.heaps))
-        peers = Peers(links.ends, None, Carrier(self.pes[-1], links))
-        return load_on_cpu(deployment, device, specs, placement, peers)
+        links = SymmetricLinks(deployment, device, layout, bases, CPU, self.pes[-1])
+        return load_on_cpu(deployment, device, specs, placement, GPUPeers(links, None))
 
 
 def load_on_cpu(
@@ -106,7 +110,7 @@ def load_on_cpu(
     device: Device,
     specs: Sequence[ModelSpec],
     placement: Placement,
-    peers: Peers | None,
+    peers: GPUPeers | None,
 ) -> DeviceRanks:
     """A GPU's ranks on CPU tensors."""
     cpu = torch.device("cpu")
@@ -115,9 +119,9 @@ def load_on_cpu(
     if device in deployment.kv_pool_devices:
         virtualizer, kv = kv_pool(deployment, device, specs)
         resources.callback(virtualizer.close)
-    held = load_parts(deployment, device, specs, placement, kv, on=cpu)
+    parts = load_parts(deployment, device, specs, placement, kv, on=cpu)
     ranks, _ = join_lanes(
-        deployment, device, held, peers, virtualizer=virtualizer, on=cpu, resources=resources
+        deployment, device, parts, peers, virtualizer=virtualizer, on=cpu, resources=resources
     )
     return ranks
 
@@ -138,10 +142,10 @@ def load_compiled(
     device: Device,
     specs: Sequence[ModelSpec],
     placement: Placement,
-    _lanes_fd: int | None,
+    lanes_fd: int | None,
 ) -> DeviceRanks:
-    """A GPU's, with the KV memory that is mapped first full of NaN."""
-    ranks = load_gpu_ranks(deployment, device, specs, placement)
+    """A GPU's ranks, with the KV memory that is mapped first full of NaN."""
+    ranks = load_gpu_ranks(deployment, device, specs, placement, lanes_fd)
     assert ranks.attention is not None and isinstance(ranks.executor, GPUExecutor)
     virtualizer = ranks.attention.virtualizer
     for model, kv in enumerate(ranks.attention.kv):

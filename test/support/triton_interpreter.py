@@ -24,15 +24,15 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def repair() -> None:
-    """For this process, in which the interpreter runs."""
+    """Repairs the interpreter in this process."""
     _repair_numbers()
     _repair_masks()
     _shuffle_programs()
 
 
 def check_bounds() -> None:
-    """From now on an access by a pointer that lies in no array of the launch, and in no tensor of a
-    TensorTable, is an IndexError. For kernels that find everything else in their arguments."""
+    """Makes an access by a pointer that lies in no array of the launch, and in no tensor of a
+    TensorTable, an IndexError. For kernels that find everything else in their arguments."""
     init_args = interpreter.GridExecutor._init_args_hst
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     rmw, make = InterpreterBuilder.create_atomic_rmw, TensorTable._make.__func__

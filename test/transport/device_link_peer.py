@@ -2,7 +2,7 @@
 which it exports.
 
 Arguments: file descriptor of the lanes' segment, deployment as JSON, device, rounds of each lane,
-whether CUDA is real. A dispatch is answered with 2 x + layer + lane / 4; then the first byte of
+whether CUDA is real. The reply to a dispatch is 2 x + layer + lane / 4; then the first byte of
 every link's head is set to 77, as the resident loop's signals would be."""
 
 import contextlib
@@ -20,7 +20,7 @@ from crosspool.transport.shared_memory import SharedMemoryTransport
 WAIT = 60.0
 MAX_ROW_BYTES = 192
 DTYPES = (torch.float32, torch.bfloat16)
-"""Of models 0 and 1."""
+"""Dtypes of models 0 and 1."""
 
 
 def driver_of(device: Device, real: bool):
@@ -38,8 +38,7 @@ def serve(fd: int, deployment: Deployment, device: Device, rounds: int, real: bo
     driver = driver_of(device, real)
     layout = LinkLayout(deployment.max_step_tokens, MAX_ROW_BYTES)
     with contextlib.ExitStack() as stack:
-        memory, links = peer_memory.join(driver, deployment, device, layout, 30.0)
-        stack.callback(memory.close)
+        links = peer_memory.join(deployment, device, layout, driver, resources=stack, timeout=30.0)
         transport = SharedMemoryTransport(fd, deployment, device, on_gpu=links)
         ends = [
             transport.ffn_link(attention, lane)

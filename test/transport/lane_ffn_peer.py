@@ -12,7 +12,7 @@ from crosspool.transport.shared_memory import SharedMemoryTransport
 
 WAIT = 60.0
 DTYPES = (torch.float32, torch.bfloat16)
-"""Of models 0 and 1."""
+"""Dtypes of models 0 and 1."""
 
 
 def serve(fd: int, deployment: Deployment, rounds: int, spin_ns: int) -> None:

@@ -65,8 +65,8 @@ FAULTS = {
         "ready = ready && dispatched[LINK(a, lane, f)] == combined[LINK(a, lane, f)]",
         "skip",
     ),
-    "a new FFN rank forgets what was answered": (
-        "answered[LINK(a, lane, f)] = combined[LINK(a, lane, f)]",
+    "a new FFN rank forgets what had its reply": (
+        "replied[LINK(a, lane, f)] = combined[LINK(a, lane, f)]",
         "skip",
     ),
     "a dispatch is not sent again to new memory": (

@@ -47,12 +47,12 @@ def test_the_protocol_is_kept():
     with pytest.raises(LaneError, match="not torch"):
         link.hidden(torch.bfloat16)
     for wrong in (torch.zeros(1, 4), torch.zeros(2, 4, dtype=torch.bfloat16)):
-        with pytest.raises(LaneError, match="does not answer"):
+        with pytest.raises(LaneError, match="does not fit"):
             link.reply(wrong)
     link.reply(hidden)
     with pytest.raises(LaneError, match="outstanding"):
         link.dispatch(header, hidden)
-    with pytest.raises(LaneError, match="no dispatch to answer"):
+    with pytest.raises(LaneError, match="no dispatch to reply to"):
         link.reply(hidden)
     with pytest.raises(LaneError, match="the partial sum is"):
         link.combine((2, 5), torch.float32)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
-from crosspool.kernels.engine import link_offset
 from crosspool.transport import shared_memory
 from crosspool.transport.data_path import DispatchHeader
 from crosspool.transport.shared_memory import SharedMemoryTransport
+from support.headers import COMPILER, assert_holds
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
 @pytest.mark.parametrize("row_bytes", [100, 4096])
-def test_links_lie_where_the_header_says(lanes: int, row_bytes: int) -> None:
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_links_lie_where_the_header_says(lanes: int, row_bytes: int, tmp_path: Path) -> None:
     kv, weights = ("cpu:0", "cpu:1"), ("cpu:1", "cpu:2", "cpu:3")
     deployment = Deployment(
         models=(ModelConfig(name="m", path="m"),),
@@ -34,17 +36,12 @@ def test_links_lie_where_the_header_says(lanes: int, row_bytes: int) -> None:
     finally:
         os.close(fd)
     base = transport.doorbell_address - 64
+    claims = [f"constexpr SegmentLayout layout{{4, {lanes}, 16, {row_bytes}, 3}};"]
     for pair, ffn_rank in enumerate((0, 1, 2)):
         for lane in range(lanes):
-            place = transport.attention_place(lane, ffn_rank)
-            assert place.address - base == link_offset(
-                devices=4,
-                lanes=lanes,
-                max_rows=16,
-                max_row_bytes=row_bytes,
-                pair=pair,
-                lane=lane,
-            )
+            offset = transport.attention_place(lane, ffn_rank).address - base
+            claims.append(f"static_assert(layout.link({pair}, {lane}) == {offset});")
+    assert_holds(claims, tmp_path, "crosspool/lanes.h")
     link = transport.attention_link(0, 0)
     hidden = torch.arange(2 * 25, dtype=torch.float32).view(2, 25)
     link.dispatch(DispatchHeader(epoch=7, model=3, layer=5, rows=2), hidden)

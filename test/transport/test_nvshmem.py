@@ -137,14 +137,14 @@ def test_both_ends_have_the_link_at_one_symmetric_place(deployment):
             offset = here_at.address - heaps[attention_rank]
             assert offset == there_at.address - heaps[pes[ffn_rank]]
             offsets.add(offset)
-            assert there.ends.payloads(attention_rank, lane, ffn_rank).numel() == (
+            assert there.payloads(attention_rank, lane, ffn_rank).numel() == (
                 2 * layout.payload_bytes
             )
     assert offsets == {n * layout.link_bytes for n in range(6)}
     with pytest.raises(ValueError, match="cuda:1 has no link"):
         found["cuda:1"].attention_end(0, 1)
     with pytest.raises(ValueError, match="cuda:2 has no link"):
-        found["cuda:2"].ends.payloads(0, 0, 1)
+        found["cuda:2"].payloads(0, 0, 1)
 
 
 UNIQUE_ID = """

@@ -3,6 +3,7 @@ driver, whose memory another process can map, too."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
@@ -72,8 +73,10 @@ def exchange_with_peers(folder: Path, weights: tuple[str, ...], real: bool) -> N
         )
         for name in weights
     ]
-    memory, links = peer_memory.join(driver, deployment, device, layout, 30.0)
-    with memory:
+    with contextlib.ExitStack() as resources:
+        links = peer_memory.join(
+            deployment, device, layout, driver, resources=resources, timeout=30.0
+        )
         transport = SharedMemoryTransport(fd, deployment, device, on_gpu=links)
         rows = dispatch_to_all(transport, deployment, links)
         for rank, peer in enumerate(peers):
@@ -115,7 +118,7 @@ def dispatch_to_all(
             sent.append((end, hidden))
         for end, hidden in sent:
             while not end.ready():
-                assert transport.wait(60.0), "no answer came"
+                assert transport.wait(60.0), "no reply came"
             partial = end.combine(hidden.shape, hidden.dtype)
             assert torch.equal(partial, hidden * 2 + (layer + end.lane / 4))
     return [[end.counters.rows for end in of_rank] for of_rank in ends]
@@ -184,8 +187,8 @@ def test_memory_is_zero_and_outlives_its_owner(tmp_path):
     drivers = [FakeCuda(total=2 * UNIT, name=f"cuda:{index}") for index in range(2)]
     results: list[PeerMemory] = []
     thread = meet(tmp_path, drivers[1], results, nbytes=UNIT + 1)
-    with PeerMemory(
-        drivers[0], tmp_path / "m", "cuda:0", ["cuda:0", "cuda:1"], own_bytes=0
+    with contextlib.closing(
+        PeerMemory(drivers[0], tmp_path / "m", "cuda:0", ["cuda:0", "cuda:1"], own_bytes=0)
     ) as here:
         thread.join()
         assert list(here.addresses) == ["cuda:1"]

@@ -10,8 +10,8 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
-from crosspool.transport import rendezvous
 from crosspool.transport.rendezvous import Brought, RendezvousError, exchange
 
 PEER = Path(__file__).with_name("rendezvous_peer.py")
@@ -122,8 +122,8 @@ def test_who_is_no_member_or_comes_twice_is_refused(address, stranger):
     [
         b"x",
         b"CPPEERS2" + bytes(8),
-        rendezvous._HEADER.pack(b"CPPEERS1", 6, 0, 5) + b"cuda:1",
-        rendezvous._HEADER.pack(b"CPPEERS1", 6, 1, 0) + b"cuda:1",
+        msgspec.msgpack.encode(("cuda:1", 0, b"12345"))[:-1],
+        msgspec.msgpack.encode(("cuda:1", 1, b"")),
         b"",
     ],
     ids=["short", "version", "length", "descriptors", "nothing"],

@@ -113,7 +113,7 @@ def test_rows_and_shapes_must_agree(attention, ffn):
     with pytest.raises(LaneError, match="no whole rows of"):
         there.hidden(torch.float32)
     for wrong in (torch.zeros(2, HIDDEN - 1), torch.zeros(3, HIDDEN - 1), torch.zeros(3)):
-        with pytest.raises(LaneError, match="does not answer"):
+        with pytest.raises(LaneError, match="does not fit"):
             there.reply(wrong)
     there.reply(torch.ones(3, HIDDEN - 1, dtype=torch.bfloat16))
     with pytest.raises(LaneError, match="no whole rows"):
@@ -141,7 +141,7 @@ def test_one_dispatch_is_outstanding_at_most(attention, ffn):
     there.reply(torch.zeros(1, HIDDEN))
     with pytest.raises(LaneError, match="outstanding"):
         here.dispatch(header(1), torch.zeros(1, HIDDEN))
-    with pytest.raises(LaneError, match="no dispatch to answer"):
+    with pytest.raises(LaneError, match="no dispatch to reply to"):
         there.reply(torch.zeros(1, HIDDEN))
 
 
@@ -259,7 +259,8 @@ def test_a_sleeper_is_woken(fd, deployment, spin_ns):
 
 @pytest.mark.parametrize("spin_ns", [0, 20_000])
 def test_two_processes_exchange_20000_dispatches(spin_ns):
-    """Half of them with each spin; several lanes in flight, contents checked on return."""
+    """Half of the rounds have each spin; several lanes are in flight, and contents are checked
+    on return."""
     deployment = deployment_of(("cpu:0",), ("cpu:1",), lanes=4)
     rounds = 10_000 // deployment.lanes
     fd = shared_memory.create(deployment, HIDDEN * 4)

@@ -1,4 +1,5 @@
-"""Reading safetensors: exact values, only one's own bytes, and clear words for broken files."""
+"""Reading safetensors: exact values, only the rank's own bytes, and clear errors for broken
+files."""
 
 from __future__ import annotations
 
@@ -120,7 +121,7 @@ print(peak[0] - before)
 
 
 def test_memory_stays_within_about_one_tensor_of_the_result(tmp_path: Path) -> None:
-    """16 float32 tensors of 4 MiB become one bfloat16 stack that is there already."""
+    """Reads 16 float32 tensors of 4 MiB into one bfloat16 stack that is there already."""
     tensors = {str(i): torch.full((1024, 1024), float(i)) for i in range(16)}
     save_file(tensors, tmp_path / "model.safetensors")
     done = subprocess.run(

@@ -37,7 +37,7 @@ def deployment(
     weight_pool_bytes: int = 1 << 30,
     ffn_parallel: Literal["tp", "ep"] = "tp",
 ) -> Deployment:
-    """``ranks`` FFN ranks; ``places``: for each model its own, None for all."""
+    """``ranks`` FFN ranks; ``places``: the ranks of each model, or None for all."""
     return Deployment(
         models=tuple(
             ModelConfig(
@@ -118,8 +118,8 @@ def test_too_small_a_pool_is_refused(spec: ModelSpec) -> None:
 
 
 def test_the_device_that_is_too_full_is_named(spec: ModelSpec) -> None:
-    """Two models whole on one device of three need three times their bytes, for the pool is
-    shared evenly; what lies on other devices is not to blame."""
+    """Two models, each whole on one device of three, need three times their bytes, since the
+    pool is shared evenly; what lies on other devices is not to blame."""
     whole = place(deployment(1, [None]), [spec]).pool_bytes
     places = [[1], [0], [1]]
     placed = place(deployment(3, places), [spec] * 3)

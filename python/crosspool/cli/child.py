@@ -1,4 +1,4 @@
-"""Processes that the launcher starts, or has forked for it, and waits for."""
+"""Processes that the launcher starts, or lets a fork server start, and waits for."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from crosspool.config.process import die_with_parent
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessSpec:
-    """All that it takes to start a process, and to start it again."""
+    """Everything that starting a process takes, and starting it again."""
 
     name: str
-    """For the user: ``http``, ``device process cpu:0``."""
+    """What messages call it: ``http``, ``device process cpu:0``."""
     argv: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
-    """Added to the launcher's own environment."""
+    """Variables added to the launcher's own environment."""
     pass_fds: Sequence[int] = ()
     device: str | None = None
-    """The device that it drives, if it is a device process."""
+    """Name of the device that it drives, if it is a device process."""
 
     def spawn(self) -> Child:
-        """Starts it in a process group of its own (Ctrl-C reaches the launcher alone), to be
-        killed by the kernel when the launcher ends."""
+        """Starts it in a process group of its own, so that Ctrl-C reaches the launcher alone. The
+        kernel kills it when the launcher ends."""
         process = subprocess.Popen(
             self.argv,
             env={**os.environ, **self.env},
@@ -42,7 +42,7 @@ class ProcessSpec:
 
 
 class _Process(Protocol):
-    """What of subprocess.Popen a Child needs."""
+    """The part of subprocess.Popen that a Child needs."""
 
     @property
     def pid(self) -> int: ...
@@ -52,7 +52,8 @@ class _Process(Protocol):
 
 
 class Child:
-    """A process of ours. Its pid, and with it its group's name, stays ours until :meth:`reap`."""
+    """A process of ours. Its pid, which is also the name of its group, stays ours until
+    :meth:`reap`."""
 
     def __init__(self, spec: ProcessSpec, process: _Process) -> None:
         self.spec = spec
@@ -73,15 +74,15 @@ class Child:
             os.kill(self.pid, number)
 
     def reap(self) -> int:
-        """Kills whatever is left of its process group and returns the exit status, as
-        subprocess does: -n for a process killed by signal n."""
+        """Kills what is left of its process group and returns the exit status, as subprocess does:
+        -n for a process killed by signal n."""
         if self._process.returncode is None:
             os.killpg(self.pid, signal.SIGKILL)
         return self._process.wait()
 
 
 class _Adopted:
-    """A process that another one forked, and whose parent this process has become."""
+    """A process that another one forked, and of which this process has become the parent."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -94,18 +95,17 @@ class _Adopted:
 
 
 class ForkServer:
-    """A process that imports once what several others need, forks them, and ends; then they are
-    this process's children, which must be a subreaper for that
+    """A process that imports once what several others need, forks them, and ends. They then become
+    children of this process, which must be a subreaper for that
     (:func:`crosspool.config.process.adopt_orphans`).
 
-    ``spec``'s process gets ``--launcher-fd N`` in addition, a socket: there it sends, before it
-    ends with status 0, a JSON object of the pids by name, each leading a process group. A forked
-    process waits on the same socket for the word that its parent has changed (only then can it
-    tell the kernel to end with it), and leaves when the launcher closes its end instead. See
-    :mod:`crosspool.frontend.fork_server`."""
+    The process of ``spec`` gets one more argument, ``--launcher-fd N``, which is a socket. Before
+    it ends with status 0, it sends there a JSON object of the pids by name; each leads a process
+    group. A forked process waits on the same socket for the word that its parent has changed, since
+    only then can it ask the kernel to die with this parent. It leaves if the launcher closes its
+    end instead. See :mod:`crosspool.server.fork_server`."""
 
     def __init__(self, spec: ProcessSpec) -> None:
-        """Starts it."""
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             fd = theirs.fileno()
@@ -113,8 +113,8 @@ class ForkServer:
             self.child = replace(spec, argv=argv, pass_fds=[*spec.pass_fds, fd]).spawn()
 
     def adopt(self, specs: Sequence[ProcessSpec]) -> list[Child]:
-        """The processes of these names, running from now on; call it once, after the fork server
-        has ended with status 0."""
+        """Lets the forked processes of these names run, and returns them. Call it once, after the
+        fork server has ended with status 0."""
         with self._socket:
             pids = json.loads(self._socket.recv(4096, socket.MSG_DONTWAIT))
             for _ in specs:
@@ -122,6 +122,6 @@ class ForkServer:
         return [Child(spec, _Adopted(pids[spec.name])) for spec in specs]
 
     def end(self) -> None:
-        """Ends it, and every process that waits to be adopted."""
+        """Ends the fork server and every process that waits to be adopted."""
         self.child.reap()
         self._socket.close()

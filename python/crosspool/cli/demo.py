@@ -13,7 +13,8 @@ _KV_POOL_BYTES = "256MiB"
 
 
 def run(words: Sequence[str], prog: str) -> int:
-    """Takes the flags of ``crosspool serve``, after those that name the models."""
+    """Takes the flags of ``crosspool serve`` but for those that name the models."""
     paths = sorted(path.parent for path in MODELS.glob("*/config.json"))
     models = [word for path in paths for word in ("--model-path", str(path))]
-    return launch(flags.parse([*models, "--kv-pool-bytes", _KV_POOL_BYTES, *words], prog))
+    given = [*models, "--kv-pool-bytes", _KV_POOL_BYTES, *words]
+    return launch(flags.parse(given, prog, usage="%(prog)s [flags]"))

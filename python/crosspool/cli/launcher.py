@@ -1,4 +1,4 @@
-"""Runs one deployment: its runtime folder, its processes, and what the user sees of them."""
+"""Runs one deployment: its runtime folder, its processes, and what the launcher prints of them."""
 
 from __future__ import annotations
 
@@ -17,32 +17,31 @@ from crosspool.cli.supervisor import Loss, Supervisor
 from crosspool.config import gpu
 from crosspool.config.deployment import Deployment, save
 from crosspool.config.device import Device
-from crosspool.config.draft import Draft
+from crosspool.config.options import Options
 from crosspool.config.process import set_title
 from crosspool.config.runtime_dir import RuntimeDir
-from crosspool.models.spec import DTYPE_BYTES
+from crosspool.config.sizes import format_size
 from crosspool.observability.pools_table import make_console, pools_tables
-from crosspool.transport import admin, shared_memory
-from crosspool.transport.data_path import remote_pairs
+from crosspool.transport import admin, links
 
 _CHECK_SECONDS = 2.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def launch(draft: Draft) -> int:
-    """Serves until a signal or a loss; returns the exit status (see Supervisor.run).
+def launch(options: Options) -> int:
+    """Serves until a signal comes or a process is lost; returns the exit status of
+    :meth:`Supervisor.run`.
 
-    Raises ConfigError before anything is started when the draft cannot work."""
+    Raises ConfigError before anything is started when the options cannot work."""
     set_title("launcher")
-    prepared = prepare(draft)
+    prepared = prepare(options)
     runtime = RuntimeDir()
     lanes_fd: int | None = None
     try:
         deployment = msgspec.structs.replace(prepared.deployment, runtime_dir=str(runtime.path))
         save(deployment)
-        if remote_pairs(deployment):
-            lanes_fd = shared_memory.create(deployment, _max_hidden_bytes(prepared))
+        lanes_fd = links.create(deployment, prepared.specs)
         face = _Face(prepared, deployment)
         front = front_end(deployment)
         supervisor = Supervisor(
@@ -64,7 +63,7 @@ def launch(draft: Draft) -> int:
 
 
 def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[ProcessSpec]:
-    """A process for each device."""
+    """One process for each device."""
     lanes = [] if lanes_fd is None else ["--lanes-fd", str(lanes_fd)]
     return [
         ProcessSpec(
@@ -86,7 +85,7 @@ def front_end(deployment: Deployment) -> list[ProcessSpec]:
     return [
         ProcessSpec(
             name=name,
-            argv=_module(f"frontend.{name}_process", deployment),
+            argv=[*_module("server.process", deployment), name],
             env={**_OFFLINE, **_threads(1)},
         )
         for name in ("http", "scheduler", "detokenizer")
@@ -94,10 +93,11 @@ def front_end(deployment: Deployment) -> list[ProcessSpec]:
 
 
 def fork_server(deployment: Deployment) -> ProcessSpec:
-    """Imports SGLang once for all of them: it takes longer than anything else at the start."""
+    """The process that imports SGLang once for the front end's processes: this takes longer than
+    anything else at the start."""
     return ProcessSpec(
         name="front end",
-        argv=_module("frontend.fork_server", deployment),
+        argv=_module("server.fork_server", deployment),
         env={**_OFFLINE, **_threads(1)},
     )
 
@@ -113,48 +113,52 @@ def _device_environment(device: Device) -> dict[str, str]:
 
 
 def _threads(count: int) -> dict[str, str]:
-    """Between two kernels torch's threads sleep: spinning ones would take the cores from the front
-    end's processes, which live beside them."""
+    """Environment of a process with ``count`` threads for torch. They sleep between two kernels:
+    spinning ones would take the cores from the front end's processes."""
     return {**dict.fromkeys(_THREAD_VARIABLES, str(count)), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def _max_hidden_bytes(prepared: Prepared) -> int:
-    """Bytes of the widest hidden state among the models, one row of it."""
-    return max(spec.hidden * DTYPE_BYTES[spec.dtype] for spec in prepared.specs)
-
-
 class _Face:
-    """What the launcher says to the user, asks the server and tells the scheduler."""
+    """What the launcher prints for the user, asks the server and tells the scheduler."""
 
     def __init__(self, prepared: Prepared, deployment: Deployment) -> None:
-        self._prepared = prepared
         self._deployment = deployment
         self._console = make_console()
         self._began = time.monotonic()
         self._ready_devices: set[str] = set()
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(deployment.host, deployment.host)
         self._url = f"http://{f'[{host}]' if ':' in host else host}:{deployment.port}"
-        count = len(deployment.models)
-        self.say(f"starting {count} model{'s' if count > 1 else ''} in {deployment.runtime_dir}")
+        self._scheduler_answers = False
+        self._rows = describe(deployment, prepared.specs, prepared.placement)
+        devices = ", ".join(device.name for device in deployment.devices)
+        self.say(f"starting on {devices}; sockets are in {deployment.runtime_dir}")
+        for model in self._rows[1]:
+            weights = format_size(model.attention_weights + model.ffn_weights)
+            context = f"context of {model.context:,} tokens"
+            self.say(f"  {model.name}: {weights} of weights in {model.dtype}, {context}")
+        self.say("importing SGLang, which takes longer than anything else at the start")
 
     def say(self, text: str) -> None:
         self._console.print(f"crosspool: {text}", markup=False)
 
     def is_ready(self) -> bool:
-        """Tells of every device that has become ready since it was asked last."""
+        """Whether requests can be served; prints a line for each device that has become ready."""
         return self._all_devices_ready() and self._http_ready()
 
     def _all_devices_ready(self) -> bool:
         if len(self._ready_devices) == len(self._deployment.devices):
             return True
         try:
-            status = admin.ask(self._deployment.admin_address, "status", _CHECK_SECONDS)
+            status = admin.status(self._deployment.admin_address, _CHECK_SECONDS)
         except admin.AdminError:
             return False
-        for device in status["devices"]:
-            if device["ready"] and device["name"] not in self._ready_devices:
-                self._ready_devices.add(device["name"])
-                self.say(f"device {device['name']} is ready ({self._elapsed})")
+        if not self._scheduler_answers:
+            self._scheduler_answers = True
+            self.say(f"SGLang is imported ({self._elapsed})")
+        for device in status.devices:
+            if device.ready and device.name not in self._ready_devices:
+                self._ready_devices.add(device.name)
+                self.say(f"device {device.name} is ready ({self._elapsed})")
         return len(self._ready_devices) == len(self._deployment.devices)
 
     def _http_ready(self) -> bool:
@@ -171,8 +175,7 @@ class _Face:
     def greet(self) -> None:
         """Prints the pools' tables and a line to try."""
         self._console.print()
-        rows = describe(self._deployment, self._prepared.specs, self._prepared.placement)
-        self._console.print(pools_tables(*rows))
+        self._console.print(pools_tables(*self._rows))
         body = {
             "model": self._deployment.models[0].name,
             "prompt": "The import statement",
@@ -189,10 +192,11 @@ class _Face:
         )
 
     def tell_scheduler(self, loss: Loss) -> None:
-        """Lets the scheduler end every request that needed a lost device with 503."""
+        """Tells the scheduler of a lost device, so that it ends with 503 every request that needed
+        the device."""
         if loss.spec.device is None:
             return
         try:
             admin.rank_gone(self._deployment.admin_address, loss.spec.device, loss.cause)
         except admin.AdminError as error:
-            self.say(f"the scheduler does not hear of it: {error}")
+            self.say(f"the scheduler cannot be told of this loss: {error}")

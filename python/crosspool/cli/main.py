@@ -13,12 +13,12 @@ import crosspool
 from crosspool.config.deployment import ConfigError
 from crosspool.transport.admin import AdminError
 
-_COMMANDS = {
-    "serve": "serve models, from flags or a deployment file",
-    "plan": "plan pools, budget and placement for models, devices and traffic",
-    "demo": "serve the three small models that come with CrossPool",
-    "pools": "show what the pools of a running server hold",
-    "trace": "record what the lanes of a running server do",
+COMMANDS = {
+    "serve": "Serve the models that flags or a deployment file name.",
+    "demo": "Serve the three small models that come with CrossPool.",
+    "plan": "Plan pools, KV budget and placement for models, devices and traffic.",
+    "pools": "Show what the pools of a running server hold.",
+    "trace": "Record what the lanes of a running server do.",
 }
 _EPILOG = """\
 examples:
@@ -29,8 +29,8 @@ examples:
   crosspool pools --tensors
   crosspool trace --seconds 2 --out trace.json
 
-crosspool COMMAND --help tells more. Exit status: 0 after an orderly end, 2 for a mistake in the
-input (the message says which), 1 when something failed.
+`crosspool COMMAND --help` lists the flags of a command. The exit status is 0 after an orderly end,
+2 for a mistake in the input (the message names it) and 1 when something failed.
 """
 
 
@@ -44,21 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"crosspool {crosspool.__version__}")
-    parser.add_argument(
-        "command",
-        choices=_COMMANDS,
-        metavar="COMMAND",
-        help="; ".join(f"{name}: {text}" for name, text in _COMMANDS.items()),
-    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text)
     command = parser.parse_args(words[:1] or ["--help"]).command
     return run(command, words[1:])
 
 
 def run(command: str, words: Sequence[str], prog: str | None = None) -> int:
-    """Runs one command and returns its exit status, telling errors on stderr.
+    """Runs one command and returns its exit status; errors are printed on stderr.
 
-    Where nobody reads its output any more (``| head``) it ends silently, with a shell's status for
-    SIGPIPE."""
+    When nobody reads its output any more (``| head``), it ends silently, with the status that a
+    shell has for SIGPIPE."""
     prog = prog or f"crosspool {command}"
     module = importlib.import_module(f"crosspool.cli.{command}")
     try:
@@ -67,7 +64,7 @@ def run(command: str, words: Sequence[str], prog: str | None = None) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # What is still in the buffer would fail once more, and be told of, at the very end.
+        # The interpreter flushes the buffer once more at its end, and would print that this fails.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except ConfigError as error:

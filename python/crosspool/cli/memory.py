@@ -1,5 +1,6 @@
-"""The memories that a deployment's devices draw from: the host's, shared by all CPU devices, and
-each GPU's own. What each must hold, and how much the KV pool takes where the user names no size."""
+"""The memories that a deployment's devices draw from: the host's, which all CPU devices share, and
+each GPU's own. Here is what each must hold, how much the KV pool takes when the user names no size,
+and whether it holds the requests that it must."""
 
 from __future__ import annotations
 
@@ -11,37 +12,40 @@ import psutil
 from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.device import Device
 from crosspool.config.gpu import gpu_of, visible_gpus
-from crosspool.config.sizes import format_size
+from crosspool.config.sizes import exact_size, format_size
+from crosspool.kvpool.bounds import Bounds
+from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import ModelSpec
 from crosspool.weightpool.placement import Placement, attention_bytes
 
 KV_POOL_SHARE = 0.2
-"""Part of the host's available memory that the KV pool takes when the user names no size."""
+"""Share of the host's available memory that the KV pool takes when the user names no size."""
 KV_POOL_DEFAULT_LIMIT = 4 << 30
+"""Most bytes that it then takes."""
 GPU_SHARE = 0.92
-"""Part of a GPU's free memory that weights and KV pool may take: the rest is for the CUDA context,
-captured graphs and what a step works in."""
+"""Share of a GPU's free memory that weights and KV pool may take: the rest is for the CUDA context,
+captured graphs and the scratch memory of a step."""
 
 
 @dataclass(frozen=True)
-class Memory:
+class SystemMemory:
     """One memory, and the devices of the deployment that draw from it."""
 
     name: str
-    """For the user: ``memory``, ``memory of cuda:0``."""
+    """What messages call it: ``memory``, ``memory of cuda:0``."""
     available: int
     """Bytes that the deployment may take."""
     devices: tuple[Device, ...]
 
 
-def memories(devices: Sequence[Device]) -> list[Memory]:
-    """Of the devices; each of them is in one.
+def memories(devices: Sequence[Device]) -> list[SystemMemory]:
+    """Returns the memories that the devices draw from; each device is in one.
 
     Raises ConfigError for a GPU that is not there."""
     found = []
     cpus = tuple(device for device in devices if device.is_cpu)
     if cpus:
-        found.append(Memory("memory", psutil.virtual_memory().available, cpus))
+        found.append(SystemMemory("memory", psutil.virtual_memory().available, cpus))
     named = [device for device in devices if not device.is_cpu]
     try:
         gpus = visible_gpus() if named else []
@@ -49,7 +53,7 @@ def memories(devices: Sequence[Device]) -> list[Memory]:
         raise ConfigError(f"{', '.join(device.name for device in named)}: {error}") from None
     for device in named:
         free = int(gpu_of(device, gpus).free_bytes * GPU_SHARE)
-        found.append(Memory(f"memory of {device.name}", free, (device,)))
+        found.append(SystemMemory(f"memory of {device.name}", free, (device,)))
     return found
 
 
@@ -57,10 +61,10 @@ def default_kv_bytes(
     deployment: Deployment,
     specs: Sequence[ModelSpec],
     placement: Placement,
-    found: Sequence[Memory],
+    found: Sequence[SystemMemory],
 ) -> int:
-    """Bytes of the KV pool where the user names none: on the host a share of what is available, on
-    GPUs what the weights leave of the one that has least."""
+    """Returns the bytes of the KV pool when the user names none: on the host a share of the
+    available memory, on GPUs as many on each as the weights leave on the fullest one."""
     kv = deployment.kv_pool_devices
     if all(device.is_cpu for device in kv):
         return min(int(found[0].available * KV_POOL_SHARE), KV_POOL_DEFAULT_LIMIT)
@@ -76,7 +80,7 @@ def check_memory(
     deployment: Deployment,
     specs: Sequence[ModelSpec],
     placement: Placement,
-    found: Sequence[Memory],
+    found: Sequence[SystemMemory],
 ) -> None:
     """Raises ConfigError when a memory is too small for what its devices will hold."""
     per_rank = deployment.kv_pool_bytes // len(deployment.kv_pool_devices)
@@ -87,14 +91,61 @@ def check_memory(
         if needed > memory.available:
             raise ConfigError(
                 f"{format_size(needed)} are needed (KV pool {format_size(kv)}, "
-                f"FFN weights {format_size(ffn)}, attention weights {format_size(attention)}), "
+                f"FFN weights {format_size(ffn)}, attention weights {format_size(attention)}), but "
                 f"{format_size(memory.available)} of {memory.name} are available: serve fewer "
                 "models or lower --kv-pool-bytes"
             )
 
 
+def check_kv_bounds(d: Deployment, specs: Sequence[ModelSpec]) -> None:
+    """Raises ConfigError when the floors do not fit into the pool together, or when the KV memory
+    that a model can be promised on one attention rank does not hold a request as long as its
+    context."""
+    bounds, ranks = Bounds.of(d), len(d.kv_pool_devices)
+    if sum(bounds.floors) > bounds.budget:
+        floors = sum(bounds.floors) * d.chunk_bytes * ranks
+        raise ConfigError(
+            f"kv_floor_bytes: the floors of all models come to {format_size(floors)} in whole "
+            f"chunks, more than the KV pool's {format_size(d.kv_pool_bytes)}: lower them or give "
+            "a larger --kv-pool-bytes"
+        )
+    for index, (model, spec) in enumerate(zip(d.models, specs, strict=True)):
+        if bounds.ceilings[index] < bounds.floors[index]:
+            raise ConfigError(
+                f"kv_ceiling_bytes of {model.name}: {exact_size(model.kv_ceiling_bytes or 0)} is "
+                f"below its kv_floor_bytes, {exact_size(model.kv_floor_bytes)} (in whole chunks of "
+                "each device): raise the ceiling or lower the floor"
+            )
+        _check_longest(d, bounds, index, spec)
+
+
+def _check_longest(d: Deployment, bounds: Bounds, index: int, spec: ModelSpec) -> None:
+    """Raises ConfigError that says what would be enough when one request as long as the model's
+    context does not fit."""
+    model, ranks = d.models[index], len(d.kv_pool_devices)
+    layout = KVLayout(spec, d.page_size, d.chunk_bytes)
+    chunks = -(-layout.pages_for(spec.context) * layout.page_bytes // layout.chunk_bytes)
+    if chunks <= bounds.reach(index):
+        return
+    tokens = layout.pages_in(bounds.reach(index)) * layout.page_size
+    shorter = f"--context-length {tokens}, or " if tokens else ""
+    needed = chunks * d.chunk_bytes * ranks
+    request = f"do not hold one request of {spec.context} tokens, the context of {model.name}"
+    if chunks > bounds.ceilings[index] and model.kv_ceiling_bytes is not None:
+        raise ConfigError(
+            f"kv_ceiling_bytes of {model.name}: {format_size(model.kv_ceiling_bytes)} on {ranks} "
+            f"device(s) {request}: give {shorter}a ceiling of {exact_size(needed)}"
+        )
+    others = (sum(bounds.floors) - bounds.floors[index]) * d.chunk_bytes * ranks
+    beside = f" beside the floors of other models, {format_size(others)}," if others else ""
+    raise ConfigError(
+        f"kv_pool_bytes: {format_size(d.kv_pool_bytes)} on {ranks} device(s){beside} {request}: "
+        f"give {shorter}--kv-pool-bytes {exact_size(needed + others)}"
+    )
+
+
 def _weights(
-    memory: Memory, deployment: Deployment, specs: Sequence[ModelSpec], placement: Placement
+    memory: SystemMemory, deployment: Deployment, specs: Sequence[ModelSpec], placement: Placement
 ) -> tuple[int, int]:
     """Bytes of FFN weights and of attention weights in one memory."""
     ffn = sum(
@@ -106,5 +157,5 @@ def _weights(
     return ffn, attention
 
 
-def _count(memory: Memory, pool: Sequence[Device]) -> int:
+def _count(memory: SystemMemory, pool: Sequence[Device]) -> int:
     return sum(device in memory.devices for device in pool)

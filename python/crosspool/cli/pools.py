@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from crosspool.config.deployment import Deployment
 from crosspool.config.runtime_dir import find_running
@@ -14,14 +13,13 @@ from crosspool.kvpool.layout import KVLayout
 from crosspool.models.registry import read_model
 from crosspool.models.spec import ModelSpec
 from crosspool.observability.pools_table import (
-    KVUse,
     ModelRow,
     RankRow,
-    UseRow,
     make_console,
     pools_tables,
 )
 from crosspool.transport import admin
+from crosspool.transport.inspection import Status, TensorInfo
 from crosspool.weightpool.placement import Placement, attention_bytes, place
 
 _EPILOG = """\
@@ -36,12 +34,14 @@ _ROLES = {"attention": "attention", "ffn": "FFN"}
 def run(words: Sequence[str], prog: str) -> int:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Shows the pools of a server that this user runs on this machine.",
+        description="Shows the pools of a server that you run on this machine.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tensors", action="store_true", help="list the tensors of every rank")
-    parser.add_argument("--port", type=int, help="which server, when several run here")
+    parser.add_argument(
+        "--tensors", action="store_true", help="also list the tensors of every rank"
+    )
+    parser.add_argument("--port", type=int, help="port of the server, if several run here")
     arguments = parser.parse_args(words)
 
     deployment = find_running(arguments.port)
@@ -50,40 +50,28 @@ def run(words: Sequence[str], prog: str) -> int:
         for model in deployment.models
     ]
     placement = place(deployment, specs)
-    status = admin.ask(deployment.admin_address, "status")
+    status = admin.status(deployment.admin_address)
     rows = describe(deployment, specs, placement, status)
-    make_console().print(pools_tables(*rows, [_use_row(model) for model in status["models"]]))
+    make_console().print(pools_tables(*rows, status.models))
     if arguments.tensors:
-        _print_tensors(admin.ask(deployment.admin_address, "tensors", timeout=30.0))
+        report = admin.inspect(deployment.admin_address, "tensors", timeout=30.0)
+        _print_tensors(report.tensors)
     print(f"\nTo attach a stock SGLang server: CROSSPOOL_ADMIN={deployment.admin_address}")
     return 0
 
 
-def _kv_use(part: dict[str, Any]) -> KVUse:
-    """Of a rank or a model in the server's status."""
-    return KVUse(
-        promised=part["promised_bytes"], cached=part["cached_bytes"], mapped=part["mapped_bytes"]
-    )
-
-
-def _use_row(model: dict[str, Any]) -> UseRow:
-    return UseRow(
-        kv=_kv_use(model),
-        **{key: model[key] for key in UseRow.__dataclass_fields__ if key != "kv"},
-    )
-
-
-def _print_tensors(tensors: Sequence[dict[str, Any]]) -> None:
-    """One line per tensor, in columns that grep and awk can read, then the sum of each rank."""
+def _print_tensors(tensors: Sequence[TensorInfo]) -> None:
+    """Prints one line for each tensor, in columns that grep and awk can read, and the sum of each
+    rank."""
     sums: dict[str, int] = {}
     print()
     for tensor in tensors:
-        rank = f"{_ROLES[tensor['role']]} {tensor['rank']}"
-        sums[rank] = sums.get(rank, 0) + tensor["bytes"]
-        shape = "x".join(map(str, tensor["shape"]))
+        rank = f"{_ROLES[tensor.role]} {tensor.rank}"
+        sums[rank] = sums.get(rank, 0) + tensor.bytes
+        shape = "x".join(map(str, tensor.shape))
         print(
-            f"{rank:12} {tensor['bytes']:>12} {tensor['dtype']:9} {shape:>16}  "
-            f"{tensor['model']}  {tensor['name']}"
+            f"{rank:12} {tensor.bytes:>12} {tensor.dtype:9} {shape:>16}  "
+            f"{tensor.model}  {tensor.name}"
         )
     print()
     for rank, size in sums.items():
@@ -94,11 +82,9 @@ def describe(
     deployment: Deployment,
     specs: Sequence[ModelSpec],
     placement: Placement,
-    status: dict[str, Any] | None = None,
+    status: Status | None = None,
 ) -> tuple[list[RankRow], list[ModelRow]]:
-    """The rows of the pools' tables.
-
-    ``status``: what the server says of itself, if it has been asked."""
+    """The rows of the pools' tables, with the memory in use now where ``status`` is known."""
     ranks = len(deployment.kv_pool_devices)
     chunks = deployment.kv_pool_bytes // ranks // deployment.chunk_bytes
     attention = [attention_bytes(spec) for spec in specs]
@@ -108,7 +94,7 @@ def describe(
             device=device.name,
             weights=sum(attention),
             kv_budget=chunks * deployment.chunk_bytes,
-            kv=None if status is None else _kv_use(status["ranks"][rank]),
+            now=None if status is None else status.ranks[rank],
         )
         for rank, device in enumerate(deployment.kv_pool_devices)
     ]

@@ -15,12 +15,12 @@ from crosspool.config.process import adopt_orphans
 _POLL_SECONDS = 0.1
 _CHECK_SECONDS = 0.3
 _STOP_SECONDS = 15.0
-"""How long a process may take to end after SIGTERM, before SIGKILL."""
+"""Time that a process gets to end after SIGTERM, before SIGKILL."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A process that ended although nobody had asked it to."""
+    """A process that ended although nobody had asked it to end."""
 
     spec: ProcessSpec
     status: int
@@ -35,13 +35,14 @@ class Loss:
 class Supervisor:
     """Runs a set of processes as one.
 
-    ``stages`` are the processes in the order in which they are stopped, those of one stage at
-    once; they are started from the last stage to the first without waiting for one another, but
-    for those that are ``forked``: these come from the fork server, which is started last.
-    ``is_ready`` is asked again and again until it says True, then ``on_ready`` is called once. A
-    loss before that ends them all, unless ``is_ready``, asked at once, says True.
-    ``on_loss`` is called for every process that is lost after it was ready; then the others are
-    left alone for ``failure_grace`` seconds, unless all of the first stage is gone."""
+    ``stages`` are the processes in the order in which they are stopped; those of one stage are
+    stopped together. They are started from the last stage to the first, without waiting for one
+    another. Those that are also in ``forked`` come from the fork server, which is started last.
+    ``is_ready`` is called again and again until it returns True; then ``on_ready`` is called once.
+    A loss before that ends all processes, unless ``is_ready``, called at once, returns True.
+    ``on_loss`` is called for every process that is lost later; the others then go on for
+    ``failure_grace`` seconds, unless the lost one was of the first stage. When they are stopped,
+    the first stage gets ``drain_timeout`` seconds to end. ``say`` prints a line for the user."""
 
     def __init__(
         self,
@@ -70,8 +71,8 @@ class Supervisor:
         self._signals = 0
 
     def run(self) -> int:
-        """Returns the exit status: 0 after SIGTERM or SIGINT, 2 when a process ended with 2 (the
-        user's mistake, which it has told), else 1."""
+        """Returns the exit status: 0 after SIGTERM or SIGINT, 2 when a process ended with 2 (a
+        mistake of the user, of which it has printed a message), else 1."""
         with self._catching_signals():
             try:
                 self._start()
@@ -80,7 +81,9 @@ class Supervisor:
                     self._say("stopping the other processes")
                     self._stop(_STOP_SECONDS)
                     return 2 if any(loss.status == 2 for loss in losses) else 1
-                self._say("stopping: requests in flight may finish; a second signal stops at once")
+                self._say(
+                    "stopping once requests in flight are done; a second signal stops at once"
+                )
                 self._stop(self._drain_timeout)
                 return 0
             finally:
@@ -105,7 +108,7 @@ class Supervisor:
             for loss in self._new_losses(losses):
                 losses.append(loss)
                 self._say(loss.cause)
-                # Requests may have come in since the last time that it was asked.
+                # Requests may have come in since the last call.
                 ready = ready or self._is_ready()
                 if not ready or loss.spec in self._stages[0]:
                     deadline = 0.0
@@ -131,7 +134,8 @@ class Supervisor:
         ]
 
     def _adopt_forked(self) -> list[Loss]:
-        """Takes over what the fork server forked, once it has ended; its loss if it failed."""
+        """Takes over the forked processes once the fork server has ended; returns its loss if it
+        failed."""
         server = self._fork_server
         if server is None or not server.child.has_ended():
             return []
@@ -157,7 +161,7 @@ class Supervisor:
                     return
                 if time.monotonic() > deadline:
                     late = ", ".join(c.spec.name for c in stage if not c.has_ended())
-                    self._say(f"killing {late}: no end after SIGTERM")
+                    self._say(f"killing {late}, which did not end after SIGTERM")
                     break
                 time.sleep(_POLL_SECONDS)
             for child in stage:

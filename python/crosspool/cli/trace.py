@@ -1,4 +1,4 @@
-"""``crosspool trace``: what the lanes of a running server do, as a file for a trace viewer."""
+"""``crosspool trace``: records what the lanes of a running server do, for a trace viewer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
-
 from crosspool.config.runtime_dir import find_running
-from crosspool.observability.trace import LaneEvent, to_chrome
+from crosspool.observability.trace import to_chrome
 from crosspool.transport import admin
 
 _EPILOG = """\
@@ -29,19 +27,21 @@ def run(words: Sequence[str], prog: str) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seconds", type=float, default=2.0, help="how long (default: 2)")
-    parser.add_argument("--out", type=Path, default=Path("trace.json"), help="file to write")
-    parser.add_argument("--port", type=int, help="which server, when several run here")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="how long to record, in seconds (default: 2)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("trace.json"), help="file to write (default: trace.json)"
+    )
+    parser.add_argument("--port", type=int, help="port of the server, if several run here")
     arguments = parser.parse_args(words)
 
     deployment = find_running(arguments.port)
-    admin.ask(deployment.admin_address, "trace_start", _ANSWER_SECONDS)
+    admin.inspect(deployment.admin_address, "trace_start", _ANSWER_SECONDS)
     time.sleep(arguments.seconds)
-    rows = admin.ask(deployment.admin_address, "trace_stop", _ANSWER_SECONDS)
+    report = admin.inspect(deployment.admin_address, "trace_stop", _ANSWER_SECONDS)
     names = [model.name for model in deployment.models]
-    events = [
-        msgspec.convert({**row, "model": names.index(row["model"])}, LaneEvent) for row in rows
-    ]
+    events = [event for device in report.trace_stop for event in device.events]
     arguments.out.write_text(json.dumps(to_chrome(events, names)))
-    print(f"{len(events)} events in {arguments.out}")
+    print(f"wrote {len(events)} events to {arguments.out}")
     return 0

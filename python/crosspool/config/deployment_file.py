@@ -1,29 +1,28 @@
-"""The deployment file (YAML) of ``crosspool serve --config``, read into a Draft."""
+"""The deployment file (YAML) of ``crosspool serve --config``, read into Options."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import yaml
 
-from crosspool.config.deployment import ConfigError
-from crosspool.config.draft import Draft, to_draft
+from crosspool.config.errors import ConfigError
+from crosspool.config.option import Option
+from crosspool.config.options import MODEL_OPTIONS, SERVER_OPTIONS, ModelOptions, Options
 from crosspool.config.sglang_flags import BY_NAME, reason_refused
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (float, int),
-    "bool": (bool,),
-    "json": (dict,),
-    "list": (list,),
+_BY_SGLANGS_NAME = {
+    option.sglang: option
+    for option in (*MODEL_OPTIONS.values(), *SERVER_OPTIONS.values())
+    if option.sglang
 }
 
 
-def read(path: Path) -> Draft:
+def read(path: Path) -> Options:
     """Reads the file; relative model paths are relative to its folder.
 
     Raises ConfigError that names the file, the key, and what would be right."""
@@ -33,37 +32,90 @@ def read(path: Path) -> Draft:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no YAML: {error}") from None
-    draft = to_draft(data, str(path))
-    _check_sglang(draft.sglang, f"{path}: sglang", ("shared", "model"))
-    for index, model in enumerate(draft.models):
-        _check_sglang(model.sglang, f"{path}: models[{index}].sglang", ("model",))
-    models = [
+    options = to_options(data, str(path))
+    models = tuple(
         msgspec.structs.replace(model, path=str(path.parent / Path(model.path).expanduser()))
-        for model in draft.models
-    ]
-    return msgspec.structs.replace(draft, models=models)
+        for model in options.models
+    )
+    return msgspec.structs.replace(options, models=models)
 
 
-def _check_sglang(arguments: dict[str, Any], where: str, scopes: tuple[str, ...]) -> None:
-    """Raises ConfigError for an argument that is unknown, misplaced or of the wrong type."""
-    for name, value in arguments.items():
-        flag = BY_NAME.get(name)
-        if flag is None:
-            taken = [flag.name for flag in BY_NAME.values() if flag.effect == "sglang"]
-            close = difflib.get_close_matches(name, taken, n=1)
-            hint = f"did you mean {close[0]}?" if close else reason_refused(name)
-            raise ConfigError(f"{where}.{name}: {hint}")
-        if name == "disable_radix_cache":
-            raise ConfigError(f"{where}.{name}: write prefix_cache: false outside of sglang")
-        if flag.effect == "crosspool":
-            raise ConfigError(f"{where}.{name}: write this key outside of sglang")
-        if flag.effect == "none":
-            raise ConfigError(f"{where}.{name} has no effect: {flag.help}")
-        if flag.scope not in scopes:
-            raise ConfigError(f"{where}.{name} is the whole server's: write it under sglang")
-        is_bool_for_number = isinstance(value, bool) and flag.kind != "bool"
-        if is_bool_for_number or not isinstance(value, _KINDS[flag.kind]):
-            raise ConfigError(f"{where}.{name}: expected {flag.kind}, got {value!r}")
-        if flag.choices and value not in flag.choices:
-            allowed = ", ".join(str(choice) for choice in flag.choices)
-            raise ConfigError(f"{where}.{name}: {value!r} is not one of {allowed}")
+def to_options(data: Any, source: str) -> Options:
+    """Turns parsed YAML into Options.
+
+    Raises ConfigError that names ``source``, the key, what was given and what would be right."""
+    given = _converted(data, dict[str, Any], f"{source}: top level")
+    if "models" not in given:
+        raise ConfigError(f"{source}: models is missing")
+    models = _converted(given.pop("models"), list[Any], f"{source}: models")
+    return Options(
+        models=tuple(
+            ModelOptions(**_values(model, MODEL_OPTIONS, source, f"models[{index}]"))
+            for index, model in enumerate(models)
+        ),
+        **_values(given, SERVER_OPTIONS, source, ""),
+    )
+
+
+def _converted(value: Any, kind: Any, where: str) -> Any:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _values(data: Any, options: Mapping[str, Option], source: str, where: str) -> dict[str, Any]:
+    """The checked values of the object at ``where``; ``sglang`` is one of them."""
+    dot = "." if where else ""
+    given = _converted(data, dict[str, Any], f"{source}: {where}")
+    for option in options.values():
+        if option.is_required and option.name not in given:
+            raise ConfigError(f"{source}: {where}{dot}{option.name} is missing")
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        key = f"{source}: {where}{dot}{name}"
+        if name == "sglang":
+            values[name] = {
+                part: _read(_sglang_option(part, key, is_model=bool(where)), one, f"{key}.{part}")
+                for part, one in _converted(value, dict[str, Any], key).items()
+            }
+        elif name in options:
+            values[name] = _read(options[name], value, key)
+        else:
+            known = [*([] if where else ["models"]), *options, "sglang"]
+            hint = _close(name, known) or f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{source}: unknown key {where}{dot}{name} ({hint})")
+    return values
+
+
+def _read(option: Option, value: Any, key: str) -> Any:
+    try:
+        return option.read(value)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+
+def _sglang_option(name: str, key: str, is_model: bool) -> Option:
+    """The argument ``name`` of the mapping under ``key``, a model's or the server's.
+
+    Raises ConfigError for one that is unknown or misplaced."""
+    if own := _BY_SGLANGS_NAME.get(name):
+        instead = "this key" if own.name == name else own.name
+        if own.plain_type is bool:
+            instead += f": {own.written(not own.default)}"
+        raise ConfigError(f"{key}.{name}: write {instead} outside of sglang")
+    option = BY_NAME.get(name)
+    if option is None:
+        taken = [option.name for option in BY_NAME.values() if option.effect == "sglang"]
+        raise ConfigError(f"{key}.{name}: {_close(name, taken) or reason_refused(name)}")
+    if option.effect == "none":
+        raise ConfigError(f"{key}.{name} has no effect: {option.help}")
+    if is_model and not option.per_model:
+        raise ConfigError(f"{key}.{name} is the whole server's: write it under sglang at the top")
+    return option
+
+
+def _close(name: str, known: Iterable[str]) -> str:
+    """A hint at what was meant, if anything is like it."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else ""

@@ -16,7 +16,7 @@ class Device(msgspec.Struct, frozen=True):
     """What one resident loop owns: a set of cores or one GPU."""
 
     name: str
-    """As the user wrote it."""
+    """Name as the user wrote it."""
 
     @property
     def is_cpu(self) -> bool:
@@ -24,7 +24,7 @@ class Device(msgspec.Struct, frozen=True):
 
     @property
     def gpu(self) -> int:
-        """Number of a GPU among those that a process may use."""
+        """Number of the GPU among those that a process may use; raises ValueError for a CPU."""
         match = _CUDA.fullmatch(self.name)
         if match is None:
             raise ValueError(f"{self.name} is not a GPU")
@@ -32,7 +32,7 @@ class Device(msgspec.Struct, frozen=True):
 
     @property
     def cores(self) -> tuple[int, ...]:
-        """Cores of a CPU device, ascending."""
+        """Cores of a CPU device, ascending; raises ValueError for a GPU."""
         match = _CPU.fullmatch(self.name)
         if match is None:
             raise ValueError(f"{self.name} is not a CPU device")
@@ -59,7 +59,9 @@ def parse_devices(text: str) -> tuple[Device, ...]:
         if device.is_cpu:
             missing = set(device.cores) - os.sched_getaffinity(0)
             if missing or not device.cores:
-                raise ValueError(f"{name}: cores {sorted(missing)} are not available here")
+                raise ValueError(
+                    f"{name}: cores {sorted(missing)} are not available to this process"
+                )
         if device in devices:
             raise ValueError(f"{name} is named twice")
         devices.append(device)

@@ -1,5 +1,5 @@
-"""GPUs as the processes that are going to be started will see them, asked of ``nvidia-smi``: the
-launcher needs neither torch nor a CUDA context for that."""
+"""GPUs as the device processes will see them. The launcher asks ``nvidia-smi``, and so needs
+neither torch nor a CUDA context."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ ENVIRONMENT = {
     "CUDA_MODULE_LOADING": "EAGER",
     "CUDA_DEVICE_MAX_CONNECTIONS": "32",
 }
-"""Of every device process of a GPU: ``cuda:N`` is the N-th GPU as ``nvidia-smi`` counts them; no
-kernel is loaded later, behind a resident loop that it might have to wait for; and streams share a
-connection with a loop's only when there are more than 32, not eight, since what shares one may wait
-for the loop's end."""
+"""Environment of every device process of a GPU. ``cuda:N`` is the N-th GPU as ``nvidia-smi`` counts
+them. Kernels are loaded at the start, since later they might wait for a resident loop. Streams get
+32 connections to the device instead of eight, since a stream that shares one with a resident loop
+may wait for the loop's end."""
 _TIMEOUT = 30.0
 _QUERY = "--query-gpu=index,uuid,name,memory.free"
 
@@ -33,16 +33,17 @@ class GPU:
     """One GPU of this machine."""
 
     index: str
-    """As ``nvidia-smi`` counts."""
+    """Number that ``nvidia-smi`` gives it."""
     uuid: str
     name: str
     free_bytes: int
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[GPU]:
-    """The GPUs that a process may use, ``cuda:0`` first: all, or those of CUDA_VISIBLE_DEVICES.
+    """Returns the GPUs that a process may use, ``cuda:0`` first: all, or those of
+    CUDA_VISIBLE_DEVICES.
 
-    Raises ConfigError where ``nvidia-smi`` is missing or does not answer."""
+    Raises ConfigError where ``nvidia-smi`` is missing, fails or does not end."""
     command = ["nvidia-smi", _QUERY, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(
@@ -53,7 +54,7 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[GPU]:
             "nvidia-smi is not found: there is no NVIDIA driver here, or it is not on the PATH"
         ) from None
     except subprocess.TimeoutExpired:
-        raise ConfigError(f"nvidia-smi did not answer in {_TIMEOUT:.0f} s") from None
+        raise ConfigError(f"nvidia-smi did not end within {_TIMEOUT:.0f} s") from None
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip()
         raise ConfigError(f"nvidia-smi failed with {done.returncode}: {said}")
@@ -71,7 +72,8 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[GPU]:
 
 
 def gpu_of(device: Device, gpus: list[GPU]) -> GPU:
-    """The GPU that ``device`` (``cuda:N``) names; raises ConfigError that says what there is."""
+    """Returns the GPU that ``device`` (``cuda:N``) names. Raises ConfigError, which lists the GPUs,
+    when there is no such."""
     number = device.gpu
     if number < len(gpus):
         return gpus[number]
@@ -82,7 +84,7 @@ def gpu_of(device: Device, gpus: list[GPU]) -> GPU:
 
 
 def check_alike(devices: Sequence[Device]) -> None:
-    """Raises ConfigError for a CPU beside a GPU, which no data path joins."""
+    """Raises ConfigError for CPUs together with GPUs, which no data path joins."""
     gpus = [device.name for device in devices if not device.is_cpu]
     cpus = [device.name for device in devices if device.is_cpu]
     if gpus and cpus:
@@ -107,9 +109,9 @@ def _parsed(line: str) -> GPU:
         index, uuid, name, free = fields
         return GPU(index, uuid, name, int(free) << 20)
     except ValueError:
-        raise ConfigError(f"nvidia-smi {_QUERY} answered {line!r}") from None
+        raise ConfigError(f"nvidia-smi {_QUERY} printed {line!r}, not four fields") from None
 
 
 def _is_uuid(name: str, uuid: str) -> bool:
-    """CUDA takes any unambiguous beginning of a UUID."""
+    """Whether CUDA takes ``name`` for the GPU: any unambiguous beginning of the UUID will do."""
     return name.startswith("GPU-") and uuid.startswith(name)

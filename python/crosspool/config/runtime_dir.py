@@ -1,5 +1,5 @@
-"""The folder of one running deployment: its sockets, its deployment.json, and a lock that its
-launcher holds as long as it lives, by which other commands find it."""
+"""The folder of one running deployment, with its sockets, its deployment.json and a lock. The
+launcher holds the lock as long as it lives; other commands find the deployment by it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def _prefix() -> str:
 
 
 class RuntimeDir:
-    """Makes the folder (mode 0700) and removes it in :meth:`close`.
+    """Makes the folder (mode 0700), and removes it in :meth:`close`.
 
-    Raises ConfigError when sockets in it would have names longer than Unix sockets may have."""
+    Raises ConfigError when its path is too long for the names of Unix sockets."""
 
     def __init__(self) -> None:
         remove_stale()
@@ -33,7 +33,9 @@ class RuntimeDir:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         if len(str(self.path)) + 1 + _LONGEST_SOCKET_NAME > _SOCKET_PATH_LIMIT:
             self.close()
-            raise ConfigError(f"{self.path} is too long for socket names: set TMPDIR=/tmp")
+            raise ConfigError(
+                f"{self.path} is too long a path for sockets: set TMPDIR to a shorter one"
+            )
 
     def close(self) -> None:
         os.close(self._lock)
@@ -63,14 +65,14 @@ def _folders() -> Iterator[Path]:
 
 
 def remove_stale() -> None:
-    """Removes what launchers left behind that were killed before they could clean up."""
+    """Removes the folders of launchers that were killed before they could clean up."""
     for folder in _folders():
         if (folder / _LOCK).exists() and not _is_locked(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def find_running(port: int | None = None) -> Deployment:
-    """The deployment that this user runs here, on ``port`` if given.
+    """Returns the deployment that this user runs on this machine, on ``port`` if given.
 
     Raises ConfigError when there is none, or several and no ``port`` to choose by."""
     found = [
@@ -82,8 +84,8 @@ def find_running(port: int | None = None) -> Deployment:
         found = [deployment for deployment in found if deployment.port == port]
     if not found:
         where = "" if port is None else f" on port {port}"
-        raise ConfigError(f"no CrossPool server of this user runs here{where}")
+        raise ConfigError(f"no CrossPool server of this user runs on this machine{where}")
     if len(found) > 1:
         ports = ", ".join(str(deployment.port) for deployment in found)
-        raise ConfigError(f"several servers run here: choose one with --port ({ports})")
+        raise ConfigError(f"several servers run on this machine: choose one with --port ({ports})")
     return found[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from crosspool.config.errors import ConfigError
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?")
 _FACTORS = {
     "": 1,
@@ -33,6 +35,14 @@ def parse_size(text: str | int) -> int:
     return size
 
 
+def size_of(value: int | str, key: str) -> int:
+    """Parses the size under ``key``; raises ConfigError that names it."""
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+
 def format_size(size: float) -> str:
     """Returns ``size`` bytes in the binary unit that leaves one to four digits before the point."""
     if size < 1024:
@@ -42,3 +52,13 @@ def format_size(size: float) -> str:
         if size < 1024:
             return f"{size:.1f} {unit}"
     return f"{size / 1024:.1f} TiB"
+
+
+def exact_size(size: int) -> str:
+    """Returns ``size`` bytes as :func:`parse_size` reads them, in the largest binary unit of which
+    they are a whole number: ``2MiB``, ``4097``."""
+    for prefix in ("Ti", "Gi", "Mi", "Ki"):
+        factor = _FACTORS[prefix.replace("K", "k")]
+        if size and size % factor == 0:
+            return f"{size // factor}{prefix}B"
+    return str(size)

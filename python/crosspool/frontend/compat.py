@@ -1,9 +1,8 @@
-"""Lets unmodified SGLang be imported where there is no CUDA.
+"""Lets unmodified SGLang be imported where Triton or torchvision is not installed.
 
-SGLang imports triton and torchvision unconditionally. On a CPU-only install triton is absent, and
-torchvision's wheel, built for CUDA, cannot load its operators and then fails on their missing
-schemas. :func:`install` puts a stand-in for the first and declares the second's schemas; where
-the real ones work it changes nothing. No kernel of either is ever run by the front end.
+SGLang imports both unconditionally. A CPU-only install has neither: Triton takes a gigabyte, and
+PyPI's torchvision cannot be loaded beside a CPU build of torch. :func:`install` puts stand-ins in
+the place of the missing ones. The front end never calls anything of either.
 """
 
 from __future__ import annotations
@@ -11,18 +10,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_TORCHVISION_SCHEMAS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
-_keep_alive: list[Any] = []
-"""Operator libraries: their schemas go when they are collected."""
+_PACKAGES = ("triton", "torchvision")
 
 
 class _Named:
@@ -58,14 +51,17 @@ class _StandIn(ModuleType):
         return False
 
 
-class _TritonFinder:
-    """Finds ``triton`` and everything beneath it as stand-ins; its own loader."""
+class _Finder:
+    """Finds the ``missing`` packages, and everything beneath them, as stand-ins; its own loader."""
+
+    def __init__(self, missing: Collection[str]) -> None:
+        self._missing = missing
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         del path, target
-        if name == "triton" or name.startswith("triton."):
+        if name.partition(".")[0] in self._missing:
             return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
         return None
 
@@ -81,39 +77,29 @@ class _TritonFinder:
             )
 
 
-def _stand_in_for_triton() -> None:
-    if importlib.util.find_spec("triton") is not None:
-        return
-    # torch and transformers must have found triton absent before the stand-in exists: both
-    # remember it.
-    from torch.utils._triton import has_triton_package
-    from transformers.utils.import_utils import is_triton_available
-
-    has_triton_package()
-    is_triton_available()
-    sys.meta_path.append(_TritonFinder())
-
-
-def _declare_torchvision_operators() -> None:
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None or "torchvision" in sys.modules or _keep_alive:
-        return
-    import torch
-
-    try:
-        torch.ops.load_library(str(Path(spec.origin).parent / "_C.so"))
-    except OSError:
-        library = torch.library.Library("torchvision", "DEF")
-        for schema in _TORCHVISION_SCHEMAS:
-            library.define(schema)
-        _keep_alive.append(library)
-
-
 def install() -> None:
     """Makes ``import sglang`` work in this process; call it before that import. Idempotent.
 
     Imports torch and transformers, which SGLang does anyway."""
-    if _TritonFinder.__name__ in {type(finder).__name__ for finder in sys.meta_path}:
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if not missing:  # all of them are installed, or stand-ins are in place
         return
-    _declare_torchvision_operators()
-    _stand_in_for_triton()
+    # torch and transformers remember whether they found these packages. They must have found them
+    # absent before the stand-ins exist.
+    from torch.utils._triton import has_triton_package
+    from transformers.utils.import_utils import is_torchvision_available, is_triton_available
+
+    has_triton_package()
+    is_triton_available()
+    if not is_torchvision_available():
+        _show_image_processors()
+    sys.meta_path.append(_Finder(missing))
+
+
+def _show_image_processors() -> None:
+    """transformers hides AutoImageProcessor where torchvision is missing, although the class needs
+    none; SGLang registers classes there while it is imported."""
+    module = importlib.import_module("transformers.models.auto.image_processing_auto")
+    # That import has put a new module in the place of transformers.
+    transformers: Any = sys.modules["transformers"]
+    transformers.AutoImageProcessor = module.AutoImageProcessor

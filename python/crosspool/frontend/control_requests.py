@@ -1,7 +1,7 @@
-"""Answers to what SGLang's tokenizer manager asks a scheduler besides generating.
+"""Replies to what SGLang's tokenizer manager asks of a scheduler besides generating.
 
-Whoever sends one of these waits for its answer for ever, so every request has one: what CrossPool
-does not do is answered with failure and a message.
+The caller waits without a time limit, so every request gets a reply. What CrossPool does not do is
+refused with a message.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sglang.srt.managers import io_struct as io
 
 UNSUPPORTED = "CrossPool does not support this"
 NO_CACHE = "there is no prefix cache to flush: it is switched off"
-FLUSHED = "every cached prefix is given up, but those that running requests use"
+FLUSHED = "all cached prefixes were dropped, except those that running requests use"
 NO_PROFILE = "CrossPool has no torch profiler; POST /crosspool/trace/start records lane events"
 
 Maker = Callable[[Any], Any]
@@ -27,7 +27,7 @@ def _lora(request: Any) -> Any:
     return io.LoRAUpdateOutput(success=False, error_message="LoRA adapters are not supported")
 
 
-ANSWERS: dict[type, Maker] = {
+REPLIES: dict[type, Maker] = {
     io.SetInternalStateReq: lambda r: io.SetInternalStateReqOutput(updated=False),
     io.ProfileReq: lambda r: io.ProfileReqOutput(success=False, message=NO_PROFILE),
     io.OpenSessionReqInput: lambda r: io.OpenSessionReqOutput(
@@ -68,17 +68,17 @@ ANSWERS: dict[type, Maker] = {
     ),
     io.LazyDumpTensorsReqInput: lambda r: io.LazyDumpTensorsReqOutput(success=False),
 }
-"""Answers that need nothing of the scheduler's state; they go to the tokenizer manager."""
+"""Functions that make the reply to a request from the request alone, by its type."""
 
 FORWARDED: tuple[type, ...] = (io.FreezeGCReq, io.ConfigureLoggingReq)
-"""Meant for the detokenizer as well, which the tokenizer manager reaches through the scheduler."""
+"""Requests for the detokenizer, which a tokenizer manager can reach only through the scheduler."""
 
-UNANSWERED: tuple[type, ...] = (
+WITHOUT_REPLY: tuple[type, ...] = (
     io.PauseGenerationReqInput,
     io.ContinueGenerationReqInput,
     io.CloseSessionReqInput,
     io.BlockReqInput,
     io.EncoderDispatchErrorReq,
 )
-"""Nobody waits for an answer, and there is nothing to do: a paused tokenizer manager sends no
-requests, and sessions and encoders do not exist."""
+"""Requests for which nobody waits and nothing is done: a paused tokenizer manager sends no requests
+by itself, and sessions and encoders do not exist."""

@@ -13,6 +13,7 @@ import msgspec
 import zmq
 from sglang.srt.managers import io_struct
 
+from crosspool.frontend import private
 from crosspool.frontend.messages import OpenRequest
 from crosspool.scheduler.request import Output
 
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 256 << 20
 _UNREAD_MESSAGES = 100_000
-"""A peer that leaves so many messages unread is gone."""
+"""A peer that leaves this many messages unread is taken for dead."""
 
 
 class FrontEndLost(RuntimeError):
@@ -42,9 +43,9 @@ class FrontEnd:
     ) -> None:
         self.model = model
         self.attached = attached
-        """Whether it is a stock SGLang server beside the deployment's own HTTP process."""
+        """True for a stock SGLang server, False for the deployment's own HTTP process."""
         self.requests: dict[str, OpenRequest] = {}
-        """Requests of this front end that are not finished, by rid."""
+        """Requests of this front end that are not finished, by request id."""
         self.socket = self._connect(context, zmq.PULL, scheduler_input)
         self._to_tokenizer = self._connect(context, zmq.PUSH, tokenizer)
         self._to_detokenizer = self._connect(context, zmq.PUSH, detokenizer)
@@ -62,18 +63,19 @@ class FrontEnd:
         return socket
 
     def receive(self) -> Any | None:
-        """The next message, or None when there is none. One that cannot be decoded is logged and
-        dropped: a bad message of one client must not take the server down."""
+        """The next message, or None when there is none. A message that cannot be decoded is logged
+        and dropped: one client's bad message must not take the server down."""
         while True:
             try:
                 frame = self.socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return None
             try:
-                # SGLang's own decoder, without the unpickling that msgpack_decode does after it
-                message = io_struct._msgpack_decoder.decode(frame)
+                message = private.decode(frame)
             except (msgspec.MsgspecError, ValueError, TypeError) as error:
-                log.error("dropped a message for model %d: %s", self.model, error)
+                log.error(
+                    "dropped a message for model %d that cannot be decoded: %s", self.model, error
+                )
                 continue
             if isinstance(message, io_struct.BaseReq | io_struct.BaseBatchReq):
                 return message
@@ -93,7 +95,8 @@ class FrontEnd:
             raise FrontEndLost(f"a front end of model {self.model} does not read") from None
 
     def take(self, output: Output) -> tuple[OpenRequest, Output] | None:
-        """What to send of ``output`` now, if anything; forgets the request with its finish."""
+        """The request and its output to send now, if any. A request is forgotten when it has
+        finished."""
         request = self.requests[output.rid]
         due = request.take(output)
         if output.finish is not None:

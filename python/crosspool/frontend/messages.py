@@ -1,8 +1,7 @@
-"""SGLang's messages in the scheduler's words, and back.
+"""Translates SGLang's messages to the scheduler's, and back.
 
-A TokenizedGenerateReqInput becomes a GenerateRequest; Outputs become one BatchTokenIDOutput for
-the detokenizer. Parallel lists, deltas and prompt tails are as SGLang 0.5.21's detokenizer and
-tokenizer manager expect them.
+A TokenizedGenerateReqInput becomes a GenerateRequest. Outputs become one BatchTokenIDOutput, with
+the parallel lists, deltas and prompt tails that SGLang's detokenizer and tokenizer manager expect.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ from crosspool.scheduler.request import (
 from crosspool.transport.messages import Logprobs, Sampling, TokenLogprobs
 
 PROMPT_TAIL = 5
-"""Prompt tokens that the detokenizer gets before the output, so that it joins them rightly."""
+"""Number of prompt tokens that the detokenizer gets before a request's first output: how a token
+reads can depend on those before it."""
 
 CLIENT_ABORT = 499
 _ERROR_TYPES = {
@@ -69,7 +69,7 @@ _GRAMMARS: tuple[Literal["regex", "json_schema", "ebnf", "structural_tag"], ...]
 
 
 def seeds(random_seed: int | None) -> Iterator[int]:
-    """Seeds for requests that bring none: a fixed sequence for a fixed ``random_seed``."""
+    """Yield seeds for requests that have none: always the same sequence for one ``random_seed``."""
     while random_seed is None:
         yield int.from_bytes(os.urandom(8), "little") & _SEED_MASK
     counter = random_seed
@@ -79,8 +79,8 @@ def seeds(random_seed: int | None) -> Iterator[int]:
 
 
 def to_request(message: TokenizedGenerateReqInput, model: int, seed: int) -> GenerateRequest:
-    """``seed`` serves a request that brings none. Raises ValueError, meant for the client, for
-    what CrossPool does not do; whether the values are right is the scheduler's question."""
+    """``seed`` is used where the request has none. Raises ValueError, with a text for the client,
+    for what CrossPool does not do. The scheduler checks the values."""
     for field, what in _UNSUPPORTED:
         if getattr(message, field):
             raise ValueError(f"{what} is not supported")
@@ -98,7 +98,7 @@ def to_request(message: TokenizedGenerateReqInput, model: int, seed: int) -> Gen
         stop=StopRules(
             max_new_tokens=params.max_new_tokens,
             min_new_tokens=params.min_new_tokens,
-            # as in SGLang, ignore_eos holds for stop tokens too
+            # As in SGLang, ignore_eos means stop tokens too.
             stop_token_ids=frozenset(() if params.ignore_eos else params.stop_token_ids or ()),
             stop_strings=_strings(params.stop_strs),
             ignore_eos=params.ignore_eos,
@@ -153,7 +153,7 @@ def _grammar(params: SamplingParams) -> Grammar | None:
 
 
 def refusal(rid: str, model: int, message: str, status: int, prompt_tokens: int) -> Output:
-    """The only output of a request that never reached the scheduler."""
+    """The one output of a request that the scheduler never took."""
     return Output(
         rid=rid,
         model=model,
@@ -169,9 +169,9 @@ def refusal(rid: str, model: int, message: str, status: int, prompt_tokens: int)
 
 
 def finish_reason(finish: Finish | None, completion_tokens: int) -> dict[str, Any] | None:
-    """SGLang's finish reason. Only aborts that are errors carry a status: the client's own abort
-    is an ordinary end of its answer. ``retry_after``, whole seconds, is ours: SGLang passes it on
-    untouched."""
+    """SGLang's finish reason. Only aborts that are errors have a status: one that the client asked
+    for is an ordinary end. ``retry_after``, in whole seconds, is CrossPool's own field, which
+    SGLang passes on as it is."""
     if finish is None:
         return None
     if finish.kind == "stop":
@@ -189,7 +189,7 @@ def finish_reason(finish: Finish | None, completion_tokens: int) -> dict[str, An
 
 @dataclasses.dataclass
 class OpenRequest:
-    """What the way back needs of a request, kept until its finish has been sent."""
+    """What is needed to send a request's output, kept until its finish has been sent."""
 
     rid: str
     http_worker_ipc: str | None
@@ -202,7 +202,8 @@ class OpenRequest:
     top: int
     token_ids: tuple[int, ...]
     held: Output | None = None
-    """Outputs that wait for the stream interval, or for the end of an answer in one piece."""
+    """Output that waits until it fills a stream interval or, where nothing is streamed, until the
+    request ends."""
 
     @classmethod
     def of(cls, message: TokenizedGenerateReqInput, stream_interval: int) -> OpenRequest:
@@ -222,7 +223,7 @@ class OpenRequest:
         )
 
     def take(self, output: Output) -> Output | None:
-        """The output to send now: this one joined to those held back, or None to wait for more."""
+        """The output to send now: what was held back and then this one; None to wait for more."""
         if self.held is not None:
             output = _join(self.held, output)
         due = self.stream and (output.first or len(output.token_ids) >= self.stream_interval)
@@ -247,18 +248,12 @@ Item = tuple[OpenRequest, Output]
 
 
 def to_token_id_output(items: Sequence[Item]) -> BatchTokenIDOutput:
-    """One message for the detokenizer; ``items`` are requests of one front end, each at most
+    """One message for the detokenizer. ``items`` are requests of one front end, each at most
     once."""
     ids = [array("q", output.token_ids) for _, output in items]
-    any_logprobs = any(request.logprobs for request, _ in items)
 
     def each(value: Callable[[OpenRequest, Output], Any]) -> list[Any]:
         return [value(request, output) for request, output in items]
-
-    def logprobs(value: Callable[[OpenRequest, Output], list[Any]]) -> list[Any] | None:
-        if not any_logprobs:
-            return None
-        return each(lambda r, o: value(r, o) if r.logprobs else [])
 
     return BatchTokenIDOutput(
         rids=each(lambda r, o: r.rid),
@@ -278,18 +273,7 @@ def to_token_id_output(items: Sequence[Item]) -> BatchTokenIDOutput:
         reasoning_tokens=[0] * len(items),
         completion_tokens=each(lambda r, o: o.completion_tokens),
         cached_tokens=each(lambda r, o: o.cached_tokens),
-        input_token_logprobs_val=logprobs(lambda r, o: _values(o.prompt_logprobs)),
-        input_token_logprobs_idx=logprobs(lambda r, o: _tokens(o.prompt_logprobs)),
-        output_token_logprobs_val=logprobs(lambda r, o: _values(o.output_logprobs)),
-        output_token_logprobs_idx=logprobs(lambda r, o: _tokens(o.output_logprobs)),
-        input_top_logprobs_val=logprobs(lambda r, o: _top(o.prompt_logprobs, 0)),
-        input_top_logprobs_idx=logprobs(lambda r, o: _top(o.prompt_logprobs, 1)),
-        output_top_logprobs_val=logprobs(lambda r, o: _top(o.output_logprobs, 0)),
-        output_top_logprobs_idx=logprobs(lambda r, o: _top(o.output_logprobs, 1)),
-        input_token_ids_logprobs_val=logprobs(lambda r, o: _asked(o.prompt_logprobs, 0)),
-        input_token_ids_logprobs_idx=logprobs(lambda r, o: _asked(o.prompt_logprobs, 1)),
-        output_token_ids_logprobs_val=logprobs(lambda r, o: _asked(o.output_logprobs, 0)),
-        output_token_ids_logprobs_idx=logprobs(lambda r, o: _asked(o.output_logprobs, 1)),
+        **_logprob_lists(items),
         output_token_entropy_val=None,
         output_token_sampling_mask=None,
         output_hidden_states=None,
@@ -301,22 +285,29 @@ def to_token_id_output(items: Sequence[Item]) -> BatchTokenIDOutput:
     )
 
 
-def _values(positions: list[TokenLogprobs]) -> list[float | None]:
-    return [position.logprob for position in positions]
+_OF_POSITION: dict[str, Callable[[TokenLogprobs], Any]] = {
+    "token_logprobs_val": lambda position: position.logprob,
+    "token_logprobs_idx": lambda position: position.token,
+    "top_logprobs_val": lambda position: [value for value, _ in position.top] or None,
+    "top_logprobs_idx": lambda position: [token for _, token in position.top] or None,
+    "token_ids_logprobs_val": lambda position: [value for value, _ in position.token_ids] or None,
+    "token_ids_logprobs_idx": lambda position: [token for _, token in position.token_ids] or None,
+}
+"""What BatchTokenIDOutput lists of each position, of the prompt in ``input_...`` and of the output
+in ``output_...``. None stands where there is nothing, as with a prompt's first token."""
 
 
-def _tokens(positions: list[TokenLogprobs]) -> list[int]:
-    return [position.token for position in positions]
-
-
-def _column(pairs: list[tuple[float, int]], column: int) -> list[Any] | None:
-    """Values or tokens of a position's pairs; None where there are none (a first token)."""
-    return [pair[column] for pair in pairs] or None
-
-
-def _top(positions: list[TokenLogprobs], column: int) -> list[Any]:
-    return [_column(position.top, column) for position in positions]
-
-
-def _asked(positions: list[TokenLogprobs], column: int) -> list[Any]:
-    return [_column(position.token_ids, column) for position in positions]
+def _logprob_lists(items: Sequence[Item]) -> dict[str, list[Any] | None]:
+    fields: dict[str, list[Any] | None] = {}
+    any_logprobs = any(request.logprobs for request, _ in items)
+    for name, value in _OF_POSITION.items():
+        for side, places in (("input", "prompt_logprobs"), ("output", "output_logprobs")):
+            fields[f"{side}_{name}"] = (
+                None
+                if not any_logprobs
+                else [
+                    [value(position) for position in getattr(output, places)] if r.logprobs else []
+                    for r, output in items
+                ]
+            )
+    return fields

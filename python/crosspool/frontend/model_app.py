@@ -1,54 +1,27 @@
-"""SGLang's HTTP application of one model, as one of several in a process.
-
-SGLang's ``http_server`` module holds its application and its tokenizer manager as module globals,
-so every model gets a private copy of the module.
-"""
+"""SGLang's HTTP application of one model, as one of several in a process."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import sys
 import time
 from contextlib import AsyncExitStack
-from types import ModuleType
 from typing import Any
 
 from sglang.srt import runtime_context
-from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.engine import init_tokenizer_manager
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus
-from sglang.srt.observability.func_timer import enable_func_timer
 from sglang.srt.parser.template_detection import resolve_auto_parsers
 from sglang.srt.utils.auth import add_api_key_middleware
 
 from crosspool.config.deployment import Deployment
-from crosspool.frontend import model_context
+from crosspool.frontend import model_context, private
 from crosspool.frontend.server_args import port_args, server_args
 from crosspool.frontend.tokenizer_manager import PooledTokenizerManager, native_api, shared_metrics
 
-_enable_func_timer_once = functools.cache(enable_func_timer)
-
-
-def _private_copy(index: int) -> ModuleType:
-    assert http_server.__file__ is not None
-    name = f"{__name__}.http_server_{index}"
-    spec = importlib.util.spec_from_file_location(name, http_server.__file__)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    # CrossPool warms up, serves /metrics and answers for readiness itself, once for all models.
-    module._wait_and_warmup = lambda **_: None  # type: ignore[attr-defined]
-    module.add_prometheus_middleware = lambda _: None  # type: ignore[attr-defined]
-    module.enable_func_timer = _enable_func_timer_once  # type: ignore[attr-defined]
-    return module
-
 
 class ModelApp:
-    """The application of model ``index``: an ASGI callable, between :meth:`start` and
-    :meth:`stop`.
+    """The application of model ``index``. It can be called, as ASGI has it, between :meth:`start`
+    and :meth:`stop`.
 
     Construct it on the event loop. Raises ConfigError for wrong SGLang arguments."""
 
@@ -68,28 +41,22 @@ class ModelApp:
                 args, port_args(deployment, index), TokenizerManagerClass=PooledTokenizerManager
             )
             self.context_length = self.manager.context_len
-            self._module = _private_copy(index)
+            self._module = private.http_server_copy(f"{__name__}.http_server_{index}")
         self.manager.startup_time = {}
         self.manager.max_req_input_len = self.context_length - 1
         self._args = args
         self._templates = templates
 
     async def start(self, max_total_tokens: int) -> None:
-        """Prepares the application to serve; requests may come from then on."""
+        """Prepares the application to serve. ``max_total_tokens`` is what the KV pool could hold of
+        this model alone."""
         info = {
             "max_req_input_len": self.manager.max_req_input_len,
             "max_total_num_tokens": max_total_tokens,
         }
-        module: Any = self._module
         with model_context.use(self._context):
-            module.set_global_state(
-                module._GlobalState(
-                    tokenizer_manager=self.manager,
-                    template_manager=self._templates,
-                    scheduler_info=info,
-                )
-            )
-            app = module.app
+            private.set_state(self._module, self.manager, self._templates, info)
+            app = self._module.app
             app.is_single_tokenizer_mode = True
             app.server_args = self._args
             app.warmup_thread_kwargs = {}
@@ -97,7 +64,7 @@ class ModelApp:
                 add_api_key_middleware(
                     app, api_key=self._args.api_key, admin_api_key=self._args.admin_api_key
                 )
-            await self._lifespan.enter_async_context(module.lifespan(app))
+            await self._lifespan.enter_async_context(self._module.lifespan(app))
             self.manager.auto_create_handle_loop()
         self.manager.server_status = ServerStatus.Up
 
@@ -106,8 +73,7 @@ class ModelApp:
             await self._lifespan.aclose()
 
     async def warm_up(self) -> None:
-        """Generates one token, which passes through every process. Raises what a client would
-        get."""
+        """Generates one token, through every process. Raises what a client would get."""
         request = GenerateReqInput(
             input_ids=[0],
             sampling_params={"max_new_tokens": 1, "temperature": 0},

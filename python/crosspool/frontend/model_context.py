@@ -1,9 +1,9 @@
-"""SGLang's process-wide runtime context, one per model.
+"""SGLang's runtime context, one for each model instead of one for the process.
 
-SGLang holds the published configuration in one global of ``runtime_context`` and reads some of it
-late, while it serves (context length, template options, weight version). With several models in
-one process, every task must see its own model's: the global becomes a stand-in that forwards to a
-context variable, which asyncio carries along with each task.
+SGLang keeps its configuration in a global and reads some of it late, while it serves: context
+length, template options, weight version. With several models in one process, every task must see
+its own model's. So a stand-in takes the global's place and forwards to a context variable, which
+asyncio hands on from task to task.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from sglang.srt import runtime_context
+from sglang.srt.runtime_context import RuntimeContext
 
-_current: ContextVar[runtime_context.RuntimeContext] = ContextVar("model_context")
-_first: list[runtime_context.RuntimeContext] = []
-"""What threads see that were not started within :func:`use`."""
+from crosspool.frontend import private
+
+_current: ContextVar[RuntimeContext] = ContextVar("model_context")
+_first: list[RuntimeContext] = []
+"""The context that threads see that were not started within :func:`use`."""
 
 
-def _context() -> runtime_context.RuntimeContext:
+def _context() -> RuntimeContext:
     return _current.get(_first[0])
 
 
@@ -34,18 +36,17 @@ class _CurrentContext:
         setattr(_context(), name, value)
 
 
-def new() -> runtime_context.RuntimeContext:
+def new() -> RuntimeContext:
     """An empty context for one more model; the first call puts the stand-in in place."""
-    if not isinstance(runtime_context._CONTEXT, _CurrentContext):
-        runtime_context._CONTEXT = _CurrentContext()
-    context = runtime_context.RuntimeContext(parallel=runtime_context._PARALLEL)
+    context = private.new_context()
     if not _first:
         _first.append(context)
+        private.replace_context(_CurrentContext())
     return context
 
 
 @contextmanager
-def use(context: runtime_context.RuntimeContext) -> Iterator[None]:
+def use(context: RuntimeContext) -> Iterator[None]:
     """Within it, and in the tasks that are started there, SGLang sees this model's
     configuration."""
     token = _current.set(context)

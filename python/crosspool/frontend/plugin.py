@@ -1,11 +1,11 @@
-"""A plugin for stock SGLang servers: serve a model from a CrossPool that is already running.
+"""A plugin with which a stock SGLang server serves a model of a CrossPool that is already running.
 
-    CROSSPOOL_ADMIN=ipc:///.../admin python -m sglang.launch_server \\
+    CROSSPOOL_ADMIN=ipc:///.../admin python -m crosspool.sglang launch_server \\
         --model-path PATH --served-model-name NAME --device cpu --port 31000
 
 SGLang loads it by its entry point (group ``sglang.srt.plugins``). Without ``CROSSPOOL_ADMIN`` it
 does nothing. With it, the server starts no scheduler of its own: CrossPool connects to its sockets
-as one more front end of the model NAME. The server ends when CrossPool no longer answers.
+and treats it as one more front end of the model NAME. The server ends when CrossPool does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from typing import Any
 
 from crosspool.transport import admin
@@ -27,29 +28,19 @@ _SILENCE_SECONDS = 15.0
 
 
 def register() -> None:
-    """Called by SGLang in every process that it starts."""
+    """SGLang calls this in every process that it starts."""
     address = os.environ.get(ADDRESS)
     if address is None:
         return
     if not address.startswith("ipc://"):
         raise ValueError(f"{ADDRESS} must be an ipc:// address, got {address!r}")
 
-    from sglang.srt.managers import io_struct
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from crosspool.frontend import private
 
     # CrossPool reads no pickles; for this process, and for the detokenizer that it will start.
-    io_struct._USE_PICKLE_IPC = False
+    private.refuse_pickles()
     os.environ["SGLANG_USE_PICKLE_IPC"] = "0"
-
-    def attach(launch: Any, cls: Any, server_args: Any, port_args: Any, *_: Any, **__: Any) -> Any:
-        del launch, cls
-        return _attach(address, server_args, port_args)
-
-    HookRegistry.register(
-        "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes",
-        attach,
-        HookType.AROUND,
-    )
+    private.replace_scheduler_launch(partial(_attach, address))
 
 
 def _attach(address: str, server_args: Any, port_args: Any) -> Any:
@@ -73,19 +64,19 @@ def _attach(address: str, server_args: Any, port_args: Any) -> Any:
 
 
 def _watch(address: str) -> None:
-    """Ends this server when the deployment has failed or is gone: nobody would answer."""
+    """Ends this server when the deployment has failed or is gone and could finish no request."""
     heard = time.monotonic()
     while time.monotonic() - heard < _SILENCE_SECONDS:
         time.sleep(_PING_SECONDS)
         try:
-            status = admin.ask(address, "status", timeout=_PING_SECONDS)
+            status = admin.status(address, timeout=_PING_SECONDS)
         except admin.AdminError:
             continue
         heard = time.monotonic()
-        if not status["ready"]:
-            log.error("CrossPool cannot serve any more: %s", status["message"])
+        if not status.ready:
+            log.error("this server ends, since CrossPool cannot serve: %s", status.message)
             break
     else:
-        log.error("CrossPool at %s does not answer", address)
+        log.error("this server ends, since CrossPool at %s does not answer", address)
     # SGLang's own way to end a server whose scheduler has died.
     os.kill(os.getpid(), signal.SIGQUIT)

@@ -1,8 +1,8 @@
-"""Why a request was not served, carried past SGLang's application to the HTTP answer.
+"""Why a request was not served, carried past SGLang's application to the HTTP response.
 
-SGLang's application turns an error into a body, and drops what has no place in it. So whoever
-answers makes a :class:`Refusal` current before the application runs; the tokenizer manager fills it
-in, and the answer's status and headers follow from it.
+SGLang's application turns an error into a body, and drops what has no place in it. So the server
+makes a :class:`Refusal` current before the application runs, the tokenizer manager fills it in, and
+the status and headers of the response follow from it.
 """
 
 from __future__ import annotations
@@ -23,4 +23,4 @@ class Refusal:
 
 
 current: ContextVar[Refusal | None] = ContextVar("refusal", default=None)
-"""The refusal of the request at hand; tasks that the application starts for it share the object."""
+"""The refusal of the current request; tasks that the application starts for it share the object."""

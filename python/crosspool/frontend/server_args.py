@@ -1,4 +1,4 @@
-"""A deployment's models as SGLang sees them: ServerArgs and PortArgs of each.
+"""ServerArgs and PortArgs of a deployment's models, which is how SGLang sees them.
 
 Import :mod:`crosspool.frontend.compat` and call ``install()`` before this module.
 """
@@ -50,7 +50,8 @@ def server_args(deployment: Deployment, index: int) -> ServerArgs:
 
 
 def port_args(deployment: Deployment, index: int) -> PortArgs:
-    """The sockets of model ``index``: names in the runtime folder that every process can tell."""
+    """The sockets of model ``index``: files in the runtime folder, by names that every process
+    can work out."""
 
     def socket(name: str) -> str:
         return f"ipc://{deployment.runtime_dir}/m{index}.{name}"

@@ -12,30 +12,30 @@ from typing import Any
 import fastapi
 from sglang.srt.managers import io_struct, tokenizer_manager
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
-from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
 from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
 
-from crosspool.frontend import refusal
+from crosspool.frontend import private, refusal
 
 native_api: ContextVar[bool] = ContextVar("native_api", default=False)
-"""Whether the request at hand came by SGLang's own ``/generate``, which reports errors in its way,
-rather than by an OpenAI route."""
+"""Whether the current request came by SGLang's ``/generate`` and not by an OpenAI route: the two
+report errors differently."""
 
-# One thread counts the process's CPU time, whatever the number of managers.
-tokenizer_manager.start_cpu_monitor_thread = functools.cache(start_cpu_monitor_thread)
+private.one_cpu_monitor(tokenizer_manager)
 
 
 class Refused(ValueError):
-    """An error answer on SGLang's own routes, which read ``status_code`` from a ValueError."""
+    """An error on SGLang's own routes, which take the HTTP status from the ``status_code`` of a
+    ValueError."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status_code = status
 
 
+@private.handles_aborts
 class PooledTokenizerManager(TokenizerManager):
-    """Leaves signals and the end of the process to CrossPool, and turns every abort that carries
-    a status into an HTTP error of that status."""
+    """Leaves signals and the end of the process to CrossPool, and turns every abort that has a
+    status into an HTTP error of that status."""
 
     event_loop: asyncio.AbstractEventLoop | None
 
@@ -45,14 +45,16 @@ class PooledTokenizerManager(TokenizerManager):
             loop = tokenizer_manager.print_exception_wrapper(self.handle_loop)
             self.asyncio_tasks.add(self.event_loop.create_task(loop))
 
-    async def _handle_abort_finish_reason(
+    async def on_abort(
         self, out: dict[str, Any], state: Any, is_stream: bool
     ) -> dict[str, Any] | None:
+        """What SGLang does with an output that ends with an abort; see
+        :func:`private.handles_aborts`."""
         reason = out["meta_info"]["finish_reason"]
         status = reason.get("status_code")
         if reason.get("type") != "abort" or not status:
             return None
-        # OpenAI streams look for this type; the message brought a plain number.
+        # OpenAI streams look for this type; in the message it was a plain number.
         reason["status_code"] = HTTPStatus(status)
         if is_stream and out["meta_info"]["completion_tokens"] > 0:
             return out
@@ -67,14 +69,14 @@ class PooledTokenizerManager(TokenizerManager):
         raise fastapi.HTTPException(status_code=status, detail=reason["message"])
 
     def fail_all(self, message: str, status: int) -> None:
-        """Ends every request with an error: the scheduler will not answer any more."""
+        """Ends every request with an error. For when the scheduler can no longer finish them."""
         reason = {"type": "abort", "message": message, "status_code": status}
         for rid in list(self.rid_to_state):
-            self._handle_abort_req(io_struct.AbortReq(rid=rid, finished_reason=dict(reason)))
+            private.abort(self, io_struct.AbortReq(rid=rid, finished_reason=dict(reason)))
 
 
-def _shared(make: Callable[..., Any]) -> Any:
-    """Makes a metric once per name; who asks again gets the same."""
+def _shared(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``make`` so that it makes a metric once per name and returns the same one later."""
     made: dict[str, Any] = {}
 
     def get(**arguments: Any) -> Any:
@@ -83,19 +85,19 @@ def _shared(make: Callable[..., Any]) -> Any:
             made[name] = make(**arguments)
         return made[name]
 
-    return staticmethod(get)
+    return get
 
 
 @functools.cache
 def shared_metrics() -> type[TokenizerMetricsCollector]:
-    """SGLang's metrics of a tokenizer manager, with one set of metrics for all of a process: they
-    are told apart by the label ``model_name``."""
+    """SGLang's metrics of a tokenizer manager, with one set of metrics for all models of the
+    process. The label ``model_name`` tells them apart."""
     # Here, because it may be imported only once PROMETHEUS_MULTIPROC_DIR is set.
     import prometheus_client
 
-    class SharedTokenizerMetrics(TokenizerMetricsCollector):
-        _counter_cls = _shared(prometheus_client.Counter)
-        _gauge_cls = _shared(prometheus_client.Gauge)
-        _histogram_cls = _shared(prometheus_client.Histogram)
-
-    return SharedTokenizerMetrics
+    return private.with_metric_classes(
+        TokenizerMetricsCollector,
+        _shared(prometheus_client.Counter),
+        _shared(prometheus_client.Gauge),
+        _shared(prometheus_client.Histogram),
+    )

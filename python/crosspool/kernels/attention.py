@@ -13,19 +13,20 @@ import torch
 import torch.nn.functional as F
 
 _BLOCK = 128
-"""Query rows at a time: bounds the mask, and skips keys that no row of the block sees."""
+"""Query rows that are computed at a time. Blocks bound the mask's size, and keys that no row of a
+block sees are skipped."""
 
 
 @dataclass(frozen=True)
-class Segment:
+class RowSpan:
     """One request's rows of a batch."""
 
     first_row: int
     rows: int
     start: int
-    """Position in the sequence of the first row."""
+    """Position of the first row in the sequence."""
     pages: torch.Tensor
-    """int64: the request's page table, covering at least ``start + rows`` tokens."""
+    """The request's page table, int64; it covers at least ``start + rows`` tokens."""
 
 
 def append_kv(
@@ -41,7 +42,8 @@ def append_kv(
 def gather_kv(
     kv: torch.Tensor, layer: int, pages: torch.Tensor, start: int, end: int
 ) -> torch.Tensor:
-    """KV of one request's positions ``start`` to ``end``, [end - start, kv_width], contiguous."""
+    """Returns the KV of one request's positions ``start`` to ``end``: [end - start, kv_width],
+    contiguous."""
     page_size = kv.shape[2]
     first = start // page_size
     used = pages[first : -(-end // page_size)]
@@ -53,16 +55,16 @@ def gqa_attention(
     q: torch.Tensor,
     kv: torch.Tensor,
     layer: int,
-    segments: Sequence[Segment],
+    segments: Sequence[RowSpan],
     *,
     kv_heads: int,
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
     """Causal grouped-query attention of ``q`` [T, q_heads, head_dim] over the requests' cached
-    K and V, which already hold the batch's own. Returns [T, q_heads, head_dim].
+    K and V, among them the batch's own. Returns [T, q_heads, head_dim].
 
-    ``window``: tokens that a query sees, itself included."""
+    ``window``: number of tokens that a query sees, itself included; None: all."""
     heads, head_dim = q.shape[1:]
     out = torch.empty_like(q)
     for segment in segments:
@@ -82,7 +84,7 @@ def mla_attention(
     q: torch.Tensor,
     kv: torch.Tensor,
     layer: int,
-    segments: Sequence[Segment],
+    segments: Sequence[RowSpan],
     *,
     latent: int,
     scale: float,

@@ -1,11 +1,9 @@
-"""The calls of the CUDA driver that manage virtual memory, of one GPU, behind a narrow interface.
+"""The CUDA driver's calls that manage the virtual memory of one GPU, behind a narrow interface.
 
-:class:`CudaDriver` is what CrossPool uses of it; :class:`CudaBindings` makes the calls through
-``cuda.bindings.driver``. Addresses, handles and descriptors are plain ints, sizes are bytes. What
-each call demands is said in cuda.h; ``test/support/fake_cuda_memory.py`` enforces it without a GPU,
-and ``sgl-kernel-ext/test/libcuda.c`` hears what :class:`CudaBindings` says.
-
-Not run on a GPU so far.
+:class:`CudaDriver` has the calls that CrossPool needs; :class:`CudaBindings` makes them through
+``cuda.bindings.driver``. Addresses, handles and descriptors are plain ints, sizes are bytes. cuda.h
+says what each call demands; ``test/support/fake_cuda_memory.py`` enforces it without a GPU, and
+``sgl-kernel-ext/test/libcuda.c`` checks how :class:`CudaBindings` calls the driver.
 """
 
 from __future__ import annotations
@@ -34,60 +32,62 @@ class CudaDriver(Protocol):
     """Virtual memory of one GPU. Every call raises CudaError when the driver refuses it."""
 
     name: str
-    """Of the device, as the deployment writes it."""
+    """Name of the device, as the deployment writes it."""
     granularity: int
-    """Sizes of memory and offsets of mappings are multiples of it."""
+    """Bytes of which sizes of memory and offsets of mappings must be multiples."""
     dlpack_device: DLPackDevice
-    """Where tensors over the memory lie."""
+    """Device of tensors over the memory."""
 
     def memory(self) -> tuple[int, int]:
-        """Bytes of the device that are free, and all of them."""
+        """cuMemGetInfo: returns the device's free bytes, and all of its bytes."""
         ...
 
     def reserve(self, nbytes: int) -> int:
-        """cuMemAddressReserve: an address with nothing under it."""
+        """cuMemAddressReserve: returns the address of a range with nothing mapped in it."""
         ...
 
     def free_reservation(self, address: int, nbytes: int) -> None:
-        """cuMemAddressFree: of a whole reservation, in which nothing is mapped."""
+        """cuMemAddressFree: gives a whole reservation back, in which nothing is mapped."""
         ...
 
     def create(self, nbytes: int) -> int:
-        """cuMemCreate: a handle of memory on the device, which can be exported."""
+        """cuMemCreate: returns a handle of memory on the device, which can be exported."""
         ...
 
     def release(self, handle: int) -> None:
-        """cuMemRelease: the memory is free when it is mapped nowhere either, here or at a peer."""
+        """cuMemRelease: gives a handle back. The memory is free once it is mapped nowhere, here or
+        at a peer."""
         ...
 
     def map(self, address: int, nbytes: int, handle: int) -> None:
-        """cuMemMap: all of the handle's memory; nobody may touch it yet."""
+        """cuMemMap: maps all of the handle's memory; it must not be touched before
+        :meth:`set_access`."""
         ...
 
     def set_access(self, address: int, nbytes: int) -> None:
-        """cuMemSetAccess: lets the device read and write whole mappings side by side. May wait for
-        kernels that run."""
+        """cuMemSetAccess: lets the device read and write whole adjacent mappings. May wait for
+        running kernels."""
         ...
 
     def unmap(self, address: int, nbytes: int) -> None:
-        """cuMemUnmap: of exactly one mapping. May wait for kernels that run."""
+        """cuMemUnmap: unmaps exactly one mapping. May wait for running kernels."""
         ...
 
     def export(self, handle: int) -> int:
-        """cuMemExportToShareableHandle: a file descriptor, which the caller closes."""
+        """cuMemExportToShareableHandle: returns a file descriptor, which the caller closes."""
         ...
 
     def import_descriptor(self, descriptor: int) -> int:
-        """cuMemImportFromShareableHandle: a handle of a peer's memory, to be released. The
-        descriptor stays the caller's."""
+        """cuMemImportFromShareableHandle: returns a handle of a peer's memory, which the caller
+        releases. The descriptor stays the caller's."""
         ...
 
 
 class CudaBindings:
     """The driver's own calls, for the GPU ``cuda:index``.
 
-    Retains the device's primary context, which is torch's too, and makes it the calling thread's:
-    other threads make it theirs (``torch.cuda.set_device``) before they call."""
+    Retains the device's primary context, which torch uses too, and makes it current in the calling
+    thread. Other threads call ``torch.cuda.set_device`` first."""
 
     def __init__(self, index: int) -> None:
         """Raises ConfigError when there is no such GPU, no driver, no ``cuda-bindings``, or a GPU
@@ -173,7 +173,9 @@ class CudaBindings:
         return int(self._call(call, descriptor, self._descriptors))
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """What the call returns beside its result: nothing, one thing, or a tuple."""
+        """Makes a call. Returns its outputs: nothing, one value, or a tuple.
+
+        Raises CudaError when the driver refuses it."""
         result, *values = getattr(self._driver, name)(*arguments)
         if result != self._driver.CUresult.CUDA_SUCCESS:
             raise CudaError(name, result.name)

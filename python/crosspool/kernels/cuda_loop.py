@@ -1,25 +1,24 @@
-"""The face of ``libcrosspool_cuda.so`` (sgl-kernel-ext/cuda/): a GPU's resident loop.
+"""Python interface of ``libcrosspool_cuda.so`` (sgl-kernel-ext/cuda/): a GPU's resident loop.
 
-Per lane one scheduler graph polls for steps and launches the captured graph of each stage, layer
-by layer, without the host. The library and its state machine are tested against a fake driver; on
-a GPU this has not run yet (docs/gpu.md).
+One scheduler graph per lane polls for steps and launches the captured graph of each stage, layer by
+layer, without the host.
 
     model, lane = ModelStages(kinds=(False, True, True)), LanePlaces(words, chosen)
     loop = CudaLoop([model], [lane], bucket_rows=[1, 2, 4])
     for stage, bucket, graph in captured:            # graph: torch.cuda.CUDAGraph(keep_graph=True)
         loop.add_graph(0, 0, stage, bucket, graph.raw_cuda_graph())
     loop.start()
-    loop.push_step(0, StepArguments(step=1, model=0, bucket=0, rows=1, wanted=1, lease=1, ...))
+    loop.push_step(0, GPUStepArguments(step=1, model=0, bucket=0, rows=1, wanted=1, lease=1, ...))
     while (event := loop.pop()) is None:
         loop.wait(1.0)
     with loop.quiesced():                            # nothing of the loop is on the device
         ...                                          # operations that may wait behind it
     loop.close()
 
-What a stage's graph reads: the lane's ``words``, 32 bytes on the device (``StageWords``). As int32
-elements: [0:2] the address of the step's inputs (int64), [2] the layer, [3] the link, [4] the rows,
-[5] how many steps of the lease have ended, [6] the lane. ``EMBED`` copies the step's inputs from
-there to the lane's buffers and embeds; ``FEED`` embeds the tokens that ``HEAD`` wrote last, one
+The graph of a stage reads the lane's ``words``, 32 bytes on the device (``StageWords``). Their
+int32 elements are: [0:2] the address of the step's inputs (int64), [2] the layer, [3] the link, [4]
+the rows, [5] the steps of the lease that have ended. ``EMBED`` copies the step's inputs from there
+to the lane's buffers and embeds them; ``FEED`` embeds the tokens that ``HEAD`` wrote last, one
 position further; ``ATTENTION``, ``DENSE_FFN`` and ``MOE_FFN`` run the layer; ``HEAD`` writes int32
 tokens to the lane's ``chosen``, wanted rows first.
 """
@@ -38,35 +37,24 @@ from pathlib import Path
 import crosspool.kernels
 from crosspool.kernels import cuda_loop_structs as cs
 from crosspool.kernels import native
-from crosspool.kernels.engine_structs import (
-    DONE,
-    FAILED,
-    LOGITS,
-    RECALL,
-    RESUME,
-    TOKENS,
-    Command,
-    Event,
-)
+from crosspool.kernels.engine_structs import RECALL, RESUME, Command, Event
 
 LIBRARY = "libcrosspool_cuda.so"
 MAX_HELD = 8
-"""Steps that a lane has at once: the one under way and those that wait behind it."""
+"""Most steps of a lane at once: the one under way and those that wait behind it."""
 MAX_LINKS = 8
-"""Of a lane."""
+"""Most links of a lane."""
 TRACE_ROOM = 1 << 14
-"""Stages of a lane that a trace keeps."""
-EVERY_LANE = -1
+"""Stages that a trace keeps of each lane."""
 
-StepArguments = cs.StepArguments
+GPUStepArguments = cs.GPUStepArguments
 LaneStatus = cs.LaneStatus
 LinkMemory = cs.LinkMemory
 TracedStage = cs.TracedStage
-__all__ = ["DONE", "FAILED", "LOGITS", "TOKENS", "CudaLoop", "CudaLoopError", "Event", "Fault"]
 
 
-class Stage(enum.IntEnum):
-    """crosspool::gpu::Stage."""
+class GPUStage(enum.IntEnum):
+    """crosspool::gpu::GPUStage."""
 
     EMBED = 0
     FEED = 1
@@ -78,61 +66,22 @@ class Stage(enum.IntEnum):
     COMBINE = 7
 
 
-class Phase(enum.IntEnum):
-    """crosspool::gpu::Phase."""
-
-    NEW = 0
-    IDLE = 1
-    STAGE = 2
-    RUNNING = 3
-    PEERS = 4
-    HOST = 5
-    EVENT = 6
-    NEXT = 7
-    FAILED = 8
-
-
-class Fault(enum.IntEnum):
-    """crosspool::gpu::Fault."""
-
-    NONE = 0
-    COMMAND = 1
-    ARGUMENTS = 2
-    NO_GRAPH = 3
-    LAUNCH = 4
-    RELAUNCH = 5
-    TIMEOUT = 6
-    ANSWER = 7
-    DISPATCH = 8
-
-
-class BadArgument(enum.IntEnum):
-    """crosspool::gpu::BadArgument."""
-
-    MODEL = 1
-    BUCKET = 2
-    ROWS = 3
-    WANTED = 4
-    LEASE = 5
-    FOR_HOST = 6
-
-
 class CudaLoopError(RuntimeError):
     """The resident loop refuses, or cannot go on; the message says why."""
 
 
 @dataclass(frozen=True)
 class ModelStages:
-    """A model as the loop knows it."""
+    """A model as a loop knows it."""
 
     kinds: tuple[bool, ...]
-    """Per layer: whether its FFN part is a MoE."""
+    """Whether the FFN part of each layer is a MoE."""
     row_bytes: int = 0
-    """Of a dispatched row; 0 where nothing crosses."""
+    """Bytes of a dispatched row; 0 where nothing crosses."""
     links: tuple[int, ...] = ()
-    """The lane's links, by index, that lead to FFN ranks of the model on other devices."""
+    """Indices of the lane's links that lead to FFN ranks of the model on other devices."""
     local: bool = True
-    """Whether this device has (a part of) the FFN parts."""
+    """Whether this device holds the FFN parts, or a share of them."""
 
 
 @dataclass(frozen=True)
@@ -145,11 +94,12 @@ class LanePlaces:
     """Address of int32 [rows of the largest bucket]: the tokens that ``HEAD`` chose."""
     links: tuple[LinkMemory, ...] = ()
     serves: bool = False
-    """True: an FFN rank's lane, which serves the dispatches that come through its links."""
+    """Whether the lane is an FFN rank's, which serves the dispatches that come through its
+    links."""
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """The library at ``path`` with typed functions. Raises ImportError."""
+    """Loads the library at ``path``, with typed functions. Raises ImportError."""
     how = "build it again (`make env CUDA=ON`)"
     try:
         library = ctypes.CDLL(str(path))
@@ -169,26 +119,27 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def library_path() -> Path | None:
-    """Where the library lies; None: it was not built."""
+    """Path of the library; None where it was not built (no nvcc)."""
     folders = [Path(folder) for folder in crosspool.kernels.__path__]
     return next((folder / LIBRARY for folder in folders if (folder / LIBRARY).is_file()), None)
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Raises ImportError that says how to build it when it is missing or of another version."""
+    """Loads the library. Raises ImportError, which says how to build it, when it is missing or of
+    another version."""
     path = library_path()
     if path is None:
         raise ImportError(
-            f"CrossPool's GPU library {LIBRARY} was not built: `make env CUDA=ON`, or `pip install ."
-            " --config-settings=cmake.define.CROSSPOOL_CUDA=ON`, with nvcc on PATH"
+            f"CrossPool's GPU library {LIBRARY} was not built: `make env CUDA=ON`, or `pip install "
+            ". --config-settings=cmake.define.CROSSPOOL_CUDA=ON`, with nvcc on PATH"
         )
     return load(path)
 
 
 class CudaLoop:
-    """The resident loop of the current CUDA device. What its descriptions point to is kept by the
-    caller. One thread at a time uses it."""
+    """The resident loop of the current CUDA device. The caller keeps what its descriptions point
+    to. One thread at a time uses it."""
 
     def __init__(
         self,
@@ -196,15 +147,15 @@ class CudaLoop:
         lanes: Sequence[LanePlaces],
         bucket_rows: Sequence[int],
         *,
-        take_turns: bool = False,
         epoch: int = 1,
         spin_s: float = 1e-3,
         wait_s: float = 30.0,
         native: ctypes.CDLL | None = None,
     ) -> None:
-        """``bucket_rows``: ascending. ``take_turns``: one stage at a time of all lanes. ``spin_s``:
-        how long a pass of a lane polls before it launches the next. ``wait_s``: bound of a lane's
-        every wait for a peer or for the host. Raises CudaLoopError."""
+        """``bucket_rows``: ascending; ``spin_s``: how long a pass polls before it launches
+        the next. ``wait_s``: bound of each wait of a lane for a peer or for the host.
+
+        Raises CudaLoopError."""
         self._native = library() if native is None else native
         self._address: int | None = None
         self.lanes = len(lanes)
@@ -222,14 +173,13 @@ class CudaLoop:
             place.words, place.chosen = lane.words, lane.chosen
             place.links, place.link_count = ctypes.addressof(array), len(lane.links)
             place.role = int(lane.serves)
-        description = cs.LoopDescription(
+        description = cs.GPULoopDescription(
             models=described,
             lanes=places,
             bucket_rows=(ctypes.c_uint32 * len(bucket_rows))(*bucket_rows),
             model_count=len(models),
             lane_count=len(lanes),
             bucket_count=len(bucket_rows),
-            take_turns=int(take_turns),
             epoch=epoch,
             spin_ns=int(spin_s * 1e9),
             wait_ns=int(wait_s * 1e9),
@@ -239,10 +189,10 @@ class CudaLoop:
             raise self._error()
         self._address = address
 
-    def add_graph(self, lane: int, model: int, stage: Stage, bucket: int, graph: int) -> None:
+    def add_graph(self, lane: int, model: int, stage: GPUStage, bucket: int, graph: int) -> None:
         """Puts a captured graph (``cudaGraph_t``, as ``CUDAGraph.raw_cuda_graph()`` gives it) into
-        a lane's table; ``EVERY_LANE``, with ``take_turns``: of all lanes. It is instantiated and
-        uploaded here, so that the loop must not run; the captured one stays the caller's.
+        a lane's table. It is instantiated and uploaded here, so the loop must not run; the captured
+        graph stays the caller's.
 
         Raises CudaLoopError, for example for a node that cannot be launched from the device."""
         self._check(
@@ -252,7 +202,7 @@ class CudaLoop:
         )
 
     def start(self) -> None:
-        """Launches the lanes: at first, and again after :meth:`quiesce`. Raises CudaLoopError."""
+        """Launches the lanes, for the first time or after :meth:`quiesce`. Raises CudaLoopError."""
         self._check(self._native.crosspool_cuda_loop_start(self._address))
 
     def quiesce(self, timeout_s: float = 10.0) -> None:
@@ -262,32 +212,33 @@ class CudaLoop:
 
     @contextlib.contextmanager
     def quiesced(self, timeout_s: float = 10.0) -> Iterator[None]:
-        """Nothing of the loop is on the device within. Raises CudaLoopError."""
+        """Keeps the loop off the device. Raises CudaLoopError."""
         self.quiesce(timeout_s)
         try:
             yield
         finally:
             self.start()
 
-    def push_step(self, lane: int, arguments: StepArguments) -> None:
-        """Queues a step; the structure is copied, what its addresses point to (device or pinned
-        memory) stays as it is until its ``DONE``. Raises CudaLoopError."""
+    def push_step(self, lane: int, arguments: GPUStepArguments) -> None:
+        """Queues a step. The structure is copied; what its addresses point to, device or pinned
+        memory, stays as it is until the step's ``DONE``. Raises CudaLoopError."""
         status = self._native.crosspool_cuda_loop_push_step(self._address, lane, byref(arguments))
         self._check(status)
         if status == 0:
             raise CudaLoopError(f"lane {lane} has {MAX_HELD} steps already")
 
     def push_resume(self, lane: int, step: int) -> None:
-        """Lets a lane go on whose logits were looked at. Raises CudaLoopError."""
+        """Lets a lane go on after the host has looked at its logits. Raises CudaLoopError."""
         self._push(lane, Command(RESUME, lane, step, None, 0))
 
     def push_recall(self, lane: int, step: int) -> None:
-        """Ends a step's lease, if it still has one, with what is under way or comes next. A step
-        that waits on the lane ends the lease before it too. Raises CudaLoopError."""
+        """Ends a step's lease, if it still has one, with the step under way, or with its first if
+        none is. A step that waits on the lane ends the lease before it, too. Raises
+        CudaLoopError."""
         self._push(lane, Command(RECALL, lane, step, None, 0))
 
     def pop(self) -> Event | None:
-        """What happened next on any lane; None: nothing did.
+        """Returns the next event of any lane; None where there is none.
 
         Raises CudaLoopError when a lane cannot go on."""
         event = Event()
@@ -296,26 +247,27 @@ class CudaLoop:
         return event if status else None
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether there is an event, now or within ``timeout_s``."""
+        """Waits up to ``timeout_s`` seconds for an event. Returns whether there is one."""
         status = self._native.crosspool_cuda_loop_wait(self._address, int(timeout_s * 1e9))
         self._check(status)
         return bool(status)
 
     def status(self, lane: int) -> LaneStatus:
-        """What the lane last said about itself; its ``heartbeat`` grows while it is resident."""
+        """Returns what the lane last wrote about itself; its ``heartbeat`` grows while it is
+        resident."""
         status = LaneStatus()
         self._check(self._native.crosspool_cuda_loop_status(self._address, lane, byref(status)))
         return status
 
     def trace_start(self) -> None:
-        """Has lanes record their stages from now on, those in a step from its end. Raises
-        CudaLoopError."""
+        """Makes the lanes record their stages from now on; a lane in a step begins at its end.
+        Raises CudaLoopError."""
         self._check(self._native.crosspool_cuda_loop_trace_start(self._address))
 
     def trace_stop(self) -> list[TracedStage]:
-        """Ends that; each lane's latest stages, ``TRACE_ROOM`` at most, in the order of their ends.
-        Times are CLOCK_MONOTONIC, as near as the host can tell from what it sees of the device's
-        clock. Raises CudaLoopError."""
+        """Ends the recording. Returns the latest stages, at most ``TRACE_ROOM`` of each lane, in
+        the order of their ends. Times are CLOCK_MONOTONIC, in ns, as near as the host can tell from
+        what it sees of the device's clock. Raises CudaLoopError."""
         room = self.lanes * TRACE_ROOM
         stages = (TracedStage * room)()
         count = self._native.crosspool_cuda_loop_trace_stop(self._address, stages, room)
@@ -324,12 +276,14 @@ class CudaLoop:
 
     @property
     def served(self) -> int:
-        """Dispatches that the FFN rank's lanes have taken."""
+        """Dispatches that the lanes of the FFN rank have taken."""
         return sum(self.status(lane).launches for lane in self._serving)
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Quiesces, and frees everything; steps in flight are lost. Raises CudaLoopError when a
-        lane does not leave: its memory must then stay, and the process should end."""
+        """Quiesces, and frees everything; steps in flight are lost.
+
+        Raises CudaLoopError when a lane does not leave the device: its memory must then stay, and
+        the process should end."""
         if self._address is not None:
             self.quiesce(timeout_s)
             address, self._address = self._address, None

@@ -1,5 +1,5 @@
-"""The structures of ``sgl-kernel-ext/cuda/stages.h`` and ``loop.h``, field by field; the headers
-say what they mean. :mod:`crosspool.kernels.cuda_loop` is their face."""
+"""Mirrors of the structures in ``sgl-kernel-ext/cuda/stages.h`` and ``loop.h``, field by field; the
+headers say what they mean. :mod:`crosspool.kernels.cuda_loop` uses them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ class StageWords(ctypes.Structure):
         ("link", c_int32),
         ("rows", c_int32),
         ("done", c_int32),
-        ("lane", c_int32),
-        ("reserved", c_int32),
+        ("reserved", c_int32 * 2),
     )
 
 
-class StepArguments(ctypes.Structure):
+class GPUStepArguments(ctypes.Structure):
     _fields_ = (
         ("step", c_uint64),
         ("model", c_uint32),
@@ -96,7 +95,7 @@ class LaneDescription(ctypes.Structure):
     )
 
 
-class LoopDescription(ctypes.Structure):
+class GPULoopDescription(ctypes.Structure):
     _fields_ = (
         ("models", POINTER(ModelDescription)),
         ("lanes", POINTER(LaneDescription)),
@@ -104,7 +103,7 @@ class LoopDescription(ctypes.Structure):
         ("model_count", c_uint32),
         ("lane_count", c_uint32),
         ("bucket_count", c_uint32),
-        ("take_turns", c_uint32),
+        ("reserved", c_uint32),
         ("epoch", c_uint64),
         ("spin_ns", c_uint64),
         ("wait_ns", c_uint64),
@@ -113,31 +112,31 @@ class LoopDescription(ctypes.Structure):
 
 MIRRORED: tuple[type[ctypes.Structure], ...] = (
     StageWords,
-    StepArguments,
+    GPUStepArguments,
     LaneStatus,
     LinkMemory,
     ModelDescription,
     LaneDescription,
-    LoopDescription,
+    GPULoopDescription,
     Command,
     Event,
     TracedStage,
 )
-"""In the order of ``crosspool_cuda_sizes``."""
+"""Structures in the order of ``crosspool_cuda_sizes``."""
 
 SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "crosspool_abi_version": (c_uint32, ()),
     "crosspool_cuda_error": (c_char_p, ()),
     "crosspool_cuda_sizes": (c_int32, (POINTER(c_uint64), c_int32)),
-    "crosspool_cuda_loop_create": (c_void_p, (POINTER(LoopDescription),)),
+    "crosspool_cuda_loop_create": (c_void_p, (POINTER(GPULoopDescription),)),
     "crosspool_cuda_loop_free": (c_int32, (c_void_p,)),
     "crosspool_cuda_loop_add_graph": (
         c_int32,
-        (c_void_p, c_int32, c_uint32, c_uint32, c_uint32, c_void_p),
+        (c_void_p, c_uint32, c_uint32, c_uint32, c_uint32, c_void_p),
     ),
     "crosspool_cuda_loop_start": (c_int32, (c_void_p,)),
     "crosspool_cuda_loop_quiesce": (c_int32, (c_void_p, c_int64)),
-    "crosspool_cuda_loop_push_step": (c_int32, (c_void_p, c_uint32, POINTER(StepArguments))),
+    "crosspool_cuda_loop_push_step": (c_int32, (c_void_p, c_uint32, POINTER(GPUStepArguments))),
     "crosspool_cuda_loop_push": (c_int32, (c_void_p, c_uint32, POINTER(Command))),
     "crosspool_cuda_loop_pop": (c_int32, (c_void_p, POINTER(Event))),
     "crosspool_cuda_loop_wait": (c_int32, (c_void_p, c_int64)),
@@ -145,4 +144,4 @@ SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "crosspool_cuda_loop_trace_start": (c_int32, (c_void_p,)),
     "crosspool_cuda_loop_trace_stop": (c_int32, (c_void_p, POINTER(TracedStage), c_uint32)),
 }
-"""What the library exports."""
+"""Result and arguments of each function that the library exports."""

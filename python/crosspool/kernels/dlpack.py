@@ -15,7 +15,7 @@ import torch
 
 
 class DLPackDevice(NamedTuple):
-    """Where memory lies."""
+    """Device on which memory lies."""
 
     kind: int
     """DLPACK_CPU or DLPACK_CUDA."""
@@ -64,7 +64,7 @@ class _ManagedTensor(ctypes.Structure):
 
 
 _alive: dict[int, tuple[object, ...]] = {}
-"""What torch still uses, by the structure's address: it, its sizes, and the memory's owner."""
+"""Structure, sizes and owner of each tensor that torch still uses, by the structure's address."""
 
 
 @_Deleter
@@ -74,8 +74,8 @@ def _delete(address: int) -> None:
 
 @atexit.register
 def _let_go() -> None:
-    """Tensors that outlive the interpreter must not call into it: they find no deleter then, and
-    what they would have freed stays."""
+    """Tensors that outlive the interpreter must not call into it. They find no deleter then, and
+    what they would have freed stays allocated."""
     for managed, *_ in _alive.values():
         assert isinstance(managed, _ManagedTensor)
         managed.deleter = _Deleter()
@@ -94,10 +94,11 @@ def tensor_at(
     device: DLPackDevice,
     owner: object = None,
 ) -> torch.Tensor:
-    """A contiguous tensor of ``shape`` over the memory at ``address``, which need not be mapped
-    where nobody touches it. ``owner`` lives until the tensor and all its views are gone.
+    """Returns a contiguous tensor of ``shape`` over the memory at ``address``. Memory that is never
+    touched need not be mapped. ``owner`` lives until the tensor and all its views are gone.
 
-    Raises ValueError for a dtype that has no name here or an address that is not aligned to it."""
+    Raises ValueError for a dtype without a DLPack code here, or an address that is not aligned to
+    it."""
     if dtype not in _CODES:
         raise ValueError(f"no DLPack name for {dtype}")
     if address % dtype.itemsize:

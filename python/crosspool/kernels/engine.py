@@ -1,4 +1,4 @@
-"""The native engine's face: a team of threads, and the resident loop that runs on it."""
+"""The face of the native engine: a team of threads, and the resident loop that runs on it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,14 @@ class EngineError(RuntimeError):
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = native.library()
-    for name, (result, arguments) in es.SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+    native.declare(library, es.SIGNATURES)
     sizes = (ctypes.c_uint64 * len(es.MIRRORED))()
     library.crosspool_engine_sizes(sizes, len(sizes))
     for structure, size in zip(es.MIRRORED, sizes, strict=True):
         if ctypes.sizeof(structure) != size:
             raise ImportError(
                 f"{native.LIBRARY} has {size} bytes for {structure.__name__}, not"
-                f" {ctypes.sizeof(structure)}: build it again"
+                f" {ctypes.sizeof(structure)}: build it again with `pip install -e .`"
             )
     return library
 
@@ -41,25 +39,19 @@ def _created(address: int | None) -> int:
     return address
 
 
-def link_offset(
-    *, devices: int, lanes: int, max_rows: int, max_row_bytes: int, pair: int, lane: int
-) -> int:
-    """Where the lane protocol's header puts a link in its segment, in bytes."""
-    return _library().crosspool_link_offset(devices, lanes, max_rows, max_row_bytes, pair, lane)
-
-
 class Team:
     """A device's threads, one per core, which sleep while nothing runs."""
 
     def __init__(self, cores: Sequence[int]) -> None:
-        """``cores``: what each thread is pinned to; -1: to none. Raises EngineError."""
+        """Starts a thread for each of ``cores``, pinned to it; -1 stands for a thread that is not
+        pinned. Raises EngineError when a core does not exist."""
         numbers = (ctypes.c_int32 * len(cores))(*cores)
         self._native = _library()
         self.address = _created(self._native.crosspool_team_create(numbers, len(cores)))
         self.size = len(cores)
 
     def pack(self, matrix: ns.Matrix, sources: Sequence[ns.Source]) -> None:
-        """Packs what ``sources`` point to, one after another along n, into ``matrix.data``."""
+        """Packs the rows of ``sources``, one source after another along n, into ``matrix.data``."""
         array = (ns.Source * len(sources))(*sources)
         self._native.crosspool_team_pack(self.address, byref(matrix), array, len(sources))
 
@@ -68,7 +60,7 @@ class Team:
         self._native.crosspool_team_pack_gated(self.address, byref(matrix), byref(gate), byref(up))
 
     def close(self) -> None:
-        """Ends the threads; loops on the team are closed before."""
+        """Ends the threads. Loops on the team must be closed before."""
         if self.address:
             self._native.crosspool_team_free(self.address)
             self.address = 0
@@ -86,7 +78,7 @@ class Team:
 
 
 class Loop:
-    """A running resident loop. What its description points to is kept by the caller."""
+    """A running resident loop. The caller keeps what its description points to."""
 
     def __init__(self, team: Team, description: es.LoopDescription) -> None:
         """Raises EngineError when the tables contradict each other."""
@@ -97,21 +89,21 @@ class Loop:
         )
 
     def push_step(self, arguments: es.StepArguments) -> None:
-        """Queues a step; the arguments stay as they are until its ``DONE``."""
+        """Queues a step. Its arguments must stay in place until its ``DONE``."""
         self._push(es.Command(es.STEP, 0, arguments.step, ctypes.addressof(arguments), 0))
 
     def push_resume(self, lane: int, step: int) -> None:
-        """Lets a lane go on whose logits were looked at."""
+        """Lets a lane go on once the host is done with its logits."""
         self._push(es.Command(es.RESUME, lane, step, None, 0))
 
     def push_recall(self, step: int) -> None:
-        """Ends a step's lease, if it still has one, with what is under way or comes next."""
+        """Ends a step's lease, if it still has one, after its step that is under way or comes
+        next."""
         self._push(es.Command(es.RECALL, 0, step, None, 0))
 
     def pop(self) -> es.Event | None:
-        """What happened next; None: nothing did.
-
-        Raises EngineError when the loop cannot go on."""
+        """Takes the next event; None when there is none. Raises EngineError when the loop cannot
+        go on."""
         event = es.Event()
         if not self._native.crosspool_loop_pop(self._address, byref(event)):
             return None
@@ -122,24 +114,24 @@ class Loop:
 
     @property
     def last_served_ns(self) -> int:
-        """CLOCK_MONOTONIC of the last dispatch of another device that was answered; 0: none."""
+        """CLOCK_MONOTONIC time of the last reply to another device, in ns; 0 before the first."""
         return self._native.crosspool_loop_last_served(self._address)
 
     def trace_start(self) -> None:
         self._native.crosspool_loop_trace_start(self._address)
 
     def trace_stop(self, room: int) -> list[es.TraceEvent]:
-        """Ends recording; the latest ``room`` events, oldest first."""
+        """Ends recording; returns the latest ``room`` events, oldest first."""
         events = (es.TraceEvent * room)()
         count = self._native.crosspool_loop_trace_stop(self._address, events, room)
         return list(events[:count])
 
     def close(self) -> None:
-        """Ends the loop after the part under way; steps in flight are lost."""
+        """Ends the loop after the part that is under way. Steps in flight are lost."""
         if self._address:
             self._native.crosspool_loop_free(self._address)
             self._address = 0
 
     def _push(self, command: es.Command) -> None:
         if not self._native.crosspool_loop_push(self._address, byref(command)):
-            raise EngineError("the command ring is full")
+            raise EngineError("the loop's command ring is full")

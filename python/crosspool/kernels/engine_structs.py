@@ -1,5 +1,6 @@
-"""The structures of ``sgl-kernel-ext/cpu/engine/`` and of ``include/crosspool/command_ring.h``,
-field by field; the headers say what they mean. :mod:`crosspool.kernels.engine` is their face."""
+"""Mirrors of the structures of ``sgl-kernel-ext/cpu/engine/`` and of
+``include/crosspool/command_ring.h``. The headers say what the fields mean;
+:mod:`crosspool.kernels.engine` passes them to the library."""
 
 from __future__ import annotations
 
@@ -9,35 +10,29 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_uint32, c_uint64, c_voi
 import numpy as np
 
 from crosspool.kernels import native_structs as ns
+from crosspool.kernels.native import Signatures
+from crosspool.kernels.native_structs import fields
 
 GQA, MLA = 0, 1
-"""crosspool::AttentionKind."""
+"""Values of ``crosspool::AttentionKind``."""
 GREEDY, DRAW, HOST = 0, 1, 2
-"""crosspool::Choice."""
+"""Values of ``crosspool::Choice``."""
 STEP, RESUME, RECALL = 1, 2, 4
-"""crosspool::CommandKind."""
+"""Values of ``crosspool::CommandKind``."""
 DONE, LOGITS, FAILED, TOKENS = 1, 2, 3, 4
-"""crosspool::EventKind."""
+"""Values of ``crosspool::EventKind``."""
 
 
 class AttentionLayer(ctypes.Structure):
     _fields_ = (
-        ("input_norm", c_void_p),
-        ("post_norm", c_void_p),
+        *fields(c_void_p, "input_norm post_norm"),
         ("qkv", POINTER(ns.Matrix)),
-        ("qkv_bias", c_void_p),
-        ("q_norm", c_void_p),
-        ("k_norm", c_void_p),
+        *fields(c_void_p, "qkv_bias q_norm k_norm"),
         ("q_a", POINTER(ns.Matrix)),
-        ("q_a_bias", c_void_p),
-        ("q_a_norm", c_void_p),
-        ("q", POINTER(ns.Matrix)),
-        ("kv_a", POINTER(ns.Matrix)),
-        ("kv_a_bias", c_void_p),
-        ("kv_a_norm", c_void_p),
-        ("keys_up", POINTER(ns.Matrix)),
-        ("values_up", POINTER(ns.Matrix)),
-        ("o", POINTER(ns.Matrix)),
+        *fields(c_void_p, "q_a_bias q_a_norm"),
+        *fields(POINTER(ns.Matrix), "q kv_a"),
+        *fields(c_void_p, "kv_a_bias kv_a_norm"),
+        *fields(POINTER(ns.Matrix), "keys_up values_up o"),
         ("o_bias", c_void_p),
     )
 
@@ -52,10 +47,7 @@ class FFNTable(ctypes.Structure):
 
 class ModelTable(ctypes.Structure):
     _fields_ = (
-        ("dtype", c_int32),
-        ("hidden", c_int32),
-        ("vocab", c_int32),
-        ("layers", c_int32),
+        *fields(c_int32, "dtype hidden vocab layers"),
         ("norm_eps", c_float),
         ("attention_kind", c_int32),
         ("shape", ns.AttentionShape),
@@ -63,12 +55,10 @@ class ModelTable(ctypes.Structure):
         ("kv", ns.KVCache),
         ("qk_norm", c_int32),
         ("qkv_clip", c_float),
-        ("nope_dim", c_int32),
-        ("value_dim", c_int32),
+        *fields(c_int32, "nope_dim value_dim"),
         ("latent_norm_eps", c_float),
         ("attention", POINTER(AttentionLayer)),
-        ("embed", c_void_p),
-        ("final_norm", c_void_p),
+        *fields(c_void_p, "embed final_norm"),
         ("head", POINTER(ns.Matrix)),
         ("ffn", POINTER(FFNTable)),
         ("ffn_ranks", POINTER(c_int32)),
@@ -76,14 +66,12 @@ class ModelTable(ctypes.Structure):
     )
 
 
-class Wanted(ctypes.Structure):
+class WantedRow(ctypes.Structure):
     _fields_ = (
         ("residual", c_void_p),
-        ("row", c_int32),
-        ("choice", c_int32),
+        *fields(c_int32, "row choice"),
         ("rule", ns.SamplingRule),
-        ("seed", c_uint64),
-        ("position", c_uint64),
+        *fields(c_uint64, "seed position"),
         ("stops", c_void_p),
         ("stop_count", c_int32),
     )
@@ -96,19 +84,9 @@ class Keep(ctypes.Structure):
 class StepArguments(ctypes.Structure):
     _fields_ = (
         ("step", c_uint64),
-        ("model", c_int32),
-        ("rows", c_int32),
-        ("segment_count", c_int32),
-        ("wanted_count", c_int32),
-        ("keep_count", c_int32),
-        ("lease", c_int32),
-        ("tokens", c_void_p),
-        ("segments", c_void_p),
-        ("wanted", c_void_p),
-        ("keep", c_void_p),
-        ("chosen", c_void_p),
+        *fields(c_int32, "model rows segment_count wanted_count keep_count lease"),
+        *fields(c_void_p, "tokens segments wanted keep chosen"),
         ("steps_done", c_int32),
-        ("reserved", c_int32),
     )
 
 
@@ -116,42 +94,27 @@ class LinkDescription(ctypes.Structure):
     _fields_ = (
         ("link", c_void_p),
         ("payload_bytes", c_uint64),
-        ("max_rows", c_uint32),
-        ("max_row_bytes", c_uint32),
-        ("peer", c_void_p),
-        ("counters", c_void_p),
-        ("attention_rank", c_int32),
-        ("lane", c_int32),
-        ("ffn_rank", c_int32),
-        ("reserved", c_int32),
+        *fields(c_uint32, "max_rows max_row_bytes"),
+        *fields(c_void_p, "peer counters"),
+        *fields(c_int32, "attention_rank lane ffn_rank"),
     )
 
 
 class LoopDescription(ctypes.Structure):
     _fields_ = (
         ("models", POINTER(ModelTable)),
-        ("outgoing", POINTER(LinkDescription)),
-        ("incoming", POINTER(LinkDescription)),
-        ("local_counters", c_void_p),
-        ("doorbell", c_void_p),
+        *fields(POINTER(LinkDescription), "outgoing incoming"),
+        *fields(c_void_p, "local_counters doorbell"),
         ("epoch", c_uint64),
-        ("spin_ns", c_int64),
-        ("busy_spin_ns", c_int64),
-        ("model_count", c_int32),
-        ("outgoing_count", c_int32),
-        ("incoming_count", c_int32),
-        ("lanes", c_int32),
-        ("max_rows", c_int32),
-        ("attention_rank", c_int32),
-        ("ffn_rank", c_int32),
-        ("event_fd", c_int32),
+        *fields(c_int64, "spin_ns busy_spin_ns"),
+        *fields(c_int32, "model_count outgoing_count incoming_count lanes max_rows"),
+        *fields(c_int32, "attention_rank ffn_rank event_fd"),
     )
 
 
 class Command(ctypes.Structure):
     _fields_ = (
-        ("kind", c_uint32),
-        ("lane", c_uint32),
+        *fields(c_uint32, "kind lane"),
         ("step", c_uint64),
         ("arguments", c_void_p),
         ("reserved", c_uint64),
@@ -160,43 +123,29 @@ class Command(ctypes.Structure):
 
 class Event(ctypes.Structure):
     _fields_ = (
-        ("kind", c_uint32),
-        ("lane", c_uint32),
+        *fields(c_uint32, "kind lane"),
         ("step", c_uint64),
-        ("first", c_uint32),
-        ("count", c_uint32),
+        *fields(c_uint32, "first count"),
         ("address", c_void_p),
     )
 
 
 class TraceEvent(ctypes.Structure):
     _fields_ = (
-        ("start_ns", c_int64),
-        ("end_ns", c_int64),
-        ("step", c_int64),
-        ("attention_rank", c_int32),
-        ("lane", c_int32),
-        ("model", c_int32),
-        ("layer", c_int32),
-        ("part", c_int32),
-        ("rows", c_int32),
+        *fields(c_int64, "start_ns end_ns step"),
+        *fields(c_int32, "attention_rank lane model layer part rows"),
     )
 
 
-class LinkCounters(ctypes.Structure):
-    _fields_ = (
-        ("dispatches", c_uint64),
-        ("rows", c_uint64),
-        ("dispatch_bytes", c_uint64),
-        ("combine_bytes", c_uint64),
-    )
+class NativeLinkCounters(ctypes.Structure):
+    _fields_ = tuple(fields(c_uint64, "dispatches rows dispatch_bytes combine_bytes"))
 
 
 MIRRORED: tuple[type[ctypes.Structure], ...] = (
     AttentionLayer,
     FFNTable,
     ModelTable,
-    Wanted,
+    WantedRow,
     Keep,
     StepArguments,
     LinkDescription,
@@ -204,19 +153,18 @@ MIRRORED: tuple[type[ctypes.Structure], ...] = (
     Command,
     Event,
     TraceEvent,
-    LinkCounters,
+    NativeLinkCounters,
 )
-"""In the order of ``crosspool_engine_sizes``."""
+"""Structures whose sizes ``crosspool_engine_sizes`` tells, in its order."""
 
 SEGMENT = np.dtype(ns.Segment)
-WANTED = np.dtype(Wanted)
+WANTED = np.dtype(WantedRow)
 KEEP = np.dtype(Keep)
-"""Arrays of a step's structures, filled by numpy."""
+"""Dtypes of the arrays of a step's structures, which numpy fills."""
 
-SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
+SIGNATURES: Signatures = {
     "crosspool_error": (ctypes.c_char_p, ()),
     "crosspool_engine_sizes": (c_int32, (POINTER(c_uint64), c_int32)),
-    "crosspool_link_offset": (c_uint64, (c_uint32,) * 6),
     "crosspool_team_create": (c_void_p, (POINTER(c_int32), c_int32)),
     "crosspool_team_free": (None, (c_void_p,)),
     "crosspool_team_pack": (None, (c_void_p, POINTER(ns.Matrix), POINTER(ns.Source), c_int32)),
@@ -232,4 +180,4 @@ SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "crosspool_loop_trace_start": (None, (c_void_p,)),
     "crosspool_loop_trace_stop": (c_uint64, (c_void_p, POINTER(TraceEvent), c_uint64)),
 }
-"""What the library exports for the engine."""
+"""Functions that the library exports for the engine."""

@@ -1,8 +1,8 @@
 """Matrix products whose number of rows changes from step to step.
 
 In bfloat16 torch hands them to oneDNN, which compiles a kernel for every shape that it meets and
-keeps about a thousand of them, some 0.6 MB each. Ragged batches and experts meet hundreds of row
-counts. So rows are padded to one of few counts: fewer kernels to compile and to keep.
+keeps about a thousand of them, some 0.6 MB each. Ragged batches and experts have hundreds of row
+counts, so rows are padded to one of few counts: fewer kernels are compiled and kept.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 
 def padded_rows(rows: int) -> int:
-    """``rows`` itself up to 8; above, the next of 12, 16, 24, 32, 48, 64, ..."""
+    """Returns ``rows`` itself up to 8; above, the next of 12, 16, 24, 32, 48, 64, ..."""
     if rows <= 8:
         return rows
     power = 1 << (rows - 1).bit_length()

@@ -30,10 +30,12 @@ def route(
     renormalize: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts of every row of ``x`` [T, H] and their weights: int64 and float32 [T, top_k].
+    """Chooses the experts of every row of ``x`` [T, H]. Returns them and their weights, int64 and
+    float32 [T, top_k].
 
-    ``weight`` [experts, H]: the product runs in its dtype. ``bias`` float32 [experts] moves the
-    choice only. The rest is as in :class:`crosspool.models.spec.RouterSpec`."""
+    The product runs in the dtype of ``weight`` [experts, H]. ``bias`` float32 [experts] changes the
+    choice, not the weights. The other rules are those of
+    :class:`crosspool.models.spec.RouterSpec`."""
     logits = linear(x.to(weight.dtype), weight).float()
     scores = logits.softmax(dim=-1) if score == "softmax" else logits.sigmoid()
     choice = scores if bias is None else scores + bias
@@ -51,7 +53,7 @@ def route(
 def _limit_groups(
     choice: torch.Tensor, groups: int, top_groups: int, group_score: Literal["max", "top2_sum"]
 ) -> torch.Tensor:
-    """``choice`` [T, experts] with every expert outside a row's best groups barred."""
+    """Returns ``choice`` [T, experts] with -inf for every expert outside a row's best groups."""
     grouped = choice.unflatten(1, (groups, -1))
     if group_score == "max":
         group_scores = grouped.amax(dim=-1)
@@ -71,11 +73,11 @@ def moe_experts(
     down: torch.Tensor,
     first_expert: int,
 ) -> torch.Tensor:
-    """Weighted sum of the chosen experts among those held here: float32 [T, H].
+    """Weighted sum of the chosen experts that are held here: float32 [T, H].
 
-    ``x`` [T, H]; ``experts`` and ``weights`` [T, top_k] as from :func:`route`; ``gate_up``
-    [E, 2I, H] and ``down`` [E, H, I] are the experts ``first_expert`` and following. Only experts
-    that some row chose are touched, each once."""
+    ``x`` [T, H]; ``experts`` and ``weights`` [T, top_k] come from :func:`route`; ``gate_up``
+    [E, 2I, H] and ``down`` [E, H, I] are the weights of experts ``first_expert`` and following. The
+    weights of an expert are read once, and only if some row chose it."""
     held, top_k = gate_up.shape[0], experts.shape[1]
     chosen, order = experts.flatten().sort(stable=True)
     rows, weights = order // top_k, weights.flatten()[order, None]

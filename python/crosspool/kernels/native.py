@@ -1,6 +1,6 @@
 """The typed face of ``libcrosspool_cpu.so`` (sgl-kernel-ext/): chunks of memory, and signals.
 
-The library is loaded with the first call. ``pip install .`` and ``pip install -e .`` build it;
+The first call loads the library. ``pip install .`` and ``pip install -e .`` build it;
 for a source tree on PYTHONPATH, ``cmake --install build/native --prefix python`` puts it beside
 this file (sgl-kernel-ext/CMakeLists.txt says how). Calls release the GIL.
 """
@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import crosspool.kernels
+from crosspool.config.sizes import format_size
 
 LIBRARY = "libcrosspool_cpu.so"
 ABI_VERSION = 2
 HUGE_PAGE = 2 << 20
-"""Bytes; ranges are aligned to it and chunks are multiples of it."""
+"""Bytes of a huge page. Ranges are aligned to it, and chunks are multiples of it."""
 
 _U64 = ctypes.c_uint64
 _U64_POINTER = ctypes.POINTER(ctypes.c_uint64)
@@ -27,8 +28,12 @@ _CHUNK_MOVE = (
     ctypes.c_int,
     (ctypes.c_void_p, ctypes.c_void_p, _U64, _U64_POINTER, _U64_POINTER, _U64, _U64_POINTER),
 )
-_SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
-    "crosspool_abi_version": (ctypes.c_uint32, ()),
+Signatures = dict[str, tuple[type | None, tuple[type, ...]]]
+"""What functions of a library return and take, by their names."""
+
+_SIGNATURES: Signatures = {
+    "crosspool_isa": (ctypes.c_int32, ()),
+    "crosspool_kernels": (ctypes.c_void_p, (ctypes.c_int32, ctypes.c_int32)),
     "crosspool_range_reserve": (ctypes.c_int, (_U64, _ADDRESS_POINTER)),
     "crosspool_parking_reserve": (ctypes.c_int, (_U64, _ADDRESS_POINTER)),
     "crosspool_touch": (ctypes.c_int, (ctypes.c_void_p, _U64)),
@@ -48,9 +53,10 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded library with typed functions.
+    """Returns the loaded library with typed functions.
 
-    Raises ImportError that says how to build it when it is missing or of another version."""
+    Raises ImportError when it is missing or has another version; the message says how to build
+    it."""
     how = "build it with `pip install -e .` (or `make env`) in CrossPool's source tree"
     folders = [Path(folder) for folder in crosspool.kernels.__path__]
     found = next((folder / LIBRARY for folder in folders if (folder / LIBRARY).is_file()), None)
@@ -64,10 +70,15 @@ def library() -> ctypes.CDLL:
         raise ImportError(f"{found} cannot be loaded ({error}): {how}") from error
     if version != ABI_VERSION:
         raise ImportError(f"{found} has version {version}, not {ABI_VERSION}: {how} again")
-    for name, (result, arguments) in _SIGNATURES.items():
+    declare(native, _SIGNATURES)
+    return native
+
+
+def declare(native: ctypes.CDLL, signatures: Signatures) -> None:
+    """Gives functions of a loaded library their types."""
+    for name, (result, arguments) in signatures.items():
         function = getattr(native, name)
         function.restype, function.argtypes = result, arguments
-    return native
 
 
 def _check(status: int, what: str) -> None:
@@ -76,23 +87,25 @@ def _check(status: int, what: str) -> None:
 
 
 def reserve_range(nbytes: int) -> int:
-    """Address of ``nbytes`` of inaccessible address space, 2 MiB aligned. Raises OSError."""
+    """Reserves inaccessible address space, aligned to 2 MiB; returns where. Raises OSError."""
     address = ctypes.c_void_p()
     status = library().crosspool_range_reserve(nbytes, ctypes.byref(address))
-    _check(status, f"reserving {nbytes} bytes of address space")
+    _check(status, f"reserving {format_size(nbytes)} of address space")
     return address.value or 0
 
 
 def reserve_parking(nbytes: int) -> int:
-    """Address of a parking range of ``nbytes``; memory comes with :func:`touch`. Raises OSError."""
+    """Reserves a parking range, whose memory comes with :func:`touch`; returns where.
+
+    Raises OSError."""
     address = ctypes.c_void_p()
     status = library().crosspool_parking_reserve(nbytes, ctypes.byref(address))
-    _check(status, f"reserving a parking range of {nbytes} bytes")
+    _check(status, f"reserving a parking range of {format_size(nbytes)}")
     return address.value or 0
 
 
 def touch(address: int, nbytes: int) -> None:
-    """Makes the memory under a part of a parking range exist."""
+    """Makes the memory under a part of a parking range exist. Raises OSError."""
     _check(library().crosspool_touch(address, nbytes), "touching memory")
 
 
@@ -106,12 +119,13 @@ def map_chunks(
 ) -> None:
     """Moves parking slot ``slots[i]`` under chunk ``chunks[i]`` of the range at ``target``.
 
-    Raises OSError; the pool is then not to be used any more (part of the chunks have moved)."""
+    Raises OSError when a chunk cannot be moved. The chunks before it have moved, so the pool must
+    not be used any more."""
     native, numbers, done = library(), _U64 * len(chunks), _U64()
     status = native.crosspool_chunks_map(
         parking, target, chunk_bytes, numbers(*slots), numbers(*chunks), len(chunks), done
     )
-    _check(status, f"mapping {len(chunks)} chunks, of which {done.value} were")
+    _check(status, f"mapping chunk {done.value + 1} of {len(chunks)}")
 
 
 def unmap_chunks(
@@ -124,7 +138,7 @@ def unmap_chunks(
     status = native.crosspool_chunks_unmap(
         parking, target, chunk_bytes, numbers(*slots), numbers(*chunks), len(chunks), done
     )
-    _check(status, f"unmapping {len(chunks)} chunks, of which {done.value} were")
+    _check(status, f"unmapping chunk {done.value + 1} of {len(chunks)}")
 
 
 class Signal:
@@ -138,20 +152,19 @@ class Signal:
         self._native = library()
 
     def load(self) -> int:
-        """The number (acquire): what its writer wrote before storing it is visible now."""
+        """Returns the number (acquire): all that its writer wrote before storing it is visible."""
         return self._native.crosspool_signal_load(self._address)
 
     def store(self, value: int) -> None:
-        """Publishes everything written before (release)."""
+        """Stores the next number (release), which publishes everything written before."""
         self._native.crosspool_signal_store(self._address, value)
 
 
 class Doorbell:
     """Wakes one device that waits for any of its signals; 8 bytes of shared memory, zero at first.
 
-    Whoever publishes stores its signal, then rings. Whoever waits reads :meth:`rings`, looks at
-    its signals, and calls :meth:`wait` with what it read: a ring in between ends the wait at once.
-    """
+    A writer stores its signal, then rings. A waiter reads :meth:`rings`, looks at its signals, and
+    calls :meth:`wait` with the count that it read: a ring in between ends the wait at once."""
 
     __slots__ = ("_address", "_native")
 
@@ -161,7 +174,7 @@ class Doorbell:
         self._native = library()
 
     def rings(self) -> int:
-        """How often it rang, modulo 2**32."""
+        """Returns how often it rang, modulo 2**32."""
         return self._native.crosspool_doorbell_rings(self._address)
 
     def ring(self) -> None:

@@ -1,8 +1,7 @@
-"""The face of ``libcrosspool_nvshmem.so`` (sgl-kernel-ext/cuda/nvshmem.h): NVSHMEM in one process,
-and the kernels that carry dispatches and answers where a peer's memory is out of reach.
+"""Python interface of ``libcrosspool_nvshmem.so`` (sgl-kernel-ext/cuda/nvshmem.h): NVSHMEM in one
+process, and the kernels that carry dispatches and replies where a peer's memory is out of reach.
 
-The library is built where CMake is told NVSHMEM's wheel (``-DCROSSPOOL_NVSHMEM=...``). It compiles
-and links, and makes unique ids without a GPU; the rest has not run yet (docs/gpu.md).
+The library is built where CMake knows NVSHMEM's wheel (``-DCROSSPOOL_NVSHMEM=...``).
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "crosspool_nvshmem_unique_id": (c_int32, (c_void_p,)),
     "crosspool_nvshmem_init": (c_int32, (c_int32, c_int32, c_void_p)),
     "crosspool_nvshmem_allocate": (c_void_p, (c_uint64,)),
-    "crosspool_nvshmem_pointer": (c_void_p, (c_void_p, c_int32)),
     "crosspool_nvshmem_finalize": (None, ()),
     "crosspool_nvshmem_dispatch": (
         c_int32,
@@ -46,8 +44,9 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded library with typed functions. Raises ImportError when it was not built, or when
-    NVSHMEM's own library is not installed."""
+    """Loads the library, with typed functions.
+
+    Raises ImportError when it was not built, or NVSHMEM's own library is not installed."""
     folders = [Path(folder) for folder in crosspool.kernels.__path__]
     found = next((folder / LIBRARY for folder in folders if (folder / LIBRARY).is_file()), None)
     if found is None:
@@ -72,22 +71,20 @@ def library() -> ctypes.CDLL:
 
 
 class Nvshmem:
-    """NVSHMEM in this process, on the current GPU. Calls raise RuntimeError when it refuses.
-
-    Of :mod:`crosspool.transport.nvshmem`'s interface."""
+    """NVSHMEM in this process, on the current GPU. Calls raise RuntimeError when it refuses."""
 
     def __init__(self) -> None:
         self._native = library()
 
     def unique_id(self) -> bytes:
-        """128 bytes for all PEs, made by one of them."""
+        """nvshmemx_get_uniqueid: returns 128 bytes, which one PE makes for all."""
         memory = ctypes.create_string_buffer(UNIQUE_ID_BYTES)
         self._check(self._native.crosspool_nvshmem_unique_id(memory), "nvshmemx_get_uniqueid")
         return memory.raw
 
     def init(self, pe: int, pes: int, unique_id: bytes) -> None:
-        """Returns when all PEs have come. Where this fails NVSHMEM itself ends the process, with
-        its reason on stderr."""
+        """nvshmemx_init_attr with the id: returns when all PEs have called it. Where it fails,
+        NVSHMEM itself ends the process, with its reason on stderr."""
         if len(unique_id) != UNIQUE_ID_BYTES:
             raise ValueError(f"unique_id: {len(unique_id)} bytes, not {UNIQUE_ID_BYTES}")
         self._check(
@@ -96,25 +93,23 @@ class Nvshmem:
         )
 
     def allocate(self, nbytes: int) -> int:
-        """Address of zeros in symmetric memory; by all PEs together."""
+        """nvshmem_calloc, called by all PEs together: returns the address of zeros in symmetric
+        memory."""
         address = self._native.crosspool_nvshmem_allocate(nbytes)
         if address is None:
             raise RuntimeError(f"nvshmem_calloc: no room for {nbytes} bytes in symmetric memory")
         return address
 
-    def pointer(self, address: int, pe: int) -> int:
-        """Where this PE's loads and stores reach the same object of another PE; 0: nowhere."""
-        return self._native.crosspool_nvshmem_pointer(address, pe) or 0
-
     def finalize(self) -> None:
-        """By all PEs together; frees what was allocated."""
+        """nvshmem_finalize, called by all PEs together: frees what was allocated."""
         self._native.crosspool_nvshmem_finalize()
 
     def capture_dispatch(
         self, end: LinkEnd, *, words: int, epoch: int, model: int, row_bytes: int, stream: int
     ) -> None:
-        """Launches, into a stream under capture, the kernel that ends a ``DISPATCH`` graph: carries
-        the rows in the link's own dispatch payload to the peer. ``words``: the lane's."""
+        """Launches, into a stream under capture, the kernel that ends a ``DISPATCH`` graph. It
+        carries the rows in the link's own dispatch payload to the peer. ``words``: address of the
+        lane's ``StageWords``."""
         status = self._native.crosspool_nvshmem_dispatch(
             end, words, epoch, model, row_bytes, stream
         )
@@ -122,8 +117,9 @@ class Nvshmem:
 
     def capture_reply(self, ends: int, payload_bytes: int, words: int, stream: int) -> None:
         """Launches, into a stream under capture, the kernel that ends the FFN graph of a lane that
-        serves: carries the answer in the combine payload of the link that the dispatch came
-        through. ``ends``: device address of the lane's ``LinkEnd``s; ``words``: the lane's."""
+        serves. It carries the reply, in the combine payload of the link through which the dispatch
+        came. ``ends``: device address of the lane's ``LinkEnd``s; ``words``: address of its
+        ``StageWords``."""
         status = self._native.crosspool_nvshmem_reply(ends, payload_bytes, words, stream)
         self._check(status, "launching the reply kernel")
 
@@ -134,6 +130,6 @@ class Nvshmem:
 
 
 def device_ends(links: Sequence[int], peers: Sequence[int]) -> bytes:
-    """The ``LinkEnd``s of a lane that serves, as they lie on the device."""
+    """Returns the ``LinkEnd``s of a lane that serves, as they lie on the device."""
     ends = [LinkEnd(link, peer, 0) for link, peer in zip(links, peers, strict=True)]
     return b"".join(map(bytes, ends))

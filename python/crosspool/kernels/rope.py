@@ -8,8 +8,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 def rope_frequencies(config: PreTrainedConfig, dim: int) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies, float32 [dim / 2], and the factor on cos and sin, for the rope type
-    that ``config.rope_parameters`` names."""
+    """Returns the inverse frequencies, float32 [dim / 2], and the factor on cos and sin, for the
+    rope type that ``config.rope_parameters`` names."""
     rope = config.rope_parameters
     if rope["rope_type"] != "default":
         return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
@@ -20,7 +20,7 @@ def rope_frequencies(config: PreTrainedConfig, dim: int) -> tuple[torch.Tensor, 
 def rope_tables(
     positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, float32 [T, dim / 2] each, of int64 ``positions`` [T]."""
+    """Returns cos and sin, float32 [T, dim / 2] each, of int64 ``positions`` [T]."""
     angles = positions.float()[:, None] * inv_freq
     return angles.cos() * scaling, angles.sin() * scaling
 
@@ -30,9 +30,9 @@ def rotate(
 ) -> torch.Tensor:
     """Rotates the heads of ``x`` [T, heads, dim] by cos and sin [T, dim / 2].
 
-    Computed in the wider dtype of ``x`` and the tables, returned in ``x``'s. Pairs lie side by
-    side (interleaved) or half a head apart; the result always has them half a head apart, which
-    a product of q and k does not see."""
+    The products have the wider dtype of ``x`` and the tables, the result that of ``x``. Pairs lie
+    side by side in ``x`` (interleaved) or half a head apart. In the result they always lie half a
+    head apart: as q and k are ordered alike, their products do not change."""
     if interleaved:
         first, second = x[..., 0::2], x[..., 1::2]
     else:

@@ -28,7 +28,7 @@ _Mask = npt.NDArray[np.bool_]
 
 
 class _Geometry:
-    """Which chunks each page of a model touches: first and last, int64 [pages]."""
+    """The chunks that each page of a model touches: first and last, int64 [pages]."""
 
     def __init__(self, layout: KVLayout, budget_chunks: int) -> None:
         pages = np.arange(layout.pages_in(budget_chunks), dtype=np.int64)
@@ -39,7 +39,7 @@ class _Geometry:
         self.last: _Ints = ((pages + 1) * layout.page_bytes - 1) // layout.chunk_bytes
 
     def touches(self, pages: _Ints) -> tuple[slice, _Ints]:
-        """A span of chunks, and for each of them how many of ``pages`` touch it."""
+        """Returns a span of chunks, and for each of them how many of ``pages`` touch it."""
         if len(pages) == 0:
             return slice(0, 0), np.empty(0, dtype=np.int64)
         first, last = self.first[pages], self.last[pages]
@@ -58,7 +58,7 @@ class _PageSet:
         self.size = 0
         self.touching = np.zeros(geometry.chunks, dtype=np.int64)
         self.chunks = 0
-        """How many chunks its pages touch."""
+        """Number of chunks that its pages touch."""
         self.costs: _Mask = np.ones(geometry.pages, dtype=bool)
         """Whether a page touches a chunk that no page of the set touches."""
 
@@ -71,7 +71,7 @@ class _PageSet:
         self._price(span)
 
     def remove(self, pages: _Ints) -> _Ints:
-        """Returns the chunks that the set touches no more, ascending."""
+        """Removes pages; returns the chunks that the set touches no more, ascending."""
         span, touches = self._geometry.touches(pages)
         self.touching[span] -= touches
         self.has[pages] = False
@@ -82,7 +82,7 @@ class _PageSet:
         return left
 
     def new_chunks(self, pages: _Ints) -> int:
-        """How many more chunks the set would touch with ``pages``."""
+        """Returns how many more chunks the set would touch with ``pages``."""
         span, touches = self._geometry.touches(pages)
         return int(np.count_nonzero((touches > 0) & (self.touching[span] == 0)))
 
@@ -111,8 +111,8 @@ class _Model:
         """Most chunks that one page touches."""
 
     def best(self, count: int) -> _Ints:
-        """Up to ``count`` free pages: first those that cost promises no further chunk, then those
-        that cost the budget none, then others, each ascending."""
+        """Returns up to ``count`` free pages: first those that cost promises no further chunk, then
+        those that cost the budget none, then others, each ascending."""
         free = ~self.taken.has
         return _pick(
             count,
@@ -122,7 +122,7 @@ class _Model:
         )
 
     def best_of_all(self, count: int) -> _Ints:
-        """What :meth:`best` would give if there were no cached pages."""
+        """Returns what :meth:`best` would if there were no cached pages."""
         free = ~self.promised.has
         return _pick(count, free & ~self.promised.costs, free & self.promised.costs)
 
@@ -196,7 +196,7 @@ class PageAllocator:
         return len(pages) == count and self._may_promise(model, pages, guard)
 
     def shortage(self, model: int, count: int, guard: Guard | None = None) -> int:
-        """At least so many cached pages have to be freed before :meth:`take`; 0 when none."""
+        """Returns how many cached pages must at least be freed before :meth:`take`; 0: none."""
         m = self._models[model]
         pages = m.best(count)
         if len(pages) < count:
@@ -204,14 +204,14 @@ class PageAllocator:
         missing = m.taken.new_chunks(pages) - self.free_chunks
         if missing > 0:
             return -(-missing // max(other.widest for other in self._models))
-        # the free pages may lie so scattered between cached ones that they cost more
+        # Free pages may lie so scattered between cached ones that they cost more.
         return 0 if self._may_promise(model, pages, guard) else 1
 
     def take(self, model: int, count: int) -> list[int]:
         """Promises ``count`` free pages. Raises ValueError where :meth:`shortage` is not 0 (but
         the guard is not asked again)."""
         if count < 1 or self.shortage(model, count):
-            raise ValueError(f"{count} pages of model {model} are not to be had")
+            raise ValueError(f"model {model}: {count} pages cannot be promised now")
         m = self._models[model]
         pages = m.best(count)
         self.free_chunks -= m.taken.new_chunks(pages)
@@ -220,12 +220,12 @@ class PageAllocator:
         return pages.tolist()
 
     def keep(self, model: int, pages: Sequence[int]) -> None:
-        """Promised ``pages`` become cached ones."""
+        """Turns promised ``pages`` into cached ones."""
         m, array = self._checked(model, pages)
         m.promised.remove(array)
 
     def hold(self, model: int, pages: Sequence[int]) -> None:
-        """Cached ``pages`` become promised ones; they cost the budget nothing new."""
+        """Turns cached ``pages`` into promised ones, at no new cost to the budget."""
         m, array = self._checked(model, pages)
         m.promised.add(array)
 
@@ -241,8 +241,8 @@ class PageAllocator:
         return unmapped.tolist()
 
     def map(self, model: int, pages: Sequence[int]) -> list[int]:
-        """Chunks under ``pages`` that are not mapped yet, ascending. From now on they count as
-        mapped: the caller has them mapped before those pages are written."""
+        """Returns the chunks under ``pages`` that are not mapped yet, ascending. From now on they
+        count as mapped: the caller has them mapped before those pages are written."""
         m, array = self._checked(model, pages)
         span, touches = m.geometry.touches(array)
         missing = np.flatnonzero((touches > 0) & ~m.mapped[span]) + span.start

@@ -1,4 +1,4 @@
-"""What the models' promises may come to on one attention rank, in chunks."""
+"""Bounds of the models' promises on one attention rank, in chunks."""
 
 from __future__ import annotations
 

@@ -4,13 +4,12 @@ Creating a handle is by far the dearest call, so all of them are made ahead; the
 a chunk pays for its mapping and, once for each run of neighbouring chunks, for the access to it.
 Each chunk is a mapping of its own, because the driver takes back whole mappings only.
 
-Not run on a GPU so far; ``benchmark/gpu_vmm.py`` measures each call there.
+``benchmark/gpu_vmm.py`` measures each call on a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -18,7 +17,8 @@ import torch
 from crosspool.config.errors import ConfigError
 from crosspool.kernels.cuda_driver import CudaDriver, CudaError
 from crosspool.kernels.dlpack import tensor_at
-from crosspool.kvpool.virtualizer import ChunkTable, Progress, Virtualizer, whole_chunks
+from crosspool.kvpool.virtualizer import ChunkTable, Virtualizer, whole_chunks
+from crosspool.observability.progress import Progress
 
 
 class CudaVirtualizer(Virtualizer):
@@ -40,60 +40,34 @@ class CudaVirtualizer(Virtualizer):
         ranges: Sequence[int],
         progress: Progress | None = None,
     ) -> None:
-        """Reserves the ranges and creates the whole budget's handles; ``progress`` is called on
-        the way.
+        """Reserves the ranges and creates the whole budget's handles; ``progress`` is called with
+        bytes created.
 
         ``budget_bytes`` is rounded down, and ``ranges`` (bytes per model) are rounded up, to
         multiples of ``chunk_bytes``, itself a multiple of the driver's granularity. Raises
         ConfigError that names the field when that does not hold or the device has too little
         memory, CudaError when the driver refuses for another reason."""
-        whole_chunks(budget_bytes, chunk_bytes, driver.granularity)
+        chunks = whole_chunks(budget_bytes, chunk_bytes, driver.granularity)
+        self.budget_bytes = chunks * chunk_bytes
         self.quiesced: Callable[[], contextlib.AbstractContextManager[object]] = (
             contextlib.nullcontext
         )
-        """Entered around driver calls that may wait for kernels which run. Who keeps a resident
-        loop on this device puts here what stops it meanwhile."""
+        """Entered around driver calls that may wait for running kernels. The owner of a resident
+        loop on this device sets it to what stops the loop meanwhile."""
         self._driver = driver
         self._table = ChunkTable(chunk_bytes, ranges)
         self._ranges: list[int] = []
         try:
             for model in range(len(ranges)):
                 self._ranges.append(driver.reserve(self._table.range_bytes(model)))
-            self.resize(budget_bytes, progress)
+            self._take_memory(progress or (lambda done: None))
         except BaseException:
             self.close()
             raise
 
-    @property
-    def budget_bytes(self) -> int:
-        """Bytes of the pool, mapped or free."""
-        models = range(len(self._table.range_chunks))
-        return self.free_bytes + sum(self._table.mapped_bytes(model) for model in models)
-
-    def resize(self, budget_bytes: int, progress: Progress | None = None) -> None:
-        """Creates handles, or gives free ones back to the system, until the pool has
-        ``budget_bytes``, rounded down to whole chunks.
-
-        Raises ValueError, and gives nothing back, when more than that is mapped; ConfigError when
-        the device has too little memory, and the pool is as it was."""
-        table, driver = self._table, self._driver
-        chunks = whole_chunks(budget_bytes, table.chunk_bytes, driver.granularity)
-        missing = chunks - self.budget_bytes // table.chunk_bytes
-        if -missing > len(table.free):
-            raise ValueError(
-                f"{budget_bytes} bytes are less than the"
-                f" {self.budget_bytes - self.free_bytes} bytes that are mapped"
-            )
-        with self.quiesced():
-            if missing > 0:
-                self._create(missing, progress or (lambda done, total: None))
-            for _ in range(-missing):
-                driver.release(table.free[-1])
-                table.free.pop()
-
     def map(self, model: int, chunks: Sequence[int]) -> None:
-        """As :meth:`~crosspool.kvpool.virtualizer.Virtualizer.map`; when the driver refuses,
-        CudaError, and nothing is mapped."""
+        """Maps as :meth:`~crosspool.kvpool.virtualizer.Virtualizer.map` does. Raises CudaError, and
+        maps nothing, when the driver refuses."""
         table, driver = self._table, self._driver
         slots, nbytes = table.slots_for(model, chunks), table.chunk_bytes
         if not chunks:
@@ -109,8 +83,8 @@ class CudaVirtualizer(Virtualizer):
         table.note_mapped(model, chunks, slots)
 
     def unmap(self, model: int, chunks: Sequence[int]) -> None:
-        """As :meth:`~crosspool.kvpool.virtualizer.Virtualizer.unmap`; when the driver refuses,
-        CudaError, and the chunks before the refused one are unmapped."""
+        """Unmaps as :meth:`~crosspool.kvpool.virtualizer.Virtualizer.unmap` does. Raises CudaError
+        when the driver refuses; the chunks before the refused one are then unmapped."""
         self._table.slots_under(model, chunks)
         if not chunks:
             return
@@ -123,25 +97,9 @@ class CudaVirtualizer(Virtualizer):
         self._table.check_tensor(model, shape, dtype)
         return tensor_at(self._ranges[model], shape, dtype, self._driver.dlpack_device, owner=self)
 
-    def export(self, model: int, chunks: Sequence[int]) -> list[int]:
-        """File descriptors of the memory under mapped chunks, for other processes of this host;
-        the caller closes them. The memory stays what it is while a peer has it mapped, even when
-        the pool has given it up.
-
-        Raises ValueError when a chunk is not mapped, CudaError when the driver refuses."""
-        descriptors: list[int] = []
-        try:
-            for slot in self._table.slots_under(model, chunks):
-                descriptors.append(self._driver.export(slot))
-        except BaseException:
-            for descriptor in descriptors:
-                os.close(descriptor)
-            raise
-        return descriptors
-
     def close(self) -> None:
-        """As :meth:`~crosspool.kvpool.virtualizer.Virtualizer.close`. Raises CudaError when the
-        driver refuses; another call then goes on where this one failed."""
+        """Gives ranges and handles back to the system. Raises CudaError when the driver refuses;
+        another call then goes on where this one failed."""
         table, driver = self._table, self._driver
         for model in range(len(self._ranges)):
             self.unmap(model, table.mapped(model))
@@ -157,35 +115,31 @@ class CudaVirtualizer(Virtualizer):
     def _address(self, model: int, chunk: int) -> int:
         return self._ranges[model] + chunk * self._table.chunk_bytes
 
-    def _create(self, count: int, progress: Progress) -> None:
-        """``count`` more handles, or none."""
+    def _take_memory(self, progress: Progress) -> None:
+        """Creates the whole budget's handles."""
         nbytes, driver, free = self._table.chunk_bytes, self._driver, self._table.free
         available, total = driver.memory()
-        before = len(free)
         try:
-            if count * nbytes > available:
-                raise ConfigError(self._too_large(count * nbytes, available, total))
-            progress(0, count * nbytes)
-            for done in range(1, count + 1):
+            if self.budget_bytes > available:
+                raise ConfigError(self._too_large(available, total))
+            while len(free) * nbytes < self.budget_bytes:
                 free.append(driver.create(nbytes))
-                progress(done * nbytes, count * nbytes)
-        except BaseException as error:
-            while len(free) > before:
-                driver.release(free.pop())
-            if isinstance(error, CudaError) and error.is_out_of_memory:
-                raise ConfigError(self._too_large(count * nbytes, available, total)) from error
+                progress(nbytes)
+        except CudaError as error:
+            if error.is_out_of_memory:
+                raise ConfigError(self._too_large(available, total)) from error
             raise
 
-    def _too_large(self, wanted: int, available: int, total: int) -> str:
+    def _too_large(self, available: int, total: int) -> str:
         return (
-            f"kv_pool_bytes: {wanted} bytes of KV cache per attention rank do not fit into the"
-            f" {available} bytes that {self._driver.name} has free, of {total}; make the KV pool"
-            " smaller"
+            f"kv_pool_bytes: {self.budget_bytes} bytes of KV cache per attention rank do not fit"
+            f" into the {available} bytes that {self._driver.name} has free, of {total}; make the"
+            " KV pool smaller"
         )
 
 
 def _runs(chunks: Sequence[int]) -> Iterator[range]:
-    """The chunks as ranges of neighbours, ascending."""
+    """Yields the chunks as ranges of neighbours, ascending."""
     ordered = sorted(chunks)
     start = ordered[0]
     for chunk, following in zip(ordered, [*ordered[1:], None], strict=True):

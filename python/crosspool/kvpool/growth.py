@@ -53,7 +53,7 @@ class Claim:
 
     model: int
     chunks: _Ints
-    """What its pages touch: see :func:`touched`."""
+    """Chunks that its pages touch: see :func:`touched`."""
     need: int
 
 
@@ -92,14 +92,14 @@ def most_chunks(layout: KVLayout, pages: int, budget: int) -> int:
 
 
 def _held(claims: Sequence[Claim], models: int) -> _Ints:
-    """int64 [claims, models]: chunks that the claims from each one on touch."""
+    """Returns how many chunks each claim and those after it touch, int64 [claims, models]."""
     held = np.zeros((len(claims), models), dtype=np.int64)
     of_model: dict[int, list[int]] = {}
     for place, claim in enumerate(claims):
         of_model.setdefault(claim.model, []).append(place)
     for model, places in of_model.items():
         chunks = [claims[place].chunks for place in places]
-        # per chunk the last claim in the order that touches it
+        # For each chunk, the last claim in the order that touches it.
         last = np.full(max(int(c[-1]) for c in chunks) + 1, -1, dtype=np.int64)
         for place, touches in zip(places, chunks, strict=True):
             last[touches] = place

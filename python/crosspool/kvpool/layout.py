@@ -1,8 +1,20 @@
-"""Where a model's KV pages lie: one after another in its virtual range, across chunk borders."""
+"""The layout of a model's KV pages: one after another in its range, across chunk borders."""
 
 from __future__ import annotations
 
-from crosspool.models.spec import ModelSpec
+from typing import Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+_Number = TypeVar("_Number", int, npt.NDArray[np.int64])
+
+
+class KVSize(Protocol):
+    """A model of which the KV cache's size per token is known: a ModelSpec, or the planner's."""
+
+    @property
+    def kv_bytes_per_token(self) -> int: ...
 
 
 class KVLayout:
@@ -11,15 +23,19 @@ class KVLayout:
     Page p covers bytes [p * page_bytes, (p + 1) * page_bytes), seen as [layers, page_size,
     kv_width] of the model's dtype; chunk c covers [c * chunk_bytes, (c + 1) * chunk_bytes)."""
 
-    def __init__(self, spec: ModelSpec, page_size: int, chunk_bytes: int) -> None:
+    def __init__(self, model: KVSize, page_size: int, chunk_bytes: int) -> None:
         """``page_size``: tokens per page; ``chunk_bytes``: the unit of physical memory."""
         self.page_size = page_size
         self.chunk_bytes = chunk_bytes
-        self.page_bytes = spec.kv_bytes_per_token * page_size
+        self.page_bytes = model.kv_bytes_per_token * page_size
 
-    def pages_for(self, tokens: int) -> int:
+    def pages_for(self, tokens: _Number) -> _Number:
         """Pages that hold ``tokens`` tokens of one sequence."""
-        return -(-tokens // self.page_size)
+        return (tokens + (self.page_size - 1)) // self.page_size
+
+    def chunks_for(self, pages: _Number) -> _Number:
+        """Chunks beneath ``pages`` pages that lie one after another from the range's beginning."""
+        return (pages * self.page_bytes + (self.chunk_bytes - 1)) // self.chunk_bytes
 
     def chunks_of_pages(self, page: int) -> range:
         """Chunks that page ``page`` touches."""

@@ -1,4 +1,4 @@
-"""How much memory this process may still take without being killed for it."""
+"""The memory that this process may still take without being killed for it."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from crosspool.config.errors import ConfigError
 from crosspool.kernels import native
 from crosspool.kvpool.memory import available_bytes
-from crosspool.kvpool.virtualizer import ChunkTable, Progress, Virtualizer, whole_chunks
+from crosspool.kvpool.virtualizer import ChunkTable, Virtualizer, whole_chunks
+from crosspool.observability.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,8 @@ class MremapVirtualizer(Virtualizer):
         progress: Progress | None = None,
     ) -> None:
         """Reserves the ranges and takes the whole budget from the system, which may take seconds
-        per GiB where memory was never used before; ``progress`` is called on the way.
+        per GiB where memory was never used before; ``progress`` is called with
+        bytes taken.
 
         ``budget_bytes`` is rounded down, and ``ranges`` (bytes per model) are rounded up, to
         multiples of ``chunk_bytes``, itself a multiple of 2 MiB. Raises ConfigError that names the
@@ -54,7 +56,7 @@ class MremapVirtualizer(Virtualizer):
         self._parking = 0
         try:
             self._reserve()
-            self._take_memory(progress or (lambda done, total: None))
+            self._take_memory(progress or (lambda done: None))
         except BaseException:
             self.close()
             raise
@@ -105,8 +107,8 @@ class MremapVirtualizer(Virtualizer):
             ) from error
 
     def _take_memory(self, progress: Progress) -> None:
-        """Touches the whole budget, by threads on the cores that this one may use, and so on their
-        memory nodes: clearing a large pool would take one of them long."""
+        """Touches the whole budget, with a thread for each core that this one may use: one thread
+        would take long to clear a large pool, and memory comes from the nodes of those that do."""
         available = available_bytes()
         if self.budget_bytes > available:
             raise ConfigError(
@@ -114,20 +116,20 @@ class MremapVirtualizer(Virtualizer):
                 f" fit into the {available} bytes of memory that are available; make the KV pool"
                 " smaller"
             )
-        progress(0, self.budget_bytes)
 
         def touch(offset: int) -> int:
             nbytes = min(_TOUCH_BYTES, self.budget_bytes - offset)
             native.touch(self._parking + offset, nbytes)
-            return offset + nbytes
+            return nbytes
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
             for done in threads.map(touch, range(0, self.budget_bytes, _TOUCH_BYTES)):
-                progress(done, self.budget_bytes)
+                progress(done)
 
 
 def _check_mappings(slots: int, chunk_bytes: int) -> None:
-    """Every mapped chunk is a mapping of its own, and may have another beside it."""
+    """Raises ConfigError when there may be more memory mappings than the system allows: every
+    mapped chunk is one, and may leave another beside it."""
     most = int(Path("/proc/sys/vm/max_map_count").read_text())
     if 2 * slots + _OTHER_MAPPINGS > most:
         usable = max(1, (most - _OTHER_MAPPINGS) // 2)

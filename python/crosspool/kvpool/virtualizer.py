@@ -12,17 +12,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from types import TracebackType
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
 from crosspool.config.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all), first with 0 done, last with all done."""
 
 
 class Virtualizer(ABC):
@@ -35,12 +31,7 @@ class Virtualizer(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @abstractmethod
@@ -58,8 +49,10 @@ class Virtualizer(ABC):
 
     @abstractmethod
     def tensor(self, model: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """The model's range from its beginning as a tensor; only mapped parts may be touched, and
-        nothing after :meth:`close`. Raises ValueError when the range is too small for it."""
+        """Returns the model's range, from its beginning, as a tensor. Only mapped parts may be
+        touched, and nothing after :meth:`close`.
+
+        Raises ValueError when the range is too small for it."""
 
     @abstractmethod
     def close(self) -> None:
@@ -75,8 +68,8 @@ class Virtualizer(ABC):
 
 
 def whole_chunks(budget_bytes: int, chunk_bytes: int, unit: int) -> int:
-    """Chunks of ``chunk_bytes`` in the budget of one attention rank; ``unit``: the bytes that the
-    device maps at a time.
+    """Returns the number of chunks in the budget of one attention rank; ``unit``: the bytes that
+    the device maps at a time.
 
     Raises ConfigError that names the field when a chunk is no multiple of it, or there is none."""
     if chunk_bytes <= 0 or chunk_bytes % unit:
@@ -91,7 +84,7 @@ def whole_chunks(budget_bytes: int, chunk_bytes: int, unit: int) -> int:
 
 
 class ChunkTable:
-    """Which slot of the budget lies under which chunk of which model.
+    """The slots of the budget, and the chunk of a model that each lies under.
 
     A slot is memory for one chunk, named by a number that means something to the virtualizer. The
     table tells what may be done; the virtualizer does it, and notes in the table what it has done.
@@ -106,7 +99,7 @@ class ChunkTable:
         self._slot_of: list[dict[int, int]] = [{} for _ in ranges]
 
     def slots_for(self, model: int, chunks: Sequence[int]) -> list[int]:
-        """The free slots to map under ``chunks``, one each.
+        """Returns free slots to map under ``chunks``, one each.
 
         Raises ValueError as :meth:`Virtualizer.map` does."""
         slot_of = self._slot_of[model]
@@ -120,12 +113,12 @@ class ChunkTable:
         return self.free[: -len(chunks) - 1 : -1]
 
     def note_mapped(self, model: int, chunks: Sequence[int], slots: Sequence[int]) -> None:
-        """``slots``, as :meth:`slots_for` told them, lie under ``chunks`` now."""
+        """Notes that ``slots``, which :meth:`slots_for` gave, lie under ``chunks`` now."""
         del self.free[len(self.free) - len(slots) :]
         self._slot_of[model].update(zip(chunks, slots, strict=True))
 
     def slots_under(self, model: int, chunks: Sequence[int]) -> list[int]:
-        """The slots under ``chunks``, one each.
+        """Returns the slots under ``chunks``, one each.
 
         Raises ValueError as :meth:`Virtualizer.unmap` does."""
         slot_of = self._slot_of[model]
@@ -135,7 +128,7 @@ class ChunkTable:
         return [slot_of[c] for c in chunks]
 
     def note_unmapped(self, model: int, chunks: Sequence[int]) -> None:
-        """The slots under ``chunks`` are free now."""
+        """Notes that the slots under ``chunks`` are free now."""
         self.free.extend(self._slot_of[model].pop(chunk) for chunk in chunks)
 
     def mapped(self, model: int) -> list[int]:
@@ -143,7 +136,7 @@ class ChunkTable:
         return list(self._slot_of[model])
 
     def clear(self) -> None:
-        """No slot is left, mapped or free."""
+        """Forgets all slots, mapped or free."""
         self.free = []
         self._slot_of = [{} for _ in self._slot_of]
 

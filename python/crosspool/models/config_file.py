@@ -1,4 +1,4 @@
-"""A checkpoint folder's ``config.json``, read field by field, each checked as it is read."""
+"""Reads a checkpoint folder's ``config.json`` field by field, and checks each field."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from crosspool.config.errors import ConfigError
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises ConfigError when the file is missing or is no JSON object."""
+    """Reads a JSON object. Raises ConfigError when the file is missing or holds anything else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -26,19 +26,19 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 class ConfigFile:
-    """The fields of one JSON file. Every reader takes the default of a missing field, and raises
-    ConfigError that names file and field when the value is none that the field may have."""
+    """The fields of one JSON file. Every reader takes the default for a missing field, and raises
+    ConfigError that names file and field when the field cannot have its value."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.values = read_json(file)
 
     def error(self, field: str, what: str) -> ConfigError:
-        """To be raised by a caller who finds a field's value wrong."""
+        """Returns the error that a caller raises when a field's value is wrong."""
         return ConfigError(f"{self.file}: {field}={self.values.get(field)!r}: {what}")
 
     def spelling(self, *names: str) -> str:
-        """The first of several names of one field that the file uses, or the first."""
+        """Returns the first of a field's names that the file uses, or the first of all."""
         return next((name for name in names if name in self.values), names[0])
 
     def integer(self, field: str, default: int | None, minimum: int = 1) -> int:
@@ -85,7 +85,7 @@ class ConfigFile:
         return value
 
     def integers(self, field: str) -> list[int]:
-        """A list of integers; empty when missing or null."""
+        """Reads a list of integers, which is empty when missing or null."""
         value = self.values.get(field) or []
         if not isinstance(value, list) or not all(type(item) is int for item in value):
             raise self.error(field, "must be a list of integers")

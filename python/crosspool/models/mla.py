@@ -17,7 +17,8 @@ def read_mla(
     interleaved: bool,
     fp32_rope: bool = False,
 ) -> MLASpec:
-    """The numbers are the family's defaults. YaRN's ``mscale_all_dim`` enters the softmax scale."""
+    """Reads the attention; the numbers are the family's defaults. The softmax scale includes YaRN's
+    ``mscale_all_dim``."""
     rope = check_rope(config)
     nope = config.integer("qk_nope_head_dim", qk_nope_head_dim)
     rope_dim = config.integer("qk_rope_head_dim", 64, minimum=2)

@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a :class:`ModelSpec`, and from a spec to its tensors.
+"""Reads a :class:`ModelSpec` from a checkpoint folder, and lists the tensors of a spec.
 
 Example::
 
@@ -9,40 +9,71 @@ Example::
 
 from __future__ import annotations
 
+import pkgutil
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 from crosspool.config.errors import ConfigError
+from crosspool.models import families
 from crosspool.models.config_file import ConfigFile
-from crosspool.models.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from crosspool.models.family import Family
-from crosspool.models.glm4_moe_lite import GLM4_MOE_LITE
-from crosspool.models.mixtral import MIXTRAL
-from crosspool.models.olmoe import OLMOE
-from crosspool.models.qwen3_moe import QWEN3_MOE
 from crosspool.models.spec import DType, ModelSpec, TensorRef
 from crosspool.models.tensors import attention_part, ffn_part
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE_LITE, MIXTRAL, OLMOE)
-}
+
+def _found() -> dict[str, Family]:
+    """Returns the families that the modules of :mod:`crosspool.models.families` define."""
+    modules = [
+        import_module(f"{families.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(families.__path__)
+    ]
+    values = [value for module in modules for value in vars(module).values()]
+    return {value.model_type: value for value in values if isinstance(value, Family)}
+
+
+FAMILIES = _found()
 _BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES.values()}
 
 
 def read_model(path: Path, context_length: int | None = None, dtype: str = "auto") -> ModelSpec:
     """Reads ``config.json`` and ``generation_config.json`` of a checkpoint folder.
 
-    ``context_length``: a shorter limit in tokens than the model's own. ``dtype``: ``bfloat16``,
-    ``float32``, or ``auto`` for the config's. Raises ConfigError, naming file and field, when the
-    architecture is not supported, a value makes no sense, or the checkpoint is quantised."""
+    ``context_length`` is a limit in tokens below the model's own. ``dtype`` is ``bfloat16``,
+    ``float32``, or ``auto`` for the one in the file. Raises ConfigError that names file and field
+    when the architecture is not supported, a value makes no sense, or the checkpoint is
+    quantised."""
     config = ConfigFile(path / "config.json")
-    family = _family(config)
+    family = family_of(config)
+    if family is None:
+        raise ConfigError(
+            f"{config.file}: architectures={config.values.get('architectures')!r}, "
+            f"model_type={config.values.get('model_type')!r} is not supported; supported are "
+            + ", ".join(sorted(_BY_ARCHITECTURE))
+        )
     for field in ("quantization_config", "compression_config"):
         if config.values.get(field):
             raise ConfigError(
                 f"{config.file}: {field} is set: quantised checkpoints are not supported, "
                 "use one in bfloat16 or float32"
             )
+    spec = read_spec(config, family, _dtype(config, dtype))
+    return replace(spec, context=_limited(config, spec.context, context_length))
+
+
+def family_of(config: ConfigFile) -> Family | None:
+    """Returns the family of the first known architecture in the file, or of its model type where
+    it names no architectures; None for a model that the server does not run."""
+    names = config.values.get("architectures")
+    if names is None:
+        return FAMILIES.get(str(config.values.get("model_type")))
+    known = names if isinstance(names, list) else []
+    return next((_BY_ARCHITECTURE[name] for name in known if name in _BY_ARCHITECTURE), None)
+
+
+def read_spec(config: ConfigFile, family: Family, dtype: DType) -> ModelSpec:
+    """Reads a model of ``family``, whatever the file's dtype and quantisation. Raises ConfigError
+    that names file and field for a value that makes no sense, or that ranks cannot run."""
     if config.text("hidden_act", "silu") not in ("silu", "swish"):
         raise config.error("hidden_act", "must be silu")
     hidden = config.integer("hidden_size", family.hidden)
@@ -51,49 +82,28 @@ def read_model(path: Path, context_length: int | None = None, dtype: str = "auto
         family=family.model_type,
         hidden=hidden,
         vocab=config.integer("vocab_size", family.vocab),
-        context=_context(config, family.context, context_length),
-        dtype=_dtype(config, dtype),
+        context=config.integer("max_position_embeddings", family.context),
+        dtype=dtype,
         norm_eps=config.number("rms_norm_eps", family.norm_eps),
         tied_embeddings=config.boolean("tie_word_embeddings", False),
         attention=family.attention(config, hidden),
         ffn=family.ffn(config, layers),
-        eos_token_ids=_eos(config, path / "generation_config.json", family.eos_token_id),
+        eos_token_ids=_eos(config, family.eos_token_id),
     )
 
 
 def attention_tensors(spec: ModelSpec) -> list[tuple[int | None, TensorRef]]:
-    """Every tensor of the attention part with its layer; None for embeddings, final norm and LM
-    head."""
+    """Lists every tensor of the attention part with its layer, which is None for embeddings, final
+    norm and LM head."""
     return list(attention_part(spec))
 
 
 def ffn_tensors(spec: ModelSpec, layer: int) -> list[TensorRef]:
-    """Every tensor of one layer's FFN part, whole: a shard says which share of it a rank holds."""
+    """Lists every whole tensor of one layer's FFN part; an FFNShard selects a rank's share."""
     return list(ffn_part(spec, layer, FAMILIES[spec.family].names))
 
 
-def _family(config: ConfigFile) -> Family:
-    names = config.values.get("architectures")
-    if names is None:
-        family = FAMILIES.get(str(config.values.get("model_type")))
-    else:
-        known = (
-            [_BY_ARCHITECTURE[n] for n in names if n in _BY_ARCHITECTURE]
-            if isinstance(names, list)
-            else []
-        )
-        family = known[0] if known else None
-    if family is None:
-        raise ConfigError(
-            f"{config.file}: architectures={names!r}, "
-            f"model_type={config.values.get('model_type')!r} is not supported; supported are "
-            + ", ".join(sorted(_BY_ARCHITECTURE))
-        )
-    return family
-
-
-def _context(config: ConfigFile, default: int, wanted: int | None) -> int:
-    longest = config.integer("max_position_embeddings", default)
+def _limited(config: ConfigFile, longest: int, wanted: int | None) -> int:
     if wanted is None:
         return longest
     if not 1 <= wanted <= longest:
@@ -116,9 +126,10 @@ def _dtype(config: ConfigFile, wanted: str) -> DType:
     raise ConfigError(f"dtype {wanted!r} must be auto, bfloat16 or float32")
 
 
-def _eos(config: ConfigFile, generation_file: Path, default: int | None) -> tuple[int, ...]:
-    """End-of-sequence ids of both files; the family's default when neither names any."""
+def _eos(config: ConfigFile, default: int | None) -> tuple[int, ...]:
+    """Returns the end-of-sequence ids of both files, or the family's default without any."""
     ids = _token_ids(config)
+    generation_file = config.file.with_name("generation_config.json")
     if generation_file.exists():
         ids += _token_ids(ConfigFile(generation_file))
     if not ids and "eos_token_id" not in config.values and default is not None:

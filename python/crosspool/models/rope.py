@@ -1,6 +1,6 @@
-"""The rope fields of a config.json in both spellings: ``rope_parameters`` (transformers 5) and
-``rope_theta`` with ``rope_scaling``. The rank computes the frequencies; here is what the planner
-must refuse, and what changes the softmax scale."""
+"""Reads the rope fields of a config.json in both spellings: ``rope_parameters`` (transformers 5),
+and ``rope_theta`` with ``rope_scaling``. Ranks compute the frequencies; this module refuses what
+they cannot compute, and returns what changes the softmax scale."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import ConfigFile
 
-# What each type needs beside the base. Others change with the length of the sequence (longrope),
-# so that keys already in the cache would have to be rotated again.
+# Parameters that each type needs beside the base. Other types, such as longrope, change with the
+# length of the sequence, so that keys in the cache would have to be rotated again.
 _NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -21,9 +21,8 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 
 
 def check_rope(config: ConfigFile) -> dict[str, Any]:
-    """The rope parameters in one dict, as transformers merges them (``rope_type`` is in it).
-
-    Raises ConfigError for a type that is not supported or a value that makes no sense."""
+    """Returns the rope parameters in one dict with ``rope_type``, as transformers merges them.
+    Raises ConfigError for a type that is not supported, or a value that makes no sense."""
     field = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
     given = config.values.get(field) or {}
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
@@ -49,5 +48,5 @@ def _check_positive(config: ConfigFile, field: str, name: str, value: object) ->
 
 
 def yarn_mscale(factor: float, mscale_all_dim: float) -> float:
-    """By how much YaRN sharpens the attention's logits, once for q and once for k."""
+    """Returns the factor by which YaRN scales both q and k to sharpen the attention's logits."""
     return 1.0 if factor <= 1 else 0.1 * mscale_all_dim * math.log(factor) + 1.0

@@ -1,8 +1,8 @@
-"""What a model is, as data: the shapes and rules that its attention part and its FFN part follow.
+"""A model as data: the shapes and rules of its attention part and its FFN part.
 
 A family's file turns a Hugging Face ``config.json`` into a :class:`ModelSpec` and names the
-checkpoint's tensors (:class:`TensorRef`). Nothing here or in a family's file imports torch, so
-that the planner, the scheduler and the launcher read models in milliseconds.
+checkpoint's tensors (:class:`TensorRef`). Neither this module nor a family's file imports torch, so
+the planner, the scheduler and the launcher read models in milliseconds.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class RopeSpec:
-    """Rotary position embedding. Frequencies come from transformers' rope functions in the rank."""
+    """Rotary position embedding. Ranks take its frequencies from transformers' functions."""
 
     dim: int
-    """Rotated features per head."""
+    """Number of rotated features per head."""
     interleaved: bool
-    """True: pairs are (0, 1), (2, 3), ...; False: pairs are (i, i + dim / 2)."""
+    """Whether the rotated pairs are (0, 1), (2, 3), ... instead of (i, i + dim / 2)."""
     fp32: bool = False
-    """The rotation is computed in float32 whatever the model's dtype (DeepSeek-V2)."""
+    """Whether the rotation is computed in float32 whatever the model's dtype (DeepSeek-V2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class GQASpec:
     qkv_bias: bool = False
     o_bias: bool = False
     sliding_window: int | None = None
-    """Tokens that a query sees, itself included; None: all."""
+    """Number of tokens that a query sees, its own included; None for all."""
     qkv_clip: float | None = None
-    """q, k and v are clamped to [-clip, clip] after their projections (OLMoE)."""
+    """Bound to which q, k and v are clamped after their projections (OLMoE); None for no bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,34 +56,34 @@ class MLASpec:
     qk_rope_head_dim: int
     v_head_dim: int
     scale: float
-    """Softmax scale, with the family's YaRN mscale correction already in it."""
+    """Softmax scale, including the family's YaRN mscale correction."""
     rope: RopeSpec
     qkv_bias: bool = False
-    """``q_a_proj``, ``kv_a_proj`` and ``o_proj`` have a bias."""
+    """Whether ``q_a_proj``, ``kv_a_proj`` and ``o_proj`` have biases."""
     latent_norm_eps: float = 1e-6
-    """Epsilon of the norms of the q and kv latents, whatever the model's ``norm_eps``."""
+    """Epsilon of the norms of the q and kv latents, which does not follow ``norm_eps``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSpec:
-    """How tokens choose experts."""
+    """The rules by which tokens choose experts."""
 
     score: Literal["softmax", "sigmoid"]
     top_k: int
     groups: int = 1
-    """Experts are split into this many groups, of which the best ``top_groups`` may be chosen."""
+    """Number of groups of experts; a token chooses experts from its best ``top_groups`` groups."""
     top_groups: int = 1
     group_score: Literal["max", "top2_sum"] = "max"
-    """A group's score: its best expert (DeepSeek-V2), or the sum of its best two (V3)."""
+    """A group's score: that of its best expert (DeepSeek-V2), or the sum of its best two (V3)."""
     correction_bias: bool = False
-    """A bias is added to the scores for the choice of experts only (DeepSeek-V3)."""
+    """Whether a bias is added to the scores for the choice of experts only (DeepSeek-V3)."""
     renormalize: bool = False
-    """The chosen experts' weights are divided by their sum."""
+    """Whether the weights of the chosen experts are divided by their sum."""
     scale: float = 1.0
-    """The weights are multiplied by this last."""
+    """Factor by which the weights are multiplied last."""
     fp32_logits: bool = False
-    """The router's matrix product runs in float32 whatever the model's dtype; its weight is held
-    in float32."""
+    """Whether the router's weight is held, and its matrix product computed, in float32 whatever
+    the model's dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +95,14 @@ class DenseFFN:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEFFN:
-    """Routed gated-MLP experts, plus an optional shared gated MLP that every token takes."""
+    """Routed experts, which are gated MLPs, and optionally a shared one for every token."""
 
     experts: int
     intermediate: int
     """Intermediate size of one expert."""
     router: RouterSpec
     shared_intermediate: int = 0
-    """Intermediate size of all shared experts together; 0: none."""
+    """Intermediate size of all shared experts together; 0 without any."""
 
 
 FFNSpec = DenseFFN | MoEFFN
@@ -111,10 +111,10 @@ AttentionSpec = GQASpec | MLASpec
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """One model: everything that pools, scheduler and ranks need to know of it but its weights."""
+    """All that pools, scheduler and ranks need to know of a model, except its weights."""
 
     family: str
-    """The HF ``model_type``: ``qwen3_moe``, ``deepseek_v2``, ..."""
+    """Hugging Face's ``model_type``: ``qwen3_moe``, ``deepseek_v2``, ..."""
     hidden: int
     vocab: int
     context: int
@@ -124,7 +124,7 @@ class ModelSpec:
     tied_embeddings: bool
     attention: AttentionSpec
     ffn: tuple[FFNSpec, ...]
-    """One per layer."""
+    """The FFN of each layer."""
     eos_token_ids: tuple[int, ...]
 
     @property
@@ -141,22 +141,22 @@ class ModelSpec:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """KV bytes of one token over all layers (the paper's kappa)."""
+        """Bytes of KV cache per token over all layers (the paper's kappa)."""
         return self.layers * self.kv_width * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRef:
-    """One tensor of a model: what we call it, what the checkpoint calls it, and how it splits."""
+    """One tensor of a model: its key, its name in the checkpoint, and how it is split."""
 
     key: str
-    """Our name within its part and layer: ``q_proj``, ``experts.3.gate``, ``shared.down``, ..."""
+    """Name within its part and layer: ``q_proj``, ``experts.3.gate``, ``shared.down``, ..."""
     name: str
-    """The checkpoint's name."""
+    """Name in the checkpoint."""
     shape: tuple[int, ...]
     split: int | None = None
-    """Dimension along which tensor-parallel FFN ranks share it; None: every rank holds all."""
+    """Dimension along which tensor-parallel FFN ranks split it; None when every rank holds all."""
     expert: int | None = None
-    """Index of the routed expert that it belongs to; None: not an expert's."""
+    """Index of the routed expert that it belongs to, or None."""
     keep_fp32: bool = False
-    """Held in float32 whatever the model's dtype (the router's correction bias)."""
+    """Whether it is held in float32 whatever the model's dtype."""

@@ -1,4 +1,4 @@
-"""The tensors of a model by its spec: our keys, the checkpoint's names, shapes and splits."""
+"""Lists the tensors of a spec: keys, names in the checkpoint, shapes and splits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, MoEFFN, TensorRef
 
 
 def attention_part(spec: ModelSpec) -> Iterator[tuple[int | None, TensorRef]]:
-    """Every tensor of the attention part with its layer, None for those of the whole model."""
+    """Yields every tensor of the attention part with its layer, None for the whole model's."""
     vocabulary = (spec.vocab, spec.hidden)
     yield None, TensorRef(key="embed", name="model.embed_tokens.weight", shape=vocabulary)
     for layer in range(spec.layers):
@@ -72,7 +72,7 @@ def _mla(a: MLASpec, hidden: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 
 def ffn_part(spec: ModelSpec, layer: int, names: FFNNames) -> Iterator[TensorRef]:
-    """Every tensor of one layer's FFN part."""
+    """Yields every tensor of one layer's FFN part."""
     ffn = spec.ffn[layer]
     block = f"model.layers.{layer}.{names.block}"
     if not isinstance(ffn, MoEFFN):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from crosspool.transport.inspection import DeviceCounters, ModelStatus, RankSnapshot, Status
+
 _MODEL_GAUGES = (
     ("waiting", "crosspool_requests_waiting", "Requests queued."),
     ("running", "crosspool_requests_running", "Requests admitted and not finished."),
-    ("paused", "crosspool_requests_paused", "Of them, those that wait for more KV memory."),
+    ("paused", "crosspool_requests_paused", "Running requests that wait for more KV memory."),
     ("mapped_bytes", "crosspool_kv_mapped_bytes", "KV memory mapped for the model."),
     ("promised_bytes", "crosspool_kv_promised_bytes", "KV memory promised to running requests."),
     ("cached_bytes", "crosspool_kv_cached_bytes", "KV memory of cached prefixes not in use."),
@@ -22,7 +23,7 @@ _MODEL_COUNTERS = (
     ("requests", "crosspool_requests", "Requests received, refused ones included."),
     ("admitted", "crosspool_requests_admitted", "Requests admitted to the KV pool."),
     ("prompt_tokens", "crosspool_prompt_tokens", "Prompt tokens computed."),
-    ("cached_tokens", "crosspool_cached_tokens", "Prompt tokens that the prefix cache had."),
+    ("cached_tokens", "crosspool_cached_tokens", "Prompt tokens found in the prefix cache."),
     ("prefix_hits", "crosspool_prefix_hits", "Requests admitted with cached prompt tokens."),
     ("evicted_pages", "crosspool_evicted_pages", "Cached KV pages given up for requests."),
     ("pauses", "crosspool_pauses", "Times that a running request waited for more KV memory."),
@@ -34,8 +35,8 @@ _RANK_GAUGES = (
     ("budget_bytes", "crosspool_kv_budget_bytes", "KV budget of the attention rank."),
     ("free_bytes", "crosspool_kv_free_bytes", "KV memory neither promised nor cached."),
     ("promised_bytes", "crosspool_kv_rank_promised_bytes", "KV memory promised to requests."),
-    ("cached_bytes", "crosspool_kv_rank_cached_bytes", "KV memory of cached prefixes only."),
-    ("steps_in_flight", "crosspool_steps_in_flight", "Steps sent and not answered."),
+    ("cached_bytes", "crosspool_kv_rank_cached_bytes", "KV memory of cached prefixes not in use."),
+    ("steps_in_flight", "crosspool_steps_in_flight", "Steps sent to the rank and not finished."),
 )
 _LINK_COUNTERS = (
     ("rows", "crosspool_hidden_state_rows", "Token rows dispatched to FFN ranks."),
@@ -44,47 +45,46 @@ _LINK_COUNTERS = (
 )
 
 
-def render(status: Mapping[str, Any], counters: Sequence[Mapping[str, Any]]) -> bytes:
+def render(status: Status | None, counters: Sequence[DeviceCounters]) -> bytes:
     """Metrics in Prometheus' text format.
 
-    ``status``: what the scheduler process answers to ``status`` (may be empty while it starts).
-    ``counters``: what the devices answer to ``counters``: a dict per device, with ``links``."""
+    ``status`` is None until the scheduler process has told it; ``counters`` has one entry for each
+    device, and none while devices start."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Snapshot(status, counters))
     return generate_latest(registry)
 
 
 def of_all_processes() -> bytes:
-    """What SGLang's own metrics of every process have come to; they share the folder
-    ``PROMETHEUS_MULTIPROC_DIR``."""
+    """SGLang's own metrics, summed over all processes, which share ``PROMETHEUS_MULTIPROC_DIR``."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry)
     return generate_latest(registry)
 
 
 class _Snapshot(Collector):
-    def __init__(self, status: Mapping[str, Any], counters: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, status: Status | None, counters: Sequence[DeviceCounters]) -> None:
         self._status = status
         self._counters = counters
 
     def collect(self) -> Iterator[Metric]:
         ready = GaugeMetricFamily("crosspool_ready", "1 when every device is ready.")
-        ready.add_metric([], float(bool(self._status.get("ready"))))
+        ready.add_metric([], float(self._status is not None and self._status.ready))
         yield ready
-        yield from self._models(self._status.get("models", ()))
-        yield from self._ranks(self._status.get("ranks", ()))
+        yield from self._models(self._status.models if self._status else [])
+        yield from self._ranks(self._status.ranks if self._status else [])
         yield from self._links()
 
-    def _models(self, models: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
+    def _models(self, models: Sequence[ModelStatus]) -> Iterator[Metric]:
         for key, name, text in _MODEL_GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=["model"])
             for model in models:
-                gauge.add_metric([model["name"]], model[key])
+                gauge.add_metric([model.name], getattr(model, key))
             yield gauge
         for key, name, text in _MODEL_COUNTERS:
             counter = CounterMetricFamily(name, text, labels=["model"])
             for model in models:
-                counter.add_metric([model["name"]], model[key])
+                counter.add_metric([model.name], getattr(model, key))
             yield counter
         for key, label, text in (
             ("finished", "reason", "Requests that ended by themselves."),
@@ -92,21 +92,21 @@ class _Snapshot(Collector):
         ):
             by = CounterMetricFamily(f"crosspool_requests_{key}", text, labels=["model", label])
             for model in models:
-                for value, number in model[key].items():
-                    by.add_metric([model["name"], value], number)
+                for value, number in getattr(model, key).items():
+                    by.add_metric([model.name, value], number)
             yield by
 
-    def _ranks(self, ranks: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
+    def _ranks(self, ranks: Sequence[RankSnapshot]) -> Iterator[Metric]:
         for key, name, text in _RANK_GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=["attention_rank", "device"])
             for index, rank in enumerate(ranks):
-                gauge.add_metric([str(index), rank["device"]], rank[key])
+                gauge.add_metric([str(index), rank.device], getattr(rank, key))
             yield gauge
 
     def _links(self) -> Iterator[Metric]:
         for key, name, text in _LINK_COUNTERS:
             counter = CounterMetricFamily(name, text, labels=["device"])
             for device in self._counters:
-                total = sum(link[key] for link in device.get("links", ()))
-                counter.add_metric([device["device"]], total)
+                total = sum(getattr(link, key) for link in device.links)
+                counter.add_metric([device.device], total)
             yield counter

@@ -1,4 +1,4 @@
-"""The pools as tables for a terminal: what each rank holds, what each model takes, what is used."""
+"""The pools as tables for a terminal: what each rank holds, what each model needs and uses."""
 
 from __future__ import annotations
 
@@ -10,18 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crosspool.config.sizes import format_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class KVUse:
-    """KV memory in use now, in bytes."""
-
-    promised: int
-    """To requests that run."""
-    cached: int
-    """Of prefixes that no request uses: given up as soon as one needs the room."""
-    mapped: int
-    """In physical memory: all that is cached, and what has been written of what is promised."""
+from crosspool.transport.inspection import ModelStatus, RankSnapshot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +18,12 @@ class RankRow:
     """One rank; sizes in bytes."""
 
     rank: str
-    """``attention 0``, ``FFN 1``."""
+    """Role and number, as in ``attention 0`` or ``FFN 1``."""
     device: str
     weights: int
     kv_budget: int | None
     """None for an FFN rank."""
-    kv: KVUse | None = None
+    now: RankSnapshot | None = None
     """None when the server has not been asked, and for an FFN rank."""
 
 
@@ -45,32 +34,17 @@ class ModelRow:
     name: str
     dtype: str
     attention_weights: int
-    """On each attention rank."""
+    """Bytes on each attention rank."""
     ffn_weights: int
-    """On all of its FFN ranks together."""
+    """Bytes on all of the model's FFN ranks together."""
     ffn_ranks: tuple[int, ...]
     kv_per_token: int
     pages: int
-    """KV pages that the whole KV pool would hold if it were this model's alone."""
+    """KV pages that the whole KV pool holds if this model has it to itself."""
     tokens: int
-    """Tokens in as many pages."""
+    """Tokens that these pages hold."""
     context: int
-    """Longest sequence in tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class UseRow:
-    """What one model makes of the KV pool now, and since the start."""
-
-    name: str
-    running: int
-    waiting: int
-    kv: KVUse
-    cached_tokens: int
-    """Prompt tokens that the prefix cache had."""
-    prompt_tokens: int
-    """Prompt tokens computed."""
-    evicted_pages: int
+    """Longest sequence, in tokens."""
 
 
 _WIDTH_OF_A_FILE = 140
@@ -84,14 +58,15 @@ def make_console() -> Console:
 
 
 def pools_tables(
-    ranks: Sequence[RankRow], models: Sequence[ModelRow], use: Sequence[UseRow] = ()
+    ranks: Sequence[RankRow], models: Sequence[ModelRow], use: Sequence[ModelStatus] = ()
 ) -> Group:
-    """Renders the tables; what is in use now appears only where it is known."""
+    """Renders the tables. ``use`` has one entry for each model; without it, memory in use is left
+    out."""
     live = _USE if use else ()
     by_rank = _table("Pools", "rank", "device", "weights", "KV budget", *live)
     for rank in ranks:
         cells = [rank.rank, rank.device, format_size(rank.weights), _size(rank.kv_budget)]
-        by_rank.add_row(*cells, *(_use(rank.kv) if use else ()))
+        by_rank.add_row(*cells, *(_use(rank.now) if use else ()))
     by_model = _table(
         "Models",
         "model",
@@ -126,7 +101,7 @@ def pools_tables(
         "waiting",
         *_USE,
         "prompt tokens",
-        "of them cached",
+        "found cached",
         "pages given up",
     )
     for row in use:
@@ -135,7 +110,7 @@ def pools_tables(
             row.name,
             str(row.running),
             str(row.waiting),
-            *_use(row.kv),
+            *_use(row),
             f"{prompt:,}",
             f"{row.cached_tokens:,}",
             f"{row.evicted_pages:,}",
@@ -152,10 +127,10 @@ def _table(title: str, first: str, second: str, *numbers: str) -> Table:
     return table
 
 
-def _use(kv: KVUse | None) -> tuple[str, ...]:
-    if kv is None:
+def _use(now: RankSnapshot | ModelStatus | None) -> tuple[str, ...]:
+    if now is None:
         return ("",) * len(_USE)
-    return tuple(format_size(size) for size in (kv.promised, kv.cached, kv.mapped))
+    return tuple(map(format_size, (now.promised_bytes, now.cached_bytes, now.mapped_bytes)))
 
 
 def _size(size: int | None) -> str:

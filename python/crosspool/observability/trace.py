@@ -27,13 +27,13 @@ class LaneEvent(msgspec.Struct, frozen=True, kw_only=True):
     role: Literal["attention", "ffn"]
     rank: int
     attention_rank: int
-    """Owner of the lane."""
+    """The attention rank whose lane it is."""
     lane: int
     step: int
     """The attention rank's step; -1 in an FFN rank's events, which know only the layer."""
     model: int
     layer: int
-    """-1 for the LM head."""
+    """The layer; -1 for the LM head."""
     part: Part
     rows: int
     start_ns: int
@@ -41,7 +41,8 @@ class LaneEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LaneTrace:
-    """The ring. Recording code reads ``on`` first: that branch is all that tracing costs when off.
+    """A ring of events. Recording code reads ``on`` first, which is all that tracing costs while it
+    is off.
 
     >>> trace = LaneTrace()
     >>> trace.start()
@@ -69,7 +70,7 @@ class LaneTrace:
         return events
 
     def now(self) -> int:
-        """Start time of a part, in ns; 0 while tracing is off."""
+        """Returns the start time of a part in ns, or 0 while tracing is off."""
         return monotonic_ns() if self.on else 0
 
     def record(
@@ -86,7 +87,7 @@ class LaneTrace:
         rows: int,
         start_ns: int,
     ) -> None:
-        """Notes a part that ends now. One that began before :meth:`start` is left out."""
+        """Records a part that ends now, unless it began before :meth:`start`."""
         if not self.on or start_ns == 0:
             return
         self._events.append(
@@ -107,7 +108,7 @@ class LaneTrace:
 
 
 def to_chrome(events: Iterable[LaneEvent], models: Sequence[str]) -> dict[str, Any]:
-    """The Chrome trace format's JSON object: a process per rank, a thread per lane.
+    """Returns a JSON object in Chrome's trace format: a process per rank, a thread per lane.
 
     ``models``: the deployment's model names, by index."""
     rows: list[dict[str, Any]] = []

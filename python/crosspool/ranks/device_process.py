@@ -49,10 +49,11 @@ log = logging.getLogger(__name__)
 _SLEEP = 1.0
 """Seconds between looks at signals while only the control path can bring work."""
 _BUSY_WAIT = 0.001
-"""Longest wait on the data path in seconds while steps are in flight: until then a new step for a
-free lane may stay unnoticed."""
+"""Longest wait on the data path, in seconds, while steps are in flight. A new step for a free lane
+may stay unnoticed for so long."""
 _IDLE_WAIT = 0.05
-"""The same on a device whose only work are other devices' dispatches."""
+"""Longest wait on the data path, in seconds, on a device that only serves other devices'
+dispatches."""
 _SHUTDOWN_SECONDS = 10.0
 
 
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         socket.send(Failed(device=device.name, message=str(error)))
         return 2
     except Exception as error:
-        log.exception("cannot go on")
+        log.exception("the device process cannot go on")
         message = f"{type(error).__name__}: {error}"
         socket.send(Failed(device=device.name, message=message))
         return 1
@@ -105,9 +106,9 @@ class DeviceProcess:
         self._drains = True
 
     def run(self) -> int:
-        """Loads, reports :class:`Ready`, works; returns the exit status.
+        """Loads, reports :class:`Ready` and works; returns the exit status.
 
-        SIGTERM ends it at once while it loads, and lets steps in flight finish later."""
+        SIGTERM ends the process at once while it loads; afterwards steps in flight still end."""
         ranks = self._load()
         freeze_heap()
         signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -134,33 +135,22 @@ class DeviceProcess:
         ]
         placement = place(deployment, specs)
         if not device.is_cpu:
-            return self._load_gpu(specs, placement)
+            # CUDA reads these when it is loaded. The launcher sets them too, but a process may be
+            # started by hand.
+            os.environ.update(gpu.ENVIRONMENT)
+            _set_torch_threads(1)
+            return load_ranks(deployment, device, specs, placement, self._lanes_fd)
         elsewhere = os.sched_getaffinity(0)
-        # Importing torch takes seconds, and its threads keep the cores that they find: only now.
+        # Torch's threads keep the cores that they find when it is imported, so that comes next.
         os.sched_setaffinity(0, device.cores)
-        import torch
-
-        # Under the resident loop the cores belong to its team.
-        torch.set_num_threads(len(device.cores) if deployment.loop == "host" else 1)
-        from crosspool.ranks.device import load_ranks
-
+        # Under the resident loop the cores are its team's.
+        _set_torch_threads(len(device.cores) if deployment.loop == "host" else 1)
         ranks = load_ranks(deployment, device, specs, placement, self._lanes_fd)
-        if deployment.loop == "resident":  # this thread has no part in it, but for messages
+        if deployment.loop == "resident":  # this thread only carries messages
             set_slice(CONTROL_SLICE_NS)
             if elsewhere.isdisjoint(device.cores):
                 os.sched_setaffinity(0, elsewhere)
         return ranks
-
-    def _load_gpu(self, specs: Sequence[ModelSpec], placement: Placement) -> DeviceRanks:
-        # CUDA reads these when it is loaded; set here too, for a process started by hand.
-        os.environ.update(gpu.ENVIRONMENT)
-        import torch
-
-        torch.set_num_threads(1)
-        check_visible(self._device)
-        from crosspool.ranks.gpu.load import load_gpu_ranks
-
-        return load_gpu_ranks(self._deployment, self._device, specs, placement, self._lanes_fd)
 
     def _on_sigterm(self, _number: int, _frame: object) -> None:
         self._ending = True
@@ -192,8 +182,8 @@ class DeviceProcess:
             case Recall():
                 ranks.executor.recall(message)
             case Inspect():
-                answer = ranks.inspect(message.what)
-                self._socket.send(Inspected(id=message.id, device=self._device.name, answer=answer))
+                report = ranks.inspect(message.what)
+                self._socket.send(Inspected(id=message.id, device=self._device.name, report=report))
             case Shutdown():
                 self._ending = True
                 self._drains = message.drain
@@ -202,14 +192,44 @@ class DeviceProcess:
         deadline = time.monotonic() + _SHUTDOWN_SECONDS
         while self._drains and not ranks.executor.drained:
             if time.monotonic() > deadline:
-                log.error("steps in flight did not end in %.0f s", _SHUTDOWN_SECONDS)
+                log.error(
+                    "steps in flight have not ended after %.0f s; giving up", _SHUTDOWN_SECONDS
+                )
                 return 1
             self._send(ranks.executor.run(_BUSY_WAIT))
             message = self._socket.receive()
             if isinstance(message, Shutdown):
                 self._handle(message, ranks)
-        log.info("ends")
+        log.info("stopped")
         return 0
+
+
+def load_ranks(
+    deployment: Deployment,
+    device: Device,
+    specs: Sequence[ModelSpec],
+    placement: Placement,
+    lanes_fd: int | None,
+) -> DeviceRanks:
+    """Loads the device's ranks with the engine that the deployment names for such a device: takes
+    the KV pool's memory, reads the weights, opens the links.
+
+    ``lanes_fd``: the data path's shared memory, needed when a peer lives on another device; it is
+    closed. Raises ConfigError for a bad checkpoint, or a KV pool for which there is no memory."""
+    if not device.is_cpu:
+        check_visible(device)
+        from crosspool.ranks.gpu.load import load_gpu_ranks as load_by_engine
+    elif deployment.loop == "host":
+        from crosspool.ranks.host.load import load_host_ranks as load_by_engine
+    else:
+        from crosspool.ranks.resident.load import load_resident_ranks as load_by_engine
+    return load_by_engine(deployment, device, specs, placement, lanes_fd)
+
+
+def _set_torch_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
 
 
 def check_visible(device: Device) -> None:

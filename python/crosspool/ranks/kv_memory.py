@@ -7,9 +7,13 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from crosspool.config.deployment import Deployment
+from crosspool.config.device import Device
 from crosspool.kvpool.layout import KVLayout
-from crosspool.kvpool.virtualizer import Progress, Virtualizer
+from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
+from crosspool.kvpool.virtualizer import Virtualizer
 from crosspool.models.spec import ModelSpec
+from crosspool.observability.progress import Progress, loading
 from crosspool.ranks.weights import TORCH_DTYPES
 
 V = TypeVar("V", bound=Virtualizer)
@@ -28,6 +32,35 @@ class Make(Protocol[V_co]):
     ) -> V_co: ...
 
 
+def kv_pool(
+    deployment: Deployment, device: Device, specs: Sequence[ModelSpec]
+) -> tuple[MremapVirtualizer, list[torch.Tensor]]:
+    """Takes the KV memory of the attention rank on a CPU device, as :func:`take_kv_pool` does.
+
+    Raises ConfigError when the system has no memory for it."""
+    return kv_pool_by(MremapVirtualizer, deployment, device, specs)
+
+
+def kv_pool_by(
+    make: Make[V], deployment: Deployment, device: Device, specs: Sequence[ModelSpec]
+) -> tuple[V, list[torch.Tensor]]:
+    """Takes the device's share of the KV pool, as :func:`take_kv_pool` does, with a progress bar.
+
+    Raises ConfigError when the device has no memory for it."""
+    chunks = deployment.kv_pool_bytes // len(deployment.kv_pool_devices) // deployment.chunk_bytes
+    budget = chunks * deployment.chunk_bytes
+    rank = deployment.kv_pool_devices.index(device)
+    with loading(device.name, f"KV pool of attention rank {rank}", budget) as loaded:
+        return take_kv_pool(
+            make,
+            specs,
+            budget_bytes=budget,
+            chunk_bytes=deployment.chunk_bytes,
+            page_size=deployment.page_size,
+            progress=loaded.progress,
+        )
+
+
 def take_kv_pool(
     make: Make[V],
     specs: Sequence[ModelSpec],
@@ -37,9 +70,10 @@ def take_kv_pool(
     page_size: int,
     progress: Progress | None = None,
 ) -> tuple[V, list[torch.Tensor]]:
-    """Takes the memory of one attention rank (``budget_bytes``, in whole chunks); returns it, and
-    each model's cache [pages, layers, page_size, kv_width], in which every model could use all of
-    the budget. Only mapped chunks of a cache may be touched.
+    """Takes the memory of one attention rank, ``budget_bytes`` in whole chunks.
+
+    Returns its virtualizer, and for each model a cache [pages, layers, page_size, kv_width] that is
+    long enough for all of the budget. Only mapped chunks of a cache may be touched.
 
     Raises ConfigError when the device has no memory for it."""
     layouts = [KVLayout(spec, page_size, chunk_bytes) for spec in specs]

@@ -1,6 +1,6 @@
 """Picks next tokens and reports log-probabilities, one vectorised pass per batch.
 
-Semantics are SGLang's (``srt/sampling`` and ``srt/layers/sampler.py`` of 0.5.21): penalties,
+Semantics are SGLang's (``srt/sampling`` and ``srt/layers/sampler`` of 0.5.21): penalties,
 grammar and bias act on the logits in that order; then temperature, softmax, and top-k, top-p and
 min-p, each a cut through the same descending distribution. The draw is the project's own: one
 uniform number per row, a pure function of (seed, position), through the inverse of the cumulative
@@ -21,12 +21,13 @@ from torch import Tensor
 from crosspool.transport.messages import Sampling, TokenLogprobs
 
 _BEST = 1024
-"""Candidates that are looked at first; only a row whose filters reach further is sorted whole."""
+"""Number of candidates that are sorted first. A row is sorted whole only if its filters reach
+further."""
 
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """What the sampler must know of one row beside its logits."""
+    """What the sampler needs for one row beside its logits."""
 
     sampling: Sampling
     output: Sequence[int]
@@ -63,13 +64,13 @@ def is_greedy(sampling: Sampling) -> bool:
 
 
 def uniform(seed: int, position: int) -> float:
-    """The random number in [0, 1) that decides the token at ``position``."""
+    """Returns the random number in [0, 1) that decides the token at ``position``."""
     key = np.array([seed & (2**64 - 1), position], dtype=np.uint64)
     return float(np.random.Generator(np.random.Philox(key=key)).random())
 
 
 def adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]) -> Tensor:
-    """The logits after penalties, grammar and bias; a copy where anything applies."""
+    """Returns the logits after penalties, grammar and bias; a copy where anything applies."""
     changed = [i for i, row in enumerate(rows) if adjusts(row)]
     if not changed:
         return logits
@@ -105,7 +106,7 @@ def adjusts(row: SamplingRow) -> bool:
 
 
 def penalises(sampling: Sampling) -> bool:
-    """Whether what was sampled changes the logits of what comes later."""
+    """Whether tokens that were sampled change the logits of later ones."""
     return (
         sampling.frequency_penalty != 0.0
         or sampling.presence_penalty != 0.0
@@ -131,14 +132,14 @@ def _penalise(line: Tensor, row: SamplingRow) -> None:
 
 
 def _bar(line: Tensor, tokens: set[int]) -> None:
-    """Forbids ``tokens``, unless a grammar allows nothing else: then the grammar is right."""
+    """Forbids ``tokens``, unless a grammar allows nothing else, which has precedence."""
     barred = line.index_fill(0, torch.tensor(sorted(tokens), dtype=torch.int64), -torch.inf)
     if barred.max() > -torch.inf:
         line.copy_(barred)
 
 
 def _draw(probs: Tensor, samplings: Sequence[Sampling], draws: Tensor) -> Tensor:
-    """One token per row of ``probs`` [N, vocab], by the rows' ``draws`` in [0, 1): int64 [N]."""
+    """Draws one token for each row of ``probs`` [N, vocab] by ``draws`` in [0, 1); int64 [N]."""
     vocab = probs.shape[1]
     top_k = torch.tensor([s.top_k if s.top_k > 0 else vocab for s in samplings])
     # 1 keeps everything, even where rounding carries a sum of probabilities past 1.
@@ -150,7 +151,7 @@ def _draw(probs: Tensor, samplings: Sequence[Sampling], draws: Tensor) -> Tensor
     tokens = torch.empty(len(samplings), dtype=torch.int64)
 
     def draw_filtered(chosen: Tensor, best: Tensor, ids: Tensor) -> None:
-        """``best``, ``ids``: the chosen rows' highest probabilities, descending, and tokens."""
+        """Draws for rows whose highest probabilities, descending, and tokens are given."""
         wide = best.to(torch.float64)
         before = wide.cumsum(dim=-1) - wide
         rank = torch.arange(best.shape[1])
@@ -180,18 +181,18 @@ def _draw(probs: Tensor, samplings: Sequence[Sampling], draws: Tensor) -> Tensor
 
 
 def _ordered(best: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of descending probabilities and their tokens, the lower token first among equals:
-    topk gives those in any order, and bfloat16 logits have many."""
+    """Sorts rows of probabilities in descending order, and equal ones by token: topk leaves those
+    in any order, and bfloat16 logits have many."""
     ids, order = ids.sort(dim=-1)
     best, order = best.gather(1, order).sort(dim=-1, descending=True, stable=True)
     return best, ids.gather(1, order)
 
 
 def _inverse_cdf(weights: Tensor, draws: Tensor) -> Tensor:
-    """Index of the weight (float64 [N, M], any scale) at which each row's draw falls: int64 [N].
+    """Returns the index of the weight at which each row's draw falls, int64 [N].
 
-    A weight of zero is never chosen. Weights that are no numbers (a broken checkpoint's) give the
-    last index."""
+    ``weights``: float64 [N, M] of any scale. A weight of zero is never chosen. Where weights are
+    NaN, as of a broken checkpoint, the last index is."""
     cdf = weights.cumsum(dim=-1)
     total = cdf[:, -1]
     point = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
@@ -202,10 +203,11 @@ def _inverse_cdf(weights: Tensor, draws: Tensor) -> Tensor:
 def token_logprobs(
     logits: Tensor, tokens: Sequence[int], top: Sequence[int], token_ids: Sequence[Sequence[int]]
 ) -> list[TokenLogprobs]:
-    """Log-probabilities under the model's own distribution, before any of the rules above.
+    """Returns log-probabilities under the model's own distribution, before any of the rules above.
 
-    ``logits``: float32 [N, vocab]. Per row: the token whose value is wanted, how many of the best
-    tokens to name beside it, and further tokens to give the value of.
+    ``logits``: float32 [N, vocab]. For each row, ``tokens`` is the token whose value is wanted,
+    ``top`` how many of the best tokens are named beside it, and ``token_ids`` are further tokens
+    whose values are wanted.
     """
     logprobs = torch.log_softmax(logits, dim=-1)
     chosen = logprobs.gather(1, torch.tensor(tokens, dtype=torch.int64)[:, None])[:, 0].tolist()

@@ -1,28 +1,21 @@
-"""The end of a step: what its last residuals are for, LM head, log-probabilities, sampling."""
+"""The end of a step: which of its residual rows need logits, and what these become."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from crosspool.models.spec import ModelSpec
-from crosspool.ranks.host.attention_rank import Batch, Request
+from crosspool.ranks.kv_rank import Request
 from crosspool.ranks.sampler import SamplingRow, sample, token_logprobs
 from crosspool.transport.messages import Row, RowResult, StepResult, TokenLogprobs
-
-if TYPE_CHECKING:
-    from crosspool.ranks.host.attention import AttentionPart
-
-LOGITS_BYTES = 64 << 20
-"""Logits that are held at once."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One row of logits and what it is for."""
+    """A row of logits that a step needs, and its purpose."""
 
     row: int
     """Index of the step's row."""
@@ -31,13 +24,14 @@ class Wanted:
     token: int
     """The prompt token whose log-probability it gives; -1: it yields a new token."""
     carried: Tensor | None = None
-    """The residual [hidden] itself, where an earlier step made it."""
+    """The residual [hidden] itself, if an earlier step has made it."""
 
 
 class StepEnd:
     """What a step still has to make of its last residuals, and its result so far.
 
-    ``requests``: of ``rows``, one each. Residual rows are those of the step, row after row."""
+    ``requests`` has one entry for each of ``rows``. Residual rows are those of the step, row after
+    row."""
 
     def __init__(
         self, step: int, rows: Sequence[Row], requests: Sequence[Request], spec: ModelSpec
@@ -54,8 +48,9 @@ class StepEnd:
         self.wanted = self._plan()
 
     def _plan(self) -> list[Wanted]:
-        """Prompt positions in order, then the rows that sample. Position p's own token is judged by
-        the logits at p - 1, which for a chunk's first token lie at the end of the last chunk."""
+        """Lists prompt positions in order, then the rows that sample. The log-probability of the
+        token at position p comes from the logits at p - 1, which for the first token of a chunk lie
+        at the end of the chunk before."""
         prompts: list[Wanted] = []
         samples: list[Wanted] = []
         first = 0
@@ -94,7 +89,7 @@ class StepEnd:
         return wanted
 
     def take(self, wanted: Sequence[Wanted], logits: Tensor) -> None:
-        """Samples from, and reports of, ``logits``: float32 [len(wanted), vocab]."""
+        """Samples tokens and log-probabilities from ``logits``, float32 [len(wanted), vocab]."""
         samples = [(i, w.row) for i, w in enumerate(wanted) if w.token < 0]
         if samples:
             tokens = sample(
@@ -125,7 +120,7 @@ class StepEnd:
                 self._outputs[w.row] = value
 
     def choose(self, row: int, token: int) -> None:
-        """The token of a row that was sampled elsewhere."""
+        """Takes the token of a row that was sampled elsewhere."""
         self._tokens[row] = token
 
     def reports(self, row: int) -> bool:
@@ -142,7 +137,7 @@ class StepEnd:
         )
 
     def result(self) -> StepResult:
-        """When everything wanted was taken or chosen."""
+        """Returns the step's result, once every wanted row was taken or chosen."""
         return StepResult(
             step=self._step,
             rows=[
@@ -155,35 +150,3 @@ class StepEnd:
                 for i, row in enumerate(self._rows)
             ],
         )
-
-
-class LMHead:
-    """One batch's way from its last residual to its result, a bounded number of rows at a time, so
-    that neither memory nor the other lanes suffer from a long prompt's log-probabilities. Create it
-    after the last combine."""
-
-    def __init__(self, batch: Batch, part: AttentionPart, spec: ModelSpec) -> None:
-        self._part = part
-        self._residual = batch.residual
-        self._chunk = max(1, LOGITS_BYTES // (4 * spec.vocab))
-        self._end = StepEnd(batch.step, batch.rows, batch.requests, spec)
-        for request, row in self._end.kept:
-            request.last_residual = batch.residual[row].clone()
-        self._next = 0
-
-    def advance(self) -> tuple[int, StepResult | None]:
-        """Works on the next rows: returns their number, and the result when they were the last."""
-        wanted = self._end.wanted[self._next : self._next + self._chunk]
-        self._next += len(wanted)
-        if wanted:
-            self._end.take(wanted, self._part.logits(self._gather(wanted)))
-        if self._next < len(self._end.wanted):
-            return len(wanted), None
-        return len(wanted), self._end.result()
-
-    def _gather(self, wanted: Sequence[Wanted]) -> Tensor:
-        rows = self._residual[[max(w.source, 0) for w in wanted]]
-        for i, w in enumerate(wanted):
-            if w.carried is not None:
-                rows[i] = w.carried
-        return rows

@@ -1,14 +1,23 @@
-"""Tensors that a rank holds: filled from the checkpoint, and listed for whoever asks."""
+"""Tensors that a device's ranks hold: which ones, filled from the checkpoint, and listed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from crosspool.weightpool.checkpoint import Checkpoint, Progress, Read
+from crosspool.models.spec import ModelSpec
+from crosspool.observability.progress import Loading, Progress, loading
+from crosspool.weightpool.checkpoint import Checkpoint, Read
+from crosspool.weightpool.placement import FFNShard, Placement, attention_bytes
+
+if TYPE_CHECKING:  # a machine that runs the GPU's tests alone has no msgspec
+    from crosspool.config.deployment import Deployment
+    from crosspool.config.device import Device
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -20,9 +29,9 @@ class TensorListing:
     layer: int | None
     key: str
     name: str
-    """The checkpoint's name."""
+    """The checkpoint's name for it."""
     shape: tuple[int, ...]
-    """Of the share held here."""
+    """Shape of the share that the rank holds."""
     dtype: str
     bytes: int
 
@@ -30,9 +39,9 @@ class TensorListing:
 def fill(
     path: Path, reads: Sequence[tuple[int | None, Read]], progress: Progress
 ) -> list[TensorListing]:
-    """Checks that the checkpoint has every tensor as expected, then reads them all into place.
+    """Checks that the checkpoint has every tensor as expected, and reads all of them into place.
 
-    Raises ConfigError naming the tensor or the file that is wrong."""
+    Raises ConfigError that names the wrong tensor or file."""
     checkpoint = Checkpoint(path)
     checkpoint.check([read.ref for _, read in reads])
     checkpoint.load([read for _, read in reads], progress)
@@ -47,3 +56,49 @@ def fill(
         )
         for layer, read in reads
     ]
+
+
+@dataclass(frozen=True)
+class HeldModel:
+    """What the ranks of one device hold of a model."""
+
+    index: int
+    """The model's index in the deployment."""
+    path: Path
+    spec: ModelSpec
+    attention: bool
+    """Whether the device has an attention rank, which holds the attention part."""
+    ffn: FFNShard | None
+    """The share of the FFN part; None: it lies on other devices."""
+    what: str
+    """Model and ranks, as the log names them."""
+    bytes: int
+    """Bytes of all tensors."""
+
+    def loading(self, device: Device) -> contextlib.AbstractContextManager[Loading]:
+        """Shows a progress bar for the model, and logs one line at the end."""
+        return loading(device.name, self.what, self.bytes)
+
+
+def held_models(
+    deployment: Deployment, device: Device, specs: Sequence[ModelSpec], placement: Placement
+) -> Iterator[HeldModel]:
+    """The models of which the device holds weights."""
+    attention_rank = ffn_rank = None
+    if device in deployment.kv_pool_devices:
+        attention_rank = deployment.kv_pool_devices.index(device)
+    if device in deployment.weight_pool_devices:
+        ffn_rank = deployment.weight_pool_devices.index(device)
+    for index, (model, spec) in enumerate(zip(deployment.models, specs, strict=True)):
+        ranks, total, shard = [], 0, None
+        if attention_rank is not None:
+            ranks.append(f"attention rank {attention_rank}")
+            total += attention_bytes(spec)
+        if ffn_rank is not None and index in placement.shards[ffn_rank]:
+            ranks.append(f"FFN rank {ffn_rank}")
+            shard = placement.shards[ffn_rank][index]
+            total += placement.weight_bytes[ffn_rank][index]
+        if ranks:
+            what = f"{model.name} on {' and '.join(ranks)}"
+            held = attention_rank is not None
+            yield HeldModel(index, Path(model.path), spec, held, shard, what, total)

@@ -1,32 +1,35 @@
-"""Who comes in next, and on which attention rank.
+"""Who is admitted next, and to which attention rank.
 
-Models take turns: the one whose last admission lies furthest back goes first, with its request
-that has waited longest; so a flood at one model delays another's request by one admission per
-model, not by the flood. A request goes to the rank that has the most of its prompt cached, if that
-is worth half of the prompt, and else to the one with the most KV memory that is promised to nobody.
-A request that does not fit yet keeps the latter to itself: nobody is admitted there before it, so
-large requests get in as running ones end. A request that is in is never put out.
+The order of the queues (:mod:`crosspool.scheduler.queue_order`) says which model's first request is
+tried next. It goes to the rank that has the most of its prompt cached, if that is at least half of
+the prompt, and else to the rank with the least KV memory promised. A request that does not fit
+anywhere keeps the latter rank to itself: nobody is admitted there before it, so that large requests
+get in as running ones end. An admitted request is never evicted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import count
 
-from crosspool.scheduler.attention_rank import AttentionRank
+from crosspool.scheduler.queue_order import QueueOrder
 from crosspool.scheduler.queues import WaitingQueue
+from crosspool.scheduler.rank_state import RankState
 from crosspool.scheduler.sequence import Sequence
 
 
 class Admission:
     def __init__(
-        self, queues: list[WaitingQueue], ranks: list[AttentionRank], max_running: int
+        self,
+        queues: list[WaitingQueue],
+        order: QueueOrder,
+        ranks: list[RankState],
+        max_running: int,
     ) -> None:
+        """``max_running``: requests of one model that may run on one rank at once."""
         self._queues = queues
+        self._order = order
         self._ranks = ranks
         self._max_running = max_running
-        self._turns = count(1)
-        self._last_turn = [0] * len(queues)
         self._exhausted: object = None
         """The state in which nobody more could be admitted."""
 
@@ -36,7 +39,7 @@ class Admission:
             return
         blocked: set[int] = set()
         kept: set[int] = set()
-        while (seq := self._next_in_turn(blocked)) is not None:
+        while (seq := self._order.next(self._heads(blocked))) is not None:
             ranks = [
                 rank
                 for rank in sorted(self._ranks, key=_promised_chunks)
@@ -44,7 +47,7 @@ class Admission:
             ]
             if any(rank.admit(seq) for rank in _by_match(seq, ranks)):
                 self._queues[seq.model].remove(seq)
-                self._last_turn[seq.model] = next(self._turns)
+                self._order.admitted(seq)
                 yield seq
             else:
                 blocked.add(seq.model)
@@ -52,29 +55,24 @@ class Admission:
         self._exhausted = self._state()
 
     def _state(self) -> object:
-        """Who is first in each queue, and the ranks' versions: all that an admission depends on
-        besides the admissions before it."""
+        """The first request of each queue and the ranks' versions: everything that an admission
+        depends on besides the admissions before it."""
         heads = [queue.head and queue.head.number for queue in self._queues]
         return heads, [rank.version for rank in self._ranks]
 
-    def _next_in_turn(self, blocked: set[int]) -> Sequence | None:
-        heads = [
-            queue.head
-            for model, queue in enumerate(self._queues)
-            if model not in blocked and queue.head is not None
-        ]
-        return min(heads, key=self._turn, default=None)
-
-    def _turn(self, seq: Sequence) -> tuple[int, int]:
-        return self._last_turn[seq.model], seq.number
+    def _heads(self, blocked: set[int]) -> Iterator[Sequence]:
+        for model, queue in enumerate(self._queues):
+            if model not in blocked and queue.head is not None:
+                yield queue.head
 
 
-def _promised_chunks(rank: AttentionRank) -> int:
+def _promised_chunks(rank: RankState) -> int:
     return rank.promises.promised_chunks
 
 
-def _by_match(seq: Sequence, ranks: list[AttentionRank]) -> list[AttentionRank]:
-    """``ranks``, first those that have at least half of the prompt cached, the most first."""
+def _by_match(seq: Sequence, ranks: list[RankState]) -> list[RankState]:
+    """``ranks`` in the order in which to try them: first those that have at least half of the
+    prompt cached, the one with the most at the head."""
     if len(ranks) < 2:
         return ranks
     matched = {rank.index: len(rank.promises.match(seq)) for rank in ranks}

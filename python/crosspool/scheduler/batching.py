@@ -1,31 +1,33 @@
-"""What an attention rank does next: which model, and which rows of it."""
+"""Which step an attention rank makes next: of which model, and with which rows."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
 
-from crosspool.scheduler.attention_rank import AttentionRank, Flight
+from crosspool.scheduler.flight import StepInFlight
+from crosspool.scheduler.rank_state import RankState
 from crosspool.scheduler.sequence import Sequence
 
 
-def next_model(rank: AttentionRank, lanes: int) -> int | None:
-    """The model least recently served among those with work and no step in flight; None when
-    there is none, or when ``lanes`` steps are at work and one more waits behind them."""
+def next_model(rank: RankState, lanes: int) -> int | None:
+    """The least recently served model among those with work and no step in flight; None without
+    such a model, or when ``lanes`` steps are at work and one more waits behind them."""
     if len(rank.flights) > lanes:
         return None
     ready = [model for model in _with_work(rank) if model not in rank.flights]
     return min(ready, key=lambda model: rank.last_step[model], default=None)
 
 
-def lease_steps(rank: AttentionRank, lanes: int, most: int) -> int:
-    """Steps of a lease: 1 where it would keep the step of another model from being launched."""
+def lease_steps(rank: RankState, lanes: int, most: int) -> int:
+    """Longest lease for the next step, in steps: ``most``, or 1 where a lease would keep another
+    model's step from being launched."""
     busy = sum(map(bool, rank.running))
     return most if busy <= lanes + 1 else 1
 
 
-def leases_in_the_way(rank: AttentionRank, lanes: int) -> list[Flight]:
-    """Leases that are to end: one of their requests is over, another of their model could join
-    them, or another model's step cannot be launched."""
+def leases_in_the_way(rank: RankState, lanes: int) -> list[StepInFlight]:
+    """Leases to recall: one of their requests is over, a further request of their model could join,
+    or another model's step cannot be launched."""
     leases = [f for f in rank.flights.values() if f.lease > 1 and not f.recalled]
     if not leases:
         return []
@@ -38,8 +40,8 @@ def leases_in_the_way(rank: AttentionRank, lanes: int) -> list[Flight]:
     ]
 
 
-def _with_work(rank: AttentionRank) -> Iterator[int]:
-    """Models of which a request could be in a step and is in none."""
+def _with_work(rank: RankState) -> Iterator[int]:
+    """Models with a request that could be in a step and is in none."""
     reader = prompt_reader(rank)
     for model, running in enumerate(rank.running):
         if any(
@@ -54,16 +56,17 @@ def _with_work(rank: AttentionRank) -> Iterator[int]:
 NOBODY = -1
 
 
-def prompt_reader(rank: AttentionRank) -> int | None:
-    """The one model whose next step may take prompt tokens, or NOBODY; None: every model's.
+def prompt_reader(rank: RankState) -> int | None:
+    """The one model whose next step may take prompt tokens, or NOBODY; None where every model's
+    may.
 
-    While a request answers here, prompts are read by one step at a time, models with prompts in
-    turn, and by the next only when every model that waited for it has had its token: so a token
-    waits for at most one prompt chunk of other models, however many come in."""
-    answering = rank.answering
-    if not answering:
+    While any request here generates, one step at a time reads prompts, and models with prompts take
+    turns. The next prompt step starts only when every model that waited for the last one has had a
+    token. So a token waits for at most one prompt chunk of other models, under any load."""
+    generating = rank.generating
+    if not generating:
         return None
-    if answering & rank.delayed or any(f.prompt_tokens for f in rank.flights.values()):
+    if generating & rank.delayed or any(f.prompt_tokens for f in rank.flights.values()):
         return NOBODY
     reading = (
         model
@@ -76,9 +79,9 @@ def prompt_reader(rank: AttentionRank) -> int | None:
 def form_batch(
     running: Iterable[Sequence], paused: Container[int], prompt_tokens: int
 ) -> Iterator[tuple[Sequence, int]]:
-    """One step's requests, each with the number of tokens that it takes: one of every request
-    that decodes, and up to ``prompt_tokens`` of prompts, first admitted first; none of those whose
-    numbers are in ``paused``."""
+    """The requests of one step, each with the number of tokens that the step takes of it: 1 of a
+    request that decodes, and up to ``prompt_tokens`` of all prompts together, in order of
+    admission. Requests whose numbers are in ``paused`` are left out."""
     for seq in running:
         if seq.number in paused:
             continue

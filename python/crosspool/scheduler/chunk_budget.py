@@ -1,23 +1,27 @@
-"""How many prompt tokens a step may take beside requests that answer, so that the time between
-their tokens keeps to a target."""
+"""How many prompt tokens a step may take beside requests that generate, so that the time between
+their tokens keeps to a target.
+
+To add another way to decide it, write its class here and let :func:`chunk_budget` choose it by an
+option.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from crosspool.scheduler.attention_rank import Flight
+from crosspool.config.deployment import Deployment
+from crosspool.scheduler.flight import StepInFlight
 
 _WEIGHT = 0.25
-"""Of a step's own time against what was expected before it."""
+"""Weight of a new measurement in a running mean."""
 
 
 @dataclass
 class _Estimate:
-    """A running mean of seconds; ``value`` is a guess until the first is taken."""
+    """A running mean of seconds; ``value`` is a guess until the first measurement."""
 
     value: float
     known: bool = False
@@ -29,17 +33,18 @@ class _Estimate:
 
 @dataclass
 class _Length:
-    """Chunks of about one length: running means of both."""
+    """Prompt chunks of about one length: running means of their tokens and seconds."""
 
     tokens: float
     seconds: float
 
 
 class _ChunkCost:
-    """Seconds that a model's prompt chunks add to its steps, by their length.
+    """Seconds that a model's prompt chunks add to its steps, by the length of the chunk.
 
-    Not proportional to it: a chunk of a few tokens already reads most experts of a layer. So it is
-    learnt apart for lengths up to each power of two, with straight lines in between."""
+    The cost is not proportional to the length, since a chunk of a few tokens already reads most
+    experts of a layer. So it is learnt separately for lengths up to each power of two, with linear
+    interpolation in between."""
 
     _GUESS = 1e-4
     """Seconds per token, before anything is known."""
@@ -57,7 +62,8 @@ class _ChunkCost:
             length.tokens += _WEIGHT * (tokens - length.tokens)
             length.seconds += _WEIGHT * (seconds - length.seconds)
         self._sorted = sorted(self._lengths.values(), key=lambda each: each.tokens)
-        # The device has become faster or slower for the others too, and no longer chunk is cheaper.
+        # If the device has become faster or slower, it has for every length; and no chunk costs
+        # less than a shorter one.
         speed = 1 + _WEIGHT * (seconds / expected - 1) if expected else 1.0
         for other in self._sorted:
             if other is not length:
@@ -66,7 +72,7 @@ class _ChunkCost:
                 other.seconds = (max if longer else min)(other.seconds, length.seconds)
 
     def expected(self, tokens: int) -> float:
-        """Seconds of a chunk; outside the lengths that are known, in proportion."""
+        """Expected seconds of a chunk; outside the known lengths, in proportion to the nearest."""
         if not self._sorted:
             return tokens * self._GUESS
         after = bisect_left(self._sorted, float(tokens), key=lambda length: length.tokens)
@@ -78,43 +84,57 @@ class _ChunkCost:
         return low.seconds + share * (high.seconds - low.seconds)
 
     def fits(self, tokens: int, seconds: float) -> bool:
-        """Whether a chunk takes no longer, as far as is known: one that is shorter than any before
-        may take as long as the shortest."""
+        """Whether a chunk is known to take no longer than ``seconds``. One that is shorter than any
+        before may take as long as the shortest."""
         if not self._sorted:
             return False
         return max(self.expected(tokens), self._sorted[0].seconds) <= seconds
 
 
-class ChunkBudget:
-    """Of one attention rank: learns what its steps cost and sizes the next prompt chunk.
+class ChunkBudget(Protocol):
+    """Decides for one attention rank how many prompt tokens a step may take."""
+
+    def tokens(self, model: int, generating: Set[int]) -> int:
+        """Prompt tokens, at least one, that the next step of ``model`` may take while requests of
+        the models ``generating`` wait for their next token."""
+        ...
+
+    def share_out(self, flights: Iterable[StepInFlight], now: float) -> None:
+        """Time has passed for ``flights``; to be called before one is added or ends."""
+        ...
+
+    def landed(self, flight: StepInFlight) -> None:
+        """``flight`` has ended; the time until now has been shared out."""
+        ...
+
+
+class TargetedChunks:
+    """Keeps the time between tokens to ``tbt_target_ms``: learns what the rank's steps cost, and
+    gives a chunk what the target leaves beside them.
 
     A step's cost is its model's seconds per step, and what a prompt chunk adds. Steps on several
-    lanes share the rank part by part, so no step's own time shows on the clock: the time that
-    passes is shared out among those on the lanes as their costs are expected to be, and when one
+    lanes share the rank part by part, so the clock shows no step's own time: the time that passes
+    is shared out among the steps on the lanes in proportion to their expected costs, and when one
     ends, its model's costs follow the share that it got."""
 
-    def __init__(
-        self, models: int, *, lanes: int, page_size: int, most_tokens: int, target: float
-    ) -> None:
-        """``target``: seconds between two tokens; 0: none, every chunk has ``most_tokens``."""
-        self._lanes = lanes
-        self._page_size = page_size
-        self._most_tokens = most_tokens
-        self._target = target
-        self._step = [_Estimate(1e-3) for _ in range(models)]
-        self._chunk = [_ChunkCost() for _ in range(models)]
+    def __init__(self, deployment: Deployment) -> None:
+        self._lanes = deployment.lanes
+        self._page_size = deployment.page_size
+        self._most_tokens = deployment.chunked_prefill_size
+        self._target = deployment.tbt_target_ms / 1e3
+        self._step = [_Estimate(1e-3) for _ in deployment.models]
+        self._chunk = [_ChunkCost() for _ in deployment.models]
         self._spent: dict[int, float] = {}
         """Seconds that a step in flight has had, by its number."""
         self._seen = 0.0
 
-    def tokens(self, model: int, answering: Set[int]) -> int:
-        """Prompt tokens that ``model``'s next step may take while requests of the models
-        ``answering`` answer: what is left of the target beside a step of each, in whole pages and
-        at least one, so that prompts go on whatever the load. Where models are more than lanes, a
-        request that waits for a lane may find a second step on each of the others."""
-        if not self._target or not answering:
+    def tokens(self, model: int, generating: Set[int]) -> int:
+        """What is left of the target beside a step of each model, in whole pages and at least one,
+        so that prompts go on under any load; the full chunk without a target. Where models are more
+        than lanes, a request that waits for a lane may find a second step on each other lane."""
+        if not self._target or not generating:
             return self._most_tokens
-        steps = sorted((self._step[m].value for m in answering | {model}), reverse=True)
+        steps = sorted((self._step[m].value for m in generating | {model}), reverse=True)
         again = self._lanes - 1 if len(steps) > self._lanes else 0
         room = self._target - sum(steps) - sum(steps[:again])
         cost, page = self._chunk[model], self._page_size
@@ -123,8 +143,7 @@ class ChunkBudget:
         pages = bisect_left(range(1, most + 1), True, key=lambda n: not cost.fits(n * page, room))
         return min(max(pages, 1) * page, self._most_tokens)
 
-    def share_out(self, flights: Iterable[Flight], now: float) -> None:
-        """Time has passed for ``flights``; to be called before one is added or ends."""
+    def share_out(self, flights: Iterable[StepInFlight], now: float) -> None:
         at_work = sorted(flights, key=lambda flight: flight.step)[: self._lanes]
         expected = [self._expected(flight) for flight in at_work]
         rate = (now - self._seen) / sum(expected) if any(expected) else 0.0
@@ -132,8 +151,7 @@ class ChunkBudget:
             self._spent[flight.step] = self._spent.get(flight.step, 0.0) + seconds * rate
         self._seen = now
 
-    def landed(self, flight: Flight) -> None:
-        """``flight`` has ended, and its time is shared out."""
+    def landed(self, flight: StepInFlight) -> None:
         seconds = self._spent.pop(flight.step, 0.0)
         step = self._step[flight.model]
         if not flight.prompt_tokens:
@@ -141,8 +159,13 @@ class ChunkBudget:
         beside = step.value if step.known else 0.0
         self._chunk[flight.model].take(flight.prompt_tokens, max(seconds - beside, 0.0))
 
-    def _expected(self, flight: Flight) -> float:
+    def _expected(self, flight: StepInFlight) -> float:
         step = self._step[flight.model].value
         if not flight.prompt_tokens:
             return step
         return step + self._chunk[flight.model].expected(flight.prompt_tokens)
+
+
+def chunk_budget(deployment: Deployment) -> ChunkBudget:
+    """The budget of one attention rank that ``deployment`` asks for. There is one so far."""
+    return TargetedChunks(deployment)

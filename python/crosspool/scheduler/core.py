@@ -1,5 +1,5 @@
-"""The scheduler's core: requests in; steps and outputs out. It does no I/O and reads no clock but
-the one it is given; the scheduler process feeds it and sends what it drains.
+"""The scheduler's core: requests go in, steps and outputs come out. It does no I/O and reads no
+clock but the one it is given; the scheduler process feeds it and sends what it drains.
 
     core.add(request)                        # or core.abort(...), core.on_result(...)
     core.schedule()
@@ -12,14 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from itertools import chain, count
-from typing import Any
 
 from crosspool.config.deployment import Deployment
 from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.admission import Admission
-from crosspool.scheduler.attention_rank import AttentionRank
 from crosspool.scheduler.batching import (
     form_batch,
     lease_steps,
@@ -27,23 +25,26 @@ from crosspool.scheduler.batching import (
     next_model,
     prompt_reader,
 )
-from crosspool.scheduler.chunk_budget import ChunkBudget
+from crosspool.scheduler.chunk_budget import chunk_budget
 from crosspool.scheduler.counters import ModelCounters
 from crosspool.scheduler.promises import Promises
 from crosspool.scheduler.protocols import GrammarBackend, TextDecoder
+from crosspool.scheduler.queue_order import queue_order
 from crosspool.scheduler.queues import WaitingQueue
+from crosspool.scheduler.rank_state import RankState
 from crosspool.scheduler.request import Finish, GenerateRequest, Output
 from crosspool.scheduler.sequence import Sequence
 from crosspool.scheduler.snapshot import snapshot
 from crosspool.scheduler.stopping import Stopping
 from crosspool.scheduler.validation import problem
+from crosspool.transport.inspection import Snapshot
 from crosspool.transport.messages import RowResult, StepResult, ToDevice
 
 
 class SchedulerCore:
     """All logical state of a deployment: who waits, who runs where, what each rank was told.
 
-    ``specs``, ``decoders`` and ``grammars`` have one entry per model of ``deployment``, in its
+    ``specs``, ``decoders`` and ``grammars`` have one entry for each model of ``deployment``, in its
     order. ``clock`` gives seconds that only grow (``time.monotonic``).
 
     Raises ConfigError when the KV pool of one attention rank holds no page of some model."""
@@ -67,38 +68,26 @@ class SchedulerCore:
         self._layouts = [KVLayout(spec, d.page_size, d.chunk_bytes) for spec in specs]
         self._bounds = Bounds.of(d)
         self._ranks = [
-            AttentionRank(
-                index,
-                Promises(
-                    self._bounds,
-                    self._layouts,
-                    prefix_cache=d.prefix_cache,
-                    growth_tokens=d.growth_tokens if d.promise == "growth" else None,
-                ),
-                self._layouts,
-                ChunkBudget(
-                    len(specs),
-                    lanes=d.lanes,
-                    page_size=d.page_size,
-                    most_tokens=d.chunked_prefill_size,
-                    target=d.tbt_target_ms / 1e3,
-                ),
+            RankState(
+                index, Promises(d, self._bounds, self._layouts), self._layouts, chunk_budget(d)
             )
             for index in range(len(d.kv_pool_devices))
         ]
         self._queues = [WaitingQueue(d.max_queued_requests) for _ in specs]
-        self._admission = Admission(self._queues, self._ranks, d.max_running_requests)
+        self._admission = Admission(
+            self._queues, queue_order(d), self._ranks, d.max_running_requests
+        )
         self._counters = [ModelCounters() for _ in specs]
         self._numbers = count(1)
         self._messages: list[tuple[int, ToDevice]] = []
         self._outputs: list[Output] = []
         self._failure: Finish | None = None
 
-    # --- what comes in; call schedule() afterwards
+    # --- input; call schedule() afterwards
 
     def add(self, request: GenerateRequest) -> None:
-        """Queues ``request``, or refuses it at once with an abort output: 400 for a request that
-        the model can never serve, 429 when its queue is full, the failure's status after
+        """Queues ``request``, or refuses it at once with an abort output: status 400 for a request
+        that the model can never serve, 429 when its queue is full, the failure's status after
         :meth:`fail_all`. Waiting time counts from this call."""
         model = request.model
         spec, queue = self._specs[model], self._queues[model]
@@ -126,19 +115,18 @@ class SchedulerCore:
         self,
         rid_prefix: str,
         model: int | None = None,
-        all: bool = False,
         message: str = "the client aborted the request",
     ) -> None:
         """Ends with status 499 every request (of ``model``, if given) whose rid begins with
-        ``rid_prefix``, or simply every one if ``all``. What one has sampled so far is delivered;
-        its step in flight comes to nothing."""
+        ``rid_prefix``. What such a request has sampled so far is delivered; the result of its step
+        in flight is dropped."""
         finish = Finish(kind="abort", message=message, status=499)
         for seq in list(self._requests()):
-            if model in (None, seq.model) and (all or seq.request.rid.startswith(rid_prefix)):
+            if model in (None, seq.model) and seq.request.rid.startswith(rid_prefix):
                 self._end(seq, finish)
 
     def on_result(self, attention_rank: int, result: StepResult) -> None:
-        """Takes a step's result. Raises ValueError when it is no answer to a step in flight."""
+        """Takes a step's result. Raises ValueError when it fits no step in flight."""
         if self._failure is not None:
             return
         rank = self._ranks[attention_rank]
@@ -150,15 +138,15 @@ class SchedulerCore:
                 self._advance(seq, row)
 
     def flush(self, model: int | None = None) -> bool:
-        """Gives up all cached KV (of ``model``, if given) but what running requests use; says
+        """Gives up all cached KV (of ``model``, if given) that no running request uses; returns
         whether there is a prefix cache at all."""
         for rank in self._ranks:
             rank.promises.flush(model)
         return self._deployment.prefix_cache
 
     def fail_all(self, message: str, status: int = 503) -> None:
-        """Aborts every request, and every later one: a rank is gone. Nothing more is sent to the
-        ranks, and results that still arrive are ignored."""
+        """Aborts every request, and every later one, since a rank is gone. Nothing more is sent to
+        the ranks, and results that still arrive are ignored."""
         self._failure = Finish(kind="abort", message=message, status=status)
         for seq in list(self._requests()):
             self._end(seq, self._failure)
@@ -166,11 +154,11 @@ class SchedulerCore:
             rank.flights.clear()
         self._messages.clear()
 
-    # --- what follows from it
+    # --- scheduling
 
     def schedule(self) -> None:
-        """Does everything that is possible now. Besides after the calls above, it is due at
-        :meth:`next_deadline` and when a grammar's future is done."""
+        """Does everything that is possible now. To be called after each of the calls above, at
+        :meth:`next_deadline`, and when a grammar's future is done."""
         if self._failure is not None:
             return
         now = self._clock()
@@ -222,7 +210,7 @@ class SchedulerCore:
             while (model := next_model(rank, lanes)) is not None:
                 running, paused = rank.running[model].values(), rank.paused[model]
                 reads = prompt_reader(rank) in (None, model)
-                prompt_tokens = rank.budget.tokens(model, rank.answering) if reads else 0
+                prompt_tokens = rank.budget.tokens(model, rank.generating) if reads else 0
                 batch = form_batch(running, paused, prompt_tokens)
                 lease = lease_steps(rank, lanes, self._lease_steps)
                 self._messages.append((rank.index, rank.launch(model, batch, now, lease)))
@@ -245,7 +233,7 @@ class SchedulerCore:
             self._outputs.append(seq.output(None))
 
     def _end(self, seq: Sequence, finish: Finish) -> None:
-        """The one way out, from wherever ``seq`` is."""
+        """The only way in which a request ends, whether it waits or runs."""
         seq.over = True
         if seq.rank >= 0:
             self._ranks[seq.rank].retire(seq)
@@ -254,61 +242,58 @@ class SchedulerCore:
         self._counters[seq.model].end(finish)
         self._outputs.append(seq.output(finish))
 
-    # --- what goes out
+    # --- output
 
     def drain_messages(self) -> list[tuple[int, ToDevice]]:
-        """(attention rank, message) pairs since the last call; each rank's in sending order."""
+        """Pairs (attention rank, message) since the last call; each rank's are in sending order."""
         messages, self._messages = self._messages, []
         return messages
 
     def drain_outputs(self) -> list[Output]:
-        """Outputs since the last call; each request's in order, its last with ``finish``."""
+        """Outputs since the last call; each request's are in order, its last with ``finish``."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    # --- what can be asked
-
-    @property
-    def idle(self) -> bool:
-        """Whether no request waits or runs, no step is in flight and nothing is to be drained."""
-        return not (
-            self._messages
-            or self._outputs
-            or any(self._requests())
-            or any(rank.flights for rank in self._ranks)
-        )
+    # --- state
 
     def next_deadline(self) -> float | None:
-        """Clock time at which a waiting request is to be refused or a step is overdue, whichever
-        comes first; None when neither can happen. The process sleeps until then at most."""
+        """Clock time at which a waiting request is to be refused or a step becomes overdue,
+        whichever comes first; None when neither can happen."""
         waits = [q.oldest.deadline for q in self._queues if q.oldest is not None]
         watchdog = self._deployment.watchdog_timeout
         steps = [f.issued + watchdog for rank in self._ranks for f in rank.flights.values()]
         return min(chain(waits, steps), default=None)
 
     def overdue(self, now: float) -> str | None:
-        """What to tell :meth:`fail_all` when a step has been without result for
-        ``watchdog_timeout`` seconds; None while all is well."""
+        """A message for :meth:`fail_all` when a step has had no result for ``watchdog_timeout``
+        seconds; None while all is well."""
         timeout = self._deployment.watchdog_timeout
         for rank, device in zip(self._ranks, self._deployment.kv_pool_devices, strict=True):
             for flight in rank.flights.values():
                 if now - flight.issued >= timeout:
                     return (
-                        f"attention rank {rank.index} ({device.name}) has not answered step "
+                        f"attention rank {rank.index} ({device.name}) has not finished step "
                         f"{flight.step} of model {self._names[flight.model]} for {timeout:g} s"
                     )
         return None
 
     def max_tokens(self, model: int) -> int:
-        """Longest sequence of ``model`` that can ever be served: its context, or what it may have
-        of one attention rank's KV pool."""
+        """Longest sequence of ``model`` that can ever be served, in tokens: its context, or what
+        the model may have of one attention rank's KV pool."""
         pages = self._layouts[model].pages_in(self._bounds.reach(model))
         return min(self._specs[model].context, pages * self._deployment.page_size)
 
-    def snapshot(self) -> dict[str, Any]:
-        """See :func:`crosspool.scheduler.snapshot.snapshot`."""
-        failure = self._failure.message if self._failure else None
-        return snapshot(self._deployment, self._queues, self._ranks, self._counters, failure)
+    def snapshot(self) -> Snapshot:
+        """The state now and the counters since the start."""
+        return snapshot(
+            self._deployment,
+            self._specs,
+            queues=self._queues,
+            ranks=self._ranks,
+            counters=self._counters,
+            max_tokens=[self.max_tokens(model) for model in range(len(self._specs))],
+            failure=self._failure.message if self._failure else None,
+        )
 
     # --- requests
 

@@ -1,20 +1,20 @@
-"""Full pages of tokens that were computed on one attention rank, to be used again.
+"""The prefix cache of one attention rank: full pages of computed tokens, kept to be used again.
 
-Per model and namespace a radix tree: an entry is one page, its edge the page's tokens, and the path
-to it the whole beginning of the sequence, on which K and V depend. Requests *use* a path from its
-beginning; entries that nobody uses are *idle* and stand in one order over all models, least
-recently used first, in which every entry comes before its parent. So the first one is always a
-leaf, and giving it up, using it and putting it back are O(1) each.
+Each model and namespace has a radix tree. An entry is one page, its edge the page's tokens, and the
+path to it the whole beginning of the sequence, on which K and V depend. A request *uses* a path
+from its beginning. Entries that no request uses are *idle* and stand in one order over all models,
+least recently used first, in which every entry comes before its parent. So the first entry is
+always a leaf, and giving it up, using it and putting it back are O(1) each.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 Namespace = tuple[str, str]
-"""Requests share entries only within one: SGLang's (cache_salt, extra_key)."""
+"""SGLang's (cache_salt, extra_key): requests share entries only within one namespace."""
 
 
 class Entry:
@@ -29,11 +29,11 @@ class Entry:
         self.parent = parent
         self.children: dict[bytes, Entry] = {}
         self.users = 0
-        """Requests that use it. A parent has at least as many as each child."""
+        """Number of requests that use the entry; a parent has at least as many as each child."""
 
 
 class Root:
-    """Where the tree of one model and namespace begins."""
+    """The root of the tree of one model and namespace."""
 
     __slots__ = ("children", "name")
 
@@ -43,7 +43,7 @@ class Root:
 
 
 class PageKeys:
-    """A sequence's full pages as keys; ``extend`` it as the sequence grows."""
+    """The keys of a sequence's full pages, to be extended as the sequence grows."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
@@ -57,7 +57,7 @@ class PageKeys:
             self._keys.append(self._tokens[start : start + size].tobytes())
 
     def __len__(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return len(self._tokens)
 
     def __getitem__(self, pages: slice) -> list[bytes]:
@@ -65,7 +65,7 @@ class PageKeys:
 
 
 class PrefixCache:
-    """The trees of one attention rank. It knows pages by number only: the caller tells the
+    """The trees of one attention rank. The cache knows pages by number only; the caller tells the
     allocator what becomes of them."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class PrefixCache:
         self._idle: OrderedDict[Entry, None] = OrderedDict()
 
     def match(self, model: int, namespace: Namespace, keys: Iterable[bytes]) -> list[Entry]:
-        """The longest path that ``keys`` have here. Changes nothing, not even the order."""
+        """Returns the longest path that matches ``keys``. Changes nothing, not even the order."""
         path: list[Entry] = []
         place: Entry | Root | None = self._roots.get((model, namespace))
         if place is not None:
@@ -85,7 +85,7 @@ class PrefixCache:
         return path
 
     def use(self, path: list[Entry]) -> None:
-        """A request uses ``path``; until :meth:`leave`, none of it is given up."""
+        """A request uses ``path`` from now on; until :meth:`leave`, none of it is given up."""
         for entry in path:
             if entry.users == 0:
                 del self._idle[entry]
@@ -99,8 +99,8 @@ class PrefixCache:
         keys: Sequence[bytes],
         pages: Sequence[int],
     ) -> None:
-        """Appends to the ``path`` that a request uses its further pages, with their ``keys``, as
-        entries in use; ends where somebody else's page has the same tokens already."""
+        """Appends the request's further ``pages``, with their ``keys``, as entries in use to the
+        ``path`` that it uses. Stops where another request's page has the same tokens already."""
         place = self._place(model, namespace, path)
         for key, page in zip(keys, pages, strict=True):
             if key in place.children:
@@ -118,10 +118,11 @@ class PrefixCache:
         keys: Sequence[bytes],
         pages: Sequence[int],
     ) -> tuple[list[int], list[int]]:
-        """The request that uses ``path`` ends; its further ``pages`` with their ``keys`` become
-        entries, unless somebody else's have the same tokens. All that it leaves is recently used.
+        """The request that uses ``path`` ends. Its further ``pages``, with their ``keys``, become
+        entries, unless another request's pages have the same tokens. Everything that it leaves
+        counts as recently used.
 
-        Returns the pages that are idle entries from now on, and those that became none."""
+        Returns the pages that are idle entries from now on, and those that became no entries."""
         became_idle: list[int] = []
         spare: list[int] = []
         place = self._place(model, namespace, path)
@@ -147,8 +148,8 @@ class PrefixCache:
         return became_idle, spare
 
     def give_up(self, count: int) -> list[tuple[int, int]]:
-        """Drops the ``count`` least recently used idle entries, or all when there are fewer;
-        returns their (model, page)."""
+        """Drops the ``count`` least recently used idle entries, or all when there are fewer.
+        Returns their (model, page) pairs."""
         dropped: list[tuple[int, int]] = []
         while self._idle and len(dropped) < count:
             entry, _ = self._idle.popitem(last=False)
@@ -157,25 +158,15 @@ class PrefixCache:
         return dropped
 
     def flush(self, model: int | None) -> list[tuple[int, int]]:
-        """Drops every idle entry (of ``model``, if given); returns their (model, page)."""
+        """Drops every idle entry (of ``model``, if given); returns their (model, page) pairs."""
         dropped = [entry for entry in self._idle if model in (None, entry.model)]
         for entry in dropped:
             del self._idle[entry]
             self._drop(entry)
         return [(entry.model, entry.page) for entry in dropped]
 
-    @property
-    def idle(self) -> Iterator[tuple[int, int]]:
-        """(model, page) of every idle entry, least recently used first."""
-        return ((entry.model, entry.page) for entry in self._idle)
-
-    @property
-    def namespaces(self) -> int:
-        """Trees that have entries."""
-        return len(self._roots)
-
     def _place(self, model: int, namespace: Namespace, path: list[Entry]) -> Entry | Root:
-        """The end of ``path``; the root, made if there is none, where it is empty."""
+        """The end of ``path``, or where that is empty the root, which is made if need be."""
         name = (model, namespace)
         root = self._roots.setdefault(name, Root(name))
         return path[-1] if path else root

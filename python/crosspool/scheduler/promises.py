@@ -1,49 +1,35 @@
-"""What one attention rank's KV pages are promised to, and what they are kept for.
+"""The KV pages of one attention rank: promised to requests, or kept as cached prefixes.
 
-A request is promised pages when it is admitted, and with the *growth* policy again whenever it has
-filled them; cached pages are given up for either, oldest first, before anyone waits.
+A request is promised pages when it is admitted, and under a rule that grows again whenever it has
+filled them. Cached pages are given up for a promise, the least recently used first, before any
+request waits.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 
-from crosspool.kvpool.allocator import Guard, PageAllocator
+from crosspool.config.deployment import Deployment
+from crosspool.kvpool.allocator import PageAllocator
 from crosspool.kvpool.bounds import Bounds
-from crosspool.kvpool.growth import Claim, safe, touched
 from crosspool.kvpool.layout import KVLayout
 from crosspool.scheduler.prefix_cache import Entry, PrefixCache
+from crosspool.scheduler.promise_rules import PROMISE_RULES
 from crosspool.scheduler.sequence import Sequence
 
 
 class Promises:
-    def __init__(
-        self,
-        bounds: Bounds,
-        layouts: list[KVLayout],
-        *,
-        prefix_cache: bool,
-        growth_tokens: int | None,
-    ) -> None:
-        """``growth_tokens``: None to promise the worst case at admission, or how many tokens to
-        promise at a time (see :mod:`crosspool.kvpool.growth`).
+    """Gives pages to requests by the deployment's promise rule, and takes them back."""
 
-        Raises ConfigError when some model could not be promised one page."""
+    def __init__(self, deployment: Deployment, bounds: Bounds, layouts: list[KVLayout]) -> None:
+        """Raises ConfigError when some model could not be promised one page."""
         self.allocator = PageAllocator(bounds.budget, layouts, bounds)
         self.evicted_pages = [0] * len(layouts)
-        """Per model the cached pages given up for promises."""
-        self._bounds = bounds
+        """Cached pages given up for promises, by model."""
         self._layouts = layouts
-        self._growth_tokens = growth_tokens
-        self._cache = PrefixCache() if prefix_cache else None
-        self._claims: dict[int, Claim] = {}
-        """With the growth policy, of every request that holds pages, by number."""
+        self.rule = PROMISE_RULES[deployment.promise](deployment, bounds, layouts)
+        self._cache = PrefixCache() if deployment.prefix_cache else None
         self._unmap: dict[int, list[int]] = defaultdict(list)
-
-    @property
-    def grow(self) -> bool:
-        """Whether requests may come to ask for more than they were promised at admission."""
-        return self._growth_tokens is not None
 
     @property
     def promised_chunks(self) -> int:
@@ -52,17 +38,18 @@ class Promises:
     # --- giving
 
     def match(self, seq: Sequence) -> list[Entry]:
-        """The cached beginning of ``seq``'s prompt, as far as it may use it."""
+        """The cached beginning of ``seq``'s prompt, as far as ``seq`` may use it."""
         if self._cache is None:
             return []
         keys = seq.page_keys(0, seq.reusable)
         return self._cache.match(seq.model, seq.request.cache_namespace, keys)
 
     def admit(self, seq: Sequence) -> bool:
-        """Promises ``seq`` pages for what is not cached of its prompt, and for what may follow, if
-        they are to be had when all that is cached is given up; gives up no more than that needs.
+        """Promises ``seq`` pages for its uncached prompt and for what may follow, if there is room
+        for them once every cached page is given up; gives up no more than that needs. Returns
+        whether there is.
 
-        Cached pages lie where they lie: where a promise with them touches too many chunks, one
+        Cached pages cannot move: where a promise that includes them touches too many chunks, one
         without them may still fit."""
         path = self.match(seq)
         return self._admit(seq, path) or (bool(path) and self._admit(seq, []))
@@ -83,7 +70,7 @@ class Promises:
         return True
 
     def extend(self, seq: Sequence) -> bool:
-        """Promises ``seq`` its next pages; False: not now."""
+        """Promises ``seq`` its next pages if they fit; returns whether they do."""
         count = self._grantable(seq, seq.pages, len(seq.tokens))
         if count is None:
             return False
@@ -91,50 +78,30 @@ class Promises:
         return True
 
     def holds(self, seq: Sequence, tokens: int) -> bool:
-        """Whether ``seq`` has pages for so many tokens."""
+        """Whether ``seq`` has pages for its first ``tokens`` tokens."""
         return len(seq.pages) >= self._layouts[seq.model].pages_for(tokens)
 
     def _grantable(self, seq: Sequence, pages: list[int], tokens: int) -> int | None:
-        """How many pages may be promised to ``seq``, which holds ``pages`` and has ``tokens``."""
-        layout = self._layouts[seq.model]
-        most = layout.pages_for(seq.limit) - len(pages)
-        counts = [most]
-        if self._growth_tokens is not None:
-            some = layout.pages_for(min(seq.limit, tokens + self._growth_tokens)) - len(pages)
-            counts = [some, most] if some < most else [most]
-        guard = self._guard(seq, pages)
+        """Number of pages to promise ``seq``, which holds ``pages`` and has ``tokens`` tokens; None
+        where it has to wait."""
+        counts = self.rule.counts(seq, len(pages), tokens)
+        guard = self.rule.guard(seq, pages)
         return next((n for n in counts if self.allocator.fits(seq.model, n, guard)), None)
 
     def _grant(self, seq: Sequence, pages: list[int], count: int) -> None:
-        # where the model has cached pages, others may be had than :meth:`_grantable` looked at
+        # Where the model has cached pages, the free ones may differ from those that _grantable saw.
         cached = self.allocator.cached_pages(seq.model)
-        guard = self._guard(seq, pages) if cached else None
+        guard = self.rule.guard(seq, pages) if cached else None
         while short := self.allocator.shortage(seq.model, count, guard):
             self._evict(short)
         seq.pages = pages + self.allocator.take(seq.model, count)
-        if self._growth_tokens is not None:
-            layout = self._layouts[seq.model]
-            need = layout.pages_for(seq.limit) - len(seq.pages)
-            self._claims[seq.number] = Claim(seq.model, touched(layout, seq.pages), need)
-
-    def _guard(self, seq: Sequence, pages: list[int]) -> Guard | None:
-        """Says whether a state is safe in which ``seq`` has further pages."""
-        if self._growth_tokens is None:
-            return None
-        layout = self._layouts[seq.model]
-        need = layout.pages_for(seq.limit) - len(pages)
-        others = [claim for number, claim in self._claims.items() if number != seq.number]
-
-        def is_safe(more: list[int]) -> bool:
-            claim = Claim(seq.model, touched(layout, pages + more), need - len(more))
-            return safe(self._bounds, self._layouts, [*others, claim])
-
-        return is_safe
+        self.rule.promised(seq)
 
     # --- taking back
 
     def share(self, seq: Sequence) -> bool:
-        """The full pages of ``seq``'s prompt are computed: others may use them from now on."""
+        """The full pages of ``seq``'s prompt are computed; other requests may use them from now on.
+        Returns whether there is a cache for them."""
         if self._cache is None:
             return False
         full = seq.prompt_len // self._layouts[seq.model].page_size
@@ -148,9 +115,8 @@ class Promises:
         return True
 
     def take_back(self, seq: Sequence) -> None:
-        """``seq`` has ended: those of its pages that hold computed tokens are cached, the others
-        free."""
-        self._claims.pop(seq.number, None)
+        """``seq`` has ended: its full pages of computed tokens are cached, its other pages free."""
+        self.rule.ended(seq)
         spare = seq.pages
         if self._cache is not None:
             full = seq.computed // self._layouts[seq.model].page_size
@@ -172,14 +138,14 @@ class Promises:
             self._free(self._cache.flush(model))
 
     def chunks_to_unmap(self) -> dict[int, list[int]]:
-        """By model, since the last call."""
+        """Chunks of each model that no page touches any more, since the last call."""
         chunks, self._unmap = self._unmap, defaultdict(list)
         return chunks
 
     def _evict(self, count: int) -> None:
         assert self._cache is not None
         given_up = self._cache.give_up(count)
-        assert given_up, "promises and free chunks do not make up the budget"
+        assert given_up, "the promised and the free chunks do not add up to the budget"
         for model, _ in given_up:
             self.evicted_pages[model] += 1
         self._free(given_up)

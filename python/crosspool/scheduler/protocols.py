@@ -1,5 +1,5 @@
-"""What the scheduler needs from outside to look at text and grammars; ``frontend/`` implements it
-with the models' tokenizers and xgrammar."""
+"""What the scheduler needs from outside to follow text and grammars; ``server/`` implements it with
+the models' tokenizers and xgrammar."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class GrammarMatcher(Protocol):
         ...
 
     def accept(self, token: int) -> bool:
-        """Moves on by one sampled token; False when the grammar does not allow it."""
+        """Advances by one sampled token; returns False when the grammar does not allow it."""
         ...
 
     def is_terminated(self) -> bool:
@@ -38,6 +38,6 @@ class GrammarBackend(Protocol):
     """One model's grammar compiler."""
 
     def compile(self, grammar: Grammar) -> Future[GrammarMatcher]:
-        """Starts compiling and returns at once; the future's exception says what is wrong with
-        the grammar. Each call gives a matcher of its own."""
+        """Starts to compile ``grammar`` and returns at once. The future gives a matcher for one
+        request; its exception says what is wrong with the grammar."""
         ...

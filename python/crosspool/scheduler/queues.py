@@ -12,22 +12,24 @@ from crosspool.scheduler.protocols import GrammarMatcher
 from crosspool.scheduler.sequence import Sequence
 
 _MOVES = 64
+"""Admissions by which the pace of a queue is measured."""
 
 
 class WaitingQueue:
-    """Requests in the order of their numbers. A request whose grammar still compiles waits beside
-    the queue and takes its place in the order when that is done; it counts for the bound."""
+    """Requests in the order of their numbers, ``bound`` at most. A request whose grammar is being
+    compiled waits beside the queue and takes its place in the order when that is done; it counts
+    for the bound."""
 
     def __init__(self, bound: int) -> None:
         self._bound = bound
         self._ready: dict[int, Sequence] = {}
         self._order: list[int] = []
-        """Heap of the numbers in ``_ready``, and of some that have left it."""
+        """Heap of the numbers in ``_ready``, and of some requests that have left it."""
         self._compiling: dict[int, tuple[Sequence, Future[GrammarMatcher]]] = {}
         self._stalled_at: float | None = None
-        """Clock time since when somebody has been waiting all the time."""
+        """Clock time since when the queue has never been empty; None while it is."""
         self._moves: deque[float] = deque(maxlen=_MOVES)
-        """Clock times of the latest admissions since then."""
+        """Clock times of the latest admissions since ``_stalled_at``."""
 
     def __len__(self) -> int:
         return len(self._ready) + len(self._compiling)
@@ -44,7 +46,7 @@ class WaitingQueue:
             self._moves.append(now)
 
     def look(self, now: float) -> None:
-        """Everybody is admitted who could be at clock time ``now``: who is still here waits."""
+        """Nobody more can be admitted at clock time ``now``; requests that are still here wait."""
         if self.head is None:
             self._stalled_at = None
             self._moves.clear()
@@ -52,9 +54,9 @@ class WaitingQueue:
             self._stalled_at = now
 
     def drain_seconds(self, now: float) -> float:
-        """How long those who wait now will take to be admitted, at the pace of the latest
-        admissions since the queue last was empty; as if the next one were due when there were
-        none. The requests that came into an empty queue say nothing about the pace."""
+        """Estimated seconds until every waiting request is admitted, at the pace of the latest
+        admissions since the queue was last empty. Without any admission since, the next one is
+        taken to be due now. Requests that came into an empty queue say nothing about the pace."""
         if self._stalled_at is None:
             return 0.0
         since = self._moves[0] if len(self._moves) == _MOVES else self._stalled_at
@@ -70,7 +72,7 @@ class WaitingQueue:
 
     @property
     def head(self) -> Sequence | None:
-        """The request that has waited longest, compiling ones aside."""
+        """The request that has waited longest, without those that are being compiled."""
         while self._order and self._order[0] not in self._ready:
             heapq.heappop(self._order)
         return self._ready[self._order[0]] if self._order else None
@@ -92,7 +94,7 @@ class WaitingQueue:
         self._compiling[seq.number] = (seq, grammar)
 
     def take_compiled(self) -> list[tuple[Sequence, Future[GrammarMatcher]]]:
-        """Requests whose grammar is done, one way or the other; they have left the queue."""
+        """Removes and returns the requests whose grammar is compiled or has failed to compile."""
         done = [entry for entry in self._compiling.values() if entry[1].done()]
         for seq, _ in done:
             del self._compiling[seq.number]

@@ -14,29 +14,29 @@ class Grammar:
 
     kind: Literal["regex", "json_schema", "ebnf", "structural_tag"]
     source: str
-    """For ``json_schema``, ``$$ANY$$`` means any JSON value."""
+    """The grammar's text; as ``json_schema``, ``$$ANY$$`` means any JSON value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StopRules:
-    """When a request ends."""
+    """The rules by which a request ends."""
 
     max_new_tokens: int | None
-    """None: up to the model's context, or to what the KV pool of one attention rank holds;
-    admission promises pages for all of it. 0: prefill only, then finish with ``length``."""
+    """None means up to the model's context, or what the KV pool of one attention rank holds; 0
+    means prefill only, after which the request finishes with ``length``."""
     min_new_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
-    """Beside the model's own eos ids."""
+    """Tokens that end the request, in addition to the model's own eos ids."""
     stop_strings: tuple[str, ...] = ()
     ignore_eos: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """One sequence to generate (``n > 1`` arrives as n of these)."""
+    """One sequence to generate (a request with ``n > 1`` arrives as n of these)."""
 
     rid: str
-    """The front end's name for it; aborts match by prefix."""
+    """The front end's name for the request; aborts match it by prefix."""
     model: int
     """Index into the deployment's models."""
     input_ids: list[int]
@@ -46,7 +46,7 @@ class GenerateRequest:
     grammar: Grammar | None = None
     stream: bool = False
     cache_namespace: tuple[str, str] = ("", "")
-    """Prefixes are shared only within one: SGLang's ``cache_salt`` and ``extra_key``."""
+    """SGLang's ``cache_salt`` and ``extra_key``; prefixes are shared only within one namespace."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +63,17 @@ class Finish:
     message: str = ""
     status: int = 200
     retry_after: float | None = None
-    """With 429: seconds after which it may be worth asking again, as far as can be told."""
+    """Seconds after which a request refused with 429 may be worth sending again, an estimate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """News of one request, on the way to the detokenizer: what came since its last output."""
+    """What one request has yielded since its last output, on the way to the detokenizer."""
 
     rid: str
     model: int
     first: bool
-    """Whether this is the request's first output (it then carries the prompt's log-probs)."""
+    """Whether this is the request's first output, which carries the prompt's log-probabilities."""
     token_ids: list[int]
     """New output tokens. While streaming, tokens whose text may be the beginning of a stop string
     are held back until that is decided."""
@@ -81,8 +81,8 @@ class Output:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
-    """Prompt tokens that the prefix cache had."""
+    """Prompt tokens found in the prefix cache."""
     output_logprobs: list[TokenLogprobs]
-    """One per new token when asked for, else empty."""
+    """One entry for each new token if the request asks for them, else empty."""
     prompt_logprobs: list[TokenLogprobs]
-    """In the first output only."""
+    """Log-probabilities of the prompt, in the first output only."""

@@ -1,4 +1,4 @@
-"""One request inside the scheduler: its tokens, how far they are computed, what was delivered."""
+"""One request inside the scheduler: its tokens, how many are computed, and what was delivered."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from crosspool.transport.messages import Open, Row, TokenLogprobs
 
 
 class Sequence:
-    """Waits without ``pages``; runs on attention rank ``rank`` with them; is over for good once
-    ``over``, though a last step of it may still be ``in_flight``."""
+    """A request waits while it has no ``pages``, and runs on attention rank ``rank`` once it has.
+    When it is ``over``, a last step of it may still be ``in_flight``."""
 
     def __init__(
         self,
@@ -27,25 +27,25 @@ class Sequence:
         self.number = number
         self.request = request
         self.limit = limit
-        """Most tokens that it may reach, prompt included: what admission promises pages for."""
+        """Most tokens that the request may reach, prompt included."""
         self.deadline = deadline
-        """Clock time at which it is refused if it still waits."""
+        """Clock time at which the request is refused if it still waits."""
         self.stopping = stopping
 
         self.prompt_len = len(request.input_ids)
         self.tokens = list(request.input_ids)
         self.cached = 0
-        """Prompt tokens whose KV was there when it was admitted."""
+        """Prompt tokens whose KV was cached when the request was admitted."""
         self.computed = 0
-        """Tokens whose KV exists or is written by the step in flight, cached ones included."""
+        """Tokens whose KV exists or is written by the step in flight; cached ones are included."""
         self.rank = -1
         self.pages: list[int] = []
-        """Pages promised to it, which its tokens fill in this order."""
+        """Pages promised to the request, in the order in which its tokens fill them."""
         self.path: list[Entry] = []
-        """Entries of the prefix cache under the first of ``pages``."""
+        """Entries of the prefix cache that are the first of ``pages``."""
         self.pages_sent = 0
         self.opened = False
-        """Whether its attention rank has heard of it."""
+        """Whether the attention rank has been told of the request."""
         self.in_flight = False
         self.over = False
 
@@ -68,28 +68,29 @@ class Sequence:
         return self.computed >= self.prompt_len
 
     @property
-    def answering(self) -> bool:
-        """Whether it has sampled a token."""
+    def has_output(self) -> bool:
+        """Whether a token has been sampled."""
         return len(self.tokens) > self.prompt_len
 
     @property
     def leasable(self) -> bool:
-        """Whether token may follow token until a stop token or ``limit``, without anything that
-        only the scheduler knows."""
+        """Whether a rank can go on by itself from token to token, until a stop token or ``limit``,
+        since nothing else that only the scheduler knows could end the request."""
         return not self.prefill_only and self.stopping.by_tokens
 
     # --- pages
 
     @property
     def reusable(self) -> int:
-        """Prompt tokens that need not be computed if their KV is there: the last one yields the
-        first output, and the one before ``prompt_start`` the first log-probability."""
+        """Prompt tokens that need not be computed if their KV is cached. The last prompt token must
+        be, as it yields the first output, and so must the one before ``prompt_start``, as it yields
+        the first log-probability."""
         start = self.request.logprobs.prompt_start
         last = self.prompt_len if start < 0 else min(start, self.prompt_len)
         return max(last - 1, 0)
 
     def page_keys(self, first: int, tokens: int) -> list[bytes]:
-        """Keys of the full pages from number ``first`` on, of the first ``tokens`` tokens."""
+        """Keys of the full pages of the first ``tokens`` tokens, from page number ``first`` on."""
         known = len(self._keys)
         if known < tokens:
             self._keys.extend(self.tokens[known : max(tokens, self.prompt_len)])
@@ -98,7 +99,8 @@ class Sequence:
     # --- steps
 
     def open(self) -> Open:
-        """With ``min_new_tokens`` of a grammar's request left to :meth:`Stopping.bitmask`."""
+        """The message that opens the request on its rank. For a request with a grammar,
+        ``min_new_tokens`` is left to :meth:`Stopping.bitmask`."""
         by_bitmask = self.stopping.matcher is not None
         sampling = msgspec.structs.replace(
             self.request.sampling,
@@ -113,8 +115,8 @@ class Sequence:
         )
 
     def next_row(self, tokens: int, pages_reached: int) -> Row:
-        """Its share of the next step: ``tokens`` more, which lie in the first ``pages_reached``
-        of its pages."""
+        """The request's row of the next step: ``tokens`` more tokens, which lie in the first
+        ``pages_reached`` of its pages."""
         start, end = self.computed, self.computed + tokens
         sample = end == len(self.tokens) and not self.prefill_only
         row = Row(
@@ -131,7 +133,7 @@ class Sequence:
         return row
 
     def append(self, token: int, logprobs: TokenLogprobs | None) -> Finish | None:
-        """Takes a sampled token; says how the request ends if it ends with it."""
+        """Takes a sampled token; returns how the request ends if this token ends it."""
         self.tokens.append(token)
         if logprobs is not None:
             self._output_logprobs.append(logprobs)
@@ -148,7 +150,7 @@ class Sequence:
         return len(self.tokens) - self.stopping.held - self._delivered
 
     def output(self, finish: Finish | None) -> Output:
-        """News since the last output: what is deliverable, or everything with ``finish``."""
+        """The output since the last call: what is deliverable, or everything with ``finish``."""
         count = len(self.tokens) - self._delivered if finish else self.deliverable
         output = Output(
             rid=self.request.rid,

@@ -1,100 +1,89 @@
-"""The scheduler's state in plain values, for metrics, the pools' table and whoever asks."""
+"""The scheduler's state in plain values, for metrics and the pools' table."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from copy import deepcopy
 from typing import Any
 
+import msgspec
+
 from crosspool.config.deployment import Deployment
-from crosspool.scheduler.attention_rank import AttentionRank
+from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.counters import ModelCounters
 from crosspool.scheduler.queues import WaitingQueue
+from crosspool.scheduler.rank_state import RankState
+from crosspool.transport.inspection import KVShare, ModelStatus, RankSnapshot, Snapshot
 
-_KINDS = ("promised", "cached", "mapped")
+_SUMMED = ("running", "paused", "promised_chunks", "cached_chunks", "mapped_chunks")
 
 
 def snapshot(
     deployment: Deployment,
+    specs: Seq[ModelSpec],
+    *,
     queues: Seq[WaitingQueue],
-    ranks: Seq[AttentionRank],
+    ranks: Seq[RankState],
     counters: Seq[ModelCounters],
+    max_tokens: Seq[int],
     failure: str | None,
-) -> dict[str, Any]:
-    """The state now and the counters since the start::
-
-        {"models": [{"name",                            # in the deployment's order
-                     "waiting",                         # requests queued, compiling included
-                     "compiling", "running",
-                     "paused",                          # of those running: wait for more pages
-                     "promised_chunks", "cached_chunks", "mapped_chunks",   # over all ranks
-                     "promised_bytes", "cached_bytes", "mapped_bytes",
-                     "evicted_pages",                   # cached pages given up for promises
-                     ...}],                             # ModelCounters' fields
-         "ranks": [{"device", "running", "paused", "steps_in_flight",
-                    "budget_chunks", "free_chunks", "promised_chunks", "cached_chunks",
-                    "mapped_chunks", and the same in bytes,
-                    "models": [{"running", "paused", "promised_chunks", "cached_chunks",
-                                "mapped_chunks", "evicted_pages"}]}],
-         "failure": failure}
-
-    Budget = promised (touched by pages of running requests) + cached (touched by cached pages
-    only) + free. Mapped is what lies in physical memory: cached all, promised as far as written.
-    """
+) -> Snapshot:
     size = deployment.chunk_bytes
     by_rank = [_rank(rank, deployment.kv_pool_devices[rank.index].name, size) for rank in ranks]
-    models = [
-        {
-            "name": model.name,
-            "waiting": len(queues[index]),
-            "compiling": queues[index].compiling,
-            **_sums([rank["models"][index] for rank in by_rank], size),
-            **counters[index].as_dict(),
-        }
-        for index, model in enumerate(deployment.models)
-    ]
-    return {"models": models, "ranks": by_rank, "failure": failure}
+    models = []
+    for index, (model, spec) in enumerate(zip(deployment.models, specs, strict=True)):
+        shares = [rank.models[index] for rank in by_rank]
+        models.append(
+            ModelStatus(
+                name=model.name,
+                waiting=len(queues[index]),
+                compiling=queues[index].compiling,
+                evicted_pages=sum(share.evicted_pages for share in shares),
+                path=model.path,
+                context=spec.context,
+                dtype=spec.dtype,
+                kv_bytes_per_token=spec.kv_bytes_per_token,
+                max_tokens=max_tokens[index],
+                ffn_ranks=deployment.ffn_ranks(index),
+                **_sums(shares, size),
+                **msgspec.structs.asdict(deepcopy(counters[index])),
+            )
+        )
+    return Snapshot(models=models, ranks=by_rank, failure=failure)
 
 
-def _rank(rank: AttentionRank, device: str, chunk_bytes: int) -> dict[str, Any]:
+def _rank(rank: RankState, device: str, chunk_bytes: int) -> RankSnapshot:
     allocator = rank.promises.allocator
     models = [
-        {
-            "running": len(running),
-            "paused": len(rank.paused[model]),
-            "promised_chunks": allocator.promised_chunks(model),
-            "cached_chunks": allocator.cached_chunks(model),
-            "mapped_chunks": allocator.mapped_chunks(model),
-            "evicted_pages": rank.promises.evicted_pages[model],
-        }
+        KVShare(
+            running=len(running),
+            paused=len(rank.paused[model]),
+            promised_chunks=allocator.promised_chunks(model),
+            cached_chunks=allocator.cached_chunks(model),
+            mapped_chunks=allocator.mapped_chunks(model),
+            evicted_pages=rank.promises.evicted_pages[model],
+        )
         for model, running in enumerate(rank.running)
     ]
-    sums = _sums(models, chunk_bytes)
-    del sums["evicted_pages"]
-    return {
-        "device": device,
-        "steps_in_flight": len(rank.flights),
-        **sums,
-        **_in_bytes(
-            {"budget": allocator.budget_chunks, "free": allocator.free_chunks}, chunk_bytes
-        ),
-        "models": models,
+    return RankSnapshot(
+        device=device,
+        steps_in_flight=len(rank.flights),
+        budget_chunks=allocator.budget_chunks,
+        budget_bytes=allocator.budget_chunks * chunk_bytes,
+        free_chunks=allocator.free_chunks,
+        free_bytes=allocator.free_chunks * chunk_bytes,
+        models=models,
+        **_sums(models, chunk_bytes),
+    )
+
+
+def _sums(shares: Iterable[KVShare], chunk_bytes: int) -> dict[str, Any]:
+    """The sum over ``shares`` of each field in ``_SUMMED``, and chunks in bytes too."""
+    sums = {name: sum(getattr(share, name) for share in shares) for name in _SUMMED}
+    sizes = {
+        name.replace("_chunks", "_bytes"): number * chunk_bytes
+        for name, number in sums.items()
+        if name.endswith("_chunks")
     }
-
-
-def _sums(shares: list[dict[str, Any]], chunk_bytes: int) -> dict[str, int]:
-    def total(key: str) -> int:
-        return sum(share[key] for share in shares)
-
-    chunks = {kind: total(f"{kind}_chunks") for kind in _KINDS}
-    return {
-        "running": total("running"),
-        "paused": total("paused"),
-        **_in_bytes(chunks, chunk_bytes),
-        "evicted_pages": total("evicted_pages"),
-    }
-
-
-def _in_bytes(chunks: dict[str, int], chunk_bytes: int) -> dict[str, int]:
-    return {f"{name}_chunks": number for name, number in chunks.items()} | {
-        f"{name}_bytes": number * chunk_bytes for name, number in chunks.items()
-    }
+    return sums | sizes

@@ -1,7 +1,7 @@
-"""When a request ends: end-of-sequence and stop tokens, a complete grammar, stop strings, length.
+"""The end of a request: end-of-sequence and stop tokens, a complete grammar, stop strings, length.
 
-Stop strings are looked for in the decoded text, so they may straddle tokens. While a stream runs,
-tokens whose text may yet turn out to be the beginning of a stop string are *held*.
+Stop strings are searched for in the decoded text, so they may straddle tokens. In a stream, tokens
+whose text may turn out to be the beginning of a stop string are *held*.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from crosspool.scheduler.request import Finish, StopRules
 
 _INCOMPLETE = "\ufffd"
 _LONGEST_CHARACTER = 8
-"""Tokens after which bytes that are still no character are taken for what they look like."""
+"""Number of tokens after which an incomplete character is taken as it is."""
 CONTEXT_TOKENS = 5
-"""Prompt tokens decoded before the output: some tokenizers drop a text's leading space."""
+"""Prompt tokens decoded before the output, since some tokenizers drop a text's leading space."""
 
 
 class Stopping:
     """Decides after every output token of one request whether it was the last.
 
-    ``max_new_tokens`` is the request's limit, clipped to what context and pool can hold; below 1,
-    there is no output token to decide about."""
+    ``max_new_tokens`` is the request's limit, clipped to what context and pool can hold. If it is
+    below 1, there is no output token to decide about."""
 
     def __init__(
         self,
@@ -49,16 +49,16 @@ class Stopping:
 
     @property
     def held(self) -> int:
-        """How many of the last output tokens may belong to a stop string."""
+        """Number of last output tokens that may belong to a stop string."""
         return self._text.held if self._text else 0
 
     @property
     def by_tokens(self) -> bool:
-        """Whether nothing but ``stop_tokens`` and the number of tokens decides."""
+        """Whether ``stop_tokens`` and the number of tokens alone decide."""
         return self.matcher is None and self._text is None
 
     def after(self, token: int) -> Finish | None:
-        """Takes the next output token; says how the request ends if it ends with it."""
+        """Takes the next output token; returns how the request ends if this token ends it."""
         self._count += 1
         if self.matcher and not self.matcher.accept(token):
             message = f"the grammar does not allow the sampled token {token}"
@@ -76,8 +76,8 @@ class Stopping:
         return None
 
     def bitmask(self) -> bytes | None:
-        """The tokens that the grammar allows next, without those that would end the request too
-        early, unless nothing else is allowed; None without a grammar."""
+        """Tokens that the grammar allows next, as a bitmask; None without a grammar. Tokens that
+        would end the request too early are left out, unless nothing else is allowed."""
         if self.matcher is None:
             return None
         allowed = self.matcher.fill_bitmask()
@@ -99,10 +99,10 @@ class StopText:
         self._decoder = decoder
         self._ids = list(context)
         self._decided = len(self._ids)
-        """So many of ``_ids`` have given their text; they stay as context of the next."""
+        """Number of first ``_ids`` whose text is known; they stay as context for the next."""
         self._length = 0
         self._open_tokens: list[int] = []
-        """For each held token, the length of the text at its end; -1: its text is incomplete."""
+        """Length of the text at the end of each held token; -1 while its text is incomplete."""
 
     @property
     def held(self) -> int:
@@ -122,7 +122,7 @@ class StopText:
         return completed[0] if completed else None
 
     def _decode(self, token: int) -> str | None:
-        """Text that ``token`` adds; None while it ends within a character."""
+        """The text that ``token`` adds; None while that ends within a character."""
         self._ids.append(token)
         before = self._decoder.decode(self._ids[: self._decided])
         after = self._decoder.decode(self._ids)
@@ -142,7 +142,7 @@ class _Pattern:
     def __init__(self, text: str) -> None:
         self.text = text
         self.matched = 0
-        """Length of the longest proper beginning of ``text`` that ends the text fed so far."""
+        """Length of the longest proper prefix of ``text`` that the text fed so far ends with."""
         self._fallback = [0]
         for character in text[1:]:
             self._fallback.append(self._longer(self._fallback[-1], character))

@@ -1,4 +1,4 @@
-"""What is wrong with a request, if anything: the text of its 400 answer."""
+"""What is wrong with a request, if anything: the message that goes out with status 400."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from crosspool.transport.messages import Logprobs, Sampling
 
 
 def problem(request: GenerateRequest, spec: ModelSpec) -> str | None:
-    """The first thing about ``request`` that its model cannot serve; None when it can.
+    """The first thing that is wrong with ``request``; None when its model can serve it.
 
-    Whether the KV pool is large enough for it is admission's question."""
+    Admission decides whether the KV pool is large enough for it."""
     return (
         _prompt_problem(request, spec)
         or _stop_problem(request.stop)
@@ -34,7 +34,7 @@ def _prompt_problem(request: GenerateRequest, spec: ModelSpec) -> str | None:
     room = spec.context - length
     if room < 0 or (room == 0 and request.stop.max_new_tokens != 0):
         return (
-            f"the prompt has {length} tokens and leaves no room for an answer; "
+            f"the prompt has {length} tokens and leaves no room for output; "
             f"the model's context is {spec.context} tokens"
         )
     return None

@@ -1,8 +1,8 @@
-"""Questions to a running deployment: from the front end, the command line, the launcher, and
-front ends that attach to it.
+"""Questions to a running deployment: from the front end, the command line, the launcher, and front
+ends that attach to it.
 
 The scheduler process binds one ROUTER at ``deployment.admin_address``. A client connects a DEALER,
-sends one request and waits for the reply with the same id. Frames are msgpack, msgspec-typed.
+sends one request and waits for the reply with the same id. Frames are msgpack, typed by msgspec.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from crosspool.transport.messages import InspectWhat
+from crosspool.transport.inspection import InspectWhat, Report, Status
 
 MAX_MESSAGE_BYTES = 64 << 20
 
@@ -25,8 +25,8 @@ What = Literal["status", InspectWhat]
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True, tag="ask"):
-    """What of the deployment to tell. ``status`` is answered at once, even while it starts; the
-    others are put to every device process."""
+    """A question about the deployment. The scheduler answers ``status`` at once, even while the
+    deployment starts, and puts the others to every device process."""
 
     id: int
     what: What
@@ -35,7 +35,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True, tag="ask"):
 class Attach(msgspec.Struct, frozen=True, kw_only=True, tag="attach"):
     """Another front end wants to serve ``model`` from this deployment.
 
-    The names are SGLang's sockets (``ipc://...``); the front end's own processes bind them."""
+    The names are addresses (``ipc://...``) of SGLang's sockets, which that front end binds."""
 
     id: int
     model: str
@@ -45,18 +45,19 @@ class Attach(msgspec.Struct, frozen=True, kw_only=True, tag="attach"):
 
 
 class RankGone(msgspec.Struct, frozen=True, kw_only=True, tag="rank_gone"):
-    """The launcher tells that a device's process has ended; answered by an Answer without data."""
+    """The launcher tells that a device's process has ended; the answer to it is empty."""
 
     id: int
     device: str
     cause: str
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
-    """The reply to an Ask or a RankGone; ``error`` says why there is no ``data``."""
+class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer", omit_defaults=True):
+    """The reply to an Ask or a RankGone; ``error`` says why there is nothing else in it."""
 
     id: int
-    data: Any = None
+    status: Status | None = None
+    report: Report | None = None
     error: str | None = None
 
 
@@ -65,9 +66,9 @@ class Attached(msgspec.Struct, frozen=True, kw_only=True, tag="attached"):
 
     id: int
     max_total_tokens: int
-    """Tokens of the model that the whole KV pool would hold."""
+    """Number of the model's tokens that the whole KV pool can hold."""
     max_input_tokens: int
-    """Longest prompt that the model takes."""
+    """Longest prompt that the model takes, in tokens."""
 
 
 ToScheduler = Ask | Attach | RankGone
@@ -89,12 +90,12 @@ def encode(message: ToScheduler | FromScheduler) -> bytes:
 
 
 def decode_to_scheduler(frame: bytes) -> ToScheduler:
-    """Raises msgspec.ValidationError on anything that is no request."""
+    """Raises msgspec.DecodeError for anything that is no request."""
     return _to_scheduler.decode(frame)
 
 
 def bind(context: zmq.Context[Any], address: str) -> zmq.Socket[Any]:
-    """The scheduler's end, for :func:`decode_to_scheduler`; only this user may connect."""
+    """Binds the scheduler's socket, to which only this user can connect."""
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     socket.setsockopt(zmq.LINGER, 0)
@@ -117,6 +118,18 @@ def _checked(reply: FromScheduler, kind: type[_Reply]) -> _Reply:
     return reply
 
 
+def _status(reply: FromScheduler) -> Status:
+    status = _checked(reply, Answer).status
+    assert status is not None
+    return status
+
+
+def _report(reply: FromScheduler) -> Report:
+    report = _checked(reply, Answer).report
+    assert report is not None
+    return report
+
+
 def _no_answer(address: str, timeout: float) -> AdminError:
     return AdminError(f"the deployment at {address} did not answer within {timeout:g} s")
 
@@ -134,16 +147,21 @@ def _exchange(address: str, message: ToScheduler, timeout: float) -> FromSchedul
     raise _no_answer(address, timeout)
 
 
-def ask(address: str, what: What, timeout: float = 10.0) -> Any:
-    """Puts one question and returns the answer's data.
+def status(address: str, timeout: float = 10.0) -> Status:
+    """The deployment's status. Raises AdminError when nobody answers within ``timeout`` seconds."""
+    reply = _exchange(address, Ask(id=next(_ids), what="status"), timeout)
+    return _status(reply)
 
-    Raises AdminError when nobody answers within ``timeout`` seconds or the answer is an error."""
-    return _checked(_exchange(address, Ask(id=next(_ids), what=what), timeout), Answer).data
+
+def inspect(address: str, what: InspectWhat, timeout: float = 10.0) -> Report:
+    """What the devices reply to ``what``. Raises AdminError when they do not within ``timeout``
+    seconds, or the deployment cannot ask them."""
+    return _report(_exchange(address, Ask(id=next(_ids), what=what), timeout))
 
 
 def rank_gone(address: str, device: str, cause: str, timeout: float = 2.0) -> None:
     """Tells the scheduler that ``device``'s process has ended, so that every request in flight is
-    answered with 503 at once. Raises AdminError when the scheduler does not confirm it."""
+    ended with 503 at once. Raises AdminError when the scheduler does not confirm it."""
     message = RankGone(id=next(_ids), device=device, cause=cause)
     _checked(_exchange(address, message, timeout), Answer)
 
@@ -159,7 +177,7 @@ def attach(
 ) -> Attached:
     """Asks a running deployment to serve ``model`` to another front end; see :class:`Attach`.
 
-    Raises AdminError, for an unknown model with the names of those it serves."""
+    Raises AdminError; for an unknown model, the message names the models that are served."""
     message = Attach(
         id=next(_ids),
         model=model,
@@ -170,18 +188,28 @@ def attach(
     return _checked(_exchange(address, message, timeout), Attached)
 
 
-async def ask_async(
-    context: zmq.asyncio.Context, address: str, what: What, timeout: float = 10.0
-) -> Any:
-    """As :func:`ask`, without blocking the event loop."""
-    message = Ask(id=next(_ids), what=what)
-    with context.socket(zmq.DEALER) as socket:
-        _connect(socket, address)
-        await socket.send(encode(message))
-        deadline = time.monotonic() + timeout
-        while (left := deadline - time.monotonic()) > 0:
-            if await socket.poll(max(1, int(left * 1000))):
-                reply = _from_scheduler.decode(await socket.recv())
-                if reply.id == message.id:
-                    return _checked(reply, Answer).data
-    raise _no_answer(address, timeout)
+class AsyncAdmin:
+    """:func:`status` and :func:`inspect` for programs with an event loop."""
+
+    def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
+        self._context = context
+        self._address = address
+
+    async def status(self, timeout: float = 10.0) -> Status:
+        return _status(await self._exchange("status", timeout))
+
+    async def inspect(self, what: InspectWhat, timeout: float = 10.0) -> Report:
+        return _report(await self._exchange(what, timeout))
+
+    async def _exchange(self, what: What, timeout: float) -> FromScheduler:
+        message = Ask(id=next(_ids), what=what)
+        with self._context.socket(zmq.DEALER) as socket:
+            _connect(socket, self._address)
+            await socket.send(encode(message))
+            deadline = time.monotonic() + timeout
+            while (left := deadline - time.monotonic()) > 0:
+                if await socket.poll(max(1, int(left * 1000))):
+                    reply = _from_scheduler.decode(await socket.recv())
+                    if reply.id == message.id:
+                        return reply
+        raise _no_answer(self._address, timeout)

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from crosspool.config.deployment import Deployment
+    from crosspool.config.device import Device
+
+
+SPIN_NS = 20_000
+"""How long a device with cores of its own spins before it sleeps, in ns: about what a wake-up
+costs."""
 
 
 class LaneError(RuntimeError):
@@ -30,8 +36,8 @@ class DispatchHeader(NamedTuple):
     """What a dispatch asks for. All fields are unsigned; ``epoch`` has 64 bits, the others 32."""
 
     epoch: int
-    """Incarnation of the attention rank; the answer to another incarnation's dispatch is refused
-    by :meth:`AttentionLink.combine`."""
+    """Incarnation of the attention rank; :meth:`AttentionLink.combine` refuses the reply to another
+    incarnation's dispatch."""
     model: int
     """Index into the deployment's models."""
     layer: int
@@ -40,13 +46,13 @@ class DispatchHeader(NamedTuple):
 
 @dataclass(slots=True)
 class LinkCounters:
-    """What has crossed one link, as its end sees it: payloads, without headers."""
+    """What has crossed one link, as one end counts it: payloads without headers."""
 
     dispatches: int = 0
     rows: int = 0
     dispatch_bytes: int = 0
     combine_bytes: int = 0
-    """Per dispatch row and layer: hidden size times dtype bytes, as for ``dispatch_bytes``."""
+    """Hidden size times dtype bytes for each row and layer, as in ``dispatch_bytes``."""
 
 
 class AttentionLink(Protocol):
@@ -64,7 +70,7 @@ class AttentionLink(Protocol):
         ...
 
     def ready(self) -> bool:
-        """Whether a dispatch is outstanding and the FFN rank has answered it."""
+        """Whether a dispatch is outstanding and the FFN rank has replied to it."""
         ...
 
     def combine(self, out_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -83,7 +89,7 @@ class FFNLink(Protocol):
     counters: LinkCounters
 
     def poll(self) -> DispatchHeader | None:
-        """The dispatch that waits for an answer, the same until :meth:`reply`; None: nothing."""
+        """The dispatch that waits for a reply, the same until :meth:`reply`; None without one."""
         ...
 
     def hidden(self, dtype: torch.dtype) -> Tensor:
@@ -93,7 +99,7 @@ class FFNLink(Protocol):
         ...
 
     def reply(self, partial: Tensor) -> None:
-        """Answers the polled dispatch with a partial sum of the payload's shape and dtype, which
+        """Replies to the polled dispatch with a partial sum of the payload's shape and dtype, which
         stays as it is until the next dispatch.
 
         Raises LaneError when nothing was polled, or on a wrong shape or size."""
@@ -108,6 +114,13 @@ def remote_pairs(deployment: Deployment) -> list[tuple[int, int]]:
         for ffn_rank, ffn in enumerate(deployment.weight_pool_devices)
         if attention != ffn
     ]
+
+
+def spin_ns_of(deployment: Deployment, device: Device) -> int:
+    """Longest spin of a waiting device: SPIN_NS if no other device has one of its cores, else 0."""
+    others = (d for d in deployment.devices if d.is_cpu and d != device)
+    shared = any(not set(device.cores).isdisjoint(other.cores) for other in others)
+    return 0 if shared else SPIN_NS
 
 
 class LocalLink:
@@ -163,11 +176,11 @@ class LocalLink:
 
     def reply(self, partial: Tensor) -> None:
         if self._header is None or self._hidden is None:
-            raise LaneError(f"lane {self.lane}: no dispatch to answer")
+            raise LaneError(f"lane {self.lane}: no dispatch to reply to")
         if partial.shape != self._hidden.shape or partial.dtype != self._hidden.dtype:
             raise LaneError(
                 f"lane {self.lane}: a partial sum {tuple(partial.shape)} of {partial.dtype} does"
-                f" not answer {tuple(self._hidden.shape)} of {self._hidden.dtype}"
+                f" not fit {tuple(self._hidden.shape)} of {self._hidden.dtype}"
             )
         self._header, self._partial = None, partial
 

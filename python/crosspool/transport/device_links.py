@@ -1,21 +1,20 @@
-"""Links whose memory is a GPU's.
+"""Links in the memory of GPUs.
 
-The links of an FFN rank lie one after another by attention rank on another device (ascending) and
+The links of an FFN rank lie one after another, ordered by attention rank on another device and then
 by lane, each as in lanes.h. Where GPUs reach each other's memory with loads and stores
-(:mod:`crosspool.transport.peer_memory`), they lie once, in memory of the FFN rank's GPU, so that it
-polls its own memory. Elsewhere (:mod:`crosspool.transport.nvshmem`) each end has them all.
+(:mod:`crosspool.transport.peer_memory`), there is one copy, in memory of the FFN rank's GPU, which
+then polls its own memory. Elsewhere (:mod:`crosspool.transport.nvshmem`) each end has a copy of
+all.
 
-Resident loops use all of a link (:meth:`DeviceLinks.attention_place`). Host loops cannot look into
-a GPU's memory cheaply; theirs keep signals, headers and doorbells in the host's segment
-(:mod:`crosspool.transport.shared_memory`) and use the payloads alone
+Resident loops use all of a link (:meth:`DeviceLinks.attention_place`). A host loop cannot look into
+a GPU's memory cheaply; it keeps signals, headers and doorbells in the host's segment
+(:mod:`crosspool.transport.shared_memory`) and uses the payloads alone
 (:meth:`DeviceLinks.payloads`).
-
-Not run on GPUs so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,19 +29,23 @@ if TYPE_CHECKING:
     from crosspool.kernels.dlpack import DLPackDevice
 
 
+Tail = Callable[[int], None]
+"""Ends a captured stage; takes the stream under capture."""
+
+
 @dataclass(frozen=True)
 class DeviceLinks:
-    """The links of one device, by where it reaches them."""
+    """The links of one device to other devices, in memory that both reach."""
 
     deployment: Deployment
     device: Device
     layout: LinkLayout
     bases: Mapping[int, int]
-    """Where this device reaches the links of each FFN rank that it shares a link with."""
+    """Address, on this device, of the links of each FFN rank with which it shares a link."""
     memory: DLPackDevice
 
     def payloads(self, attention_rank: int, lane: int, ffn_rank: int) -> Tensor:
-        """The link's dispatch payload and behind it its combine payload, as bytes.
+        """Returns the bytes of a link's dispatch payload, with its combine payload behind them.
 
         Raises ValueError when this device has no such link."""
         import torch
@@ -54,7 +57,8 @@ class DeviceLinks:
         return tensor_at(address, (size,), torch.uint8, self.memory, owner=self)
 
     def settle(self) -> None:
-        """Returns when what this thread queued on its GPU is done, so that a peer may be told."""
+        """Waits until the work that this thread queued on its GPU is done, so that a peer may be
+        told."""
         from crosspool.kernels.dlpack import DLPACK_CUDA
 
         if self.memory.kind == DLPACK_CUDA:
@@ -63,14 +67,37 @@ class DeviceLinks:
             torch.cuda.current_stream(self.memory.ordinal).synchronize()
 
     def attention_place(self, lane: int, ffn_rank: int) -> LinkPlace:
-        """This device's attention rank's end of a lane, for device code, which polls: no doorbell
-        is rung. Raises ValueError when there is no such link."""
+        """Returns the end of this device's attention rank for device code, which polls and so has
+        no doorbell.
+
+        Raises ValueError when there is no such link."""
         return self._place(self.deployment.kv_pool_devices.index(self.device), lane, ffn_rank)
 
     def ffn_place(self, attention_rank: int, lane: int) -> LinkPlace:
-        """This device's FFN rank's end of a lane, as :meth:`attention_place`."""
+        """Returns the end of this device's FFN rank, as :meth:`attention_place` does."""
         ffn_rank = self.deployment.weight_pool_devices.index(self.device)
         return self._place(attention_rank, lane, ffn_rank)
+
+    def dispatch_tail(
+        self,
+        lane: int,
+        ffn_ranks: Sequence[int],
+        *,
+        words: int,
+        epoch: int,
+        model: int,
+        row_bytes: int,
+    ) -> Tail | None:
+        """Returns what must end a captured dispatch of a lane so that ``ffn_ranks`` get it; None
+        where they see what the stage has written.
+
+        ``words``: address of the lane's ``StageWords``; ``epoch``: the loop's."""
+        return None
+
+    def reply_tail(self, links: Sequence[tuple[int, int]], *, words: int) -> Tail | None:
+        """Returns what must end a captured FFN stage of a lane that serves ``links``, (attention
+        rank, lane) each; None as for :meth:`dispatch_tail`."""
+        return None
 
     def _place(self, attention_rank: int, lane: int, ffn_rank: int) -> LinkPlace:
         return LinkPlace(
@@ -94,17 +121,17 @@ class DeviceLinks:
 
 
 def attention_ranks_of(deployment: Deployment, ffn_rank: int) -> list[int]:
-    """Attention ranks on other devices than the FFN rank, ascending."""
+    """Returns the attention ranks on other devices than the FFN rank, ascending."""
     return [attention for attention, ffn in remote_pairs(deployment) if ffn == ffn_rank]
 
 
 def links_bytes(deployment: Deployment, layout: LinkLayout, ffn_rank: int) -> int:
-    """Bytes of all links of an FFN rank."""
+    """Returns the bytes of all links of an FFN rank."""
     return len(attention_ranks_of(deployment, ffn_rank)) * deployment.lanes * layout.link_bytes
 
 
 def linked_ffn_ranks(deployment: Deployment, device: Device) -> list[int]:
-    """FFN ranks with which the device shares a link, its own included, ascending."""
+    """Returns the FFN ranks with which the device shares a link, its own included, ascending."""
     return sorted(
         {
             ffn

@@ -17,7 +17,7 @@ _LINGER_MS = 2000
 
 
 class DeviceSocket:
-    """Messages to and from the scheduler, in order. Connecting needs no scheduler to be there yet:
+    """Carries messages to and from the scheduler, in order. The scheduler need not be there yet:
     what is sent waits until it is."""
 
     def __init__(self, address: str, device: str) -> None:
@@ -34,7 +34,7 @@ class DeviceSocket:
         self._socket.send(encode(message))
 
     def receive(self) -> ToDevice | None:
-        """The next message, or None when none is there; never waits.
+        """Returns the next message, or None when none is there; never waits.
 
         Raises ValueError on a frame that is no message for a device."""
         if not self._socket.poll(0):
@@ -43,7 +43,9 @@ class DeviceSocket:
         try:
             return decode_to_device(frame)
         except msgspec.DecodeError as error:
-            raise ValueError(f"the scheduler sent a frame that is no message: {error}") from error
+            raise ValueError(
+                f"the scheduler sent a frame that is no message for a device: {error}"
+            ) from error
 
     def wait(self, timeout: float, descriptor: int | None = None) -> None:
         """Sleeps until a message is there, or the file descriptor is readable, at most ``timeout``

@@ -1,5 +1,5 @@
-"""Where a link's parts lie in memory, whosesoever memory it is: ``Link`` of lanes.h, then the
-dispatch payload and the combine payload."""
+"""The layout of a link in memory: ``Link`` of lanes.h, then the dispatch payload and the combine
+payload."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 LINE_BYTES = 64
 PAGE_BYTES = 4096
 LINK_HEAD_BYTES = 256
-"""Signals and headers of a link, before its payloads."""
+"""Bytes of a link's signals and headers, before its payloads."""
 
 
 def round_up(nbytes: int, unit: int) -> int:
@@ -21,11 +21,11 @@ class LinkLayout:
 
     max_rows: int
     max_row_bytes: int
-    """Hidden size times dtype bytes, over all models."""
+    """Hidden size times dtype bytes, of the model for which that is most."""
 
     @property
     def payload_bytes(self) -> int:
-        """Of either payload."""
+        """Room for each of the two payloads."""
         return round_up(self.max_rows * self.max_row_bytes, LINE_BYTES)
 
     @property
@@ -42,4 +42,4 @@ class LinkPlace:
     max_rows: int
     max_row_bytes: int
     peer_doorbell: int
-    """Of the other end's device; 0: it polls."""
+    """Doorbell of the other end's device; 0: it polls."""

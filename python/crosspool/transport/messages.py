@@ -3,31 +3,29 @@
 The scheduler binds one ROUTER; every device process connects a DEALER whose identity is its
 device's name. Each frame is one msgpack-encoded message of the unions below; messages of one
 device arrive in the order in which they were sent, and the device carries them out in that order
-(a chunk is mapped before the step that writes to it).
+(so a chunk is mapped before the step that writes to it).
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
 import msgspec
 
-PROTOCOL_VERSION = 4
-"""Both ends compare it in :class:`Ready`; a change of any message below raises it."""
+from crosspool.transport.inspection import InspectWhat, RankInfo, Report
+
+PROTOCOL_VERSION = 5
+"""The version that :class:`Ready` carries; any change of a message below raises it."""
 MAX_MESSAGE_BYTES = 256 << 20
 """A peer that sends more is cut off."""
 
-InspectWhat = Literal["tensors", "pools", "counters", "trace_start", "trace_stop"]
-"""What a device process can be asked; :class:`Inspected` says what it answers."""
-
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """How an attention rank picks a request's next token. Fields as in SGLang's SamplingParams."""
+    """How an attention rank picks a request's next token. The fields are those of SGLang's
+    SamplingParams."""
 
     temperature: float = 1.0
-    """0 means greedy."""
+    """0 means that the most likely token is taken."""
     top_k: int = -1
-    """-1: all tokens."""
+    """-1 means all tokens."""
     top_p: float = 1.0
     min_p: float = 0.0
     frequency_penalty: float = 0.0
@@ -35,10 +33,11 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
     seed: int = 0
-    """With the token's position, it alone determines the random draw."""
+    """The random draw depends on the seed and the token's position alone."""
     min_new_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
-    """Barred until ``min_new_tokens`` output tokens exist (the model's eos ids among them)."""
+    """Tokens that are barred until ``min_new_tokens`` output tokens exist; the model's eos ids are
+    among them."""
 
 
 class Logprobs(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -47,44 +46,46 @@ class Logprobs(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     output: bool = False
     prompt_start: int = -1
-    """First prompt position whose own token's log-probability is wanted; -1: none."""
+    """First prompt position whose token's log-probability is wanted; -1 for none."""
     top: int = 0
+    """Number of most likely tokens whose log-probabilities are wanted at each position."""
     token_ids: tuple[int, ...] = ()
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """A request comes to live on an attention rank (at first, or again after a restart)."""
+    """A request comes to live on an attention rank, for the first time or after a restart."""
 
     request: int
-    """The scheduler's number for it, unique over the scheduler's life."""
+    """The scheduler's number for the request, never used again."""
     prompt_len: int
-    """Tokens below this position are prompt. Penalties count the output tokens, as SGLang's do."""
+    """Tokens below this position are the prompt. Penalties count output tokens only, as SGLang's
+    do."""
     sampling: Sampling
     logprobs: Logprobs
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """One request's share of a step: the next tokens of its sequence."""
+    """One request's part of a step: the next tokens of its sequence."""
 
     request: int
     start: int
-    """Position of the first of ``tokens`` in the sequence. A request's first row begins behind the
-    full pages, if any, that other requests have written for the same tokens."""
+    """Position of the first of ``tokens`` in the sequence. A request's first row begins behind any
+    full pages that other requests have written for the same tokens."""
     tokens: list[int]
     """A prompt chunk, or the one token that was sampled last."""
     pages: list[int]
-    """Pages that its page table gains before this step."""
+    """Pages that the request's page table gains before this step."""
     sample: bool
     """Whether the last position yields a new token (the prompt ends here, or decode)."""
     bitmask: bytes | None = None
-    """Tokens that a grammar allows, xgrammar's layout: bit i of little-endian int32 words."""
+    """Tokens that a grammar allows, in xgrammar's layout: bit i of little-endian int32 words."""
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     """One batch of one model through all its layers."""
 
     step: int
-    """Unique and growing per attention rank; the result names it."""
+    """The step's number, which grows on each attention rank; the result carries it."""
     model: int
     """Index into the deployment's models."""
     map_chunks: list[int]
@@ -92,20 +93,20 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     opens: list[Open]
     rows: list[Row]
     lease: int = 1
-    """Steps at most: those after the first feed back the token that each row sampled last, as long
-    as no row has sampled one of its ``stop_token_ids``, and need no further message. Above 1, every
-    row samples, none has a bitmask, and the rows' pages reach for all of the lease. The device may
-    end it after any step; each is answered by a result of its own."""
+    """Most steps to make without a further message. Those after the first feed back the token that
+    each row sampled last, until a row samples one of its ``stop_token_ids``. If the lease is above
+    1, every row samples, no row has a bitmask, and the rows' pages suffice for the whole lease. The
+    device may end the lease after any step; every step has a result of its own."""
 
 
 class Recall(msgspec.Struct, frozen=True, kw_only=True, tag="recall"):
-    """The lease of ``step`` is to end as soon as it can; nothing, if it has ended."""
+    """End the lease of ``step`` as soon as possible; ignored if the lease has ended."""
 
     step: int
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
-    """Requests that are over, and chunks in which no page of the model is of use any more."""
+    """Requests that are over, and chunks that no page of the model in use touches any more."""
 
     model: int
     requests: list[int]
@@ -113,17 +114,17 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
 
 
 class Inspect(msgspec.Struct, frozen=True, kw_only=True, tag="inspect"):
-    """A question about the device process; answered by :class:`Inspected` with the same id."""
+    """A question about the device process; :class:`Inspected` with the same id is the reply."""
 
     id: int
     what: InspectWhat
 
 
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
-    """Exit with status 0, after the steps in flight unless told otherwise."""
+    """Exit with status 0, once the steps in flight have ended if ``drain`` is set."""
 
     drain: bool = True
-    """False: nobody waits for the steps in flight, and a rank that they need may be dead."""
+    """False when nobody waits for the steps in flight, and a rank that they need may be dead."""
 
 
 ToDevice = Step | Recall | Release | Inspect | Shutdown
@@ -134,40 +135,30 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     token: int
     logprob: float | None
-    """None at a sequence's first token, which nothing precedes."""
+    """None for the first token of a sequence, which nothing precedes."""
     top: list[tuple[float, int]]
-    """The best (log-probability, token) pairs, best first."""
+    """Pairs (log-probability, token) of the most likely tokens, the best first."""
     token_ids: list[tuple[float, int]]
-    """The asked-for tokens' (log-probability, token) pairs, in the order asked."""
+    """Pairs (log-probability, token) of the tokens asked for, in the order asked."""
 
 
 class RowResult(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """What a step made of one row."""
+    """The result of one row of a step."""
 
     request: int
     token: int = -1
-    """The sampled token; -1 when the row did not sample."""
+    """The sampled token; -1 if the row does not sample."""
     output: TokenLogprobs | None = None
     prompt: list[TokenLogprobs] = []
-    """For the row's prompt positions at or after ``prompt_start``, in order."""
+    """Log-probabilities at the row's prompt positions from ``prompt_start`` on, in order."""
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, tag="step_result"):
     step: int
     rows: list[RowResult]
-    """In the order of the step's rows."""
+    """Results in the order of the step's rows."""
     more: bool = False
-    """Whether the step's lease goes on: another result with the same number follows."""
-
-
-class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank holds, for the pools' table and for the readiness check."""
-
-    role: Literal["attention", "ffn"]
-    rank: int
-    weight_bytes: int
-    kv_bytes: int
-    """KV budget of an attention rank; 0 for an FFN rank."""
+    """Whether the step's lease goes on, so that another result with this number follows."""
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
@@ -188,14 +179,11 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 
 
 class Inspected(msgspec.Struct, frozen=True, kw_only=True, tag="inspected"):
-    """``answer`` for `tensors`: list of {role, rank, model, layer, key, name, shape, dtype, bytes};
-    `pools`: {mapped_bytes: {model: int}, free_bytes, budget_bytes, rss_bytes};
-    `counters`: {dispatch_rows, dispatch_bytes, combine_bytes, steps, ...} per lane and peer;
-    `trace_stop`: list of lane events (see observability.trace)."""
+    """The reply to :class:`Inspect`."""
 
     id: int
     device: str
-    answer: Any
+    report: Report
 
 
 FromDevice = StepResult | Ready | Failed | Inspected

@@ -1,63 +1,71 @@
-"""Start of NVSHMEM over our control path, and links in its symmetric memory.
+"""Links in NVSHMEM's symmetric memory, and the start of NVSHMEM over our control path.
 
-The first device of the deployment makes NVSHMEM's unique id (128 bytes), tells it to the others at
-a meeting in the runtime folder (:mod:`crosspool.transport.rendezvous`), and all initialise with it:
-no MPI, no launcher of NVSHMEM's. A device is the processing element (PE) of its place among the
-deployment's devices. The library itself is native code, linked with NVSHMEM's device part
-(crosspool/kernels/nvshmem.py); :class:`NvshmemLibrary` is what is asked of it here.
-
-Making and telling the id has run with NVSHMEM's own library, on a machine without a GPU. The rest
-has not run on GPUs so far.
+The first device of the deployment makes NVSHMEM's unique id (128 bytes) and tells it to the others
+at a meeting in the runtime folder (:mod:`crosspool.transport.rendezvous`); then all initialise with
+it, without MPI or NVSHMEM's own launcher. A device's processing element (PE) is its place among the
+deployment's devices. The library is native code (crosspool/kernels/nvshmem.py).
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from crosspool.config.deployment import Deployment
+from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.device import Device
-from crosspool.transport.device_links import DeviceLinks, linked_ffn_ranks, links_bytes
+from crosspool.config.gpu import check_loop
+from crosspool.kernels.nvshmem import UNIQUE_ID_BYTES, LinkEnd, Nvshmem, device_ends
+from crosspool.transport.device_links import DeviceLinks, Tail, linked_ffn_ranks, links_bytes
 from crosspool.transport.lane_layout import LinkLayout, LinkPlace
 from crosspool.transport.rendezvous import Brought, RendezvousError, exchange
 
 if TYPE_CHECKING:
+    from crosspool.kernels.cuda_driver import CudaDriver
     from crosspool.kernels.dlpack import DLPackDevice
 
-UNIQUE_ID_BYTES = 128
-"""sizeof(nvshmemx_uniqueid_t)."""
 ENVIRONMENT = {"NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME": "lo", "NVSHMEM_CUMEM_GRANULARITY": str(2 << 20)}
-"""Of every device process on one host: its bootstrap stays on the loopback interface, and its heap
-grows by less than the 512 MiB of the default."""
+"""Settings for NVSHMEM on one host: its bootstrap stays on the loopback interface, and its heap
+grows in steps of 2 MiB, not of 512 MiB."""
 _MEETING = "nvshmem"
 
 
-class NvshmemLibrary(Protocol):
-    """NVSHMEM in one process, on the process's current GPU. Every call raises RuntimeError when
-    NVSHMEM refuses."""
+def join(
+    deployment: Deployment,
+    device: Device,
+    layout: LinkLayout,
+    driver: CudaDriver,
+    *,
+    resources: contextlib.ExitStack,
+    timeout: float = 60.0,
+) -> SymmetricLinks:
+    """Makes the device's links to all others of the deployment; every device process calls this.
+    Their memory stays until the process ends: giving it back would need all processes at once.
 
-    def unique_id(self) -> bytes:
-        """nvshmemx_get_uniqueid: 128 bytes, made by PE 0 alone."""
-        ...
-
-    def init(self, pe: int, pes: int, unique_id: bytes) -> None:
-        """nvshmemx_init_attr with the id: returns when all PEs have come."""
-        ...
-
-    def allocate(self, nbytes: int) -> int:
-        """nvshmem_calloc, by all PEs together: the address of zeros in symmetric memory."""
-        ...
+    Raises ConfigError where NVSHMEM is missing or the loop cannot use it, RendezvousError when a
+    device does not come within ``timeout`` seconds, RuntimeError when symmetric memory has no
+    room."""
+    check_loop(deployment)
+    os.environ.update(ENVIRONMENT)
+    try:
+        library = Nvshmem()
+    except ImportError as error:
+        raise ConfigError(f"gpu_links: {error}") from error
+    initialise(library, deployment, device, timeout)
+    return links(library, deployment, device, layout, driver.dlpack_device)
 
 
 def initialise(
-    library: NvshmemLibrary, deployment: Deployment, device: Device, timeout: float = 60.0
+    library: Nvshmem, deployment: Deployment, device: Device, timeout: float = 60.0
 ) -> int:
     """Initialises NVSHMEM among all devices of the deployment; returns this device's PE. Every
     device process calls this.
 
-    Raises RendezvousError when a device does not come within ``timeout`` seconds. Within NVSHMEM's
-    own initialisation no bound of ours holds; the launcher ends what does not become ready."""
+    Raises RendezvousError when a device does not come within ``timeout`` seconds. NVSHMEM's own
+    initialisation has no bound; the launcher ends a process that does not become ready."""
     members = [member.name for member in deployment.devices]
     pe = members.index(device.name)
     mine = Brought(library.unique_id() if pe == 0 else b"")
@@ -73,37 +81,71 @@ def initialise(
 
 
 @dataclass(frozen=True)
-class SymmetricLinks:
+class SymmetricLinks(DeviceLinks):
     """The links of one device in symmetric memory: each end has a whole one at the same symmetric
-    address, and carries what it has written into the other end's (sgl-kernel-ext/cuda/nvshmem.h).
-    """
+    address, and kernels carry what it has written into the other end's
+    (sgl-kernel-ext/cuda/nvshmem.h)."""
 
-    ends: DeviceLinks
+    library: Nvshmem
 
     def attention_end(self, lane: int, ffn_rank: int) -> tuple[LinkPlace, int]:
-        """This device's attention rank's end of a lane, and the PE of the other end.
+        """Returns this device's attention rank's end of a lane, and the PE of the other end.
 
         Raises ValueError when there is no such link."""
-        deployment = self.ends.deployment
-        peer = deployment.weight_pool_devices[ffn_rank]
-        return self.ends.attention_place(lane, ffn_rank), deployment.devices.index(peer)
+        peer = self.deployment.weight_pool_devices[ffn_rank]
+        return self.attention_place(lane, ffn_rank), self.deployment.devices.index(peer)
 
     def ffn_end(self, attention_rank: int, lane: int) -> tuple[LinkPlace, int]:
-        """This device's FFN rank's end of a lane, as :meth:`attention_end`."""
-        deployment = self.ends.deployment
-        peer = deployment.kv_pool_devices[attention_rank]
-        return self.ends.ffn_place(attention_rank, lane), deployment.devices.index(peer)
+        """Returns this device's FFN rank's end of a lane, as :meth:`attention_end` does."""
+        peer = self.deployment.kv_pool_devices[attention_rank]
+        return self.ffn_place(attention_rank, lane), self.deployment.devices.index(peer)
+
+    def dispatch_tail(
+        self,
+        lane: int,
+        ffn_ranks: Sequence[int],
+        *,
+        words: int,
+        epoch: int,
+        model: int,
+        row_bytes: int,
+    ) -> Tail:
+        found = [self.attention_end(lane, rank) for rank in ffn_ranks]
+        ends = [LinkEnd(place.address, peer, 0) for place, peer in found]
+
+        def tail(stream: int) -> None:
+            for end in ends:
+                self.library.capture_dispatch(
+                    end, words=words, epoch=epoch, model=model, row_bytes=row_bytes, stream=stream
+                )
+
+        return tail
+
+    def reply_tail(self, links: Sequence[tuple[int, int]], *, words: int) -> Tail:
+        import torch
+
+        from crosspool.kernels.dlpack import DLPACK_CPU
+
+        found = [self.ffn_end(*link) for link in links]
+        raw = bytearray(device_ends([place.address for place, _ in found], [pe for _, pe in found]))
+        on = "cpu" if self.memory.kind == DLPACK_CPU else f"cuda:{self.memory.ordinal}"
+        ends = torch.frombuffer(raw, dtype=torch.uint8).to(on)
+
+        def tail(stream: int) -> None:
+            self.library.capture_reply(ends.data_ptr(), self.layout.payload_bytes, words, stream)
+
+        return tail
 
 
 def links(
-    library: NvshmemLibrary,
+    library: Nvshmem,
     deployment: Deployment,
     device: Device,
     layout: LinkLayout,
     memory: DLPackDevice,
 ) -> SymmetricLinks:
-    """The device's links; every device process calls this after :func:`initialise`. They are good
-    until the library is finalised. ``memory``: where tensors over this device's ends lie.
+    """Makes the device's links; every device process calls this after :func:`initialise`. They are
+    valid until the library is finalised. ``memory``: device of tensors over this device's ends.
 
     Raises RuntimeError when symmetric memory has no room."""
     sizes = [
@@ -111,4 +153,4 @@ def links(
     ]
     address = library.allocate(sum(sizes))
     bases = {rank: address + sum(sizes[:rank]) for rank in linked_ffn_ranks(deployment, device)}
-    return SymmetricLinks(DeviceLinks(deployment, device, layout, bases, memory))
+    return SymmetricLinks(deployment, device, layout, bases, memory, library)

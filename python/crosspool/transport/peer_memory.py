@@ -1,8 +1,6 @@
-"""GPU memory that the device processes of one host share: each exports what it owns as a file
-descriptor, and maps what its peers exported. Loads and stores then go straight to the peer's GPU,
+"""GPU memory that the device processes of one host share. Each process exports its memory as a file
+descriptor and maps what its peers exported; loads and stores then go straight to the peer's GPU,
 over NVLink or PCIe.
-
-Not run on GPUs so far.
 """
 
 from __future__ import annotations
@@ -10,8 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
@@ -27,11 +24,7 @@ _MEETING = "lane-memory"
 
 
 class PeerMemory:
-    """Memory of zeros on this device, and what peers have of theirs, all mapped here.
-
-    >>> with PeerMemory(driver, meeting, "cuda:0", ["cuda:0", "cuda:1"], own_bytes=100) as memory:
-    ...     memory.addresses["cuda:1"]
-    """
+    """Zeroed memory on this device, and the memory of its peers, all mapped here."""
 
     def __init__(
         self,
@@ -43,13 +36,13 @@ class PeerMemory:
         own_bytes: int,
         timeout: float = 60.0,
     ) -> None:
-        """Makes ``own_bytes`` (rounded up; 0: none), and meets the other ``members`` at the socket
-        ``meeting``. They may be on one GPU, too.
+        """Makes ``own_bytes`` of memory (rounded up; 0: none), and meets the other ``members`` at
+        the socket ``meeting``. Several members may use one GPU.
 
         Raises ConfigError when a peer's memory cannot be reached from this GPU, RendezvousError
         when a member does not come within ``timeout`` seconds, CudaError otherwise."""
         self.addresses: dict[str, int] = {}
-        """Of each member that has memory, its first byte here."""
+        """Address on this device of the first byte of each member that has memory."""
         self._driver = driver
         self._resources = contextlib.ExitStack()
         with contextlib.ExitStack() as failed:
@@ -71,19 +64,8 @@ class PeerMemory:
             mine.close()
             failed.pop_all()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Unmaps everything. What peers have mapped stays theirs until they close, too."""
+        """Unmaps everything. What peers have mapped stays until they close, too."""
         self.addresses = {}
         self._resources.close()
 
@@ -100,7 +82,7 @@ class PeerMemory:
         from crosspool.kernels.cuda_driver import CudaError
 
         if len(brought.descriptors) != 1 or len(brought.payload) != 8:
-            raise RendezvousError(f"{name} brought no memory that can be mapped")
+            raise RendezvousError(f"{name} sent no memory handle to map")
         nbytes = int.from_bytes(brought.payload, "little")
         try:
             handle = self._driver.import_descriptor(brought.descriptors[0])
@@ -125,14 +107,16 @@ class PeerMemory:
 
 
 def join(
-    driver: CudaDriver,
     deployment: Deployment,
     device: Device,
     layout: LinkLayout,
+    driver: CudaDriver,
+    *,
+    resources: contextlib.ExitStack,
     timeout: float = 60.0,
-) -> tuple[PeerMemory, DeviceLinks]:
-    """The device's links to all others of the deployment, on one host; every device process calls
-    this. The links are good until the memory is closed. Raises as :class:`PeerMemory` does."""
+) -> DeviceLinks:
+    """Makes the device's links to all others of the deployment, on one host; every device process
+    calls this. Their memory is unmapped with ``resources``. Raises as :class:`PeerMemory` does."""
     own = [rank for rank, other in enumerate(deployment.weight_pool_devices) if other == device]
     memory = PeerMemory(
         driver,
@@ -142,8 +126,9 @@ def join(
         own_bytes=sum(links_bytes(deployment, layout, rank) for rank in own),
         timeout=timeout,
     )
+    resources.callback(memory.close)
     bases = {
         rank: memory.addresses[deployment.weight_pool_devices[rank].name]
         for rank in linked_ffn_ranks(deployment, device)
     }
-    return memory, DeviceLinks(deployment, device, layout, bases, driver.dlpack_device)
+    return DeviceLinks(deployment, device, layout, bases, driver.dlpack_device)

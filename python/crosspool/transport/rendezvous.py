@@ -1,9 +1,9 @@
-"""Where the device processes of one host tell each other, once, what the data path needs: some
-bytes, and file descriptors of memory.
+"""The meeting at which the device processes of one host tell each other, once, what the data path
+needs: some bytes, and file descriptors of memory.
 
 All of them name the same socket in the deployment's runtime folder, and the same members. The first
 member listens, collects what every member brings, and gives all of it to all. A message is one
-SOCK_SEQPACKET packet of plain fields; descriptors travel beside it (SCM_RIGHTS). Processes of other
+SOCK_SEQPACKET packet of msgpack; descriptors travel beside it (SCM_RIGHTS). Processes of other
 users are refused, even if they could reach the folder.
 """
 
@@ -18,26 +18,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 MAX_BYTES = 60_000
-"""Of what one member brings."""
+"""Most bytes that one member brings."""
 MAX_DESCRIPTORS = 64
 
-_MAGIC = b"CPPEERS1"
-_HEADER = struct.Struct("<8sHHI")
-"""Magic, bytes of the name, descriptors, bytes brought."""
-_PACKET_BYTES = _HEADER.size + 256 + MAX_BYTES
+_PACKET_BYTES = MAX_BYTES + 1024
 _RETRY_S = 0.02
-_DESCRIPTOR = struct.Struct("i")
 _CREDENTIALS = struct.Struct("3i")
+"""struct ucred: process, user and group."""
+_decoder = msgspec.msgpack.Decoder(tuple[str, int, bytes])
+"""Name of the member, number of descriptors, and bytes brought."""
 
 
 class RendezvousError(RuntimeError):
-    """The members did not all come, or somebody else did."""
+    """Some members did not come, or a process came that is no member."""
 
 
 @dataclass
 class Brought:
-    """What one member told the others. Whoever has it closes the descriptors."""
+    """What one member tells the others. Its owner closes the descriptors."""
 
     payload: bytes = b""
     descriptors: list[int] = field(default_factory=list)
@@ -51,8 +52,8 @@ class Brought:
 def exchange(
     address: Path, me: str, members: Sequence[str], mine: Brought, timeout: float
 ) -> Iterator[dict[str, Brought]]:
-    """What every member brought, ``mine`` included, by its name; its descriptors are closed when
-    the context ends, those of ``mine`` stay the caller's.
+    """Yields what every member brought, ``mine`` included, by its name. Descriptors are closed when
+    the context ends; those of ``mine`` stay the caller's.
 
     Raises RendezvousError when a member does not come within ``timeout`` seconds, a process comes
     that is no member, or a member comes twice; ValueError when ``mine`` is too large."""
@@ -78,7 +79,8 @@ def exchange(
 def _lead(
     address: Path, members: Sequence[str], deadline: float, found: dict[str, Brought]
 ) -> None:
-    """``found``: what the leader brings, to which the others' is added."""
+    """Collects what the followers bring in ``found``, beside what the leader brings, and tells all
+    of them."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_socket())
         listener.bind(str(address))
@@ -139,7 +141,8 @@ def _socket() -> socket.socket:
 
 @contextlib.contextmanager
 def _within(peer: socket.socket, deadline: float, what: str) -> Iterator[None]:
-    """Bounds the operations within by the deadline."""
+    """Raises RendezvousError, with ``what`` in its text, where the operations within do not end
+    before the deadline."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise RendezvousError(f"{what} in time")
@@ -160,36 +163,27 @@ def _check_user(peer: socket.socket) -> None:
 
 
 def _send(peer: socket.socket, name: str, brought: Brought) -> None:
-    raw = name.encode()
-    packet = _HEADER.pack(_MAGIC, len(raw), len(brought.descriptors), len(brought.payload))
-    socket.send_fds(peer, [packet + raw + brought.payload], brought.descriptors)
+    packet = msgspec.msgpack.encode((name, len(brought.descriptors), brought.payload))
+    socket.send_fds(peer, [packet], brought.descriptors)
 
 
 def _receive(peer: socket.socket) -> tuple[str, Brought]:
-    """Raises RendezvousError on a packet that is none of ours."""
-    # socket.recv_fds drops its flags before Python 3.12.
-    space = socket.CMSG_LEN(MAX_DESCRIPTORS * _DESCRIPTOR.size)
-    packet, beside, flags, _ = peer.recvmsg(_PACKET_BYTES, space, socket.MSG_CMSG_CLOEXEC)
-    descriptors = [
-        number
-        for level, kind, raw in beside
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
-        for (number,) in _DESCRIPTOR.iter_unpack(raw[: len(raw) // 4 * 4])
-    ]
+    """Raises RendezvousError for a packet that no member sent."""
+    packet, descriptors, flags, _ = socket.recv_fds(peer, _PACKET_BYTES, MAX_DESCRIPTORS)
     brought = Brought(b"", descriptors)
     try:
+        # Before Python 3.12 recv_fds does not pass MSG_CMSG_CLOEXEC on.
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)
         if not packet:
             raise RendezvousError("a member left before it had told anything")
-        cut = flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
-        if cut or len(packet) < _HEADER.size:
-            raise RendezvousError("a packet came that is no member's")
-        magic, name_bytes, count, payload_bytes = _HEADER.unpack_from(packet)
-        end = _HEADER.size + name_bytes
-        fits = len(packet) == end + payload_bytes and count == len(descriptors)
-        if magic != _MAGIC or not fits:
-            raise RendezvousError("a packet came that is no member's")
-        brought.payload = packet[end:]
-        return packet[_HEADER.size : end].decode(errors="replace"), brought
+        name, count, brought.payload = _decoder.decode(packet)
+        if count != len(descriptors) or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise RendezvousError("a packet came that no member sent whole")
+        return name, brought
+    except msgspec.DecodeError as error:
+        brought.close()
+        raise RendezvousError(f"a packet came that no member sent: {error}") from None
     except BaseException:
         brought.close()
         raise

@@ -33,30 +33,28 @@ class SegmentLink:
         link: tuple[int, int, int],
         on_gpu: DeviceLinks | None,
     ) -> None:
-        """``base``: offset of the link in the segment; ``link``: attention rank, lane, FFN rank.
-        ``on_gpu``: where its payloads lie, if not in the segment."""
+        """``base``: offset of the link in the segment; ``link``: attention rank, lane, FFN rank;
+        ``on_gpu``: the GPU memory that holds the payloads, if they are not in the segment."""
         import torch
 
-        attention_rank, lane, ffn_rank = link
-
-        payload = layout.payload_bytes
-        everything = torch.frombuffer(memory, dtype=torch.uint8)
-        address, start = everything.data_ptr() + base, base + LINK_HEAD_BYTES
-        self.name = f"attention rank {attention_rank}, lane {lane}, FFN rank {ffn_rank}"
+        self.attention_rank, self.lane, self.ffn_rank = link
         self.memory = memory
-        self.max_rows = layout.max_rows
-        self.max_row_bytes = layout.max_row_bytes
+        self.max_rows, self.max_row_bytes = layout.max_rows, layout.max_row_bytes
+        everything = torch.frombuffer(memory, dtype=torch.uint8)
+        address = everything.data_ptr() + base
         self.dispatched = Signal(address + _DISPATCH_SIGNAL)
         self.combined = Signal(address + _COMBINE_SIGNAL)
         self.dispatch_header = base + _DISPATCH
         self.combine_header = base + _COMBINE
         self._on_gpu = on_gpu
-        payloads = everything[start:] if on_gpu is None else on_gpu.payloads(*link)
+        begin, payload = base + LINK_HEAD_BYTES, layout.payload_bytes
+        payloads = everything[begin:] if on_gpu is None else on_gpu.payloads(*link)
         self.dispatch_payload = payloads[:payload]
         self.combine_payload = payloads[payload : 2 * payload]
 
     def error(self, what: str) -> LaneError:
-        return LaneError(f"{self.name}: {what}")
+        link = f"attention rank {self.attention_rank}, lane {self.lane}, FFN rank {self.ffn_rank}"
+        return LaneError(f"{link}: {what}")
 
     def check_size(self, rows: int, row_bytes: int) -> None:
         if not (1 <= rows <= self.max_rows and 1 <= row_bytes <= self.max_row_bytes):
@@ -71,7 +69,7 @@ class SegmentLink:
         return payload[: rows * row_bytes].view(dtype).view(rows, row_bytes // dtype.itemsize)
 
     def fill(self, payload: Tensor, row_bytes: int, rows: Tensor) -> None:
-        """Returns when a peer may be told of the rows."""
+        """Writes rows; when this returns, a peer may be told of them."""
         self.view(payload, len(rows), row_bytes, rows.dtype).copy_(rows)
         if self._on_gpu is not None:
             self._on_gpu.settle()
@@ -80,12 +78,13 @@ class SegmentLink:
 class _End:
     """Either end of a link."""
 
-    def __init__(
-        self, link: SegmentLink, peer: Doorbell, attention_rank: int, lane: int, ffn_rank: int
-    ) -> None:
-        self.attention_rank = attention_rank
-        self.lane = lane
-        self.ffn_rank = ffn_rank
+    def __init__(self, link: SegmentLink, peer: Doorbell) -> None:
+        """``peer``: doorbell of the other end's device."""
+        self.attention_rank, self.lane, self.ffn_rank = (
+            link.attention_rank,
+            link.lane,
+            link.ffn_rank,
+        )
         self.counters = LinkCounters()
         self._link = link
         self._peer = peer
@@ -95,16 +94,14 @@ class _End:
 class SharedMemoryAttentionLink(_End):
     """The :class:`~crosspool.transport.data_path.AttentionLink` through the segment."""
 
-    def __init__(
-        self, link: SegmentLink, peer: Doorbell, attention_rank: int, lane: int, ffn_rank: int
-    ) -> None:
-        super().__init__(link, peer, attention_rank, lane, ffn_rank)
+    def __init__(self, link: SegmentLink, peer: Doorbell) -> None:
+        super().__init__(link, peer)
         self._sequence = link.dispatched.load()
         self._outstanding: DispatchHeader | None = None
 
     @property
     def free(self) -> bool:
-        """Whether a dispatch may be made, and its payload written: none is outstanding."""
+        """Whether a dispatch may be made and its payload written, because none is outstanding."""
         return self._outstanding is None and self._link.combined.load() == self._sequence
 
     def dispatch(self, header: DispatchHeader, hidden: Tensor) -> None:
@@ -117,8 +114,8 @@ class SharedMemoryAttentionLink(_End):
         self.announce(header, row_bytes)
 
     def announce(self, header: DispatchHeader, row_bytes: int) -> None:
-        """As :meth:`dispatch`, of rows that device code has written into the payload while the link
-        was :attr:`free`. Raises LaneError as it does."""
+        """Publishes rows that device code has written into the payload while the link was
+        :attr:`free`. Raises LaneError as :meth:`dispatch` does."""
         link = self._link
         self._check_free()
         link.check_size(header.rows, row_bytes)
@@ -143,7 +140,7 @@ class SharedMemoryAttentionLink(_End):
         return self._outstanding is not None and self._link.combined.load() == self._sequence
 
     def combine(self, out_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        link, header = self._link, self._answered()
+        link, header = self._link, self._replied_to()
         partial = link.view(link.combine_payload, header.rows, self._row_bytes, dtype)
         if partial.shape != tuple(out_shape):
             raise link.error(f"the partial sum is {tuple(partial.shape)}, not {tuple(out_shape)}")
@@ -151,21 +148,21 @@ class SharedMemoryAttentionLink(_End):
         return partial
 
     def accept(self) -> None:
-        """As :meth:`combine`, of a partial sum that device code reads out of the payload, before
-        the next dispatch. Raises LaneError as it does."""
-        header = self._answered()
+        """Takes a reply whose partial sum device code reads from the payload before the next
+        dispatch. Raises LaneError as :meth:`combine` does."""
+        header = self._replied_to()
         self._outstanding = None
         self.counters.combine_bytes += header.rows * self._row_bytes
 
-    def _answered(self) -> DispatchHeader:
-        """The dispatch that the answer is to."""
+    def _replied_to(self) -> DispatchHeader:
+        """The dispatch that the FFN rank has replied to."""
         link, header = self._link, self._outstanding
         if header is None or not self.ready():
             raise link.error("nothing to combine")
         epoch, rows, row_bytes = _COMBINE_HEADER.unpack_from(link.memory, link.combine_header)
         if (epoch, rows, row_bytes) != (header.epoch, header.rows, self._row_bytes):
             raise link.error(
-                f"the answer (epoch {epoch}, {rows} rows of {row_bytes} bytes) does not fit the"
+                f"the reply (epoch {epoch}, {rows} rows of {row_bytes} bytes) does not fit the"
                 f" dispatch (epoch {header.epoch}, {header.rows} rows of {self._row_bytes} bytes)"
             )
         return header
@@ -178,11 +175,9 @@ class SharedMemoryAttentionLink(_End):
 class SharedMemoryFFNLink(_End):
     """The :class:`~crosspool.transport.data_path.FFNLink` through the segment."""
 
-    def __init__(
-        self, link: SegmentLink, peer: Doorbell, attention_rank: int, lane: int, ffn_rank: int
-    ) -> None:
-        super().__init__(link, peer, attention_rank, lane, ffn_rank)
-        self._answered = link.combined.load()
+    def __init__(self, link: SegmentLink, peer: Doorbell) -> None:
+        super().__init__(link, peer)
+        self._replied = link.combined.load()
         self._polled: DispatchHeader | None = None
 
     def poll(self) -> DispatchHeader | None:
@@ -190,10 +185,10 @@ class SharedMemoryFFNLink(_End):
             return self._polled
         link = self._link
         sequence = link.dispatched.load()
-        if sequence == self._answered:
+        if sequence == self._replied:
             return None
-        if sequence != self._answered + 1:
-            raise link.error(f"dispatch {sequence} came after answer {self._answered}")
+        if sequence != self._replied + 1:
+            raise link.error(f"dispatch {sequence} came after reply {self._replied}")
         epoch, model, layer, rows, row_bytes = _DISPATCH_HEADER.unpack_from(
             link.memory, link.dispatch_header
         )
@@ -209,35 +204,36 @@ class SharedMemoryFFNLink(_End):
 
     @property
     def row_bytes(self) -> int:
-        """Of the polled dispatch's rows."""
+        """Bytes of each row of the polled dispatch."""
         return self._row_bytes
 
     def reply(self, partial: Tensor) -> None:
         link, header = self._link, self._polled
         if header is None:
-            raise link.error("no dispatch to answer")
+            raise link.error("no dispatch to reply to")
         rows, row_bytes = header.rows, self._row_bytes
         if partial.dim() != 2 or partial.shape[0] != rows:
-            raise link.error(f"a partial sum {tuple(partial.shape)} does not answer {rows} rows")
+            raise link.error(f"a partial sum {tuple(partial.shape)} does not fit {rows} rows")
         if partial.shape[1] * partial.itemsize != row_bytes:
             raise link.error(
-                f"a partial sum {tuple(partial.shape)} of {partial.dtype} does not answer rows of"
+                f"a partial sum {tuple(partial.shape)} of {partial.dtype} does not fit rows of"
                 f" {row_bytes} bytes"
             )
         link.fill(link.combine_payload, row_bytes, partial)
-        self.answer()
+        self.announce_reply()
 
-    def answer(self) -> None:
-        """As :meth:`reply`, of a partial sum that device code has written into the payload. Raises
-        LaneError when nothing was polled."""
+    def announce_reply(self) -> None:
+        """Publishes a partial sum that device code has written into the payload.
+
+        Raises LaneError when nothing was polled."""
         link, header = self._link, self._polled
         if header is None:
-            raise link.error("no dispatch to answer")
+            raise link.error("no dispatch to reply to")
         rows, row_bytes = header.rows, self._row_bytes
         _COMBINE_HEADER.pack_into(link.memory, link.combine_header, header.epoch, rows, row_bytes)
-        self._answered += 1
+        self._replied += 1
         self._polled = None
-        link.combined.store(self._answered)
+        link.combined.store(self._replied)
         self._peer.ring()
         self.counters.dispatches += 1
         self.counters.rows += rows

@@ -22,14 +22,14 @@ rank's device. The attention rank loads n (acquire) and reads the partial sum in
 
 Who may write when. Payloads belong to the attention rank while the signals are equal and to the FFN
 rank while the dispatch signal is one ahead. No other state exists, and it lives in the segment
-alone: an FFN rank that attaches anew finds the dispatch that its predecessor did not answer.
+alone: an FFN rank that attaches anew finds the dispatch that its predecessor did not reply to.
 
 include/crosspool/lanes.h in sgl-kernel-ext/ is the same protocol for native code; model/lanes.pml
 there is its model.
 
-Waiting. A device waits on its doorbell for any of its links. :meth:`SharedMemoryTransport.wait`
-remembers the doorbell's count from before the caller looked at its links, so a ring in between ends
-the next wait at once.
+Waiting. A device waits on its doorbell for all of its links at once.
+:meth:`SharedMemoryTransport.wait` remembers the doorbell's count from before the caller looked at
+its links, so a ring in between ends the next wait at once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from functools import cached_property
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.kernels.native import Doorbell
-from crosspool.transport.data_path import LaneError, remote_pairs
+from crosspool.transport.data_path import LaneError, remote_pairs, spin_ns_of
 from crosspool.transport.device_links import DeviceLinks
 from crosspool.transport.lane_layout import (
     LINE_BYTES,
@@ -60,16 +60,13 @@ from crosspool.transport.shared_links import (
     SharedMemoryFFNLink,
 )
 
-SPIN_NS = 20_000
-"""How long a device with cores of its own spins before it sleeps: about what a wake-up costs."""
-
 _SEGMENT_HEADER = struct.Struct("<8s7IxxxxQ")
 _MAGIC = b"CPLANES1"
 
 
 @dataclass(frozen=True)
 class _Segment:
-    """Where everything lies; all sizes in bytes."""
+    """Offsets and sizes within a deployment's segment, in bytes."""
 
     deployment: Deployment
     max_hidden_bytes: int
@@ -164,9 +161,9 @@ class SharedMemoryTransport:
         *,
         on_gpu: DeviceLinks | None = None,
     ) -> None:
-        """``fd`` may be closed afterwards. ``spin_ns``: longest spin of :meth:`wait`; None: SPIN_NS
-        if no other device has one of this device's cores, else 0. ``on_gpu``: where payloads lie,
-        at both ends of every link of this device, if not in the segment.
+        """``fd`` may be closed afterwards. ``spin_ns``: longest spin of :meth:`wait`; None: as
+        :func:`~crosspool.transport.data_path.spin_ns_of` says. ``on_gpu``: the GPU memory that
+        holds the payloads of all links of this device, if they are not in the segment.
 
         Raises LaneError when ``fd`` is no segment of this deployment."""
         import torch
@@ -194,7 +191,7 @@ class SharedMemoryTransport:
         attention_rank = _rank_on(self._device, self._deployment.kv_pool_devices)
         peer = self._doorbells[self._deployment.weight_pool_devices[ffn_rank]]
         link = self._lane(attention_rank, lane, ffn_rank)
-        return SharedMemoryAttentionLink(link, peer, attention_rank, lane, ffn_rank)
+        return SharedMemoryAttentionLink(link, peer)
 
     def ffn_link(self, attention_rank: int, lane: int) -> SharedMemoryFFNLink:
         """This device's FFN rank's end of a lane of an attention rank on another device.
@@ -203,29 +200,33 @@ class SharedMemoryTransport:
         ffn_rank = _rank_on(self._device, self._deployment.weight_pool_devices)
         peer = self._doorbells[self._deployment.kv_pool_devices[attention_rank]]
         link = self._lane(attention_rank, lane, ffn_rank)
-        return SharedMemoryFFNLink(link, peer, attention_rank, lane, ffn_rank)
+        return SharedMemoryFFNLink(link, peer)
 
     @property
     def doorbell_address(self) -> int:
-        """Of this device's doorbell. The transport keeps all memory that it tells of alive."""
+        """Address of this device's doorbell. The memory is mapped as long as the transport is."""
         return self._base + self._segment.doorbell(self._device)
 
     def attention_place(self, lane: int, ffn_rank: int) -> LinkPlace:
-        """What :meth:`attention_link` would use, for native code. Raises ValueError as it does."""
+        """Where the link of :meth:`attention_link` lies, for native code.
+
+        Raises ValueError when there is no such link."""
         attention_rank = _rank_on(self._device, self._deployment.kv_pool_devices)
         peer = self._deployment.weight_pool_devices[ffn_rank]
         return self._place(attention_rank, lane, ffn_rank, peer)
 
     def ffn_place(self, attention_rank: int, lane: int) -> LinkPlace:
-        """What :meth:`ffn_link` would use, for native code. Raises ValueError as it does."""
+        """Where the link of :meth:`ffn_link` lies, for native code.
+
+        Raises ValueError when there is no such link."""
         ffn_rank = _rank_on(self._device, self._deployment.weight_pool_devices)
         peer = self._deployment.kv_pool_devices[attention_rank]
         return self._place(attention_rank, lane, ffn_rank, peer)
 
     def wait(self, timeout: float) -> bool:
-        """Sleeps until a peer rang this device's doorbell, at most ``timeout`` seconds. A ring
-        since the last call's return ends it at once: look at the links after each call, and none
-        is missed. False: nobody rang."""
+        """Sleeps until a peer rings this device's doorbell, at most ``timeout`` seconds; returns
+        whether one has rung. A ring since the last call's return ends it at once, so a caller that
+        looks at its links after each call misses none."""
         seen = self._seen
         self._seen = self._doorbell.wait(seen, self._spin_ns, int(timeout * 1e9))
         return self._seen != seen
@@ -259,10 +260,3 @@ def _rank_on(device: Device, pool: Sequence[Device]) -> int:
     if device not in pool:
         raise ValueError(f"device {device.name} has no rank of this pool")
     return list(pool).index(device)
-
-
-def spin_ns_of(deployment: Deployment, device: Device) -> int:
-    """SPIN_NS if no other device has one of this device's cores, else 0."""
-    others = (d for d in deployment.devices if d.is_cpu and d != device)
-    shared = any(not set(device.cores).isdisjoint(other.cores) for other in others)
-    return 0 if shared else SPIN_NS

@@ -19,12 +19,10 @@ from safetensors import SafetensorError, safe_open
 from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import read_json
 from crosspool.models.spec import TensorRef
+from crosspool.observability.progress import Progress
 
 if TYPE_CHECKING:
     import torch
-
-Progress = Callable[[int], None]
-"""Called with the bytes that were just read into place (``tqdm.update``)."""
 
 _DTYPES = ("BF16", "F16", "F32")
 
@@ -36,7 +34,7 @@ class Read:
     ref: TensorRef
     index: tuple[slice, ...]
     into: torch.Tensor
-    """Of the part's shape; the values are converted to its dtype."""
+    """A tensor of the part's shape; the values are converted to its dtype."""
 
 
 class Checkpoint:
@@ -48,7 +46,7 @@ class Checkpoint:
         self._files = self._index()
 
     def check(self, refs: Iterable[TensorRef]) -> None:
-        """Raises ConfigError naming the first tensor that is missing, or has another shape or a
+        """Raises ConfigError that names the first tensor that is missing, or has another shape or a
         dtype that cannot be used. Reads only the files' headers."""
         for file, group in self._by_file(refs, lambda ref: ref):
             with self._open(file) as opened:
@@ -79,8 +77,8 @@ class Checkpoint:
     def stream(
         self, parts: Sequence[tuple[TensorRef, tuple[slice, ...]]]
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Every part with its number, in the checkpoint's dtype, in the order of the files. Call
-        :meth:`check` first."""
+        """Yields every part with its number, in the checkpoint's dtype and in the order of the
+        files. Call :meth:`check` first."""
         for file, group in self._by_file(list(enumerate(parts)), lambda item: item[1][0]):
             with self._open(file, "pt") as opened:
                 for number, (ref, index) in group:
@@ -106,7 +104,7 @@ class Checkpoint:
             raise ConfigError(f"{self.path / file} cannot be read: {error}") from None
 
     def _index(self) -> dict[str, str]:
-        """Tensor name -> file."""
+        """Returns the file of each tensor, by the tensor's name."""
         index = self.path / "model.safetensors.index.json"
         if index.exists():
             files = read_json(index).get("weight_map")

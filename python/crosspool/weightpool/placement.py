@@ -32,9 +32,9 @@ class FFNShard:
     """One FFN rank's share of every layer of a model."""
 
     rank: int
-    """Among the model's FFN ranks."""
+    """Place of the rank among the model's FFN ranks."""
     ranks: int
-    """FFN ranks of the model."""
+    """Number of FFN ranks that share the model."""
     parallel: Literal["tp", "ep"]
 
     def experts(self, ffn: MoEFFN) -> range:
@@ -64,14 +64,15 @@ class FFNShard:
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     shards: tuple[dict[int, FFNShard], ...]
-    """By FFN rank: the share of every model that lies on it, keyed by the model's index."""
+    """Shares of the models that lie on each FFN rank, indexed [FFN rank][model]."""
     weight_bytes: tuple[tuple[int, ...], ...]
-    """Bytes held, by FFN rank and model; 0 where the model does not lie on the rank."""
+    """Bytes that each FFN rank holds of each model, indexed [FFN rank][model]; 0 where it holds
+    nothing."""
 
     @property
     def pool_bytes(self) -> int:
-        """The smallest weight pool that holds it: one that gives every rank what the fullest
-        needs, since ranks share the pool evenly."""
+        """Bytes of the smallest weight pool that holds everything. Ranks share the pool evenly, so
+        it gives every rank what the fullest needs."""
         return len(self.weight_bytes) * max(map(sum, self.weight_bytes))
 
 
@@ -123,7 +124,7 @@ def place(deployment: Deployment, specs: Sequence[ModelSpec]) -> Placement:
 
 
 def _check_budget(deployment: Deployment, placement: Placement) -> None:
-    """Raises ConfigError that names the fullest device when it is too full."""
+    """Raises ConfigError that names the fullest device when that is too full."""
     devices = deployment.weight_pool_devices
     held = [sum(of_rank) for of_rank in placement.weight_bytes]
     fullest = held.index(max(held))

@@ -42,7 +42,7 @@ void combine(const Part& part, Lane& lane, Range rows) {
 
 namespace {
 
-// The step's tokens as rows [begin, end) of the residual.
+// Writes the embeddings of the step's tokens to rows [begin, end) of the residual.
 void embed(const Part& part, Lane& lane, Range rows) {
   const ModelTable& model = part.model;
   if (model.embed != nullptr) {

@@ -1,4 +1,5 @@
-// Memory for activations: huge pages where the system has them, and present only once touched.
+// Memory for activations, on huge pages where the system has them. A page takes memory once it is
+// touched.
 #ifndef CROSSPOOL_CPU_ENGINE_BUFFER_H
 #define CROSSPOOL_CPU_ENGINE_BUFFER_H
 
@@ -11,6 +12,9 @@
 
 namespace crosspool {
 
+// Bytes of an element of the widest dtype: a buffer serves models of every dtype.
+inline constexpr std::int64_t kWidestElement = 4;
+
 class Buffer {
  public:
   Buffer() = default;
@@ -22,7 +26,7 @@ class Buffer {
       data_ = nullptr;
       throw std::bad_alloc();
     }
-    madvise(data_, bytes_, MADV_HUGEPAGE);  // without them it is slower, no more
+    madvise(data_, bytes_, MADV_HUGEPAGE);  // small pages are only slower
   }
   Buffer(Buffer&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}

@@ -1,7 +1,5 @@
 #include "engine.h"
 
-#include <crosspool/lanes.h>
-
 #include <algorithm>
 #include <atomic>
 #include <exception>
@@ -26,7 +24,8 @@ auto caught(Make&& make) -> decltype(make()) {
   }
 }
 
-// Packs compact where the path can and all panels fit, else plain. Pairs of panels stay together.
+// Packs a compact matrix where the path can and all panels fit, else a plain one. Pairs of panels
+// go to one thread.
 template <class Pack>
 void with_panels(Team* team, crosspool::Matrix* matrix, Pack&& pack) {
   const crosspool::Kernels& kernels = crosspool::kernels(matrix->dtype);
@@ -56,7 +55,7 @@ std::int32_t crosspool_engine_sizes(std::uint64_t* sizes, std::int32_t count) {
   const std::uint64_t all[] = {sizeof(crosspool::AttentionLayer),
                                sizeof(crosspool::FFNTable),
                                sizeof(crosspool::ModelTable),
-                               sizeof(crosspool::Wanted),
+                               sizeof(crosspool::WantedRow),
                                sizeof(crosspool::Keep),
                                sizeof(crosspool::StepArguments),
                                sizeof(crosspool::LinkDescription),
@@ -67,12 +66,6 @@ std::int32_t crosspool_engine_sizes(std::uint64_t* sizes, std::int32_t count) {
                                sizeof(crosspool::LinkCounters)};
   std::copy_n(all, std::min<std::size_t>(std::size(all), count), sizes);
   return static_cast<std::int32_t>(std::size(all));
-}
-
-std::uint64_t crosspool_link_offset(std::uint32_t devices, std::uint32_t lanes,
-                                    std::uint32_t max_rows, std::uint32_t max_row_bytes,
-                                    std::uint32_t pair, std::uint32_t lane) {
-  return crosspool::SegmentLayout{devices, lanes, max_rows, max_row_bytes, 0}.link(pair, lane);
 }
 
 Team* crosspool_team_create(const std::int32_t* cores, std::int32_t count) {

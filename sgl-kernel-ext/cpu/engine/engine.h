@@ -1,5 +1,5 @@
-// The engine's C face, for crosspool/kernels/native_engine.py. Functions that can fail return null,
-// and crosspool_error() says why, for the calling thread.
+// The engine's C face, for crosspool/kernels/engine.py. Functions that can fail return null, and
+// crosspool_error() says why, for the calling thread.
 #ifndef CROSSPOOL_CPU_ENGINE_ENGINE_H
 #define CROSSPOOL_CPU_ENGINE_ENGINE_H
 
@@ -16,22 +16,17 @@ extern "C" {
 
 CROSSPOOL_API const char* crosspool_error(void);
 
-// sizeof of what Python mirrors, in the order of native_engine.py; `count` of them at most. Returns
-// their number.
+// Writes sizeof of at most `count` structures that Python mirrors, in the order of MIRRORED in
+// engine_structs.py. Returns how many there are.
 CROSSPOOL_API std::int32_t crosspool_engine_sizes(std::uint64_t* sizes, std::int32_t count);
-// Where a link of a segment lies: crosspool/lanes.h, for the check against shared_memory.py.
-CROSSPOOL_API std::uint64_t crosspool_link_offset(std::uint32_t devices, std::uint32_t lanes,
-                                                  std::uint32_t max_rows,
-                                                  std::uint32_t max_row_bytes, std::uint32_t pair,
-                                                  std::uint32_t lane);
 
-// A thread per core; a negative core pins nothing.
+// Starts a thread for each core, pinned to it unless it is negative.
 CROSSPOOL_API crosspool::Team* crosspool_team_create(const std::int32_t* cores, std::int32_t count);
-// No loop may run on it.
+// Requires that no loop runs on the team.
 CROSSPOOL_API void crosspool_team_free(crosspool::Team* team);
 // Packs a matrix with the whole team, each thread the panels that it reads later, and sets its
-// encoding: compact where the kernels can and the weights allow. Its memory has room for the plain
-// one. No loop may run.
+// encoding: compact where the kernels can and the weights allow. Its memory must have room for the
+// plain matrix, and no loop may run.
 CROSSPOOL_API void crosspool_team_pack(crosspool::Team* team, crosspool::Matrix* matrix,
                                        const crosspool::Source* sources, std::int32_t count);
 CROSSPOOL_API void crosspool_team_pack_gated(crosspool::Team* team, crosspool::Matrix* matrix,
@@ -41,10 +36,10 @@ CROSSPOOL_API void crosspool_team_pack_gated(crosspool::Team* team, crosspool::M
 CROSSPOOL_API crosspool::Loop* crosspool_loop_create(crosspool::Team* team,
                                                      const crosspool::LoopDescription* description);
 CROSSPOOL_API void crosspool_loop_free(crosspool::Loop* loop);
-// 0: the ring is full.
+// Returns 0 when the ring is full.
 CROSSPOOL_API std::int32_t crosspool_loop_push(crosspool::Loop* loop,
                                                const crosspool::Command* command);
-// 0: there is no event.
+// Returns 0 when there is no event.
 CROSSPOOL_API std::int32_t crosspool_loop_pop(crosspool::Loop* loop, crosspool::Event* event);
 CROSSPOOL_API std::int64_t crosspool_loop_last_served(crosspool::Loop* loop);
 

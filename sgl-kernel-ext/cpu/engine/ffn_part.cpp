@@ -6,10 +6,10 @@ namespace crosspool {
 
 namespace {
 
-// Batches of so few rows choose their experts on one thread: the others would wait for a meeting.
+// Batches of so few rows choose their experts on one thread, which saves a meeting.
 constexpr std::int32_t kFewRows = 2;
 
-// Logits of the experts, then the plan of the batch.
+// Computes the logits of the experts, then plans the batch.
 void choose_experts(const Part& part, const FFNTask& task, const FFNTable& table) {
   Workspace& work = part.work;
   const DType router_dtype = table.router_weight->dtype;
@@ -98,10 +98,10 @@ void run_ffn_part(const Part& part, const FFNTask& task) {
   }
   if (task.residual != nullptr) {
     part.k.add(task.residual, model.hidden, out, model.hidden, task.rows, begin, end);
-  } else if (task.answer != nullptr) {
+  } else if (task.reply != nullptr) {
     for (std::int64_t row = 0; row < task.rows; ++row) {
       const std::int64_t offset = row * model.hidden + begin;
-      part.k.from_float(out + offset, element(task.answer, offset, model.dtype), end - begin);
+      part.k.from_float(out + offset, element(task.reply, offset, model.dtype), end - begin);
     }
   }
 }

@@ -6,14 +6,14 @@
 
 namespace crosspool {
 
-// A dispatch and where its partial sum goes; one of the three.
+// A dispatch, and one of three places for its partial sum.
 struct FFNTask {
   std::int32_t layer;
   std::int32_t rows;
   const void* x;    // model dtype [rows, hidden]
-  float* residual;  // rounded floats [rows, hidden]: it is added
+  float* residual;  // rounded floats [rows, hidden], to which it is added
   float* partial;   // floats [rows, hidden]
-  void* answer;     // model dtype [rows, hidden]
+  void* reply;      // model dtype [rows, hidden]
 };
 
 void run_ffn_part(const Part& part, const FFNTask& task);

@@ -1,4 +1,4 @@
-// What follows a part, before the next is chosen: dispatches, replies, tokens, results, trace.
+// The work between a part and the choice of the next: dispatches, replies, tokens, results, trace.
 #include <algorithm>
 
 #include "../wait.h"
@@ -8,22 +8,22 @@
 namespace crosspool {
 
 void Loop::finish() {
-  if (work_.model == nullptr || work_.kind == Kind::kStop) return;  // nothing has run
-  record(work_);  // before the peer can begin: what crosses begins when the part has ended
-  switch (work_.kind) {
-    case Kind::kAttention:
-      finish_attention(lanes_[work_.index]);
+  if (chosen_.model == nullptr || chosen_.kind == PartKind::kStop) return;  // nothing has run
+  record(chosen_);  // before the peer can begin, so that its part begins after this one in a trace
+  switch (chosen_.kind) {
+    case PartKind::kAttention:
+      finish_attention(lanes_[chosen_.index]);
       break;
-    case Kind::kHead:
-      finish_head(lanes_[work_.index]);
+    case PartKind::kHead:
+      finish_head(lanes_[chosen_.index]);
       break;
-    case Kind::kLocalFFN:
-      finish_local(lanes_[work_.index]);
+    case PartKind::kLocalFFN:
+      finish_local(lanes_[chosen_.index]);
       break;
-    case Kind::kRemoteFFN:
-      finish_incoming(incoming_[work_.index]);
+    case PartKind::kRemoteFFN:
+      finish_incoming(incoming_[chosen_.index]);
       break;
-    case Kind::kStop:
+    case PartKind::kStop:
       break;
   }
 }
@@ -53,10 +53,10 @@ void Loop::finish_attention(Lane& lane) {
 
 void Loop::finish_local(Lane& lane) {
   lane.local_pending = false;
-  lane.local_added = work_.ffn.residual != nullptr;
+  lane.local_added = chosen_.ffn.residual != nullptr;
 }
 
-// The partial sums of an answered dispatch.
+// Collects the partial sums of a dispatch whose replies are there.
 void Loop::collect(Lane& lane) {
   const ModelTable& model = *lane.model;
   for (std::int32_t i = 0; i < model.ffn_rank_count; ++i) {
@@ -66,12 +66,12 @@ void Loop::collect(Lane& lane) {
       if (!lane.local_added) lane.partials.push_back({lane.partial.as<float>(), nullptr});
       continue;
     }
-    const unsigned char* answer = link.end.combine();
-    if (answer == nullptr) {
-      return fail("lane " + std::to_string(lane.index) + ": the answer of FFN rank " +
+    const unsigned char* const reply = link.end.combine();
+    if (reply == nullptr) {
+      return fail("lane " + std::to_string(lane.index) + ": the reply of FFN rank " +
                   std::to_string(model.ffn_ranks[i]) + " does not fit the dispatch");
     }
-    lane.partials.push_back({nullptr, answer});
+    lane.partials.push_back({nullptr, reply});
   }
 }
 
@@ -128,7 +128,7 @@ void Loop::end_step(Lane& lane) {
   lane.step = nullptr;
   if (goes_on) {
     step.advance();
-    // Behind what waits for a lane: a lease keeps none to itself.
+    // The next step queues behind those that wait for a lane: a lease does not keep its lane.
     queue_.push_back(&step);
   }
   publish({goes_on ? EventKind::kTokens : EventKind::kDone, static_cast<std::uint32_t>(lane.index),
@@ -139,7 +139,7 @@ void Loop::end_step(Lane& lane) {
 bool Loop::lease_goes_on(const StepArguments& step) {
   if (step.steps_done + 1 >= step.lease || events_.room() <= kEventReserve) return false;
   for (std::int32_t i = 0; i < step.wanted_count; ++i) {
-    const Wanted& wanted = step.wanted[i];
+    const WantedRow& wanted = step.wanted[i];
     const std::int32_t token = step.chosen_now()[i];
     if (std::find(wanted.stops, wanted.stops + wanted.stop_count, token) !=
         wanted.stops + wanted.stop_count) {
@@ -149,27 +149,27 @@ bool Loop::lease_goes_on(const StepArguments& step) {
   return true;
 }
 
-void Loop::record(const Work& work) {
-  if (work.start_ns == 0 || !trace_.on()) return;
+void Loop::record(const ChosenPart& part) {
+  if (part.start_ns == 0 || !trace_.on()) return;
   TraceEvent event{};
-  event.start_ns = work.start_ns;
+  event.start_ns = part.start_ns;
   event.end_ns = now_ns();
-  event.model = static_cast<std::int32_t>(work.model - models_.data());
+  event.model = static_cast<std::int32_t>(part.model - models_.data());
   event.attention_rank = description_.attention_rank;
-  event.lane = work.index;
-  if (work.kind == Kind::kLocalFFN || work.kind == Kind::kRemoteFFN) {
+  event.lane = part.index;
+  if (part.kind == PartKind::kLocalFFN || part.kind == PartKind::kRemoteFFN) {
     event.step = -1;
-    event.layer = work.ffn.layer;
-    event.rows = work.ffn.rows;
+    event.layer = part.ffn.layer;
+    event.rows = part.ffn.rows;
     event.part = TracedPart::kFFN;
-    if (work.kind == Kind::kRemoteFFN) {
-      event.attention_rank = incoming_[work.index].attention_rank;
-      event.lane = incoming_[work.index].lane;
+    if (part.kind == PartKind::kRemoteFFN) {
+      event.attention_rank = incoming_[part.index].attention_rank;
+      event.lane = incoming_[part.index].lane;
     }
   } else {
-    const Lane& lane = lanes_[work.index];
+    const Lane& lane = lanes_[part.index];
     event.step = static_cast<std::int64_t>(lane.step->step);
-    const bool head = work.kind == Kind::kHead;
+    const bool head = part.kind == PartKind::kHead;
     event.layer = head ? -1 : lane.layer;
     event.rows = head ? lane.head_rows : lane.step->rows;
     event.part = head ? TracedPart::kHead : TracedPart::kAttention;

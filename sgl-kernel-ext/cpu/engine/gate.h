@@ -1,4 +1,4 @@
-// A number that threads of a team wait for: they spin for a while, then sleep.
+// A number that threads of a team wait for. They spin for a while, then sleep.
 #ifndef CROSSPOOL_CPU_ENGINE_GATE_H
 #define CROSSPOOL_CPU_ENGINE_GATE_H
 
@@ -21,8 +21,8 @@ class alignas(64) Gate {
     }
   }
 
-  // Returns when the gate stands at `value`, after at most `patience` ns of spinning; `patience` is
-  // looked at anew now and then.
+  // Returns when the gate stands at `value`. Spins for at most `patience` ns, which may change
+  // meanwhile.
   void wait(std::uint32_t value, const std::atomic<std::int64_t>& patience) {
     for (int look = 0; look < kLooksPerClock; ++look) {
       if (value_.load(std::memory_order_acquire) == value) return;

@@ -8,16 +8,16 @@ namespace crosspool {
 
 namespace {
 
-// Weights that a piece reads at most: about what a layer does, so that the other lanes' parts do
-// not wait much longer for it than for each other.
+// The largest number of bytes of weights that a piece reads. It is about that of a layer, so that
+// the parts of other lanes wait for a piece not much longer than for each other.
 constexpr std::int64_t kPieceBytes = std::int64_t{8} << 20;
 
-// This thread's share of the wanted rows, normed, to Lane::head_normed.
+// Norms this thread's share of the wanted rows, into Lane::head_normed.
 void gather(const Part& part, Lane& lane) {
   const ModelTable& model = part.model;
   const Range share = part.share(lane.head_rows);
   for (std::int32_t i = share.begin; i < share.end; ++i) {
-    const Wanted& wanted = lane.step->wanted[lane.head_row + i];
+    const WantedRow& wanted = lane.step->wanted[lane.head_row + i];
     const float* row = wanted.residual;
     if (row == nullptr) {
       row = lane.residual.as<float>() + std::int64_t{wanted.row} * model.hidden;
@@ -28,7 +28,7 @@ void gather(const Part& part, Lane& lane) {
   }
 }
 
-// This thread's columns of the piece, and the best of them for the greedy rows.
+// Computes this thread's columns of the piece, and the best of them for the greedy rows.
 void compute_logits(const Part& part, Lane& lane, std::int32_t piece) {
   const ModelTable& model = part.model;
   const Range share = part.share(piece);
@@ -55,12 +55,12 @@ void compute_logits(const Part& part, Lane& lane, std::int32_t piece) {
   }
 }
 
-// This thread's share of the rows that draw their token.
+// Draws the tokens of this thread's share of the rows that draw.
 void draw(const Part& part, Lane& lane) {
   const ModelTable& model = part.model;
   const Range share = part.share(lane.head_rows);
   for (std::int32_t i = share.begin; i < share.end; ++i) {
-    const Wanted& wanted = lane.step->wanted[lane.head_row + i];
+    const WantedRow& wanted = lane.step->wanted[lane.head_row + i];
     if (wanted.choice != Choice::kDraw) continue;
     lane.step->chosen_now()[lane.head_row + i] =
         part.k.sample(lane.logits.as<float>() + std::int64_t{i} * model.vocab, model.vocab,

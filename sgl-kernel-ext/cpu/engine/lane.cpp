@@ -6,7 +6,6 @@ namespace crosspool {
 
 namespace {
 
-constexpr std::int64_t kElement = 4;
 constexpr std::int64_t kLogitsBytes = std::int64_t{32} << 20;
 
 }  // namespace
@@ -20,12 +19,12 @@ Lane::Lane(std::int32_t lane, std::span<const ModelTable> models, std::int32_t m
     vocab = std::max<std::int64_t>(vocab, model.vocab);
     partials.reserve(std::max<std::size_t>(partials.capacity(), model.ffn_rank_count));
   }
-  const std::int64_t bytes = max_rows * hidden * kElement;
+  const std::int64_t bytes = max_rows * hidden * kWidestElement;
   residual = Buffer(bytes);
   payload = Buffer(bytes);
   partial = Buffer(bytes);
-  logits = Buffer(std::max(kLogitsBytes, vocab * kElement));
-  // Prompt rows may all be wanted for their log-probabilities.
+  logits = Buffer(std::max(kLogitsBytes, vocab * kWidestElement));
+  // All rows of a prompt may be wanted, for their log-probabilities.
   head_normed = Buffer(bytes);
   best.resize(static_cast<std::size_t>(threads) * max_rows);
 }
@@ -49,7 +48,7 @@ void Lane::take(StepArguments* arguments, const ModelTable* of, std::int32_t thr
   plan.make(model->shape, step->segments, step->segment_count, threads);
   head_row = 0;
   head_panel = 0;
-  const std::int64_t row_bytes = model->vocab * kElement;
+  const std::int64_t row_bytes = model->vocab * kWidestElement;
   head_capacity = static_cast<std::int32_t>(std::clamp<std::int64_t>(
       kLogitsBytes / row_bytes, 1, static_cast<std::int64_t>(places.size())));
   head_rows = std::min(head_capacity, step->wanted_count);

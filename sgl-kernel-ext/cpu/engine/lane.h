@@ -12,7 +12,7 @@
 
 namespace crosspool {
 
-// Where a lane's batch is on its way.
+// The state of a lane's batch.
 enum class Stage {
   kFree,     // no batch
   kBegun,    // on the lane, nothing computed
@@ -21,8 +21,8 @@ enum class Stage {
   kHost,     // in the LM head; waits for the host to be done with the logits
 };
 
-// A partial sum that is to be added to the residual: a local one as floats, or a remote one of the
-// model's dtype.
+// A partial sum that is to be added to the residual: floats of the local FFN rank, or elements of
+// the model's dtype of a remote one.
 struct Partial {
   const float* floats = nullptr;
   const void* elements = nullptr;
@@ -46,14 +46,13 @@ struct Lane {
   Buffer residual;  // rounded floats [rows, hidden]
   Buffer payload;   // the dispatch, in the model's dtype [rows, hidden]
 
-  // Of the dispatch under way.
-  bool local_pending = false;     // the FFN rank of this device has not computed it
+  // The dispatch under way.
+  bool local_pending = false;     // this device's FFN rank has not computed its sum yet
   bool local_added = false;       // its sum is in the residual already
-  Buffer partial;                 // else here: floats [rows, hidden]
+  Buffer partial;                 // its sum otherwise: floats [rows, hidden]
   std::vector<Partial> partials;  // to be added before the next part, in the order of FFN ranks
 
-  // The LM head works on wanted rows [head_row, head_row + head_rows) and, of these, on panels from
-  // head_panel on.
+  // The LM head works on wanted rows [head_row, head_row + head_rows), from panel head_panel on.
   std::int32_t head_row = 0;
   std::int32_t head_rows = 0;
   std::int32_t head_panel = 0;

@@ -1,5 +1,5 @@
-// A device's ends of the lanes: to FFN ranks on other devices, from attention ranks on other
-// devices, and the ones that never leave the device.
+// A device's ends of links: of its lanes to FFN ranks, on this device or others, and of the lanes
+// of other devices to its FFN rank.
 #ifndef CROSSPOOL_CPU_ENGINE_LINKS_H
 #define CROSSPOOL_CPU_ENGINE_LINKS_H
 
@@ -10,7 +10,7 @@
 
 namespace crosspool {
 
-// crosspool.transport.data_path.LinkCounters. The loop writes, anyone reads.
+// The counters of crosspool.transport.data_path.LinkCounters. The loop writes, any thread reads.
 struct LinkCounters {
   std::uint64_t dispatches;
   std::uint64_t rows;
@@ -37,20 +37,19 @@ struct LinkDescription {
   std::uint64_t payload_bytes;
   std::uint32_t max_rows;
   std::uint32_t max_row_bytes;
-  crosspool_doorbell* peer;  // of the other end's device
+  crosspool_doorbell* peer;  // the doorbell of the other end's device
   LinkCounters* counters;
   std::int32_t attention_rank;
   std::int32_t lane;
   std::int32_t ffn_rank;
-  std::int32_t reserved;
 
   LinkMemory memory() const { return {link, payload_bytes, max_rows, max_row_bytes}; }
 };
 
-// A lane's way to one FFN rank.
+// A lane's link to one FFN rank.
 struct OutgoingLink {
   bool local = true;
-  AttentionEnd end;  // of a remote one, as is `peer`
+  AttentionEnd end;  // of a link to another device, as is `peer`
   crosspool_doorbell* peer = nullptr;
   LinkCounters* counters = nullptr;
 };

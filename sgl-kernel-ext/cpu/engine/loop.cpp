@@ -14,8 +14,9 @@ namespace {
 
 constexpr std::int64_t kIdleWaitNs = kSecond;
 
-// How long threads spin at a meeting at least: shares of a part end within that of each other.
-// Where other devices have the same cores, a spinning thread keeps the others from arriving.
+// How long threads spin at a meeting at least: the shares of a part end within that time. Where
+// other devices have the same cores, a spinning thread keeps the others from arriving, so it spins
+// less.
 constexpr std::int64_t kMeetingNs = 50'000;
 constexpr std::int64_t kSharedMeetingNs = 2'000;
 
@@ -84,36 +85,36 @@ bool Loop::push(const Command& command) {
 void Loop::run(int thread) {
   for (;;) {
     team_.meet(thread, [this] { choose(); });
-    if (work_.kind == Kind::kStop) return;
+    if (chosen_.kind == PartKind::kStop) return;
     run_part(thread);
   }
 }
 
 void Loop::run_part(int thread) {
-  const Part part(team_, workspace_, *work_.model, thread);
-  switch (work_.kind) {
-    case Kind::kAttention:
-      return run_attention_part(part, lanes_[work_.index], copies_);
-    case Kind::kHead:
-      return run_head(part, lanes_[work_.index]);
-    case Kind::kLocalFFN:
-    case Kind::kRemoteFFN:
-      return run_ffn_part(part, work_.ffn);
-    case Kind::kStop:
+  const Part part(team_, workspace_, *chosen_.model, thread);
+  switch (chosen_.kind) {
+    case PartKind::kAttention:
+      return run_attention_part(part, lanes_[chosen_.index], copies_);
+    case PartKind::kHead:
+      return run_head(part, lanes_[chosen_.index]);
+    case PartKind::kLocalFFN:
+    case PartKind::kRemoteFFN:
+      return run_ffn_part(part, chosen_.ffn);
+    case PartKind::kStop:
       return;
   }
 }
 
 void Loop::choose() {
   finish();
-  work_.kind = Kind::kStop;
+  chosen_.kind = PartKind::kStop;
   for (;;) {
     const std::uint32_t seen = crosspool_doorbell_rings(description_.doorbell);
     if (!take_commands()) return;
     if (!failed_) {
       begin_steps();
       if (choose_ready()) {
-        work_.start_ns = trace_.on() ? now_ns() : 0;
+        chosen_.start_ns = trace_.on() ? now_ns() : 0;
         return;
       }
     }
@@ -121,8 +122,8 @@ void Loop::choose() {
   }
 }
 
-// Looks at every source once, beginning behind the one that was chosen last: lanes, then this
-// device's lanes' dispatches to its own FFN rank, then other devices'.
+// Looks at every source once, beginning behind the one that was chosen last. Sources are the lanes,
+// then their dispatches to this device's FFN rank, then the dispatches of other devices.
 bool Loop::choose_ready() {
   const std::size_t lanes = lanes_.size(), sources = 2 * lanes + incoming_.size();
   for (std::size_t i = 0; i < sources && !failed_; ++i) {
@@ -143,7 +144,7 @@ bool Loop::choose_lane(Lane& lane) {
     if (lane.local_pending) return false;
     for (std::int32_t i = 0; i < model->ffn_rank_count; ++i) {
       OutgoingLink& link = outgoing(lane, model->ffn_ranks[i]);
-      if (!link.local && !link.end.answered()) return false;
+      if (!link.local && !link.end.replied()) return false;
     }
     collect(lane);
     if (failed_) return false;
@@ -156,10 +157,10 @@ bool Loop::choose_lane(Lane& lane) {
     }
   }
   if (lane.stage != Stage::kBegun && lane.stage != Stage::kHead) return false;
-  work_.kind = lane.stage == Stage::kBegun ? Kind::kAttention : Kind::kHead;
-  work_.index = lane.index;
-  work_.model = lane.model;
-  if (work_.kind == Kind::kAttention) {
+  chosen_.kind = lane.stage == Stage::kBegun ? PartKind::kAttention : PartKind::kHead;
+  chosen_.index = lane.index;
+  chosen_.model = lane.model;
+  if (chosen_.kind == PartKind::kAttention) {
     copies_.clear();
     for (std::int32_t i = 0; i < lane.model->ffn_rank_count; ++i) {
       const OutgoingLink& link = outgoing(lane, lane.model->ffn_ranks[i]);
@@ -171,17 +172,17 @@ bool Loop::choose_lane(Lane& lane) {
 
 bool Loop::choose_local(Lane& lane) {
   if (lane.stage != Stage::kWaiting || !lane.local_pending) return false;
-  work_.kind = Kind::kLocalFFN;
-  work_.index = lane.index;
-  work_.model = lane.model;
-  // Alone, its sum goes where it belongs at once.
+  chosen_.kind = PartKind::kLocalFFN;
+  chosen_.index = lane.index;
+  chosen_.model = lane.model;
+  // The sum of a model's only FFN rank is added to the residual at once.
   const bool alone = lane.model->ffn_rank_count == 1;
-  work_.ffn = {.layer = lane.layer,
-               .rows = lane.step->rows,
-               .x = lane.payload.data(),
-               .residual = alone ? lane.residual.as<float>() : nullptr,
-               .partial = alone ? nullptr : lane.partial.as<float>(),
-               .answer = nullptr};
+  chosen_.ffn = {.layer = lane.layer,
+                 .rows = lane.step->rows,
+                 .x = lane.payload.data(),
+                 .residual = alone ? lane.residual.as<float>() : nullptr,
+                 .partial = alone ? nullptr : lane.partial.as<float>(),
+                 .reply = nullptr};
   return true;
 }
 
@@ -192,7 +193,7 @@ bool Loop::choose_incoming(std::int32_t index) {
   const std::string name = "attention rank " + std::to_string(link.attention_rank) + ", lane " +
                            std::to_string(link.lane);
   if (found == Poll::kBroken) {
-    fail(name + ": what it dispatched breaks the lane protocol");
+    fail(name + ": its dispatch breaks the lane protocol");
     return false;
   }
   const DispatchHeader& header = link.end.header();
@@ -211,19 +212,19 @@ bool Loop::choose_incoming(std::int32_t index) {
          std::to_string(row_bytes) + " bytes");
     return false;
   }
-  work_.kind = Kind::kRemoteFFN;
-  work_.index = index;
-  work_.model = &model;
-  work_.ffn = {.layer = static_cast<std::int32_t>(header.layer),
-               .rows = static_cast<std::int32_t>(header.rows),
-               .x = link.end.payload(),
-               .residual = nullptr,
-               .partial = nullptr,
-               .answer = link.end.answer()};
+  chosen_.kind = PartKind::kRemoteFFN;
+  chosen_.index = index;
+  chosen_.model = &model;
+  chosen_.ffn = {.layer = static_cast<std::int32_t>(header.layer),
+                 .rows = static_cast<std::int32_t>(header.rows),
+                 .x = link.end.payload(),
+                 .residual = nullptr,
+                 .partial = nullptr,
+                 .reply = link.end.partial_sum()};
   return true;
 }
 
-// False: the loop is to end.
+// Returns false when the loop is to end.
 bool Loop::take_commands() {
   Command command;
   while (commands_.pop(&command)) {
@@ -242,8 +243,9 @@ bool Loop::take_commands() {
       case CommandKind::kRecall:
         recall(command.step);
         break;
-      case CommandKind::kTrace:  // Loop::trace_start() is called instead
-        break;
+      default:
+        fail("command " + std::to_string(static_cast<std::uint32_t>(command.kind)) +
+             " is none of a CPU's loop");
     }
   }
   return !stopping_;
@@ -259,7 +261,7 @@ void Loop::recall(std::uint64_t step) {
   }
 }
 
-// Steps begin in their order, as lanes become free.
+// Steps begin in the order in which they came, as lanes become free.
 void Loop::begin_steps() {
   while (!queue_.empty()) {
     StepArguments* step = queue_.front();
@@ -273,7 +275,7 @@ void Loop::begin_steps() {
   }
 }
 
-// Whether nothing of a predecessor of this attention rank is outstanding on the lane.
+// Whether no dispatch of a predecessor of this attention rank is outstanding on the lane.
 bool Loop::links_free(const Lane& lane, const ModelTable& model) {
   for (std::int32_t i = 0; i < model.ffn_rank_count; ++i) {
     const OutgoingLink& link = outgoing(lane, model.ffn_ranks[i]);
@@ -294,13 +296,13 @@ void Loop::wait(std::uint32_t seen) {
 }
 
 void Loop::publish(const Event& event) {
-  // The host keeps fewer steps in flight than there are slots, so there is room.
+  // There is room: the host keeps fewer steps in flight than the ring has slots.
   events_.push(event);
   const std::uint64_t one = 1;
   [[maybe_unused]] const auto written = write(description_.event_fd, &one, sizeof(one));
 }
 
-// The loop does nothing any more but wait for its end.
+// From here on the loop only waits for its end.
 void Loop::fail(const std::string& message) {
   failed_ = true;
   message_ = message;

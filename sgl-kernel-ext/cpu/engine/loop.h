@@ -1,5 +1,6 @@
-// The resident loop of a device: drives the lanes of its attention rank, and serves the dispatches
-// to its FFN rank, with the whole team, one part at a time, whatever is ready.
+// The resident loop of a device. It drives the lanes of the device's attention rank and serves the
+// dispatches to its FFN rank: one part at a time, each with the whole team, in rotation over what
+// is ready.
 #ifndef CROSSPOOL_CPU_ENGINE_LOOP_H
 #define CROSSPOOL_CPU_ENGINE_LOOP_H
 
@@ -22,7 +23,7 @@
 
 namespace crosspool {
 
-// As the host describes a loop. Pointers stay valid as long as the loop.
+// A loop as the host describes it. Pointers stay valid as long as the loop.
 struct LoopDescription {
   const ModelTable* models;
   const LinkDescription* outgoing;  // [outgoing_count], each a lane's to an FFN rank elsewhere
@@ -52,17 +53,17 @@ class Loop {
   Loop(const Loop&) = delete;
   Loop& operator=(const Loop&) = delete;
 
-  // The host's end. push: false when the ring is full. pop: false when nothing happened.
+  // The host's end. push returns false when the ring is full, pop when there is no event.
   bool push(const Command& command);
   bool pop(Event* event) { return events_.pop(event); }
   Trace& trace() { return trace_; }
-  // When the last dispatch of another device was served, as CLOCK_MONOTONIC; 0: never.
+  // CLOCK_MONOTONIC time of the last reply to another device, in ns; 0 before the first.
   std::int64_t last_served_ns() const { return last_served_.load(std::memory_order_relaxed); }
 
  private:
-  enum class Kind { kStop, kAttention, kHead, kLocalFFN, kRemoteFFN };
-  struct Work {
-    Kind kind = Kind::kStop;
+  enum class PartKind { kStop, kAttention, kHead, kLocalFFN, kRemoteFFN };
+  struct ChosenPart {
+    PartKind kind = PartKind::kStop;
     std::int32_t index = 0;  // lane, or incoming link
     const ModelTable* model = nullptr;
     FFNTask ffn{};
@@ -72,7 +73,7 @@ class Loop {
   void run(int thread);
   void run_part(int thread);
 
-  // All below run on thread 0 while the others wait.
+  // The functions below run on thread 0 while the others wait.
   void choose();
   bool choose_ready();
   bool choose_lane(Lane& lane);
@@ -93,7 +94,7 @@ class Loop {
   void recall(std::uint64_t step);
   void publish(const Event& event);
   void fail(const std::string& message);
-  void record(const Work& work);
+  void record(const ChosenPart& part);
   OutgoingLink& outgoing(const Lane& lane, std::int32_t ffn_rank) {
     return outgoing_[static_cast<std::size_t>(lane.index) * ffn_ranks_ + ffn_rank];
   }
@@ -112,7 +113,7 @@ class Loop {
   Trace trace_;
   std::atomic<std::int64_t> last_served_{0};
 
-  Work work_;
+  ChosenPart chosen_;
   std::vector<unsigned char*> copies_;  // of the payload of the attention part under way
   std::vector<StepArguments*> queue_;
   std::int64_t meeting_ns_ = 0;  // how long threads spin at a meeting at least

@@ -6,7 +6,7 @@ namespace crosspool {
 
 namespace {
 
-// Attention of q over the lane's pages: into the workspace's `attended`.
+// Attends from q to the lane's pages; the result goes to the workspace's `attended`.
 void attend(const Part& part, Lane& lane) {
   const AttentionShape& shape = part.model.shape;
   const Attention attention{.shape = &shape,
@@ -24,8 +24,8 @@ void attend(const Part& part, Lane& lane) {
   part.meet();
 }
 
-// One product per head: head h of a row is read at x + h * x_step and written at out + h *
-// out_step.
+// Multiplies head by head: head h of a row is read at x + h * x_step and written at
+// out + h * out_step.
 void head_products(const Part& part, const Matrix* weights, const void* x, std::int64_t x_stride,
                    std::int64_t x_step, void* out, std::int64_t out_stride, std::int64_t out_step,
                    std::int32_t rows) {
@@ -142,8 +142,8 @@ Rows run_mla(const Part& part, Lane& lane) {
     part.meet();
   }
 
-  // Absorbed: the query without position goes into the space of the latents, that with position is
-  // rotated behind it.
+  // The absorbed form: the query without position is projected to the space of the latents, the
+  // query with position is rotated and put behind it.
   const std::int64_t head_width = weights.q->n / heads,
                      q_stride = std::int64_t{heads} * shape.qk_dim;
   head_products(part, weights.keys_up, work.plain_q.data(), weights.q->n, head_width, work.q.data(),

@@ -1,4 +1,4 @@
-// What mixes the rows of a request: grouped-query attention, multi-head latent attention.
+// The mixers of a request's rows: grouped-query attention and multi-head latent attention.
 #ifndef CROSSPOOL_CPU_ENGINE_MIXERS_H
 #define CROSSPOOL_CPU_ENGINE_MIXERS_H
 
@@ -7,8 +7,8 @@
 
 namespace crosspool {
 
-// From the workspace's normed rows, through the KV cache, to the rows that o_proj reads. Every
-// thread calls; they have met at the end.
+// Take the workspace's normed rows, append their KV to the cache, attend, and return the rows that
+// o_proj reads. Every thread calls; all have met at the end.
 Rows run_gqa(const Part& part, Lane& lane);
 Rows run_mla(const Part& part, Lane& lane);
 

@@ -1,6 +1,6 @@
-// What every part runs with: the team and the thread's place in it, the kernels of the model's
-// dtype, the workspace. A part is called by every thread of the team; what the last phase wrote is
-// visible to all only after the next meeting, which is the caller's.
+// The context of a part: the team and the thread's place in it, the kernels of the model's dtype,
+// the workspace. Every thread of the team calls a part. All threads see what its last phase wrote
+// only after the next meeting, which is up to the caller.
 #ifndef CROSSPOOL_CPU_ENGINE_PART_H
 #define CROSSPOOL_CPU_ENGINE_PART_H
 
@@ -35,14 +35,14 @@ struct Part {
   void* scratch() const { return work.scratch(thread); }
   void meet() const { team.meet(thread); }
 
-  // This thread's panels of a product.
+  // Computes this thread's panels of a product.
   void product(const Gemm& gemm) const {
     const Range panels = share(gemm.weight->panels());
     k.gemm(gemm, panels.begin, panels.end, scratch());
   }
 
-  // This thread's share of [0, rows) x [0, columns), in blocks that are as large as can be:
-  // block(row_begin, row_end, column_begin, column_end).
+  // Calls block(row_begin, row_end, column_begin, column_end) for this thread's share of
+  // [0, rows) x [0, columns), in blocks as large as possible.
   template <class Block>
   void blocks(std::int32_t rows, std::int32_t columns, Block&& block) const {
     auto [begin, end] = share(rows * columns);

@@ -1,6 +1,6 @@
 // What the engine knows of a model: pointers to packed weights and tables, and the numbers of
-// crosspool.models.spec. Python fills them in (crosspool/kernels/native_engine.py mirrors them
-// field by field) and keeps what they point to alive as long as the loop.
+// crosspool.models.spec. Python fills them in (crosspool/kernels/engine_structs.py mirrors them)
+// and keeps what they point to alive as long as the loop.
 #ifndef CROSSPOOL_CPU_ENGINE_TABLES_H
 #define CROSSPOOL_CPU_ENGINE_TABLES_H
 
@@ -11,7 +11,7 @@
 
 namespace crosspool {
 
-// One layer's weights of the attention part; null what a layer does not have.
+// One layer's weights of the attention part; null for what a layer does not have.
 struct AttentionLayer {
   const float* input_norm;  // [hidden]
   const float* post_norm;   // [hidden]
@@ -83,19 +83,19 @@ enum class Choice : std::int32_t {
   kHost = 2,  // the host chooses, or wants the logits for something else
 };
 
-// A row of logits and what it is for.
-struct Wanted {
-  const float* residual;  // [hidden], kept from an earlier step (Keep); null: `row` of this one
+// A row of logits, and how its token is chosen.
+struct WantedRow {
+  const float* residual;  // [hidden], kept from an earlier step (Keep); null: `row` of this step
   std::int32_t row;
   Choice choice;
-  SamplingRule rule;  // of kDraw, as are seed and position
+  SamplingRule rule;  // for kDraw, as are seed and position
   std::uint64_t seed;
   std::uint64_t position;
   const std::int32_t* stops;  // [stop_count]: tokens that end a lease
   std::int32_t stop_count;
 };
 
-// The residual of a row after the last layer, for a later step.
+// Where the residual of a row after the last layer goes, for a later step.
 struct Keep {
   float* into;  // [hidden]
   std::int32_t row;
@@ -103,10 +103,10 @@ struct Keep {
 
 // A step as the host sends it. Everything stays in place until the step's last event.
 //
-// With a lease, decode steps follow without the host: every segment goes on with the token that was
-// chosen last. So every segment has one wanted row, in the order of segments, that native code
-// chooses; page tables reach for all of it; nothing is kept. Tokens, segments and wanted rows then
-// are the loop's to rewrite.
+// With a lease, further decode steps follow without the host: every segment goes on with the token
+// that was chosen last. So every segment has one wanted row, in the order of the segments, whose
+// token native code chooses; the page tables cover the whole lease; no residual is kept. The loop
+// then rewrites tokens, segments and wanted rows.
 struct StepArguments {
   std::uint64_t step;
   std::int32_t model;
@@ -114,21 +114,20 @@ struct StepArguments {
   std::int32_t segment_count;
   std::int32_t wanted_count;
   std::int32_t keep_count;
-  std::int32_t lease;    // steps at most; at least 1
+  std::int32_t lease;    // the largest number of steps, at least 1
   std::int32_t* tokens;  // [rows]
   Segment* segments;     // of all rows, in their order
-  Wanted* wanted;
+  WantedRow* wanted;
   const Keep* keep;
-  std::int32_t* chosen;  // out [lease, wanted_count]: tokens; what the host chooses is left alone
-  std::int32_t steps_done;  // 0 at first; the loop's
-  std::int32_t reserved;
+  std::int32_t* chosen;     // out [lease, wanted_count]: tokens, but for rows that the host chooses
+  std::int32_t steps_done;  // 0 at first; the loop counts
 
-  // Of the step under way.
+  // The tokens of the step under way.
   std::int32_t* chosen_now() const {
     return chosen + static_cast<std::ptrdiff_t>(steps_done) * wanted_count;
   }
 
-  // Makes it the lease's next step.
+  // Turns the arguments into those of the lease's next step.
   void advance() {
     for (std::int32_t i = 0; i < segment_count; ++i) {
       tokens[i] = chosen_now()[i];

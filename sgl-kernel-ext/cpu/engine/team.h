@@ -1,4 +1,5 @@
-// The threads of a device: one per core, pinned, doing every part together and meeting in between.
+// The threads of a device, one per core and pinned. They do every part together and meet in
+// between.
 #ifndef CROSSPOOL_CPU_ENGINE_TEAM_H
 #define CROSSPOOL_CPU_ENGINE_TEAM_H
 
@@ -16,8 +17,8 @@ namespace crosspool {
 
 class Team {
  public:
-  // A thread per entry of `cores`, which it is pinned to (a negative one: to none). They sleep
-  // until launch(). Throws std::system_error when a core does not exist.
+  // Starts a thread for each of `cores`, pinned to it unless it is negative. Threads sleep until
+  // launch(). Throws std::system_error when a core does not exist.
   explicit Team(std::vector<int> cores);
   // No job may be running.
   ~Team();
@@ -26,12 +27,12 @@ class Team {
 
   int size() const { return static_cast<int>(cores_.size()); }
 
-  // Begins job(thread) on every thread; wait() ends when all have returned.
+  // Begins job(thread) on every thread; wait() returns when all are done.
   void launch(std::function<void(int)> job);
   void wait();
 
-  // For the threads of a job: all arrive, thread 0 runs `serial`, all go on. What anyone wrote
-  // before is visible to everyone after.
+  // For the threads of a job: all arrive, thread 0 runs `serial`, all go on. Writes of every thread
+  // before the meeting are visible to all threads after it.
   template <class Serial>
   void meet(int thread, Serial&& serial) {
     Member& member = members_[thread];
@@ -52,15 +53,15 @@ class Team {
     meet(thread, [] {});
   }
 
-  // How long threads that wait spin before they sleep.
+  // Sets how long waiting threads spin before they sleep.
   void set_patience(std::int64_t ns) { patience_.store(ns, std::memory_order_relaxed); }
 
  private:
-  static constexpr int kFanIn = 8;  // of the tree in which they arrive
+  static constexpr int kFanIn = 8;  // children of a thread in the tree in which threads arrive
 
   struct alignas(64) Member {
     Gate arrived;
-    std::uint32_t round = 0;  // the thread's own
+    std::uint32_t round = 0;  // used by the thread alone
   };
 
   void run(int thread);
@@ -75,7 +76,7 @@ class Team {
   std::condition_variable changed_;
   std::function<void(int)> job_;
   std::uint64_t jobs_ = 0;  // ever launched
-  int running_ = 0;         // threads that have not ended the last one
+  int running_ = 0;         // threads that have not ended the last job
   bool ending_ = false;
   std::vector<std::thread> threads_;
 };

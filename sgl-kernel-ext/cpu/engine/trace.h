@@ -1,4 +1,5 @@
-// The lane events of a loop: a ring that one thread writes and another reads after it stopped it.
+// The lane events of a loop, in a ring. One thread writes it; another stops the recording, then
+// reads.
 #ifndef CROSSPOOL_CPU_ENGINE_TRACE_H
 #define CROSSPOOL_CPU_ENGINE_TRACE_H
 
@@ -44,8 +45,8 @@ class Trace {
     on_.store(true, std::memory_order_relaxed);
   }
   void stop() { on_.store(false, std::memory_order_relaxed); }
-  // Copies the events since start(), oldest first, at most `room` and never the slot that the
-  // writer may be at; returns their number.
+  // Copies the events since start(), oldest first, and returns their number: at most `room`, and
+  // never the slot that the writer may be writing.
   std::uint64_t read(TraceEvent* into, std::uint64_t room) {
     const std::uint64_t end = written_.load(std::memory_order_acquire);
     std::uint64_t begin = first_;

@@ -6,8 +6,6 @@ namespace crosspool {
 
 namespace {
 
-constexpr std::int64_t kElement = 4;
-
 struct Sizes {
   std::int64_t hidden = 0, projected = 0, latent_q = 0, plain_q = 0, q = 0, attended = 0;
   std::int64_t values = 0, experts = 0, top_k = 0, held = 0, activation = 0;
@@ -86,22 +84,22 @@ Workspace::Workspace(std::span<const ModelTable> models, std::int32_t max_rows,
   scratch_bytes = round_up(scratch_bytes, 4096);
   scratches = Buffer(scratch_bytes * threads);
   const std::int64_t rows = max_rows;
-  normed = Buffer(rows * sizes.hidden * kElement);
-  projected = Buffer(rows * sizes.projected * kElement);
-  latent_q = Buffer(rows * sizes.latent_q * kElement);
-  plain_q = Buffer(rows * sizes.plain_q * kElement);
-  q = Buffer(rows * sizes.q * kElement);
-  attended = Buffer(rows * sizes.attended * kElement);
-  values = Buffer(rows * sizes.values * kElement);
-  sum = Buffer(rows * sizes.hidden * kElement);
-  wide = Buffer(rows * sizes.hidden * kElement);
-  router_logits = Buffer(rows * sizes.experts * kElement);
-  experts = Buffer(rows * sizes.top_k * kElement);
-  weights = Buffer(rows * sizes.top_k * kElement);
-  activation = Buffer(rows * sizes.activation * kElement);
+  normed = Buffer(rows * sizes.hidden * kWidestElement);
+  projected = Buffer(rows * sizes.projected * kWidestElement);
+  latent_q = Buffer(rows * sizes.latent_q * kWidestElement);
+  plain_q = Buffer(rows * sizes.plain_q * kWidestElement);
+  q = Buffer(rows * sizes.q * kWidestElement);
+  attended = Buffer(rows * sizes.attended * kWidestElement);
+  values = Buffer(rows * sizes.values * kWidestElement);
+  sum = Buffer(rows * sizes.hidden * kWidestElement);
+  wide = Buffer(rows * sizes.hidden * kWidestElement);
+  router_logits = Buffer(rows * sizes.experts * kWidestElement);
+  experts = Buffer(rows * sizes.top_k * kWidestElement);
+  weights = Buffer(rows * sizes.top_k * kWidestElement);
+  activation = Buffer(rows * sizes.activation * kWidestElement);
   groups = Buffer(sizes.held * static_cast<std::int64_t>(sizeof(ExpertGroup)));
-  slot_row = Buffer(rows * sizes.top_k * kElement);
-  slot_weight = Buffer(rows * sizes.top_k * kElement);
+  slot_row = Buffer(rows * sizes.top_k * kWidestElement);
+  slot_weight = Buffer(rows * sizes.top_k * kWidestElement);
   plan = {groups.as<ExpertGroup>(), slot_row.as<std::int32_t>(), slot_weight.as<float>(), 0, 0};
 }
 

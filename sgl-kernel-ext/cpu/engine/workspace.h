@@ -1,5 +1,5 @@
-// The arrays that a part needs while it runs. Parts run one at a time with the whole team, so one
-// set serves all lanes and models; it is sized for the largest before the first step.
+// The arrays that a part needs while it runs. Parts run one at a time, so one set serves all lanes
+// and models; it is sized for the largest model before the first step.
 #ifndef CROSSPOOL_CPU_ENGINE_WORKSPACE_H
 #define CROSSPOOL_CPU_ENGINE_WORKSPACE_H
 
@@ -19,8 +19,9 @@ struct Workspace {
     return scratches.as<char>() + static_cast<std::int64_t>(thread) * scratch_bytes;
   }
 
-  // "model" below: elements of the model's dtype, room for four bytes each. First dimension: rows.
-  Buffer normed;     // model [hidden]: what a part's first product reads
+  // "model" below stands for elements of the model's dtype, with room for four bytes each. Shapes
+  // are those of a row.
+  Buffer normed;     // model [hidden]: the input of a part's first product
   Buffer projected;  // float: q, k, v of GQA; the compressed query and KV of MLA
   Buffer latent_q;   // model: MLA's normed compressed query
   Buffer plain_q;    // model: MLA's queries before they are absorbed

@@ -1,6 +1,6 @@
 // What the kernels take: matrices, rows, and the arguments of every family. kernels.h says what the
-// kernels make of them. All structures are plain: python/crosspool/kernels/native_structs.py
-// mirrors them field by field.
+// kernels compute from them. All structures are plain, since Python mirrors them: those of a model
+// in python/crosspool/kernels/native_structs.py, those of a call in test/support/kernel_structs.py.
 //
 // "Model dtype" is the dtype of the table whose kernel is called: bfloat16 (bit patterns in
 // uint16_t) or float32. "Rounded floats" are floats that hold values of the model's dtype.
@@ -32,10 +32,10 @@ enum class Encoding : std::int32_t { kPlain = 0, kCompact = 1 };
 // with zeros for columns past n and depths past k.
 //
 // Compact panels hold the same bfloat16 values in three quarters of the bytes, exactly: sign and
-// exponent of trained weights take few values, so that the upper byte of nearly every weight is one
-// of sixteen, which the panel lists. A code of four bits stands for it; the lower byte stays as it
-// is. The few other weights are zeros there and stand in a list of exceptions (compact.h). A matrix
-// of which a panel has too many of them stays plain.
+// exponent of trained weights take few values, so the upper byte of nearly every weight is one of
+// sixteen, which the panel lists. A code of four bits stands for it; the lower byte stays as it is.
+// The few other weights are zeros there and stand in a list of exceptions (compact.h). A matrix
+// with a panel that has too many exceptions stays plain.
 //
 // Gated pairs (gate and up of a gated MLP of width I) are one matrix of n = 2 * round_up(I, 32)
 // columns: panel 2j holds the columns 16j.. of gate, panel 2j + 1 those of up.
@@ -49,7 +49,8 @@ struct Matrix {
   std::int32_t panels() const { return (n + kPanel - 1) / kPanel; }
   std::int64_t depth() const { return round_up(k, kDepth); }
   std::int64_t plain_panel_bytes() const { return depth() * kPanel * element_bytes(dtype); }
-  // What a compact panel begins with: codes and exceptions, one in some hundred weights at most.
+  // Bytes of codes and exceptions at the head of a compact panel. There is room for one exception
+  // in some hundred weights.
   std::int64_t header_bytes() const {
     const std::int64_t lines = 1 + depth() / 512;
     return 64 * (lines < 3 ? 3 : lines);
@@ -70,7 +71,7 @@ struct Source {
   std::int64_t column_stride;
 };
 
-// Rows of activations: row i begins at element (index ? index[i] : i) * stride.
+// Rows of activations. Row i begins at element (index ? index[i] : i) * stride.
 struct Rows {
   const void* data;
   std::int64_t stride;
@@ -100,7 +101,7 @@ enum class GroupScore : std::int32_t { kMax = 0, kTop2Sum = 1 };
 
 // crosspool.models.spec.RouterSpec says what the fields mean.
 struct Router {
-  const float* bias;  // [experts], moves the choice only; or null
+  const float* bias;  // [experts], changes the choice, not the weights; or null
   std::int32_t experts;
   std::int32_t top_k;
   std::int32_t groups;
@@ -111,9 +112,9 @@ struct Router {
   float scale;
 };
 
-// One layer's FFN weights on this rank. Routed experts first_expert .. first_expert + held, and at
-// most one gated MLP that every row takes with weight 1: the shared expert, or a dense layer's only
-// one (then held is 0 and top_k is 0).
+// One layer's FFN weights on this rank: `held` routed experts from first_expert on, and at most one
+// gated MLP that every row takes with weight 1. That is the shared expert, or the MLP of a dense
+// layer (then held and top_k are 0).
 struct FFNLayer {
   const Matrix* gate_up;         // [held], gated pairs, k = hidden
   const Matrix* down;            // [held], n = hidden, k = I
@@ -124,7 +125,7 @@ struct FFNLayer {
   std::int32_t top_k;
 };
 
-// Rows that go through one gated MLP: slots first_slot .. first_slot + slots of the plan.
+// Rows that go through one gated MLP: `slots` slots of the plan from first_slot on.
 struct ExpertGroup {
   const Matrix* gate_up;
   const Matrix* down;
@@ -179,12 +180,12 @@ struct Rope {
   const float* sin;
   std::int32_t dim;
   std::int32_t interleaved;  // 0 or 1
-  std::int32_t fp32;         // 1: products are not rounded, only their sum is
+  std::int32_t fp32;         // 1: only the sum of the products is rounded, not the products
 };
 
 enum class QKNorm : std::int32_t { kNone = 0, kHead = 1, kFull = 2 };
 
-// What lies between a GQA layer's projections and its attention, in this order: QK-norm, clip,
+// The work between a GQA layer's projections and its attention, in this order: QK-norm, clip,
 // rotation, KV append.
 struct GQAPrepare {
   const float* qkv;  // rounded floats [rows, qkv_stride]: q heads, K heads, V heads
@@ -194,7 +195,7 @@ struct GQAPrepare {
   const RowPlace* places;  // [rows]
   void* q;                 // out, model dtype [rows, q_stride]
   std::int64_t q_stride;
-  KVCache kv;  // out, the rows' slots of `layer`
+  KVCache kv;  // out: the rows' slots of `layer`
   Rope rope;   // dim == head_dim
   std::int32_t layer;
   std::int32_t q_heads;
@@ -205,7 +206,7 @@ struct GQAPrepare {
   float clip;  // infinity: none
 };
 
-// What a MLA layer appends to the KV: the normed latent, then the rotated rope key.
+// What an MLA layer appends to the KV cache: the normed latent, then the rotated rope key.
 struct MLAAppend {
   const float* compressed;  // rounded floats [rows, compressed_stride]: latent, rope key
   std::int64_t compressed_stride;
@@ -232,20 +233,20 @@ struct Rotate {
   std::int32_t heads;
 };
 
-// Keys and values in a slot. KV head h has its K at h * qk_dim and its V at v_begin + h * v_dim.
-// GQA: qk_dim = v_dim = head_dim, v_begin = kv_heads * head_dim. MLA, absorbed: kv_heads = 1,
-// qk_dim = kv_width, v_dim = latent, v_begin = 0.
+// Where keys and values lie in a slot: KV head h has its K at h * qk_dim, its V at v_begin + h *
+// v_dim. GQA: qk_dim = v_dim = head_dim, v_begin = kv_heads * head_dim. MLA, absorbed: kv_heads =
+// 1, qk_dim = kv_width, v_dim = latent, v_begin = 0.
 struct AttentionShape {
   std::int32_t q_heads;
   std::int32_t kv_heads;  // divides q_heads
   std::int32_t qk_dim;
   std::int32_t v_dim;
   std::int32_t v_begin;
-  std::int32_t window;  // tokens that a query sees, itself included; 0: all
+  std::int32_t window;  // number of tokens that a query sees, itself included; 0: all
   float scale;
 };
 
-// One request's rows of a batch. Its own KV is in the cache already.
+// One request's rows of a batch. Their own KV is in the cache already.
 struct Segment {
   const std::int32_t* pages;  // covers start + rows tokens
   std::int32_t first_row;
@@ -253,10 +254,10 @@ struct Segment {
   std::int32_t start;  // position of the first row
 };
 
-// A stretch of work that one thread does: some rows and q heads of a segment over the keys
-// [key_begin, key_end). The heads are all those of one or more KV heads, or some of one. Long
-// requests of few rows are cut into `splits` ranges of keys; whoever ends the last of them merges
-// them all, in order. attention_plan.h makes the tasks.
+// Work for one thread: some rows and q heads of a segment over the keys [key_begin, key_end). The
+// heads are all q heads of one or more KV heads, or some q heads of one KV head. Long requests of
+// few rows are cut into `splits` ranges of keys; the thread that ends the last range merges them
+// all, in order. attention_plan.h makes the tasks.
 struct AttentionTask {
   std::int32_t segment;
   std::int32_t row_begin;  // within the segment
@@ -268,7 +269,7 @@ struct AttentionTask {
   std::int32_t split;
   std::int32_t splits;
   std::int32_t arrival;  // index into arrivals, if splits > 1
-  std::int64_t partial;  // index into partials of split 0's
+  std::int64_t partial;  // index into partials of the results of split 0
 };
 
 struct Attention {
@@ -289,7 +290,7 @@ struct Best {
   std::int32_t index;
 };
 
-// As crosspool.transport.messages.Sampling. temperature > 0.
+// The fields of crosspool.transport.messages.Sampling; temperature is above 0.
 struct SamplingRule {
   double top_p;  // 1 or more: all
   float temperature;

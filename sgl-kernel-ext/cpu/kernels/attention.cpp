@@ -1,7 +1,7 @@
-// Paged attention. A task's queries meet the keys in blocks, one KV head after another: the block's
-// K and V are packed like weights, so that both products are those of multiply.h, and an online
-// softmax lies between them. One decode row per head is the same code with few queries; reading the
-// cache bounds it then, not the packing.
+// Paged attention. A task walks the keys in blocks, one KV head after another. A block's K and V
+// are packed like weights, so that both products are those of multiply.h, with an online softmax
+// between them. A decode row per head runs the same code with few queries; it is then bound by
+// reading the cache, not by packing.
 #include "attention_block.h"
 #include "families.h"
 
@@ -15,7 +15,7 @@ class Task {
   using Element = typename T::Element;
 
  public:
-  // `next`: the task that follows, whose first keys are asked for at this one's end; or null.
+  // `next`: the task that follows, whose first keys are prefetched at the end of this one; or null.
   Task(const Attention& attention, const AttentionTask& task, const AttentionTask* next,
        void* scratch)
       : a_(attention),
@@ -89,7 +89,8 @@ class Task {
     }
   }
 
-  // Calls body(first, rows, c) with tiles of x times `panels` panels at `weights` of depth k.
+  // Calls body(first, rows, c) with tiles of the product of x and `panels` panels of depth k at
+  // `weights`.
   template <class Body>
   void multiply(const std::byte* x, std::int64_t stride, const std::byte* weights,
                 std::int64_t panel_bytes, int panels, std::int64_t k, Body body) const {
@@ -102,11 +103,11 @@ class Task {
     }
   }
 
-  // Scores of the block of `count` keys from `key` on, and their probabilities, for one KV head's
-  // queries.
+  // Computes the scores and probabilities of the block of `count` keys from `key` on, for the
+  // queries of one KV head.
   void score(std::int64_t query, std::int64_t key, std::int64_t count, Ahead<T>& ahead) const {
-    // Packing has asked for rather more than half of as many lines as it read. (Many queries leave
-    // time enough for that.)
+    // Packing has prefetched somewhat more than half as many lines as it read. (Many queries leave
+    // enough time for the others.)
     const std::int64_t row_bytes = (shape_.qk_dim + shape_.v_dim) * sizeof(Element);
     const std::int64_t lines = count * row_bytes / 64 * 7 / 16 / (rows_ * heads_);
     const int panels = count > kDepth ? 4 : 2;  // columns behind `count` are masked below
@@ -119,9 +120,9 @@ class Task {
              });
   }
 
-  // Probabilities, up to a common factor, of one query's scores of the block of `count` keys from
-  // `key` on: zero for keys that it does not see, whatever their scores are. `written` scores may
-  // be read.
+  // Turns one query's scores of the block of `count` keys from `key` on into probabilities, up to a
+  // common factor. Keys that the query does not see get zero, also where their scores are NaN.
+  // `written` scores may be read.
   CROSSPOOL_INLINE void soften(std::int64_t q, const float* scores, std::int64_t key,
                                std::int64_t count, std::int64_t written) const {
     const std::int64_t position = segment_.start + row_of(q);
@@ -148,7 +149,7 @@ class Task {
     }
     const float before = room_.highest[q], block = reduce_max(most);
     const float highest = block > before ? block : before;
-    // Where no key is seen yet there is nothing to scale.
+    // Before the first key that is seen there is nothing to scale.
     const V shift = splat(highest == kNothing ? 0.0F : highest);
     V sum{};
     std::byte* const out = room_.p + q * room_.p_stride;
@@ -210,7 +211,7 @@ class Task {
     std::uint32_t* const arrivals = a_.arrivals + t_.arrival;
     const auto splits = static_cast<std::uint32_t>(t_.splits);
     if (__atomic_add_fetch(arrivals, 1, __ATOMIC_ACQ_REL) != splits) return;
-    __atomic_store_n(arrivals, 0, __ATOMIC_RELAXED);  // the next layer's begin behind a barrier
+    __atomic_store_n(arrivals, 0, __ATOMIC_RELAXED);  // the next layer begins behind a barrier
     for (std::int64_t q = 0; q < queries_; ++q) merge(q, partials + q * width);
   }
 
@@ -267,7 +268,7 @@ void attend(const Attention& attention, const AttentionTask* tasks, std::int32_t
 
 }  // namespace
 
-// Room's parts, at the wider dtype.
+// The parts of Room, at the wider dtype.
 std::int64_t attention_scratch(const Limits& limits) {
   const std::int64_t depth = round_up(limits.qk_dim, kDepth);
   const std::int64_t width = round_up(limits.v_dim, kPanel);

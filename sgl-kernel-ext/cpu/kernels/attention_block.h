@@ -1,4 +1,4 @@
-// What attention.cpp works on: a task's scratch area, and blocks of keys packed like weights.
+// The data of attention.cpp: a task's scratch area, and blocks of keys packed like weights.
 #ifndef CROSSPOOL_CPU_KERNELS_ATTENTION_BLOCK_H
 #define CROSSPOOL_CPU_KERNELS_ATTENTION_BLOCK_H
 
@@ -8,9 +8,9 @@
 
 namespace crosspool::CROSSPOOL_ISA {
 
-inline constexpr std::int64_t kKeys = kTileWidth;  // of a block: one group of panels
+inline constexpr std::int64_t kKeys = kTileWidth;  // keys of a block: one group of panels
 
-// Behind the end of a row of zeros no vector reads.
+// Elements of a row of zeros: no vector reads behind them.
 CROSSPOOL_INLINE std::int64_t zero_elements(std::int64_t qk_dim, std::int64_t v_dim) {
   return round_up(max(qk_dim, v_dim), kDepth);
 }
@@ -54,10 +54,10 @@ struct Room {
   float* sums;                      // [queries][v_stride]: of p times values
   float* highest;                   // [queries]: largest score so far, as a power of 2
   float* total;                     // [queries][lanes]: sums of p
-  float* decay;                     // [queries]: what the last block made of earlier sums
+  float* decay;                     // [queries]: factor of the last block on earlier sums
 };
 
-// Up to kKeys keys of one request that follow one another: their slots.
+// The slots of up to kKeys consecutive keys of one request.
 template <class T>
 struct KeyBlock {
   using Element = typename T::Element;
@@ -80,8 +80,8 @@ struct KeyBlock {
   }
 };
 
-// Asks for a block's lines, in two stretches of its slots, while another one is worked on: a few
-// whenever there is something else to do, since processors drop requests that come in a burst.
+// Prefetches the lines of a block, in two stretches of its slots, while another block is worked on:
+// a few lines at a time, since processors drop prefetches that come in a burst.
 template <class T>
 class Ahead {
  public:

@@ -5,13 +5,14 @@
 namespace crosspool {
 namespace {
 
-// A request whose rows of one KV head fit into one task is cut along its keys: into ranges of about
-// this many, which are worth a task of their own, or else into the largest number of ranges.
+// A request whose rows of one KV head fit into one task is cut along its keys, into ranges of about
+// kSplitKeys (fewer keys are not worth a task) but at most kMostSplits ranges.
 constexpr std::int64_t kSplitKeys = 128;
 constexpr std::int64_t kMostSplits = 64;
 constexpr std::int64_t kKeyStep = 64;  // ranges begin at multiples: the kernel's blocks
 
-// What a task costs, in any unit: fetching and packing a key costs about as much as eight queries.
+// The cost of a task, in no particular unit. Reading and packing a key costs about as much as eight
+// queries.
 std::int64_t cost(const AttentionTask& task) {
   const std::int64_t heads = task.head_end - task.head_begin;
   const std::int64_t rows = task.row_end - task.row_begin;
@@ -22,7 +23,7 @@ std::int64_t splits_of(std::int64_t keys) {
   return std::clamp((keys + kSplitKeys / 2) / kSplitKeys, std::int64_t{1}, kMostSplits);
 }
 
-// First key that a row of a segment sees.
+// The first key that a row of a segment sees.
 std::int32_t first_key(const AttentionShape& shape, const Segment& segment, std::int32_t row) {
   if (shape.window == 0) return 0;
   return std::max(0, segment.start + row + 1 - shape.window);
@@ -103,7 +104,7 @@ void AttentionPlan::make(const AttentionShape& shape, const Segment* segments, s
   partials_.resize(std::max(partials_.size(), static_cast<std::size_t>(partials)));
   arrivals_.resize(std::max(arrivals_.size(), static_cast<std::size_t>(arrivals)));
 
-  // Neighbours in memory stay with one thread; a task is its share's that holds its middle.
+  // Neighbours in memory stay with one thread. A task belongs to the share that holds its middle.
   std::int64_t total = 0;
   for (const AttentionTask& task : tasks_) total += cost(task);
   begins_.assign(static_cast<std::size_t>(threads) + 1, static_cast<std::int32_t>(tasks_.size()));

@@ -13,13 +13,13 @@ inline constexpr std::int32_t kAttentionQueries = 96;  // rows x heads of a task
 
 class AttentionPlan {
  public:
-  // Plans `count` segments for a team of `threads`. The cut into tasks depends on the segments
-  // alone, so that results do not depend on the team; only their assignment depends on it. Memory
-  // grows to what the largest batch needs and stays.
+  // Plans `count` segments for a team of `threads`. The cut into tasks depends on the segments and,
+  // where it does not change a result, on the number of threads, as does the assignment of tasks to
+  // threads. Memory grows to the need of the largest batch and is kept.
   void make(const AttentionShape& shape, const Segment* segments, std::int32_t count,
             std::int32_t threads);
 
-  // One thread's tasks; the shares are near in cost.
+  // One thread's tasks. All threads' tasks cost about the same.
   const AttentionTask* tasks(std::int32_t thread) const;
   std::int32_t task_count(std::int32_t thread) const;
 
@@ -35,7 +35,7 @@ class AttentionPlan {
 
 }  // namespace crosspool
 
-// For Python; the engine uses the class.
+// The face for Python; the engine uses the class.
 extern "C" {
 CROSSPOOL_API crosspool::AttentionPlan* crosspool_attention_plan(
     const crosspool::AttentionShape* shape, const crosspool::Segment* segments, std::int32_t count,

@@ -1,10 +1,10 @@
-// Compact panels: how the values of a panel are found in three quarters of its bytes.
+// Compact panels: how three quarters of a panel's bytes hold its values.
 //
-// A panel is a header (its first member a CompactHeader, the exceptions behind it), then a block
-// for every 8 depths: a line of codes and two lines of lower bytes, each for 4 depths. The lower
-// nibbles of the codes belong to the first of them. Byte j of a line of lower bytes (and nibble j)
-// is that of an element of the two plain lines of the same 4 depths: so that the instruction that
-// interleaves bytes, which works in stretches of 16, puts lower and upper bytes together.
+// A panel is a header (a CompactHeader, then the exceptions), and behind it a block for every 8
+// depths: a line of codes, then two lines of lower bytes for 4 depths each. The lower nibbles of
+// the codes belong to the first 4 depths. The order of the bytes (and nibbles) within a line is
+// such that the instruction that interleaves bytes, 16 at a time, joins the lower bytes and the
+// decoded upper bytes to the two plain lines of those 4 depths.
 #ifndef CROSSPOOL_CPU_KERNELS_COMPACT_H
 #define CROSSPOOL_CPU_KERNELS_COMPACT_H
 
@@ -32,7 +32,7 @@ struct Exception {
 };
 
 struct alignas(32) CompactHeader {
-  std::uint8_t upper[16];  // by code; that of code 0 is 0
+  std::uint8_t upper[16];  // the upper byte that each code stands for; 0 for code 0
   std::int32_t count;
 
   static constexpr std::int64_t room(std::int64_t header_bytes) {
@@ -92,7 +92,7 @@ CROSSPOOL_INLINE __m512i upper_bytes(const std::byte* panel) {
 
 #endif
 
-// A plain panel from a compact one, with zeros where exceptions are.
+// Writes a plain panel from a compact one, with zeros in the place of the exceptions.
 CROSSPOOL_INLINE void expand([[maybe_unused]] const std::byte* panel,
                              [[maybe_unused]] std::int64_t header_bytes,
                              [[maybe_unused]] std::int64_t depth, [[maybe_unused]] std::byte* out) {

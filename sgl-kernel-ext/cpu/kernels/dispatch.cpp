@@ -34,7 +34,7 @@ namespace {
 constexpr Isa kAll[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
 
 #if defined(__x86_64__)
-// Paths that this build has (CROSSPOOL_KERNEL_PATHS).
+// The paths that this build has (CROSSPOOL_KERNEL_PATHS).
 #if defined(CROSSPOOL_BUILT_avx2)
 constexpr bool kBuiltAvx2 = true;
 #else
@@ -59,7 +59,8 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512bf16");
 }
 
-// Linux lets a process use the tiles only after it asked, and threads that exist then are included.
+// Linux lets a process use the tiles only after it has asked. The permission holds for the threads
+// that exist by then, too.
 bool has_amx() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   static const bool granted = has_avx512() && __builtin_cpu_supports("amx-tile") &&

@@ -8,10 +8,11 @@
 namespace crosspool {
 namespace {
 
-// Candidates that are looked at first; only a row whose filters reach further is sorted whole.
+// Candidates that are sorted first. Only a row whose filters keep more is sorted as a whole.
 constexpr std::int64_t kFirstCandidates = 1024;
 
-// Probabilities by their highest bits (exponent and three bits of the fraction), which order them.
+// Probabilities are counted by their highest bits (exponent and three bits of the fraction), which
+// order them.
 constexpr int kBinShift = 20;
 constexpr std::int64_t kBins = std::int64_t{1} << (31 - kBinShift);
 
@@ -41,7 +42,7 @@ std::int32_t draw_plain(const float* probs, std::int64_t vocab, double draw, dou
   const double point = point_of(draw, total);
   const std::int64_t block =
       std::find_if(sums, sums + blocks, [&](double s) { return s > point; }) - sums;
-  if (block == blocks) return static_cast<std::int32_t>(vocab - 1);  // probabilities are no numbers
+  if (block == blocks) return static_cast<std::int32_t>(vocab - 1);  // the probabilities are NaN
   double sum = block == 0 ? 0.0 : sums[block - 1];
   const std::int64_t end = std::min(vocab, (block + 1) * kBlock);
   std::int64_t chosen = block * kBlock;
@@ -53,8 +54,7 @@ std::int32_t draw_plain(const float* probs, std::int64_t vocab, double draw, dou
   return static_cast<std::int32_t>(chosen);
 }
 
-// The tokens whose probability is at least that of the `wanted`th largest, and perhaps some more;
-// returns how many.
+// Collects the `wanted` most probable tokens, and perhaps some more; returns how many.
 std::int64_t collect(const float* probs, std::int64_t vocab, std::int64_t wanted,
                      Candidate* candidates, std::uint32_t* bins) {
   std::memset(bins, 0, kBins * sizeof(*bins));
@@ -108,7 +108,7 @@ std::int64_t draw_scratch(std::int32_t vocab) {
 std::int32_t draw_token(const float* probs, std::int32_t vocab, const SamplingRule& rule,
                         double draw, void* scratch) {
   const bool cuts_k = rule.top_k > 0 && rule.top_k < vocab;
-  if (probs[0] != probs[0]) return vocab - 1;  // a broken checkpoint's
+  if (probs[0] != probs[0]) return vocab - 1;  // NaN, from a broken checkpoint
   if (!cuts_k && rule.top_p >= 1.0 && rule.min_p <= 0.0F) {
     return draw_plain(probs, vocab, draw, static_cast<double*>(scratch));
   }

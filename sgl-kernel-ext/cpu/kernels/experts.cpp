@@ -39,7 +39,7 @@ void plan_experts(const FFNLayer& layer, const std::int32_t* experts, const floa
   open(layer.shared_gate_up, layer.shared_down, rows);
 }
 
-// What a pair of panels costs by its rows, in any unit: reading its weights costs about as much as
+// The cost of a pair of panels, in no particular unit: reading its weights costs about as much as
 // multiplying sixteen rows.
 std::int64_t pair_cost(const ExpertGroup& group) { return 16 + group.slots; }
 
@@ -75,7 +75,7 @@ void expert_gate_up(const Experts& e, std::int32_t thread, std::int32_t threads,
   std::int64_t at = 0;
   for (int g = 0; g < e.plan->group_count && at < end; ++g) {
     const std::int64_t cost = pair_cost(groups[g]), pairs = groups[g].gate_up->panels() / 2;
-    // A pair is its share's whose range holds the pair's beginning.
+    // A pair belongs to the share that holds its beginning.
     const std::int64_t first = min(pairs, (max(begin - at, 0) + cost - 1) / cost);
     const std::int64_t last = min(pairs, (end - at + cost - 1) / cost);
     at += pairs * cost;

@@ -26,7 +26,7 @@ void add_attention(Kernels& table);
 template <class T>
 void add_sampling(Kernels& table);
 
-// Scratch that the families need.
+// Bytes of scratch that the families need.
 std::int64_t router_scratch(const Limits& limits);
 std::int64_t attention_scratch(const Limits& limits);
 std::int64_t sampling_scratch(const Limits& limits);

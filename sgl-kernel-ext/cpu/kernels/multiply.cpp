@@ -12,12 +12,12 @@ struct ToSecondLevel {
   CROSSPOOL_INLINE static void fetch(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
 };
 
-// One step along k: the 64 bytes of a panel, 16 columns of one depth (float32) or of a pair of
-// depths (bfloat16), against the operand elements of that depth. Where no instruction multiplies
-// pairs, a step has two halves: the even depth stands in the upper halves of the words when they
-// are shifted, the odd one when the lower halves are cleared.
+// One step along k: 64 bytes of a panel, 16 columns of one depth (float32) or of a pair of depths
+// (bfloat16), times the operand elements of that depth. Where no instruction multiplies pairs, a
+// step has two halves: the weights of the even depth are the words shifted left by 16, those of the
+// odd depth the words with the lower halves cleared.
 template <class T>
-struct Step {
+struct DepthStep {
   static constexpr bool kPairs = T::kDType == DType::kBFloat16;
   static constexpr int kHalves = kPairs && !kReadsModelDType<T> ? 2 : 1;
   static constexpr std::int64_t kBytes = 4 * kHalves;  // of an operand row
@@ -46,7 +46,7 @@ struct Step {
 
 template <class T, int kRows, int kPanels>
 CROSSPOOL_INLINE void micro_panels(const Multiply& m, int first_panel, float* tile) {
-  using S = Step<T>;
+  using S = DepthStep<T>;
   const std::byte* x[kRows];
   for (int r = 0; r < kRows; ++r) x[r] = m.x.row(m.first + r);
   const std::byte* const w = m.weights + first_panel * m.panel_bytes;
@@ -104,7 +104,7 @@ CROSSPOOL_INLINE void micro_panels(const Multiply& m, int first_panel, float* ti
 
 #if defined(__AVX512BF16__)
 
-// The same on compact panels, whose lines are put together in registers.
+// The same on compact panels, whose lines are assembled in registers.
 template <int kRows, int kPanels>
 CROSSPOOL_INLINE void micro_compact(const Multiply& m, int first_panel, float* tile) {
   const std::byte* x[kRows];
@@ -177,7 +177,11 @@ Micro micro_of_rows(int panels) {
   return panels == 4 ? micro<T, kRows, 4> : panels == 2 ? micro<T, kRows, 2> : micro<T, kRows, 1>;
 }
 
-template <class T, int kRows = kMostRows>
+// More rows than these go to the tiles.
+template <class T>
+inline constexpr int kMostVectorRows = uses_tiles<T>(kMostRows) ? kFewestTileRows - 1 : kMostRows;
+
+template <class T, int kRows = kMostVectorRows<T>>
 Micro micro_of(std::int64_t rows, int panels) {
   if constexpr (kRows > 1) {
     if (rows != kRows) return micro_of<T, kRows - 1>(rows, panels);

@@ -1,5 +1,5 @@
-// The heart of every product: some rows of x times a group of up to four panels, into a small tile
-// of floats. gemm.cpp, experts.cpp and attention.cpp differ in what they make of the tile.
+// The core of every product: some rows of x times a group of up to four panels, into a small tile
+// of floats. gemm.cpp, experts.cpp and attention.cpp differ in how they use the tile.
 #ifndef CROSSPOOL_CPU_KERNELS_MULTIPLY_H
 #define CROSSPOOL_CPU_KERNELS_MULTIPLY_H
 
@@ -7,13 +7,14 @@
 
 namespace crosspool::CROSSPOOL_ISA {
 
-// Panels that are worked on together. Four streams of memory also read faster than one.
+// Panels that are multiplied together. Four streams of memory also read faster than one.
 inline constexpr int kGroup = 4;
 inline constexpr int kTileWidth = kGroup * kPanel;
 
-// A micro-kernel's rows: as many as their sums fit into registers beside the weights of a group, or
-// of two panels. Up to kMostRows are worked on at once, so that the weights pass once; of more
-// rows, which compute on weights in the cache, stretches of kMicroRows need the fewest loads.
+// Rows of a micro-kernel: as many as have room for their sums in registers, beside the weights of a
+// group or of two panels. Up to kMostRows are multiplied at once, so that the weights are read
+// once. More rows find the weights in the cache; they are cut into stretches of kMicroRows, which
+// need the fewest loads.
 #if defined(__AVX512BF16__)
 inline constexpr int kMicroRows = 6, kMostRows = 12;
 #elif defined(__AVX2__) || defined(__aarch64__)
@@ -28,7 +29,7 @@ constexpr int panels_at_once(std::int64_t rows, int panels) {
   return fit >= 4 && panels >= 4 ? 4 : fit >= 2 && panels >= 2 ? 2 : 1;
 }
 
-// A tile of AMX takes 16 rows, a call two; below 4 rows vectors are as fast.
+// A tile of AMX takes 16 rows, a call two tiles. Below 4 rows, vectors are as fast.
 #if defined(__AMX_BF16__) || defined(CROSSPOOL_EMULATED_TILES)
 inline constexpr bool kHasTiles = true;
 #else
@@ -38,7 +39,7 @@ inline constexpr int kTileRows = 16;
 inline constexpr int kFewestTileRows = 4;
 
 template <class T>
-CROSSPOOL_INLINE bool uses_tiles(std::int64_t rows) {
+CROSSPOOL_INLINE constexpr bool uses_tiles(std::int64_t rows) {
   return kHasTiles && T::kDType == DType::kBFloat16 && rows >= kFewestTileRows;
 }
 
@@ -47,8 +48,8 @@ struct alignas(64) Tile {
   float at[(kHasTiles ? 2 * kTileRows : kMostRows) * kTileWidth];
 };
 
-// What the micro-kernels broadcast. Where bf16 pairs have an instruction of their own they read x
-// as it is; elsewhere x is held as floats.
+// Whether the micro-kernels read x in the model's dtype, as they do where an instruction multiplies
+// pairs of bf16. Elsewhere x is converted to floats before.
 template <class T>
 inline constexpr bool kReadsModelDType = kLanes == 16 || T::kDType == DType::kFloat32;
 template <class T>
@@ -67,10 +68,11 @@ struct Operand {
   }
 };
 
-// Which memory a call asks for while it computes: in step s of a panel of the group (a plain line;
-// a line of a compact panel where those are read) the line at near + s * near_step while s < split,
-// else at far + s * 64; the next panel's lines lie panel_bytes further on. Without a far end the
-// lines are not needed soon: they go to the second-level cache.
+// The memory that a call prefetches while it computes. Step s of a panel of the group (a plain
+// line, or a line of a compact panel where those are read) prefetches the line at near + s *
+// near_step while s < split, else the line at far + s * 64; the lines of the next panel lie
+// panel_bytes further on. Without `far` the lines are not needed soon and go to the second-level
+// cache.
 struct Prefetch {
   const std::byte* near;
   const std::byte* far;  // or null
@@ -93,7 +95,7 @@ struct Multiply {
   std::int64_t header_bytes = 0;  // of compact panels; 0: plain ones
 };
 
-// A stretch of calls over the same rows, `rows` in all: sets up the tiles and gives them back.
+// Holds the tiles for calls over the same rows, `rows` in all: sets them up and gives them back.
 template <class T>
 class MultiplyScope {
  public:
@@ -102,20 +104,20 @@ class MultiplyScope {
   MultiplyScope(const MultiplyScope&) = delete;
   MultiplyScope& operator=(const MultiplyScope&) = delete;
 
-  // The rows are worked on in this many stretches, of which stretch `i` begins at begin(i).
+  // The rows are multiplied in this many stretches; stretch `i` begins at begin(i).
   std::int64_t stretches() const { return stretches_; }
   std::int64_t begin(std::int64_t i) const {
     return tiles_ ? min(2 * kTileRows * i, rows_) : rows_ * i / stretches_;
   }
 
-  // Multiplies one stretch; row `first`'s result is at the returned address.
+  // Multiplies one stretch; returns the address of the result of row `first`.
   float* multiply(const Multiply& m, Tile& tile) const;
 
-  // Whether compact panels are multiplied as they are: where every weight is used by few rows.
-  // Otherwise they are expanded first.
+  // Whether compact panels are multiplied without being expanded first. That pays where few rows
+  // use every weight.
   bool reads_compact() const { return kReadsCompact && !tiles_ && stretches_ == 1; }
 
-  // Of `left` panels, those that the next call takes.
+  // The number of panels that the next call takes when `left` are left.
   int panels(int left) const {
     const int group = left >= kGroup ? kGroup : left >= 2 ? 2 : 1;
     if (tiles_ || group == 1) return group;

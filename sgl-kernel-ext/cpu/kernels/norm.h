@@ -6,7 +6,7 @@
 
 namespace crosspool::CROSSPOOL_ISA {
 
-// 1 / sqrt(mean(x^2) + eps) of n features.
+// Returns 1 / sqrt(mean(x^2) + eps) of n features.
 CROSSPOOL_INLINE float inverse_rms(const float* x, std::int64_t n, float eps) {
   V sums[4] = {};
   std::int64_t i = 0;
@@ -24,7 +24,7 @@ CROSSPOOL_INLINE float inverse_rms(const float* x, std::int64_t n, float eps) {
   return 1.0F / __builtin_sqrtf(sum / static_cast<float>(n) + eps);
 }
 
-// Normalised x, rounded before and after it is scaled, as transformers does.
+// Returns the normalised x, rounded before and after it is scaled, as transformers does.
 template <class T>
 CROSSPOOL_INLINE V scaled(V x, float inverse, V weight) {
   return T::round(T::round(x * splat(inverse)) * weight);

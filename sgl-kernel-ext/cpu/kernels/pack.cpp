@@ -1,4 +1,4 @@
-// Packing of weights, once when a model is loaded.
+// Packing of weights, when a model is loaded.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -20,7 +20,7 @@ std::byte* panel_of(const Matrix& matrix, std::int32_t panel) {
   return static_cast<std::byte*>(matrix.data) + panel * matrix.panel_bytes();
 }
 
-// A plain panel from 16 rows, of which null ones are zeros. All rows have the same stride.
+// Writes a plain panel from 16 rows of the same stride. Null stands for a row of zeros.
 template <class T>
 void pack_panel(const Matrix& matrix, const typename T::Element* const* rows, std::int64_t stride,
                 std::byte* out) {
@@ -44,7 +44,7 @@ void pack_panel(const Matrix& matrix, const typename T::Element* const* rows, st
 
 #if defined(__AVX512BF16__)
 
-// The fifteen most frequent upper bytes of a plain panel besides 0.
+// Chooses the fifteen most frequent upper bytes of a plain panel, beside 0.
 void choose_codes(const std::byte* plain, std::int64_t bytes, CompactHeader& header) {
   // Four counts of each, so that equal neighbours do not wait for one another.
   std::int32_t counts[4][256] = {};
@@ -62,7 +62,7 @@ void choose_codes(const std::byte* plain, std::int64_t bytes, CompactHeader& hea
   std::copy_n(order, 15, header.upper + 1);
 }
 
-// A compact panel from a plain one; false: it has too many exceptions.
+// Writes a compact panel from a plain one; false when it has too many exceptions.
 bool encode_panel(const Matrix& matrix, const std::byte* plain, std::byte* out) {
   std::memset(out, 0, static_cast<std::size_t>(matrix.header_bytes()));
   auto& header = *reinterpret_cast<CompactHeader*>(out);
@@ -107,7 +107,7 @@ bool encode_panel(const Matrix& matrix, const std::byte* plain, std::byte* out) 
 #endif
 
 // Calls write(panel, out) for plain panels [begin, end), and encodes them where the matrix is
-// compact; false: one has too many exceptions.
+// compact; false when one has too many exceptions.
 template <class T, class Write>
 bool pack_panels(const Matrix& matrix, std::int32_t begin, std::int32_t end, Write write) {
   if (matrix.encoding == Encoding::kPlain) {

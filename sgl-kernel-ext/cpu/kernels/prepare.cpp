@@ -1,4 +1,4 @@
-// What lies between projections and attention: QK-norm, clip, rotation, KV append.
+// The work between projections and attention: QK-norm, clip, rotation, KV append.
 #include "families.h"
 #include "norm.h"
 
@@ -22,7 +22,7 @@ CROSSPOOL_INLINE V load_every_other(const typename X::Element* p, N n) {
   return X::load(lanes);
 }
 
-// A head's features as a model's rules leave them before they are rotated.
+// A head's features after QK-norm and clip, before they are rotated.
 template <class T>
 struct Normed {
   const float* x;

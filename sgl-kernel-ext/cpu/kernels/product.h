@@ -1,5 +1,6 @@
-// x W^T over a range of panels and any number of rows: readies the rows, walks groups of panels and
-// stretches of rows, asks for the weights ahead of their use, and hands every tile to the caller.
+// The product x W^T over a range of panels and any number of rows. It prepares the rows, walks
+// groups of panels and stretches of rows, prefetches the weights, and hands every tile to the
+// caller.
 #ifndef CROSSPOOL_CPU_KERNELS_PRODUCT_H
 #define CROSSPOOL_CPU_KERNELS_PRODUCT_H
 
@@ -7,8 +8,8 @@
 
 namespace crosspool::CROSSPOOL_ISA {
 
-// Rows that are worked on at a time, in bytes, and scratch for those that must be copied; at least
-// one stretch's.
+// Bytes of the rows that are worked on at a time, and of the scratch to copy them to; at least
+// those of one stretch.
 inline constexpr std::int64_t kOperandScratch = std::int64_t{256} << 10;
 inline constexpr std::int64_t kFewestOperandRows = 32;
 
@@ -16,7 +17,7 @@ CROSSPOOL_INLINE std::int64_t operand_scratch(std::int64_t k) {
   return max(kOperandScratch, kFewestOperandRows * round_up(k, kDepth) * 4);
 }
 
-// Behind the rows: an expanded group of compact panels.
+// Bytes behind the rows, for an expanded group of compact panels.
 CROSSPOOL_INLINE std::int64_t product_scratch(std::int64_t k) {
   return operand_scratch(k) + (kReadsCompact ? kGroup * round_up(k, kDepth) * kPanel * 2 : 0);
 }
@@ -50,7 +51,7 @@ CROSSPOOL_INLINE void copy_row(const typename T::Element* x, std::int64_t k, std
   }
 }
 
-// Rows [first, first + rows) of x for the micro-kernels: where they are, or copied to scratch.
+// Rows [first, first + rows) of x for the micro-kernels, in place or copied to scratch.
 template <class T>
 CROSSPOOL_INLINE Operand ready_rows(const Rows& x, std::int64_t first, std::int64_t rows,
                                     std::int64_t k, bool copy, void* scratch) {
@@ -71,11 +72,11 @@ CROSSPOOL_INLINE Operand ready_rows(const Rows& x, std::int64_t first, std::int6
   return {out, stride, nullptr};
 }
 
-// What stretch `i` of `count` asks for while it multiplies the group of panels at `group` (of
-// `steps` lines each), which `next` follows. The first of few stretches is bound by memory: it runs
-// a little ahead of itself in every panel, and at their ends begins with the next group. The others
-// compute on weights that are in the cache by then, and ask for the next group meanwhile: evenly,
-// the last ones of many. So do all where the group was expanded.
+// What stretch `i` of `count` prefetches while it multiplies the group of panels at `group` (of
+// `steps` lines each), which the group at `next` follows. The first of few stretches is bound by
+// memory: it prefetches a little ahead in every panel, and the next group at the panels' ends. The
+// later stretches find the weights in the cache and prefetch the next group, evenly; of many
+// stretches only the last ones do. All stretches do so where the group was expanded.
 CROSSPOOL_INLINE Prefetch ahead(const std::byte* group, const std::byte* next, bool first_group,
                                 bool expanded, std::int64_t i, std::int64_t count,
                                 std::int64_t steps, std::int64_t panel_bytes, int panels) {
@@ -91,7 +92,8 @@ CROSSPOOL_INLINE Prefetch ahead(const std::byte* group, const std::byte* next, b
   return {next + turn * (panel_bytes / sharing), nullptr, steps, 64 / sharing, panel_bytes};
 }
 
-// The exceptions of `panels` compact panels, which lie panel_bytes apart, for the rows of a tile.
+// Adds the products of the exceptions of `panels` compact panels, which lie panel_bytes apart, to
+// the rows of a tile.
 template <class T>
 CROSSPOOL_INLINE void add_exceptions(const std::byte* group, std::int64_t panel_bytes, int panels,
                                      const Operand& x, std::int64_t first, std::int64_t rows,

@@ -1,4 +1,4 @@
-// Which experts a row goes to, from its logits.
+// The choice of a row's experts from its logits.
 #include "families.h"
 
 namespace crosspool::CROSSPOOL_ISA {
@@ -6,8 +6,8 @@ namespace {
 
 constexpr float kBarred = -__builtin_huge_valf();
 
-// Index of the largest, the lowest among equals; a NaN counts as larger than any number, as in
-// torch.topk.
+// Returns the index of the largest, the lowest among equals. A NaN counts as larger than any
+// number, as in torch.topk.
 std::int64_t largest(const float* x, std::int64_t n) {
   std::int64_t best = 0;
   for (std::int64_t i = 1; i < n; ++i) {
@@ -54,7 +54,7 @@ void limit_groups(const Router& router, float* choice, float* groups) {
     groups[g] = group_score(choice + g * size, size, router.group_score);
   }
   for (std::int32_t i = 0; i < router.top_groups; ++i) {
-    // Taken groups are marked by a value that no score reaches.
+    // A value that no score has marks the chosen groups.
     groups[largest(groups, router.groups)] = kBarred;
   }
   for (std::int64_t g = 0; g < router.groups; ++g) {
@@ -106,7 +106,7 @@ void route(const Router& router, const float* logits, std::int64_t logits_stride
 
 }  // namespace
 
-// Three rows of floats; also what plan_experts counts in.
+// Three rows of floats. plan_experts counts in the same scratch.
 std::int64_t router_scratch(const Limits& limits) {
   return 3 * round_up(limits.experts + 1, 16) * static_cast<std::int64_t>(sizeof(float));
 }

@@ -86,7 +86,7 @@ CROSSPOOL_INLINE void store_half(std::uint16_t* p, H v, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// Stands for n where all lanes are meant, so that one piece of code serves whole vectors and ends.
+// Stands for n where all lanes are meant, so that the same code serves whole vectors and ends.
 struct AllLanes {};
 CROSSPOOL_INLINE V load(const float* p, AllLanes) { return load(p); }
 CROSSPOOL_INLINE void store(float* p, V v, AllLanes) { store(p, v); }

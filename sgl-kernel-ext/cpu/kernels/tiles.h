@@ -22,8 +22,8 @@ namespace crosspool::CROSSPOOL_ISA::tiles {
 
 #if defined(CROSSPOOL_TILE_DOT)
 
-// Tiles 0 to 3 are sums, 4 rows of x, 5 rows of x or weights, 6 and 7 weights. Fewer rows than 16
-// only ever use one tile of x.
+// Tiles 0 to 3 hold sums, tile 4 rows of x, tile 5 rows of x or weights, tiles 6 and 7 weights.
+// Fewer than 16 rows use only one tile of x.
 inline void configure(std::int64_t rows) {
   struct alignas(64) Config {
     std::uint8_t palette = 1;
@@ -41,7 +41,7 @@ inline void configure(std::int64_t rows) {
 
 inline void release() { CROSSPOOL_TILE_RELEASE(); }
 
-// What a block of depths (16 steps) asks for of one panel.
+// Prefetches for one panel while a block of depths (16 steps) is multiplied.
 CROSSPOOL_INLINE void prefetch_block(const Prefetch& ahead, int panel, std::int64_t step) {
   const bool is_near = step < ahead.split;
   const std::int64_t stride = is_near ? ahead.near_step : 64;
@@ -51,9 +51,9 @@ CROSSPOOL_INLINE void prefetch_block(const Prefetch& ahead, int panel, std::int6
 }
 
 constexpr int kTileStride = kTileWidth * 4;
-constexpr std::int64_t kBlockBytes = 1024;  // of a panel: kDepth depths
+constexpr std::int64_t kBlockBytes = 1024;  // kDepth depths of a panel
 
-// One tile of rows, beginning at x, by four panels or fewer.
+// Multiplies one tile of rows, beginning at x, by four panels or fewer.
 inline void one_by_four(const Multiply& m, const std::byte* x, float* tile) {
   const std::int64_t blocks = (m.k + kDepth - 1) / kDepth, panel = m.panel_bytes;
   const std::byte* w = m.weights;
@@ -85,7 +85,7 @@ inline void one_by_four(const Multiply& m, const std::byte* x, float* tile) {
   }
 }
 
-// Two tiles of rows by two panels, or by one when `single`.
+// Multiplies two tiles of rows by two panels, or by one when `single`.
 inline void two_by_two(const Multiply& m, const std::byte* x0, const std::byte* x1, int first_panel,
                        bool single, float* tile0, float* tile1) {
   const std::int64_t blocks = (m.k + kDepth - 1) / kDepth, panel = m.panel_bytes;
@@ -116,7 +116,7 @@ inline void two_by_two(const Multiply& m, const std::byte* x0, const std::byte* 
   }
 }
 
-// `tile_rows` is what configure() was told. A last tile with fewer rows left begins earlier and
+// `tile_rows` is the argument of configure(). A last tile with fewer rows begins earlier and
 // computes some rows again: that needs neither another configuration nor rows past the end.
 inline float* multiply(const Multiply& m, std::int64_t tile_rows, float* tile) {
   const std::int64_t last = m.first + m.rows - tile_rows;

@@ -69,9 +69,8 @@ CROSSPOOL_INLINE void transpose_words(const void* const* rows, std::int64_t at, 
 #endif
 
 // Packs 16 rows of `bytes` bytes into a panel of `padded` / 4 lines of 64 bytes: line w has word w
-// of every row. A null row is all zeros, and so is what lies behind `bytes`. `padded` is a multiple
-// of 64.
-// `meanwhile` is called once for every 64 bytes of each row.
+// of every row. A null row stands for zeros, and words behind `bytes` are zeros. `padded` is a
+// multiple of 64. `meanwhile` is called once for every 64 bytes of each row.
 template <class Meanwhile>
 CROSSPOOL_INLINE void pack_rows(const void* const* rows, std::int64_t bytes, std::int64_t padded,
                                 std::byte* panel, Meanwhile meanwhile) {

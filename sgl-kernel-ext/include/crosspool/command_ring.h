@@ -1,6 +1,6 @@
 // The rings between a host and a resident loop: one producer, one consumer, fixed slots. Commands
-// run from the host to the loop, events back. What a slot points to belongs to the receiver from
-// the push until it answers with an event (a command's) or until the next pop (an event's).
+// run from the host to the loop, events back. What a command points to belongs to the loop until
+// the event that ends it; what an event points to belongs to the host until its next pop.
 #ifndef CROSSPOOL_COMMAND_RING_H
 #define CROSSPOOL_COMMAND_RING_H
 
@@ -15,9 +15,9 @@ namespace crosspool {
 enum class CommandKind : std::uint32_t {
   kStep = 1,    // a batch; `arguments`: a StepArguments of the loop's kind
   kResume = 2,  // the host is done with the logits of `lane`
-  kStop = 3,    // end the loop; of a GPU's lane: leave the device
-  kRecall = 4,  // the lease of `step` ends with the step of it that is under way, or comes next
-  kTrace = 5,   // to a GPU's lane alone: record stages from now on (`arguments` is 1), or no more
+  kStop = 3,    // the loop ends; a GPU's lane leaves the device
+  kRecall = 4,  // the lease of `step` ends with its step under way, or with the next one
+  kTrace = 5,   // for a GPU's lane only: record stages from now on (`arguments` is 1), or no more
 };
 
 struct Command {
@@ -29,20 +29,21 @@ struct Command {
 };
 
 enum class EventKind : std::uint32_t {
-  kDone = 1,    // the step has ended, its tokens are in its arguments
-  kLogits = 2,  // logits of rows [first, first + count) of the step's wanted rows wait for the host
+  kDone = 1,    // the step has ended; its tokens are in its arguments
+  kLogits = 2,  // logits of the step's wanted rows [first, first + count) wait for the host
   kFailed = 3,  // the loop, or the GPU's lane, cannot go on
-  kTokens = 4,  // a step of a lease has ended, another follows; its tokens are in its arguments
+  kTokens = 4,  // a step of a lease has ended and another follows; its tokens are in its arguments
 };
 
-// A CPU's loop has logits at `address`, float [count, vocab], or with kFailed a message that ends
-// with a zero. A GPU's lane has StepArguments::tokens there, `count` of them in each step; with
-// kFailed it says why in `first` and `count` (cuda/stages.h, Fault).
+// `address`: with kLogits, a CPU's loop has the logits there, float [count, vocab]; with kFailed, a
+// message that ends with a zero. A GPU's lane has the tokens of its arguments there, `count` of
+// them for each step; with kFailed it tells the fault in `first` and `count` (cuda/stages.h,
+// Fault).
 struct Event {
   EventKind kind;
   std::uint32_t lane;
   std::uint64_t step;
-  std::uint32_t first;  // of kTokens and kDone: how many steps of the lease came before
+  std::uint32_t first;  // with kTokens and kDone: how many steps of the lease came before
   std::uint32_t count;
   std::uint64_t address;
 };
@@ -73,7 +74,7 @@ struct Ring {
     return true;
   }
 
-  // Slots that the producer may push at least.
+  // The number of slots that the producer can push at least.
   CROSSPOOL_INLINE std::uint64_t room() {
     return kSlots - (Atomic<std::uint64_t>(head).load(kRelaxed) -
                      Atomic<std::uint64_t>(tail).load(kAcquire));
@@ -87,8 +88,8 @@ struct Ring {
 using CommandRing = Ring<Command, 64>;
 using EventRing = Ring<Event, 256>;
 
-// Slots of the event ring that leases leave to the ends of steps: as many as steps may be in
-// flight.
+// Slots of the event ring that a lease leaves free for the ends of steps: one for each step that
+// can be in flight.
 inline constexpr std::uint64_t kEventReserve = 64;
 
 static_assert(sizeof(Command) == 32 && std::is_trivially_copyable_v<Command>);

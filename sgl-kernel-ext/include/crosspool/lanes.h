@@ -10,12 +10,14 @@
 // the peer's device (signal.h), if the peer sleeps on one.
 //
 // The link belongs to the attention rank while both signals are equal, and to the FFN rank while
-// the dispatch signal is one ahead; hence at most one dispatch is outstanding. Nothing else is
+// the dispatch signal is one ahead; hence at most one dispatch is outstanding. There is no other
 // state, and both ends can be made anew from it:
-// - A new FFN rank finds the dispatch that its predecessor did not answer. Where its memory is new
-//   too (all zero), the attention rank sends that dispatch again, under the same number.
-// - A new attention rank has a larger epoch. It leaves a link alone until the dispatch of its
-//   predecessor is answered; an answer names the epoch that it belongs to.
+// - A new FFN rank finds the dispatch that its predecessor did not reply to. Where its memory is
+// new
+//   too (all zero), the attention rank sends that dispatch again, under the same number. (The model
+//   does so. No loop does yet: a segment is the launcher's and outlives its ranks.)
+// - A new attention rank has a larger epoch. It leaves a link alone until the reply to the dispatch
+//   of its predecessor is there; a reply names the epoch that it belongs to.
 #ifndef CROSSPOOL_LANES_H
 #define CROSSPOOL_LANES_H
 
@@ -30,7 +32,7 @@ namespace crosspool {
 inline constexpr std::uint64_t kLine = 64;
 inline constexpr std::uint64_t kPage = 4096;
 
-// Only grows.
+// A sequence number that only grows, on a line of its own.
 struct alignas(kLine) Signal {
   std::uint64_t sequence;
 
@@ -49,12 +51,13 @@ struct alignas(kLine) DispatchHeader {
 };
 
 struct alignas(kLine) CombineHeader {
-  std::uint64_t epoch;  // of the dispatch that it answers, and so the others
+  std::uint64_t epoch;  // these three repeat the header of the dispatch
   std::uint32_t rows;
   std::uint32_t row_bytes;
 };
 
-// Followed by the dispatch payload and the combine payload, Segment::payload_bytes() each.
+// The head of a link. The dispatch payload and the combine payload follow it, each of
+// SegmentLayout::payload_bytes().
 struct Link {
   Signal dispatched;
   DispatchHeader dispatch;
@@ -62,8 +65,9 @@ struct Link {
   CombineHeader combine;
 };
 
-// The beginning of the segment; a doorbell per device follows, each on a line of its own, then from
-// a page's beginning the links by pair of ranks on different devices (ascending) and by lane.
+// The beginning of the segment. A doorbell per device follows, each on a line of its own. The links
+// begin at the next page: all lanes of the first pair of ranks on different devices, then those of
+// the next pair (attention ranks ascending, for each the FFN ranks ascending).
 struct SegmentHeader {
   char magic[8];  // CPLANES1
   std::uint32_t devices;
@@ -118,7 +122,7 @@ struct SegmentLayout {
   CROSSPOOL_INLINE constexpr std::uint64_t bytes() const { return link(pairs, 0); }
 };
 
-// What an end of a link sees of it.
+// A link in memory, with the sizes of its segment.
 struct LinkMemory {
   Link* link;
   std::uint64_t payload_bytes;
@@ -143,7 +147,7 @@ class AttentionEnd {
   CROSSPOOL_INLINE explicit AttentionEnd(LinkMemory memory)
       : memory_(memory), sequence_(memory.link->dispatched.load()) {}
 
-  // Whether a dispatch may be made: neither this rank's last nor its predecessor's is outstanding.
+  // Whether a dispatch may be made: no dispatch of this rank or its predecessor is outstanding.
   CROSSPOOL_INLINE bool free() const {
     return !outstanding_ && memory_.link->combined.load() == memory_.link->dispatched.load();
   }
@@ -151,30 +155,23 @@ class AttentionEnd {
   // Where the rows go, before dispatch().
   CROSSPOOL_INLINE unsigned char* payload() const { return memory_.dispatch_payload(); }
 
-  // Publishes the payload. free() holds, and memory().fits() the rows; the peer is to be rung.
+  // Publishes the payload. Requires free() and rows that fit the memory; the caller then rings the
+  // peer.
   CROSSPOOL_INLINE void dispatch(const DispatchHeader& header) {
     ++sequence_;
     sent_ = header;
     outstanding_ = true;
-    send_again();
-  }
-
-  // For an FFN rank whose memory is new: publishes the outstanding dispatch under its old number.
-  // The payload has been written again.
-  CROSSPOOL_INLINE void send_again() {
-    memory_.link->dispatch = sent_;
+    memory_.link->dispatch = header;
     memory_.link->dispatched.store(sequence_);
   }
 
-  CROSSPOOL_INLINE bool outstanding() const { return outstanding_; }
-
-  // Whether the outstanding dispatch is answered.
-  CROSSPOOL_INLINE bool answered() const {
+  // Whether the reply to the outstanding dispatch is there.
+  CROSSPOOL_INLINE bool replied() const {
     return outstanding_ && memory_.link->combined.load() == sequence_;
   }
 
-  // Takes the answer, which stays in place until the next dispatch; null when it is another
-  // dispatch's. answered() holds.
+  // Takes the partial sum, which stays in place until the next dispatch; null when the reply
+  // belongs to another dispatch. Requires replied().
   CROSSPOOL_INLINE const unsigned char* combine() {
     const CombineHeader& header = memory_.link->combine;
     outstanding_ = false;
@@ -199,15 +196,15 @@ class FFNEnd {
  public:
   FFNEnd() = default;
   CROSSPOOL_INLINE explicit FFNEnd(LinkMemory memory)
-      : memory_(memory), answered_(memory.link->combined.load()) {}
+      : memory_(memory), replied_(memory.link->combined.load()) {}
 
-  // Looks for a dispatch; once there is one, header() and payload() hold until reply(). kBroken:
-  // the peer broke the protocol, or sent what does not fit.
+  // Looks for a dispatch; once there is one, header() and payload() stay valid until reply().
+  // kBroken: the peer broke the protocol, or sent rows that do not fit.
   CROSSPOOL_INLINE Poll poll() {
     const std::uint64_t sequence = memory_.link->dispatched.load();
-    if (sequence == answered_) return Poll::kNothing;
-    // Memory that was made anew has never seen the numbers before.
-    if (sequence != answered_ + 1 && answered_ != 0) return Poll::kBroken;
+    if (sequence == replied_) return Poll::kNothing;
+    // New memory begins at 0, whatever number the first dispatch has.
+    if (sequence != replied_ + 1 && replied_ != 0) return Poll::kBroken;
     header_ = memory_.link->dispatch;
     sequence_ = sequence;
     return memory_.fits(header_.rows, header_.row_bytes) ? Poll::kDispatch : Poll::kBroken;
@@ -216,20 +213,20 @@ class FFNEnd {
   CROSSPOOL_INLINE const DispatchHeader& header() const { return header_; }
   CROSSPOOL_INLINE const unsigned char* payload() const { return memory_.dispatch_payload(); }
   // Where the partial sum goes, before reply().
-  CROSSPOOL_INLINE unsigned char* answer() const { return memory_.combine_payload(); }
+  CROSSPOOL_INLINE unsigned char* partial_sum() const { return memory_.combine_payload(); }
 
-  // Publishes the partial sum; the peer is to be rung.
+  // Publishes the partial sum; the caller then rings the peer.
   CROSSPOOL_INLINE void reply() {
     memory_.link->combine = {header_.epoch, header_.rows, header_.row_bytes};
-    answered_ = sequence_;
-    memory_.link->combined.store(answered_);
+    replied_ = sequence_;
+    memory_.link->combined.store(replied_);
   }
 
  private:
   LinkMemory memory_{};
   DispatchHeader header_{};
   std::uint64_t sequence_ = 0;
-  std::uint64_t answered_ = 0;
+  std::uint64_t replied_ = 0;
 };
 
 }  // namespace crosspool

@@ -23,7 +23,7 @@ CROSSPOOL_API void crosspool_signal_store(uint64_t* signal, uint64_t value);
 
 /* All zero at first; alone on its cache line. */
 typedef struct crosspool_doorbell {
-  uint32_t rings;    /* counts rings, wraps around; the futex word */
+  uint32_t rings;    /* number of rings, wraps around; the futex word */
   uint32_t sleepers; /* threads that sleep, or are about to */
 } crosspool_doorbell;
 

@@ -2,7 +2,7 @@
  * ranges without a copy (Linux 5.7 or newer, for MREMAP_DONTUNMAP).
  *
  * The parking range holds the whole budget, one slot per chunk, on huge pages where the system has
- * them. A model's range is address space only: PROT_NONE, a fault for whoever touches it. Mapping
+ * them. A model's range is address space only (PROT_NONE: touching it is a fault). Mapping
  * moves a slot's pages under one chunk of the range; unmapping moves them back into the same slot.
  * Neither ever leaves a hole in the address space that another mmap of this process could take: the
  * side that loses its pages stays mapped (parking: empty; range: PROT_NONE).
@@ -26,8 +26,7 @@ CROSSPOOL_API int crosspool_range_reserve(uint64_t bytes, void** address);
  * inherited by forked children, so that a fork never copies the pool. */
 CROSSPOOL_API int crosspool_parking_reserve(uint64_t bytes, void** address);
 
-/* Makes the memory under [address, address + bytes) exist by writing to every page of it; what was
- * there is overwritten in part. */
+/* Makes the memory under [address, address + bytes) exist by writing a byte of every page. */
 CROSSPOOL_API int crosspool_touch(void* address, uint64_t bytes);
 
 /* Moves parking slot slots[i] under chunk chunks[i] of `range`, for i in order. *done tells how

@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where the kernels run."""
+    """The device on which the kernels run."""
     if INTERPRETED:
         return torch.device("cpu")
     if not torch.cuda.is_available():

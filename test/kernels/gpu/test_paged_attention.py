@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from crosspool.kernels.attention import Segment, gqa_attention, mla_attention
+from crosspool.kernels.attention import RowSpan, gqa_attention, mla_attention
 from crosspool.kernels.triton.attention import AttentionWorkspace, attend
 from crosspool.kernels.triton.batch import DeviceBatch, RopeTable
 from crosspool.kernels.triton.gqa import gqa_prepare
@@ -120,7 +120,7 @@ def test_decode_with_many_splits(
 
 
 def test_a_cache_of_more_elements_than_int32_counts(device: torch.device) -> None:
-    """Of which only one page is touched."""
+    """Only one page of the cache is touched."""
     dtype, layers, page_size, width = torch.bfloat16, 64, 16, 256
     pages = 2**31 // (layers * page_size * width) + 2
     kv = torch.empty(pages, layers, page_size, width, dtype=dtype, device=device)
@@ -153,7 +153,7 @@ def test_reference_is_the_host_loops(window: int | None) -> None:
     for start, rows in made.segments:
         line = int(made.batch.sequences[first])
         pages = made.batch.page_table[line].long()
-        segments.append(Segment(first_row=first, rows=rows, start=start, pages=pages))
+        segments.append(RowSpan(first_row=first, rows=rows, start=start, pages=pages))
         first += rows
     q = torch.randn(8, 4, 64)
     expected = attention(q, made, kv_heads=2, v_dim=64, scale=0.125, window=window)

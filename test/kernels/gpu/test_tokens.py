@@ -28,7 +28,7 @@ def sampler() -> ModuleType:
 
 
 def host_uniform(seed: int, position: int) -> float:
-    """As the host's sampler draws."""
+    """Draws as the host's sampler does."""
     key = np.array([seed & (2**64 - 1), position], dtype=np.uint64)
     return float(np.random.Generator(np.random.Philox(key=key)).random())
 
@@ -151,7 +151,7 @@ def test_the_same_tokens_are_drawn_as_on_the_host(
 def test_filters_cut_through_equals(
     rule: dict[str, float], sampler: ModuleType, device: torch.device
 ) -> None:
-    """Of tokens as probable as the last one kept, the lower ones are kept, and no more."""
+    """Tokens as probable as the last one kept are kept from the lowest up, and no more."""
     from crosspool.transport.messages import Sampling
 
     logits = torch.randint(0, 2, (4, 40)).float()

@@ -14,12 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from crosspool.config.deployment import load
 from crosspool.config.device import Device
 from crosspool.models.registry import read_model
-from crosspool.ranks.gpu.load import join_lanes, load_parts
-from crosspool.ranks.gpu.peers import meet
+from crosspool.ranks.gpu.join import join_lanes
+from crosspool.ranks.gpu.load import load_parts
+from crosspool.transport.links import join_gpus
 from crosspool.weightpool.placement import place
 
 
@@ -47,18 +49,23 @@ def main() -> None:
     specs = [read_model(Path(model.path), dtype=model.dtype) for model in deployment.models]
     driver, on = driver_of(device, real)
     with contextlib.ExitStack() as resources:
-        peers = meet(
-            deployment, device, specs, int(sys.argv[3]), driver=driver, resources=resources
+        peers = join_gpus(
+            deployment,
+            device,
+            int(sys.argv[3]),
+            specs=specs,
+            driver=driver,
+            resources=resources,
         )
-        held = load_parts(deployment, device, specs, place(deployment, specs), (), on=on)
+        parts = load_parts(deployment, device, specs, place(deployment, specs), (), on=on)
         lanes = resources.enter_context(contextlib.ExitStack())
         ranks, executor = join_lanes(
-            deployment, device, held, peers, virtualizer=None, on=on, resources=lanes
+            deployment, device, parts, peers, virtualizer=None, on=on, resources=lanes
         )
         print("ready", flush=True)
         while not select.select([sys.stdin], [], [], 0.0)[0]:
             executor.run(0.01)
-        print(json.dumps(ranks.inspect("counters")["served"]), flush=True)
+        print(json.dumps(msgspec.to_builtins(ranks.counters().served)), flush=True)
     if not real:
         assert driver.is_clean
 

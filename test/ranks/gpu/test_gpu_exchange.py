@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 pytest.importorskip("msgspec", reason="msgspec is not installed (the messages of a step)")
 
 from crosspool.observability.trace import LaneEvent
-from crosspool.ranks.gpu import load as gpu_load
+from crosspool.ranks.gpu import join
 from crosspool.transport.messages import Logprobs, Sampling
 from make_random_checkpoint import make_random_checkpoint
 from support import fake_cuda_graphs
@@ -106,7 +106,7 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeResident]:
 
 
 def test_host_loops_that_exchange(models: list[Path], expected: list[Stream]) -> None:
-    """On two devices; test_gpu_processes.py has them on three."""
+    """Runs them on two devices; test_gpu_processes.py has three."""
     gpus = Interpreted()
     with Machine(models, loop="host", load=gpus.load, **MIXED, **LIMITS) as machine:
         assert_alike(run(machine, 3), expected)
@@ -121,14 +121,14 @@ def test_resident_loops_that_exchange(
     fake: FakeResident,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gpu_load, "join_loop", fake.join_loop)
+    monkeypatch.setattr(join, "join_loop", fake.join_loop)
     gpus = Interpreted()
     with Machine(models, loop="resident", load=gpus.load, **place, **LIMITS) as machine:
         for device in machine.devices:
-            device.inspect("trace_start")
+            device.trace.start()
         assert_alike(run(machine, 3), expected)
         assert_counted(machine)
-        assert_traced([device.inspect("trace_stop") for device in machine.devices])
+        assert_traced([device.trace.stop() for device in machine.devices])
 
 
 def test_resident_loops_whose_links_are_carried(
@@ -138,7 +138,7 @@ def test_resident_loops_whose_links_are_carried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each end has a copy of the links; kernels behind the stages carry what was written."""
-    monkeypatch.setattr(gpu_load, "join_loop", fake.join_loop)
+    monkeypatch.setattr(join, "join_loop", fake.join_loop)
     gpus = Symmetric()
     with Machine(models, loop="resident", load=gpus.load, **TWO, **LIMITS) as machine:
         assert_alike(run(machine, 3), expected)
@@ -161,16 +161,16 @@ def assert_alike(found: list[Stream], expected: list[Stream]) -> None:
 
 def assert_counted(machine: Machine) -> None:
     """What the attention rank says that it sent, each FFN rank says that it got."""
-    counters = machine.first.inspect("counters")
-    sent = {(link["ffn_rank"], link["lane"]): link for link in counters["links"]}
+    counters = machine.first.counters()
+    sent = {(link.ffn_rank, link.lane): link for link in counters.links}
     ranks, lanes = len(machine.deployment.weight_pool_devices), machine.deployment.lanes
-    assert len(sent) == ranks * lanes and all(link["dispatches"] > 0 for link in sent.values())
+    assert len(sent) == ranks * lanes and all(link.dispatches > 0 for link in sent.values())
     for device in machine.devices:
-        for link in device.inspect("counters")["served"]:
-            if link["attention_rank"] == 0:
-                assert link == sent.pop((link["ffn_rank"], link["lane"]))
+        for link in device.counters().served:
+            if link.attention_rank == 0:
+                assert link == sent.pop((link.ffn_rank, link.lane))
             else:
-                assert link["dispatches"] == 0
+                assert link.dispatches == 0
     assert not sent
 
 

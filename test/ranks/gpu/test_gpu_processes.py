@@ -5,6 +5,7 @@ test bed (on GPUs of their own: test_gpu_device_process.py)."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -18,13 +19,17 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("msgspec", reason="msgspec is not installed (the messages of a step)")
 
+import msgspec
 import torch
 from crosspool.config.deployment import Deployment, save
 from crosspool.config.device import Device
+from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.models.spec import ModelSpec
-from crosspool.ranks.device import DeviceRanks, gpu_kv_pool, kv_pool
-from crosspool.ranks.gpu.load import join_lanes, load_parts
-from crosspool.ranks.gpu.peers import meet
+from crosspool.ranks.device import DeviceRanks
+from crosspool.ranks.gpu.join import join_lanes
+from crosspool.ranks.gpu.load import load_parts
+from crosspool.ranks.kv_memory import kv_pool, kv_pool_by
+from crosspool.transport.links import join_gpus
 from crosspool.transport.messages import Sampling
 from crosspool.weightpool.placement import Placement
 from make_random_checkpoint import make_random_checkpoint
@@ -97,12 +102,20 @@ class Processes:
             self.started[peer.name] = _Process([sys.executable, *words], lanes_fd)
         driver, on = driver_of(device, real=not INTERPRETED)
         resources = contextlib.ExitStack()
-        peers = meet(deployment, device, specs, lanes_fd, driver=driver, resources=resources)
-        virtualizer, kv = (kv_pool if INTERPRETED else gpu_kv_pool)(deployment, device, specs)
+        peers = join_gpus(
+            deployment,
+            device,
+            lanes_fd,
+            specs=specs,
+            driver=driver,
+            resources=resources,
+        )
+        make = functools.partial(kv_pool_by, functools.partial(CudaVirtualizer, driver))
+        virtualizer, kv = (kv_pool if INTERPRETED else make)(deployment, device, specs)
         resources.callback(virtualizer.close)
-        held = load_parts(deployment, device, specs, placement, kv, on=on)
+        parts = load_parts(deployment, device, specs, placement, kv, on=on)
         ranks, executor = join_lanes(
-            deployment, device, held, peers, virtualizer=virtualizer, on=on, resources=resources
+            deployment, device, parts, peers, virtualizer=virtualizer, on=on, resources=resources
         )
         virtualizer.quiesced = executor.quiesced
         return ranks
@@ -158,7 +171,7 @@ def test_processes_exchange_rows(
         **LIMITS,
     ) as machine:
         assert outputs(machine, 8) == expected
-        sent = machine.first.inspect("counters")["links"]
+        sent = msgspec.to_builtins(machine.first.counters().links)
     served = [link for process in processes.started.values() for link in process.served]
     key = ("ffn_rank", "lane")
     assert sorted(served, key=lambda link: [link[k] for k in key]) == sorted(

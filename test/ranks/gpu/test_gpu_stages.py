@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("msgspec", reason="msgspec is not installed (the messages of a step)")
 
+import msgspec
 from crosspool.transport.messages import Logprobs, Sampling, TokenLogprobs
 from support.machine import Machine, Stream
 from support.triton_device import load_compiled, load_interpreted, shallow
@@ -131,9 +132,12 @@ def assert_alike(found: TokenLogprobs, expected: TokenLogprobs) -> None:
 
 
 def test_tensors_and_counters_are_told_as_on_the_cpu(cpu: Machine, gpu: Machine) -> None:
-    listed = [machine.first.inspect("tensors") for machine in (gpu, cpu)]
-    keys = [{(t["role"], t["model"], t["layer"], t["key"]): t for t in of} for of in listed]
+    listed = [
+        [msgspec.structs.replace(t, device="") for t in machine.first.tensors()]
+        for machine in (gpu, cpu)
+    ]
+    keys = [{(t.role, t.model, t.layer, t.key): t for t in of} for of in listed]
     assert keys[0] == keys[1]
     assert gpu.first.infos() == cpu.first.infos()
-    assert gpu.first.inspect("pools")["budget_bytes"] == cpu.first.inspect("pools")["budget_bytes"]
-    assert gpu.first.inspect("counters")["steps"] == gpu.steps_sent
+    assert gpu.first.pools().budget_bytes == cpu.first.pools().budget_bytes
+    assert gpu.first.counters().steps == gpu.steps_sent

@@ -1,4 +1,4 @@
-"""The host loop's order of things, with parts whose arithmetic can be done in the head."""
+"""The order in which the host loop works, with parts whose arithmetic can be done in the head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from crosspool.models.spec import DenseFFN, GQASpec, ModelSpec, RopeSpec
 from crosspool.observability.trace import LaneTrace
-from crosspool.ranks import step_end
+from crosspool.ranks.host import lm_head
 from crosspool.ranks.host.attention_rank import AttentionRank
 from crosspool.ranks.host.executor import HostLoop
 from crosspool.ranks.host.ffn_rank import FFNRank
@@ -66,7 +66,7 @@ class OneHot:
 
 @dataclass
 class Chunks:
-    """A virtualizer that only keeps count."""
+    """A virtualizer that only counts."""
 
     log: list[tuple[str, int, int]]
     mapped: set[tuple[int, int]] = field(default_factory=set)
@@ -247,7 +247,7 @@ def test_quiet_and_drained() -> None:
 
 
 def test_long_prompt_logprobs_let_the_other_lane_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_end, "LOGITS_BYTES", 4 * VOCAB * 2)
+    monkeypatch.setattr(lm_head, "LOGITS_BYTES", 4 * VOCAB * 2)
     device = Device()
     device.loop.submit(step(1, 0, tokens=[5, 7, 9, 4, 6, 20, 22], prompt_start=1))
     device.loop.submit(step(2, 1))
@@ -291,7 +291,7 @@ def test_waits_on_the_doorbell_when_nothing_is_ready() -> None:
             return False
 
     class Silent(LocalLink):
-        """A peer on another device that has not answered yet."""
+        """A peer on another device that has not replied yet."""
 
         def poll(self) -> None:
             return None

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -50,7 +51,8 @@ def pair(checkpoints: list[Path]) -> list[Path]:
 
 
 def streams(models: int, new_tokens: int = 12, **fields: Any) -> list[Stream]:
-    """Per model ragged prompts, some of several chunks, so that prompts and decode rows mix."""
+    """Makes ragged prompts for each model, some of several chunks, so that prompts and decode
+    rows mix."""
     random = np.random.default_rng(3)
     return [
         Stream(
@@ -72,7 +74,7 @@ def generated(
     lease: int = 1,
     **fields: Any,
 ) -> list[Stream]:
-    """What the loop makes of copies of the streams."""
+    """Returns what the loop makes of copies of the streams."""
     copies = [dataclasses.replace(s, output=[], results=[], pages=[]) for s in of]
     with Machine(models, loop=loop, **fields) as machine:
         machine.generate(copies, lease)
@@ -108,8 +110,8 @@ SAMPLINGS = [
 
 
 def test_every_sampling_equals_the_host_loops(pair: list[Path]) -> None:
-    """All in one batch, with and without log-probabilities, some under a grammar: rows that native
-    code samples beside rows that Python does."""
+    """All requests are in one batch, with and without log-probabilities, some under a grammar:
+    rows that native code samples stand beside rows that Python samples."""
     random = np.random.default_rng(9)
     allowed = np.packbits(random.random(VOCAB) < 0.3, bitorder="little").tobytes()
     of = []
@@ -139,7 +141,7 @@ def test_what_crosses_is_counted_as_by_the_host_loop(pair: list[Path]) -> None:
     for loop in ("host", "resident"):
         with Machine(pair, loop=loop, **PLACEMENTS[placement]) as machine:  # type: ignore[arg-type]
             machine.generate(streams(len(pair), 3))
-            answers = [device.inspect("counters") for device in machine.devices]
+            answers = [msgspec.to_builtins(device.counters()) for device in machine.devices]
             for answer in answers:
                 for ends in (answer["links"], answer["served"]):
                     # Which lane a step takes is a matter of time.
@@ -168,21 +170,21 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_lm_head_comes_in_pieces(wide: Path, pair: list[Path]) -> None:
-    """Between them the other lane runs, and they add up to the whole."""
+    """The other lane runs between the pieces, and they add up to the whole."""
     prompt = [int(token) for token in np.random.default_rng(1).integers(0, 100_000, 150)]
     asked = Logprobs(prompt_start=1)
     long = Stream(0, prompt, 1, logprobs=asked)
     models = [wide, pair[1]]
     (host,) = generated("host", models, [long])
     with Machine(models, loop="resident") as machine:
-        machine.first.inspect("trace_start")
+        machine.first.trace.start()
         other = Stream(1, [1, 2, 3], 1)
         steps = [machine.step([long]), machine.step([other])]
         for step in steps:
             machine.submit(step)
         for result in machine.results(2):
             machine.take([long if result.step == steps[0].step else other], result)
-        events = machine.first.inspect("trace_stop")
+        events = machine.first.trace.stop()
     assert long.output == host.output
     expected, found = host.results[0].prompt, long.results[0].prompt
     assert [p.token for p in found] == prompt[1:]
@@ -196,21 +198,21 @@ def test_the_lm_head_comes_in_pieces(wide: Path, pair: list[Path]) -> None:
 
 
 def test_a_batch_that_ends_is_replaced_at_once(checkpoints: list[Path]) -> None:
-    """Lanes that share nothing: while the deeper model's step goes on, the other lane takes the
-    next step, without the host's help."""
+    """Lanes share nothing: while the deeper model's step goes on, the other lane takes the next
+    step without the host's help."""
     names = list(SHAPES)
     deep = checkpoints[names.index("qwen3-tied-dense-between")]
     shallow = checkpoints[names.index("olmoe")]
     with Machine([shallow, deep, shallow], loop="resident", kv=FIRST, weights=[FIRST]) as machine:
         for _ in range(50):
             of = [Stream(model, list(range(1, 40)), 1) for model in (0, 1, 2)]
-            machine.first.inspect("trace_start")
+            machine.first.trace.start()
             steps = [machine.step([s]) for s in of]
             for step in steps:
                 machine.submit(step)
             submitted = time.monotonic_ns()
             machine.results(3)
-            events = machine.first.inspect("trace_stop")
+            events = machine.first.trace.stop()
             # On a busy machine the host may be late with the second step, and say nothing of us.
             if submitted < events[0].end_ns:
                 break
@@ -290,7 +292,7 @@ def test_leases_give_the_same_tokens(placement: str, lanes: int, pair: list[Path
 
 @pytest.mark.parametrize("sampling", SAMPLINGS[7:])
 def test_what_python_must_see_is_not_leased(sampling: Sampling, pair: list[Path]) -> None:
-    """Penalties, bias; and min_new_tokens, as long as they bar something."""
+    """Penalties, bias, and min_new_tokens as long as it bars something are not leased."""
     of = [Stream(0, [1, 2, 3], 9, sampling), Stream(0, [4], 9)]
     (host, _), copies = generated("host", pair[:1], of), [dataclasses.replace(s) for s in of]
     with Machine(pair[:1], loop="resident") as machine:
@@ -320,7 +322,7 @@ def test_a_stop_token_ends_a_lease(pair: list[Path]) -> None:
 
 
 def test_others_come_in_between(pair: list[Path]) -> None:
-    """With one lane: a lease gives way to another model's step, and ends when it is recalled, or
+    """On one lane, a lease gives way to another model's step, and ends when it is recalled or
     when something of its model is released."""
     # Many rows on one core, so that a lease does not end before this thread takes its results.
     fields: dict[str, Any] = {"lanes": 1, "chunks_per_model": 16} | PLACEMENTS["one core"]

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from crosspool.kernels.native_dense import available_isas, default_isa
+from crosspool.kernels.isa import available_isas, default_isa
 
 TESTS = Path(__file__).parent / "test_resident_executor.py"
 CHOSEN = "greedy_tokens or every_sampling or bundled or bfloat16 or leases"

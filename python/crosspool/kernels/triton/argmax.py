@@ -1,4 +1,4 @@
-"""The best token of a row."""
+"""The best token of each row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BLOCK = 4096
 
 @dataclass(frozen=True)
 class ArgmaxWorkspace:
-    """The best of every block of a row; int32 [bucket, blocks] each."""
+    """Best key and index of every block of a row; int32 [bucket, blocks] each."""
 
     keys: torch.Tensor
     indices: torch.Tensor

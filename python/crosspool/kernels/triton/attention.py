@@ -1,9 +1,8 @@
 """Causal attention over the paged cache, for GQA and for absorbed MLA.
 
-Two ways: rows one by one with the keys split among programs (decode), and blocks of rows of one
-sequence that share the keys they read (prefill). Slots that a sequence has not written hold
-whatever another model left there, NaN included, and are never read into a sum.
-"""
+There are two ways: rows one by one with the keys split among programs (decode), and blocks of rows
+of one sequence that share the keys they read (prefill). Slots that a sequence has not written may
+hold anything that another model left there, NaN included, and never enter a sum."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ class AttentionWorkspace:
     def allocate(
         cls, bucket: int, q_heads: int, kv_heads: int, v_dim: int, memory: Memory
     ) -> AttentionWorkspace:
-        """Splits enough to keep the device busy with ``bucket`` rows."""
+        """Splits keys into enough parts to keep the device busy with ``bucket`` rows."""
         blocks = triton.cdiv(q_heads // kv_heads, _heads_block(q_heads // kv_heads))
         splits = triton.cdiv(2 * MULTIPROCESSORS, bucket * kv_heads * blocks)
         splits = min(_MOST_SPLITS, splits)
@@ -59,17 +58,17 @@ def attend(
     window: int | None = None,
     mixed: bool,
 ) -> None:
-    """``q`` [bucket, q_heads, qk_dim] against the cached keys of each row's sequence up to its own
-    position, whose KV is in ``kv`` [pages, layers, page_size, kv_width] already; writes ``out``
-    [bucket, q_heads, v_dim], v_dim <= qk_dim.
+    """Attends with ``q`` [bucket, q_heads, qk_dim] to the cached keys of each row's sequence, up to
+    the row's own position, whose KV is already in ``kv`` [pages, layers, page_size, kv_width].
+    Writes ``out`` [bucket, q_heads, v_dim], v_dim <= qk_dim.
 
     KV head h has its keys at h * qk_dim of a slot. Its values lie behind all keys (GQA:
     kv_width = 2 * kv_heads * qk_dim) or are the first v_dim of the key itself (MLA, absorbed:
     kv_heads = 1, kv_width = qk_dim). ``window``: tokens that a query sees, itself included.
 
-    ``mixed``: False: every row goes the decode way (right for any batch; each reads its keys
-    itself). True: sequences with more than one row go the prefill way instead, at the cost of a
-    third kernel. A choice of the capture, not of the step."""
+    ``mixed``: False sends every row the decode way, which is right for any batch; each row reads
+    its keys itself. True sends sequences with more than one row the prefill way, at the cost of a
+    third kernel. The capture chooses, not the step."""
     bucket, q_heads, qk_dim = q.shape
     v_dim, splits = out.shape[2], workspace.lse.shape[2]
     group = q_heads // kv_heads
@@ -148,10 +147,11 @@ def attend(
 
 
 def _heads_block(group: int) -> int:
-    """q heads of one KV head that a decode program takes: they share the keys it reads."""
+    """Number of q heads of one KV head that a decode program takes; they share the keys it
+    reads."""
     return 16 if group <= 16 else 32
 
 
 def _keys_block(qk_dim: int, dtype: torch.dtype) -> int:
-    """Keys at a time; also the grain of the splits."""
+    """Number of keys that a program takes at a time; splits are multiples of it."""
     return 32 if qk_dim > 256 or dtype == torch.float32 else 64

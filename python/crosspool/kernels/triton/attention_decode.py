@@ -13,7 +13,8 @@ from crosspool.kernels.triton.batch import is_single
 def _split_range(
     position: tl.tensor, WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The first key that a row sees, and how many a split takes: a multiple of BLOCK_N."""
+    """Returns the first key that a row sees, and how many keys a split takes, a multiple of
+    BLOCK_N."""
     begin = position * 0
     if WINDOW > 0:
         begin = tl.maximum(position - (WINDOW - 1), 0)

@@ -37,8 +37,8 @@ def prefill_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ) -> None:
-    """A tile of BLOCK_ROWS rows times BLOCK_H q heads of one KV head, whatever sequences the rows
-    are of: one sequence after another, each with its own rows of the tile."""
+    """Attends with a tile of BLOCK_ROWS rows times BLOCK_H q heads of one KV head. The rows may be
+    of several sequences: the tile takes one after another, each with its own rows."""
     rows = tl.load(count)
     row = tl.program_id(0) * BLOCK_ROWS
     if row >= rows:

@@ -40,8 +40,8 @@ def attend_keys(
     (``scale`` includes log2 e).
 
     Query m [QK_DIM] lies at ``q_at[m]`` where ``wanted``, and sees keys up to position
-    ``limits[m]``; one that sees none of them leaves its sums as they are. The first BLOCK_D
-    features of a key and its last BLOCK_R (those past V_DIM, MLA's rope) are read apart."""
+    ``limits[m]``; the sums of a query that sees no key stay as they are. The first BLOCK_D features
+    of a key and its last BLOCK_R (those past V_DIM, MLA's rope) are read separately."""
     d = tl.arange(0, BLOCK_D)
     q_main = tl.load(q_at[:, None] + d[None, :], wanted[:, None] & (d < V_DIM)[None, :], other=0.0)
     if BLOCK_R > 0:
@@ -86,7 +86,7 @@ def attend_keys(
 def store_heads(
     at: tl.tensor, wanted: tl.tensor, values: tl.tensor, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ) -> None:
-    """Row m of ``values`` [M, BLOCK_D] to ``at[m]``, where ``wanted``."""
+    """Stores row m of ``values`` [M, BLOCK_D] at ``at[m]``, where ``wanted``."""
     d = tl.arange(0, BLOCK_D)
     mask = wanted[:, None] & (d < V_DIM)[None, :]
     tl.store(at[:, None] + d[None, :], values.to(at.dtype.element_ty), mask)

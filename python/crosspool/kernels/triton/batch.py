@@ -1,4 +1,4 @@
-"""The batch of one step as the kernels see it: fixed buffers of a lane."""
+"""The batch of one step as the kernels see it, in fixed buffers of a lane."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class DeviceBatch:
     """Rows of one model that go through the layers together; all int32, on the device.
 
     Rows of one sequence follow one another in the order of their positions. Example: a decode row
-    at position 40 beside a prompt chunk of positions 0 to 2, in a bucket of 8 rows with pages of
+    at position 40 and a prompt chunk of positions 0 to 2, in a bucket of 8 rows with pages of
     16 tokens (``_`` may hold anything)::
 
         count      = [4]
@@ -24,7 +24,7 @@ class DeviceBatch:
     """
 
     count: torch.Tensor
-    """[1]: rows that are there, 0 to bucket."""
+    """[1]: number of rows, 0 to bucket."""
     positions: torch.Tensor
     """[bucket]: each row's position in its sequence."""
     sequences: torch.Tensor
@@ -65,9 +65,9 @@ def kv_slot(
     PAGE_SIZE: tl.constexpr,
     KV_WIDTH: tl.constexpr,
 ) -> tl.tensor:
-    """Where a sequence's KV of ``positions`` lies in ``kv`` [pages, layers, page_size, kv_width];
-    ``line``: the sequence's, of the page table. Pages of positions that are not ``inside`` are not
-    looked up."""
+    """Returns where a sequence's KV of ``positions`` lies in ``kv`` [pages, layers, page_size,
+    kv_width]. ``line``: the sequence's line of the page table. Pages of positions that are not
+    ``inside`` are not looked up."""
     page = tl.load(line + positions // PAGE_SIZE, inside, other=0).to(tl.int64)
     return kv + ((page * layers + layer) * PAGE_SIZE + positions % PAGE_SIZE) * KV_WIDTH
 
@@ -85,7 +85,7 @@ def row_slot(
     PAGE_SIZE: tl.constexpr,
     KV_WIDTH: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """A row's position, and where its own KV lies in ``kv``."""
+    """Returns a row's position, and where its own KV lies in ``kv``."""
     position = tl.load(positions + row)
     sequence = tl.load(sequences + row)
     line = page_table + sequence.to(tl.int64) * table_stride
@@ -96,7 +96,7 @@ def row_slot(
 def pair_places(
     pairs: tl.tensor, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Where the two features of each pair lie in a head that is not rotated yet."""
+    """Returns where the two features of each pair lie in a head that is not rotated yet."""
     if INTERLEAVED:
         first, second = 2 * pairs, 2 * pairs + 1
     else:
@@ -115,8 +115,8 @@ def rotated(
     inside: tl.tensor,
     HALF: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The two halves, float32, of heads rotated to their positions; ``pairs`` that are not
-    ``inside`` are none of the head's."""
+    """Rotates heads to their positions and returns their two halves, float32. ``pairs`` that are
+    not ``inside`` are not the head's."""
     cos = tl.load(cosines + position * HALF + pairs, inside, other=0.0)
     sin = tl.load(sines + position * HALF + pairs, inside, other=0.0)
     return first * cos - second * sin, second * cos + first * sin

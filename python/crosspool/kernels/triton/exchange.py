@@ -1,9 +1,8 @@
-"""Rows on their way between devices: into the payloads of links, and out of them.
+"""Copies of rows into the payloads of links between devices, and out of them.
 
 A payload holds rows one after another, without gaps, in memory that this device reaches, its own or
-a peer's. Payloads are named by address, in int64 tables on the device; the lane protocol's headers
-and signals are not touched here.
-"""
+a peer's. Kernels find payloads by address, in int64 tables on the device. They do not touch the
+lane protocol's headers and signals."""
 
 from __future__ import annotations
 
@@ -16,24 +15,30 @@ from crosspool.kernels.triton.tables import pointer_at, tl_dtype
 _BLOCK = 1024
 
 
-def dispatch_rows(x: torch.Tensor, payloads: torch.Tensor, count: torch.Tensor) -> None:
-    """Writes the rows of ``x`` [bucket, hidden] to every one of ``payloads``, int64 [links].
-    ``count``: int32 [1], rows."""
+def send_rows(
+    x: torch.Tensor,
+    payloads: torch.Tensor,
+    count: torch.Tensor,
+    link: torch.Tensor | None = None,
+) -> None:
+    """Writes the rows of ``x`` [bucket, hidden] to every one of ``payloads``, int64 [links], or
+    with ``link``, int32 [1], to that one alone. ``count``: int32 [1], rows."""
     bucket, hidden = x.shape
-    _dispatch_kernel[(bucket, triton.cdiv(hidden, _BLOCK))](
+    _send_kernel[(bucket, triton.cdiv(hidden, _BLOCK))](
         x,
         payloads,
+        link,
         count,
         hidden,
-        LINKS=len(payloads),
+        LINKS=len(payloads) if link is None else 1,
         ELEMENT=tl_dtype(x.dtype),
         BLOCK=_BLOCK,
     )
 
 
 def combine_rows(parts: torch.Tensor, count: torch.Tensor, out: torch.Tensor) -> None:
-    """out[i] = the sum of row i of all ``parts``, int64 [parts] of addresses, in their order, in
-    float32 and rounded once. ``out`` [bucket, hidden] may be one of them."""
+    """Sums row i of all ``parts``, int64 [parts] of addresses, into out[i]: in their order, in
+    float32, rounded once. ``out`` [bucket, hidden] may be one of them."""
     bucket, hidden = out.shape
     _combine_kernel[(bucket, triton.cdiv(hidden, _BLOCK))](
         parts,
@@ -54,8 +59,8 @@ def take_dispatch(
     served: torch.Tensor,
 ) -> None:
     """Copies the rows in payload ``link`` (int32 [1]) of ``payloads``, int64 [links], to ``out``
-    [bucket, hidden], and counts them: ``served`` int64 [links, 3] has each link's dispatches, their
-    rows and their bytes."""
+    [bucket, hidden], and counts them: ``served``, int64 [links, 3], holds dispatches, rows and
+    bytes of each link."""
     bucket, hidden = out.shape
     _take_kernel[(bucket, triton.cdiv(hidden, _BLOCK))](
         payloads,
@@ -70,26 +75,11 @@ def take_dispatch(
     )
 
 
-def answer_dispatch(
-    x: torch.Tensor, payloads: torch.Tensor, link: torch.Tensor, count: torch.Tensor
-) -> None:
-    """Copies the rows of ``x`` [bucket, hidden] to payload ``link`` of ``payloads``."""
-    bucket, hidden = x.shape
-    _answer_kernel[(bucket, triton.cdiv(hidden, _BLOCK))](
-        x,
-        payloads,
-        link,
-        count,
-        hidden,
-        ELEMENT=tl_dtype(x.dtype),
-        BLOCK=_BLOCK,
-    )
-
-
 @triton.jit
-def _dispatch_kernel(
+def _send_kernel(
     x: tl.tensor,
     payloads: tl.tensor,
+    link: tl.tensor,  # or None
     count: tl.tensor,
     hidden: tl.tensor,
     LINKS: tl.constexpr,
@@ -102,8 +92,10 @@ def _dispatch_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = row * hidden + columns
     values = tl.load(x + at, columns < hidden)
-    for link in tl.static_range(LINKS):
-        tl.store(pointer_at(payloads, link, ELEMENT) + at, values, columns < hidden)
+    if link is not None:
+        payloads += tl.load(link)
+    for i in tl.static_range(LINKS):
+        tl.store(pointer_at(payloads, i, ELEMENT) + at, values, columns < hidden)
 
 
 @triton.jit
@@ -153,22 +145,3 @@ def _take_kernel(
         tl.store(own, tl.load(own) + 1)
         tl.store(own + 1, tl.load(own + 1) + rows)
         tl.store(own + 2, tl.load(own + 2) + rows.to(tl.int64) * row_bytes)
-
-
-@triton.jit
-def _answer_kernel(
-    x: tl.tensor,
-    payloads: tl.tensor,
-    link: tl.tensor,
-    count: tl.tensor,
-    hidden: tl.tensor,
-    ELEMENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    row = tl.program_id(0)
-    if row >= tl.load(count):
-        return
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = row * hidden + columns
-    payload = pointer_at(payloads, tl.load(link), ELEMENT)
-    tl.store(payload + at, tl.load(x + at, columns < hidden), columns < hidden)

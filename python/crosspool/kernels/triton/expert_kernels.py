@@ -53,8 +53,8 @@ def gate_up_kernel(
     CHOICES: tl.constexpr,
     TOP_K: tl.constexpr,
 ) -> None:
-    """Some columns of one group's activation: of the gate's product and the up's, times the rows'
-    weights; zero for rows that did not choose the expert."""
+    """Computes some columns of one group's activation from the products of gate and up, times the
+    rows' weights; zero for rows that did not choose the expert."""
     group = tl.program_id(1)
     if group >= tl.load(group_count):
         return
@@ -118,8 +118,8 @@ def _down_product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
-    """A group's activations times the columns of its expert's down matrix, over the depths
-    [begin, end) of the expert's width: float32 [BLOCK_M, BLOCK_N]."""
+    """Multiplies a group's activations by columns of its expert's down matrix, over the depths
+    [begin, end) of the expert's width; returns float32 [BLOCK_M, BLOCK_N]."""
     slots = (group * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     depths = begin + tl.arange(0, BLOCK_K)
     matrix = _matrix(downs, shared_downs, tl.load(layer), expert, HELD, WEIGHT)
@@ -160,8 +160,8 @@ def down_few_kernel(
     CHUNK: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
 ) -> None:
-    """Some columns of a chunk of one group's product; the last program to arrive adds them all, in
-    the order of groups and chunks."""
+    """Computes some columns of a chunk of one group's product; the last program to arrive adds them
+    all, in the order of groups and chunks."""
     group = tl.program_id(1)
     chunk = tl.program_id(2)
     groups = tl.load(group_count)
@@ -169,7 +169,7 @@ def down_few_kernel(
     present = m < tl.load(count)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     place = m[:, None] * HIDDEN + columns[None, :]
-    if (groups == 0) & (group == 0) & (chunk == 0):  # none of the chosen experts lies here
+    if (groups == 0) & (group == 0) & (chunk == 0):  # no chosen expert is on this rank
         zeros = tl.zeros([BLOCK_M, BLOCK_N], out.dtype.element_ty)
         tl.store(out + place, zeros, present[:, None])
     if group >= groups:
@@ -243,7 +243,7 @@ def down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """Some columns of one group's product, to the place of each row's choice."""
+    """Computes some columns of one group's product, into the place of each row's choice."""
     group = tl.program_id(1)
     if group >= tl.load(group_count):
         return

@@ -1,10 +1,9 @@
-"""A batch's rows by expert.
+"""The rows of a batch grouped by expert.
 
-A group is up to ``block`` rows that go through one gated MLP. Up to FEW_ROWS rows of a bucket there
-is one group per chosen expert, in which every row of the bucket has its place and those that did
-not choose the expert are marked; above, rows are sorted by expert and an expert has as many groups
-as it needs.
-"""
+A group is up to ``block`` rows that go through one gated MLP. In a bucket of up to FEW_ROWS rows
+there is one group for each chosen expert, in which every row of the bucket has its place; rows that
+did not choose the expert are marked. In larger buckets rows are sorted by expert, and an expert has
+as many groups as it needs."""
 
 from __future__ import annotations
 
@@ -23,21 +22,22 @@ _PAIRS_BLOCK = 1024
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """As :func:`plan_experts` makes it; int32 unless said. The MLP that every row takes (the
-    shared expert, or a dense layer's only one) counts as expert ``held``; its groups come last."""
+    """The plan that :func:`plan_experts` makes; int32 unless said. The MLP that every row takes
+    (the shared expert, or a dense layer's only one) counts as expert ``held``; its groups come
+    last."""
 
     group_expert: torch.Tensor
     """[groups]: the expert of each group, counted from the first one held; ascending."""
     group_count: torch.Tensor
-    """[1]: groups that are there."""
+    """[1]: number of groups."""
     slot_weight: torch.Tensor
-    """float32 [groups, block], few rows: each row's weight; negative: it did not choose the
-    expert. Empty for many."""
+    """float32 [groups, block], for few rows: each row's weight; negative where it did not choose
+    the expert. Empty for many rows."""
     slot_pair: torch.Tensor
-    """[groups, block], many rows: row * choices + choice of each slot, where the MLP of every row
-    is the last choice; -1: none. Empty for few."""
+    """[groups, block], for many rows: row * choices + choice of each slot, where the MLP of every
+    row is the last choice; -1 where the slot is empty. Empty for few rows."""
     expert_counts: torch.Tensor
-    """[held], many rows: workspace. Empty for few."""
+    """[held], for many rows: workspace. Empty for few rows."""
     block: int
     """Rows of a group."""
     top_k: int
@@ -47,7 +47,7 @@ class ExpertPlan:
 
     @property
     def groups(self) -> int:
-        """The most there can be."""
+        """Most groups that there can be."""
         return self.group_expert.shape[0]
 
     @property
@@ -93,8 +93,8 @@ def plan_experts(
     first_expert: int = 0,
 ) -> None:
     """Sorts a batch by expert; ``experts`` and ``weights`` [bucket, top_k] as from
-    :func:`~.router.route`, None in a dense layer. Experts outside first_expert ..
-    first_expert + held are another rank's."""
+    :func:`~crosspool.kernels.triton.router.route`, None in a dense layer. Experts outside
+    first_expert .. first_expert + held are another rank's."""
     held_block = triton.next_power_of_2(plan.held + 1)
     if plan.few:
         _few_kernel[(1,)](

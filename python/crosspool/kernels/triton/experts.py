@@ -1,4 +1,4 @@
-"""Gated MLPs: the routed experts, the shared expert, a dense layer's only one."""
+"""Gated MLPs: routed experts, the shared expert, and the only MLP of a dense layer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from crosspool.kernels.triton.tables import TensorTable, tl_dtype
 from crosspool.kernels.triton.tiles import depth_block, product_tile
 
 _CHUNK = 768
-"""Depths of a down matrix that one program takes where rows are few: short enough that a chosen
-expert keeps every multiprocessor busy, a multiple of every depth block."""
+"""Depths of a down matrix that one program takes where rows are few. It is short enough that one
+chosen expert keeps every multiprocessor busy, and a multiple of every depth block."""
 _SUM_BLOCK = 8
 
 
@@ -41,7 +41,7 @@ class FFNWeights:
 
     @property
     def width(self) -> int:
-        """Of a routed expert; 0: there are none."""
+        """Width of a routed expert; 0 where there are none."""
         return 0 if self.down is None else self.down.shape[1]
 
     @property
@@ -97,9 +97,10 @@ def gated_mlps(
     """out[row] = sum over its experts here of weight * down(silu(gate(x[row])) * up(x[row])), plus
     the shared expert's with weight 1; rows none of whose experts lie here become zero.
 
-    ``x`` [bucket, hidden] of the model's dtype; ``plan`` as :func:`~.expert_plan.plan_experts`
-    made it from ``routed`` (experts, weights; None in a dense layer); ``out`` [bucket, hidden],
-    float32 or the model's dtype. The order of the sum does not depend on the device's timing."""
+    ``x`` [bucket, hidden] of the model's dtype; ``plan`` as
+    :func:`~crosspool.kernels.triton.expert_plan.plan_experts` made it from ``routed`` (experts,
+    weights; None in a dense layer); ``out`` [bucket, hidden], float32 or the model's dtype. The
+    order of the sum does not depend on the device's timing."""
     bucket, hidden = x.shape
     width, shared_width = weights.width, weights.shared_width
     widest = max(width, shared_width)
@@ -193,5 +194,5 @@ def gated_mlps(
 
 
 def _common_block(width: int, shared_width: int) -> int:
-    """A depth that divides both widths, of which one may be 0."""
+    """Returns a depth that divides both widths, of which one may be 0."""
     return min(depth_block(w) for w in (width, shared_width) if w)

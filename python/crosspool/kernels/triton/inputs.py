@@ -1,5 +1,5 @@
-"""A step's inputs on their way to a lane's buffers: from host memory that the device can read, or,
-for a lease's further steps, from the tokens that the lane itself chose last."""
+"""Copies of a step's inputs to a lane's buffers: from host memory that the device can read, or, for
+the further steps of a lease, from the tokens that the lane chose last."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def feed(
     positions: torch.Tensor,
     sampled_positions: torch.Tensor,
 ) -> None:
-    """The next step of a lease: row i's token is chosen[i], one position further, and so is the
-    token to pick after it. ``chosen``, ``tokens``, ``positions`` int32 and ``sampled_positions``
-    int64, [bucket] or longer; ``count`` int32 [1]: rows."""
+    """Prepares the next step of a lease: row i's token is chosen[i], one position further, and so
+    is the token to pick after it. ``chosen``, ``tokens``, ``positions`` int32 and
+    ``sampled_positions`` int64, [bucket] or longer; ``count`` int32 [1]: rows."""
     bucket = tokens.shape[0]
     grid = (triton.cdiv(bucket, _BLOCK),)
     _feed_kernel[grid](chosen, count, tokens, positions, sampled_positions, BLOCK=_BLOCK)

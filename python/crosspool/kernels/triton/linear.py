@@ -1,4 +1,4 @@
-"""Matrix products with rows of activations, bound by reading the weights.
+"""Products of weights with rows of activations, bound by reading the weights.
 
 Made for buckets of up to a few hundred rows and for weights behind a table. For thousands of rows,
 where the layer's pointers may be fixed at capture, ``torch.matmul`` (cuBLAS) is the faster choice.
@@ -22,8 +22,8 @@ _MOST_SPLITS = 16
 
 @dataclass(frozen=True)
 class LinearWorkspace:
-    """What products that split K need beside their arrays. One serves every product of a lane,
-    one after another; it is not for two streams at a time."""
+    """Memory for products that split K. One workspace serves every product of a lane, one after
+    another; two streams cannot share it."""
 
     partials: torch.Tensor
     """float32, flat."""
@@ -32,7 +32,7 @@ class LinearWorkspace:
 
     @classmethod
     def allocate(cls, device: torch.device) -> LinearWorkspace:
-        """16 MiB: products that would need more do not split K."""
+        """Allocates 16 MiB; products that would need more do not split K."""
         return cls(
             partials=torch.empty(_PARTIALS, dtype=torch.float32, device=device),
             arrivals=torch.zeros(MULTIPROCESSORS, dtype=torch.int32, device=device),
@@ -45,45 +45,18 @@ def linear(
     layer: torch.Tensor,
     count: torch.Tensor,
     out: torch.Tensor,
-    workspace: LinearWorkspace,
+    workspace: LinearWorkspace | None,
     *,
     bias: TensorTable | None = None,
     add: bool = False,
+    rounded: bool = False,
 ) -> None:
     """out = x W^T + bias, or out += it (``add``: the residual's sum).
 
     ``x`` [bucket, K], rows at any stride, taken in the weight's dtype (a float32 router's x is
     widened); ``weight`` table of [N, K], K a multiple of 16; ``bias`` table of [N]; ``out``
-    [bucket, N], rows at any stride, rounded to its own dtype."""
-    _launch(x, weight, layer, count, out, workspace, bias=bias, add=add, rounded=False)
-
-
-def head_logits(
-    x: torch.Tensor,
-    weight: TensorTable,
-    layer: torch.Tensor,
-    count: torch.Tensor,
-    logits: torch.Tensor,
-) -> None:
-    """LM head: logits = x W^T rounded to the model's dtype, held as float32 [bucket, vocab].
-
-    ``x`` [bucket, hidden]; ``weight`` a table of [vocab, hidden] of one layer, ``layer`` [0]."""
-    _launch(x, weight, layer, count, logits, None, bias=None, add=False, rounded=True)
-
-
-def _launch(
-    x: torch.Tensor,
-    weight: TensorTable,
-    layer: torch.Tensor,
-    count: torch.Tensor,
-    out: torch.Tensor,
-    workspace: LinearWorkspace | None,
-    *,
-    bias: TensorTable | None,
-    add: bool,
-    rounded: bool,
-) -> None:
-    """Without a workspace K is not split."""
+    [bucket, N], rows at any stride, rounded to its own dtype (``rounded``: to the weight's dtype
+    first). Without ``workspace`` K is not split."""
     bucket = out.shape[0]
     n, k = weight.shape
     tile = product_tile(bucket, n, k, weight.dtype)
@@ -118,9 +91,22 @@ def _launch(
     )
 
 
+def head_logits(
+    x: torch.Tensor,
+    weight: TensorTable,
+    layer: torch.Tensor,
+    count: torch.Tensor,
+    logits: torch.Tensor,
+) -> None:
+    """LM head: logits = x W^T rounded to the model's dtype, held as float32 [bucket, vocab].
+
+    ``x`` [bucket, hidden]; ``weight`` a table of [vocab, hidden] of one layer, ``layer`` [0]."""
+    linear(x, weight, layer, count, logits, None, rounded=True)
+
+
 def _splits(tiles: int, steps: int, elements: int) -> int:
-    """Ranges of K: as many as let every multiprocessor work, that divide the steps evenly, and
-    whose partial sums the workspace holds."""
+    """Number of ranges into which K is split: enough for every multiprocessor to work, dividing the
+    steps evenly, with partial sums that the workspace can hold."""
     most = min(_MOST_SPLITS, MULTIPROCESSORS // tiles, _PARTIALS // elements, steps // 2)
     return max((s for s in range(1, most + 1) if steps % s == 0), default=1)
 

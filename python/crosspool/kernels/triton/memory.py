@@ -1,4 +1,4 @@
-"""Where the kernels' workspaces lie."""
+"""Memory for the kernels' workspaces."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Memory(Protocol):
-    """Gives out tensors of any content."""
+    """Gives out tensors, uninitialised."""
 
     @property
     def device(self) -> torch.device: ...
@@ -17,7 +17,7 @@ class Memory(Protocol):
 
 
 class DeviceMemory:
-    """Memory of its own for every tensor."""
+    """Allocates every tensor by itself."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -21,7 +21,7 @@ def mla_append(
     *,
     eps: float,
 ) -> None:
-    """What the cache keeps of each row: the normed latent, then the rotated rope key.
+    """Appends to the cache what it keeps of each row: the normed latent, then the rotated rope key.
 
     ``compressed`` [bucket, latent + rope.dim], rows at any stride; ``norm`` table of [latent];
     writes the rows' slots of ``kv`` [pages, layers, page_size, latent + rope.dim]."""
@@ -280,8 +280,8 @@ def _product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
-    """float32 [BLOCK_M, BLOCK_N]: rows at ``a_at`` [BLOCK_M, 1], where ``present``, times the
-    columns at ``w_at`` [BLOCK_N], whose depths lie DEPTH_STRIDE elements apart."""
+    """Multiplies rows at ``a_at`` [BLOCK_M, 1], where ``present``, by the columns at ``w_at``
+    [BLOCK_N], whose depths lie DEPTH_STRIDE elements apart; returns float32 [BLOCK_M, BLOCK_N]."""
     depths = tl.arange(0, BLOCK_K)
     a_at += depths[None, :]
     w_at = w_at[None, :] + (depths * DEPTH_STRIDE)[:, None]
@@ -305,7 +305,7 @@ def _rotated_at(
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The two halves, float32, of what lies at ``at``, rotated to its ``position``."""
+    """Rotates what lies at ``at`` to its ``position``; returns the two halves, float32."""
     first_at, second_at = pair_places(pairs, HALF, INTERLEAVED)
     first = tl.load(at + first_at, inside, other=0.0).to(tl.float32)
     second = tl.load(at + second_at, inside, other=0.0).to(tl.float32)

@@ -29,48 +29,12 @@ def rms_norm(
     out: torch.Tensor,
     *,
     eps: float,
-    rows: torch.Tensor | None = None,
+    addend: torch.Tensor | None = None,
 ) -> None:
-    """out[i] = x[i] / rms(x[i]) * weight: ``x`` [*, n], ``out`` [bucket, n], rows at any stride.
+    """out[i] = x[i] / rms(x[i]) * weight: ``x`` and ``out`` [bucket, n], rows at any stride.
 
-    ``rows``: int32 [bucket]; out[i] is made of x[rows[i]] instead (the rows that the LM head
-    wants; ``count`` is then their number)."""
-    _norm(x, None, weight, layer, count, out, eps=eps, rows=rows)
-
-
-def add_rms_norm(
-    residual: torch.Tensor,
-    addend: torch.Tensor,
-    weight: TensorTable,
-    layer: torch.Tensor,
-    count: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    eps: float,
-) -> None:
-    """residual += addend, then out = its RMSNorm: all [bucket, n]; ``addend`` (the combine) is of
-    the model's dtype or float32."""
-    _norm(residual, addend, weight, layer, count, out, eps=eps, rows=None)
-
-
-def add(residual: torch.Tensor, addend: torch.Tensor, count: torch.Tensor) -> None:
-    """residual += addend, both [bucket, n]: the last layer's combine."""
-    bucket, n = residual.shape
-    grid = (bucket, triton.cdiv(n, _EMBED_BLOCK))
-    _add_kernel[grid](residual, addend, count, n, BLOCK=_EMBED_BLOCK)
-
-
-def _norm(
-    x: torch.Tensor,
-    addend: torch.Tensor | None,
-    weight: TensorTable,
-    layer: torch.Tensor,
-    count: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    eps: float,
-    rows: torch.Tensor | None,
-) -> None:
+    ``addend`` [bucket, n], of the model's dtype or float32, is added to ``x`` in place first (the
+    combine to the residual)."""
     bucket, n = out.shape
     block = triton.next_power_of_2(n)
     _norm_kernel[(bucket,)](
@@ -79,7 +43,6 @@ def _norm(
         addend,
         weight.pointers,
         layer,
-        rows,
         count,
         out,
         out.stride(0),
@@ -110,27 +73,12 @@ def _embed_kernel(
 
 
 @triton.jit
-def _add_kernel(
-    residual: tl.tensor, addend: tl.tensor, count: tl.tensor, n: tl.tensor, BLOCK: tl.constexpr
-) -> None:
-    row = tl.program_id(0)
-    if row >= tl.load(count):
-        return
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = row * n + columns
-    total = tl.load(residual + at, columns < n).to(tl.float32)
-    total += tl.load(addend + at, columns < n).to(tl.float32)
-    tl.store(residual + at, total.to(residual.dtype.element_ty), columns < n)
-
-
-@triton.jit
 def _norm_kernel(
     x: tl.tensor,
     x_stride: tl.tensor,
     addend: tl.tensor,  # or None
     weights: tl.tensor,
     layer: tl.tensor,
-    rows: tl.tensor,  # or None
     count: tl.tensor,
     out: tl.tensor,
     out_stride: tl.tensor,
@@ -144,10 +92,7 @@ def _norm_kernel(
         return
     columns = tl.arange(0, BLOCK)
     inside = columns < N
-    source = row
-    if rows is not None:
-        source = tl.load(rows + row)
-    at = x + source.to(tl.int64) * x_stride + columns
+    at = x + row.to(tl.int64) * x_stride + columns
     values = tl.load(at, inside, other=0.0).to(tl.float32)
     if addend is not None:
         values += tl.load(addend + row * N + columns, inside, other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Which experts a row goes to."""
+"""The router's choice of experts."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def route(
     renormalize: bool = False,
     scale: float = 1.0,
 ) -> None:
-    """The experts of every row, best first, and their weights: ``experts`` int32 and ``weights``
-    float32 [bucket, top_k], from ``logits`` [bucket, experts] (what :func:`~.linear.linear` made
-    of the router's weight; float32 or the model's dtype).
+    """Chooses the experts of every row, best first, and their weights: ``experts`` int32 and
+    ``weights`` float32 [bucket, top_k], from ``logits`` [bucket, experts] (what
+    :func:`~crosspool.kernels.triton.linear.linear` made of the router's weight; float32 or the
+    model's dtype).
 
     The rules are those of :class:`crosspool.models.spec.RouterSpec`. ``bias``: float32 table of
     [experts], moves the choice only. Among equals the lower index wins; a NaN counts as larger

@@ -74,10 +74,11 @@ def sample(
     tokens: torch.Tensor,
     workspace: SamplingWorkspace,
 ) -> None:
-    """tokens[i] (int32 [bucket]): the best token where the rule takes it, else the one at which
-    the draw falls. ``logits`` float32 [bucket, vocab]; ``best`` as from :func:`~.argmax.argmax`.
+    """tokens[i] (int32 [bucket]): the best token where the rule takes it, else the one at which the
+    draw falls. ``logits`` float32 [bucket, vocab]; ``best`` as from
+    :func:`~crosspool.kernels.triton.argmax.argmax`.
 
-    A row whose logits are no numbers gets the last token, as on the CPU."""
+    A row whose logits are not numbers gets the last token, as on the CPU."""
     bucket, vocab = logits.shape
     _sample_kernel[(bucket,)](
         logits,
@@ -189,8 +190,8 @@ def _sample_kernel(
 def _draw_plain(
     probs: tl.tensor, vocab: tl.tensor, point: tl.tensor, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """The first token at which the cumulative distribution exceeds ``point``; where rounding lets
-    none do so, the last one that can be drawn."""
+    """Returns the first token at which the cumulative distribution exceeds ``point``; where
+    rounding lets no token do so, the last one that can be drawn."""
     i = tl.arange(0, BLOCK)
     running = point * 0.0
     first = vocab
@@ -214,7 +215,8 @@ def _collect(
     candidate_tokens: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The tokens whose probability's bits reach ``threshold``: their number and their sum."""
+    """Collects the tokens whose probability's bits reach ``threshold``; returns their number and
+    the sum of their probabilities."""
     i = tl.arange(0, BLOCK)
     n = vocab * 0
     mass = tl.zeros([BLOCK], tl.float64)
@@ -234,8 +236,8 @@ def _collect(
 def _above(
     candidates: tl.tensor, n: tl.tensor, bits: tl.tensor, BLOCK: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Number and sum (float64) of the candidates above the probability of these bits, and how many
-    equal it."""
+    """Returns number and sum (float64) of the candidates above the probability with these bits, and
+    how many equal it."""
     i = tl.arange(0, BLOCK)
     counts = tl.zeros([BLOCK], tl.int32)
     equals = tl.zeros([BLOCK], tl.int32)

@@ -1,4 +1,4 @@
-"""Per-layer tensors addressed by a number that lies on the device."""
+"""Tables of tensors by layer, from which a kernel picks by a number that lies on the device."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ class TensorTable:
     shape: tuple[int, ...]
     dtype: torch.dtype
     tensors: tuple[torch.Tensor, ...]
-    """What the pointers point to, kept alive."""
+    """The tensors to which the pointers point, kept alive."""
 
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor | None]) -> TensorTable:
-        """The table of one tensor per layer; None: the layer has none, and no kernel may be asked
-        for it. Raises ValueError when they differ in shape, dtype or device, are not contiguous or
-        not aligned to 16 bytes, or when there is none at all."""
+        """Makes the table of one tensor per layer. None: the layer has no tensor, and no kernel may
+        run for it.
+
+        Raises ValueError when tensors differ in shape, dtype or device, are not contiguous or not
+        aligned to 16 bytes, or when there is none at all."""
         first = next((t for t in tensors if t is not None), None)
         if first is None:
             raise ValueError("a table of tensors needs at least one")
@@ -42,8 +44,8 @@ class TensorTable:
 
     @classmethod
     def of_stacks(cls, stacks: Sequence[torch.Tensor | None]) -> TensorTable:
-        """The table of one stack [experts, ...] per layer: pointers [layers, experts]. Raises
-        ValueError as :meth:`of` does."""
+        """Makes the table of one stack [experts, ...] per layer, with pointers [layers, experts].
+        Raises ValueError as :meth:`of` does."""
         first = next((t for t in stacks if t is not None), None)
         if first is None:
             raise ValueError("a table of tensors needs at least one")
@@ -82,8 +84,8 @@ class TensorTable:
 
 
 def tl_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Triton's name of a dtype. Raises ValueError for one that the kernels do not hold weights
-    in."""
+    """Returns Triton's name of a dtype. Raises ValueError for a dtype in which kernels hold no
+    weights."""
     names = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     if dtype not in names:
         raise ValueError(f"the kernels hold weights in bfloat16 or float32, not {dtype}")
@@ -92,6 +94,6 @@ def tl_dtype(dtype: torch.dtype) -> tl.dtype:
 
 @triton.jit
 def pointer_at(pointers: tl.tensor, index: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
-    """The tensor that entry ``index`` of a table's pointers names."""
+    """Returns the tensor to which entry ``index`` of a table points."""
     address = tl.load(pointers + index)
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)

@@ -1,4 +1,5 @@
-"""How products are cut into tiles: chosen from shapes alone, so that a capture fixes them."""
+"""Tiles into which products are cut. They are chosen from shapes alone, so that a capture fixes
+them."""
 
 from __future__ import annotations
 
@@ -7,18 +8,18 @@ from dataclasses import dataclass
 import torch
 
 MULTIPROCESSORS = 132
-"""Of an H100 or H200: a grid of fewer programs leaves some of them idle."""
+"""Multiprocessors of an H100 or H200. A grid of fewer programs leaves some of them idle."""
 FEW_ROWS = 16
-"""The smallest side of a tensor core's tile: rows up to here cost the same arithmetic."""
+"""Smallest side of a tensor core's tile. Up to so many rows cost the same arithmetic."""
 _STAGE_BYTES = 8 << 10
-"""Of weights that a program asks for at a time in a product with few rows: with four stages and two
-programs, a multiprocessor has 64 KiB on their way, some twice what its share of the memory's
-bandwidth times the latency needs."""
+"""Bytes of weights that a program asks for at a time in a product with few rows. With four stages
+and two programs, a multiprocessor has 64 KiB in flight, about twice its share of the memory's
+bandwidth times the latency."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The tile of one program and how it is run."""
+    """The tile of one program, and how the program runs."""
 
     rows: int
     columns: int
@@ -28,7 +29,8 @@ class Tile:
 
 
 def depth_block(k: int, most: int = 256) -> int:
-    """The largest power of two that divides ``k``, up to ``most``. Raises ValueError below 16."""
+    """Returns the largest power of two that divides ``k``, up to ``most``. Raises ValueError below
+    16."""
     block = min(k & -k, most)
     if block < 16:
         raise ValueError(f"a product's inner dimension must be a multiple of 16, not {k}")
@@ -36,7 +38,8 @@ def depth_block(k: int, most: int = 256) -> int:
 
 
 def product_tile(bucket: int, n: int, k: int, dtype: torch.dtype, matrices: int = 1) -> Tile:
-    """The tile of ``bucket`` rows times [n, k]; ``matrices``: weights read side by side."""
+    """Returns the tile for ``bucket`` rows times weights [n, k]; ``matrices``: weights read side by
+    side."""
     few = bucket <= FEW_ROWS
     if dtype == torch.float32:
         return Tile(16 if few else 32, 16, depth_block(k, 64), 4, 2)

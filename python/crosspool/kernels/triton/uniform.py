@@ -8,8 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def draw_uniform(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
-    """The number in [0, 1), float64, that decides the token at ``position``: that of
-    crosspool.ranks.sampler.uniform, bit for bit. Both int64, of the unsigned seed its bits."""
+    """Returns the number in [0, 1), float64, that decides the token at ``position``; it equals
+    crosspool.ranks.sampler.uniform bit for bit. Both arguments are int64; ``seed`` has the bits of
+    the unsigned seed."""
     first_factor = tl.full([], 0xD2E7470EE14C6C93, tl.uint64)
     second_factor = tl.full([], 0xCA5A826395121157, tl.uint64)
     key0 = seed.to(tl.uint64, bitcast=True)

@@ -1,7 +1,7 @@
-"""The attention stages of a GPU: callables over a lane's fixed buffers, launched or captured.
+"""Attention stages of a GPU: callables over a lane's fixed buffers, launched or captured.
 
-Embedding, a layer's attention part, dispatch and combine where FFN ranks live on other devices, and
-the LM head.
+They are the embedding, a layer's attention part, dispatch and combine where FFN ranks live on other
+devices, and the LM head.
 """
 
 from __future__ import annotations
@@ -9,33 +9,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosspool.kernels.cuda_loop import Stage
+from crosspool.kernels.cuda_loop import GPUStage
 from crosspool.kernels.triton.argmax import argmax
 from crosspool.kernels.triton.attention import attend
-from crosspool.kernels.triton.exchange import combine_rows, dispatch_rows
+from crosspool.kernels.triton.exchange import combine_rows, send_rows
 from crosspool.kernels.triton.gqa import gqa_prepare
 from crosspool.kernels.triton.inputs import feed, take_inputs
 from crosspool.kernels.triton.linear import head_logits, linear
 from crosspool.kernels.triton.mla import mla_append, mla_queries, mla_values
-from crosspool.kernels.triton.norm import add_rms_norm, embed, rms_norm
+from crosspool.kernels.triton.norm import embed, rms_norm
 from crosspool.kernels.triton.sampling import sample
 from crosspool.models.spec import GQASpec, MLASpec
 from crosspool.ranks.gpu.ffn import StageCall
 from crosspool.ranks.gpu.inputs import InputLayout
 from crosspool.ranks.gpu.links import Crossing, LanePayloads
 from crosspool.ranks.gpu.model import GPUModel
-from crosspool.ranks.gpu.scratch import Carver, DeviceInputs, LanePlaces, Scratch
+from crosspool.ranks.gpu.scratch import Carver, DeviceInputs, LaneBuffers, Scratch
 
 MIXED_FROM = 32
-"""Buckets of so many rows and more attend to a sequence's rows in blocks; in smaller ones every
-row reads its keys itself."""
+"""Buckets of at least so many rows attend to a sequence's rows in blocks that share the keys they
+read; in smaller buckets every row reads its keys itself."""
 
 
 class AttentionStages:
-    """The attention stages of one model on one lane in one row bucket."""
+    """Attention stages of one model on one lane in one row bucket."""
 
     def __init__(
-        self, model: GPUModel, layout: InputLayout, lane: LanePlaces, crossing: Crossing
+        self, model: GPUModel, layout: InputLayout, lane: LaneBuffers, crossing: Crossing
     ) -> None:
         """``crossing``: how rows leave the device."""
         self.model, self.layout, self.lane = model, layout, lane
@@ -52,29 +52,30 @@ class AttentionStages:
 
     @property
     def input_elements(self) -> int:
-        """int32 elements of a step's inputs, which ``embed`` reads."""
+        """int32 elements of a step's inputs that ``embed`` reads."""
         return self.layout.elements
 
     @property
-    def attention_calls(self) -> dict[Stage, StageCall]:
-        """Every attention stage that the model has here."""
-        crossing = {Stage.DISPATCH: self.dispatch, Stage.COMBINE: self.combine}
+    def attention_calls(self) -> dict[GPUStage, StageCall]:
+        """Every attention stage that the model has on this device."""
+        crossing = {GPUStage.DISPATCH: self.dispatch, GPUStage.COMBINE: self.combine}
         return {
-            Stage.EMBED: self.embed,
-            Stage.FEED: self.feed,
-            Stage.ATTENTION: self.attention,
+            GPUStage.EMBED: self.embed,
+            GPUStage.FEED: self.feed,
+            GPUStage.ATTENTION: self.attention,
             **(crossing if self._payloads is not None else {}),
-            Stage.HEAD: self.head,
+            GPUStage.HEAD: self.head,
         }
 
     def embed(self) -> None:
-        """Takes the inputs over and embeds their tokens."""
+        """Fetches the step's inputs and embeds their tokens."""
         layout = self.layout
         take_inputs(self.lane.address, self.inputs.flat, layout.head, layout.pages)
         self._embed()
 
     def feed(self) -> None:
-        """A lease's next step: the chosen tokens, one position further. Row i's is chosen[i]."""
+        """Embeds the chosen tokens one position further, for a lease's next step. The token of row
+        i is chosen[i]."""
         rows = self.layout.wanted
         feed(
             self.lane.chosen,
@@ -86,10 +87,12 @@ class AttentionStages:
         self._embed()
 
     def attention(self) -> None:
-        """One layer's attention part: combine, input norm, attention, residual sum, post norm."""
+        """Runs one layer's attention part: combine, input norm, attention, residual sum, post
+        norm."""
         s, tables, lane = self.scratch, self.model.attention.tables, self.lane
         layer, count, eps = lane.layer, lane.count, self.model.spec.norm_eps
-        add_rms_norm(s.residual, s.partial, tables["input_norm"], layer, count, s.normed, eps=eps)
+        norm = tables["input_norm"]
+        rms_norm(s.residual, norm, layer, count, s.normed, eps=eps, addend=s.partial)
         self._attend()
         linear(
             s.attended.flatten(1),
@@ -106,15 +109,16 @@ class AttentionStages:
     def dispatch(self) -> None:
         """Writes the attention part's output into the dispatch payloads of the model's links."""
         assert self._payloads is not None
-        dispatch_rows(self.scratch.payload, self._payloads.dispatched, self.lane.count)
+        send_rows(self.scratch.payload, self._payloads.dispatched, self.lane.count)
 
     def combine(self) -> None:
-        """Adds up the partial sums of all FFN ranks of the model, this device's among them."""
+        """Adds up the partial sums of all FFN ranks of the model, including this device's."""
         assert self._payloads is not None
         combine_rows(self._payloads.combined, self.lane.count, self.scratch.partial)
 
     def head(self) -> None:
-        """Logits of the wanted rows, and their tokens by their rules, to the lane's chosen ones."""
+        """Computes logits of the wanted rows and chooses their tokens, into the lane's
+        ``chosen``."""
         s, wanted = self.scratch, self.inputs.wanted_count
         self.gather()
         self.logits()
@@ -123,14 +127,14 @@ class AttentionStages:
         sample(s.logits, s.best, self.inputs.rules, wanted, chosen, s.sampling)
 
     def gather(self) -> None:
-        """The wanted rows' residuals after the last layer, to ``scratch.last``."""
+        """Gathers the wanted rows' residuals after the last layer into ``scratch.last``."""
         s, rows = self.scratch, self.inputs.wanted_rows
         torch.index_select(s.residual, 0, rows, out=s.last)
         torch.index_select(s.partial, 0, rows, out=s.last_partial)
         s.last.add_(s.last_partial)
 
     def logits(self) -> None:
-        """Logits of ``scratch.last``: float32 [wanted, vocab] to ``scratch.logits``."""
+        """Computes logits of ``scratch.last`` into ``scratch.logits``, float32 [wanted, vocab]."""
         s, part, wanted = self.scratch, self.model.attention, self.inputs.wanted_count
         eps = self.model.spec.norm_eps
         rms_norm(s.last, part.final_norm, self._first, wanted, s.last_normed, eps=eps)
@@ -139,7 +143,7 @@ class AttentionStages:
     def _embed(self) -> None:
         s = self.scratch
         embed(self.model.attention.embed, self.inputs.tokens, self.lane.count, s.residual)
-        s.partial.zero_()  # of the layer before the first
+        s.partial.zero_()  # the first layer has no combine before it
 
     def _gqa(self) -> None:
         a = self.model.spec.attention

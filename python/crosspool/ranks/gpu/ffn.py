@@ -7,24 +7,25 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from crosspool.kernels.cuda_loop import Stage
-from crosspool.kernels.triton.exchange import answer_dispatch, take_dispatch
+from crosspool.kernels.cuda_loop import GPUStage
+from crosspool.kernels.triton.exchange import send_rows, take_dispatch
 from crosspool.kernels.triton.expert_plan import plan_experts
 from crosspool.kernels.triton.experts import gated_mlps
 from crosspool.kernels.triton.linear import linear
 from crosspool.kernels.triton.router import route
 from crosspool.models.spec import ModelSpec, MoEFFN
 from crosspool.ranks.gpu.links import LanePayloads
-from crosspool.ranks.gpu.scratch import Carver, FFNScratch, KindScratch, LanePlaces
+from crosspool.ranks.gpu.scratch import Carver, FFNScratch, KindScratch, LaneBuffers
 from crosspool.ranks.gpu.weights import GPUFFN
 
 StageCall = Callable[[], None]
 
 
-def ffn_stages(lane: LanePlaces, scratch: FFNScratch) -> dict[Stage, StageCall]:
-    """A stage for each kind of layer: ``scratch.payload`` to ``scratch.partial``."""
+def ffn_stages(lane: LaneBuffers, scratch: FFNScratch) -> dict[GPUStage, StageCall]:
+    """Returns a stage for each kind of layer; it turns ``scratch.payload`` into
+    ``scratch.partial``."""
     return {
-        Stage.MOE_FFN if isinstance(work.kind.ffn, MoEFFN) else Stage.DENSE_FFN: _stage(
+        GPUStage.MOE_FFN if isinstance(work.kind.ffn, MoEFFN) else GPUStage.DENSE_FFN: _stage(
             work, lane, scratch
         )
         for work in scratch.kinds
@@ -32,15 +33,15 @@ def ffn_stages(lane: LanePlaces, scratch: FFNScratch) -> dict[Stage, StageCall]:
 
 
 class ServedStages:
-    """The FFN stages of one model in one row bucket on a lane that serves other devices: each takes
-    the rows out of the link that they came through, and leaves its partial sums there."""
+    """FFN stages of one model in one row bucket, on a lane that serves other devices. Each takes
+    the rows out of the link through which they came, and leaves its partial sums there."""
 
     def __init__(
         self,
         spec: ModelSpec,
         ffn: GPUFFN,
         bucket: int,
-        lane: LanePlaces,
+        lane: LaneBuffers,
         *,
         payloads: LanePayloads,
         served: Tensor,
@@ -52,7 +53,7 @@ class ServedStages:
         self._ffns = ffn_stages(lane, self._scratch)
 
     @property
-    def calls(self) -> Mapping[Stage, StageCall]:
+    def calls(self) -> Mapping[GPUStage, StageCall]:
         """Every stage that the model has."""
         return {stage: self._around(call) for stage, call in self._ffns.items()}
 
@@ -62,12 +63,12 @@ class ServedStages:
         def call() -> None:
             take_dispatch(payloads.dispatched, lane.link, lane.count, scratch.payload, self._served)
             ffn()
-            answer_dispatch(scratch.partial, payloads.combined, lane.link, lane.count)
+            send_rows(scratch.partial, payloads.combined, lane.count, lane.link)
 
         return call
 
 
-def _stage(work: KindScratch, lane: LanePlaces, s: FFNScratch) -> StageCall:
+def _stage(work: KindScratch, lane: LaneBuffers, s: FFNScratch) -> StageCall:
     kind, bucket = work.kind, len(s.payload)
     rules = kind.ffn.router if isinstance(kind.ffn, MoEFFN) else None
     experts = None if rules is None else s.experts

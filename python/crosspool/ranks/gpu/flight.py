@@ -1,5 +1,5 @@
-"""The attention rank as the stages of a GPU see it: steps become inputs in host memory that the
-device reads, and arguments for the loop."""
+"""Steps as a GPU takes them, inputs in host memory that the device reads and arguments for the
+loop, and the attention rank that makes them."""
 
 from __future__ import annotations
 
@@ -7,26 +7,23 @@ import bisect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
-from crosspool.kernels import engine_structs as es
-from crosspool.kernels.cuda_loop_structs import StepArguments
+from crosspool.kernels.cuda_loop_structs import GPUStepArguments
+from crosspool.kernels.engine_structs import DRAW, HOST
+from crosspool.ranks.flight import Flight, LoopRank, ResidentRequest
 from crosspool.ranks.gpu.inputs import HostInputs, HostMemory, InputLayout
-from crosspool.ranks.host.attention_rank import KVRank
-from crosspool.ranks.resident.flight import ResidentRequest, choices_of
-from crosspool.ranks.sampler import penalises
 from crosspool.ranks.step_end import StepEnd, Wanted
-from crosspool.transport.messages import RowResult, Step, StepResult
+from crosspool.transport.messages import Step, StepResult
 
 if TYPE_CHECKING:
     from crosspool.ranks.gpu.stages import Stages
     from crosspool.ranks.gpu.weights import GPUAttention  # noqa: F401
 
 
-class GPUFlight:
+class GPUFlight(Flight):
     """A step on its way through the stages of a lane."""
 
     def __init__(
@@ -34,32 +31,29 @@ class GPUFlight:
         step: Step,
         requests: Sequence[ResidentRequest],
         end: StepEnd,
+        *,
         layout: InputLayout,
+        lane: int,
         memory: HostMemory,
     ) -> None:
-        self.model = step.model
-        self.rows = sum(len(row.tokens) for row in step.rows)
-        self._step = step.step
-        self._message = step
-        self._requests = requests
-        self._end = end
+        """``memory``: what ``lane`` shares with the host."""
+        super().__init__(step, requests, end)
+        self.lane = lane
         self._layout = layout
         self._memory = memory
-        choices = choices_of(end)
-        self.for_host = es.HOST in choices or bool(end.kept)
-        """The host samples, from logits."""
+        self.for_host = HOST in self._choices or bool(end.kept)
+        """Whether the host samples from the logits."""
         lease = min(step.lease, memory.lease) if self._may_be_leased() else 1
         if lease > 1 and not self._write_stops():
             lease = 1
         self.leased = lease > 1
-        """Whether further steps may follow that nobody has recalled."""
         wanted = min(len(end.wanted), layout.wanted, self.rows)
         if self.for_host:
             wanted = max(1, wanted)  # the loop asks for a row where the host looks
         self._chosen = memory.tokens.numpy()[: lease * wanted].reshape(lease, wanted)
         self._chosen.fill(-1)
-        self._write_inputs(choices)
-        self.arguments = StepArguments(
+        self._write_inputs()
+        self.arguments = GPUStepArguments(
             step=step.step,
             model=step.model,
             rows=self.rows,
@@ -73,8 +67,10 @@ class GPUFlight:
         )
 
     def look(self, stages: Stages, host: Tensor) -> None:
-        """Samples from, and reports of, the logits of all wanted rows, and keeps what later steps
-        need of this one. ``host``: float32 [wanted of a step, vocab], pinned on a GPU."""
+        """Samples from the logits of all wanted rows, reports their log-probabilities, and keeps
+        the residuals that later steps need.
+
+        ``host``: memory for logits, float32 [wanted rows of the layout, vocab], pinned on a GPU."""
         scratch, most = stages.scratch, self._layout.wanted
         wanted = self._end.wanted
         for first in range(0, len(wanted), most):
@@ -89,36 +85,13 @@ class GPUFlight:
             request.last_residual = scratch.last[0].to("cpu", copy=True)
 
     def result(self, index: int, *, more: bool) -> StepResult:
-        """Of the lease's step ``index``, after its end; ``more``: it was not the last."""
-        rows = self._message.rows
-        if self.for_host:
-            return self._end.result()
-        chosen = self._chosen[index].tolist()
-        if index > 0:
-            results = [
-                RowResult(request=row.request, token=token)
-                for row, token in zip(rows, chosen, strict=True)
-            ]
-            result = StepResult(step=self._step, rows=results, more=more)
-        else:
-            for wanted, token in zip(self._end.wanted, chosen, strict=True):
-                self._end.choose(wanted.row, token)
-            result = msgspec.structs.replace(self._end.result(), more=more)
-        if more:
-            for request, token in zip(self._requests, chosen, strict=True):
-                request.output.append(token)
-        return result
+        return self._end.result() if self.for_host else super().result(index, more=more)
 
     def _may_be_leased(self) -> bool:
-        """Whether the device chooses now and later, for every row."""
-        return (
-            not self.for_host
-            and len(self._end.wanted) == len(self._requests) == self.rows
-            and not any(penalises(request.sampling) for request in self._requests)
-        )
+        return super()._may_be_leased() and len(self._requests) == self.rows
 
     def _write_stops(self) -> bool:
-        """Row by row; False: there is no room for so many."""
+        """Writes the stop tokens, row by row; False: there is no room for so many."""
         stops = [request.sampling.stop_token_ids for request in self._requests]
         ends = np.cumsum([len(of_row) for of_row in stops])
         if ends[-1] > len(self._memory.stops):
@@ -128,7 +101,7 @@ class GPUFlight:
         self._memory.stop_ends.numpy()[: len(ends)] = ends
         return True
 
-    def _write_inputs(self, choices: Sequence[int]) -> None:
+    def _write_inputs(self) -> None:
         host = HostInputs(self._layout, self._memory.inputs)
         first, pages = 0, 0
         for i, (row, request) in enumerate(zip(self._message.rows, self._requests, strict=True)):
@@ -141,9 +114,9 @@ class GPUFlight:
         wanted = self._end.wanted[: self._layout.wanted]
         host["wanted_rows"].fill(0)
         host["temperature"].fill(0.0)
-        for i, (one, choice) in enumerate(zip(wanted, choices, strict=False)):
+        for i, (one, choice) in enumerate(zip(wanted, self._choices, strict=False)):
             host["wanted_rows"][i] = max(one.source, 0)
-            if choice == es.DRAW:
+            if choice == DRAW:
                 sampled = self._end.sampling_row(one.row)
                 rule = sampled.sampling
                 host["temperature"][i], host["top_p"][i] = rule.temperature, rule.top_p
@@ -155,52 +128,39 @@ class GPUFlight:
         )
 
 
-class GPURank(KVRank["GPUAttention", ResidentRequest]):
-    """One attention rank. Its chunks are mapped, and its page tables grow, in the order in which
-    steps are begun."""
+class GPURank(LoopRank["GPUAttention"]):
+    """The attention rank as a GPU's loop drives it."""
 
     def begin(
         self,
         step: Step,
         buckets: Sequence[int],
         layouts: Sequence[Sequence[InputLayout]],
+        lane: int,
         memory: HostMemory,
     ) -> GPUFlight:
-        """``buckets``: rows, ascending; ``layouts``: by model and bucket; ``memory``: of a lane
-        that is free.
+        """``buckets``: rows, ascending; ``layouts``: by model and bucket; ``memory``: what the free
+        ``lane`` shares with the host.
 
-        Raises RuntimeError where the step contradicts what came before, or is too large."""
-        self._open(step, ResidentRequest)
-        requests = []
-        part = self.parts[step.model]
-        for row in step.rows:
-            request = self._request(step, row)
-            request.gain(row.pages)
-            self._check_pages(step, row, request.page_count)
-            self._check_row(step, row, part.positions)
-            requests.append(request)
-        rows = sum(len(row.tokens) for row in step.rows)
-        if not 1 <= rows <= buckets[-1]:
-            raise RuntimeError(f"step {step.step}: {rows} token rows; 1 to {buckets[-1]} fit")
-        bucket = bisect.bisect_left(buckets, rows)
+        Raises RuntimeError where the step contradicts earlier ones, or is too large."""
+        requests, end = self._begin(step, buckets[-1])
+        bucket = bisect.bisect_left(buckets, sum(len(row.tokens) for row in step.rows))
         layout = layouts[step.model][bucket]
-        if len(step.rows) > layout.sequences:
-            raise RuntimeError(
-                f"step {step.step}: {len(step.rows)} requests; {layout.sequences} fit"
-            )
         longest = max(request.page_count for request in requests)
-        if longest > layout.pages:
-            raise RuntimeError(
-                f"step {step.step}: {longest} pages of a request; {layout.pages} fit"
-            )
-        end = StepEnd(step.step, step.rows, requests, self.specs[step.model])
-        flight = GPUFlight(step, requests, end, layout, memory)
+        for count, fit, what in (
+            (len(requests), layout.sequences, "requests"),
+            (longest, layout.pages, "pages of a request"),
+        ):
+            if count > fit:
+                raise RuntimeError(f"step {step.step}: {count} {what}; {fit} fit")
+        flight = GPUFlight(step, requests, end, layout=layout, lane=lane, memory=memory)
         flight.arguments.bucket = bucket
         return flight
 
 
 def _compute_logits(stages: Stages, wanted: Sequence[Wanted]) -> None:
-    """Logits of rows beside those that the head stage took, or with residuals of earlier steps."""
+    """Computes logits of rows that the head stage did not take, or of residuals from earlier
+    steps."""
     rows = torch.zeros(stages.layout.wanted, dtype=torch.int32)
     rows[: len(wanted)] = torch.tensor([max(w.source, 0) for w in wanted], dtype=torch.int32)
     stages.inputs.wanted_rows.copy_(rows)

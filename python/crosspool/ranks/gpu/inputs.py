@@ -1,7 +1,8 @@
-"""A step's inputs as one run of int32 elements: written by the host, read by the embedding stage.
+"""A step's inputs as one run of int32 elements, which the host writes and the embedding stage
+reads.
 
-Every (model, row bucket) has a layout of its own, so that a step of one row brings one row's worth.
-The page table comes last, and only the part of it that is used crosses to the device.
+Every (model, row bucket) has a layout of its own, so that a step of one row transfers no more than
+a row needs. The page table comes last, and only the used part of it crosses to the device.
 """
 
 from __future__ import annotations
@@ -19,30 +20,31 @@ _NUMPY: dict[torch.dtype, type[np.generic]] = {
     torch.float64: np.float64,
 }
 _STOPS = 64
-"""Stop tokens of a row, in the mean, that a lease has room for."""
+"""Stop tokens per row, on average, for which a lease has room."""
 _HEADER = 4
-"""Elements: sequences, pages of the longest sequence, wanted rows, one that is unused."""
+"""Elements of the header: sequences, pages of the longest sequence, wanted rows, one unused."""
 
 
 @dataclass(frozen=True)
 class InputLayout:
-    """Where each field lies, and how large it is."""
+    """Place and size of each field."""
 
     bucket: int
-    """Rows."""
+    """Rows of the bucket."""
     sequences: int
     """Lines of the page table."""
     pages: int
-    """Pages of a line."""
+    """Pages of each line."""
 
     @property
     def wanted(self) -> int:
-        """Rows that may want a token in one step: one of each sequence at most."""
+        """Rows of one step that may want a token: at most one of each sequence."""
         return self.sequences
 
     @property
     def fields(self) -> dict[str, tuple[int, int, torch.dtype]]:
-        """By name: first element, count and dtype, without the page table."""
+        """First element, count and dtype of each field by its name; the page table is not among
+        them."""
         found: dict[str, tuple[int, int, torch.dtype]] = {}
         at = _HEADER
         for name, count, dtype in (
@@ -69,12 +71,13 @@ class InputLayout:
 
     @property
     def elements(self) -> int:
-        """Of all."""
+        """Elements of the whole, page table included."""
         return self.head + self.sequences * self.pages
 
 
 class HostInputs:
-    """The host's view of a step's inputs over int32 ``memory``, of at least ``elements``."""
+    """The host's view of a step's inputs over ``memory``, int32 with at least ``elements``
+    elements."""
 
     def __init__(self, layout: InputLayout, memory: Tensor) -> None:
         flat = memory.numpy()[: layout.elements]
@@ -90,16 +93,17 @@ class HostInputs:
         return self._fields[name]
 
     def close(self, sequences: int, pages: int, wanted: int) -> None:
-        """Says how much there is: lines of the page table, pages in the longest, wanted rows."""
+        """Writes the header: lines of the page table, pages of the longest, wanted rows."""
         self._header[:3] = sequences, pages, wanted
 
 
 class HostMemory:
-    """What the steps of one lane leave in host memory for the device, and get back from it. On a
-    GPU it is pinned, and so readable there."""
+    """Host memory through which the steps of one lane pass inputs to the device and get tokens
+    back. For a GPU it is pinned, so that the device can read it."""
 
     def __init__(self, elements: int, wanted: int, lease: int, *, pinned: bool) -> None:
-        """``elements``: of the largest inputs; ``wanted``: tokens of one step; ``lease``: steps."""
+        """``elements``: int32 elements of the largest inputs; ``wanted``: tokens of one step;
+        ``lease``: most steps of a lease."""
         self.inputs = torch.zeros(elements, dtype=torch.int32, pin_memory=pinned)
         self.tokens = torch.full((lease * wanted,), -1, dtype=torch.int32, pin_memory=pinned)
         self.stops = torch.zeros(_STOPS * wanted, dtype=torch.int32, pin_memory=pinned)
@@ -108,5 +112,5 @@ class HostMemory:
 
 
 def _up(elements: int) -> int:
-    """To a multiple of 16 bytes."""
+    """Rounds int32 elements up to a multiple of 16 bytes."""
     return -(-elements // 4) * 4

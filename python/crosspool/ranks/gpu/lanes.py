@@ -1,30 +1,40 @@
 """The lanes of one GPU: their memory, their stages for every model and row bucket, and the loop
 that drives them. Needs torch and Triton, and for a resident loop the native library.
 
-The lanes of an attention rank come first; those of an FFN rank that serves other devices follow,
-one for every eight links."""
+The lanes of an attention rank come first. The lanes of an FFN rank that serves other devices
+follow, one for every eight links."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from crosspool.config.errors import ConfigError
-from crosspool.kernels.cuda_loop import MAX_LINKS, CudaLoop, LinkMemory, ModelStages, Stage
-from crosspool.kernels.cuda_loop import LanePlaces as LoopPlaces
+from crosspool.kernels.cuda_loop import (
+    MAX_LINKS,
+    CudaLoop,
+    GPUStage,
+    LanePlaces,
+    LinkMemory,
+    ModelStages,
+)
 from crosspool.models.spec import DTYPE_BYTES, ModelSpec
+from crosspool.ranks.gpu.exchange import HostExchange
 from crosspool.ranks.gpu.ffn import ServedStages
 from crosspool.ranks.gpu.launch import EagerLauncher, GraphLauncher, capture
-from crosspool.ranks.gpu.links import Crossing, LanePayloads, ServedCounts
-from crosspool.ranks.gpu.loop import DeviceLoop, HostExchange, HostLaunchedLoop, PartWatch
+from crosspool.ranks.gpu.links import Crossing, LanePayloads, ServedCounts, by_lane
+from crosspool.ranks.gpu.loop import DeviceLoop, HostLaunchedLoop
 from crosspool.ranks.gpu.model import GPUModel, kinds_of
-from crosspool.ranks.gpu.nvshmem import Tail
-from crosspool.ranks.gpu.scratch import FFNScratch, LanePlaces, Scratch
+from crosspool.ranks.gpu.scratch import FFNScratch, LaneBuffers, Scratch
 from crosspool.ranks.gpu.stages import HasStages, Stages, layouts_of
 from crosspool.ranks.gpu.weights import GPUFFN
+
+if TYPE_CHECKING:
+    from crosspool.ranks.gpu.trace import GPUTrace
+    from crosspool.transport.device_links import Tail
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +48,12 @@ def make_stages(
     *,
     links: Sequence[Sequence[LinkMemory]] = (),
     crossings: Sequence[Crossing] = (),
-) -> tuple[list[LanePlaces], dict[tuple[int, int, int], Stages]]:
-    """Every lane's memory, and its stages by lane, model and bucket; ``sequences``: of a step at
-    most. ``links``: by lane; ``crossings``: by model; none where nothing leaves the device."""
+) -> tuple[list[LaneBuffers], dict[tuple[int, int, int], Stages]]:
+    """Makes the lanes of an attention rank. Returns each lane's memory, and stages by lane, model
+    and bucket.
+
+    ``sequences``: most sequences of a step; ``links``: links of each lane, ``crossings``: one for
+    each model, both empty where nothing leaves the device."""
     layouts = [layouts_of(model, buckets, sequences) for model in models]
     crossings = crossings or [Crossing()] * len(models)
     arena = max(
@@ -49,7 +62,7 @@ def make_stages(
         for layout in of_model
     )
     places = [
-        LanePlaces(device, buckets[-1], arena, links=links[lane] if links else ())
+        LaneBuffers(device, buckets[-1], arena, links=links[lane] if links else ())
         for lane in range(lanes)
     ]
     stages = {
@@ -61,49 +74,44 @@ def make_stages(
     return places, stages
 
 
-@dataclass
-class Serving:
-    """What an FFN rank has for other devices' dispatches."""
-
-    places: list[LanePlaces] = field(default_factory=list)
-    """By lane, of which each has up to eight links."""
-    stages: dict[tuple[int, int, int], ServedStages] = field(default_factory=dict)
-    """By lane (counted from the first that serves), model and bucket."""
-    counts: ServedCounts | None = None
-    """By link, over all lanes."""
-
-
 def make_serving(
     specs: Sequence[ModelSpec],
     ffns: Mapping[int, GPUFFN],
     buckets: Sequence[int],
     links: Sequence[LinkMemory],
     device: torch.device,
-) -> Serving:
-    """The lanes of an FFN rank; ``ffns``: its parts, by model; ``links``: to other devices."""
-    made = Serving(counts=ServedCounts(len(links), device))
-    assert made.counts is not None
+    *,
+    counts: ServedCounts,
+    first_lane: int,
+) -> tuple[list[LaneBuffers], dict[tuple[int, int, int], ServedStages]]:
+    """Makes the lanes of an FFN rank that serve ``links`` to other devices. Returns each lane's
+    memory, and stages by lane (counted from ``first_lane``), model and bucket.
+
+    ``ffns``: the rank's parts by the model's index; ``counts``: where stages count what came
+    through each link."""
+    if not links:
+        return [], {}
     arena = max(
         FFNScratch.bytes_of_rows(specs[model], ffn.kinds, rows)
         for model, ffn in ffns.items()
         for rows in buckets
     )
-    for lane, first in enumerate(range(0, len(links), MAX_LINKS)):
-        own = links[first : first + MAX_LINKS]
-        place = LanePlaces(device, buckets[-1], arena, links=own, serves=True)
-        made.places.append(place)
+    lanes: list[LaneBuffers] = []
+    stages: dict[tuple[int, int, int], ServedStages] = {}
+    for own, counted in zip(by_lane(links), counts.memory.split(MAX_LINKS), strict=True):
+        lane = LaneBuffers(device, buckets[-1], arena, links=own, serves=True)
         payloads = LanePayloads.of(own, device, None)
-        counted = made.counts.memory[first : first + MAX_LINKS]
         for model, ffn in ffns.items():
             for bucket, rows in enumerate(buckets):
-                made.stages[lane, model, bucket] = ServedStages(
-                    specs[model], ffn, rows, place, payloads=payloads, served=counted
+                stages[first_lane + len(lanes), model, bucket] = ServedStages(
+                    specs[model], ffn, rows, lane, payloads=payloads, served=counted
                 )
-    return made
+        lanes.append(lane)
+    return lanes, stages
 
 
 def model_stages(spec: ModelSpec, crossing: Crossing) -> ModelStages:
-    """A model as a loop knows it. Raises ConfigError for one whose layers it does not drive."""
+    """Describes a model to a loop. Raises ConfigError for one whose layers it does not drive."""
     try:
         kinds = kinds_of(spec)
     except ValueError as error:
@@ -118,19 +126,21 @@ def model_stages(spec: ModelSpec, crossing: Crossing) -> ModelStages:
 
 def join_loop(
     models: Sequence[ModelStages],
-    lanes: Sequence[LanePlaces],
+    lanes: Sequence[LaneBuffers],
     stages: Mapping[tuple[int, int, int], HasStages],
     buckets: Sequence[int],
     *,
     resident: bool,
-    watch: PartWatch | None = None,
+    watch: GPUTrace | None = None,
     exchange: HostExchange | None = None,
     epoch: int = 1,
-    tails: Mapping[tuple[int, int, Stage], Tail] | None = None,
+    tails: Mapping[tuple[int, int, GPUStage], Tail] | None = None,
 ) -> DeviceLoop:
-    """The loop over the lanes' stages: resident or host-launched graphs on a GPU, plain calls on
-    CPU tensors. ``exchange``: of the host-launched loop, where rows leave the device; ``epoch``:
-    of a resident loop's dispatches; ``tails``: of captured stages, by lane, model and stage."""
+    """Makes the loop over the lanes' stages: it launches graphs on a GPU, resident or from the
+    host, and makes plain calls on CPU tensors.
+
+    ``exchange``: for the host-launched loop, where rows leave the device; ``epoch``: of a resident
+    loop's dispatches; ``tails``: what ends captured stages, by lane, model and stage."""
     own = sum(not lane.serves for lane in lanes)
     if lanes[0].device.type != "cuda":
         return HostLaunchedLoop(models, own, EagerLauncher(lanes, stages), watch, exchange)
@@ -149,9 +159,9 @@ def join_loop(
     return loop
 
 
-def loop_places(lanes: Sequence[LanePlaces]) -> list[LoopPlaces]:
-    """Lanes as the resident loop takes them."""
+def loop_places(lanes: Sequence[LaneBuffers]) -> list[LanePlaces]:
+    """Describes lanes to the resident loop."""
     return [
-        LoopPlaces(lane.words.data_ptr(), lane.chosen.data_ptr(), lane.links, lane.serves)
+        LanePlaces(lane.words.data_ptr(), lane.chosen.data_ptr(), lane.links, lane.serves)
         for lane in lanes
     ]

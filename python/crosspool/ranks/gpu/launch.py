@@ -1,44 +1,46 @@
-"""How the host has a stage done on a lane: as a captured graph on the lane's stream, or by calling
-it on CPU tensors, where Triton interprets the kernels."""
+"""Launchers of stages from the host: as captured graphs on the lane's stream, or by plain calls on
+CPU tensors, where Triton interprets the kernels."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from crosspool.kernels.cuda_loop import Stage
+from crosspool.kernels.cuda_loop import GPUStage
 from crosspool.ranks.gpu.ffn import StageCall
-from crosspool.ranks.gpu.nvshmem import Tail
-from crosspool.ranks.gpu.scratch import LanePlaces
+from crosspool.ranks.gpu.scratch import LaneBuffers
 from crosspool.ranks.gpu.stages import HasStages
 
-Key = tuple[int, int, Stage, int]
-"""Lane, model, stage, bucket: its index."""
+if TYPE_CHECKING:
+    from crosspool.transport.device_links import Tail
+
+Key = tuple[int, int, GPUStage, int]
+"""Lane, model, stage, and index of the bucket."""
 
 
 class Launcher(Protocol):
-    """Work on one lane is done in the order in which it is asked for."""
+    """Has stages done; those of one lane in the order in which they were asked for."""
 
     def write(
         self, lane: int, inputs: int, rows: int, done: int, *, layer: int = 0, link: int = 0
     ) -> None:
-        """The lane's words for a step that begins, ``inputs``: address of its inputs in host
-        memory, ``done``: steps of its lease that have ended; or for a dispatch that came through
+        """Writes the lane's words: for a step (``inputs``: address of its inputs in host memory,
+        ``done``: steps of its lease that have ended), or for a dispatch that came through
         ``link``."""
 
     def set_layer(self, lane: int, layer: int) -> None: ...
 
-    def launch(self, lane: int, model: int, stage: Stage, bucket: int) -> None: ...
+    def launch(self, lane: int, model: int, stage: GPUStage, bucket: int) -> None: ...
 
     def fetch(self, lane: int, address: int, count: int) -> None:
         """Copies the first ``count`` chosen tokens to host memory."""
 
     def fence(self, lane: int) -> None:
-        """What :meth:`finished` asks about is everything asked for until here."""
+        """Marks the point up to which :meth:`finished` asks."""
 
     def finished(self, lane: int) -> bool: ...
 
@@ -47,10 +49,10 @@ class Launcher(Protocol):
 
 
 class EagerLauncher:
-    """Calls the stages at once. For CPU tensors."""
+    """Calls the stages at once, on CPU tensors."""
 
     def __init__(
-        self, lanes: Sequence[LanePlaces], stages: Mapping[tuple[int, int, int], HasStages]
+        self, lanes: Sequence[LaneBuffers], stages: Mapping[tuple[int, int, int], HasStages]
     ) -> None:
         """``stages``: by lane, model and bucket."""
         self._lanes = lanes
@@ -68,7 +70,7 @@ class EagerLauncher:
     def set_layer(self, lane: int, layer: int) -> None:
         self._lanes[lane].layer.fill_(layer)
 
-    def launch(self, lane: int, model: int, stage: Stage, bucket: int) -> None:
+    def launch(self, lane: int, model: int, stage: GPUStage, bucket: int) -> None:
         self._calls[lane, model, stage, bucket]()
 
     def fetch(self, lane: int, address: int, count: int) -> None:
@@ -85,17 +87,15 @@ class EagerLauncher:
 
 
 class GraphLauncher:
-    """Launches captured graphs, each lane on a stream of its own.
-
-    Has not run on a GPU yet (docs/gpu.md)."""
+    """Launches captured graphs, each lane's on a stream of its own."""
 
     def __init__(
         self,
-        lanes: Sequence[LanePlaces],
+        lanes: Sequence[LaneBuffers],
         graphs: Mapping[Key, torch.cuda.CUDAGraph],
         layers: int,
     ) -> None:
-        """``graphs``: instantiated. ``layers``: of the deepest model."""
+        """``graphs`` are instantiated; ``layers``: layers of the deepest model."""
         device = lanes[0].device
         self._lanes = lanes
         self._graphs = graphs
@@ -107,8 +107,8 @@ class GraphLauncher:
     def write(
         self, lane: int, inputs: int, rows: int, done: int, *, layer: int = 0, link: int = 0
     ) -> None:
-        # The lane's last step or dispatch is over, and with it the last copy out of this memory;
-        # between two steps of a lease too.
+        # The lane's last step or dispatch is over, between two steps of a lease too; and with it
+        # the last copy out of this memory.
         self._words[lane].copy_(words(inputs, rows, done, layer, link))
         with torch.cuda.stream(self._streams[lane]):
             self._lanes[lane].words.copy_(self._words[lane], non_blocking=True)
@@ -117,7 +117,7 @@ class GraphLauncher:
         with torch.cuda.stream(self._streams[lane]):
             self._lanes[lane].layer.copy_(self._numbers[layer : layer + 1])
 
-    def launch(self, lane: int, model: int, stage: Stage, bucket: int) -> None:
+    def launch(self, lane: int, model: int, stage: GPUStage, bucket: int) -> None:
         with torch.cuda.stream(self._streams[lane]):
             self._graphs[lane, model, stage, bucket].replay()
 
@@ -150,16 +150,16 @@ def host_tokens(address: int, count: int) -> Tensor:
 
 
 def capture(
-    lanes: Sequence[LanePlaces],
+    lanes: Sequence[LaneBuffers],
     stages: Mapping[tuple[int, int, int], HasStages],
-    tails: Mapping[tuple[int, int, Stage], Tail],
+    tails: Mapping[tuple[int, int, GPUStage], Tail],
 ) -> dict[Key, torch.cuda.CUDAGraph]:
-    """Captures every stage, after calling it once so that its kernels are compiled and loaded. The
-    lanes' words and inputs say 0 rows, so that nothing of KV is read or written. The graphs are not
-    instantiated yet. ``stages``: by lane, model and bucket; ``tails``: what ends the graphs of a
-    stage, by lane and model, and must not run before.
+    """Captures every stage, after calling it once so that its kernels are compiled and loaded;
+    meanwhile the lanes' words and inputs say 0 rows, so that no KV is read or written. Returns
+    graphs that are not instantiated.
 
-    Has not run on a GPU yet (docs/gpu.md)."""
+    ``stages``: by lane, model and bucket; ``tails``: what ends the graphs of a stage, by lane and
+    model; it must not run before."""
     elements = max(s.input_elements for s in stages.values())
     empty = torch.zeros(max(1, elements), dtype=torch.int32).pin_memory()
     for lane in lanes:

@@ -1,8 +1,8 @@
-"""What drives the stages of a GPU's lanes: the face that both loops have, and the one in Python.
+"""Loops over the stages of a GPU's lanes: the interface of both loops, and the loop in Python.
 
 :class:`crosspool.kernels.cuda_loop.CudaLoop` is resident: the device launches the stages itself.
-:class:`HostLaunchedLoop` launches the same ones from here, one by one: the reference, and the
-baseline of the ablation. Both take the same steps and answer with the same events.
+:class:`HostLaunchedLoop` launches the same stages from Python, one by one; it is the reference, and
+the baseline of the ablation. Both take the same steps and tell the same events.
 """
 
 from __future__ import annotations
@@ -18,22 +18,25 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from crosspool.kernels.cuda_loop import ModelStages, Stage
-from crosspool.kernels.cuda_loop_structs import StepArguments
+from crosspool.kernels.cuda_loop import GPUStage, ModelStages
+from crosspool.kernels.cuda_loop_structs import GPUStepArguments
 from crosspool.kernels.engine_structs import DONE, LOGITS, TOKENS, Event
+from crosspool.ranks.gpu.exchange import DispatchEnd, HostExchange, ReplyEnd
 from crosspool.transport.data_path import DispatchHeader, LaneError
 
 if TYPE_CHECKING:
     from crosspool.ranks.gpu.launch import Launcher
+    from crosspool.ranks.gpu.trace import GPUTrace
 
 _SLEEP = 20e-6
-"""Seconds between two looks at lanes that all wait for the device."""
+"""Seconds between two polls while every lane waits for the device."""
 
 
 class DeviceLoop(Protocol):
-    """As :class:`crosspool.kernels.cuda_loop.CudaLoop`, where the methods are described."""
+    """The methods that both loops have; :class:`crosspool.kernels.cuda_loop.CudaLoop` describes
+    them."""
 
-    def push_step(self, lane: int, arguments: StepArguments) -> None: ...
+    def push_step(self, lane: int, arguments: GPUStepArguments) -> None: ...
 
     def push_resume(self, lane: int, step: int) -> None: ...
 
@@ -51,96 +54,32 @@ class DeviceLoop(Protocol):
     def served(self) -> int: ...
 
 
-class PartWatch(Protocol):
-    """Told of every part, for a trace."""
-
-    @property
-    def on(self) -> bool: ...
-
-    def part(self, lane: int, step: StepArguments, stage: Stage, layer: int, start_ns: int) -> None:
-        """A part of an attention rank's lane that has just ended on the device."""
-
-    def served(self, link: AnswerEnd, dispatch: DispatchHeader, start_ns: int) -> None:
-        """The FFN part of another device's dispatch that has just ended."""
-
-
-class DispatchEnd(Protocol):
-    """The attention rank's end of a link whose payloads device code writes and reads: see
-    :class:`~crosspool.transport.shared_links.SharedMemoryAttentionLink`."""
-
-    @property
-    def free(self) -> bool: ...
-
-    def announce(self, header: DispatchHeader, row_bytes: int) -> None: ...
-
-    def ready(self) -> bool: ...
-
-    def accept(self) -> None: ...
-
-
-class AnswerEnd(Protocol):
-    """The FFN rank's end, as :class:`~crosspool.transport.shared_links.SharedMemoryFFNLink`."""
-
-    attention_rank: int
-    lane: int
-
-    def poll(self) -> DispatchHeader | None: ...
-
-    @property
-    def row_bytes(self) -> int: ...
-
-    def answer(self) -> None: ...
-
-
-class Doorbell(Protocol):
-    """Where the data path wakes this device."""
-
-    def wait(self, timeout: float) -> bool:
-        """Returns when a peer rang since the last call, or after ``timeout`` seconds."""
-
-
-@dataclass(frozen=True)
-class HostExchange:
-    """What the host-launched loop does with other devices: it tells them, and hears from them, in
-    the host's memory, when the device has written a payload."""
-
-    doorbell: Doorbell
-    outgoing: Sequence[Sequence[DispatchEnd]] = ()
-    """By lane and link, of the attention rank."""
-    served: Sequence[Sequence[AnswerEnd]] = ()
-    """By lane and link, of the FFN rank, whose lanes come after the attention rank's."""
-    held: frozenset[int] = frozenset()
-    """Models of which the FFN rank holds a part."""
-    bucket_rows: Sequence[int] = ()
-
-
 @dataclass
 class _Lane:
     work: Iterator[Callable[[], bool]] | None = None
-    """What is under way; gives what must hold before it goes on."""
+    """Work under way. It yields conditions, each of which must hold before it goes on."""
     until: Callable[[], bool] | None = None
-    queue: deque[StepArguments] = field(default_factory=deque)
-    step: StepArguments | None = None
+    queue: deque[GPUStepArguments] = field(default_factory=deque)
+    step: GPUStepArguments | None = None
     with_host: bool = False
     on_device: bool = False
-    """It waits for the device."""
+    """Whether the lane waits for the device."""
     recalled: bool = False
 
 
 class HostLaunchedLoop:
-    """Launches the stages of each lane from Python, lanes in turn, a part at a time; work is done
-    in :meth:`wait` only. A lane whose last part is launched is looked at until the device is done
-    with it, and so is one whose payloads are being written."""
+    """Launches the stages of each lane from Python, a part at a time, lanes in rotation, within
+    :meth:`wait`. It polls lanes whose last part, or whose payloads, the device still works on."""
 
     def __init__(
         self,
         models: Sequence[ModelStages],
         lanes: int,
         launcher: Launcher,
-        watch: PartWatch | None = None,
+        watch: GPUTrace | None = None,
         exchange: HostExchange | None = None,
     ) -> None:
-        """``lanes``: of the attention rank."""
+        """``lanes``: number of lanes of the attention rank."""
         self._models = models
         self._steps = [_Lane() for _ in range(lanes)]
         self._launcher = launcher
@@ -149,14 +88,14 @@ class HostLaunchedLoop:
         self._events: deque[Event] = deque()
         self._next = 0
         self.served = 0
-        """Dispatches of other devices that were answered."""
+        """Dispatches of other devices to which the FFN rank has replied."""
         self._lanes = list(self._steps)
         for ends in () if exchange is None else exchange.served:
             serving = _Lane()
             serving.work = self._serve(len(self._lanes), serving, ends)
             self._lanes.append(serving)
 
-    def push_step(self, lane: int, arguments: StepArguments) -> None:
+    def push_step(self, lane: int, arguments: GPUStepArguments) -> None:
         self._steps[lane].queue.append(arguments)
 
     def push_resume(self, lane: int, step: int) -> None:
@@ -177,8 +116,10 @@ class HostLaunchedLoop:
         return self._events.popleft() if self._events else None
 
     def wait(self, timeout_s: float) -> bool:
-        """Launches the next part of a lane that has one, or looks until one can go on; True when
-        there is an event. Raises LaneError when a peer breaks the lane protocol."""
+        """Launches the next part of a lane that has one, or polls until one can go on. Returns
+        whether there is an event.
+
+        Raises LaneError when a peer breaks the lane protocol."""
         deadline = time.monotonic() + timeout_s
         while not self._events and not self._advance_one():
             left = deadline - time.monotonic()
@@ -192,11 +133,12 @@ class HostLaunchedLoop:
 
     @contextlib.contextmanager
     def quiesced(self) -> Iterator[None]:
-        """Nothing of a loop waits on the device: what was launched ends by itself."""
+        """Does nothing: what was launched ends by itself, and nothing of this loop stays on the
+        device."""
         yield
 
     def close(self) -> None:
-        """Waits for what was launched."""
+        """Waits until everything that was launched has ended."""
         for lane in range(len(self._lanes)):
             self._launcher.synchronize(lane)
 
@@ -209,7 +151,7 @@ class HostLaunchedLoop:
         return False
 
     def _advance(self, lane: int, state: _Lane) -> bool:
-        """Does what is next on a lane; False: nothing can be done."""
+        """Does what is next on a lane. Returns False where nothing can be done."""
         if state.work is None:
             if not state.queue:
                 return False
@@ -223,10 +165,12 @@ class HostLaunchedLoop:
             state.work = state.step = None
         return True
 
-    def _step(self, lane: int, state: _Lane, step: StepArguments) -> Iterator[Callable[[], bool]]:
-        """A step, with all of its lease."""
+    def _step(
+        self, lane: int, state: _Lane, step: GPUStepArguments
+    ) -> Iterator[Callable[[], bool]]:
+        """Carries out a step, with all of its lease."""
         launcher, model = self._launcher, self._models[step.model]
-        stage, done, more = Stage.EMBED, 0, True
+        stage, done, more = GPUStage.EMBED, 0, True
         while more:
             launcher.write(lane, step.inputs, step.rows, done)
             launcher.launch(lane, step.model, stage, step.bucket)
@@ -236,9 +180,9 @@ class HostLaunchedLoop:
                 yield _at_once
                 start = time.monotonic_ns()
                 launcher.set_layer(lane, len(model.kinds))
-                launcher.launch(lane, step.model, Stage.HEAD, step.bucket)
+                launcher.launch(lane, step.model, GPUStage.HEAD, step.bucket)
                 launcher.fetch(lane, step.tokens + 4 * done * step.wanted, step.wanted)
-                self._tell(lane, step, Stage.HEAD, -1, start)
+                self._tell(lane, step, GPUStage.HEAD, -1, start)
             yield self._device_is_done(lane, state)
             if step.for_host:
                 state.with_host = True
@@ -248,26 +192,26 @@ class HostLaunchedLoop:
             more = more and not _stopped(step, done)
             kind = TOKENS if more else DONE
             self._events.append(Event(kind, lane, step.step, done, step.wanted, None))
-            stage, done = Stage.FEED, done + 1
+            stage, done = GPUStage.FEED, done + 1
 
     def _layer(
-        self, lane: int, state: _Lane, step: StepArguments, layer: int
+        self, lane: int, state: _Lane, step: GPUStepArguments, layer: int
     ) -> Iterator[Callable[[], bool]]:
-        """A layer, whose last stage is launched with the next part."""
+        """Carries out a layer; its last stage is launched with the next part."""
         launcher, model = self._launcher, self._models[step.model]
         if layer > 0 and not model.links:
             yield _at_once
         start = time.monotonic_ns()
         launcher.set_layer(lane, layer)
-        launcher.launch(lane, step.model, Stage.ATTENTION, step.bucket)
-        self._tell(lane, step, Stage.ATTENTION, layer, start)
+        launcher.launch(lane, step.model, GPUStage.ATTENTION, step.bucket)
+        self._tell(lane, step, GPUStage.ATTENTION, layer, start)
         ends: list[DispatchEnd] = []
         if model.links:
             assert self._exchange is not None
             ends = [self._exchange.outgoing[lane][link] for link in model.links]
-            # A predecessor's dispatch may still be unanswered.
+            # A predecessor's dispatch may still wait for its reply.
             yield lambda: all(end.free for end in ends)
-            launcher.launch(lane, step.model, Stage.DISPATCH, step.bucket)
+            launcher.launch(lane, step.model, GPUStage.DISPATCH, step.bucket)
             yield self._device_is_done(lane, state)
             header = DispatchHeader(epoch=0, model=step.model, layer=layer, rows=step.rows)
             for end in ends:
@@ -283,12 +227,12 @@ class HostLaunchedLoop:
             yield lambda: all(end.ready() for end in ends)
             for end in ends:
                 end.accept()
-            launcher.launch(lane, step.model, Stage.COMBINE, step.bucket)
+            launcher.launch(lane, step.model, GPUStage.COMBINE, step.bucket)
 
     def _serve(
-        self, lane: int, state: _Lane, ends: Sequence[AnswerEnd]
+        self, lane: int, state: _Lane, ends: Sequence[ReplyEnd]
     ) -> Iterator[Callable[[], bool]]:
-        """Other devices' dispatches, links in turn; without an end."""
+        """Serves other devices' dispatches for ever, links in rotation."""
         exchange, launcher = self._exchange, self._launcher
         assert exchange is not None
         first = 0
@@ -305,13 +249,13 @@ class HostLaunchedLoop:
             launcher.launch(lane, header.model, stage, bucket)
             yield self._device_is_done(lane, state)
             if self._watch is not None and self._watch.on:
-                self._watch.served(end, header, start)
-            end.answer()
+                self._watch.served(end.attention_rank, end.lane, header, start)
+            end.announce_reply()
             self.served += 1
             first = link + 1
 
-    def _check(self, exchange: HostExchange, end: AnswerEnd, header: DispatchHeader) -> int:
-        """The bucket of a dispatch. Raises LaneError for one that cannot be carried out."""
+    def _check(self, exchange: HostExchange, end: ReplyEnd, header: DispatchHeader) -> int:
+        """Returns the bucket of a dispatch. Raises LaneError for one that cannot be carried out."""
         model = self._models[header.model] if header.model in exchange.held else None
         if model is None:
             wrong = f"model {header.model}, of which nothing lies here"
@@ -326,12 +270,14 @@ class HostLaunchedLoop:
         raise LaneError(f"attention rank {end.attention_rank}, lane {end.lane}: dispatched {wrong}")
 
     def _device_is_done(self, lane: int, state: _Lane) -> Callable[[], bool]:
-        """Whether all that was launched on the lane until here has ended."""
+        """Returns a condition: that everything launched on the lane so far has ended."""
         self._launcher.fence(lane)
         state.on_device = True
         return lambda: self._launcher.finished(lane)
 
-    def _tell(self, lane: int, step: StepArguments, stage: Stage, layer: int, start: int) -> None:
+    def _tell(
+        self, lane: int, step: GPUStepArguments, stage: GPUStage, layer: int, start: int
+    ) -> None:
         if self._watch is not None and self._watch.on:
             self._launcher.synchronize(lane)
             self._watch.part(lane, step, stage, layer, start)
@@ -341,12 +287,12 @@ def _at_once() -> bool:
     return True
 
 
-def _ffn_stage(model: ModelStages, layer: int) -> Stage:
-    return Stage.MOE_FFN if model.kinds[layer] else Stage.DENSE_FFN
+def _ffn_stage(model: ModelStages, layer: int) -> GPUStage:
+    return GPUStage.MOE_FFN if model.kinds[layer] else GPUStage.DENSE_FFN
 
 
-def _stopped(step: StepArguments, done: int) -> bool:
-    """Whether a row's token of the lease's step ``done`` is one of the row's stop tokens."""
+def _stopped(step: GPUStepArguments, done: int) -> bool:
+    """Whether a row's token in step ``done`` of the lease is one of the row's stop tokens."""
     if not step.stops:
         return False
     ends = _array(step.stop_ends, step.wanted)

@@ -1,4 +1,4 @@
-"""A model as one GPU holds it."""
+"""Models as GPUs hold them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from crosspool.ranks.gpu.weights import GPUFFN, GPUAttention
 
 @dataclass(frozen=True)
 class GPUModel:
-    """A model as the GPU of an attention rank holds it."""
+    """What the GPU of an attention rank holds of a model."""
 
     spec: ModelSpec
     attention: GPUAttention
     ffn: GPUFFN | None
-    """The share of its own FFN rank, if that has one."""
+    """The share of the device's own FFN rank; None where it has none of the model."""
     kv: Tensor
     """[pages, layers, page_size, kv_width]."""
 
     @property
     def kinds(self) -> tuple[bool, ...]:
-        """As :func:`kinds_of`."""
+        """Whether the FFN part of each layer is a MoE; see :func:`kinds_of`."""
         return kinds_of(self.spec)
 
     @property
@@ -33,9 +33,13 @@ class GPUModel:
 
 
 def kinds_of(spec: ModelSpec) -> tuple[bool, ...]:
-    """Per layer, whether its FFN part is a MoE. Raises ValueError where two dense or two MoE layers
-    differ in shape: the loop knows a graph for each of the two."""
+    """Returns for each layer whether its FFN part is a MoE.
+
+    Raises ValueError where two dense or two MoE layers differ in shape: a loop has one graph for
+    dense and one for MoE layers."""
     moe = [isinstance(ffn, MoEFFN) for ffn in dict.fromkeys(spec.ffn)]
     if len(set(moe)) != len(moe):
-        raise ValueError("FFN layers of one kind differ in shape: a GPU does not drive that")
+        raise ValueError(
+            "dense layers, or MoE layers, differ in shape: the GPU's loops drive one shape of each"
+        )
     return tuple(isinstance(ffn, MoEFFN) for ffn in spec.ffn)

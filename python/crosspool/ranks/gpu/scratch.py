@@ -1,5 +1,5 @@
-"""The memory that a lane's stages work in on a GPU: fixed for the lane, laid out anew over the same
-arena by each (model, row bucket), since only one of them is on the lane at a time."""
+"""Memory in which the stages of a lane work on a GPU. It is fixed for the lane; each (model, row
+bucket) lays it out anew over the same arena, since only one of them is on the lane at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ _ALIGNMENT = 256
 
 
 class DeviceInputs:
-    """A step's inputs on the device, as the kernels take them. ``count``: int32 [1], its rows."""
+    """A step's inputs on the device, as the kernels take them. ``count``: int32 [1], the step's
+    rows."""
 
     def __init__(self, layout: InputLayout, memory: Tensor, count: Tensor) -> None:
         flat = memory[: layout.elements]
@@ -55,9 +56,9 @@ class DeviceInputs:
         )
 
 
-class LanePlaces:
-    """What a lane has for all models and buckets: the loop's words, the chosen tokens, its links to
-    other devices, and memory."""
+class LaneBuffers:
+    """Memory of a lane for all models and buckets: the loop's words, the chosen tokens, an arena;
+    and the lane's links to other devices."""
 
     def __init__(
         self,
@@ -68,7 +69,8 @@ class LanePlaces:
         links: Sequence[LinkMemory] = (),
         serves: bool = False,
     ) -> None:
-        """``serves``: the lane is an FFN rank's, and answers what comes through its links."""
+        """``serves``: whether the lane is an FFN rank's, which serves what comes through its
+        links."""
         self.device = device
         self.links = tuple(links)
         self.serves = serves
@@ -80,7 +82,7 @@ class LanePlaces:
 
     @property
     def address(self) -> Tensor:
-        """int64 [1]: where the step's inputs are."""
+        """int64 [1]: address of the step's inputs."""
         return self.words[:2].view(torch.int64)
 
     @property
@@ -89,7 +91,7 @@ class LanePlaces:
 
     @property
     def link(self) -> Tensor:
-        """int32 [1]: the link that a served dispatch came through."""
+        """int32 [1]: index of the link through which a served dispatch came."""
         return self.words[3:4]
 
     @property
@@ -99,7 +101,8 @@ class LanePlaces:
 
 
 class Carver:
-    """Cuts tensors out of a lane's arena; without one, only says how large it must be."""
+    """Cuts tensors out of a lane's arena; without an arena, it only adds up how large one must
+    be."""
 
     def __init__(self, arena: Tensor | None) -> None:
         self._arena = arena
@@ -117,7 +120,7 @@ class Carver:
 
 @dataclass(frozen=True)
 class KindScratch:
-    """What the FFN layers of one kind work in."""
+    """Memory in which the FFN layers of one kind work."""
 
     kind: FFNKind
     plan: ExpertPlan
@@ -134,17 +137,17 @@ class KindScratch:
 
 
 class FFNScratch:
-    """What an FFN part takes, works in and gives."""
+    """Input, workspace and output of an FFN part."""
 
     def __init__(
         self, spec: ModelSpec, kinds: Sequence[FFNKind], rows: int, carver: Carver
     ) -> None:
-        """``kinds``: of the rank's layers; ``rows``: the bucket's."""
+        """``kinds``: kinds of the rank's layers; ``rows``: rows of the bucket."""
         dtype = TORCH_DTYPES[spec.dtype]
         self.payload = carver.take(dtype, rows, spec.hidden)
-        """What a dispatch carries: the FFN part's input."""
+        """The FFN part's input, which a dispatch carries."""
         self.partial = carver.take(dtype, rows, spec.hidden)
-        """What a combine brings: the FFN part's output."""
+        """The FFN part's output, which a combine brings."""
         moe = [ffn for ffn in spec.ffn if isinstance(ffn, MoEFFN)]
         experts = max((ffn.experts for ffn in moe), default=0)
         top_k = max((ffn.router.top_k for ffn in moe), default=0)
@@ -162,15 +165,15 @@ class FFNScratch:
 
     @classmethod
     def bytes_of_rows(cls, spec: ModelSpec, kinds: Sequence[FFNKind], rows: int) -> int:
-        """What it takes of an arena by itself."""
+        """Bytes that an FFN part takes of an arena by itself."""
         carver = Carver(None)
         FFNScratch(spec, kinds, rows, carver)
         return carver.used
 
 
 class Scratch(FFNScratch):
-    """The tensors of one (model, bucket) on an attention rank's lane; rows are the bucket's unless
-    said."""
+    """Tensors of one (model, bucket) on a lane of an attention rank; their rows are the bucket's,
+    unless said."""
 
     def __init__(self, model: GPUModel, layout: InputLayout, carver: Carver) -> None:
         spec = model.spec
@@ -214,7 +217,7 @@ class Scratch(FFNScratch):
 
     @classmethod
     def bytes(cls, model: GPUModel, layout: InputLayout) -> int:
-        """What it takes of an arena."""
+        """Bytes that the tensors take of an arena."""
         carver = Carver(None)
         cls(model, layout, carver)
         return carver.used

@@ -1,30 +1,29 @@
-"""Lane events of a GPU, by either of its loops."""
+"""Lane events of a GPU, from either of its loops."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from crosspool.kernels.cuda_loop import MAX_LINKS, CudaLoop, Stage
-from crosspool.kernels.cuda_loop_structs import StepArguments, TracedStage
+from crosspool.kernels.cuda_loop import MAX_LINKS, CudaLoop, GPUStage
+from crosspool.kernels.cuda_loop_structs import GPUStepArguments, TracedStage
 from crosspool.observability.trace import LaneEvent, LaneTrace, Part
-from crosspool.ranks.gpu.loop import AnswerEnd
 from crosspool.transport.data_path import DispatchHeader
 
-_PARTS: dict[Stage, Part] = {
-    Stage.ATTENTION: "attention",
-    Stage.DENSE_FFN: "ffn",
-    Stage.MOE_FFN: "ffn",
-    Stage.HEAD: "lm_head",
+_PARTS: dict[GPUStage, Part] = {
+    GPUStage.ATTENTION: "attention",
+    GPUStage.DENSE_FFN: "ffn",
+    GPUStage.MOE_FFN: "ffn",
+    GPUStage.HEAD: "lm_head",
 }
 
 
 class GPUTrace:
-    """As :class:`~crosspool.observability.trace.LaneTrace`, where the host launches the parts.
-    While it is on, the host waits for every part, so that an event's time is the device's; lanes
-    then do not overlap."""
+    """A :class:`~crosspool.observability.trace.LaneTrace` for the host-launched loop. While it is
+    on, the host waits for every part, so that an event's time is the device's; lanes then do not
+    overlap."""
 
     def __init__(self, *, attention_rank: int = 0, ffn_rank: int = 0) -> None:
-        """The ranks of this device."""
+        """The arguments are the ranks of this device."""
         self._attention_rank = attention_rank
         self._ffn_rank = ffn_rank
         self._trace = LaneTrace()
@@ -39,8 +38,10 @@ class GPUTrace:
     def stop(self) -> list[LaneEvent]:
         return self._trace.stop()
 
-    def part(self, lane: int, step: StepArguments, stage: Stage, layer: int, start_ns: int) -> None:
-        """A part of the attention rank's lane that has just ended on the device."""
+    def part(
+        self, lane: int, step: GPUStepArguments, stage: GPUStage, layer: int, start_ns: int
+    ) -> None:
+        """Records a part of the attention rank's lane that has just ended on the device."""
         part = _PARTS[stage]
         self._trace.record(
             role="ffn" if part == "ffn" else "attention",
@@ -55,13 +56,15 @@ class GPUTrace:
             start_ns=start_ns,
         )
 
-    def served(self, link: AnswerEnd, dispatch: DispatchHeader, start_ns: int) -> None:
-        """The FFN part of another device's dispatch that has just ended."""
+    def served(
+        self, attention_rank: int, lane: int, dispatch: DispatchHeader, start_ns: int
+    ) -> None:
+        """Records the FFN part of another device's dispatch, which has just ended."""
         self._trace.record(
             role="ffn",
             rank=self._ffn_rank,
-            attention_rank=link.attention_rank,
-            lane=link.lane,
+            attention_rank=attention_rank,
+            lane=lane,
             step=-1,
             model=dispatch.model,
             layer=dispatch.layer,
@@ -72,9 +75,9 @@ class GPUTrace:
 
 
 class ResidentGPUTrace:
-    """As :class:`~crosspool.observability.trace.LaneTrace`, where the device launches the parts and
-    records them itself: nobody waits for anything that would not be waited for without it. A part
-    lasts from its launch to the pass of its lane's scheduler that finds it done."""
+    """A :class:`~crosspool.observability.trace.LaneTrace` for the resident loop. The device records
+    the parts itself, so tracing makes nothing wait. A part lasts from its launch to the pass of its
+    lane's scheduler that finds it done."""
 
     def __init__(
         self,
@@ -83,29 +86,29 @@ class ResidentGPUTrace:
         attention_rank: int,
         ffn_rank: int,
         own_lanes: int,
-        incoming: Sequence[tuple[int, int]],
+        sources: Sequence[tuple[int, int]],
     ) -> None:
-        """``own_lanes``: of the attention rank here; the loop's others serve the links from other
-        devices, ``incoming``: attention rank and lane of each."""
+        """``own_lanes``: lanes of the attention rank here. The loop's others serve the links from
+        other devices; ``sources``: attention rank and lane at the other end of each."""
         self._loop = loop
         self._attention_rank, self._ffn_rank = attention_rank, ffn_rank
-        self._own_lanes, self._incoming = own_lanes, incoming
+        self._own_lanes, self._sources = own_lanes, sources
 
     def start(self) -> None:
         self._loop.trace_start()
 
     def stop(self) -> list[LaneEvent]:
-        """Events in the order of their ends. Stages between parts (embedding, dispatch and combine)
-        are none."""
+        """Returns events in the order of their ends. Embedding, dispatch and combine are stages
+        between parts and give none."""
         stages = self._loop.trace_stop()
-        return [self._event(stage) for stage in stages if Stage(stage.stage) in _PARTS]
+        return [self._event(stage) for stage in stages if GPUStage(stage.stage) in _PARTS]
 
     def _event(self, stage: TracedStage) -> LaneEvent:
-        part = _PARTS[Stage(stage.stage)]
+        part = _PARTS[GPUStage(stage.stage)]
         attention_rank, lane = self._attention_rank, stage.lane
         if lane >= self._own_lanes:
             link = (lane - self._own_lanes) * MAX_LINKS + stage.link
-            attention_rank, lane = self._incoming[link]
+            attention_rank, lane = self._sources[link]
         return LaneEvent(
             role="ffn" if part == "ffn" else "attention",
             rank=self._ffn_rank if part == "ffn" else self._attention_rank,

@@ -1,6 +1,6 @@
-"""A model's weights on one GPU, in the tables that the Triton kernels read.
+"""Weights of a model on one GPU, in the tables that the Triton kernels read.
 
-Tensors are read shard by shard straight into device memory: the host holds one tensor at a time.
+Tensors are read shard by shard straight into device memory; the host holds one tensor at a time.
 Projections of the same input are one matrix (q, k and v; MLA's two down-projections), so that a
 layer takes few launches. The same code fills CPU tensors where the kernels are interpreted.
 """
@@ -19,9 +19,10 @@ from crosspool.kernels.triton.experts import FFNWeights
 from crosspool.kernels.triton.tables import TensorTable
 from crosspool.models.registry import attention_tensors, ffn_tensors
 from crosspool.models.spec import DenseFFN, FFNSpec, GQASpec, ModelSpec, MoEFFN, TensorRef
+from crosspool.observability.progress import Progress
 from crosspool.ranks.host.attention import frequencies
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing, fill
-from crosspool.weightpool.checkpoint import Progress, Read
+from crosspool.weightpool.checkpoint import Read
 from crosspool.weightpool.placement import FFNShard
 
 Layer = dict[str, Tensor]
@@ -42,9 +43,10 @@ class GPUAttention:
         positions: int,
         progress: Progress,
     ) -> None:
-        """``positions``: the longest sequence that may come. ``path`` None: the tensors are made,
-        and hold whatever is in the memory (a benchmark fills them). Raises ConfigError for a
-        checkpoint that does not fit its config.json."""
+        """``positions``: tokens of the longest sequence that may come; ``path``: None leaves the
+        tensors uninitialised (a benchmark fills them).
+
+        Raises ConfigError for a checkpoint that does not fit its config.json."""
         self.positions = positions
         self.globals: dict[str, Tensor] = {}
         layers = [_stacks(spec, device) for _ in range(spec.layers)]
@@ -70,7 +72,7 @@ class GPUAttention:
         )
 
     def tensors(self) -> list[TensorListing]:
-        """Everything held."""
+        """Lists every tensor."""
         return self._listing
 
 
@@ -84,9 +86,9 @@ class FFNKind:
     """[experts, hidden]; None in dense layers."""
     router_bias: TensorTable | None
     first_expert: int
-    """The first expert that this rank holds."""
+    """Index of the first expert that this rank holds."""
     held: int
-    """Routed experts that it holds."""
+    """Number of routed experts that this rank holds."""
 
 
 class GPUFFN:
@@ -100,8 +102,8 @@ class GPUFFN:
         device: torch.device,
         progress: Progress,
     ) -> None:
-        """``path`` None: as for :class:`GPUAttention`. Raises ConfigError for a checkpoint that
-        does not fit its config.json."""
+        """``path``: as for :class:`GPUAttention`. Raises ConfigError for a checkpoint that does not
+        fit its config.json."""
         layers = [_FFNLayer(spec, ffn, shard, device) for ffn in spec.ffn]
         reads: list[tuple[int | None, Read]] = []
         for number, (layer, ffn) in enumerate(zip(layers, spec.ffn, strict=True)):
@@ -113,7 +115,7 @@ class GPUFFN:
         self.kinds = [_kind(ffn, spec, layers, shard) for ffn in dict.fromkeys(spec.ffn)]
 
     def tensors(self) -> list[TensorListing]:
-        """Everything held, share by share."""
+        """Lists every share of a tensor."""
         return self._listing
 
 
@@ -152,7 +154,7 @@ class _FFNLayer:
             self.bias = torch.empty(ffn.experts, device=device)
 
     def place(self, ref: TensorRef) -> Tensor:
-        """Where a tensor of the layer goes."""
+        """Returns the place of a tensor of the layer."""
         if ref.key == "router":
             assert self.router is not None
             return self.router
@@ -199,7 +201,7 @@ def _kind(ffn: FFNSpec, spec: ModelSpec, layers: list[_FFNLayer], shard: FFNShar
 
 
 def _stacks(spec: ModelSpec, device: torch.device) -> Layer:
-    """A layer's matrices that several tensors of the checkpoint share."""
+    """Makes the matrices of a layer that several tensors of the checkpoint share."""
     a, dtype = spec.attention, TORCH_DTYPES[spec.dtype]
     if isinstance(a, GQASpec):
         name, rows, biased = "qkv", (a.q_heads + 2 * a.kv_heads) * a.head_dim, a.qkv_bias
@@ -215,7 +217,7 @@ def _stacks(spec: ModelSpec, device: torch.device) -> Layer:
 
 
 def _place(layer: Layer, ref: TensorRef, spec: ModelSpec, device: torch.device) -> Tensor:
-    """Where a layer's tensor goes: a part of a stack, or a tensor of its own."""
+    """Returns the place of a layer's tensor: part of a stack, or a tensor of its own."""
     stem, _, kind = ref.key.rpartition("_")
     begin = _row_in_stack(stem, spec)
     if begin is not None and kind in ("proj", "bias"):
@@ -231,7 +233,8 @@ def _place(layer: Layer, ref: TensorRef, spec: ModelSpec, device: torch.device) 
 
 
 def _row_in_stack(stem: str, spec: ModelSpec) -> int | None:
-    """First row of ``q``, ``k``, ``v``, ``q_a`` or ``kv_a`` in its stack; None: it is in none."""
+    """First row of ``q``, ``k``, ``v``, ``q_a`` or ``kv_a`` in its stack; None where it is in
+    none."""
     a = spec.attention
     if isinstance(a, GQASpec):
         q, kv = a.q_heads * a.head_dim, a.kv_heads * a.head_dim
@@ -255,7 +258,7 @@ def _whole(ref: TensorRef) -> tuple[slice, ...]:
 def _rope(
     spec: ModelSpec, path: Path | None, positions: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin by position, float32 [positions, dim / 2] of the values that rotate."""
+    """Returns cos and sin by position, float32 [positions, rotated dimensions / 2] each."""
     if path is None:
         exponents = torch.arange(0, spec.attention.rope.dim, 2) / spec.attention.rope.dim
         inverse, scaling = 10000.0**-exponents, 1.0

@@ -15,16 +15,19 @@ from crosspool.kernels.rope import rope_frequencies, rope_tables, rotate
 from crosspool.models.config_file import read_json
 from crosspool.models.registry import attention_tensors
 from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, RopeSpec
+from crosspool.observability.progress import Progress
 from crosspool.ranks.host.step_batch import StepBatch
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing, fill
-from crosspool.weightpool.checkpoint import Progress, Read
+from crosspool.weightpool.checkpoint import Read
 
 Weights = dict[str, torch.Tensor]
 """One layer's tensors by key."""
 
 
 class AttentionPart:
-    """Example, one step of one model; ``ffn`` stands for dispatch and combine::
+    """The attention part of one model.
+
+    Example: one step, with ``ffn`` for dispatch and combine::
 
     part = AttentionPart(spec, path, progress=bar.update)
     residual = part.embed(token_ids)
@@ -60,7 +63,7 @@ class AttentionPart:
         )
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """int64 [T] -> [T, hidden] in the model's dtype."""
+        """Embeds tokens: int64 [T] -> [T, hidden] in the model's dtype."""
         return F.embedding(token_ids, self._globals["embed"])
 
     def attend(
@@ -83,7 +86,7 @@ class AttentionPart:
         return linear(x, self._lm_head).float()
 
     def tensors(self) -> list[TensorListing]:
-        """Everything held."""
+        """Lists every tensor that the part holds."""
         return self._listing
 
     def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +98,8 @@ class AttentionPart:
 
 
 def frequencies(spec: ModelSpec, path: Path) -> tuple[torch.Tensor, float]:
-    """Rope frequencies by transformers' own reading of the config; the factor on cos and sin."""
+    """Returns rope frequencies, as transformers reads them from the config, and the factor on cos
+    and sin."""
     fields = read_json(path / "config.json")
     fields.pop("model_type", None)
     config = AutoConfig.for_model(spec.family, **fields)
@@ -143,8 +147,9 @@ class _GQA:
 
 
 class _MLA:
-    """The absorbed form: the up-projections of keys and values move to the query and the output,
-    so that the cache holds one latent per token instead of every head's K and V."""
+    """Multi-head latent attention in its absorbed form: the up-projections of keys and values move
+    to the query and the output, so that the cache holds one latent per token instead of every
+    head's K and V (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
 
     def __init__(self, spec: MLASpec) -> None:
         self._spec = spec
@@ -175,7 +180,7 @@ class _MLA:
         return linear(normed, w["q_b_proj"])
 
     def _cached(self, x: torch.Tensor, w: Weights, batch: StepBatch) -> torch.Tensor:
-        """What the KV pool keeps of each row: the normed latent, then the rotated rope key."""
+        """Returns each row's cache entry: the normed latent, then the rotated rope key."""
         spec = self._spec
         compressed = linear(x, w["kv_a_proj"], w.get("kv_a_bias"))
         latent, rope_key = compressed.split((spec.kv_lora_rank, spec.qk_rope_head_dim), dim=1)

@@ -1,48 +1,26 @@
-"""The attention rank's state: requests and their page tables, the KV pool's ranges, the attention
-parts of every model. What it does with them, it does in the order the scheduler says.
-
-What every executor needs of it is :class:`KVRank`; :class:`AttentionRank` is the host loop's."""
+"""The attention rank as the host loop drives it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from crosspool.kvpool.virtualizer import Virtualizer
-from crosspool.models.spec import ModelSpec
-from crosspool.ranks.host.step_batch import Segment, StepBatch
-from crosspool.ranks.weights import TensorListing
-from crosspool.transport.messages import Logprobs, Release, Row, Sampling, Step
+from crosspool.ranks.host.step_batch import RowSpan, StepBatch
+from crosspool.ranks.kv_rank import KVRank, Request
+from crosspool.transport.messages import Row, Step
 
 if TYPE_CHECKING:
     from crosspool.ranks.host.attention import AttentionPart  # noqa: F401
 
 
 @dataclass
-class Request:
-    """A request that lives on this rank."""
-
-    prompt_len: int
-    sampling: Sampling
-    logprobs: Logprobs
-    output: list[int] = field(default_factory=list)
-    """Its tokens at and after ``prompt_len`` that have gone through a step."""
-    last_residual: Tensor | None = None
-    """Residual [hidden] at the end of the last prompt chunk, kept while the next chunk's first
-    token wants its log-probability."""
-
-    def wants_prompt_logprob(self, position: int) -> bool:
-        return 0 <= self.logprobs.prompt_start <= position < self.prompt_len
-
-
-@dataclass
 class PagedRequest(Request):
     pages: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    """Its page table: int64 [pages]."""
+    """The page table: int64 [pages]."""
 
 
 @dataclass
@@ -53,119 +31,23 @@ class Batch:
     model: int
     rows: list[Row]
     requests: list[PagedRequest]
-    """Of ``rows``, one each."""
+    """The requests of ``rows``, one each."""
     token_ids: Tensor
-    """int64 [T], the rows' tokens one after another."""
+    """The rows' tokens one after another: int64 [T]."""
     shape: StepBatch
     residual: Tensor
-    """[T, hidden]: what the layers add to; empty until the embedding."""
-
-
-class ListsTensors(Protocol):
-    """A part of a model, as far as everyone may know it."""
-
-    def tensors(self) -> list[TensorListing]: ...
-
-
-P = TypeVar("P", bound=ListsTensors)
-R = TypeVar("R", bound=Request)
-
-
-class KVRank(Generic[P, R]):
-    """One attention rank: its requests, of type R, and its memory; ``parts``, of type P, and ``kv``
-    are indexed by model.
-
-    ``kv``: per model [pages, layers, page_size, kv_width], of which only mapped chunks may be
-    touched."""
-
-    def __init__(
-        self,
-        rank: int,
-        specs: Sequence[ModelSpec],
-        parts: Sequence[P],
-        virtualizer: Virtualizer,
-        kv: Sequence[Tensor],
-    ) -> None:
-        self.rank = rank
-        self.specs = specs
-        self.parts = parts
-        self.virtualizer = virtualizer
-        self.kv = kv
-        self.steps = 0
-        """Steps begun."""
-        self._requests: dict[int, R] = {}
-
-    @property
-    def budget_bytes(self) -> int:
-        """KV memory of this rank, mapped or free."""
-        mapped = sum(self.virtualizer.mapped_bytes(model) for model in range(len(self.specs)))
-        return mapped + self.virtualizer.free_bytes
-
-    @property
-    def requests(self) -> int:
-        """Requests that live here."""
-        return len(self._requests)
-
-    def release(self, release: Release) -> None:
-        """Forgets requests and gives chunks back."""
-        for request in release.requests:
-            self._requests.pop(request, None)
-        if release.unmap_chunks:
-            self.virtualizer.unmap(release.model, release.unmap_chunks)
-
-    def _open(self, step: Step, make: Callable[[int, Sampling, Logprobs], R]) -> None:
-        """Maps the step's chunks and opens its requests."""
-        if step.map_chunks:
-            self.virtualizer.map(step.model, step.map_chunks)
-        for opened in step.opens:
-            self._requests[opened.request] = make(
-                opened.prompt_len, opened.sampling, opened.logprobs
-            )
-        self.steps += 1
-
-    def _request(self, step: Step, row: Row) -> R:
-        """The row's request, whose output has grown by the row.
-
-        Raises RuntimeError when it was never opened."""
-        request = self._requests.get(row.request)
-        if request is None:
-            raise RuntimeError(f"step {step.step}: request {row.request} was never opened")
-        request.output += row.tokens[max(request.prompt_len - row.start, 0) :]
-        return request
-
-    def _check_pages(self, step: Step, row: Row, pages: int) -> None:
-        """Raises RuntimeError when a page table of ``pages`` does not cover the row, with all of
-        its lease."""
-        slots = pages * self.kv[step.model].shape[2]
-        end = row.start + len(row.tokens) + step.lease - 1
-        if slots < end:
-            raise RuntimeError(
-                f"step {step.step}: request {row.request} has pages for {slots} tokens, not for"
-                f" {end}"
-            )
-
-    def _check_row(self, step: Step, row: Row, positions: int) -> None:
-        """Native code and GPU kernels trust what they read: raises RuntimeError for what would
-        lead them astray. ``positions``: of the longest sequence."""
-        spec, pages = self.specs[step.model], self.kv[step.model].shape[0]
-        wrong = None
-        if min(row.tokens) < 0 or max(row.tokens) >= spec.vocab:
-            wrong = f"a token outside the vocabulary of {spec.vocab}"
-        elif row.pages and (min(row.pages) < 0 or max(row.pages) >= pages):
-            wrong = f"a page outside the {pages} of its model"
-        elif row.start < 0 or row.start + len(row.tokens) + step.lease - 1 > positions:
-            wrong = f"a position outside the {positions} that its model has"
-        if wrong is not None:
-            raise RuntimeError(f"step {step.step}: request {row.request} has {wrong}")
+    """The sum that the layers add to, [T, hidden]; empty until the embedding."""
+    leased: bool = False
+    """The host loop ends every lease after its first step."""
 
 
 class AttentionRank(KVRank["AttentionPart", PagedRequest]):
     """The attention rank as the host loop drives it."""
 
     def begin(self, step: Step) -> Batch:
-        """Maps the step's chunks, opens its requests, extends their page tables.
+        """Maps the step's chunks, opens its requests and extends their page tables.
 
-        Raises RuntimeError where the step contradicts what came before."""
+        Raises RuntimeError where the step contradicts earlier ones."""
         self._open(step, PagedRequest)
         requests, segments, positions = [], [], []
         tokens: list[int] = []
@@ -174,7 +56,7 @@ class AttentionRank(KVRank["AttentionPart", PagedRequest]):
             if row.pages:
                 request.pages = torch.cat([request.pages, torch.tensor(row.pages)])
             self._check_pages(step, row, len(request.pages))
-            segments.append(Segment(len(tokens), len(row.tokens), row.start, request.pages))
+            segments.append(RowSpan(len(tokens), len(row.tokens), row.start, request.pages))
             positions.append(torch.arange(row.start, row.start + len(row.tokens)))
             tokens += row.tokens
             requests.append(request)
@@ -189,7 +71,8 @@ class AttentionRank(KVRank["AttentionPart", PagedRequest]):
         )
 
     def attend(self, batch: Batch, layer: int) -> Tensor:
-        """The attention part of one layer: returns the hidden states [T, hidden] to dispatch."""
+        """Computes the attention part of one layer; returns the hidden states [T, hidden] to
+        dispatch."""
         part = self.parts[batch.model]
         if layer == 0:
             batch.residual = part.embed(batch.token_ids)

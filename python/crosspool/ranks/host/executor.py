@@ -1,8 +1,8 @@
 """The host loop: drives the lanes of one device layer by layer from Python.
 
 A lane carries one batch. It is *ready* when its next attention part (or piece of LM head) can be
-computed, that is at its beginning and whenever all FFN ranks of its batch's model have answered its
-dispatch. One call of :meth:`HostLoop.run` picks the next ready thing in rotation, lanes and
+computed, that is at its beginning and whenever all FFN ranks of its batch's model have replied to
+its dispatch. One call of :meth:`HostLoop.run` picks the next ready thing in rotation, lanes and
 dispatches to this device's FFN rank alike, and computes it: with both pools on one device the lanes
 take turns part by part, and with the pools apart the other lane's attention runs while one lane
 waits.
@@ -15,30 +15,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
 
 import torch
 
 from crosspool.observability.trace import LaneTrace, Part
+from crosspool.ranks.executor import PeerDoorbell, QueuedExecutor
 from crosspool.ranks.host.attention_rank import AttentionRank, Batch
 from crosspool.ranks.host.ffn_rank import FFNRank
-from crosspool.ranks.step_end import LMHead
+from crosspool.ranks.host.lm_head import LMHead
 from crosspool.transport.data_path import AttentionLink, DispatchHeader, FFNLink
-from crosspool.transport.messages import Recall, Release, Step, StepResult
-
-_DRAIN_SECONDS = 1 / 3
-
-
-class Doorbell(Protocol):
-    """Where the data path wakes this device."""
-
-    def wait(self, timeout: float) -> bool:
-        """Returns when a peer rang since the last call, or after ``timeout`` seconds."""
+from crosspool.transport.messages import Release, Step, StepResult
 
 
 class Lane:
-    """One of an attention rank's lanes, and the batch on it; ``links``: by model, to the model's
-    FFN ranks."""
+    """One of an attention rank's lanes, and the batch on it.
+
+    ``links``: the lane's links to the FFN ranks of each model, indexed by model."""
 
     def __init__(
         self,
@@ -70,7 +62,7 @@ class Lane:
         return not self._dispatched or all(link.ready() for link in self.links[self.batch.model])
 
     def advance(self) -> StepResult | None:
-        """Computes the ready part; returns the result, and is free, when it was the last."""
+        """Computes the ready part. After the last one, returns the result and is free."""
         batch = self.batch
         assert batch is not None
         links = self.links[batch.model]
@@ -115,13 +107,13 @@ class Lane:
             )
 
 
-class HostLoop:
+class HostLoop(QueuedExecutor[AttentionRank, Batch]):
     """The :class:`~crosspool.ranks.executor.Executor` in Python. It ends every lease after its
     first step.
 
-    ``attention`` and ``links`` ([lane][FFN rank]) are absent on a device without attention rank,
-    ``ffn`` on one without FFN rank. ``ffn_ranks``: by model, the FFN ranks that share it.
-    ``doorbell`` is None when no peer lives on another device."""
+    A device without an attention rank has neither ``attention`` nor ``links`` ([lane][FFN rank]),
+    one without an FFN rank has no ``ffn``. ``ffn_ranks``: the FFN ranks that share each model,
+    indexed by model. ``doorbell``: None when no peer lives on another device."""
 
     def __init__(
         self,
@@ -130,21 +122,19 @@ class HostLoop:
         ffn: FFNRank | None,
         *,
         ffn_ranks: Sequence[Sequence[int]],
-        doorbell: Doorbell | None,
+        doorbell: PeerDoorbell | None,
         serves_peers: bool,
         trace: LaneTrace,
     ) -> None:
-        self._attention = attention
+        super().__init__(attention, polls_peers=serves_peers)
         self._lanes = []
         if attention is not None:
             for index, of_lane in enumerate(links):
                 by_model = [[of_lane[rank] for rank in ranks] for ranks in ffn_ranks]
                 self._lanes.append(Lane(index, by_model, attention, trace))
         self._doorbell = doorbell
-        self._serves_peers = serves_peers
-        self._queue: deque[Step | Release] = deque()
         self._results: list[StepResult] = []
-        self._last_served = -math.inf
+        self._served = -math.inf
         self._sources: deque[Callable[[], bool]] = deque(
             partial(self._advance, lane) for lane in self._lanes
         )
@@ -153,29 +143,7 @@ class HostLoop:
 
     @torch.inference_mode()
     def submit(self, operation: Step | Release) -> None:
-        if self._attention is None:
-            raise RuntimeError("a step or release came to a device without an attention rank")
-        self._queue.append(operation)
-        self._begin_queued()
-
-    def recall(self, recall: Recall) -> None:
-        pass
-
-    @property
-    def descriptor(self) -> None:
-        return None
-
-    @property
-    def drained(self) -> bool:
-        return self._idle and time.monotonic() - self._last_served > _DRAIN_SECONDS
-
-    @property
-    def quiet(self) -> bool:
-        return self._idle and not self._serves_peers
-
-    @property
-    def _idle(self) -> bool:
-        return not self._queue and all(lane.batch is None for lane in self._lanes)
+        super().submit(operation)
 
     @torch.inference_mode()
     def run(self, timeout: float) -> list[StepResult]:
@@ -185,21 +153,16 @@ class HostLoop:
         results, self._results = self._results, []
         return results
 
-    def _begin_queued(self) -> None:
-        """Begins operations in order, up to the first that must wait for a lane."""
-        while self._queue:
-            operation = self._queue[0]
-            assert self._attention is not None
-            if isinstance(operation, Release):
-                if any(lane.batch and lane.batch.model == operation.model for lane in self._lanes):
-                    return
-                self._attention.release(operation)
-            else:
-                lane = next((lane for lane in self._lanes if lane.batch is None), None)
-                if lane is None:
-                    return
-                lane.take(self._attention.begin(operation))
-            self._queue.popleft()
+    def _begin(self, attention: AttentionRank, step: Step) -> Batch | None:
+        lane = next((lane for lane in self._lanes if lane.batch is None), None)
+        if lane is None:
+            return None
+        batch = attention.begin(step)
+        lane.take(batch)
+        return batch
+
+    def _last_served(self) -> float:
+        return self._served
 
     def _run_next_ready(self) -> bool:
         for _ in range(len(self._sources)):
@@ -211,7 +174,7 @@ class HostLoop:
     def _serve(self, ffn: FFNRank, link: FFNLink) -> bool:
         served = ffn.serve(link)
         if served:
-            self._last_served = time.monotonic()
+            self._served = time.monotonic()
         return served
 
     def _advance(self, lane: Lane) -> bool:
@@ -219,5 +182,6 @@ class HostLoop:
             return False
         result = lane.advance()
         if result is not None:
+            del self._flights[result.step]
             self._results.append(result)
         return True

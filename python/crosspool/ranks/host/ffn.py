@@ -9,8 +9,9 @@ import torch
 from crosspool.kernels.moe import gated_mlp, moe_experts, route
 from crosspool.models.registry import ffn_tensors
 from crosspool.models.spec import DenseFFN, ModelSpec, MoEFFN, TensorRef
+from crosspool.observability.progress import Progress
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing, fill
-from crosspool.weightpool.checkpoint import Progress, Read
+from crosspool.weightpool.checkpoint import Read
 from crosspool.weightpool.placement import FFNShard
 
 
@@ -41,12 +42,12 @@ class FFNPart:
         self._listing = fill(path, reads, progress)
 
     def forward(self, layer: int, x: torch.Tensor) -> torch.Tensor:
-        """This rank's partial sum of the layer's FFN: ``x`` and the result are [T, hidden] in the
-        model's dtype."""
+        """Returns this rank's partial sum of the layer's FFN; ``x`` and the result are [T, hidden]
+        in the model's dtype."""
         return self._layers[layer].forward(x)
 
     def tensors(self) -> list[TensorListing]:
-        """Everything held, share by share."""
+        """Lists every share of a tensor that the rank holds."""
         return self._listing
 
 
@@ -59,7 +60,7 @@ class _GatedMLP:
         self.down = torch.empty(*stack, spec.hidden, width, dtype=dtype)
 
     def place(self, ref: TensorRef, *index: int) -> torch.Tensor:
-        """Where the tensor goes; ``index`` chooses from the stack."""
+        """Returns the place of the tensor; ``index`` chooses from the stack."""
         down = self.down[index]
         if ref.key.endswith(".down"):
             return down

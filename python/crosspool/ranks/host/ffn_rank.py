@@ -1,4 +1,4 @@
-"""The FFN rank: a pure function of hidden states, applied to whichever dispatch is there."""
+"""The FFN rank: a pure function of hidden states, applied to any dispatch that has come."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from crosspool.transport.data_path import FFNLink, LaneError
 
 
 class FFNRank:
-    """One FFN rank; ``parts`` holds the models that lie on it, by the model's index. It never
-    waits for an attention rank."""
+    """One FFN rank. It never waits for an attention rank.
+
+    ``parts``: the models that lie on the rank, by their index."""
 
     def __init__(
         self,
@@ -26,12 +27,12 @@ class FFNRank:
         self.rank = rank
         self.parts = parts
         self.links: Sequence[FFNLink] = ()
-        """Its ends of every lane of every attention rank."""
+        """The rank's ends of the lanes of all attention ranks."""
         self._dtypes = [getattr(torch, spec.dtype) for spec in specs]
         self._trace = trace
 
     def serve(self, link: FFNLink) -> bool:
-        """Carries out the link's dispatch, if there is one; says whether there was.
+        """Carries out the link's dispatch, if there is one; returns whether there was.
 
         Raises LaneError for a model that does not lie here."""
         header = link.poll()

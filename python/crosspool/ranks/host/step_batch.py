@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from crosspool.kernels.attention import Segment
+from crosspool.kernels.attention import RowSpan
 
-__all__ = ["Segment", "StepBatch"]
+__all__ = ["RowSpan", "StepBatch"]
 
 
 @dataclass
@@ -21,22 +21,22 @@ class StepBatch:
         StepBatch(
             positions=torch.tensor([40, *range(16)]),
             segments=[
-                Segment(first_row=0, rows=1, start=40, pages=torch.tensor([7, 2, 9])),
-                Segment(first_row=1, rows=16, start=0, pages=torch.tensor([4])),
+                RowSpan(first_row=0, rows=1, start=40, pages=torch.tensor([7, 2, 9])),
+                RowSpan(first_row=1, rows=16, start=0, pages=torch.tensor([4])),
             ],
         )
     """
 
     positions: torch.Tensor
-    """int64 [T]: each row's position in its sequence."""
-    segments: Sequence[Segment]
+    """Position of each row in its sequence: int64 [T]."""
+    segments: Sequence[RowSpan]
     """Every row belongs to exactly one; a request has at most one."""
     rope: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False)
     """cos and sin of the positions; the attention part computes them once per step."""
     _slots: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, init=False)
 
     def slots(self, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where each row's KV goes: page and offset in the page, int64 [T] each."""
+        """Returns the place of each row's KV: page and offset in the page, int64 [T] each."""
         if self._slots is None:
             pages = torch.empty_like(self.positions)
             for segment in self.segments:

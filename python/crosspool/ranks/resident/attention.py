@@ -15,12 +15,10 @@ from crosspool.kernels.engine import Team
 from crosspool.kernels.rope import rope_tables
 from crosspool.models.registry import attention_tensors
 from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, TensorRef
+from crosspool.observability.progress import Progress
 from crosspool.ranks.host.attention import frequencies
 from crosspool.ranks.resident.packing import PackedWeights, pointer, source, whole
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
-from crosspool.weightpool.checkpoint import Progress
-
-_QK_NORMS = {"none": 0, "head": 1, "full": 2}
 
 
 class PackedAttention:
@@ -29,11 +27,13 @@ class PackedAttention:
     def __init__(
         self, spec: ModelSpec, path: Path, team: Team, positions: int, progress: Progress
     ) -> None:
-        """``positions``: the longest sequence that may come. ``progress`` is called with bytes
-        read. Raises ConfigError for a checkpoint that does not fit its config.json."""
+        """Loads and packs the weights. ``positions``: tokens of the longest sequence that may come;
+        ``progress`` is called with bytes read.
+
+        Raises ConfigError for a checkpoint that does not fit its config.json."""
         self._spec = spec
         self.positions = positions
-        """The longest sequence that may come."""
+        """Tokens of the longest sequence that may come."""
         self.weights = PackedWeights(team, spec.dtype)
         self._layers = (es.AttentionLayer * spec.layers)()
         self._vectors: list[Tensor] = []
@@ -42,7 +42,8 @@ class PackedAttention:
         self._cos, self._sin = _rope(spec, path, positions)
 
     def fill(self, table: es.ModelTable, kv: Tensor) -> None:
-        """``kv``: the model's cache, [pages, layers, page_size, kv_width]."""
+        """Fills in the attention part. ``kv``: the model's cache, [pages, layers, page_size,
+        kv_width]."""
         attention = self._spec.attention
         table.attention = self._layers
         table.embed = pointer(self._embed)
@@ -66,7 +67,7 @@ class PackedAttention:
                 window=attention.sliding_window or 0,
                 scale=attention.scale,
             )
-            table.qk_norm = _QK_NORMS[attention.qk_norm]
+            table.qk_norm = ns.QK_NORMS[attention.qk_norm]
             if attention.qkv_clip is not None:
                 table.qkv_clip = attention.qkv_clip
         else:
@@ -85,11 +86,11 @@ class PackedAttention:
             table.latent_norm_eps = attention.latent_norm_eps
 
     def tensors(self) -> list[TensorListing]:
-        """Everything held."""
+        """Lists every tensor that the part holds."""
         return self.weights.listing
 
     def close(self) -> None:
-        """Gives the memory back; the loop is closed before."""
+        """Gives the memory back, after the loop was closed."""
         self.weights.close()
 
     def _declare(self) -> None:
@@ -152,8 +153,8 @@ class PackedAttention:
     def _absorbed(
         self, layer: int, ref: TensorRef, spec: MLASpec
     ) -> tuple[ctypes.Array[ns.Matrix], ctypes.Array[ns.Matrix]]:
-        """``kv_b_proj`` [heads x (nope + v), latent], cut by head into the query's way to the
-        latents, [latent, nope], and the latents' way to the values, [v, latent]."""
+        """Cuts ``kv_b_proj`` [heads x (nope + v), latent] by head into the projection of queries to
+        the latents, [latent, nope], and that of latents to values, [v, latent]."""
         nope, value, latent = spec.qk_nope_head_dim, spec.v_head_dim, spec.kv_lora_rank
         keys_up = self.weights.matrices(spec.q_heads, latent, nope)
         values_up = self.weights.matrices(spec.q_heads, value, latent)
@@ -168,7 +169,7 @@ class PackedAttention:
 
 
 def _rope(spec: ModelSpec, path: Path, positions: int) -> tuple[Tensor, Tensor]:
-    """cos and sin by position, float32 [positions, dim / 2] of the values that rotate."""
+    """Returns cos and sin of the rotations by position, float32 [positions, dim / 2] each."""
     cos, sin = rope_tables(torch.arange(positions), *frequencies(spec, path))
     if spec.attention.rope.fp32:
         return cos.contiguous(), sin.contiguous()

@@ -12,13 +12,10 @@ from crosspool.kernels import native_structs as ns
 from crosspool.kernels.engine import Team
 from crosspool.models.registry import ffn_tensors
 from crosspool.models.spec import FFNSpec, ModelSpec, MoEFFN, RouterSpec, TensorRef
+from crosspool.observability.progress import Progress
 from crosspool.ranks.resident.packing import Index, PackedWeights, gated_columns, pointer, whole
 from crosspool.ranks.weights import TensorListing
-from crosspool.weightpool.checkpoint import Progress
 from crosspool.weightpool.placement import FFNShard
-
-_SCORES = {"softmax": 0, "sigmoid": 1}
-_GROUP_SCORES = {"max": 0, "top2_sum": 1}
 
 
 class PackedFFN:
@@ -27,8 +24,9 @@ class PackedFFN:
     def __init__(
         self, spec: ModelSpec, path: Path, shard: FFNShard, team: Team, progress: Progress
     ) -> None:
-        """``progress`` is called with bytes read. Raises ConfigError for a checkpoint that does not
-        fit its config.json."""
+        """Loads and packs the rank's share; ``progress`` is called with bytes read.
+
+        Raises ConfigError for a checkpoint that does not fit its config.json."""
         self._spec = spec
         self._shard = shard
         self.weights = PackedWeights(team, spec.dtype)
@@ -42,11 +40,11 @@ class PackedFFN:
         table.ffn = self._layers
 
     def tensors(self) -> list[TensorListing]:
-        """Everything held, share by share."""
+        """Lists every share of a tensor that the rank holds."""
         return self.weights.listing
 
     def close(self) -> None:
-        """Gives the memory back; the loop is closed before."""
+        """Gives the memory back, after the loop was closed."""
         self.weights.close()
 
     def _declare(self, layer: int, ffn: FFNSpec) -> None:
@@ -80,7 +78,7 @@ class PackedFFN:
         intermediate: int,
         parts: dict[str, tuple[TensorRef, Index]],
     ) -> None:
-        """A gated MLP that every row takes."""
+        """Declares a gated MLP that every row goes through."""
         width = self._shard.width(intermediate)
         if width == 0:
             return
@@ -91,7 +89,7 @@ class PackedFFN:
     def _pair(
         self, count: int, width: int
     ) -> tuple[ctypes.Array[ns.Matrix], ctypes.Array[ns.Matrix]]:
-        """Matrices of ``count`` gated MLPs: gate and up, down."""
+        """Returns the matrices of ``count`` gated MLPs: gate and up in one, and down."""
         hidden = self._spec.hidden
         return (
             self.weights.matrices(count, 2 * gated_columns(width), hidden),
@@ -131,8 +129,8 @@ class PackedFFN:
             top_k=rules.top_k,
             groups=rules.groups,
             top_groups=rules.top_groups,
-            score=_SCORES[rules.score],
-            group_score=_GROUP_SCORES[rules.group_score],
+            score=ns.SCORES[rules.score],
+            group_score=ns.GROUP_SCORES[rules.group_score],
             renormalize=rules.renormalize,
             scale=rules.scale,
         )

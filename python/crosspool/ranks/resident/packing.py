@@ -1,10 +1,10 @@
-"""Weights on their way from a checkpoint into the packed form that the native kernels read.
+"""Packing of weights: from a checkpoint into the form that the native kernels read.
 
 A part of a model declares what it needs: matrices, and the tensors that they are made of. When all
-is declared, one arena of huge pages takes all matrices, the checkpoint is read shard by shard, and
-whatever is complete is packed by the team at once and forgotten: memory holds the arena and the
-tensors of one unfinished matrix (a layer's q, k and v; an expert's gate and up). The arena is as
-large as plain matrices are; of what compact ones leave free nothing is ever touched.
+is declared, one arena of huge pages takes all matrices, and the checkpoint is read shard by shard.
+As soon as the tensors of a matrix are complete, the team packs them and they are dropped: memory
+holds the arena and the tensors of one unfinished matrix (a layer's q, k and v; an expert's gate and
+up). The arena has room for plain matrices; what compact ones leave free is never touched.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from crosspool.kernels import native
 from crosspool.kernels import native_structs as ns
 from crosspool.kernels.engine import Team
 from crosspool.models.spec import TensorRef
+from crosspool.observability.progress import Progress
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
-from crosspool.weightpool.checkpoint import Checkpoint, Progress
+from crosspool.weightpool.checkpoint import Checkpoint
 
 _LINE = 64
-_NUMBERS = {torch.bfloat16: ns.BFLOAT16, torch.float32: ns.FLOAT32}
+NATIVE_DTYPES = {torch.bfloat16: ns.BFLOAT16, torch.float32: ns.FLOAT32}
 
 Index = tuple[slice, ...]
 Pack = Callable[[list[Tensor]], object]
@@ -33,7 +34,7 @@ Pack = Callable[[list[Tensor]], object]
 
 @dataclass(frozen=True)
 class _Declared:
-    """Tensors, or shares of them, and what is done when all of them are there."""
+    """Tensors, or shares of them, and the function that takes them when all have been read."""
 
     layer: int | None
     parts: list[tuple[TensorRef, Index]]
@@ -58,17 +59,17 @@ class PackedWeights:
         self._arena = 0
         self._arena_bytes = 0
         self.plain_bytes = 0
-        """Of the matrices as they are declared."""
+        """Bytes that the declared matrices take as plain panels."""
         self.held_bytes = 0
-        """Of the arena, with packed matrices in them."""
+        """Bytes of the arena that packed matrices take."""
         self.listing: list[TensorListing] = []
-        """Everything held, by the checkpoint's names and shapes, once it is loaded."""
+        """Every tensor that was loaded, by the checkpoint's names and shapes."""
 
     def matrices(
         self, count: int, n: int, k: int, dtype: torch.dtype | None = None
     ) -> ctypes.Array:
-        """``count`` matrices of the same shape in one array, to be filled by a declaration."""
-        number = _NUMBERS[dtype or self._dtype]
+        """Returns ``count`` matrices of one shape in an array, to be filled by a declaration."""
+        number = NATIVE_DTYPES[dtype or self._dtype]
         array = (ns.Matrix * count)(*(ns.Matrix(None, n, k, number) for _ in range(count)))
         self._matrices += [array[i] for i in range(count)]
         return array
@@ -79,8 +80,9 @@ class PackedWeights:
         parts: Sequence[tuple[TensorRef, Index]],
         into: ns.Matrix | None = None,
     ) -> ns.Matrix:
-        """A matrix of tensors [n_i, k] that follow one another along n; ``into``: one that is
-        there already."""
+        """Declares a matrix of tensors [n_i, k] that follow one another along n, and returns it.
+
+        ``into``: the matrix to fill; None: a new one."""
         dtype = self._held_dtype(parts[0][0])
         shapes = [_shape(index) for _, index in parts]
         if into is None:
@@ -100,7 +102,8 @@ class PackedWeights:
         up: tuple[TensorRef, Index],
         into: ns.Matrix,
     ) -> None:
-        """Fills a matrix of n = 2 x :func:`gated_columns` from a gated MLP's gate and up."""
+        """Declares that a matrix of n = 2 x :func:`gated_columns` is filled from a gated MLP's gate
+        and up."""
 
         def finish(tensors: list[Tensor]) -> None:
             self._place(into)
@@ -110,29 +113,29 @@ class PackedWeights:
         self._declared.append(_Declared(layer, [gate, up], self._dtype, finish))
 
     def floats(self, layer: int | None, part: TensorRef) -> Tensor:
-        """A vector in float32, of the model's dtype's values."""
+        """Declares a vector in float32, rounded to the model's dtype, and returns it."""
         out = torch.empty(part.shape, dtype=torch.float32)
         self.copied(layer, part, out)
         return out
 
     def plain(self, layer: int | None, part: TensorRef) -> Tensor:
-        """A tensor as it is, in the model's dtype."""
+        """Declares an unpacked tensor in the model's dtype, and returns it."""
         out = torch.empty(part.shape, dtype=self._held_dtype(part))
         self.copied(layer, part, out)
         return out
 
     def copied(self, layer: int | None, part: TensorRef, into: Tensor) -> None:
-        """Copies a tensor to its place, in the place's dtype."""
+        """Declares that a tensor is copied into ``into``, in that dtype."""
         self.custom(layer, part, lambda tensors: into.copy_(tensors[0]))
 
     def custom(self, layer: int | None, part: TensorRef, finish: Pack) -> None:
-        """Calls ``finish`` with the one tensor."""
+        """Declares that ``finish`` is called with one tensor."""
         self._declared.append(
             _Declared(layer, [(part, whole(part))], self._held_dtype(part), finish)
         )
 
     def pack(self, matrix: ns.Matrix, sources: Sequence[ns.Source]) -> None:
-        """For :meth:`custom` declarations; once for each matrix."""
+        """Packs one matrix, from within a :meth:`custom` declaration."""
         self._place(matrix)
         self._team.pack(matrix, sources)
         self.held_bytes += _up(matrix.bytes, _LINE)
@@ -168,7 +171,7 @@ class PackedWeights:
         ]
 
     def close(self) -> None:
-        """Gives the memory back; the loop that reads it is closed before."""
+        """Gives the memory back, after the loop that reads it was closed."""
         if self._arena:
             native.release(self._arena, self._arena_bytes)
             self._arena = 0
@@ -183,17 +186,17 @@ class PackedWeights:
 
 
 def whole(ref: TensorRef) -> Index:
-    """All of a tensor."""
+    """The index of a whole tensor."""
     return tuple(slice(0, size) for size in ref.shape)
 
 
 def gated_columns(width: int) -> int:
-    """Columns that each half of a gated pair of ``width`` takes."""
+    """Columns that each half of a gated pair of ``width`` takes, with padding."""
     return _up(width, ns.DEPTH)
 
 
 def source(tensor: Tensor) -> ns.Source:
-    """Rows of a tensor [n, k], with whatever strides; it must outlive its packing."""
+    """Describes the rows of a tensor [n, k] of any strides, which must outlive its packing."""
     return ns.Source(tensor.data_ptr(), tensor.shape[0], tensor.stride(0), tensor.stride(1))
 
 

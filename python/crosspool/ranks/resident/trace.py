@@ -8,11 +8,12 @@ from crosspool.kernels.engine import Loop
 from crosspool.observability.trace import CAPACITY, LaneEvent, Part
 
 _PARTS: tuple[Part, ...] = ("attention", "ffn", "lm_head")
-"""In the order of ``crosspool::TracedPart``."""
+"""Parts in the order of ``crosspool::TracedPart``."""
 
 
 class ResidentTrace:
-    """As :class:`~crosspool.observability.trace.LaneTrace`, but native code records."""
+    """The trace of a resident loop: :class:`~crosspool.observability.trace.LaneTrace`'s start and
+    stop, while native code records."""
 
     def __init__(self, loop: Loop, attention_rank: int, ffn_rank: int) -> None:
         self._loop = loop

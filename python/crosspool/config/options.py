@@ -1,0 +1,160 @@
+"""Every option of CrossPool, one row each: field, type, unit, default, range, help, SGLang's name.
+
+The command line (:mod:`crosspool.config.flags`), the deployment file
+(:mod:`crosspool.config.deployment_file`), the example file (:mod:`crosspool.config.example`) and
+the fields of :class:`~crosspool.config.deployment.Deployment` come from these rows. To add an
+option, add a row, its consumer and a test, and print the example file again. Options that only
+SGLang's front end reads are in :mod:`crosspool.config.sglang_flags`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from crosspool.config.device import Device
+from crosspool.config.option import Option, options_of
+
+_POOLS = "pools"
+_STEPS = "batches and steps"
+_REQUESTS = "requests"
+_SERVER = "server"
+
+# A formatter would give every row ten lines.
+# fmt: off
+
+
+class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """One model as the user asks for it."""
+
+    path: Annotated[str, Option(
+        "Local folder with the model's config.json, safetensors files and tokenizer.",
+        sglang="model_path", example="python/crosspool/demo/tiny-deepseek-v2")]
+    name: Annotated[str | None, Option(
+        "Name that clients give as `model`. If none is given, it is the folder's name.",
+        sglang="served_model_name", example="deepseek")] = None
+    context_length: Annotated[int | None, Option(
+        "Longest sequence, prompt and output together. If none is given, it is the one in "
+        "config.json.",
+        unit="tokens", sglang="context_length", example=1024)] = None
+    dtype: Annotated[Literal["auto", "bfloat16", "float32"], Option(
+        "Data type of weights and KV cache; auto takes the one in config.json.",
+        sglang="dtype", example="float32")] = "auto"
+    weight_pool_devices: Annotated[tuple[Device, ...] | None, Option(
+        "Devices of the weight pool that share this model's FFN weights. If none are given, all of "
+        "them do.",
+        unit="devices", example="cpu")] = None
+    kv_floor_bytes: Annotated[int, Option(
+        "KV memory, over the whole pool, that requests of other models never take.",
+        unit="bytes", example="8MiB")] = 0
+    kv_ceiling_bytes: Annotated[int | None, Option(
+        "Most KV memory, over the whole pool, that this model's requests may take. If none is "
+        "given, they may take all of it.",
+        unit="bytes", example="128MiB")] = None
+    sglang: dict[str, Any] = {}
+    """Arguments for SGLang of this model alone, by ServerArgs field."""
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """A server as the user asks for it; None where it is left open."""
+
+    models: tuple[ModelOptions, ...]
+
+    kv_pool_devices: Annotated[tuple[Device, ...], Option(
+        "Devices that compute attention and hold all KV cache: cpu (every core), cpu:0-7, "
+        "cpu:0-3+8-11 or cuda:0; several are separated by commas.",
+        _POOLS, unit="devices")] = (Device("cpu"),)
+    weight_pool_devices: Annotated[tuple[Device, ...], Option(
+        "Devices that hold the FFN weights and compute with them. They may be those of the KV "
+        "pool.",
+        _POOLS, unit="devices")] = (Device("cpu"),)
+    kv_pool_bytes: Annotated[int | None, Option(
+        "Memory for KV cache, over all devices of the KV pool. If none is given, it is 20 % of the "
+        "available memory, at most 4GiB; on GPUs, it is what the weights leave.",
+        _POOLS, unit="bytes", example="256MiB")] = None
+    weight_pool_bytes: Annotated[int | None, Option(
+        "Memory for FFN weights, over all devices of the weight pool. If none is given, it is what "
+        "the models need.",
+        _POOLS, unit="bytes")] = None
+    ffn_parallel: Annotated[Literal["tp", "ep"], Option(
+        "How several devices share FFN weights: tp gives each a slice of every expert, ep deals "
+        "out whole experts.",
+        _POOLS)] = "tp"
+    page_size: Annotated[int, Option(
+        "Size of a KV page, the unit in which a request gets KV memory.",
+        _POOLS, unit="tokens", least=1, sglang="page_size")] = 16
+    chunk_bytes: Annotated[int, Option(
+        "Size of a chunk, the unit in which physical memory moves from one model's KV cache to "
+        "another's; a multiple of 2MiB.",
+        _POOLS, unit="bytes", multiple_of=2 << 20)] = 2 << 20
+    promise: Annotated[Literal["worst_case", "growth"], Option(
+        "KV memory that a request is promised when it is admitted: worst_case is all that it can "
+        "come to need; growth is enough for its prompt and some tokens, and more as it grows.",
+        _POOLS)] = "worst_case"
+    growth_tokens: Annotated[int, Option(
+        "Tokens for which a request is promised memory at a time, where promise is growth.",
+        _POOLS, unit="tokens", least=1)] = 256
+    prefix_cache: Annotated[bool, Option(
+        "Computed KV cache is kept for later requests that begin alike, until memory runs short.",
+        _POOLS, sglang="disable_radix_cache")] = True
+
+    loop: Annotated[Literal["host", "resident"], Option(
+        "What drives the layers: resident is native threads (on a GPU, the GPU itself); host is "
+        "Python, the slower reference.",
+        _STEPS)] = "resident"
+    gpu_links: Annotated[Literal["peer", "nvshmem"], Option(
+        "How GPUs exchange hidden states: peer is loads and stores into each other's memory; "
+        "nvshmem is for GPUs that cannot reach it.",
+        _STEPS)] = "peer"
+    lanes: Annotated[int, Option(
+        "Batches in flight on each device of the KV pool.",
+        _STEPS, least=1)] = 2
+    lease_steps: Annotated[int, Option(
+        "Most decode steps that the resident loop makes of one batch before the scheduler decides "
+        "again.",
+        _STEPS, unit="steps", least=1)] = 32
+    chunked_prefill_size: Annotated[int, Option(
+        "Most prompt tokens of one step.",
+        _STEPS, unit="tokens", least=1, sglang="chunked_prefill_size")] = 512
+    tbt_target_ms: Annotated[float, Option(
+        "Target time between tokens. Prompt chunks shrink to keep other requests below it; 0 turns "
+        "this off.",
+        _STEPS, unit="ms", least=0)] = 50.0
+
+    max_running_requests: Annotated[int, Option(
+        "Most requests of one model that run at once on each device of the KV pool.",
+        _REQUESTS, unit="requests", least=1, sglang="max_running_requests")] = 64
+    max_queued_requests: Annotated[int, Option(
+        "Most requests of one model that wait; further ones are refused with status 429.",
+        _REQUESTS, unit="requests", least=0, sglang="max_queued_requests")] = 1024
+    queue_timeout: Annotated[float, Option(
+        "Time for which a request may wait for admission before it is refused with status 429.",
+        _REQUESTS, unit="s", least=0)] = 600.0
+    random_seed: Annotated[int | None, Option(
+        "Seed from which requests without a seed get theirs. If none is given, it is random.",
+        _REQUESTS, sglang="random_seed")] = None
+
+    host: Annotated[str, Option(
+        "Address on which the server listens.",
+        _SERVER, sglang="host")] = "127.0.0.1"
+    port: Annotated[int, Option(
+        "Port on which the server listens; 0 takes any free one.",
+        _SERVER, least=0, most=65535, sglang="port")] = 30000
+    watchdog_timeout: Annotated[float, Option(
+        "Time after which a device that owes the result of a step counts as dead.",
+        _SERVER, unit="s", least=1, sglang="watchdog_timeout")] = 300.0
+    failure_grace: Annotated[float, Option(
+        "Time for which the server answers 503 after one of its processes has died, before it "
+        "ends.",
+        _SERVER, unit="s", least=0)] = 5.0
+    drain_timeout: Annotated[float, Option(
+        "Time that requests in flight get to finish after SIGTERM.",
+        _SERVER, unit="s", least=0)] = 60.0
+    sglang: dict[str, Any] = {}
+    """Arguments for SGLang that hold for every model, by ServerArgs field."""
+# fmt: on
+
+
+MODEL_OPTIONS = options_of(ModelOptions, per_model=True)
+SERVER_OPTIONS = options_of(Options, per_model=False)

@@ -1,0 +1,112 @@
+"""What front ends ask of the scheduler, without SGLang's message types, and the replies to it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from sglang.srt.managers import io_struct as io
+
+from crosspool.frontend.control_requests import FLUSHED, FORWARDED, NO_CACHE, REPLIES, WITHOUT_REPLY
+from crosspool.frontend.front_end import FrontEnd
+from crosspool.frontend.messages import OpenRequest, finish_reason, to_request
+from crosspool.scheduler.request import Finish, GenerateRequest
+from crosspool.transport.inspection import ModelStatus
+
+log = logging.getLogger(__name__)
+
+
+class Generate:
+    """Generate from one prompt."""
+
+    def __init__(self, message: io.TokenizedGenerateReqInput, stream_interval: int) -> None:
+        self._message = message
+        self.opened = OpenRequest.of(message, stream_interval)
+        """What the way back needs to know about the request."""
+
+    def request(self, model: int, seed: int) -> GenerateRequest:
+        """``seed`` serves a request that brings none. Raises ValueError, with a text for the
+        client, for what CrossPool does not do."""
+        return to_request(self._message, model, seed)
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Abort the front end's own requests whose ids begin with ``prefix``."""
+
+    prefix: str
+    message: str
+
+
+class TellState:
+    """Reply with :func:`tell_state`."""
+
+
+class FlushCache:
+    """Give up the model's cached prefixes and reply with :func:`tell_flushed`."""
+
+
+class Leave:
+    """The front end's server ends."""
+
+
+Command = Generate | Abort | TellState | FlushCache | Leave
+
+
+def commands(front_end: FrontEnd, message: Any, stream_interval: int) -> Iterator[Command]:
+    """What ``message`` asks of the scheduler. A message that needs nothing of the scheduler's state
+    gets its reply here. Raises FrontEndLost."""
+    match message:
+        case io.TokenizedGenerateReqInput():
+            yield Generate(message, stream_interval)
+        case io.BatchTokenizedGenerateReqInput():
+            for one in message:
+                yield Generate(one, stream_interval)
+        case io.AbortReq():
+            if message.abort_all or message.rid:
+                prefix = "" if message.abort_all else message.rid or ""
+                yield Abort(prefix, message.abort_message or "the client aborted the request")
+        case io.GetInternalStateReq():
+            yield TellState()
+        case io.FlushCacheReqInput():
+            yield FlushCache()
+        case io.ShutdownReq():
+            yield Leave()
+        case _:
+            _reply(front_end, message)
+
+
+def _reply(front_end: FrontEnd, message: Any) -> None:
+    kind = type(message)
+    if kind in REPLIES:
+        front_end.to_tokenizer(REPLIES[kind](message))
+    elif kind in FORWARDED:
+        if kind is io.FreezeGCReq:
+            gc.freeze()
+        elif message.log_level is not None:
+            logging.getLogger().setLevel(message.log_level.upper())
+        front_end.to_detokenizer(message)
+    elif kind not in WITHOUT_REPLY:
+        log.error("refused %s for model %d: it is not supported", kind.__name__, front_end.model)
+        for rid in getattr(message, "rids", None) or [message.rid]:
+            refuse(front_end, rid, f"{kind.__name__} is not supported")
+
+
+def refuse(front_end: FrontEnd, rid: str, text: str) -> None:
+    """Ends a request that the scheduler never took, with status 400."""
+    reason = finish_reason(Finish(kind="abort", message=text, status=400), 0)
+    front_end.to_tokenizer(io.AbortReq(rid=rid, finished_reason=reason))
+
+
+def tell_state(front_end: FrontEnd, state: ModelStatus) -> None:
+    state_fields = msgspec.structs.asdict(state)
+    front_end.to_tokenizer(io.GetInternalStateReqOutput(internal_state=state_fields))
+
+
+def tell_flushed(front_end: FrontEnd, *, has_cache: bool) -> None:
+    text = FLUSHED if has_cache else NO_CACHE
+    front_end.to_tokenizer(io.FlushCacheReqOutput(success=True, message=text))

@@ -1,0 +1,149 @@
+"""What CrossPool uses of SGLang's inside: private names, and public ones that it replaces.
+
+No other module names them, so this is where an upgrade of SGLang breaks first.
+``test/frontend/test_sglang_surface.py`` checks each of them, beside the public names that the rest
+of the package uses.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sglang.srt import runtime_context
+from sglang.srt.managers import io_struct
+from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
+from sglang.srt.observability.func_timer import enable_func_timer
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.detokenizer_manager import DetokenizerManager
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+    from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
+
+_Manager = TypeVar("_Manager", bound=type)
+_enable_func_timer_once = functools.cache(enable_func_timer)
+
+
+# --- messages
+
+
+def decode(frame: bytes) -> Any:
+    """Decodes a message without the unpickling that the public ``msgpack_decode`` adds: a pickle
+    of a client must not run code here.
+
+    Raises MsgspecError, ValueError or TypeError for what is no message of SGLang."""
+    return io_struct._msgpack_decoder.decode(frame)
+
+
+def refuse_pickles() -> None:
+    """Switches this process from pickles to msgpack. SGLang reads its environment variable for
+    that when it is imported, which is too late for a plugin."""
+    io_struct._USE_PICKLE_IPC = False
+
+
+# --- processes and managers
+
+
+def replace_scheduler_launch(attach: Callable[[Any, Any], Any]) -> None:
+    """Has SGLang's engine call ``attach(server_args, port_args)``, for a SchedulerInitResult and a
+    list of processes or None, where it would start scheduler processes of its own."""
+
+    def around(launch: Any, cls: Any, server_args: Any, port_args: Any, *_: Any, **__: Any) -> Any:
+        del launch, cls
+        return attach(server_args, port_args)
+
+    HookRegistry.register(
+        "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes",
+        around,
+        HookType.AROUND,
+    )
+
+
+def one_cpu_monitor(module: ModuleType) -> None:
+    """Has all managers of ``module`` share the thread that counts this process's CPU time; each
+    would start its own and count it once more."""
+    module.start_cpu_monitor_thread = functools.cache(  # type: ignore[attr-defined]
+        start_cpu_monitor_thread
+    )
+
+
+def detokenize(manager: DetokenizerManager, message: Any) -> Any:
+    """What the detokenizer makes of one message, or None: a step of its event loop, which serves
+    one manager and never returns."""
+    return manager._request_dispatcher(message)
+
+
+def abort(manager: TokenizerManager, request: io_struct.AbortReq) -> None:
+    """Ends a request as if the scheduler had sent ``request``."""
+    manager._handle_abort_req(request)
+
+
+def handles_aborts(manager: _Manager) -> _Manager:
+    """Class decorator: has SGLang await the class's ``on_abort(out, state, is_stream)`` for every
+    output that ends with an abort. What it returns is sent to the client; None lets the output
+    pass as any other."""
+    manager._handle_abort_finish_reason = manager.on_abort  # type: ignore[attr-defined]
+    return manager
+
+
+def with_metric_classes(
+    collector: type[TokenizerMetricsCollector], counter: Any, gauge: Any, histogram: Any
+) -> type[TokenizerMetricsCollector]:
+    """A collector that makes its metrics with these functions instead of prometheus_client's
+    classes."""
+    makers = {"_counter_cls": counter, "_gauge_cls": gauge, "_histogram_cls": histogram}
+    return type(
+        f"Shared{collector.__name__}",
+        (collector,),
+        {name: staticmethod(maker) for name, maker in makers.items()},
+    )
+
+
+# --- the process-wide configuration
+
+
+def new_context() -> runtime_context.RuntimeContext:
+    """An empty runtime context beside the one that SGLang made for the process."""
+    return runtime_context.RuntimeContext(parallel=runtime_context._PARALLEL)
+
+
+def replace_context(context: Any) -> None:
+    """Puts ``context`` where SGLang's functions look for the process's runtime context."""
+    runtime_context._CONTEXT = context
+
+
+# --- the HTTP application
+
+
+def http_server_copy(name: str) -> Any:
+    """A copy of SGLang's ``http_server`` module, whose application and state are module globals,
+    for one model. It neither warms up nor serves /metrics: CrossPool does so once for all models.
+    """
+    from sglang.srt.entrypoints import http_server
+
+    assert http_server.__file__ is not None
+    spec = importlib.util.spec_from_file_location(name, http_server.__file__)
+    assert spec is not None and spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    module._wait_and_warmup = lambda **_: None
+    module.add_prometheus_middleware = lambda _: None
+    module.enable_func_timer = _enable_func_timer_once
+    return module
+
+
+def set_state(
+    module: Any, manager: TokenizerManager, templates: Any, scheduler_info: dict[str, Any]
+) -> None:
+    """Gives a copy from :func:`http_server_copy` what its routes serve from."""
+    module.set_global_state(
+        module._GlobalState(
+            tokenizer_manager=manager, template_manager=templates, scheduler_info=scheduler_info
+        )
+    )

@@ -1,0 +1,105 @@
+"""The plot of a plan, as SVG or PNG; hatches tell its bars apart without colour."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crosspool.config.errors import ConfigError
+from crosspool.config.sizes import format_size
+from crosspool.planner.report.tables import SYSTEM_NAMES
+from crosspool.planner.result import Plan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".svg", ".png")
+_HATCHES = {"static": "///", "monolithic": "...", "crosspool": ""}
+_GIB = 1 << 30
+
+
+def check_suffix(path: Path) -> None:
+    """Checks the name of a plot before anything is computed. Raises ConfigError."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"plot {path}: the name must end in .svg or .png")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"plot {path}: there is no folder {path.parent}")
+
+
+def plot_plan(plan: Plan, path: Path) -> None:
+    """Plots demand with the budget, and the rates that the same devices sustain in three ways."""
+    drawn = new_figure(2, 5.4)
+    _draw_demand(drawn.axes[0], plan)
+    axes = drawn.axes[1]
+    for place, system in enumerate(plan.systems):
+        axes.bar(
+            place,
+            system.sustained,
+            hatch=_HATCHES[system.name],
+            edgecolor="black",
+            color="#c9d9e8",
+            width=0.6,
+        )
+        text = f"{system.sustained:.3g}/s" if system.fits else "does not fit"
+        axes.annotate(text, (place, system.sustained), ha="center", va="bottom", fontsize=9)
+    axes.axhline(plan.rate, linestyle="--", color="black", linewidth=1, label="this traffic")
+    axes.legend(fontsize=8)
+    names = [SYSTEM_NAMES[system.name].replace(", ", ",\n") for system in plan.systems]
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("requests/s sustained, by KV memory")
+    axes.set_title(
+        f"{plan.devices.count} device(s) of {format_size(plan.devices.bytes)}", fontsize=10
+    )
+    axes.margins(y=0.15)
+    save_figure(drawn, path)
+
+
+def _draw_demand(axes: Axes, plan: Plan) -> None:
+    places = [point[0] for point in plan.curve]
+    sizes = [point[1] / _GIB for point in plan.curve]
+    axes.plot(places, sizes, color="#1b6ca8", linewidth=1, label="KV demand")
+    name = f"P{100 * plan.quantile:g}"
+    axes.axhline(
+        plan.budget.pool_bytes / _GIB,
+        color="black",
+        linestyle="--",
+        label=f"page budget ({name}): {format_size(plan.budget.pool_bytes)}",
+    )
+    axes.axhline(
+        plan.budget.static_bytes / _GIB,
+        color="black",
+        linestyle=":",
+        label=f"sum of own {name}: {format_size(plan.budget.static_bytes)}",
+    )
+    axes.set_xlabel("second of the trace" if plan.curve_over_time else "share of the time")
+    axes.set_ylabel("GiB")
+    axes.set_ylim(0, 1.45 * plan.budget.static_bytes / _GIB)
+    axes.set_title("KV demand of all models", fontsize=10)
+    axes.legend(fontsize=8)
+
+
+def new_figure(columns: int, width: float) -> Figure:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    # the same plan gives the same file
+    matplotlib.rcParams["svg.hashsalt"] = "crosspool"
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    figure, _ = pyplot.subplots(1, columns, figsize=(width * columns, 4.2))
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
+    try:
+        figure.savefig(path, dpi=150, metadata=metadata)
+    except OSError as error:
+        raise ConfigError(f"plot {path}: {error.strerror}") from None
+    finally:
+        pyplot.close(figure)

@@ -1,0 +1,1 @@
+"""Shapes of models: enough of a ``config.json`` to count bytes, of any decoder."""

@@ -1,0 +1,67 @@
+"""Loads the ranks of one device for the host loop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+from crosspool.config.deployment import Deployment
+from crosspool.config.device import Device
+from crosspool.models.spec import ModelSpec
+from crosspool.observability.trace import LaneTrace
+from crosspool.ranks.device import DeviceRanks
+from crosspool.ranks.host.attention import AttentionPart
+from crosspool.ranks.host.attention_rank import AttentionRank
+from crosspool.ranks.host.executor import HostLoop
+from crosspool.ranks.host.ffn import FFNPart
+from crosspool.ranks.host.ffn_rank import FFNRank
+from crosspool.ranks.kv_memory import kv_pool
+from crosspool.ranks.weights import held_models
+from crosspool.transport.data_path import LocalLink
+from crosspool.transport.links import join, open_ends
+from crosspool.weightpool.placement import Placement
+
+
+def load_host_ranks(
+    deployment: Deployment,
+    device: Device,
+    specs: Sequence[ModelSpec],
+    placement: Placement,
+    lanes_fd: int | None,
+) -> DeviceRanks:
+    """Loads the ranks of a device for the host loop; see
+    :func:`crosspool.ranks.device_process.load_ranks`."""
+    trace = LaneTrace()
+    attention_parts: list[AttentionPart] = []
+    ffn_parts: dict[int, FFNPart] = {}
+    for held in held_models(deployment, device, specs, placement):
+        with held.loading(device) as loaded:
+            if held.attention:
+                attention_parts.append(AttentionPart(held.spec, held.path, loaded.progress))
+            if held.ffn is not None:
+                part = FFNPart(held.spec, held.path, held.ffn, loaded.progress)
+                ffn_parts[held.index] = part
+    resources = contextlib.ExitStack()
+    attention = ffn = None
+    if device in deployment.kv_pool_devices:
+        virtualizer, kv = kv_pool(deployment, device, specs)
+        resources.callback(virtualizer.close)
+        rank = deployment.kv_pool_devices.index(device)
+        attention = AttentionRank(rank, specs, attention_parts, virtualizer, kv)
+    transport = join(deployment, device, lanes_fd)
+    ends = open_ends(deployment, device, local=LocalLink, remote=transport)
+    links, served = ends
+    if device in deployment.weight_pool_devices:
+        rank = deployment.weight_pool_devices.index(device)
+        ffn = FFNRank(rank, specs, ffn_parts, trace)
+        ffn.links = served
+    executor = HostLoop(
+        attention,
+        links,
+        ffn,
+        ffn_ranks=[deployment.ffn_ranks(model) for model in range(len(specs))],
+        doorbell=transport,
+        serves_peers=ffn is not None and any(d != device for d in deployment.kv_pool_devices),
+        trace=trace,
+    )
+    return DeviceRanks(deployment, device, executor, attention, ffn, links, trace, resources)

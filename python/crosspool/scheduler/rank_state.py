@@ -1,0 +1,221 @@
+"""What the scheduler knows of one attention rank: its requests, and its steps in flight."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import count
+
+from crosspool.kvpool.layout import KVLayout
+from crosspool.scheduler.chunk_budget import ChunkBudget
+from crosspool.scheduler.flight import StepInFlight
+from crosspool.scheduler.promises import Promises
+from crosspool.scheduler.sequence import Sequence
+from crosspool.transport.messages import Open, Recall, Release, Row, Step, StepResult
+
+
+class RankState:
+    """Indices and numbers: ``model`` is an index into the deployment's models, a request's number
+    is ``Sequence.number``, a step's is counted by the rank."""
+
+    def __init__(
+        self, index: int, promises: Promises, layouts: list[KVLayout], budget: ChunkBudget
+    ) -> None:
+        self.index = index
+        self.promises = promises
+        self.budget = budget
+        self.running: list[dict[int, Sequence]] = [{} for _ in layouts]
+        """Requests that run here, indexed [model][number], in order of admission."""
+        self.paused: list[dict[int, Sequence]] = [{} for _ in layouts]
+        """Running requests that wait for more pages, indexed [model][number]."""
+        self.flights: dict[int, StepInFlight] = {}
+        """The step in flight of each model that has one."""
+        self.last_step = [-1] * len(layouts)
+        """Number of each model's latest step; -1 before its first."""
+        self.last_prompt_step = [-1] * len(layouts)
+        """Number of each model's latest step that took prompt tokens; -1 before its first."""
+        self.delayed: set[int] = set()
+        """Models whose requests have waited for a prompt chunk and not had a token since."""
+        self.version = 0
+        """Changes whenever a request that was refused pages before might get them now."""
+        self._layouts = layouts
+        self._step_numbers = count()
+        self._ended: list[Sequence] = []
+        self._forget: dict[int, list[int]] = defaultdict(list)
+        """Requests of each model that the rank has yet to be told to forget."""
+        self._asked = -1
+        """The version at which the paused requests last asked in vain."""
+
+    # --- admission and promises
+
+    def admit(self, seq: Sequence) -> bool:
+        """Admits ``seq`` if it can be promised pages; nobody is admitted while a running request
+        waits for pages."""
+        if any(self.paused) or not self.promises.admit(seq):
+            return False
+        seq.rank = self.index
+        self.running[seq.model][seq.number] = seq
+        return True
+
+    def extend(self) -> Iterator[Sequence]:
+        """Promises more pages to requests that have filled theirs, in order of admission, or pauses
+        them; yields each request that is paused from now on."""
+        if not self.promises.rule.grows:
+            return
+        for running, paused in zip(self.running, self.paused, strict=True):
+            for seq in running.values():
+                if seq.decoding and not seq.in_flight and seq.number not in paused:
+                    if self.promises.holds(seq, seq.computed + 1):
+                        continue
+                    if self.promises.extend(seq):
+                        self.version += 1
+                    else:
+                        paused[seq.number] = seq
+                        yield seq
+        while any(self.paused) and self._asked != self.version:
+            self._asked = self.version
+            waiting = [seq for paused in self.paused for seq in paused.values()]
+            for seq in sorted(waiting, key=lambda seq: seq.number):
+                if self.promises.extend(seq):
+                    del self.paused[seq.model][seq.number]
+                    self.version += 1
+
+    # --- steps
+
+    @property
+    def generating(self) -> set[int]:
+        """Models with a request that has output and waits for its next token."""
+        return {
+            model
+            for model, running in enumerate(self.running)
+            if any(
+                seq.has_output and seq.number not in self.paused[model] for seq in running.values()
+            )
+        }
+
+    def launch(
+        self, model: int, batch: Iterable[tuple[Sequence, int]], now: float, lease_steps: int
+    ) -> Step:
+        """Makes the next step of ``model``: ``batch`` has the requests and how many tokens the step
+        takes of each; the lease is ``lease_steps`` at most."""
+        batch = list(batch)
+        lease = self._lease(model, batch, lease_steps)
+        sequences: list[Sequence] = []
+        opens: list[Open] = []
+        rows: list[Row] = []
+        map_chunks: list[int] = []
+        for seq, tokens in batch:
+            if not seq.opened:
+                opens.append(seq.open())
+            pages = self._layouts[model].pages_for(seq.computed + tokens + lease - 1)
+            pages = max(pages, seq.pages_sent)  # an earlier lease may have reached further
+            if pages > seq.pages_sent:
+                map_chunks += self.promises.allocator.map(model, seq.pages[seq.pages_sent : pages])
+            rows.append(seq.next_row(tokens, pages))
+            sequences.append(seq)
+        number = next(self._step_numbers)
+        self.last_step[model] = number
+        self.budget.share_out(self.flights.values(), now)
+        flight = self.flights[model] = StepInFlight(number, model, now, sequences, rows, lease)
+        if flight.prompt_tokens:
+            self.last_prompt_step[model] = number
+        return Step(
+            step=number, model=model, map_chunks=map_chunks, opens=opens, rows=rows, lease=lease
+        )
+
+    def _lease(self, model: int, batch: list[tuple[Sequence, int]], most: int) -> int:
+        """Number of steps, ``most`` at most, for which every request in ``batch`` has pages and may
+        grow longer."""
+        for seq, tokens in batch:
+            known = len(seq.tokens)
+            if not seq.leasable or seq.computed + tokens < known:
+                return 1
+            slots = len(seq.pages) * self._layouts[model].page_size
+            most = min(most, seq.limit - known, slots - known + 1)
+        return max(most, 1)
+
+    def recall(self, flight: StepInFlight) -> Recall:
+        """Ends the lease of ``flight``; results of some more of its steps may still come."""
+        self.flights[flight.model] = replace(flight, recalled=True)
+        return Recall(step=flight.step)
+
+    def land(self, result: StepResult, now: float) -> StepInFlight:
+        """Returns the step that ``result`` belongs to, which ends; the next step of its lease takes
+        its place. Raises ValueError when ``result`` fits no step in flight, or not its rows."""
+        flight = next((f for f in self.flights.values() if f.step == result.step), None)
+        if flight is None:
+            raise ValueError(
+                f"attention rank {self.index} sent a result of unknown step {result.step}"
+            )
+        asked = [(row.request, row.sample) for row in flight.rows]
+        got = [(row.request, row.token >= 0) for row in result.rows]
+        if asked != got:
+            raise ValueError(
+                f"attention rank {self.index} sent rows (request, sampled) {got} as the result of "
+                f"step {result.step}, which has {asked}"
+            )
+        if result.more and flight.lease == 1:
+            raise ValueError(
+                f"attention rank {self.index} goes on with step {result.step}, whose lease is over"
+            )
+        self.budget.share_out(self.flights.values(), now)
+        self.budget.landed(flight)
+        del self.flights[flight.model]
+        if result.more:
+            rows = [
+                Row(
+                    request=row.request,
+                    start=row.start + len(row.tokens),
+                    tokens=[done.token],
+                    pages=[],
+                    sample=True,
+                )
+                for row, done in zip(flight.rows, result.rows, strict=True)
+            ]
+            self.flights[flight.model] = replace(
+                flight, issued=now, rows=rows, lease=flight.lease - 1
+            )
+        if flight.prompt_tokens:
+            self.delayed = self.generating
+        self.delayed.discard(flight.model)
+        for seq, row in zip(flight.sequences, flight.rows, strict=True):
+            seq.in_flight = result.more
+            if seq.over:
+                if not result.more:
+                    self._ended.append(seq)
+                continue
+            if row.start < seq.prompt_len == seq.computed and self.promises.share(seq):
+                self.version += 1
+            if result.more:
+                seq.computed += 1
+        return flight
+
+    # --- the end of requests
+
+    def retire(self, seq: Sequence) -> None:
+        """``seq`` stops running; its pages are taken back after its step in flight, if any."""
+        del self.running[seq.model][seq.number]
+        self.paused[seq.model].pop(seq.number, None)
+        self.version += 1
+        if not seq.in_flight:
+            self._ended.append(seq)
+
+    def reclaim(self) -> None:
+        """Takes back the pages of every request that has ended and is in no step."""
+        for seq in self._ended:
+            if seq.opened:
+                self._forget[seq.model].append(seq.number)
+            self.promises.take_back(seq)
+            self.version += 1
+        self._ended.clear()
+
+    def releases(self) -> list[Release]:
+        """What to tell the rank about requests and chunks given up since the last call."""
+        forget, self._forget = self._forget, defaultdict(list)
+        unmap = self.promises.chunks_to_unmap()
+        return [
+            Release(model=model, requests=forget[model], unmap_chunks=unmap[model])
+            for model in range(len(self._layouts))
+            if forget[model] or unmap[model]
+        ]

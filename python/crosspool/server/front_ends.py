@@ -1,0 +1,155 @@
+"""The front ends that the scheduler serves: requests on the way in, outputs on the way back."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+from crosspool.config.deployment import Deployment
+from crosspool.frontend.commands import (
+    Abort,
+    Command,
+    FlushCache,
+    Generate,
+    Leave,
+    TellState,
+    commands,
+    refuse,
+    tell_flushed,
+    tell_state,
+)
+from crosspool.frontend.front_end import FrontEnd, FrontEndLost
+from crosspool.frontend.messages import Item, refusal, seeds, to_token_id_output
+from crosspool.scheduler.core import SchedulerCore
+from crosspool.scheduler.request import Output
+
+log = logging.getLogger(__name__)
+
+_MESSAGES_AT_ONCE = 256
+"""Messages taken from one front end before the core schedules."""
+
+
+class FrontEnds:
+    """Passes front ends' requests to ``core``. ``starting`` returns what the deployment waits for
+    before it takes requests, and None once it takes them."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        poller: zmq.Poller,
+        deployment: Deployment,
+        core: SchedulerCore,
+        starting: Callable[[], str | None],
+    ) -> None:
+        self._context = context
+        self._poller = poller
+        self._names = [model.name for model in deployment.models]
+        self._stream_intervals = [
+            int({**deployment.sglang, **model.sglang}.get("stream_interval", 1))
+            for model in deployment.models
+        ]
+        self._core = core
+        self._starting = starting
+        self._seeds = seeds(deployment.random_seed)
+        self._by_socket: dict[Any, FrontEnd] = {}
+        self._owner: dict[tuple[int, str], FrontEnd] = {}
+        """Front end of every request that is not finished, indexed [model, request id]."""
+
+    def connect(self, model: int, *, attached: bool, **sockets: str) -> None:
+        """Serves one more front end of ``model``, which binds ``sockets`` (see FrontEnd)."""
+        front_end = FrontEnd(self._context, model, attached=attached, **sockets)
+        self._by_socket[front_end.socket] = front_end
+        self._poller.register(front_end.socket, zmq.POLLIN)
+
+    def attached(self, model: int) -> int:
+        """Number of stock SGLang servers that serve ``model``."""
+        return sum(f.attached and f.model == model for f in self._by_socket.values())
+
+    def take(self, socket: Any) -> None:
+        """Carries out the messages of a readable ``socket``, if it is still a front end's."""
+        for _ in range(_MESSAGES_AT_ONCE):
+            # A message may be the front end's last: it is closed then.
+            front_end = self._by_socket.get(socket)
+            message = front_end.receive() if front_end else None
+            if front_end is None or message is None:
+                return
+            try:
+                interval = self._stream_intervals[front_end.model]
+                for command in commands(front_end, message, interval):
+                    self._carry_out(front_end, command)
+            except FrontEndLost as error:
+                self._drop(front_end, str(error))
+                return
+
+    def _carry_out(self, front_end: FrontEnd, command: Command) -> None:
+        match command:
+            case Generate():
+                self._generate(front_end, command)
+            case Abort():
+                for rid in list(front_end.requests):
+                    if rid.startswith(command.prefix):
+                        self._core.abort(rid, front_end.model, message=command.message)
+            case TellState():
+                tell_state(front_end, self._core.snapshot().models[front_end.model])
+            case FlushCache():
+                tell_flushed(front_end, has_cache=self._core.flush(front_end.model))
+            case Leave():
+                # An attached server ends; the deployment does not.
+                if front_end.attached:
+                    self._drop(front_end, "the attached server has ended")
+
+    def _generate(self, front_end: FrontEnd, command: Generate) -> None:
+        model, opened = front_end.model, command.opened
+        owner = self._owner.get((model, opened.rid))
+        if owner is not None:
+            if owner is not front_end:
+                refuse(front_end, opened.rid, f"request id {opened.rid!r} is in use")
+            return
+        front_end.requests[opened.rid] = opened
+        self._owner[model, opened.rid] = front_end
+        refused: tuple[str, int]
+        if starting := self._starting():
+            refused = f"the server is starting: {starting}", 503
+        else:
+            try:
+                return self._core.add(command.request(model, next(self._seeds)))
+            except ValueError as error:
+                refused = str(error), 400
+        self.send([refusal(opened.rid, model, *refused, opened.prompt_len)])
+
+    def _drop(self, front_end: FrontEnd, why: str) -> None:
+        """Forgets a front end and aborts its requests."""
+        lost = len(front_end.requests)
+        log.warning("model %s: %s; dropped %d requests", self._names[front_end.model], why, lost)
+        self._poller.unregister(front_end.socket)
+        del self._by_socket[front_end.socket]
+        for rid in list(front_end.requests):
+            self._core.abort(rid, front_end.model, message=why)
+        front_end.close()
+
+    def send(self, outputs: list[Output]) -> None:
+        """Sends outputs to their front ends' detokenizers. A request that has several gets them in
+        as many messages, in order."""
+        rounds: dict[tuple[FrontEnd, int], list[Item]] = defaultdict(list)
+        seen: dict[tuple[int, str], int] = defaultdict(int)
+        for output in outputs:
+            key = (output.model, output.rid)
+            front_end = self._owner.get(key)
+            if output.finish is not None:
+                self._owner.pop(key, None)
+            if front_end is None or front_end.socket not in self._by_socket:
+                continue
+            item = front_end.take(output)
+            if item is not None:
+                rounds[front_end, seen[key]].append(item)
+                seen[key] += 1
+        for (front_end, _), items in rounds.items():
+            if front_end.socket in self._by_socket:
+                try:
+                    front_end.to_detokenizer(to_token_id_output(items))
+                except FrontEndLost as error:
+                    self._drop(front_end, str(error))

@@ -1,0 +1,189 @@
+"""The HTTP process: SGLang's tokenizer manager and application of every model behind one port.
+
+It listens at once; ``/health`` gives 503 until every process is ready and every model has generated
+a token. After SIGTERM, requests in flight have ``drain_timeout`` seconds to finish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+import uvloop
+import zmq.asyncio
+
+from crosspool.config.deployment import ConfigError, Deployment
+from crosspool.config.process import freeze_heap
+from crosspool.frontend import compat
+from crosspool.server.app import App, State
+from crosspool.transport import admin
+
+if TYPE_CHECKING:
+    from crosspool.frontend.model_app import ModelApp
+
+log = logging.getLogger(__name__)
+
+_STATUS_SECONDS = 0.5
+_SILENCE_SECONDS = 15.0
+"""Seconds of silence after which the scheduler is taken for dead."""
+_KEEP_ALIVE_SECONDS = 75
+"""How long an idle connection stays open: longer than clients and proxies keep theirs, since a
+request that meets a closing connection is lost (aiohttp gives up after 15 s, openai after 5)."""
+_LINGER_SECONDS = 5
+"""Time for open connections to close after the last request has ended."""
+_BACKLOG = 2048
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to HttpProcess, which drains first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpProcess:
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._state = State()
+        self._context = zmq.asyncio.Context()
+        self._scheduler = admin.AsyncAdmin(self._context, deployment.admin_address)
+        self._app = App(deployment, self._state, self._scheduler)
+        self._answered = time.monotonic()
+        self._ending = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serves until SIGTERM or SIGINT. Raises ConfigError when the address is taken or a
+        model's arguments are wrong."""
+        listener = _listen(self._deployment.host, self._deployment.port)
+        level = self._deployment.sglang.get("log_level_http") or self._deployment.sglang.get(
+            "log_level", "info"
+        )
+        server = _Server(
+            uvicorn.Config(
+                self._app,
+                log_level=level,
+                log_config=None,
+                access_log=level == "debug",
+                lifespan="off",
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=_LINGER_SECONDS,
+            )
+        )
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        prepare = asyncio.create_task(self._prepare())
+        watch = asyncio.create_task(self._watch())
+        ending = asyncio.create_task(self._ending.wait())
+        try:
+            await _first_of(ending, serving, prepare, watch)
+            await self._drain()
+        finally:
+            for task in (prepare, watch, ending):
+                task.cancel()
+            server.should_exit = True
+            await serving
+            for model in self._state.models.values():
+                await model.stop()
+            self._context.destroy(linger=0)
+
+    def _on_signal(self) -> None:
+        self._state.draining = True
+        self._state.message = "the server is shutting down"
+        self._ending.set()
+
+    async def _drain(self) -> None:
+        deadline = time.monotonic() + self._deployment.drain_timeout
+        if self._state.in_flight:
+            log.info(
+                "%d requests in flight have %g s to finish",
+                self._state.in_flight,
+                self._deployment.drain_timeout,
+            )
+        while self._state.in_flight and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        if self._state.in_flight:
+            log.warning("%d requests did not finish in time", self._state.in_flight)
+
+    async def _prepare(self) -> None:
+        """Imports SGLang and has every model generate a token. Never returns by itself."""
+        self._state.message = "importing SGLang"
+        model_app = await asyncio.to_thread(_import_model_app)
+        models: list[ModelApp] = []
+        for index, config in enumerate(self._deployment.models):
+            self._state.message = f"preparing {config.name}"
+            await asyncio.sleep(0)  # lets health checks in between
+            models.append(model_app.ModelApp(self._deployment, index))
+        while (status := self._state.status) is None or not status.ready:
+            self._state.message = status.message if status else "waiting for the scheduler"
+            await asyncio.sleep(0.05)
+        self._state.message = "warming up"
+        for model, now in zip(models, status.models, strict=True):
+            pool_tokens = self._deployment.kv_pool_bytes // now.kv_bytes_per_token
+            await model.start(pool_tokens)
+            if not self._deployment.sglang.get("skip_server_warmup"):
+                await model.warm_up()
+        freeze_heap()
+        self._state.models = {model.name: model for model in models}
+        self._state.message = "ready"
+        self._state.ready = True
+        log.info("ready on http://%s:%d", self._deployment.host, self._deployment.port)
+        await asyncio.Event().wait()
+
+    async def _watch(self) -> None:
+        """Keeps the status fresh and notices when the deployment has failed."""
+        while True:
+            with contextlib.suppress(admin.AdminError):
+                status = self._state.status = await self._scheduler.status(timeout=2.0)
+                self._answered = time.monotonic()
+                if self._state.ready and not status.ready:
+                    self._fail(status.message)
+            if self._state.ready and time.monotonic() - self._answered > _SILENCE_SECONDS:
+                self._fail("the scheduler does not answer")
+            await asyncio.sleep(_STATUS_SECONDS)
+
+    def _fail(self, cause: str) -> None:
+        log.error("%s: every request gets 503 from now on", cause)
+        self._state.ready = False
+        self._state.message = cause
+        for model in self._state.models.values():
+            model.manager.fail_all(cause, 503)
+
+
+def _import_model_app() -> Any:
+    compat.install()
+    from crosspool.frontend import model_app
+
+    return model_app
+
+
+async def _first_of(ending: asyncio.Task[Any], *tasks: asyncio.Task[Any]) -> None:
+    """Returns when ``ending`` is done; raises what any of ``tasks`` raises."""
+    done, _ = await asyncio.wait([ending, *tasks], return_when=asyncio.FIRST_COMPLETED)
+    if ending not in done:
+        done.pop().result()
+        raise RuntimeError("the HTTP server stopped by itself")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ConfigError(f"port: cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+def serve(deployment: Deployment) -> None:
+    async def main() -> None:
+        await HttpProcess(deployment).run()
+
+    uvloop.run(main())

@@ -1,0 +1,131 @@
+"""The three processes that import SGLang: http, scheduler and detokenizer.
+
+    python -m crosspool.server.process NAME --deployment FILE
+
+The exit status is 0 after SIGTERM, 2 for a user's mistake, which stderr names, and 1 for anything
+else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from crosspool.config.cores import CONTROL_SLICE_NS, keep_off, set_slice
+from crosspool.config.deployment import ConfigError, Deployment, load
+from crosspool.config.process import die_with_parent, set_title
+from crosspool.frontend import compat
+
+
+def _http(deployment: Deployment) -> None:
+    from crosspool.server import http_process
+
+    http_process.serve(deployment)
+
+
+def _scheduler(deployment: Deployment) -> None:
+    compat.install()
+    from crosspool.server.scheduler_loop import SchedulerLoop
+
+    SchedulerLoop(deployment).run()
+
+
+def _detokenizer(deployment: Deployment) -> None:
+    compat.install()
+    from crosspool.frontend import detokenizer
+
+    detokenizer.serve(deployment)
+
+
+PROCESSES = {"http": _http, "scheduler": _scheduler, "detokenizer": _detokenizer}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one of :data:`PROCESSES` and returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m crosspool.server.process")
+    parser.add_argument("name", choices=PROCESSES)
+    parser.add_argument("--deployment", type=Path, required=True, help="deployment.json")
+    arguments = parser.parse_args(argv)
+    return run(arguments.name, arguments.deployment)
+
+
+def run(name: str, file: Path) -> int:
+    """Runs the process ``name`` of the deployment in ``file``; see :func:`main`."""
+    die_with_parent()
+    deployment = prepare(name, file)
+    try:
+        PROCESSES[name](deployment)
+    except ConfigError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except Exception:
+        logging.getLogger(__name__).exception("the %s process cannot go on", name)
+        return 1
+    return 0
+
+
+def prepare(name: str, file: Path) -> Deployment:
+    """Gives the process its title, its log and the environment in which SGLang is imported."""
+    set_title(name)
+    deployment = load(file)
+    keep_off(deployment.devices)
+    set_slice(CONTROL_SLICE_NS)
+    configure_logging(name, deployment)
+    os.environ["SGLANG_USE_PICKLE_IPC"] = "0"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if deployment.sglang.get("enable_metrics"):
+        # SGLang's metrics of all processes go through files; prometheus_client reads this when it
+        # is imported.
+        folder = Path(deployment.runtime_dir) / "metrics"
+        folder.mkdir(exist_ok=True)
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+    return deployment
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process at once: an orderly end of SGLang's and torch's modules takes seconds and
+    is of no use."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+_NOISE = (
+    "does not support Intel AMX",
+    "SGLANG_USE_CUDA_IPC_TRANSPORT is deprecated",
+    "Registered linear attn model",
+    "OpenAI Responses API (/v1/responses) disabled",
+    "Using fallback token IDs for yes/no",
+    "Restoring add_bos_token",
+    "Using default HuggingFace chat template",
+    "Started server process",
+    "Finished server process",
+)
+"""Lines of SGLang and uvicorn about what CrossPool does not use, or that name no model."""
+
+
+def configure_logging(name: str, deployment: Deployment) -> None:
+    """Sends log lines of this process to stderr at the deployment's ``log_level``, without those
+    that are noise."""
+    logging.basicConfig(
+        level=str(deployment.sglang.get("log_level", "info")).upper(),
+        format=f"%(asctime)s %(levelname)s {name}: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(lambda record: not any(n in record.getMessage() for n in _NOISE))
+    warnings.filterwarnings("ignore", message="Only CUDA", module="sglang")
+    warnings.filterwarnings("ignore", message="ORJSONResponse is deprecated")
+
+
+if __name__ == "__main__":
+    leave(main())

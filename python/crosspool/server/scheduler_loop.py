@@ -1,0 +1,228 @@
+"""The scheduler's core between SGLang's sockets, the device processes and the admin socket.
+
+One thread and one poller: whatever is readable is handled, then the core schedules once, then what
+it has to say goes out.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import zmq
+
+from crosspool.config.deployment import Deployment
+from crosspool.config.process import freeze_heap
+from crosspool.frontend.server_args import port_args
+from crosspool.frontend.tokenizer import load_tokenizer
+from crosspool.models.registry import read_model
+from crosspool.scheduler.core import SchedulerCore
+from crosspool.server.admin_socket import AdminSocket
+from crosspool.server.devices import DeviceGone, Devices
+from crosspool.server.front_ends import FrontEnds
+from crosspool.server.grammar import XGrammarBackend
+from crosspool.server.text import HFTextDecoder
+from crosspool.transport import admin
+from crosspool.transport.inspection import Report, Status
+from crosspool.transport.messages import Shutdown
+
+log = logging.getLogger(__name__)
+
+_LONGEST_SLEEP = 1.0
+_MESSAGES_AT_ONCE = 256
+"""Messages taken from one socket before the core schedules."""
+
+
+class SchedulerLoop:
+    """Owns the core and every socket of the scheduler process.
+
+    Raises ConfigError when a model or its tokenizer cannot be read."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._names = [model.name for model in deployment.models]
+        self._stopping = False
+        self._failure: str | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._poller = zmq.Poller()
+        self._compiled = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        """Readable when a grammar has been compiled."""
+        self._poller.register(self._compiled, zmq.POLLIN)
+        self._admin = AdminSocket(self._context, deployment.admin_address)
+        self._poller.register(self._admin.socket, zmq.POLLIN)
+        self._devices = Devices(self._context, deployment)
+        self._poller.register(self._devices.socket, zmq.POLLIN)
+
+        self._specs = [
+            read_model(Path(model.path), model.context_length, model.dtype)
+            for model in deployment.models
+        ]
+        tokenizers = [load_tokenizer(deployment, i) for i in range(len(deployment.models))]
+        compact = deployment.sglang.get("constrained_json_disable_any_whitespace", False)
+        self._core = SchedulerCore(
+            deployment,
+            self._specs,
+            [HFTextDecoder(tokenizer) for tokenizer in tokenizers],
+            [
+                XGrammarBackend(
+                    tokenizer,
+                    spec,
+                    any_whitespace=not compact,
+                    on_compiled=lambda: os.eventfd_write(self._compiled, 1),
+                )
+                for tokenizer, spec in zip(tokenizers, self._specs, strict=True)
+            ],
+            time.monotonic,
+        )
+        self._front_ends = FrontEnds(
+            self._context, self._poller, deployment, self._core, self._starting
+        )
+        for index in range(len(deployment.models)):
+            ports = port_args(deployment, index)
+            self._front_ends.connect(
+                index,
+                scheduler_input=ports.scheduler_input_ipc_name,
+                tokenizer=ports.tokenizer_ipc_name,
+                detokenizer=ports.detokenizer_ipc_name,
+                attached=False,
+            )
+
+    def run(self) -> None:
+        """Returns after SIGTERM or SIGINT."""
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, self._stop)
+        freeze_heap()
+        log.info("waiting for devices: %s", self._devices.progress)
+        while not self._stopping:
+            self._turn(self._poller.poll(self._sleep_ms()))
+        self._core.fail_all("the server is shutting down", 503)
+        self._front_ends.send(self._core.drain_outputs())
+        self._devices.broadcast(Shutdown(drain=self._failure is None))
+        self._context.destroy(linger=500)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._stopping = True
+
+    def _sleep_ms(self) -> int:
+        deadline = self._core.next_deadline()
+        if deadline is None:
+            return int(_LONGEST_SLEEP * 1000)
+        return int(1000 * min(_LONGEST_SLEEP, max(0.0, deadline - time.monotonic()) + 0.001))
+
+    def _turn(self, readable: list[tuple[Any, int]]) -> None:
+        for source, _ in readable:
+            if source is self._devices.socket:
+                self._take_results()
+            elif source is self._admin.socket:
+                self._take_questions()
+            elif source == self._compiled:
+                os.eventfd_read(self._compiled)
+            else:
+                self._front_ends.take(source)
+        overdue = self._core.overdue(time.monotonic())
+        if overdue is not None:
+            self._fail(overdue)
+        self._devices.expire_questions()
+        self._core.schedule()
+        try:
+            for rank, message in self._core.drain_messages():
+                self._devices.send(rank, message)
+        except DeviceGone as error:
+            self._fail(str(error))
+        self._front_ends.send(self._core.drain_outputs())
+
+    def _fail(self, cause: str) -> None:
+        """Ends every request, and every later one, with 503."""
+        if self._failure is None:
+            self._failure = cause
+            log.error("%s", cause)
+            self._core.fail_all(cause, 503)
+
+    def _starting(self) -> str | None:
+        """What the deployment waits for before it takes requests; None once it takes them."""
+        waits = self._failure is None and not self._devices.all_ready
+        return self._devices.progress if waits else None
+
+    def _take_results(self) -> None:
+        try:
+            for _ in range(_MESSAGES_AT_ONCE):
+                received = self._devices.receive()
+                if received is None:
+                    return
+                self._core.on_result(*received)
+        except DeviceGone as error:
+            self._fail(str(error))
+        except ValueError as error:
+            self._fail(f"a device sent a result that does not fit any step: {error}")
+
+    # --- questions over the admin socket
+
+    def _take_questions(self) -> None:
+        for _ in range(_MESSAGES_AT_ONCE):
+            received = self._admin.receive()
+            if received is None:
+                return
+            sender, message = received
+            match message:
+                case admin.Ask():
+                    self._ask(sender, message)
+                case admin.Attach():
+                    self._admin.reply(sender, self._attach(message))
+                case admin.RankGone():
+                    self._fail(f"device {message.device} is gone: {message.cause}")
+                    self._admin.reply(sender, admin.Answer(id=message.id))
+
+    def _ask(self, sender: bytes, ask: admin.Ask) -> None:
+        if ask.what == "status":
+            return self._admin.reply(sender, admin.Answer(id=ask.id, status=self.status()))
+
+        def done(report: Report | None, error: str | None) -> None:
+            self._admin.reply(sender, admin.Answer(id=ask.id, report=report, error=error))
+
+        return self._devices.inspect(ask.what, done)
+
+    def _attach(self, message: admin.Attach) -> admin.FromScheduler:
+        error = None
+        sockets = (message.scheduler_input, message.tokenizer, message.detokenizer)
+        if message.model not in self._names:
+            names = ", ".join(self._names)
+            error = f"no model {message.model!r} is served here; there are {names}"
+        elif not all(name.startswith("ipc://") for name in sockets):
+            error = "only ipc:// sockets can be attached"
+        elif not self._devices.all_ready or self._failure is not None:
+            error = self._failure or f"starting: {self._devices.progress}"
+        if error is not None:
+            return admin.Answer(id=message.id, error=error)
+        model = self._names.index(message.model)
+        self._front_ends.connect(
+            model,
+            scheduler_input=message.scheduler_input,
+            tokenizer=message.tokenizer,
+            detokenizer=message.detokenizer,
+            attached=True,
+        )
+        log.info("model %s: a stock SGLang server is attached", message.model)
+        return admin.Attached(
+            id=message.id,
+            max_total_tokens=self._deployment.kv_pool_bytes
+            // self._specs[model].kv_bytes_per_token,
+            max_input_tokens=self._core.max_tokens(model) - 1,
+        )
+
+    def status(self) -> Status:
+        snapshot = self._core.snapshot()
+        for index, model in enumerate(snapshot.models):
+            model.attached = self._front_ends.attached(index)
+        return Status(
+            models=snapshot.models,
+            ranks=snapshot.ranks,
+            failure=snapshot.failure,
+            ready=self._devices.all_ready and self._failure is None,
+            message=self._failure or self._devices.progress,
+            devices=self._devices.status(),
+        )

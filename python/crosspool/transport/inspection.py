@@ -1,0 +1,250 @@
+"""What a deployment tells about itself, in typed structs: the devices' replies to ``Inspect``, and
+the scheduler's status.
+
+The front end sends them to HTTP clients as JSON objects with the same field names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from crosspool.observability.trace import LaneEvent
+
+InspectWhat = Literal["tensors", "pools", "counters", "trace_start", "trace_stop"]
+"""What a device process can be asked; the reply is the field of :class:`Report` with this name."""
+
+
+class TensorInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One tensor, or the share of one, that a rank holds."""
+
+    device: str
+    role: Literal["attention", "ffn"]
+    rank: int
+    model: str
+    layer: int | None
+    """None for embeddings, final norm and LM head."""
+    key: str
+    """CrossPool's name for the tensor within its layer."""
+    name: str
+    """The checkpoint's name for it."""
+    shape: tuple[int, ...]
+    """Shape of the share that the rank holds."""
+    dtype: str
+    bytes: int
+
+
+class DevicePools(msgspec.Struct, frozen=True, kw_only=True):
+    """KV memory of one device's attention rank; empty and 0 where the device has none."""
+
+    device: str
+    mapped_bytes: dict[str, int] = {}
+    """Bytes mapped for each model, by its name."""
+    free_bytes: int = 0
+    """Bytes of the budget that are mapped for no model."""
+    budget_bytes: int = 0
+    rss_bytes: int
+    """Resident memory of the device process."""
+
+
+class LinkCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """What has crossed one lane between an attention rank and an FFN rank, without headers."""
+
+    attention_rank: int
+    lane: int
+    ffn_rank: int
+    dispatches: int
+    rows: int
+    dispatch_bytes: int
+    combine_bytes: int
+
+
+class DeviceCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """What one device's ranks have done since they were loaded."""
+
+    device: str
+    steps: int = 0
+    """Steps that its attention rank has begun."""
+    requests: int = 0
+    """Requests that live on its attention rank now."""
+    links: list[LinkCounts] = []
+    """The links of its attention rank, as that end counts."""
+    served: list[LinkCounts] = []
+    """The links of its FFN rank, as that end counts."""
+
+
+class DeviceEvents(msgspec.Struct, frozen=True, kw_only=True):
+    """The lane events that one device recorded, oldest first."""
+
+    device: str
+    events: list[LaneEvent]
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The reply of one device process to ``Inspect``, or of all of them together.
+
+    The field with the name of the question is set, the others are empty."""
+
+    tensors: list[TensorInfo] = []
+    pools: list[DevicePools] = []
+    """One entry for each device."""
+    counters: list[DeviceCounters] = []
+    """One entry for each device."""
+    trace_start: list[str] = []
+    """Names of the devices that record lane events from now on."""
+    trace_stop: list[DeviceEvents] = []
+    """One entry for each device."""
+
+    @classmethod
+    def joined(cls, reports: Iterable[Report]) -> Report:
+        """What several devices replied to one question."""
+        reports = list(reports)
+        fields = cls.__struct_fields__
+        return cls(**{f: [e for report in reports for e in getattr(report, f)] for f in fields})
+
+    def plain(self, what: InspectWhat, models: Sequence[str]) -> list[Any]:
+        """The field ``what`` as HTTP clients see it, for the JSON encoder. Lane events become one
+        list, in order of their start, with the names of ``models`` for their indices."""
+        if what != "trace_stop":
+            return list(msgspec.to_builtins(getattr(self, what)))
+        events = [(of.device, event) for of in self.trace_stop for event in of.events]
+        return [
+            {"device": device, **msgspec.structs.asdict(event), "model": models[event.model]}
+            for device, event in sorted(events, key=lambda entry: entry[1].start_ns)
+        ]
+
+
+class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The memory of one rank, for the pools' table and for the readiness check."""
+
+    role: Literal["attention", "ffn"]
+    rank: int
+    weight_bytes: int
+    kv_bytes: int
+    """KV budget of an attention rank; 0 for an FFN rank."""
+
+
+class KVShare(msgspec.Struct, frozen=True, kw_only=True):
+    """What one model has of one attention rank now."""
+
+    running: int
+    """Requests admitted and not finished."""
+    paused: int
+    """Those of the running requests that wait for more pages."""
+    promised_chunks: int
+    """Chunks that the running requests' pages touch, mapped or not."""
+    cached_chunks: int
+    """Chunks that only cached pages touch; they are given up as soon as a request needs them."""
+    mapped_chunks: int
+    """Chunks in physical memory: all that are cached, and the promised ones that were written."""
+    evicted_pages: int
+    """Cached pages given up for promises since the start."""
+
+
+class RankSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """One attention rank as the scheduler sees it. Its budget is promised, cached or free."""
+
+    device: str
+    running: int
+    paused: int
+    steps_in_flight: int
+    budget_chunks: int
+    free_chunks: int
+    promised_chunks: int
+    cached_chunks: int
+    mapped_chunks: int
+    budget_bytes: int
+    free_bytes: int
+    promised_bytes: int
+    cached_bytes: int
+    mapped_bytes: int
+    models: list[KVShare]
+    """Entries in the deployment's order."""
+
+
+class ModelCounts(msgspec.Struct, kw_only=True):
+    """One model's traffic since the scheduler's start."""
+
+    requests: int = 0
+    """Requests received, refused ones included."""
+    admitted: int = 0
+    finished: dict[str, int] = msgspec.field(default_factory=lambda: {"stop": 0, "length": 0})
+    """Requests that ended by themselves, by reason."""
+    aborted: dict[str, int] = {}
+    """Requests refused or aborted, by HTTP status."""
+    prompt_tokens: int = 0
+    """Prompt tokens computed."""
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache."""
+    prefix_hits: int = 0
+    """Requests admitted with cached prompt tokens."""
+    pauses: int = 0
+    """Times that a running request had to wait for more pages."""
+    output_tokens: int = 0
+    """Tokens sampled."""
+    steps: int = 0
+    decode_rows: int = 0
+    """Rows that fed back a sampled token; divided by ``steps``, the mean decode batch."""
+    largest_batch: int = 0
+    """Most requests in one step."""
+
+
+class ModelStatus(ModelCounts, kw_only=True):
+    """One model: its requests and KV memory now, over all attention ranks, its counters, and what
+    is known about it from its config and the deployment."""
+
+    name: str
+    waiting: int
+    """Requests queued, those included whose grammar is being compiled."""
+    compiling: int
+    running: int
+    paused: int
+    promised_chunks: int
+    cached_chunks: int
+    mapped_chunks: int
+    promised_bytes: int
+    cached_bytes: int
+    mapped_bytes: int
+    evicted_pages: int
+    path: str
+    context: int
+    """Longest sequence of the model, in tokens."""
+    dtype: str
+    kv_bytes_per_token: int
+    max_tokens: int
+    """Longest sequence that can be served: ``context``, or what one rank's KV pool holds."""
+    ffn_ranks: tuple[int, ...]
+    attached: int = 0
+    """Stock SGLang servers that are attached to the model."""
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """The scheduler's state at one moment."""
+
+    models: list[ModelStatus]
+    """Entries in the deployment's order."""
+    ranks: list[RankSnapshot]
+    failure: str | None
+    """Why every request is refused; None while all is well."""
+
+
+class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One device process, as far as it has reported to the scheduler."""
+
+    name: str
+    ready: bool
+    pid: int | None
+    """None until it is ready."""
+    ranks: list[RankInfo]
+    """Empty until it is ready."""
+
+
+class Status(Snapshot, frozen=True, kw_only=True):
+    """The state of the whole deployment."""
+
+    ready: bool
+    message: str
+    """What the deployment waits for, or why it has failed."""
+    devices: list[DeviceStatus]

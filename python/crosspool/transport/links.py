@@ -1,0 +1,193 @@
+"""The one place that knows all interconnects: which links two devices share, and who opens them.
+
+Within a device nothing crosses. CPU devices share a segment of memory
+(:mod:`crosspool.transport.shared_memory`), which the launcher makes and every device process
+inherits. GPUs have what ``gpu_links`` names, one of GPU_LINKS, beside it.
+
+A further interconnect is a module with an :class:`Interconnect`, or for GPUs with a function like
+``peer_memory.join``, and its line in :func:`create` and :func:`join`, or in GPU_LINKS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from crosspool.config.deployment import Deployment
+from crosspool.config.device import Device
+from crosspool.models.spec import DTYPE_BYTES, ModelSpec
+from crosspool.transport import nvshmem, peer_memory, shared_memory
+from crosspool.transport.data_path import AttentionLink, FFNLink, remote_pairs
+from crosspool.transport.device_links import DeviceLinks
+from crosspool.transport.lane_layout import LinkLayout, LinkPlace
+from crosspool.transport.shared_memory import SharedMemoryTransport
+
+if TYPE_CHECKING:
+    from crosspool.kernels.cuda_driver import CudaDriver
+
+_MEETING_SECONDS = 120.0
+"""Seconds that a device process waits for the others to come to the meeting."""
+
+A_co = TypeVar("A_co", covariant=True)
+F_co = TypeVar("F_co", covariant=True)
+L = TypeVar("L")
+
+
+class OpensLinks(Protocol[A_co, F_co]):
+    """Opens one device's ends of its links to other devices, in the form that a loop takes."""
+
+    def attention_link(self, lane: int, ffn_rank: int) -> A_co:
+        """The end of this device's attention rank."""
+
+    def ffn_link(self, attention_rank: int, lane: int) -> F_co:
+        """The end of this device's FFN rank."""
+
+
+class Interconnect(OpensLinks[AttentionLink, FFNLink], Protocol):
+    """One device's ends of its links to other devices, and what wakes it when a peer has used one.
+
+    Links are for the host loop; their places, laid out as in lanes.h, are for native threads."""
+
+    def attention_place(self, lane: int, ffn_rank: int) -> LinkPlace:
+        """Where the link of :meth:`attention_link` lies."""
+
+    def ffn_place(self, attention_rank: int, lane: int) -> LinkPlace:
+        """Where the link of :meth:`ffn_link` lies."""
+
+    @property
+    def doorbell_address(self) -> int:
+        """Address of this device's doorbell, which stays there as long as the interconnect does."""
+
+    def wait(self, timeout: float) -> bool:
+        """Returns when a peer has rung since the last call, or after ``timeout`` seconds; says
+        whether one has."""
+
+
+def open_ends(
+    deployment: Deployment,
+    device: Device,
+    *,
+    local: Callable[[int, int, int], L],
+    remote: OpensLinks[A_co, F_co] | None,
+) -> tuple[list[list[A_co | L]], list[F_co | L]]:
+    """Opens the device's end of every link of its ranks.
+
+    Returns the ends of the attention rank, indexed [lane][FFN rank], and those of the FFN rank,
+    lane by lane and within a lane by attention rank; without the rank, none. A link within the
+    device is in both: ``local`` makes it, from (attention rank, lane, FFN rank). ``remote`` opens
+    the others; None: the device has no peers.
+
+    Raises RuntimeError when it has peers and ``remote`` is None."""
+    lanes = range(deployment.lanes)
+    kv_pool, weight_pool = deployment.kv_pool_devices, deployment.weight_pool_devices
+    if remote is None and len(deployment.devices) > 1:
+        raise RuntimeError(f"device {device.name} has peers on other devices: pass --lanes-fd")
+    own: dict[int, L] = {}
+    if device in kv_pool and device in weight_pool:
+        pair = kv_pool.index(device), weight_pool.index(device)
+        own = {lane: local(pair[0], lane, pair[1]) for lane in lanes}
+    outgoing: list[list[A_co | L]] = [[] for _ in lanes if device in kv_pool]
+    for lane, ends in enumerate(outgoing):
+        for rank, peer in enumerate(weight_pool):
+            ends.append(
+                own[lane] if remote is None or peer == device else remote.attention_link(lane, rank)
+            )
+    served: list[F_co | L] = []
+    for lane in lanes if device in weight_pool else ():
+        for rank, peer in enumerate(kv_pool):
+            served.append(
+                own[lane] if remote is None or peer == device else remote.ffn_link(rank, lane)
+            )
+    return outgoing, served
+
+
+def max_row_bytes(specs: Sequence[ModelSpec]) -> int:
+    """Bytes of the widest row that crosses a link: one hidden state."""
+    return max(spec.hidden * DTYPE_BYTES[spec.dtype] for spec in specs)
+
+
+def create(deployment: Deployment, specs: Sequence[ModelSpec]) -> int | None:
+    """Makes, in the launcher, what the device processes inherit to reach each other.
+
+    Returns the file descriptor that each of them passes to :func:`join` or :func:`join_gpus`; None:
+    every link lies within a device. Raises OSError when the system refuses."""
+    if not remote_pairs(deployment):
+        return None
+    return shared_memory.create(deployment, max_row_bytes(specs))
+
+
+def join(deployment: Deployment, device: Device, lanes_fd: int | None) -> Interconnect | None:
+    """Returns the CPU device's ends of the links to other devices; None where it has none.
+
+    ``lanes_fd``: what :func:`create` made; it is closed."""
+    if lanes_fd is None:
+        return None
+    with _taken(lanes_fd):
+        return SharedMemoryTransport(lanes_fd, deployment, device)
+
+
+class JoinsGPUs(Protocol):
+    """Makes a GPU's links to the other devices, together with their processes."""
+
+    def __call__(
+        self,
+        deployment: Deployment,
+        device: Device,
+        layout: LinkLayout,
+        driver: CudaDriver,
+        *,
+        resources: contextlib.ExitStack,
+        timeout: float,
+    ) -> DeviceLinks: ...
+
+
+GPU_LINKS: Mapping[str, JoinsGPUs] = {"peer": peer_memory.join, "nvshmem": nvshmem.join}
+"""The interconnects between GPUs, by the name that ``gpu_links`` gives them."""
+
+
+@dataclass(frozen=True)
+class GPUPeers:
+    """One GPU's ends of its links to other devices."""
+
+    links: DeviceLinks
+    host: SharedMemoryTransport | None
+    """Signals, headers and doorbells in the host's memory, for the host loop. A resident loop polls
+    ``links``."""
+
+
+def join_gpus(
+    deployment: Deployment,
+    device: Device,
+    lanes_fd: int | None,
+    *,
+    specs: Sequence[ModelSpec],
+    driver: CudaDriver,
+    resources: contextlib.ExitStack,
+) -> GPUPeers | None:
+    """Returns the GPU's ends of its links to other devices; None where it has none.
+
+    ``lanes_fd``: as for :func:`join`. Raises ConfigError when a GPU cannot be reached so,
+    RendezvousError when a device does not come."""
+    if lanes_fd is None:
+        return None
+    with _taken(lanes_fd):
+        layout = LinkLayout(deployment.max_step_tokens, max_row_bytes(specs))
+        make = GPU_LINKS[deployment.gpu_links]
+        links = make(
+            deployment, device, layout, driver, resources=resources, timeout=_MEETING_SECONDS
+        )
+        host = None
+        if deployment.loop == "host":
+            host = SharedMemoryTransport(lanes_fd, deployment, device, on_gpu=links)
+        return GPUPeers(links, host)
+
+
+@contextlib.contextmanager
+def _taken(descriptor: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(descriptor)
