@@ -1,5 +1,5 @@
-"""What CrossPool is measured with: servers, load, samples, records, plots.
+"""Benchmarks of CrossPool: servers, loads, samples, records, plots.
 
-Every module without an underscore that has a command is run as ``python -m benchmark.<name>``;
-``--quick`` tries it out in seconds and records nothing.
+A module with a command is run as ``python -m benchmark.<name>``. Where it takes ``--quick``, that
+tries it out in seconds and records nothing.
 """

@@ -1,11 +1,11 @@
-"""The paper's ablation: layer-wise pipeline and resident loop, each on and off.
+"""Repeats the paper's ablation: layer-wise pipeline and resident loop, each on and off.
 
     python -m benchmark.ablation [--quick]
 
-Three models decode at once on two devices, a core for the KV pool and one for the weight pool: with
-one lane or two, under the host loop (Python drives every layer) or the resident loop. All four take
-turns. The models have the layers of the checkpoint that engines are compared on, but only four of
-them, so that four times three of them lie in memory (12 GB).
+Three models decode at once on two devices, a core for the KV pool and one for the weight pool. They
+have one lane or two, and run under the host loop (Python drives every layer) or the resident loop.
+The four variants take turns. The models are the checkpoint that engines are compared on, cut to
+four layers, so that three models for each variant fit into memory (12 GB).
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ LAYERS = 4
 CONTEXT = 256
 LOOPS: tuple[Loop, ...] = ("host", "resident")
 LIMITS = {("resident", 2): 2.0, ("host", 2): 1.1, ("resident", 1): 1.1}
-"""Lowest gain that is good enough."""
+"""Lowest gain that is good, by loop and number of lanes."""
 
 
 @dataclass
 class Arm:
-    """One of the four."""
+    """One of the four variants."""
 
     loop: Loop
     lanes: int
     case: Case
     tokens_per_s: list[float]
-    """Of all models together, by turn; the first does not count."""
+    """Tokens per second of all models together, by turn. The first turn does not count."""
 
     @property
     def name(self) -> str:
@@ -56,7 +56,7 @@ class Arm:
         return self.tokens_per_s[1:]
 
     def gain(self, over: Arm) -> float:
-        """Tokens/s over another's: the median of the turns' ratios."""
+        """Return the median, over all turns, of its tokens/s divided by those of ``over``."""
         return median(own / others for own, others in zip(self.rates, over.rates, strict=True))
 
 
@@ -75,17 +75,17 @@ def arm(engine: Engine, model: str, batch: int, steps: int) -> Arm:
 
 @dataclass(frozen=True)
 class Split:
-    """What the gain of both together is made of."""
+    """Gain of pipeline and resident loop together, and of each alone."""
 
     both: float
     overlap: float
-    """Two lanes over one, under the host loop."""
+    """Gain of two lanes over one, under the host loop."""
     no_python: float
-    """Resident loop over host loop, with one lane."""
+    """Gain of the resident loop over the host loop, with one lane."""
     overlap_without_python: float
-    """Two lanes over one, under the resident loop."""
+    """Gain of two lanes over one, under the resident loop."""
     no_python_with_overlap: float
-    """Resident loop over host loop, with two lanes."""
+    """Gain of the resident loop over the host loop, with two lanes."""
 
 
 def split(arms: Sequence[Arm]) -> Split:
@@ -196,7 +196,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for batch in (1, 8):
         parts = split([arm for arm in arms if arm.case.batch == batch])
         console.print(
-            f"batch {batch}: both on {parts.both:.2f}x. Python gone: {parts.no_python:.2f}x with "
+            f"batch {batch}: both gain {parts.both:.2f}x. No Python: {parts.no_python:.2f}x with "
             f"one lane, {parts.no_python_with_overlap:.2f}x with two. Overlap: "
             f"{parts.overlap:.2f}x under the host loop, {parts.overlap_without_python:.2f}x under "
             "the resident loop"

@@ -1,11 +1,11 @@
-"""A Qwen3-MoE of random weights, on which this engine and others are compared.
+"""Writes a Qwen3-MoE with random weights, on which this engine and others are compared.
 
     python -m benchmark.checkpoint DIR [--tiny] [--seed 0]
 
 Hidden 1024, 16 layers, 64 experts of 512 (top-4), 16 query and 4 KV heads of 64, vocabulary 32000:
 1.72 billion parameters, 209 million of them active, 3.4 GB in bfloat16. The weights are scaled so
-that activations keep their size from layer to layer and logits spread like a trained model's; the
-tokenizer takes bytes. Transformers and everything that reads its checkpoints loads the folder.
+that activations keep their size from layer to layer and logits spread like a trained model's. The
+tokenizer has a token per byte. Transformers, and all that read its checkpoints, load the folder.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ TINY = Shape("moe-tiny", 256, 2, 8, 2, 128, 4, 2, 64, 512)
 
 
 def cache_dir() -> Path:
-    """Where checkpoints and the environments of other engines are kept: CROSSPOOL_BENCH_DIR, or
+    """Return the folder of checkpoints and of other engines' environments: CROSSPOOL_BENCH_DIR, or
     ``~/.cache/crosspool-bench``."""
     given = os.environ.get("CROSSPOOL_BENCH_DIR")
     return Path(given) if given else Path.home() / ".cache" / "crosspool-bench"
 
 
 def models(count: int = 1, *, tiny: bool = False, layers: int | None = None) -> list[Path]:
-    """Folders of that many checkpoints of the same shape and different weights; made once.
-    ``layers``: other than the shape's own."""
+    """Return folders of ``count`` checkpoints of the same shape and different weights, and write
+    those that do not exist. ``layers`` replaces the shape's own number of layers."""
     shape = TINY if tiny else FULL
     if layers is not None and layers != shape.layers:
         shape = replace(shape, name=f"{shape.name}-{layers}-layers", layers=layers)
@@ -73,7 +73,7 @@ def models(count: int = 1, *, tiny: bool = False, layers: int | None = None) -> 
 
 
 def write(folder: Path, shape: Shape = FULL, seed: int = 0) -> None:
-    """Writes the checkpoint, one shard per layer; the same weights for the same seed."""
+    """Write the checkpoint, one shard per layer. The same seed gives the same weights."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = shape.layers + 1
     index: dict[str, str] = {}
@@ -123,8 +123,8 @@ def _shards(shape: Shape, seed: int) -> Iterator[Tensors]:
             name = f"mlp.experts.{expert}"
             tensors[f"{name}.gate_proj"] = normal(shape.intermediate, hidden)
             tensors[f"{name}.up_proj"] = normal(shape.intermediate, hidden)
-            # the product of the gate's SiLU and the other has about a third of their size, and
-            # so has the weighted mean of the experts taken
+            # SiLU(gate) times up has about a third of their size, and so has the weighted mean of
+            # the chosen experts
             tensors[f"{name}.down_proj"] = normal(hidden, shape.intermediate, 3 * into_residual)
         yield {f"model.layers.{layer}.{name}.weight": tensor for name, tensor in tensors.items()}
     yield {
@@ -172,7 +172,7 @@ def _config(shape: Shape) -> dict[str, object]:
 
 
 def _write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """A token per byte; the rest of the vocabulary are words that no text becomes."""
+    """Write a tokenizer with a token per byte. Its other words come from no text."""
     special = ["<pad>", "<s>", "</s>"]
     words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     words += [f"<{number}>" for number in range(len(words), vocabulary)]

@@ -1,8 +1,8 @@
-"""A client that replays a load open-loop: every request is sent at its time, whatever became of
-those before it. (Or closed-loop: so many at once.)
+"""Replays a load open-loop: every request is sent at its time, whatever became of those before it.
+With ``at_once`` the load is closed-loop.
 
-It reads streams of the native ``/generate`` and notes when each piece came; what the pieces say is
-decoded afterwards, so that the client takes little from the server's cores."""
+The client reads streams of the native ``/generate`` and notes when each piece came. It decodes the
+pieces afterwards, so that it takes little of the server's cores."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ import aiohttp
 from benchmark.workload import Request
 
 TIMEOUT = 300.0
-"""Seconds after which an answer counts as failed."""
+"""Seconds after which a request counts as failed."""
 STREAM_FLAGS = ("--incremental-streaming-output",)
-"""What a server must be started with: pieces carry only what is new."""
+"""Flags that the server must have: pieces then carry only what is new."""
 
 _DATA = b"data: "
 
 
 @dataclass
 class Answer:
-    """What became of one request; times are seconds after the load's start."""
+    """Outcome of one request. Times are in seconds from the load's start."""
 
     request: Request
     sent: float = 0.0
     status: int = 0
-    """HTTP status; 0: no answer."""
+    """HTTP status; 0 without a response."""
     tokens: list[int] = field(default_factory=list)
     pieces: list[tuple[float, int]] = field(default_factory=list)
-    """When each piece of the stream came, and how many tokens it carried."""
+    """Time of each piece of the stream, and the number of its tokens."""
     done: float = 0.0
     cached_tokens: int = 0
     prompt_tokens: int = 0
     retry_after: int | None = None
     error: str = ""
-    """Why the answer is not whole; empty for complete answers and for 429."""
+    """Reason why the output is not complete; empty for complete outputs and for 429."""
 
     @property
     def complete(self) -> bool:
@@ -54,38 +54,38 @@ class Answer:
 
     @property
     def ttft(self) -> float:
-        """Seconds from the arrival to the first token; complete answers only."""
+        """Seconds from the arrival to the first token. Only complete outputs have it."""
         return self.pieces[0][0] - self.request.arrival
 
     @property
     def tbt(self) -> list[float]:
-        """Seconds between pieces. A piece that carries several tokens counts once, with the whole
-        gap before it: what a reader waits for."""
+        """Seconds between pieces. A piece of several tokens counts once, with the whole gap before
+        it, which is what a reader waits for."""
         return [later - earlier for (earlier, _), (later, _) in pairwise(self.pieces)]
 
 
 @dataclass(frozen=True)
 class Replay:
-    """A load's answers, in its order."""
+    """Outcomes of a load's requests, in the order of the load."""
 
     answers: list[Answer]
     seconds: float
-    """From the load's start to its last answer."""
+    """Seconds from the load's start to its last outcome."""
     started: float
-    """When the load began, on the monotonic clock."""
+    """Start of the load on the monotonic clock."""
     client_cpu_s: float
 
     @property
     def lateness(self) -> list[float]:
-        """Seconds by which each request was sent after its time."""
+        """Seconds by which each request was sent late."""
         return [answer.sent - answer.request.arrival for answer in self.answers]
 
 
 def replay(url: str, load: Sequence[Request], at_once: int | None = None) -> Replay:
-    """Sends ``load`` to the server at ``url`` and waits for every answer.
+    """Send ``load`` to the server at ``url`` and wait for every outcome.
 
-    ``at_once``: the next request waits, beyond its arrival, until fewer than so many are open;
-    None: it never does."""
+    ``at_once`` bounds the open requests: the next one waits, past its arrival, until one has ended.
+    None is no bound."""
     gc.collect()
     gc.disable()  # a collection here would look like the server's pause
     try:
@@ -156,7 +156,7 @@ async def _exchange(
 
 
 def _decode(answer: Answer, events: _Events) -> None:
-    """Fills in what the stream's ``events`` say."""
+    """Fill in what the ``events`` of the stream say."""
     if answer.status != 200 or answer.error:
         return
     reason = None

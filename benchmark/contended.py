@@ -1,19 +1,19 @@
-"""The contended regime, served: what happens as the offered load passes what the KV pool holds.
+"""Serves the contended regime: what happens as the offered load exceeds what the KV pool holds.
 
     python -m benchmark.contended [--quick] [--loop host] [--tbt-target-ms T]
 
-Three models share a pool that is too small for them: a handful of requests fills it. The load is
-counted in promised KV bytes per second, a request's being the pages for its prompt and for
-``max_tokens``; 1 is what the pool turns over when its queues are never empty, measured at the
-beginning of every round, since it follows the machine's speed of the moment. Admitted requests must
-keep their time between tokens while TTFT and 429s take the pressure.
+Three models share a pool that a handful of requests fills. The load is counted in promised KV bytes
+per second, where a request is promised pages for its prompt and ``max_tokens``. A load of 1 is what
+the pool turns over when its queues are never empty. It is measured at the start of every round,
+since it follows the machine's speed of the moment. Admitted requests must keep their time between
+tokens while TTFT and 429s take the pressure.
 
-The resident loop serves models of four layers of the checkpoint that engines are compared on, whose
-steps take milliseconds, and answers have the length that was asked for. The host loop serves the
-bundled models, and half of what is promised for answers goes unused: requests end by themselves, at
-a length that the load fixes (by a logit bias, which the resident loop would leave to Python).
+The resident loop serves the checkpoint that engines are compared on, cut to four layers, whose
+steps take milliseconds, and outputs have the length that was asked for. The host loop serves the
+bundled models, and half of what is promised for outputs goes unused: requests end by themselves, at
+a length that the load fixes by a logit bias (which the resident loop would leave to Python).
 
-The loads of both promise policies are the same requests at the same times, in turns.
+Both promise policies get the same requests at the same times, in turns.
 """
 
 from __future__ import annotations
@@ -41,18 +41,19 @@ from benchmark.usage import Usage
 from benchmark.workload import Request, eos_tokens, random_prompt
 
 LIMIT = 1.25
-"""P99 time between tokens at twice the pool's capacity, over that at half of it, at most."""
+"""Highest good ratio of P99 time between tokens at twice the pool's capacity to that at half."""
 POOL_BYTES = 24 << 20
 PAGE_SIZE = 16
 QUEUE_TIMEOUT = 4.0
 CHUNK_TOKENS = 512
-"""Prompt tokens of one step at most, the server's own default."""
+"""Most prompt tokens of one step, the server's own default."""
 TBT_TARGET_MS = {"resident": 50.0, "host": 12.0}
-"""By loop: beside the models' decode steps it leaves room for some dozens of prompt tokens, so that
-chunks fill it at every load. A chunk of few tokens already reads most experts of a layer."""
+"""Target time between tokens, by loop. Beside the models' decode steps it leaves room for some
+dozens of prompt tokens, so that chunks fill it at every load: a chunk of few tokens already reads
+most experts of a layer."""
 LAYERS = 4
 GROWTH_TOKENS = 64
-"""What the growth policy promises at a time."""
+"""Tokens that the growth policy promises at a time."""
 FLAGS = (
     *("--context-length", "1152", "--page-size", str(PAGE_SIZE)),
     *("--kv-pool-bytes", str(POOL_BYTES), "--queue-timeout", f"{QUEUE_TIMEOUT:g}"),
@@ -62,18 +63,18 @@ FLAGS = (
 )
 PROMPT = (384, 768)
 OUTPUT = (64, 256)
-"""Shortest and longest, uniform in between; tokens."""
+"""Fewest and most tokens. Lengths are uniform in between."""
 MAX_TOKENS = 320
-"""Of the host loop's requests; the resident loop's ask for what they get."""
+"""Tokens that the host loop's requests ask for. The resident loop's ask for what they get."""
 _VOCAB = 2048
-"""Of all models, at least."""
+"""Size of the smallest vocabulary of the models."""
 _AT_ONCE = 12
-"""More requests than the pool holds."""
+"""Open requests while capacity is measured: more than the pool holds."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured."""
+    """Amount of what is measured."""
 
     loads: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     rounds: int = 3
@@ -106,14 +107,14 @@ QUICK = Plan(loads=(0.5, 2.0), rounds=1, seconds=6.0)
 
 
 def promised_bytes(request: Request, per_token: dict[str, int]) -> int:
-    """KV bytes that admission promises ``request`` in the worst case, in whole pages."""
+    """Return the KV bytes that admission promises ``request`` in the worst case, in whole pages."""
     pages = -(-(len(request.prompt) + request.max_tokens) // PAGE_SIZE)
     return pages * PAGE_SIZE * per_token[request.model]
 
 
 def make_load(plan: Plan, rate: float, seed: Sequence[int]) -> list[Request]:
-    """Arrivals of a Poisson process that has brought just as many as ``rate`` says by its end, of
-    every model alike, so that short loads are what they are called."""
+    """Draw arrivals of a Poisson process, given that exactly as many come as ``rate`` says, evenly
+    from all models. Short loads then are what their name says."""
     names = [path.name for path in plan.models()]
     rng = np.random.default_rng(seed)
     arrivals = np.sort(rng.uniform(0, plan.seconds, max(1, round(rate * plan.seconds))))
@@ -125,7 +126,7 @@ def make_load(plan: Plan, rate: float, seed: Sequence[int]) -> list[Request]:
 
 
 def capacity(plan: Plan, server: Server, per_token: dict[str, int], requests: int) -> float:
-    """Promised bytes per second that complete while requests always wait."""
+    """Return the promised bytes per second that complete while requests always wait."""
     rng = np.random.default_rng(7)
     names = list(per_token)
     backlog = [plan.request(names[i % len(names)], 0.0, rng) for i in range(requests)]
@@ -152,7 +153,7 @@ def _pauses(server: Server) -> int:
 
 
 def run(plan: Plan, promises: Sequence[str], console: Console) -> tuple[list[Phase], list[float]]:
-    """Every phase, and by round the pool's capacity in promised bytes per second."""
+    """Return every phase, and the pool's capacity by round, in promised bytes per second."""
     phases: list[Phase] = []
     capacities: list[float] = []
     turns = plan.rounds * (len(plan.loads) * len(promises) + 1)
@@ -178,10 +179,10 @@ def run(plan: Plan, promises: Sequence[str], console: Console) -> tuple[list[Pha
         status = next(iter(servers.values())).status()
         per_token = {m["name"]: m["kv_bytes_per_token"] for m in status["models"]}
         for server in servers.values():
-            capacity(plan, server, per_token, 12)  # every lazily made buffer of the processes
+            capacity(plan, server, per_token, 12)  # makes every buffer that is made at first use
         mean_bytes = _mean_promised(plan, per_token)
         for turn in range(plan.rounds):
-            progress.update(task, description=f"round {turn + 1}, what the pool turns over")
+            progress.update(task, description=f"round {turn + 1}, capacity of the pool")
             full = capacity(plan, servers[promises[0]], per_token, plan.saturating)
             capacities.append(full)
             progress.advance(task)
@@ -201,7 +202,7 @@ def _mean_promised(plan: Plan, per_token: dict[str, int]) -> float:
 
 
 def name(plan: Plan) -> str:
-    """Of the record and the plot."""
+    """Return the name of the record and the plot."""
     parts = ["contended"]
     if plan.loop != "resident":
         parts.append(plan.loop)
@@ -213,7 +214,7 @@ def name(plan: Plan) -> str:
 
 
 def constants(plan: Plan, capacities: Sequence[float]) -> dict[str, Any]:
-    """What every record tells of the run."""
+    """Return the parameters of the run, which every record has."""
     return {
         "loop": plan.loop,
         "tbt_target_ms": plan.tbt_target_ms,
@@ -232,16 +233,16 @@ def constants(plan: Plan, capacities: Sequence[float]) -> dict[str, Any]:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.contended", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="seconds, nothing recorded")
+    parser.add_argument("--quick", action="store_true", help="takes seconds and records nothing")
     parser.add_argument("--promise", choices=PROMISES, nargs="+", default=PROMISES)
     parser.add_argument("--loop", choices=tuple(TBT_TARGET_MS), default="resident")
     parser.add_argument(
         "--tbt-target-ms",
         type=float,
-        help="the servers' target for the time between tokens; 0: chunks of a fixed size",
+        help="the servers' target time between tokens, in ms; 0 takes chunks of a fixed size",
     )
     parser.add_argument(
-        "--chunk-tokens", type=int, default=CHUNK_TOKENS, help="the servers' chunked prefill size"
+        "--chunk-tokens", type=int, default=CHUNK_TOKENS, help="the servers' largest prompt chunk"
     )
     given = parser.parse_args(words)
     target = TBT_TARGET_MS[given.loop] if given.tbt_target_ms is None else given.tbt_target_ms

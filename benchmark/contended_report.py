@@ -1,4 +1,4 @@
-"""What a run of the contended regime showed: rows, ratios, records, a table and a plot."""
+"""Reports a run of the contended regime: rows, ratios, records, a table and a plot."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ class Row:
     refused: int
     failures: list[str]
     retry_after: list[int]
-    """Of each 429 that carried one, seconds."""
+    """Retry-After of each 429 that carried one, in seconds."""
     output_tokens_per_s: float
     promised_share: float
     """Mean share of the pool that is promised to running requests, while the load arrives."""
     written_share: float
-    """The part of it that holds tokens."""
+    """Mean share of the pool that holds tokens, likewise."""
     running: int
-    """Most requests at once."""
+    """Most requests that ran at once."""
     pauses: int
     client_cpu_share: float
-    """Of one core."""
+    """CPU time of the client as a share of one core."""
     lateness: float
     """P99 of the seconds by which the client sent a request late."""
     usage: dict[str, Any]
-    """As in every record."""
+    """Fields of the machine's use that every record has."""
 
 
 def row(phases: Sequence[Phase]) -> Row:
@@ -97,7 +97,7 @@ def row(phases: Sequence[Phase]) -> Row:
 
 
 def _mean_share(phases: Sequence[Phase], used: Callable[[PoolSample], int]) -> float:
-    """Share of the pool that is ``used``, over the time in which a load arrives."""
+    """Return the mean share of the pool that is ``used`` while a load arrives."""
     shares = []
     for phase in phases:
         samples = phase.samples.samples
@@ -110,10 +110,10 @@ def _mean_share(phases: Sequence[Phase], used: Callable[[PoolSample], int]) -> f
 
 @dataclass(frozen=True)
 class Ratio:
-    """P99 time between tokens at the highest load over that at the lowest."""
+    """Ratio of P99 time between tokens at the highest load to that at the lowest."""
 
     pooled: float
-    """Of all rounds together."""
+    """Ratio over all rounds together."""
     by_round: list[float]
 
 

@@ -1,5 +1,5 @@
-"""Our engine by itself: device processes that get their steps from here, without scheduler and
-without HTTP."""
+"""Runs our engine alone: device processes that get their steps from here, without scheduler and
+HTTP."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from benchmark.device_driver import DeviceDriver, Generation
 Loop = Literal["host", "resident"]
 
 _ORDINARY = 100
-"""Below it a vocabulary may have special tokens."""
+"""First token id that no vocabulary uses for a special token."""
 _WARM_STEPS = 4
 """Decode steps of each model before the clock starts."""
 _MOST = 4
-"""A model that steps faster than another takes at most so many times the asked-for steps."""
+"""A model that steps faster than another takes at most this multiple of the asked-for steps."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Where models run, and what drives them."""
+    """Placement of models, and the loop that drives them."""
 
     kv: tuple[str, ...]
     """Devices of the KV pool."""
@@ -43,9 +43,9 @@ class Setup:
     loop: Loop = "resident"
     lanes: int = 2
     lease: int = 32
-    """Decode steps for one message, under the resident loop."""
+    """Decode steps that one message covers under the resident loop."""
     chunk: int = 512
-    """Prompt tokens of one step."""
+    """Most prompt tokens of one step."""
 
     @property
     def cores(self) -> list[int]:
@@ -54,47 +54,47 @@ class Setup:
 
 
 def one_device(cores: Sequence[int]) -> Setup:
-    """Both pools on one device of ``cores``."""
+    """Place both pools on one device of ``cores``."""
     name = "cpu:" + "+".join(str(core) for core in cores)
     return Setup((name,), (name,))
 
 
 def two_devices(attention: int, ffn: int, lanes: int, loop: Loop = "resident") -> Setup:
-    """A core for each pool."""
+    """Give each pool a device of one core."""
     return Setup((f"cpu:{attention}",), (f"cpu:{ffn}",), loop, lanes)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the engine's trace says of one step; microseconds."""
+    """Times of one step in microseconds, from the engine's trace."""
 
     span: float
-    """From the first part's beginning to the last one's end."""
+    """Time from the start of the first part to the end of the last."""
     attention: float
     ffn: float
     lm_head: float
     end_ns: int
-    """When the last part ended, on the monotonic clock."""
+    """End of the last part on the monotonic clock."""
 
 
 @dataclass
 class Decoded:
-    """Some models that decoded at once."""
+    """Measurements of models that decoded at once."""
 
     batch: int
     step_ms: list[list[float]]
-    """For each model, the time from each result to its next."""
+    """Times from each result to the next, indexed [model][step]."""
     wall_s: float
     cpu_s: float
-    """Of the device processes and of the thread that drives them."""
+    """CPU seconds of the device processes and of the thread that drives them."""
     prompt_s: float
-    """What came before: the prompts, and the first steps."""
+    """Seconds before that, for the prompts and the first steps."""
     parts: list[list[Parts]] = field(default_factory=list)
-    """For each model, of its steps, where tracing was asked for."""
+    """Parts of the steps, indexed [model][step]; empty without a trace."""
     dispatch_us: list[float] = field(default_factory=list)
-    """From the end of an attention part to the beginning of its FFN part."""
+    """Times from the end of an attention part to the start of its FFN part."""
     combine_us: list[float] = field(default_factory=list)
-    """And back."""
+    """Times from the end of an FFN part to the start of the next attention part or LM head."""
 
     @property
     def all_ms(self) -> list[float]:
@@ -102,15 +102,16 @@ class Decoded:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all models together."""
+        """Tokens per second of all models together."""
         return self.batch * sum(1e3 / float(np.mean(model)) for model in self.step_ms)
 
 
 class Engine:
-    """Models on the device processes of a setup, from the ``with``'s beginning to its end."""
+    """Models on the device processes of a setup. The processes run from construction to
+    ``close``."""
 
     def __init__(self, checkpoints: Sequence[Path], setup: Setup, tokens: int = 24576) -> None:
-        """``tokens``: what the KV pool holds, of the models' largest."""
+        """``tokens`` is what the KV pool holds of the model with the largest KV cache per token."""
         self.setup = setup
         chunk_bytes = 2 << 20
         weights = sum(file.stat().st_size for p in checkpoints for file in p.glob("*.safetensors"))
@@ -141,8 +142,8 @@ class Engine:
         models: int | None = None,
         trace: bool = False,
     ) -> Decoded:
-        """``models`` of them (None: all) decode at once, each ``batch`` requests of ``context``
-        tokens; it ends when each has taken ``steps`` steps."""
+        """Decode with ``models`` models at once (None: all), each with ``batch`` requests of
+        ``context`` tokens, until each has taken ``steps`` steps."""
         began = time.perf_counter()
         driver = self._driver
         tokens = _WARM_STEPS + _MOST * steps + 3 * self.setup.lease
@@ -159,7 +160,7 @@ class Engine:
             for device in driver.processes:
                 driver.inspect(device, "trace_start")
         cpu, start = self.cpu_seconds(), time.perf_counter()
-        set_slice(CONTROL_SLICE_NS)  # as the scheduler, in whose place this thread is
+        set_slice(CONTROL_SLICE_NS)  # as the scheduler has, whose place this thread takes
         try:
             ends = self._steps(groups, steps)
         finally:
@@ -177,7 +178,7 @@ class Engine:
         return decoded
 
     def prefill(self, tokens: int) -> float:
-        """Seconds from a prompt's first step to its first token."""
+        """Return the seconds from a prompt's first step to its first token."""
         sequence = self._generation(0, tokens, 1)
         start = time.perf_counter()
         self._prompt(sequence)
@@ -213,8 +214,8 @@ class Engine:
         self._driver.take(group, message)
 
     def _steps(self, groups: Sequence[list[Generation]], steps: int) -> list[list[float]]:
-        """Every group steps until all have ``steps`` results; when each one's came, the first
-        entry being the beginning."""
+        """Step every group until all have ``steps`` results. Returns for each group its start and
+        the times of its results."""
         driver = self._driver
         lease = self.setup.lease if self.setup.loop == "resident" else 1
         now = time.perf_counter()
@@ -238,7 +239,7 @@ class Engine:
         return ends
 
     def cpu_seconds(self) -> float:
-        """CPU time so far of the device processes and of the thread that drives them."""
+        """Return the CPU time so far of the device processes and of the thread that drives them."""
         used = time.thread_time()
         for process in self._driver.processes.values():
             times = psutil.Process(process.pid).cpu_times()
@@ -256,7 +257,7 @@ class Engine:
 
 
 def steps_of(events: Sequence[LaneEvent], model: int) -> list[Parts]:
-    """The parts of each whole step of a model that had one step at a time."""
+    """Return the parts of each whole step of a model that has one step at a time."""
     own = sorted((e for e in events if e.model == model), key=lambda e: e.start_ns)
     begins = [i for i, e in enumerate(own) if e.part == "attention" and e.layer == 0]
     steps = []
@@ -278,8 +279,8 @@ def steps_of(events: Sequence[LaneEvent], model: int) -> list[Parts]:
 
 
 def hand_overs(events: Sequence[LaneEvent]) -> tuple[list[float], list[float]]:
-    """Microseconds from attention part to FFN part of the same lane and layer, and back to the
-    next attention part (or the LM head)."""
+    """Return the microseconds from attention part to FFN part of the same lane and layer, and from
+    there to the next attention part or LM head."""
     lanes: dict[tuple[int, int], list[LaneEvent]] = {}
     for event in sorted(events, key=lambda e: e.start_ns):
         lanes.setdefault((event.attention_rank, event.lane), []).append(event)

@@ -49,7 +49,7 @@ GREEDY = Sampling(temperature=0.0)
 
 @dataclass
 class Generation:
-    """A request under way, on one attention rank."""
+    """A request on one attention rank, and its progress."""
 
     model: int
     prompt: list[int]
@@ -58,15 +58,15 @@ class Generation:
     logprobs: Logprobs = field(default_factory=Logprobs)
     rank: int = 0
     chunk: int = 1 << 30
-    """Prompt tokens of one step at most."""
+    """Most prompt tokens of one step."""
     output: list[int] = field(default_factory=list)
     output_logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     request: int = -1
     computed: int = 0
-    """Of its tokens, so many lie in pages; where it starts with ``shared`` pages, theirs."""
+    """Number of its tokens whose KV lies in pages, those in ``shared`` pages included."""
     shared: list[int] = field(default_factory=list)
-    """Pages of another sequence that hold the first ``computed`` tokens."""
+    """Pages of another sequence that hold the first tokens."""
     pages: list[int] = field(default_factory=list)
     paged: int = 0
 
@@ -89,8 +89,9 @@ class DeviceDriver:
         loops: Mapping[str, Literal["host", "resident"]] | None = None,
         **fields: Any,
     ) -> None:
-        """``places``: for each model the devices of its FFN weights, None for all of ``weights``;
-        ``loops``: of single devices, where not the deployment's; ``fields``: of the deployment."""
+        """``places`` gives for each model the devices of its FFN weights, None for all of
+        ``weights``; ``loops`` the loop of single devices where it is not the deployment's;
+        ``fields`` further fields of the deployment."""
         self._loops = loops or {}
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="crosspool-test-"))
         settings: dict[str, Any] = {
@@ -173,7 +174,7 @@ class DeviceDriver:
             )
 
     def replace(self, name: str) -> None:
-        """Kills a device's process and starts another in its place; returns when it is ready."""
+        """Kill a device's process, start another in its place, and wait until it is ready."""
         self.processes[name].kill()
         self.processes[name].wait()
         del self.ready[name]
@@ -182,7 +183,7 @@ class DeviceDriver:
         self._messages, self._early = self._early, []
 
     def _file_of(self, device: Device) -> Path:
-        """The deployment as the device's process is to see it."""
+        """Return the file of the deployment that the device's process shall read."""
         loop = self._loops.get(device.name)
         if loop is None:
             return self.deployment.file
@@ -206,7 +207,8 @@ class DeviceDriver:
         self._socket.send_multipart([device.encode(), encode(message)])
 
     def receive(self, timeout: float = 60.0) -> tuple[str, FromDevice]:
-        """The next message and the device that sent it; fails when none comes or one dies."""
+        """Return the next message and the device that sent it. Raises AssertionError when none
+        comes or a device has died."""
         if self._messages:
             return self._messages.pop(0)
         deadline = time.monotonic() + timeout
@@ -242,8 +244,8 @@ class DeviceDriver:
     def step(
         self, sequences: Sequence[Generation], bitmask: bytes | None = None, lease: int = 1
     ) -> int:
-        """Sends one step with the next tokens of ``sequences`` (one model, one rank), and with the
-        lease of so many; every result is for :meth:`take`."""
+        """Send one step with the next tokens of ``sequences``, all of one model and one rank, and a
+        lease of ``lease`` steps. Every result goes to :meth:`take`."""
         first = sequences[0]
         opens, rows, chunks = [], [], []
         for sequence in sequences:
@@ -297,7 +299,7 @@ class DeviceDriver:
         return self._steps
 
     def take(self, sequences: Sequence[Generation], result: StepResult) -> None:
-        """Carries a result over into the sequences of its step."""
+        """Add a result to the sequences of its step."""
         assert [s.request for s in sequences] == [r.request for r in result.rows]
         for sequence, row in zip(sequences, result.rows, strict=True):
             known = len(sequence.prompt) + len(sequence.output)
@@ -319,8 +321,8 @@ class DeviceDriver:
         self.release(waiting)
 
     def run(self, sequences: Iterable[Generation]) -> None:
-        """Runs sequences of any models and ranks to their end, one step per model and rank at a
-        time, all models and ranks at once."""
+        """Run sequences of any models and ranks to their end. All models and ranks step at once,
+        with one step of each at a time."""
         flying: dict[int, list[Generation]] = {}
         busy: set[tuple[int, int]] = set()
         groups: dict[tuple[int, int], list[Generation]] = {}
@@ -353,7 +355,7 @@ class DeviceDriver:
             )
 
     def shutdown(self, timeout: float = 20.0, *, drain: bool = True) -> dict[str, int]:
-        """Asks every device process to end; their exit statuses."""
+        """Ask every device process to end and return their exit statuses."""
         for name in self.processes:
             self.send(name, Shutdown(drain=drain))
         return {name: process.wait(timeout) for name, process in self.processes.items()}
@@ -378,7 +380,7 @@ class DeviceDriver:
 
 
 class DeviceFailed(Exception):
-    """A device process said that it cannot go on."""
+    """A device process cannot go on."""
 
     def __init__(self, failed: Failed) -> None:
         super().__init__(failed.message)

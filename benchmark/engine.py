@@ -1,10 +1,11 @@
-"""Our engine by itself, on the checkpoint that engines are compared on: how far its steps are from
-what the machine's memory allows, what models cost each other, and what two devices cost.
+"""Measures our engine alone, on the checkpoint that engines are compared on: how far its steps are
+from the bound that memory sets, what models cost each other, and what two devices cost.
 
     python -m benchmark.engine [--quick]
 
-Both pools on one device of two cores; the same with one core, alone and beside another engine on
-the other core (a static partition); and a core for each pool. Everything takes turns. Needs 14 GB.
+There are three placements: both pools on one device of two cores; both on a device of one core,
+alone and beside another engine on the other core (a static partition); and a core for each pool.
+Cases take turns. The benchmark needs 14 GB of memory.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ PROMPT = 2048
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured."""
+    """Amount of what is measured."""
 
     rounds: int = 3
     steps: int = 150
-    """Of batch 1, in one turn."""
+    """Decode steps of batch 1 in one turn."""
     batched_steps: int = 40
     tiny: bool = False
 
@@ -51,7 +52,7 @@ QUICK = Plan(rounds=1, steps=20, batched_steps=10, tiny=True)
 
 
 class Bench:
-    """Makes cases of one checkpoint's shape."""
+    """Makes cases for one shape of checkpoint."""
 
     def __init__(self, plan: Plan, stack: ExitStack) -> None:
         self.plan = plan
@@ -60,7 +61,7 @@ class Bench:
         self.spec = read_model(self.checkpoints[0])
         self.model = self.checkpoints[0].name.rpartition("-")[0]
         self.traced: dict[str, list[Decoded]] = {}
-        """What was decoded with the trace on, by the case's name."""
+        """Traced decodes by the case's name."""
 
     def engine(self, setup: Setup, models: int) -> Engine:
         return self._stack.enter_context(Engine(self.checkpoints[:models], setup))
@@ -89,7 +90,7 @@ class Bench:
         )
 
     def partition(self, name: str, engines: Sequence[Engine]) -> Case:
-        """An engine on each core, a model on each."""
+        """Make a case of one engine per core, each with one model."""
 
         def take() -> Measured:
             with ThreadPoolExecutor(len(engines)) as pool:
@@ -112,7 +113,7 @@ class Bench:
         return self._case(name, take, engine.setup.cores, batch=0, context=tokens)
 
     def floor(self, name: str, cores: Sequence[int], batch: int = 1) -> Case:
-        """What reading a step's bytes takes."""
+        """Make a case of reading the bytes that a step must read."""
 
         def take() -> Measured:
             start = time.perf_counter()
@@ -192,8 +193,8 @@ def on_two_devices(bench: Bench, cores: Sequence[int], progress: Progress) -> li
 
 
 def parts(decoded: Sequence[Decoded]) -> dict[str, float]:
-    """Medians of what the trace says of a step and of the hand-overs within it, microseconds.
-    ``between``: from a step's last part to the next one's first."""
+    """Return medians in microseconds of a step's parts and of the hand-overs within it, from the
+    trace. ``between_us`` is the time from a step's last part to the next step's first."""
     steps: list[Parts] = [step for one in decoded for step in one.parts[0]]
 
     def middle(values: list[float]) -> float:

@@ -1,13 +1,13 @@
-"""Time between tokens at an HTTP client, against the engine's own steps in the same run.
+"""Compares the time between tokens at an HTTP client with the engine's own steps in the same run.
 
     python -m benchmark.http_tbt [--rates 0.2 0.5 1.0] [--layers 4] [--cores 1] [--quick]
 
-Three models behind one server get requests at random times, so many per second each. The models
-have the layers of the checkpoint that engines are compared on, but fewer of them: with four, a step
-takes several milliseconds on one core. Both pools lie on one device of so many cores; what is left
-is the front end's and the client's. For every gap between two tokens at the client, the engine's
-trace tells how long the step took that made the second, and how long after the model's step before
-it ended ("end to end"). There is a lane for each model, so that no step waits for one.
+Three models behind one server get requests at random times, at the given rates per model. The
+models are the checkpoint that engines are compared on, cut to a few layers: with four, a step takes
+several milliseconds on one core. Both pools are on one device of ``--cores`` cores, and the other
+cores are for the front end and the client. For every gap between two tokens at the client, the
+engine's trace says how long the step took that made the second token, and how long after the
+model's previous step it ended ("end to end"). Each model has a lane, so that no step waits for one.
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ MODELS = 3
 PROMPT = 128
 OUTPUT = 64
 LIMIT = 1.15
-"""Client's time between tokens over the engine's step, at P50 and at P99, at most."""
+"""Highest good ratio of the client's time between tokens to the engine's step, at P50 and P99."""
 _VOCAB = 512
-"""Of all of them, at least."""
+"""Size of the smallest vocabulary of the models."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One rate."""
+    """Measurements at one rate."""
 
     rate: float
     tbt: list[float]
     """Seconds between tokens at the client."""
     steps: list[float]
-    """Of the step that made each gap's second token, seconds in the engine."""
+    """Seconds in the engine of the step that made each gap's second token."""
     periods: list[float]
-    """From the end of the model's step before to the end of that step."""
+    """Seconds from the end of the model's previous step to the end of that step."""
     ttft: list[float]
     complete: int
     usage: Usage
 
     def ratio(self, q: float) -> float:
-        """Of the client's gaps to the steps."""
+        """Return the ratio of the client's gaps to the steps, at quantile ``q``."""
         return quantile(self.tbt, q) / quantile(self.steps, q)
 
     def ratio_to_period(self, q: float) -> float:
-        """Of the client's gaps to the engine's, from end to end."""
+        """Return the ratio of the client's gaps to the engine's, from end to end of steps."""
         return quantile(self.tbt, q) / quantile(self.periods, q)
 
 
@@ -104,9 +104,9 @@ def _event(row: dict[str, Any], names: Sequence[str]) -> LaneEvent:
 def matched(
     replayed: Replay, names: Sequence[str], events: Sequence[LaneEvent]
 ) -> tuple[list[float], list[float], list[float]]:
-    """The client's gaps; for each, the time of the model's last step that ended before the gap's
-    second token came; and that from the step before it to its end. Seconds. Gaps from before the
-    trace's first whole step are left out."""
+    """Return, in seconds, the client's gaps; for each, the duration of the model's last step that
+    ended before the gap's second token came; and the time from the end of the step before to its
+    end. Gaps from before the trace's first whole step are left out."""
     tbt, spans, periods = list[float](), list[float](), list[float]()
     for model, name in enumerate(names):
         steps = steps_of(events, model)
@@ -204,13 +204,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.http_tbt", description=__doc__)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.8, 1.0])
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--cores", type=int, default=1, help="of the device")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each rate")
+    parser.add_argument("--cores", type=int, default=1, help="cores of the device")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of each rate's load")
     parser.add_argument(
         "--quick", action="store_true", help="one rate, tiny models; records nothing"
     )
     parser.add_argument("--results", type=Path, help="folder of the records")
-    parser.add_argument("--flags", default="", help="more of the server's, in one word")
+    parser.add_argument("--flags", default="", help="further flags of the server, as one word")
     given = parser.parse_args(words)
     rates, seconds = ([1.0], 6.0) if given.quick else (given.rates, given.seconds)
     layers = None if given.quick else given.layers
@@ -249,7 +249,7 @@ def main(words: Sequence[str] | None = None) -> int:
         recorder = record(phases, model, parameters)
         recorder.write(given.results) if given.results else recorder.write()
         plot(phases, (given.results or IMAGES) / "http_tbt.svg")
-    console.print(table(phases, f"{MODELS} x {model}, {given.cores} of the cores for the device"))
+    console.print(table(phases, f"{MODELS} x {model}, a device of {given.cores} core(s)"))
     return 0
 
 

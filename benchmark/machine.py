@@ -1,4 +1,4 @@
-"""The machine that a figure comes from."""
+"""Describes the machine that a figure comes from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def describe() -> dict[str, str | int]:
-    """CPU model, cores that this process may use, memory and the Python that ran."""
+    """Return CPU model, usable cores, bytes of memory, system and Python version."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -19,13 +19,13 @@ def describe() -> dict[str, str | int]:
 
 
 def load1() -> float:
-    """The load average of the last minute."""
+    """Return the load average of the last minute."""
     return os.getloadavg()[0]
 
 
 def busy_seconds() -> float:
-    """CPU seconds that all cores have spent at work since the machine's start, and those that a
-    hypervisor took from them."""
+    """Return the CPU seconds that all cores have worked since the machine's start, with those that
+    a hypervisor took from them."""
     import psutil
 
     times = psutil.cpu_times()

@@ -1,4 +1,4 @@
-"""Plots in one manner: SVG, legible on a page of documentation."""
+"""Makes plots of one style: SVG, legible on a page of documentation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLORS = ("#1f6fb4", "#d1601f", "#3a923a", "#7a52a1", "#8c8c8c")
 
 
 def panels(titles: Sequence[str], columns: int = 2, height: float = 2.8) -> tuple[Figure, Any]:
-    """A figure with one panel per title; the panels as a list of Axes."""
+    """Return a figure with one panel per title, and the panels as a list of Axes."""
     rows = -(-len(titles) // columns)
     figure, grid = plt.subplots(
         rows, columns, figsize=(4.4 * columns, height * rows), layout="constrained", squeeze=False
@@ -38,7 +38,7 @@ def plain(axis: Axes) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes an SVG that stays the same while the figures do."""
+    """Write an SVG whose bytes depend on the plotted figures alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with plt.rc_context({"svg.hashsalt": "crosspool", "svg.fonttype": "none"}):
         figure.savefig(path, metadata={"Date": None})

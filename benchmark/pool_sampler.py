@@ -1,4 +1,4 @@
-"""The KV pool's use over time, seen from outside."""
+"""Samples the KV pool's use over time from outside."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class PoolSample:
-    """One look at ``/crosspool/status``. Mapped are the chunks of cached pages, and of promised
-    ones as far as they have been written."""
+    """One sample of ``/crosspool/status``. Mapped bytes are those of chunks with cached pages or
+    with promised pages that have been written."""
 
     seconds: float
-    """``time.perf_counter()`` at the answer."""
+    """``time.perf_counter()`` when it was read."""
     budget_bytes: int
     promised_bytes: int
     cached_bytes: int
@@ -27,11 +27,11 @@ class PoolSample:
     waiting: int
     running: int
     by_model: dict[str, dict[str, Any]]
-    """The snapshot's part of each model."""
+    """Snapshot of each model, by name."""
 
 
 class PoolSampler:
-    """A thread that looks every ``period`` seconds, within the ``with``."""
+    """Thread that takes a sample every ``period`` seconds within the ``with``."""
 
     def __init__(self, port: int, period: float = 0.05) -> None:
         self.samples: list[PoolSample] = []
@@ -49,7 +49,7 @@ class PoolSampler:
         self._thread.join()
 
     def column(self, name: str) -> npt.NDArray[np.float64]:
-        """[samples] one field of every sample."""
+        """Return one field of every sample, float64 [samples]."""
         return np.array([getattr(sample, name) for sample in self.samples], dtype=np.float64)
 
     def _run(self) -> None:

@@ -1,11 +1,12 @@
-"""A shared system prompt on three models, with the prefix cache and without.
+"""Measures a shared system prompt on three models, with and without the prefix cache.
 
     python -m benchmark.prefix_cache [--quick]
 
 Every request of a model begins with that model's long system prompt and ends with a question of its
-own, as a chat service's do; answers are greedy and float32. Two servers, one of them with
-``--disable-radix-cache``, get the same requests at the same times, in turns. Measured: the share of
-prompt tokens that came from the cache, TTFT, and whether every answer has the same tokens.
+own, as requests of a chat service do. Outputs are greedy and in float32. Two servers, one of them
+with ``--disable-radix-cache``, get the same requests at the same times, in turns. The benchmark
+measures the share of prompt tokens that come from the cache, TTFT, and whether every output has the
+same tokens.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SYSTEM_TOKENS = 1024
 QUESTION_TOKENS = (16, 64)
 ANSWER_TOKENS = 16
 RATE = 2.5
-"""Requests per second, of all models: few enough that TTFT is no queueing time."""
+"""Requests per second of all models: few enough that TTFT has no queueing time."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,13 @@ class Round:
 
 
 def texts() -> tuple[str, list[str]]:
-    """A long text and many sentences, from the documentation that every Python carries."""
+    """Return a long text and many sentences, from the documentation that comes with Python."""
     whole = re.sub(r"\s+", " ", " ".join(topics.topics[name] for name in sorted(topics.topics)))
     return whole, [s for s in re.split(r"(?<=\.) ", whole) if 40 < len(s) < 300]
 
 
 class Prompts:
-    """A model's prompts: its system prompt and a question."""
+    """Prompts of one model: its system prompt followed by a question."""
 
     def __init__(self, model: str, index: int) -> None:
         tokenizer = AutoTokenizer.from_pretrained(str(DEMO / model))
@@ -83,8 +84,8 @@ class Prompts:
         self._questions = [tokenizer.encode(s, add_special_tokens=False) for s in sentences[:400]]
 
     def draw(self, rng: np.random.Generator) -> list[int]:
-        question: list[int] = self._questions[int(rng.integers(len(self._questions)))]
-        return self.system + question[: int(rng.integers(*QUESTION_TOKENS))]
+        question = self._questions[int(rng.integers(len(self._questions)))]
+        return [*self.system, *question[: int(rng.integers(*QUESTION_TOKENS))]]
 
 
 def make_load(prompts: Sequence[Prompts], seconds: float, seed: int) -> list[Request]:
@@ -98,8 +99,8 @@ def make_load(prompts: Sequence[Prompts], seconds: float, seed: int) -> list[Req
 
 
 def reusable_share(load: Sequence[Request]) -> float:
-    """Share of a load's prompt tokens that a cache of whole pages could have, were every earlier
-    prompt of the model in it, and one token at least is always computed."""
+    """Return the share of a load's prompt tokens that a cache of whole pages could provide if it
+    had every earlier prompt of the model. At least one token is always computed."""
     seen: dict[str, set[tuple[int, ...]]] = {}
     reusable = 0
     for request in load:
@@ -127,7 +128,7 @@ def run(plan: Plan, console: Console) -> list[Round]:
             load = make_load(prompts, plan.seconds, number)
             for cache, server in list(servers.items())[:: -1 if number % 2 else 1]:
                 progress.update(task, description=f"round {number + 1}, {cache} cache")
-                if cache == "with":  # every round begins with an empty one
+                if cache == "with":  # every round begins with an empty cache
                     status, answer = server.request("POST", "/flush_cache")
                     assert status == 200, answer
                 with Usage(server) as usage:
@@ -173,7 +174,7 @@ def row(rounds: Sequence[Round], cache: str, model: str) -> Row:
 
 
 def different(rounds: Sequence[Round]) -> list[tuple[Answer, Answer]]:
-    """Answers to the same request whose tokens are not the same."""
+    """Return outcomes of the same request whose tokens differ."""
     with_, without = (
         [a for one in rounds if one.cache == cache for a in one.replay.answers] for cache in CACHE
     )
@@ -266,7 +267,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.prefix_cache", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="seconds, nothing recorded")
+    parser.add_argument("--quick", action="store_true", help="takes seconds and records nothing")
     given = parser.parse_args(words)
     plan = QUICK if given.quick else Plan()
     console = Console(width=max(Console().width, 110))
@@ -283,8 +284,8 @@ def main(words: Sequence[str] | None = None) -> int:
     differing = different(rounds)
     total = len(rows[-1].ttft)
     console.print(
-        f"of all prompt tokens {possible:.1%} could come from a cache of whole pages; "
-        f"{total - len(differing)} of {total} answers have the same tokens with and without; "
+        f"{possible:.1%} of all prompt tokens could come from a cache of whole pages; "
+        f"{total - len(differing)} of {total} outputs have the same tokens with and without it; "
         f"{len(failures)} failed; {time.monotonic() - began:.0f} s"
     )
     for failure in failures[:5]:

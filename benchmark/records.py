@@ -1,4 +1,4 @@
-"""Measured figures as JSON rows, one per line, with the machine that they come from."""
+"""Writes measured figures as JSON rows, one per line, with the machine that they come from."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Recorder:
         load1: float,
         **more: Any,
     ) -> Summary:
-        """One figure: its median, 99th percentile and count.
+        """Add a figure: median, 99th percentile and count of ``values``.
 
-        ``cpu_s``, ``wall_s``: what the measurement it comes from took; ``load1``: the load average
-        before that."""
+        ``cpu_s`` and ``wall_s`` are the seconds of CPU and wall time that the measurement took,
+        ``load1`` is the load average before it."""
         summary = summarise(values)
         self._append(
             name=name,
@@ -74,8 +74,8 @@ class Recorder:
         wall_s: float,
         **more: Any,
     ) -> Summary:
-        """Times of an engine's steps, in milliseconds; ``ratio``: their median over that of
-        ``ratio_to``, another row's name."""
+        """Add the times of an engine's steps, in milliseconds. ``ratio`` is their median divided by
+        that of the row named ``ratio_to``."""
         summary = summarise(step_ms)
         self._append(
             name=name,
@@ -102,7 +102,7 @@ class Recorder:
         )
 
     def write(self, folder: Path = RESULTS) -> Path:
-        """Replaces this benchmark's file of rows."""
+        """Replace this benchmark's file of rows."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.benchmark}.jsonl"
         write_rows(path, self.rows)

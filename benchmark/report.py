@@ -1,9 +1,9 @@
-"""One table of what was recorded.
+"""Prints recorded figures as one table.
 
     python -m benchmark.report [NAME ...]
 
-Every row of the named benchmarks' files in ``benchmark/results`` that has an engine's step or a
-kernel in it.
+The rows are those of the named benchmarks' files in ``benchmark/results``, which hold times of
+engines' steps or of kernels.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """Of one row: a kernel's (microseconds) or a step's (milliseconds)."""
+    """Cells of one row: a kernel (in microseconds) or a step (in milliseconds)."""
     parameters = row.get("parameters", {})
     batch = row.get("batch", parameters.get("rows", ""))
     if "median_ms" in row:

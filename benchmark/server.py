@@ -1,4 +1,4 @@
-"""A CrossPool server to measure: the real launcher with all its processes, on a free port."""
+"""Runs a CrossPool server to measure: the real launcher with all its processes, on a free port."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ TINY_MODELS = ("tiny-qwen3-moe", "tiny-deepseek-v2", "tiny-glm4-moe-lite")
 
 
 def one_device() -> list[str]:
-    """Flags that put both pools on the first core that this process may use, and so leave the
-    others to the front end and to the client."""
+    """Return flags that put both pools on the first core that this process may use. The other cores
+    are left to the front end and the client."""
     core = min(os.sched_getaffinity(0))
     return ["--kv-pool-devices", f"cpu:{core}", "--weight-pool-devices", f"cpu:{core}"]
 
 
 class Server:
-    """Runs ``python -m crosspool.launch_server`` from the ``with``'s beginning, where it waits
-    until ``/health`` answers 200, to its end."""
+    """Runs ``python -m crosspool.launch_server`` within a ``with``, which begins when ``/health``
+    returns 200."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Server:
         models: Sequence[str] = TINY_MODELS,
         ready_timeout: float = 300.0,
     ) -> None:
-        """``models``: bundled ones by name, others by folder."""
+        """``models`` are names of bundled models or folders of others."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
@@ -102,7 +102,7 @@ class Server:
                 process.wait()
 
     def request(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        """HTTP status and answer: decoded, or as text where it is no JSON; ``path`` begins with
+        """Return the HTTP status and the body, as text where it is no JSON. ``path`` begins with
         /."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
@@ -118,11 +118,11 @@ class Server:
             connection.close()
 
     def status(self) -> dict[str, Any]:
-        """The scheduler's snapshot."""
+        """Return the scheduler's snapshot."""
         return dict(self.request("GET", "/crosspool/status")[1])
 
     def cpu_seconds(self) -> dict[str, float]:
-        """CPU time so far of each of its processes, by title."""
+        """Return the CPU time so far of each of its processes, by title."""
         assert self._process is not None
         launcher = psutil.Process(self._process.pid)
         used = {}
@@ -132,7 +132,7 @@ class Server:
         return used
 
     def wait_idle(self, timeout: float = 120.0) -> None:
-        """Until nothing waits or runs. Raises TimeoutError."""
+        """Wait until no request waits or runs. Raises TimeoutError."""
         deadline = time.monotonic() + timeout
         while any(m["waiting"] or m["running"] for m in self.status()["models"]):
             if time.monotonic() > deadline:

@@ -1,12 +1,19 @@
-"""Our engine beside the engines that a user would run instead, on the same checkpoint.
+"""Measures our engine beside the engines that a user would run instead, on the same checkpoint.
 
     python -m benchmark.side_by_side [--peers NAME ...] [--rounds 2] [--quick]
 
-Those that ``python -m benchmark.peers.install`` has installed, one after another, each in turns
-with ours: one model with two threads, at batch 1 and 8, and a prompt; two models at once, which for
-llama.cpp and vLLM are two processes, a core for each or both sharing both cores; one model on one
-core; and for kt-kernel, which is no more than that, the MoE layer on one core. Ours has both pools
-on one device, and is driven from here as the others are: without HTTP and scheduler. Needs 22 GB.
+The other engines are those that ``python -m benchmark.peers.install`` has installed. One after
+another, each takes turns with ours:
+
+- one model with two threads, at batch 1 and 8, and a prompt
+- two models at once, which for llama.cpp and vLLM are two processes, with a core for each process
+or
+  with both cores shared
+- one model on one core
+- for kt-kernel, which has MoE layers only, the MoE layer on one core
+
+Our engine has both pools on one device and is driven like the others, without HTTP and scheduler.
+The benchmark needs 22 GB of memory.
 """
 
 from __future__ import annotations
@@ -36,7 +43,7 @@ PROMPT = 2048
 OURS = "crosspool"
 MOE_PEER = "kt"
 PAIRED = ("llama", "vllm")
-"""Of which two processes are measured at once."""
+"""Engines of which two processes are measured at once."""
 MOE_BATCHES = (1, 8, 64)
 ONE = "one model, two threads"
 TWO_PINNED = "two models, a core for each process"
@@ -60,12 +67,12 @@ LIMITS = {
     ("kt", MOE, 8): 0.75,
     ("kt", MOE, 64): 1.0,
 }
-"""Highest ratio that is good enough, by engine, case and batch."""
+"""Highest ratio that is good, by engine, case and batch."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured."""
+    """Amount of what is measured."""
 
     rounds: int = 2
     steps: int = 80
@@ -78,7 +85,7 @@ QUICK = Plan(rounds=1, steps=10, batched_steps=5, tiny=True)
 
 @dataclass
 class Ours:
-    """Our engine in the two forms that are compared, loaded once."""
+    """Our engine in both forms that are compared, loaded once."""
 
     both: Engine
     """Two models on all cores."""
@@ -91,7 +98,7 @@ Take = Callable[[], Measured]
 
 @dataclass(frozen=True)
 class Pair:
-    """One case, ours and a peer's."""
+    """One case of ours and the same case of a peer."""
 
     what: str
     ours: Case
@@ -110,7 +117,7 @@ class Match:
     def decode(
         self, what: str, engine: Engine, peers: Sequence[Contestant], batch: int = 1
     ) -> None:
-        """As many models as there are ``peers``, at once."""
+        """Add decode steps of as many models at once as there are ``peers``."""
         steps = self.plan.steps if batch == 1 else self.plan.batched_steps
 
         def ours() -> Measured:
@@ -119,7 +126,7 @@ class Match:
 
         def theirs() -> Measured:
             asked = steps
-            while True:  # those that were at their prompts while the other stepped do not count
+            while True:  # steps during which the other process read its prompts do not count
                 for peer in peers:
                     peer.send({"do": "decode", "batch": batch, "context": CONTEXT, "steps": asked})
                 measured = overlapping([peer.receive(300.0) for peer in peers])
@@ -148,8 +155,8 @@ class Match:
         self._pair(what, ours, theirs, batch=0, context=PROMPT, threads=threads)
 
     def moe(self, what: str, engine: Engine, peer: Contestant, batch: int) -> None:
-        """The FFN part of a layer: ours as its trace tells, with norm and router, which the
-        other has not."""
+        """Add the FFN part of a layer. Our time comes from the trace and includes norm and router,
+        which the peer does not have."""
         layers = engine.specs[0].layers
 
         def ours() -> Measured:
@@ -194,7 +201,7 @@ class Match:
 
 
 def overlapping(answers: Sequence[Message]) -> Measured:
-    """Of processes that decoded at once: the steps that none of them took alone."""
+    """Return the steps that processes took while all of them decoded."""
     begin = max(answer["started_s"][0] for answer in answers)
     end = min(answer["started_s"][-1] + answer["step_ms"][-1] / 1e3 for answer in answers)
     ms = [
@@ -264,7 +271,7 @@ class Bench:
 
 
 class Processes(list[Contestant]):
-    """A peer's processes, a checkpoint and some cores for each; a thread per core."""
+    """Processes of one peer, each with a checkpoint, some cores and a thread per core."""
 
     def __init__(
         self, peer: str, checkpoints: Sequence[Path], cores: Sequence[Sequence[int]]
@@ -285,7 +292,7 @@ class Processes(list[Contestant]):
 
 
 def plot(comparisons: Sequence[Comparison], path: Path) -> None:
-    """Each case's step over the peer's, in bars by peer."""
+    """Plot our step over the peer's for each case, in bars by peer."""
     ratios: dict[str, dict[str, float]] = {}
     for comparison in comparisons:
         if comparison.ratio is not None and comparison.to is not None:

@@ -1,4 +1,4 @@
-"""A few numbers for many."""
+"""Summaries of many values by a few."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The smallest value that at least a share ``q`` of all do not exceed: one that occurred, so
-    a tail is never interpolated between a spike and the values below it."""
+    """Return the smallest value that at least a share ``q`` of all values do not exceed. It is one
+    that occurred, so a tail is never interpolated between a spike and the values below it."""
     return float(np.quantile(np.asarray(values, dtype=np.float64), q, method="inverted_cdf"))

@@ -1,4 +1,4 @@
-"""Measurements that are compared take turns, so that what the machine does meanwhile meets all of
+"""Takes measurements that are compared in turns, so that what else the machine does affects all of
 them alike."""
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from benchmark.summary import quantile
 
 @dataclass(frozen=True)
 class Measured:
-    """What one turn gave."""
+    """Result of one turn."""
 
     ms: list[float]
-    """Times of single steps, or whatever is measured."""
+    """Times in ms of single steps, or of other things that are measured."""
     cpu_s: float
+    """CPU seconds of the steps, without what came before them."""
     wall_s: float
-    """Of the steps, without what came before them."""
+    """Wall seconds of the steps, likewise."""
 
 
 @dataclass
 class Case:
-    """Something to measure, and what came of it."""
+    """Something to measure, and its results so far."""
 
     name: str
     take: Callable[[], Measured]
@@ -41,14 +42,14 @@ class Case:
     context: int
     threads: int
     models: int = 1
-    """That many at once."""
+    """Number of models that run at once."""
     turns: list[Measured] = field(default_factory=list)
     load1: float = 0.0
-    """Highest load average before a turn."""
+    """Highest load average at the start of a turn."""
     other_cpu_s: float = 0.0
-    """CPU time that was neither this process's nor its children's."""
+    """CPU seconds of all other processes than this one and its children."""
     took_s: float = 0.0
-    """Of all turns, with what came before the steps."""
+    """Wall seconds of all turns, with what came before their steps."""
 
     @property
     def ms(self) -> list[float]:
@@ -60,7 +61,7 @@ class Case:
 
     @property
     def mean(self) -> float:
-        """Far above the median where results come in bursts, or others take the cores."""
+        """Mean of the times. Bursts of results, or other processes, put it far above the median."""
         return fmean(self.ms)
 
     @property
@@ -69,11 +70,11 @@ class Case:
 
     @property
     def other_cpu_share(self) -> float:
-        """Of one core."""
+        """CPU time of other processes, as a share of one core."""
         return self.other_cpu_s / self.took_s
 
     def over(self, other: Case) -> float:
-        """Its median over another's: the median of the turns' ratios."""
+        """Return the median, over all turns, of this case's median divided by the other's."""
         return median(
             quantile(own.ms, 0.5) / quantile(theirs.ms, 0.5)
             for own, theirs in zip(self.turns, other.turns, strict=True)
@@ -81,7 +82,8 @@ class Case:
 
 
 def take_turns(cases: Sequence[Case], rounds: int, progress: Progress) -> None:
-    """Every case once in each round, back and forth; one round before that does not count."""
+    """Measure every case once in each round, forwards and backwards by turns. A first round does
+    not count."""
     task = progress.add_task("", total=(rounds + 1) * len(cases))
     for turn in range(-1, rounds):
         for case in cases[:: -1 if turn % 2 else 1]:
@@ -99,7 +101,7 @@ def take_turns(cases: Sequence[Case], rounds: int, progress: Progress) -> None:
 
 
 def _now() -> tuple[float, float, float]:
-    """Wall time, and CPU seconds of everyone and of this process with its children."""
+    """Return wall time, CPU seconds of all processes, and those of this one and its children."""
     this = psutil.Process()
     own = 0.0
     for process in (this, *this.children(recursive=True)):
@@ -110,12 +112,12 @@ def _now() -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A case, and what it is held against."""
+    """A case, and the one that it is compared with."""
 
     case: Case
     to: Case | None = None
     limit: float | None = None
-    """Highest ratio that is good enough."""
+    """Highest ratio that is still good."""
 
     @property
     def ratio(self) -> float | None:

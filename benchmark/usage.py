@@ -1,4 +1,4 @@
-"""What a measurement took of the machine, and what others took beside it."""
+"""CPU time of a measurement, and of everything else that ran during it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmark.server import Server
 
 @dataclass
 class Usage:
-    """CPU time within the ``with``, of one server's processes, of this one and of all others.
+    """CPU time within the ``with``: of one server's processes, of this one, and of all others.
 
     >>> with Usage(server) as usage:
     ...     replay(server.url, load)
@@ -22,13 +22,13 @@ class Usage:
 
     server: Server
     load1: float = 0.0
-    """The load average before."""
+    """Load average at the start."""
     wall_s: float = 0.0
     server_cpu_s: float = 0.0
     own_cpu_s: float = 0.0
     other_cpu_s: float = 0.0
-    """Of everything else on the machine: above a few percent of the wall time, timings are not to
-    be trusted."""
+    """CPU seconds of everything else on the machine. If they exceed a few percent of the wall time,
+    the measured times cannot be trusted."""
 
     def __enter__(self) -> Usage:
         self.load1 = machine.load1()
@@ -44,7 +44,7 @@ class Usage:
 
     @property
     def cpu_s(self) -> float:
-        """Of the server and of this process."""
+        """CPU seconds of the server and of this process."""
         return self.server_cpu_s + self.own_cpu_s
 
     def _now(self) -> tuple[float, float, float, float]:
@@ -53,8 +53,8 @@ class Usage:
 
 
 def total(usages: Sequence[Usage]) -> dict[str, Any]:
-    """Several measurements together, as fields of a record; ``other_cpu_share``: what others took
-    of one core."""
+    """Sum several measurements up as fields of a record. ``other_cpu_share`` is the CPU time of
+    others as a share of one core."""
     wall = sum(usage.wall_s for usage in usages)
     return {
         "cpu_s": sum(usage.cpu_s for usage in usages),

@@ -1,4 +1,4 @@
-"""Requests to replay: when, for which model, how long."""
+"""Requests to replay: their arrival times, models and lengths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmark.server import DEMO, TINY_MODELS
 FORCE = 100.0
 """A logit bias that no logit outweighs."""
 _ORDINARY = 300
-"""Below it the bundled models have special tokens and single bytes."""
+"""First token id of the bundled models that is neither special nor a single byte."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,21 @@ class Request:
     prompt: list[int]
     """Token ids."""
     max_tokens: int
-    """What is asked for, and so what admission may promise."""
+    """Output tokens that the request asks for, and so what admission may promise."""
     stop_after: int | None = None
-    """The model ends by itself after so many tokens, the end-of-sequence token included; None: it
+    """Tokens after which the model ends by itself, the end-of-sequence token included. None: it
     never does, and ``max_tokens`` are generated."""
     eos: int = 0
     """The model's end-of-sequence token, where ``stop_after`` is given."""
 
     @property
     def output_tokens(self) -> int:
-        """Tokens that a complete answer has."""
+        """Number of tokens of a complete output."""
         return self.max_tokens if self.stop_after is None else self.stop_after
 
     def sampling(self) -> dict[str, Any]:
-        """SGLang's sampling parameters. An answer's length is exact: the end-of-sequence token is
-        barred before ``stop_after`` and forced at it."""
+        """Return SGLang's sampling parameters. They make the output's length exact: the
+        end-of-sequence token is barred before ``stop_after`` and forced there."""
         common = {"temperature": 0.0, "max_new_tokens": self.max_tokens}
         if self.stop_after is None or self.stop_after >= self.max_tokens:
             return {**common, "ignore_eos": True}
@@ -54,14 +54,14 @@ class Request:
 
 
 def poisson(rate: float, seconds: float, rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """Arrival times in [0, seconds) of a Poisson process of ``rate`` per second, ascending."""
+    """Draw arrival times in [0, seconds) of a Poisson process of ``rate`` per second, ascending."""
     count = rng.poisson(rate * seconds)
     return np.sort(rng.uniform(0.0, seconds, count))
 
 
 def random_prompt(length: int, vocab: int, rng: np.random.Generator) -> list[int]:
-    """Ordinary token ids, in an order that no other prompt shares."""
-    return list(map(int, rng.integers(_ORDINARY, vocab, length)))
+    """Draw ordinary token ids, in an order that no other prompt shares."""
+    return [int(token) for token in rng.integers(_ORDINARY, vocab, length)]
 
 
 @functools.cache

@@ -1,5 +1,5 @@
-"""Prints the folder of NVSHMEM's wheel (nvidia-nvshmem-cu12 or -cu13) in this Python; nothing where
-there is none."""
+"""Prints the folder of NVSHMEM's wheel (nvidia-nvshmem-cu12 or -cu13) in this Python, or an empty
+line if it is not installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 
 def folder() -> Path | None:
-    """``site-packages/nvidia/nvshmem``, which has include/ and lib/."""
+    """Return ``site-packages/nvidia/nvshmem``, which has include/ and lib/; None if there is
+    none."""
     spec = importlib.util.find_spec("nvidia")
     for place in spec.submodule_search_locations or () if spec else ():
         if (found := Path(place) / "nvshmem").joinpath("include", "nvshmem.h").is_file():

@@ -1,4 +1,4 @@
-"""What the bundled tiny models read: freely licensed text found on the running machine.
+"""Text that the bundled tiny models read: freely licensed, from the running machine.
 
 Nothing is copied into the repository. The text comes from the interpreter and the system that
 run this module: the Python language reference (``pydoc_data.topics``), the licences that Debian
@@ -46,7 +46,7 @@ LOOK_UP_TOOL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Passage:
-    """A titled text; ``answer`` is the part a chat assistant gives when asked for the title."""
+    """A titled text. ``answer`` is the part that an assistant says when asked for the title."""
 
     title: str
     text: str

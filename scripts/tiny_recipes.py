@@ -1,4 +1,4 @@
-"""The bundled tiny models: their shapes, what they read, and how their tokenizers are made."""
+"""Recipes of the bundled tiny models: shapes, texts and tokenizers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>
 
 @dataclass(frozen=True)
 class Recipe:
-    """One bundled model: its shape, what it reads, and how it is trained."""
+    """One bundled model: its shape, its text, and how it is trained."""
 
     name: str
     config_class: str
@@ -176,7 +176,7 @@ def _train_byte_level_bpe(texts: list[str]) -> PreTrainedTokenizerBase:
 
 
 def _train_sentencepiece(texts: list[str], out: Path) -> PreTrainedTokenizerBase:
-    """Writes ``tokenizer.model``; the same model as a tokenizer of transformers is returned."""
+    """Writes ``tokenizer.model`` and returns the same model as a tokenizer of transformers."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in texts for line in text.splitlines() if line),

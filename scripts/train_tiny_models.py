@@ -42,7 +42,8 @@ DEMO_DIR = Path(__file__).resolve().parent.parent / "python" / "crosspool" / "de
 
 @dataclass(frozen=True)
 class Phase:
-    """One run of this script on one model; ``resume`` goes on from the weights of the last one."""
+    """One run of this script on one model. ``resume`` continues from the weights of the last
+    run."""
 
     steps: int | None
     seed: int
@@ -99,7 +100,7 @@ class Batches:
         return torch.tensor([self._row(length) for _ in range(TOKENS_PER_STEP // length)])
 
     def text_rows(self, length: int = 512) -> Iterator[torch.Tensor]:
-        """The whole plain text once, cut in rows of ``length``: what the card's loss is over."""
+        """The whole plain text once, cut into rows: the text of the loss on the model card."""
         step = length - len(self.bos)
         for start in range(0, len(self.text) - step, step):
             yield torch.tensor([self.bos + self.text[start : start + step]])
@@ -140,7 +141,7 @@ class ExpertBalance:
 
 
 def learning_rate(progress: float, peak: float) -> float:
-    """Short linear warm-up, then a cosine to a hundredth of the peak."""
+    """Returns the rate: a short linear warm-up, then a cosine to a hundredth of the peak."""
     if progress < 0.03:
         return peak * progress / 0.03
     cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (progress - 0.03) / 0.97)).item())
@@ -181,7 +182,7 @@ def train(
 
 @torch.inference_mode()
 def text_loss(model: PreTrainedModel, batches: Batches) -> float:
-    """Mean loss in nats per token over the whole plain text."""
+    """Returns the mean loss over the whole plain text, in nats per token."""
     model.eval()
     losses = [model(input_ids=row, labels=row).loss.item() for row in batches.text_rows()]
     return sum(losses) / len(losses)
@@ -189,7 +190,7 @@ def text_loss(model: PreTrainedModel, batches: Batches) -> float:
 
 @torch.inference_mode()
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """The greedy answer to ``question``."""
+    """Returns what the model says to ``question``, greedily."""
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}],
         add_generation_prompt=True,
@@ -203,7 +204,7 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question:
 def model_card(
     recipe: Recipe, phases: list[Phase], facts: dict[str, str], question: str, answer: str
 ) -> str:
-    """The README of a bundled model."""
+    """Returns the README of a bundled model."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     quote = answer.replace("\n", "\n> ")
     commands = "\n".join(phase.command(recipe.name) for phase in phases)

@@ -1,5 +1,5 @@
-"""A Qwen3-MoE checkpoint as a GGUF file for llama.cpp: bf16 matrices bit for bit, norms and gates
-in f32.
+"""Writes a Qwen3-MoE checkpoint as a GGUF file for llama.cpp: matrices in bf16, bit for bit, norms
+and gates in f32.
 
     python -m benchmark.peers.gguf_file CHECKPOINT FILE
 """
@@ -28,7 +28,7 @@ NORMS = {
 
 
 class Tensors:
-    """bf16 tensors of a checkpoint as uint16 arrays, mapped; numpy has no bf16 of its own."""
+    """bf16 tensors of a checkpoint, mapped as uint16 arrays, since NumPy has no bf16."""
 
     def __init__(self, checkpoint: Path) -> None:
         self._places: dict[str, tuple[np.memmap[Any, Any], list[int], int]] = {}

@@ -1,12 +1,12 @@
-"""Installs the other engines, each into an environment of its own; transformers and SGLang are in
-this project's.
+"""Installs the other engines, each into an environment of its own. Transformers and SGLang are in
+this project's environment.
 
     python -m benchmark.peers.install [NAME ...] [--torch-index URL] [--force]
 
-They lie under CROSSPOOL_BENCH_DIR (``~/.cache/crosspool-bench``), in ``peers/``. llama.cpp is
-compiled for this machine, which takes about ten minutes and a C++ compiler. PyTorch's CPU wheels
-come from an index of their own: ``--torch-index https://download.pytorch.org/whl/cpu``.
-An engine that cannot be installed is named at the end; the others are not held up by it.
+The environments are in ``peers/`` under CROSSPOOL_BENCH_DIR (``~/.cache/crosspool-bench``).
+llama.cpp is compiled for this machine, which takes about ten minutes and a C++ compiler. PyTorch's
+CPU wheels come from an index of their own: ``--torch-index https://download.pytorch.org/whl/cpu``.
+An engine that cannot be installed is named at the end and does not keep the others from it.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ REQUIREMENTS = Path(__file__).with_name("requirements")
 
 @dataclass(frozen=True)
 class Peer:
-    """An engine and how it is installed: from ``requirements/<name>.txt``, then without their
-    dependencies what ``requirements/<name>-nodeps.txt`` names."""
+    """An engine and how it is installed: from ``requirements/<name>.txt``, then from
+    ``requirements/<name>-nodeps.txt`` without dependencies."""
 
     name: str
     module: str
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables for pip: how a package is compiled."""
+    """Environment variables for pip, which say how packages are compiled."""
     unwanted: tuple[str, ...] = ()
-    """Packages that come along and do not load here."""
+    """Dependencies that do not load here and are uninstalled."""
     ours: bool = False
-    """It is among this project's own packages and runs in the environment of the benchmark."""
+    """Whether it is one of this project's dependencies and runs in the benchmark's environment."""
 
     @property
     def folder(self) -> Path:
@@ -65,7 +65,8 @@ class Peer:
         return [REQUIREMENTS / name for name in names if (REQUIREMENTS / name).is_file()]
 
     def start(self, number: int = 0) -> Contestant:
-        """A process of it, not loaded yet; ``number`` tells apart those of one engine."""
+        """Start a process of it, which is not loaded yet. ``number`` distinguishes processes of one
+        engine."""
         log = cache_dir() / "logs" / f"{self.name}-{number}.log"
         return Contestant(self.python, self.module, log)
 
@@ -93,7 +94,7 @@ PEERS = {
 
 
 def install(peer: Peer, torch_index: str | None = None) -> None:
-    """Raises CalledProcessError where pip fails."""
+    """Install an engine. Raises CalledProcessError where pip fails."""
     shutil.rmtree(peer.folder, ignore_errors=True)
     venv.create(peer.folder, with_pip=True)
     with_dependencies, *without = peer.files()
@@ -118,9 +119,11 @@ def _pip(peer: Peer, *words: str) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.peers.install", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PEERS)}")
-    parser.add_argument("--torch-index", help="where pip finds PyTorch's wheels for the CPU")
-    parser.add_argument("--force", action="store_true", help="also what is installed already")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"engine: {', '.join(PEERS)}; all unless given"
+    )
+    parser.add_argument("--torch-index", help="package index of PyTorch's wheels for the CPU")
+    parser.add_argument("--force", action="store_true", help="install again what is installed")
     given = parser.parse_args(words)
     unknown = set(given.names) - set(PEERS)
     if unknown:
@@ -129,10 +132,10 @@ def main(words: Sequence[str] | None = None) -> int:
     for name in given.names or PEERS:
         peer = PEERS[name]
         if peer.ours:
-            print(f"==> {name}: in this environment{'' if peer.installed else ' it is missing'}")
+            print(f"==> {name}: in this environment{'' if peer.installed else ', but missing'}")
             continue
         if peer.installed and not given.force:
-            print(f"==> {name}: is there ({peer.folder})", flush=True)
+            print(f"==> {name}: installed in {peer.folder}", flush=True)
             continue
         print(f"==> {name}: into {peer.folder}", flush=True)
         try:

@@ -1,11 +1,12 @@
-"""KTransformers' kt-kernel: the MoE layers alone, with the checkpoint's weights in bf16.
+"""Runs KTransformers' kt-kernel: MoE layers alone, with the checkpoint's weights in bf16.
 
-``repeats`` of the request ``moe`` are layers, one after another through the model, each with new
-experts at random for every row; ``moe_error`` compares the first layer with PyTorch in float32.
+``repeats`` in the request ``moe`` counts layers, taken one after another through the model, each
+with new random experts for every row. ``moe_error`` compares the first layer with PyTorch in
+float32.
 
-Its workers spin, and so does the thread that hands them tasks: on the same core they would take it
-from each other, ten milliseconds at a time. So only the workers are on the cores that were given,
-and the others on the cores that are left, if there are any.
+Workers spin, and so does the thread that hands them tasks. On one core they would take it from each
+other, ten milliseconds at a time. So only the workers are on the given cores; other threads are on
+the remaining cores, if there are any.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Any
 from benchmark.peers import protocol
 
 LONGEST = 512
-"""Rows that the layers make room for."""
+"""Most rows of a layer."""
 WARM_UP = 32
-"""Layers that are not counted."""
+"""Number of first layers that are not counted."""
 
 
 class KTKernel:
@@ -77,7 +78,7 @@ class KTKernel:
         }
 
     def moe(self, batch: int, layers: int) -> list[float]:
-        """Microseconds of each layer."""
+        """Return the microseconds of each layer."""
         inputs = [self._inputs(batch, seed) for seed in range(WARM_UP + layers)]
         microseconds = []
         for number, (x, experts, weights, y) in enumerate(inputs):
@@ -87,7 +88,7 @@ class KTKernel:
         return microseconds[WARM_UP:]
 
     def error(self, batch: int) -> float:
-        """Of the first layer: norm of the difference from float32 over the norm."""
+        """Return the norm of the first layer's difference from float32, divided by its norm."""
         import torch
 
         x, experts, weights, y = self._inputs(batch, 0)

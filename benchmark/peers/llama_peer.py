@@ -1,5 +1,6 @@
-"""llama.cpp (``llama-cpp-python``, built for this machine), bf16 weights, its own defaults for the
-KV cache (f16), flash attention and batch sizes; a step is one ``llama_decode`` and an argmax."""
+"""Runs llama.cpp (``llama-cpp-python``, built for this machine) with bf16 weights and its defaults
+for KV cache (f16), flash attention and batch sizes. A step is one ``llama_decode`` and an
+argmax."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 from benchmark.peers import protocol
 
 LONGEST_READ = 2048
-"""Prompt tokens given to one ``llama_decode``."""
+"""Most prompt tokens of one ``llama_decode``."""
 
 
 def gguf_path(checkpoint: Path) -> Path:

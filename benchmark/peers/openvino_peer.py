@@ -1,5 +1,5 @@
-"""OpenVINO's CPU plugin on a model exported by optimum-intel: bf16 weights, bf16 arithmetic and KV
-cache, one stream. The logits of the last token only are computed, as OpenVINO GenAI does."""
+"""Runs OpenVINO's CPU plugin on a model exported by optimum-intel, with weights, arithmetic and KV
+cache in bf16 and one stream. Only the last token's logits are computed, as in OpenVINO GenAI."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def export_path(checkpoint: Path) -> Path:
 
 
 def export(checkpoint: Path) -> None:
-    """Makes OpenVINO's form of the checkpoint beside it."""
+    """Write the checkpoint in OpenVINO's format, beside it."""
     import torch
     from optimum.intel import OVModelForCausalLM
 
@@ -36,7 +36,7 @@ class OpenVINOEngine:
     def __init__(self, checkpoint: Path, threads: int) -> None:
         folder = export_path(checkpoint)
         if not (folder / "openvino_model.xml").is_file():
-            # in a process of its own: the memory and threads that it takes are not the engine's
+            # in a process of its own, whose memory and threads the engine does not keep
             command = [sys.executable, "-m", "benchmark.peers.openvino_peer", str(checkpoint)]
             subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
         import openvino
@@ -103,7 +103,7 @@ class OpenVINOEngine:
 
 
 def _last_logits_only(model: Any) -> None:
-    """Cuts the rows of all tokens but the last before the product with the LM head."""
+    """Cut the rows of all tokens but the last before the product with the LM head."""
     from openvino import opset13
 
     node = model.output("logits").node.input_value(0).node

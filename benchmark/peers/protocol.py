@@ -1,4 +1,4 @@
-"""How the engines that are compared are driven: a process each, JSON lines over its pipes.
+"""Drives the engines that are compared: each is a process that takes JSON lines through pipes.
 
     {"do": "load", "checkpoint": folder, "threads": n, "cores": [...]}  -> {"engine": ..., ...}
     {"do": "decode", "batch": b, "context": c, "steps": n}
@@ -10,15 +10,14 @@
     {"do": "quit"}                                                      -> {}
 
 ``load`` comes first and once: cores and threads are limited before the engine's libraries are
-imported. A step of ``decode`` is one token for every sequence, greedy, on top of a KV cache of
-``context`` tokens each, after four steps that are not counted; ``started_s`` is when each began,
-on the machine's monotonic clock, by which steps of two processes are matched; ``cpu_s`` the CPU
-time of all of the process's threads in the counted steps. ``tokens`` are greedy continuations, by
-which an engine shows that it computes the same model. A request that fails is answered with
-{"error": text}.
+imported. A step of ``decode`` makes one greedy token for every sequence, each with a KV cache of
+``context`` tokens; four steps before are not counted. ``started_s`` are the steps' starts on the
+machine's monotonic clock, by which steps of two processes are matched. ``cpu_s`` is the CPU time of
+all threads of the process in the counted steps. ``tokens`` are greedy continuations, which show
+that an engine computes the same model. The reply to a request that fails is {"error": text}.
 
-The engines' environments have nothing of this project: this module and those of the engines import
-the standard library, and an engine's packages once it is loaded.
+The engines' environments contain nothing of this project: this module and those of the engines
+import the standard library, and an engine's packages when it is loaded.
 """
 
 from __future__ import annotations
@@ -45,35 +44,36 @@ Message = dict[str, Any]
 
 
 class Engine(Protocol):
-    """One engine, loaded. Those that are asked for less leave methods out."""
+    """One loaded engine. An engine that is asked for less leaves methods out."""
 
     def about(self) -> Message:
-        """Names and versions of what runs, and what it chose."""
+        """Return names and versions of what runs, and the settings that it chose."""
         ...
 
     def start(self, prompts: Sequence[Sequence[int]], steps: int) -> Callable[[], list[int]]:
-        """Reads the prompts, all of one length, and returns a step: every call appends the last
-        greedy token of each sequence and returns the next ones. Called at most ``steps`` times."""
+        """Read the prompts, all of one length, and return a step. Every call of it appends the last
+        greedy token of each sequence and returns the next ones. It is called at most ``steps``
+        times."""
         ...
 
     def prefill(self, prompt: Sequence[int]) -> None:
-        """Reads one prompt, to its first token."""
+        """Read one prompt, to its first token."""
         ...
 
     def cpu_seconds(self) -> float:
-        """CPU time so far; this process's where it is left out."""
+        """Return the CPU time so far. Without this method it is that of the process."""
         ...
 
 
-# The engine's end
+# The side of the engine
 
 
 def serve(load: Callable[[Path, int, list[int]], Any]) -> None:
-    """Answers requests on stdin until ``quit`` or the end of it. ``load(checkpoint, threads,
-    cores)`` makes the engine. What libraries print goes to stderr."""
+    """Reply to requests on stdin until ``quit`` or its end. ``load(checkpoint, threads, cores)``
+    makes the engine. What libraries print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    sys.stdout = sys.stderr  # at once, too: a log that a buffer held back would tell nothing
+    sys.stdout = sys.stderr  # unbuffered, so that the log is complete when the engine hangs
     engine: Any = None
     for line in sys.stdin:
         asked = json.loads(line)
@@ -94,11 +94,11 @@ def serve(load: Callable[[Path, int, list[int]], Any]) -> None:
             break
     answers.close()
     sys.stderr.flush()
-    os._exit(0)  # not through the engine's own exit handlers: some wait for minutes
+    os._exit(0)  # some engines' exit handlers wait for minutes
 
 
 def limit(threads: int, cores: Sequence[int]) -> None:
-    """Pins the process, and so every thread that it will start, and bounds its thread pools."""
+    """Pin the process, and so every thread that it will start, and bound its thread pools."""
     os.sched_setaffinity(0, cores)
     for name in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "RAYON"):
         os.environ[f"{name}_NUM_THREADS"] = str(threads)
@@ -107,7 +107,7 @@ def limit(threads: int, cores: Sequence[int]) -> None:
 
 
 def random_ids(vocabulary: int, count: int, seed: int) -> list[int]:
-    """Token ids without the first few, which may be special."""
+    """Draw token ids, leaving out the first few, which may be special."""
     import random
 
     return random.Random(seed).choices(range(3, vocabulary), k=count)
@@ -176,7 +176,7 @@ _ANSWERS: dict[str, Callable[[Any, Message], Message]] = {
 }
 
 
-# The benchmark's end
+# The side of the benchmark
 
 
 class ContestantError(RuntimeError):
@@ -184,11 +184,11 @@ class ContestantError(RuntimeError):
 
 
 class Contestant:
-    """One engine's process. It is stopped while it has nothing to answer: threads of engines at
-    rest that spin would take the cores from others.
+    """Process of one engine. It is stopped while it has no request: spinning threads of an idle
+    engine would take the cores from others.
 
-    ``python``: the interpreter of its environment; ``module``: what runs in it, for example
-    ``benchmark.peers.vllm_peer``; ``log``: where its output goes."""
+    ``python`` is the interpreter of its environment, ``module`` the module that runs in it, for
+    example ``benchmark.peers.vllm_peer``, and ``log`` the file of its output."""
 
     def __init__(
         self,
@@ -199,7 +199,7 @@ class Contestant:
         paths: Sequence[Path] = (ROOT,),
         environment: dict[str, str] | None = None,
     ) -> None:
-        # Of the measuring side alone: engines' environments have nothing of this project.
+        # Only this side can import it: engines' environments contain nothing of this project.
         from crosspool.config.process import die_with_parent
 
         self.module = module
@@ -256,7 +256,8 @@ class Contestant:
         return self.receive(timeout_s)
 
     def send(self, message: Message) -> None:
-        """Without waiting for the answer: several engines at work at once."""
+        """Send a request without waiting for the reply, so that several engines can work at
+        once."""
         assert self._process.stdin is not None
         self._signal(signal.SIGCONT)
         try:
@@ -266,8 +267,8 @@ class Contestant:
             raise self._error("died") from None
 
     def receive(self, timeout_s: float) -> Message:
-        """Raises ContestantError at an answer that is an error, at death and when time is up (and
-        then ends the process)."""
+        """Return the reply. Raises ContestantError if it is an error, if the process has died, and
+        when time is up, which also ends the process."""
         try:
             line = self._lines.get(timeout=timeout_s)
         except queue.Empty:
@@ -282,17 +283,17 @@ class Contestant:
         return answer
 
     def close(self) -> None:
-        """Ends the process; that of one which is idle and well goes by itself."""
+        """End the process. An idle and healthy engine ends by itself."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()  # an idle engine takes that for ``quit``
+            self._process.stdin.close()  # an idle engine ends at that
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10.0)
         self._kill()
 
     def _rest(self) -> None:
-        """Stops the process, and waits until all its threads have stopped (or it has ended)."""
+        """Stop the process, and wait until all its threads have stopped or it has ended."""
         self._signal(signal.SIGSTOP)
         ends = time.monotonic() + _STOP_SECONDS
         stopped = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -306,7 +307,7 @@ class Contestant:
         self._process.wait()
 
     def _signal(self, number: signal.Signals) -> None:
-        """To it and whatever it started."""
+        """Send a signal to the process and all that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 

@@ -1,9 +1,10 @@
-"""SGLang's own engine on the CPU: its scheduler, model code and processes, on PyTorch's kernels.
+"""Runs SGLang's own engine on the CPU: its scheduler, model code and processes, on PyTorch's
+kernels.
 
-SGLang's CPU kernels (``sgl-kernel`` built for the CPU) are in no package index. Without AMX it uses
-them for little more than imports, and takes PyTorch in their place; so a package of that name is
-put in their stead, of which whatever is called raises NotImplementedError. A step ends when every
-sequence's next token has come out of the engine.
+SGLang's CPU kernels (``sgl-kernel`` built for the CPU) are in no package index. Without AMX SGLang
+imports them and calls PyTorch. So a package of that name stands in for them, and every function in
+it raises NotImplementedError. A step ends when every sequence's next token has come out of the
+engine.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ LONGEST = 8192
 MOST_SEQUENCES = 8
 KV_TOKENS = 20_000
 SPARE = 4
-"""Tokens that a sequence may still have to go when the last step is counted."""
+"""Tokens that a sequence may still lack when the last step is counted."""
 
 
 class Missing:
-    """Something of a package that is not there."""
+    """A name of a package that is not installed."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -50,7 +51,7 @@ class MissingPackage(types.ModuleType):
 
 
 class MissingKernels(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports ``sgl_kernel`` and its modules as packages of missing things."""
+    """Imports ``sgl_kernel`` and its modules as packages of missing names."""
 
     def find_spec(self, fullname: str, *_: object) -> importlib.machinery.ModuleSpec | None:
         if fullname.partition(".")[0] != "sgl_kernel":
@@ -106,7 +107,7 @@ class SGLangEngine:
     def start(self, prompts: Sequence[Sequence[int]], steps: int) -> Callable[[], list[int]]:
         self._begin(prompts, steps + SPARE)
         tokens: list[list[int]] = [[] for _ in prompts]
-        # the first token comes with the prompt; it is the first of ours
+        # the first token comes with the prompt
         ready = 0
 
         def forward() -> None:
@@ -130,11 +131,11 @@ class SGLangEngine:
             pass
 
     def cpu_seconds(self) -> float:
-        """Of this process and those that it started."""
+        """Return the CPU time of this process and of those that it started."""
         return sum(time.clock_gettime(_cpu_clock(pid)) for pid in _family(os.getpid()))
 
     def _begin(self, prompts: Sequence[Sequence[int]], tokens: int) -> None:
-        for _ in self._tokens:  # what is left of the requests before
+        for _ in self._tokens:  # the rest of the earlier requests
             pass
         self._tokens = self._engine.generate(
             input_ids=[list(prompt) for prompt in prompts],
@@ -151,8 +152,8 @@ def _family(pid: int) -> Iterator[int]:
 
 
 def _cpu_clock(pid: int) -> int:
-    """The clock of a process's CPU time, as clock_getcpuclockid(3) makes it: /proc has ticks of
-    10 ms."""
+    """Return the clock of a process's CPU time, as clock_getcpuclockid(3) does. The times in /proc
+    have ticks of 10 ms."""
     return ~pid << 3 | 2
 
 
@@ -160,7 +161,7 @@ def load(checkpoint: Path, threads: int, cores: list[int]) -> SGLangEngine:
     return SGLangEngine(checkpoint, threads, cores)
 
 
-if __name__ in ("__main__", "__mp_main__"):  # also in the processes that SGLang starts
+if __name__ in ("__main__", "__mp_main__"):  # also in processes that SGLang starts
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     sys.meta_path.insert(0, MissingKernels())
 if __name__ == "__main__":

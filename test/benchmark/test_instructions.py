@@ -1,4 +1,4 @@
-"""The comparison of instruction counts with the record."""
+"""Instruction counts are compared with the record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loads of the served benchmarks, and what is made of their answers."""
+"""Loads of the served benchmarks, and what is computed from their outcomes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Other engines on the checkpoint: those that are installed compute the same model, with the
-threads and on the cores that they were given, and what goes wrong is told."""
+"""Other engines on the checkpoint. Those that are installed compute the same model, with the
+threads and on the cores that they were given; a failure says what went wrong."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_an_engine_at_rest_takes_no_core(fake: Contestant, tmp_path: Path) -> No
 
 
 def test_an_engine_dies_with_who_started_it(tmp_path: Path) -> None:
-    """Though it is stopped, and so does not see that its input has ended."""
+    """The engine is stopped then, and so does not see that its input has ended."""
     (tmp_path / "fake_engine.py").write_text(FAKE)
     root = Path(checkpoint.__file__).parents[1]
     code = (

@@ -1,4 +1,4 @@
-"""What benchmarks of the engine make of their measurements."""
+"""Ratios, tables and records of the engine's benchmarks, and real engines under them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from benchmark.workload import Request
 
 
 def case(name: str, values: list[list[float]]) -> Case:
-    """Gives ``values`` turn by turn."""
+    """Make a case that takes ``values``, one list per turn."""
     turns = iter(values)
     return Case(name, lambda: Measured(next(turns), 1.0, 2.0), "m", 1, 256, 2)
 
@@ -65,7 +65,7 @@ def test_a_ratio_is_the_median_of_the_turns_ratios(tmp_path: Path) -> None:
 
 
 def event(part: Part, layer: int, start: int, end: int, step: int = 1) -> LaneEvent:
-    """Times in microseconds."""
+    """Make an event. Times are in microseconds."""
     return LaneEvent(
         role="ffn" if part == "ffn" else "attention", rank=0, attention_rank=0, lane=0, step=step,
         model=0, layer=layer, part=part, rows=1, start_ns=1000 * start, end_ns=1000 * end,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from crosspool.frontend import plugin
 from crosspool.transport import admin
@@ -37,7 +37,7 @@ def attached(server: FrontEndServer, installed: dict[str, str], tmp_path: Path) 
     port = free_port()
     log = tmp_path / "log"
     with log.open("w") as out:
-        process = subprocess.Popen(
+        process = psutil.Popen(
             [
                 *(sys.executable, "-m", "crosspool.sglang", "launch_server", "--device", "cpu"),
                 *("--model-path", str(DEMO / MODELS[1]), "--served-model-name", MODELS[1]),
@@ -56,7 +56,7 @@ def attached(server: FrontEndServer, installed: dict[str, str], tmp_path: Path) 
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(30)
-        except subprocess.TimeoutExpired:
+        except psutil.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+from crosspool.cli.child import ForkServer, ProcessSpec
 from crosspool.config.deployment import Deployment, ModelConfig, save
 from crosspool.config.device import Device
-from crosspool.config.process import die_with_parent
+from crosspool.config.process import adopt_orphans
 from support.fake_device import FakeDevice, Script
 from support.server import DEMO, ROOT, free_port
 
 MODELS = ("tiny-qwen3-moe", "tiny-deepseek-v2")
+NAMES = ("http", "scheduler", "detokenizer")
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def deployment(**changes: Any) -> Deployment:
@@ -39,6 +44,21 @@ def deployment(**changes: Any) -> Deployment:
     return Deployment(**(fields | changes))
 
 
+@contextlib.contextmanager
+def _adopting_orphans() -> Iterator[None]:
+    """Makes this process the parent of orphans below it, but only within the ``with``: other tests
+    see to whom the orphans of a dead launcher go."""
+    adopt_orphans()
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
 class FrontEndServer:
     """Scheduler, detokenizer and HTTP process of ``deployment``, and a fake device for each of
     its devices."""
@@ -51,28 +71,35 @@ class FrontEndServer:
         self.log = Path(deployment.runtime_dir) / "log"
         save(deployment)
         self.devices = [FakeDevice(deployment, d.name, script) for d in deployment.devices]
-        self.processes = {name: self._start(name) for name in ("http", "scheduler", "detokenizer")}
+        self.processes = self._start()
         if start_devices:
             for device in self.devices:
                 device.start()
 
-    def _start(self, name: str) -> subprocess.Popen[bytes]:
-        with self.log.open("ab") as log:
-            return subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "crosspool.server.process", name),
-                    *("--deployment", str(self.deployment.file)),
-                ],
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"},
-                preexec_fn=die_with_parent,  # noqa: PLW1509
-            )
+    def _start(self) -> dict[str, psutil.Process]:
+        """Starts the three as the launcher does, forked from one import of SGLang."""
+        command = [sys.executable, "-m", "crosspool.server.fork_server"]
+        command += ["--deployment", str(self.deployment.file)]
+        spec = ProcessSpec(
+            name="front end",
+            argv=["sh", "-c", 'exec "$@" >>"$0" 2>&1', str(self.log), *command],
+            env={"PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"},
+        )
+        with _adopting_orphans():
+            server = ForkServer(spec)
+            deadline = time.monotonic() + 180
+            while not server.child.has_ended() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if not server.child.has_ended() or server.child.reap() != 0:
+                server.end()
+                raise RuntimeError(f"the front end did not start:\n{self.log.read_text()}")
+            children = server.adopt([ProcessSpec(name=name, argv=()) for name in NAMES])
+        return {child.spec.name: psutil.Process(child.pid) for child in children}
 
     def wait_ready(self, timeout: float = 180.0) -> FrontEndServer:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            ended = [n for n, p in self.processes.items() if p.poll() is not None]
+            ended = [n for n, p in self.processes.items() if has_ended(p)]
             if ended:
                 raise RuntimeError(f"{ended} ended:\n{self.log.read_text()}")
             if self.request("/health")[0] == 200:
@@ -126,11 +153,11 @@ class FrontEndServer:
         """Sends SIGTERM in the launcher's order and returns the exit statuses."""
         statuses = {}
         for name, process in self.processes.items():
-            if process.poll() is None:
+            if not has_ended(process):
                 process.send_signal(signal.SIGTERM)
             try:
                 statuses[name] = process.wait(20)
-            except subprocess.TimeoutExpired:
+            except psutil.TimeoutExpired:
                 process.kill()
                 statuses[name] = process.wait()
         for device in self.devices:
