@@ -186,7 +186,7 @@ class BoundedGrowingTraffic(BoundedTraffic):
 
 
 class LeasedTraffic(Traffic):
-    """On devices that make several decode steps of one message."""
+    """Devices make several decode steps of one message."""
 
     fields: ClassVar = {"loop": "resident", "lease_steps": 7}
 
