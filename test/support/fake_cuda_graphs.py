@@ -56,7 +56,7 @@ def compile_sources(sources: Sequence[str | Path], into: Path, flags: Sequence[s
 
     def build(source: str | Path) -> Path:
         target = into / (Path(source).stem + ".o")
-        command = [COMPILER, "-std=c++20", *WARNINGS, *flags, "-I", NATIVE / "include"]
+        command = [str(COMPILER), "-std=c++20", *WARNINGS, *flags, f"-I{NATIVE}/include"]
         subprocess.run([*command, "-c", NATIVE / source, "-o", target], check=True, timeout=120)
         return target
 
@@ -69,7 +69,7 @@ def build(into: Path) -> Path:
     sources = (*HOST_SIDE, "cuda/c_face.cpp", "cpu/version.cpp", "test/fake_face.cpp")
     objects = compile_sources(sources, into, ("-O1", "-fPIC"))
     library = into / "libcrosspool_cuda_fake.so"
-    subprocess.run([COMPILER, "-shared", *objects, "-o", library], check=True, timeout=120)
+    subprocess.run([str(COMPILER), "-shared", *objects, "-o", library], check=True, timeout=120)
     return library
 
 
@@ -95,7 +95,7 @@ class FakeCuda:
         nodes; ``empty``: with these alone."""
         function = _BODY(body)
         self._bodies.append(function)
-        graph = self.native.crosspool_fake_graph(function, ticks)
+        graph: int = self.native.crosspool_fake_graph(function, ticks)
         if empty:
             self.native.crosspool_fake_remove_nodes(ctypes.c_void_p(graph))
         for kind, child in nodes:
@@ -125,7 +125,7 @@ class FakeCuda:
 
     @property
     def violations(self) -> list[str]:
-        found = []
+        found: list[str] = []
         while (text := self.native.crosspool_fake_violation(len(found))) is not None:
             found.append(text.decode())
         return found
@@ -133,7 +133,7 @@ class FakeCuda:
     @property
     def live(self) -> int:
         """What was made and not given back, but for captured graphs."""
-        return self.native.crosspool_fake_live() - len(self._graphs)
+        return int(self.native.crosspool_fake_live()) - len(self._graphs)
 
     def close(self) -> None:
         for graph in self._graphs:

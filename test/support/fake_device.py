@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from crosspool.config.deployment import Deployment
+from crosspool.config.device import Device
 from crosspool.observability.trace import LaneEvent
 from crosspool.transport.device_socket import DeviceSocket
 from crosspool.transport.inspection import (
@@ -16,6 +18,7 @@ from crosspool.transport.inspection import (
     DeviceEvents,
     DevicePools,
     LinkCounts,
+    RankInfo,
     Report,
     TensorInfo,
 )
@@ -25,7 +28,6 @@ from crosspool.transport.messages import (
     Inspect,
     Inspected,
     Open,
-    RankInfo,
     Ready,
     Release,
     Row,
@@ -98,7 +100,11 @@ class FakeDevice(threading.Thread):
     def _ready(self) -> Ready:
         ranks = []
         d = self._deployment
-        for role, devices in (("attention", d.kv_pool_devices), ("ffn", d.weight_pool_devices)):
+        pools: tuple[tuple[Literal["attention", "ffn"], Sequence[Device]], ...] = (
+            ("attention", d.kv_pool_devices),
+            ("ffn", d.weight_pool_devices),
+        )
+        for role, devices in pools:
             for rank, device in enumerate(devices):
                 if device.name == self._device:
                     kv = d.kv_pool_bytes // len(d.kv_pool_devices) if role == "attention" else 0

@@ -8,8 +8,10 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 NATIVE = Path(__file__).parents[2] / "sgl-kernel-ext"
+_FunctionPointer: Any = ctypes.CFUNCTYPE(None).__base__
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 PREAMBLE = """
@@ -47,21 +49,22 @@ def same_layout(mirror: type[ctypes.Structure], name: str | None = None) -> list
         place = getattr(mirror, field)
         claims.append(f"static_assert(offsetof({name}, {field}) == {place.offset});")
         claims.append(f"static_assert(sizeof({name}::{field}) == {place.size});")
-        if issubclass(of, ctypes._CFuncPtr):
+        if issubclass(of, _FunctionPointer):
             null = f"static_cast<decltype({name}::{field})>(nullptr)"
-            claims.append(same_function(null, of._restype_, of._argtypes_))
+            function: Any = of
+            claims.append(same_function(null, function._restype_, function._argtypes_))
         bound.append(f"field_{field}")
     claims.append(f"void all_fields({name}& one) {{ auto& [{', '.join(bound)}] = one; }}")
     return claims
 
 
-def same_function(name: str, result: type | None, takes: Sequence[type]) -> str:
+def same_function(name: str, result: Any, takes: Sequence[Any]) -> str:
     """C++ that compiles where a function returns and takes values of these sizes and kinds."""
     codes = ", ".join(str(_code(one)) for one in (result, *takes))
     return f"static_assert(is({name}, {{{codes}}}));"
 
 
-def _code(of: type | None) -> int:
+def _code(of: Any) -> int:
     """The PREAMBLE's code of a type."""
     if of is None:
         return 0
@@ -72,7 +75,7 @@ def _code(of: type | None) -> int:
         return size + 3
     if issubclass(of, ctypes.c_float | ctypes.c_double):
         return size + 2
-    return size + (of(-1).value < 0)
+    return size + int(of(-1).value < 0)
 
 
 def assert_holds(claims: Sequence[str], folder: Path, *headers: str) -> None:
@@ -82,6 +85,6 @@ def assert_holds(claims: Sequence[str], folder: Path, *headers: str) -> None:
     includes = [f'#include "{header}"' for header in headers]
     source.write_text("\n".join([*includes, PREAMBLE, *claims]) + "\n")
     assert COMPILER is not None
-    command = [COMPILER, "-std=c++20", "-fsyntax-only", "-I", NATIVE, "-I", NATIVE / "include"]
+    command = [COMPILER, "-std=c++20", "-fsyntax-only", f"-I{NATIVE}", f"-I{NATIVE}/include"]
     done = subprocess.run([*command, source], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

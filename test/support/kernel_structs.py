@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, c_bool, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
+from typing import Any
 
 from crosspool.kernels import native_structs as ns
 from crosspool.kernels.native import Signatures
@@ -125,7 +126,7 @@ class Limits(ctypes.Structure):
     _fields_ = tuple(fields(c_int32, "k qk_dim v_dim experts vocab"))
 
 
-def _function(*takes: type, result: type | None = None) -> type:
+def _function(*takes: Any, result: Any = None) -> Any:
     """A pointer to a function; structures are taken by reference."""
     by_reference = [POINTER(one) if issubclass(one, ctypes.Structure) else one for one in takes]
     return ctypes.CFUNCTYPE(result, *by_reference)

@@ -49,7 +49,7 @@ def _library() -> ctypes.CDLL:
 
 def uniform(seed: int, position: int) -> float:
     """:func:`crosspool.ranks.sampler.uniform` in native code."""
-    return _library().crosspool_uniform(seed & (2**64 - 1), position)
+    return float(_library().crosspool_uniform(seed & (2**64 - 1), position))
 
 
 class NativeKernels:
@@ -73,7 +73,7 @@ class NativeKernels:
         sources = (ns.Source * len(weights))(*map(self._source, weights))
 
         def write(packed: PackedMatrix, begin: int, end: int) -> bool:
-            return self.table.pack(packed.struct, sources, len(weights), begin, end)
+            return bool(self.table.pack(packed.struct, sources, len(weights), begin, end))
 
         return self._packed(sum(w.shape[0] for w in weights), weights[0].shape[1], plain, write)
 
@@ -82,7 +82,7 @@ class NativeKernels:
         source, other = self._source(gate), self._source(up)
 
         def write(packed: PackedMatrix, begin: int, end: int) -> bool:
-            return self.table.pack_gated(packed.struct, source, other, begin, end)
+            return bool(self.table.pack_gated(packed.struct, source, other, begin, end))
 
         return self._packed(2 * ns.round_up(gate.shape[0], 32), gate.shape[1], plain, write)
 
@@ -384,7 +384,7 @@ class NativeKernels:
         """Returns the index of the largest of float32 ``logits`` [n], the lowest among equals."""
         best = ks.Best()
         self.table.argmax(pointer(logits), len(logits), best)
-        return best.index
+        return int(best.index)
 
     def sample(
         self,
@@ -399,7 +399,8 @@ class NativeKernels:
         """Returns the token of float32 ``logits`` [vocab] on which ``draw`` in [0, 1) falls."""
         rule = ns.SamplingRule(top_p, temperature, min_p, top_k)
         scratch = self._scratch(vocab=len(logits))
-        return self.table.sample(pointer(logits), len(logits), rule, draw, pointer(scratch))
+        place = pointer(scratch)
+        return int(self.table.sample(pointer(logits), len(logits), rule, draw, place))
 
     def _packed(
         self, n: int, k: int, plain: bool, write: Callable[[PackedMatrix, int, int], bool]

@@ -42,7 +42,7 @@ class _Device:
         return self._target
 
     def get_current_device(self) -> int:
-        return self._target.arch
+        return int(self._target.arch)
 
     def get_current_stream(self, device: int) -> int:
         del device

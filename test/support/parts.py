@@ -44,8 +44,10 @@ class Parts:
         self._sequences: dict[int, tuple[int, list[int]]] = {}
 
     def step(self, rows: dict[int, list[int]]) -> dict[int, torch.Tensor]:
-        """The next tokens of each request -> float32 [tokens, vocab] logits of each."""
-        segments, positions, tokens = [], [], []
+        """Computes the requests' next tokens; returns their logits, float32 [tokens, vocab]."""
+        segments: list[RowSpan] = []
+        positions: list[int] = []
+        tokens: list[int] = []
         for request, new in rows.items():
             start, pages = self._sequences.get(request, (0, []))
             while len(pages) * PAGE_SIZE < start + len(new):

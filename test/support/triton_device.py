@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from crosspool.config.deployment import Deployment
@@ -101,7 +102,8 @@ class Symmetric(Interpreted):
         self.heaps[pe] = base = round_up(heap.data_ptr(), PAGE_BYTES)
         bases = {rank: base + sum(sizes[:rank]) for rank in linked_ffn_ranks(deployment, device)}
         self.pes.append(FakePE(pe, self.heaps))
-        links = SymmetricLinks(deployment, device, layout, bases, CPU, self.pes[-1])
+        pe_library: Any = self.pes[-1]
+        links = SymmetricLinks(deployment, device, layout, bases, CPU, pe_library)
         return load_on_cpu(deployment, device, specs, placement, GPUPeers(links, None))
 
 
@@ -115,7 +117,8 @@ def load_on_cpu(
     """A GPU's ranks on CPU tensors."""
     cpu = torch.device("cpu")
     resources = contextlib.ExitStack()
-    virtualizer, kv = None, []
+    virtualizer = None
+    kv: list[torch.Tensor] = []
     if device in deployment.kv_pool_devices:
         virtualizer, kv = kv_pool(deployment, device, specs)
         resources.callback(virtualizer.close)

@@ -35,7 +35,9 @@ def check_bounds() -> None:
     TensorTable, an IndexError. For kernels that find everything else in their arguments."""
     init_args = interpreter.GridExecutor._init_args_hst
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    rmw, make = InterpreterBuilder.create_atomic_rmw, TensorTable._make.__func__
+    rmw = InterpreterBuilder.create_atomic_rmw
+    table_class: Any = TensorTable
+    make = table_class._make.__func__
     tables: weakref.WeakSet[TensorTable] = weakref.WeakSet()
     arrays = np.zeros((0, 2), np.uint64)
 
@@ -69,7 +71,7 @@ def check_bounds() -> None:
         return rmw(self, op, pointer, value, mask, *rest)
 
     def make_table(cls: Any, *args: Any) -> TensorTable:
-        table = make(cls, *args)
+        table: TensorTable = make(cls, *args)
         tables.add(table)
         return table
 
@@ -77,7 +79,7 @@ def check_bounds() -> None:
     InterpreterBuilder.create_masked_load = create_masked_load
     InterpreterBuilder.create_masked_store = create_masked_store
     InterpreterBuilder.create_atomic_rmw = create_atomic_rmw
-    TensorTable._make = classmethod(make_table)
+    table_class._make = classmethod(make_table)
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

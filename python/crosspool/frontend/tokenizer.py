@@ -20,7 +20,7 @@ def load_tokenizer(deployment: Deployment, index: int) -> PreTrainedTokenizerBas
     arguments: dict[str, Any] = {**deployment.sglang, **model.sglang}
     path = arguments.get("tokenizer_path") or model.path
     try:
-        return get_tokenizer(
+        tokenizer: PreTrainedTokenizerBase = get_tokenizer(
             path,
             tokenizer_mode=arguments.get("tokenizer_mode", "auto"),
             trust_remote_code=arguments.get("trust_remote_code", False),
@@ -29,3 +29,4 @@ def load_tokenizer(deployment: Deployment, index: int) -> PreTrainedTokenizerBas
         raise ConfigError(
             f"{model.name}: no tokenizer can be loaded from {path}: {error}"
         ) from error
+    return tokenizer

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 
 class DLPackDevice(NamedTuple):
@@ -67,9 +68,11 @@ _alive: dict[int, tuple[object, ...]] = {}
 """Structure, sizes and owner of each tensor that torch still uses, by the structure's address."""
 
 
-@_Deleter
-def _delete(address: int) -> None:
+def _forget(address: int) -> None:
     _alive.pop(address, None)
+
+
+_delete = _Deleter(_forget)
 
 
 @atexit.register
@@ -114,7 +117,7 @@ def tensor_at(
     key = ctypes.addressof(managed)
     _alive[key] = managed, sizes, owner
     try:
-        return torch.from_dlpack(_new_capsule(key, b"dltensor", None))
+        return from_dlpack(_new_capsule(key, b"dltensor", None))
     except BaseException:
         _alive.pop(key, None)
         raise

@@ -153,7 +153,8 @@ class Signal:
 
     def load(self) -> int:
         """Returns the number (acquire): all that its writer wrote before storing it is visible."""
-        return self._native.crosspool_signal_load(self._address)
+        number: int = self._native.crosspool_signal_load(self._address)
+        return number
 
     def store(self, value: int) -> None:
         """Stores the next number (release), which publishes everything written before."""
@@ -175,7 +176,8 @@ class Doorbell:
 
     def rings(self) -> int:
         """Returns how often it rang, modulo 2**32."""
-        return self._native.crosspool_doorbell_rings(self._address)
+        rings: int = self._native.crosspool_doorbell_rings(self._address)
+        return rings
 
     def ring(self) -> None:
         self._native.crosspool_doorbell_ring(self._address)
@@ -184,4 +186,6 @@ class Doorbell:
         """Waits for a ring after ``seen``, spinning at most ``spin_ns``, for ``timeout_ns`` in all.
 
         Returns :meth:`rings`; it equals ``seen`` when time was up or a signal handler ran."""
-        return self._native.crosspool_doorbell_wait(self._address, seen, spin_ns, timeout_ns)
+        native = self._native
+        rings: int = native.crosspool_doorbell_wait(self._address, seen, spin_ns, timeout_ns)
+        return rings

@@ -77,7 +77,7 @@ class _PageSet:
         self.has[pages] = False
         self.size -= len(pages)
         self._price(span)
-        left = np.flatnonzero((touches > 0) & (self.touching[span] == 0)) + span.start
+        left: _Ints = np.flatnonzero((touches > 0) & (self.touching[span] == 0)) + span.start
         self.chunks -= len(left)
         return left
 
@@ -217,7 +217,7 @@ class PageAllocator:
         self.free_chunks -= m.taken.new_chunks(pages)
         m.taken.add(pages)
         m.promised.add(pages)
-        return pages.tolist()
+        return _listed(pages)
 
     def keep(self, model: int, pages: Sequence[int]) -> None:
         """Turns promised ``pages`` into cached ones."""
@@ -238,7 +238,7 @@ class PageAllocator:
         self.free_chunks += len(left)
         unmapped = left[m.mapped[left]]
         m.mapped[unmapped] = False
-        return unmapped.tolist()
+        return _listed(unmapped)
 
     def map(self, model: int, pages: Sequence[int]) -> list[int]:
         """Returns the chunks under ``pages`` that are not mapped yet, ascending. From now on they
@@ -247,7 +247,7 @@ class PageAllocator:
         span, touches = m.geometry.touches(array)
         missing = np.flatnonzero((touches > 0) & ~m.mapped[span]) + span.start
         m.mapped[missing] = True
-        return missing.tolist()
+        return _listed(missing)
 
     def promised_chunks(self, model: int) -> int:
         """Chunks that the model's promised pages touch, mapped or not."""
@@ -276,3 +276,8 @@ class PageAllocator:
         if not m.taken.has[array].all():
             raise ValueError(f"some of pages {list(pages)} of model {model} are free")
         return m, array
+
+
+def _listed(numbers: _Ints) -> list[int]:
+    found: list[int] = numbers.tolist()
+    return found

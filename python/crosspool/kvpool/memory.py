@@ -12,7 +12,7 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 def available_bytes() -> int:
     """The least of the system's MemAvailable and what the control groups of this process leave."""
-    return min([psutil.virtual_memory().available, *_control_groups_leave()])
+    return min([int(psutil.virtual_memory().available), *_control_groups_leave()])
 
 
 def _control_groups_leave() -> list[int]:

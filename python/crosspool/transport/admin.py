@@ -96,7 +96,7 @@ def decode_to_scheduler(frame: bytes) -> ToScheduler:
 
 def bind(context: zmq.Context[Any], address: str) -> zmq.Socket[Any]:
     """Binds the scheduler's socket, to which only this user can connect."""
-    socket = context.socket(zmq.ROUTER)
+    socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     socket.setsockopt(zmq.LINGER, 0)
     socket.bind(address)

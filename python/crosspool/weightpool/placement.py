@@ -47,7 +47,7 @@ class FFNShard:
     def width(self, intermediate: int) -> int:
         """This rank's columns of an intermediate dimension that the ranks share."""
         share = _share(intermediate, self.rank, self.ranks)
-        return share.stop - share.start
+        return int(share.stop - share.start)
 
     def slice(self, ref: TensorRef, ffn: FFNSpec) -> tuple[slice, ...] | None:
         """The rank's part of a tensor of a layer of ``ffn``, one slice per dimension with both
@@ -79,7 +79,7 @@ class Placement:
 def held_bytes(ref: TensorRef, spec: ModelSpec, index: tuple[slice, ...]) -> int:
     """Bytes of a part of a tensor in memory."""
     dtype = "float32" if ref.keep_fp32 else spec.dtype
-    return math.prod(part.stop - part.start for part in index) * DTYPE_BYTES[dtype]
+    return math.prod(int(part.stop - part.start) for part in index) * DTYPE_BYTES[dtype]
 
 
 def ffn_bytes(spec: ModelSpec, shard: FFNShard) -> int:

@@ -91,7 +91,7 @@ def request_law(load: KVLoad, charge: Charge) -> Floats:
     past = np.bincount(np.ceil(end).astype(np.int64), weights=weight, minlength=size)
     below = sums(slope) * np.arange(size) - sums(slope * begin) + np.cumsum(past)
     law = np.maximum(np.diff(below, prepend=0.0), 0)
-    return law / law.sum()
+    return np.asarray(law / law.sum())
 
 
 def chunk_law(load: KVLoad, charge: Charge) -> Floats:
@@ -116,7 +116,7 @@ def compound_poisson(mean: float, law: Floats) -> Floats:
     size = fft.next_fast_len(max(int(reach), len(law)) + 2, real=True)
     found = fft.irfft(np.exp(mean * (fft.rfft(law, size) - 1)), size)
     found = np.maximum(found, 0)
-    return found / found.sum()
+    return np.asarray(found / found.sum())
 
 
 def convolution(laws: Sequence[Floats]) -> Floats:
@@ -130,7 +130,7 @@ def convolution(laws: Sequence[Floats]) -> Floats:
             _trimmed(np.maximum(signal.convolve(*pair), 0)) if len(pair) == 2 else pair[0]
             for pair in pairs
         ]
-    return left[0] / left[0].sum()
+    return np.asarray(left[0] / left[0].sum())
 
 
 def _weights(values: Ints, weights: Floats) -> Floats:

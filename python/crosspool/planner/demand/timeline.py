@@ -135,7 +135,7 @@ class Timeline:
 
     @cached_property
     def _flat(self) -> np.ndarray:
-        return self.start == self.end
+        return np.asarray(self.start == self.end)
 
     @cached_property
     def _width(self) -> Floats:

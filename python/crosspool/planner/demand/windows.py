@@ -38,11 +38,11 @@ class Windows:
     def times(self, stratum: int, count: int, rng: np.random.Generator) -> Floats:
         """Draws [count] times in seconds, uniform over the stratum."""
         first, last = self.edges[stratum : stratum + 2].tolist()
-        return (first + (last - first) * rng.random(count)) * self.length
+        return np.asarray((first + (last - first) * rng.random(count)) * self.length)
 
     def share(self) -> Floats:
         """Returns [strata] shares of the whole time."""
-        return np.diff(self.edges) / self.edges[-1]
+        return np.asarray(np.diff(self.edges) / self.edges[-1])
 
 
 def windows_of(traffic: Traffic, seconds: float) -> Windows:

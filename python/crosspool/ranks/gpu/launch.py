@@ -130,7 +130,7 @@ class GraphLauncher:
         self._events[lane].record(self._streams[lane])
 
     def finished(self, lane: int) -> bool:
-        return self._events[lane].query()
+        return bool(self._events[lane].query())
 
     def synchronize(self, lane: int) -> None:
         self._streams[lane].synchronize()
