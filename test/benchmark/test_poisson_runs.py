@@ -30,7 +30,7 @@ def test_a_moment_of_a_stationary_run_is_a_random_time() -> None:
 
 
 def test_a_run_that_begins_empty_fills_as_requests_come() -> None:
-    """At time t < T there are Poisson(rate * t); the highest moment of 1 s is its last."""
+    """Poisson(rate * t) requests run at time t < T; the highest moment of 1 s is its last."""
     found = run_quantile_interval(
         ONE, KV, 1.0, quantile=0.9999, runs=2000, level=0.9, seed=0, chunk_bytes=176, start="empty"
     )

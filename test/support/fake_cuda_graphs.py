@@ -56,7 +56,14 @@ def compile_sources(sources: Sequence[str | Path], into: Path, flags: Sequence[s
 
     def build(source: str | Path) -> Path:
         target = into / (Path(source).stem + ".o")
-        command = [str(COMPILER), "-std=c++20", *WARNINGS, *flags, f"-I{NATIVE}/include"]
+        command: list[str | Path] = [
+            str(COMPILER),
+            "-std=c++20",
+            *WARNINGS,
+            *flags,
+            "-I",
+            NATIVE / "include",
+        ]
         subprocess.run([*command, "-c", NATIVE / source, "-o", target], check=True, timeout=120)
         return target
 
@@ -95,7 +102,7 @@ class FakeCuda:
         nodes; ``empty``: with these alone."""
         function = _BODY(body)
         self._bodies.append(function)
-        graph: int = self.native.crosspool_fake_graph(function, ticks)
+        graph = self.native.crosspool_fake_graph(function, ticks)
         if empty:
             self.native.crosspool_fake_remove_nodes(ctypes.c_void_p(graph))
         for kind, child in nodes:
@@ -103,7 +110,7 @@ class FakeCuda:
                 ctypes.c_void_p(graph), int(kind), ctypes.c_void_p(child)
             )
         self._graphs.append(graph)
-        return graph
+        return int(graph)
 
     def run(self, units: int) -> None:
         self.native.crosspool_fake_run(units)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -100,7 +100,7 @@ class FakeDevice(threading.Thread):
     def _ready(self) -> Ready:
         ranks = []
         d = self._deployment
-        pools: tuple[tuple[Literal["attention", "ffn"], Sequence[Device]], ...] = (
+        pools: tuple[tuple[Literal["attention", "ffn"], tuple[Device, ...]], ...] = (
             ("attention", d.kv_pool_devices),
             ("ffn", d.weight_pool_devices),
         )

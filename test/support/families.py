@@ -141,5 +141,5 @@ def reference_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
             rope = model.config.rope_parameters
             if rope.get("mscale_all_dim"):
                 module.scaling *= yarn_get_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
-    evaluated: PreTrainedModel = model.eval()
-    return evaluated
+    model.eval()
+    return model

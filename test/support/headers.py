@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from crosspool.kernels.native import Signatures
+
 NATIVE = Path(__file__).parents[2] / "sgl-kernel-ext"
-_FunctionPointer: Any = ctypes.CFUNCTYPE(None).__base__
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 PREAMBLE = """
 #include <cstddef>
 #include <initializer_list>
+#include <iterator>
 #include <type_traits>
 // A type's size and kind. A reference is passed as a pointer is.
 template <class T> constexpr int code() {
@@ -32,6 +34,7 @@ template <class R, class... A> constexpr bool is(R (*)(A...), std::initializer_l
   for (std::size_t i = 0; i < codes.size(); ++i) if (own[i] != codes.begin()[i]) return false;
   return true;
 }
+namespace crosspool {}
 using namespace crosspool;
 """
 
@@ -49,19 +52,24 @@ def same_layout(mirror: type[ctypes.Structure], name: str | None = None) -> list
         place = getattr(mirror, field)
         claims.append(f"static_assert(offsetof({name}, {field}) == {place.offset});")
         claims.append(f"static_assert(sizeof({name}::{field}) == {place.size});")
-        if issubclass(of, _FunctionPointer):
+        function: Any = of
+        if hasattr(function, "_argtypes_"):
             null = f"static_cast<decltype({name}::{field})>(nullptr)"
-            function: Any = of
             claims.append(same_function(null, function._restype_, function._argtypes_))
         bound.append(f"field_{field}")
     claims.append(f"void all_fields({name}& one) {{ auto& [{', '.join(bound)}] = one; }}")
     return claims
 
 
-def same_function(name: str, result: Any, takes: Sequence[Any]) -> str:
+def same_function(name: str, result: type | None, takes: Sequence[type]) -> str:
     """C++ that compiles where a function returns and takes values of these sizes and kinds."""
     codes = ", ".join(str(_code(one)) for one in (result, *takes))
     return f"static_assert(is({name}, {{{codes}}}));"
+
+
+def same_functions(signatures: Signatures) -> list[str]:
+    """The claim of :func:`same_function` for each of a library's functions."""
+    return [same_function(name, result, takes) for name, (result, takes) in signatures.items()]
 
 
 def _code(of: Any) -> int:
@@ -85,6 +93,6 @@ def assert_holds(claims: Sequence[str], folder: Path, *headers: str) -> None:
     includes = [f'#include "{header}"' for header in headers]
     source.write_text("\n".join([*includes, PREAMBLE, *claims]) + "\n")
     assert COMPILER is not None
-    command = [COMPILER, "-std=c++20", "-fsyntax-only", f"-I{NATIVE}", f"-I{NATIVE}/include"]
-    done = subprocess.run([*command, source], check=False, capture_output=True, text=True)
+    command = [COMPILER, "-std=c++20", "-fsyntax-only", f"-I{NATIVE}", f"-I{NATIVE / 'include'}"]
+    done = subprocess.run([*command, str(source)], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

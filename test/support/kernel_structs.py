@@ -126,9 +126,11 @@ class Limits(ctypes.Structure):
     _fields_ = tuple(fields(c_int32, "k qk_dim v_dim experts vocab"))
 
 
-def _function(*takes: Any, result: Any = None) -> Any:
-    """A pointer to a function; structures are taken by reference."""
-    by_reference = [POINTER(one) if issubclass(one, ctypes.Structure) else one for one in takes]
+def _function(*takes: type, result: type | None = None) -> type:
+    """A pointer to a function that takes structures by reference."""
+    by_reference: list[Any] = [
+        POINTER(one) if issubclass(one, ctypes.Structure) else one for one in takes
+    ]
     return ctypes.CFUNCTYPE(result, *by_reference)
 
 

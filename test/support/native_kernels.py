@@ -399,8 +399,7 @@ class NativeKernels:
         """Returns the token of float32 ``logits`` [vocab] on which ``draw`` in [0, 1) falls."""
         rule = ns.SamplingRule(top_p, temperature, min_p, top_k)
         scratch = self._scratch(vocab=len(logits))
-        place = pointer(scratch)
-        return int(self.table.sample(pointer(logits), len(logits), rule, draw, place))
+        return int(self.table.sample(pointer(logits), len(logits), rule, draw, pointer(scratch)))
 
     def _packed(
         self, n: int, k: int, plain: bool, write: Callable[[PackedMatrix, int, int], bool]

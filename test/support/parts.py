@@ -44,7 +44,7 @@ class Parts:
         self._sequences: dict[int, tuple[int, list[int]]] = {}
 
     def step(self, rows: dict[int, list[int]]) -> dict[int, torch.Tensor]:
-        """Computes the requests' next tokens; returns their logits, float32 [tokens, vocab]."""
+        """The next tokens of each request -> float32 [tokens, vocab] logits of each."""
         segments: list[RowSpan] = []
         positions: list[int] = []
         tokens: list[int] = []

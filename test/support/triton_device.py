@@ -8,11 +8,13 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
+from crosspool.kernels.nvshmem import Nvshmem
+from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.gpu.executor import GPUExecutor
@@ -102,8 +104,7 @@ class Symmetric(Interpreted):
         self.heaps[pe] = base = round_up(heap.data_ptr(), PAGE_BYTES)
         bases = {rank: base + sum(sizes[:rank]) for rank in linked_ffn_ranks(deployment, device)}
         self.pes.append(FakePE(pe, self.heaps))
-        pe_library: Any = self.pes[-1]
-        links = SymmetricLinks(deployment, device, layout, bases, CPU, pe_library)
+        links = SymmetricLinks(deployment, device, layout, bases, CPU, cast(Nvshmem, self.pes[-1]))
         return load_on_cpu(deployment, device, specs, placement, GPUPeers(links, None))
 
 
@@ -117,8 +118,8 @@ def load_on_cpu(
     """A GPU's ranks on CPU tensors."""
     cpu = torch.device("cpu")
     resources = contextlib.ExitStack()
-    virtualizer = None
-    kv: list[torch.Tensor] = []
+    virtualizer: MremapVirtualizer | None = None
+    kv: list[Tensor] = []
     if device in deployment.kv_pool_devices:
         virtualizer, kv = kv_pool(deployment, device, specs)
         resources.callback(virtualizer.close)

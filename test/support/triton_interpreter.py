@@ -35,9 +35,7 @@ def check_bounds() -> None:
     TensorTable, an IndexError. For kernels that find everything else in their arguments."""
     init_args = interpreter.GridExecutor._init_args_hst
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    rmw = InterpreterBuilder.create_atomic_rmw
-    table_class: Any = TensorTable
-    make = table_class._make.__func__
+    rmw, make = InterpreterBuilder.create_atomic_rmw, vars(TensorTable)["_make"].__func__
     tables: weakref.WeakSet[TensorTable] = weakref.WeakSet()
     arrays = np.zeros((0, 2), np.uint64)
 
@@ -79,7 +77,7 @@ def check_bounds() -> None:
     InterpreterBuilder.create_masked_load = create_masked_load
     InterpreterBuilder.create_masked_store = create_masked_store
     InterpreterBuilder.create_atomic_rmw = create_atomic_rmw
-    table_class._make = classmethod(make_table)
+    TensorTable._make = classmethod(make_table)  # type: ignore[method-assign, assignment]
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.utils.dlpack import from_dlpack
 
 
 class DLPackDevice(NamedTuple):
@@ -68,11 +67,9 @@ _alive: dict[int, tuple[object, ...]] = {}
 """Structure, sizes and owner of each tensor that torch still uses, by the structure's address."""
 
 
-def _forget(address: int) -> None:
+@_Deleter
+def _delete(address: int) -> None:
     _alive.pop(address, None)
-
-
-_delete = _Deleter(_forget)
 
 
 @atexit.register
@@ -117,7 +114,7 @@ def tensor_at(
     key = ctypes.addressof(managed)
     _alive[key] = managed, sizes, owner
     try:
-        return from_dlpack(_new_capsule(key, b"dltensor", None))
+        return torch.utils.dlpack.from_dlpack(_new_capsule(key, b"dltensor", None))
     except BaseException:
         _alive.pop(key, None)
         raise

@@ -115,8 +115,7 @@ class Loop:
     @property
     def last_served_ns(self) -> int:
         """CLOCK_MONOTONIC time of the last reply to another device, in ns; 0 before the first."""
-        last: int = self._native.crosspool_loop_last_served(self._address)
-        return last
+        return int(self._native.crosspool_loop_last_served(self._address))
 
     def trace_start(self) -> None:
         self._native.crosspool_loop_trace_start(self._address)

@@ -54,7 +54,7 @@ def _limit_groups(
     choice: torch.Tensor, groups: int, top_groups: int, group_score: Literal["max", "top2_sum"]
 ) -> torch.Tensor:
     """Returns ``choice`` [T, experts] with -inf for every expert outside a row's best groups."""
-    grouped: torch.Tensor = choice.unflatten(1, (groups, -1))
+    grouped = choice.reshape(len(choice), groups, choice.shape[1] // groups)
     if group_score == "max":
         group_scores = grouped.amax(dim=-1)
     else:

@@ -153,8 +153,7 @@ class Signal:
 
     def load(self) -> int:
         """Returns the number (acquire): all that its writer wrote before storing it is visible."""
-        number: int = self._native.crosspool_signal_load(self._address)
-        return number
+        return int(self._native.crosspool_signal_load(self._address))
 
     def store(self, value: int) -> None:
         """Stores the next number (release), which publishes everything written before."""
@@ -176,8 +175,7 @@ class Doorbell:
 
     def rings(self) -> int:
         """Returns how often it rang, modulo 2**32."""
-        rings: int = self._native.crosspool_doorbell_rings(self._address)
-        return rings
+        return int(self._native.crosspool_doorbell_rings(self._address))
 
     def ring(self) -> None:
         self._native.crosspool_doorbell_ring(self._address)
@@ -186,6 +184,5 @@ class Doorbell:
         """Waits for a ring after ``seen``, spinning at most ``spin_ns``, for ``timeout_ns`` in all.
 
         Returns :meth:`rings`; it equals ``seen`` when time was up or a signal handler ran."""
-        native = self._native
-        rings: int = native.crosspool_doorbell_wait(self._address, seen, spin_ns, timeout_ns)
-        return rings
+        rings = self._native.crosspool_doorbell_wait(self._address, seen, spin_ns, timeout_ns)
+        return int(rings)

@@ -98,7 +98,7 @@ class Nvshmem:
         address: int | None = self._native.crosspool_nvshmem_allocate(nbytes)
         if address is None:
             raise RuntimeError(f"nvshmem_calloc: no room for {nbytes} bytes in symmetric memory")
-        return address
+        return int(address)
 
     def finalize(self) -> None:
         """nvshmem_finalize, called by all PEs together: frees what was allocated."""

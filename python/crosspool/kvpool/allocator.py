@@ -217,7 +217,8 @@ class PageAllocator:
         self.free_chunks -= m.taken.new_chunks(pages)
         m.taken.add(pages)
         m.promised.add(pages)
-        return _listed(pages)
+        granted: list[int] = pages.tolist()
+        return granted
 
     def keep(self, model: int, pages: Sequence[int]) -> None:
         """Turns promised ``pages`` into cached ones."""
@@ -238,7 +239,8 @@ class PageAllocator:
         self.free_chunks += len(left)
         unmapped = left[m.mapped[left]]
         m.mapped[unmapped] = False
-        return _listed(unmapped)
+        chunks: list[int] = unmapped.tolist()
+        return chunks
 
     def map(self, model: int, pages: Sequence[int]) -> list[int]:
         """Returns the chunks under ``pages`` that are not mapped yet, ascending. From now on they
@@ -247,7 +249,8 @@ class PageAllocator:
         span, touches = m.geometry.touches(array)
         missing = np.flatnonzero((touches > 0) & ~m.mapped[span]) + span.start
         m.mapped[missing] = True
-        return _listed(missing)
+        chunks: list[int] = missing.tolist()
+        return chunks
 
     def promised_chunks(self, model: int) -> int:
         """Chunks that the model's promised pages touch, mapped or not."""
@@ -276,8 +279,3 @@ class PageAllocator:
         if not m.taken.has[array].all():
             raise ValueError(f"some of pages {list(pages)} of model {model} are free")
         return m, array
-
-
-def _listed(numbers: _Ints) -> list[int]:
-    found: list[int] = numbers.tolist()
-    return found

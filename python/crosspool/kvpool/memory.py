@@ -12,7 +12,8 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 def available_bytes() -> int:
     """The least of the system's MemAvailable and what the control groups of this process leave."""
-    return min([int(psutil.virtual_memory().available), *_control_groups_leave()])
+    available: int = psutil.virtual_memory().available
+    return min([available, *_control_groups_leave()])
 
 
 def _control_groups_leave() -> list[int]:

@@ -79,7 +79,8 @@ class Placement:
 def held_bytes(ref: TensorRef, spec: ModelSpec, index: tuple[slice, ...]) -> int:
     """Bytes of a part of a tensor in memory."""
     dtype = "float32" if ref.keep_fp32 else spec.dtype
-    return math.prod(int(part.stop - part.start) for part in index) * DTYPE_BYTES[dtype]
+    elements: int = math.prod(part.stop - part.start for part in index)
+    return elements * DTYPE_BYTES[dtype]
 
 
 def ffn_bytes(spec: ModelSpec, shard: FFNShard) -> int:

@@ -91,7 +91,8 @@ def request_law(load: KVLoad, charge: Charge) -> Floats:
     past = np.bincount(np.ceil(end).astype(np.int64), weights=weight, minlength=size)
     below = sums(slope) * np.arange(size) - sums(slope * begin) + np.cumsum(past)
     law = np.maximum(np.diff(below, prepend=0.0), 0)
-    return np.asarray(law / law.sum())
+    scaled: np.ndarray = law / law.sum()
+    return scaled
 
 
 def chunk_law(load: KVLoad, charge: Charge) -> Floats:
@@ -116,7 +117,8 @@ def compound_poisson(mean: float, law: Floats) -> Floats:
     size = fft.next_fast_len(max(int(reach), len(law)) + 2, real=True)
     found = fft.irfft(np.exp(mean * (fft.rfft(law, size) - 1)), size)
     found = np.maximum(found, 0)
-    return np.asarray(found / found.sum())
+    scaled: np.ndarray = found / found.sum()
+    return scaled
 
 
 def convolution(laws: Sequence[Floats]) -> Floats:
@@ -130,7 +132,8 @@ def convolution(laws: Sequence[Floats]) -> Floats:
             _trimmed(np.maximum(signal.convolve(*pair), 0)) if len(pair) == 2 else pair[0]
             for pair in pairs
         ]
-    return np.asarray(left[0] / left[0].sum())
+    scaled: np.ndarray = left[0] / left[0].sum()
+    return scaled
 
 
 def _weights(values: Ints, weights: Floats) -> Floats:

@@ -135,7 +135,8 @@ class Timeline:
 
     @cached_property
     def _flat(self) -> np.ndarray:
-        return np.asarray(self.start == self.end)
+        flat: np.ndarray = self.start == self.end
+        return flat
 
     @cached_property
     def _width(self) -> Floats:

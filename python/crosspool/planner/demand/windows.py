@@ -38,11 +38,13 @@ class Windows:
     def times(self, stratum: int, count: int, rng: np.random.Generator) -> Floats:
         """Draws [count] times in seconds, uniform over the stratum."""
         first, last = self.edges[stratum : stratum + 2].tolist()
-        return np.asarray((first + (last - first) * rng.random(count)) * self.length)
+        times: np.ndarray = (first + (last - first) * rng.random(count)) * self.length
+        return times
 
     def share(self) -> Floats:
         """Returns [strata] shares of the whole time."""
-        return np.asarray(np.diff(self.edges) / self.edges[-1])
+        shares: np.ndarray = np.diff(self.edges) / self.edges[-1]
+        return shares
 
 
 def windows_of(traffic: Traffic, seconds: float) -> Windows:

@@ -28,7 +28,8 @@ def zipf(models: int, alpha: float) -> Floats:
     if not (math.isfinite(alpha) and 0 <= alpha <= 100):
         raise ConfigError(f"popularity: alpha {alpha}: must be between 0 and 100")
     weights = np.arange(1, models + 1, dtype=np.float64) ** -alpha
-    return np.asarray(weights / weights.sum())
+    shares: np.ndarray = weights / weights.sum()
+    return shares
 
 
 def openrouter(models: int) -> Floats:
@@ -42,7 +43,8 @@ def given(weights: Floats) -> Floats:
         raise ConfigError("popularity: the weights must be finite numbers of at least 0")
     if not weights.sum() > 0:
         raise ConfigError("popularity: all weights are 0: at least one must be above 0")
-    return np.asarray(weights / weights.sum())
+    shares: np.ndarray = weights / weights.sum()
+    return shares
 
 
 def read_popularity(text: str, models: int) -> Floats:

@@ -145,7 +145,7 @@ def join_loop(
     if lanes[0].device.type != "cuda":
         return HostLaunchedLoop(models, own, EagerLauncher(lanes, stages), watch, exchange)
     graphs = capture(lanes, stages, tails or {})
-    log.info("captured %d graphs", len(graphs))
+    log.info("captured %d graphs for %d lanes", len(graphs), len(lanes))
     if not resident:
         for graph in graphs.values():
             graph.instantiate()

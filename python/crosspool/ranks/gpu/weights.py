@@ -7,7 +7,6 @@ layer takes few launches. The same code fills CPU tensors where the kernels are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,8 +170,8 @@ class _FFNLayer:
         assert pair is not None, ref.key
         if ref.key.endswith(".down"):
             return pair[1]
-        halves: Sequence[torch.Tensor] = pair[0].split(pair[1].shape[1])
-        return halves[0 if ref.key.endswith(".gate") else 1]
+        gate, up = torch.split(pair[0], pair[1].shape[1])
+        return gate if ref.key.endswith(".gate") else up
 
 
 def _kind(ffn: FFNSpec, spec: ModelSpec, layers: list[_FFNLayer], shard: FFNShard) -> FFNKind:

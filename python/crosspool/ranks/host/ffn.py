@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -65,8 +64,8 @@ class _GatedMLP:
         down = self.down[index]
         if ref.key.endswith(".down"):
             return down
-        halves: Sequence[torch.Tensor] = self.gate_up[index].split(down.shape[1])
-        return halves[0 if ref.key.endswith(".gate") else 1]
+        gate, up = torch.split(self.gate_up[index], down.shape[1])
+        return gate if ref.key.endswith(".gate") else up
 
 
 class _Dense:

@@ -13,7 +13,6 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +67,7 @@ class PackedWeights:
 
     def matrices(
         self, count: int, n: int, k: int, dtype: torch.dtype | None = None
-    ) -> ctypes.Array[Any]:
+    ) -> ctypes.Array[ns.Matrix]:
         """Returns ``count`` matrices of one shape in an array, to be filled by a declaration."""
         number = NATIVE_DTYPES[dtype or self._dtype]
         array = (ns.Matrix * count)(*(ns.Matrix(None, n, k, number) for _ in range(count)))
