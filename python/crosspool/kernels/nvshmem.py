@@ -95,7 +95,7 @@ class Nvshmem:
     def allocate(self, nbytes: int) -> int:
         """nvshmem_calloc, called by all PEs together: returns the address of zeros in symmetric
         memory."""
-        address: int | None = self._native.crosspool_nvshmem_allocate(nbytes)
+        address = self._native.crosspool_nvshmem_allocate(nbytes)
         if address is None:
             raise RuntimeError(f"nvshmem_calloc: no room for {nbytes} bytes in symmetric memory")
         return int(address)

@@ -58,7 +58,7 @@ def render(status: Status | None, counters: Sequence[DeviceCounters]) -> bytes:
 def of_all_processes() -> bytes:
     """SGLang's own metrics, summed over all processes, which share ``PROMETHEUS_MULTIPROC_DIR``."""
     registry = CollectorRegistry()
-    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    MultiProcessCollector(registry)
     return generate_latest(registry)
 
 
