@@ -1,7 +1,8 @@
 """A program in SGLang's frontend language that asks two models of one server.
 
-make serve
-.venv/bin/python examples/dsl_program.py --url http://127.0.0.1:30000
+After `make serve`:
+
+    .venv/bin/python examples/dsl_program.py --url http://127.0.0.1:30000
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import crosspool.sglang  # noqa: F401 - lets SGLang be imported where there is no Triton
 import sglang as sgl
 
 

@@ -1,7 +1,8 @@
 """Chat with every model of a CrossPool server through OpenAI's client.
 
-make serve
-.venv/bin/python examples/openai_client.py --url http://127.0.0.1:30000
+After `make serve`:
+
+    .venv/bin/python examples/openai_client.py --url http://127.0.0.1:30000
 """
 
 from __future__ import annotations
