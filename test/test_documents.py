@@ -265,6 +265,19 @@ def default_of(field: str) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def test_classes_of_the_glossary_exist() -> None:
+    table = (ROOT / "docs" / "architecture.md").read_text().partition("## Processes")[0]
+    named = set(re.findall(r"`([A-Z]\w+)[.`]", table))
+    assert len(named) > 25
+    defined = {
+        node.name
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert not named - defined, sorted(named - defined)
+
+
 @pytest.mark.parametrize("name", ["python/crosspool/nowhere.py", "ranks/native_engine.py"])
 def test_a_missing_file_is_found(name: str) -> None:
     assert exists("python/crosspool/ranks/device.py") and exists("ranks/device.py")
