@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from crosspool.frontend import compat
+
 from benchmark.peers import protocol
 
 LONGEST = 8192
@@ -67,6 +69,7 @@ class MissingKernels(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 class SGLangEngine:
     def __init__(self, checkpoint: Path, threads: int, cores: list[int]) -> None:
+        compat.install()
         from sglang.srt.entrypoints.engine import Engine
 
         self._threads = threads
@@ -164,5 +167,7 @@ def load(checkpoint: Path, threads: int, cores: list[int]) -> SGLangEngine:
 if __name__ in ("__main__", "__mp_main__"):  # also in processes that SGLang starts
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     sys.meta_path.insert(0, MissingKernels())
+if __name__ == "__mp_main__":
+    compat.install()
 if __name__ == "__main__":
     protocol.serve(load)

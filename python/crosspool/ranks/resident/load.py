@@ -104,6 +104,7 @@ class _Packing:
     ffn: dict[int, PackedFFN] = field(default_factory=dict)
 
     def load(self, held: HeldModel) -> None:
+        """Loads the device's part of a model."""
         index, spec, path = held.index, held.spec, held.path
         parts: list[PackedAttention | PackedFFN] = []
         with held.loading(self.device) as loaded:
@@ -123,7 +124,7 @@ class _Packing:
                 self.resources.callback(part.close)
             plain = format_size(sum(part.weights.plain_bytes for part in parts))
             compact = format_size(sum(part.weights.held_bytes for part in parts))
-            loaded.notes.append(f"matrices of {plain} take {compact}")
+            loaded.notes.append(f"{plain} of matrices packed into {compact}")
 
 
 def _tables(deployment: Deployment, specs: Sequence[ModelSpec]) -> ctypes.Array[es.ModelTable]:
