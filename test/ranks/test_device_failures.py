@@ -107,3 +107,14 @@ def test_a_gpu_that_torch_does_not_see_is_refused(checkpoint: Path) -> None:
     why = rf"torch sees {gpus} GPU" if torch.backends.cuda.is_built() else "built without CUDA"
     with pytest.raises(DeviceFailed, match=rf"device {device}: .*{why}"):
         DeviceDriver([checkpoint], kv=[device], weights=[device])
+
+
+def test_an_unknown_isa_path_is_the_users_error(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CROSSPOOL_CPU_ISA", "avx3")
+    failed = failure(LoggingDriver, [checkpoint], kv=[FIRST], weights=[FIRST])
+    assert "CROSSPOOL_CPU_ISA must be one of portable" in failed.message
+    status, log = LoggingDriver.outcome
+    assert status == 2
+    assert "Traceback" not in log

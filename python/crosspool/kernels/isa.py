@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from crosspool.config.errors import ConfigError
 from crosspool.kernels import native
 from crosspool.kernels.native_structs import FLOAT32
 
@@ -12,10 +13,10 @@ ISAS = ("portable", "avx2", "avx512", "amx")
 def default_isa() -> str:
     """The ISA path of this process: CROSSPOOL_CPU_ISA, or else the best that the machine has.
 
-    Raises ValueError when CROSSPOOL_CPU_ISA names a path that the machine or the build lacks."""
+    Raises ConfigError when CROSSPOOL_CPU_ISA names a path that the machine or the build lacks."""
     index = native.library().crosspool_isa()
     if index < 0:
-        raise ValueError(
+        raise ConfigError(
             f"CROSSPOOL_CPU_ISA must be one of {', '.join(available_isas())} on this machine"
         )
     return ISAS[index]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from crosspool.config.device import Device
 from crosspool.config.sizes import format_size
 from crosspool.kernels import engine_structs as es
 from crosspool.kernels.engine import Team
+from crosspool.kernels.isa import default_isa
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.kv_memory import kv_pool
@@ -28,6 +30,8 @@ from crosspool.ranks.resident.trace import ResidentTrace
 from crosspool.ranks.weights import TORCH_DTYPES, HeldModel, held_models
 from crosspool.transport.data_path import spin_ns_of
 from crosspool.weightpool.placement import Placement
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -49,6 +53,8 @@ def load_resident_ranks(
 ) -> DeviceRanks:
     """Loads the ranks of a device for the resident loop; see
     :func:`crosspool.ranks.device_process.load_ranks`."""
+    isa = default_isa()
+    log.info("%s: %d threads with %s kernels", device.name, len(device.cores), isa)
     resources = contextlib.ExitStack()
     team = resources.enter_context(Team(device.cores))
     tables = _tables(deployment, specs)
