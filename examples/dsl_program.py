@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import crosspool.sglang  # noqa: F401 - lets SGLang be imported where there is no Triton
 import sglang as sgl
 
 
