@@ -24,8 +24,10 @@ GPU_PYTHON ?= python3
 GPU_ARCHITECTURES ?= 80;90
 
 BIN := $(VENV)/bin
-# Byte code is written afterwards, on all cores: pip would do it on one.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS)
+# Byte code is written afterwards, on all cores: pip would do it on one. SGLang lacks most of what its
+# metadata asks for, of which pip would warn after every install.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+  --no-warn-conflicts $(PIP_ARGS)
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/(tests?|testing|models|_inductor|multimodal_gen)/' $(VENV)/lib || true
 PROJECT = --config-settings=cmake.define.CROSSPOOL_CUDA=$(CUDA) --editable
 TORCH := $(shell sed -n 's/^  "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)
