@@ -99,16 +99,13 @@ def test_lanes_overlap_and_batches_leave_early(split_server: Server) -> None:
     # one model's batches are large and its steps long; the others' short steps leave earlier
     sizes = (10, 1, 1)
     jobs = [
-        (model, text, 160)
+        (model, text, 240)
         for model, size in zip(TINY_MODELS, sizes, strict=True)
         for text in texts[:size]
     ]
+    assert split_server.post("/crosspool/trace/start", {})[0] == 200
     with ThreadPoolExecutor(len(jobs)) as pool:
-        answers = [pool.submit(one, job) for job in jobs]
-        while not all(m["running"] for m in split_server.get("/crosspool/status")["models"]):
-            assert not any(answer.done() for answer in answers), "the models never met"
-        assert split_server.post("/crosspool/trace/start", {})[0] == 200
-        assert {answer.result() for answer in answers} == {200}
+        assert set(pool.map(one, jobs)) == {200}
     status, events = split_server.post("/crosspool/trace/stop", {})
     assert status == 200
     attention = [e for e in events if e["part"] == "attention"]
