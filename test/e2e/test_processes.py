@@ -31,7 +31,7 @@ def test_a_dead_rank_is_told_answered_503_and_ends_the_server(pool: str) -> None
     flags = [*two_device_flags(), *SMALL, "--failure-grace", "1"]
     title = f"crosspool::device {flags[1 if pool == 'kv' else 3]}"
     with Server(flags, models=TINY_MODELS[:2]) as server:
-        family = server.processes()
+        family, victim = server.processes(), server.find(title)
         with ThreadPoolExecutor(2) as threads:
             running = [
                 threads.submit(server.post, f"/m/{model}/generate", LONG, 60)
@@ -39,7 +39,7 @@ def test_a_dead_rank_is_told_answered_503_and_ends_the_server(pool: str) -> None
             ]
             while not all(m["running"] for m in server.get("/crosspool/status")["models"]):
                 assert not any(answer.done() for answer in running), "they never ran together"
-            server.find(title).kill()
+            victim.kill()
             killed = time.monotonic()
             seen: set[int | None] = set()
             while server.process.poll() is None and time.monotonic() - killed < 10:
