@@ -116,6 +116,6 @@ def _sglang_option(name: str, key: str, is_model: bool) -> Option:
 
 
 def _close(name: str, known: Iterable[str]) -> str:
-    """A hint at what was meant, if anything is like it."""
+    """Returns a hint at the known name that is most like ``name``; empty where none is."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else ""

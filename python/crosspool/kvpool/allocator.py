@@ -58,7 +58,7 @@ class _PageSet:
         self.size = 0
         self.touching = np.zeros(geometry.chunks, dtype=np.int64)
         self.chunks = 0
-        """Number of chunks that its pages touch."""
+        """Number of chunks that the set's pages touch."""
         self.costs: _Mask = np.ones(geometry.pages, dtype=bool)
         """Whether a page touches a chunk that no page of the set touches."""
 

@@ -48,14 +48,14 @@ class SamplingRules:
 
 @dataclass(frozen=True)
 class SamplingWorkspace:
-    """[bucket, vocab] each."""
+    """Memory for choosing tokens; every tensor is [bucket, vocab]."""
 
     probs: torch.Tensor
     """float32."""
     candidates: torch.Tensor
     """float32: probabilities of the tokens that the filters may keep, in the tokens' order."""
     tokens: torch.Tensor
-    """int32: theirs."""
+    """int32: the tokens of ``candidates``."""
 
     @classmethod
     def allocate(cls, bucket: int, vocab: int, memory: Memory) -> SamplingWorkspace:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 _ALIGNMENT = 16
-"""Bytes: the widest load of a thread."""
+"""Bytes of the widest load of a thread."""
 
 
 @dataclass(frozen=True)

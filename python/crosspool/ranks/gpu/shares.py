@@ -7,7 +7,7 @@ from crosspool.models.spec import ModelSpec, MoEFFN
 from crosspool.weightpool.placement import FFNShard
 
 _COLUMNS = 16
-"""The kernels take gated MLPs whose widths are multiples of it."""
+"""The kernels take gated MLPs whose widths are multiples of this many columns."""
 
 
 def check_share(model: ModelConfig, spec: ModelSpec, shard: FFNShard) -> None:
