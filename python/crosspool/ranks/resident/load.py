@@ -53,8 +53,7 @@ def load_resident_ranks(
 ) -> DeviceRanks:
     """Loads the ranks of a device for the resident loop; see
     :func:`crosspool.ranks.device_process.load_ranks`."""
-    isa = default_isa()
-    log.info("%s: %d threads with %s kernels", device.name, len(device.cores), isa)
+    log.info("%d threads with %s kernels", len(device.cores), default_isa())
     resources = contextlib.ExitStack()
     team = resources.enter_context(Team(device.cores))
     tables = _tables(deployment, specs)
