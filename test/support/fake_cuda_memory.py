@@ -27,12 +27,11 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from crosspool.kernels.cuda_driver import CudaError
+from crosspool.kernels.cuda_driver import NOT_READY, CudaError
 from crosspool.kernels.dlpack import DLPACK_CPU, DLPackDevice
 
 INVALID = "CUDA_ERROR_INVALID_VALUE"
 OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
-NOT_READY = "CUDA_ERROR_NOT_READY"
 
 CPU = DLPackDevice(DLPACK_CPU, 0)
 
