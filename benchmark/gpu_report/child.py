@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import importlib
 import json
+import os
 import signal
 import threading
 import traceback
@@ -64,8 +65,7 @@ def run(check: Check, make: Callable[[], Platform], out: Path) -> int:
     with stacks_path(out, check).open("w") as stacks:
         faulthandler.enable(stacks)
         faulthandler.register(STACKS, stacks, all_threads=True)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {STATUS})
-        threading.Thread(target=_tell_status, args=(status_path(out, check),), daemon=True).start()
+        _take_status_signal(status_path(out, check))
         notes.fact(READY, check.name)
         try:
             return _call(check, make, notes)
@@ -118,10 +118,20 @@ def _status() -> list[dict[str, Any]]:
     return rows
 
 
-def _tell_status(path: Path) -> None:
-    while True:
-        signal.sigwait({STATUS})
-        _tell(path)
+def _take_status_signal(path: Path) -> None:
+    """Has a thread answer ``STATUS``. The interpreter's own handlers would wait for the main thread,
+    which may be inside CUDA for ever; what it writes to the wake-up descriptor does not."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(STATUS, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def answer() -> None:
+        while True:
+            if STATUS in os.read(reader, 64):
+                _tell(path)
+
+    threading.Thread(target=answer, daemon=True).start()
 
 
 def _tell(path: Path) -> None:
