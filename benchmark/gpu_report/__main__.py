@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ _EVIDENCE_S = 30.0
 def main(
     words: Sequence[str] | None = None,
     make: Callable[[], Platform] = CudaPlatform,
-    launcher: Sequence[str] = (sys.executable, "-m", "benchmark.gpu_report"),
+    launcher: Sequence[str] = (sys.executable, "-P", "-m", "benchmark.gpu_report"),
 ) -> int:
     """Runs the report, or with ``--check`` a single check in this process.
 
@@ -100,15 +101,14 @@ def _run(
 
 
 def _gpu_name() -> str:
-    """Name of the first GPU, as a folder may be called."""
-    from crosspool.config.errors import ConfigError
-    from crosspool.config.gpu import visible_gpus
-
+    """Name of the first GPU, as a folder may be called; ``none`` where ``nvidia-smi`` names none."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        name = next((gpu.name for gpu in visible_gpus()), "none")
-    except ConfigError:
-        name = "none"
-    return re.sub(r"[^a-z0-9]+", "_", name.lower())
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return "none"
+    first = next(iter(done.stdout.splitlines()), "none")
+    return re.sub(r"[^a-z0-9]+", "_", first.strip().lower())
 
 
 if __name__ == "__main__":

@@ -30,9 +30,7 @@ def device_launch(platform: Platform, notes: Notes) -> None:
     notes.headline("stages whose graph the device can launch", total - refused, f"of {total}")
 
 
-def _of_model(
-    platform: Platform, notes: Notes, name: str, crosses: bool
-) -> tuple[int, int]:
+def _of_model(platform: Platform, notes: Notes, name: str, crosses: bool) -> tuple[int, int]:
     """Returns how many stages there are, and how many are refused."""
     notes.at("loads the model", model=name)
     model, buckets, device = load(platform, name), platform.scale.buckets, platform.device

@@ -101,9 +101,7 @@ def streams(platform: Platform, notes: Notes) -> None:
     notes.fact("streams that wait behind the loop", shared, of=_STREAMS)
     notes.headline("streams of torch that wait behind the loop", len(shared), f"of {_STREAMS}")
     if shared:
-        notes.finding(
-            Gravity.WAITS, f"streams {shared} of torch's share a connection with a lane"
-        )
+        notes.finding(Gravity.WAITS, f"streams {shared} of torch's share a connection with a lane")
 
 
 @dataclass

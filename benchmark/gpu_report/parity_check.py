@@ -112,9 +112,7 @@ class _Parity:
                     before = before | made
 
     def _walk(self, name: str, model: GPUModel) -> Walk:
-        places, stages = make_stages(
-            [model], [self.bucket], 1, self.bucket, self.platform.device
-        )
+        places, stages = make_stages([model], [self.bucket], 1, self.bucket, self.platform.device)
         own = stages[0, 0, 0]
         pinned = self.platform.is_gpu
         memory = torch.zeros(own.layout.elements, dtype=torch.int32, pin_memory=pinned)

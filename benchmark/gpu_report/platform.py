@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
     from benchmark.gpu_lanes import Join
 
+_ENVIRONMENT = {
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    "CUDA_MODULE_LOADING": "EAGER",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+}
+"""What CUDA reads when it starts. No kernel is loaded later, behind a resident loop, and no stream
+shares a connection with one."""
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -106,10 +114,7 @@ class CudaPlatform:
     is_gpu = True
 
     def __init__(self) -> None:
-        from crosspool.config.gpu import ENVIRONMENT
-
-        # CUDA reads them when it starts.
-        for name, value in ENVIRONMENT.items():
+        for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         import torch
 

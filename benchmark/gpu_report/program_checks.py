@@ -91,7 +91,9 @@ def _lines(
 ) -> int:
     """Runs a program, in the process group of the check; its output goes line by line to ``take``,
     its errors to the check's log. Returns its exit status."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
@@ -127,7 +129,9 @@ def gpu_test_files(under: Sequence[str]) -> list[str]:
             if file.name != "conftest.py" and not file.name.startswith("test_"):
                 continue
             if "pytest.mark.gpu" in file.read_text():
-                found.add(str((file.parent if file.name == "conftest.py" else file).relative_to(ROOT)))
+                found.add(
+                    str((file.parent if file.name == "conftest.py" else file).relative_to(ROOT))
+                )
     return sorted(path for path in found if not any(str(p) in found for p in Path(path).parents))
 
 

@@ -120,9 +120,7 @@ def _last_place(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return dict(last[0]) if last else {}
 
 
-def _finding(
-    gravity: Gravity, what: str, where: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def _finding(gravity: Gravity, what: str, where: dict[str, Any] | None = None) -> dict[str, Any]:
     where = dict(where or {})
     at = where.pop("at", "")
     return {"finding": gravity.value, "what": f"{what}; it did: {at}" if at else what} | where

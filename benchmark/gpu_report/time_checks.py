@@ -38,7 +38,9 @@ def resident_step_times(platform: Platform, notes: Notes) -> None:
             words = "resident loop" if lanes == 1 else "resident loop, two lanes"
             notes.headline(f"{name}, batch {batch}: {words}", ms, "ms")
             if lanes == 1:
-                notes.headline(f"{name}, batch {batch}: resident loop to one graph", ms / whole, "x")
+                notes.headline(
+                    f"{name}, batch {batch}: resident loop to one graph", ms / whole, "x"
+                )
 
 
 def _run(platform: Platform, notes: Notes) -> Run:

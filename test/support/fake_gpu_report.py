@@ -9,6 +9,7 @@ LIB is what :func:`support.fake_cuda_graphs.build` makes. The report's processes
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import threading
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
 NAME = "CPU, interpreted, fake driver: times mean nothing"
 SCALE = Scale(
     layers=2,
-    buckets=(2,),
+    buckets=(1,),
     prompts=1,
-    prompt_tokens=2,
+    prompt_tokens=1,
     new_tokens=2,
-    steps=4,
+    steps=2,
     shape="tiny-deepseek-v2",
     batches=(1,),
     context=3,
@@ -72,17 +73,24 @@ class FakePlatform:
     name, is_gpu, scale = NAME, False, SCALE
 
     def __init__(self, library: Path, plants: Sequence[str]) -> None:
+        self.library, self.plants = library, plants
+
+    @functools.cached_property
+    def device(self) -> torch.device:
         import torch
-        from crosspool.kernels.triton import attention
+        from crosspool.kernels.triton import attention, linear
         from support import triton_interpreter
-        from support.fake_resident import FakeResident
 
         triton_interpreter.repair()
         torch.set_num_threads(1)
-        attention.MULTIPROCESSORS = 4  # fewer programs to interpret
-        self.device: torch.device = torch.device("cpu")
-        self.fake: FakeResident = FakeResident(library.parent, library)
-        self.plants = plants
+        attention.MULTIPROCESSORS = linear.MULTIPROCESSORS = 4  # fewer programs to interpret
+        return torch.device("cpu")
+
+    @functools.cached_property
+    def fake(self) -> FakeResident:
+        from support.fake_resident import FakeResident
+
+        return FakeResident(self.library.parent, self.library)
 
     def synchronize(self) -> None:
         pass
