@@ -208,7 +208,9 @@ class Run:
         self, name: str, model: GPUModel, *, batch: int, loop: str, lanes: int, whole: float
     ) -> float:
         """Milliseconds per step of a loop; ``whole``: of the whole model as one graph."""
-        from benchmark.gpu_lanes import Lanes, join_loop
+        from crosspool.ranks.gpu.lanes import join_loop
+
+        from benchmark.gpu_lanes import Lanes
 
         with Lanes(
             [model],

@@ -101,7 +101,7 @@ def _run(
 
 
 def _gpu_name() -> str:
-    """Name of the first GPU, as a folder may be called; ``none`` where ``nvidia-smi`` names none."""
+    """Name of the first GPU as a folder's name; ``none`` where ``nvidia-smi`` names none."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)

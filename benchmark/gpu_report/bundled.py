@@ -60,8 +60,8 @@ class Reference:
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         """The first ``count`` greedy tokens after a prompt."""
-        pages, chosen, new = torch.arange(PAGES), [], list(prompt)
-        start = 0
+        pages, new, start = torch.arange(PAGES), list(prompt), 0
+        chosen: list[int] = []
         while len(chosen) < count:
             positions = torch.arange(start, start + len(new))
             batch = StepBatch(positions, [RowSpan(0, len(new), start, pages)])

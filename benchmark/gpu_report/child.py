@@ -119,8 +119,8 @@ def _status() -> list[dict[str, Any]]:
 
 
 def _take_status_signal(path: Path) -> None:
-    """Has a thread answer ``STATUS``. The interpreter's own handlers would wait for the main thread,
-    which may be inside CUDA for ever; what it writes to the wake-up descriptor does not."""
+    """Has a thread answer ``STATUS``. The interpreter's own handlers would wait for the main
+    thread, which may be inside CUDA for ever; what it writes to the wake-up descriptor does not."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.signal(STATUS, lambda *_: None)

@@ -44,8 +44,8 @@ def kill(process: subprocess.Popen[bytes]) -> bool:
 
 
 def of_machine(out: Path, check: Check) -> None:
-    """Keeps ``nvidia-smi -q``, and the driver's errors (Xids) of the kernel's log, where the machine
-    shows them."""
+    """Keeps ``nvidia-smi -q``, and the driver's errors (Xids) of the kernel's log, where the
+    machine shows them."""
     _keep(["nvidia-smi", "-q"], out / f"{check.file}.nvidia-smi.txt")
     _keep(["dmesg"], out / f"{check.file}.xid.txt", only="Xid")
 

@@ -1,5 +1,5 @@
-"""Can the device launch what is captured? Every stage is instantiated by itself, so that one that is
-refused has a name, and the others are tried all the same."""
+"""Can the device launch what is captured? Every stage is instantiated by itself, so that one that
+is refused has a name, and the others are tried all the same."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""The ladder: greedy tokens of the bundled models against the reference, by four ways to run a step,
-each of which needs more of CUDA than the one before it."""
+"""The ladder: greedy tokens of the bundled models against the reference, by four ways to run a
+step, each of which needs more of CUDA than the one before it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from crosspool.ranks.gpu.launch import EagerLauncher
 from crosspool.ranks.gpu.loop import HostLaunchedLoop
 from crosspool.ranks.gpu.model import GPUModel

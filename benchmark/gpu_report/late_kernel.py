@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def _add_one(x, size: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_one(x: tl.tensor, size: tl.constexpr) -> None:
     at = tl.arange(0, size)
     tl.store(x + at, tl.load(x + at) + 1)
 

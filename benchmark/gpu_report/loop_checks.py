@@ -79,8 +79,8 @@ def beside_the_loop(platform: Platform, notes: Notes) -> None:
 
 
 def streams(platform: Platform, notes: Notes) -> None:
-    """A stream that shares its connection with a lane waits for the loop's end: how many do, of those
-    that torch hands out?"""
+    """Counts the streams of torch that wait for the loop's end, because they share a connection
+    with a lane."""
     shared = []
     with resident(platform, notes, lanes=2) as lanes:
         made = [torch.cuda.Stream() for _ in range(_STREAMS)]

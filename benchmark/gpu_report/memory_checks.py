@@ -1,5 +1,5 @@
-"""Checks of the KV pool's virtual memory: captures while nothing is mapped, mapping beside a resident
-loop, what it costs."""
+"""Checks of the KV pool's virtual memory: captures while nothing is mapped, mapping beside a
+resident loop, what it costs."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def unmapped_kv(platform: Platform, notes: Notes) -> None:
 
 
 def mapping_beside_the_loop(platform: Platform, notes: Notes) -> None:
-    """Maps and unmaps memory that no kernel uses, while a lane works: with the loop on the device, and
-    with the loop off it for each call."""
+    """Maps and unmaps memory that no kernel uses, while a lane works: with the loop on the device,
+    and with the loop off it for each call."""
     scale, name = platform.scale, platform.scale.models[0]
     prompt = prompts(1, scale.prompt_tokens)[0]
     expected = Reference(platform, name).greedy(prompt, scale.new_tokens)
@@ -72,10 +72,12 @@ def mapping_beside_the_loop(platform: Platform, notes: Notes) -> None:
             loop = lanes.loop
             assert isinstance(loop, CudaLoop)
             lanes.push(0, 0, [Row(prompt, 0, range(PAGES))])
-            _, first = lanes.pop()
+            lanes.pop()
             for leaves in (False, True):
                 pool.quiesced = loop.quiesced if leaves else contextlib.nullcontext
-                _while_it_works(notes, lanes, pool, prompt, expected, int(first[0, 0]), leaves)
+                _while_it_works(
+                    notes, lanes, pool, start=len(prompt), expected=expected, leaves=leaves
+                )
             pool.quiesced = contextlib.nullcontext
 
 
@@ -83,15 +85,16 @@ def _while_it_works(
     notes: Notes,
     lanes: Lanes,
     pool: CudaVirtualizer,
-    prompt: list[int],
+    *,
+    start: int,
     expected: list[int],
-    first: int,
     leaves: bool,
 ) -> None:
-    """Maps and unmaps in a lease; its tokens must be right."""
+    """Maps and unmaps in a lease; its tokens must be right. ``start``: tokens of the prompt, whose
+    step has chosen the first of ``expected``."""
     words = "the loop leaves for each" if leaves else "the loop stays"
     rest = len(expected) - 1
-    lanes.push(0, 0, [Row([first], len(prompt), range(PAGES))], lease=rest)
+    lanes.push(0, 0, [Row(expected[:1], start, range(PAGES))], lease=rest)
     loop = lanes.loop
     assert isinstance(loop, CudaLoop)
     chunks = range(_OTHER_CHUNKS)
@@ -102,8 +105,8 @@ def _while_it_works(
     )
     for what, call in calls:
         good = good and beside(notes, loop, f"{what} of {len(chunks)} chunks, {words},", call)
-    _, more = lanes.pop()
-    found = [first, *more[:, 0].tolist()]
+    more = lanes.pop()[1]
+    found = expected[:1] + more[:, 0].tolist()
     if found != expected:
         notes.finding(
             Gravity.WRONG, f"tokens {found} while memory is mapped and {words}, not {expected}"

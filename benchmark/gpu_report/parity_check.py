@@ -9,6 +9,7 @@ calls, bit for bit.
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -84,8 +85,8 @@ class _Parity:
         self.captured = self._walk("captured", other)
 
     def check(self) -> None:
-        """Steps: each row a sequence's first token; then the chosen tokens fed back; then one prompt
-        over all rows."""
+        """Walks three steps: each row a sequence's first token; the chosen tokens fed back; one
+        prompt over all rows."""
         first = [[7 + row] for row in range(self.bucket)]
         steps = [Step(first, 0, False), Step(first, 1, True)]
         if self.bucket > 1:
@@ -103,12 +104,12 @@ class _Parity:
                     self.platform.synchronize()
                     made = self._outputs(walk, stage, step)
                     walk.made[number, stage.name, layer] = made
-                    if walk is self.eager:
-                        expected = self._expected(step, stage, layer, before, made)
-                        self._compare("eager", made, expected, where, wrong, number)
-                    else:
-                        expected = self.eager.made[number, stage.name, layer]
-                        self._compare("captured", made, expected, where, wrong, number)
+                    expected = (
+                        self._expected(step, stage, layer, before, made)
+                        if walk is self.eager
+                        else self.eager.made[number, stage.name, layer]
+                    )
+                    self._compare(walk.name, made, expected, where=where, wrong=wrong, step=number)
                     before = before | made
 
     def _walk(self, name: str, model: GPUModel) -> Walk:
@@ -191,7 +192,9 @@ class _Parity:
         return {"partial": reference.ffn.forward(layer, before["payload"])}
 
     def _batch(self, step: Step) -> StepBatch:
-        spans, positions, row = [], [], 0
+        spans: list[RowSpan] = []
+        positions: list[int] = []
+        row = 0
         for number, tokens in enumerate(step.sequences):
             pages = torch.tensor(_pages(step, number))
             spans.append(RowSpan(row, len(tokens), step.start, pages))
@@ -208,6 +211,7 @@ class _Parity:
         way: str,
         made: Tensors,
         expected: Tensors,
+        *,
         where: dict[str, object],
         wrong: set[str],
         step: int,
@@ -241,7 +245,7 @@ def _error(made: torch.Tensor, expected: torch.Tensor) -> float:
     number."""
     difference = (made.double() - expected.double()).abs().max().item()
     scale = max(expected.double().abs().max().item(), 1e-6)
-    return difference / scale if difference == difference else float("inf")
+    return float("inf") if math.isnan(difference) else difference / scale
 
 
 def _checksum(tensors: Tensors) -> int:

@@ -1,5 +1,5 @@
-"""The folder of a report: what became of every check, over all parts, and the files that are written
-from it."""
+"""The folder of a report: what became of every check, over all parts, and the files that are
+written from it."""
 
 from __future__ import annotations
 

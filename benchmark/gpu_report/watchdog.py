@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from crosspool.kernels.cuda_loop import CudaLoop
 
 from benchmark.gpu_report.notes import Gravity, Notes
@@ -31,6 +32,8 @@ def beside(notes: Notes, loop: CudaLoop, name: str, call: Callable[[], object]) 
     made = _Call()
 
     def body() -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.set_device(0)  # for calls of the driver, too
         began = time.perf_counter_ns()
         try:
             call()
