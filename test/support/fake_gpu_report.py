@@ -78,12 +78,12 @@ class FakePlatform:
     @functools.cached_property
     def device(self) -> torch.device:
         import torch
-        from crosspool.kernels.triton import attention, linear
+        from crosspool.kernels.triton import attention, linear, tiles
         from support import triton_interpreter
 
         triton_interpreter.repair()
         torch.set_num_threads(1)
-        for kernels in (attention, linear):
+        for kernels in (attention, linear, tiles):
             vars(kernels)["MULTIPROCESSORS"] = 4  # fewer programs to interpret
         return torch.device("cpu")
 
