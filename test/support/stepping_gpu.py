@@ -1,5 +1,5 @@
-"""One GPU whose resident loop runs stages that touch the KV pages of their rows and compute nothing,
-over the fake drivers of graphs and of memory."""
+"""One GPU whose resident loop runs stages that touch the KV pages of their rows and compute
+nothing, over the fake drivers of graphs and of memory."""
 
 from __future__ import annotations
 
