@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -21,25 +21,41 @@ from crosspool.models.spec import ModelSpec
 from crosspool.ranks.gpu.inputs import HostInputs, HostMemory
 from crosspool.ranks.gpu.lanes import join_loop, make_stages, model_stages
 from crosspool.ranks.gpu.links import Crossing
+from crosspool.ranks.gpu.loop import DeviceLoop
 from crosspool.ranks.gpu.model import GPUModel
 from crosspool.ranks.gpu.weights import GPUFFN, GPUAttention
 from crosspool.ranks.weights import TORCH_DTYPES
 from crosspool.weightpool.placement import FFNShard
 
-Join = Callable[..., Any]
-"""Makes a loop over lanes, as :func:`crosspool.ranks.gpu.lanes.join_loop` does."""
+Join = Callable[..., DeviceLoop]
+"""Makes the loop over lanes, as :func:`crosspool.ranks.gpu.lanes.join_loop` does."""
 _PATIENCE = 60.0
 """Seconds that a step may take."""
 
 
 @dataclass(frozen=True)
+class Draw:
+    """How a token is drawn."""
+
+    temperature: float
+    seed: int
+    top_k: int = -1
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True)
 class Row:
-    """A sequence's next tokens; the last one gets a greedy token."""
+    """A sequence's next tokens, of which the last one gets a successor."""
 
     tokens: Sequence[int]
     start: int
     pages: Sequence[int]
     """All of its page table."""
+    draw: Draw | None = None
+    """None: the successor is greedy."""
+    stops: Sequence[int] = ()
+    """Tokens that end a lease."""
 
 
 class Lanes:
@@ -61,6 +77,7 @@ class Lanes:
         lease: int = 1,
         join: Join = join_loop,
     ) -> None:
+        """``join``: makes the loop, as :func:`crosspool.ranks.gpu.lanes.join_loop` does."""
         self.models = models
         self.device = device
         self._buckets = buckets
@@ -68,30 +85,47 @@ class Lanes:
         self.places, self.stages = make_stages(models, buckets, lanes, sequences, device)
         elements = max(stages.layout.elements for stages in self.stages.values())
         pinned = device.type == "cuda"
-        self._memory = [HostMemory(elements, sequences, lease, pinned=pinned) for _ in range(lanes)]
+        self.memory = [HostMemory(elements, sequences, lease, pinned=pinned) for _ in range(lanes)]
         known = [model_stages(model.spec, Crossing()) for model in models]
         self.loop = join(known, self.places, self.stages, buckets, resident=resident)
         self._flying: dict[int, GPUStepArguments] = {}
         self._steps = 0
 
-    def push(self, lane: int, model: int, rows: Sequence[Row], lease: int = 1) -> None:
-        """Sends a step to a lane that is free; ``lease``: steps, for rows of one token."""
+    def push(
+        self,
+        lane: int,
+        model: int,
+        rows: Sequence[Row],
+        lease: int = 1,
+        lines: Sequence[int] | None = None,
+    ) -> None:
+        """Sends a step to a lane that is free; ``lease``: steps, for rows of one token; ``lines``:
+        the sequences' lines of the page table, in order unless given."""
         assert lane not in self._flying
-        memory, count = self._memory[lane], sum(len(row.tokens) for row in rows)
+        memory, count = self.memory[lane], sum(len(row.tokens) for row in rows)
         bucket = bisect.bisect_left(self._buckets, count)
         layout = self.stages[lane, model, bucket].layout
         host = HostInputs(layout, memory.inputs)
         first = 0
         host["temperature"].fill(0.0)
         host["wanted_rows"].fill(0)  # those past the wanted ones are gathered, too
+        lines = lines or range(len(rows))
         for i, row in enumerate(rows):
             end = first + len(row.tokens)
             host["tokens"][first:end] = row.tokens
             host["positions"][first:end] = np.arange(row.start, row.start + len(row.tokens))
-            host["row_sequences"][first:end] = i
+            host["row_sequences"][first:end] = lines[i]
             host["wanted_rows"][i] = end - 1
-            host.page_table[i, : len(row.pages)] = row.pages
+            host.page_table[lines[i], : len(row.pages)] = row.pages
+            if (draw := row.draw) is not None:
+                host["temperature"][i], host["seed"][i] = draw.temperature, draw.seed
+                host["top_k"][i], host["top_p"][i] = draw.top_k, draw.top_p
+                host["min_p"][i] = draw.min_p
+                host["position"][i] = row.start + len(row.tokens)
             first = end
+        stops = [token for row in rows for token in row.stops]
+        memory.stops.numpy()[: len(stops)] = stops
+        memory.stop_ends.numpy()[: len(rows)] = np.cumsum([len(row.stops) for row in rows])
         host.close(len(rows), max(len(row.pages) for row in rows), len(rows))
         memory.tokens.fill_(-1)
         self._steps += 1
@@ -104,6 +138,8 @@ class Lanes:
             lease=lease,
             inputs=memory.inputs.data_ptr(),
             tokens=memory.tokens.data_ptr(),
+            stops=memory.stops.data_ptr() if stops else 0,
+            stop_ends=memory.stop_ends.data_ptr() if stops else 0,
         )
         self._flying[lane] = arguments
         self.loop.push_step(lane, arguments)
@@ -125,7 +161,7 @@ class Lanes:
                 on_token(event.lane)
             if event.kind == DONE:
                 arguments = self._flying.pop(event.lane)
-                tokens = self._memory[event.lane].tokens.numpy()
+                tokens = self.memory[event.lane].tokens.numpy()
                 size = (event.first + 1) * arguments.wanted
                 return event.lane, tokens[:size].reshape(-1, arguments.wanted).copy()
 

@@ -6,10 +6,11 @@ kernels that run.
 Rows ``create``, ``map``, ``set access``, ``set access, run``, ``unmap``, ``release``, ``export``
 and ``import`` are microseconds per call; the parameters say the chunk's size and what else ran on
 the GPU: ``alone``, or ``kernel``, a kernel that outlasts the call if the call does not wait for it
-(``waited``: share of the calls that ended only after it). ``pool map`` and ``pool unmap`` are
-microseconds per chunk through the KV pool's virtualizer. The owner of a resident loop passes what
-runs it to :func:`measure_calls`; a call that never returns ends the process after a minute, with
-the call's traceback.
+(``waited``: share of the calls that ended only after it; ``not_ready``: how often the driver said
+that it was not ready to set access, which was then asked for again). ``pool map`` and ``pool
+unmap`` are microseconds per chunk through the KV pool's virtualizer. The owner of a resident loop
+passes what runs it to :func:`measure_calls`; a call that never returns ends the process after a
+minute, with the call's traceback.
 """
 
 from __future__ import annotations
@@ -111,12 +112,16 @@ def measure_calls(
 ) -> None:
     """Every call for each of ``chunks`` chunks, with ``running`` (called ``beside``) around it.
     ``chunks``: a multiple of 8."""
+    from crosspool.kernels.cuda_driver import allow_access
+
     clock, nbytes = Clock(), chunk_bytes
+    not_ready = {"set access": 0, "set access, run": 0}
     load1, began, busy = machine.load1(), time.monotonic(), time.process_time()
 
     def timed(name: str, call: Callable[..., int | None], *arguments: int) -> int:
         return clock.time(name, call, *arguments, running=running)
 
+    allow = functools.partial(allow_access, driver)
     base = timed("reserve", driver.reserve, chunks * nbytes)
     places = [base + chunk * nbytes for chunk in range(chunks)]
     handles = [timed("create", driver.create, nbytes) for _ in places]
@@ -124,7 +129,7 @@ def measure_calls(
         for place, handle in zip(places, handles, strict=True):
             timed("map", driver.map, place, nbytes, handle)
         for place in places[::step]:
-            timed(name, driver.set_access, place, step * nbytes)
+            not_ready[name] += timed(name, allow, place, step * nbytes)
         for place in places:
             timed("unmap", driver.unmap, place, nbytes)
     for handle in handles[:_RUN]:
@@ -142,6 +147,7 @@ def measure_calls(
             "us",
             parameters={"chunk_bytes": chunk_bytes, "beside": beside},
             waited=clock.waited[name] / len(values),
+            not_ready=not_ready.get(name, 0),
             gpu=gpu,
             cpu_s=time.process_time() - busy,
             wall_s=time.monotonic() - began,

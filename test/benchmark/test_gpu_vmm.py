@@ -81,6 +81,23 @@ def test_a_call_that_waits_for_what_runs_is_seen(driver):
     assert next(row["waited"] for row in recorder.rows if row["name"] == "unmap") == 1
 
 
+def test_access_that_is_not_ready_is_asked_for_again_and_counted(driver):
+    driver.not_ready = 3
+    recorder = Recorder("gpu_vmm")
+    gpu_vmm.measure_calls(
+        driver,
+        recorder,
+        gpu="none",
+        chunk_bytes=CHUNK,
+        chunks=8,
+        beside="alone",
+        running=gpu_vmm.nothing,
+    )
+    assert driver.is_clean
+    assert {row["name"] for row in recorder.rows if row["not_ready"] != 0} == {"set access"}
+    assert next(row["not_ready"] for row in recorder.rows if row["name"] == "set access") == 3
+
+
 def test_the_pool_is_measured_by_neighbours_and_by_single_chunks(driver):
     recorder = Recorder("gpu_vmm")
     gpu_vmm.measure_pool(driver, recorder, gpu="none", chunk_bytes=CHUNK, chunks=16)

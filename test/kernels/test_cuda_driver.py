@@ -52,6 +52,18 @@ for name, call, arguments in (
         print("refused", error, flush=True)
 """
 
+QUEUED = """
+import os
+from crosspool.kernels.cuda_driver import CudaBindings, CudaError, allow_access
+driver = CudaBindings(2)
+print("refused", allow_access(driver, 2 << 20, 4 << 20), "times", flush=True)
+os.environ["LIBCUDA_NOT_READY"] = "1000000"
+try:
+    allow_access(driver, 2 << 20, 4 << 20, patience_s=0.05)
+except CudaError as error:
+    print(error, flush=True)
+"""
+
 HEARD = """\
 init 0
 device 3
@@ -119,6 +131,18 @@ def test_a_refused_call_says_which_and_why(libcuda):
         "refused cuMemMap: CUDA_ERROR_OUT_OF_MEMORY",
         "refused cuMemUnmap: CUDA_ERROR_OUT_OF_MEMORY",
     ]
+
+
+def test_access_is_asked_for_again_while_the_driver_is_not_ready(libcuda):
+    done = libcuda(QUEUED, LIBCUDA_NOT_READY="3")
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if "properties" not in line]
+    first = said.index("refused 3 times")
+    assert said[first - 4 : first] == ["access 0x200000 4194304 1: 1 2 3"] * 4
+    assert 5 < len(said) - first - 2 < 50
+    assert said[-1] == (
+        "cuMemSetAccess: CUDA_ERROR_NOT_READY (for 0.05 s: the work queued on cuda:2 does not end)"
+    )
 
 
 def test_a_device_that_is_refused_is_a_clear_error(libcuda):

@@ -117,7 +117,12 @@ def test_a_pointer_into_a_reservation_is_known_where_memory_may_be_touched(cuda)
     cuda.map(base + UNIT, UNIT, handle)
     assert not cuda.knows_pointer(base + UNIT)
     cuda.set_access(base + UNIT, UNIT)
-    assert [cuda.knows_pointer(base + at) for at in (0, UNIT - 1, UNIT, 2 * UNIT - 1)] == [0, 0, 1, 1]
+    assert [cuda.knows_pointer(base + at) for at in (0, UNIT - 1, UNIT, 2 * UNIT - 1)] == [
+        0,
+        0,
+        1,
+        1,
+    ]
     cuda.unmap(base + UNIT, UNIT)
     assert not cuda.knows_pointer(base + UNIT)
 

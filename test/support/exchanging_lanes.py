@@ -62,7 +62,7 @@ class ExchangingLanes(Lanes):
         )
         elements = max(stages.layout.elements for stages in self.stages.values())
         pinned = device.type == "cuda"
-        self._memory = [HostMemory(elements, sequences, lease, pinned=pinned) for _ in range(lanes)]
+        self.memory = [HostMemory(elements, sequences, lease, pinned=pinned) for _ in range(lanes)]
         ends = [Ends(lane=lane) for lane in range(lanes)]
         bell = NeverRings()
         served: Any = HostExchange(bell, (), [ends], frozenset(ffns), buckets)

@@ -53,7 +53,15 @@ class Chunks:
 class OneGPU:
     """An executor over ``loop``, two models, and no weights."""
 
-    def __init__(self, loop: Any, lanes: int = 2) -> None:
+    def __init__(
+        self,
+        loop: Any,
+        lanes: int = 2,
+        *,
+        virtualizer: Any = None,
+        kv: Sequence[torch.Tensor] = (),
+    ) -> None:
+        """``virtualizer``: instead of one that keeps a log; ``kv``: its caches of the models."""
         self.log: list[Any] = []
         layouts = [InputLayout(rows, min(rows, SEQUENCES), PAGES) for rows in BUCKETS]
         self.layouts = layouts
@@ -68,8 +76,8 @@ class OneGPU:
             for bucket, layout in enumerate(layouts)
         }
         parts: Any = [SimpleNamespace(positions=PAGES * PAGE_SIZE)] * 2
-        kv = [torch.empty(PAGES, LAYERS, PAGE_SIZE, 1)] * 2
-        chunks: Any = Chunks(self.log)
+        kv = kv or [torch.empty(PAGES, LAYERS, PAGE_SIZE, 1)] * 2
+        chunks: Any = virtualizer or Chunks(self.log)
         self.counters = [LinkCounters() for _ in range(lanes)]
         self.executor = GPUExecutor(
             GPURank(0, [spec(), spec()], parts, chunks, kv),

@@ -35,8 +35,8 @@ def repair() -> None:
 
 
 def check_bounds() -> None:
-    """Makes an access by a pointer that lies in no array of the launch, in no KV cache whose address
-    the launch was given, and in no tensor of a TensorTable, an IndexError. For kernels that find
+    """Makes an access by a pointer that lies in no array of the launch, in no KV cache of which the
+    launch has the address, and in no tensor of a TensorTable, an IndexError. For kernels that find
     everything else in their arguments."""
     address_of, caches = cache.address_of, dict[int, tuple[int, int]]()
     init_args = interpreter.GridExecutor._init_args_hst

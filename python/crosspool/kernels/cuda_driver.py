@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from crosspool.config.errors import ConfigError
 from crosspool.kernels.dlpack import DLPACK_CUDA, DLPackDevice
 
-
 NOT_READY = "CUDA_ERROR_NOT_READY"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 50e-6, 10e-3
 
@@ -90,9 +89,7 @@ class CudaDriver(Protocol):
         ...
 
 
-def allow_access(
-    driver: CudaDriver, address: int, nbytes: int, *, patience_s: float = 2.0
-) -> int:
+def allow_access(driver: CudaDriver, address: int, nbytes: int, *, patience_s: float = 2.0) -> int:
     """Calls :meth:`CudaDriver.set_access`, and again as long as the driver says that it is not
     ready, which it may say while work is queued on the device. Returns how often it said so.
 

@@ -24,9 +24,9 @@ from crosspool.observability.progress import Progress
 class CudaVirtualizer(Virtualizer):
     """The KV pool of one GPU.
 
-    A chunk is unmapped only after the event of the last step that may touch it, because cuMemUnmap
-    may take memory from under a kernel; nothing else is asked of the kernels. A slot of the table is
-    a handle.
+    A chunk may be unmapped only after the event of the last step that touches it, because
+    cuMemUnmap may take memory from under a kernel; nothing else is asked of the kernels. A slot of
+    the table is a handle.
 
     >>> with CudaVirtualizer(CudaBindings(0), 8 << 30, 16 << 20, [8 << 30, 8 << 30]) as pool:
     ...     pool.map(0, [0, 1])

@@ -5,10 +5,14 @@ goes."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -16,11 +20,26 @@ import torch
 pytest.importorskip("triton")
 
 import crosspool
+from crosspool.kernels.cuda_loop import CudaLoop, GPUStepArguments
 from crosspool.models.registry import read_model
+from crosspool.ranks.gpu.inputs import InputLayout
+from crosspool.ranks.gpu.loop import DeviceLoop
 from crosspool.ranks.gpu.model import GPUModel
 from crosspool.ranks.gpu.weights import GPUFFN, GPUAttention
 from crosspool.weightpool.placement import FFNShard
+from make_random_checkpoint import make_random_checkpoint
+from support import fake_cuda_graphs
+from support.changing_steps import (
+    Case,
+    Tokens,
+    eager_loop,
+    make_cases,
+    run_at_once,
+    until_stop,
+    with_stops,
+)
 from support.exchanging_lanes import ExchangingLanes
+from support.fake_resident import FakeResident
 from support.parts import Parts
 from support.poisoned import poison_lanes, with_few_multiprocessors
 
@@ -31,11 +50,20 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DEMO = Path(crosspool.__file__).parent / "demo"
 NAMES = ("tiny-qwen3-moe", "tiny-deepseek-v2", "tiny-glm4-moe-lite")
 PAGE_SIZE, PAGES = 16, 64
-MAKE_KV = Callable[[tuple[int, ...]], torch.Tensor]
+OWN_PAGES = {
+    lanes: {
+        lane: range(lane * PAGES // lanes, (lane + 1) * PAGES // lanes) for lane in range(lanes)
+    }
+    for lanes in (1, 2)
+}
+"""Pages of each lane, by the number of lanes."""
+ROWS = 8
+STEPS = int(os.environ.get("CROSSPOOL_GPU_STEPS", "100000"))
 
 
-def load(name: str, kv: torch.Tensor | None = None) -> GPUModel:
-    path = DEMO / name
+def load(checkpoint: str | Path, kv: torch.Tensor | None = None) -> GPUModel:
+    """``checkpoint``: a bundled model's name, or a path."""
+    path = DEMO / checkpoint
     spec = read_model(path, dtype="float32")
     shard = FFNShard(rank=0, ranks=1, parallel="tp")
     if kv is None:
@@ -50,8 +78,9 @@ def load(name: str, kv: torch.Tensor | None = None) -> GPUModel:
 
 
 def greedy(lanes: Lanes, lane: int, model: int, prompt: list[int], tokens: int) -> list[int]:
-    """A prompt's step and one leased step for the rest, in pages of the lane's own."""
-    pages = range(lane * 8, lane * 8 + 8)
+    """A prompt's step and one leased step for the rest, in pages of the lane's own, others for
+    each prompt."""
+    pages = random.Random(sum(prompt)).sample(range(lane * 8, lane * 8 + 8), 8)
     lanes.push(lane, model, [Row(prompt, 0, pages)])
     _, first = lanes.pop()
     known = [int(first[0, 0])]
@@ -129,17 +158,180 @@ def test_two_loops_on_one_device_exchange_rows(
         assert sum(link.rows for link in served) == count * (length + tokens - 1) * layers
 
 
+class SmallModel:
+    """A checkpoint of random weights that the interpreter runs quickly, and cases like those of
+    the long test below."""
+
+    LEASES, ROWS = range(2, 4), 6
+
+    def __init__(self, folder: Path) -> None:
+        shape = {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 32,
+        }
+        self.path = make_random_checkpoint("qwen3_moe", folder / "model", shape, "float32", seed=5)
+        self.cases = make_cases(5, 64, self.LEASES, rows=self.ROWS, sequences=3, seed=1)
+        found = self.tokens(self.cases)
+        self.cases = with_stops(self.cases, found, seed=7)
+        self.expected = [until_stop(*of) for of in zip(self.cases, found, strict=True)]
+
+    def lanes(self, lanes: int = 1, join: Callable[..., DeviceLoop] = eager_loop) -> Lanes:
+        return Lanes(
+            [load(self.path)],
+            lanes=lanes,
+            buckets=[self.ROWS],
+            device=DEVICE,
+            resident=False,
+            lease=max(self.LEASES),
+            join=join,
+        )
+
+    def tokens(self, cases: Sequence[Case]) -> list[Tokens]:
+        draw = random.Random(3)
+        with self.lanes() as lanes:
+            return [run_at_once(lanes, {0: case}, {0: range(PAGES)}, draw)[0] for case in cases]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
+    if not INTERPRETED:
+        pytest.skip("of the interpreter alone: the test of 10^5 steps is the GPU's")
+    with pytest.MonkeyPatch.context() as patch:
+        with_few_multiprocessors(patch)
+        return SmallModel(tmp_path_factory.mktemp("small"))
+
+
+def test_changing_inputs_under_the_resident_loops_own_code(
+    small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two lanes with a case each at once, over the fake driver."""
+    if fake_cuda_graphs.COMPILER is None:
+        pytest.skip("no C++ compiler")
+    with_few_multiprocessors(monkeypatch)
+    fake, draw = FakeResident(tmp_path), random.Random(4)
+    join = functools.partial(fake.join_loop, watch=None, exchange=None, epoch=1, tails={})
+    with small.lanes(2, join) as lanes:
+        poison(lanes)
+        for turn in range(3):
+            numbers = {lane: (turn + lane) % len(small.cases) for lane in range(2)}
+            jobs = {lane: small.cases[number] for lane, number in numbers.items()}
+            found = run_at_once(lanes, jobs, OWN_PAGES[2], draw)
+            assert found == {lane: small.expected[number] for lane, number in numbers.items()}
+    assert fake.cuda.live == 0 and fake.cuda.violations == []
+    fake.cuda.close()
+
+
+@pytest.mark.parametrize(
+    "field", [*InputLayout(1, 1, 1).fields, "header", "page_table", "stops", "stop_ends"]
+)
+def test_a_stale_input_would_be_noticed(
+    field: str, small: SmallModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One field of every step keeps what the lane's step before had there, as a device might see
+    it that reads the host's memory too late or from a cache."""
+    with_few_multiprocessors(monkeypatch)
+    draw = random.Random(3)
+    with small.lanes() as lanes:
+        memory, layout = lanes.memory[0], lanes.stages[0, 0, 0].layout
+        of = memory.inputs
+        if field in layout.fields:
+            at, count, dtype = layout.fields[field]
+            of = of[at : at + count * (dtype.itemsize // 4)]
+        elif field == "header":
+            of = of[:4]
+        elif field == "page_table":
+            of = of[layout.head :]
+        else:
+            of = memory.stops if field == "stops" else memory.stop_ends
+        push, before = lanes.loop.push_step, of.clone()
+
+        def push_stale(lane: int, arguments: GPUStepArguments) -> None:
+            written = of.clone()
+            of.copy_(before)
+            before.copy_(written)
+            push(lane, arguments)
+
+        lanes.loop.push_step = push_stale
+        for case, expected in zip(small.cases, small.expected, strict=True):
+            found = run_at_once(lanes, {0: case}, {0: range(PAGES)}, draw)[0]
+            if found != expected:
+                return
+    pytest.fail(f"nothing shows that {field} is of the step before")
+
+
+@functools.cache
+def cycle() -> tuple[list[Case], list[Tokens]]:
+    """64 cases, and their tokens as stages compute them that the host calls one by one."""
+    model = load(NAMES[0])
+    cases = make_cases(64, model.spec.vocab, range(20, 100), rows=ROWS, sequences=4, seed=1)
+    draw = random.Random(3)
+    with Lanes(
+        [model],
+        lanes=1,
+        buckets=[1, ROWS],
+        device=DEVICE,
+        resident=False,
+        lease=100,
+        join=eager_loop,
+    ) as lanes:
+        found = [run_at_once(lanes, {0: case}, {0: range(PAGES)}, draw)[0] for case in cases]
+    cases = with_stops(cases, found, seed=2)
+    return cases, [until_stop(*of) for of in zip(cases, found, strict=True)]
+
+
+@contextlib.contextmanager
+def never_stuck(loop: CudaLoop, seconds: float = 20.0) -> Iterator[None]:
+    """A driver call within that waits for the resident loop is an error: after some seconds the
+    loop leaves the device, so that the call returns."""
+    stuck = threading.Event()
+
+    def leave() -> None:
+        stuck.set()
+        loop.quiesce()
+
+    timer = threading.Timer(seconds, leave)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+    assert not stuck.is_set(), "a driver call waited for the resident loop"
+
+
+def test_a_call_that_waits_for_the_loop_returns_and_is_an_error() -> None:
+    left = threading.Event()
+    loop = cast(CudaLoop, SimpleNamespace(quiesce=left.set))
+    error = pytest.raises(AssertionError, match="waited for the resident loop")
+    with error, never_stuck(loop, 0.05):
+        assert left.wait(10.0)
+    left.clear()
+    with never_stuck(loop, 0.05):
+        pass
+    assert not left.wait(0.2)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("quiesces", [True, False], ids=["quiesced", "resident"])
 @pytest.mark.parametrize("lane_count", [1, 2])
-def test_a_resident_loop_goes_on_while_memory_is_mapped(lane_count: int) -> None:
-    """10^5 steps in leases of 100; chunks of another range are mapped and unmapped meanwhile, and
-    what a lane left in its buffers is overwritten with NaN between leases. Every lease of a prompt
-    gives the same tokens."""
+def test_a_resident_loop_goes_on_while_memory_is_mapped(lane_count: int, quiesces: bool) -> None:
+    """10^5 steps in leases, each of which differs in every input from the one before; chunks of
+    another range are mapped and unmapped meanwhile, while the loop is off the device or while it is
+    on it, and what a lane left in its buffers is overwritten with NaN now and then. Every lease
+    gives the tokens that the stages gave when the host called them one by one."""
     from crosspool.kernels.cuda_driver import CudaBindings
     from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 
     torch.zeros(1, device=DEVICE)
-    steps, lease, chunk = 100_000, 100, 2 << 20
+    cases, expected = cycle()
+    chunk = 2 << 20
     spec = read_model(DEMO / NAMES[0], dtype="float32")
     shape = (PAGES, spec.layers, PAGE_SIZE, spec.kv_width)
     own = -(-torch.Size(shape).numel() * 4 // chunk)
@@ -155,28 +347,32 @@ def test_a_resident_loop_goes_on_while_memory_is_mapped(lane_count: int) -> None
             Lanes(
                 [model],
                 lanes=lane_count,
-                buckets=[1, 8],
+                buckets=[1, ROWS],
                 device=DEVICE,
                 resident=True,
-                lease=lease,
+                lease=100,
             )
         )
+        assert isinstance(lanes.loop, CudaLoop)
         resources.callback(setattr, pool, "quiesced", contextlib.nullcontext)
-        pool.quiesced = lanes.loop.quiesced
-        expected: dict[int, Any] = {}
-        for turn in range(steps // lease // lane_count):
-            if turn % 50 == 0:
-                poison(lanes)
-            for lane in range(lane_count):
-                pages = range(lane * 8, lane * 8 + 8)
-                lanes.push(lane, 0, [Row([7 + lane], 0, pages)], lease=lease)
+        if quiesces:
+            pool.quiesced = lanes.loop.quiesced
+        draw, turn, steps = random.Random(5), 0, 0
+
+        def remap() -> None:
             if turn % 4 == 0:
                 chunks = [(turn + i) % 64 for i in range(4)]
-                pool.map(1, chunks)
-                pool.unmap(1, chunks)
-            for _ in range(lane_count):
-                lane, tokens = lanes.pop()
-                assert tokens.shape == (lease, 1)
-                found = tokens[:, 0].tolist()
-                assert found == expected.setdefault(lane, found), (turn, lane)
-        assert all(len(set(tokens)) > 1 for tokens in expected.values())
+                with never_stuck(lanes.loop):
+                    pool.map(1, chunks)
+                    pool.unmap(1, chunks)
+
+        while steps < STEPS:
+            if turn % 50 == 0:
+                poison(lanes)
+            numbers = {lane: (turn + 31 * lane) % len(cases) for lane in range(lane_count)}
+            jobs = {lane: cases[number] for lane, number in numbers.items()}
+            found = run_at_once(lanes, jobs, OWN_PAGES[lane_count], draw, remap)
+            for lane, number in numbers.items():
+                assert found[lane] == expected[number], (turn, lane, number)
+                steps += len(found[lane])
+            turn += 1

@@ -1,5 +1,5 @@
-"""Stages are warmed up, as a capture does it, while no chunk of the KV pool is mapped: on CPU tensors,
-over a fake driver that refuses the tensors that Triton's launcher would refuse."""
+"""Stages are warmed up, as a capture does it, while no chunk of the KV pool is mapped: on CPU
+tensors, over a fake driver that refuses the tensors that Triton's launcher would refuse."""
 
 from __future__ import annotations
 
