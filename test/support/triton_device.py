@@ -18,6 +18,7 @@ from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.gpu.executor import GPUExecutor
+from crosspool.ranks.gpu.host_side import HostSide
 from crosspool.ranks.gpu.join import join_lanes
 from crosspool.ranks.gpu.load import load_gpu_ranks, load_parts
 from crosspool.ranks.kv_memory import kv_pool
@@ -125,7 +126,13 @@ def load_on_cpu(
         resources.callback(virtualizer.close)
     parts = load_parts(deployment, device, specs, placement, kv, on=cpu)
     ranks, _ = join_lanes(
-        deployment, device, parts, peers, virtualizer=virtualizer, on=cpu, resources=resources
+        deployment,
+        device,
+        parts,
+        peers,
+        virtualizer=virtualizer,
+        host=HostSide(cpu),
+        resources=resources,
     )
     return ranks
 
