@@ -85,13 +85,13 @@ class Lanes:
         sequences = buckets[-1]
         self.places, self.stages = make_stages(models, buckets, lanes, sequences, device)
         elements = max(stages.layout.elements for stages in self.stages.values())
-        self._host = HostSide(device)
-        self.memory = [HostMemory(elements, sequences, lease, self._host) for _ in range(lanes)]
+        self.host = HostSide(device)
+        self.memory = [HostMemory(elements, sequences, lease, self.host) for _ in range(lanes)]
         known = [model_stages(model.spec, Crossing()) for model in models]
         self.loop = join(
-            known, self.places, self.stages, buckets, host=self._host, resident=resident
+            known, self.places, self.stages, buckets, host=self.host, resident=resident
         )
-        start(self.loop, self._host)
+        start(self.loop, self.host)
         self._flying: dict[int, GPUStepArguments] = {}
         self._steps = 0
 
@@ -171,7 +171,7 @@ class Lanes:
 
     def close(self) -> None:
         self.loop.close()
-        self._host.close()
+        self.host.close()
 
     def __enter__(self) -> Self:
         return self

@@ -73,6 +73,10 @@ CHECKS = (
         "loop_checks", "beside_the_loop", needs_gpu=True,
     ),
     Check(
+        "guard", "a", "Is what may wait for ever refused while a loop is resident?", 40,
+        "loop_checks", "guard",
+    ),
+    Check(
         "streams", "a", "Does a stream share its connection with the loop?", 40,
         "loop_checks", "streams", needs_gpu=True,
     ),

@@ -9,6 +9,7 @@ import torch
 from crosspool.kernels.cuda_loop import CudaLoopError, LinkMemory
 from crosspool.models.spec import DTYPE_BYTES
 from crosspool.ranks.gpu.lanes import make_serving, make_stages, model_stages
+from crosspool.ranks.gpu.launch import Key
 from crosspool.ranks.gpu.links import Crossing, ServedCounts
 from crosspool.ranks.gpu.scratch import LaneBuffers
 from crosspool.ranks.gpu.stages import HasStages
@@ -47,7 +48,7 @@ def _of_model(platform: Platform, notes: Notes, name: str, crosses: bool) -> tup
             [model], buckets, 1, buckets[-1], device, links=[[link]], crossings=[crossing]
         )
         assert model.ffn is not None
-        counts = ServedCounts(1, device)
+        counts = ServedCounts(1, platform.host)
         serving, served = make_serving(
             [spec], {0: model.ffn}, buckets, [link], device, counts=counts, first_lane=1
         )
@@ -56,21 +57,28 @@ def _of_model(platform: Platform, notes: Notes, name: str, crosses: bool) -> tup
         lanes, own = make_stages([model], buckets, 1, buckets[-1], device)
         stages = {**own}
     notes.at("captures every stage", model=name)
-    graphs = platform.capture(lanes, stages)
+    graphs, not_captured = platform.capture(lanes, stages)
     known = model_stages(spec, crossing)
     loop = platform.loop([known], lanes, buckets)
-    refused = 0
-    for (lane, _, stage, bucket), graph in graphs.items():
+
+    def place_of(key: Key) -> dict[str, object]:
+        lane, _, stage, bucket = key
         words = stage.name + (" of a served dispatch" if lane else "")
-        where = {"model": name, "stage": words, "bucket": buckets[bucket]}
+        return {"model": name, "stage": words, "bucket": buckets[bucket]}
+
+    for key, reason in not_captured.items():
+        notes.finding(Gravity.REFUSED, reason, **place_of(key))
+    refused = len(not_captured)
+    for key, graph in graphs.items():
+        where = place_of(key)
         notes.at("instantiates for launches from the device", **where)
         nodes = dict(Counter(platform.node_types(graph)))
         try:
-            loop.add_graph(lane, 0, stage, bucket, graph.raw_cuda_graph())
+            loop.add_graph(*key, graph.raw_cuda_graph())
         except CudaLoopError as error:
             refused += 1
             notes.finding(Gravity.REFUSED, f"{error}; its nodes: {nodes}", **where)
         else:
             notes.fact("instantiated", nodes, **where)
     loop.close()
-    return len(graphs), refused
+    return len(graphs) + len(not_captured), refused

@@ -44,9 +44,9 @@ def whole_step(platform: Platform, notes: Notes) -> None:
 
 
 def _eager_join(
-    models: Any, lanes: Any, stages: Any, buckets: Any, *, resident: bool
+    models: Any, lanes: Any, stages: Any, buckets: Any, **options: Any
 ) -> HostLaunchedLoop:
-    assert not resident
+    assert not options["resident"]
     return HostLaunchedLoop(models, len(lanes), EagerLauncher(lanes, stages))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from crosspool.kernels.cuda_loop import CudaLoop
+from crosspool.kernels.residency import ResidencyError
 
 from benchmark.gpu_lanes import Lanes, Row
 from benchmark.gpu_report.bundled import PAGES, Reference, load, prompts
@@ -21,6 +22,7 @@ from benchmark.gpu_report.watchdog import beside
 
 _STREAMS = 40
 """More than a device has connections."""
+_LANES = 8
 
 
 @contextlib.contextmanager
@@ -78,11 +80,27 @@ def beside_the_loop(platform: Platform, notes: Notes) -> None:
             beside(notes, loop, name, call)
 
 
+def guard(platform: Platform, notes: Notes) -> None:
+    """Asks for page-locked memory while a loop is resident, and while it is off the device."""
+    with resident(platform, notes) as lanes:
+        loop, host = lanes.loop, lanes.host
+        try:
+            host.full((16,), 0, torch.int32)
+        except ResidencyError as error:
+            notes.fact("refused beside the loop", str(error))
+        else:
+            what = "page-locked memory is given beside a resident loop, where it may wait for ever"
+            notes.finding(Gravity.ERROR, what)
+        with loop.quiesced():
+            host.full((16,), 0, torch.int32)
+        notes.fact("given with the loop off the device", True)
+
+
 def streams(platform: Platform, notes: Notes) -> None:
     """Counts the streams of torch that wait for the loop's end, because they share a connection
     with a lane."""
     shared = []
-    with resident(platform, notes, lanes=2) as lanes:
+    with resident(platform, notes, lanes=_LANES) as lanes:  # each of its own streams is probed
         made = [torch.cuda.Stream() for _ in range(_STREAMS)]
         one = torch.ones(8, device=platform.device)
         ended = []

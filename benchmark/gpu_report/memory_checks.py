@@ -44,11 +44,11 @@ def unmapped_kv(platform: Platform, notes: Notes) -> None:
             model, buckets = load(platform, name, kv), platform.scale.buckets
             places, stages = make_stages([model], buckets, 1, buckets[-1], platform.device)
             notes.at("captures every stage while no KV is mapped", model=name)
-            try:
-                platform.capture(places, stages)
-            except Exception as error:
-                what = f"capture while no KV is mapped: {type(error).__name__}: {error}"
-                notes.finding(Gravity.REFUSED, what, model=name)
+            _, refused = platform.capture(places, stages)
+            for (_, _, stage, bucket), reason in refused.items():
+                where = {"model": name, "stage": stage.name, "bucket": buckets[bucket]}
+                notes.finding(Gravity.REFUSED, f"while no KV is mapped: {reason}", **where)
+            if refused:
                 continue
             notes.at("maps the KV and fills it", model=name)
             pool.map(0, range(chunks))

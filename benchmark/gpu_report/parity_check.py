@@ -18,7 +18,7 @@ import torch
 from crosspool.kernels.cuda_loop import GPUStage
 from crosspool.ranks.gpu.inputs import HostInputs
 from crosspool.ranks.gpu.lanes import make_stages
-from crosspool.ranks.gpu.launch import words
+from crosspool.ranks.gpu.launch import refusal, words
 from crosspool.ranks.gpu.model import GPUModel
 from crosspool.ranks.gpu.scratch import LaneBuffers
 from crosspool.ranks.gpu.stages import Stages
@@ -120,7 +120,9 @@ class _Parity:
         calls: Mapping[GPUStage, Callable[[], None]] = own.calls
         if name == "captured":
             self.notes.at("capture", model=self.name, bucket=self.bucket)
-            graphs = self.platform.capture(places, stages)
+            graphs, refused = self.platform.capture(places, stages)
+            if refused:
+                raise RuntimeError(refusal(refused, [self.bucket]))
             for graph in graphs.values():
                 self.platform.instantiate(graph)
             calls = {key[2]: graph.replay for key, graph in graphs.items()}

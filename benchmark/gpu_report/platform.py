@@ -7,6 +7,7 @@ in its name.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     import torch
     from crosspool.kernels.cuda_driver import CudaDriver
     from crosspool.kernels.cuda_loop import CudaLoop, ModelStages
-    from crosspool.ranks.gpu.launch import Key
+    from crosspool.ranks.gpu.host_side import HostSide
+    from crosspool.ranks.gpu.launch import Key, Refused
     from crosspool.ranks.gpu.scratch import LaneBuffers
     from crosspool.ranks.gpu.stages import HasStages
 
@@ -77,12 +79,17 @@ class Platform(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def host(self) -> HostSide:
+        """The host's side of the device, for what is captured without a loop."""
+        ...
+
     def synchronize(self) -> None:
         """Waits until the device has done everything."""
 
     def capture(
         self, lanes: Sequence[LaneBuffers], stages: Mapping[tuple[int, int, int], HasStages]
-    ) -> Mapping[Key, CapturedStage]:
+    ) -> tuple[Mapping[Key, CapturedStage], Refused]:
         """Captures every stage as :func:`crosspool.ranks.gpu.launch.capture` does, its warm-up
         included. They can be replayed once instantiated, see :meth:`instantiate`."""
         ...
@@ -125,6 +132,12 @@ class CudaPlatform:
         self.name = torch.cuda.get_device_name(0)
         self.scale = Scale()
 
+    @functools.cached_property
+    def host(self) -> HostSide:
+        from crosspool.ranks.gpu.host_side import HostSide
+
+        return HostSide(self.device)
+
     def synchronize(self) -> None:
         import torch
 
@@ -132,10 +145,10 @@ class CudaPlatform:
 
     def capture(
         self, lanes: Sequence[LaneBuffers], stages: Mapping[tuple[int, int, int], HasStages]
-    ) -> Mapping[Key, torch.cuda.CUDAGraph]:
+    ) -> tuple[Mapping[Key, torch.cuda.CUDAGraph], Refused]:
         from crosspool.ranks.gpu.launch import capture
 
-        return capture(lanes, stages, {})
+        return capture(lanes, stages, {}, self.host)
 
     def instantiate(self, graph: CapturedStage) -> None:
         import torch

@@ -36,7 +36,7 @@ class ExchangingLanes(Lanes):
     ) -> None:
         self.models, self.device = models, device
         self._buckets, self._flying, self._steps = buckets, {}, 0
-        self._host = HostSide(device)
+        self.host = HostSide(device)
         sequences, specs = buckets[-1], [model.spec for model in models]
         row_bytes = max(spec.hidden * DTYPE_BYTES[spec.dtype] for spec in specs)
         layout = LinkLayout(buckets[-1], row_bytes)
@@ -58,12 +58,12 @@ class ExchangingLanes(Lanes):
             crossings=[crossing] * len(models),
         )
         ffns = {i: model.ffn for i, model in enumerate(models) if model.ffn is not None}
-        self.served = ServedCounts(lanes, self._host)
+        self.served = ServedCounts(lanes, self.host)
         serving, served_stages = make_serving(
             specs, ffns, buckets, places, device, counts=self.served, first_lane=0
         )
         elements = max(stages.layout.elements for stages in self.stages.values())
-        self.memory = [HostMemory(elements, sequences, lease, self._host) for _ in range(lanes)]
+        self.memory = [HostMemory(elements, sequences, lease, self.host) for _ in range(lanes)]
         ends = [Ends(lane=lane) for lane in range(lanes)]
         bell = NeverRings()
         served: Any = HostExchange(bell, (), [ends], frozenset(ffns), buckets)
@@ -72,7 +72,7 @@ class ExchangingLanes(Lanes):
             serving,
             served_stages,
             buckets,
-            host=self._host,
+            host=self.host,
             resident=resident,
             exchange=served,
         )
@@ -81,12 +81,12 @@ class ExchangingLanes(Lanes):
             self.places,
             self.stages,
             buckets,
-            host=self._host,
+            host=self.host,
             resident=resident,
             exchange=HostExchange(bell, [[end] for end in ends]),
         )
         for loop in (own, self._peer):
-            start(loop, self._host)
+            start(loop, self.host)
         self.loop = own if resident else _InTurn(own, self._peer)
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ class ExchangingLanes(Lanes):
                 loop.quiesce()
         self.loop.close()
         self._peer.close()
-        self._host.close()
+        self.host.close()
 
 
 class _InTurn:

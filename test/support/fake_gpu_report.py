@@ -9,6 +9,7 @@ LIB is what :func:`support.fake_cuda_graphs.build` makes. The report's processes
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import os
 import sys
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     import torch
     from crosspool.kernels.cuda_driver import CudaDriver
     from crosspool.kernels.cuda_loop import CudaLoop, GPUStage, ModelStages
-    from crosspool.ranks.gpu.launch import Key
+    from crosspool.ranks.gpu.host_side import HostSide
+    from crosspool.ranks.gpu.launch import Key, Refused
     from crosspool.ranks.gpu.scratch import LaneBuffers
     from crosspool.ranks.gpu.stages import HasStages
     from support.fake_resident import FakeResident
@@ -57,12 +59,14 @@ class Plant:
     family: str
     stage: str
     layer: int
+    check: str | None = None
+    """The only check that has it."""
 
 
 PLANTS = {
     # Of the stages for rows that leave the device, so that lanes of one device go on.
     "refused": Plant("glm4_moe_lite", "COMBINE", 0),
-    "hang": Plant("glm4_moe_lite", "ATTENTION", 1),
+    "hang": Plant("qwen3_moe", "ATTENTION", 1, "resident steps"),
     "wrong": Plant("deepseek_v2", "MOE_FFN", 1),
 }
 
@@ -72,20 +76,35 @@ class FakePlatform:
 
     name, is_gpu, scale = NAME, False, SCALE
 
-    def __init__(self, library: Path, plants: Sequence[str]) -> None:
-        self.library, self.plants = library, plants
+    def __init__(self, library: Path, plants: Sequence[str], check: str) -> None:
+        """``plants``: names of faults; ``check``: the check that is run."""
+        self.library = library
+        self.plants = [name for name in plants if PLANTS[name].check in (None, check)]
 
     @functools.cached_property
     def device(self) -> torch.device:
         import torch
-        from crosspool.kernels.triton import attention, linear, tiles
+        from crosspool.kernels.triton import attention, linear
         from support import triton_interpreter
 
         triton_interpreter.repair()
         torch.set_num_threads(1)
-        for kernels in (attention, linear, tiles):
-            vars(kernels)["MULTIPROCESSORS"] = 4  # fewer programs to interpret
+        tile = vars(linear)["product_tile"]
+
+        def wide_tile(*arguments: Any) -> Any:
+            return dataclasses.replace(tile(*arguments), columns=64)
+
+        # Fewer programs are interpreted.
+        vars(linear)["product_tile"] = wide_tile
+        for kernels in (attention, linear):
+            vars(kernels)["MULTIPROCESSORS"] = 4
         return torch.device("cpu")
+
+    @functools.cached_property
+    def host(self) -> HostSide:
+        from crosspool.ranks.gpu.host_side import HostSide
+
+        return HostSide(self.device)
 
     @functools.cached_property
     def fake(self) -> FakeResident:
@@ -98,7 +117,7 @@ class FakePlatform:
 
     def capture(
         self, lanes: Sequence[LaneBuffers], stages: Mapping[tuple[int, int, int], HasStages]
-    ) -> Mapping[Key, CapturedStage]:
+    ) -> tuple[Mapping[Key, CapturedStage], Refused]:
         """Warms up as the product does, with 0 rows, and makes graphs of the fake driver."""
         import torch
         from crosspool.ranks.gpu.launch import words
@@ -113,7 +132,7 @@ class FakePlatform:
                 call()
                 body = self._planted(lanes[lane_index], of_model, stage, call)
                 graphs[lane_index, model, stage, bucket] = self._graph(of_model, stage, body)
-        return graphs
+        return graphs, {}
 
     def instantiate(self, graph: CapturedStage) -> None:
         pass
@@ -137,6 +156,7 @@ class FakePlatform:
         stages: Mapping[tuple[int, int, int], HasStages],
         buckets: Sequence[int],
         *,
+        host: HostSide,
         resident: bool,
     ) -> Any:
         from crosspool.ranks.gpu.launch import EagerLauncher
@@ -145,7 +165,7 @@ class FakePlatform:
         planted: Any = {
             key: SimpleNamespace(
                 calls={
-                    stage: self._planted(lanes[key[0]], of_model, stage, call, resident=resident)
+                    stage: self._planted(lanes[key[0]], of_model, stage, call)
                     for stage, call in of_model.calls.items()
                 }
             )
@@ -158,6 +178,7 @@ class FakePlatform:
             lanes,
             planted,
             buckets,
+            host=host,
             resident=True,
             watch=None,
             exchange=None,
@@ -176,12 +197,10 @@ class FakePlatform:
         of_model: Any,
         stage: GPUStage,
         call: Callable[[], None],
-        *,
-        resident: bool = False,
     ) -> Callable[[], None]:
         """A stage's call, with the faults that are planted in it."""
         wrong = self._is_planted("wrong", of_model, stage)
-        hang = resident and self._is_planted("hang", of_model, stage)
+        hang = self._is_planted("hang", of_model, stage)
 
         def body() -> None:
             if hang and int(lane.layer) == PLANTS["hang"].layer:
@@ -225,6 +244,7 @@ if __name__ == "__main__":
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--plant", choices=sorted(PLANTS), action="append", default=[])
     known, rest = parser.parse_known_args()
+    check = rest[rest.index("--check") + 1] if "--check" in rest else ""
     again = [sys.executable, "-m", "support.fake_gpu_report", f"--library={known.library}"]
     again += [f"--plant={plant}" for plant in known.plant]
-    sys.exit(main(rest, lambda: FakePlatform(known.library, known.plant), again))
+    sys.exit(main(rest, lambda: FakePlatform(known.library, known.plant, check), again))

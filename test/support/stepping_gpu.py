@@ -12,6 +12,7 @@ from crosspool.kernels.cuda_loop import CudaLoop, GPUStage, ModelStages
 from crosspool.kernels.cuda_loop_structs import GPUStepArguments
 from crosspool.kernels.engine_structs import DONE, Event
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
+from crosspool.ranks.gpu.host_side import HostSide
 from crosspool.ranks.gpu.scratch import LaneBuffers
 from support.fake_cuda_memory import FakeCuda
 from support.fake_resident import FakeResident
@@ -60,12 +61,14 @@ class SteppingGPU(OneGPU):
             self._places,
             stages,
             BUCKETS,
+            host=HostSide(torch.device("cpu")),
             resident=True,
             watch=None,
             exchange=None,
             epoch=1,
             tails={},
         )
+        loop.start()
         push, pop = loop.push_step, loop.pop
 
         def push_step(lane: int, arguments: GPUStepArguments) -> None:
