@@ -1,5 +1,6 @@
-"""The C modules with which Triton loads and launches kernels. Triton compiles one for every signature,
-which needs a C compiler and Python's headers; made ahead, they need neither where they run."""
+"""The C modules with which Triton loads and launches kernels. Triton compiles one for every
+signature, which needs a C compiler and Python's headers; made ahead, they need neither where they
+run."""
 
 from __future__ import annotations
 
@@ -109,7 +110,9 @@ def _compiler() -> str:
     """Returns the C compiler that Triton would take."""
     found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if found is None:
-        raise ConfigError("there is no C compiler, which Triton needs to launch kernels: install gcc")
+        raise ConfigError(
+            "there is no C compiler, which Triton needs to launch kernels: install gcc"
+        )
     return found
 
 

@@ -1,5 +1,5 @@
-"""A folder of compiled kernels that Triton finds them in: opened under a lock, checked, and filled by
-many processes at once."""
+"""A folder of compiled kernels that Triton finds them in: opened under a lock, checked, and filled
+by many processes at once."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class KernelCache:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[list[str]]:
-        """Holds the folder alone, made where it is not there. Yields what was wrong with it, by name;
-        those entries are gone.
+        """Holds the folder alone, made where it is not there. Yields what was wrong with it, by
+        name; those entries are gone.
 
         Raises ConfigError for a folder that cannot be written, or that another process does not
         let go."""
@@ -98,8 +98,8 @@ class KernelCache:
         workers: int,
         on_done: Callable[[str], None],
     ) -> None:
-        """Compiles ``tasks``, by entry, in ``workers`` processes; ``on_done`` is called with the entry
-        of each one that is done. ``models``: for which models an entry is.
+        """Compiles ``tasks``, by entry, in ``workers`` processes; ``on_done`` is called with the
+        entry of each one that is done. ``models``: for which models an entry is.
 
         Raises CompileError that names those that failed, once the others are done."""
         failed: list[str] = []
@@ -117,9 +117,9 @@ class KernelCache:
             while pending:
                 done, _ = wait(pending, _KERNEL_PATIENCE, FIRST_COMPLETED)
                 if not done:
+                    left = ", ".join(sorted({tasks[name].kernel for name in pending.values()}))
                     raise CompileError(
-                        f"no kernel was compiled in {_KERNEL_PATIENCE:.0f} s; "
-                        + f"{', '.join(sorted({tasks[n].kernel for n in pending.values()}))} are left"
+                        f"no kernel was compiled in {_KERNEL_PATIENCE:.0f} s; left are {left}"
                     )
                 for future in done:
                     name = pending.pop(future)

@@ -84,18 +84,9 @@ def recording(capability: int) -> Iterator[list[Launch]]:
         nonlocal grid
         grid = of_launch
 
-    def record(
-        self: Any,
-        key: Any,
-        signature: Any,
-        device: Any,
-        constants: Any,
-        options: Any,
-        attributes: Any,
-        warmup: bool,
-    ) -> None:
+    def record(self: Any, *compilation: Any) -> None:
         """Triton takes None for: a hook has done without this kernel."""
-        del key, device, warmup
+        _, signature, _, constants, options, attributes, _ = compilation
         launches.append(
             Launch(
                 capability=capability,

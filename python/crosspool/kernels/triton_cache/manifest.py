@@ -1,5 +1,5 @@
-"""The list of compiled kernels that lies beside them: for what they were compiled, and the SHA-256 of
-every file."""
+"""The list of compiled kernels that lies beside them: for what they were compiled, and the SHA-256
+of every file."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class Identity:
         )
 
     def differences(self, other: Identity) -> list[str]:
-        """Names what of ``other`` is not as here."""
+        """Names what of ``other`` is not as here, so that its kernels would never be found."""
         here, there = asdict(self), asdict(other)
         return [
             f"{name} is {there[name][:12]} instead of {here[name][:12]}"
-            for name in here
+            for name in ("sources", "triton", "triton_key", "python")
             if here[name] != there[name]
         ]
 

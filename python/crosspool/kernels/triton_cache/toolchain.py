@@ -13,6 +13,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from triton.runtime import cache
 from crosspool.config.errors import ConfigError
 
 _LIBRARY = "_C/libtriton.so"
-_SAME = re.compile(r"(compiler|backends|language|runtime)/.*\.py|backends/nvidia/(bin/ptxas|lib/).*")
+_SAME = re.compile(
+    r"(compiler|backends|language|runtime)/.*\.py|backends/nvidia/(bin/ptxas|lib/).*[^/]"
+)
 """Files on which compiled kernels depend."""
 _OWN = Path(triton.__file__).parent
 _OWN_KEY = cache.triton_key()
@@ -41,7 +44,9 @@ class Toolchain:
     @classmethod
     def own(cls) -> Toolchain:
         """The Triton of this process."""
-        return cls(triton.__version__, f"cp{sys.version_info.major}{sys.version_info.minor}", _OWN_KEY)
+        return cls(
+            triton.__version__, f"cp{sys.version_info.major}{sys.version_info.minor}", _OWN_KEY
+        )
 
     @classmethod
     def of(cls, place: Path) -> Toolchain:
@@ -60,8 +65,18 @@ class Toolchain:
         return cls(triton.__version__, files.python, key)
 
     def use(self) -> None:
-        """Makes this process compile into the cache as this Triton would."""
+        """Makes this process compile into the cache, and find there, as this Triton would."""
         cache.triton_key = lambda: self.key
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Does what :meth:`use` does, for a while."""
+        before = cache.triton_key
+        self.use()
+        try:
+            yield
+        finally:
+            cache.triton_key = before
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""Compiles ahead every kernel that the devices of a deployment launch: the stages of their models are
-called over tensors without memory, while launches are recorded."""
+"""Compiles ahead every kernel that the devices of a deployment launch: the stages of their models
+are called over tensors without memory, while launches are recorded."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from crosspool.kernels.cuda_loop import LinkMemory
 from crosspool.kernels.triton_cache.host_modules import Python, host_modules
 from crosspool.kernels.triton_cache.kernel_cache import KernelCache, Task, worker_count
 from crosspool.kernels.triton_cache.launches import Launch, recording
+from crosspool.kernels.triton_cache.manifest import Entry, Identity
 from crosspool.kernels.triton_cache.toolchain import Toolchain
 from crosspool.kvpool.layout import KVLayout
 from crosspool.observability.progress import loading
@@ -66,6 +67,9 @@ class Compiled:
     """Those that were in the cache."""
     wrong: list[str]
     """What was wrong with the cache; it is mended."""
+    entries: dict[str, Entry]
+    """All of them, by the names of their folders in the cache."""
+    identity: Identity
 
 
 def default_folder(toolchain: Toolchain) -> Path:
@@ -92,13 +96,13 @@ def compile_ahead(
 
     Raises CompileError that names the kernels that do not compile, ConfigError for a folder that
     cannot be used."""
-    toolchain.use()
     wanted = Wanted()
-    for model, of_model in launches.items():
-        for launch in of_model:
-            wanted.add(launch, model)
-        for module in host_modules(of_model, python) if python is not None else ():
-            wanted.add(module, model)
+    with toolchain.used():
+        for model, of_model in launches.items():
+            for launch in of_model:
+                wanted.add(launch, model)
+            for module in host_modules(of_model, python) if python is not None else ():
+                wanted.add(module, model)
     cache = KernelCache(folder, toolchain)
     with cache.opened() as wrong:
         for problem in wrong:
@@ -114,7 +118,9 @@ def compile_ahead(
                     loaded.progress(1)
 
                 cache.fill(missing, wanted.models, count, on_done)
-    return Compiled(len(missing), len(wanted.tasks) - len(missing), wrong)
+    entries = {name: cache.manifest.entries[name] for name in wanted.tasks}
+    found = len(entries) - len(missing)
+    return Compiled(len(missing), found, wrong, entries, cache.identity)
 
 
 def deployment_launches(
