@@ -9,6 +9,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -188,6 +189,7 @@ def _begin(folder: Path, toolchain: Toolchain) -> None:
     from triton import knobs
 
     die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whom it is meant for ends this process
     os.environ["TRITON_CACHE_DIR"] = str(folder)
     knobs.compilation.store_binary_only = True
     toolchain.use()

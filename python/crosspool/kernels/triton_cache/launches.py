@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +69,11 @@ def entry_of(key: str) -> str:
 
 
 @contextmanager
-def recording(capability: int) -> Iterator[list[Launch]]:
-    """Makes every launch of a kernel fill the list, in order, and launch nothing."""
+def recording(
+    capability: int, on_launch: Callable[[Launch], None] = lambda _: None
+) -> Iterator[list[Launch]]:
+    """Makes every launch of a kernel fill the list, in order, and launch nothing; ``on_launch`` is
+    called with each."""
     launches: list[Launch] = []
     run, compile_ = JITFunction.run, JITFunction._do_compile
     grid: tuple[int, ...] = ()
@@ -99,6 +102,7 @@ def recording(capability: int) -> Iterator[list[Launch]]:
                 options=dict(options.__dict__),
             )
         )
+        on_launch(launches[-1])
 
     before = driver._active
     JITFunction.run, JITFunction._do_compile = warm_up, record

@@ -21,9 +21,10 @@ from crosspool.kernels.triton_cache.manifest import Entry, Identity
 from crosspool.kernels.triton_cache.toolchain import Toolchain
 from crosspool.kvpool.layout import KVLayout
 from crosspool.observability.progress import loading
-from crosspool.ranks.gpu.lanes import make_serving, make_stages
+from crosspool.ranks.gpu.lanes import make_serving, make_stages, model_stages
 from crosspool.ranks.gpu.links import ServedCounts, crossing_of, remote_ffn_ranks
 from crosspool.ranks.gpu.model import GPUModel
+from crosspool.ranks.gpu.shares import check_share
 from crosspool.ranks.gpu.stages import HasStages, buckets_up_to
 from crosspool.ranks.gpu.weights import GPUFFN, GPUAttention
 from crosspool.ranks.weights import TORCH_DTYPES, held_models
@@ -110,7 +111,7 @@ def compile_ahead(
         missing = cache.missing(wanted.tasks)
         if missing:
             count = workers or worker_count()
-            what = f"kernels compiled by {min(count, len(missing))} processes"
+            what = f"compilation by {min(count, len(missing))} processes"
             with loading("Triton", what, len(missing), unit="kernels") as loaded:
 
                 def on_done(name: str) -> None:
@@ -123,11 +124,28 @@ def compile_ahead(
     return Compiled(len(missing), found, wrong, entries, cache.identity)
 
 
+def compile_deployment(
+    deployment: Deployment, specs: Sequence[ModelSpec], placement: Placement, capability: int
+) -> Compiled:
+    """Compiles every kernel of a deployment that is not in the folder of compiled kernels yet, and
+    makes Triton look there. All device processes of a host may call it at once: the first one
+    compiles, and the others wait for it and find the kernels.
+
+    Raises as :func:`compile_ahead` and :func:`deployment_launches` do."""
+    toolchain = Toolchain.own()
+    folder = default_folder(toolchain)
+    os.environ["TRITON_CACHE_DIR"] = str(folder)
+    launches = deployment_launches(deployment, specs, placement, capability)
+    return compile_ahead(launches, folder, toolchain=toolchain, python=Python.of())
+
+
 def deployment_launches(
     deployment: Deployment, specs: Sequence[ModelSpec], placement: Placement, capability: int
 ) -> dict[str, list[Launch]]:
     """Returns what the devices of a deployment launch on GPUs of ``capability`` (90: sm_90), by
-    model."""
+    model.
+
+    Raises ConfigError for a model, or a share of one, that a GPU does not drive."""
     launches: dict[str, list[Launch]] = {}
     for device in deployment.devices:
         for held in held_models(deployment, device, specs, placement):
@@ -145,8 +163,10 @@ def _stages(
     """The stages of a model on a device, as :mod:`crosspool.ranks.gpu.join` makes them, without
     memory."""
     spec, buckets = held.spec, buckets_up_to(deployment.max_step_tokens)
-    ffn = None
+    crossing, ffn = crossing_of(deployment, device, held.index), None
+    model_stages(spec, crossing)
     if held.ffn is not None:
+        check_share(deployment.models[held.index], spec, held.ffn)
         ffn = GPUFFN(spec, None, held.ffn, NOWHERE, lambda _: None)
     if held.attention:
         pages = _pages(deployment, spec)
@@ -161,7 +181,7 @@ def _stages(
             deployment.max_running_requests,
             NOWHERE,
             links=[[LinkMemory() for _ in remote_ffn_ranks(deployment, device)]],
-            crossings=[crossing_of(deployment, device, held.index)],
+            crossings=[crossing],
         )
         yield from stages.values()
     if ffn is not None and any(peer != device for peer in deployment.kv_pool_devices):

@@ -16,6 +16,7 @@ from crosspool.kernels.cuda_driver import CudaBindings
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
+from crosspool.ranks.gpu.compile import compile_deployment, telling_of_compilation
 from crosspool.ranks.gpu.join import GPUParts, join_lanes
 from crosspool.ranks.gpu.model import GPUModel
 from crosspool.ranks.gpu.shares import check_share
@@ -37,6 +38,8 @@ def load_gpu_ranks(
     all GPUs of a deployment call it at once: they meet, to share the memory of their links."""
     check_alike(deployment.devices)
     torch.cuda.set_device(device.gpu)
+    major, minor = torch.cuda.get_device_capability(device.gpu)
+    compile_deployment(deployment, specs, placement, 10 * major + minor)
     gpu, driver = torch.device("cuda", device.gpu), CudaBindings(device.gpu)
     with contextlib.ExitStack() as resources:
         peers = join_gpus(
@@ -55,9 +58,10 @@ def load_gpu_ranks(
             resources.callback(virtualizer.close)
         parts = load_parts(deployment, device, specs, placement, kv, on=gpu)
         made = resources.enter_context(contextlib.ExitStack())
-        ranks, executor = join_lanes(
-            deployment, device, parts, peers, virtualizer=virtualizer, on=gpu, resources=made
-        )
+        with telling_of_compilation():
+            ranks, executor = join_lanes(
+                deployment, device, parts, peers, virtualizer=virtualizer, on=gpu, resources=made
+            )
         if virtualizer is not None:
             virtualizer.quiesced = executor.quiesced
         ranks.resources = resources.pop_all()
