@@ -8,6 +8,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import time
@@ -322,7 +323,6 @@ class _Killed(Launch):
 
 class _Stuck(Launch):
     def compile(self) -> None:
-        Path(os.environ["TRITON_CACHE_DIR"], "pid").write_text(str(os.getpid()))
         time.sleep(600)
 
 
@@ -339,11 +339,10 @@ def test_processes_that_die_or_hang_end_the_compilation(
     launch = filled.launches[MODELS[0].name][0]
     with pytest.raises(CompileError, match="was killed, perhaps for want of memory"):
         fill_with(_Killed, launch, tmp_path)
-    monkeypatch.setattr(kernel_cache, "_KERNEL_PATIENCE", 8.0)
-    with pytest.raises(CompileError, match=f"no kernel was compiled in 8 s; .*{launch.kernel}"):
+    monkeypatch.setattr(kernel_cache, "_KERNEL_PATIENCE", 2.0)
+    with pytest.raises(CompileError, match=f"no kernel was compiled in 2 s; .*{launch.kernel}"):
         fill_with(_Stuck, launch, tmp_path)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert multiprocessing.active_children() == []
 
 
 def test_a_folder_is_filled_by_one_process_at_a_time(
