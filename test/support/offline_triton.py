@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+from crosspool.kernels.triton_cache.launches import Launch, recording
 
 
 @dataclass(frozen=True)
@@ -32,43 +30,17 @@ class Compiled:
     ptx: str
 
 
-class _Device:
-    """The driver of a device of which only the architecture is known."""
-
-    def __init__(self, capability: int) -> None:
-        self._target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return int(self._target.arch)
-
-    def get_current_stream(self, device: int) -> int:
-        del device
-        return 0
-
-
 @contextmanager
 def compiling(capability: int) -> Iterator[list[Compiled]]:
     """Makes a launch compile the kernel for sm_<capability> and launch nothing. The list fills with
     what was compiled. Arrays are never touched."""
     compiled: list[Compiled] = []
-    run = JITFunction.run
 
-    def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        del warmup
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.append(_describe(kernel, tuple(grid)))
-        return kernel
+    def compile_it(launch: Launch) -> None:
+        compiled.append(_describe(launch.compile(), launch.grid))
 
-    JITFunction.run = warm_up
-    driver.set_active(_Device(capability))
-    try:
+    with recording(capability, compile_it):
         yield compiled
-    finally:
-        JITFunction.run = run
-        driver._active = None
 
 
 def _describe(kernel: Any, grid: tuple[int, ...]) -> Compiled:

@@ -16,6 +16,7 @@ from crosspool.transport.admin import AdminError
 COMMANDS = {
     "serve": "Serve the models that flags or a deployment file name.",
     "demo": "Serve the three small models that come with CrossPool.",
+    "compile": "Compile the kernels that GPUs will launch, ahead and without a GPU.",
     "plan": "Plan pools, KV budget and placement for models, devices and traffic.",
     "pools": "Show what the pools of a running server hold.",
     "trace": "Record what the lanes of a running server do.",
@@ -26,6 +27,7 @@ examples:
   crosspool serve --model-path models/Qwen3-30B-A3B --model-path models/GLM-4.7-Flash
   crosspool serve --config deployment.yaml
   crosspool plan Qwen3-30B-A3B GLM-4.7-Flash --devices 5x40GB --rate 1 --prompt 800 --output 200
+  crosspool compile --capability 90 --model-path models/Qwen3-30B-A3B
   crosspool pools --tensors
   crosspool trace --seconds 2 --out trace.json
 

@@ -40,7 +40,7 @@ def prepare(options: Options) -> Prepared:
 
     Raises ConfigError for the first thing that is wrong; it names the field and what would be
     right."""
-    models = _models(options)
+    models = model_configs(options)
     specs = tuple(
         read_model(Path(model.path), model.context_length, model.dtype) for model in models
     )
@@ -67,7 +67,8 @@ def prepare(options: Options) -> Prepared:
     return Prepared(deployment=deployment, specs=specs, placement=placement)
 
 
-def _models(options: Options) -> tuple[ModelConfig, ...]:
+def model_configs(options: Options) -> tuple[ModelConfig, ...]:
+    """Returns the models with their names and absolute paths. Raises ConfigError."""
     if not options.models:
         raise ConfigError("models: name at least one model")
     models = tuple(

@@ -17,6 +17,7 @@ from crosspool.kernels.residency import Residency
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
+from crosspool.ranks.gpu.compile import compile_deployment, telling_of_compilation
 from crosspool.ranks.gpu.host_side import HostSide, allocations
 from crosspool.ranks.gpu.join import GPUParts, join_lanes
 from crosspool.ranks.gpu.model import GPUModel
@@ -39,6 +40,8 @@ def load_gpu_ranks(
     all GPUs of a deployment call it at once: they meet, to share the memory of their links."""
     check_alike(deployment.devices)
     torch.cuda.set_device(device.gpu)
+    major, minor = torch.cuda.get_device_capability(device.gpu)
+    compile_deployment(deployment, specs, placement, 10 * major + minor)
     residency = Residency(device.name, allocations)
     driver = CudaBindings(device.gpu, residency)
     with contextlib.ExitStack() as resources:
@@ -61,9 +64,10 @@ def load_gpu_ranks(
             resources.callback(virtualizer.close)
         parts = load_parts(deployment, device, specs, placement, kv, on=host.device)
         made = resources.enter_context(contextlib.ExitStack())
-        ranks, _ = join_lanes(
-            deployment, device, parts, peers, virtualizer=virtualizer, host=host, resources=made
-        )
+        with telling_of_compilation():
+            ranks, _ = join_lanes(
+                deployment, device, parts, peers, virtualizer=virtualizer, host=host, resources=made
+            )
         ranks.resources = resources.pop_all()
     return ranks
 
