@@ -36,7 +36,8 @@ TRITON := $(abspath $(VENV))/triton
 TRITON_TESTS := test/test_bare_gpu_machine.py test/kernels/test_triton.py \
   test/kernels/test_triton_compile.py test/kernels/test_triton_exchange.py \
   test/ranks/test_gpu_interpreted.py \
-  test/benchmark/test_gpu_benchmark.py test/benchmark/test_gpu_kernels.py
+  test/benchmark/test_gpu_benchmark.py test/benchmark/test_gpu_kernels.py \
+  test/benchmark/test_gpu_report.py
 NATIVE := $(shell find sgl-kernel-ext -type f)
 CXX_FILES := $(filter %.h %.hpp %.c %.cpp %.cu,$(NATIVE))
 
@@ -49,7 +50,7 @@ GPU_ENV := PYTHONPATH=python:.$(if $(PYTHONPATH),:$(PYTHONPATH)) CUDA_MODULE_LOA
 GPU_BUILD := build/gpu
 
 .PHONY: help env dev serve test test-all test-triton test-rest lint format bench bench-peers \
-  native-gpu test-gpu bench-gpu sanitize-gpu clean force
+  native-gpu gpu-report test-gpu bench-gpu sanitize-gpu clean force
 
 help: ## Prints this list.
 	@echo "Targets"
@@ -134,10 +135,15 @@ bench-peers: dev ## Installs other engines and measures CrossPool beside them.
 native-gpu: ## Builds the native code, with the GPU libraries, into python/crosspool/kernels.
 	@echo "==> native code, in place"
 	@cmake -S sgl-kernel-ext -B $(GPU_BUILD) -DCMAKE_BUILD_TYPE=Release -DCROSSPOOL_CUDA=ON \
-	  -DCROSSPOOL_CUDA_ARCHITECTURES="$(GPU_ARCHITECTURES)" \
+	  -DCROSSPOOL_CUDA_ARCHITECTURES="$(GPU_ARCHITECTURES)" $(GPU_OPTIONS) \
 	  -DCROSSPOOL_NVSHMEM="$$($(GPU_PYTHON) scripts/nvshmem_folder.py)"
 	@cmake --build $(GPU_BUILD) --parallel
 	@cmake --install $(GPU_BUILD) --prefix python
+
+# With the experiments in C++.
+gpu-report: GPU_OPTIONS := -DCROSSPOOL_BUILD_BENCHMARKS=ON
+gpu-report: native-gpu ## Tells everything about a GPU, in three parts of under nine minutes: ARGS="--part a".
+	@$(GPU_ENV) $(GPU_PYTHON) -m benchmark.gpu_report $(ARGS)
 
 test-gpu: native-gpu ## Runs the tests that need an NVIDIA GPU; docs/gpu.md says what they need.
 	@$(GPU_ENV) $(GPU_PYTHON) -m pytest -m gpu $(GPU_TESTS) $(ARGS)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from crosspool.models.spec import ModelSpec
     from crosspool.ranks.gpu.model import GPUModel
 
-    from benchmark.gpu_lanes import Lanes
+    from benchmark.gpu_lanes import Join, Lanes
 
 CATALOGUE = ROOT / "python" / "crosspool" / "models" / "catalogue"
 MODELS = ("Qwen3-30B-A3B", "DeepSeek-V2-Lite", "GLM-4.7-Flash")
@@ -62,6 +62,8 @@ class Plan:
     tokens: int
     """Steps of one measurement."""
     rounds: int
+    join: Join | None = None
+    """Makes loops in place of :func:`crosspool.ranks.gpu.lanes.join_loop`."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -128,17 +130,31 @@ def spec_of(name: str) -> ModelSpec:
 class Run:
     """Collects the rows of all models."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(
+        self, plan: Plan, told: Callable[[dict[str, Any]], None] = lambda row: None
+    ) -> None:
+        """``told`` is called with every row as soon as it is there."""
         from benchmark.gpu_timing import copy_bandwidth
 
         self.plan = plan
-        self.recorder = Recorder("gpu")
+        self.recorder = Recorder("gpu", told)
         self._began = time.monotonic()
         self.gpu = _device_name(plan.device)
         self._bandwidth = copy_bandwidth(plan.device)
         self._add("copy bandwidth", "all", [self._bandwidth / 1e9], "GB/s")
 
     def model(self, name: str, layers: int | None) -> None:
+        model = self.prepare(name, layers)
+        for batch in self.plan.batches:
+            whole = self.whole(name, model, batch)
+            loops = ("resident", "host") if self.plan.device.type == "cuda" else ("host",)
+            for loop in loops:
+                for lanes in (1, 2):
+                    self.loop(name, model, batch=batch, loop=loop, lanes=lanes, whole=whole)
+            self.stages(name, model, batch)
+
+    def prepare(self, name: str, layers: int | None) -> GPUModel:
+        """A model of random weights, with as many layers as fit, at most ``layers``."""
         spec = spec_of(name)
         longest = self.plan.context + self.plan.tokens + 1
         pages = max(self.plan.batches) * 2 * -(-longest // PAGE_SIZE)
@@ -147,14 +163,7 @@ class Run:
         )
         from benchmark.gpu_lanes import random_model
 
-        model = random_model(spec, self.plan.device, pages=pages, page_size=PAGE_SIZE)
-        for batch in self.plan.batches:
-            whole = self._whole(name, model, batch)
-            loops = ("resident", "host") if self.plan.device.type == "cuda" else ("host",)
-            for loop in loops:
-                for lanes in (1, 2):
-                    self._loop(name, model, batch=batch, loop=loop, lanes=lanes, whole=whole)
-            self._stages(name, model, batch)
+        return random_model(spec, self.plan.device, pages=pages, page_size=PAGE_SIZE)
 
     def vmm(self) -> None:
         """Measures the cost of mapping memory by itself; see benchmark.gpu_vmm for more."""
@@ -184,20 +193,22 @@ class Run:
                 + (f"  ({row['to_whole']:.2f} x whole)" if row.get("to_whole") else "")
             )
 
-    def _whole(self, name: str, model: GPUModel, batch: int) -> float:
+    def whole(self, name: str, model: GPUModel, batch: int) -> float:
+        """Milliseconds of a step as one graph."""
         from benchmark.gpu_timing import device_times
         from benchmark.gpu_whole import whole_model
 
         with whole_model(model, batch, self.plan.context, self.plan.device) as step:
-            times = device_times(step, self.plan.device, self.plan.rounds)
+            times = device_times(step.run, self.plan.device, self.plan.rounds)
         ms = [1e3 * seconds for seconds in times]
         self._add("whole", name, ms, "ms", model=model, batch=batch)
         return statistics.median(ms)
 
-    def _loop(
+    def loop(
         self, name: str, model: GPUModel, *, batch: int, loop: str, lanes: int, whole: float
-    ) -> None:
-        from benchmark.gpu_lanes import Lanes
+    ) -> float:
+        """Milliseconds per step of a loop; ``whole``: of the whole model as one graph."""
+        from benchmark.gpu_lanes import Lanes, join_loop
 
         with Lanes(
             [model],
@@ -206,6 +217,7 @@ class Run:
             device=self.plan.device,
             resident=loop == "resident",
             lease=self.plan.tokens,
+            join=self.plan.join or join_loop,
         ) as driver:
             if self.plan.device.type == "cuda":
                 decode(driver, self.plan, batch, lanes)
@@ -218,8 +230,10 @@ class Run:
             stages = 2 * model.spec.layers + 2
             us = 1e3 * (median - whole) / stages
             self._add(f"hand-over, {loop}", name, [us], "us", model=model, batch=batch)
+        return median
 
-    def _stages(self, name: str, model: GPUModel, batch: int) -> None:
+    def stages(self, name: str, model: GPUModel, batch: int) -> None:
+        """Time of every stage, and of a launch."""
         from benchmark.gpu_timing import device_times
         from benchmark.gpu_whole import stage_calls
 

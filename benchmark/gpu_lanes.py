@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from crosspool.ranks.gpu.weights import GPUFFN, GPUAttention
 from crosspool.ranks.weights import TORCH_DTYPES
 from crosspool.weightpool.placement import FFNShard
 
+Join = Callable[..., Any]
+"""Makes a loop over lanes, as :func:`crosspool.ranks.gpu.lanes.join_loop` does."""
 _PATIENCE = 60.0
 """Seconds that a step may take."""
 
@@ -57,6 +59,7 @@ class Lanes:
         device: torch.device,
         resident: bool,
         lease: int = 1,
+        join: Join = join_loop,
     ) -> None:
         self.models = models
         self.device = device
@@ -67,7 +70,7 @@ class Lanes:
         pinned = device.type == "cuda"
         self._memory = [HostMemory(elements, sequences, lease, pinned=pinned) for _ in range(lanes)]
         known = [model_stages(model.spec, Crossing()) for model in models]
-        self.loop = join_loop(known, self.places, self.stages, buckets, resident=resident)
+        self.loop = join(known, self.places, self.stages, buckets, resident=resident)
         self._flying: dict[int, GPUStepArguments] = {}
         self._steps = 0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from crosspool.kernels.cuda_loop import GPUStage
@@ -18,6 +19,18 @@ from crosspool.ranks.gpu.scratch import LaneBuffers, Scratch
 from crosspool.ranks.gpu.stages import Stages
 
 Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class WholeStep:
+    """A step as one graph. The host may change ``inputs`` between two runs."""
+
+    run: Call
+    inputs: HostInputs
+    chosen: torch.Tensor
+    """int32, on the device: the tokens of the last run."""
+    memory: torch.Tensor
+    """Holds ``inputs``."""
 
 
 class _LayerByLayer(LaneBuffers):
@@ -38,16 +51,19 @@ class _LayerByLayer(LaneBuffers):
 
 
 @contextlib.contextmanager
-def whole_model(model: GPUModel, batch: int, context: int, device: torch.device) -> Iterator[Call]:
+def whole_model(
+    model: GPUModel, batch: int, context: int, device: torch.device
+) -> Iterator[WholeStep]:
     """Embedding to sampling of ``batch`` rows, each at position ``context``."""
-    lane, stages = _prepared(model, batch, context, device)
+    lane, stages, host = _prepared(model, batch, context, device)
 
     def step() -> None:
         stages.embed()
         _layers(lane, stages)
         stages.head()
 
-    yield _captured(step, device)
+    assert lane.memory is not None
+    yield WholeStep(_captured(step, device), host, lane.chosen, lane.memory)
 
 
 @contextlib.contextmanager
@@ -56,7 +72,7 @@ def stage_calls(
 ) -> Iterator[list[tuple[str, Call, int]]]:
     """Every stage by name, and the bytes that it must read at least: weights and KV. A call takes
     the next layer of its kind, so that no weight is found in a cache."""
-    lane, stages = _prepared(model, batch, context, device)
+    lane, stages, _ = _prepared(model, batch, context, device)
     stages.embed()
     _layers(lane, stages)  # so that every buffer holds what it holds in a step
     spec, kinds = model.spec, model.kinds
@@ -83,7 +99,7 @@ def stage_calls(
 
 def _prepared(
     model: GPUModel, batch: int, context: int, device: torch.device
-) -> tuple[_LayerByLayer, Stages]:
+) -> tuple[_LayerByLayer, Stages, HostInputs]:
     layout = InputLayout(batch, batch, model.pages_of_sequence)
     arena = Scratch.bytes(model, layout)
     lane = _LayerByLayer(device, batch, arena, model.spec.layers)
@@ -99,7 +115,7 @@ def _prepared(
     host.close(batch, pages, batch)
     lane.words.copy_(words(memory.data_ptr(), batch, 0))
     lane.memory = memory
-    return lane, stages
+    return lane, stages, host
 
 
 def _layers(lane: _LayerByLayer, stages: Stages) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,12 @@ IMAGES = ROOT / "docs" / "images"
 class Recorder:
     """Collects the rows of one benchmark."""
 
-    def __init__(self, benchmark: str) -> None:
+    def __init__(
+        self, benchmark: str, told: Callable[[dict[str, Any]], None] = lambda row: None
+    ) -> None:
+        """``told`` is called with every row as soon as it is added."""
         self.benchmark = benchmark
+        self._told = told
         self.rows: list[dict[str, Any]] = []
         self._machine = machine.describe()
         self._date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -100,6 +104,7 @@ class Recorder:
         self.rows.append(
             {"benchmark": self.benchmark, **row, "date": self._date, "machine": self._machine}
         )
+        self._told(self.rows[-1])
 
     def write(self, folder: Path = RESULTS) -> Path:
         """Replace this benchmark's file of rows."""

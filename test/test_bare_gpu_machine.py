@@ -1,7 +1,9 @@
-"""What ``make test-gpu`` and ``make bench-gpu`` run needs no more than a GPU machine has."""
+"""What ``make gpu-report``, ``make test-gpu`` and ``make bench-gpu`` run needs no more than a GPU
+machine has."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -65,3 +67,44 @@ def test_the_benchmark_starts_there() -> None:
         timeout=60,
     )
     assert done.returncode == 0 and "--models" in done.stdout, done.stderr
+
+
+REPORT = "import support.bare_machine, sys; from benchmark.gpu_report.__main__ import main; "
+
+
+def run_bare(code: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def test_the_report_starts_there(tmp_path: Path) -> None:
+    done = run_bare(REPORT + "main(sys.argv[1:])", "--help")
+    assert done.returncode == 0 and "stage parity" in done.stdout, done.stderr
+    # Its checks are processes of their own, which come here again.
+    again = f"[sys.executable, '-c', {REPORT + 'main(sys.argv[1:])'!r}]"
+    code = REPORT + f"main(sys.argv[1:], launcher={again})"
+    done = run_bare(code, "--only", "machine", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert [check["status"] for check in told["checks"]] == ["failed"], told
+    page = (tmp_path / "report.md").read_text()
+    assert re.search(r"\*\*error\*\* in `machine`: RuntimeError: PyTorch \S+ sees no GPU", page), (
+        page
+    )
+
+
+def test_every_check_can_be_imported_there() -> None:
+    code = (
+        "import support.bare_machine, importlib; from benchmark.gpu_report.checks import CHECKS; "
+        "modules = {c.name: importlib.import_module(f'benchmark.gpu_report.{c.module}') "
+        "for c in CHECKS}; "
+        "assert all(hasattr(modules[c.name], c.function) for c in CHECKS)"
+    )
+    done = run_bare(code)
+    assert done.returncode == 0, done.stderr

@@ -6,7 +6,9 @@ from __future__ import annotations
 import os
 
 import pytest
-from crosspool.kernels.cuda_driver import CudaError
+import torch
+from crosspool.kernels.cuda_driver import NOT_READY, CudaError
+from crosspool.kernels.dlpack import tensor_at
 from support.fake_cuda_memory import INVALID, OUT_OF_MEMORY, FakeCuda
 
 UNIT = 2 << 20
@@ -107,6 +109,50 @@ def test_a_descriptor_is_imported_as_memory_of_its_size(cuda):
     refused(peer.map, base, UNIT, imported)
     peer.map(base, 2 * UNIT, imported)
     refused(peer.import_descriptor, descriptor)
+
+
+def test_a_pointer_into_a_reservation_is_known_where_memory_may_be_touched(cuda):
+    base, handle = cuda.reserve(2 * UNIT), cuda.create(UNIT)
+    assert [cuda.knows_pointer(base + at) for at in (-1, 0, UNIT, 2 * UNIT)] == [1, 0, 0, 1]
+    cuda.map(base + UNIT, UNIT, handle)
+    assert not cuda.knows_pointer(base + UNIT)
+    cuda.set_access(base + UNIT, UNIT)
+    assert [cuda.knows_pointer(base + at) for at in (0, UNIT - 1, UNIT, 2 * UNIT - 1)] == [0, 0, 1, 1]
+    cuda.unmap(base + UNIT, UNIT)
+    assert not cuda.knows_pointer(base + UNIT)
+
+
+def test_access_is_not_ready_as_often_as_asked(cuda):
+    base = cuda.reserve(UNIT)
+    cuda.map(base, UNIT, cuda.create(UNIT))
+    cuda.not_ready = 2
+    for _ in range(2):
+        refused(cuda.set_access, base, UNIT, code=NOT_READY)
+        assert cuda.accessible_bytes == 0
+    cuda.set_access(base, UNIT)
+
+
+def test_unmapping_what_a_kernel_may_touch_is_a_violation(cuda):
+    base = cuda.reserve(3 * UNIT)
+    for chunk in range(3):
+        cuda.map(base + chunk * UNIT, UNIT, cuda.create(UNIT))
+    cuda.running = lambda: [(base - 8, 8), (base + 2 * UNIT - 1, 2)]
+    cuda.unmap(base, UNIT)
+    assert cuda.violations == []
+    cuda.unmap(base + UNIT, UNIT)
+    cuda.unmap(base + 2 * UNIT, UNIT)
+    assert cuda.violations == [
+        f"unmapped {base + chunk * UNIT:#x} under a kernel" for chunk in (1, 2)
+    ]
+
+
+def test_new_memory_is_full_of_nan(cuda):
+    base = cuda.reserve(UNIT)
+    cuda.map(base, UNIT, cuda.create(UNIT))
+    cuda.set_access(base, UNIT)
+    for dtype in (torch.bfloat16, torch.float32):
+        found = tensor_at(base, (UNIT // dtype.itemsize,), dtype, cuda.dlpack_device)
+        assert found.isnan().all()
 
 
 def test_a_call_fails_when_asked_to(cuda):

@@ -240,15 +240,17 @@ def test_kernels_that_decoding_waits_for(capability: int) -> None:
     for kernel in compiled:
         assert kernel.spilled == 0, describe([kernel])
         assert kernel.shared <= SHARED_MEMORY[capability], describe([kernel])
-    # Weights come in loads of 16 bytes that run ahead of the arithmetic.
+    # Weights and KV come in loads of 16 bytes that run ahead of the arithmetic.
     for kernel in compiled:
-        if kernel.name in WEIGHT_KERNELS:
-            sizes = re.findall(
-                r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", kernel.ptx
-            )
-            assert sizes, f"{kernel.name} does not load ahead"
-            assert set(sizes) == {"0x10"}, f"{kernel.name} loads {set(sizes)} bytes at a time"
+        if kernel.name in WEIGHT_KERNELS | {"decode_kernel"}:
+            assert_loads_are_wide(kernel)
     assert_last_to_arrive_sees_what_others_stored(compiled)
+
+
+def assert_loads_are_wide(kernel: Compiled) -> None:
+    sizes = re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", kernel.ptx)
+    assert sizes, f"{kernel.name} does not load ahead"
+    assert set(sizes) == {"0x10"}, f"{kernel.name} loads {set(sizes)} bytes at a time"
 
 
 def assert_last_to_arrive_sees_what_others_stored(compiled: list[Compiled]) -> None:
@@ -283,6 +285,8 @@ def test_kernels_of_many_rows() -> None:
     assert names >= {"prefill_kernel", "_place_kernel", "down_kernel", "_sample_kernel"}
     for kernel in compiled:
         assert kernel.shared <= SHARED_MEMORY[90], describe([kernel])
+        if kernel.name == "prefill_kernel":
+            assert_loads_are_wide(kernel)
 
 
 @pytest.mark.usefixtures("cache")

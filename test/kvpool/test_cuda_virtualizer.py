@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -11,7 +12,8 @@ import sys
 import pytest
 import torch
 from crosspool.config.errors import ConfigError
-from crosspool.kernels.cuda_driver import CudaBindings, CudaError
+from crosspool.kernels.cuda_driver import CudaBindings, CudaError, allow_access
+from crosspool.kvpool import cuda_virtualizer
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from support.fake_cuda_memory import OUT_OF_MEMORY, FakeCuda
 
@@ -74,6 +76,31 @@ def test_what_may_wait_for_kernels_happens_while_the_loop_is_stopped(driver):
     pool.close()
     assert sum(map(len, stopped)) == len([name for name, _ in driver.calls if name != "memory"])
     assert driver.is_clean
+
+
+def test_access_is_asked_for_again_while_work_is_queued(driver):
+    with CudaVirtualizer(driver, 4 * CHUNK, CHUNK, [4 * CHUNK]) as pool:
+        kv = pool.tensor(0, (4, CHUNK), torch.uint8)
+        driver.calls.clear()
+        driver.not_ready = 3
+        pool.map(0, [2, 0])
+        assert len(calls(driver, "set_access")) == 2 + 3
+        assert pool.mapped_bytes(0) == driver.accessible_bytes == 2 * CHUNK
+        kv[2] = 1
+
+
+def test_work_that_never_ends_is_an_error_and_nothing_is_mapped(driver, monkeypatch):
+    soon = functools.partial(allow_access, patience_s=0.05)
+    monkeypatch.setattr(cuda_virtualizer, "allow_access", soon)
+    with CudaVirtualizer(driver, 4 * CHUNK, CHUNK, [4 * CHUNK]) as pool:
+        driver.not_ready = 10**6
+        said = r"set_access: CUDA_ERROR_NOT_READY \(for 0.05 s: the work queued on cuda:0 does not"
+        with pytest.raises(CudaError, match=said):
+            pool.map(0, [0, 1])
+        assert 5 < 10**6 - driver.not_ready < 50
+        assert (pool.mapped_bytes(0), driver.mappings) == (0, {})
+        driver.not_ready = 0
+        pool.map(0, [0, 1])
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,13 @@ CPU under real address ranges, and every limit that cuda.h documents enforced.
 - Memory is free again when its handle is released by everyone and it is mapped nowhere. A released
   handle is of no more use.
 - A descriptor is the memory's own (a memfd), so that another process can import it.
+- A pointer into a reservation is known only where memory that may be touched is mapped. Triton asks
+  that of every tensor that a kernel gets (support/triton_interpreter.py).
 
 What the driver leaves undefined (a handle that does not exist) is refused too. ``fail`` makes the
-next call of a name fail, as a driver may at any time.
+next call of a name fail, as a driver may at any time; ``not_ready`` makes setting access fail as
+under queued work. Unmapping what kernels under way may touch is a violation, which is kept: on a
+GPU it is a fault, some time. New memory is full of NaN.
 """
 
 from __future__ import annotations
@@ -19,9 +23,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from crosspool.kernels.cuda_driver import CudaError
+from crosspool.kernels.cuda_driver import NOT_READY, CudaError
 from crosspool.kernels.dlpack import DLPACK_CPU, DLPackDevice
 
 INVALID = "CUDA_ERROR_INVALID_VALUE"
@@ -29,6 +35,7 @@ OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 
 CPU = DLPackDevice(DLPACK_CPU, 0)
 
+_NAN = b"\xff" * (1 << 20)
 _FIXED = 0x10
 _NO_RESERVE = 0x4000
 _NONE, _READ_WRITE = 0, mmap.PROT_READ | mmap.PROT_WRITE
@@ -47,6 +54,9 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
+_devices: weakref.WeakSet[FakeCuda] = weakref.WeakSet()
+
+
 @dataclass
 class Memory:
     """Physical memory of one handle."""
@@ -63,7 +73,7 @@ class Mapping:
     accessible: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeCuda:
     """One device of ``total`` bytes."""
 
@@ -78,10 +88,18 @@ class FakeCuda:
     handles: dict[int, Memory] = field(default_factory=dict)
     fail: dict[str, tuple[int, str]] = field(default_factory=dict)
     """How many more calls of each name succeed, and the error code of the one after them."""
+    not_ready: int = 0
+    """How many more times setting access finds work queued."""
+    running: Callable[[], Iterable[tuple[int, int]]] = tuple
+    """Address and bytes of the ranges that kernels under way may touch."""
+    violations: list[str] = field(default_factory=list)
     calls: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     used: int = 0
     """Bytes of memory that exist."""
     _next_handle: int = 0x1000
+
+    def __post_init__(self) -> None:
+        _devices.add(self)
 
     def memory(self) -> tuple[int, int]:
         self._enter("memory")
@@ -111,7 +129,8 @@ class FakeCuda:
         self._check("create", nbytes > 0 and nbytes % self.granularity == 0)
         self._check("create", self.used + nbytes <= self.total, OUT_OF_MEMORY)
         descriptor = os.memfd_create("fake-cuda", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, nbytes)
+        for at in range(0, nbytes, len(_NAN)):
+            os.pwrite(descriptor, _NAN[: nbytes - at], at)
         self.used += nbytes
         return self._new_handle(Memory(descriptor, nbytes))
 
@@ -135,6 +154,9 @@ class FakeCuda:
 
     def set_access(self, address: int, nbytes: int) -> None:
         self._enter("set_access", address, nbytes)
+        if self.not_ready:
+            self.not_ready -= 1
+            raise CudaError("set_access", NOT_READY)
         covered = self._mapped_in(address, nbytes)
         first = min(covered, default=-1)
         whole = sum(self.mappings[a].memory.nbytes for a in covered)
@@ -148,6 +170,10 @@ class FakeCuda:
         mapping = self.mappings.get(address)
         self._check("unmap", mapping is not None and mapping.memory.nbytes == nbytes)
         assert mapping is not None
+        for begin, size in self.running():
+            if begin < address + nbytes and address < begin + size:
+                self.violations.append(f"unmapped {address:#x} under a kernel")
+                break
         del self.mappings[address]
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE | _FIXED
         _map(address, nbytes, _NONE, flags, -1)
@@ -168,6 +194,13 @@ class FakeCuda:
             raise CudaError("import_descriptor", INVALID) from None
         self._check("import_descriptor", nbytes > 0 and nbytes % self.granularity == 0)
         return self._new_handle(_Imported(os.dup(descriptor), nbytes))
+
+    def knows_pointer(self, address: int) -> bool:
+        """Says whether cuPointerGetAttribute finds memory at an address of a reservation; True
+        outside of all reservations."""
+        return not self._reserved(address, 1) or any(
+            self.mappings[start].accessible for start in self._mapped_in(address, 1)
+        )
 
     @property
     def accessible_bytes(self) -> int:
@@ -219,6 +252,11 @@ class FakeCuda:
 
 class _Imported(Memory):
     """Memory of another process."""
+
+
+def every_device_knows_pointer(address: int) -> bool:
+    """Says whether no device of this process has a reservation there with nothing to be touched."""
+    return all(device.knows_pointer(address) for device in _devices)
 
 
 def _map(address: int, nbytes: int, protection: int, flags: int, descriptor: int) -> int:

@@ -20,8 +20,9 @@ _UNITS = 64
 class FakeResident:
     """The loops of all devices. Waiting for one of them drives them all."""
 
-    def __init__(self, folder: Path) -> None:
-        self.cuda = FakeCuda(build(folder))
+    def __init__(self, folder: Path, library: Path | None = None) -> None:
+        """``library``: one that :func:`build` has made, in place of a new one in ``folder``."""
+        self.cuda = FakeCuda(library or build(folder))
         self.failed: list[BaseException] = []
         self.loops: list[CudaLoop] = []
         """Not closed."""

@@ -4,6 +4,7 @@ kernels interpreted."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -14,20 +15,20 @@ import torch
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.kernels.nvshmem import Nvshmem
-from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
+from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.gpu.executor import GPUExecutor
 from crosspool.ranks.gpu.join import join_lanes
 from crosspool.ranks.gpu.load import load_gpu_ranks, load_parts
-from crosspool.ranks.kv_memory import kv_pool
+from crosspool.ranks.kv_memory import kv_pool_by
 from crosspool.transport.device_links import DeviceLinks, linked_ffn_ranks, links_bytes
 from crosspool.transport.lane_layout import LINK_HEAD_BYTES, PAGE_BYTES, LinkLayout, round_up
 from crosspool.transport.links import GPUPeers, max_row_bytes
 from crosspool.transport.nvshmem import SymmetricLinks
 from crosspool.transport.shared_memory import SharedMemoryTransport
 from crosspool.weightpool.placement import Placement
-from support.fake_cuda_memory import CPU
+from support.fake_cuda_memory import CPU, FakeCuda
 from support.fake_nvshmem import FakePE
 from torch import Tensor
 
@@ -115,18 +116,23 @@ def load_on_cpu(
     placement: Placement,
     peers: GPUPeers | None,
 ) -> DeviceRanks:
-    """A GPU's ranks on CPU tensors."""
+    """A GPU's ranks on CPU tensors, the KV pool's memory from the fake driver."""
     cpu = torch.device("cpu")
     resources = contextlib.ExitStack()
-    virtualizer: MremapVirtualizer | None = None
+    virtualizer: CudaVirtualizer | None = None
     kv: list[Tensor] = []
     if device in deployment.kv_pool_devices:
-        virtualizer, kv = kv_pool(deployment, device, specs)
+        make = functools.partial(CudaVirtualizer, FakeCuda(deployment.kv_pool_bytes))
+        virtualizer, kv = kv_pool_by(make, deployment, device, specs)
         resources.callback(virtualizer.close)
     parts = load_parts(deployment, device, specs, placement, kv, on=cpu)
-    ranks, _ = join_lanes(
-        deployment, device, parts, peers, virtualizer=virtualizer, on=cpu, resources=resources
+    made = resources.enter_context(contextlib.ExitStack())
+    ranks, executor = join_lanes(
+        deployment, device, parts, peers, virtualizer=virtualizer, on=cpu, resources=made
     )
+    if virtualizer is not None:
+        virtualizer.quiesced = executor.quiesced
+    ranks.resources = resources
     return ranks
 
 

@@ -4,9 +4,10 @@ The interpreter of Triton (3.6 to 3.9) takes an array of one element for a numbe
 no longer does. It multiplies the bit patterns of bfloat16 operands of ``tl.dot`` as if they were
 integers, and cuts float32 off to bfloat16 where a GPU rounds it to the nearest.
 
-It also runs the programs of a launch one after another in the order of their numbers, and reads and
-writes wherever a pointer points. :func:`repair` shuffles the programs; :func:`check_bounds` refuses
-accesses outside the arrays that a kernel was given.
+It also runs the programs of a launch one after another in the order of their numbers, takes any
+tensor, and reads and writes wherever a pointer points. :func:`repair` shuffles the programs, and
+refuses the tensors that Triton's launcher refuses on a GPU; :func:`check_bounds` refuses accesses
+outside the arrays that a kernel was given.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from crosspool.kernels.triton import cache
 from crosspool.kernels.triton.tables import TensorTable
+from support.fake_cuda_memory import every_device_knows_pointer
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -28,11 +31,14 @@ def repair() -> None:
     _repair_numbers()
     _repair_masks()
     _shuffle_programs()
+    _refuse_unknown_pointers()
 
 
 def check_bounds() -> None:
-    """Makes an access by a pointer that lies in no array of the launch, and in no tensor of a
-    TensorTable, an IndexError. For kernels that find everything else in their arguments."""
+    """Makes an access by a pointer that lies in no array of the launch, in no KV cache whose address
+    the launch was given, and in no tensor of a TensorTable, an IndexError. For kernels that find
+    everything else in their arguments."""
+    address_of, caches = cache.address_of, dict[int, tuple[int, int]]()
     init_args = interpreter.GridExecutor._init_args_hst
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     rmw, make = InterpreterBuilder.create_atomic_rmw, vars(TensorTable)["_make"].__func__
@@ -42,8 +48,11 @@ def check_bounds() -> None:
     def init_args_hst(self: Any, args: Any, kwargs: Any) -> Any:
         nonlocal arrays
         held = [tensor for table in tables for tensor in table.tensors]
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        arrays = _joined([_extent(tensor) for tensor in (*given, *held) if tensor.numel()])
+        values = (*args, *kwargs.values())
+        given = [value for value in values if isinstance(value, torch.Tensor)]
+        extents = [_extent(tensor) for tensor in (*given, *held) if tensor.numel()]
+        extents += [caches[value] for value in values if type(value) is int and value in caches]
+        arrays = _joined(extents)
         return init_args(self, args, kwargs)
 
     def check(pointers: Any, mask: Any) -> None:
@@ -68,6 +77,11 @@ def check_bounds() -> None:
         check(pointer, mask)
         return rmw(self, op, pointer, value, mask, *rest)
 
+    def address_kept(kv: torch.Tensor) -> int:
+        address = address_of(kv)
+        caches[address] = _extent(kv)
+        return address
+
     def make_table(cls: Any, *args: Any) -> TensorTable:
         table: TensorTable = make(cls, *args)
         tables.add(table)
@@ -77,6 +91,7 @@ def check_bounds() -> None:
     InterpreterBuilder.create_masked_load = create_masked_load
     InterpreterBuilder.create_masked_store = create_masked_store
     InterpreterBuilder.create_atomic_rmw = create_atomic_rmw
+    cache.address_of = address_kept
     TensorTable._make = classmethod(make_table)  # type: ignore[method-assign, assignment]
 
 
@@ -97,6 +112,22 @@ def _joined(extents: list[tuple[int, int]]) -> np.ndarray:
         else:
             joined.append([begin, end])
     return np.array(joined, np.uint64).reshape(-1, 2)
+
+
+def _refuse_unknown_pointers() -> None:
+    """Triton's launcher asks the driver about every tensor (getPointer in its nvidia/driver.py)."""
+    init_args = interpreter.GridExecutor._init_args_hst
+
+    def init_args_hst(self: Any, args: Any, kwargs: Any) -> Any:
+        named = [(self.arg_names.index(name), value) for name, value in kwargs.items()]
+        for index, value in [*enumerate(args), *named]:
+            if isinstance(value, torch.Tensor) and not every_device_knows_pointer(value.data_ptr()):
+                raise ValueError(
+                    f"Pointer argument (at {index}) cannot be accessed from Triton (cpu tensor?)"
+                )
+        return init_args(self, args, kwargs)
+
+    interpreter.GridExecutor._init_args_hst = init_args_hst
 
 
 def _shuffle_programs() -> None:

@@ -8,17 +8,22 @@ says what each call demands; ``test/support/fake_cuda_memory.py`` enforces it wi
 
 from __future__ import annotations
 
+import time
 from typing import Any, Protocol
 
 from crosspool.config.errors import ConfigError
 from crosspool.kernels.dlpack import DLPACK_CUDA, DLPackDevice
 
 
+NOT_READY = "CUDA_ERROR_NOT_READY"
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 50e-6, 10e-3
+
+
 class CudaError(RuntimeError):
     """A driver call failed."""
 
-    def __init__(self, call: str, code: str) -> None:
-        super().__init__(f"{call}: {code}")
+    def __init__(self, call: str, code: str, detail: str = "") -> None:
+        super().__init__(f"{call}: {code}{detail and f' ({detail})'}")
         self.call = call
         self.code = code
         """Name of the CUresult, such as CUDA_ERROR_INVALID_VALUE."""
@@ -66,11 +71,13 @@ class CudaDriver(Protocol):
 
     def set_access(self, address: int, nbytes: int) -> None:
         """cuMemSetAccess: lets the device read and write whole adjacent mappings. May wait for
-        running kernels."""
+        running kernels, or say CUDA_ERROR_NOT_READY while work is queued: callers use
+        :func:`allow_access`."""
         ...
 
     def unmap(self, address: int, nbytes: int) -> None:
-        """cuMemUnmap: unmaps exactly one mapping. May wait for running kernels."""
+        """cuMemUnmap: unmaps exactly one mapping. May wait for running kernels, or take the memory
+        from under them: what they may touch must not be unmapped before the event of their end."""
         ...
 
     def export(self, handle: int) -> int:
@@ -81,6 +88,32 @@ class CudaDriver(Protocol):
         """cuMemImportFromShareableHandle: returns a handle of a peer's memory, which the caller
         releases. The descriptor stays the caller's."""
         ...
+
+
+def allow_access(
+    driver: CudaDriver, address: int, nbytes: int, *, patience_s: float = 2.0
+) -> int:
+    """Calls :meth:`CudaDriver.set_access`, and again as long as the driver says that it is not
+    ready, which it may say while work is queued on the device. Returns how often it said so.
+
+    Raises CudaError when the driver refuses, or is not ready within ``patience_s`` seconds."""
+    began, pause, refusals = time.monotonic(), _FIRST_PAUSE_S, 0
+    while True:
+        try:
+            driver.set_access(address, nbytes)
+            return refusals
+        except CudaError as error:
+            if error.code != NOT_READY:
+                raise
+            if time.monotonic() - began > patience_s:
+                raise CudaError(
+                    error.call,
+                    error.code,
+                    f"for {patience_s:g} s: the work queued on {driver.name} does not end",
+                ) from error
+        refusals += 1
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
 class CudaBindings:

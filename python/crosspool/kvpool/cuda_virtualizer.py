@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from crosspool.config.errors import ConfigError
-from crosspool.kernels.cuda_driver import CudaDriver, CudaError
+from crosspool.kernels.cuda_driver import CudaDriver, CudaError, allow_access
 from crosspool.kernels.dlpack import tensor_at
 from crosspool.kvpool.virtualizer import ChunkTable, Virtualizer, whole_chunks
 from crosspool.observability.progress import Progress
@@ -24,8 +24,9 @@ from crosspool.observability.progress import Progress
 class CudaVirtualizer(Virtualizer):
     """The KV pool of one GPU.
 
-    A step that runs must not touch what :meth:`unmap` takes away; nothing else is asked of the
-    kernels. A slot of the table is a handle.
+    A chunk is unmapped only after the event of the last step that may touch it, because cuMemUnmap
+    may take memory from under a kernel; nothing else is asked of the kernels. A slot of the table is
+    a handle.
 
     >>> with CudaVirtualizer(CudaBindings(0), 8 << 30, 16 << 20, [8 << 30, 8 << 30]) as pool:
     ...     pool.map(0, [0, 1])
@@ -53,7 +54,8 @@ class CudaVirtualizer(Virtualizer):
             contextlib.nullcontext
         )
         """Entered around driver calls that may wait for running kernels. The owner of a resident
-        loop on this device sets it to what stops the loop meanwhile."""
+        loop on this device sets it to what stops the loop meanwhile, or leaves it where the driver
+        is known not to wait for one."""
         self._driver = driver
         self._table = ChunkTable(chunk_bytes, ranges)
         self._ranges: list[int] = []
@@ -78,7 +80,7 @@ class CudaVirtualizer(Virtualizer):
                 driver.map(address, nbytes, slot)
                 undo.callback(driver.unmap, address, nbytes)
             for run in _runs(chunks):
-                driver.set_access(self._address(model, run.start), len(run) * nbytes)
+                allow_access(driver, self._address(model, run.start), len(run) * nbytes)
             undo.pop_all()
         table.note_mapped(model, chunks, slots)
 

@@ -70,12 +70,14 @@ class PeerMemory:
         self._resources.close()
 
     def _map(self, handle: int, nbytes: int) -> int:
+        from crosspool.kernels.cuda_driver import allow_access
+
         driver, resources = self._driver, self._resources
         address = driver.reserve(nbytes)
         resources.callback(driver.free_reservation, address, nbytes)
         driver.map(address, nbytes, handle)
         resources.callback(driver.unmap, address, nbytes)
-        driver.set_access(address, nbytes)
+        allow_access(driver, address, nbytes)
         return address
 
     def _import(self, name: str, brought: Brought) -> int:

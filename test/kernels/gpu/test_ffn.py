@@ -212,6 +212,31 @@ def test_rows_without_an_expert_here_become_zero(device: torch.device) -> None:
         assert not out.any()
 
 
+@pytest.mark.parametrize("bucket", [4, 24])
+def test_no_rows_read_no_weights(bucket: int, device: torch.device) -> None:
+    """Stages are warmed up with 0 rows of layer 0, which may lack the weights of their kind."""
+    stacks = [random(8, 64, 32, dtype=BF16, device=device)]
+    stacks.append(random(8, 32, 32, dtype=BF16, device=device))
+    weights = FFNWeights(
+        gate_up=TensorTable.of_stacks([None, stacks[0]]),
+        down=TensorTable.of_stacks([None, stacks[1]]),
+        shared_gate_up=TensorTable.of([None, stacks[0][0]]),
+        shared_down=TensorTable.of([None, stacks[1][0]]),
+    )
+    routed = (
+        torch.full((bucket, 2), 2**30, dtype=torch.int32, device=device),
+        poisoned(bucket, 2, dtype=FP32, device=device),
+    )
+    plan = ExpertPlan.allocate(bucket, 2, 8, True, DeviceMemory(device))
+    workspace = FFNWorkspace.allocate(bucket, 32, weights, plan, DeviceMemory(device))
+    x, out = (poisoned(bucket, 32, dtype=BF16, device=device) for _ in range(2))
+    count, layer = int32([0], device), int32([0], device)
+    plan_experts(*routed, count, bucket, plan)
+    gated_mlps(x, weights, layer, count, plan, routed, out, workspace)
+    assert out.isnan().all()
+    assert not workspace.arrivals.any()
+
+
 def test_reference_is_the_host_loops() -> None:
     """The float64 reference above against the project's torch kernels."""
     x = torch.randn(5, 64)

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from crosspool.kernels.triton import cache
 from crosspool.kernels.triton.attention_decode import decode_kernel, merge_kernel
 from crosspool.kernels.triton.attention_prefill import prefill_kernel
 from crosspool.kernels.triton.batch import DeviceBatch
 from crosspool.kernels.triton.memory import Memory
+from crosspool.kernels.triton.tables import tl_dtype
 from crosspool.kernels.triton.tiles import MULTIPROCESSORS
 
 _MOST_SPLITS = 128
@@ -79,6 +81,7 @@ def attend(
         "QK_DIM": qk_dim,
         "V_DIM": v_dim,
         "SHARED": kv.shape[3] == qk_dim * kv_heads,
+        "KV": tl_dtype(kv.dtype),
         "PAGE_SIZE": kv.shape[2],
         "KV_WIDTH": kv.shape[3],
         "WINDOW": window or 0,
@@ -89,7 +92,7 @@ def attend(
     }
     arrays = (
         q,
-        kv,
+        cache.address_of(kv),
         kv.shape[1],
         batch.count,
         batch.positions,

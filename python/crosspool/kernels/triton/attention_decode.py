@@ -7,6 +7,7 @@ import triton.language as tl
 
 from crosspool.kernels.triton.attention_tile import attend_keys, store_heads
 from crosspool.kernels.triton.batch import is_single
+from crosspool.kernels.triton.cache import cache_at
 
 
 @triton.jit
@@ -25,7 +26,7 @@ def _split_range(
 @triton.jit
 def decode_kernel(
     q: tl.tensor,
-    kv: tl.tensor,
+    kv: tl.int64,
     layers: tl.tensor,
     count: tl.tensor,
     positions: tl.tensor,
@@ -41,6 +42,7 @@ def decode_kernel(
     QK_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     SHARED: tl.constexpr,
+    KV: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     KV_WIDTH: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -81,7 +83,7 @@ def decode_kernel(
         q_at,
         is_head,
         limits,
-        kv,
+        cache_at(kv, KV),
         page_table + sequence.to(tl.int64) * table_stride,
         tl.load(layer),
         layers,

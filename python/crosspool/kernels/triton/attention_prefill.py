@@ -7,12 +7,13 @@ import triton.language as tl
 
 from crosspool.kernels.triton.attention_tile import attend_keys, store_heads
 from crosspool.kernels.triton.batch import is_single
+from crosspool.kernels.triton.cache import cache_at
 
 
 @triton.jit
 def prefill_kernel(
     q: tl.tensor,
-    kv: tl.tensor,
+    kv: tl.int64,
     layers: tl.tensor,
     count: tl.tensor,
     positions: tl.tensor,
@@ -27,6 +28,7 @@ def prefill_kernel(
     QK_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     SHARED: tl.constexpr,
+    KV: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     KV_WIDTH: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -73,7 +75,7 @@ def prefill_kernel(
             q + line * QK_DIM,
             wanted,
             tl.where(seen, position, -1),
-            kv,
+            cache_at(kv, KV),
             page_table + sequence.to(tl.int64) * table_stride,
             index,
             layers,

@@ -161,7 +161,8 @@ def _few_kernel(
     rows = tl.load(count)
     e = tl.arange(0, HELD_BLOCK)
     choices = tl.arange(0, CHOICE_BLOCK)
-    taken = (e == HELD) if SHARED else (e < 0)
+    # No row: no weights are read, which the layer may not have while stages are warmed up.
+    taken = (e == HELD) & (rows > 0) if SHARED else (e < 0)
     if TOP_K > 0:
         for row in range(BUCKET):
             is_choice = (choices < TOP_K) & (row < rows)

@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from crosspool.kernels.triton import cache
 from crosspool.kernels.triton.batch import DeviceBatch, RopeTable, pair_places, rotated, row_slot
+from crosspool.kernels.triton.cache import cache_at
 from crosspool.kernels.triton.tables import TensorTable, pointer_at, tl_dtype
 
 
@@ -47,7 +49,7 @@ def gqa_prepare(
         rope.cos,
         rope.sin,
         q,
-        kv,
+        cache.address_of(kv),
         kv.shape[1],
         eps,
         0.0 if clip is None else clip,
@@ -58,6 +60,7 @@ def gqa_prepare(
         FULL=full,
         CLIP=clip is not None,
         WEIGHT=None if q_norm is None else tl_dtype(q_norm.dtype),
+        KV=tl_dtype(kv.dtype),
         PAGE_SIZE=kv.shape[2],
         BLOCK=triton.next_power_of_2(head_dim // 2),
         FULL_BLOCK=triton.next_power_of_2(q_heads * head_dim) if full else 1,
@@ -80,7 +83,7 @@ def _gqa_prepare_kernel(
     cosines: tl.tensor,
     sines: tl.tensor,
     q: tl.tensor,
-    kv: tl.tensor,
+    kv: tl.int64,
     layers: tl.tensor,
     eps: tl.tensor,
     clip: tl.tensor,
@@ -91,6 +94,7 @@ def _gqa_prepare_kernel(
     FULL: tl.constexpr,
     CLIP: tl.constexpr,
     WEIGHT: tl.constexpr,
+    KV: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     FULL_BLOCK: tl.constexpr,
@@ -106,7 +110,7 @@ def _gqa_prepare_kernel(
         sequences,
         page_table,
         table_stride,
-        kv,
+        cache_at(kv, KV),
         index,
         layers,
         PAGE_SIZE,
@@ -147,5 +151,5 @@ def _gqa_prepare_kernel(
         to = q + (row.to(tl.int64) * Q_HEADS + head) * 2 * HALF
     else:
         to = slot + (head - Q_HEADS) * 2 * HALF
-    tl.store(to + i, first.to(kv.dtype.element_ty), inside)
-    tl.store(to + HALF + i, second.to(kv.dtype.element_ty), inside)
+    tl.store(to + i, first.to(KV), inside)
+    tl.store(to + HALF + i, second.to(KV), inside)

@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from crosspool.kernels.triton import cache
 from crosspool.kernels.triton.batch import DeviceBatch, RopeTable, pair_places, rotated, row_slot
+from crosspool.kernels.triton.cache import cache_at
 from crosspool.kernels.triton.tables import TensorTable, pointer_at, tl_dtype
 from crosspool.kernels.triton.tiles import depth_block
 
@@ -38,13 +40,14 @@ def mla_append(
         layer,
         rope.cos,
         rope.sin,
-        kv,
+        cache.address_of(kv),
         kv.shape[1],
         eps,
         LATENT=latent,
         HALF=rope.dim // 2,
         INTERLEAVED=rope.interleaved,
         WEIGHT=tl_dtype(norm.dtype),
+        KV=tl_dtype(kv.dtype),
         PAGE_SIZE=kv.shape[2],
         BLOCK=triton.next_power_of_2(latent),
         HALF_BLOCK=triton.next_power_of_2(rope.dim // 2),
@@ -147,13 +150,14 @@ def _mla_append_kernel(
     layer: tl.tensor,
     cosines: tl.tensor,
     sines: tl.tensor,
-    kv: tl.tensor,
+    kv: tl.int64,
     layers: tl.tensor,
     eps: tl.tensor,
     LATENT: tl.constexpr,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     WEIGHT: tl.constexpr,
+    KV: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
@@ -168,7 +172,7 @@ def _mla_append_kernel(
         sequences,
         page_table,
         table_stride,
-        kv,
+        cache_at(kv, KV),
         index,
         layers,
         PAGE_SIZE,
@@ -179,15 +183,15 @@ def _mla_append_kernel(
     latent = tl.load(line + i, i < LATENT, other=0.0).to(tl.float32)
     weight = tl.load(pointer_at(norms, index, WEIGHT) + i, i < LATENT, other=0.0).to(tl.float32)
     latent *= tl.rsqrt(tl.sum(latent * latent, 0) / LATENT + eps) * weight
-    tl.store(slot + i, latent.to(kv.dtype.element_ty), i < LATENT)
+    tl.store(slot + i, latent.to(KV), i < LATENT)
 
     pairs = tl.arange(0, HALF_BLOCK)
     inside = pairs < HALF
     first, second = _rotated_at(
         line + LATENT, position, cosines, sines, pairs, inside, HALF, INTERLEAVED
     )
-    tl.store(slot + LATENT + pairs, first.to(kv.dtype.element_ty), inside)
-    tl.store(slot + LATENT + HALF + pairs, second.to(kv.dtype.element_ty), inside)
+    tl.store(slot + LATENT + pairs, first.to(KV), inside)
+    tl.store(slot + LATENT + HALF + pairs, second.to(KV), inside)
 
 
 @triton.jit

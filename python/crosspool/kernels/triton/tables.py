@@ -84,11 +84,11 @@ class TensorTable:
 
 
 def tl_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Returns Triton's name of a dtype. Raises ValueError for a dtype in which kernels hold no
-    weights."""
+    """Returns Triton's name of a dtype. Raises ValueError for a dtype in which kernels hold neither
+    weights nor a KV cache."""
     names = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     if dtype not in names:
-        raise ValueError(f"the kernels hold weights in bfloat16 or float32, not {dtype}")
+        raise ValueError(f"the kernels hold weights and KV in bfloat16 or float32, not {dtype}")
     return names[dtype]
 
 

@@ -1,0 +1,1 @@
+"""One run that tells everything about a GPU on which CrossPool has never run."""
