@@ -22,7 +22,7 @@ from pathlib import Path
 
 import gpu_bundle_parts as parts
 from gpu_bundle_kernels import compiled_kernels
-from gpu_bundle_parts import ROOT, WORK, Bundle, BundleError, run
+from gpu_bundle_parts import ROOT, Bundle, BundleError, run
 from gpu_bundle_run import KERNELS, MANIFEST
 
 LIMIT_MIB = 60.0
@@ -34,8 +34,8 @@ def main(words: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(words)
     began = time.monotonic()
     try:
-        WORK.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=WORK) as scratch:
+        parts.WORK.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parts.WORK) as scratch:
             version = importlib.metadata.version("crosspool")
             bundle = Bundle(
                 Path(scratch) / f"crosspool-gpu-bundle-{version}",
@@ -64,7 +64,7 @@ def fill(bundle: Bundle, given: argparse.Namespace) -> None:
         "sources": lambda: parts.sources(bundle),
         "libraries": libraries,
         "packages": lambda: parts.packages(bundle, given.wheels),
-        "kernels": lambda: compiled_kernels(bundle, given.interpreter, given.models),
+        "kernels": lambda: compiled_kernels(bundle, given.interpreter, given.models, given.triton),
         "manifest": lambda: write_manifest(bundle),
     }
     for name, step in steps.items():
@@ -90,7 +90,7 @@ def write_manifest(bundle: Bundle) -> None:
         "python": bundle.python,
         "architecture": bundle.architecture,
         "glibc": parts.newest_glibc(bundle.folder),
-        "triton": parts.TRITON,
+        "triton": bundle.triton,
         "nvshmem": parts.NVSHMEM if has_nvshmem else None,
         "packages": bundle.packages,
         "left_out": bundle.left_out,
@@ -154,7 +154,9 @@ def check_size(archive: Path, folder: Path, limit_mib: float) -> None:
         return
     archive.unlink()
     largest = sorted(files(folder), key=lambda path: -path.stat().st_size)[:5]
-    named = ", ".join(f"{path.relative_to(folder)} ({_mib(path.stat().st_size)})" for path in largest)
+    named = ", ".join(
+        f"{path.relative_to(folder)} ({_mib(path.stat().st_size)})" for path in largest
+    )
     raise BundleError(
         f"{archive.name} has {_mib(size)}, more than {limit_mib:g} MiB, and was removed; "
         f"the largest files are {named}"
@@ -193,10 +195,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--models",
-        nargs="*",
+        nargs="+",
         metavar="NAME",
-        help="models of the catalogue or bundled ones whose kernels are compiled (those of the "
-        "report unless given)",
+        help="compile only kernels of these of the report's models",
+    )
+    parser.add_argument(
+        "--triton",
+        type=Path,
+        metavar="PLACE",
+        help="wheel of Triton for that Python, or the folder where it is installed (fetched unless "
+        "given)",
     )
     parser.add_argument(
         "--libraries", type=Path, metavar="DIR", help="take built libraries, and build none"

@@ -24,24 +24,23 @@ SOURCES = (
 LEFT_OUT_SOURCES = ("benchmark/results/",)
 """Measurements of other machines."""
 
-PRESENT = frozenset(
-    "torch transformers tokenizers safetensors numpy psutil prometheus-client tqdm rich pyyaml "
-    "jinja2 requests".split()
-)
+PRESENT = {
+    *("torch", "transformers", "tokenizers", "safetensors", "numpy", "psutil", "tqdm", "rich"),
+    *("prometheus-client", "pyyaml", "jinja2"),
+}
 """Dependencies of the project that a machine with PyTorch, Triton, transformers and pytest has."""
-NOT_STARTED = frozenset(
-    "sentencepiece apache-tvm-ffi aiohttp einops fastapi ipython jsonschema loguru openai orjson "
-    "partial-json-parser pillow pybase64 pydantic python-multipart soundfile starlette uvicorn "
-    "uvloop".split()
-)
+NOT_STARTED = {
+    *("sentencepiece", "apache-tvm-ffi", "aiohttp", "einops", "fastapi", "ipython", "jsonschema"),
+    *("loguru", "openai", "orjson", "partial-json-parser", "pillow", "pybase64", "pydantic"),
+    *("python-multipart", "requests", "soundfile", "starlette", "uvicorn", "uvloop"),
+}
 """Dependencies that only the HTTP front end needs: the report does not start it."""
 FOR_THE_REPORT = ("pytest-timeout",)
 """Packages that are no dependency of the project, but with which the report runs its tests: a test
 that hangs does not end the others."""
 
-TRITON = "3.6.0"
 NVSHMEM = "3.4.5"
-"""Versions that PyTorch 2.11 for CUDA 13.0 demands, which the machine is supposed to have."""
+"""The version that PyTorch 2.11 for CUDA 13.0 demands, which the machine is supposed to have."""
 GLIBC = (2, 34)
 """Newest glibc that the packages may need: Ubuntu 22.04 has 2.35."""
 
@@ -64,6 +63,8 @@ class Bundle:
     """Python's version there: ``3.12``."""
     architecture: str
     """Compute capability there: ``90``."""
+    triton: str | None = None
+    """Version of Triton whose kernels are packed."""
     packages: dict[str, str] = field(default_factory=dict)
     """Versions of the packed packages, by their names."""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -111,32 +112,36 @@ def normalised(requirement: str) -> str:
 
 
 def packages(bundle: Bundle, wheels: Path | None) -> None:
-    """Installs the wheels of the missing packages into ``site``; pip knows those for another Python.
+    """Installs what the machine lacks into ``site``, from wheels for its Python.
 
     ``wheels``: a folder of wheels to take instead of asking a package index."""
     site = bundle.folder / "site"
     wanted = needed_packages()
-    pip_install(wanted, site, bundle.python, wheels)
+    pip(_install_into(site), wanted, bundle.python, wheels)
     for info in sorted(site.glob("*.dist-info")):
         name, _, version = info.name.removesuffix(".dist-info").rpartition("-")
         bundle.packages[name] = version
     shutil.rmtree(site / "bin", ignore_errors=True)  # programs that start by a path of this machine
 
 
-def pip_install(
-    wanted: Sequence[str], target: Path, python: str, wheels: Path | None = None
+def pip(
+    command: Sequence[str], wanted: Sequence[str], python: str, wheels: Path | None = None
 ) -> None:
-    """Installs wheels for Python ``python`` on x86-64 into a folder, without their dependencies."""
+    """Calls pip's ``install`` or ``download`` for wheels for Python ``python`` on x86-64, without
+    their dependencies."""
     places = [f"manylinux_{GLIBC[0]}_{minor}_x86_64" for minor in range(GLIBC[1], 4, -1)]
-    index = ["--no-index", "--find-links", str(wheels)] if wheels is not None else []
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--no-compile", "--only-binary", ":all:", "--upgrade"]
-    command += ["--implementation", "cp", "--python-version", python]
-    command += [word for place in (*places, "manylinux2014_x86_64") for word in ("--platform", place)]
+    words = [sys.executable, "-m", "pip", *command, "--quiet", "--disable-pip-version-check"]
+    words += ["--no-deps", "--only-binary", ":all:", "--implementation", "cp"]
+    words += ["--python-version", python]
+    words += [word for place in (*places, "manylinux2014_x86_64") for word in ("--platform", place)]
+    if wheels is not None:
+        words += ["--no-index", "--find-links", str(wheels)]
     try:
-        run([*command, *index, "--target", str(target), *wanted])
+        run([*words, *wanted])
     except BundleError as error:
-        raise BundleError(f"no wheels for Python {python} of {', '.join(wanted)}: {error}") from None
+        raise BundleError(
+            f"no wheels for Python {python} of {', '.join(wanted)}: {error}"
+        ) from None
 
 
 def build_libraries(bundle: Bundle) -> None:
@@ -144,7 +149,11 @@ def build_libraries(bundle: Bundle) -> None:
     is one."""
     need("nvcc", "it compiles the GPU libraries: install the CUDA toolkit, and put nvcc on PATH")
     need("cmake", "it builds the libraries: pip install cmake")
-    targets = [LIBRARIES[0].removeprefix("lib")[:-3], LIBRARIES[1].removeprefix("lib")[:-3], PROGRAM]
+    targets = [
+        LIBRARIES[0].removeprefix("lib")[:-3],
+        LIBRARIES[1].removeprefix("lib")[:-3],
+        PROGRAM,
+    ]
     if folder := _nvshmem(bundle):
         targets.append(LIBRARIES[2].removeprefix("lib")[:-3])
     build = WORK / "native"
@@ -188,7 +197,7 @@ def _nvshmem(bundle: Bundle) -> Path | None:
     folder = site / "nvidia" / "nvshmem"
     if not (folder / "include" / "nvshmem.h").is_file():
         try:
-            pip_install([f"nvidia-nvshmem-cu13=={NVSHMEM}"], site, bundle.python)
+            pip(_install_into(site), [f"nvidia-nvshmem-cu13=={NVSHMEM}"], bundle.python)
         except BundleError as error:
             bundle.left_out[LIBRARIES[2]] = str(error)
             return None
@@ -217,7 +226,7 @@ def run(command: Sequence[str]) -> str:
     """Returns what a program printed. Raises BundleError with its last lines if it fails."""
     try:
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=_PATIENCE_S
+            command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=_PATIENCE_S
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BundleError(f"{command[0]}: {error}") from None
@@ -225,6 +234,10 @@ def run(command: Sequence[str]) -> str:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-8:]
         raise BundleError(f"{Path(command[0]).name} failed:\n" + "\n".join(said))
     return done.stdout
+
+
+def _install_into(site: Path) -> list[str]:
+    return ["install", "--no-compile", "--upgrade", "--target", str(site)]
 
 
 def _pinned(requirement: str) -> str:

@@ -8,9 +8,11 @@
 
 Every file is checked first: a bundle with a damaged or missing file starts nothing (exit status 2),
 unless the first word is --changed: you changed them, such as by building the libraries here.
-What the machine has otherwise than the bundle expects is told, with what that means, and the
-program starts. It needs Python 3.11 or newer and nothing but Python's own library; the program needs
-what the machine has: PyTorch, Triton, NumPy, transformers, cuda-bindings, pytest.
+What the machine has otherwise than the bundle expects is told, with what that means, and written
+to bundle.txt in the report's folder; then the program starts.
+
+This script needs Python 3.11 or newer and nothing but Python's own library. The program needs what
+the machine has: PyTorch, Triton, NumPy, transformers, cuda-bindings, pytest.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def main(words: list[str]) -> int:
     if words[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return 0
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036
         print(f"run: needs Python 3.11 or newer, and this is {platform.python_version()}")
         return 2
     try:
@@ -54,18 +56,27 @@ def main(words: list[str]) -> int:
         print("\n".join(f"  {line}" for line in wrong))
         return 2
     whole = len(manifest["files"]) - len(wrong)
-    print(f"CrossPool {manifest['version']}, commit {manifest['commit']}: {whole} files are whole")
+    told = f"CrossPool {manifest['version']}, commit {manifest['commit']}: {whole} files are whole"
+    print(told)
     environment = environment_of(folder, manifest)
-    print("\n".join(compared(manifest) + unloadable(folder)))
-    print("\n".join(unpacked_kernels(folder, manifest, environment)), flush=True)
-    if words == ["--check"]:
-        return 0
     module, rest = REPORT, words
     if words[:1] == ["--module"]:
         if len(words) < 2:
             print("run: --module needs a name, as in: ./run --module benchmark.gpu")
             return 2
         module, rest = words[1], words[2:]
+    lines = [
+        *compared(manifest),
+        *unloadable(folder),
+        *unpacked_kernels(folder, manifest, environment),
+    ]
+    print("\n".join(lines), flush=True)
+    if words == ["--check"]:
+        return 0
+    if module == REPORT and "--out" in rest[:-1]:  # beside the report, so that it comes home
+        out = Path(rest[rest.index("--out") + 1])
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "bundle.txt").write_text("\n".join([told, *lines]) + "\n")
     # -P: a folder `benchmark` where the program is started must not hide the bundle's.
     command = [sys.executable, "-P", "-m", module, *rest]
     os.execve(sys.executable, command, environment)
@@ -131,8 +142,8 @@ def compared(manifest: dict) -> list[str]:
         lines.append("Triton is not installed: no kernel can be launched")
     elif here["triton"] != wanted["triton"]:
         lines.append(
-            f"Triton {here['triton']} does not use kernels compiled by {wanted['triton']}: they are "
-            "compiled here instead, which takes minutes"
+            f"Triton {here['triton']} does not use kernels compiled by {wanted['triton']}: they "
+            "are compiled here instead, which takes minutes"
         )
     if here["nvshmem"] not in (_NONE, wanted["nvshmem"]) and manifest["nvshmem"]:
         lines.append(
@@ -177,7 +188,12 @@ def unpacked_kernels(folder: Path, manifest: dict, environment: dict[str, str]) 
     command += ["--unpack", str(folder / KERNELS), "--into", str(cache)]
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_PATIENCE_S
+            command,
+            check=False,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE_S,
         )
         status, said = done.returncode, (done.stdout + done.stderr).strip().splitlines()
     except subprocess.TimeoutExpired:
