@@ -107,8 +107,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def pack(folder: Path, archive: Path) -> dict[str, tuple[int, int, int]]:
-    """Writes the archive, in which times and owners play no part. Returns files, bytes and
-    compressed bytes by part."""
+    """Writes the archive. Returns files, bytes and compressed bytes by part."""
     grouped: dict[str, list[Path]] = {}
     for path in files(folder):
         grouped.setdefault(part_of(path.relative_to(folder)), []).append(path)
@@ -116,14 +115,14 @@ def pack(folder: Path, archive: Path) -> dict[str, tuple[int, int, int]]:
     sizes = {}
     with (
         archive.open("wb") as raw,
-        gzip.GzipFile("", "wb", 9, raw, mtime=0) as zipped,
+        gzip.GzipFile("", "wb", 9, raw) as zipped,
         tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as tar,
     ):
         before = 0
         for part, paths in grouped.items():
             for path in paths:
                 about = tar.gettarinfo(path, str(path.relative_to(folder.parent)))
-                about.mtime, about.uid, about.gid, about.uname, about.gname = 0, 0, 0, "", ""
+                about.uid, about.gid, about.uname, about.gname = 0, 0, "", ""
                 with path.open("rb") as file:
                     tar.addfile(about, file)
             zipped.flush()

@@ -207,7 +207,7 @@ def _nvshmem(bundle: Bundle) -> Path | None:
 def newest_glibc(folder: Path) -> str:
     """The glibc that the libraries and programs of a folder need."""
     need("objdump", "it reads which glibc the libraries need: install binutils")
-    newest = (0,)
+    newest: tuple[int, ...] = (0,)
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.read_bytes()[:4] == b"\x7fELF":
             symbols = run(["objdump", "-T", str(path)])

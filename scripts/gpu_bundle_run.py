@@ -26,6 +26,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "bundle.json"
 KERNELS = "kernels.tar.gz"
@@ -96,7 +97,7 @@ def damaged(folder: Path, files: dict[str, str]) -> list[str]:
     return wrong
 
 
-def environment_of(folder: Path, manifest: dict) -> dict[str, str]:
+def environment_of(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
     """The environment of the program: the bundle's modules before those of the machine."""
     source = folder / "source"
     paths = [source / "python", source]
@@ -106,7 +107,6 @@ def environment_of(folder: Path, manifest: dict) -> dict[str, str]:
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*map(str, paths), *before]),
-        "PYTHONDONTWRITEBYTECODE": "1",
         "TRITON_CACHE_DIR": str(folder / "triton-cache"),
         # CUDA reads them once. A resident loop must not meet a kernel that is loaded behind it, nor
         # share its connection with another stream.
@@ -115,7 +115,7 @@ def environment_of(folder: Path, manifest: dict) -> dict[str, str]:
     }
 
 
-def compared(manifest: dict) -> list[str]:
+def compared(manifest: dict[str, Any]) -> list[str]:
     """A table of what the bundle was made for and what is here; below it, what differences mean."""
     here = {
         "python": _python(),
@@ -177,7 +177,7 @@ def unloadable(folder: Path) -> list[str]:
     return lines
 
 
-def unpacked_kernels(folder: Path, manifest: dict, environment: dict[str, str]) -> list[str]:
+def unpacked_kernels(folder: Path, manifest: dict[str, Any], environment: dict[str, str]) -> list[str]:
     """Unpacks the compiled kernels where Triton will look for them, once. Returns what to say."""
     digest = manifest["files"].get(KERNELS)
     cache = Path(environment["TRITON_CACHE_DIR"])
@@ -221,7 +221,7 @@ def _glibc() -> str:
     except AttributeError:
         return "0"
     version.restype = ctypes.c_char_p
-    return version().decode()
+    return bytes(version()).decode()
 
 
 def _version(package: str) -> str:

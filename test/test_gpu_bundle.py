@@ -22,6 +22,8 @@ from crosspool.kernels import native
 from support.bare_environment import BareEnvironment, repacked
 from support.packages import installed
 
+from benchmark.gpu_report.platform import Scale
+
 ROOT = Path(__file__).parents[1]
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 MODEL = "tiny-qwen3-moe"
@@ -42,7 +44,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Iterator[Path]:
-    """A bundle for this Python, with kernels of one row of one layer of each kind."""
+    """A bundle for this Python, with few of the kernels."""
     out = tmp_path_factory.mktemp("dist")
     libraries = Path(native.library()._name).parent
     with pytest.MonkeyPatch.context() as patch:
@@ -51,7 +53,9 @@ def archive(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Iterator[
         launches = gpu_bundle_kernels.report_launches
 
         def few(scale: Any, capability: int, models: Any) -> Any:
-            return launches(dataclasses.replace(scale, buckets=(1,), layers=1), capability, models)
+            small = dataclasses.replace(scale, buckets=(1,), layers=1)
+            found = launches(small, capability, models)
+            return {name: of_model[:2] for name, of_model in found.items()}
 
         patch.setattr(gpu_bundle_kernels, "report_launches", few)
         words = ["--python", PYTHON, "--libraries", str(libraries), "--wheels", str(wheels)]
@@ -179,6 +183,19 @@ def test_kernels_of_other_sources_are_not_used(
     assert "foreign: sources" in done.stdout
 
 
+def test_kernels_of_every_check_are_compiled() -> None:
+    scale = Scale(models=(MODEL,), layers=1, buckets=(1, 4))
+    found = gpu_bundle_kernels.report_launches(scale, 90, [MODEL, scale.shape])
+    wanted = {"_linear_kernel", "decode_kernel", "gate_up_kernel", "down_few_kernel"}
+    for name, weights in ((MODEL, "*fp32"), (scale.shape, "*bf16")):
+        assert wanted <= {launch.kernel for launch in found[name]}
+        assert all(launch.capability == 90 for launch in found[name])
+        linear = next(launch for launch in found[name] if launch.kernel == "_linear_kernel")
+        assert weights in linear.signature.values()
+    # Stages that exchange rows with another device, too.
+    assert "_send_kernel" in {launch.kernel for launch in found[MODEL]}
+
+
 def test_a_bundle_over_the_limit_is_refused_and_names_what_is_large(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], wheels: Path, monkeypatch: Any
 ) -> None:
@@ -200,6 +217,27 @@ def test_without_nvcc_nothing_is_built(
     assert gpu_bundle.main(["--out", str(tmp_path)]) == 2
     assert "nvcc is not on PATH" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_libraries_are_built_and_load_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_index(*_: object) -> None:
+        raise gpu_bundle_parts.BundleError("no index is reached")
+
+    monkeypatch.setattr(gpu_bundle_parts, "pip", no_index)
+    monkeypatch.setattr(gpu_bundle_parts, "WORK", tmp_path / "work")
+    made = gpu_bundle_parts.Bundle(tmp_path / "made", PYTHON, "90")
+    gpu_bundle_parts.build_libraries(made)
+    assert made.left_out == {"libcrosspool_nvshmem.so": "no index is reached"}
+    moved = (tmp_path / "made").rename(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "work")  # nothing may be found where it was built
+    assert gpu_bundle_run.unloadable(moved) == []
+    program = moved / made.program.relative_to(made.folder)
+    done = subprocess.run([program, "--help"], capture_output=True, text=True, timeout=60)
+    assert "limits" in done.stdout + done.stderr and "error while loading" not in done.stderr
 
 
 def test_an_unknown_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
