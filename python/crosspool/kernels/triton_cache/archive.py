@@ -11,10 +11,10 @@ from pathlib import Path
 
 from crosspool.config.errors import ConfigError
 from crosspool.kernels.triton_cache.kernel_cache import KernelCache, link
-from crosspool.kernels.triton_cache.manifest import NAME, Entry, Identity, Manifest
+from crosspool.kernels.triton_cache.manifest import NAME, CacheEntry, Identity, Manifest
 
 
-def pack(folder: Path, entries: dict[str, Entry], identity: Identity, archive: Path) -> None:
+def pack(folder: Path, entries: dict[str, CacheEntry], identity: Identity, archive: Path) -> None:
     """Writes ``entries`` of ``folder`` to ``archive``."""
     manifest = Manifest(identity, entries)
     archive.parent.mkdir(parents=True, exist_ok=True)

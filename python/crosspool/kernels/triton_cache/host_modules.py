@@ -36,7 +36,7 @@ class Python:
 
     tag: str
     include: str
-    """Folder of Python.h."""
+    """Folder of Python's C headers."""
     suffix: str
     """End of the names of its modules."""
 

@@ -20,7 +20,7 @@ from crosspool.config.errors import ConfigError
 from crosspool.config.process import die_with_parent
 from crosspool.kernels.triton_cache.host_modules import HostModule
 from crosspool.kernels.triton_cache.launches import Launch
-from crosspool.kernels.triton_cache.manifest import Entry, Identity, Manifest, digests
+from crosspool.kernels.triton_cache.manifest import CacheEntry, Identity, Manifest, digests
 from crosspool.kernels.triton_cache.toolchain import Toolchain
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class KernelCache:
                         failed.append(f"{task.kernel} of {', '.join(models[name])}: {error}")
                         continue
                     capability = task.capability if isinstance(task, Launch) else None
-                    entry = Entry(task.kernel, capability, tuple(models[name]), files)
+                    entry = CacheEntry(task.kernel, capability, tuple(models[name]), files)
                     self.manifest.entries[name] = entry
                     self.manifest.write(self.folder)
                     on_done(name)
@@ -146,7 +146,7 @@ class KernelCache:
             raise CompileError("these kernels do not compile: " + "; ".join(failed))
 
 
-def link(folder: Path, entry: Entry) -> None:
+def link(folder: Path, entry: CacheEntry) -> None:
     """Writes the file by which Triton finds a kernel's files: it holds their paths."""
     for name in entry.files:
         if name.endswith(".json"):
@@ -158,11 +158,11 @@ def link(folder: Path, entry: Entry) -> None:
 
 
 def worker_count() -> int:
-    """As many processes as there are cores, and memory for them."""
+    """Returns the number of processes that compile: one for each core, if there is memory."""
     import psutil
 
     cores = len(os.sched_getaffinity(0))
-    return max(1, min(cores, psutil.virtual_memory().available // _WORKER_BYTES))
+    return max(1, min(cores, int(psutil.virtual_memory().available) // _WORKER_BYTES))
 
 
 def _take(lock: int, folder: Path) -> None:

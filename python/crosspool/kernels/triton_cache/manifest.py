@@ -21,7 +21,7 @@ NAME = "crosspool-kernels.json"
 
 @dataclass(frozen=True)
 class Identity:
-    """For what kernels were compiled. Those of another identity are never launched."""
+    """The circumstances for which kernels were compiled. Those of others are never launched."""
 
     crosspool: str
     """CrossPool's version."""
@@ -58,7 +58,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """A compiled kernel: one folder of Triton's cache."""
 
     kernel: str
@@ -78,8 +78,8 @@ class Manifest:
     """The compiled kernels of one folder."""
 
     identity: Identity
-    entries: dict[str, Entry] = field(default_factory=dict)
-    """By the folder's name."""
+    entries: dict[str, CacheEntry] = field(default_factory=dict)
+    """Entries by the names of their folders."""
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
@@ -97,7 +97,7 @@ class Manifest:
     def parse(cls, data: bytes) -> Manifest:
         known = json.loads(data)
         entries = {
-            name: Entry(**{**entry, "models": tuple(entry["models"])})
+            name: CacheEntry(**{**entry, "models": tuple(entry["models"])})
             for name, entry in known["entries"].items()
         }
         return cls(Identity(**known["identity"]), entries)
@@ -132,7 +132,7 @@ def digests(paths: Iterable[Path]) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def _wrong(folder: Path, entry: Entry) -> str | None:
+def _wrong(folder: Path, entry: CacheEntry) -> str | None:
     for name, digest in entry.files.items():
         path = folder / name
         if not path.is_file():

@@ -97,8 +97,7 @@ def _wheel(place: Path) -> _Files:
         def members() -> Iterator[tuple[str, str]]:
             for name in names:
                 if (inner := _counts(name)) is not None:
-                    with archive.open(name) as file:
-                        yield inner, hashlib.file_digest(file, "sha256").hexdigest()
+                    yield inner, hashlib.sha256(archive.read(name)).hexdigest()
 
         tags = [archive.read(name).decode() for name in names if _is_tag(name)]
         return _checked(place, tags, dict(members()))

@@ -17,7 +17,7 @@ from crosspool.kernels.cuda_loop import LinkMemory
 from crosspool.kernels.triton_cache.host_modules import Python, host_modules
 from crosspool.kernels.triton_cache.kernel_cache import KernelCache, Task, worker_count
 from crosspool.kernels.triton_cache.launches import Launch, recording
-from crosspool.kernels.triton_cache.manifest import Entry, Identity
+from crosspool.kernels.triton_cache.manifest import CacheEntry, Identity
 from crosspool.kernels.triton_cache.toolchain import Toolchain
 from crosspool.kvpool.layout import KVLayout
 from crosspool.observability.progress import loading
@@ -43,7 +43,7 @@ NOWHERE = torch.device("meta")
 
 
 @dataclass
-class Wanted:
+class CompilationTasks:
     """What must be compiled, by its entry in Triton's cache."""
 
     tasks: dict[str, Task] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class Compiled:
     """Those that were in the cache."""
     wrong: list[str]
     """What was wrong with the cache; it is mended."""
-    entries: dict[str, Entry]
+    entries: dict[str, CacheEntry]
     """All of them, by the names of their folders in the cache."""
     identity: Identity
 
@@ -97,7 +97,7 @@ def compile_ahead(
 
     Raises CompileError that names the kernels that do not compile, ConfigError for a folder that
     cannot be used."""
-    wanted = Wanted()
+    wanted = CompilationTasks()
     with toolchain.used():
         for model, of_model in launches.items():
             for launch in of_model:
