@@ -10,6 +10,7 @@
 ##   ARGS          words for the program of a target: make test ARGS="test/kvpool -x"
 ##   PEERS         engines of `make bench-peers`: PEERS="llama vllm"; all unless given
 ##   GPU_PYTHON    Python with torch for CUDA, for targets that need a GPU: python3 unless given
+##   BUNDLE_PYTHON   version of Python for which `make gpu-bundle` packs: 3.12 unless given
 ##   GPU_ARCHITECTURES   compute capabilities of `make native-gpu`: "80;90" unless given
 
 VENV ?= .venv
@@ -21,6 +22,7 @@ PORT ?= 30000
 ARGS ?=
 PEERS ?=
 GPU_PYTHON ?= python3
+BUNDLE_PYTHON ?= 3.12
 GPU_ARCHITECTURES ?= 80;90
 
 BIN := $(VENV)/bin
@@ -33,7 +35,7 @@ PROJECT = --config-settings=cmake.define.CROSSPOOL_CUDA=$(CUDA) --editable
 TORCH := $(shell sed -n 's/^  "\(torch==[^"]*\)",$$/\1/p' pyproject.toml)
 NODEPS := requirements/frontend-nodeps.txt
 TRITON := $(abspath $(VENV))/triton
-TRITON_TESTS := test/test_bare_gpu_machine.py test/kernels/test_triton.py \
+TRITON_TESTS := test/test_bare_gpu_machine.py test/test_gpu_bundle.py test/kernels/test_triton.py \
   test/kernels/test_triton_compile.py test/kernels/test_triton_exchange.py \
   test/ranks/test_gpu_interpreted.py test/ranks/test_gpu_compile.py \
   test/benchmark/test_gpu_benchmark.py test/benchmark/test_gpu_kernels.py \
@@ -50,7 +52,7 @@ GPU_ENV := PYTHONPATH=python:.$(if $(PYTHONPATH),:$(PYTHONPATH)) CUDA_MODULE_LOA
 GPU_BUILD := build/gpu
 
 .PHONY: help env dev serve test test-all test-triton test-rest lint format bench bench-peers \
-  native-gpu gpu-report test-gpu bench-gpu sanitize-gpu clean force
+  native-gpu gpu-report gpu-bundle test-gpu bench-gpu sanitize-gpu clean force
 
 help: ## Prints this list.
 	@echo "Targets"
@@ -144,6 +146,9 @@ native-gpu: ## Builds the native code, with the GPU libraries, into python/cross
 gpu-report: GPU_OPTIONS := -DCROSSPOOL_BUILD_BENCHMARKS=ON
 gpu-report: native-gpu ## Tells everything about a GPU, in three parts of under nine minutes: ARGS="--part a".
 	@$(GPU_ENV) $(GPU_PYTHON) -m benchmark.gpu_report $(ARGS)
+
+gpu-bundle: dev ## Packs what the report needs on a GPU machine that reaches no package index.
+	@PYTHONPATH=$(TRITON) $(BIN)/python scripts/gpu_bundle.py --python $(BUNDLE_PYTHON) $(ARGS)
 
 test-gpu: native-gpu ## Runs the tests that need an NVIDIA GPU; docs/gpu.md says what they need.
 	@$(GPU_ENV) $(GPU_PYTHON) -m pytest -m gpu $(GPU_TESTS) $(ARGS)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from benchmark.gpu_lanes import Join, Lanes
 
-CATALOGUE = ROOT / "python" / "crosspool" / "models" / "catalogue"
+CATALOGUE = ROOT / "python" / "crosspool" / "planner" / "shapes" / "catalogue"
 MODELS = ("Qwen3-30B-A3B", "DeepSeek-V2-Lite", "GLM-4.7-Flash")
 PAGE_SIZE = 16
 MEMORY_SHARE = 0.85
@@ -156,8 +156,7 @@ class Run:
     def prepare(self, name: str, layers: int | None) -> GPUModel:
         """A model of random weights, with as many layers as fit, at most ``layers``."""
         spec = spec_of(name)
-        longest = self.plan.context + self.plan.tokens + 1
-        pages = max(self.plan.batches) * 2 * -(-longest // PAGE_SIZE)
+        pages = pages_of(self.plan.batches, self.plan.context, self.plan.tokens)
         spec = dataclasses.replace(
             spec, ffn=spec.ffn[: layers_that_fit(spec, pages, self.plan.device, layers)]
         )
@@ -344,6 +343,11 @@ def decode(lanes: Lanes, plan: Plan, batch: int, count: int) -> list[float]:
         lanes.pop()
         ms.append((time.perf_counter_ns() - start) / 1e6 / plan.tokens)
     return ms
+
+
+def pages_of(batches: Sequence[int], context: int, tokens: int) -> int:
+    """Pages for the longest sequences of the largest batch, on two lanes."""
+    return max(batches) * 2 * -(-(context + tokens + 1) // PAGE_SIZE)
 
 
 def host_us(call: Callable[[], object]) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.packages import installed
 
-from benchmark.gpu import cost_table
+from benchmark.gpu import MODELS, cost_table, spec_of
 
 ROOT = Path(__file__).parents[2]
 RUN = """
@@ -47,6 +47,12 @@ def test_a_tiny_model_goes_the_whole_way(tmp_path: Path) -> None:
     assert stages["stage dense FFN"]["bytes"] == 3 * 128 * 384 * 2
     assert costs["launch_us"][0]["us"] > 0
     assert "stage dense FFN" in done.stdout.splitlines()[-2]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shapes_of_the_models_are_found(name: str) -> None:
+    spec = spec_of(name)
+    assert spec.layers > 20 and spec.dtype == "bfloat16"
 
 
 def test_costs_of_rows() -> None:
