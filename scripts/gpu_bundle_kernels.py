@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +16,6 @@ from gpu_bundle_run import KERNELS
 if TYPE_CHECKING:
     from crosspool.kernels.triton_cache.host_modules import Python
     from crosspool.kernels.triton_cache.launches import Launch
-    from crosspool.models.spec import ModelSpec
-    from crosspool.ranks.gpu.model import GPUModel
-    from crosspool.ranks.gpu.stages import HasStages
 
     from benchmark.gpu_report.platform import Scale
 
@@ -102,83 +98,7 @@ def _triton_wheel(python: str) -> Path:
 def report_launches(
     scale: Scale, capability: int, models: Sequence[str]
 ) -> dict[str, list[Launch]]:
-    """What the checks of the report launch on a GPU of ``capability`` (90: sm_90), by model."""
-    from crosspool.kernels.triton_cache.launches import recording
+    """What the checks of the report launch, by model."""
+    from benchmark.gpu_report import launches
 
-    launches = {}
-    for name in models:
-        with recording(capability) as recorded:
-            found = _bundled(scale, name) if name in scale.models else _of_times(scale)
-            for stages in found:
-                for call in stages.calls.values():
-                    call()
-        launches[name] = recorded
-    return launches
-
-
-def _bundled(scale: Scale, name: str) -> Iterator[HasStages]:
-    """Stages of a bundled model: with all buckets, with each alone, and with those that exchange
-    rows with another device."""
-    from crosspool.kernels.cuda_loop import LinkMemory
-    from crosspool.models.registry import read_model
-    from crosspool.ranks.gpu.compile import NOWHERE
-    from crosspool.ranks.gpu.lanes import make_serving, make_stages
-    from crosspool.ranks.gpu.links import Crossing, ServedCounts
-
-    from benchmark.gpu_report.bundled import DEMO, PAGES
-
-    spec = read_model(DEMO / name, dtype="float32")
-    model = _hollow(dataclasses.replace(spec, ffn=spec.ffn[: scale.layers]), PAGES)
-    for buckets in (scale.buckets, *([bucket] for bucket in scale.buckets)):
-        yield from make_stages([model], buckets, 1, buckets[-1], NOWHERE)[1].values()
-    links, last = [LinkMemory()], scale.buckets[-1]
-    crossing = Crossing(links=(0,), own=None)
-    _, stages = make_stages(
-        [model], scale.buckets, 1, last, NOWHERE, links=[links], crossings=[crossing]
-    )
-    yield from stages.values()
-    assert model.ffn is not None
-    counts = ServedCounts(1, NOWHERE)
-    _, served = make_serving(
-        [model.spec], {0: model.ffn}, scale.buckets, links, NOWHERE, counts=counts, first_lane=1
-    )
-    yield from served.values()
-
-
-def _of_times(scale: Scale) -> Iterator[HasStages]:
-    """Stages of the model whose times are taken, at each size of a batch."""
-    from crosspool.ranks.gpu.compile import NOWHERE
-    from crosspool.ranks.gpu.lanes import make_stages
-
-    from benchmark.gpu import pages_of, spec_of
-
-    pages = pages_of(scale.batches, scale.context, scale.tokens)
-    model = _hollow(spec_of(scale.shape), pages)
-    for batch in scale.batches:
-        yield from make_stages([model], [batch], 1, batch, NOWHERE)[1].values()
-
-
-def _hollow(spec: ModelSpec, pages: int) -> GPUModel:
-    """A model on a device that has no memory."""
-    import torch
-    from crosspool.ranks.gpu.compile import NOWHERE
-    from crosspool.ranks.gpu.model import GPUModel
-    from crosspool.ranks.gpu.weights import GPUFFN, GPUAttention
-    from crosspool.ranks.weights import TORCH_DTYPES
-    from crosspool.weightpool.placement import FFNShard
-
-    from benchmark.gpu import PAGE_SIZE
-
-    positions = min(spec.context, pages * PAGE_SIZE)
-    kv = torch.empty(
-        (pages, spec.layers, PAGE_SIZE, spec.kv_width),
-        dtype=TORCH_DTYPES[spec.dtype],
-        device=NOWHERE,
-    )
-    shard = FFNShard(rank=0, ranks=1, parallel="tp")
-    return GPUModel(
-        spec,
-        GPUAttention(spec, None, NOWHERE, positions, lambda _: None),
-        GPUFFN(spec, None, shard, NOWHERE, lambda _: None),
-        kv,
-    )
+    return launches.report_launches(scale, capability, models)

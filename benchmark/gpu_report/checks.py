@@ -45,6 +45,10 @@ CHECKS = (
         "machine_check", "machine",
     ),
     Check(
+        "kernels", "a", "Do the kernels of the bundled models compile?", 240,
+        "kernels_check", "compile_kernels", {"what": "bundled"}, needs_gpu=True,
+    ),
+    Check(
         "unmapped KV", "a", "Can stages be captured while no KV is mapped?", 60,
         "memory_checks", "unmapped_kv",
     ),
@@ -85,6 +89,10 @@ CHECKS = (
         "memory_checks", "mapping_beside_the_loop",
     ),
     Check(
+        "kernels of the shape", "b", "Do the kernels of the shape compile whose times are taken?",
+        120, "kernels_check", "compile_kernels", {"what": "shape"}, needs_gpu=True,
+    ),
+    Check(
         "eager steps", "b", "Do steps of plain calls choose the reference's tokens?", 60,
         "ladder_checks", "eager_steps",
     ),
@@ -111,6 +119,10 @@ CHECKS = (
     Check(
         "mapping costs", "b", "What does mapping memory cost?", 90,
         "memory_checks", "mapping_costs",
+    ),
+    Check(
+        "kernels again", "c", "Are the kernels of the bundled models still there?", 240,
+        "kernels_check", "compile_kernels", {"what": "bundled"}, needs_gpu=True,
     ),
     Check(
         "many steps", "c", "Are many steps right whose inputs change every time?", 120,

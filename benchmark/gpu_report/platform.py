@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from benchmark.records import ROOT
+
 if TYPE_CHECKING:
     import torch
     from crosspool.kernels.cuda_driver import CudaDriver
@@ -28,9 +30,11 @@ _ENVIRONMENT = {
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     "CUDA_MODULE_LOADING": "EAGER",
     "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+    "TRITON_CACHE_DIR": str(ROOT / "build" / "triton"),
 }
-"""What CUDA reads when it starts. No kernel is loaded later, behind a resident loop, and no stream
-shares a connection with one."""
+"""What CUDA and Triton read when they start, unless given. No kernel is loaded later, behind a
+resident loop, no stream shares a connection with one, and all checks find the same compiled
+kernels."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from crosspool.kernels.triton_cache.manifest import CacheEntry, Identity
 from crosspool.kernels.triton_cache.toolchain import Toolchain
 from crosspool.kvpool.layout import KVLayout
 from crosspool.observability.progress import loading
+from crosspool.ranks.gpu.host_side import HostSide
 from crosspool.ranks.gpu.lanes import make_serving, make_stages, model_stages
 from crosspool.ranks.gpu.links import ServedCounts, crossing_of, remote_ffn_ranks
 from crosspool.ranks.gpu.model import GPUModel
@@ -185,7 +186,7 @@ def _stages(
         )
         yield from stages.values()
     if ffn is not None and any(peer != device for peer in deployment.kv_pool_devices):
-        counts = ServedCounts(1, NOWHERE)
+        counts = ServedCounts(1, HostSide(NOWHERE))
         _, served = make_serving(
             specs,
             {held.index: ffn},
