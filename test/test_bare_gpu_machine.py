@@ -102,6 +102,7 @@ def test_the_report_starts_there(tmp_path: Path) -> None:
 def test_every_check_can_be_imported_there() -> None:
     code = (
         "import support.bare_machine, importlib; from benchmark.gpu_report.checks import CHECKS; "
+        "import benchmark.gpu_report.launches; "
         "modules = {c.name: importlib.import_module(f'benchmark.gpu_report.{c.module}') "
         "for c in CHECKS}; "
         "assert all(hasattr(modules[c.name], c.function) for c in CHECKS)"

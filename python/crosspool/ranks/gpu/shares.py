@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from crosspool.config.deployment import ConfigError, ModelConfig
+from typing import TYPE_CHECKING
+
+from crosspool.config.errors import ConfigError
 from crosspool.models.spec import ModelSpec, MoEFFN
 from crosspool.weightpool.placement import FFNShard
+
+if TYPE_CHECKING:
+    from crosspool.config.deployment import ModelConfig
 
 _COLUMNS = 16
 """The kernels take gated MLPs whose widths are multiples of this many columns."""
