@@ -177,7 +177,9 @@ def unloadable(folder: Path) -> list[str]:
     return lines
 
 
-def unpacked_kernels(folder: Path, manifest: dict[str, Any], environment: dict[str, str]) -> list[str]:
+def unpacked_kernels(
+    folder: Path, manifest: dict[str, Any], environment: dict[str, str]
+) -> list[str]:
     """Unpacks the compiled kernels where Triton will look for them, once. Returns what to say."""
     digest = manifest["files"].get(KERNELS)
     cache = Path(environment["TRITON_CACHE_DIR"])

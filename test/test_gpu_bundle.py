@@ -79,8 +79,9 @@ def test_bundle_starts_the_report_in_a_bare_environment(
     bundle: Path, bare: BareEnvironment, tmp_path: Path
 ) -> None:
     assert bare.run(["python3", "-c", "import torch, triton"], tmp_path).returncode == 0
-    for missing in ("msgspec", "zmq", "setproctitle", "crosspool", "sglang", "fastapi", "pip"):
-        assert bare.run(["python3", "-c", f"import {missing}"], tmp_path).returncode == 1, missing
+    absent = ("msgspec", "zmq", "setproctitle", "crosspool", "sglang", "fastapi", "pip")
+    find = f"import importlib.util as u; print([n for n in {absent} if u.find_spec(n)])"
+    assert bare.run(["python3", "-c", find], tmp_path).stdout == "[]\n"
 
     done = bare.run([bundle / "run", "--only", "machine", "--out", "out"], tmp_path, 300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -133,8 +134,6 @@ def test_a_damaged_file_is_named(bundle: Path, bare: BareEnvironment, tmp_path: 
     assert f"{gone} cannot be read: No such file or directory" in done.stdout
     assert len(done.stdout.splitlines()) == 3
 
-    done = bare.run([copy / "run", "--changed", "--check"], tmp_path)
-    assert done.returncode == 0 and f"changed: {library}" in done.stdout, done.stdout
     (copy / "bundle.json").write_text("{")
     done = bare.run([copy / "run", "--changed", "--check"], tmp_path)
     assert done.returncode == 2 and "bundle.json cannot be read" in done.stdout
@@ -176,10 +175,13 @@ def test_kernels_of_other_sources_are_not_used(
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(bundle, copy, ignore=shutil.ignore_patterns("triton-cache"))
-    with (copy / "source/python/crosspool/kernels/triton/norm.py").open("a") as file:
+    changed = "source/python/crosspool/kernels/triton/norm.py"
+    with (copy / changed).open("a") as file:
         file.write("\n")
+    assert bare.run([copy / "run", "--check"], tmp_path).returncode == 2
     done = bare.run([copy / "run", "--changed", "--check"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"changed: {changed} is damaged" in done.stdout
     assert "compiled kernels are not used; they are compiled here instead" in done.stdout
     assert "foreign: sources" in done.stdout
 
