@@ -25,7 +25,7 @@ FOREIGN_FILES = {
     # of other projects
     *("llama.cpp", "dlpack.h", "cuda.h"),
     # what benchmarks write on a GPU
-    *("gpu.jsonl", "gpu_costs.json"),
+    *("gpu.jsonl", "gpu_costs.json", "report.md", "report.json"),
 }
 FOREIGN_FLAGS = {"--no-deps", "--editable", "--index-url", "--build", "--install", "--prefix"}
 """Flags of pip and CMake."""

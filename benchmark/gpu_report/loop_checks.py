@@ -36,7 +36,7 @@ def resident(
         Lanes(
             [load(platform, name, kv)],
             lanes=lanes,
-            buckets=scale.buckets[:2],
+            buckets=scale.buckets,
             device=platform.device,
             resident=True,
             lease=scale.new_tokens,
@@ -53,29 +53,28 @@ def beside_the_loop(platform: Platform, notes: Notes) -> None:
 
     kept: list[Any] = []
     device = platform.device
-    stream = torch.cuda.Stream()
-
-    def on_stream(call: Callable[[], Any]) -> Callable[[], None]:
-        def run() -> None:
-            with torch.cuda.stream(stream):
-                kept.append(call())
-            stream.synchronize()
-
-        return run
-
-    calls: dict[str, Callable[[], object]] = {
-        "a kernel of torch": on_stream(lambda: torch.ones(8, device=device) + 1),
-        "device allocation": lambda: kept.append(
-            torch.empty(256 << 20, dtype=torch.uint8, device=device)
-        ),
-        "pinned allocation": lambda: kept.append(
-            torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
-        ),
-        "load of a Triton kernel": on_stream(lambda: add_one(device)),
-    }
     with resident(platform, notes) as lanes:
-        loop = lanes.loop
+        loop, host = lanes.loop, lanes.host
         assert isinstance(loop, CudaLoop)
+
+        def on_stream(call: Callable[[], Any]) -> Callable[[], None]:
+            def run() -> None:
+                with host.beside():
+                    kept.append(call())
+                host.synchronize()
+
+            return run
+
+        calls: dict[str, Callable[[], object]] = {
+            "a kernel of torch": on_stream(lambda: torch.ones(8, device=device) + 1),
+            "device allocation": lambda: kept.append(
+                torch.empty(256 << 20, dtype=torch.uint8, device=device)
+            ),
+            "pinned allocation": lambda: kept.append(
+                torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
+            ),
+            "load of a Triton kernel": on_stream(lambda: add_one(device)),
+        }
         for name, call in calls.items():
             beside(notes, loop, name, call)
 
@@ -198,7 +197,7 @@ def many_steps(platform: Platform, notes: Notes) -> None:
     done = wrong = told = 0
     began = time.monotonic()
     with resident(platform, notes, lanes=2) as lanes:
-        most = min(4, scale.buckets[:2][-1])
+        most = min(4, scale.buckets[-1])
         own = [_Lane(lane, known, most, rng) for lane in (0, 1)]
         for lane in own:
             lane.push(lanes, scale.new_tokens)

@@ -10,6 +10,8 @@ from benchmark.gpu_report.notes import READ_FIRST, Gravity, place
 from benchmark.gpu_report.runner import Outcome
 
 Rows = Mapping[str, Sequence[dict[str, Any]]]
+HIDDEN = ("ready", "platform")
+"""Facts of every check."""
 _MOST_ROWS = 60
 """Rows of a check's table on the page; the rest stands in its file."""
 
@@ -107,7 +109,7 @@ def _details(outcome: Outcome, rows: Sequence[dict[str, Any]]) -> list[str]:
     facts = [
         (row["fact"], row["value"], _more(row))
         for row in rows
-        if "fact" in row and row["fact"] not in ("ready", "platform")
+        if "fact" in row and row["fact"] not in HIDDEN
     ]
     figures = [_figure(row["measured"]) for row in rows if "measured" in row]
     if outcome.name == "machine":

@@ -44,7 +44,7 @@ class Scale:
     models: tuple[str, ...] = ("tiny-qwen3-moe", "tiny-deepseek-v2", "tiny-glm4-moe-lite")
     """Bundled models."""
     layers: int | None = None
-    """At most so many layers of each bundled model."""
+    """Most layers of each bundled model; None: all."""
     buckets: tuple[int, ...] = (1, 4, 64)
     """Row buckets of the bundled models' lanes."""
     prompts: int = 4

@@ -37,7 +37,11 @@ class Report:
             for check in CHECKS
         ]
         rows = {name: self._rows(name) for name in self.outcomes}
-        facts = {row["fact"]: row["value"] for row in rows.get("machine", []) if "fact" in row}
+        facts = {
+            row["fact"]: row["value"]
+            for row in rows.get("machine", [])
+            if "fact" in row and row["fact"] not in page.HIDDEN
+        }
         platform = next(
             (row["value"] for of in rows.values() for row in of if row.get("fact") == "platform"),
             "no GPU was seen",

@@ -84,18 +84,17 @@ class FakePlatform:
     @functools.cached_property
     def device(self) -> torch.device:
         import torch
-        from crosspool.kernels.triton import attention, linear
+        from crosspool.kernels.triton import attention, experts, linear, tiles
         from support import triton_interpreter
 
         triton_interpreter.repair()
         torch.set_num_threads(1)
-        tile = vars(linear)["product_tile"]
-
-        def wide_tile(*arguments: Any) -> Any:
-            return dataclasses.replace(tile(*arguments), columns=64)
+        def wide_tile(*arguments: Any, **named: Any) -> Any:
+            return dataclasses.replace(tiles.product_tile(*arguments, **named), columns=64)
 
         # Fewer programs are interpreted.
-        vars(linear)["product_tile"] = wide_tile
+        for kernels in (experts, linear):
+            vars(kernels)["product_tile"] = wide_tile
         for kernels in (attention, linear):
             vars(kernels)["MULTIPROCESSORS"] = 4
         return torch.device("cpu")
