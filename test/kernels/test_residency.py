@@ -4,11 +4,18 @@ beside it: over a fake driver."""
 from __future__ import annotations
 
 import logging
+import re
+import sys
+from pathlib import Path
+from unittest.mock import MagicMock
 
+import crosspool
 import pytest
+import torch
+from crosspool.kernels.cuda_driver import CudaBindings
 from crosspool.kernels.cuda_loop import CudaLoop, CudaLoopError, LanePlaces, ModelStages
 from crosspool.kernels.residency import Residency, ResidencyError
-from crosspool.ranks.gpu.host_side import start_probed
+from crosspool.ranks.gpu.host_side import HostSide, start_probed
 from support import fake_cuda_graphs
 from support.fake_cuda_graphs import FakeCuda
 from support.loop_bench import LoopBench
@@ -110,3 +117,57 @@ def test_streams_that_share_a_connection_with_a_lane_are_named(
         bench.loop.quiesce()
         driver.run(100)  # what the probe has queued ends
     bench.close()
+
+
+def test_the_drivers_calls_that_may_wait_ask_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    bindings = MagicMock()
+    success = bindings.driver.CUresult.CUDA_SUCCESS
+    for name in ("cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"):
+        getattr(bindings.driver, name).return_value = (success, 1)
+    for name in ("Create", "Release", "SetAccess", "Unmap", "Map", "GetAllocationGranularity"):
+        getattr(bindings.driver, f"cuMem{name}").return_value = (success, 1)
+    bindings.driver.cuDeviceGetAttribute.return_value = (success, 1)
+    monkeypatch.setitem(sys.modules, "cuda", MagicMock(bindings=bindings))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    residency = Residency("cuda:0")
+    driver, loop = CudaBindings(0, residency), object()
+    calls = {
+        "cuMemCreate": lambda: driver.create(1),
+        "cuMemSetAccess": lambda: driver.set_access(0, 1),
+        "cuMemUnmap": lambda: driver.unmap(0, 1),
+        "cuMemRelease": lambda: driver.release(1),
+    }
+    residency.enter(loop)
+    driver.map(0, 1, 1)  # does not wait
+    for name, call in calls.items():
+        with pytest.raises(ResidencyError, match=f"^{name}: the resident loop on cuda:0 is on"):
+            call()
+        getattr(bindings.driver, name).assert_not_called()
+    residency.leave(loop)
+    for name, call in calls.items():
+        call()
+        getattr(bindings.driver, name).assert_called_once()
+
+
+def test_page_locked_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, loop = HostSide(torch.device("cpu")), object()
+    assert host.full((2, 3), 7, torch.int32).tolist() == [[7] * 3] * 2
+    host.residency.enter(loop)
+    with pytest.raises(ResidencyError, match=r"^page-locked memory of 6 elements: the resident"):
+        host.full((2, 3), 7, torch.int32)
+    with pytest.raises(ResidencyError, match=r"^a stream: "):
+        monkeypatch.setitem(sys.modules, "cuda", MagicMock())
+        monkeypatch.setitem(sys.modules, "cuda.bindings", MagicMock())
+        host.new_stream()
+
+
+def test_memory_and_streams_are_made_in_one_place() -> None:
+    """Elsewhere the package pins no memory, and takes no stream from torch's pool."""
+    package = Path(crosspool.__file__).parent
+    makes = re.compile(r"pin_memory|cuda\.Stream\(|cuStreamCreate|cuda\.graph\(")
+    found = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if makes.search(path.read_text())
+    }
+    assert found == {"ranks/gpu/host_side.py"}
