@@ -35,6 +35,7 @@ NODEPS := requirements/frontend-nodeps.txt
 TRITON := $(abspath $(VENV))/triton
 TRITON_TESTS := test/test_bare_gpu_machine.py test/kernels/test_triton.py \
   test/kernels/test_triton_compile.py test/kernels/test_triton_exchange.py \
+  test/kernels/test_triton_residency.py \
   test/ranks/test_gpu_interpreted.py \
   test/benchmark/test_gpu_benchmark.py test/benchmark/test_gpu_kernels.py
 NATIVE := $(shell find sgl-kernel-ext -type f)

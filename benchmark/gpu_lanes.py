@@ -18,6 +18,7 @@ import torch
 from crosspool.kernels.cuda_loop_structs import GPUStepArguments
 from crosspool.kernels.engine_structs import DONE, TOKENS
 from crosspool.models.spec import ModelSpec
+from crosspool.ranks.gpu.host_side import HostSide, start
 from crosspool.ranks.gpu.inputs import HostInputs, HostMemory
 from crosspool.ranks.gpu.lanes import join_loop, make_stages, model_stages
 from crosspool.ranks.gpu.links import Crossing
@@ -27,6 +28,8 @@ from crosspool.ranks.gpu.weights import GPUFFN, GPUAttention
 from crosspool.ranks.weights import TORCH_DTYPES
 from crosspool.weightpool.placement import FFNShard
 
+Join = Callable[..., DeviceLoop]
+"""Makes the loop over lanes, as :func:`crosspool.ranks.gpu.lanes.join_loop` does."""
 _PATIENCE = 60.0
 """Seconds that a step may take."""
 
@@ -73,7 +76,7 @@ class Lanes:
         device: torch.device,
         resident: bool,
         lease: int = 1,
-        join: Callable[..., DeviceLoop] = join_loop,
+        join: Join = join_loop,
     ) -> None:
         """``join``: makes the loop, as :func:`crosspool.ranks.gpu.lanes.join_loop` does."""
         self.models = models
@@ -82,10 +85,13 @@ class Lanes:
         sequences = buckets[-1]
         self.places, self.stages = make_stages(models, buckets, lanes, sequences, device)
         elements = max(stages.layout.elements for stages in self.stages.values())
-        pinned = device.type == "cuda"
-        self.memory = [HostMemory(elements, sequences, lease, pinned=pinned) for _ in range(lanes)]
+        self.host = HostSide(device)
+        self.memory = [HostMemory(elements, sequences, lease, self.host) for _ in range(lanes)]
         known = [model_stages(model.spec, Crossing()) for model in models]
-        self.loop = join(known, self.places, self.stages, buckets, resident=resident)
+        self.loop = join(
+            known, self.places, self.stages, buckets, host=self.host, resident=resident
+        )
+        start(self.loop, self.host)
         self._flying: dict[int, GPUStepArguments] = {}
         self._steps = 0
 
@@ -165,6 +171,7 @@ class Lanes:
 
     def close(self) -> None:
         self.loop.close()
+        self.host.close()
 
     def __enter__(self) -> Self:
         return self

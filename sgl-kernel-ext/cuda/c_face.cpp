@@ -52,7 +52,7 @@ GPULoop* crosspool_cuda_loop_create(const crosspool::gpu::GPULoopDescription* de
 
 std::int32_t crosspool_cuda_loop_free(GPULoop* loop) {
   return guarded([&] {
-    if (loop->resident()) throw std::runtime_error("the loop is on the device: quiesce");
+    crosspool::gpu::not_beside_a_loop("freeing the loop");
     delete loop;
     return 0;
   });
@@ -71,6 +71,11 @@ std::int32_t crosspool_cuda_loop_start(GPULoop* loop) {
     loop->start();
     return 0;
   });
+}
+
+std::int32_t crosspool_cuda_loop_probe(GPULoop* loop, void* beside, std::int64_t timeout_ns,
+                                       std::uint8_t* stuck) {
+  return guarded([&] { return static_cast<std::int32_t>(loop->probe(beside, timeout_ns, stuck)); });
 }
 
 std::int32_t crosspool_cuda_loop_quiesce(GPULoop* loop, std::int64_t timeout_ns) {

@@ -36,6 +36,7 @@ struct Calls {
   Error (*device_alloc)(void** memory, std::size_t bytes);
   Error (*device_free)(void* memory);
   Error (*copy_to_device)(void* to, const void* from, std::size_t bytes, Stream stream);
+  Error (*clear)(void* memory, std::size_t bytes, Stream stream);  // device memory; does not wait
 
   Error (*stream_create)(Stream* stream);  // a stream that does not wait for the default one
   Error (*stream_destroy)(Stream stream);

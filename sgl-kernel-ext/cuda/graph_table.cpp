@@ -3,6 +3,8 @@
 #include <array>
 #include <stdexcept>
 
+#include "residency.h"
+
 namespace crosspool::gpu {
 
 namespace {
@@ -66,6 +68,7 @@ std::size_t check_nodes(Graph graph, const std::string& what) {
 }  // namespace
 
 Exec instantiate(Graph graph, Stream stream, const std::string& what) {
+  not_beside_a_loop("instantiating " + what);
   if (check_nodes(graph, what) == 0) {
     throw std::runtime_error(what + ": it is empty; the device launches no empty graph");
   }

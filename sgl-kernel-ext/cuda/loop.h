@@ -69,7 +69,8 @@ CROSSPOOL_API std::int32_t crosspool_cuda_sizes(std::uint64_t* sizes, std::int32
 // everything that runs on the device, so no other loop may be resident there.
 CROSSPOOL_API crosspool::gpu::GPULoop* crosspool_cuda_loop_create(
     const crosspool::gpu::GPULoopDescription* description);
-// Destroys the loop's graphs and memory. The loop must have left the device (quiesce).
+// Destroys the loop's graphs and memory. It and all others of the process must have left the device
+// (quiesce).
 CROSSPOOL_API std::int32_t crosspool_cuda_loop_free(crosspool::gpu::GPULoop* loop);
 
 // Instantiates a captured graph (cudaGraph_t) for launches from the device, uploads it, and puts it
@@ -81,6 +82,11 @@ CROSSPOOL_API std::int32_t crosspool_cuda_loop_add_graph(crosspool::gpu::GPULoop
                                                          void* graph);
 // Launches every lane's scheduler graph, for the first time or after quiesce.
 CROSSPOOL_API std::int32_t crosspool_cuda_loop_start(crosspool::gpu::GPULoop* loop);
+// Writes which streams make no progress within `timeout_ns` while the loop is on the device, 0 or 1
+// for each lane and then for `beside` (cudaStream_t), in which the host works: uint8 [lanes + 1].
+// Returns their number.
+CROSSPOOL_API std::int32_t crosspool_cuda_loop_probe(crosspool::gpu::GPULoop* loop, void* beside,
+                                                     std::int64_t timeout_ns, std::uint8_t* stuck);
 // Asks every lane to leave the device between two steps, or where it waits (stages.h, Phase), and
 // waits until all have. Steps stay where they are until the next start. Fails after `timeout_ns`;
 // the lanes may still leave later.

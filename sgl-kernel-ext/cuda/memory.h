@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "calls.h"
+#include "residency.h"
 
 namespace crosspool::gpu {
 
@@ -15,6 +16,7 @@ template <class T>
 class DeviceArray {
  public:
   explicit DeviceArray(std::size_t count) : bytes_(count * sizeof(T)) {
+    not_beside_a_loop("allocating device memory of the loop");
     check(calls().device_alloc(&memory_, bytes_), "allocating device memory of the loop");
   }
   DeviceArray(DeviceArray&& other) noexcept
@@ -25,6 +27,7 @@ class DeviceArray {
   }
 
   T* data() const { return static_cast<T*>(memory_); }
+  std::size_t bytes() const { return bytes_; }
   // Copies in the stream's order; `values` must stay until the stream is done.
   void fill(std::span<const T> values, Stream stream) const {
     check(calls().copy_to_device(memory_, values.data(), values.size_bytes(), stream),
@@ -41,6 +44,7 @@ template <class T>
 class MappedArray {
  public:
   explicit MappedArray(std::size_t count) {
+    not_beside_a_loop("allocating mapped host memory");
     check(calls().host_alloc(&memory_, count * sizeof(T)), "allocating mapped host memory");
     std::memset(memory_, 0, count * sizeof(T));
   }

@@ -82,10 +82,14 @@ GPULoop::GPULoop(const GPULoopDescription& description)
       device_bucket_rows_(description.bucket_count),
       lanes_(lane_count_),
       mapped_(lane_count_),
+      probed_(1),
       graphs_(lane_count_, description.model_count, description.bucket_count),
       host_(lane_count_) {
   try {
-    for (HostLane& lane : host_) check(calls().stream_create(&lane.stream), "creating a stream");
+    for (HostLane& lane : host_) {
+      not_beside_a_loop("creating a stream");
+      check(calls().stream_create(&lane.stream), "creating a stream");
+    }
     describe_models(description);
     make_lanes(description);
   } catch (...) {
@@ -175,6 +179,12 @@ bool GPULoop::resident() const {
                      [](const HostLane& lane) { return lane.resident; });
 }
 
+void GPULoop::set_resident(HostLane& lane, bool resident) {
+  if (lane.resident == resident) return;
+  lane.resident = resident;
+  resident ? ++resident_lanes : --resident_lanes;
+}
+
 void GPULoop::not_resident(const char* what) const {
   if (resident())
     throw std::runtime_error(std::string(what) + " may wait behind the loop: quiesce");
@@ -195,11 +205,31 @@ void GPULoop::start() {
   for (std::uint32_t i = 0; i < lane_count_; ++i) {
     if (status(i).fault != 0) report(i);
   }
-  for (HostLane& lane : host_) {
+  for (std::uint32_t i = 0; i < lane_count_; ++i) {
+    HostLane& lane = host_[i];
+    lane.before = status(i).heartbeat;
     check(calls().launch(lane.scheduler, lane.stream), "launching a scheduler graph");
-    lane.resident = true;
+    set_resident(lane, true);
     lane.asked_to_leave = false;
     lane.heard_ns = now_ns();
+  }
+}
+
+std::uint32_t GPULoop::probe(Stream beside, std::int64_t timeout_ns, std::uint8_t* stuck) {
+  const std::int64_t deadline = now_ns() + timeout_ns;
+  check(calls().clear(probed_.data(), probed_.bytes(), beside), "clearing 8 bytes");
+  for (;;) {
+    std::uint32_t count = 0;
+    for (std::uint32_t i = 0; i < lane_count_; ++i) {
+      stuck[i] = host_[i].resident && status(i).heartbeat == host_[i].before;
+      count += stuck[i];
+    }
+    const Error error = calls().stream_query(beside);
+    if (error != kNotReady) check(error, "clearing 8 bytes");
+    stuck[lane_count_] = error == kNotReady;
+    count += stuck[lane_count_];
+    if (count == 0 || now_ns() > deadline) return count;
+    nap();
   }
 }
 
@@ -215,7 +245,7 @@ void GPULoop::quiesce(std::int64_t timeout_ns) {
       }
       const Error found = calls().stream_query(lane.stream);
       if (found == kNotReady) continue;
-      lane.resident = false;
+      set_resident(lane, false);
       if (error == kSuccess) error = found;
     }
     if (!resident()) return check(error, "the stages of a lane");
@@ -296,7 +326,7 @@ void GPULoop::look_after(std::int64_t now) {
     if (!lane.resident) continue;
     const Error error = calls().stream_query(lane.stream);
     if (error != kNotReady && error != kSuccess) {
-      lane.resident = false;
+      set_resident(lane, false);
       check(error, "the stages of a lane");
     }
     const std::uint64_t heartbeat =

@@ -27,6 +27,10 @@ class GPULoop {
   void start();
   void quiesce(std::int64_t timeout_ns);
   bool resident() const;
+  // Finds the streams that make no progress within the bound, for a resident loop: those of lanes
+  // that have not yet run, and `beside`, in which the host works. Writes 0 or 1 for each lane, and
+  // then for `beside`. Returns their number.
+  std::uint32_t probe(Stream beside, std::int64_t timeout_ns, std::uint8_t* stuck);
 
   bool push_step(std::uint32_t lane, const GPUStepArguments& arguments);
   bool push(std::uint32_t lane, const Command& command);
@@ -51,6 +55,7 @@ class GPULoop {
     Stream stream = nullptr;
     Exec scheduler = nullptr;
     bool resident = false;
+    std::uint64_t before = 0;  // heartbeat at the start
     bool asked_to_leave = false;
     std::uint64_t pushed = 0;  // steps
     std::uint64_t done = 0;
@@ -62,6 +67,7 @@ class GPULoop {
   void describe_models(const GPULoopDescription& description);
   void make_lanes(const GPULoopDescription& description);
   void destroy();
+  static void set_resident(HostLane& lane, bool resident);
   const HostLane& at(std::uint32_t lane) const;
   HostLane& at(std::uint32_t lane);
   void not_resident(const char* what) const;
@@ -82,6 +88,7 @@ class GPULoop {
   DeviceArray<std::uint32_t> device_bucket_rows_;
   DeviceArray<GPULane> lanes_;
   MappedArray<Mapped> mapped_;
+  DeviceArray<std::uint64_t> probed_;
   GraphTable graphs_;
   std::vector<HostLane> host_;
   std::uint32_t next_lane_ = 0;  // pop() looks there first

@@ -36,6 +36,10 @@ Error copy_to_device(void* to, const void* from, std::size_t bytes, Stream strea
   return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_of(stream));
 }
 
+Error clear(void* memory, std::size_t bytes, Stream stream) {
+  return cudaMemsetAsync(memory, 0, bytes, stream_of(stream));
+}
+
 Error stream_create(Stream* stream) {
   cudaStream_t made = nullptr;
   const cudaError_t error = cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking);
@@ -97,9 +101,9 @@ Error launch(Exec exec, Stream stream) {
 const char* error_name(Error error) { return cudaGetErrorName(static_cast<cudaError_t>(error)); }
 
 constexpr Calls kRuntime = {
-    host_alloc,     host_free,    device_alloc, device_free, copy_to_device, stream_create,
-    stream_destroy, stream_query, graph_nodes,  node_type,   child_graph,    make_scheduler_graph,
-    graph_destroy,  instantiate,  exec_destroy, launch,      error_name};
+    host_alloc,           host_free,      device_alloc, device_free,  copy_to_device, clear,
+    stream_create,        stream_destroy, stream_query, graph_nodes,  node_type,      child_graph,
+    make_scheduler_graph, graph_destroy,  instantiate,  exec_destroy, launch,         error_name};
 
 }  // namespace
 

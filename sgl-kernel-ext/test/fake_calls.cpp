@@ -37,6 +37,11 @@ bool allocated(const void* begin, std::size_t bytes) {
   });
 }
 
+// What CUDA may hold back until the device has no work.
+void may_wait(const std::string& what) {
+  if (resident()) violate(what + " beside a resident loop, behind which it may wait for ever");
+}
+
 Error allocate(std::map<void*, std::size_t>& into, void** memory, std::size_t bytes) {
   *memory = std::aligned_alloc(256, aligned_up(bytes, 256));
   std::memset(*memory, 0xCD, bytes);
@@ -52,13 +57,18 @@ Error release(std::map<void*, std::size_t>& from, void* memory) {
 
 Error host_alloc(void** memory, std::size_t bytes) {
   if (const Error error = injected("host_alloc")) return error;
+  may_wait("page-locked memory is allocated");
   return allocate(state.host, memory, bytes);
 }
 
-Error host_free(void* memory) { return release(state.host, memory); }
+Error host_free(void* memory) {
+  may_wait("page-locked memory is freed");
+  return release(state.host, memory);
+}
 
 Error device_alloc(void** memory, std::size_t bytes) {
   if (const Error error = injected("device_alloc")) return error;
+  may_wait("device memory is allocated");
   return allocate(state.device, memory, bytes);
 }
 
@@ -74,13 +84,23 @@ Error copy_to_device(void* to, const void* from, std::size_t bytes, Stream strea
   if (!allocated(to, bytes)) return violate("a copy to what is not device memory");
   const auto* begin = static_cast<const unsigned char*>(from);
   static_cast<FakeStream*>(stream)->works.push_back(
-      {Work::kCopy, nullptr, {begin, begin + bytes}, to, 0});
+      {Work::kCopy, nullptr, {begin, begin + bytes}, to, 0, ++state.launches});
+  return gpu::kSuccess;
+}
+
+Error clear(void* memory, std::size_t bytes, Stream stream) {
+  if (const Error error = injected("clear")) return error;
+  if (!allocated(memory, bytes)) return violate("what is cleared is not device memory");
+  static_cast<FakeStream*>(stream)->works.push_back(
+      {Work::kClear, nullptr, std::vector<unsigned char>(bytes), memory, 0, ++state.launches});
   return gpu::kSuccess;
 }
 
 Error stream_create(Stream* stream) {
   if (const Error error = injected("stream_create")) return error;
+  may_wait("a stream is created");
   state.streams.push_back(new FakeStream);
+  state.streams.back()->connection = state.streams_made++ % state.connections;
   *stream = state.streams.back();
   return gpu::kSuccess;
 }
@@ -135,6 +155,7 @@ Error graph_destroy(Graph graph) {
 
 Error instantiate(Exec* exec, Graph graph, unsigned flags, Stream stream, int* result) {
   if (const Error error = injected("instantiate")) return error;
+  may_wait("a graph is instantiated");
   const auto* from = static_cast<FakeGraph*>(graph);
   if (state.knobs.count(Knob::kDropUpload) != 0) flags &= ~gpu::kUploadFlag;
   if (state.knobs.count(Knob::kDropDeviceLaunch) != 0) flags &= ~gpu::kDeviceLaunchFlag;
@@ -148,7 +169,8 @@ Error instantiate(Exec* exec, Graph graph, unsigned flags, Stream stream, int* r
   auto* made = new FakeExec{from->body, from->lane, from->ticks, for_device, false, 0};
   state.execs.insert(made);
   if ((flags & gpu::kUploadFlag) != 0) {
-    static_cast<FakeStream*>(stream)->works.push_back({Work::kUpload, made, {}, nullptr, 0});
+    static_cast<FakeStream*>(stream)->works.push_back(
+        {Work::kUpload, made, {}, nullptr, 0, ++state.launches});
   }
   *exec = made;
   *result = 0;
@@ -170,7 +192,8 @@ Error launch(Exec exec, Stream stream) {
   if (found->pending > 0) return violate("a launch from the host of an exec that has not ended");
   found->uploaded = true;  // a launch from the host uploads too
   ++found->pending;
-  static_cast<FakeStream*>(stream)->works.push_back({Work::kGraph, found, {}, nullptr, 0});
+  static_cast<FakeStream*>(stream)->works.push_back(
+      {Work::kGraph, found, {}, nullptr, 0, ++state.launches});
   return gpu::kSuccess;
 }
 
@@ -194,12 +217,12 @@ const char* error_name(Error error) {
 namespace crosspool::gpu {
 
 const Calls& calls() {
-  static constexpr Calls kFake = {fake::host_alloc,     fake::host_free,      fake::device_alloc,
-                                  fake::device_free,    fake::copy_to_device, fake::stream_create,
-                                  fake::stream_destroy, fake::stream_query,   fake::graph_nodes,
-                                  fake::node_type,      fake::child_graph,    fake::scheduler_graph,
-                                  fake::graph_destroy,  fake::instantiate,    fake::exec_destroy,
-                                  fake::launch,         fake::error_name};
+  static constexpr Calls kFake = {fake::host_alloc,      fake::host_free,      fake::device_alloc,
+                                  fake::device_free,     fake::copy_to_device, fake::clear,
+                                  fake::stream_create,   fake::stream_destroy, fake::stream_query,
+                                  fake::graph_nodes,     fake::node_type,      fake::child_graph,
+                                  fake::scheduler_graph, fake::graph_destroy,  fake::instantiate,
+                                  fake::exec_destroy,    fake::launch,         fake::error_name};
   return kFake;
 }
 

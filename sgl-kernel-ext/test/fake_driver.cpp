@@ -1,5 +1,6 @@
 #include "fake_driver.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "../cuda/pass.h"
@@ -21,6 +22,7 @@ constexpr std::uint64_t kClockSkewNs = 1500;
 // What an execution of a graph launches from the device.
 struct TailLaunches {
   FakeExec* self;
+  std::uint64_t number;
   std::deque<Work> queue;
   bool itself = false;
 
@@ -38,7 +40,7 @@ struct TailLaunches {
       return violate("a launch of an exec that has not ended");
     }
     ++exec->pending;
-    queue.push_back({Work::kGraph, exec, {}, nullptr, 0});
+    queue.push_back({Work::kGraph, exec, {}, nullptr, 0, number});
     return 0;
   }
 };
@@ -58,7 +60,7 @@ struct HostDriver {
     std::uint32_t error = tails.add(stage);
     if (state.knobs.count(Knob::kFloodTails) != 0) {
       for (std::size_t i = 0; i <= kMaxTailLaunches && error == 0; ++i) {
-        tails.queue.push_back({Work::kCopy, nullptr, {}, nullptr, 0});
+        tails.queue.push_back({Work::kCopy, nullptr, {}, nullptr, 0, tails.number});
         if (tails.queue.size() > kMaxTailLaunches) {
           error = violate("more than 255 pending tail launches", kPendingCountExceeded);
         }
@@ -84,7 +86,7 @@ void run_graph(FakeStream& stream) {
     ++state.under_way;
   }
   if (++work.ticks < exec.ticks) return;
-  TailLaunches tails{&exec, {}};
+  TailLaunches tails{&exec, work.number, {}};
   if (exec.lane != nullptr) {
     if (state.pass_hook) state.pass_hook(exec.lane);
     HostDriver driver{tails, state.random() % kClockSkewNs};
@@ -98,14 +100,29 @@ void run_graph(FakeStream& stream) {
   stream.works.insert(stream.works.begin(), tails.queue.begin(), tails.queue.end());
 }
 
+bool is_resident(const FakeStream& stream) {
+  return std::any_of(stream.works.begin(), stream.works.end(), [](const Work& work) {
+    return work.kind == Work::kGraph && work.exec->lane != nullptr;
+  });
+}
+
+// Whether the stream's next work lies behind a resident loop on the same connection.
+bool is_stuck(const FakeStream& stream) {
+  return std::any_of(state.streams.begin(), state.streams.end(), [&](const FakeStream* other) {
+    return other != &stream && other->connection == stream.connection && is_resident(*other) &&
+           other->works.front().number < stream.works.front().number;
+  });
+}
+
 void progress(FakeStream& stream) {
   state.now += 1000;
-  if (stream.works.empty() || stream.error != gpu::kSuccess) return;
+  if (stream.works.empty() || stream.error != gpu::kSuccess || is_stuck(stream)) return;
   Work& work = stream.works.front();
   if (work.kind == Work::kGraph) return run_graph(stream);
   if (work.kind == Work::kCopy && work.to != nullptr) {
     std::memcpy(work.to, work.bytes.data(), work.bytes.size());
   }
+  if (work.kind == Work::kClear) std::memset(work.to, 0, work.bytes.size());
   if (work.kind == Work::kUpload) work.exec->uploaded = true;
   stream.works.pop_front();
 }
@@ -133,6 +150,13 @@ void destroy_graph(Graph graph) {
   state.graphs.erase(found);
   delete found;
 }
+
+bool resident() {
+  return std::any_of(state.streams.begin(), state.streams.end(),
+                     [](const FakeStream* stream) { return is_resident(*stream); });
+}
+
+void connections(std::size_t count) { state.connections = count; }
 
 void seed(std::uint64_t value) { state.random.seed(value); }
 

@@ -6,7 +6,10 @@
 //   itself;
 // - at most 255 tail launches by one execution of a graph;
 // - a graph's tail launches run in their order when it has ended, before anything behind it;
-// - freeing device memory waits for all work, and so for ever beside a resident loop.
+// - freeing device memory waits for all work, and so for ever beside a resident loop; so may
+//   allocating memory of the device or of the host, creating a stream and instantiating a graph;
+// - streams are dealt to connections in turn. Work waits for a resident loop that was launched
+//   before it on the same connection.
 //
 // It is one thread: work progresses in run() and in stream queries, a random stream's each time, so
 // that lanes, devices and the host interleave in every way. A unit of progress takes 1 us, and no
@@ -37,6 +40,8 @@ void remove_nodes(gpu::Graph graph);
 void destroy_graph(gpu::Graph graph);
 
 void seed(std::uint64_t value);
+// Connections to which streams are dealt, from the next stream on; 32 at first.
+void connections(std::size_t count);
 // Units of progress, each on a stream that has work.
 void run(int units);
 

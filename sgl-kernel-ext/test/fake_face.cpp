@@ -11,6 +11,9 @@ CROSSPOOL_API void crosspool_fake_add_node(void* graph, int type, void* child);
 CROSSPOOL_API void crosspool_fake_remove_nodes(void* graph);
 CROSSPOOL_API void crosspool_fake_destroy_graph(void* graph);
 CROSSPOOL_API void crosspool_fake_run(int units);
+CROSSPOOL_API void crosspool_fake_connections(unsigned count);
+CROSSPOOL_API void* crosspool_fake_stream();
+CROSSPOOL_API void crosspool_fake_destroy_stream(void* stream);
 CROSSPOOL_API void crosspool_fake_turn(int knob);
 CROSSPOOL_API void crosspool_fake_fail_call(const char* name, int successes, int error);
 CROSSPOOL_API void crosspool_fake_fail_tail_launch(int error);
@@ -34,6 +37,16 @@ void crosspool_fake_remove_nodes(void* graph) { crosspool::fake::remove_nodes(gr
 void crosspool_fake_destroy_graph(void* graph) { crosspool::fake::destroy_graph(graph); }
 
 void crosspool_fake_run(int units) { crosspool::fake::run(units); }
+
+void crosspool_fake_connections(unsigned count) { crosspool::fake::connections(count); }
+
+void* crosspool_fake_stream() {
+  crosspool::gpu::Stream stream = nullptr;
+  crosspool::gpu::calls().stream_create(&stream);
+  return stream;
+}
+
+void crosspool_fake_destroy_stream(void* stream) { crosspool::gpu::calls().stream_destroy(stream); }
 
 void crosspool_fake_turn(int knob) {
   crosspool::fake::turn(static_cast<crosspool::fake::Knob>(knob));

@@ -43,15 +43,18 @@ struct FakeExec {
 };
 
 struct Work {
-  enum Kind { kCopy, kUpload, kGraph } kind;
+  enum Kind { kCopy, kClear, kUpload, kGraph } kind;
   FakeExec* exec = nullptr;
   std::vector<unsigned char> bytes;
   void* to = nullptr;
   int ticks = 0;  // done
+  std::uint64_t number =
+      0;  // the host's launches in their order; tail launches have their parent's
 };
 
 struct FakeStream {
   std::deque<Work> works;
+  std::size_t connection = 0;
   Error error = gpu::kSuccess;
 };
 
@@ -63,6 +66,8 @@ struct State {
   std::set<FakeGraph*> graphs;
   std::set<FakeExec*> execs;
   std::vector<FakeStream*> streams;
+  std::size_t connections = 32, streams_made = 0;
+  std::uint64_t launches = 0;
   std::set<Knob> knobs;
   std::map<std::string, std::pair<int, int>> failures;  // name: successes left, error
   int tail_error = 0, relaunch_error = 0;
@@ -72,6 +77,9 @@ struct State {
 };
 
 extern State state;
+
+// Whether a stream has a scheduler, which never ends.
+bool resident();
 
 // Keeps what a caller did wrong; returns `error`.
 int violate(const std::string& what, int error = kInvalidValue);

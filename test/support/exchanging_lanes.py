@@ -10,6 +10,7 @@ import torch
 from crosspool.kernels.cuda_loop import CudaLoop, LinkMemory
 from crosspool.models.spec import DTYPE_BYTES
 from crosspool.ranks.gpu.exchange import HostExchange
+from crosspool.ranks.gpu.host_side import HostSide, start
 from crosspool.ranks.gpu.inputs import HostMemory
 from crosspool.ranks.gpu.lanes import join_loop, make_serving, make_stages, model_stages
 from crosspool.ranks.gpu.links import Crossing, ServedCounts
@@ -35,6 +36,7 @@ class ExchangingLanes(Lanes):
     ) -> None:
         self.models, self.device = models, device
         self._buckets, self._flying, self._steps = buckets, {}, 0
+        self.host = HostSide(device)
         sequences, specs = buckets[-1], [model.spec for model in models]
         row_bytes = max(spec.hidden * DTYPE_BYTES[spec.dtype] for spec in specs)
         layout = LinkLayout(buckets[-1], row_bytes)
@@ -56,13 +58,12 @@ class ExchangingLanes(Lanes):
             crossings=[crossing] * len(models),
         )
         ffns = {i: model.ffn for i, model in enumerate(models) if model.ffn is not None}
-        self.served = ServedCounts(lanes, device)
+        self.served = ServedCounts(lanes, self.host)
         serving, served_stages = make_serving(
             specs, ffns, buckets, places, device, counts=self.served, first_lane=0
         )
         elements = max(stages.layout.elements for stages in self.stages.values())
-        pinned = device.type == "cuda"
-        self.memory = [HostMemory(elements, sequences, lease, pinned=pinned) for _ in range(lanes)]
+        self.memory = [HostMemory(elements, sequences, lease, self.host) for _ in range(lanes)]
         ends = [Ends(lane=lane) for lane in range(lanes)]
         bell = NeverRings()
         served: Any = HostExchange(bell, (), [ends], frozenset(ffns), buckets)
@@ -71,18 +72,21 @@ class ExchangingLanes(Lanes):
             serving,
             served_stages,
             buckets,
+            host=self.host,
             resident=resident,
             exchange=served,
         )
-        with self._peer.quiesced():  # capturing waits for the device
-            own = join_loop(
-                [model_stages(spec, crossing) for spec in specs],
-                self.places,
-                self.stages,
-                buckets,
-                resident=resident,
-                exchange=HostExchange(bell, [[end] for end in ends]),
-            )
+        own = join_loop(
+            [model_stages(spec, crossing) for spec in specs],
+            self.places,
+            self.stages,
+            buckets,
+            host=self.host,
+            resident=resident,
+            exchange=HostExchange(bell, [[end] for end in ends]),
+        )
+        for loop in (own, self._peer):
+            start(loop, self.host)
         self.loop = own if resident else _InTurn(own, self._peer)
 
     def close(self) -> None:
@@ -92,6 +96,7 @@ class ExchangingLanes(Lanes):
                 loop.quiesce()
         self.loop.close()
         self._peer.close()
+        self.host.close()
 
 
 class _InTurn:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from crosspool.kernels.cuda_loop import CudaLoop, GPUStage, ModelStages
+from crosspool.kernels.residency import Residency
+from crosspool.ranks.gpu.host_side import HostSide
 from crosspool.ranks.gpu.lanes import loop_places
 from crosspool.ranks.gpu.scratch import LaneBuffers
 from crosspool.ranks.gpu.stages import HasStages
@@ -23,8 +25,9 @@ class FakeResident:
     def __init__(self, folder: Path) -> None:
         self.cuda = FakeCuda(build(folder))
         self.failed: list[BaseException] = []
-        self.loops: list[CudaLoop] = []
+        self.loops: list[_Driven] = []
         """Not closed."""
+        self._paused: list[_Driven] = []
 
     def join_loop(
         self,
@@ -33,6 +36,7 @@ class FakeResident:
         stages: Mapping[tuple[int, int, int], HasStages],
         buckets: Sequence[int],
         *,
+        host: HostSide,
         resident: bool,
         watch: object,
         exchange: object,
@@ -41,14 +45,23 @@ class FakeResident:
     ) -> CudaLoop:
         """Takes the place of :func:`crosspool.ranks.gpu.lanes.join_loop`."""
         assert exchange is None
-        loop = _Driven(self, models, loop_places(lanes), buckets, epoch=epoch)
+        # All devices are one for the fake driver. Loops that run leave it until this one starts.
+        self._paused += [other for other in self.loops if other.residency.resident]
+        for other in self._paused:
+            other.quiesce()
+        places, residency = loop_places(lanes), host.residency
+        loop = _Driven(self, models, places, buckets, epoch=epoch, residency=residency)
         for (lane, model, bucket), of_model in stages.items():
             for stage, call in of_model.calls.items():
                 tail = tails.get((lane, model, stage))
                 graph = self.cuda.graph(self._kept(call, tail))
                 loop.add_graph(lane, model, stage, bucket, graph)
-        loop.start()
         return loop
+
+    def resume(self) -> None:
+        """Starts the loops again that have left the device for another one."""
+        while self._paused:
+            self._paused.pop().start()
 
     def _kept(self, call: Callable[[], None], tail: Tail | None) -> Callable[[], None]:
         """An exception cannot pass through native code."""
@@ -65,10 +78,15 @@ class FakeResident:
 
 
 class _Driven(CudaLoop):
-    def __init__(self, fake: FakeResident, *arguments: Any, epoch: int) -> None:
-        super().__init__(*arguments, epoch=epoch, spin_s=1e-6, native=fake.cuda.native)
+    def __init__(self, fake: FakeResident, *arguments: Any, residency: Residency, **named: Any):
+        native, self.residency = fake.cuda.native, residency
+        super().__init__(*arguments, spin_s=1e-6, native=native, residency=residency, **named)
         self._fake = fake
         fake.loops.append(self)
+
+    def start(self) -> None:
+        super().start()
+        self._fake.resume()
 
     def wait(self, timeout_s: float) -> bool:
         self._fake.cuda.run(_UNITS)

@@ -10,6 +10,7 @@ import torch
 from crosspool.models.spec import DenseFFN, GQASpec, ModelSpec, RopeSpec
 from crosspool.ranks.gpu.executor import GPUExecutor
 from crosspool.ranks.gpu.flight import GPURank
+from crosspool.ranks.gpu.host_side import HostSide
 from crosspool.ranks.gpu.inputs import HostInputs, HostMemory, InputLayout
 from crosspool.transport.data_path import LinkCounters
 from crosspool.transport.messages import Logprobs, Open, Row, Sampling, Step
@@ -65,8 +66,9 @@ class OneGPU:
         self.log: list[Any] = []
         layouts = [InputLayout(rows, min(rows, SEQUENCES), PAGES) for rows in BUCKETS]
         self.layouts = layouts
+        host = HostSide(torch.device("cpu"))
         self.memory = [
-            HostMemory(max(x.elements for x in layouts), SEQUENCES, LEASE, pinned=False)
+            HostMemory(max(x.elements for x in layouts), SEQUENCES, LEASE, host)
             for _ in range(lanes)
         ]
         stages: Any = {
@@ -86,7 +88,6 @@ class OneGPU:
             stages=stages,
             memory=self.memory,
             counters=[[[own]] * 2 for own in self.counters],
-            pinned=False,
         )
 
     def inputs(self, lane: int, bucket: int) -> HostInputs:

@@ -12,6 +12,7 @@ from crosspool.kernels.cuda_loop import CudaLoop, GPUStage, ModelStages
 from crosspool.kernels.cuda_loop_structs import GPUStepArguments
 from crosspool.kernels.engine_structs import DONE, Event
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
+from crosspool.ranks.gpu.host_side import HostSide, start
 from crosspool.ranks.gpu.scratch import LaneBuffers
 from support.fake_cuda_memory import FakeCuda
 from support.fake_resident import FakeResident
@@ -55,11 +56,13 @@ class SteppingGPU(OneGPU):
             for model in range(MODELS)
             for bucket in range(len(BUCKETS))
         }
+        host = HostSide(torch.device("cpu"))
         loop = self._fake.join_loop(
             [ModelStages((False,) * LAYERS, 4)] * MODELS,
             self._places,
             stages,
             BUCKETS,
+            host=host,
             resident=True,
             watch=None,
             exchange=None,
@@ -82,6 +85,7 @@ class SteppingGPU(OneGPU):
             return event
 
         loop.push_step, loop.pop = push_step, popped  # type: ignore[method-assign]
+        start(loop, host)
         return loop
 
     def _pages(self, lane: int, bucket: int) -> set[int]:

@@ -17,6 +17,7 @@ from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.gpu.executor import GPUExecutor
+from crosspool.ranks.gpu.host_side import HostSide
 from crosspool.ranks.gpu.join import join_lanes
 from crosspool.ranks.gpu.load import load_gpu_ranks, load_parts
 from crosspool.ranks.kv_memory import kv_pool_by
@@ -124,13 +125,15 @@ def load_on_cpu(
         virtualizer, kv = kv_pool_by(make, deployment, device, specs)
         resources.callback(virtualizer.close)
     parts = load_parts(deployment, device, specs, placement, kv, on=cpu)
-    made = resources.enter_context(contextlib.ExitStack())
-    ranks, executor = join_lanes(
-        deployment, device, parts, peers, virtualizer=virtualizer, on=cpu, resources=made
+    ranks, _ = join_lanes(
+        deployment,
+        device,
+        parts,
+        peers,
+        virtualizer=virtualizer,
+        host=HostSide(cpu),
+        resources=resources,
     )
-    if virtualizer is not None:
-        virtualizer.quiesced = executor.quiesced
-    ranks.resources = resources
     return ranks
 
 

@@ -13,6 +13,10 @@ from typing import Any, Protocol
 
 from crosspool.config.errors import ConfigError
 from crosspool.kernels.dlpack import DLPACK_CUDA, DLPackDevice
+from crosspool.kernels.residency import Residency
+
+_MAY_WAIT = frozenset({"cuMemCreate", "cuMemRelease", "cuMemSetAccess", "cuMemUnmap"})
+"""Calls that may wait for what runs on the device."""
 
 NOT_READY = "CUDA_ERROR_NOT_READY"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 50e-6, 10e-3
@@ -119,14 +123,17 @@ class CudaBindings:
     Retains the device's primary context, which torch uses too, and makes it current in the calling
     thread. Other threads call ``torch.cuda.set_device`` first."""
 
-    def __init__(self, index: int) -> None:
-        """Raises ConfigError when there is no such GPU, no driver, no ``cuda-bindings``, or a GPU
+    def __init__(self, index: int, residency: Residency | None = None) -> None:
+        """``residency``: the device's guard, asked before calls that may wait for what runs there.
+
+        Raises ConfigError when there is no such GPU, no driver, no ``cuda-bindings``, or a GPU
         without virtual memory management."""
         try:
             from cuda.bindings import driver
         except ImportError as error:
             raise ConfigError(f"device cuda:{index}: install cuda-bindings ({error})") from error
         self.name = f"cuda:{index}"
+        self._residency = residency or Residency(self.name)
         self.dlpack_device = DLPackDevice(DLPACK_CUDA, index)
         self._driver: Any = driver
         try:
@@ -205,7 +212,9 @@ class CudaBindings:
     def _call(self, name: str, *arguments: Any) -> Any:
         """Makes a call. Returns its outputs: nothing, one value, or a tuple.
 
-        Raises CudaError when the driver refuses it."""
+        Raises CudaError when the driver refuses it, ResidencyError where it may wait for ever."""
+        if name in _MAY_WAIT:
+            self._residency.check(name)
         result, *values = getattr(self._driver, name)(*arguments)
         if result != self._driver.CUresult.CUDA_SUCCESS:
             raise CudaError(name, result.name)

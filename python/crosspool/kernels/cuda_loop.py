@@ -38,6 +38,7 @@ import crosspool.kernels
 from crosspool.kernels import cuda_loop_structs as cs
 from crosspool.kernels import native
 from crosspool.kernels.engine_structs import RECALL, RESUME, Command, Event
+from crosspool.kernels.residency import Residency
 
 LIBRARY = "libcrosspool_cuda.so"
 MAX_HELD = 8
@@ -150,14 +151,17 @@ class CudaLoop:
         epoch: int = 1,
         spin_s: float = 1e-3,
         wait_s: float = 30.0,
+        residency: Residency | None = None,
         native: ctypes.CDLL | None = None,
     ) -> None:
         """``bucket_rows``: ascending; ``spin_s``: how long a pass polls before it launches
         the next. ``wait_s``: bound of each wait of a lane for a peer or for the host.
+        ``residency``: the device's guard, which is told when the loop is on the device.
 
         Raises CudaLoopError."""
         self._native = library() if native is None else native
         self._address: int | None = None
+        self._residency = residency or Residency("the current device")
         self.lanes = len(lanes)
         self._serving = [index for index, lane in enumerate(lanes) if lane.serves]
         kinds = [(ctypes.c_uint8 * len(m.kinds))(*map(int, m.kinds)) for m in models]
@@ -202,13 +206,32 @@ class CudaLoop:
         )
 
     def start(self) -> None:
-        """Launches the lanes, for the first time or after :meth:`quiesce`. Raises CudaLoopError."""
+        """Launches the lanes, for the first time or after :meth:`quiesce`. Everything that
+        may wait for the device must be done before (:mod:`crosspool.kernels.residency`). Raises
+        CudaLoopError."""
+        self._residency.enter(self)
         self._check(self._native.crosspool_cuda_loop_start(self._address))
+
+    def probe(self, beside: int, timeout_s: float = 5.0) -> list[str]:
+        """Returns which streams make no progress within ``timeout_s`` while the loop is on the
+        device, for the first time: the lanes', and ``beside`` (``cudaStream_t``), in which the host
+        works. None are returned where each has a connection to the device of its own.
+
+        Raises CudaLoopError."""
+        stuck = (ctypes.c_uint8 * (self.lanes + 1))()
+        self._check(
+            self._native.crosspool_cuda_loop_probe(
+                self._address, beside, int(timeout_s * 1e9), stuck
+            )
+        )
+        names = [*(f"lane {lane}" for lane in range(self.lanes)), "the stream beside the lanes"]
+        return [name for name, is_stuck in zip(names, stuck, strict=True) if is_stuck]
 
     def quiesce(self, timeout_s: float = 10.0) -> None:
         """Has every lane leave the device between two steps, and waits until all have. Their steps
         go on with the next :meth:`start`. Raises CudaLoopError after ``timeout_s``."""
         self._check(self._native.crosspool_cuda_loop_quiesce(self._address, int(timeout_s * 1e9)))
+        self._residency.leave(self)
 
     @contextlib.contextmanager
     def quiesced(self, timeout_s: float = 10.0) -> Iterator[None]:
@@ -282,12 +305,12 @@ class CudaLoop:
     def close(self, timeout_s: float = 10.0) -> None:
         """Quiesces, and frees everything; steps in flight are lost.
 
-        Raises CudaLoopError when a lane does not leave the device: its memory must then stay, and
-        the process should end."""
+        Raises CudaLoopError when a lane does not leave the device (its memory must then stay, and
+        the process should end), or another loop is on it."""
         if self._address is not None:
             self.quiesce(timeout_s)
-            address, self._address = self._address, None
-            self._check(self._native.crosspool_cuda_loop_free(address))
+            self._check(self._native.crosspool_cuda_loop_free(self._address))
+            self._address = None
 
     def _push(self, lane: int, command: Command) -> None:
         status = self._native.crosspool_cuda_loop_push(self._address, lane, byref(command))

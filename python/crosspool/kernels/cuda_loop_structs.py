@@ -4,7 +4,7 @@ headers say what they mean. :mod:`crosspool.kernels.cuda_loop` uses them."""
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
 
 from crosspool.kernels.engine_structs import Command, Event
 
@@ -135,6 +135,7 @@ SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         (c_void_p, c_uint32, c_uint32, c_uint32, c_uint32, c_void_p),
     ),
     "crosspool_cuda_loop_start": (c_int32, (c_void_p,)),
+    "crosspool_cuda_loop_probe": (c_int32, (c_void_p, c_void_p, c_int64, POINTER(c_uint8))),
     "crosspool_cuda_loop_quiesce": (c_int32, (c_void_p, c_int64)),
     "crosspool_cuda_loop_push_step": (c_int32, (c_void_p, c_uint32, POINTER(GPUStepArguments))),
     "crosspool_cuda_loop_push": (c_int32, (c_void_p, c_uint32, POINTER(Command))),

@@ -19,6 +19,7 @@ import torch
 from crosspool.config.deployment import load
 from crosspool.config.device import Device
 from crosspool.models.registry import read_model
+from crosspool.ranks.gpu.host_side import HostSide
 from crosspool.ranks.gpu.join import join_lanes
 from crosspool.ranks.gpu.load import load_parts
 from crosspool.transport.links import join_gpus
@@ -60,7 +61,7 @@ def main() -> None:
         parts = load_parts(deployment, device, specs, place(deployment, specs), (), on=on)
         lanes = resources.enter_context(contextlib.ExitStack())
         ranks, executor = join_lanes(
-            deployment, device, parts, peers, virtualizer=None, on=on, resources=lanes
+            deployment, device, parts, peers, virtualizer=None, host=HostSide(on), resources=lanes
         )
         print("ready", flush=True)
         while not select.select([sys.stdin], [], [], 0.0)[0]:

@@ -26,6 +26,7 @@ from crosspool.config.device import Device
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
+from crosspool.ranks.gpu.host_side import HostSide
 from crosspool.ranks.gpu.join import join_lanes
 from crosspool.ranks.gpu.load import load_parts
 from crosspool.ranks.kv_memory import kv_pool, kv_pool_by
@@ -114,10 +115,15 @@ class Processes:
         virtualizer, kv = (kv_pool if INTERPRETED else make)(deployment, device, specs)
         resources.callback(virtualizer.close)
         parts = load_parts(deployment, device, specs, placement, kv, on=on)
-        ranks, executor = join_lanes(
-            deployment, device, parts, peers, virtualizer=virtualizer, on=on, resources=resources
+        ranks, _ = join_lanes(
+            deployment,
+            device,
+            parts,
+            peers,
+            virtualizer=virtualizer,
+            host=HostSide(on),
+            resources=resources,
         )
-        virtualizer.quiesced = executor.quiesced
         return ranks
 
 

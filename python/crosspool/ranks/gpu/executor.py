@@ -12,7 +12,8 @@ import torch
 
 from crosspool.kernels.engine_structs import Event
 from crosspool.ranks.executor import LoopExecutor
-from crosspool.ranks.gpu.flight import GPUFlight, GPURank
+from crosspool.ranks.gpu.flight import GPUFlight, GPURank, LookMemory
+from crosspool.ranks.gpu.host_side import HostSide
 from crosspool.ranks.gpu.inputs import HostMemory, InputLayout
 from crosspool.ranks.gpu.loop import DeviceLoop
 from crosspool.ranks.weights import TORCH_DTYPES
@@ -42,14 +43,14 @@ class GPUExecutor(LoopExecutor[GPURank, GPUFlight]):
         stages: Mapping[tuple[int, int, int], Stages] | None = None,
         memory: Sequence[HostMemory] = (),
         counters: Sequence[Sequence[Sequence[LinkCounters]]] = (),
-        pinned: bool = False,
+        host: HostSide | None = None,
         polls_peers: bool = False,
     ) -> None:
         """A device without an attention rank needs ``polls_peers`` alone.
 
         ``buckets``: rows, ascending; ``stages``: by lane, model and bucket; ``memory``: what each
         lane shares with the host; ``counters``: counters of the links to a model's FFN ranks,
-        indexed [lane][model]; ``pinned``: whether the device needs pinned host memory."""
+        indexed [lane][model]; ``host``: the host's side of the device (None: CPU tensors)."""
         super().__init__(attention, loop, polls_peers=polls_peers)
         self._closed = False
         self._buckets = buckets
@@ -63,9 +64,8 @@ class GPUExecutor(LoopExecutor[GPURank, GPUFlight]):
         self._counters = counters
         self._served, self._served_at = -1, -math.inf
         wanted = [layout.wanted for of_model in self._layouts for layout in of_model]
-        elements = max(wanted, default=0) * max((spec.vocab for spec in specs), default=0)
-        self._logits = torch.empty(elements, pin_memory=pinned)
-        self._stream = torch.cuda.Stream() if pinned else None
+        self._host = host or HostSide(torch.device("cpu"))
+        self._look_memory = LookMemory(specs, max(wanted, default=0), self._host)
 
     def run(self, timeout: float) -> list[StepResult]:
         """Raises CudaLoopError or LaneError when the loop cannot go on."""
@@ -98,11 +98,8 @@ class GPUExecutor(LoopExecutor[GPURank, GPUFlight]):
     def _look(self, flight: GPUFlight, event: Event) -> None:
         assert self._attention is not None
         stages = self._stages[flight.lane, flight.model, flight.arguments.bucket]
-        vocab = self._attention.specs[flight.model].vocab
-        # torch's default stream waits for all others, and so for a loop that never ends.
-        stream = self._stream
-        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-            flight.look(stages, self._logits[: stages.layout.wanted * vocab].view(-1, vocab))
+        with self._host.beside():
+            flight.look(stages, self._look_memory)
 
     def _result(self, flight: GPUFlight, event: Event) -> StepResult:
         self._count(flight)

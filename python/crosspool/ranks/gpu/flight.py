@@ -13,14 +13,38 @@ from torch import Tensor
 
 from crosspool.kernels.cuda_loop_structs import GPUStepArguments
 from crosspool.kernels.engine_structs import DRAW, HOST
+from crosspool.models.spec import DTYPE_BYTES, ModelSpec
 from crosspool.ranks.flight import Flight, LoopRank, ResidentRequest
 from crosspool.ranks.gpu.inputs import HostInputs, HostMemory, InputLayout
 from crosspool.ranks.step_end import StepEnd, Wanted
 from crosspool.transport.messages import Step, StepResult
 
 if TYPE_CHECKING:
+    from crosspool.ranks.gpu.host_side import HostSide
     from crosspool.ranks.gpu.stages import Stages
     from crosspool.ranks.gpu.weights import GPUAttention  # noqa: F401
+
+
+class LookMemory:
+    """Page-locked memory through which the host looks at logits and residuals. It is there before
+    the loop starts: what looks at them makes no memory that the device uses."""
+
+    def __init__(self, specs: Sequence[ModelSpec], wanted: int, host: HostSide) -> None:
+        """``wanted``: most rows that want a token in one step."""
+        vocab = max((spec.vocab for spec in specs), default=0)
+        row_bytes = max((spec.hidden * DTYPE_BYTES[spec.dtype] for spec in specs), default=0)
+        self.rows = host.full((wanted,), 0, torch.int32)
+        """Indices of rows, int32 [wanted]."""
+        self._logits = host.full((wanted * vocab,), 0, torch.float32)
+        self._residual = host.full((row_bytes,), 0, torch.uint8)
+
+    def logits(self, like: Tensor) -> Tensor:
+        """Room for float32 [rows, vocab]."""
+        return self._logits[: like.numel()].view(like.shape)
+
+    def residual(self, like: Tensor) -> Tensor:
+        """Room for one row, [hidden] in the model's dtype."""
+        return self._residual[: like.nbytes].view(like.dtype)
 
 
 class GPUFlight(Flight):
@@ -66,23 +90,24 @@ class GPUFlight(Flight):
             stop_ends=memory.stop_ends.data_ptr() if self.leased else 0,
         )
 
-    def look(self, stages: Stages, host: Tensor) -> None:
+    def look(self, stages: Stages, memory: LookMemory) -> None:
         """Samples from the logits of all wanted rows, reports their log-probabilities, and keeps
-        the residuals that later steps need.
-
-        ``host``: memory for logits, float32 [wanted rows of the layout, vocab], pinned on a GPU."""
+        the residuals that later steps need."""
         scratch, most = stages.scratch, self._layout.wanted
         wanted = self._end.wanted
         for first in range(0, len(wanted), most):
             group = wanted[first : first + most]
             if first > 0 or any(w.carried is not None for w in group):
-                _compute_logits(stages, group)
-            logits = host[: len(group)]
-            logits.copy_(scratch.logits[: len(group)])
+                _compute_logits(stages, group, memory)
+            on_device = scratch.logits[: len(group)]
+            logits = memory.logits(on_device)
+            logits.copy_(on_device)
             self._end.take(group, logits)
         for request, row in self._end.kept:
             torch.add(scratch.residual[row], scratch.partial[row], out=scratch.last[0])
-            request.last_residual = scratch.last[0].to("cpu", copy=True)
+            residual = memory.residual(scratch.last[0])
+            residual.copy_(scratch.last[0])
+            request.last_residual = residual.clone()
 
     def result(self, index: int, *, more: bool) -> StepResult:
         return self._end.result() if self.for_host else super().result(index, more=more)
@@ -158,15 +183,18 @@ class GPURank(LoopRank["GPUAttention"]):
         return flight
 
 
-def _compute_logits(stages: Stages, wanted: Sequence[Wanted]) -> None:
+def _compute_logits(stages: Stages, wanted: Sequence[Wanted], memory: LookMemory) -> None:
     """Computes logits of rows that the head stage did not take, or of residuals from earlier
     steps."""
-    rows = torch.zeros(stages.layout.wanted, dtype=torch.int32)
-    rows[: len(wanted)] = torch.tensor([max(w.source, 0) for w in wanted], dtype=torch.int32)
+    rows = memory.rows[: stages.layout.wanted]
+    rows.zero_()
+    rows.numpy()[: len(wanted)] = [max(w.source, 0) for w in wanted]
     stages.inputs.wanted_rows.copy_(rows)
     stages.inputs.wanted_count.fill_(len(wanted))
     stages.gather()
     for i, one in enumerate(wanted):
         if one.carried is not None:
-            stages.scratch.last[i].copy_(one.carried)
+            residual = memory.residual(one.carried)
+            residual.copy_(one.carried)
+            stages.scratch.last[i].copy_(residual)
     stages.logits()

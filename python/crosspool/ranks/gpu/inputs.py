@@ -8,10 +8,14 @@ a row needs. The page table comes last, and only the used part of it crosses to 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from crosspool.ranks.gpu.host_side import HostSide
 
 _NUMPY: dict[torch.dtype, type[np.generic]] = {
     torch.int32: np.int32,
@@ -99,15 +103,15 @@ class HostInputs:
 
 class HostMemory:
     """Host memory through which the steps of one lane pass inputs to the device and get tokens
-    back. For a GPU it is pinned, so that the device can read it."""
+    back."""
 
-    def __init__(self, elements: int, wanted: int, lease: int, *, pinned: bool) -> None:
+    def __init__(self, elements: int, wanted: int, lease: int, host: HostSide) -> None:
         """``elements``: int32 elements of the largest inputs; ``wanted``: tokens of one step;
         ``lease``: most steps of a lease."""
-        self.inputs = torch.zeros(elements, dtype=torch.int32, pin_memory=pinned)
-        self.tokens = torch.full((lease * wanted,), -1, dtype=torch.int32, pin_memory=pinned)
-        self.stops = torch.zeros(_STOPS * wanted, dtype=torch.int32, pin_memory=pinned)
-        self.stop_ends = torch.zeros(wanted, dtype=torch.int32, pin_memory=pinned)
+        self.inputs = host.full((elements,), 0, torch.int32)
+        self.tokens = host.full((lease * wanted,), -1, torch.int32)
+        self.stops = host.full((_STOPS * wanted,), 0, torch.int32)
+        self.stop_ends = host.full((wanted,), 0, torch.int32)
         self.lease = lease
 
 

@@ -11,16 +11,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.kernels.cuda_loop import CudaLoop
+from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.kvpool.virtualizer import Virtualizer
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import Counted, DeviceRanks, Traces
 from crosspool.ranks.gpu.executor import GPUExecutor
 from crosspool.ranks.gpu.flight import GPURank
+from crosspool.ranks.gpu.host_side import HostSide, start
 from crosspool.ranks.gpu.inputs import HostMemory
 from crosspool.ranks.gpu.lanes import join_loop, make_serving, make_stages, model_stages
 from crosspool.ranks.gpu.links import CountedLink, GPULinks, crossing_of
@@ -60,15 +60,18 @@ def join_lanes(
     peers: GPUPeers | None,
     *,
     virtualizer: Virtualizer | None,
-    on: torch.device,
+    host: HostSide,
     resources: contextlib.ExitStack,
 ) -> tuple[DeviceRanks, GPUExecutor]:
-    """Makes the device's lanes, and the loop over them, which is closed with ``resources``.
+    """Makes the device's lanes, and the loop over them, which is closed with ``resources``. A
+    resident loop is started last, when nothing is left to allocate or to load.
 
     ``peers``: the links to other devices, if there are any; ``virtualizer``: the attention rank's;
-    ``on``: where tensors lie. Raises ConfigError for a model whose layers a GPU does not drive."""
+    ``host``: the host's side of the device on which tensors lie. Raises ConfigError for a model
+    whose layers a GPU does not drive, CudaLoopError where the loop cannot be made."""
+    on = host.device
     buckets, held = buckets_up_to(deployment.max_step_tokens), frozenset(parts.ffns)
-    links = GPULinks(deployment, device, peers, on)
+    links = GPULinks(deployment, device, peers, host)
     outgoing, served = open_ends(
         deployment, device, local=CountedLink, remote=None if peers is None else links
     )
@@ -105,6 +108,7 @@ def join_lanes(
         every_lane,
         every_stage,
         buckets,
+        host=host,
         resident=on.type == "cuda" and deployment.loop == "resident",
         watch=watch,
         exchange=links.host_exchange(held, buckets),
@@ -124,18 +128,21 @@ def join_lanes(
         loop,
         buckets=buckets,
         stages=stages,
-        memory=_host_memory(deployment, stages, len(lanes), pinned=on.type == "cuda"),
+        memory=_host_memory(deployment, stages, len(lanes), host),
         counters=[
             [[of_lane[rank].counters for rank in of_model] for of_model in ranks]
             for of_lane in outgoing
         ],
-        pinned=on.type == "cuda",
+        host=host,
         polls_peers=bool(links.incoming),
     )
     resources.callback(executor.close)
+    if isinstance(virtualizer, CudaVirtualizer):
+        virtualizer.quiesced = executor.quiesced
     trace: Traces = watch
     if isinstance(loop, CudaLoop):
         trace = ResidentGPUTrace(loop, **own, own_lanes=len(lanes), sources=links.sources)
+    start(loop, host)
     return DeviceRanks(
         deployment, device, executor, attention, ffn, outgoing, trace, resources
     ), executor
@@ -145,12 +152,11 @@ def _host_memory(
     deployment: Deployment,
     stages: Mapping[tuple[int, int, int], Stages],
     lanes: int,
-    *,
-    pinned: bool,
+    host: HostSide,
 ) -> list[HostMemory]:
     """Makes what each lane of the attention rank shares with the host."""
     elements = max((of_model.layout.elements for of_model in stages.values()), default=0)
     return [
-        HostMemory(elements, deployment.max_running_requests, deployment.lease_steps, pinned=pinned)
+        HostMemory(elements, deployment.max_running_requests, deployment.lease_steps, host)
         for _ in range(lanes)
     ]

@@ -16,6 +16,7 @@ from crosspool.config.errors import ConfigError
 from crosspool.kernels.cuda_loop import (
     MAX_LINKS,
     CudaLoop,
+    CudaLoopError,
     GPUStage,
     LanePlaces,
     LinkMemory,
@@ -24,7 +25,16 @@ from crosspool.kernels.cuda_loop import (
 from crosspool.models.spec import DTYPE_BYTES, ModelSpec
 from crosspool.ranks.gpu.exchange import HostExchange
 from crosspool.ranks.gpu.ffn import ServedStages
-from crosspool.ranks.gpu.launch import EagerLauncher, GraphLauncher, capture
+from crosspool.ranks.gpu.host_side import HostSide
+from crosspool.ranks.gpu.launch import (
+    EagerLauncher,
+    GraphLauncher,
+    Key,
+    Refused,
+    capture,
+    instantiate,
+    refusal,
+)
 from crosspool.ranks.gpu.links import Crossing, LanePayloads, ServedCounts, by_lane
 from crosspool.ranks.gpu.loop import DeviceLoop, HostLaunchedLoop
 from crosspool.ranks.gpu.model import GPUModel, kinds_of
@@ -130,6 +140,7 @@ def join_loop(
     stages: Mapping[tuple[int, int, int], HasStages],
     buckets: Sequence[int],
     *,
+    host: HostSide,
     resident: bool,
     watch: GPUTrace | None = None,
     exchange: HostExchange | None = None,
@@ -137,26 +148,48 @@ def join_loop(
     tails: Mapping[tuple[int, int, GPUStage], Tail] | None = None,
 ) -> DeviceLoop:
     """Makes the loop over the lanes' stages: it launches graphs on a GPU, resident or from the
-    host, and makes plain calls on CPU tensors.
+    host, and makes plain calls on CPU tensors. A resident loop is not started here: all that may
+    wait for the device comes before.
 
-    ``exchange``: for the host-launched loop, where rows leave the device; ``epoch``: of a resident
-    loop's dispatches; ``tails``: what ends captured stages, by lane, model and stage."""
+    ``host``: the host's side of the lanes' device; ``exchange``: for the host-launched loop, where
+    rows leave the device; ``epoch``: of a resident loop's dispatches; ``tails``: what ends captured
+    stages, by lane, model and stage. Raises CudaLoopError, which names every stage that CUDA
+    refuses."""
     own = sum(not lane.serves for lane in lanes)
     if lanes[0].device.type != "cuda":
         return HostLaunchedLoop(models, own, EagerLauncher(lanes, stages), watch, exchange)
-    graphs = capture(lanes, stages, tails or {})
+    graphs, refused = capture(lanes, stages, tails or {}, host)
     log.info("captured %d graphs for %d lanes", len(graphs), len(lanes))
     if not resident:
-        for graph in graphs.values():
-            graph.instantiate()
+        refused |= instantiate(graphs)
+        if refused:
+            raise CudaLoopError(refusal(refused, buckets))
         layers = max(len(model.kinds) for model in models)
-        launcher = GraphLauncher(lanes, graphs, layers)
+        launcher = GraphLauncher(lanes, graphs, layers, host)
         return HostLaunchedLoop(models, own, launcher, watch, exchange)
-    loop = CudaLoop(models, loop_places(lanes), buckets, epoch=epoch)
-    for (lane, model, stage, bucket), graph in graphs.items():
-        loop.add_graph(lane, model, stage, bucket, graph.raw_cuda_graph())
-    loop.start()
+    try:
+        loop = CudaLoop(models, loop_places(lanes), buckets, epoch=epoch, residency=host.residency)
+    except CudaLoopError as error:
+        if refused:  # a kernel that faulted leaves a device on which nothing can be made
+            raise CudaLoopError(refusal(refused, buckets)) from error
+        raise
+    refused |= add_graphs(loop, {key: graph.raw_cuda_graph() for key, graph in graphs.items()})
+    if refused:
+        loop.close()
+        raise CudaLoopError(refusal(refused, buckets))
     return loop
+
+
+def add_graphs(loop: CudaLoop, graphs: Mapping[Key, int]) -> Refused:
+    """Gives captured graphs (``cudaGraph_t``) to a resident loop, which instantiates each for
+    itself. Returns those that were refused, and goes on with the rest."""
+    refused: Refused = {}
+    for key, graph in graphs.items():
+        try:
+            loop.add_graph(*key, graph)
+        except CudaLoopError as error:
+            refused[key] = str(error)
+    return refused
 
 
 def loop_places(lanes: Sequence[LaneBuffers]) -> list[LanePlaces]:

@@ -3,6 +3,7 @@ CPU tensors, where Triton interprets the kernels."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from crosspool.kernels.cuda_loop import GPUStage
 from crosspool.ranks.gpu.ffn import StageCall
+from crosspool.ranks.gpu.host_side import HostSide
 from crosspool.ranks.gpu.scratch import LaneBuffers
 from crosspool.ranks.gpu.stages import HasStages
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 Key = tuple[int, int, GPUStage, int]
 """Lane, model, stage, and index of the bucket."""
+Refused = dict[Key, str]
+"""Why a stage cannot be launched as a graph."""
 
 
 class Launcher(Protocol):
@@ -94,15 +98,16 @@ class GraphLauncher:
         lanes: Sequence[LaneBuffers],
         graphs: Mapping[Key, torch.cuda.CUDAGraph],
         layers: int,
+        host: HostSide,
     ) -> None:
         """``graphs`` are instantiated; ``layers``: layers of the deepest model."""
         device = lanes[0].device
         self._lanes = lanes
         self._graphs = graphs
-        self._streams = [torch.cuda.Stream(device) for _ in lanes]
+        self._streams = [host.new_stream() for _ in lanes]
         self._events = [torch.cuda.Event() for _ in lanes]
         self._numbers = torch.arange(layers + 1, dtype=torch.int32, device=device)
-        self._words = [torch.zeros(8, dtype=torch.int32, pin_memory=True) for _ in lanes]
+        self._words = [host.full((8,), 0, torch.int32) for _ in lanes]
 
     def write(
         self, lane: int, inputs: int, rows: int, done: int, *, layer: int = 0, link: int = 0
@@ -153,33 +158,81 @@ def capture(
     lanes: Sequence[LaneBuffers],
     stages: Mapping[tuple[int, int, int], HasStages],
     tails: Mapping[tuple[int, int, GPUStage], Tail],
-) -> dict[Key, torch.cuda.CUDAGraph]:
-    """Captures every stage, after calling it once so that its kernels are compiled and loaded;
-    meanwhile the lanes' words and inputs say 0 rows, so that no KV is read or written. Returns
-    graphs that are not instantiated.
+    host: HostSide,
+) -> tuple[dict[Key, torch.cuda.CUDAGraph], Refused]:
+    """Captures every stage by itself, after calling it once so that its kernels are compiled and
+    loaded; meanwhile the lanes' words and inputs say 0 rows, so that no KV is read or written.
+    Returns graphs that are not instantiated, and the stages that could not be called or captured.
 
     ``stages``: by lane, model and bucket; ``tails``: what ends the graphs of a stage, by lane and
     model; it must not run before."""
     elements = max(s.input_elements for s in stages.values())
-    empty = torch.zeros(max(1, elements), dtype=torch.int32).pin_memory()
+    empty = host.full((max(1, elements),), 0, torch.int32)
     for lane in lanes:
         lane.words.copy_(words(empty.data_ptr(), rows=0, done=0))
     torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
+    assert host.stream is not None
     graphs: dict[Key, torch.cuda.CUDAGraph] = {}
-    with torch.cuda.stream(stream):
-        for of_model in stages.values():
-            for call in of_model.calls.values():
+    refused: Refused = {}
+    calls = {
+        (lane, model, stage, bucket): call
+        for (lane, model, bucket), of_model in stages.items()
+        for stage, call in of_model.calls.items()
+    }
+    with host.beside():
+        for key, call in calls.items():
+            try:
                 call()
-        stream.synchronize()
-        for (lane_index, model, bucket), of_model in stages.items():
-            for stage, call in of_model.calls.items():
-                graph = torch.cuda.CUDAGraph(keep_graph=True)
-                graph.capture_begin(capture_error_mode="thread_local")
-                call()
-                if (tail := tails.get((lane_index, model, stage))) is not None:
-                    tail(stream.cuda_stream)
-                graph.capture_end()
-                graphs[lane_index, model, stage, bucket] = graph
-        stream.synchronize()
-    return graphs
+                host.synchronize()
+            except Exception as error:
+                refused[key] = f"calling it: {type(error).__name__}: {error}"
+        for key, call in calls.items():
+            if key in refused:
+                continue
+            lane_index, model, stage, _ = key
+            tail = tails.get((lane_index, model, stage))
+            try:
+                graphs[key] = _captured(call, tail, host.stream)
+            except Exception as error:
+                refused[key] = f"capturing it: {type(error).__name__}: {error}"
+    return graphs, refused
+
+
+def _captured(
+    call: StageCall, tail: Tail | None, stream: torch.cuda.Stream
+) -> torch.cuda.CUDAGraph:
+    """Captures one stage in ``stream``, which is the current one."""
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    graph.capture_begin(capture_error_mode="thread_local")
+    try:
+        call()
+        if tail is not None:
+            tail(stream.cuda_stream)
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # CUDA says again that the capture has failed
+            graph.capture_end()
+        raise
+    graph.capture_end()
+    return graph
+
+
+def instantiate(graphs: Mapping[Key, torch.cuda.CUDAGraph]) -> Refused:
+    """Instantiates captured graphs for launches from the host, each for itself. Returns those that
+    were refused, and goes on with the rest."""
+    refused: Refused = {}
+    for key, graph in graphs.items():
+        try:
+            graph.instantiate()
+        except RuntimeError as error:
+            refused[key] = f"instantiating it: {error}"
+    return refused
+
+
+def refusal(refused: Refused, buckets: Sequence[int]) -> str:
+    """Names every refused stage, and the reason. ``buckets``: rows of each, ascending."""
+    lines = [
+        f"model {model}, {stage.name.replace('_', ' ').lower()}, bucket of {buckets[bucket]} rows, "
+        f"lane {lane}: {reason}"
+        for (lane, model, stage, bucket), reason in refused.items()
+    ]
+    return "\n".join((f"{len(lines)} stages cannot be launched as graphs:", *lines))

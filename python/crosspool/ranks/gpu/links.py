@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -18,6 +17,7 @@ from crosspool.transport.lane_layout import LINK_HEAD_BYTES, LinkPlace
 if TYPE_CHECKING:
     from crosspool.config.deployment import Deployment
     from crosspool.config.device import Device
+    from crosspool.ranks.gpu.host_side import HostSide
     from crosspool.ranks.gpu.scratch import LaneBuffers
     from crosspool.transport.device_links import Tail
     from crosspool.transport.links import GPUPeers
@@ -90,16 +90,16 @@ class ServedCounts:
     """Counts of what came through the links of other devices' lanes. FFN stages keep them on the
     device."""
 
-    def __init__(self, links: int, device: torch.device) -> None:
-        self.memory = torch.zeros(links, 3, dtype=torch.int64, device=device)
+    def __init__(self, links: int, host: HostSide) -> None:
+        self.memory = torch.zeros(links, 3, dtype=torch.int64, device=host.device)
         """Dispatches, rows and bytes of each link."""
-        # torch's default stream would wait for a loop that never ends.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._host = host
+        self._read = host.full((3,), 0, torch.int64)
 
     def read(self, link: int) -> LinkCounters:
-        stream = self._stream
-        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-            dispatches, rows, size = self.memory[link].tolist()
+        with self._host.beside():
+            self._read.copy_(self.memory[link])
+        dispatches, rows, size = self._read.tolist()
         return LinkCounters(dispatches, rows, size, size)
 
 
@@ -126,16 +126,16 @@ class GPULinks:
     they were opened."""
 
     def __init__(
-        self, deployment: Deployment, device: Device, peers: GPUPeers | None, on: torch.device
+        self, deployment: Deployment, device: Device, peers: GPUPeers | None, host: HostSide
     ) -> None:
-        """``on``: where tensors lie. Without ``peers`` nothing is opened."""
+        """Without ``peers`` nothing is opened."""
         self._peers = peers
         kv_pool, weight_pool = deployment.kv_pool_devices, deployment.weight_pool_devices
         self.attention_rank = kv_pool.index(device) if device in kv_pool else None
         self.ffn_rank = weight_pool.index(device) if device in weight_pool else None
         self._remote = remote_ffn_ranks(deployment, device)
         others = sum(peer != device for peer in kv_pool) if self.ffn_rank is not None else 0
-        self.counts = ServedCounts(others * deployment.lanes, on)
+        self.counts = ServedCounts(others * deployment.lanes, host)
         self.outgoing: list[list[LinkMemory]] = [[] for _ in range(deployment.lanes)]
         """Links of each lane of the attention rank, by FFN rank."""
         self.incoming: list[LinkMemory] = []

@@ -13,9 +13,11 @@ from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.config.gpu import check_alike
 from crosspool.kernels.cuda_driver import CudaBindings
+from crosspool.kernels.residency import Residency
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
+from crosspool.ranks.gpu.host_side import HostSide, allocations
 from crosspool.ranks.gpu.join import GPUParts, join_lanes
 from crosspool.ranks.gpu.model import GPUModel
 from crosspool.ranks.gpu.shares import check_share
@@ -37,8 +39,12 @@ def load_gpu_ranks(
     all GPUs of a deployment call it at once: they meet, to share the memory of their links."""
     check_alike(deployment.devices)
     torch.cuda.set_device(device.gpu)
-    gpu, driver = torch.device("cuda", device.gpu), CudaBindings(device.gpu)
+    residency = Residency(device.name, allocations)
+    driver = CudaBindings(device.gpu, residency)
     with contextlib.ExitStack() as resources:
+        resources.enter_context(residency.over_triton())
+        host = HostSide(torch.device("cuda", device.gpu), residency)
+        resources.callback(host.close)
         peers = join_gpus(
             deployment,
             device,
@@ -53,13 +59,11 @@ def load_gpu_ranks(
             make = functools.partial(CudaVirtualizer, driver)
             virtualizer, kv = kv_pool_by(make, deployment, device, specs)
             resources.callback(virtualizer.close)
-        parts = load_parts(deployment, device, specs, placement, kv, on=gpu)
+        parts = load_parts(deployment, device, specs, placement, kv, on=host.device)
         made = resources.enter_context(contextlib.ExitStack())
-        ranks, executor = join_lanes(
-            deployment, device, parts, peers, virtualizer=virtualizer, on=gpu, resources=made
+        ranks, _ = join_lanes(
+            deployment, device, parts, peers, virtualizer=virtualizer, host=host, resources=made
         )
-        if virtualizer is not None:
-            virtualizer.quiesced = executor.quiesced
         ranks.resources = resources.pop_all()
     return ranks
 
