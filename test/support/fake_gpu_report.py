@@ -89,6 +89,7 @@ class FakePlatform:
 
         triton_interpreter.repair()
         torch.set_num_threads(1)
+
         def wide_tile(*arguments: Any, **named: Any) -> Any:
             return dataclasses.replace(tiles.product_tile(*arguments, **named), columns=64)
 
