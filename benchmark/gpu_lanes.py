@@ -87,6 +87,7 @@ class Lanes:
         elements = max(stages.layout.elements for stages in self.stages.values())
         self.host = HostSide(device)
         self.memory = [HostMemory(elements, sequences, lease, self.host) for _ in range(lanes)]
+        """Memory that each lane shares with the host."""
         known = [model_stages(model.spec, Crossing()) for model in models]
         self.loop = join(
             known, self.places, self.stages, buckets, host=self.host, resident=resident

@@ -89,23 +89,23 @@ CHECKS = (
         "memory_checks", "mapping_beside_the_loop",
     ),
     Check(
-        "kernels of the shape", "b", "Do the kernels of the shape compile whose times are taken?",
+        "kernels of the shape", "b", "Do the kernels compile of the model whose times are taken?",
         120, "kernels_check", "compile_kernels", {"what": "shape"}, needs_gpu=True,
     ),
     Check(
-        "eager steps", "b", "Do steps of plain calls choose the reference's tokens?", 60,
+        "eager steps", "b", "Do plain calls of the stages choose the reference's tokens?", 60,
         "ladder_checks", "eager_steps",
     ),
     Check(
-        "captured steps", "b", "Do captured stages that the host launches?", 60,
+        "captured steps", "b", "Do captured stages choose them when the host launches each?", 60,
         "ladder_checks", "captured_steps",
     ),
     Check(
-        "whole step", "b", "Does a whole step as one graph?", 60,
+        "whole step", "b", "Does a whole step choose them as one graph?", 60,
         "ladder_checks", "whole_step",
     ),
     Check(
-        "resident steps", "b", "Does the loop whose stages the device launches?", 60,
+        "resident steps", "b", "Do captured stages choose them when the device launches each?", 60,
         "ladder_checks", "resident_steps",
     ),
     Check(

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -10,10 +11,12 @@ from typing import Any
 import psutil
 import pytest
 from crosspool.cli.prepare import prepare
+from crosspool.config import gpu
 from crosspool.config.deployment import ConfigError
 from crosspool.config.deployment_file import to_options
 from crosspool.config.options import Options
 from crosspool.config.sizes import exact_size
+from crosspool.kernels.cuda_loop import MAX_LINKS
 from support.gpus import pretend_gpus
 from support.hollow import Change, hollow_weights
 
@@ -317,6 +320,44 @@ def test_a_gpu_for_both_pools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert deployment.kv_pool_bytes % (2 << 20) == 0
     with pytest.raises(ConfigError, match="of memory of cuda:0 are available"):
         prepare(draft(path, kv_pool_bytes=usable, **both))
+
+
+def test_old_gpus_are_driven_by_the_host(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One old GPU decides for all devices of the deployment."""
+    path, gpus = model(tmp_path / "a"), tmp_path / "gpus"
+    gpus.mkdir()
+    places: dict[str, Any] = {"kv_pool_devices": "cuda:0", "weight_pool_devices": "cuda:1"}
+    pretend_gpus(monkeypatch, gpus, 1000, 1000)
+    with caplog.at_level(logging.INFO):
+        assert prepare(draft(path, **places)).deployment.loop == "resident"
+    assert caplog.text == ""
+    pretend_gpus(monkeypatch, gpus, 1000, 1000, compute=("10.0", "8.6"))
+    assert prepare(draft(path, loop="host", **places)).deployment.loop == "host"
+    with pytest.raises(ConfigError, match=r"gpu_links: nvshmem needs .* 9\.0 .*cuda:1 .*8\.6\)"):
+        prepare(draft(path, gpu_links="nvshmem", **places))
+    assert caplog.text == ""
+    assert prepare(draft(path, **places)).deployment.loop == "host"
+    (record,) = caplog.records
+    assert "9.0 or newer, unlike cuda:1 (Pretended H100, compute capability 8.6)" in (
+        record.getMessage()
+    )
+
+
+@pytest.mark.parametrize(("kv", "lanes"), [("cuda:0", 30), ("cuda:0,cuda:1", 26)])
+def test_lanes_need_connections(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kv: str, lanes: int
+) -> None:
+    """A GPU has 32 connections: two for other streams, one for every eight links that it serves."""
+    pretend_gpus(monkeypatch, tmp_path, 1000, 1000)
+    path = model(tmp_path / "a")
+    most: dict[str, Any] = {"kv_pool_devices": kv, "weight_pool_devices": kv}
+    assert prepare(draft(path, lanes=lanes, **most)).deployment.lanes == lanes
+    prepare(draft(path, lanes=lanes + 1, loop="host", **most))
+    with pytest.raises(ConfigError, match=rf"^lanes: {lanes + 1} lanes .* 33 streams on cuda:0,"):
+        prepare(draft(path, lanes=lanes + 1, **most))
+    assert gpu._LINKS_OF_A_LANE == MAX_LINKS
 
 
 def test_gpus_serve_beside_gpus_but_not_beside_a_cpu(

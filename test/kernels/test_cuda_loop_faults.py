@@ -189,6 +189,8 @@ def test_a_stage_that_never_ends_is_noticed(driver: FakeCuda) -> None:
     with pytest.raises(CudaLoopError, match="lane 0 does not leave"):
         bench.loop.quiesce(0.05)
     driver.fault_stage()  # ends it
+    with pytest.raises(CudaLoopError, match="cudaErrorIllegalAddress"):
+        bench.loop.quiesce()
 
 
 def test_a_stage_that_faults_is_noticed(driver: FakeCuda) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from crosspool.kernels.cuda_loop import GPUStage, ModelStages
 from crosspool.kernels.engine_structs import DONE, LOGITS, TOKENS, Event
-from crosspool.ranks.gpu.flight import GPUFlight
+from crosspool.ranks.gpu.flight import GPUFlight, LookMemory
 from crosspool.ranks.gpu.inputs import InputLayout
 from crosspool.ranks.gpu.loop import HostLaunchedLoop
 from crosspool.transport.messages import Logprobs, Recall, Release, Row, Sampling, Step
@@ -167,8 +168,8 @@ def test_who_needs_the_host_gets_it(
     gpu = OneGPU(loop)
     looked = []
 
-    def look(flight: GPUFlight, stages: Any, host: Any) -> None:
-        looked.append((stages.layout, tuple(host.shape)))
+    def look(flight: GPUFlight, stages: Any, memory: LookMemory) -> None:
+        looked.append((stages.layout, tuple(memory.logits(torch.empty(2, 32)).shape)))
         flight._end.choose(0, 9)
 
     monkeypatch.setattr(GPUFlight, "look", look)

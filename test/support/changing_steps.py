@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from crosspool.kernels.cuda_loop import ModelStages
+from crosspool.ranks.gpu.host_side import HostSide
 from crosspool.ranks.gpu.launch import EagerLauncher
 from crosspool.ranks.gpu.loop import HostLaunchedLoop
 from crosspool.ranks.gpu.scratch import LaneBuffers
@@ -50,12 +51,13 @@ def eager_loop(
     stages: Mapping[tuple[int, int, int], HasStages],
     buckets: Sequence[int],
     *,
+    host: HostSide,
     resident: bool,
 ) -> HostLaunchedLoop:
     """Takes the place of :func:`crosspool.ranks.gpu.lanes.join_loop`: calls the stages one by one,
     without graphs, on any device."""
     assert not resident
-    del buckets
+    del buckets, host
     return HostLaunchedLoop(models, len(lanes), EagerLauncher(lanes, stages))
 
 

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -86,6 +87,7 @@ class FakeCuda:
     def __init__(self, path: Path) -> None:
         self.native = cuda_loop.load(path)
         self.native.crosspool_fake_graph.restype = ctypes.c_void_p
+        self.native.crosspool_fake_stream.restype = ctypes.c_void_p
         self.native.crosspool_fake_violation.restype = ctypes.c_char_p
         self._bodies: list[object] = []
         self._graphs: list[int] = []
@@ -111,6 +113,19 @@ class FakeCuda:
             )
         self._graphs.append(graph)
         return int(graph)
+
+    def connections(self, count: int) -> None:
+        """Has streams dealt to ``count`` connections, from the next stream on."""
+        self.native.crosspool_fake_connections(count)
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[int]:
+        """A stream of the host's own."""
+        stream = int(self.native.crosspool_fake_stream())
+        try:
+            yield stream
+        finally:
+            self.native.crosspool_fake_destroy_stream(ctypes.c_void_p(stream))
 
     def run(self, units: int) -> None:
         self.native.crosspool_fake_run(units)

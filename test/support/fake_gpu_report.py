@@ -89,6 +89,7 @@ class FakePlatform:
 
         triton_interpreter.repair()
         torch.set_num_threads(1)
+
         def wide_tile(*arguments: Any, **named: Any) -> Any:
             return dataclasses.replace(tiles.product_tile(*arguments, **named), columns=64)
 
@@ -117,21 +118,28 @@ class FakePlatform:
     def capture(
         self, lanes: Sequence[LaneBuffers], stages: Mapping[tuple[int, int, int], HasStages]
     ) -> tuple[Mapping[Key, CapturedStage], Refused]:
-        """Warms up as the product does, with 0 rows, and makes graphs of the fake driver."""
+        """Warms up as the product does, with 0 rows, and makes graphs of the fake driver of the
+        stages that can be called so."""
         import torch
         from crosspool.ranks.gpu.launch import words
 
         elements = max(of_model.input_elements for of_model in stages.values())
         empty = torch.zeros(max(1, elements), dtype=torch.int32)
         graphs: dict[Key, CapturedStage] = {}
+        refused: Refused = {}
         for lane in lanes:
             lane.words.copy_(words(empty.data_ptr(), rows=0, done=0))
         for (lane_index, model, bucket), of_model in stages.items():
             for stage, call in of_model.calls.items():
-                call()
+                key = lane_index, model, stage, bucket
+                try:
+                    call()
+                except Exception as error:
+                    refused[key] = f"calling it: {type(error).__name__}: {error}"
+                    continue
                 body = self._planted(lanes[lane_index], of_model, stage, call)
-                graphs[lane_index, model, stage, bucket] = self._graph(of_model, stage, body)
-        return graphs, {}
+                graphs[key] = self._graph(of_model, stage, body)
+        return graphs, refused
 
     def instantiate(self, graph: CapturedStage) -> None:
         pass

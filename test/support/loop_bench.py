@@ -16,6 +16,7 @@ from crosspool.kernels.cuda_loop import (
     LinkMemory,
     ModelStages,
 )
+from crosspool.kernels.residency import Residency
 from support.fake_cuda_graphs import FakeCuda
 
 ROW_BYTES = 8
@@ -76,6 +77,7 @@ class LoopBench:
         wait_s: float = 5.0,
         link: FakeLink | None = None,
         serves: bool = False,
+        residency: Residency | None = None,
     ) -> None:
         self.driver = driver
         self.ran: list[tuple[int, GPUStage, int, int]] = []
@@ -97,6 +99,7 @@ class LoopBench:
             [2],
             spin_s=1e-6,
             wait_s=wait_s,
+            residency=residency,
             native=driver.native,
         )
         for lane in range(lanes):
@@ -140,7 +143,7 @@ class LoopBench:
     def close(self) -> None:
         self.loop.close()
         assert self.driver.live == 0
-        assert self.driver.violations == []
+        assert self.driver.violations == [], self.driver.violations
 
 
 def _aligned(words: ctypes.Array[cs.StageWords]) -> int:

@@ -12,7 +12,7 @@ from crosspool.kernels.cuda_loop import CudaLoop, GPUStage, ModelStages
 from crosspool.kernels.cuda_loop_structs import GPUStepArguments
 from crosspool.kernels.engine_structs import DONE, Event
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
-from crosspool.ranks.gpu.host_side import HostSide
+from crosspool.ranks.gpu.host_side import HostSide, start
 from crosspool.ranks.gpu.scratch import LaneBuffers
 from support.fake_cuda_memory import FakeCuda
 from support.fake_resident import FakeResident
@@ -56,19 +56,19 @@ class SteppingGPU(OneGPU):
             for model in range(MODELS)
             for bucket in range(len(BUCKETS))
         }
+        host = HostSide(torch.device("cpu"))
         loop = self._fake.join_loop(
             [ModelStages((False,) * LAYERS, 4)] * MODELS,
             self._places,
             stages,
             BUCKETS,
-            host=HostSide(torch.device("cpu")),
+            host=host,
             resident=True,
             watch=None,
             exchange=None,
             epoch=1,
             tails={},
         )
-        loop.start()
         push, pop = loop.push_step, loop.pop
 
         def push_step(lane: int, arguments: GPUStepArguments) -> None:
@@ -85,6 +85,7 @@ class SteppingGPU(OneGPU):
             return event
 
         loop.push_step, loop.pop = push_step, popped  # type: ignore[method-assign]
+        start(loop, host)
         return loop
 
     def _pages(self, lane: int, bucket: int) -> set[int]:

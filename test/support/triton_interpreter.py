@@ -115,7 +115,7 @@ def _joined(extents: list[tuple[int, int]]) -> np.ndarray:
 
 
 def _refuse_unknown_pointers() -> None:
-    """Triton's launcher asks the driver about every tensor (getPointer in its nvidia/driver.py)."""
+    """Triton's launcher asks the driver about every tensor (getPointer of its NVIDIA backend)."""
     init_args = interpreter.GridExecutor._init_args_hst
 
     def init_args_hst(self: Any, args: Any, kwargs: Any) -> Any:

@@ -4,14 +4,14 @@ and whether it holds the requests that it must."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
 
 from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.device import Device
-from crosspool.config.gpu import gpu_of, visible_gpus
+from crosspool.config.gpu import GPU
 from crosspool.config.sizes import exact_size, format_size
 from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
@@ -38,21 +38,15 @@ class SystemMemory:
     devices: tuple[Device, ...]
 
 
-def memories(devices: Sequence[Device]) -> list[SystemMemory]:
+def memories(devices: Sequence[Device], gpus: Mapping[Device, GPU]) -> list[SystemMemory]:
     """Returns the memories that the devices draw from; each device is in one.
-
-    Raises ConfigError for a GPU that is not there."""
+    ``gpus``: those among them."""
     found = []
     cpus = tuple(device for device in devices if device.is_cpu)
     if cpus:
         found.append(SystemMemory("memory", psutil.virtual_memory().available, cpus))
-    named = [device for device in devices if not device.is_cpu]
-    try:
-        gpus = visible_gpus() if named else []
-    except ConfigError as error:
-        raise ConfigError(f"{', '.join(device.name for device in named)}: {error}") from None
-    for device in named:
-        free = int(gpu_of(device, gpus).free_bytes * GPU_SHARE)
+    for device, gpu in gpus.items():
+        free = int(gpu.free_bytes * GPU_SHARE)
         found.append(SystemMemory(f"memory of {device.name}", free, (device,)))
     return found
 

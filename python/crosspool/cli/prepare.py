@@ -16,7 +16,7 @@ from msgspec.structs import asdict, replace
 from crosspool.cli.memory import check_kv_bounds, check_memory, default_kv_bytes, memories
 from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
 from crosspool.config.device import Device
-from crosspool.config.gpu import check_alike, check_loop
+from crosspool.config.gpu import check_alike, check_loop, gpus_of, loop_of
 from crosspool.config.options import ModelOptions, Options
 from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
 from crosspool.models.spec import ModelSpec
@@ -52,8 +52,10 @@ def prepare(options: Options) -> Prepared:
     }
     deployment = Deployment(**{**asdict(options), **settled})
     check_alike(deployment.devices)
+    gpus = gpus_of(deployment.devices)
+    deployment = replace(deployment, loop=loop_of(deployment, gpus))
     check_loop(deployment)
-    found = memories(deployment.devices)
+    found = memories(deployment.devices, gpus)
     placement = place(deployment, specs)
     if options.kv_pool_bytes is None:
         kv_pool_bytes = default_kv_bytes(deployment, specs, placement, found)

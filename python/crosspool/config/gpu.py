@@ -3,17 +3,20 @@ neither torch nor a CUDA context."""
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from crosspool.config.device import Device
 from crosspool.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from crosspool.config.deployment import Deployment
+
+log = logging.getLogger(__name__)
 
 ENVIRONMENT = {
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -25,7 +28,14 @@ them. Kernels are loaded at the start, since later they might wait for a residen
 32 connections to the device instead of eight, since a stream that shares one with a resident loop
 may wait for the loop's end."""
 _TIMEOUT = 30.0
-_QUERY = "--query-gpu=index,uuid,name,memory.free"
+_QUERY = "--query-gpu=index,uuid,name,memory.free,compute_cap"
+RESIDENT_FROM = (9, 0)
+"""Compute capability from which a device launches graphs itself. Older ones are documented to do so
+too, but NVIDIA's own projects do not rely on it."""
+_LINKS_OF_A_LANE = 8
+"""Links that one lane of an FFN rank serves."""
+_OTHER_STREAMS = 2
+"""Streams of a device process beside the lanes': the host's, and CUDA's default stream."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,8 @@ class GPU:
     uuid: str
     name: str
     free_bytes: int
+    compute: tuple[int, int]
+    """Compute capability."""
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[GPU]:
@@ -94,22 +106,84 @@ def check_alike(devices: Sequence[Device]) -> None:
         )
 
 
+def gpus_of(devices: Sequence[Device]) -> dict[Device, GPU]:
+    """Returns the GPU of each device that is none of the CPU's. Raises ConfigError for one that is
+    not there."""
+    named = [device for device in devices if not device.is_cpu]
+    try:
+        gpus = visible_gpus() if named else []
+    except ConfigError as error:
+        raise ConfigError(f"{', '.join(device.name for device in named)}: {error}") from None
+    return {device: gpu_of(device, gpus) for device in named}
+
+
+def loop_of(deployment: Deployment, gpus: Mapping[Device, GPU]) -> Literal["resident", "host"]:
+    """Returns the loop that all devices of the deployment run: the one that was asked for, but the
+    host's where one of its GPUs is older than RESIDENT_FROM, which a line in the log says.
+
+    ``gpus``: by device. Raises ConfigError where that cannot be."""
+    old = [
+        f"{device.name} ({gpu.name}, compute capability {gpu.compute[0]}.{gpu.compute[1]})"
+        for device, gpu in gpus.items()
+        if gpu.compute < RESIDENT_FROM
+    ]
+    if not old or deployment.loop == "host":
+        return deployment.loop
+    least, named = ".".join(map(str, RESIDENT_FROM)), ", ".join(old)
+    if deployment.gpu_links == "nvshmem":
+        raise ConfigError(
+            "gpu_links: nvshmem needs the resident loop, and that a GPU of compute capability "
+            f"{least} or newer, unlike {named}: write gpu_links: peer"
+        )
+    log.warning(
+        "loop: host is used on all devices, since the resident loop needs GPUs of compute "
+        "capability %s or newer, unlike %s",
+        least,
+        named,
+    )
+    return "host"
+
+
 def check_loop(deployment: Deployment) -> None:
-    """Raises ConfigError for links that the loop cannot use."""
+    """Raises ConfigError for links that the loop cannot use, and for more lanes than the loop can
+    have on a GPU."""
     if deployment.gpu_links == "nvshmem" and deployment.loop == "host":
         raise ConfigError(
             "gpu_links: nvshmem needs the resident loop: a host cannot see when NVSHMEM has carried"
             " a payload; write gpu_links: peer, or loop: resident"
         )
+    if deployment.loop == "host":
+        return
+    connections = int(ENVIRONMENT["CUDA_DEVICE_MAX_CONNECTIONS"])
+    for device in deployment.devices:
+        needed = 0 if device.is_cpu else _lanes_on(deployment, device) + _OTHER_STREAMS
+        if needed > connections:
+            raise ConfigError(
+                f"lanes: {deployment.lanes} lanes of each attention rank make {needed} streams on "
+                f"{device.name}, which has {connections} connections; behind a resident loop each "
+                "stream needs one of its own: ask for fewer lanes, or write loop: host"
+            )
+
+
+def _lanes_on(deployment: Deployment, device: Device) -> int:
+    """Returns the number of lanes of the device's ranks."""
+    kv, lanes = deployment.kv_pool_devices, 0
+    if device in kv:
+        lanes += deployment.lanes
+    if device in deployment.weight_pool_devices:
+        links = sum(other != device for other in kv) * deployment.lanes
+        lanes += -(-links // _LINKS_OF_A_LANE)
+    return lanes
 
 
 def _parsed(line: str) -> GPU:
     fields = [field.strip() for field in line.split(",")]
     try:
-        index, uuid, name, free = fields
-        return GPU(index, uuid, name, int(free) << 20)
+        index, uuid, name, free, compute = fields
+        major, minor = compute.split(".")
+        return GPU(index, uuid, name, int(free) << 20, (int(major), int(minor)))
     except ValueError:
-        raise ConfigError(f"nvidia-smi {_QUERY} printed {line!r}, not four fields") from None
+        raise ConfigError(f"nvidia-smi {_QUERY} printed {line!r}, not these five fields") from None
 
 
 def _is_uuid(name: str, uuid: str) -> bool:

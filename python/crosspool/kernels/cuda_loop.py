@@ -305,12 +305,12 @@ class CudaLoop:
     def close(self, timeout_s: float = 10.0) -> None:
         """Quiesces, and frees everything; steps in flight are lost.
 
-        Raises CudaLoopError when a lane does not leave the device: its memory must then stay, and
-        the process should end."""
+        Raises CudaLoopError when a lane does not leave the device (its memory must then stay, and
+        the process should end), or another loop is on it."""
         if self._address is not None:
             self.quiesce(timeout_s)
-            address, self._address = self._address, None
-            self._check(self._native.crosspool_cuda_loop_free(address))
+            self._check(self._native.crosspool_cuda_loop_free(self._address))
+            self._address = None
 
     def _push(self, lane: int, command: Command) -> None:
         status = self._native.crosspool_cuda_loop_push(self._address, lane, byref(command))

@@ -83,7 +83,7 @@ def test_an_address_that_no_cache_gave_is_refused() -> None:
 
 
 def test_a_tensor_over_memory_that_is_not_mapped_is_refused() -> None:
-    """As Triton's launcher refuses it on a GPU; its address is not asked about."""
+    """Triton's launcher refuses it so on a GPU; nobody asks about an address."""
     chunk = 1 << 16
     driver = FakeCuda(total=2 * chunk, granularity=chunk)
     numbers, target = torch.arange(8, dtype=torch.float32), torch.zeros(1)

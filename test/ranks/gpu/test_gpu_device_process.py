@@ -13,7 +13,7 @@ pytest.importorskip("zmq", reason="pyzmq is not installed (the control path)")
 pytest.importorskip("setproctitle", reason="setproctitle is not installed")
 
 from crosspool.kernels import nvshmem
-from support.triton_device import shallow
+from support.shallow import shallow
 
 from benchmark.device_driver import DeviceDriver, Generation
 

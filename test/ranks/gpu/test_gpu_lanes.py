@@ -39,7 +39,6 @@ from support.changing_steps import (
     with_stops,
 )
 from support.exchanging_lanes import ExchangingLanes
-from support.fake_resident import FakeResident
 from support.parts import Parts
 from support.poisoned import poison_lanes, with_few_multiprocessors
 
@@ -212,6 +211,8 @@ def test_changing_inputs_under_the_resident_loops_own_code(
     small: SmallModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two lanes with a case each at once, over the fake driver."""
+    from support.fake_resident import FakeResident
+
     if fake_cuda_graphs.COMPILER is None:
         pytest.skip("no C++ compiler")
     with_few_multiprocessors(monkeypatch)

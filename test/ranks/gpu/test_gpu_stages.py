@@ -18,7 +18,8 @@ pytest.importorskip("msgspec", reason="msgspec is not installed (the messages of
 import msgspec
 from crosspool.transport.messages import Logprobs, Sampling, TokenLogprobs
 from support.machine import Machine, Stream
-from support.triton_device import load_compiled, load_interpreted, shallow
+from support.shallow import shallow
+from support.triton_device import load_compiled, load_interpreted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PLACES: dict[str, dict[str, Any]] = {
