@@ -1,9 +1,12 @@
-"""One captured graph serves every layer and every step of a row bucket."""
+"""One captured graph serves every layer and every step of a row bucket; and every stage of the
+product is a graph that a device may launch."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from crosspool.kernels import cuda_loop
+from crosspool.kernels.cuda_loop import CudaLoop, GPUStage
 from crosspool.kernels.triton import norm
 from crosspool.kernels.triton.attention import AttentionWorkspace, attend
 from crosspool.kernels.triton.expert_plan import ExpertPlan, plan_experts
@@ -12,6 +15,9 @@ from crosspool.kernels.triton.linear import LinearWorkspace, linear
 from crosspool.kernels.triton.memory import DeviceMemory
 from crosspool.kernels.triton.router import route
 from crosspool.kernels.triton.tables import TensorTable
+from crosspool.ranks.gpu.host_side import HostSide
+from crosspool.ranks.gpu.lanes import add_graphs, loop_places
+from crosspool.ranks.gpu.launch import capture, instantiate
 from support.device_kernels import (
     assert_close,
     attention,
@@ -22,13 +28,47 @@ from support.device_kernels import (
     random,
     rms_norm,
 )
+from support.every_stage import every_stage
 
-pytestmark = pytest.mark.gpu
 BF16, FP32 = torch.bfloat16, torch.float32
 BUCKET, HIDDEN, HEADS, DIM = 4, 256, 4, 64
 EXPERTS, TOP_K, WIDTH, LAYERS = 8, 2, 128, 3
+LAUNCHED = {"Kernel", "Memcpy", "Memset"}
+"""Nodes of which a graph may be made that the device launches; we make no child graphs."""
 
 
+def test_every_stage_is_captured(device: torch.device) -> None:
+    """Those of the next test are all that there are."""
+    made = every_stage(HostSide(device), "float32", [1, 2])
+    found = {stage for stages in made.stages.values() for stage in stages.calls}
+    assert found == set(GPUStage)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_stage_is_a_graph_that_the_device_launches(device: torch.device, dtype: str) -> None:
+    """Each is captured and instantiated by itself, for the host and for the device; what is refused
+    is named."""
+    host = HostSide(device)
+    made = every_stage(host, dtype, [1, 16, 64])
+    graphs, refused = capture(made.lanes, made.stages, {}, host)
+    assert refused == {}
+    kinds = {key: _node_types(graph) for key, graph in graphs.items()}
+    prefix = "cudaGraphNodeType"
+    others = {k: types for k, types in kinds.items() if not types <= {prefix + n for n in LAUNCHED}}
+    assert others == {} and all(kinds.values())
+    if cuda_loop.library_path() is not None:
+        places = loop_places(made.lanes)
+        loop = CudaLoop(made.models, places, made.buckets, residency=host.residency)
+        raw = {key: graph.raw_cuda_graph() for key, graph in graphs.items()}
+        try:
+            assert add_graphs(loop, raw) == {}
+        finally:
+            loop.close()
+    assert instantiate(graphs) == {}
+
+
+@pytest.mark.gpu
 def test_a_graph_follows_the_layer_and_the_rows_in_device_memory(device: torch.device) -> None:
     def stack(*shape: int, scale: float) -> list[torch.Tensor]:
         return [random(*shape, dtype=BF16, device=device, scale=scale) for _ in range(LAYERS)]

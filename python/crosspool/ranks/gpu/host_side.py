@@ -50,8 +50,9 @@ class HostSide:
 
         self.residency.check("a stream")
         with torch.cuda.device(self.device):
-            torch.cuda.current_stream()  # makes the device's context
-            error, stream = driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+            torch.zeros(1, device=self.device)  # makes the device's context, if there is none
+            flags = int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+            error, stream = driver.cuStreamCreate(flags)
         if error != driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"cuStreamCreate: {error.name}")
         self._made.append(stream)

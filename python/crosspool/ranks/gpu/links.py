@@ -128,7 +128,7 @@ class GPULinks:
     def __init__(
         self, deployment: Deployment, device: Device, peers: GPUPeers | None, host: HostSide
     ) -> None:
-        """Without ``peers`` nothing is opened."""
+        """``peers``: None where nothing is opened."""
         self._peers = peers
         kv_pool, weight_pool = deployment.kv_pool_devices, deployment.weight_pool_devices
         self.attention_rank = kv_pool.index(device) if device in kv_pool else None
