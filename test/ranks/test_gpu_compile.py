@@ -37,15 +37,15 @@ from crosspool.kernels.triton_cache.manifest import Manifest
 from crosspool.kernels.triton_cache.toolchain import Toolchain
 from crosspool.models.registry import read_model
 from crosspool.models.spec import ModelSpec
-from crosspool.ranks.gpu import join
+from crosspool.ranks.gpu import join, load
 from crosspool.ranks.gpu.compile import (
     Compiled,
     compile_ahead,
+    compile_deployment,
     default_folder,
     deployment_launches,
     telling_of_compilation,
 )
-from crosspool.ranks.gpu.load import load_parts
 from crosspool.transport.lane_layout import LinkPlace
 from crosspool.weightpool.placement import place
 
@@ -109,7 +109,7 @@ def product_launches(of: Deployment, monkeypatch: pytest.MonkeyPatch) -> list[La
                 torch.empty(n, s.layers, of.page_size, s.kv_width, dtype=getattr(torch, s.dtype))
                 for n, s in zip(pages, specs, strict=True)
             ]
-        parts = load_parts(of, device, specs, place(of, specs), kv, on=CPU)
+        parts = load.load_parts(of, device, specs, place(of, specs), kv, on=CPU)
         peers: Any = SimpleNamespace(links=Places(), host=None)
         joined: list[Any] = []
         join_loop = join.join_loop
@@ -205,6 +205,30 @@ def test_a_second_run_compiles_nothing(filled: Filled) -> None:
     assert (second.compiled, second.wrong) == (0, [])
     assert second.found == filled.first.compiled
     assert time.monotonic() - began < 10
+
+
+def test_a_device_process_compiles_before_it_takes_memory(
+    filled: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All devices' kernels: processes that wait for each other must not compile one by one."""
+    calls: list[Compiled] = []
+
+    def compiling(*given: Any) -> Compiled:
+        calls.append(compile_deployment(*given))
+        return calls[-1]
+
+    def no_driver(ordinal: int) -> None:
+        raise RuntimeError(f"no GPU {ordinal}")
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(load, "CudaBindings", no_driver)
+    monkeypatch.setattr(load, "compile_deployment", compiling)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(filled.folder))
+    specs = specs_of(SPLIT)
+    with pytest.raises(RuntimeError, match="no GPU 1"):
+        load.load_gpu_ranks(SPLIT, Device("cuda:1"), specs, place(SPLIT, specs), None)
+    assert [(call.compiled, call.found) for call in calls] == [(0, filled.first.compiled)]
 
 
 def test_packed_kernels_are_found_elsewhere(
