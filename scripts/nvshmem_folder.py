@@ -1,4 +1,4 @@
-"""Prints the folder of NVSHMEM's wheel (nvidia-nvshmem-cu12 or -cu13) in this Python, or an empty
+"""Prints the folder of NVSHMEM's wheel (nvidia-nvshmem-cu13) in this Python, or an empty
 line if it is not installed."""
 
 from __future__ import annotations

@@ -37,15 +37,15 @@ from crosspool.kernels.triton_cache.manifest import Manifest
 from crosspool.kernels.triton_cache.toolchain import Toolchain
 from crosspool.models.registry import read_model
 from crosspool.models.spec import ModelSpec
-from crosspool.ranks.gpu import join
+from crosspool.ranks.gpu import join, load
 from crosspool.ranks.gpu.compile import (
     Compiled,
     compile_ahead,
+    compile_deployment,
     default_folder,
     deployment_launches,
     telling_of_compilation,
 )
-from crosspool.ranks.gpu.load import load_parts
 from crosspool.transport.lane_layout import LinkPlace
 from crosspool.weightpool.placement import place
 
@@ -109,7 +109,7 @@ def product_launches(of: Deployment, monkeypatch: pytest.MonkeyPatch) -> list[La
                 torch.empty(n, s.layers, of.page_size, s.kv_width, dtype=getattr(torch, s.dtype))
                 for n, s in zip(pages, specs, strict=True)
             ]
-        parts = load_parts(of, device, specs, place(of, specs), kv, on=CPU)
+        parts = load.load_parts(of, device, specs, place(of, specs), kv, on=CPU)
         peers: Any = SimpleNamespace(links=Places(), host=None)
         joined: list[Any] = []
         join_loop = join.join_loop
@@ -175,7 +175,7 @@ def misses(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]
 def test_nothing_is_left_to_compile(
     filled: Filled, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert filled.first.compiled > 80 and filled.first.found == 0
+    assert filled.first.compiled > 70 and filled.first.found == 0
     with misses(filled.folder, monkeypatch) as names:
         for launch in product_launches(SPLIT, monkeypatch):
             launch.compile()
@@ -183,7 +183,7 @@ def test_nothing_is_left_to_compile(
     kernels = {name for name, of in filled.first.entries.items() if of.capability == 90}
     assert kernels == set(entries(filled.launches))
     hosts = [of for of in filled.first.entries.values() if of.capability is None]
-    assert {of.kernel for of in hosts} == {"cuda_utils", "__triton_launcher"}
+    assert {of.kernel for of in hosts} <= {"cuda_utils", "__triton_launcher"} and hosts
     # Here is one that was not planned, and this process says so.
     one = filled.launches[MODELS[0].name][0]
     other = dataclasses.replace(one, options={**one.options, "num_warps": 1})
@@ -205,6 +205,30 @@ def test_a_second_run_compiles_nothing(filled: Filled) -> None:
     assert (second.compiled, second.wrong) == (0, [])
     assert second.found == filled.first.compiled
     assert time.monotonic() - began < 10
+
+
+def test_a_device_process_compiles_before_it_takes_memory(
+    filled: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All devices' kernels: processes that wait for each other must not compile one by one."""
+    calls: list[Compiled] = []
+
+    def compiling(*given: Any) -> Compiled:
+        calls.append(compile_deployment(*given))
+        return calls[-1]
+
+    def no_driver(ordinal: int) -> None:
+        raise RuntimeError(f"no GPU {ordinal}")
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(load, "CudaBindings", no_driver)
+    monkeypatch.setattr(load, "compile_deployment", compiling)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(filled.folder))
+    specs = specs_of(SPLIT)
+    with pytest.raises(RuntimeError, match="no GPU 1"):
+        load.load_gpu_ranks(SPLIT, Device("cuda:1"), specs, place(SPLIT, specs), None)
+    assert [(call.compiled, call.found) for call in calls] == [(0, filled.first.compiled)]
 
 
 def test_packed_kernels_are_found_elsewhere(
@@ -276,14 +300,14 @@ def test_foreign_kernels_are_named_and_compiled_again(
     assert manifest is not None
     archive.pack(copied, manifest.entries, manifest.identity, packed)
     assert main(["compile", "--unpack", str(packed), "--into", str(copied / "new")]) == 2
-    assert "triton is 3.5.0 instead of 3.6.0" in capsys.readouterr().err
+    assert f"triton is 3.5.0 instead of {triton.__version__}" in capsys.readouterr().err
     assert not (copied / "new").exists()
     assert main(["compile", "--check", str(copied)]) == 1
     shown = capsys.readouterr().out
     assert "foreign: sources is 000000000000 instead of" in shown, shown
     cache = KernelCache(copied, Toolchain.own())
     with cache.opened() as wrong:
-        assert len(wrong) == 1 and "triton is 3.5.0 instead of 3.6.0" in wrong[0]
+        assert len(wrong) == 1 and f"triton is 3.5.0 instead of {triton.__version__}" in wrong[0]
         assert f"{len(filled.first.entries)} kernels are foreign" in wrong[0]
         assert cache.manifest.entries == {}
     assert not list(copied.rglob("*.cubin"))
@@ -367,7 +391,7 @@ def test_the_folder_of_compiled_kernels(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     own = Toolchain.own()
-    assert default_folder(own) == tmp_path / "crosspool" / "triton" / f"3.6.0-{own.python}"
+    assert default_folder(own) == tmp_path / "crosspool" / "triton" / f"{own.version}-{own.python}"
     monkeypatch.setenv("TRITON_CACHE_DIR", "named")
     assert default_folder(own) == Path("named")
 

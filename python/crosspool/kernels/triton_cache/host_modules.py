@@ -1,6 +1,6 @@
-"""The C modules with which Triton loads and launches kernels. Triton compiles one for every
-signature, which needs a C compiler and Python's headers; made ahead, they need neither where they
-run."""
+"""The C modules with which Triton loads and launches kernels: one in all, and up to Triton 3.6 one
+for every signature. Triton compiles them, which needs a C compiler and Python's headers; made
+ahead, they need neither where they run."""
 
 from __future__ import annotations
 
@@ -100,6 +100,8 @@ def host_modules(launches: Iterable[Launch], python: Python) -> list[HostModule]
     """Returns the modules that the launches need, each once."""
     utilities = (Path(driver.dirname) / "driver.c").read_text()
     made = {utilities: HostModule("cuda_utils", utilities, python)}
+    if not hasattr(driver, "make_launcher"):  # from Triton 3.7 on, one module launches everything
+        return list(made.values())
     for launch in launches:
         source = driver.make_launcher(dict(launch.constants), dict(launch.signature), None)
         made.setdefault(source, HostModule("__triton_launcher", source, python))

@@ -31,8 +31,8 @@ _LOCK_PATIENCE = 1800.0
 """Longest wait for another process that fills the same folder, in seconds."""
 _KERNEL_PATIENCE = 300.0
 """Longest time in which no kernel is done, in seconds."""
-_WORKER_BYTES = 1 << 30
-"""Memory of a process that compiles."""
+_WORKER_BYTES = 768 << 20
+"""Memory for a process that compiles; it takes about 400 MiB."""
 
 
 class CompileError(RuntimeError):
