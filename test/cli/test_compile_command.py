@@ -25,4 +25,4 @@ def test_the_help_shows_how_kernels_get_to_another_machine(
     assert end.value.code == 0
     shown = capsys.readouterr().out
     for words in ("--pack kernels.tar.gz", "--check kernels.tar.gz", "--unpack kernels.tar.gz"):
-        assert f"crosspool compile {words}" in shown or f" {words}" in shown
+        assert words in shown

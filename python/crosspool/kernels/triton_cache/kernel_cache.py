@@ -43,7 +43,7 @@ class KernelCache:
     """The compiled kernels of one folder, for one Triton."""
 
     def __init__(self, folder: Path, toolchain: Toolchain) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()
         self.toolchain = toolchain
         self.identity = Identity.of(toolchain)
         self.manifest = Manifest(self.identity)
