@@ -63,7 +63,7 @@ class Scale:
     chunks: int = 64
     """Chunks of each size of the mapping costs."""
     tests: tuple[str, ...] = ("test",)
-    """Where tests marked `gpu` are looked for."""
+    """Files and folders in which tests marked `gpu` are looked for."""
 
 
 class CapturedStage(Protocol):

@@ -69,6 +69,7 @@ def run(check: Check, out: Path, launcher: Sequence[str], limit_s: float) -> Out
         except subprocess.TimeoutExpired:
             hung = True
             evidence.ask(process, out, check)
+            evidence.of_machine(out, check)
         finally:
             ended = evidence.kill(process)
     outcome.seconds = round(time.monotonic() - began, 1)
@@ -95,8 +96,9 @@ def run(check: Check, out: Path, launcher: Sequence[str], limit_s: float) -> Out
         outcome.status = "found something"
     else:
         outcome.status = "passed"
-    if outcome.status in ("hung", "crashed", "failed"):
+    if outcome.status in ("crashed", "failed"):
         evidence.of_machine(out, check)
+    if outcome.status in ("hung", "crashed", "failed"):
         outcome.tail = log.read_text(errors="replace").splitlines()[-_TAIL:]
     outcome.evidence = evidence.files(out, check)
     return outcome

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from support.fake_cuda_graphs import COMPILER, build
 from support.fake_gpu_report import NAME, PLANTS
+from support.gpus import pretend_gpus
 from support.packages import installed
 
 from benchmark.gpu_report import __main__ as program
@@ -192,7 +193,10 @@ def test_an_exit_status_without_words_is_a_finding(tmp_path: Path) -> None:
     assert outcome.findings[0]["what"] == "exit status 3"
 
 
-def test_a_hang_ends_with_all_that_it_started(tmp_path: Path) -> None:
+def test_a_hang_ends_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_gpus(monkeypatch, tmp_path, 1000)
     body = """
 child = subprocess.Popen(["sleep", "1000"])
 say(fact="child", value=child.pid)
@@ -201,9 +205,21 @@ time.sleep(1000)
     began = time.monotonic()
     outcome = run_stand_in(body, tmp_path, 2.0)
     assert outcome.status == "hung" and time.monotonic() - began < 20
+    assert "Pretended H100" in (tmp_path / "machine.nvidia-smi.txt").read_text()
     child = json.loads((tmp_path / "machine.jsonl").read_text().splitlines()[0])["value"]
-    state = Path(f"/proc/{child}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    deadline = time.monotonic() + 10
+    while is_alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(child)
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] != "Z"
 
 
 def test_what_was_told_before_a_cut_off_line_counts(tmp_path: Path) -> None:
