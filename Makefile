@@ -11,7 +11,7 @@
 ##   PEERS         engines of `make bench-peers`: PEERS="llama vllm"; all unless given
 ##   GPU_PYTHON    Python with torch for CUDA, for targets that need a GPU: python3 unless given
 ##   BUNDLE_PYTHON   version of Python for which `make gpu-bundle` packs: 3.12 unless given
-##   GPU_ARCHITECTURES   compute capabilities of `make native-gpu`: "80;90" unless given
+##   GPU_ARCHITECTURES   compute capabilities of `make native-gpu`: "90" unless given
 
 VENV ?= .venv
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v))) python3)
@@ -23,7 +23,7 @@ ARGS ?=
 PEERS ?=
 GPU_PYTHON ?= python3
 BUNDLE_PYTHON ?= 3.12
-GPU_ARCHITECTURES ?= 80;90
+GPU_ARCHITECTURES ?= 90
 
 BIN := $(VENV)/bin
 # Byte code is written afterwards, on all cores: pip would do it on one. SGLang lacks most of what its

@@ -72,6 +72,7 @@ def _python(bundle: Bundle, interpreter: str | None, tag: str) -> Python | None:
     own = f"{sys.version_info.major}.{sys.version_info.minor}" == bundle.python
     try:
         python = Python.of(interpreter or (sys.executable if own else f"python{bundle.python}"))
+        python.check_headers()
     except ConfigError as error:
         if interpreter is not None:
             raise

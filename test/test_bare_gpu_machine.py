@@ -3,11 +3,13 @@ machine has."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -89,14 +91,18 @@ def test_the_report_starts_there(tmp_path: Path) -> None:
     # Its checks are processes of their own, which come here again.
     again = f"[sys.executable, '-c', {REPORT + 'main(sys.argv[1:])'!r}]"
     code = REPORT + f"main(sys.argv[1:], launcher={again})"
-    done = run_bare(code, "--only", "machine", "--out", str(tmp_path))
+    out = tmp_path / "out"
+    done = run_bare(code, "--only", "machine", "device", "--out", str(out))
     assert done.returncode == 0, done.stderr
-    told = json.loads((tmp_path / "report.json").read_text())
-    assert [check["status"] for check in told["checks"]] == ["failed"], told
-    page = (tmp_path / "report.md").read_text()
-    assert re.search(r"\*\*error\*\* in `machine`: RuntimeError: PyTorch \S+ sees no GPU", page), (
+    told = json.loads((out / "report.json").read_text())
+    assert [check["status"] for check in told["checks"]] == ["passed", "failed"], told
+    assert told["machine"]["torch"] == importlib.metadata.version("torch")
+    page = (out / "report.md").read_text()
+    assert re.search(r"\*\*error\*\* in `device`: RuntimeError: PyTorch \S+ sees no GPU", page), (
         page
     )
+    with tarfile.open(tmp_path / "out.tar.gz") as packed:
+        assert {"out/report.md", "out/device.stacks.txt"} <= set(packed.getnames())
 
 
 def test_every_check_can_be_imported_there() -> None:

@@ -4,7 +4,8 @@ it, does it keep working?
     python -m benchmark.gpu_report [--part a|b|c] [--out DIR] [--only CHECK ...]
 
 Three parts of under nine minutes each, which add up in one folder: ``report.md`` is the page to
-read first, ``report.json`` says the same to programs, ``gpu_costs.json`` is what a simulator reads.
+read first, ``report.json`` says the same to programs, ``gpu_costs.json`` is what a simulator reads;
+at the end of a part the folder is packed into one file beside it.
 Both are written anew after every check. A check that hangs, crashes or fails is reported, with what
 was seen of it, and the next one runs; the exit status is 0 when the report was written.
 """
@@ -75,7 +76,7 @@ def main(
     for part in [given.part] if given.part else sorted(PARTS):
         checks = [check for check in only or CHECKS if check.part == part]
         _run(part, checks, report, launcher, limits)
-    print(f"read {out / 'report.md'}")
+    print(f"read {out / 'report.md'}; all of it is packed in {report.pack()}")
     return 0
 
 

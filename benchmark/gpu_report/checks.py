@@ -32,6 +32,8 @@ class Check:
     arguments: dict[str, Any] = field(default_factory=dict, hash=False)
     needs_gpu: bool = False
     """Whether it asks something that only a GPU can answer."""
+    needs_platform: bool = True
+    """Whether it uses PyTorch and the GPU. One that does not also tells where these fail."""
 
     @property
     def file(self) -> str:
@@ -41,8 +43,12 @@ class Check:
 
 CHECKS = (
     Check(
-        "machine", "a", "Which GPU, driver and packages are there?", 60,
-        "machine_check", "machine",
+        "machine", "a", "Which driver, programs and packages are there?", 60,
+        "machine_check", "machine", needs_platform=False,
+    ),
+    Check(
+        "device", "a", "Which GPU is it, as CUDA sees it?", 60,
+        "machine_check", "device", needs_gpu=True,
     ),
     Check(
         "kernels", "a", "Do the kernels of the bundled models compile?", 240,

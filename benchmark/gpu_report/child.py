@@ -86,12 +86,16 @@ def lane_words(row: dict[str, Any]) -> str:
 
 def _call(check: Check, make: Callable[[], Platform], notes: Notes) -> int:
     try:
+        module = importlib.import_module(f"benchmark.gpu_report.{check.module}")
+        function = getattr(module, check.function)
+        if not check.needs_platform:
+            function(notes, **check.arguments)
+            return 0
         platform = make()
         notes.fact("platform", platform.name)
         if check.needs_gpu and not platform.is_gpu:
             raise Skipped("needs a GPU")
-        module = importlib.import_module(f"benchmark.gpu_report.{check.module}")
-        getattr(module, check.function)(platform, notes, **check.arguments)
+        function(platform, notes, **check.arguments)
     except Skipped as why:
         notes.skipped(str(why))
     except Exception as error:

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 
+from crosspool.kernels import cuda_loop
+
 from benchmark import machine as host
 from benchmark.gpu_report.notes import Gravity, Notes
 from benchmark.gpu_report.platform import Platform
@@ -32,7 +34,8 @@ _ATTRIBUTES = (
 )  # fmt: skip
 
 
-def machine(platform: Platform, notes: Notes) -> None:
+def machine(notes: Notes) -> None:
+    """What can be told without PyTorch and CUDA, and so where these do not work."""
     for name, value in host.describe().items():
         notes.fact(name, value)
     for package in _PACKAGES:
@@ -45,23 +48,16 @@ def machine(platform: Platform, notes: Notes) -> None:
     for variable in sorted(os.environ):
         if variable.startswith(("CUDA_", "NVIDIA_VISIBLE", "TRITON_", "CROSSPOOL_", "NVSHMEM_")):
             notes.fact(variable, os.environ[variable])
-    _libraries(notes)
-    if platform.is_gpu:
-        _gpu(platform, notes)
-
-
-def _libraries(notes: Notes) -> None:
-    from crosspool.kernels import cuda_loop
-
     path = cuda_loop.library_path()
     notes.fact(cuda_loop.LIBRARY, path or "not built")
+    _nvidia_smi(notes)
 
 
-def _gpu(platform: Platform, notes: Notes) -> None:
+def device(platform: Platform, notes: Notes) -> None:
+    """The GPU's attributes and memory."""
     import torch
     from cuda.bindings import driver as cuda
 
-    _nvidia_smi(notes)
     notes.fact("CUDA of torch", torch.version.cuda)
     notes.fact("architectures of torch", torch.cuda.get_arch_list())
     notes.fact("CUDA of the driver", cuda.cuDriverGetVersion()[1])

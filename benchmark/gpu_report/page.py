@@ -112,7 +112,7 @@ def _details(outcome: Outcome, rows: Sequence[dict[str, Any]]) -> list[str]:
         if "fact" in row and row["fact"] not in HIDDEN
     ]
     figures = [_figure(row["measured"]) for row in rows if "measured" in row]
-    if outcome.name == "machine":
+    if outcome.name in ("machine", "device"):  # they stand under "The machine"
         facts = []
     if not (facts or figures or outcome.tail):
         return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Report:
         rows = {name: self._rows(name) for name in self.outcomes}
         facts = {
             row["fact"]: row["value"]
-            for row in rows.get("machine", [])
+            for row in (*rows.get("machine", []), *rows.get("device", []))
             if "fact" in row and row["fact"] not in page.HIDDEN
         }
         platform = next(
@@ -60,6 +61,14 @@ class Report:
         new = self.out / "report.new"
         new.write_text(text)
         new.replace(self.out / "report.md")
+
+    def pack(self) -> Path:
+        """Packs the folder's files into one beside it, which is easy to send; returns its path."""
+        packed = self.out.parent / f"{self.out.name}.tar.gz"
+        with tarfile.open(packed, "w:gz") as archive:
+            for file in sorted(path for path in self.out.iterdir() if path.is_file()):
+                archive.add(file, f"{self.out.name}/{file.name}")
+        return packed
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
         return notes.read(child.rows_path(self.out, named(name)))

@@ -212,6 +212,19 @@ def test_a_second_run_compiles_nothing(filled: Filled) -> None:
     assert time.monotonic() - began < 10
 
 
+def test_headers_of_python_are_needed_only_where_launchers_are_compiled(
+    filled: Filled, tmp_path: Path
+) -> None:
+    bare = dataclasses.replace(Python.of(), include=str(tmp_path / "nothing"))
+    own = Toolchain.own()
+    found = compile_ahead(filled.launches, filled.folder, toolchain=own, python=bare)
+    assert (found.compiled, found.found) == (0, filled.first.compiled)
+    model = MODELS[0].name
+    one = {model: filled.launches[model][:1]}
+    with pytest.raises(CompileError, match=r"nothing has no Python.h, .*python3-dev"):
+        compile_ahead(one, tmp_path / "kernels", toolchain=own, python=bare, workers=1)
+
+
 def test_a_device_process_compiles_before_it_takes_memory(
     filled: Filled, monkeypatch: pytest.MonkeyPatch
 ) -> None:

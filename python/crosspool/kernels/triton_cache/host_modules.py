@@ -42,7 +42,7 @@ class Python:
 
     @classmethod
     def of(cls, executable: str = sys.executable) -> Python:
-        """Raises ConfigError where that is no Python, or its headers are missing."""
+        """Raises ConfigError where that is no Python."""
         try:
             said = subprocess.run(
                 [executable, "-c", _ASK],
@@ -53,13 +53,15 @@ class Python:
             ).stdout
         except (OSError, subprocess.SubprocessError) as error:
             raise ConfigError(f"{executable} does not run as a Python: {error}") from None
-        python = cls(*said.split("\n")[:3])
-        if not (Path(python.include) / "Python.h").is_file():
+        return cls(*said.split("\n")[:3])
+
+    def check_headers(self) -> None:
+        """Raises ConfigError where its headers are missing."""
+        if not (Path(self.include) / "Python.h").is_file():
             raise ConfigError(
-                f"{python.include} has no Python.h, which Triton needs to launch kernels: install "
-                f"the headers of {executable} (Debian and Ubuntu: python3-dev)"
+                f"{self.include} has no Python.h, which Triton needs to launch kernels: install "
+                "the headers of that Python (Debian and Ubuntu: python3-dev)"
             )
-        return python
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,11 @@ class HostModule:
         return entry_of(self.source + platform_key())
 
     def make(self, folder: Path) -> list[Path]:
-        """Compiles the module into ``folder``. Returns its file."""
+        """Compiles the module into ``folder``. Returns its file.
+
+        Raises ConfigError where the compiler or Python's headers are missing."""
         compiler = _compiler()
+        self.python.check_headers()
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             code, made = Path(scratch) / "module.c", Path(scratch) / "module.so"
             code.write_text(self.source)
