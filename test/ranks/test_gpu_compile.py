@@ -221,7 +221,7 @@ def test_headers_of_python_are_needed_only_where_launchers_are_compiled(
     assert (found.compiled, found.found) == (0, filled.first.compiled)
     model = MODELS[0].name
     one = {model: filled.launches[model][:1]}
-    with pytest.raises(CompileError, match="nothing has no .*python3-dev"):
+    with pytest.raises(CompileError, match=r"nothing has no .*python3-dev"):
         compile_ahead(one, tmp_path / "kernels", toolchain=own, python=bare, workers=1)
 
 
