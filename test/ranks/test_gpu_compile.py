@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -342,6 +343,32 @@ def test_a_broken_manifest_or_archive_is_told(
     for words in (["--check", str(packed)], ["--unpack", str(packed)]):
         assert main(["compile", *words]) == 2
         assert f"{packed}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["entry", "file"])
+def test_names_that_lead_out_of_the_folder_are_refused(
+    part: str, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Foreign entries are removed by their names, and packed ones written."""
+    beside = copied.parent / "beside"
+    beside.mkdir()
+    path = copied / "crosspool-kernels.json"
+    known = json.loads(path.read_text())
+    name, entry = next(iter(known["entries"].items()))
+    if part == "entry":
+        known["entries"]["../beside"] = entry
+    else:
+        entry["files"]["../../beside/cubin"] = "0" * 64
+    path.write_text(json.dumps(known))
+    foreign(copied, "sources", "0" * 64)
+    with KernelCache(copied, Toolchain.own()).opened() as wrong:
+        assert "no name that Triton's cache gives" in wrong[0]
+    assert beside.is_dir() and (copied / name).is_dir()
+    packed = copied.parent / "outside.tar.gz"
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(path, path.name)
+    assert main(["compile", "--unpack", str(packed), "--into", str(copied / "new")]) == 2
+    assert "no name that Triton's cache gives" in capsys.readouterr().err
 
 
 def test_kernels_that_do_not_compile_are_named(filled: Filled, tmp_path: Path) -> None:

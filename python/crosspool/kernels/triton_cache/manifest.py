@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ import crosspool.kernels.triton
 from crosspool.kernels.triton_cache.toolchain import Toolchain
 
 NAME = "crosspool-kernels.json"
+_ENTRY, _FILE = re.compile("[A-Z2-7]{52}"), re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,16 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes) -> Manifest:
+        """Raises ValueError, TypeError or KeyError for what is no manifest, and for names that
+        would lead out of the folder: entries are written and removed by them."""
         known = json.loads(data)
         entries = {
             name: CacheEntry(**{**entry, "models": tuple(entry["models"])})
             for name, entry in known["entries"].items()
         }
+        for name, entry in entries.items():
+            if not _ENTRY.fullmatch(name) or not all(map(_FILE.fullmatch, entry.files)):
+                raise ValueError(f"{name} or a file of it is no name that Triton's cache gives")
         return cls(Identity(**known["identity"]), entries)
 
     def encode(self) -> bytes:
