@@ -6,8 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.packages import installed
 
-pytest.importorskip("triton")
+if not installed("triton"):
+    pytest.skip("triton is not installed", allow_module_level=True)
 
 import triton
 import triton.language as tl

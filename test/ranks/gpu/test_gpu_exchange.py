@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.packages import installed
 
-pytest.importorskip("triton")
+if not installed("triton"):
+    pytest.skip("triton is not installed", allow_module_level=True)
 pytest.importorskip("msgspec", reason="msgspec is not installed (the messages of a step)")
 
 from crosspool.observability.trace import LaneEvent

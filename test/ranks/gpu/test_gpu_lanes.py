@@ -16,8 +16,10 @@ from typing import cast
 
 import pytest
 import torch
+from support.packages import installed
 
-pytest.importorskip("triton")
+if not installed("triton"):
+    pytest.skip("triton is not installed", allow_module_level=True)
 
 import crosspool
 from crosspool.kernels.cuda_loop import CudaLoop, GPUStepArguments

@@ -9,8 +9,10 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from support.packages import installed
 
-pytest.importorskip("triton")
+if not installed("triton"):
+    pytest.skip("triton is not installed", allow_module_level=True)
 pytest.importorskip("msgspec", reason="msgspec is not installed (the messages of a step)")
 
 from crosspool.ranks.executor import QueuedExecutor

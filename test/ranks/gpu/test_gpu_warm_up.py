@@ -11,8 +11,10 @@ from pathlib import Path
 import crosspool.demo
 import pytest
 import torch
+from support.packages import installed
 
-pytest.importorskip("triton")
+if not installed("triton"):
+    pytest.skip("triton is not installed", allow_module_level=True)
 
 from crosspool.kernels.cuda_driver import CudaBindings, CudaDriver
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
