@@ -43,14 +43,15 @@ def machine(notes: Notes) -> None:
             notes.fact(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             notes.fact(package, "not installed")
-    for tool in ("nvcc", "cmake", "ninja", "ncu", "compute-sanitizer"):
+    for tool in ("nvidia-smi", "nvcc", "cmake", "ninja", "ncu", "compute-sanitizer"):
         notes.fact(tool, shutil.which(tool) or "not on PATH")
     for variable in sorted(os.environ):
         if variable.startswith(("CUDA_", "NVIDIA_VISIBLE", "TRITON_", "CROSSPOOL_", "NVSHMEM_")):
             notes.fact(variable, os.environ[variable])
     path = cuda_loop.library_path()
     notes.fact(cuda_loop.LIBRARY, path or "not built")
-    _nvidia_smi(notes)
+    if shutil.which("nvidia-smi"):
+        _nvidia_smi(notes)
 
 
 def device(platform: Platform, notes: Notes) -> None:

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "../cuda/pass.h"
+#include "../cuda/residency.h"
 #include "fake_state.h"
 
 namespace crosspool::fake {
@@ -202,6 +203,9 @@ std::uint64_t now_ns() { return state.now; }
 
 int stages_under_way() { return state.under_way; }
 
-void reset() { state = State{}; }
+void reset() {
+  state = State{};
+  gpu::resident_lanes = 0;  // those of loops that never left
+}
 
 }  // namespace crosspool::fake
