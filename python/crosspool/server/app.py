@@ -106,7 +106,7 @@ class App(Starlette):
         self.router.redirect_slashes = False
         self._first = deployment.models[0].name
         self._paths = {model.name: model.path for model in deployment.models}
-        self._keys = (deployment.sglang.get("api_key"), deployment.sglang.get("admin_api_key"))
+        self._keys = deployment.keys
         self._sglang_metrics = bool(deployment.sglang.get("enable_metrics"))
         self._state = state
         self._scheduler = scheduler
