@@ -83,7 +83,7 @@ MODEL = "models: [{path: a}]\n"
             "sglang.disable_radix_cache: write prefix_cache: false outside of sglang",
         ),
         (MODEL + "sglang: {mem_fraction_static: 0.5}", "sglang.mem_fraction_static has no effect"),
-        (MODEL + "sglang: {api_key: 5}", "sglang.api_key: Expected `str`, got `int`: 5"),
+        (MODEL + "sglang: {api_key: 5}", "sglang.api_key: Expected `str`, got `int`$"),
         (MODEL + "sglang: {grammar_backend: x}", "grammar_backend: 'x' is not one of xgrammar"),
         (
             "models: [{path: a, sglang: {json_model_override_args: '{}'}}]",
@@ -100,6 +100,16 @@ def test_mistakes_name_file_and_key(tmp_path: Path, text: str, problem: str) -> 
     with pytest.raises(ConfigError, match=problem) as error:
         read(file)
     assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "value", ["97531", "[97531]", "{97531: 1}", "'97531", "97531: x", '"97531\\z"']
+)
+def test_a_mistake_in_a_key_does_not_tell_it(tmp_path: Path, value: str) -> None:
+    file = write(tmp_path, f"{MODEL}sglang:\n  api_key: {value}\n")
+    with pytest.raises(ConfigError) as error:
+        read(file)
+    assert str(file) in str(error.value) and "97531" not in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

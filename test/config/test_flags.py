@@ -4,10 +4,11 @@ import pytest
 from crosspool.config.deployment import ConfigError
 from crosspool.config.device import Device
 from crosspool.config.flags import parse
-from crosspool.config.sglang_flags import FLAGS
+from crosspool.config.sglang_flags import FLAGS, HIDDEN, without_secrets
 
 CORE = Device(f"cpu:{min(os.sched_getaffinity(0))}")
 TWO = ["--model-path", "/models/a", "--model-path", "/models/b"]
+CANARY = "canary-97531"
 
 
 def test_flags_of_sglang_and_of_the_pools() -> None:
@@ -82,7 +83,7 @@ def test_flags_without_effect_are_taken_with_a_warning(capsys: pytest.CaptureFix
         ([*TWO, "--served-model-name", "A"], "--served-model-name is given 1 times for 2 models"),
         ([*TWO, *["--context-length", "5"] * 3], "--context-length is given 3 times for 2 models"),
         ([*TWO, "--tp-size", "2"], "--tp-size: parallelism follows"),
-        ([*TWO, "--tp=2"], "--tp=2: parallelism follows"),
+        ([*TWO, "--tp=2"], "--tp: parallelism follows"),
         ([*TWO, "--json-model-override-args", "{}"], "--json-model-override-args: ranks read"),
         ([*TWO, "--nonsense"], "--nonsense: CrossPool has no such argument"),
         ([*TWO, "word"], "'word'"),
@@ -100,6 +101,20 @@ def test_flags_without_effect_are_taken_with_a_warning(capsys: pytest.CaptureFix
 def test_mistakes_name_the_flag(flags: list[str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         parse(flags)
+
+
+@pytest.mark.parametrize("name", ["--admin-key", "--ssl-keyfile-password", "--api_key"])
+@pytest.mark.parametrize("equals", [True, False])
+def test_what_may_be_a_key_is_not_told(name: str, equals: bool) -> None:
+    words = [f"{name}={CANARY}"] if equals else [name, CANARY]
+    with pytest.raises(ConfigError, match=f"^{name}: ") as error:
+        parse([*TWO, *words])
+    assert CANARY not in str(error.value)
+
+
+def test_sglang_sees_that_keys_are_set_and_no_key() -> None:
+    given = {"api_key": CANARY, "admin_api_key": "", "log_level": "info"}
+    assert without_secrets(given) == {**given, "api_key": HIDDEN}
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,7 @@ def test_a_running_deployment_is_found_by_its_lock() -> None:
     first = RuntimeDir()
     assert stat.S_IMODE(first.path.stat().st_mode) == 0o700
     save(deployment(first, 1))
+    assert stat.S_IMODE((first.path / "deployment.json").stat().st_mode) == 0o600
     assert find_running() == deployment(first, 1)
     assert find_running(port=1) == deployment(first, 1)
     with pytest.raises(ConfigError, match="on port 2"):

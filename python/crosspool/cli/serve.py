@@ -9,6 +9,7 @@ import msgspec
 
 from crosspool.cli.launcher import launch
 from crosspool.config import deployment_file, flags
+from crosspool.config.errors import ConfigError
 from crosspool.config.options import SERVER_OPTIONS, Options
 
 _CONFIG_FLAG = "--config"
@@ -27,6 +28,12 @@ def read_options(words: Sequence[str], prog: str) -> Options:
     parser.add_argument(_CONFIG_FLAG, type=Path, required=True, metavar="FILE")
     for name in ("host", "port"):
         flags.add_flag(parser, SERVER_OPTIONS[name])
-    given = vars(parser.parse_args(words))
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:  # its value is not told, since it may be a key
+        raise ConfigError(
+            f"{unknown[0].partition('=')[0]}: beside {_CONFIG_FLAG} there may be --host and --port "
+            "alone; write everything else into the file"
+        )
+    given = vars(arguments)
     options = deployment_file.read(given.pop("config"))
     return msgspec.structs.replace(options, **given)

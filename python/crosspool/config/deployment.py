@@ -62,11 +62,18 @@ class Deployment(Options, frozen=True, kw_only=True):
         return f"ipc://{self.runtime_dir}/admin"
 
     @property
+    def keys(self) -> tuple[str | None, str | None]:
+        """The ordinary key and the admin key that clients must send, where they are set."""
+        return self.sglang.get("api_key"), self.sglang.get("admin_api_key")
+
+    @property
     def file(self) -> Path:
         return Path(self.runtime_dir) / "deployment.json"
 
 
 def save(deployment: Deployment) -> None:
+    """Writes the deployment where its processes read it, for nobody else: it has the keys."""
+    deployment.file.touch(mode=0o600)
     deployment.file.write_bytes(msgspec.json.encode(deployment))
 
 

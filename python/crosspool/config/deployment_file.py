@@ -27,7 +27,8 @@ def read(path: Path) -> Options:
 
     Raises ConfigError that names the file, the key, and what would be right."""
     try:
-        data = yaml.safe_load(path.read_text())
+        with path.open() as stream:  # from text, an error would quote a line, keys and all
+            data = yaml.safe_load(stream)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

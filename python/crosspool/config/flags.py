@@ -123,7 +123,7 @@ def parse(argv: Sequence[str], prog: str = "crosspool serve", usage: str = _USAG
     for word in unknown:
         name = word.partition("=")[0]
         raise ConfigError(
-            f"{word}: {reason_refused(name)}" if name.startswith("-") else f"{word!r} is no flag"
+            f"{name}: {reason_refused(name)}" if name.startswith("-") else f"{word!r} is no flag"
         )
     given = vars(arguments)
     if "path" not in given:

@@ -48,6 +48,8 @@ class Option:
     effect: Literal["crosspool", "sglang", "none"] = "crosspool"
     """What it sets: a field of Deployment or ModelConfig; a ServerArgs field of SGLang, through
     their ``sglang`` mapping; or nothing, so that a command line written for SGLang works."""
+    is_secret: bool = False
+    """Whether nobody may see its value: no message, no answer and no log has it."""
 
     @property
     def flag(self) -> str:
@@ -86,7 +88,8 @@ class Option:
         try:
             value = msgspec.convert(given, written)
         except msgspec.ValidationError as error:
-            raise ValueError(f"{error}: {given!r}") from None
+            shown = "" if self.is_secret else f": {given!r}"
+            raise ValueError(f"{error}{shown}") from None
         if self.unit == "bytes":
             value = parse_size(value)
         elif self.unit == "devices":

@@ -7,6 +7,7 @@ others are refused by :func:`reason_refused` with what to do instead.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from crosspool.config.option import Option
@@ -17,11 +18,21 @@ _IGNORED = "taken from SGLang's command lines, without effect"
 
 
 def _rows(
-    group: str, effect: Literal["sglang", "none"], *rows: tuple[str, Any, str]
+    group: str,
+    effect: Literal["sglang", "none"],
+    *rows: tuple[str, Any, str],
+    is_secret: bool = False,
 ) -> tuple[Option, ...]:
-    per_model = group == _MODELS
     return tuple(
-        Option(text, group, name=name, type=kind, per_model=per_model, effect=effect)
+        Option(
+            text,
+            group,
+            name=name,
+            type=kind,
+            per_model=group == _MODELS,
+            effect=effect,
+            is_secret=is_secret,
+        )
         for name, kind, text in rows
     )
 
@@ -50,6 +61,8 @@ FLAGS: tuple[Option, ...] = (
     *_rows(_HTTP, "sglang",
         ("api_key", str, "Key that clients must send, as `Authorization: Bearer KEY`."),
         ("admin_api_key", str, "Key that the management routes ask for."),
+        is_secret=True),
+    *_rows(_HTTP, "sglang",
         ("grammar_backend", Literal["xgrammar", "none"], "Library that constrains output."),
         ("constrained_json_disable_any_whitespace", bool,
          "Write JSON under a schema without optional whitespace."),
@@ -107,6 +120,18 @@ _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 # fmt: on
 BY_NAME: dict[str, Option] = {flag.name: flag for flag in FLAGS}
+
+HIDDEN = "***"
+"""What stands where the value of a secret would."""
+
+
+def without_secrets(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as SGLang may have them, and whoever asks it: secrets that are set are
+    :data:`HIDDEN`. SGLang shows its arguments in answers and writes them into dumps."""
+    secrets = {flag.name for flag in FLAGS if flag.is_secret}
+    return {
+        name: HIDDEN if value and name in secrets else value for name, value in arguments.items()
+    }
 
 
 def reason_refused(name: str) -> str:

@@ -28,6 +28,7 @@ class ModelApp:
     def __init__(self, deployment: Deployment, index: int) -> None:
         self.name = deployment.models[index].name
         self.created = int(time.time())
+        self._keys = deployment.keys
         self._lifespan = AsyncExitStack()
         self._context = model_context.new()
         with model_context.use(self._context):
@@ -60,10 +61,9 @@ class ModelApp:
             app.is_single_tokenizer_mode = True
             app.server_args = self._args
             app.warmup_thread_kwargs = {}
-            if self._args.api_key or self._args.admin_api_key:
-                add_api_key_middleware(
-                    app, api_key=self._args.api_key, admin_api_key=self._args.admin_api_key
-                )
+            if any(self._keys):
+                api_key, admin_api_key = self._keys
+                add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_api_key)
             await self._lifespan.enter_async_context(self._module.lifespan(app))
             self.manager.auto_create_handle_loop()
         self.manager.server_status = ServerStatus.Up

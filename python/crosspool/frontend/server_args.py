@@ -5,20 +5,19 @@ Import :mod:`crosspool.frontend.compat` and call ``install()`` before this modul
 
 from __future__ import annotations
 
-from typing import Any
-
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from crosspool.config.deployment import ConfigError, Deployment
-from crosspool.config.sglang_flags import BY_NAME, reason_refused
+from crosspool.config.sglang_flags import BY_NAME, reason_refused, without_secrets
 
 
 def server_args(deployment: Deployment, index: int) -> ServerArgs:
     """ServerArgs of model ``index``, resolved and checked by SGLang.
 
-    Raises ConfigError for an argument that CrossPool does not take or that SGLang finds wrong."""
+    They hold no secrets: whoever needs one takes it from the deployment. Raises ConfigError for an
+    argument that CrossPool does not take or that SGLang finds wrong."""
     model = deployment.models[index]
-    arguments: dict[str, Any] = {**deployment.sglang, **model.sglang}
+    arguments = without_secrets({**deployment.sglang, **model.sglang})
     for name in arguments:
         flag = BY_NAME.get(name)
         if flag is None or flag.effect != "sglang":

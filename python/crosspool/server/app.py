@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,7 @@ class App(Starlette):
         self.router.redirect_slashes = False
         self._first = deployment.models[0].name
         self._paths = {model.name: model.path for model in deployment.models}
-        self._keys = (deployment.sglang.get("api_key"), deployment.sglang.get("admin_api_key"))
+        self._keys = deployment.keys
         self._sglang_metrics = bool(deployment.sglang.get("enable_metrics"))
         self._state = state
         self._scheduler = scheduler
@@ -207,8 +208,8 @@ class App(Starlette):
         name: Any = None
         body: bytes | None = None
         if inner["path"].startswith("/m/"):
-            name, _, rest = inner["path"].removeprefix("/m/").partition("/")
-            inner |= {"path": f"/{rest}", "raw_path": f"/{rest}".encode()}
+            name, path = _split(inner["path"].removeprefix("/m/"), self._paths)
+            inner |= {"path": path, "raw_path": path.encode()}
         elif request.method in ("POST", "PUT"):
             body = await _read(request)
             name = _model_in(body, request.headers.get("content-type", ""))
@@ -248,6 +249,14 @@ def _inner(scope: Scope) -> dict[str, Any]:
     """A request's scope for an application behind this one, without what Starlette has added."""
     added = ("app", "router", "route", "endpoint", "path_params", "starlette.exception_handlers")
     return {key: value for key, value in scope.items() if key not in added}
+
+
+def _split(path: str, models: Iterable[str]) -> tuple[str, str]:
+    """The model that ``path`` begins with, and the path within its application. Names may have
+    slashes: the longest that fits is meant. Where none fits, it is the first part of the path."""
+    fitting = (name for name in models if f"{path}/".startswith(f"{name}/"))
+    name = max(fitting, key=len, default=path.partition("/")[0])
+    return name, "/" + path.removeprefix(name).removeprefix("/")
 
 
 async def _read(request: Request) -> bytes:

@@ -1,0 +1,36 @@
+"""What SGLang gets to know of a deployment's secrets: that they are set."""
+
+from __future__ import annotations
+
+import pickle
+import re
+
+import msgspec
+import pytest
+from crosspool.config.sglang_flags import BY_NAME, HIDDEN
+from crosspool.frontend.server_args import server_args
+from sglang.srt.server_args import ServerArgs
+from support.front_end import MODELS, deployment
+
+CANARY = "canary-97531"
+SECRET = re.compile(r"password|secret|credential|(^|_)key(_|$)|(^|_)token$")
+"""Names of secrets among the arguments; a plural, or more words after ``token``, counts tokens."""
+
+
+@pytest.mark.parametrize("name", ["api_key", "admin_api_key"])
+def test_server_args_hold_no_key(name: str) -> None:
+    args = server_args(deployment(sglang={name: CANARY}), 0)
+    assert getattr(args, name) == HIDDEN
+    assert args.served_model_name == MODELS[0]
+    dumped = pickle.dumps(args)
+    assert HIDDEN.encode() in dumped and CANARY.encode() not in dumped
+    for shown in (repr(args), repr(args.resolved_dict()), str(args.launch_command)):
+        assert CANARY not in shown
+
+
+def test_every_secret_that_sglang_has_is_refused_or_marked() -> None:
+    names = [field.name for field in msgspec.structs.fields(ServerArgs)]
+    secrets = [name for name in names if SECRET.search(name)]
+    assert {"api_key", "admin_api_key", "ssl_keyfile_password"} <= set(secrets)
+    taken = {name for name in secrets if name in BY_NAME}
+    assert taken == {name for name, flag in BY_NAME.items() if flag.is_secret}

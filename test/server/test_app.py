@@ -1,0 +1,81 @@
+"""How the outer application finds the model of a request by its path."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, cast
+
+import pytest
+import zmq.asyncio
+from crosspool.config.deployment import Deployment, ModelConfig
+from crosspool.config.device import Device
+from crosspool.server.app import App, State
+from crosspool.transport import admin
+from starlette.responses import JSONResponse
+from starlette.types import Message
+
+NAMES = ("first", "Qwen", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B/fine", "a:b/c+d.e", "Über/x")
+
+
+def application() -> App:
+    """The application over models that answer with their names and the paths that they see."""
+
+    def model(name: str) -> Any:
+        async def answer(scope: Any, receive: Any, send: Any) -> None:
+            seen = [name, scope["path"], scope["raw_path"].decode()]
+            await JSONResponse(seen)(scope, receive, send)
+
+        return answer
+
+    deployment = Deployment(
+        models=tuple(ModelConfig(name=name, path=f"/{name}") for name in NAMES),
+        kv_pool_devices=(Device("cpu"),),
+        weight_pool_devices=(Device("cpu"),),
+        kv_pool_bytes=1,
+        weight_pool_bytes=1,
+    )
+    state = State(models={name: model(name) for name in NAMES}, ready=True)
+    return App(deployment, state, admin.AsyncAdmin(zmq.asyncio.Context(), "ipc:///nowhere"))
+
+
+async def get(app: App, path: str) -> tuple[int, Any]:
+    """Status and body of a GET of a path that the HTTP server has decoded."""
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {
+        **{"type": "http", "method": "GET", "path": path, "raw_path": path.encode()},
+        **{"query_string": b"", "headers": [], "root_path": "", "scheme": "http"},
+        **{"http_version": "1.1", "server": ("127.0.0.1", 1), "client": ("127.0.0.1", 2)},
+    }
+    await app(scope, receive, send)
+    return cast("int", sent[0]["status"]), json.loads(sent[1]["body"])
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "inner"),
+    [
+        ("/m/first/generate", "first", "/generate"),
+        ("/m/first", "first", "/"),
+        ("/m/first/", "first", "/"),
+        ("/m/first//generate", "first", "//generate"),
+        ("/m/Qwen/generate", "Qwen", "/generate"),
+        ("/m/Qwen/Qwen3-0.6/generate", "Qwen", "/Qwen3-0.6/generate"),
+        ("/m/Qwen/Qwen3-0.6B/generate", "Qwen/Qwen3-0.6B", "/generate"),
+        ("/m/Qwen/Qwen3-0.6B/v1/models/Qwen/x", "Qwen/Qwen3-0.6B", "/v1/models/Qwen/x"),
+        ("/m/Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", "/"),
+        ("/m/Qwen/Qwen3-0.6B/fine/generate", "Qwen/Qwen3-0.6B/fine", "/generate"),
+        ("/m/Qwen/Qwen3-0.6B/finer/generate", "Qwen/Qwen3-0.6B", "/finer/generate"),
+        ("/m/a:b/c+d.e/generate", "a:b/c+d.e", "/generate"),
+        ("/m/Über/x/generate", "Über/x", "/generate"),
+        ("/m/default/generate", "first", "/generate"),
+    ],
+)
+def test_the_longest_name_that_fits_is_the_model(path: str, model: str, inner: str) -> None:
+    assert asyncio.run(get(application(), path)) == (200, [model, inner, inner])
