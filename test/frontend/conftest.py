@@ -46,3 +46,12 @@ def server(script: Callable[[int, list[int], int], int]) -> Iterator[FrontEndSer
         yield running.wait_ready()
     finally:
         running.stop()
+
+
+@pytest.fixture
+def slow(server: FrontEndServer) -> Iterator[None]:
+    """Makes steps so slow that a test can act while one runs."""
+    (device,) = server.devices
+    device.step_seconds = 0.05
+    yield
+    device.step_seconds = 0.0

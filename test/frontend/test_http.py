@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,6 @@ CHAT: list[Any] = [{"role": "user", "content": "hello"}]
 @pytest.fixture
 def client(server: FrontEndServer) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
-
-
-@pytest.fixture
-def slow(server: FrontEndServer) -> Iterator[None]:
-    """Makes steps so slow that a test can act while one runs."""
-    (device,) = server.devices
-    device.step_seconds = 0.05
-    yield
-    device.step_seconds = 0.0
 
 
 def wait_idle(server: FrontEndServer) -> None:

@@ -42,9 +42,13 @@ THROUGH_VALUES = {
     TOKENIZER: (
         "_handle_abort_finish_reason",
         "_handle_abort_req",
+        "_init_req_state",
+        "_release_req_states_on_failure",
+        "abort_request",
         "asyncio_tasks",
         "auto_create_handle_loop",
         "context_len",
+        "create_abort_task",
         "event_loop",
         "generate_request",
         "handle_loop",

@@ -139,8 +139,8 @@ def test_abort_waiting_running_and_in_flight():
     sim.answer()
     sim.answer()
     assert sim.ranks[0].steps and not sim.outputs
-    sim.core.abort("a")
-    sim.core.abort("b2")
+    for rid in ("a1", "a2", "b2"):
+        sim.core.abort(rid)
     sim.schedule()
     for rid, tokens in (("a1", 2), ("a2", 2), ("b2", 0)):
         assert sim.finish(rid).kind == "abort" and sim.finish(rid).status == 499
@@ -164,16 +164,21 @@ def test_a_request_aborted_before_its_first_step_is_unknown_to_the_rank():
     sim.assert_empty()
 
 
-def test_abort_of_one_model_or_of_all():
+def test_an_abort_ends_the_request_of_that_id_and_of_that_model_alone():
     sim = Simulation(deployment(2), [spec(), spec()])
-    sim.add(*(request(f"r{i}", 8, 20, model=i % 2) for i in range(4)))
-    sim.core.abort("r", model=1)
+    sim.add(*(request(rid, 8, 20, model=i % 2) for i, rid in enumerate(("a", "ab", "a_0", "aa"))))
+    for rid in ("", "A", "a_"):
+        sim.core.abort(rid)
+    sim.core.abort("a", model=1)
     sim.schedule()
-    assert [rid for rid in sorted(sim.outputs) if sim.finished(rid)] == ["r1", "r3"]
-    sim.core.abort("", message="server is flushed")
+    assert not any(sim.finished(rid) for rid in sim.outputs)
+    sim.core.abort("a", message="gone")
+    sim.core.abort("ab", model=1)
     sim.schedule()
-    assert sim.finish("r0").message == "server is flushed"
+    assert sim.finish("a").message == "gone" and sim.finish("ab").status == 499
     sim.run()
+    for rid in ("a_0", "aa"):
+        assert sim.finish(rid).kind == "length" and len(sim.tokens(rid)) == 20
     sim.assert_empty()
 
 

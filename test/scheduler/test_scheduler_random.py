@@ -96,7 +96,9 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(prefix=st.integers(0, 6), model=st.one_of(st.none(), st.integers(0, 2)))
     def abort(self, prefix, model):
-        self.sim.core.abort(f"{prefix}-", model)
+        for rid in self.requests:
+            if rid.startswith(f"{prefix}-"):
+                self.sim.core.abort(rid, model)
         self.sim.schedule()
 
     @rule()

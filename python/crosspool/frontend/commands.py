@@ -36,9 +36,10 @@ class Generate:
 
 @dataclass(frozen=True)
 class Abort:
-    """Abort the front end's own requests whose ids begin with ``prefix``."""
+    """Abort the front end's own request with the id ``rid``, or all of its own requests."""
 
-    prefix: str
+    rid: str | None
+    """None means all."""
     message: str
 
 
@@ -68,8 +69,8 @@ def commands(front_end: FrontEnd, message: Any, stream_interval: int) -> Iterato
                 yield Generate(one, stream_interval)
         case io.AbortReq():
             if message.abort_all or message.rid:
-                prefix = "" if message.abort_all else message.rid or ""
-                yield Abort(prefix, message.abort_message or "the client aborted the request")
+                rid = None if message.abort_all else message.rid
+                yield Abort(rid, message.abort_message or "the client aborted the request")
         case io.GetInternalStateReq():
             yield TellState()
         case io.FlushCacheReqInput():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -89,6 +89,27 @@ def handles_aborts(manager: _Manager) -> _Manager:
     pass as any other."""
     manager._handle_abort_finish_reason = manager.on_abort  # type: ignore[attr-defined]
     return manager
+
+
+def tells_of_ids(manager: _Manager) -> _Manager:
+    """Class decorator: has SGLang call the class's ``on_ids(obj)`` before it takes the ids in
+    ``obj.rid`` for its own: once for a request as a whole, and once for each sample of a prompt,
+    with a copy of the prompt's part ``obj[i]`` that has an id of its own. An error that it raises
+    ends the request, and no id is taken."""
+    take = manager._init_req_state  # type: ignore[attr-defined]
+
+    def tell(self: Any, obj: Any, request: Any = None) -> None:
+        self.on_ids(obj)
+        take(self, obj, request)
+
+    manager._init_req_state = tell  # type: ignore[attr-defined]
+    return manager
+
+
+def release(manager: TokenizerManager, rids: Iterable[str]) -> None:
+    """Gives up what is left of these ids: those that the scheduler knows are aborted, the others
+    are forgotten."""
+    manager._release_req_states_on_failure(rids)
 
 
 def with_metric_classes(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
@@ -13,14 +14,19 @@ import fastapi
 from sglang.srt.managers import io_struct, tokenizer_manager
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
+from starlette.background import BackgroundTasks
 
 from crosspool.frontend import private, refusal
+from crosspool.frontend.request_ids import RequestIds
 
 native_api: ContextVar[bool] = ContextVar("native_api", default=False)
 """Whether the current request came by SGLang's ``/generate`` and not by an OpenAI route: the two
 report errors differently."""
 
 private.one_cpu_monitor(tokenizer_manager)
+
+_ABORT_AFTER_SECONDS = 2
+"""Time that a request's generation has to end by itself once its response has."""
 
 
 class Refused(ValueError):
@@ -32,12 +38,30 @@ class Refused(ValueError):
         self.status_code = status
 
 
+def _refused(message: str, status: int, retry_after: int | None = None) -> Exception:
+    """The error that refuses the current request."""
+    if (refused := refusal.current.get()) is not None:
+        refused.status = status
+        refused.message = message
+        refused.retry_after = retry_after
+    if native_api.get():
+        return Refused(message, status)
+    if status == HTTPStatus.BAD_REQUEST:
+        return ValueError(message)
+    return fastapi.HTTPException(status_code=status, detail=message)
+
+
+@private.tells_of_ids
 @private.handles_aborts
 class PooledTokenizerManager(TokenizerManager):
-    """Leaves signals and the end of the process to CrossPool, and turns every abort that has a
-    status into an HTTP error of that status."""
+    """Leaves signals and the end of the process to CrossPool, turns every abort that has a status
+    into an HTTP error of that status, and lets a client abort its own request and no other."""
 
     event_loop: asyncio.AbstractEventLoop | None
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._ids = RequestIds()
 
     def auto_create_handle_loop(self) -> None:
         if self.event_loop is None:
@@ -58,15 +82,64 @@ class PooledTokenizerManager(TokenizerManager):
         reason["status_code"] = HTTPStatus(status)
         if is_stream and out["meta_info"]["completion_tokens"] > 0:
             return out
-        if (refused := refusal.current.get()) is not None:
-            refused.status = status
-            refused.message = reason["message"]
-            refused.retry_after = reason.get("retry_after")
-        if native_api.get():
-            raise Refused(reason["message"], status)
-        if status == HTTPStatus.BAD_REQUEST:
-            raise ValueError(reason["message"])
-        raise fastapi.HTTPException(status_code=status, detail=reason["message"])
+        raise _refused(reason["message"], status, reason.get("retry_after"))
+
+    async def generate_request(
+        self, obj: Any, request: fastapi.Request | None = None
+    ) -> AsyncIterator[Any]:
+        obj.given_rid = obj.rid if isinstance(obj.rid, str) else None
+        obj.noted_rids = []
+        try:
+            async with aclosing(super().generate_request(obj, request)) as outputs:
+                async for output in outputs:
+                    yield output
+        finally:
+            # SGLang itself keeps ids that it made for samples and then did not use.
+            while obj.noted_rids:
+                private.release(self, self._ids.forget(obj.noted_rids.pop()))
+
+    def on_ids(self, obj: Any) -> None:
+        """Notes ids that SGLang is about to take, or refuses them; see
+        :func:`private.tells_of_ids`."""
+        prompt: str | None = getattr(obj, "sampled_rid", None)
+        if prompt is not None:
+            if self._ids.is_aborted(prompt):
+                raise _refused("the client aborted the request", HTTPStatus.BAD_REQUEST)
+            return self._ids.add([obj.rid], of=prompt)
+        rids: list[str] = [obj.rid] if obj.is_single else obj.rid
+        given = obj.given_rid if obj.given_rid not in rids else None
+        for rid in rids if given is None else [given, *rids]:
+            if rid in self._ids or rid in self.rid_to_state:
+                text = f"`rid`: a request that is not finished has the id {rid!r}"
+                raise _refused(text, HTTPStatus.BAD_REQUEST)
+        if given is not None:
+            self._ids.add([given])
+        self._ids.add(rids, of=given)
+        obj.noted_rids = list(rids) if given is None else [given]
+        if getattr(obj, "parallel_sample_num", 1) > 1:
+            for index, rid in enumerate(rids):
+                obj[index].sampled_rid = rid  # its copies, one for each sample, have it too
+
+    def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
+        """Ends the request that has this id, whether the client or SGLang gave it, or all."""
+        if abort_all:
+            super().abort_request(abort_all=True)
+            return
+        for one in self._ids.abort(rid):
+            super().abort_request(one)
+
+    def create_abort_task(self, obj: Any) -> BackgroundTasks:
+        """What follows the response to ``obj``: its generation is aborted if it has not ended. Its
+        ids may be another request's by then."""
+
+        async def abort() -> None:
+            await asyncio.sleep(_ABORT_AFTER_SECONDS)
+            for rid in obj.noted_rids:
+                self.abort_request(rid)
+
+        tasks = BackgroundTasks()
+        tasks.add_task(abort)
+        return tasks
 
     def fail_all(self, message: str, status: int) -> None:
         """Ends every request with an error. For when the scheduler can no longer finish them."""

@@ -113,16 +113,16 @@ class SchedulerCore:
 
     def abort(
         self,
-        rid_prefix: str,
+        rid: str,
         model: int | None = None,
         message: str = "the client aborted the request",
     ) -> None:
-        """Ends with status 499 every request (of ``model``, if given) whose rid begins with
-        ``rid_prefix``. What such a request has sampled so far is delivered; the result of its step
-        in flight is dropped."""
+        """Ends with status 499 the request of this ``rid`` (each model's, if no ``model`` is
+        given). What it has sampled so far is delivered; the result of its step in flight is
+        dropped."""
         finish = Finish(kind="abort", message=message, status=499)
         for seq in list(self._requests()):
-            if model in (None, seq.model) and seq.request.rid.startswith(rid_prefix):
+            if model in (None, seq.model) and seq.request.rid == rid:
                 self._end(seq, finish)
 
     def on_result(self, attention_rank: int, result: StepResult) -> None:

@@ -36,7 +36,7 @@ class GenerateRequest:
     """One sequence to generate (a request with ``n > 1`` arrives as n of these)."""
 
     rid: str
-    """The front end's name for the request; aborts match it by prefix."""
+    """The front end's name for the request, which no other unfinished request of the model has."""
     model: int
     """Index into the deployment's models."""
     input_ids: list[int]

@@ -90,8 +90,9 @@ class FrontEnds:
             case Generate():
                 self._generate(front_end, command)
             case Abort():
-                for rid in list(front_end.requests):
-                    if rid.startswith(command.prefix):
+                named = list(front_end.requests) if command.rid is None else [command.rid]
+                for rid in named:
+                    if rid in front_end.requests:
                         self._core.abort(rid, front_end.model, message=command.message)
             case TellState():
                 tell_state(front_end, self._core.snapshot().models[front_end.model])
@@ -107,7 +108,7 @@ class FrontEnds:
         owner = self._owner.get((model, opened.rid))
         if owner is not None:
             if owner is not front_end:
-                refuse(front_end, opened.rid, f"request id {opened.rid!r} is in use")
+                refuse(front_end, opened.rid, f"`rid`: another request has the id {opened.rid!r}")
             return
         front_end.requests[opened.rid] = opened
         self._owner[model, opened.rid] = front_end
