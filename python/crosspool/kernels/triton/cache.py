@@ -27,4 +27,5 @@ def address_of(kv: torch.Tensor) -> int:
 @triton.jit
 def cache_at(address: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
     """Returns the cache at an address, which is a multiple of 16 bytes, as a pointer."""
-    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+    # Triton's interpreter takes a small number, such as an address in a low heap, for 32 bits.
+    return tl.multiple_of(address.to(tl.int64).to(tl.pointer_type(DTYPE)), 16)
