@@ -85,6 +85,56 @@ def test_sglang_metrics_of_every_model(server: FrontEndServer) -> None:
     assert set(tokens) == set(MODELS) and min(tokens.values()) >= 2
 
 
+def test_gauges_of_sglangs_scheduler_for_every_model(server: FrontEndServer) -> None:
+    for name in MODELS:
+        assert server.request("/v1/completions", {**COMPLETION, "model": name}, USER)[0] == 200
+    gauges: dict[str, dict[str, float]] = {}
+    for family in text_string_to_metric_families(server.request("/metrics")[1]):
+        for sample in family.samples:
+            if "moe_ep_rank" in sample.labels:
+                gauges.setdefault(sample.name, {})[sample.labels["model_name"]] = sample.value
+    for name in ("num_running_reqs", "num_queue_reqs", "token_usage", "cache_hit_rate"):
+        assert set(gauges[f"sglang:{name}"]) == set(MODELS)
+    assert min(gauges["sglang:gen_throughput"].values()) > 0
+    assert min(gauges["sglang:max_total_num_tokens"].values()) > 1000
+
+
+def test_loads_are_the_models_own(server: FrontEndServer) -> None:
+    for name in MODELS:
+        status, answer, _ = server.request(f"/m/{name}/v1/loads", headers=USER)
+        assert status == 200
+        (load,) = answer["loads"]
+        model = next(m for m in server.request("/crosspool/status", headers=ADMIN)[1]["models"]
+                     if m["name"] == name)  # fmt: skip
+        assert load["max_total_num_tokens"] == model["pool_tokens"]
+        assert load["total_prefill_uncached_tokens"] == model["prompt_tokens"] > 0
+        assert (load["num_running_reqs"], load["max_running_requests"]) == (0, 1)
+    (device,) = server.devices
+    device.step_seconds = 0.05
+    body = {**COMPLETION, "max_tokens": 30, "ignore_eos": True}
+    with ThreadPoolExecutor(2) as threads:
+        try:
+            runs = [threads.submit(server.request, "/v1/completions", body, USER) for _ in "12"]
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                (load,) = server.request("/v1/loads", headers=USER)[1]["loads"]
+                if load["num_running_reqs"] and load["num_waiting_reqs"]:
+                    break
+            assert (load["num_running_reqs"], load["num_waiting_reqs"]) == (1, 1)
+            assert load["queues"]["waiting"] == 1
+            assert 0 < load["num_used_tokens"] < load["num_total_tokens"]
+            assert 0 < load["token_usage"] <= 1
+        finally:
+            device.step_seconds = 0.0
+        assert [run.result()[0] for run in runs] == [200, 200]
+    assert server.request("/v1/loads?include=core,queues", headers=USER)[0] == 200
+    status, answer, _ = server.request("/v1/loads?include=nonsense", headers=USER)
+    assert status == 400 and "`include`" in answer["error"]["message"]
+    assert server.request("/v1/loads?dp_rank=7", headers=USER)[1]["loads"] == []
+    text = server.request("/v1/loads?format=prometheus", headers=USER)[1]
+    assert 'sglang_num_running_reqs{dp_rank="0"} 0' in text
+
+
 @pytest.mark.parametrize(
     ("path", "extra"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from array import array
 from itertools import islice
@@ -107,6 +108,16 @@ def output(tokens: list[int], finish: Finish | None = None, first: bool = False)
 
 
 END = Finish(kind="length")
+
+
+def test_a_position_without_a_token_is_not_in_the_list_of_tokens() -> None:
+    position = TokenLogprobs(token=-1, logprob=None, top=[(-0.5, 7)], token_ids=[(-1.5, 4)])
+    asked = OpenRequest.of(message(return_logprob=True), 1)
+    nothing = dataclasses.replace(output([], END, first=True), output_logprobs=[position])
+    batch = to_token_id_output([(asked, nothing)])
+    assert (batch.output_token_logprobs_val, batch.output_token_logprobs_idx) == ([[]], [[]])
+    assert batch.output_top_logprobs_idx == [[[7]]]
+    assert batch.output_token_ids_logprobs_val == [[[-1.5]]]
 
 
 def test_output_that_is_not_streamed_is_held_back() -> None:

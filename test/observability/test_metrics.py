@@ -1,4 +1,4 @@
-from crosspool.observability.metrics import render
+from crosspool.observability.metrics import render, sglang_gauges
 from crosspool.transport.inspection import (
     DeviceCounters,
     LinkCounts,
@@ -29,7 +29,11 @@ MODEL = {
     "finished": {"stop": 1, "length": 2},
     "aborted": {"429": 1},
     "largest_batch": 2,
-    "compiling": 0,
+    "compiling": 1,
+    "waiting_tokens": 12,
+    "tokens_per_second": 2.5,
+    "cache_hit_rate": 0.375,
+    "pool_tokens": 1 << 20,
     "promised_chunks": 3,
     "cached_chunks": 2,
     "mapped_chunks": 2,
@@ -67,6 +71,34 @@ LINK = {
     "dispatch_bytes": 7000,
     "combine_bytes": 7001,
 }
+
+
+def test_gauges_of_sglangs_scheduler_have_its_names_and_labels() -> None:
+    status = Status(
+        models=[ModelStatus(**MODEL)], ranks=[], failure=None, ready=True, message="", devices=[]
+    )
+    families = list(text_string_to_metric_families(sglang_gauges(status).decode()))
+    labels = {
+        "model_name": MODEL["name"],
+        "engine_type": "unified",
+        "tp_rank": "0",
+        "pp_rank": "0",
+        "moe_ep_rank": "0",
+    }
+    assert all(family.type == "gauge" for family in families)
+    assert all(sample.labels == labels for family in families for sample in family.samples)
+    used = (6 << 20) // 64
+    assert {family.name: family.samples[0].value for family in families} == {
+        "sglang:num_running_reqs": 2,
+        "sglang:num_queue_reqs": 2,
+        "sglang:num_grammar_queue_reqs": 1,
+        "sglang:num_used_tokens": used,
+        "sglang:max_total_num_tokens": 1 << 20,
+        "sglang:token_usage": used / (1 << 20),
+        "sglang:gen_throughput": 2.5,
+        "sglang:cache_hit_rate": 0.375,
+    }
+    assert not list(text_string_to_metric_families(sglang_gauges(None).decode()))[0].samples
 
 
 def samples(*, ready: bool = True, counters: bool = True) -> dict[tuple[str, ...], float]:

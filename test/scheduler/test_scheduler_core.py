@@ -277,3 +277,28 @@ def test_snapshot_counts():
     assert model["prompt_tokens"] == 48 and model["output_tokens"] == 6
     assert model["steps"] == 2 + 2 + 1 + 2 and model["decode_rows"] == 4
     assert model["largest_batch"] == 1
+
+
+@pytest.mark.parametrize("wanted", [{"top": 2}, {"token_ids": (4, 5)}])
+def test_a_request_that_generates_nothing_is_told_what_could_come_next(wanted):
+    sim = Simulation(deployment(1, chunked_prefill_size=32), [spec()])
+    logprobs = Logprobs(output=True, prompt_start=0, **wanted)
+    sim.add(request("scored", 70, 0, logprobs=logprobs), request("beside", 9, 5))
+    sim.run()
+    (output,) = sim.outputs["scored"]
+    assert (output.token_ids, output.completion_tokens) == ([], 0)
+    assert output.finish == Finish(kind="length")
+    assert len(output.prompt_logprobs) == 70
+    (position,) = output.output_logprobs
+    assert (position.token, position.logprob) == (-1, None)
+    assert sim.tokens("beside") == expected_tokens(request("beside", 9, 5), sim.specs[0])
+    assert sim.core.snapshot().models[0].output_tokens == len(sim.tokens("beside"))
+    sim.assert_empty()
+
+
+def test_a_request_that_generates_nothing_and_asks_for_nothing_is_not_sampled():
+    sim = Simulation(deployment(1), [spec()])
+    sim.add(request("r", 5, 0, logprobs=Logprobs(output=True)))
+    assert not any(row.sample for row in sim.ranks[0].steps[0].rows)
+    sim.run()
+    assert sim.outputs["r"][0].output_logprobs == []

@@ -135,6 +135,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         "Seed from which requests without a seed get theirs. If none is given, it is random.",
         _REQUESTS, sglang="random_seed")] = None
 
+    response_store_size: Annotated[int, Option(
+        "Most responses of /v1/responses that enable_response_store keeps, of all models together; "
+        "the least recently used ones are forgotten first.",
+        _REQUESTS, unit="responses", least=1)] = 1000
+    response_store_bytes: Annotated[int, Option(
+        "Most memory of those responses and the conversations that lead to them.",
+        _REQUESTS, unit="bytes", least=1)] = 256 << 20
+
     host: Annotated[str, Option(
         "Address on which the server listens.",
         _SERVER, sglang="host")] = "127.0.0.1"

@@ -71,6 +71,8 @@ FLAGS: tuple[Option, ...] = (
         ("stream_response_default_include_usage", bool,
          "End every stream with its usage, as if include_usage were asked for."),
         ("batch_notify_size", int, "Stream pieces handed over per turn of the event loop."),
+        ("enable_response_store", bool,
+         "Keep responses of /v1/responses, for previous_response_id, background and retrieval."),
         ("enable_cache_report", bool, "Report cached prompt tokens in the usage of a response."),
         ("allow_auto_truncate", bool, "Cut a prompt that is too long instead of refusing it."),
         ("enable_metrics", bool, "Show SGLang's own metrics beside CrossPool's on /metrics."),

@@ -298,16 +298,17 @@ in ``output_...``. None stands where there is nothing, as with a prompt's first 
 
 
 def _logprob_lists(items: Sequence[Item]) -> dict[str, list[Any] | None]:
+    if not any(request.logprobs for request, _ in items):
+        return {f"{side}_{name}": None for name in _OF_POSITION for side in ("input", "output")}
     fields: dict[str, list[Any] | None] = {}
-    any_logprobs = any(request.logprobs for request, _ in items)
     for name, value in _OF_POSITION.items():
         for side, places in (("input", "prompt_logprobs"), ("output", "output_logprobs")):
-            fields[f"{side}_{name}"] = (
-                None
-                if not any_logprobs
-                else [
-                    [value(position) for position in getattr(output, places)] if r.logprobs else []
-                    for r, output in items
-                ]
-            )
+            # As in SGLang, a position without a token is in the lists of other tokens alone.
+            everywhere = not name.startswith("token_logprobs")
+            fields[f"{side}_{name}"] = [
+                [value(p) for p in getattr(output, places) if everywhere or p.token >= 0]
+                if request.logprobs
+                else []
+                for request, output in items
+            ]
     return fields

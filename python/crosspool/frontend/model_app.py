@@ -12,24 +12,28 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 from sglang.srt.parser.template_detection import resolve_auto_parsers
 from sglang.srt.utils.auth import add_api_key_middleware
+from starlette.exceptions import HTTPException
 
 from crosspool.config.deployment import Deployment
 from crosspool.frontend import model_context, private
+from crosspool.frontend.response_store import ResponseStore
 from crosspool.frontend.server_args import port_args, server_args
 from crosspool.frontend.tokenizer_manager import PooledTokenizerManager, native_api, shared_metrics
 
 
 class ModelApp:
-    """The application of model ``index``. It can be called, as ASGI has it, between :meth:`start`
-    and :meth:`stop`.
+    """The application of model ``index``, which keeps responses in ``responses``. It can be called,
+    as ASGI has it, between :meth:`start` and :meth:`stop`.
 
     Construct it on the event loop. Raises ConfigError for wrong SGLang arguments."""
 
-    def __init__(self, deployment: Deployment, index: int) -> None:
+    def __init__(self, deployment: Deployment, index: int, responses: ResponseStore) -> None:
         self.name = deployment.models[index].name
         self.created = int(time.time())
         self._keys = deployment.keys
         self._lifespan = AsyncExitStack()
+        self._responses = responses
+        self._responses_handler: Any = None
         self._context = model_context.new()
         with model_context.use(self._context):
             args = server_args(deployment, index)
@@ -65,8 +69,21 @@ class ModelApp:
                 api_key, admin_api_key = self._keys
                 add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_api_key)
             await self._lifespan.enter_async_context(self._module.lifespan(app))
+            self._keep_responses(app)
             self.manager.auto_create_handle_loop()
         self.manager.server_status = ServerStatus.Up
+
+    def _keep_responses(self, app: Any) -> None:
+        # SGLang logs why, where it cannot serve them.
+        self._responses_handler = getattr(app.state, "openai_serving_responses", None)
+        if self._responses_handler is not None:
+            self._responses_handler.response_store = self._responses.responses
+            self._responses_handler.msg_store = self._responses.conversations
+
+    def works_on(self, response_id: str) -> bool:
+        """Whether the model is generating this response in the background."""
+        handler = self._responses_handler
+        return handler is not None and response_id in handler.background_tasks
 
     async def stop(self) -> None:
         with model_context.use(self._context):
@@ -85,5 +102,7 @@ class ModelApp:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         native_api.set(scope["path"] == "/generate")
+        if self._responses_handler is None and scope["path"].startswith("/v1/responses"):
+            raise HTTPException(501, "/v1/responses needs openai-harmony, which is not installed")
         with model_context.use(self._context):
             await self._module.app(scope, receive, send)

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sglang.srt import runtime_context
+from sglang.srt.entrypoints import v1_loads
 from sglang.srt.managers import io_struct
 from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
 from sglang.srt.observability.func_timer import enable_func_timer
@@ -168,3 +169,5 @@ def set_state(
             tokenizer_manager=manager, template_manager=templates, scheduler_info=scheduler_info
         )
     )
+    # This one route looks for the state of the original module, which serves nobody.
+    module.app.dependency_overrides[v1_loads._get_tokenizer_manager] = lambda: manager

@@ -16,7 +16,7 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
 from starlette.background import BackgroundTasks
 
-from crosspool.frontend import private, refusal
+from crosspool.frontend import loads, private, refusal
 from crosspool.frontend.request_ids import RequestIds
 
 native_api: ContextVar[bool] = ContextVar("native_api", default=False)
@@ -140,6 +140,17 @@ class PooledTokenizerManager(TokenizerManager):
         tasks = BackgroundTasks()
         tasks.add_task(abort)
         return tasks
+
+    async def get_loads(
+        self, include: list[str] | None = None, dp_rank: int | None = None
+    ) -> list[Any]:
+        """The model's load, from the scheduler. SGLang's own would read what a scheduler of its
+        own has written into shared memory. Raises ValueError for an unknown section."""
+        loads.check_sections(include)
+        if dp_rank not in (None, 0):
+            return []
+        (state,) = await self.get_internal_state()
+        return [loads.load_of(state, self.server_args.max_running_requests)]
 
     def fail_all(self, message: str, status: int) -> None:
         """Ends every request with an error. For when the scheduler can no longer finish them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -43,6 +43,19 @@ _LINK_COUNTERS = (
     ("dispatch_bytes", "crosspool_dispatch_bytes", "Hidden-state bytes dispatched."),
     ("combine_bytes", "crosspool_combine_bytes", "Hidden-state bytes combined."),
 )
+_SGLANG_GAUGES: tuple[tuple[str, str, Callable[[ModelStatus], float]], ...] = (
+    ("num_running_reqs", "Requests admitted and not finished.", lambda m: m.running),
+    ("num_queue_reqs", "Requests queued.", lambda m: m.waiting - m.compiling),
+    ("num_grammar_queue_reqs", "Requests whose grammar is compiled.", lambda m: m.compiling),
+    ("num_used_tokens", "Tokens of KV memory promised to requests.", lambda m: m.used_tokens),
+    ("max_total_num_tokens", "Tokens that the KV pool could hold.", lambda m: m.pool_tokens),
+    ("token_usage", "Share of the KV pool promised to requests.", lambda m: m.token_usage),
+    ("gen_throughput", "Tokens sampled per second.", lambda m: m.tokens_per_second),
+    ("cache_hit_rate", "Share of prompt tokens found cached.", lambda m: m.cache_hit_rate),
+)
+"""Gauges of SGLang's scheduler that its dashboards and routers look for."""
+_SGLANG_RANKS = {"engine_type": "unified", "tp_rank": "0", "pp_rank": "0", "moe_ep_rank": "0"}
+"""Labels that SGLang's scheduler gives each of them beside ``model_name``; there is one of ours."""
 
 
 def render(status: Status | None, counters: Sequence[DeviceCounters]) -> bytes:
@@ -60,6 +73,26 @@ def of_all_processes() -> bytes:
     registry = CollectorRegistry()
     MultiProcessCollector(registry)
     return generate_latest(registry)
+
+
+def sglang_gauges(status: Status | None) -> bytes:
+    """What a scheduler of SGLang's own would have told of each model, under its names."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_SGLangGauges(status.models if status else []))
+    return generate_latest(registry)
+
+
+class _SGLangGauges(Collector):
+    def __init__(self, models: Sequence[ModelStatus]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["model_name", *_SGLANG_RANKS]
+        for name, text, value in _SGLANG_GAUGES:
+            gauge = GaugeMetricFamily(f"sglang:{name}", text, labels=labels)
+            for model in self._models:
+                gauge.add_metric([model.name, *_SGLANG_RANKS.values()], value(model))
+            yield gauge
 
 
 class _Snapshot(Collector):

@@ -32,6 +32,7 @@ from crosspool.scheduler.protocols import GrammarBackend, TextDecoder
 from crosspool.scheduler.queue_order import queue_order
 from crosspool.scheduler.queues import WaitingQueue
 from crosspool.scheduler.rank_state import RankState
+from crosspool.scheduler.rates import ModelRates
 from crosspool.scheduler.request import Finish, GenerateRequest, Output
 from crosspool.scheduler.sequence import Sequence
 from crosspool.scheduler.snapshot import snapshot
@@ -78,6 +79,7 @@ class SchedulerCore:
             self._queues, queue_order(d), self._ranks, d.max_running_requests
         )
         self._counters = [ModelCounters() for _ in specs]
+        self._rates = [ModelRates() for _ in specs]
         self._numbers = count(1)
         self._messages: list[tuple[int, ToDevice]] = []
         self._outputs: list[Output] = []
@@ -129,13 +131,14 @@ class SchedulerCore:
         """Takes a step's result. Raises ValueError when it fits no step in flight."""
         if self._failure is not None:
             return
+        now = self._clock()
         rank = self._ranks[attention_rank]
-        flight = rank.land(result, self._clock())
+        flight = rank.land(result, now)
         if result.more:
             self._counters[flight.model].step(rank.flights[flight.model])
         for seq, row in zip(flight.sequences, result.rows, strict=True):
             if not seq.over:
-                self._advance(seq, row)
+                self._advance(seq, row, now)
 
     def flush(self, model: int | None = None) -> bool:
         """Gives up all cached KV (of ``model``, if given) that no running request uses; returns
@@ -200,6 +203,7 @@ class SchedulerCore:
         now = self._clock()
         for seq in self._admission.admit():
             self._counters[seq.model].admit(seq)
+            self._rates[seq.model].admitted(seq.prompt_len, seq.cached, now)
             self._queues[seq.model].moved(now)
         for queue in self._queues:
             queue.look(now)
@@ -218,14 +222,18 @@ class SchedulerCore:
             for flight in leases_in_the_way(rank, lanes):
                 self._messages.append((rank.index, rank.recall(flight)))
 
-    def _advance(self, seq: Sequence, row: RowResult) -> None:
+    def _advance(self, seq: Sequence, row: RowResult, now: float) -> None:
         seq.append_prompt_logprobs(row.prompt)
         finish = None
-        if row.token >= 0:
+        if seq.prefill_only:
+            if row.output is not None:
+                seq.append_next(row.output)
+            if seq.decoding:
+                finish = Finish(kind="length")
+        elif row.token >= 0:
             self._counters[seq.model].output_tokens += 1
+            self._rates[seq.model].generated(now)
             finish = seq.append(row.token, row.output)
-        elif seq.prefill_only and seq.decoding:
-            finish = Finish(kind="length")
 
         if finish is not None:
             self._end(seq, finish)
@@ -291,6 +299,8 @@ class SchedulerCore:
             queues=self._queues,
             ranks=self._ranks,
             counters=self._counters,
+            rates=self._rates,
+            now=self._clock(),
             max_tokens=[self.max_tokens(model) for model in range(len(self._specs))],
             failure=self._failure.message if self._failure else None,
         )

@@ -83,6 +83,8 @@ class Output:
     cached_tokens: int
     """Prompt tokens found in the prefix cache."""
     output_logprobs: list[TokenLogprobs]
-    """One entry for each new token if the request asks for them, else empty."""
+    """One entry for each new token if the request asks for them, else empty. A request that
+    generates nothing and asks for the most likely tokens, or for tokens by their ids, has one entry
+    for the token that could come next: it has no token (-1) and no log-probability of its own."""
     prompt_logprobs: list[TokenLogprobs]
     """Log-probabilities of the prompt, in the first output only."""

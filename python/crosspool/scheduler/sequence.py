@@ -64,6 +64,13 @@ class Sequence:
         return self.limit == self.prompt_len
 
     @property
+    def wants_next(self) -> bool:
+        """Whether a request that generates nothing asks what could come next: the log-probabilities
+        at its last position, as scoring does."""
+        wanted = self.request.logprobs
+        return self.prefill_only and wanted.output and bool(wanted.top or wanted.token_ids)
+
+    @property
     def decoding(self) -> bool:
         return self.computed >= self.prompt_len
 
@@ -118,7 +125,7 @@ class Sequence:
         """The request's row of the next step: ``tokens`` more tokens, which lie in the first
         ``pages_reached`` of its pages."""
         start, end = self.computed, self.computed + tokens
-        sample = end == len(self.tokens) and not self.prefill_only
+        sample = end == len(self.tokens) and (not self.prefill_only or self.wants_next)
         row = Row(
             request=self.number,
             start=start,
@@ -138,6 +145,11 @@ class Sequence:
         if logprobs is not None:
             self._output_logprobs.append(logprobs)
         return self.stopping.after(token)
+
+    def append_next(self, logprobs: TokenLogprobs) -> None:
+        """Takes the log-probabilities at the last position of a request that ``wants_next``. The
+        token that was sampled there is nobody's."""
+        self._output_logprobs.append(msgspec.structs.replace(logprobs, token=-1, logprob=None))
 
     def append_prompt_logprobs(self, logprobs: list[TokenLogprobs]) -> None:
         self._prompt_logprobs += logprobs
@@ -161,7 +173,7 @@ class Sequence:
             prompt_tokens=self.prompt_len,
             completion_tokens=self._delivered + count - self.prompt_len,
             cached_tokens=self.cached,
-            output_logprobs=self._output_logprobs[:count],
+            output_logprobs=self._output_logprobs[: None if finish else count],
             prompt_logprobs=self._prompt_logprobs if self._first else [],
         )
         self._delivered += count

@@ -14,6 +14,7 @@ from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.counters import ModelCounters
 from crosspool.scheduler.queues import WaitingQueue
 from crosspool.scheduler.rank_state import RankState
+from crosspool.scheduler.rates import ModelRates
 from crosspool.transport.inspection import KVShare, ModelStatus, RankSnapshot, Snapshot
 
 _SUMMED = ("running", "paused", "promised_chunks", "cached_chunks", "mapped_chunks")
@@ -26,6 +27,8 @@ def snapshot(
     queues: Seq[WaitingQueue],
     ranks: Seq[RankState],
     counters: Seq[ModelCounters],
+    rates: Seq[ModelRates],
+    now: float,
     max_tokens: Seq[int],
     failure: str | None,
 ) -> Snapshot:
@@ -38,13 +41,17 @@ def snapshot(
             ModelStatus(
                 name=model.name,
                 waiting=len(queues[index]),
+                waiting_tokens=sum(seq.prompt_len for seq in queues[index]),
                 compiling=queues[index].compiling,
+                tokens_per_second=rates[index].tokens_per_second(now),
+                cache_hit_rate=rates[index].cache_hit_rate(now),
                 evicted_pages=sum(share.evicted_pages for share in shares),
                 path=model.path,
                 context=spec.context,
                 dtype=spec.dtype,
                 kv_bytes_per_token=spec.kv_bytes_per_token,
                 max_tokens=max_tokens[index],
+                pool_tokens=deployment.kv_pool_bytes // spec.kv_bytes_per_token,
                 ffn_ranks=deployment.ffn_ranks(index),
                 **_sums(shares, size),
                 **msgspec.structs.asdict(deepcopy(counters[index])),

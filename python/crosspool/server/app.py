@@ -56,6 +56,8 @@ _NOT_HERE = {
     "/stop_expert_distribution_record",
 }
 """Paths for which SGLang would report success although nothing was done."""
+_RESPONSES = "/v1/responses/"
+"""What stands before a response's id. All models keep their responses in one store."""
 _QUESTIONS: dict[tuple[str, str], admin.What] = {
     ("GET", "status"): "status",
     ("GET", "tensors"): "tensors",
@@ -157,7 +159,7 @@ class App(Starlette):
             log.warning("metrics are not complete: %s", error)
         text = metrics.render(status, counters)
         if self._sglang_metrics:
-            text += metrics.of_all_processes()
+            text += metrics.of_all_processes() + metrics.sglang_gauges(status)
         return Response(text, media_type=_METRICS_TYPE)
 
     async def _models(self, request: Request) -> Response:
@@ -214,7 +216,7 @@ class App(Starlette):
             body = await _read(request)
             name = _model_in(body, request.headers.get("content-type", ""))
         if name is None:
-            name = request.query_params.get("model") or None
+            name = request.query_params.get("model") or self._worker_on(inner["path"])
         if inner["path"] in _NOT_HERE:
             raise RequestError(501, f"CrossPool does not support {inner['path']}")
 
@@ -234,6 +236,14 @@ class App(Starlette):
         if body is not None:
             receive = _replay(body, receive)
         await self._serve(models[name], inner, receive, send)
+
+    def _worker_on(self, path: str) -> str | None:
+        """The model that generates the response which ``path`` names, in the background."""
+        if not path.startswith(_RESPONSES):
+            return None
+        response_id = path.removeprefix(_RESPONSES).partition("/")[0]
+        models = self._state.models.values()
+        return next((m.name for m in models if m.works_on(response_id)), None)
 
     async def _serve(self, model: ModelApp, scope: Scope, receive: Receive, send: Send) -> None:
         self._state.in_flight += 1

@@ -22,6 +22,7 @@ import zmq.asyncio
 from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.process import freeze_heap
 from crosspool.frontend import compat
+from crosspool.frontend.response_store import ResponseStore
 from crosspool.server.app import App, State
 from crosspool.transport import admin
 
@@ -119,10 +120,13 @@ class HttpProcess:
         self._state.message = "importing SGLang"
         model_app = await asyncio.to_thread(_import_model_app)
         models: list[ModelApp] = []
+        responses = ResponseStore(
+            self._deployment.response_store_size, self._deployment.response_store_bytes
+        )
         for index, config in enumerate(self._deployment.models):
             self._state.message = f"preparing {config.name}"
             await asyncio.sleep(0)  # lets health checks in between
-            models.append(model_app.ModelApp(self._deployment, index))
+            models.append(model_app.ModelApp(self._deployment, index, responses))
         while (status := self._state.status) is None or not status.ready:
             self._state.message = status.message if status else "waiting for the scheduler"
             await asyncio.sleep(0.05)

@@ -102,7 +102,6 @@ _NOISE = (
     "does not support Intel AMX",
     "SGLANG_USE_CUDA_IPC_TRANSPORT is deprecated",
     "Registered linear attn model",
-    "OpenAI Responses API (/v1/responses) disabled",
     "Using fallback token IDs for yes/no",
     "Restoring add_bos_token",
     "Using default HuggingFace chat template",

@@ -198,6 +198,8 @@ class ModelStatus(ModelCounts, kw_only=True):
     name: str
     waiting: int
     """Requests queued, those included whose grammar is being compiled."""
+    waiting_tokens: int
+    """Prompt tokens of the queued requests."""
     compiling: int
     running: int
     paused: int
@@ -208,6 +210,11 @@ class ModelStatus(ModelCounts, kw_only=True):
     cached_bytes: int
     mapped_bytes: int
     evicted_pages: int
+    tokens_per_second: float
+    """Tokens sampled per second, over the last 10 s."""
+    cache_hit_rate: float
+    """Share of prompt tokens that were cached, from 0 to 1, of requests admitted in the last 60 s;
+    0 where none was."""
     path: str
     context: int
     """Longest sequence of the model, in tokens."""
@@ -215,9 +222,21 @@ class ModelStatus(ModelCounts, kw_only=True):
     kv_bytes_per_token: int
     max_tokens: int
     """Longest sequence that can be served: ``context``, or what one rank's KV pool holds."""
+    pool_tokens: int
+    """Tokens that the whole KV pool could hold if no other model used it."""
     ffn_ranks: tuple[int, ...]
     attached: int = 0
     """Stock SGLang servers that are attached to the model."""
+
+    @property
+    def used_tokens(self) -> int:
+        """Tokens that fit into the KV memory that is promised to running requests."""
+        return self.promised_bytes // self.kv_bytes_per_token
+
+    @property
+    def token_usage(self) -> float:
+        """Share of the KV pool, from 0 to 1, that is promised to the model's running requests."""
+        return self.used_tokens / self.pool_tokens if self.pool_tokens else 0.0
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):

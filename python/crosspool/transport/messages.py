@@ -134,8 +134,9 @@ class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Log-probabilities at one position."""
 
     token: int
+    """-1 where no token stands: behind the last one of a request that generates nothing."""
     logprob: float | None
-    """None for the first token of a sequence, which nothing precedes."""
+    """None for the first token of a sequence, which nothing precedes, and where no token stands."""
     top: list[tuple[float, int]]
     """Pairs (log-probability, token) of the most likely tokens, the best first."""
     token_ids: list[tuple[float, int]]
