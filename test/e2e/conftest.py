@@ -12,13 +12,14 @@ import yaml
 from support.server import DEMO, TINY_MODELS, Server
 
 FLAGS = ("--dtype", "float32", "--kv-pool-bytes", "128MiB")
+SHARED = ("--tool-call-parser", "qwen25", "--enable-response-store", "--response-store-size", "30")
 
 
 @pytest.fixture(scope="package")
 def server() -> Iterator[Server]:
     """Serves the three bundled models with both pools on one device under the resident loop, in
     float32, so that tokens can be compared with transformers'."""
-    with Server([*FLAGS, "--tool-call-parser", "qwen25"]) as running:
+    with Server([*FLAGS, *SHARED]) as running:
         yield running
 
 

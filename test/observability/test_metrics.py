@@ -98,7 +98,7 @@ def test_gauges_of_sglangs_scheduler_have_its_names_and_labels() -> None:
         "sglang:gen_throughput": 2.5,
         "sglang:cache_hit_rate": 0.375,
     }
-    assert not list(text_string_to_metric_families(sglang_gauges(None).decode()))[0].samples
+    assert not any(f.samples for f in text_string_to_metric_families(sglang_gauges(None).decode()))
 
 
 def samples(*, ready: bool = True, counters: bool = True) -> dict[tuple[str, ...], float]:

@@ -86,6 +86,8 @@ FLAGS: tuple[Option, ...] = (
         ("skip_server_warmup", bool, "Send no first request to each model.")),
     *_rows(_IGNORED, "none",
         ("device", str, "The pools' devices say where models run."),
+        ("enable_custom_logit_processor", bool,
+         "A processor is code of a client; requests that bring one are refused."),
         ("max_total_tokens", int, "The KV pool is sized by --kv-pool-bytes."),
         ("max_prefill_tokens", int, "--chunked-prefill-size bounds the prompt tokens of a step."),
         ("mem_fraction_static", float, "The pools are sized in bytes, not as a fraction."),

@@ -37,6 +37,7 @@ _ERROR_TYPES = {
     503: "ServiceUnavailableError",
 }
 _SEED_MASK = (1 << 63) - 1
+_SEED_STEP = 0x9E3779B97F4A7C15
 
 _UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("input_embeds", "input_embeds"),
@@ -45,7 +46,7 @@ _UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("token_type_ids", "token_type_ids"),
     ("lora_id", "LoRA adapters"),
     ("session_params", "sessions"),
-    ("custom_logit_processor", "custom_logit_processor"),
+    ("custom_logit_processor", "custom_logit_processor, which is code of a client,"),
     ("return_hidden_states", "return_hidden_states"),
     ("return_routed_experts", "return_routed_experts"),
     ("return_indexer_topk", "return_indexer_topk"),
@@ -68,13 +69,19 @@ _GRAMMARS: tuple[Literal["regex", "json_schema", "ebnf", "structural_tag"], ...]
 )
 
 
+def seed_of_sample(seed: int, sample: int) -> int:
+    """The seed of the sample number ``sample``, from 0 on, of a prompt whose request has ``seed``:
+    the request's own for the first, and another for each of the rest."""
+    return (seed + sample * _SEED_STEP) & _SEED_MASK
+
+
 def seeds(random_seed: int | None) -> Iterator[int]:
     """Yield seeds for requests that have none: always the same sequence for one ``random_seed``."""
     while random_seed is None:
         yield int.from_bytes(os.urandom(8), "little") & _SEED_MASK
     counter = random_seed
     while True:
-        yield (counter * 0x9E3779B97F4A7C15) & _SEED_MASK
+        yield (counter * _SEED_STEP) & _SEED_MASK
         counter += 1
 
 
@@ -97,7 +104,9 @@ def to_request(message: TokenizedGenerateReqInput, model: int, seed: int) -> Gen
         sampling=_sampling(params, seed),
         stop=StopRules(
             max_new_tokens=params.max_new_tokens,
-            min_new_tokens=params.min_new_tokens,
+            # SGLang has a prompt of several samples computed first, by a copy of its request that
+            # generates nothing.
+            min_new_tokens=0 if params.max_new_tokens == 0 else params.min_new_tokens,
             # As in SGLang, ignore_eos means stop tokens too.
             stop_token_ids=frozenset(() if params.ignore_eos else params.stop_token_ids or ()),
             stop_strings=_strings(params.stop_strs),

@@ -15,7 +15,9 @@ from sglang.srt.utils.auth import add_api_key_middleware
 from starlette.exceptions import HTTPException
 
 from crosspool.config.deployment import Deployment
-from crosspool.frontend import model_context, private
+from crosspool.frontend import model_context, private, responses_api
+from crosspool.frontend.anthropic import Anthropic
+from crosspool.frontend.ollama import Ollama
 from crosspool.frontend.response_store import ResponseStore
 from crosspool.frontend.server_args import port_args, server_args
 from crosspool.frontend.tokenizer_manager import PooledTokenizerManager, native_api, shared_metrics
@@ -69,6 +71,8 @@ class ModelApp:
                 api_key, admin_api_key = self._keys
                 add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_api_key)
             await self._lifespan.enter_async_context(self._module.lifespan(app))
+            app.state.ollama_serving = Ollama(self.manager)
+            app.state.anthropic_serving = Anthropic(app.state.openai_serving_chat)
             self._keep_responses(app)
             self.manager.auto_create_handle_loop()
         self.manager.server_status = ServerStatus.Up
@@ -77,8 +81,7 @@ class ModelApp:
         # SGLang logs why, where it cannot serve them.
         self._responses_handler = getattr(app.state, "openai_serving_responses", None)
         if self._responses_handler is not None:
-            self._responses_handler.response_store = self._responses.responses
-            self._responses_handler.msg_store = self._responses.conversations
+            responses_api.adopt(self._responses_handler, self.name, self._responses)
 
     def works_on(self, response_id: str) -> bool:
         """Whether the model is generating this response in the background."""

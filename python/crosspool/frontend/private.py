@@ -7,15 +7,17 @@ of the package uses.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from itertools import accumulate
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
 from sglang.srt import runtime_context
-from sglang.srt.entrypoints import v1_loads
 from sglang.srt.managers import io_struct
 from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
 from sglang.srt.observability.func_timer import enable_func_timer
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
 
 _Manager = TypeVar("_Manager", bound=type)
+_Handler = TypeVar("_Handler", bound=Any)
 _enable_func_timer_once = functools.cache(enable_func_timer)
 
 
@@ -107,6 +110,20 @@ def tells_of_ids(manager: _Manager) -> _Manager:
     return manager
 
 
+def tells_of_requests(manager: _Manager) -> _Manager:
+    """Class decorator: has SGLang call the class's ``on_request(message, obj)`` before it sends a
+    prompt to the scheduler by itself; ``obj`` is the request that had the message made. Prompts
+    that are tokenized as a batch, of which none has several samples, are not among them."""
+    send = manager._send_one_request  # type: ignore[attr-defined]
+
+    async def tell(self: Any, message: Any) -> Any:
+        self.on_request(message, self.rid_to_state[message.rid].obj)
+        return await send(self, message)
+
+    manager._send_one_request = tell  # type: ignore[attr-defined]
+    return manager
+
+
 def release(manager: TokenizerManager, rids: Iterable[str]) -> None:
     """Gives up what is left of these ids: those that the scheduler knows are aborted, the others
     are forgotten."""
@@ -146,6 +163,7 @@ def http_server_copy(name: str) -> Any:
     """A copy of SGLang's ``http_server`` module, whose application and state are module globals,
     for one model. It neither warms up nor serves /metrics: CrossPool does so once for all models.
     """
+    mend_routes()
     from sglang.srt.entrypoints import http_server
 
     assert http_server.__file__ is not None
@@ -160,6 +178,100 @@ def http_server_copy(name: str) -> Any:
     return module
 
 
+def tells_of_stops(handler: _Handler) -> _Handler:
+    """Class decorator for a handler of Anthropic's routes: has it call ``on_answer(answer, stop)``
+    for each answer, and ``on_event(event, stop)`` for each event of a stream, for what to send in
+    its place. ``stop`` is what OpenAI's route calls ``matched_stop``; in a stream it is None until
+    it is known."""
+    convert, stream = handler._convert_response, handler._generate_anthropic_stream
+
+    def answer(self: Any, chat: Any) -> Any:
+        stop = chat.choices[0].matched_stop if chat.choices else None
+        return self.on_answer(convert(self, chat), stop)
+
+    async def events(self: Any, *arguments: Any) -> AsyncIterator[str]:
+        chat = _ChatStream(self.openai_serving_chat)
+        listening = copy.copy(self)
+        listening.openai_serving_chat = chat
+        async for event in stream(listening, *arguments):
+            yield self.on_event(event, chat.stop)
+
+    handler._convert_response = answer
+    handler._generate_anthropic_stream = events
+    return handler
+
+
+class _ChatStream:
+    """A handler of OpenAI's chat route that remembers what stopped the one stream it makes."""
+
+    def __init__(self, handler: Any) -> None:
+        self._handler = handler
+        self.stop: int | str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._handler, name)
+
+    async def _generate_chat_stream(self, *arguments: Any) -> AsyncIterator[str]:
+        async for line in self._handler._generate_chat_stream(*arguments):
+            if '"matched_stop":"' in line:
+                choices = msgspec.json.decode(line.removeprefix("data: "))["choices"]
+                self.stop = choices[0]["matched_stop"]
+            yield line
+
+
+@functools.cache
+def mend_routes() -> None:
+    """Mends what SGLang's OpenAI routes do wrong, before the first copy of them is made."""
+    from sglang.srt.entrypoints.openai import serving_chat, serving_completions
+    from sglang.srt.entrypoints.openai.protocol import CompletionRequest
+    from sglang.srt.function_call import function_call_parser
+
+    _allow_no_tokens(CompletionRequest)
+    _lift_definitions(serving_chat, function_call_parser)
+    _tell_text_offsets(serving_completions)
+
+
+def _lift_definitions(*modules: Any) -> None:
+    """Has SGLang put ``$defs`` of a named tool's parameters at the root of the schema that it makes
+    around them, where references look for them; it does so for required tools alone."""
+    from sglang.srt.function_call import utils
+
+    constraint = utils.get_json_schema_constraint
+
+    def with_definitions(tools: Any, tool_choice: Any, *rest: Any, **named: Any) -> Any:
+        schema = constraint(tools, tool_choice, *rest, **named)
+        if schema is None or tool_choice == "required":
+            return schema
+        chosen = [tool for tool in tools if tool.function.name == tool_choice.function.name]
+        definitions = utils._get_tool_schema_defs(chosen)
+        return {**schema, "$defs": definitions} if definitions else schema
+
+    for module in modules:
+        module.get_json_schema_constraint = with_definitions
+
+
+def _allow_no_tokens(request: Any) -> None:
+    """Has ``/v1/completions`` take ``max_tokens: 0``, with which a client has its prompt echoed and
+    nothing generated. The scheduler refuses what is below."""
+    del request.__pydantic_decorators__.field_validators["validate_max_tokens_positive"]
+    request.model_rebuild(force=True)
+
+
+def _tell_text_offsets(completions: Any) -> None:
+    """Has ``/v1/completions`` say where in the text each token begins, which SGLang leaves at -1,
+    and report the most likely tokens of nothing but the text's tokens."""
+    convert = completions.to_openai_style_logprobs
+
+    def converted(**arguments: Any) -> Any:
+        logprobs = convert(**arguments)
+        lengths = [len(token) for token in logprobs.tokens]
+        logprobs.text_offset = list(accumulate(lengths[:-1], initial=0)) if lengths else []
+        del logprobs.top_logprobs[len(lengths) :]
+        return logprobs
+
+    completions.to_openai_style_logprobs = converted
+
+
 def set_state(
     module: Any, manager: TokenizerManager, templates: Any, scheduler_info: dict[str, Any]
 ) -> None:
@@ -169,5 +281,7 @@ def set_state(
             tokenizer_manager=manager, template_manager=templates, scheduler_info=scheduler_info
         )
     )
+    from sglang.srt.entrypoints import v1_loads
+
     # This one route looks for the state of the original module, which serves nobody.
     module.app.dependency_overrides[v1_loads._get_tokenizer_manager] = lambda: manager

@@ -30,6 +30,10 @@ class RequestIds:
             if of is not None:
                 self._below[of].append(rid)
 
+    def number_below(self, rid: str) -> int:
+        """How many ids SGLang has made of the noted id ``rid`` itself so far."""
+        return len(self._below[rid])
+
     def all_of(self, rid: str) -> list[str]:
         """``rid`` itself and all ids that stand for it."""
         return [rid, *(one for below in self._below.get(rid, ()) for one in self.all_of(below))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
@@ -17,6 +18,7 @@ from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
 from starlette.background import BackgroundTasks
 
 from crosspool.frontend import loads, private, refusal
+from crosspool.frontend.messages import seed_of_sample
 from crosspool.frontend.request_ids import RequestIds
 
 native_api: ContextVar[bool] = ContextVar("native_api", default=False)
@@ -52,6 +54,7 @@ def _refused(message: str, status: int, retry_after: int | None = None) -> Excep
 
 
 @private.tells_of_ids
+@private.tells_of_requests
 @private.handles_aborts
 class PooledTokenizerManager(TokenizerManager):
     """Leaves signals and the end of the process to CrossPool, turns every abort that has a status
@@ -105,6 +108,8 @@ class PooledTokenizerManager(TokenizerManager):
         if prompt is not None:
             if self._ids.is_aborted(prompt):
                 raise _refused("the client aborted the request", HTTPStatus.BAD_REQUEST)
+            # SGLang first computes the prompt, under an id of its own, and then takes the samples.
+            obj.sample = self._ids.number_below(prompt) - 1
             return self._ids.add([obj.rid], of=prompt)
         rids: list[str] = [obj.rid] if obj.is_single else obj.rid
         given = obj.given_rid if obj.given_rid not in rids else None
@@ -119,6 +124,14 @@ class PooledTokenizerManager(TokenizerManager):
         if getattr(obj, "parallel_sample_num", 1) > 1:
             for index, rid in enumerate(rids):
                 obj[index].sampled_rid = rid  # its copies, one for each sample, have it too
+
+    def on_request(self, message: Any, obj: Any) -> None:
+        """Gives each sample of a prompt a seed of its own; see :func:`private.tells_of_requests`.
+        The first keeps the client's, and is what one sample alone would be."""
+        sample, params = getattr(obj, "sample", 0), message.sampling_params
+        if sample > 0 and params.sampling_seed is not None:
+            message.sampling_params = copy.copy(params)
+            message.sampling_params.sampling_seed = seed_of_sample(params.sampling_seed, sample)
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
         """Ends the request that has this id, whether the client or SGLang gave it, or all."""
