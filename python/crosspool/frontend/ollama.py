@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import jinja2
@@ -87,7 +88,7 @@ class Ollama(OllamaServing):
         def answer(output: dict[str, Any], text: str) -> dict[str, Any]:
             head = {
                 "model": self.tokenizer_manager.served_model_name,
-                "created_at": self._get_timestamp(),
+                "created_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 **content(text),
             }
             meta = output["meta_info"]

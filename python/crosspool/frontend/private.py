@@ -205,14 +205,14 @@ class _ChatStream:
     """A handler of OpenAI's chat route that remembers what stopped the one stream it makes."""
 
     def __init__(self, handler: Any) -> None:
-        self._handler = handler
+        self.handler = handler
         self.stop: int | str | None = None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._handler, name)
+        return getattr(self.handler, name)
 
     async def _generate_chat_stream(self, *arguments: Any) -> AsyncIterator[str]:
-        async for line in self._handler._generate_chat_stream(*arguments):
+        async for line in self.handler._generate_chat_stream(*arguments):
             if '"matched_stop":"' in line:
                 choices = msgspec.json.decode(line.removeprefix("data: "))["choices"]
                 self.stop = choices[0]["matched_stop"]
