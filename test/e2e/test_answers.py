@@ -98,6 +98,13 @@ def test_offsets_say_where_tokens_begin(server: Server, echo: bool) -> None:
     logprobs = choice["logprobs"]
     for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
         assert choice["text"][offset:].startswith(token)
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 12, "echo": echo, "logprobs": 1}
+    streamed: list[int] = []
+    for line in events(server, "/v1/completions", {**body, "temperature": 0, "stream": True}):
+        if line != "data: [DONE]":
+            for piece in json.loads(line.removeprefix("data: "))["choices"]:
+                streamed += (piece["logprobs"] or {"text_offset": []})["text_offset"]
+    assert streamed == logprobs["text_offset"]
 
 
 # --- Anthropic's route

@@ -14,7 +14,7 @@ class Answer(BaseModel):
 
 
 def keep(store: ResponseStore, name: str, text: str = "x") -> None:
-    """As the handler does: the conversation, then the response, then the conversation again."""
+    """Keeps a response as the handler does: conversation, response, and conversation again."""
     store.conversations[name] = [{"role": "user", "content": text}]
     store.responses[name] = Answer(text=text)
     store.conversations[name] = [{"role": "user", "content": text}, {"content": text}]

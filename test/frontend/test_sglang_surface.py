@@ -81,6 +81,9 @@ THROUGH_VALUES = {
     "sglang.srt.entrypoints.openai.serving_chat": ("get_json_schema_constraint",),
     "sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat": ("_generate_chat_stream",),
     "sglang.srt.entrypoints.openai.serving_completions": ("to_openai_style_logprobs",),
+    "sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion": (
+        "_generate_completion_stream",
+    ),
     "sglang.srt.entrypoints.openai.serving_responses:OpenAIServingResponses": (
         "background_tasks",
         "create_error_response",

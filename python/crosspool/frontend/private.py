@@ -10,13 +10,15 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import json
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import aclosing
 from itertools import accumulate
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import msgspec
 from sglang.srt import runtime_context
 from sglang.srt.managers import io_struct
 from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
@@ -193,8 +195,9 @@ def tells_of_stops(handler: _Handler) -> _Handler:
         chat = _ChatStream(self.openai_serving_chat)
         listening = copy.copy(self)
         listening.openai_serving_chat = chat
-        async for event in stream(listening, *arguments):
-            yield self.on_event(event, chat.stop)
+        async with aclosing(stream(listening, *arguments)) as made:
+            async for event in made:
+                yield self.on_event(event, chat.stop)
 
     handler._convert_response = answer
     handler._generate_anthropic_stream = events
@@ -212,11 +215,12 @@ class _ChatStream:
         return getattr(self.handler, name)
 
     async def _generate_chat_stream(self, *arguments: Any) -> AsyncIterator[str]:
-        async for line in self.handler._generate_chat_stream(*arguments):
-            if '"matched_stop":"' in line:
-                choices = msgspec.json.decode(line.removeprefix("data: "))["choices"]
-                self.stop = choices[0]["matched_stop"]
-            yield line
+        async with aclosing(self.handler._generate_chat_stream(*arguments)) as lines:
+            async for line in lines:
+                if '"matched_stop":"' in line:
+                    (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+                    self.stop = choice["matched_stop"]
+                yield line
 
 
 @functools.cache
@@ -258,8 +262,8 @@ def _allow_no_tokens(request: Any) -> None:
 
 
 def _tell_text_offsets(completions: Any) -> None:
-    """Has ``/v1/completions`` say where in the text each token begins, which SGLang leaves at -1,
-    and report the most likely tokens of nothing but the text's tokens."""
+    """Has ``/v1/completions`` say where in a choice's text each token begins, which SGLang leaves
+    at -1, and report the most likely tokens of nothing but the text's tokens."""
     convert = completions.to_openai_style_logprobs
 
     def converted(**arguments: Any) -> Any:
@@ -270,6 +274,29 @@ def _tell_text_offsets(completions: Any) -> None:
         return logprobs
 
     completions.to_openai_style_logprobs = converted
+    handler = completions.OpenAIServingCompletion
+    stream = handler._generate_completion_stream
+
+    async def streamed(self: Any, adapted: Any, request: Any, raw: Any) -> AsyncIterator[str]:
+        ends: Counter[int] = Counter()
+        async with aclosing(stream(self, adapted, request, raw)) as lines:
+            async for line in lines:
+                wanted = request.logprobs is not None and '"text_offset":[' in line
+                yield _moved_offsets(line, ends) if wanted else line
+
+    handler._generate_completion_stream = streamed
+
+
+def _moved_offsets(line: str, ends: Counter[int]) -> str:
+    """One piece of a stream, whose offsets count from its own start, with offsets in the whole
+    text; ``ends`` has the length so far of each choice's tokens."""
+    piece = json.loads(line.removeprefix("data: "))
+    for choice in piece["choices"]:
+        if logprobs := choice["logprobs"]:
+            start = ends[choice["index"]]
+            logprobs["text_offset"] = [start + offset for offset in logprobs["text_offset"]]
+            ends[choice["index"]] += sum(map(len, logprobs["tokens"]))
+    return f"data: {json.dumps(piece)}\n\n"
 
 
 def set_state(
