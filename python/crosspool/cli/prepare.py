@@ -13,7 +13,9 @@ from pathlib import Path
 
 from msgspec.structs import asdict, replace
 
+from crosspool.cli.front_end_arguments import check_front_end
 from crosspool.cli.memory import check_kv_bounds, check_memory, default_kv_bytes, memories
+from crosspool.cli.tokenizer_files import check_tokenizer
 from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.config.gpu import check_alike, check_loop, gpus_of, loop_of
@@ -23,7 +25,7 @@ from crosspool.models.spec import ModelSpec
 from crosspool.weightpool.checkpoint import Checkpoint
 from crosspool.weightpool.placement import Placement, place
 
-_NAME = re.compile(r"[\w.:+-]+(/[\w.:+-]+)*")
+_NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,8 @@ def prepare(options: Options) -> Prepared:
     Raises ConfigError for the first thing that is wrong; it names the field and what would be
     right."""
     models = model_configs(options)
+    check_front_end(options.sglang, models)
+    _check_chunks(options)
     specs = tuple(
         read_model(Path(model.path), model.context_length, model.dtype) for model in models
     )
@@ -65,6 +69,8 @@ def prepare(options: Options) -> Prepared:
     deployment = replace(deployment, weight_pool_bytes=weight_pool_bytes)
     placement = place(deployment, specs)  # raises ConfigError where the weight pool is too small
     check_memory(deployment, specs, placement, found)
+    for model in models:
+        check_tokenizer(model, {**options.sglang, **model.sglang})
     _check_tensors(models, specs)
     return Prepared(deployment=deployment, specs=specs, placement=placement)
 
@@ -94,15 +100,25 @@ def _model_config(options: ModelOptions, where: str, pool: Sequence[Device]) -> 
         raise ConfigError(f"model path {options.path}: there is no config.json in this folder")
     name = folder.name if options.name is None else options.name
     if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"model name {name!r}: a name consists of letters, digits and . _ : + - /"
-        )
+        raise ConfigError(f"model name {name!r}: a name consists of letters, digits and . _ + - /")
     for device in options.weight_pool_devices or ():
         if device not in pool:
             known = ", ".join(device.name for device in pool)
             key = f"{where}.weight_pool_devices"
             raise ConfigError(f"{key}: {device.name} is none of weight_pool_devices: {known}")
     return ModelConfig(**{**asdict(options), "name": name, "path": str(folder)})
+
+
+def _check_chunks(options: Options) -> None:
+    """Raises ConfigError where a prompt chunk is no whole number of pages, as SGLang asks for."""
+    size, page = options.chunked_prefill_size, options.page_size
+    if size % page:
+        below = size // page * page
+        ways = f"{below} or {below + page}" if below else f"{page}"
+        raise ConfigError(
+            f"chunked_prefill_size: {size} must be a multiple of page_size, {page}: give {ways}, "
+            "or another --page-size"
+        )
 
 
 def _check_tensors(models: Sequence[ModelConfig], specs: Sequence[ModelSpec]) -> None:
