@@ -36,7 +36,7 @@ def launch(options: Options) -> int:
     Raises ConfigError before anything is started when the options cannot work."""
     set_title("launcher")
     prepared = prepare(options)
-    runtime = RuntimeDir()
+    runtime = RuntimeDir(len(prepared.specs))
     lanes_fd: int | None = None
     try:
         deployment = msgspec.structs.replace(prepared.deployment, runtime_dir=str(runtime.path))
