@@ -2,6 +2,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -288,6 +289,24 @@ def test_weights_that_do_not_fit_the_config_are_told_before_anything_starts(
     hollow_weights(tmp_path / "b", change)
     with pytest.raises(ConfigError, match=problem):
         prepare(draft(first, second))
+
+
+def test_float16_weights_under_bfloat16_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = model(tmp_path / "a")
+    prepare(draft(path))
+    assert caplog.text == ""
+    hollow_weights(tmp_path / "a", dtype="F16")
+    prepare(to_options({"models": [{"path": path, "dtype": "float32"}], "port": 0}, "test"))
+    assert caplog.text == ""
+    prepare(draft(path))
+    (record,) = caplog.records
+    assert re.match(
+        r"a: (\d+) of \1 tensors are float16, such as model\.\S+, and lose 3 bits .* as bfloat16: "
+        "serve them with --dtype float32",
+        record.getMessage(),
+    )
 
 
 def test_preparing_needs_no_torch(tmp_path: Path) -> None:

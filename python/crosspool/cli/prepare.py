@@ -3,6 +3,7 @@ was left open, and refuses what cannot work, before any process exists."""
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import sys
@@ -24,6 +25,8 @@ from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
 from crosspool.models.spec import ModelSpec
 from crosspool.weightpool.checkpoint import Checkpoint
 from crosspool.weightpool.placement import Placement, place
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)*")
 
@@ -123,11 +126,23 @@ def _check_chunks(options: Options) -> None:
 
 def _check_tensors(models: Sequence[ModelConfig], specs: Sequence[ModelSpec]) -> None:
     """Raises ConfigError when a checkpoint lacks a tensor or has it in another shape. A device
-    would find out only after it had loaded the models before this one."""
-    for path, spec in {Path(m.path): spec for m, spec in zip(models, specs, strict=True)}.items():
+    would find out only after it had loaded the models before this one. Warns of weights in a dtype
+    that the model's cannot hold."""
+    named = {model.path: (model, spec) for model, spec in zip(models, specs, strict=True)}
+    for path, (model, spec) in named.items():
         layers = (ffn_tensors(spec, layer) for layer in range(spec.layers))
         attention = (ref for _, ref in attention_tensors(spec))
-        Checkpoint(path).check(chain(attention, chain.from_iterable(layers)))
+        dtypes = Checkpoint(Path(path)).check(chain(attention, chain.from_iterable(layers)))
+        halves = [name for name, dtype in dtypes.items() if dtype == "F16"]
+        if halves and spec.dtype == "bfloat16":
+            log.warning(
+                "%s: %d of %d tensors are float16, such as %s, and lose 3 bits of precision as "
+                "bfloat16: serve them with --dtype float32, or convert the checkpoint",
+                model.name,
+                len(halves),
+                len(dtypes),
+                halves[0],
+            )
 
 
 def _free_port(host: str, port: int) -> int:
