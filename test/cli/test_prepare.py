@@ -2,6 +2,8 @@ import dataclasses
 import json
 import logging
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,8 +21,10 @@ from crosspool.config.sizes import exact_size
 from crosspool.kernels.cuda_loop import MAX_LINKS
 from support.gpus import pretend_gpus
 from support.hollow import Change, hollow_weights
+from support.server import DEMO
 
 CORES = sorted(os.sched_getaffinity(0))
+TOKENIZER = DEMO / "tiny-qwen3-moe" / "tokenizer.json"
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -47,6 +51,7 @@ FFN_BYTES = 2 * (4 * 3 * 64 * 32 + 4 * 64) * 2
 def model(folder: Path, **changes: Any) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    shutil.copy(TOKENIZER, folder)
     hollow_weights(folder)
     return str(folder)
 
@@ -249,6 +254,13 @@ def test_port_in_use_is_refused(tmp_path: Path) -> None:
         ("kv_pool_devices", "gpu", "kv_pool_devices: 'gpu' is no device"),
         ("weight_pool_devices", "cpu,cpu", "weight_pool_devices: cpu is named twice"),
         ("kv_pool_bytes", "900TiB", "of memory are available"),
+        (
+            "chunked_prefill_size",
+            40,
+            "chunked_prefill_size: 40 must be a multiple of page_size, 16: give 32 or 48,",
+        ),
+        ("chunked_prefill_size", 8, "8 must be a multiple of page_size, 16: give 16,"),
+        ("page_size", 24, "512 must be a multiple of page_size, 24: give 504 or 528,"),
         ("host", "no.such.host.invalid", "port 0 on no.such.host.invalid"),
     ],
 )
@@ -279,6 +291,24 @@ def test_weights_that_do_not_fit_the_config_are_told_before_anything_starts(
         prepare(draft(first, second))
 
 
+def test_float16_weights_under_bfloat16_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = model(tmp_path / "a")
+    prepare(draft(path))
+    assert caplog.text == ""
+    hollow_weights(tmp_path / "a", dtype="F16")
+    prepare(to_options({"models": [{"path": path, "dtype": "float32"}], "port": 0}, "test"))
+    assert caplog.text == ""
+    prepare(draft(path))
+    (record,) = caplog.records
+    assert re.match(
+        r"a: (\d+) of \1 tensors are float16, such as model\.\S+, and lose 3 bits .* as bfloat16: "
+        "serve them with --dtype float32",
+        record.getMessage(),
+    )
+
+
 def test_preparing_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from crosspool.cli.prepare import prepare;"
@@ -302,6 +332,7 @@ def test_models_must_exist_and_have_names_of_their_own(tmp_path: Path) -> None:
         ([path, path], "two models are named 'a'"),
         ([path, model(tmp_path / "sub" / "a")], "two models are named 'a'"),
         ([model(tmp_path / "x y")], "model name 'x y'"),
+        ([model(tmp_path / "x:y")], "model name 'x:y'"),  # SGLang has adapters after a colon
     ):
         with pytest.raises(ConfigError, match=problem):
             prepare(draft(*paths))

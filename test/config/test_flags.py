@@ -93,6 +93,8 @@ def test_flags_without_effect_are_taken_with_a_warning(capsys: pytest.CaptureFix
         ([*TWO, "--ffn-parallel", "pp"], "--ffn-parallel: invalid choice: 'pp'"),
         ([*TWO, "--port"], "--port: expected one argument"),
         ([*TWO, "--lanes", "0"], "--lanes: 0 must be at least 1"),
+        ([*TWO, "--stream-interval", "0"], "--stream-interval: 0 must be at least 1"),
+        ([*TWO, "--batch-notify-size", "0"], "--batch-notify-size: 0 must be at least 1"),
         ([*TWO, "--kv-floor-bytes", "much"], "--kv-floor-bytes: 'much' is no size: write 2GiB"),
         ([*TWO, "--chunk-bytes", "3MiB"], "--chunk-bytes: 3MiB must be a multiple of 2MiB"),
         ([*TWO, "--weight-pool-devices", "gpu"], "--weight-pool-devices: 'gpu' is no device"),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
+
+import pytest
+from support.server import DEMO
 
 
 def test_full_collections_leave_out_what_was_there() -> None:
@@ -19,3 +23,40 @@ def test_full_collections_leave_out_what_was_there() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def limited(soft: int, hard: int, code: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``code`` in a process that may open so many descriptors."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_descriptors_are_allowed_up_to_the_hard_limit() -> None:
+    code = (
+        "import resource; from crosspool.config.process import allow_descriptors;"
+        "allow_descriptors(3); print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    for soft, hard in ((64, 1000), (1000, 1000), (1000, most)):
+        assert limited(soft, hard, code).stdout == f"({min(hard, 65536)}, {hard})\n"
+    assert limited(64, 176, code).stdout == "(176, 176)\n"
+    assert "ulimit -n: 175 open files are allowed, but 176" in limited(64, 175, code).stderr
+
+
+@pytest.mark.parametrize("most", [40, 64])
+def test_too_few_descriptors_are_a_users_mistake(most: int) -> None:
+    path = DEMO / "tiny-qwen3-moe"
+    code = (
+        "import sys; from crosspool.cli.main import run;"
+        f"sys.exit(run('serve', ['--port', '0', '--model-path', {str(path)!r}]))"
+    )
+    done = limited(most, most, code)
+    assert done.returncode == 2
+    assert f"error: ulimit -n: {most} open files are allowed" in done.stderr
+    assert "Traceback" not in done.stderr

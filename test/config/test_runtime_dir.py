@@ -1,4 +1,9 @@
+import os
+import resource
+import signal
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,7 +17,7 @@ from crosspool.config.runtime_dir import RuntimeDir, find_running
 @pytest.fixture(autouse=True)
 def temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory(prefix="cp") as folder:
-        monkeypatch.setattr(tempfile, "tempdir", folder)
+        monkeypatch.setenv("TMPDIR", folder)
         yield
 
 
@@ -51,7 +56,7 @@ def test_a_running_deployment_is_found_by_its_lock() -> None:
 
 
 def test_what_a_killed_launcher_left_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
-    stale = Path(tempfile.gettempdir()) / "stale"
+    stale = Path(os.environ["TMPDIR"]) / "stale"
     live = RuntimeDir()
     live.path.rename(stale)
     left = live.path
@@ -64,10 +69,62 @@ def test_what_a_killed_launcher_left_is_removed(monkeypatch: pytest.MonkeyPatch)
     assert not left.exists()
 
 
+def test_what_a_launcher_left_that_was_killed_is_removed_at_the_next_start() -> None:
+    """Real processes: one is killed, another lives on."""
+    code = (
+        "import sys; from crosspool.config.runtime_dir import RuntimeDir;"
+        "print(RuntimeDir().path, flush=True); sys.stdin.read()"
+    )
+
+    def start() -> tuple[subprocess.Popen[str], Path]:
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True)
+        assert process.stdout is not None
+        return process, Path(process.stdout.readline().strip())
+
+    killed, left = start()
+    with killed:
+        alive, kept = start()
+        with alive:
+            killed.kill()
+            killed.wait()
+            assert left.exists() and kept.exists()
+            RuntimeDir().close()
+            assert not left.exists() and kept.exists()
+            alive.kill()
+
+
+def test_a_folder_without_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit on the size of files stands in for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(ConfigError) as error:
+            RuntimeDir()
+    finally:
+        signal.signal(signal.SIGXFSZ, handler)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    folder = os.environ["TMPDIR"]
+    said = str(error.value)
+    assert f"cannot be made in {folder}: File too large: make room there" in said
+    assert not list(Path(folder).iterdir())
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file"])
+def test_a_tmpdir_that_takes_no_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Python would silently take another folder for temporary files."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / name))
+    with pytest.raises(ConfigError, match=f"cannot be made in {tmp_path / name}: "):
+        RuntimeDir()
+
+
 def test_too_long_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = tmp_path / ("x" * 100)
     long.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.setenv("TMPDIR", str(long))
     with pytest.raises(ConfigError, match="TMPDIR"):
         RuntimeDir()
     assert not list(long.iterdir())

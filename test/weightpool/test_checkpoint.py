@@ -55,6 +55,25 @@ def test_parts_of_tensors_go_where_they_belong(folder: Path) -> None:
     assert sorted(progress) == [stack[1].nbytes, whole.nbytes]
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_values_that_are_not_finite_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, value: float, dtype: torch.dtype
+) -> None:
+    """Large values, whose sum float16 does not hold, are finite."""
+    tensors = {name: torch.full((4, 6), 60000, dtype=dtype) for name in ("a", "b", "c", "d")}
+    tensors["b"][3, 5] = tensors["c"][0, 0] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    half = (slice(0, 2), slice(0, 6))
+    list(checkpoint.stream([(_ref(name, (4, 6)), half) for name in ("a", "b", "d")]))
+    assert caplog.text == ""  # the share that is read has none
+    list(checkpoint.stream([(_ref(name, (4, 6)), half) for name in tensors]))
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert said.startswith(f"{tmp_path}: 1 tensor(s) hold NaN or infinite values, the first is c:")
+
+
 def test_missing_tensor_and_wrong_shape_are_named(folder: Path) -> None:
     checkpoint = Checkpoint(folder)
     with pytest.raises(ConfigError, match=r"no tensor model\.missing"):

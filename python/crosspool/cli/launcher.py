@@ -18,7 +18,7 @@ from crosspool.config import gpu
 from crosspool.config.deployment import Deployment, save
 from crosspool.config.device import Device
 from crosspool.config.options import Options
-from crosspool.config.process import set_title
+from crosspool.config.process import allow_descriptors, set_title
 from crosspool.config.runtime_dir import RuntimeDir
 from crosspool.config.sizes import format_size
 from crosspool.observability.pools_table import make_console, pools_tables
@@ -35,8 +35,9 @@ def launch(options: Options) -> int:
 
     Raises ConfigError before anything is started when the options cannot work."""
     set_title("launcher")
+    allow_descriptors(len(options.models))
     prepared = prepare(options)
-    runtime = RuntimeDir()
+    runtime = RuntimeDir(len(prepared.specs))
     lanes_fd: int | None = None
     try:
         deployment = msgspec.structs.replace(prepared.deployment, runtime_dir=str(runtime.path))

@@ -3,6 +3,7 @@ was left open, and refuses what cannot work, before any process exists."""
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 
 from msgspec.structs import asdict, replace
 
+from crosspool.cli.front_end_arguments import check_front_end
 from crosspool.cli.memory import check_kv_bounds, check_memory, default_kv_bytes, memories
+from crosspool.cli.tokenizer_files import check_tokenizer
 from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.config.gpu import check_alike, check_loop, gpus_of, loop_of
@@ -23,7 +26,9 @@ from crosspool.models.spec import ModelSpec
 from crosspool.weightpool.checkpoint import Checkpoint
 from crosspool.weightpool.placement import Placement, place
 
-_NAME = re.compile(r"[\w.:+-]+(/[\w.:+-]+)*")
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,8 @@ def prepare(options: Options) -> Prepared:
     Raises ConfigError for the first thing that is wrong; it names the field and what would be
     right."""
     models = model_configs(options)
+    check_front_end(options.sglang, models)
+    _check_chunks(options)
     specs = tuple(
         read_model(Path(model.path), model.context_length, model.dtype) for model in models
     )
@@ -65,6 +72,8 @@ def prepare(options: Options) -> Prepared:
     deployment = replace(deployment, weight_pool_bytes=weight_pool_bytes)
     placement = place(deployment, specs)  # raises ConfigError where the weight pool is too small
     check_memory(deployment, specs, placement, found)
+    for model in models:
+        check_tokenizer(model, {**options.sglang, **model.sglang})
     _check_tensors(models, specs)
     return Prepared(deployment=deployment, specs=specs, placement=placement)
 
@@ -94,9 +103,7 @@ def _model_config(options: ModelOptions, where: str, pool: Sequence[Device]) -> 
         raise ConfigError(f"model path {options.path}: there is no config.json in this folder")
     name = folder.name if options.name is None else options.name
     if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"model name {name!r}: a name consists of letters, digits and . _ : + - /"
-        )
+        raise ConfigError(f"model name {name!r}: a name consists of letters, digits and . _ + - /")
     for device in options.weight_pool_devices or ():
         if device not in pool:
             known = ", ".join(device.name for device in pool)
@@ -105,13 +112,37 @@ def _model_config(options: ModelOptions, where: str, pool: Sequence[Device]) -> 
     return ModelConfig(**{**asdict(options), "name": name, "path": str(folder)})
 
 
+def _check_chunks(options: Options) -> None:
+    """Raises ConfigError where a prompt chunk is no whole number of pages, as SGLang asks for."""
+    size, page = options.chunked_prefill_size, options.page_size
+    if size % page:
+        below = size // page * page
+        ways = f"{below} or {below + page}" if below else f"{page}"
+        raise ConfigError(
+            f"chunked_prefill_size: {size} must be a multiple of page_size, {page}: give {ways}, "
+            "or another --page-size"
+        )
+
+
 def _check_tensors(models: Sequence[ModelConfig], specs: Sequence[ModelSpec]) -> None:
     """Raises ConfigError when a checkpoint lacks a tensor or has it in another shape. A device
-    would find out only after it had loaded the models before this one."""
-    for path, spec in {Path(m.path): spec for m, spec in zip(models, specs, strict=True)}.items():
+    would find out only after it had loaded the models before this one. Warns of weights in a dtype
+    that the model's cannot hold."""
+    named = {model.path: (model, spec) for model, spec in zip(models, specs, strict=True)}
+    for path, (model, spec) in named.items():
         layers = (ffn_tensors(spec, layer) for layer in range(spec.layers))
         attention = (ref for _, ref in attention_tensors(spec))
-        Checkpoint(path).check(chain(attention, chain.from_iterable(layers)))
+        dtypes = Checkpoint(Path(path)).check(chain(attention, chain.from_iterable(layers)))
+        halves = [name for name, dtype in dtypes.items() if dtype == "F16"]
+        if halves and spec.dtype == "bfloat16":
+            log.warning(
+                "%s: %d of %d tensors are float16, such as %s, and lose 3 bits of precision as "
+                "bfloat16: serve them with --dtype float32, or convert the checkpoint",
+                model.name,
+                len(halves),
+                len(dtypes),
+                halves[0],
+            )
 
 
 def _free_port(host: str, port: int) -> int:

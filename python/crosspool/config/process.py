@@ -1,14 +1,22 @@
-"""What every process of a deployment does: it takes a title, dies with the launcher, and keeps what
-it has loaded from the garbage collector."""
+"""What every process of a deployment does: it takes a title, dies with the launcher, keeps what it
+has loaded from the garbage collector, and inherits how many descriptors it may open."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import resource
 import signal
+
+from crosspool.config.errors import ConfigError
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_DESCRIPTORS = 128
+_DESCRIPTORS_PER_MODEL = 16
+"""Descriptors that the HTTP process must be able to open: with its first model it has 34, with each
+further one 14 more, and every connection takes one. The other processes have fewer."""
+_ENOUGH_DESCRIPTORS = 1 << 16
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 
 
@@ -41,3 +49,22 @@ def freeze_heap() -> None:
     a process has imported takes some tenths of a second, in which no token comes."""
     gc.collect()
     gc.freeze()
+
+
+def allow_descriptors(models: int) -> None:
+    """Raises the number of descriptors that this process, and those that it starts, may open, as
+    far as the system lets it.
+
+    Raises ConfigError when that is too few for the processes of ``models`` models."""
+    needed = _DESCRIPTORS + _DESCRIPTORS_PER_MODEL * models
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _ENOUGH_DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
+    if most < needed:
+        raise ConfigError(
+            f"ulimit -n: {most} open files are allowed, but {needed} are needed for {models} "
+            "model(s): raise the hard limit (ulimit -Hn, LimitNOFILE of systemd, --ulimit nofile "
+            "of docker)"
+        )
+    wanted = min(most, max(_ENOUGH_DESCRIPTORS, needed))
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -15,6 +15,22 @@ from crosspool.config.deployment import ConfigError, Deployment, load
 _LOCK = "launcher.lock"
 _SOCKET_PATH_LIMIT = 107
 _LONGEST_SOCKET_NAME = 32
+_BYTES = 1 << 20
+"""Room that deployment.json and SGLang's metrics must find."""
+_FILES = 32
+_FILES_PER_MODEL = 8
+"""Sockets of the deployment and of each model, and more."""
+
+
+def _parent() -> Path:
+    """The folder of all runtime folders. A TMPDIR that is set is never silently replaced by
+    another folder, as :mod:`tempfile` does when it cannot write there: others look for the server
+    in TMPDIR, too. Raises ConfigError where there is none."""
+    given = os.environ.get("TMPDIR")
+    try:
+        return Path(given or tempfile.gettempdir()).absolute()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error.strerror}: set TMPDIR to a folder with free space") from None
 
 
 def _prefix() -> str:
@@ -22,24 +38,51 @@ def _prefix() -> str:
 
 
 class RuntimeDir:
-    """Makes the folder (mode 0700), and removes it in :meth:`close`.
+    """Makes the folder (mode 0700) for a deployment of ``models`` models, and removes it in
+    :meth:`close`.
 
-    Raises ConfigError when its path is too long for the names of Unix sockets."""
+    Raises ConfigError when no folder can be made, when it has no room for the deployment's files,
+    or when its path is too long for the names of Unix sockets."""
 
-    def __init__(self) -> None:
+    def __init__(self, models: int = 1) -> None:
+        parent = _parent()
         remove_stale()
-        self.path = Path(tempfile.mkdtemp(prefix=_prefix()))
-        self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        if len(str(self.path)) + 1 + _LONGEST_SOCKET_NAME > _SOCKET_PATH_LIMIT:
-            self.close()
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix=_prefix(), dir=parent))
+        except OSError as error:
+            raise _unusable(parent, error) from None
+        try:
+            self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self._check(_FILES + _FILES_PER_MODEL * models)
+        except BaseException as error:
+            shutil.rmtree(self.path)
+            if isinstance(error, OSError):
+                raise _unusable(parent, error) from None
+            raise
+
+    def _check(self, files: int) -> None:
+        """Raises ConfigError when the path is too long, OSError when there is no room."""
+        if len(os.fsencode(self.path)) + 1 + _LONGEST_SOCKET_NAME > _SOCKET_PATH_LIMIT:
             raise ConfigError(
                 f"{self.path} is too long a path for sockets: set TMPDIR to a shorter one"
             )
+        with tempfile.TemporaryDirectory(dir=self.path) as folder:
+            for number in range(files):
+                (Path(folder) / str(number)).touch()
+            with (Path(folder) / "bytes").open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, _BYTES)
 
     def close(self) -> None:
         os.close(self._lock)
         shutil.rmtree(self.path)
+
+
+def _unusable(parent: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"the server's files cannot be made in {parent}: {error.strerror}: make room there, or set "
+        "TMPDIR to another folder"
+    )
 
 
 def _is_locked(folder: Path) -> bool:
@@ -58,7 +101,7 @@ def _is_locked(folder: Path) -> bool:
 
 
 def _folders() -> Iterator[Path]:
-    for path in sorted(Path(tempfile.gettempdir()).glob(_prefix() + "*")):
+    for path in sorted(_parent().glob(_prefix() + "*")):
         status = path.lstat()
         if path.is_dir() and not path.is_symlink() and status.st_uid == os.getuid():
             yield path

@@ -20,7 +20,7 @@ _IGNORED = "taken from SGLang's command lines, without effect"
 def _rows(
     group: str,
     effect: Literal["sglang", "none"],
-    *rows: tuple[str, Any, str],
+    *rows: tuple[str, Any, str] | tuple[str, Any, str, int],
     is_secret: bool = False,
 ) -> tuple[Option, ...]:
     return tuple(
@@ -32,8 +32,9 @@ def _rows(
             per_model=group == _MODELS,
             effect=effect,
             is_secret=is_secret,
+            least=least[0] if least else None,
         )
-        for name, kind, text in rows
+        for name, kind, text, *least in rows
     )
 
 
@@ -57,7 +58,7 @@ FLAGS: tuple[Option, ...] = (
         ("sampling_defaults", Literal["openai", "model"],
          "Defaults for sampling: those of OpenAI's API, or those of generation_config.json."),
         ("weight_version", str, "Name of these weights, which responses carry."),
-        ("stream_interval", int, "Tokens between two pieces of a stream.")),
+        ("stream_interval", int, "Tokens between two pieces of a stream.", 1)),
     *_rows(_HTTP, "sglang",
         ("api_key", str, "Key that clients must send, as `Authorization: Bearer KEY`."),
         ("admin_api_key", str, "Key that the management routes ask for."),
@@ -70,9 +71,9 @@ FLAGS: tuple[Option, ...] = (
          "Send only the new text in each piece of a /generate stream."),
         ("stream_response_default_include_usage", bool,
          "End every stream with its usage, as if include_usage were asked for."),
-        ("batch_notify_size", int, "Stream pieces handed over per turn of the event loop."),
-        ("enable_response_store", bool,
-         "Keep responses of /v1/responses, for previous_response_id, background and retrieval."),
+         ("batch_notify_size", int, "Stream pieces handed over per turn of the event loop.", 1),
+         ("enable_response_store", bool,
+          "Keep responses of /v1/responses, for previous_response_id, background and retrieval."),
         ("enable_cache_report", bool, "Report cached prompt tokens in the usage of a response."),
         ("allow_auto_truncate", bool, "Cut a prompt that is too long instead of refusing it."),
         ("enable_metrics", bool, "Show SGLang's own metrics beside CrossPool's on /metrics."),

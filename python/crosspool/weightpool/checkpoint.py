@@ -7,6 +7,8 @@ only and needs no torch: the launcher does it before anything starts.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +26,8 @@ from crosspool.observability.progress import Progress
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 _DTYPES = ("BF16", "F16", "F32")
 
 
@@ -37,6 +41,12 @@ class Read:
     """A tensor of the part's shape; the values are converted to its dtype."""
 
 
+def _is_finite(part: torch.Tensor) -> bool:
+    """Whether all values are finite. It reads memory once: 60 ms for a GB on one core, much less
+    than reading the file and packing the weights."""
+    return not part.numel() or all(math.isfinite(bound) for bound in part.aminmax())
+
+
 class Checkpoint:
     """A folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and shards."""
 
@@ -45,9 +55,13 @@ class Checkpoint:
         self.path = path
         self._files = self._index()
 
-    def check(self, refs: Iterable[TensorRef]) -> None:
-        """Raises ConfigError that names the first tensor that is missing, or has another shape or a
-        dtype that cannot be used. Reads only the files' headers."""
+    def check(self, refs: Iterable[TensorRef]) -> dict[str, str]:
+        """Returns each tensor's dtype as safetensors names it (``BF16``, ``F16``, ``F32``), by the
+        tensor's name. Reads only the files' headers.
+
+        Raises ConfigError that names the first tensor that is missing, or has another shape or a
+        dtype that cannot be used."""
+        dtypes = {}
         for file, group in self._by_file(refs, lambda ref: ref):
             with self._open(file) as opened:
                 present = set(opened.keys())
@@ -61,11 +75,13 @@ class Checkpoint:
                             f"{self.path / file}: tensor {ref.name} has shape {list(shape)}, "
                             f"config.json asks for {list(ref.shape)}"
                         )
-                    if found.get_dtype() not in _DTYPES:
+                    dtypes[ref.name] = found.get_dtype()
+                    if dtypes[ref.name] not in _DTYPES:
                         raise ConfigError(
-                            f"{self.path / file}: tensor {ref.name} is {found.get_dtype()}, "
+                            f"{self.path / file}: tensor {ref.name} is {dtypes[ref.name]}, "
                             f"it must be one of {', '.join(_DTYPES)}"
                         )
+        return dtypes
 
     def load(self, reads: Sequence[Read], progress: Progress) -> None:
         """Fills every ``into``. Call :meth:`check` first."""
@@ -78,11 +94,24 @@ class Checkpoint:
         self, parts: Sequence[tuple[TensorRef, tuple[slice, ...]]]
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yields every part with its number, in the checkpoint's dtype and in the order of the
-        files. Call :meth:`check` first."""
+        files, and warns at the end of tensors that hold NaN or infinite values. Call :meth:`check`
+        first."""
+        broken = []
         for file, group in self._by_file(list(enumerate(parts)), lambda item: item[1][0]):
             with self._open(file, "pt") as opened:
                 for number, (ref, index) in group:
-                    yield number, opened.get_slice(ref.name)[index]
+                    part = opened.get_slice(ref.name)[index]
+                    if not _is_finite(part):
+                        broken.append(ref.name)
+                    yield number, part
+        if broken:
+            log.warning(
+                "%s: %d tensor(s) hold NaN or infinite values, the first is %s: what this model "
+                "writes will be useless",
+                self.path,
+                len(broken),
+                broken[0],
+            )
 
     def _by_file(
         self, items: Iterable[Any], ref: Callable[[Any], TensorRef]
