@@ -83,10 +83,10 @@ def make_load(
 
 def measure(server: Server, names: Sequence[str], rate: float, load: list[Request]) -> Phase:
     server.wait_idle()
-    server.request("POST", "/crosspool/trace/start")
+    server.manage("/crosspool/trace/start")
     with Usage(server) as usage:
         replayed = replay(server.url, load)
-    _, answer = server.request("POST", "/crosspool/trace/stop")
+    _, answer = server.manage("/crosspool/trace/stop")
     events = [_event(row, names) for row in answer]
     complete = [answer for answer in replayed.answers if answer.complete]
     if len(complete) < len(load):

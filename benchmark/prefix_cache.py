@@ -129,7 +129,7 @@ def run(plan: Plan, console: Console) -> list[Round]:
             for cache, server in list(servers.items())[:: -1 if number % 2 else 1]:
                 progress.update(task, description=f"round {number + 1}, {cache} cache")
                 if cache == "with":  # every round begins with an empty cache
-                    status, answer = server.request("POST", "/flush_cache")
+                    status, answer = server.manage("/flush_cache")
                     assert status == 200, answer
                 with Usage(server) as usage:
                     replayed = replay(server.url, load)

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 from crosspool.config.process import die_with_parent
+from crosspool.config.runtime_dir import find_running
 
 from benchmark.records import ROOT
 
@@ -105,17 +106,15 @@ class Server:
         """Return the HTTP status and the body, as text where it is no JSON. ``path`` begins with
         /."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            data = None if body is None else json.dumps(body)
-            connection.request(method, path, data, {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            text = answer.read().decode()
-            try:
-                return answer.status, json.loads(text)
-            except ValueError:
-                return answer.status, text
-        finally:
-            connection.close()
+        return _exchange(connection, method, path, body)
+
+    def manage(self, path: str) -> tuple[int, Any]:
+        """Return what a POST over the admin socket returns, as :meth:`request` does."""
+        connection = http.client.HTTPConnection("admin", timeout=60)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(60)
+        connection.sock.connect(str(find_running(self.port).admin_socket))
+        return _exchange(connection, "POST", path)
 
     def status(self) -> dict[str, Any]:
         """Return the scheduler's snapshot."""
@@ -138,3 +137,19 @@ class Server:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"requests still wait or run after {timeout:g} s")
             time.sleep(0.1)
+
+
+def _exchange(
+    connection: http.client.HTTPConnection, method: str, path: str, body: Any = None
+) -> tuple[int, Any]:
+    try:
+        data = None if body is None else json.dumps(body)
+        connection.request(method, path, data, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        try:
+            return answer.status, json.loads(text)
+        except ValueError:
+            return answer.status, text
+    finally:
+        connection.close()

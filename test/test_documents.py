@@ -24,11 +24,16 @@ FOREIGN_FILES = {
     *("deployment.yaml", "deployment.json", "trace.json", "plan.yaml"),
     # of other projects
     *("llama.cpp", "dlpack.h", "cuda.h"),
+    # a route
+    "openapi.json",
     # what benchmarks write on a GPU
     *("gpu.jsonl", "gpu_costs.json", "report.md", "report.json"),
 }
-FOREIGN_FLAGS = {"--no-deps", "--editable", "--index-url", "--build", "--install", "--prefix"}
-"""Flags of pip and CMake."""
+FOREIGN_FLAGS = {
+    *("--no-deps", "--editable", "--index-url", "--build", "--install", "--prefix"),
+    "--unix-socket",
+}
+"""Flags of pip, CMake and curl."""
 
 
 def documents() -> list[Path]:

@@ -35,7 +35,7 @@ def wait_empty(server: Server) -> None:
     while promised := server.get("/crosspool/status")["ranks"][0]["promised_bytes"]:
         assert time.monotonic() < deadline, f"{promised} bytes are still promised"
         time.sleep(0.1)
-    assert server.post("/flush_cache", {})[0] == 200
+    assert server.manage("/flush_cache")[0] == 200
     now = pool(server)
     while now["free_bytes"] != now["budget_bytes"]:
         assert time.monotonic() < deadline, f"the pool is not empty: {now}"

@@ -103,11 +103,12 @@ def test_lanes_overlap_and_batches_leave_early(split_server: Server) -> None:
         for model, size in zip(TINY_MODELS, sizes, strict=True)
         for text in texts[:size]
     ]
-    assert split_server.post("/crosspool/trace/start", {})[0] == 200
+    assert split_server.manage("/crosspool/trace/start")[0] == 200
     with ThreadPoolExecutor(len(jobs)) as pool:
         assert set(pool.map(one, jobs)) == {200}
-    status, events = split_server.post("/crosspool/trace/stop", {})
+    status, text = split_server.manage("/crosspool/trace/stop")
     assert status == 200
+    events = json.loads(text)
     attention = [e for e in events if e["part"] == "attention"]
     ffn = [e for e in events if e["part"] == "ffn"]
     assert attention and ffn

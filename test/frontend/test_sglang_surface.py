@@ -96,7 +96,6 @@ THROUGH_VALUES = {
     "sglang.srt.entrypoints.engine:Engine": ("generate", "tokenizer_manager"),
     "sglang.srt.runtime_context:RuntimeContext": ("override",),
     f"{SERVER_ARGS}": ("check_server_args", "resolve_once"),
-    "sglang.srt.utils.auth:AuthDecision": (),
     HTTP_SERVER: (
         "_GlobalState",
         "_wait_and_warmup",

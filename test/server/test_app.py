@@ -11,6 +11,7 @@ import zmq.asyncio
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.server.app import App, State
+from crosspool.server.routes import split
 from crosspool.transport import admin
 from starlette.responses import JSONResponse
 from starlette.types import Message
@@ -50,7 +51,7 @@ async def get(app: App, path: str) -> tuple[int, Any]:
         sent.append(message)
 
     scope = {
-        **{"type": "http", "method": "GET", "path": path, "raw_path": path.encode()},
+        **{"state": {}, "type": "http", "method": "GET", "path": path, "raw_path": path.encode()},
         **{"query_string": b"", "headers": [], "root_path": "", "scheme": "http"},
         **{"http_version": "1.1", "server": ("127.0.0.1", 1), "client": ("127.0.0.1", 2)},
     }
@@ -61,21 +62,32 @@ async def get(app: App, path: str) -> tuple[int, Any]:
 @pytest.mark.parametrize(
     ("path", "model", "inner"),
     [
-        ("/m/first/generate", "first", "/generate"),
+        ("/m/first/model_info", "first", "/model_info"),
         ("/m/first", "first", "/"),
         ("/m/first/", "first", "/"),
-        ("/m/first//generate", "first", "//generate"),
-        ("/m/Qwen/generate", "Qwen", "/generate"),
-        ("/m/Qwen/Qwen3-0.6/generate", "Qwen", "/Qwen3-0.6/generate"),
-        ("/m/Qwen/Qwen3-0.6B/generate", "Qwen/Qwen3-0.6B", "/generate"),
+        ("/m/Qwen/model_info", "Qwen", "/model_info"),
+        ("/m/Qwen/Qwen3-0.6B/model_info", "Qwen/Qwen3-0.6B", "/model_info"),
         ("/m/Qwen/Qwen3-0.6B/v1/models/Qwen/x", "Qwen/Qwen3-0.6B", "/v1/models/Qwen/x"),
         ("/m/Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", "/"),
-        ("/m/Qwen/Qwen3-0.6B/fine/generate", "Qwen/Qwen3-0.6B/fine", "/generate"),
-        ("/m/Qwen/Qwen3-0.6B/finer/generate", "Qwen/Qwen3-0.6B", "/finer/generate"),
-        ("/m/a:b/c+d.e/generate", "a:b/c+d.e", "/generate"),
-        ("/m/Über/x/generate", "Über/x", "/generate"),
-        ("/m/default/generate", "first", "/generate"),
+        ("/m/Qwen/Qwen3-0.6B/fine/model_info", "Qwen/Qwen3-0.6B/fine", "/model_info"),
+        ("/m/a:b/c+d.e/model_info", "a:b/c+d.e", "/model_info"),
+        ("/m/Über/x/model_info", "Über/x", "/model_info"),
+        ("/m/default/model_info", "first", "/model_info"),
     ],
 )
 def test_the_longest_name_that_fits_is_the_model(path: str, model: str, inner: str) -> None:
     assert asyncio.run(get(application(), path)) == (200, [model, inner, inner])
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "inner"),
+    [
+        ("first//generate", "first", "//generate"),
+        ("Qwen/Qwen3-0.6/generate", "Qwen", "/Qwen3-0.6/generate"),
+        ("Qwen/Qwen3-0.6B/finer/generate", "Qwen/Qwen3-0.6B", "/finer/generate"),
+        ("other/generate", "other", "/generate"),
+    ],
+)
+def test_a_name_ends_where_a_part_of_the_path_does(path: str, model: str, inner: str) -> None:
+    assert split(path, NAMES) == (model, inner)
+    assert asyncio.run(get(application(), f"/m/{path}"))[0] in (404, 405)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 from crosspool.cli.child import ForkServer, ProcessSpec
 from crosspool.config.deployment import Deployment, ModelConfig, save
@@ -135,6 +136,16 @@ class FrontEndServer:
             return status, json.loads(payload), got
         except ValueError:
             return status, payload.decode(errors="replace"), got
+
+    def manage(self, path: str, body: Any = None) -> int:
+        """HTTP status of a POST over the admin socket."""
+        with self.admin() as client:
+            return client.post(path, json=body).status_code
+
+    def admin(self) -> httpx.Client:
+        """A client on the admin socket."""
+        transport = httpx.HTTPTransport(uds=str(self.deployment.admin_socket))
+        return httpx.Client(transport=transport, base_url="http://admin", timeout=60)
 
     def events(self, path: str, body: Any, timeout: float = 60) -> list[Any]:
         """The decoded events of a stream, without its [DONE]."""

@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 from crosspool.config.process import die_with_parent
+from crosspool.config.runtime_dir import find_running
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "python" / "crosspool" / "demo"
@@ -111,6 +113,17 @@ class Server:
             return status, json.loads(payload)
         except ValueError:
             return status, payload.decode(errors="replace")
+
+    def manage(self, path: str, body: Any = None) -> tuple[int, Any]:
+        """HTTP status and text of a POST over the admin socket."""
+        with self.admin() as client:
+            answer = client.post(path, json=body)
+            return answer.status_code, answer.text
+
+    def admin(self) -> httpx.Client:
+        """A client on the admin socket."""
+        transport = httpx.HTTPTransport(uds=str(find_running(self.port).admin_socket))
+        return httpx.Client(transport=transport, base_url="http://admin", timeout=60)
 
     def processes(self) -> list[psutil.Process]:
         """The launcher and everything below it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def run(words: Sequence[str], prog: str) -> int:
         report = admin.inspect(deployment.admin_address, "tensors", timeout=30.0)
         _print_tensors(report.tensors)
     print(f"\nTo attach a stock SGLang server: CROSSPOOL_ADMIN={deployment.admin_address}")
+    socket = shlex.quote(str(deployment.admin_socket))
+    print(f"To manage the server: curl -X POST --unix-socket {socket} http://admin/flush_cache")
     return 0
 
 

@@ -62,6 +62,11 @@ class Deployment(Options, frozen=True, kw_only=True):
         return f"ipc://{self.runtime_dir}/admin"
 
     @property
+    def admin_socket(self) -> Path:
+        """Unix socket of the HTTP server on which every caller is the admin."""
+        return Path(self.runtime_dir) / "http-admin"
+
+    @property
     def keys(self) -> tuple[str | None, str | None]:
         """The ordinary key and the admin key that clients must send, where they are set."""
         return self.sglang.get("api_key"), self.sglang.get("admin_api_key")

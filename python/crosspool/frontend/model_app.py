@@ -11,7 +11,6 @@ from sglang.srt.entrypoints.engine import init_tokenizer_manager
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 from sglang.srt.parser.template_detection import resolve_auto_parsers
-from sglang.srt.utils.auth import add_api_key_middleware
 from starlette.exceptions import HTTPException
 
 from crosspool.config.deployment import Deployment
@@ -25,14 +24,14 @@ from crosspool.frontend.tokenizer_manager import PooledTokenizerManager, native_
 
 class ModelApp:
     """The application of model ``index``, which keeps responses in ``responses``. It can be called,
-    as ASGI has it, between :meth:`start` and :meth:`stop`.
+    as ASGI has it, between :meth:`start` and :meth:`stop`. It asks for no keys: the server does,
+    before it calls it.
 
     Construct it on the event loop. Raises ConfigError for wrong SGLang arguments."""
 
     def __init__(self, deployment: Deployment, index: int, responses: ResponseStore) -> None:
         self.name = deployment.models[index].name
         self.created = int(time.time())
-        self._keys = deployment.keys
         self._lifespan = AsyncExitStack()
         self._responses = responses
         self._responses_handler: Any = None
@@ -67,9 +66,6 @@ class ModelApp:
             app.is_single_tokenizer_mode = True
             app.server_args = self._args
             app.warmup_thread_kwargs = {}
-            if any(self._keys):
-                api_key, admin_api_key = self._keys
-                add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_api_key)
             await self._lifespan.enter_async_context(self._module.lifespan(app))
             app.state.ollama_serving = Ollama(self.manager)
             app.state.anthropic_serving = Anthropic(app.state.openai_serving_chat)

@@ -19,11 +19,15 @@ from itertools import accumulate
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fastapi.exceptions import RequestValidationError
 from sglang.srt import runtime_context
 from sglang.srt.managers import io_struct
 from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
 from sglang.srt.observability.func_timer import enable_func_timer
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from starlette.middleware.cors import CORSMiddleware
+
+from crosspool.frontend import validation_errors
 
 if TYPE_CHECKING:
     from sglang.srt.managers.detokenizer_manager import DetokenizerManager
@@ -163,8 +167,8 @@ def replace_context(context: Any) -> None:
 
 def http_server_copy(name: str) -> Any:
     """A copy of SGLang's ``http_server`` module, whose application and state are module globals,
-    for one model. It neither warms up nor serves /metrics: CrossPool does so once for all models.
-    """
+    for one model. It neither warms up, serves /metrics nor adds CORS headers: CrossPool does so
+    once for all models."""
     mend_routes()
     from sglang.srt.entrypoints import http_server
 
@@ -177,6 +181,9 @@ def http_server_copy(name: str) -> Any:
     module._wait_and_warmup = lambda **_: None
     module.add_prometheus_middleware = lambda _: None
     module.enable_func_timer = _enable_func_timer_once
+    app = module.app
+    app.user_middleware = [m for m in app.user_middleware if m.cls is not CORSMiddleware]
+    app.add_exception_handler(RequestValidationError, validation_errors.respond)
     return module
 
 

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
-from starlette.websockets import WebSocketClose
 
 from crosspool.config.deployment import Deployment
-from crosspool.frontend import refusal
-from crosspool.frontend.refusal import Refusal
-from crosspool.server.errors import JSON, ErrorShaper, RequestError, handle_error
+from crosspool.server.errors import JSON, RequestError, handle_error
+from crosspool.server.gate import Gate
+from crosspool.server.keys import Keys
+from crosspool.server.routes import RouteRule, split
 from crosspool.transport import admin
 from crosspool.transport.inspection import DeviceCounters, Status
 
@@ -38,35 +40,17 @@ MAX_BODY_BYTES = 64 << 20
 DEFAULT_MODEL = "default"
 """The name that SGLang's own clients give to the model of a server that has one."""
 
-_TO_EVERY_MODEL = {
-    "/abort_request",
-    "/configure_logging",
-    "/continue_generation",
-    "/flush_cache",
-    "/freeze_gc",
-    "/pause_generation",
+_QUESTIONS: dict[str, admin.What] = {
+    "status": "status",
+    "tensors": "tensors",
+    "pools": "pools",
+    "counters": "counters",
+    "trace/start": "trace_start",
+    "trace/stop": "trace_stop",
 }
-"""Paths that mean all models where none is named."""
-_NOT_HERE = {
-    "/dump_expert_distribution_record",
-    "/release_memory_occupation",
-    "/resume_memory_occupation",
-    "/slow_down",
-    "/start_expert_distribution_record",
-    "/stop_expert_distribution_record",
-}
-"""Paths for which SGLang would report success although nothing was done."""
+"""What is asked of the scheduler, by path below ``/crosspool/``."""
 _RESPONSES = "/v1/responses/"
 """What stands before a response's id. All models keep their responses in one store."""
-_QUESTIONS: dict[tuple[str, str], admin.What] = {
-    ("GET", "status"): "status",
-    ("GET", "tensors"): "tensors",
-    ("GET", "pools"): "pools",
-    ("GET", "counters"): "counters",
-    ("POST", "trace/start"): "trace_start",
-    ("POST", "trace/stop"): "trace_stop",
-}
-"""What is asked of the scheduler, by method and path below ``/crosspool/``."""
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -90,10 +74,17 @@ class _NamedModel(msgspec.Struct):
     model: Any = None
 
 
+class _Abort(msgspec.Struct):
+    rid: str = ""
+    abort_all: Any = False
+
+
 class App(Starlette):
     """CrossPool's own routes; every other path is a model's."""
 
     def __init__(self, deployment: Deployment, state: State, scheduler: admin.AsyncAdmin) -> None:
+        names = self._names = [model.name for model in deployment.models]
+        keys = self._keys = Keys(*deployment.keys)
         super().__init__(
             routes=[
                 *(Route(path, self._health) for path in ("/health", "/ready", "/ping")),
@@ -101,15 +92,23 @@ class App(Starlette):
                 Route("/health_generate", self._health_generate),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._models),
+                Route("/api/tags", self._tags),
                 Route("/crosspool/{route:path}", self._crosspool, methods=["GET", "POST"]),
             ],
             exception_handlers={HTTPException: handle_error, ClientDisconnect: _gone},
+            middleware=[
+                Middleware(
+                    CORSMiddleware,
+                    allow_origins=["*"],
+                    allow_credentials=True,
+                    allow_methods=["*"],
+                    allow_headers=["*"],
+                ),
+                Middleware(Gate, keys=keys, models=names),
+            ],
         )
         self.router.default = self._to_model
         self.router.redirect_slashes = False
-        self._first = deployment.models[0].name
-        self._paths = {model.name: model.path for model in deployment.models}
-        self._keys = deployment.keys
         self._sglang_metrics = bool(deployment.sglang.get("enable_metrics"))
         self._state = state
         self._scheduler = scheduler
@@ -121,14 +120,6 @@ class App(Starlette):
     def _check_serving(self) -> None:
         if not self._serving:
             raise RequestError(503, f"the server takes no requests now: {self._state.message}")
-
-    def _check_key(self, request: Request, *, admin_only: bool = False) -> None:
-        """Applies the rules of SGLang's own routes."""
-        from crosspool.frontend.auth import refused_status  # imports SGLang
-
-        status = refused_status(request, *self._keys, admin_only=admin_only)
-        if status is not None:
-            raise RequestError(status, "the API key is wrong or missing")
 
     # --- CrossPool's own routes
 
@@ -164,14 +155,13 @@ class App(Starlette):
 
     async def _models(self, request: Request) -> Response:
         self._check_serving()
-        self._check_key(request)
         cards = {
             model.name: {
                 "id": model.name,
                 "object": "model",
                 "created": model.created,
                 "owned_by": "crosspool",
-                "root": self._paths[model.name],
+                "root": model.name,
                 "parent": None,
                 "max_model_len": model.context_length,
             }
@@ -184,44 +174,58 @@ class App(Starlette):
             raise _unknown_model(name)
         return JSON(cards[name])
 
+    async def _tags(self, request: Request) -> Response:
+        """The models, as Ollama's clients want to hear of them."""
+        self._check_serving()
+        tags = [
+            {
+                "name": model.name,
+                "model": model.name,
+                "modified_at": datetime.fromtimestamp(model.created, UTC).isoformat(),
+                "size": 0,
+                "digest": "",
+                "details": {"format": "safetensors", "family": model.name},
+            }
+            for model in self._state.models.values()
+        ]
+        return JSON({"models": tags})
+
     async def _crosspool(self, request: Request) -> Response:
         self._check_serving()
-        self._check_key(request, admin_only=True)
-        what = _QUESTIONS.get((request.method, request.path_params["route"]))
-        if what is None:
-            known = ", ".join(f"{method} /crosspool/{route}" for method, route in _QUESTIONS)
-            raise RequestError(404, f"there is no such route; there are {known}")
+        what = _QUESTIONS[request.path_params["route"]]
         try:
             if what == "status":
                 return JSON(msgspec.to_builtins(await self._scheduler.status()))
             report = await self._scheduler.inspect(what)
-            return JSON(report.plain(what, list(self._paths)))
+            return JSON(report.plain(what, self._names))
         except admin.AdminError as error:
             raise RequestError(503, str(error)) from None
 
     # --- models' routes
 
     async def _to_model(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":
-            return await WebSocketClose(1008)(scope, receive, send)
+        rule: RouteRule = scope["rule"]
+        if rule.answerer == "nobody":
+            text = f"CrossPool does not support {rule.path}: {rule.reason}"
+            raise RequestError(400, text, code="unsupported")
         self._check_serving()
         request = Request(scope, receive)
         inner = _inner(scope)
         name: Any = None
         body: bytes | None = None
         if inner["path"].startswith("/m/"):
-            name, path = _split(inner["path"].removeprefix("/m/"), self._paths)
+            name, path = split(inner["path"].removeprefix("/m/"), self._names)
             inner |= {"path": path, "raw_path": path.encode()}
         elif request.method in ("POST", "PUT"):
             body = await _read(request)
             name = _model_in(body, request.headers.get("content-type", ""))
         if name is None:
             name = request.query_params.get("model") or self._worker_on(inner["path"])
-        if inner["path"] in _NOT_HERE:
-            raise RequestError(501, f"CrossPool does not support {inner['path']}")
+        if rule.path == "/abort_request":
+            body = self._one_abort(await _read(request) if body is None else body, scope)
 
         models = self._state.models
-        if name is None and inner["path"] in _TO_EVERY_MODEL:
+        if name is None and rule.answerer == "every model":
             if body is None:
                 body = await _read(request)
             *others, last = models.values()
@@ -229,9 +233,8 @@ class App(Starlette):
                 await model(dict(inner), _replay(body, receive), _ignore)
             name = last.name
         elif name in (None, "", DEFAULT_MODEL) and name not in models:
-            name = self._first
+            name = self._names[0]
         if name not in models:
-            self._check_key(Request(inner))
             raise _unknown_model(name)
         if body is not None:
             receive = _replay(body, receive)
@@ -245,28 +248,26 @@ class App(Starlette):
         models = self._state.models.values()
         return next((m.name for m in models if m.works_on(response_id)), None)
 
+    def _one_abort(self, body: bytes, scope: Scope) -> bytes:
+        """The body of an abort, which for all but the admin names one request and nothing else."""
+        abort = msgspec.json.decode(body, type=_Abort)
+        if abort.abort_all is not False:
+            self._keys.check("admin", scope)
+            return body
+        return msgspec.json.encode(abort)
+
     async def _serve(self, model: ModelApp, scope: Scope, receive: Receive, send: Send) -> None:
         self._state.in_flight += 1
-        refused = Refusal()
-        refusal.current.set(refused)
         try:
-            await model(scope, receive, ErrorShaper(send, refused))
+            await model(scope, receive, send)
         finally:
             self._state.in_flight -= 1
 
 
 def _inner(scope: Scope) -> dict[str, Any]:
-    """A request's scope for an application behind this one, without what Starlette has added."""
+    """A request's scope for an application behind this one, without what this one has added."""
     added = ("app", "router", "route", "endpoint", "path_params", "starlette.exception_handlers")
-    return {key: value for key, value in scope.items() if key not in added}
-
-
-def _split(path: str, models: Iterable[str]) -> tuple[str, str]:
-    """The model that ``path`` begins with, and the path within its application. Names may have
-    slashes: the longest that fits is meant. Where none fits, it is the first part of the path."""
-    fitting = (name for name in models if f"{path}/".startswith(f"{name}/"))
-    name = max(fitting, key=len, default=path.partition("/")[0])
-    return name, "/" + path.removeprefix(name).removeprefix("/")
+    return {key: value for key, value in scope.items() if key not in (*added, "rule")}
 
 
 async def _read(request: Request) -> bytes:
@@ -306,13 +307,13 @@ def _model_in(body: bytes, content_type: str) -> str | None:
             return None
         raise RequestError(400, f"the body is not valid JSON: {error}") from None
     if name is not None and not isinstance(name, str):
-        raise RequestError(400, "`model` must be a string")
+        raise RequestError(400, "`model` must be a string", param="model")
     return name
 
 
 def _unknown_model(name: str) -> RequestError:
     message = f"The model `{name}` does not exist; GET /v1/models lists those that do."
-    return RequestError(404, message, code="model_not_found")
+    return RequestError(404, message, code="model_not_found", param="model")
 
 
 async def _gone(request: Request, error: Exception) -> Response:
@@ -332,5 +333,5 @@ async def _status_of(model: ModelApp, request: Request) -> int:
         nonlocal status
         status = message.get("status", status)
 
-    await model(_inner(request.scope), request.receive, note)
+    await model({**_inner(request.scope), "method": "GET"}, request.receive, note)
     return status

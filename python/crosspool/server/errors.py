@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -14,19 +16,30 @@ from starlette.types import Message, Send
 
 from crosspool.frontend.refusal import Refusal
 
+log = logging.getLogger(__name__)
+
 RETRY_AFTER_SECONDS = 1
 """What clients are told where the scheduler names no time."""
 _TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
-    405: "invalid_request_error",
-    413: "invalid_request_error",
     429: "rate_limit_error",
-    501: "not_implemented_error",
     503: "service_unavailable_error",
 }
+_ANTHROPIC_TYPES = {413: "request_too_large", 503: "overloaded_error"}
+"""Types of errors by HTTP status, where Anthropic's API has other ones than OpenAI's."""
+_ANTHROPIC_PATH = "/v1/messages"
+_MISTAKES = (
+    *(ValueError, TypeError, LookupError, OverflowError, RecursionError),
+    msgspec.MsgspecError,
+)
+"""What applications raise over a request that is wrong: UnicodeError and pydantic's and json's
+errors are ValueErrors."""
+_LONGEST_TEXT = 500
+"""Characters that a client is told of an error that nobody wrote for it."""
+_NAMED_FIELD = re.compile(r"`([\w.\[\]]+)`:? ")
+"""How a message begins that is about one field of the request."""
 
 
 class JSON(Response):
@@ -37,41 +50,60 @@ class JSON(Response):
 
 
 class RequestError(HTTPException):
-    """Ends a request with an HTTP error. ``code`` is OpenAI's, where it has one."""
+    """Ends a request with an HTTP error. ``code`` is OpenAI's, where it has one; ``param`` is the
+    field of the request that is wrong, where it is one."""
 
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        super().__init__(status, message)
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
         self.code = code
+        self.param = param
 
 
-async def handle_error(request: Request, error: Exception) -> Response:
+async def handle_error(request: Request | None, error: Exception) -> Response:
     """Starlette's handler for HTTPException."""
     del request
     assert isinstance(error, HTTPException)
-    code = error.code if isinstance(error, RequestError) else None
-    return error_response(error.status_code, error.detail, code, headers=error.headers)
+    code, param = (error.code, error.param) if isinstance(error, RequestError) else (None, None)
+    headers = error.headers
+    return error_response(error.status_code, error.detail, code, param=param, headers=headers)
 
 
 def error_response(
     status: int,
     message: str,
     code: str | None = None,
+    *,
+    param: str | None = None,
     retry_after: int | None = None,
     headers: Any = None,
 ) -> Response:
     """``retry_after`` is in seconds; None where nobody can tell."""
-    response = JSON({"error": _error(status, message, code)}, status, headers)
+    response = JSON({"error": _error(status, message, code, param)}, status, headers)
     response.headers.update(_retry_after(status, retry_after))
     return response
 
 
-def _error(status: int, message: str, code: str | None = None) -> dict[str, Any]:
+def _error(
+    status: int, message: str, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
+    named = _NAMED_FIELD.match(message)
     return {
         "message": message,
-        "type": _TYPES.get(status, "api_error"),
-        "param": None,
+        "type": _type(status),
+        "param": param or (named[1] if named else None),
         "code": code or status,
     }
+
+
+def _type(status: int) -> str:
+    return _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
 
 
 def _retry_after(status: int, seconds: int | None) -> dict[str, str]:
@@ -82,20 +114,25 @@ def _retry_after(status: int, seconds: int | None) -> dict[str, str]:
 
 
 class ErrorShaper:
-    """A ``send`` that gives errors of SGLang's routes the ``error`` object that OpenAI's clients
-    look for, beside SGLang's own fields, and gives 429 and 503 a Retry-After header.
+    """A ``send`` that gives errors the shape that the client's library reads, and gives 429 and 503
+    a Retry-After header: the ``error`` object of OpenAI's, beside SGLang's own fields, or
+    Anthropic's shape on its routes. Of errors with 5xx only 503 leaves the server.
 
     A stream begins with its first event. If the request was ``refused`` before that, the client
     gets the error's status, as if it had not asked for a stream. All that is no error passes
     through as it comes."""
 
-    def __init__(self, send: Send, refused: Refusal) -> None:
+    def __init__(self, send: Send, refused: Refusal, path: str) -> None:
+        """``path`` is the request's, without the model."""
         self._send = send
         self._refused = refused
+        self._path = path
         self._start: Message | None = None
         """The start of a response that is held back: an error's until its body is whole, a
         stream's until its first event."""
         self._body = b""
+        self._is_whole = False
+        """Whether ``_body`` is all of an error that waits for :meth:`finish` or :meth:`fail`."""
         self._over = False
         self.status = 0
         """HTTP status of the response; 0 before it has begun."""
@@ -111,9 +148,43 @@ class ErrorShaper:
         if self._start is None or message["type"] != "http.response.body":
             await self._send(message)
         elif self.status >= HTTPStatus.BAD_REQUEST:
-            await self._send_error(self._start, message)
+            self._body += message.get("body", b"")
+            self._is_whole = not message.get("more_body")
+            # SGLang's application sends a bare 500 before it lets an exception go on to fail().
+            if self._is_whole and self.status != HTTPStatus.INTERNAL_SERVER_ERROR:
+                await self.finish()
         else:
             await self._send_first_event(self._start, message)
+
+    async def finish(self) -> None:
+        """Sends an error that is whole and was held back."""
+        if not self._is_whole or self._over:
+            return
+        assert self._start is not None
+        headers = MutableHeaders(raw=list(self._start["headers"]))
+        if self.status >= 500 and self.status != HTTPStatus.SERVICE_UNAVAILABLE:
+            text = self._body.decode(errors="replace")
+            log.error("%s: an application answered %d: %s", self._path, self.status, text)
+            self.status = HTTPStatus.SERVICE_UNAVAILABLE
+        headers.update(_retry_after(self.status, self._refused.retry_after))
+        await self._send_error(self._body, headers)
+
+    async def fail(self, error: Exception) -> None:
+        """Answers with ``error``, which ended the request: 400 if it is the client's mistake, and
+        503 otherwise. Raises it if part of a response has left already."""
+        if self._over or (self.status and self._start is None):
+            raise error
+        if isinstance(error, HTTPException):
+            response = await handle_error(None, error)
+        elif _is_a_mistake(error):
+            log.warning("%s: a request ended with %s", self._path, type(error).__name__)
+            log.debug("where it was raised", exc_info=error)
+            text = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+            response = error_response(400, f"the request is not valid: {text[:_LONGEST_TEXT]}")
+        else:
+            log.error("%s: a request failed", self._path, exc_info=error)
+            response = error_response(503, "the request failed; the server's log has the cause")
+        await self._send_response(response)
 
     async def _send_first_event(self, start: Message, message: Message) -> None:
         self._start = None
@@ -121,45 +192,61 @@ class ErrorShaper:
             await self._send(start)
             await self._send(message)
             return
-        self._over = True
-        self.status = self._refused.status
         response = error_response(
-            self.status, self._refused.message, retry_after=self._refused.retry_after
+            self._refused.status, self._refused.message, retry_after=self._refused.retry_after
         )
-        await self._send(
-            {"type": "http.response.start", "status": self.status, "headers": response.raw_headers}
-        )
-        await self._send({"type": "http.response.body", "body": response.body})
+        await self._send_response(response)
 
-    async def _send_error(self, start: Message, message: Message) -> None:
-        self._body += message.get("body", b"")
-        if message.get("more_body"):
-            return
-        body = _with_error(self.status, self._body)
-        headers = MutableHeaders(raw=list(start["headers"]))
+    async def _send_response(self, response: Response) -> None:
+        self.status = response.status_code
+        await self._send_error(bytes(response.body), MutableHeaders(raw=response.raw_headers))
+
+    async def _send_error(self, body: bytes, headers: MutableHeaders) -> None:
+        self._over = True
+        body = _with_error(self.status, body, self._path)
         headers["content-length"] = str(len(body))
-        headers.update(_retry_after(self.status, self._refused.retry_after))
-        await self._send({**start, "headers": headers.raw})
+        headers["content-type"] = JSON.media_type
+        await self._send(
+            {"type": "http.response.start", "status": int(self.status), "headers": headers.raw}
+        )
         await self._send({"type": "http.response.body", "body": body})
+
+
+def _is_a_mistake(error: Exception) -> bool:
+    """Whether ``error`` comes of what the client sent."""
+    if isinstance(error, AttributeError):  # of a value that came as JSON, of another type
+        return error.obj is None or type(error.obj) in (bool, int, float, str, list, dict)
+    return isinstance(error, _MISTAKES)
 
 
 def _is_stream(start: Message) -> bool:
     return Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream")
 
 
-def _with_error(status: int, body: bytes) -> bytes:
+def _with_error(status: int, body: bytes, path: str) -> bytes:
+    """The body of an error, with the object that clients of ``path`` look for."""
     try:
         data = msgspec.json.decode(body)
-    except msgspec.DecodeError:
-        return body
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        data = body.decode(errors="replace")
     if not isinstance(data, dict):
-        return body
+        data = {"message": data if isinstance(data, str) and data else _phrase(status)}
     if isinstance(data.get("message"), str):
         # FastAPI tells where in SGLang's source the route is; that is not for the client.
         data["message"] = data["message"].partition('\n\n  File "')[0]
     error = data.get("error", data.get("message"))
-    if isinstance(error, str):
-        data["error"] = _error(status, error)
-    elif isinstance(error, dict):
-        data["error"] = {**_error(status, str(error.get("message", ""))), **error}
+    if isinstance(error, dict):
+        given = {key: value for key, value in error.items() if value is not None}
+        error = {**_error(status, str(error.get("message", ""))), **given}
+    else:
+        error = _error(status, str(error or _phrase(status)), param=data.get("param"))
+    if path.startswith(_ANTHROPIC_PATH):
+        kind = _ANTHROPIC_TYPES.get(status, _type(status))
+        data = {"type": "error", "error": {"type": kind, "message": error["message"]}}
+    else:
+        data["error"] = error
     return msgspec.json.encode(data)
+
+
+def _phrase(status: int) -> str:
+    return HTTPStatus(status).phrase

@@ -13,6 +13,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -24,6 +25,7 @@ from crosspool.config.process import freeze_heap
 from crosspool.frontend import compat
 from crosspool.frontend.response_store import ResponseStore
 from crosspool.server.app import App, State
+from crosspool.server.lingering import LingeringProtocol
 from crosspool.transport import admin
 
 if TYPE_CHECKING:
@@ -64,12 +66,15 @@ class HttpProcess:
         """Serves until SIGTERM or SIGINT. Raises ConfigError when the address is taken or a
         model's arguments are wrong."""
         listener = _listen(self._deployment.host, self._deployment.port)
+        admin_listener = _listen_for_admin(self._deployment.admin_socket)
         level = self._deployment.sglang.get("log_level_http") or self._deployment.sglang.get(
             "log_level", "info"
         )
         server = _Server(
             uvicorn.Config(
                 self._app,
+                http=LingeringProtocol,
+                ws="none",
                 log_level=level,
                 log_config=None,
                 access_log=level == "debug",
@@ -81,7 +86,7 @@ class HttpProcess:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        serving = asyncio.create_task(server.serve(sockets=[listener, admin_listener]))
         prepare = asyncio.create_task(self._prepare())
         watch = asyncio.create_task(self._watch())
         ending = asyncio.create_task(self._ending.wait())
@@ -184,6 +189,15 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise ConfigError(f"port: cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+def _listen_for_admin(path: Path) -> socket.socket:
+    """Listens on a Unix socket that only the user of the server can reach."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    path.chmod(0o600)
+    listener.listen(_BACKLOG)
+    return listener
 
 
 def serve(deployment: Deployment) -> None:
