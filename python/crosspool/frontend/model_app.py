@@ -42,7 +42,11 @@ class ModelApp:
                 args, port_args(deployment, index), TokenizerManagerClass=PooledTokenizerManager
             )
             self.context_length = self.manager.context_len
+            """The longest sequence, in tokens."""
+            self.longest_token = self.manager.longest_token
+            """Length in bytes of the longest token in the vocabulary."""
             self._module = private.http_server_copy(f"{__name__}.http_server_{index}")
+        self.manager.max_logprobs = deployment.max_logprobs
         self.manager.startup_time = {}
         self.manager.max_req_input_len = self.context_length - 1
         self._args = args

@@ -7,6 +7,7 @@ of the package uses.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib.util
 import sys
@@ -103,6 +104,46 @@ def tells_of_ids(manager: _Manager) -> _Manager:
         take(self, obj, request)
 
     manager._init_req_state = tell  # type: ignore[attr-defined]
+    return manager
+
+
+def tokenizes_elsewhere(manager: _Manager) -> _Manager:
+    """Class decorator: has SGLang await the class's ``on_texts(texts, tokenize)`` for the token ids
+    of texts. ``tokenize`` computes them and may be called in any thread."""
+    tokenize = manager._tokenize_texts  # type: ignore[attr-defined]
+
+    async def elsewhere(self: Any, texts: Any, is_cross_encoder: bool = False) -> Any:
+        def now() -> Any:
+            coroutine = tokenize(self, texts, is_cross_encoder)
+            try:
+                coroutine.send(None)
+            except StopIteration as done:
+                return done.value
+            coroutine.close()
+            raise RuntimeError("SGLang's tokenizing waits for something")
+
+        return await self.on_texts(texts, now)
+
+    manager._tokenize_texts = elsewhere  # type: ignore[attr-defined]
+    return manager
+
+
+def shows_messages(manager: _Manager) -> _Manager:
+    """Class decorator: has SGLang call the class's ``on_message(message)`` before it sends a
+    message to the scheduler. An error that it raises ends the request."""
+    send = manager._dispatch_to_scheduler  # type: ignore[attr-defined]
+    send_one = manager._send_one_request  # type: ignore[attr-defined]
+
+    def show(self: Any, message: Any) -> None:
+        self.on_message(message)
+        send(self, message)
+
+    async def give_way(self: Any, message: Any) -> None:
+        await asyncio.sleep(0)  # SGLang itself sends all samples of a request at one go
+        await send_one(self, message)
+
+    manager._dispatch_to_scheduler = show  # type: ignore[attr-defined]
+    manager._send_one_request = give_way  # type: ignore[attr-defined]
     return manager
 
 

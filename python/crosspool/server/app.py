@@ -25,7 +25,9 @@ from starlette.websockets import WebSocketClose
 from crosspool.config.deployment import Deployment
 from crosspool.frontend import refusal
 from crosspool.frontend.refusal import Refusal
+from crosspool.server.body import Bodies
 from crosspool.server.errors import JSON, ErrorShaper, RequestError, handle_error
+from crosspool.server.request_bounds import Bounds
 from crosspool.transport import admin
 from crosspool.transport.inspection import DeviceCounters, Status
 
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 64 << 20
 DEFAULT_MODEL = "default"
 """The name that SGLang's own clients give to the model of a server that has one."""
 
@@ -84,10 +85,6 @@ class State:
     """Number of requests that models' applications are working on."""
 
 
-class _NamedModel(msgspec.Struct):
-    model: Any = None
-
-
 class App(Starlette):
     """CrossPool's own routes; every other path is a model's."""
 
@@ -105,6 +102,8 @@ class App(Starlette):
         )
         self.router.default = self._to_model
         self.router.redirect_slashes = False
+        self._deployment = deployment
+        self._bodies = Bodies(deployment)
         self._first = deployment.models[0].name
         self._paths = {model.name: model.path for model in deployment.models}
         self._keys = deployment.keys
@@ -205,35 +204,36 @@ class App(Starlette):
         self._check_serving()
         request = Request(scope, receive)
         inner = _inner(scope)
+        models = self._state.models
+        longest_context = max(model.context_length for model in models.values())
+        body = await self._bodies.read(request, longest_context)
         name: Any = None
-        body: bytes | None = None
         if inner["path"].startswith("/m/"):
             name, path = _split(inner["path"].removeprefix("/m/"), self._paths)
             inner |= {"path": path, "raw_path": path.encode()}
         elif request.method in ("POST", "PUT"):
-            body = await _read(request)
-            name = _model_in(body, request.headers.get("content-type", ""))
+            name = body.model
         if name is None:
             name = request.query_params.get("model") or None
         if inner["path"] in _NOT_HERE:
             raise RequestError(501, f"CrossPool does not support {inner['path']}")
 
-        models = self._state.models
         if name is None and inner["path"] in _TO_EVERY_MODEL:
-            if body is None:
-                body = await _read(request)
             *others, last = models.values()
             for model in others:
-                await model(dict(inner), _replay(body, receive), _ignore)
+                await model(dict(inner), body.replay(receive), _ignore)
             name = last.name
         elif name in (None, "", DEFAULT_MODEL) and name not in models:
             name = self._first
         if name not in models:
             self._check_key(Request(inner))
             raise _unknown_model(name)
-        if body is not None:
-            receive = _replay(body, receive)
-        await self._serve(models[name], inner, receive, send)
+        model = models[name]
+        bounds = Bounds.of(self._deployment, model.context_length, model.longest_token)
+        await self._bodies.check(body, bounds)
+        if body.raw:
+            receive = body.replay(receive)
+        await self._serve(model, inner, receive, send)
 
     async def _serve(self, model: ModelApp, scope: Scope, receive: Receive, send: Send) -> None:
         self._state.in_flight += 1
@@ -257,47 +257,6 @@ def _split(path: str, models: Iterable[str]) -> tuple[str, str]:
     fitting = (name for name in models if f"{path}/".startswith(f"{name}/"))
     name = max(fitting, key=len, default=path.partition("/")[0])
     return name, "/" + path.removeprefix(name).removeprefix("/")
-
-
-async def _read(request: Request) -> bytes:
-    """The whole body."""
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestError(413, f"the body is larger than {MAX_BODY_BYTES >> 20} MiB")
-    return bytes(body)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """``receive`` for an application behind this one: the body that was read, then what the client
-    sends."""
-    unread = [body]
-
-    async def replayed() -> Message:
-        if unread:
-            return {"type": "http.request", "body": unread.pop(), "more_body": False}
-        return await receive()
-
-    return replayed
-
-
-def _model_in(body: bytes, content_type: str) -> str | None:
-    """The ``model`` that a body names. Raises RequestError for a body that is said to be JSON and
-    is not, or that is no object."""
-    if not body.strip():
-        return None
-    try:
-        name = msgspec.json.decode(body, type=_NamedModel).model
-    except msgspec.ValidationError:
-        raise RequestError(400, "the body must be a JSON object") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        if "json" not in content_type:
-            return None
-        raise RequestError(400, f"the body is not valid JSON: {error}") from None
-    if name is not None and not isinstance(name, str):
-        raise RequestError(400, "`model` must be a string")
-    return name
 
 
 def _unknown_model(name: str) -> RequestError:

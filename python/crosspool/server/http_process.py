@@ -22,6 +22,7 @@ import zmq.asyncio
 from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.process import freeze_heap
 from crosspool.frontend import compat
+from crosspool.server import connections
 from crosspool.server.app import App, State
 from crosspool.transport import admin
 
@@ -73,6 +74,7 @@ class HttpProcess:
                 log_config=None,
                 access_log=level == "debug",
                 lifespan="off",
+                http=connections.protocol(self._deployment),
                 timeout_keep_alive=_KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=_LINGER_SECONDS,
             )
