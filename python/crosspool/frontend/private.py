@@ -113,6 +113,9 @@ def tokenizes_elsewhere(manager: _Manager) -> _Manager:
     tokenize = manager._tokenize_texts  # type: ignore[attr-defined]
 
     async def elsewhere(self: Any, texts: Any, is_cross_encoder: bool = False) -> Any:
+        if self.async_dynamic_batch_tokenizer is not None:  # has a thread of its own
+            return await tokenize(self, texts, is_cross_encoder)
+
         def now() -> Any:
             coroutine = tokenize(self, texts, is_cross_encoder)
             try:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import resource
-from typing import Any
+from http import HTTPStatus
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from crosspool.config.deployment import Deployment
 from crosspool.server.errors import error_response
@@ -36,82 +37,70 @@ def most_connections(deployment: Deployment) -> int:
     return max(soft - _OTHER_DESCRIPTORS, soft // 2)
 
 
-def protocol(deployment: Deployment) -> type[HttpToolsProtocol]:
+def protocol(deployment: Deployment) -> type[H11Protocol]:
     """uvicorn's protocol for HTTP/1.1, with ``deployment``'s bounds on connections and times."""
     most = most_connections(deployment)
+    bounds = {"header": deployment.header_timeout, "body": deployment.body_timeout}
 
-    class BoundedProtocol(HttpToolsProtocol):
-        """Waits for the header of a request from the moment on that its client connects or sends
-        its first byte, then for its body."""
+    class BoundedProtocol(H11Protocol):
+        """Waits for a header from the moment on that its client connects or begins one, then for
+        the body."""
 
         _timer: asyncio.TimerHandle | None = None
-        _begun = False
-        """Whether a request has begun that is not whole."""
+        _awaited: str | None = None
+        """What its client has to send now: ``header``, ``body`` or nothing."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             if len(self.connections) > most:
                 self._refuse(503, f"the server has {most} connections (max_connections)")
-            else:
-                self._wait(deployment.header_timeout, "header")
+            self._watch()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_waiting()
             super().connection_lost(exc)
+            self._watch()
 
-        def data_received(self, data: bytes) -> None:
-            if not self.transport.is_closing():
-                super().data_received(data)
-
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self._begun = True
-            self._wait(deployment.header_timeout, "header")
-
-        def on_headers_complete(self) -> None:
-            self._wait(deployment.body_timeout, "body")
-            super().on_headers_complete()
-
-        def on_message_complete(self) -> None:
-            self._begun = False
-            self._stop_waiting()
-            super().on_message_complete()
+        def handle_events(self) -> None:
+            super().handle_events()
+            self._watch()
 
         def shutdown(self) -> None:
-            if self._begun and not self._is_answering():
+            if self._awaited == "body" and not self.cycle.response_started:
                 self.transport.close()
-            super().shutdown()
+            else:
+                super().shutdown()
 
-        def _is_answering(self) -> bool:
-            """Whether the client waits for a request before the one that it sends."""
-            whole = self.cycle is not None and not self.cycle.more_body
-            return bool(self.pipeline) or (whole and not self.cycle.response_complete)
-
-        def _wait(self, seconds: float, what: str) -> None:
-            self._stop_waiting()
-            self._timer = self.loop.call_later(seconds, self._give_up, seconds, what)
-
-        def _stop_waiting(self) -> None:
+        def _watch(self) -> None:
+            """Starts the time for what the client has to send, where that has changed."""
+            state, awaited = self.conn.their_state, None
+            if self not in self.connections or self.transport.is_closing():
+                pass  # closed, or handed to another protocol
+            elif state is h11.SEND_BODY:
+                awaited = "body"
+            elif state is h11.IDLE and self.timeout_keep_alive_task is None:
+                awaited = "header"
+            if awaited == self._awaited:
+                return
+            self._awaited = awaited
             if self._timer is not None:
                 self._timer.cancel()
-                self._timer = None
+            if awaited is not None:
+                self._timer = self.loop.call_later(bounds[awaited], self._give_up)
 
-        def _give_up(self, seconds: float, what: str) -> None:
-            if self._is_answering():  # nothing is read meanwhile
-                self._wait(seconds, what)
-            elif self._begun and (what == "header" or not self.cycle.response_complete):
-                self._refuse(408, f"the {what} of the request was not whole after {seconds:g} s")
-            else:
-                self.transport.close()
+        def _give_up(self) -> None:
+            what = self._awaited
+            assert what is not None
+            if what == "header" or not self.cycle.response_started:
+                self._refuse(408, f"no whole {what} of a request came within {bounds[what]:g} s")
+            self.transport.close()
 
         def _refuse(self, status: int, message: str) -> None:
-            """Answers, where no answer has begun, and closes the connection."""
-            cycle: Any = self.cycle
-            if cycle is None or cycle.response_complete or not cycle.response_started:
-                response = error_response(status, message, headers={"connection": "close"})
-                lines = [b"%s: %s" % header for header in response.raw_headers]
-                head = b"\r\n".join([b"HTTP/1.1 %d " % status, *lines, b"", b""])
-                self.transport.write(head + bytes(response.body))
+            """Answers what was not asked yet, and closes the connection."""
+            response = error_response(status, message, headers={"connection": "close"})
+            phrase = HTTPStatus(status).phrase.encode()
+            lines = [b"%s: %s" % header for header in response.raw_headers]
+            head = [b"HTTP/1.1 %d %s" % (status, phrase), *lines, b"", bytes(response.body)]
+            self.transport.write(b"\r\n".join(head))
             self.transport.close()
 
     return BoundedProtocol
