@@ -26,7 +26,8 @@ def application() -> App:
             seen = [name, scope["path"], scope["raw_path"].decode()]
             await JSONResponse(seen)(scope, receive, send)
 
-        answer.context_length, answer.longest_token = 16, 4  # type: ignore[attr-defined]
+        bounds = {"context_length": 16, "longest_token": 4, "vocabulary": 32}
+        answer.__dict__.update(bounds)
         return answer
 
     deployment = Deployment(

@@ -156,7 +156,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     max_logprobs: Annotated[int, Option(
         "Most log-probabilities that one request may ask for, over all positions of its prompts "
         "and outputs.",
-        _REQUESTS, least=1)] = 1 << 18
+        _REQUESTS, least=1)] = 1 << 16
     random_seed: Annotated[int | None, Option(
         "Seed from which requests without a seed get theirs. If none is given, it is random.",
         _REQUESTS, sglang="random_seed")] = None

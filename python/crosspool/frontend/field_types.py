@@ -46,20 +46,45 @@ _PER_PROMPT = (
 _INDEX = re.compile(r"\$\[(\d+)\](?:\[(\d+)\])?")
 
 
-def problem(request: io_struct.GenerateReqInput) -> str | None:
+def problem(request: io_struct.GenerateReqInput | io_struct.EmbeddingReqInput) -> str | None:
     """The first thing in ``request`` that has a wrong type or length; None where all fits."""
+    if isinstance(request, io_struct.EmbeddingReqInput):
+        return "the model generates text; it has no embeddings, classes or scores of its own"
+    if request.input_embeds is not None:
+        return "`input_embeds` is not supported"
+    if (text := _prompt_problem(request)) is not None:
+        return text
     for name in request.session_params or ():
         if name not in _SESSION:
             return f"`session_params` has no field {name!r}"
     prompts = _prompts(request)
     for name in _PER_PROMPT:
         value = getattr(request, name)
-        if isinstance(value, list) and len(value) != prompts:
-            return f"`{name}` has {len(value)} entries for {prompts} prompts"
+        if not isinstance(value, list) or len(value) == prompts:
+            continue
+        if prompts is None:
+            return f"`{name}` must not be a list where there is a single prompt"
+        return f"`{name}` has {len(value)} entries for {prompts} prompts"
     given = request.sampling_params
     for params in given if isinstance(given, list) else [given or {}]:
         for text in _sampling_problems(params):
             return text
+    return None
+
+
+def _prompt_problem(request: io_struct.GenerateReqInput) -> str | None:
+    if request.text is not None and request.input_ids is not None:
+        return "a request has either `text` or `input_ids`, not both"
+    name = "input_ids" if request.text is None else "text"
+    value = getattr(request, name)
+    if value is None:
+        return "`text` or `input_ids` is missing"
+    if not value or not all(isinstance(one, int) or one for one in value):
+        return f"`{name}` must have at least one token, in every prompt"
+    if isinstance(value, list) and len({isinstance(one, int) for one in value}) > 1:
+        return f"`{name}` must be one list of integers, or a list of such lists"
+    if request.sampling_params == []:
+        return "`sampling_params` must be an object, or a list with one for each prompt"
     return None
 
 

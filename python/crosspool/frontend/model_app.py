@@ -18,6 +18,9 @@ from crosspool.frontend import model_context, private
 from crosspool.frontend.server_args import port_args, server_args
 from crosspool.frontend.tokenizer_manager import PooledTokenizerManager, native_api, shared_metrics
 
+_SMALL_BODY = 16 << 10
+"""Bytes of a body whose texts are tokenized within the event loop: it takes some milliseconds."""
+
 
 class ModelApp:
     """The application of model ``index``. It can be called, as ASGI has it, between :meth:`start`
@@ -45,6 +48,8 @@ class ModelApp:
             """The longest sequence, in tokens."""
             self.longest_token = self.manager.longest_token
             """Length in bytes of the longest token in the vocabulary."""
+            self.vocabulary = self.manager.model_config.vocab_size
+            """Number of token ids."""
             self._module = private.http_server_copy(f"{__name__}.http_server_{index}")
         self.manager.max_logprobs = deployment.max_logprobs
         self.manager.startup_time = {}
@@ -69,6 +74,7 @@ class ModelApp:
                 api_key, admin_api_key = self._keys
                 add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_api_key)
             await self._lifespan.enter_async_context(self._module.lifespan(app))
+            private.take_work_elsewhere(self._module, self.manager.run_in_thread)
             self.manager.auto_create_handle_loop()
         self.manager.server_status = ServerStatus.Up
 
@@ -89,5 +95,11 @@ class ModelApp:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         native_api.set(scope["path"] == "/generate")
+        private.large_body.set(_has_large_body(scope))
         with model_context.use(self._context):
             await self._module.app(scope, receive, send)
+
+
+def _has_large_body(scope: Any) -> bool:
+    headers = dict(scope["headers"])
+    return int(headers.get(b"content-length", _SMALL_BODY + 1)) > _SMALL_BODY

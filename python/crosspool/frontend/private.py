@@ -11,10 +11,15 @@ import asyncio
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from contextvars import ContextVar
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fastapi import FastAPI, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from pydantic_core import SchemaValidator
 from sglang.srt import runtime_context
 from sglang.srt.managers import io_struct
 from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
@@ -27,6 +32,8 @@ if TYPE_CHECKING:
     from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
 
 _Manager = TypeVar("_Manager", bound=type)
+large_body: ContextVar[bool] = ContextVar("large_body", default=False)
+"""Whether the body of the current request is so large that tokenizing it can take long."""
 _enable_func_timer_once = functools.cache(enable_func_timer)
 
 
@@ -45,6 +52,16 @@ def refuse_pickles() -> None:
     """Switches this process from pickles to msgpack. SGLang reads its environment variable for
     that when it is imported, which is too late for a plugin."""
     io_struct._USE_PICKLE_IPC = False
+
+
+def run_at_once(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine that waits for nothing, in whichever thread this is called."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    coroutine.close()
+    raise RuntimeError(f"{coroutine} waits for something")
 
 
 # --- processes and managers
@@ -117,13 +134,7 @@ def tokenizes_elsewhere(manager: _Manager) -> _Manager:
             return await tokenize(self, texts, is_cross_encoder)
 
         def now() -> Any:
-            coroutine = tokenize(self, texts, is_cross_encoder)
-            try:
-                coroutine.send(None)
-            except StopIteration as done:
-                return done.value
-            coroutine.close()
-            raise RuntimeError("SGLang's tokenizing waits for something")
+            return run_at_once(tokenize(self, texts, is_cross_encoder))
 
         return await self.on_texts(texts, now)
 
@@ -197,10 +208,116 @@ def http_server_copy(name: str) -> Any:
     module: Any = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
+    _end_at_first_wrong_entry(module.app)
     module._wait_and_warmup = lambda **_: None
     module.add_prometheus_middleware = lambda _: None
     module.enable_func_timer = _enable_func_timer_once
     return module
+
+
+def _end_at_first_wrong_entry(app: FastAPI) -> None:
+    """Has the validation of bodies end a list at its first wrong entry. pydantic goes on and notes
+    an error for each entry and each type that it may have, which took gigabytes."""
+    for route in app.routes:
+        if isinstance(route, APIRoute):
+            for field in route.dependant.body_params:
+                adapter = field._type_adapter
+                adapter.validator = SchemaValidator(
+                    _failing_fast(adapter.core_schema), _use_prebuilt=False
+                )
+
+
+def _failing_fast(schema: Any) -> Any:
+    """A copy of a schema of pydantic in which every list fails fast."""
+    if isinstance(schema, list | tuple):
+        return type(schema)(_failing_fast(one) for one in schema)
+    if not isinstance(schema, dict):
+        return schema
+    whole = ("cls", "config", "default", "metadata", "serialization")
+    copied = {k: v if k in whole else _failing_fast(v) for k, v in schema.items()}
+    if schema.get("type") in ("list", "set", "frozenset", "tuple"):
+        copied["fail_fast"] = True
+    return copied
+
+
+def take_work_elsewhere(module: Any, run: Callable[..., Awaitable[Any]]) -> None:
+    """Has the OpenAI and Anthropic routes of a started copy from :func:`http_server_copy` keep the
+    event loop free. Where :data:`large_body` is set, functions that check or tokenize the body are
+    called by ``run(function, *arguments)``. Answers are encoded at one go, not value by value."""
+    state = module.app.state
+    chat, anthropic = state.openai_serving_chat, state.anthropic_serving
+    prepared: ContextVar[dict[Any, Any]] = ContextVar("prepared")
+
+    def prepare(methods: dict[str, Callable[..., Any]], request: Any, raw_request: Any) -> Any:
+        """What each method gives for the request: a result, or an error to raise."""
+        outcomes: dict[Any, Any] = {}
+        for name, arguments in (
+            ("_validate_request", (request,)),
+            ("_convert_to_internal_request", (request, raw_request)),
+        ):
+            try:
+                outcomes[name, id(request)] = methods[name](*arguments), None
+            except Exception as error:
+                outcomes[name, id(request)] = None, error
+        return outcomes
+
+    def once(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def known(request: Any, *others: Any) -> Any:
+            outcome = prepared.get({}).get((name, id(request)))
+            if outcome is None:
+                return method(request, *others)
+            result, error = outcome
+            if error is not None:
+                raise error
+            return result
+
+        return known
+
+    names = ("_validate_request", "_convert_to_internal_request")
+    methods = {name: getattr(chat, name) for name in names}
+    for name in names:
+        setattr(chat, name, once(name, methods[name]))
+
+    def prepared_first(handle: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def handled(request: Any, *others: Any) -> Any:
+            if large_body.get():
+                prepared.set(await run(prepare, methods, request, others[-1]))
+            return await handle(request, *others)
+
+        return handled
+
+    def elsewhere(handle: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+        async def handled(*arguments: Any) -> Any:
+            if not large_body.get():
+                return await handle(*arguments)
+            return await run(lambda: _encoded(run_at_once(handle(*arguments))))
+
+        return handled
+
+    def encoded(handle: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+        async def handled(*arguments: Any) -> Any:
+            return _encoded(await handle(*arguments))
+
+        return handled
+
+    for wrap, owner, name in (
+        (prepared_first, chat, "handle_request"),
+        (prepared_first, anthropic, "_handle_streaming"),
+        (prepared_first, anthropic, "_handle_non_streaming"),
+        (elsewhere, anthropic, "handle_count_tokens"),
+        (elsewhere, state.openai_serving_tokenize, "_handle_non_streaming_request"),
+        (elsewhere, state.openai_serving_detokenize, "_handle_non_streaming_request"),
+        (encoded, chat, "handle_request"),
+        (encoded, state.openai_serving_completion, "handle_request"),
+    ):
+        setattr(owner, name, wrap(getattr(owner, name)))
+
+
+def _encoded(answer: Any) -> Any:
+    """An answer of a route as a response, where it is one of pydantic's models."""
+    if isinstance(answer, BaseModel):
+        return Response(answer.model_dump_json(by_alias=True), media_type="application/json")
+    return answer
 
 
 def set_state(

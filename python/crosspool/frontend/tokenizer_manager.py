@@ -109,7 +109,7 @@ class PooledTokenizerManager(TokenizerManager):
         self, obj: Any, request: fastapi.Request | None = None
     ) -> AsyncIterator[Any]:
         _logprobs_left.set([self.max_logprobs])
-        if isinstance(obj, io_struct.GenerateReqInput) and (text := field_types.problem(obj)):
+        if text := field_types.problem(obj):
             raise _refused(text, HTTPStatus.BAD_REQUEST)
         obj.given_rid = obj.rid if isinstance(obj.rid, str) else None
         obj.noted_rids = []
@@ -149,8 +149,13 @@ class PooledTokenizerManager(TokenizerManager):
         :func:`private.tokenizes_elsewhere`."""
         if sum(map(len, [texts] if isinstance(texts, str) else texts)) <= _SHORT_TEXT:
             return tokenize()
+        return await self.run_in_thread(tokenize)
+
+    async def run_in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Runs what can take seconds beside the event loop, one at a time for each model."""
         run = contextvars.copy_context().run
-        return await asyncio.get_running_loop().run_in_executor(self._threads, run, tokenize)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, run, function, *arguments)
 
     def on_message(self, message: Any) -> None:
         """Refuses what the scheduler could not decode, and more log-probabilities than an answer

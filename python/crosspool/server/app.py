@@ -229,8 +229,7 @@ class App(Starlette):
             self._check_key(Request(inner))
             raise _unknown_model(name)
         model = models[name]
-        bounds = Bounds.of(self._deployment, model.context_length, model.longest_token)
-        await self._bodies.check(body, bounds)
+        await self._bodies.check(body, Bounds.of(self._deployment, model))
         if body.raw:
             receive = body.replay(receive)
         await self._serve(model, inner, receive, send)

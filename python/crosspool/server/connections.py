@@ -77,7 +77,9 @@ def protocol(deployment: Deployment) -> type[H11Protocol]:
                 pass  # closed, or handed to another protocol
             elif state is h11.SEND_BODY:
                 awaited = "body"
-            elif state is h11.IDLE and self.timeout_keep_alive_task is None:
+            elif state is h11.IDLE and (
+                self.timeout_keep_alive_task is None or self.conn.trailing_data[0]
+            ):
                 awaited = "header"
             if awaited == self._awaited:
                 return

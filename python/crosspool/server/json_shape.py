@@ -12,11 +12,11 @@ _OPENING = frozenset(b"{[")
 
 def problem(body: bytes, most_values: int, most_depth: int) -> str | None:
     """What is too large in the JSON ``body``; None where nothing is. Says nothing about whether
-    it is valid."""
+    it is valid. An empty object or list counts as two values."""
     containers = body.count(b"{") + body.count(b"[")
     if containers <= most_depth and containers + body.count(b",") < most_values:
         return None
-    too_many = f"the body has more than {most_values} JSON values"
+    too_many = f"the body has more than {most_values} JSON values (max_json_values)"
     if b"\\" in body:
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     if body.count(b'"') > 4 * most_values:  # a value has two strings at most: its key and itself
@@ -28,5 +28,8 @@ def problem(body: bytes, most_values: int, most_depth: int) -> str | None:
     for bracket in outside.translate(None, _NO_BRACKETS):
         depth += 1 if bracket in _OPENING else -1
         if depth > most_depth:
-            return f"the body has more than {most_depth} JSON objects and lists within each other"
+            return (
+                f"the body has more than {most_depth} JSON objects and lists within each other "
+                "(max_json_depth)"
+            )
     return None

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crosspool.config.deployment import Deployment
 from crosspool.server.errors import RequestError
+
+if TYPE_CHECKING:
+    from crosspool.frontend.model_app import ModelApp
 
 _PROMPTS = frozenset(
     {"documents", "input", "input_ids", "items", "prompt", "query", "text", "tokens"}
@@ -44,17 +47,19 @@ class Bounds:
     """The model's longest sequence, in tokens."""
     text_bytes: int
     """Bytes of the longest text that fits into the context."""
+    vocabulary: int
+    """Number of token ids, which go from 0 on."""
     list_entries: int
     samples: int
     stop_bytes: int
     id_bytes: int
 
     @classmethod
-    def of(cls, deployment: Deployment, context: int, longest_token: int) -> Bounds:
-        """``longest_token`` is the length in bytes of the longest token in the vocabulary."""
+    def of(cls, deployment: Deployment, model: ModelApp) -> Bounds:
         return cls(
-            context=context,
-            text_bytes=context * longest_token,
+            context=model.context_length,
+            text_bytes=model.context_length * model.longest_token,
+            vocabulary=model.vocabulary,
             list_entries=deployment.max_list_entries,
             samples=deployment.max_samples,
             stop_bytes=deployment.max_stop_bytes,
@@ -141,31 +146,33 @@ class Bounds:
         for index, token in enumerate(ids):
             if type(token) is not int:
                 raise _refused(f"`{field}[{index}]` must be an integer, as the entries before it")
+            if not 0 <= token < self.vocabulary:
+                raise _refused(
+                    f"`{field}[{index}]` is {token}, which is not in the vocabulary; "
+                    f"ids go from 0 to {self.vocabulary - 1}"
+                )
 
     def _check_any(self, field: str, value: Any) -> None:
-        left = [value]
+        left, text = [value], 0
         while left:
             value = left.pop()
             if isinstance(value, str):
-                self._check_text(field, value)
+                text += len(value) if value.isascii() else _size(value)
             elif isinstance(value, dict | list):
                 self._check_length(field, value)
                 left.extend(value.values() if isinstance(value, dict) else value)
+        if text > self.text_bytes:
+            raise RequestError(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"`{field}` has {text} bytes of text; the model's context of {self.context} "
+                f"tokens cannot hold more than {self.text_bytes}",
+            )
 
     def _check_length(self, field: str, value: dict[str, Any] | list[Any]) -> None:
         if len(value) > self.list_entries:
             raise _refused(
                 f"`{field}` has a list or an object with {len(value)} entries; "
                 f"at most {self.list_entries} are allowed"
-            )
-
-    def _check_text(self, field: str, text: str) -> None:
-        # A character has at most four bytes.
-        if 4 * len(text) > self.text_bytes and _size(text) > self.text_bytes:
-            raise RequestError(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"`{field}` has {_size(text)} bytes of text; the model's context of {self.context} "
-                f"tokens cannot hold more than {self.text_bytes}",
             )
 
 
