@@ -27,6 +27,8 @@ def application() -> App:
             seen = [name, scope["path"], scope["raw_path"].decode()]
             await JSONResponse(seen)(scope, receive, send)
 
+        bounds = {"context_length": 16, "longest_token": 4, "vocabulary": 32}
+        answer.__dict__.update(bounds)
         return answer
 
     deployment = Deployment(

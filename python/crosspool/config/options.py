@@ -131,6 +131,32 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     queue_timeout: Annotated[float, Option(
         "Time for which a request may wait for admission before it is refused with status 429.",
         _REQUESTS, unit="s", least=0)] = 600.0
+    max_body_bytes: Annotated[int, Option(
+        "Largest body of a request; larger ones are refused with status 413.",
+        _REQUESTS, unit="bytes", least=1024)] = 8 << 20
+    max_json_values: Annotated[int, Option(
+        "Most values in the JSON of a request, beside as many as the longest context has tokens.",
+        _REQUESTS, least=1)] = 1 << 18
+    max_json_depth: Annotated[int, Option(
+        "Most objects and lists within each other in the JSON of a request.",
+        _REQUESTS, least=1)] = 64
+    max_list_entries: Annotated[int, Option(
+        "Most entries of a list or an object in a request, such as messages, tools, logit_bias or "
+        "stop_token_ids; prompts and their token ids have bounds of their own.",
+        _REQUESTS, least=1)] = 4096
+    max_samples: Annotated[int, Option(
+        "Most outputs of one request: its prompts times the samples of each.",
+        _REQUESTS, least=1)] = 1024
+    max_stop_bytes: Annotated[int, Option(
+        "Most bytes of all stop strings of a request together.",
+        _REQUESTS, unit="bytes", least=1)] = 4096
+    max_id_bytes: Annotated[int, Option(
+        "Most bytes of an id or a key in a request: rid, cache_salt, extra_key, user and the like.",
+        _REQUESTS, unit="bytes", least=1)] = 1024
+    max_logprobs: Annotated[int, Option(
+        "Most log-probabilities that one request may ask for, over all positions of its prompts "
+        "and outputs.",
+        _REQUESTS, least=1)] = 1 << 16
     random_seed: Annotated[int | None, Option(
         "Seed from which requests without a seed get theirs. If none is given, it is random.",
         _REQUESTS, sglang="random_seed")] = None
@@ -149,6 +175,15 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     port: Annotated[int, Option(
         "Port on which the server listens; 0 takes any free one.",
         _SERVER, least=0, most=65535, sglang="port")] = 30000
+    max_connections: Annotated[int, Option(
+        "Most connections that are open at once; further ones are refused with status 503.",
+        _SERVER, least=1)] = 4096
+    header_timeout: Annotated[float, Option(
+        "Time that a client has to send the header of a request before its connection is closed.",
+        _SERVER, unit="s", least=0.1)] = 10.0
+    body_timeout: Annotated[float, Option(
+        "Time that a client has to send the body of a request before its connection is closed.",
+        _SERVER, unit="s", least=0.1)] = 60.0
     watchdog_timeout: Annotated[float, Option(
         "Time after which a device that owes the result of a step counts as dead.",
         _SERVER, unit="s", least=1, sglang="watchdog_timeout")] = 300.0

@@ -7,21 +7,21 @@ from typing import Any
 
 from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 
-from crosspool.frontend import private
+from crosspool.frontend import private_routes
 
 
-@private.tells_of_stops
+@private_routes.tells_of_stops
 class Anthropic(AnthropicServing):
     """Serves one model's Anthropic routes."""
 
     def on_answer(self, answer: Any, stop: int | str | None) -> Any:
-        """What becomes of an answer; see :func:`private.tells_of_stops`."""
+        """What becomes of an answer; see :func:`private_routes.tells_of_stops`."""
         if isinstance(stop, str) and answer.stop_reason == "end_turn":
             answer.stop_reason, answer.stop_sequence = "stop_sequence", stop
         return answer
 
     def on_event(self, event: str, stop: int | str | None) -> str:
-        """What becomes of an event of a stream; see :func:`private.tells_of_stops`."""
+        """What becomes of an event of a stream; see :func:`private_routes.tells_of_stops`."""
         head, _, data = event.partition("\ndata: ")
         if not isinstance(stop, str) or head != "event: message_delta":
             return event

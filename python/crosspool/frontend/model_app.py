@@ -14,12 +14,15 @@ from sglang.srt.parser.template_detection import resolve_auto_parsers
 from starlette.exceptions import HTTPException
 
 from crosspool.config.deployment import Deployment
-from crosspool.frontend import model_context, private, responses_api
+from crosspool.frontend import model_context, private_routes, responses_api
 from crosspool.frontend.anthropic import Anthropic
 from crosspool.frontend.ollama import Ollama
 from crosspool.frontend.response_store import ResponseStore
 from crosspool.frontend.server_args import port_args, server_args
 from crosspool.frontend.tokenizer_manager import PooledTokenizerManager, native_api, shared_metrics
+
+_SMALL_BODY = 16 << 10
+"""Bytes of a body whose texts are tokenized within the event loop: it takes some milliseconds."""
 
 
 class ModelApp:
@@ -47,7 +50,13 @@ class ModelApp:
                 args, port_args(deployment, index), TokenizerManagerClass=PooledTokenizerManager
             )
             self.context_length = self.manager.context_len
-            self._module = private.http_server_copy(f"{__name__}.http_server_{index}")
+            """The longest sequence, in tokens."""
+            self.longest_token = self.manager.longest_token
+            """Length in bytes of the longest token in the vocabulary."""
+            self.vocabulary = self.manager.model_config.vocab_size
+            """Number of token ids."""
+            self._module = private_routes.http_server_copy(f"{__name__}.http_server_{index}")
+        self.manager.max_logprobs = deployment.max_logprobs
         self.manager.startup_time = {}
         self.manager.max_req_input_len = self.context_length - 1
         self._args = args
@@ -61,7 +70,7 @@ class ModelApp:
             "max_total_num_tokens": max_total_tokens,
         }
         with model_context.use(self._context):
-            private.set_state(self._module, self.manager, self._templates, info)
+            private_routes.set_state(self._module, self.manager, self._templates, info)
             app = self._module.app
             app.is_single_tokenizer_mode = True
             app.server_args = self._args
@@ -70,6 +79,7 @@ class ModelApp:
             app.state.ollama_serving = Ollama(self.manager)
             app.state.anthropic_serving = Anthropic(app.state.openai_serving_chat)
             self._keep_responses(app)
+            private_routes.take_work_elsewhere(self._module, self.manager.run_in_thread)
             self.manager.auto_create_handle_loop()
         self.manager.server_status = ServerStatus.Up
 
@@ -103,5 +113,11 @@ class ModelApp:
         native_api.set(scope["path"] == "/generate")
         if self._responses_handler is None and scope["path"].startswith("/v1/responses"):
             raise HTTPException(501, "/v1/responses needs openai-harmony, which is not installed")
+        private_routes.large_body.set(_has_large_body(scope))
         with model_context.use(self._context):
             await self._module.app(scope, receive, send)
+
+
+def _has_large_body(scope: Any) -> bool:
+    headers = dict(scope["headers"])
+    return int(headers.get(b"content-length", _SMALL_BODY + 1)) > _SMALL_BODY

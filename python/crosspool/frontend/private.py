@@ -7,27 +7,16 @@ of the package uses.
 
 from __future__ import annotations
 
-import copy
+import asyncio
 import functools
-import importlib.util
-import json
-import sys
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import aclosing
-from itertools import accumulate
+from collections.abc import Callable, Coroutine, Iterable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastapi.exceptions import RequestValidationError
 from sglang.srt import runtime_context
 from sglang.srt.managers import io_struct
 from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
-from sglang.srt.observability.func_timer import enable_func_timer
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-from starlette.middleware.cors import CORSMiddleware
-
-from crosspool.frontend import validation_errors
 
 if TYPE_CHECKING:
     from sglang.srt.managers.detokenizer_manager import DetokenizerManager
@@ -35,8 +24,6 @@ if TYPE_CHECKING:
     from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
 
 _Manager = TypeVar("_Manager", bound=type)
-_Handler = TypeVar("_Handler", bound=Any)
-_enable_func_timer_once = functools.cache(enable_func_timer)
 
 
 # --- messages
@@ -54,6 +41,16 @@ def refuse_pickles() -> None:
     """Switches this process from pickles to msgpack. SGLang reads its environment variable for
     that when it is imported, which is too late for a plugin."""
     io_struct._USE_PICKLE_IPC = False
+
+
+def run_at_once(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine that waits for nothing, in whichever thread this is called."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    coroutine.close()
+    raise RuntimeError(f"{coroutine} waits for something")
 
 
 # --- processes and managers
@@ -130,6 +127,43 @@ def tells_of_requests(manager: _Manager) -> _Manager:
     return manager
 
 
+def tokenizes_elsewhere(manager: _Manager) -> _Manager:
+    """Class decorator: has SGLang await the class's ``on_texts(texts, tokenize)`` for the token ids
+    of texts. ``tokenize`` computes them and may be called in any thread."""
+    tokenize = manager._tokenize_texts  # type: ignore[attr-defined]
+
+    async def elsewhere(self: Any, texts: Any, is_cross_encoder: bool = False) -> Any:
+        if self.async_dynamic_batch_tokenizer is not None:  # has a thread of its own
+            return await tokenize(self, texts, is_cross_encoder)
+
+        def now() -> Any:
+            return run_at_once(tokenize(self, texts, is_cross_encoder))
+
+        return await self.on_texts(texts, now)
+
+    manager._tokenize_texts = elsewhere  # type: ignore[attr-defined]
+    return manager
+
+
+def shows_messages(manager: _Manager) -> _Manager:
+    """Class decorator: has SGLang call the class's ``on_message(message)`` before it sends a
+    message to the scheduler. An error that it raises ends the request."""
+    send = manager._dispatch_to_scheduler  # type: ignore[attr-defined]
+    send_one = manager._send_one_request  # type: ignore[attr-defined]
+
+    def show(self: Any, message: Any) -> None:
+        self.on_message(message)
+        send(self, message)
+
+    async def give_way(self: Any, message: Any) -> None:
+        await asyncio.sleep(0)  # SGLang itself sends all samples of a request at one go
+        await send_one(self, message)
+
+    manager._dispatch_to_scheduler = show  # type: ignore[attr-defined]
+    manager._send_one_request = give_way  # type: ignore[attr-defined]
+    return manager
+
+
 def release(manager: TokenizerManager, rids: Iterable[str]) -> None:
     """Gives up what is left of these ids: those that the scheduler knows are aborted, the others
     are forgotten."""
@@ -160,162 +194,3 @@ def new_context() -> runtime_context.RuntimeContext:
 def replace_context(context: Any) -> None:
     """Puts ``context`` where SGLang's functions look for the process's runtime context."""
     runtime_context._CONTEXT = context
-
-
-# --- the HTTP application
-
-
-def http_server_copy(name: str) -> Any:
-    """A copy of SGLang's ``http_server`` module, whose application and state are module globals,
-    for one model. It neither warms up, serves /metrics nor adds CORS headers: CrossPool does so
-    once for all models."""
-    mend_routes()
-    from sglang.srt.entrypoints import http_server
-
-    assert http_server.__file__ is not None
-    spec = importlib.util.spec_from_file_location(name, http_server.__file__)
-    assert spec is not None and spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    module._wait_and_warmup = lambda **_: None
-    module.add_prometheus_middleware = lambda _: None
-    module.enable_func_timer = _enable_func_timer_once
-    app = module.app
-    app.user_middleware = [m for m in app.user_middleware if m.cls is not CORSMiddleware]
-    app.add_exception_handler(RequestValidationError, validation_errors.respond)
-    return module
-
-
-def tells_of_stops(handler: _Handler) -> _Handler:
-    """Class decorator for a handler of Anthropic's routes: has it call ``on_answer(answer, stop)``
-    for each answer, and ``on_event(event, stop)`` for each event of a stream, for what to send in
-    its place. ``stop`` is what OpenAI's route calls ``matched_stop``; in a stream it is None until
-    it is known."""
-    convert, stream = handler._convert_response, handler._generate_anthropic_stream
-
-    def answer(self: Any, chat: Any) -> Any:
-        stop = chat.choices[0].matched_stop if chat.choices else None
-        return self.on_answer(convert(self, chat), stop)
-
-    async def events(self: Any, *arguments: Any) -> AsyncIterator[str]:
-        chat = _ChatStream(self.openai_serving_chat)
-        listening = copy.copy(self)
-        listening.openai_serving_chat = chat
-        async with aclosing(stream(listening, *arguments)) as made:
-            async for event in made:
-                yield self.on_event(event, chat.stop)
-
-    handler._convert_response = answer
-    handler._generate_anthropic_stream = events
-    return handler
-
-
-class _ChatStream:
-    """A handler of OpenAI's chat route that remembers what stopped the one stream it makes."""
-
-    def __init__(self, handler: Any) -> None:
-        self.handler = handler
-        self.stop: int | str | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.handler, name)
-
-    async def _generate_chat_stream(self, *arguments: Any) -> AsyncIterator[str]:
-        async with aclosing(self.handler._generate_chat_stream(*arguments)) as lines:
-            async for line in lines:
-                if '"matched_stop":"' in line:
-                    (choice,) = json.loads(line.removeprefix("data: "))["choices"]
-                    self.stop = choice["matched_stop"]
-                yield line
-
-
-@functools.cache
-def mend_routes() -> None:
-    """Mends what SGLang's OpenAI routes do wrong, before the first copy of them is made."""
-    from sglang.srt.entrypoints.openai import serving_chat, serving_completions
-    from sglang.srt.entrypoints.openai.protocol import CompletionRequest
-    from sglang.srt.function_call import function_call_parser
-
-    _allow_no_tokens(CompletionRequest)
-    _lift_definitions(serving_chat, function_call_parser)
-    _tell_text_offsets(serving_completions)
-
-
-def _lift_definitions(*modules: Any) -> None:
-    """Has SGLang put ``$defs`` of a named tool's parameters at the root of the schema that it makes
-    around them, where references look for them; it does so for required tools alone."""
-    from sglang.srt.function_call import utils
-
-    constraint = utils.get_json_schema_constraint
-
-    def with_definitions(tools: Any, tool_choice: Any, *rest: Any, **named: Any) -> Any:
-        schema = constraint(tools, tool_choice, *rest, **named)
-        if schema is None or tool_choice == "required":
-            return schema
-        chosen = [tool for tool in tools if tool.function.name == tool_choice.function.name]
-        definitions = utils._get_tool_schema_defs(chosen)
-        return {**schema, "$defs": definitions} if definitions else schema
-
-    for module in modules:
-        module.get_json_schema_constraint = with_definitions
-
-
-def _allow_no_tokens(request: Any) -> None:
-    """Has ``/v1/completions`` take ``max_tokens: 0``, with which a client has its prompt echoed and
-    nothing generated. The scheduler refuses what is below."""
-    del request.__pydantic_decorators__.field_validators["validate_max_tokens_positive"]
-    request.model_rebuild(force=True)
-
-
-def _tell_text_offsets(completions: Any) -> None:
-    """Has ``/v1/completions`` say where in a choice's text each token begins, which SGLang leaves
-    at -1, and report the most likely tokens of nothing but the text's tokens."""
-    convert = completions.to_openai_style_logprobs
-
-    def converted(**arguments: Any) -> Any:
-        logprobs = convert(**arguments)
-        lengths = [len(token) for token in logprobs.tokens]
-        logprobs.text_offset = list(accumulate(lengths[:-1], initial=0)) if lengths else []
-        del logprobs.top_logprobs[len(lengths) :]
-        return logprobs
-
-    completions.to_openai_style_logprobs = converted
-    handler = completions.OpenAIServingCompletion
-    stream = handler._generate_completion_stream
-
-    async def streamed(self: Any, adapted: Any, request: Any, raw: Any) -> AsyncIterator[str]:
-        ends: Counter[int] = Counter()
-        async with aclosing(stream(self, adapted, request, raw)) as lines:
-            async for line in lines:
-                wanted = request.logprobs is not None and '"text_offset":[' in line
-                yield _moved_offsets(line, ends) if wanted else line
-
-    handler._generate_completion_stream = streamed
-
-
-def _moved_offsets(line: str, ends: Counter[int]) -> str:
-    """One piece of a stream, whose offsets count from its own start, with offsets in the whole
-    text; ``ends`` has the length so far of each choice's tokens."""
-    piece = json.loads(line.removeprefix("data: "))
-    for choice in piece["choices"]:
-        if logprobs := choice["logprobs"]:
-            start = ends[choice["index"]]
-            logprobs["text_offset"] = [start + offset for offset in logprobs["text_offset"]]
-            ends[choice["index"]] += sum(map(len, logprobs["tokens"]))
-    return f"data: {json.dumps(piece)}\n\n"
-
-
-def set_state(
-    module: Any, manager: TokenizerManager, templates: Any, scheduler_info: dict[str, Any]
-) -> None:
-    """Gives a copy from :func:`http_server_copy` what its routes serve from."""
-    module.set_global_state(
-        module._GlobalState(
-            tokenizer_manager=manager, template_manager=templates, scheduler_info=scheduler_info
-        )
-    )
-    from sglang.srt.entrypoints import v1_loads
-
-    # This one route looks for the state of the original module, which serves nobody.
-    module.app.dependency_overrides[v1_loads._get_tokenizer_manager] = lambda: manager

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import functools
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from contextvars import ContextVar
 from http import HTTPStatus
@@ -17,7 +19,7 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
 from starlette.background import BackgroundTasks
 
-from crosspool.frontend import loads, private, refusal
+from crosspool.frontend import field_types, loads, private, refusal
 from crosspool.frontend.messages import seed_of_sample
 from crosspool.frontend.request_ids import RequestIds
 
@@ -25,8 +27,15 @@ native_api: ContextVar[bool] = ContextVar("native_api", default=False)
 """Whether the current request came by SGLang's ``/generate`` and not by an OpenAI route: the two
 report errors differently."""
 
+_logprobs_left: ContextVar[list[int]] = ContextVar("logprobs_left")
+"""How many log-probabilities the current request may still ask for, as the list's one entry."""
+
 private.one_cpu_monitor(tokenizer_manager)
 
+_SHORT_TEXT = 4096
+"""Characters that are tokenized within the event loop: it takes about a millisecond."""
+_FREE_TOP_LOGPROBS = 20
+"""Top log-probabilities of output tokens that are not counted: as many as OpenAI allows."""
 _ABORT_AFTER_SECONDS = 2
 """Time that a request's generation has to end by itself once its response has."""
 
@@ -56,6 +65,8 @@ def _refused(message: str, status: int, retry_after: int | None = None) -> Excep
 @private.tells_of_ids
 @private.tells_of_requests
 @private.handles_aborts
+@private.shows_messages
+@private.tokenizes_elsewhere
 class PooledTokenizerManager(TokenizerManager):
     """Leaves signals and the end of the process to CrossPool, turns every abort that has a status
     into an HTTP error of that status, and lets a client abort its own request and no other."""
@@ -65,6 +76,16 @@ class PooledTokenizerManager(TokenizerManager):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._ids = RequestIds()
+        self._threads = ThreadPoolExecutor(1, "tokenizer")
+        self._token_texts: dict[int, str] = {}
+        self.max_logprobs = 0
+        """Most log-probabilities that one request may ask for."""
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Length in bytes of the longest token in the vocabulary."""
+        tokens = self.tokenizer.get_vocab() if self.tokenizer is not None else ()
+        return max((len(token.encode()) for token in tokens), default=1)
 
     def auto_create_handle_loop(self) -> None:
         if self.event_loop is None:
@@ -90,6 +111,9 @@ class PooledTokenizerManager(TokenizerManager):
     async def generate_request(
         self, obj: Any, request: fastapi.Request | None = None
     ) -> AsyncIterator[Any]:
+        _logprobs_left.set([self.max_logprobs])
+        if text := field_types.problem(obj):
+            raise _refused(text, HTTPStatus.BAD_REQUEST)
         obj.given_rid = obj.rid if isinstance(obj.rid, str) else None
         obj.noted_rids = []
         try:
@@ -133,6 +157,60 @@ class PooledTokenizerManager(TokenizerManager):
             message.sampling_params = copy.copy(params)
             message.sampling_params.sampling_seed = seed_of_sample(params.sampling_seed, sample)
 
+    async def on_texts(self, texts: str | list[str], tokenize: Callable[[], Any]) -> Any:
+        """Tokenizes long texts in a thread: it can take seconds. See
+        :func:`private.tokenizes_elsewhere`."""
+        if sum(map(len, [texts] if isinstance(texts, str) else texts)) <= _SHORT_TEXT:
+            return tokenize()
+        return await self.run_in_thread(tokenize)
+
+    async def run_in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Runs what can take seconds beside the event loop, one at a time for each model."""
+        run = contextvars.copy_context().run
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, run, function, *arguments)
+
+    def on_message(self, message: Any) -> None:
+        """Refuses what the scheduler could not decode, and more log-probabilities than an answer
+        may have; see :func:`private.shows_messages`."""
+        if isinstance(message, io_struct.TokenizedGenerateReqInput):
+            messages = [message]
+        elif isinstance(message, io_struct.BatchTokenizedGenerateReqInput):
+            messages = message.batch
+        else:
+            return
+        for one in messages:
+            if text := field_types.message_problem(one):
+                raise _refused(text, HTTPStatus.BAD_REQUEST)
+            left = _logprobs_left.get()
+            left[0] -= _logprobs(one, self.context_len)
+            if left[0] < 0:
+                text = (
+                    "`top_logprobs_num`, `token_ids_logprob`, `logprobs`: all positions of the "
+                    f"request together have more than {self.max_logprobs} log-probabilities "
+                    "(max_logprobs)"
+                )
+                raise _refused(text, HTTPStatus.BAD_REQUEST)
+
+    def detokenize_logprob_tokens(
+        self, token_logprobs_val: list[float], token_logprobs_idx: list[int], decode_to_text: bool
+    ) -> list[tuple[float, int, str | None]]:
+        """What SGLang's method returns. Texts of tokens are kept: it decodes each token anew, at
+        each position."""
+        texts: Callable[[int], str | None] = self._token_texts.get
+        if decode_to_text:
+            assert self.tokenizer is not None
+            new = list({token for token in token_logprobs_idx if token not in self._token_texts})
+            if new:
+                decoded = self.tokenizer.batch_decode([[token] for token in new])
+                self._token_texts.update(zip(new, decoded, strict=True))
+        else:
+            texts = _no_text
+        return [
+            (value, token, texts(token))
+            for value, token in zip(token_logprobs_val, token_logprobs_idx, strict=True)
+        ]
+
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
         """Ends the request that has this id, whether the client or SGLang gave it, or all."""
         if abort_all:
@@ -170,6 +248,26 @@ class PooledTokenizerManager(TokenizerManager):
         reason = {"type": "abort", "message": message, "status_code": status}
         for rid in list(self.rid_to_state):
             private.abort(self, io_struct.AbortReq(rid=rid, finished_reason=dict(reason)))
+
+
+def _no_text(token: int) -> None:
+    del token
+
+
+def _logprobs(message: io_struct.TokenizedGenerateReqInput, context: int) -> int:
+    """How many log-probabilities ``message`` asks for. Where ``context``, the model's longest
+    sequence in tokens, is the only bound of its output, no more can be known of that."""
+    if not message.return_logprob:
+        return 0
+    prompt = len(message.input_ids or ())
+    start: int = message.logprob_start_len
+    limit: int | None = message.sampling_params.max_new_tokens
+    at_position: int = 1 + max(message.top_logprobs_num, 0) + len(message.token_ids_logprob or ())
+    room = max(context - prompt, 0)
+    outputs = room if limit is None else min(limit, room)
+    if at_position <= 1 + _FREE_TOP_LOGPROBS:
+        outputs = 0
+    return at_position * (outputs + (max(prompt - start, 0) if start >= 0 else 0))
 
 
 def _shared(make: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,9 +24,11 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from crosspool.config.deployment import Deployment
+from crosspool.server.body import Bodies
 from crosspool.server.errors import JSON, RequestError, handle_error
 from crosspool.server.gate import Gate
 from crosspool.server.keys import Keys
+from crosspool.server.request_bounds import Bounds
 from crosspool.server.routes import RouteRule, split
 from crosspool.transport import admin
 from crosspool.transport.inspection import DeviceCounters, Status
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 64 << 20
 DEFAULT_MODEL = "default"
 """The name that SGLang's own clients give to the model of a server that has one."""
 
@@ -68,10 +69,6 @@ class State:
     draining: bool = False
     in_flight: int = 0
     """Number of requests that models' applications are working on."""
-
-
-class _NamedModel(msgspec.Struct):
-    model: Any = None
 
 
 class _Abort(msgspec.Struct):
@@ -109,6 +106,8 @@ class App(Starlette):
         )
         self.router.default = self._to_model
         self.router.redirect_slashes = False
+        self._deployment = deployment
+        self._bodies = Bodies(deployment)
         self._sglang_metrics = bool(deployment.sglang.get("enable_metrics"))
         self._state = state
         self._scheduler = scheduler
@@ -211,34 +210,34 @@ class App(Starlette):
         self._check_serving()
         request = Request(scope, receive)
         inner = _inner(scope)
+        models = self._state.models
+        longest_context = max(model.context_length for model in models.values())
+        body = await self._bodies.read(request, longest_context)
         name: Any = None
-        body: bytes | None = None
         if inner["path"].startswith("/m/"):
             name, path = split(inner["path"].removeprefix("/m/"), self._names)
             inner |= {"path": path, "raw_path": path.encode()}
         elif request.method in ("POST", "PUT"):
-            body = await _read(request)
-            name = _model_in(body, request.headers.get("content-type", ""))
+            name = body.model
         if name is None:
             name = request.query_params.get("model") or self._worker_on(inner["path"])
         if rule.path == "/abort_request":
-            body = self._one_abort(await _read(request) if body is None else body, scope)
+            body.raw = self._one_abort(body.raw, scope)
 
-        models = self._state.models
         if name is None and rule.answerer == "every model":
-            if body is None:
-                body = await _read(request)
             *others, last = models.values()
             for model in others:
-                await model(dict(inner), _replay(body, receive), _ignore)
+                await model(dict(inner), body.replay(receive), _ignore)
             name = last.name
         elif name in (None, "", DEFAULT_MODEL) and name not in models:
             name = self._names[0]
         if name not in models:
             raise _unknown_model(name)
-        if body is not None:
-            receive = _replay(body, receive)
-        await self._serve(models[name], inner, receive, send)
+        model = models[name]
+        await self._bodies.check(body, Bounds.of(self._deployment, model))
+        if body.raw:
+            receive = body.replay(receive)
+        await self._serve(model, inner, receive, send)
 
     def _worker_on(self, path: str) -> str | None:
         """The model that generates the response which ``path`` names, in the background."""
@@ -268,47 +267,6 @@ def _inner(scope: Scope) -> dict[str, Any]:
     """A request's scope for an application behind this one, without what this one has added."""
     added = ("app", "router", "route", "endpoint", "path_params", "starlette.exception_handlers")
     return {key: value for key, value in scope.items() if key not in (*added, "rule")}
-
-
-async def _read(request: Request) -> bytes:
-    """The whole body."""
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestError(413, f"the body is larger than {MAX_BODY_BYTES >> 20} MiB")
-    return bytes(body)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """``receive`` for an application behind this one: the body that was read, then what the client
-    sends."""
-    unread = [body]
-
-    async def replayed() -> Message:
-        if unread:
-            return {"type": "http.request", "body": unread.pop(), "more_body": False}
-        return await receive()
-
-    return replayed
-
-
-def _model_in(body: bytes, content_type: str) -> str | None:
-    """The ``model`` that a body names. Raises RequestError for a body that is said to be JSON and
-    is not, or that is no object."""
-    if not body.strip():
-        return None
-    try:
-        name = msgspec.json.decode(body, type=_NamedModel).model
-    except msgspec.ValidationError:
-        raise RequestError(400, "the body must be a JSON object") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        if "json" not in content_type:
-            return None
-        raise RequestError(400, f"the body is not valid JSON: {error}") from None
-    if name is not None and not isinstance(name, str):
-        raise RequestError(400, "`model` must be a string", param="model")
-    return name
 
 
 def _unknown_model(name: str) -> RequestError:

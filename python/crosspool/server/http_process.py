@@ -24,8 +24,8 @@ from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.process import freeze_heap
 from crosspool.frontend import compat
 from crosspool.frontend.response_store import ResponseStore
+from crosspool.server import connections
 from crosspool.server.app import App, State
-from crosspool.server.lingering import LingeringProtocol
 from crosspool.transport import admin
 
 if TYPE_CHECKING:
@@ -73,12 +73,12 @@ class HttpProcess:
         server = _Server(
             uvicorn.Config(
                 self._app,
-                http=LingeringProtocol,
                 ws="none",
                 log_level=level,
                 log_config=None,
                 access_log=level == "debug",
                 lifespan="off",
+                http=connections.protocol(self._deployment),
                 timeout_keep_alive=_KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=_LINGER_SECONDS,
             )

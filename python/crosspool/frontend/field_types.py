@@ -1,0 +1,133 @@
+"""Types of what a request brings, checked by the structs that the scheduler decodes.
+
+The scheduler cannot answer a message that it cannot decode, so what does not fit is refused here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+from sglang.srt.managers import io_struct
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from crosspool.frontend import private
+
+_INTERNAL = (
+    "is_normalized",
+    "stop_regex_max_len",
+    "stop_regex_strs",
+    "stop_str_max_len",
+    "stop_strs",
+)
+"""Fields of SamplingParams that SGLang fills in itself."""
+_SAMPLING = {
+    field.name: field.type
+    for field in msgspec.structs.fields(SamplingParams)
+    if field.name not in _INTERNAL
+}
+_SESSION = frozenset(io_struct.SessionParams.__struct_fields__)
+_PER_PROMPT = (
+    "bootstrap_host",
+    "bootstrap_port",
+    "bootstrap_room",
+    "custom_logit_processor",
+    "logprob_start_len",
+    "lora_path",
+    "return_logprob",
+    "return_sampling_mask",
+    "sampling_logprobs_mode",
+    "sampling_params",
+    "top_logprobs_num",
+)
+"""Fields of a request that may be lists with one entry for each prompt."""
+_INDEX = re.compile(r"\$\[(\d+)\](?:\[(\d+)\])?")
+
+
+def problem(request: io_struct.GenerateReqInput | io_struct.EmbeddingReqInput) -> str | None:
+    """The first thing in ``request`` that has a wrong type or length; None where all fits."""
+    if isinstance(request, io_struct.EmbeddingReqInput):
+        return "the model generates text; it has no embeddings, classes or scores of its own"
+    if request.input_embeds is not None:
+        return "`input_embeds` is not supported"
+    if (text := _prompt_problem(request)) is not None:
+        return text
+    for name in request.session_params or ():
+        if name not in _SESSION:
+            return f"`session_params` has no field {name!r}"
+    prompts = _prompts(request)
+    for name in _PER_PROMPT:
+        value = getattr(request, name)
+        if not isinstance(value, list) or len(value) == prompts:
+            continue
+        if prompts is None:
+            return f"`{name}` must not be a list where there is a single prompt"
+        return f"`{name}` has {len(value)} entries for {prompts} prompts"
+    given = request.sampling_params
+    for params in given if isinstance(given, list) else [given or {}]:
+        for text in _sampling_problems(params):
+            return text
+    return None
+
+
+def _prompt_problem(request: io_struct.GenerateReqInput) -> str | None:
+    if request.text is not None and request.input_ids is not None:
+        return "a request has either `text` or `input_ids`, not both"
+    name = "input_ids" if request.text is None else "text"
+    value = getattr(request, name)
+    if value is None:
+        return "`text` or `input_ids` is missing"
+    if not value or not all(isinstance(one, int) or one for one in value):
+        return f"`{name}` must have at least one token, in every prompt"
+    if isinstance(value, list) and len({isinstance(one, int) for one in value}) > 1:
+        return f"`{name}` must be one list of integers, or a list of such lists"
+    if request.sampling_params == []:
+        return "`sampling_params` must be an object, or a list with one for each prompt"
+    return None
+
+
+def _prompts(request: io_struct.GenerateReqInput) -> int | None:
+    """Number of prompts in a list; None for one that is in no list."""
+    prompts = request.input_ids if request.text is None else request.text
+    if isinstance(prompts, str) or not prompts or isinstance(prompts[0], int):
+        return None
+    return len(prompts)
+
+
+def _sampling_problems(params: dict[str, Any]) -> Iterator[str]:
+    for name, value in params.items():
+        if name not in _SAMPLING:
+            yield f"`sampling_params` has no field {name!r}"
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            yield f"`{name}` must be an integer of 64 bits"
+        elif value is not None:
+            try:
+                msgspec.convert(value, _SAMPLING[name])
+            except msgspec.ValidationError as error:
+                yield f"`{name}`: {error}"
+
+
+def message_problem(message: Any) -> str | None:
+    """Why the scheduler could not decode ``message``; None where it can."""
+    try:
+        private.decode(io_struct.msgpack_encode(message))
+    except OverflowError:
+        return "a number in the request has more than 64 bits"
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
+        return f"{_field(str(error))}: {str(error).partition(' - at ')[0]}"
+    return None
+
+
+def _field(error: str) -> str:
+    """The field that an error of msgspec is about, which numbers the fields of such a message from
+    its type on."""
+    found = _INDEX.search(error)
+    if found is None:
+        return "the request"
+    fields = io_struct.TokenizedGenerateReqInput.__struct_fields__
+    name = fields[int(found[1]) - 1]
+    if name == "sampling_params" and found[2]:
+        name = SamplingParams.__struct_fields__[int(found[2])]
+    return f"`{name}`"
