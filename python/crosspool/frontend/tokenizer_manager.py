@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -18,12 +19,15 @@ from starlette.background import BackgroundTasks
 
 from crosspool.frontend import private, refusal
 from crosspool.frontend.request_ids import RequestIds
+from crosspool.observability.bounded_log import BoundedLog
 
 native_api: ContextVar[bool] = ContextVar("native_api", default=False)
 """Whether the current request came by SGLang's ``/generate`` and not by an OpenAI route: the two
 report errors differently."""
 
+log = BoundedLog(logging.getLogger(__name__))
 private.one_cpu_monitor(tokenizer_manager)
+private.bounded_messages(tokenizer_manager)
 
 _ABORT_AFTER_SECONDS = 2
 """Time that a request's generation has to end by itself once its response has."""
@@ -68,6 +72,17 @@ class PooledTokenizerManager(TokenizerManager):
             self.event_loop = asyncio.get_running_loop()
             loop = tokenizer_manager.print_exception_wrapper(self.handle_loop)
             self.asyncio_tasks.add(self.event_loop.create_task(loop))
+
+    async def handle_loop(self) -> None:
+        """Takes what scheduler and detokenizer send. What is no message of theirs is dropped; in
+        SGLang it ends the process."""
+        while True:
+            frames = await self.recv_from_detokenizer.recv_multipart()
+            try:
+                (frame,) = frames
+                await private.take_output(self, private.decode(frame))
+            except Exception as error:
+                log.error("dropped what is no message of the scheduler's: %s", error)
 
     async def on_abort(
         self, out: dict[str, Any], state: Any, is_stream: bool
