@@ -53,7 +53,13 @@ class AttachedFrontEnd:
             socket = self._sockets[name] = self._context.socket(kind)
             socket.setsockopt(zmq.LINGER, 0)
             socket.bind(addresses[name])
-        admin.attach(admin_address, model=model, **addresses)
+        admin.attach(
+            admin_address,
+            model=model,
+            scheduler_input=addresses["scheduler_input"],
+            tokenizer=addresses["tokenizer"],
+            detokenizer=addresses["detokenizer"],
+        )
 
     def send(self, *frames: bytes) -> None:
         """Sends one message. Raises zmq.Again when it cannot leave within 30 s."""

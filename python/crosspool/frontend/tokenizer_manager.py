@@ -66,6 +66,7 @@ class PooledTokenizerManager(TokenizerManager):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._ids = RequestIds()
+        self._failure: tuple[str, int] | None = None
 
     def auto_create_handle_loop(self) -> None:
         if self.event_loop is None:
@@ -116,6 +117,8 @@ class PooledTokenizerManager(TokenizerManager):
     def on_ids(self, obj: Any) -> None:
         """Notes ids that SGLang is about to take, or refuses them; see
         :func:`private.tells_of_ids`."""
+        if self._failure is not None:
+            raise _refused(*self._failure)
         prompt: str | None = getattr(obj, "sampled_rid", None)
         if prompt is not None:
             if self._ids.is_aborted(prompt):
@@ -157,10 +160,17 @@ class PooledTokenizerManager(TokenizerManager):
         return tasks
 
     def fail_all(self, message: str, status: int) -> None:
-        """Ends every request with an error. For when the scheduler can no longer finish them."""
+        """Ends every request with an error, and every later one until :meth:`resume`. For when
+        they cannot be finished now."""
+        self._failure = message, status
         reason = {"type": "abort", "message": message, "status_code": status}
         for rid in list(self.rid_to_state):
+            super().abort_request(rid)  # a scheduler that comes back is not to go on with it
             private.abort(self, io_struct.AbortReq(rid=rid, finished_reason=dict(reason)))
+
+    def resume(self) -> None:
+        """Takes requests again after :meth:`fail_all`."""
+        self._failure = None
 
 
 def _shared(make: Callable[..., Any]) -> Callable[..., Any]:
