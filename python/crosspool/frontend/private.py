@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+import time
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, Union
@@ -20,7 +21,6 @@ from sglang.srt import runtime_context
 from sglang.srt.managers import io_struct
 from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
 from sglang.srt.observability.func_timer import enable_func_timer
-from sglang.srt.observability.req_time_stats import real_time
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.utils import msgpack_utils
 
@@ -122,7 +122,7 @@ async def take_output(manager: TokenizerManager, message: Any) -> None:
         await manager._handle_batch_output(message)
     else:
         manager._result_dispatcher(message)
-    manager.last_receive_tstamp = real_time()
+    manager.last_receive_tstamp = time.time()
     manager.soft_watchdog.feed()
 
 

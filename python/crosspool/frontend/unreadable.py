@@ -29,7 +29,7 @@ _SIZES = {
     **{0xD9: (1, 0), 0xDA: (2, 0), 0xDB: (4, 0)},  # str
     **{0xDC: (2, 0), 0xDD: (4, 0), 0xDE: (2, 0), 0xDF: (4, 0)},  # array, map
 }
-"""Of each first byte of a value: bytes of the length that follows, and further bytes."""
+"""What follows the first byte of a value: number of bytes of its length, and of further bytes."""
 
 
 class _Walk:
