@@ -81,7 +81,9 @@ supervisor = Supervisor(
     is_ready=lambda: log.exists() and log.read_text().count("start") == sum(map(len, stages)),
     on_ready=lambda: note("ready"),
     on_loss=lambda loss: note(f"lost {loss.spec.device}: {loss.cause}"),
+    on_stop=lambda spec, stopped: note(f"{spec.name} {'stopped' if stopped else 'continued'}"),
     say=lambda text: note(f"say {text}"),
+    watchdog_timeout=1.5,
     failure_grace=float(sys.argv[3]),
     drain_timeout=1.0,
 )
@@ -118,9 +120,9 @@ class Run:
     def log(self) -> list[str]:
         return self.log_file.read_text().splitlines() if self.log_file.exists() else []
 
-    def wait_for(self, line: str) -> None:
+    def wait_for(self, line: str, times: int = 1) -> None:
         deadline = time.monotonic() + 20
-        while line not in self.log:
+        while self.log.count(line) < times:
             assert time.monotonic() < deadline, f"{line} not in {self.log}"
             time.sleep(0.02)
         self.look()
@@ -203,6 +205,40 @@ def test_loss_before_ready_stops_at_once(run) -> None:
     server = run("http silent;device dies 2", grace=600.0)
     assert server.end() == 2
     assert "ready" not in server.log
+
+
+def find(server: Run, name: str) -> psutil.Process:
+    server.look()
+    (found,) = [p for p in server.seen.values() if name in p.cmdline()]
+    return found
+
+
+def test_a_stopped_process_that_continues_is_told_of_and_not_lost(run) -> None:
+    server = run("http;device")
+    server.wait_for("ready")
+    device = find(server, "device")
+    for times in (1, 2):
+        device.send_signal(signal.SIGSTOP)
+        server.wait_for("device stopped", times)
+        device.send_signal(signal.SIGCONT)
+        server.wait_for("device continued", times)
+    time.sleep(1.6)
+    assert server.process.poll() is None
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+
+
+@pytest.mark.parametrize("name", ["http", "device"])
+def test_a_process_that_stays_stopped_ends_the_others_and_itself(run, name: str) -> None:
+    """Within the watchdog's time and the grace, and although it does not take SIGTERM."""
+    server = run("http;device", grace=0.5)
+    server.wait_for("ready")
+    began = time.monotonic()
+    find(server, name).send_signal(signal.SIGSTOP)
+    assert server.end() == 1
+    assert 1.4 < time.monotonic() - began < 10
+    assert f"say {name} was stopped by a signal and did not continue in time" in server.log
+    assert not server.orphans()
 
 
 def test_stubborn_process_is_killed_after_the_drain_timeout(run) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import threading
 import time
+import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -79,3 +83,88 @@ def test_killed_launcher_leaves_nothing_behind() -> None:
         server.process.wait(10)
         _, alive = psutil.wait_procs(family, timeout=10)
         assert not alive
+
+
+def stream(server: Server, model: str, seen: list[str], begun: threading.Event) -> None:
+    """Reads a long completion's stream into ``seen`` to its end, whatever that is."""
+    body = {"model": model, "prompt": "x", "max_tokens": 3500, "stream": True, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        for line in answer:
+            seen.append(line.decode())
+            begun.set()
+
+
+@contextlib.contextmanager
+def streaming(server: Server) -> Iterator[tuple[list[str], threading.Thread]]:
+    """A stream that has begun, and the thread that reads it."""
+    seen: list[str] = []
+    begun = threading.Event()
+    thread = threading.Thread(target=stream, args=(server, TINY_MODELS[0], seen, begun))
+    thread.start()
+    assert begun.wait(60)
+    yield seen, thread
+    thread.join(60)
+
+
+def assert_ended_with_error(seen: list[str]) -> None:
+    events = [line.removeprefix("data: ") for line in seen if line.startswith("data: ")]
+    errors = [json.loads(event) for event in events if '"error"' in event]
+    assert len(errors) == 1, events[-3:]
+    assert errors[0]["error"]["code"] == 503, errors
+
+
+def seconds_until(server: Server, status: int, limit: float) -> float:
+    began = time.monotonic()
+    while server.status("/health") != status:
+        assert time.monotonic() - began < limit, server.log
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("name", ["scheduler", "detokenizer"])
+def test_a_lost_process_is_answered_503_at_once_and_ends_the_server(name: str) -> None:
+    flags = [*SMALL, "--failure-grace", "3"]
+    with Server(flags, models=TINY_MODELS[:1]) as server:
+        family, victim = server.processes(), server.find(f"crosspool::{name}")
+        with streaming(server) as (seen, thread):
+            victim.kill()
+            killed = time.monotonic()
+            assert seconds_until(server, 503, 5) < 1.5
+            thread.join(5)
+            assert not thread.is_alive() and time.monotonic() - killed < 3
+        assert_ended_with_error(seen)
+        status, answer = server.post("/v1/completions", {"model": TINY_MODELS[0], "prompt": "x"})
+        assert status == 503 and f"{name} was killed by SIGKILL" in answer["error"]["message"]
+        assert server.process.wait(20) == 1
+        assert time.monotonic() - killed < 15
+        _, alive = psutil.wait_procs(family, timeout=5)
+        assert not alive
+
+
+def test_a_stopped_process_is_answered_503_until_it_continues_or_ends_the_server() -> None:
+    flags = [*SMALL, "--failure-grace", "1", "--watchdog-timeout", "15"]
+    with Server(flags, models=TINY_MODELS[:1]) as server:
+        for name in ("scheduler", "detokenizer"):
+            victim = server.find(f"crosspool::{name}")
+            with streaming(server) as (seen, thread):
+                victim.suspend()
+                stopped = time.monotonic()
+                assert seconds_until(server, 503, 5) < 1.5
+                thread.join(8)
+                assert not thread.is_alive() and time.monotonic() - stopped < 5
+            assert_ended_with_error(seen)
+            victim.resume()
+            assert seconds_until(server, 200, 10) < 5
+            body = {"model": TINY_MODELS[0], "prompt": "x", "max_tokens": 5}
+            status, answer = server.post("/v1/completions", body)
+            assert status == 200, answer
+        server.find("crosspool::scheduler").suspend()
+        stopped = time.monotonic()
+        assert server.process.wait(40) == 1
+        assert 14 < time.monotonic() - stopped < 30
+        assert "scheduler was stopped by a signal and did not continue in time" in server.log

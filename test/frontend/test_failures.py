@@ -24,6 +24,7 @@ def server(script: Callable[[int, list[int], int], int]) -> Iterator[FrontEndSer
     made = deployment(
         max_running_requests=1,
         max_queued_requests=1,
+        failure_grace=120.0,
         sglang={"api_key": KEY, "admin_api_key": ADMIN_KEY, "enable_metrics": True},
     )
     running = FrontEndServer(made, script, start_devices=False)
@@ -209,3 +210,26 @@ def test_a_lost_device_is_503(server: FrontEndServer) -> None:
 
 def test_every_process_ends_with_0(server: FrontEndServer) -> None:
     assert server.stop() == {"http": 0, "scheduler": 0, "detokenizer": 0}
+
+
+def test_a_silent_device_ends_the_server_within_watchdog_and_grace(
+    script: Callable[[int, list[int], int], int],
+) -> None:
+    made = deployment(watchdog_timeout=1.0, failure_grace=1.0)
+    running = FrontEndServer(made, script)
+    try:
+        running.wait_ready()
+        (device,) = running.devices
+        device.step_seconds = 600.0
+        began = time.monotonic()
+        status, answer, _ = running.request("/v1/completions", COMPLETION)
+        assert status == 503 and "has not finished step" in answer["error"]["message"]
+        while running.request("/health")[0] == 200:
+            assert time.monotonic() - began < 10
+        status, answer, _ = running.request("/health")
+        assert status in (0, 503)
+        assert running.processes["http"].wait(20) == 1
+        assert 2.0 <= time.monotonic() - began < 20
+        assert "the http process ends: attention rank 0" in running.log.read_text()
+    finally:
+        running.stop()

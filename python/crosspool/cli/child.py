@@ -69,6 +69,12 @@ class Child:
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self.pid, flags) is not None
 
+    def is_stopped(self) -> bool:
+        """Whether a signal has stopped it, as SIGSTOP does, and none has had it continue."""
+        if self.has_ended():
+            return False
+        return os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+
     def signal(self, number: signal.Signals) -> None:
         if not self.has_ended():
             os.kill(self.pid, number)

@@ -22,7 +22,7 @@ from crosspool.config.process import allow_descriptors, set_title
 from crosspool.config.runtime_dir import RuntimeDir
 from crosspool.config.sizes import format_size
 from crosspool.observability.pools_table import make_console, pools_tables
-from crosspool.transport import admin, links
+from crosspool.transport import admin, links, notices
 
 _CHECK_SECONDS = 2.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -51,8 +51,10 @@ def launch(options: Options) -> int:
             forked=front,
             is_ready=face.is_ready,
             on_ready=face.greet,
-            on_loss=face.tell_scheduler,
+            on_loss=face.tell_of_loss,
+            on_stop=face.tell_of_stop,
             say=face.say,
+            watchdog_timeout=deployment.watchdog_timeout,
             failure_grace=deployment.failure_grace,
             drain_timeout=deployment.drain_timeout,
         )
@@ -127,6 +129,7 @@ class _Face:
         self._console = make_console()
         self._began = time.monotonic()
         self._ready_devices: set[str] = set()
+        self._http = notices.Teller(deployment.notice_address)
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(deployment.host, deployment.host)
         self._url = f"http://{f'[{host}]' if ':' in host else host}:{deployment.port}"
         self._scheduler_answers = False
@@ -192,12 +195,18 @@ class _Face:
             soft_wrap=True,
         )
 
-    def tell_scheduler(self, loss: Loss) -> None:
-        """Tells the scheduler of a lost device, so that it ends with 503 every request that needed
-        the device."""
+    def tell_of_loss(self, loss: Loss) -> None:
+        """Tells the HTTP process of a loss, so that no client waits, and the scheduler of a lost
+        device, so that it ends with 503 every request that needed the device."""
+        self._http.tell(notices.Lost(cause=loss.cause))
         if loss.spec.device is None:
             return
         try:
             admin.rank_gone(self._deployment.admin_address, loss.spec.device, loss.cause)
         except admin.AdminError as error:
             self.say(f"the scheduler cannot be told of this loss: {error}")
+
+    def tell_of_stop(self, spec: ProcessSpec, stopped: bool) -> None:
+        """Tells the HTTP process that a signal has stopped a process, or that it continues."""
+        notice = notices.Stopped if stopped else notices.Continued
+        self._http.tell(notice(process=spec.name))

@@ -20,13 +20,16 @@ _STOP_SECONDS = 15.0
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A process that ended although nobody had asked it to end."""
+    """A process that ended although nobody had asked it to end, or that does nothing any more."""
 
     spec: ProcessSpec
-    status: int
+    status: int | None
+    """Its exit status; None if a signal has stopped it, for too long."""
 
     @property
     def cause(self) -> str:
+        if self.status is None:
+            return f"{self.spec.name} was stopped by a signal and did not continue in time"
         if self.status < 0:
             return f"{self.spec.name} was killed by {signal.Signals(-self.status).name}"
         return f"{self.spec.name} exited with status {self.status}"
@@ -41,8 +44,10 @@ class Supervisor:
     ``is_ready`` is called again and again until it returns True; then ``on_ready`` is called once.
     A loss before that ends all processes, unless ``is_ready``, called at once, returns True.
     ``on_loss`` is called for every process that is lost later; the others then go on for
-    ``failure_grace`` seconds, unless the lost one was of the first stage. When they are stopped,
-    the first stage gets ``drain_timeout`` seconds to end. ``say`` prints a line for the user."""
+    ``failure_grace`` seconds, unless the lost one was of the first stage. ``on_stop`` is called
+    when a signal stops a process after that, and when it continues; one that stays stopped for
+    ``watchdog_timeout`` seconds counts as lost. When the processes are stopped, the first stage
+    gets ``drain_timeout`` seconds to end. ``say`` prints a line for the user."""
 
     def __init__(
         self,
@@ -53,7 +58,9 @@ class Supervisor:
         is_ready: Callable[[], bool],
         on_ready: Callable[[], None],
         on_loss: Callable[[Loss], None],
+        on_stop: Callable[[ProcessSpec, bool], None],
         say: Callable[[str], None],
+        watchdog_timeout: float,
         failure_grace: float,
         drain_timeout: float,
     ) -> None:
@@ -64,10 +71,14 @@ class Supervisor:
         self._is_ready = is_ready
         self._on_ready = on_ready
         self._on_loss = on_loss
+        self._on_stop = on_stop
         self._say = say
+        self._watchdog_timeout = watchdog_timeout
         self._failure_grace = failure_grace
         self._drain_timeout = drain_timeout
         self._children: list[list[Child]] = [[] for _ in stages]
+        self._stopped: dict[str, float] = {}
+        """When each process was stopped that a signal has stopped, by name."""
         self._signals = 0
 
     def run(self) -> int:
@@ -120,18 +131,35 @@ class Supervisor:
                 if ready:
                     self._on_ready()
                 next_check = time.monotonic() + _CHECK_SECONDS
+            if ready:
+                self._look_for_stopped()
             time.sleep(_POLL_SECONDS)
         return losses
 
     def _new_losses(self, known: Sequence[Loss]) -> list[Loss]:
         lost = self._adopt_forked()
         names = {loss.spec.name for loss in known}
-        return lost + [
-            Loss(spec=child.spec, status=child.reap())
-            for stage in self._children
-            for child in stage
-            if child.spec.name not in names and child.has_ended()
-        ]
+        now = time.monotonic()
+        for child in (child for stage in self._children for child in stage):
+            if child.spec.name in names:
+                continue
+            if child.has_ended():
+                lost.append(Loss(spec=child.spec, status=child.reap()))
+            elif now - self._stopped.get(child.spec.name, now) >= self._watchdog_timeout:
+                lost.append(Loss(spec=child.spec, status=None))
+        return lost
+
+    def _look_for_stopped(self) -> None:
+        for child in (child for stage in self._children for child in stage):
+            name, stopped = child.spec.name, child.is_stopped()
+            if stopped and name not in self._stopped:
+                self._stopped[name] = time.monotonic()
+            elif not stopped and name in self._stopped:
+                del self._stopped[name]
+            else:
+                continue
+            self._say(f"{name} {'was stopped by a signal' if stopped else 'continues'}")
+            self._on_stop(child.spec, stopped)
 
     def _adopt_forked(self) -> list[Loss]:
         """Takes over the forked processes once the fork server has ended; returns its loss if it
@@ -156,6 +184,7 @@ class Supervisor:
             deadline = time.monotonic() + (first_stage_seconds if index == 0 else _STOP_SECONDS)
             for child in stage:
                 child.signal(signal.SIGTERM)
+                child.signal(signal.SIGCONT)
             while not all(child.has_ended() for child in stage):
                 if self._signals > signals:
                     return

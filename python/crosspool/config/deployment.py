@@ -67,6 +67,11 @@ class Deployment(Options, frozen=True, kw_only=True):
         return Path(self.runtime_dir) / "http-admin"
 
     @property
+    def notice_address(self) -> str:
+        """PULL of the HTTP process for what the launcher tells it of the other processes."""
+        return f"ipc://{self.runtime_dir}/notices"
+
+    @property
     def keys(self) -> tuple[str | None, str | None]:
         """The ordinary key and the admin key that clients must send, where they are set."""
         return self.sglang.get("api_key"), self.sglang.get("admin_api_key")

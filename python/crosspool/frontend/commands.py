@@ -13,8 +13,8 @@ from sglang.srt.managers import io_struct as io
 
 from crosspool.frontend.control_requests import FLUSHED, FORWARDED, NO_CACHE, REPLIES, WITHOUT_REPLY
 from crosspool.frontend.front_end import FrontEnd
-from crosspool.frontend.messages import OpenRequest, finish_reason, to_request
-from crosspool.scheduler.request import Finish, GenerateRequest
+from crosspool.frontend.messages import OpenRequest, to_request
+from crosspool.scheduler.request import GenerateRequest
 from crosspool.transport.inspection import ModelStatus
 
 log = logging.getLogger(__name__)
@@ -25,8 +25,13 @@ class Generate:
 
     def __init__(self, message: io.TokenizedGenerateReqInput, stream_interval: int) -> None:
         self._message = message
-        self.opened = OpenRequest.of(message, stream_interval)
+        self._stream_interval = stream_interval
+        self.rid = message.rid
+        """None in a message that is not SGLang's own."""
+
+    def opened(self) -> OpenRequest:
         """What the way back needs to know about the request."""
+        return OpenRequest.of(self._message, self._stream_interval)
 
     def request(self, model: int, seed: int) -> GenerateRequest:
         """``seed`` serves a request that brings none. Raises ValueError, with a text for the
@@ -93,14 +98,19 @@ def _reply(front_end: FrontEnd, message: Any) -> None:
         front_end.to_detokenizer(message)
     elif kind not in WITHOUT_REPLY:
         log.error("refused %s for model %d: it is not supported", kind.__name__, front_end.model)
-        for rid in getattr(message, "rids", None) or [message.rid]:
-            refuse(front_end, rid, f"{kind.__name__} is not supported")
+        for rid in _rids(message):
+            front_end.refuse(rid, f"{kind.__name__} is not supported")
 
 
-def refuse(front_end: FrontEnd, rid: str, text: str) -> None:
-    """Ends a request that the scheduler never took, with status 400."""
-    reason = finish_reason(Finish(kind="abort", message=text, status=400), 0)
-    front_end.to_tokenizer(io.AbortReq(rid=rid, finished_reason=reason))
+def _rids(message: Any) -> list[str]:
+    """The ids that a message names. Batches that SGLang's tokenizer manager sends have theirs in
+    the messages that they consist of."""
+    found = [
+        getattr(message, "rid", None),
+        *(getattr(message, "rids", None) or []),
+        *(one.rid for one in getattr(message, "batch", None) or []),
+    ]
+    return [rid for rid in found if isinstance(rid, str)]
 
 
 def tell_state(front_end: FrontEnd, state: ModelStatus) -> None:

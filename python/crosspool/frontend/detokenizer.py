@@ -8,23 +8,31 @@ from __future__ import annotations
 import logging
 import signal
 from types import FrameType
+from typing import Any
 
 import zmq
 from sglang.srt.managers import detokenizer_manager
 from sglang.srt.managers.detokenizer_manager import DetokenizerManager
-from sglang.srt.managers.io_struct import sock_recv, sock_send
+from sglang.srt.managers.io_struct import AbortReq, sock_send
 from sglang.srt.runtime_context import publish
 
 from crosspool.config.deployment import Deployment
 from crosspool.config.process import freeze_heap
 from crosspool.frontend import private
+from crosspool.frontend.messages import finish_reason
 from crosspool.frontend.server_args import port_args, server_args
+from crosspool.observability.bounded_log import BoundedLog
+from crosspool.scheduler.request import Finish
 
 log = logging.getLogger(__name__)
+bounded = BoundedLog(log)
 
 _LONGEST_SLEEP_MS = 1000
 
+_NO_TEXT = "the output cannot be detokenized"
+
 private.one_cpu_monitor(detokenizer_manager)
+private.bounded_messages(detokenizer_manager)
 
 
 def serve(deployment: Deployment) -> None:
@@ -50,12 +58,21 @@ def serve(deployment: Deployment) -> None:
     log.info("ready")
     while not stopping:
         for socket, _ in poller.poll(_LONGEST_SLEEP_MS):
-            manager = managers[socket]
-            try:
-                output = private.detokenize(manager, sock_recv(socket))
-            except Exception:
-                # SGLang's own loop would end here, and text of every model with it.
-                log.exception("dropped a message that cannot be detokenized")
-                continue
-            if output is not None:
-                sock_send(manager.send_to_tokenizer, output)
+            _take(managers[socket], socket.recv_multipart())
+
+
+def _take(manager: DetokenizerManager, frames: list[bytes]) -> None:
+    """Detokenizes one message. SGLang's own loop would end with one that is wrong, and the text of
+    every model with it; here the requests that it is about end."""
+    message: Any = None
+    try:
+        (frame,) = frames
+        message = private.decode(frame)
+        output = private.detokenize(manager, message)
+        if output is not None:
+            sock_send(manager.send_to_tokenizer, output)
+    except Exception as error:
+        bounded.error("a message cannot be detokenized: %s", error, exc_info=message is not None)
+        reason = finish_reason(Finish(kind="abort", message=_NO_TEXT, status=503), 0)
+        for rid in getattr(message, "rids", None) or ():
+            sock_send(manager.send_to_tokenizer, AbortReq(rid=rid, finished_reason=reason))

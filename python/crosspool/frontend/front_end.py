@@ -9,17 +9,16 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import msgspec
 import zmq
 from sglang.srt.managers import io_struct
 
-from crosspool.frontend import private
-from crosspool.frontend.messages import OpenRequest
-from crosspool.scheduler.request import Output
+from crosspool.frontend import private, unreadable
+from crosspool.frontend.messages import OpenRequest, finish_reason
+from crosspool.observability.bounded_log import BoundedLog
+from crosspool.scheduler.request import Finish, Output
 
-log = logging.getLogger(__name__)
+log = BoundedLog(logging.getLogger(__name__))
 
-MAX_MESSAGE_BYTES = 256 << 20
 _UNREAD_MESSAGES = 100_000
 """A peer that leaves this many messages unread is taken for dead."""
 
@@ -29,7 +28,9 @@ class FrontEndLost(RuntimeError):
 
 
 class FrontEnd:
-    """Connects to the sockets that the tokenizer manager and the detokenizer bind."""
+    """Connects to the sockets that the tokenizer manager and the detokenizer bind.
+
+    Raises ValueError, with a text for the user, for a socket that cannot be connected to."""
 
     def __init__(
         self,
@@ -46,40 +47,64 @@ class FrontEnd:
         """True for a stock SGLang server, False for the deployment's own HTTP process."""
         self.requests: dict[str, OpenRequest] = {}
         """Requests of this front end that are not finished, by request id."""
-        self.socket = self._connect(context, zmq.PULL, scheduler_input)
-        self._to_tokenizer = self._connect(context, zmq.PUSH, tokenizer)
-        self._to_detokenizer = self._connect(context, zmq.PUSH, detokenizer)
+        self._sockets: list[zmq.Socket[bytes]] = []
+        try:
+            self.socket = self._connect(context, zmq.PULL, scheduler_input)
+            self._to_tokenizer = self._connect(context, zmq.PUSH, tokenizer)
+            self._to_detokenizer = self._connect(context, zmq.PUSH, detokenizer)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ValueError(f"a socket of the front end cannot be connected to: {error}") from None
 
-    @staticmethod
     def _connect(
-        context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str
+        self, context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str
     ) -> zmq.Socket[bytes]:
         socket = context.socket(kind)
+        self._sockets.append(socket)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, _UNREAD_MESSAGES)
         socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.MAXMSGSIZE, private.MAX_MESSAGE_BYTES)
         socket.connect(address)
         return socket
 
     def receive(self) -> Any | None:
-        """The next message, or None when there is none. A message that cannot be decoded is logged
-        and dropped: one client's bad message must not take the server down."""
+        """The next message, or None when there is none. The requests of a message that cannot be
+        decoded are refused: one client's bad message must not take the server down, and the client
+        must not wait. Raises FrontEndLost."""
         while True:
             try:
-                frame = self.socket.recv(zmq.NOBLOCK)
+                frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return None
+            if len(frames) != 1:
+                log.error("model %d: dropped a message of %d parts", self.model, len(frames))
+                continue
             try:
-                message = private.decode(frame)
-            except (msgspec.MsgspecError, ValueError, TypeError) as error:
-                log.error(
-                    "dropped a message for model %d that cannot be decoded: %s", self.model, error
-                )
+                message = private.decode(frames[0])
+            except Exception as error:  # SGLang's hooks for arrays and tensors raise anything
+                self._refuse_unreadable(frames[0], error)
                 continue
             if isinstance(message, io_struct.BaseReq | io_struct.BaseBatchReq):
                 return message
-            log.error("dropped a %s for model %d", type(message).__name__, self.model)
+            log.error("model %d: dropped a %s", self.model, type(message).__name__)
+
+    def _refuse_unreadable(self, frame: bytes, error: Exception) -> None:
+        rids = [rid for rid in unreadable.rids(frame) if rid not in self.requests]
+        log.error(
+            "model %d: a message of %d bytes with %d new requests cannot be decoded: %s",
+            self.model,
+            len(frame),
+            len(rids),
+            error,
+        )
+        for rid in rids:
+            self.refuse(rid, unreadable.reason(error))
+
+    def refuse(self, rid: str, text: str) -> None:
+        """Ends a request that the scheduler never took, with status 400. Raises FrontEndLost."""
+        reason = finish_reason(Finish(kind="abort", message=text, status=400), 0)
+        self.to_tokenizer(io_struct.AbortReq(rid=rid, finished_reason=reason))
 
     def to_tokenizer(self, message: Any) -> None:
         self._send(self._to_tokenizer, message)
@@ -104,5 +129,5 @@ class FrontEnd:
         return None if due is None else (request, due)
 
     def close(self) -> None:
-        for socket in (self.socket, self._to_tokenizer, self._to_detokenizer):
+        for socket in self._sockets:
             socket.close()

@@ -97,6 +97,8 @@ def to_request(message: TokenizedGenerateReqInput, model: int, seed: int) -> Gen
             raise ValueError(f"{what} is not supported")
     assert message.rid is not None
     input_ids = list(message.input_ids or ())
+    if input_ids and not isinstance(input_ids[0], int):
+        raise ValueError("`input_ids` must be whole numbers")
     return GenerateRequest(
         rid=message.rid,
         model=model,

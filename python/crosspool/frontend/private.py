@@ -9,32 +9,59 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
+import msgspec
+import zmq
 from sglang.srt import runtime_context
 from sglang.srt.managers import io_struct
 from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.utils import msgpack_utils
 
 if TYPE_CHECKING:
     from sglang.srt.managers.detokenizer_manager import DetokenizerManager
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
 
+MAX_MESSAGE_BYTES = 256 << 20
+"""A peer that sends one of SGLang's sockets more is cut off."""
+
 _Manager = TypeVar("_Manager", bound=type)
+_OUTPUTS = (
+    io_struct.BatchStrOutput,
+    io_struct.BatchEmbeddingOutput,
+    io_struct.BatchTokenIDOutput,
+)
 
 
 # --- messages
+
+
+def _arrays_only(code: int, data: memoryview) -> Any:
+    """SGLang's hook for its msgpack extensions, without those that allocate tensors of any size or
+    open another process's memory."""
+    if code != msgpack_utils._MSGPACK_EXT_ARRAY:
+        raise ValueError("tensors are not supported")
+    return msgpack_utils.ext_hook(code, data)
+
+
+_decoder = msgspec.msgpack.Decoder(
+    Union[io_struct._all_types],  # noqa: UP007 - made from a tuple
+    dec_hook=msgpack_utils.dec_hook,
+    ext_hook=_arrays_only,
+)
 
 
 def decode(frame: bytes) -> Any:
     """Decodes a message without the unpickling that the public ``msgpack_decode`` adds: a pickle
     of a client must not run code here.
 
-    Raises MsgspecError, ValueError or TypeError for what is no message of SGLang."""
-    return io_struct._msgpack_decoder.decode(frame)
+    May raise any Exception for what is no message of SGLang."""
+    return _decoder.decode(frame)
 
 
 def refuse_pickles() -> None:
@@ -77,6 +104,33 @@ def one_cpu_monitor(module: ModuleType) -> None:
     module.start_cpu_monitor_thread = functools.cache(  # type: ignore[attr-defined]
         start_cpu_monitor_thread
     )
+
+
+def bounded_messages(module: ModuleType) -> None:
+    """Has the managers of ``module`` make sockets that cut off a peer whose message claims more
+    than :data:`MAX_MESSAGE_BYTES`, before memory is taken for it."""
+    make = module.get_zmq_socket
+
+    def bounded(context: zmq.Context[Any], *arguments: Any, **named: Any) -> Any:
+        context.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)  # the default of its sockets
+        return make(context, *arguments, **named)
+
+    module.get_zmq_socket = bounded  # type: ignore[attr-defined]
+
+
+async def take_output(manager: TokenizerManager, message: Any) -> None:
+    """What the tokenizer manager does with one message from the scheduler or the detokenizer: a
+    step of its event loop, which ends the process when a message is wrong."""
+    if isinstance(message, _OUTPUTS):
+        # Pickles, which CrossPool sends to nobody and opens from nobody.
+        message.time_stats = None
+        if not isinstance(message, io_struct.BatchEmbeddingOutput):
+            message.customized_info = None
+        await manager._handle_batch_output(message)
+    else:
+        manager._result_dispatcher(message)
+    manager.last_receive_tstamp = time.time()
+    manager.soft_watchdog.feed()
 
 
 def detokenize(manager: DetokenizerManager, message: Any) -> Any:

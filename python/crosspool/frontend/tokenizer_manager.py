@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import copy
 import functools
+import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -22,6 +23,7 @@ from starlette.background import BackgroundTasks
 from crosspool.frontend import field_types, loads, private, refusal
 from crosspool.frontend.messages import seed_of_sample
 from crosspool.frontend.request_ids import RequestIds
+from crosspool.observability.bounded_log import BoundedLog
 
 native_api: ContextVar[bool] = ContextVar("native_api", default=False)
 """Whether the current request came by SGLang's ``/generate`` and not by an OpenAI route: the two
@@ -30,7 +32,9 @@ report errors differently."""
 _logprobs_left: ContextVar[list[int]] = ContextVar("logprobs_left")
 """How many log-probabilities the current request may still ask for, as the list's one entry."""
 
+log = BoundedLog(logging.getLogger(__name__))
 private.one_cpu_monitor(tokenizer_manager)
+private.bounded_messages(tokenizer_manager)
 
 _SHORT_TEXT = 4096
 """Characters that are tokenized within the event loop: it takes about a millisecond."""
@@ -80,6 +84,7 @@ class PooledTokenizerManager(TokenizerManager):
         self._token_texts: dict[int, str] = {}
         self.max_logprobs = 0
         """Most log-probabilities that one request may ask for."""
+        self._failure: tuple[str, int] | None = None
 
     @functools.cached_property
     def longest_token(self) -> int:
@@ -92,6 +97,17 @@ class PooledTokenizerManager(TokenizerManager):
             self.event_loop = asyncio.get_running_loop()
             loop = tokenizer_manager.print_exception_wrapper(self.handle_loop)
             self.asyncio_tasks.add(self.event_loop.create_task(loop))
+
+    async def handle_loop(self) -> None:
+        """Takes what scheduler and detokenizer send. What is no message of theirs is dropped; in
+        SGLang it ends the process."""
+        while True:
+            frames = await self.recv_from_detokenizer.recv_multipart()
+            try:
+                (frame,) = frames
+                await private.take_output(self, private.decode(frame))
+            except Exception as error:
+                log.error("dropped what is no message of the scheduler's: %s", error)
 
     async def on_abort(
         self, out: dict[str, Any], state: Any, is_stream: bool
@@ -128,6 +144,8 @@ class PooledTokenizerManager(TokenizerManager):
     def on_ids(self, obj: Any) -> None:
         """Notes ids that SGLang is about to take, or refuses them; see
         :func:`private.tells_of_ids`."""
+        if self._failure is not None:
+            raise _refused(*self._failure)
         prompt: str | None = getattr(obj, "sampled_rid", None)
         if prompt is not None:
             if self._ids.is_aborted(prompt):
@@ -244,10 +262,17 @@ class PooledTokenizerManager(TokenizerManager):
         return [loads.load_of(state, self.server_args.max_running_requests)]
 
     def fail_all(self, message: str, status: int) -> None:
-        """Ends every request with an error. For when the scheduler can no longer finish them."""
+        """Ends every request with an error, and every later one until :meth:`resume`. For when
+        they cannot be finished now."""
+        self._failure = message, status
         reason = {"type": "abort", "message": message, "status_code": status}
         for rid in list(self.rid_to_state):
+            super().abort_request(rid)  # a scheduler that comes back is not to go on with it
             private.abort(self, io_struct.AbortReq(rid=rid, finished_reason=dict(reason)))
+
+    def resume(self) -> None:
+        """Takes requests again after :meth:`fail_all`."""
+        self._failure = None
 
 
 def _no_text(token: int) -> None:

@@ -7,9 +7,10 @@ import logging
 import msgspec
 import zmq
 
+from crosspool.observability.bounded_log import BoundedLog
 from crosspool.transport import admin
 
-log = logging.getLogger(__name__)
+log = BoundedLog(logging.getLogger(__name__))
 
 
 class AdminSocket:
@@ -23,12 +24,20 @@ class AdminSocket:
         """The next message and its sender, or None when no message is left."""
         while True:
             try:
-                sender, frame = self.socket.recv_multipart(zmq.NOBLOCK)
-                return sender, admin.decode_to_scheduler(frame)
+                frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return None
-            except (ValueError, msgspec.DecodeError) as error:
+            if len(frames) != 2:
+                log.error("dropped an admin message of %d parts", len(frames) - 1)
+                continue
+            try:
+                return frames[0], admin.decode_to_scheduler(frames[1])
+            except (msgspec.DecodeError, RecursionError) as error:
                 log.error("dropped an admin message that cannot be read: %s", error)
 
     def reply(self, sender: bytes, message: admin.FromScheduler) -> None:
-        self.socket.send_multipart([sender, admin.encode(message)])
+        """Sends ``message``, which is lost if its receiver is gone or does not read."""
+        try:
+            self.socket.send_multipart([sender, admin.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            log.error("an admin message cannot be answered: %s", error)

@@ -15,6 +15,7 @@ import msgspec
 import zmq
 
 from crosspool.config.deployment import Deployment
+from crosspool.observability.bounded_log import BoundedLog
 from crosspool.transport.inspection import DeviceStatus, InspectWhat, Report
 from crosspool.transport.messages import (
     MAX_MESSAGE_BYTES,
@@ -31,6 +32,7 @@ from crosspool.transport.messages import (
 )
 
 log = logging.getLogger(__name__)
+bounded = BoundedLog(log)
 
 INSPECT_SECONDS = 8.0
 """Time for every device to reply to a question."""
@@ -121,11 +123,11 @@ class Devices:
                 return None
             name = frames[0].decode(errors="replace")
             if name not in self._names or len(frames) != 2:
-                log.error("dropped a message from unknown device %r", name)
+                bounded.error("dropped a message of %d parts from %r", len(frames) - 1, name)
                 continue
             try:
                 message = decode_from_device(frames[1])
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, RecursionError) as error:
                 raise DeviceGone(f"device {name} sent an unreadable message: {error}") from error
             if isinstance(message, StepResult):
                 return self._kv_names.index(name), message

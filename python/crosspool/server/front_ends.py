@@ -18,19 +18,22 @@ from crosspool.frontend.commands import (
     Leave,
     TellState,
     commands,
-    refuse,
     tell_flushed,
     tell_state,
 )
 from crosspool.frontend.front_end import FrontEnd, FrontEndLost
 from crosspool.frontend.messages import Item, refusal, seeds, to_token_id_output
+from crosspool.observability.bounded_log import BoundedLog
 from crosspool.scheduler.core import SchedulerCore
 from crosspool.scheduler.request import Output
 
 log = logging.getLogger(__name__)
+bounded = BoundedLog(log)
 
 _MESSAGES_AT_ONCE = 256
 """Messages taken from one front end before the core schedules."""
+MOST_ATTACHED = 64
+"""Number of stock SGLang servers that can be attached at a time, for all models together."""
 
 
 class FrontEnds:
@@ -60,7 +63,14 @@ class FrontEnds:
         """Front end of every request that is not finished, indexed [model, request id]."""
 
     def connect(self, model: int, *, attached: bool, **sockets: str) -> None:
-        """Serves one more front end of ``model``, which binds ``sockets`` (see FrontEnd)."""
+        """Serves one more front end of ``model``, which binds ``sockets`` (see FrontEnd).
+
+        Raises ValueError for an address to which nothing can connect, and when
+        :data:`MOST_ATTACHED` servers are attached; the text is meant for the user."""
+        if attached and sum(self.attached(m) for m in range(len(self._names))) >= MOST_ATTACHED:
+            raise ValueError(
+                f"{MOST_ATTACHED} servers are attached, which is the most there can be"
+            )
         front_end = FrontEnd(self._context, model, attached=attached, **sockets)
         self._by_socket[front_end.socket] = front_end
         self._poller.register(front_end.socket, zmq.POLLIN)
@@ -74,16 +84,22 @@ class FrontEnds:
         for _ in range(_MESSAGES_AT_ONCE):
             # A message may be the front end's last: it is closed then.
             front_end = self._by_socket.get(socket)
-            message = front_end.receive() if front_end else None
-            if front_end is None or message is None:
+            if front_end is None:
                 return
             try:
+                message = front_end.receive()
+                if message is None:
+                    return
                 interval = self._stream_intervals[front_end.model]
                 for command in commands(front_end, message, interval):
                     self._carry_out(front_end, command)
             except FrontEndLost as error:
                 self._drop(front_end, str(error))
                 return
+            except Exception:
+                # One front end's message must not end what the others are served by.
+                text = "model %s: a message of a front end could not be carried out"
+                bounded.error(text, self._names[front_end.model], exc_info=True)
 
     def _carry_out(self, front_end: FrontEnd, command: Command) -> None:
         match command:
@@ -104,15 +120,21 @@ class FrontEnds:
                     self._drop(front_end, "the attached server has ended")
 
     def _generate(self, front_end: FrontEnd, command: Generate) -> None:
-        model, opened = front_end.model, command.opened
-        owner = self._owner.get((model, opened.rid))
+        model, rid = front_end.model, command.rid
+        if rid is None:
+            return bounded.error("model %s: dropped a request without an id", self._names[model])
+        owner = self._owner.get((model, rid))
         if owner is not None:
             if owner is not front_end:
-                refuse(front_end, opened.rid, f"`rid`: another request has the id {opened.rid!r}")
+                front_end.refuse(rid, f"`rid`: another request has the id {rid!r}")
             return
-        front_end.requests[opened.rid] = opened
-        self._owner[model, opened.rid] = front_end
         refused: tuple[str, int]
+        try:
+            opened = command.opened()
+        except Exception as error:
+            return front_end.refuse(rid, self._unexpected(error))
+        front_end.requests[rid] = opened
+        self._owner[model, rid] = front_end
         if starting := self._starting():
             refused = f"the server is starting: {starting}", 503
         else:
@@ -120,7 +142,14 @@ class FrontEnds:
                 return self._core.add(command.request(model, next(self._seeds)))
             except ValueError as error:
                 refused = str(error), 400
-        self.send([refusal(opened.rid, model, *refused, opened.prompt_len)])
+            except Exception as error:
+                refused = self._unexpected(error), 400
+        self.send([refusal(rid, model, *refused, opened.prompt_len)])
+
+    def _unexpected(self, error: Exception) -> str:
+        """Logs an error that no check foresaw, and returns a text for the client who caused it."""
+        bounded.error("a request cannot be translated", exc_info=True)
+        return f"the request cannot be served as it is: {type(error).__name__}: {error}"
 
     def _drop(self, front_end: FrontEnd, why: str) -> None:
         """Forgets a front end and aborts its requests."""

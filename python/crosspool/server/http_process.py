@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import uvicorn
 import uvloop
 import zmq.asyncio
@@ -24,18 +25,22 @@ from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.process import freeze_heap
 from crosspool.frontend import compat
 from crosspool.frontend.response_store import ResponseStore
+from crosspool.observability.bounded_log import BoundedLog
 from crosspool.server import connections
 from crosspool.server.app import App, State
-from crosspool.transport import admin
+from crosspool.server.liveness import CannotServe, Liveness
+from crosspool.transport import admin, notices
 
 if TYPE_CHECKING:
     from crosspool.frontend.model_app import ModelApp
 
 log = logging.getLogger(__name__)
+bounded = BoundedLog(log)
 
 _STATUS_SECONDS = 0.5
-_SILENCE_SECONDS = 15.0
-"""Seconds of silence after which the scheduler is taken for dead."""
+_ANSWER_SECONDS = 1.0
+"""Time that the scheduler gets to answer before it counts as silent."""
+_JUDGE_SECONDS = 0.2
 _KEEP_ALIVE_SECONDS = 75
 """How long an idle connection stays open: longer than clients and proxies keep theirs, since a
 request that meets a closing connection is lost (aiohttp gives up after 15 s, openai after 5)."""
@@ -59,12 +64,16 @@ class HttpProcess:
         self._context = zmq.asyncio.Context()
         self._scheduler = admin.AsyncAdmin(self._context, deployment.admin_address)
         self._app = App(deployment, self._state, self._scheduler)
-        self._answered = time.monotonic()
+        self._liveness = Liveness(deployment.watchdog_timeout, time.monotonic)
+        self._notices = notices.bind(self._context, deployment.notice_address)
+        self._prepared = False
+        self._failed = False
+        """Whether requests in flight have been ended, and later ones are refused."""
         self._ending = asyncio.Event()
 
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT. Raises ConfigError when the address is taken or a
-        model's arguments are wrong."""
+        model's arguments are wrong, and CannotServe."""
         listener = _listen(self._deployment.host, self._deployment.port)
         admin_listener = _listen_for_admin(self._deployment.admin_socket)
         level = self._deployment.sglang.get("log_level_http") or self._deployment.sglang.get(
@@ -144,28 +153,78 @@ class HttpProcess:
         freeze_heap()
         self._state.models = {model.name: model for model in models}
         self._state.message = "ready"
-        self._state.ready = True
+        self._prepared = self._state.ready = True
         log.info("ready on http://%s:%d", self._deployment.host, self._deployment.port)
         await asyncio.Event().wait()
 
     async def _watch(self) -> None:
-        """Keeps the status fresh and notices when the deployment has failed."""
+        """Keeps the status fresh and notices when the deployment cannot serve. Raises CannotServe
+        when it never will again, after ``failure_grace`` seconds in which clients get 503."""
+        await asyncio.gather(self._ask(), self._listen_to_launcher(), self._judge())
+
+    async def _ask(self) -> None:
         while True:
-            with contextlib.suppress(admin.AdminError):
-                status = self._state.status = await self._scheduler.status(timeout=2.0)
-                self._answered = time.monotonic()
-                if self._state.ready and not status.ready:
-                    self._fail(status.message)
-            if self._state.ready and time.monotonic() - self._answered > _SILENCE_SECONDS:
-                self._fail("the scheduler does not answer")
+            try:
+                status = self._state.status = await self._scheduler.status(timeout=_ANSWER_SECONDS)
+            except admin.AdminError:
+                # Not the time that has passed, of which this process may have used much itself.
+                if self._prepared:
+                    self._liveness.silent(_ANSWER_SECONDS)
+                continue
+            if self._prepared:
+                self._liveness.answered(status)
             await asyncio.sleep(_STATUS_SECONDS)
 
+    async def _listen_to_launcher(self) -> None:
+        while True:
+            frames = await self._notices.recv_multipart()
+            try:
+                (frame,) = frames
+                self._liveness.told(notices.decode(frame))
+            except (ValueError, msgspec.DecodeError, RecursionError) as error:
+                bounded.error("dropped what is no notice of the launcher's: %s", error)
+
+    async def _judge(self) -> None:
+        while not self._prepared:
+            await asyncio.sleep(_JUDGE_SECONDS)
+        while self._liveness.lost is None:
+            problem = self._liveness.problem
+            if problem is not None and self._liveness.is_long:
+                self._fail(problem)
+            self._tell_clients(problem)
+            await asyncio.sleep(_JUDGE_SECONDS)
+        self._tell_clients(self._liveness.lost)
+        self._fail(self._liveness.lost)
+        await asyncio.sleep(self._deployment.failure_grace)
+        if not self._liveness.launcher_knows:
+            raise CannotServe(self._liveness.lost)
+        await asyncio.Event().wait()  # for the launcher's signal
+
+    def _tell_clients(self, problem: str | None) -> None:
+        """Has ``/health`` and new requests answered with 503 while there is a ``problem``."""
+        if problem is None:
+            if not self._state.ready:
+                log.info("all is well again")
+                self._resume()
+        elif self._state.ready:
+            log.error("%s: new requests get 503", problem)
+        if not self._state.draining:
+            self._state.message = problem or "ready"
+        self._state.ready = problem is None
+
     def _fail(self, cause: str) -> None:
-        log.error("%s: every request gets 503 from now on", cause)
-        self._state.ready = False
-        self._state.message = cause
+        """Ends every request in flight with 503."""
+        if self._failed:
+            return
+        self._failed = True
+        log.error("%s: every request ends with 503", cause)
         for model in self._state.models.values():
             model.manager.fail_all(cause, 503)
+
+    def _resume(self) -> None:
+        self._failed = False
+        for model in self._state.models.values():
+            model.manager.resume()
 
 
 def _import_model_app() -> Any:

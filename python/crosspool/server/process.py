@@ -21,6 +21,7 @@ from crosspool.config.cores import CONTROL_SLICE_NS, keep_off, set_slice
 from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.process import die_with_parent, set_title
 from crosspool.frontend import compat
+from crosspool.server.liveness import CannotServe
 
 
 def _http(deployment: Deployment) -> None:
@@ -64,6 +65,9 @@ def run(name: str, file: Path) -> int:
     except ConfigError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
+    except CannotServe as error:
+        logging.getLogger(__name__).error("the %s process ends: %s", name, error)
+        return 1
     except Exception:
         logging.getLogger(__name__).exception("the %s process cannot go on", name)
         return 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 _LONGEST_SLEEP = 1.0
 _MESSAGES_AT_ONCE = 256
 """Messages taken from one socket before the core schedules."""
+_SOCKET = re.compile(r"ipc:///[^\x00-\x1f\x7f]+")
+"""Address of an attached front end's socket."""
 
 
 class SchedulerLoop:
@@ -174,8 +177,7 @@ class SchedulerLoop:
                 case admin.Attach():
                     self._admin.reply(sender, self._attach(message))
                 case admin.RankGone():
-                    self._fail(f"device {message.device} is gone: {message.cause}")
-                    self._admin.reply(sender, admin.Answer(id=message.id))
+                    self._admin.reply(sender, self._rank_gone(message))
 
     def _ask(self, sender: bytes, ask: admin.Ask) -> None:
         if ask.what == "status":
@@ -186,26 +188,33 @@ class SchedulerLoop:
 
         return self._devices.inspect(ask.what, done)
 
+    def _rank_gone(self, message: admin.RankGone) -> admin.Answer:
+        if message.device not in [device.name for device in self._deployment.devices]:
+            return admin.Answer(id=message.id, error=f"there is no device {message.device!r}")
+        self._fail(f"device {message.device} is gone: {message.cause}")
+        return admin.Answer(id=message.id)
+
     def _attach(self, message: admin.Attach) -> admin.FromScheduler:
         error = None
-        sockets = (message.scheduler_input, message.tokenizer, message.detokenizer)
+        sockets = {
+            "scheduler_input": message.scheduler_input,
+            "tokenizer": message.tokenizer,
+            "detokenizer": message.detokenizer,
+        }
         if message.model not in self._names:
             names = ", ".join(self._names)
             error = f"no model {message.model!r} is served here; there are {names}"
-        elif not all(name.startswith("ipc://") for name in sockets):
-            error = "only ipc:// sockets can be attached"
+        elif wrong := [name for name, address in sockets.items() if not _SOCKET.fullmatch(address)]:
+            error = f"`{wrong[0]}` must be the address of a socket file, ipc:///PATH"
         elif not self._devices.all_ready or self._failure is not None:
             error = self._failure or f"starting: {self._devices.progress}"
         if error is not None:
             return admin.Answer(id=message.id, error=error)
         model = self._names.index(message.model)
-        self._front_ends.connect(
-            model,
-            scheduler_input=message.scheduler_input,
-            tokenizer=message.tokenizer,
-            detokenizer=message.detokenizer,
-            attached=True,
-        )
+        try:
+            self._front_ends.connect(model, attached=True, **sockets)
+        except ValueError as problem:
+            return admin.Answer(id=message.id, error=str(problem))
         log.info("model %s: a stock SGLang server is attached", message.model)
         return admin.Attached(
             id=message.id,

@@ -20,6 +20,9 @@ import zmq.asyncio
 from crosspool.transport.inspection import InspectWhat, Report, Status
 
 MAX_MESSAGE_BYTES = 64 << 20
+"""A scheduler that answers with more is cut off."""
+MAX_QUESTION_BYTES = 1 << 20
+"""Who asks the scheduler with more is cut off."""
 
 What = Literal["status", InspectWhat]
 
@@ -53,7 +56,8 @@ class RankGone(msgspec.Struct, frozen=True, kw_only=True, tag="rank_gone"):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer", omit_defaults=True):
-    """The reply to an Ask or a RankGone; ``error`` says why there is nothing else in it."""
+    """The reply to an Ask or a RankGone, or the refusal of any request; ``error`` says why there is
+    nothing else in it."""
 
     id: int
     status: Status | None = None
@@ -90,14 +94,15 @@ def encode(message: ToScheduler | FromScheduler) -> bytes:
 
 
 def decode_to_scheduler(frame: bytes) -> ToScheduler:
-    """Raises msgspec.DecodeError for anything that is no request."""
+    """Raises msgspec.DecodeError or, where it is nested too deep, RecursionError for anything that
+    is no request."""
     return _to_scheduler.decode(frame)
 
 
 def bind(context: zmq.Context[Any], address: str) -> zmq.Socket[Any]:
     """Binds the scheduler's socket, to which only this user can connect."""
     socket: zmq.Socket[Any] = context.socket(zmq.ROUTER)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_QUESTION_BYTES)
     socket.setsockopt(zmq.LINGER, 0)
     socket.bind(address)
     os.chmod(Path(address.removeprefix("ipc://")), 0o600)

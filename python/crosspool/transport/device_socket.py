@@ -42,7 +42,7 @@ class DeviceSocket:
         frame = self._socket.recv(zmq.DONTWAIT)
         try:
             return decode_to_device(frame)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise ValueError(
                 f"the scheduler sent a frame that is no message for a device: {error}"
             ) from error

@@ -1,0 +1,80 @@
+"""What the HTTP process knows of the processes that it needs: whether it can serve, and if not,
+whether that may pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from crosspool.transport.inspection import Status
+from crosspool.transport.notices import Continued, Lost, Notice
+
+UNHEALTHY_SECONDS = 3.0
+"""Silence of the scheduler after which no new request is taken until it answers."""
+SILENCE_SECONDS = 15.0
+"""Silence of the scheduler after which requests in flight end."""
+STOPPED_SECONDS = 1.0
+"""Time for which a process is stopped after which requests in flight end."""
+
+
+class CannotServe(RuntimeError):
+    """Nothing can be served any more; the message says why."""
+
+
+class Liveness:
+    """Collects what the launcher and the scheduler tell. ``watchdog`` is the silence of the
+    scheduler, in seconds, after which it is taken for dead; ``clock`` gives seconds that only
+    grow."""
+
+    def __init__(self, watchdog: float, clock: Callable[[], float]) -> None:
+        self._watchdog = watchdog
+        self._clock = clock
+        self._stopped: dict[str, float] = {}
+        """When each process that is stopped was stopped."""
+        self._silence = 0.0
+        self.lost: str | None = None
+        """Why nothing can ever be served again; None while it can."""
+        self.launcher_knows = False
+        """Whether the launcher stops the processes, since it has lost one."""
+
+    def told(self, notice: Notice) -> None:
+        """Takes what the launcher tells."""
+        if isinstance(notice, Lost):
+            self.launcher_knows = True
+            self.lost = self.lost or notice.cause
+        elif isinstance(notice, Continued):
+            self._stopped.pop(notice.process, None)
+        else:
+            self._stopped.setdefault(notice.process, self._clock())
+
+    def answered(self, status: Status) -> None:
+        """Takes what the scheduler answers, once it has been ready."""
+        self._silence = 0.0
+        if not status.ready:
+            self.lost = self.lost or status.message
+
+    def silent(self, seconds: float) -> None:
+        """Notes that the scheduler has not answered for ``seconds`` more."""
+        self._silence += seconds
+        if self._silence >= self._watchdog:
+            self.lost = self.lost or f"the scheduler has not answered for {self._watchdog:g} s"
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing can be served now; None while all is well."""
+        if self.lost is not None:
+            return self.lost
+        if self._stopped:
+            return f"{', '.join(self._stopped)} is stopped by a signal"
+        if self._silence >= UNHEALTHY_SECONDS:
+            return f"the scheduler has not answered for {self._silence:g} s"
+        return None
+
+    @property
+    def is_long(self) -> bool:
+        """Whether requests in flight are to end rather than wait for the problem to pass."""
+        stopped = min(self._stopped.values(), default=self._clock())
+        return (
+            self.lost is not None
+            or self._clock() - stopped >= STOPPED_SECONDS
+            or self._silence >= SILENCE_SECONDS
+        )
