@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,9 +30,10 @@ def shaped(messages: list[Message], refused: Refusal) -> tuple[int, dict[str, st
         async def send(message: Message) -> None:
             sent.append(message)
 
-        shaper = ErrorShaper(send, refused)
+        shaper = ErrorShaper(send, refused, "/v1/completions")
         for message in messages:
             await shaper(message)
+        await shaper.finish()
 
     asyncio.run(run())
     start, *bodies = sent
@@ -72,7 +74,7 @@ def test_a_stream_that_has_begun_goes_on() -> None:
         async def send(message: Message) -> None:
             sent.append(dict(message))
 
-        shaper = ErrorShaper(send, refused)
+        shaper = ErrorShaper(send, refused, "/v1/completions")
         messages = stream(b"data: 1\n\n", b"data: 2\n\n")
         for message in messages[:2]:
             await shaper(message)
@@ -104,6 +106,93 @@ def test_other_errors_name_no_time() -> None:
         {"type": "http.response.body", "body": b'{"message": "no"}'},
     ]
     assert "retry-after" not in shaped(answer, Refusal())[1]
+
+
+@pytest.mark.parametrize(
+    ("path", "media", "last"),
+    [
+        ("/v1/completions", b"text/event-stream", rb'data: (\{"error":.*\})\n\n'),
+        ("/v1/messages", b"text/event-stream", rb'event: error\ndata: (\{"type":.*\})\n\n'),
+        ("/api/chat", b"application/x-ndjson", rb'(\{"error":.*\})\n'),
+    ],
+)
+def test_a_stream_that_fails_says_so_and_ends(path: str, media: bytes, last: bytes) -> None:
+    sent: list[Message] = []
+
+    async def run() -> None:
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        shaper = ErrorShaper(send, Refusal(), path)
+        headers = [(b"content-type", media + b"; charset=utf-8")]
+        await shaper({"type": "http.response.start", "status": 200, "headers": headers})
+        await shaper({"type": "http.response.body", "body": b"1", "more_body": True})
+        await shaper.fail(RuntimeError("a secret"))
+
+    asyncio.run(run())
+    assert not sent[-1].get("more_body")
+    found = re.fullmatch(last, sent[-1]["body"])
+    assert found and "midst" in msgspec.json.decode(found[1])["error"]["message"]
+    assert b"secret" not in sent[-1]["body"]
+
+
+@pytest.mark.parametrize("media", [b"application/json", b"text/event-stream"])
+def test_what_fails_after_a_whole_response_ends_no_connection(media: bytes) -> None:
+    sent: list[Message] = []
+
+    async def run() -> None:
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        shaper = ErrorShaper(send, Refusal(), "/generate")
+        headers = [(b"content-type", media)]
+        await shaper({"type": "http.response.start", "status": 200, "headers": headers})
+        await shaper({"type": "http.response.body", "body": b"{}"})
+        await shaper.fail(RuntimeError("a background task failed"))
+
+    asyncio.run(run())
+    assert len(sent) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        *((ValueError("x"), 400), (TypeError("x"), 400), (KeyError("x"), 400)),
+        *((RecursionError("x"), 400), (OverflowError("x"), 400)),
+        *((UnicodeDecodeError("utf-8", b"x", 0, 1, "x"), 400), (OSError("x"), 503)),
+        *((RuntimeError("x"), 503), (AssertionError("x"), 503)),
+        *((AttributeError("x", obj=[]), 400), (AttributeError("x", obj=asyncio), 503)),
+    ],
+)
+def test_what_an_application_raises(error: Exception, status: int) -> None:
+    sent: list[Message] = []
+
+    async def run() -> None:
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        shaper = ErrorShaper(send, Refusal(), "/generate")
+        bare = [(b"content-type", b"text/plain")]
+        await shaper({"type": "http.response.start", "status": 500, "headers": bare})
+        await shaper({"type": "http.response.body", "body": b"Internal Server Error"})
+        await shaper.fail(error)
+
+    asyncio.run(run())
+    assert sent[0]["status"] == status
+    assert msgspec.json.decode(sent[1]["body"])["error"]["code"] == status
+
+
+@pytest.mark.parametrize("status", [500, 501, 502, 504])
+def test_no_other_status_than_503_says_that_the_server_failed(status: int) -> None:
+    body = msgspec.json.encode({"error": {"message": "it broke", "code": status}})
+    answer: list[Message] = [
+        {"type": "http.response.start", "status": status, "headers": []},
+        {"type": "http.response.body", "body": body},
+    ]
+    got, headers, text = shaped(answer, Refusal())
+    assert got == 503 and "retry-after" in headers
+    error = msgspec.json.decode(text)["error"]
+    assert (error["message"], error["code"]) == ("it broke", 503)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ _MISTAKES = (
 )
 """What applications raise over a request that is wrong: UnicodeError and pydantic's and json's
 errors are ValueErrors."""
+_EVENTS, _LINES = "text/event-stream", "application/x-ndjson"
+"""Content types of the streams of OpenAI's and Anthropic's routes, and of Ollama's."""
 _LONGEST_TEXT = 500
 """Characters that a client is told of an error that nobody wrote for it."""
 _NAMED_FIELD = re.compile(r"`([\w.\[\]]+)`:? ")
@@ -134,6 +136,9 @@ class ErrorShaper:
         self._is_whole = False
         """Whether ``_body`` is all of an error that waits for :meth:`finish` or :meth:`fail`."""
         self._over = False
+        """Whether all of the response has left."""
+        self._media = ""
+        """Content type of a response that is no error."""
         self.status = 0
         """HTTP status of the response; 0 before it has begun."""
 
@@ -142,10 +147,12 @@ class ErrorShaper:
             return
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            if self.status >= HTTPStatus.BAD_REQUEST or _is_stream(message):
+            self._media = Headers(raw=message["headers"]).get("content-type", "").partition(";")[0]
+            if self.status >= HTTPStatus.BAD_REQUEST or self._media == _EVENTS:
                 self._start = message
                 return
         if self._start is None or message["type"] != "http.response.body":
+            self._over = message["type"] == "http.response.body" and not message.get("more_body")
             await self._send(message)
         elif self.status >= HTTPStatus.BAD_REQUEST:
             self._body += message.get("body", b"")
@@ -171,9 +178,11 @@ class ErrorShaper:
 
     async def fail(self, error: Exception) -> None:
         """Answers with ``error``, which ended the request: 400 if it is the client's mistake, and
-        503 otherwise. Raises it if part of a response has left already."""
+        503 otherwise. A stream that has begun ends with it. Raises it if part of another response
+        has left, which is lost."""
         if self._over or (self.status and self._start is None):
-            raise error
+            log.error("%s: a request failed after its answer had begun", self._path, exc_info=error)
+            return await self._end_stream(error)
         if isinstance(error, HTTPException):
             response = await handle_error(None, error)
         elif _is_a_mistake(error):
@@ -186,9 +195,25 @@ class ErrorShaper:
             response = error_response(503, "the request failed; the server's log has the cause")
         await self._send_response(response)
 
+    async def _end_stream(self, error: Exception) -> None:
+        if self._over:
+            return
+        event = error_response(503, "the server failed in the midst of this; its log has the cause")
+        text = _with_error(503, bytes(event.body), self._path)
+        if self._media == _EVENTS:
+            kind = b"event: error\n" if self._path.startswith(_ANTHROPIC_PATH) else b""
+            text = kind + b"data: " + text + b"\n\n"
+        elif self._media == _LINES:
+            text += b"\n"
+        else:
+            raise error
+        self._over = True
+        await self._send({"type": "http.response.body", "body": text})
+
     async def _send_first_event(self, start: Message, message: Message) -> None:
         self._start = None
         if not self._refused.status:
+            self._over = not message.get("more_body")
             await self._send(start)
             await self._send(message)
             return
@@ -219,10 +244,6 @@ def _is_a_mistake(error: Exception) -> bool:
     return isinstance(error, _MISTAKES)
 
 
-def _is_stream(start: Message) -> bool:
-    return Headers(raw=start["headers"]).get("content-type", "").startswith("text/event-stream")
-
-
 def _with_error(status: int, body: bytes, path: str) -> bytes:
     """The body of an error, with the object that clients of ``path`` look for."""
     try:
@@ -235,8 +256,12 @@ def _with_error(status: int, body: bytes, path: str) -> bytes:
         # FastAPI tells where in SGLang's source the route is; that is not for the client.
         data["message"] = data["message"].partition('\n\n  File "')[0]
     error = data.get("error", data.get("message"))
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:  # it may have been another one
+        data.pop("code", None)
     if isinstance(error, dict):
         given = {key: value for key, value in error.items() if value is not None}
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            given.pop("code", None)
         error = {**_error(status, str(error.get("message", ""))), **given}
     else:
         error = _error(status, str(error or _phrase(status)), param=data.get("param"))
