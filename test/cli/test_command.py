@@ -26,7 +26,7 @@ def call(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
         (["crosspool.launch_server", "--model-path", "a", "--tp-size", "2"], "--tp-size"),
         (["crosspool.cli.main", "serve", "--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
         (["crosspool.cli.main", "serve", "--config=x.yaml", "--lanes", "2"], "--lanes"),
-        (["crosspool.cli.main", "demo", "--lanes", "0"], "lanes: 0 must be at least 1"),
+        (["crosspool.cli.main", "demo", "--lanes", "0"], "lanes: 0 must be between 1 and 256"),
         (["crosspool.cli.main", "pools"], "no CrossPool server"),
         (["crosspool.cli.main", "trace", "--port", "9"], "no CrossPool server"),
         (["crosspool.cli.main", "nonsense"], "nonsense"),

@@ -52,6 +52,20 @@ def test_names_that_do_not_exist(arguments: dict[str, str], problem: str) -> Non
 
 
 @pytest.mark.parametrize(
+    ("parameters", "problem"),
+    [
+        ({"temperatur": 1}, "'temperatur' is no sampling parameter: did you mean temperature?"),
+        ({"stop_strs": "x"}, "'stop_strs' is no sampling parameter"),
+        ({"top_p": 0.9, "temperature": "hot"}, "temperature: Expected `float`, got `str`"),
+        ({"stop": [1]}, "stop: Expected `str`, got `int`"),
+    ],
+)
+def test_sampling_parameters_that_sglang_lacks(parameters: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=f"^preferred_sampling_params of m: {problem}"):
+        check(preferred_sampling_params=parameters)
+
+
+@pytest.mark.parametrize(
     ("key", "file", "text", "problem"),
     [
         ("chat_template", "a.jinja", "\n{% for x in %}", r"a\.jinja, line 2: "),
@@ -94,6 +108,7 @@ def test_what_works_is_taken(tmp_path: Path) -> None:
     check(chat_template=str(tmp_path / "chat.json"))
     check(chat_template=str(jinja), completion_template=str(tmp_path / "completion.json"))
     check(chat_template=str(MODEL / "chat_template.jinja"), hf_chat_template_name="default")
+    check(preferred_sampling_params={"temperature": 1, "stop": ["a"], "max_new_tokens": None})
     check(tool_call_parser="auto", reasoning_parser="qwen3")
 
 

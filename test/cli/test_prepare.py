@@ -244,9 +244,15 @@ def test_port_in_use_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "problem"),
     [
-        ("lanes", 0, "lanes: 0 must be at least 1"),
-        ("page_size", 0, "page_size: 0 must be at least 1"),
-        ("growth_tokens", 0, "growth_tokens: 0 must be at least 1"),
+        ("lanes", 0, "lanes: 0 must be between 1 and 256"),
+        ("page_size", 0, "page_size: 0 must be between 1 and 65536"),
+        ("growth_tokens", 0, "growth_tokens: 0 must be between 1 and 2147483648"),
+        ("lanes", 10**8, "lanes: 100000000 must be between 1 and 256"),
+        ("random_seed", 2**64, "random_seed: 18446744073709551616 must be between -9"),
+        ("chunked_prefill_size", 2**40, "must be between 1 and 1048576"),
+        ("max_running_requests", 10**30, "must be between 1 and 65536"),
+        ("max_queued_requests", 10**30, "must be between 0 and 2147483648"),
+        ("lease_steps", 10**30, "must be between 1 and 65536"),
         ("port", 70000, "port: 70000 must be between"),
         ("kv_pool_bytes", "2 gigs", "kv_pool_bytes: '2 gigs' is no size"),
         ("weight_pool_bytes", "x", "weight_pool_bytes: 'x' is no size"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -55,10 +57,12 @@ def test_a_tokenizer_elsewhere(tmp_path: Path) -> None:
         ("tokenizer.model", b"", "is no tokenizer: it is empty"),
         ("tokenizer_config.json", b"{", "is not valid JSON"),
         ("tokenizer_config.json", b"[]", "must hold a JSON object"),
+        ("special_tokens_map.json", b"{", "is not valid JSON"),
+        ("added_tokens.json", b"{", "is not valid JSON"),
     ],
 )
 def test_broken_files(tmp_path: Path, file: str, text: bytes, problem: str) -> None:
-    if file == "tokenizer_config.json":
+    if not file.startswith("tokenizer."):
         shutil.copy(FAST, tmp_path)
     (tmp_path / file).write_bytes(text)
     with pytest.raises(ConfigError, match=f"^tokenizer of m: {tmp_path / file} {problem}"):
@@ -72,10 +76,21 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, file: str) -> None:
         check(tmp_path)
 
 
-def test_sentencepiece_alone_and_code_of_the_folders_own(tmp_path: Path) -> None:
+def test_sentencepiece_alone_takes_protobuf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers reads the pieces with it, and says that tiktoken is missing where it is not
+    installed."""
     shutil.copy(PIECES, tmp_path)
+    for name in ("google", "google.protobuf"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
     check(tmp_path)
-    (tmp_path / PIECES.name).unlink()
+    monkeypatch.setitem(sys.modules, "google.protobuf", None)
+    with pytest.raises(ConfigError, match=r"^tokenizer of m: .*\.model is read with .* protobuf"):
+        check(tmp_path)
+
+
+def test_code_of_the_folders_own(tmp_path: Path) -> None:
     own = {"auto_map": {"AutoTokenizer": ["own.Own", None]}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
     check(tmp_path, trust_remote_code=True)

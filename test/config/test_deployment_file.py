@@ -73,7 +73,7 @@ MODEL = "models: [{path: a}]\n"
         (MODEL + "lanes: 1.5", "lanes: Expected `int`, got `float`"),
         ("models: {path: a}", "models: Expected `array`, got `object`"),
         (MODEL + "ffn_parallel: pp", "ffn_parallel: 'pp' is not one of tp, ep"),
-        (MODEL + "lanes: 0", "lanes: 0 must be at least 1"),
+        (MODEL + "lanes: 0", "lanes: 0 must be between 1 and 256"),
         (MODEL + "tbt_target_ms: .nan", "tbt_target_ms: nan must be at least 0"),
         (MODEL + "sglang: {api_kee: x}", r"sglang.api_kee: did you mean api_key\?"),
         (MODEL + "sglang: {tp_size: 2}", "sglang.tp_size: parallelism follows"),

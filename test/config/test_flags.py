@@ -92,7 +92,7 @@ def test_flags_without_effect_are_taken_with_a_warning(capsys: pytest.CaptureFix
         ([*TWO, "--nnodes", "2"], "--nnodes: invalid choice"),
         ([*TWO, "--ffn-parallel", "pp"], "--ffn-parallel: invalid choice: 'pp'"),
         ([*TWO, "--port"], "--port: expected one argument"),
-        ([*TWO, "--lanes", "0"], "--lanes: 0 must be at least 1"),
+        ([*TWO, "--lanes", "0"], "--lanes: 0 must be between 1 and 256"),
         ([*TWO, "--stream-interval", "0"], "--stream-interval: 0 must be at least 1"),
         ([*TWO, "--batch-notify-size", "0"], "--batch-notify-size: 0 must be at least 1"),
         ([*TWO, "--kv-floor-bytes", "much"], "--kv-floor-bytes: 'much' is no size: write 2GiB"),

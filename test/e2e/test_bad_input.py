@@ -107,3 +107,35 @@ def test_a_weight_pool_too_small_is_refused() -> None:
 
 def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
     refused(launch("--model-path", str(tmp_path / "nowhere")), "nowhere")
+
+
+def refused_at_once(run: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Refused before any process was started."""
+    refused(run, *words)
+    assert "starting on" not in run.stdout and "importing SGLang" not in run.stdout
+
+
+def test_a_missing_chat_template_is_named() -> None:
+    run = launch("--model-path", str(DEMO / MODEL), "--chat-template", "/no/where.jinja")
+    refused_at_once(run, f"chat_template of {MODEL}: '/no/where.jinja' is neither a file")
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_missing_or_broken_tokenizer_is_named(checkpoint: Path, content: str | None) -> None:
+    file = checkpoint / "tokenizer.json"
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    said = f"{checkpoint} has neither tokenizer.json" if content is None else f"{file} is no"
+    refused_at_once(launch("--model-path", str(checkpoint)), f"tokenizer of model: {said}")
+
+
+def test_a_prompt_chunk_must_be_whole_pages() -> None:
+    run = launch("--model-path", str(DEMO / MODEL), "--chunked-prefill-size", "40")
+    refused_at_once(run, "chunked_prefill_size: 40 must be a multiple of page_size, 16: give 32")
+
+
+def test_a_tmpdir_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/proc/self")
+    run = launch("--model-path", str(DEMO / MODEL))
+    refused_at_once(run, "the server's files cannot be made in /proc/self")

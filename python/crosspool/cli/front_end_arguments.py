@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2.ext
+import msgspec
 from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -70,6 +71,8 @@ def _check_model(arguments: Mapping[str, Any], model: ModelConfig) -> None:
     _check_completion_template(
         arguments.get("completion_template"), f"completion_template of {model.name}"
     )
+    for name, value in (arguments.get("preferred_sampling_params") or {}).items():
+        _check_sampling(name, value, f"preferred_sampling_params of {model.name}")
     name = arguments.get("hf_chat_template_name")
     if name is not None:
         folder = Path(arguments.get("tokenizer_path") or model.path)
@@ -80,6 +83,17 @@ def _check_model(arguments: Mapping[str, Any], model: ModelConfig) -> None:
                 f"hf_chat_template_name of {model.name}: {folder} has no chat template {name!r}; "
                 f"it has {known}"
             )
+
+
+def _check_sampling(name: str, value: Any, where: str) -> None:
+    kinds = sglang_names.SAMPLING_PARAMETERS
+    if name not in kinds:
+        hint = _hint(name, list(kinds))
+        raise ConfigError(f"{where}: {name!r} is no sampling parameter: {hint}")
+    try:
+        msgspec.convert(value, kinds[name])
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {name}: {error}") from None
 
 
 def _check_chat_template(given: str | None, where: str) -> None:

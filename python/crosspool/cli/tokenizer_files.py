@@ -11,6 +11,7 @@ from crosspool.config.deployment import ConfigError, ModelConfig
 from crosspool.models.config_file import read_json
 
 _CONFIG = "tokenizer_config.json"
+_SETTINGS = (_CONFIG, "special_tokens_map.json", "added_tokens.json")
 _FAST = "tokenizer.json"
 _PIECES = "tokenizer.model"
 _OTHERS = ("vocab.json", "tekken.json", "tiktoken.model", "*.tiktoken")
@@ -39,10 +40,10 @@ def check_tokenizer(model: ModelConfig, arguments: Mapping[str, Any]) -> None:
 
 
 def _check_folder(folder: Path, trust_remote_code: bool) -> None:
-    config = read_json(folder / _CONFIG) if (folder / _CONFIG).exists() else {}
+    settings = {name: read_json(folder / name) for name in _SETTINGS if (folder / name).exists()}
     if (folder / _FAST).exists():
         return _check_fast(folder / _FAST)
-    if trust_remote_code and "auto_map" in config:
+    if trust_remote_code and "auto_map" in settings.get(_CONFIG, {}):
         return None  # the folder's own code reads whatever files it has
     if (folder / _PIECES).exists():
         return _check_pieces(folder / _PIECES)
@@ -79,3 +80,10 @@ def _check_pieces(file: Path) -> None:
         SentencePieceProcessor(model_proto=content)
     except RuntimeError as error:
         raise ConfigError(f"{file} is no tokenizer: {error}") from None
+    try:
+        import google.protobuf  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            f"{file} is read with the package protobuf, which is not installed: install it, or add "
+            f"{_FAST}"
+        ) from None

@@ -83,7 +83,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         _POOLS)] = "tp"
     page_size: Annotated[int, Option(
         "Size of a KV page, the unit in which a request gets KV memory.",
-        _POOLS, unit="tokens", least=1, sglang="page_size")] = 16
+        _POOLS, unit="tokens", least=1, most=1 << 16, sglang="page_size")] = 16
     chunk_bytes: Annotated[int, Option(
         "Size of a chunk, the unit in which physical memory moves from one model's KV cache to "
         "another's; a multiple of 2MiB.",
@@ -94,7 +94,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         _POOLS)] = "worst_case"
     growth_tokens: Annotated[int, Option(
         "Tokens for which a request is promised memory at a time, where promise is growth.",
-        _POOLS, unit="tokens", least=1)] = 256
+        _POOLS, unit="tokens", least=1, most=1 << 31)] = 256
     prefix_cache: Annotated[bool, Option(
         "Computed KV cache is kept for later requests that begin alike, until memory runs short.",
         _POOLS, sglang="disable_radix_cache")] = True
@@ -109,14 +109,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         _STEPS)] = "peer"
     lanes: Annotated[int, Option(
         "Batches in flight on each device of the KV pool.",
-        _STEPS, least=1)] = 2
+        _STEPS, least=1, most=256)] = 2
     lease_steps: Annotated[int, Option(
         "Most decode steps that the resident loop makes of one batch before the scheduler decides "
         "again.",
-        _STEPS, unit="steps", least=1)] = 32
+        _STEPS, unit="steps", least=1, most=1 << 16)] = 32
     chunked_prefill_size: Annotated[int, Option(
         "Most prompt tokens of one step.",
-        _STEPS, unit="tokens", least=1, sglang="chunked_prefill_size")] = 512
+        _STEPS, unit="tokens", least=1, most=1 << 20, sglang="chunked_prefill_size")] = 512
     tbt_target_ms: Annotated[float, Option(
         "Target time between tokens. Prompt chunks shrink to keep other requests below it; 0 turns "
         "this off.",
@@ -124,10 +124,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     max_running_requests: Annotated[int, Option(
         "Most requests of one model that run at once on each device of the KV pool.",
-        _REQUESTS, unit="requests", least=1, sglang="max_running_requests")] = 64
+        _REQUESTS, unit="requests", least=1, most=1 << 16, sglang="max_running_requests")] = 64
     max_queued_requests: Annotated[int, Option(
         "Most requests of one model that wait; further ones are refused with status 429.",
-        _REQUESTS, unit="requests", least=0, sglang="max_queued_requests")] = 1024
+        _REQUESTS, unit="requests", least=0, most=1 << 31, sglang="max_queued_requests")] = 1024
     queue_timeout: Annotated[float, Option(
         "Time for which a request may wait for admission before it is refused with status 429.",
         _REQUESTS, unit="s", least=0)] = 600.0
@@ -159,7 +159,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         _REQUESTS, least=1)] = 1 << 16
     random_seed: Annotated[int | None, Option(
         "Seed from which requests without a seed get theirs. If none is given, it is random.",
-        _REQUESTS, sglang="random_seed")] = None
+        _REQUESTS, least=-(1 << 63), most=(1 << 63) - 1, sglang="random_seed")] = None
 
     response_store_size: Annotated[int, Option(
         "Most responses of /v1/responses that enable_response_store keeps, of all models together; "

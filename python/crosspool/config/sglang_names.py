@@ -1,10 +1,14 @@
-"""Names that SGLang's arguments may have: its parsers, its built-in templates and their styles.
+"""Names that SGLang's arguments may have: its parsers, its built-in templates and their styles, and
+its sampling parameters with the types of their values.
 
 SGLang has them in modules whose import takes seconds, and finds a wrong name only when the server
 is up, or when a request needs it. A test compares these names with SGLang's own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 # fmt: off
 TOOL_CALL_PARSERS = (
@@ -37,4 +41,32 @@ SEPARATOR_STYLES = (
 )
 COMPLETION_TEMPLATES = ("deepseek_coder", "qwen_coder", "star_coder")
 FIM_POSITIONS = ("END", "MIDDLE")
+SAMPLING_PARAMETERS: Mapping[str, Any] = {
+    "max_new_tokens": int | None,
+    "stop": str | list[str] | None,
+    "stop_token_ids": set[int] | None,
+    "stop_regex": str | list[str] | None,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "frequency_penalty": float,
+    "presence_penalty": float,
+    "repetition_penalty": float,
+    "min_new_tokens": int,
+    "n": int,
+    "beam_width": int | None,
+    "json_schema": str | None,
+    "regex": str | None,
+    "ebnf": str | None,
+    "structural_tag": str | None,
+    "ignore_eos": bool,
+    "skip_special_tokens": bool,
+    "spaces_between_special_tokens": bool,
+    "no_stop_trim": bool,
+    "stream_interval": int | None,
+    "logit_bias": dict[str, float] | None,
+    "sampling_seed": int | None,
+    "custom_params": dict[str, Any] | None,
+}
 # fmt: on
