@@ -44,11 +44,13 @@ def show(verdict: hostile.Verdict) -> None:
 
 def run_hostile(only: list[str]) -> int:
     recorder = Recorder("front_door_hostile")
-    verdicts = hostile.run(only, show, recorder)
+    try:
+        verdicts = hostile.run(only, show, recorder)
+    finally:
+        if not only:
+            CONSOLE.print(f"written to {recorder.write()}")
     failed = [verdict for verdict in verdicts if verdict.faults]
     CONSOLE.print(f"{len(verdicts)} rows, {len(failed)} failed")
-    if not only:
-        CONSOLE.print(f"written to {recorder.write()}")
     return 1 if failed else 0
 
 

@@ -77,8 +77,8 @@ def _generate(name: str, value: bytes, **more: Any) -> Callable[[Place], Outcome
     return sent
 
 
-def _sampling(name: str, value: bytes) -> Callable[[Place], Outcome]:
-    sampling = {"max_new_tokens": 300, "ignore_eos": True}
+def _sampling(name: str, value: bytes, **more: Any) -> Callable[[Place], Outcome]:
+    sampling = {"max_new_tokens": 300, **more}
     return _generate("sampling_params", with_member(sampling, name, value))
 
 
@@ -171,8 +171,12 @@ def known_rows() -> Iterator[Row]:
             top_logprobs_num=2048,
         ),
     )
-    yield Row("EBNF S ::= S S S", True, _sampling("ebnf", _quoted(AMBIGUOUS)))
-    yield Row("EBNF of left-recursive rules", True, _sampling("ebnf", _quoted(left_recursive(300))))
+    yield Row("EBNF S ::= S S S", True, _sampling("ebnf", _quoted(AMBIGUOUS), min_new_tokens=250))
+    yield Row(
+        "EBNF of left-recursive rules",
+        True,
+        _sampling("ebnf", _quoted(left_recursive(300)), min_new_tokens=250),
+    )
     yield Row("JSON schema 900 deep", True, _sampling("json_schema", _quoted(nested_schema(900))))
     yield Row("JSON schema 300 deep", True, _sampling("json_schema", _quoted(nested_schema(300))))
     yield Row("JSON schema recursive by $ref", True, _sampling("json_schema", _schema(RECURSIVE)))
@@ -211,8 +215,12 @@ def own_rows() -> Iterator[Row]:
         _chat("tools", _tools(1, nested_schema(900).encode())),
     )
     yield Row("regex (a{1000}){1000}", False, _sampling("regex", _quoted("(a{1000}){1000}")))
-    yield Row("regex (.*a){60}", False, _sampling("regex", _quoted("(.*a){60}")))
-    yield Row("EBNF of nullable rules", False, _sampling("ebnf", _quoted(NULLABLE)))
+    yield Row(
+        "regex (.*a){60}", False, _sampling("regex", _quoted("(.*a){60}"), min_new_tokens=250)
+    )
+    yield Row(
+        "EBNF of nullable rules", False, _sampling("ebnf", _quoted(NULLABLE), min_new_tokens=250)
+    )
     yield Row("regex ((a?){200}){200}", False, _sampling("regex", _quoted("((a?){200}){200}")))
     yield Row(
         "regex of 10^5 alternatives",

@@ -197,9 +197,10 @@ def _regex_behind_grammars(place: Place) -> Outcome:
         {"ebnf": AMBIGUOUS + f' | "{i}"' if i % 2 else left_recursive(200 + i)} for i in range(4)
     ]
     bad += [{"json_schema": nested_schema(300 + i)} for i in range(4)]
+    long = {"max_new_tokens": 300, "min_new_tokens": 250}
     with ThreadPoolExecutor(8) as threads:
         for sampling in bad:
-            body = {"text": SHORT, "sampling_params": {"max_new_tokens": 20, **sampling}}
+            body = {"text": SHORT, "sampling_params": {**long, **sampling}}
             threads.submit(post, place.port, place.native(), body, timeout=20)
         time.sleep(0.3)
         innocent = {"text": SHORT, "sampling_params": {"max_new_tokens": 20, "regex": "[a-y]{3,9}"}}
