@@ -52,7 +52,7 @@ GPU_ENV := PYTHONPATH=python:.$(if $(PYTHONPATH),:$(PYTHONPATH)) CUDA_MODULE_LOA
   CUDA_DEVICE_MAX_CONNECTIONS=32
 GPU_BUILD := build/gpu
 
-.PHONY: help env dev serve test test-all test-triton test-rest lint format bench bench-peers \
+.PHONY: help env dev serve test test-all test-triton test-rest lint format bench bench-peers front-door \
   native-gpu gpu-report gpu-bundle test-gpu bench-gpu sanitize-gpu clean force
 
 help: ## Prints this list.
@@ -133,6 +133,15 @@ bench: dev ## Measures kernels, hand-over, engine and ablation, and writes recor
 bench-peers: dev ## Installs other engines and measures CrossPool beside them.
 	@$(BIN)/python -m benchmark.peers.install $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(PEERS)
 	@$(BIN)/python -m benchmark.side_by_side $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+# schemathesis has an environment of its own: it pins what SGLang's front end needs otherwise.
+front-door: dev ## Sends hostile requests, 10^5 fuzzed ones and SIGTERM to a server.
+	@echo "==> hostile requests"; $(BIN)/python -m benchmark.front_door hostile; status=$$?; \
+	  echo "==> SIGTERM"; $(BIN)/python -m benchmark.front_door ending || status=1; \
+	  echo "==> schemathesis in $(VENV)/schemathesis"; $(BIN)/python -m venv $(VENV)/schemathesis && \
+	  $(VENV)/schemathesis/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) schemathesis || exit 1; \
+	  echo "==> fuzzed requests"; $(BIN)/python -m benchmark.front_door fuzz $(ARGS) \
+	  --schemathesis $(abspath $(VENV))/schemathesis/bin/python && exit $$status
 
 # CMake comes from the system or from pip's package of that name.
 native-gpu: ## Builds the native code, with the GPU libraries, into python/crosspool/kernels.

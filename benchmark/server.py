@@ -79,6 +79,13 @@ class Server:
         self._stop(self._process)
         self._log.unlink(missing_ok=True)
 
+    def stop_at_once(self) -> None:
+        """Kill every process, for a server of which nothing is expected any more."""
+        assert self._process is not None
+        self._process.kill()  # its children die with it
+        self._process.wait()
+        self._log.unlink(missing_ok=True)
+
     def _wait_ready(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + self._ready_timeout
         while time.monotonic() < deadline:
@@ -120,14 +127,26 @@ class Server:
         """Return the scheduler's snapshot."""
         return dict(self.request("GET", "/crosspool/status")[1])
 
-    def cpu_seconds(self) -> dict[str, float]:
-        """Return the CPU time so far of each of its processes, by title."""
+    def processes(self) -> dict[str, psutil.Process]:
+        """Return the launcher and every process below it, by title."""
         assert self._process is not None
         launcher = psutil.Process(self._process.pid)
+        return {
+            process.cmdline()[0].rpartition("/")[2]: process
+            for process in (launcher, *launcher.children(recursive=True))
+        }
+
+    @property
+    def log(self) -> str:
+        """What it has printed so far."""
+        return self._log.read_text(errors="replace")
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """Return the CPU time so far of each of its processes, by title."""
         used = {}
-        for process in (launcher, *launcher.children(recursive=True)):
+        for title, process in self.processes().items():
             times = process.cpu_times()
-            used[process.cmdline()[0].rpartition("/")[2]] = times.user + times.system
+            used[title] = times.user + times.system
         return used
 
     def wait_idle(self, timeout: float = 120.0) -> None:
