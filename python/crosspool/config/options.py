@@ -131,6 +131,20 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     queue_timeout: Annotated[float, Option(
         "Time for which a request may wait for admission before it is refused with status 429.",
         _REQUESTS, unit="s", least=0)] = 600.0
+    grammar_timeout: Annotated[float, Option(
+        "Time that a regex, JSON schema, EBNF or structural tag may take to be compiled, and to "
+        "follow one token, before its request is refused with status 400.",
+        _REQUESTS, unit="s", least=0.1)] = 1.5
+    grammar_mask_timeout: Annotated[float, Option(
+        "Processor time that a grammar may take to find which tokens may come next, before its "
+        "request ends with status 400.",
+        _REQUESTS, unit="s", least=0.01)] = 0.5
+    grammar_memory_bytes: Annotated[int, Option(
+        "Memory that compiling one grammar may take.",
+        _REQUESTS, unit="bytes")] = 1 << 30
+    grammar_cache_bytes: Annotated[int, Option(
+        "Memory for compiled grammars that are kept for later requests, over all models.",
+        _REQUESTS, unit="bytes")] = 64 << 20
     random_seed: Annotated[int | None, Option(
         "Seed from which requests without a seed get theirs. If none is given, it is random.",
         _REQUESTS, sglang="random_seed")] = None
