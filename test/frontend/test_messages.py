@@ -71,6 +71,11 @@ def test_grammar(kind: Any) -> None:
     assert to_request(message({kind: "x"}), 0, 0).grammar == Grammar(kind=kind, source="x")
 
 
+def test_thinking() -> None:
+    assert to_request(message(require_reasoning=True), 0, 0).thinks_first
+    assert not to_request(message(), 0, 0).thinks_first
+
+
 def test_logprobs() -> None:
     def wanted(**fields: Any) -> Any:
         return to_request(message(return_logprob=True, **fields), 0, 0).logprobs

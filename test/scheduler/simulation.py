@@ -104,6 +104,7 @@ def request(
     logprobs: Logprobs | None = None,
     sampling: Sampling | None = None,
     cache_namespace: tuple[str, str] = ("", ""),
+    thinks_first: bool = False,
     **stop: Any,
 ) -> GenerateRequest:
     """``prompt`` has token ids, or is just their number."""
@@ -120,6 +121,7 @@ def request(
         grammar=grammar,
         stream=stream,
         cache_namespace=cache_namespace,
+        thinks_first=thinks_first,
     )
 
 
@@ -368,22 +370,29 @@ def bitmask_of(tokens: set[int]) -> bytes:
 
 
 class ToyMatcher:
-    """Allows one set of tokens after another; complete after the last."""
+    """Allows one set of tokens after another; complete after the last. After a token that
+    ``slow_at`` names by its number it stays pending until ``pending`` is set to False."""
 
-    def __init__(self, allowed: list[set[int]]) -> None:
+    error: str | None = None
+    accepted = True
+    pending = False
+
+    def __init__(self, allowed: list[set[int]], slow_at: int | None = None) -> None:
         self.allowed = allowed
         self.position = 0
+        self.slow_at = slow_at
 
-    def fill_bitmask(self) -> bytes:
-        assert not self.is_terminated()
+    def feed(self, token: int) -> None:
+        assert not self.pending
+        self.accepted = token in self.allowed[self.position]
+        self.position += self.accepted
+        self.pending = self.position == self.slow_at
+
+    def bitmask(self) -> bytes:
+        assert not self.pending and not self.is_terminated
         return bitmask_of(self.allowed[self.position])
 
-    def accept(self, token: int) -> bool:
-        if token not in self.allowed[self.position]:
-            return False
-        self.position += 1
-        return True
-
+    @property
     def is_terminated(self) -> bool:
         return self.position == len(self.allowed)
 
@@ -403,14 +412,20 @@ class Simulation:
     """Core, ranks and clock together. ``outputs[rid]`` collects what came out."""
 
     def __init__(
-        self, d: Deployment, specs: list[ModelSpec], next_token: NextToken = hashed_token
+        self,
+        d: Deployment,
+        specs: list[ModelSpec],
+        next_token: NextToken = hashed_token,
+        think_ends: list[tuple[int, ...]] | None = None,
     ) -> None:
         self.now = 1000.0
         self.specs = specs
         self.deployment = d
         self.grammars = [ToyGrammars() for _ in specs]
         decoders = [WordDecoder() for _ in specs]
-        self.core = SchedulerCore(d, specs, decoders, self.grammars, lambda: self.now)
+        self.core = SchedulerCore(
+            d, specs, decoders, self.grammars, lambda: self.now, think_ends=think_ends
+        )
         self.ranks = [SimulatedRank(d, specs, next_token) for _ in d.kv_pool_devices]
         self.started: list[str] = []
         """Request ids in the order in which the requests were opened on a rank."""

@@ -157,6 +157,20 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         "Most log-probabilities that one request may ask for, over all positions of its prompts "
         "and outputs.",
         _REQUESTS, least=1)] = 1 << 16
+    grammar_timeout: Annotated[float, Option(
+        "Time that a regex, JSON schema, EBNF or structural tag may take to be compiled, and to "
+        "follow one token, before its request is refused with status 400.",
+        _REQUESTS, unit="s", least=0.1)] = 1.5
+    grammar_mask_timeout: Annotated[float, Option(
+        "Processor time that a grammar may take to find which tokens may come next, before its "
+        "request ends with status 400.",
+        _REQUESTS, unit="s", least=0.01)] = 0.5
+    grammar_memory_bytes: Annotated[int, Option(
+        "Memory that compiling one grammar may take.",
+        _REQUESTS, unit="bytes")] = 1 << 30
+    grammar_cache_bytes: Annotated[int, Option(
+        "Memory for compiled grammars that are kept for later requests, over all models.",
+        _REQUESTS, unit="bytes")] = 64 << 20
     random_seed: Annotated[int | None, Option(
         "Seed from which requests without a seed get theirs. If none is given, it is random.",
         _REQUESTS, least=-(1 << 63), most=(1 << 63) - 1, sglang="random_seed")] = None

@@ -116,6 +116,7 @@ def to_request(message: TokenizedGenerateReqInput, model: int, seed: int) -> Gen
         ),
         logprobs=_logprobs(message, len(input_ids)),
         grammar=_grammar(params),
+        thinks_first=message.require_reasoning,
         stream=message.stream,
         cache_namespace=(message.cache_salt or "", message.extra_key or ""),
     )
@@ -281,7 +282,7 @@ def to_token_id_output(items: Sequence[Item]) -> BatchTokenIDOutput:
         spaces_between_special_tokens=each(lambda r, o: r.params.spaces_between_special_tokens),
         no_stop_trim=each(lambda r, o: r.params.no_stop_trim),
         prompt_tokens=each(lambda r, o: o.prompt_tokens),
-        reasoning_tokens=[0] * len(items),
+        reasoning_tokens=each(lambda r, o: o.reasoning_tokens),
         completion_tokens=each(lambda r, o: o.completion_tokens),
         cached_tokens=each(lambda r, o: o.cached_tokens),
         **_logprob_lists(items),

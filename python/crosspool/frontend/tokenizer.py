@@ -10,6 +10,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def think_end(
+    deployment: Deployment, index: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """The tokens with which model ``index`` ends its thinking; none without a reasoning parser.
+
+    Raises ConfigError when SGLang has no such parser."""
+    from sglang.srt.parser.reasoning_parser import ReasoningParser
+
+    model = deployment.models[index]
+    name = {**deployment.sglang, **model.sglang}.get("reasoning_parser")
+    if not name:
+        return ()
+    try:
+        parser = ReasoningParser(model_type=name, stream_reasoning=False, tokenizer=tokenizer)
+    except ValueError as error:
+        raise ConfigError(f"{model.name}: --reasoning-parser {name}: {error}") from None
+    return tuple(parser.detector.get_think_end_token_ids(tokenizer))
+
+
 def load_tokenizer(deployment: Deployment, index: int) -> PreTrainedTokenizerBase:
     """The tokenizer of model ``index``, as SGLang's tokenizer manager would load it.
 

@@ -46,6 +46,7 @@ def _with_work(rank: RankState) -> Iterator[int]:
     for model, running in enumerate(rank.running):
         if any(
             not seq.in_flight
+            and not seq.undecided
             and seq.number not in rank.paused[model]
             and (seq.decoding or reader in (None, model))
             for seq in running.values()
@@ -81,9 +82,9 @@ def form_batch(
 ) -> Iterator[tuple[Sequence, int]]:
     """The requests of one step, each with the number of tokens that the step takes of it: 1 of a
     request that decodes, and up to ``prompt_tokens`` of all prompts together, in order of
-    admission. Requests whose numbers are in ``paused`` are left out."""
+    admission. Requests whose numbers are in ``paused`` and undecided ones are left out."""
     for seq in running:
-        if seq.number in paused:
+        if seq.number in paused or seq.undecided:
             continue
         if seq.decoding:
             yield seq, 1

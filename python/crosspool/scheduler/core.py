@@ -46,7 +46,8 @@ class SchedulerCore:
     """All logical state of a deployment: who waits, who runs where, what each rank was told.
 
     ``specs``, ``decoders`` and ``grammars`` have one entry for each model of ``deployment``, in its
-    order. ``clock`` gives seconds that only grow (``time.monotonic``).
+    order. ``clock`` gives seconds that only grow (``time.monotonic``). ``think_ends`` has the
+    tokens with which each model's thinking ends; they are empty where nothing tells its end.
 
     Raises ConfigError when the KV pool of one attention rank holds no page of some model."""
 
@@ -57,6 +58,8 @@ class SchedulerCore:
         decoders: Seq[TextDecoder],
         grammars: Seq[GrammarBackend],
         clock: Callable[[], float],
+        *,
+        think_ends: Seq[tuple[int, ...]] | None = None,
     ) -> None:
         d = deployment
         self._deployment = d
@@ -64,6 +67,7 @@ class SchedulerCore:
         self._decoders = decoders
         self._grammars = grammars
         self._clock = clock
+        self._think_ends = think_ends or [()] * len(specs)
         self._lease_steps = d.lease_steps if d.loop == "resident" else 1
         self._names = [model.name for model in d.models]
         self._layouts = [KVLayout(spec, d.page_size, d.chunk_bytes) for spec in specs]
@@ -83,6 +87,8 @@ class SchedulerCore:
         self._numbers = count(1)
         self._messages: list[tuple[int, ToDevice]] = []
         self._outputs: list[Output] = []
+        self._undecided: list[tuple[Sequence, RowResult, float]] = []
+        """Requests whose grammar follows a token: with its row, and clock time since when."""
         self._failure: Finish | None = None
 
     # --- input; call schedule() afterwards
@@ -137,7 +143,14 @@ class SchedulerCore:
         if result.more:
             self._counters[flight.model].step(rank.flights[flight.model])
         for seq, row in zip(flight.sequences, result.rows, strict=True):
-            if not seq.over:
+            if seq.over:
+                continue
+            if row.token >= 0:
+                seq.stopping.feed(row.token)
+            if seq.stopping.pending:
+                seq.undecided = True
+                self._undecided.append((seq, row, now))
+            else:
                 self._advance(seq, row, now)
 
     def flush(self, model: int | None = None) -> bool:
@@ -153,6 +166,7 @@ class SchedulerCore:
         self._failure = Finish(kind="abort", message=message, status=status)
         for seq in list(self._requests()):
             self._end(seq, self._failure)
+        self._undecided.clear()
         for rank in self._ranks:
             rank.flights.clear()
         self._messages.clear()
@@ -161,11 +175,12 @@ class SchedulerCore:
 
     def schedule(self) -> None:
         """Does everything that is possible now. To be called after each of the calls above, at
-        :meth:`next_deadline`, and when a grammar's future is done."""
+        :meth:`next_deadline`, and when a grammar's future or a matcher's work is done."""
         if self._failure is not None:
             return
         now = self._clock()
         self._queue_compiled()
+        self._decide(now)
         self._refuse_expired(now)
         for rank in self._ranks:
             rank.reclaim()
@@ -185,8 +200,28 @@ class SchedulerCore:
                     seq.stopping.matcher = compiled.result()
                     queue.push(seq)
                 else:
-                    message = f"the {grammar.kind} {grammar.source[:200]!r} is no grammar: {error}"
+                    message = f"the {grammar.kind} {grammar.source[:200]!r} cannot be used: {error}"
                     self._end(seq, Finish(kind="abort", message=message, status=400))
+
+    def _decide(self, now: float) -> None:
+        """Goes on with requests whose grammar has followed their token, and ends those whose
+        grammar has not for too long."""
+        undecided, self._undecided = self._undecided, []
+        timeout = self._deployment.grammar_timeout
+        for seq, row, since in undecided:
+            if seq.over:
+                continue
+            if not seq.stopping.pending:
+                seq.undecided = False
+                self._advance(seq, row, now)
+            elif now - since < timeout:
+                self._undecided.append((seq, row, since))
+            else:
+                message = (
+                    "the grammar has not told which token may come next within the server's "
+                    f"`grammar_timeout`, {timeout:g} s; make it less ambiguous"
+                )
+                self._end(seq, Finish(kind="abort", message=message, status=400))
 
     def _refuse_expired(self, now: float) -> None:
         message = f"no room in the KV pool within {self._deployment.queue_timeout:g} s; retry later"
@@ -265,12 +300,13 @@ class SchedulerCore:
     # --- state
 
     def next_deadline(self) -> float | None:
-        """Clock time at which a waiting request is to be refused or a step becomes overdue,
-        whichever comes first; None when neither can happen."""
+        """Clock time at which a waiting request is to be refused, a step becomes overdue or a
+        grammar has taken too long, whichever comes first; None when none of them can happen."""
         waits = [q.oldest.deadline for q in self._queues if q.oldest is not None]
         watchdog = self._deployment.watchdog_timeout
         steps = [f.issued + watchdog for rank in self._ranks for f in rank.flights.values()]
-        return min(chain(waits, steps), default=None)
+        grammars = [since + self._deployment.grammar_timeout for _, _, since in self._undecided]
+        return min(chain(waits, steps, grammars), default=None)
 
     def overdue(self, now: float) -> str | None:
         """A message for :meth:`fail_all` when a step has had no result for ``watchdog_timeout``
@@ -322,7 +358,12 @@ class SchedulerCore:
         else:
             limit = min(prompt_len + stop.max_new_tokens, self._specs[model].context)
         stopping = Stopping(
-            stop, self._specs[model], limit - prompt_len, self._decoders[model], request.input_ids
+            stop,
+            self._specs[model],
+            limit - prompt_len,
+            self._decoders[model],
+            request.input_ids,
+            think_end=self._think_ends[model] if request.thinks_first else (),
         )
         return Sequence(
             next(self._numbers),

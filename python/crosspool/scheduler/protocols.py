@@ -18,19 +18,35 @@ class TextDecoder(Protocol):
 
 
 class GrammarMatcher(Protocol):
-    """One request's place in its grammar."""
+    """One request's place in its grammar. While it is ``pending``, nothing else of it holds."""
 
-    def fill_bitmask(self) -> bytes:
-        """Tokens allowed next: ceil(vocab / 32) little-endian int32 words, token t is bit
-        ``t % 32`` of word ``t // 32``."""
+    @property
+    def pending(self) -> bool:
+        """Whether it has yet to follow the latest token."""
         ...
 
-    def accept(self, token: int) -> bool:
-        """Advances by one sampled token; returns False when the grammar does not allow it."""
+    @property
+    def error(self) -> str | None:
+        """Why the grammar cannot be followed any further; None while it can."""
         ...
 
+    @property
+    def accepted(self) -> bool:
+        """Whether the grammar allows the latest token."""
+        ...
+
+    @property
     def is_terminated(self) -> bool:
         """Whether the output is complete and no token may follow."""
+        ...
+
+    def feed(self, token: int) -> None:
+        """Begins to advance by one sampled token."""
+        ...
+
+    def bitmask(self) -> bytes:
+        """Tokens allowed next: ceil(vocab / 32) little-endian int32 words, token t is bit
+        ``t % 32`` of word ``t // 32``."""
         ...
 
 
@@ -39,5 +55,5 @@ class GrammarBackend(Protocol):
 
     def compile(self, grammar: Grammar) -> Future[GrammarMatcher]:
         """Starts to compile ``grammar`` and returns at once. The future gives a matcher for one
-        request; its exception says what is wrong with the grammar."""
+        request, which is not pending; its exception says what is wrong with the grammar."""
         ...

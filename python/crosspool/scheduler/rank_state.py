@@ -90,7 +90,8 @@ class RankState:
             model
             for model, running in enumerate(self.running)
             if any(
-                seq.has_output and seq.number not in self.paused[model] for seq in running.values()
+                seq.has_output and not seq.undecided and seq.number not in self.paused[model]
+                for seq in running.values()
             )
         }
 

@@ -44,6 +44,8 @@ class GenerateRequest:
     stop: StopRules
     logprobs: Logprobs = field(default_factory=Logprobs)
     grammar: Grammar | None = None
+    thinks_first: bool = False
+    """Whether the output begins with thinking, which the grammar does not bind."""
     stream: bool = False
     cache_namespace: tuple[str, str] = ("", "")
     """SGLang's ``cache_salt`` and ``extra_key``; prefixes are shared only within one namespace."""
@@ -88,3 +90,5 @@ class Output:
     for the token that could come next: it has no token (-1) and no log-probability of its own."""
     prompt_logprobs: list[TokenLogprobs]
     """Log-probabilities of the prompt, in the first output only."""
+    reasoning_tokens: int = 0
+    """Output tokens so far that are thinking, its end included."""

@@ -47,6 +47,9 @@ class Sequence:
         self.opened = False
         """Whether the attention rank has been told of the request."""
         self.in_flight = False
+        self.undecided = False
+        """Whether its last token was sampled and its grammar has not followed that token yet. Until
+        it has, the request is in no step."""
         self.over = False
 
         self._keys = PageKeys(page_size)
@@ -173,6 +176,7 @@ class Sequence:
             prompt_tokens=self.prompt_len,
             completion_tokens=self._delivered + count - self.prompt_len,
             cached_tokens=self.cached,
+            reasoning_tokens=self.stopping.reasoning_tokens,
             output_logprobs=self._output_logprobs[: None if finish else count],
             prompt_logprobs=self._prompt_logprobs if self._first else [],
         )

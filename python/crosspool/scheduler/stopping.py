@@ -7,6 +7,7 @@ whose text may turn out to be the beginning of a stop string are *held*.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Generic, TypeVar
 
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.protocols import GrammarMatcher, TextDecoder
@@ -23,7 +24,8 @@ class Stopping:
     """Decides after every output token of one request whether it was the last.
 
     ``max_new_tokens`` is the request's limit, clipped to what context and pool can hold. If it is
-    below 1, there is no output token to decide about."""
+    below 1, there is no output token to decide about. The output begins with thinking if there are
+    ``think_end`` tokens, which end it; a grammar binds only what comes after them."""
 
     def __init__(
         self,
@@ -32,7 +34,13 @@ class Stopping:
         max_new_tokens: int,
         decoder: TextDecoder,
         prompt: Sequence[int],
+        *,
+        think_end: Sequence[int] = (),
     ) -> None:
+        self._thinking = _Pattern(think_end) if think_end else None
+        """Looks for the end of thinking; None after it."""
+        self.reasoning_tokens = 0
+        """Number of output tokens up to the end of thinking."""
         self._eos = frozenset(spec.eos_token_ids)
         self._min_new_tokens = rules.min_new_tokens
         self._max_new_tokens = max_new_tokens
@@ -57,17 +65,34 @@ class Stopping:
         """Whether ``stop_tokens`` and the number of tokens alone decide."""
         return self.matcher is None and self._text is None
 
+    def feed(self, token: int) -> None:
+        """Begins to take the next output token; to be called before :meth:`after`."""
+        if self.matcher is not None and self._thinking is None:
+            self.matcher.feed(token)
+
+    @property
+    def pending(self) -> bool:
+        """Whether :meth:`after` has to wait for the grammar."""
+        return self.matcher is not None and self.matcher.pending
+
     def after(self, token: int) -> Finish | None:
         """Takes the next output token; returns how the request ends if this token ends it."""
         self._count += 1
-        if self.matcher and not self.matcher.accept(token):
+        matcher = None if self._thinking else self.matcher
+        if self._thinking is not None:
+            self.reasoning_tokens += 1
+            if self._thinking.feed(token):
+                self._thinking = None
+        if matcher and not matcher.accepted:
             message = f"the grammar does not allow the sampled token {token}"
             return Finish(kind="abort", message=message, status=500)
+        if matcher and matcher.error is not None:
+            return Finish(kind="abort", message=matcher.error, status=400)
         stop_string = self._text.feed(token) if self._text else None
 
         if token in self.stop_tokens and self._count > self._min_new_tokens:
             return Finish(kind="stop", matched=token)
-        if self.matcher and self.matcher.is_terminated():
+        if matcher and matcher.is_terminated:
             return Finish(kind="stop", matched=token if token in self._eos else None)
         if stop_string is not None and self._count >= self._min_new_tokens:
             return Finish(kind="stop", matched=stop_string)
@@ -77,10 +102,15 @@ class Stopping:
 
     def bitmask(self) -> bytes | None:
         """Tokens that the grammar allows next, as a bitmask; None without a grammar. Tokens that
-        would end the request too early are left out, unless nothing else is allowed."""
+        would end the request too early are left out, unless nothing else is allowed. While the
+        request thinks, its grammar allows all tokens."""
         if self.matcher is None:
             return None
-        allowed = self.matcher.fill_bitmask()
+        allowed = self.matcher.bitmask()
+        if self._thinking is not None:
+            if self._count >= self._min_new_tokens:
+                return None
+            allowed = b"\xff" * len(allowed)
         if self._count >= self._min_new_tokens:
             return allowed
         later = bytearray(allowed)
@@ -95,7 +125,8 @@ class StopText:
     def __init__(
         self, stop_strings: Iterable[str], decoder: TextDecoder, context: Sequence[int]
     ) -> None:
-        self._patterns = [_Pattern(s) for s in sorted(stop_strings, key=len, reverse=True)]
+        self._strings = sorted(stop_strings, key=len, reverse=True)
+        self._patterns = [_Pattern(string) for string in self._strings]
         self._decoder = decoder
         self._ids = list(context)
         self._decided = len(self._ids)
@@ -114,7 +145,12 @@ class StopText:
         if text is None:
             self._open_tokens.append(-1)
             return None
-        completed = [p.text for c in text for p in self._patterns if p.feed(c)]
+        completed = [
+            string
+            for character in text
+            for string, pattern in zip(self._strings, self._patterns, strict=True)
+            if pattern.feed(character)
+        ]
         self._length += len(text)
         ends = [end if end >= 0 else self._length for end in self._open_tokens]
         safe = self._length - max(pattern.matched for pattern in self._patterns)
@@ -136,26 +172,29 @@ class StopText:
         return text
 
 
-class _Pattern:
-    """Knuth-Morris-Pratt matcher, one character at a time."""
+_Part = TypeVar("_Part", str, int)
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+
+class _Pattern(Generic[_Part]):
+    """Knuth-Morris-Pratt matcher, one part at a time: a character of a text, or a token."""
+
+    def __init__(self, whole: Sequence[_Part]) -> None:
+        self._whole: Sequence[_Part] = whole
         self.matched = 0
-        """Length of the longest proper prefix of ``text`` that the text fed so far ends with."""
+        """Length of the longest proper prefix of ``whole`` that the parts fed so far end with."""
         self._fallback = [0]
-        for character in text[1:]:
-            self._fallback.append(self._longer(self._fallback[-1], character))
+        for part in whole[1:]:
+            self._fallback.append(self._longer(self._fallback[-1], part))
 
-    def feed(self, character: str) -> bool:
-        """Whether ``character`` completes ``text``."""
-        self.matched = self._longer(self.matched, character)
-        complete = self.matched == len(self.text)
+    def feed(self, part: _Part) -> bool:
+        """Whether ``part`` completes ``whole``."""
+        self.matched = self._longer(self.matched, part)
+        complete = self.matched == len(self._whole)
         if complete:
             self.matched = self._fallback[-1]
         return complete
 
-    def _longer(self, matched: int, character: str) -> int:
-        while matched and self.text[matched] != character:
+    def _longer(self, matched: int, part: _Part) -> int:
+        while matched and self._whole[matched] != part:
             matched = self._fallback[matched - 1]
-        return matched + 1 if self.text[matched] == character else 0
+        return matched + 1 if self._whole[matched] == part else 0

@@ -20,13 +20,14 @@ import zmq
 from crosspool.config.deployment import Deployment
 from crosspool.config.process import freeze_heap
 from crosspool.frontend.server_args import port_args
-from crosspool.frontend.tokenizer import load_tokenizer
+from crosspool.frontend.tokenizer import load_tokenizer, think_end
 from crosspool.models.registry import read_model
 from crosspool.scheduler.core import SchedulerCore
 from crosspool.server.admin_socket import AdminSocket
 from crosspool.server.devices import DeviceGone, Devices
 from crosspool.server.front_ends import FrontEnds
-from crosspool.server.grammar import XGrammarBackend
+from crosspool.server.grammar_process import CompileLimits
+from crosspool.server.grammars import Grammars, ModelGrammars
 from crosspool.server.text import HFTextDecoder
 from crosspool.transport import admin
 from crosspool.transport.inspection import Report, Status
@@ -39,6 +40,9 @@ _MESSAGES_AT_ONCE = 256
 """Messages taken from one socket before the core schedules."""
 _SOCKET = re.compile(r"ipc:///[^\x00-\x1f\x7f]+")
 """Address of an attached front end's socket."""
+_SETTLE_SECONDS = 0.002
+"""Longest wait for grammars to follow the tokens that have just come, so that their requests keep
+pace with the others of their batch; a request whose grammar takes longer misses a step."""
 
 
 class SchedulerLoop:
@@ -51,36 +55,45 @@ class SchedulerLoop:
         self._names = [model.name for model in deployment.models]
         self._stopping = False
         self._failure: str | None = None
+        self._specs = [
+            read_model(Path(model.path), model.context_length, model.dtype)
+            for model in deployment.models
+        ]
+        tokenizers = [load_tokenizer(deployment, i) for i in range(len(deployment.models))]
+        self._compiled = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        """Readable when a grammar has been compiled or has followed a token."""
+        # This forks, and below threads begin.
+        self._grammars = Grammars(
+            tokenizers,
+            self._specs,
+            CompileLimits(
+                seconds=deployment.grammar_timeout, memory_bytes=deployment.grammar_memory_bytes
+            ),
+            mask_seconds=deployment.grammar_mask_timeout,
+            cache_bytes=deployment.grammar_cache_bytes,
+            any_whitespace=not deployment.sglang.get(
+                "constrained_json_disable_any_whitespace", False
+            ),
+            on_change=lambda: os.eventfd_write(self._compiled, 1),
+        )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
-        self._compiled = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        """Readable when a grammar has been compiled."""
         self._poller.register(self._compiled, zmq.POLLIN)
         self._admin = AdminSocket(self._context, deployment.admin_address)
         self._poller.register(self._admin.socket, zmq.POLLIN)
         self._devices = Devices(self._context, deployment)
         self._poller.register(self._devices.socket, zmq.POLLIN)
 
-        self._specs = [
-            read_model(Path(model.path), model.context_length, model.dtype)
-            for model in deployment.models
-        ]
-        tokenizers = [load_tokenizer(deployment, i) for i in range(len(deployment.models))]
-        compact = deployment.sglang.get("constrained_json_disable_any_whitespace", False)
         self._core = SchedulerCore(
             deployment,
             self._specs,
             [HFTextDecoder(tokenizer) for tokenizer in tokenizers],
-            [
-                XGrammarBackend(
-                    tokenizer,
-                    spec,
-                    any_whitespace=not compact,
-                    on_compiled=lambda: os.eventfd_write(self._compiled, 1),
-                )
-                for tokenizer, spec in zip(tokenizers, self._specs, strict=True)
-            ],
+            [ModelGrammars(self._grammars, index) for index in range(len(self._names))],
             time.monotonic,
+            think_ends=[
+                think_end(deployment, index, tokenizer)
+                for index, tokenizer in enumerate(tokenizers)
+            ],
         )
         self._front_ends = FrontEnds(
             self._context, self._poller, deployment, self._core, self._starting
@@ -130,7 +143,10 @@ class SchedulerLoop:
         overdue = self._core.overdue(time.monotonic())
         if overdue is not None:
             self._fail(overdue)
+        if self._grammars.lost:
+            self._fail("the process that compiles grammars has ended")
         self._devices.expire_questions()
+        self._grammars.settle(_SETTLE_SECONDS)
         self._core.schedule()
         try:
             for rank, message in self._core.drain_messages():

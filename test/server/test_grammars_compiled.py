@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ import pytest
 from crosspool.models.registry import read_model
 from crosspool.scheduler.protocols import GrammarMatcher
 from crosspool.scheduler.request import Grammar
-from crosspool.server.grammar import XGrammarBackend
+from crosspool.server.grammar_process import CompileLimits
+from crosspool.server.grammars import Grammars, ModelGrammars
 from support.front_end import MODELS
 from support.server import DEMO
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -25,56 +29,88 @@ def tokenizers() -> list[PreTrainedTokenizerBase]:
     return [AutoTokenizer.from_pretrained(str(DEMO / MODELS[0]))]
 
 
+LIMITS = CompileLimits(seconds=1.5, memory_bytes=256 << 20)
+
+
+@contextlib.contextmanager
+def grammars(tokenizer: Any, **changes: Any) -> Iterator[Grammars]:
+    """Grammars of two models."""
+    fields: dict[str, Any] = {
+        "limits": LIMITS,
+        "mask_seconds": 0.5,
+        "cache_bytes": 64 << 20,
+        "any_whitespace": True,
+        "on_change": lambda: None,
+    }
+    made = Grammars([tokenizer] * 2, [SPEC] * 2, **(fields | changes))
+    try:
+        yield made
+    finally:
+        made.close()
+
+
 @pytest.fixture
-def backend(tokenizers: Any) -> XGrammarBackend:
-    return XGrammarBackend(tokenizers[0], SPEC, any_whitespace=True, on_compiled=lambda: None)
+def backend(tokenizers: Any) -> Iterator[ModelGrammars]:
+    with grammars(tokenizers[0]) as made:
+        yield ModelGrammars(made, 0)
+
+
+def settled(matcher: GrammarMatcher) -> GrammarMatcher:
+    deadline = time.monotonic() + 30
+    while matcher.pending:
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    return matcher
 
 
 def allowed(matcher: GrammarMatcher) -> list[int]:
-    mask = matcher.fill_bitmask()
+    mask = settled(matcher).bitmask()
     assert len(mask) == 4 * -(-SPEC.vocab // 32)
     return [t for t in range(SPEC.vocab) if mask[t // 8] >> t % 8 & 1]
 
 
-def write(backend: XGrammarBackend, grammar: Grammar, tokenizer: Any, pick: int = 0) -> str:
+def write(backend: ModelGrammars, grammar: Grammar, tokenizer: Any, pick: int = 0) -> str:
     """Follows the grammar, always with the ``pick``-th allowed token; without the end."""
     matcher = backend.compile(grammar).result(30)
     tokens: list[int] = []
-    while not matcher.is_terminated():
+    while not settled(matcher).is_terminated:
         choices = allowed(matcher)
         token = next((t for t in SPEC.eos_token_ids if t in choices), choices[pick % len(choices)])
-        assert matcher.accept(token)
+        matcher.feed(token)
+        assert settled(matcher).accepted
         if token not in SPEC.eos_token_ids:
             tokens.append(token)
     return str(tokenizer.decode(tokens))
 
 
 @pytest.mark.parametrize("pick", [0, 1, 7])
-def test_regex(backend: XGrammarBackend, tokenizers: Any, pick: int) -> None:
+def test_regex(backend: ModelGrammars, tokenizers: Any, pick: int) -> None:
     grammar = Grammar(kind="regex", source="(cat|dog)s? [0-9]{2}")
     assert re.fullmatch("(cat|dog)s? [0-9]{2}", write(backend, grammar, tokenizers[0], pick))
 
 
-def test_ebnf(backend: XGrammarBackend, tokenizers: Any) -> None:
+def test_ebnf(backend: ModelGrammars, tokenizers: Any) -> None:
     grammar = Grammar(kind="ebnf", source='root ::= "yes" | "no"')
     assert write(backend, grammar, tokenizers[0]) in ("yes", "no")
 
 
-def test_a_token_that_is_not_allowed_is_refused(backend: XGrammarBackend) -> None:
+def test_a_token_that_is_not_allowed_is_refused(backend: ModelGrammars) -> None:
     matcher = backend.compile(Grammar(kind="regex", source="a")).result(30)
     other = next(t for t in range(SPEC.vocab) if t not in allowed(matcher))
-    assert not matcher.accept(other)
+    matcher.feed(other)
+    assert not settled(matcher).accepted
 
 
-def test_each_request_has_its_own_matcher(backend: XGrammarBackend) -> None:
+def test_each_request_has_its_own_matcher(backend: ModelGrammars) -> None:
     grammar = Grammar(kind="regex", source="ab")
     first, second = (backend.compile(grammar).result(30) for _ in range(2))
-    before = second.fill_bitmask()
-    assert first.accept(allowed(first)[0])
-    assert second.fill_bitmask() == before
+    before = second.bitmask()
+    first.feed(allowed(first)[0])
+    assert settled(first).accepted
+    assert second.bitmask() == before
 
 
-def test_structural_tag_in_both_forms(backend: XGrammarBackend) -> None:
+def test_structural_tag_in_both_forms(backend: ModelGrammars) -> None:
     schema = {"type": "object"}
     old = {
         "structures": [{"begin": "<f>", "schema": schema, "end": "</f>"}],
@@ -103,9 +139,7 @@ def test_structural_tag_in_both_forms(backend: XGrammarBackend) -> None:
         ("regex", "a" * (300 << 10), "longer"),
     ],
 )
-def test_what_is_wrong_is_said(
-    backend: XGrammarBackend, kind: Any, source: str, words: str
-) -> None:
+def test_what_is_wrong_is_said(backend: ModelGrammars, kind: Any, source: str, words: str) -> None:
     error = backend.compile(Grammar(kind=kind, source=source)).exception(60)
     assert isinstance(error, ValueError)
     assert words in str(error) and ".cc" not in str(error)
@@ -113,6 +147,9 @@ def test_what_is_wrong_is_said(
 
 def test_the_loop_is_woken(tokenizers: Any) -> None:
     woken = threading.Event()
-    backend = XGrammarBackend(tokenizers[0], SPEC, any_whitespace=True, on_compiled=woken.set)
-    backend.compile(Grammar(kind="regex", source="x+"))
-    assert woken.wait(30)
+    with grammars(tokenizers[0], on_change=woken.set) as made:
+        matcher = made.compile(0, Grammar(kind="regex", source="x+")).result(30)
+        assert woken.wait(30)
+        woken.clear()
+        matcher.feed(allowed(matcher)[0])
+        assert woken.wait(30)

@@ -1,0 +1,359 @@
+"""The process that compiles grammars, for what clients send may take for ever or all memory.
+
+It is forked from the scheduler before that has threads, keeps the tokenizers of all models, and
+forks a child for each grammar, which it can kill. Two children work at most, one in each lane. In
+the first lane a grammar gets a short time, which nearly all need less than; the few that need more
+go to the second and are compiled there from the start. In each lane models take turns. So a grammar
+that never ends holds an ordinary one up for :data:`_FIRST_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import signal
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Literal, NoReturn
+
+import msgspec
+import xgrammar
+
+from crosspool.config.process import die_with_parent, set_title
+from crosspool.config.sizes import exact_size
+from crosspool.scheduler.request import Grammar
+from crosspool.server.grammar_source import compile_source
+
+_FIRST_SECONDS = 0.25
+_PATIENCE = 4
+"""Times are processor times, since others may have the cores; but after so many times as long on
+the clock they count as over."""
+_NICENESS = 5
+"""Compiling leaves processors to the ranks."""
+_SERIALIZED_SHARE = 8
+"""Reading a compiled grammar takes about that many times the length of its serialized form, which
+may therefore be that part of ``grammar_memory_bytes``."""
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, tag="job"):
+    """Compile this grammar; exactly one :class:`GrammarResult` follows unless it is cancelled."""
+
+    id: int
+    model: int
+    kind: Literal["regex", "json_schema", "ebnf", "structural_tag"]
+    source: str
+
+
+class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
+    """Nobody waits for this job any more. Its :class:`GrammarResult` may be on the way."""
+
+    id: int
+
+
+class GrammarResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Either ``serialized``, which xgrammar can read, or ``error``, which says what is wrong with
+    the grammar."""
+
+    id: int
+    serialized: str | None = None
+    error: str = ""
+
+
+_to_process: msgspec.msgpack.Decoder[Job | Cancel] = msgspec.msgpack.Decoder(Job | Cancel)
+_from_process = msgspec.msgpack.Decoder(GrammarResult)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileLimits:
+    """What one grammar may take; the options ``grammar_timeout`` and ``grammar_memory_bytes``."""
+
+    seconds: float
+    memory_bytes: int
+
+    @property
+    def too_long(self) -> str:
+        return (
+            f"it took longer than {self.seconds:g} s to compile, the server's `grammar_timeout`; "
+            "make it simpler"
+        )
+
+    @property
+    def too_large(self) -> str:
+        return (
+            f"compiling it takes more memory than {exact_size(self.memory_bytes)}, the server's "
+            "`grammar_memory_bytes`; make it simpler"
+        )
+
+
+class GrammarProcess:
+    """The scheduler's side: forks the process when it is made, which must be before the first
+    thread starts.
+
+    ``on_compiled`` is called for each result, and ``on_lost`` once when the process has ended
+    unasked, both from a thread of this object."""
+
+    def __init__(
+        self,
+        tokenizers: Sequence[xgrammar.TokenizerInfo],
+        limits: CompileLimits,
+        *,
+        any_whitespace: bool,
+        on_compiled: Callable[[GrammarResult], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        self._on_compiled = on_compiled
+        self._on_lost = on_lost
+        self._connection, theirs = Pipe()
+        scheduler = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                self._connection.close()
+                _become(scheduler)
+                _Compilers(theirs, tokenizers, limits, any_whitespace).run()
+            finally:
+                os._exit(0)
+        theirs.close()
+        self._closing = False
+        self._frames: SimpleQueue[bytes | None] = SimpleQueue()
+        for name, target in (("send", self._send), ("receive", self._receive)):
+            threading.Thread(target=target, name=f"grammars {name}", daemon=True).start()
+
+    def send(self, message: Job | Cancel) -> None:
+        """Returns at once."""
+        self._frames.put(msgspec.msgpack.encode(message))
+
+    def close(self) -> None:
+        """Ends the process and waits until it has ended."""
+        self._closing = True
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self._frames.put(None)
+
+    def _send(self) -> None:
+        while (frame := self._frames.get()) is not None:
+            try:
+                self._connection.send_bytes(frame)
+            except OSError:  # _receive notices it, too
+                return
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                frame = self._connection.recv_bytes()
+            except (EOFError, OSError):
+                break
+            self._on_compiled(_from_process.decode(frame))
+        if not self._closing:
+            self._on_lost()
+
+
+def _become(scheduler: int) -> None:
+    """Makes this fork of the scheduler a process of its own, which ends with it."""
+    die_with_parent()
+    if os.getppid() != scheduler:
+        os._exit(0)
+    set_title("grammars")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # it ends when the scheduler does
+    gc.disable()  # the collector would copy the scheduler's pages
+
+
+class _FairQueue:
+    """Jobs of several models, which take turns."""
+
+    def __init__(self) -> None:
+        self._jobs: OrderedDict[int, deque[Job]] = OrderedDict()
+
+    def push(self, job: Job) -> None:
+        self._jobs.setdefault(job.model, deque()).append(job)
+
+    def pop(self) -> Job | None:
+        if not self._jobs:
+            return None
+        model, jobs = self._jobs.popitem(last=False)
+        job = jobs.popleft()
+        if jobs:
+            self._jobs[model] = jobs
+        return job
+
+    def remove(self, number: int) -> None:
+        for model, jobs in list(self._jobs.items()):
+            left = deque(job for job in jobs if job.id != number)
+            if left:
+                self._jobs[model] = left
+            else:
+                del self._jobs[model]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Child:
+    """A process that compiles one grammar."""
+
+    job: Job
+    pid: int
+    result: Connection
+    deadline: float
+    """Time of the monotonic clock."""
+
+    def end(self) -> int:
+        """Kills and reaps it; returns its wait status."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.result.close()
+        return os.waitpid(self.pid, 0)[1]
+
+
+@dataclass(kw_only=True)
+class _Lane:
+    seconds: float
+    queue: _FairQueue = field(default_factory=_FairQueue)
+    child: _Child | None = None
+
+
+class _Compilers:
+    """What the process does."""
+
+    def __init__(
+        self,
+        scheduler: Connection,
+        tokenizers: Sequence[xgrammar.TokenizerInfo],
+        limits: CompileLimits,
+        any_whitespace: bool,
+    ) -> None:
+        self._scheduler = scheduler
+        self._compilers = [
+            xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+            for info in tokenizers
+        ]
+        self._limits = limits
+        self._any_whitespace = any_whitespace
+        self._lanes = [_Lane(seconds=min(_FIRST_SECONDS, limits.seconds))]
+        if limits.seconds > _FIRST_SECONDS:
+            self._lanes.append(_Lane(seconds=limits.seconds))
+
+    def run(self) -> None:
+        """Returns when the scheduler has closed its end."""
+        while True:
+            for lane in self._lanes:
+                if lane.child is None and (job := lane.queue.pop()) is not None:
+                    lane.child = self._fork(job, lane.seconds)
+            children = [lane.child for lane in self._lanes if lane.child is not None]
+            now = time.monotonic()
+            sleep = min((max(0.0, child.deadline - now) for child in children), default=None)
+            readable = wait([self._scheduler, *(child.result for child in children)], sleep)
+            for lane, following in zip(self._lanes, [*self._lanes[1:], None], strict=True):
+                self._look(lane, following, readable)
+            if self._scheduler in readable and not self._take():
+                return
+
+    def _take(self) -> bool:
+        """Takes one message; returns False when there will be none."""
+        try:
+            message = _to_process.decode(self._scheduler.recv_bytes())
+        except (EOFError, OSError):
+            return False
+        if isinstance(message, Job):
+            self._lanes[0].queue.push(message)
+            return True
+        for lane in self._lanes:
+            lane.queue.remove(message.id)
+            if lane.child is not None and lane.child.job.id == message.id:
+                lane.child.end()
+                lane.child = None
+        return True
+
+    def _look(self, lane: _Lane, following: _Lane | None, readable: Sequence[object]) -> None:
+        """Takes the result of the lane's child, or ends it when its time is over."""
+        child = lane.child
+        if child is None:
+            return
+        frame: bytes | None
+        if child.result in readable:
+            try:
+                frame = child.result.recv_bytes()
+                child.end()
+            except EOFError:
+                frame = self._without_result(child, child.end(), following)
+        elif time.monotonic() >= child.deadline:
+            child.end()
+            frame = self._without_result(child, signal.SIGPROF, following)
+        else:
+            return
+        lane.child = None
+        if frame is not None:
+            self._scheduler.send_bytes(frame)
+
+    def _without_result(self, child: _Child, status: int, following: _Lane | None) -> bytes | None:
+        """Leaves the job of a child that has ended with this wait status to the ``following`` lane,
+        or returns the message that says why there is no result."""
+        number = os.WTERMSIG(status)
+        if number != signal.SIGPROF:
+            deep = number == signal.SIGSEGV
+            error = "it is nested too deeply" if deep else self._limits.too_large
+        elif following is None:
+            error = self._limits.too_long
+        else:
+            following.queue.push(child.job)
+            return None
+        return self._encode(child.job, error=error)
+
+    @staticmethod
+    def _encode(job: Job, *, serialized: str | None = None, error: str = "") -> bytes:
+        return msgspec.msgpack.encode(GrammarResult(id=job.id, serialized=serialized, error=error))
+
+    def _fork(self, job: Job, seconds: float) -> _Child:
+        ours, theirs = Pipe(duplex=False)
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self._compile(job, seconds, parent, theirs)
+            finally:
+                os._exit(1)
+        theirs.close()
+        deadline = time.monotonic() + _PATIENCE * seconds
+        return _Child(job=job, pid=pid, result=ours, deadline=deadline)
+
+    # --- in the child
+
+    def _compile(self, job: Job, seconds: float, parent: int, result: Connection) -> NoReturn:
+        die_with_parent()
+        if os.getppid() != parent:
+            os._exit(1)
+        self._scheduler.close()
+        os.nice(_NICENESS)
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # it ends the process
+        _bound_memory(self._limits.memory_bytes)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # C++ writes there why it aborts
+        grammar = Grammar(kind=job.kind, source=job.source)
+        try:
+            compiled = compile_source(
+                self._compilers[job.model], grammar, any_whitespace=self._any_whitespace
+            )
+            serialized = compiled.serialize_json()
+            if len(serialized) > self._limits.memory_bytes // _SERIALIZED_SHARE:
+                raise MemoryError
+            frame = self._encode(job, serialized=serialized)
+        except MemoryError:
+            frame = self._encode(job, error=self._limits.too_large)
+        except ValueError as error:
+            frame = self._encode(job, error=str(error))
+        result.send_bytes(frame)
+        os._exit(0)
+
+
+def _bound_memory(size: int) -> None:
+    """Lets this process take ``size`` bytes more, and makes it the first that Linux ends where
+    memory is short."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + size
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    Path("/proc/self/oom_score_adj").write_text("1000")
