@@ -13,9 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
+from crosspool.frontend import private
 from prometheus_client.parser import text_string_to_metric_families
+from sglang.srt.entrypoints.openai import serving_chat
+from sglang.srt.entrypoints.openai.protocol import Function, Tool, ToolChoice, ToolChoiceFuncName
 from support.fake_device import logprob_of
 from support.front_end import MODELS, FrontEndServer
 
@@ -411,6 +415,40 @@ def test_inspection(server: FrontEndServer) -> None:
     assert [event["start_ns"] for event in events] == [1, 2]
     status = server.request("/crosspool/status")[1]
     assert status["ready"] and [m["name"] for m in status["models"]] == list(MODELS)
+
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"$ref": "#/$defs/City"}},
+    "required": ["city"],
+    "additionalProperties": False,
+    "$defs": {"City": {"type": "string", "enum": ["Paris", "Rome"]}},
+}
+
+
+def test_a_named_tool_whose_parameters_have_definitions(server: FrontEndServer) -> None:
+    function = {"name": "get_weather", "parameters": CITY}
+    for choice in ({"type": "function", "function": {"name": "get_weather"}}, "required"):
+        status, answer, _ = server.request(
+            "/v1/chat/completions",
+            {
+                "messages": CHAT,
+                "tools": [{"type": "function", "function": function}],
+                "tool_choice": choice,
+                "max_tokens": 20,
+            },
+        )
+        assert status == 200, answer
+
+
+def test_the_grammar_of_a_named_tool_knows_its_definitions() -> None:
+    private.mend_routes()
+    tool = Tool(function=Function(name="get_weather", parameters=CITY))
+    choice = ToolChoice(function=ToolChoiceFuncName(name="get_weather"))
+    schema = serving_chat.get_json_schema_constraint([tool], choice)
+    jsonschema.validate([{"name": "get_weather", "parameters": {"city": "Rome"}}], schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate([{"name": "get_weather", "parameters": {"city": "Oslo"}}], schema)
 
 
 def test_sigterm_lets_requests_end(server: FrontEndServer, slow: None) -> None:

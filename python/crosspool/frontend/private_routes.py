@@ -133,8 +133,15 @@ def _lift_definitions(*modules: Any) -> None:
 
 def _allow_no_tokens(request: Any) -> None:
     """Has ``/v1/completions`` take ``max_tokens: 0``, with which a client has its prompt echoed and
-    nothing generated. The scheduler refuses what is below."""
-    del request.__pydantic_decorators__.field_validators["validate_max_tokens_positive"]
+    nothing generated."""
+
+    def at_least_0(value: int | None) -> int | None:
+        if value is not None and value < 0:
+            raise ValueError(f"max_tokens must be at least 0, got {value}")
+        return value
+
+    validators = request.__pydantic_decorators__.field_validators
+    validators["validate_max_tokens_positive"].func = at_least_0
     request.model_rebuild(force=True)
 
 
