@@ -24,10 +24,10 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from crosspool.config.deployment import Deployment
-from crosspool.server.errors import JSON, RequestError, handle_error
+from crosspool.server.errors import JSON, RequestError, handle_error, unknown_model
 from crosspool.server.gate import Gate
 from crosspool.server.keys import Keys
-from crosspool.server.routes import RouteRule, split
+from crosspool.server.routes import DEFAULT_MODEL, RouteRule, split
 from crosspool.transport import admin
 from crosspool.transport.inspection import DeviceCounters, Status
 
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 20
-DEFAULT_MODEL = "default"
-"""The name that SGLang's own clients give to the model of a server that has one."""
-
 _QUESTIONS: dict[str, admin.What] = {
     "status": "status",
     "tensors": "tensors",
@@ -169,7 +166,7 @@ class App(Starlette):
         if not name:
             return JSON({"object": "list", "data": list(cards.values())})
         if name not in cards:
-            raise _unknown_model(name)
+            raise unknown_model(name)
         return JSON(cards[name])
 
     async def _tags(self, request: Request) -> Response:
@@ -233,7 +230,7 @@ class App(Starlette):
         elif name in (None, "", DEFAULT_MODEL) and name not in models:
             name = self._names[0]
         if name not in models:
-            raise _unknown_model(name)
+            raise unknown_model(name)
         if body is not None:
             receive = _replay(body, receive)
         await self._serve(models[name], inner, receive, send)
@@ -299,11 +296,6 @@ def _model_in(body: bytes, content_type: str) -> str | None:
     if name is not None and not isinstance(name, str):
         raise RequestError(400, "`model` must be a string", param="model")
     return name
-
-
-def _unknown_model(name: str) -> RequestError:
-    message = f"The model `{name}` does not exist; GET /v1/models lists those that do."
-    return RequestError(404, message, code="model_not_found", param="model")
 
 
 async def _gone(request: Request, error: Exception) -> Response:
