@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from support.front_end import MODELS, FrontEndServer, deployment
 
 KEY, ADMIN_KEY = "user-key", "admin-key"
@@ -70,8 +71,23 @@ def test_keys(server: FrontEndServer) -> None:
     assert server.request("/v1/models", headers=USER)[0] == 200
     assert server.request("/crosspool/status", headers=USER)[0] == 401
     assert server.request("/crosspool/status", headers=ADMIN)[0] == 200
+    assert server.request("/flush_cache", {}, USER)[0] == 401
+    assert server.request(f"/m/{MODELS[1]}/flush_cache", {}, ADMIN)[0] == 200
+    assert server.request("/abort_request", {"abort_all": True}, USER)[0] == 401
+    assert server.request("/abort_request", {"rid": "x"}, USER)[0] == 200
+    assert server.request("/v1/completions", COMPLETION, ADMIN)[0] == 200
+    assert server.manage("/v1/completions", COMPLETION) == 200
     assert server.request("/health")[0] == 200
     assert server.request("/metrics")[0] == 200
+
+
+def test_the_dsl_flushes_with_the_admin_key(server: FrontEndServer) -> None:
+    def endpoint(key: str) -> RuntimeEndpoint:
+        return RuntimeEndpoint(f"{server.url}/m/{MODELS[0]}", api_key=key)
+
+    endpoint(ADMIN_KEY).flush_cache()
+    with pytest.raises(RuntimeError, match="401"):
+        endpoint(KEY).flush_cache()
 
 
 def test_sglang_metrics_of_every_model(server: FrontEndServer) -> None:

@@ -93,3 +93,11 @@ def test_the_longest_name_that_fits_is_the_model(path: str, model: str, inner: s
 def test_a_name_ends_where_a_part_of_the_path_does(path: str, model: str, inner: str) -> None:
     assert split(path, NAMES) == (model, inner)
     assert asyncio.run(get(application(), f"/m/{path}"))[0] in (404, 405)
+
+
+def test_a_model_that_does_not_exist_is_named_whatever_the_path() -> None:
+    for path in ("/m/other/generate", "/m/other/nowhere", "/m/Qwe/model_info"):
+        status, answer = asyncio.run(get(application(), path))
+        assert (status, answer["error"]["code"]) == (404, "model_not_found")
+    status, answer = asyncio.run(get(application(), "/m/default/nowhere"))
+    assert (status, answer["error"]["code"]) == (404, "no_such_route")

@@ -25,11 +25,11 @@ from starlette.types import Message, Receive, Scope, Send
 
 from crosspool.config.deployment import Deployment
 from crosspool.server.body import Bodies
-from crosspool.server.errors import JSON, RequestError, handle_error
+from crosspool.server.errors import JSON, RequestError, handle_error, unknown_model
 from crosspool.server.gate import Gate
 from crosspool.server.keys import Keys
 from crosspool.server.request_bounds import Bounds
-from crosspool.server.routes import RouteRule, split
+from crosspool.server.routes import DEFAULT_MODEL, RouteRule, split
 from crosspool.transport import admin
 from crosspool.transport.inspection import DeviceCounters, Status
 
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from crosspool.frontend.model_app import ModelApp
 
 log = logging.getLogger(__name__)
-
-DEFAULT_MODEL = "default"
-"""The name that SGLang's own clients give to the model of a server that has one."""
 
 _QUESTIONS: dict[str, admin.What] = {
     "status": "status",
@@ -170,7 +167,7 @@ class App(Starlette):
         if not name:
             return JSON({"object": "list", "data": list(cards.values())})
         if name not in cards:
-            raise _unknown_model(name)
+            raise unknown_model(name)
         return JSON(cards[name])
 
     async def _tags(self, request: Request) -> Response:
@@ -232,7 +229,7 @@ class App(Starlette):
         elif name in (None, "", DEFAULT_MODEL) and name not in models:
             name = self._names[0]
         if name not in models:
-            raise _unknown_model(name)
+            raise unknown_model(name)
         model = models[name]
         await self._bodies.check(body, Bounds.of(self._deployment, model))
         if body.raw:
@@ -267,11 +264,6 @@ def _inner(scope: Scope) -> dict[str, Any]:
     """A request's scope for an application behind this one, without what this one has added."""
     added = ("app", "router", "route", "endpoint", "path_params", "starlette.exception_handlers")
     return {key: value for key, value in scope.items() if key not in (*added, "rule")}
-
-
-def _unknown_model(name: str) -> RequestError:
-    message = f"The model `{name}` does not exist; GET /v1/models lists those that do."
-    return RequestError(404, message, code="model_not_found", param="model")
 
 
 async def _gone(request: Request, error: Exception) -> Response:

@@ -68,6 +68,11 @@ class RequestError(HTTPException):
         self.param = param
 
 
+def unknown_model(name: str) -> RequestError:
+    message = f"The model `{name}` does not exist; GET /v1/models lists those that do."
+    return RequestError(404, message, code="model_not_found", param="model")
+
+
 async def handle_error(request: Request | None, error: Exception) -> Response:
     """Starlette's handler for HTTPException."""
     del request

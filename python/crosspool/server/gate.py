@@ -9,8 +9,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from crosspool.frontend import refusal
 from crosspool.frontend.refusal import Refusal
 from crosspool.server import routes
-from crosspool.server.errors import ErrorShaper
+from crosspool.server.errors import ErrorShaper, unknown_model
 from crosspool.server.keys import Keys
+from crosspool.server.routes import DEFAULT_MODEL
 
 
 class Gate:
@@ -25,12 +26,16 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, of_model = scope["path"], scope["path"].startswith("/m/")
+        name = DEFAULT_MODEL
         if of_model:
-            _, path = routes.split(path.removeprefix("/m/"), self._models)
+            name, path = routes.split(path.removeprefix("/m/"), self._models)
         refused = Refusal()
         refusal.current.set(refused)
         shaper = ErrorShaper(send, refused, path)
         try:
+            if name and name != DEFAULT_MODEL and name not in self._models:
+                self._keys.check("client", scope)
+                raise unknown_model(name)
             rule = scope["rule"] = routes.find(scope["method"], path, of_model=of_model)
             self._keys.check(rule.caller, scope)
             await self._app(scope, receive, shaper)

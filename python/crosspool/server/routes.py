@@ -23,6 +23,9 @@ Answerer = Literal["server", "either", "model", "every model", "nobody"]
 model's application; those of all models where none is named; or nobody, since CrossPool does not
 support it."""
 
+DEFAULT_MODEL = "default"
+"""The name that SGLang's own clients give to the model of a server that has one."""
+
 
 @dataclass(frozen=True)
 class RouteRule:
