@@ -32,7 +32,7 @@ from crosspool.scheduler.request import Grammar
 from crosspool.server.grammar_source import compile_source
 
 _FIRST_SECONDS = 0.25
-_PATIENCE = 4
+_PATIENCE = 20
 """Times are processor times, since others may have the cores; but after so many times as long on
 the clock they count as over."""
 _ERROR_CHARACTERS = 500
