@@ -81,6 +81,9 @@ def test_nesting_is_bounded_before_it_is_compiled(tokenizer: Any) -> None:
     with grammars(tokenizer) as made:
         error = made.compile(0, Grammar(kind="json_schema", source=deep)).exception(30)
         assert "levels deep" in str(error)
+        wrong = '{"type": 5, "description": "%s"}' % ("x" * 60_000)
+        error = made.compile(0, Grammar(kind="json_schema", source=wrong)).exception(30)
+        assert len(str(error)) <= 500
         lone = made.compile(0, regex("\ud800")).exception(30)
         assert "no Unicode text" in str(lone)
 

@@ -32,9 +32,11 @@ from crosspool.scheduler.request import Grammar
 from crosspool.server.grammar_source import compile_source
 
 _FIRST_SECONDS = 0.25
-_PATIENCE = 4
+_PATIENCE = 20
 """Times are processor times, since others may have the cores; but after so many times as long on
 the clock they count as over."""
+_ERROR_CHARACTERS = 500
+"""Some messages of the compiler have the whole grammar in them."""
 _NICENESS = 5
 """Compiling leaves processors to the ranks."""
 _SERIALIZED_SHARE = 8
@@ -344,7 +346,7 @@ class _Compilers:
         except MemoryError:
             frame = self._encode(job, error=self._limits.too_large)
         except ValueError as error:
-            frame = self._encode(job, error=str(error))
+            frame = self._encode(job, error=str(error)[:_ERROR_CHARACTERS])
         result.send_bytes(frame)
         os._exit(0)
 
