@@ -21,10 +21,13 @@ def complete(server: Server, **body: Any) -> list[dict[str, Any]]:
 
 
 def events(server: Server, path: str, body: dict[str, Any]) -> list[str]:
-    """The lines of a stream that hold something."""
+    """The lines of a stream that hold something. A stream of one piece, as a slow reader may get,
+    is whole JSON, which ``post`` has decoded."""
     status, text = server.post(path, body)
     assert status == 200, text
-    return [line for line in str(text).splitlines() if line]
+    if not isinstance(text, str):
+        return [json.dumps(text)]
+    return [line for line in text.splitlines() if line]
 
 
 # --- samples

@@ -223,6 +223,13 @@ def test_disconnect_ends_the_request(server: FrontEndServer, slow: None) -> None
         ("/v1/completions", b"[1, 2]", 400, "object"),
         ("/v1/completions", {"model": 7, "prompt": "x"}, 400, "model"),
         ("/v1/completions", {"prompt": "x", "max_tokens": -3}, 400, "max_tokens"),
+        (
+            "/v1/completions",
+            {"prompt": ["x", "y"], "custom_logit_processor": "x"},
+            400,
+            "code of a client",
+        ),
+        ("/generate", {"text": "x", "custom_logit_processor": "x"}, 400, "code of a client"),
         ("/v1/completions", {"prompt": "x", "regex": "[a-"}, 400, "regex"),
         ("/v1/completions", {"prompt": "word " * 9000}, 400, "context"),
         ("/v1/chat/completions", {"messages": CHAT, "temperature": -1}, 400, "temperature"),

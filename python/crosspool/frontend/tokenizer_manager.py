@@ -153,6 +153,11 @@ class PooledTokenizerManager(TokenizerManager):
             # SGLang first computes the prompt, under an id of its own, and then takes the samples.
             obj.sample = self._ids.number_below(prompt) - 1
             return self._ids.add([obj.rid], of=prompt)
+        processors = getattr(obj, "custom_logit_processor", None)
+        if any(processors) if isinstance(processors, list) else processors:
+            # SGLang would say to give a flag, and may unpickle it to see what it can do.
+            text = "`custom_logit_processor` is code of a client, which this server does not run"
+            raise _refused(text, HTTPStatus.BAD_REQUEST)
         rids: list[str] = [obj.rid] if obj.is_single else obj.rid
         given = obj.given_rid if obj.given_rid not in rids else None
         for rid in rids if given is None else [given, *rids]:
