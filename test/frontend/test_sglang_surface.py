@@ -40,15 +40,19 @@ DETOKENIZER = "sglang.srt.managers.detokenizer_manager:DetokenizerManager"
 
 THROUGH_VALUES = {
     TOKENIZER: (
+        "_dispatch_to_scheduler",
         "_handle_abort_finish_reason",
         "_handle_abort_req",
         "_init_req_state",
         "_release_req_states_on_failure",
+        "_send_one_request",
+        "_tokenize_texts",
         "abort_request",
         "asyncio_tasks",
         "auto_create_handle_loop",
         "context_len",
         "create_abort_task",
+        "detokenize_logprob_tokens",
         "event_loop",
         "generate_request",
         "handle_loop",
@@ -62,6 +66,25 @@ THROUGH_VALUES = {
         "_counter_cls",
         "_gauge_cls",
         "_histogram_cls",
+    ),
+    "sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat": (
+        "_convert_to_internal_request",
+        "_validate_request",
+        "handle_request",
+    ),
+    "sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion": (
+        "handle_request",
+    ),
+    "sglang.srt.entrypoints.openai.serving_tokenize:OpenAIServingTokenize": (
+        "_handle_non_streaming_request",
+    ),
+    "sglang.srt.entrypoints.openai.serving_tokenize:OpenAIServingDetokenize": (
+        "_handle_non_streaming_request",
+    ),
+    "sglang.srt.entrypoints.anthropic.serving:AnthropicServing": (
+        "_handle_non_streaming",
+        "_handle_streaming",
+        "handle_count_tokens",
     ),
     "sglang.srt.entrypoints.engine:Engine": ("generate", "tokenizer_manager"),
     "sglang.srt.runtime_context:RuntimeContext": ("override",),
@@ -231,7 +254,8 @@ def test_private_names_are_in_one_module() -> None:
 
 
 def test_no_other_private_name_is_used() -> None:
-    """Every attribute with a leading underscore in private.py is SGLang's, and is recorded."""
+    """Every attribute with a leading underscore in private.py is SGLang's, and is recorded, but for
+    the one of FastAPI that test_request_types.py sees at work."""
     tree = ast.parse(PRIVATE.read_text())
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     used |= {
@@ -240,7 +264,7 @@ def test_no_other_private_name_is_used() -> None:
         if isinstance(node, ast.Constant) and re.fullmatch(r"_[a-z_]+", str(node.value))
     }
     private = {name for name in used if re.match(r"_[A-Za-z]", name)}
-    assert private <= {re.split("[.:]", name)[-1] for name in surface()}
+    assert private - {"_type_adapter"} <= {re.split("[.:]", name)[-1] for name in surface()}
 
 
 if __name__ == "__main__":

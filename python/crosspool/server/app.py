@@ -27,7 +27,7 @@ from crosspool.frontend import refusal
 from crosspool.frontend.refusal import Refusal
 from crosspool.server.body import Bodies
 from crosspool.server.errors import JSON, ErrorShaper, RequestError, handle_error
-from crosspool.server.request_bounds import Bounds
+from crosspool.server.request_bounds import RequestBounds
 from crosspool.transport import admin
 from crosspool.transport.inspection import DeviceCounters, Status
 
@@ -229,7 +229,7 @@ class App(Starlette):
             self._check_key(Request(inner))
             raise _unknown_model(name)
         model = models[name]
-        await self._bodies.check(body, Bounds.of(self._deployment, model))
+        await self._bodies.check(body, RequestBounds.of(self._deployment, model))
         if body.raw:
             receive = body.replay(receive)
         await self._serve(model, inner, receive, send)

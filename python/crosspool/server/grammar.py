@@ -156,7 +156,7 @@ def _structural_tag(source: str) -> str:
 
 
 def _bound_whitespace(node: Any) -> None:
-    """Bounds the whitespace of every JSON content in a structural tag."""
+    """RequestBounds the whitespace of every JSON content in a structural tag."""
     if isinstance(node, list):
         for child in node:
             _bound_whitespace(child)

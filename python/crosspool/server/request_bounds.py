@@ -40,7 +40,7 @@ _IDS = frozenset(
 
 
 @dataclass(frozen=True)
-class Bounds:
+class RequestBounds:
     """What one request of one model may ask for."""
 
     context: int
@@ -55,7 +55,7 @@ class Bounds:
     id_bytes: int
 
     @classmethod
-    def of(cls, deployment: Deployment, model: ModelApp) -> Bounds:
+    def of(cls, deployment: Deployment, model: ModelApp) -> RequestBounds:
         return cls(
             context=model.context_length,
             text_bytes=model.context_length * model.longest_token,
