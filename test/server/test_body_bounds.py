@@ -189,6 +189,8 @@ def test_what_is_within_the_bounds_arrives_as_it_was_sent(
         ({"stop_sequences": ["x"] * 21}, 400, ["`stop_sequences`", "20"]),
         ({"options": {"stop": ["x" * 31]}}, 400, ["`options.stop`", "30"]),
         ({"logit_bias": {str(i): 1 for i in range(21)}}, 400, ["`logit_bias`", "20"]),
+        ({"logit_bias": {"x": 1}}, 400, ["`logit_bias`", "'x'"]),
+        ({f"x{i}": 1 for i in range(21)}, 400, ["`body`", "20"]),
         ({"sampling_params": {"stop_token_ids": [5] * 21}}, 400, ["stop_token_ids`", "20"]),
         ({"token_ids_logprob": [5] * 21}, 400, ["`token_ids_logprob`", "20"]),
         ({"messages": [{}] * 21}, 400, ["`messages`", "20"]),

@@ -28,7 +28,7 @@ from crosspool.server.body import Bodies
 from crosspool.server.errors import JSON, RequestError, handle_error, unknown_model
 from crosspool.server.gate import Gate
 from crosspool.server.keys import Keys
-from crosspool.server.request_bounds import Bounds
+from crosspool.server.request_bounds import RequestBounds
 from crosspool.server.routes import DEFAULT_MODEL, RouteRule, split
 from crosspool.transport import admin
 from crosspool.transport.inspection import DeviceCounters, Status
@@ -231,7 +231,7 @@ class App(Starlette):
         if name not in models:
             raise unknown_model(name)
         model = models[name]
-        await self._bodies.check(body, Bounds.of(self._deployment, model))
+        await self._bodies.check(body, RequestBounds.of(self._deployment, model))
         if body.raw:
             receive = body.replay(receive)
         await self._serve(model, inner, receive, send)

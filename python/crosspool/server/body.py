@@ -14,7 +14,7 @@ from starlette.types import Message, Receive
 from crosspool.config.deployment import Deployment
 from crosspool.server import json_shape
 from crosspool.server.errors import RequestError
-from crosspool.server.request_bounds import Bounds
+from crosspool.server.request_bounds import RequestBounds
 
 _SMALL = 32 << 10
 """Bytes of a body that is looked at within the event loop: it takes less than a millisecond."""
@@ -53,7 +53,7 @@ class Body:
         if not isinstance(self._decoded, dict):
             raise RequestError(HTTPStatus.BAD_REQUEST, "the body must be a JSON object")
 
-    def check(self, bounds: Bounds) -> None:
+    def check(self, bounds: RequestBounds) -> None:
         """Raises RequestError for what asks for more than ``bounds``."""
         if self._decoded is not None:
             bounds.check(self._decoded)
@@ -88,7 +88,7 @@ class Bodies:
         await self._run(body, body.decode, most_values, self._most_depth)
         return body
 
-    async def check(self, body: Body, bounds: Bounds) -> None:
+    async def check(self, body: Body, bounds: RequestBounds) -> None:
         """Raises RequestError for what asks for more than ``bounds``."""
         await self._run(body, body.check, bounds)
 

@@ -40,7 +40,7 @@ _IDS = frozenset(
 
 
 @dataclass(frozen=True)
-class Bounds:
+class RequestBounds:
     """What one request of one model may ask for."""
 
     context: int
@@ -55,7 +55,7 @@ class Bounds:
     id_bytes: int
 
     @classmethod
-    def of(cls, deployment: Deployment, model: ModelApp) -> Bounds:
+    def of(cls, deployment: Deployment, model: ModelApp) -> RequestBounds:
         return cls(
             context=model.context_length,
             text_bytes=model.context_length * model.longest_token,
@@ -69,6 +69,7 @@ class Bounds:
     def check(self, body: dict[str, Any]) -> None:
         """Raises RequestError with status 400 or 413, naming the field and the bound, for a decoded
         ``body`` that asks for more."""
+        self._check_length("body", body)
         prompts, samples = 1, 1
         for name, fields in _groups(body, self.samples):
             for key, value in fields.items():
@@ -77,6 +78,8 @@ class Bounds:
                     continue
                 if key in _SAMPLES:
                     samples = max(samples, self._sample_count(field, value))
+                elif key == "logit_bias":
+                    self._check_biases(field, value)
                 elif key in _STOPS:
                     self._check_stops(field, value)
                 elif key in _IDS:
@@ -96,6 +99,12 @@ class Bounds:
         if not 1 <= value <= self.samples:
             raise _refused(f"`{field}` must be from 1 to {self.samples}, got {value}")
         return value
+
+    def _check_biases(self, field: str, value: Any) -> None:
+        self._check_any(field, value)
+        for key in value if isinstance(value, dict) else ():
+            if not (key.isascii() and key.isdigit()):
+                raise _refused(f"`{field}` has the key {key[:20]!r}; keys must be token ids")
 
     def _check_stops(self, field: str, value: Any) -> None:
         stops = value if isinstance(value, list) else [value]
