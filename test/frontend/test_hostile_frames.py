@@ -136,6 +136,24 @@ def test_messages_without_an_id_are_dropped(front_end: AttachedFrontEnd) -> None
     assert front_end.serves()
 
 
+@pytest.mark.parametrize(
+    ("fields", "params"),
+    [
+        ({"bootstrap_room": []}, {}),
+        ({}, {"max_new_tokens": 1.5}),
+        ({}, {"regex": 5}),
+        ({}, {"custom_params": {"a": {"b": {"c": {}}}}}),
+    ],
+)
+def test_no_client_waits_for_what_cannot_be_decoded(
+    server: FrontEndServer, fields: dict[str, Any], params: dict[str, Any]
+) -> None:
+    body = {"text": "x", "sampling_params": {"max_new_tokens": 2, **params}, **fields}
+    status, answer, _ = server.request(f"/m/{MODELS[0]}/generate", body, timeout=20)
+    assert status == 400, answer
+    assert server.request("/crosspool/status")[0] == 200
+
+
 # --- the admin socket
 
 

@@ -199,11 +199,12 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         "Time that a client has to send the body of a request before its connection is closed.",
         _SERVER, unit="s", least=0.1)] = 60.0
     watchdog_timeout: Annotated[float, Option(
-        "Time after which a device that owes the result of a step counts as dead.",
+        "Time after which a device that owes the result of a step, a scheduler that does not "
+        "answer, or a process that a signal has stopped counts as dead.",
         _SERVER, unit="s", least=1, sglang="watchdog_timeout")] = 300.0
     failure_grace: Annotated[float, Option(
-        "Time for which the server answers 503 after one of its processes has died, before it "
-        "ends.",
+        "Time for which the server answers 503 after one of its processes has died or counts as "
+        "dead, before it ends.",
         _SERVER, unit="s", least=0)] = 5.0
     drain_timeout: Annotated[float, Option(
         "Time that requests in flight get to finish after SIGTERM.",
