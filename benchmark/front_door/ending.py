@@ -24,7 +24,7 @@ WORST = (
     "EBNF S ::= S S S",
     "a regex of another model behind bad grammars",
 )
-_HEAD_START = 1.0
+_HEAD_START = 3.0
 
 
 def worst() -> Iterator[Row]:

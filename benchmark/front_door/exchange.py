@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 LOOPBACK = "127.0.0.1"
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+"""What comes before the answer where a client asks whether it may send its body."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def _pump(
                     if not part:
                         return
                     received += part
+                    if received.startswith(_CONTINUE):
+                        del received[: len(_CONTINUE)]
                 if mask & selectors.EVENT_WRITE:
                     if unsent:
                         with contextlib.suppress(BlockingIOError):

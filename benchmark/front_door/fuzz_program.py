@@ -104,7 +104,7 @@ def generated(python: str, url: str, seed: int, count: int, refused: Sequence[st
 
 
 def run(seed: int, requests: int, python: str | None) -> Tally:
-    """Send ``requests`` cases, half of them made by schemathesis where ``python`` has it. A server
+    """Send ``requests`` cases, a tenth of them by schemathesis where ``python`` has it. A server
     that loses a process is followed by a new one."""
     rng, total = random.Random(seed), Tally()
     source: Iterator[Case] | None = None
@@ -115,7 +115,7 @@ def run(seed: int, requests: int, python: str | None) -> Tally:
                 mutated = cases(server.url, rng, refused)
                 made = []
                 if python is not None:
-                    made = generated(python, server.url, seed, requests // 2, refused)
+                    made = generated(python, server.url, seed, requests // 10, refused)
                 source = _alternate(mutated, iter(made))
             left = itertools.islice(source, requests - total.requests)
             before = total.requests

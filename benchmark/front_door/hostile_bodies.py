@@ -194,6 +194,14 @@ def own_rows() -> Iterator[Row]:
         "triggers": [f"<t{i}" for i in range(10_000)],
     }
     message = b'{"role":"user","content":"a"}'
+    # Bodies that a server may well read before it refuses them.
+    yield Row("prompt of 7 MB", False, _completion("prompt", text_of(7_000_000)))
+    yield Row("stop string of 7 MB", False, _completion("stop", text_of(7_000_000)))
+    yield Row("input_ids of 3 M integers", False, _generate("input_ids", many(b"7", 3_000_000)))
+    yield Row("logit_bias of 400,000 entries", False, _completion("logit_bias", _biases(400_000)))
+    yield Row("200,000 messages", False, _chat("messages", many(message, 200_000)))
+    yield Row("n = 1,000", False, _completion("n", b"1000"))
+    yield Row("20 prompts of 200 KB", False, _completion("prompt", many(text_of(200_000), 20)))
     yield Row("10^6 messages", False, _chat("messages", many(message, 1_000_000)))
     yield Row(
         "one message of 10^6 parts",
