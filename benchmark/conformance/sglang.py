@@ -37,6 +37,12 @@ KNOWN = (
         run=False,
     ),
     Known(
+        "[Cc]ustom_?[Ll]ogit_?[Pp]rocessor",
+        "custom_logit_processor|'meta_info'|custom-logit-processor",
+        "by design",
+        "A client's pickled class is never run in the process that computes all models' steps.",
+    ),
+    Known(
         "Outlines",
         "grammar-backend|outlines",
         "not installed",
