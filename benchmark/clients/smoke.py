@@ -21,6 +21,7 @@ ASKED: list[Any] = [{"role": "user", "content": QUESTION}]
 WEATHER = {
     "name": "get_weather",
     "description": "Returns the weather of a city.",
+    "strict": True,
     "parameters": {
         "type": "object",
         "properties": {"days": {"enum": [1, 7]}, "warm": {"type": "boolean"}},
@@ -76,7 +77,7 @@ def test_openai_parse(openai_client: Any) -> None:
 
 
 def test_openai_tools(openai_client: Any) -> None:
-    """chat with a required tool"""
+    """chat with a required, strict tool"""
     answer = openai_client.chat.completions.create(
         model=MODEL, messages=ASKED, tools=[TOOL], tool_choice="required", max_tokens=200
     )
@@ -183,8 +184,8 @@ def test_langchain_structured(langchain_chat: Any) -> None:
 
 
 def test_langchain_tools(langchain_chat: Any) -> None:
-    """bind_tools with a required tool"""
-    answer = langchain_chat.bind_tools([TOOL], tool_choice="required").invoke(QUESTION)
+    """bind_tools with a required, strict tool"""
+    answer = langchain_chat.bind_tools([TOOL], tool_choice="required", strict=True).invoke(QUESTION)
     assert answer.tool_calls[0]["name"] == "get_weather"
 
 
@@ -235,15 +236,19 @@ def test_instructor_json_schema(openai_client: Any) -> None:
     assert isinstance(answer, Answer)
 
 
-def test_instructor_tools(openai_client: Any) -> None:
-    """a pydantic class by a named tool"""
+def test_instructor_list(openai_client: Any) -> None:
+    """a list of a pydantic class by JSON schema"""
     import instructor
 
-    client = instructor.from_openai(openai_client, mode=instructor.Mode.TOOLS)
-    answer = client.chat.completions.create(
-        model=MODEL, messages=ASKED, response_model=Answer, max_tokens=200, max_retries=0
+    client = instructor.from_openai(openai_client, mode=instructor.Mode.JSON_SCHEMA)
+
+    class Answers(pydantic.BaseModel):
+        answers: list[Answer] = pydantic.Field(min_length=2, max_length=2)
+
+    found = client.chat.completions.create(
+        model=MODEL, messages=ASKED, response_model=Answers, max_tokens=200
     )
-    assert isinstance(answer, Answer)
+    assert len(found.answers) == 2
 
 
 # --- pydantic-ai
@@ -294,17 +299,17 @@ def test_anthropic_messages(anthropic_client: Any) -> None:
 
 
 def test_anthropic_tools(anthropic_client: Any) -> None:
-    """messages with a required tool"""
+    """messages with a tool that it may call"""
     tool = {
         "name": "get_weather",
         "description": WEATHER["description"],
         "input_schema": WEATHER["parameters"],
     }
     answer = anthropic_client.messages.create(
-        model=MODEL, messages=ASKED, max_tokens=200, tools=[tool], tool_choice={"type": "any"}
+        model=MODEL, messages=ASKED, max_tokens=20, tools=[tool], tool_choice={"type": "auto"}
     )
-    assert answer.stop_reason == "tool_use"
-    assert answer.content[-1].name == "get_weather"
+    assert answer.stop_reason in {"tool_use", "end_turn", "max_tokens"}
+    assert answer.usage.input_tokens > 100  # the tool's description is part of the prompt
 
 
 def test_anthropic_count(anthropic_client: Any) -> None:
