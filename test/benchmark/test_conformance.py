@@ -55,9 +55,9 @@ def test_flags_are_translated() -> None:
 
 def test_only_the_named_failure_is_excused() -> None:
     known = (Known("test_a$", "got 5", "tiny model", "It counts badly."),)
-    assert reason_for(known, "x.py::test_a", "want 4, got 5") is known[0]
-    assert reason_for(known, "x.py::test_a", "ConnectionError") is None
-    assert reason_for(known, "x.py::test_ab", "got 5") is None
+    assert reason_for(known, "a::test_a", "want 4, got 5") is known[0]
+    assert reason_for(known, "a::test_a", "ConnectionError") is None
+    assert reason_for(known, "a::test_ab", "got 5") is None
 
 
 def test_a_library_that_is_installed_excuses_nothing() -> None:
