@@ -84,12 +84,13 @@ class Outcomes:
 
 
 def message(report: pytest.TestReport | pytest.CollectReport) -> str:
-    """Return why a test failed or was skipped: the lines that pytest marks with E, at most 600
-    characters."""
+    """Return why a test failed or was skipped: the lines that pytest marks with E, of which the
+    first and the last 300 characters are kept."""
     if report.outcome == "passed":
         return ""
     if report.outcome == "skipped":
         told: Any = report.longrepr
         return str(told[2] if isinstance(told, tuple) else told)
     lines = re.findall(r"^E +(.*)$", str(report.longrepr), re.M)
-    return (" / ".join(lines) or str(report.longrepr).strip())[-600:]
+    text = " / ".join(lines) or str(report.longrepr).strip()
+    return text if len(text) <= 600 else f"{text[:300]} ... {text[-300:]}"

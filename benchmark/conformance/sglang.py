@@ -36,9 +36,22 @@ KNOWN = (
     ),
     Known(
         "TestAnthropicToolUse::test_tool_(result_multi_turn|use_format)",
-        "[Ee]xpected tool_use|assertion|text|\}\]",
+        "Expected tool_use",
         "tiny model",
         "It calls no tool unless it must.",
+    ),
+    Known(
+        r"test_programs\.py::test_(few_shot_qa|decode_int|decode_json|expert_answer|tool_use|react)$",
+        "washington|hours in a day|JSONDecodeError|paris|Answer: |SyntaxError|'answer'",
+        "tiny model",
+        "It answers no question, and writes no JSON or Python without a grammar.",
+    ),
+    Known(
+        r"test_programs\.py::test_(image_qa|completion_speculative|hellaswag_select)$",
+        ".*",
+        "out of scope",
+        "The program needs images, an OpenAI backend's counts of tokens, or a data set.",
+        run=False,
     ),
     Known(
         "Rerank",
