@@ -52,7 +52,8 @@ GPU_ENV := PYTHONPATH=python:.$(if $(PYTHONPATH),:$(PYTHONPATH)) CUDA_MODULE_LOA
   CUDA_DEVICE_MAX_CONNECTIONS=32
 GPU_BUILD := build/gpu
 
-.PHONY: help env dev serve test test-all test-triton test-rest lint format bench bench-peers front-door \
+.PHONY: help env dev serve test test-all test-triton test-rest lint format bench bench-peers \
+  clients front-door lm-eval sglang-tests vllm-tests \
   native-gpu gpu-report gpu-bundle test-gpu bench-gpu sanitize-gpu clean force
 
 help: ## Prints this list.
@@ -142,6 +143,42 @@ front-door: dev ## Sends hostile requests, 10^5 fuzzed ones and SIGTERM to a ser
 	  $(VENV)/schemathesis/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) schemathesis || exit 1; \
 	  echo "==> fuzzed requests"; $(BIN)/python -m benchmark.front_door fuzz $(ARGS) \
 	  --schemathesis $(abspath $(VENV))/schemathesis/bin/python && exit $$status
+
+# Environments of their own: they want other versions of what CrossPool needs. Evaluation sees the
+# project's environment, for transformers.
+CLIENTS = $(VENV)/clients
+EVALUATION = $(VENV)/lm-eval
+SUITES = $(abspath $(VENV))/conformance
+
+$(CLIENTS)/.made: requirements/clients.txt | env
+	@echo "==> clients in $(CLIENTS)"
+	@$(BIN)/python -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $<
+	@touch $@
+
+$(EVALUATION)/.made: requirements/lm-eval.txt | env
+	@echo "==> lm-evaluation-harness in $(EVALUATION)"
+	@$(BIN)/python -m venv $(EVALUATION)
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  >$$($(EVALUATION)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/crosspool.pth
+	@$(EVALUATION)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $<
+	@touch $@
+
+$(SUITES)/.made: requirements/conformance-nodeps.txt | dev
+	@$(PIP) --no-deps --upgrade --target $(SUITES) -r $<
+	@touch $@
+
+clients: $(CLIENTS)/.made ## Tries clients of other projects against a server.
+	@$(BIN)/python -m benchmark.clients --python $(CLIENTS)/bin/python $(ARGS)
+
+lm-eval: $(EVALUATION)/.made ## Compares lm-evaluation-harness's figures with transformers'.
+	@$(BIN)/python -m benchmark.conformance.lm_eval --python $(EVALUATION)/bin/python $(ARGS)
+
+sglang-tests: $(SUITES)/.made ## Runs SGLang's own tests over servers: ARGS="--checkout FOLDER".
+	@PYTHONPATH=$(SUITES) $(BIN)/python -m benchmark.conformance.sglang $(ARGS)
+
+vllm-tests: $(SUITES)/.made ## Runs vLLM's tests over servers: ARGS="--checkout FOLDER".
+	@PYTHONPATH=$(SUITES) $(BIN)/python -m benchmark.conformance.vllm $(ARGS)
 
 # CMake comes from the system or from pip's package of that name.
 native-gpu: ## Builds the native code, with the GPU libraries, into python/crosspool/kernels.

@@ -1,0 +1,185 @@
+"""SGLang's tests over CrossPool: ``python -m benchmark.conformance.sglang --checkout FOLDER``."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmark.conformance.known import Known
+from benchmark.conformance.run import Project, main
+from benchmark.conformance.sglang_files import SUITES
+
+KNOWN = (
+    Known("test_model_list", "assert 2 == 1", "by design", "Every server here has two models."),
+    Known(
+        "test_response_prefill",
+        "SmartHome|startswith|matched_stop=",
+        "tiny model",
+        "It cannot go on with a product's description.",
+    ),
+    Known(
+        "v1Responses::test_response",
+        "'incomplete' in|receive a `response.completed` event",
+        "tiny model",
+        "It writes until the bound on tokens, so that the response is incomplete.",
+    ),
+    Known(
+        "v1Responses::test_penalty",
+        "'prompt_tokens' not found",
+        "as SGLang",
+        "SGLang 0.5.21 counts `input_tokens` in a response's usage, as OpenAI does.",
+    ),
+    Known(
+        "TestAnthropicToolUse::test_tool_choice_(any|specific)",
+        "valid dictionary",
+        "as SGLang",
+        "Arguments of a tool that is not strict may be any JSON, and a tiny model's are no object.",
+    ),
+    Known(
+        "TestAnthropicToolUse::test_tool_(result_multi_turn|use_format)",
+        "Expected tool_use",
+        "tiny model",
+        "It calls no tool unless it must.",
+    ),
+    Known(
+        r"test_programs\.py::test_(few_shot_qa|decode_int|decode_json|expert_answer|tool_use|react)$",
+        "washington|hours in a day|JSONDecodeError|paris|Answer: |SyntaxError|'answer'",
+        "tiny model",
+        "It answers no question, and writes no JSON or Python without a grammar.",
+    ),
+    Known(
+        r"test_programs\.py::test_(image_qa|completion_speculative|hellaswag_select)$",
+        ".*",
+        "out of scope",
+        "The program needs images, an OpenAI backend's counts of tokens, or a data set.",
+        run=False,
+    ),
+    Known(
+        r"test_programs\.py::test_(parallel_encoding|gen_min_new_tokens)$",
+        ".*",
+        "as SGLang",
+        "The program needs a route that SGLang has dropped, or an engine in its own process.",
+        run=False,
+    ),
+    Known(
+        "Rerank",
+        "chunked-prefill-size|is-embedding",
+        "out of scope",
+        "CrossPool serves no cross-encoders.",
+    ),
+    Known(
+        "test_finish_stop_eos",
+        r"Expected (finish_reason: stop|matched_stop: \[128000)",
+        "tiny model",
+        "It ends with its own token, or goes on to the bound.",
+    ),
+    Known(
+        "TestLargeMaxNewTokens|TestRequestQueueValidation.*log|TestAbort::test_memory_leak"
+        "|TestAbortWithApiKey",
+        ".*",
+        "out of scope",
+        "The test waits for a line of the log of SGLang's scheduler.",
+        run=False,
+    ),
+    Known(
+        "[Cc]ustom_?[Ll]ogit_?[Pp]rocessor",
+        "custom.logit.processor|'meta_info'",
+        "by design",
+        "A client's pickled class is never run in the process that computes all models' steps.",
+    ),
+    Known(
+        "Outlines",
+        "grammar-backend|outlines",
+        "not installed",
+        "The backend works where the library is installed.",
+        library="outlines",
+    ),
+    Known(
+        "LLGuidance",
+        "grammar-backend|llguidance",
+        "not installed",
+        "The backend works where the library is installed.",
+        library="llguidance",
+    ),
+    Known(
+        "(ebnf|regex)",
+        "does not match (any of the allowed patterns|regex pattern)|not matching the EBNF",
+        "tiny model",
+        "It writes a string until the bound on tokens is reached, and the text is cut there.",
+    ),
+    Known(
+        "TestEnableThinking",
+        "^AssertionError$",
+        "tiny model",
+        "Its tokenizer has no token that ends thinking.",
+    ),
+    Known(
+        "test_mmlu|TestPyTorchSamplingBackend::test_mmlu",
+        "sgl-eval",
+        "out of scope",
+        "This SGLang has moved that evaluation to another package.",
+    ),
+    Known(
+        "TestAbortRequest",
+        "'(length|stop)' != 'abort'",
+        "tiny model",
+        "It has written its answer before the abort comes.",
+    ),
+    Known(
+        "TestAbortAllWithRetraction",
+        "schedule-policy",
+        "out of scope",
+        "CrossPool has one order of admission and retracts no request.",
+    ),
+    Known(
+        "TestAbortWith(Waiting|Running)Timeout",
+        "0 != 1|'object'",
+        "out of scope",
+        "SGLang's variables for its timeouts have no effect; --queue-timeout is CrossPool's.",
+    ),
+    Known(
+        "TestSRTEndpoint::test_get_server_info$",
+        "load_weight",
+        "out of scope",
+        "Times of phases in which SGLang's scheduler starts, CUDA graphs among them.",
+    ),
+    Known(
+        "TestSRTEndpoint::test_(cache_tokens|forbidden_token|logit_bias|logit_bias_isolation)$",
+        "'meta_info'",
+        "tiny model",
+        "The test's token ids are beyond a vocabulary of 2,048, and are refused.",
+    ),
+    Known(
+        "TestSRTEndpoint::test_(logprob_mixed|logprob_with_chunked_prefill)$",
+        "'meta_info'",
+        "tiny model",
+        "The test's prompts are longer than a context of 4,096 tokens, and are refused.",
+    ),
+    Known(
+        "TestBasicSanity",
+        "not found in ' |correct: |400 != 200|semantically equivalent",
+        "tiny model",
+        "It knows neither capitals nor sums, and 4,096 tokens are its longest prompt.",
+    ),
+    Known(
+        "test_accuracy_floor|test_fwd_occupancy",
+        "test_hellaswag_select|fwd_occupancy",
+        "out of scope",
+        "The test is about accuracy, or about a GPU's timers.",
+    ),
+    Known(
+        "TestLoadSnapshotNormalDP|test_metrics_2gpu",
+        "--(dp|tp): ",
+        "out of scope",
+        "Parallelism follows from the pools' devices.",
+    ),
+    Known(
+        "test_logprob_grammar",
+        "False is not true",
+        "tiny model",
+        "Its vocabulary has no token for ` Yes` or ` No`.",
+    ),
+)
+PROJECT = Project("SGLang", "benchmark.conformance.sglang_plugin", SUITES, KNOWN)
+
+if __name__ == "__main__":
+    sys.exit(main(PROJECT))

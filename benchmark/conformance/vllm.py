@@ -1,0 +1,100 @@
+"""vLLM's tests of completions and chats over CrossPool:
+``python -m benchmark.conformance.vllm --checkout FOLDER``."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmark.conformance.known import Known
+from benchmark.conformance.run import Project, main
+from benchmark.conformance.vllm_files import SUITES
+
+_OWN_PARAMETER = "The test is about a parameter of vLLM's own, which SGLang's API does not have."
+
+KNOWN = (
+    Known(
+        ".*",
+        "is vLLM's, which is not installed|'_Absent'|Mock object|_StandIn",
+        "out of scope",
+        "The test is about vLLM's classes, not about a server.",
+    ),
+    Known(
+        "truncation_side|logprob_token_ids|prompt_logprobs|invalid_(json_schema|regex|grammar)"
+        "|empty_grammar|structured_outputs|test_top_logprobs|echo_and_continue|bad_words",
+        r"token_id:|prompt_logprobs|DID NOT RAISE|assert \[0, 1, 2|got -1|content|Expecting value"
+        "|does not match|not in",
+        "out of scope",
+        _OWN_PARAMETER,
+    ),
+    Known("test_batch_completions", "beam search", "out of scope", _OWN_PARAMETER),
+    Known(
+        ".*",
+        "--enable-per-request-metrics|--watermark-config",
+        "out of scope",
+        "The server is asked for a feature of vLLM's own.",
+    ),
+    Known(
+        "test_single_completion",
+        "== 5",
+        "tiny model",
+        "Its tokenizer makes nine tokens of the prompt, not five.",
+    ),
+    Known(
+        "test_completion_stream_options",
+        "usage",
+        "as SGLang",
+        "continuous_usage_stats counts without include_usage.",
+    ),
+    Known(
+        "logprobs|echo_logprob",
+        "Prompt cannot be empty",
+        "as SGLang",
+        "A list of token ids that are all 0 counts as empty.",
+    ),
+    Known(
+        "test_echo_logprob_completion",
+        "assert 5 > 5",
+        "as SGLang",
+        "With `logprobs: 0` the prompt's log-probabilities are left out, also with `echo`.",
+    ),
+    Known(
+        "test_empty_prompt|test_out_of_vocab_token_ids",
+        "400",
+        "by design",
+        "The request is refused with status 400, in other words than vLLM's.",
+    ),
+    Known(
+        "test_chunked_prompt|test_anthropic_streaming_cache_usage",
+        "longer than the model's context length",
+        "tiny model",
+        "The test's prompt is longer than its context.",
+    ),
+    Known(
+        "test_anthropic_(tool_call|structured_output)",
+        "'end_turn' == 'tool_use'|Expecting value",
+        "tiny model",
+        "It calls no tool unless it must.",
+    ),
+    Known(
+        "test_function_tool_use|test_include_reasoning|test_reasoning_tokens_in_usage",
+        "'reasoning'|0 > 0|assert ''|assert not '|None is not None",
+        "as SGLang",
+        "The test reads vLLM's field `reasoning`, or waits for a tiny model to end its thinking.",
+    ),
+    Known(
+        "test_function_tool_use",
+        "tool_calls=None",
+        "tiny model",
+        "It calls no tool unless it must.",
+    ),
+    Known(
+        "enable_force_include_usage",
+        "'prompt_tokens'",
+        "as SGLang",
+        "The flag ends a stream with its usage; vLLM's puts usage into every piece.",
+    ),
+)
+PROJECT = Project("vLLM", "benchmark.conformance.vllm_plugin", SUITES, KNOWN)
+
+if __name__ == "__main__":
+    sys.exit(main(PROJECT))
