@@ -56,7 +56,7 @@ def post(
     body: bytes | Any,
     *,
     headers: dict[str, str] | None = None,
-    timeout: float = 30.0,
+    timeout: float = 60.0,
 ) -> Outcome:
     """POST ``body``, as JSON where it is no bytes, on a new connection."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -78,7 +78,7 @@ def _generate(name: str, value: bytes, **more: Any) -> Callable[[Place], Outcome
 
 
 def _sampling(name: str, value: bytes, **more: Any) -> Callable[[Place], Outcome]:
-    sampling = {"max_new_tokens": 300, **more}
+    sampling = {"max_new_tokens": 200, **more}
     return _generate("sampling_params", with_member(sampling, name, value))
 
 
@@ -171,11 +171,11 @@ def known_rows() -> Iterator[Row]:
             top_logprobs_num=2048,
         ),
     )
-    yield Row("EBNF S ::= S S S", True, _sampling("ebnf", _quoted(AMBIGUOUS), min_new_tokens=250))
+    yield Row("EBNF S ::= S S S", True, _sampling("ebnf", _quoted(AMBIGUOUS), min_new_tokens=150))
     yield Row(
         "EBNF of left-recursive rules",
         True,
-        _sampling("ebnf", _quoted(left_recursive(300)), min_new_tokens=250),
+        _sampling("ebnf", _quoted(left_recursive(300)), min_new_tokens=150),
     )
     yield Row("JSON schema 900 deep", True, _sampling("json_schema", _quoted(nested_schema(900))))
     yield Row("JSON schema 300 deep", True, _sampling("json_schema", _quoted(nested_schema(300))))
@@ -224,10 +224,10 @@ def own_rows() -> Iterator[Row]:
     )
     yield Row("regex (a{1000}){1000}", False, _sampling("regex", _quoted("(a{1000}){1000}")))
     yield Row(
-        "regex (.*a){60}", False, _sampling("regex", _quoted("(.*a){60}"), min_new_tokens=250)
+        "regex (.*a){60}", False, _sampling("regex", _quoted("(.*a){60}"), min_new_tokens=150)
     )
     yield Row(
-        "EBNF of nullable rules", False, _sampling("ebnf", _quoted(NULLABLE), min_new_tokens=250)
+        "EBNF of nullable rules", False, _sampling("ebnf", _quoted(NULLABLE), min_new_tokens=150)
     )
     yield Row("regex ((a?){200}){200}", False, _sampling("regex", _quoted("((a?){200}){200}")))
     yield Row(
