@@ -232,9 +232,7 @@ class App(Starlette):
             raise unknown_model(name)
         model = models[name]
         await self._bodies.check(body, RequestBounds.of(self._deployment, model))
-        if body.raw:
-            receive = body.replay(receive)
-        await self._serve(model, inner, receive, send)
+        await self._serve(model, inner, body.replay(receive), send)
 
     def _worker_on(self, path: str) -> str | None:
         """The model that generates the response which ``path`` names, in the background."""
