@@ -19,7 +19,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import crosspool
 import msgspec
@@ -234,6 +234,8 @@ def _typed(field: Any) -> str:
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     text = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+    if get_origin(kind) is Union:  # whose members stand in the order in which they were first named
+        text = f"Union[{', '.join(sorted(map(str, get_args(kind))))}]"
     required = (msgspec.NODEFAULT, dataclasses.MISSING)
     if field.default not in required:
         return _without_addresses(f"{text} = {field.default!r}")

@@ -62,7 +62,8 @@ def application(keys: tuple[str | None, str | None]) -> App:
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             await let_in(scope, receive, send)
 
-    model: Any = Model(name=MODEL, created=0, context_length=1)
+    bounds = {"context_length": 16, "longest_token": 4, "vocabulary": 32}
+    model: Any = Model(name=MODEL, created=0, **bounds)
     return App(deployment, State(models={MODEL: model}, ready=True), cast("Any", Scheduler()))
 
 
@@ -78,6 +79,7 @@ async def call(
         sent.append(message)
 
     headers = [(b"content-type", b"application/json"), (b"origin", b"http://page")]
+    headers.append((b"content-length", str(len(body)).encode()))
     if given not in (NOTHING, SOCKET):
         headers.append((b"authorization", f"Bearer {given}".encode()))
     scope = {
