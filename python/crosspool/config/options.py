@@ -134,6 +134,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: Annotated[int, Option(
         "Largest body of a request; larger ones are refused with status 413.",
         _REQUESTS, unit="bytes", least=1024)] = 8 << 20
+    max_total_body_bytes: Annotated[int, Option(
+        "Most bytes of the bodies of all requests that are read or answered now, where they are "
+        "larger than 32 KiB; further ones are refused with status 503.",
+        _REQUESTS, unit="bytes", least=1024)] = 256 << 20
     max_json_values: Annotated[int, Option(
         "Most values in the JSON of a request, beside as many as the longest context has tokens.",
         _REQUESTS, least=1)] = 1 << 18
