@@ -121,10 +121,10 @@ class RequestBounds:
         for index, tool in enumerate(tools):
             given = tool if isinstance(tool, dict) else {}
             function = given.get("function")
-            nested = isinstance(function, dict)
-            parameters = (function if nested else given).get("parameters")
+            holder = function if isinstance(function, dict) else given
+            parameters = holder.get("parameters")
             if parameters is not None and not isinstance(parameters, dict):
-                where = ".function" if nested else ""
+                where = "" if holder is given else ".function"
                 raise _refused(f"`tools[{index}]{where}.parameters` must be an object")
 
     def _check_stops(self, field: str, value: Any) -> None:
