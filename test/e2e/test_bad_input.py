@@ -135,6 +135,12 @@ def test_a_prompt_chunk_must_be_whole_pages() -> None:
     refused_at_once(run, "chunked_prefill_size: 40 must be a multiple of page_size, 16: give 32")
 
 
+def test_the_largest_body_must_fit_beside_no_other() -> None:
+    run = launch("--model-path", str(DEMO / MODEL), "--max-total-body-bytes", "4MiB")
+    said = "max_total_body_bytes: 4194304 bytes must not be less than max_body_bytes, 8388608"
+    refused_at_once(run, said)
+
+
 def test_a_tmpdir_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", "/proc/self")
     run = launch("--model-path", str(DEMO / MODEL))

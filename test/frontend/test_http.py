@@ -249,6 +249,20 @@ def test_bad_requests(server: FrontEndServer, path: str, body: Any, status: int,
     assert ".py" not in json.dumps(answer) and "Traceback" not in json.dumps(answer)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "tokens"),
+    [([0, 0, 0], 3), ([[0], [0, 0]], 3), ("", None), ([], None), (["", ""], None), ([[]], None)],
+)
+def test_a_prompt_of_token_0_is_not_empty(
+    server: FrontEndServer, prompt: Any, tokens: int | None
+) -> None:
+    status, answer, _ = server.request("/v1/completions", {"prompt": prompt, "max_tokens": 1})
+    if tokens is None:
+        assert (status, answer["error"]["message"]) == (400, "Prompt cannot be empty")
+    else:
+        assert (status, answer["usage"]["prompt_tokens"]) == (200, tokens)
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_a_bad_stream_is_refused_before_it_begins(server: FrontEndServer, path: str) -> None:
     body = {"prompt": "x", "messages": CHAT, "regex": "[a-", "stream": True}

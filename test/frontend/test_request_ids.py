@@ -136,7 +136,9 @@ def test_an_id_in_use_is_refused_and_its_request_goes_on(
     wait_running(server, 1)
     status, answer, _ = server.request(path, body)
     assert status == 400, answer
-    assert "`rid`" in answer["error"]["message"] and "'d'" in answer["error"]["message"]
+    message = answer["error"]["message"]
+    assert "`rid`" in message and "'d'" in message
+    assert "Duplicate request ID" in message, "clients of SGLang look for these words"
     assert reasons(first) == ["length"]
     assert server.request(GENERATE, {"text": "x", "rid": "e"})[0] == 200, "refused whole"
 

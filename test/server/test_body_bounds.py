@@ -20,8 +20,12 @@ from starlette.types import Message
 
 CONTEXT, LONGEST_TOKEN, VOCABULARY = 64, 8, 100
 TEXT_BYTES = CONTEXT * LONGEST_TOKEN
-BODY_BYTES = 100_000
+BODY_BYTES, TOTAL_BYTES = 100_000, 250_000
 PATHS = ("/v1/completions", "/generate", "/m/first/generate", "/m/first/v1/chat/completions")
+ROUTES = (
+    *(("POST", path) for path in PATHS),
+    *(("PUT", "/generate"), ("GET", "/model_info"), ("GET", "/m/first/model_info")),
+)
 
 
 class Model:
@@ -32,9 +36,13 @@ class Model:
 
     def __init__(self) -> None:
         self.requests = 0
+        self.goes_on: asyncio.Event | None = None
+        """What it waits for before it answers."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.requests += 1
+        if self.goes_on is not None:
+            await self.goes_on.wait()
         body, more = b"", True
         while more:
             message = await receive()
@@ -72,17 +80,36 @@ class Client:
         announced: int | None = None,
     ) -> tuple[int, bytes]:
         """Status and body of the answer. Without ``parts``, the body's length is announced."""
+        exchange = self.exchange(path, body, method=method, parts=parts, announced=announced)
+        answer, self.received = asyncio.run(exchange)
+        return answer.status_code, bytes(answer.body)
+
+    async def exchange(
+        self,
+        path: str,
+        body: Any = b"",
+        *,
+        method: str = "POST",
+        parts: Iterable[bytes] | None = None,
+        announced: int | None = None,
+        sends: asyncio.Event | None = None,
+    ) -> tuple[Response, int]:
+        """The answer, and how many bytes of the body were read. The body is sent once ``sends`` is
+        set, where it is given."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         length = str(len(data) if announced is None else announced).encode()
         sized = [(b"content-length", length)]
         framing = sized if parts is None else [(b"transfer-encoding", b"chunked")]
         left = iter([data] if parts is None else parts)
         sent: list[Message] = []
-        self.received = 0
+        received = 0
 
         async def receive() -> Message:
+            nonlocal received
+            if sends is not None:
+                await sends.wait()
             part = next(left, b"")
-            self.received += len(part)
+            received += len(part)
             return {"type": "http.request", "body": part, "more_body": bool(part)}
 
         async def send(message: Message) -> None:
@@ -94,42 +121,122 @@ class Client:
             **{"server": ("127.0.0.1", 1), "client": ("127.0.0.1", 2)},
             "headers": [(b"content-type", b"application/json"), *framing],
         }
-        asyncio.run(self._app(scope, receive, send))
-        return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
+        await self._app(scope, receive, send)
+        content = b"".join(message.get("body", b"") for message in sent[1:])
+        answer = Response(content, sent[0]["status"])
+        answer.raw_headers = sent[0]["headers"]
+        return answer, received
 
 
 @pytest.fixture
 def client() -> Client:
     return Client(
         max_body_bytes=BODY_BYTES,
+        max_total_body_bytes=TOTAL_BYTES,
         max_json_values=1000,
         max_json_depth=8,
         max_list_entries=20,
         max_samples=10,
+        max_tools=6,
         max_stop_bytes=30,
         max_id_bytes=20,
     )
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("method", ["POST", "PUT", "GET", "DELETE"])
+@pytest.mark.parametrize(("method", "path"), ROUTES)
 def test_a_body_that_is_announced_too_large_is_refused_unread(
-    client: Client, path: str, method: str
+    client: Client, method: str, path: str
 ) -> None:
     status, answer = client.send(path, b"{", method=method, announced=BODY_BYTES + 1)
     assert status == 413 and str(BODY_BYTES) in answer.decode()
     assert client.received == 0 and client.model.requests == 0
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("method", ["POST", "GET"])
+@pytest.mark.parametrize(("method", "path"), ROUTES)
 def test_a_body_in_chunks_is_refused_where_it_exceeds(
-    client: Client, path: str, method: str
+    client: Client, method: str, path: str
 ) -> None:
     parts = (b"x" * 10_000 for _ in range(1000))
     status, answer = client.send(path, b"", method=method, parts=parts)
     assert status == 413 and str(BODY_BYTES) in answer.decode()
     assert client.received <= BODY_BYTES + 10_000 and client.model.requests == 0
+
+
+class Holding:
+    """Two requests of which the bodies leave no room for a third large one, until they end."""
+
+    BODY = b" " * 90_000
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._goes_on = client.model.goes_on = asyncio.Event()
+
+    async def __aenter__(self) -> Holding:
+        self._held = [
+            asyncio.create_task(self._client.exchange("/generate", self.BODY)) for _ in "ab"
+        ]
+        await self.arrived(2)
+        return self
+
+    async def arrived(self, count: int) -> None:
+        """Waits until the model has ``count`` requests."""
+        async with asyncio.timeout(10):
+            while self._client.model.requests < count:
+                await asyncio.sleep(0.001)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._goes_on.set()
+        for task in self._held:
+            answer, _ = await task
+            assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_bodies_of_all_requests_have_a_bound(client: Client, path: str) -> None:
+    async def scenario() -> None:
+        for _ in range(3):  # what has ended holds nothing
+            client.model.requests = 0
+            async with Holding(client):
+                announced, unread = await client.exchange(path, Holding.BODY)
+                chunked, read = await client.exchange(path, parts=[b" " * 10_000] * 9)
+            assert unread == 0 and read <= TOTAL_BYTES - 2 * len(Holding.BODY) + 10_000
+            for answer in (announced, chunked):
+                assert answer.status_code == 503 and answer.headers["retry-after"]
+                assert b"250000 bytes (max_total_body_bytes)" in answer.body
+            assert client.model.requests == 2
+
+    asyncio.run(scenario())
+
+
+def test_small_bodies_find_room_beside_large_ones(client: Client) -> None:
+    async def scenario() -> None:
+        async with Holding(client) as holding:
+            small = [client.exchange("/generate", {"text": "a"}) for _ in range(20)]
+            chunked = [client.exchange("/generate", parts=[b" " * 30_000]) for _ in range(20)]
+            tasks = [asyncio.create_task(one) for one in (*small, *chunked)]
+            await holding.arrived(42)
+        for task in tasks:
+            answer, _ = await task
+            assert answer.status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_body_that_is_announced_and_does_not_come_takes_no_room(client: Client) -> None:
+    async def scenario() -> None:
+        sends = asyncio.Event()
+        silent = [
+            asyncio.create_task(client.exchange("/generate", Holding.BODY, sends=sends))
+            for _ in range(20)
+        ]
+        await asyncio.sleep(0)
+        async with Holding(client):
+            pass
+        sends.set()
+        statuses = [answer.status_code for answer, _ in await asyncio.gather(*silent)]
+        assert 2 <= statuses.count(200) < 20 and statuses.count(503) == 20 - statuses.count(200)
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -193,6 +300,11 @@ def test_what_is_within_the_bounds_arrives_as_it_was_sent(
         ({f"x{i}": 1 for i in range(21)}, 400, ["`body`", "20"]),
         ({"sampling_params": {"stop_token_ids": [5] * 21}}, 400, ["stop_token_ids`", "20"]),
         ({"token_ids_logprob": [5] * 21}, 400, ["`token_ids_logprob`", "20"]),
+        ({"messages": []}, 400, ["`messages`", "at least one"]),
+        ({"tools": [{}] * 7}, 400, ["`tools`", "6"]),
+        ({"tools": 5}, 400, ["`tools`", "list"]),
+        ({"tools": [{"function": {"parameters": False}}]}, 400, ["`tools[0].function.parameters`"]),
+        ({"tools": [{}, {"parameters": True}]}, 400, ["`tools[1].parameters`", "object"]),
         ({"messages": [{}] * 21}, 400, ["`messages`", "20"]),
         ({"messages": [{"content": [{}] * 21}]}, 400, ["`messages`", "20"]),
         ({"rid": "x" * 21}, 400, ["`rid`", "20"]),

@@ -48,6 +48,7 @@ def prepare(options: Options) -> Prepared:
     models = model_configs(options)
     check_front_end(options.sglang, models)
     _check_chunks(options)
+    _check_bodies(options)
     specs = tuple(
         read_model(Path(model.path), model.context_length, model.dtype) for model in models
     )
@@ -121,6 +122,15 @@ def _check_chunks(options: Options) -> None:
         raise ConfigError(
             f"chunked_prefill_size: {size} must be a multiple of page_size, {page}: give {ways}, "
             "or another --page-size"
+        )
+
+
+def _check_bodies(options: Options) -> None:
+    """Raises ConfigError where a body that is allowed would never find room."""
+    largest, total = options.max_body_bytes, options.max_total_body_bytes
+    if largest > total:
+        raise ConfigError(
+            f"max_total_body_bytes: {total} bytes must not be less than max_body_bytes, {largest}"
         )
 
 

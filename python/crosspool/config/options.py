@@ -134,6 +134,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: Annotated[int, Option(
         "Largest body of a request; larger ones are refused with status 413.",
         _REQUESTS, unit="bytes", least=1024)] = 8 << 20
+    max_total_body_bytes: Annotated[int, Option(
+        "Most bytes of the bodies of all requests that are read or answered now, where they are "
+        "larger than 32 KiB; further ones are refused with status 503.",
+        _REQUESTS, unit="bytes", least=1024)] = 256 << 20
     max_json_values: Annotated[int, Option(
         "Most values in the JSON of a request, beside as many as the longest context has tokens.",
         _REQUESTS, least=1)] = 1 << 18
@@ -141,9 +145,12 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         "Most objects and lists within each other in the JSON of a request.",
         _REQUESTS, least=1)] = 64
     max_list_entries: Annotated[int, Option(
-        "Most entries of a list or an object in a request, such as messages, tools, logit_bias or "
+        "Most entries of a list or an object in a request, such as messages, logit_bias or "
         "stop_token_ids; prompts and their token ids have bounds of their own.",
         _REQUESTS, least=1)] = 4096
+    max_tools: Annotated[int, Option(
+        "Most tools of a request; checking the schema of each takes milliseconds.",
+        _REQUESTS, unit="tools", least=1)] = 512
     max_samples: Annotated[int, Option(
         "Most outputs of one request: its prompts times the samples of each.",
         _REQUESTS, least=1)] = 1024

@@ -21,8 +21,9 @@ from crosspool.frontend.response_store import ResponseStore
 from crosspool.frontend.server_args import port_args, server_args
 from crosspool.frontend.tokenizer_manager import PooledTokenizerManager, native_api, shared_metrics
 
-_SMALL_BODY = 16 << 10
-"""Bytes of a body whose texts are tokenized within the event loop: it takes some milliseconds."""
+_SMALL_BODY = 4 << 10
+"""Bytes of a body that is checked and tokenized within the event loop: tokenizing takes some
+milliseconds then, and checking the schemas of as many tools as it can hold some 50 ms."""
 
 
 class ModelApp:

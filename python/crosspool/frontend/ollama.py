@@ -6,6 +6,7 @@ token ids; a stream leaves out the text of its last piece; and a request that is
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -20,6 +21,8 @@ from sglang.srt.entrypoints.ollama import protocol
 from sglang.srt.entrypoints.ollama.serving import OllamaServing
 from sglang.srt.managers.io_struct import GenerateReqInput
 from starlette.requests import Request
+
+from crosspool.frontend.private_routes import large_body
 
 _OPTIONS: dict[str, tuple[str, type, str]] = {
     "temperature": ("temperature", float, "a number"),
@@ -43,10 +46,16 @@ class Ollama(OllamaServing):
 
     async def handle_chat(self, request: protocol.OllamaChatRequest, raw_request: Request) -> Any:
         messages = [{"role": one.role, "content": one.content} for one in request.messages]
+        manager = self.tokenizer_manager
+        apply = functools.partial(
+            manager.tokenizer.apply_chat_template,
+            messages,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
         try:
-            prompt = self.tokenizer_manager.tokenizer.apply_chat_template(
-                messages, tokenize=True, add_generation_prompt=True, return_dict=False
-            )
+            prompt = await manager.run_in_thread(apply) if large_body.get() else apply()
         except (ValueError, TypeError, IndexError, jinja2.TemplateError) as error:
             text = f"the chat template does not take these messages: {error}"
             raise HTTPException(400, text) from None

@@ -108,6 +108,7 @@ def mend_routes() -> None:
     from sglang.srt.function_call import function_call_parser
 
     _allow_no_tokens(CompletionRequest)
+    _allow_token_0(serving_completions.OpenAIServingCompletion)
     _lift_definitions(serving_chat, function_call_parser)
     _tell_text_offsets(serving_completions)
 
@@ -143,6 +144,18 @@ def _allow_no_tokens(request: Any) -> None:
     validators = request.__pydantic_decorators__.field_validators
     validators["validate_max_tokens_positive"].func = at_least_0
     request.model_rebuild(force=True)
+
+
+def _allow_token_0(handler: Any) -> None:
+    """Has ``/v1/completions`` take a prompt of nothing but the token id 0, which SGLang takes for
+    an empty one."""
+
+    def validate(self: Any, request: Any) -> str | None:
+        del self
+        prompts = request.prompt if isinstance(request.prompt, list) else [request.prompt]
+        return None if any(one or one == 0 for one in prompts) else "Prompt cannot be empty"
+
+    handler._validate_request = validate
 
 
 def _tell_text_offsets(completions: Any) -> None:
@@ -279,6 +292,8 @@ def take_work_elsewhere(module: Any, run: Callable[..., Awaitable[Any]]) -> None
         (encoded, state.openai_serving_completion, "handle_request"),
     ):
         setattr(owner, name, wrap(getattr(owner, name)))
+    if (responses := getattr(state, "openai_serving_responses", None)) is not None:
+        responses._make_request = elsewhere(responses._make_request)
 
 
 def _encoded(answer: Any) -> Any:

@@ -162,7 +162,7 @@ class PooledTokenizerManager(TokenizerManager):
         given = obj.given_rid if obj.given_rid not in rids else None
         for rid in rids if given is None else [given, *rids]:
             if rid in self._ids or rid in self.rid_to_state:
-                text = f"`rid`: a request that is not finished has the id {rid!r}"
+                text = f"`rid`: Duplicate request ID: {rid!r} is that of a request in progress"
                 raise _refused(text, HTTPStatus.BAD_REQUEST)
         if given is not None:
             self._ids.add([given])

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from crosspool.config.deployment import Deployment
-from crosspool.server.body import Bodies
+from crosspool.server.body import Bodies, Body
 from crosspool.server.errors import JSON, RequestError, handle_error, unknown_model
 from crosspool.server.gate import Gate
 from crosspool.server.keys import Keys
@@ -206,10 +206,14 @@ class App(Starlette):
             raise RequestError(400, text, code="unsupported")
         self._check_serving()
         request = Request(scope, receive)
-        inner = _inner(scope)
-        models = self._state.models
-        longest_context = max(model.context_length for model in models.values())
-        body = await self._bodies.read(request, longest_context)
+        longest_context = max(model.context_length for model in self._state.models.values())
+        async with self._bodies.read(request, longest_context) as body:
+            await self._pass_on(request, body, send)
+
+    async def _pass_on(self, request: Request, body: Body, send: Send) -> None:
+        """Has the model that the request names answer it."""
+        rule: RouteRule = request.scope["rule"]
+        receive, inner, models = request.receive, _inner(request.scope), self._state.models
         name: Any = None
         if inner["path"].startswith("/m/"):
             name, path = split(inner["path"].removeprefix("/m/"), self._names)
@@ -219,7 +223,7 @@ class App(Starlette):
         if name is None:
             name = request.query_params.get("model") or self._worker_on(inner["path"])
         if rule.path == "/abort_request":
-            body.raw = self._one_abort(body.raw, scope)
+            body.raw = self._one_abort(body.raw, request.scope)
 
         if name is None and rule.answerer == "every model":
             *others, last = models.values()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -17,7 +19,8 @@ from crosspool.server.errors import RequestError
 from crosspool.server.request_bounds import RequestBounds
 
 _SMALL = 32 << 10
-"""Bytes of a body that is looked at within the event loop: it takes less than a millisecond."""
+"""Bytes of a body that is looked at within the event loop: it takes less than a millisecond. Such
+bodies are not counted either, since the number of connections bounds them all."""
 
 
 class Body:
@@ -55,8 +58,9 @@ class Body:
 
     def check(self, bounds: RequestBounds) -> None:
         """Raises RequestError for what asks for more than ``bounds``."""
-        if self._decoded is not None:
-            bounds.check(self._decoded)
+        decoded, self._decoded = self._decoded, None  # which takes far more memory than the bytes
+        if decoded is not None:
+            bounds.check(decoded)
 
     def replay(self, receive: Receive) -> Receive:
         """``receive`` for an application behind this one: this body, then what the client sends."""
@@ -70,23 +74,63 @@ class Body:
         return replayed
 
 
+class _Room:
+    """The room for all bodies that are held at once, in bytes."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held = 0
+
+    def check(self, more: int) -> None:
+        """Raises RequestError where ``more`` bytes do not fit beside those that are held."""
+        if self._held + more > self._most:
+            raise RequestError(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                f"the bodies of all requests together have more than {self._most} bytes "
+                "(max_total_body_bytes); try again later",
+            )
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """What one body takes of it, until the end of the ``with``. Yields a function that takes
+        the size of what has been read so far, and raises RequestError where it does not fit."""
+        taken = 0
+
+        def grow(size: int) -> None:
+            nonlocal taken
+            if size > _SMALL:
+                self.check(size - taken)
+                self._held += size - taken
+                taken = size
+
+        try:
+            yield grow
+        finally:
+            self._held -= taken
+
+
 class Bodies:
     """Reads bodies within the bounds of ``deployment``."""
 
     def __init__(self, deployment: Deployment) -> None:
         self._most_bytes = deployment.max_body_bytes
+        self._room = _Room(deployment.max_total_body_bytes)
         self._most_values = deployment.max_json_values
         self._most_depth = deployment.max_json_depth
         self._threads = ThreadPoolExecutor(1, "bodies")
 
-    async def read(self, request: Request, longest_context: int) -> Body:
-        """The whole body. ``longest_context`` is that of any model, in tokens. Raises RequestError
-        for one that is too large or no valid JSON, before it is read where its header says so."""
-        raw = await self._raw(request)
-        body = Body(raw, request.headers.get("content-type", ""))
-        most_values = self._most_values + longest_context
-        await self._run(body, body.decode, most_values, self._most_depth)
-        return body
+    @asynccontextmanager
+    async def read(self, request: Request, longest_context: int) -> AsyncIterator[Body]:
+        """The whole body, which counts as held until the end of the ``with``. ``longest_context``
+        is that of any model, in tokens. Raises RequestError for one that is too large or no valid
+        JSON, or that does not fit beside those that are held; before it is read where its header
+        says so."""
+        with self._room.share() as grow:
+            raw = await self._raw(request, grow)
+            body = Body(raw, request.headers.get("content-type", ""))
+            most_values = self._most_values + longest_context
+            await self._run(body, body.decode, most_values, self._most_depth)
+            yield body
 
     async def check(self, body: Body, bounds: RequestBounds) -> None:
         """Raises RequestError for what asks for more than ``bounds``."""
@@ -100,21 +144,24 @@ class Bodies:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._threads, function, *arguments)
 
-    async def _raw(self, request: Request) -> bytes:
+    async def _raw(self, request: Request, grow: Callable[[int], None]) -> bytes:
         announced = request.headers.get("content-length")
         if announced is None and "transfer-encoding" not in request.headers:
             return b""
-        if announced is not None and int(announced) > self._most_bytes:
-            raise self._too_large()
+        if announced is not None:
+            self._check_size(int(announced))
+            if int(announced) > _SMALL:
+                self._room.check(int(announced))
         body = bytearray()
         async for part in request.stream():
+            self._check_size(len(body) + len(part))
+            grow(len(body) + len(part))
             body += part
-            if len(body) > self._most_bytes:
-                raise self._too_large()
         return bytes(body)
 
-    def _too_large(self) -> RequestError:
-        return RequestError(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            f"the body is larger than {self._most_bytes} bytes (max_body_bytes)",
-        )
+    def _check_size(self, size: int) -> None:
+        if size > self._most_bytes:
+            raise RequestError(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"the body is larger than {self._most_bytes} bytes (max_body_bytes)",
+            )

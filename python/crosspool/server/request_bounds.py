@@ -50,6 +50,7 @@ class RequestBounds:
     vocabulary: int
     """Number of token ids, which go from 0 on."""
     list_entries: int
+    tools: int
     samples: int
     stop_bytes: int
     id_bytes: int
@@ -61,6 +62,7 @@ class RequestBounds:
             text_bytes=model.context_length * model.longest_token,
             vocabulary=model.vocabulary,
             list_entries=deployment.max_list_entries,
+            tools=deployment.max_tools,
             samples=deployment.max_samples,
             stop_bytes=deployment.max_stop_bytes,
             id_bytes=deployment.max_id_bytes,
@@ -70,6 +72,8 @@ class RequestBounds:
         """Raises RequestError with status 400 or 413, naming the field and the bound, for a decoded
         ``body`` that asks for more."""
         self._check_length("body", body)
+        if body.get("messages") == []:
+            raise _refused("`messages` must have at least one message")
         prompts, samples = 1, 1
         for name, fields in _groups(body, self.samples):
             for key, value in fields.items():
@@ -82,6 +86,8 @@ class RequestBounds:
                     self._check_biases(field, value)
                 elif key in _STOPS:
                     self._check_stops(field, value)
+                elif key == "tools" and not name:
+                    self._check_tools(value)
                 elif key in _IDS:
                     self._check_id(field, value)
                 elif key in _PROMPTS and not name:
@@ -105,6 +111,21 @@ class RequestBounds:
         for key in value if isinstance(value, dict) else ():
             if not (key.isascii() and key.isdigit()):
                 raise _refused(f"`{field}` has the key {key[:20]!r}; keys must be token ids")
+
+    def _check_tools(self, tools: Any) -> None:
+        self._check_any("tools", tools)
+        if not isinstance(tools, list):
+            raise _refused("`tools` must be a list")
+        if len(tools) > self.tools:
+            raise _refused(f"`tools` has {len(tools)} tools; at most {self.tools} are allowed")
+        for index, tool in enumerate(tools):
+            given = tool if isinstance(tool, dict) else {}
+            function = given.get("function")
+            holder = function if isinstance(function, dict) else given
+            parameters = holder.get("parameters")
+            if parameters is not None and not isinstance(parameters, dict):
+                where = "" if holder is given else ".function"
+                raise _refused(f"`tools[{index}]{where}.parameters` must be an object")
 
     def _check_stops(self, field: str, value: Any) -> None:
         stops = value if isinstance(value, list) else [value]
