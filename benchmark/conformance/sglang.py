@@ -54,6 +54,38 @@ KNOWN = (
         run=False,
     ),
     Known(
+        r"test_programs\.py::test_stream_logprobs$",
+        r"^assert \d+ == \(\d+ - \d+\)",
+        "as SGLang",
+        "Every piece of a stream of /generate has all log-probabilities so far, unless the server "
+        "is started with --incremental-streaming-output.",
+    ),
+    Known(
+        "FunctionCalling::test_function_call_specific$",
+        "'sub' != 'get_weather'",
+        "as SGLang",
+        "In this parser's format SGLang binds a named call to any of the request's tools.",
+    ),
+    Known(
+        "FunctionCalling::test_function_call(_strict|ing_format|ing_streaming_(args_parsing|simple))$",
+        "None != 'add'|'NoneType' object is not subscriptable|not found in the streaming chunks"
+        "|isinstance\\(None, list\\)",
+        "tiny model",
+        "It calls no tool unless it must.",
+    ),
+    Known(
+        "TestOpenAIPythonicFunctionCalling::test_pythonic_tool_call_(prompt|streaming)$",
+        "No tool_calls found",
+        "tiny model",
+        "It calls no tool unless it must.",
+    ),
+    Known(
+        "TestSchedulerControl::test_abort_all$",
+        "'meta_info'",
+        "tiny model",
+        "The test wants 16,000 tokens, which are more than its context, and is refused.",
+    ),
+    Known(
         r"test_programs\.py::test_(parallel_encoding|gen_min_new_tokens)$",
         ".*",
         "as SGLang",
@@ -119,7 +151,7 @@ KNOWN = (
         "This SGLang has moved that evaluation to another package.",
     ),
     Known(
-        "TestAbortRequest",
+        "TestAbortRequest::test_batch_requests_with_selective_abort$",
         "'(length|stop)' != 'abort'",
         "tiny model",
         "It has written its answer before the abort comes.",
@@ -155,16 +187,35 @@ KNOWN = (
         "The test's prompts are longer than a context of 4,096 tokens, and are refused.",
     ),
     Known(
-        "TestBasicSanity",
-        "not found in ' |correct: |400 != 200|semantically equivalent",
+        "TestBasicSanity::test_(basic_math|capital_france|color_completion|streaming_response"
+        "|concurrent_requests)$",
+        "not found in ' |correct: ",
         "tiny model",
-        "It knows neither capitals nor sums, and 4,096 tokens are its longest prompt.",
+        "It knows neither capitals nor sums.",
+    ),
+    Known(
+        "TestBasicSanity::test_long_prompt$",
+        "400 != 200",
+        "tiny model",
+        "The test's prompt is longer than its context of 4,096 tokens.",
     ),
     Known(
         "test_accuracy_floor|test_fwd_occupancy",
         "test_hellaswag_select|fwd_occupancy",
         "out of scope",
         "The test is about accuracy, or about a GPU's timers.",
+    ),
+    Known(
+        "TestEnableMetrics::test_(metrics_1gpu|mfu_metrics_gate_disabled)$",
+        "'sglang:spec_accept_length' not found",
+        "out of scope",
+        "The test wants gauges of speculative decoding and CUDA graphs, too.",
+    ),
+    Known(
+        "::test_engine_custom_scheduler_collector",
+        "No accelerator",
+        "out of scope",
+        "The test starts SGLang's own engine, for which this machine has no GPU.",
     ),
     Known(
         "TestLoadSnapshotNormalDP|test_metrics_2gpu",

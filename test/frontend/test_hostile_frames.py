@@ -119,6 +119,20 @@ def test_a_request_that_cannot_be_translated_is_answered(
     assert front_end.serves()
 
 
+def test_a_pause_ends_with_the_front_end_that_wants_it(server: FrontEndServer) -> None:
+    body = {"text": "x", "sampling_params": {"max_new_tokens": 3}}
+    with AttachedFrontEnd(server.deployment.admin_address, MODELS[0]) as attached:
+        pause = io_struct.PauseGenerationReqInput(mode="in_place")
+        attached.send(io_struct.msgpack_encode(pause))
+        attached.send(io_struct.msgpack_encode(generate("waiting")))
+        deadline = time.monotonic() + 20
+        while not admin.status(server.deployment.admin_address).models[0].waiting:
+            assert time.monotonic() < deadline
+        assert server.request("/generate", body, timeout=1)[0] == 0
+        attached.send(io_struct.msgpack_encode(io_struct.ShutdownReq()))
+        assert server.request("/generate", body)[0] == 200
+
+
 def test_messages_without_an_id_are_dropped(front_end: AttachedFrontEnd) -> None:
     good = io_struct.msgpack_encode(generate("good"))
     for frames in (

@@ -357,6 +357,62 @@ def test_pause_and_continue(server: FrontEndServer) -> None:
     assert server.request("/v1/completions", body)[0] == 200
 
 
+def test_a_model_that_is_paused_stands_still_and_the_others_do_not(
+    server: FrontEndServer, slow: None
+) -> None:
+    text = {"text": "x", "sampling_params": {"max_new_tokens": 40, "ignore_eos": True}}
+    model = f"/m/{MODELS[0]}"
+    answers: list[Any] = []
+    thread = threading.Thread(target=lambda: answers.append(server.request("/generate", text)))
+    thread.start()
+
+    def tokens() -> int:
+        return int(server.request("/crosspool/status")[1]["models"][0]["output_tokens"])
+
+    before = tokens()
+    while tokens() < before + 3:
+        time.sleep(0.02)
+    assert server.manage(f"{model}/pause_generation", {"mode": "in_place"}) == 200
+    try:
+        time.sleep(0.3)
+        paused = tokens()
+        assert server.request(f"/m/{MODELS[1]}/generate", text)[0] == 200
+        assert tokens() == paused and not answers
+        assert server.request("/health")[0] == 200
+    finally:
+        assert server.manage(f"{model}/continue_generation", {}) == 200
+        thread.join(30)
+    status, answer, _ = answers[0]
+    assert status == 200 and answer["meta_info"]["completion_tokens"] == 40
+
+
+def test_all_requests_of_a_model_are_ended(server: FrontEndServer, slow: None) -> None:
+    """Those that wait for one of the 64 places get what those that run get."""
+    params = {"max_new_tokens": 200, "ignore_eos": True}
+    body = {"text": ["x"] * 70, "sampling_params": params}
+    answers: list[Any] = []
+    thread = threading.Thread(target=lambda: answers.append(server.request("/generate", body)))
+    thread.start()
+    try:
+        while not server.request("/crosspool/status")[1]["models"][0]["waiting"]:
+            time.sleep(0.02)
+    finally:
+        assert server.manage("/abort_request", {"abort_all": True}) == 200
+        thread.join(30)
+    status, answer, _ = answers[0]
+    assert status == 200
+    assert [one["meta_info"]["finish_reason"]["type"] for one in answer] == ["abort"] * 70
+    assert any(one["meta_info"]["completion_tokens"] == 0 for one in answer)
+
+
+def test_running_requests_are_not_taken_back(server: FrontEndServer) -> None:
+    with server.admin() as client:
+        answer = client.post("/pause_generation", json={"mode": "retract"})
+    assert answer.status_code == 400
+    assert "in_place" in answer.json()["error"]["message"]
+    assert server.request("/generate", {"text": "x", "sampling_params": GREEDY})[0] == 200
+
+
 DSL = """
 import json, sys
 import crosspool.sglang

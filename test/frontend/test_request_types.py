@@ -76,10 +76,28 @@ def test_types_of_sampling_parameters(
         ({"text": None, "input_ids": [[1], 2]}, "input_ids"),
         ({"text": None, "input_embeds": []}, "input_embeds"),
         ({"text": None}, "input_ids"),
+        ({"text": ["a", "b"], "bootstrap_pair_key": ["a"]}, "bootstrap_pair_key"),
+        ({"text": ["a"], "decode_tp_size": []}, "decode_tp_size"),
+        ({"text": ["a"], "audio_data": []}, "audio_data"),
+        ({"text": ["a", "b"], "video_data": []}, "video_data"),
+        ({"text": ["a", "b"], "modalities": ["image"]}, "modalities"),
+        ({"text": ["a", "b"], "lora_id": ["a"]}, "lora_id"),
+        ({"lora_id": ["a"], "sampling_params": {"n": 2}}, "lora_id"),
+        ({"text": ["a", "b"], "token_ids_logprob": [[1]]}, "token_ids_logprob"),
+        ({"text": ["a"], "token_indices_to_pool": []}, "token_indices_to_pool"),
+        ({"text": ["a"], "multi_item_delimiter_indices": []}, "multi_item_delimiter_indices"),
+        ({"text": ["a"], "positional_embed_overrides": []}, "positional_embed_overrides"),
     ],
 )
 def test_fields_of_a_request(server: FrontEndServer, fields: dict[str, Any], word: str) -> None:
     refused(server, GENERATE, {"text": "a", **fields}, word)
+
+
+def test_what_follows_a_refused_stream_finds_no_generation(server: FrontEndServer) -> None:
+    body = {"text": "a", "stream": True, "sampling_params": {"temperature": "x"}}
+    refused(server, GENERATE, body, "temperature")
+    time.sleep(2.5)  # SGLang's task that aborts what has not ended comes after 2 s
+    assert "has no attribute" not in server.log.read_text()
 
 
 @pytest.mark.parametrize(

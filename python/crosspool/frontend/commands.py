@@ -56,11 +56,18 @@ class FlushCache:
     """Give up the model's cached prefixes and reply with :func:`tell_flushed`."""
 
 
+@dataclass(frozen=True)
+class Pause:
+    """Make no further step of the model for as long as ``on``."""
+
+    on: bool
+
+
 class Leave:
     """The front end's server ends."""
 
 
-Command = Generate | Abort | TellState | FlushCache | Leave
+Command = Generate | Abort | TellState | FlushCache | Pause | Leave
 
 
 def commands(front_end: FrontEnd, message: Any, stream_interval: int) -> Iterator[Command]:
@@ -80,6 +87,10 @@ def commands(front_end: FrontEnd, message: Any, stream_interval: int) -> Iterato
             yield TellState()
         case io.FlushCacheReqInput():
             yield FlushCache()
+        case io.PauseGenerationReqInput():
+            yield Pause(on=True)
+        case io.ContinueGenerationReqInput():
+            yield Pause(on=False)
         case io.ShutdownReq():
             yield Leave()
         case _:

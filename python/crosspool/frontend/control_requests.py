@@ -74,11 +74,8 @@ FORWARDED: tuple[type, ...] = (io.FreezeGCReq, io.ConfigureLoggingReq)
 """Requests for the detokenizer, which a tokenizer manager can reach only through the scheduler."""
 
 WITHOUT_REPLY: tuple[type, ...] = (
-    io.PauseGenerationReqInput,
-    io.ContinueGenerationReqInput,
     io.CloseSessionReqInput,
     io.BlockReqInput,
     io.EncoderDispatchErrorReq,
 )
-"""Requests for which nobody waits and nothing is done: a paused tokenizer manager sends no requests
-by itself, and sessions and encoders do not exist."""
+"""Requests for which nobody waits and nothing is done: sessions and encoders do not exist."""

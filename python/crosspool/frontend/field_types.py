@@ -31,10 +31,13 @@ _SAMPLING = {
 _SESSION = frozenset(io_struct.SessionParams.__struct_fields__)
 _PER_PROMPT = (
     "bootstrap_host",
+    "bootstrap_pair_key",
     "bootstrap_port",
     "bootstrap_room",
     "custom_logit_processor",
+    "decode_tp_size",
     "logprob_start_len",
+    "lora_id",
     "lora_path",
     "return_logprob",
     "return_sampling_mask",
@@ -43,6 +46,15 @@ _PER_PROMPT = (
     "top_logprobs_num",
 )
 """Fields of a request that may be lists with one entry for each prompt."""
+_OF_ONE_PROMPT = (
+    "audio_data",
+    "lora_id",
+    "modalities",
+    "multi_item_delimiter_indices",
+    "token_indices_to_pool",
+    "video_data",
+)
+"""Fields of which SGLang takes an entry for each prompt without looking how many there are."""
 _INDEX = re.compile(r"\$\[(\d+)\](?:\[(\d+)\])?")
 
 
@@ -50,8 +62,9 @@ def problem(request: io_struct.GenerateReqInput | io_struct.EmbeddingReqInput) -
     """The first thing in ``request`` that has a wrong type or length; None where all fits."""
     if isinstance(request, io_struct.EmbeddingReqInput):
         return "the model generates text; it has no embeddings, classes or scores of its own"
-    if request.input_embeds is not None:
-        return "`input_embeds` is not supported"
+    for name in ("input_embeds", "positional_embed_overrides"):
+        if getattr(request, name) is not None:
+            return f"`{name}` is not supported"
     if (text := _prompt_problem(request)) is not None:
         return text
     for name in request.session_params or ():
@@ -65,6 +78,13 @@ def problem(request: io_struct.GenerateReqInput | io_struct.EmbeddingReqInput) -
         if prompts is None:
             return f"`{name}` must not be a list where there is a single prompt"
         return f"`{name}` has {len(value)} entries for {prompts} prompts"
+    if prompts is not None:
+        for name in _OF_ONE_PROMPT:
+            if getattr(request, name) is not None:
+                return f"`{name}` is not supported beside a list of prompts"
+        ids = request.token_ids_logprob
+        if ids and isinstance(ids[0], list) and len(ids) != prompts:
+            return f"`token_ids_logprob` has {len(ids)} entries for {prompts} prompts"
     given = request.sampling_params
     for params in given if isinstance(given, list) else [given or {}]:
         for text in _sampling_problems(params):

@@ -45,6 +45,8 @@ class FrontEnd:
         self.model = model
         self.attached = attached
         """True for a stock SGLang server, False for the deployment's own HTTP process."""
+        self.pauses = False
+        """Whether it wants the model to make no steps."""
         self.requests: dict[str, OpenRequest] = {}
         """Requests of this front end that are not finished, by request id."""
         self._sockets: list[zmq.Socket[bytes]] = []

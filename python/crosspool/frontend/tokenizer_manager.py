@@ -242,13 +242,20 @@ class PooledTokenizerManager(TokenizerManager):
         for one in self._ids.abort(rid):
             super().abort_request(one)
 
+    async def pause_generation(self, obj: io_struct.PauseGenerationReqInput) -> None:
+        if obj.mode == "retract":
+            text = "`mode`: 'retract' is not supported; 'in_place' and 'abort' are"
+            raise fastapi.HTTPException(status_code=HTTPStatus.BAD_REQUEST, detail=text)
+        await super().pause_generation(obj)
+
     def create_abort_task(self, obj: Any) -> BackgroundTasks:
         """What follows the response to ``obj``: its generation is aborted if it has not ended. Its
         ids may be another request's by then."""
 
         async def abort() -> None:
             await asyncio.sleep(_ABORT_AFTER_SECONDS)
-            for rid in obj.noted_rids:
+            # A request that was refused at once has noted none.
+            for rid in getattr(obj, "noted_rids", ()):
                 self.abort_request(rid)
 
         tasks = BackgroundTasks()

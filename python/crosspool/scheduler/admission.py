@@ -9,7 +9,7 @@ get in as running ones end. An admitted request is never evicted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from crosspool.scheduler.queue_order import QueueOrder
 from crosspool.scheduler.queues import WaitingQueue
@@ -24,12 +24,15 @@ class Admission:
         order: QueueOrder,
         ranks: list[RankState],
         max_running: int,
+        suspended: Set[int],
     ) -> None:
-        """``max_running``: requests of one model that may run on one rank at once."""
+        """``max_running``: requests of one model that may run on one rank at once. Nobody of a
+        model in ``suspended`` is admitted."""
         self._queues = queues
         self._order = order
         self._ranks = ranks
         self._max_running = max_running
+        self._suspended = suspended
         self._exhausted: object = None
         """The state in which nobody more could be admitted."""
 
@@ -37,7 +40,7 @@ class Admission:
         """Moves requests from the queues to the ranks while that is possible; yields each."""
         if self._state() == self._exhausted:
             return
-        blocked: set[int] = set()
+        blocked = set(self._suspended)
         kept: set[int] = set()
         while (seq := self._order.next(self._heads(blocked))) is not None:
             ranks = [
@@ -55,10 +58,10 @@ class Admission:
         self._exhausted = self._state()
 
     def _state(self) -> object:
-        """The first request of each queue and the ranks' versions: everything that an admission
-        depends on besides the admissions before it."""
+        """The first request of each queue, the ranks' versions and the suspended models: everything
+        that an admission depends on besides the admissions before it."""
         heads = [queue.head and queue.head.number for queue in self._queues]
-        return heads, [rank.version for rank in self._ranks]
+        return heads, [rank.version for rank in self._ranks], set(self._suspended)
 
     def _heads(self, blocked: set[int]) -> Iterator[Sequence]:
         for model, queue in enumerate(self._queues):

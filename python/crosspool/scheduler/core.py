@@ -72,15 +72,20 @@ class SchedulerCore:
         self._names = [model.name for model in d.models]
         self._layouts = [KVLayout(spec, d.page_size, d.chunk_bytes) for spec in specs]
         self._bounds = Bounds.of(d)
+        self._suspended: set[int] = set()
         self._ranks = [
             RankState(
-                index, Promises(d, self._bounds, self._layouts), self._layouts, chunk_budget(d)
+                index,
+                Promises(d, self._bounds, self._layouts),
+                self._layouts,
+                chunk_budget(d),
+                self._suspended,
             )
             for index in range(len(d.kv_pool_devices))
         ]
         self._queues = [WaitingQueue(d.max_queued_requests) for _ in specs]
         self._admission = Admission(
-            self._queues, queue_order(d), self._ranks, d.max_running_requests
+            self._queues, queue_order(d), self._ranks, d.max_running_requests, self._suspended
         )
         self._counters = [ModelCounters() for _ in specs]
         self._rates = [ModelRates() for _ in specs]
@@ -160,6 +165,16 @@ class SchedulerCore:
             rank.promises.flush(model)
         return self._deployment.prefix_cache
 
+    def suspend(self, model: int) -> None:
+        """Makes no further step of ``model`` and admits none of its requests until :meth:`resume`.
+        They keep their KV, can be aborted, and wait in the queue no longer than ever. Of a step in
+        flight, and of one more under a lease, results still come."""
+        self._suspended.add(model)
+
+    def resume(self, model: int) -> None:
+        """Goes on after :meth:`suspend`, if the model is suspended."""
+        self._suspended.discard(model)
+
     def fail_all(self, message: str, status: int = 503) -> None:
         """Aborts every request, and every later one, since a rank is gone. Nothing more is sent to
         the ranks, and results that still arrive are ignored."""
@@ -224,8 +239,11 @@ class SchedulerCore:
                 self._end(seq, Finish(kind="abort", message=message, status=400))
 
     def _refuse_expired(self, now: float) -> None:
-        message = f"no room in the KV pool within {self._deployment.queue_timeout:g} s; retry later"
-        for queue in self._queues:
+        timeout = f"{self._deployment.queue_timeout:g} s"
+        for model, queue in enumerate(self._queues):
+            message = f"no room in the KV pool within {timeout}; retry later"
+            if model in self._suspended:
+                message = f"the model is paused, and did not go on within {timeout}; retry later"
             while (seq := queue.oldest) is not None and seq.deadline <= now:
                 self._end(seq, self._refusal(seq.model, message))
 

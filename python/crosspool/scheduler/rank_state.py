@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 from itertools import count
 
@@ -20,11 +20,18 @@ class RankState:
     is ``Sequence.number``, a step's is counted by the rank."""
 
     def __init__(
-        self, index: int, promises: Promises, layouts: list[KVLayout], budget: ChunkBudget
+        self,
+        index: int,
+        promises: Promises,
+        layouts: list[KVLayout],
+        budget: ChunkBudget,
+        suspended: Container[int],
     ) -> None:
         self.index = index
         self.promises = promises
         self.budget = budget
+        self.suspended = suspended
+        """Models that make no steps for now; their requests stay as they are."""
         self.running: list[dict[int, Sequence]] = [{} for _ in layouts]
         """Requests that run here, indexed [model][number], in order of admission."""
         self.paused: list[dict[int, Sequence]] = [{} for _ in layouts]
@@ -89,7 +96,8 @@ class RankState:
         return {
             model
             for model, running in enumerate(self.running)
-            if any(
+            if model not in self.suspended
+            and any(
                 seq.has_output and not seq.undecided and seq.number not in self.paused[model]
                 for seq in running.values()
             )

@@ -16,6 +16,7 @@ from crosspool.frontend.commands import (
     FlushCache,
     Generate,
     Leave,
+    Pause,
     TellState,
     commands,
     tell_flushed,
@@ -114,10 +115,19 @@ class FrontEnds:
                 tell_state(front_end, self._core.snapshot().models[front_end.model])
             case FlushCache():
                 tell_flushed(front_end, has_cache=self._core.flush(front_end.model))
+            case Pause():
+                front_end.pauses = command.on
+                self._pause_or_go_on(front_end.model)
             case Leave():
                 # An attached server ends; the deployment does not.
                 if front_end.attached:
                     self._drop(front_end, "the attached server has ended")
+
+    def _pause_or_go_on(self, model: int) -> None:
+        if any(f.pauses for f in self._by_socket.values() if f.model == model):
+            self._core.suspend(model)
+        else:
+            self._core.resume(model)
 
     def _generate(self, front_end: FrontEnd, command: Generate) -> None:
         model, rid = front_end.model, command.rid
@@ -159,6 +169,7 @@ class FrontEnds:
         del self._by_socket[front_end.socket]
         for rid in list(front_end.requests):
             self._core.abort(rid, front_end.model, message=why)
+        self._pause_or_go_on(front_end.model)
         front_end.close()
 
     def send(self, outputs: list[Output]) -> None:
