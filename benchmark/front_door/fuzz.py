@@ -39,10 +39,8 @@ class Answer:
         """Return what counts as the same fault: kind, route and beginning of the message."""
         if self.fault == "reset":  # an answer before this one has spoilt the connection
             return self.fault, "", self.note.partition(" http")[0]
-        route = case.path.partition("?")[0]
-        if route.startswith("/m/"):
-            route = "/m/MODEL/" + route.split("/", 3)[-1]
-        return f"{self.fault} {self.status or ''}".strip(), route, self.note[:60].translate(_DIGITS)
+        kind = f"{self.fault} {self.status or ''}".strip()
+        return kind, _route(case), self.note[:60].translate(_DIGITS)
 
 
 @dataclass
@@ -65,6 +63,8 @@ class Tally:
     """Memory of each process by title in bytes, at moments spread evenly over the run."""
     lost: list[str] = field(default_factory=list)
     """Titles of processes that ended."""
+    unavailable: Counter[str] = field(default_factory=Counter)
+    """Messages of the answers with status 503, each with its route."""
     exceptions: Counter[str] = field(default_factory=Counter)
     """Last lines of tracebacks in the servers' logs."""
 
@@ -79,6 +79,8 @@ class Tally:
     def add(self, case: Case, answer: Answer) -> None:
         self.statuses[answer.status] += 1
         self.seconds.append(answer.seconds)
+        if answer.status == 503:
+            self.unavailable[f"{case.method} {_route(case)}: {answer.note[:120]}"] += 1
         if not answer.fault:
             return
         key = answer.signature(case)
@@ -96,6 +98,7 @@ class Tally:
         self.seconds += other.seconds
         self.memory += other.memory
         self.lost += other.lost
+        self.unavailable += other.unavailable
         for key, found in other.faults.items():
             if key in self.faults:
                 self.faults[key].count += found.count
@@ -197,6 +200,11 @@ async def exchange(session: aiohttp.ClientSession, url: str, case: Case, hang: f
     except ValueError as error:
         text = f"not sent: {error}"
     return Answer(status, time.monotonic() - began, fault, _message(text))
+
+
+def _route(case: Case) -> str:
+    route = case.path.partition("?")[0]
+    return "/m/MODEL/" + route.split("/", 3)[-1] if route.startswith("/m/") else route
 
 
 def _fault(status: int, content_type: str, text: str) -> str:
