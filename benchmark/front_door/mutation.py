@@ -32,7 +32,9 @@ _TYPES = (
     "multipart/form-data",
 )
 _MOST_PLACES = 2000
-"""Places of a body of which one is changed: repeated lists in lists can have millions."""
+"""Places from which on a body is large enough: what repeats in what repeats can have millions."""
+_LONGEST_REPEATED = 10_000
+"""Characters of JSON up to which a value is repeated."""
 _MAX_TOKENS = ("max_tokens", "max_new_tokens", "max_completion_tokens", "max_output_tokens")
 
 
@@ -100,6 +102,8 @@ class Mutator:
 
     def _change(self, body: dict[str, Any]) -> None:
         places = list(itertools.islice(_places(body), _MOST_PLACES)) or [(body, self._name())]
+        if len(places) == _MOST_PLACES:
+            return
         holder, key = self._rng.choice(places)
         self._rng.choice(self._changes)(holder, key)
 
@@ -127,7 +131,7 @@ class Mutator:
 
     def _repeat(self, holder: Any, key: Any) -> None:
         value = holder.get(key) if isinstance(holder, dict) else holder[key]
-        if isinstance(value, str | list) and len(value) < 1000:
+        if isinstance(value, str | list) and len(json.dumps(value)) < _LONGEST_REPEATED:
             holder[key] = value * self._rng.choice((2, 50))
 
     def _name(self) -> str:
