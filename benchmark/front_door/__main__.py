@@ -35,7 +35,9 @@ def show(verdict: hostile.Verdict) -> None:
         f"{'[red]FAIL[/]' if fault else '[green]ok[/]  '} {verdict.name:<50} "
         f"{outcome.status or '---'} {outcome.seconds:6.2f} s  "
         f"gap {during.gap:6.2f} s ({before.gap:.2f})  health {during.health:6.3f} s "
-        f"({before.health:.3f})  lag {during.lag:.2f}  http {verdict.growth / 1e6:+6.0f} MB  "
+        f"({before.health:.3f})  lag {during.lag:.2f}  cpu http {verdict.http_cpu:.2f} s "
+        f"scheduler {verdict.scheduler_cpu:.2f} s of {verdict.seconds:.1f}  "
+        f"http {verdict.growth / 1e6:+6.0f} MB  "
         f"{fault}{' ' + ' '.join(verdict.lost) if verdict.lost else ''}"
         f"{'' if verdict.recovered else '; started anew'}"
     )
@@ -72,6 +74,7 @@ def run_fuzz(seed: int, requests: int, python: str | None) -> int:
         hangs=tally.count("hang"),
         resets=tally.count("reset"),
         lost=tally.lost,
+        unavailable=dict(tally.unavailable),
         memory_bytes=tally.memory,
         load1=load1,
         cpu_s=used.user + used.system - cpu.user - cpu.system,
@@ -97,6 +100,8 @@ def show_tally(tally: Tally) -> None:
             f"{case.path[:200]} {body!r} {dict(case.headers)}\n        {answer.note[:200]!r}",
             markup=False,
         )
+    for line, count in tally.unavailable.most_common(30):
+        CONSOLE.print(f"{count:5} x 503 {line}", markup=False)
     for line, count in tally.exceptions.most_common(30):
         CONSOLE.print(f"{count:5} x in the log: {line}", markup=False)
     for moment in (tally.memory[:1] + tally.memory[-1:]) if tally.memory else ():

@@ -1,5 +1,5 @@
-"""Sends cases over kept connections, as clients do, and notes every fault: a 5xx that is not 503, a
-hang, a reset, a lost process."""
+"""Sends cases over kept connections, as clients do, and notes every fault: a 5xx, unless it is the
+503 of a server that is busy, a hang, a reset, a lost process."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ WORKERS = 12
 HANG_SECONDS = 10.0
 """Time in which every request must have its whole answer."""
 _LOOK_SECONDS = 0.5
+_BUSY = ("takes no requests now", "max_connections", "shutting down")
+"""Parts of messages of a 503 that a server may give. Any other hides a failure of its own."""
 _DIGITS = str.maketrans("0123456789", "0" * 10)
 
 
@@ -39,10 +41,8 @@ class Answer:
         """Return what counts as the same fault: kind, route and beginning of the message."""
         if self.fault == "reset":  # an answer before this one has spoilt the connection
             return self.fault, "", self.note.partition(" http")[0]
-        route = case.path.partition("?")[0]
-        if route.startswith("/m/"):
-            route = "/m/MODEL/" + route.split("/", 3)[-1]
-        return f"{self.fault} {self.status or ''}".strip(), route, self.note[:60].translate(_DIGITS)
+        kind = f"{self.fault} {self.status or ''}".strip()
+        return kind, _route(case), self.note[:60].translate(_DIGITS)
 
 
 @dataclass
@@ -65,6 +65,8 @@ class Tally:
     """Memory of each process by title in bytes, at moments spread evenly over the run."""
     lost: list[str] = field(default_factory=list)
     """Titles of processes that ended."""
+    unavailable: Counter[str] = field(default_factory=Counter)
+    """Messages of the answers with status 503, each with its route."""
     exceptions: Counter[str] = field(default_factory=Counter)
     """Last lines of tracebacks in the servers' logs."""
 
@@ -79,6 +81,8 @@ class Tally:
     def add(self, case: Case, answer: Answer) -> None:
         self.statuses[answer.status] += 1
         self.seconds.append(answer.seconds)
+        if answer.status == 503:
+            self.unavailable[f"{case.method} {_route(case)}: {answer.note[:120]}"] += 1
         if not answer.fault:
             return
         key = answer.signature(case)
@@ -96,6 +100,7 @@ class Tally:
         self.seconds += other.seconds
         self.memory += other.memory
         self.lost += other.lost
+        self.unavailable += other.unavailable
         for key, found in other.faults.items():
             if key in self.faults:
                 self.faults[key].count += found.count
@@ -124,13 +129,13 @@ async def _fuzz(
     looks: int,
     hang: float,
 ) -> Tally:
-    tally, over = Tally(), asyncio.Event()
+    tally, over, clock = Tally(), asyncio.Event(), _Clock()
     in_flight: list[Case] = []
 
     async def work(session: aiohttp.ClientSession) -> None:
         for case in cases:
             in_flight.append(case)
-            answer = await exchange(session, url, case, hang)
+            answer = await clock.exchange(session, url, case, hang)
             in_flight.remove(case)
             if over.is_set():
                 return
@@ -150,19 +155,47 @@ async def _fuzz(
     tally.memory.append(_memory(processes))
     async with session_of() as session:
         looking = asyncio.create_task(look())
+        ticking = asyncio.create_task(clock.tick())
         working = [asyncio.create_task(work(session)) for _ in range(WORKERS)]
         left = set(working)
         while left and not over.is_set():
             _, left = await asyncio.wait(left, timeout=_LOOK_SECONDS)
-        for task in (looking, *working):
+        for task in (looking, ticking, *working):
             task.cancel()
-        outcomes = await asyncio.gather(looking, *working, return_exceptions=True)
+        outcomes = await asyncio.gather(looking, ticking, *working, return_exceptions=True)
     for outcome in outcomes:
         if isinstance(outcome, Exception):  # the fuzzer's own fault
             raise outcome
     if not tally.lost:
         tally.memory.append(_memory(processes))
     return tally
+
+
+class _Clock:
+    """Knows for how long this process stood still, because others had the cores or the machine was
+    stopped: what had no answer in that time may have had no time for one."""
+
+    def __init__(self) -> None:
+        self._late = 0.0
+
+    async def tick(self) -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(_LOOK_SECONDS)
+            self._late += max(0.0, time.monotonic() - before - 2 * _LOOK_SECONDS)
+
+    async def exchange(
+        self, session: aiohttp.ClientSession, url: str, case: Case, hang: float
+    ) -> Answer:
+        """What :func:`exchange` does, once more where this process stood still meanwhile."""
+        while True:
+            late = self._late
+            answer = await exchange(session, url, case, hang)
+            if answer.fault != "hang":
+                return answer
+            await asyncio.sleep(2 * _LOOK_SECONDS)  # until the last tick is counted
+            if self._late == late:
+                return answer
 
 
 def session_of() -> aiohttp.ClientSession:
@@ -189,7 +222,7 @@ async def exchange(session: aiohttp.ClientSession, url: str, case: Case, hang: f
         ) as response:
             status = response.status
             text = (await response.read()).decode(errors="replace")
-            fault = _fault(status, response.headers.get("Content-Type", ""), text)
+            fault = _fault(case, status, response.headers.get("Content-Type", ""), text)
     except TimeoutError:
         fault = "hang"
     except (aiohttp.ClientError, OSError) as error:
@@ -199,10 +232,17 @@ async def exchange(session: aiohttp.ClientSession, url: str, case: Case, hang: f
     return Answer(status, time.monotonic() - began, fault, _message(text))
 
 
-def _fault(status: int, content_type: str, text: str) -> str:
+def _route(case: Case) -> str:
+    route = case.path.partition("?")[0]
+    return "/m/MODEL/" + route.split("/", 3)[-1] if route.startswith("/m/") else route
+
+
+def _fault(case: Case, status: int, content_type: str, text: str) -> str:
     if status == 501 and (not text or "not support" in text):  # HEAD has no text
         return ""
-    if status >= 500 and status != 503:
+    if status == 503 and ("/health" in case.path or any(cause in text for cause in _BUSY)):
+        return ""
+    if status >= 500:
         return "5xx"
     if content_type.startswith("text/event-stream") and '"code":500' in text.replace(" ", ""):
         return "5xx in a stream"

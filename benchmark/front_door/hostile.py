@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+
+import psutil
 
 from benchmark import machine
 from benchmark.front_door import hostile_bodies, hostile_sockets
@@ -26,6 +29,7 @@ MEMORY_LIMIT = 200 << 20
 """Bytes by which the HTTP process may grow."""
 REFUSED_WITHIN = 2.0
 """Seconds within which a request that is refused must have its answer."""
+_TIMED = ("crosspool::http", "crosspool::scheduler")
 _BEFORE_SECONDS = 3.0
 _AFTER_SECONDS = 2.0
 _RECOVERY_SECONDS = 60.0
@@ -44,6 +48,12 @@ class Verdict:
     """Titles of processes that ended."""
     recovered: bool
     """Whether all streams ran again afterwards."""
+    seconds: float
+    """Time of the window ``during``."""
+    http_cpu: float
+    """CPU seconds that the HTTP process used in that time."""
+    scheduler_cpu: float
+    """CPU seconds that the scheduler used in that time."""
 
     @property
     def growth(self) -> int:
@@ -116,6 +126,7 @@ class Bench:
         time.sleep(_BEFORE_SECONDS)
         before = self._observer.since(moment)
         moment = time.monotonic()
+        used = [self._cpu(title) for title in _TIMED]
         try:
             outcome = row.send(place)
         except OSError as error:
@@ -124,6 +135,8 @@ class Bench:
             )
         time.sleep(_AFTER_SECONDS)
         during = self._observer.since(moment)
+        seconds = time.monotonic() - moment
+        http, scheduler = (self._cpu(title) - cpu for title, cpu in zip(_TIMED, used, strict=True))
         lost = tuple(t for t, process in self._titles.items() if not process.is_running())
         recovered = not lost and self._observer.wait_running(self._streams, _RECOVERY_SECONDS)
         if not recovered:
@@ -131,7 +144,25 @@ class Bench:
             during = during if lost else self._observer.since(moment)
             self.stop()
             self.start()
-        return Verdict(row.name, row.known, outcome, before, during, lost, recovered)
+        return Verdict(
+            row.name,
+            row.known,
+            outcome,
+            before,
+            during,
+            lost,
+            recovered,
+            seconds,
+            http,
+            scheduler,
+        )
+
+    def _cpu(self, title: str) -> float:
+        """CPU seconds of the process ``title`` so far; NaN where it has ended."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = self._titles[title].cpu_times()
+            return float(times.user + times.system)
+        return float("nan")
 
 
 def run(only: Sequence[str], told: Callable[[Verdict], None], recorder: Recorder) -> list[Verdict]:
@@ -159,6 +190,9 @@ def run(only: Sequence[str], told: Callable[[Verdict], None], recorder: Recorder
                 lost=list(verdict.lost),
                 recovered=verdict.recovered,
                 faults=verdict.faults,
+                http_cpu_s=verdict.http_cpu,
+                scheduler_cpu_s=verdict.scheduler_cpu,
+                window_s=verdict.seconds,
                 load1=load1,
                 cpu_s=used.user + used.system - cpu.user - cpu.system,
                 wall_s=time.monotonic() - began,

@@ -223,9 +223,9 @@ def _distinct_regexes(place: Place) -> Outcome:
 
 
 def _endless_chunks(place: Place) -> Outcome:
-    """A chunked body that never ends, as fast as the server takes it, up to 1 GB."""
+    """A chunked body that never ends, as fast as the server takes it, up to 100 MB."""
     chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
-    return send(place.port, head("/v1/completions", None), chunk * 1000, 30)
+    return send(place.port, head("/v1/completions", None), chunk * 100, 30)
 
 
 def _lying_length(place: Place) -> Outcome:

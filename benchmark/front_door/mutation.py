@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import random
 import string
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,6 +31,10 @@ _TYPES = (
     "application/x-www-form-urlencoded",
     "multipart/form-data",
 )
+_MOST_PLACES = 2000
+"""Places from which on a body is large enough: what repeats in what repeats can have millions."""
+_LONGEST_REPEATED = 10_000
+"""Characters of JSON up to which a value is repeated."""
 _MAX_TOKENS = ("max_tokens", "max_new_tokens", "max_completion_tokens", "max_output_tokens")
 
 
@@ -95,7 +101,9 @@ class Mutator:
     # --- changes of a body
 
     def _change(self, body: dict[str, Any]) -> None:
-        places = list(_places(body)) or [(body, self._name())]
+        places = list(itertools.islice(_places(body), _MOST_PLACES)) or [(body, self._name())]
+        if len(places) == _MOST_PLACES:
+            return
         holder, key = self._rng.choice(places)
         self._rng.choice(self._changes)(holder, key)
 
@@ -123,7 +131,7 @@ class Mutator:
 
     def _repeat(self, holder: Any, key: Any) -> None:
         value = holder.get(key) if isinstance(holder, dict) else holder[key]
-        if isinstance(value, str | list) and len(value) < 1000:
+        if isinstance(value, str | list) and len(json.dumps(value)) < _LONGEST_REPEATED:
             holder[key] = value * self._rng.choice((2, 50))
 
     def _name(self) -> str:
@@ -197,12 +205,15 @@ class Mutator:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield every place in a tree, as its holder and its key there."""
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, part in list(items):
-        yield value, key
-        if isinstance(part, dict | list):
-            yield from _places(part)
+    """Yield every place in a tree, as its holder and its key there, the outer ones first."""
+    holders = deque([value])
+    while holders:
+        holder = holders.popleft()
+        items = holder.items() if isinstance(holder, dict) else enumerate(holder)
+        for key, part in items:
+            yield holder, key
+            if isinstance(part, dict | list):
+                holders.append(part)
 
 
 def _nested(depth: int, as_list: bool) -> Any:

@@ -53,6 +53,7 @@ WRONG: list[tuple[str, Any]] = [
     ("/stop_profile", {}),
     ("/scale_elastic_ep", b""),
     ("/v1/embeddings", {"input": "x"}),
+    ("/v1/messages/count_tokens", {"messages": []}),
 ]
 
 

@@ -77,6 +77,7 @@ THROUGH_VALUES = {
     "sglang.srt.entrypoints.v1_loads": ("_get_tokenizer_manager",),
     "sglang.srt.entrypoints.anthropic.serving:AnthropicServing": (
         "_convert_response",
+        "_error_response",
         "_generate_anthropic_stream",
         "_handle_non_streaming",
         "_handle_streaming",

@@ -1,4 +1,5 @@
-"""SGLang's Anthropic routes, which also tell the stop sequence that ended an answer."""
+"""SGLang's Anthropic routes, which also tell the stop sequence that ended an answer, and a client
+what is wrong with its request."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from sglang.srt.entrypoints.anthropic.serving import AnthropicServing
 from crosspool.frontend import private_routes
 
 
+@private_routes.passes_errors_on
 @private_routes.tells_of_stops
 class Anthropic(AnthropicServing):
     """Serves one model's Anthropic routes."""

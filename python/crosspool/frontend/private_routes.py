@@ -81,6 +81,21 @@ def tells_of_stops(handler: _Handler) -> _Handler:
     return handler
 
 
+def passes_errors_on(handler: _Handler) -> _Handler:
+    """Class decorator for a handler of Anthropic's routes: an exception for which SGLang would
+    answer a bare 500 goes on to the caller, who knows a client's mistake from a server's."""
+    respond = handler._error_response
+
+    def error_response(self: Any, status_code: int, *arguments: Any, **named: Any) -> Any:
+        error = sys.exc_info()[1]
+        if status_code >= 500 and error is not None:
+            raise error
+        return respond(self, status_code, *arguments, **named)
+
+    handler._error_response = error_response
+    return handler
+
+
 class _ChatStream:
     """A handler of OpenAI's chat route that remembers what stopped the one stream it makes."""
 
