@@ -148,6 +148,24 @@ def test_stop_string_never_shows(client: openai.OpenAI, stream: bool) -> None:
     assert reason == "stop"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    # As in SGLang, a match stays in the text unless it is the pattern itself.
+    [("f[a-z]x", "the quick brown fox"), ("fox jumps", "the quick brown ")],
+)
+def test_stop_regex(client: openai.OpenAI, pattern: str, said: str, stream: bool) -> None:
+    body = {"stop_regex": ["never", pattern]}
+    answer = client.completions.create(
+        model=MODELS[0], prompt="x", max_tokens=60, stream=stream, extra_body=body
+    )
+    events = list(answer) if stream else [answer]
+    text = "".join(event.choices[0].text for event in events if event.choices)
+    assert text.lstrip() == said
+    last = events[-1].choices[0]
+    assert (last.finish_reason, last.matched_stop) == ("stop", pattern)
+
+
 def test_stop_token_is_trimmed(
     server: FrontEndServer, scripted: list[list[int]], tokenizers: Any
 ) -> None:
@@ -231,6 +249,17 @@ def test_disconnect_ends_the_request(server: FrontEndServer, slow: None) -> None
         ),
         ("/generate", {"text": "x", "custom_logit_processor": "x"}, 400, "code of a client"),
         ("/v1/completions", {"prompt": "x", "regex": "[a-"}, 400, "regex"),
+        ("/v1/completions", {"prompt": "x", "stop_regex": "a("}, 400, "stop_regex"),
+        ("/v1/completions", {"prompt": "x", "stop_regex": ["a"] * 33}, 400, "stop_regex"),
+        ("/v1/completions", {"prompt": "x", "stop_regex": "a" * 257}, 400, "stop_regex"),
+        (
+            "/v1/chat/completions",
+            {"messages": CHAT, "stop_regex": "((a{999}){999}){999}b"},
+            400,
+            "stop_regex",
+        ),
+        ("/generate", {"text": "x", "sampling_params": {"stop_regex": "a("}}, 400, "stop_regex"),
+        ("/v1/completions", {"prompt": "x", "stop_regex": "([a-z ]+)+$x"}, 400, "simpler"),
         ("/v1/completions", {"prompt": "word " * 9000}, 400, "context"),
         ("/v1/chat/completions", {"messages": CHAT, "temperature": -1}, 400, "temperature"),
         ("/v1/chat/completions", {}, 400, "messages"),

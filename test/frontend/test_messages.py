@@ -93,7 +93,6 @@ def test_logprobs() -> None:
         ({"return_hidden_states": True}, "hidden"),
         ({"custom_logit_processor": "x"}, "custom_logit_processor"),
         ({"params": {"beam_width": 2}}, "beam"),
-        ({"params": {"stop_regex": "a+"}}, "stop_regex"),
     ],
 )
 def test_unsupported(fields: dict[str, Any], word: str) -> None:

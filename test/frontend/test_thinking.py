@@ -10,6 +10,19 @@ import openai
 import pytest
 from support.front_end import MODELS, FrontEndServer, deployment
 
+ONE_COLOUR = {
+    "type": "object",
+    "properties": {"colour": {"type": "string", "enum": ["red"]}},
+    "required": ["colour"],
+    "additionalProperties": False,
+}
+TOOL: Any = {
+    "type": "function",
+    "function": {"name": "paint", "parameters": ONE_COLOUR, "strict": True},
+}
+PAINT = "Paint it."
+CALL = '<tool_call>\n{"name":"paint", "arguments":{"colour": "red"}}\n</tool_call>'
+ANSWER = '{"n": 7}'
 THOUGHTS = "quick brown fox"
 SCHEMA = {
     "type": "object",
@@ -32,13 +45,18 @@ def thoughts(tokenizers: Any) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def client(tokenizers: Any, thoughts: list[list[int]]) -> Iterator[openai.OpenAI]:
-    answers = [t.encode('{"n": 7}', add_special_tokens=False) for t in tokenizers]
+    answers, calls = (
+        [t.encode(text, add_special_tokens=False) for t in tokenizers] for text in (ANSWER, CALL)
+    )
 
     def next_token(model: int, tokens: list[int], prompt: int) -> int:
-        script = thoughts[model] + answers[model]
+        asked = tokenizers[model].decode(tokens[:prompt])
+        script = thoughts[model] + (calls if PAINT in asked else answers)[model]
         return script[min(len(tokens) - prompt, len(script) - 1)]
 
-    running = FrontEndServer(deployment(sglang={"reasoning_parser": "qwen3"}), next_token)
+    running = FrontEndServer(
+        deployment(sglang={"reasoning_parser": "qwen3", "tool_call_parser": "qwen"}), next_token
+    )
     try:
         running.wait_ready()
         yield openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
@@ -46,10 +64,10 @@ def client(tokenizers: Any, thoughts: list[list[int]]) -> Iterator[openai.OpenAI
         running.stop()
 
 
-def ask(client: openai.OpenAI, model: int, **fields: Any) -> Any:
+def ask(client: openai.OpenAI, model: int, say: str = "A number?", **fields: Any) -> Any:
     return client.chat.completions.create(
         model=MODELS[model],
-        messages=[{"role": "user", "content": "A number?"}],
+        messages=[{"role": "user", "content": say}],
         max_tokens=200,
         **fields,
     )
@@ -90,3 +108,29 @@ def test_a_request_that_turns_thinking_off_is_bound_from_the_first_token(
     got = ask(client, 0, response_format=JSON_FORMAT, extra_body=off)
     assert list(json.loads(got.choices[0].message.content)) == ["n"]
     assert got.usage.reasoning_tokens == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "paint"}}]
+)
+def test_a_tool_that_must_be_called_is_called_after_thinking(
+    client: openai.OpenAI, thoughts: list[list[int]], choice: Any, stream: bool
+) -> None:
+    got = ask(
+        client, 0, PAINT, tools=[TOOL], tool_choice=choice, stream=stream,
+        **({"stream_options": {"include_usage": True}} if stream else {}),
+    )  # fmt: skip
+    if stream:
+        chunks = list(got)
+        parts = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+        usage = chunks[-1].usage
+    else:
+        parts, usage = [got.choices[0].message], got.usage
+    thought = "".join(getattr(part, "reasoning_content", None) or "" for part in parts)
+    calls = [call.function for part in parts for call in part.tool_calls or ()]
+    assert thought.strip() == THOUGHTS
+    assert "".join(call.name or "" for call in calls) == "paint"
+    assert json.loads("".join(call.arguments or "" for call in calls)) == {"colour": "red"}
+    assert "".join(part.content or "" for part in parts).strip() == ""
+    assert usage.reasoning_tokens == len(thoughts[0])

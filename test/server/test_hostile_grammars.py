@@ -153,6 +153,24 @@ def test_a_request_whose_masks_take_long_is_ended_and_delays_no_other(tokenizer:
         assert "`grammar_mask_timeout`" in slow.error
 
 
+def left_recursive(rules: int) -> Grammar:
+    """An EBNF of which every token takes some tens of milliseconds."""
+    chain = (f'r{i} ::= r{(i + 1) % rules} "a" | r{(i + 7) % rules} | "b"' for i in range(rules))
+    return Grammar(kind="ebnf", source="\n".join(["root ::= r0", *chain]))
+
+
+def test_a_request_whose_masks_take_long_all_together_is_ended(tokenizer: Any) -> None:
+    with grammars(tokenizer, mask_seconds=0.3) as made:
+        slow = made.compile(0, left_recursive(300)).result(30)
+        tokens = 0
+        while settled(slow).error is None:
+            slow.feed(next(t for t in allowed(slow) if t not in SPEC.eos_token_ids))
+            tokens += 1
+            assert tokens < 100
+        assert tokens > 1
+        assert "`grammar_mask_timeout`" in slow.error
+
+
 def test_the_cache_is_bounded_in_bytes_over_all_models(tokenizer: Any) -> None:
     limit = 4 << 20
     process = psutil.Process()

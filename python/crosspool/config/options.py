@@ -169,8 +169,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         "follow one token, before its request is refused with status 400.",
         _REQUESTS, unit="s", least=0.1)] = 1.5
     grammar_mask_timeout: Annotated[float, Option(
-        "Processor time that a grammar may take to find which tokens may come next, before its "
-        "request ends with status 400.",
+        "Processor time that a grammar may take to find which tokens may come next, beyond 10 ms "
+        "for each token, before its request ends with status 400.",
         _REQUESTS, unit="s", least=0.01)] = 0.5
     grammar_memory_bytes: Annotated[int, Option(
         "Memory that compiling one grammar may take.",

@@ -14,6 +14,7 @@ from sglang.srt.managers import io_struct
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from crosspool.frontend import private
+from crosspool.scheduler.stop_regex import MOST_PATTERNS, compile_pattern
 
 _INTERNAL = (
     "is_normalized",
@@ -127,6 +128,20 @@ def _sampling_problems(params: dict[str, Any]) -> Iterator[str]:
                 msgspec.convert(value, _SAMPLING[name])
             except msgspec.ValidationError as error:
                 yield f"`{name}`: {error}"
+                continue
+            if name == "stop_regex":
+                yield from _regex_problems([value] if isinstance(value, str) else value)
+
+
+def _regex_problems(patterns: list[str]) -> Iterator[str]:
+    if len(patterns) > MOST_PATTERNS:
+        yield f"`stop_regex` has {len(patterns)} patterns; at most {MOST_PATTERNS} are allowed"
+        return
+    for pattern in patterns:
+        try:
+            compile_pattern(pattern)
+        except ValueError as error:
+            yield str(error)
 
 
 def message_problem(message: Any) -> str | None:

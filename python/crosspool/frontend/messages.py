@@ -57,7 +57,6 @@ _UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("bootstrap_room", "prefill-decode disaggregation"),
 )
 _UNSUPPORTED_SAMPLING: tuple[tuple[str, str], ...] = (
-    ("stop_regex_strs", "stop_regex"),
     ("beam_width", "beam search"),
     ("custom_params", "custom_params"),
 )
@@ -112,6 +111,7 @@ def to_request(message: TokenizedGenerateReqInput, model: int, seed: int) -> Gen
             # As in SGLang, ignore_eos means stop tokens too.
             stop_token_ids=frozenset(() if params.ignore_eos else params.stop_token_ids or ()),
             stop_strings=_strings(params.stop_strs),
+            stop_regexes=_strings(params.stop_regex_strs),
             ignore_eos=params.ignore_eos,
         ),
         logprobs=_logprobs(message, len(input_ids)),

@@ -28,6 +28,8 @@ class StopRules:
     stop_token_ids: frozenset[int] = frozenset()
     """Tokens that end the request, in addition to the model's own eos ids."""
     stop_strings: tuple[str, ...] = ()
+    stop_regexes: tuple[str, ...] = ()
+    """Regular expressions that end the request where they match the output text."""
     ignore_eos: bool = False
 
 
@@ -55,7 +57,8 @@ class GenerateRequest:
 class Finish:
     """Why a request ended.
 
-    ``stop``: ``matched`` is the token id or the stop string (None: its grammar was complete).
+    ``stop``: ``matched`` is the token id, the stop string or the regular expression (None: the
+    request's grammar was complete).
     ``length``: the limit was reached. ``abort``: ``message`` says why; ``status`` is the HTTP
     status (400 bad request, 429 queue or pool, 499 the client's own abort, 500 a sampled token that
     the grammar forbids, 503 a rank is gone)."""

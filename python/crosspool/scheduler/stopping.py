@@ -1,7 +1,8 @@
-"""The end of a request: end-of-sequence and stop tokens, a complete grammar, stop strings, length.
+"""The end of a request: end-of-sequence and stop tokens, a complete grammar, stop strings, regular
+expressions, length.
 
-Stop strings are searched for in the decoded text, so they may straddle tokens. In a stream, tokens
-whose text may turn out to be the beginning of a stop string are *held*.
+Stop strings and expressions are searched for in the decoded text, so they may straddle tokens. In a
+stream, tokens whose text may turn out to be the beginning of a stop string are *held*.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Generic, TypeVar
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.protocols import GrammarMatcher, TextDecoder
 from crosspool.scheduler.request import Finish, StopRules
+from crosspool.scheduler.stop_regex import StopRegexes, TooSlow
 
 _INCOMPLETE = "\ufffd"
 _LONGEST_CHARACTER = 8
@@ -46,8 +48,10 @@ class Stopping:
         self._max_new_tokens = max_new_tokens
         self._count = 0
         self._text = (
-            StopText(rules.stop_strings, decoder, prompt[-CONTEXT_TOKENS:])
-            if rules.stop_strings
+            StopText(
+                rules.stop_strings, decoder, prompt[-CONTEXT_TOKENS:], regexes=rules.stop_regexes
+            )
+            if rules.stop_strings or rules.stop_regexes
             else None
         )
         stop_tokens = rules.stop_token_ids | (frozenset() if rules.ignore_eos else self._eos)
@@ -88,14 +92,18 @@ class Stopping:
             return Finish(kind="abort", message=message, status=500)
         if matcher and matcher.error is not None:
             return Finish(kind="abort", message=matcher.error, status=400)
-        stop_string = self._text.feed(token) if self._text else None
+        try:
+            matched = self._text.feed(token) if self._text else None
+        except TooSlow:
+            message = "`stop_regex` takes too long to look for in the output; make it simpler"
+            return Finish(kind="abort", message=message, status=400)
 
         if token in self.stop_tokens and self._count > self._min_new_tokens:
             return Finish(kind="stop", matched=token)
         if matcher and matcher.is_terminated:
             return Finish(kind="stop", matched=token if token in self._eos else None)
-        if stop_string is not None and self._count >= self._min_new_tokens:
-            return Finish(kind="stop", matched=stop_string)
+        if matched is not None and self._count >= self._min_new_tokens:
+            return Finish(kind="stop", matched=matched)
         if self._count >= self._max_new_tokens:
             return Finish(kind="length")
         return None
@@ -120,13 +128,25 @@ class Stopping:
 
 
 class StopText:
-    """Follows the decoded output text and finds the first stop string to be completed in it."""
+    """Follows the decoded output text and finds the first stop string to be completed in it, or the
+    first of ``regexes`` to match.
+
+    SGLang's detokenizer leaves a match in the text, unless it is the pattern itself, letter for
+    letter, which it takes for a stop string."""
 
     def __init__(
-        self, stop_strings: Iterable[str], decoder: TextDecoder, context: Sequence[int]
+        self,
+        stop_strings: Iterable[str],
+        decoder: TextDecoder,
+        context: Sequence[int],
+        *,
+        regexes: Sequence[str] = (),
     ) -> None:
         self._strings = sorted(stop_strings, key=len, reverse=True)
         self._patterns = [_Pattern(string) for string in self._strings]
+        self._regexes = StopRegexes(regexes) if regexes else None
+        self._trimmed = [*self._patterns, *(_Pattern(regex) for regex in regexes)]
+        """What must not be shown by halves."""
         self._decoder = decoder
         self._ids = list(context)
         self._decided = len(self._ids)
@@ -140,7 +160,8 @@ class StopText:
         return len(self._open_tokens)
 
     def feed(self, token: int) -> str | None:
-        """Takes the next token; returns the stop string that its text completes, if any."""
+        """Takes the next token; returns the stop string that its text completes or the regular
+        expression that matches, if any. Raises :class:`TooSlow`."""
         text = self._decode(token)
         if text is None:
             self._open_tokens.append(-1)
@@ -151,11 +172,16 @@ class StopText:
             for string, pattern in zip(self._strings, self._patterns, strict=True)
             if pattern.feed(character)
         ]
+        for literal in self._trimmed[len(self._patterns) :]:
+            for character in text:
+                literal.feed(character)
         self._length += len(text)
         ends = [end if end >= 0 else self._length for end in self._open_tokens]
-        safe = self._length - max(pattern.matched for pattern in self._patterns)
+        safe = self._length - max(pattern.matched for pattern in self._trimmed)
         self._open_tokens = [end for end in (*ends, self._length) if end > safe]
-        return completed[0] if completed else None
+        if completed:
+            return completed[0]
+        return self._regexes.feed(text) if self._regexes is not None else None
 
     def _decode(self, token: int) -> str | None:
         """The text that ``token`` adds; None while that ends within a character."""

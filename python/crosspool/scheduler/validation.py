@@ -6,6 +6,7 @@ import math
 
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.request import GenerateRequest, StopRules
+from crosspool.scheduler.stop_regex import compile_pattern
 from crosspool.transport.messages import Logprobs, Sampling
 
 
@@ -50,6 +51,11 @@ def _stop_problem(stop: StopRules) -> str | None:
         return f"min_new_tokens ({stop.min_new_tokens}) is greater than max_new_tokens ({limit})"
     if "" in stop.stop_strings:
         return "a stop string must not be empty"
+    try:
+        for pattern in stop.stop_regexes:
+            compile_pattern(pattern)
+    except ValueError as error:
+        return str(error)
     return None
 
 

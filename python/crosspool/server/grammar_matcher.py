@@ -17,14 +17,17 @@ import xgrammar
 _QUICK_THREADS = 2
 _SLOW_SECONDS = 0.005
 """Processor time for one token after which a request's next tokens are left to the slow thread."""
+_SECONDS_PER_TOKEN = 0.01
+"""Processor time of a token that does not count; a large vocabulary may need as much."""
 
 
 class MaskThreads:
     """Threads that follow grammars. Requests that have once taken long for a token share one of
     their own, so that they wait for each other and nobody else for them.
 
-    ``most_seconds`` is the processor time that a token may take; ``on_ready`` is called, from one
-    of the threads, whenever a token has been followed."""
+    ``most_seconds`` is the processor time that the tokens of a request may take beyond
+    :data:`_SECONDS_PER_TOKEN` each; ``on_ready`` is called, from one of the threads, whenever a
+    token has been followed."""
 
     def __init__(self, most_seconds: float, on_ready: Callable[[], None]) -> None:
         self.most_seconds = most_seconds
@@ -60,6 +63,8 @@ class XGrammarMatcher:
         self._matcher: xgrammar.GrammarMatcher | None = None
         self._mask = b""
         self._slow = False
+        self._beyond = 0.0
+        """Processor time of the tokens so far that counts."""
         self.accepted = True
         self.error: str | None = None
         self.is_terminated = False
@@ -84,11 +89,11 @@ class XGrammarMatcher:
             self.error = f"xgrammar cannot follow it: {error!r}"
         seconds = time.thread_time() - began
         self._slow = self._slow or seconds > _SLOW_SECONDS
-        if seconds > self._threads.most_seconds:
+        self._beyond = max(0.0, self._beyond + seconds - _SECONDS_PER_TOKEN)
+        if self._beyond > self._threads.most_seconds:
             self.error = (
-                f"it took {seconds:.1f} s to find which token may come next, and the server's "
-                f"`grammar_mask_timeout` is {self._threads.most_seconds:g} s; make it less "
-                "ambiguous"
+                "finding which token may come next has taken more than the server's "
+                f"`grammar_mask_timeout`, {self._threads.most_seconds:g} s; make it less ambiguous"
             )
         self.pending = False
 
