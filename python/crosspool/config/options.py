@@ -153,7 +153,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         _REQUESTS, unit="tools", least=1)] = 512
     max_samples: Annotated[int, Option(
         "Most outputs of one request: its prompts times the samples of each.",
-        _REQUESTS, least=1)] = 1024
+        _REQUESTS, least=1)] = 256
     max_stop_bytes: Annotated[int, Option(
         "Most bytes of all stop strings of a request together.",
         _REQUESTS, unit="bytes", least=1)] = 4096
