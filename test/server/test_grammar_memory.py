@@ -13,7 +13,7 @@ from test_hostile_grammars import regex
 from transformers import AutoTokenizer
 
 MARGIN = 48 << 20
-"""Bytes beside the cache: what a grammar takes beyond what xgrammar counts, and the allocator keeps."""
+"""Bytes beside the cache: what grammars take uncounted, and what the allocator keeps."""
 
 
 def compiled_by(settings: Deployment, count: int) -> tuple[int, int, int]:
