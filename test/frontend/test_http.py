@@ -259,7 +259,12 @@ def test_disconnect_ends_the_request(server: FrontEndServer, slow: None) -> None
             "stop_regex",
         ),
         ("/generate", {"text": "x", "sampling_params": {"stop_regex": "a("}}, 400, "stop_regex"),
-        ("/v1/completions", {"prompt": "x", "stop_regex": "([a-z ]+)+$x"}, 400, "simpler"),
+        (
+            "/v1/completions",
+            {"prompt": "x", "max_tokens": 128, "stop_regex": "([a-z ]+)+$x"},
+            400,
+            "simpler",
+        ),
         ("/v1/completions", {"prompt": "word " * 9000}, 400, "context"),
         ("/v1/chat/completions", {"messages": CHAT, "temperature": -1}, 400, "temperature"),
         ("/v1/chat/completions", {}, 400, "messages"),
