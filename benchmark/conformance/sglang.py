@@ -61,8 +61,8 @@ KNOWN = (
         "is started with --incremental-streaming-output.",
     ),
     Known(
-        "FunctionCalling::test_function_call_specific$",
-        "'sub' != 'get_weather'",
+        "::test_(function_call_specific|tool_choice_specific_function_(non_)?streaming)$",
+        r"^AssertionError: '\w+' != 'get_weather'",
         "as SGLang",
         "In this parser's format SGLang binds a named call to any of the request's tools.",
     ),
@@ -78,6 +78,18 @@ KNOWN = (
         "No tool_calls found",
         "tiny model",
         "It calls no tool unless it must.",
+    ),
+    Known(
+        "TestToolChoice.*::test_multi_tool_scenario_(auto|required)$",
+        "Expected tool calls but got none|Expected 2 tool calls, got 1",
+        "tiny model",
+        "It calls no tool unless it must, and then one.",
+    ),
+    Known(
+        "::test_detokenize_invalid_tokens$",
+        "^AssertionError: 400 != 500",
+        "by design",
+        "A token id below 0 is refused with 400, where the test wants 500.",
     ),
     Known(
         "TestSchedulerControl::test_abort_all$",
@@ -189,7 +201,7 @@ KNOWN = (
     Known(
         "TestBasicSanity::test_(basic_math|capital_france|color_completion|streaming_response"
         "|concurrent_requests)$",
-        "not found in ' |correct: ",
+        "'(391|paris|yellow)' not found in '|correct: ",
         "tiny model",
         "It knows neither capitals nor sums.",
     ),

@@ -72,6 +72,18 @@ KNOWN = (
         "The refusal names the first key that is wrong.",
     ),
     Known(
+        "test_named_tool_use",
+        "'NoneType' object is not subscriptable",
+        "tiny model",
+        "It does not end its thinking, which the server's reasoning parser waits for.",
+    ),
+    Known(
+        r"test_messages\.py::test_anthropic_streaming$",
+        r"^AssertionError: assert 1 > 5 .*cache_read_input_tokens=12",
+        "as SGLang",
+        "As in Anthropic's API, `input_tokens` are those that were not read from the cache.",
+    ),
+    Known(
         "test_long_seed",
         "'greater_than_equal' in \"Error code: 400",
         "by design",
