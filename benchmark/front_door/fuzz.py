@@ -21,7 +21,7 @@ WORKERS = 12
 HANG_SECONDS = 10.0
 """Time in which every request must have its whole answer."""
 _LOOK_SECONDS = 0.5
-_BUSY = ("takes no requests now", "max_connections", "shutting down")
+_BUSY = ("takes no requests now", "max_connections", "max_total_body_bytes", "shutting down")
 """Parts of messages of a 503 that a server may give. Any other hides a failure of its own."""
 _DIGITS = str.maketrans("0123456789", "0" * 10)
 

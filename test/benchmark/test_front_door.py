@@ -22,6 +22,7 @@ from benchmark.front_door.mutation import Mutator
 from benchmark.front_door.observer import Window
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+BUSY = b"HTTP/1.1 503 Oh\r\nContent-Length: 15\r\n\r\nmax_connections"
 REFUSED = b"HTTP/1.1 413 Too Large\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}"
 
 
@@ -101,7 +102,9 @@ def window(**seen: Any) -> Window:
     ],
 )
 def test_bounds_of_a_row(seen: dict[str, Any], fault: list[str]) -> None:
-    verdict = hostile.Verdict("a", False, Outcome(200, 1.0), window(), window(**seen), (), True)
+    verdict = hostile.Verdict(
+        "a", False, Outcome(200, 1.0), window(), window(**seen), (), True, 1, 0, 0
+    )
     assert verdict.faults == fault
 
 
@@ -109,7 +112,8 @@ def test_a_tally_counts_server_errors_and_resets() -> None:
     for answer, kind in (
         (OK, ""),
         (OK.replace(b"200 OK", b"500 Oh"), "5xx"),
-        (OK.replace(b"200 OK", b"503 Oh"), ""),
+        (OK.replace(b"200 OK", b"503 Oh"), "5xx"),
+        (BUSY, ""),
         (b"", "reset"),
         (OK.replace(b": 2", b": 9"), "reset"),
     ):
