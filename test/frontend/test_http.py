@@ -512,7 +512,8 @@ def test_metrics(server: FrontEndServer) -> None:
     assert after[other] == before[other]
     assert after["crosspool_ready", ""] == 1
     assert after["crosspool_dispatch_bytes_total", "cpu"] == 300
-    assert after["crosspool_kv_free_bytes", "cpu"] == server.deployment.kv_pool_bytes
+    cached = sum(after["crosspool_kv_cached_bytes", model] for model in MODELS)
+    assert after["crosspool_kv_free_bytes", "cpu"] + cached == server.deployment.kv_pool_bytes
 
 
 def test_inspection(server: FrontEndServer) -> None:
