@@ -53,6 +53,7 @@ def protocol(deployment: Deployment) -> type[LingeringProtocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             if len(self.connections) > most:
+                self.transport.may_linger = False  # there are too many descriptors as it is
                 self._refuse(503, f"the server has {most} connections (max_connections)")
             self._watch()
 
@@ -66,6 +67,7 @@ def protocol(deployment: Deployment) -> type[LingeringProtocol]:
 
         def shutdown(self) -> None:
             if self._awaited == "body" and not self.cycle.response_started:
+                self.transport.may_linger = False  # there is no answer that could be lost
                 self.transport.close()
             else:
                 super().shutdown()
