@@ -106,8 +106,8 @@ def test_what_follows_a_refused_stream_finds_no_generation(server: FrontEndServe
         (CHAT, {"messages": [{"role": "user", "content": "a"}], "top_k": BIG}, "top_k"),
         (CHAT, {"messages": [{"role": "user", "content": "a"}], "bootstrap_host": []}, "bootstrap"),
         ("/v1/completions", {"prompt": "a", "custom_params": {"a": {"b": [{}]}}}, "custom_params"),
-        ("/encode", {"input_ids": []}, "embed"),
-        ("/classify", {"text": "a"}, "embed"),
+        ("/encode", {"input_ids": []}, "/encode"),
+        ("/classify", {"text": "a"}, "/classify"),
         ("/v1/detokenize", {"tokens": [[5, -2147483649]]}, "vocabulary"),
     ],
 )
@@ -164,11 +164,10 @@ def test_a_list_of_wrong_entries_is_refused_by_its_first(
     """pydantic noted an error for each entry and type: 1,000 messages took a minute and 4 GB."""
     messages = [{"role": "user", "content": [{"type": "bad"}] * parts}] * 100
     status, answer, _ = server.request(CHAT, {"model": MODELS[0], "messages": messages})
-    assert status == 400
-    errors = int(answer["error"]["message"].split(" ", 1)[0])
-    assert 0 < errors < 100
+    assert status == 400 and "`messages.0." in answer["error"]["message"]
+    assert "messages.1." not in answer["error"]["message"]
     status, answer, _ = server.request(CHAT, {"model": MODELS[0], "messages": [1] * 1000})
-    assert status == 400 and int(answer["error"]["message"].split(" ", 1)[0]) < 10
+    assert status == 400 and "messages.1" not in answer["error"]["message"]
 
 
 LONG = "word " * 70_000
@@ -191,7 +190,7 @@ def test_others_are_served_while_a_long_text_is_tokenized(
 ) -> None:
     if body.get("tools") == "TOOLS":
         tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-        body = {**body, "tools": [tool] * 3000}
+        body = {**body, "tools": [tool] * 500}
     answers: list[Any] = []
 
     def ask() -> None:

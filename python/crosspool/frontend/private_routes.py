@@ -135,6 +135,7 @@ def _lift_definitions(*modules: Any) -> None:
 
     constraint = utils.get_json_schema_constraint
 
+    @functools.wraps(constraint)
     def with_definitions(tools: Any, tool_choice: Any, *rest: Any, **named: Any) -> Any:
         schema = constraint(tools, tool_choice, *rest, **named)
         if schema is None or tool_choice == "required":
@@ -165,6 +166,7 @@ def _allow_token_0(handler: Any) -> None:
     """Has ``/v1/completions`` take a prompt of nothing but the token id 0, which SGLang takes for
     an empty one."""
 
+    @functools.wraps(handler._validate_request)
     def validate(self: Any, request: Any) -> str | None:
         del self
         prompts = request.prompt if isinstance(request.prompt, list) else [request.prompt]
@@ -178,6 +180,7 @@ def _tell_text_offsets(completions: Any) -> None:
     at -1, and report the most likely tokens of nothing but the text's tokens."""
     convert = completions.to_openai_style_logprobs
 
+    @functools.wraps(convert)
     def converted(**arguments: Any) -> Any:
         logprobs = convert(**arguments)
         lengths = [len(token) for token in logprobs.tokens]
@@ -189,6 +192,7 @@ def _tell_text_offsets(completions: Any) -> None:
     handler = completions.OpenAIServingCompletion
     stream = handler._generate_completion_stream
 
+    @functools.wraps(stream)
     async def streamed(self: Any, adapted: Any, request: Any, raw: Any) -> AsyncIterator[str]:
         ends: Counter[int] = Counter()
         async with aclosing(stream(self, adapted, request, raw)) as lines:
