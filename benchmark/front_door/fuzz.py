@@ -238,8 +238,6 @@ def _route(case: Case) -> str:
 
 
 def _fault(case: Case, status: int, content_type: str, text: str) -> str:
-    if status == 501 and (not text or "not support" in text):  # HEAD has no text
-        return ""
     if status == 503 and ("/health" in case.path or any(cause in text for cause in _BUSY)):
         return ""
     if status >= 500:

@@ -26,7 +26,7 @@ from benchmark.server import TINY_MODELS, Server
 
 FLAGS = ("--kv-pool-bytes", "128MiB", "--context-length", "512", "--tool-call-parser", "qwen25")
 """Contexts are short, so that a request that asks for as much as it may get ends soon."""
-_REFUSED = {401, 403, 404, 405, 501}
+_REFUSED = {400, 401, 403, 404, 405}
 _SHRINK_REQUESTS = 60
 _EXCEPTION = re.compile(
     r"^((?:\w+\.)*\w+(?:Error|Exception|Exit|Interrupt)\b.{0,90})", re.MULTILINE

@@ -26,7 +26,9 @@ COMPLETION = {"model": MODELS[0], "prompt": "x", "max_tokens": 2}
 
 @pytest.fixture
 def front_end(server: FrontEndServer) -> Iterator[AttachedFrontEnd]:
-    with AttachedFrontEnd(server.deployment.admin_address, MODELS[0]) as attached:
+    with contextlib.closing(
+        AttachedFrontEnd(server.deployment.admin_address, MODELS[0])
+    ) as attached:
         yield attached
         attached.send(io_struct.msgpack_encode(io_struct.ShutdownReq()))
         wait_detached(server)
@@ -121,7 +123,9 @@ def test_a_request_that_cannot_be_translated_is_answered(
 
 def test_a_pause_ends_with_the_front_end_that_wants_it(server: FrontEndServer) -> None:
     body = {"text": "x", "sampling_params": {"max_new_tokens": 3}}
-    with AttachedFrontEnd(server.deployment.admin_address, MODELS[0]) as attached:
+    with contextlib.closing(
+        AttachedFrontEnd(server.deployment.admin_address, MODELS[0])
+    ) as attached:
         pause = io_struct.PauseGenerationReqInput(mode="in_place")
         attached.send(io_struct.msgpack_encode(pause))
         attached.send(io_struct.msgpack_encode(generate("waiting")))

@@ -403,8 +403,9 @@ def test_a_model_that_is_paused_stands_still_and_the_others_do_not(
     def tokens() -> int:
         return int(server.request("/crosspool/status")[1]["models"][0]["output_tokens"])
 
-    before = tokens()
+    before, deadline = tokens(), time.monotonic() + 20
     while tokens() < before + 3:
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     assert server.manage(f"{model}/pause_generation", {"mode": "in_place"}) == 200
     try:
@@ -427,8 +428,10 @@ def test_all_requests_of_a_model_are_ended(server: FrontEndServer, slow: None) -
     answers: list[Any] = []
     thread = threading.Thread(target=lambda: answers.append(server.request("/generate", body)))
     thread.start()
+    deadline = time.monotonic() + 20
     try:
         while not server.request("/crosspool/status")[1]["models"][0]["waiting"]:
+            assert time.monotonic() < deadline
             time.sleep(0.02)
     finally:
         assert server.manage("/abort_request", {"abort_all": True}) == 200

@@ -11,6 +11,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import msgspec
 import pytest
@@ -113,7 +114,7 @@ def test_requests_of_an_attached_front_end(fuzzed: FrontEndServer) -> None:
         io_struct.ConfigureLoggingReq(),
         io_struct.FreezeGCReq(),
     )
-    with AttachedFrontEnd(fuzzed.deployment.admin_address, MODELS[0]) as front_end:
+    with closing(AttachedFrontEnd(fuzzed.deployment.admin_address, MODELS[0])) as front_end:
 
         def send(parts: list[bytes]) -> None:
             if not asks_to_leave(parts):

@@ -9,7 +9,6 @@ import tempfile
 import time
 from array import array
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import zmq
@@ -105,14 +104,3 @@ class AttachedFrontEnd:
     def close(self) -> None:
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def __enter__(self) -> AttachedFrontEnd:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

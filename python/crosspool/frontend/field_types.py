@@ -5,7 +5,6 @@ The scheduler cannot answer a message that it cannot decode, so what does not fi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ import msgspec
 from sglang.srt.managers import io_struct
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from crosspool.frontend import private
+from crosspool.frontend import private, unreadable
 from crosspool.scheduler.stop_regex import MOST_PATTERNS, compile_pattern
 
 _INTERNAL = (
@@ -56,7 +55,6 @@ _OF_ONE_PROMPT = (
     "video_data",
 )
 """Fields of which SGLang takes an entry for each prompt without looking how many there are."""
-_INDEX = re.compile(r"\$\[(\d+)\](?:\[(\d+)\])?")
 
 
 def problem(request: io_struct.GenerateReqInput | io_struct.EmbeddingReqInput) -> str | None:
@@ -151,18 +149,5 @@ def message_problem(message: Any) -> str | None:
     except OverflowError:
         return "a number in the request has more than 64 bits"
     except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as error:
-        return f"{_field(str(error))}: {str(error).partition(' - at ')[0]}"
+        return unreadable.reason(error)
     return None
-
-
-def _field(error: str) -> str:
-    """The field that an error of msgspec is about, which numbers the fields of such a message from
-    its type on."""
-    found = _INDEX.search(error)
-    if found is None:
-        return "the request"
-    fields = io_struct.TokenizedGenerateReqInput.__struct_fields__
-    name = fields[int(found[1]) - 1]
-    if name == "sampling_params" and found[2]:
-        name = SamplingParams.__struct_fields__[int(found[2])]
-    return f"`{name}`"

@@ -113,7 +113,7 @@ class ModelApp:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         native_api.set(scope["path"] == "/generate")
         if self._responses_handler is None and scope["path"].startswith("/v1/responses"):
-            raise HTTPException(501, "/v1/responses needs openai-harmony, which is not installed")
+            raise HTTPException(503, "/v1/responses cannot be served; the server's log says why")
         private_routes.large_body.set(_has_large_body(scope))
         with model_context.use(self._context):
             await self._module.app(scope, receive, send)
