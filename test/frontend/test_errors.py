@@ -72,6 +72,13 @@ def test_mistakes_are_400_and_the_connection_goes_on(
     assert client.post("/v1/completions", json=COMPLETION).status_code == 200
 
 
+def test_a_body_of_another_type_is_400(client: httpx.Client) -> None:
+    headers = {"content-type": "multipart/form-data"}
+    answer = client.post("/invocations", content=b"{}", headers=headers)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("level", ["loud", "", "no such level"])
 def test_a_level_that_does_not_exist_is_400(server: FrontEndServer, level: str) -> None:
     with server.admin() as client:

@@ -36,6 +36,8 @@ _MISTAKES = (
 )
 """What applications raise over a request that is wrong: UnicodeError and pydantic's and json's
 errors are ValueErrors."""
+_VALUES = (bool, int, float, str, bytes, list, dict)
+"""Types of a body, and of what JSON brings."""
 _EVENTS, _LINES = "text/event-stream", "application/x-ndjson"
 """Content types of the streams of OpenAI's and Anthropic's routes, and of Ollama's."""
 _LONGEST_TEXT = 500
@@ -244,8 +246,8 @@ class ErrorShaper:
 
 def _is_a_mistake(error: Exception) -> bool:
     """Whether ``error`` comes of what the client sent."""
-    if isinstance(error, AttributeError):  # of a value that came as JSON, of another type
-        return error.obj is None or type(error.obj) in (bool, int, float, str, list, dict)
+    if isinstance(error, AttributeError):  # of a body or a value in it, of another type
+        return error.obj is None or type(error.obj) in _VALUES
     return isinstance(error, _MISTAKES)
 
 
