@@ -25,6 +25,8 @@ from crosspool.config.runtime_dir import find_running
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "python" / "crosspool" / "demo"
 TINY_MODELS = ("tiny-qwen3-moe", "tiny-deepseek-v2", "tiny-glm4-moe-lite")
+SLASHED_NAMES = ("Org/tiny", "Org/tiny/moe-1.5")
+"""Names for models, of which one begins with the other."""
 
 
 def free_port() -> int:
