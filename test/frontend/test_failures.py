@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
@@ -188,6 +189,40 @@ def test_a_full_queue_is_429(server: FrontEndServer, path: str, extra: dict[str,
     assert status == 429
     assert "queue" in answer["error"]["message"] and answer["error"]["code"] == 429
     assert int(headers["retry-after"]) >= 1
+
+
+def test_openais_client_is_told_to_retry_where_the_queue_is_full(server: FrontEndServer) -> None:
+    """It raises the error after which its users wait and retry, streaming or not."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+
+    def ask(number: int) -> openai.RateLimitError | None:
+        try:
+            answer = client.completions.create(
+                model=MODELS[0],
+                prompt="The import statement",
+                max_tokens=64,
+                stream=number % 2 == 1,
+                extra_body={"ignore_eos": True},
+            )
+            if number % 2 == 1:
+                assert list(answer)
+        except openai.RateLimitError as error:
+            return error
+        return None
+
+    (device,) = server.devices
+    device.step_seconds = 0.02
+    try:
+        with ThreadPoolExecutor(12) as threads:
+            outcomes = list(threads.map(ask, range(12)))
+    finally:
+        device.step_seconds = 0.0
+    refused = [(number, error) for number, error in enumerate(outcomes) if error is not None]
+    assert {number % 2 for number, _ in refused} == {0, 1}, outcomes
+    assert len(refused) < 12
+    for _, error in refused:
+        assert "queue" in error.message and error.type == "rate_limit_error"
+        assert 1 <= int(error.response.headers["retry-after"]) <= 600
 
 
 def test_a_lost_device_is_503(server: FrontEndServer) -> None:

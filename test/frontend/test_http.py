@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -564,22 +563,3 @@ def test_the_grammar_of_a_named_tool_knows_its_definitions() -> None:
     jsonschema.validate([{"name": "get_weather", "parameters": {"city": "Rome"}}], schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate([{"name": "get_weather", "parameters": {"city": "Oslo"}}], schema)
-
-
-def test_sigterm_lets_requests_end(server: FrontEndServer, slow: None) -> None:
-    """The last test, since it ends the HTTP process."""
-    answers: list[Any] = []
-    body = {"model": MODELS[0], "prompt": "x", "max_tokens": 40}
-    thread = threading.Thread(
-        target=lambda: answers.append(server.request("/v1/completions", body))
-    )
-    thread.start()
-    time.sleep(0.5)
-    server.processes["http"].send_signal(signal.SIGTERM)
-    time.sleep(0.2)
-    assert server.request("/health")[0] == 503
-    status, answer, headers = server.request("/v1/completions", body)
-    assert (status, answer["error"]["code"]) == (503, 503) and "retry-after" in headers
-    thread.join(30)
-    assert answers[0][0] == 200 and answers[0][1]["usage"]["completion_tokens"] == 40
-    assert server.processes["http"].wait(20) == 0

@@ -12,7 +12,7 @@ from test_grammars_compiled import grammars
 from test_hostile_grammars import regex
 from transformers import AutoTokenizer
 
-MARGIN = 48 << 20
+MARGIN = 32 << 20
 """Bytes beside the cache: what grammars take uncounted, and what the allocator keeps."""
 
 
@@ -39,9 +39,9 @@ def compiled_by(settings: Deployment, count: int) -> tuple[int, int, int]:
 
 
 @pytest.mark.slow
-def test_500_regexes_take_no_more_than_the_cache_may() -> None:
-    settings = deployment()
-    here, there, cached = compiled_by(settings, 500)
+def test_many_regexes_take_no_more_than_the_cache_may() -> None:
+    settings = deployment(grammar_cache_bytes=16 << 20)
+    here, there, cached = compiled_by(settings, 250)  # 71 MiB when all are kept
     print(f"{here >> 20} MiB here, {there >> 20} MiB there, {cached >> 20} MiB cached")
     assert here <= settings.grammar_cache_bytes + MARGIN
     assert there <= MARGIN
