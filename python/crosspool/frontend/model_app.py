@@ -61,11 +61,8 @@ class ModelApp:
             """Number of token ids."""
             self._module = private_routes.http_server_copy(f"{__name__}.http_server_{index}")
         self.manager.turns = turns
-        self.manager.max_outputs = (
-            deployment.max_queued_requests
-            + deployment.max_running_requests * len(deployment.kv_pool_devices)
-            + deployment.max_samples
-        )
+        running = deployment.max_running_requests * len(deployment.kv_pool_devices)
+        self.manager.max_outputs = deployment.max_queued_requests + running
         self.manager.max_logprobs = deployment.max_logprobs
         self.manager.startup_time = {}
         self.manager.max_req_input_len = self.context_length - 1

@@ -89,8 +89,9 @@ class PooledTokenizerManager(TokenizerManager):
         self.turns = Turns()
         """In which prompts and samples are begun."""
         self.max_outputs = 0
-        """Most outputs, one for each prompt and sample, that may be worked on at once."""
+        """Most outputs that run or wait at once: one for each sample of each prompt."""
         self._outputs = 0
+        """Outputs of all requests that are being worked on."""
         self.max_logprobs = 0
         """Most log-probabilities that one request may ask for."""
         self._failure: tuple[str, int] | None = None
@@ -172,9 +173,14 @@ class PooledTokenizerManager(TokenizerManager):
             text = "`custom_logit_processor` is code of a client, which this server does not run"
             raise _refused(text, HTTPStatus.BAD_REQUEST)
         rids: list[str] = [obj.rid] if obj.is_single else obj.rid
-        outputs = obj.batch_size * obj.parallel_sample_num
-        if self._outputs + outputs > self.max_outputs:
-            text = f"{self._outputs} outputs of the model are being worked on; retry later"
+        outputs = obj.batch_size * getattr(obj, "parallel_sample_num", 1)
+        if outputs > 1 and self._outputs + outputs > self.max_outputs:
+            # The scheduler would refuse some of them, which ends the request. It refuses single
+            # outputs itself, since it can tell when to try again.
+            text = (
+                f"the model's queue has no room for the {outputs} outputs of the request beside "
+                f"{self._outputs} of others; retry later"
+            )
             raise _refused(text, HTTPStatus.TOO_MANY_REQUESTS)
         given = obj.given_rid if obj.given_rid not in rids else None
         for rid in rids if given is None else [given, *rids]:
