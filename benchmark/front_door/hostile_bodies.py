@@ -202,7 +202,9 @@ def own_rows() -> Iterator[Row]:
     yield Row("200,000 messages", False, _chat("messages", many(message, 200_000)))
     yield Row("n = 1,000", False, _completion("n", b"1000"))
     yield Row("n = 256", False, _completion("n", b"256"))
-    yield Row("16 prompts of 16 samples", False, _completion("prompt", many(text_of(200), 16), n=16))
+    yield Row(
+        "16 prompts of 16 samples", False, _completion("prompt", many(text_of(200), 16), n=16)
+    )
     yield Row("256 prompts of 2 KB", False, _completion("prompt", many(text_of(2_000), 256)))
     yield Row(
         "256 texts of 20 KB to /tokenize",

@@ -74,6 +74,7 @@ THROUGH_VALUES = {
         "_gauge_cls",
         "_histogram_cls",
     ),
+    "sglang.srt.entrypoints.v1_loads": ("_get_tokenizer_manager",),
     "sglang.srt.entrypoints.anthropic.serving:AnthropicServing": (
         "_convert_response",
         "_error_response",
@@ -127,7 +128,6 @@ THROUGH_VALUES = {
         "add_prometheus_middleware",
         "app",
         "enable_func_timer",
-        "get_global_state",
         "lifespan",
         "set_global_state",
     ),

@@ -120,7 +120,6 @@ class ModelApp:
         native_api.set(scope["path"] == "/generate")
         if self._responses_handler is None and scope["path"].startswith("/v1/responses"):
             raise HTTPException(503, "/v1/responses cannot be served; the server's log says why")
-        private_routes.serving.set(self._module)
         private_routes.large_body.set(_has_large_body(scope))
         with model_context.use(self._context):
             await self._module.app(scope, receive, send)

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 _Handler = TypeVar("_Handler", bound=Any)
 large_body: ContextVar[bool] = ContextVar("large_body", default=False)
 """Whether the body of the current request is so large that tokenizing it can take long."""
-serving: ContextVar[Any] = ContextVar("serving")
-"""The copy from :func:`http_server_copy` that serves the current request."""
 _enable_func_timer_once = functools.cache(enable_func_timer)
 
 
@@ -119,8 +117,7 @@ class _ChatStream:
 
 @functools.cache
 def mend_routes() -> None:
-    """Mends what SGLang's routes do wrong, before the first copy of them is made."""
-    from sglang.srt.entrypoints import http_server
+    """Mends what SGLang's OpenAI routes do wrong, before the first copy of them is made."""
     from sglang.srt.entrypoints.openai import serving_chat, serving_completions
     from sglang.srt.entrypoints.openai.protocol import CompletionRequest
     from sglang.srt.function_call import function_call_parser
@@ -129,9 +126,6 @@ def mend_routes() -> None:
     _allow_token_0(serving_completions.OpenAIServingCompletion)
     _lift_definitions(serving_chat, function_call_parser)
     _tell_text_offsets(serving_completions)
-    # One route looks for the state of the original module, which serves nobody. If an application
-    # had overridden that, FastAPI would work out for each request what its route depends on.
-    http_server.get_global_state = lambda: serving.get().get_global_state()
 
 
 def _lift_definitions(*modules: Any) -> None:
@@ -337,3 +331,7 @@ def set_state(
             tokenizer_manager=manager, template_manager=templates, scheduler_info=scheduler_info
         )
     )
+    from sglang.srt.entrypoints import v1_loads
+
+    # This one route looks for the state of the original module, which serves nobody.
+    module.app.dependency_overrides[v1_loads._get_tokenizer_manager] = lambda: manager
