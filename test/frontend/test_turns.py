@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from crosspool.frontend import private
+from crosspool.frontend import private, tokenizer_manager
 from crosspool.frontend.tokenizer_manager import PooledTokenizerManager
 from crosspool.frontend.turns import Turns
 
@@ -83,6 +83,7 @@ def manager(**fields: Any) -> Any:
 def test_prompts_and_samples_begin_one_at_a_time() -> None:
     async def begin(note: Callable[[], None]) -> None:
         made = manager()
+        tokenizer_manager._several.set(True)
         await asyncio.gather(
             *(made.on_texts("a", note) for _ in range(5)),
             *(made.before_sending(None) for _ in range(5)),

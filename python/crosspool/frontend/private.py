@@ -7,7 +7,6 @@ of the package uses.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import time
 from collections.abc import Callable, Coroutine, Iterable

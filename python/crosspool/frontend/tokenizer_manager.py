@@ -36,6 +36,10 @@ _logprobs_left: ContextVar[list[int]] = ContextVar("logprobs_left")
 _client: ContextVar[fastapi.Request | None] = ContextVar("client", default=None)
 """The HTTP request for which the current request is generated; None where no client waits."""
 
+_several: ContextVar[bool] = ContextVar("several", default=False)
+"""Whether the current request asks for more than one output. One alone begins in the turn that the
+server has given to its request."""
+
 log = BoundedLog(logging.getLogger(__name__))
 private.one_cpu_monitor(tokenizer_manager)
 private.bounded_messages(tokenizer_manager)
@@ -191,6 +195,7 @@ class PooledTokenizerManager(TokenizerManager):
             self._ids.add([given])
         self._ids.add(rids, of=given)
         obj.noted_rids = list(rids) if given is None else [given]
+        _several.set(outputs > 1)
         obj.outputs = outputs
         self._outputs += outputs
         if getattr(obj, "parallel_sample_num", 1) > 1:
@@ -209,13 +214,16 @@ class PooledTokenizerManager(TokenizerManager):
         """Tokenizes long texts in a thread: it can take seconds. See
         :func:`private.tokenizes_elsewhere`."""
         if sum(map(len, [texts] if isinstance(texts, str) else texts)) <= _SHORT_TEXT:
-            await self.turns.take()
+            if _several.get():
+                await self.turns.take()
             return tokenize()
         return await self.run_in_thread(tokenize)
 
     async def before_sending(self, message: Any) -> None:
-        """Waits until a prompt or sample may be begun, and ends a request whose client has gone;
-        see :func:`private.shows_messages`."""
+        """Waits until one of several prompts or samples may be begun, and ends a request whose
+        client has gone; see :func:`private.shows_messages`."""
+        if not _several.get():
+            return
         await self.turns.take()
         client = _client.get()
         if client is not None and await client.is_disconnected():
