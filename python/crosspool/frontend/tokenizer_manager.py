@@ -91,7 +91,7 @@ class PooledTokenizerManager(TokenizerManager):
         self._threads = ThreadPoolExecutor(1, "tokenizer")
         self._token_texts: dict[int, str] = {}
         self.turns = Turns()
-        """In which prompts and samples are begun."""
+        """The turns that prompts and samples take where a request has several."""
         self.max_outputs = 0
         """Most outputs that run or wait at once: one for each sample of each prompt."""
         self._outputs = 0

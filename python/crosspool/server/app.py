@@ -68,7 +68,7 @@ class State:
     in_flight: int = 0
     """Number of requests that models' applications are working on."""
     turns: Turns = field(default_factory=Turns)
-    """In which requests, and the samples of each, are begun."""
+    """The turns that requests, and the samples of each, take to begin."""
 
 
 class _Abort(msgspec.Struct):
