@@ -201,6 +201,24 @@ def own_rows() -> Iterator[Row]:
     yield Row("logit_bias of 400,000 entries", False, _completion("logit_bias", _biases(400_000)))
     yield Row("200,000 messages", False, _chat("messages", many(message, 200_000)))
     yield Row("n = 1,000", False, _completion("n", b"1000"))
+    yield Row("n = 256", False, _completion("n", b"256"))
+    yield Row(
+        "16 prompts of 16 samples", False, _completion("prompt", many(text_of(200), 16), n=16)
+    )
+    yield Row("256 prompts of 2 KB", False, _completion("prompt", many(text_of(2_000), 256)))
+    yield Row(
+        "256 texts of 20 KB to /tokenize",
+        False,
+        _raw(
+            "/m/MODEL/v1/tokenize",
+            b'{"model":"MODEL","prompt":' + many(text_of(20_000), 256) + b"}",
+        ),
+    )
+    yield Row(
+        "60,000 strings in chat_template_kwargs",
+        False,
+        _chat("chat_template_kwargs", b'{"a":' + many(many(b'"a"', 4000), 15) + b"}"),
+    )
     yield Row("20 prompts of 200 KB", False, _completion("prompt", many(text_of(200_000), 20)))
     yield Row("10^6 messages", False, _chat("messages", many(message, 1_000_000)))
     yield Row(

@@ -139,7 +139,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         "larger than 32 KiB; further ones are refused with status 503.",
         _REQUESTS, unit="bytes", least=1024)] = 256 << 20
     max_json_values: Annotated[int, Option(
-        "Most values in the JSON of a request, beside as many as the longest context has tokens.",
+        "Most values in the JSON of a request, beside as many as the longest context has tokens. "
+        "A quarter may be strings, keys included, objects and lists.",
         _REQUESTS, least=1)] = 1 << 18
     max_json_depth: Annotated[int, Option(
         "Most objects and lists within each other in the JSON of a request.",
