@@ -22,7 +22,7 @@ class GrammarWalk(Protocol):
         ...
 
     def mask(self) -> bytes:
-        """See :meth:`GrammarMatcher.bitmask`."""
+        """See :meth:`crosspool.scheduler.protocols.GrammarMatcher.bitmask`."""
         ...
 
 

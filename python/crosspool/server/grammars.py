@@ -36,7 +36,7 @@ Key = tuple[int, Grammar]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compiled:
+class KeptGrammar:
     """A compiled grammar with the mask of the first token."""
 
     grammar: CompiledGrammar
@@ -46,24 +46,24 @@ class Compiled:
 
 
 class GrammarCache:
-    """Compiled grammars of all models, the most recently used ones, ``limit`` bytes at most."""
+    """KeptGrammar grammars of all models, the most recently used ones, ``limit`` bytes at most."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._kept: OrderedDict[Key, Compiled] = OrderedDict()
+        self._kept: OrderedDict[Key, KeptGrammar] = OrderedDict()
         self.size = 0
         """Bytes of all grammars kept, their sources included."""
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, key: Key) -> Compiled | None:
+    def get(self, key: Key) -> KeptGrammar | None:
         if key not in self._kept:
             return None
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def put(self, key: Key, compiled: Compiled) -> None:
+    def put(self, key: Key, compiled: KeptGrammar) -> None:
         self._kept[key] = compiled
         self.size += compiled.size
         while self.size > self._limit:
@@ -180,7 +180,7 @@ class Grammars:
             self._fail(self._done(result.id), f"it cannot be compiled: {error!r}")
             return
         size = built.size + len(grammar.source) + len(result.first.mask)
-        compiled = Compiled(grammar=built, first=result.first, size=size)
+        compiled = KeptGrammar(grammar=built, first=result.first, size=size)
         with self._lock:
             self.cache.put(key, compiled)
         self._give(compiled, self._done(result.id))
@@ -195,7 +195,7 @@ class Grammars:
             key = self._keys.pop(job, None)
             return [] if key is None else self._waiting.pop(key).futures
 
-    def _give(self, compiled: Compiled, futures: Sequence[Future[GrammarMatcher]]) -> None:
+    def _give(self, compiled: KeptGrammar, futures: Sequence[Future[GrammarMatcher]]) -> None:
         for future in futures:
             if future.set_running_or_notify_cancel():
                 future.set_result(WalkingMatcher(compiled.grammar, compiled.first, self._threads))
