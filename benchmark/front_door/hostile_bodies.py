@@ -129,6 +129,12 @@ def left_recursive(rules: int) -> str:
     return "\n".join(lines)
 
 
+def nullable_chain(rules: int) -> str:
+    """Return an EBNF of rules that may each be empty or the next, in a circle."""
+    lines = [f'a{i} ::= a{(i + 1) % rules} "x" | a{(i + 1) % rules} | ""' for i in range(rules)]
+    return "\n".join(["root ::= a0", *lines])
+
+
 def _schema(schema: dict[str, Any]) -> bytes:
     return _quoted(json.dumps(schema))
 
@@ -176,6 +182,16 @@ def known_rows() -> Iterator[Row]:
         "EBNF of left-recursive rules",
         True,
         _sampling("ebnf", _quoted(left_recursive(300)), min_new_tokens=150),
+    )
+    yield Row(
+        "EBNF that takes minutes to compile",
+        False,
+        _sampling("ebnf", _quoted(left_recursive(3000)), min_new_tokens=150),
+    )
+    yield Row(
+        "EBNF of which the first token takes minutes",
+        False,
+        _sampling("ebnf", _quoted(nullable_chain(3000)), min_new_tokens=150),
     )
     yield Row("JSON schema 900 deep", True, _sampling("json_schema", _quoted(nested_schema(900))))
     yield Row("JSON schema 300 deep", True, _sampling("json_schema", _quoted(nested_schema(300))))

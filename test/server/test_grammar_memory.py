@@ -21,7 +21,9 @@ def compiled_by(settings: Deployment, count: int) -> tuple[int, int, int]:
     that compiles have grown, and those in the cache."""
     tokenizer = AutoTokenizer.from_pretrained(str(DEMO / MODELS[0]))
     limits = CompileLimits(
-        seconds=settings.grammar_timeout, memory_bytes=settings.grammar_memory_bytes
+        seconds=settings.grammar_timeout,
+        memory_bytes=settings.grammar_memory_bytes,
+        mask_seconds=settings.grammar_mask_timeout,
     )
     with grammars(tokenizer, limits=limits, cache_bytes=settings.grammar_cache_bytes) as made:
         processes = [psutil.Process(), psutil.Process(made._process.pid)]
