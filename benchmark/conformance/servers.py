@@ -22,6 +22,7 @@ from typing import IO
 from crosspool.config.flags import make_parser
 from crosspool.config.process import die_with_parent
 
+from benchmark.conformance import thinking
 from benchmark.server import DEMO, TINY_MODELS, one_device
 
 ADMIN_KEY = "conformance"
@@ -97,9 +98,10 @@ class Servers:
     """Runs one server at a time, on one port.
 
     ``folder`` is that of the model that stands for every name; ``beside`` is the name of a second
-    model, which every server has, so that requests are told apart by model. ``needless`` are flags
-    that mean nothing to CrossPool, and how many values each has; every other flag is given to the
-    server, which ends with a message where it lacks one."""
+    model, which every server has, so that requests are told apart by model. A copy of the first
+    model that thinks takes its place where a test asks for a parser of thoughts. ``needless`` are
+    flags that mean nothing to CrossPool, and how many values each has; every other flag is given to
+    the server, which ends with a message where it lacks one."""
 
     def __init__(self, port: int, folder: Path, beside: str, needless: Mapping[str, int]) -> None:
         self.port = port
@@ -107,6 +109,7 @@ class Servers:
         self._folder = folder
         self._beside = beside
         self._needless = needless
+        self._copies = tempfile.TemporaryDirectory(prefix="crosspool-conformance-")
         self._asked: Asked | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._own_log = Path(tempfile.mkstemp(prefix="crosspool-conformance-", suffix=".log")[1])
@@ -124,6 +127,11 @@ class Servers:
             self._asked = asked
             self._wait_ready(self._process)
         return self._process
+
+    @functools.cached_property
+    def thinking_folder(self) -> Path:
+        """The folder of a copy of the first model that thinks."""
+        return thinking.make(self._folder, Path(self._copies.name))
 
     @property
     def admin_key(self) -> str | None:
@@ -148,7 +156,9 @@ class Servers:
         others = [path for path in map(DEMO.joinpath, TINY_MODELS) if path != self._folder]
         beside = self._beside if self._beside != asked.model else others[0].name
         command = [sys.executable, "-m", "crosspool.launch_server", "--port", str(self.port)]
-        for path, name in ((self._folder, asked.model), (others[0], beside)):
+        thinks = any(str(flag).startswith("--reasoning-parser") for flag in asked.flags)
+        folder = self.thinking_folder if thinks else self._folder
+        for path, name in ((folder, asked.model), (others[0], beside)):
             command += ["--model-path", str(path), "--served-model-name", name]
         command += [*one_device(), "--kv-pool-bytes", "128MiB", "--drain-timeout", "1"]
         longest = min(_longest(self._folder), _longest(others[0]))

@@ -151,12 +151,6 @@ KNOWN = (
         "It writes a string until the bound on tokens is reached, and the text is cut there.",
     ),
     Known(
-        "TestEnableThinking",
-        "^AssertionError$",
-        "tiny model",
-        "Its tokenizer has no token that ends thinking.",
-    ),
-    Known(
         "test_mmlu|TestPyTorchSamplingBackend::test_mmlu",
         "sgl-eval",
         "out of scope",

@@ -28,6 +28,8 @@ NEEDLESS = {
 }
 """SGLang's flags of kernels and of a log that CrossPool does not write, and how many values each
 has."""
+THINKS = "Qwen/Qwen3-30B-A3B"
+"""The name of a model whose thoughts a test counts."""
 PROGRAMS = "test_programs.py"
 """The file of the DSL's programs."""
 
@@ -46,7 +48,7 @@ def check_answer() -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     servers = set_up(config, SERVED_BESIDE, NEEDLESS)
     compat.install()
-    _load_tokenizers_from(config.getoption("--conformance-model"))
+    _load_tokenizers_from(config.getoption("--conformance-model"), servers)
     _run_over(servers, config.getoption("--conformance-checkout"))
     config.pluginmanager.register(_Around(servers), "conformance-around")
 
@@ -81,13 +83,16 @@ def endpoint(servers: Servers, model: str) -> Any:
     return backend
 
 
-def _load_tokenizers_from(model: Path) -> None:
-    """Have every name of a tokenizer that is no folder mean that of ``model``."""
+def _load_tokenizers_from(model: Path, servers: Servers) -> None:
+    """Have every name of a tokenizer that is no folder mean that of ``model``, or of its copy that
+    thinks."""
     import transformers
     from sglang.srt.utils import hf_transformers_utils
 
     def folder(name: Any) -> str:
-        return str(name) if Path(str(name)).is_dir() else str(model)
+        if Path(str(name)).is_dir():
+            return str(name)
+        return str(servers.thinking_folder if name == THINKS else model)
 
     def local(load: Callable[..., Any]) -> Callable[..., Any]:
         return lambda name, *words, **more: load(folder(name), *words, **more)
