@@ -36,12 +36,6 @@ KNOWN = (
         "SGLang has no bound of 20 top log-probabilities.",
     ),
     Known(
-        r"test_chat\.py::test_chat_completion_stream_options",
-        "DID NOT RAISE",
-        "as SGLang",
-        "SGLang lets `stream_options` pass where nothing is streamed.",
-    ),
-    Known(
         r"test_chat\.py::test_chat_streaming",
         r"^assert None .*content=None",
         "as SGLang",
@@ -64,12 +58,6 @@ KNOWN = (
         r"^AssertionError: \{'|== '2'",
         "tiny model",
         "It does not know what 1 + 1 is.",
-    ),
-    Known(
-        "test_chat_logit_bias_multiple_non_integer_keys",
-        "'bad2' in .*has the key .{0,2}'bad1",
-        "by design",
-        "The refusal names the first key that is wrong.",
     ),
     Known(
         "test_named_tool_use",
@@ -103,26 +91,8 @@ KNOWN = (
         "Its tokenizer makes nine tokens of the prompt, not five.",
     ),
     Known(
-        "test_completion_stream_options",
-        "usage",
-        "as SGLang",
-        "continuous_usage_stats counts without include_usage.",
-    ),
-    Known(
-        "logprobs|echo_logprob",
-        "Prompt cannot be empty",
-        "as SGLang",
-        "A list of token ids that are all 0 counts as empty.",
-    ),
-    Known(
-        "test_echo_logprob_completion",
-        "assert 5 > 5",
-        "as SGLang",
-        "With `logprobs: 0` the prompt's log-probabilities are left out, also with `echo`.",
-    ),
-    Known(
-        "test_empty_prompt|test_out_of_vocab_token_ids",
-        "'code': 400|Actual message: \"Error code: 400",
+        "test_empty_prompt",
+        'Actual message: "Error code: 400',
         "by design",
         "The request is refused with status 400, in other words than vLLM's.",
     ),
