@@ -5,6 +5,7 @@ A server stays for as long as the tests ask for the same model and the same flag
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import signal
@@ -14,8 +15,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -92,23 +93,28 @@ class Asked:
     flags: tuple[object, ...] = ()
     """The server's flags as the test gives them."""
     api_key: str | None = None
+    alone: bool = False
+    """Whether the server has this model and no other."""
 
 
 class Servers:
-    """Runs one server at a time, on one port.
+    """Runs one server at a time, on one port, with pages of ``page_size`` tokens.
 
     ``folder`` is that of the model that stands for every name; ``beside`` is the name of a second
-    model, which every server has, so that requests are told apart by model. A copy of the first
-    model that thinks takes its place where a test asks for a parser of thoughts. ``needless`` are
-    flags that mean nothing to CrossPool, and how many values each has; every other flag is given to
-    the server, which ends with a message where it lacks one."""
+    model, which a server has unless a test asks for one alone, so that requests are told apart by
+    model. A copy of the first model that thinks takes its place where a test asks for a parser of
+    thoughts. ``needless`` are flags that mean nothing to CrossPool, and how many values each has;
+    every other flag is given to the server, which ends with a message where it lacks one."""
 
-    def __init__(self, port: int, folder: Path, beside: str, needless: Mapping[str, int]) -> None:
+    def __init__(
+        self, port: int, folder: Path, beside: str, needless: Mapping[str, int], page_size: int
+    ) -> None:
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self._folder = folder
         self._beside = beside
         self._needless = needless
+        self._page_size = page_size
         self._copies = tempfile.TemporaryDirectory(prefix="crosspool-conformance-")
         self._asked: Asked | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -127,6 +133,15 @@ class Servers:
             self._asked = asked
             self._wait_ready(self._process)
         return self._process
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Run the server that a test has asked for with no model but the first."""
+        asked = self._asked
+        assert asked is not None
+        self.start(replace(asked, alone=True))
+        yield
+        self.start(asked)
 
     @functools.cached_property
     def thinking_folder(self) -> Path:
@@ -158,15 +173,16 @@ class Servers:
         command = [sys.executable, "-m", "crosspool.launch_server", "--port", str(self.port)]
         thinks = any(str(flag).startswith("--reasoning-parser") for flag in asked.flags)
         folder = self.thinking_folder if thinks else self._folder
-        for path, name in ((folder, asked.model), (others[0], beside)):
+        models = ((folder, asked.model), (others[0], beside))
+        for path, name in models[:1] if asked.alone else models:
             command += ["--model-path", str(path), "--served-model-name", name]
         command += [*one_device(), "--kv-pool-bytes", "128MiB", "--drain-timeout", "1"]
         longest = min(_longest(self._folder), _longest(others[0]))
         flags = translated(asked.flags, self._needless, longest)
         if "--dtype" not in flags:
             flags += ["--dtype", "float32"]  # numbers can be compared
-        # SGLang's page size: its tests count cached tokens, and give sizes of chunks.
-        command += ["--page-size", "1"]
+        # Tests count cached tokens, and give sizes of chunks.
+        command += ["--page-size", str(self._page_size)]
         if asked.api_key is None:
             command += ["--admin-api-key", ADMIN_KEY]
         else:

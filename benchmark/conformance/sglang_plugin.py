@@ -6,7 +6,8 @@ before any of them is imported: starting a server, ending one, loading a tokeniz
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +29,10 @@ NEEDLESS = {
 }
 """SGLang's flags of kernels and of a log that CrossPool does not write, and how many values each
 has."""
+PAGE_SIZE = 1
+"""Tokens of a page of SGLang's cache, unless it is told another number."""
+ALONE = "test_model_list"
+"""The name of tests that want one model to be listed."""
 THINKS = "Qwen/Qwen3-30B-A3B"
 """The name of a model whose thoughts a test counts."""
 PROGRAMS = "test_programs.py"
@@ -46,7 +51,7 @@ def check_answer() -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    servers = set_up(config, SERVED_BESIDE, NEEDLESS)
+    servers = set_up(config, SERVED_BESIDE, NEEDLESS, PAGE_SIZE)
     compat.install()
     _load_tokenizers_from(config.getoption("--conformance-model"), servers)
     _run_over(servers, config.getoption("--conformance-checkout"))
@@ -54,7 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class _Around:
-    """Gives the DSL's programs, which have no server of their own, one as default backend."""
+    """Gives the DSL's programs, which have no server of their own, one as default backend, and some
+    tests a server of a single model."""
 
     def __init__(self, servers: Servers) -> None:
         self._servers = servers
@@ -64,6 +70,11 @@ class _Around:
             import sglang
 
             sglang.set_default_backend(endpoint(self._servers, SERVED_BESIDE))
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        with self._servers.alone() if item.name == ALONE else nullcontext():
+            return (yield)
 
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
         """Have a server go on that a failed test has left paused."""
