@@ -79,7 +79,12 @@ def test_openai_parse(openai_client: Any) -> None:
 def test_openai_tools(openai_client: Any) -> None:
     """chat with a required, strict tool"""
     answer = openai_client.chat.completions.create(
-        model=MODEL, messages=ASKED, tools=[TOOL], tool_choice="required", max_tokens=200
+        model=MODEL,
+        messages=ASKED,
+        tools=[TOOL],
+        tool_choice="required",
+        max_tokens=200,
+        temperature=0,
     )
     call = answer.choices[0].message.tool_calls[0].function
     assert call.name == "get_weather"
@@ -257,7 +262,7 @@ def test_instructor_tools(openai_client: Any) -> None:
 
     client = instructor.from_openai(openai_client, mode=instructor.Mode.TOOLS)
     answer = client.chat.completions.create(
-        model=MODEL, messages=ASKED, response_model=Answer, max_tokens=200
+        model=MODEL, messages=ASKED, response_model=Answer, max_tokens=200, temperature=0
     )
     assert isinstance(answer, Answer)
 

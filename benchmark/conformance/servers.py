@@ -5,7 +5,6 @@ A server stays for as long as the tests ask for the same model and the same flag
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import json
 import signal
@@ -15,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -134,14 +133,10 @@ class Servers:
             self._wait_ready(self._process)
         return self._process
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Run the server that a test has asked for with no model but the first."""
-        asked = self._asked
-        assert asked is not None
-        self.start(replace(asked, alone=True))
-        yield
-        self.start(asked)
+    def make_alone(self, alone: bool) -> None:
+        """Run the server that a test has asked for with no model but the first, or with two."""
+        if self._asked is not None:
+            self.start(replace(self._asked, alone=alone))
 
     @functools.cached_property
     def thinking_folder(self) -> Path:

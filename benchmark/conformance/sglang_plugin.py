@@ -6,8 +6,7 @@ before any of them is imported: starting a server, ending one, loading a tokeniz
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -71,15 +70,17 @@ class _Around:
 
             sglang.set_default_backend(endpoint(self._servers, SERVED_BESIDE))
 
-    @pytest.hookimpl(wrapper=True, trylast=True)
-    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
-        with self._servers.alone() if item.name == ALONE else nullcontext():
-            return (yield)
+    @pytest.hookimpl(trylast=True, specname="pytest_runtest_setup")
+    def after_setup(self, item: pytest.Item) -> None:
+        if item.name == ALONE:
+            self._servers.make_alone(True)
 
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
-        """Have a server go on that a failed test has left paused."""
+        """Have a server go on that a failed test has left paused, and have two models again."""
         import requests
 
+        if item.name == ALONE:
+            self._servers.make_alone(False)
         if "pause" in item.name:
             requests.post(f"{self._servers.url}/continue_generation", json={}, timeout=30)
 

@@ -103,6 +103,12 @@ KNOWN = (
         "The test's prompt is longer than its context.",
     ),
     Known(
+        "test_simple_messages",
+        "'max_tokens' == 'end_turn'",
+        "tiny model",
+        "It does not end its answer within 1,024 tokens every time.",
+    ),
+    Known(
         "test_anthropic_(tool_call|structured_output)",
         "'end_turn' == 'tool_use'|Expecting value",
         "tiny model",
@@ -114,6 +120,12 @@ KNOWN = (
         "no attribute 'reasoning'|0 > 0",
         "as SGLang",
         "The test reads vLLM's field `reasoning`; SGLang's is `reasoning_content`.",
+    ),
+    Known(
+        "test_function_tool_use|test_named_tool_use",
+        r"\.tool_calls$|tool_calls=None|matched_stop=|content='(\\n|\s)",
+        "tiny model",
+        "It writes `</think>` within a call's arguments, or goes on with text after the call.",
     ),
     Known(
         "test_function_tool_use.*-auto-",
