@@ -64,16 +64,14 @@ class _Around:
     def __init__(self, servers: Servers) -> None:
         self._servers = servers
 
+    @pytest.hookimpl(trylast=True)  # after the test's class has started its server
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if item.name == ALONE:
+            self._servers.make_alone(True)
         if item.path.name == PROGRAMS:
             import sglang
 
             sglang.set_default_backend(endpoint(self._servers, SERVED_BESIDE))
-
-    @pytest.hookimpl(trylast=True, specname="pytest_runtest_setup")
-    def after_setup(self, item: pytest.Item) -> None:
-        if item.name == ALONE:
-            self._servers.make_alone(True)
 
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
         """Have a server go on that a failed test has left paused, and have two models again."""
