@@ -18,7 +18,7 @@ OTHER = "tiny-deepseek-v2"
 KEY = "none"
 QUESTION = "What does the import statement do?"
 ASKED: list[Any] = [{"role": "user", "content": QUESTION}]
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "name": "get_weather",
     "description": "Returns the weather of a city.",
     "strict": True,
