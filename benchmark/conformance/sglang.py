@@ -120,16 +120,8 @@ KNOWN = (
     Known(
         "Outlines",
         "grammar-backend|outlines",
-        "not installed",
-        "The backend works where the library is installed.",
-        library="outlines",
-    ),
-    Known(
-        "LLGuidance",
-        "grammar-backend|llguidance",
-        "not installed",
-        "The backend works where the library is installed.",
-        library="llguidance",
+        "out of scope",
+        "Grammars are compiled by xgrammar or llguidance.",
     ),
     Known(
         "(ebnf|regex)",

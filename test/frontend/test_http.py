@@ -15,7 +15,7 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from crosspool.frontend import private_routes
+from crosspool.frontend import private_answers
 from prometheus_client.parser import text_string_to_metric_families
 from sglang.srt.entrypoints.openai import serving_chat
 from sglang.srt.entrypoints.openai.protocol import Function, Tool, ToolChoice, ToolChoiceFuncName
@@ -556,7 +556,7 @@ def test_a_named_tool_whose_parameters_have_definitions(server: FrontEndServer) 
 
 
 def test_the_grammar_of_a_named_tool_knows_its_definitions() -> None:
-    private_routes.mend_routes()
+    private_answers.mend()
     tool = Tool(function=Function(name="get_weather", parameters=CITY))
     choice = ToolChoice(function=ToolChoiceFuncName(name="get_weather"))
     schema = serving_chat.get_json_schema_constraint([tool], choice)
