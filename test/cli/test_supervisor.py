@@ -40,8 +40,8 @@ time.sleep(600)
 FORK_SERVER = """
 import json, runpy, sys, time
 from functools import partial
-from crosspool.server.fork_server import fork_all
-def become(argv):
+from crosspool.server.fork_server import serve_forks
+def become(argv, incarnation):
     sys.argv = argv
     try:
         runpy.run_path(argv[0])
@@ -51,7 +51,7 @@ seconds, status, processes = json.loads(sys.argv[1])
 time.sleep(seconds)
 if status:
     sys.exit(status)
-fork_all({name: partial(become, argv) for name, argv in processes.items()}, int(sys.argv[3]))
+serve_forks({name: partial(become, argv) for name, argv in processes.items()}, int(sys.argv[3]))
 """
 
 LAUNCHER = """
@@ -286,13 +286,13 @@ FORKED = "http forked;scheduler forked;detokenizer forked;device"
 
 
 def test_forked_processes_are_children_like_others(run) -> None:
-    """Each forked process leads a group of its own, the fork server is gone, and they stop stage by
-    stage."""
+    """Each forked process is the launcher's child and leads a group of its own, as the fork server
+    does, and they stop stage by stage."""
     server = run(FORKED)
     server.wait_for("ready")
     launcher = psutil.Process(server.process.pid)
     children = launcher.children()
-    assert len(children) == len(launcher.children(recursive=True)) == 4
+    assert len(children) == len(launcher.children(recursive=True)) == 5
     assert {os.getpgid(child.pid) for child in children} == {child.pid for child in children}
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0
@@ -327,6 +327,26 @@ def test_a_fork_server_that_fails_is_a_loss(run) -> None:
     assert not server.orphans()
 
 
+def find_fork_server(server: Run) -> psutil.Process:
+    """The oldest of those with its command line, which all have that it forked."""
+    server.look()
+    alike = [p for p in server.seen.values() if is_alive(p) and "--launcher-fd" in p.cmdline()]
+    return min(alike, key=psutil.Process.create_time)
+
+
+def test_a_fork_server_that_nobody_waits_for_is_no_loss(run) -> None:
+    server = run(FORKED)
+    server.wait_for("ready")
+    find_fork_server(server).send_signal(signal.SIGKILL)
+    server.wait_for("say fork server was killed by SIGKILL; it is started again when it is needed")
+    time.sleep(0.5)
+    assert server.process.poll() is None
+    assert not [line for line in server.log if line.endswith(" end")]
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert not server.orphans()
+
+
 @pytest.mark.parametrize(("number", "expected"), [("SIGTERM", 0), ("SIGKILL", -signal.SIGKILL)])
 def test_the_fork_server_ends_with_the_launcher(run, number: str, expected: int) -> None:
     server = run(FORKED, fork_server=(600.0, 0))
@@ -343,21 +363,23 @@ def test_the_fork_server_ends_with_the_launcher(run, number: str, expected: int)
 
 
 def test_what_is_forked_leaves_when_it_is_not_adopted(tmp_path: Path) -> None:
-    """A forked process ends when the launcher closes its end of the socket, because it stops or is
-    gone."""
+    """A forked process does not run when its parent is not the launcher, which is to end it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     (tmp_path / "fork_server.py").write_text(FORK_SERVER)
-    plan = [0, 0, {"http": ["never read"]}]
+    (tmp_path / "touch.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    plan = [0, 0, {"http": [str(tmp_path / "touch.py")]}]
     argv = [sys.executable, str(tmp_path / "fork_server.py"), json.dumps(plan), "--launcher-fd"]
     with theirs:
         fd = theirs.fileno()
         server = subprocess.Popen([*argv, str(fd)], pass_fds=[fd])
     with ours:
         ours.settimeout(30)
-        forked = psutil.Process(json.loads(ours.recv(4096))["http"])
-        assert server.wait(10) == 0
-        assert is_alive(forked)
-    deadline = time.monotonic() + 10
-    while is_alive(forked):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        ours.send(json.dumps({"name": "http", "incarnation": 1}).encode())
+        forked = psutil.Process(json.loads(ours.recv(4096))["pid"])
+        deadline = time.monotonic() + 10
+        while is_alive(forked):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert server.poll() is None
+    assert server.wait(10) == 0
+    assert not (tmp_path / "ran").exists()

@@ -18,7 +18,8 @@ from typing import Any
 
 import httpx
 import psutil
-from crosspool.cli.child import ForkServer, ProcessSpec
+from crosspool.cli.child import ProcessSpec
+from crosspool.cli.forked import ForkServer
 from crosspool.config.deployment import Deployment, ModelConfig, save
 from crosspool.config.device import Device
 from crosspool.config.process import adopt_orphans
@@ -86,16 +87,21 @@ class FrontEndServer:
             argv=["sh", "-c", 'exec "$@" >>"$0" 2>&1', str(self.log), *command],
             env={"PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"},
         )
+        self._fork_server = ForkServer(spec)
+        return {name: self._fork(ProcessSpec(name=name, argv=())) for name in NAMES}
+
+    def _fork(self, spec: ProcessSpec) -> psutil.Process:
         with _adopting_orphans():
-            server = ForkServer(spec)
+            self._fork_server.fork(spec)
             deadline = time.monotonic() + 180
-            while not server.child.has_ended() and time.monotonic() < deadline:
+            children, status = self._fork_server.poll()
+            while not children and status is None and time.monotonic() < deadline:
                 time.sleep(0.05)
-            if not server.child.has_ended() or server.child.reap() != 0:
-                server.end()
-                raise RuntimeError(f"the front end did not start:\n{self.log.read_text()}")
-            children = server.adopt([ProcessSpec(name=name, argv=()) for name in NAMES])
-        return {child.spec.name: psutil.Process(child.pid) for child in children}
+                children, status = self._fork_server.poll()
+            if not children:
+                self._fork_server.end()
+                raise RuntimeError(f"{spec.name} did not start:\n{self.log.read_text()}")
+        return psutil.Process(children[0].pid)
 
     def wait_ready(self, timeout: float = 180.0) -> FrontEndServer:
         deadline = time.monotonic() + timeout
@@ -171,6 +177,7 @@ class FrontEndServer:
             except psutil.TimeoutExpired:
                 process.kill()
                 statuses[name] = process.wait()
+        self._fork_server.end()
         for device in self.devices:
             if device.is_alive():
                 device.stop()

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from crosspool.cli.child import Child, ForkServer, ProcessSpec
+from crosspool.cli.child import Child, ProcessSpec
+from crosspool.cli.forked import ForkServer
 from crosspool.config.process import adopt_orphans
 
 _POLL_SECONDS = 0.1
@@ -40,7 +41,8 @@ class Supervisor:
 
     ``stages`` are the processes in the order in which they are stopped; those of one stage are
     stopped together. They are started from the last stage to the first, without waiting for one
-    another. Those that are also in ``forked`` come from the fork server, which is started last.
+    another. Those that are also in ``forked`` come from the fork server, which is started last and
+    stays; if it is lost while no process is asked of it, it is started again when one is.
     ``is_ready`` is called again and again until it returns True; then ``on_ready`` is called once.
     A loss before that ends all processes, unless ``is_ready``, called at once, returns True.
     ``on_loss`` is called for every process that is lost later; the others then go on for
@@ -65,8 +67,7 @@ class Supervisor:
         drain_timeout: float,
     ) -> None:
         self._stages = stages
-        self._fork_server_spec = fork_server
-        self._fork_server: ForkServer | None = None
+        self._fork_server = ForkServer(fork_server) if fork_server is not None else None
         self._forked = forked
         self._is_ready = is_ready
         self._on_ready = on_ready
@@ -105,9 +106,10 @@ class Supervisor:
             for spec in self._stages[index]:
                 if spec not in self._forked:
                     self._children[index].append(spec.spawn())
-        if self._fork_server_spec is not None:
+        if self._fork_server is not None:
             adopt_orphans()
-            self._fork_server = ForkServer(self._fork_server_spec)
+            for spec in reversed(self._forked):
+                self._fork_server.fork(spec)
 
     def _watch(self) -> list[Loss]:
         """Returns the losses, or an empty list when a signal asks to stop."""
@@ -162,20 +164,25 @@ class Supervisor:
             self._on_stop(child.spec, stopped)
 
     def _adopt_forked(self) -> list[Loss]:
-        """Takes over the forked processes once the fork server has ended; returns its loss if it
-        failed."""
+        """Takes over what the fork server has forked; returns its loss if it has ended and somebody
+        waits for it."""
         server = self._fork_server
-        if server is None or not server.child.has_ended():
+        if server is None:
             return []
-        self._fork_server = None
-        status = server.child.reap()
-        if status != 0:
-            server.end()
-            return [Loss(spec=server.child.spec, status=status)]
-        for child in server.adopt(self._forked):
-            index = next(i for i, stage in enumerate(self._stages) if child.spec in stage)
-            self._children[index].append(child)
+        children, status = server.poll()
+        for child in children:
+            self._children[self._stage_of(child.spec)].append(child)
+        if status is None:
+            return []
+        loss = Loss(spec=server.spec, status=status)
+        if server.is_needed:
+            return [loss]
+        self._say(f"{loss.cause}; it is started again when it is needed")
         return []
+
+    def _stage_of(self, spec: ProcessSpec) -> int:
+        names = [[one.name for one in stage] for stage in self._stages]
+        return next(index for index, stage in enumerate(names) if spec.name in stage)
 
     def _stop(self, first_stage_seconds: float) -> None:
         signals = self._signals
@@ -199,7 +206,6 @@ class Supervisor:
     def _end_fork_server(self) -> None:
         if self._fork_server is not None:
             self._fork_server.end()
-            self._fork_server = None
 
     def _kill_all(self) -> None:
         self._end_fork_server()

@@ -24,20 +24,20 @@ from crosspool.frontend import compat
 from crosspool.server.liveness import CannotServe
 
 
-def _http(deployment: Deployment) -> None:
+def _http(deployment: Deployment, incarnation: int) -> None:
     from crosspool.server import http_process
 
     http_process.serve(deployment)
 
 
-def _scheduler(deployment: Deployment) -> None:
+def _scheduler(deployment: Deployment, incarnation: int) -> None:
     compat.install()
     from crosspool.server.scheduler_loop import SchedulerLoop
 
     SchedulerLoop(deployment).run()
 
 
-def _detokenizer(deployment: Deployment) -> None:
+def _detokenizer(deployment: Deployment, incarnation: int) -> None:
     compat.install()
     from crosspool.frontend import detokenizer
 
@@ -52,16 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m crosspool.server.process")
     parser.add_argument("name", choices=PROCESSES)
     parser.add_argument("--deployment", type=Path, required=True, help="deployment.json")
+    parser.add_argument("--incarnation", type=int, default=1, help="its number in its place")
     arguments = parser.parse_args(argv)
-    return run(arguments.name, arguments.deployment)
+    return run(arguments.name, arguments.deployment, arguments.incarnation)
 
 
-def run(name: str, file: Path) -> int:
-    """Runs the process ``name`` of the deployment in ``file``; see :func:`main`."""
+def run(name: str, file: Path, incarnation: int) -> int:
+    """Runs the process ``name`` of the deployment in ``file``, the one with this number in its
+    place; see :func:`main`."""
     die_with_parent()
     deployment = prepare(name, file)
     try:
-        PROCESSES[name](deployment)
+        PROCESSES[name](deployment, incarnation)
     except ConfigError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
