@@ -26,8 +26,12 @@ def end(*_):
     note("end")
     sys.exit(0)
 signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in sys.argv else end)
+number = sys.argv[sys.argv.index("--incarnation") + 1] if "--incarnation" in sys.argv else None
+if number and "fails" in sys.argv:
+    note(f"failed start {number}")
+    sys.exit(int(sys.argv[sys.argv.index("fails") + 1]))
 if "silent" not in sys.argv:
-    note("start")
+    note(f"start {number}" if number else "start")
 if "dies" in sys.argv:
     time.sleep(0.5)
     sys.exit(int(sys.argv[-1]))
@@ -58,12 +62,14 @@ LAUNCHER = """
 import json, sys
 from pathlib import Path
 from crosspool.cli.child import ProcessSpec
+from crosspool.cli.restarts import Restarts
 from crosspool.cli.supervisor import Supervisor
 folder = Path(sys.argv[1])
 log = folder / "log"
 def spec(name, *words):
     argv = [sys.executable, str(folder / "stand_in.py"), str(log), name, *words]
-    return ProcessSpec(name=name, argv=argv, device=name if name == "device" else None)
+    device = name if name == "device" else None
+    return ProcessSpec(name=name, argv=argv, device=device, restartable=device is not None)
 def note(word):
     with log.open("a") as file:
         file.write(word + "\\n")
@@ -78,8 +84,11 @@ supervisor = Supervisor(
     stages,
     fork_server=fork_server if forked else None,
     forked=forked,
-    is_ready=lambda: log.exists() and log.read_text().count("start") == sum(map(len, stages)),
+    is_ready=lambda: log.exists() and log.read_text().count(" start\\n") == sum(map(len, stages)),
+    restarts=Restarts(int(sys.argv[5])),
+    is_back=lambda spec: f"{spec.name} start {spec.incarnation}" in log.read_text(),
     on_ready=lambda: note("ready"),
+    on_restart=lambda loss: note(f"gone {loss.spec.device} {loss.spec.incarnation}: {loss.cause}"),
     on_loss=lambda loss: note(f"lost {loss.spec.device}: {loss.cause}"),
     on_stop=lambda spec, stopped: note(f"{spec.name} {'stopped' if stopped else 'continued'}"),
     say=lambda text: note(f"say {text}"),
@@ -100,7 +109,12 @@ def is_alive(process: psutil.Process) -> bool:
 
 class Run:
     def __init__(
-        self, folder: Path, stages: str, grace: float = 0.0, fork_server: tuple[float, int] = (0, 0)
+        self,
+        folder: Path,
+        stages: str,
+        grace: float = 0.0,
+        fork_server: tuple[float, int] = (0, 0),
+        restart_limit: int = 0,
     ) -> None:
         """``stages``: processes and their words, one stage after the other; ``fork_server``:
         seconds that it sleeps first, and the exit status with which it then fails, if not 0."""
@@ -111,7 +125,7 @@ class Run:
         self.process = subprocess.Popen(
             [
                 *[sys.executable, str(folder / "launcher.py"), str(folder), stages, str(grace)],
-                json.dumps(fork_server),
+                *[json.dumps(fork_server), str(restart_limit)],
             ]
         )
         self.seen: dict[int, psutil.Process] = {}
@@ -239,6 +253,90 @@ def test_a_process_that_stays_stopped_ends_the_others_and_itself(run, name: str)
     assert 1.4 < time.monotonic() - began < 10
     assert f"say {name} was stopped by a signal and did not continue in time" in server.log
     assert not server.orphans()
+
+
+def test_a_dead_device_is_started_again_and_the_others_go_on(run) -> None:
+    server = run("http;device", restart_limit=5)
+    server.wait_for("ready")
+    others = find(server, "http").pid
+    for number in (1, 2):
+        pid = find(server, "device").pid
+        os.kill(pid, signal.SIGKILL)
+        server.wait_for(f"gone device {number}: device was killed by SIGKILL")
+        server.wait_for(f"device start {number + 1}")
+        server.wait_for(f"say device was killed by SIGKILL; it is started again (restart {number})")
+        del server.seen[pid]
+    assert find(server, "http").pid == others
+    assert not any(line.startswith("lost") for line in server.log)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert server.log[-1] == "device end" and not server.orphans()
+
+
+def test_a_device_that_dies_at_each_start_ends_the_server_with_the_cause(run) -> None:
+    server = run("http;device fails 1", restart_limit=3)
+    server.wait_for("ready")
+    began = time.monotonic()
+    os.kill(find(server, "device").pid, signal.SIGKILL)
+    assert server.end() == 1
+    assert time.monotonic() - began < 10
+    assert [line for line in server.log if line.startswith("device failed")] == [
+        f"device failed start {number}" for number in (2, 3, 4)
+    ]
+    assert "lost device: device exited with status 1" in server.log
+    assert "http end" in server.log and not server.orphans()
+
+
+def test_a_device_that_finds_a_mistake_of_the_user_is_not_started_again(run) -> None:
+    server = run("http;device fails 2", restart_limit=5)
+    server.wait_for("ready")
+    os.kill(find(server, "device").pid, signal.SIGKILL)
+    assert server.end() == 2
+    assert server.log.count("device failed start 2") == 1
+    assert "device failed start 3" not in server.log
+
+
+def test_a_device_that_dies_too_often_ends_the_server(run) -> None:
+    """Although each of its starts succeeds."""
+    server = run("http;device", restart_limit=2)
+    server.wait_for("ready")
+    for number in (2, 3):
+        os.kill(find(server, "device").pid, signal.SIGKILL)
+        server.wait_for(f"device start {number}")
+        time.sleep(0.5)  # so that the launcher sees it, too
+        server.seen.clear()
+    os.kill(find(server, "device").pid, signal.SIGKILL)
+    assert server.end() == 1
+    assert "lost device: device was killed by SIGKILL" in server.log
+
+
+def test_a_device_that_stays_stopped_is_killed_and_replaced(run) -> None:
+    server = run("http;device", restart_limit=5)
+    server.wait_for("ready")
+    device = find(server, "device")
+    began = time.monotonic()
+    device.send_signal(signal.SIGSTOP)
+    server.wait_for("device start 2")
+    assert time.monotonic() - began < 5
+    assert not is_alive(device)
+    assert "device stopped" not in server.log, "http need not know of it"
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+
+
+def test_a_device_that_was_stopped_for_a_moment_is_not_replaced(run) -> None:
+    server = run("http;device", restart_limit=5)
+    server.wait_for("ready")
+    device = find(server, "device")
+    for times in (1, 2):
+        device.send_signal(signal.SIGSTOP)
+        server.wait_for("say device was stopped by a signal", times)
+        time.sleep(1.2)
+        device.send_signal(signal.SIGCONT)
+        server.wait_for("say device continues", times)
+    assert is_alive(device)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
 
 
 def test_stubborn_process_is_killed_after_the_drain_timeout(run) -> None:

@@ -26,12 +26,27 @@ class ProcessSpec:
     pass_fds: Sequence[int] = ()
     device: str | None = None
     """Name of the device that it drives, if it is a device process."""
+    restartable: bool = False
+    """Whether another process can take its place after it has died."""
+    incarnation: int = 1
+    """How many processes there have been in this place, this one included."""
+
+    def again(self) -> ProcessSpec:
+        """Returns the process that takes the place of this one. It gets one more argument,
+        ``--incarnation N``."""
+        return replace(self, incarnation=self.incarnation + 1)
+
+    @property
+    def _command(self) -> list[str]:
+        if self.incarnation == 1:
+            return [*self.argv]
+        return [*self.argv, "--incarnation", str(self.incarnation)]
 
     def spawn(self) -> Child:
         """Starts it in a process group of its own, so that Ctrl-C reaches the launcher alone. The
         kernel kills it when the launcher ends."""
         process = subprocess.Popen(
-            self.argv,
+            self._command,
             env={**os.environ, **self.env},
             pass_fds=self.pass_fds,
             stdin=subprocess.DEVNULL,

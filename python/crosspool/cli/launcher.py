@@ -13,6 +13,7 @@ import msgspec
 from crosspool.cli.child import ProcessSpec
 from crosspool.cli.pools import describe
 from crosspool.cli.prepare import Prepared, prepare
+from crosspool.cli.restarts import Restarts
 from crosspool.cli.supervisor import Loss, Supervisor
 from crosspool.config import gpu
 from crosspool.config.deployment import Deployment, save
@@ -25,6 +26,8 @@ from crosspool.observability.pools_table import make_console, pools_tables
 from crosspool.transport import admin, links, notices
 
 _CHECK_SECONDS = 2.0
+_GLANCE_SECONDS = 0.5
+"""Time that the scheduler gets to say whether a device is back."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -49,8 +52,11 @@ def launch(options: Options) -> int:
             [*([spec] for spec in front), device_processes(deployment, lanes_fd)],
             fork_server=fork_server(deployment),
             forked=front,
+            restarts=Restarts(deployment.restart_limit),
             is_ready=face.is_ready,
+            is_back=face.is_back,
             on_ready=face.greet,
+            on_restart=face.tell_of_restart,
             on_loss=face.tell_of_loss,
             on_stop=face.tell_of_stop,
             say=face.say,
@@ -66,7 +72,12 @@ def launch(options: Options) -> int:
 
 
 def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[ProcessSpec]:
-    """One process for each device."""
+    """One process for each device.
+
+    Devices whose links lie in the memory of GPUs make them together, once, so that none of them can
+    be replaced alone."""
+    alone = len(deployment.devices) == 1
+    restartable = alone or all(device.is_cpu for device in deployment.devices)
     lanes = [] if lanes_fd is None else ["--lanes-fd", str(lanes_fd)]
     return [
         ProcessSpec(
@@ -78,6 +89,7 @@ def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[Proce
             env={**_OFFLINE, **_device_environment(device)},
             pass_fds=[] if lanes_fd is None else [lanes_fd],
             device=device.name,
+            restartable=restartable,
         )
         for device in deployment.devices
     ]
@@ -195,14 +207,38 @@ class _Face:
             soft_wrap=True,
         )
 
+    def is_back(self, spec: ProcessSpec) -> bool:
+        """Whether a device process that was started again is ready."""
+        try:
+            status = admin.status(self._deployment.admin_address, _GLANCE_SECONDS)
+        except admin.AdminError:
+            return False
+        return any(
+            device.ready and (device.name, device.incarnation) == (spec.device, spec.incarnation)
+            for device in status.devices
+        )
+
+    def tell_of_restart(self, loss: Loss) -> None:
+        """Tells the scheduler that a device is away until its next process is ready."""
+        self._tell_scheduler(loss, final=False)
+
     def tell_of_loss(self, loss: Loss) -> None:
         """Tells the HTTP process of a loss, so that no client waits, and the scheduler of a lost
         device, so that it ends with 503 every request that needed the device."""
         self._http.tell(notices.Lost(cause=loss.cause))
+        self._tell_scheduler(loss, final=True)
+
+    def _tell_scheduler(self, loss: Loss, *, final: bool) -> None:
         if loss.spec.device is None:
             return
         try:
-            admin.rank_gone(self._deployment.admin_address, loss.spec.device, loss.cause)
+            admin.rank_gone(
+                self._deployment.admin_address,
+                loss.spec.device,
+                loss.spec.incarnation,
+                loss.cause,
+                final=final,
+            )
         except admin.AdminError as error:
             self.say(f"the scheduler cannot be told of this loss: {error}")
 
