@@ -23,6 +23,7 @@ from crosspool.kvpool.allocator import PageAllocator
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.registry import read_model
 from crosspool.transport import links
+from crosspool.transport.device_socket import identity_of, read_identity
 from crosspool.transport.messages import (
     Failed,
     FromDevice,
@@ -122,12 +123,12 @@ class DeviceDriver:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.bind(self.deployment.control_address)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.logs: dict[str, Path] = {}
         self.ready: dict[str, Ready] = {}
         self._lanes_fd: int | None = None
+        self._incarnations = {device.name: 1 for device in self.deployment.devices}
         self._early: list[tuple[str, FromDevice]] = []
         self._messages: list[tuple[str, FromDevice]] = []
         self._numbers = 0
@@ -165,6 +166,8 @@ class DeviceDriver:
                     "--device",
                     device.name,
                     *lanes,
+                    "--incarnation",
+                    str(self._incarnations[device.name]),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -178,6 +181,7 @@ class DeviceDriver:
         self.processes[name].kill()
         self.processes[name].wait()
         del self.ready[name]
+        self._incarnations[name] += 1
         self._spawn_device(Device(name))
         self._await_ready(60.0)
         self._messages, self._early = self._early, []
@@ -204,7 +208,8 @@ class DeviceDriver:
             self.ready[device] = message
 
     def send(self, device: str, message: ToDevice) -> None:
-        self._socket.send_multipart([device.encode(), encode(message)])
+        identity = identity_of(device, self._incarnations[device])
+        self._socket.send_multipart([identity, encode(message)])
 
     def receive(self, timeout: float = 60.0) -> tuple[str, FromDevice]:
         """Return the next message and the device that sent it. Raises AssertionError when none
@@ -222,7 +227,7 @@ class DeviceDriver:
                 logs = "\n".join(self.log(name) for name in self.processes)
                 raise AssertionError(f"no message in {timeout:.0f} s:\n{logs}")
         identity, frame = self._socket.recv_multipart()
-        return identity.decode(), decode_from_device(frame)
+        return read_identity(identity)[0], decode_from_device(frame)
 
     def log(self, device: str) -> str:
         return self.logs[device].read_text(errors="replace")

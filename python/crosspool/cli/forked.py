@@ -78,31 +78,28 @@ class ForkServer:
         """The processes that are there now and were not at the last call, and the exit status of
         the fork server if it has ended since then."""
         child = self._child
-        if child is None or self._socket is None:
+        if child is None:
             return [], None
-        has_ended = child.has_ended()
-        forked: list[Child] = []
-        while (message := self._receive()) is not None:
-            spec = self._waiting.pop(message.name)
-            forked.append(Child(spec, _Adopted(message.pid)))
-        if not has_ended:
-            return forked, None
-        self.end()
-        return forked, child.reap()
+        if child.has_ended():
+            return self.end(), child.reap()
+        return self._handed_over(), None
 
-    def _receive(self) -> Forked | None:
+    def end(self) -> list[Child]:
+        """Ends the fork server. Returns the processes that are there and were not at the last
+        :meth:`poll`; those that it has not handed over end with it."""
+        if self._child is None or self._socket is None:
+            return []
+        self._child.reap()
+        children = self._handed_over()
+        self._socket.close()
+        self._child = self._socket = None
+        return children
+
+    def _handed_over(self) -> list[Child]:
         assert self._socket is not None
-        try:
-            message = self._socket.recv(MAX_MESSAGE_BYTES, socket.MSG_DONTWAIT)
-        except (BlockingIOError, ConnectionResetError):
-            return None
-        return msgspec.json.decode(message, type=Forked) if message else None
-
-    def end(self) -> None:
-        """Ends the fork server, and every process that it has not handed over."""
-        if self._child is not None:
-            self._child.reap()
-            self._child = None
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        children: list[Child] = []
+        with contextlib.suppress(BlockingIOError, ConnectionResetError):
+            while message := self._socket.recv(MAX_MESSAGE_BYTES, socket.MSG_DONTWAIT):
+                forked = msgspec.json.decode(message, type=Forked)
+                children.append(Child(self._waiting.pop(forked.name), _Adopted(forked.pid)))
+        return children

@@ -1,9 +1,10 @@
 """The control path's messages: between the scheduler and the device processes, over ZMQ.
 
 The scheduler binds one ROUTER; every device process connects a DEALER whose identity is its
-device's name. Each frame is one msgpack-encoded message of the unions below; messages of one
-device arrive in the order in which they were sent, and the device carries them out in that order
-(so a chunk is mapped before the step that writes to it).
+device's name and its incarnation, ``cpu:0#2`` for the second process of that device. Each frame is
+one msgpack-encoded message of the unions below; messages of one process arrive in the order in
+which they were sent, and the device carries them out in that order (so a chunk is mapped before the
+step that writes to it).
 """
 
 from __future__ import annotations
