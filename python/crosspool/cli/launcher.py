@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 
 import msgspec
 
@@ -23,6 +24,7 @@ from crosspool.config.process import allow_descriptors, set_title
 from crosspool.config.runtime_dir import RuntimeDir
 from crosspool.config.sizes import format_size
 from crosspool.observability.pools_table import make_console, pools_tables
+from crosspool.server.listeners import Listeners
 from crosspool.transport import admin, links, notices
 
 _CHECK_SECONDS = 2.0
@@ -42,15 +44,17 @@ def launch(options: Options) -> int:
     prepared = prepare(options)
     runtime = RuntimeDir(len(prepared.specs))
     lanes_fd: int | None = None
+    listeners: Listeners | None = None
     try:
         deployment = msgspec.structs.replace(prepared.deployment, runtime_dir=str(runtime.path))
         save(deployment)
+        listeners = Listeners.bind(deployment)
         lanes_fd = links.create(deployment, prepared.specs)
         face = _Face(prepared, deployment)
         front = front_end(deployment)
         supervisor = Supervisor(
             [*([spec] for spec in front), device_processes(deployment, lanes_fd)],
-            fork_server=fork_server(deployment),
+            fork_server=fork_server(deployment, listeners.fds),
             forked=front,
             restarts=Restarts(deployment.restart_limit),
             is_ready=face.is_ready,
@@ -68,6 +72,8 @@ def launch(options: Options) -> int:
     finally:
         if lanes_fd is not None:
             os.close(lanes_fd)
+        if listeners is not None:
+            listeners.close()
         runtime.close()
 
 
@@ -108,12 +114,14 @@ def front_end(deployment: Deployment) -> list[ProcessSpec]:
     ]
 
 
-def fork_server(deployment: Deployment) -> ProcessSpec:
+def fork_server(deployment: Deployment, listener_fds: Sequence[int]) -> ProcessSpec:
     """The process that imports SGLang once for the front end's processes: this takes longer than
     anything else at the start."""
+    listeners = ["--listeners", *map(str, listener_fds)]
     return ProcessSpec(
         name="front end",
-        argv=_module("server.fork_server", deployment),
+        argv=[*_module("server.fork_server", deployment), *listeners],
+        pass_fds=listener_fds,
         env={**_OFFLINE, **_threads(1)},
         restartable=True,
     )

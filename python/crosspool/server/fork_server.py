@@ -1,6 +1,6 @@
 """Imports SGLang once, and forks one of the front end's three processes whenever it is asked.
 
-    python -m crosspool.server.fork_server --deployment FILE --launcher-fd N
+    python -m crosspool.server.fork_server --deployment FILE --launcher-fd N --listeners N N
 
 Importing SGLang takes longer than anything else at the start, and its modules half a gigabyte.
 Forked processes share the import and the memory that they do not change, and one that takes the
@@ -22,7 +22,8 @@ import msgspec
 
 from crosspool.config.process import die_with_parent, freeze_heap
 from crosspool.frontend import compat
-from crosspool.server.process import PROCESSES, leave, prepare, run
+from crosspool.server.listeners import Listeners
+from crosspool.server.process import PROCESSES, Place, leave, prepare, run
 from crosspool.transport.forks import MAX_MESSAGE_BYTES, Fork, Forked
 
 log = logging.getLogger(__name__)
@@ -34,21 +35,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="crosspool front end")
     parser.add_argument("--deployment", type=Path, required=True, help="deployment.json")
     parser.add_argument("--launcher-fd", type=int, required=True, help="socket to the launcher")
+    parser.add_argument(
+        "--listeners", type=int, nargs=2, required=True, help="sockets of the HTTP process"
+    )
     arguments = parser.parse_args(argv)
 
     die_with_parent()
     prepare("front end", arguments.deployment)
     _import_everything()
-    processes = {name: partial(run, name, arguments.deployment) for name in PROCESSES}
-    serve_forks(processes, arguments.launcher_fd)
+    listeners = Listeners.inherited(arguments.listeners)
+
+    def run_as(name: str, incarnation: int) -> int:
+        place = Place(incarnation=incarnation, listeners=listeners)
+        return run(name, arguments.deployment, place)
+
+    serve_forks({name: partial(run_as, name) for name in PROCESSES}, arguments.launcher_fd)
     return 0
 
 
 def _import_everything() -> None:
     compat.install()
-    from crosspool.frontend import detokenizer, model_app  # noqa: F401
+    from crosspool.frontend import detokenizer, model_app, private_routes  # noqa: F401
     from crosspool.server import http_process, scheduler_loop  # noqa: F401
 
+    private_routes.mended_http_server()
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
         log.warning("importing SGLang started %d threads, which forked processes lack", threads - 1)
