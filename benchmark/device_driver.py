@@ -139,12 +139,16 @@ class DeviceDriver:
         except BaseException:
             self.close()
             raise
+        self.allocators = [self._allocator() for _ in kv]
+
+    def _allocator(self) -> PageAllocator:
+        """Return the pages of an attention rank that holds none yet."""
         deployment = self.deployment
         layouts = [
             KVLayout(spec, deployment.page_size, deployment.chunk_bytes) for spec in self.specs
         ]
-        per_rank = deployment.kv_pool_bytes // len(kv) // deployment.chunk_bytes
-        self.allocators = [PageAllocator(per_rank, layouts) for _ in kv]
+        ranks = len(deployment.kv_pool_devices)
+        return PageAllocator(deployment.kv_pool_bytes // ranks // deployment.chunk_bytes, layouts)
 
     def _spawn(self) -> None:
         deployment = self.deployment
@@ -177,11 +181,15 @@ class DeviceDriver:
             )
 
     def replace(self, name: str) -> None:
-        """Kill a device's process, start another in its place, and wait until it is ready."""
+        """Kill a device's process, start another in its place, and wait until it is ready. What an
+        attention rank there has computed is lost."""
         self.processes[name].kill()
         self.processes[name].wait()
         del self.ready[name]
         self._incarnations[name] += 1
+        for rank, device in enumerate(self.deployment.kv_pool_devices):
+            if device.name == name:
+                self.allocators[rank] = self._allocator()
         self._spawn_device(Device(name))
         self._await_ready(60.0)
         self._messages, self._early = self._early, []

@@ -33,6 +33,8 @@ _MODEL_COUNTERS = (
     ("prefix_hits", "crosspool_prefix_hits", "Requests admitted with cached prompt tokens."),
     ("evicted_pages", "crosspool_evicted_pages", "Cached KV pages given up for requests."),
     ("pauses", "crosspool_pauses", "Times that a running request waited for more KV memory."),
+    ("replayed_requests", "crosspool_replayed_requests", "Requests admitted again after a loss."),
+    ("replayed_tokens", "crosspool_replayed_tokens", "Tokens computed again after a loss."),
     ("output_tokens", "crosspool_output_tokens", "Tokens sampled."),
     ("steps", "crosspool_steps", "Steps: passes of a batch through all layers."),
     ("decode_rows", "crosspool_decode_rows", "Rows that fed back a sampled token."),

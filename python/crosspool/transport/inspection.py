@@ -150,6 +150,8 @@ class RankSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """One attention rank as the scheduler sees it. Its budget is promised, cached or free."""
 
     device: str
+    away: bool
+    """Whether the rank is lost and not back yet; nothing runs there."""
     running: int
     paused: int
     steps_in_flight: int
@@ -178,13 +180,17 @@ class ModelCounts(msgspec.Struct, kw_only=True):
     aborted: dict[str, int] = {}
     """Requests refused or aborted, by HTTP status."""
     prompt_tokens: int = 0
-    """Prompt tokens computed."""
+    """Prompt tokens computed, each once."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
     prefix_hits: int = 0
     """Requests admitted with cached prompt tokens."""
     pauses: int = 0
     """Times that a running request had to wait for more pages."""
+    replayed_requests: int = 0
+    """Requests admitted again, since the attention rank on which they ran was lost."""
+    replayed_tokens: int = 0
+    """Tokens of those requests computed again, sampled ones included."""
     output_tokens: int = 0
     """Tokens sampled."""
     steps: int = 0

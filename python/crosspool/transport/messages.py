@@ -63,6 +63,7 @@ class Open(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     do."""
     sampling: Sampling
     logprobs: Logprobs
+    """What the request has yet to yield: ``prompt_start`` lies behind what it has yielded."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -73,7 +74,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Position of the first of ``tokens`` in the sequence. A request's first row begins behind any
     full pages that other requests have written for the same tokens."""
     tokens: list[int]
-    """A prompt chunk, or the one token that was sampled last."""
+    """A chunk of the prompt, or the one token that was sampled last. After a restart, chunks go on
+    over the output that there was."""
     pages: list[int]
     """Pages that the request's page table gains before this step."""
     sample: bool
