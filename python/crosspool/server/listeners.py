@@ -49,6 +49,11 @@ class Listeners:
     def fds(self) -> list[int]:
         return [self.public.fileno(), self.admin.fileno()]
 
+    def refuse(self) -> None:
+        """Has connections refused from now on, although other processes hold the sockets, too."""
+        for listener in (self.public, self.admin):
+            listener.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         self.public.close()
         self.admin.close()
