@@ -99,7 +99,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         "Computed KV cache is kept for later requests that begin alike, until memory runs short.",
         _POOLS, sglang="disable_radix_cache")] = True
 
-    packed_cache: Annotated[str | None, Option(
+    packed_cache_dir: Annotated[str | None, Option(
         "Folder that keeps the weights of CPU devices as the kernels read them, so that the next "
         "start, or that of one device, need not pack them again. If none is given, it is "
         "~/.cache/crosspool.",

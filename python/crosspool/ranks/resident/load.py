@@ -148,7 +148,7 @@ def _keeper(deployment: Deployment) -> WeightKeeper | None:
     """Packed weights that outlive this process; None where none shall be, or can be."""
     if not deployment.packed_cache_bytes:
         return None
-    given = deployment.packed_cache
+    given = deployment.packed_cache_dir
     try:
         folder = default_folder() if given is None else Path(given).expanduser().absolute()
         began_ns = deployment.file.stat().st_mtime_ns
