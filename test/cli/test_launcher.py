@@ -24,13 +24,13 @@ def test_one_device_process_for_a_device_of_both_pools() -> None:
     front, (device,) = front_end(both), device_processes(both, None)
     assert [spec.name for spec in front] == ["http", "scheduler", "detokenizer"]
     assert device.name == "device process cpu"
-    for spec in (*front, fork_server(both), device):
+    for spec in (*front, fork_server(both, []), device):
         assert spec.argv[:2] == [sys.executable, "-m"]
         assert spec.argv[3:5] == ["--deployment", "/run/somewhere/deployment.json"]
         assert spec.env["HF_HUB_OFFLINE"] == "1"
         assert not spec.pass_fds
     assert {spec.env["OMP_NUM_THREADS"] for spec in front} == {"1"}
-    assert {tuple(spec.env.items()) for spec in front} == {tuple(fork_server(both).env.items())}
+    assert {tuple(spec.env.items()) for spec in front} == {tuple(fork_server(both, []).env.items())}
     assert device.env["OMP_NUM_THREADS"] == str(len(CORES))
     assert device.device == "cpu" and front[0].device is None
     assert "--lanes-fd" not in device.argv

@@ -219,9 +219,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         "Time after which a device that owes the result of a step, a scheduler that does not "
         "answer, or a process that a signal has stopped counts as dead.",
         _SERVER, unit="s", least=1, sglang="watchdog_timeout")] = 300.0
+    restart_limit: Annotated[int, Option(
+        "How often a device process that has died is started again within a minute, and how many "
+        "starts in a row may fail, before the server ends; 0: it ends with the first death.",
+        _SERVER, least=0)] = 5
     failure_grace: Annotated[float, Option(
-        "Time for which the server answers 503 after one of its processes has died or counts as "
-        "dead, before it ends.",
+        "Time for which the server answers 503 after a process that is not started again has died "
+        "or counts as dead, before it ends.",
         _SERVER, unit="s", least=0)] = 5.0
     drain_timeout: Annotated[float, Option(
         "Time that requests in flight get to finish after SIGTERM.",

@@ -1,6 +1,7 @@
-"""A device process: the ranks of one device, and their end of the control path.
+r"""A device process: the ranks of one device, and their end of the control path.
 
-    python -m crosspool.ranks.device_process --deployment FILE --device cpu:0 [--lanes-fd N]
+    python -m crosspool.ranks.device_process --deployment FILE --device cpu:0 [--lanes-fd N] \
+        [--incarnation N]
 
 Exit status 0 after ``Shutdown`` or SIGTERM, 2 for a user's mistake (its message is on stderr and in
 :class:`Failed`), 1 for anything else.
@@ -62,6 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--deployment", type=Path, required=True, help="deployment.json")
     parser.add_argument("--device", required=True, help="name of the device to drive")
     parser.add_argument("--lanes-fd", type=int, help="shared memory of the data path")
+    parser.add_argument(
+        "--incarnation",
+        type=int,
+        default=1,
+        help="how many processes the device has had, with this",
+    )
     args = parser.parse_args(argv)
 
     die_with_parent()
@@ -75,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_off(deployment.devices)
     device = Device(args.device)
     set_slice(CONTROL_SLICE_NS)
-    socket = DeviceSocket(deployment.control_address, device.name)
+    socket = DeviceSocket(deployment.control_address, device.name, args.incarnation)
     set_slice(DEFAULT_SLICE_NS)
     try:
         return DeviceProcess(deployment, device, args.lanes_fd, socket).run()

@@ -52,7 +52,11 @@ class RankGone(msgspec.Struct, frozen=True, kw_only=True, tag="rank_gone"):
 
     id: int
     device: str
+    incarnation: int
+    """Which of the device's processes it was: 1 for the first."""
     cause: str
+    final: bool
+    """Whether no other process takes its place, so that the deployment ends."""
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer", omit_defaults=True):
@@ -164,10 +168,22 @@ def inspect(address: str, what: InspectWhat, timeout: float = 10.0) -> Report:
     return _report(_exchange(address, Ask(id=next(_ids), what=what), timeout))
 
 
-def rank_gone(address: str, device: str, cause: str, timeout: float = 2.0) -> None:
-    """Tells the scheduler that ``device``'s process has ended, so that every request in flight is
-    ended with 503 at once. Raises AdminError when the scheduler does not confirm it."""
-    message = RankGone(id=next(_ids), device=device, cause=cause)
+def rank_gone(
+    address: str,
+    device: str,
+    incarnation: int,
+    cause: str,
+    *,
+    final: bool,
+    timeout: float = 2.0,
+) -> None:
+    """Tells the scheduler that a process of ``device`` has ended. If that is ``final``, every
+    request ends with 503 at once; else the device is away until its next process is ready.
+
+    Raises AdminError when the scheduler does not confirm it."""
+    message = RankGone(
+        id=next(_ids), device=device, incarnation=incarnation, cause=cause, final=final
+    )
     _checked(_exchange(address, message, timeout), Answer)
 
 
