@@ -45,7 +45,7 @@ time.sleep(600)
 FORK_SERVER = """
 import json, runpy, sys, time
 from functools import partial
-from crosspool.server.fork_server import serve_forks
+from crosspool.transport.forking import serve_forks
 def become(argv, incarnation):
     sys.argv = argv + (["--incarnation", str(incarnation)] if incarnation > 1 else [])
     try:
@@ -61,6 +61,7 @@ serve_forks({name: partial(become, argv) for name, argv in processes.items()}, i
 
 LAUNCHER = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 from crosspool.cli.child import ProcessSpec
 from crosspool.cli.restarts import Restarts
@@ -84,9 +85,10 @@ fork_server = ProcessSpec(
     restartable=True,
 )
 supervisor = Supervisor(
-    stages,
-    fork_server=fork_server if forked else None,
-    forked=forked,
+    [
+        [replace(spec, forked_by=fork_server if spec in forked else None) for spec in stage]
+        for stage in stages
+    ],
     is_ready=lambda: log.exists() and log.read_text().count(" start\\n") == sum(map(len, stages)),
     restarts=Restarts(int(sys.argv[5])),
     is_back=lambda spec: f"{spec.name} start {spec.incarnation}" in log.read_text(),

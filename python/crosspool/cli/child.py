@@ -26,6 +26,8 @@ class ProcessSpec:
     """Name of the device that it drives, if it is a device process."""
     restartable: bool = False
     """Whether another process can take its place after it has died."""
+    forked_by: ProcessSpec | None = None
+    """The fork server that forks it, if it is not started as a program of its own."""
     incarnation: int = 1
     """How many processes there have been in this place, this one included."""
 

@@ -51,11 +51,9 @@ def launch(options: Options) -> int:
         listeners = Listeners.bind(deployment)
         lanes_fd = links.create(deployment, prepared.specs)
         face = _Face(prepared, deployment)
-        front = front_end(deployment)
+        front = front_end(deployment, listeners.fds)
         supervisor = Supervisor(
             [*([spec] for spec in front), device_processes(deployment, lanes_fd)],
-            fork_server=fork_server(deployment, listeners.fds),
-            forked=front,
             restarts=Restarts(deployment.restart_limit),
             is_ready=face.is_ready,
             is_back=face.is_back,
@@ -78,53 +76,59 @@ def launch(options: Options) -> int:
 
 
 def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[ProcessSpec]:
-    """One process for each device.
+    """One process for each device. Those of CPUs are forked by one that has imported torch.
 
     Devices whose links lie in the memory of GPUs make them together, once, so that none of them can
     be replaced alone."""
     alone = len(deployment.devices) == 1
     restartable = alone or all(device.is_cpu for device in deployment.devices)
     lanes = [] if lanes_fd is None else ["--lanes-fd", str(lanes_fd)]
+    pass_fds = [] if lanes_fd is None else [lanes_fd]
+    forks = ProcessSpec(
+        name="devices",
+        argv=[*_module("ranks.fork_server", deployment), *lanes],
+        env={**_OFFLINE, **_threads(1)},
+        pass_fds=pass_fds,
+        restartable=True,
+    )
     return [
         ProcessSpec(
-            name=f"device process {device.name}",
+            name=device.process_name,
             argv=[
                 *_module("ranks.device_process", deployment),
                 *["--device", device.name, *lanes],
             ],
             env={**_OFFLINE, **_device_environment(device)},
-            pass_fds=[] if lanes_fd is None else [lanes_fd],
+            pass_fds=pass_fds,
             device=device.name,
             restartable=restartable,
+            forked_by=forks if device.is_cpu else None,
         )
         for device in deployment.devices
     ]
 
 
-def front_end(deployment: Deployment) -> list[ProcessSpec]:
-    """The front end's processes, in the order in which they are stopped."""
-    return [
-        ProcessSpec(
-            name=name,
-            argv=[*_module("server.process", deployment), name],
-            env={**_OFFLINE, **_threads(1)},
-            restartable=name != "scheduler",
-        )
-        for name in ("http", "scheduler", "detokenizer")
-    ]
-
-
-def fork_server(deployment: Deployment, listener_fds: Sequence[int]) -> ProcessSpec:
-    """The process that imports SGLang once for the front end's processes: this takes longer than
-    anything else at the start."""
+def front_end(deployment: Deployment, listener_fds: Sequence[int]) -> list[ProcessSpec]:
+    """The front end's processes, in the order in which they are stopped. They are forked by one
+    that imports SGLang: this takes longer than anything else at the start."""
     listeners = ["--listeners", *map(str, listener_fds)]
-    return ProcessSpec(
+    forks = ProcessSpec(
         name="front end",
         argv=[*_module("server.fork_server", deployment), *listeners],
         pass_fds=listener_fds,
         env={**_OFFLINE, **_threads(1)},
         restartable=True,
     )
+    return [
+        ProcessSpec(
+            name=name,
+            argv=[*_module("server.process", deployment), name],
+            env={**_OFFLINE, **_threads(1)},
+            restartable=name != "scheduler",
+            forked_by=forks,
+        )
+        for name in ("http", "scheduler", "detokenizer")
+    ]
 
 
 def _module(name: str, deployment: Deployment) -> list[str]:

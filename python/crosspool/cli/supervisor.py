@@ -53,8 +53,8 @@ class Supervisor:
 
     ``stages`` are the processes in the order in which they are stopped; those of one stage are
     stopped together. They are started from the last stage to the first, without waiting for one
-    another. Those that are also in ``forked`` come from the fork server, which is started last and
-    stays; if it is lost while no process is asked of it, it is started again when one is.
+    another. A fork server is started with the first process that it forks, and stays; if it is lost
+    while no process is asked of it, it is started again when one is.
     ``is_ready`` is called again and again until it returns True; then ``on_ready`` is called once.
     A loss before that ends all processes, unless ``is_ready``, called at once, returns True.
     A restartable process that is lost later is started again as ``restarts`` says, and
@@ -72,8 +72,6 @@ class Supervisor:
         self,
         stages: Sequence[Sequence[ProcessSpec]],
         *,
-        fork_server: ProcessSpec | None = None,
-        forked: Sequence[ProcessSpec] = (),
         restarts: Restarts,
         is_ready: Callable[[], bool],
         is_back: Callable[[ProcessSpec], bool],
@@ -87,8 +85,12 @@ class Supervisor:
         drain_timeout: float,
     ) -> None:
         self._stages = stages
-        self._fork_server = ForkServer(fork_server) if fork_server is not None else None
-        self._forked = forked
+        self._fork_servers = {
+            spec.forked_by.name: ForkServer(spec.forked_by)
+            for stage in stages
+            for spec in stage
+            if spec.forked_by is not None
+        }
         self._restarts = restarts
         self._is_ready = is_ready
         self._is_back = is_back
@@ -129,14 +131,17 @@ class Supervisor:
                 self._kill_all()
 
     def _start(self) -> None:
-        for index in reversed(range(len(self._stages))):
-            for spec in self._stages[index]:
-                if spec not in self._forked:
-                    self._children[index].append(spec.spawn())
-        if self._fork_server is not None:
+        if self._fork_servers:
             adopt_orphans()
-            for spec in reversed(self._forked):
-                self._fork_server.fork(spec)
+        for stage in reversed(self._stages):
+            for spec in stage:
+                self._start_one(spec)
+
+    def _start_one(self, spec: ProcessSpec) -> None:
+        if spec.forked_by is None:
+            self._stage(spec).append(spec.spawn())
+        else:
+            self._fork_servers[spec.forked_by.name].fork(spec)
 
     def _watch(self) -> list[Loss]:
         """Returns the losses, or an empty list when a signal asks to stop."""
@@ -228,16 +233,12 @@ class Supervisor:
         return lost
 
     def _start_again(self, spec: ProcessSpec) -> None:
-        server = self._fork_server
-        if server is not None and spec.name == server.spec.name:
-            server.start()
+        if spec.name in self._fork_servers:
+            self._fork_servers[spec.name].start()
             return
         stage = self._stage(spec)
         stage[:] = [child for child in stage if child.spec.name != spec.name]
-        if server is not None and spec.name in [one.name for one in self._forked]:
-            server.fork(spec)
-        else:
-            stage.append(spec.spawn())
+        self._start_one(spec)
 
     def _look_for_returns(self) -> None:
         for name, spec in list(self._not_back.items()):
@@ -258,20 +259,20 @@ class Supervisor:
                 self._on_stop(child.spec, stopped)
 
     def _adopt_forked(self) -> list[Loss]:
-        """Takes over what the fork server has forked; returns its loss if it has ended and somebody
-        waits for it."""
-        server = self._fork_server
-        if server is None:
-            return []
-        children, status = server.poll()
-        self._take_over(children)
-        if status is None:
-            return []
-        loss = Loss(spec=server.spec, status=status)
-        if server.is_needed:
-            return [loss]
-        self._say(f"{loss.cause}; it is started again when it is needed")
-        return []
+        """Takes over what the fork servers have forked; returns the losses of those that have ended
+        while somebody waits for them."""
+        lost = []
+        for server in self._fork_servers.values():
+            children, status = server.poll()
+            self._take_over(children)
+            if status is None:
+                continue
+            loss = Loss(spec=server.spec, status=status)
+            if server.is_needed:
+                lost.append(loss)
+            else:
+                self._say(f"{loss.cause}; it is started again when it is needed")
+        return lost
 
     def _take_over(self, children: Sequence[Child]) -> None:
         for child in children:
@@ -286,7 +287,7 @@ class Supervisor:
 
     def _stop(self, first_stage_seconds: float) -> None:
         signals = self._signals
-        self._end_fork_server()
+        self._end_fork_servers()
         for index, stage in enumerate(self._children):
             deadline = time.monotonic() + (first_stage_seconds if index == 0 else _STOP_SECONDS)
             for child in stage:
@@ -303,12 +304,12 @@ class Supervisor:
             for child in stage:
                 child.reap()
 
-    def _end_fork_server(self) -> None:
-        if self._fork_server is not None:
-            self._take_over(self._fork_server.end())
+    def _end_fork_servers(self) -> None:
+        for server in self._fork_servers.values():
+            self._take_over(server.end())
 
     def _kill_all(self) -> None:
-        self._end_fork_server()
+        self._end_fork_servers()
         for stage in self._children:
             for child in stage:
                 child.reap()

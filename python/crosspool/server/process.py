@@ -16,11 +16,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from crosspool.config.cores import CONTROL_SLICE_NS, keep_off, set_slice
 from crosspool.config.deployment import ConfigError, Deployment, load
-from crosspool.config.process import die_with_parent, set_title
+from crosspool.config.process import die_with_parent, leave, set_title
 from crosspool.frontend import compat
 from crosspool.server.listeners import Listeners
 from crosspool.server.liveness import CannotServe
@@ -111,15 +110,6 @@ def prepare(name: str, file: Path) -> Deployment:
         folder.mkdir(exist_ok=True)
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
     return deployment
-
-
-def leave(status: int) -> NoReturn:
-    """Ends the process at once: an orderly end of SGLang's and torch's modules takes seconds and
-    is of no use."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 _NOISE = (
