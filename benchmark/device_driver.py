@@ -99,6 +99,7 @@ class DeviceDriver:
             "kv_pool_bytes": 8 << 20,
             "weight_pool_bytes": 256 << 20,
             "page_size": 4,
+            "packed_cache_bytes": 0,
         } | fields
         self.deployment = Deployment(
             models=tuple(

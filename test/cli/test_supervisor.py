@@ -16,9 +16,10 @@ import psutil
 import pytest
 
 STAND_IN = """
-import signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 log, name = Path(sys.argv[1]), sys.argv[2]
+(log.parent / f"{name}.pid").write_text(str(os.getpid()))
 def note(word):
     with log.open("a") as file:
         file.write(f"{name} {word}\\n")
@@ -44,9 +45,9 @@ time.sleep(600)
 FORK_SERVER = """
 import json, runpy, sys, time
 from functools import partial
-from crosspool.server.fork_server import fork_all
-def become(argv):
-    sys.argv = argv
+from crosspool.transport.forking import serve_forks
+def become(argv, incarnation):
+    sys.argv = argv + (["--incarnation", str(incarnation)] if incarnation > 1 else [])
     try:
         runpy.run_path(argv[0])
     except SystemExit as end:
@@ -55,11 +56,12 @@ seconds, status, processes = json.loads(sys.argv[1])
 time.sleep(seconds)
 if status:
     sys.exit(status)
-fork_all({name: partial(become, argv) for name, argv in processes.items()}, int(sys.argv[3]))
+serve_forks({name: partial(become, argv) for name, argv in processes.items()}, int(sys.argv[3]))
 """
 
 LAUNCHER = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 from crosspool.cli.child import ProcessSpec
 from crosspool.cli.restarts import Restarts
@@ -69,7 +71,8 @@ log = folder / "log"
 def spec(name, *words):
     argv = [sys.executable, str(folder / "stand_in.py"), str(log), name, *words]
     device = name if name == "device" else None
-    return ProcessSpec(name=name, argv=argv, device=device, restartable=device is not None)
+    restartable = device is not None or "forked" in words
+    return ProcessSpec(name=name, argv=argv, device=device, restartable=restartable)
 def note(word):
     with log.open("a") as file:
         file.write(word + "\\n")
@@ -79,11 +82,13 @@ plan = [*json.loads(sys.argv[4]), {spec.name: spec.argv[1:] for spec in forked}]
 fork_server = ProcessSpec(
     name="fork server",
     argv=[sys.executable, str(folder / "fork_server.py"), json.dumps(plan)],
+    restartable=True,
 )
 supervisor = Supervisor(
-    stages,
-    fork_server=fork_server if forked else None,
-    forked=forked,
+    [
+        [replace(spec, forked_by=fork_server if spec in forked else None) for spec in stage]
+        for stage in stages
+    ],
     is_ready=lambda: log.exists() and log.read_text().count(" start\\n") == sum(map(len, stages)),
     restarts=Restarts(int(sys.argv[5])),
     is_back=lambda spec: f"{spec.name} start {spec.incarnation}" in log.read_text(),
@@ -384,13 +389,13 @@ FORKED = "http forked;scheduler forked;detokenizer forked;device"
 
 
 def test_forked_processes_are_children_like_others(run) -> None:
-    """Each forked process leads a group of its own, the fork server is gone, and they stop stage by
-    stage."""
+    """Each forked process is the launcher's child and leads a group of its own, as the fork server
+    does, and they stop stage by stage."""
     server = run(FORKED)
     server.wait_for("ready")
     launcher = psutil.Process(server.process.pid)
     children = launcher.children()
-    assert len(children) == len(launcher.children(recursive=True)) == 4
+    assert len(children) == len(launcher.children(recursive=True)) == 5
     assert {os.getpgid(child.pid) for child in children} == {child.pid for child in children}
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0
@@ -425,6 +430,80 @@ def test_a_fork_server_that_fails_is_a_loss(run) -> None:
     assert not server.orphans()
 
 
+def find_fork_server(server: Run) -> psutil.Process:
+    """The oldest of those with its command line, which all have that it forked."""
+    server.look()
+    alike = [p for p in server.seen.values() if is_alive(p) and "--launcher-fd" in p.cmdline()]
+    return min(alike, key=psutil.Process.create_time)
+
+
+def test_a_fork_server_that_nobody_waits_for_is_no_loss(run) -> None:
+    server = run(FORKED)
+    server.wait_for("ready")
+    find_fork_server(server).send_signal(signal.SIGKILL)
+    server.wait_for("say fork server was killed by SIGKILL; it is started again when it is needed")
+    time.sleep(0.5)
+    assert server.process.poll() is None
+    assert not [line for line in server.log if line.endswith(" end")]
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert not server.orphans()
+
+
+def pid_of(server: Run, name: str) -> int:
+    """The pid of the process that was the last to start under this name."""
+    return int((server.log_file.parent / f"{name}.pid").read_text())
+
+
+@pytest.mark.parametrize("name", ["http", "detokenizer"])
+def test_a_forked_process_that_dies_is_forked_again(run, name: str) -> None:
+    """Whichever stage it is of; it takes the place of the dead one, also when the server stops."""
+    server = run(FORKED, restart_limit=5)
+    server.wait_for("ready")
+    before = find_fork_server(server)
+    for number in (2, 3):
+        began = time.monotonic()
+        os.kill(pid_of(server, name), signal.SIGKILL)
+        server.wait_for(f"{name} start {number}")
+        assert time.monotonic() - began < 3
+        assert psutil.Process(pid_of(server, name)).ppid() == server.process.pid
+    assert find_fork_server(server) == before
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    ends = [line.split()[0] for line in server.log if line.endswith(" end")]
+    assert ends == ["http", "scheduler", "detokenizer", "device"]
+    assert not server.orphans()
+
+
+def test_a_fork_server_that_has_died_is_started_again_when_a_process_is_to_be_forked(run) -> None:
+    server = run(FORKED, restart_limit=5)
+    server.wait_for("ready")
+    find_fork_server(server).send_signal(signal.SIGKILL)
+    server.wait_for("say fork server was killed by SIGKILL; it is started again when it is needed")
+    os.kill(pid_of(server, "http"), signal.SIGKILL)
+    server.wait_for("http start 2")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert not server.orphans()
+
+
+def test_a_fork_server_that_dies_while_it_is_waited_for_is_started_again(run) -> None:
+    server = run(FORKED, restart_limit=5)
+    server.wait_for("ready")
+    stopped = find_fork_server(server)
+    stopped.send_signal(signal.SIGSTOP)
+    os.kill(pid_of(server, "http"), signal.SIGKILL)
+    server.wait_for("say http was killed by SIGKILL; it is started again (restart 1)")
+    time.sleep(0.3)
+    assert "http start 2" not in server.log
+    stopped.send_signal(signal.SIGKILL)
+    server.wait_for("http start 2")
+    assert server.log.count("http start 2") == 1
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert not server.orphans()
+
+
 @pytest.mark.parametrize(("number", "expected"), [("SIGTERM", 0), ("SIGKILL", -signal.SIGKILL)])
 def test_the_fork_server_ends_with_the_launcher(run, number: str, expected: int) -> None:
     server = run(FORKED, fork_server=(600.0, 0))
@@ -441,21 +520,23 @@ def test_the_fork_server_ends_with_the_launcher(run, number: str, expected: int)
 
 
 def test_what_is_forked_leaves_when_it_is_not_adopted(tmp_path: Path) -> None:
-    """A forked process ends when the launcher closes its end of the socket, because it stops or is
-    gone."""
+    """A forked process does not run when its parent is not the launcher, which is to end it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     (tmp_path / "fork_server.py").write_text(FORK_SERVER)
-    plan = [0, 0, {"http": ["never read"]}]
+    (tmp_path / "touch.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    plan = [0, 0, {"http": [str(tmp_path / "touch.py")]}]
     argv = [sys.executable, str(tmp_path / "fork_server.py"), json.dumps(plan), "--launcher-fd"]
     with theirs:
         fd = theirs.fileno()
         server = subprocess.Popen([*argv, str(fd)], pass_fds=[fd])
     with ours:
         ours.settimeout(30)
-        forked = psutil.Process(json.loads(ours.recv(4096))["http"])
-        assert server.wait(10) == 0
-        assert is_alive(forked)
-    deadline = time.monotonic() + 10
-    while is_alive(forked):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        ours.send(json.dumps({"name": "http", "incarnation": 1}).encode())
+        forked = psutil.Process(json.loads(ours.recv(4096))["pid"])
+        deadline = time.monotonic() + 10
+        while is_alive(forked):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert server.poll() is None
+    assert server.wait(10) == 0
+    assert not (tmp_path / "ran").exists()

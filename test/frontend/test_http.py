@@ -557,7 +557,7 @@ def test_a_named_tool_whose_parameters_have_definitions(server: FrontEndServer) 
 
 
 def test_the_grammar_of_a_named_tool_knows_its_definitions() -> None:
-    private_routes.mend_routes()
+    private_routes.mended_http_server()
     tool = Tool(function=Function(name="get_weather", parameters=CITY))
     choice = ToolChoice(function=ToolChoiceFuncName(name="get_weather"))
     schema = serving_chat.get_json_schema_constraint([tool], choice)

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from crosspool.cli.child import Child, ForkServer, ProcessSpec
+from crosspool.cli.child import Child, ProcessSpec
+from crosspool.cli.forked import ForkServer
 from crosspool.cli.restarts import Restarts
 from crosspool.config.process import adopt_orphans
 
@@ -52,7 +53,8 @@ class Supervisor:
 
     ``stages`` are the processes in the order in which they are stopped; those of one stage are
     stopped together. They are started from the last stage to the first, without waiting for one
-    another. Those that are also in ``forked`` come from the fork server, which is started last.
+    another. A fork server is started with the first process that it forks, and stays; if it is lost
+    while no process is asked of it, it is started again when one is.
     ``is_ready`` is called again and again until it returns True; then ``on_ready`` is called once.
     A loss before that ends all processes, unless ``is_ready``, called at once, returns True.
     A restartable process that is lost later is started again as ``restarts`` says, and
@@ -70,8 +72,6 @@ class Supervisor:
         self,
         stages: Sequence[Sequence[ProcessSpec]],
         *,
-        fork_server: ProcessSpec | None = None,
-        forked: Sequence[ProcessSpec] = (),
         restarts: Restarts,
         is_ready: Callable[[], bool],
         is_back: Callable[[ProcessSpec], bool],
@@ -85,9 +85,12 @@ class Supervisor:
         drain_timeout: float,
     ) -> None:
         self._stages = stages
-        self._fork_server_spec = fork_server
-        self._fork_server: ForkServer | None = None
-        self._forked = forked
+        self._fork_servers = {
+            spec.forked_by.name: ForkServer(spec.forked_by)
+            for stage in stages
+            for spec in stage
+            if spec.forked_by is not None
+        }
         self._restarts = restarts
         self._is_ready = is_ready
         self._is_back = is_back
@@ -128,13 +131,17 @@ class Supervisor:
                 self._kill_all()
 
     def _start(self) -> None:
-        for index in reversed(range(len(self._stages))):
-            for spec in self._stages[index]:
-                if spec not in self._forked:
-                    self._children[index].append(spec.spawn())
-        if self._fork_server_spec is not None:
+        if self._fork_servers:
             adopt_orphans()
-            self._fork_server = ForkServer(self._fork_server_spec)
+        for stage in reversed(self._stages):
+            for spec in stage:
+                self._start_one(spec)
+
+    def _start_one(self, spec: ProcessSpec) -> None:
+        if spec.forked_by is None:
+            self._stage(spec).append(spec.spawn())
+        else:
+            self._fork_servers[spec.forked_by.name].fork(spec)
 
     def _watch(self) -> list[Loss]:
         """Returns the losses, or an empty list when a signal asks to stop."""
@@ -150,7 +157,7 @@ class Supervisor:
                     continue
                 losses.append(loss)
                 self._say(loss.cause)
-                if not ready or loss.spec in self._stages[0]:
+                if not ready or loss.spec.name in [spec.name for spec in self._stages[0]]:
                     deadline = 0.0
                 else:
                     self._on_loss(loss)
@@ -218,15 +225,20 @@ class Supervisor:
             spec = start.spec
             del self._starts[spec.name]
             self._not_back[spec.name] = spec
-            for stage in self._children:
-                for index, child in enumerate(stage):
-                    if child.spec.name == spec.name:
-                        try:
-                            stage[index] = spec.spawn()
-                        except OSError as error:  # no memory for it, say
-                            self._say(f"{spec.name} cannot be started: {error.strerror}")
-                            lost.append(Loss(spec=spec, status=1))
+            try:
+                self._start_again(spec)
+            except OSError as error:  # no memory for it, say
+                self._say(f"{spec.name} cannot be started: {error.strerror}")
+                lost.append(Loss(spec=spec, status=1))
         return lost
+
+    def _start_again(self, spec: ProcessSpec) -> None:
+        if spec.name in self._fork_servers:
+            self._fork_servers[spec.name].start()
+            return
+        stage = self._stage(spec)
+        stage[:] = [child for child in stage if child.spec.name != spec.name]
+        self._start_one(spec)
 
     def _look_for_returns(self) -> None:
         for name, spec in list(self._not_back.items()):
@@ -247,24 +259,35 @@ class Supervisor:
                 self._on_stop(child.spec, stopped)
 
     def _adopt_forked(self) -> list[Loss]:
-        """Takes over the forked processes once the fork server has ended; returns its loss if it
-        failed."""
-        server = self._fork_server
-        if server is None or not server.child.has_ended():
-            return []
-        self._fork_server = None
-        status = server.child.reap()
-        if status != 0:
-            server.end()
-            return [Loss(spec=server.child.spec, status=status)]
-        for child in server.adopt(self._forked):
-            index = next(i for i, stage in enumerate(self._stages) if child.spec in stage)
-            self._children[index].append(child)
-        return []
+        """Takes over what the fork servers have forked; returns the losses of those that have ended
+        while somebody waits for them."""
+        lost = []
+        for server in self._fork_servers.values():
+            children, status = server.poll()
+            self._take_over(children)
+            if status is None:
+                continue
+            loss = Loss(spec=server.spec, status=status)
+            if server.is_needed:
+                lost.append(loss)
+            else:
+                self._say(f"{loss.cause}; it is started again when it is needed")
+        return lost
+
+    def _take_over(self, children: Sequence[Child]) -> None:
+        for child in children:
+            self._stage(child.spec).append(child)
+
+    def _stage(self, spec: ProcessSpec) -> list[Child]:
+        """The processes of the stage of ``spec``."""
+        for stage, children in zip(self._stages, self._children, strict=True):
+            if spec.name in [one.name for one in stage]:
+                return children
+        raise ValueError(f"{spec.name} is in no stage")
 
     def _stop(self, first_stage_seconds: float) -> None:
         signals = self._signals
-        self._end_fork_server()
+        self._end_fork_servers()
         for index, stage in enumerate(self._children):
             deadline = time.monotonic() + (first_stage_seconds if index == 0 else _STOP_SECONDS)
             for child in stage:
@@ -281,13 +304,12 @@ class Supervisor:
             for child in stage:
                 child.reap()
 
-    def _end_fork_server(self) -> None:
-        if self._fork_server is not None:
-            self._fork_server.end()
-            self._fork_server = None
+    def _end_fork_servers(self) -> None:
+        for server in self._fork_servers.values():
+            self._take_over(server.end())
 
     def _kill_all(self) -> None:
-        self._end_fork_server()
+        self._end_fork_servers()
         for stage in self._children:
             for child in stage:
                 child.reap()

@@ -99,6 +99,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         "Computed KV cache is kept for later requests that begin alike, until memory runs short.",
         _POOLS, sglang="disable_radix_cache")] = True
 
+    packed_cache_dir: Annotated[str | None, Option(
+        "Folder that keeps the weights of CPU devices as the kernels read them, so that the next "
+        "start, or that of one device, need not pack them again. If none is given, it is "
+        "~/.cache/crosspool.",
+        _POOLS)] = None
+    packed_cache_bytes: Annotated[int, Option(
+        "Most bytes of the files in that folder; those of other deployments that were not used for "
+        "longest go first. 0 keeps none.",
+        _POOLS, unit="bytes", least=0)] = 64 << 30
+
     loop: Annotated[Literal["host", "resident"], Option(
         "What drives the layers: resident is native threads (on a GPU, the GPU itself); host is "
         "Python, the slower reference.",

@@ -29,13 +29,17 @@ milliseconds then, and checking the schemas of as many tools as it can hold some
 class ModelApp:
     """The application of model ``index``, which keeps responses in ``responses``. It can be called,
     as ASGI has it, between :meth:`start` and :meth:`stop`. It asks for no keys: the server does,
-    before it calls it.
+    before it calls it. ``incarnation`` is the number of its process among those that have had this
+    place, from 1 on: the scheduler still works on requests of earlier ones.
 
     Construct it on the event loop. Raises ConfigError for wrong SGLang arguments."""
 
-    def __init__(self, deployment: Deployment, index: int, responses: ResponseStore) -> None:
+    def __init__(
+        self, deployment: Deployment, index: int, incarnation: int, responses: ResponseStore
+    ) -> None:
         self.name = deployment.models[index].name
         self.created = int(time.time())
+        self._incarnation = incarnation
         self._lifespan = AsyncExitStack()
         self._responses = responses
         self._responses_handler: Any = None
@@ -57,6 +61,7 @@ class ModelApp:
             self.vocabulary = self.manager.model_config.vocab_size
             """Number of token ids."""
             self._module = private_routes.http_server_copy(f"{__name__}.http_server_{index}")
+        self.manager.mark(incarnation)
         self.manager.max_logprobs = deployment.max_logprobs
         self.manager.startup_time = {}
         self.manager.max_req_input_len = self.context_length - 1
@@ -82,6 +87,8 @@ class ModelApp:
             self._keep_responses(app)
             private_routes.take_work_elsewhere(self._module, self.manager.run_in_thread)
             self.manager.auto_create_handle_loop()
+            if self._incarnation > 1:
+                await self.manager.disown_former()
         self.manager.server_status = ServerStatus.Up
 
     def _keep_responses(self, app: Any) -> None:

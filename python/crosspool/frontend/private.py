@@ -118,6 +118,20 @@ def bounded_messages(module: ModuleType) -> None:
     module.get_zmq_socket = bounded  # type: ignore[attr-defined]
 
 
+def keep_marked(message: Any, mark: str | None) -> bool:
+    """Takes out of an output what is about requests that do not have ``mark``. Returns whether
+    anything is left."""
+    marks = message.http_worker_ipcs if isinstance(message, _OUTPUTS) else None
+    if marks is None or all(one == mark for one in marks):
+        return True
+    for name in message.__struct_fields__:
+        column = getattr(message, name)
+        if isinstance(column, list) and len(column) == len(marks):
+            kept = [value for value, one in zip(column, marks, strict=True) if one == mark]
+            setattr(message, name, kept)
+    return bool(message.rids)
+
+
 async def take_output(manager: TokenizerManager, message: Any) -> None:
     """What the tokenizer manager does with one message from the scheduler or the detokenizer: a
     step of its event loop, which ends the process when a message is wrong."""

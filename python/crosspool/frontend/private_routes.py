@@ -38,9 +38,7 @@ def http_server_copy(name: str) -> Any:
     """A copy of SGLang's ``http_server`` module, whose application and state are module globals,
     for one model. It neither warms up, serves /metrics nor adds CORS headers: CrossPool does so
     once for all models."""
-    mend_routes()
-    from sglang.srt.entrypoints import http_server
-
+    http_server = mended_http_server()
     assert http_server.__file__ is not None
     spec = importlib.util.spec_from_file_location(name, http_server.__file__)
     assert spec is not None and spec.loader is not None
@@ -116,8 +114,10 @@ class _ChatStream:
 
 
 @functools.cache
-def mend_routes() -> None:
-    """Mends what SGLang's OpenAI routes do wrong, before the first copy of them is made."""
+def mended_http_server() -> Any:
+    """SGLang's ``http_server`` module, whose OpenAI routes have been mended where they are wrong.
+    Importing it, with all that it needs, takes some tenths of a second."""
+    from sglang.srt.entrypoints import http_server
     from sglang.srt.entrypoints.openai import serving_chat, serving_completions
     from sglang.srt.entrypoints.openai.protocol import CompletionRequest
     from sglang.srt.function_call import function_call_parser
@@ -126,6 +126,7 @@ def mend_routes() -> None:
     _allow_token_0(serving_completions.OpenAIServingCompletion)
     _lift_definitions(serving_chat, function_call_parser)
     _tell_text_offsets(serving_completions)
+    return http_server
 
 
 def _lift_definitions(*modules: Any) -> None:

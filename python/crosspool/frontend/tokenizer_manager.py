@@ -86,6 +86,18 @@ class PooledTokenizerManager(TokenizerManager):
         """Most log-probabilities that one request may ask for."""
         self._failure: tuple[str, int] | None = None
 
+    def mark(self, incarnation: int) -> None:
+        """Marks requests as those of the process with this number. Outputs of requests that have
+        another mark are dropped: they were those of a process that has died."""
+        # SGLang's own mark, for which of several processes a request came from.
+        self.tokenizer_ipc_name = f"http#{incarnation}"
+
+    async def disown_former(self) -> None:
+        """Has the scheduler abort the requests of the process that had this one's place, and go on
+        with the model if that had paused it."""
+        super().abort_request(abort_all=True)
+        await super().continue_generation(io_struct.ContinueGenerationReqInput())
+
     @functools.cached_property
     def longest_token(self) -> int:
         """Length in bytes of the longest token in the vocabulary."""
@@ -105,7 +117,9 @@ class PooledTokenizerManager(TokenizerManager):
             frames = await self.recv_from_detokenizer.recv_multipart()
             try:
                 (frame,) = frames
-                await private.take_output(self, private.decode(frame))
+                message = private.decode(frame)
+                if private.keep_marked(message, self.tokenizer_ipc_name):
+                    await private.take_output(self, message)
             except Exception as error:
                 log.error("dropped what is no message of the scheduler's: %s", error)
 

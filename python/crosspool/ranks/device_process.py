@@ -70,22 +70,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="how many processes the device has had, with this",
     )
     args = parser.parse_args(argv)
+    return drive(load(args.deployment), Device(args.device), args.lanes_fd, args.incarnation)
 
+
+def drive(deployment: Deployment, device: Device, lanes_fd: int | None, incarnation: int) -> int:
+    """Is the process of a device until it is told to end; returns the exit status."""
     die_with_parent()
-    set_title(f"device {args.device}")
+    set_title(f"device {device.name}")
     logging.basicConfig(
         level=logging.INFO,
-        format=f"%(asctime)s %(levelname)s device {args.device}: %(message)s",
+        format=f"%(asctime)s %(levelname)s device {device.name}: %(message)s",
         stream=sys.stderr,
     )
-    deployment = load(args.deployment)
     keep_off(deployment.devices)
-    device = Device(args.device)
     set_slice(CONTROL_SLICE_NS)
-    socket = DeviceSocket(deployment.control_address, device.name, args.incarnation)
+    socket = DeviceSocket(deployment.control_address, device.name, incarnation)
     set_slice(DEFAULT_SLICE_NS)
     try:
-        return DeviceProcess(deployment, device, args.lanes_fd, socket).run()
+        return DeviceProcess(deployment, device, lanes_fd, socket).run()
     except ConfigError as error:
         print(f"device {device.name}: {error}", file=sys.stderr)
         socket.send(Failed(device=device.name, message=str(error)))

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor
 
@@ -24,11 +25,13 @@ from crosspool.ranks.resident.attention import PackedAttention
 from crosspool.ranks.resident.executor import ResidentLoop
 from crosspool.ranks.resident.ffn import PackedFFN
 from crosspool.ranks.resident.flight import ResidentRank
+from crosspool.ranks.resident.kept_weights import KeptWeights, WeightKeeper
 from crosspool.ranks.resident.links import ResidentLink, ResidentLinks
 from crosspool.ranks.resident.packing import NATIVE_DTYPES
 from crosspool.ranks.resident.trace import ResidentTrace
 from crosspool.ranks.weights import TORCH_DTYPES, HeldModel, held_models
 from crosspool.transport.data_path import spin_ns_of
+from crosspool.weightpool.packed_cache import PackedCache, Unusable, default_folder
 from crosspool.weightpool.placement import Placement
 
 log = logging.getLogger(__name__)
@@ -61,7 +64,8 @@ def load_resident_ranks(
     if device in deployment.kv_pool_devices:
         virtualizer, kv = kv_pool(deployment, device, specs)
         resources.callback(virtualizer.close)
-    packed = _Packing(device, team, tables, kv, resources)
+    keeper = _keeper(deployment)
+    packed = _Packing(device, team, tables, kv, resources, keeper)
     for held in held_models(deployment, device, specs, placement):
         packed.load(held)
     links = ResidentLinks(deployment, device, lanes_fd)
@@ -83,6 +87,9 @@ def load_resident_ranks(
     resources.callback(lambda: (tables, links, description))
     executor = ResidentLoop(attention, team, description)
     resources.callback(executor.close)
+    if keeper is not None:
+        resources.callback(keeper.close)
+        keeper.start()
     trace = ResidentTrace(executor.loop, links.attention_rank, links.ffn_rank)
     return DeviceRanks(
         deployment, device, executor, attention, ffn, links.attention, trace, resources
@@ -99,6 +106,7 @@ class _Packing:
     kv: Sequence[Tensor]
     """Each model's cache; none without an attention rank."""
     resources: contextlib.ExitStack
+    keeper: WeightKeeper | None
     attention: list[PackedAttention] = field(default_factory=list)
     ffn: dict[int, PackedFFN] = field(default_factory=dict)
 
@@ -110,12 +118,16 @@ class _Packing:
             if held.attention:
                 cache = self.kv[index]
                 positions = min(spec.context, cache.shape[0] * cache.shape[2])
-                attention = PackedAttention(spec, path, self.team, positions, loaded.progress)
+                kept = self._kept(path, "attention")
+                attention = PackedAttention(
+                    spec, path, self.team, positions, loaded.progress, kept=kept
+                )
                 attention.fill(self.tables[index], cache)
                 self.attention.append(attention)
                 parts.append(attention)
             if held.ffn is not None:
-                ffn = PackedFFN(spec, path, held.ffn, self.team, loaded.progress)
+                kept = self._kept(path, "ffn")
+                ffn = PackedFFN(spec, path, held.ffn, self.team, loaded.progress, kept=kept)
                 ffn.fill(self.tables[index])
                 self.ffn[index] = ffn
                 parts.append(ffn)
@@ -123,7 +135,27 @@ class _Packing:
                 self.resources.callback(part.close)
             plain = format_size(sum(part.weights.plain_bytes for part in parts))
             compact = format_size(sum(part.weights.held_bytes for part in parts))
-            loaded.notes.append(f"{plain} of matrices packed into {compact}")
+            if all(part.weights.was_kept for part in parts):
+                loaded.notes.append(f"{compact} of packed matrices read")
+            else:
+                loaded.notes.append(f"{plain} of matrices packed into {compact}")
+
+    def _kept(self, path: Path, role: str) -> KeptWeights | None:
+        return None if self.keeper is None else self.keeper.of(f"{path.name}-{role}")
+
+
+def _keeper(deployment: Deployment) -> WeightKeeper | None:
+    """Packed weights that outlive this process; None where none shall be, or can be."""
+    if not deployment.packed_cache_bytes:
+        return None
+    given = deployment.packed_cache_dir
+    try:
+        folder = default_folder() if given is None else Path(given).expanduser().absolute()
+        began_ns = deployment.file.stat().st_mtime_ns
+        return WeightKeeper(PackedCache(folder, deployment.packed_cache_bytes, began_ns))
+    except Unusable as error:
+        log.warning("packed weights are not kept: %s", error)
+        return None
 
 
 def _tables(deployment: Deployment, specs: Sequence[ModelSpec]) -> ctypes.Array[es.ModelTable]:
