@@ -32,9 +32,8 @@ LONG = {
 
 @needs_two_cores
 @pytest.mark.parametrize("pool", slow_but(["kv"], ["kv", "weight"]))
-def test_a_dead_rank_is_told_answered_503_and_ends_the_server(
-    pool: str,
-) -> None:
+def test_a_dead_rank_is_told_answered_503_and_ends_the_server(pool: str) -> None:
+    """Where it may not be started again; test_restarts.py kills the others."""
     flags = [*two_device_flags(), *SMALL, "--failure-grace", "1", "--restart-limit", "0"]
     title = f"crosspool::device {flags[1 if pool == 'kv' else 3]}"
     with Server(flags, models=TINY_MODELS[:2]) as server:
@@ -131,9 +130,7 @@ def seconds_until(server: Server, status: int, limit: float) -> float:
 
 
 @pytest.mark.parametrize("name", ["scheduler", "detokenizer"])
-def test_a_process_that_is_not_replaced_is_told_of_at_once_and_ends_the_server(
-    name: str,
-) -> None:
+def test_a_process_that_is_not_replaced_is_told_of_at_once_and_ends_the_server(name: str) -> None:
     flags = [*SMALL, "--failure-grace", "3", "--restart-limit", "0"]
     with Server(flags, models=TINY_MODELS[:1]) as server:
         family, victim = server.processes(), server.find(f"crosspool::{name}")

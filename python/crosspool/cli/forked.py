@@ -47,6 +47,11 @@ class ForkServer:
         """Whether it has been asked for a process that is not there yet."""
         return bool(self._waiting)
 
+    @property
+    def teller(self) -> socket.socket | None:
+        """Readable when :meth:`poll` has something to return; None while nothing runs."""
+        return self._socket
+
     def fork(self, spec: ProcessSpec) -> None:
         """Asks for the process of ``spec``; :meth:`poll` returns it once it is there. Raises
         OSError when the fork server cannot be started."""

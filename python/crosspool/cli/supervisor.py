@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import select
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +18,12 @@ from crosspool.cli.restarts import Restarts
 from crosspool.config.process import adopt_orphans
 
 _POLL_SECONDS = 0.1
+"""Longest time between two looks at the processes; the end of one ends it."""
 _CHECK_SECONDS = 0.3
 _STOPPED_SECONDS = 2.0
 """Time for which a process that can be started again may be stopped by a signal before it counts
 as lost."""
+_NEWS_BYTES = 4096
 _STOP_SECONDS = 15.0
 """Time that a process gets to end after SIGTERM, before SIGKILL."""
 
@@ -110,6 +115,8 @@ class Supervisor:
         self._not_back: dict[str, ProcessSpec] = {}
         """Processes that were started again and are not ready yet, by name."""
         self._signals = 0
+        self._news: socket.socket
+        """Readable when a signal has come, that of a child's end included."""
 
     def run(self) -> int:
         """Returns the exit status: 0 after SIGTERM or SIGINT, 2 when a process ended with 2 (a
@@ -150,7 +157,7 @@ class Supervisor:
         losses: list[Loss] = []
         deadline = float("inf")
         while not self._signals and time.monotonic() < deadline:
-            for loss in [*self._new_losses(losses), *self._start_due(losses)]:
+            for loss in [*self._start_due(losses), *self._new_losses(losses)]:
                 # Requests may have come in since the last call.
                 ready = ready or self._is_ready()
                 if ready and not losses and self._replaces(loss):
@@ -169,8 +176,18 @@ class Supervisor:
                 next_check = time.monotonic() + _CHECK_SECONDS
             if ready:
                 self._look_for_stopped()
-            time.sleep(_POLL_SECONDS)
+            due = [] if losses else [start.due for start in self._starts.values()]
+            self._wait_for_news(min(due, default=math.inf))
         return losses
+
+    def _wait_for_news(self, due: float) -> None:
+        """Returns when it is time to look at the processes again: at ``due``, or before."""
+        seconds = min(_POLL_SECONDS, max(0.0, due - time.monotonic()))
+        tellers = [server.teller for server in self._fork_servers.values()]
+        sources = [self._news, *(teller for teller in tellers if teller is not None)]
+        readable, _, _ = select.select(sources, [], [], seconds)
+        if self._news in readable:
+            self._news.recv(_NEWS_BYTES)
 
     def _new_losses(self, known: Sequence[Loss]) -> list[Loss]:
         lost = self._adopt_forked()
@@ -319,10 +336,22 @@ class Supervisor:
         def count(number: int, frame: FrameType | None) -> None:
             self._signals += 1
 
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = [signal.signal(number, count) for number in numbers]
+        def ignore(number: int, frame: FrameType | None) -> None:
+            """Takes SIGCHLD, so that it comes to the wake-up descriptor."""
+
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+        handlers = (count, count, ignore)
+        before = [signal.signal(n, handler) for n, handler in zip(numbers, handlers, strict=True)]
+        self._news, writer = socket.socketpair()
+        self._news.setblocking(False)
+        writer.setblocking(False)
+        outer = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         try:
-            yield
+            with self._news, writer:
+                try:
+                    yield
+                finally:
+                    signal.set_wakeup_fd(outer)
         finally:
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
