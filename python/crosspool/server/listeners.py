@@ -19,7 +19,7 @@ class Listeners:
     """Sockets that are bound, and refuse connections until somebody has listened at them."""
 
     public: socket.socket
-    """At the deployment's host and port."""
+    """The one at the deployment's host and port."""
     admin: socket.socket
     """A Unix socket that only the user of the server can reach."""
 
