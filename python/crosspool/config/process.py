@@ -14,6 +14,11 @@ from typing import NoReturn
 
 from crosspool.config.errors import ConfigError
 
+USER_MISTAKE = 2
+"""Exit status of a process that found a mistake of the user, and has printed which."""
+CANNOT_SERVE = 3
+"""Exit status of a process that ends since another has failed: one in its place would, too."""
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _DESCRIPTORS = 128
