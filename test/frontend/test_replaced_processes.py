@@ -64,7 +64,69 @@ def test_a_replaced_http_process_serves_those_who_wait_and_forgets_the_others(
     log = server.log.read_text()
     assert "the state was deleted" not in log and "Traceback" not in log, log
     assert "threads, which forked processes lack" not in log, log
-    print("seconds", time.monotonic() - killed)
+
+
+STREAMS: list[dict[str, Any]] = [
+    {"model": MODELS[0], "prompt": "x", "max_tokens": 90},
+    {"model": MODELS[1], "prompt": "x", "max_tokens": 90},
+    {"model": MODELS[0], "prompt": "x y", "max_tokens": 90, "logprobs": 2, "echo": True},
+    {"model": MODELS[0], "prompt": "x", "max_tokens": 90, "n": 2, "seed": 5},
+    {"model": MODELS[1], "prompt": "x", "max_tokens": 90, "stop": ["lazy dog and"]},
+]
+
+
+def told(events: list[Any]) -> dict[int, Any]:
+    """All that a stream tells of each of its choices."""
+    choices: dict[int, Any] = {}
+    for choice in (choice for event in events for choice in event["choices"]):
+        of = choices.setdefault(choice["index"], {"text": "", "tokens": [], "logprobs": []})
+        of["text"] += choice["text"]
+        of["finish"] = choice["finish_reason"]
+        if choice["logprobs"] is not None:
+            of["tokens"] += choice["logprobs"]["tokens"]
+            of["logprobs"] += choice["logprobs"]["token_logprobs"]
+    return choices
+
+
+def test_a_replaced_detokenizer_goes_on_where_the_dead_one_was(
+    server: FrontEndServer, slow: None
+) -> None:
+    """Whatever had not arrived is sent again, and nothing comes twice."""
+    whole = {"model": MODELS[0], "prompt": "x", "max_tokens": 90, "logprobs": 1}
+
+    def ask() -> tuple[list[Any], Any]:
+        with ThreadPoolExecutor(len(STREAMS) + 1) as threads:
+            streams = [threads.submit(server.events, "/v1/completions", body) for body in STREAMS]
+            answer = threads.submit(server.request, "/v1/completions", whole)
+            return [told(stream.result()) for stream in streams], answer.result()[1]["choices"]
+
+    expected = ask()
+    replaced = 0
+    with ThreadPoolExecutor(1) as threads:
+        answers = threads.submit(ask)
+        wait_running(server, len(STREAMS) + 2)
+        while not answers.done():
+            server.replace("detokenizer")
+            replaced += 1
+            time.sleep(0.7)
+        assert answers.result() == expected
+    assert replaced > 1
+    log = server.log.read_text()
+    assert "the state was deleted" not in log and "Traceback" not in log, log
+
+
+def test_what_the_detokenizer_had_at_its_end_is_not_lost(server: FrontEndServer) -> None:
+    """It has the outputs of requests, ends included, and has passed none of them on."""
+    body = {"model": MODELS[0], "prompt": "x", "max_tokens": 20}
+    expected = server.request("/v1/completions", body)[1]["choices"]
+    server.processes["detokenizer"].suspend()
+    with ThreadPoolExecutor(4) as threads:
+        answers = [threads.submit(server.request, "/v1/completions", body) for _ in range(4)]
+        wait_running(server, 0)
+        time.sleep(0.5)
+        assert not any(answer.done() for answer in answers)
+        server.replace("detokenizer")
+        assert [answer.result()[1]["choices"] for answer in answers] == [expected] * 4
 
 
 def metric(text: str, name: str) -> float:

@@ -88,7 +88,7 @@ class ModelApp:
             private_routes.take_work_elsewhere(self._module, self.manager.run_in_thread)
             self.manager.auto_create_handle_loop()
             if self._incarnation > 1:
-                await self.manager.disown_former()
+                self.manager.disown_former()
         self.manager.server_status = ServerStatus.Up
 
     def _keep_responses(self, app: Any) -> None:

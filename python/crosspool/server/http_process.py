@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -56,17 +55,6 @@ _BACKLOG = 2048
 
 class _Server(uvicorn.Server):
     """Leaves signals to HttpProcess, which drains first."""
-
-    is_last = False
-    """Whether no other process will take this one's place: clients are to be refused then, although
-    other processes hold the sockets, too."""
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for server in self.servers:
-            server.close()
-        for listener in sockets or [] if self.is_last else []:
-            listener.shutdown(socket.SHUT_RDWR)
-        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -125,7 +113,8 @@ class HttpProcess:
         finally:
             for task in (prepare, watch, ending):
                 task.cancel()
-            server.is_last = self._ending.is_set()
+            if self._ending.is_set():
+                self._listeners.refuse()
             server.should_exit = True
             await serving
             for model in self._state.models.values():

@@ -19,7 +19,7 @@ class Listeners:
     """Sockets that are bound, and refuse connections until somebody has listened at them."""
 
     public: socket.socket
-    """At the deployment's host and port."""
+    """The one at the deployment's host and port."""
     admin: socket.socket
     """A Unix socket that only the user of the server can reach."""
 
@@ -48,6 +48,11 @@ class Listeners:
     @property
     def fds(self) -> list[int]:
         return [self.public.fileno(), self.admin.fileno()]
+
+    def refuse(self) -> None:
+        """Has connections refused from now on, although other processes hold the sockets, too."""
+        for listener in (self.public, self.admin):
+            listener.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.public.close()

@@ -55,7 +55,7 @@ def _detokenizer(deployment: Deployment, place: Place) -> None:
     compat.install()
     from crosspool.frontend import detokenizer
 
-    detokenizer.serve(deployment)
+    detokenizer.serve(deployment, place.incarnation)
 
 
 def _close(place: Place) -> None:

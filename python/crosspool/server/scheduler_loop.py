@@ -211,6 +211,9 @@ class SchedulerLoop:
                     self._ask(sender, message)
                 case admin.Attach():
                     self._admin.reply(sender, self._attach(message))
+                case admin.DetokenizerReplaced():
+                    self._front_ends.replace_detokenizer(message.incarnation)
+                    self._admin.reply(sender, admin.Answer(id=message.id))
                 case admin.RankGone():
                     self._admin.reply(sender, self._rank_gone(message))
 

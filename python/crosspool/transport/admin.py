@@ -59,6 +59,14 @@ class RankGone(msgspec.Struct, frozen=True, kw_only=True, tag="rank_gone"):
     """Whether no other process takes its place, so that the deployment ends."""
 
 
+class DetokenizerReplaced(msgspec.Struct, frozen=True, kw_only=True, tag="detokenizer_replaced"):
+    """A detokenizer, the one of this number, has taken the place of a dead one, and listens; the
+    answer to it is empty."""
+
+    id: int
+    incarnation: int
+
+
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer", omit_defaults=True):
     """The reply to an Ask or a RankGone, or the refusal of any request; ``error`` says why there is
     nothing else in it."""
@@ -79,7 +87,7 @@ class Attached(msgspec.Struct, frozen=True, kw_only=True, tag="attached"):
     """Longest prompt that the model takes, in tokens."""
 
 
-ToScheduler = Ask | Attach | RankGone
+ToScheduler = Ask | Attach | RankGone | DetokenizerReplaced
 FromScheduler = Answer | Attached
 
 _encoder = msgspec.msgpack.Encoder()
@@ -184,6 +192,13 @@ def rank_gone(
     message = RankGone(
         id=next(_ids), device=device, incarnation=incarnation, cause=cause, final=final
     )
+    _checked(_exchange(address, message, timeout), Answer)
+
+
+def detokenizer_replaced(address: str, incarnation: int, timeout: float = 2.0) -> None:
+    """Tells the scheduler of another detokenizer, which is to get what the one before it has not
+    passed on. Raises AdminError when the scheduler does not confirm it."""
+    message = DetokenizerReplaced(id=next(_ids), incarnation=incarnation)
     _checked(_exchange(address, message, timeout), Answer)
 
 
