@@ -30,7 +30,7 @@ def test_every_request_ends_as_if_nothing_had_failed(part):
     assert seen["FFN losses"] > SEEDS // PARTS // 4
     assert seen["losses while away"] > SEEDS // PARTS // 10
     assert seen["requests replayed"] > SEEDS // PARTS
-    assert seen["finished"] > 10 * seen["aborted"]
+    assert seen["finished"] > 5 * seen["aborted"]
 
 
 def program(*words: str, hashes: str = "0") -> subprocess.CompletedProcess[str]:
