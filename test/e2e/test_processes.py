@@ -32,9 +32,8 @@ LONG = {
 
 @needs_two_cores
 @pytest.mark.parametrize("pool", slow_but(["kv"], ["kv", "weight"]))
-def test_a_dead_rank_is_told_answered_503_and_ends_the_server(
-    pool: str,
-) -> None:
+def test_a_dead_rank_is_told_answered_503_and_ends_the_server(pool: str) -> None:
+    """Where it may not be started again; test_restarts.py kills the others."""
     flags = [*two_device_flags(), *SMALL, "--failure-grace", "1", "--restart-limit", "0"]
     title = f"crosspool::device {flags[1 if pool == 'kv' else 3]}"
     with Server(flags, models=TINY_MODELS[:2]) as server:
@@ -96,11 +95,13 @@ def stream(server: Server, model: str, seen: list[str], begun: threading.Event) 
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            for line in answer:
-                seen.append(line.decode())
-                begun.set()
+    with (
+        contextlib.suppress(OSError, http.client.HTTPException),
+        urllib.request.urlopen(request, timeout=60) as answer,
+    ):
+        for line in answer:
+            seen.append(line.decode())
+            begun.set()
 
 
 @contextlib.contextmanager
