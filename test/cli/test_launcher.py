@@ -25,7 +25,7 @@ def test_one_device_process_for_a_device_of_both_pools() -> None:
     assert [spec.name for spec in front] == ["http", "scheduler", "detokenizer"]
     assert device.name == "device process cpu"
     forking = {spec.forked_by.name: spec.forked_by for spec in (*front, device) if spec.forked_by}
-    assert list(forking) == ["front end", "devices"]
+    assert list(forking) == ["front end", "weights of cpu"]
     for spec in (*front, *forking.values(), device):
         assert spec.argv[:2] == [sys.executable, "-m"]
         assert spec.argv[3:5] == ["--deployment", "/run/somewhere/deployment.json"]

@@ -182,7 +182,7 @@ class SimulatedRank:
             self.take_release(message)
 
     def take_step(self, step: Step) -> None:
-        assert step.step > self.last_step
+        assert step.step > self.last_step, "a step came out of order"
         self.last_step = step.step
         assert step.model not in [s.model for s in self.steps], "two steps of one model"
         assert len(self.steps) < self.deployment.lanes + 1
@@ -251,7 +251,7 @@ class SimulatedRank:
         assert len(set(pages)) == len(pages)
         if row.pages:
             assert len(pages) == layout.pages_for(end + lease - 1)
-        assert len(pages) >= layout.pages_for(end + lease - 1)
+        assert len(pages) >= layout.pages_for(end + lease - 1), "too few pages for the step"
         for page in pages:
             assert set(layout.chunks_of_pages(page)) <= self.mapped[model], "unmapped page"
         self.check_read(model, pages, tokens)
@@ -259,7 +259,8 @@ class SimulatedRank:
 
     def read(self, model: int, page: int) -> list[Slot]:
         slots = self.written[model].get(page, [])
-        assert len(slots) == self.layouts[model].page_size, "a shared page is not full"
+        full = len(slots) == self.layouts[model].page_size
+        assert full, "a page counts as cached that was not computed here"
         return slots
 
     def check_read(self, model: int, pages: list[int], tokens: list[int]) -> None:
@@ -346,17 +347,25 @@ class SimulatedRank:
         ]
         if not row.sample:
             return RowResult(request=row.request, prompt=prompt)
-        token = self.next_token(self.tokens[row.request])
+        token, logprob = self.draw(row.request)
         if row.bitmask is not None and not _allows(row.bitmask, token):
-            token = next(t for t in range(VOCAB) if _allows(row.bitmask, t))
+            token = first_allowed(row.bitmask)
         self.sampled[row.request] = token
-        output = TokenLogprobs(token=token, logprob=-1.0, top=[], token_ids=[])
+        output = TokenLogprobs(token=token, logprob=logprob, top=[], token_ids=[])
         return RowResult(
             request=row.request,
             token=token,
             output=output if wants.output else None,
             prompt=prompt,
         )
+
+    def draw(self, request: int) -> tuple[int, float]:
+        """The request's next token without a grammar, and its log-probability."""
+        return self.next_token(self.tokens[request]), -1.0
+
+
+def first_allowed(bitmask: bytes) -> int:
+    return next(token for token in range(VOCAB) if _allows(bitmask, token))
 
 
 def _allows(bitmask: bytes, token: int) -> bool:

@@ -76,7 +76,7 @@ def launch(options: Options) -> int:
 
 
 def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[ProcessSpec]:
-    """One process for each device. Those of CPUs are forked by one that has imported torch.
+    """One process for each device. Those of CPUs are forked by one that holds the device's weights.
 
     Devices whose links lie in the memory of GPUs make them together, once, so that none of them can
     be replaced alone."""
@@ -84,13 +84,19 @@ def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[Proce
     restartable = alone or all(device.is_cpu for device in deployment.devices)
     lanes = [] if lanes_fd is None else ["--lanes-fd", str(lanes_fd)]
     pass_fds = [] if lanes_fd is None else [lanes_fd]
-    forks = ProcessSpec(
-        name="devices",
-        argv=[*_module("ranks.fork_server", deployment), *lanes],
-        env={**_OFFLINE, **_threads(1)},
-        pass_fds=pass_fds,
-        restartable=True,
-    )
+
+    def holder(device: Device) -> ProcessSpec:
+        return ProcessSpec(
+            name=f"weights of {device.name}",
+            argv=[
+                *_module("ranks.weight_holder", deployment),
+                *["--device", device.name, *lanes],
+            ],
+            env={**_OFFLINE, **_threads(1)},
+            pass_fds=pass_fds,
+            restartable=True,
+        )
+
     return [
         ProcessSpec(
             name=device.process_name,
@@ -102,7 +108,7 @@ def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[Proce
             pass_fds=pass_fds,
             device=device.name,
             restartable=restartable,
-            forked_by=forks if device.is_cpu else None,
+            forked_by=holder(device) if device.is_cpu else None,
         )
         for device in deployment.devices
     ]

@@ -44,4 +44,4 @@ class Restarts:
         past.restarts.append(now)
         if past.failures == 0:
             return 0.0
-        return min(_FIRST_WAIT * 2 ** (past.failures - 1), _LONGEST_WAIT)
+        return min(_FIRST_WAIT * 2.0 ** (past.failures - 1), _LONGEST_WAIT)

@@ -124,8 +124,8 @@ class App(Starlette):
     async def _health(self, request: Request) -> Response:
         """Healthy while requests are taken; with ``strict``, while no device is away either."""
         if self._serving:
-            status = self._state.status
-            devices = status.devices if status and _is_set(request, "strict") else []
+            told = self._state.status
+            devices = told.devices if told and _is_set(request, "strict") else []
             away = [device.absence for device in devices if device.absence is not None]
             if away:
                 return JSON({"status": "degraded", "message": "; ".join(away)}, 503)

@@ -1,14 +1,16 @@
 """Weights in packed form that outlive the process: read by the threads that compute with them, and
-written by a thread that yields to all others, once the device serves."""
+written by a child process that yields to all others, since a thread would sometimes keep the
+interpreter from those that carry messages."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import logging
 import os
-import threading
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ import msgspec
 from torch import Tensor
 
 from crosspool.config.errors import ConfigError
+from crosspool.config.process import die_with_parent, leave, set_title
 from crosspool.config.sizes import format_size
 from crosspool.kernels import engine_structs as es
 from crosspool.kernels import native
@@ -35,7 +38,7 @@ log = logging.getLogger(__name__)
 _LAYOUT = 1
 """Counts changes of what the files hold that neither the native library nor a declaration shows."""
 _PIECE_BYTES = 64 << 20
-"""Bytes that are written at a time and brought to the disk, so that closing waits for no more."""
+"""Bytes that are written at a time and brought to the disk, so that not much waits to be."""
 _LOWEST_PRIORITY = 19
 _NAME_DIGITS = 32
 
@@ -89,39 +92,46 @@ class WeightKeeper:
     def __init__(self, cache: PackedCache) -> None:
         self._cache = cache
         self._jobs: list[_Job] = []
-        self._ending = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._child = 0
+        """Pid of the process that writes; 0: there is none."""
 
     def of(self, name: str) -> KeptWeights:
         """Returns what is kept of a part of a model; ``name`` begins the name of its file."""
         return KeptWeights(self._cache, name, self._jobs)
 
     def start(self) -> None:
-        """Writes what was packed, while the device already works."""
-        if self._jobs:
-            self._thread = threading.Thread(target=self._write, name="keeper", daemon=True)
-            self._thread.start()
+        """Has a child process write what was packed, which ends with this process. Call it in the
+        main thread. Raises OSError when there can be none."""
+        if not self._jobs:
+            return
+        signal.signal(signal.SIGCHLD, lambda number, frame: self._reap())
+        self._child = os.fork()
+        if self._child == 0:
+            die_with_parent()
+            set_title("keeper of packed weights")
+            os.setpriority(os.PRIO_PROCESS, 0, _LOWEST_PRIORITY)
+            self.write()
+            leave(0)
+        self._reap()
+        self._jobs.clear()
 
-    def close(self) -> None:
-        """Ends writing, before memory is given back. What is not yet whole is removed."""
-        self._ending.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+    def _reap(self) -> None:
+        """Lets the child process go, if it has ended. Processes that are forked later are not its
+        parent."""
+        with contextlib.suppress(ChildProcessError):
+            if self._child and os.waitpid(self._child, os.WNOHANG)[0]:
+                self._child = 0
 
-    def _write(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+    def write(self) -> None:
+        """Writes what was packed. Where that is not possible, a warning says why."""
         for job in self._jobs:
-            if self._ending.is_set():
-                return
             try:
-                job.write(self._ending)
+                job.write()
             except (Unusable, ConfigError) as error:
                 log.warning("the packed weights of %s are not kept: %s", job.name, error)
             except OSError as error:
                 reason = error.strerror or str(error)
                 log.warning("the packed weights of %s are not kept: %s", job.name, reason)
-        self._jobs.clear()
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,7 @@ class KeptWeights:
         return held
 
     def keep_later(self, form: Form, image: Image, broken: Sequence[str]) -> None:
-        """Notes what :meth:`WeightKeeper.start` shall write."""
+        """Notes what :meth:`WeightKeeper.write` shall write."""
         self._jobs.append(_Job(self._cache, self._name, form, form.key(), image, broken))
 
 
@@ -188,8 +198,8 @@ class _Job:
     image: Image
     broken: Sequence[str]
 
-    def write(self, ending: threading.Event) -> None:
-        """Writes the file, unless ``ending`` is set. Raises Unusable, OSError."""
+    def write(self) -> None:
+        """Writes the file. Raises Unusable, ConfigError, OSError."""
         head = packed_file.encode(self._table())
         pieces = list(_pieces(self.image))
         nbytes = len(head) + sum(length for _, length in pieces)
@@ -198,8 +208,6 @@ class _Job:
                 return
             at = _write_fully(new.file, head, 0)
             for address, length in pieces:
-                if ending.is_set():
-                    return
                 at = _write_fully(new.file, (ctypes.c_char * length).from_address(address), at)
                 os.fdatasync(new.file)
             if self.form.key() != self.key:

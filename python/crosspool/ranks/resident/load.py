@@ -7,7 +7,7 @@ import ctypes
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from crosspool.kernels.engine import Team
 from crosspool.kernels.isa import default_isa
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
-from crosspool.ranks.kv_memory import kv_pool
+from crosspool.ranks.kv_memory import cache_tokens, kv_pool
 from crosspool.ranks.resident.attention import PackedAttention
 from crosspool.ranks.resident.executor import ResidentLoop
 from crosspool.ranks.resident.ffn import PackedFFN
@@ -47,33 +47,69 @@ class ResidentFFN:
     links: Sequence[ResidentLink]
 
 
+@dataclass(frozen=True)
+class ResidentWeights:
+    """What a device holds of all models, in packed form. Forked processes share it."""
+
+    attention: list[PackedAttention]
+    """Every model's, if the device has an attention rank."""
+    ffn: dict[int, PackedFFN]
+    """The models that lie on the FFN rank, by their index."""
+
+    def close(self) -> None:
+        """Gives the memory back, after the loop that reads it was closed."""
+        parts: list[PackedAttention | PackedFFN] = [*self.attention, *self.ffn.values()]
+        for part in parts:
+            part.close()
+
+
+def load_resident_weights(
+    deployment: Deployment, device: Device, specs: Sequence[ModelSpec], placement: Placement
+) -> ResidentWeights:
+    """Reads the weights of a device, packs those that no earlier process has packed, and has these
+    kept. No thread is left.
+
+    Raises ConfigError for a bad checkpoint."""
+    weights = ResidentWeights([], {})
+    keeper = _keeper(deployment)
+    tokens = cache_tokens(deployment, specs)
+    with Team(device.cores) as team:
+        loading = _Loading(device, team, keeper, weights)
+        for held in held_models(deployment, device, specs, placement):
+            loading.load(held, min(held.spec.context, tokens[held.index]))
+    if keeper is not None:
+        keeper.start()
+    return weights
+
+
 def load_resident_ranks(
     deployment: Deployment,
     device: Device,
     specs: Sequence[ModelSpec],
-    placement: Placement,
+    weights: ResidentWeights,
     lanes_fd: int | None,
 ) -> DeviceRanks:
     """Loads the ranks of a device for the resident loop; see
     :func:`crosspool.ranks.device_process.load_ranks`."""
     log.info("%d threads with %s kernels", len(device.cores), default_isa())
     resources = contextlib.ExitStack()
+    resources.callback(weights.close)
     team = resources.enter_context(Team(device.cores))
     tables = _tables(deployment, specs)
     kv: Sequence[Tensor] = ()
     if device in deployment.kv_pool_devices:
         virtualizer, kv = kv_pool(deployment, device, specs)
         resources.callback(virtualizer.close)
-    keeper = _keeper(deployment)
-    packed = _Packing(device, team, tables, kv, resources, keeper)
-    for held in held_models(deployment, device, specs, placement):
-        packed.load(held)
+    for index, attention_part in enumerate(weights.attention):
+        attention_part.fill(tables[index], kv[index])
+    for index, ffn_part in weights.ffn.items():
+        ffn_part.fill(tables[index])
     links = ResidentLinks(deployment, device, lanes_fd)
     attention = ffn = None
     if links.attention_rank >= 0:
-        attention = ResidentRank(links.attention_rank, specs, packed.attention, virtualizer, kv)
+        attention = ResidentRank(links.attention_rank, specs, weights.attention, virtualizer, kv)
     if links.ffn_rank >= 0:
-        ffn = ResidentFFN(links.ffn_rank, packed.ffn, links.ffn)
+        ffn = ResidentFFN(links.ffn_rank, weights.ffn, links.ffn)
     description = es.LoopDescription(
         models=tables,
         epoch=time.time_ns(),
@@ -87,52 +123,38 @@ def load_resident_ranks(
     resources.callback(lambda: (tables, links, description))
     executor = ResidentLoop(attention, team, description)
     resources.callback(executor.close)
-    if keeper is not None:
-        resources.callback(keeper.close)
-        keeper.start()
     trace = ResidentTrace(executor.loop, links.attention_rank, links.ffn_rank)
     return DeviceRanks(
         deployment, device, executor, attention, ffn, links.attention, trace, resources
     )
 
 
-@dataclass
-class _Packing:
-    """Packs what the device holds, and fills the models' tables with it."""
+@dataclass(frozen=True)
+class _Loading:
+    """Loads models, one after another."""
 
     device: Device
     team: Team
-    tables: ctypes.Array[es.ModelTable]
-    kv: Sequence[Tensor]
-    """Each model's cache; none without an attention rank."""
-    resources: contextlib.ExitStack
     keeper: WeightKeeper | None
-    attention: list[PackedAttention] = field(default_factory=list)
-    ffn: dict[int, PackedFFN] = field(default_factory=dict)
+    weights: ResidentWeights
 
-    def load(self, held: HeldModel) -> None:
-        """Loads the device's part of a model."""
-        index, spec, path = held.index, held.spec, held.path
+    def load(self, held: HeldModel, positions: int) -> None:
+        """Adds the device's part of a model. ``positions``: tokens of the longest sequence that may
+        come."""
+        spec, path, team = held.spec, held.path, self.team
         parts: list[PackedAttention | PackedFFN] = []
         with held.loading(self.device) as loaded:
+            progress = loaded.progress
             if held.attention:
-                cache = self.kv[index]
-                positions = min(spec.context, cache.shape[0] * cache.shape[2])
                 kept = self._kept(path, "attention")
-                attention = PackedAttention(
-                    spec, path, self.team, positions, loaded.progress, kept=kept
-                )
-                attention.fill(self.tables[index], cache)
-                self.attention.append(attention)
+                attention = PackedAttention(spec, path, team, positions, progress, kept=kept)
+                self.weights.attention.append(attention)
                 parts.append(attention)
             if held.ffn is not None:
                 kept = self._kept(path, "ffn")
-                ffn = PackedFFN(spec, path, held.ffn, self.team, loaded.progress, kept=kept)
-                ffn.fill(self.tables[index])
-                self.ffn[index] = ffn
+                ffn = PackedFFN(spec, path, held.ffn, team, progress, kept=kept)
+                self.weights.ffn[held.index] = ffn
                 parts.append(ffn)
-            for part in parts:
-                self.resources.callback(part.close)
             plain = format_size(sum(part.weights.plain_bytes for part in parts))
             compact = format_size(sum(part.weights.held_bytes for part in parts))
             if all(part.weights.was_kept for part in parts):

@@ -240,7 +240,7 @@ class PackedWeights:
     def _allocate(self) -> None:
         self.plain_bytes = sum(_up(matrix.bytes, _LINE) for matrix in self._matrices)
         self._arena_bytes = max(_up(self.plain_bytes, native.HUGE_PAGE), native.HUGE_PAGE)
-        self._arena = native.reserve_parking(self._arena_bytes)
+        self._arena = native.reserve_arena(self._arena_bytes)
 
 
 def whole(ref: TensorRef) -> Index:
