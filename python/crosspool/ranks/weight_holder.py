@@ -63,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(deployment: Deployment, device: Device) -> ResidentWeights | None:
     """Loads what forked processes share. Raises ConfigError for a bad checkpoint."""
     if deployment.loop == "host":
-        import crosspool.ranks.host.load  # noqa: F401
-
+        _import_for_host_loop(deployment)
         return None
     everywhere = os.sched_getaffinity(0)
     os.sched_setaffinity(0, device.cores)  # memory comes from the node of whoever touches it first
@@ -76,7 +75,7 @@ def _load(deployment: Deployment, device: Device) -> ResidentWeights | None:
 
 
 def _import_for_host_loop(deployment: Deployment) -> None:
-    import crosspool.ranks.host.load  # noqa: F401
+    import crosspool.ranks.host.load  # noqa: F401 - forked processes use it
     from crosspool.ranks.host.attention import frequencies
 
     for model, spec in zip(deployment.models, read_specs(deployment), strict=True):
