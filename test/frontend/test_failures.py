@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from crosspool.transport import admin
+from crosspool.config.process import CANNOT_SERVE
 from prometheus_client.parser import text_string_to_metric_families
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from support.fake_device import FakeDevice
@@ -304,7 +305,7 @@ def test_a_silent_device_ends_the_server_within_watchdog_and_grace(
             assert time.monotonic() - began < 10
         status, answer, _ = running.request("/health")
         assert status in (0, 503)
-        assert running.processes["http"].wait(20) == 1
+        assert running.processes["http"].wait(20) == CANNOT_SERVE
         assert 2.0 <= time.monotonic() - began < 20
         assert "the http process ends: attention rank 0" in running.log.read_text()
     finally:
