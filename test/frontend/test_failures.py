@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from crosspool.transport import admin
 from crosspool.config.process import CANNOT_SERVE
+from crosspool.transport import admin
 from prometheus_client.parser import text_string_to_metric_families
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from support.fake_device import FakeDevice
