@@ -513,6 +513,23 @@ def test_a_fork_server_that_dies_while_it_is_waited_for_is_started_again(run) ->
     assert not server.orphans()
 
 
+def test_a_fork_server_that_stays_stopped_while_it_is_waited_for_is_replaced(run) -> None:
+    server = run(FORKED, restart_limit=5)
+    server.wait_for("ready")
+    stopped = find_fork_server(server)
+    stopped.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)  # nobody waits for it
+    assert is_alive(stopped)
+    began = time.monotonic()
+    os.kill(pid_of(server, "http"), signal.SIGKILL)
+    server.wait_for("http start 2")
+    assert 1.5 < time.monotonic() - began < 6
+    assert not is_alive(stopped)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert not server.orphans()
+
+
 @pytest.mark.parametrize(("number", "expected"), [("SIGTERM", 0), ("SIGKILL", -signal.SIGKILL)])
 def test_the_fork_server_ends_with_the_launcher(run, number: str, expected: int) -> None:
     server = run(FORKED, fork_server=(600.0, 0))

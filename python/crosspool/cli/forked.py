@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 from dataclasses import replace
 
@@ -46,6 +47,16 @@ class ForkServer:
     def is_needed(self) -> bool:
         """Whether it has been asked for a process that is not there yet."""
         return bool(self._waiting)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal has stopped it."""
+        return self._child is not None and self._child.is_stopped()
+
+    def kill(self) -> None:
+        """Kills it; :meth:`poll` will tell."""
+        if self._child is not None:
+            self._child.signal(signal.SIGKILL)
 
     @property
     def teller(self) -> socket.socket | None:

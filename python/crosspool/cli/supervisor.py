@@ -178,6 +178,7 @@ class Supervisor:
                 next_check = time.monotonic() + _CHECK_SECONDS
             if ready:
                 self._look_for_stopped()
+                self._end_stopped_fork_servers()
             due = [] if losses else [start.due for start in self._starts.values()]
             self._wait_for_news(min(due, default=math.inf))
         return losses
@@ -276,6 +277,15 @@ class Supervisor:
             self._say(f"{name} {'was stopped by a signal' if stopped else 'continues'}")
             if not self._can_replace(child.spec):
                 self._on_stop(child.spec, stopped)
+
+    def _end_stopped_fork_servers(self) -> None:
+        """Kills those that a signal has stopped for too long while somebody waits for them."""
+        now = time.monotonic()
+        for name, server in self._fork_servers.items():
+            if not (server.is_needed and server.is_stopped):
+                self._stopped.pop(name, None)
+            elif now - self._stopped.setdefault(name, now) >= _STOPPED_SECONDS:
+                server.kill()
 
     def _adopt_forked(self) -> list[Loss]:
         """Takes over what the fork servers have forked; returns the losses of those that have ended
