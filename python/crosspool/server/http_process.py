@@ -140,7 +140,8 @@ class HttpProcess:
         for index, config in enumerate(self._deployment.models):
             self._state.message = f"preparing {config.name}"
             await asyncio.sleep(0)  # lets health checks in between
-            models.append(model_app.ModelApp(self._deployment, index, responses))
+            made = model_app.ModelApp(self._deployment, index, responses, self._state.turns)
+            models.append(made)
         while (status := self._state.status) is None or not status.ready:
             self._state.message = status.message if status else "waiting for the scheduler"
             await asyncio.sleep(0.05)
