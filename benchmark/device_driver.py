@@ -23,6 +23,7 @@ from crosspool.kvpool.allocator import PageAllocator
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.registry import read_model
 from crosspool.transport import links
+from crosspool.transport.device_socket import identity_of, read_identity
 from crosspool.transport.messages import (
     Failed,
     FromDevice,
@@ -98,6 +99,7 @@ class DeviceDriver:
             "kv_pool_bytes": 8 << 20,
             "weight_pool_bytes": 256 << 20,
             "page_size": 4,
+            "packed_cache_bytes": 0,
         } | fields
         self.deployment = Deployment(
             models=tuple(
@@ -122,12 +124,12 @@ class DeviceDriver:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.bind(self.deployment.control_address)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.logs: dict[str, Path] = {}
         self.ready: dict[str, Ready] = {}
         self._lanes_fd: int | None = None
+        self._incarnations = {device.name: 1 for device in self.deployment.devices}
         self._early: list[tuple[str, FromDevice]] = []
         self._messages: list[tuple[str, FromDevice]] = []
         self._numbers = 0
@@ -138,12 +140,16 @@ class DeviceDriver:
         except BaseException:
             self.close()
             raise
+        self.allocators = [self._allocator() for _ in kv]
+
+    def _allocator(self) -> PageAllocator:
+        """Return the pages of an attention rank that holds none yet."""
         deployment = self.deployment
         layouts = [
             KVLayout(spec, deployment.page_size, deployment.chunk_bytes) for spec in self.specs
         ]
-        per_rank = deployment.kv_pool_bytes // len(kv) // deployment.chunk_bytes
-        self.allocators = [PageAllocator(per_rank, layouts) for _ in kv]
+        ranks = len(deployment.kv_pool_devices)
+        return PageAllocator(deployment.kv_pool_bytes // ranks // deployment.chunk_bytes, layouts)
 
     def _spawn(self) -> None:
         deployment = self.deployment
@@ -165,6 +171,8 @@ class DeviceDriver:
                     "--device",
                     device.name,
                     *lanes,
+                    "--incarnation",
+                    str(self._incarnations[device.name]),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -174,10 +182,15 @@ class DeviceDriver:
             )
 
     def replace(self, name: str) -> None:
-        """Kill a device's process, start another in its place, and wait until it is ready."""
+        """Kill a device's process, start another in its place, and wait until it is ready. What an
+        attention rank there has computed is lost."""
         self.processes[name].kill()
         self.processes[name].wait()
         del self.ready[name]
+        self._incarnations[name] += 1
+        for rank, device in enumerate(self.deployment.kv_pool_devices):
+            if device.name == name:
+                self.allocators[rank] = self._allocator()
         self._spawn_device(Device(name))
         self._await_ready(60.0)
         self._messages, self._early = self._early, []
@@ -204,7 +217,8 @@ class DeviceDriver:
             self.ready[device] = message
 
     def send(self, device: str, message: ToDevice) -> None:
-        self._socket.send_multipart([device.encode(), encode(message)])
+        identity = identity_of(device, self._incarnations[device])
+        self._socket.send_multipart([identity, encode(message)])
 
     def receive(self, timeout: float = 60.0) -> tuple[str, FromDevice]:
         """Return the next message and the device that sent it. Raises AssertionError when none
@@ -222,7 +236,7 @@ class DeviceDriver:
                 logs = "\n".join(self.log(name) for name in self.processes)
                 raise AssertionError(f"no message in {timeout:.0f} s:\n{logs}")
         identity, frame = self._socket.recv_multipart()
-        return identity.decode(), decode_from_device(frame)
+        return read_identity(identity)[0], decode_from_device(frame)
 
     def log(self, device: str) -> str:
         return self.logs[device].read_text(errors="replace")

@@ -53,6 +53,8 @@ class Server:
         for model in models:
             path = DEMO / model if (DEMO / model).is_dir() else Path(model)
             self._command += ["--model-path", str(path), "--served-model-name", path.name]
+        if "--packed-cache-bytes" not in flags:
+            self._command += ["--packed-cache-bytes", "0"]
         self._command += flags
         self._ready_timeout = ready_timeout
         self._log = Path(tempfile.mkstemp(prefix="crosspool-benchmark-", suffix=".log")[1])

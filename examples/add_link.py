@@ -50,9 +50,12 @@ class End:
 class AttentionEnd(End):
     """The attention rank's end: it dispatches rows and combines the reply."""
 
+    free = True
+    """It is asked before a dispatch, of which one at a time is made."""
+
     def dispatch(self, header: DispatchHeader, hidden: torch.Tensor) -> None:
         check_rows(header, hidden)
-        self._dispatched = hidden
+        self._dispatched, self.free = hidden, False
         self._peer.sendall(_HEADER.pack(*header) + hidden.numpy().tobytes())
 
     def ready(self) -> bool:
@@ -62,6 +65,7 @@ class AttentionEnd(End):
         partial = self._receive_rows(out_shape[0])
         assert partial.shape == tuple(out_shape) and partial.dtype == dtype
         self._count(self._dispatched, partial)
+        self.free = True
         return partial
 
 

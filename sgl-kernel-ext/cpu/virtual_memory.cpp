@@ -28,10 +28,18 @@ int reserve(std::uint64_t bytes, int protection, void** address) {
   return 0;
 }
 
-int advise_parking(void* address, std::uint64_t bytes) {
-  // EINVAL: a kernel without transparent huge pages; the pool then lives on small pages.
+int advise(void* address, std::uint64_t bytes, bool inherited) {
+  // EINVAL: a kernel without transparent huge pages; the memory then lies on small pages.
   if (madvise(address, bytes, MADV_HUGEPAGE) != 0 && errno != EINVAL) return -errno;
+  if (inherited) return 0;
   return madvise(address, bytes, MADV_DONTFORK) == 0 ? 0 : -errno;
+}
+
+int reserve_memory(std::uint64_t bytes, bool inherited, void** address) {
+  if (const int error = reserve(bytes, PROT_READ | PROT_WRITE, address)) return error;
+  const int error = advise(*address, bytes, inherited);
+  if (error != 0) munmap(*address, bytes);
+  return error;
 }
 
 // Moves pages; `from` stays mapped and is empty afterwards.
@@ -52,10 +60,11 @@ int crosspool_range_reserve(std::uint64_t bytes, void** address) {
 }
 
 int crosspool_parking_reserve(std::uint64_t bytes, void** address) {
-  if (const int error = reserve(bytes, PROT_READ | PROT_WRITE, address)) return error;
-  const int error = advise_parking(*address, bytes);
-  if (error != 0) munmap(*address, bytes);
-  return error;
+  return reserve_memory(bytes, false, address);
+}
+
+int crosspool_arena_reserve(std::uint64_t bytes, void** address) {
+  return reserve_memory(bytes, true, address);
 }
 
 int crosspool_touch(void* address, std::uint64_t bytes) {

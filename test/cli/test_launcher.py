@@ -1,7 +1,7 @@
 import os
 import sys
 
-from crosspool.cli.launcher import device_processes, fork_server, front_end
+from crosspool.cli.launcher import device_processes, front_end
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
 
@@ -21,16 +21,18 @@ def deployment(kv: str, weights: str) -> Deployment:
 
 def test_one_device_process_for_a_device_of_both_pools() -> None:
     both = deployment("cpu", "cpu")
-    front, (device,) = front_end(both), device_processes(both, None)
+    front, (device,) = front_end(both, []), device_processes(both, None)
     assert [spec.name for spec in front] == ["http", "scheduler", "detokenizer"]
     assert device.name == "device process cpu"
-    for spec in (*front, fork_server(both), device):
+    forking = {spec.forked_by.name: spec.forked_by for spec in (*front, device) if spec.forked_by}
+    assert list(forking) == ["front end", "weights of cpu"]
+    for spec in (*front, *forking.values(), device):
         assert spec.argv[:2] == [sys.executable, "-m"]
         assert spec.argv[3:5] == ["--deployment", "/run/somewhere/deployment.json"]
         assert spec.env["HF_HUB_OFFLINE"] == "1"
         assert not spec.pass_fds
     assert {spec.env["OMP_NUM_THREADS"] for spec in front} == {"1"}
-    assert {tuple(spec.env.items()) for spec in front} == {tuple(fork_server(both).env.items())}
+    assert all(spec.env == front[0].env for spec in (*front, *forking.values()))
     assert device.env["OMP_NUM_THREADS"] == str(len(CORES))
     assert device.device == "cpu" and front[0].device is None
     assert "--lanes-fd" not in device.argv

@@ -16,9 +16,10 @@ import psutil
 import pytest
 
 STAND_IN = """
-import signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 log, name = Path(sys.argv[1]), sys.argv[2]
+(log.parent / f"{name}.pid").write_text(str(os.getpid()))
 def note(word):
     with log.open("a") as file:
         file.write(f"{name} {word}\\n")
@@ -26,8 +27,12 @@ def end(*_):
     note("end")
     sys.exit(0)
 signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in sys.argv else end)
+number = sys.argv[sys.argv.index("--incarnation") + 1] if "--incarnation" in sys.argv else None
+if number and "fails" in sys.argv:
+    note(f"failed start {number}")
+    sys.exit(int(sys.argv[sys.argv.index("fails") + 1]))
 if "silent" not in sys.argv:
-    note("start")
+    note(f"start {number}" if number else "start")
 if "dies" in sys.argv:
     time.sleep(0.5)
     sys.exit(int(sys.argv[-1]))
@@ -40,9 +45,9 @@ time.sleep(600)
 FORK_SERVER = """
 import json, runpy, sys, time
 from functools import partial
-from crosspool.server.fork_server import fork_all
-def become(argv):
-    sys.argv = argv
+from crosspool.transport.forking import serve_forks
+def become(argv, incarnation):
+    sys.argv = argv + (["--incarnation", str(incarnation)] if incarnation > 1 else [])
     try:
         runpy.run_path(argv[0])
     except SystemExit as end:
@@ -51,19 +56,23 @@ seconds, status, processes = json.loads(sys.argv[1])
 time.sleep(seconds)
 if status:
     sys.exit(status)
-fork_all({name: partial(become, argv) for name, argv in processes.items()}, int(sys.argv[3]))
+serve_forks({name: partial(become, argv) for name, argv in processes.items()}, int(sys.argv[3]))
 """
 
 LAUNCHER = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 from crosspool.cli.child import ProcessSpec
+from crosspool.cli.restarts import Restarts
 from crosspool.cli.supervisor import Supervisor
 folder = Path(sys.argv[1])
 log = folder / "log"
 def spec(name, *words):
     argv = [sys.executable, str(folder / "stand_in.py"), str(log), name, *words]
-    return ProcessSpec(name=name, argv=argv, device=name if name == "device" else None)
+    device = name if name == "device" else None
+    restartable = device is not None or "forked" in words
+    return ProcessSpec(name=name, argv=argv, device=device, restartable=restartable)
 def note(word):
     with log.open("a") as file:
         file.write(word + "\\n")
@@ -73,13 +82,18 @@ plan = [*json.loads(sys.argv[4]), {spec.name: spec.argv[1:] for spec in forked}]
 fork_server = ProcessSpec(
     name="fork server",
     argv=[sys.executable, str(folder / "fork_server.py"), json.dumps(plan)],
+    restartable=True,
 )
 supervisor = Supervisor(
-    stages,
-    fork_server=fork_server if forked else None,
-    forked=forked,
-    is_ready=lambda: log.exists() and log.read_text().count("start") == sum(map(len, stages)),
+    [
+        [replace(spec, forked_by=fork_server if spec in forked else None) for spec in stage]
+        for stage in stages
+    ],
+    is_ready=lambda: log.exists() and log.read_text().count(" start\\n") == sum(map(len, stages)),
+    restarts=Restarts(int(sys.argv[5])),
+    is_back=lambda spec: f"{spec.name} start {spec.incarnation}" in log.read_text(),
     on_ready=lambda: note("ready"),
+    on_restart=lambda loss: note(f"gone {loss.spec.device} {loss.spec.incarnation}: {loss.cause}"),
     on_loss=lambda loss: note(f"lost {loss.spec.device}: {loss.cause}"),
     on_stop=lambda spec, stopped: note(f"{spec.name} {'stopped' if stopped else 'continued'}"),
     say=lambda text: note(f"say {text}"),
@@ -100,7 +114,12 @@ def is_alive(process: psutil.Process) -> bool:
 
 class Run:
     def __init__(
-        self, folder: Path, stages: str, grace: float = 0.0, fork_server: tuple[float, int] = (0, 0)
+        self,
+        folder: Path,
+        stages: str,
+        grace: float = 0.0,
+        fork_server: tuple[float, int] = (0, 0),
+        restart_limit: int = 0,
     ) -> None:
         """``stages``: processes and their words, one stage after the other; ``fork_server``:
         seconds that it sleeps first, and the exit status with which it then fails, if not 0."""
@@ -111,7 +130,7 @@ class Run:
         self.process = subprocess.Popen(
             [
                 *[sys.executable, str(folder / "launcher.py"), str(folder), stages, str(grace)],
-                json.dumps(fork_server),
+                *[json.dumps(fork_server), str(restart_limit)],
             ]
         )
         self.seen: dict[int, psutil.Process] = {}
@@ -241,6 +260,90 @@ def test_a_process_that_stays_stopped_ends_the_others_and_itself(run, name: str)
     assert not server.orphans()
 
 
+def test_a_dead_device_is_started_again_and_the_others_go_on(run) -> None:
+    server = run("http;device", restart_limit=5)
+    server.wait_for("ready")
+    others = find(server, "http").pid
+    for number in (1, 2):
+        pid = find(server, "device").pid
+        os.kill(pid, signal.SIGKILL)
+        server.wait_for(f"gone device {number}: device was killed by SIGKILL")
+        server.wait_for(f"device start {number + 1}")
+        server.wait_for(f"say device was killed by SIGKILL; it is started again (restart {number})")
+        del server.seen[pid]
+    assert find(server, "http").pid == others
+    assert not any(line.startswith("lost") for line in server.log)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert server.log[-1] == "device end" and not server.orphans()
+
+
+def test_a_device_that_dies_at_each_start_ends_the_server_with_the_cause(run) -> None:
+    server = run("http;device fails 1", restart_limit=3)
+    server.wait_for("ready")
+    began = time.monotonic()
+    os.kill(find(server, "device").pid, signal.SIGKILL)
+    assert server.end() == 1
+    assert time.monotonic() - began < 10
+    assert [line for line in server.log if line.startswith("device failed")] == [
+        f"device failed start {number}" for number in (2, 3, 4)
+    ]
+    assert "lost device: device exited with status 1" in server.log
+    assert "http end" in server.log and not server.orphans()
+
+
+def test_a_device_that_finds_a_mistake_of_the_user_is_not_started_again(run) -> None:
+    server = run("http;device fails 2", restart_limit=5)
+    server.wait_for("ready")
+    os.kill(find(server, "device").pid, signal.SIGKILL)
+    assert server.end() == 2
+    assert server.log.count("device failed start 2") == 1
+    assert "device failed start 3" not in server.log
+
+
+def test_a_device_that_dies_too_often_ends_the_server(run) -> None:
+    """Although each of its starts succeeds."""
+    server = run("http;device", restart_limit=2)
+    server.wait_for("ready")
+    for number in (2, 3):
+        os.kill(find(server, "device").pid, signal.SIGKILL)
+        server.wait_for(f"device start {number}")
+        time.sleep(0.5)  # so that the launcher sees it, too
+        server.seen.clear()
+    os.kill(find(server, "device").pid, signal.SIGKILL)
+    assert server.end() == 1
+    assert "lost device: device was killed by SIGKILL" in server.log
+
+
+def test_a_device_that_stays_stopped_is_killed_and_replaced(run) -> None:
+    server = run("http;device", restart_limit=5)
+    server.wait_for("ready")
+    device = find(server, "device")
+    began = time.monotonic()
+    device.send_signal(signal.SIGSTOP)
+    server.wait_for("device start 2")
+    assert time.monotonic() - began < 5
+    assert not is_alive(device)
+    assert "device stopped" not in server.log, "http need not know of it"
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+
+
+def test_a_device_that_was_stopped_for_a_moment_is_not_replaced(run) -> None:
+    server = run("http;device", restart_limit=5)
+    server.wait_for("ready")
+    device = find(server, "device")
+    for times in (1, 2):
+        device.send_signal(signal.SIGSTOP)
+        server.wait_for("say device was stopped by a signal", times)
+        time.sleep(1.2)
+        device.send_signal(signal.SIGCONT)
+        server.wait_for("say device continues", times)
+    assert is_alive(device)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+
+
 def test_stubborn_process_is_killed_after_the_drain_timeout(run) -> None:
     server = run("http stubborn;device")
     server.wait_for("ready")
@@ -286,13 +389,13 @@ FORKED = "http forked;scheduler forked;detokenizer forked;device"
 
 
 def test_forked_processes_are_children_like_others(run) -> None:
-    """Each forked process leads a group of its own, the fork server is gone, and they stop stage by
-    stage."""
+    """Each forked process is the launcher's child and leads a group of its own, as the fork server
+    does, and they stop stage by stage."""
     server = run(FORKED)
     server.wait_for("ready")
     launcher = psutil.Process(server.process.pid)
     children = launcher.children()
-    assert len(children) == len(launcher.children(recursive=True)) == 4
+    assert len(children) == len(launcher.children(recursive=True)) == 5
     assert {os.getpgid(child.pid) for child in children} == {child.pid for child in children}
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0
@@ -327,6 +430,106 @@ def test_a_fork_server_that_fails_is_a_loss(run) -> None:
     assert not server.orphans()
 
 
+def find_fork_server(server: Run) -> psutil.Process:
+    """The oldest of those with its command line, which all have that it forked."""
+    server.look()
+    alike = [p for p in server.seen.values() if is_alive(p) and "--launcher-fd" in p.cmdline()]
+    return min(alike, key=psutil.Process.create_time)
+
+
+def test_a_fork_server_that_nobody_waits_for_is_no_loss(run) -> None:
+    server = run(FORKED)
+    server.wait_for("ready")
+    find_fork_server(server).send_signal(signal.SIGKILL)
+    server.wait_for("say fork server was killed by SIGKILL; it is started again when it is needed")
+    time.sleep(0.5)
+    assert server.process.poll() is None
+    assert not [line for line in server.log if line.endswith(" end")]
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert not server.orphans()
+
+
+def pid_of(server: Run, name: str) -> int:
+    """The pid of the process that was the last to start under this name."""
+    return int((server.log_file.parent / f"{name}.pid").read_text())
+
+
+@pytest.mark.parametrize("name", ["http", "detokenizer"])
+def test_a_forked_process_that_dies_is_forked_again(run, name: str) -> None:
+    """Whichever stage it is of; it takes the place of the dead one, also when the server stops."""
+    server = run(FORKED, restart_limit=5)
+    server.wait_for("ready")
+    before = find_fork_server(server)
+    for number in (2, 3):
+        began = time.monotonic()
+        os.kill(pid_of(server, name), signal.SIGKILL)
+        server.wait_for(f"{name} start {number}")
+        assert time.monotonic() - began < 3
+        assert psutil.Process(pid_of(server, name)).ppid() == server.process.pid
+    assert find_fork_server(server) == before
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    ends = [line.split()[0] for line in server.log if line.endswith(" end")]
+    assert ends == ["http", "scheduler", "detokenizer", "device"]
+    assert not server.orphans()
+
+
+def test_a_forked_process_that_ends_for_another_s_failure_is_not_forked_again(run) -> None:
+    server = run("http forked dies 3;scheduler forked;device", restart_limit=5)
+    server.wait_for("ready")
+    assert server.end() == 1
+    assert "say http exited with status 3" in server.log
+    assert "http start 2" not in server.log
+    assert "device end" in server.log and not server.orphans()
+
+
+def test_a_fork_server_that_has_died_is_started_again_when_a_process_is_to_be_forked(run) -> None:
+    server = run(FORKED, restart_limit=5)
+    server.wait_for("ready")
+    find_fork_server(server).send_signal(signal.SIGKILL)
+    server.wait_for("say fork server was killed by SIGKILL; it is started again when it is needed")
+    os.kill(pid_of(server, "http"), signal.SIGKILL)
+    server.wait_for("http start 2")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert not server.orphans()
+
+
+def test_a_fork_server_that_dies_while_it_is_waited_for_is_started_again(run) -> None:
+    server = run(FORKED, restart_limit=5)
+    server.wait_for("ready")
+    stopped = find_fork_server(server)
+    stopped.send_signal(signal.SIGSTOP)
+    os.kill(pid_of(server, "http"), signal.SIGKILL)
+    server.wait_for("say http was killed by SIGKILL; it is started again (restart 1)")
+    time.sleep(0.3)
+    assert "http start 2" not in server.log
+    stopped.send_signal(signal.SIGKILL)
+    server.wait_for("http start 2")
+    assert server.log.count("http start 2") == 1
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert not server.orphans()
+
+
+def test_a_fork_server_that_stays_stopped_while_it_is_waited_for_is_replaced(run) -> None:
+    server = run(FORKED, restart_limit=5)
+    server.wait_for("ready")
+    stopped = find_fork_server(server)
+    stopped.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)  # nobody waits for it
+    assert is_alive(stopped)
+    began = time.monotonic()
+    os.kill(pid_of(server, "http"), signal.SIGKILL)
+    server.wait_for("http start 2")
+    assert 1.5 < time.monotonic() - began < 6
+    assert not is_alive(stopped)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert not server.orphans()
+
+
 @pytest.mark.parametrize(("number", "expected"), [("SIGTERM", 0), ("SIGKILL", -signal.SIGKILL)])
 def test_the_fork_server_ends_with_the_launcher(run, number: str, expected: int) -> None:
     server = run(FORKED, fork_server=(600.0, 0))
@@ -343,21 +546,23 @@ def test_the_fork_server_ends_with_the_launcher(run, number: str, expected: int)
 
 
 def test_what_is_forked_leaves_when_it_is_not_adopted(tmp_path: Path) -> None:
-    """A forked process ends when the launcher closes its end of the socket, because it stops or is
-    gone."""
+    """A forked process does not run when its parent is not the launcher, which is to end it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     (tmp_path / "fork_server.py").write_text(FORK_SERVER)
-    plan = [0, 0, {"http": ["never read"]}]
+    (tmp_path / "touch.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    plan = [0, 0, {"http": [str(tmp_path / "touch.py")]}]
     argv = [sys.executable, str(tmp_path / "fork_server.py"), json.dumps(plan), "--launcher-fd"]
     with theirs:
         fd = theirs.fileno()
         server = subprocess.Popen([*argv, str(fd)], pass_fds=[fd])
     with ours:
         ours.settimeout(30)
-        forked = psutil.Process(json.loads(ours.recv(4096))["http"])
-        assert server.wait(10) == 0
-        assert is_alive(forked)
-    deadline = time.monotonic() + 10
-    while is_alive(forked):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        ours.send(json.dumps({"name": "http", "incarnation": 1}).encode())
+        forked = psutil.Process(json.loads(ours.recv(4096))["pid"])
+        deadline = time.monotonic() + 10
+        while is_alive(forked):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert server.poll() is None
+    assert server.wait(10) == 0
+    assert not (tmp_path / "ran").exists()

@@ -50,6 +50,20 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     file = write(tmp_path, "models: [{path: a}, {path: /b}, {path: ~/c}]")
     paths = [model.path for model in read(file).models]
     assert paths == [str(tmp_path / "a"), "/b", str(Path.home() / "c")]
+    assert read(file).packed_cache_dir is None
+    file = write(tmp_path, "models: [{path: a}]\npacked_cache_dir: cache")
+    assert read(file).packed_cache_dir == str(tmp_path / "cache")
+
+
+def test_only_sizes_that_may_be_zero_may_be_zero(tmp_path: Path) -> None:
+    for zero in ("0", "'0'"):
+        file = write(tmp_path, f"models: [{{path: a}}]\npacked_cache_bytes: {zero}")
+        assert read(file).packed_cache_bytes == 0
+    file = write(tmp_path, "models: [{path: a}]\npacked_cache_bytes: 3GiB")
+    assert read(file).packed_cache_bytes == 3 << 30
+    file = write(tmp_path, "models: [{path: a}]\nkv_pool_bytes: 0")
+    with pytest.raises(ConfigError, match="kv_pool_bytes: 0 is no size"):
+        read(file)
 
 
 MODEL = "models: [{path: a}]\n"

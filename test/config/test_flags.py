@@ -57,6 +57,12 @@ def test_the_prefix_cache_is_switched_off_by_sglangs_flag() -> None:
     assert not parse(["--model-path", "a", "--disable-radix-cache"]).prefix_cache
 
 
+def test_the_packed_cache_is_switched_off_by_a_bound_of_0() -> None:
+    given = parse([*TWO, "--packed-cache-dir", "/cache", "--packed-cache-bytes", "0"])
+    assert (given.packed_cache_dir, given.packed_cache_bytes) == ("/cache", 0)
+    assert parse(TWO).packed_cache_bytes == 64 << 30
+
+
 def test_flags_of_promises() -> None:
     draft = parse(
         [*TWO, "--kv-floor-bytes", "1MiB", "--promise", "growth", "--growth-tokens", "64"]

@@ -1,8 +1,9 @@
-"""What happens when a process dies, and when the server is told to stop."""
+"""What happens when a process dies, is replaced or is not, and when the server is told to stop."""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -32,7 +33,8 @@ LONG = {
 @needs_two_cores
 @pytest.mark.parametrize("pool", slow_but(["kv"], ["kv", "weight"]))
 def test_a_dead_rank_is_told_answered_503_and_ends_the_server(pool: str) -> None:
-    flags = [*two_device_flags(), *SMALL, "--failure-grace", "1"]
+    """Where it may not be started again; test_restarts.py kills the others."""
+    flags = [*two_device_flags(), *SMALL, "--failure-grace", "1", "--restart-limit", "0"]
     title = f"crosspool::device {flags[1 if pool == 'kv' else 3]}"
     with Server(flags, models=TINY_MODELS[:2]) as server:
         family, victim = server.processes(), server.find(title)
@@ -93,7 +95,8 @@ def stream(server: Server, model: str, seen: list[str], begun: threading.Event) 
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    broken = contextlib.suppress(OSError, http.client.HTTPException)
+    with broken, urllib.request.urlopen(request, timeout=60) as answer:
         for line in answer:
             seen.append(line.decode())
             begun.set()
@@ -127,8 +130,8 @@ def seconds_until(server: Server, status: int, limit: float) -> float:
 
 
 @pytest.mark.parametrize("name", ["scheduler", "detokenizer"])
-def test_a_lost_process_is_answered_503_at_once_and_ends_the_server(name: str) -> None:
-    flags = [*SMALL, "--failure-grace", "3"]
+def test_a_process_that_is_not_replaced_is_told_of_at_once_and_ends_the_server(name: str) -> None:
+    flags = [*SMALL, "--failure-grace", "3", "--restart-limit", "0"]
     with Server(flags, models=TINY_MODELS[:1]) as server:
         family, victim = server.processes(), server.find(f"crosspool::{name}")
         with streaming(server) as (seen, thread):
@@ -147,7 +150,7 @@ def test_a_lost_process_is_answered_503_at_once_and_ends_the_server(name: str) -
 
 
 def test_a_stopped_process_is_answered_503_until_it_continues_or_ends_the_server() -> None:
-    flags = [*SMALL, "--failure-grace", "1", "--watchdog-timeout", "10"]
+    flags = [*SMALL, "--failure-grace", "1", "--watchdog-timeout", "10", "--restart-limit", "0"]
     with Server(flags, models=TINY_MODELS[:1]) as server:
         for name in ("scheduler", "detokenizer"):
             victim = server.find(f"crosspool::{name}")
@@ -168,3 +171,66 @@ def test_a_stopped_process_is_answered_503_until_it_continues_or_ends_the_server
         assert server.process.wait(40) == 1
         assert 9 < time.monotonic() - stopped < 25
         assert "scheduler was stopped by a signal and did not continue in time" in server.log
+
+
+GREEDY = {"prompt": "The import statement", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+
+
+def text_of(server: Server, model: str) -> str:
+    """The text of a greedy stream."""
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions",
+        data=json.dumps({**GREEDY, "model": model, "stream": True}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        lines = [line.decode().removeprefix("data: ").strip() for line in answer]
+    events = [json.loads(line) for line in lines if line.startswith("{")]
+    assert lines[-2] == "[DONE]" and not any("error" in event for event in events), lines[-3:]
+    return "".join(choice["text"] for event in events for choice in event["choices"])
+
+
+def test_front_end_processes_that_are_killed_are_replaced() -> None:
+    """Streams go on as if nothing had happened when the detokenizer is killed; they break when the
+    HTTP process is, and those who come after that are served."""
+    with Server(SMALL, models=TINY_MODELS[:2]) as server:
+        family = {process.pid for process in server.processes()}
+        expected = [text_of(server, model) for model in TINY_MODELS[:2]]
+        with ThreadPoolExecutor(4) as threads:
+            texts = [threads.submit(text_of, server, m) for m in TINY_MODELS[:2] * 2]
+            kills = 0
+            while not all(text.done() for text in texts) and kills < 4:
+                found = [p for p in server.processes() if "detokenizer" in " ".join(p.cmdline())]
+                for detokenizer in found:
+                    detokenizer.kill()
+                kills += len(found)
+                time.sleep(1)
+            assert [text.result() for text in texts] == expected * 2
+
+        with streaming(server) as (_, thread):
+            server.find("crosspool::http").kill()
+            killed = time.monotonic()
+            thread.join(10)
+            assert not thread.is_alive()
+        status, answer = server.post("/v1/completions", {**GREEDY, "model": TINY_MODELS[1]})
+        assert status == 200 and answer["choices"][0]["text"] == expected[1]
+        assert time.monotonic() - killed < 20
+        assert server.manage("/flush_cache", {})[0] == 200
+        models = server.get("/crosspool/status")["models"]
+        assert not any(model["running"] or model["waiting"] for model in models)
+        replaced = {process.pid for process in server.processes()} - family
+        assert len(replaced) == 2
+        assert server.stop() == 0
+
+
+def test_a_server_whose_scheduler_cannot_go_on_ends_with_the_cause() -> None:
+    """The HTTP process, which finds that nothing can be served, is not replaced: another one would
+    find the same."""
+    with Server([*SMALL, "--failure-grace", "0.5"], models=TINY_MODELS[:1]) as server:
+        family = server.processes()
+        server.find("crosspool::grammars").kill()
+        assert server.process.wait(30) == 1
+        assert "the process that compiles grammars has ended" in server.log
+        assert "http exited with status 3" in server.log
+        _, alive = psutil.wait_procs(family, timeout=5)
+        assert not alive

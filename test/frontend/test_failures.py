@@ -11,8 +11,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from crosspool.config.process import CANNOT_SERVE
+from crosspool.transport import admin
 from prometheus_client.parser import text_string_to_metric_families
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
+from support.fake_device import FakeDevice
 from support.front_end import MODELS, FrontEndServer, deployment
 
 KEY, ADMIN_KEY = "user-key", "admin-key"
@@ -192,6 +195,61 @@ def test_a_full_queue_is_429(server: FrontEndServer, path: str, extra: dict[str,
     assert int(headers["retry-after"]) >= 1
 
 
+def metric(server: FrontEndServer, name: str) -> float:
+    """The value of a metric, summed over its labels."""
+    families = text_string_to_metric_families(server.request("/metrics")[1])
+    samples = [sample for family in families for sample in family.samples]
+    return sum(sample.value for sample in samples if sample.name == name)
+
+
+def test_a_device_that_goes_away_and_comes_back_loses_no_request(
+    server: FrontEndServer, script: Callable[[int, list[int], int], int]
+) -> None:
+    body = {**COMPLETION, "max_tokens": 150, "ignore_eos": True, "logprobs": 1, "echo": True}
+    expected = server.request("/v1/completions", body, USER)[1]["choices"]
+    (device,) = server.devices
+    device.step_seconds = 0.02
+    with ThreadPoolExecutor(2) as threads:
+        runs = [threads.submit(server.request, "/v1/completions", body, USER)]
+        time.sleep(1)
+        device.stop()
+        address = server.deployment.admin_address
+        admin.rank_gone(address, "cpu", 1, "cpu was killed by SIGKILL", final=False)
+        runs.append(threads.submit(server.request, "/v1/completions", body, USER))
+        time.sleep(1.5)
+        assert not any(run.done() for run in runs)
+        assert server.request("/health")[0] == 200
+        status, answer, _ = server.request("/health?strict=1")
+        assert (status, answer["status"]) == (503, "degraded")
+        assert "attention rank 0, FFN rank 0 on cpu is away since 20" in answer["message"]
+        assert answer["message"].endswith(": cpu was killed by SIGKILL")
+        (away,) = server.request("/crosspool/status", headers=ADMIN)[1]["devices"]
+        assert (away["ready"], away["incarnation"], away["restarts"]) == (False, 2, 0)
+        status, counters, headers = server.request("/crosspool/counters", headers=ADMIN)
+        assert (status, counters, headers["x-crosspool-missing"]) == (200, [], "cpu")
+        assert metric(server, "crosspool_rank_up") == 0
+        new = FakeDevice(server.deployment, "cpu", script, incarnation=2)
+        server.devices[:] = [new]
+        new.start()
+        for run in runs:
+            status, answer, _ = run.result()
+            assert status == 200, answer
+            assert answer["choices"] == expected
+    deadline = time.monotonic() + 5
+    while server.request("/health?strict=1")[0] != 200:
+        assert time.monotonic() < deadline
+    (back,) = server.request("/crosspool/status", headers=ADMIN)[1]["devices"]
+    assert (back["ready"], back["incarnation"], back["restarts"]) == (True, 2, 1)
+    assert 1.5 < back["seconds_away"] < 60 and back["away_since"] is None
+    assert metric(server, "crosspool_rank_up") == 2
+    assert metric(server, "crosspool_restarts_total") == 2
+    assert metric(server, "crosspool_away_seconds_total") == 2 * back["seconds_away"]
+    assert metric(server, "crosspool_replayed_requests_total") == 1
+    assert metric(server, "crosspool_replayed_tokens_total") > 1
+    assert "device cpu is away: cpu was killed by SIGKILL" in server.log.read_text()
+    assert "device cpu is back after" in server.log.read_text()
+
+
 def test_openais_client_is_told_to_retry_where_the_queue_is_full(server: FrontEndServer) -> None:
     """It raises the error after which its users wait and retry, streaming or not."""
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
@@ -280,6 +338,9 @@ def test_a_lost_device_is_503(server: FrontEndServer) -> None:
         thread.start()
     time.sleep(1)
     device.failure = "it burned"
+    device.join(10)
+    address = server.deployment.admin_address
+    admin.rank_gone(address, "cpu", 2, "it exited with status 1", final=True)
     for thread in threads:
         thread.join(20)
     assert set(answers) == {"whole", "native"}, server.log.read_text()
@@ -317,7 +378,7 @@ def test_a_silent_device_ends_the_server_within_watchdog_and_grace(
             assert time.monotonic() - began < 10
         status, answer, _ = running.request("/health")
         assert status in (0, 503)
-        assert running.processes["http"].wait(20) == 1
+        assert running.processes["http"].wait(20) == CANNOT_SERVE
         assert 2.0 <= time.monotonic() - began < 20
         assert "the http process ends: attention rank 0" in running.log.read_text()
     finally:

@@ -239,7 +239,8 @@ def test_a_wrong_address_is_refused(server: FrontEndServer, address: str) -> Non
 
 def test_an_unknown_device_is_not_gone(server: FrontEndServer) -> None:
     with pytest.raises(admin.AdminError, match="no device 'cpu:99'"):
-        admin.rank_gone(server.deployment.admin_address, "cpu:99", "it burned")
+        address = server.deployment.admin_address
+        admin.rank_gone(address, "cpu:99", 1, "it burned", final=True)
     assert_serves(server)
 
 

@@ -149,7 +149,9 @@ def test_admin(fuzzed: FrontEndServer) -> None:
                 detokenizer=nobody,
             )
         ),
-        admin.encode(admin.RankGone(id=4, device="cpu:99", cause="none")),
+        admin.encode(
+            admin.RankGone(id=4, device="cpu:99", incarnation=1, cause="none", final=True)
+        ),
     ]
     rng = random.Random(SEED)
     with zmq.Context() as context:

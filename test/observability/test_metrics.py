@@ -23,6 +23,8 @@ MODEL = {
     "prefix_hits": 4,
     "evicted_pages": 11,
     "pauses": 8,
+    "replayed_requests": 6,
+    "replayed_tokens": 77,
     "output_tokens": 40,
     "steps": 30,
     "decode_rows": 38,
@@ -47,6 +49,7 @@ MODEL = {
 }
 RANK = {
     "device": "cpu:0",
+    "away": False,
     "budget_bytes": 64 << 20,
     "free_bytes": 58 << 20,
     "promised_bytes": 4 << 20,
@@ -129,6 +132,8 @@ def test_every_number_arrives_under_its_labels() -> None:
     assert found["crosspool_cached_tokens_total", model] == 60
     assert found["crosspool_prefix_hits_total", model] == 4
     assert found["crosspool_evicted_pages_total", model] == 11
+    assert found["crosspool_replayed_requests_total", model] == 6
+    assert found["crosspool_replayed_tokens_total", model] == 77
     assert found["crosspool_requests_paused", model] == 1
     assert found["crosspool_pauses_total", model] == 8
     assert found["crosspool_requests_total", model] == 9

@@ -440,13 +440,21 @@ class TestPipeline:
         assert replaced > 10
 
 
+FFN_RANKS: dict[str, dict[str, Any]] = {
+    "one": {"weights": [SECOND]},
+    "two, TP": {"weights": [SECOND, FIRST], "ffn_parallel": "tp"},
+    "two, EP": {"weights": [FIRST, SECOND], "ffn_parallel": "ep"},
+}
+
+
 @pytest.mark.skipif(len(CORES) == 1, reason="needs two cores")
+@pytest.mark.parametrize("ranks", slow_but(["one"], list(FFN_RANKS)))
 @pytest.mark.parametrize("loop", slow_but(["resident"], ["host", "resident"]))
 def test_a_dead_ffn_rank_is_replaced_under_a_step(
-    loop: str, checkpoints: list[Path], references: list[Any]
+    loop: str, ranks: str, checkpoints: list[Path], references: list[Any]
 ) -> None:
     """The successor of a killed FFN rank finds what it had been sent, and the step goes on."""
-    with DeviceDriver(checkpoints, kv=[FIRST], weights=[SECOND], loop=loop) as driver:
+    with DeviceDriver(checkpoints, kv=[FIRST], loop=loop, **FFN_RANKS[ranks]) as driver:
         generation = Generation(DEEPSEEK, prompt(40, 1), 8)
         driver.generate([Generation(QWEN, prompt(9, 2), 2)])
         for _ in range(2):
@@ -458,6 +466,29 @@ def test_a_dead_ffn_rank_is_replaced_under_a_step(
             _, result = driver.receive()
             assert isinstance(result, StepResult)
             driver.take([generation], result)
+        driver.generate([generation])
+        assert_matches(generation, references[DEEPSEEK])
+
+
+@pytest.mark.skipif(len(CORES) == 1, reason="needs two cores")
+@pytest.mark.parametrize("loop", slow_but(["host"], ["host", "resident"]))
+def test_a_new_attention_rank_waits_for_the_reply_to_its_predecessor(
+    loop: str, checkpoints: list[Path], references: list[Any]
+) -> None:
+    """Although it has a step to begin, and the same lane for it."""
+    with DeviceDriver(checkpoints, kv=[FIRST], weights=[SECOND], loop=loop, lanes=1) as driver:
+        driver.processes[SECOND].send_signal(signal.SIGSTOP)
+        driver.step([Generation(DEEPSEEK, prompt(40, 1), 8)])
+        time.sleep(0.2)
+        driver.replace(FIRST)
+        generation = Generation(DEEPSEEK, prompt(40, 1), 8)
+        driver.step([generation])
+        time.sleep(0.2)
+        assert driver.processes[FIRST].poll() is None, driver.log(FIRST)
+        driver.processes[SECOND].send_signal(signal.SIGCONT)
+        _, result = driver.receive()
+        assert isinstance(result, StepResult)
+        driver.take([generation], result)
         driver.generate([generation])
         assert_matches(generation, references[DEEPSEEK])
 

@@ -164,7 +164,7 @@ class SimulatedRank:
         self.sampling: dict[int, Sampling] = {}
         self.tokens: dict[int, list[int]] = {}
         self.sampled: dict[int, int] = {}
-        """The last sampled token of each request, until it is fed back."""
+        """The last token that each request sampled here, until it is fed back."""
         self.pages: dict[int, list[int]] = {}
         self.own: dict[int, set[int]] = {}
         """Pages of a request that it may write to."""
@@ -182,7 +182,7 @@ class SimulatedRank:
             self.take_release(message)
 
     def take_step(self, step: Step) -> None:
-        assert step.step > self.last_step
+        assert step.step > self.last_step, "a step came out of order"
         self.last_step = step.step
         assert step.model not in [s.model for s in self.steps], "two steps of one model"
         assert len(self.steps) < self.deployment.lanes + 1
@@ -202,10 +202,10 @@ class SimulatedRank:
             assert all(row.sample and row.bitmask is None for row in step.rows)
         assert len({row.request for row in step.rows}) == len(step.rows)
         assert {o.request for o in step.opens} <= {row.request for row in step.rows}
+        chunks = [row for row in step.rows if row.request not in self.sampled]
+        assert sum(len(r.tokens) for r in chunks) <= self.deployment.chunked_prefill_size
         for row in step.rows:
             self.take_row(step.model, row, step.lease)
-        prompts = [row for row in step.rows if row.start < self.prompt_len[row.request]]
-        assert sum(len(r.tokens) for r in prompts) <= self.deployment.chunked_prefill_size
         assert len(step.rows) <= self.deployment.max_running_requests
         self.steps.append(step)
         self.served.append(step.model)
@@ -240,10 +240,8 @@ class SimulatedRank:
             new = set(row.pages)
         self.own[row.request] |= new
         assert row.tokens and row.start == len(tokens), "a gap in the sequence"
-        if row.start >= prompt_len:
+        if row.request in self.sampled:
             assert row.tokens == [self.sampled.pop(row.request)]
-        else:
-            assert end <= prompt_len
         assert not row.sample or end >= prompt_len
         for other, pages in self.pages.items():
             if self.model[other] == model:
@@ -253,7 +251,7 @@ class SimulatedRank:
         assert len(set(pages)) == len(pages)
         if row.pages:
             assert len(pages) == layout.pages_for(end + lease - 1)
-        assert len(pages) >= layout.pages_for(end + lease - 1)
+        assert len(pages) >= layout.pages_for(end + lease - 1), "too few pages for the step"
         for page in pages:
             assert set(layout.chunks_of_pages(page)) <= self.mapped[model], "unmapped page"
         self.check_read(model, pages, tokens)
@@ -261,7 +259,8 @@ class SimulatedRank:
 
     def read(self, model: int, page: int) -> list[Slot]:
         slots = self.written[model].get(page, [])
-        assert len(slots) == self.layouts[model].page_size, "a shared page is not full"
+        full = len(slots) == self.layouts[model].page_size
+        assert full, "a page counts as cached that was not computed here"
         return slots
 
     def check_read(self, model: int, pages: list[int], tokens: list[int]) -> None:
@@ -348,17 +347,25 @@ class SimulatedRank:
         ]
         if not row.sample:
             return RowResult(request=row.request, prompt=prompt)
-        token = self.next_token(self.tokens[row.request])
+        token, logprob = self.draw(row.request)
         if row.bitmask is not None and not _allows(row.bitmask, token):
-            token = next(t for t in range(VOCAB) if _allows(row.bitmask, t))
+            token = first_allowed(row.bitmask)
         self.sampled[row.request] = token
-        output = TokenLogprobs(token=token, logprob=-1.0, top=[], token_ids=[])
+        output = TokenLogprobs(token=token, logprob=logprob, top=[], token_ids=[])
         return RowResult(
             request=row.request,
             token=token,
             output=output if wants.output else None,
             prompt=prompt,
         )
+
+    def draw(self, request: int) -> tuple[int, float]:
+        """The request's next token without a grammar, and its log-probability."""
+        return self.next_token(self.tokens[request]), -1.0
+
+
+def first_allowed(bitmask: bytes) -> int:
+    return next(token for token in range(VOCAB) if _allows(bitmask, token))
 
 
 def _allows(bitmask: bytes, token: int) -> bool:
@@ -426,6 +433,7 @@ class Simulation:
         self.core = SchedulerCore(
             d, specs, decoders, self.grammars, lambda: self.now, think_ends=think_ends
         )
+        self.next_token = next_token
         self.ranks = [SimulatedRank(d, specs, next_token) for _ in d.kv_pool_devices]
         self.started: list[str] = []
         """Request ids in the order in which the requests were opened on a rank."""
@@ -456,6 +464,19 @@ class Simulation:
     def answer(self, rank: int = 0, index: int = 0) -> None:
         """Ends one step of ``rank``."""
         self.core.on_result(rank, self.ranks[rank].answer(index))
+        self.schedule()
+
+    def lose(self, rank: int = 0) -> SimulatedRank:
+        """Attention rank ``rank`` dies; returns it as it was."""
+        dead = self.ranks[rank]
+        self.ranks[rank] = SimulatedRank(self.deployment, self.specs, self.next_token)
+        self.core.lose_attention_rank(rank)
+        self.schedule()
+        return dead
+
+    def restore(self, rank: int = 0) -> None:
+        """Attention rank ``rank`` is back."""
+        self.core.restore_attention_rank(rank)
         self.schedule()
 
     def answer_all(self) -> None:

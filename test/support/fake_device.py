@@ -58,14 +58,21 @@ def logprob_of(token: int) -> float:
 
 class FakeDevice(threading.Thread):
     """``script`` chooses tokens; where a grammar's bitmask forbids its choice, the smallest
-    allowed token is taken. ``step_seconds``: how long each step takes."""
+    allowed token is taken. ``step_seconds``: how long each step takes; ``incarnation``: 2 for the
+    one that takes the place of the first."""
 
     def __init__(
-        self, deployment: Deployment, name: str, script: Script, step_seconds: float = 0.0
+        self,
+        deployment: Deployment,
+        name: str,
+        script: Script,
+        step_seconds: float = 0.0,
+        incarnation: int = 1,
     ) -> None:
         super().__init__(name=f"fake device {name}", daemon=True)
         self._deployment = deployment
         self._device = name
+        self._incarnation = incarnation
         self._models = [model.name for model in deployment.models]
         self._script = script
         self.step_seconds = step_seconds
@@ -78,7 +85,7 @@ class FakeDevice(threading.Thread):
         self.received: list[ToDevice] = []
 
     def run(self) -> None:
-        socket = DeviceSocket(self._deployment.control_address, self._device)
+        socket = DeviceSocket(self._deployment.control_address, self._device, self._incarnation)
         try:
             socket.send(self._ready())
             while not self._stop_event.is_set():

@@ -18,10 +18,12 @@ from typing import Any
 
 import httpx
 import psutil
-from crosspool.cli.child import ForkServer, ProcessSpec
+from crosspool.cli.child import ProcessSpec
+from crosspool.cli.forked import ForkServer
 from crosspool.config.deployment import Deployment, ModelConfig, save
 from crosspool.config.device import Device
 from crosspool.config.process import adopt_orphans
+from crosspool.server.listeners import Listeners
 from support.fake_device import FakeDevice, Script
 from support.server import DEMO, ROOT, free_port
 
@@ -81,21 +83,38 @@ class FrontEndServer:
         """Starts the three as the launcher does, forked from one import of SGLang."""
         command = [sys.executable, "-m", "crosspool.server.fork_server"]
         command += ["--deployment", str(self.deployment.file)]
+        listeners = self._listeners = Listeners.bind(self.deployment)
+        command += ["--listeners", *map(str, listeners.fds)]
         spec = ProcessSpec(
             name="front end",
             argv=["sh", "-c", 'exec "$@" >>"$0" 2>&1', str(self.log), *command],
             env={"PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"},
+            pass_fds=listeners.fds,
         )
+        self._fork_server = ForkServer(spec)
+        self._incarnations = dict.fromkeys(NAMES, 1)
+        return {name: self._fork(ProcessSpec(name=name, argv=())) for name in NAMES}
+
+    def _fork(self, spec: ProcessSpec) -> psutil.Process:
         with _adopting_orphans():
-            server = ForkServer(spec)
+            self._fork_server.fork(spec)
             deadline = time.monotonic() + 180
-            while not server.child.has_ended() and time.monotonic() < deadline:
+            children, status = self._fork_server.poll()
+            while not children and status is None and time.monotonic() < deadline:
                 time.sleep(0.05)
-            if not server.child.has_ended() or server.child.reap() != 0:
-                server.end()
-                raise RuntimeError(f"the front end did not start:\n{self.log.read_text()}")
-            children = server.adopt([ProcessSpec(name=name, argv=()) for name in NAMES])
-        return {child.spec.name: psutil.Process(child.pid) for child in children}
+                children, status = self._fork_server.poll()
+            if not children:
+                self._fork_server.end()
+                raise RuntimeError(f"{spec.name} did not start:\n{self.log.read_text()}")
+        return psutil.Process(children[0].pid)
+
+    def replace(self, name: str) -> None:
+        """Kills the process ``name``, and starts the next one in its place as the launcher does."""
+        self.processes[name].kill()
+        self.processes[name].wait(10)
+        incarnation = self._incarnations[name] = self._incarnations[name] + 1
+        spec = ProcessSpec(name=name, argv=(), incarnation=incarnation)
+        self.processes[name] = self._fork(spec)
 
     def wait_ready(self, timeout: float = 180.0) -> FrontEndServer:
         deadline = time.monotonic() + timeout
@@ -171,6 +190,8 @@ class FrontEndServer:
             except psutil.TimeoutExpired:
                 process.kill()
                 statuses[name] = process.wait()
+        self._fork_server.end()
+        self._listeners.close()
         for device in self.devices:
             if device.is_alive():
                 device.stop()

@@ -80,6 +80,7 @@ class Machine:
             "kv_pool_bytes": len(ranks) * len(models) * chunks_per_model * (2 << 20),
             "weight_pool_bytes": 1 << 30,
             "page_size": 4,
+            "packed_cache_bytes": 0,
             "loop": loop,
         } | fields
         self.deployment = Deployment(

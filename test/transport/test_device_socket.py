@@ -37,7 +37,7 @@ def test_connects_before_the_scheduler_binds_and_keeps_the_order(
     assert device.receive() is None
     socket.bind(address)
     identity, frame = socket.recv_multipart()
-    assert identity == b"cpu:0-3"
+    assert identity == b"cpu:0-3#1"
     assert decode_from_device(frame) == failed
     sent: list[ToDevice] = [
         *(Release(model=i, requests=[i], unmap_chunks=[]) for i in range(50)),

@@ -1,11 +1,9 @@
-"""Processes that the launcher starts, or lets a fork server start, and waits for."""
+"""Processes that the launcher starts, or has a fork server start, and waits for."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,12 +24,29 @@ class ProcessSpec:
     pass_fds: Sequence[int] = ()
     device: str | None = None
     """Name of the device that it drives, if it is a device process."""
+    restartable: bool = False
+    """Whether another process can take its place after it has died."""
+    forked_by: ProcessSpec | None = None
+    """The fork server that forks it, if it is not started as a program of its own."""
+    incarnation: int = 1
+    """How many processes there have been in this place, this one included."""
+
+    def again(self) -> ProcessSpec:
+        """Returns the process that takes the place of this one. It gets one more argument,
+        ``--incarnation N``."""
+        return replace(self, incarnation=self.incarnation + 1)
+
+    @property
+    def _command(self) -> list[str]:
+        if self.incarnation == 1:
+            return [*self.argv]
+        return [*self.argv, "--incarnation", str(self.incarnation)]
 
     def spawn(self) -> Child:
         """Starts it in a process group of its own, so that Ctrl-C reaches the launcher alone. The
         kernel kills it when the launcher ends."""
         process = subprocess.Popen(
-            self.argv,
+            self._command,
             env={**os.environ, **self.env},
             pass_fds=self.pass_fds,
             stdin=subprocess.DEVNULL,
@@ -85,49 +100,3 @@ class Child:
         if self._process.returncode is None:
             os.killpg(self.pid, signal.SIGKILL)
         return self._process.wait()
-
-
-class _Adopted:
-    """A process that another one forked, and of which this process has become the parent."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.returncode: int | None = None
-
-    def wait(self) -> int:
-        if self.returncode is None:
-            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        return self.returncode
-
-
-class ForkServer:
-    """A process that imports once what several others need, forks them, and ends. They then become
-    children of this process, which must be a subreaper for that
-    (:func:`crosspool.config.process.adopt_orphans`).
-
-    The process of ``spec`` gets one more argument, ``--launcher-fd N``, which is a socket. Before
-    it ends with status 0, it sends there a JSON object of the pids by name; each leads a process
-    group. A forked process waits on the same socket for the word that its parent has changed, since
-    only then can it ask the kernel to die with this parent. It leaves if the launcher closes its
-    end instead. See :mod:`crosspool.server.fork_server`."""
-
-    def __init__(self, spec: ProcessSpec) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            fd = theirs.fileno()
-            argv = [*spec.argv, "--launcher-fd", str(fd)]
-            self.child = replace(spec, argv=argv, pass_fds=[*spec.pass_fds, fd]).spawn()
-
-    def adopt(self, specs: Sequence[ProcessSpec]) -> list[Child]:
-        """Lets the forked processes of these names run, and returns them. Call it once, after the
-        fork server has ended with status 0."""
-        with self._socket:
-            pids = json.loads(self._socket.recv(4096, socket.MSG_DONTWAIT))
-            for _ in specs:
-                self._socket.send(b"go")
-        return [Child(spec, _Adopted(pids[spec.name])) for spec in specs]
-
-    def end(self) -> None:
-        """Ends the fork server and every process that waits to be adopted."""
-        self.child.reap()
-        self._socket.close()

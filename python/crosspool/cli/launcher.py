@@ -7,12 +7,14 @@ import os
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 
 import msgspec
 
 from crosspool.cli.child import ProcessSpec
 from crosspool.cli.pools import describe
 from crosspool.cli.prepare import Prepared, prepare
+from crosspool.cli.restarts import Restarts
 from crosspool.cli.supervisor import Loss, Supervisor
 from crosspool.config import gpu
 from crosspool.config.deployment import Deployment, save
@@ -22,9 +24,12 @@ from crosspool.config.process import allow_descriptors, set_title
 from crosspool.config.runtime_dir import RuntimeDir
 from crosspool.config.sizes import format_size
 from crosspool.observability.pools_table import make_console, pools_tables
+from crosspool.server.listeners import Listeners
 from crosspool.transport import admin, links, notices
 
 _CHECK_SECONDS = 2.0
+_GLANCE_SECONDS = 0.5
+"""Time that a process gets to say whether it, or a device, is back."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -39,18 +44,21 @@ def launch(options: Options) -> int:
     prepared = prepare(options)
     runtime = RuntimeDir(len(prepared.specs))
     lanes_fd: int | None = None
+    listeners: Listeners | None = None
     try:
         deployment = msgspec.structs.replace(prepared.deployment, runtime_dir=str(runtime.path))
         save(deployment)
+        listeners = Listeners.bind(deployment)
         lanes_fd = links.create(deployment, prepared.specs)
         face = _Face(prepared, deployment)
-        front = front_end(deployment)
+        front = front_end(deployment, listeners.fds)
         supervisor = Supervisor(
             [*([spec] for spec in front), device_processes(deployment, lanes_fd)],
-            fork_server=fork_server(deployment),
-            forked=front,
+            restarts=Restarts(deployment.restart_limit),
             is_ready=face.is_ready,
+            is_back=face.is_back,
             on_ready=face.greet,
+            on_restart=face.tell_of_restart,
             on_loss=face.tell_of_loss,
             on_stop=face.tell_of_stop,
             say=face.say,
@@ -62,47 +70,71 @@ def launch(options: Options) -> int:
     finally:
         if lanes_fd is not None:
             os.close(lanes_fd)
+        if listeners is not None:
+            listeners.close()
         runtime.close()
 
 
 def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[ProcessSpec]:
-    """One process for each device."""
+    """One process for each device. Those of CPUs are forked by one that holds the device's weights.
+
+    Devices whose links lie in the memory of GPUs make them together, once, so that none of them can
+    be replaced alone."""
+    alone = len(deployment.devices) == 1
+    restartable = alone or all(device.is_cpu for device in deployment.devices)
     lanes = [] if lanes_fd is None else ["--lanes-fd", str(lanes_fd)]
+    pass_fds = [] if lanes_fd is None else [lanes_fd]
+
+    def holder(device: Device) -> ProcessSpec:
+        return ProcessSpec(
+            name=f"weights of {device.name}",
+            argv=[
+                *_module("ranks.weight_holder", deployment),
+                *["--device", device.name, *lanes],
+            ],
+            env={**_OFFLINE, **_threads(1)},
+            pass_fds=pass_fds,
+            restartable=True,
+        )
+
     return [
         ProcessSpec(
-            name=f"device process {device.name}",
+            name=device.process_name,
             argv=[
                 *_module("ranks.device_process", deployment),
                 *["--device", device.name, *lanes],
             ],
             env={**_OFFLINE, **_device_environment(device)},
-            pass_fds=[] if lanes_fd is None else [lanes_fd],
+            pass_fds=pass_fds,
             device=device.name,
+            restartable=restartable,
+            forked_by=holder(device) if device.is_cpu else None,
         )
         for device in deployment.devices
     ]
 
 
-def front_end(deployment: Deployment) -> list[ProcessSpec]:
-    """The front end's processes, in the order in which they are stopped."""
+def front_end(deployment: Deployment, listener_fds: Sequence[int]) -> list[ProcessSpec]:
+    """The front end's processes, in the order in which they are stopped. They are forked by one
+    that imports SGLang: this takes longer than anything else at the start."""
+    listeners = ["--listeners", *map(str, listener_fds)]
+    forks = ProcessSpec(
+        name="front end",
+        argv=[*_module("server.fork_server", deployment), *listeners],
+        pass_fds=listener_fds,
+        env={**_OFFLINE, **_threads(1)},
+        restartable=True,
+    )
     return [
         ProcessSpec(
             name=name,
             argv=[*_module("server.process", deployment), name],
             env={**_OFFLINE, **_threads(1)},
+            restartable=name != "scheduler",
+            forked_by=forks,
         )
         for name in ("http", "scheduler", "detokenizer")
     ]
-
-
-def fork_server(deployment: Deployment) -> ProcessSpec:
-    """The process that imports SGLang once for the front end's processes: this takes longer than
-    anything else at the start."""
-    return ProcessSpec(
-        name="front end",
-        argv=_module("server.fork_server", deployment),
-        env={**_OFFLINE, **_threads(1)},
-    )
 
 
 def _module(name: str, deployment: Deployment) -> list[str]:
@@ -165,9 +197,9 @@ class _Face:
                 self.say(f"device {device.name} is ready ({self._elapsed})")
         return len(self._ready_devices) == len(self._deployment.devices)
 
-    def _http_ready(self) -> bool:
+    def _http_ready(self, timeout: float = _CHECK_SECONDS) -> bool:
         try:
-            with urllib.request.urlopen(f"{self._url}/health", timeout=_CHECK_SECONDS) as answer:
+            with urllib.request.urlopen(f"{self._url}/health", timeout=timeout) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False
@@ -195,14 +227,43 @@ class _Face:
             soft_wrap=True,
         )
 
+    def is_back(self, spec: ProcessSpec) -> bool:
+        """Whether a process that was started again is ready. The detokenizer and the fork server
+        are as soon as they are there: nobody waits for them but other processes."""
+        if spec.name == "http":
+            return self._http_ready(_GLANCE_SECONDS)
+        if spec.device is None:
+            return True
+        try:
+            status = admin.status(self._deployment.admin_address, _GLANCE_SECONDS)
+        except admin.AdminError:
+            return False
+        return any(
+            device.ready and (device.name, device.incarnation) == (spec.device, spec.incarnation)
+            for device in status.devices
+        )
+
+    def tell_of_restart(self, loss: Loss) -> None:
+        """Tells the scheduler that a device is away until its next process is ready."""
+        self._tell_scheduler(loss, final=False)
+
     def tell_of_loss(self, loss: Loss) -> None:
         """Tells the HTTP process of a loss, so that no client waits, and the scheduler of a lost
         device, so that it ends with 503 every request that needed the device."""
         self._http.tell(notices.Lost(cause=loss.cause))
+        self._tell_scheduler(loss, final=True)
+
+    def _tell_scheduler(self, loss: Loss, *, final: bool) -> None:
         if loss.spec.device is None:
             return
         try:
-            admin.rank_gone(self._deployment.admin_address, loss.spec.device, loss.cause)
+            admin.rank_gone(
+                self._deployment.admin_address,
+                loss.spec.device,
+                loss.spec.incarnation,
+                loss.cause,
+                final=final,
+            )
         except admin.AdminError as error:
             self.say(f"the scheduler cannot be told of this loss: {error}")
 

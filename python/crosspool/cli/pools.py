@@ -57,6 +57,8 @@ def run(words: Sequence[str], prog: str) -> int:
     if arguments.tensors:
         report = admin.inspect(deployment.admin_address, "tensors", timeout=30.0)
         _print_tensors(report.tensors)
+        if report.missing:
+            print(f"\nnothing is told of {', '.join(report.missing)}, away now")
     print(f"\nTo attach a stock SGLang server: CROSSPOOL_ADMIN={deployment.admin_address}")
     socket = shlex.quote(str(deployment.admin_socket))
     print(f"To manage the server: curl -X POST --unix-socket {socket} http://admin/flush_cache")
@@ -91,6 +93,7 @@ def describe(
     ranks = len(deployment.kv_pool_devices)
     chunks = deployment.kv_pool_bytes // ranks // deployment.chunk_bytes
     attention = [attention_bytes(spec) for spec in specs]
+    devices = {} if status is None else {device.name: device for device in status.devices}
     by_rank = [
         RankRow(
             rank=f"attention {rank}",
@@ -98,11 +101,18 @@ def describe(
             weights=sum(attention),
             kv_budget=chunks * deployment.chunk_bytes,
             now=None if status is None else status.ranks[rank],
+            process=devices.get(device.name),
         )
         for rank, device in enumerate(deployment.kv_pool_devices)
     ]
     by_rank += [
-        RankRow(rank=f"FFN {rank}", device=device.name, weights=sum(weights), kv_budget=None)
+        RankRow(
+            rank=f"FFN {rank}",
+            device=device.name,
+            weights=sum(weights),
+            kv_budget=None,
+            process=devices.get(device.name),
+        )
         for rank, (device, weights) in enumerate(
             zip(deployment.weight_pool_devices, placement.weight_bytes, strict=True)
         )

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import math
+import select
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from crosspool.cli.child import Child, ForkServer, ProcessSpec
-from crosspool.config.process import adopt_orphans
+from crosspool.cli.child import Child, ProcessSpec
+from crosspool.cli.forked import ForkServer
+from crosspool.cli.restarts import Restarts
+from crosspool.config.process import CANNOT_SERVE, USER_MISTAKE, adopt_orphans
 
 _POLL_SECONDS = 0.1
+"""Longest time between two looks at the processes; the end of one ends it."""
 _CHECK_SECONDS = 0.3
+_STOPPED_SECONDS = 2.0
+"""Time for which a process that can be started again may be stopped by a signal before it counts
+as lost."""
+_NEWS_BYTES = 4096
 _STOP_SECONDS = 15.0
 """Time that a process gets to end after SIGTERM, before SIGKILL."""
 
@@ -35,28 +45,44 @@ class Loss:
         return f"{self.spec.name} exited with status {self.status}"
 
 
+@dataclass(frozen=True)
+class _Start:
+    """A process that is to be started in the place of one that has died."""
+
+    spec: ProcessSpec
+    due: float
+
+
 class Supervisor:
     """Runs a set of processes as one.
 
     ``stages`` are the processes in the order in which they are stopped; those of one stage are
     stopped together. They are started from the last stage to the first, without waiting for one
-    another. Those that are also in ``forked`` come from the fork server, which is started last.
+    another. A fork server is started with the first process that it forks, and stays; if it is lost
+    while no process is asked of it, it is started again when one is.
     ``is_ready`` is called again and again until it returns True; then ``on_ready`` is called once.
     A loss before that ends all processes, unless ``is_ready``, called at once, returns True.
-    ``on_loss`` is called for every process that is lost later; the others then go on for
-    ``failure_grace`` seconds, unless the lost one was of the first stage. ``on_stop`` is called
-    when a signal stops a process after that, and when it continues; one that stays stopped for
-    ``watchdog_timeout`` seconds counts as lost. When the processes are stopped, the first stage
-    gets ``drain_timeout`` seconds to end. ``say`` prints a line for the user."""
+    A restartable process that is lost later is started again as ``restarts`` says, and
+    ``on_restart`` is called before; ``is_back`` is then called again and again until it returns
+    True for the new one. One that ends with status 2, a user's mistake, or 3, another's failure, is
+    not started again.
+    ``on_loss`` is called for every other process that is lost later; the others then go on for
+    ``failure_grace`` seconds, unless the lost one was of the first stage.
+
+    A process that a signal stops for two seconds counts as lost if it can be started again.
+    ``on_stop`` is called when a signal stops one that cannot, and when that continues; if it stays
+    stopped for ``watchdog_timeout`` seconds, it counts as lost. When the processes are stopped, the
+    first stage gets ``drain_timeout`` seconds to end. ``say`` prints a line for the user."""
 
     def __init__(
         self,
         stages: Sequence[Sequence[ProcessSpec]],
         *,
-        fork_server: ProcessSpec | None = None,
-        forked: Sequence[ProcessSpec] = (),
+        restarts: Restarts,
         is_ready: Callable[[], bool],
+        is_back: Callable[[ProcessSpec], bool],
         on_ready: Callable[[], None],
+        on_restart: Callable[[Loss], None],
         on_loss: Callable[[Loss], None],
         on_stop: Callable[[ProcessSpec, bool], None],
         say: Callable[[str], None],
@@ -65,11 +91,17 @@ class Supervisor:
         drain_timeout: float,
     ) -> None:
         self._stages = stages
-        self._fork_server_spec = fork_server
-        self._fork_server: ForkServer | None = None
-        self._forked = forked
+        self._fork_servers = {
+            spec.forked_by.name: ForkServer(spec.forked_by)
+            for stage in stages
+            for spec in stage
+            if spec.forked_by is not None
+        }
+        self._restarts = restarts
         self._is_ready = is_ready
+        self._is_back = is_back
         self._on_ready = on_ready
+        self._on_restart = on_restart
         self._on_loss = on_loss
         self._on_stop = on_stop
         self._say = say
@@ -79,7 +111,13 @@ class Supervisor:
         self._children: list[list[Child]] = [[] for _ in stages]
         self._stopped: dict[str, float] = {}
         """When each process was stopped that a signal has stopped, by name."""
+        self._starts: dict[str, _Start] = {}
+        """Processes that wait for their start after a death, by name."""
+        self._not_back: dict[str, ProcessSpec] = {}
+        """Processes that were started again and are not ready yet, by name."""
         self._signals = 0
+        self._news: socket.socket
+        """Readable when a signal has come, that of a child's end included."""
 
     def run(self) -> int:
         """Returns the exit status: 0 after SIGTERM or SIGINT, 2 when a process ended with 2 (a
@@ -91,7 +129,8 @@ class Supervisor:
                 if losses:
                     self._say("stopping the other processes")
                     self._stop(_STOP_SECONDS)
-                    return 2 if any(loss.status == 2 for loss in losses) else 1
+                    mistakes = [loss for loss in losses if loss.status == USER_MISTAKE]
+                    return 2 if mistakes else 1
                 self._say(
                     "stopping once requests in flight are done; a second signal stops at once"
                 )
@@ -101,13 +140,17 @@ class Supervisor:
                 self._kill_all()
 
     def _start(self) -> None:
-        for index in reversed(range(len(self._stages))):
-            for spec in self._stages[index]:
-                if spec not in self._forked:
-                    self._children[index].append(spec.spawn())
-        if self._fork_server_spec is not None:
+        if self._fork_servers:
             adopt_orphans()
-            self._fork_server = ForkServer(self._fork_server_spec)
+        for stage in reversed(self._stages):
+            for spec in stage:
+                self._start_one(spec)
+
+    def _start_one(self, spec: ProcessSpec) -> None:
+        if spec.forked_by is None:
+            self._stage(spec).append(spec.spawn())
+        else:
+            self._fork_servers[spec.forked_by.name].fork(spec)
 
     def _watch(self) -> list[Loss]:
         """Returns the losses, or an empty list when a signal asks to stop."""
@@ -116,41 +159,114 @@ class Supervisor:
         losses: list[Loss] = []
         deadline = float("inf")
         while not self._signals and time.monotonic() < deadline:
-            for loss in self._new_losses(losses):
-                losses.append(loss)
-                self._say(loss.cause)
+            for loss in [*self._start_due(losses), *self._new_losses(losses)]:
                 # Requests may have come in since the last call.
                 ready = ready or self._is_ready()
-                if not ready or loss.spec in self._stages[0]:
+                if ready and not losses and self._replaces(loss):
+                    continue
+                losses.append(loss)
+                self._say(loss.cause)
+                if not ready or loss.spec.name in [spec.name for spec in self._stages[0]]:
                     deadline = 0.0
                 else:
                     self._on_loss(loss)
                     deadline = min(deadline, time.monotonic() + self._failure_grace)
-            if not ready and not losses and time.monotonic() >= next_check:
-                ready = self._is_ready()
-                if ready:
+            if not losses and time.monotonic() >= next_check:
+                if not ready and (ready := self._is_ready()):
                     self._on_ready()
+                self._look_for_returns()
                 next_check = time.monotonic() + _CHECK_SECONDS
             if ready:
                 self._look_for_stopped()
-            time.sleep(_POLL_SECONDS)
+                self._end_stopped_fork_servers()
+            due = [] if losses else [start.due for start in self._starts.values()]
+            self._wait_for_news(min(due, default=math.inf))
         return losses
+
+    def _wait_for_news(self, due: float) -> None:
+        """Returns when it is time to look at the processes again: at ``due``, or before."""
+        seconds = min(_POLL_SECONDS, max(0.0, due - time.monotonic()))
+        tellers = [server.teller for server in self._fork_servers.values()]
+        sources = [self._news, *(teller for teller in tellers if teller is not None)]
+        readable, _, _ = select.select(sources, [], [], seconds)
+        if self._news in readable:
+            self._news.recv(_NEWS_BYTES)
 
     def _new_losses(self, known: Sequence[Loss]) -> list[Loss]:
         lost = self._adopt_forked()
-        names = {loss.spec.name for loss in known}
+        names = {*self._starts, *(loss.spec.name for loss in known)}
         now = time.monotonic()
-        for child in (child for stage in self._children for child in stage):
-            if child.spec.name in names:
+        for child in self._all_children():
+            spec = child.spec
+            if spec.name in names:
                 continue
+            patience = _STOPPED_SECONDS if self._can_replace(spec) else self._watchdog_timeout
             if child.has_ended():
-                lost.append(Loss(spec=child.spec, status=child.reap()))
-            elif now - self._stopped.get(child.spec.name, now) >= self._watchdog_timeout:
-                lost.append(Loss(spec=child.spec, status=None))
+                lost.append(Loss(spec=spec, status=child.reap()))
+            elif now - self._stopped.get(spec.name, now) >= patience:
+                lost.append(Loss(spec=spec, status=None))
         return lost
 
+    def _all_children(self) -> Iterator[Child]:
+        for stage in self._children:
+            yield from stage
+
+    def _can_replace(self, spec: ProcessSpec) -> bool:
+        return spec.restartable and self._restarts.limit > 0
+
+    def _replaces(self, loss: Loss) -> bool:
+        """Has the lost process started again, unless there is no use in it; returns whether it
+        is."""
+        name = loss.spec.name
+        if not self._can_replace(loss.spec) or loss.status in (USER_MISTAKE, CANNOT_SERVE):
+            return False
+        was_ready = self._not_back.pop(name, None) is None
+        wait = self._restarts.wait(name, was_ready=was_ready)
+        if wait is None:
+            return False
+        for child in self._all_children():
+            if child.spec.name == name:
+                child.reap()  # it may only be stopped
+        self._stopped.pop(name, None)
+        spec = loss.spec.again()
+        self._say(f"{loss.cause}; it is started again (restart {spec.incarnation - 1})")
+        self._on_restart(loss)
+        self._starts[name] = _Start(spec, time.monotonic() + wait)
+        return True
+
+    def _start_due(self, known: Sequence[Loss]) -> list[Loss]:
+        """Starts the processes whose time has come, unless the others are about to end; returns
+        those that cannot be started."""
+        lost = []
+        now = time.monotonic()
+        for start in [] if known else list(self._starts.values()):
+            if start.due > now:
+                continue
+            spec = start.spec
+            del self._starts[spec.name]
+            self._not_back[spec.name] = spec
+            try:
+                self._start_again(spec)
+            except OSError as error:  # no memory for it, say
+                self._say(f"{spec.name} cannot be started: {error.strerror}")
+                lost.append(Loss(spec=spec, status=1))
+        return lost
+
+    def _start_again(self, spec: ProcessSpec) -> None:
+        if spec.name in self._fork_servers:
+            self._fork_servers[spec.name].start()
+            return
+        stage = self._stage(spec)
+        stage[:] = [child for child in stage if child.spec.name != spec.name]
+        self._start_one(spec)
+
+    def _look_for_returns(self) -> None:
+        for name, spec in list(self._not_back.items()):
+            if name not in self._starts and self._is_back(spec):
+                del self._not_back[name]
+
     def _look_for_stopped(self) -> None:
-        for child in (child for stage in self._children for child in stage):
+        for child in self._all_children():
             name, stopped = child.spec.name, child.is_stopped()
             if stopped and name not in self._stopped:
                 self._stopped[name] = time.monotonic()
@@ -159,27 +275,48 @@ class Supervisor:
             else:
                 continue
             self._say(f"{name} {'was stopped by a signal' if stopped else 'continues'}")
-            self._on_stop(child.spec, stopped)
+            if not self._can_replace(child.spec):
+                self._on_stop(child.spec, stopped)
+
+    def _end_stopped_fork_servers(self) -> None:
+        """Kills those that a signal has stopped for too long while somebody waits for them."""
+        now = time.monotonic()
+        for name, server in self._fork_servers.items():
+            if not (server.is_needed and server.is_stopped):
+                self._stopped.pop(name, None)
+            elif now - self._stopped.setdefault(name, now) >= _STOPPED_SECONDS:
+                server.kill()
 
     def _adopt_forked(self) -> list[Loss]:
-        """Takes over the forked processes once the fork server has ended; returns its loss if it
-        failed."""
-        server = self._fork_server
-        if server is None or not server.child.has_ended():
-            return []
-        self._fork_server = None
-        status = server.child.reap()
-        if status != 0:
-            server.end()
-            return [Loss(spec=server.child.spec, status=status)]
-        for child in server.adopt(self._forked):
-            index = next(i for i, stage in enumerate(self._stages) if child.spec in stage)
-            self._children[index].append(child)
-        return []
+        """Takes over what the fork servers have forked; returns the losses of those that have ended
+        while somebody waits for them."""
+        lost = []
+        for server in self._fork_servers.values():
+            children, status = server.poll()
+            self._take_over(children)
+            if status is None:
+                continue
+            loss = Loss(spec=server.spec, status=status)
+            if server.is_needed:
+                lost.append(loss)
+            else:
+                self._say(f"{loss.cause}; it is started again when it is needed")
+        return lost
+
+    def _take_over(self, children: Sequence[Child]) -> None:
+        for child in children:
+            self._stage(child.spec).append(child)
+
+    def _stage(self, spec: ProcessSpec) -> list[Child]:
+        """The processes of the stage of ``spec``."""
+        for stage, children in zip(self._stages, self._children, strict=True):
+            if spec.name in [one.name for one in stage]:
+                return children
+        raise ValueError(f"{spec.name} is in no stage")
 
     def _stop(self, first_stage_seconds: float) -> None:
         signals = self._signals
-        self._end_fork_server()
+        self._end_fork_servers()
         for index, stage in enumerate(self._children):
             deadline = time.monotonic() + (first_stage_seconds if index == 0 else _STOP_SECONDS)
             for child in stage:
@@ -196,13 +333,12 @@ class Supervisor:
             for child in stage:
                 child.reap()
 
-    def _end_fork_server(self) -> None:
-        if self._fork_server is not None:
-            self._fork_server.end()
-            self._fork_server = None
+    def _end_fork_servers(self) -> None:
+        for server in self._fork_servers.values():
+            self._take_over(server.end())
 
     def _kill_all(self) -> None:
-        self._end_fork_server()
+        self._end_fork_servers()
         for stage in self._children:
             for child in stage:
                 child.reap()
@@ -212,10 +348,22 @@ class Supervisor:
         def count(number: int, frame: FrameType | None) -> None:
             self._signals += 1
 
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = [signal.signal(number, count) for number in numbers]
+        def ignore(number: int, frame: FrameType | None) -> None:
+            """Takes SIGCHLD, so that it comes to the wake-up descriptor."""
+
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+        handlers = (count, count, ignore)
+        before = [signal.signal(n, handler) for n, handler in zip(numbers, handlers, strict=True)]
+        self._news, writer = socket.socketpair()
+        self._news.setblocking(False)
+        writer.setblocking(False)
+        outer = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         try:
-            yield
+            with self._news, writer:
+                try:
+                    yield
+                finally:
+                    signal.set_wakeup_fd(outer)
         finally:
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)

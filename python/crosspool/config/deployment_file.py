@@ -23,7 +23,7 @@ _BY_SGLANGS_NAME = {
 
 
 def read(path: Path) -> Options:
-    """Reads the file; relative model paths are relative to its folder.
+    """Reads the file; relative paths are relative to its folder.
 
     Raises ConfigError that names the file, the key, and what would be right."""
     try:
@@ -34,11 +34,17 @@ def read(path: Path) -> Options:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no YAML: {error}") from None
     options = to_options(data, str(path))
+
+    def absolute(given: str) -> str:
+        return str(path.parent / Path(given).expanduser())
+
     models = tuple(
-        msgspec.structs.replace(model, path=str(path.parent / Path(model.path).expanduser()))
-        for model in options.models
+        msgspec.structs.replace(model, path=absolute(model.path)) for model in options.models
     )
-    return msgspec.structs.replace(options, models=models)
+    cache = options.packed_cache_dir
+    return msgspec.structs.replace(
+        options, models=models, packed_cache_dir=None if cache is None else absolute(cache)
+    )
 
 
 def to_options(data: Any, source: str) -> Options:

@@ -23,6 +23,11 @@ class Device(msgspec.Struct, frozen=True):
         return self.name.startswith("cpu")
 
     @property
+    def process_name(self) -> str:
+        """What messages call the process of this device."""
+        return f"device process {self.name}"
+
+    @property
     def gpu(self) -> int:
         """Number of the GPU among those that a process may use; raises ValueError for a CPU."""
         match = _CUDA.fullmatch(self.name)

@@ -91,7 +91,7 @@ class Option:
             shown = "" if self.is_secret else f": {given!r}"
             raise ValueError(f"{error}{shown}") from None
         if self.unit == "bytes":
-            value = parse_size(value)
+            value = 0 if self.least == 0 and value in (0, "0") else parse_size(value)
         elif self.unit == "devices":
             value = parse_devices(value if isinstance(value, str) else ",".join(value))
         self._check_range(given, value)

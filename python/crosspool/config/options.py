@@ -99,6 +99,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         "Computed KV cache is kept for later requests that begin alike, until memory runs short.",
         _POOLS, sglang="disable_radix_cache")] = True
 
+    packed_cache_dir: Annotated[str | None, Option(
+        "Folder that keeps the weights of CPU devices as the kernels read them, so that the next "
+        "start, or that of one device, need not pack them again. If none is given, it is "
+        "~/.cache/crosspool.",
+        _POOLS)] = None
+    packed_cache_bytes: Annotated[int, Option(
+        "Most bytes of the files in that folder; those of other deployments that were not used for "
+        "longest go first. 0 keeps none.",
+        _POOLS, unit="bytes", least=0)] = 64 << 30
+
     loop: Annotated[Literal["host", "resident"], Option(
         "What drives the layers: resident is native threads (on a GPU, the GPU itself); host is "
         "Python, the slower reference.",
@@ -211,9 +221,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         "Time after which a device that owes the result of a step, a scheduler that does not "
         "answer, or a process that a signal has stopped counts as dead.",
         _SERVER, unit="s", least=1, sglang="watchdog_timeout")] = 300.0
+    restart_limit: Annotated[int, Option(
+        "How often a device process that has died is started again within a minute, and how many "
+        "starts in a row may fail, before the server ends; 0: it ends with the first death.",
+        _SERVER, least=0)] = 5
     failure_grace: Annotated[float, Option(
-        "Time for which the server answers 503 after one of its processes has died or counts as "
-        "dead, before it ends.",
+        "Time for which the server answers 503 after a process that is not started again has died "
+        "or counts as dead, before it ends.",
         _SERVER, unit="s", least=0)] = 5.0
     drain_timeout: Annotated[float, Option(
         "Time that requests in flight get to finish after SIGTERM.",

@@ -14,6 +14,7 @@ from sglang.srt.managers import io_struct as io
 from crosspool.frontend.control_requests import FLUSHED, FORWARDED, NO_CACHE, REPLIES, WITHOUT_REPLY
 from crosspool.frontend.front_end import FrontEnd
 from crosspool.frontend.messages import OpenRequest, to_request
+from crosspool.frontend.own_messages import Delivered, Disown
 from crosspool.scheduler.request import GenerateRequest
 from crosspool.transport.inspection import ModelStatus
 
@@ -63,11 +64,15 @@ class Pause:
     on: bool
 
 
+class DisownAll:
+    """Nobody waits for the front end's requests: abort them, and go on with the model."""
+
+
 class Leave:
     """The front end's server ends."""
 
 
-Command = Generate | Abort | TellState | FlushCache | Pause | Leave
+Command = Generate | Abort | TellState | FlushCache | Pause | DisownAll | Leave
 
 
 def commands(front_end: FrontEnd, message: Any, stream_interval: int) -> Iterator[Command]:
@@ -91,6 +96,10 @@ def commands(front_end: FrontEnd, message: Any, stream_interval: int) -> Iterato
             yield Pause(on=True)
         case io.ContinueGenerationReqInput():
             yield Pause(on=False)
+        case Delivered():
+            front_end.confirm(message.rids or ())
+        case Disown():
+            yield DisownAll()
         case io.ShutdownReq():
             yield Leave()
         case _:

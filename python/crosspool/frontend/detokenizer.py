@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,6 +24,7 @@ from crosspool.frontend.messages import finish_reason
 from crosspool.frontend.server_args import port_args, server_args
 from crosspool.observability.bounded_log import BoundedLog
 from crosspool.scheduler.request import Finish
+from crosspool.transport import admin
 
 log = logging.getLogger(__name__)
 bounded = BoundedLog(log)
@@ -35,8 +37,10 @@ private.one_cpu_monitor(detokenizer_manager)
 private.bounded_messages(detokenizer_manager)
 
 
-def serve(deployment: Deployment) -> None:
-    """Returns after SIGTERM or SIGINT."""
+def serve(deployment: Deployment, incarnation: int) -> None:
+    """Returns after SIGTERM or SIGINT. ``incarnation`` is its number among the deployment's
+    detokenizers, from 1 on; a later one asks the scheduler for what the one before it has not
+    passed on."""
     stopping = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -51,10 +55,20 @@ def serve(deployment: Deployment) -> None:
         args = server_args(deployment, index)
         # A manager reads the configuration that was published last, and only while it is made.
         publish(args, role="detokenizer")
-        manager = DetokenizerManager(args, port_args(deployment, index))
+        for earlier in range(1, incarnation):
+            address = port_args(deployment, index, earlier).detokenizer_ipc_name
+            Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
+        manager = DetokenizerManager(args, port_args(deployment, index, incarnation))
         managers[manager.recv_from_scheduler] = manager
         poller.register(manager.recv_from_scheduler, zmq.POLLIN)
     freeze_heap()
+    is_known = incarnation == 1
+    while not is_known and not stopping:
+        try:
+            admin.detokenizer_replaced(deployment.admin_address, incarnation)
+            is_known = True
+        except admin.AdminError as error:
+            log.warning("the scheduler does not know of this process: %s", error)
     log.info("ready")
     while not stopping:
         for socket, _ in poller.poll(_LONGEST_SLEEP_MS):

@@ -7,13 +7,15 @@ model; stock SGLang servers may attach more.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import zmq
 from sglang.srt.managers import io_struct
 
 from crosspool.frontend import private, unreadable
-from crosspool.frontend.messages import OpenRequest, finish_reason
+from crosspool.frontend.messages import OpenRequest, finish_reason, to_token_id_output
+from crosspool.frontend.sent import Sent
 from crosspool.observability.bounded_log import BoundedLog
 from crosspool.scheduler.request import Finish, Output
 
@@ -49,6 +51,9 @@ class FrontEnd:
         """Whether it wants the model to make no steps."""
         self.requests: dict[str, OpenRequest] = {}
         """Requests of this front end that are not finished, by request id."""
+        self._sent = None if attached else Sent()
+        """What the next detokenizer needs if this one dies, which an attached server ends with."""
+        self._context = context
         self._sockets: list[zmq.Socket[bytes]] = []
         try:
             self.socket = self._connect(context, zmq.PULL, scheduler_input)
@@ -69,6 +74,34 @@ class FrontEnd:
         socket.setsockopt(zmq.MAXMSGSIZE, private.MAX_MESSAGE_BYTES)
         socket.connect(address)
         return socket
+
+    def replace_detokenizer(self, address: str) -> int:
+        """Connects to the socket of another detokenizer, which has taken the place of a dead one,
+        and sends it all that may not have arrived. Returns of how many requests. Raises
+        FrontEndLost."""
+        self._sockets.remove(self._to_detokenizer)
+        self._to_detokenizer.close()
+        self._to_detokenizer = self._connect(self._context, zmq.PUSH, address)
+        items = self._sent.items() if self._sent is not None else []
+        for item in items:  # together they may be more than a message can hold
+            self.to_detokenizer(to_token_id_output([item]))
+        return len(items)
+
+    def open(self, request: OpenRequest) -> None:
+        """Notes a request until it has finished. The front end may have had another of this id,
+        whose end it has seen then."""
+        self.requests[request.rid] = request
+        self.confirm([request.rid])
+
+    def confirm(self, rids: Iterable[str]) -> None:
+        """The front end has seen the end of these requests."""
+        if self._sent is not None:
+            self._sent.confirm(rids)
+
+    def forget_ended(self) -> None:
+        """Nobody waits for the ends that were sent."""
+        if self._sent is not None:
+            self._sent.forget_ended()
 
     def receive(self) -> Any | None:
         """The next message, or None when there is none. The requests of a message that cannot be
@@ -128,7 +161,11 @@ class FrontEnd:
         due = request.take(output)
         if output.finish is not None:
             del self.requests[output.rid]
-        return None if due is None else (request, due)
+        if due is None:
+            return None
+        if self._sent is not None:
+            self._sent.add(request, due)
+        return request, due
 
     def close(self) -> None:
         for socket in self._sockets:

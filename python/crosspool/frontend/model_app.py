@@ -30,15 +30,23 @@ milliseconds then, and checking the schemas of as many tools as it can hold some
 class ModelApp:
     """The application of model ``index``, which keeps responses in ``responses`` and begins work in
     ``turns``. It can be called, as ASGI has it, between :meth:`start` and :meth:`stop`. It asks for
-    no keys: the server does, before it calls it.
+    no keys: the server does, before it calls it. ``incarnation`` is the number of its process among
+    those that have had this place, from 1 on: the scheduler still works on requests of earlier
+    ones.
 
     Construct it on the event loop. Raises ConfigError for wrong SGLang arguments."""
 
     def __init__(
-        self, deployment: Deployment, index: int, responses: ResponseStore, turns: Turns
+        self,
+        deployment: Deployment,
+        index: int,
+        incarnation: int,
+        responses: ResponseStore,
+        turns: Turns,
     ) -> None:
         self.name = deployment.models[index].name
         self.created = int(time.time())
+        self._incarnation = incarnation
         self._lifespan = AsyncExitStack()
         self._responses = responses
         self._responses_handler: Any = None
@@ -60,6 +68,7 @@ class ModelApp:
             self.vocabulary = self.manager.model_config.vocab_size
             """Number of token ids."""
             self._module = private_routes.http_server_copy(f"{__name__}.http_server_{index}")
+        self.manager.mark(incarnation)
         self.manager.turns = turns
         running = deployment.max_running_requests * len(deployment.kv_pool_devices)
         self.manager.max_outputs = deployment.max_queued_requests + running
@@ -88,6 +97,8 @@ class ModelApp:
             self._keep_responses(app)
             private_routes.take_work_elsewhere(self._module, self.manager.run_in_thread)
             self.manager.auto_create_handle_loop()
+            if self._incarnation > 1:
+                self.manager.disown_former()
         self.manager.server_status = ServerStatus.Up
 
     def _keep_responses(self, app: Any) -> None:

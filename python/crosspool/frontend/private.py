@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from itertools import compress
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, Union
 
@@ -20,6 +21,8 @@ from sglang.srt.managers import io_struct
 from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.utils import msgpack_utils
+
+from crosspool.frontend.own_messages import Delivered, Disown
 
 if TYPE_CHECKING:
     from sglang.srt.managers.detokenizer_manager import DetokenizerManager
@@ -49,7 +52,7 @@ def _arrays_only(code: int, data: memoryview) -> Any:
 
 
 _decoder = msgspec.msgpack.Decoder(
-    Union[io_struct._all_types],  # noqa: UP007 - made from a tuple
+    Union[(*io_struct._all_types, Delivered, Disown)],
     dec_hook=msgpack_utils.dec_hook,
     ext_hook=_arrays_only,
 )
@@ -117,6 +120,14 @@ def bounded_messages(module: ModuleType) -> None:
     module.get_zmq_socket = bounded  # type: ignore[attr-defined]
 
 
+def keep_only(output: Any, kept: Sequence[bool]) -> None:
+    """Takes requests out of an output, whose lists have an entry for each: all but ``kept``."""
+    for name in output.__struct_fields__:
+        column = getattr(output, name)
+        if isinstance(column, list) and len(column) == len(kept):
+            setattr(output, name, list(compress(column, kept)))
+
+
 async def take_output(manager: TokenizerManager, message: Any) -> None:
     """What the tokenizer manager does with one message from the scheduler or the detokenizer: a
     step of its event loop, which ends the process when a message is wrong."""
@@ -136,6 +147,11 @@ def detokenize(manager: DetokenizerManager, message: Any) -> Any:
     """What the detokenizer makes of one message, or None: a step of its event loop, which serves
     one manager and never returns."""
     return manager._request_dispatcher(message)
+
+
+def tell_scheduler(manager: TokenizerManager, message: Any) -> None:
+    """Sends the scheduler a message, in order with the manager's own."""
+    manager._dispatch_to_scheduler(message)
 
 
 def abort(manager: TokenizerManager, request: io_struct.AbortReq) -> None:

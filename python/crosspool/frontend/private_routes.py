@@ -36,9 +36,7 @@ def http_server_copy(name: str) -> Any:
     """A copy of SGLang's ``http_server`` module, whose application and state are module globals,
     for one model. It neither warms up, serves /metrics nor adds CORS headers: CrossPool does so
     once for all models."""
-    private_answers.mend()
-    from sglang.srt.entrypoints import http_server
-
+    http_server = mended_http_server()
     assert http_server.__file__ is not None
     spec = importlib.util.spec_from_file_location(name, http_server.__file__)
     assert spec is not None and spec.loader is not None
@@ -111,6 +109,15 @@ class _ChatStream:
                     (choice,) = json.loads(line.removeprefix("data: "))["choices"]
                     self.stop = choice["matched_stop"]
                 yield line
+
+
+def mended_http_server() -> Any:
+    """SGLang's ``http_server`` module, whose OpenAI routes have been mended where they are wrong.
+    Importing it, with all that it needs, takes some tenths of a second."""
+    private_answers.mend()
+    from sglang.srt.entrypoints import http_server
+
+    return http_server
 
 
 def _end_at_first_wrong_entry(app: FastAPI) -> None:

@@ -48,9 +48,10 @@ def server_args(deployment: Deployment, index: int) -> ServerArgs:
     return args
 
 
-def port_args(deployment: Deployment, index: int) -> PortArgs:
+def port_args(deployment: Deployment, index: int, detokenizer: int = 1) -> PortArgs:
     """The sockets of model ``index``: files in the runtime folder, by names that every process
-    can work out."""
+    can work out. Each detokenizer, of which this is the number, binds a socket of its own name, so
+    that it gets nothing that was meant for the one before it."""
 
     def socket(name: str) -> str:
         return f"ipc://{deployment.runtime_dir}/m{index}.{name}"
@@ -58,7 +59,7 @@ def port_args(deployment: Deployment, index: int) -> PortArgs:
     return PortArgs(
         tokenizer_ipc_name=socket("tokenizer"),
         scheduler_input_ipc_name=socket("scheduler"),
-        detokenizer_ipc_name=socket("detokenizer"),
+        detokenizer_ipc_name=socket("detokenizer" if detokenizer == 1 else f"detok.{detokenizer}"),
         rpc_ipc_name=socket("rpc"),
         metrics_ipc_name=socket("metrics"),
         nccl_port=0,

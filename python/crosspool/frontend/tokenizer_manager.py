@@ -22,6 +22,8 @@ from starlette.background import BackgroundTasks
 
 from crosspool.frontend import field_types, loads, private, refusal
 from crosspool.frontend.messages import seed_of_sample
+from crosspool.frontend.own_messages import Delivered, Disown
+from crosspool.frontend.received import Received
 from crosspool.frontend.request_ids import RequestIds
 from crosspool.frontend.turns import Turns
 from crosspool.observability.bounded_log import BoundedLog
@@ -48,6 +50,7 @@ _SHORT_TEXT = 4096
 """Characters that are tokenized within the event loop: it takes about a millisecond."""
 _FREE_TOP_LOGPROBS = 20
 """Top log-probabilities of output tokens that are not counted: as many as OpenAI allows."""
+_CONFIRM_SECONDS = 0.5
 _ABORT_AFTER_SECONDS = 2
 """Time that a request's generation has to end by itself once its response has."""
 
@@ -99,6 +102,21 @@ class PooledTokenizerManager(TokenizerManager):
         self.max_logprobs = 0
         """Most log-probabilities that one request may ask for."""
         self._failure: tuple[str, int] | None = None
+        self._confirms = False
+        """Whether the scheduler is about to hear of ends."""
+        self.mark(1)
+
+    def mark(self, incarnation: int) -> None:
+        """Marks requests as those of the process with this number. Outputs of requests that have
+        another mark are dropped: they were those of a process that has died."""
+        # SGLang's own mark, for which of several processes a request came from.
+        self.tokenizer_ipc_name = f"http#{incarnation}"
+        self._received = Received(self, self.tokenizer_ipc_name)
+
+    def disown_former(self) -> None:
+        """Has the scheduler abort the requests of the process that had this one's place, and go on
+        with the model if that had paused it."""
+        private.tell_scheduler(self, Disown())
 
     @functools.cached_property
     def longest_token(self) -> int:
@@ -119,10 +137,25 @@ class PooledTokenizerManager(TokenizerManager):
             frames = await self.recv_from_detokenizer.recv_multipart()
             try:
                 (frame,) = frames
-                await private.take_output(self, private.decode(frame))
+                await self._take(private.decode(frame))
             except Exception as error:
                 log.error("dropped what is no message of the scheduler's: %s", error)
             await asyncio.sleep(0)  # there may be many of them
+
+    async def _take(self, message: Any) -> None:
+        if isinstance(message, io_struct.AbortReq):
+            self._received.note_end(message.rid)
+        if not isinstance(message, io_struct.BatchStrOutput) or self._received.cut(message):
+            await private.take_output(self, message)
+        if self._received.has_ended and not self._confirms:
+            self._confirms = True
+            asyncio.get_running_loop().call_later(_CONFIRM_SECONDS, self._confirm)
+
+    def _confirm(self) -> None:
+        """Tells the scheduler which requests' ends have come: few messages for many requests."""
+        self._confirms = False
+        if rids := self._received.take_ended():
+            private.tell_scheduler(self, Delivered(rids=rids))
 
     async def on_abort(
         self, out: dict[str, Any], state: Any, is_stream: bool
@@ -170,6 +203,7 @@ class PooledTokenizerManager(TokenizerManager):
                 raise _refused("the client aborted the request", HTTPStatus.BAD_REQUEST)
             # SGLang first computes the prompt, under an id of its own, and then takes the samples.
             obj.sample = self._ids.number_below(prompt) - 1
+            self._received.reopen(obj.rid)
             return self._ids.add([obj.rid], of=prompt)
         processors = getattr(obj, "custom_logit_processor", None)
         if any(processors) if isinstance(processors, list) else processors:
@@ -194,6 +228,8 @@ class PooledTokenizerManager(TokenizerManager):
         if given is not None:
             self._ids.add([given])
         self._ids.add(rids, of=given)
+        for rid in rids:
+            self._received.reopen(rid)
         obj.noted_rids = list(rids) if given is None else [given]
         _several.set(outputs > 1)
         obj.outputs = outputs

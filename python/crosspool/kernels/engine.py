@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Sequence
 from ctypes import byref
 from types import TracebackType
@@ -39,6 +40,11 @@ def _created(address: int | None) -> int:
     return address
 
 
+def set_checksums(spans: ctypes.Array[es.Span]) -> None:
+    """Sets the checksums of spans from memory, as :meth:`Team.read` does, in the calling thread."""
+    _library().crosspool_checksums(spans, len(spans))
+
+
 class Team:
     """A device's threads, one per core, which sleep while nothing runs."""
 
@@ -58,6 +64,15 @@ class Team:
     def pack_gated(self, matrix: ns.Matrix, gate: ns.Source, up: ns.Source) -> None:
         """Packs a gated MLP's gate and up into ``matrix.data``."""
         self._native.crosspool_team_pack_gated(self.address, byref(matrix), byref(gate), byref(up))
+
+    def read(self, file: int, spans: ctypes.Array[es.Span]) -> None:
+        """Reads spans from an open file into memory, each thread those units that it packs
+        otherwise, and sets their checksums.
+
+        Raises OSError when the file cannot be read, or ends too early."""
+        status = self._native.crosspool_team_read(self.address, file, spans, len(spans))
+        if status < 0:
+            raise OSError(-status, os.strerror(-status))
 
     def close(self) -> None:
         """Ends the threads. Loops on the team must be closed before."""

@@ -141,6 +141,15 @@ class NativeLinkCounters(ctypes.Structure):
     _fields_ = tuple(fields(c_uint64, "dispatches rows dispatch_bytes combine_bytes"))
 
 
+class Span(ctypes.Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        *fields(c_uint64, "offset checksum"),
+        ("unit_bytes", c_int64),
+        ("units", c_int32),
+    )
+
+
 MIRRORED: tuple[type[ctypes.Structure], ...] = (
     AttentionLayer,
     FFNTable,
@@ -154,6 +163,7 @@ MIRRORED: tuple[type[ctypes.Structure], ...] = (
     Event,
     TraceEvent,
     NativeLinkCounters,
+    Span,
 )
 """Structures whose sizes ``crosspool_engine_sizes`` tells, in its order."""
 
@@ -172,6 +182,8 @@ SIGNATURES: Signatures = {
         None,
         (c_void_p, POINTER(ns.Matrix), POINTER(ns.Source), POINTER(ns.Source)),
     ),
+    "crosspool_team_read": (c_int32, (c_void_p, c_int32, POINTER(Span), c_int32)),
+    "crosspool_checksums": (None, (POINTER(Span), c_int32)),
     "crosspool_loop_create": (c_void_p, (c_void_p, POINTER(LoopDescription))),
     "crosspool_loop_free": (None, (c_void_p,)),
     "crosspool_loop_push": (c_int32, (c_void_p, POINTER(Command))),

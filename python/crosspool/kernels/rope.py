@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def rope_frequencies(config: PreTrainedConfig, dim: int) -> tuple[torch.Tensor, float]:
@@ -12,6 +15,8 @@ def rope_frequencies(config: PreTrainedConfig, dim: int) -> tuple[torch.Tensor, 
     rope type that ``config.rope_parameters`` names."""
     rope = config.rope_parameters
     if rope["rope_type"] != "default":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
         return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     return 1.0 / (rope["rope_theta"] ** exponents), 1.0

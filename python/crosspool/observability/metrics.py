@@ -9,7 +9,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from crosspool.transport.inspection import DeviceCounters, ModelStatus, RankSnapshot, Status
+from crosspool.transport.inspection import (
+    DeviceCounters,
+    DeviceStatus,
+    ModelStatus,
+    RankSnapshot,
+    Status,
+)
 
 _MODEL_GAUGES = (
     ("waiting", "crosspool_requests_waiting", "Requests queued."),
@@ -27,6 +33,8 @@ _MODEL_COUNTERS = (
     ("prefix_hits", "crosspool_prefix_hits", "Requests admitted with cached prompt tokens."),
     ("evicted_pages", "crosspool_evicted_pages", "Cached KV pages given up for requests."),
     ("pauses", "crosspool_pauses", "Times that a running request waited for more KV memory."),
+    ("replayed_requests", "crosspool_replayed_requests", "Requests admitted again after a loss."),
+    ("replayed_tokens", "crosspool_replayed_tokens", "Tokens computed again after a loss."),
     ("output_tokens", "crosspool_output_tokens", "Tokens sampled."),
     ("steps", "crosspool_steps", "Steps: passes of a batch through all layers."),
     ("decode_rows", "crosspool_decode_rows", "Rows that fed back a sampled token."),
@@ -37,6 +45,10 @@ _RANK_GAUGES = (
     ("promised_bytes", "crosspool_kv_rank_promised_bytes", "KV memory promised to requests."),
     ("cached_bytes", "crosspool_kv_rank_cached_bytes", "KV memory of cached prefixes not in use."),
     ("steps_in_flight", "crosspool_steps_in_flight", "Steps sent to the rank and not finished."),
+)
+_DEVICE_COUNTERS = (
+    ("restarts", "crosspool_restarts", "Restarts of the rank's device process."),
+    ("seconds_away", "crosspool_away_seconds", "Seconds without the rank, since the start."),
 )
 _LINK_COUNTERS = (
     ("rows", "crosspool_hidden_state_rows", "Token rows dispatched to FFN ranks."),
@@ -101,11 +113,12 @@ class _Snapshot(Collector):
         self._counters = counters
 
     def collect(self) -> Iterator[Metric]:
-        ready = GaugeMetricFamily("crosspool_ready", "1 when every device is ready.")
+        ready = GaugeMetricFamily("crosspool_ready", "1 while requests are taken.")
         ready.add_metric([], float(self._status is not None and self._status.ready))
         yield ready
         yield from self._models(self._status.models if self._status else [])
         yield from self._ranks(self._status.ranks if self._status else [])
+        yield from self._devices(self._status.devices if self._status else [])
         yield from self._links()
 
     def _models(self, models: Sequence[ModelStatus]) -> Iterator[Metric]:
@@ -135,6 +148,22 @@ class _Snapshot(Collector):
             for index, rank in enumerate(ranks):
                 gauge.add_metric([str(index), rank.device], getattr(rank, key))
             yield gauge
+
+    def _devices(self, devices: Sequence[DeviceStatus]) -> Iterator[Metric]:
+        labels = ["role", "rank", "device"]
+        up = GaugeMetricFamily("crosspool_rank_up", "1 while the rank works.", labels=labels)
+        counters = [
+            (key, CounterMetricFamily(name, text, labels=labels))
+            for key, name, text in _DEVICE_COUNTERS
+        ]
+        for device in devices:
+            for rank in device.ranks:
+                values = [rank.role, str(rank.rank), device.name]
+                up.add_metric(values, float(device.ready))
+                for key, counter in counters:
+                    counter.add_metric(values, getattr(device, key))
+        yield up
+        yield from (counter for _, counter in counters)
 
     def _links(self) -> Iterator[Metric]:
         for key, name, text in _LINK_COUNTERS:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crosspool.config.sizes import format_size
-from crosspool.transport.inspection import ModelStatus, RankSnapshot
+from crosspool.transport.inspection import DeviceStatus, ModelStatus, RankSnapshot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class RankRow:
     """None for an FFN rank."""
     now: RankSnapshot | None = None
     """None when the server has not been asked, and for an FFN rank."""
+    process: DeviceStatus | None = None
+    """The process of its device; None when the server has not been asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class ModelRow:
 
 _WIDTH_OF_A_FILE = 140
 _USE = ("KV promised", "KV cached", "KV mapped")
+_PROCESS = ("restarts", "away")
 
 
 def make_console() -> Console:
@@ -63,10 +66,11 @@ def pools_tables(
     """Renders the tables. ``use`` has one entry for each model; without it, memory in use is left
     out."""
     live = _USE if use else ()
-    by_rank = _table("Pools", "rank", "device", "weights", "KV budget", *live)
+    process = _PROCESS if use else ()
+    by_rank = _table("Pools", "rank", "device", "weights", "KV budget", *live, *process)
     for rank in ranks:
         cells = [rank.rank, rank.device, format_size(rank.weights), _size(rank.kv_budget)]
-        by_rank.add_row(*cells, *(_use(rank.now) if use else ()))
+        by_rank.add_row(*cells, *((*_use(rank.now), *_process(rank.process)) if use else ()))
     by_model = _table(
         "Models",
         "model",
@@ -131,6 +135,13 @@ def _use(now: RankSnapshot | ModelStatus | None) -> tuple[str, ...]:
     if now is None:
         return ("",) * len(_USE)
     return tuple(map(format_size, (now.promised_bytes, now.cached_bytes, now.mapped_bytes)))
+
+
+def _process(process: DeviceStatus | None) -> tuple[str, ...]:
+    if process is None:
+        return ("",) * len(_PROCESS)
+    now = "" if process.away_since is None else f"now: {process.away_cause}"
+    return str(process.restarts), now or f"{process.seconds_away:.1f} s"
 
 
 def _size(size: int | None) -> str:

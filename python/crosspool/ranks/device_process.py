@@ -1,6 +1,7 @@
-"""A device process: the ranks of one device, and their end of the control path.
+r"""A device process: the ranks of one device, and their end of the control path.
 
-    python -m crosspool.ranks.device_process --deployment FILE --device cpu:0 [--lanes-fd N]
+    python -m crosspool.ranks.device_process --deployment FILE --device cpu:0 [--lanes-fd N] \
+        [--incarnation N]
 
 Exit status 0 after ``Shutdown`` or SIGTERM, 2 for a user's mistake (its message is on stderr and in
 :class:`Failed`), 1 for anything else.
@@ -43,6 +44,7 @@ from crosspool.weightpool.placement import Placement, place
 if TYPE_CHECKING:
     from crosspool.models.spec import ModelSpec
     from crosspool.ranks.device import DeviceRanks
+    from crosspool.ranks.resident.load import ResidentWeights
 
 log = logging.getLogger(__name__)
 
@@ -62,23 +64,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--deployment", type=Path, required=True, help="deployment.json")
     parser.add_argument("--device", required=True, help="name of the device to drive")
     parser.add_argument("--lanes-fd", type=int, help="shared memory of the data path")
-    args = parser.parse_args(argv)
-
-    die_with_parent()
-    set_title(f"device {args.device}")
-    logging.basicConfig(
-        level=logging.INFO,
-        format=f"%(asctime)s %(levelname)s device {args.device}: %(message)s",
-        stream=sys.stderr,
+    parser.add_argument(
+        "--incarnation",
+        type=int,
+        default=1,
+        help="how many processes the device has had, with this",
     )
-    deployment = load(args.deployment)
+    args = parser.parse_args(argv)
+    return drive(load(args.deployment), Device(args.device), args.lanes_fd, None, args.incarnation)
+
+
+def drive(
+    deployment: Deployment,
+    device: Device,
+    lanes_fd: int | None,
+    weights: ResidentWeights | None,
+    incarnation: int,
+) -> int:
+    """Is the process of a device until it is told to end; returns the exit status. ``weights`` are
+    the resident loop's, if they have been loaded."""
+    die_with_parent()
+    set_title(f"device {device.name}")
+    configure_logging(device)
     keep_off(deployment.devices)
-    device = Device(args.device)
     set_slice(CONTROL_SLICE_NS)
-    socket = DeviceSocket(deployment.control_address, device.name)
+    socket = DeviceSocket(deployment.control_address, device.name, incarnation)
     set_slice(DEFAULT_SLICE_NS)
     try:
-        return DeviceProcess(deployment, device, args.lanes_fd, socket).run()
+        return DeviceProcess(deployment, device, lanes_fd, socket).run(weights)
     except ConfigError as error:
         print(f"device {device.name}: {error}", file=sys.stderr)
         socket.send(Failed(device=device.name, message=str(error)))
@@ -90,6 +103,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     finally:
         socket.close()
+
+
+def configure_logging(device: Device) -> None:
+    """Sends log lines to stderr, with the name of the device."""
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s %(levelname)s device {device.name}: %(message)s",
+        stream=sys.stderr,
+    )
 
 
 class DeviceProcess:
@@ -105,11 +127,12 @@ class DeviceProcess:
         self._ending = False
         self._drains = True
 
-    def run(self) -> int:
-        """Loads, reports :class:`Ready` and works; returns the exit status.
+    def run(self, weights: ResidentWeights | None) -> int:
+        """Loads what ``weights`` does not have, reports :class:`Ready` and works; returns the exit
+        status.
 
         SIGTERM ends the process at once while it loads; afterwards steps in flight still end."""
-        ranks = self._load()
+        ranks = self._load(weights)
         freeze_heap()
         signal.signal(signal.SIGTERM, self._on_sigterm)
         self._socket.send(
@@ -127,12 +150,9 @@ class DeviceProcess:
         finally:
             ranks.close()
 
-    def _load(self) -> DeviceRanks:
+    def _load(self, weights: ResidentWeights | None) -> DeviceRanks:
         deployment, device = self._deployment, self._device
-        specs = [
-            read_model(Path(model.path), model.context_length, model.dtype)
-            for model in deployment.models
-        ]
+        specs = read_specs(deployment)
         placement = place(deployment, specs)
         if not device.is_cpu:
             # CUDA reads these when it is loaded. The launcher sets them too, but a process may be
@@ -145,7 +165,7 @@ class DeviceProcess:
         os.sched_setaffinity(0, device.cores)
         # Under the resident loop the cores are its team's.
         _set_torch_threads(len(device.cores) if deployment.loop == "host" else 1)
-        ranks = load_ranks(deployment, device, specs, placement, self._lanes_fd)
+        ranks = load_ranks(deployment, device, specs, placement, self._lanes_fd, weights=weights)
         if deployment.loop == "resident":  # this thread only carries messages
             set_slice(CONTROL_SLICE_NS)
             if elsewhere.isdisjoint(device.cores):
@@ -204,26 +224,43 @@ class DeviceProcess:
         return 0
 
 
+def read_specs(deployment: Deployment) -> list[ModelSpec]:
+    """Reads what the models of a deployment are. Raises ConfigError."""
+    return [
+        read_model(Path(model.path), model.context_length, model.dtype)
+        for model in deployment.models
+    ]
+
+
 def load_ranks(
     deployment: Deployment,
     device: Device,
     specs: Sequence[ModelSpec],
     placement: Placement,
     lanes_fd: int | None,
+    *,
+    weights: ResidentWeights | None = None,
 ) -> DeviceRanks:
     """Loads the device's ranks with the engine that the deployment names for such a device: takes
     the KV pool's memory, reads the weights, opens the links.
 
     ``lanes_fd``: the data path's shared memory, needed when a peer lives on another device; it is
-    closed. Raises ConfigError for a bad checkpoint, or a KV pool for which there is no memory."""
+    closed. ``weights``: those of the resident loop, if they have been loaded. Raises ConfigError
+    for a bad checkpoint, or a KV pool for which there is no memory."""
     if not device.is_cpu:
         check_visible(device)
-        from crosspool.ranks.gpu.load import load_gpu_ranks as load_by_engine
-    elif deployment.loop == "host":
-        from crosspool.ranks.host.load import load_host_ranks as load_by_engine
-    else:
-        from crosspool.ranks.resident.load import load_resident_ranks as load_by_engine
-    return load_by_engine(deployment, device, specs, placement, lanes_fd)
+        from crosspool.ranks.gpu.load import load_gpu_ranks
+
+        return load_gpu_ranks(deployment, device, specs, placement, lanes_fd)
+    if deployment.loop == "host":
+        from crosspool.ranks.host.load import load_host_ranks
+
+        return load_host_ranks(deployment, device, specs, placement, lanes_fd)
+    from crosspool.ranks.resident.load import load_resident_ranks, load_resident_weights
+
+    if weights is None:
+        weights = load_resident_weights(deployment, device, specs, placement)
+    return load_resident_ranks(deployment, device, specs, weights, lanes_fd)
 
 
 def _set_torch_threads(count: int) -> None:

@@ -32,6 +32,17 @@ class Make(Protocol[V_co]):
     ) -> V_co: ...
 
 
+def cache_tokens(deployment: Deployment, specs: Sequence[ModelSpec]) -> list[int]:
+    """Returns for each model the tokens that its cache on one attention rank has room for."""
+    layouts = (KVLayout(spec, deployment.page_size, deployment.chunk_bytes) for spec in specs)
+    return [layout.pages_in(_chunks(deployment)) * deployment.page_size for layout in layouts]
+
+
+def _chunks(deployment: Deployment) -> int:
+    """Chunks of one attention rank."""
+    return deployment.kv_pool_bytes // len(deployment.kv_pool_devices) // deployment.chunk_bytes
+
+
 def kv_pool(
     deployment: Deployment, device: Device, specs: Sequence[ModelSpec]
 ) -> tuple[MremapVirtualizer, list[torch.Tensor]]:
@@ -47,8 +58,7 @@ def kv_pool_by(
     """Takes the device's share of the KV pool, as :func:`take_kv_pool` does, with a progress bar.
 
     Raises ConfigError when the device has no memory for it."""
-    chunks = deployment.kv_pool_bytes // len(deployment.kv_pool_devices) // deployment.chunk_bytes
-    budget = chunks * deployment.chunk_bytes
+    budget = _chunks(deployment) * deployment.chunk_bytes
     rank = deployment.kv_pool_devices.index(device)
     with loading(device.name, f"KV pool of attention rank {rank}", budget) as loaded:
         return take_kv_pool(

@@ -4,7 +4,8 @@ The order of the queues (:mod:`crosspool.scheduler.queue_order`) says which mode
 tried next. It goes to the rank that has the most of its prompt cached, if that is at least half of
 the prompt, and else to the rank with the least KV memory promised. A request that does not fit
 anywhere keeps the latter rank to itself: nobody is admitted there before it, so that large requests
-get in as running ones end. An admitted request is never evicted.
+get in as running ones end. An admitted request is never evicted. If its rank is lost, it is
+admitted again before any that has only waited.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Admission:
             ranks = [
                 rank
                 for rank in sorted(self._ranks, key=_promised_chunks)
-                if rank.index not in kept and len(rank.running[seq.model]) < self._max_running
+                if not rank.away
+                and rank.index not in kept
+                and len(rank.running[seq.model]) < self._max_running
             ]
             if any(rank.admit(seq) for rank in _by_match(seq, ranks)):
                 self._queues[seq.model].remove(seq)
@@ -63,10 +66,14 @@ class Admission:
         heads = [queue.head and queue.head.number for queue in self._queues]
         return heads, [rank.version for rank in self._ranks], set(self._suspended)
 
-    def _heads(self, blocked: set[int]) -> Iterator[Sequence]:
-        for model, queue in enumerate(self._queues):
-            if model not in blocked and queue.head is not None:
-                yield queue.head
+    def _heads(self, blocked: set[int]) -> list[Sequence]:
+        """The first request of each queue that is not blocked; only replayed ones, if there are."""
+        heads = [
+            queue.head
+            for model, queue in enumerate(self._queues)
+            if model not in blocked and queue.head is not None
+        ]
+        return [seq for seq in heads if seq.replayed] or heads
 
 
 def _promised_chunks(rank: RankState) -> int:

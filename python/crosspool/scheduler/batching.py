@@ -94,6 +94,6 @@ def form_batch(
         if seq.decoding:
             yield seq, 1
         elif prompt_tokens:
-            chunk = min(prompt_tokens, seq.prompt_len - seq.computed)
+            chunk = min(prompt_tokens, seq.prefill_len - seq.computed)
             prompt_tokens -= chunk
             yield seq, chunk

@@ -107,6 +107,10 @@ class ChunkBudget(Protocol):
         """``flight`` has ended; the time until now has been shared out."""
         ...
 
+    def dropped(self, flight: StepInFlight) -> None:
+        """``flight`` is to be forgotten: it was taken back, or a rank that it needs was away."""
+        ...
+
 
 class TargetedChunks:
     """Keeps the time between tokens to ``tbt_target_ms``: learns what the rank's steps cost, and
@@ -158,6 +162,9 @@ class TargetedChunks:
             return step.take(seconds, _WEIGHT)
         beside = step.value if step.known else 0.0
         self._chunk[flight.model].take(flight.prompt_tokens, max(seconds - beside, 0.0))
+
+    def dropped(self, flight: StepInFlight) -> None:
+        self._spent.pop(flight.step, None)
 
     def _expected(self, flight: StepInFlight) -> float:
         step = self._step[flight.model].value

@@ -73,6 +73,8 @@ class SchedulerCore:
         self._layouts = [KVLayout(spec, d.page_size, d.chunk_bytes) for spec in specs]
         self._bounds = Bounds.of(d)
         self._suspended: set[int] = set()
+        self._ffn_away: set[int] = set()
+        """FFN ranks that are lost and not back yet."""
         self._ranks = [
             RankState(
                 index,
@@ -139,17 +141,19 @@ class SchedulerCore:
                 self._end(seq, finish)
 
     def on_result(self, attention_rank: int, result: StepResult) -> None:
-        """Takes a step's result. Raises ValueError when it fits no step in flight."""
-        if self._failure is not None:
+        """Takes a step's result, unless the step was lost with its rank. Raises ValueError when it
+        fits no step in flight."""
+        rank = self._ranks[attention_rank]
+        if self._failure is not None or rank.is_late(result):
             return
         now = self._clock()
-        rank = self._ranks[attention_rank]
         flight = rank.land(result, now)
         if result.more:
             self._counters[flight.model].step(rank.flights[flight.model])
         for seq, row in zip(flight.sequences, result.rows, strict=True):
             if seq.over:
                 continue
+            seq.append_prompt_logprobs(row.prompt)
             if row.token >= 0:
                 seq.stopping.feed(row.token)
             if seq.stopping.pending:
@@ -174,6 +178,33 @@ class SchedulerCore:
     def resume(self, model: int) -> None:
         """Goes on after :meth:`suspend`, if the model is suspended."""
         self._suspended.discard(model)
+
+    def lose_attention_rank(self, rank: int) -> None:
+        """Attention rank ``rank`` is gone with all its KV, cached prefixes and steps in flight.
+        Its requests wait for a rank again, before all others and for as long as it takes; they
+        are computed again from their tokens and go on with the next one."""
+        for seq in self._ranks[rank].lose():
+            self._queues[seq.model].give_back([seq])
+        self._messages = [(to, message) for to, message in self._messages if to != rank]
+
+    def restore_attention_rank(self, rank: int) -> None:
+        """Attention rank ``rank``, which was lost, is back; it knows nothing."""
+        self._ranks[rank].restore()
+
+    def lose_ffn_rank(self, rank: int) -> None:
+        """FFN rank ``rank`` is gone. Steps that need it stand still until it is back, and then go
+        on where they were; until then none counts as overdue, and what steps take tells nothing
+        about the chunks that the target time allows."""
+        self._ffn_away.add(rank)
+        for attention_rank in self._ranks:
+            attention_rank.stalled = True
+
+    def restore_ffn_rank(self, rank: int) -> None:
+        """FFN rank ``rank``, which was lost, is back. Steps that it held up count as issued now."""
+        self._ffn_away.discard(rank)
+        for attention_rank in self._ranks:
+            if attention_rank.stalled and not self._ffn_away:
+                attention_rank.unstall(self._clock())
 
     def fail_all(self, message: str, status: int = 503) -> None:
         """Aborts every request, and every later one, since a rank is gone. Nothing more is sent to
@@ -242,6 +273,8 @@ class SchedulerCore:
         timeout = f"{self._deployment.queue_timeout:g} s"
         for model, queue in enumerate(self._queues):
             message = f"no room in the KV pool within {timeout}; retry later"
+            if all(rank.away for rank in self._ranks):
+                message = f"the KV pool is restarting, and was not back in {timeout}; retry later"
             if model in self._suspended:
                 message = f"the model is paused, and did not go on within {timeout}; retry later"
             while (seq := queue.oldest) is not None and seq.deadline <= now:
@@ -256,7 +289,8 @@ class SchedulerCore:
         now = self._clock()
         for seq in self._admission.admit():
             self._counters[seq.model].admit(seq)
-            self._rates[seq.model].admitted(seq.prompt_len, seq.cached, now)
+            if not seq.replayed:
+                self._rates[seq.model].admitted(seq.prompt_len, seq.cached, now)
             self._queues[seq.model].moved(now)
         for queue in self._queues:
             queue.look(now)
@@ -276,7 +310,6 @@ class SchedulerCore:
                 self._messages.append((rank.index, rank.recall(flight)))
 
     def _advance(self, seq: Sequence, row: RowResult, now: float) -> None:
-        seq.append_prompt_logprobs(row.prompt)
         finish = None
         if seq.prefill_only:
             if row.output is not None:
@@ -322,17 +355,18 @@ class SchedulerCore:
         grammar has taken too long, whichever comes first; None when none of them can happen."""
         waits = [q.oldest.deadline for q in self._queues if q.oldest is not None]
         watchdog = self._deployment.watchdog_timeout
-        steps = [f.issued + watchdog for rank in self._ranks for f in rank.flights.values()]
+        running = [rank.flights.values() for rank in self._ranks if not rank.stalled]
+        steps = [flight.issued + watchdog for flight in chain.from_iterable(running)]
         grammars = [since + self._deployment.grammar_timeout for _, _, since in self._undecided]
         return min(chain(waits, steps, grammars), default=None)
 
     def overdue(self, now: float) -> str | None:
         """A message for :meth:`fail_all` when a step has had no result for ``watchdog_timeout``
-        seconds; None while all is well."""
+        seconds, those not counted while an FFN rank was away; None while all is well."""
         timeout = self._deployment.watchdog_timeout
         for rank, device in zip(self._ranks, self._deployment.kv_pool_devices, strict=True):
             for flight in rank.flights.values():
-                if now - flight.issued >= timeout:
+                if not rank.stalled and now - flight.issued >= timeout:
                     return (
                         f"attention rank {rank.index} ({device.name}) has not finished step "
                         f"{flight.step} of model {self._names[flight.model]} for {timeout:g} s"

@@ -12,6 +12,9 @@ class ModelCounters(ModelCounts):
     """Counts one model's traffic; every number only grows."""
 
     def admit(self, seq: Sequence) -> None:
+        if seq.replayed:
+            self.replayed_requests += 1
+            return
         self.admitted += 1
         self.cached_tokens += seq.cached
         self.prefix_hits += seq.cached > 0
@@ -27,7 +30,10 @@ class ModelCounters(ModelCounts):
         self.steps += 1
         self.largest_batch = max(self.largest_batch, len(flight.rows))
         for seq, row in zip(flight.sequences, flight.rows, strict=True):
-            if row.start < seq.prompt_len:
-                self.prompt_tokens += len(row.tokens)
-            else:
+            if row.start >= seq.prefill_len:
                 self.decode_rows += 1
+                continue
+            end = row.start + len(row.tokens)
+            new = max(0, min(end, seq.prompt_len) - max(row.start, seq.reached))
+            self.prompt_tokens += new
+            self.replayed_tokens += len(row.tokens) - new

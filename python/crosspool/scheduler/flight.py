@@ -24,6 +24,6 @@ class StepInFlight:
 
     @cached_property
     def prompt_tokens(self) -> int:
-        """Number of prompt tokens that the step computes."""
+        """Number of tokens in the step's chunks: of prompts, and of replays."""
         pairs = zip(self.sequences, self.rows, strict=True)
-        return sum(len(row.tokens) for seq, row in pairs if row.start < seq.prompt_len)
+        return sum(len(row.tokens) for seq, row in pairs if row.start < seq.prefill_len)

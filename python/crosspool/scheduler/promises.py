@@ -23,12 +23,19 @@ class Promises:
 
     def __init__(self, deployment: Deployment, bounds: Bounds, layouts: list[KVLayout]) -> None:
         """Raises ConfigError when some model could not be promised one page."""
-        self.allocator = PageAllocator(bounds.budget, layouts, bounds)
         self.evicted_pages = [0] * len(layouts)
         """Cached pages given up for promises, by model."""
+        self._deployment = deployment
+        self._bounds = bounds
         self._layouts = layouts
-        self.rule = PROMISE_RULES[deployment.promise](deployment, bounds, layouts)
-        self._cache = PrefixCache() if deployment.prefix_cache else None
+        self.forget()
+
+    def forget(self) -> None:
+        """The rank is new: nothing is promised, cached or mapped there. Raises like the class."""
+        self.allocator = PageAllocator(self._bounds.budget, self._layouts, self._bounds)
+        rule = PROMISE_RULES[self._deployment.promise]
+        self.rule = rule(self._deployment, self._bounds, self._layouts)
+        self._cache = PrefixCache() if self._deployment.prefix_cache else None
         self._unmap: dict[int, list[int]] = defaultdict(list)
 
     @property
@@ -45,7 +52,7 @@ class Promises:
         return self._cache.match(seq.model, seq.request.cache_namespace, keys)
 
     def admit(self, seq: Sequence) -> bool:
-        """Promises ``seq`` pages for its uncached prompt and for what may follow, if there is room
+        """Promises ``seq`` pages for its uncached tokens and for what may follow, if there is room
         for them once every cached page is given up; gives up no more than that needs. Returns
         whether there is.
 
@@ -58,14 +65,16 @@ class Promises:
         idle = [entry.page for entry in path if not entry.users]
         shared = [entry.page for entry in path]
         self.allocator.hold(seq.model, idle)
-        count = self._grantable(seq, shared, seq.prompt_len)
+        count = self._grantable(seq, shared, len(seq.tokens))
         if count is None:
             self.allocator.keep(seq.model, idle)
             return False
         if self._cache is not None:
             self._cache.use(path)
         seq.path = path
-        seq.cached = seq.computed = len(path) * self._layouts[seq.model].page_size
+        seq.computed = len(path) * self._layouts[seq.model].page_size
+        if not seq.replayed:
+            seq.cached = seq.computed
         self._grant(seq, shared, count)
         return True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from itertools import chain
 
@@ -18,10 +18,13 @@ _MOVES = 64
 class WaitingQueue:
     """Requests in the order of their numbers, ``bound`` at most. A request whose grammar is being
     compiled waits beside the queue and takes its place in the order when that is done; it counts
-    for the bound."""
+    for the bound. Requests that come back from a lost rank go before all others; they count neither
+    for the bound nor for any deadline."""
 
     def __init__(self, bound: int) -> None:
         self._bound = bound
+        self._returned: dict[int, Sequence] = {}
+        """Requests that have come back, by their numbers, ascending."""
         self._ready: dict[int, Sequence] = {}
         self._order: list[int] = []
         """Heap of the numbers in ``_ready``, and of some requests that have left it."""
@@ -32,13 +35,15 @@ class WaitingQueue:
         """Clock times of the latest admissions since ``_stalled_at``."""
 
     def __len__(self) -> int:
-        return len(self._ready) + len(self._compiling)
+        return len(self._returned) + len(self._ready) + len(self._compiling)
 
     def __contains__(self, seq: Sequence) -> bool:
-        return seq.number in self._ready or seq.number in self._compiling
+        places = (self._returned, self._ready, self._compiling)
+        return any(seq.number in place for place in places)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return chain(self._ready.values(), (seq for seq, _ in self._compiling.values()))
+        compiling = (seq for seq, _ in self._compiling.values())
+        return chain(self._returned.values(), self._ready.values(), compiling)
 
     def moved(self, now: float) -> None:
         """A request was admitted at clock time ``now``."""
@@ -68,26 +73,35 @@ class WaitingQueue:
 
     @property
     def full(self) -> bool:
-        return len(self) >= self._bound
+        return len(self._ready) + len(self._compiling) >= self._bound
 
     @property
     def head(self) -> Sequence | None:
-        """The request that has waited longest, without those that are being compiled."""
+        """The request to admit next; it is none of those that are being compiled."""
+        return next(iter(self._returned.values()), None) or self._first_ready
+
+    @property
+    def _first_ready(self) -> Sequence | None:
         while self._order and self._order[0] not in self._ready:
             heapq.heappop(self._order)
         return self._ready[self._order[0]] if self._order else None
 
     @property
     def oldest(self) -> Sequence | None:
-        """The request that has waited longest, and so the next to reach its deadline."""
-        compiling = next(iter(self._compiling.values()), None)
-        if compiling is None or (self.head and self.head.number < compiling[0].number):
-            return self.head
+        """The request that is the next to reach its deadline."""
+        compiling, ready = next(iter(self._compiling.values()), None), self._first_ready
+        if compiling is None or (ready and ready.number < compiling[0].number):
+            return ready
         return compiling[0]
 
     def push(self, seq: Sequence) -> None:
         self._ready[seq.number] = seq
         heapq.heappush(self._order, seq.number)
+
+    def give_back(self, seqs: Iterable[Sequence]) -> None:
+        """Takes requests back that have been admitted before."""
+        self._returned |= {seq.number: seq for seq in seqs}
+        self._returned = dict(sorted(self._returned.items()))
 
     def push_after(self, seq: Sequence, grammar: Future[GrammarMatcher]) -> None:
         """Queues ``seq`` once its ``grammar`` is compiled."""
@@ -101,6 +115,7 @@ class WaitingQueue:
         return done
 
     def remove(self, seq: Sequence) -> None:
-        if self._ready.pop(seq.number, None) is None:
+        place = self._returned if seq.number in self._returned else self._ready
+        if place.pop(seq.number, None) is None:
             _, grammar = self._compiling.pop(seq.number)
             grammar.cancel()

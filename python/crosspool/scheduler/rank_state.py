@@ -30,6 +30,10 @@ class RankState:
         self.index = index
         self.promises = promises
         self.budget = budget
+        self.away = False
+        """Whether the rank is lost and not back yet."""
+        self.stalled = False
+        """Whether an FFN rank is away, so that steps may not end."""
         self.suspended = suspended
         """Models that make no steps for now; their requests stay as they are."""
         self.running: list[dict[int, Sequence]] = [{} for _ in layouts]
@@ -48,11 +52,54 @@ class RankState:
         """Changes whenever a request that was refused pages before might get them now."""
         self._layouts = layouts
         self._step_numbers = count()
+        self._first_step = 0
+        """Number from which steps belong to the rank as it is since it was last lost."""
+        self._first_measured = 0
+        """Number from which no step has seen an FFN rank away."""
         self._ended: list[Sequence] = []
         self._forget: dict[int, list[int]] = defaultdict(list)
         """Requests of each model that the rank has yet to be told to forget."""
         self._asked = -1
         """The version at which the paused requests last asked in vain."""
+
+    # --- ranks that go and come back
+
+    def lose(self) -> list[Sequence]:
+        """The rank is gone with every page, cached prefix and step. Returns the requests that ran
+        here; they have forgotten it."""
+        self.away = True
+        for flight in self.flights.values():
+            self.budget.dropped(flight)
+        lost = [seq for running in self.running for seq in running.values()]
+        for seq in lost:
+            seq.lose_rank()
+        for requests in (*self.running, *self.paused):
+            requests.clear()
+        self.flights.clear()
+        self.delayed.clear()
+        self._ended.clear()
+        self._forget.clear()
+        self._first_step = next(self._step_numbers)
+        self.promises.forget()
+        self.version += 1
+        return lost
+
+    def restore(self) -> None:
+        """The rank is back and knows nothing."""
+        self.away = False
+        self.version += 1
+
+    def is_late(self, result: StepResult) -> bool:
+        """Whether ``result`` is of a step that was lost."""
+        return result.step < self._first_step
+
+    def unstall(self, now: float) -> None:
+        """No FFN rank is away any more. Steps in flight count as issued ``now``, and what they take
+        tells nothing."""
+        self.stalled = False
+        self._first_measured = next(self._step_numbers)
+        for model, flight in self.flights.items():
+            self.flights[model] = replace(flight, issued=now)
 
     # --- admission and promises
 
@@ -169,7 +216,10 @@ class RankState:
                 f"attention rank {self.index} goes on with step {result.step}, whose lease is over"
             )
         self.budget.share_out(self.flights.values(), now)
-        self.budget.landed(flight)
+        if self.stalled or flight.step < self._first_measured:
+            self.budget.dropped(flight)
+        else:
+            self.budget.landed(flight)
         del self.flights[flight.model]
         if result.more:
             rows = [
@@ -194,7 +244,8 @@ class RankState:
                 if not result.more:
                     self._ended.append(seq)
                 continue
-            if row.start < seq.prompt_len == seq.computed and self.promises.share(seq):
+            end = row.start + len(row.tokens)
+            if row.start < seq.prompt_len <= end and self.promises.share(seq):
                 self.version += 1
             if result.more:
                 seq.computed += 1

@@ -7,12 +7,13 @@ import msgspec
 from crosspool.scheduler.prefix_cache import Entry, PageKeys
 from crosspool.scheduler.request import Finish, GenerateRequest, Output
 from crosspool.scheduler.stopping import Stopping
-from crosspool.transport.messages import Open, Row, TokenLogprobs
+from crosspool.transport.messages import Logprobs, Open, Row, TokenLogprobs
 
 
 class Sequence:
     """A request waits while it has no ``pages``, and runs on attention rank ``rank`` once it has.
-    When it is ``over``, a last step of it may still be ``in_flight``."""
+    When it is ``over``, a last step of it may still be ``in_flight``. If its rank is lost, it waits
+    again, and is *replayed*: all its tokens are computed again wherever it is admitted next."""
 
     def __init__(
         self,
@@ -34,8 +35,15 @@ class Sequence:
 
         self.prompt_len = len(request.input_ids)
         self.tokens = list(request.input_ids)
+        self.prefill_len = self.prompt_len
+        """Number of tokens that are computed in chunks, before the others one at a time: the
+        prompt, and in a replay what had been sampled before it."""
+        self.replayed = False
+        """Whether the request was admitted before, to a rank that was lost."""
+        self.reached = 0
+        """Tokens that had been computed on the rank that was lost."""
         self.cached = 0
-        """Prompt tokens whose KV was cached when the request was admitted."""
+        """Prompt tokens whose KV was cached when the request was first admitted."""
         self.computed = 0
         """Tokens whose KV exists or is written by the step in flight; cached ones are included."""
         self.rank = -1
@@ -75,12 +83,12 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        return self.computed >= self.prompt_len
+        return self.computed >= self.prefill_len
 
     @property
     def has_output(self) -> bool:
-        """Whether a token has been sampled."""
-        return len(self.tokens) > self.prompt_len
+        """Whether a token has been sampled since the request was admitted where it runs."""
+        return len(self.tokens) > self.prefill_len
 
     @property
     def leasable(self) -> bool:
@@ -95,7 +103,7 @@ class Sequence:
         """Prompt tokens that need not be computed if their KV is cached. The last prompt token must
         be, as it yields the first output, and so must the one before ``prompt_start``, as it yields
         the first log-probability."""
-        start = self.request.logprobs.prompt_start
+        start = self._wanted.prompt_start
         last = self.prompt_len if start < 0 else min(start, self.prompt_len)
         return max(last - 1, 0)
 
@@ -106,7 +114,30 @@ class Sequence:
             self._keys.extend(self.tokens[known : max(tokens, self.prompt_len)])
         return self._keys[first : tokens // self._keys.page_size]
 
+    def lose_rank(self) -> None:
+        """The rank on which the request runs is gone with all that was computed there."""
+        self.replayed = True
+        self.reached = max(self.reached, self.computed)
+        self.prefill_len = len(self.tokens)
+        self.computed = 0
+        self.rank = -1
+        self.pages = []
+        self.path = []
+        self.pages_sent = 0
+        self.opened = self.in_flight = False
+
     # --- steps
+
+    @property
+    def _wanted(self) -> Logprobs:
+        """The log-probabilities that the request has yet to yield."""
+        wanted, taken = self.request.logprobs, len(self._prompt_logprobs)
+        if not taken:
+            return wanted
+        start = wanted.prompt_start + taken
+        return msgspec.structs.replace(
+            wanted, prompt_start=start if start < self.prompt_len else -1
+        )
 
     def open(self) -> Open:
         """The message that opens the request on its rank. For a request with a grammar,
@@ -121,7 +152,7 @@ class Sequence:
             request=self.number,
             prompt_len=self.prompt_len,
             sampling=sampling,
-            logprobs=self.request.logprobs,
+            logprobs=self._wanted,
         )
 
     def next_row(self, tokens: int, pages_reached: int) -> Row:
@@ -145,6 +176,8 @@ class Sequence:
     def append(self, token: int, logprobs: TokenLogprobs | None) -> Finish | None:
         """Takes a sampled token; returns how the request ends if this token ends it."""
         self.tokens.append(token)
+        if not self.decoding:  # its grammar followed the token after its rank was lost
+            self.prefill_len = len(self.tokens)
         if logprobs is not None:
             self._output_logprobs.append(logprobs)
         return self.stopping.after(token)

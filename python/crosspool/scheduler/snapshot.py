@@ -75,6 +75,7 @@ def _rank(rank: RankState, device: str, chunk_bytes: int) -> RankSnapshot:
     ]
     return RankSnapshot(
         device=device,
+        away=rank.away,
         steps_in_flight=len(rank.flights),
         budget_chunks=allocator.budget_chunks,
         budget_bytes=allocator.budget_chunks * chunk_bytes,

@@ -50,6 +50,8 @@ _QUESTIONS: dict[str, admin.What] = {
 """What is asked of the scheduler, by path below ``/crosspool/``."""
 _RESPONSES = "/v1/responses/"
 """What stands before a response's id. All models keep their responses in one store."""
+MISSING_HEADER = "x-crosspool-missing"
+"""Names the devices that are away, of which an answer tells nothing."""
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -123,7 +125,13 @@ class App(Starlette):
     # --- CrossPool's own routes
 
     async def _health(self, request: Request) -> Response:
+        """Healthy while requests are taken; with ``strict``, while no device is away either."""
         if self._serving:
+            told = self._state.status
+            devices = told.devices if told and _is_set(request, "strict") else []
+            away = [device.absence for device in devices if device.absence is not None]
+            if away:
+                return JSON({"status": "degraded", "message": "; ".join(away)}, 503)
             return JSON({"status": "ok"})
         status = "draining" if self._state.draining else "unavailable"
         return JSON({"status": status, "message": self._state.message}, 503)
@@ -196,7 +204,8 @@ class App(Starlette):
             if what == "status":
                 return JSON(msgspec.to_builtins(await self._scheduler.status()))
             report = await self._scheduler.inspect(what)
-            return JSON(report.plain(what, self._names))
+            headers = {MISSING_HEADER: ", ".join(report.missing)} if report.missing else None
+            return JSON(report.plain(what, self._names), headers=headers)
         except admin.AdminError as error:
             raise RequestError(503, str(error)) from None
 
@@ -269,6 +278,10 @@ def _inner(scope: Scope) -> dict[str, Any]:
     """A request's scope for an application behind this one, without what this one has added."""
     added = ("app", "router", "route", "endpoint", "path_params", "starlette.exception_handlers")
     return {key: value for key, value in scope.items() if key not in (*added, "rule")}
+
+
+def _is_set(request: Request, name: str) -> bool:
+    return request.query_params.get(name, "").lower() in ("1", "true")
 
 
 async def _gone(request: Request, error: Exception) -> Response:

@@ -1,5 +1,5 @@
 """The device processes, seen from the scheduler: the control path's ROUTER, which devices are
-ready, and questions put to all of them."""
+ready or away, and questions put to all of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import zmq
 
 from crosspool.config.deployment import Deployment
 from crosspool.observability.bounded_log import BoundedLog
+from crosspool.transport.device_socket import identity_of, read_identity
 from crosspool.transport.inspection import DeviceStatus, InspectWhat, Report
 from crosspool.transport.messages import (
     MAX_MESSAGE_BYTES,
@@ -38,8 +39,8 @@ INSPECT_SECONDS = 8.0
 """Time for every device to reply to a question."""
 
 
-class DeviceGone(RuntimeError):
-    """A device process has failed or cannot be reached; the message is meant for the user."""
+class DeviceFailed(RuntimeError):
+    """A device makes it impossible to go on; the message is meant for the user."""
 
 
 Done = Callable[[Report | None, str | None], None]
@@ -47,21 +48,69 @@ Done = Callable[[Report | None, str | None], None]
 
 
 @dataclass
+class _Device:
+    """A device, and the process that drives it or is expected to."""
+
+    name: str
+    incarnation: int = 1
+    ready: Ready | None = None
+    """None while the process has not reported, or there is none."""
+    known: Ready | None = None
+    """What the last process reported that was ready."""
+    restarts: int = 0
+    away_since: tuple[float, float] | None = None
+    """Unix time and monotonic time at which the device, once ready, went away."""
+    cause: str | None = None
+    complaint: str | None = None
+    """What the process said when it could not go on."""
+    seconds_away: float = 0.0
+    """Seconds of earlier absences."""
+
+    @property
+    def seconds_away_now(self) -> float:
+        return time.monotonic() - self.away_since[1] if self.away_since else 0.0
+
+    def status(self) -> DeviceStatus:
+        return DeviceStatus(
+            name=self.name,
+            ready=self.ready is not None,
+            pid=self.ready.pid if self.ready else None,
+            ranks=self.known.ranks if self.known else [],
+            incarnation=self.incarnation,
+            restarts=self.restarts,
+            away_since=self.away_since[0] if self.away_since else None,
+            away_cause=self.cause,
+            seconds_away=self.seconds_away + self.seconds_away_now,
+        )
+
+
+@dataclass
 class _Question:
     done: Done
     deadline: float
     reports: dict[str, Report | None]
-    """What each device replied, in the deployment's order; None until it does."""
+    """What each device that was asked has replied, in the deployment's order; None until it
+    does."""
 
 
 class Devices:
     """Binds ``deployment.control_address``. Register :attr:`socket` with a poller and call
-    :meth:`receive` when it is readable."""
+    :meth:`receive` when it is readable.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], deployment: Deployment) -> None:
-        self._names = [device.name for device in deployment.devices]
+    ``on_away`` and ``on_back`` are called with the name of a device when its process is gone, and
+    when another one is ready in its place. While a device is away, nothing is sent to it."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        deployment: Deployment,
+        on_away: Callable[[str], None],
+        on_back: Callable[[str], None],
+    ) -> None:
+        self._devices = {device.name: _Device(device.name) for device in deployment.devices}
         self._kv_names = [device.name for device in deployment.kv_pool_devices]
-        self._ready: dict[str, Ready] = {}
+        self._on_away = on_away
+        self._on_back = on_back
         self._questions: dict[int, _Question] = {}
         self._ids = itertools.count(1)
         self.socket = context.socket(zmq.ROUTER)
@@ -74,95 +123,140 @@ class Devices:
         os.chmod(Path(deployment.control_address.removeprefix("ipc://")), 0o600)
 
     @property
-    def all_ready(self) -> bool:
-        return len(self._ready) == len(self._names)
+    def have_started(self) -> bool:
+        """Whether every device has been ready; some may be away now."""
+        return all(device.known is not None for device in self._devices.values())
 
     @property
     def progress(self) -> str:
-        waiting = [name for name in self._names if name not in self._ready]
+        waiting = [d.name for d in self._devices.values() if d.known is None]
         return f"loading on {', '.join(waiting)}" if waiting else "ready"
 
     def status(self) -> list[DeviceStatus]:
-        ready = [(name, self._ready.get(name)) for name in self._names]
-        return [
-            DeviceStatus(
-                name=name,
-                ready=told is not None,
-                pid=told.pid if told else None,
-                ranks=told.ranks if told else [],
-            )
-            for name, told in ready
-        ]
+        return [device.status() for device in self._devices.values()]
+
+    def gone(self, name: str, incarnation: int, cause: str) -> str:
+        """Notes that this process of the device is gone, unless a later one is known already;
+        returns the cause, with what the process has said of it. Raises KeyError for an unknown
+        device."""
+        device = self._devices[name]
+        if incarnation < device.incarnation:
+            return cause
+        if device.complaint is not None:
+            cause = f"{cause}: {device.complaint}"
+        if device.away_since is None:
+            device.away_since = time.time(), time.monotonic()
+        device.cause, device.complaint = cause, None
+        device.incarnation, device.ready = incarnation + 1, None
+        log.warning("device %s is away: %s", name, cause)
+        self._on_away(name)
+        for number in list(self._questions):
+            self._questions[number].reports.pop(name, None)
+            self._answer_if_complete(number)
+        return cause
 
     def send(self, attention_rank: int, message: ToDevice) -> None:
-        """Sends ``message`` to the device of ``attention_rank``. Raises DeviceGone when it is not
-        connected."""
-        self._send(self._kv_names[attention_rank], message)
+        """Sends ``message`` to the device of ``attention_rank``, unless it is away."""
+        self._send(self._devices[self._kv_names[attention_rank]], message)
 
     def broadcast(self, message: ToDevice) -> None:
-        """Sends ``message`` to every device that is still connected."""
-        for name in self._names:
-            try:
-                self._send(name, message)
-            except DeviceGone as error:
-                log.warning("%s", error)
+        """Sends ``message`` to every device that is not away."""
+        for device in self._devices.values():
+            self._send(device, message)
 
-    def _send(self, name: str, message: ToDevice) -> None:
+    def _send(self, device: _Device, message: ToDevice) -> None:
+        if device.away_since is not None:
+            return
+        identity = identity_of(device.name, device.incarnation)
         try:
-            self.socket.send_multipart([name.encode(), encode(message)], zmq.NOBLOCK)
+            self.socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            raise DeviceGone(f"device {name} cannot be reached: {error}") from error
+            # The launcher will say what has become of it.
+            bounded.error("device %s cannot be reached: %s", device.name, error)
 
     def receive(self) -> tuple[int, StepResult] | None:
         """Handles messages up to the next result of a step; returns that with its attention rank,
-        or None when no message is left. Raises DeviceGone for a device that has failed."""
+        or None when no message is left. Raises DeviceFailed for a device that fails before all are
+        ready, and for one that does not speak the protocol."""
         while True:
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return None
-            name = frames[0].decode(errors="replace")
-            if name not in self._names or len(frames) != 2:
-                bounded.error("dropped a message of %d parts from %r", len(frames) - 1, name)
-                continue
             try:
-                message = decode_from_device(frames[1])
+                name, incarnation = read_identity(frames[0])
+                device = self._devices[name]
+                (frame,) = frames[1:]
+            except (ValueError, KeyError):
+                text = "dropped a message of %d parts from %r"
+                bounded.error(text, len(frames) - 1, frames[0].decode(errors="replace"))
+                continue
+            if incarnation < device.incarnation:
+                continue  # its process is gone
+            try:
+                message = decode_from_device(frame)
             except (msgspec.DecodeError, RecursionError) as error:
-                raise DeviceGone(f"device {name} sent an unreadable message: {error}") from error
-            if isinstance(message, StepResult):
+                raise DeviceFailed(f"device {name} sent an unreadable message: {error}") from error
+            if isinstance(message, StepResult) and incarnation == device.incarnation:
                 return self._kv_names.index(name), message
-            self._handle(name, message)
+            self._handle(device, incarnation, message)
 
-    def _handle(self, name: str, message: FromDevice) -> None:
-        if isinstance(message, Failed):
-            raise DeviceGone(f"device {name}: {message.message}")
-        if isinstance(message, Ready):
-            if message.version != PROTOCOL_VERSION:
-                raise DeviceGone(
-                    f"device {name} speaks version {message.version} of the control path, "
-                    f"this scheduler version {PROTOCOL_VERSION}"
-                )
-            self._ready[name] = message
-            log.info("device %s is ready (%d of %d)", name, len(self._ready), len(self._names))
-        elif isinstance(message, Inspected) and message.id in self._questions:
-            question = self._questions[message.id]
-            question.reports[name] = message.report
-            reports = [report for report in question.reports.values() if report is not None]
-            if len(reports) == len(self._names):
-                del self._questions[message.id]
-                question.done(Report.joined(reports), None)
+    def _handle(self, device: _Device, incarnation: int, message: FromDevice) -> None:
+        match message:
+            case Failed():
+                if not self.have_started:
+                    raise DeviceFailed(f"device {device.name}: {message.message}")
+                log.error("device %s: %s", device.name, message.message)
+                device.complaint = message.message
+            case Ready():
+                if message.version != PROTOCOL_VERSION:
+                    raise DeviceFailed(
+                        f"device {device.name} speaks version {message.version} of the control "
+                        f"path, this scheduler version {PROTOCOL_VERSION}"
+                    )
+                if incarnation > device.incarnation and device.known is not None:
+                    self.gone(device.name, incarnation - 1, "another process has taken its place")
+                device.incarnation = incarnation
+                self._is_ready(device, message)
+            case Inspected() if message.id in self._questions:
+                question = self._questions[message.id]
+                if device.name in question.reports and incarnation == device.incarnation:
+                    question.reports[device.name] = message.report
+                    self._answer_if_complete(message.id)
+
+    def _is_ready(self, device: _Device, told: Ready) -> None:
+        device.ready = device.known = told
+        if device.away_since is None:
+            ready = sum(d.ready is not None for d in self._devices.values())
+            log.info("device %s is ready (%d of %d)", device.name, ready, len(self._devices))
+            return
+        seconds = device.seconds_away_now
+        device.seconds_away += seconds
+        device.restarts += 1
+        device.away_since = device.cause = None
+        log.warning("device %s is back after %.2f s", device.name, seconds)
+        self._on_back(device.name)
+
+    # --- questions
 
     def inspect(self, what: InspectWhat, done: Done) -> None:
-        """Asks every device; calls ``done`` within :data:`INSPECT_SECONDS`."""
+        """Asks every device that is not away; calls ``done`` within :data:`INSPECT_SECONDS`."""
         number = next(self._ids)
+        asked = [device for device in self._devices.values() if device.ready is not None]
         deadline = time.monotonic() + INSPECT_SECONDS
-        self._questions[number] = _Question(done, deadline, dict.fromkeys(self._names))
-        try:
-            for name in self._names:
-                self._send(name, Inspect(id=number, what=what))
-        except DeviceGone as error:
+        names = dict.fromkeys(device.name for device in asked)
+        self._questions[number] = _Question(done, deadline, names)
+        for device in asked:
+            self._send(device, Inspect(id=number, what=what))
+        self._answer_if_complete(number)
+
+    def _answer_if_complete(self, number: int) -> None:
+        question = self._questions[number]
+        reports = [report for report in question.reports.values() if report is not None]
+        if len(reports) == len(question.reports):
             del self._questions[number]
-            done(None, str(error))
+            missing = [name for name in self._devices if name not in question.reports]
+            question.done(Report.joined([*reports, Report(missing=missing)]), None)
 
     def expire_questions(self) -> None:
         now = time.monotonic()

@@ -13,6 +13,7 @@ from crosspool.config.deployment import Deployment
 from crosspool.frontend.commands import (
     Abort,
     Command,
+    DisownAll,
     FlushCache,
     Generate,
     Leave,
@@ -24,6 +25,7 @@ from crosspool.frontend.commands import (
 )
 from crosspool.frontend.front_end import FrontEnd, FrontEndLost
 from crosspool.frontend.messages import Item, refusal, seeds, to_token_id_output
+from crosspool.frontend.server_args import port_args
 from crosspool.observability.bounded_log import BoundedLog
 from crosspool.scheduler.core import SchedulerCore
 from crosspool.scheduler.request import Output
@@ -58,6 +60,9 @@ class FrontEnds:
         ]
         self._core = core
         self._starting = starting
+        self._deployment = deployment
+        self._detokenizer = 1
+        """Which of the deployment's detokenizers is there."""
         self._seeds = seeds(deployment.random_seed)
         self._by_socket: dict[Any, FrontEnd] = {}
         self._owner: dict[tuple[int, str], FrontEnd] = {}
@@ -118,6 +123,11 @@ class FrontEnds:
             case Pause():
                 front_end.pauses = command.on
                 self._pause_or_go_on(front_end.model)
+            case DisownAll():
+                self._abort_all(front_end, "the HTTP process has died")
+                front_end.forget_ended()
+                front_end.pauses = False
+                self._pause_or_go_on(front_end.model)
             case Leave():
                 # An attached server ends; the deployment does not.
                 if front_end.attached:
@@ -143,7 +153,7 @@ class FrontEnds:
             opened = command.opened()
         except Exception as error:
             return front_end.refuse(rid, self._unexpected(error))
-        front_end.requests[rid] = opened
+        front_end.open(opened)
         self._owner[model, rid] = front_end
         if starting := self._starting():
             refused = f"the server is starting: {starting}", 503
@@ -167,10 +177,28 @@ class FrontEnds:
         log.warning("model %s: %s; dropped %d requests", self._names[front_end.model], why, lost)
         self._poller.unregister(front_end.socket)
         del self._by_socket[front_end.socket]
-        for rid in list(front_end.requests):
-            self._core.abort(rid, front_end.model, message=why)
+        self._abort_all(front_end, why)
         self._pause_or_go_on(front_end.model)
         front_end.close()
+
+    def _abort_all(self, front_end: FrontEnd, why: str) -> None:
+        for rid in list(front_end.requests):
+            self._core.abort(rid, front_end.model, message=why)
+
+    def replace_detokenizer(self, incarnation: int) -> None:
+        """Sends everything to another detokenizer, the one of this number, and first what the one
+        before it may not have passed on."""
+        if incarnation <= self._detokenizer:
+            return
+        self._detokenizer = incarnation
+        repeated = 0
+        for front_end in [f for f in self._by_socket.values() if not f.attached]:
+            ports = port_args(self._deployment, front_end.model, incarnation)
+            try:
+                repeated += front_end.replace_detokenizer(ports.detokenizer_ipc_name)
+            except FrontEndLost as error:
+                self._drop(front_end, str(error))
+        log.warning("the detokenizer is a new one: outputs of %d requests are sent again", repeated)
 
     def send(self, outputs: list[Output]) -> None:
         """Sends outputs to their front ends' detokenizers. A request that has several gets them in

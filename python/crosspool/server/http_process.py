@@ -1,7 +1,9 @@
 """The HTTP process: SGLang's tokenizer manager and application of every model behind one port.
 
-It listens at once; ``/health`` gives 503 until every process is ready and every model has generated
-a token. After SIGTERM, requests in flight have ``drain_timeout`` seconds to finish.
+The first of a deployment listens at once; ``/health`` gives 503 until all processes are ready and
+all models have generated a token. One that takes the place of a dead one lets connections wait, for
+some seconds at most, until it can serve them, and has the dead one's requests aborted. After
+SIGTERM, requests in flight have ``drain_timeout`` seconds to finish.
 """
 
 from __future__ import annotations
@@ -10,10 +12,8 @@ import asyncio
 import contextlib
 import logging
 import signal
-import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -21,13 +21,14 @@ import uvicorn
 import uvloop
 import zmq.asyncio
 
-from crosspool.config.deployment import ConfigError, Deployment
+from crosspool.config.deployment import Deployment
 from crosspool.config.process import freeze_heap
 from crosspool.frontend import compat
 from crosspool.frontend.response_store import ResponseStore
 from crosspool.observability.bounded_log import BoundedLog
 from crosspool.server import connections
 from crosspool.server.app import App, State
+from crosspool.server.listeners import Listeners
 from crosspool.server.liveness import CannotServe, Liveness
 from crosspool.transport import admin, notices
 
@@ -46,6 +47,9 @@ _KEEP_ALIVE_SECONDS = 75
 request that meets a closing connection is lost (aiohttp gives up after 15 s, openai after 5)."""
 _LINGER_SECONDS = 5
 """Time for open connections to close after the last request has ended."""
+_UNSEEN_SECONDS = 10
+"""Time for which connections wait for the process that takes the place of a dead one, rather than
+hear that it starts."""
 _BACKLOG = 2048
 
 
@@ -58,24 +62,27 @@ class _Server(uvicorn.Server):
 
 
 class HttpProcess:
-    def __init__(self, deployment: Deployment) -> None:
+    """``incarnation`` is its number among the deployment's HTTP processes, from 1 on; it alone may
+    close ``listeners``."""
+
+    def __init__(self, deployment: Deployment, incarnation: int, listeners: Listeners) -> None:
         self._deployment = deployment
+        self._incarnation = incarnation
+        self._listeners = listeners
         self._state = State()
         self._context = zmq.asyncio.Context()
         self._scheduler = admin.AsyncAdmin(self._context, deployment.admin_address)
         self._app = App(deployment, self._state, self._scheduler)
         self._liveness = Liveness(deployment.watchdog_timeout, time.monotonic)
         self._notices = notices.bind(self._context, deployment.notice_address)
-        self._prepared = False
+        self._prepared = asyncio.Event()
         self._failed = False
         """Whether requests in flight have been ended, and later ones are refused."""
         self._ending = asyncio.Event()
 
     async def run(self) -> None:
-        """Serves until SIGTERM or SIGINT. Raises ConfigError when the address is taken or a
-        model's arguments are wrong, and CannotServe."""
-        listener = _listen(self._deployment.host, self._deployment.port)
-        admin_listener = _listen_for_admin(self._deployment.admin_socket)
+        """Serves until SIGTERM or SIGINT. Raises ConfigError when a model's arguments are wrong,
+        and CannotServe."""
         level = self._deployment.sglang.get("log_level_http") or self._deployment.sglang.get(
             "log_level", "info"
         )
@@ -86,6 +93,7 @@ class HttpProcess:
                 log_level=level,
                 log_config=None,
                 access_log=level == "debug",
+                backlog=_BACKLOG,
                 lifespan="off",
                 http=connections.protocol(self._deployment),
                 timeout_keep_alive=_KEEP_ALIVE_SECONDS,
@@ -95,7 +103,7 @@ class HttpProcess:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        serving = asyncio.create_task(server.serve(sockets=[listener, admin_listener]))
+        serving = asyncio.create_task(self._serve(server))
         prepare = asyncio.create_task(self._prepare())
         watch = asyncio.create_task(self._watch())
         ending = asyncio.create_task(self._ending.wait())
@@ -105,11 +113,21 @@ class HttpProcess:
         finally:
             for task in (prepare, watch, ending):
                 task.cancel()
+            if self._ending.is_set():
+                self._listeners.refuse()
             server.should_exit = True
             await serving
             for model in self._state.models.values():
                 await model.stop()
             self._context.destroy(linger=0)
+
+    async def _serve(self, server: _Server) -> None:
+        if self._incarnation > 1:
+            waits = [asyncio.create_task(event.wait()) for event in (self._prepared, self._ending)]
+            await asyncio.wait(waits, timeout=_UNSEEN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+        await server.serve(sockets=[self._listeners.public, self._listeners.admin])
 
     def _on_signal(self) -> None:
         self._state.draining = True
@@ -130,7 +148,8 @@ class HttpProcess:
             log.warning("%d requests did not finish in time", self._state.in_flight)
 
     async def _prepare(self) -> None:
-        """Imports SGLang and has every model generate a token. Never returns by itself."""
+        """Imports SGLang and, in the first HTTP process, has every model generate a token. Never
+        returns by itself."""
         self._state.message = "importing SGLang"
         model_app = await asyncio.to_thread(_import_model_app)
         models: list[ModelApp] = []
@@ -140,7 +159,8 @@ class HttpProcess:
         for index, config in enumerate(self._deployment.models):
             self._state.message = f"preparing {config.name}"
             await asyncio.sleep(0)  # lets health checks in between
-            made = model_app.ModelApp(self._deployment, index, responses, self._state.turns)
+            turns = self._state.turns
+            made = model_app.ModelApp(self._deployment, index, self._incarnation, responses, turns)
             models.append(made)
         while (status := self._state.status) is None or not status.ready:
             self._state.message = status.message if status else "waiting for the scheduler"
@@ -149,12 +169,13 @@ class HttpProcess:
         for model, now in zip(models, status.models, strict=True):
             pool_tokens = self._deployment.kv_pool_bytes // now.kv_bytes_per_token
             await model.start(pool_tokens)
-            if not self._deployment.sglang.get("skip_server_warmup"):
+            if self._incarnation == 1 and not self._deployment.sglang.get("skip_server_warmup"):
                 await model.warm_up()
         freeze_heap()
         self._state.models = {model.name: model for model in models}
         self._state.message = "ready"
-        self._prepared = self._state.ready = True
+        self._state.ready = True
+        self._prepared.set()
         log.info("ready on http://%s:%d", self._deployment.host, self._deployment.port)
         await asyncio.Event().wait()
 
@@ -169,10 +190,10 @@ class HttpProcess:
                 status = self._state.status = await self._scheduler.status(timeout=_ANSWER_SECONDS)
             except admin.AdminError:
                 # Not the time that has passed, of which this process may have used much itself.
-                if self._prepared:
+                if self._prepared.is_set():
                     self._liveness.silent(_ANSWER_SECONDS)
                 continue
-            if self._prepared:
+            if self._prepared.is_set():
                 self._liveness.answered(status)
             await asyncio.sleep(_STATUS_SECONDS)
 
@@ -186,8 +207,7 @@ class HttpProcess:
                 bounded.error("dropped what is no notice of the launcher's: %s", error)
 
     async def _judge(self) -> None:
-        while not self._prepared:
-            await asyncio.sleep(_JUDGE_SECONDS)
+        await self._prepared.wait()
         while self._liveness.lost is None:
             problem = self._liveness.problem
             if problem is not None and self._liveness.is_long:
@@ -243,25 +263,8 @@ async def _first_of(ending: asyncio.Task[Any], *tasks: asyncio.Task[Any]) -> Non
         raise RuntimeError("the HTTP server stopped by itself")
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise ConfigError(f"port: cannot listen on {host}:{port}: {error.strerror}") from error
-
-
-def _listen_for_admin(path: Path) -> socket.socket:
-    """Listens on a Unix socket that only the user of the server can reach."""
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
-    path.chmod(0o600)
-    listener.listen(_BACKLOG)
-    return listener
-
-
-def serve(deployment: Deployment) -> None:
+def serve(deployment: Deployment, incarnation: int, listeners: Listeners) -> None:
     async def main() -> None:
-        await HttpProcess(deployment).run()
+        await HttpProcess(deployment, incarnation, listeners).run()
 
     uvloop.run(main())

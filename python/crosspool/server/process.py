@@ -2,8 +2,8 @@
 
     python -m crosspool.server.process NAME --deployment FILE
 
-The exit status is 0 after SIGTERM, 2 for a user's mistake, which stderr names, and 1 for anything
-else.
+The exit status is 0 after SIGTERM, 2 for a user's mistake, which stderr names, 3 for an HTTP
+process that ends since the others cannot serve, and 1 for anything else.
 """
 
 from __future__ import annotations
@@ -14,34 +14,53 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from crosspool.config.cores import CONTROL_SLICE_NS, keep_off, set_slice
 from crosspool.config.deployment import ConfigError, Deployment, load
-from crosspool.config.process import die_with_parent, set_title
+from crosspool.config.process import CANNOT_SERVE, USER_MISTAKE, die_with_parent, leave, set_title
 from crosspool.frontend import compat
+from crosspool.server.listeners import Listeners
 from crosspool.server.liveness import CannotServe
 
 
-def _http(deployment: Deployment) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a process gets from the one that forks it."""
+
+    incarnation: int = 1
+    """Its number among those that have had its place, from 1 on."""
+    listeners: Listeners | None = None
+    """What the HTTP process listens at; None: it binds its own."""
+
+
+def _http(deployment: Deployment, place: Place) -> None:
     from crosspool.server import http_process
 
-    http_process.serve(deployment)
+    listeners = place.listeners or Listeners.bind(deployment)
+    http_process.serve(deployment, place.incarnation, listeners)
 
 
-def _scheduler(deployment: Deployment) -> None:
+def _scheduler(deployment: Deployment, place: Place) -> None:
+    _close(place)
     compat.install()
     from crosspool.server.scheduler_loop import SchedulerLoop
 
     SchedulerLoop(deployment).run()
 
 
-def _detokenizer(deployment: Deployment) -> None:
+def _detokenizer(deployment: Deployment, place: Place) -> None:
+    _close(place)
     compat.install()
     from crosspool.frontend import detokenizer
 
-    detokenizer.serve(deployment)
+    detokenizer.serve(deployment, place.incarnation)
+
+
+def _close(place: Place) -> None:
+    if place.listeners is not None:
+        place.listeners.close()
 
 
 PROCESSES = {"http": _http, "scheduler": _scheduler, "detokenizer": _detokenizer}
@@ -53,21 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name", choices=PROCESSES)
     parser.add_argument("--deployment", type=Path, required=True, help="deployment.json")
     arguments = parser.parse_args(argv)
-    return run(arguments.name, arguments.deployment)
+    return run(arguments.name, arguments.deployment, Place())
 
 
-def run(name: str, file: Path) -> int:
+def run(name: str, file: Path, place: Place) -> int:
     """Runs the process ``name`` of the deployment in ``file``; see :func:`main`."""
     die_with_parent()
     deployment = prepare(name, file)
     try:
-        PROCESSES[name](deployment)
+        PROCESSES[name](deployment, place)
     except ConfigError as error:
         print(f"{name}: {error}", file=sys.stderr)
-        return 2
+        return USER_MISTAKE
     except CannotServe as error:
         logging.getLogger(__name__).error("the %s process ends: %s", name, error)
-        return 1
+        return CANNOT_SERVE
     except Exception:
         logging.getLogger(__name__).exception("the %s process cannot go on", name)
         return 1
@@ -91,15 +110,6 @@ def prepare(name: str, file: Path) -> Deployment:
         folder.mkdir(exist_ok=True)
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
     return deployment
-
-
-def leave(status: int) -> NoReturn:
-    """Ends the process at once: an orderly end of SGLang's and torch's modules takes seconds and
-    is of no use."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 _NOISE = (

@@ -24,7 +24,7 @@ from crosspool.frontend.tokenizer import load_tokenizer, think_end
 from crosspool.models.registry import read_model
 from crosspool.scheduler.core import SchedulerCore
 from crosspool.server.admin_socket import AdminSocket
-from crosspool.server.devices import DeviceGone, Devices
+from crosspool.server.devices import DeviceFailed, Devices
 from crosspool.server.front_ends import FrontEnds
 from crosspool.server.grammar_choice import compiler_of
 from crosspool.server.grammar_process import CompileLimits
@@ -84,7 +84,7 @@ class SchedulerLoop:
         self._poller.register(self._compiled, zmq.POLLIN)
         self._admin = AdminSocket(self._context, deployment.admin_address)
         self._poller.register(self._admin.socket, zmq.POLLIN)
-        self._devices = Devices(self._context, deployment)
+        self._devices = Devices(self._context, deployment, self._device_away, self._device_back)
         self._poller.register(self._devices.socket, zmq.POLLIN)
 
         self._core = SchedulerCore(
@@ -151,11 +151,8 @@ class SchedulerLoop:
         self._devices.expire_questions()
         self._grammars.settle(_SETTLE_SECONDS)
         self._core.schedule()
-        try:
-            for rank, message in self._core.drain_messages():
-                self._devices.send(rank, message)
-        except DeviceGone as error:
-            self._fail(str(error))
+        for rank, message in self._core.drain_messages():
+            self._devices.send(rank, message)
         self._front_ends.send(self._core.drain_outputs())
 
     def _fail(self, cause: str) -> None:
@@ -167,7 +164,7 @@ class SchedulerLoop:
 
     def _starting(self) -> str | None:
         """What the deployment waits for before it takes requests; None once it takes them."""
-        waits = self._failure is None and not self._devices.all_ready
+        waits = self._failure is None and not self._devices.have_started
         return self._devices.progress if waits else None
 
     def _take_results(self) -> None:
@@ -177,10 +174,32 @@ class SchedulerLoop:
                 if received is None:
                     return
                 self._core.on_result(*received)
-        except DeviceGone as error:
+        except DeviceFailed as error:
             self._fail(str(error))
         except ValueError as error:
             self._fail(f"a device sent a result that does not fit any step: {error}")
+
+    def _device_away(self, name: str) -> None:
+        attention, ffn = self._ranks_of(name)
+        for rank in attention:
+            self._core.lose_attention_rank(rank)
+        for rank in ffn:
+            self._core.lose_ffn_rank(rank)
+
+    def _device_back(self, name: str) -> None:
+        attention, ffn = self._ranks_of(name)
+        for rank in attention:
+            self._core.restore_attention_rank(rank)
+        for rank in ffn:
+            self._core.restore_ffn_rank(rank)
+
+    def _ranks_of(self, name: str) -> tuple[list[int], list[int]]:
+        """The attention ranks and the FFN ranks of a device: one of each at most."""
+        pools = self._deployment.kv_pool_devices, self._deployment.weight_pool_devices
+        attention, ffn = (
+            [rank for rank, device in enumerate(pool) if device.name == name] for pool in pools
+        )
+        return attention, ffn
 
     # --- questions over the admin socket
 
@@ -195,6 +214,9 @@ class SchedulerLoop:
                     self._ask(sender, message)
                 case admin.Attach():
                     self._admin.reply(sender, self._attach(message))
+                case admin.DetokenizerReplaced():
+                    self._front_ends.replace_detokenizer(message.incarnation)
+                    self._admin.reply(sender, admin.Answer(id=message.id))
                 case admin.RankGone():
                     self._admin.reply(sender, self._rank_gone(message))
 
@@ -208,9 +230,12 @@ class SchedulerLoop:
         return self._devices.inspect(ask.what, done)
 
     def _rank_gone(self, message: admin.RankGone) -> admin.Answer:
-        if message.device not in [device.name for device in self._deployment.devices]:
+        try:
+            cause = self._devices.gone(message.device, message.incarnation, message.cause)
+        except KeyError:
             return admin.Answer(id=message.id, error=f"there is no device {message.device!r}")
-        self._fail(f"device {message.device} is gone: {message.cause}")
+        if message.final:
+            self._fail(f"device {message.device} is gone: {cause}")
         return admin.Answer(id=message.id)
 
     def _attach(self, message: admin.Attach) -> admin.FromScheduler:
@@ -225,7 +250,7 @@ class SchedulerLoop:
             error = f"no model {message.model!r} is served here; there are {names}"
         elif wrong := [name for name, address in sockets.items() if not _SOCKET.fullmatch(address)]:
             error = f"`{wrong[0]}` must be the address of a socket file, ipc:///PATH"
-        elif not self._devices.all_ready or self._failure is not None:
+        elif not self._devices.have_started or self._failure is not None:
             error = self._failure or f"starting: {self._devices.progress}"
         if error is not None:
             return admin.Answer(id=message.id, error=error)
@@ -250,7 +275,7 @@ class SchedulerLoop:
             models=snapshot.models,
             ranks=snapshot.ranks,
             failure=snapshot.failure,
-            ready=self._devices.all_ready and self._failure is None,
+            ready=self._devices.have_started and self._failure is None,
             message=self._failure or self._devices.progress,
             devices=self._devices.status(),
         )

@@ -52,7 +52,19 @@ class RankGone(msgspec.Struct, frozen=True, kw_only=True, tag="rank_gone"):
 
     id: int
     device: str
+    incarnation: int
+    """Which of the device's processes it was: 1 for the first."""
     cause: str
+    final: bool
+    """Whether no other process takes its place, so that the deployment ends."""
+
+
+class DetokenizerReplaced(msgspec.Struct, frozen=True, kw_only=True, tag="detokenizer_replaced"):
+    """A detokenizer, the one of this number, has taken the place of a dead one, and listens; the
+    answer to it is empty."""
+
+    id: int
+    incarnation: int
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer", omit_defaults=True):
@@ -75,7 +87,7 @@ class Attached(msgspec.Struct, frozen=True, kw_only=True, tag="attached"):
     """Longest prompt that the model takes, in tokens."""
 
 
-ToScheduler = Ask | Attach | RankGone
+ToScheduler = Ask | Attach | RankGone | DetokenizerReplaced
 FromScheduler = Answer | Attached
 
 _encoder = msgspec.msgpack.Encoder()
@@ -164,10 +176,29 @@ def inspect(address: str, what: InspectWhat, timeout: float = 10.0) -> Report:
     return _report(_exchange(address, Ask(id=next(_ids), what=what), timeout))
 
 
-def rank_gone(address: str, device: str, cause: str, timeout: float = 2.0) -> None:
-    """Tells the scheduler that ``device``'s process has ended, so that every request in flight is
-    ended with 503 at once. Raises AdminError when the scheduler does not confirm it."""
-    message = RankGone(id=next(_ids), device=device, cause=cause)
+def rank_gone(
+    address: str,
+    device: str,
+    incarnation: int,
+    cause: str,
+    *,
+    final: bool,
+    timeout: float = 2.0,
+) -> None:
+    """Tells the scheduler that a process of ``device`` has ended. If that is ``final``, every
+    request ends with 503 at once; else the device is away until its next process is ready.
+
+    Raises AdminError when the scheduler does not confirm it."""
+    message = RankGone(
+        id=next(_ids), device=device, incarnation=incarnation, cause=cause, final=final
+    )
+    _checked(_exchange(address, message, timeout), Answer)
+
+
+def detokenizer_replaced(address: str, incarnation: int, timeout: float = 2.0) -> None:
+    """Tells the scheduler of another detokenizer, which is to get what the one before it has not
+    passed on. Raises AdminError when the scheduler does not confirm it."""
+    message = DetokenizerReplaced(id=next(_ids), incarnation=incarnation)
     _checked(_exchange(address, message, timeout), Answer)
 
 

@@ -63,6 +63,12 @@ class AttentionLink(Protocol):
     ffn_rank: int
     counters: LinkCounters
 
+    @property
+    def free(self) -> bool:
+        """Whether no dispatch of this rank, or of its predecessor, waits for a reply or to be
+        combined."""
+        ...
+
     def dispatch(self, header: DispatchHeader, hidden: Tensor) -> None:
         """Publishes ``hidden`` [header.rows, hidden size], which stays as it is until combined.
 
@@ -137,6 +143,10 @@ class LocalLink:
         self._header: DispatchHeader | None = None
         self._hidden: Tensor | None = None
         self._partial: Tensor | None = None
+
+    @property
+    def free(self) -> bool:
+        return self._hidden is None
 
     def dispatch(self, header: DispatchHeader, hidden: Tensor) -> None:
         if self._hidden is not None:

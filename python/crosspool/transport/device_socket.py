@@ -16,14 +16,28 @@ from crosspool.transport.messages import (
 _LINGER_MS = 2000
 
 
+def identity_of(device: str, incarnation: int) -> bytes:
+    """Returns how the scheduler's ROUTER knows a process of ``device``: ``cpu:0#2`` is its second.
+    What a dead process has sent, and what is sent to it, is so never taken for another's."""
+    return f"{device}#{incarnation}".encode()
+
+
+def read_identity(identity: bytes) -> tuple[str, int]:
+    """Returns device and incarnation. Raises ValueError for what no device process calls itself."""
+    device, mark, number = identity.decode().rpartition("#")
+    if not mark or not number.isascii() or not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"{identity!r} is no device's identity")
+    return device, int(number)
+
+
 class DeviceSocket:
     """Carries messages to and from the scheduler, in order. The scheduler need not be there yet:
     what is sent waits until it is."""
 
-    def __init__(self, address: str, device: str) -> None:
+    def __init__(self, address: str, device: str, incarnation: int = 1) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, device.encode())
+        self._socket.setsockopt(zmq.IDENTITY, identity_of(device, incarnation))
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.SNDHWM, 0)

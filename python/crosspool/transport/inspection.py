@@ -7,6 +7,7 @@ The front end sends them to HTTP clients as JSON objects with the same field nam
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import msgspec
@@ -85,7 +86,7 @@ class DeviceEvents(msgspec.Struct, frozen=True, kw_only=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The reply of one device process to ``Inspect``, or of all of them together.
 
-    The field with the name of the question is set, the others are empty."""
+    The field with the name of the question is set, and ``missing``; the others are empty."""
 
     tensors: list[TensorInfo] = []
     pools: list[DevicePools] = []
@@ -96,6 +97,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Names of the devices that record lane events from now on."""
     trace_stop: list[DeviceEvents] = []
     """One entry for each device."""
+    missing: list[str] = []
+    """Names of the devices that are away, for which nothing is told."""
 
     @classmethod
     def joined(cls, reports: Iterable[Report]) -> Report:
@@ -147,6 +150,8 @@ class RankSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """One attention rank as the scheduler sees it. Its budget is promised, cached or free."""
 
     device: str
+    away: bool
+    """Whether the rank is lost and not back yet; nothing runs there."""
     running: int
     paused: int
     steps_in_flight: int
@@ -175,13 +180,17 @@ class ModelCounts(msgspec.Struct, kw_only=True):
     aborted: dict[str, int] = {}
     """Requests refused or aborted, by HTTP status."""
     prompt_tokens: int = 0
-    """Prompt tokens computed."""
+    """Prompt tokens computed, each once."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
     prefix_hits: int = 0
     """Requests admitted with cached prompt tokens."""
     pauses: int = 0
     """Times that a running request had to wait for more pages."""
+    replayed_requests: int = 0
+    """Requests admitted again, since the attention rank on which they ran was lost."""
+    replayed_tokens: int = 0
+    """Tokens of those requests computed again, sampled ones included."""
     output_tokens: int = 0
     """Tokens sampled."""
     steps: int = 0
@@ -250,14 +259,34 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One device process, as far as it has reported to the scheduler."""
+    """One device and its process, as far as the scheduler knows."""
 
     name: str
     ready: bool
     pid: int | None
-    """None until it is ready."""
+    """None while it is not ready."""
     ranks: list[RankInfo]
-    """Empty until it is ready."""
+    """Empty until it has been ready."""
+    incarnation: int = 1
+    """The number of the process that works or is expected: 1 for the first."""
+    restarts: int = 0
+    """How often another process has become ready in place of one that died."""
+    away_since: float | None = None
+    """Unix time at which it died; None unless it has been ready and is to be again."""
+    away_cause: str | None = None
+    """Why it is away."""
+    seconds_away: float = 0.0
+    """Seconds for which it has been away since the start, all times together."""
+
+    @property
+    def absence(self) -> str | None:
+        """A text for the user of a device that is away, with its ranks; None while it is not."""
+        if self.away_since is None:
+            return None
+        names = {"attention": "attention rank", "ffn": "FFN rank"}
+        ranks = ", ".join(f"{names[rank.role]} {rank.rank}" for rank in self.ranks)
+        since = datetime.fromtimestamp(self.away_since, UTC).isoformat(timespec="milliseconds")
+        return f"{ranks} on {self.name} is away since {since}: {self.away_cause}"
 
 
 class Status(Snapshot, frozen=True, kw_only=True):

@@ -1,9 +1,10 @@
 """The control path's messages: between the scheduler and the device processes, over ZMQ.
 
 The scheduler binds one ROUTER; every device process connects a DEALER whose identity is its
-device's name. Each frame is one msgpack-encoded message of the unions below; messages of one
-device arrive in the order in which they were sent, and the device carries them out in that order
-(so a chunk is mapped before the step that writes to it).
+device's name and its incarnation, ``cpu:0#2`` for the second process of that device. Each frame is
+one msgpack-encoded message of the unions below; messages of one process arrive in the order in
+which they were sent, and the device carries them out in that order (so a chunk is mapped before the
+step that writes to it).
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Open(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     do."""
     sampling: Sampling
     logprobs: Logprobs
+    """What the request has yet to yield: ``prompt_start`` lies behind what it has yielded."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -72,7 +74,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Position of the first of ``tokens`` in the sequence. A request's first row begins behind any
     full pages that other requests have written for the same tokens."""
     tokens: list[int]
-    """A prompt chunk, or the one token that was sampled last."""
+    """A chunk of the prompt, or the one token that was sampled last. After a restart, chunks go on
+    over the output that there was."""
     pages: list[int]
     """Pages that the request's page table gains before this step."""
     sample: bool

@@ -7,8 +7,10 @@ only and needs no torch: the launcher does it before anything starts.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,12 +49,26 @@ def _is_finite(part: torch.Tensor) -> bool:
     return not part.numel() or all(math.isfinite(bound) for bound in part.aminmax())
 
 
+def warn_of_broken(path: Path, names: Sequence[str]) -> None:
+    """Warns of tensors of a checkpoint that hold NaN or infinite values, if there are any."""
+    if names:
+        log.warning(
+            "%s: %d tensor(s) hold NaN or infinite values, the first is %s: what this model writes "
+            "will be useless",
+            path,
+            len(names),
+            names[0],
+        )
+
+
 class Checkpoint:
     """A folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and shards."""
 
     def __init__(self, path: Path) -> None:
         """Raises ConfigError when the folder holds neither, or a broken index."""
         self.path = path
+        self.broken: list[str] = []
+        """Names of tensors that were read and hold NaN or infinite values."""
         self._files = self._index()
 
     def check(self, refs: Iterable[TensorRef]) -> dict[str, str]:
@@ -96,22 +112,34 @@ class Checkpoint:
         """Yields every part with its number, in the checkpoint's dtype and in the order of the
         files, and warns at the end of tensors that hold NaN or infinite values. Call :meth:`check`
         first."""
-        broken = []
         for file, group in self._by_file(list(enumerate(parts)), lambda item: item[1][0]):
             with self._open(file, "pt") as opened:
                 for number, (ref, index) in group:
                     part = opened.get_slice(ref.name)[index]
                     if not _is_finite(part):
-                        broken.append(ref.name)
+                        self.broken.append(ref.name)
                     yield number, part
-        if broken:
-            log.warning(
-                "%s: %d tensor(s) hold NaN or infinite values, the first is %s: what this model "
-                "writes will be useless",
-                self.path,
-                len(broken),
-                broken[0],
-            )
+        warn_of_broken(self.path, self.broken)
+
+    def identity(self, refs: Iterable[TensorRef]) -> list[tuple[str, int, int, int, str]]:
+        """Returns what tells the files of ``refs`` from others, and from themselves after a change:
+        of each its name, size, times of change of content and of inode in ns, and the SHA-256 of
+        its header. Content that is replaced has another time of change of inode, which nobody can
+        set. Reads only the headers.
+
+        Raises ConfigError for a tensor that is missing, or a file that cannot be read."""
+        found = []
+        for file, _ in self._by_file(refs, lambda ref: ref):
+            path = self.path / file
+            try:
+                with path.open("rb") as opened:
+                    stat = os.fstat(opened.fileno())
+                    size = int.from_bytes(opened.read(8), "little")
+                    header = hashlib.sha256(opened.read(min(size, stat.st_size))).hexdigest()
+            except OSError as error:
+                raise ConfigError(f"{path} cannot be read: {error}") from None
+            found.append((file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, header))
+        return found
 
     def _by_file(
         self, items: Iterable[Any], ref: Callable[[Any], TensorRef]

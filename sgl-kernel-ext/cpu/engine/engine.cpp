@@ -33,9 +33,7 @@ void with_panels(Team* team, crosspool::Matrix* matrix, Pack&& pack) {
     matrix->encoding = encoding;
     std::atomic<bool> fits{true};
     team->launch([&](int thread) {
-      const std::int32_t panels = matrix->panels();
-      const crosspool::Range pairs = crosspool::share((panels + 1) / 2, thread, team->size());
-      if (!pack(kernels, crosspool::Range{2 * pairs.begin, std::min(panels, 2 * pairs.end)})) {
+      if (!pack(kernels, crosspool::pairs(matrix->panels(), thread, team->size()))) {
         fits.store(false, std::memory_order_relaxed);
       }
     });
@@ -63,7 +61,8 @@ std::int32_t crosspool_engine_sizes(std::uint64_t* sizes, std::int32_t count) {
                                sizeof(crosspool::Command),
                                sizeof(crosspool::Event),
                                sizeof(crosspool::TraceEvent),
-                               sizeof(crosspool::LinkCounters)};
+                               sizeof(crosspool::LinkCounters),
+                               sizeof(crosspool::Span)};
   std::copy_n(all, std::min<std::size_t>(std::size(all), count), sizes);
   return static_cast<std::int32_t>(std::size(all));
 }
@@ -86,6 +85,17 @@ void crosspool_team_pack_gated(Team* team, crosspool::Matrix* matrix, const cros
   with_panels(team, matrix, [&](const crosspool::Kernels& kernels, crosspool::Range panels) {
     return kernels.pack_gated(*matrix, *gate, *up, panels.begin, panels.end);
   });
+}
+
+std::int32_t crosspool_team_read(Team* team, std::int32_t file, crosspool::Span* spans,
+                                 std::int32_t count) {
+  return crosspool::read_spans(*team, file, spans, count);
+}
+
+void crosspool_checksums(crosspool::Span* spans, std::int32_t count) {
+  for (crosspool::Span& span : std::span(spans, static_cast<std::size_t>(count))) {
+    span.checksum = crosspool::checksum(span, crosspool::Range{0, span.units});
+  }
 }
 
 Loop* crosspool_loop_create(Team* team, const crosspool::LoopDescription* description) {

@@ -10,6 +10,7 @@
 
 #include "../kernels/kernels.h"
 #include "loop.h"
+#include "spans.h"
 #include "team.h"
 
 extern "C" {
@@ -32,6 +33,12 @@ CROSSPOOL_API void crosspool_team_pack(crosspool::Team* team, crosspool::Matrix*
 CROSSPOOL_API void crosspool_team_pack_gated(crosspool::Team* team, crosspool::Matrix* matrix,
                                              const crosspool::Source* gate,
                                              const crosspool::Source* up);
+// Reads spans of a file with the whole team, each thread what it packs otherwise, and sets their
+// checksums; no loop may run. Returns 0 or -errno.
+CROSSPOOL_API std::int32_t crosspool_team_read(crosspool::Team* team, std::int32_t file,
+                                               crosspool::Span* spans, std::int32_t count);
+// Sets the checksums of spans from memory, in the calling thread.
+CROSSPOOL_API void crosspool_checksums(crosspool::Span* spans, std::int32_t count);
 
 CROSSPOOL_API crosspool::Loop* crosspool_loop_create(crosspool::Team* team,
                                                      const crosspool::LoopDescription* description);

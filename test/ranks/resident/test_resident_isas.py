@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 from crosspool.kernels.isa import available_isas, default_isa
 
-TESTS = Path(__file__).parent / "test_resident_executor.py"
-CHOSEN = "greedy_tokens or every_sampling or bundled or bfloat16 or leases"
+TESTS = [
+    Path(__file__).with_name(f"test_{name}.py") for name in ("resident_executor", "kept_weights")
+]
+CHOSEN = "same_bytes or greedy_tokens or every_sampling or bundled or bfloat16 or leases"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", [isa for isa in available_isas() if isa != default_isa()])
 def test_a_forced_path_passes_the_same_tests(isa: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS, "-k", CHOSEN],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, "-k", CHOSEN],
         env=os.environ | {"CROSSPOOL_CPU_ISA": isa},
         capture_output=True,
         text=True,
@@ -29,4 +31,4 @@ def test_a_forced_path_passes_the_same_tests(isa: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) >= 12, done.stdout[-2000:]
+    assert passed is not None and int(passed[1]) >= 36, done.stdout[-2000:]

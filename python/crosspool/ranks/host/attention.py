@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig
 
 from crosspool.kernels.attention import append_kv, gqa_attention, mla_attention
 from crosspool.kernels.linear import bmm, linear
@@ -99,7 +98,10 @@ class AttentionPart:
 
 def frequencies(spec: ModelSpec, path: Path) -> tuple[torch.Tensor, float]:
     """Returns rope frequencies, as transformers reads them from the config, and the factor on cos
-    and sin."""
+    and sin. Importing transformers takes about as long as torch; a device that holds no attention
+    part, or finds the frequencies beside its packed weights, goes without."""
+    from transformers import AutoConfig
+
     fields = read_json(path / "config.json")
     fields.pop("model_type", None)
     config = AutoConfig.for_model(spec.family, **fields)

@@ -30,19 +30,22 @@ from crosspool.transport.messages import Release, Step, StepResult
 class Lane:
     """One of an attention rank's lanes, and the batch on it.
 
-    ``links``: the lane's links to the FFN ranks of each model, indexed by model."""
+    ``links``: the lane's links to the FFN ranks of each model, indexed by model; ``epoch``: the
+    incarnation of the attention rank, which no other one of it has had."""
 
     def __init__(
         self,
         index: int,
         links: Sequence[Sequence[AttentionLink]],
         rank: AttentionRank,
+        epoch: int,
         trace: LaneTrace,
     ) -> None:
         self.index = index
         self.links = links
         self.batch: Batch | None = None
         self._rank = rank
+        self._epoch = epoch
         self._trace = trace
         self._layer = 0
         self._dispatched = False
@@ -54,6 +57,11 @@ class Lane:
         self._layer = 0
         self._dispatched = False
         self._head = None
+
+    def is_free_for(self, model: int) -> bool:
+        """Whether a batch of the model may be put on the lane: there is none, and no dispatch of
+        this attention rank's predecessor still waits for its reply."""
+        return self.batch is None and all(link.free for link in self.links[model])
 
     @property
     def ready(self) -> bool:
@@ -75,7 +83,7 @@ class Lane:
         if self._layer < self._rank.specs[batch.model].layers:
             hidden = self._rank.attend(batch, self._layer)
             header = DispatchHeader(
-                epoch=0, model=batch.model, layer=self._layer, rows=hidden.shape[0]
+                epoch=self._epoch, model=batch.model, layer=self._layer, rows=hidden.shape[0]
             )
             for link in links:
                 link.dispatch(header, hidden)
@@ -129,9 +137,10 @@ class HostLoop(QueuedExecutor[AttentionRank, Batch]):
         super().__init__(attention, polls_peers=serves_peers)
         self._lanes = []
         if attention is not None:
+            epoch = time.time_ns()
             for index, of_lane in enumerate(links):
                 by_model = [[of_lane[rank] for rank in ranks] for ranks in ffn_ranks]
-                self._lanes.append(Lane(index, by_model, attention, trace))
+                self._lanes.append(Lane(index, by_model, attention, epoch, trace))
         self._doorbell = doorbell
         self._results: list[StepResult] = []
         self._served = -math.inf
@@ -154,7 +163,7 @@ class HostLoop(QueuedExecutor[AttentionRank, Batch]):
         return results
 
     def _begin(self, attention: AttentionRank, step: Step) -> Batch | None:
-        lane = next((lane for lane in self._lanes if lane.batch is None), None)
+        lane = next((lane for lane in self._lanes if lane.is_free_for(step.model)), None)
         if lane is None:
             return None
         batch = attention.begin(step)

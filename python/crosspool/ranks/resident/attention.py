@@ -17,6 +17,7 @@ from crosspool.models.registry import attention_tensors
 from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, TensorRef
 from crosspool.observability.progress import Progress
 from crosspool.ranks.host.attention import frequencies
+from crosspool.ranks.resident.kept_weights import KeptWeights
 from crosspool.ranks.resident.packing import PackedWeights, pointer, source, whole
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
 
@@ -25,10 +26,17 @@ class PackedAttention:
     """Fills the attention part's fields of a :class:`ModelTable`, and owns what they point to."""
 
     def __init__(
-        self, spec: ModelSpec, path: Path, team: Team, positions: int, progress: Progress
+        self,
+        spec: ModelSpec,
+        path: Path,
+        team: Team,
+        positions: int,
+        progress: Progress,
+        *,
+        kept: KeptWeights | None = None,
     ) -> None:
-        """Loads and packs the weights. ``positions``: tokens of the longest sequence that may come;
-        ``progress`` is called with bytes read.
+        """Loads the weights from ``kept``, or packs them. ``positions``: tokens of the longest
+        sequence that may come; ``progress`` is called with bytes read.
 
         Raises ConfigError for a checkpoint that does not fit its config.json."""
         self._spec = spec
@@ -38,8 +46,17 @@ class PackedAttention:
         self._layers = (es.AttentionLayer * spec.layers)()
         self._vectors: list[Tensor] = []
         self._declare()
-        self.weights.load(path, progress)
-        self._cos, self._sin = _rope(spec, path, positions)
+        # Kept with the weights: computing them takes the import of transformers.
+        frequency = self.weights.computed(
+            (spec.attention.rope.dim // 2,), torch.float32, lambda: frequencies(spec, path)[0]
+        )
+        scaling = self.weights.computed(
+            (1,),
+            torch.float64,
+            lambda: torch.tensor([frequencies(spec, path)[1]], dtype=torch.float64),
+        )
+        self.weights.load(path, progress, kept)
+        self._cos, self._sin = _rope(spec, positions, frequency, float(scaling))
 
     def fill(self, table: es.ModelTable, kv: Tensor) -> None:
         """Fills in the attention part. ``kv``: the model's cache, [pages, layers, page_size,
@@ -143,7 +160,7 @@ class PackedAttention:
 
     def _stacked_bias(self, layer: int, refs: dict[str, TensorRef]) -> int:
         biases = [refs[f"{letter}_bias"] for letter in "qkv"]
-        joined = torch.empty(sum(ref.shape[0] for ref in biases))
+        joined = self.weights.array((sum(ref.shape[0] for ref in biases),), torch.float32)
         self._vectors.append(joined)
         places = joined.split([ref.shape[0] for ref in biases])
         for ref, place in zip(biases, places, strict=True):
@@ -168,9 +185,11 @@ class PackedAttention:
         return keys_up, values_up
 
 
-def _rope(spec: ModelSpec, path: Path, positions: int) -> tuple[Tensor, Tensor]:
+def _rope(
+    spec: ModelSpec, positions: int, frequency: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
     """Returns cos and sin of the rotations by position, float32 [positions, dim / 2] each."""
-    cos, sin = rope_tables(torch.arange(positions), *frequencies(spec, path))
+    cos, sin = rope_tables(torch.arange(positions), frequency, scaling)
     if spec.attention.rope.fp32:
         return cos.contiguous(), sin.contiguous()
     dtype = TORCH_DTYPES[spec.dtype]

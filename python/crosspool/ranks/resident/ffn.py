@@ -13,6 +13,7 @@ from crosspool.kernels.engine import Team
 from crosspool.models.registry import ffn_tensors
 from crosspool.models.spec import FFNSpec, ModelSpec, MoEFFN, RouterSpec, TensorRef
 from crosspool.observability.progress import Progress
+from crosspool.ranks.resident.kept_weights import KeptWeights
 from crosspool.ranks.resident.packing import Index, PackedWeights, gated_columns, pointer, whole
 from crosspool.ranks.weights import TensorListing
 from crosspool.weightpool.placement import FFNShard
@@ -22,9 +23,17 @@ class PackedFFN:
     """Fills the FFN part's field of a :class:`ModelTable`, and owns what it points to."""
 
     def __init__(
-        self, spec: ModelSpec, path: Path, shard: FFNShard, team: Team, progress: Progress
+        self,
+        spec: ModelSpec,
+        path: Path,
+        shard: FFNShard,
+        team: Team,
+        progress: Progress,
+        *,
+        kept: KeptWeights | None = None,
     ) -> None:
-        """Loads and packs the rank's share; ``progress`` is called with bytes read.
+        """Loads the rank's share from ``kept``, or packs it; ``progress`` is called with bytes
+        read.
 
         Raises ConfigError for a checkpoint that does not fit its config.json."""
         self._spec = spec
@@ -34,7 +43,7 @@ class PackedFFN:
         self._biases: list[Tensor] = []
         for layer, ffn in enumerate(spec.ffn):
             self._declare(layer, ffn)
-        self.weights.load(path, progress)
+        self.weights.load(path, progress, kept)
 
     def fill(self, table: es.ModelTable) -> None:
         table.ffn = self._layers

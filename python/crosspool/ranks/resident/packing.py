@@ -5,6 +5,9 @@ is declared, one arena of huge pages takes all matrices, and the checkpoint is r
 As soon as the tensors of a matrix are complete, the team packs them and they are dropped: memory
 holds the arena and the tensors of one unfinished matrix (a layer's q, k and v; an expert's gate and
 up). The arena has room for plain matrices; what compact ones leave free is never touched.
+
+Where a :class:`~crosspool.ranks.resident.kept_weights.KeptWeights` has the same weights in the same
+form, they are read from there, and no checkpoint is.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from crosspool.kernels import native_structs as ns
 from crosspool.kernels.engine import Team
 from crosspool.models.spec import TensorRef
 from crosspool.observability.progress import Progress
+from crosspool.ranks.resident.kept_weights import Form, Image, KeptWeights
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
 from crosspool.weightpool.checkpoint import Checkpoint
 
@@ -56,6 +60,8 @@ class PackedWeights:
         self._dtype = TORCH_DTYPES[dtype]
         self._declared: list[_Declared] = []
         self._matrices: list[ns.Matrix] = []
+        self._arrays: list[Tensor] = []
+        self._computed: list[tuple[Tensor, Callable[[], Tensor]]] = []
         self._arena = 0
         self._arena_bytes = 0
         self.plain_bytes = 0
@@ -64,6 +70,8 @@ class PackedWeights:
         """Bytes of the arena that packed matrices take."""
         self.listing: list[TensorListing] = []
         """Every tensor that was loaded, by the checkpoint's names and shapes."""
+        self.was_kept = False
+        """Whether they were read in packed form."""
 
     def matrices(
         self, count: int, n: int, k: int, dtype: torch.dtype | None = None
@@ -114,14 +122,27 @@ class PackedWeights:
 
     def floats(self, layer: int | None, part: TensorRef) -> Tensor:
         """Declares a vector in float32, rounded to the model's dtype, and returns it."""
-        out = torch.empty(part.shape, dtype=torch.float32)
+        out = self.array(part.shape, torch.float32)
         self.copied(layer, part, out)
         return out
 
     def plain(self, layer: int | None, part: TensorRef) -> Tensor:
         """Declares an unpacked tensor in the model's dtype, and returns it."""
-        out = torch.empty(part.shape, dtype=self._held_dtype(part))
+        out = self.array(part.shape, self._held_dtype(part))
         self.copied(layer, part, out)
+        return out
+
+    def array(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Declares a tensor that the caller's other declarations fill, and returns it."""
+        self._arrays.append(torch.empty(shape, dtype=dtype))
+        return self._arrays[-1]
+
+    def computed(
+        self, shape: Sequence[int], dtype: torch.dtype, compute: Callable[[], Tensor]
+    ) -> Tensor:
+        """Declares a tensor that ``compute`` returns when weights are packed, and returns it."""
+        out = self.array(shape, dtype)
+        self._computed.append((out, compute))
         return out
 
     def copied(self, layer: int | None, part: TensorRef, into: Tensor) -> None:
@@ -143,14 +164,50 @@ class PackedWeights:
     def _place(self, matrix: ns.Matrix) -> None:
         matrix.data = self._arena + self.held_bytes
 
-    def load(self, path: Path, progress: Progress) -> None:
-        """Reads and packs everything; ``progress`` is called with bytes read.
+    def load(self, path: Path, progress: Progress, kept: KeptWeights | None = None) -> None:
+        """Reads everything from ``kept``, if it has it, or reads the checkpoint and packs it;
+        ``progress`` is called with bytes read.
 
         Raises ConfigError when the checkpoint lacks a tensor or has another shape."""
-        flat = [(i, part) for i, one in enumerate(self._declared) for part in one.parts]
         checkpoint = Checkpoint(path)
-        checkpoint.check([ref for _, (ref, _) in flat])
+        self.listing = [
+            _listing(one.layer, ref, index, one.dtype)
+            for one in self._declared
+            for ref, index in one.parts
+        ]
         self._allocate()
+        form = self._form(checkpoint)
+        image = kept.read(form, self.image(), self._team) if kept else None
+        self.was_kept = image is not None
+        if image is not None:
+            self.held_bytes = image.bytes
+            progress(sum(listing.bytes for listing in self.listing))
+            return
+        self._pack(checkpoint, progress)
+        if kept:
+            kept.keep_later(form, self.image(), checkpoint.broken)
+
+    def _form(self, checkpoint: Checkpoint) -> Form:
+        return Form(
+            checkpoint,
+            tuple(ref for one in self._declared for ref, _ in one.parts),
+            (
+                [(matrix.n, matrix.k, matrix.dtype) for matrix in self._matrices],
+                [(list(array.shape), str(array.dtype)) for array in self._arrays],
+                [
+                    (listing.name, listing.key, listing.dtype, _bounds(index))
+                    for listing, index in zip(
+                        self.listing,
+                        (index for one in self._declared for _, index in one.parts),
+                        strict=True,
+                    )
+                ],
+            ),
+        )
+
+    def _pack(self, checkpoint: Checkpoint, progress: Progress) -> None:
+        flat = [(i, part) for i, one in enumerate(self._declared) for part in one.parts]
+        checkpoint.check([ref for _, (ref, _) in flat])
         waiting: dict[int, dict[int, Tensor]] = {}
         first: dict[int, int] = {}
         for number, (owner, _) in enumerate(flat):
@@ -164,11 +221,12 @@ class PackedWeights:
                 declared.finish([here[i] for i in range(len(here))])
                 del waiting[owner]
             progress(here[number - first[owner]].nbytes)
-        self.listing = [
-            _listing(one.layer, ref, index, one.dtype)
-            for one in self._declared
-            for ref, index in one.parts
-        ]
+        for out, compute in self._computed:
+            out.copy_(compute())
+
+    def image(self) -> Image:
+        """Returns where the weights lie."""
+        return Image(self._arena, self.held_bytes, self._arena_bytes, self._matrices, self._arrays)
 
     def close(self) -> None:
         """Gives the memory back, after the loop that reads it was closed."""
@@ -182,7 +240,7 @@ class PackedWeights:
     def _allocate(self) -> None:
         self.plain_bytes = sum(_up(matrix.bytes, _LINE) for matrix in self._matrices)
         self._arena_bytes = max(_up(self.plain_bytes, native.HUGE_PAGE), native.HUGE_PAGE)
-        self._arena = native.reserve_parking(self._arena_bytes)
+        self._arena = native.reserve_arena(self._arena_bytes)
 
 
 def whole(ref: TensorRef) -> Index:
@@ -206,6 +264,10 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 def _shape(index: Index) -> tuple[int, ...]:
     return tuple(part.stop - part.start for part in index)
+
+
+def _bounds(index: Index) -> list[tuple[int, int]]:
+    return [(part.start, part.stop) for part in index]
 
 
 def _up(value: int, unit: int) -> int:

@@ -1,0 +1,97 @@
+"""Holds the weights of a CPU device, and forks the device's process whenever it is asked.
+
+    python -m crosspool.ranks.weight_holder --deployment FILE --device cpu:0 --launcher-fd N
+        [--lanes-fd N]
+
+A forked process shares the memory of the weights, huge pages and all, and has torch imported. So a
+device whose process has died is back as soon as it has its KV pool and its links, however large the
+models are. Under the host loop, whose weights are torch's, only the imports are shared. CUDA does
+not survive a fork: processes of GPUs are started as programs of their own.
+
+No thread may live when a process is forked. Torch and what it stands on start theirs when they
+first compute in parallel, which is in the device process, after that has chosen its cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from crosspool.config.deployment import ConfigError, Deployment, load
+from crosspool.config.device import Device
+from crosspool.config.process import die_with_parent, freeze_heap, leave, set_title
+from crosspool.ranks.device_process import configure_logging, drive, read_specs
+from crosspool.ranks.resident.load import ResidentWeights, load_resident_weights
+from crosspool.transport.forking import serve_forks
+from crosspool.weightpool.placement import place
+
+log = logging.getLogger(__name__)
+
+_THREADS_SECONDS = 1.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="crosspool.ranks.weight_holder")
+    parser.add_argument("--deployment", type=Path, required=True, help="deployment.json")
+    parser.add_argument("--device", required=True, help="name of the device")
+    parser.add_argument("--launcher-fd", type=int, required=True, help="socket to the launcher")
+    parser.add_argument("--lanes-fd", type=int, help="shared memory of the data path")
+    arguments = parser.parse_args(argv)
+
+    die_with_parent()
+    set_title(f"weights {arguments.device}")
+    deployment, device = load(arguments.deployment), Device(arguments.device)
+    configure_logging(device)
+    try:
+        weights = _load(deployment, device)
+    except ConfigError as error:
+        print(f"device {device.name}: {error}", file=sys.stderr)
+        return 2
+    _warn_of_threads()
+    freeze_heap()  # the collector, writing to every object, would soon have copied all pages too
+    run = partial(drive, deployment, device, arguments.lanes_fd, weights)
+    serve_forks({device.process_name: run}, arguments.launcher_fd)
+    return 0
+
+
+def _load(deployment: Deployment, device: Device) -> ResidentWeights | None:
+    """Loads what forked processes share. Raises ConfigError for a bad checkpoint."""
+    if deployment.loop == "host":
+        _import_for_host_loop(deployment)
+        return None
+    everywhere = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, device.cores)  # memory comes from the node of whoever touches it first
+    try:
+        specs = read_specs(deployment)
+        return load_resident_weights(deployment, device, specs, place(deployment, specs))
+    finally:
+        os.sched_setaffinity(0, everywhere)
+
+
+def _import_for_host_loop(deployment: Deployment) -> None:
+    import crosspool.ranks.host.load  # noqa: F401 - forked processes use it
+    from crosspool.ranks.host.attention import frequencies
+
+    for model, spec in zip(deployment.models, read_specs(deployment), strict=True):
+        frequencies(spec, Path(model.path))  # transformers imports what a model's config takes
+
+
+def _warn_of_threads() -> None:
+    """Warns of threads that live; one that has just ended may be listed for a moment."""
+    deadline = time.monotonic() + _THREADS_SECONDS
+    while len(threads := os.listdir("/proc/self/task")) > 1:
+        if time.monotonic() > deadline:
+            names = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in threads[1:]]
+            log.warning("forked processes lack threads that loading started: %s", names)
+            return
+        time.sleep(0.001)
+
+
+if __name__ == "__main__":
+    leave(main())

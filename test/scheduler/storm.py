@@ -1,0 +1,428 @@
+"""The simulator of faults: the scheduler's core over simulated attention and FFN ranks that crash,
+hang, are slow and come back, on a virtual clock. One seed decides everything: the deployment, the
+requests, every delay and every fault. Whatever happens, every request that no client aborts ends
+with exactly the tokens that it has when nothing fails.
+
+    PYTHONPATH=test/scheduler python -m storm --seeds 10000      # or --hours 1
+    PYTHONPATH=test/scheduler python -m storm --first 1234 --seeds 1 --log
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future
+from heapq import heappop, heappush
+from itertools import count
+from random import Random
+from typing import Any
+
+from crosspool.scheduler.core import SchedulerCore
+from crosspool.scheduler.request import GenerateRequest, Output
+from crosspool.transport.messages import Step, StepResult, ToDevice
+from simulation import WordDecoder
+from storm_checks import Broken, check, require
+from storm_traffic import (
+    Expected,
+    StormGrammars,
+    StormMatcher,
+    StormRank,
+    expected,
+    random_deployment,
+    random_requests,
+)
+
+HANG_SECONDS = 4.0
+"""Time until a device that hangs is noticed and killed."""
+PATIENCE = 2000.0
+"""Longest time from the last fault until every request has ended, in seconds of the clock."""
+
+
+class Incarnation:
+    """One device process with an attention rank: its rank, and when what it sent arrives."""
+
+    def __init__(self, rank: StormRank) -> None:
+        self.rank = rank
+        self.alive = True
+        self.hangs = False
+        self.slowness = 1.0
+        self.busy = False
+        """Whether the end of a step is due."""
+        self.last_in = self.last_out = 0.0
+        """Arrival of the latest message each way; they do not overtake each other."""
+
+
+class Storm:
+    """One run. ``seed`` decides everything. Raises Broken when something is wrong."""
+
+    def __init__(self, seed: int, log: bool = False) -> None:
+        self.random = random = Random(seed)
+        self.log = log
+        self.now = 1000.0
+        self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._order = count()
+        self.done = 0
+        self.counts: Counter[str] = Counter()
+        d, self.specs = random_deployment(random)
+        self.deployment = d
+        self.core = SchedulerCore(
+            d,
+            self.specs,
+            [WordDecoder() for _ in self.specs],
+            [StormGrammars(self.pending, self.compiling) for _ in self.specs],
+            lambda: self.now,
+        )
+        self.ranks = [self.incarnation() for _ in d.kv_pool_devices]
+        self.noticed = [True for _ in self.ranks]
+        """Whether the core knows what has become of each attention rank."""
+        self.ffn_ranks = random.choice([1, 2])
+        self.ffn_away: set[int] = set()
+        self.shared_device = random.random() < 0.3
+        """Whether FFN rank 0 lives in the process of attention rank 0."""
+        self.delay = random.choice([0.001, 0.01, 0.1])
+        self.step_seconds = random.choice([0.01, 0.1])
+        self.requests: dict[str, GenerateRequest] = {}
+        self.expected: dict[str, Expected] = {}
+        self.received: dict[str, list[Output]] = defaultdict(list)
+        self.open: set[str] = set()
+        """Requests that have not ended."""
+        self.opened: set[int] = set()
+        """Seeds of requests that some rank was told of."""
+        self.aborted: set[str] = set()
+        self.woken_at = 0.0
+        span = random.choice([2.0, 10.0])
+        self.over_at = self.now + span
+        for _ in range(random.randint(1, 7)):
+            self.after(random.uniform(0, span), self.arrive)
+        for _ in range(random.randint(1, 4)):
+            self.after(random.uniform(0, span), self.fault)
+        for _ in range(random.randint(0, 2)):
+            self.after(random.uniform(0, span), self.disturb)
+
+    def run(self) -> None:
+        while self.events:
+            self.now, _, what, args = heappop(self.events)
+            if self.log:
+                print(f"{self.now:10.3f} {what.__name__} {' '.join(map(_words, args))}")
+            what(*args)
+            self.done += 1
+            late = self.now > self.over_at + PATIENCE
+            require(not (late and self.open), "requests wait for ever", self.open)
+        require(not self.open, "nothing goes on, but requests have not ended", self.open)
+        for rid in self.requests:
+            self.check_end(rid)
+        for model in self.core.snapshot().models:
+            self.counts["requests replayed"] += model.replayed_requests
+            self.counts["tokens replayed"] += model.replayed_tokens
+        self.core.flush()
+        self.turn()
+        while self.events:
+            self.now, _, what, args = heappop(self.events)
+            what(*args)
+        for rank in self.ranks:
+            left = rank.rank.model or any(rank.rank.mapped) or rank.rank.steps
+            require(not left, "a rank keeps pages or requests at the end", left)
+
+    def after(self, seconds: float, what: Callable[..., None], *args: Any) -> None:
+        heappush(self.events, (self.now + seconds, next(self._order), what, args))
+
+    def incarnation(self) -> Incarnation:
+        return Incarnation(StormRank(self.deployment, self.specs, lambda tokens: 0))
+
+    def short(self) -> float:
+        """A delay, rarely a long one."""
+        long = self.random.random() < 0.05
+        return self.random.uniform(0.1, 1) * self.delay * (50 if long else 1)
+
+    # --- clients
+
+    def arrive(self) -> None:
+        made = random_requests(self.random, len(self.requests), self.deployment, self.specs)
+        for request in made:
+            rid, spec = request.rid, self.specs[request.model]
+            self.requests[rid] = request
+            self.expected[rid] = expected(request, spec, self.core.max_tokens(request.model))
+            self.open.add(rid)
+            self.core.add(request)
+            if self.random.random() < 0.1:
+                self.after(self.random.uniform(0, 3), self.abort, rid)
+        self.turn()
+
+    def abort(self, rid: str) -> None:
+        self.aborted.add(rid)
+        self.core.abort(rid)
+        self.turn()
+
+    def disturb(self) -> None:
+        """A flush, or a model that is suspended for a while."""
+        model = self.random.randrange(len(self.specs))
+        if self.random.random() < 0.5:
+            self.core.flush(model)
+        else:
+            self.core.suspend(model)
+            self.after(self.random.uniform(0, 5), self.resume, model)
+        self.turn()
+
+    def resume(self, model: int) -> None:
+        self.core.resume(model)
+        self.turn()
+
+    # --- grammars
+
+    def compiling(self, future: Future[Any], matcher: StormMatcher) -> None:
+        def compiled() -> None:
+            if not future.cancelled():
+                future.set_result(matcher)
+            self.turn()
+
+        self.after(self.random.choice([0.0, self.random.uniform(0, 2)]), compiled)
+
+    def pending(self, matcher: StormMatcher) -> None:
+        def followed() -> None:
+            matcher.pending = False
+            self.turn()
+
+        self.after(self.random.choice([0.001, self.random.uniform(0, 3)]), followed)
+
+    # --- the scheduler process
+
+    def turn(self) -> None:
+        """What the scheduler's loop does after each message."""
+        overdue = self.core.overdue(self.now)
+        require(overdue is None, "the server would end", overdue)
+        self.core.schedule()
+        for rank, message in self.core.drain_messages():
+            self.send(rank, message)
+        for output in self.core.drain_outputs():
+            self.take(output)
+        check(self)
+        deadline = self.core.next_deadline()
+        if deadline is not None and not self.now <= self.woken_at <= deadline:
+            self.woken_at = deadline
+            self.after(max(0.0, deadline - self.now), self.wake)
+
+    def wake(self) -> None:
+        self.turn()
+
+    def send(self, index: int, message: ToDevice) -> None:
+        to = self.ranks[index]
+        to.last_in = max(to.last_in, self.now + self.short())
+        self.after(to.last_in - self.now, self.deliver, index, to, message)
+
+    def take(self, output: Output) -> None:
+        rid, before = output.rid, self.received[output.rid]
+        require(rid in self.open, "output after a request's end", rid)
+        require(output.first == (not before), "a first output that is not the first", rid)
+        had = sum(len(o.token_ids) for o in before)
+        told = output.completion_tokens - len(output.token_ids)
+        require(told >= had, "a token is delivered twice", rid)
+        require(told <= had, "a token is missing", rid)
+        want = self.expected[rid].tokens[had : output.completion_tokens]
+        if output.token_ids != want:
+            twice = had and output.token_ids[:1] == self.expected[rid].tokens[had - 1 : had]
+            raise Broken("a token is delivered twice" if twice else "a wrong token", rid)
+        before.append(output)
+        if output.finish is not None:
+            self.open.discard(rid)
+        self.counts["tokens"] += len(output.token_ids)
+
+    def check_end(self, rid: str) -> None:
+        """What came out of a request that has ended is what it must yield."""
+        outputs, want, r = self.received[rid], self.expected[rid], self.requests[rid]
+        finish = outputs[-1].finish
+        assert finish is not None
+        if finish.kind == "abort":
+            if finish.status == 429:
+                require(
+                    r.sampling.seed not in self.opened, "an admitted request is refused", finish
+                )
+            else:
+                require(rid in self.aborted, "a request is aborted", finish)
+            self.counts["aborted"] += 1
+            return
+        tokens = [token for output in outputs for token in output.token_ids]
+        require((tokens, finish) == (want.tokens, want.finish), "a request ends wrongly", rid)
+        if r.logprobs.output:
+            found = [p.logprob for output in outputs for p in output.output_logprobs]
+            if tokens:
+                require(found == want.logprobs, "a log-probability is wrong", rid)
+        start = r.logprobs.prompt_start
+        prompt = [(p.token, p.logprob) for p in outputs[0].prompt_logprobs]
+        positions = range(start, len(r.input_ids)) if start >= 0 else range(0)
+        right = [(r.input_ids[p], -float(p) if p else None) for p in positions]
+        require(prompt == right, "the prompt's log-probabilities are wrong", (rid, prompt))
+        self.counts["finished"] += 1
+
+    # --- attention ranks
+
+    def deliver(self, index: int, to: Incarnation, message: ToDevice) -> None:
+        if not to.alive:
+            return
+        if isinstance(message, Step):
+            self.opened |= {opened.sampling.seed for opened in message.opens}
+        to.rank.receive(message)
+        self.work(index, to)
+
+    def work(self, index: int, it: Incarnation) -> None:
+        """Has the next step of the rank end after its time."""
+        if it.alive and not (it.busy or it.hangs or self.ffn_away) and it.rank.steps:
+            it.busy = True
+            seconds = self.step_seconds * it.slowness * self.random.uniform(0.2, 1)
+            self.after(seconds, self.end_step, index, it)
+
+    def end_step(self, index: int, it: Incarnation) -> None:
+        it.busy = False
+        if not it.alive or it.hangs or self.ffn_away:
+            return
+        result = it.rank.answer(self.random.randrange(2))
+        it.last_out = max(it.last_out, self.now + self.short())
+        self.after(it.last_out - self.now, self.arrived, index, it, result)
+        self.counts["steps"] += 1
+        self.work(index, it)
+
+    def arrived(self, index: int, it: Incarnation, result: StepResult) -> None:
+        if not it.alive and self.random.random() < 0.3:
+            it.last_out = float("inf")  # this one is lost, and so are all that follow
+        if it.last_out == float("inf"):
+            return
+        self.core.on_result(index, result)
+        self.turn()
+
+    # --- faults
+
+    def fault(self) -> None:
+        kinds = [self.crash, self.crash, self.hang, self.slow, self.crash_ffn, self.crash_ffn]
+        self.random.choice(kinds)()
+
+    def crash(self) -> None:
+        index = self.random.randrange(len(self.ranks))
+        self.kill(index, self.random.choice([0.0, self.random.uniform(0, 0.5)]))
+
+    def hang(self) -> None:
+        index = self.random.randrange(len(self.ranks))
+        self.ranks[index].hangs = True
+        self.kill(index, HANG_SECONDS, alive=True)
+
+    def kill(self, index: int, noticed_after: float, alive: bool = False) -> None:
+        it = self.ranks[index]
+        if not it.alive or not self.noticed[index]:
+            return
+        it.alive = alive
+        self.noticed[index] = False
+        self.counts["attention losses"] += 1
+        if self.shared_device and index == 0 and 0 not in self.ffn_away:
+            self.ffn_away.add(0)
+        self.after(noticed_after, self.notice, index)
+
+    def notice(self, index: int) -> None:
+        self.ranks[index].alive = False
+        self.core.lose_attention_rank(index)
+        if self.shared_device and index == 0:
+            self.core.lose_ffn_rank(0)
+        if self.random.random() < 0.2:  # the next process dies while it loads
+            self.after(self.random.uniform(0, 3), self.notice, index)
+            self.counts["losses while away"] += 1
+        else:
+            away = self.random.choice([2.0, 40.0])
+            self.after(self.random.uniform(0, away), self.come_back, index)
+        self.turn()
+
+    def come_back(self, index: int) -> None:
+        self.ranks[index] = self.incarnation()
+        self.noticed[index] = True
+        self.core.restore_attention_rank(index)
+        if self.shared_device and index == 0:
+            self.ffn_away.discard(0)
+            self.core.restore_ffn_rank(0)
+        if self.random.random() < 0.15 and self.now < self.over_at:
+            self.after(self.random.uniform(0, 0.3), self.kill, index, 0.1)
+        self.turn()
+        self.go_on()
+
+    def slow(self) -> None:
+        self.random.choice(self.ranks).slowness = self.random.choice([3.0, 30.0])
+
+    def crash_ffn(self) -> None:
+        index = self.random.randrange(self.ffn_ranks)
+        if index in self.ffn_away or (index == 0 and self.shared_device):
+            return
+        self.ffn_away.add(index)
+        self.counts["FFN losses"] += 1
+        self.after(self.random.choice([0.0, HANG_SECONDS]), self.notice_ffn, index)
+
+    def notice_ffn(self, index: int) -> None:
+        self.core.lose_ffn_rank(index)
+        if self.random.random() < 0.2:
+            self.after(self.random.uniform(0, 3), self.notice_ffn, index)
+        else:
+            away = self.random.choice([1.0, 100.0])  # longer than the watchdog waits
+            self.after(self.random.uniform(0, away), self.ffn_back, index)
+        self.turn()
+
+    def ffn_back(self, index: int) -> None:
+        self.ffn_away.discard(index)
+        self.core.restore_ffn_rank(index)
+        self.turn()
+        self.go_on()
+
+    def go_on(self) -> None:
+        for index, it in enumerate(self.ranks):
+            self.work(index, it)
+
+
+class Failure(AssertionError):
+    """A seed at which something is wrong; the message tells the seed and what."""
+
+
+def run(seed: int, log: bool = False) -> Storm:
+    """Runs one storm. Raises Failure with the seed, the number of the event and what is wrong."""
+    storm = Storm(seed, log)
+    try:
+        storm.run()
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1].line
+        raise Failure(f"seed {seed}, event {storm.done}: {error or line}") from error
+    return storm
+
+
+def _words(argument: object) -> str:
+    """An event's argument for the log."""
+    if isinstance(argument, Step):
+        rows = [f"{row.request}[{row.start}+{len(row.tokens)}]" for row in argument.rows]
+        return f"step {argument.step} of model {argument.model}: {' '.join(rows)}"
+    if isinstance(argument, Incarnation):
+        return "alive" if argument.alive else "dead"
+    return str(argument)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="storm", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--first", type=int, default=0, help="first seed (default 0)")
+    parser.add_argument("--seeds", type=int, help="number of seeds; 1000 where no time is given")
+    parser.add_argument("--hours", type=float, help="go on for so long")
+    parser.add_argument("--log", action="store_true", help="print every event")
+    flags = parser.parse_args()
+    seeds = flags.seeds or (1 << 62 if flags.hours else 1000)
+    start, counts = time.process_time(), Counter[str]()
+    end = time.monotonic() + 3600 * (flags.hours or 1e6)
+    for seed in range(flags.first, flags.first + seeds):
+        if time.monotonic() > end:
+            break
+        try:
+            storm = run(seed, flags.log)
+        except Failure as failure:
+            print(failure, file=sys.stderr)
+            return 1
+        counts += storm.counts + Counter(seeds=1, events=storm.done)
+    seconds = time.process_time() - start
+    print(", ".join(f"{number:,} {name}" for name, number in sorted(counts.items())))
+    print(f"{seconds:.0f} s of processor time")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
