@@ -41,6 +41,8 @@ TRITON_TESTS := test/test_bare_gpu_machine.py test/test_gpu_bundle.py test/kerne
   test/ranks/test_gpu_interpreted.py test/ranks/test_gpu_compile.py \
   test/benchmark/test_gpu_benchmark.py test/benchmark/test_gpu_kernels.py \
   test/benchmark/test_gpu_report.py
+GROUPS := triton e2e rest kernels front
+FRONT_TESTS := test/cli test/frontend test/server
 NATIVE := $(shell find sgl-kernel-ext -type f)
 CXX_FILES := $(filter %.h %.hpp %.c %.cpp %.cu,$(NATIVE))
 
@@ -52,8 +54,8 @@ GPU_ENV := PYTHONPATH=python:.$(if $(PYTHONPATH),:$(PYTHONPATH)) CUDA_MODULE_LOA
   CUDA_DEVICE_MAX_CONNECTIONS=32
 GPU_BUILD := build/gpu
 
-.PHONY: help env dev serve test test-all test-triton test-rest lint format bench bench-peers \
-  clients front-door lm-eval sglang-tests vllm-tests \
+.PHONY: help env dev serve test test-all $(GROUPS:%=test-%) lint format \
+  bench bench-peers clients front-door lm-eval sglang-tests vllm-tests \
   native-gpu gpu-report gpu-bundle test-gpu bench-gpu sanitize-gpu clean force
 
 help: ## Prints this list.
@@ -95,23 +97,30 @@ $(VENV)/.dev: $(VENV)/.env
 serve: env ## Serves the three bundled models.
 	@$(BIN)/crosspool demo --port $(PORT) $(ARGS)
 
-# With ARGS one pytest, of what they name. Without, two at once: most tests, and those for which
-# Triton must be importable.
-BOTH = $(MAKE) --no-print-directory -j2 test-triton test-rest
+# With ARGS one pytest, of what they name. Without, one for each group, two at a time and those that
+# take longest first: most of the time in groups that start servers is waiting. Each writes a log,
+# which is printed when a test of it has failed; the summaries come last.
+ALL = $(MAKE) --no-print-directory --keep-going -j2 $(GROUPS:%=test-%); status=$$?; \
+  for group in $(GROUPS); do echo "==> $$group"; grep '^=.* in .*=$$' $(VENV)/test-$$group.log | tail -1; \
+  done; exit $$status
 
 test: dev ## Runs the tests but those marked `slow`: what you run while working.
-	@$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(BOTH) SELECT="-m 'not slow'")
+	@$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),SELECT="-m 'not slow'" $(ALL))
 
 test-all: dev ## Runs every test, as .ci/run does.
-	@$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(BOTH))
+	@$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(ALL))
 
-test-triton: dev
-	@PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -q -p no:cacheprovider $(SELECT) $(TRITON_TESTS) >$(TRITON).log 2>&1; \
-	  status=$$?; [ $$status = 0 ] && set -- tail -1 || set -- cat; \
-	  echo; echo "==> tests that need Triton"; "$$@" $(TRITON).log; exit $$status
+test-e2e: TESTS = test/e2e
+test-front: TESTS = $(FRONT_TESTS)
+test-kernels: TESTS = test/kernels
+test-rest: TESTS = test $(patsubst %,--ignore=%,test/e2e test/kernels $(FRONT_TESTS))
+test-triton: TESTS = $(TRITON_TESTS)
+test-triton: export PYTHONPATH = $(TRITON)
 
-test-rest: dev
-	@$(BIN)/python -m pytest $(SELECT)
+$(GROUPS:%=test-%): test-%: dev
+	@echo "==> tests in $(VENV)/$@.log"
+	@$(BIN)/python -m pytest -p no:cacheprovider $(SELECT) $(TESTS) >$(VENV)/$@.log 2>&1 || \
+	  { status=$$?; cat $(VENV)/$@.log; exit $$status; }
 
 lint: dev ## Checks style, types and formatting.
 	@echo "==> ruff check"; $(BIN)/ruff check .

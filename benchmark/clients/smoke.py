@@ -18,7 +18,7 @@ OTHER = "tiny-deepseek-v2"
 KEY = "none"
 QUESTION = "What does the import statement do?"
 ASKED: list[Any] = [{"role": "user", "content": QUESTION}]
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "name": "get_weather",
     "description": "Returns the weather of a city.",
     "strict": True,
@@ -79,7 +79,12 @@ def test_openai_parse(openai_client: Any) -> None:
 def test_openai_tools(openai_client: Any) -> None:
     """chat with a required, strict tool"""
     answer = openai_client.chat.completions.create(
-        model=MODEL, messages=ASKED, tools=[TOOL], tool_choice="required", max_tokens=200
+        model=MODEL,
+        messages=ASKED,
+        tools=[TOOL],
+        tool_choice="required",
+        max_tokens=200,
+        temperature=0,
     )
     call = answer.choices[0].message.tool_calls[0].function
     assert call.name == "get_weather"
@@ -251,6 +256,17 @@ def test_instructor_list(openai_client: Any) -> None:
     assert len(found.answers) == 2
 
 
+def test_instructor_tools(openai_client: Any) -> None:
+    """a pydantic class by a tool, its usual way"""
+    import instructor
+
+    client = instructor.from_openai(openai_client, mode=instructor.Mode.TOOLS)
+    answer = client.chat.completions.create(
+        model=MODEL, messages=ASKED, response_model=Answer, max_tokens=200, temperature=0
+    )
+    assert isinstance(answer, Answer)
+
+
 # --- pydantic-ai
 
 
@@ -258,6 +274,14 @@ def test_pydantic_ai_text() -> None:
     """an agent that answers with text"""
     agent = _agent(output_type=str)
     assert isinstance(agent.run_sync(QUESTION).output, str)
+
+
+def test_pydantic_ai_tool() -> None:
+    """an agent that answers with a pydantic class, by a tool"""
+    from pydantic_ai import ToolOutput
+
+    agent = _agent(output_type=ToolOutput(Answer))
+    assert isinstance(agent.run_sync(QUESTION).output, Answer)
 
 
 def test_pydantic_ai_structured() -> None:
@@ -310,6 +334,20 @@ def test_anthropic_tools(anthropic_client: Any) -> None:
     )
     assert answer.stop_reason in {"tool_use", "end_turn", "max_tokens"}
     assert answer.usage.input_tokens > 100  # the tool's description is part of the prompt
+
+
+def test_anthropic_required_tool(anthropic_client: Any) -> None:
+    """messages with a tool that it must call"""
+    tool = {"name": "get_weather", "input_schema": WEATHER["parameters"]}
+    choice = {"type": "tool", "name": "get_weather"}
+    answer = anthropic_client.messages.create(
+        model=MODEL, messages=ASKED, max_tokens=200, tools=[tool], tool_choice=choice
+    )
+    (call,) = [block for block in answer.content if block.type == "tool_use"]
+    assert (
+        call.name == "get_weather"
+        and call.input.keys() == WEATHER["parameters"]["properties"].keys()
+    )
 
 
 def test_anthropic_count(anthropic_client: Any) -> None:

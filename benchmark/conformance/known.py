@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Reason = Literal["tiny model", "out of scope", "by design", "as SGLang", "not installed"]
+Reason = Literal["tiny model", "out of scope", "by design", "as SGLang"]
 """Why a test fails: what a model of two million weights says, or cannot say; a feature that
 CrossPool does not have; a rule of its own; an answer that SGLang gives, too, and another project's
-tests do not expect; a library that is missing here."""
+tests do not expect."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +27,12 @@ class Known:
     """A sentence."""
     run: bool = True
     """Whether such a test is run at all; False for one that would only wait."""
-    library: str | None = None
-    """A library with which the test must pass; the excuse holds where it is not installed."""
 
     def names(self, test: str) -> bool:
         return re.search(self.tests, test) is not None
 
     def excuses(self, test: str, message: str) -> bool:
-        missing = self.library is None or importlib.util.find_spec(self.library) is None
-        return missing and self.names(test) and re.search(self.message, message) is not None
+        return self.names(test) and re.search(self.message, message) is not None
 
 
 def reason_for(known: Iterable[Known], test: str, message: str) -> Known | None:

@@ -26,7 +26,7 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--conformance-leave-out", action="append", default=[])
 
 
-def set_up(config: pytest.Config, beside: str, needless: dict[str, int]) -> Servers:
+def set_up(config: pytest.Config, beside: str, needless: dict[str, int], page_size: int) -> Servers:
     """Record outcomes, and return the servers whose second model is called ``beside``."""
     option = config.getoption
     outcomes = Outcomes(
@@ -35,7 +35,8 @@ def set_up(config: pytest.Config, beside: str, needless: dict[str, int]) -> Serv
         option("--conformance-leave-out"),
     )
     config.pluginmanager.register(outcomes, "conformance-outcomes")
-    return Servers(option("--conformance-port"), option("--conformance-model"), beside, needless)
+    port, model = option("--conformance-port"), option("--conformance-model")
+    return Servers(port, model, beside, needless, page_size)
 
 
 class Outcomes:

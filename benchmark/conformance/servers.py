@@ -15,13 +15,14 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 from crosspool.config.flags import make_parser
 from crosspool.config.process import die_with_parent
 
+from benchmark.conformance import thinking
 from benchmark.server import DEMO, TINY_MODELS, one_device
 
 ADMIN_KEY = "conformance"
@@ -91,22 +92,29 @@ class Asked:
     flags: tuple[object, ...] = ()
     """The server's flags as the test gives them."""
     api_key: str | None = None
+    alone: bool = False
+    """Whether the server has this model and no other."""
 
 
 class Servers:
-    """Runs one server at a time, on one port.
+    """Runs one server at a time, on one port, with pages of ``page_size`` tokens.
 
     ``folder`` is that of the model that stands for every name; ``beside`` is the name of a second
-    model, which every server has, so that requests are told apart by model. ``needless`` are flags
-    that mean nothing to CrossPool, and how many values each has; every other flag is given to the
-    server, which ends with a message where it lacks one."""
+    model, which a server has unless a test asks for one alone, so that requests are told apart by
+    model. A copy of the first model that thinks takes its place where a test asks for a parser of
+    thoughts. ``needless`` are flags that mean nothing to CrossPool, and how many values each has;
+    every other flag is given to the server, which ends with a message where it lacks one."""
 
-    def __init__(self, port: int, folder: Path, beside: str, needless: Mapping[str, int]) -> None:
+    def __init__(
+        self, port: int, folder: Path, beside: str, needless: Mapping[str, int], page_size: int
+    ) -> None:
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self._folder = folder
         self._beside = beside
         self._needless = needless
+        self._page_size = page_size
+        self._copies = tempfile.TemporaryDirectory(prefix="crosspool-conformance-")
         self._asked: Asked | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._own_log = Path(tempfile.mkstemp(prefix="crosspool-conformance-", suffix=".log")[1])
@@ -124,6 +132,16 @@ class Servers:
             self._asked = asked
             self._wait_ready(self._process)
         return self._process
+
+    def make_alone(self, alone: bool) -> None:
+        """Run the server that a test has asked for with no model but the first, or with two."""
+        if self._asked is not None:
+            self.start(replace(self._asked, alone=alone))
+
+    @functools.cached_property
+    def thinking_folder(self) -> Path:
+        """The folder of a copy of the first model that thinks."""
+        return thinking.make(self._folder, Path(self._copies.name))
 
     @property
     def admin_key(self) -> str | None:
@@ -148,15 +166,18 @@ class Servers:
         others = [path for path in map(DEMO.joinpath, TINY_MODELS) if path != self._folder]
         beside = self._beside if self._beside != asked.model else others[0].name
         command = [sys.executable, "-m", "crosspool.launch_server", "--port", str(self.port)]
-        for path, name in ((self._folder, asked.model), (others[0], beside)):
+        thinks = any(str(flag).startswith("--reasoning-parser") for flag in asked.flags)
+        folder = self.thinking_folder if thinks else self._folder
+        models = ((folder, asked.model), (others[0], beside))
+        for path, name in models[:1] if asked.alone else models:
             command += ["--model-path", str(path), "--served-model-name", name]
         command += [*one_device(), "--kv-pool-bytes", "128MiB", "--drain-timeout", "1"]
         longest = min(_longest(self._folder), _longest(others[0]))
         flags = translated(asked.flags, self._needless, longest)
         if "--dtype" not in flags:
             flags += ["--dtype", "float32"]  # numbers can be compared
-        # SGLang's page size: its tests count cached tokens, and give sizes of chunks.
-        command += ["--page-size", "1"]
+        # Tests count cached tokens, and give sizes of chunks.
+        command += ["--page-size", str(self._page_size)]
         if asked.api_key is None:
             command += ["--admin-api-key", ADMIN_KEY]
         else:

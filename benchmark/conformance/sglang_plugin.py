@@ -28,6 +28,12 @@ NEEDLESS = {
 }
 """SGLang's flags of kernels and of a log that CrossPool does not write, and how many values each
 has."""
+PAGE_SIZE = 1
+"""Tokens of a page of SGLang's cache, unless it is told another number."""
+ALONE = "test_model_list"
+"""The name of tests that want one model to be listed."""
+THINKS = "Qwen/Qwen3-30B-A3B"
+"""The name of a model whose thoughts a test counts."""
 PROGRAMS = "test_programs.py"
 """The file of the DSL's programs."""
 
@@ -44,29 +50,35 @@ def check_answer() -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    servers = set_up(config, SERVED_BESIDE, NEEDLESS)
+    servers = set_up(config, SERVED_BESIDE, NEEDLESS, PAGE_SIZE)
     compat.install()
-    _load_tokenizers_from(config.getoption("--conformance-model"))
+    _load_tokenizers_from(config.getoption("--conformance-model"), servers)
     _run_over(servers, config.getoption("--conformance-checkout"))
     config.pluginmanager.register(_Around(servers), "conformance-around")
 
 
 class _Around:
-    """Gives the DSL's programs, which have no server of their own, one as default backend."""
+    """Gives the DSL's programs, which have no server of their own, one as default backend, and some
+    tests a server of a single model."""
 
     def __init__(self, servers: Servers) -> None:
         self._servers = servers
 
+    @pytest.hookimpl(trylast=True)  # after the test's class has started its server
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if item.name == ALONE:
+            self._servers.make_alone(True)
         if item.path.name == PROGRAMS:
             import sglang
 
             sglang.set_default_backend(endpoint(self._servers, SERVED_BESIDE))
 
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
-        """Have a server go on that a failed test has left paused."""
+        """Have a server go on that a failed test has left paused, and have two models again."""
         import requests
 
+        if item.name == ALONE:
+            self._servers.make_alone(False)
         if "pause" in item.name:
             requests.post(f"{self._servers.url}/continue_generation", json={}, timeout=30)
 
@@ -81,13 +93,16 @@ def endpoint(servers: Servers, model: str) -> Any:
     return backend
 
 
-def _load_tokenizers_from(model: Path) -> None:
-    """Have every name of a tokenizer that is no folder mean that of ``model``."""
+def _load_tokenizers_from(model: Path, servers: Servers) -> None:
+    """Have every name of a tokenizer that is no folder mean that of ``model``, or of its copy that
+    thinks."""
     import transformers
     from sglang.srt.utils import hf_transformers_utils
 
     def folder(name: Any) -> str:
-        return str(name) if Path(str(name)).is_dir() else str(model)
+        if Path(str(name)).is_dir():
+            return str(name)
+        return str(servers.thinking_folder if name == THINKS else model)
 
     def local(load: Callable[..., Any]) -> Callable[..., Any]:
         return lambda name, *words, **more: load(folder(name), *words, **more)

@@ -21,6 +21,8 @@ from benchmark.conformance.servers import Asked, Servers
 
 SERVED_BESIDE = "zephyr-lora"
 """The name of every server's second model. Some tests name it: an adapter's, with vLLM."""
+PAGE_SIZE = 16
+"""Tokens of a block of vLLM's cache."""
 NEEDLESS = {
     "--dtype": 1,
     "--enforce-eager": 0,
@@ -109,7 +111,7 @@ def sample_json_schema() -> dict[str, Any]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    servers = set_up(config, SERVED_BESIDE, NEEDLESS)
+    servers = set_up(config, SERVED_BESIDE, NEEDLESS, PAGE_SIZE)
     checkout: Path = config.getoption("--conformance-checkout")
     sys.meta_path.append(_Finder())
     _give_tokenizer(config.getoption("--conformance-model"))

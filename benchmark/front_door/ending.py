@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from benchmark import machine
 from benchmark.front_door import hostile
@@ -34,13 +34,14 @@ def worst() -> Iterator[Row]:
             yield row
 
 
-def seconds_to_end(row: Row) -> float:
-    """Return the seconds from SIGTERM, sent while ``row``'s request runs, to the end of the
-    server; infinity where it takes a minute longer than the drain."""
+def seconds_to_end(rows: Sequence[Row]) -> float:
+    """Return the seconds from SIGTERM, sent while the requests of all ``rows`` run, to the end of
+    the server; infinity where it takes a minute longer than the drain."""
     with Server([*hostile.FLAGS, "--drain-timeout", str(DRAIN_SECONDS)]) as server:
         place = Place(server.port, TINY_MODELS)
-        client = threading.Thread(target=row.send, args=(place,), daemon=True)
-        client.start()
+        clients = [threading.Thread(target=row.send, args=(place,), daemon=True) for row in rows]
+        for client in clients:
+            client.start()
         time.sleep(_HEAD_START)
         launcher = server.processes()["crosspool::launcher"]
         began = time.monotonic()
@@ -51,7 +52,8 @@ def seconds_to_end(row: Row) -> float:
                 return float("inf")
             time.sleep(0.05)
         ended = time.monotonic() - began
-        client.join(60)
+        for client in clients:
+            client.join(60)
         return ended
 
 
@@ -61,7 +63,7 @@ def run(told: Callable[[str], object]) -> int:
     failed = 0
     for row in worst():
         load1, cpu, began = machine.load1(), time.process_time(), time.monotonic()
-        seconds = seconds_to_end(row)
+        seconds = seconds_to_end([row])
         good = seconds <= DRAIN_SECONDS + LIMIT
         failed += not good
         told(f"{'ok  ' if good else 'FAIL'} {row.name:<50} ended {seconds:.1f} s after SIGTERM")

@@ -129,6 +129,12 @@ def left_recursive(rules: int) -> str:
     return "\n".join(lines)
 
 
+def nullable_chain(rules: int) -> str:
+    """Return an EBNF of rules that may each be empty or the next, in a circle."""
+    lines = [f'a{i} ::= a{(i + 1) % rules} "x" | a{(i + 1) % rules} | ""' for i in range(rules)]
+    return "\n".join(["root ::= a0", *lines])
+
+
 def _schema(schema: dict[str, Any]) -> bytes:
     return _quoted(json.dumps(schema))
 
@@ -177,6 +183,16 @@ def known_rows() -> Iterator[Row]:
         True,
         _sampling("ebnf", _quoted(left_recursive(300)), min_new_tokens=150),
     )
+    yield Row(
+        "EBNF that takes minutes to compile",
+        False,
+        _sampling("ebnf", _quoted(left_recursive(3000)), min_new_tokens=150),
+    )
+    yield Row(
+        "EBNF of which the first token takes minutes",
+        False,
+        _sampling("ebnf", _quoted(nullable_chain(3000)), min_new_tokens=150),
+    )
     yield Row("JSON schema 900 deep", True, _sampling("json_schema", _quoted(nested_schema(900))))
     yield Row("JSON schema 300 deep", True, _sampling("json_schema", _quoted(nested_schema(300))))
     yield Row("JSON schema recursive by $ref", True, _sampling("json_schema", _schema(RECURSIVE)))
@@ -201,6 +217,24 @@ def own_rows() -> Iterator[Row]:
     yield Row("logit_bias of 400,000 entries", False, _completion("logit_bias", _biases(400_000)))
     yield Row("200,000 messages", False, _chat("messages", many(message, 200_000)))
     yield Row("n = 1,000", False, _completion("n", b"1000"))
+    yield Row("n = 256", False, _completion("n", b"256"))
+    yield Row(
+        "16 prompts of 16 samples", False, _completion("prompt", many(text_of(200), 16), n=16)
+    )
+    yield Row("256 prompts of 2 KB", False, _completion("prompt", many(text_of(2_000), 256)))
+    yield Row(
+        "256 texts of 20 KB to /tokenize",
+        False,
+        _raw(
+            "/m/MODEL/v1/tokenize",
+            b'{"model":"MODEL","prompt":' + many(text_of(20_000), 256) + b"}",
+        ),
+    )
+    yield Row(
+        "60,000 strings in chat_template_kwargs",
+        False,
+        _chat("chat_template_kwargs", b'{"a":' + many(many(b'"a"', 4000), 15) + b"}"),
+    )
     yield Row("20 prompts of 200 KB", False, _completion("prompt", many(text_of(200_000), 20)))
     yield Row("10^6 messages", False, _chat("messages", many(message, 1_000_000)))
     yield Row(

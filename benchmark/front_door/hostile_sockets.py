@@ -177,6 +177,17 @@ def _disconnects(place: Place) -> Outcome:
     return Outcome(0, time.monotonic() - began, "500 clients left", True)
 
 
+def _crowd_of_samples(place: Place) -> Outcome:
+    """100 requests of 256 samples each at once."""
+    began = time.monotonic()
+    body = {"model": place.model, "prompt": SHORT, "max_tokens": 8, "n": 256}
+    with ThreadPoolExecutor(100) as threads:
+        sent = [threads.submit(post, place.port, "/v1/completions", body) for _ in range(100)]
+        seen = {answer.result().status for answer in sent}
+    good = seen <= {200, 429, 503}
+    return Outcome(0, time.monotonic() - began, f"statuses {sorted(seen)}", good)
+
+
 def _flood(place: Place) -> Outcome:
     """2,000 short requests over 200 connections at once."""
     began = time.monotonic()
@@ -261,5 +272,6 @@ def own_clients() -> Iterator[Row]:
     yield Row("20 clients half closed", False, _half_closed)
     yield Row("1,000 pipelined requests", False, _pipelined)
     yield Row("5,000 aborts", False, _aborts)
+    yield Row("100 requests of 256 samples", False, _crowd_of_samples)
     yield Row("500 disconnects of 20 samples", False, _disconnects)
     yield Row("2,000 requests over 200 connections", False, _flood)

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
-from benchmark.conformance import sglang, vllm
+from benchmark.conformance import sglang, thinking, vllm
 from benchmark.conformance.known import Known, reason_for
 from benchmark.conformance.run import Project, main, table
 from benchmark.conformance.servers import free_port, translated
@@ -51,6 +52,17 @@ def test_flags_are_translated() -> None:
     assert translated(words, needless, 4096) == [
         *("--context-length=4096", "--max-total-tokens=1536", "--enable-metrics")
     ]
+
+
+def test_a_copy_that_thinks_has_tokens_around_its_thoughts(tmp_path: Path) -> None:
+    model = DEMO / "tiny-qwen3-moe"
+    before = AutoTokenizer.from_pretrained(model)
+    after = AutoTokenizer.from_pretrained(thinking.make(model, tmp_path))
+    ends = before.convert_tokens_to_ids("Ġthe")
+    assert after.encode("</think>") == [ends] and len(after.encode("<think>")) == 1
+    assert after.decode(before.encode("see the end")) == "see</think> end"
+    assert after.decode(after.encode("then, the others")) == "then, the others"
+    assert len(after) == len(before)
 
 
 def test_only_the_named_failure_is_excused() -> None:

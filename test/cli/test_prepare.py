@@ -416,3 +416,16 @@ def test_gpus_serve_beside_gpus_but_not_beside_a_cpu(
         prepare(draft(path, gpu_links="nvshmem", loop="host"))
     with pytest.raises(ConfigError, match="cuda:2: 2 GPU"):
         prepare(draft(path, kv_pool_devices="cuda:2", weight_pool_devices="cuda:2"))
+
+
+def test_a_grammar_backend_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = draft(model(tmp_path / "a"), sglang={"grammar_backend": "llguidance"})
+    monkeypatch.setattr("crosspool.cli.prepare.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"grammar_backend.*pip install 'crosspool\[llguidance\]'"
+    ):
+        prepare(options)
+    monkeypatch.setattr("crosspool.cli.prepare.find_spec", lambda name: object())
+    assert prepare(options).deployment.sglang["grammar_backend"] == "llguidance"

@@ -475,6 +475,15 @@ def test_a_forked_process_that_dies_is_forked_again(run, name: str) -> None:
     assert not server.orphans()
 
 
+def test_a_forked_process_that_ends_for_another_s_failure_is_not_forked_again(run) -> None:
+    server = run("http forked dies 3;scheduler forked;device", restart_limit=5)
+    server.wait_for("ready")
+    assert server.end() == 1
+    assert "say http exited with status 3" in server.log
+    assert "http start 2" not in server.log
+    assert "device end" in server.log and not server.orphans()
+
+
 def test_a_fork_server_that_has_died_is_started_again_when_a_process_is_to_be_forked(run) -> None:
     server = run(FORKED, restart_limit=5)
     server.wait_for("ready")

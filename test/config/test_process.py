@@ -19,6 +19,20 @@ def test_full_collections_leave_out_what_was_there() -> None:
         "loop = []; loop.append(loop); del loop;"
         "assert gc.collect() == 1"
     )
+    run_alone(code)
+
+
+def test_full_collections_are_rare() -> None:
+    run_alone(
+        "import gc; from crosspool.config.process import freeze_heap; freeze_heap();"
+        "begun = gc.get_stats(); kept = [[] for _ in range(10 * 10 * 700 * 3)];"
+        "middle, full = (now['collections'] - was['collections']"
+        "                for now, was in zip(gc.get_stats()[1:], begun[1:]));"
+        "assert middle > 20 and not full, (middle, full)"
+    )
+
+
+def run_alone(code: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )

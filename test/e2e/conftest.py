@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.server import DEMO, TINY_MODELS, Server
+from support.server import DEMO, SLASHED_NAMES, TINY_MODELS, Server
 
 FLAGS = ("--dtype", "float32", "--kv-pool-bytes", "128MiB")
 SHARED = ("--tool-call-parser", "qwen25", "--enable-response-store", "--response-store-size", "30")
@@ -23,10 +23,14 @@ def server() -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def host_server() -> Iterator[Server]:
-    """Serves them under the host loop."""
-    with Server([*FLAGS, "--loop", "host"]) as running:
+    """Serves them under the host loop, and the first two of them again under names with
+    slashes."""
+    flags = [*FLAGS, "--loop", "host"]
+    for name, folder in zip(SLASHED_NAMES, TINY_MODELS, strict=False):
+        flags += ["--model-path", str(DEMO / folder), "--served-model-name", name]
+    with Server(flags) as running:
         yield running
 
 

@@ -110,6 +110,71 @@ def test_offsets_say_where_tokens_begin(server: Server, echo: bool) -> None:
     assert streamed == logprobs["text_offset"]
 
 
+def test_an_echo_has_log_probabilities_also_without_others_beside_them(server: Server) -> None:
+    (with_one,) = complete(server, echo=True, logprobs=1, temperature=0)
+    (choice,) = complete(server, echo=True, logprobs=0, temperature=0)
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"] == with_one["logprobs"]["tokens"]
+    assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
+    pairs = zip(logprobs["tokens"][1:], logprobs["token_logprobs"][1:], strict=True)
+    assert logprobs["top_logprobs"][1:] == [{token: value} for token, value in pairs]
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "stream": True}
+    lines = events(server, "/v1/completions", {**body, "echo": True, "logprobs": 0})
+    first = json.loads(lines[0].removeprefix("data: "))["choices"][0]["logprobs"]
+    assert first["tokens"] == logprobs["tokens"][: len(first["tokens"])]
+    assert len(first["tokens"]) == len(first["top_logprobs"]) > 1
+
+
+# --- calls and usage
+
+
+@pytest.mark.parametrize("name", ["paint", "draw"])
+def test_a_call_that_must_be_made_is_of_the_named_tool_and_fits_its_schema(
+    server: Server, name: str
+) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"size": {"type": "integer", "minimum": 1, "maximum": 9}},
+        "required": ["size"],
+        "additionalProperties": False,
+    }
+    tools = [
+        {"type": "function", "function": {"name": one, "parameters": schema}}
+        for one in ("paint", "draw")
+    ]
+    body = {"model": MODEL, "max_tokens": 200, "temperature": 1, "tools": tools}
+    body["messages"] = [{"role": "user", "content": "Use a tool."}]
+    named = {"type": "function", "function": {"name": name}}
+    for seed in range(3):
+        for choice in (named, "required"):
+            asked = {**body, "tool_choice": choice, "seed": seed}
+            status, answer = server.post("/v1/chat/completions", asked)
+            assert status == 200, answer
+            call = answer["choices"][0]["message"]["tool_calls"][0]["function"]
+            assert choice == "required" or call["name"] == name
+            assert 1 <= json.loads(call["arguments"]).pop("size") <= 9
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/v1/completions", {"prompt": PROMPT}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": PROMPT}]}),
+    ],
+)
+def test_options_of_a_stream(server: Server, path: str, said: dict[str, Any]) -> None:
+    body = {"model": MODEL, "max_tokens": 3, **said}
+    status, answer = server.post(path, {**body, "stream_options": {"include_usage": True}})
+    assert status == 400 and "`stream_options`" in answer["error"]["message"]
+    options = {"continuous_usage_stats": True}
+    for wanted, given in ((True, options), (False, {**options, "include_usage": False})):
+        lines = events(server, path, {**body, "stream": True, "stream_options": given})
+        pieces = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+        parts = [(piece, choice) for piece in pieces for choice in piece["choices"]]
+        texts = [piece for piece, c in parts if c.get("text") or c.get("delta", {}).get("content")]
+        assert {piece.get("usage") is not None for piece in texts} == {wanted}
+
+
 # --- Anthropic's route
 
 

@@ -156,8 +156,6 @@ import json, sys
 import crosspool.sglang
 import sglang as sgl
 
-sgl.set_default_backend(sgl.RuntimeEndpoint(sys.argv[1]))
-
 @sgl.function
 def program(s, topic):
     s += "Tell me about " + topic + ". " + sgl.gen("about", max_tokens=12)
@@ -172,30 +170,33 @@ def tree(s):
         fork += sgl.gen("tip", max_tokens=6)
     s += forks[0]["tip"] + " / " + forks[1]["tip"]
 
-one = program.run(topic="import")
-many = program.run_batch([{"topic": str(i)} for i in range(4)])
-streamed = program.run(topic="import", stream=True)
-pieces = list(streamed.text_iter("about"))
-print(json.dumps({
-    "about": one["about"], "answer": one["answer"], "number": one["number"],
-    "many": [m["number"] for m in many], "tree": tree.run().text(), "pieces": pieces,
-}))
+for url in sys.argv[1:]:
+    sgl.set_default_backend(sgl.RuntimeEndpoint(url))
+    one = program.run(topic="import")
+    many = program.run_batch([{"topic": str(i)} for i in range(4)])
+    streamed = program.run(topic="import", stream=True)
+    pieces = list(streamed.text_iter("about"))
+    print(json.dumps({
+        "about": one["about"], "answer": one["answer"], "number": one["number"],
+        "many": [m["number"] for m in many], "tree": tree.run().text(), "pieces": pieces,
+    }))
 """
 
 
 def test_sglang_program(server: Server, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(DSL)
-    for model in TINY_MODELS[:2]:
-        run = subprocess.run(
-            [sys.executable, str(program), f"{server.url}/m/{model}"],
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
-        assert run.returncode == 0, run.stderr[-3000:]
-        said = json.loads(run.stdout.splitlines()[-1])
+    run = subprocess.run(
+        [sys.executable, str(program), *(f"{server.url}/m/{model}" for model in TINY_MODELS[:2])],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    answers = [json.loads(line) for line in run.stdout.splitlines()[-2:]]
+    assert len(answers) == 2
+    for said in answers:
         assert said["about"] and said["answer"] in ("yes", "no", "maybe so")
         assert re.fullmatch(r"[0-9]{3}", said["number"])
         assert len(said["many"]) == 4

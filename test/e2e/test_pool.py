@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import openai
 import pytest
 from support.server import TINY_MODELS, Server
 
@@ -116,35 +115,3 @@ def test_overload_answers_every_request_in_full_or_refuses_it(small_pool: Server
             assert "retry" in str(answer).lower()
     assert full >= len(jobs) // 3
     wait_empty(small_pool)
-
-
-@pytest.mark.slow
-def test_queue_limit_refuses_with_429_and_retry_after() -> None:
-    """OpenAI's client raises the error after which its users wait and retry, streaming or not."""
-
-    def ask(number: int) -> openai.RateLimitError | None:
-        try:
-            answer = client.completions.create(
-                model=TINY_MODELS[0],
-                prompt="The import statement",
-                max_tokens=64,
-                stream=number % 2 == 1,
-                extra_body={"ignore_eos": True},
-            )
-            if number % 2 == 1:
-                assert list(answer)
-        except openai.RateLimitError as error:
-            return error
-        return None
-
-    flags = ["--kv-pool-bytes", "8MiB", "--context-length", "1024", "--max-queued-requests", "2"]
-    with Server([*flags, "--max-running-requests", "1"], models=TINY_MODELS[:1]) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-        with ThreadPoolExecutor(12) as threads:
-            outcomes = list(threads.map(ask, range(12)))
-    refused = [(number, error) for number, error in enumerate(outcomes) if error is not None]
-    assert {number % 2 for number, _ in refused} == {0, 1}, outcomes
-    assert len(refused) < 12
-    for _, error in refused:
-        assert "queue" in error.message and error.type == "rate_limit_error"
-        assert 1 <= int(error.response.headers["retry-after"]) <= 600

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 from support.prompts import sentences
-from support.server import TINY_MODELS, Server, two_device_flags
+from support.server import TINY_MODELS, Server
 
 MINUTES = float(os.environ.get("CROSSPOOL_SOAK_MINUTES", "0.5"))
 CLIENTS = 6
@@ -141,8 +141,7 @@ def pools_empty(server: Server) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores for two devices")
-def test_mixed_traffic_leaks_nothing() -> None:
+def test_mixed_traffic_leaks_nothing(split_server: Server) -> None:
     texts = sentences(40)
     tally = {"aborted": 0, "disconnected": 0}
     figures: list[dict[str, dict[str, int]]] = []
@@ -163,21 +162,20 @@ def test_mixed_traffic_leaks_nothing() -> None:
         for c in clients:
             c.result()
 
-    with Server([*two_device_flags(), "--kv-pool-bytes", "64MiB"]) as server:
-        try:
-            asyncio.run(run(server))
-        finally:
-            report(tally, figures)
-        deadline = time.monotonic() + 30
-        while not nothing_promised(server) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert nothing_promised(server), server.get("/crosspool/status")
-        assert server.manage("/flush_cache")[0] == 200
-        while not pools_empty(server) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert pools_empty(server), server.get("/crosspool/pools")
-        figures.append(measure(server))
-        assert server.status("/health") == 200
+    try:
+        asyncio.run(run(split_server))
+    finally:
+        report(tally, figures)
+    deadline = time.monotonic() + 30
+    while not nothing_promised(split_server) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert nothing_promised(split_server), split_server.get("/crosspool/status")
+    assert split_server.manage("/flush_cache")[0] == 200
+    while not pools_empty(split_server) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert pools_empty(split_server), split_server.get("/crosspool/pools")
+    figures.append(measure(split_server))
+    assert split_server.status("/health") == 200
 
     assert all(moment.keys() == figures[0].keys() for moment in figures), "a process came or went"
     assert tally.pop("aborted") > 0 and tally.pop("disconnected") > 0

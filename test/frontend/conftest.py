@@ -39,7 +39,7 @@ def script(scripted: list[list[int]]) -> Callable[[int, list[int], int], int]:
     return next_token
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def server(script: Callable[[int, list[int], int], int]) -> Iterator[FrontEndServer]:
     running = FrontEndServer(deployment(sglang={"enable_cache_report": True}), script)
     try:

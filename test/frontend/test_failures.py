@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
+import openai
 import pytest
+from crosspool.config.process import CANNOT_SERVE
 from crosspool.transport import admin
 from prometheus_client.parser import text_string_to_metric_families
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
@@ -247,6 +250,77 @@ def test_a_device_that_goes_away_and_comes_back_loses_no_request(
     assert "device cpu is back after" in server.log.read_text()
 
 
+def test_openais_client_is_told_to_retry_where_the_queue_is_full(server: FrontEndServer) -> None:
+    """It raises the error after which its users wait and retry, streaming or not."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+
+    def ask(number: int) -> openai.RateLimitError | None:
+        try:
+            answer = client.completions.create(
+                model=MODELS[0],
+                prompt="The import statement",
+                max_tokens=64,
+                stream=number % 2 == 1,
+                extra_body={"ignore_eos": True},
+            )
+            if number % 2 == 1:
+                assert list(answer)
+        except openai.RateLimitError as error:
+            return error
+        return None
+
+    (device,) = server.devices
+    device.step_seconds = 0.02
+    try:
+        with ThreadPoolExecutor(12) as threads:
+            outcomes = list(threads.map(ask, range(12)))
+    finally:
+        device.step_seconds = 0.0
+    refused = [(number, error) for number, error in enumerate(outcomes) if error is not None]
+    assert {number % 2 for number, _ in refused} == {0, 1}, outcomes
+    assert len(refused) < 12
+    for _, error in refused:
+        assert "queue" in error.message and error.type == "rate_limit_error"
+        assert 1 <= int(error.response.headers["retry-after"]) <= 600
+
+
+def requests_of_the_first_model(server: FrontEndServer) -> int:
+    status = server.request("/crosspool/status", headers=ADMIN)[1]
+    return int(status["models"][0]["requests"])
+
+
+def test_more_outputs_than_can_run_and_wait_are_refused_before_any_work(
+    server: FrontEndServer,
+) -> None:
+    before = requests_of_the_first_model(server)
+    for more in ({"n": 3}, {"n": 3, "stream": True}, {"prompt": ["x"] * 3}):
+        status, answer, headers = server.request("/v1/completions", {**COMPLETION, **more}, USER)
+        assert status == 429 and int(headers["retry-after"]) >= 1
+        assert "no room for the 3 outputs" in answer["error"]["message"]
+    assert requests_of_the_first_model(server) == before
+    for _ in range(3):  # what has ended takes no room
+        status, answer, _ = server.request("/v1/completions", {**COMPLETION, "n": 2}, USER)
+        assert status == 200, answer
+
+
+def test_samples_for_a_client_that_has_gone_are_not_begun(server: FrontEndServer) -> None:
+    (device,) = server.devices
+    device.step_seconds = 1.0  # SGLang computes the prompt first, by itself
+    before = requests_of_the_first_model(server)
+    body = {"text": "x", "sampling_params": {"max_new_tokens": 2, "n": 2}}
+    try:
+        with pytest.raises(httpx.ReadTimeout):
+            url = f"{server.url}/m/{MODELS[0]}/generate"
+            httpx.post(url, json=body, headers=USER, timeout=0.4)
+        deadline = time.monotonic() + 20
+        while "the client has disconnected" not in server.log.read_text():
+            assert time.monotonic() < deadline, server.log.read_text()[-3000:]
+            time.sleep(0.05)
+    finally:
+        device.step_seconds = 0.0
+    assert requests_of_the_first_model(server) == before + 1
+
+
 def test_a_lost_device_is_503(server: FrontEndServer) -> None:
     (device,) = server.devices
     device.step_seconds = 0.05
@@ -304,7 +378,7 @@ def test_a_silent_device_ends_the_server_within_watchdog_and_grace(
             assert time.monotonic() - began < 10
         status, answer, _ = running.request("/health")
         assert status in (0, 503)
-        assert running.processes["http"].wait(20) == 1
+        assert running.processes["http"].wait(20) == CANNOT_SERVE
         assert 2.0 <= time.monotonic() - began < 20
         assert "the http process ends: attention rank 0" in running.log.read_text()
     finally:

@@ -316,13 +316,21 @@ def test_a_stranger_on_the_control_path_fails_nothing(server: FrontEndServer) ->
 
 
 def test_the_number_of_attached_servers_is_bounded(server: FrontEndServer) -> None:
-    """The last test of this file: what it attaches stays."""
+    address = f"ipc://{server.deployment.runtime_dir}/others"
     for _ in range(MOST_ATTACHED):
-        put(server, admin.encode(attach_to("ipc:///tmp/nobody-is-there")), replies=True)
-    answer = put(server, admin.encode(attach_to("ipc:///tmp/nobody-is-there")), replies=True)
+        put(server, admin.encode(attach_to(address)), replies=True)
+    answer = put(server, admin.encode(attach_to(address)), replies=True)
     assert isinstance(answer, admin.Answer) and answer.error is not None
     assert str(MOST_ATTACHED) in answer.error
     assert sum(m.attached for m in admin.status(server.deployment.admin_address).models) == (
         MOST_ATTACHED
     )
     assert_serves(server)
+    with zmq.Context() as context, context.socket(zmq.PUSH) as others:
+        others.setsockopt(zmq.LINGER, 0)
+        others.bind(address)
+        deadline = time.monotonic() + 20
+        while any(m.attached for m in admin.status(server.deployment.admin_address).models):
+            assert time.monotonic() < deadline
+            with contextlib.suppress(zmq.Again):  # none is connected that has not left
+                others.send(io_struct.msgpack_encode(io_struct.ShutdownReq()), zmq.NOBLOCK)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from crosspool.frontend import private_routes
+from crosspool.frontend import private_answers
 from prometheus_client.parser import text_string_to_metric_families
 from sglang.srt.entrypoints.openai import serving_chat
 from sglang.srt.entrypoints.openai.protocol import Function, Tool, ToolChoice, ToolChoiceFuncName
@@ -557,29 +556,10 @@ def test_a_named_tool_whose_parameters_have_definitions(server: FrontEndServer) 
 
 
 def test_the_grammar_of_a_named_tool_knows_its_definitions() -> None:
-    private_routes.mended_http_server()
+    private_answers.mend()
     tool = Tool(function=Function(name="get_weather", parameters=CITY))
     choice = ToolChoice(function=ToolChoiceFuncName(name="get_weather"))
     schema = serving_chat.get_json_schema_constraint([tool], choice)
     jsonschema.validate([{"name": "get_weather", "parameters": {"city": "Rome"}}], schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate([{"name": "get_weather", "parameters": {"city": "Oslo"}}], schema)
-
-
-def test_sigterm_lets_requests_end(server: FrontEndServer, slow: None) -> None:
-    """The last test, since it ends the HTTP process."""
-    answers: list[Any] = []
-    body = {"model": MODELS[0], "prompt": "x", "max_tokens": 40}
-    thread = threading.Thread(
-        target=lambda: answers.append(server.request("/v1/completions", body))
-    )
-    thread.start()
-    time.sleep(0.5)
-    server.processes["http"].send_signal(signal.SIGTERM)
-    time.sleep(0.2)
-    assert server.request("/health")[0] == 503
-    status, answer, headers = server.request("/v1/completions", body)
-    assert (status, answer["error"]["code"]) == (503, 503) and "retry-after" in headers
-    thread.join(30)
-    assert answers[0][0] == 200 and answers[0][1]["usage"]["completion_tokens"] == 40
-    assert server.processes["http"].wait(20) == 0

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +112,8 @@ def test_a_replaced_detokenizer_goes_on_where_the_dead_one_was(
             time.sleep(0.7)
         assert answers.result() == expected
     assert replaced > 1
+    sockets = Path(server.deployment.runtime_dir).glob("m*.detok*")
+    assert len(list(sockets)) == len(MODELS), "those of dead detokenizers are removed"
     log = server.log.read_text()
     assert "the state was deleted" not in log and "Traceback" not in log, log
 

@@ -105,6 +105,7 @@ def test_what_follows_a_refused_stream_finds_no_generation(server: FrontEndServe
     [
         (CHAT, {"messages": [{"role": "user", "content": "a"}], "top_k": BIG}, "top_k"),
         (CHAT, {"messages": [{"role": "user", "content": "a"}], "bootstrap_host": []}, "bootstrap"),
+        ("/v1/completions", {"prompt": "a", "seed": -BIG}, "`seed`: Input should be an integer of"),
         ("/v1/completions", {"prompt": "a", "custom_params": {"a": {"b": [{}]}}}, "custom_params"),
         ("/encode", {"input_ids": []}, "/encode"),
         ("/classify", {"text": "a"}, "/classify"),

@@ -31,7 +31,10 @@ compat.install()
 
 PACKAGE = Path(crosspool.__file__).parent
 ROOT = PACKAGE.parents[1]
-PRIVATE = [PACKAGE / "frontend" / name for name in ("private.py", "private_routes.py")]
+PRIVATE = [
+    PACKAGE / "frontend" / name
+    for name in ("private.py", "private_answers.py", "private_routes.py")
+]
 RECORD = Path(__file__).with_name("sglang_surface.json")
 SERVER_ARGS = "sglang.srt.server_args:ServerArgs"
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
@@ -90,15 +93,24 @@ THROUGH_VALUES = {
         "tokenizer_manager",
     ),
     "sglang.srt.entrypoints.openai.protocol:CompletionRequest": ("validate_max_tokens_positive",),
-    "sglang.srt.entrypoints.openai.serving_chat": ("get_json_schema_constraint",),
+    "sglang.srt.entrypoints.openai.protocol": ("UsageInfo",),
+    "sglang.srt.entrypoints.openai.usage_processor:UsageProcessor": ("calculate_token_usage",),
+    "sglang.srt.entrypoints.openai.serving_chat": (
+        "get_json_schema_constraint",
+        "should_include_usage",
+    ),
     "sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat": (
         "_convert_to_internal_request",
         "_generate_chat_stream",
         "_validate_request",
         "handle_request",
     ),
-    "sglang.srt.entrypoints.openai.serving_completions": ("to_openai_style_logprobs",),
+    "sglang.srt.entrypoints.openai.serving_completions": (
+        "should_include_usage",
+        "to_openai_style_logprobs",
+    ),
     "sglang.srt.entrypoints.openai.serving_completions:OpenAIServingCompletion": (
+        "_convert_to_internal_request",
         "_generate_completion_stream",
         "_validate_request",
         "handle_request",
@@ -118,6 +130,9 @@ THROUGH_VALUES = {
         "_handle_non_streaming_request",
     ),
     "sglang.srt.function_call.function_call_parser": ("get_json_schema_constraint",),
+    "sglang.srt.function_call.function_call_parser:FunctionCallParser": (
+        "get_structure_constraint",
+    ),
     "sglang.srt.function_call.utils": ("_get_tool_schema_defs", "get_json_schema_constraint"),
     "sglang.srt.entrypoints.engine:Engine": ("generate", "tokenizer_manager"),
     "sglang.srt.runtime_context:RuntimeContext": ("override",),

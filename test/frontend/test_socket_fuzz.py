@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import Any
 
 import msgspec
 import pytest
@@ -218,3 +221,24 @@ def test_control(fuzzed: FrontEndServer) -> None:
         peer.setsockopt(zmq.IDENTITY, b"stranger")
         peer.connect(fuzzed.deployment.control_address)
         fuzz(fuzzed, "control", valid, peer.send_multipart)
+
+
+def test_sigterm_lets_requests_end(fuzzed: FrontEndServer) -> None:
+    """The last test, since it ends the HTTP process."""
+    (device,) = fuzzed.devices
+    device.step_seconds = 0.05
+    answers: list[Any] = []
+    body = {"model": MODELS[0], "prompt": "x", "max_tokens": 40}
+    thread = threading.Thread(
+        target=lambda: answers.append(fuzzed.request("/v1/completions", body))
+    )
+    thread.start()
+    time.sleep(0.5)
+    fuzzed.processes["http"].send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert fuzzed.request("/health")[0] == 503
+    status, answer, headers = fuzzed.request("/v1/completions", body)
+    assert (status, answer["error"]["code"]) == (503, 503) and "retry-after" in headers
+    thread.join(30)
+    assert answers[0][0] == 200 and answers[0][1]["usage"]["completion_tokens"] == 40
+    assert fuzzed.processes["http"].wait(20) == 0

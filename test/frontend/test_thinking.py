@@ -83,6 +83,7 @@ def test_a_schema_binds_the_answer_and_not_the_thoughts(
     assert message.reasoning_content.strip() == THOUGHTS
     assert got.choices[0].finish_reason == "stop"
     assert got.usage.reasoning_tokens == len(thoughts[model])
+    assert got.usage.completion_tokens_details.reasoning_tokens == len(thoughts[model])
 
 
 def test_a_stream_has_both_parts_and_the_count(
@@ -99,6 +100,7 @@ def test_a_stream_has_both_parts_and_the_count(
     thought = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
     assert thought.strip() == THOUGHTS
     assert chunks[-1].usage.reasoning_tokens == len(thoughts[0])
+    assert chunks[-1].usage.completion_tokens_details.reasoning_tokens == len(thoughts[0])
 
 
 def test_a_request_that_turns_thinking_off_is_bound_from_the_first_token(

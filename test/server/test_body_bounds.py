@@ -64,7 +64,7 @@ class Client:
             **options,  # type: ignore[arg-type]
         )
         self.model = Model()
-        state = State(models=cast("Any", {"first": self.model}), ready=True)
+        state = self.state = State(models=cast("Any", {"first": self.model}), ready=True)
         scheduler = admin.AsyncAdmin(zmq.asyncio.Context(), "ipc:///nowhere")
         self._app = App(deployment, state, scheduler)
         self.received = 0
@@ -93,9 +93,10 @@ class Client:
         parts: Iterable[bytes] | None = None,
         announced: int | None = None,
         sends: asyncio.Event | None = None,
+        leaves: bool = False,
     ) -> tuple[Response, int]:
         """The answer, and how many bytes of the body were read. The body is sent once ``sends`` is
-        set, where it is given."""
+        set, where it is given. A client that ``leaves`` has gone once its body is read."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         length = str(len(data) if announced is None else announced).encode()
         sized = [(b"content-length", length)]
@@ -109,7 +110,11 @@ class Client:
             if sends is not None:
                 await sends.wait()
             part = next(left, b"")
+            if leaves and received and not part:
+                return {"type": "http.disconnect"}
             received += len(part)
+            if leaves:
+                return {"type": "http.request", "body": part, "more_body": False}
             return {"type": "http.request", "body": part, "more_body": bool(part)}
 
         async def send(message: Message) -> None:
@@ -296,7 +301,8 @@ def test_what_is_within_the_bounds_arrives_as_it_was_sent(
         ({"stop_sequences": ["x"] * 21}, 400, ["`stop_sequences`", "20"]),
         ({"options": {"stop": ["x" * 31]}}, 400, ["`options.stop`", "30"]),
         ({"logit_bias": {str(i): 1 for i in range(21)}}, 400, ["`logit_bias`", "20"]),
-        ({"logit_bias": {"x": 1}}, 400, ["`logit_bias`", "'x'"]),
+        ({"logit_bias": {"x": 1, "2": 1, "y": 1}}, 400, ["`logit_bias`", "'x', 'y'"]),
+        ({"logit_bias": dict.fromkeys("abcdefg", 1)}, 400, ["'e', ..."]),
         ({f"x{i}": 1 for i in range(21)}, 400, ["`body`", "20"]),
         ({"sampling_params": {"stop_token_ids": [5] * 21}}, 400, ["stop_token_ids`", "20"]),
         ({"token_ids_logprob": [5] * 21}, 400, ["`token_ids_logprob`", "20"]),
@@ -344,7 +350,7 @@ def test_what_exceeds_a_bound_is_refused_by_its_name(
 def test_the_shape_of_a_large_body_is_told_without_decoding_it(body: bytes) -> None:
     # The largest of these takes seconds and gigabytes where it is decoded or walked as a whole.
     began = time.process_time()
-    json_shape.problem(body, 300_000, 64)
+    json_shape.problem(body, 300_000, 64, 75_000)
     assert time.process_time() - began < 2
 
 
@@ -361,6 +367,66 @@ def test_values_and_depth_are_counted_outside_of_strings(
     text: str, values: int, depth: int
 ) -> None:
     body = text.encode()
-    assert json_shape.problem(body, values, depth) is None
-    assert "values" in (json_shape.problem(body, values - 1, depth) or "")
-    assert "within" in (json_shape.problem(body, values, depth - 1) or "")
+    assert json_shape.problem(body, values, depth, 99) is None
+    assert "values" in (json_shape.problem(body, values - 1, depth, 99) or "")
+    assert "within" in (json_shape.problem(body, values, depth - 1, 99) or "")
+
+
+@pytest.mark.parametrize(
+    ("text", "costly"),
+    [
+        ('{"a":1,"b":[2,3],"c":"d"}', 6),
+        ("[[],[],{},1,2,3]", 4),
+        ('["\\"[[,,", "\\\\", "]]"]', 4),
+    ],
+)
+def test_strings_objects_and_lists_are_counted(text: str, costly: int) -> None:
+    body = text.encode()
+    assert json_shape.problem(body, 99, 9, costly) is None
+    problem = json_shape.problem(body, 99, 9, costly - 1) or ""
+    assert f"more than {costly - 1} JSON strings, objects and lists" in problem
+
+
+def test_a_quarter_of_the_values_may_be_strings(client: Client) -> None:
+    def send(count: int) -> tuple[int, bytes]:
+        return client.send("/generate", {"x": [[str(i) for i in range(20)]] * count})
+
+    assert send(11)[0] == 200
+    status, answer = send(13)
+    error = json.loads(answer)["error"]
+    assert status == 400 and "max_json_values" in error["message"]
+
+
+def test_of_many_requests_one_begins_in_a_turn_of_the_loop(client: Client) -> None:
+    async def main() -> None:
+        turn, begun = 0, list[int]()
+        model = client.model
+
+        async def count() -> None:
+            nonlocal turn
+            while True:
+                turn += 1
+                await asyncio.sleep(0)
+
+        class Noting(Model):
+            async def __call__(self, *arguments: Any) -> None:
+                begun.append(turn)
+                await model(*arguments)
+
+        client.state.models["first"] = cast("Any", Noting())
+        counting = asyncio.create_task(count())
+        answers = await asyncio.gather(*(client.exchange("/generate", {}) for _ in range(10)))
+        counting.cancel()
+        assert [answer.status_code for answer, _ in answers] == [200] * 10
+        assert len(set(begun)) == 10
+
+    asyncio.run(main())
+
+
+def test_who_leaves_before_its_turn_costs_nothing(client: Client) -> None:
+    async def main() -> None:
+        leaving = [client.exchange("/generate", {}, leaves=True) for _ in range(10)]
+        await asyncio.gather(*leaving)
+
+    asyncio.run(main())
+    assert client.model.requests <= 1  # the first has not had to wait

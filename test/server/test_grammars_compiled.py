@@ -16,6 +16,7 @@ from crosspool.models.registry import read_model
 from crosspool.scheduler.protocols import GrammarMatcher
 from crosspool.scheduler.request import Grammar
 from crosspool.server.grammar_process import CompileLimits
+from crosspool.server.grammar_xgrammar import XGrammarCompiler
 from crosspool.server.grammars import Grammars, ModelGrammars
 from support.front_end import MODELS
 from support.server import DEMO
@@ -29,7 +30,7 @@ def tokenizers() -> list[PreTrainedTokenizerBase]:
     return [AutoTokenizer.from_pretrained(str(DEMO / MODELS[0]))]
 
 
-LIMITS = CompileLimits(seconds=1.5, memory_bytes=256 << 20)
+LIMITS = CompileLimits(seconds=1.5, memory_bytes=256 << 20, mask_seconds=0.5)
 
 
 @contextlib.contextmanager
@@ -37,12 +38,11 @@ def grammars(tokenizer: Any, **changes: Any) -> Iterator[Grammars]:
     """Grammars of two models."""
     fields: dict[str, Any] = {
         "limits": LIMITS,
-        "mask_seconds": 0.5,
         "cache_bytes": 64 << 20,
-        "any_whitespace": True,
         "on_change": lambda: None,
     }
-    made = Grammars([tokenizer] * 2, [SPEC] * 2, **(fields | changes))
+    compiler = XGrammarCompiler(tokenizer, SPEC, any_whitespace=True)
+    made = Grammars([compiler] * 2, **(fields | changes))
     try:
         yield made
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,11 +13,10 @@ from typing import Any
 import psutil
 import pytest
 from crosspool.scheduler.request import Grammar
-from crosspool.server.grammar_process import CompileLimits
 from crosspool.server.grammars import Grammars
 from support.front_end import MODELS
 from support.server import DEMO
-from test_grammars_compiled import SPEC, allowed, grammars, settled
+from test_grammars_compiled import LIMITS, SPEC, allowed, grammars, settled
 from transformers import AutoTokenizer
 
 
@@ -25,14 +25,18 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(str(DEMO / MODELS[0]))
 
 
+def left_recursive(rules: int, letter: str = "a") -> Grammar:
+    """An EBNF that takes long to compile and to follow: each token takes about a tenth of a second
+    with 300 rules, and 40 ms with 250."""
+    chain = (
+        f'r{i} ::= r{(i + 1) % rules} "{letter}" | r{(i + 7) % rules} | "b"' for i in range(rules)
+    )
+    return Grammar(kind="ebnf", source="\n".join(["root ::= r0", *chain]))
+
+
 def endless(number: int = 0) -> Grammar:
-    """A JSON schema of 900 objects within each other, by references; it takes hours to compile."""
-    chain = {
-        f"n{i}": {"properties": {f"a{number}": {"$ref": f"#/$defs/n{i + 1}"}}, "type": "object"}
-        for i in range(900)
-    }
-    chain["n900"] = {"type": "string"}
-    return Grammar(kind="json_schema", source=json.dumps({"$defs": chain, "$ref": "#/$defs/n0"}))
+    """One of several that take minutes to compile."""
+    return left_recursive(3000, chr(ord("c") + number))
 
 
 def regex(source: str) -> Grammar:
@@ -51,7 +55,7 @@ def wait_until(condition: Any) -> None:
 
 
 def test_a_grammar_that_takes_too_long_is_refused_and_its_process_ended(tokenizer: Any) -> None:
-    limits = CompileLimits(seconds=0.6, memory_bytes=8 << 30)
+    limits = dataclasses.replace(LIMITS, seconds=0.6, memory_bytes=8 << 30)
     with grammars(tokenizer, limits=limits) as made:
         error = made.compile(0, endless()).exception(30)
         assert "0.6 s" in str(error) and "`grammar_timeout`" in str(error)
@@ -60,20 +64,34 @@ def test_a_grammar_that_takes_too_long_is_refused_and_its_process_ended(tokenize
 
 
 @pytest.mark.parametrize(
-    "source",
+    "grammar",
     [
-        "root ::= a0\n"
-        + "".join(f'a{i} ::= a{i + 1} "x" | a{i + 1} | ""\n' for i in range(3000))
-        + 'a3000 ::= a0 | "q"\n',
-        'root ::= S\nS ::= S S S | S S | "a"' + ' | "b"' * 40_000,
+        Grammar(
+            kind="json_schema", source=json.dumps({"enum": [f"{i}{i}" for i in range(20_000)]})
+        ),
+        Grammar(kind="regex", source="|".join(f"{i}{i}" for i in range(20_000))),
     ],
 )
-def test_a_grammar_that_takes_too_much_memory_is_refused(tokenizer: Any, source: str) -> None:
-    limits = CompileLimits(seconds=20, memory_bytes=4 << 20)
+def test_a_grammar_that_takes_too_much_memory_is_refused(tokenizer: Any, grammar: Grammar) -> None:
+    limits = dataclasses.replace(LIMITS, seconds=20, memory_bytes=24 << 20)
     with grammars(tokenizer, limits=limits) as made:
-        error = made.compile(0, Grammar(kind="ebnf", source=source)).exception(60)
-        assert "4MiB" in str(error) and "`grammar_memory_bytes`" in str(error)
+        error = made.compile(0, grammar).exception(60)
+        assert "24MiB" in str(error) and "`grammar_memory_bytes`" in str(error)
         made.compile(0, regex("a")).result(30)
+
+
+def test_a_grammar_whose_first_mask_takes_for_ever_is_refused_and_its_process_ended(
+    tokenizer: Any,
+) -> None:
+    source = (
+        "root ::= a0\n"
+        + "".join(f'a{i} ::= a{i + 1} "x" | a{i + 1} | ""\n' for i in range(3000))
+        + 'a3000 ::= a0 | "q"\n'
+    )
+    with grammars(tokenizer, limits=dataclasses.replace(LIMITS, seconds=0.6)) as made:
+        error = made.compile(0, Grammar(kind="ebnf", source=source)).exception(30)
+        assert "`grammar_timeout`" in str(error)
+        assert not children(made)
 
 
 def test_nesting_is_bounded_before_it_is_compiled(tokenizer: Any) -> None:
@@ -98,7 +116,7 @@ def test_an_ordinary_grammar_of_another_model_does_not_wait(tokenizer: Any) -> N
 
 
 def test_ordinary_grammars_of_the_same_model_wait_for_the_first_lane_only(tokenizer: Any) -> None:
-    limits = CompileLimits(seconds=5, memory_bytes=8 << 30)
+    limits = dataclasses.replace(LIMITS, seconds=5, memory_bytes=8 << 30)
     with grammars(tokenizer, limits=limits) as made:
         slow = [made.compile(0, endless(number)) for number in range(3)]
         made.compile(0, regex("(cat|dog)")).result(30)
@@ -108,7 +126,7 @@ def test_ordinary_grammars_of_the_same_model_wait_for_the_first_lane_only(tokeni
 
 
 def test_a_request_that_has_ended_takes_its_grammar_along(tokenizer: Any) -> None:
-    limits = CompileLimits(seconds=60, memory_bytes=8 << 30)
+    limits = dataclasses.replace(LIMITS, seconds=60, memory_bytes=8 << 30)
     with grammars(tokenizer, limits=limits) as made:
         twice = [made.compile(0, endless()) for _ in range(2)]
         wait_until(lambda: children(made))
@@ -138,7 +156,7 @@ AMBIGUOUS = Grammar(kind="ebnf", source='root ::= S\nS ::= S S S | S S | "a"')
 
 
 def test_a_request_whose_masks_take_long_is_ended_and_delays_no_other(tokenizer: Any) -> None:
-    with grammars(tokenizer, mask_seconds=0.02) as made:
+    with grammars(tokenizer, limits=dataclasses.replace(LIMITS, mask_seconds=0.02)) as made:
         slow = made.compile(0, AMBIGUOUS).result(30)
         quick = made.compile(0, regex("[a-z]+")).result(30)
         a = tokenizer.encode("a", add_special_tokens=False)[0]
@@ -153,20 +171,48 @@ def test_a_request_whose_masks_take_long_is_ended_and_delays_no_other(tokenizer:
         assert "`grammar_mask_timeout`" in slow.error
 
 
-def left_recursive(rules: int) -> Grammar:
-    """An EBNF of which every token takes some tens of milliseconds."""
-    chain = (f'r{i} ::= r{(i + 1) % rules} "a" | r{(i + 7) % rules} | "b"' for i in range(rules))
-    return Grammar(kind="ebnf", source="\n".join(["root ::= r0", *chain]))
+def test_a_grammar_whose_first_mask_takes_long_is_refused_before_it_is_compiled_again(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = dataclasses.replace(LIMITS, seconds=20)
+    with grammars(tokenizer, limits=limits) as made:
+        monkeypatch.setattr(made, "_build", lambda *_: pytest.fail("compiled"))
+        error = made.compile(0, left_recursive(300)).exception(30)
+        assert "`grammar_mask_timeout`" in str(error) and "the first one alone" in str(error)
+
+
+def test_a_grammar_that_needs_more_than_the_first_lane_gives_does_not_begin_anew(
+    tokenizer: Any,
+) -> None:
+    limits = dataclasses.replace(LIMITS, seconds=20)
+    with grammars(tokenizer, limits=limits) as made:
+        future = made.compile(0, endless())
+        wait_until(lambda: children(made))
+        (child,) = children(made)
+        wait_until(lambda: child.cpu_times().user > 0.6)
+        assert children(made) == [child]
+        made.compile(0, regex("(cat|dog)")).result(30)  # the first lane is free again
+        future.cancel()
+
+
+def test_a_schema_of_hundreds_of_properties_is_ordinary(tokenizer: Any) -> None:
+    kinds = [{"type": "string"}, {"type": "integer"}, {"enum": ["a", "b"]}, {"type": "number"}]
+    members = {f"property_{i}": kinds[i % len(kinds)] for i in range(300)}
+    schema = {"type": "object", "properties": members, "required": list(members)}
+    with grammars(tokenizer, limits=dataclasses.replace(LIMITS, seconds=3)) as made:
+        matcher = made.compile(0, Grammar(kind="json_schema", source=json.dumps(schema))).result(60)
+        assert allowed(matcher)
+        assert made.cache.size < 8 << 20
 
 
 def test_a_request_whose_masks_take_long_all_together_is_ended(tokenizer: Any) -> None:
-    with grammars(tokenizer, mask_seconds=0.3) as made:
-        slow = made.compile(0, left_recursive(300)).result(30)
+    with grammars(tokenizer, limits=dataclasses.replace(LIMITS, mask_seconds=2)) as made:
+        slow = made.compile(0, left_recursive(250)).result(30)
         tokens = 0
         while settled(slow).error is None:
             slow.feed(next(t for t in allowed(slow) if t not in SPEC.eos_token_ids))
             tokens += 1
-            assert tokens < 100
+            assert tokens < 1000
         assert tokens > 1
         assert "`grammar_mask_timeout`" in slow.error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -25,12 +26,18 @@ from crosspool.config.runtime_dir import find_running
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "python" / "crosspool" / "demo"
 TINY_MODELS = ("tiny-qwen3-moe", "tiny-deepseek-v2", "tiny-glm4-moe-lite")
+SLASHED_NAMES = ("Org/tiny", "Org/tiny/moe-1.5")
+"""Names for models, of which one begins with the other."""
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port on which nobody listens. Linux gives those below 32768 to nobody who has not asked for
+    them, so no client takes it in the seconds before the server does."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 30_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def two_device_flags() -> list[str]:

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def prepare(options: Options) -> Prepared:
     check_front_end(options.sglang, models)
     _check_chunks(options)
     _check_bodies(options)
+    _check_grammar_backend(options)
     specs = tuple(
         read_model(Path(model.path), model.context_length, model.dtype) for model in models
     )
@@ -122,6 +124,15 @@ def _check_chunks(options: Options) -> None:
         raise ConfigError(
             f"chunked_prefill_size: {size} must be a multiple of page_size, {page}: give {ways}, "
             "or another --page-size"
+        )
+
+
+def _check_grammar_backend(options: Options) -> None:
+    """Raises ConfigError where the library is an extra that is not installed."""
+    backend = options.sglang.get("grammar_backend")
+    if backend == "llguidance" and find_spec(backend) is None:
+        raise ConfigError(
+            f"grammar_backend: {backend} is not installed; pip install 'crosspool[{backend}]'"
         )
 
 

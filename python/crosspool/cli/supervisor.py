@@ -15,7 +15,7 @@ from types import FrameType
 from crosspool.cli.child import Child, ProcessSpec
 from crosspool.cli.forked import ForkServer
 from crosspool.cli.restarts import Restarts
-from crosspool.config.process import adopt_orphans
+from crosspool.config.process import CANNOT_SERVE, USER_MISTAKE, adopt_orphans
 
 _POLL_SECONDS = 0.1
 """Longest time between two looks at the processes; the end of one ends it."""
@@ -64,7 +64,8 @@ class Supervisor:
     A loss before that ends all processes, unless ``is_ready``, called at once, returns True.
     A restartable process that is lost later is started again as ``restarts`` says, and
     ``on_restart`` is called before; ``is_back`` is then called again and again until it returns
-    True for the new one. One that ends with status 2, a user's mistake, is not started again.
+    True for the new one. One that ends with status 2, a user's mistake, or 3, another's failure, is
+    not started again.
     ``on_loss`` is called for every other process that is lost later; the others then go on for
     ``failure_grace`` seconds, unless the lost one was of the first stage.
 
@@ -128,7 +129,8 @@ class Supervisor:
                 if losses:
                     self._say("stopping the other processes")
                     self._stop(_STOP_SECONDS)
-                    return 2 if any(loss.status == 2 for loss in losses) else 1
+                    mistakes = [loss for loss in losses if loss.status == USER_MISTAKE]
+                    return 2 if mistakes else 1
                 self._say(
                     "stopping once requests in flight are done; a second signal stops at once"
                 )
@@ -216,7 +218,7 @@ class Supervisor:
         """Has the lost process started again, unless there is no use in it; returns whether it
         is."""
         name = loss.spec.name
-        if not self._can_replace(loss.spec) or loss.status == 2:
+        if not self._can_replace(loss.spec) or loss.status in (USER_MISTAKE, CANNOT_SERVE):
             return False
         was_ready = self._not_back.pop(name, None) is None
         wait = self._restarts.wait(name, was_ready=was_ready)

@@ -80,10 +80,3 @@ def _check_pieces(file: Path) -> None:
         SentencePieceProcessor(model_proto=content)
     except RuntimeError as error:
         raise ConfigError(f"{file} is no tokenizer: {error}") from None
-    try:
-        import google.protobuf  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            f"{file} is read with the package protobuf, which is not installed: install it, or add "
-            f"{_FAST}"
-        ) from None

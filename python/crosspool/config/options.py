@@ -149,7 +149,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         "larger than 32 KiB; further ones are refused with status 503.",
         _REQUESTS, unit="bytes", least=1024)] = 256 << 20
     max_json_values: Annotated[int, Option(
-        "Most values in the JSON of a request, beside as many as the longest context has tokens.",
+        "Most values in the JSON of a request, beside as many as the longest context has tokens. "
+        "A quarter may be strings, keys included, objects and lists.",
         _REQUESTS, least=1)] = 1 << 18
     max_json_depth: Annotated[int, Option(
         "Most objects and lists within each other in the JSON of a request.",
@@ -175,12 +176,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         "and outputs.",
         _REQUESTS, least=1)] = 1 << 16
     grammar_timeout: Annotated[float, Option(
-        "Time that a regex, JSON schema, EBNF or structural tag may take to be compiled, and to "
-        "follow one token, before its request is refused with status 400.",
-        _REQUESTS, unit="s", least=0.1)] = 1.5
+        "Processor time that a regex, JSON schema, EBNF or structural tag may take to be compiled, "
+        "half of the time that it may take on the clock. A longer one is refused with status 400; "
+        "so is one that takes so long on the clock to follow a token.",
+        _REQUESTS, unit="s", least=0.1)] = 0.75
     grammar_mask_timeout: Annotated[float, Option(
         "Processor time that a grammar may take to find which tokens may come next, beyond 10 ms "
-        "for each token, before its request ends with status 400.",
+        "for each token, before its request ends with status 400. The first may take a tenth.",
         _REQUESTS, unit="s", least=0.01)] = 0.5
     grammar_memory_bytes: Annotated[int, Option(
         "Memory that compiling one grammar may take.",

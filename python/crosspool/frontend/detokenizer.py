@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -54,6 +55,9 @@ def serve(deployment: Deployment, incarnation: int) -> None:
         args = server_args(deployment, index)
         # A manager reads the configuration that was published last, and only while it is made.
         publish(args, role="detokenizer")
+        for earlier in range(1, incarnation):
+            address = port_args(deployment, index, earlier).detokenizer_ipc_name
+            Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
         manager = DetokenizerManager(args, port_args(deployment, index, incarnation))
         managers[manager.recv_from_scheduler] = manager
         poller.register(manager.recv_from_scheduler, zmq.POLLIN)

@@ -23,8 +23,6 @@ log = BoundedLog(logging.getLogger(__name__))
 
 _UNREAD_MESSAGES = 100_000
 """A peer that leaves this many messages unread is taken for dead."""
-_ITEMS_AT_ONCE = 64
-"""Requests of which a new detokenizer gets the outputs in one message."""
 
 
 class FrontEndLost(RuntimeError):
@@ -85,8 +83,8 @@ class FrontEnd:
         self._to_detokenizer.close()
         self._to_detokenizer = self._connect(self._context, zmq.PUSH, address)
         items = self._sent.items() if self._sent is not None else []
-        for first in range(0, len(items), _ITEMS_AT_ONCE):
-            self.to_detokenizer(to_token_id_output(items[first : first + _ITEMS_AT_ONCE]))
+        for item in items:  # together they may be more than a message can hold
+            self.to_detokenizer(to_token_id_output([item]))
         return len(items)
 
     def open(self, request: OpenRequest) -> None:

@@ -20,6 +20,7 @@ from crosspool.frontend.ollama import Ollama
 from crosspool.frontend.response_store import ResponseStore
 from crosspool.frontend.server_args import port_args, server_args
 from crosspool.frontend.tokenizer_manager import PooledTokenizerManager, native_api, shared_metrics
+from crosspool.frontend.turns import Turns
 
 _SMALL_BODY = 4 << 10
 """Bytes of a body that is checked and tokenized within the event loop: tokenizing takes some
@@ -27,15 +28,21 @@ milliseconds then, and checking the schemas of as many tools as it can hold some
 
 
 class ModelApp:
-    """The application of model ``index``, which keeps responses in ``responses``. It can be called,
-    as ASGI has it, between :meth:`start` and :meth:`stop`. It asks for no keys: the server does,
-    before it calls it. ``incarnation`` is the number of its process among those that have had this
-    place, from 1 on: the scheduler still works on requests of earlier ones.
+    """The application of model ``index``, which keeps responses in ``responses`` and begins work in
+    ``turns``. It can be called, as ASGI has it, between :meth:`start` and :meth:`stop`. It asks for
+    no keys: the server does, before it calls it. ``incarnation`` is the number of its process among
+    those that have had this place, from 1 on: the scheduler still works on requests of earlier
+    ones.
 
     Construct it on the event loop. Raises ConfigError for wrong SGLang arguments."""
 
     def __init__(
-        self, deployment: Deployment, index: int, incarnation: int, responses: ResponseStore
+        self,
+        deployment: Deployment,
+        index: int,
+        incarnation: int,
+        responses: ResponseStore,
+        turns: Turns,
     ) -> None:
         self.name = deployment.models[index].name
         self.created = int(time.time())
@@ -62,6 +69,9 @@ class ModelApp:
             """Number of token ids."""
             self._module = private_routes.http_server_copy(f"{__name__}.http_server_{index}")
         self.manager.mark(incarnation)
+        self.manager.turns = turns
+        running = deployment.max_running_requests * len(deployment.kv_pool_devices)
+        self.manager.max_outputs = deployment.max_queued_requests + running
         self.manager.max_logprobs = deployment.max_logprobs
         self.manager.startup_time = {}
         self.manager.max_req_input_len = self.context_length - 1

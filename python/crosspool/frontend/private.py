@@ -7,7 +7,6 @@ of the package uses.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -217,7 +216,9 @@ def tokenizes_elsewhere(manager: _Manager) -> _Manager:
 
 def shows_messages(manager: _Manager) -> _Manager:
     """Class decorator: has SGLang call the class's ``on_message(message)`` before it sends a
-    message to the scheduler. An error that it raises ends the request."""
+    message to the scheduler, and before that await ``before_sending(message)`` where this is one
+    prompt or sample by itself; SGLang sends all samples of a request at one go. An error that they
+    raise ends the request."""
     send = manager._dispatch_to_scheduler  # type: ignore[attr-defined]
     send_one = manager._send_one_request  # type: ignore[attr-defined]
 
@@ -226,7 +227,7 @@ def shows_messages(manager: _Manager) -> _Manager:
         send(self, message)
 
     async def give_way(self: Any, message: Any) -> None:
-        await asyncio.sleep(0)  # SGLang itself sends all samples of a request at one go
+        await self.before_sending(message)
         await send_one(self, message)
 
     manager._dispatch_to_scheduler = show  # type: ignore[attr-defined]

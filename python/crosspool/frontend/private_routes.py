@@ -8,11 +8,9 @@ import functools
 import importlib.util
 import json
 import sys
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Response
@@ -23,7 +21,7 @@ from pydantic_core import SchemaValidator
 from sglang.srt.observability.func_timer import enable_func_timer
 from starlette.middleware.cors import CORSMiddleware
 
-from crosspool.frontend import private, validation_errors
+from crosspool.frontend import private, private_answers, validation_errors
 
 if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -113,107 +111,13 @@ class _ChatStream:
                 yield line
 
 
-@functools.cache
 def mended_http_server() -> Any:
     """SGLang's ``http_server`` module, whose OpenAI routes have been mended where they are wrong.
     Importing it, with all that it needs, takes some tenths of a second."""
+    private_answers.mend()
     from sglang.srt.entrypoints import http_server
-    from sglang.srt.entrypoints.openai import serving_chat, serving_completions
-    from sglang.srt.entrypoints.openai.protocol import CompletionRequest
-    from sglang.srt.function_call import function_call_parser
 
-    _allow_no_tokens(CompletionRequest)
-    _allow_token_0(serving_completions.OpenAIServingCompletion)
-    _lift_definitions(serving_chat, function_call_parser)
-    _tell_text_offsets(serving_completions)
     return http_server
-
-
-def _lift_definitions(*modules: Any) -> None:
-    """Has SGLang put ``$defs`` of a named tool's parameters at the root of the schema that it makes
-    around them, where references look for them; it does so for required tools alone."""
-    from sglang.srt.function_call import utils
-
-    constraint = utils.get_json_schema_constraint
-
-    @functools.wraps(constraint)
-    def with_definitions(tools: Any, tool_choice: Any, *rest: Any, **named: Any) -> Any:
-        schema = constraint(tools, tool_choice, *rest, **named)
-        if schema is None or tool_choice == "required":
-            return schema
-        chosen = [tool for tool in tools if tool.function.name == tool_choice.function.name]
-        definitions = utils._get_tool_schema_defs(chosen)
-        return {**schema, "$defs": definitions} if definitions else schema
-
-    for module in modules:
-        module.get_json_schema_constraint = with_definitions
-
-
-def _allow_no_tokens(request: Any) -> None:
-    """Has ``/v1/completions`` take ``max_tokens: 0``, with which a client has its prompt echoed and
-    nothing generated."""
-
-    def at_least_0(value: int | None) -> int | None:
-        if value is not None and value < 0:
-            raise ValueError(f"max_tokens must be at least 0, got {value}")
-        return value
-
-    validators = request.__pydantic_decorators__.field_validators
-    validators["validate_max_tokens_positive"].func = at_least_0
-    request.model_rebuild(force=True)
-
-
-def _allow_token_0(handler: Any) -> None:
-    """Has ``/v1/completions`` take a prompt of nothing but the token id 0, which SGLang takes for
-    an empty one."""
-
-    @functools.wraps(handler._validate_request)
-    def validate(self: Any, request: Any) -> str | None:
-        del self
-        prompts = request.prompt if isinstance(request.prompt, list) else [request.prompt]
-        return None if any(one or one == 0 for one in prompts) else "Prompt cannot be empty"
-
-    handler._validate_request = validate
-
-
-def _tell_text_offsets(completions: Any) -> None:
-    """Has ``/v1/completions`` say where in a choice's text each token begins, which SGLang leaves
-    at -1, and report the most likely tokens of nothing but the text's tokens."""
-    convert = completions.to_openai_style_logprobs
-
-    @functools.wraps(convert)
-    def converted(**arguments: Any) -> Any:
-        logprobs = convert(**arguments)
-        lengths = [len(token) for token in logprobs.tokens]
-        logprobs.text_offset = list(accumulate(lengths[:-1], initial=0)) if lengths else []
-        del logprobs.top_logprobs[len(lengths) :]
-        return logprobs
-
-    completions.to_openai_style_logprobs = converted
-    handler = completions.OpenAIServingCompletion
-    stream = handler._generate_completion_stream
-
-    @functools.wraps(stream)
-    async def streamed(self: Any, adapted: Any, request: Any, raw: Any) -> AsyncIterator[str]:
-        ends: Counter[int] = Counter()
-        async with aclosing(stream(self, adapted, request, raw)) as lines:
-            async for line in lines:
-                wanted = request.logprobs is not None and '"text_offset":[' in line
-                yield _moved_offsets(line, ends) if wanted else line
-
-    handler._generate_completion_stream = streamed
-
-
-def _moved_offsets(line: str, ends: Counter[int]) -> str:
-    """One piece of a stream, whose offsets count from its own start, with offsets in the whole
-    text; ``ends`` has the length so far of each choice's tokens."""
-    piece = json.loads(line.removeprefix("data: "))
-    for choice in piece["choices"]:
-        if logprobs := choice["logprobs"]:
-            start = ends[choice["index"]]
-            logprobs["text_offset"] = [start + offset for offset in logprobs["text_offset"]]
-            ends[choice["index"]] += sum(map(len, logprobs["tokens"]))
-    return f"data: {json.dumps(piece)}\n\n"
 
 
 def _end_at_first_wrong_entry(app: FastAPI) -> None:

@@ -25,6 +25,7 @@ from crosspool.frontend.messages import seed_of_sample
 from crosspool.frontend.own_messages import Delivered, Disown
 from crosspool.frontend.received import Received
 from crosspool.frontend.request_ids import RequestIds
+from crosspool.frontend.turns import Turns
 from crosspool.observability.bounded_log import BoundedLog
 
 native_api: ContextVar[bool] = ContextVar("native_api", default=False)
@@ -33,6 +34,13 @@ report errors differently."""
 
 _logprobs_left: ContextVar[list[int]] = ContextVar("logprobs_left")
 """How many log-probabilities the current request may still ask for, as the list's one entry."""
+
+_client: ContextVar[fastapi.Request | None] = ContextVar("client", default=None)
+"""The HTTP request for which the current request is generated; None where no client waits."""
+
+_several: ContextVar[bool] = ContextVar("several", default=False)
+"""Whether the current request asks for more than one output. One alone begins in the turn that the
+server has given to its request."""
 
 log = BoundedLog(logging.getLogger(__name__))
 private.one_cpu_monitor(tokenizer_manager)
@@ -85,6 +93,12 @@ class PooledTokenizerManager(TokenizerManager):
         self._ids = RequestIds()
         self._threads = ThreadPoolExecutor(1, "tokenizer")
         self._token_texts: dict[int, str] = {}
+        self.turns = Turns()
+        """The turns that prompts and samples take where a request has several."""
+        self.max_outputs = 0
+        """Most outputs that run or wait at once: one for each sample of each prompt."""
+        self._outputs = 0
+        """Outputs of all requests that are being worked on."""
         self.max_logprobs = 0
         """Most log-probabilities that one request may ask for."""
         self._failure: tuple[str, int] | None = None
@@ -126,6 +140,7 @@ class PooledTokenizerManager(TokenizerManager):
                 await self._take(private.decode(frame))
             except Exception as error:
                 log.error("dropped what is no message of the scheduler's: %s", error)
+            await asyncio.sleep(0)  # there may be many of them
 
     async def _take(self, message: Any) -> None:
         if isinstance(message, io_struct.AbortReq):
@@ -161,15 +176,18 @@ class PooledTokenizerManager(TokenizerManager):
         self, obj: Any, request: fastapi.Request | None = None
     ) -> AsyncIterator[Any]:
         _logprobs_left.set([self.max_logprobs])
+        _client.set(None if getattr(obj, "background", False) else request)
         if text := field_types.problem(obj):
             raise _refused(text, HTTPStatus.BAD_REQUEST)
         obj.given_rid = obj.rid if isinstance(obj.rid, str) else None
         obj.noted_rids = []
+        obj.outputs = 0
         try:
             async with aclosing(super().generate_request(obj, request)) as outputs:
                 async for output in outputs:
                     yield output
         finally:
+            self._outputs -= obj.outputs
             # SGLang itself keeps ids that it made for samples and then did not use.
             while obj.noted_rids:
                 private.release(self, self._ids.forget(obj.noted_rids.pop()))
@@ -193,6 +211,15 @@ class PooledTokenizerManager(TokenizerManager):
             text = "`custom_logit_processor` is code of a client, which this server does not run"
             raise _refused(text, HTTPStatus.BAD_REQUEST)
         rids: list[str] = [obj.rid] if obj.is_single else obj.rid
+        outputs = obj.batch_size * getattr(obj, "parallel_sample_num", 1)
+        if outputs > 1 and self._outputs + outputs > self.max_outputs:
+            # The scheduler would refuse some of them, which ends the request. It refuses single
+            # outputs itself, since it can tell when to try again.
+            text = (
+                f"the model's queue has no room for the {outputs} outputs of the request beside "
+                f"{self._outputs} of others; retry later"
+            )
+            raise _refused(text, HTTPStatus.TOO_MANY_REQUESTS)
         given = obj.given_rid if obj.given_rid not in rids else None
         for rid in rids if given is None else [given, *rids]:
             if rid in self._ids or rid in self.rid_to_state:
@@ -204,6 +231,9 @@ class PooledTokenizerManager(TokenizerManager):
         for rid in rids:
             self._received.reopen(rid)
         obj.noted_rids = list(rids) if given is None else [given]
+        _several.set(outputs > 1)
+        obj.outputs = outputs
+        self._outputs += outputs
         if getattr(obj, "parallel_sample_num", 1) > 1:
             for index, rid in enumerate(rids):
                 obj[index].sampled_rid = rid  # its copies, one for each sample, have it too
@@ -220,8 +250,20 @@ class PooledTokenizerManager(TokenizerManager):
         """Tokenizes long texts in a thread: it can take seconds. See
         :func:`private.tokenizes_elsewhere`."""
         if sum(map(len, [texts] if isinstance(texts, str) else texts)) <= _SHORT_TEXT:
+            if _several.get():
+                await self.turns.take()
             return tokenize()
         return await self.run_in_thread(tokenize)
+
+    async def before_sending(self, message: Any) -> None:
+        """Waits until one of several prompts or samples may be begun, and ends a request whose
+        client has gone; see :func:`private.shows_messages`."""
+        if not _several.get():
+            return
+        await self.turns.take()
+        client = _client.get()
+        if client is not None and await client.is_disconnected():
+            raise _refused("the client has disconnected", HTTPStatus.BAD_REQUEST)
 
     async def run_in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Runs what can take seconds beside the event loop, one at a time for each model."""

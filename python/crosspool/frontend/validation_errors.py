@@ -38,4 +38,6 @@ def _place(error: dict[str, Any]) -> Sequence[str | int]:
 def _text(error: dict[str, Any]) -> str:
     field = ".".join(map(str, _place(error)))[:_LONGEST_TEXT]
     text = str(error.get("msg", "it is not valid"))[:_LONGEST_TEXT]
+    if error.get("type") == "int_parsing_size":  # pydantic speaks of a string
+        text = "Input should be an integer of at most 64 bits"
     return f"`{field}`: {text}" if field else text

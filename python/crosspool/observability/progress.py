@@ -14,6 +14,9 @@ from crosspool.config.sizes import format_size
 
 log = logging.getLogger(__name__)
 
+tqdm.monitor_interval = 0
+"""No thread looks after bars: a process that loads weights and forks must not have one."""
+
 Progress = Callable[[int], None]
 """Takes the bytes, or other units, done since the last call (``tqdm.update``)."""
 

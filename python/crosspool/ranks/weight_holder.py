@@ -18,6 +18,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,8 @@ from crosspool.transport.forking import serve_forks
 from crosspool.weightpool.placement import place
 
 log = logging.getLogger(__name__)
+
+_THREADS_SECONDS = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"device {device.name}: {error}", file=sys.stderr)
         return 2
-    threads = len(os.listdir("/proc/self/task"))
-    if threads > 1:
-        log.warning("loading started %d threads, which forked processes lack", threads - 1)
+    _warn_of_threads()
     freeze_heap()  # the collector, writing to every object, would soon have copied all pages too
     run = partial(drive, deployment, device, arguments.lanes_fd, weights)
     serve_forks({device.process_name: run}, arguments.launcher_fd)
@@ -62,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(deployment: Deployment, device: Device) -> ResidentWeights | None:
     """Loads what forked processes share. Raises ConfigError for a bad checkpoint."""
     if deployment.loop == "host":
-        import crosspool.ranks.host.load  # noqa: F401
-
+        _import_for_host_loop(deployment)
         return None
     everywhere = os.sched_getaffinity(0)
     os.sched_setaffinity(0, device.cores)  # memory comes from the node of whoever touches it first
@@ -72,6 +72,25 @@ def _load(deployment: Deployment, device: Device) -> ResidentWeights | None:
         return load_resident_weights(deployment, device, specs, place(deployment, specs))
     finally:
         os.sched_setaffinity(0, everywhere)
+
+
+def _import_for_host_loop(deployment: Deployment) -> None:
+    import crosspool.ranks.host.load  # noqa: F401 - forked processes use it
+    from crosspool.ranks.host.attention import frequencies
+
+    for model, spec in zip(deployment.models, read_specs(deployment), strict=True):
+        frequencies(spec, Path(model.path))  # transformers imports what a model's config takes
+
+
+def _warn_of_threads() -> None:
+    """Warns of threads that live; one that has just ended may be listed for a moment."""
+    deadline = time.monotonic() + _THREADS_SECONDS
+    while len(threads := os.listdir("/proc/self/task")) > 1:
+        if time.monotonic() > deadline:
+            names = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in threads[1:]]
+            log.warning("forked processes lack threads that loading started: %s", names)
+            return
+        time.sleep(0.001)
 
 
 if __name__ == "__main__":

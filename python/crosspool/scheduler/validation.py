@@ -29,7 +29,7 @@ def _prompt_problem(request: GenerateRequest, spec: ModelSpec) -> str | None:
     for position, token in enumerate(request.input_ids):
         if not 0 <= token < spec.vocab:
             return (
-                f"token id {token} at position {position} of the prompt is not in the vocabulary; "
+                f"token id {token} at position {position} of the prompt is out of vocabulary; "
                 f"ids go from 0 to {spec.vocab - 1}"
             )
     room = spec.context - length

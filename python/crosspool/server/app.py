@@ -24,6 +24,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from crosspool.config.deployment import Deployment
+from crosspool.frontend.turns import Turns
 from crosspool.server.body import Bodies, Body
 from crosspool.server.errors import JSON, RequestError, handle_error, unknown_model
 from crosspool.server.gate import Gate
@@ -68,6 +69,8 @@ class State:
     draining: bool = False
     in_flight: int = 0
     """Number of requests that models' applications are working on."""
+    turns: Turns = field(default_factory=Turns)
+    """The turns that requests, and the samples of each, take to begin."""
 
 
 class _Abort(msgspec.Struct):
@@ -106,7 +109,7 @@ class App(Starlette):
         self.router.default = self._to_model
         self.router.redirect_slashes = False
         self._deployment = deployment
-        self._bodies = Bodies(deployment)
+        self._bodies = Bodies(deployment, state.turns)
         self._sglang_metrics = bool(deployment.sglang.get("enable_metrics"))
         self._state = state
         self._scheduler = scheduler

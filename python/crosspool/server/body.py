@@ -10,10 +10,11 @@ from http import HTTPStatus
 from typing import Any
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive
 
 from crosspool.config.deployment import Deployment
+from crosspool.frontend.turns import Turns
 from crosspool.server import json_shape
 from crosspool.server.errors import RequestError
 from crosspool.server.request_bounds import RequestBounds
@@ -39,12 +40,12 @@ class Body:
             raise RequestError(HTTPStatus.BAD_REQUEST, "`model` must be a string", param="model")
         return name
 
-    def decode(self, most_values: int, most_depth: int) -> None:
+    def decode(self, most_values: int, most_depth: int, most_costly: int) -> None:
         """Raises RequestError for JSON that is too large or not valid, or that is no object. What
         is not said to be JSON may be anything."""
         if not self.raw.strip() or "multipart/form-data" in self._content_type:
             return
-        if problem := json_shape.problem(self.raw, most_values, most_depth):
+        if problem := json_shape.problem(self.raw, most_values, most_depth, most_costly):
             raise RequestError(HTTPStatus.BAD_REQUEST, problem)
         try:
             self._decoded = msgspec.json.decode(self.raw)
@@ -110,9 +111,10 @@ class _Room:
 
 
 class Bodies:
-    """Reads bodies within the bounds of ``deployment``."""
+    """Reads bodies within the bounds of ``deployment``. Each is looked at in one of ``turns``."""
 
-    def __init__(self, deployment: Deployment) -> None:
+    def __init__(self, deployment: Deployment, turns: Turns) -> None:
+        self._turns = turns
         self._most_bytes = deployment.max_body_bytes
         self._room = _Room(deployment.max_total_body_bytes)
         self._most_values = deployment.max_json_values
@@ -124,12 +126,15 @@ class Bodies:
         """The whole body, which counts as held until the end of the ``with``. ``longest_context``
         is that of any model, in tokens. Raises RequestError for one that is too large or no valid
         JSON, or that does not fit beside those that are held; before it is read where its header
-        says so."""
+        says so. Raises ClientDisconnect where the client has not waited for its turn."""
         with self._room.share() as grow:
             raw = await self._raw(request, grow)
+            if await self._turns.take() and await request.is_disconnected():
+                raise ClientDisconnect
             body = Body(raw, request.headers.get("content-type", ""))
             most_values = self._most_values + longest_context
-            await self._run(body, body.decode, most_values, self._most_depth)
+            costly = self._most_values // 4
+            await self._run(body, body.decode, most_values, self._most_depth, costly)
             yield body
 
     async def check(self, body: Body, bounds: RequestBounds) -> None:

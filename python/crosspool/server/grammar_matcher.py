@@ -11,14 +11,36 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-import torch
-import xgrammar
+from crosspool.server.grammar_library import CompiledGrammar, GrammarWalk, NextMask, next_mask
 
 _QUICK_THREADS = 2
 _SLOW_SECONDS = 0.005
 """Processor time for one token after which a request's next tokens are left to the slow thread."""
 _SECONDS_PER_TOKEN = 0.01
 """Processor time of a token that does not count; a large vocabulary may need as much."""
+_FIRST_SHARE = 0.1
+"""Part of a request's time that the first token may take. Those of large schemas take 2 ms with a
+vocabulary of 128,000 tokens."""
+
+
+def _beyond(seconds: float) -> float:
+    """The part that counts of the processor time of one token."""
+    return seconds - _SECONDS_PER_TOKEN
+
+
+def _takes_too_long(most_seconds: float) -> str:
+    return (
+        "finding which token may come next has taken more than the server's "
+        f"`grammar_mask_timeout`, {most_seconds:g} s; make it less ambiguous"
+    )
+
+
+def first_mask_problem(first: NextMask, most_seconds: float) -> str | None:
+    """Why a grammar with this first mask would not be followed for long: what comes before the
+    first token is short, so later tokens would hardly take less time than that."""
+    if _beyond(first.seconds) <= most_seconds * _FIRST_SHARE:
+        return None
+    return _takes_too_long(most_seconds) + ": the first one alone took more than a tenth of it"
 
 
 class MaskThreads:
@@ -51,62 +73,49 @@ class MaskThreads:
             wait(started, seconds)
 
 
-class XGrammarMatcher:
-    """A GrammarMatcher. What it says is true only while it is not ``pending``."""
+class WalkingMatcher:
+    """A GrammarMatcher, of which the ``first`` mask is known. What it says is true only while it is
+    not ``pending``."""
 
-    def __init__(
-        self, compiled: xgrammar.CompiledGrammar, vocab: int, threads: MaskThreads
-    ) -> None:
+    def __init__(self, compiled: CompiledGrammar, first: NextMask, threads: MaskThreads) -> None:
         self._compiled = compiled
-        self._vocab = vocab
         self._threads = threads
-        self._matcher: xgrammar.GrammarMatcher | None = None
-        self._mask = b""
-        self._slow = False
-        self._beyond = 0.0
+        self._walk: GrammarWalk | None = None
+        self._next = first
+        self._slow = first.seconds > _SLOW_SECONDS
+        self._beyond = max(0.0, _beyond(first.seconds))
         """Processor time of the tokens so far that counts."""
         self.accepted = True
         self.error: str | None = None
         self.is_terminated = False
-        self.pending = True
-
-    def start(self) -> Future[None]:
-        """Begins to find which tokens may come first; to be called once, before anything else."""
-        return self._threads.start(lambda: self._follow(None), slow=False)
+        self.pending = False
 
     def feed(self, token: int) -> None:
         self.pending = True
         self._threads.start(lambda: self._follow(token), slow=self._slow)
 
     def bitmask(self) -> bytes:
-        return self._mask
+        return self._next.mask
 
-    def _follow(self, token: int | None) -> None:
+    def _follow(self, token: int) -> None:
         began = time.thread_time()
         try:
             self._advance(token)
+        except ValueError as error:
+            self.error = str(error)
         except Exception as error:
-            self.error = f"xgrammar cannot follow it: {error!r}"
+            self.error = f"it cannot be followed: {error!r}"
         seconds = time.thread_time() - began
         self._slow = self._slow or seconds > _SLOW_SECONDS
-        self._beyond = max(0.0, self._beyond + seconds - _SECONDS_PER_TOKEN)
+        self._beyond = max(0.0, self._beyond + _beyond(seconds))
         if self._beyond > self._threads.most_seconds:
-            self.error = (
-                "finding which token may come next has taken more than the server's "
-                f"`grammar_mask_timeout`, {self._threads.most_seconds:g} s; make it less ambiguous"
-            )
+            self.error = _takes_too_long(self._threads.most_seconds)
         self.pending = False
 
-    def _advance(self, token: int | None) -> None:
-        if self._matcher is None:
-            self._matcher = xgrammar.GrammarMatcher(self._compiled)
-        if token is not None:
-            self.accepted = bool(self._matcher.accept_token(token))
-        self.is_terminated = bool(self._matcher.is_terminated())
+    def _advance(self, token: int) -> None:
+        if self._walk is None:
+            self._walk = self._compiled.walk()
+        self.accepted = self._walk.accept(token)
+        self.is_terminated = self._walk.is_terminated
         if self.accepted and not self.is_terminated:
-            shape = xgrammar.get_bitmask_shape(1, self._vocab)
-            mask = torch.full(shape, -1, dtype=torch.int32)
-            self._matcher.fill_next_token_bitmask(mask)
-            self._mask = mask.numpy().tobytes()
-            if not any(self._mask):
-                self.error = "there is a place in it where no token may follow"
+            self._next = next_mask(self._walk)

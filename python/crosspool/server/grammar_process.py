@@ -1,14 +1,20 @@
 """The process that compiles grammars, for what clients send may take for ever or all memory.
 
 It is forked from the scheduler before that has threads, keeps the tokenizers of all models, and
-forks a child for each grammar, which it can kill. Two children work at most, one in each lane. In
-the first lane a grammar gets a short time, which nearly all need less than; the few that need more
-go to the second and are compiled there from the start. In each lane models take turns. So a grammar
-that never ends holds an ordinary one up for :data:`_FIRST_SECONDS`.
+forks a child for each grammar, which it can kill. The child tries whether the grammar can be
+compiled, and tells which tokens may come first; the scheduler then compiles it again. That costs
+less than handing the compiled grammar over: xgrammar's serialized form of a JSON schema of 300
+properties has 167 MB and takes 5 s to write.
+
+Two children work at most, one in each lane. In the first lane a grammar gets a short time, which
+nearly all need less than; one that needs more goes on in the second if that is free, and otherwise
+begins anew there in its turn. In each lane models take turns. So a grammar that never ends holds an
+ordinary one up for :data:`_FIRST_SECONDS`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import resource
@@ -21,27 +27,27 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import msgspec
-import xgrammar
+import psutil
 
 from crosspool.config.process import die_with_parent, set_title
 from crosspool.config.sizes import exact_size
 from crosspool.scheduler.request import Grammar
-from crosspool.server.grammar_source import compile_source
+from crosspool.server.grammar_library import GrammarCompiler, NextMask, next_mask
+from crosspool.server.grammar_matcher import first_mask_problem
 
 _FIRST_SECONDS = 0.25
-_PATIENCE = 20
+_PATIENCE = 2
 """Times are processor times, since others may have the cores; but after so many times as long on
-the clock they count as over."""
+the clock they count as over, so that a client has its answer soon."""
+_LOOK_SECONDS = 0.005
+"""Shortest time between two looks at the processor time of a child."""
 _ERROR_CHARACTERS = 500
 """Some messages of the compiler have the whole grammar in them."""
 _NICENESS = 5
-"""Compiling leaves processors to the ranks."""
-_SERIALIZED_SHARE = 8
-"""Reading a compiled grammar takes about that many times the length of its serialized form, which
-may therefore be that part of ``grammar_memory_bytes``."""
+"""What takes long leaves processors to the ranks."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True, tag="job"):
@@ -49,8 +55,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, tag="job"):
 
     id: int
     model: int
-    kind: Literal["regex", "json_schema", "ebnf", "structural_tag"]
-    source: str
+    grammar: Grammar
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
@@ -60,11 +65,14 @@ class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
 
 
 class GrammarResult(msgspec.Struct, frozen=True, kw_only=True):
-    """Either ``serialized``, which xgrammar can read, or ``error``, which says what is wrong with
-    the grammar."""
+    """Either ``first`` and ``prepared``, or ``error``: what is wrong with the grammar."""
 
     id: int
-    serialized: str | None = None
+    first: NextMask | None = None
+    prepared: Grammar | None = None
+    """The grammar as :meth:`GrammarCompiler.build` takes it."""
+    grown_bytes: int = 0
+    """Memory that compiling it took."""
     error: str = ""
 
 
@@ -74,10 +82,12 @@ _from_process = msgspec.msgpack.Decoder(GrammarResult)
 
 @dataclass(frozen=True, kw_only=True)
 class CompileLimits:
-    """What one grammar may take; the options ``grammar_timeout`` and ``grammar_memory_bytes``."""
+    """What one grammar may take; the options ``grammar_timeout``, ``grammar_memory_bytes`` and
+    ``grammar_mask_timeout``."""
 
     seconds: float
     memory_bytes: int
+    mask_seconds: float
 
     @property
     def too_long(self) -> str:
@@ -103,10 +113,9 @@ class GrammarProcess:
 
     def __init__(
         self,
-        tokenizers: Sequence[xgrammar.TokenizerInfo],
+        compilers: Sequence[GrammarCompiler],
         limits: CompileLimits,
         *,
-        any_whitespace: bool,
         on_compiled: Callable[[GrammarResult], None],
         on_lost: Callable[[], None],
     ) -> None:
@@ -119,7 +128,7 @@ class GrammarProcess:
             try:
                 self._connection.close()
                 _become(scheduler)
-                _Compilers(theirs, tokenizers, limits, any_whitespace).run()
+                _Children(theirs, compilers, limits).run()
             finally:
                 os._exit(0)
         theirs.close()
@@ -166,6 +175,7 @@ def _become(scheduler: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # it ends when the scheduler does
     gc.disable()  # the collector would copy the scheduler's pages
+    ctypes.CDLL(None).malloc_trim(0)  # what is free would hide how much memory a grammar takes
 
 
 class _FairQueue:
@@ -202,8 +212,15 @@ class _Child:
     job: Job
     pid: int
     result: Connection
-    deadline: float
+    started: float
     """Time of the monotonic clock."""
+
+    def left(self, seconds: float) -> float:
+        """How long it may go on before it has used ``seconds`` of a processor, or the clock so many
+        times as much."""
+        times = psutil.Process(self.pid).cpu_times()
+        clock = self.started + _PATIENCE * seconds - time.monotonic()
+        return min(seconds - float(times.user + times.system), clock)
 
     def end(self) -> int:
         """Kills and reaps it; returns its wait status."""
@@ -219,23 +236,18 @@ class _Lane:
     child: _Child | None = None
 
 
-class _Compilers:
+class _Children:
     """What the process does."""
 
     def __init__(
         self,
         scheduler: Connection,
-        tokenizers: Sequence[xgrammar.TokenizerInfo],
+        compilers: Sequence[GrammarCompiler],
         limits: CompileLimits,
-        any_whitespace: bool,
     ) -> None:
         self._scheduler = scheduler
-        self._compilers = [
-            xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
-            for info in tokenizers
-        ]
+        self._compilers = compilers
         self._limits = limits
-        self._any_whitespace = any_whitespace
         self._lanes = [_Lane(seconds=min(_FIRST_SECONDS, limits.seconds))]
         if limits.seconds > _FIRST_SECONDS:
             self._lanes.append(_Lane(seconds=limits.seconds))
@@ -245,11 +257,11 @@ class _Compilers:
         while True:
             for lane in self._lanes:
                 if lane.child is None and (job := lane.queue.pop()) is not None:
-                    lane.child = self._fork(job, lane.seconds)
-            children = [lane.child for lane in self._lanes if lane.child is not None]
-            now = time.monotonic()
-            sleep = min((max(0.0, child.deadline - now) for child in children), default=None)
-            readable = wait([self._scheduler, *(child.result for child in children)], sleep)
+                    lane.child = self._fork(job)
+            busy = [(lane, lane.child) for lane in self._lanes if lane.child is not None]
+            left = [child.left(lane.seconds) for lane, child in busy]
+            sleep = max(_LOOK_SECONDS, min(left)) if left else None
+            readable = wait([self._scheduler, *(child.result for _, child in busy)], sleep)
             for lane, following in zip(self._lanes, [*self._lanes[1:], None], strict=True):
                 self._look(lane, following, readable)
             if self._scheduler in readable and not self._take():
@@ -276,79 +288,82 @@ class _Compilers:
         child = lane.child
         if child is None:
             return
-        frame: bytes | None
+        frame = None
         if child.result in readable:
             try:
                 frame = child.result.recv_bytes()
                 child.end()
             except EOFError:
-                frame = self._without_result(child, child.end(), following)
-        elif time.monotonic() >= child.deadline:
-            child.end()
-            frame = self._without_result(child, signal.SIGPROF, following)
-        else:
+                frame = self._encode(child.job, error=self._cause(child.end()))
+        elif child.left(lane.seconds) > 0:
             return
+        elif following is None:
+            child.end()
+            frame = self._encode(child.job, error=self._limits.too_long)
+        elif following.child is None:
+            os.setpriority(os.PRIO_PROCESS, child.pid, _NICENESS)
+            following.child = child
+        else:
+            child.end()
+            following.queue.push(child.job)
         lane.child = None
         if frame is not None:
             self._scheduler.send_bytes(frame)
 
-    def _without_result(self, child: _Child, status: int, following: _Lane | None) -> bytes | None:
-        """Leaves the job of a child that has ended with this wait status to the ``following`` lane,
-        or returns the message that says why there is no result."""
-        number = os.WTERMSIG(status)
-        if number != signal.SIGPROF:
-            deep = number == signal.SIGSEGV
-            error = "it is nested too deeply" if deep else self._limits.too_large
-        elif following is None:
-            error = self._limits.too_long
-        else:
-            following.queue.push(child.job)
-            return None
-        return self._encode(child.job, error=error)
+    def _cause(self, status: int) -> str:
+        """Why a child has ended with this wait status and no result."""
+        if os.WTERMSIG(status) == signal.SIGSEGV:
+            return "it is nested too deeply"
+        return self._limits.too_large
 
     @staticmethod
-    def _encode(job: Job, *, serialized: str | None = None, error: str = "") -> bytes:
-        return msgspec.msgpack.encode(GrammarResult(id=job.id, serialized=serialized, error=error))
+    def _encode(job: Job, *, error: str) -> bytes:
+        return msgspec.msgpack.encode(GrammarResult(id=job.id, error=error))
 
-    def _fork(self, job: Job, seconds: float) -> _Child:
+    def _fork(self, job: Job) -> _Child:
         ours, theirs = Pipe(duplex=False)
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
             try:
-                self._compile(job, seconds, parent, theirs)
+                self._compile(job, parent, theirs)
             finally:
                 os._exit(1)
         theirs.close()
-        deadline = time.monotonic() + _PATIENCE * seconds
-        return _Child(job=job, pid=pid, result=ours, deadline=deadline)
+        return _Child(job=job, pid=pid, result=ours, started=time.monotonic())
 
     # --- in the child
 
-    def _compile(self, job: Job, seconds: float, parent: int, result: Connection) -> NoReturn:
+    def _compile(self, job: Job, parent: int, result: Connection) -> NoReturn:
         die_with_parent()
         if os.getppid() != parent:
             os._exit(1)
         self._scheduler.close()
-        os.nice(_NICENESS)
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # it ends the process
         _bound_memory(self._limits.memory_bytes)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # C++ writes there why it aborts
-        grammar = Grammar(kind=job.kind, source=job.source)
+        before = psutil.Process().memory_info().rss
+        compiler = self._compilers[job.model]
         try:
-            compiled = compile_source(
-                self._compilers[job.model], grammar, any_whitespace=self._any_whitespace
-            )
-            serialized = compiled.serialize_json()
-            if len(serialized) > self._limits.memory_bytes // _SERIALIZED_SHARE:
+            prepared = compiler.prepare(job.grammar)
+            first = next_mask(compiler.build(prepared).walk())
+            if (problem := first_mask_problem(first, self._limits.mask_seconds)) is not None:
+                raise ValueError(problem)
+            grown = _most_bytes() - before
+            if grown > self._limits.memory_bytes:  # some came from what the heap had free
                 raise MemoryError
-            frame = self._encode(job, serialized=serialized)
+            made = GrammarResult(id=job.id, first=first, prepared=prepared, grown_bytes=grown)
+            frame = msgspec.msgpack.encode(made)
         except MemoryError:
             frame = self._encode(job, error=self._limits.too_large)
         except ValueError as error:
             frame = self._encode(job, error=str(error)[:_ERROR_CHARACTERS])
         result.send_bytes(frame)
         os._exit(0)
+
+
+def _most_bytes() -> int:
+    """The most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def _bound_memory(size: int) -> None:

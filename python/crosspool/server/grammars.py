@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING
 
-import xgrammar
-
-from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.protocols import GrammarMatcher
 from crosspool.scheduler.request import Grammar
-from crosspool.server.grammar_matcher import MaskThreads, XGrammarMatcher
+from crosspool.server.grammar_library import CompiledGrammar, GrammarCompiler, NextMask
+from crosspool.server.grammar_matcher import MaskThreads, WalkingMatcher
 from crosspool.server.grammar_process import (
     Cancel,
     CompileLimits,
@@ -26,39 +24,50 @@ from crosspool.server.grammar_process import (
 )
 from crosspool.server.grammar_source import source_problem
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+log = logging.getLogger(__name__)
 
-_LARGE_CHARACTERS = 4 << 20
-"""Reading a longer serialized grammar leaves so much free memory that it is given back at once."""
+_LARGE_BYTES = 8 << 20
+"""Memory for compiling a grammar above which what is left of it is given back at once."""
+_BUILDERS = 2
+"""Threads that compile what a child has tried: one for each child that works."""
 
 Key = tuple[int, Grammar]
 """A model's index and a grammar."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class KeptGrammar:
+    """A compiled grammar with the mask of the first token."""
+
+    grammar: CompiledGrammar
+    first: NextMask
+    size: int
+    """Bytes, the source included."""
+
+
 class GrammarCache:
-    """Compiled grammars of all models, the most recently used ones, ``limit`` bytes at most."""
+    """KeptGrammar grammars of all models, the most recently used ones, ``limit`` bytes at most."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._kept: OrderedDict[Key, tuple[xgrammar.CompiledGrammar, int]] = OrderedDict()
+        self._kept: OrderedDict[Key, KeptGrammar] = OrderedDict()
         self.size = 0
         """Bytes of all grammars kept, their sources included."""
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def get(self, key: Key) -> xgrammar.CompiledGrammar | None:
+    def get(self, key: Key) -> KeptGrammar | None:
         if key not in self._kept:
             return None
         self._kept.move_to_end(key)
-        return self._kept[key][0]
+        return self._kept[key]
 
-    def put(self, key: Key, compiled: xgrammar.CompiledGrammar, size: int) -> None:
-        self._kept[key] = (compiled, size)
-        self.size += size
+    def put(self, key: Key, compiled: KeptGrammar) -> None:
+        self._kept[key] = compiled
+        self.size += compiled.size
         while self.size > self._limit:
-            self.size -= self._kept.popitem(last=False)[1][1]
+            self.size -= self._kept.popitem(last=False)[1].size
 
 
 @dataclass
@@ -75,22 +84,13 @@ class Grammars:
 
     def __init__(
         self,
-        tokenizers: Sequence[PreTrainedTokenizerBase],
-        specs: Sequence[ModelSpec],
+        compilers: Sequence[GrammarCompiler],
         limits: CompileLimits,
         *,
-        mask_seconds: float,
         cache_bytes: int,
-        any_whitespace: bool,
         on_change: Callable[[], None],
     ) -> None:
-        self._infos = [
-            xgrammar.TokenizerInfo.from_huggingface(
-                tokenizer, vocab_size=spec.vocab, stop_token_ids=list(spec.eos_token_ids)
-            )
-            for tokenizer, spec in zip(tokenizers, specs, strict=True)
-        ]
-        self._vocabs = [spec.vocab for spec in specs]
+        self._compilers = compilers
         self._on_change = on_change
         self.lost = False
         """Whether the compiling process has ended, so that no grammar can be compiled any more."""
@@ -101,13 +101,13 @@ class Grammars:
         self._jobs = count()
         self._lock = threading.Lock()
         self._process = GrammarProcess(
-            self._infos,
+            compilers,
             limits,
-            any_whitespace=any_whitespace,
             on_compiled=self._take,
             on_lost=self._lose,
         )
-        self._threads = MaskThreads(mask_seconds, on_change)
+        self._builders = ThreadPoolExecutor(_BUILDERS, "builders")
+        self._threads = MaskThreads(limits.mask_seconds, on_change)
 
     def settle(self, seconds: float) -> None:
         """See :meth:`MaskThreads.settle`."""
@@ -130,7 +130,7 @@ class Grammars:
         if compiled is None:
             future.add_done_callback(lambda f: self._cancel(key) if f.cancelled() else None)
         else:
-            self._give(model, compiled, [future])
+            self._give(compiled, [future])
         return future
 
     def _wait_for(self, key: Key, future: Future[GrammarMatcher]) -> None:
@@ -139,9 +139,7 @@ class Grammars:
             model, grammar = key
             waiting = self._waiting[key] = _Waiting(next(self._jobs))
             self._keys[waiting.job] = key
-            self._process.send(
-                Job(id=waiting.job, model=model, kind=grammar.kind, source=grammar.source)
-            )
+            self._process.send(Job(id=waiting.job, model=model, grammar=grammar))
         waiting.futures.append(future)
 
     def _cancel(self, key: Key) -> None:
@@ -160,54 +158,48 @@ class Grammars:
             key = self._keys.get(result.id)
         if key is None:
             return
-        model, grammar = key
-        compiled: xgrammar.CompiledGrammar | None = None
-        if result.serialized is not None:
-            compiled = xgrammar.CompiledGrammar.deserialize_json(
-                result.serialized, self._infos[model]
-            )
-        with self._lock:
-            futures = []
-            if self._keys.pop(result.id, None) is not None:
-                futures = self._waiting.pop(key).futures
-            if compiled is not None:
-                size = compiled.memory_size_bytes + len(grammar.source)
-                self.cache.put(key, compiled, size)
-        if compiled is not None:
-            self._give(model, compiled, futures)
+        if result.error:
+            self._fail(self._done(result.id), result.error)
         else:
-            self._fail(futures, result.error)
-        if result.serialized is not None and len(result.serialized) > _LARGE_CHARACTERS:
-            ctypes.CDLL(None).malloc_trim(0)
+            self._builders.submit(self._build, key, result)
 
     def _lose(self) -> None:
         self.lost = True
         self._on_change()
 
+    # --- in a thread of the builders
+
+    def _build(self, key: Key, result: GrammarResult) -> None:
+        """Compiles what a child has compiled before, so that its cost is known."""
+        model, grammar = key
+        assert result.prepared is not None and result.first is not None
+        try:
+            built = self._compilers[model].build(result.prepared)
+        except Exception as error:
+            log.exception("a grammar could be compiled once, and not again")
+            self._fail(self._done(result.id), f"it cannot be compiled: {error!r}")
+            return
+        size = built.size + len(grammar.source) + len(result.first.mask)
+        compiled = KeptGrammar(grammar=built, first=result.first, size=size)
+        with self._lock:
+            self.cache.put(key, compiled)
+        self._give(compiled, self._done(result.id))
+        if result.grown_bytes > _LARGE_BYTES:
+            ctypes.CDLL(None).malloc_trim(0)
+
     # --- in any thread
 
-    def _give(
-        self,
-        model: int,
-        compiled: xgrammar.CompiledGrammar,
-        futures: Sequence[Future[GrammarMatcher]],
-    ) -> None:
-        """Gives each request a matcher, once that has the mask of the first token."""
+    def _done(self, job: int) -> list[Future[GrammarMatcher]]:
+        """Forgets the job and returns those that wait for it."""
+        with self._lock:
+            key = self._keys.pop(job, None)
+            return [] if key is None else self._waiting.pop(key).futures
+
+    def _give(self, compiled: KeptGrammar, futures: Sequence[Future[GrammarMatcher]]) -> None:
         for future in futures:
-            matcher = XGrammarMatcher(compiled, self._vocabs[model], self._threads)
-
-            def done(
-                _: Future[None],
-                future: Future[GrammarMatcher] = future,
-                matcher: XGrammarMatcher = matcher,
-            ) -> None:
-                if matcher.error is not None:
-                    self._fail([future], matcher.error)
-                elif future.set_running_or_notify_cancel():
-                    future.set_result(matcher)
-                    self._on_change()
-
-            matcher.start().add_done_callback(done)
+            if future.set_running_or_notify_cancel():
+                future.set_result(WalkingMatcher(compiled.grammar, compiled.first, self._threads))
+        self._on_change()
 
     def _fail(self, futures: Sequence[Future[GrammarMatcher]], message: str) -> None:
         for future in futures:

@@ -159,8 +159,9 @@ class HttpProcess:
         for index, config in enumerate(self._deployment.models):
             self._state.message = f"preparing {config.name}"
             await asyncio.sleep(0)  # lets health checks in between
-            model = model_app.ModelApp(self._deployment, index, self._incarnation, responses)
-            models.append(model)
+            turns = self._state.turns
+            made = model_app.ModelApp(self._deployment, index, self._incarnation, responses, turns)
+            models.append(made)
         while (status := self._state.status) is None or not status.ready:
             self._state.message = status.message if status else "waiting for the scheduler"
             await asyncio.sleep(0.05)

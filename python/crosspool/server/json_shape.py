@@ -10,20 +10,35 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
 _OPENING = frozenset(b"{[")
 
 
-def problem(body: bytes, most_values: int, most_depth: int) -> str | None:
+def problem(body: bytes, most_values: int, most_depth: int, most_costly: int) -> str | None:
     """What is too large in the JSON ``body``; None where nothing is. Says nothing about whether
-    it is valid. An empty object or list counts as two values."""
-    containers = body.count(b"{") + body.count(b"[")
-    if containers <= most_depth and containers + body.count(b",") < most_values:
+    it is valid. An empty object or list counts as two values. Strings, keys included, objects and
+    lists may be ``most_costly``: each takes ten times as long to decode as a number."""
+    containers, quotes = body.count(b"{") + body.count(b"["), body.count(b'"')
+    if (
+        containers <= most_depth
+        and containers + body.count(b",") < most_values
+        and containers + quotes // 2 <= most_costly
+    ):
         return None
     too_many = f"the body has more than {most_values} JSON values (max_json_values)"
+    too_costly = (
+        f"the body has more than {most_costly} JSON strings, objects and lists "
+        "(a quarter of max_json_values)"
+    )
     if b"\\" in body:
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if body.count(b'"') > 4 * most_values:  # a value has two strings at most: its key and itself
+    strings = (body.count(b'"') + 1) // 2
+    if strings > 2 * most_values:  # a value has two strings at most: its key and itself
         return too_many
+    if strings > most_costly:
+        return too_costly
     outside = b"".join(body.split(b'"')[::2])
-    if outside.count(b"{") + outside.count(b"[") + outside.count(b",") >= most_values:
+    containers = outside.count(b"{") + outside.count(b"[")
+    if containers + outside.count(b",") >= most_values:
         return too_many
+    if containers + strings > most_costly:
+        return too_costly
     depth = 0
     for bracket in outside.translate(None, _NO_BRACKETS):
         depth += 1 if bracket in _OPENING else -1

@@ -29,6 +29,8 @@ class Listeners:
         host, port = deployment.host, deployment.port
         public = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         public.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if public.family == socket.AF_INET6:
+            public.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         try:
             public.bind((host, port))
         except OSError as error:

@@ -2,8 +2,8 @@
 
     python -m crosspool.server.process NAME --deployment FILE
 
-The exit status is 0 after SIGTERM, 2 for a user's mistake, which stderr names, and 1 for anything
-else.
+The exit status is 0 after SIGTERM, 2 for a user's mistake, which stderr names, 3 for an HTTP
+process that ends since the others cannot serve, and 1 for anything else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from crosspool.config.cores import CONTROL_SLICE_NS, keep_off, set_slice
 from crosspool.config.deployment import ConfigError, Deployment, load
-from crosspool.config.process import die_with_parent, leave, set_title
+from crosspool.config.process import CANNOT_SERVE, USER_MISTAKE, die_with_parent, leave, set_title
 from crosspool.frontend import compat
 from crosspool.server.listeners import Listeners
 from crosspool.server.liveness import CannotServe
@@ -83,10 +83,10 @@ def run(name: str, file: Path, place: Place) -> int:
         PROCESSES[name](deployment, place)
     except ConfigError as error:
         print(f"{name}: {error}", file=sys.stderr)
-        return 2
+        return USER_MISTAKE
     except CannotServe as error:
         logging.getLogger(__name__).error("the %s process ends: %s", name, error)
-        return 1
+        return CANNOT_SERVE
     except Exception:
         logging.getLogger(__name__).exception("the %s process cannot go on", name)
         return 1

@@ -108,9 +108,11 @@ class RequestBounds:
 
     def _check_biases(self, field: str, value: Any) -> None:
         self._check_any(field, value)
-        for key in value if isinstance(value, dict) else ():
-            if not (key.isascii() and key.isdigit()):
-                raise _refused(f"`{field}` has the key {key[:20]!r}; keys must be token ids")
+        keys = value if isinstance(value, dict) else ()
+        wrong = [repr(key[:20]) for key in keys if not (key.isascii() and key.isdigit())]
+        if wrong:
+            named = ", ".join(wrong[:5] + ["..."] * (len(wrong) > 5))
+            raise _refused(f"`{field}` has as keys {named}; keys must be token ids")
 
     def _check_tools(self, tools: Any) -> None:
         self._check_any("tools", tools)
@@ -178,7 +180,7 @@ class RequestBounds:
                 raise _refused(f"`{field}[{index}]` must be an integer, as the entries before it")
             if not 0 <= token < self.vocabulary:
                 raise _refused(
-                    f"`{field}[{index}]` is {token}, which is not in the vocabulary; "
+                    f"`{field}[{index}]` is {token}, which is out of vocabulary; "
                     f"ids go from 0 to {self.vocabulary - 1}"
                 )
 

@@ -26,6 +26,7 @@ from crosspool.scheduler.core import SchedulerCore
 from crosspool.server.admin_socket import AdminSocket
 from crosspool.server.devices import DeviceFailed, Devices
 from crosspool.server.front_ends import FrontEnds
+from crosspool.server.grammar_choice import compiler_of
 from crosspool.server.grammar_process import CompileLimits
 from crosspool.server.grammars import Grammars, ModelGrammars
 from crosspool.server.text import HFTextDecoder
@@ -63,17 +64,19 @@ class SchedulerLoop:
         self._compiled = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         """Readable when a grammar has been compiled or has followed a token."""
         # This forks, and below threads begin.
+        compiler = compiler_of(deployment.sglang.get("grammar_backend", "xgrammar"))
+        any_whitespace = not deployment.sglang.get("constrained_json_disable_any_whitespace", False)
         self._grammars = Grammars(
-            tokenizers,
-            self._specs,
+            [
+                compiler(tokenizer, spec, any_whitespace=any_whitespace)
+                for tokenizer, spec in zip(tokenizers, self._specs, strict=True)
+            ],
             CompileLimits(
-                seconds=deployment.grammar_timeout, memory_bytes=deployment.grammar_memory_bytes
+                seconds=deployment.grammar_timeout,
+                memory_bytes=deployment.grammar_memory_bytes,
+                mask_seconds=deployment.grammar_mask_timeout,
             ),
-            mask_seconds=deployment.grammar_mask_timeout,
             cache_bytes=deployment.grammar_cache_bytes,
-            any_whitespace=not deployment.sglang.get(
-                "constrained_json_disable_any_whitespace", False
-            ),
             on_change=lambda: os.eventfd_write(self._compiled, 1),
         )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

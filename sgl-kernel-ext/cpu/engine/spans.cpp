@@ -56,15 +56,14 @@ int read_fully(int file, std::byte* data, std::int64_t bytes, std::uint64_t offs
 }
 
 int read_units(int file, Span& span, Range units) {
-  const auto step = static_cast<std::int32_t>(
-      std::clamp<std::int64_t>(kPieceBytes / std::max<std::int64_t>(span.unit_bytes, 1), 1, 1 << 20));
+  const auto step = static_cast<std::int32_t>(std::clamp<std::int64_t>(
+      kPieceBytes / std::max<std::int64_t>(span.unit_bytes, 1), 1, 1 << 20));
   std::uint64_t sum = 0;
   for (std::int32_t begin = units.begin; begin < units.end; begin += step) {
     const Range piece{begin, std::min(units.end, begin + step)};
     const std::int64_t at = piece.begin * span.unit_bytes;
-    const int error =
-        read_fully(file, static_cast<std::byte*>(span.data) + at,
-                   (piece.end - piece.begin) * span.unit_bytes, span.offset + at);
+    const int error = read_fully(file, static_cast<std::byte*>(span.data) + at,
+                                 (piece.end - piece.begin) * span.unit_bytes, span.offset + at);
     if (error != 0) return error;
     sum += checksum(span, piece);
   }

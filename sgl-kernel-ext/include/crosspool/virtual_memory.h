@@ -26,8 +26,8 @@ CROSSPOOL_API int crosspool_range_reserve(uint64_t bytes, void** address);
  * inherited by forked children, so that a fork never copies the pool. */
 CROSSPOOL_API int crosspool_parking_reserve(uint64_t bytes, void** address);
 
-/* Reserves memory for weights, 2 MiB aligned, on huge pages where the system has them; it comes with
- * the first touch. Forked children share it as long as nobody writes. */
+/* Reserves memory for weights, 2 MiB aligned, on huge pages where the system has them; it comes
+ * with the first touch. Forked children share it as long as nobody writes. */
 CROSSPOOL_API int crosspool_arena_reserve(uint64_t bytes, void** address);
 
 /* Makes the memory under [address, address + bytes) exist by writing a byte of every page. */
