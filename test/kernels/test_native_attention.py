@@ -157,3 +157,39 @@ def test_large_scores(native: NativeKernels, dtype: torch.dtype) -> None:
     q = torch.full((1, 1, 8), 60.0, dtype=dtype)
     found = native.attend(q, kv, LAYER, segments, kv_heads=1, v_dim=8, v_begin=8, scale=1.0)
     assert torch.equal(found[0, 0], tokens[0][250, 8:])
+
+
+@pytest.mark.parametrize("window", [None, 6, 200])
+@pytest.mark.parametrize(
+    ("heads", "width", "shape"),
+    [
+        ((8, 24), 96, {"kv_heads": 2, "v_dim": 24, "v_begin": 48}),
+        ((100, 40), 40, {"kv_heads": 1, "v_dim": 32, "v_begin": 0}),
+    ],
+    ids=["GQA", "MLA"],
+)
+def test_a_row_comes_out_the_same_in_chunks_of_any_length(
+    native: NativeKernels,
+    heads: tuple[int, int],
+    width: int,
+    shape: dict[str, int],
+    window: int | None,
+) -> None:
+    """A request that is computed again after its rank was lost goes on as it would have."""
+    length = 420
+    kv, (whole,), _ = _paged(width, native.dtype, ((0, length),))
+    q = torch.randn(length, *heads).to(native.dtype)
+
+    def attend(chunk: int) -> torch.Tensor:
+        parts = []
+        for start in range(0, length, chunk):
+            rows = q[start : start + chunk]
+            segment = RowSpan(first_row=0, rows=len(rows), start=start, pages=whole.pages)
+            parts.append(
+                native.attend(rows, kv, LAYER, [segment], scale=0.3, window=window, **shape)
+            )
+        return torch.cat(parts)
+
+    alone = attend(1)
+    for chunk in (7, 24, 100, length):
+        assert torch.equal(attend(chunk), alone), chunk

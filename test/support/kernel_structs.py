@@ -99,7 +99,7 @@ class Rotate(ctypes.Structure):
 class AttentionTask(ctypes.Structure):
     _fields_ = (
         *fields(c_int32, "segment row_begin row_end head_begin head_end key_begin key_end"),
-        *fields(c_int32, "split splits arrival"),
+        *fields(c_int32, "range ranges splits arrival"),
         ("partial", c_int64),
     )
 

@@ -255,9 +255,10 @@ struct Segment {
 };
 
 // Work for one thread: some rows and q heads of a segment over the keys [key_begin, key_end). The
-// heads are all q heads of one or more KV heads, or some q heads of one KV head. Long requests of
-// few rows are cut into `splits` ranges of keys; the thread that ends the last range merges them
-// all, in order. attention_plan.h makes the tasks.
+// heads are all q heads of one or more KV heads, or some q heads of one KV head. A row's result is
+// merged from ranges of kKeyRange keys, in order, so that it does not depend on the rows beside it.
+// Long requests of few rows are cut into `splits` tasks of whole ranges; the thread that ends the
+// last of them merges all ranges. attention_plan.h makes the tasks.
 struct AttentionTask {
   std::int32_t segment;
   std::int32_t row_begin;  // within the segment
@@ -266,10 +267,11 @@ struct AttentionTask {
   std::int32_t head_end;
   std::int32_t key_begin;
   std::int32_t key_end;
-  std::int32_t split;
+  std::int32_t range;   // the task's first range, among those of all splits
+  std::int32_t ranges;  // of all splits
   std::int32_t splits;
   std::int32_t arrival;  // index into arrivals, if splits > 1
-  std::int64_t partial;  // index into partials of the results of split 0
+  std::int64_t partial;  // index into partials of the results of range 0, if splits > 1
 };
 
 struct Attention {

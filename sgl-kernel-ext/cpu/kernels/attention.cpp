@@ -1,7 +1,8 @@
 // Paged attention. A task walks the keys in blocks, one KV head after another. A block's K and V
 // are packed like weights, so that both products are those of multiply.h, with an online softmax
 // between them. A decode row per head runs the same code with few queries; it is then bound by
-// reading the cache, not by packing.
+// reading the cache, not by packing. Blocks and ranges of keys lie where they do for every row, so
+// a row comes out the same in a prompt chunk and alone, but for tiles.
 #include "attention_block.h"
 #include "families.h"
 
@@ -56,6 +57,9 @@ class Task {
         score(query, key, block.count, ahead);
         accumulate(query, block.count);
       }
+      const bool last = key + kKeys >= t_.key_end;
+      if (last && alone()) return write_all();
+      if (last || (key + kKeys) % kKeyRange == 0) end_range(key / kKeyRange);
     }
     finish();
   }
@@ -84,9 +88,25 @@ class Task {
       const auto* const row =
           static_cast<const Element*>(a_.q) + (segment_.first_row + row_of(q)) * a_.q_stride;
       copy_row<T>(row + head_of(q) * shape_.qk_dim, shape_.qk_dim, room_.q + q * room_.q_stride);
-      room_.highest[q] = kNothing;
-      store(room_.total + q * kLanes, V{});
+      begin_range(q);
+      merged(q)[0] = kNothing;
     }
+  }
+
+  // The first block that a query sees replaces its sums, since the decay to it is 0.
+  CROSSPOOL_INLINE void begin_range(std::int64_t q) const {
+    room_.highest[q] = kNothing;
+    store(room_.total + q * kLanes, V{});
+  }
+
+  // A query's largest score, sum of p, and sums of p times values, of the ranges merged so far.
+  CROSSPOOL_INLINE float* merged(std::int64_t q) const {
+    return room_.merged + q * (room_.v_stride + 2);
+  }
+
+  // Whether all keys of the task's queries lie in one range.
+  bool alone() const {
+    return t_.splits == 1 && t_.key_begin / kKeyRange == (t_.key_end - 1) / kKeyRange;
   }
 
   // Calls body(first, rows, c) with tiles of the product of x and `panels` panels of depth k at
@@ -192,47 +212,73 @@ class Task {
     }
   }
 
-  void finish() const {
-    if (t_.splits == 1) {
-      for (std::int64_t q = 0; q < queries_; ++q) {
-        write(q, room_.sums + q * room_.v_stride,
-              1.0F / reduce_add(load(room_.total + q * kLanes)));
-      }
-      return;
-    }
+  // Range `number` of all keys has ended: it is merged, or kept for the thread that merges.
+  __attribute__((noinline)) void end_range(std::int64_t number) const {
     const std::int64_t width = shape_.v_dim + 2;
-    float* const partials = a_.partials + t_.partial;
+    const std::int64_t range = t_.range + number - t_.key_begin / kKeyRange;
     for (std::int64_t q = 0; q < queries_; ++q) {
-      float* const partial = partials + (t_.split * queries_ + q) * width;
-      partial[0] = room_.highest[q];
-      partial[1] = reduce_add(load(room_.total + q * kLanes));
-      std::memcpy(partial + 2, room_.sums + q * room_.v_stride, shape_.v_dim * sizeof(float));
+      const float* const sums = room_.sums + q * room_.v_stride;
+      const float total = reduce_add(load(room_.total + q * kLanes));
+      if (t_.splits == 1) {
+        merge(q, room_.highest[q], total, sums);
+      } else {
+        float* const partial = a_.partials + t_.partial + (range * queries_ + q) * width;
+        partial[0] = room_.highest[q];
+        partial[1] = total;
+        std::memcpy(partial + 2, sums, shape_.v_dim * sizeof(float));
+      }
+      begin_range(q);
     }
-    std::uint32_t* const arrivals = a_.arrivals + t_.arrival;
-    const auto splits = static_cast<std::uint32_t>(t_.splits);
-    if (__atomic_add_fetch(arrivals, 1, __ATOMIC_ACQ_REL) != splits) return;
-    __atomic_store_n(arrivals, 0, __ATOMIC_RELAXED);  // the next layer begins behind a barrier
-    for (std::int64_t q = 0; q < queries_; ++q) merge(q, partials + q * width);
   }
 
-  // Adds up the splits' sums of one query, each scaled to the largest score of all, in order.
-  void merge(std::int64_t q, const float* partial) const {
-    const std::int64_t stride = queries_ * (shape_.v_dim + 2);
-    float highest = kNothing, total = 0.0F;
-    for (std::int64_t s = 0; s < t_.splits; ++s) {
-      if (partial[s * stride] > highest) highest = partial[s * stride];
+  __attribute__((noinline)) void finish() const {
+    if (t_.splits > 1) {
+      std::uint32_t* const arrivals = a_.arrivals + t_.arrival;
+      const auto splits = static_cast<std::uint32_t>(t_.splits);
+      if (__atomic_add_fetch(arrivals, 1, __ATOMIC_ACQ_REL) != splits) return;
+      __atomic_store_n(arrivals, 0, __ATOMIC_RELAXED);  // the next layer begins behind a barrier
+      const std::int64_t width = shape_.v_dim + 2;
+      for (std::int64_t q = 0; q < queries_; ++q) {
+        for (std::int64_t range = 0; range < t_.ranges; ++range) {
+          const float* const partial = a_.partials + t_.partial + (range * queries_ + q) * width;
+          merge(q, partial[0], partial[1], partial + 2);
+        }
+      }
     }
-    float* const sums = room_.sums + q * room_.v_stride;
-    std::memset(sums, 0, room_.v_stride * sizeof(float));
-    for (std::int64_t s = 0; s < t_.splits; ++s) {
-      const float* const split = partial + s * stride;
-      const V factor = exp2(splat(split[0]) - splat(highest));
-      total += split[1] * factor[0];
+    for (std::int64_t q = 0; q < queries_; ++q) write(q, merged(q) + 2, 1.0F / merged(q)[1]);
+  }
+
+  __attribute__((noinline)) void write_all() const {
+    for (std::int64_t q = 0; q < queries_; ++q) {
+      write(q, room_.sums + q * room_.v_stride, 1.0F / reduce_add(load(room_.total + q * kLanes)));
+    }
+  }
+
+  // Adds a range to a query's merged ones, scaled to the largest score of both. All fused products
+  // are explicit, so that it rounds alike wherever it is called.
+  CROSSPOOL_INLINE void merge(std::int64_t q, float highest, float total, const float* sums) const {
+    if (highest == kNothing) return;  // the query sees nothing of the range
+    float* const all = merged(q);
+    if (all[0] == kNothing) {
+      all[0] = highest;
+      all[1] = total;
+      std::memcpy(all + 2, sums, shape_.v_dim * sizeof(float));
+      return;
+    }
+    if (highest > all[0]) {
+      const V decay = power(splat(all[0]) - splat(highest));
+      all[0] = highest;
+      all[1] = fma(splat(all[1]), decay, splat(total))[0];
       for_lanes(0, shape_.v_dim, [&](std::int64_t i, auto n) {
-        store(sums + i, fma(load(split + 2 + i, n), factor, load(sums + i, n)), n);
+        store(all + 2 + i, fma(load(all + 2 + i, n), decay, load(sums + i, n)), n);
+      });
+    } else {
+      const V factor = power(splat(highest) - splat(all[0]));
+      all[1] = fma(splat(total), factor, splat(all[1]))[0];
+      for_lanes(0, shape_.v_dim, [&](std::int64_t i, auto n) {
+        store(all + 2 + i, fma(load(sums + i, n), factor, load(all + 2 + i, n)), n);
       });
     }
-    write(q, sums, 1.0F / total);
   }
 
   void write(std::int64_t q, const float* sums, float factor) const {
@@ -272,9 +318,9 @@ void attend(const Attention& attention, const AttentionTask* tasks, std::int32_t
 std::int64_t attention_scratch(const Limits& limits) {
   const std::int64_t depth = round_up(limits.qk_dim, kDepth);
   const std::int64_t width = round_up(limits.v_dim, kPanel);
-  const std::int64_t floats = kAttentionQueries * (depth + kKeys + width + 2 + kLanes) +
+  const std::int64_t floats = kAttentionQueries * (depth + kKeys + 2 * width + 4 + kLanes) +
                               kKeys * depth + kKeys * width + depth;
-  return floats * 4 + 9 * 64;
+  return floats * 4 + 10 * 64;
 }
 
 template <class T>

@@ -41,6 +41,7 @@ struct Room {
     highest = reinterpret_cast<float*>(take(kAttentionQueries * sizeof(float)));
     total = reinterpret_cast<float*>(take(kAttentionQueries * sizeof(V)));
     decay = reinterpret_cast<float*>(take(kAttentionQueries * sizeof(float)));
+    merged = reinterpret_cast<float*>(take(kAttentionQueries * (v_stride + 2) * sizeof(float)));
   }
 
   std::int64_t q_stride, p_stride;  // bytes
@@ -51,10 +52,11 @@ struct Room {
   std::byte* keys;                  // [4] panels of k_panel
   std::byte* values;                // [v_stride / 16] panels of v_panel
   std::byte* zeros;                 // stands for keys behind the last
-  float* sums;                      // [queries][v_stride]: of p times values
-  float* highest;                   // [queries]: largest score so far, as a power of 2
-  float* total;                     // [queries][lanes]: sums of p
+  float* sums;                      // [queries][v_stride]: of p times values, of the range
+  float* highest;                   // [queries]: largest score of the range, as a power of 2
+  float* total;                     // [queries][lanes]: sums of p of the range
   float* decay;                     // [queries]: factor of the last block on earlier sums
+  float* merged;                    // [queries][v_stride + 2]: of the ranges before
 };
 
 // The slots of up to kKeys consecutive keys of one request.

@@ -5,11 +5,10 @@
 namespace crosspool {
 namespace {
 
-// A request whose rows of one KV head fit into one task is cut along its keys, into ranges of about
-// kSplitKeys (fewer keys are not worth a task) but at most kMostSplits ranges.
-constexpr std::int64_t kSplitKeys = 128;
+// A request whose rows of one KV head fit into one task is cut along its keys, into at most
+// kMostSplits tasks of about a range or more (fewer keys are not worth a task).
 constexpr std::int64_t kMostSplits = 64;
-constexpr std::int64_t kKeyStep = 64;  // ranges begin at multiples: the kernel's blocks
+constexpr std::int32_t kKeyStep = 64;  // tasks begin at multiples: the kernel's blocks
 
 // The cost of a task, in no particular unit. Reading and packing a key costs about as much as eight
 // queries.
@@ -20,13 +19,13 @@ std::int64_t cost(const AttentionTask& task) {
 }
 
 std::int64_t splits_of(std::int64_t keys) {
-  return std::clamp((keys + kSplitKeys / 2) / kSplitKeys, std::int64_t{1}, kMostSplits);
+  return std::clamp((keys + kKeyRange / 2) / kKeyRange, std::int64_t{1}, kMostSplits);
 }
 
-// The first key that a row of a segment sees.
+// The beginning of the block that has the first key that a row of a segment sees.
 std::int32_t first_key(const AttentionShape& shape, const Segment& segment, std::int32_t row) {
   if (shape.window == 0) return 0;
-  return std::max(0, segment.start + row + 1 - shape.window);
+  return std::max(0, segment.start + row + 1 - shape.window) / kKeyStep * kKeyStep;
 }
 
 }  // namespace
@@ -56,20 +55,22 @@ void AttentionPlan::make(const AttentionShape& shape, const Segment* segments, s
     task.splits = 1;
     if (is_light(segment)) {
       const std::int32_t begin = first_key(shape, segment, 0), end = segment.start + segment.rows;
-      const std::int64_t keys = end - begin, splits = splits_of(keys);
+      const std::int32_t first_range = begin / kKeyRange;
+      task.ranges = (end + kKeyRange - 1) / kKeyRange - first_range;
+      const std::int64_t splits = std::min<std::int64_t>(splits_of(end - begin), task.ranges);
       const auto heads = static_cast<std::int32_t>(
           std::min<std::int64_t>(wanted, kAttentionQueries / (segment.rows * group)) * group);
       task.splits = static_cast<std::int32_t>(splits);
       task.row_end = segment.rows;
       const std::int32_t first_arrival = arrivals;
       const std::int64_t first_partial = partials;
-      for (task.split = 0; task.split < splits; ++task.split) {
-        const auto edge = [&](std::int64_t split) {
-          if (split == splits) return end;
-          return begin + static_cast<std::int32_t>(keys * split / splits / kKeyStep * kKeyStep);
+      for (std::int64_t split = 0; split < splits; ++split) {
+        const auto range = [&](std::int64_t s) {
+          return static_cast<std::int32_t>(task.ranges * s / splits);
         };
-        task.key_begin = edge(task.split);
-        task.key_end = edge(task.split + 1);
+        task.range = range(split);
+        task.key_begin = std::max(begin, (first_range + task.range) * kKeyRange);
+        task.key_end = std::min(end, (first_range + range(split + 1)) * kKeyRange);
         arrivals = first_arrival;
         partials = first_partial;
         for (std::int32_t head = 0; head < shape.q_heads; head += heads) {
@@ -80,7 +81,8 @@ void AttentionPlan::make(const AttentionShape& shape, const Segment* segments, s
           tasks_.push_back(task);
           if (splits == 1) continue;
           ++arrivals;
-          partials += splits * (task.head_end - head) * segment.rows * (shape.v_dim + 2);
+          partials +=
+              std::int64_t{task.ranges} * (task.head_end - head) * segment.rows * (shape.v_dim + 2);
         }
       }
       continue;

@@ -10,12 +10,12 @@
 namespace crosspool {
 
 inline constexpr std::int32_t kAttentionQueries = 96;  // rows x heads of a task at most
+inline constexpr std::int32_t kKeyRange = 256;         // keys; ranges begin at multiples
 
 class AttentionPlan {
  public:
-  // Plans `count` segments for a team of `threads`. The cut into tasks depends on the segments and,
-  // where it does not change a result, on the number of threads, as does the assignment of tasks to
-  // threads. Memory grows to the need of the largest batch and is kept.
+  // Plans `count` segments for a team of `threads`. The cut into tasks changes no result. Memory
+  // grows to the need of the largest batch and is kept.
   void make(const AttentionShape& shape, const Segment* segments, std::int32_t count,
             std::int32_t threads);
 
