@@ -176,7 +176,9 @@ class ErrorShaper:
             return
         assert self._start is not None
         headers = MutableHeaders(raw=list(self._start["headers"]))
-        if self.status >= 500 and self.status != HTTPStatus.SERVICE_UNAVAILABLE:
+        if self.status == HTTPStatus.NOT_IMPLEMENTED:
+            self.status = HTTPStatus.BAD_REQUEST  # a request can be asked without what it asks for
+        elif self.status >= 500 and self.status != HTTPStatus.SERVICE_UNAVAILABLE:
             text = self._body.decode(errors="replace")
             log.error("%s: an application answered %d: %s", self._path, self.status, text)
             self.status = HTTPStatus.SERVICE_UNAVAILABLE
