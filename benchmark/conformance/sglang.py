@@ -148,6 +148,12 @@ KNOWN = (
         "It has written its answer before the abort comes.",
     ),
     Known(
+        "TestSchedulerControl::test_(pause_resume_in_place|duplicate_rid_concurrent_rejected)$",
+        "32 not less than 32|One of the concurrent duplicate-rid requests should be rejected",
+        "tiny model",
+        "On a quiet machine it has written its answers before the pause or the second request.",
+    ),
+    Known(
         "TestAbortAllWithRetraction",
         "schedule-policy",
         "out of scope",
