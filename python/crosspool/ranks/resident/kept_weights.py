@@ -84,6 +84,8 @@ class Image:
     """Bytes of the arena."""
     matrices: Sequence[ns.Matrix]
     arrays: Sequence[Tensor]
+    stages: Sequence[int]
+    """Stages of the matrices, then of the arrays: in their order they are read while others run."""
 
 
 class WeightKeeper:
