@@ -66,6 +66,22 @@ def test_only_sizes_that_may_be_zero_may_be_zero(tmp_path: Path) -> None:
         read(file)
 
 
+def test_what_a_model_says_of_its_residency(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        "models: [{path: a, keep: pinned, priority: -2}, {path: b, keep: asleep, ttl: 0}, "
+        "{path: c}]\nattention_weight_bytes: 1GiB\nresidency_quantum: 2.5",
+    )
+    options = read(file)
+    assert [(m.keep, m.ttl, m.priority) for m in options.models] == [
+        ("pinned", None, -2),
+        ("asleep", 0, 0),
+        ("demand", None, 0),
+    ]
+    assert (options.attention_weight_bytes, options.residency_quantum) == (1 << 30, 2.5)
+    assert read(write(tmp_path, MODEL)).attention_weight_bytes is None
+
+
 MODEL = "models: [{path: a}]\n"
 
 
@@ -76,6 +92,9 @@ MODEL = "models: [{path: a}]\n"
         ("", "top level: Expected `object`, got `null`"),
         ("models: [", "is no YAML"),
         ("models: [{name: a}]", r"models\[0\].path is missing"),
+        ("models: [{path: a, keep: never}]", "'never' is not one of pinned, demand, asleep"),
+        ("models: [{path: a, ttl: -1}]", r"models\[0\].ttl: -1 must be at least 0"),
+        (MODEL + "residency_quantum: .inf", "residency_quantum: inf must be between 0.1 and 86400"),
         ("models: [{path: a, nam: b}]", r"unknown key models\[0\].nam \(did you mean name\?\)"),
         (MODEL + "kv_pool_byte: 1GiB", r"unknown key kv_pool_byte \(did you mean kv_pool_bytes\?"),
         (MODEL + "zzz: 1", r"unknown key zzz \(known keys: models, .*lanes"),

@@ -52,6 +52,18 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
         "Most KV memory, over the whole pool, that this model's requests may take. If none is "
         "given, they may take all of it.",
         unit="bytes", example="128MiB")] = None
+    keep: Annotated[Literal["pinned", "demand", "asleep"], Option(
+        "When the model's weights are in memory: pinned is always; demand is from the start while "
+        "there is room, and whenever requests come; asleep is only once requests have come.",
+        )] = "demand"
+    ttl: Annotated[float | None, Option(
+        "Time without a request after which the model sleeps. If none is given, it sleeps when "
+        "another model needs its room.",
+        unit="s", least=0, example=3600)] = None
+    priority: Annotated[int, Option(
+        "Of two models without requests, the one with the larger priority keeps its weights in "
+        "memory longer.",
+        least=-(1 << 31), most=(1 << 31) - 1, example=1)] = 0
     sglang: dict[str, Any] = {}
     """Arguments for SGLang of this model alone, by ServerArgs field."""
 
@@ -75,8 +87,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         _POOLS, unit="bytes", example="256MiB")] = None
     weight_pool_bytes: Annotated[int | None, Option(
         "Memory for FFN weights, over all devices of the weight pool. If none is given, it is what "
-        "the models need.",
+        "the models need. If it is less, models sleep and are woken for their requests.",
         _POOLS, unit="bytes")] = None
+    attention_weight_bytes: Annotated[int | None, Option(
+        "Memory for the weights of attention parts, over all devices of the KV pool and beside "
+        "kv_pool_bytes. If none is given, it is what all models need.",
+        _POOLS, unit="bytes")] = None
+    residency_quantum: Annotated[float, Option(
+        "Time for which a model that was woken keeps its room while it has requests and other "
+        "models wait for the same room.",
+        _POOLS, unit="s", least=0.1, most=86400)] = 10.0
     ffn_parallel: Annotated[Literal["tp", "ep"], Option(
         "How several devices share FFN weights: tp gives each a slice of every expert, ep deals "
         "out whole experts.",
