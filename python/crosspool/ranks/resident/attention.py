@@ -25,6 +25,9 @@ from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
 class PackedAttention:
     """Fills the attention part's fields of a :class:`ModelTable`, and owns what they point to."""
 
+    role = "attention"
+    native = es.ATTENTION_WEIGHTS
+
     def __init__(
         self,
         spec: ModelSpec,
@@ -112,8 +115,8 @@ class PackedAttention:
             table.latent_norm_eps = attention.latent_norm_eps
 
     def tensors(self) -> list[TensorListing]:
-        """Lists every tensor that the part holds."""
-        return self.weights.listing
+        """Lists every tensor that the part holds; none while the model sleeps."""
+        return self.weights.held()
 
     def close(self) -> None:
         """Gives the memory back, after the loop was closed."""

@@ -22,6 +22,9 @@ from crosspool.weightpool.placement import FFNShard
 class PackedFFN:
     """Fills the FFN part's field of a :class:`ModelTable`, and owns what it points to."""
 
+    role = "ffn"
+    native = es.FFN_WEIGHTS
+
     def __init__(
         self,
         spec: ModelSpec,
@@ -52,8 +55,8 @@ class PackedFFN:
         table.ffn = self._layers
 
     def tensors(self) -> list[TensorListing]:
-        """Lists every share of a tensor that the rank holds."""
-        return self.weights.listing
+        """Lists every share of a tensor that the rank holds; none while the model sleeps."""
+        return self.weights.held()
 
     def close(self) -> None:
         """Gives the memory back, after the loop was closed."""

@@ -1,7 +1,7 @@
 """Packing of weights: from a checkpoint into the form that the native kernels read.
 
 A part of a model declares what it needs: matrices, and the tensors that they are made of. When all
-is declared, an arena of huge pages has room for all of it, and the checkpoint is read shard by shard.
+is declared, an arena of huge pages has room for it, and the checkpoint is read shard by shard.
 As soon as the tensors of a matrix are complete, the team packs them and they are dropped: memory
 holds the arena and the tensors of one unfinished matrix (a layer's q, k and v; an expert's gate and
 up). The arena has room for plain matrices; what compact ones leave free is never touched.
@@ -77,7 +77,7 @@ class PackedWeights:
         self.held_bytes = 0
         """Bytes of the arena that packed matrices take."""
         self.listing: list[TensorListing] = []
-        """Every tensor that was loaded, by the checkpoint's names and shapes."""
+        """Every tensor that is declared, by the checkpoint's names and shapes."""
         self.was_kept = False
         """Whether they were read in packed form."""
 
@@ -252,6 +252,10 @@ class PackedWeights:
             progress(here[number - first[owner]].nbytes)
         for out, compute in self._computed:
             out.copy_(compute())
+
+    def held(self) -> list[TensorListing]:
+        """Lists every tensor that is in memory."""
+        return self.listing if self.arena.taken else []
 
     def image(self) -> Image:
         """Returns where the weights lie."""
