@@ -486,6 +486,6 @@ def test_no_model_sleeps_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     gpu_pools = {"kv_pool_devices": "cuda:0", "weight_pool_devices": ["cuda:0"]}
     prepare(sleepers(path, models=[{}, {}], **gpu_pools))
     with pytest.raises(
-        ConfigError, match="weight_pool_bytes.*so that some of them must sleep.*GPU"
+        ConfigError, match=r"weight_pool_bytes.*so that some of them must sleep.*GPU"
     ):
         prepare(sleepers(path, models=[{}, {}], weight_pool_bytes=FFN_BYTES, **gpu_pools))

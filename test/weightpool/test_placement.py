@@ -17,7 +17,6 @@ from crosspool.ranks.host.ffn import FFNPart
 from crosspool.weightpool.placement import FFNShard, attention_bytes, initially_resident, place
 from make_random_checkpoint import make_random_checkpoint
 
-
 Keep = Literal["pinned", "demand", "asleep"]
 
 
