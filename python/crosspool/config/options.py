@@ -21,6 +21,9 @@ _STEPS = "batches and steps"
 _REQUESTS = "requests"
 _SERVER = "server"
 
+Keep = Literal["pinned", "demand", "asleep"]
+"""When a model's weights are in memory."""
+
 # A formatter would give every row ten lines.
 # fmt: off
 
@@ -52,7 +55,7 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
         "Most KV memory, over the whole pool, that this model's requests may take. If none is "
         "given, they may take all of it.",
         unit="bytes", example="128MiB")] = None
-    keep: Annotated[Literal["pinned", "demand", "asleep"], Option(
+    keep: Annotated[Keep, Option(
         "When the model's weights are in memory: pinned is always; demand is from the start while "
         "there is room, and whenever requests come; asleep is only once requests have come.",
         )] = "demand"

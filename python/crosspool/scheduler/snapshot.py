@@ -15,7 +15,14 @@ from crosspool.scheduler.counters import ModelCounters
 from crosspool.scheduler.queues import WaitingQueue
 from crosspool.scheduler.rank_state import RankState
 from crosspool.scheduler.rates import ModelRates
-from crosspool.transport.inspection import KVShare, ModelStatus, RankSnapshot, Snapshot
+from crosspool.transport.inspection import (
+    KVShare,
+    ModelResidency,
+    ModelStatus,
+    RankSnapshot,
+    Snapshot,
+)
+from crosspool.weightpool.placement import attention_bytes, place
 
 _SUMMED = ("running", "paused", "promised_chunks", "cached_chunks", "mapped_chunks")
 
@@ -53,6 +60,14 @@ def snapshot(
                 max_tokens=max_tokens[index],
                 pool_tokens=deployment.kv_pool_bytes // spec.kv_bytes_per_token,
                 ffn_ranks=deployment.ffn_ranks(index),
+                residency=ModelResidency(
+                    state="resident",
+                    keep=model.keep,
+                    ttl=model.ttl,
+                    priority=model.priority,
+                    attention_bytes=attention_bytes(spec) * len(ranks),
+                    ffn_bytes=sum(held[index] for held in place(deployment, specs).weight_bytes),
+                ),
                 **_sums(shares, size),
                 **msgspec.structs.asdict(deepcopy(counters[index])),
             )
