@@ -214,7 +214,7 @@ def test_control(fuzzed: FrontEndServer) -> None:
         messages.encode(result),
         messages.encode(messages.Failed(device="cpu", message="it burned")),
         messages.encode(messages.Inspected(id=1, device="cpu", report=Report())),
-        messages.encode(messages.Ready(version=5, device="cpu", pid=1, ranks=[])),
+        messages.encode(messages.Ready(version=6, device="cpu", pid=1, ranks=[], resident=[])),
     ]
     with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
         peer.setsockopt(zmq.LINGER, 0)

@@ -61,7 +61,13 @@ class Bed:
             role="attention" if name == KV else "ffn", rank=0, weight_bytes=1, kv_bytes=1
         )
         socket.send(
-            Ready(version=PROTOCOL_VERSION, device=name, pid=100 + incarnation, ranks=[rank])
+            Ready(
+                version=PROTOCOL_VERSION,
+                device=name,
+                pid=100 + incarnation,
+                ranks=[rank],
+                resident=[0],
+            )
         )
         self.hear(wait=20)
         return socket

@@ -116,7 +116,13 @@ class FakeDevice(threading.Thread):
                 if device.name == self._device:
                     kv = d.kv_pool_bytes // len(d.kv_pool_devices) if role == "attention" else 0
                     ranks.append(RankInfo(role=role, rank=rank, weight_bytes=1 << 20, kv_bytes=kv))
-        return Ready(version=PROTOCOL_VERSION, device=self._device, pid=0, ranks=ranks)
+        return Ready(
+            version=PROTOCOL_VERSION,
+            device=self._device,
+            pid=0,
+            ranks=ranks,
+            resident=list(range(len(d.models))),
+        )
 
     def _handle(self, socket: DeviceSocket, message: ToDevice) -> None:
         match message:

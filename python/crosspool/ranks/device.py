@@ -98,6 +98,13 @@ class DeviceRanks:
             )
         return infos
 
+    def resident(self) -> list[int]:
+        """Returns the models whose weights the device has, by their index."""
+        models = set() if self.attention is None else set(range(len(self.attention.parts)))
+        if self.ffn is not None:
+            models.update(self.ffn.parts)
+        return sorted(models)
+
     def inspect(self, what: InspectWhat) -> Report:
         """Returns the reply to :class:`~crosspool.transport.messages.Inspect`."""
         match what:

@@ -141,6 +141,7 @@ class DeviceProcess:
                 device=self._device.name,
                 pid=os.getpid(),
                 ranks=ranks.infos(),
+                resident=ranks.resident(),
             )
         )
         log.info("ready")

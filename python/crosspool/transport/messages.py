@@ -13,7 +13,7 @@ import msgspec
 
 from crosspool.transport.inspection import InspectWhat, RankInfo, Report
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 """The version that :class:`Ready` carries; any change of a message below raises it."""
 MAX_MESSAGE_BYTES = 256 << 20
 """A peer that sends more is cut off."""
@@ -116,6 +116,21 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
     unmap_chunks: list[int]
 
 
+class Wake(msgspec.Struct, frozen=True, kw_only=True, tag="wake"):
+    """Read the weights of a model that this device has a share of, its attention part, its FFN
+    part or both; :class:`Woken` is the reply. Steps of the model may come at once: the device makes
+    each layer as soon as its weights are there."""
+
+    model: int
+
+
+class Sleep(msgspec.Struct, frozen=True, kw_only=True, tag="sleep"):
+    """Give up the weights of a model; :class:`Slept` is the reply. It comes when no device has a
+    step of the model in flight, and after the :class:`Woken` of its last :class:`Wake`."""
+
+    model: int
+
+
 class Inspect(msgspec.Struct, frozen=True, kw_only=True, tag="inspect"):
     """A question about the device process; :class:`Inspected` with the same id is the reply."""
 
@@ -130,7 +145,7 @@ class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
     """False when nobody waits for the steps in flight, and a rank that they need may be dead."""
 
 
-ToDevice = Step | Recall | Release | Inspect | Shutdown
+ToDevice = Step | Recall | Release | Wake | Sleep | Inspect | Shutdown
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -172,6 +187,30 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     device: str
     pid: int
     ranks: list[RankInfo]
+    resident: list[int]
+    """Models whose weights the device has, of those that it has a share of."""
+
+
+class Waking(msgspec.Struct, frozen=True, kw_only=True, tag="waking"):
+    """How much of a model's weights has been read; it comes a few times a second."""
+
+    model: int
+    bytes: int
+    total_bytes: int
+
+
+class Woken(msgspec.Struct, frozen=True, kw_only=True, tag="woken"):
+    """The reply to :class:`Wake`: the device has all weights of the model, or none of them."""
+
+    model: int
+    error: str | None = None
+    """Why the device has none of them, in words for users."""
+
+
+class Slept(msgspec.Struct, frozen=True, kw_only=True, tag="slept"):
+    """The reply to :class:`Sleep`: the memory of the model's weights is free."""
+
+    model: int
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
@@ -190,7 +229,7 @@ class Inspected(msgspec.Struct, frozen=True, kw_only=True, tag="inspected"):
     report: Report
 
 
-FromDevice = StepResult | Ready | Failed | Inspected
+FromDevice = StepResult | Ready | Waking | Woken | Slept | Failed | Inspected
 
 _encoder = msgspec.msgpack.Encoder()
 _to_device = msgspec.msgpack.Decoder(ToDevice)
