@@ -37,10 +37,15 @@ from crosspool.transport.messages import (
     RowResult,
     Sampling,
     Shutdown,
+    Sleep,
+    Slept,
     Step,
     StepResult,
     ToDevice,
     TokenLogprobs,
+    Wake,
+    Waking,
+    Woken,
     decode_from_device,
     encode,
 )
@@ -88,10 +93,12 @@ class DeviceDriver:
         ready_timeout: float = 120.0,
         *,
         loops: Mapping[str, Literal["host", "resident"]] | None = None,
+        keep: Sequence[Literal["pinned", "demand", "asleep"]] | None = None,
         **fields: Any,
     ) -> None:
         """``places`` gives for each model the devices of its FFN weights, None for all of
-        ``weights``; ``loops`` the loop of single devices where it is not the deployment's;
+        ``weights``; ``loops`` the loop of single devices where it is not the deployment's; ``keep``
+        when each model's weights are in memory;
         ``fields`` further fields of the deployment."""
         self._loops = loops or {}
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="crosspool-test-"))
@@ -109,6 +116,7 @@ class DeviceDriver:
                     weight_pool_devices=None
                     if own is None
                     else tuple(Device(name) for name in own),
+                    keep="demand" if keep is None else keep[i],
                 )
                 for i, (path, own) in enumerate(
                     zip(models, places or [None] * len(models), strict=True)
@@ -367,6 +375,42 @@ class DeviceDriver:
                     unmap_chunks=self.allocators[sequence.rank].free(sequence.model, own),
                 ),
             )
+
+    def wake(self, *models: int) -> dict[int, str | None]:
+        """Have every device read the weights of models that it has a share of; returns the errors
+        of those that could not be read."""
+        waiting = set()
+        for model in models:
+            waiting |= {(device, model) for device in self._devices_of(model)}
+            for device in self._devices_of(model):
+                self.send(device, Wake(model=model))
+        errors: dict[int, str | None] = dict.fromkeys(models)
+        while waiting:
+            device, message = self.receive()
+            if isinstance(message, Woken):
+                waiting.remove((device, message.model))
+                errors[message.model] = errors[message.model] or message.error
+            else:
+                assert isinstance(message, Waking), message
+        return errors
+
+    def sleep(self, *models: int) -> None:
+        """Have every device give up the weights of models."""
+        waiting = set()
+        for model in models:
+            waiting |= {(device, model) for device in self._devices_of(model)}
+            for device in self._devices_of(model):
+                self.send(device, Sleep(model=model))
+        while waiting:
+            device, message = self.receive()
+            assert isinstance(message, Slept), message
+            waiting.remove((device, message.model))
+
+    def _devices_of(self, model: int) -> list[str]:
+        """Return the devices that have a share of a model."""
+        deployment = self.deployment
+        ffn = [deployment.weight_pool_devices[rank] for rank in deployment.ffn_ranks(model)]
+        return list(dict.fromkeys(device.name for device in (*deployment.kv_pool_devices, *ffn)))
 
     def shutdown(self, timeout: float = 20.0, *, drain: bool = True) -> dict[str, int]:
         """Ask every device process to end and return their exit statuses."""

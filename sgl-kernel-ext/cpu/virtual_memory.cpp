@@ -2,6 +2,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -9,6 +10,7 @@
 namespace {
 
 constexpr std::uint64_t kAlignment = std::uint64_t{2} << 20;
+constexpr std::uint64_t kDropBytes = std::uint64_t{32} << 20;
 constexpr int kAnonymous = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 
 std::byte* at(void* base, std::uint64_t index, std::uint64_t chunk_bytes) {
@@ -35,13 +37,6 @@ int advise(void* address, std::uint64_t bytes, bool inherited) {
   return madvise(address, bytes, MADV_DONTFORK) == 0 ? 0 : -errno;
 }
 
-int reserve_memory(std::uint64_t bytes, bool inherited, void** address) {
-  if (const int error = reserve(bytes, PROT_READ | PROT_WRITE, address)) return error;
-  const int error = advise(*address, bytes, inherited);
-  if (error != 0) munmap(*address, bytes);
-  return error;
-}
-
 // Moves pages; `from` stays mapped and is empty afterwards.
 int move(std::byte* from, std::byte* to, std::uint64_t bytes) {
   void* moved = mremap(from, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, to);
@@ -60,11 +55,28 @@ int crosspool_range_reserve(std::uint64_t bytes, void** address) {
 }
 
 int crosspool_parking_reserve(std::uint64_t bytes, void** address) {
-  return reserve_memory(bytes, false, address);
+  if (const int error = reserve(bytes, PROT_READ | PROT_WRITE, address)) return error;
+  const int error = advise(*address, bytes, false);
+  if (error != 0) munmap(*address, bytes);
+  return error;
 }
 
-int crosspool_arena_reserve(std::uint64_t bytes, void** address) {
-  return reserve_memory(bytes, true, address);
+int crosspool_arena_take(void* address, std::uint64_t bytes) {
+  void* taken = mmap(address, bytes, PROT_READ | PROT_WRITE, kAnonymous | MAP_FIXED, -1, 0);
+  if (taken == MAP_FAILED) return -errno;
+  return advise(address, bytes, true);
+}
+
+int crosspool_arena_drop(void* address, std::uint64_t bytes) {
+  // Piece by piece, so that other threads that need new memory do not wait for all of it.
+  for (std::uint64_t offset = 0; offset < bytes; offset += kDropBytes) {
+    const std::uint64_t piece = std::min(kDropBytes, bytes - offset);
+    if (madvise(static_cast<std::byte*>(address) + offset, piece, MADV_DONTNEED) != 0) {
+      return -errno;
+    }
+  }
+  void* left = mmap(address, bytes, PROT_NONE, kAnonymous | MAP_FIXED, -1, 0);
+  return left == MAP_FAILED ? -errno : 0;
 }
 
 int crosspool_touch(void* address, std::uint64_t bytes) {

@@ -116,6 +116,27 @@ class Loop:
         next."""
         self._push(es.Command(es.RECALL, 0, step, None, 0))
 
+    def push_close(self, model: int, *, refuse: bool) -> None:
+        """Has the loop read no weights of a model from now on, which it confirms with ``CLOSED``.
+        What needs them is refused, or waits until they are there again."""
+        self._push(es.Command(es.CLOSE, model, 0, int(refuse), 0))
+
+    def set_present(self, model: int, part: int, layers: int) -> None:
+        """Tells that the weights of the first ``layers`` layers of a part of a model are there. The
+        attention part has one layer more, the LM head."""
+        self._native.crosspool_loop_set_present(self._address, model, part, layers)
+
+    def read(self, reading: es.Reading) -> None:
+        """Reads weights, stage after stage, and tells the loop of each, in a thread that yields to
+        all others; returns at the end.
+
+        Raises OSError when a file cannot be read; its errno is EBADMSG where the weights have
+        another checksum, ENODATA where a file ends too early, and ECANCELED after
+        ``reading.stop`` was set."""
+        status = self._native.crosspool_loop_read(self._address, byref(reading))
+        if status < 0:
+            raise OSError(-status, os.strerror(-status))
+
     def pop(self) -> es.Event | None:
         """Takes the next event; None when there is none. Raises EngineError when the loop cannot
         go on."""

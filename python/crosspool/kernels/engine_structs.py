@@ -17,10 +17,12 @@ GQA, MLA = 0, 1
 """Values of ``crosspool::AttentionKind``."""
 GREEDY, DRAW, HOST = 0, 1, 2
 """Values of ``crosspool::Choice``."""
-STEP, RESUME, RECALL = 1, 2, 4
+STEP, RESUME, RECALL, CLOSE = 1, 2, 4, 6
 """Values of ``crosspool::CommandKind``."""
-DONE, LOGITS, FAILED, TOKENS = 1, 2, 3, 4
+DONE, LOGITS, FAILED, TOKENS, REFUSED, CLOSED = 1, 2, 3, 4, 5, 6
 """Values of ``crosspool::EventKind``."""
+ATTENTION_WEIGHTS, FFN_WEIGHTS = 0, 1
+"""Values of ``crosspool::WeightPart``."""
 
 
 class AttentionLayer(ctypes.Structure):
@@ -62,7 +64,7 @@ class ModelTable(ctypes.Structure):
         ("head", POINTER(ns.Matrix)),
         ("ffn", POINTER(FFNTable)),
         ("ffn_ranks", POINTER(c_int32)),
-        ("ffn_rank_count", c_int32),
+        *fields(c_int32, "ffn_rank_count asleep"),
     )
 
 
@@ -150,6 +152,21 @@ class Span(ctypes.Structure):
     )
 
 
+class ReadStage(ctypes.Structure):
+    _fields_ = tuple(fields(c_int32, "file first count part layers"))
+
+
+class Reading(ctypes.Structure):
+    _fields_ = (
+        ("stages", POINTER(ReadStage)),
+        ("spans", POINTER(Span)),
+        ("checksums", POINTER(c_uint64)),
+        *fields(c_int32, "stage_count model event_fd stages_read"),
+        ("bytes", c_uint64),
+        ("stop", c_int32),
+    )
+
+
 MIRRORED: tuple[type[ctypes.Structure], ...] = (
     AttentionLayer,
     FFNTable,
@@ -164,6 +181,8 @@ MIRRORED: tuple[type[ctypes.Structure], ...] = (
     TraceEvent,
     NativeLinkCounters,
     Span,
+    ReadStage,
+    Reading,
 )
 """Structures whose sizes ``crosspool_engine_sizes`` tells, in its order."""
 
@@ -189,6 +208,8 @@ SIGNATURES: Signatures = {
     "crosspool_loop_push": (c_int32, (c_void_p, POINTER(Command))),
     "crosspool_loop_pop": (c_int32, (c_void_p, POINTER(Event))),
     "crosspool_loop_last_served": (c_int64, (c_void_p,)),
+    "crosspool_loop_set_present": (None, (c_void_p, c_int32, c_int32, c_int32)),
+    "crosspool_loop_read": (c_int32, (c_void_p, POINTER(Reading))),
     "crosspool_loop_trace_start": (None, (c_void_p,)),
     "crosspool_loop_trace_stop": (c_uint64, (c_void_p, POINTER(TraceEvent), c_uint64)),
 }

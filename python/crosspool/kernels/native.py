@@ -17,7 +17,7 @@ import crosspool.kernels
 from crosspool.config.sizes import format_size
 
 LIBRARY = "libcrosspool_cpu.so"
-ABI_VERSION = 3
+ABI_VERSION = 5
 HUGE_PAGE = 2 << 20
 """Bytes of a huge page. Ranges are aligned to it, and chunks are multiples of it."""
 
@@ -36,7 +36,8 @@ _SIGNATURES: Signatures = {
     "crosspool_kernels": (ctypes.c_void_p, (ctypes.c_int32, ctypes.c_int32)),
     "crosspool_range_reserve": (ctypes.c_int, (_U64, _ADDRESS_POINTER)),
     "crosspool_parking_reserve": (ctypes.c_int, (_U64, _ADDRESS_POINTER)),
-    "crosspool_arena_reserve": (ctypes.c_int, (_U64, _ADDRESS_POINTER)),
+    "crosspool_arena_take": (ctypes.c_int, (ctypes.c_void_p, _U64)),
+    "crosspool_arena_drop": (ctypes.c_int, (ctypes.c_void_p, _U64)),
     "crosspool_touch": (ctypes.c_int, (ctypes.c_void_p, _U64)),
     "crosspool_chunks_map": _CHUNK_MOVE,
     "crosspool_chunks_unmap": _CHUNK_MOVE,
@@ -105,12 +106,15 @@ def reserve_parking(nbytes: int) -> int:
     return address.value or 0
 
 
-def reserve_arena(nbytes: int) -> int:
-    """Reserves memory for weights, which forked children share; returns where. Raises OSError."""
-    address = ctypes.c_void_p()
-    status = library().crosspool_arena_reserve(nbytes, ctypes.byref(address))
-    _check(status, f"reserving {format_size(nbytes)} for weights")
-    return address.value or 0
+def take_arena(address: int, nbytes: int) -> None:
+    """Makes a reserved range memory for weights, which forked children share. Raises OSError."""
+    what = f"taking {format_size(nbytes)} for weights"
+    _check(library().crosspool_arena_take(address, nbytes), what)
+
+
+def drop_arena(address: int, nbytes: int) -> None:
+    """Gives the memory of a range back to the system; the range stays reserved."""
+    _check(library().crosspool_arena_drop(address, nbytes), "giving back memory of weights")
 
 
 def touch(address: int, nbytes: int) -> None:

@@ -25,6 +25,7 @@ from crosspool.transport.inspection import (
     Report,
     TensorInfo,
 )
+from crosspool.transport.messages import Slept, Waking, Woken
 
 
 class Counted(Protocol):
@@ -60,6 +61,41 @@ class Traces(Protocol):
     def stop(self) -> list[LaneEvent]: ...
 
 
+class Residency(Protocol):
+    """Which models' weights the device has; weights come and go while others are in use."""
+
+    def resident(self) -> list[int]:
+        """Returns the models whose weights the device has, by their index."""
+
+    def wake(self, model: int) -> None:
+        """Begins to read the weights of a model."""
+
+    def sleep(self, model: int) -> None:
+        """Begins to give up the weights of a model."""
+
+    def news(self) -> list[Waking | Woken | Slept]:
+        """Returns what there is to tell since the last call."""
+
+
+@dataclass(frozen=True)
+class AlwaysResident:
+    """The residency of a device on which no model sleeps."""
+
+    models: Sequence[int]
+
+    def resident(self) -> list[int]:
+        return list(self.models)
+
+    def wake(self, model: int) -> None:
+        raise RuntimeError(f"model {model} never sleeps on this device")
+
+    def sleep(self, model: int) -> None:
+        raise RuntimeError(f"model {model} cannot sleep on this device")
+
+    def news(self) -> list[Waking | Woken | Slept]:
+        return []
+
+
 @dataclass
 class DeviceRanks:
     """The ranks of one device, what drives them, and their links."""
@@ -74,6 +110,7 @@ class DeviceRanks:
     trace: Traces
     resources: contextlib.ExitStack
     """Memory and threads that :meth:`close` gives back."""
+    residency: Residency
 
     def infos(self) -> list[RankInfo]:
         """Returns what :class:`~crosspool.transport.messages.Ready` tells of the ranks."""
@@ -97,13 +134,6 @@ class DeviceRanks:
                 )
             )
         return infos
-
-    def resident(self) -> list[int]:
-        """Returns the models whose weights the device has, by their index."""
-        models = set() if self.attention is None else set(range(len(self.attention.parts)))
-        if self.ffn is not None:
-            models.update(self.ffn.parts)
-        return sorted(models)
 
     def inspect(self, what: InspectWhat) -> Report:
         """Returns the reply to :class:`~crosspool.transport.messages.Inspect`."""

@@ -35,16 +35,18 @@ from crosspool.transport.messages import (
     Recall,
     Release,
     Shutdown,
+    Sleep,
     Step,
     StepResult,
     ToDevice,
+    Wake,
 )
 from crosspool.weightpool.placement import Placement, place
 
 if TYPE_CHECKING:
     from crosspool.models.spec import ModelSpec
     from crosspool.ranks.device import DeviceRanks
-    from crosspool.ranks.resident.load import ResidentWeights
+    from crosspool.ranks.resident.weights import ResidentWeights
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +143,7 @@ class DeviceProcess:
                 device=self._device.name,
                 pid=os.getpid(),
                 ranks=ranks.infos(),
-                resident=ranks.resident(),
+                resident=ranks.residency.resident(),
             )
         )
         log.info("ready")
@@ -185,6 +187,7 @@ class DeviceProcess:
             if executor.descriptor is not None:
                 self._socket.wait(_SLEEP, executor.descriptor)
                 self._send(executor.run(0.0))
+                self._tell(ranks)
                 continue
             if executor.quiet:
                 self._socket.wait(_SLEEP)
@@ -196,12 +199,20 @@ class DeviceProcess:
         for result in results:
             self._socket.send(result)
 
+    def _tell(self, ranks: DeviceRanks) -> None:
+        for news in ranks.residency.news():
+            self._socket.send(news)
+
     def _handle(self, message: ToDevice, ranks: DeviceRanks) -> None:
         match message:
             case Step() | Release():
                 ranks.executor.submit(message)
             case Recall():
                 ranks.executor.recall(message)
+            case Wake():
+                ranks.residency.wake(message.model)
+            case Sleep():
+                ranks.residency.sleep(message.model)
             case Inspect():
                 report = ranks.inspect(message.what)
                 self._socket.send(Inspected(id=message.id, device=self._device.name, report=report))

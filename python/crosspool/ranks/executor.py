@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-from crosspool.kernels.engine_structs import DONE, LOGITS, TOKENS, Event
+from crosspool.kernels.engine_structs import CLOSED, DONE, LOGITS, REFUSED, TOKENS, Event
 from crosspool.ranks.flight import Flight
 from crosspool.ranks.kv_rank import KVRank
 from crosspool.transport.messages import Recall, Release, Step, StepResult
@@ -177,6 +178,8 @@ class LoopExecutor(QueuedExecutor[R, FL]):
     def __init__(self, attention: R | None, loop: StepLoop, *, polls_peers: bool) -> None:
         super().__init__(attention, polls_peers=polls_peers)
         self._loop = loop
+        self.on_closed: Callable[[int], None] | None = None
+        """Called with a model whose weights the loop reads no more."""
 
     @abstractmethod
     def _look(self, flight: FL, event: Event) -> None:
@@ -192,7 +195,14 @@ class LoopExecutor(QueuedExecutor[R, FL]):
         Raises what the loop's ``pop`` does when the loop cannot go on."""
         results = []
         while (event := self._loop.pop()) is not None:
+            if event.kind == CLOSED and self.on_closed is not None:
+                self.on_closed(event.lane)
+                continue
             flight = self._flights[event.step]
+            if event.kind == REFUSED:
+                del self._flights[event.step]
+                results.append(StepResult(step=event.step, rows=[], refused=True))
+                continue
             if event.kind == LOGITS:
                 self._look(flight, event)
                 self._loop.push_resume(event.lane, event.step)

@@ -5,8 +5,9 @@
 
 A forked process shares the memory of the weights, huge pages and all, and has torch imported. So a
 device whose process has died is back as soon as it has its KV pool and its links, however large the
-models are. Under the host loop, whose weights are torch's, only the imports are shared. CUDA does
-not survive a fork: processes of GPUs are started as programs of their own.
+models are. Weights that the device gives up while it runs are given up here, too. Under the host
+loop, whose weights are torch's, only the imports are shared. CUDA does not survive a fork:
+processes of GPUs are started as programs of their own.
 
 No thread may live when a process is forked. Torch and what it stands on start theirs when they
 first compute in parallel, which is in the device process, after that has chosen its cores.
@@ -20,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +29,9 @@ from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.device import Device
 from crosspool.config.process import die_with_parent, freeze_heap, leave, set_title
 from crosspool.ranks.device_process import configure_logging, drive, read_specs
-from crosspool.ranks.resident.load import ResidentWeights, load_resident_weights
+from crosspool.ranks.resident.holder import HolderLink
+from crosspool.ranks.resident.load import load_resident_weights
+from crosspool.ranks.resident.weights import ResidentWeights
 from crosspool.transport.forking import serve_forks
 from crosspool.weightpool.placement import place
 
@@ -56,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _warn_of_threads()
     freeze_heap()  # the collector, writing to every object, would soon have copied all pages too
     run = partial(drive, deployment, device, arguments.lanes_fd, weights)
-    serve_forks({device.process_name: run}, arguments.launcher_fd)
+    if weights is None or weights.holder is None:
+        serve_forks({device.process_name: run}, arguments.launcher_fd)
+    else:
+        beside = {weights.holder.fileno(): partial(weights.serve, weights.holder)}
+        serve_forks({device.process_name: run}, arguments.launcher_fd, beside)
     return 0
 
 
@@ -69,7 +77,8 @@ def _load(deployment: Deployment, device: Device) -> ResidentWeights | None:
     os.sched_setaffinity(0, device.cores)  # memory comes from the node of whoever touches it first
     try:
         specs = read_specs(deployment)
-        return load_resident_weights(deployment, device, specs, place(deployment, specs))
+        loaded = load_resident_weights(deployment, device, specs, place(deployment, specs))
+        return replace(loaded, holder=HolderLink())
     finally:
         os.sched_setaffinity(0, everywhere)
 

@@ -4,6 +4,7 @@ it has imported what they need. :class:`crosspool.cli.forked.ForkServer` is the 
 from __future__ import annotations
 
 import os
+import select
 import socket
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,13 +17,25 @@ from crosspool.transport.forks import MAX_MESSAGE_BYTES, Fork, Forked
 _GO = b"go"
 
 
-def serve_forks(processes: Mapping[str, Callable[[int], int]], launcher_fd: int) -> None:
+def serve_forks(
+    processes: Mapping[str, Callable[[int], int]],
+    launcher_fd: int,
+    beside: Mapping[int, Callable[[], None]] | None = None,
+) -> None:
     """Forks one of ``processes`` for each Fork that the launcher sends, and replies with a Forked.
     A function takes the number of its incarnation; what it returns is its process's exit status.
+    ``beside``: functions that are called whenever a descriptor is readable, and before every fork.
     Returns when the launcher has closed its end."""
-    launcher = os.getppid()
+    launcher, others = os.getppid(), beside or {}
     with socket.socket(fileno=launcher_fd) as to_launcher:
-        while request := to_launcher.recv(MAX_MESSAGE_BYTES):
+        while True:
+            ready = select.select([to_launcher.fileno(), *others], [], [])[0]
+            for serve in others.values():
+                serve()
+            if to_launcher.fileno() not in ready:
+                continue
+            if not (request := to_launcher.recv(MAX_MESSAGE_BYTES)):
+                return
             fork = msgspec.json.decode(request, type=Fork)
             run = partial(processes[fork.name], fork.incarnation)
             pid, go = _fork_orphan(run, to_launcher, launcher)

@@ -178,6 +178,9 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, tag="step_result"):
     """Results in the order of the step's rows."""
     more: bool = False
     """Whether the step's lease goes on, so that another result with this number follows."""
+    refused: bool = False
+    """Whether a device has failed to read weights that the step needs: there are no rows, the lease
+    has ended, and its requests can go on only after they were opened again."""
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

@@ -71,6 +71,12 @@ class PackedCache:
         finally:
             os.close(file)
 
+    def is_being_written(self, name: str) -> bool:
+        """Whether another process writes a file now."""
+        part = self.folder / f"{name}{_PART}"
+        with self._locked():  # who looks would keep off who wants to begin
+            return part.exists() and not _is_left_behind(part)
+
     def discard(self, name: str) -> None:
         """Removes a file, if it is there."""
         with contextlib.suppress(OSError):

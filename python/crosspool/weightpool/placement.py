@@ -9,7 +9,7 @@ routed experts go whole to one rank each, in contiguous runs; the rest is as bef
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +19,7 @@ from crosspool.models.spec import DTYPE_BYTES, FFNSpec, ModelSpec, MoEFFN, Tenso
 
 if TYPE_CHECKING:
     from crosspool.config.deployment import Deployment
+    from crosspool.config.device import Device
 
 _GIB = 1 << 30
 
@@ -69,6 +70,9 @@ class Placement:
     """Bytes that each FFN rank holds of each model, indexed [FFN rank][model]; 0 where it holds
     nothing."""
 
+    attention_bytes: tuple[int, ...]
+    """Bytes of each model's attention part, which every attention rank holds."""
+
     @property
     def pool_bytes(self) -> int:
         """Bytes of the smallest weight pool that holds everything. Ranks share the pool evenly, so
@@ -104,7 +108,9 @@ def attention_bytes(spec: ModelSpec) -> int:
 def place(deployment: Deployment, specs: Sequence[ModelSpec]) -> Placement:
     """Shares every model's FFN weights among its FFN ranks.
 
-    Raises ConfigError when a rank would hold more than its share of ``weight_pool_bytes``."""
+    Raises ConfigError for models that can never be served: one that does not fit into a device's
+    share of ``weight_pool_bytes`` or ``attention_weight_bytes`` alone, or pinned ones that do not
+    fit together."""
     shards: tuple[dict[int, FFNShard], ...] = tuple({} for _ in deployment.weight_pool_devices)
     for model in range(len(specs)):
         ranks = deployment.ffn_ranks(model)
@@ -119,30 +125,106 @@ def place(deployment: Deployment, specs: Sequence[ModelSpec]) -> Placement:
         )
         for of_rank in shards
     )
-    placement = Placement(shards=shards, weight_bytes=weight_bytes)
-    _check_budget(deployment, placement)
+    placement = Placement(
+        shards=shards,
+        weight_bytes=weight_bytes,
+        attention_bytes=tuple(attention_bytes(spec) for spec in specs),
+    )
+    for room in rooms(deployment, placement):
+        _check_room(deployment, room)
     return placement
 
 
-def _check_budget(deployment: Deployment, placement: Placement) -> None:
-    """Raises ConfigError that names the fullest device when that is too full."""
-    devices = deployment.weight_pool_devices
-    held = [sum(of_rank) for of_rank in placement.weight_bytes]
-    fullest = held.index(max(held))
-    budget = deployment.weight_pool_bytes // len(devices)
-    if held[fullest] <= budget:
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What one device has for weights of one pool, and what each model needs of it."""
+
+    option: str
+    """Name of the option that sets the pool's bytes."""
+    what: str
+    """What weights these are."""
+    device: Device
+    devices: int
+    """Number of devices that share the pool's bytes evenly."""
+    bytes: int | None
+    """Bytes that the device has; None: as many as all models need."""
+    needed: tuple[int, ...]
+    """Bytes of each model; 0 where the device has no share of it."""
+
+    def holds(self, models: Iterable[int]) -> bool:
+        """Whether models fit together."""
+        return self.bytes is None or sum(self.needed[model] for model in models) <= self.bytes
+
+
+def rooms(deployment: Deployment, placement: Placement) -> list[Room]:
+    """Returns the rooms of all devices: those of the weight pool, then those for attention
+    weights."""
+    weights, kv = deployment.weight_pool_devices, deployment.kv_pool_devices
+    given = deployment.attention_weight_bytes
+    found = [
+        Room(
+            option="weight_pool_bytes",
+            what="FFN weights",
+            device=device,
+            devices=len(weights),
+            bytes=deployment.weight_pool_bytes // len(weights),
+            needed=needed,
+        )
+        for device, needed in zip(weights, placement.weight_bytes, strict=True)
+    ]
+    return found + [
+        Room(
+            option="attention_weight_bytes",
+            what="attention weights",
+            device=device,
+            devices=len(kv),
+            bytes=None if given is None else given // len(kv),
+            needed=placement.attention_bytes,
+        )
+        for device in kv
+    ]
+
+
+def initially_resident(deployment: Deployment, specs: Sequence[ModelSpec]) -> frozenset[int]:
+    """Returns the models that are in memory from the start, by their index: pinned ones, then, in
+    the order of the file, each of those on demand for which every device has room left.
+
+    Raises ConfigError as :func:`place` does."""
+    found = rooms(deployment, place(deployment, specs))
+    chosen = {index for index, model in enumerate(deployment.models) if model.keep == "pinned"}
+    for index, model in enumerate(deployment.models):
+        if model.keep == "demand" and all(room.holds(chosen | {index}) for room in found):
+            chosen.add(index)
+    return frozenset(chosen)
+
+
+def _check_room(deployment: Deployment, room: Room) -> None:
+    """Raises ConfigError when a model does not fit alone, or those that are pinned do not fit
+    together."""
+    if room.bytes is None:
         return
-    models = ", ".join(
-        f"{model.name} {size / _GIB:.3f} GiB"
-        for model, size in zip(deployment.models, placement.weight_bytes[fullest], strict=True)
-        if size
+    largest = max(range(len(room.needed)), key=lambda model: room.needed[model])
+    pinned = [index for index, model in enumerate(deployment.models) if model.keep == "pinned"]
+    if not room.holds([largest]):
+        models, advice = [largest], ""
+    elif not room.holds(pinned):
+        models, advice = pinned, ", pin fewer models"
+    else:
+        return
+    needed = sum(room.needed[model] for model in models)
+    named = ", ".join(
+        f"{deployment.models[model].name} {room.needed[model] / _GIB:.3f} GiB"
+        for model in models
+        if room.needed[model]
     )
+    are = "pinned models" if models == pinned and advice else "model"
     elsewhere = (
-        ", place models elsewhere with their weight_pool_devices" if len(devices) > 1 else ""
+        ", place models elsewhere with their weight_pool_devices"
+        if room.devices > 1 and room.option == "weight_pool_bytes"
+        else ""
     )
     raise ConfigError(
-        f"weight_pool_bytes is too small: the FFN weights on {devices[fullest].name} ({models}) "
-        f"need {held[fullest]} bytes, and each of the weight pool's {len(devices)} device(s) has "
-        f"{budget}. Raise it to {placement.pool_bytes}{elsewhere}, add weight pool devices, or "
-        "serve fewer models"
+        f"{room.option} is too small: the {room.what} on {room.device.name} of the {are} {named} "
+        f"need {needed} bytes, and each of the pool's {room.devices} device(s) has {room.bytes}. "
+        f"Raise it to {needed * room.devices}{elsewhere}{advice}, or serve fewer models"
     )

@@ -62,7 +62,9 @@ std::int32_t crosspool_engine_sizes(std::uint64_t* sizes, std::int32_t count) {
                                sizeof(crosspool::Event),
                                sizeof(crosspool::TraceEvent),
                                sizeof(crosspool::LinkCounters),
-                               sizeof(crosspool::Span)};
+                               sizeof(crosspool::Span),
+                               sizeof(crosspool::ReadStage),
+                               sizeof(crosspool::Reading)};
   std::copy_n(all, std::min<std::size_t>(std::size(all), count), sizes);
   return static_cast<std::int32_t>(std::size(all));
 }
@@ -113,6 +115,15 @@ std::int32_t crosspool_loop_pop(Loop* loop, crosspool::Event* event) {
 }
 
 std::int64_t crosspool_loop_last_served(Loop* loop) { return loop->last_served_ns(); }
+
+void crosspool_loop_set_present(Loop* loop, std::int32_t model, std::int32_t part,
+                                std::int32_t layers) {
+  loop->set_present(model, static_cast<crosspool::WeightPart>(part), layers);
+}
+
+std::int32_t crosspool_loop_read(Loop* loop, crosspool::Reading* reading) {
+  return crosspool::read_stages(*loop, *reading);
+}
 
 void crosspool_loop_trace_start(Loop* loop) { loop->trace().start(); }
 

@@ -12,6 +12,7 @@
 #include "loop.h"
 #include "spans.h"
 #include "team.h"
+#include "waking.h"
 
 extern "C" {
 
@@ -49,6 +50,11 @@ CROSSPOOL_API std::int32_t crosspool_loop_push(crosspool::Loop* loop,
 // Returns 0 when there is no event.
 CROSSPOOL_API std::int32_t crosspool_loop_pop(crosspool::Loop* loop, crosspool::Event* event);
 CROSSPOOL_API std::int64_t crosspool_loop_last_served(crosspool::Loop* loop);
+
+// See Loop::set_present and read_stages.
+CROSSPOOL_API void crosspool_loop_set_present(crosspool::Loop* loop, std::int32_t model,
+                                              std::int32_t part, std::int32_t layers);
+CROSSPOOL_API std::int32_t crosspool_loop_read(crosspool::Loop* loop, crosspool::Reading* reading);
 
 CROSSPOOL_API void crosspool_loop_trace_start(crosspool::Loop* loop);
 // Ends recording; copies at most `room` events and returns their number.

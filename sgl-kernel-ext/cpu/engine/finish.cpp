@@ -62,6 +62,10 @@ void Loop::collect(Lane& lane) {
   for (std::int32_t i = 0; i < model.ffn_rank_count; ++i) {
     OutgoingLink& link = outgoing(lane, model.ffn_ranks[i]);
     link.counters->count_combine(dispatch_bytes(lane));
+    if (!link.local && link.end.take_refusal()) {
+      lane.refused = true;
+      continue;
+    }
     if (link.local) {
       if (!lane.local_added) lane.partials.push_back({lane.partial.as<float>(), nullptr});
       continue;
@@ -133,6 +137,15 @@ void Loop::end_step(Lane& lane) {
   }
   publish({goes_on ? EventKind::kTokens : EventKind::kDone, static_cast<std::uint32_t>(lane.index),
            number, done, 0, 0});
+}
+
+// Ends a step, and its lease, for which there are no weights.
+void Loop::refuse_step(Lane& lane) {
+  const std::uint64_t number = lane.step->step;
+  lane.stage = Stage::kFree;
+  lane.step = nullptr;
+  publish({EventKind::kRefused, static_cast<std::uint32_t>(lane.index), number, 0, 0, 0});
+  begin_steps();
 }
 
 // Whether a further step follows the one that has just ended.

@@ -34,7 +34,7 @@ void Lane::take(StepArguments* arguments, const ModelTable* of, std::int32_t thr
   model = of;
   layer = 0;
   stage = Stage::kBegun;
-  local_pending = local_added = false;
+  local_pending = local_added = refused = false;
   partials.clear();
   const std::int32_t page_size = model->kv.page_size;
   for (std::int32_t i = 0; i < step->segment_count; ++i) {

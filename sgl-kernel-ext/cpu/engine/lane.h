@@ -49,6 +49,7 @@ struct Lane {
   // The dispatch under way.
   bool local_pending = false;     // this device's FFN rank has not computed its sum yet
   bool local_added = false;       // its sum is in the residual already
+  bool refused = false;           // an FFN rank has no weights for it
   Buffer partial;                 // its sum otherwise: floats [rows, hidden]
   std::vector<Partial> partials;  // to be added before the next part, in the order of FFN ranks
 

@@ -30,8 +30,10 @@ Loop::Loop(Team& team, const LoopDescription& description)
     : team_(team),
       description_(description),
       models_(copied(description)),
+      present_(models_.size()),
       workspace_(models_, description.max_rows, team.size()) {
   for (const ModelTable& model : models_) {
+    if (model.asleep == 0) present_[&model - models_.data()].set_all(model.layers + 1);
     for (std::int32_t i = 0; i < model.ffn_rank_count; ++i) {
       ffn_ranks_ = std::max<std::size_t>(ffn_ranks_, model.ffn_ranks[i] + 1);
     }
@@ -80,6 +82,11 @@ bool Loop::push(const Command& command) {
   const bool pushed = commands_.push(command);
   crosspool_doorbell_ring(description_.doorbell);
   return pushed;
+}
+
+void Loop::set_present(std::int32_t model, WeightPart part, std::int32_t layers) {
+  present_[model].set(part, layers);
+  crosspool_doorbell_ring(description_.doorbell);
 }
 
 void Loop::run(int thread) {
@@ -148,6 +155,10 @@ bool Loop::choose_lane(Lane& lane) {
     }
     collect(lane);
     if (failed_) return false;
+    if (lane.refused) {
+      refuse_step(lane);
+      return choose_lane(lane);
+    }
     ++lane.layer;
     lane.stage = lane.layer < model->layers ? Stage::kBegun : Stage::kHead;
     if (lane.stage == Stage::kHead && lane.step->wanted_count + lane.step->keep_count == 0) {
@@ -157,6 +168,12 @@ bool Loop::choose_lane(Lane& lane) {
     }
   }
   if (lane.stage != Stage::kBegun && lane.stage != Stage::kHead) return false;
+  const Presence found = presence(*lane.model, WeightPart::kAttention, lane.layer);
+  if (found == Presence::kRefused) {
+    refuse_step(lane);
+    return choose_lane(lane);
+  }
+  if (found == Presence::kLater) return false;
   chosen_.kind = lane.stage == Stage::kBegun ? PartKind::kAttention : PartKind::kHead;
   chosen_.index = lane.index;
   chosen_.model = lane.model;
@@ -172,6 +189,13 @@ bool Loop::choose_lane(Lane& lane) {
 
 bool Loop::choose_local(Lane& lane) {
   if (lane.stage != Stage::kWaiting || !lane.local_pending) return false;
+  const Presence found = presence(*lane.model, WeightPart::kFFN, lane.layer);
+  if (found == Presence::kRefused) {
+    lane.local_pending = false;
+    lane.refused = true;
+    return choose_lane(lane);
+  }
+  if (found == Presence::kLater) return false;
   chosen_.kind = PartKind::kLocalFFN;
   chosen_.index = lane.index;
   chosen_.model = lane.model;
@@ -212,6 +236,12 @@ bool Loop::choose_incoming(std::int32_t index) {
          std::to_string(row_bytes) + " bytes");
     return false;
   }
+  const Presence presence = this->presence(model, WeightPart::kFFN, header.layer);
+  if (presence == Presence::kRefused) {
+    link.end.refuse();
+    crosspool_doorbell_ring(link.peer);
+  }
+  if (presence != Presence::kHere) return false;
   chosen_.kind = PartKind::kRemoteFFN;
   chosen_.index = index;
   chosen_.model = &model;
@@ -243,6 +273,10 @@ bool Loop::take_commands() {
       case CommandKind::kRecall:
         recall(command.step);
         break;
+      case CommandKind::kClose:
+        present_[command.lane].set_all(command.arguments != 0 ? PresentLayers::kNone : 0);
+        publish({EventKind::kClosed, command.lane, 0, 0, 0, 0});
+        break;
       default:
         fail("command " + std::to_string(static_cast<std::uint32_t>(command.kind)) +
              " is none of a CPU's loop");
@@ -261,18 +295,43 @@ void Loop::recall(std::uint64_t step) {
   }
 }
 
-// Steps begin in the order in which they came, as lanes become free.
+// Steps begin in the order in which they came, as lanes become free. Those of a model whose weights
+// are still being read let others go first.
 void Loop::begin_steps() {
-  while (!queue_.empty()) {
-    StepArguments* step = queue_.front();
+  for (std::size_t i = 0; i < queue_.size();) {
+    StepArguments* step = queue_[i];
     const ModelTable& model = models_[step->model];
+    const bool first =
+        std::none_of(queue_.begin(), queue_.begin() + static_cast<std::ptrdiff_t>(i),
+                     [&](const StepArguments* earlier) { return earlier->model == step->model; });
+    if (!first || !may_begin(*step)) {
+      ++i;
+      continue;
+    }
     const auto lane = std::find_if(lanes_.begin(), lanes_.end(), [&](const Lane& one) {
       return one.stage == Stage::kFree && links_free(one, model);
     });
     if (lane == lanes_.end()) return;
-    queue_.erase(queue_.begin());
+    queue_.erase(queue_.begin() + static_cast<std::ptrdiff_t>(i));
     lane->take(step, &model, team_.size());
   }
+}
+
+// Whether a step may take a lane. One that will wait for layers there leaves another lane to steps
+// that need not.
+bool Loop::may_begin(const StepArguments& step) {
+  const auto last_layer_of = [&](const ModelTable& model) {
+    const Presence found = presence(model, WeightPart::kAttention, model.layers);
+    if (found != Presence::kHere || model.ffn == nullptr) return found;
+    return presence(model, WeightPart::kFFN, model.layers - 1);
+  };
+  const ModelTable& model = models_[step.model];
+  if (last_layer_of(model) != Presence::kLater) return true;
+  if (presence(model, WeightPart::kAttention, 0) != Presence::kHere) return false;
+  const auto waiting = std::count_if(lanes_.begin(), lanes_.end(), [&](const Lane& lane) {
+    return lane.stage != Stage::kFree && last_layer_of(*lane.model) == Presence::kLater;
+  });
+  return waiting + 1 < static_cast<std::ptrdiff_t>(lanes_.size());
 }
 
 // Whether no dispatch of a predecessor of this attention rank is outstanding on the lane.

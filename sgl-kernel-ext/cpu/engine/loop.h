@@ -16,6 +16,7 @@
 #include "ffn_part.h"
 #include "lane.h"
 #include "links.h"
+#include "present_layers.h"
 #include "tables.h"
 #include "team.h"
 #include "trace.h"
@@ -57,6 +58,9 @@ class Loop {
   bool push(const Command& command);
   bool pop(Event* event) { return events_.pop(event); }
   Trace& trace() { return trace_; }
+  // Tells that the first `layers` layers of a model's part have their weights, from any thread. The
+  // attention part has one layer more, the LM head.
+  void set_present(std::int32_t model, WeightPart part, std::int32_t layers);
   // CLOCK_MONOTONIC time of the last reply to another device, in ns; 0 before the first.
   std::int64_t last_served_ns() const { return last_served_.load(std::memory_order_relaxed); }
 
@@ -81,6 +85,7 @@ class Loop {
   bool choose_incoming(std::int32_t index);
   bool take_commands();
   void begin_steps();
+  bool may_begin(const StepArguments& step);
   bool links_free(const Lane& lane, const ModelTable& model);
   void wait(std::uint32_t seen);
   void finish();
@@ -90,6 +95,10 @@ class Loop {
   void finish_head(Lane& lane);
   void collect(Lane& lane);
   void end_step(Lane& lane);
+  void refuse_step(Lane& lane);
+  Presence presence(const ModelTable& model, WeightPart part, std::int32_t layer) {
+    return present_[&model - models_.data()].of_layer(part, layer);
+  }
   bool lease_goes_on(const StepArguments& step);
   void recall(std::uint64_t step);
   void publish(const Event& event);
@@ -103,6 +112,7 @@ class Loop {
   Team& team_;
   LoopDescription description_;
   std::vector<ModelTable> models_;
+  std::vector<PresentLayers> present_;  // by model
   std::size_t ffn_ranks_ = 1;
   Workspace workspace_;
   std::deque<Lane> lanes_;

@@ -55,22 +55,6 @@ int read_fully(int file, std::byte* data, std::int64_t bytes, std::uint64_t offs
   return 0;
 }
 
-int read_units(int file, Span& span, Range units) {
-  const auto step = static_cast<std::int32_t>(std::clamp<std::int64_t>(
-      kPieceBytes / std::max<std::int64_t>(span.unit_bytes, 1), 1, 1 << 20));
-  std::uint64_t sum = 0;
-  for (std::int32_t begin = units.begin; begin < units.end; begin += step) {
-    const Range piece{begin, std::min(units.end, begin + step)};
-    const std::int64_t at = piece.begin * span.unit_bytes;
-    const int error = read_fully(file, static_cast<std::byte*>(span.data) + at,
-                                 (piece.end - piece.begin) * span.unit_bytes, span.offset + at);
-    if (error != 0) return error;
-    sum += checksum(span, piece);
-  }
-  std::atomic_ref(span.checksum).fetch_add(sum, std::memory_order_relaxed);
-  return 0;
-}
-
 }  // namespace
 
 Range pairs(std::int32_t units, int thread, int threads) {
@@ -85,6 +69,26 @@ std::uint64_t checksum(const Span& span, Range units) {
     sum += unit_checksum(data, span.unit_bytes, unit);
   }
   return sum;
+}
+
+std::int32_t units_at_once(const Span& span) {
+  return static_cast<std::int32_t>(std::clamp<std::int64_t>(
+      kPieceBytes / std::max<std::int64_t>(span.unit_bytes, 1), 1, 1 << 20));
+}
+
+int read_units(int file, Span& span, Range units) {
+  const std::int32_t step = units_at_once(span);
+  std::uint64_t sum = 0;
+  for (std::int32_t begin = units.begin; begin < units.end; begin += step) {
+    const Range piece{begin, std::min(units.end, begin + step)};
+    const std::int64_t at = piece.begin * span.unit_bytes;
+    const int error = read_fully(file, static_cast<std::byte*>(span.data) + at,
+                                 (piece.end - piece.begin) * span.unit_bytes, span.offset + at);
+    if (error != 0) return error;
+    sum += checksum(span, piece);
+  }
+  std::atomic_ref(span.checksum).fetch_add(sum, std::memory_order_relaxed);
+  return 0;
 }
 
 int read_spans(Team& team, int file, Span* spans, std::int32_t count) {

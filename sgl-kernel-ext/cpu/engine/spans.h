@@ -29,6 +29,13 @@ Range pairs(std::int32_t units, int thread, int threads);
 // Any change within 8 bytes of a unit changes it.
 std::uint64_t checksum(const Span& span, Range units);
 
+// The number of a span's units that come to a few hundred KiB, or one.
+std::int32_t units_at_once(const Span& span);
+
+// Reads units of a span from a file and adds their checksum to the span's. Returns 0, or -errno;
+// -ENODATA where the file ends too early.
+int read_units(int file, Span& span, Range units);
+
 // Reads spans from a file, each thread its pairs of units, and sets their checksums. Returns 0, or
 // -errno of the first failure; -ENODATA where the file ends too early.
 int read_spans(Team& team, int file, Span* spans, std::int32_t count);

@@ -72,6 +72,7 @@ struct ModelTable {
 
   const std::int32_t* ffn_ranks;  // that share the model, ascending
   std::int32_t ffn_rank_count;
+  std::int32_t asleep;  // 1: no weights are there yet, only their shapes
 };
 
 // ---- A step

@@ -18,6 +18,8 @@ enum class CommandKind : std::uint32_t {
   kStop = 3,    // the loop ends; a GPU's lane leaves the device
   kRecall = 4,  // the lease of `step` ends with its step under way, or with the next one
   kTrace = 5,   // for a GPU's lane only: record stages from now on (`arguments` is 1), or no more
+  kClose = 6,   // for a CPU's loop only: it reads no weights of model `lane` from now on. If
+                // `arguments` is 1, it refuses what needs them, else that waits for them
 };
 
 struct Command {
@@ -33,6 +35,8 @@ enum class EventKind : std::uint32_t {
   kLogits = 2,  // logits of the step's wanted rows [first, first + count) wait for the host
   kFailed = 3,  // the loop, or the GPU's lane, cannot go on
   kTokens = 4,  // a step of a lease has ended and another follows; its tokens are in its arguments
+  kRefused = 5,  // the step has ended without a result, for weights that it needs are not there
+  kClosed = 6,   // the loop reads no weights of model `lane` any more
 };
 
 // `address`: with kLogits, a CPU's loop has the logits there, float [count, vocab]; with kFailed, a

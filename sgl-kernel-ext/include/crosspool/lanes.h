@@ -52,7 +52,7 @@ struct alignas(kLine) DispatchHeader {
 
 struct alignas(kLine) CombineHeader {
   std::uint64_t epoch;  // these three repeat the header of the dispatch
-  std::uint32_t rows;
+  std::uint32_t rows;   // 0: the FFN rank has no weights for it, and there is no partial sum
   std::uint32_t row_bytes;
 };
 
@@ -170,6 +170,15 @@ class AttentionEnd {
     return outstanding_ && memory_.link->combined.load() == sequence_;
   }
 
+  // Whether the FFN rank has refused the dispatch; no dispatch is outstanding then. Requires
+  // replied().
+  CROSSPOOL_INLINE bool take_refusal() {
+    const CombineHeader& header = memory_.link->combine;
+    const bool refused = header.epoch == sent_.epoch && header.rows == 0;
+    if (refused) outstanding_ = false;
+    return refused;
+  }
+
   // Takes the partial sum, which stays in place until the next dispatch; null when the reply
   // belongs to another dispatch. Requires replied().
   CROSSPOOL_INLINE const unsigned char* combine() {
@@ -216,13 +225,17 @@ class FFNEnd {
   CROSSPOOL_INLINE unsigned char* partial_sum() const { return memory_.combine_payload(); }
 
   // Publishes the partial sum; the caller then rings the peer.
-  CROSSPOOL_INLINE void reply() {
-    memory_.link->combine = {header_.epoch, header_.rows, header_.row_bytes};
+  CROSSPOOL_INLINE void reply() { publish({header_.epoch, header_.rows, header_.row_bytes}); }
+  // Says that there is no partial sum; the caller then rings the peer.
+  CROSSPOOL_INLINE void refuse() { publish({header_.epoch, 0, 0}); }
+
+ private:
+  CROSSPOOL_INLINE void publish(const CombineHeader& header) {
+    memory_.link->combine = header;
     replied_ = sequence_;
     memory_.link->combined.store(replied_);
   }
 
- private:
   LinkMemory memory_{};
   DispatchHeader header_{};
   std::uint64_t sequence_ = 0;

@@ -26,9 +26,13 @@ CROSSPOOL_API int crosspool_range_reserve(uint64_t bytes, void** address);
  * inherited by forked children, so that a fork never copies the pool. */
 CROSSPOOL_API int crosspool_parking_reserve(uint64_t bytes, void** address);
 
-/* Reserves memory for weights, 2 MiB aligned, on huge pages where the system has them; it comes
- * with the first touch. Forked children share it as long as nobody writes. */
-CROSSPOOL_API int crosspool_arena_reserve(uint64_t bytes, void** address);
+/* Makes a reserved range memory for weights, on huge pages where the system has them; it comes with
+ * the first touch. Forked children share it as long as nobody writes. */
+CROSSPOOL_API int crosspool_arena_take(void* address, uint64_t bytes);
+
+/* Gives the memory back to the system, as far as no other process shares it; the range stays
+ * reserved. */
+CROSSPOOL_API int crosspool_arena_drop(void* address, uint64_t bytes);
 
 /* Makes the memory under [address, address + bytes) exist by writing a byte of every page. */
 CROSSPOOL_API int crosspool_touch(void* address, uint64_t bytes);

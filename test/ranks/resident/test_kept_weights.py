@@ -70,9 +70,10 @@ def load(
     keeping = None if cache is None else keeper(cache)
     kept = None if keeping is None else keeping.of(model.name)
     if part == "attention":
-        loaded: Part = PackedAttention(spec, model, team, 64, progress, kept=kept)
+        loaded: Part = PackedAttention(spec, model, 64)
     else:
-        loaded = PackedFFN(spec, model, SHARDS[part], team, progress, kept=kept)
+        loaded = PackedFFN(spec, model, SHARDS[part])
+    loaded.load(team, progress, kept)
     assert done == sum(listing.bytes for listing in loaded.tensors())
     if keeping is not None:
         keeping.write()
@@ -178,7 +179,8 @@ def test_a_checkpoint_that_changes_meanwhile_is_not_kept(
 ) -> None:
     keeping = keeper(folder)
     spec = read_model(model, None, "bfloat16")
-    part = PackedFFN(spec, model, SHARDS["whole"], team, lambda done: None, kept=keeping.of("m"))
+    part = PackedFFN(spec, model, SHARDS["whole"])
+    part.load(team, lambda done: None, keeping.of("m"))
     (model / "model.safetensors").touch()
     with caplog.at_level(logging.WARNING):
         keeping.write()
@@ -278,7 +280,8 @@ def test_without_room_the_device_goes_on(
 ) -> None:
     keeping = WeightKeeper(PackedCache(folder, 1000, time.time_ns()))
     spec = read_model(model, None, "bfloat16")
-    part = PackedFFN(spec, model, SHARDS["whole"], team, lambda done: None, kept=keeping.of("m"))
+    part = PackedFFN(spec, model, SHARDS["whole"])
+    part.load(team, lambda done: None, keeping.of("m"))
     with caplog.at_level(logging.WARNING):
         keeping.write()
     assert "the packed weights of m are not kept" in caplog.text

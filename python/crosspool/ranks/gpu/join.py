@@ -17,7 +17,7 @@ from crosspool.kernels.cuda_loop import CudaLoop
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.kvpool.virtualizer import Virtualizer
 from crosspool.models.spec import ModelSpec
-from crosspool.ranks.device import Counted, DeviceRanks, Traces
+from crosspool.ranks.device import AlwaysResident, Counted, DeviceRanks, Traces
 from crosspool.ranks.gpu.executor import GPUExecutor
 from crosspool.ranks.gpu.flight import GPURank
 from crosspool.ranks.gpu.host_side import HostSide, start
@@ -144,7 +144,8 @@ def join_lanes(
         trace = ResidentGPUTrace(loop, **own, own_lanes=len(lanes), sources=links.sources)
     start(loop, host)
     return DeviceRanks(
-        deployment, device, executor, attention, ffn, outgoing, trace, resources
+        *(deployment, device, executor, attention, ffn, outgoing, trace, resources),
+        AlwaysResident(models),
     ), executor
 
 

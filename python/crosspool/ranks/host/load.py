@@ -9,7 +9,7 @@ from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.models.spec import ModelSpec
 from crosspool.observability.trace import LaneTrace
-from crosspool.ranks.device import DeviceRanks
+from crosspool.ranks.device import AlwaysResident, DeviceRanks
 from crosspool.ranks.host.attention import AttentionPart
 from crosspool.ranks.host.attention_rank import AttentionRank
 from crosspool.ranks.host.executor import HostLoop
@@ -64,4 +64,7 @@ def load_host_ranks(
         serves_peers=ffn is not None and any(d != device for d in deployment.kv_pool_devices),
         trace=trace,
     )
-    return DeviceRanks(deployment, device, executor, attention, ffn, links, trace, resources)
+    return DeviceRanks(
+        *(deployment, device, executor, attention, ffn, links, trace, resources),
+        AlwaysResident(range(len(specs))),
+    )

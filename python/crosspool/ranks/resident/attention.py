@@ -25,38 +25,50 @@ from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
 class PackedAttention:
     """Fills the attention part's fields of a :class:`ModelTable`, and owns what they point to."""
 
+    role = "attention"
+    native = es.ATTENTION_WEIGHTS
+
     def __init__(
         self,
         spec: ModelSpec,
         path: Path,
-        team: Team,
         positions: int,
-        progress: Progress,
-        *,
-        kept: KeptWeights | None = None,
     ) -> None:
-        """Loads the weights from ``kept``, or packs them. ``positions``: tokens of the longest
-        sequence that may come; ``progress`` is called with bytes read.
-
-        Raises ConfigError for a checkpoint that does not fit its config.json."""
+        """``positions``: tokens of the longest sequence that may come."""
         self._spec = spec
+        self._path = path
         self.positions = positions
         """Tokens of the longest sequence that may come."""
-        self.weights = PackedWeights(team, spec.dtype)
+        self.weights = PackedWeights(spec.dtype)
         self._layers = (es.AttentionLayer * spec.layers)()
         self._vectors: list[Tensor] = []
         self._declare()
         # Kept with the weights: computing them takes the import of transformers.
-        frequency = self.weights.computed(
+        self._frequency = self.weights.computed(
             (spec.attention.rope.dim // 2,), torch.float32, lambda: frequencies(spec, path)[0]
         )
-        scaling = self.weights.computed(
+        self._scaling = self.weights.computed(
             (1,),
             torch.float64,
             lambda: torch.tensor([frequencies(spec, path)[1]], dtype=torch.float64),
         )
-        self.weights.load(path, progress, kept)
-        self._cos, self._sin = _rope(spec, positions, frequency, float(scaling))
+        table = (positions, spec.attention.rope.dim // 2)
+        self._cos = self.weights.arena.tensor(table, torch.float32)
+        self._sin = self.weights.arena.tensor(table, torch.float32)
+        self.weights.settle()
+
+    def load(self, team: Team, progress: Progress, kept: KeptWeights | None = None) -> None:
+        """Loads the weights from ``kept``, or packs them; ``progress`` is called with bytes read.
+
+        Raises ConfigError for a checkpoint that does not fit its config.json."""
+        self.weights.load(self._path, team, progress, kept)
+        self.derive()
+
+    def derive(self) -> None:
+        """Computes what follows from the stage before all others: the tables of the rotations."""
+        cos, sin = _rope(self._spec, self.positions, self._frequency, float(self._scaling))
+        self._cos.copy_(cos)
+        self._sin.copy_(sin)
 
     def fill(self, table: es.ModelTable, kv: Tensor) -> None:
         """Fills in the attention part. ``kv``: the model's cache, [pages, layers, page_size,
@@ -103,8 +115,8 @@ class PackedAttention:
             table.latent_norm_eps = attention.latent_norm_eps
 
     def tensors(self) -> list[TensorListing]:
-        """Lists every tensor that the part holds."""
-        return self.weights.listing
+        """Lists every tensor that the part holds; none while the model sleeps."""
+        return self.weights.held()
 
     def close(self) -> None:
         """Gives the memory back, after the loop was closed."""
@@ -117,13 +129,14 @@ class PackedAttention:
         of_model = by_layer.pop(None)
         weights = self.weights
         self._embed: Tensor | None = None
+        last = self._spec.layers
         if self._spec.tied_embeddings:
-            head = of_model["embed"]
+            head, stage = of_model["embed"], 0
         else:
-            head = of_model["lm_head"]
+            head, stage = of_model["lm_head"], last
             self._embed = weights.plain(None, of_model["embed"])
-        self._head = weights.stacked(None, [(head, whole(head))])
-        self._final_norm = weights.floats(None, of_model["final_norm"])
+        self._head = weights.stacked(None, [(head, whole(head))], stage=stage)
+        self._final_norm = weights.floats(None, of_model["final_norm"], stage=last)
         for layer, refs in by_layer.items():
             assert layer is not None
             self._declare_layer(layer, refs)
@@ -160,7 +173,7 @@ class PackedAttention:
 
     def _stacked_bias(self, layer: int, refs: dict[str, TensorRef]) -> int:
         biases = [refs[f"{letter}_bias"] for letter in "qkv"]
-        joined = self.weights.array((sum(ref.shape[0] for ref in biases),), torch.float32)
+        joined = self.weights.array(layer, (sum(ref.shape[0] for ref in biases),), torch.float32)
         self._vectors.append(joined)
         places = joined.split([ref.shape[0] for ref in biases])
         for ref, place in zip(biases, places, strict=True):
@@ -173,8 +186,8 @@ class PackedAttention:
         """Cuts ``kv_b_proj`` [heads x (nope + v), latent] by head into the projection of queries to
         the latents, [latent, nope], and that of latents to values, [v, latent]."""
         nope, value, latent = spec.qk_nope_head_dim, spec.v_head_dim, spec.kv_lora_rank
-        keys_up = self.weights.matrices(spec.q_heads, latent, nope)
-        values_up = self.weights.matrices(spec.q_heads, value, latent)
+        keys_up = self.weights.matrices(layer, spec.q_heads, latent, nope)
+        values_up = self.weights.matrices(layer, spec.q_heads, value, latent)
 
         def finish(tensors: list[Tensor]) -> None:
             for head, both in enumerate(tensors[0].view(spec.q_heads, nope + value, latent)):

@@ -22,35 +22,41 @@ from crosspool.weightpool.placement import FFNShard
 class PackedFFN:
     """Fills the FFN part's field of a :class:`ModelTable`, and owns what it points to."""
 
+    role = "ffn"
+    native = es.FFN_WEIGHTS
+
     def __init__(
         self,
         spec: ModelSpec,
         path: Path,
         shard: FFNShard,
-        team: Team,
-        progress: Progress,
-        *,
-        kept: KeptWeights | None = None,
     ) -> None:
-        """Loads the rank's share from ``kept``, or packs it; ``progress`` is called with bytes
-        read.
-
-        Raises ConfigError for a checkpoint that does not fit its config.json."""
         self._spec = spec
+        self._path = path
         self._shard = shard
-        self.weights = PackedWeights(team, spec.dtype)
+        self.weights = PackedWeights(spec.dtype)
         self._layers = (es.FFNTable * spec.layers)()
         self._biases: list[Tensor] = []
         for layer, ffn in enumerate(spec.ffn):
             self._declare(layer, ffn)
-        self.weights.load(path, progress, kept)
+        self.weights.settle()
+
+    def load(self, team: Team, progress: Progress, kept: KeptWeights | None = None) -> None:
+        """Loads the rank's share from ``kept``, or packs it; ``progress`` is called with bytes
+        read.
+
+        Raises ConfigError for a checkpoint that does not fit its config.json."""
+        self.weights.load(self._path, team, progress, kept)
+
+    def derive(self) -> None:
+        """Computes what follows from the stage before all others: nothing."""
 
     def fill(self, table: es.ModelTable) -> None:
         table.ffn = self._layers
 
     def tensors(self) -> list[TensorListing]:
-        """Lists every share of a tensor that the rank holds."""
-        return self.weights.listing
+        """Lists every share of a tensor that the rank holds; none while the model sleeps."""
+        return self.weights.held()
 
     def close(self) -> None:
         """Gives the memory back, after the loop was closed."""
@@ -70,7 +76,7 @@ class PackedFFN:
         whole_experts = self._shard.parallel == "ep"
         width = ffn.intermediate if whole_experts else self._shard.width(ffn.intermediate)
         if width > 0 and len(held) > 0:
-            gate_up, down = self._pair(len(held), width)
+            gate_up, down = self._pair(layer, len(held), width)
             for i, expert in enumerate(held):
                 self._fill_mlp(layer, f"experts.{expert}", parts, gate_up[i], down[i])
             table.layer.gate_up, table.layer.down = gate_up, down
@@ -91,18 +97,18 @@ class PackedFFN:
         width = self._shard.width(intermediate)
         if width == 0:
             return
-        gate_up, down = self._pair(1, width)
+        gate_up, down = self._pair(layer, 1, width)
         self._fill_mlp(layer, key, parts, gate_up[0], down[0])
         table.shared_gate_up, table.shared_down = gate_up, down
 
     def _pair(
-        self, count: int, width: int
+        self, layer: int, count: int, width: int
     ) -> tuple[ctypes.Array[ns.Matrix], ctypes.Array[ns.Matrix]]:
         """Returns the matrices of ``count`` gated MLPs: gate and up in one, and down."""
         hidden = self._spec.hidden
         return (
-            self.weights.matrices(count, 2 * gated_columns(width), hidden),
-            self.weights.matrices(count, hidden, width),
+            self.weights.matrices(layer, count, 2 * gated_columns(width), hidden),
+            self.weights.matrices(layer, count, hidden, width),
         )
 
     def _fill_mlp(

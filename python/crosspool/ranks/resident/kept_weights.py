@@ -14,7 +14,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 from torch import Tensor
@@ -84,6 +84,8 @@ class Image:
     """Bytes of the arena."""
     matrices: Sequence[ns.Matrix]
     arrays: Sequence[Tensor]
+    stages: Sequence[int]
+    """Stages of the matrices, then of the arrays: in their order they are read while others run."""
 
 
 class WeightKeeper:
@@ -122,6 +124,11 @@ class WeightKeeper:
             if self._child and os.waitpid(self._child, os.WNOHANG)[0]:
                 self._child = 0
 
+    def write_now(self) -> None:
+        """Writes what was packed. Raises Unusable, ConfigError, OSError."""
+        while self._jobs:
+            self._jobs.pop().write()
+
     def write(self) -> None:
         """Writes what was packed. Where that is not possible, a warning says why."""
         for job in self._jobs:
@@ -142,34 +149,91 @@ class KeptWeights:
     _name: str
     _jobs: list[_Job]
 
-    def read(self, form: Form, image: Image, team: Team) -> Image | None:
-        """Fills matrices and arrays, and returns the image with its bytes; None when the cache does
-        not have them, or a damaged file, which is removed.
-
-        Raises ConfigError when the checkpoint cannot be read."""
-        key = form.key()
+    def open(self, key: str, image: Image) -> OpenWeights | None:
+        """Opens the file of ``key`` and tells the matrices of ``image`` where they will lie; None
+        when the cache does not have it, or a damaged file, which is removed. Nothing is read."""
         name = _file_name(self._name, key)
         with self._cache.opened(name) as file:
             if file is None:
                 return None
             try:
                 table, begin = packed_file.read(file, key)
-                held = _fill(file, table, begin, image, team)
+                held = _place(table, image)
             except (DamagedFile, OSError) as error:
-                path = self._cache.path(name)
-                log.warning("%s is removed: %s; the weights are packed anew", path, error)
-                self._cache.discard(name)
+                self.discard(key, error)
                 return None
-        warn_of_broken(form.checkpoint.path, table.broken)
-        return held
+            return OpenWeights(os.dup(file), table, held, _spans(held, begin))
+
+    def discard(self, key: str, error: Exception) -> None:
+        """Removes a damaged file, and logs why."""
+        name = _file_name(self._name, key)
+        path = self._cache.path(name)
+        log.warning("%s is removed: %s; the weights are packed anew", path, error)
+        self._cache.discard(name)
+
+    def is_being_written(self, key: str) -> bool:
+        """Whether another process writes the file of ``key``."""
+        return self._cache.is_being_written(_file_name(self._name, key))
+
+    def touch(self, key: str) -> bool:
+        """Notes that the file of ``key`` is still needed; returns whether there is one."""
+        with self._cache.opened(_file_name(self._name, key)) as file:
+            return file is not None
+
+    def read(self, form: Form, image: Image, team: Team) -> Image | None:
+        """Fills matrices and arrays, and returns the image with its bytes; None when the cache does
+        not have them, or a damaged file, which is removed.
+
+        Raises ConfigError when the checkpoint cannot be read."""
+        key = form.key()
+        opened = self.open(key, image)
+        if opened is None:
+            return None
+        with opened:
+            try:
+                opened.read(team)
+            except (DamagedFile, OSError) as error:
+                self.discard(key, error)
+                return None
+        warn_of_broken(form.checkpoint.path, opened.table.broken)
+        return opened.image
 
     def keep_later(self, form: Form, image: Image, broken: Sequence[str]) -> None:
         """Notes what :meth:`WeightKeeper.write` shall write."""
         self._jobs.append(_Job(self._cache, self._name, form, form.key(), image, broken))
 
 
-def _fill(file: int, table: PackedTable, begin: int, image: Image, team: Team) -> Image:
-    """Reads the weights of a file into memory. Raises DamagedFile, OSError."""
+@dataclass(frozen=True)
+class OpenWeights:
+    """A file of packed weights that is open for reading."""
+
+    file: int
+    table: PackedTable
+    image: Image
+    spans: ctypes.Array[es.Span]
+    """Matrices, then arrays, as they lie in the file and in memory."""
+
+    @property
+    def checksums(self) -> list[int]:
+        """What the spans must have when they have been read."""
+        return [packed.checksum for packed in self.table.matrices] + self.table.arrays
+
+    def read(self, team: Team) -> None:
+        """Reads all weights into memory. Raises DamagedFile, OSError."""
+        team.read(self.file, self.spans)
+        found = (span.checksum for span in self.spans)
+        if any(sum_ != right for sum_, right in zip(found, self.checksums, strict=True)):
+            raise DamagedFile("its weights have another checksum")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.file)
+
+
+def _place(table: PackedTable, image: Image) -> Image:
+    """Tells matrices where they lie, and returns the image with its bytes. Raises DamagedFile."""
     counts = len(table.matrices), len(table.arrays)
     if counts != (len(image.matrices), len(image.arrays)):
         raise DamagedFile("it has another number of matrices")
@@ -177,13 +241,7 @@ def _fill(file: int, table: PackedTable, begin: int, image: Image, team: Team) -
         matrix.data, matrix.encoding = image.arena + packed.offset, packed.encoding
         if not 0 <= packed.offset <= image.room - matrix.bytes:
             raise DamagedFile("a matrix lies outside the arena")
-    held = replace(image, bytes=table.arena_bytes)
-    spans = _spans(held, begin)
-    team.read(file, spans)
-    expected = [packed.checksum for packed in table.matrices] + table.arrays
-    if any(span.checksum != right for span, right in zip(spans, expected, strict=True)):
-        raise DamagedFile("its weights have another checksum")
-    return held
+    return replace(image, bytes=table.arena_bytes)
 
 
 @dataclass(frozen=True)

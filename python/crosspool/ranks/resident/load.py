@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 from torch import Tensor
 
@@ -21,18 +21,19 @@ from crosspool.kernels.isa import default_isa
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.kv_memory import cache_tokens, kv_pool
-from crosspool.ranks.resident.attention import PackedAttention
 from crosspool.ranks.resident.executor import ResidentLoop
 from crosspool.ranks.resident.ffn import PackedFFN
 from crosspool.ranks.resident.flight import ResidentRank
-from crosspool.ranks.resident.kept_weights import KeptWeights, WeightKeeper
+from crosspool.ranks.resident.kept_weights import WeightKeeper
 from crosspool.ranks.resident.links import ResidentLink, ResidentLinks
+from crosspool.ranks.resident.packer import packer_command
 from crosspool.ranks.resident.packing import NATIVE_DTYPES
+from crosspool.ranks.resident.residency import ModelResidency, SleepingModel
 from crosspool.ranks.resident.trace import ResidentTrace
+from crosspool.ranks.resident.weights import ResidentWeights, file_name, keeper_of
 from crosspool.ranks.weights import TORCH_DTYPES, HeldModel, held_models
 from crosspool.transport.data_path import spin_ns_of
-from crosspool.weightpool.packed_cache import PackedCache, Unusable, default_folder
-from crosspool.weightpool.placement import Placement
+from crosspool.weightpool.placement import Placement, initially_resident
 
 log = logging.getLogger(__name__)
 
@@ -47,37 +48,24 @@ class ResidentFFN:
     links: Sequence[ResidentLink]
 
 
-@dataclass(frozen=True)
-class ResidentWeights:
-    """What a device holds of all models, in packed form. Forked processes share it."""
-
-    attention: list[PackedAttention]
-    """Every model's, if the device has an attention rank."""
-    ffn: dict[int, PackedFFN]
-    """The models that lie on the FFN rank, by their index."""
-
-    def close(self) -> None:
-        """Gives the memory back, after the loop that reads it was closed."""
-        parts: list[PackedAttention | PackedFFN] = [*self.attention, *self.ffn.values()]
-        for part in parts:
-            part.close()
-
-
 def load_resident_weights(
     deployment: Deployment, device: Device, specs: Sequence[ModelSpec], placement: Placement
 ) -> ResidentWeights:
-    """Reads the weights of a device, packs those that no earlier process has packed, and has these
-    kept. No thread is left.
+    """Reads the weights of the models that are in memory from the start, packs those that no
+    earlier process has packed, and has these kept. No thread is left.
 
     Raises ConfigError for a bad checkpoint, and kernels that this machine cannot run."""
     log.info("%d threads with %s kernels", len(device.cores), default_isa())
-    weights = ResidentWeights([], {})
-    keeper = _keeper(deployment)
+    weights = ResidentWeights({}, {}, {})
+    keeper = keeper_of(deployment)
     tokens = cache_tokens(deployment, specs)
+    resident = initially_resident(deployment, specs)
     with Team(device.cores) as team:
         loading = _Loading(device, team, keeper, weights)
         for held in held_models(deployment, device, specs, placement):
-            loading.load(held, min(held.spec.context, tokens[held.index]))
+            weights.declare(held, min(held.spec.context, tokens[held.index]), keeper)
+            if held.index in resident:
+                loading.load(held)
     if keeper is not None:
         keeper.start()
     return weights
@@ -100,14 +88,17 @@ def load_resident_ranks(
     if device in deployment.kv_pool_devices:
         virtualizer, kv = kv_pool(deployment, device, specs)
         resources.callback(virtualizer.close)
-    for index, attention_part in enumerate(weights.attention):
+    for index, attention_part in weights.attention.items():
         attention_part.fill(tables[index], kv[index])
     for index, ffn_part in weights.ffn.items():
         ffn_part.fill(tables[index])
+    for index, table in enumerate(tables):
+        table.asleep = any(not part.weights.arena.taken for part in weights.parts(index))
     links = ResidentLinks(deployment, device, lanes_fd)
     attention = ffn = None
     if links.attention_rank >= 0:
-        attention = ResidentRank(links.attention_rank, specs, weights.attention, virtualizer, kv)
+        parts = [weights.attention[index] for index in range(len(specs))]
+        attention = ResidentRank(links.attention_rank, specs, parts, virtualizer, kv)
     if links.ffn_rank >= 0:
         ffn = ResidentFFN(links.ffn_rank, weights.ffn, links.ffn)
     description = es.LoopDescription(
@@ -123,9 +114,23 @@ def load_resident_ranks(
     resources.callback(lambda: (tables, links, description))
     executor = ResidentLoop(attention, team, description)
     resources.callback(executor.close)
+    residency = ModelResidency(
+        {
+            index: SleepingModel(weights.parts(index), weights.sleeping.get(index))
+            for index in range(len(specs))
+            if weights.parts(index)
+        },
+        executor.loop,
+        executor.descriptor,
+        partial(packer_command, deployment, device),
+        (lambda model: None) if weights.holder is None else weights.holder.give_up,
+    )
+    executor.on_closed = residency.closed
+    resources.callback(residency.close)
     trace = ResidentTrace(executor.loop, links.attention_rank, links.ffn_rank)
     return DeviceRanks(
-        deployment, device, executor, attention, ffn, links.attention, trace, resources
+        *(deployment, device, executor, attention, ffn, links.attention, trace, resources),
+        residency,
     )
 
 
@@ -138,46 +143,19 @@ class _Loading:
     keeper: WeightKeeper | None
     weights: ResidentWeights
 
-    def load(self, held: HeldModel, positions: int) -> None:
-        """Adds the device's part of a model. ``positions``: tokens of the longest sequence that may
-        come."""
-        spec, path, team = held.spec, held.path, self.team
-        parts: list[PackedAttention | PackedFFN] = []
+    def load(self, held: HeldModel) -> None:
+        """Loads the device's part of a model."""
+        parts = self.weights.parts(held.index)
         with held.loading(self.device) as loaded:
-            progress = loaded.progress
-            if held.attention:
-                kept = self._kept(path, "attention")
-                attention = PackedAttention(spec, path, team, positions, progress, kept=kept)
-                self.weights.attention.append(attention)
-                parts.append(attention)
-            if held.ffn is not None:
-                kept = self._kept(path, "ffn")
-                ffn = PackedFFN(spec, path, held.ffn, team, progress, kept=kept)
-                self.weights.ffn[held.index] = ffn
-                parts.append(ffn)
+            for part in parts:
+                kept = None if self.keeper is None else self.keeper.of(file_name(held.path, part))
+                part.load(self.team, loaded.progress, kept)
             plain = format_size(sum(part.weights.plain_bytes for part in parts))
             compact = format_size(sum(part.weights.held_bytes for part in parts))
             if all(part.weights.was_kept for part in parts):
                 loaded.notes.append(f"{compact} of packed matrices read")
             else:
                 loaded.notes.append(f"{plain} of matrices packed into {compact}")
-
-    def _kept(self, path: Path, role: str) -> KeptWeights | None:
-        return None if self.keeper is None else self.keeper.of(f"{path.name}-{role}")
-
-
-def _keeper(deployment: Deployment) -> WeightKeeper | None:
-    """Packed weights that outlive this process; None where none shall be, or can be."""
-    if not deployment.packed_cache_bytes:
-        return None
-    given = deployment.packed_cache_dir
-    try:
-        folder = default_folder() if given is None else Path(given).expanduser().absolute()
-        began_ns = deployment.file.stat().st_mtime_ns
-        return WeightKeeper(PackedCache(folder, deployment.packed_cache_bytes, began_ns))
-    except Unusable as error:
-        log.warning("packed weights are not kept: %s", error)
-        return None
 
 
 def _tables(deployment: Deployment, specs: Sequence[ModelSpec]) -> ctypes.Array[es.ModelTable]:

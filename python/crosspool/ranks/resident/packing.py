@@ -1,7 +1,7 @@
 """Packing of weights: from a checkpoint into the form that the native kernels read.
 
 A part of a model declares what it needs: matrices, and the tensors that they are made of. When all
-is declared, one arena of huge pages takes all matrices, and the checkpoint is read shard by shard.
+is declared, an arena of huge pages has room for it, and the checkpoint is read shard by shard.
 As soon as the tensors of a matrix are complete, the team packs them and they are dropped: memory
 holds the arena and the tensors of one unfinished matrix (a layer's q, k and v; an expert's gate and
 up). The arena has room for plain matrices; what compact ones leave free is never touched.
@@ -20,16 +20,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crosspool.kernels import native
 from crosspool.kernels import native_structs as ns
 from crosspool.kernels.engine import Team
 from crosspool.models.spec import TensorRef
 from crosspool.observability.progress import Progress
+from crosspool.ranks.resident.arena import Arena, round_up
 from crosspool.ranks.resident.kept_weights import Form, Image, KeptWeights
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
 from crosspool.weightpool.checkpoint import Checkpoint
 
 _LINE = 64
+BEFORE_ALL = -1
+"""The stage of what must be there before any layer."""
 NATIVE_DTYPES = {torch.bfloat16: ns.BFLOAT16, torch.float32: ns.FLOAT32}
 
 Index = tuple[slice, ...]
@@ -49,37 +51,44 @@ class _Declared:
 class PackedWeights:
     """One part of one model in packed form.
 
-    >>> weights = PackedWeights(team, "bfloat16")
+    >>> weights = PackedWeights("bfloat16")
     >>> qkv = weights.stacked(0, [(q, whole(q)), (k, whole(k)), (v, whole(v))])
     >>> norm = weights.floats(0, input_norm)
-    >>> weights.load(path, progress)  # qkv.data points to panels, norm holds the values
+    >>> weights.settle()
+    >>> weights.load(path, team, progress)  # qkv.data points to panels, norm holds the values
+
+    Every declaration has a stage: the layer that needs the tensors first, 0 for what all layers
+    need, and the number of layers for the LM head. Weights are read in the order of their stages.
     """
 
-    def __init__(self, team: Team, dtype: str) -> None:
-        self._team = team
+    def __init__(self, dtype: str) -> None:
+        self.arena = Arena()
         self._dtype = TORCH_DTYPES[dtype]
         self._declared: list[_Declared] = []
         self._matrices: list[ns.Matrix] = []
         self._arrays: list[Tensor] = []
+        self._matrix_stages: list[int] = []
+        self._array_stages: list[int] = []
         self._computed: list[tuple[Tensor, Callable[[], Tensor]]] = []
-        self._arena = 0
-        self._arena_bytes = 0
+        self._team: Team | None = None
+        self._base = 0
         self.plain_bytes = 0
         """Bytes that the declared matrices take as plain panels."""
         self.held_bytes = 0
         """Bytes of the arena that packed matrices take."""
         self.listing: list[TensorListing] = []
-        """Every tensor that was loaded, by the checkpoint's names and shapes."""
+        """Every tensor that is declared, by the checkpoint's names and shapes."""
         self.was_kept = False
         """Whether they were read in packed form."""
 
     def matrices(
-        self, count: int, n: int, k: int, dtype: torch.dtype | None = None
+        self, stage: int, count: int, n: int, k: int, dtype: torch.dtype | None = None
     ) -> ctypes.Array[ns.Matrix]:
         """Returns ``count`` matrices of one shape in an array, to be filled by a declaration."""
         number = NATIVE_DTYPES[dtype or self._dtype]
         array = (ns.Matrix * count)(*(ns.Matrix(None, n, k, number) for _ in range(count)))
         self._matrices += [array[i] for i in range(count)]
+        self._matrix_stages += [stage] * count
         return array
 
     def stacked(
@@ -87,14 +96,17 @@ class PackedWeights:
         layer: int | None,
         parts: Sequence[tuple[TensorRef, Index]],
         into: ns.Matrix | None = None,
+        *,
+        stage: int | None = None,
     ) -> ns.Matrix:
         """Declares a matrix of tensors [n_i, k] that follow one another along n, and returns it.
 
-        ``into``: the matrix to fill; None: a new one."""
+        ``into``: the matrix to fill; None: a new one. ``stage``: None stands for the layer."""
         dtype = self._held_dtype(parts[0][0])
         shapes = [_shape(index) for _, index in parts]
         if into is None:
-            into = self.matrices(1, sum(n for n, _ in shapes), shapes[0][1], dtype)[0]
+            stage = _stage(layer) if stage is None else stage
+            into = self.matrices(stage, 1, sum(n for n, _ in shapes), shapes[0][1], dtype)[0]
         matrix = into
 
         def finish(tensors: list[Tensor]) -> None:
@@ -115,33 +127,35 @@ class PackedWeights:
 
         def finish(tensors: list[Tensor]) -> None:
             self._place(into)
-            self._team.pack_gated(into, *(source(tensor) for tensor in tensors))
-            self.held_bytes += _up(into.bytes, _LINE)
+            self._packers.pack_gated(into, *(source(tensor) for tensor in tensors))
+            self.held_bytes += round_up(into.bytes, _LINE)
 
         self._declared.append(_Declared(layer, [gate, up], self._dtype, finish))
 
-    def floats(self, layer: int | None, part: TensorRef) -> Tensor:
+    def floats(self, layer: int | None, part: TensorRef, *, stage: int | None = None) -> Tensor:
         """Declares a vector in float32, rounded to the model's dtype, and returns it."""
-        out = self.array(part.shape, torch.float32)
+        out = self.array(_stage(layer) if stage is None else stage, part.shape, torch.float32)
         self.copied(layer, part, out)
         return out
 
     def plain(self, layer: int | None, part: TensorRef) -> Tensor:
         """Declares an unpacked tensor in the model's dtype, and returns it."""
-        out = self.array(part.shape, self._held_dtype(part))
+        out = self.array(_stage(layer), part.shape, self._held_dtype(part))
         self.copied(layer, part, out)
         return out
 
-    def array(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def array(self, stage: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Declares a tensor that the caller's other declarations fill, and returns it."""
-        self._arrays.append(torch.empty(shape, dtype=dtype))
+        self._arrays.append(self.arena.tensor(shape, dtype))
+        self._array_stages.append(stage)
         return self._arrays[-1]
 
     def computed(
         self, shape: Sequence[int], dtype: torch.dtype, compute: Callable[[], Tensor]
     ) -> Tensor:
-        """Declares a tensor that ``compute`` returns when weights are packed, and returns it."""
-        out = self.array(shape, dtype)
+        """Declares a tensor that ``compute`` returns when weights are packed, and returns it. It is
+        there before all others, in stage -1."""
+        out = self.array(BEFORE_ALL, shape, dtype)
         self._computed.append((out, compute))
         return out
 
@@ -158,26 +172,40 @@ class PackedWeights:
     def pack(self, matrix: ns.Matrix, sources: Sequence[ns.Source]) -> None:
         """Packs one matrix, from within a :meth:`custom` declaration."""
         self._place(matrix)
-        self._team.pack(matrix, sources)
-        self.held_bytes += _up(matrix.bytes, _LINE)
+        self._packers.pack(matrix, sources)
+        self.held_bytes += round_up(matrix.bytes, _LINE)
 
     def _place(self, matrix: ns.Matrix) -> None:
-        matrix.data = self._arena + self.held_bytes
+        matrix.data = self._base + self.held_bytes
 
-    def load(self, path: Path, progress: Progress, kept: KeptWeights | None = None) -> None:
-        """Reads everything from ``kept``, if it has it, or reads the checkpoint and packs it;
-        ``progress`` is called with bytes read.
+    @property
+    def _packers(self) -> Team:
+        assert self._team is not None
+        return self._team
 
-        Raises ConfigError when the checkpoint lacks a tensor or has another shape."""
-        checkpoint = Checkpoint(path)
+    def settle(self) -> None:
+        """Reserves room for the matrices, once everything is declared."""
         self.listing = [
             _listing(one.layer, ref, index, one.dtype)
             for one in self._declared
             for ref, index in one.parts
         ]
-        self._allocate()
-        form = self._form(checkpoint)
-        image = kept.read(form, self.image(), self._team) if kept else None
+        self.plain_bytes = sum(round_up(matrix.bytes, _LINE) for matrix in self._matrices)
+        self._base = self.arena.reserve(self.plain_bytes)
+
+    def load(
+        self, path: Path, team: Team, progress: Progress, kept: KeptWeights | None = None
+    ) -> None:
+        """Reads everything from ``kept``, if it has it, or reads the checkpoint and packs it;
+        ``progress`` is called with bytes read. No loop may run on the team.
+
+        Raises ConfigError when the checkpoint lacks a tensor or has another shape."""
+        checkpoint = Checkpoint(path)
+        self._team = team
+        self.held_bytes = 0
+        self.arena.take()
+        form = self.form(checkpoint)
+        image = kept.read(form, self.image(), team) if kept else None
         self.was_kept = image is not None
         if image is not None:
             self.held_bytes = image.bytes
@@ -187,7 +215,8 @@ class PackedWeights:
         if kept:
             kept.keep_later(form, self.image(), checkpoint.broken)
 
-    def _form(self, checkpoint: Checkpoint) -> Form:
+    def form(self, checkpoint: Checkpoint) -> Form:
+        """Returns what tells the packed weights from others."""
         return Form(
             checkpoint,
             tuple(ref for one in self._declared for ref, _ in one.parts),
@@ -224,23 +253,27 @@ class PackedWeights:
         for out, compute in self._computed:
             out.copy_(compute())
 
+    def held(self) -> list[TensorListing]:
+        """Lists every tensor that is in memory."""
+        return self.listing if self.arena.taken else []
+
     def image(self) -> Image:
         """Returns where the weights lie."""
-        return Image(self._arena, self.held_bytes, self._arena_bytes, self._matrices, self._arrays)
+        return Image(
+            arena=self._base,
+            bytes=self.held_bytes,
+            room=self.plain_bytes,
+            matrices=self._matrices,
+            arrays=self._arrays,
+            stages=self._matrix_stages + self._array_stages,
+        )
 
     def close(self) -> None:
         """Gives the memory back, after the loop that reads it was closed."""
-        if self._arena:
-            native.release(self._arena, self._arena_bytes)
-            self._arena = 0
+        self.arena.close()
 
     def _held_dtype(self, ref: TensorRef) -> torch.dtype:
         return torch.float32 if ref.keep_fp32 else self._dtype
-
-    def _allocate(self) -> None:
-        self.plain_bytes = sum(_up(matrix.bytes, _LINE) for matrix in self._matrices)
-        self._arena_bytes = max(_up(self.plain_bytes, native.HUGE_PAGE), native.HUGE_PAGE)
-        self._arena = native.reserve_arena(self._arena_bytes)
 
 
 def whole(ref: TensorRef) -> Index:
@@ -250,7 +283,7 @@ def whole(ref: TensorRef) -> Index:
 
 def gated_columns(width: int) -> int:
     """Columns that each half of a gated pair of ``width`` takes, with padding."""
-    return _up(width, ns.DEPTH)
+    return round_up(width, ns.DEPTH)
 
 
 def source(tensor: Tensor) -> ns.Source:
@@ -270,8 +303,8 @@ def _bounds(index: Index) -> list[tuple[int, int]]:
     return [(part.start, part.stop) for part in index]
 
 
-def _up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit
+def _stage(layer: int | None) -> int:
+    return 0 if layer is None else layer
 
 
 def _listing(layer: int | None, ref: TensorRef, index: Index, dtype: torch.dtype) -> TensorListing:

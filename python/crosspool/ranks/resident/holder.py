@@ -1,0 +1,47 @@
+"""How a device process tells the process that holds its weights that a model sleeps, so that this
+one gives the memory up, too."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+_MODEL_BYTES = 4
+_REPLY_SECONDS = 30.0
+
+
+class HolderLink:
+    """A socket between the holder and the device processes that it forks, one after another."""
+
+    def __init__(self) -> None:
+        self._holder, self._device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._holder.setblocking(False)
+        self._device.settimeout(_REPLY_SECONDS)
+
+    def give_up(self, model: int) -> None:
+        """The device's end: returns when the holder has given a model's weights up. Where it does
+        not within seconds, a warning says so."""
+        mine = model.to_bytes(_MODEL_BYTES, "little")
+        try:
+            self._device.send(mine)
+            while self._device.recv(_MODEL_BYTES) != mine:
+                pass  # the reply to a device process that has died
+        except OSError as error:
+            log.warning("the holder still has the weights of model %d: %s", model, error)
+
+    def fileno(self) -> int:
+        """The holder's end, which is readable when there is a message."""
+        return self._holder.fileno()
+
+    def serve(self, drop: Callable[[int], None]) -> None:
+        """The holder's end: drops what device processes have given up."""
+        while True:
+            try:
+                message = self._holder.recv(_MODEL_BYTES)
+            except BlockingIOError:
+                return
+            drop(int.from_bytes(message, "little"))
+            self._holder.send(message)

@@ -1,0 +1,192 @@
+"""Models that sleep and wake on a device of the resident loop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+from queue import Empty, SimpleQueue
+
+from crosspool.config.errors import ConfigError
+from crosspool.kernels.engine import Loop
+from crosspool.ranks.resident.reading import Packer, Part, Reading, SleepingPart
+from crosspool.transport.messages import Slept, Waking, Woken
+
+log = logging.getLogger(__name__)
+
+_TELL_SECONDS = 0.2
+_NOT_KEPT = (
+    "its packed weights are not kept, and so cannot be read again: give packed_cache_bytes and a "
+    "packed_cache_dir that can be written to"
+)
+
+
+class State(Enum):
+    ASLEEP = auto()
+    WAKING = auto()
+    RESIDENT = auto()
+    ENDING = auto()
+    """Its weights go: the loop lets go of them, then the system gets the memory."""
+
+
+class SleepingModel:
+    """A model that a device has a share of."""
+
+    def __init__(self, parts: Sequence[Part], kept: Sequence[SleepingPart] | None) -> None:
+        """``kept``: where the weights of ``parts`` are kept; None: nowhere."""
+        self.parts = parts
+        self.kept = kept
+        taken = all(part.weights.arena.taken for part in parts)
+        self.state = State.RESIDENT if taken else State.ASLEEP
+        self.reading: Reading | None = None
+        self.tell_at = 0.0
+        """When to tell how far reading is, on the monotonic clock."""
+        self.error: str | None = None
+        """Why its weights go, when they could not be read."""
+
+
+class ModelResidency:
+    """Reads weights and gives them up beside a running loop, each in a thread, since both take
+    seconds. All methods are for the thread that carries messages."""
+
+    def __init__(
+        self,
+        models: dict[int, SleepingModel],
+        loop: Loop,
+        descriptor: int,
+        packer: Packer,
+        given_up: Callable[[int], None],
+    ) -> None:
+        """``descriptor``: an eventfd that is written to when :meth:`news` has some. ``given_up``
+        is called in a thread after the weights of a model went."""
+        self._models = models
+        self._loop = loop
+        self._descriptor = descriptor
+        self._packer = packer
+        self._given_up = given_up
+        self._ended: SimpleQueue[tuple[int, str | None]] = SimpleQueue()
+        """Models whose thread is done, and why they could not be read."""
+        self._news: list[Waking | Woken | Slept] = []
+        self._threads: dict[int, threading.Thread] = {}
+
+    def resident(self) -> list[int]:
+        return sorted(i for i, model in self._models.items() if model.state is State.RESIDENT)
+
+    def wake(self, index: int) -> None:
+        """Begins to read the weights of a model; :class:`Woken` comes among the news."""
+        model = self._models[index]
+        if model.state is State.RESIDENT:
+            self._tell(Woken(model=index))
+            return
+        self._expect(index, State.ASLEEP)
+        if model.kept is None:
+            self._tell(Woken(model=index, error=_NOT_KEPT))
+            return
+        model.state, model.error = State.WAKING, None
+        keys = [one.key for one in model.kept]
+        model.reading = Reading(self._loop, index, model.kept, self._packer(index, keys))
+        for part in model.parts:
+            self._loop.set_present(index, part.native, 0)
+        self._start(index, self._read)
+
+    def sleep(self, index: int) -> None:
+        """Begins to give up the weights of a model; :class:`Slept` comes among the news."""
+        model = self._models[index]
+        if model.state is State.ASLEEP:
+            self._tell(Slept(model=index))
+            return
+        self._expect(index, State.RESIDENT)
+        model.state = State.ENDING
+        self._loop.push_close(index, refuse=False)
+
+    def closed(self, index: int) -> None:
+        """The loop reads no weights of a model any more."""
+        self._expect(index, State.ENDING)
+        self._start(index, self._drop)
+
+    def news(self) -> list[Waking | Woken | Slept]:
+        """Returns what has happened since the last call, and how far reading is."""
+        while True:
+            try:
+                index, error = self._ended.get_nowait()
+            except Empty:
+                break
+            self._threads.pop(index).join()
+            self._end(index, error)
+        now = time.monotonic()
+        for index, model in self._models.items():
+            if model.reading is not None and now >= model.tell_at:
+                done, total = model.reading.bytes, model.reading.total_bytes
+                self._news.append(Waking(model=index, bytes=min(done, total), total_bytes=total))
+                model.tell_at = now + _TELL_SECONDS
+        news, self._news = self._news, []
+        return news
+
+    def close(self) -> None:
+        """Ends all threads."""
+        for model in self._models.values():
+            if model.reading is not None:
+                model.reading.stop()
+        for thread in self._threads.values():
+            thread.join()
+
+    def _end(self, index: int, error: str | None) -> None:
+        """A thread is done."""
+        model = self._models[index]
+        if model.state is State.WAKING and error is None:
+            model.state, model.reading = State.RESIDENT, None
+            self._news.append(Woken(model=index))
+        elif model.state is State.WAKING:
+            model.state, model.reading, model.error = State.ENDING, None, error
+            self._loop.push_close(index, refuse=True)
+        else:
+            model.state = State.ASLEEP
+            slept = Slept(model=index)
+            self._news.append(
+                slept if model.error is None else Woken(model=index, error=model.error)
+            )
+
+    def _read(self, index: int) -> str | None:
+        reading = self._models[index].reading
+        assert reading is not None
+        try:
+            reading.run(self._descriptor)
+        except ConfigError as error:
+            return str(error)
+        except OSError as error:
+            return f"there is no memory for its weights: {error}"
+        return None
+
+    def _drop(self, index: int) -> None:
+        for part in self._models[index].parts:
+            part.weights.arena.drop()
+        self._given_up(index)
+
+    def _start(self, index: int, work: Callable[[int], str | None]) -> None:
+        def run() -> None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+            error: str | None = "an error of the server"
+            try:
+                error = work(index)
+            except Exception:
+                log.exception("model %d cannot be woken", index)
+            finally:
+                self._ended.put((index, error))
+                os.eventfd_write(self._descriptor, 1)
+
+        thread = threading.Thread(target=run, name=f"residency {index}")
+        self._threads[index] = thread
+        thread.start()
+
+    def _tell(self, news: Waking | Woken | Slept) -> None:
+        self._news.append(news)
+        os.eventfd_write(self._descriptor, 1)
+
+    def _expect(self, index: int, state: State) -> None:
+        found = self._models[index].state
+        if found is not state:
+            raise RuntimeError(f"model {index} is {found.name}, it must be {state.name}")
