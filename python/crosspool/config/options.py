@@ -16,6 +16,7 @@ import msgspec
 from crosspool.config.device import Device
 from crosspool.config.option import Option, options_of
 
+_MODELS = "models"
 _POOLS = "pools"
 _STEPS = "batches and steps"
 _REQUESTS = "requests"
@@ -75,6 +76,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """A server as the user asks for it; None where it is left open."""
 
     models: tuple[ModelOptions, ...]
+
+    models_dir: Annotated[str | None, Option(
+        "Folder of which every checkpoint is served, beside the models that are named: DIR/NAME as "
+        "NAME, and DIR/ORG/NAME as ORG/NAME.",
+        _MODELS)] = None
 
     kv_pool_devices: Annotated[tuple[Device, ...], Option(
         "Devices that compute attention and hold all KV cache: cpu (every core), cpu:0-7, "

@@ -280,6 +280,17 @@ class ModelStatus(ModelCounts, kw_only=True):
         """Tokens that fit into the KV memory that is promised to running requests."""
         return self.promised_bytes // self.kv_bytes_per_token
 
+    def summary(self) -> dict[str, Any]:
+        """What an admin is told of the model: where its weights are, and who needs them."""
+        return {
+            "name": self.name,
+            **msgspec.to_builtins(self.residency),
+            "running": self.running,
+            "waiting": self.waiting,
+            "kv_bytes": self.mapped_bytes,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
     @property
     def token_usage(self) -> float:
         """Share of the KV pool, from 0 to 1, that is promised to the model's running requests."""
