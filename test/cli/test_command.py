@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+FLEET = ("ps", "wake", "sleep", "pin")
+
 
 def call(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -28,6 +30,10 @@ def call(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
         (["crosspool.cli.main", "serve", "--config=x.yaml", "--lanes", "2"], "--lanes"),
         (["crosspool.cli.main", "demo", "--lanes", "0"], "lanes: 0 must be between 1 and 256"),
         (["crosspool.cli.main", "pools"], "no CrossPool server"),
+        (["crosspool.cli.main", "ps"], "no CrossPool server"),
+        (["crosspool.cli.main", "wake", "a"], "no CrossPool server"),
+        (["crosspool.cli.main", "sleep", "a", "--port", "9"], "on port 9"),
+        (["crosspool.cli.main", "pin", "a"], "no CrossPool server"),
         (["crosspool.cli.main", "trace", "--port", "9"], "no CrossPool server"),
         (["crosspool.cli.main", "nonsense"], "nonsense"),
     ],
@@ -40,7 +46,7 @@ def test_mistakes_end_with_status_2(tmp_path: Path, words: list[str], told: str)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["serve", "plan", "demo", "pools", "trace"])
+@pytest.mark.parametrize("command", ["serve", "plan", "demo", "pools", "trace", *FLEET])
 def test_help_shows_an_example(tmp_path: Path, command: str) -> None:
     done = call("crosspool.cli.main", command, "--help", folder=tmp_path)
     assert done.returncode == 0
@@ -50,7 +56,9 @@ def test_help_shows_an_example(tmp_path: Path, command: str) -> None:
 def test_no_command_prints_the_help(tmp_path: Path) -> None:
     done = call("crosspool.cli.main", folder=tmp_path)
     assert done.returncode == 0
-    assert all(command in done.stdout for command in ("serve", "plan", "demo", "pools", "trace"))
+    assert all(
+        command in done.stdout for command in ("serve", "plan", "demo", "pools", "trace", *FLEET)
+    )
 
 
 @pytest.mark.parametrize("length", [1, 1_000_000])

@@ -1,7 +1,11 @@
+from typing import get_args
+
 from crosspool.observability.metrics import render, sglang_gauges
 from crosspool.transport.inspection import (
     DeviceCounters,
     LinkCounts,
+    ModelResidency,
+    ModelState,
     ModelStatus,
     RankSnapshot,
     Status,
@@ -45,6 +49,21 @@ MODEL = {
     "kv_bytes_per_token": 64,
     "max_tokens": 256,
     "ffn_ranks": (0,),
+    "residency": ModelResidency(
+        state="waking",
+        keep="demand",
+        ttl=60.0,
+        priority=7,
+        attention_bytes=11 << 20,
+        ffn_bytes=13 << 20,
+        read_bytes=6 << 20,
+        total_bytes=24 << 20,
+        wakes=12,
+        failed_wakes=14,
+        sleeps=15,
+        waking_seconds=16.5,
+        idle_seconds=0,
+    ),
     "attached": 0,
 }
 RANK = {
@@ -140,6 +159,18 @@ def test_every_number_arrives_under_its_labels() -> None:
     assert found["crosspool_decode_rows_total", model] == 38
     assert found["crosspool_requests_finished_total", model, "reason=length"] == 2
     assert found["crosspool_requests_aborted_total", model, "status=429"] == 1
+    for state in get_args(ModelState):
+        value = found["crosspool_model_state", model, f"state={state}"]
+        assert value == (state == "waking")
+    assert found["crosspool_weight_bytes", model, "pool=kv"] == 11 << 20
+    assert found["crosspool_weight_bytes", model, "pool=weight"] == 13 << 20
+    assert found["crosspool_priority", model] == 7
+    assert found["crosspool_wakes_total", model] == 12
+    assert found["crosspool_failed_wakes_total", model] == 14
+    assert found["crosspool_sleeps_total", model] == 15
+    assert found["crosspool_waking_seconds_total", model] == 16.5
+    assert found["crosspool_idle_seconds", model] == 0
+    assert ("crosspool_last_wake_seconds", model) not in found  # it was never woken
     rank = ("attention_rank=0", "device=cpu:0")
     assert found["crosspool_kv_free_bytes", *rank] == 58 << 20
     device = "device=cpu:0"  # two links, which the device of the attention rank counts

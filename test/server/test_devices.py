@@ -20,8 +20,13 @@ from crosspool.transport.messages import (
     Inspected,
     Ready,
     Recall,
+    Sleep,
+    Slept,
     StepResult,
     ToDevice,
+    Wake,
+    Waking,
+    Woken,
 )
 
 KV, WEIGHTS = "cuda:0", "cuda:1"
@@ -41,11 +46,13 @@ class Bed:
         )
         self.context = zmq.Context()
         self.events: list[str] = []
+        self.told: list[tuple[str, Waking | Woken | Slept]] = []
         self.devices = Devices(
             self.context,
             self.deployment,
             lambda name: self.events.append(f"{name} away"),
-            lambda name: self.events.append(f"{name} back"),
+            lambda name, resident: self.events.append(f"{name} back with {sorted(resident)}"),
+            lambda name, told: self.told.append((name, told)),
         )
         self.sockets: list[DeviceSocket] = []
 
@@ -137,7 +144,7 @@ def test_a_device_that_is_away_comes_back_with_another_process(bed: Bed) -> None
 
     time.sleep(0.05)
     new = bed.ready(KV, 2)
-    assert bed.events == [f"{KV} away", f"{KV} back"]
+    assert bed.events == [f"{KV} away", f"{KV} back with [0]"]
     back, _ = bed.devices.status()
     assert (back.ready, back.pid, back.incarnation, back.restarts) == (True, 102, 2, 1)
     assert back.absence is None and 0.05 <= back.seconds_away < 10
@@ -188,7 +195,7 @@ def test_news_of_a_process_that_was_replaced_long_ago_changes_nothing(bed: Bed) 
     bed.devices.gone(KV, 1, "it was killed")
     bed.ready(KV, 2)
     bed.devices.gone(KV, 1, "it was killed")
-    assert bed.events == [f"{KV} away", f"{KV} back"]
+    assert bed.events == [f"{KV} away", f"{KV} back with [0]"]
     assert bed.devices.status()[0].ready
 
 
@@ -196,7 +203,7 @@ def test_a_new_process_tells_that_the_old_one_is_gone(bed: Bed) -> None:
     """Where the launcher's word was lost."""
     old, _ = bed.started()
     bed.ready(KV, 2)
-    assert bed.events == [f"{KV} away", f"{KV} back"]
+    assert bed.events == [f"{KV} away", f"{KV} back with [0]"]
     old.send(StepResult(step=7, rows=[]))
     assert bed.hear() == []
 
@@ -268,3 +275,32 @@ def test_questions_are_answered_for_those_who_are_there(bed: Bed) -> None:
     bed.devices.gone(WEIGHTS, 1, "it was killed, too")
     ask()
     assert told() == ([], [KV, WEIGHTS])
+
+
+def test_what_a_device_tells_of_weights_arrives_in_order_while_it_counts(bed: Bed) -> None:
+    kv, weights = bed.started()
+    bed.devices.tell(WEIGHTS, Wake(model=0))
+    assert received(weights) == Wake(model=0)
+    weights.send(Waking(model=0, bytes=1, total_bytes=2))
+    weights.send(Woken(model=0))
+    kv.send(Woken(model=0, error="its file is gone"))
+    bed.hear(wait=20)
+    while len(bed.told) < 3:
+        bed.hear(wait=20)
+    assert [told for name, told in bed.told if name == WEIGHTS] == [
+        Waking(model=0, bytes=1, total_bytes=2),
+        Woken(model=0),
+    ]
+    assert (KV, Woken(model=0, error="its file is gone")) in bed.told
+    bed.devices.gone(WEIGHTS, 1, "it was killed")
+    bed.devices.tell(WEIGHTS, Sleep(model=0))
+    weights.send(Slept(model=0))  # which its process had sent before it died
+    bed.hear()
+    assert receives_nothing(weights) and len(bed.told) == 3
+    back = bed.ready(WEIGHTS, 2)
+    assert bed.events[-1] == f"{WEIGHTS} back with [0]"
+    bed.devices.tell(WEIGHTS, Sleep(model=0))
+    assert received(back) == Sleep(model=0)
+    back.send(Slept(model=0))
+    bed.hear(wait=20)
+    assert bed.told[-1] == (WEIGHTS, Slept(model=0))

@@ -41,6 +41,9 @@ class Scheduler:
     async def inspect(self, what: str) -> Any:
         raise admin.AdminError("nobody answers")
 
+    async def manage(self, model: str, what: str, keep: str | None = None) -> None:
+        raise admin.AdminError("nobody answers")
+
 
 async def let_in(scope: Any, receive: Any, send: Any) -> None:
     message = await receive()
@@ -208,6 +211,9 @@ def test_what_changes_the_server_is_off_without_keys() -> None:
         "/flush_cache",
         "/freeze_gc",
         "/crosspool/trace/start",
+        f"/crosspool/models/{MODEL}/sleep",
+        "/wake_up",
+        f"/m/{MODEL}/release_memory_occupation",
         f"/m/{MODEL}/configure_logging",
     ):
         status, answer, _ = asyncio.run(call(app, "POST", path))

@@ -18,6 +18,10 @@ COMMANDS = {
     "demo": "Serve the three small models that come with CrossPool.",
     "compile": "Compile the kernels that GPUs will launch, ahead and without a GPU.",
     "plan": "Plan pools, KV budget and placement for models, devices and traffic.",
+    "ps": "Show the models of a running server: which are awake, and who uses them.",
+    "wake": "Have a model of a running server read its weights.",
+    "sleep": "Have a model of a running server give up the memory of its weights.",
+    "pin": "Say when a model of a running server has its weights in memory.",
     "pools": "Show what the pools of a running server hold.",
     "trace": "Record what the lanes of a running server do.",
 }
@@ -28,6 +32,7 @@ examples:
   crosspool serve --config deployment.yaml
   crosspool plan Qwen3-30B-A3B GLM-4.7-Flash --devices 5x40GB --rate 1 --prompt 800 --output 200
   crosspool compile --capability 90 --model-path models/Qwen3-30B-A3B
+  crosspool ps --watch
   crosspool pools --tensors
   crosspool trace --seconds 2 --out trace.json
 

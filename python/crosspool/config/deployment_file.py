@@ -11,6 +11,7 @@ import msgspec
 import yaml
 
 from crosspool.config.errors import ConfigError
+from crosspool.config.models_dir import models_in
 from crosspool.config.option import Option
 from crosspool.config.options import MODEL_OPTIONS, SERVER_OPTIONS, ModelOptions, Options
 from crosspool.config.sglang_flags import BY_NAME, reason_refused
@@ -41,10 +42,16 @@ def read(path: Path) -> Options:
     models = tuple(
         msgspec.structs.replace(model, path=absolute(model.path)) for model in options.models
     )
-    cache = options.packed_cache_dir
-    return msgspec.structs.replace(
-        options, models=models, packed_cache_dir=None if cache is None else absolute(cache)
-    )
+    folders = {
+        name: None if folder is None else absolute(folder)
+        for name, folder in (
+            ("packed_cache_dir", options.packed_cache_dir),
+            ("models_dir", options.models_dir),
+        )
+    }
+    if folders["models_dir"] is not None:
+        models += tuple(models_in(folders["models_dir"], [model.path for model in models]))
+    return msgspec.structs.replace(options, models=models, **folders)
 
 
 def to_options(data: Any, source: str) -> Options:
@@ -52,9 +59,9 @@ def to_options(data: Any, source: str) -> Options:
 
     Raises ConfigError that names ``source``, the key, what was given and what would be right."""
     given = _converted(data, dict[str, Any], f"{source}: top level")
-    if "models" not in given:
-        raise ConfigError(f"{source}: models is missing")
-    models = _converted(given.pop("models"), list[Any], f"{source}: models")
+    if "models" not in given and "models_dir" not in given:
+        raise ConfigError(f"{source}: models is missing, or models_dir")
+    models = _converted(given.pop("models", []), list[Any], f"{source}: models")
     return Options(
         models=tuple(
             ModelOptions(**_values(model, MODEL_OPTIONS, source, f"models[{index}]"))

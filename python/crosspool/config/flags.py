@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from crosspool.config.errors import ConfigError
+from crosspool.config.models_dir import models_in
 from crosspool.config.option import Option
 from crosspool.config.options import MODEL_OPTIONS, SERVER_OPTIONS, ModelOptions, Options
 from crosspool.config.sglang_flags import FLAGS, reason_refused
 
 _USAGE = """\
 %(prog)s --model-path DIR [--model-path DIR ...] [flags]
+       %(prog)s --models-dir DIR [flags]
        %(prog)s --config FILE [--host HOST] [--port PORT]"""
 EXAMPLES = """\
 examples:
@@ -126,13 +128,18 @@ def parse(argv: Sequence[str], prog: str = "crosspool serve", usage: str = _USAG
             f"{name}: {reason_refused(name)}" if name.startswith("-") else f"{word!r} is no flag"
         )
     given = vars(arguments)
-    if "path" not in given:
+    named = given.get("path", [])
+    found: list[ModelOptions] = []
+    if "models_dir" in given:
+        found = models_in(given["models_dir"], named)
+    elif not named:
         raise ConfigError(
-            "--model-path is missing: name the folder of at least one model, or give --config FILE"
+            "--model-path is missing: name the folder of at least one model, or give --models-dir "
+            "DIR or --config FILE"
         )
-    count = len(given["path"])
     server: dict[str, Any] = {"sglang": {}}
-    models: list[dict[str, Any]] = [{"sglang": {}} for _ in range(count)]
+    models: list[dict[str, Any]] = [{"sglang": {}} for _ in named]
+    models += [{"sglang": {}, "path": model.path, "name": model.name} for model in found]
     for option in _options():
         if option.name not in given:
             continue
@@ -141,22 +148,23 @@ def parse(argv: Sequence[str], prog: str = "crosspool serve", usage: str = _USAG
             print(f"crosspool: {option.flag} has no effect: {option.help}", file=sys.stderr)
             continue
         homes = models if option.per_model else [server]
-        values = _per_model(option, value, count) if option.per_model else [value]
-        for home, one in zip(homes, values, strict=True):
+        values = _per_model(option, value, len(named), len(found)) if option.per_model else [value]
+        for home, one in zip(homes, values, strict=False):
             (home["sglang"] if option.effect == "sglang" else home)[option.name] = one
     return Options(models=tuple(ModelOptions(**model) for model in models), **server)
 
 
-def _per_model(option: Option, value: Any, models: int) -> Sequence[Any]:
-    """Returns one value per model. A flag is given once for all models or once for each; names
-    and paths are each model's own. Raises ConfigError for any other number."""
+def _per_model(option: Option, value: Any, models: int, found: int) -> Sequence[Any]:
+    """Returns one value per model, of which ``models`` are named and then ``found`` are found in a
+    folder. A flag is given once for all of them or once for each that is named; names and paths are
+    each model's own. Raises ConfigError for any other number."""
+    own = option.name in ("name", "path")
     if option.plain_type is bool:
-        return [value] * models
+        return [value] * (models + found)
+    if len(value) == 1 and not own:
+        return list(value) * (models + found)
     if len(value) == models:
         return list(value)
-    own = option.name == "name"
-    if len(value) == 1 and not own:
-        return list(value) * models
     raise ConfigError(
         f"{option.flag} is given {len(value)} times for {models} models: give it "
         + ("" if own else "once for all, or ")

@@ -16,10 +16,14 @@ import msgspec
 from crosspool.config.device import Device
 from crosspool.config.option import Option, options_of
 
+_MODELS = "models"
 _POOLS = "pools"
 _STEPS = "batches and steps"
 _REQUESTS = "requests"
 _SERVER = "server"
+
+Keep = Literal["pinned", "demand", "asleep"]
+"""When a model's weights are in memory."""
 
 # A formatter would give every row ten lines.
 # fmt: off
@@ -52,7 +56,7 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
         "Most KV memory, over the whole pool, that this model's requests may take. If none is "
         "given, they may take all of it.",
         unit="bytes", example="128MiB")] = None
-    keep: Annotated[Literal["pinned", "demand", "asleep"], Option(
+    keep: Annotated[Keep, Option(
         "When the model's weights are in memory: pinned is always; demand is from the start while "
         "there is room, and whenever requests come; asleep is only once requests have come.",
         )] = "demand"
@@ -72,6 +76,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """A server as the user asks for it; None where it is left open."""
 
     models: tuple[ModelOptions, ...]
+
+    models_dir: Annotated[str | None, Option(
+        "Folder of which every checkpoint is served, beside the models that are named: DIR/NAME as "
+        "NAME, and DIR/ORG/NAME as ORG/NAME.",
+        _MODELS)] = None
 
     kv_pool_devices: Annotated[tuple[Device, ...], Option(
         "Devices that compute attention and hold all KV cache: cpu (every core), cpu:0-7, "

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.io_struct import BatchTokenIDOutput, TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import TOP_K_ALL, SamplingParams
 
@@ -117,6 +118,7 @@ def to_request(message: TokenizedGenerateReqInput, model: int, seed: int) -> Gen
         logprobs=_logprobs(message, len(input_ids)),
         grammar=_grammar(params),
         thinks_first=message.require_reasoning,
+        is_probe=message.rid.startswith(HEALTH_CHECK_RID_PREFIX),
         stream=message.stream,
         cache_namespace=(message.cache_salt or "", message.extra_key or ""),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -12,6 +13,7 @@ from prometheus_client.registry import Collector
 from crosspool.transport.inspection import (
     DeviceCounters,
     DeviceStatus,
+    ModelState,
     ModelStatus,
     RankSnapshot,
     Status,
@@ -39,6 +41,19 @@ _MODEL_COUNTERS = (
     ("steps", "crosspool_steps", "Steps: passes of a batch through all layers."),
     ("decode_rows", "crosspool_decode_rows", "Rows that fed back a sampled token."),
 )
+_RESIDENCY_GAUGES = (
+    ("priority", "crosspool_priority", "Of models without requests, larger ones stay longer."),
+    ("last_wake_seconds", "crosspool_last_wake_seconds", "Seconds that the last wake took."),
+    ("idle_seconds", "crosspool_idle_seconds", "Seconds since the model last had a request."),
+)
+_RESIDENCY_COUNTERS = (
+    ("wakes", "crosspool_wakes", "Times that the model's weights were read."),
+    ("failed_wakes", "crosspool_failed_wakes", "Times that its weights could not be read."),
+    ("sleeps", "crosspool_sleeps", "Times that its weights were given up."),
+    ("waking_seconds", "crosspool_waking_seconds", "Seconds of all wakes together."),
+)
+_WEIGHTS = (("kv", "attention_bytes"), ("weight", "ffn_bytes"))
+"""The pools, and what a model takes of the weights' memory in each."""
 _RANK_GAUGES = (
     ("budget_bytes", "crosspool_kv_budget_bytes", "KV budget of the attention rank."),
     ("free_bytes", "crosspool_kv_free_bytes", "KV memory neither promised nor cached."),
@@ -117,6 +132,7 @@ class _Snapshot(Collector):
         ready.add_metric([], float(self._status is not None and self._status.ready))
         yield ready
         yield from self._models(self._status.models if self._status else [])
+        yield from self._residency(self._status.models if self._status else [])
         yield from self._ranks(self._status.ranks if self._status else [])
         yield from self._devices(self._status.devices if self._status else [])
         yield from self._links()
@@ -141,6 +157,33 @@ class _Snapshot(Collector):
                 for value, number in getattr(model, key).items():
                     by.add_metric([model.name, value], number)
             yield by
+
+    def _residency(self, models: Sequence[ModelStatus]) -> Iterator[Metric]:
+        state = GaugeMetricFamily(
+            "crosspool_model_state", "1 for the state of the model.", labels=["model", "state"]
+        )
+        weights = GaugeMetricFamily(
+            "crosspool_weight_bytes", "Memory of the model's weights.", labels=["model", "pool"]
+        )
+        for model in models:
+            for name in get_args(ModelState):
+                state.add_metric([model.name, name], float(model.residency.state == name))
+            is_there = model.residency.state != "asleep"
+            for pool, key in _WEIGHTS:
+                size = getattr(model.residency, key) if is_there else 0
+                weights.add_metric([model.name, pool], size)
+        yield from (state, weights)
+        for key, name, text in _RESIDENCY_GAUGES:
+            gauge = GaugeMetricFamily(name, text, labels=["model"])
+            for model in models:
+                if (value := getattr(model.residency, key)) is not None:
+                    gauge.add_metric([model.name], value)
+            yield gauge
+        for key, name, text in _RESIDENCY_COUNTERS:
+            counter = CounterMetricFamily(name, text, labels=["model"])
+            for model in models:
+                counter.add_metric([model.name], getattr(model.residency, key))
+            yield counter
 
     def _ranks(self, ranks: Sequence[RankSnapshot]) -> Iterator[Metric]:
         for key, name, text in _RANK_GAUGES:

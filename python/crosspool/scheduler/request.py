@@ -49,6 +49,8 @@ class GenerateRequest:
     thinks_first: bool = False
     """Whether the output begins with thinking, which the grammar does not bind."""
     stream: bool = False
+    is_probe: bool = False
+    """Whether it is a health check: it does not count as use of the model."""
     cache_namespace: tuple[str, str] = ("", "")
     """SGLang's ``cache_salt`` and ``extra_key``; prefixes are shared only within one namespace."""
 

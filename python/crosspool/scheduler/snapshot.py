@@ -15,7 +15,13 @@ from crosspool.scheduler.counters import ModelCounters
 from crosspool.scheduler.queues import WaitingQueue
 from crosspool.scheduler.rank_state import RankState
 from crosspool.scheduler.rates import ModelRates
-from crosspool.transport.inspection import KVShare, ModelStatus, RankSnapshot, Snapshot
+from crosspool.scheduler.residency import Residency
+from crosspool.transport.inspection import (
+    KVShare,
+    ModelStatus,
+    RankSnapshot,
+    Snapshot,
+)
 
 _SUMMED = ("running", "paused", "promised_chunks", "cached_chunks", "mapped_chunks")
 
@@ -28,6 +34,7 @@ def snapshot(
     ranks: Seq[RankState],
     counters: Seq[ModelCounters],
     rates: Seq[ModelRates],
+    residency: Residency,
     now: float,
     max_tokens: Seq[int],
     failure: str | None,
@@ -53,6 +60,7 @@ def snapshot(
                 max_tokens=max_tokens[index],
                 pool_tokens=deployment.kv_pool_bytes // spec.kv_bytes_per_token,
                 ffn_ranks=deployment.ffn_ranks(index),
+                residency=residency.status(index, now),
                 **_sums(shares, size),
                 **msgspec.structs.asdict(deepcopy(counters[index])),
             )

@@ -30,9 +30,10 @@ from crosspool.server.errors import JSON, RequestError, handle_error, unknown_mo
 from crosspool.server.gate import Gate
 from crosspool.server.keys import Keys
 from crosspool.server.request_bounds import RequestBounds
+from crosspool.server.residency_routes import OTHER_SERVERS, ResidencyRoutes
 from crosspool.server.routes import DEFAULT_MODEL, RouteRule, split
 from crosspool.transport import admin
-from crosspool.transport.inspection import DeviceCounters, Status
+from crosspool.transport.inspection import DeviceCounters, ModelState, Status
 
 if TYPE_CHECKING:
     from crosspool.frontend.model_app import ModelApp
@@ -52,6 +53,7 @@ _RESPONSES = "/v1/responses/"
 """What stands before a response's id. All models keep their responses in one store."""
 MISSING_HEADER = "x-crosspool-missing"
 """Names the devices that are away, of which an answer tells nothing."""
+_HEALTH = ("/health", "/ready", "/ping", "/health_generate")
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -84,14 +86,19 @@ class App(Starlette):
     def __init__(self, deployment: Deployment, state: State, scheduler: admin.AsyncAdmin) -> None:
         names = self._names = [model.name for model in deployment.models]
         keys = self._keys = Keys(*deployment.keys)
+        self._bodies = Bodies(deployment, state.turns)
+        self._residency = ResidencyRoutes(
+            scheduler, names, self._bodies, self._check_serving, deployment.queue_timeout
+        )
         super().__init__(
             routes=[
-                *(Route(path, self._health) for path in ("/health", "/ready", "/ping")),
+                *(Route(path, self._health) for path in _HEALTH[:3]),
                 Route("/metrics", self._metrics),
                 Route("/health_generate", self._health_generate),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._models),
                 Route("/api/tags", self._tags),
+                *self._residency.routes,
                 Route("/crosspool/{route:path}", self._crosspool, methods=["GET", "POST"]),
             ],
             exception_handlers={HTTPException: handle_error, ClientDisconnect: _gone},
@@ -109,7 +116,6 @@ class App(Starlette):
         self.router.default = self._to_model
         self.router.redirect_slashes = False
         self._deployment = deployment
-        self._bodies = Bodies(deployment, state.turns)
         self._sglang_metrics = bool(deployment.sglang.get("enable_metrics"))
         self._state = state
         self._scheduler = scheduler
@@ -137,11 +143,11 @@ class App(Starlette):
         return JSON({"status": status, "message": self._state.message}, 503)
 
     async def _health_generate(self, request: Request) -> Response:
-        """Healthy when every model generates a token."""
+        """Healthy when every model whose weights are in the pools generates a token; no other is
+        woken for it."""
         self._check_serving()
-        statuses = await asyncio.gather(
-            *(_status_of(model, request) for model in self._state.models.values())
-        )
+        asked = [m for m in self._state.models.values() if self._state_of(m.name) == "resident"]
+        statuses = await asyncio.gather(*(_status_of(model, request) for model in asked))
         return Response(status_code=200 if all(s == 200 for s in statuses) else 503)
 
     async def _metrics(self, request: Request) -> Response:
@@ -171,6 +177,7 @@ class App(Starlette):
                 "root": model.name,
                 "parent": None,
                 "max_model_len": model.context_length,
+                "state": self._state_of(model.name),
             }
             for model in self._state.models.values()
         }
@@ -180,6 +187,12 @@ class App(Starlette):
         if name not in cards:
             raise unknown_model(name)
         return JSON(cards[name])
+
+    def _state_of(self, name: str) -> ModelState | None:
+        """Where the model's weights were when the scheduler was last asked, half a second ago at
+        most; None until it has been."""
+        models = self._state.status.models if self._state.status else ()
+        return next((model.residency.state for model in models if model.name == name), None)
 
     async def _tags(self, request: Request) -> Response:
         """The models, as Ollama's clients want to hear of them."""
@@ -247,6 +260,12 @@ class App(Starlette):
         if name not in models:
             raise unknown_model(name)
         model = models[name]
+        if rule.path in OTHER_SERVERS:
+            raw, query = body.raw, request.query_params
+            response = await self._residency.answer(rule.path, query, raw, [name])
+            return await response(inner, receive, send)
+        if rule.path in _HEALTH and self._state_of(name) != "resident":
+            return await Response()(inner, receive, send)
         await self._bodies.check(body, RequestBounds.of(self._deployment, model))
         await self._serve(model, inner, body.replay(receive), send)
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +26,11 @@ from crosspool.transport.messages import (
     Inspect,
     Inspected,
     Ready,
+    Slept,
     StepResult,
     ToDevice,
+    Waking,
+    Woken,
     decode_from_device,
     encode,
 )
@@ -43,6 +46,8 @@ class DeviceFailed(RuntimeError):
     """A device makes it impossible to go on; the message is meant for the user."""
 
 
+Told = Callable[[str, Waking | Woken | Slept], None]
+"""Takes the name of a device, and what it tells of a model's weights."""
 Done = Callable[[Report | None, str | None], None]
 """Takes what all devices replied, or the reason why there is no reply."""
 
@@ -98,19 +103,23 @@ class Devices:
     :meth:`receive` when it is readable.
 
     ``on_away`` and ``on_back`` are called with the name of a device when its process is gone, and
-    when another one is ready in its place. While a device is away, nothing is sent to it."""
+    when another one is ready in its place, then also with the models whose weights it has.
+    ``on_told`` is called with what a device tells of a model's weights. While a device is away,
+    nothing is sent to it."""
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         deployment: Deployment,
         on_away: Callable[[str], None],
-        on_back: Callable[[str], None],
+        on_back: Callable[[str, Collection[int]], None],
+        on_told: Told,
     ) -> None:
         self._devices = {device.name: _Device(device.name) for device in deployment.devices}
         self._kv_names = [device.name for device in deployment.kv_pool_devices]
         self._on_away = on_away
         self._on_back = on_back
+        self._on_told = on_told
         self._questions: dict[int, _Question] = {}
         self._ids = itertools.count(1)
         self.socket = context.socket(zmq.ROUTER)
@@ -157,7 +166,11 @@ class Devices:
 
     def send(self, attention_rank: int, message: ToDevice) -> None:
         """Sends ``message`` to the device of ``attention_rank``, unless it is away."""
-        self._send(self._devices[self._kv_names[attention_rank]], message)
+        self.tell(self._kv_names[attention_rank], message)
+
+    def tell(self, name: str, message: ToDevice) -> None:
+        """Sends ``message`` to the device of this name, unless it is away."""
+        self._send(self._devices[name], message)
 
     def broadcast(self, message: ToDevice) -> None:
         """Sends ``message`` to every device that is not away."""
@@ -218,6 +231,8 @@ class Devices:
                     self.gone(device.name, incarnation - 1, "another process has taken its place")
                 device.incarnation = incarnation
                 self._is_ready(device, message)
+            case Waking() | Woken() | Slept() if incarnation == device.incarnation:
+                self._on_told(device.name, message)
             case Inspected() if message.id in self._questions:
                 question = self._questions[message.id]
                 if device.name in question.reports and incarnation == device.incarnation:
@@ -235,7 +250,7 @@ class Devices:
         device.restarts += 1
         device.away_since = device.cause = None
         log.warning("device %s is back after %.2f s", device.name, seconds)
-        self._on_back(device.name)
+        self._on_back(device.name, told.resident)
 
     # --- questions
 

@@ -1,9 +1,9 @@
 """The HTTP process: SGLang's tokenizer manager and application of every model behind one port.
 
 The first of a deployment listens at once; ``/health`` gives 503 until all processes are ready and
-all models have generated a token. One that takes the place of a dead one lets connections wait, for
-some seconds at most, until it can serve them, and has the dead one's requests aborted. After
-SIGTERM, requests in flight have ``drain_timeout`` seconds to finish.
+all models that are not asleep have generated a token. One that takes the place of a dead one lets
+connections wait, for some seconds at most, until it can serve them, and has the dead one's requests
+aborted. After SIGTERM, requests in flight have ``drain_timeout`` seconds to finish.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class HttpProcess:
         self._liveness = Liveness(deployment.watchdog_timeout, time.monotonic)
         self._notices = notices.bind(self._context, deployment.notice_address)
         self._prepared = asyncio.Event()
+        self._warms_up = incarnation == 1 and not deployment.sglang.get("skip_server_warmup")
         self._failed = False
         """Whether requests in flight have been ended, and later ones are refused."""
         self._ending = asyncio.Event()
@@ -148,8 +149,8 @@ class HttpProcess:
             log.warning("%d requests did not finish in time", self._state.in_flight)
 
     async def _prepare(self) -> None:
-        """Imports SGLang and, in the first HTTP process, has every model generate a token. Never
-        returns by itself."""
+        """Imports SGLang and, in the first HTTP process, has every model whose weights are in the
+        pools generate a token. Never returns by itself."""
         self._state.message = "importing SGLang"
         model_app = await asyncio.to_thread(_import_model_app)
         models: list[ModelApp] = []
@@ -169,7 +170,8 @@ class HttpProcess:
         for model, now in zip(models, status.models, strict=True):
             pool_tokens = self._deployment.kv_pool_bytes // now.kv_bytes_per_token
             await model.start(pool_tokens)
-            if self._incarnation == 1 and not self._deployment.sglang.get("skip_server_warmup"):
+            is_resident = now.residency.state == "resident"
+            if is_resident and self._warms_up:
                 await model.warm_up()
         freeze_heap()
         self._state.models = {model.name: model for model in models}

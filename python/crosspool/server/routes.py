@@ -73,8 +73,11 @@ ROUTES: tuple[RouteRule, ...] = (
     *_rules("anyone", "server", _SEEN, "/metrics"),
     *_rules("client", "either", _SEEN, "/v1/models", "/v1/models/{name:path}", "/api/tags"),
     *_rules("observer", "server", _SEEN,
-        "/crosspool/status", "/crosspool/pools", "/crosspool/tensors", "/crosspool/counters"),
-    *_rules("admin", "server", _POST, "/crosspool/trace/start", "/crosspool/trace/stop"),
+        "/crosspool/status", "/crosspool/pools", "/crosspool/tensors", "/crosspool/counters",
+        "/crosspool/models"),
+    *_rules("admin", "server", _POST, "/crosspool/trace/start", "/crosspool/trace/stop",
+        "/crosspool/models/{name:path}/sleep", "/crosspool/models/{name:path}/wake",
+        "/crosspool/models/{name:path}/pin"),
 
     *_rules("client", "model", _SEEN,
         "/", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"),
@@ -93,6 +96,9 @@ ROUTES: tuple[RouteRule, ...] = (
 
     *_rules("admin", "every model", _DO, "/configure_logging", "/flush_cache", "/freeze_gc"),
     *_rules("admin", "every model", _POST, "/continue_generation", "/pause_generation"),
+    *_rules("observer", "either", _GET, "/is_sleeping"),
+    *_rules("admin", "either", _POST, "/sleep", "/wake_up"),
+    *_rules("admin", "either", _DO, "/release_memory_occupation", "/resume_memory_occupation"),
     *_rules("admin", "model", _POST, "/update_weight_version"),
 
     *_nobody("only text generation is supported",
@@ -122,8 +128,6 @@ ROUTES: tuple[RouteRule, ...] = (
         "/scale_elastic_ep", "/start_expert_distribution_record",
         "/stop_expert_distribution_record"),
     *_nobody("options are set when the server starts", "/set_internal_state", "/slow_down"),
-    *_nobody("the KV pool shares memory among the models by itself",
-        "/release_memory_occupation", "/resume_memory_occupation"),
 )
 # fmt: on
 _PATTERNS = {rule.path: compile_path(rule.path)[0] for rule in ROUTES}

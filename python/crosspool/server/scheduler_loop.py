@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,7 +33,7 @@ from crosspool.server.grammars import Grammars, ModelGrammars
 from crosspool.server.text import HFTextDecoder
 from crosspool.transport import admin
 from crosspool.transport.inspection import Report, Status
-from crosspool.transport.messages import Shutdown
+from crosspool.transport.messages import Shutdown, Slept, Waking, Woken
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,13 @@ class SchedulerLoop:
         self._poller.register(self._compiled, zmq.POLLIN)
         self._admin = AdminSocket(self._context, deployment.admin_address)
         self._poller.register(self._admin.socket, zmq.POLLIN)
-        self._devices = Devices(self._context, deployment, self._device_away, self._device_back)
+        self._devices = Devices(
+            self._context,
+            deployment,
+            on_away=self._device_away,
+            on_back=self._device_back,
+            on_told=self._told_of_weights,
+        )
         self._poller.register(self._devices.socket, zmq.POLLIN)
 
         self._core = SchedulerCore(
@@ -151,8 +158,11 @@ class SchedulerLoop:
         self._devices.expire_questions()
         self._grammars.settle(_SETTLE_SECONDS)
         self._core.schedule()
-        for rank, message in self._core.drain_messages():
-            self._devices.send(rank, message)
+        # A model that is woken may have steps at once.
+        for device, message in self._core.drain_device_messages():
+            self._devices.tell(self._deployment.devices[device].name, message)
+        for rank, step in self._core.drain_messages():
+            self._devices.send(rank, step)
         self._front_ends.send(self._core.drain_outputs())
 
     def _fail(self, cause: str) -> None:
@@ -180,18 +190,35 @@ class SchedulerLoop:
             self._fail(f"a device sent a result that does not fit any step: {error}")
 
     def _device_away(self, name: str) -> None:
+        self._core.lose_device(self._index_of(name))
         attention, ffn = self._ranks_of(name)
         for rank in attention:
             self._core.lose_attention_rank(rank)
         for rank in ffn:
             self._core.lose_ffn_rank(rank)
 
-    def _device_back(self, name: str) -> None:
+    def _device_back(self, name: str, resident: Collection[int]) -> None:
+        self._core.restore_device(self._index_of(name), resident)
         attention, ffn = self._ranks_of(name)
         for rank in attention:
             self._core.restore_attention_rank(rank)
         for rank in ffn:
             self._core.restore_ffn_rank(rank)
+
+    def _told_of_weights(self, name: str, told: Waking | Woken | Slept) -> None:
+        if not 0 <= told.model < len(self._names):
+            raise DeviceFailed(f"device {name} tells of model {told.model}, which is not there")
+        device = self._index_of(name)
+        match told:
+            case Waking():
+                self._core.on_waking(device, told.model, told.bytes, told.total_bytes)
+            case Woken():
+                self._core.on_woken(device, told.model, told.error)
+            case Slept():
+                self._core.on_slept(device, told.model)
+
+    def _index_of(self, name: str) -> int:
+        return next(i for i, d in enumerate(self._deployment.devices) if d.name == name)
 
     def _ranks_of(self, name: str) -> tuple[list[int], list[int]]:
         """The attention ranks and the FFN ranks of a device: one of each at most."""
@@ -219,6 +246,8 @@ class SchedulerLoop:
                     self._admin.reply(sender, admin.Answer(id=message.id))
                 case admin.RankGone():
                     self._admin.reply(sender, self._rank_gone(message))
+                case admin.Manage():
+                    self._admin.reply(sender, self._manage(message))
 
     def _ask(self, sender: bytes, ask: admin.Ask) -> None:
         if ask.what == "status":
@@ -238,6 +267,31 @@ class SchedulerLoop:
             self._fail(f"device {message.device} is gone: {cause}")
         return admin.Answer(id=message.id)
 
+    def _manage(self, message: admin.Manage) -> admin.Answer:
+        if self._failure is not None:
+            return admin.Answer(id=message.id, error=self._failure)
+        if not self._devices.have_started:
+            return admin.Answer(id=message.id, error=f"starting: {self._devices.progress}")
+        try:
+            model = self._model(message.model)
+            match message.what:
+                case "wake":
+                    self._core.wake(model)
+                case "sleep":
+                    self._core.sleep(model)
+                case "pin":
+                    self._core.pin(model, message.keep or "pinned")
+        except ValueError as problem:
+            return admin.Answer(id=message.id, error=str(problem), is_mistake=True)
+        return admin.Answer(id=message.id)
+
+    def _model(self, name: str) -> int:
+        """The number of the model of this name. Raises ValueError, with a text for users."""
+        if name not in self._names:
+            names = ", ".join(self._names)
+            raise ValueError(f"no model {name!r} is served here; there are {names}")
+        return self._names.index(name)
+
     def _attach(self, message: admin.Attach) -> admin.FromScheduler:
         error = None
         sockets = {
@@ -245,16 +299,16 @@ class SchedulerLoop:
             "tokenizer": message.tokenizer,
             "detokenizer": message.detokenizer,
         }
-        if message.model not in self._names:
-            names = ", ".join(self._names)
-            error = f"no model {message.model!r} is served here; there are {names}"
-        elif wrong := [name for name, address in sockets.items() if not _SOCKET.fullmatch(address)]:
+        try:
+            model = self._model(message.model)
+        except ValueError as problem:
+            return admin.Answer(id=message.id, error=str(problem))
+        if wrong := [name for name, address in sockets.items() if not _SOCKET.fullmatch(address)]:
             error = f"`{wrong[0]}` must be the address of a socket file, ipc:///PATH"
         elif not self._devices.have_started or self._failure is not None:
             error = self._failure or f"starting: {self._devices.progress}"
         if error is not None:
             return admin.Answer(id=message.id, error=error)
-        model = self._names.index(message.model)
         try:
             self._front_ends.connect(model, attached=True, **sockets)
         except ValueError as problem:

@@ -17,6 +17,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from crosspool.config.options import Keep
 from crosspool.transport.inspection import InspectWhat, Report, Status
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -25,6 +26,8 @@ MAX_QUESTION_BYTES = 1 << 20
 """Who asks the scheduler with more is cut off."""
 
 What = Literal["status", InspectWhat]
+Managing = Literal["wake", "sleep", "pin"]
+"""What can be done about a model's weights."""
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True, tag="ask"):
@@ -67,14 +70,27 @@ class DetokenizerReplaced(msgspec.Struct, frozen=True, kw_only=True, tag="detoke
     incarnation: int
 
 
+class Manage(msgspec.Struct, frozen=True, kw_only=True, tag="manage"):
+    """The admin's word about where a model's weights are. It is answered at once, with nothing in
+    the answer; the status tells how the model wakes or falls asleep."""
+
+    id: int
+    model: str
+    what: Managing
+    keep: Keep | None = None
+    """What holds from now on; it is given to ``pin`` alone."""
+
+
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer", omit_defaults=True):
-    """The reply to an Ask or a RankGone, or the refusal of any request; ``error`` says why there is
-    nothing else in it."""
+    """The reply to an Ask, a RankGone or a Manage, or the refusal of any request; ``error`` says
+    why there is nothing else in it."""
 
     id: int
     status: Status | None = None
     report: Report | None = None
     error: str | None = None
+    is_mistake: bool = False
+    """Whether the error is a mistake of whoever has asked."""
 
 
 class Attached(msgspec.Struct, frozen=True, kw_only=True, tag="attached"):
@@ -87,7 +103,7 @@ class Attached(msgspec.Struct, frozen=True, kw_only=True, tag="attached"):
     """Longest prompt that the model takes, in tokens."""
 
 
-ToScheduler = Ask | Attach | RankGone | DetokenizerReplaced
+ToScheduler = Ask | Attach | RankGone | DetokenizerReplaced | Manage
 FromScheduler = Answer | Attached
 
 _encoder = msgspec.msgpack.Encoder()
@@ -99,6 +115,10 @@ _Reply = TypeVar("_Reply", Answer, Attached)
 
 class AdminError(RuntimeError):
     """The deployment did not answer in time, or refused; the message says which."""
+
+
+class AdminMistake(AdminError):
+    """What was asked for cannot be; the message says why."""
 
 
 def encode(message: ToScheduler | FromScheduler) -> bytes:
@@ -129,7 +149,7 @@ def _connect(socket: zmq.Socket[Any], address: str) -> None:
 
 def _checked(reply: FromScheduler, kind: type[_Reply]) -> _Reply:
     if isinstance(reply, Answer) and reply.error is not None:
-        raise AdminError(reply.error)
+        raise (AdminMistake if reply.is_mistake else AdminError)(reply.error)
     if not isinstance(reply, kind):
         raise AdminError(f"the deployment answered {type(reply).__name__}, not {kind.__name__}")
     return reply
@@ -174,6 +194,16 @@ def inspect(address: str, what: InspectWhat, timeout: float = 10.0) -> Report:
     """What the devices reply to ``what``. Raises AdminError when they do not within ``timeout``
     seconds, or the deployment cannot ask them."""
     return _report(_exchange(address, Ask(id=next(_ids), what=what), timeout))
+
+
+def manage(
+    address: str, model: str, what: Managing, keep: Keep | None = None, timeout: float = 10.0
+) -> None:
+    """Tells the scheduler what to do about a model's weights; it begins at once. Raises
+    AdminMistake where that cannot be, and AdminError when nobody answers within ``timeout``
+    seconds."""
+    message = Manage(id=next(_ids), model=model, what=what, keep=keep)
+    _checked(_exchange(address, message, timeout), Answer)
 
 
 def rank_gone(
@@ -225,20 +255,25 @@ def attach(
 
 
 class AsyncAdmin:
-    """:func:`status` and :func:`inspect` for programs with an event loop."""
+    """:func:`status`, :func:`inspect` and :func:`manage` for programs with an event loop."""
 
     def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
         self._context = context
         self._address = address
 
     async def status(self, timeout: float = 10.0) -> Status:
-        return _status(await self._exchange("status", timeout))
+        return _status(await self._exchange(Ask(id=next(_ids), what="status"), timeout))
 
     async def inspect(self, what: InspectWhat, timeout: float = 10.0) -> Report:
-        return _report(await self._exchange(what, timeout))
+        return _report(await self._exchange(Ask(id=next(_ids), what=what), timeout))
 
-    async def _exchange(self, what: What, timeout: float) -> FromScheduler:
-        message = Ask(id=next(_ids), what=what)
+    async def manage(
+        self, model: str, what: Managing, keep: Keep | None = None, timeout: float = 10.0
+    ) -> None:
+        message = Manage(id=next(_ids), model=model, what=what, keep=keep)
+        _checked(await self._exchange(message, timeout), Answer)
+
+    async def _exchange(self, message: ToScheduler, timeout: float) -> FromScheduler:
         with self._context.socket(zmq.DEALER) as socket:
             _connect(socket, self._address)
             await socket.send(encode(message))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from crosspool.config.options import Keep
 from crosspool.observability.trace import LaneEvent
 
 InspectWhat = Literal["tensors", "pools", "counters", "trace_start", "trace_stop"]
@@ -117,6 +118,42 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             {"device": device, **msgspec.structs.asdict(event), "model": models[event.model]}
             for device, event in sorted(events, key=lambda entry: entry[1].start_ns)
         ]
+
+
+ModelState = Literal["asleep", "waking", "resident", "falling_asleep"]
+"""Where a model's weights are. ``asleep``: on disk alone; ``waking``: on their way into the pools;
+``resident``: in the pools of every device that has a share of them; ``falling_asleep``: given up,
+but not everywhere yet."""
+
+
+class ModelResidency(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one model's weights are, and what decides that."""
+
+    state: ModelState
+    keep: Keep
+    ttl: float | None
+    """Seconds without a request after which the model sleeps; None for never."""
+    priority: int
+    attention_bytes: int
+    """Bytes of its attention part on all devices of the KV pool together, while it is resident."""
+    ffn_bytes: int
+    """Bytes of its FFN weights on all devices of the weight pool together, while it is resident."""
+    read_bytes: int = 0
+    """Bytes that all devices together have read of the wake that is under way."""
+    total_bytes: int = 0
+    """Bytes that they have to read for it; 0 until they have told."""
+    wakes: int = 0
+    """Times that it has become resident since the server's start."""
+    failed_wakes: int = 0
+    sleeps: int = 0
+    waking_seconds: float = 0.0
+    """Seconds of all wakes together, failed ones included."""
+    last_wake_seconds: float | None = None
+    """Seconds that the last wake took; None before the first."""
+    last_error: str | None = None
+    """Why the last wake failed; None if it did not."""
+    idle_seconds: float | None = None
+    """Seconds since it last had a request; 0 while it has any, None if it never had."""
 
 
 class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -234,6 +271,7 @@ class ModelStatus(ModelCounts, kw_only=True):
     pool_tokens: int
     """Tokens that the whole KV pool could hold if no other model used it."""
     ffn_ranks: tuple[int, ...]
+    residency: ModelResidency
     attached: int = 0
     """Stock SGLang servers that are attached to the model."""
 
@@ -241,6 +279,17 @@ class ModelStatus(ModelCounts, kw_only=True):
     def used_tokens(self) -> int:
         """Tokens that fit into the KV memory that is promised to running requests."""
         return self.promised_bytes // self.kv_bytes_per_token
+
+    def summary(self) -> dict[str, Any]:
+        """What an admin is told of the model: where its weights are, and who needs them."""
+        return {
+            "name": self.name,
+            **msgspec.to_builtins(self.residency),
+            "running": self.running,
+            "waiting": self.waiting,
+            "kv_bytes": self.mapped_bytes,
+            "tokens_per_second": self.tokens_per_second,
+        }
 
     @property
     def token_usage(self) -> float:

@@ -1,0 +1,39 @@
+"""The checkpoints of a folder, for ``models_dir``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+from crosspool.config.errors import ConfigError
+from crosspool.config.options import ModelOptions
+from crosspool.models.config_file import ConfigFile
+from crosspool.models.registry import family_of
+
+
+def models_in(folder: str, named: Collection[str] = ()) -> list[ModelOptions]:
+    """Returns a model for every folder below ``folder``, one or two deep, that has a config.json,
+    in the order of their names: ``NAME`` or ``ORG/NAME``. Those at the paths ``named`` are left
+    out; so are those that the server does not run, of which a line on stderr tells.
+
+    Raises ConfigError where there is none at all, and for a config.json that cannot be read."""
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"models_dir: {folder}: no such folder")
+    files = sorted([*root.glob("*/config.json"), *root.glob("*/*/config.json")])
+    others = {Path(path).expanduser().resolve() for path in named}
+    found = []
+    for file in files:
+        path = file.parent
+        if path.resolve() in others:
+            continue
+        config = ConfigFile(file)
+        if family_of(config) is None:
+            kind = config.values.get("architectures") or config.values.get("model_type")
+            print(f"crosspool: {path} is left out: {kind!r} is not supported", file=sys.stderr)
+            continue
+        found.append(ModelOptions(path=str(path), name=path.relative_to(root).as_posix()))
+    if not found and not others:
+        raise ConfigError(f"models_dir: {folder}: no folder in it has a model that can be served")
+    return found
