@@ -24,10 +24,12 @@ from crosspool.transport.messages import (
     Row,
     RowResult,
     Sampling,
+    Sleep,
     Step,
     StepResult,
     TokenLogprobs,
 )
+from simulated_devices import SimulatedDevices
 
 VOCAB = 320
 EOS = 300
@@ -80,6 +82,8 @@ def deployment(
         "tbt_target_ms": 0.0,
         "loop": "host",
         "max_running_requests": 8,
+        "weight_pool_devices": (Device("cuda:9"),),
+        "weight_pool_bytes": 1 << 30,
     }
     return Deployment(
         models=tuple(
@@ -87,8 +91,6 @@ def deployment(
             for i in range(models)
         ),
         kv_pool_devices=tuple(Device(f"cuda:{i}") for i in range(ranks)),
-        weight_pool_devices=(Device("cuda:9"),),
-        weight_pool_bytes=0,
         **(defaults | fields),
     )
 
@@ -315,6 +317,16 @@ class SimulatedRank:
             self.go_on(step)
         return StepResult(step=step.step, rows=rows, more=more)
 
+    def refuse(self, index: int = 0) -> StepResult:
+        """Ends one of the steps at work, since weights are missing, and forgets its requests."""
+        step = self.steps.pop(min(index, len(self.steps) - 1, self.deployment.lanes - 1))
+        for row in step.rows:
+            self.ever_opened.discard(row.request)
+            self.sampled.pop(row.request, None)
+            del self.model[row.request], self.tokens[row.request]
+            del self.pages[row.request], self.own[row.request]
+        return StepResult(step=step.step, rows=[], refused=True)
+
     def goes_on(self, step: Step, rows: list[RowResult]) -> bool:
         stopped = any(r.token in self.sampling[r.request].stop_token_ids for r in rows)
         return step.lease > 1 and not stopped and step.step not in self.recalled
@@ -435,6 +447,7 @@ class Simulation:
         )
         self.next_token = next_token
         self.ranks = [SimulatedRank(d, specs, next_token) for _ in d.kv_pool_devices]
+        self.devices = SimulatedDevices(d, specs)
         self.started: list[str] = []
         """Request ids in the order in which the requests were opened on a rank."""
         self._rid_of_seed: dict[int, str] = {}
@@ -448,7 +461,12 @@ class Simulation:
 
     def schedule(self) -> None:
         self.core.schedule()
+        for device, order in self.core.drain_device_messages():
+            busy = {step.model for rank in self.ranks for step in rank.steps}
+            self.devices.receive(device, order, busy)
         for rank, message in self.core.drain_messages():
+            if isinstance(message, Step):
+                self.devices.check_step(rank, message.model)
             self.ranks[rank].receive(message)
             if isinstance(message, Step):
                 self.started += [self._rid_of_seed[o.sampling.seed] for o in message.opens]
@@ -465,6 +483,17 @@ class Simulation:
         """Ends one step of ``rank``."""
         self.core.on_result(rank, self.ranks[rank].answer(index))
         self.schedule()
+
+    def follow(self, error: str | None = None) -> None:
+        """Has the devices do all that they were told to; wakes fail with ``error``, if given."""
+        while self.devices.orders:
+            device, order = self.devices.orders.pop(0)
+            self.devices.carry_out(device, order, error)
+            if isinstance(order, Sleep):
+                self.core.on_slept(device, order.model)
+            else:
+                self.core.on_woken(device, order.model, error)
+            self.schedule()
 
     def lose(self, rank: int = 0) -> SimulatedRank:
         """Attention rank ``rank`` dies; returns it as it was."""

@@ -10,7 +10,7 @@ admitted again before any that has only waited.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 
 from crosspool.scheduler.queue_order import QueueOrder
 from crosspool.scheduler.queues import WaitingQueue
@@ -25,15 +25,12 @@ class Admission:
         order: QueueOrder,
         ranks: list[RankState],
         max_running: int,
-        suspended: Set[int],
     ) -> None:
-        """``max_running``: requests of one model that may run on one rank at once. Nobody of a
-        model in ``suspended`` is admitted."""
+        """``max_running``: requests of one model that may run on one rank at once."""
         self._queues = queues
         self._order = order
         self._ranks = ranks
         self._max_running = max_running
-        self._suspended = suspended
         self._exhausted: object = None
         """The state in which nobody more could be admitted."""
 
@@ -41,13 +38,14 @@ class Admission:
         """Moves requests from the queues to the ranks while that is possible; yields each."""
         if self._state() == self._exhausted:
             return
-        blocked = set(self._suspended)
+        blocked: set[int] = set()
         kept: set[int] = set()
         while (seq := self._order.next(self._heads(blocked))) is not None:
             ranks = [
                 rank
                 for rank in sorted(self._ranks, key=_promised_chunks)
                 if not rank.away
+                and seq.model not in rank.barred
                 and rank.index not in kept
                 and len(rank.running[seq.model]) < self._max_running
             ]
@@ -61,10 +59,10 @@ class Admission:
         self._exhausted = self._state()
 
     def _state(self) -> object:
-        """The first request of each queue, the ranks' versions and the suspended models: everything
-        that an admission depends on besides the admissions before it."""
+        """The first request of each queue and the ranks' versions: everything that an admission
+        depends on besides the admissions before it."""
         heads = [queue.head and queue.head.number for queue in self._queues]
-        return heads, [rank.version for rank in self._ranks], set(self._suspended)
+        return heads, [rank.version for rank in self._ranks]
 
     def _heads(self, blocked: set[int]) -> list[Sequence]:
         """The first request of each queue that is not blocked; only replayed ones, if there are."""

@@ -22,14 +22,14 @@ def lease_steps(rank: RankState, lanes: int, most: int) -> int:
     """Longest lease for the next step, in steps: ``most``, or 1 where a lease would keep another
     model's step from being launched."""
     busy = sum(
-        bool(running) and model not in rank.suspended for model, running in enumerate(rank.running)
+        bool(running) and model not in rank.barred for model, running in enumerate(rank.running)
     )
     return most if busy <= lanes + 1 else 1
 
 
 def leases_in_the_way(rank: RankState, lanes: int) -> list[StepInFlight]:
     """Leases to recall: one of their requests is over, a further request of their model could join,
-    their model is suspended, or another model's step cannot be launched."""
+    their model makes no steps now, or another model's step cannot be launched."""
     leases = [f for f in rank.flights.values() if f.lease > 1 and not f.recalled]
     if not leases:
         return []
@@ -40,7 +40,7 @@ def leases_in_the_way(rank: RankState, lanes: int) -> list[StepInFlight]:
         for lease in leases
         if blocked
         or lease.model in joining
-        or lease.model in rank.suspended
+        or lease.model in rank.barred
         or any(seq.over for seq in lease.sequences)
     ]
 
@@ -49,7 +49,7 @@ def _with_work(rank: RankState) -> Iterator[int]:
     """Models with a request that could be in a step and is in none."""
     reader = prompt_reader(rank)
     for model, running in enumerate(rank.running):
-        if model not in rank.suspended and any(
+        if model not in rank.barred and any(
             not seq.in_flight
             and not seq.undecided
             and seq.number not in rank.paused[model]
@@ -77,7 +77,7 @@ def prompt_reader(rank: RankState) -> int | None:
     reading = (
         model
         for model, running in enumerate(rank.running)
-        if model not in rank.suspended and any(not seq.decoding for seq in running.values())
+        if model not in rank.barred and any(not seq.decoding for seq in running.values())
     )
     return min(reading, key=lambda model: rank.last_prompt_step[model], default=NOBODY)
 

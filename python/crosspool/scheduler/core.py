@@ -3,17 +3,20 @@ clock but the one it is given; the scheduler process feeds it and sends what it 
 
     core.add(request)                        # or core.abort(...), core.on_result(...)
     core.schedule()
+    for device, message in core.drain_device_messages(): ...  # Wake and Sleep, to that device
     for rank, message in core.drain_messages(): ...   # to that attention rank's device, in order
     for output in core.drain_outputs(): ...           # to the detokenizer
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Seq
 from itertools import chain, count
 
 from crosspool.config.deployment import Deployment
+from crosspool.config.options import Keep
 from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import ModelSpec
@@ -25,6 +28,7 @@ from crosspool.scheduler.batching import (
     next_model,
     prompt_reader,
 )
+from crosspool.scheduler.budgets import Budgets
 from crosspool.scheduler.chunk_budget import chunk_budget
 from crosspool.scheduler.counters import ModelCounters
 from crosspool.scheduler.promises import Promises
@@ -34,12 +38,15 @@ from crosspool.scheduler.queues import WaitingQueue
 from crosspool.scheduler.rank_state import RankState
 from crosspool.scheduler.rates import ModelRates
 from crosspool.scheduler.request import Finish, GenerateRequest, Output
+from crosspool.scheduler.residency import Refusal, Residency
 from crosspool.scheduler.sequence import Sequence
 from crosspool.scheduler.snapshot import snapshot
 from crosspool.scheduler.stopping import Stopping
 from crosspool.scheduler.validation import problem
+from crosspool.scheduler.worth import FrequencyWithAging
 from crosspool.transport.inspection import Snapshot
-from crosspool.transport.messages import RowResult, StepResult, ToDevice
+from crosspool.transport.messages import RowResult, Sleep, StepResult, ToDevice, Wake
+from crosspool.weightpool.placement import initially_resident
 
 
 class SchedulerCore:
@@ -49,7 +56,8 @@ class SchedulerCore:
     order. ``clock`` gives seconds that only grow (``time.monotonic``). ``think_ends`` has the
     tokens with which each model's thinking ends; they are empty where nothing tells its end.
 
-    Raises ConfigError when the KV pool of one attention rank holds no page of some model."""
+    Raises ConfigError when the KV pool of one attention rank holds no page of some model, and when
+    the weights of a model do not fit into the pools."""
 
     def __init__(
         self,
@@ -81,18 +89,30 @@ class SchedulerCore:
                 Promises(d, self._bounds, self._layouts),
                 self._layouts,
                 chunk_budget(d),
-                self._suspended,
             )
             for index in range(len(d.kv_pool_devices))
         ]
         self._queues = [WaitingQueue(d.max_queued_requests) for _ in specs]
         self._admission = Admission(
-            self._queues, queue_order(d), self._ranks, d.max_running_requests, self._suspended
+            self._queues, queue_order(d), self._ranks, d.max_running_requests
         )
+        self._residency = Residency(
+            Budgets.of(d, specs),
+            dict(enumerate(d.models)),
+            initially_resident(d, specs),
+            quantum=d.residency_quantum,
+            worth=FrequencyWithAging(),
+            now=clock(),
+        )
+        self._attention_devices = [d.devices.index(device) for device in d.kv_pool_devices]
+        self._barred_at = -1
+        """The residency's version at which the ranks were told which models make no steps; -1 when
+        they are to be told again."""
         self._counters = [ModelCounters() for _ in specs]
         self._rates = [ModelRates() for _ in specs]
         self._numbers = count(1)
         self._messages: list[tuple[int, ToDevice]] = []
+        self._device_messages: list[tuple[int, Wake | Sleep]] = []
         self._outputs: list[Output] = []
         self._undecided: list[tuple[Sequence, RowResult, float]] = []
         """Requests whose grammar follows a token: with its row, and clock time since when."""
@@ -102,8 +122,9 @@ class SchedulerCore:
 
     def add(self, request: GenerateRequest) -> None:
         """Queues ``request``, or refuses it at once with an abort output: status 400 for a request
-        that the model can never serve, 429 when its queue is full, the failure's status after
-        :meth:`fail_all`. Waiting time counts from this call."""
+        that the model can never serve, 429 when its queue is full, 503 when the model sleeps and
+        cannot be woken, the failure's status after :meth:`fail_all`. Waiting time counts from this
+        call."""
         model = request.model
         spec, queue = self._specs[model], self._queues[model]
         seq = self._sequence(request)
@@ -113,6 +134,10 @@ class SchedulerCore:
         wrong = problem(request, spec) or self._too_large(seq)
         if wrong is not None:
             return self._end(seq, Finish(kind="abort", message=wrong, status=400))
+        if (refusal := self._residency.refusal(model, self._clock())) is not None:
+            return self._end(seq, self._unavailable(refusal))
+        if not request.is_probe:
+            self._residency.used(model, self._clock())
         if queue.full:
             self._admit()
         if queue.full:
@@ -142,11 +167,16 @@ class SchedulerCore:
 
     def on_result(self, attention_rank: int, result: StepResult) -> None:
         """Takes a step's result, unless the step was lost with its rank. Raises ValueError when it
-        fits no step in flight."""
+        fits no step in flight. The requests of a step that was refused wait again: for the word of
+        the device that could not read the weights, or to be computed again from their tokens."""
         rank = self._ranks[attention_rank]
         if self._failure is not None or rank.is_late(result):
             return
         now = self._clock()
+        if result.refused:
+            for seq in rank.take_refusal(result):
+                self._queues[seq.model].give_back([seq])
+            return
         flight = rank.land(result, now)
         if result.more:
             self._counters[flight.model].step(rank.flights[flight.model])
@@ -174,10 +204,12 @@ class SchedulerCore:
         They keep their KV, can be aborted, and wait in the queue no longer than ever. Of a step in
         flight, and of one more under a lease, results still come."""
         self._suspended.add(model)
+        self._barred_at = -1
 
     def resume(self, model: int) -> None:
         """Goes on after :meth:`suspend`, if the model is suspended."""
         self._suspended.discard(model)
+        self._barred_at = -1
 
     def lose_attention_rank(self, rank: int) -> None:
         """Attention rank ``rank`` is gone with all its KV, cached prefixes and steps in flight.
@@ -200,11 +232,55 @@ class SchedulerCore:
             attention_rank.stalled = True
 
     def restore_ffn_rank(self, rank: int) -> None:
-        """FFN rank ``rank``, which was lost, is back. Steps that it held up count as issued now."""
+        """FFN rank ``rank``, which was lost, is back. Steps that it held up count as issued when
+        the next :meth:`schedule` is called."""
         self._ffn_away.discard(rank)
-        for attention_rank in self._ranks:
-            if attention_rank.stalled and not self._ffn_away:
-                attention_rank.unstall(self._clock())
+
+    # --- models that sleep and wake; ``device`` is an index into the deployment's devices
+
+    def wake(self, model: int) -> None:
+        """Wakes the model in its turn, requests or not. Raises ValueError, with a text for users,
+        when it does not fit beside the pinned models."""
+        self._residency.wake(model, self._clock())
+
+    def sleep(self, model: int) -> None:
+        """Has the model sleep as soon as it has no requests; its next request wakes it. Raises
+        ValueError, with a text for users, for a pinned model."""
+        self._residency.sleep(model, self._clock())
+
+    def pin(self, model: int, keep: Keep) -> None:
+        """Changes when the model is in memory: ``pinned`` wakes it, ``asleep`` has it sleep. Raises
+        ValueError, with a text for users, when the pinned models do not fit together."""
+        self._residency.pin(model, keep, self._clock())
+
+    def on_waking(self, device: int, model: int, read: int, total: int) -> None:
+        """The device has read ``read`` of ``total`` bytes of the model's weights."""
+        self._residency.reading(device, model, read, total)
+
+    def on_woken(self, device: int, model: int, error: str | None) -> None:
+        """The device has the model's weights, or tells why it has none of them; then the model's
+        requests end with status 503."""
+        now = self._clock()
+        if error is None:
+            self._residency.woken(device, model, now)
+        elif self._residency.failed(device, model, error, now):
+            refusal = self._residency.refusal(model, now)
+            assert refusal is not None
+            self._end_all(model, refusal)
+
+    def on_slept(self, device: int, model: int) -> None:
+        """The device has given up the model's weights."""
+        self._residency.slept(device, model)
+
+    def lose_device(self, device: int) -> None:
+        """The device is gone; to be called beside what is called for its ranks."""
+        self._residency.lose(device)
+        self._device_messages = [(to, m) for to, m in self._device_messages if to != device]
+
+    def restore_device(self, device: int, resident: Collection[int]) -> None:
+        """The device is there, with the weights of the models in ``resident``; it is told to read
+        what it should have besides. To be called beside what is called for its ranks."""
+        self._residency.restore(device, resident, self._clock())
 
     def fail_all(self, message: str, status: int = 503) -> None:
         """Aborts every request, and every later one, since a rank is gone. Nothing more is sent to
@@ -216,6 +292,7 @@ class SchedulerCore:
         for rank in self._ranks:
             rank.flights.clear()
         self._messages.clear()
+        self._device_messages.clear()
 
     # --- scheduling
 
@@ -227,6 +304,7 @@ class SchedulerCore:
         now = self._clock()
         self._queue_compiled()
         self._decide(now)
+        self._follow_demand(now)
         self._refuse_expired(now)
         for rank in self._ranks:
             rank.reclaim()
@@ -269,12 +347,49 @@ class SchedulerCore:
                 )
                 self._end(seq, Finish(kind="abort", message=message, status=400))
 
+    def _follow_demand(self, now: float) -> None:
+        """Decides which models are in memory, and has devices and ranks follow."""
+        work = {
+            model
+            for model, queue in enumerate(self._queues)
+            if model not in self._suspended
+            and (len(queue) or any(rank.running[model] for rank in self._ranks))
+        }
+        for model in sorted(work):
+            if (refusal := self._residency.refusal(model, now)) is not None:
+                self._end_all(model, refusal)
+                work.discard(model)
+        self._residency.decide(work, now)
+        in_flight = {model for rank in self._ranks for model in rank.flights}
+        self._device_messages += self._residency.orders(in_flight)
+        if self._barred_at != self._residency.version:
+            self._barred_at = self._residency.version
+            for rank, device in zip(self._ranks, self._attention_devices, strict=True):
+                rank.bar(self._residency.barred(device) | self._suspended)
+        stalled = bool(self._ffn_away) or self._residency.stand_still(in_flight)
+        for rank in self._ranks:
+            if stalled:
+                rank.stalled = True
+            elif rank.stalled:
+                rank.unstall(now)
+
+    def _end_all(self, model: int, refusal: Refusal) -> None:
+        """Ends all requests of a model that cannot be woken."""
+        for seq in [seq for seq in self._requests() if seq.model == model]:
+            self._end(seq, self._unavailable(refusal))
+
+    def _unavailable(self, refusal: Refusal) -> Finish:
+        after = refusal.retry_after or self._deployment.queue_timeout
+        return Finish(kind="abort", message=refusal.message, status=503, retry_after=after)
+
     def _refuse_expired(self, now: float) -> None:
         timeout = f"{self._deployment.queue_timeout:g} s"
         for model, queue in enumerate(self._queues):
             message = f"no room in the KV pool within {timeout}; retry later"
             if all(rank.away for rank in self._ranks):
                 message = f"the KV pool is restarting, and was not back in {timeout}; retry later"
+            elif self._residency.state(model) != "resident":
+                message = f"the model sleeps, and could not be woken in {timeout}; retry later"
             if model in self._suspended:
                 message = f"the model is paused, and did not go on within {timeout}; retry later"
             while (seq := queue.oldest) is not None and seq.deadline <= now:
@@ -348,21 +463,29 @@ class SchedulerCore:
         outputs, self._outputs = self._outputs, []
         return outputs
 
+    def drain_device_messages(self) -> list[tuple[int, Wake | Sleep]]:
+        """Pairs (device, message) since the last call; each device's are in sending order."""
+        messages, self._device_messages = self._device_messages, []
+        return messages
+
     # --- state
 
     def next_deadline(self) -> float | None:
-        """Clock time at which a waiting request is to be refused, a step becomes overdue or a
-        grammar has taken too long, whichever comes first; None when none of them can happen."""
+        """Clock time at which a waiting request is to be refused, a step becomes overdue, a grammar
+        has taken too long or a model's turn is over, whichever comes first; None when none of them
+        can happen."""
         waits = [q.oldest.deadline for q in self._queues if q.oldest is not None]
         watchdog = self._deployment.watchdog_timeout
         running = [rank.flights.values() for rank in self._ranks if not rank.stalled]
         steps = [flight.issued + watchdog for flight in chain.from_iterable(running)]
         grammars = [since + self._deployment.grammar_timeout for _, _, since in self._undecided]
-        return min(chain(waits, steps, grammars), default=None)
+        first = min(chain(waits, steps, grammars, [self._residency.next_deadline()]))
+        return first if first < math.inf else None
 
     def overdue(self, now: float) -> str | None:
         """A message for :meth:`fail_all` when a step has had no result for ``watchdog_timeout``
-        seconds, those not counted while an FFN rank was away; None while all is well."""
+        seconds, those not counted while an FFN rank was away or had to read weights again; None
+        while all is well."""
         timeout = self._deployment.watchdog_timeout
         for rank, device in zip(self._ranks, self._deployment.kv_pool_devices, strict=True):
             for flight in rank.flights.values():
@@ -388,6 +511,7 @@ class SchedulerCore:
             ranks=self._ranks,
             counters=self._counters,
             rates=self._rates,
+            residency=self._residency,
             now=self._clock(),
             max_tokens=[self.max_tokens(model) for model in range(len(self._specs))],
             failure=self._failure.message if self._failure else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import replace
 from itertools import count
 
@@ -25,7 +25,6 @@ class RankState:
         promises: Promises,
         layouts: list[KVLayout],
         budget: ChunkBudget,
-        suspended: Container[int],
     ) -> None:
         self.index = index
         self.promises = promises
@@ -33,9 +32,10 @@ class RankState:
         self.away = False
         """Whether the rank is lost and not back yet."""
         self.stalled = False
-        """Whether an FFN rank is away, so that steps may not end."""
-        self.suspended = suspended
-        """Models that make no steps for now; their requests stay as they are."""
+        """Whether an FFN rank is away or reads weights again, so that steps may not end."""
+        self.barred: Set[int] = frozenset()
+        """Models that make no steps here for now, as they are suspended or not awake. None of their
+        requests is admitted; those that run stay as they are."""
         self.running: list[dict[int, Sequence]] = [{} for _ in layouts]
         """Requests that run here, indexed [model][number], in order of admission."""
         self.paused: list[dict[int, Sequence]] = [{} for _ in layouts]
@@ -101,6 +101,11 @@ class RankState:
         for model, flight in self.flights.items():
             self.flights[model] = replace(flight, issued=now)
 
+    def bar(self, models: Set[int]) -> None:
+        """From now on, these models make no steps here."""
+        self.barred = models
+        self.version += 1
+
     # --- admission and promises
 
     def admit(self, seq: Sequence) -> bool:
@@ -143,7 +148,7 @@ class RankState:
         return {
             model
             for model, running in enumerate(self.running)
-            if model not in self.suspended
+            if model not in self.barred
             and any(
                 seq.has_output and not seq.undecided and seq.number not in self.paused[model]
                 for seq in running.values()
@@ -199,11 +204,7 @@ class RankState:
     def land(self, result: StepResult, now: float) -> StepInFlight:
         """Returns the step that ``result`` belongs to, which ends; the next step of its lease takes
         its place. Raises ValueError when ``result`` fits no step in flight, or not its rows."""
-        flight = next((f for f in self.flights.values() if f.step == result.step), None)
-        if flight is None:
-            raise ValueError(
-                f"attention rank {self.index} sent a result of unknown step {result.step}"
-            )
+        flight = self._flight_of(result)
         asked = [(row.request, row.sample) for row in flight.rows]
         got = [(row.request, row.token >= 0) for row in result.rows]
         if asked != got:
@@ -250,6 +251,33 @@ class RankState:
             if result.more:
                 seq.computed += 1
         return flight
+
+    def _flight_of(self, result: StepResult) -> StepInFlight:
+        flight = next((f for f in self.flights.values() if f.step == result.step), None)
+        if flight is None:
+            raise ValueError(
+                f"attention rank {self.index} sent a result of unknown step {result.step}"
+            )
+        return flight
+
+    def take_refusal(self, result: StepResult) -> list[Sequence]:
+        """The step of ``result`` was not made, since weights are missing. Returns its requests,
+        which run no more; they and the rank have forgotten each other. Raises ValueError when
+        ``result`` fits no step in flight."""
+        flight = self._flight_of(result)
+        self.budget.dropped(flight)
+        del self.flights[flight.model]
+        self.delayed.discard(flight.model)
+        self.version += 1
+        returned = []
+        for seq, row in zip(flight.sequences, flight.rows, strict=True):
+            seq.computed = row.start
+            self.promises.take_back(seq)
+            if not seq.over:
+                del self.running[seq.model][seq.number]
+                returned.append(seq)
+            seq.lose_rank()
+        return returned
 
     # --- the end of requests
 

@@ -15,14 +15,13 @@ from crosspool.scheduler.counters import ModelCounters
 from crosspool.scheduler.queues import WaitingQueue
 from crosspool.scheduler.rank_state import RankState
 from crosspool.scheduler.rates import ModelRates
+from crosspool.scheduler.residency import Residency
 from crosspool.transport.inspection import (
     KVShare,
-    ModelResidency,
     ModelStatus,
     RankSnapshot,
     Snapshot,
 )
-from crosspool.weightpool.placement import attention_bytes, place
 
 _SUMMED = ("running", "paused", "promised_chunks", "cached_chunks", "mapped_chunks")
 
@@ -35,6 +34,7 @@ def snapshot(
     ranks: Seq[RankState],
     counters: Seq[ModelCounters],
     rates: Seq[ModelRates],
+    residency: Residency,
     now: float,
     max_tokens: Seq[int],
     failure: str | None,
@@ -60,14 +60,7 @@ def snapshot(
                 max_tokens=max_tokens[index],
                 pool_tokens=deployment.kv_pool_bytes // spec.kv_bytes_per_token,
                 ffn_ranks=deployment.ffn_ranks(index),
-                residency=ModelResidency(
-                    state="resident",
-                    keep=model.keep,
-                    ttl=model.ttl,
-                    priority=model.priority,
-                    attention_bytes=attention_bytes(spec) * len(ranks),
-                    ffn_bytes=sum(held[index] for held in place(deployment, specs).weight_bytes),
-                ),
+                residency=residency.status(index, now),
                 **_sums(shares, size),
                 **msgspec.structs.asdict(deepcopy(counters[index])),
             )

@@ -1,0 +1,141 @@
+"""Which device has which models' weights, and what to tell it so that it gets those that are
+wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Set
+from typing import Literal
+
+from crosspool.scheduler.budgets import Budgets
+from crosspool.scheduler.fleet import FleetModel
+from crosspool.transport.messages import Sleep, Wake
+
+Held = Literal["waking", "present", "leaving"]
+"""Weights on their way in, all of them there, or on their way out."""
+
+
+class HeldWeights:
+    """Follows ``models``: what is not wanted sleeps once it has no step in flight, and what is
+    wanted is woken on each device as soon as there is room. Devices are those of ``budgets``
+    places."""
+
+    def __init__(self, budgets: Budgets, models: Mapping[int, FleetModel]) -> None:
+        self._budgets = budgets
+        self._models = models
+        self._held: dict[int, dict[int, Held]] = {spot.device: {} for spot in budgets.places}
+        self._away: set[int] = set()
+        self._unsettled = True
+        """Whether some device has not been told everything yet."""
+        self.version = 0
+        """Changes whenever a device has more or less than before, or something else is wanted."""
+
+    def changed(self) -> None:
+        """Something else is wanted."""
+        self.version += 1
+        self._unsettled = True
+
+    # --- what devices say
+
+    def came(self, device: int, model: int) -> bool:
+        """The device has all of the model's weights; False if it was not to."""
+        if self._held[device].get(model) != "waking":
+            return False
+        self._held[device][model] = "present"
+        self.changed()
+        return True
+
+    def failed(self, device: int, model: int) -> bool:
+        """The device has none of the model's weights after all; False if it was not to have any."""
+        if self._held[device].get(model) != "waking":
+            return False
+        del self._held[device][model]
+        self.changed()
+        return True
+
+    def left(self, device: int, model: int) -> None:
+        """The device has given up the model's weights."""
+        if self._held[device].get(model) == "leaving":
+            del self._held[device][model]
+            self.changed()
+
+    def lose(self, device: int) -> None:
+        """The device is gone. What it had counts as there until it is back: steps that need it
+        stand still meanwhile, but are not lost."""
+        self._away.add(device)
+        held = self._held[device]
+        self._held[device] = {model: how for model, how in held.items() if how == "present"}
+        self.changed()
+
+    def restore(self, device: int, resident: Collection[int]) -> None:
+        """The device is there, with the weights of the models in ``resident``."""
+        self._away.discard(device)
+        self._held[device] = dict.fromkeys(resident, "present")
+        self.changed()
+
+    # --- what to tell them
+
+    def orders(self, in_flight: Set[int]) -> Iterator[tuple[int, Wake | Sleep]]:
+        """Yields pairs (device, message) to send now; models in ``in_flight`` have steps in
+        flight."""
+        if not self._unsettled:
+            return
+        self._unsettled = False
+        for device, held in self._held.items():
+            if device in self._away:
+                continue
+            for model, how in held.items():
+                if how == "present" and not self._models[model].wanted:
+                    if model in in_flight:
+                        self._unsettled = True
+                    else:
+                        held[model] = "leaving"
+                        yield device, Sleep(model=model)
+            for model in self._lacking(device, in_flight):
+                if self._budgets.crowded({*held, model}, device):
+                    self._unsettled = True
+                    break
+                held[model] = "waking"
+                yield device, Wake(model=model)
+
+    def _lacking(self, device: int, in_flight: Set[int]) -> list[int]:
+        """Models that the device is to have and has not, in the order in which to wake them: first
+        those that are not wanted any more, but have steps in flight that need them. Such a device
+        has come back without them; there is room, as it has no more than before."""
+        lacking = [
+            model
+            for model, it in self._models.items()
+            if device in it.devices
+            and model not in self._held[device]
+            and (it.wanted or model in in_flight)
+        ]
+        return sorted(lacking, key=lambda m: (self._models[m].wanted, self._models[m].turn))
+
+    # --- state
+
+    def has(self, device: int, model: int) -> bool:
+        return self._held[device].get(model) == "present"
+
+    def is_waking(self, device: int, model: int) -> bool:
+        return self._held[device].get(model) == "waking"
+
+    def whole(self, model: int) -> bool:
+        """Whether every device that has a share of the model has it."""
+        return all(self.has(device, model) for device in self._models[model].devices)
+
+    def gone(self, model: int) -> bool:
+        """Whether no device has anything of the model."""
+        return not any(model in self._held[device] for device in self._models[model].devices)
+
+    def can_step(self, attention_device: int, model: int) -> bool:
+        """Whether steps of the model that this attention rank makes would go on."""
+        ffn = self._models[model].ffn_devices
+        return self.has(attention_device, model) and all(self.has(d, model) for d in ffn)
+
+    def stand_still(self, in_flight: Collection[int]) -> bool:
+        """Whether steps in flight of some of these models wait for weights that a device which has
+        come back has yet to read."""
+        return any(
+            not self.has(device, model)
+            for model in in_flight
+            for device in self._models[model].ffn_devices
+        )

@@ -1,0 +1,69 @@
+"""Simulated devices with the weights that they have, which check each order to wake or to sleep."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from crosspool.config.deployment import Deployment
+from crosspool.models.spec import ModelSpec
+from crosspool.scheduler.budgets import Budgets
+from crosspool.transport.messages import Sleep, Wake
+from crosspool.weightpool.placement import initially_resident
+
+
+class SimulatedDevices:
+    """The devices of a deployment, by their index; they start with the models that are resident
+    from the start."""
+
+    def __init__(self, d: Deployment, specs: list[ModelSpec]) -> None:
+        self._places = Budgets.of(d, specs).places
+        self._attention = [d.devices.index(device) for device in d.kv_pool_devices]
+        self.models = range(len(specs))
+        resident = initially_resident(d, specs)
+        self.has = {
+            spot.device: {m for m in resident if self._shares(spot.device, m)}
+            for spot in self._places
+        }
+        """Models of which a device has all weights."""
+        self.takes = {device: set(models) for device, models in self.has.items()}
+        """Models for which a device takes memory."""
+        self.orders: list[tuple[int, Wake | Sleep]] = []
+        """What they have yet to do."""
+
+    def _shares(self, device: int, model: int) -> bool:
+        return any(spot.device == device and model in spot.held for spot in self._places)
+
+    def receive(self, device: int, order: Wake | Sleep, busy: Collection[int]) -> None:
+        """Takes an order; models in ``busy`` have steps in flight."""
+        model = order.model
+        assert self._shares(device, model), "an order to a device without a share"
+        if isinstance(order, Wake):
+            assert model not in self.takes[device], "woken twice"
+            self.takes[device].add(model)
+            self.check_budgets(device)
+        else:
+            assert model in self.has[device], "put to sleep twice"
+            assert model not in busy, "weights are given up under a step"
+            self.has[device].discard(model)
+        self.orders.append((device, order))
+
+    def carry_out(self, device: int, order: Wake | Sleep, error: str | None = None) -> None:
+        if isinstance(order, Wake) and error is None:
+            self.has[device].add(order.model)
+        else:
+            self.takes[device].discard(order.model)
+
+    def check_budgets(self, device: int) -> None:
+        for spot in self._places:
+            if spot.device == device and spot.budget is not None:
+                taken = sum(spot.held.get(model, 0) for model in self.takes[device])
+                assert taken <= spot.budget, "more weights than the budget"
+
+    def needed_by(self, rank: int, model: int) -> set[int]:
+        """Devices that a step of ``model`` on this attention rank needs."""
+        ffn = {s.device for s in self._places if s.role == "ffn" and model in s.held}
+        return ffn | {self._attention[rank]}
+
+    def check_step(self, rank: int, model: int) -> None:
+        for device in self.needed_by(rank, model):
+            assert model in self.has[device], "a step of a model that is not awake"
