@@ -29,7 +29,7 @@ def shown(models: list[ModelStatus]) -> tuple[dict[str, list[str]], str]:
         kv_pool_bytes=1 << 30,
         weight_pool_bytes=40 << 20,
     )
-    console = Console(file=io.StringIO(), width=140)
+    console = Console(file=io.StringIO(), width=170)
     console.print(models_table(deployment, models))
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
