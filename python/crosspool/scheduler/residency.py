@@ -225,9 +225,7 @@ class Residency:
             self._next = min(self._next, due)
 
     def _give_turns(self, now: float) -> None:
-        since = {
-            n: it.waits_since for n, it in self._models.items() if it.waits_since is not None
-        }
+        since = {n: it.waits_since for n, it in self._models.items() if it.waits_since is not None}
         kept: list[Place] = []
         """Places in which somebody waits for room."""
         for model in sorted(since, key=lambda n: (since[n], n)):
