@@ -465,7 +465,7 @@ def test_models_that_do_not_all_fit_take_turns(tmp_path: Path) -> None:
 def test_models_that_must_sleep_need_the_packed_cache(
     tmp_path: Path, models: list[dict[str, Any]], more: dict[str, Any], said: str
 ) -> None:
-    """But for the host loop, which reads checkpoints."""
+    """Under the host loop they do not, since it reads checkpoints."""
     path, cache = model(tmp_path / "a"), str(tmp_path / "cache")
     with pytest.raises(ConfigError) as error:
         prepare(sleepers(path, models=models, packed_cache_bytes=0, **more))

@@ -52,7 +52,7 @@ class Reading:
         self._loop = loop
         self._parts = parts
         self._packer = packer
-        self._native = es.Reading(model=model)
+        self._native = es.StagedReading(model=model)
         self._tables: list[PackedTable] = []
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False
