@@ -203,7 +203,7 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser.parse_args(words)
     rounds = 1 if given.quick else given.rounds
     paths = models(2, tiny=given.quick)
-    recorder = Recorder("waking")
+    recorder = Recorder("waking", told=_tell)
     table = Table("wake", "GB/s", "file alone, GB/s", "share", "TBT P50", "TBT P99")
     with (
         tempfile.TemporaryDirectory(prefix="crosspool-waking-", dir=paths[0].parent) as cache,
@@ -213,7 +213,7 @@ def main(words: Sequence[str] | None = None) -> int:
             packed_cache_dir=cache,
             packed_cache_bytes=16 << 30,
             weight_pool_bytes=16 << 30,
-            kv_pool_bytes=256 << 20,
+            kv_pool_bytes=512 << 20,
             page_size=16,
         ) as on,
     ):
@@ -236,6 +236,10 @@ def main(words: Sequence[str] | None = None) -> int:
     Console().print(table)
     print(recorder.write(given.output))
     return 0
+
+
+def _tell(row: dict[str, Any]) -> None:
+    print(f"{row['name']}: {row['median']:g} {row['unit']}, P99 {row['p99']:g}", flush=True)
 
 
 def _packed(cache: Path, name: str) -> list[Path]:
