@@ -46,13 +46,15 @@ class Bed:
         )
         self.context = zmq.Context()
         self.events: list[str] = []
+        self.resident: list[tuple[str, list[int]]] = []
         self.told: list[tuple[str, Waking | Woken | Slept]] = []
         self.devices = Devices(
             self.context,
             self.deployment,
-            lambda name: self.events.append(f"{name} away"),
-            lambda name, resident: self.events.append(f"{name} back with {sorted(resident)}"),
-            lambda name, told: self.told.append((name, told)),
+            on_ready=lambda name, resident: self.resident.append((name, list(resident))),
+            on_away=lambda name: self.events.append(f"{name} away"),
+            on_back=lambda name: self.events.append(f"{name} back"),
+            on_told=lambda name, told: self.told.append((name, told)),
         )
         self.sockets: list[DeviceSocket] = []
 
@@ -144,7 +146,7 @@ def test_a_device_that_is_away_comes_back_with_another_process(bed: Bed) -> None
 
     time.sleep(0.05)
     new = bed.ready(KV, 2)
-    assert bed.events == [f"{KV} away", f"{KV} back with [0]"]
+    assert bed.events == [f"{KV} away", f"{KV} back"]
     back, _ = bed.devices.status()
     assert (back.ready, back.pid, back.incarnation, back.restarts) == (True, 102, 2, 1)
     assert back.absence is None and 0.05 <= back.seconds_away < 10
@@ -195,7 +197,7 @@ def test_news_of_a_process_that_was_replaced_long_ago_changes_nothing(bed: Bed) 
     bed.devices.gone(KV, 1, "it was killed")
     bed.ready(KV, 2)
     bed.devices.gone(KV, 1, "it was killed")
-    assert bed.events == [f"{KV} away", f"{KV} back with [0]"]
+    assert bed.events == [f"{KV} away", f"{KV} back"]
     assert bed.devices.status()[0].ready
 
 
@@ -203,7 +205,7 @@ def test_a_new_process_tells_that_the_old_one_is_gone(bed: Bed) -> None:
     """Where the launcher's word was lost."""
     old, _ = bed.started()
     bed.ready(KV, 2)
-    assert bed.events == [f"{KV} away", f"{KV} back with [0]"]
+    assert bed.events == [f"{KV} away", f"{KV} back"]
     old.send(StepResult(step=7, rows=[]))
     assert bed.hear() == []
 
@@ -298,7 +300,8 @@ def test_what_a_device_tells_of_weights_arrives_in_order_while_it_counts(bed: Be
     bed.hear()
     assert receives_nothing(weights) and len(bed.told) == 3
     back = bed.ready(WEIGHTS, 2)
-    assert bed.events[-1] == f"{WEIGHTS} back with [0]"
+    assert bed.events[-1] == f"{WEIGHTS} back"
+    assert bed.resident == [(KV, [0]), (WEIGHTS, [0]), (WEIGHTS, [0])]
     bed.devices.tell(WEIGHTS, Sleep(model=0))
     assert received(back) == Sleep(model=0)
     back.send(Slept(model=0))

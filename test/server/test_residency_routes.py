@@ -205,9 +205,9 @@ def test_a_sleep_is_answered_when_the_memory_is_free_even_if_requests_wake_it_ag
     bed: Bed,
 ) -> None:
     bed.scheduler.change("b", {"state": "resident"})
-    bed.scheduler.begin = lambda what, name: {"state": "falling_asleep"}
+    bed.scheduler.begin = lambda what, name: {"state": "falling_asleep", "sleeps": 1}
     bed.scheduler.go_on = lambda state, name: (
-        {"state": "waking", "sleeps": 1} if state == "falling_asleep" else {}
+        {"state": "waking"} if state == "falling_asleep" else {}
     )
     status, told = bed.call("POST", "/crosspool/models/b/sleep")
     assert (status, told["state"], told["sleeps"]) == (200, "waking", 1)

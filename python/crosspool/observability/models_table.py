@@ -11,9 +11,10 @@ from crosspool.config.sizes import format_size
 from crosspool.transport.inspection import ModelResidency, ModelStatus
 
 _COLUMNS = (
-    *("state", "keep", "FFN weights", "attention weights", "KV", "running", "waiting", "tokens/s"),
-    *("last used", "wakes", "last wake"),
+    *("state", "keep", "FFN", "attention", "KV", "running", "waiting", "tokens/s"),
+    *("used", "wakes", "took"),
 )
+_WORDS = ("state", "keep")
 _IN_MEMORY = ("waking", "resident", "falling_asleep")
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 
@@ -25,17 +26,15 @@ def models_table(deployment: Deployment, models: Sequence[ModelStatus]) -> Table
         for key in ("ffn_bytes", "attention_bytes")
     )
     kv = sum(model.mapped_bytes for model in models)
-    footer = {
-        "model": "in memory",
-        "FFN weights": _of(ffn, deployment.weight_pool_bytes),
-        "attention weights": _of(attention, deployment.attention_weight_bytes),
-        "KV": _of(kv, deployment.kv_pool_bytes),
-    }
-    table = Table(show_footer=True)
-    table.add_column("model", footer["model"], overflow="fold")
+    table = Table(
+        caption=f"in memory: FFN weights {_of(ffn, deployment.weight_pool_bytes)}, attention "
+        f"weights {_of(attention, deployment.attention_weight_bytes)}, KV cache "
+        f"{_of(kv, deployment.kv_pool_bytes)}",
+        caption_justify="left",
+    )
+    table.add_column("model", overflow="fold")
     for column in _COLUMNS:
-        left = column in ("state", "keep")
-        table.add_column(column, footer.get(column, ""), justify="left" if left else "right")
+        table.add_column(column, justify="left" if column in _WORDS else "right", no_wrap=True)
     for model in models:
         told = model.residency
         table.add_row(

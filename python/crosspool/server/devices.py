@@ -102,21 +102,24 @@ class Devices:
     """Binds ``deployment.control_address``. Register :attr:`socket` with a poller and call
     :meth:`receive` when it is readable.
 
-    ``on_away`` and ``on_back`` are called with the name of a device when its process is gone, and
-    when another one is ready in its place, then also with the models whose weights it has.
-    ``on_told`` is called with what a device tells of a model's weights. While a device is away,
-    nothing is sent to it."""
+    ``on_ready`` is called with the name of each device that is ready and the models whose weights
+    it has; ``on_away`` and ``on_back`` with that name when its process is gone, and when another
+    one is ready in its place; ``on_told`` with what a device tells of a model's weights. While a
+    device is away, nothing is sent to it."""
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         deployment: Deployment,
+        *,
+        on_ready: Callable[[str, Collection[int]], None],
         on_away: Callable[[str], None],
-        on_back: Callable[[str, Collection[int]], None],
+        on_back: Callable[[str], None],
         on_told: Told,
     ) -> None:
         self._devices = {device.name: _Device(device.name) for device in deployment.devices}
         self._kv_names = [device.name for device in deployment.kv_pool_devices]
+        self._on_ready = on_ready
         self._on_away = on_away
         self._on_back = on_back
         self._on_told = on_told
@@ -241,6 +244,7 @@ class Devices:
 
     def _is_ready(self, device: _Device, told: Ready) -> None:
         device.ready = device.known = told
+        self._on_ready(device.name, told.resident)
         if device.away_since is None:
             ready = sum(d.ready is not None for d in self._devices.values())
             log.info("device %s is ready (%d of %d)", device.name, ready, len(self._devices))
@@ -250,7 +254,7 @@ class Devices:
         device.restarts += 1
         device.away_since = device.cause = None
         log.warning("device %s is back after %.2f s", device.name, seconds)
-        self._on_back(device.name, told.resident)
+        self._on_back(device.name)
 
     # --- questions
 

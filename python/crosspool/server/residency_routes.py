@@ -169,14 +169,15 @@ class ResidencyRoutes:
             await self._pause(deadline, f"{name} is not resident yet ({now.state})")
 
     async def _sleep(self, name: str) -> None:
-        """Returns when the model has fallen asleep; requests may have woken it since. Raises
-        RequestError where it may not, or has not in time."""
+        """Returns when the memory of the model's weights is free; requests may have woken it since.
+        Raises RequestError where it may not sleep, or does not in time."""
         before = (await self._model(name)).residency
         await self._manage(name, "sleep")
         deadline = time.monotonic() + self._longest_wait
         while True:
             now = (await self._model(name)).residency
-            if now.state == "asleep" or now.sleeps > before.sleeps:
+            has_slept = now.sleeps > before.sleeps and now.state != "falling_asleep"
+            if now.state == "asleep" or has_slept:
                 return
             await self._pause(deadline, f"{name} is not asleep yet ({now.state})")
 

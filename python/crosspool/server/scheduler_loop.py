@@ -88,6 +88,7 @@ class SchedulerLoop:
         self._devices = Devices(
             self._context,
             deployment,
+            on_ready=self._device_ready,
             on_away=self._device_away,
             on_back=self._device_back,
             on_told=self._told_of_weights,
@@ -197,8 +198,10 @@ class SchedulerLoop:
         for rank in ffn:
             self._core.lose_ffn_rank(rank)
 
-    def _device_back(self, name: str, resident: Collection[int]) -> None:
+    def _device_ready(self, name: str, resident: Collection[int]) -> None:
         self._core.restore_device(self._index_of(name), resident)
+
+    def _device_back(self, name: str) -> None:
         attention, ffn = self._ranks_of(name)
         for rank in attention:
             self._core.restore_attention_rank(rank)

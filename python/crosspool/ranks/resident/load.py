@@ -28,7 +28,7 @@ from crosspool.ranks.resident.kept_weights import WeightKeeper
 from crosspool.ranks.resident.links import ResidentLink, ResidentLinks
 from crosspool.ranks.resident.packer import packer_command
 from crosspool.ranks.resident.packing import NATIVE_DTYPES
-from crosspool.ranks.resident.residency import ModelResidency, SleepingModel
+from crosspool.ranks.resident.residency import SleepingModels
 from crosspool.ranks.resident.trace import ResidentTrace
 from crosspool.ranks.resident.weights import ResidentWeights, file_name, keeper_of
 from crosspool.ranks.weights import TORCH_DTYPES, HeldModel, held_models
@@ -97,8 +97,7 @@ def load_resident_ranks(
     links = ResidentLinks(deployment, device, lanes_fd)
     attention = ffn = None
     if links.attention_rank >= 0:
-        parts = [weights.attention[index] for index in range(len(specs))]
-        attention = ResidentRank(links.attention_rank, specs, parts, virtualizer, kv)
+        attention = ResidentRank(links.attention_rank, specs, weights.attention, virtualizer, kv)
     if links.ffn_rank >= 0:
         ffn = ResidentFFN(links.ffn_rank, weights.ffn, links.ffn)
     description = es.LoopDescription(
@@ -114,9 +113,9 @@ def load_resident_ranks(
     resources.callback(lambda: (tables, links, description))
     executor = ResidentLoop(attention, team, description)
     resources.callback(executor.close)
-    residency = ModelResidency(
+    residency = SleepingModels(
         {
-            index: SleepingModel(weights.parts(index), weights.sleeping.get(index))
+            index: (weights.parts(index), weights.sleeping.get(index))
             for index in range(len(specs))
             if weights.parts(index)
         },
