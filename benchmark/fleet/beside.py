@@ -116,5 +116,6 @@ def told(result: Result) -> str:
     return (
         f"TBT P99 {p99['without']:.1f} ms without, {p99['beside']:.1f} ms beside "
         f"{len(wakes)} wakes of {quantile(wakes, 0.5):.2f} s; paired ratio P50 "
-        f"{result.ratio(0.5):.2f}, P99 {result.ratio(0.99):.2f} (<= {LIMIT}); {len(result.failed)} failed"
+        f"{result.ratio(0.5):.2f}, P99 {result.ratio(0.99):.2f} (<= {LIMIT}); "
+        f"{len(result.failed)} failed"
     )
