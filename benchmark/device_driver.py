@@ -218,7 +218,7 @@ class DeviceDriver:
             device, message = self.receive(deadline - time.monotonic())
             if isinstance(message, Failed):
                 raise DeviceFailed(message)
-            if isinstance(message, StepResult):  # a replaced rank works before it says so
+            if isinstance(message, StepResult | Waking | Woken):  # before a replaced rank says so
                 self._early.append((device, message))
                 continue
             assert isinstance(message, Ready), message

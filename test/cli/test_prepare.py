@@ -19,6 +19,7 @@ from crosspool.config.deployment_file import to_options
 from crosspool.config.options import Options
 from crosspool.config.sizes import exact_size
 from crosspool.kernels.cuda_loop import MAX_LINKS
+from crosspool.weightpool.placement import initially_resident
 from support.gpus import pretend_gpus
 from support.hollow import Change, hollow_weights
 from support.server import DEMO
@@ -46,6 +47,8 @@ CONFIG = {
 KV_PER_TOKEN = 2 * 2 * 2 * 16 * 2
 # 2 layers x (4 experts x 3 matrices of 64 x 32 and the router of 4 x 64) in bf16
 FFN_BYTES = 2 * (4 * 3 * 64 * 32 + 4 * 64) * 2
+# 2 layers x (q and o of 64 x 64, k and v of 32 x 64, norms), embedding and head, the last norm
+ATTENTION_BYTES = (2 * (2 * 64 * 64 + 2 * 32 * 64 + 2 * 64 + 2 * 16) + 2 * 100 * 64 + 64) * 2
 
 
 def model(folder: Path, **changes: Any) -> str:
@@ -131,9 +134,10 @@ def test_weight_pool_of_exactly_what_is_needed(tmp_path: Path) -> None:
 
 
 def placed(*places: Any, **more: Any) -> Options:
-    """Models of ``FFN_BYTES`` each, with their ``weight_pool_devices``, on two weight devices."""
+    """Pinned models of ``FFN_BYTES`` each, with their ``weight_pool_devices``, on two weight
+    devices."""
     models = [
-        {"path": path, "name": str(index), "weight_pool_devices": own}
+        {"path": path, "name": str(index), "weight_pool_devices": own, "keep": "pinned"}
         for index, (path, own) in enumerate(places)
     ]
     pool = [f"cpu:{CORES[0]}", f"cpu:{CORES[-1]}"]
@@ -429,3 +433,59 @@ def test_a_grammar_backend_that_is_not_installed_is_named(
         prepare(options)
     monkeypatch.setattr("crosspool.cli.prepare.find_spec", lambda name: object())
     assert prepare(options).deployment.sglang["grammar_backend"] == "llguidance"
+
+
+def sleepers(path: str, *, models: list[dict[str, Any]], **more: Any) -> Options:
+    named = [{"path": path, "name": f"m{i}", **one} for i, one in enumerate(models)]
+    return to_options({"models": named, "port": 0, **more}, "test")
+
+
+def test_models_that_do_not_all_fit_take_turns(tmp_path: Path) -> None:
+    path, cache = model(tmp_path / "a"), str(tmp_path / "cache")
+    given = sleepers(
+        path,
+        models=[{}] * 3,
+        weight_pool_bytes=2 * FFN_BYTES,
+        packed_cache_dir=cache,
+    )
+    prepared = prepare(given)
+    assert prepared.deployment.weight_pool_bytes == 2 * FFN_BYTES
+    assert initially_resident(prepared.deployment, prepared.specs) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("models", "more", "said"),
+    [
+        ([{}, {}], {"weight_pool_bytes": FFN_BYTES}, "weight_pool_bytes"),
+        ([{}, {}], {"attention_weight_bytes": ATTENTION_BYTES}, "attention_weight_bytes"),
+        ([{"keep": "asleep"}], {}, "keep: m0"),
+        ([{}, {"ttl": 5}], {}, "ttl: m1"),
+    ],
+)
+def test_models_that_must_sleep_need_the_packed_cache(
+    tmp_path: Path, models: list[dict[str, Any]], more: dict[str, Any], said: str
+) -> None:
+    """Under the host loop they do not, since it reads checkpoints."""
+    path, cache = model(tmp_path / "a"), str(tmp_path / "cache")
+    with pytest.raises(ConfigError) as error:
+        prepare(sleepers(path, models=models, packed_cache_bytes=0, **more))
+    assert said in str(error.value) and "packed_cache_bytes: 0" in str(error.value)
+    prepare(sleepers(path, models=models, packed_cache_bytes=0, loop="host", **more))
+    every = len(models) * (FFN_BYTES + ATTENTION_BYTES)
+    with pytest.raises(ConfigError, match=f"packed_cache_bytes.*at least {exact_size(every)}"):
+        prepare(sleepers(path, models=models, packed_cache_bytes=every - 1, **more))
+    prepare(sleepers(path, models=models, packed_cache_bytes=every, packed_cache_dir=cache, **more))
+    Path(cache).chmod(0o777)
+    with pytest.raises(ConfigError, match=r"packed_cache_dir: .* others may write to it"):
+        prepare(sleepers(path, models=models, packed_cache_dir=cache, **more))
+
+
+def test_no_model_sleeps_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, tmp_path, 40_000)
+    path = model(tmp_path / "a")
+    gpu_pools = {"kv_pool_devices": "cuda:0", "weight_pool_devices": ["cuda:0"]}
+    prepare(sleepers(path, models=[{}, {}], **gpu_pools))
+    with pytest.raises(
+        ConfigError, match=r"weight_pool_bytes.*so that some of them must sleep.*GPU"
+    ):
+        prepare(sleepers(path, models=[{}, {}], weight_pool_bytes=FFN_BYTES, **gpu_pools))

@@ -14,8 +14,10 @@ from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.host.attention import AttentionPart
 from crosspool.ranks.host.ffn import FFNPart
-from crosspool.weightpool.placement import FFNShard, attention_bytes, place
+from crosspool.weightpool.placement import FFNShard, attention_bytes, initially_resident, place
 from make_random_checkpoint import make_random_checkpoint
+
+Keep = Literal["pinned", "demand", "asleep"]
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,9 @@ def deployment(
     places: Sequence[Sequence[int] | None],
     weight_pool_bytes: int = 1 << 30,
     ffn_parallel: Literal["tp", "ep"] = "tp",
+    *,
+    keep: Sequence[Keep] | None = None,
+    attention: int | None = None,
 ) -> Deployment:
     """``ranks`` FFN ranks; ``places``: the ranks of each model, or None for all."""
     return Deployment(
@@ -43,6 +48,7 @@ def deployment(
             ModelConfig(
                 name=f"model-{index}",
                 path="",
+                keep="demand" if keep is None else keep[index],
                 weight_pool_devices=None if own is None else tuple(Device(f"cpu:{i}") for i in own),
             )
             for index, own in enumerate(places)
@@ -51,6 +57,7 @@ def deployment(
         weight_pool_devices=tuple(Device(f"cpu:{rank}") for rank in range(ranks)),
         kv_pool_bytes=1 << 30,
         weight_pool_bytes=weight_pool_bytes,
+        attention_weight_bytes=attention,
         ffn_parallel=ffn_parallel,
     )
 
@@ -107,28 +114,71 @@ def test_parts_hold_their_own_tensors_and_no_others(path: Path, spec: ModelSpec)
     assert (bias.dtype, bias.shape, bias.bytes, bias.layer) == ("float32", (5,), 20, 1)
 
 
-def test_too_small_a_pool_is_refused(spec: ModelSpec) -> None:
+def test_a_model_that_fits_nowhere_alone_is_refused(spec: ModelSpec) -> None:
     needed = place(deployment(1, [None]), [spec]).pool_bytes
-    place(deployment(1, [None, None], 2 * needed), [spec, spec])
+    place(deployment(1, [None, None], needed), [spec, spec])
     with pytest.raises(ConfigError) as caught:
-        place(deployment(1, [None, None], 2 * needed - 1), [spec, spec])
-    for text in ("weight_pool_bytes", "model-0", "model-1", str(2 * needed), str(2 * needed - 1)):
+        place(deployment(1, [None, None], needed - 1), [spec, spec])
+    for text in ("weight_pool_bytes", "model-0", f"{needed} bytes", f"has {needed - 1}"):
         assert text in str(caught.value)
     assert "weight_pool_devices" not in str(caught.value)
 
 
-def test_the_device_that_is_too_full_is_named(spec: ModelSpec) -> None:
-    """Two models, each whole on one device of three, need three times their bytes, since the
+def test_pinned_models_that_do_not_fit_together_are_refused(spec: ModelSpec) -> None:
+    """Two pinned models, each whole on one device of three, need three times their bytes, since the
     pool is shared evenly; what lies on other devices is not to blame."""
     whole = place(deployment(1, [None]), [spec]).pool_bytes
     places = [[1], [0], [1]]
+    pinned = ["pinned"] * 3
     placed = place(deployment(3, places), [spec] * 3)
     assert placed.weight_bytes == ((0, whole, 0), (whole, 0, whole), (0, 0, 0))
     assert placed.pool_bytes == 3 * 2 * whole
-    assert place(deployment(3, places, placed.pool_bytes), [spec] * 3) == placed
+    assert place(deployment(3, places, placed.pool_bytes, keep=pinned), [spec] * 3) == placed
     with pytest.raises(ConfigError) as caught:
-        place(deployment(3, places, placed.pool_bytes - 1), [spec] * 3)
+        place(deployment(3, places, placed.pool_bytes - 1, keep=pinned), [spec] * 3)
     said = str(caught.value)
-    for text in ("cpu:1", "model-0", "model-2", f"{2 * whole} bytes", str(6 * whole)):
+    for text in ("cpu:1", "model-0", "model-2", f"{2 * whole} bytes", str(6 * whole), "pin fewer"):
         assert text in said
     assert "weight_pool_devices" in said and "model-1" not in said and "cpu:0" not in said
+    keep: list[Keep] = ["pinned", "pinned", "demand"]
+    place(deployment(3, places, placed.pool_bytes - 1, keep=keep), [spec] * 3)
+
+
+def test_attention_weights_have_a_bound_of_their_own(spec: ModelSpec) -> None:
+    needed = attention_bytes(spec)
+    place(deployment(1, [None] * 2, attention=needed), [spec] * 2)
+    for keep, attention in ((["demand"] * 2, needed - 1), (["pinned"] * 2, 2 * needed - 1)):
+        with pytest.raises(ConfigError, match=f"attention_weight_bytes.*has {attention}"):
+            place(deployment(1, [None] * 2, keep=keep, attention=attention), [spec] * 2)
+
+
+@pytest.mark.parametrize(
+    ("keep", "share", "resident"),
+    [
+        (["demand"] * 4, 4.0, {0, 1, 2, 3}),
+        (["demand"] * 4, 3.9, {0, 1, 2}),
+        (["demand", "demand", "pinned", "pinned"], 3, {0, 2, 3}),
+        (["demand", "asleep", "demand", "demand"], 2, {0, 2}),
+        (["asleep"] * 4, 4, set()),
+        (["pinned", "asleep", "pinned", "demand"], 2, {0, 2}),
+    ],
+)
+@pytest.mark.parametrize("pool", ["weights", "attention"])
+def test_who_is_in_memory_from_the_start(
+    spec: ModelSpec, keep: list[Keep], share: float, resident: set[int], pool: str
+) -> None:
+    """``share``: room for so many of four models."""
+    if pool == "weights":
+        whole = place(deployment(1, [None]), [spec]).pool_bytes
+        given = deployment(1, [None] * 4, int(share * whole), keep=keep)
+    else:
+        given = deployment(1, [None] * 4, keep=keep, attention=int(share * attention_bytes(spec)))
+    assert initially_resident(given, [spec] * 4) == resident
+
+
+def test_a_model_that_a_fuller_device_has_no_room_for_does_not_keep_others_out(
+    spec: ModelSpec,
+) -> None:
+    whole = place(deployment(1, [None]), [spec]).pool_bytes
+    given = deployment(2, [[0], [0], [1]], 2 * whole)
+    assert initially_resident(given, [spec] * 3) == {0, 2}

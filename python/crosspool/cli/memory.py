@@ -16,7 +16,7 @@ from crosspool.config.sizes import exact_size, format_size
 from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import ModelSpec
-from crosspool.weightpool.placement import Placement, attention_bytes
+from crosspool.weightpool.placement import Placement, rooms
 
 KV_POOL_SHARE = 0.2
 """Share of the host's available memory that the KV pool takes when the user names no size."""
@@ -53,7 +53,6 @@ def memories(devices: Sequence[Device], gpus: Mapping[Device, GPU]) -> list[Syst
 
 def default_kv_bytes(
     deployment: Deployment,
-    specs: Sequence[ModelSpec],
     placement: Placement,
     found: Sequence[SystemMemory],
 ) -> int:
@@ -65,21 +64,20 @@ def default_kv_bytes(
     left = []
     for memory in found:
         if any(device in kv for device in memory.devices):
-            ffn, attention = _weights(memory, deployment, specs, placement)
+            ffn, attention = _weights(memory, deployment, placement)
             left.append(max(0, memory.available - ffn - attention))
     return len(kv) * (min(left) // deployment.chunk_bytes) * deployment.chunk_bytes
 
 
 def check_memory(
     deployment: Deployment,
-    specs: Sequence[ModelSpec],
     placement: Placement,
     found: Sequence[SystemMemory],
 ) -> None:
     """Raises ConfigError when a memory is too small for what its devices will hold."""
     per_rank = deployment.kv_pool_bytes // len(deployment.kv_pool_devices)
     for memory in found:
-        ffn, attention = _weights(memory, deployment, specs, placement)
+        ffn, attention = _weights(memory, deployment, placement)
         kv = per_rank * _count(memory, deployment.kv_pool_devices)
         needed = kv + ffn + attention
         if needed > memory.available:
@@ -138,17 +136,14 @@ def _check_longest(d: Deployment, bounds: Bounds, index: int, spec: ModelSpec) -
     )
 
 
-def _weights(
-    memory: SystemMemory, deployment: Deployment, specs: Sequence[ModelSpec], placement: Placement
-) -> tuple[int, int]:
-    """Bytes of FFN weights and of attention weights in one memory."""
-    ffn = sum(
-        sum(held)
-        for device, held in zip(deployment.weight_pool_devices, placement.weight_bytes, strict=True)
-        if device in memory.devices
-    )
-    attention = sum(map(attention_bytes, specs)) * _count(memory, deployment.kv_pool_devices)
-    return ffn, attention
+def _weights(memory: SystemMemory, deployment: Deployment, placement: Placement) -> tuple[int, int]:
+    """Most bytes of FFN weights and of attention weights in one memory at once."""
+    most = {"weight_pool_bytes": 0, "attention_weight_bytes": 0}
+    for room in rooms(deployment, placement):
+        if room.device in memory.devices:
+            every = sum(room.needed)
+            most[room.option] += every if room.bytes is None else min(every, room.bytes)
+    return most["weight_pool_bytes"], most["attention_weight_bytes"]
 
 
 def _count(memory: SystemMemory, pool: Sequence[Device]) -> int:

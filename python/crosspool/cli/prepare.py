@@ -26,6 +26,7 @@ from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
 from crosspool.models.spec import ModelSpec
 from crosspool.weightpool.checkpoint import Checkpoint
 from crosspool.weightpool.placement import Placement, place
+from crosspool.weightpool.sleeping import check_sleeping
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +69,14 @@ def prepare(options: Options) -> Prepared:
     found = memories(deployment.devices, gpus)
     placement = place(deployment, specs)
     if options.kv_pool_bytes is None:
-        kv_pool_bytes = default_kv_bytes(deployment, specs, placement, found)
+        kv_pool_bytes = default_kv_bytes(deployment, placement, found)
         deployment = replace(deployment, kv_pool_bytes=kv_pool_bytes)
     check_kv_bounds(deployment, specs)
     weight_pool_bytes = options.weight_pool_bytes or placement.pool_bytes
     deployment = replace(deployment, weight_pool_bytes=weight_pool_bytes)
     placement = place(deployment, specs)  # raises ConfigError where the weight pool is too small
-    check_memory(deployment, specs, placement, found)
+    check_sleeping(deployment, placement)
+    check_memory(deployment, placement, found)
     for model in models:
         check_tokenizer(model, {**options.sglang, **model.sglang})
     _check_tensors(models, specs)

@@ -126,7 +126,7 @@ class Loop:
         attention part has one layer more, the LM head."""
         self._native.crosspool_loop_set_present(self._address, model, part, layers)
 
-    def read(self, reading: es.Reading) -> None:
+    def read(self, reading: es.StagedReading) -> None:
         """Reads weights, stage after stage, and tells the loop of each, in a thread that yields to
         all others; returns at the end.
 

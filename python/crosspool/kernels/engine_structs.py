@@ -156,7 +156,7 @@ class ReadStage(ctypes.Structure):
     _fields_ = tuple(fields(c_int32, "file first count part layers"))
 
 
-class Reading(ctypes.Structure):
+class StagedReading(ctypes.Structure):
     _fields_ = (
         ("stages", POINTER(ReadStage)),
         ("spans", POINTER(Span)),
@@ -182,7 +182,7 @@ MIRRORED: tuple[type[ctypes.Structure], ...] = (
     NativeLinkCounters,
     Span,
     ReadStage,
-    Reading,
+    StagedReading,
 )
 """Structures whose sizes ``crosspool_engine_sizes`` tells, in its order."""
 
@@ -209,7 +209,7 @@ SIGNATURES: Signatures = {
     "crosspool_loop_pop": (c_int32, (c_void_p, POINTER(Event))),
     "crosspool_loop_last_served": (c_int64, (c_void_p,)),
     "crosspool_loop_set_present": (None, (c_void_p, c_int32, c_int32, c_int32)),
-    "crosspool_loop_read": (c_int32, (c_void_p, POINTER(Reading))),
+    "crosspool_loop_read": (c_int32, (c_void_p, POINTER(StagedReading))),
     "crosspool_loop_trace_start": (None, (c_void_p,)),
     "crosspool_loop_trace_stop": (c_uint64, (c_void_p, POINTER(TraceEvent), c_uint64)),
 }

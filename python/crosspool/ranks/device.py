@@ -61,7 +61,7 @@ class Traces(Protocol):
     def stop(self) -> list[LaneEvent]: ...
 
 
-class Residency(Protocol):
+class SleepsAndWakes(Protocol):
     """Which models' weights the device has; weights come and go while others are in use."""
 
     def resident(self) -> list[int]:
@@ -110,7 +110,7 @@ class DeviceRanks:
     trace: Traces
     resources: contextlib.ExitStack
     """Memory and threads that :meth:`close` gives back."""
-    residency: Residency
+    residency: SleepsAndWakes
 
     def infos(self) -> list[RankInfo]:
         """Returns what :class:`~crosspool.transport.messages.Ready` tells of the ranks."""

@@ -15,8 +15,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crosspool.config.sizes import format_size
+
+if TYPE_CHECKING:
+    from crosspool.config.deployment import Deployment
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +31,12 @@ def default_folder() -> Path:
     """Returns the folder of packed weights of a user who names none."""
     given = os.environ.get("XDG_CACHE_HOME")
     return (Path(given) if given else Path.home() / ".cache") / "crosspool"
+
+
+def folder_of(deployment: Deployment) -> Path:
+    """Returns the folder of packed weights of a deployment."""
+    given = deployment.packed_cache_dir
+    return default_folder() if given is None else Path(given).expanduser().absolute()
 
 
 class Unusable(Exception):

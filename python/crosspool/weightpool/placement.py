@@ -136,7 +136,7 @@ def place(deployment: Deployment, specs: Sequence[ModelSpec]) -> Placement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
+class WeightRoom:
     """What one device has for weights of one pool, and what each model needs of it."""
 
     option: str
@@ -156,13 +156,13 @@ class Room:
         return self.bytes is None or sum(self.needed[model] for model in models) <= self.bytes
 
 
-def rooms(deployment: Deployment, placement: Placement) -> list[Room]:
+def rooms(deployment: Deployment, placement: Placement) -> list[WeightRoom]:
     """Returns the rooms of all devices: those of the weight pool, then those for attention
     weights."""
     weights, kv = deployment.weight_pool_devices, deployment.kv_pool_devices
     given = deployment.attention_weight_bytes
     found = [
-        Room(
+        WeightRoom(
             option="weight_pool_bytes",
             what="FFN weights",
             device=device,
@@ -173,7 +173,7 @@ def rooms(deployment: Deployment, placement: Placement) -> list[Room]:
         for device, needed in zip(weights, placement.weight_bytes, strict=True)
     ]
     return found + [
-        Room(
+        WeightRoom(
             option="attention_weight_bytes",
             what="attention weights",
             device=device,
@@ -198,7 +198,7 @@ def initially_resident(deployment: Deployment, specs: Sequence[ModelSpec]) -> fr
     return frozenset(chosen)
 
 
-def _check_room(deployment: Deployment, room: Room) -> None:
+def _check_room(deployment: Deployment, room: WeightRoom) -> None:
     """Raises ConfigError when a model does not fit alone, or those that are pinned do not fit
     together."""
     if room.bytes is None:

@@ -64,7 +64,7 @@ std::int32_t crosspool_engine_sizes(std::uint64_t* sizes, std::int32_t count) {
                                sizeof(crosspool::LinkCounters),
                                sizeof(crosspool::Span),
                                sizeof(crosspool::ReadStage),
-                               sizeof(crosspool::Reading)};
+                               sizeof(crosspool::StagedReading)};
   std::copy_n(all, std::min<std::size_t>(std::size(all), count), sizes);
   return static_cast<std::int32_t>(std::size(all));
 }
@@ -121,7 +121,7 @@ void crosspool_loop_set_present(Loop* loop, std::int32_t model, std::int32_t par
   loop->set_present(model, static_cast<crosspool::WeightPart>(part), layers);
 }
 
-std::int32_t crosspool_loop_read(Loop* loop, crosspool::Reading* reading) {
+std::int32_t crosspool_loop_read(Loop* loop, crosspool::StagedReading* reading) {
   return crosspool::read_stages(*loop, *reading);
 }
 

@@ -54,7 +54,8 @@ CROSSPOOL_API std::int64_t crosspool_loop_last_served(crosspool::Loop* loop);
 // See Loop::set_present and read_stages.
 CROSSPOOL_API void crosspool_loop_set_present(crosspool::Loop* loop, std::int32_t model,
                                               std::int32_t part, std::int32_t layers);
-CROSSPOOL_API std::int32_t crosspool_loop_read(crosspool::Loop* loop, crosspool::Reading* reading);
+CROSSPOOL_API std::int32_t crosspool_loop_read(crosspool::Loop* loop,
+                                               crosspool::StagedReading* reading);
 
 CROSSPOOL_API void crosspool_loop_trace_start(crosspool::Loop* loop);
 // Ends recording; copies at most `room` events and returns their number.

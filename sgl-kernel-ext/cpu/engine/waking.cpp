@@ -22,7 +22,7 @@ constexpr std::uint64_t kAheadBytes = 32 << 20;  // that the system is asked to 
 
 class Reader {
  public:
-  Reader(Loop& loop, Reading& reading) : loop_(loop), reading_(reading) {}
+  Reader(Loop& loop, StagedReading& reading) : loop_(loop), reading_(reading) {}
 
   int run() {
     while (reading_.stages_read < reading_.stage_count) {
@@ -74,7 +74,7 @@ class Reader {
   }
 
   Loop& loop_;
-  Reading& reading_;
+  StagedReading& reading_;
   int asked_file_ = -1;
   std::uint64_t asked_ = 0;  // the system was asked for what comes before
   std::int64_t told_ns_ = 0;
@@ -82,7 +82,7 @@ class Reader {
 
 }  // namespace
 
-int read_stages(Loop& loop, Reading& reading) {
+int read_stages(Loop& loop, StagedReading& reading) {
   int error = 0;
   std::thread thread([&] {
     // Of Linux's threads each has a priority of its own; that of the caller stays.

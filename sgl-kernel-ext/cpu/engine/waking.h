@@ -10,7 +10,7 @@
 namespace crosspool {
 
 // Spans that are read one after another, and what is there when they have been.
-// python/crosspool/kernels/engine_structs.py mirrors it, and Reading.
+// python/crosspool/kernels/engine_structs.py mirrors it, and StagedReading.
 struct ReadStage {
   std::int32_t file;
   std::int32_t first;  // of the spans
@@ -19,7 +19,7 @@ struct ReadStage {
   std::int32_t layers;  // for Loop::set_present
 };
 
-struct Reading {
+struct StagedReading {
   const ReadStage* stages;
   Span* spans;
   const std::uint64_t* checksums;  // that the spans must have
@@ -33,7 +33,7 @@ struct Reading {
 
 // Reads the stages in order, in a thread that yields to all others, and tells the loop of each.
 // Returns 0, -errno, or -EBADMSG where a checksum is another one.
-int read_stages(Loop& loop, Reading& reading);
+int read_stages(Loop& loop, StagedReading& reading);
 
 }  // namespace crosspool
 

@@ -28,7 +28,7 @@ from crosspool.ranks.resident.kept_weights import WeightKeeper
 from crosspool.ranks.resident.links import ResidentLink, ResidentLinks
 from crosspool.ranks.resident.packer import packer_command
 from crosspool.ranks.resident.packing import NATIVE_DTYPES
-from crosspool.ranks.resident.residency import ModelResidency, SleepingModel
+from crosspool.ranks.resident.residency import SleepingModels
 from crosspool.ranks.resident.trace import ResidentTrace
 from crosspool.ranks.resident.weights import ResidentWeights, file_name, keeper_of
 from crosspool.ranks.weights import TORCH_DTYPES, HeldModel, held_models
@@ -114,9 +114,9 @@ def load_resident_ranks(
     resources.callback(lambda: (tables, links, description))
     executor = ResidentLoop(attention, team, description)
     resources.callback(executor.close)
-    residency = ModelResidency(
+    residency = SleepingModels(
         {
-            index: SleepingModel(weights.parts(index), weights.sleeping.get(index))
+            index: (weights.parts(index), weights.sleeping.get(index))
             for index in range(len(specs))
             if weights.parts(index)
         },

@@ -25,7 +25,8 @@ from crosspool.ranks.weights import held_models
 from crosspool.weightpool.packed_cache import Unusable
 from crosspool.weightpool.placement import place
 
-_LOWEST_PRIORITY = 19
+_LOW_PRIORITY = 10
+"""A request waits for it, so it has a tenth of what others have on a busy core, and not less."""
 _LOOK_SECONDS = 0.1
 
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keys", nargs="+", required=True, help="keys of its parts")
     args = parser.parse_args(argv)
     set_title(f"packer of model {args.model}")
-    os.setpriority(os.PRIO_PROCESS, 0, _LOWEST_PRIORITY)
+    os.setpriority(os.PRIO_PROCESS, 0, _LOW_PRIORITY)
     try:
         _pack(load(args.deployment), Device(args.device), args.model, args.keys)
     except (ConfigError, Unusable) as error:

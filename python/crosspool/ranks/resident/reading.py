@@ -52,7 +52,7 @@ class Reading:
         self._loop = loop
         self._parts = parts
         self._packer = packer
-        self._native = es.Reading(model=model)
+        self._native = es.StagedReading(model=model)
         self._tables: list[PackedTable] = []
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False
@@ -73,26 +73,29 @@ class Reading:
         Raises ConfigError with a text for users when there are no weights to be had; the memory
         stays taken."""
         self._native.event_fd = event_fd
-        self._pack_missing()
-        for one in self._parts:
-            one.part.weights.arena.take()
-        for attempt in (1, 2):
-            opened = [self._opened(one) for one in self._parts]
+        for last in (False, True):
+            self._pack_missing()
+            for one in self._parts:
+                if not one.part.weights.arena.taken:
+                    one.part.weights.arena.take()
+            opened: list[OpenWeights] = []
             try:
+                for one in self._parts:
+                    opened.append(self._opened(one))
                 self._check_unchanged([one.table for one in opened])
                 self._read(opened)
                 return
             except (DamagedFile, OSError) as error:
                 if self._stopped:
                     raise ConfigError("the server ends") from None
-                damaged = self._reached(opened)
-                damaged.kept.discard(damaged.key, error)
-                if attempt == 2:
+                if len(opened) == len(self._parts):
+                    damaged = self._reached(opened)
+                    damaged.kept.discard(damaged.key, error)
+                if last:
                     raise ConfigError(f"its packed weights cannot be read: {error}") from None
             finally:
                 for file in opened:
                     os.close(file.file)
-            self._pack_missing()
 
     def stop(self) -> None:
         """Ends it soon, with a ConfigError in its thread."""
@@ -118,12 +121,10 @@ class Reading:
             raise ConfigError(said.rpartition("\n")[2] or "packing its weights was ended")
 
     def _opened(self, one: SleepingPart) -> OpenWeights:
+        """Raises DamagedFile."""
         opened = one.kept.open(one.key, one.part.weights.image())
         if opened is None:
-            raise ConfigError(
-                "its packed weights are not to be had: the checkpoint has changed since the "
-                "server began, or the file of packed weights was removed again"
-            )
+            raise DamagedFile("a file of packed weights was no file of these weights")
         one.part.weights.held_bytes = opened.image.bytes
         return opened
 

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, auto
 from queue import Empty, SimpleQueue
 
@@ -25,7 +25,7 @@ _NOT_KEPT = (
 )
 
 
-class State(Enum):
+class _State(Enum):
     ASLEEP = auto()
     WAKING = auto()
     RESIDENT = auto()
@@ -33,15 +33,14 @@ class State(Enum):
     """Its weights go: the loop lets go of them, then the system gets the memory."""
 
 
-class SleepingModel:
+class _Model:
     """A model that a device has a share of."""
 
     def __init__(self, parts: Sequence[Part], kept: Sequence[SleepingPart] | None) -> None:
-        """``kept``: where the weights of ``parts`` are kept; None: nowhere."""
         self.parts = parts
         self.kept = kept
         taken = all(part.weights.arena.taken for part in parts)
-        self.state = State.RESIDENT if taken else State.ASLEEP
+        self.state = _State.RESIDENT if taken else _State.ASLEEP
         self.reading: Reading | None = None
         self.tell_at = 0.0
         """When to tell how far reading is, on the monotonic clock."""
@@ -49,21 +48,22 @@ class SleepingModel:
         """Why its weights go, when they could not be read."""
 
 
-class ModelResidency:
+class SleepingModels:
     """Reads weights and gives them up beside a running loop, each in a thread, since both take
     seconds. All methods are for the thread that carries messages."""
 
     def __init__(
         self,
-        models: dict[int, SleepingModel],
+        models: Mapping[int, tuple[Sequence[Part], Sequence[SleepingPart] | None]],
         loop: Loop,
         descriptor: int,
         packer: Packer,
         given_up: Callable[[int], None],
     ) -> None:
-        """``descriptor``: an eventfd that is written to when :meth:`news` has some. ``given_up``
-        is called in a thread after the weights of a model went."""
-        self._models = models
+        """``models``: by index, the device's parts of each model, and where their weights are kept;
+        None: nowhere. ``descriptor``: an eventfd that is written to when :meth:`news` has some.
+        ``given_up`` is called in a thread after the weights of a model went."""
+        self._models = {index: _Model(*parts) for index, parts in models.items()}
         self._loop = loop
         self._descriptor = descriptor
         self._packer = packer
@@ -74,19 +74,19 @@ class ModelResidency:
         self._threads: dict[int, threading.Thread] = {}
 
     def resident(self) -> list[int]:
-        return sorted(i for i, model in self._models.items() if model.state is State.RESIDENT)
+        return sorted(i for i, model in self._models.items() if model.state is _State.RESIDENT)
 
     def wake(self, index: int) -> None:
         """Begins to read the weights of a model; :class:`Woken` comes among the news."""
         model = self._models[index]
-        if model.state is State.RESIDENT:
+        if model.state is _State.RESIDENT:
             self._tell(Woken(model=index))
             return
-        self._expect(index, State.ASLEEP)
+        self._expect(index, _State.ASLEEP)
         if model.kept is None:
             self._tell(Woken(model=index, error=_NOT_KEPT))
             return
-        model.state, model.error = State.WAKING, None
+        model.state, model.error = _State.WAKING, None
         keys = [one.key for one in model.kept]
         model.reading = Reading(self._loop, index, model.kept, self._packer(index, keys))
         for part in model.parts:
@@ -96,16 +96,16 @@ class ModelResidency:
     def sleep(self, index: int) -> None:
         """Begins to give up the weights of a model; :class:`Slept` comes among the news."""
         model = self._models[index]
-        if model.state is State.ASLEEP:
+        if model.state is _State.ASLEEP:
             self._tell(Slept(model=index))
             return
-        self._expect(index, State.RESIDENT)
-        model.state = State.ENDING
+        self._expect(index, _State.RESIDENT)
+        model.state = _State.ENDING
         self._loop.push_close(index, refuse=False)
 
     def closed(self, index: int) -> None:
         """The loop reads no weights of a model any more."""
-        self._expect(index, State.ENDING)
+        self._expect(index, _State.ENDING)
         self._start(index, self._drop)
 
     def news(self) -> list[Waking | Woken | Slept]:
@@ -137,14 +137,14 @@ class ModelResidency:
     def _end(self, index: int, error: str | None) -> None:
         """A thread is done."""
         model = self._models[index]
-        if model.state is State.WAKING and error is None:
-            model.state, model.reading = State.RESIDENT, None
+        if model.state is _State.WAKING and error is None:
+            model.state, model.reading = _State.RESIDENT, None
             self._news.append(Woken(model=index))
-        elif model.state is State.WAKING:
-            model.state, model.reading, model.error = State.ENDING, None, error
+        elif model.state is _State.WAKING:
+            model.state, model.reading, model.error = _State.ENDING, None, error
             self._loop.push_close(index, refuse=True)
         else:
-            model.state = State.ASLEEP
+            model.state = _State.ASLEEP
             slept = Slept(model=index)
             self._news.append(
                 slept if model.error is None else Woken(model=index, error=model.error)
@@ -186,7 +186,7 @@ class ModelResidency:
         self._news.append(news)
         os.eventfd_write(self._descriptor, 1)
 
-    def _expect(self, index: int, state: State) -> None:
+    def _expect(self, index: int, state: _State) -> None:
         found = self._models[index].state
         if found is not state:
             raise RuntimeError(f"model {index} is {found.name}, it must be {state.name}")

@@ -16,7 +16,7 @@ from crosspool.ranks.resident.kept_weights import WeightKeeper
 from crosspool.ranks.resident.reading import SleepingPart
 from crosspool.ranks.weights import HeldModel
 from crosspool.weightpool.checkpoint import Checkpoint
-from crosspool.weightpool.packed_cache import PackedCache, Unusable, default_folder
+from crosspool.weightpool.packed_cache import PackedCache, Unusable, folder_of
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +83,8 @@ def keeper_of(deployment: Deployment) -> WeightKeeper | None:
     """Packed weights that outlive this process; None where none shall be, or can be."""
     if not deployment.packed_cache_bytes:
         return None
-    given = deployment.packed_cache_dir
     try:
-        folder = default_folder() if given is None else Path(given).expanduser().absolute()
+        folder = folder_of(deployment)
         began_ns = deployment.file.stat().st_mtime_ns
         return WeightKeeper(PackedCache(folder, deployment.packed_cache_bytes, began_ns))
     except Unusable as error:
