@@ -22,7 +22,7 @@ ABOVE = {
         "models",
         "kernels",
     },
-    "server": {"frontend", "scheduler", "models"},
+    "server": {"frontend", "scheduler", "weightpool", "models"},
     "frontend": {"scheduler", "models"},
     "scheduler": {"kvpool", "weightpool", "models"},
     "ranks": {"kvpool", "weightpool", "models", "kernels"},
