@@ -235,8 +235,8 @@ class Storm:
         to = self.ranks[index]
         if isinstance(message, Step):
             state = self.core.snapshot().models[message.model].residency.state
-            awake = state in ("waking", "resident")
-            require(awake, "a step of a model that sleeps", message.model)
+            require(state in ("waking", "resident"), "a step of a model that sleeps", message.model)
+            self.counts["early steps"] += state == "waking"
         to.last_in = max(to.last_in, self.now + self.short())
         self.after(to.last_in - self.now, self.deliver, index, to, message)
 

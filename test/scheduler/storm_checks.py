@@ -82,7 +82,8 @@ def _check_work(storm: Storm, rank: RankState) -> None:
     if rank.flights:
         return
     running = [seq for of_model in rank.running for seq in of_model.values()]
-    able = [seq for seq in running if seq.model not in rank.barred and not seq.undecided]
+    held = rank.barred | rank.early
+    able = [seq for seq in running if seq.model not in held and not seq.undecided]
     if len(able) < len(running):  # who waits for pages may wait for one of the others to end
         able = [seq for seq in able if seq.number not in rank.paused[seq.model]]
     require(not able, "requests run, but no step is under way", [seq.request.rid for seq in able])

@@ -50,7 +50,7 @@ class StormWeights:
         self.processes = {device: DeviceWeights(set(self.kept[device])) for device in self.devices}
         self.attention = [d.devices.index(device) for device in d.kv_pool_devices]
         self.ffn = [d.devices.index(device) for device in d.weight_pool_devices]
-        self.failing = storm.random.random() < 0.2
+        self.failing = storm.random.random() < 0.3
         """Whether wakes may fail."""
         self.seconds = storm.random.choice([0.01, 0.3, 3.0])
         self.refuses_early = storm.random.random() < 0.3
@@ -79,6 +79,7 @@ class StormWeights:
             self.check_budgets(device)
             seconds = self.seconds * random.uniform(0.2, 1)
             failed = self.failing and random.random() < 0.3
+            self.storm.after(seconds * 0.4, self.reads, device, to, model)
             self.storm.after(seconds, self.read, device, to, model, failed)
             if random.random() < 0.1 and self.storm.now < self.storm.over_at:
                 self.storm.after(seconds / 2, self.storm.kill_device, device)
@@ -97,6 +98,14 @@ class StormWeights:
             for step in it.rank.steps
             if it.alive and device in (self.attention[index], *self.ffn)
         }
+
+    def reads(self, device: int, to: DeviceWeights, model: int) -> None:
+        self.reply(device, to, self.waking, model, self.storm.random.choice([1, 4, 5]))
+
+    def waking(self, device: int, to: DeviceWeights, model: int, read: int) -> None:
+        if to.alive:
+            self.storm.core.on_waking(device, model, read, 5)
+            self.storm.turn()
 
     def read(self, device: int, to: DeviceWeights, model: int, failed: bool) -> None:
         if not to.alive:
@@ -122,7 +131,6 @@ class StormWeights:
 
     def woken(self, device: int, to: DeviceWeights, model: int, error: str | None) -> None:
         if to.alive:
-            self.storm.core.on_waking(device, model, 1, 1)
             self.storm.core.on_woken(device, model, error)
             self.storm.turn()
 

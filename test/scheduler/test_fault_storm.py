@@ -4,6 +4,7 @@ bugs that are planted in the core."""
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from crosspool.scheduler.rank_state import RankState
 from crosspool.scheduler.residency import ResidencyPolicy
 from crosspool.scheduler.sequence import Sequence
 from crosspool.transport.messages import Step
+from msgspec import structs
 
 SEEDS = 4000
 PARTS = 8
@@ -36,6 +38,7 @@ def test_every_request_ends_as_if_nothing_had_failed(part):
     assert seen["finished"] > 5 * seen["aborted"]
     assert seen["finished"] > 5 * seen["refused"]
     assert seen["wakes"] > SEEDS // PARTS // 2 and seen["sleeps"] > SEEDS // PARTS // 2
+    assert seen["early steps"] > SEEDS // PARTS // 5
     assert seen["failed wakes"] > SEEDS // PARTS // 30
 
 
@@ -290,6 +293,22 @@ def never_gives_way(patch):
     patch.setattr(ResidencyPolicy, "_order", lambda self, now: order(self, now - 100.0))
 
 
+def caches_what_was_refused(patch):
+    """Pages of a step that was refused count as computed."""
+    refuse = RankState.take_refusal
+
+    def wrong(self, result):
+        flight = self._flight_of(result)
+        rows = [
+            structs.replace(row, start=seq.computed)
+            for seq, row in zip(flight.sequences, flight.rows, strict=True)
+        ]
+        self.flights[flight.model] = replace(flight, rows=rows)
+        return refuse(self, result)
+
+    patch.setattr(RankState, "take_refusal", wrong)
+
+
 def forgets_who_waits_for_a_failed_wake(patch):
     patch.setattr(SchedulerCore, "_end_all", lambda self, model, refusal: None)
 
@@ -318,6 +337,7 @@ def forgets_who_waits_for_a_failed_wake(patch):
         (steps_of_what_sleeps, "a step of a model that sleeps"),
         (forgets_what_died_while_waking, "has not finished step|nothing goes on|wait for ever"),
         (never_gives_way, "a model waits though there is room for it"),
+        (caches_what_was_refused, "that was not computed here|wrong KV|are free|a gap"),
         (forgets_who_waits_for_a_failed_wake, "nothing goes on|requests wait for ever|is idle"),
     ],
 )

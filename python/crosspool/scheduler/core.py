@@ -314,6 +314,7 @@ class SchedulerCore:
         for rank in self._ranks:
             self._messages += [(rank.index, release) for release in rank.releases()]
         self._launch_steps(now)
+        self._note_stalls(now)
 
     def _queue_compiled(self) -> None:
         for queue in self._queues:
@@ -362,13 +363,17 @@ class SchedulerCore:
         self._residency.decide(work, now)
         in_flight = {model for rank in self._ranks for model in rank.flights}
         self._device_messages += self._residency.orders(in_flight)
-        if self._barred_at != self._residency.version:
-            self._barred_at = self._residency.version
+        policy = self._residency
+        if self._barred_at != policy.version:
+            self._barred_at = policy.version
             for rank, device in zip(self._ranks, self._attention_devices, strict=True):
-                rank.bar(self._residency.barred(device) | self._suspended)
-        stalled = bool(self._ffn_away) or self._residency.stand_still(in_flight)
-        for rank in self._ranks:
-            if stalled:
+                early = policy.early(device) - self._suspended
+                rank.bar((policy.barred(device) | self._suspended) - early, early)
+
+    def _note_stalls(self, now: float) -> None:
+        """Notes which ranks have steps that wait for weights or for an FFN rank."""
+        for rank, device in zip(self._ranks, self._attention_devices, strict=True):
+            if self._ffn_away or self._residency.stand_still(device, rank.flights):
                 rank.stalled = True
             elif rank.stalled:
                 rank.unstall(now)

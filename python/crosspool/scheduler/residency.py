@@ -26,6 +26,10 @@ from crosspool.scheduler.worth import Worth
 from crosspool.transport.inspection import ModelResidency, ModelState
 from crosspool.transport.messages import Sleep, Wake
 
+EARLY_SHARE = 0.75
+"""Share of a model's bytes that is read when its first step may begin. Layers come in order, so
+that the step runs while the last ones are read; but it holds a lane until they are."""
+
 
 @dataclass(frozen=True)
 class WakeRefusal:
@@ -101,7 +105,11 @@ class ResidencyPolicy:
     def reading(self, device: int, model: int, read: int, total: int) -> None:
         """The device has read so many of the bytes that it has to read."""
         if self._held.is_waking(device, model):
-            self._models[model].read[device] = (read, total)
+            it = self._models[model]
+            before = it.share_read
+            it.read[device] = (read, total)
+            if before < EARLY_SHARE <= it.share_read:
+                self._held.changed()
 
     def slept(self, device: int, model: int) -> None:
         """The device has given up the model's weights."""
@@ -331,10 +339,22 @@ class ResidencyPolicy:
             if not (it.wanted and self._held.can_step(attention_device, number))
         )
 
-    def stand_still(self, in_flight: Collection[int]) -> bool:
-        """Whether steps in flight of some of these models wait for weights that a device which has
-        come back has yet to read."""
-        return self._held.stand_still(in_flight)
+    def early(self, attention_device: int) -> frozenset[int]:
+        """Those of the barred models of which so much is read that a step might begin, where that
+        is in nobody's way."""
+        return frozenset(
+            number
+            for number, it in self._models.items()
+            if it.wanted
+            and it.share_read >= EARLY_SHARE
+            and not self._held.can_step(attention_device, number)
+            and self._held.can_begin(attention_device, number)
+        )
+
+    def stand_still(self, attention_device: int, in_flight: Collection[int]) -> bool:
+        """Whether steps in flight of some of these models, on this attention rank, wait for weights
+        that a device has yet to read."""
+        return self._held.stand_still(attention_device, in_flight)
 
     def next_deadline(self) -> float:
         """Clock time at which :meth:`decide` may decide otherwise though nothing has happened."""
