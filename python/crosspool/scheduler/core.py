@@ -350,12 +350,10 @@ class SchedulerCore:
 
     def _follow_demand(self, now: float) -> None:
         """Decides which models are in memory, and has devices and ranks follow."""
-        work = {
-            model
-            for model, queue in enumerate(self._queues)
-            if model not in self._suspended
-            and (len(queue) or any(rank.running[model] for rank in self._ranks))
-        }
+        work = {model for model, queue in enumerate(self._queues) if len(queue)}
+        for rank in self._ranks:
+            work.update(model for model, running in enumerate(rank.running) if running)
+        work -= self._suspended
         for model in sorted(work):
             if (refusal := self._residency.refusal(model, now)) is not None:
                 self._end_all(model, refusal)
@@ -388,17 +386,20 @@ class SchedulerCore:
         return Finish(kind="abort", message=refusal.message, status=503, retry_after=after)
 
     def _refuse_expired(self, now: float) -> None:
-        timeout = f"{self._deployment.queue_timeout:g} s"
         for model, queue in enumerate(self._queues):
-            message = f"no room in the KV pool within {timeout}; retry later"
-            if all(rank.away for rank in self._ranks):
-                message = f"the KV pool is restarting, and was not back in {timeout}; retry later"
-            elif self._residency.state(model) != "resident":
-                message = f"the model sleeps, and could not be woken in {timeout}; retry later"
-            if model in self._suspended:
-                message = f"the model is paused, and did not go on within {timeout}; retry later"
             while (seq := queue.oldest) is not None and seq.deadline <= now:
-                self._end(seq, self._refusal(seq.model, message))
+                self._end(seq, self._refusal(model, self._in_vain(model)))
+
+    def _in_vain(self, model: int) -> str:
+        """Why a request of ``model`` has waited in vain."""
+        timeout = f"{self._deployment.queue_timeout:g} s"
+        if model in self._suspended:
+            return f"the model is paused, and did not go on within {timeout}; retry later"
+        if all(rank.away for rank in self._ranks):
+            return f"the KV pool is restarting, and was not back in {timeout}; retry later"
+        if self._residency.state(model) != "resident":
+            return f"the model sleeps, and could not be woken in {timeout}; retry later"
+        return f"no room in the KV pool within {timeout}; retry later"
 
     def _refusal(self, model: int, message: str) -> Finish:
         seconds = self._queues[model].drain_seconds(self._clock())
