@@ -15,17 +15,19 @@ ABOVE = {
         "frontend",
         "scheduler",
         "planner",
+        "simulator",
         "kvpool",
         "weightpool",
         "ranks",
         "models",
         "kernels",
     },
-    "server": {"frontend", "scheduler", "models"},
+    "server": {"frontend", "scheduler", "weightpool", "models"},
     "frontend": {"scheduler", "models"},
     "scheduler": {"kvpool", "weightpool", "models"},
     "ranks": {"kvpool", "weightpool", "models", "kernels"},
     "planner": {"kvpool", "weightpool", "models"},
+    "simulator": {"scheduler", "planner", "kvpool", "weightpool", "models"},
     "kvpool": {"models", "kernels"},
     "weightpool": {"models", "kernels"},
     "models": set(),
@@ -46,6 +48,7 @@ LIGHT = (
     "kvpool/growth",
     "kvpool/layout",
     "planner/",
+    "simulator/",
 )
 
 

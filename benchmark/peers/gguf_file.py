@@ -49,6 +49,25 @@ class Tensors:
         return bytes_[first : first + 2 * count].view("<u2").reshape(shape)
 
 
+def _add_vocabulary(writer: gguf.GGUFWriter, checkpoint: Path, config: dict[str, Any]) -> None:
+    """Adds a tokenizer of GPT-2's kind with the words of tokenizer.json, which has a token for each
+    byte and joins none of them."""
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
+    words = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    special = {word["content"] for word in tokenizer["added_tokens"]}
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(words)
+    writer.add_token_types([control if word in special else normal for word in words])
+    # llama.cpp wants one at least; what this one makes is no word, and so falls apart again.
+    writer.add_token_merges(["Ā Ā"])
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_pad_token_id(config["pad_token_id"])
+    writer.add_add_bos_token(False)
+
+
 def convert(checkpoint: Path, path: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     tensors = Tensors(checkpoint)
@@ -70,7 +89,7 @@ def convert(checkpoint: Path, path: Path) -> None:
     writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    writer.add_tokenizer_model("no_vocab")
+    _add_vocabulary(writer, checkpoint, config)
     entries = list(_entries(tensors, config))
     for name, _read, shape, is_bf16 in entries:
         if is_bf16:

@@ -210,6 +210,10 @@ def test_a_device_that_dies_while_a_model_wakes_loses_nothing(fleet: Server) -> 
             device.kill()
             psutil.wait_procs([device], timeout=10)
             assert answer.result()["output_ids"] == expected[model]
+        deadline = time.monotonic() + 60
+        while fleet.status("/health?strict=1") != 200:  # the next device is there
+            assert time.monotonic() < deadline, fleet.log
+            time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +273,15 @@ def test_a_model_that_pinned_ones_leave_no_room_is_refused_at_once(cramped: Serv
     assert cramped.manage(f"/crosspool/models/{DEEPSEEK}/wake")[0] == 400
     do(cramped, "pin", QWEN, {"keep": "demand"})
     generate(cramped, DEEPSEEK)
+
+
+def test_nobody_sleeps_where_weights_could_not_be_read_again(server: Server) -> None:
+    """A server that keeps no packed weights."""
+    for what, body in (("sleep", None), ("pin", {"keep": "asleep"})):
+        status, text = server.manage(f"/crosspool/models/{QWEN}/{what}", body)
+        assert status == 400 and "no model can sleep here" in text
+        assert "packed_cache_bytes: 0" in text
+    assert state_of(server, QWEN) == "resident"
 
 
 def test_a_model_that_can_never_fit_is_refused_at_the_start() -> None:

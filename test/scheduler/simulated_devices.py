@@ -65,5 +65,7 @@ class SimulatedDevices:
         return ffn | {self._attention[rank]}
 
     def check_step(self, rank: int, model: int) -> None:
+        waking = {(device, m.model) for device, m in self.orders if isinstance(m, Wake)}
         for device in self.needed_by(rank, model):
-            assert model in self.has[device], "a step of a model that is not awake"
+            begins = model in self.has[device] or (device, model) in waking
+            assert begins, "a step of a model that is not awake"

@@ -321,6 +321,9 @@ class SimulatedRank:
         """Ends one of the steps at work, since weights are missing, and forgets its requests."""
         step = self.steps.pop(min(index, len(self.steps) - 1, self.deployment.lanes - 1))
         for row in step.rows:
+            for position in range(row.start, row.start + len(row.tokens)):
+                page, slot = divmod(position, self.layouts[step.model].page_size)
+                del self.written[step.model][self.pages[row.request][page]][slot:]
             self.ever_opened.discard(row.request)
             self.sampled.pop(row.request, None)
             del self.model[row.request], self.tokens[row.request]

@@ -14,7 +14,7 @@ def next_model(rank: RankState, lanes: int) -> int | None:
     such a model, or when ``lanes`` steps are at work and one more waits behind them."""
     if len(rank.flights) > lanes:
         return None
-    ready = [model for model in _with_work(rank) if model not in rank.flights]
+    ready = [model for model in _with_work(rank, lanes) if model not in rank.flights]
     return min(ready, key=lambda model: rank.last_step[model], default=None)
 
 
@@ -33,7 +33,7 @@ def leases_in_the_way(rank: RankState, lanes: int) -> list[StepInFlight]:
     leases = [f for f in rank.flights.values() if f.lease > 1 and not f.recalled]
     if not leases:
         return []
-    joining = set(_with_work(rank))
+    joining = set(_with_work(rank, lanes))
     blocked = len(rank.flights) > lanes and not joining <= rank.flights.keys()
     return [
         lease
@@ -45,18 +45,31 @@ def leases_in_the_way(rank: RankState, lanes: int) -> list[StepInFlight]:
     ]
 
 
-def _with_work(rank: RankState) -> Iterator[int]:
+def _with_work(rank: RankState, lanes: int) -> Iterator[int]:
     """Models with a request that could be in a step and is in none."""
     reader = prompt_reader(rank)
+    early = _may_begin_early(rank, lanes)
     for model, running in enumerate(rank.running):
-        if model not in rank.barred and any(
-            not seq.in_flight
-            and not seq.undecided
-            and seq.number not in rank.paused[model]
-            and (seq.decoding or reader in (None, model))
-            for seq in running.values()
+        if (
+            model not in rank.barred
+            and (early or model not in rank.early)
+            and any(
+                not seq.in_flight
+                and not seq.undecided
+                and seq.number not in rank.paused[model]
+                and (seq.decoding or reader in (None, model))
+                for seq in running.values()
+            )
         ):
             yield model
+
+
+def _may_begin_early(rank: RankState, lanes: int) -> bool:
+    """Whether a step that holds a lane until its weights are read is in nobody's way: there is
+    another lane, no other such step, and no request whose steps would go on."""
+    held = rank.barred | rank.early
+    others = any(running and model not in held for model, running in enumerate(rank.running))
+    return lanes > 1 and not others and rank.early.isdisjoint(rank.flights)
 
 
 NOBODY = -1
@@ -72,12 +85,15 @@ def prompt_reader(rank: RankState) -> int | None:
     generating = rank.generating
     if not generating:
         return None
-    if generating & rank.delayed or any(f.prompt_tokens for f in rank.flights.values()):
+    flights = (f for f in rank.flights.values() if f.model not in rank.early)
+    if generating & rank.delayed or any(f.prompt_tokens for f in flights):
         return NOBODY
     reading = (
         model
         for model, running in enumerate(rank.running)
-        if model not in rank.barred and any(not seq.decoding for seq in running.values())
+        if model not in rank.barred
+        and model not in rank.early
+        and any(not seq.decoding for seq in running.values())
     )
     return min(reading, key=lambda model: rank.last_prompt_step[model], default=NOBODY)
 

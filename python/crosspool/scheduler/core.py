@@ -38,12 +38,12 @@ from crosspool.scheduler.queues import WaitingQueue
 from crosspool.scheduler.rank_state import RankState
 from crosspool.scheduler.rates import ModelRates
 from crosspool.scheduler.request import Finish, GenerateRequest, Output
-from crosspool.scheduler.residency import Refusal, Residency
+from crosspool.scheduler.residency import ResidencyPolicy, WakeRefusal
 from crosspool.scheduler.sequence import Sequence
 from crosspool.scheduler.snapshot import snapshot
 from crosspool.scheduler.stopping import Stopping
 from crosspool.scheduler.validation import problem
-from crosspool.scheduler.worth import FrequencyWithAging
+from crosspool.scheduler.worth import HALF_LIFE_PER_MODEL, RecentRate
 from crosspool.transport.inspection import Snapshot
 from crosspool.transport.messages import RowResult, Sleep, StepResult, ToDevice, Wake
 from crosspool.weightpool.placement import initially_resident
@@ -96,12 +96,12 @@ class SchedulerCore:
         self._admission = Admission(
             self._queues, queue_order(d), self._ranks, d.max_running_requests
         )
-        self._residency = Residency(
+        self._residency = ResidencyPolicy(
             Budgets.of(d, specs),
             dict(enumerate(d.models)),
             initially_resident(d, specs),
             quantum=d.residency_quantum,
-            worth=FrequencyWithAging(),
+            worth=RecentRate(HALF_LIFE_PER_MODEL * len(specs)),
             now=clock(),
         )
         self._attention_devices = [d.devices.index(device) for device in d.kv_pool_devices]
@@ -314,6 +314,7 @@ class SchedulerCore:
         for rank in self._ranks:
             self._messages += [(rank.index, release) for release in rank.releases()]
         self._launch_steps(now)
+        self._note_stalls(now)
 
     def _queue_compiled(self) -> None:
         for queue in self._queues:
@@ -349,12 +350,10 @@ class SchedulerCore:
 
     def _follow_demand(self, now: float) -> None:
         """Decides which models are in memory, and has devices and ranks follow."""
-        work = {
-            model
-            for model, queue in enumerate(self._queues)
-            if model not in self._suspended
-            and (len(queue) or any(rank.running[model] for rank in self._ranks))
-        }
+        work = {model for model, queue in enumerate(self._queues) if len(queue)}
+        for rank in self._ranks:
+            work.update(model for model, running in enumerate(rank.running) if running)
+        work -= self._suspended
         for model in sorted(work):
             if (refusal := self._residency.refusal(model, now)) is not None:
                 self._end_all(model, refusal)
@@ -362,38 +361,45 @@ class SchedulerCore:
         self._residency.decide(work, now)
         in_flight = {model for rank in self._ranks for model in rank.flights}
         self._device_messages += self._residency.orders(in_flight)
-        if self._barred_at != self._residency.version:
-            self._barred_at = self._residency.version
+        policy = self._residency
+        if self._barred_at != policy.version:
+            self._barred_at = policy.version
             for rank, device in zip(self._ranks, self._attention_devices, strict=True):
-                rank.bar(self._residency.barred(device) | self._suspended)
-        stalled = bool(self._ffn_away) or self._residency.stand_still(in_flight)
-        for rank in self._ranks:
-            if stalled:
+                early = policy.early(device) - self._suspended
+                rank.bar((policy.barred(device) | self._suspended) - early, early)
+
+    def _note_stalls(self, now: float) -> None:
+        """Notes which ranks have steps that wait for weights or for an FFN rank."""
+        for rank, device in zip(self._ranks, self._attention_devices, strict=True):
+            if self._ffn_away or self._residency.stand_still(device, rank.flights):
                 rank.stalled = True
             elif rank.stalled:
                 rank.unstall(now)
 
-    def _end_all(self, model: int, refusal: Refusal) -> None:
+    def _end_all(self, model: int, refusal: WakeRefusal) -> None:
         """Ends all requests of a model that cannot be woken."""
         for seq in [seq for seq in self._requests() if seq.model == model]:
             self._end(seq, self._unavailable(refusal))
 
-    def _unavailable(self, refusal: Refusal) -> Finish:
+    def _unavailable(self, refusal: WakeRefusal) -> Finish:
         after = refusal.retry_after or self._deployment.queue_timeout
         return Finish(kind="abort", message=refusal.message, status=503, retry_after=after)
 
     def _refuse_expired(self, now: float) -> None:
-        timeout = f"{self._deployment.queue_timeout:g} s"
         for model, queue in enumerate(self._queues):
-            message = f"no room in the KV pool within {timeout}; retry later"
-            if all(rank.away for rank in self._ranks):
-                message = f"the KV pool is restarting, and was not back in {timeout}; retry later"
-            elif self._residency.state(model) != "resident":
-                message = f"the model sleeps, and could not be woken in {timeout}; retry later"
-            if model in self._suspended:
-                message = f"the model is paused, and did not go on within {timeout}; retry later"
             while (seq := queue.oldest) is not None and seq.deadline <= now:
-                self._end(seq, self._refusal(seq.model, message))
+                self._end(seq, self._refusal(model, self._in_vain(model)))
+
+    def _in_vain(self, model: int) -> str:
+        """Why a request of ``model`` has waited in vain."""
+        timeout = f"{self._deployment.queue_timeout:g} s"
+        if model in self._suspended:
+            return f"the model is paused, and did not go on within {timeout}; retry later"
+        if all(rank.away for rank in self._ranks):
+            return f"the KV pool is restarting, and was not back in {timeout}; retry later"
+        if self._residency.state(model) != "resident":
+            return f"the model sleeps, and could not be woken in {timeout}; retry later"
+        return f"no room in the KV pool within {timeout}; retry later"
 
     def _refusal(self, model: int, message: str) -> Finish:
         seconds = self._queues[model].drain_seconds(self._clock())

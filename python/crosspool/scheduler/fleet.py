@@ -60,6 +60,13 @@ class FleetModel:
         return self.attention_devices | self.ffn_devices
 
     @property
+    def share_read(self) -> float:
+        """Share of its weights, from 0 to 1, that devices have read in this wake, of those that
+        have told; 0 if none has."""
+        total = sum(total for _, total in self.read.values())
+        return sum(read for read, _ in self.read.values()) / total if total else 0.0
+
+    @property
     def sleeps_at(self) -> float:
         """Time at which it sleeps by itself if it gets no requests."""
         if self.dismissed:

@@ -24,6 +24,8 @@ class HeldWeights:
         self._models = models
         self._held: dict[int, dict[int, Held]] = {spot.device: {} for spot in budgets.places}
         self._away: set[int] = set()
+        self._failed: set[tuple[int, int]] = set()
+        """Pairs (device, model) of wakes that have failed, until the model is wanted again."""
         self._unsettled = True
         """Whether some device has not been told everything yet."""
         self.version = 0
@@ -49,6 +51,7 @@ class HeldWeights:
         if self._held[device].get(model) != "waking":
             return False
         del self._held[device][model]
+        self._failed.add((device, model))
         self.changed()
         return True
 
@@ -69,6 +72,7 @@ class HeldWeights:
     def restore(self, device: int, resident: Collection[int]) -> None:
         """The device is there, with the weights of the models in ``resident``."""
         self._away.discard(device)
+        self._failed = {pair for pair in self._failed if pair[0] != device}
         self._held[device] = dict.fromkeys(resident, "present")
         self.changed()
 
@@ -100,13 +104,14 @@ class HeldWeights:
     def _lacking(self, device: int, in_flight: Set[int]) -> list[int]:
         """Models that the device is to have and has not, in the order in which to wake them: first
         those that are not wanted any more, but have steps in flight that need them. Such a device
-        has come back without them; there is room, as it has no more than before."""
+        has come back without them; there is room, as it has no more than before. If a wake has
+        failed there, the device refuses those steps."""
         lacking = [
             model
             for model, it in self._models.items()
             if device in it.devices
             and model not in self._held[device]
-            and (it.wanted or model in in_flight)
+            and (it.wanted or (model in in_flight and (device, model) not in self._failed))
         ]
         return sorted(lacking, key=lambda m: (self._models[m].wanted, self._models[m].turn))
 
@@ -131,11 +136,13 @@ class HeldWeights:
         ffn = self._models[model].ffn_devices
         return self.has(attention_device, model) and all(self.has(d, model) for d in ffn)
 
-    def stand_still(self, in_flight: Collection[int]) -> bool:
-        """Whether steps in flight of some of these models wait for weights that a device which has
-        come back has yet to read."""
-        return any(
-            not self.has(device, model)
-            for model in in_flight
-            for device in self._models[model].ffn_devices
-        )
+    def can_begin(self, attention_device: int, model: int) -> bool:
+        """Whether steps of the model that this attention rank makes would begin, and end once the
+        rest of the weights is read."""
+        devices = self._models[model].ffn_devices | {attention_device}
+        return all(self.has(d, model) or self.is_waking(d, model) for d in devices)
+
+    def stand_still(self, attention_device: int, in_flight: Collection[int]) -> bool:
+        """Whether steps in flight of some of these models, on this attention rank, wait for weights
+        that a device has yet to read."""
+        return not all(self.can_step(attention_device, model) for model in in_flight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import count
 
@@ -32,10 +32,12 @@ class RankState:
         self.away = False
         """Whether the rank is lost and not back yet."""
         self.stalled = False
-        """Whether an FFN rank is away or reads weights again, so that steps may not end."""
-        self.barred: Set[int] = frozenset()
+        """Whether an FFN rank is away or weights have yet to be read, so that steps may not end."""
+        self.barred: frozenset[int] = frozenset()
         """Models that make no steps here for now, as they are suspended or not awake. None of their
         requests is admitted; those that run stay as they are."""
+        self.early: frozenset[int] = frozenset()
+        """Models that may make a step here, though some of their weights are yet to be read."""
         self.running: list[dict[int, Sequence]] = [{} for _ in layouts]
         """Requests that run here, indexed [model][number], in order of admission."""
         self.paused: list[dict[int, Sequence]] = [{} for _ in layouts]
@@ -101,10 +103,12 @@ class RankState:
         for model, flight in self.flights.items():
             self.flights[model] = replace(flight, issued=now)
 
-    def bar(self, models: Set[int]) -> None:
-        """From now on, these models make no steps here."""
-        self.barred = models
-        self.version += 1
+    def bar(self, models: frozenset[int], early: frozenset[int]) -> None:
+        """From now on, ``models`` make no steps here, and those of ``early`` hold a lane until the
+        rest of their weights is read."""
+        if models != self.barred:
+            self.version += 1
+        self.barred, self.early = models, early
 
     # --- admission and promises
 
@@ -144,11 +148,12 @@ class RankState:
 
     @property
     def generating(self) -> set[int]:
-        """Models with a request that has output and waits for its next token."""
+        """Models with a request that has output and waits for its next token, and weights."""
         return {
             model
             for model, running in enumerate(self.running)
             if model not in self.barred
+            and model not in self.early
             and any(
                 seq.has_output and not seq.undecided and seq.number not in self.paused[model]
                 for seq in running.values()

@@ -34,6 +34,7 @@ from crosspool.server.text import HFTextDecoder
 from crosspool.transport import admin
 from crosspool.transport.inspection import Report, Status
 from crosspool.transport.messages import Shutdown, Slept, Waking, Woken
+from crosspool.weightpool.sleeping import why_none_sleeps
 
 log = logging.getLogger(__name__)
 
@@ -277,6 +278,7 @@ class SchedulerLoop:
             return admin.Answer(id=message.id, error=f"starting: {self._devices.progress}")
         try:
             model = self._model(message.model)
+            self._check_may_sleep(message)
             match message.what:
                 case "wake":
                     self._core.wake(model)
@@ -287,6 +289,12 @@ class SchedulerLoop:
         except ValueError as problem:
             return admin.Answer(id=message.id, error=str(problem), is_mistake=True)
         return admin.Answer(id=message.id)
+
+    def _check_may_sleep(self, message: admin.Manage) -> None:
+        """Raises ValueError, with a text for users, where a model is to sleep and none can."""
+        sleeps = message.what == "sleep" or message.keep == "asleep"
+        if sleeps and (cannot := why_none_sleeps(self._deployment)) is not None:
+            raise ValueError(f"no model can sleep here: {cannot}")
 
     def _model(self, name: str) -> int:
         """The number of the model of this name. Raises ValueError, with a text for users."""

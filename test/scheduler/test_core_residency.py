@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import msgspec
 import pytest
+from crosspool.transport.messages import Sleep
 from crosspool.weightpool.placement import place
 from simulation import Simulation, deployment, expected_tokens, request, spec
 
@@ -207,6 +208,88 @@ def test_one_attention_rank_that_lacks_a_model_leaves_the_others_going():
     sim.follow()
     sim.add(request("later", 8, 3))
     assert sim.ranks[0].steps or sim.ranks[1].steps
+
+
+def waking(sim, share=0.75):
+    """Model 1 is asked for, and of its weights so much is read."""
+    sim.add(asked := request("asleep", 5, 6, model=1))
+    while sim.devices.orders and isinstance(sim.devices.orders[0][1], Sleep):
+        device, order = sim.devices.orders.pop(0)
+        sim.devices.carry_out(device, order)
+        sim.core.on_slept(device, order.model)
+        sim.schedule()
+    for device in (0, 1):
+        sim.core.on_waking(device, 1, int(1000 * share), 1000)
+    sim.schedule()
+    return asked
+
+
+def test_the_first_step_begins_before_the_last_weights_are_read():
+    sim = simulation(watchdog_timeout=20.0)
+    asked = waking(sim, 0.7)
+    assert not sim.ranks[0].steps
+    for device in (0, 1):
+        sim.core.on_waking(device, 1, 750, 1000)
+    sim.schedule()
+    assert [step.model for step in sim.ranks[0].steps] == [1]
+    assert state(sim, 1) == "waking"
+    sim.now += 60.0
+    assert sim.core.overdue(sim.now) is None
+    sim.follow()
+    sim.run()
+    assert sim.tokens("asleep") == expected_tokens(asked, spec())
+
+
+def test_it_does_not_begin_on_the_only_lane():
+    sim = simulation(lanes=1)
+    waking(sim)
+    assert not sim.ranks[0].steps
+    sim.follow()
+    assert sim.ranks[0].steps
+
+
+def test_it_does_not_begin_while_another_model_makes_steps():
+    sim = simulation(3, room=2, next_token=never_ending)
+    sim.add(request("busy", 5, 40, model=0))
+    sim.core.sleep(1)
+    sim.schedule()
+    sim.follow()
+    waking(sim)
+    assert [step.model for step in sim.ranks[0].steps] == [0]
+    sim.run()
+    assert sim.finished("busy")
+    assert [step.model for step in sim.ranks[0].steps] == [1] or sim.devices.orders
+
+
+def test_others_read_prompts_and_generate_while_it_waits_for_its_weights():
+    sim = simulation(3, room=2, next_token=never_ending)
+    sim.core.sleep(1)
+    sim.schedule()
+    sim.follow()
+    waking(sim)
+    assert [step.model for step in sim.ranks[0].steps] == [1]
+    sim.add(*(request(f"other{n}", 40, 9) for n in range(3)))
+    while not all(sim.finished(f"other{n}") for n in range(3)):
+        (place,) = [i for i, step in enumerate(sim.ranks[0].steps) if step.model != 1]
+        sim.answer(0, place)
+    assert not sim.finished("asleep")
+
+
+def test_a_step_that_began_early_is_refused_when_the_wake_fails():
+    sim = simulation()
+    waking(sim)
+    sim.core.on_result(0, sim.ranks[0].refuse())
+    sim.schedule()
+    sim.devices.orders.sort(key=lambda entry: -entry[0])
+    sim.follow(error="disk error")
+    if sim.ranks[0].steps:
+        sim.core.on_result(0, sim.ranks[0].refuse())
+        sim.schedule()
+        sim.follow()
+    assert sim.finish("asleep").status == 503
+    assert "disk error" in sim.finish("asleep").message
+    assert state(sim, 1) == "asleep"
+    sim.assert_empty()
 
 
 def test_requests_of_a_refused_step_are_computed_again():

@@ -1,0 +1,1 @@
+"""Benchmarks of a fleet: more models than fit into the weight pool."""

@@ -1,0 +1,121 @@
+"""Time between tokens of two models while a third wakes and sleeps, against none doing so."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+
+from benchmark import checkpoint
+from benchmark.client import replay
+from benchmark.fleet.served import Fleet
+from benchmark.http_tbt import make_load
+from benchmark.records import Recorder
+from benchmark.summary import quantile
+from benchmark.usage import Usage, total
+
+LIMIT = 1.15
+"""Highest good ratio of the P99 beside wakes to the P99 without."""
+CASES = ("without", "beside")
+
+
+@dataclass
+class Result:
+    """What was measured in all turns."""
+
+    tbt: dict[str, list[list[float]]] = field(default_factory=lambda: {case: [] for case in CASES})
+    """Seconds between tokens, by case and turn."""
+    failed: list[str] = field(default_factory=list)
+    wake_seconds: list[float] = field(default_factory=list)
+    usages: list[Usage] = field(default_factory=list)
+
+    def ratio(self, q: float) -> float:
+        """Return the median, over all turns, of the ratio at quantile ``q``."""
+        pairs = zip(self.tbt["beside"], self.tbt["without"], strict=True)
+        return quantile([quantile(a, q) / quantile(b, q) for a, b in pairs], 0.5)
+
+
+@contextmanager
+def _waking(server: Fleet, name: str, result: Result) -> Iterator[None]:
+    """Have the model wake and sleep all the time within the ``with``."""
+    over = threading.Event()
+    problems: list[Exception] = []
+
+    def go_on() -> None:
+        try:
+            while not over.is_set():
+                result.wake_seconds.append(server.do("wake", name)["last_wake_seconds"])
+                server.do("sleep", name)
+        except (RuntimeError, OSError) as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=go_on, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    if problems:
+        raise problems[0]
+
+
+def run(*, layers: int | None, tiny: bool, rate: float, seconds: float, rounds: int) -> Result:
+    """Take ``rounds`` turns of both cases, each with the same requests at the same times."""
+    folders = checkpoint.models(3, tiny=tiny, layers=layers)
+    result = Result()
+    with Fleet(folders, 3, ["--lanes", "3"]) as server, Progress(refresh_per_second=2) as progress:
+        *busy, sleeper = server.names
+        server.pack_all()
+        for name in busy:
+            server.do("pin", name)
+        replay(server.url, make_load(busy, rate, 3.0, np.random.default_rng(99)))
+        task = progress.add_task("", total=rounds * len(CASES))
+        for turn in range(rounds):
+            load = make_load(busy, rate, seconds, np.random.default_rng(turn))
+            for case in CASES[:: -1 if turn % 2 else 1]:
+                progress.update(task, description=f"round {turn + 1}: {case}")
+                server.wait_idle()
+                waking = _waking(server, sleeper, result) if case == "beside" else nullcontext()
+                with Usage(server) as usage, waking:
+                    answers = replay(server.url, load).answers
+                result.usages.append(usage)
+                result.failed += [a.error or str(a.status) for a in answers if not a.complete]
+                result.tbt[case].append([gap for a in answers if a.complete for gap in a.tbt])
+                progress.advance(task)
+    return result
+
+
+def record(result: Result, model: str, parameters: dict[str, Any]) -> Recorder:
+    recorder = Recorder("fleet_beside")
+    for case in CASES:
+        more: dict[str, Any] = {}
+        if case == "beside":
+            ratios = {"ratio": result.ratio(0.5), "ratio_p99": result.ratio(0.99)}
+            wakes = {"wakes": len(result.wake_seconds), "failed": len(result.failed)}
+            more = {"ratio_to": "without", "limit": LIMIT, **ratios, **wakes}
+        gaps = [gap for turn in result.tbt[case] for gap in turn]
+        recorder.add(
+            f"tbt {case}", gaps, "s", model=model, parameters=parameters,
+            **total(result.usages), **more,
+        )  # fmt: skip
+    return recorder
+
+
+def told(result: Result) -> str:
+    p99 = {
+        case: 1e3 * quantile([gap for turn in turns for gap in turn], 0.99)
+        for case, turns in result.tbt.items()
+    }
+    wakes = result.wake_seconds
+    return (
+        f"TBT P99 {p99['without']:.1f} ms without, {p99['beside']:.1f} ms beside "
+        f"{len(wakes)} wakes of {quantile(wakes, 0.5):.2f} s; paired ratio P50 "
+        f"{result.ratio(0.5):.2f}, P99 {result.ratio(0.99):.2f} (<= {LIMIT}); "
+        f"{len(result.failed)} failed"
+    )
