@@ -15,6 +15,7 @@ ABOVE = {
         "frontend",
         "scheduler",
         "planner",
+        "simulator",
         "kvpool",
         "weightpool",
         "ranks",
@@ -26,6 +27,7 @@ ABOVE = {
     "scheduler": {"kvpool", "weightpool", "models"},
     "ranks": {"kvpool", "weightpool", "models", "kernels"},
     "planner": {"kvpool", "weightpool", "models"},
+    "simulator": {"scheduler", "planner", "kvpool", "weightpool", "models"},
     "kvpool": {"models", "kernels"},
     "weightpool": {"models", "kernels"},
     "models": set(),
@@ -46,6 +48,7 @@ LIGHT = (
     "kvpool/growth",
     "kvpool/layout",
     "planner/",
+    "simulator/",
 )
 
 

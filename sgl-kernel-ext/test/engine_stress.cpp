@@ -1,7 +1,7 @@
 // Whole loops on tiny models, for sanitizers. Requests of two models run in one lane on one thread.
 // Their tokens must be the same with any number of threads and lanes, with the FFN rank on another
 // device, with two FFN ranks, while FFN ranks or the attention rank are replaced, and with leases,
-// some of them recalled.
+// some of them recalled. The steps of a model that sleeps wait for each of its layers.
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -14,6 +14,7 @@
 #include <deque>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../cpu/engine/loop.h"
@@ -226,35 +227,38 @@ class Device {
   std::unique_ptr<Loop> loop_;
 };
 
-std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, const Setup& setup,
-                                           std::size_t new_tokens) {
-  std::vector<float> caches[2] = {models[0].cache(), models[1].cache()};
-  Memory memory(setup.lanes);
-  Bell attention_bell, ffn_bell;
-  std::vector<LinkDescription> outgoing, incoming;
-  const bool split = setup.placement == Placement::kSplit, one = setup.placement == Placement::kOne;
-  const std::int32_t remote = split ? 1 : 0;
-  for (std::int32_t lane = 0; lane < setup.lanes && !one; ++lane) {
-    outgoing.push_back(memory.link(lane, remote, ffn_bell));
-    incoming.push_back(memory.link(lane, remote, attention_bell));
-  }
-  const std::vector<std::int32_t> ranks =
-      split ? std::vector<std::int32_t>{0, 1} : std::vector<std::int32_t>{0};
-  constexpr std::int32_t kHalf = TinyModel::kExperts / 2;
+// The devices of a setup, and all that they share.
+struct Rig {
+  Rig(std::array<TinyModel, 2>& models, const Setup& setup, bool asleep = false)
+      : caches{models[0].cache(), models[1].cache()}, memory(setup.lanes), local(setup.lanes) {
+    const bool split = setup.placement == Placement::kSplit;
+    const bool one = setup.placement == Placement::kOne;
+    const std::int32_t remote = split ? 1 : 0;
+    std::vector<LinkDescription> outgoing, incoming;
+    for (std::int32_t lane = 0; lane < setup.lanes && !one; ++lane) {
+      outgoing.push_back(memory.link(lane, remote, ffn_bell));
+      incoming.push_back(memory.link(lane, remote, attention_bell));
+    }
+    const std::vector<std::int32_t> ranks =
+        split ? std::vector<std::int32_t>{0, 1} : std::vector<std::int32_t>{0};
+    constexpr std::int32_t kHalf = TinyModel::kExperts / 2;
 
-  LoopDescription description{};
-  description.spin_ns = description.busy_spin_ns = setup.spin_ns;
-  description.lanes = setup.lanes;
-  description.attention_rank = 0;
-  description.doorbell = &attention_bell.doorbell;
-  description.ffn_rank = setup.placement == Placement::kTwo ? -1 : 0;
-  std::vector<LinkCounters> local(setup.lanes);
-  if (description.ffn_rank == 0) description.local_counters = local.data();
-  const std::int32_t held = one ? TinyModel::kExperts : split ? kHalf : -1;
-  Device attention(setup.threads, tables(models, caches, 0, held, true, ranks), description,
-                   outgoing, {});
-  std::unique_ptr<Device> ffn;
-  if (!one) {
+    LoopDescription description{};
+    description.spin_ns = description.busy_spin_ns = setup.spin_ns;
+    description.lanes = setup.lanes;
+    description.attention_rank = 0;
+    description.doorbell = &attention_bell.doorbell;
+    description.ffn_rank = setup.placement == Placement::kTwo ? -1 : 0;
+    if (description.ffn_rank == 0) description.local_counters = local.data();
+    const std::int32_t held = one ? TinyModel::kExperts : split ? kHalf : -1;
+    const auto sleeping = [&](std::vector<ModelTable> tables) {
+      tables[0].asleep = asleep ? 1 : 0;
+      return tables;
+    };
+    attention = std::make_unique<Device>(setup.threads,
+                                         sleeping(tables(models, caches, 0, held, true, ranks)),
+                                         description, outgoing, std::vector<LinkDescription>{});
+    if (one) return;
     LoopDescription other{};
     other.spin_ns = other.busy_spin_ns = setup.spin_ns;
     other.attention_rank = -1;
@@ -262,10 +266,23 @@ std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, con
     other.doorbell = &ffn_bell.doorbell;
     ffn = std::make_unique<Device>(
         setup.threads,
-        split ? tables(models, nullptr, kHalf, kHalf, false, ranks)
-              : tables(models, nullptr, 0, TinyModel::kExperts, true, ranks),
+        sleeping(split ? tables(models, nullptr, kHalf, kHalf, false, ranks)
+                       : tables(models, nullptr, 0, TinyModel::kExperts, true, ranks)),
         other, std::vector<LinkDescription>{}, incoming);
   }
+
+  std::vector<float> caches[2];
+  Memory memory;
+  Bell attention_bell, ffn_bell;
+  std::vector<LinkCounters> local;
+  std::unique_ptr<Device> attention, ffn;
+};
+
+std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, const Setup& setup,
+                                           std::size_t new_tokens) {
+  Rig rig(models, setup);
+  Device& attention = *rig.attention;
+  std::unique_ptr<Device>& ffn = rig.ffn;
 
   std::vector<Request> requests = make_requests();
   std::uint64_t number = 0;
@@ -331,6 +348,101 @@ std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, con
   return out;
 }
 
+// Sends a step with all requests of a model.
+std::unique_ptr<SentStep> send_all(Device& device, std::vector<Request>& requests, int model,
+                                   std::uint64_t number) {
+  std::vector<Request*> batch;
+  for (Request& request : requests) {
+    if (request.model == model) batch.push_back(&request);
+  }
+  auto step = std::make_unique<SentStep>(number, batch, 64, 1);
+  device.loop().push(
+      {CommandKind::kStep, 0, number, reinterpret_cast<std::uintptr_t>(&step->arguments), 0});
+  return step;
+}
+
+Event expect(Device& device, EventKind kind) {
+  Event event{};
+  for (int silence = 0; !device.next(&event, 20); ++silence) {
+    if (silence > 1000) fail("engine_stress: no event came in 20 s");
+  }
+  if (event.kind != kind) {
+    fail("engine_stress: event %u instead of %u", static_cast<unsigned>(event.kind),
+         static_cast<unsigned>(kind));
+  }
+  return event;
+}
+
+void close_model(Device& device, bool refuse) {
+  device.loop().push({CommandKind::kClose, 0, 0, refuse ? 1U : 0U, 0});
+  if (expect(device, EventKind::kClosed).lane != 0) fail("engine_stress: another model is closed");
+}
+
+// The order in which a model's layers get their weights: those of one part first, or of both in
+// turn.
+std::vector<std::pair<WeightPart, std::int32_t>> wake_order(int round, std::int32_t layers) {
+  std::vector<std::pair<WeightPart, std::int32_t>> order;
+  const auto add = [&](WeightPart part, std::int32_t from, std::int32_t to) {
+    for (std::int32_t layer = from; layer <= to; ++layer) order.emplace_back(part, layer);
+  };
+  if (round == 0) {
+    add(WeightPart::kAttention, 1, layers + 1);
+    add(WeightPart::kFFN, 1, layers);
+  } else if (round == 1) {
+    add(WeightPart::kFFN, 1, layers);
+    add(WeightPart::kAttention, 1, layers + 1);
+  } else {
+    for (std::int32_t layer = 1; layer <= layers; ++layer) {
+      add(WeightPart::kFFN, layer, layer);
+      add(WeightPart::kAttention, layer, layer);
+    }
+    add(WeightPart::kAttention, layers + 1, layers + 1);
+  }
+  return order;
+}
+
+// A step of model 0 waits for each of its layers, and model 1 goes on meanwhile, also with one
+// lane. Then its weights go: steps are refused, or wait again.
+void run_asleep(std::array<TinyModel, 2>& models, const Setup& setup) {
+  Rig rig(models, setup, true);
+  Device& attention = *rig.attention;
+  std::vector<Device*> devices{&attention};
+  if (rig.ffn != nullptr) devices.push_back(rig.ffn.get());
+  const std::int32_t layers = models[0].layers();
+  std::vector<Request> requests = make_requests();
+  std::uint64_t number = 0;
+  for (int round = 0; round < 3; ++round) {
+    const auto waiting = send_all(attention, requests, 0, ++number);
+    for (const auto& [part, layer] : wake_order(round, layers)) {
+      for (int i = 0; i < 3; ++i) {  // whatever may run of the other step runs in between
+        const auto other = send_all(attention, requests, 1, ++number);
+        if (expect(attention, EventKind::kDone).step != number) {
+          fail("engine_stress: a step ended whose weights are not there");
+        }
+      }
+      for (Device* device : devices) device->loop().set_present(0, part, layer);
+    }
+    expect(attention, EventKind::kDone);
+    for (Device* device : devices) close_model(*device, round == 1);
+    if (round != 1) continue;
+    // The attention rank's own weights are missing, then those of an FFN rank alone.
+    const auto refused = send_all(attention, requests, 0, ++number);
+    expect(attention, EventKind::kRefused);
+    if (rig.ffn != nullptr) {
+      for (const auto part : {WeightPart::kAttention, WeightPart::kFFN}) {
+        attention.loop().set_present(0, part, layers + 1);
+      }
+      const auto late = send_all(attention, requests, 0, ++number);
+      expect(attention, EventKind::kRefused);
+      close_model(attention, true);
+    }
+    for (Device* device : devices) {
+      device->loop().set_present(0, WeightPart::kAttention, 0);
+      device->loop().set_present(0, WeightPart::kFFN, 0);
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -365,6 +477,11 @@ int main(int argc, char** argv) {
     }
     std::printf("%s: the same tokens\n", one.name);
   }
+  for (const Setup& setup : {Setup{Placement::kOne, 2, 2}, Setup{Placement::kOne, 1, 1},
+                             Setup{Placement::kTwo, 2, 2}, Setup{Placement::kSplit, 1, 2}}) {
+    run_asleep(models, setup);
+  }
+  std::printf("a model that sleeps: its steps wait for their layers, or are refused\n");
   std::size_t different = 0;
   for (const auto& tokens : expected) different += tokens.back() != expected[0].back();
   if (different == 0) fail("engine_stress: all requests end alike, so the models do nothing");

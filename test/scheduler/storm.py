@@ -1,7 +1,8 @@
 """The simulator of faults: the scheduler's core over simulated attention and FFN ranks that crash,
-hang, are slow and come back, on a virtual clock. One seed decides everything: the deployment, the
-requests, every delay and every fault. Whatever happens, every request that no client aborts ends
-with exactly the tokens that it has when nothing fails.
+hang, are slow and come back, on a virtual clock, with models that sleep and wake. One seed decides
+everything: the deployment, the requests, every delay and every fault. Whatever happens, every
+request that no client aborts ends with exactly the tokens that it has when nothing fails, unless
+its model cannot be woken.
 
     PYTHONPATH=test/scheduler python -m storm --seeds 10000      # or --hours 1
     PYTHONPATH=test/scheduler python -m storm --first 1234 --seeds 1 --log
@@ -35,6 +36,7 @@ from storm_traffic import (
     random_deployment,
     random_requests,
 )
+from storm_weights import FAILURE, DeviceWeights, StormWeights
 
 HANG_SECONDS = 4.0
 """Time until a device that hangs is noticed and killed."""
@@ -79,10 +81,12 @@ class Storm:
         self.ranks = [self.incarnation() for _ in d.kv_pool_devices]
         self.noticed = [True for _ in self.ranks]
         """Whether the core knows what has become of each attention rank."""
-        self.ffn_ranks = random.choice([1, 2])
+        self.weights = StormWeights(self)
         self.ffn_away: set[int] = set()
-        self.shared_device = random.random() < 0.3
+        self.shared_device = d.weight_pool_devices[0] == d.kv_pool_devices[0]
         """Whether FFN rank 0 lives in the process of attention rank 0."""
+        self.pinned = {n for n, model in enumerate(d.models) if model.keep == "pinned"}
+        """Models that have been pinned at any time."""
         self.delay = random.choice([0.001, 0.01, 0.1])
         self.step_seconds = random.choice([0.01, 0.1])
         self.requests: dict[str, GenerateRequest] = {}
@@ -98,7 +102,7 @@ class Storm:
         self.over_at = self.now + span
         for _ in range(random.randint(1, 7)):
             self.after(random.uniform(0, span), self.arrive)
-        for _ in range(random.randint(1, 4)):
+        for _ in range(random.randint(1, 5)):
             self.after(random.uniform(0, span), self.fault)
         for _ in range(random.randint(0, 2)):
             self.after(random.uniform(0, span), self.disturb)
@@ -158,10 +162,13 @@ class Storm:
         self.turn()
 
     def disturb(self) -> None:
-        """A flush, or a model that is suspended for a while."""
+        """A flush, a model that is suspended for a while, or an operator's word."""
         model = self.random.randrange(len(self.specs))
-        if self.random.random() < 0.5:
+        kind = self.random.random()
+        if kind < 0.3:
             self.core.flush(model)
+        elif kind < 0.6:
+            self.order(model)
         else:
             self.core.suspend(model)
             self.after(self.random.uniform(0, 5), self.resume, model)
@@ -170,6 +177,20 @@ class Storm:
     def resume(self, model: int) -> None:
         self.core.resume(model)
         self.turn()
+
+    def order(self, model: int) -> None:
+        """An operator has the model wake, sleep, or be kept otherwise."""
+        word = self.random.choice(["wake", "sleep", "wake", "sleep", "pinned", "demand", "asleep"])
+        try:
+            if word == "wake":
+                self.core.wake(model)
+            elif word == "sleep":
+                self.core.sleep(model)
+            else:
+                self.core.pin(model, word)
+                self.pinned |= {model} if word == "pinned" else set()
+        except ValueError as error:
+            require("pinned" in str(error), "an operator's word is refused", error)
 
     # --- grammars
 
@@ -195,6 +216,8 @@ class Storm:
         overdue = self.core.overdue(self.now)
         require(overdue is None, "the server would end", overdue)
         self.core.schedule()
+        for device, order in self.core.drain_device_messages():
+            self.weights.send(device, order)
         for rank, message in self.core.drain_messages():
             self.send(rank, message)
         for output in self.core.drain_outputs():
@@ -210,6 +233,10 @@ class Storm:
 
     def send(self, index: int, message: ToDevice) -> None:
         to = self.ranks[index]
+        if isinstance(message, Step):
+            state = self.core.snapshot().models[message.model].residency.state
+            awake = state in ("waking", "resident")
+            require(awake, "a step of a model that sleeps", message.model)
         to.last_in = max(to.last_in, self.now + self.short())
         self.after(to.last_in - self.now, self.deliver, index, to, message)
 
@@ -240,9 +267,13 @@ class Storm:
                 require(
                     r.sampling.seed not in self.opened, "an admitted request is refused", finish
                 )
+            elif finish.status == 503:
+                broken = r.model in self.weights.failed and FAILURE in finish.message
+                crowded = self.pinned and "models that are pinned" in finish.message
+                require(broken or crowded, "a request is refused", finish)
             else:
                 require(rid in self.aborted, "a request is aborted", finish)
-            self.counts["aborted"] += 1
+            self.counts["aborted" if finish.status != 503 else "refused"] += 1
             return
         tokens = [token for output in outputs for token in output.token_ids]
         require((tokens, finish) == (want.tokens, want.finish), "a request ends wrongly", rid)
@@ -269,16 +300,30 @@ class Storm:
 
     def work(self, index: int, it: Incarnation) -> None:
         """Has the next step of the rank end after its time."""
-        if it.alive and not (it.busy or it.hangs or self.ffn_away) and it.rank.steps:
+        if it.alive and not (it.busy or it.hangs or self.ffn_away) and self.ready(index, it):
             it.busy = True
             seconds = self.step_seconds * it.slowness * self.random.uniform(0.2, 1)
             self.after(seconds, self.end_step, index, it)
+
+    def ready(self, index: int, it: Incarnation) -> list[int]:
+        """The places of the rank's steps, among those on its lanes, that can end now."""
+        steps = it.rank.steps[: self.deployment.lanes]
+        gates = [self.weights.gate(index, step.model) for step in steps]
+        return [place for place, gate in enumerate(gates) if gate != "waits"]
 
     def end_step(self, index: int, it: Incarnation) -> None:
         it.busy = False
         if not it.alive or it.hangs or self.ffn_away:
             return
-        result = it.rank.answer(self.random.randrange(2))
+        ready = self.ready(index, it)
+        if not ready:
+            return
+        place = self.random.choice(ready)
+        if self.weights.gate(index, it.rank.steps[place].model) == "open":
+            result = it.rank.answer(place)
+        else:
+            result = it.rank.refuse(place)
+            self.counts["steps refused"] += 1
         it.last_out = max(it.last_out, self.now + self.short())
         self.after(it.last_out - self.now, self.arrived, index, it, result)
         self.counts["steps"] += 1
@@ -312,6 +357,7 @@ class Storm:
         if not it.alive or not self.noticed[index]:
             return
         it.alive = alive
+        self.weights.die(index)
         self.noticed[index] = False
         self.counts["attention losses"] += 1
         if self.shared_device and index == 0 and 0 not in self.ffn_away:
@@ -321,6 +367,7 @@ class Storm:
     def notice(self, index: int) -> None:
         self.ranks[index].alive = False
         self.core.lose_attention_rank(index)
+        self.core.lose_device(index)
         if self.shared_device and index == 0:
             self.core.lose_ffn_rank(0)
         if self.random.random() < 0.2:  # the next process dies while it loads
@@ -338,6 +385,7 @@ class Storm:
         if self.shared_device and index == 0:
             self.ffn_away.discard(0)
             self.core.restore_ffn_rank(0)
+        self.weights.come_back(index)
         if self.random.random() < 0.15 and self.now < self.over_at:
             self.after(self.random.uniform(0, 0.3), self.kill, index, 0.1)
         self.turn()
@@ -347,15 +395,26 @@ class Storm:
         self.random.choice(self.ranks).slowness = self.random.choice([3.0, 30.0])
 
     def crash_ffn(self) -> None:
-        index = self.random.randrange(self.ffn_ranks)
+        self.kill_ffn(self.random.randrange(len(self.weights.ffn)))
+
+    def kill_device(self, device: int) -> None:
+        """The device dies whose index this is."""
+        if device < len(self.ranks):
+            self.kill(device, self.random.choice([0.0, 0.3]))
+        else:
+            self.kill_ffn(self.weights.ffn.index(device))
+
+    def kill_ffn(self, index: int) -> None:
         if index in self.ffn_away or (index == 0 and self.shared_device):
             return
         self.ffn_away.add(index)
+        self.weights.die(self.weights.ffn[index])
         self.counts["FFN losses"] += 1
         self.after(self.random.choice([0.0, HANG_SECONDS]), self.notice_ffn, index)
 
     def notice_ffn(self, index: int) -> None:
         self.core.lose_ffn_rank(index)
+        self.core.lose_device(self.weights.ffn[index])
         if self.random.random() < 0.2:
             self.after(self.random.uniform(0, 3), self.notice_ffn, index)
         else:
@@ -366,6 +425,7 @@ class Storm:
     def ffn_back(self, index: int) -> None:
         self.ffn_away.discard(index)
         self.core.restore_ffn_rank(index)
+        self.weights.come_back(self.weights.ffn[index])
         self.turn()
         self.go_on()
 
@@ -396,6 +456,8 @@ def _words(argument: object) -> str:
         return f"step {argument.step} of model {argument.model}: {' '.join(rows)}"
     if isinstance(argument, Incarnation):
         return "alive" if argument.alive else "dead"
+    if isinstance(argument, DeviceWeights):
+        return f"with {sorted(argument.has)}"
     return str(argument)
 
 

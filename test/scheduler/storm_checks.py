@@ -46,8 +46,36 @@ def check(storm: Storm) -> None:
         idle = not (rank.away or rank.flights or any(rank.running) or rank._ended)
         if idle:
             for model, queue in enumerate(core._queues):
-                waits = queue.head is not None and model not in core._suspended
+                waits = queue.head is not None and model not in rank.barred
                 require(not waits, "a request waits though a rank is idle", model)
+    _check_turns(storm)
+
+
+def _check_turns(storm: Storm) -> None:
+    """Who has waited longest for its weights waits for room that others may keep for now."""
+    residency: Any = storm.core._residency
+    models = residency._models
+    waiting = [(it.waits_since, n) for n, it in models.items() if it.waits_since is not None]
+    if not waiting:
+        return
+    _, first = min(waiting)
+    keep = {
+        number
+        for number, it in models.items()
+        if it.wanted
+        and (
+            it.keep == "pinned"
+            or it.asked
+            or (
+                number in residency._work
+                and (it.awake_since is None or storm.now < it.awake_since + residency._quantum)
+            )
+        )
+    }
+    stays = residency._budgets.crowded(keep | {first})
+    require(bool(stays), "a model waits though there is room for it", first)
+    wanted = {number for number, it in models.items() if it.wanted}
+    require(not residency._budgets.crowded(wanted), "more is wanted than fits", wanted)
 
 
 def _check_work(storm: Storm, rank: RankState) -> None:

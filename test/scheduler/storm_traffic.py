@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+import msgspec
 from crosspool.config.deployment import Deployment
+from crosspool.config.device import Device
+from crosspool.config.errors import ConfigError
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.request import Finish, GenerateRequest, Grammar, StopRules
 from crosspool.scheduler.stopping import Stopping
 from crosspool.transport.messages import Logprobs, Sampling
+from crosspool.weightpool.placement import place
 from simulation import (
     EOS,
     SimulatedRank,
@@ -111,7 +115,7 @@ def random_deployment(random: Random) -> tuple[Deployment, list[ModelSpec]]:
         "lanes": random.choice([1, 2]),
         "prefix_cache": random.random() < 0.8,
         "tbt_target_ms": random.choice([0.0, 40.0]),
-        "queue_timeout": random.choice([8.0, 1e5]),
+        "queue_timeout": random.choice([8.0, 1e5, 1e5]),
         "watchdog_timeout": 60.0,
         "grammar_timeout": 1e4,
     }
@@ -120,7 +124,47 @@ def random_deployment(random: Random) -> tuple[Deployment, list[ModelSpec]]:
     if random.random() < 0.5:
         fields |= {"promise": "growth", "growth_tokens": random.choice([1, 4, 9])}
     d = deployment(models, ranks=ranks, **fields)
-    return d, [spec(**({"context": 120} | shape)) for shape in random.sample(shapes, models)]
+    specs = [spec(**({"context": 120} | shape)) for shape in random.sample(shapes, models)]
+    return with_weights(random, d, specs, tight=random.random() < 0.35), specs
+
+
+def with_weights(random: Random, d: Deployment, specs: list[ModelSpec], tight: bool) -> Deployment:
+    """``d`` with FFN ranks, the first sometimes in the process of attention rank 0. If ``tight``,
+    budgets hold each model, but maybe not all, and models differ in when they are kept."""
+    first = d.kv_pool_devices[0] if random.random() < 0.3 else Device("cuda:8")
+    devices = (first, Device("cuda:9"))[: random.choice([1, 2])]
+    d = msgspec.structs.replace(d, weight_pool_devices=devices)
+    if not tight:
+        return d
+    options = {
+        "keep": ["demand"] * 8 + ["asleep", "pinned"],
+        "ttl": [None, None, 2.0],
+        "priority": [0, 0, 1],
+        "weight_pool_devices": [None, None, devices[:1]],
+    }
+    models = [
+        msgspec.structs.replace(
+            m, **{name: random.choice(those) for name, those in options.items()}
+        )
+        for m in d.models
+    ]
+    d = msgspec.structs.replace(
+        d, models=tuple(models), residency_quantum=random.choice([0.2, 1.0, 5.0])
+    )
+    needed = {
+        "weight_pool_bytes": place(d, specs).weight_bytes,
+        "attention_weight_bytes": [place(d, specs).attention_bytes] * len(d.kv_pool_devices),
+    }
+    for name, ranks in needed.items():
+        least, most = max(map(max, ranks)), max(map(sum, ranks))
+        share = random.choice([most, least, random.randint(least, most)])
+        d = msgspec.structs.replace(d, **{name: share * len(ranks)})
+    try:
+        place(d, specs)
+    except ConfigError:  # the pinned models do not fit together
+        models = [msgspec.structs.replace(model, keep="demand") for model in d.models]
+        d = msgspec.structs.replace(d, models=tuple(models))
+    return d
 
 
 def random_requests(random: Random, number: int, d: Deployment, specs: list[ModelSpec]) -> Any:

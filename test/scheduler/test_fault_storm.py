@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import storm
+from crosspool.scheduler.budgets import Budgets
 from crosspool.scheduler.core import SchedulerCore
+from crosspool.scheduler.held_weights import HeldWeights
 from crosspool.scheduler.promise_rules import Growth
 from crosspool.scheduler.promises import Promises
 from crosspool.scheduler.queues import WaitingQueue
 from crosspool.scheduler.rank_state import RankState
+from crosspool.scheduler.residency import ResidencyPolicy
 from crosspool.scheduler.sequence import Sequence
 from crosspool.transport.messages import Step
 
@@ -31,6 +34,9 @@ def test_every_request_ends_as_if_nothing_had_failed(part):
     assert seen["losses while away"] > SEEDS // PARTS // 10
     assert seen["requests replayed"] > SEEDS // PARTS
     assert seen["finished"] > 5 * seen["aborted"]
+    assert seen["finished"] > 5 * seen["refused"]
+    assert seen["wakes"] > SEEDS // PARTS // 2 and seen["sleeps"] > SEEDS // PARTS // 2
+    assert seen["failed wakes"] > SEEDS // PARTS // 30
 
 
 def program(*words: str, hashes: str = "0") -> subprocess.CompletedProcess[str]:
@@ -251,6 +257,43 @@ def is_not_noticed(patch):
     patch.setattr(RankState, "restore", lambda self: setattr(self, "away", False))
 
 
+def sleeps_under_steps(patch):
+    orders = HeldWeights.orders
+    patch.setattr(HeldWeights, "orders", lambda self, in_flight: orders(self, frozenset()))
+
+
+def wakes_beside_what_leaves(patch):
+    def wrong(self, models, device=None):
+        return [] if device is not None else crowded(self, models)
+
+    crowded = Budgets.crowded
+    patch.setattr(Budgets, "crowded", wrong)
+
+
+def steps_of_what_sleeps(patch):
+    patch.setattr(ResidencyPolicy, "barred", lambda self, device: frozenset())
+
+
+def forgets_what_died_while_waking(patch):
+    patch.setattr(HeldWeights, "lose", lambda self, device: self._away.add(device))
+
+    def wrong(self, device, resident):
+        self._away.discard(device)
+        self._held[device] = dict.fromkeys(resident, "present") | self._held[device]
+        self.changed()
+
+    patch.setattr(HeldWeights, "restore", wrong)
+
+
+def never_gives_way(patch):
+    order = ResidencyPolicy._order
+    patch.setattr(ResidencyPolicy, "_order", lambda self, now: order(self, now - 100.0))
+
+
+def forgets_who_waits_for_a_failed_wake(patch):
+    patch.setattr(SchedulerCore, "_end_all", lambda self, model, refusal: None)
+
+
 @pytest.mark.parametrize(
     ("plant", "name"),
     [
@@ -270,6 +313,12 @@ def is_not_noticed(patch):
         (promises_for_the_prompt, "a promise is too small"),
         (waits_for_itself, "requests run, but no step is under way"),
         (is_not_noticed, "a request waits though a rank is idle"),
+        (sleeps_under_steps, "weights are given up under a step"),
+        (wakes_beside_what_leaves, "more weights than the budget"),
+        (steps_of_what_sleeps, "a step of a model that sleeps"),
+        (forgets_what_died_while_waking, "has not finished step|nothing goes on|wait for ever"),
+        (never_gives_way, "a model waits though there is room for it"),
+        (forgets_who_waits_for_a_failed_wake, "nothing goes on|requests wait for ever|is idle"),
     ],
 )
 def test_a_planted_bug_is_found_and_named(monkeypatch, plant, name):

@@ -7,9 +7,9 @@ from collections import defaultdict
 
 import pytest
 from crosspool.config.deployment import ModelConfig
-from crosspool.scheduler.budgets import Budgets, Place
-from crosspool.scheduler.residency import Residency
-from crosspool.scheduler.worth import FrequencyWithAging
+from crosspool.scheduler.budgets import Budgets, WeightPlace
+from crosspool.scheduler.residency import ResidencyPolicy
+from crosspool.scheduler.worth import RecentRate
 from crosspool.transport.messages import Wake
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,13 +41,18 @@ class Pool:
             for n in range(len(sizes))
         }
         places = [
-            Place(0, "attention", None, dict.fromkeys(each, 1)),
-            Place(1, "ffn", budget, dict(enumerate(sizes))),
+            WeightPlace(0, "attention", None, dict.fromkeys(each, 1)),
+            WeightPlace(1, "ffn", budget, dict(enumerate(sizes))),
         ]
         self.held = {0: set(resident), 1: set(resident)}
         self.waking: set[tuple[int, int]] = set()
-        self.residency = Residency(
-            Budgets(places), each, resident, quantum=QUANTUM, worth=FrequencyWithAging(), now=0.0
+        self.residency = ResidencyPolicy(
+            Budgets(places),
+            each,
+            resident,
+            quantum=QUANTUM,
+            worth=RecentRate(10 * len(sizes)),
+            now=0.0,
         )
         self.work: set[int] = set()
         self.in_flight: set[int] = set()

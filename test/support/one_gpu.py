@@ -82,7 +82,7 @@ class OneGPU:
         chunks: Any = virtualizer or Chunks(self.log)
         self.counters = [LinkCounters() for _ in range(lanes)]
         self.executor = GPUExecutor(
-            GPURank(0, [spec(), spec()], parts, chunks, kv),
+            GPURank(0, [spec(), spec()], dict(enumerate(parts)), chunks, kv),
             loop,
             buckets=BUCKETS,
             stages=stages,

@@ -76,6 +76,10 @@ class SleepsAndWakes(Protocol):
     def news(self) -> list[Waking | Woken | Slept]:
         """Returns what there is to tell since the last call."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether there will be news soon, of which only :meth:`news` tells."""
+
 
 @dataclass(frozen=True)
 class AlwaysResident:
@@ -94,6 +98,10 @@ class AlwaysResident:
 
     def news(self) -> list[Waking | Woken | Slept]:
         return []
+
+    @property
+    def busy(self) -> bool:
+        return False
 
 
 @dataclass
@@ -120,7 +128,7 @@ class DeviceRanks:
                 RankInfo(
                     role="attention",
                     rank=self.attention.rank,
-                    weight_bytes=_weight_bytes(self.attention.parts),
+                    weight_bytes=_weight_bytes(self.attention.parts.values()),
                     kv_bytes=self.attention.budget_bytes,
                 )
             )
@@ -158,7 +166,7 @@ class DeviceRanks:
     def tensors(self) -> Iterator[TensorInfo]:
         """Every tensor of the ranks."""
         if self.attention is not None:
-            for model, attention in enumerate(self.attention.parts):
+            for model, attention in self.attention.parts.items():
                 yield from self._listed("attention", self.attention.rank, model, attention)
         if self.ffn is not None:
             for model, ffn in self.ffn.parts.items():

@@ -184,13 +184,13 @@ class DeviceProcess:
         while not self._ending:
             while (message := self._socket.receive()) is not None:
                 self._handle(message, ranks)
+            self._tell(ranks)
             if executor.descriptor is not None:
                 self._socket.wait(_SLEEP, executor.descriptor)
                 self._send(executor.run(0.0))
-                self._tell(ranks)
                 continue
             if executor.quiet:
-                self._socket.wait(_SLEEP)
+                self._socket.wait(_IDLE_WAIT if ranks.residency.busy else _SLEEP)
                 continue
             idle = ranks.attention is not None and executor.drained
             self._send(executor.run(_IDLE_WAIT / 5 if idle else patience))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -44,14 +44,15 @@ R = TypeVar("R", bound=Request)
 class KVRank(Generic[P, R]):
     """One attention rank: its requests, of type R, and its memory.
 
-    ``parts``, of type P, and ``kv`` are indexed by model. Each cache in ``kv`` is [pages, layers,
+    ``parts``, of type P, has the models whose weights are in memory, by index; ``kv`` is indexed by
+    model, too. Each cache in ``kv`` is [pages, layers,
     page_size, kv_width]; only its mapped chunks may be touched."""
 
     def __init__(
         self,
         rank: int,
         specs: Sequence[ModelSpec],
-        parts: Sequence[P],
+        parts: Mapping[int, P],
         virtualizer: Virtualizer,
         kv: Sequence[Tensor],
     ) -> None:

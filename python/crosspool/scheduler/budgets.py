@@ -15,7 +15,7 @@ Role = Literal["attention", "ffn"]
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightPlace:
     """One rank's budget for weights."""
 
     device: int
@@ -31,7 +31,7 @@ class Place:
 class Budgets:
     """The places for weights, and what each model takes of them."""
 
-    def __init__(self, places: Seq[Place]) -> None:
+    def __init__(self, places: Seq[WeightPlace]) -> None:
         self.places = places
 
     @classmethod
@@ -40,7 +40,7 @@ class Budgets:
         devices = list(deployment.devices)
         return cls(
             [
-                Place(
+                WeightPlace(
                     device=devices.index(room.device),
                     role="ffn" if room.option == "weight_pool_bytes" else "attention",
                     budget=room.bytes,
@@ -60,7 +60,7 @@ class Budgets:
             spot.device for spot in self.places if spot.role == role and model in spot.held
         )
 
-    def crowded(self, models: Iterable[int], device: int | None = None) -> list[Place]:
+    def crowded(self, models: Iterable[int], device: int | None = None) -> list[WeightPlace]:
         """Places (of ``device``) where ``models`` do not fit together."""
         together = set(models)
         return [

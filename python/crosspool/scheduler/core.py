@@ -38,12 +38,12 @@ from crosspool.scheduler.queues import WaitingQueue
 from crosspool.scheduler.rank_state import RankState
 from crosspool.scheduler.rates import ModelRates
 from crosspool.scheduler.request import Finish, GenerateRequest, Output
-from crosspool.scheduler.residency import Refusal, Residency
+from crosspool.scheduler.residency import ResidencyPolicy, WakeRefusal
 from crosspool.scheduler.sequence import Sequence
 from crosspool.scheduler.snapshot import snapshot
 from crosspool.scheduler.stopping import Stopping
 from crosspool.scheduler.validation import problem
-from crosspool.scheduler.worth import FrequencyWithAging
+from crosspool.scheduler.worth import HALF_LIFE_PER_MODEL, RecentRate
 from crosspool.transport.inspection import Snapshot
 from crosspool.transport.messages import RowResult, Sleep, StepResult, ToDevice, Wake
 from crosspool.weightpool.placement import initially_resident
@@ -96,12 +96,12 @@ class SchedulerCore:
         self._admission = Admission(
             self._queues, queue_order(d), self._ranks, d.max_running_requests
         )
-        self._residency = Residency(
+        self._residency = ResidencyPolicy(
             Budgets.of(d, specs),
             dict(enumerate(d.models)),
             initially_resident(d, specs),
             quantum=d.residency_quantum,
-            worth=FrequencyWithAging(),
+            worth=RecentRate(HALF_LIFE_PER_MODEL * len(specs)),
             now=clock(),
         )
         self._attention_devices = [d.devices.index(device) for device in d.kv_pool_devices]
@@ -373,12 +373,12 @@ class SchedulerCore:
             elif rank.stalled:
                 rank.unstall(now)
 
-    def _end_all(self, model: int, refusal: Refusal) -> None:
+    def _end_all(self, model: int, refusal: WakeRefusal) -> None:
         """Ends all requests of a model that cannot be woken."""
         for seq in [seq for seq in self._requests() if seq.model == model]:
             self._end(seq, self._unavailable(refusal))
 
-    def _unavailable(self, refusal: Refusal) -> Finish:
+    def _unavailable(self, refusal: WakeRefusal) -> Finish:
         after = refusal.retry_after or self._deployment.queue_timeout
         return Finish(kind="abort", message=refusal.message, status=503, retry_after=after)
 

@@ -103,8 +103,9 @@ class RankState:
 
     def bar(self, models: Set[int]) -> None:
         """From now on, these models make no steps here."""
-        self.barred = models
-        self.version += 1
+        if models != self.barred:
+            self.barred = models
+            self.version += 1
 
     # --- admission and promises
 

@@ -19,7 +19,7 @@ from itertools import count
 
 from crosspool.config.deployment import ModelConfig
 from crosspool.config.options import Keep
-from crosspool.scheduler.budgets import Budgets, Place
+from crosspool.scheduler.budgets import Budgets, WeightPlace
 from crosspool.scheduler.fleet import FleetModel
 from crosspool.scheduler.held_weights import HeldWeights
 from crosspool.scheduler.worth import Worth
@@ -28,7 +28,7 @@ from crosspool.transport.messages import Sleep, Wake
 
 
 @dataclass(frozen=True)
-class Refusal:
+class WakeRefusal:
     """Why a model cannot be woken now, for users."""
 
     message: str
@@ -36,7 +36,7 @@ class Refusal:
     """Seconds until it is tried again; None where only the operator can change anything."""
 
 
-class Residency:
+class ResidencyPolicy:
     """``models`` has the options of each model, by its number; those in ``resident`` are awake at
     clock time ``now``. ``quantum`` is in seconds."""
 
@@ -85,6 +85,7 @@ class Residency:
         """The device has read the model's weights."""
         if self._held.came(device, model):
             self._look(model, now)
+            self._next = now
 
     def failed(self, device: int, model: int, error: str, now: float) -> bool:
         """The device could not read the model's weights, and has none of them. The model is not
@@ -119,6 +120,7 @@ class Residency:
             if lacks and it.wake_began is None:
                 it.wake_began = now
             self._look(number, now)
+        self._next = now
 
     # --- what operators say
 
@@ -163,16 +165,16 @@ class Residency:
         it.in_use, it.last_used = True, now
         self._worth.used(model)
 
-    def refusal(self, model: int, now: float) -> Refusal | None:
+    def refusal(self, model: int, now: float) -> WakeRefusal | None:
         """Why no request should wait for the model; None if it is wanted, or may come to be."""
         it = self._models[model]
         if it.wanted:
             return None
         if now < it.retry_at:
-            return Refusal(f"model {it.name} could not be woken: {it.error}", it.retry_at - now)
+            return WakeRefusal(f"model {it.name} could not be woken: {it.error}", it.retry_at - now)
         return self._impossible(model)
 
-    def _impossible(self, model: int) -> Refusal | None:
+    def _impossible(self, model: int) -> WakeRefusal | None:
         pinned = {n for n, it in self._models.items() if it.keep == "pinned"}
         crowded = self._budgets.crowded(pinned | {model})
         if not crowded:
@@ -185,7 +187,7 @@ class Residency:
             f"{spot.role} weights per device it needs {spot.held.get(model, 0)}, and models that "
             f"are pinned ({names}) take {taken}"
         )
-        return Refusal(message, None)
+        return WakeRefusal(message, None)
 
     # --- decisions
 
@@ -225,10 +227,14 @@ class Residency:
             self._next = min(self._next, due)
 
     def _give_turns(self, now: float) -> None:
-        since = {n: it.waits_since for n, it in self._models.items() if it.waits_since is not None}
-        kept: list[Place] = []
+        waiting = sorted(
+            (it.waits_since, number)
+            for number, it in self._models.items()
+            if it.waits_since is not None
+        )
+        kept: list[WeightPlace] = []
         """Places in which somebody waits for room."""
-        for model in sorted(since, key=lambda n: (since[n], n)):
+        for _, model in waiting:
             if any(model in spot.held for spot in kept) or self.refusal(model, now):
                 continue
             victims = self._victims(model, now)
@@ -236,10 +242,12 @@ class Residency:
                 kept += [spot for spot in self._budgets.places if model in spot.held]
                 continue
             for victim in victims:
-                self._worth.gave_way(victim)
                 self._drop(victim)
                 if victim in self._work:
                     self._models[victim].waits_since = now
+                    waiting.append((now, victim))
+                else:
+                    self._worth.gave_way(victim)
             self._want(model, now)
         if kept:
             ends = [
@@ -299,7 +307,7 @@ class Residency:
             return
         able = any(self._held.can_step(device, model) for device in it.attention_devices)
         if it.awake_since is None and able:
-            it.awake_since = self._next = now
+            it.awake_since = now
         if self._held.whole(model):
             it.has_come(now)
 

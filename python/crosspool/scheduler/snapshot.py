@@ -15,7 +15,7 @@ from crosspool.scheduler.counters import ModelCounters
 from crosspool.scheduler.queues import WaitingQueue
 from crosspool.scheduler.rank_state import RankState
 from crosspool.scheduler.rates import ModelRates
-from crosspool.scheduler.residency import Residency
+from crosspool.scheduler.residency import ResidencyPolicy
 from crosspool.transport.inspection import (
     KVShare,
     ModelStatus,
@@ -34,7 +34,7 @@ def snapshot(
     ranks: Seq[RankState],
     counters: Seq[ModelCounters],
     rates: Seq[ModelRates],
-    residency: Residency,
+    residency: ResidencyPolicy,
     now: float,
     max_tokens: Seq[int],
     failure: str | None,

@@ -91,8 +91,8 @@ class Device:
         chunks: Any = Chunks(self.log)
         kv = [torch.empty(8, 1, 4, 1) for _ in LAYERS]
         self.trace = LaneTrace()
-        self.attention = AttentionRank(0, specs, parts, chunks, kv)
-        ffn = FFNRank(0, specs, dict(enumerate(parts)), self.trace)
+        self.attention = AttentionRank(0, specs, dict(enumerate(parts)), chunks, kv)
+        ffn = FFNRank(0, specs, dict(enumerate(parts)), range(len(parts)), self.trace)
         links = [LocalLink(0, lane, 0) for lane in range(lanes)]
         ffn.links = links
         self.loop = HostLoop(
@@ -172,7 +172,7 @@ def test_a_batch_goes_to_its_models_ffn_ranks_only() -> None:
     logs: list[list[tuple[str, int, int]]] = [[], []]
     for rank, log in enumerate(logs):
         parts: Any = {m: OneHot(m, log) for m, ranks in enumerate(ffn_ranks) if rank in ranks}
-        ffn = FFNRank(rank, specs, parts, LaneTrace())
+        ffn = FFNRank(rank, specs, parts, list(parts), LaneTrace())
         ffn.links = [of_lane[rank] for of_lane in links]
         loops.append(
             HostLoop(
@@ -200,7 +200,7 @@ def test_a_batch_goes_to_its_models_ffn_ranks_only() -> None:
 
 def test_a_dispatch_of_a_model_that_lies_elsewhere_is_an_error() -> None:
     link = LocalLink(0, 0, 1)
-    ffn = FFNRank(1, [spec(1)] * 2, {1: OneHot(1, [])}, LaneTrace())  # type: ignore[dict-item]
+    ffn = FFNRank(1, [spec(1)] * 2, {1: OneHot(1, [])}, [1], LaneTrace())  # type: ignore[dict-item]
     link.dispatch(DispatchHeader(epoch=0, model=0, layer=0, rows=1), torch.zeros(1, VOCAB))
     with pytest.raises(LaneError, match="FFN rank 1 holds nothing of model 0"):
         ffn.serve(link)

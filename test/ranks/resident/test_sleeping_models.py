@@ -67,11 +67,13 @@ def packed(folder: Path, model: int, role: str) -> Path:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize(
+    ("loop", "places"), [*(("resident", one) for one in PLACES), ("host", SPLIT)]
+)
 def test_the_same_answers_after_sleep(
-    tmp_path: Path, places: tuple[Sequence[str], Sequence[str]]
+    tmp_path: Path, loop: str, places: tuple[Sequence[str], Sequence[str]]
 ) -> None:
-    with driver(tmp_path, places, lanes=2) as on:
+    with driver(tmp_path, places, lanes=2, loop=loop) as on:
         assert all(ready.resident == EVERY for ready in on.ready.values())
         before = answers(on, *EVERY)
         for model in EVERY:
@@ -169,16 +171,24 @@ def own(tmp_path: Path) -> Path:
     return Path(shutil.copytree(MODELS[0], tmp_path / MODELS[0].name))
 
 
-def test_a_checkpoint_that_is_gone_is_told(tmp_path: Path, own: Path) -> None:
+@pytest.mark.parametrize("loop", ["resident", "host"])
+def test_a_checkpoint_that_is_gone_is_told(tmp_path: Path, own: Path, loop: str) -> None:
     """Others do not notice, and the model wakes when it is there again."""
-    with driver(tmp_path, PLACES[0], models=[own, *MODELS[1:]]) as on:
+    with driver(tmp_path, PLACES[0], models=[own, *MODELS[1:]], loop=loop) as on:
         before = answers(on, *EVERY)
         on.sleep(0)
-        for role in ("attention", "ffn"):
+        for role in ("attention", "ffn") if loop == "resident" else ():
             packed(tmp_path, 0, role).unlink()
         away = own.rename(tmp_path / "away")
         error = on.wake(0)[0]
         assert error is not None and str(own) in error, error
+        if loop == "host":
+            waiting = generations(0)
+            on.send("cpu:0", Wake(model=0))
+            number = on.step(waiting)
+            said = [on.receive()[1] for _ in range(3)]
+            assert StepResult(step=number, rows=[], refused=True) in said
+            on.release(waiting)
         assert answers(on, *EVERY[1:]) == before[1:]
         away.rename(own)
         assert on.wake(0) == {0: None}

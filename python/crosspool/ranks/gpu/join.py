@@ -118,7 +118,10 @@ def join_lanes(
     attention = ffn = None
     if virtualizer is not None:
         assert links.attention_rank is not None
-        held_parts, kv = [m.attention for m in parts.models], [m.kv for m in parts.models]
+        held_parts, kv = (
+            {i: m.attention for i, m in enumerate(parts.models)},
+            [m.kv for m in parts.models],
+        )
         attention = GPURank(links.attention_rank, parts.specs, held_parts, virtualizer, kv)
     if links.ffn_rank is not None:
         ffn = GPUFFNRank(links.ffn_rank, parts.ffns, served)

@@ -143,6 +143,8 @@ class HostLoop(QueuedExecutor[AttentionRank, Batch]):
                 self._lanes.append(Lane(index, by_model, attention, epoch, trace))
         self._doorbell = doorbell
         self._results: list[StepResult] = []
+        self._held: dict[int, list[Step | Release]] = {}
+        """By model that sleeps, the operations that wait for it."""
         self._served = -math.inf
         self._sources: deque[Callable[[], bool]] = deque(
             partial(self._advance, lane) for lane in self._lanes
@@ -152,7 +154,33 @@ class HostLoop(QueuedExecutor[AttentionRank, Batch]):
 
     @torch.inference_mode()
     def submit(self, operation: Step | Release) -> None:
-        super().submit(operation)
+        waiting = self._held.get(operation.model)
+        if waiting is None:
+            super().submit(operation)
+        else:
+            waiting.append(operation)
+
+    def hold(self, model: int) -> None:
+        """Lets the operations of a model wait from now on, since its weights go."""
+        self._held.setdefault(model, [])
+
+    def resume(self, model: int) -> None:
+        """Carries out what has waited for a model's weights."""
+        for operation in self._held.pop(model, []):
+            self.submit(operation)
+
+    @torch.inference_mode()
+    def refuse(self, model: int) -> None:
+        """Ends the steps that have waited for a model's weights."""
+        waiting = self._held[model]
+        for operation in waiting:
+            if isinstance(operation, Step):
+                assert self._attention is not None
+                self._attention.begin(operation)  # its chunks are mapped, whatever becomes of it
+                self._results.append(StepResult(step=operation.step, rows=[], refused=True))
+            else:
+                super().submit(operation)
+        waiting.clear()
 
     @torch.inference_mode()
     def run(self, timeout: float) -> list[StepResult]:
@@ -161,6 +189,10 @@ class HostLoop(QueuedExecutor[AttentionRank, Batch]):
             self._doorbell.wait(timeout)
         results, self._results = self._results, []
         return results
+
+    @property
+    def quiet(self) -> bool:
+        return super().quiet and not self._results
 
     def _begin(self, attention: AttentionRank, step: Step) -> Batch | None:
         lane = next((lane for lane in self._lanes if lane.is_free_for(step.model)), None)

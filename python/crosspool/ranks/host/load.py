@@ -9,17 +9,16 @@ from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.models.spec import ModelSpec
 from crosspool.observability.trace import LaneTrace
-from crosspool.ranks.device import AlwaysResident, DeviceRanks
-from crosspool.ranks.host.attention import AttentionPart
+from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.host.attention_rank import AttentionRank
 from crosspool.ranks.host.executor import HostLoop
-from crosspool.ranks.host.ffn import FFNPart
 from crosspool.ranks.host.ffn_rank import FFNRank
+from crosspool.ranks.host.residency import HostSleepingModels, HostWeights
 from crosspool.ranks.kv_memory import kv_pool
 from crosspool.ranks.weights import held_models
 from crosspool.transport.data_path import LocalLink
 from crosspool.transport.links import join, open_ends
-from crosspool.weightpool.placement import Placement
+from crosspool.weightpool.placement import Placement, initially_resident
 
 
 def load_host_ranks(
@@ -32,28 +31,24 @@ def load_host_ranks(
     """Loads the ranks of a device for the host loop; see
     :func:`crosspool.ranks.device_process.load_ranks`."""
     trace = LaneTrace()
-    attention_parts: list[AttentionPart] = []
-    ffn_parts: dict[int, FFNPart] = {}
-    for held in held_models(deployment, device, specs, placement):
-        with held.loading(device) as loaded:
-            if held.attention:
-                attention_parts.append(AttentionPart(held.spec, held.path, loaded.progress))
-            if held.ffn is not None:
-                part = FFNPart(held.spec, held.path, held.ffn, loaded.progress)
-                ffn_parts[held.index] = part
+    weights = HostWeights({}, {})
+    held = {one.index: one for one in held_models(deployment, device, specs, placement)}
+    for index in sorted(initially_resident(deployment, specs) & held.keys()):
+        with held[index].loading(device) as loaded:
+            weights.load(held[index], loaded.progress)
     resources = contextlib.ExitStack()
     attention = ffn = None
     if device in deployment.kv_pool_devices:
         virtualizer, kv = kv_pool(deployment, device, specs)
         resources.callback(virtualizer.close)
         rank = deployment.kv_pool_devices.index(device)
-        attention = AttentionRank(rank, specs, attention_parts, virtualizer, kv)
+        attention = AttentionRank(rank, specs, weights.attention, virtualizer, kv)
     transport = join(deployment, device, lanes_fd)
     ends = open_ends(deployment, device, local=LocalLink, remote=transport)
     links, served = ends
     if device in deployment.weight_pool_devices:
         rank = deployment.weight_pool_devices.index(device)
-        ffn = FFNRank(rank, specs, ffn_parts, trace)
+        ffn = FFNRank(rank, specs, weights.ffn, placement.shards[rank], trace)
         ffn.links = served
     executor = HostLoop(
         attention,
@@ -64,7 +59,9 @@ def load_host_ranks(
         serves_peers=ffn is not None and any(d != device for d in deployment.kv_pool_devices),
         trace=trace,
     )
+    for index in held.keys() - initially_resident(deployment, specs):
+        executor.hold(index)
     return DeviceRanks(
         *(deployment, device, executor, attention, ffn, links, trace, resources),
-        AlwaysResident(range(len(specs))),
+        HostSleepingModels(held, weights, executor),
     )

@@ -97,8 +97,7 @@ def load_resident_ranks(
     links = ResidentLinks(deployment, device, lanes_fd)
     attention = ffn = None
     if links.attention_rank >= 0:
-        parts = [weights.attention[index] for index in range(len(specs))]
-        attention = ResidentRank(links.attention_rank, specs, parts, virtualizer, kv)
+        attention = ResidentRank(links.attention_rank, specs, weights.attention, virtualizer, kv)
     if links.ffn_rank >= 0:
         ffn = ResidentFFN(links.ffn_rank, weights.ffn, links.ffn)
     description = es.LoopDescription(

@@ -126,6 +126,11 @@ class SleepingModels:
         news, self._news = self._news, []
         return news
 
+    @property
+    def busy(self) -> bool:
+        """False: the descriptor tells."""
+        return False
+
     def close(self) -> None:
         """Ends all threads."""
         for model in self._models.values():

@@ -1,0 +1,162 @@
+"""The devices' weights in the simulator of faults: they are read and given up as the core orders,
+wakes take their time, fail, and die with their device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from crosspool.scheduler.budgets import Budgets
+from crosspool.transport.messages import Sleep, Wake
+from crosspool.weightpool.placement import initially_resident
+from storm_checks import require
+
+if TYPE_CHECKING:
+    from storm import Storm
+
+FAILURE = "the checkpoint is gone"
+Gate = Literal["open", "waits", "refuses"]
+
+
+@dataclass
+class DeviceWeights:
+    """The weights of one device process, as they are."""
+
+    has: set[int]
+    takes: set[int] = field(default_factory=set)
+    """Models for which it takes memory."""
+    alive: bool = True
+    last_in: float = 0.0
+    last_out: float = 0.0
+    """Arrival of the latest message each way; they do not overtake each other."""
+
+    def __post_init__(self) -> None:
+        self.takes |= self.has
+
+
+class StormWeights:
+    """The devices' processes by their index, each with the weights that it has. What a device was
+    started with is kept for the next process, until the model sleeps there."""
+
+    def __init__(self, storm: Storm) -> None:
+        d, self.storm = storm.deployment, storm
+        self.places = Budgets.of(d, storm.specs).places
+        resident = initially_resident(d, storm.specs)
+        self.devices = range(len(d.devices))
+        self.kept = {
+            device: {model for model in resident if self.shares(device, model)}
+            for device in self.devices
+        }
+        self.processes = {device: DeviceWeights(set(self.kept[device])) for device in self.devices}
+        self.attention = [d.devices.index(device) for device in d.kv_pool_devices]
+        self.ffn = [d.devices.index(device) for device in d.weight_pool_devices]
+        self.failing = storm.random.random() < 0.2
+        """Whether wakes may fail."""
+        self.seconds = storm.random.choice([0.01, 0.3, 3.0])
+        self.refuses_early = storm.random.random() < 0.3
+        """Whether a device refuses steps of a model that it was not told to read."""
+        self.failed: set[int] = set()
+        """Models of which some wake has failed."""
+
+    def shares(self, device: int, model: int) -> bool:
+        return any(spot.device == device and model in spot.held for spot in self.places)
+
+    # --- orders
+
+    def send(self, device: int, order: Wake | Sleep) -> None:
+        to = self.processes[device]
+        to.last_in = max(to.last_in, self.storm.now + self.storm.short())
+        self.storm.after(to.last_in - self.storm.now, self.receive, device, to, order)
+
+    def receive(self, device: int, to: DeviceWeights, order: Wake | Sleep) -> None:
+        if not to.alive:
+            return
+        random, model = self.storm.random, order.model
+        require(self.shares(device, model), "an order to a device without a share", device)
+        if isinstance(order, Wake):
+            require(model not in to.takes, "a model is woken twice", model)
+            to.takes.add(model)
+            self.check_budgets(device)
+            seconds = self.seconds * random.uniform(0.2, 1)
+            failed = self.failing and random.random() < 0.3
+            self.storm.after(seconds, self.read, device, to, model, failed)
+            if random.random() < 0.1 and self.storm.now < self.storm.over_at:
+                self.storm.after(seconds / 2, self.storm.kill_device, device)
+        else:
+            require(model in to.has, "a model sleeps that is not awake", model)
+            require(model not in self.under_way(device), "weights are given up under a step", model)
+            to.has.discard(model)
+            self.kept[device].discard(model)
+            self.storm.after(self.storm.short(), self.gave_up, device, to, model)
+
+    def under_way(self, device: int) -> set[int]:
+        """Models with steps under way that need the device's weights."""
+        return {
+            step.model
+            for index, it in enumerate(self.storm.ranks)
+            for step in it.rank.steps
+            if it.alive and device in (self.attention[index], *self.ffn)
+        }
+
+    def read(self, device: int, to: DeviceWeights, model: int, failed: bool) -> None:
+        if not to.alive:
+            return
+        if failed:
+            to.takes.discard(model)
+            self.failed.add(model)
+        else:
+            to.has.add(model)
+        self.storm.counts["failed wakes" if failed else "wakes"] += 1
+        self.reply(device, to, self.woken, model, FAILURE if failed else None)
+        self.storm.go_on()
+
+    def gave_up(self, device: int, to: DeviceWeights, model: int) -> None:
+        if to.alive:
+            to.takes.discard(model)
+            self.storm.counts["sleeps"] += 1
+            self.reply(device, to, self.slept, model)
+
+    def reply(self, device: int, to: DeviceWeights, what: object, *words: object) -> None:
+        to.last_out = max(to.last_out, self.storm.now + self.storm.short())
+        self.storm.after(to.last_out - self.storm.now, what, device, to, *words)
+
+    def woken(self, device: int, to: DeviceWeights, model: int, error: str | None) -> None:
+        if to.alive:
+            self.storm.core.on_waking(device, model, 1, 1)
+            self.storm.core.on_woken(device, model, error)
+            self.storm.turn()
+
+    def slept(self, device: int, to: DeviceWeights, model: int) -> None:
+        if to.alive:
+            self.storm.core.on_slept(device, model)
+            self.storm.turn()
+
+    def check_budgets(self, device: int) -> None:
+        takes = self.processes[device].takes
+        for spot in self.places:
+            if spot.device == device and spot.budget is not None:
+                taken = sum(spot.held.get(model, 0) for model in takes)
+                require(taken <= spot.budget, "more weights than the budget", (device, takes))
+
+    # --- deaths
+
+    def die(self, device: int) -> None:
+        self.processes[device].alive = False
+
+    def come_back(self, device: int) -> None:
+        self.processes[device] = DeviceWeights(set(self.kept[device]))
+        self.storm.core.restore_device(device, sorted(self.kept[device]))
+
+    # --- steps
+
+    def gate(self, rank: int, model: int) -> Gate:
+        """Whether a step of ``model`` on this attention rank goes on now."""
+        gate: Gate = "open"
+        for device in {self.attention[rank], *self.ffn}:
+            it = self.processes[device]
+            if not self.shares(device, model) or (it.alive and model in it.has):
+                continue
+            if it.alive and model not in it.takes and (model in self.failed or self.refuses_early):
+                return "refuses"
+            gate = "waits"
+        return gate
