@@ -4,7 +4,8 @@ r"""A device process: the ranks of one device, and their end of the control path
         [--incarnation N]
 
 Exit status 0 after ``Shutdown`` or SIGTERM, 2 for a user's mistake (its message is on stderr and in
-:class:`Failed`), 1 for anything else.
+:class:`Failed`), 1 for anything else, as when a later process of the device finds no memory for
+what an earlier one had.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from crosspool.config import gpu
 from crosspool.config.cores import CONTROL_SLICE_NS, DEFAULT_SLICE_NS, keep_off, set_slice
 from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.device import Device
-from crosspool.config.process import die_with_parent, freeze_heap, set_title
+from crosspool.config.errors import NoMemoryError
+from crosspool.config.process import USER_MISTAKE, die_with_parent, freeze_heap, set_title
 from crosspool.models.registry import read_model
 from crosspool.transport.device_socket import DeviceSocket
 from crosspool.transport.messages import (
@@ -95,7 +97,8 @@ def drive(
     except ConfigError as error:
         print(f"device {device.name}: {error}", file=sys.stderr)
         socket.send(Failed(device=device.name, message=str(error)))
-        return 2
+        may_pass = isinstance(error, NoMemoryError) and incarnation > 1
+        return 1 if may_pass else USER_MISTAKE
     except Exception as error:
         log.exception("the device process cannot go on")
         message = f"{type(error).__name__}: {error}"
