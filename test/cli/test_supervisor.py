@@ -24,6 +24,8 @@ def note(word):
     with log.open("a") as file:
         file.write(f"{name} {word}\\n")
 def end(*_):
+    while "drains" in sys.argv and "device start 2" not in log.read_text():
+        time.sleep(0.02)
     note("end")
     sys.exit(0)
 signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in sys.argv else end)
@@ -99,7 +101,7 @@ supervisor = Supervisor(
     say=lambda text: note(f"say {text}"),
     watchdog_timeout=1.5,
     failure_grace=float(sys.argv[3]),
-    drain_timeout=1.0,
+    drain_timeout=float(sys.argv[6]),
 )
 sys.exit(supervisor.run())
 """
@@ -117,9 +119,11 @@ class Run:
         self,
         folder: Path,
         stages: str,
+        *,
         grace: float = 0.0,
         fork_server: tuple[float, int] = (0, 0),
         restart_limit: int = 0,
+        drain_timeout: float = 1.0,
     ) -> None:
         """``stages``: processes and their words, one stage after the other; ``fork_server``:
         seconds that it sleeps first, and the exit status with which it then fails, if not 0."""
@@ -130,7 +134,7 @@ class Run:
         self.process = subprocess.Popen(
             [
                 *[sys.executable, str(folder / "launcher.py"), str(folder), stages, str(grace)],
-                *[json.dumps(fork_server), str(restart_limit)],
+                *[json.dumps(fork_server), str(restart_limit), str(drain_timeout)],
             ]
         )
         self.seen: dict[int, psutil.Process] = {}
@@ -342,6 +346,29 @@ def test_a_device_that_was_stopped_for_a_moment_is_not_replaced(run) -> None:
     assert is_alive(device)
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0
+
+
+@pytest.mark.parametrize("words", ["", " forked"])
+def test_a_device_that_dies_while_requests_drain_is_replaced(run, words: str) -> None:
+    server = run(f"http drains;device{words}", restart_limit=5, drain_timeout=15.0)
+    server.wait_for("ready")
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_for("say stopping once requests in flight are done; a second signal stops at once")
+    os.kill(int((server.log_file.parent / "device.pid").read_text()), signal.SIGKILL)
+    server.wait_for("http end")
+    assert server.end() == 0
+    assert "gone device 1: device was killed by SIGKILL" in server.log
+    assert "device end" in server.log and not server.orphans()
+
+
+def test_a_loss_that_nothing_replaces_is_told_while_requests_drain(run) -> None:
+    server = run("http stubborn;device", drain_timeout=3.0)
+    server.wait_for("ready")
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_for("say stopping once requests in flight are done; a second signal stops at once")
+    find(server, "device").kill()
+    server.wait_for("lost device: device was killed by SIGKILL")
+    assert server.end() == 0 and not server.orphans()
 
 
 def test_stubborn_process_is_killed_after_the_drain_timeout(run) -> None:

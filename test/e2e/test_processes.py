@@ -61,20 +61,27 @@ def test_a_dead_rank_is_told_answered_503_and_ends_the_server(pool: str) -> None
 
 
 def test_sigterm_drains_running_requests() -> None:
-    with Server(SMALL, models=TINY_MODELS[:1]) as server:
+    """Although their device dies meanwhile."""
+    with Server([*SMALL, "--loop", "host"], models=TINY_MODELS[:1]) as server:
         body = {
             "text": "The import statement",
-            "sampling_params": {"max_new_tokens": 400, "ignore_eos": True},
+            "sampling_params": {"max_new_tokens": 1500, "ignore_eos": True},
         }
         answers: list[int] = []
         thread = threading.Thread(
             target=lambda: answers.append(server.post("/generate", body)[0]), daemon=True
         )
         thread.start()
-        time.sleep(0.5)
-        assert server.stop() == 0
+        while not server.get("/crosspool/status")["models"][0]["running"]:
+            assert not answers, "it ended before it was seen"
+        server.process.terminate()
+        while "stopping once requests in flight are done" not in server.log:
+            time.sleep(0.01)
+        server.find("crosspool::device").kill()
+        assert server.process.wait(60) == 0
         thread.join(10)
         assert answers == [200]
+        assert "it is started again (restart 1)" in server.log
 
 
 def test_killed_launcher_leaves_nothing_behind() -> None:

@@ -7,7 +7,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -72,7 +72,9 @@ class Supervisor:
     A process that a signal stops for two seconds counts as lost if it can be started again.
     ``on_stop`` is called when a signal stops one that cannot, and when that continues; if it stays
     stopped for ``watchdog_timeout`` seconds, it counts as lost. When the processes are stopped, the
-    first stage gets ``drain_timeout`` seconds to end. ``say`` prints a line for the user."""
+    first stage gets ``drain_timeout`` seconds to end; after a signal, those of the other stages are
+    replaced as before until it has ended, since it may still need them. ``say`` prints a line for
+    the user."""
 
     def __init__(
         self,
@@ -115,6 +117,9 @@ class Supervisor:
         """Processes that wait for their start after a death, by name."""
         self._not_back: dict[str, ProcessSpec] = {}
         """Processes that were started again and are not ready yet, by name."""
+        self._ready = False
+        self._draining = False
+        """Whether the first stage has been asked to end, and the others have not."""
         self._signals = 0
         self._news: socket.socket
         """Readable when a signal has come, that of a child's end included."""
@@ -134,6 +139,8 @@ class Supervisor:
                 self._say(
                     "stopping once requests in flight are done; a second signal stops at once"
                 )
+                # Requests may have come in since the last call.
+                self._draining = self._ready or self._is_ready()
                 self._stop(self._drain_timeout)
                 return 0
             finally:
@@ -154,37 +161,41 @@ class Supervisor:
 
     def _watch(self) -> list[Loss]:
         """Returns the losses, or an empty list when a signal asks to stop."""
-        ready = False
         next_check = 0.0
         losses: list[Loss] = []
         deadline = float("inf")
         while not self._signals and time.monotonic() < deadline:
             for loss in [*self._start_due(losses), *self._new_losses(losses)]:
                 # Requests may have come in since the last call.
-                ready = ready or self._is_ready()
-                if ready and not losses and self._replaces(loss):
+                self._ready = self._ready or self._is_ready()
+                if self._ready and not losses and self._replaces(loss):
                     continue
                 losses.append(loss)
                 self._say(loss.cause)
-                if not ready or loss.spec.name in [spec.name for spec in self._stages[0]]:
+                if not self._ready or self._is_of_first_stage(loss.spec):
                     deadline = 0.0
                 else:
                     self._on_loss(loss)
                     deadline = min(deadline, time.monotonic() + self._failure_grace)
             if not losses and time.monotonic() >= next_check:
-                if not ready and (ready := self._is_ready()):
+                if not self._ready and self._is_ready():
+                    self._ready = True
                     self._on_ready()
                 self._look_for_returns()
                 next_check = time.monotonic() + _CHECK_SECONDS
-            if ready:
+            if self._ready:
                 self._look_for_stopped()
                 self._end_stopped_fork_servers()
-            due = [] if losses else [start.due for start in self._starts.values()]
-            self._wait_for_news(min(due, default=math.inf))
+            self._wait_for_news([] if losses else self._starts.values())
         return losses
 
-    def _wait_for_news(self, due: float) -> None:
-        """Returns when it is time to look at the processes again: at ``due``, or before."""
+    def _is_of_first_stage(self, spec: ProcessSpec) -> bool:
+        return spec.name in [first.name for first in self._stages[0]]
+
+    def _wait_for_news(self, starts: Iterable[_Start]) -> None:
+        """Returns when it is time to look at the processes again, at the latest when one of
+        ``starts`` is due."""
+        due = min((start.due for start in starts), default=math.inf)
         seconds = min(_POLL_SECONDS, max(0.0, due - time.monotonic()))
         tellers = [server.teller for server in self._fork_servers.values()]
         sources = [self._news, *(teller for teller in tellers if teller is not None)]
@@ -198,7 +209,7 @@ class Supervisor:
         now = time.monotonic()
         for child in self._all_children():
             spec = child.spec
-            if spec.name in names:
+            if spec.name in names or (self._draining and self._is_of_first_stage(spec)):
                 continue
             patience = _STOPPED_SECONDS if self._can_replace(spec) else self._watchdog_timeout
             if child.has_ended():
@@ -316,7 +327,9 @@ class Supervisor:
 
     def _stop(self, first_stage_seconds: float) -> None:
         signals = self._signals
-        self._end_fork_servers()
+        losses: list[Loss] = []
+        if not self._draining:
+            self._end_fork_servers()
         for index, stage in enumerate(self._children):
             deadline = time.monotonic() + (first_stage_seconds if index == 0 else _STOP_SECONDS)
             for child in stage:
@@ -329,9 +342,30 @@ class Supervisor:
                     late = ", ".join(c.spec.name for c in stage if not c.has_ended())
                     self._say(f"killing {late}, which did not end after SIGTERM")
                     break
-                time.sleep(_POLL_SECONDS)
+                if self._draining and not losses:
+                    losses += self._replace_while_draining()
+                    self._wait_for_news(self._starts.values())
+                else:
+                    time.sleep(_POLL_SECONDS)
             for child in stage:
                 child.reap()
+            if self._draining:
+                self._draining = False
+                self._end_fork_servers()
+
+    def _replace_while_draining(self) -> list[Loss]:
+        """Has lost processes started again, except those of the first stage; returns the losses of
+        others that are not, since nothing can be done about them."""
+        lost = []
+        for loss in [*self._start_due([]), *self._new_losses([])]:
+            if self._is_of_first_stage(loss.spec) or self._replaces(loss):
+                continue
+            lost.append(loss)
+            self._say(loss.cause)
+            self._on_loss(loss)
+        self._look_for_stopped()
+        self._end_stopped_fork_servers()
+        return lost
 
     def _end_fork_servers(self) -> None:
         for server in self._fork_servers.values():
