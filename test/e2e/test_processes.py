@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from crosspool.config.runtime_dir import find_running, metrics_folder
 from support.marks import slow_but
 from support.server import TINY_MODELS, Server, two_device_flags
 
@@ -199,8 +200,8 @@ def text_of(server: Server, model: str) -> str:
 
 def test_front_end_processes_that_are_killed_are_replaced() -> None:
     """Streams go on as if nothing had happened when the detokenizer is killed; they break when the
-    HTTP process is, and those who come after that are served."""
-    with Server(SMALL, models=TINY_MODELS[:2]) as server:
+    HTTP process is, and those who come after that are served. Nothing is left of its metrics."""
+    with Server([*SMALL, "--enable-metrics"], models=TINY_MODELS[:2]) as server:
         family = {process.pid for process in server.processes()}
         expected = [text_of(server, model) for model in TINY_MODELS[:2]]
         with ThreadPoolExecutor(4) as threads:
@@ -215,13 +216,19 @@ def test_front_end_processes_that_are_killed_are_replaced() -> None:
             assert [text.result() for text in texts] == expected * 2
 
         with streaming(server) as (_, thread):
-            server.find("crosspool::http").kill()
+            http_process = server.find("crosspool::http")
+            metrics = metrics_folder(find_running(server.port))
+            assert list(metrics.glob(f"*_{http_process.pid}.db"))
+            http_process.kill()
             killed = time.monotonic()
             thread.join(10)
             assert not thread.is_alive()
         status, answer = server.post("/v1/completions", {**GREEDY, "model": TINY_MODELS[1]})
         assert status == 200 and answer["choices"][0]["text"] == expected[1]
         assert time.monotonic() - killed < 20
+        writers = {int(file.stem.rsplit("_", 1)[-1]) for file in metrics.iterdir()}
+        assert server.find("crosspool::http").pid in writers
+        assert writers <= {process.pid for process in server.processes()}
         assert server.manage("/flush_cache", {})[0] == 200
         models = server.get("/crosspool/status")["models"]
         assert not any(model["running"] or model["waiting"] for model in models)

@@ -21,7 +21,7 @@ from crosspool.config.deployment import Deployment, save
 from crosspool.config.device import Device
 from crosspool.config.options import Options
 from crosspool.config.process import allow_descriptors, set_title
-from crosspool.config.runtime_dir import RuntimeDir
+from crosspool.config.runtime_dir import RuntimeDir, remove_metrics
 from crosspool.config.sizes import format_size
 from crosspool.observability.pools_table import make_console, pools_tables
 from crosspool.server.listeners import Listeners
@@ -244,7 +244,10 @@ class _Face:
         )
 
     def tell_of_restart(self, loss: Loss) -> None:
-        """Tells the scheduler that a device is away until its next process is ready."""
+        """Removes the metrics of the dead process, and tells the scheduler that a device is away
+        until its next process is ready."""
+        if loss.pid is not None:
+            remove_metrics(self._deployment, loss.pid)
         self._tell_scheduler(loss, final=False)
 
     def tell_of_loss(self, loss: Loss) -> None:

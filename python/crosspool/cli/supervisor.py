@@ -35,6 +35,8 @@ class Loss:
     spec: ProcessSpec
     status: int | None
     """Its exit status; None if a signal has stopped it, for too long."""
+    pid: int | None = None
+    """None if it was never started."""
 
     @property
     def cause(self) -> str:
@@ -213,9 +215,9 @@ class Supervisor:
                 continue
             patience = _STOPPED_SECONDS if self._can_replace(spec) else self._watchdog_timeout
             if child.has_ended():
-                lost.append(Loss(spec=spec, status=child.reap()))
+                lost.append(Loss(spec=spec, status=child.reap(), pid=child.pid))
             elif now - self._stopped.get(spec.name, now) >= patience:
-                lost.append(Loss(spec=spec, status=None))
+                lost.append(Loss(spec=spec, status=None, pid=child.pid))
         return lost
 
     def _all_children(self) -> Iterator[Child]:
