@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from crosspool.kernels.advance import advance
+
 _BLOCK = 128
 """Query rows that are computed at a time. Blocks bound the mask's size, and keys that no row of a
 block sees are skipped."""
@@ -122,6 +124,7 @@ def _attend(
     k, v = k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1)
     out = torch.empty_like(q)
     for low in range(0, rows, _BLOCK):
+        advance()
         high = min(low + _BLOCK, rows)
         first = 0 if window is None else max(0, start + low - window + 1)
         last = start + high

@@ -1,0 +1,156 @@
+"""Which devices count as hanging, by what they show in the memory that they share with the
+launcher."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from crosspool.cli.hangs import HangWatch
+from crosspool.config.device import Device
+from crosspool.transport.heartbeats import LINE_BYTES, Activity, Heartbeat, Heartbeats
+
+PATIENCE = 5.0
+LOOK = 0.1
+DEVICES = (Device("cpu:0"), Device("cpu:1"))
+FIRST, SECOND = (device.name for device in DEVICES)
+
+
+class Loop:
+    """A device: its process's own thread counts unless it is ``deaf``, and its loop's thread does
+    what the test says."""
+
+    def __init__(self, device: Device, fd: int) -> None:
+        self.heartbeat = Heartbeat(DEVICES, device, fd)
+        self._activity = ctypes.c_uint32.from_address(self.heartbeat.loop_address)
+        self._advances = ctypes.c_uint64.from_address(self.heartbeat.loop_address + LINE_BYTES)
+        self.deaf = False
+        self.counts = False
+
+    def is_(self, activity: Activity, *, counts: bool = False) -> None:
+        self._activity.value = activity
+        self.counts = counts
+
+    def live(self) -> None:
+        if not self.deaf:
+            self.heartbeat.beat()
+        self._advances.value += self.counts
+
+
+class Machine:
+    def __init__(self) -> None:
+        self.heartbeats = Heartbeats(DEVICES)
+        self.now = 1000.0
+        self.loops = [Loop(device, self.heartbeats.fd) for device in DEVICES]
+        self.watch = HangWatch(
+            self.heartbeats, [device.name for device in DEVICES], PATIENCE, lambda: self.now
+        )
+
+    def look(self, stopped: tuple[str, ...] = ()) -> dict[str, str]:
+        return self.watch.look(stopped)
+
+    def live(self, seconds: float, stopped: tuple[str, ...] = ()) -> dict[str, str]:
+        """Lets time pass; returns the first devices that were found to hang."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now += LOOK
+            for loop in self.loops:
+                loop.live()
+            if found := self.look(stopped):
+                return found
+        return {}
+
+
+@contextmanager
+def machine() -> Iterator[Machine]:
+    made = Machine()
+    yield made
+    made.heartbeats.close()
+
+
+def test_an_idle_device_does_not_hang_and_may_compute_afterwards() -> None:
+    with machine() as m:
+        assert not m.live(3600)
+        m.loops[0].is_(Activity.COMPUTING)
+        assert not m.live(PATIENCE - 1)
+
+
+def test_a_part_may_take_long_while_threads_count() -> None:
+    with machine() as m:
+        m.loops[0].is_(Activity.COMPUTING, counts=True)
+        m.loops[1].is_(Activity.WAITING)
+        assert not m.live(30)
+
+
+def test_a_loop_that_computes_without_counting_hangs() -> None:
+    with machine() as m:
+        m.loops[0].is_(Activity.COMPUTING)
+        began = m.now
+        assert m.live(60) == {FIRST: "its threads have computed nothing for 5 s"}
+        assert PATIENCE <= m.now - began < PATIENCE + 1
+
+
+def test_a_process_that_takes_no_message_hangs() -> None:
+    with machine() as m:
+        assert not m.live(1)
+        m.loops[1].deaf = True
+        assert m.live(60) == {SECOND: "it has taken no message for 5 s"}
+
+
+def test_a_loading_or_ending_device_does_not_hang() -> None:
+    with machine() as m:
+        m.loops[0].deaf = m.loops[1].deaf = True
+        m.loops[0].is_(Activity.COMPUTING)
+        assert not m.live(60)
+        m.loops[0].deaf = False
+        assert not m.live(1)
+        m.loops[0].deaf = True
+        m.loops[0].heartbeat.rest()
+        assert not m.live(60)
+
+
+def test_devices_that_wait_for_one_another_all_hang() -> None:
+    with machine() as m:
+        m.loops[0].is_(Activity.WAITING)
+        why = "for 5 s devices have waited for one another"
+        assert m.live(60) == {FIRST: why, SECOND: why}
+
+
+@pytest.mark.parametrize("change", ["computing", "loading", "stopped"])
+def test_a_device_may_wait_for_one_that_is_away(change: str) -> None:
+    with machine() as m:
+        m.loops[0].is_(Activity.WAITING)
+        m.loops[1].deaf = change != "computing"
+        if change == "computing":
+            m.loops[1].is_(Activity.COMPUTING, counts=True)
+        if change == "loading":
+            m.watch.forget(SECOND)
+        assert not m.live(60, (SECOND,) if change == "stopped" else ())
+
+
+def test_a_stopped_device_does_not_hang_when_it_continues() -> None:
+    with machine() as m:
+        m.loops[0].is_(Activity.COMPUTING)
+        m.loops[0].deaf = True
+        assert not m.live(60, stopped=(FIRST,))
+        assert not m.live(PATIENCE - 1)
+
+
+def test_time_in_which_the_launcher_did_not_run_does_not_count() -> None:
+    with machine() as m:
+        m.loops[0].is_(Activity.COMPUTING)
+        for _ in range(5):
+            m.now += 60
+            assert not m.look()
+
+
+def test_a_new_process_begins_anew() -> None:
+    with machine() as m:
+        m.loops[0].is_(Activity.COMPUTING)
+        m.loops[0].deaf = True
+        assert not m.live(PATIENCE - 1)
+        m.watch.forget(FIRST)
+        assert m.heartbeats.read(0).activity == Activity.IDLE
+        assert not m.live(60)
