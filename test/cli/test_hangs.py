@@ -19,15 +19,15 @@ FIRST, SECOND = (device.name for device in DEVICES)
 
 
 class Loop:
-    """A device: its process's own thread counts unless it is ``deaf``, and its loop's thread does
-    what the test says."""
+    """A device: its process's own thread counts unless it is ``deaf``, and its loop does what the
+    test says unless it is ``frozen``."""
 
     def __init__(self, device: Device, fd: int) -> None:
         self.heartbeat = Heartbeat(DEVICES, device, fd)
         self._activity = ctypes.c_uint32.from_address(self.heartbeat.loop_address)
+        self._looks = ctypes.c_uint32.from_address(self.heartbeat.loop_address + 4)
         self._advances = ctypes.c_uint64.from_address(self.heartbeat.loop_address + LINE_BYTES)
-        self.deaf = False
-        self.counts = False
+        self.deaf = self.frozen = self.counts = False
 
     def is_(self, activity: Activity, *, counts: bool = False) -> None:
         self._activity.value = activity
@@ -36,7 +36,9 @@ class Loop:
     def live(self) -> None:
         if not self.deaf:
             self.heartbeat.beat()
-        self._advances.value += self.counts
+        if not self.frozen:
+            self._advances.value += self.counts
+            self._looks.value += self._activity.value != Activity.COMPUTING
 
 
 class Machine:
@@ -77,6 +79,26 @@ def test_an_idle_device_does_not_hang_and_may_compute_afterwards() -> None:
         assert not m.live(PATIENCE - 1)
 
 
+@pytest.mark.parametrize("activity", list(Activity))
+def test_a_loop_that_neither_computes_nor_looks_for_work_hangs(activity: Activity) -> None:
+    with machine() as m:
+        assert not m.live(1)
+        m.loops[0].is_(activity, counts=activity == Activity.COMPUTING)
+        assert not m.live(LOOK)
+        m.loops[0].frozen = True
+        began = m.now
+        assert m.live(60) == {FIRST: "its loop has stood still for 5 s"}
+        assert PATIENCE <= m.now - began < PATIENCE + 1
+
+
+def test_a_process_without_a_resident_loop_is_watched_alone() -> None:
+    with machine() as m:
+        m.loops[0].frozen = m.loops[1].frozen = True
+        assert not m.live(60)
+        m.loops[1].deaf = True
+        assert m.live(60) == {SECOND: "its main thread has stood still for 5 s"}
+
+
 def test_a_part_may_take_long_while_threads_count() -> None:
     with machine() as m:
         m.loops[0].is_(Activity.COMPUTING, counts=True)
@@ -84,19 +106,11 @@ def test_a_part_may_take_long_while_threads_count() -> None:
         assert not m.live(30)
 
 
-def test_a_loop_that_computes_without_counting_hangs() -> None:
-    with machine() as m:
-        m.loops[0].is_(Activity.COMPUTING)
-        began = m.now
-        assert m.live(60) == {FIRST: "its threads have computed nothing for 5 s"}
-        assert PATIENCE <= m.now - began < PATIENCE + 1
-
-
-def test_a_process_that_takes_no_message_hangs() -> None:
+def test_a_process_whose_main_thread_stands_still_hangs() -> None:
     with machine() as m:
         assert not m.live(1)
         m.loops[1].deaf = True
-        assert m.live(60) == {SECOND: "it has taken no message for 5 s"}
+        assert m.live(60) == {SECOND: "its main thread has stood still for 5 s"}
 
 
 def test_a_loading_or_ending_device_does_not_hang() -> None:

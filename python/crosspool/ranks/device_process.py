@@ -177,7 +177,9 @@ class DeviceProcess:
             # started by hand.
             os.environ.update(gpu.ENVIRONMENT)
             _set_torch_threads(1)
-            return load_ranks(deployment, device, specs, placement, self._lanes_fd)
+            return load_ranks(
+                *(deployment, device, specs, placement, self._lanes_fd), heartbeat=self._heartbeat
+            )
         elsewhere = os.sched_getaffinity(0)
         # Torch's threads keep the cores that they find when it is imported, so that comes next.
         os.sched_setaffinity(0, device.cores)
@@ -271,24 +273,27 @@ def load_ranks(
 
     ``lanes_fd``: the data path's shared memory, needed when a peer lives on another device; it is
     closed. ``weights``: those of the resident loop, if they have been loaded. ``heartbeat``: where
-    the loop of a CPU shows that it goes on. Raises ConfigError for a bad checkpoint, or a KV pool
+    the process's thread and the loop of a CPU show that they go on. Raises ConfigError for a bad checkpoint, or a KV pool
     for which there is no memory."""
     if not device.is_cpu:
         check_visible(device)
         from crosspool.ranks.gpu.load import load_gpu_ranks
 
-        return load_gpu_ranks(deployment, device, specs, placement, lanes_fd)
-    if deployment.loop == "host":
+        ranks = load_gpu_ranks(deployment, device, specs, placement, lanes_fd)
+    elif deployment.loop == "host":
         from crosspool.ranks.host.load import load_host_ranks
 
         ranks = load_host_ranks(deployment, device, specs, placement, lanes_fd)
-        count_advances(None if heartbeat is None else heartbeat.beat)
-        return ranks
-    from crosspool.ranks.resident.load import load_resident_ranks, load_resident_weights
+    else:
+        from crosspool.ranks.resident.load import load_resident_ranks, load_resident_weights
 
-    if weights is None:
-        weights = load_resident_weights(deployment, device, specs, placement)
-    return load_resident_ranks(deployment, device, specs, weights, lanes_fd, heartbeat=heartbeat)
+        if weights is None:
+            weights = load_resident_weights(deployment, device, specs, placement)
+        ranks = load_resident_ranks(
+            deployment, device, specs, weights, lanes_fd, heartbeat=heartbeat
+        )
+    count_advances(None if heartbeat is None else heartbeat.beat)
+    return ranks
 
 
 def _set_torch_threads(count: int) -> None:

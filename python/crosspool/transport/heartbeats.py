@@ -7,6 +7,7 @@ beginning is used::
 
     line 0   64-bit number   counted up by the process's own thread; 0: nobody is to look
          1   32-bit number   what the resident loop does: :class:`Activity`
+             32-bit number   counted up by it when it finds no work; 0: there is no such loop
       2, …   64-bit number   counted up by a thread of the resident loop, one line each
 
 The header heartbeat.h of sgl-kernel-ext/include/crosspool is the same for native code.
@@ -44,6 +45,8 @@ class Beat:
     """0 while nobody is to look at it: it is loading, or ending."""
     activity: int
     """An :class:`Activity`, unless the device has written something else."""
+    looks: int
+    """How often the resident loop has looked for work in vain; 0: nobody is to look at a loop."""
     advances: int
     """Sum over the threads of the resident loop."""
 
@@ -74,12 +77,13 @@ class Heartbeats:
         lines = range(_FIRST_THREAD, _FIRST_THREAD + _threads(self._devices[index]))
         return Beat(
             process=self._number(at),
-            activity=self._number(at + LINE_BYTES) & 0xFFFFFFFF,
+            activity=self._number(at + LINE_BYTES, 4),
+            looks=self._number(at + LINE_BYTES + 4, 4),
             advances=sum(self._number(at + LINE_BYTES * line) for line in lines),
         )
 
-    def _number(self, at: int) -> int:
-        return int.from_bytes(self._memory[at : at + 8], "little")
+    def _number(self, at: int, size: int = 8) -> int:
+        return int.from_bytes(self._memory[at : at + size], "little")
 
     def clear(self, index: int) -> None:
         """Forgets what a process of the device has shown that is gone."""
