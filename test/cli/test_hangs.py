@@ -15,7 +15,7 @@ from crosspool.transport.heartbeats import LINE_BYTES, Activity, Heartbeat, Hear
 PATIENCE = 5.0
 LOOK = 0.1
 DEVICES = (Device("cpu:0"), Device("cpu:1"))
-FIRST, SECOND = (device.name for device in DEVICES)
+FIRST, SECOND = ((device.name, 1) for device in DEVICES)
 
 
 class Loop:
@@ -23,11 +23,17 @@ class Loop:
     test says unless it is ``frozen``."""
 
     def __init__(self, device: Device, fd: int) -> None:
-        self.heartbeat = Heartbeat(DEVICES, device, fd)
+        self._device, self._fd = device, fd
+        self.begin(1)
+
+    def begin(self, incarnation: int) -> None:
+        """Is the next process, which loads."""
+        self.heartbeat = Heartbeat(DEVICES, self._device, self._fd, incarnation)
         self._activity = ctypes.c_uint32.from_address(self.heartbeat.loop_address)
         self._looks = ctypes.c_uint32.from_address(self.heartbeat.loop_address + 4)
         self._advances = ctypes.c_uint64.from_address(self.heartbeat.loop_address + LINE_BYTES)
-        self.deaf = self.frozen = self.counts = False
+        self.deaf = self.frozen = incarnation > 1
+        self.counts = False
 
     def is_(self, activity: Activity, *, counts: bool = False) -> None:
         self._activity.value = activity
@@ -50,10 +56,10 @@ class Machine:
             self.heartbeats, [device.name for device in DEVICES], PATIENCE, lambda: self.now
         )
 
-    def look(self, stopped: tuple[str, ...] = ()) -> dict[str, str]:
+    def look(self, stopped: tuple[str, ...] = ()) -> dict[tuple[str, int], str]:
         return self.watch.look(stopped)
 
-    def live(self, seconds: float, stopped: tuple[str, ...] = ()) -> dict[str, str]:
+    def live(self, seconds: float, stopped: tuple[str, ...] = ()) -> dict[tuple[str, int], str]:
         """Lets time pass; returns the first devices that were found to hang."""
         end = self.now + seconds
         while self.now < end:
@@ -140,15 +146,15 @@ def test_a_device_may_wait_for_one_that_is_away(change: str) -> None:
         if change == "computing":
             m.loops[1].is_(Activity.COMPUTING, counts=True)
         if change == "loading":
-            m.watch.forget(SECOND)
-        assert not m.live(60, (SECOND,) if change == "stopped" else ())
+            m.loops[1].begin(2)
+        assert not m.live(60, (DEVICES[1].name,) if change == "stopped" else ())
 
 
 def test_a_stopped_device_does_not_hang_when_it_continues() -> None:
     with machine() as m:
         m.loops[0].is_(Activity.COMPUTING)
         m.loops[0].deaf = True
-        assert not m.live(60, stopped=(FIRST,))
+        assert not m.live(60, stopped=(DEVICES[0].name,))
         assert not m.live(PATIENCE - 1)
 
 
@@ -165,6 +171,20 @@ def test_a_new_process_begins_anew() -> None:
         m.loops[0].is_(Activity.COMPUTING)
         m.loops[0].deaf = True
         assert not m.live(PATIENCE - 1)
-        m.watch.forget(FIRST)
-        assert m.heartbeats.read(0).activity == Activity.IDLE
+        m.loops[0].begin(2)
+        assert not m.live(60)
+        m.loops[0].deaf = False
+        assert not m.live(1)
+        m.loops[0].deaf = True
+        assert m.live(60) == {(DEVICES[0].name, 2): "its main thread has stood still for 5 s"}
+
+
+def test_nobody_waits_for_a_dead_device() -> None:
+    with machine() as m:
+        assert not m.live(1)
+        m.loops[0].is_(Activity.WAITING)
+        m.loops[1].deaf = m.loops[1].frozen = True
+        assert m.live(60) == {SECOND: "its main thread has stood still for 5 s"}
+        assert m.look() == {SECOND: "its main thread has stood still for 5 s"}
+        m.loops[1].begin(2)
         assert not m.live(60)

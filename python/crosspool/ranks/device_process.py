@@ -107,7 +107,8 @@ def drive(
     socket = DeviceSocket(deployment.control_address, device.name, incarnation)
     set_slice(DEFAULT_SLICE_NS)
     try:
-        return DeviceProcess(deployment, device, descriptors, socket).run(weights)
+        heartbeat = Heartbeat(deployment.devices, device, descriptors.heartbeats, incarnation)
+        return DeviceProcess(deployment, device, descriptors.lanes, heartbeat, socket).run(weights)
     except ConfigError as error:
         print(f"device {device.name}: {error}", file=sys.stderr)
         socket.send(Failed(device=device.name, message=str(error)))
@@ -134,12 +135,17 @@ class DeviceProcess:
     """Carries messages between the scheduler and the device's ranks until it is told to end."""
 
     def __init__(
-        self, deployment: Deployment, device: Device, descriptors: Descriptors, socket: DeviceSocket
+        self,
+        deployment: Deployment,
+        device: Device,
+        lanes_fd: int | None,
+        heartbeat: Heartbeat,
+        socket: DeviceSocket,
     ) -> None:
         self._deployment = deployment
         self._device = device
-        self._lanes_fd = descriptors.lanes
-        self._heartbeat = Heartbeat(deployment.devices, device, descriptors.heartbeats)
+        self._lanes_fd = lanes_fd
+        self._heartbeat = heartbeat
         self._socket = socket
         self._ending = False
         self._drains = True
@@ -273,8 +279,8 @@ def load_ranks(
 
     ``lanes_fd``: the data path's shared memory, needed when a peer lives on another device; it is
     closed. ``weights``: those of the resident loop, if they have been loaded. ``heartbeat``: where
-    the process's thread and the loop of a CPU show that they go on. Raises ConfigError for a bad checkpoint, or a KV pool
-    for which there is no memory."""
+    the process's thread and the loop of a CPU show that they go on. Raises ConfigError for a bad
+    checkpoint, or a KV pool for which there is no memory."""
     if not device.is_cpu:
         check_visible(device)
         from crosspool.ranks.gpu.load import load_gpu_ranks
