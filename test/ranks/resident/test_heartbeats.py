@@ -24,10 +24,10 @@ from support.machine import Machine, Stream
 CORES = sorted(os.sched_getaffinity(0))
 ROWS = 200
 WIDTH = 4096
-"""Of an expert; there are two, which every row chooses."""
+"""Width of an expert; there are two, which every row chooses."""
 _PANEL_GROUP = 4 * 16
 _PARTS = 3
-"""Of a step of one layer: attention, FFN, LM head."""
+"""Number of parts of a step of one layer: attention, FFN, LM head."""
 
 
 @pytest.fixture(scope="module")
