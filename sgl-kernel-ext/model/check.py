@@ -1,12 +1,13 @@
-"""Checks the models of the lanes and of the command ring with spin (``apt-get install spin``; a C
-compiler beside it).
+"""Checks the models of the lanes, the command ring and the replay of steps with spin
+(``apt-get install spin``; a C compiler beside it).
 
     python sgl-kernel-ext/model/check.py [--seconds 0.5]
 
-Small deployments, and a host with its loop, are searched exhaustively (spin's partial-order
-reduction, states compressed). Then every deployment of 1 to 3 attention ranks, 1 to 3 FFN ranks and
-1 to 4 lanes gets a search of bounded time over hashed states (bitstate), in a random order: it
-visits hundreds of thousands of states of each, not all. Exit status 1 when anything is found.
+Small deployments, a host with its loop, and a scheduler with ranks that die are searched
+exhaustively (spin's partial-order reduction, states compressed). Then every deployment of 1 to 3
+attention ranks, 1 to 3 FFN ranks and 1 to 4 lanes gets a search of bounded time over hashed states
+(bitstate), in a random order: it visits hundreds of thousands of states of each, not all. Exit
+status 1 when anything is found.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import psutil
 
 MODEL = Path(__file__).parent / "lanes.pml"
 COMMANDS_MODEL = Path(__file__).parent / "commands.pml"
+REPLAY_MODEL = Path(__file__).parent / "replay.pml"
 _LOOK_S = 0.05
 """Seconds between two looks at a bounded search."""
 
@@ -66,6 +68,22 @@ class CommandCase:
 
 
 @dataclass(frozen=True)
+class ReplayCase:
+    """A scheduler with attention ranks that die."""
+
+    ranks: int
+    requests: int
+    tokens: int
+    """Number of tokens of each request."""
+    lease: int
+    """Number of tokens of a lease."""
+    restarts: int
+
+    def __str__(self) -> str:
+        return " ".join(f"{value} {name}" for name, value in asdict(self).items())
+
+
+@dataclass(frozen=True)
 class Report:
     errors: int
     complaint: str
@@ -85,6 +103,12 @@ EXHAUSTIVE = [
     Case(2, 2, 1, 1, 1, 0),
 ]
 COMMANDS = [CommandCase(1, 2, 3, 1), CommandCase(1, 2, 3, 2), CommandCase(2, 2, 2, 1)]
+REPLAYS = [
+    ReplayCase(1, 1, 2, 2, 2),
+    ReplayCase(1, 2, 2, 2, 2),
+    ReplayCase(2, 1, 2, 2, 2),
+    ReplayCase(2, 2, 1, 1, 1),
+]
 SWEEP = [
     Case(attention_ranks, ffn_ranks, lanes, lanes + 1, 2, 1)
     for attention_ranks, ffn_ranks, lanes in itertools.product((1, 2, 3), (1, 2, 3), (1, 2, 3, 4))
@@ -95,7 +119,10 @@ def available() -> bool:
     return shutil.which("spin") is not None and _compiler() is not None
 
 
-def verify(case: Case | CommandCase, text: str, seconds: float | None = None) -> Report:
+AnyCase = Case | CommandCase | ReplayCase
+
+
+def verify(case: AnyCase, text: str, seconds: float | None = None) -> Report:
     """Searches the model ``text`` exhaustively, or its hashed states for about ``seconds`` of
     processor time, whatever else the machine does."""
     with tempfile.TemporaryDirectory(prefix="crosspool-spin-") as name:
@@ -153,12 +180,14 @@ def _search(command: list[str], folder: Path, seconds: float | None) -> Report:
     )
 
 
-def _rows(seconds: float) -> Iterator[tuple[Case | CommandCase, Report]]:
+def _rows(seconds: float) -> Iterator[tuple[AnyCase, Report]]:
     text = MODEL.read_text()
     for case in EXHAUSTIVE:
         yield case, verify(case, text)
     for commands in COMMANDS:
         yield commands, verify(commands, COMMANDS_MODEL.read_text())
+    for replay in REPLAYS:
+        yield replay, verify(replay, REPLAY_MODEL.read_text())
     yield from sweep(text, seconds)
 
 

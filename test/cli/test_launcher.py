@@ -21,7 +21,7 @@ def deployment(kv: str, weights: str) -> Deployment:
 
 def test_one_device_process_for_a_device_of_both_pools() -> None:
     both = deployment("cpu", "cpu")
-    front, (device,) = front_end(both, []), device_processes(both, None)
+    front, (device,) = front_end(both, []), device_processes(both, None, 5)
     assert [spec.name for spec in front] == ["http", "scheduler", "detokenizer"]
     assert device.name == "device process cpu"
     forking = {spec.forked_by.name: spec.forked_by for spec in (*front, device) if spec.forked_by}
@@ -30,7 +30,7 @@ def test_one_device_process_for_a_device_of_both_pools() -> None:
         assert spec.argv[:2] == [sys.executable, "-m"]
         assert spec.argv[3:5] == ["--deployment", "/run/somewhere/deployment.json"]
         assert spec.env["HF_HUB_OFFLINE"] == "1"
-        assert not spec.pass_fds
+        assert list(spec.pass_fds) == ([5] if spec.name.endswith("of cpu") or spec.device else [])
     assert {spec.env["OMP_NUM_THREADS"] for spec in front} == {"1"}
     assert all(spec.env == front[0].env for spec in (*front, *forking.values()))
     assert device.env["OMP_NUM_THREADS"] == str(len(CORES))
@@ -40,9 +40,10 @@ def test_one_device_process_for_a_device_of_both_pools() -> None:
 
 def test_device_processes_share_the_lanes() -> None:
     first = f"cpu:{CORES[0]}"
-    devices = device_processes(deployment("cpu", first), 7)
+    devices = device_processes(deployment("cpu", first), 7, 5)
     assert [spec.device for spec in devices] == ["cpu", first]
     for spec in devices:
-        assert spec.argv[-4:] == ["--device", spec.device, "--lanes-fd", "7"]
-        assert list(spec.pass_fds) == [7]
+        assert spec.argv[-4:] == ["--heartbeats-fd", "5", "--lanes-fd", "7"]
+        assert spec.argv[-6:-4] == ["--device", spec.device]
+        assert list(spec.pass_fds) == [5, 7]
     assert devices[1].env["OMP_NUM_THREADS"] == "1"

@@ -69,7 +69,7 @@ from crosspool.cli.child import ProcessSpec
 from crosspool.cli.restarts import Restarts
 from crosspool.cli.supervisor import Supervisor
 folder = Path(sys.argv[1])
-log = folder / "log"
+log, hang = folder / "log", folder / "hang"
 def spec(name, *words):
     argv = [sys.executable, str(folder / "stand_in.py"), str(log), name, *words]
     device = name if name == "device" else None
@@ -98,6 +98,9 @@ supervisor = Supervisor(
     on_restart=lambda loss: note(f"gone {loss.spec.device} {loss.spec.incarnation}: {loss.cause}"),
     on_loss=lambda loss: note(f"lost {loss.spec.device}: {loss.cause}"),
     on_stop=lambda spec, stopped: note(f"{spec.name} {'stopped' if stopped else 'continued'}"),
+    hangs=lambda stopped: (
+        {("device", 1): "it does nothing"} if hang.exists() and not stopped else {}
+    ),
     say=lambda text: note(f"say {text}"),
     watchdog_timeout=1.5,
     failure_grace=float(sys.argv[3]),
@@ -329,6 +332,44 @@ def test_a_device_that_stays_stopped_is_killed_and_replaced(run) -> None:
     assert time.monotonic() - began < 5
     assert not is_alive(device)
     assert "device stopped" not in server.log, "http need not know of it"
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+
+
+def test_a_device_that_hangs_is_killed_and_replaced(run) -> None:
+    server = run("http;device", restart_limit=5)
+    server.wait_for("ready")
+    device = find(server, "device")
+    server.log_file.with_name("hang").touch()
+    server.wait_for("gone device 1: device hangs: it does nothing")
+    server.wait_for("device start 2")
+    assert not is_alive(device)
+    time.sleep(0.5)  # the next one does not count as hanging, since it is another one
+    assert "gone device 2" not in server.log
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+
+
+def test_a_device_that_hangs_ends_the_server_where_none_is_replaced(run) -> None:
+    server = run("http;device")
+    server.wait_for("ready")
+    server.log_file.with_name("hang").touch()
+    assert server.end() == 1
+    assert "lost device: device hangs: it does nothing" in server.log
+
+
+def test_a_stopped_device_does_not_hang(run) -> None:
+    server = run("http;device", restart_limit=5)
+    server.wait_for("ready")
+    device = find(server, "device")
+    device.send_signal(signal.SIGSTOP)
+    server.wait_for("say device was stopped by a signal")
+    server.log_file.with_name("hang").touch()
+    time.sleep(0.5)
+    assert is_alive(device)
+    server.log_file.with_name("hang").unlink()
+    device.send_signal(signal.SIGCONT)
+    server.wait_for("say device continues")
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0
 

@@ -1,5 +1,5 @@
-"""The models of the lanes and of the command ring under spin, and that the search finds faults that
-are put into them."""
+"""The models of the lanes, of the command ring and of replay under spin, and that the search finds
+faults that are put into them."""
 
 from __future__ import annotations
 
@@ -132,3 +132,50 @@ def test_a_fault_of_the_rings_is_found(fault: str) -> None:
         text = text.replace(right, wrong)
     report = check.verify(check.COMMANDS[0], text)
     assert report.errors > 0, report.output
+
+
+@pytest.mark.parametrize("case", slow_but(check.REPLAYS[:1], check.REPLAYS), ids=str)
+def test_every_state_of_a_scheduler_and_its_ranks_is_right(case: Any) -> None:
+    report = check.verify(case, check.REPLAY_MODEL.read_text())
+    assert report.errors == 0, report.output
+    assert report.complete
+    assert report.states > 1000
+
+
+REPLAY_FAULTS = {
+    "late results of a dead process count": (
+        "        :: i < incarnation[a] /* the process is gone */\n",
+        "        :: i < incarnation[a] && kind == ready\n",
+        "        :: i == incarnation[a] && kind == result ->\n",
+        "        :: kind == result ->\n",
+        "           :: flight[request] == step ->\n",
+        "           :: flight[request] != 0 ->\n",
+    ),
+    "late news of a death make its successor go away": (
+        "        :: i >= incarnation[a] -> goto lose\n",
+        "        :: true -> goto lose\n",
+    ),
+    "a successor that reports first is taken for its predecessor": (
+        "              i = i - 1;\n              goto lose\n",
+        "              incarnation[a] = i;\n              away[a] = false\n",
+    ),
+    "steps in flight are not taken back": (
+        "            flight[r] = 0;\n            place[r] = NOWHERE\n",
+        "            place[r] = NOWHERE\n",
+    ),
+    "a request goes on where nothing is known of it": (
+        "            flight[r] = 0;\n            place[r] = NOWHERE\n",
+        "            flight[r] = 0\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", slow_but([*REPLAY_FAULTS][:1], REPLAY_FAULTS))
+def test_a_fault_of_replay_is_found(fault: str) -> None:
+    text = check.REPLAY_MODEL.read_text()
+    changes = REPLAY_FAULTS[fault]
+    for right, wrong in zip(changes[::2], changes[1::2], strict=True):
+        assert text.count(right) == 1
+        text = text.replace(right, wrong)
+    reports = [check.verify(case, text) for case in check.REPLAYS[:3]]
+    assert any(report.errors for report in reports), reports[-1].output

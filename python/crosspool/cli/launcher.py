@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from crosspool.cli.child import ProcessSpec
+from crosspool.cli.hangs import HangWatch
 from crosspool.cli.pools import describe
 from crosspool.cli.prepare import Prepared, prepare
 from crosspool.cli.restarts import Restarts
@@ -26,6 +27,7 @@ from crosspool.config.sizes import format_size
 from crosspool.observability.pools_table import make_console, pools_tables
 from crosspool.server.listeners import Listeners
 from crosspool.transport import admin, links, notices
+from crosspool.transport.heartbeats import Heartbeats
 
 _CHECK_SECONDS = 2.0
 _GLANCE_SECONDS = 0.5
@@ -45,15 +47,19 @@ def launch(options: Options) -> int:
     runtime = RuntimeDir(len(prepared.specs))
     lanes_fd: int | None = None
     listeners: Listeners | None = None
+    heartbeats: Heartbeats | None = None
     try:
         deployment = msgspec.structs.replace(prepared.deployment, runtime_dir=str(runtime.path))
         save(deployment)
         listeners = Listeners.bind(deployment)
         lanes_fd = links.create(deployment, prepared.specs)
+        heartbeats = Heartbeats(deployment.devices)
+        names = [device.name for device in deployment.devices]
+        watch = HangWatch(heartbeats, names, deployment.hang_timeout)
         face = _Face(prepared, deployment)
         front = front_end(deployment, listeners.fds)
         supervisor = Supervisor(
-            [*([spec] for spec in front), device_processes(deployment, lanes_fd)],
+            [*([spec] for spec in front), device_processes(deployment, lanes_fd, heartbeats.fd)],
             restarts=Restarts(deployment.restart_limit),
             is_ready=face.is_ready,
             is_back=face.is_back,
@@ -61,6 +67,7 @@ def launch(options: Options) -> int:
             on_restart=face.tell_of_restart,
             on_loss=face.tell_of_loss,
             on_stop=face.tell_of_stop,
+            hangs=watch.look,
             say=face.say,
             watchdog_timeout=deployment.watchdog_timeout,
             failure_grace=deployment.failure_grace,
@@ -72,25 +79,32 @@ def launch(options: Options) -> int:
             os.close(lanes_fd)
         if listeners is not None:
             listeners.close()
+        if heartbeats is not None:
+            heartbeats.close()
         runtime.close()
 
 
-def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[ProcessSpec]:
+def device_processes(
+    deployment: Deployment, lanes_fd: int | None, heartbeats_fd: int
+) -> list[ProcessSpec]:
     """One process for each device. Those of CPUs are forked by one that holds the device's weights.
 
     Devices whose links lie in the memory of GPUs make them together, once, so that none of them can
     be replaced alone."""
     alone = len(deployment.devices) == 1
     restartable = alone or all(device.is_cpu for device in deployment.devices)
-    lanes = [] if lanes_fd is None else ["--lanes-fd", str(lanes_fd)]
-    pass_fds = [] if lanes_fd is None else [lanes_fd]
+    shared = ["--heartbeats-fd", str(heartbeats_fd)]
+    pass_fds = [heartbeats_fd]
+    if lanes_fd is not None:
+        shared += ["--lanes-fd", str(lanes_fd)]
+        pass_fds.append(lanes_fd)
 
     def holder(device: Device) -> ProcessSpec:
         return ProcessSpec(
             name=f"weights of {device.name}",
             argv=[
                 *_module("ranks.weight_holder", deployment),
-                *["--device", device.name, *lanes],
+                *["--device", device.name, *shared],
             ],
             env={**_OFFLINE, **_threads(1)},
             pass_fds=pass_fds,
@@ -102,7 +116,7 @@ def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[Proce
             name=device.process_name,
             argv=[
                 *_module("ranks.device_process", deployment),
-                *["--device", device.name, *lanes],
+                *["--device", device.name, *shared],
             ],
             env={**_OFFLINE, **_device_environment(device)},
             pass_fds=pass_fds,

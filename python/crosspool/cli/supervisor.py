@@ -7,7 +7,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -34,12 +34,17 @@ class Loss:
 
     spec: ProcessSpec
     status: int | None
-    """Its exit status; None if a signal has stopped it, for too long."""
+    """Its exit status; None while it has not ended."""
     pid: int | None = None
     """None if it was never started."""
+    hang: str | None = None
+    """What it does not do, if it hangs; None if it has not ended since a signal has stopped it, for
+    too long."""
 
     @property
     def cause(self) -> str:
+        if self.hang is not None:
+            return f"{self.spec.name} hangs: {self.hang}"
         if self.status is None:
             return f"{self.spec.name} was stopped by a signal and did not continue in time"
         if self.status < 0:
@@ -73,7 +78,9 @@ class Supervisor:
 
     A process that a signal stops for two seconds counts as lost if it can be started again.
     ``on_stop`` is called when a signal stops one that cannot, and when that continues; if it stays
-    stopped for ``watchdog_timeout`` seconds, it counts as lost. When the processes are stopped, the
+    stopped for ``watchdog_timeout`` seconds, it counts as lost. ``hangs`` is called again and again
+    with the devices whose processes a signal has stopped, and returns the devices and incarnations
+    that hang, with what they do not do; they count as lost. When the processes are stopped, the
     first stage gets ``drain_timeout`` seconds to end; after a signal, those of the other stages are
     replaced as before until it has ended, since it may still need them. ``say`` prints a line for
     the user."""
@@ -89,6 +96,7 @@ class Supervisor:
         on_restart: Callable[[Loss], None],
         on_loss: Callable[[Loss], None],
         on_stop: Callable[[ProcessSpec, bool], None],
+        hangs: Callable[[Collection[str]], Mapping[tuple[str, int], str]],
         say: Callable[[str], None],
         watchdog_timeout: float,
         failure_grace: float,
@@ -108,6 +116,7 @@ class Supervisor:
         self._on_restart = on_restart
         self._on_loss = on_loss
         self._on_stop = on_stop
+        self._hangs = hangs
         self._say = say
         self._watchdog_timeout = watchdog_timeout
         self._failure_grace = failure_grace
@@ -209,6 +218,7 @@ class Supervisor:
         lost = self._adopt_forked()
         names = {*self._starts, *(loss.spec.name for loss in known)}
         now = time.monotonic()
+        hangs = self._hangs({child.spec.device or "" for child in self._stopped_children()})
         for child in self._all_children():
             spec = child.spec
             if spec.name in names or (self._draining and self._is_of_first_stage(spec)):
@@ -218,7 +228,12 @@ class Supervisor:
                 lost.append(Loss(spec=spec, status=child.reap(), pid=child.pid))
             elif now - self._stopped.get(spec.name, now) >= patience:
                 lost.append(Loss(spec=spec, status=None, pid=child.pid))
+            elif (hang := hangs.get((spec.device or "", spec.incarnation))) is not None:
+                lost.append(Loss(spec=spec, status=None, pid=child.pid, hang=hang))
         return lost
+
+    def _stopped_children(self) -> Iterator[Child]:
+        return (child for child in self._all_children() if child.spec.name in self._stopped)
 
     def _all_children(self) -> Iterator[Child]:
         for stage in self._children:

@@ -10,13 +10,14 @@ place in its block, its keys and the shape of the call depend on its position al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from crosspool.kernels.linear import BLOCK_ROWS
+from crosspool.kernels.advance import advance
+from crosspool.kernels.linear import BLOCK_ROWS, at_once
 
 
 @dataclass(frozen=True)
@@ -129,24 +130,37 @@ def _attend(
     queries = F.pad(q, (0, 0, 0, 0, start - low, high - start - rows))
     # [rows, heads, d] -> [kv_heads, queries of a KV head, rows, d]
     queries = queries.transpose(0, 1).reshape(len(k), group, -1, width)
-    blocks = []
-    for block in queries.split(BLOCK_ROWS, dim=2):
-        first = _first_key(low, window)
-        keys = torch.arange(first, low + BLOCK_ROWS)
-        positions = torch.arange(low, low + BLOCK_ROWS)[:, None]
+    out = torch.empty_like(queries)
+    for done in range(0, high - low, BLOCK_ROWS):
+        at = low + done
+        first, last = _first_key(at, window), at + BLOCK_ROWS
+        keys = torch.arange(first, last)
+        positions = torch.arange(at, last)[:, None]
         mask = keys <= positions
         if window is not None:
             mask &= keys > positions - window
-        seen = slice(first - begin, low + BLOCK_ROWS - begin)
-        blocks.append(
-            F.scaled_dot_product_attention(
-                block, k[:, :, seen], v[:, :, seen], attn_mask=mask, scale=scale
+        of_block = (slice(None), slice(None), slice(done, done + BLOCK_ROWS))
+        of_keys = (slice(None), slice(None), slice(first - begin, last - begin))
+        most = at_once(BLOCK_ROWS * (last - first) * 2 * width)
+        for piece in _pieces(len(k), group, most):
+            advance()
+            out[piece][of_block] = F.scaled_dot_product_attention(
+                queries[piece][of_block],
+                k[piece][of_keys],
+                v[piece][of_keys],
+                attn_mask=mask,
+                scale=scale,
             )
-        )
-        low += BLOCK_ROWS
-    out = torch.cat(blocks, dim=2).reshape(heads, -1, width).transpose(0, 1)
     skipped = start % BLOCK_ROWS
-    return out[skipped : skipped + rows]
+    return out.reshape(heads, -1, width).transpose(0, 1)[skipped : skipped + rows]
+
+
+def _pieces(kv_heads: int, group: int, heads: int) -> Iterator[tuple[slice, slice]]:
+    """Divides query heads [kv_heads, group] into pieces of at most ``heads``."""
+    kv_step, step = max(1, heads // group), min(group, heads)
+    for kv_low in range(0, kv_heads, kv_step):
+        for low in range(0, group, step):
+            yield slice(kv_low, kv_low + kv_step), slice(low, low + step)
 
 
 def _block_start(position: int) -> int:

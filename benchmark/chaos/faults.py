@@ -1,0 +1,121 @@
+"""Faults of processes: one is killed, stopped for ever, or slowed down by stopping it again and
+again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import psutil
+
+WAYS = ("kill", "stop", "slow")
+"""``kill``: SIGKILL. ``stop``: SIGSTOP, for ever. ``slow``: stopped and continued, for some time.
+"""
+VICTIMS = {
+    "device": "crosspool::device ",
+    "weights": "crosspool::weights ",
+    "http": "crosspool::http",
+    "detokenizer": "crosspool::detokenizer",
+    "front-end": "crosspool::front end",
+}
+"""How the titles of processes begin that are replaced when they die, by the victims' names."""
+KINDS = tuple(f"{way}-{victim}" for victim in VICTIMS for way in WAYS)
+_STOP_PATIENCE = 4.0
+_LATE = 0.2
+_SLOW_SECONDS = (1.0, 3.0)
+_STOPPED_SECONDS = (0.02, 0.4)
+_RUNNING_SECONDS = (0.01, 0.2)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault. Times are of the monotonic clock."""
+
+    kind: str
+    process: str
+    """Title of the process."""
+    pid: int
+    began: float
+
+    def ends_after(self, moment: float) -> bool:
+        """Whether something may still happen to connections after ``moment``: a stopped process is
+        killed seconds later, and a client may notice the end of a connection late."""
+        return self.began + (_STOP_PATIENCE if self.kind.startswith("stop") else _LATE) >= moment
+
+    @property
+    def cuts(self) -> bool:
+        """Whether it ends the connections of an HTTP process."""
+        return self.kind in ("kill-http", "stop-http")
+
+
+def title_of(process: psutil.Process) -> str:
+    """Return the title of a process; empty for one that has ended."""
+    with contextlib.suppress(psutil.Error):
+        words = process.cmdline()
+        return words[0].rpartition("/")[2] if words else ""
+    return ""
+
+
+@dataclass
+class Injector:
+    """Does faults to the processes below ``launcher``. ``rng`` chooses them."""
+
+    launcher: psutil.Process
+    rng: random.Random
+    kinds: Sequence[str]
+    _touched: set[psutil.Process] = field(default_factory=set)
+    """Processes that are stopped or slow."""
+    _slowing: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def inject(self) -> Fault | None:
+        """Do one fault; None where no process is there for any of a few kinds that were drawn."""
+        for _ in range(10):
+            kind = self.rng.choice(self.kinds)
+            way, _, victim = kind.partition("-")
+            processes = self._candidates(VICTIMS[victim])
+            if not processes:
+                continue
+            title, process = self.rng.choice(processes)
+            with contextlib.suppress(psutil.Error):
+                if way == "kill":
+                    process.kill()
+                elif way == "stop":
+                    process.suspend()
+                    self._touched.add(process)
+                else:
+                    self._touched.add(process)
+                    task = asyncio.create_task(self._slow(process, self.rng.random()))
+                    self._slowing.add(task)
+                    task.add_done_callback(self._slowing.discard)
+                return Fault(kind, title, process.pid, time.monotonic())
+        return None
+
+    async def settle(self) -> None:
+        """Wait until nothing is slow any more."""
+        await asyncio.gather(*self._slowing)
+
+    def _candidates(self, title: str) -> list[tuple[str, psutil.Process]]:
+        """Processes that a fault can meet, in an order that does not depend on their ids."""
+        titled = [(title_of(p), p) for p in self.launcher.children(recursive=True)]
+        found = [(t, p) for t, p in titled if t.startswith(title) and p not in self._touched]
+        return sorted(found, key=lambda pair: (pair[0], pair[1].pid))
+
+    async def _slow(self, process: psutil.Process, seed: float) -> None:
+        rng = random.Random(seed)
+        end = time.monotonic() + rng.uniform(*_SLOW_SECONDS)
+        try:
+            while time.monotonic() < end:
+                process.suspend()
+                await asyncio.sleep(rng.uniform(*_STOPPED_SECONDS))
+                process.resume()
+                await asyncio.sleep(rng.uniform(*_RUNNING_SECONDS))
+        except psutil.Error:
+            return  # it has died meanwhile
+        finally:
+            self._touched.discard(process)
+            with contextlib.suppress(psutil.Error):
+                process.resume()
