@@ -22,6 +22,7 @@ from crosspool.ranks.gpu.join import join_lanes
 from crosspool.ranks.gpu.load import load_gpu_ranks, load_parts
 from crosspool.ranks.kv_memory import kv_pool_by
 from crosspool.transport.device_links import DeviceLinks, linked_ffn_ranks, links_bytes
+from crosspool.transport.kept_descriptors import KeptDescriptors
 from crosspool.transport.lane_layout import LINK_HEAD_BYTES, PAGE_BYTES, LinkLayout, round_up
 from crosspool.transport.links import GPUPeers, max_row_bytes
 from crosspool.transport.nvshmem import SymmetricLinks
@@ -156,7 +157,8 @@ def load_compiled(
     lanes_fd: int | None,
 ) -> DeviceRanks:
     """A GPU's ranks, with the KV memory that is mapped first full of NaN."""
-    ranks = load_gpu_ranks(deployment, device, specs, placement, lanes_fd)
+    kept = KeptDescriptors([])
+    ranks = load_gpu_ranks(deployment, device, specs, placement, lanes_fd, kept=kept)
     assert ranks.attention is not None and isinstance(ranks.executor, GPUExecutor)
     virtualizer = ranks.attention.virtualizer
     for model, kv in enumerate(ranks.attention.kv):

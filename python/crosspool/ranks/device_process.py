@@ -1,7 +1,7 @@
 r"""A device process: the ranks of one device, and their end of the control path.
 
     python -m crosspool.ranks.device_process --deployment FILE --device cpu:0 [--lanes-fd N] \
-        [--heartbeats-fd N] [--incarnation N]
+        [--link-memory-fds N,N,...] [--heartbeats-fd N] [--incarnation N]
 
 Exit status 0 after ``Shutdown`` or SIGTERM, 2 for a user's mistake (its message is on stderr and in
 :class:`Failed`), 1 for anything else.
@@ -29,6 +29,7 @@ from crosspool.kernels.advance import count_advances
 from crosspool.models.registry import read_model
 from crosspool.transport.device_socket import DeviceSocket
 from crosspool.transport.heartbeats import Heartbeat
+from crosspool.transport.kept_descriptors import KeptDescriptors
 from crosspool.transport.messages import (
     PROTOCOL_VERSION,
     Failed,
@@ -67,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--deployment", type=Path, required=True, help="deployment.json")
     parser.add_argument("--device", required=True, help="name of the device to drive")
     parser.add_argument("--lanes-fd", type=int, help="shared memory of the data path")
+    parser.add_argument(
+        "--link-memory-fds", default="", help="what keeps the memory of the links of GPUs"
+    )
     parser.add_argument("--heartbeats-fd", type=int, help="where it shows that it goes on")
     parser.add_argument(
         "--incarnation",
@@ -76,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     deployment, device = load(args.deployment), Device(args.device)
-    descriptors = Descriptors(lanes=args.lanes_fd, heartbeats=args.heartbeats_fd)
+    kept = tuple(int(fd) for fd in args.link_memory_fds.split(",") if fd)
+    descriptors = Descriptors(lanes=args.lanes_fd, heartbeats=args.heartbeats_fd, kept=kept)
     return drive(deployment, device, descriptors, None, args.incarnation)
 
 
@@ -88,6 +93,8 @@ class Descriptors:
     """Shared memory of the data path; None: every link lies within the device."""
     heartbeats: int | None
     """See :mod:`crosspool.transport.heartbeats`; None: nobody looks."""
+    kept: tuple[int, ...] = ()
+    """See :mod:`crosspool.transport.kept_descriptors`."""
 
 
 def drive(
@@ -111,7 +118,9 @@ def drive(
     except ConfigError as error:
         print(f"device {device.name}: {error}", file=sys.stderr)
         socket.send(Failed(device=device.name, message=str(error)))
-        return 2
+        # Where an earlier process could start, the user has made no mistake: memory of a GPU that
+        # it had may not be free yet.
+        return 2 if incarnation == 1 else 1
     except Exception as error:
         log.exception("the device process cannot go on")
         message = f"{type(error).__name__}: {error}"
@@ -138,7 +147,7 @@ class DeviceProcess:
     ) -> None:
         self._deployment = deployment
         self._device = device
-        self._lanes_fd = descriptors.lanes
+        self._descriptors = descriptors
         self._heartbeat = Heartbeat(deployment.devices, device, descriptors.heartbeats)
         self._socket = socket
         self._ending = False
@@ -177,14 +186,18 @@ class DeviceProcess:
             # started by hand.
             os.environ.update(gpu.ENVIRONMENT)
             _set_torch_threads(1)
-            return load_ranks(deployment, device, specs, placement, self._lanes_fd)
+            return load_ranks(
+                *(deployment, device, specs, placement, self._descriptors.lanes),
+                kept_fds=self._descriptors.kept,
+                heartbeat=self._heartbeat,
+            )
         elsewhere = os.sched_getaffinity(0)
         # Torch's threads keep the cores that they find when it is imported, so that comes next.
         os.sched_setaffinity(0, device.cores)
         # Under the resident loop the cores are its team's.
         _set_torch_threads(len(device.cores) if deployment.loop == "host" else 1)
         ranks = load_ranks(
-            *(deployment, device, specs, placement, self._lanes_fd),
+            *(deployment, device, specs, placement, self._descriptors.lanes),
             weights=weights,
             heartbeat=self._heartbeat,
         )
@@ -263,6 +276,7 @@ def load_ranks(
     placement: Placement,
     lanes_fd: int | None,
     *,
+    kept_fds: Sequence[int] = (),
     weights: ResidentWeights | None = None,
     heartbeat: Heartbeat | None = None,
 ) -> DeviceRanks:
@@ -270,14 +284,18 @@ def load_ranks(
     the KV pool's memory, reads the weights, opens the links.
 
     ``lanes_fd``: the data path's shared memory, needed when a peer lives on another device; it is
-    closed. ``weights``: those of the resident loop, if they have been loaded. ``heartbeat``: where
-    the loop of a CPU shows that it goes on. Raises ConfigError for a bad checkpoint, or a KV pool
-    for which there is no memory."""
+    closed, like ``kept_fds``, which keep the memory of the links of GPUs. ``weights``: those of the
+    resident loop, if they have been loaded. ``heartbeat``: where the loop shows that it goes on.
+    Raises ConfigError for a bad checkpoint, or a KV pool for which there is no memory."""
     if not device.is_cpu:
         check_visible(device)
         from crosspool.ranks.gpu.load import load_gpu_ranks
 
-        return load_gpu_ranks(deployment, device, specs, placement, lanes_fd)
+        return load_gpu_ranks(
+            *(deployment, device, specs, placement, lanes_fd),
+            kept=KeptDescriptors(kept_fds),
+            heartbeat=heartbeat,
+        )
     if deployment.loop == "host":
         from crosspool.ranks.host.load import load_host_ranks
 

@@ -7,7 +7,8 @@ beginning is used::
 
     line 0   64-bit number   counted up by the process's own thread; 0: nobody is to look
          1   32-bit number   what the resident loop does: :class:`Activity`
-      2, …   64-bit number   counted up by a thread of the resident loop, one line each
+      2, …   64-bit number   counted up by a thread of the resident loop, one line each; of a GPU
+                             there is one, in which its process counts what the GPU has begun
 
 The header heartbeat.h of sgl-kernel-ext/include/crosspool is the same for native code.
 """
@@ -53,7 +54,7 @@ def _record_bytes(devices: Sequence[Device]) -> int:
 
 
 def _threads(device: Device) -> int:
-    return len(device.cores) if device.is_cpu else 0
+    return len(device.cores) if device.is_cpu else 1
 
 
 class Heartbeats:
@@ -103,6 +104,8 @@ class Heartbeat:
         # Stays mapped as long as this object: native threads write to it.
         self._record = (ctypes.c_uint8 * size).from_buffer(memory, size * devices.index(device))
         self._process = ctypes.c_uint64.from_buffer(self._record)
+        self._activity = ctypes.c_uint32.from_buffer(self._record, LINE_BYTES)
+        self._advances = ctypes.c_uint64.from_buffer(self._record, _FIRST_THREAD * LINE_BYTES)
 
     @property
     def loop_address(self) -> int:
@@ -113,6 +116,11 @@ class Heartbeat:
         """Shows that the process's own thread goes on; from the first call on it must be called
         again and again."""
         self._process.value += 1
+
+    def show(self, activity: Activity, advances: int) -> None:
+        """Tells for a GPU, which does not write here itself, what it does, and how much it has
+        begun so far."""
+        self._activity.value, self._advances.value = activity, advances
 
     def rest(self) -> None:
         """Ends what :meth:`beat` began."""

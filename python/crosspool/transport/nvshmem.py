@@ -26,6 +26,7 @@ from crosspool.transport.rendezvous import Brought, RendezvousError, exchange
 if TYPE_CHECKING:
     from crosspool.kernels.cuda_driver import CudaDriver
     from crosspool.kernels.dlpack import DLPackDevice
+    from crosspool.transport.kept_descriptors import KeptDescriptors
 
 ENVIRONMENT = {"NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME": "lo", "NVSHMEM_CUMEM_GRANULARITY": str(2 << 20)}
 """Settings for NVSHMEM on one host: its bootstrap stays on the loopback interface, and its heap
@@ -38,12 +39,14 @@ def join(
     device: Device,
     layout: LinkLayout,
     driver: CudaDriver,
+    kept: KeptDescriptors,
     *,
     resources: contextlib.ExitStack,
     timeout: float = 60.0,
 ) -> SymmetricLinks:
     """Makes the device's links to all others of the deployment; every device process calls this.
-    Their memory stays until the process ends: giving it back would need all processes at once.
+    Their memory stays until the process ends, ``kept`` has none of it: giving it back would need
+    all processes at once.
 
     Raises ConfigError where NVSHMEM is missing or the loop cannot use it, RendezvousError when a
     device does not come within ``timeout`` seconds, RuntimeError when symmetric memory has no

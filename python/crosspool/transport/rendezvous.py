@@ -83,6 +83,7 @@ def _lead(
     of them."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_socket())
+        address.unlink(missing_ok=True)  # of a leader that was killed
         listener.bind(str(address))
         stack.callback(address.unlink)
         listener.listen(len(members))
