@@ -2,8 +2,9 @@
 which it exports.
 
 Arguments: file descriptor of the lanes' segment, those that keep memory, deployment as JSON,
-device, rounds of each lane, whether CUDA is real. The reply to a dispatch is 2 x + layer + lane / 4;
-then the first byte of every link's head is set to 77, as the resident loop's signals would be."""
+device, rounds of each lane, whether CUDA is real. The reply to a dispatch is 2 x + layer +
+lane / 4; then the first byte of every link's head is set to 77, as the resident loop's signals
+would be."""
 
 import contextlib
 import sys

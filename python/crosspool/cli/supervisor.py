@@ -244,7 +244,7 @@ class Supervisor:
             return False
         others = [
             child.spec
-            for child in self._stage(loss.spec)
+            for child in self._all_children()
             if group is not None and child.spec.group == group and child.spec.name != name
         ]
         losses = [loss, *(Loss(spec=spec, status=None, lost_with=name) for spec in others)]
