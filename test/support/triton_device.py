@@ -40,6 +40,7 @@ class Interpreted:
     def __init__(self) -> None:
         self._links: dict[int, Tensor] = {}
         """Memory of the links of each FFN rank."""
+        self._laid_out: list[tuple[Tensor, LinkLayout]] = []
 
     def load(
         self,
@@ -60,6 +61,19 @@ class Interpreted:
             peers = GPUPeers(links, host)
         return load_on_cpu(deployment, device, specs, placement, peers)
 
+    @property
+    def outstanding(self) -> int:
+        """Number of dispatches that have no reply, on all links."""
+        found = 0
+        for memory, layout in self._laid_out:
+            first = round_up(memory.data_ptr(), PAGE_BYTES) - memory.data_ptr()
+            for at in range(first, len(memory) - LINK_HEAD_BYTES, layout.link_bytes):
+                dispatched, combined = (
+                    int(memory[at + line : at + line + 8].view(torch.int64)) for line in (0, 128)
+                )
+                found += dispatched - combined
+        return found
+
     def _reach(self, deployment: Deployment, device: Device, layout: LinkLayout) -> DeviceLinks:
         bases = {}
         for rank in linked_ffn_ranks(deployment, device):
@@ -67,6 +81,7 @@ class Interpreted:
                 size = links_bytes(deployment, layout, rank)
                 self._links[rank] = torch.full((size + PAGE_BYTES,), 0xFF, dtype=torch.uint8)
                 clear_heads(self._links[rank], layout)
+                self._laid_out.append((self._links[rank], layout))
             bases[rank] = round_up(self._links[rank].data_ptr(), PAGE_BYTES)
         return DeviceLinks(deployment, device, layout, bases, CPU)
 

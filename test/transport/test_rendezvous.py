@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -30,8 +31,10 @@ def _no_descriptor_is_left():
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-def peer(address: Path, me: str, payload: str, *sizes: int) -> subprocess.Popen[str]:
-    words = [str(address), me, ",".join(MEMBERS), payload, *map(str, sizes)]
+def peer(
+    address: Path, me: str, payload: str, *sizes: int, members: Sequence[str] = MEMBERS
+) -> subprocess.Popen[str]:
+    words = [str(address), me, ",".join(members), payload, *map(str, sizes)]
     return subprocess.Popen([sys.executable, str(PEER), *words], stdout=subprocess.PIPE, text=True)
 
 
@@ -179,3 +182,14 @@ def test_as_much_as_may_be_arrives(address):
         assert found["cuda:1"].payload == largest
     thread.join()
     assert got == [{"cuda:0": largest, "cuda:1": largest}]
+
+
+def test_a_leader_that_was_killed_leaves_nothing_in_the_way(address):
+    """Processes that meet again do so at the same address."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as left:
+        left.bind(str(address))
+    assert address.exists()
+    process = peer(address, "cuda:1", "there", members=MEMBERS[:2])
+    with exchange(address, "cuda:0", MEMBERS[:2], Brought(b"here"), 30.0) as found:
+        assert found["cuda:1"].payload == b"there"
+    process.communicate(timeout=60)
