@@ -15,18 +15,24 @@ from crosspool.transport.heartbeats import LINE_BYTES, Activity, Heartbeat, Hear
 PATIENCE = 5.0
 LOOK = 0.1
 DEVICES = (Device("cpu:0"), Device("cpu:1"))
-FIRST, SECOND = (device.name for device in DEVICES)
+FIRST, SECOND = ((device.name, 1) for device in DEVICES)
 
 
 class Loop:
-    """A device: its process's own thread counts unless it is ``deaf``, and its loop's thread does
-    what the test says."""
+    """A device: its process's own thread counts unless it is ``deaf``, and its loop does what the
+    test says unless it is ``frozen``."""
 
     def __init__(self, device: Device, fd: int) -> None:
-        self.heartbeat = Heartbeat(DEVICES, device, fd)
+        self._device, self._fd = device, fd
+        self.begin(1)
+
+    def begin(self, incarnation: int) -> None:
+        """Is the next process, which loads."""
+        self.heartbeat = Heartbeat(DEVICES, self._device, self._fd, incarnation)
         self._activity = ctypes.c_uint32.from_address(self.heartbeat.loop_address)
+        self._looks = ctypes.c_uint32.from_address(self.heartbeat.loop_address + 4)
         self._advances = ctypes.c_uint64.from_address(self.heartbeat.loop_address + LINE_BYTES)
-        self.deaf = False
+        self.deaf = self.frozen = incarnation > 1
         self.counts = False
 
     def is_(self, activity: Activity, *, counts: bool = False) -> None:
@@ -36,7 +42,9 @@ class Loop:
     def live(self) -> None:
         if not self.deaf:
             self.heartbeat.beat()
-        self._advances.value += self.counts
+        if not self.frozen:
+            self._advances.value += self.counts
+            self._looks.value += self._activity.value != Activity.COMPUTING
 
 
 class Machine:
@@ -48,10 +56,10 @@ class Machine:
             self.heartbeats, [device.name for device in DEVICES], PATIENCE, lambda: self.now
         )
 
-    def look(self, stopped: tuple[str, ...] = ()) -> dict[str, str]:
+    def look(self, stopped: tuple[str, ...] = ()) -> dict[tuple[str, int], str]:
         return self.watch.look(stopped)
 
-    def live(self, seconds: float, stopped: tuple[str, ...] = ()) -> dict[str, str]:
+    def live(self, seconds: float, stopped: tuple[str, ...] = ()) -> dict[tuple[str, int], str]:
         """Lets time pass; returns the first devices that were found to hang."""
         end = self.now + seconds
         while self.now < end:
@@ -77,6 +85,26 @@ def test_an_idle_device_does_not_hang_and_may_compute_afterwards() -> None:
         assert not m.live(PATIENCE - 1)
 
 
+@pytest.mark.parametrize("activity", list(Activity))
+def test_a_loop_that_neither_computes_nor_looks_for_work_hangs(activity: Activity) -> None:
+    with machine() as m:
+        assert not m.live(1)
+        m.loops[0].is_(activity, counts=activity == Activity.COMPUTING)
+        assert not m.live(LOOK)
+        m.loops[0].frozen = True
+        began = m.now
+        assert m.live(60) == {FIRST: "its loop has stood still for 5 s"}
+        assert PATIENCE <= m.now - began < PATIENCE + 1
+
+
+def test_a_process_without_a_resident_loop_is_watched_alone() -> None:
+    with machine() as m:
+        m.loops[0].frozen = m.loops[1].frozen = True
+        assert not m.live(60)
+        m.loops[1].deaf = True
+        assert m.live(60) == {SECOND: "its main thread has stood still for 5 s"}
+
+
 def test_a_part_may_take_long_while_threads_count() -> None:
     with machine() as m:
         m.loops[0].is_(Activity.COMPUTING, counts=True)
@@ -84,19 +112,11 @@ def test_a_part_may_take_long_while_threads_count() -> None:
         assert not m.live(30)
 
 
-def test_a_loop_that_computes_without_counting_hangs() -> None:
-    with machine() as m:
-        m.loops[0].is_(Activity.COMPUTING)
-        began = m.now
-        assert m.live(60) == {FIRST: "its threads have computed nothing for 5 s"}
-        assert PATIENCE <= m.now - began < PATIENCE + 1
-
-
-def test_a_process_that_takes_no_message_hangs() -> None:
+def test_a_process_whose_main_thread_stands_still_hangs() -> None:
     with machine() as m:
         assert not m.live(1)
         m.loops[1].deaf = True
-        assert m.live(60) == {SECOND: "it has taken no message for 5 s"}
+        assert m.live(60) == {SECOND: "its main thread has stood still for 5 s"}
 
 
 def test_a_loading_or_ending_device_does_not_hang() -> None:
@@ -126,15 +146,15 @@ def test_a_device_may_wait_for_one_that_is_away(change: str) -> None:
         if change == "computing":
             m.loops[1].is_(Activity.COMPUTING, counts=True)
         if change == "loading":
-            m.watch.forget(SECOND)
-        assert not m.live(60, (SECOND,) if change == "stopped" else ())
+            m.loops[1].begin(2)
+        assert not m.live(60, (DEVICES[1].name,) if change == "stopped" else ())
 
 
 def test_a_stopped_device_does_not_hang_when_it_continues() -> None:
     with machine() as m:
         m.loops[0].is_(Activity.COMPUTING)
         m.loops[0].deaf = True
-        assert not m.live(60, stopped=(FIRST,))
+        assert not m.live(60, stopped=(DEVICES[0].name,))
         assert not m.live(PATIENCE - 1)
 
 
@@ -151,6 +171,20 @@ def test_a_new_process_begins_anew() -> None:
         m.loops[0].is_(Activity.COMPUTING)
         m.loops[0].deaf = True
         assert not m.live(PATIENCE - 1)
-        m.watch.forget(FIRST)
-        assert m.heartbeats.read(0).activity == Activity.IDLE
+        m.loops[0].begin(2)
+        assert not m.live(60)
+        m.loops[0].deaf = False
+        assert not m.live(1)
+        m.loops[0].deaf = True
+        assert m.live(60) == {(DEVICES[0].name, 2): "its main thread has stood still for 5 s"}
+
+
+def test_nobody_waits_for_a_dead_device() -> None:
+    with machine() as m:
+        assert not m.live(1)
+        m.loops[0].is_(Activity.WAITING)
+        m.loops[1].deaf = m.loops[1].frozen = True
+        assert m.live(60) == {SECOND: "its main thread has stood still for 5 s"}
+        assert m.look() == {SECOND: "its main thread has stood still for 5 s"}
+        m.loops[1].begin(2)
         assert not m.live(60)

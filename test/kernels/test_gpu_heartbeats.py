@@ -4,7 +4,6 @@ waits for another device is not taken for one: the resident loop over the fake d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,52 +27,15 @@ class Watched:
 
     def __init__(self) -> None:
         self.heartbeats = Heartbeats(DEVICES)
-        self.heartbeat = Heartbeat(DEVICES, DEVICES[0], self.heartbeats.fd)
+        self.heartbeat = Heartbeat(DEVICES, DEVICES[0], self.heartbeats.fd, 1)
         self.now = 0.0
         self.watch = HangWatch(self.heartbeats, ["cuda:0"], PATIENCE, lambda: self.now)
 
     @property
-    def activity(self) -> int:
-        return self.heartbeats.read(0).activity
-
-    def live(self, seconds: float) -> dict[str, str]:
-        """Lets time pass in which the process's own thread goes on."""
-        found: dict[str, str] = {}
-        for _ in range(int(seconds / 0.25)):
-            self.now += 0.25
-            self.heartbeat.beat()
-            found |= self.watch.look(())
-        return found
-
-
-@pytest.fixture
-def watched() -> Iterator[Watched]:
-    made = Watched()
-    yield made
-    made.heartbeats.close()
-
-
-class StubbornLoop:
-    """Tells what the test says."""
-
-    def __init__(self) -> None:
-        self.does: tuple[Activity, int] = Activity.COMPUTING, 0
-        self.asked: list[set[int]] = []
-        self.event: Event | None = None
-
-    def push_step(self, lane: int, arguments: Any) -> None:
-        self.arguments = arguments
-
-    def wait(self, _timeout_s: float) -> bool:
-        return self.event is not None
-
-    def pop(self) -> Event | None:
-        event, self.event = self.event, None
-        return event
-
-    def activity(self, stepping: Any) -> tuple[Activity, int]:
+    def activity(self, stepping: Any) -> tuple[Activity, int, int]:
         self.asked.append(set(stepping))
-        return self.does if stepping else (Activity.IDLE, self.does[1])
+        self.looks += not self.stands
+        return (self.does if stepping else Activity.IDLE), self.looks, 7
 
     def quiesced(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -86,23 +48,31 @@ def test_the_executor_shows_what_the_loop_does(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shown in any case is that nothing is left to do: the next look may be long in coming."""
-    loop = StubbornLoop()
+    loop = NotedLoop()
     gpu = OneGPU(loop, heartbeat=watched.heartbeat)
-    gpu.executor.run(0.0)
+
+    def turn() -> list[Any]:
+        return gpu.executor.run(0.0)
+
+    assert not watched.live(60, turn)
     assert watched.activity == Activity.IDLE
-    assert not watched.live(3600)
     gpu.executor.submit(step(1))
-    monkeypatch.setattr("crosspool.ranks.gpu.executor._SHOW_SECONDS", 3600.0)
-    gpu.executor.run(0.0)
+    turn()
     assert loop.asked[-1] == {0} and watched.activity == Activity.COMPUTING
-    assert not watched.live(PATIENCE - 1)
+    monkeypatch.setattr("crosspool.ranks.gpu.executor._SHOW_SECONDS", 0.0)
+    assert not watched.live(PATIENCE - 1, turn)  # though the other lane looks for work
+    assert list(watched.live(2, turn)) == [("cuda:0", 1)]
+    monkeypatch.setattr("crosspool.ranks.gpu.executor._SHOW_SECONDS", 3600.0)
+    turn()
     asked = len(loop.asked)
-    gpu.executor.run(0.0)
+    turn()
     assert len(loop.asked) == asked  # not so often
     loop.event = Event(DONE, 0, 1, 0, 1, loop.arguments.tokens)
-    gpu.executor.run(0.0)
+    turn()
     assert watched.activity == Activity.IDLE
-    assert not watched.live(3600)
+    assert not watched.live(60, turn)
+    loop.stands = True
+    assert list(watched.live(PATIENCE + 1, turn)) == [("cuda:0", 1)]
 
 
 @needs_compiler
@@ -117,7 +87,7 @@ def test_a_stage_that_never_ends_is_a_hang(driver: FakeCuda, watched: Watched) -
     assert not watched.live(PATIENCE - 1)
     bench.events()
     watched.heartbeat.show(*bench.loop.activity([0]))
-    assert list(watched.live(2)) == ["cuda:0"]
+    assert list(watched.live(2)) == [("cuda:0", 1)]
     driver.fault_stage()  # ends it
 
 
@@ -153,10 +123,10 @@ def test_a_lane_waits_for_its_host_or_for_a_dispatch_without_a_hang(
     serving = LoopBench(driver, link=link, serves=True)
     serving.loop.start()
     serving.events()
-    assert serving.loop.activity([]) == (Activity.IDLE, 0)
+    assert serving.loop.activity([])[::2] == (Activity.IDLE, 0)
     link.dispatch[:] = [1, 0, 0, 1, 2, ROW_BYTES]
     link.dispatched.value = 1
     serving.events()
     assert serving.ran == [(0, GPUStage.MOE_FFN, 1, 0)]
-    assert serving.loop.activity([]) == (Activity.IDLE, 1)
+    assert serving.loop.activity([])[::2] == (Activity.IDLE, 1)
     serving.close()

@@ -11,15 +11,17 @@ from crosspool.transport.heartbeats import Activity, Beat, Heartbeats
 _LONGEST_LOOK = 0.5
 """Seconds that count at most between two looks: while the launcher itself could not run, devices
 may not have run either."""
+_SHOWS_LIFE = 1.5
+"""Seconds within which the main thread of a device that lives counts."""
 
 
 @dataclass
 class _Seen:
     beat: Beat | None = None
     process: float = 0.0
-    """Seconds for which the process's own thread has not counted."""
-    computing: float = 0.0
-    """Seconds for which the loop has been computing without counting."""
+    """Seconds for which the process's main thread has not counted."""
+    loop: float = 0.0
+    """Seconds for which the loop has neither computed nor looked for work."""
     waiting: float = 0.0
     """Seconds for which the loop has waited for other devices, none of which was computing."""
 
@@ -27,11 +29,11 @@ class _Seen:
 class HangWatch:
     """Looks at the heartbeats of ``devices``, which are named in the order of the records.
 
-    A device hangs when for ``patience`` seconds its process's own thread has not counted, or its
-    loop has been computing and no thread of it has counted. Neither depends on the length of a
-    step or of a part of one: threads count within it. When a loop has waited for so long while no
-    device was computing, a reply is lost, and all devices hang. ``clock`` gives seconds that only
-    grow."""
+    A device hangs when for ``patience`` seconds its process's main thread has not counted, or no
+    thread of its loop has. Neither depends on the length of a step or of a part of one: threads
+    count within it, and a loop without work counts how often it looks for some. When a loop has
+    waited for so long while no device was computing, a reply is lost, and all devices hang.
+    ``clock`` gives seconds that only grow."""
 
     def __init__(
         self,
@@ -47,47 +49,50 @@ class HangWatch:
         self._seen = [_Seen() for _ in devices]
         self._looked = clock()
 
-    def forget(self, device: str) -> None:
-        """Begins anew with a device whose process is gone."""
-        index = self._devices.index(device)
-        self._heartbeats.clear(index)
-        self._seen[index] = _Seen()
-
-    def look(self, stopped: Collection[str]) -> dict[str, str]:
-        """Returns the devices that hang, each with what it does not do; call it several times a
-        second. ``stopped``: devices whose process a signal has stopped; these do not hang."""
+    def look(self, stopped: Collection[str]) -> dict[tuple[str, int], str]:
+        """Returns the devices whose processes hang, by name and incarnation, each with what it does
+        not do; call it several times a second. A process may also be dead. ``stopped``: devices
+        whose process a signal has stopped; these do not hang."""
         now = self._clock()
         seconds, self._looked = min(now - self._looked, _LONGEST_LOOK), now
         beats = [self._heartbeats.read(index) for index in range(len(self._devices))]
         all_wait = all(
-            beat.process and beat.activity != Activity.COMPUTING and name not in stopped
-            for name, beat in zip(self._devices, beats, strict=True)
+            beat.looks
+            and beat.activity != Activity.COMPUTING
+            and seen.process < _SHOWS_LIFE
+            and name not in stopped
+            for name, seen, beat in zip(self._devices, self._seen, beats, strict=True)
         )
         found = {}
         for name, seen, beat in zip(self._devices, self._seen, beats, strict=True):
             problem = self._problem(seen, beat, seconds, name in stopped, all_wait)
             if problem is not None:
-                found[name] = problem
-        if any(seen.waiting >= self._patience for seen in self._seen):
+                found[name, beat.incarnation] = problem
+        if not found and any(seen.waiting >= self._patience for seen in self._seen):
             lost = f"for {self._patience:g} s devices have waited for one another"
-            found |= {name: lost for name in self._devices if name not in found}
+            return {
+                (name, beat.incarnation): lost
+                for name, beat in zip(self._devices, beats, strict=True)
+            }
         return found
 
     def _problem(
         self, seen: _Seen, beat: Beat, seconds: float, is_stopped: bool, all_wait: bool
     ) -> str | None:
         before, seen.beat = seen.beat, beat
-        if before is None or is_stopped or not beat.process:
-            seen.process = seen.computing = seen.waiting = 0.0
+        is_new = before is None or before.incarnation != beat.incarnation
+        if is_new or is_stopped or not beat.process:
+            seen.process = seen.loop = seen.waiting = 0.0
             return None
-        same = beat.advances == before.advances and beat.activity == before.activity
-        computing = same and beat.activity == Activity.COMPUTING
-        waiting = same and beat.activity == Activity.WAITING and all_wait
+        assert before is not None
+        same = beat.advances == before.advances
+        stands = same and beat.looks and beat.looks == before.looks
+        waits = same and beat.activity == before.activity == Activity.WAITING and all_wait
         seen.process = seen.process + seconds if beat.process == before.process else 0.0
-        seen.computing = seen.computing + seconds if computing else 0.0
-        seen.waiting = seen.waiting + seconds if waiting else 0.0
+        seen.loop = seen.loop + seconds if stands else 0.0
+        seen.waiting = seen.waiting + seconds if waits else 0.0
         if seen.process >= self._patience:
-            return f"it has taken no message for {self._patience:g} s"
-        if seen.computing >= self._patience:
-            return f"its threads have computed nothing for {self._patience:g} s"
+            return f"its main thread has stood still for {self._patience:g} s"
+        if seen.loop >= self._patience:
+            return f"its loop has stood still for {self._patience:g} s"
         return None

@@ -59,7 +59,7 @@ def launch(options: Options) -> int:
         heartbeats = Heartbeats(deployment.devices)
         names = [device.name for device in deployment.devices]
         watch = HangWatch(heartbeats, names, deployment.hang_timeout)
-        face = _Face(prepared, deployment, watch)
+        face = _Face(prepared, deployment)
         front = front_end(deployment, listeners.fds)
         supervisor = Supervisor(
             [
@@ -180,9 +180,8 @@ def _threads(count: int) -> dict[str, str]:
 class _Face:
     """What the launcher prints for the user, asks the server and tells the scheduler."""
 
-    def __init__(self, prepared: Prepared, deployment: Deployment, watch: HangWatch) -> None:
+    def __init__(self, prepared: Prepared, deployment: Deployment) -> None:
         self._deployment = deployment
-        self._watch = watch
         self._console = make_console()
         self._began = time.monotonic()
         self._ready_devices: set[str] = set()
@@ -270,8 +269,6 @@ class _Face:
 
     def tell_of_restart(self, loss: Loss) -> None:
         """Tells the scheduler that a device is away until its next process is ready."""
-        if loss.spec.device is not None:
-            self._watch.forget(loss.spec.device)
         self._tell_scheduler(loss, final=False)
 
     def tell_of_loss(self, loss: Loss) -> None:

@@ -82,9 +82,9 @@ class Supervisor:
     A process that a signal stops for two seconds counts as lost if it can be started again.
     ``on_stop`` is called when a signal stops one that cannot, and when that continues; if it stays
     stopped for ``watchdog_timeout`` seconds, it counts as lost. ``hangs`` is called again and again
-    with the devices whose processes a signal has stopped, and returns the devices that hang, with
-    what they do not do; they count as lost. When the processes are stopped, the first stage gets
-    ``drain_timeout`` seconds to end. ``say`` prints a line for the user."""
+    with the devices whose processes a signal has stopped, and returns the devices and incarnations
+    that hang, with what they do not do; they count as lost. When the processes are stopped, the
+    first stage gets ``drain_timeout`` seconds to end. ``say`` prints a line for the user."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Supervisor:
         on_restart: Callable[[Loss], None],
         on_loss: Callable[[Loss], None],
         on_stop: Callable[[ProcessSpec, bool], None],
-        hangs: Callable[[Collection[str]], Mapping[str, str]],
+        hangs: Callable[[Collection[str]], Mapping[tuple[str, int], str]],
         say: Callable[[str], None],
         watchdog_timeout: float,
         failure_grace: float,
@@ -220,8 +220,8 @@ class Supervisor:
                 lost.append(Loss(spec=spec, status=child.reap()))
             elif now - self._stopped.get(spec.name, now) >= patience:
                 lost.append(Loss(spec=spec, status=None))
-            elif spec.device in hangs:
-                lost.append(Loss(spec=spec, status=None, hang=hangs[spec.device]))
+            elif (hang := hangs.get((spec.device or "", spec.incarnation))) is not None:
+                lost.append(Loss(spec=spec, status=None, hang=hang))
         return lost
 
     def _stopped_children(self) -> Iterator[Child]:

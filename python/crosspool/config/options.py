@@ -228,7 +228,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     hang_timeout: Annotated[float, Option(
         "Time without any progress after which a device process that should work is killed and "
         "replaced. It must go on within a step, however long that is.",
-        _SERVER, unit="s", least=3)] = 5.0
+        _SERVER, unit="s", least=2)] = 4.0
     failure_grace: Annotated[float, Option(
         "Time for which the server answers 503 after a process that is not started again has died "
         "or counts as dead, before it ends.",

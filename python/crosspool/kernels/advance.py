@@ -15,6 +15,7 @@ def count_advances(count: Callable[[], None] | None) -> None:
 
 
 def advance() -> None:
-    """Counts. Products of matrices call it, and attention after every block of queries."""
+    """Counts. Whatever may take long calls it again and again within: products of matrices,
+    attention, the sorting of probabilities."""
     if _count is not None:
         _count()

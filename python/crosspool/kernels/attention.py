@@ -6,13 +6,14 @@ written hold whatever another model left there, NaN included, so they are never 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from crosspool.kernels.advance import advance
+from crosspool.kernels.linear import at_once
 
 _BLOCK = 128
 """Query rows that are computed at a time. Blocks bound the mask's size, and keys that no row of a
@@ -118,13 +119,13 @@ def _attend(
     [kv_heads, start + rows, d]. Returns [kv_heads, group, rows, d]."""
     kv_heads, group, rows, width = q.shape
     k, v = k[:, None], v[:, None]
+    advance()
     if rows == 1:  # a KV head's queries take the place of rows: its keys are read once
         queries = q.reshape(kv_heads, 1, group, width)
         return F.scaled_dot_product_attention(queries, k, v, scale=scale).view(q.shape)
     k, v = k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1)
     out = torch.empty_like(q)
     for low in range(0, rows, _BLOCK):
-        advance()
         high = min(low + _BLOCK, rows)
         first = 0 if window is None else max(0, start + low - window + 1)
         last = start + high
@@ -133,7 +134,21 @@ def _attend(
         mask = keys <= positions
         if window is not None:
             mask &= keys > positions - window
-        out[:, :, low:high] = F.scaled_dot_product_attention(
-            q[:, :, low:high], k[:, :, first:last], v[:, :, first:last], attn_mask=mask, scale=scale
-        )
+        for heads in _pieces(kv_heads, group, at_once((high - low) * (last - first) * 2 * width)):
+            advance()
+            out[heads][:, :, low:high] = F.scaled_dot_product_attention(
+                q[heads][:, :, low:high],
+                k[heads][:, :, first:last],
+                v[heads][:, :, first:last],
+                attn_mask=mask,
+                scale=scale,
+            )
     return out
+
+
+def _pieces(kv_heads: int, group: int, heads: int) -> Iterator[tuple[slice, slice]]:
+    """Divides query heads [kv_heads, group] into pieces of at most ``heads``."""
+    kv_step, step = max(1, heads // group), min(group, heads)
+    for kv_low in range(0, kv_heads, kv_step):
+        for low in range(0, group, step):
+            yield slice(kv_low, kv_low + kv_step), slice(low, low + step)

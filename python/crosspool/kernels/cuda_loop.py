@@ -297,9 +297,10 @@ class CudaLoop:
         self._check(self._native.crosspool_cuda_loop_status(self._address, lane, byref(status)))
         return status
 
-    def activity(self, stepping: Collection[int]) -> tuple[Activity, int]:
+    def activity(self, stepping: Collection[int]) -> tuple[Activity, int, int]:
         """Returns what the lanes of the FFN rank and those in ``stepping``, which have steps, do,
-        and the number of stages that all lanes have launched. Raises CudaLoopError."""
+        how often all lanes have looked for work or replies, and how many stages they have launched.
+        Raises CudaLoopError."""
         statuses = [self.status(lane) for lane in range(self.lanes)]
         found = Activity.IDLE
         for lane in (*stepping, *self._serving):
@@ -308,7 +309,8 @@ class CudaLoop:
                 found = found or Activity.WAITING  # a predecessor, or for a moment
             elif phase != LanePhase.HOST and (phase != LanePhase.IDLE or lane not in self._serving):
                 found = Activity.COMPUTING
-        return found, sum(status.launches for status in statuses)
+        looks = sum(status.heartbeat for status in statuses)
+        return found, looks, sum(status.launches for status in statuses)
 
     def trace_start(self) -> None:
         """Makes the lanes record their stages from now on; a lane in a step begins at its end.

@@ -114,7 +114,8 @@ def drive(
     socket = DeviceSocket(deployment.control_address, device.name, incarnation)
     set_slice(DEFAULT_SLICE_NS)
     try:
-        return DeviceProcess(deployment, device, descriptors, socket).run(weights)
+        heartbeat = Heartbeat(deployment.devices, device, descriptors.heartbeats, incarnation)
+        return DeviceProcess(deployment, device, descriptors, heartbeat, socket).run(weights)
     except ConfigError as error:
         print(f"device {device.name}: {error}", file=sys.stderr)
         socket.send(Failed(device=device.name, message=str(error)))
@@ -143,12 +144,17 @@ class DeviceProcess:
     """Carries messages between the scheduler and the device's ranks until it is told to end."""
 
     def __init__(
-        self, deployment: Deployment, device: Device, descriptors: Descriptors, socket: DeviceSocket
+        self,
+        deployment: Deployment,
+        device: Device,
+        descriptors: Descriptors,
+        heartbeat: Heartbeat,
+        socket: DeviceSocket,
     ) -> None:
         self._deployment = deployment
         self._device = device
         self._descriptors = descriptors
-        self._heartbeat = Heartbeat(deployment.devices, device, descriptors.heartbeats)
+        self._heartbeat = heartbeat
         self._socket = socket
         self._ending = False
         self._drains = True
@@ -223,6 +229,7 @@ class DeviceProcess:
                 continue
             if executor.quiet:
                 self._socket.wait(_SLEEP)
+                self._send(executor.run(0.0))  # shows that the loop of a GPU is there
                 continue
             idle = ranks.attention is not None and executor.drained
             self._send(executor.run(_IDLE_WAIT / 5 if idle else patience))
@@ -285,28 +292,32 @@ def load_ranks(
 
     ``lanes_fd``: the data path's shared memory, needed when a peer lives on another device; it is
     closed, like ``kept_fds``, which keep the memory of the links of GPUs. ``weights``: those of the
-    resident loop, if they have been loaded. ``heartbeat``: where the loop shows that it goes on.
-    Raises ConfigError for a bad checkpoint, or a KV pool for which there is no memory."""
+    resident loop, if they have been loaded. ``heartbeat``: where the process's thread and the loop
+    show that they go on. Raises ConfigError for a bad checkpoint, or a KV pool for which there is
+    no memory."""
     if not device.is_cpu:
         check_visible(device)
         from crosspool.ranks.gpu.load import load_gpu_ranks
 
-        return load_gpu_ranks(
+        ranks = load_gpu_ranks(
             *(deployment, device, specs, placement, lanes_fd),
             kept=KeptDescriptors(kept_fds),
             heartbeat=heartbeat,
         )
-    if deployment.loop == "host":
+    elif deployment.loop == "host":
         from crosspool.ranks.host.load import load_host_ranks
 
         ranks = load_host_ranks(deployment, device, specs, placement, lanes_fd)
-        count_advances(None if heartbeat is None else heartbeat.beat)
-        return ranks
-    from crosspool.ranks.resident.load import load_resident_ranks, load_resident_weights
+    else:
+        from crosspool.ranks.resident.load import load_resident_ranks, load_resident_weights
 
-    if weights is None:
-        weights = load_resident_weights(deployment, device, specs, placement)
-    return load_resident_ranks(deployment, device, specs, weights, lanes_fd, heartbeat=heartbeat)
+        if weights is None:
+            weights = load_resident_weights(deployment, device, specs, placement)
+        ranks = load_resident_ranks(
+            deployment, device, specs, weights, lanes_fd, heartbeat=heartbeat
+        )
+    count_advances(None if heartbeat is None else heartbeat.beat)
+    return ranks
 
 
 def _set_torch_threads(count: int) -> None:

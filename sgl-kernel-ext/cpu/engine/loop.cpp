@@ -300,6 +300,7 @@ void Loop::wait(std::uint32_t seen) {
   const std::int64_t spin =
       in_flight || just_served ? description_.busy_spin_ns : description_.spin_ns;
   team_.set_patience(std::max(spin, meeting_ns_));
+  if (description_.heartbeat != nullptr) description_.heartbeat->count_look();
   tell(in_flight && !failed_ ? Activity::kWaiting : Activity::kIdle);
   crosspool_doorbell_wait(description_.doorbell, seen, spin, kIdleWaitNs);
   tell(Activity::kComputing);

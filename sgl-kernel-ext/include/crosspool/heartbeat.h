@@ -24,6 +24,12 @@ struct alignas(64) ThreadHeartbeat {
 // Followed by a ThreadHeartbeat for each thread.
 struct alignas(64) LoopHeartbeat {
   std::uint32_t activity;
+  std::uint32_t looks;  // how often the loop has looked for work and found none; wraps around
+
+  void count_look() {
+    const Atomic<std::uint32_t> atomic(looks);
+    atomic.store(atomic.load(kRelaxed) + 1, kRelaxed);
+  }
 
   void set(Activity value) {
     Atomic<std::uint32_t>(activity).store(static_cast<std::uint32_t>(value), kRelaxed);

@@ -51,7 +51,7 @@ def watched(
 
     def load(deployment: Deployment, device: Device, *rest: Any) -> DeviceRanks:
         assert list(deployment.devices) == devices
-        heartbeat = Heartbeat(devices, device, heartbeats.fd)
+        heartbeat = Heartbeat(devices, device, heartbeats.fd, 1)
         return load_ranks(deployment, device, *rest, heartbeat=heartbeat)
 
     with Machine([model], loop=loop, kv=kv, weights=(weights,), load=load) as machine:

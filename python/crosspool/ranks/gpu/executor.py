@@ -18,7 +18,7 @@ from crosspool.ranks.gpu.inputs import HostMemory, InputLayout
 from crosspool.ranks.gpu.loop import DeviceLoop
 from crosspool.ranks.weights import TORCH_DTYPES
 from crosspool.transport.data_path import LinkCounters
-from crosspool.transport.heartbeats import Heartbeat
+from crosspool.transport.heartbeats import Activity, Heartbeat
 from crosspool.transport.messages import Step, StepResult
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class GPUExecutor(LoopExecutor[GPURank, GPUFlight]):
         self._closed = False
         self._heartbeat = heartbeat
         self._next_show = 0.0
+        self._looks = 0
         self._buckets = buckets
         self._stages = stages or {}
         specs = [] if attention is None else attention.specs
@@ -87,11 +88,17 @@ class GPUExecutor(LoopExecutor[GPURank, GPUFlight]):
 
     def _show(self, heartbeat: Heartbeat) -> None:
         """Shows what the loop does, now and then, and in any case that it has nothing to do: the
-        next call may be long in coming."""
+        next call may be long in coming. While a lane computes, it does not count that others look
+        for work: its stage may never end."""
         now = time.monotonic()
-        if now >= self._next_show or self.quiet:
-            heartbeat.show(*self._loop.activity({flight.lane for flight in self._flights.values()}))
-            self._next_show = now + _SHOW_SECONDS
+        if now < self._next_show and not self.quiet:
+            return
+        self._next_show = now + _SHOW_SECONDS
+        stepping = {flight.lane for flight in self._flights.values()}
+        activity, looks, advances = self._loop.activity(stepping)
+        if activity != Activity.COMPUTING:
+            self._looks = looks
+        heartbeat.show(activity, self._looks, advances)
 
     def quiesced(self) -> contextlib.AbstractContextManager[None]:
         """Keeps the loop off the device, for driver calls that may wait for what runs there."""

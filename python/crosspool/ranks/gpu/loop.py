@@ -51,7 +51,7 @@ class DeviceLoop(Protocol):
 
     def close(self) -> None: ...
 
-    def activity(self, stepping: Collection[int]) -> tuple[Activity, int]: ...
+    def activity(self, stepping: Collection[int]) -> tuple[Activity, int, int]: ...
 
     @property
     def served(self) -> int: ...
@@ -91,6 +91,7 @@ class HostLaunchedLoop:
         self._events: deque[Event] = deque()
         self._next = 0
         self._advances = 0
+        self._looks = 0
         self.served = 0
         """Dispatches of other devices to which the FFN rank has replied."""
         self._lanes = list(self._steps)
@@ -146,18 +147,19 @@ class HostLaunchedLoop:
         for lane in range(len(self._lanes)):
             self._launcher.synchronize(lane)
 
-    def activity(self, stepping: Collection[int]) -> tuple[Activity, int]:
-        """Returns what the lanes of the FFN rank and those in ``stepping`` do, and the number of
-        parts that have been launched."""
+    def activity(self, stepping: Collection[int]) -> tuple[Activity, int, int]:
+        """Returns what the lanes of the FFN rank and those in ``stepping`` do, how often this was
+        asked, and how many parts have been launched."""
         found = Activity.IDLE
+        self._looks += 1
         for lane, state in enumerate(self._lanes):
             is_step = lane in stepping
             ready = is_step and (state.work is None or state.until is _at_once)
             if state.on_device or ready:
-                return Activity.COMPUTING, self._advances
+                return Activity.COMPUTING, self._looks, self._advances
             if is_step and not state.with_host:
                 found = Activity.WAITING
-        return found, self._advances
+        return found, self._looks, self._advances
 
     def _advance_one(self) -> bool:
         for _ in self._lanes:
