@@ -4,6 +4,7 @@ waits for another device is not taken for one: the resident loop over the fake d
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -32,6 +33,49 @@ class Watched:
         self.watch = HangWatch(self.heartbeats, ["cuda:0"], PATIENCE, lambda: self.now)
 
     @property
+    def activity(self) -> int:
+        return self.heartbeats.read(0).activity
+
+    def live(
+        self, seconds: float, turn: Callable[[], object] = lambda: None
+    ) -> dict[tuple[str, int], str]:
+        """Lets time pass in which the process's main thread goes on, and does ``turn``."""
+        found: dict[tuple[str, int], str] = {}
+        for _ in range(int(seconds / 0.25)):
+            self.now += 0.25
+            self.heartbeat.beat()
+            turn()
+            found |= self.watch.look(())
+        return found
+
+
+@pytest.fixture
+def watched() -> Iterator[Watched]:
+    made = Watched()
+    yield made
+    made.heartbeats.close()
+
+
+class NotedLoop:
+    """Does what the test says."""
+
+    def __init__(self) -> None:
+        self.does = Activity.COMPUTING
+        self.looks = 0
+        self.stands = False
+        self.asked: list[set[int]] = []
+        self.event: Event | None = None
+
+    def push_step(self, lane: int, arguments: Any) -> None:
+        self.arguments = arguments
+
+    def wait(self, _timeout_s: float) -> bool:
+        return self.event is not None
+
+    def pop(self) -> Event | None:
+        event, self.event = self.event, None
+        return event
+
     def activity(self, stepping: Any) -> tuple[Activity, int, int]:
         self.asked.append(set(stepping))
         self.looks += not self.stands
@@ -48,6 +92,7 @@ def test_the_executor_shows_what_the_loop_does(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shown in any case is that nothing is left to do: the next look may be long in coming."""
+    monkeypatch.setattr("crosspool.ranks.gpu.executor._SHOW_SECONDS", 0.0)
     loop = NotedLoop()
     gpu = OneGPU(loop, heartbeat=watched.heartbeat)
 
@@ -59,7 +104,6 @@ def test_the_executor_shows_what_the_loop_does(
     gpu.executor.submit(step(1))
     turn()
     assert loop.asked[-1] == {0} and watched.activity == Activity.COMPUTING
-    monkeypatch.setattr("crosspool.ranks.gpu.executor._SHOW_SECONDS", 0.0)
     assert not watched.live(PATIENCE - 1, turn)  # though the other lane looks for work
     assert list(watched.live(2, turn)) == [("cuda:0", 1)]
     monkeypatch.setattr("crosspool.ranks.gpu.executor._SHOW_SECONDS", 3600.0)
