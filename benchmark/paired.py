@@ -137,8 +137,31 @@ def pairs_of(sides: Sequence[Side], rounds: int) -> Iterator[list[dict[str, floa
     """Yield what the old side and the new one measured, pair by pair: two for each round."""
     for turn in range(2 * rounds):
         order = (0, 1) if turn % 2 == 0 else (1, 0)
-        measured = {side: sides[side].measure() for side in order}
-        yield [measured[0], measured[1]]
+        took = {side: sides[side].measure() for side in order}
+        yield [took[0], took[1]]
+
+
+def measured(
+    old: Path,
+    new: Path,
+    kind: str,
+    plan: dict[str, Any],
+    *,
+    starts: int,
+    rounds: int,
+    console: Console,
+) -> list[list[dict[str, float]]]:
+    """Return the pairs of all starts."""
+    pairs: list[list[dict[str, float]]] = []
+    with Progress(console=console, refresh_per_second=2) as progress:
+        task = progress.add_task("", total=starts * 2 * rounds)
+        for start in range(starts):
+            progress.update(task, description=f"{kind}, start {start + 1} of {starts}")
+            with both_sides(old, new, kind, plan) as sides:
+                for pair in pairs_of(sides, rounds):
+                    pairs.append(pair)
+                    progress.advance(task)
+    return pairs
 
 
 def table(ratios: Sequence[Ratio], title: str) -> Table:
@@ -170,38 +193,32 @@ def main(words: Sequence[str] | None = None) -> int:
         if not (checkout / ".venv" / "bin" / "python").exists():
             parser.error(f"{checkout} has no .venv: run `make dev` there")
     console, recorder, found = Console(width=120), Recorder("paired"), list[Ratio]()
-    with Progress(console=console, refresh_per_second=2) as progress:
-        task = progress.add_task("", total=len(given.kinds) * starts * 2 * rounds)
-        for kind in given.kinds:
-            pairs: list[list[dict[str, float]]] = []
-            load1, busy, began = machine.load1(), machine.busy_seconds(), time.perf_counter()
-            for start in range(starts):
-                progress.update(task, description=f"{kind}, start {start + 1} of {starts}")
-                with both_sides(old, new, kind, plans[kind]) as sides:
-                    for pair in pairs_of(sides, rounds):
-                        pairs.append(pair)
-                        progress.advance(task)
-            for name in pairs[0][0]:
-                olds, news = ([pair[side][name] for pair in pairs] for side in (0, 1))
-                ratio = ratio_of(name, olds, news)
-                found.append(ratio)
-                recorder.add(
-                    name,
-                    ratio.ratios,
-                    "new / old",
-                    parameters={**plans[kind], "starts": starts, "rounds": rounds},
-                    cpu_s=machine.busy_seconds() - busy,
-                    wall_s=time.perf_counter() - began,
-                    load1=load1,
-                    old=ratio.old,
-                    new=ratio.new,
-                    ratio=ratio.median,
-                    confidence=[ratio.low, ratio.high],
-                    limit=given.limit,
-                )
+    for kind in given.kinds:
+        load1, busy, began = machine.load1(), machine.busy_seconds(), time.perf_counter()
+        pairs = measured(old, new, kind, plans[kind], starts=starts, rounds=rounds, console=console)
+        ratios = [
+            ratio_of(name, *([pair[side][name] for pair in pairs] for side in (0, 1)))
+            for name in pairs[0][0]
+        ]
+        for ratio in ratios:
+            recorder.add(
+                ratio.name,
+                ratio.ratios,
+                "new / old",
+                parameters={**plans[kind], "starts": starts, "rounds": rounds},
+                cpu_s=machine.busy_seconds() - busy,
+                wall_s=time.perf_counter() - began,
+                load1=load1,
+                old=ratio.old,
+                new=ratio.new,
+                ratio=ratio.median,
+                confidence=[ratio.low, ratio.high],
+                limit=given.limit,
+            )
+        found += ratios
+        console.print(table(ratios, f"{kind}: {new} (new) beside {old} (old)"))
     if not given.quick:
         recorder.write(given.results) if given.results else recorder.write()
-    console.print(table(found, f"{new} (new) beside {old} (old)"))
     return int(any(ratio.low > given.limit for ratio in found))
 
 

@@ -101,6 +101,25 @@ def test_weights_that_do_not_fit_are_the_users_error(checkpoint: Path) -> None:
     assert LoggingDriver.outcome[0] == 2
 
 
+class ReplacedDriver(LoggingDriver):
+    """Its processes take the places of others."""
+
+    def _spawn(self) -> None:
+        self._incarnations = dict.fromkeys(self._incarnations, 2)
+        super()._spawn()
+
+
+def test_what_a_process_finds_whose_predecessor_could_start_is_no_mistake_of_the_user(
+    checkpoint: Path,
+) -> None:
+    """A GPU's memory may not be free yet, say. The launcher tries again after status 1, not 2."""
+    failed = failure(
+        ReplacedDriver, [checkpoint], kv=[FIRST], weights=[FIRST], weight_pool_bytes=1 << 10
+    )
+    assert "weight_pool_bytes" in failed.message
+    assert LoggingDriver.outcome[0] == 1
+
+
 def test_a_gpu_that_torch_does_not_see_is_refused(checkpoint: Path) -> None:
     gpus = torch.cuda.device_count()
     device = f"cuda:{gpus}"
