@@ -111,7 +111,7 @@ class Ratio:
     """One for each pair."""
     median: float
     low: float
-    """With ``high`` the interval of confidence of the median."""
+    """Lower end of the interval of confidence of the median; ``high`` is the upper one."""
     high: float
 
 
