@@ -32,7 +32,8 @@ Turn = Callable[[], dict[str, float]]
 
 
 def engine_turn(stack: ExitStack, plan: dict[str, Any]) -> Turn:
-    """Decode steps of one model at batch 1, and with several requests, on all cores."""
+    """Decode steps of one model at batch 1, and with several requests, on all cores. Means, because
+    on a busy machine results come in bursts, within which nothing is measured but the driver."""
     folders = checkpoint.models(1, tiny=plan["tiny"])
     cores = sorted(os.sched_getaffinity(0))
     engine = stack.enter_context(Engine(folders, one_device(cores)))
@@ -40,7 +41,7 @@ def engine_turn(stack: ExitStack, plan: dict[str, Any]) -> Turn:
     def take() -> dict[str, float]:
         return {
             f"engine: decode step of batch {batch}, ms": float(
-                np.median(engine.decode(batch, CONTEXT, plan["steps"]).all_ms)
+                np.mean(engine.decode(batch, CONTEXT, plan["steps"]).all_ms)
             )
             for batch in (1, plan["batch"])
         }
@@ -69,7 +70,7 @@ def http_turn(stack: ExitStack, plan: dict[str, Any]) -> Turn:
         gaps = [gap for answer in replayed.answers for gap in answer.tbt]
         sent = [answer.pieces[0][0] - answer.sent for answer in replayed.answers]
         return {
-            "HTTP: time between tokens, ms": 1e3 * float(np.median(gaps)),
+            "HTTP: time between tokens, ms": 1e3 * float(np.mean(gaps)),
             "HTTP: time to first token, ms": 1e3 * float(np.median(sent)),
             "HTTP: seconds for 1,000 tokens": 1e3 * replayed.seconds / (OUTPUT * len(load)),
         }
