@@ -73,8 +73,11 @@ log, hang = folder / "log", folder / "hang"
 def spec(name, *words):
     argv = [sys.executable, str(folder / "stand_in.py"), str(log), name, *words]
     device = name if name == "device" else None
-    restartable = device is not None or "forked" in words
-    return ProcessSpec(name=name, argv=argv, device=device, restartable=restartable)
+    group = "group" if "grouped" in words else None
+    restartable = bool(device or group) or "forked" in words
+    return ProcessSpec(
+        name=name, argv=argv, device=device, restartable=restartable, group=group
+    )
 def note(word):
     with log.open("a") as file:
         file.write(word + "\\n")
@@ -634,3 +637,39 @@ def test_what_is_forked_leaves_when_it_is_not_adopted(tmp_path: Path) -> None:
         assert server.poll() is None
     assert server.wait(10) == 0
     assert not (tmp_path / "ran").exists()
+
+
+GROUPED = "http;one grouped,two grouped"
+
+
+def test_a_group_is_replaced_as_one(run) -> None:
+    server = run(GROUPED, restart_limit=5)
+    server.wait_for("ready")
+    first = {name: pid_of(server, name) for name in ("one", "two")}
+    os.kill(first["one"], signal.SIGKILL)
+    for name in first:
+        server.wait_for(f"{name} start 2")
+    assert not any(psutil.pid_exists(pid) for pid in first.values())
+    gone = [line.partition(": ")[2] for line in server.log if line.startswith("gone")]
+    assert gone == ["one was killed by SIGKILL", "two cannot go on without one"]
+    for name in first:  # both die at once, as such processes do
+        os.kill(pid_of(server, name), signal.SIGKILL)
+    for name in first:
+        server.wait_for(f"{name} start 3")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert [line for line in server.log if line.startswith("http")] == ["http start", "http end"]
+    assert not server.orphans()
+
+
+def test_a_group_counts_as_one(run) -> None:
+    server = run(GROUPED, restart_limit=2)
+    server.wait_for("ready")
+    for name, again in (("one", 2), ("two", 3)):
+        os.kill(pid_of(server, name), signal.SIGKILL)
+        server.wait_for(f"one start {again}")
+        server.wait_for(f"two start {again}")
+    os.kill(pid_of(server, "one"), signal.SIGKILL)
+    assert server.end() == 1
+    assert "lost None: one was killed by SIGKILL" in server.log
+    assert not server.orphans()

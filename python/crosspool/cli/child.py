@@ -26,6 +26,9 @@ class ProcessSpec:
     """Name of the device that it drives, if it is a device process."""
     restartable: bool = False
     """Whether another process can take its place after it has died."""
+    group: str | None = None
+    """Name of the processes of its stage that can only be replaced together with it, if there are
+    any."""
     forked_by: ProcessSpec | None = None
     """The fork server that forks it, if it is not started as a program of its own."""
     incarnation: int = 1

@@ -28,6 +28,7 @@ from crosspool.observability.pools_table import make_console, pools_tables
 from crosspool.server.listeners import Listeners
 from crosspool.transport import admin, links, notices
 from crosspool.transport.heartbeats import Heartbeats
+from crosspool.transport.kept_descriptors import KeptDescriptors
 
 _CHECK_SECONDS = 2.0
 _GLANCE_SECONDS = 0.5
@@ -46,6 +47,7 @@ def launch(options: Options) -> int:
     prepared = prepare(options)
     runtime = RuntimeDir(len(prepared.specs))
     lanes_fd: int | None = None
+    kept: KeptDescriptors | None = None
     listeners: Listeners | None = None
     heartbeats: Heartbeats | None = None
     try:
@@ -53,13 +55,17 @@ def launch(options: Options) -> int:
         save(deployment)
         listeners = Listeners.bind(deployment)
         lanes_fd = links.create(deployment, prepared.specs)
+        kept = links.keep_memory(deployment)
         heartbeats = Heartbeats(deployment.devices)
         names = [device.name for device in deployment.devices]
         watch = HangWatch(heartbeats, names, deployment.hang_timeout)
         face = _Face(prepared, deployment)
         front = front_end(deployment, listeners.fds)
         supervisor = Supervisor(
-            [*([spec] for spec in front), device_processes(deployment, lanes_fd, heartbeats.fd)],
+            [
+                *([spec] for spec in front),
+                device_processes(deployment, lanes_fd, heartbeats.fd, kept.fds),
+            ],
             restarts=Restarts(deployment.restart_limit),
             is_ready=face.is_ready,
             is_back=face.is_back,
@@ -77,6 +83,8 @@ def launch(options: Options) -> int:
     finally:
         if lanes_fd is not None:
             os.close(lanes_fd)
+        if kept is not None:
+            kept.close()
         if listeners is not None:
             listeners.close()
         if heartbeats is not None:
@@ -85,16 +93,17 @@ def launch(options: Options) -> int:
 
 
 def device_processes(
-    deployment: Deployment, lanes_fd: int | None, heartbeats_fd: int
+    deployment: Deployment, lanes_fd: int | None, heartbeats_fd: int, kept_fds: Sequence[int]
 ) -> list[ProcessSpec]:
     """One process for each device. Those of CPUs are forked by one that holds the device's weights.
 
-    Devices whose links lie in the memory of GPUs make them together, once, so that none of them can
-    be replaced alone."""
-    alone = len(deployment.devices) == 1
-    restartable = alone or all(device.is_cpu for device in deployment.devices)
+    Devices that NVSHMEM joins are replaced all at once: it cannot go on without one of them, nor
+    take another in its place."""
+    joined = len(deployment.devices) > 1 and deployment.gpu_links == "nvshmem"
     shared = ["--heartbeats-fd", str(heartbeats_fd)]
-    pass_fds = [heartbeats_fd]
+    pass_fds = [heartbeats_fd, *kept_fds]
+    if kept_fds:
+        shared += ["--link-memory-fds", ",".join(map(str, kept_fds))]
     if lanes_fd is not None:
         shared += ["--lanes-fd", str(lanes_fd)]
         pass_fds.append(lanes_fd)
@@ -121,7 +130,8 @@ def device_processes(
             env={**_OFFLINE, **_device_environment(device)},
             pass_fds=pass_fds,
             device=device.name,
-            restartable=restartable,
+            restartable=True,
+            group="NVSHMEM" if joined and not device.is_cpu else None,
             forked_by=holder(device) if device.is_cpu else None,
         )
         for device in deployment.devices

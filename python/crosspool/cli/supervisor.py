@@ -40,9 +40,13 @@ class Loss:
     hang: str | None = None
     """What it does not do, if it hangs; None if it has not ended since a signal has stopped it, for
     too long."""
+    lost_with: str | None = None
+    """The process of its group that was lost, if it was ended for that reason."""
 
     @property
     def cause(self) -> str:
+        if self.lost_with is not None:
+            return f"{self.spec.name} cannot go on without {self.lost_with}"
         if self.hang is not None:
             return f"{self.spec.name} hangs: {self.hang}"
         if self.status is None:
@@ -71,7 +75,8 @@ class Supervisor:
     A loss before that ends all processes, unless ``is_ready``, called at once, returns True.
     A restartable process that is lost later is started again as ``restarts`` says, and
     ``on_restart`` is called before; ``is_back`` is then called again and again until it returns
-    True for the new one. One that ends with status 2, a user's mistake, or 3, another's failure, is
+    True for the new one. All others of its group are ended and started again with it; this counts
+    once. One that ends with status 2, a user's mistake, or 3, another's failure, is
     not started again.
     ``on_loss`` is called for every other process that is lost later; the others then go on for
     ``failure_grace`` seconds, unless the lost one was of the first stage.
@@ -245,21 +250,33 @@ class Supervisor:
     def _replaces(self, loss: Loss) -> bool:
         """Has the lost process started again, unless there is no use in it; returns whether it
         is."""
-        name = loss.spec.name
+        name, group = loss.spec.name, loss.spec.group
+        if name in self._starts:  # as one of a group of which another one has been lost
+            return True
         if not self._can_replace(loss.spec) or loss.status in (USER_MISTAKE, CANNOT_SERVE):
             return False
-        was_ready = self._not_back.pop(name, None) is None
-        wait = self._restarts.wait(name, was_ready=was_ready)
+        others = [
+            child.spec
+            for child in self._all_children()
+            if group is not None and child.spec.group == group and child.spec.name != name
+        ]
+        losses = [loss, *(Loss(spec=spec, status=None, lost_with=name) for spec in others)]
+        names = [one.spec.name for one in losses]
+        was_ready = self._not_back.keys().isdisjoint(names)
+        wait = self._restarts.wait(group or name, was_ready=was_ready)
         if wait is None:
             return False
         for child in self._all_children():
-            if child.spec.name == name:
-                child.reap()  # it may only be stopped
-        self._stopped.pop(name, None)
-        spec = loss.spec.again()
-        self._say(f"{loss.cause}; it is started again (restart {spec.incarnation - 1})")
-        self._on_restart(loss)
-        self._starts[name] = _Start(spec, time.monotonic() + wait)
+            if child.spec.name in names:
+                child.reap()  # it may live
+        due = time.monotonic() + wait
+        for one in losses:
+            spec = one.spec.again()
+            self._not_back.pop(spec.name, None)
+            self._stopped.pop(spec.name, None)
+            self._say(f"{one.cause}; it is started again (restart {spec.incarnation - 1})")
+            self._on_restart(one)
+            self._starts[spec.name] = _Start(spec, due)
         return True
 
     def _start_due(self, known: Sequence[Loss]) -> list[Loss]:

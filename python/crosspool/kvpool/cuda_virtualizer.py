@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from crosspool.config.errors import NoMemoryError
+from crosspool.config.errors import ConfigError
 from crosspool.kernels.cuda_driver import CudaDriver, CudaError, allow_access
 from crosspool.kernels.dlpack import tensor_at
 from crosspool.kvpool.virtualizer import ChunkTable, Virtualizer, whole_chunks
@@ -123,13 +123,13 @@ class CudaVirtualizer(Virtualizer):
         available, total = driver.memory()
         try:
             if self.budget_bytes > available:
-                raise NoMemoryError(self._too_large(available, total))
+                raise ConfigError(self._too_large(available, total))
             while len(free) * nbytes < self.budget_bytes:
                 free.append(driver.create(nbytes))
                 progress(nbytes)
         except CudaError as error:
             if error.is_out_of_memory:
-                raise NoMemoryError(self._too_large(available, total)) from error
+                raise ConfigError(self._too_large(available, total)) from error
             raise
 
     def _too_large(self, available: int, total: int) -> str:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crosspool.config.errors import ConfigError, NoMemoryError
+from crosspool.config.errors import ConfigError
 from crosspool.kernels import native
 from crosspool.kvpool.memory import available_bytes
 from crosspool.kvpool.virtualizer import ChunkTable, Virtualizer, whole_chunks
@@ -45,7 +45,7 @@ class MremapVirtualizer(Virtualizer):
         bytes taken.
 
         ``budget_bytes`` is rounded down, and ``ranges`` (bytes per model) are rounded up, to
-        multiples of ``chunk_bytes``, itself a multiple of 2 MiB. Raises NoMemoryError when the
+        multiples of ``chunk_bytes``, itself a multiple of 2 MiB. Raises ConfigError when the
         system does not have so much memory, and ConfigError when it has not so many mappings."""
         slots = whole_chunks(budget_bytes, chunk_bytes, native.HUGE_PAGE)
         _check_mappings(slots, chunk_bytes)
@@ -100,7 +100,7 @@ class MremapVirtualizer(Virtualizer):
                 self._ranges.append(native.reserve_range(self._table.range_bytes(model)))
             self._parking = native.reserve_parking(self.budget_bytes)
         except OSError as error:
-            raise NoMemoryError(
+            raise ConfigError(
                 f"kv_pool_bytes: the system refuses address space for {self.budget_bytes} bytes of"
                 f" KV cache per attention rank ({error.strerror}); make the KV pool smaller, or"
                 " raise the limit on address space (ulimit -v)"
@@ -111,7 +111,7 @@ class MremapVirtualizer(Virtualizer):
         would take long to clear a large pool, and memory comes from the nodes of those that do."""
         available = available_bytes()
         if self.budget_bytes > available:
-            raise NoMemoryError(
+            raise ConfigError(
                 f"kv_pool_bytes: {self.budget_bytes} bytes of KV cache per attention rank do not"
                 f" fit into the {available} bytes of memory that are available; make the KV pool"
                 " smaller"

@@ -1,7 +1,7 @@
 r"""A device process: the ranks of one device, and their end of the control path.
 
     python -m crosspool.ranks.device_process --deployment FILE --device cpu:0 [--lanes-fd N] \
-        [--heartbeats-fd N] [--incarnation N]
+        [--link-memory-fds N,N,...] [--heartbeats-fd N] [--incarnation N]
 
 Exit status 0 after ``Shutdown`` or SIGTERM, 2 for a user's mistake (its message is on stderr and in
 :class:`Failed`), 1 for anything else, as when a later process of the device finds no memory for
@@ -25,12 +25,12 @@ from crosspool.config import gpu
 from crosspool.config.cores import CONTROL_SLICE_NS, DEFAULT_SLICE_NS, keep_off, set_slice
 from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.device import Device
-from crosspool.config.errors import NoMemoryError
 from crosspool.config.process import USER_MISTAKE, die_with_parent, freeze_heap, set_title
 from crosspool.kernels.advance import count_advances
 from crosspool.models.registry import read_model
 from crosspool.transport.device_socket import DeviceSocket
 from crosspool.transport.heartbeats import Heartbeat
+from crosspool.transport.kept_descriptors import KeptDescriptors
 from crosspool.transport.messages import (
     PROTOCOL_VERSION,
     Failed,
@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--deployment", type=Path, required=True, help="deployment.json")
     parser.add_argument("--device", required=True, help="name of the device to drive")
     parser.add_argument("--lanes-fd", type=int, help="shared memory of the data path")
+    parser.add_argument(
+        "--link-memory-fds", default="", help="what keeps the memory of the links of GPUs"
+    )
     parser.add_argument("--heartbeats-fd", type=int, help="where it shows that it goes on")
     parser.add_argument(
         "--incarnation",
@@ -78,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     deployment, device = load(args.deployment), Device(args.device)
-    descriptors = Descriptors(lanes=args.lanes_fd, heartbeats=args.heartbeats_fd)
+    kept = tuple(int(fd) for fd in args.link_memory_fds.split(",") if fd)
+    descriptors = Descriptors(lanes=args.lanes_fd, heartbeats=args.heartbeats_fd, kept=kept)
     return drive(deployment, device, descriptors, None, args.incarnation)
 
 
@@ -90,6 +94,8 @@ class Descriptors:
     """Shared memory of the data path; None: every link lies within the device."""
     heartbeats: int | None
     """See :mod:`crosspool.transport.heartbeats`; None: nobody looks."""
+    kept: tuple[int, ...] = ()
+    """See :mod:`crosspool.transport.kept_descriptors`."""
 
 
 def drive(
@@ -110,12 +116,13 @@ def drive(
     set_slice(DEFAULT_SLICE_NS)
     try:
         heartbeat = Heartbeat(deployment.devices, device, descriptors.heartbeats, incarnation)
-        return DeviceProcess(deployment, device, descriptors.lanes, heartbeat, socket).run(weights)
+        return DeviceProcess(deployment, device, descriptors, heartbeat, socket).run(weights)
     except ConfigError as error:
         print(f"device {device.name}: {error}", file=sys.stderr)
         socket.send(Failed(device=device.name, message=str(error)))
-        may_pass = isinstance(error, NoMemoryError) and incarnation > 1
-        return 1 if may_pass else USER_MISTAKE
+        # Where an earlier process could start, the user has made no mistake: memory that it had may
+        # not be free yet.
+        return USER_MISTAKE if incarnation == 1 else 1
     except Exception as error:
         log.exception("the device process cannot go on")
         message = f"{type(error).__name__}: {error}"
@@ -141,13 +148,13 @@ class DeviceProcess:
         self,
         deployment: Deployment,
         device: Device,
-        lanes_fd: int | None,
+        descriptors: Descriptors,
         heartbeat: Heartbeat,
         socket: DeviceSocket,
     ) -> None:
         self._deployment = deployment
         self._device = device
-        self._lanes_fd = lanes_fd
+        self._descriptors = descriptors
         self._heartbeat = heartbeat
         self._socket = socket
         self._ending = False
@@ -187,7 +194,9 @@ class DeviceProcess:
             os.environ.update(gpu.ENVIRONMENT)
             _set_torch_threads(1)
             return load_ranks(
-                *(deployment, device, specs, placement, self._lanes_fd), heartbeat=self._heartbeat
+                *(deployment, device, specs, placement, self._descriptors.lanes),
+                kept_fds=self._descriptors.kept,
+                heartbeat=self._heartbeat,
             )
         elsewhere = os.sched_getaffinity(0)
         # Torch's threads keep the cores that they find when it is imported, so that comes next.
@@ -195,7 +204,7 @@ class DeviceProcess:
         # Under the resident loop the cores are its team's.
         _set_torch_threads(len(device.cores) if deployment.loop == "host" else 1)
         ranks = load_ranks(
-            *(deployment, device, specs, placement, self._lanes_fd),
+            *(deployment, device, specs, placement, self._descriptors.lanes),
             weights=weights,
             heartbeat=self._heartbeat,
         )
@@ -221,6 +230,7 @@ class DeviceProcess:
                 continue
             if executor.quiet:
                 self._socket.wait(_SLEEP)
+                self._send(executor.run(0.0))  # shows that the loop of a GPU is there
                 continue
             idle = ranks.attention is not None and executor.drained
             self._send(executor.run(_IDLE_WAIT / 5 if idle else patience))
@@ -274,6 +284,7 @@ def load_ranks(
     placement: Placement,
     lanes_fd: int | None,
     *,
+    kept_fds: Sequence[int] = (),
     weights: ResidentWeights | None = None,
     heartbeat: Heartbeat | None = None,
 ) -> DeviceRanks:
@@ -281,14 +292,19 @@ def load_ranks(
     the KV pool's memory, reads the weights, opens the links.
 
     ``lanes_fd``: the data path's shared memory, needed when a peer lives on another device; it is
-    closed. ``weights``: those of the resident loop, if they have been loaded. ``heartbeat``: where
-    the process's thread and the loop of a CPU show that they go on. Raises ConfigError for a bad
-    checkpoint, or a KV pool for which there is no memory."""
+    closed, like ``kept_fds``, which keep the memory of the links of GPUs. ``weights``: those of the
+    resident loop, if they have been loaded. ``heartbeat``: where the process's thread and the loop
+    show that they go on. Raises ConfigError for a bad checkpoint, or a KV pool for which there is
+    no memory."""
     if not device.is_cpu:
         check_visible(device)
         from crosspool.ranks.gpu.load import load_gpu_ranks
 
-        ranks = load_gpu_ranks(deployment, device, specs, placement, lanes_fd)
+        ranks = load_gpu_ranks(
+            *(deployment, device, specs, placement, lanes_fd),
+            kept=KeptDescriptors(kept_fds),
+            heartbeat=heartbeat,
+        )
     elif deployment.loop == "host":
         from crosspool.ranks.host.load import load_host_ranks
 

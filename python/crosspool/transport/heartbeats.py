@@ -9,7 +9,8 @@ beginning is used::
              32-bit number   the process's incarnation
          1   32-bit number   what the resident loop does: :class:`Activity`
              32-bit number   counted up by it when it finds no work; 0: there is no such loop
-      2, …   64-bit number   counted up by a thread of the resident loop, one line each
+      2, …   64-bit number   counted up by a thread of the resident loop, one line each; of a GPU
+                             there is one, in which its process counts what the GPU has begun
 
 The header heartbeat.h of sgl-kernel-ext/include/crosspool is the same for native code.
 """
@@ -59,7 +60,7 @@ def _record_bytes(devices: Sequence[Device]) -> int:
 
 
 def _threads(device: Device) -> int:
-    return len(device.cores) if device.is_cpu else 0
+    return len(device.cores) if device.is_cpu else 1
 
 
 class Heartbeats:
@@ -110,6 +111,9 @@ class Heartbeat:
         ctypes.memset(self._record, 0, size)
         self._process = ctypes.c_uint64.from_buffer(self._record)
         ctypes.c_uint32.from_buffer(self._record, 8).value = incarnation
+        self._activity = ctypes.c_uint32.from_buffer(self._record, LINE_BYTES)
+        self._looks = ctypes.c_uint32.from_buffer(self._record, LINE_BYTES + 4)
+        self._advances = ctypes.c_uint64.from_buffer(self._record, _FIRST_THREAD * LINE_BYTES)
 
     @property
     def loop_address(self) -> int:
@@ -120,6 +124,12 @@ class Heartbeat:
         """Shows that the process's main thread goes on; from the first call on it must be called
         again and again."""
         self._process.value += 1
+
+    def show(self, activity: Activity, looks: int, advances: int) -> None:
+        """Tells for a GPU, which does not write here itself, what a loop would: ``advances`` is how
+        much it has begun so far."""
+        self._activity.value, self._advances.value = activity, advances
+        self._looks.value = looks & 0xFFFFFFFF or 1
 
     def rest(self) -> None:
         """Ends what :meth:`beat` began."""
