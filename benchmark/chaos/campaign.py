@@ -85,25 +85,32 @@ class Verdict:
     after: Holdings
 
 
-def flags(plan: Plan) -> list[str]:
-    """Return the server's flags. Raises RuntimeError where the machine has too few cores."""
-    kv, weights, parallel = _PLACEMENTS[plan.placement]
+def pools(placement: str) -> tuple[list[str], list[str]]:
+    """Return the devices of the KV pool and of the weight pool. Raises RuntimeError where the
+    machine has too few cores."""
+    kv, weights, _ = _PLACEMENTS[placement]
     cores = sorted(os.sched_getaffinity(0))
     if _SECOND in (*kv, *weights) and len(cores) < 2:
-        raise RuntimeError(f"{plan.placement} needs two cores")
+        raise RuntimeError(f"{placement} needs two cores")
     names = {_FIRST: f"cpu:{cores[0]}", _SECOND: f"cpu:{cores[-1]}"}
+    return [names[one] for one in kv], [names[one] for one in weights]
+
+
+def flags(placement: str, loop: str, dtype: str, kv_pool_bytes: str = "64MiB") -> list[str]:
+    """Return the server's flags. Raises RuntimeError where the machine has too few cores."""
+    kv, weights = pools(placement)
     return [
-        *["--kv-pool-devices", ",".join(names[one] for one in kv)],
-        *["--weight-pool-devices", ",".join(names[one] for one in weights)],
-        *["--ffn-parallel", parallel, "--kv-pool-bytes", "64MiB"],
-        *["--loop", plan.loop, "--dtype", plan.dtype, "--restart-limit", "1000"],
+        *["--kv-pool-devices", ",".join(kv), "--weight-pool-devices", ",".join(weights)],
+        *["--ffn-parallel", _PLACEMENTS[placement][2], "--kv-pool-bytes", kv_pool_bytes],
+        *["--loop", loop, "--dtype", dtype, "--restart-limit", "1000"],
     ]
 
 
 def run(plan: Plan, say: Callable[[str], object]) -> Verdict:
     """Run ``plan`` against a server of its own. ``say`` gets a line for every fault and for every
     request that is not as it should be, as they come."""
-    with _folder_of_its_own() as folder, Server(flags(plan)) as server:
+    words = flags(plan.placement, plan.loop, plan.dtype)
+    with _folder_of_its_own() as folder, Server(words) as server:
         return asyncio.run(_Campaign(plan, server, folder, say).run())
 
 
@@ -171,7 +178,7 @@ class _Campaign:
             await traffic
 
     def _lives(self) -> bool:
-        return self._launcher.is_running() and self._launcher.status() != "zombie"
+        return bool(self._launcher.is_running() and self._launcher.status() != "zombie")
 
     async def _wait_and_inject(self, injector: Injector, end: float) -> None:
         wait = injector.rng.expovariate(1 / self._plan.every)
@@ -233,9 +240,10 @@ def judge(outcomes: Sequence[Outcome], faults: Sequence[Fault]) -> tuple[list[Ro
         if kind == "cut" and not any(fault.cuts for fault in open_at):
             kind = "failed"
         row.outcomes[kind] += 1
-        if kind in ("failed", "wrong"):
-            during = ", ".join(fault.kind for fault in open_at) or "no fault"
-            problems.append(f"{kind} ({during}): {outcome.question}: {outcome.note}")
+        if kind in ("failed", "wrong", "inexact"):
+            during = Counter(fault.kind for fault in open_at) or {"no fault": 1}
+            told = ", ".join(f"{count} {name}" for name, count in during.items())
+            problems.append(f"{kind} ({told}): {outcome.question}: {outcome.note}")
         for begin, end in outcome.pauses if kind != "cut" else ():
             index = _blamed(faults, begin, end)
             if index is None:

@@ -60,6 +60,14 @@ def title_of(process: psutil.Process) -> str:
     return ""
 
 
+def processes_titled(launcher: psutil.Process, title: str) -> list[tuple[str, psutil.Process]]:
+    """Return the processes below ``launcher`` whose titles begin so, with their titles, in an order
+    that does not depend on their ids unless titles are the same."""
+    titled = [(title_of(process), process) for process in launcher.children(recursive=True)]
+    found = [pair for pair in titled if pair[0].startswith(title)]
+    return sorted(found, key=lambda pair: (pair[0], pair[1].pid))
+
+
 @dataclass
 class Injector:
     """Does faults to the processes below ``launcher``. ``rng`` chooses them."""
@@ -72,26 +80,27 @@ class Injector:
     _slowing: set[asyncio.Task[None]] = field(default_factory=set)
 
     def inject(self) -> Fault | None:
-        """Do one fault; None where no process is there for any of a few kinds that were drawn."""
-        for _ in range(10):
-            kind = self.rng.choice(self.kinds)
-            way, _, victim = kind.partition("-")
-            processes = self._candidates(VICTIMS[victim])
-            if not processes:
-                continue
-            title, process = self.rng.choice(processes)
-            with contextlib.suppress(psutil.Error):
-                if way == "kill":
-                    process.kill()
-                elif way == "stop":
-                    process.suspend()
-                    self._touched.add(process)
-                else:
-                    self._touched.add(process)
-                    task = asyncio.create_task(self._slow(process, self.rng.random()))
-                    self._slowing.add(task)
-                    task.add_done_callback(self._slowing.discard)
-                return Fault(kind, title, process.pid, time.monotonic())
+        """Do one fault; None where no process of the kind that is drawn is there. No other kind is
+        drawn then: what takes long to come back would be killed again and again for those that wait
+        for it."""
+        kind = self.rng.choice(self.kinds)
+        way, _, victim = kind.partition("-")
+        processes = self._candidates(VICTIMS[victim])
+        if not processes:
+            return None
+        title, process = self.rng.choice(processes)
+        with contextlib.suppress(psutil.Error):
+            if way == "kill":
+                process.kill()
+            elif way == "stop":
+                process.suspend()
+                self._touched.add(process)
+            else:
+                self._touched.add(process)
+                task = asyncio.create_task(self._slow(process, self.rng.random()))
+                self._slowing.add(task)
+                task.add_done_callback(self._slowing.discard)
+            return Fault(kind, title, process.pid, time.monotonic())
         return None
 
     async def settle(self) -> None:
@@ -100,9 +109,8 @@ class Injector:
 
     def _candidates(self, title: str) -> list[tuple[str, psutil.Process]]:
         """Processes that a fault can meet, in an order that does not depend on their ids."""
-        titled = [(title_of(p), p) for p in self.launcher.children(recursive=True)]
-        found = [(t, p) for t, p in titled if t.startswith(title) and p not in self._touched]
-        return sorted(found, key=lambda pair: (pair[0], pair[1].pid))
+        found = processes_titled(self.launcher, title)
+        return [(title, process) for title, process in found if process not in self._touched]
 
     async def _slow(self, process: psutil.Process, seed: float) -> None:
         rng = random.Random(seed)
