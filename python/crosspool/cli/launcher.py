@@ -77,6 +77,8 @@ def launch(options: Options) -> int:
 
 def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[ProcessSpec]:
     """One process for each device. Those of CPUs are forked by one that holds the device's weights.
+    If that is lost, the next one is started when the device's process is lost, too: until then,
+    memory would hold the weights twice.
 
     Devices whose links lie in the memory of GPUs make them together, once, so that none of them can
     be replaced alone."""
@@ -124,6 +126,7 @@ def front_end(deployment: Deployment, listener_fds: Sequence[int]) -> list[Proce
         pass_fds=listener_fds,
         env={**_OFFLINE, **_threads(1)},
         restartable=True,
+        kept=True,
     )
     return [
         ProcessSpec(
