@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
+
 from benchmark.chaos.faults import Fault, Injector
 from benchmark.chaos.leftovers import Holdings, measure
 from benchmark.chaos.traffic import Outcome, Traffic, questions
@@ -142,6 +144,7 @@ class _Campaign:
             server.url, questions(TINY_MODELS, plan.tokens), plan.clients, plan.seed
         )
         self._faults: list[Fault] = []
+        self._titles = server.processes().keys()
 
     async def run(self) -> Verdict:
         plan, traffic = self._plan, self._traffic
@@ -164,6 +167,7 @@ class _Campaign:
     async def _under_traffic(self, seconds: float, injector: Injector | None = None) -> None:
         """Return when ``seconds`` are over, every answer is there and nothing is slow any more."""
         traffic = asyncio.create_task(self._traffic.run())
+        looking = None if injector is None else asyncio.create_task(self._look(injector))
         try:
             end = time.monotonic() + seconds
             while time.monotonic() < end and not traffic.done() and self._lives():
@@ -174,8 +178,25 @@ class _Campaign:
             if injector is not None:
                 await injector.settle()
         finally:
+            if looking is not None:
+                looking.cancel()
             self._traffic.end()
             await traffic
+
+    async def _look(self, injector: Injector) -> None:
+        """Tell ``injector`` whenever everything is back."""
+        while True:
+            if await asyncio.to_thread(self._is_whole):
+                injector.all_back()
+            await asyncio.sleep(0.3)
+
+    def _is_whole(self) -> bool:
+        try:
+            here = self._server.processes().keys()
+            whole = self._titles <= here and self._server.request("GET", "/health?strict=1")[0]
+        except (OSError, psutil.Error):
+            return False
+        return whole == 200
 
     def _lives(self) -> bool:
         return bool(self._launcher.is_running() and self._launcher.status() != "zombie")

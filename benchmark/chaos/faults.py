@@ -75,14 +75,15 @@ class Injector:
     launcher: psutil.Process
     rng: random.Random
     kinds: Sequence[str]
+    _away: set[str] = field(default_factory=set)
+    """Titles of processes that were killed or stopped since all processes were last there."""
     _touched: set[psutil.Process] = field(default_factory=set)
     """Processes that are stopped or slow."""
     _slowing: set[asyncio.Task[None]] = field(default_factory=set)
 
     def inject(self) -> Fault | None:
-        """Do one fault; None where no process of the kind that is drawn is there. No other kind is
-        drawn then: what takes long to come back would be killed again and again for those that wait
-        for it."""
+        """Do one fault; None where no process of the kind that is drawn is there, or all have had a
+        fault since everything was last back. No other kind is drawn then."""
         kind = self.rng.choice(self.kinds)
         way, _, victim = kind.partition("-")
         processes = self._candidates(VICTIMS[victim])
@@ -90,6 +91,8 @@ class Injector:
             return None
         title, process = self.rng.choice(processes)
         with contextlib.suppress(psutil.Error):
+            if way != "slow":
+                self._away.add(title)
             if way == "kill":
                 process.kill()
             elif way == "stop":
@@ -103,6 +106,11 @@ class Injector:
             return Fault(kind, title, process.pid, time.monotonic())
         return None
 
+    def all_back(self) -> None:
+        """Note that everything is back. What takes longer to come back than the next fault takes to
+        come would never come back otherwise, on a machine that is slow."""
+        self._away.clear()
+
     async def settle(self) -> None:
         """Wait until nothing is slow any more."""
         await asyncio.gather(*self._slowing)
@@ -110,7 +118,7 @@ class Injector:
     def _candidates(self, title: str) -> list[tuple[str, psutil.Process]]:
         """Processes that a fault can meet, in an order that does not depend on their ids."""
         found = processes_titled(self.launcher, title)
-        return [(title, process) for title, process in found if process not in self._touched]
+        return [(t, p) for t, p in found if t not in self._away and p not in self._touched]
 
     async def _slow(self, process: psutil.Process, seed: float) -> None:
         rng = random.Random(seed)

@@ -221,6 +221,17 @@ def test_faults_of_real_processes(family: psutil.Process, tmp_path: Path) -> Non
     device.wait(10)
 
 
+def test_who_was_killed_is_left_alone_until_everything_is_back(
+    family: psutil.Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    injector = Injector(family, random.Random(1), ["kill-device"])
+    monkeypatch.setattr(psutil.Process, "kill", lambda process: None)  # as if another were there
+    assert injector.inject() is not None
+    assert injector.inject() is None
+    injector.all_back()
+    assert injector.inject() is not None
+
+
 @pytest.mark.slow
 def test_nothing_is_lost_in_twenty_seconds_of_chaos() -> None:
     plan = Plan(
