@@ -133,7 +133,7 @@ class Server:
         """Return the launcher and every process below it, by title."""
         assert self._process is not None
         launcher = psutil.Process(self._process.pid)
-        found = {}
+        found: dict[str, psutil.Process] = {}
         for process in (launcher, *launcher.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
                 words = process.cmdline()  # none of one that has ended

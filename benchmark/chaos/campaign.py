@@ -17,13 +17,14 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from benchmark.chaos.faults import Fault, Injector
+from benchmark.chaos.faults import VICTIMS, Fault, Injector, processes_titled
 from benchmark.chaos.leftovers import Holdings, measure
 from benchmark.chaos.traffic import Outcome, Traffic, questions
 from benchmark.server import TINY_MODELS, Server
 
 CALM = "none"
 """Kind under which pauses and outcomes before the first fault are counted."""
+_HOLDER = VICTIMS["weights"]
 _BACK_SECONDS = 60.0
 """Time for everything to be back after the last fault."""
 _FIRST, _SECOND = "first core", "second core"
@@ -146,6 +147,18 @@ class _Campaign:
         self._faults: list[Fault] = []
         self._titles = server.processes().keys()
 
+    def _missing(self) -> set[str]:
+        return self._titles - self._server.processes().keys()
+
+    async def _renew_devices(self) -> None:
+        """Kill the devices whose holders of weights are away: these come back with the devices'
+        next processes, and not before."""
+        for title in await asyncio.to_thread(self._missing):
+            if title.startswith(_HOLDER):
+                device = title.replace(_HOLDER, VICTIMS["device"])
+                for _, process in processes_titled(self._launcher, device):
+                    process.kill()
+
     async def run(self) -> Verdict:
         plan, traffic = self._plan, self._traffic
         await traffic.learn()
@@ -157,6 +170,8 @@ class _Campaign:
         injector = Injector(self._launcher, rng, plan.kinds)
         await self._under_traffic(plan.seconds, injector)
         problems += await self._settle("after the faults")
+        await self._renew_devices()
+        problems += await self._settle("after devices were renewed")
         after = await asyncio.to_thread(measure, self._launcher, self._folder)
         problems += after.growth(before)
         rows, told = judge(traffic.outcomes, self._faults)
@@ -192,11 +207,11 @@ class _Campaign:
 
     def _is_whole(self) -> bool:
         try:
-            here = self._server.processes().keys()
-            whole = self._titles <= here and self._server.request("GET", "/health?strict=1")[0]
+            if any(not title.startswith(_HOLDER) for title in self._missing()):
+                return False
+            return self._server.request("GET", "/health?strict=1")[0] == 200
         except (OSError, psutil.Error):
             return False
-        return whole == 200
 
     def _lives(self) -> bool:
         return bool(self._launcher.is_running() and self._launcher.status() != "zombie")
@@ -224,6 +239,8 @@ class _Campaign:
         if not self._lives():
             return f"the server has ended: {self._server.log[-2000:]}"
         try:
+            if missing := [t for t in self._missing() if not t.startswith(_HOLDER)]:
+                return f"{', '.join(missing)} are not back"
             code, text = self._server.request("GET", "/health?strict=1")
             if code != 200:
                 return f"/health?strict=1 answers {code}: {text}"
