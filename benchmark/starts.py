@@ -41,9 +41,9 @@ class Start(NamedTuple):
     """One start of a server, in seconds."""
 
     devices: float
-    """Until all of its devices were ready."""
+    """Time after which all of its devices were ready."""
     server: float
-    """Until it was ready for requests."""
+    """Time after which it was ready for requests."""
     cpu: float
     """CPU time of all of its processes until then, and until packed weights were written."""
 

@@ -37,7 +37,7 @@ class Holdings:
     """What a server holds at a moment."""
 
     processes: dict[str, Held]
-    """By title."""
+    """What each process holds; the keys are titles."""
     folders: tuple[str, ...]
     """Runtime folders, and the files in each."""
     shared: frozenset[str]
