@@ -25,15 +25,18 @@ from benchmark.records import Recorder
 
 CONSOLE = Console(width=130, soft_wrap=True, highlight=False)
 _SHOWN = 20
+_OUTCOMES = ("ok", "left", "cut", "failed", "wrong", "inexact")
 
 
 def show(verdict: Verdict) -> None:
     """Print a table of faults, what the server held before and after, and the problems."""
-    table = Table("fault", "count", "requests", "ended", "left", "cut", "failed", "wrong")
+    table = Table(
+        "fault", "count", "requests", "ended", "left", "cut", "failed", "wrong", "inexact"
+    )
     table.add_column("longest pause: median", justify="right")
     table.add_column("worst", justify="right")
     for row in verdict.rows:
-        counts = [row.outcomes[kind] for kind in ("ok", "left", "cut", "failed", "wrong")]
+        counts = [row.outcomes[kind] for kind in _OUTCOMES]
         median = "" if row.kind == CALM else f"{row.median:.2f} s"
         cells = [row.faults, row.requests, *counts, median, f"{row.worst:.2f} s"]
         table.add_row(row.kind, *map(str, cells))

@@ -77,7 +77,8 @@ class Answer:
         return bool(self.choices) and all(c.ending is not None for c in self.choices.values())
 
     def difference(self, expected: Answer) -> str | None:
-        """Return how this answer differs from the ``expected`` one; None where it does not."""
+        """Return how this answer differs from the ``expected`` one, but for the values of
+        log-probabilities; None where it does not."""
         if self.choices.keys() != expected.choices.keys():
             return f"choices {sorted(self.choices)} instead of {sorted(expected.choices)}"
         for index, choice in self.choices.items():
@@ -88,9 +89,22 @@ class Answer:
                     return f"choice {index}: {name} {_first_difference(got, wanted)}"
             for name in ("logprobs", "prompt_logprobs"):
                 got, wanted = getattr(choice, name), getattr(other, name)
-                if not _agree(got, wanted):
-                    return f"choice {index}: {name} {_first_difference(got, wanted)}"
+                if len(got) != len(wanted):
+                    return f"choice {index}: {len(got)} {name} instead of {len(wanted)}"
         return None
+
+    def logprob_difference(self, expected: Answer) -> float:
+        """Return the largest difference between a log-probability of this answer and that of the
+        ``expected`` one, which has the same tokens."""
+        pairs = (
+            pair
+            for index, choice in self.choices.items()
+            for name in ("logprobs", "prompt_logprobs")
+            for pair in zip(
+                getattr(choice, name), getattr(expected.choices[index], name), strict=True
+            )
+        )
+        return max((abs(a - b) for a, b in pairs), default=0.0)
 
     def begins(self, expected: Answer) -> bool:
         """Return whether this answer, which nobody has read to its end, is the beginning of the

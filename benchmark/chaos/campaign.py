@@ -15,13 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmark.chaos.faults import Fault, Injector
+import psutil
+
+from benchmark.chaos.faults import VICTIMS, Fault, Injector, processes_titled
 from benchmark.chaos.leftovers import Holdings, measure
 from benchmark.chaos.traffic import Outcome, Traffic, questions
 from benchmark.server import TINY_MODELS, Server
 
 CALM = "none"
 """Kind under which pauses and outcomes before the first fault are counted."""
+_HOLDER = VICTIMS["weights"]
 _BACK_SECONDS = 60.0
 """Time for everything to be back after the last fault."""
 _FIRST, _SECOND = "first core", "second core"
@@ -85,25 +88,32 @@ class Verdict:
     after: Holdings
 
 
-def flags(plan: Plan) -> list[str]:
-    """Return the server's flags. Raises RuntimeError where the machine has too few cores."""
-    kv, weights, parallel = _PLACEMENTS[plan.placement]
+def pools(placement: str) -> tuple[list[str], list[str]]:
+    """Return the devices of the KV pool and of the weight pool. Raises RuntimeError where the
+    machine has too few cores."""
+    kv, weights, _ = _PLACEMENTS[placement]
     cores = sorted(os.sched_getaffinity(0))
     if _SECOND in (*kv, *weights) and len(cores) < 2:
-        raise RuntimeError(f"{plan.placement} needs two cores")
+        raise RuntimeError(f"{placement} needs two cores")
     names = {_FIRST: f"cpu:{cores[0]}", _SECOND: f"cpu:{cores[-1]}"}
+    return [names[one] for one in kv], [names[one] for one in weights]
+
+
+def flags(placement: str, loop: str, dtype: str, kv_pool_bytes: str = "64MiB") -> list[str]:
+    """Return the server's flags. Raises RuntimeError where the machine has too few cores."""
+    kv, weights = pools(placement)
     return [
-        *["--kv-pool-devices", ",".join(names[one] for one in kv)],
-        *["--weight-pool-devices", ",".join(names[one] for one in weights)],
-        *["--ffn-parallel", parallel, "--kv-pool-bytes", "64MiB"],
-        *["--loop", plan.loop, "--dtype", plan.dtype, "--restart-limit", "1000"],
+        *["--kv-pool-devices", ",".join(kv), "--weight-pool-devices", ",".join(weights)],
+        *["--ffn-parallel", _PLACEMENTS[placement][2], "--kv-pool-bytes", kv_pool_bytes],
+        *["--loop", loop, "--dtype", dtype, "--restart-limit", "1000"],
     ]
 
 
 def run(plan: Plan, say: Callable[[str], object]) -> Verdict:
     """Run ``plan`` against a server of its own. ``say`` gets a line for every fault and for every
     request that is not as it should be, as they come."""
-    with _folder_of_its_own() as folder, Server(flags(plan)) as server:
+    words = flags(plan.placement, plan.loop, plan.dtype)
+    with _folder_of_its_own() as folder, Server(words) as server:
         return asyncio.run(_Campaign(plan, server, folder, say).run())
 
 
@@ -135,6 +145,19 @@ class _Campaign:
             server.url, questions(TINY_MODELS, plan.tokens), plan.clients, plan.seed
         )
         self._faults: list[Fault] = []
+        self._titles = server.processes().keys()
+
+    def _missing(self) -> set[str]:
+        return self._titles - self._server.processes().keys()
+
+    async def _renew_devices(self) -> None:
+        """Kill the devices whose holders of weights are away: these come back with the devices'
+        next processes, and not before."""
+        for title in await asyncio.to_thread(self._missing):
+            if title.startswith(_HOLDER):
+                device = title.replace(_HOLDER, VICTIMS["device"])
+                for _, process in processes_titled(self._launcher, device):
+                    process.kill()
 
     async def run(self) -> Verdict:
         plan, traffic = self._plan, self._traffic
@@ -147,6 +170,8 @@ class _Campaign:
         injector = Injector(self._launcher, rng, plan.kinds)
         await self._under_traffic(plan.seconds, injector)
         problems += await self._settle("after the faults")
+        await self._renew_devices()
+        problems += await self._settle("after devices were renewed")
         after = await asyncio.to_thread(measure, self._launcher, self._folder)
         problems += after.growth(before)
         rows, told = judge(traffic.outcomes, self._faults)
@@ -157,6 +182,7 @@ class _Campaign:
     async def _under_traffic(self, seconds: float, injector: Injector | None = None) -> None:
         """Return when ``seconds`` are over, every answer is there and nothing is slow any more."""
         traffic = asyncio.create_task(self._traffic.run())
+        looking = None if injector is None else asyncio.create_task(self._look(injector))
         try:
             end = time.monotonic() + seconds
             while time.monotonic() < end and not traffic.done() and self._lives():
@@ -167,11 +193,28 @@ class _Campaign:
             if injector is not None:
                 await injector.settle()
         finally:
+            if looking is not None:
+                looking.cancel()
             self._traffic.end()
             await traffic
 
+    async def _look(self, injector: Injector) -> None:
+        """Tell ``injector`` whenever everything is back."""
+        while True:
+            if await asyncio.to_thread(self._is_whole):
+                injector.all_back()
+            await asyncio.sleep(0.3)
+
+    def _is_whole(self) -> bool:
+        try:
+            if any(not title.startswith(_HOLDER) for title in self._missing()):
+                return False
+            return self._server.request("GET", "/health?strict=1")[0] == 200
+        except (OSError, psutil.Error):
+            return False
+
     def _lives(self) -> bool:
-        return self._launcher.is_running() and self._launcher.status() != "zombie"
+        return bool(self._launcher.is_running() and self._launcher.status() != "zombie")
 
     async def _wait_and_inject(self, injector: Injector, end: float) -> None:
         wait = injector.rng.expovariate(1 / self._plan.every)
@@ -196,6 +239,8 @@ class _Campaign:
         if not self._lives():
             return f"the server has ended: {self._server.log[-2000:]}"
         try:
+            if missing := [t for t in self._missing() if not t.startswith(_HOLDER)]:
+                return f"{', '.join(missing)} are not back"
             code, text = self._server.request("GET", "/health?strict=1")
             if code != 200:
                 return f"/health?strict=1 answers {code}: {text}"
@@ -233,9 +278,10 @@ def judge(outcomes: Sequence[Outcome], faults: Sequence[Fault]) -> tuple[list[Ro
         if kind == "cut" and not any(fault.cuts for fault in open_at):
             kind = "failed"
         row.outcomes[kind] += 1
-        if kind in ("failed", "wrong"):
-            during = ", ".join(fault.kind for fault in open_at) or "no fault"
-            problems.append(f"{kind} ({during}): {outcome.question}: {outcome.note}")
+        if kind in ("failed", "wrong", "inexact"):
+            during = Counter(fault.kind for fault in open_at) or {"no fault": 1}
+            told = ", ".join(f"{count} {name}" for name, count in during.items())
+            problems.append(f"{kind} ({told}): {outcome.question}: {outcome.note}")
         for begin, end in outcome.pauses if kind != "cut" else ():
             index = _blamed(faults, begin, end)
             if index is None:

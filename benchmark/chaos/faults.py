@@ -60,6 +60,14 @@ def title_of(process: psutil.Process) -> str:
     return ""
 
 
+def processes_titled(launcher: psutil.Process, title: str) -> list[tuple[str, psutil.Process]]:
+    """Return the processes below ``launcher`` whose titles begin so, with their titles, in an order
+    that does not depend on their ids unless titles are the same."""
+    titled = [(title_of(process), process) for process in launcher.children(recursive=True)]
+    found = [pair for pair in titled if pair[0].startswith(title)]
+    return sorted(found, key=lambda pair: (pair[0], pair[1].pid))
+
+
 @dataclass
 class Injector:
     """Does faults to the processes below ``launcher``. ``rng`` chooses them."""
@@ -67,32 +75,41 @@ class Injector:
     launcher: psutil.Process
     rng: random.Random
     kinds: Sequence[str]
+    _away: set[str] = field(default_factory=set)
+    """Titles of processes that were killed or stopped since all processes were last there."""
     _touched: set[psutil.Process] = field(default_factory=set)
     """Processes that are stopped or slow."""
     _slowing: set[asyncio.Task[None]] = field(default_factory=set)
 
     def inject(self) -> Fault | None:
-        """Do one fault; None where no process is there for any of a few kinds that were drawn."""
-        for _ in range(10):
-            kind = self.rng.choice(self.kinds)
-            way, _, victim = kind.partition("-")
-            processes = self._candidates(VICTIMS[victim])
-            if not processes:
-                continue
-            title, process = self.rng.choice(processes)
-            with contextlib.suppress(psutil.Error):
-                if way == "kill":
-                    process.kill()
-                elif way == "stop":
-                    process.suspend()
-                    self._touched.add(process)
-                else:
-                    self._touched.add(process)
-                    task = asyncio.create_task(self._slow(process, self.rng.random()))
-                    self._slowing.add(task)
-                    task.add_done_callback(self._slowing.discard)
-                return Fault(kind, title, process.pid, time.monotonic())
+        """Do one fault; None where no process of the kind that is drawn is there, or all have had a
+        fault since everything was last back. No other kind is drawn then."""
+        kind = self.rng.choice(self.kinds)
+        way, _, victim = kind.partition("-")
+        processes = self._candidates(VICTIMS[victim])
+        if not processes:
+            return None
+        title, process = self.rng.choice(processes)
+        with contextlib.suppress(psutil.Error):
+            if way != "slow":
+                self._away.add(title)
+            if way == "kill":
+                process.kill()
+            elif way == "stop":
+                process.suspend()
+                self._touched.add(process)
+            else:
+                self._touched.add(process)
+                task = asyncio.create_task(self._slow(process, self.rng.random()))
+                self._slowing.add(task)
+                task.add_done_callback(self._slowing.discard)
+            return Fault(kind, title, process.pid, time.monotonic())
         return None
+
+    def all_back(self) -> None:
+        """Note that everything is back. What takes longer to come back than the next fault takes to
+        come would never come back otherwise, on a machine that is slow."""
+        self._away.clear()
 
     async def settle(self) -> None:
         """Wait until nothing is slow any more."""
@@ -100,9 +117,8 @@ class Injector:
 
     def _candidates(self, title: str) -> list[tuple[str, psutil.Process]]:
         """Processes that a fault can meet, in an order that does not depend on their ids."""
-        titled = [(title_of(p), p) for p in self.launcher.children(recursive=True)]
-        found = [(t, p) for t, p in titled if t.startswith(title) and p not in self._touched]
-        return sorted(found, key=lambda pair: (pair[0], pair[1].pid))
+        found = processes_titled(self.launcher, title)
+        return [(t, p) for t, p in found if t not in self._away and p not in self._touched]
 
     async def _slow(self, process: psutil.Process, seed: float) -> None:
         rng = random.Random(seed)

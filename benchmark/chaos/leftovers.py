@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Holdings:
     """What a server holds at a moment."""
 
     processes: dict[str, Held]
-    """By title."""
+    """What each process holds; the keys are titles."""
     folders: tuple[str, ...]
     """Runtime folders, and the files in each."""
     shared: frozenset[str]
@@ -86,9 +87,10 @@ def measure(launcher: psutil.Process, folder: Path) -> Holdings:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """Names below ``folder``, in order; what is drawn at random in them is left out."""
-    for path in sorted(folder.rglob("*")):
-        yield str(path.relative_to(folder))
+    """Names below ``folder``, in order. A new detokenizer has sockets of its own, which count as
+    those of the one before."""
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*"))
+    yield from sorted(re.sub(r"\.detok\.\d+$", ".detokenizer", name) for name in names)
 
 
 def _orphans(names: frozenset[str]) -> set[str]:

@@ -11,14 +11,12 @@ from typing import Any
 
 import aiohttp
 
-from benchmark.chaos.answers import Answer, Cut, Failed
+from benchmark.chaos.answers import TOLERANCE, Answer, Cut, Failed
 
 TIMEOUT = 120.0
 """Seconds after which a request counts as failed."""
 NOTED = 0.05
 """Seconds from which a pause is noted down."""
-_LEFT_SHARE = 0.1
-"""Share of the streams that their client leaves before they end."""
 _PROMPTS = (
     "The import statement",
     "def f(x):",
@@ -58,10 +56,13 @@ class Outcome:
     sent: float
     done: float
     kind: str
-    """``ok``, ``left`` by its client, ``cut``, ``failed`` or ``wrong``."""
+    """``ok``, ``left`` by its client, ``cut``, ``failed``, ``wrong``, or ``inexact`` where the
+    log-probabilities alone are wrong."""
     note: str
     pauses: tuple[tuple[float, float], ...]
     """When each pause that was noted began, and when it ended."""
+    logprob_difference: float = 0.0
+    """The largest of any token; 0 where the answer is not whole or has other tokens."""
 
 
 def questions(models: Sequence[str], tokens: int) -> list[Question]:
@@ -98,7 +99,9 @@ def questions(models: Sequence[str], tokens: int) -> list[Question]:
             Question(
                 "chat",
                 "/v1/chat/completions",
-                {**chat, "stream": True, "logprobs": True, "ignore_eos": True},
+                # A chat stream leaves out log-probabilities of tokens without text, or does not, by
+                # how many tokens a part has.
+                {**chat, "stream": True, "ignore_eos": True},
             ),
             Question("schema", "/v1/chat/completions", {**chat, "response_format": schema}),
         ]
@@ -108,12 +111,14 @@ def questions(models: Sequence[str], tokens: int) -> list[Question]:
 @dataclass
 class Traffic:
     """Asks ``questions`` of the server at ``url``, ``clients`` at a time, each in an order that
-    ``seed`` decides."""
+    ``seed`` decides. ``left_share``: share of the streams that their client leaves before they
+    end."""
 
     url: str
     questions: Sequence[Question]
     clients: int
     seed: int
+    left_share: float = 0.1
     outcomes: list[Outcome] = field(default_factory=list)
     _expected: dict[int, Answer] = field(default_factory=dict)
     _ending: bool = False
@@ -150,7 +155,7 @@ class Traffic:
         rng = random.Random(f"{self.seed} {number}")
         while not self._ending:
             index = rng.randrange(len(self.questions))
-            leaves = rng.randrange(1, 60) if rng.random() < _LEFT_SHARE else None
+            leaves = rng.randrange(1, 60) if rng.random() < self.left_share else None
             outcome = await self._outcome(session, index, leaves)
             self.outcomes.append(outcome)
             if outcome.kind in ("cut", "failed"):
@@ -161,7 +166,7 @@ class Traffic:
     ) -> Outcome:
         question, expected = self.questions[index], self._expected[index]
         answer, times = Answer(), [time.monotonic()]
-        kind, note = "ok", ""
+        kind, note, inexactness = "ok", "", 0.0
         try:
             whole = await _ask(session, question, answer, times, leaves)
             if not whole:
@@ -171,6 +176,10 @@ class Traffic:
                 difference = f"begins otherwise: {str(answer)[:400]}"
             if difference is not None:
                 kind, note = "wrong", difference
+            elif whole:
+                inexactness = answer.logprob_difference(expected)
+                if inexactness > TOLERANCE:
+                    kind, note = "inexact", f"a log-probability is off by {inexactness:g}"
         except (Cut, aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             kind, note = "cut", f"{type(error).__name__}: {error}"
         except TimeoutError:
@@ -180,7 +189,8 @@ class Traffic:
         done = time.monotonic()
         ends = [*times[1:], done]
         pauses = tuple(p for p in zip(times, ends, strict=True) if p[1] - p[0] >= NOTED)
-        return Outcome(question, times[0], done, kind, note, pauses if question.streams else ())
+        noted = pauses if question.streams else ()
+        return Outcome(question, times[0], done, kind, note, noted, inexactness)
 
 
 async def _ask(

@@ -69,7 +69,10 @@ def test_streams_of_everything_so_far_and_of_what_is_new() -> None:
         (generated(97, 98, 100, reason={"type": "length"}), "tokens"),
         (generated(97, 98, reason={"type": "length"}), "tokens"),
         (generated(97, 98, 99, reason={"type": "stop"}), "ending"),
-        (generated(97, 98, 99, reason={"type": "length"}, shift=0.01), "logprobs"),
+        (
+            {**WHOLE, "meta_info": {**WHOLE["meta_info"], "input_token_logprobs": [[-1, 5, None]]}},
+            "prompt_logprobs",
+        ),
         ({**WHOLE, "text": "abx"}, "text"),
         ([WHOLE, WHOLE], "choices"),
     ],
@@ -79,6 +82,15 @@ def test_every_difference_is_found(other: Any, name: str) -> None:
     wrong.add(other)
     assert expected.difference(answer(WHOLE)) is None
     assert name in str(wrong.difference(expected))
+
+
+def test_the_largest_difference_of_log_probabilities() -> None:
+    whole = {"reason": {"type": "length"}}
+    expected = answer(generated(97, 98, **whole))
+    other = answer(generated(97, 98, **whole, shift=0.01))
+    assert other.difference(expected) is None
+    assert other.logprob_difference(expected) == pytest.approx(0.01)
+    assert expected.logprob_difference(expected) == 0.0
 
 
 def test_what_a_client_has_left_must_be_a_beginning() -> None:
@@ -141,9 +153,10 @@ def test_only_a_lost_http_process_may_cut_connections(
     assert len(problems) == (not excused)
 
 
-def test_a_wrong_answer_is_a_problem_under_any_fault() -> None:
-    _, problems = judge([outcome("wrong", 4.0, 6.0)], [fault("kill-http", 5.0)])
-    assert problems == ["wrong (kill-http): greedy of /m/a/generate: why"]
+@pytest.mark.parametrize("kind", ["wrong", "inexact"])
+def test_a_wrong_answer_is_a_problem_under_any_fault(kind: str) -> None:
+    _, problems = judge([outcome(kind, 4.0, 6.0)], [fault("kill-http", 5.0)])
+    assert problems == [f"{kind} (1 kill-http): greedy of /m/a/generate: why"]
 
 
 def holdings(**processes: Held) -> Holdings:
@@ -201,9 +214,22 @@ def test_faults_of_real_processes(family: psutil.Process, tmp_path: Path) -> Non
     assert device.status() != psutil.STATUS_STOPPED
     assert asyncio.run(inject("kill-http")) is None
     assert asyncio.run(inject("stop-device")) is not None
-    assert device.status() == psutil.STATUS_STOPPED
+    deadline = time.monotonic() + 20
+    while device.status() != psutil.STATUS_STOPPED:
+        assert time.monotonic() < deadline
     assert asyncio.run(inject("kill-device")) is not None
     device.wait(10)
+
+
+def test_who_was_killed_is_left_alone_until_everything_is_back(
+    family: psutil.Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    injector = Injector(family, random.Random(1), ["kill-device"])
+    monkeypatch.setattr(psutil.Process, "kill", lambda process: None)  # as if another were there
+    assert injector.inject() is not None
+    assert injector.inject() is None
+    injector.all_back()
+    assert injector.inject() is not None
 
 
 @pytest.mark.slow

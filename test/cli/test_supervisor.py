@@ -88,6 +88,7 @@ fork_server = ProcessSpec(
     name="fork server",
     argv=[sys.executable, str(folder / "fork_server.py"), json.dumps(plan)],
     restartable=True,
+    kept="kept" in sys.argv,
 )
 supervisor = Supervisor(
     [
@@ -130,9 +131,11 @@ class Run:
         fork_server: tuple[float, int] = (0, 0),
         restart_limit: int = 0,
         drain_timeout: float = 1.0,
+        kept: bool = False,
     ) -> None:
         """``stages``: processes and their words, one stage after the other; ``fork_server``:
-        seconds that it sleeps first, and the exit status with which it then fails, if not 0."""
+        seconds that it sleeps first, and the exit status with which it then fails, if not 0;
+        ``kept``: whether it is started again before it is needed."""
         (folder / "stand_in.py").write_text(textwrap.dedent(STAND_IN))
         (folder / "fork_server.py").write_text(FORK_SERVER)
         (folder / "launcher.py").write_text(textwrap.dedent(LAUNCHER))
@@ -140,7 +143,7 @@ class Run:
         self.process = subprocess.Popen(
             [
                 *[sys.executable, str(folder / "launcher.py"), str(folder), stages, str(grace)],
-                *[json.dumps(fork_server), str(restart_limit), str(drain_timeout)],
+                *[json.dumps(fork_server), str(restart_limit), str(drain_timeout), "kept" * kept],
             ]
         )
         self.seen: dict[int, psutil.Process] = {}
@@ -560,6 +563,26 @@ def test_a_fork_server_that_has_died_is_started_again_when_a_process_is_to_be_fo
     server.wait_for("ready")
     find_fork_server(server).send_signal(signal.SIGKILL)
     server.wait_for("say fork server was killed by SIGKILL; it is started again when it is needed")
+    os.kill(pid_of(server, "http"), signal.SIGKILL)
+    server.wait_for("http start 2")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert not server.orphans()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_kept_fork_server_is_started_again_before_it_is_needed(run, number: int) -> None:
+    server = run(FORKED, restart_limit=5, kept=True)
+    server.wait_for("ready")
+    before = find_fork_server(server)
+    before.send_signal(number)
+    server.wait_for("say fork server was killed by SIGKILL; it is started again (restart 1)")
+    assert "http start 2" not in server.log
+    deadline = time.monotonic() + 10
+    launcher = psutil.Process(server.process.pid)
+    while before in (children := launcher.children()) or len(children) != 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     os.kill(pid_of(server, "http"), signal.SIGKILL)
     server.wait_for("http start 2")
     server.process.send_signal(signal.SIGTERM)

@@ -31,6 +31,9 @@ class ProcessSpec:
     any."""
     forked_by: ProcessSpec | None = None
     """The fork server that forks it, if it is not started as a program of its own."""
+    kept: bool = False
+    """Whether this fork server, when it is lost, is started again before a process is asked of it.
+    """
     incarnation: int = 1
     """How many processes there have been in this place, this one included."""
 

@@ -73,8 +73,10 @@ class ForkServer:
             self._ask(spec)
 
     def start(self) -> None:
-        """Starts it, and asks for the processes that are not there yet; call it when it has ended
-        while it was needed. Raises OSError."""
+        """Starts it unless it runs, and asks for the processes that are not there yet; call it when
+        it has ended while it was needed. Raises OSError."""
+        if self._child is not None:  # a process was asked of it meanwhile
+            return
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             fd = theirs.fileno()

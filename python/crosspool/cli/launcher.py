@@ -96,6 +96,8 @@ def device_processes(
     deployment: Deployment, lanes_fd: int | None, heartbeats_fd: int, kept_fds: Sequence[int]
 ) -> list[ProcessSpec]:
     """One process for each device. Those of CPUs are forked by one that holds the device's weights.
+    If that is lost, the next one is started when the device's process is lost, too: until then,
+    memory would hold the weights twice.
 
     Devices that NVSHMEM joins are replaced all at once: it cannot go on without one of them, nor
     take another in its place."""
@@ -148,6 +150,7 @@ def front_end(deployment: Deployment, listener_fds: Sequence[int]) -> list[Proce
         pass_fds=listener_fds,
         env={**_OFFLINE, **_threads(1)},
         restartable=True,
+        kept=True,
     )
     return [
         ProcessSpec(

@@ -70,7 +70,7 @@ class Supervisor:
     ``stages`` are the processes in the order in which they are stopped; those of one stage are
     stopped together. They are started from the last stage to the first, without waiting for one
     another. A fork server is started with the first process that it forks, and stays; if it is lost
-    while no process is asked of it, it is started again when one is.
+    while no process is asked of it, it is started again when one is, or at once if it is ``kept``.
     ``is_ready`` is called again and again until it returns True; then ``on_ready`` is called once.
     A loss before that ends all processes, unless ``is_ready``, called at once, returns True.
     A restartable process that is lost later is started again as ``restarts`` says, and
@@ -324,17 +324,17 @@ class Supervisor:
                 self._on_stop(child.spec, stopped)
 
     def _end_stopped_fork_servers(self) -> None:
-        """Kills those that a signal has stopped for too long while somebody waits for them."""
+        """Kills those that a signal has stopped for too long while they are missed."""
         now = time.monotonic()
         for name, server in self._fork_servers.items():
-            if not (server.is_needed and server.is_stopped):
+            if not (self._is_missed(server) and server.is_stopped):
                 self._stopped.pop(name, None)
             elif now - self._stopped.setdefault(name, now) >= _STOPPED_SECONDS:
                 server.kill()
 
     def _adopt_forked(self) -> list[Loss]:
         """Takes over what the fork servers have forked; returns the losses of those that have ended
-        while somebody waits for them."""
+        and are missed."""
         lost = []
         for server in self._fork_servers.values():
             children, status = server.poll()
@@ -342,11 +342,14 @@ class Supervisor:
             if status is None:
                 continue
             loss = Loss(spec=server.spec, status=status)
-            if server.is_needed:
+            if self._is_missed(server):
                 lost.append(loss)
             else:
                 self._say(f"{loss.cause}; it is started again when it is needed")
         return lost
+
+    def _is_missed(self, server: ForkServer) -> bool:
+        return server.is_needed or (server.spec.kept and self._can_replace(server.spec))
 
     def _take_over(self, children: Sequence[Child]) -> None:
         for child in children:

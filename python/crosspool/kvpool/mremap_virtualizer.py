@@ -45,8 +45,8 @@ class MremapVirtualizer(Virtualizer):
         bytes taken.
 
         ``budget_bytes`` is rounded down, and ``ranges`` (bytes per model) are rounded up, to
-        multiples of ``chunk_bytes``, itself a multiple of 2 MiB. Raises ConfigError when the
-        system does not have so much memory, and ConfigError when it has not so many mappings."""
+        multiples of ``chunk_bytes``, itself a multiple of 2 MiB. Raises ConfigError that names the
+        field when the system does not have so much memory or so many mappings."""
         slots = whole_chunks(budget_bytes, chunk_bytes, native.HUGE_PAGE)
         _check_mappings(slots, chunk_bytes)
         self.budget_bytes = slots * chunk_bytes
