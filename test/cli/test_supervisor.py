@@ -71,8 +71,11 @@ log = folder / "log"
 def spec(name, *words):
     argv = [sys.executable, str(folder / "stand_in.py"), str(log), name, *words]
     device = name if name == "device" else None
-    restartable = device is not None or "forked" in words
-    return ProcessSpec(name=name, argv=argv, device=device, restartable=restartable)
+    takes = "takes" in words
+    restartable = device is not None or "forked" in words or takes
+    return ProcessSpec(
+        name=name, argv=argv, device=device, restartable=restartable, takes_later=takes
+    )
 def note(word):
     with log.open("a") as file:
         file.write(word + "\\n")
@@ -276,6 +279,46 @@ def test_a_dead_device_is_started_again_and_the_others_go_on(run) -> None:
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0
     assert server.log[-1] == "device end" and not server.orphans()
+
+
+@pytest.mark.parametrize("forked", ["", " forked"])
+def test_a_process_takes_those_of_later_stages_along(run, forked: str) -> None:
+    server = run(f"http;scheduler takes{forked};detokenizer{forked};device,other", restart_limit=5)
+    server.wait_for("ready")
+    for number in (1, 2):
+        dead = [int(file.read_text()) for file in server.log_file.parent.glob("[!h]*.pid")]
+        assert len(dead) == 4
+        os.kill(int((server.log_file.parent / "scheduler.pid").read_text()), signal.SIGKILL)
+        for name in ("scheduler", "detokenizer", "device", "other"):
+            server.wait_for(f"{name} start {number + 1}")
+        assert not any(map(psutil.pid_exists, dead))
+        for pid in dead:
+            server.seen.pop(pid, None)
+    assert sum(line.startswith("http start") for line in server.log) == 1
+    said = [line for line in server.log if line.startswith("say")]
+    assert said == [
+        f"say scheduler was killed by SIGKILL; it is started again (restart {number})"
+        for number in (1, 2)
+    ]
+    assert not any(line.startswith("gone device") for line in server.log)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert not server.orphans()
+
+
+def test_processes_that_die_together_with_the_one_that_takes_them_are_replaced_once(run) -> None:
+    server = run("http;scheduler takes;device", restart_limit=5)
+    server.wait_for("ready")
+    os.kill(server.process.pid, signal.SIGSTOP)
+    for name in ("device", "scheduler"):
+        find(server, name).kill()
+    os.kill(server.process.pid, signal.SIGCONT)
+    for name in ("device", "scheduler"):
+        server.wait_for(f"{name} start 2")
+    time.sleep(1)
+    assert sum(" start " in line for line in server.log) == 2
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
 
 
 def test_a_device_that_dies_at_each_start_ends_the_server_with_the_cause(run) -> None:

@@ -29,6 +29,7 @@ def test_every_request_ends_as_if_nothing_had_failed(part):
     assert seen["attention losses"] > SEEDS // PARTS // 2
     assert seen["FFN losses"] > SEEDS // PARTS // 4
     assert seen["losses while away"] > SEEDS // PARTS // 10
+    assert seen["scheduler losses"] > SEEDS // PARTS // 5
     assert seen["requests replayed"] > SEEDS // PARTS
     assert seen["finished"] > 5 * seen["aborted"]
 

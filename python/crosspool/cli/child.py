@@ -28,6 +28,9 @@ class ProcessSpec:
     """Whether another process can take its place after it has died."""
     forked_by: ProcessSpec | None = None
     """The fork server that forks it, if it is not started as a program of its own."""
+    takes_later: bool = False
+    """Whether the processes of later stages are of no use without it, so that they end with it, and
+    are started again with it."""
     incarnation: int = 1
     """How many processes there have been in this place, this one included."""
 

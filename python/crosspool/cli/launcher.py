@@ -80,8 +80,7 @@ def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[Proce
 
     Devices whose links lie in the memory of GPUs make them together, once, so that none of them can
     be replaced alone."""
-    alone = len(deployment.devices) == 1
-    restartable = alone or all(device.is_cpu for device in deployment.devices)
+    restartable = _can_replace_devices(deployment)
     lanes = [] if lanes_fd is None else ["--lanes-fd", str(lanes_fd)]
     pass_fds = [] if lanes_fd is None else [lanes_fd]
 
@@ -114,9 +113,16 @@ def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[Proce
     ]
 
 
+def _can_replace_devices(deployment: Deployment) -> bool:
+    return len(deployment.devices) == 1 or all(device.is_cpu for device in deployment.devices)
+
+
 def front_end(deployment: Deployment, listener_fds: Sequence[int]) -> list[ProcessSpec]:
     """The front end's processes, in the order in which they are stopped. They are forked by one
-    that imports SGLang: this takes longer than anything else at the start."""
+    that imports SGLang: this takes longer than anything else at the start.
+
+    What the devices and the detokenizer know of requests is of no use to another scheduler, so they
+    start anew with it; who holds the devices' weights stays."""
     listeners = ["--listeners", *map(str, listener_fds)]
     forks = ProcessSpec(
         name="front end",
@@ -130,7 +136,8 @@ def front_end(deployment: Deployment, listener_fds: Sequence[int]) -> list[Proce
             name=name,
             argv=[*_module("server.process", deployment), name],
             env={**_OFFLINE, **_threads(1)},
-            restartable=name != "scheduler",
+            restartable=name != "scheduler" or _can_replace_devices(deployment),
+            takes_later=name == "scheduler",
             forked_by=forks,
         )
         for name in ("http", "scheduler", "detokenizer")
@@ -232,19 +239,24 @@ class _Face:
         are as soon as they are there: nobody waits for them but other processes."""
         if spec.name == "http":
             return self._http_ready(_GLANCE_SECONDS)
-        if spec.device is None:
+        if spec.name != "scheduler" and spec.device is None:
             return True
         try:
             status = admin.status(self._deployment.admin_address, _GLANCE_SECONDS)
         except admin.AdminError:
             return False
+        if spec.name == "scheduler":
+            return status.ready and status.incarnation == spec.incarnation
         return any(
             device.ready and (device.name, device.incarnation) == (spec.device, spec.incarnation)
             for device in status.devices
         )
 
     def tell_of_restart(self, loss: Loss) -> None:
-        """Tells the scheduler that a device is away until its next process is ready."""
+        """Tells the scheduler that a device is away until its next process is ready, and the HTTP
+        process that there is no scheduler until the next one is."""
+        if loss.spec.name == "scheduler":
+            self._http.tell(notices.SchedulerGone())
         self._tell_scheduler(loss, final=False)
 
     def tell_of_loss(self, loss: Loss) -> None:

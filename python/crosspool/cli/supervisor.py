@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, dropwhile, islice
 from types import FrameType
 
 from crosspool.cli.child import Child, ProcessSpec
@@ -63,7 +64,8 @@ class Supervisor:
     ``is_ready`` is called again and again until it returns True; then ``on_ready`` is called once.
     A loss before that ends all processes, unless ``is_ready``, called at once, returns True.
     A restartable process that is lost later is started again as ``restarts`` says, and
-    ``on_restart`` is called before; ``is_back`` is then called again and again until it returns
+    ``on_restart`` is called before; one that ``takes_later`` ends the processes of later stages, of
+    which new ones are started with it. ``is_back`` is then called again and again until it returns
     True for the new one. One that ends with status 2, a user's mistake, or 3, another's failure, is
     not started again.
     ``on_loss`` is called for every other process that is lost later; the others then go on for
@@ -115,6 +117,9 @@ class Supervisor:
         """Processes that wait for their start after a death, by name."""
         self._not_back: dict[str, ProcessSpec] = {}
         """Processes that were started again and are not ready yet, by name."""
+        self._latest: dict[str, int] = {}
+        """The incarnation of each process that has been replaced, by name; no fork server's, which
+        have none."""
         self._signals = 0
         self._news: socket.socket
         """Readable when a signal has come, that of a child's end included."""
@@ -162,7 +167,7 @@ class Supervisor:
             for loss in [*self._start_due(losses), *self._new_losses(losses)]:
                 # Requests may have come in since the last call.
                 ready = ready or self._is_ready()
-                if ready and not losses and self._replaces(loss):
+                if self._is_past(loss) or (ready and not losses and self._replaces(loss)):
                     continue
                 losses.append(loss)
                 self._say(loss.cause)
@@ -227,12 +232,41 @@ class Supervisor:
         for child in self._all_children():
             if child.spec.name == name:
                 child.reap()  # it may only be stopped
-        self._stopped.pop(name, None)
-        spec = loss.spec.again()
-        self._say(f"{loss.cause}; it is started again (restart {spec.incarnation - 1})")
+        self._say(f"{loss.cause}; it is started again (restart {loss.spec.incarnation})")
         self._on_restart(loss)
-        self._starts[name] = _Start(spec, time.monotonic() + wait)
+        due = time.monotonic() + wait
+        self._plan_start(loss.spec, due)
+        if loss.spec.takes_later:
+            self._replace_later_than(loss.spec, due)
         return True
+
+    def _plan_start(self, dead: ProcessSpec, due: float) -> None:
+        spec = dead.again()
+        self._stopped.pop(spec.name, None)
+        if spec.name not in self._fork_servers:
+            self._latest[spec.name] = spec.incarnation
+        self._starts[spec.name] = _Start(spec, due)
+
+    def _replace_later_than(self, spec: ProcessSpec, due: float) -> None:
+        """Ends the processes of the stages behind that of ``spec``, and has others started.
+
+        Those that do not run are about to be started, and have not spoken to the dead process: fork
+        servers tell of a process before it does anything."""
+        for server in self._fork_servers.values():
+            self._take_over(server.collect())
+        places = zip(self._stages, self._children, strict=True)
+        behind = dropwhile(lambda place: spec.name not in [s.name for s in place[0]], places)
+        later = chain.from_iterable(children for _, children in islice(behind, 1, None))
+        running = [child for child in later if child.spec.name not in self._starts]
+        for child in running:
+            child.signal(signal.SIGKILL)
+        for child in running:
+            child.reap()
+            self._plan_start(child.spec, due)
+
+    def _is_past(self, loss: Loss) -> bool:
+        """Whether another process has taken, or is to take, the place of the lost one already."""
+        return loss.spec.incarnation < self._latest.get(loss.spec.name, 1)
 
     def _start_due(self, known: Sequence[Loss]) -> list[Loss]:
         """Starts the processes whose time has come, unless the others are about to end; returns

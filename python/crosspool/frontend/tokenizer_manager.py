@@ -7,6 +7,7 @@ import contextvars
 import copy
 import functools
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -21,8 +22,9 @@ from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
 from starlette.background import BackgroundTasks
 
 from crosspool.frontend import field_types, loads, private, refusal
+from crosspool.frontend.control_requests import ANSWERED, FORWARDED
 from crosspool.frontend.messages import seed_of_sample
-from crosspool.frontend.own_messages import Delivered, Disown
+from crosspool.frontend.own_messages import Delivered, Disown, Resume, SchedulerReplaced
 from crosspool.frontend.received import Received
 from crosspool.frontend.request_ids import RequestIds
 from crosspool.frontend.turns import Turns
@@ -104,14 +106,38 @@ class PooledTokenizerManager(TokenizerManager):
         self._failure: tuple[str, int] | None = None
         self._confirms = False
         """Whether the scheduler is about to hear of ends."""
+        self._unanswered: deque[Any] = deque()
+        """What the scheduler was asked beside requests, and has not answered, in order."""
+        self._pause: io_struct.PauseGenerationReqInput | None = None
+        """What has paused the model, while it is paused."""
         self.mark(1)
 
-    def mark(self, incarnation: int) -> None:
-        """Marks requests as those of the process with this number. Outputs of requests that have
-        another mark are dropped: they were those of a process that has died."""
+    def mark(self, incarnation: int, scheduler: int = 1) -> None:
+        """Marks requests as those of the process with this number to the scheduler with that one.
+        Outputs of requests that have another mark are dropped: they were those of a process that
+        has died, or that process is not to go on with them."""
+        self._incarnation = incarnation
         # SGLang's own mark, for which of several processes a request came from.
-        self.tokenizer_ipc_name = f"http#{incarnation}"
+        self.tokenizer_ipc_name = f"http#{incarnation}.{scheduler}"
         self._received = Received(self, self.tokenizer_ipc_name)
+
+    def _hand_in(self, scheduler: int) -> None:
+        """Has a new scheduler go on with every request of the one before it, behind the tokens that
+        have come, and tells it whatever else that one knew or has not answered."""
+        self.mark(self._incarnation, scheduler)
+        private.tell_scheduler(self, Disown())
+        if self._pause is not None:
+            private.tell_scheduler(self, self._pause)
+        unanswered, self._unanswered = self._unanswered, deque()
+        for message in unanswered:
+            private.tell_scheduler(self, message)
+        taken = private.sent_requests(self)
+        for message, state in taken:
+            message.http_worker_ipc = self.tokenizer_ipc_name
+            private.tell_scheduler(self, Resume(message=message, output_ids=state.output_ids))
+            if state.abort_sent:
+                private.tell_scheduler(self, io_struct.AbortReq(rid=message.rid))
+        log.warning("the scheduler is a new one: it goes on with %d requests", len(taken))
 
     def disown_former(self) -> None:
         """Has the scheduler abort the requests of the process that had this one's place, and go on
@@ -143,8 +169,13 @@ class PooledTokenizerManager(TokenizerManager):
             await asyncio.sleep(0)  # there may be many of them
 
     async def _take(self, message: Any) -> None:
-        if isinstance(message, io_struct.AbortReq):
-            self._received.note_end(message.rid)
+        match message:
+            case SchedulerReplaced():
+                return self._hand_in(message.incarnation)
+            case io_struct.AbortReq():
+                self._received.note_end(message.rid)
+            case io_struct.BaseReq() if self._unanswered and not isinstance(message, FORWARDED):
+                self._unanswered.popleft()  # answers come in the order of the questions
         if not isinstance(message, io_struct.BatchStrOutput) or self._received.cut(message):
             await private.take_output(self, message)
         if self._received.has_ended and not self._confirms:
@@ -273,12 +304,15 @@ class PooledTokenizerManager(TokenizerManager):
 
     def on_message(self, message: Any) -> None:
         """Refuses what the scheduler could not decode, and more log-probabilities than an answer
-        may have; see :func:`private.shows_messages`."""
+        may have; notes what another scheduler would have to be told. See
+        :func:`private.shows_messages`."""
         if isinstance(message, io_struct.TokenizedGenerateReqInput):
             messages = [message]
         elif isinstance(message, io_struct.BatchTokenizedGenerateReqInput):
             messages = message.batch
         else:
+            if isinstance(message, ANSWERED):
+                self._unanswered.append(message)
             return
         for one in messages:
             if text := field_types.message_problem(one):
@@ -292,6 +326,7 @@ class PooledTokenizerManager(TokenizerManager):
                     "(max_logprobs)"
                 )
                 raise _refused(text, HTTPStatus.BAD_REQUEST)
+        private.note_sent(self, messages)
 
     def detokenize_logprob_tokens(
         self, token_logprobs_val: list[float], token_logprobs_idx: list[int], decode_to_text: bool
@@ -315,6 +350,8 @@ class PooledTokenizerManager(TokenizerManager):
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
         """Ends the request that has this id, whether the client or SGLang gave it, or all."""
         if abort_all:
+            for _, state in private.sent_requests(self):
+                state.abort_sent = True
             super().abort_request(abort_all=True)
             return
         for one in self._ids.abort(rid):
@@ -324,7 +361,13 @@ class PooledTokenizerManager(TokenizerManager):
         if obj.mode == "retract":
             text = "`mode`: 'retract' is not supported; 'in_place' and 'abort' are"
             raise fastapi.HTTPException(status_code=HTTPStatus.BAD_REQUEST, detail=text)
+        if obj.mode == "in_place":
+            self._pause = obj
         await super().pause_generation(obj)
+
+    async def continue_generation(self, obj: io_struct.ContinueGenerationReqInput) -> None:
+        self._pause = None
+        await super().continue_generation(obj)
 
     def create_abort_task(self, obj: Any) -> BackgroundTasks:
         """What follows the response to ``obj``: its generation is aborted if it has not ended. Its

@@ -103,7 +103,8 @@ class SchedulerCore:
     def add(self, request: GenerateRequest) -> None:
         """Queues ``request``, or refuses it at once with an abort output: status 400 for a request
         that the model can never serve, 429 when its queue is full, the failure's status after
-        :meth:`fail_all`. Waiting time counts from this call."""
+        :meth:`fail_all`. Waiting time counts from this call. A request that an earlier scheduler
+        had taken goes on where it was; it is never refused for want of room."""
         model = request.model
         spec, queue = self._specs[model], self._queues[model]
         seq = self._sequence(request)
@@ -113,9 +114,11 @@ class SchedulerCore:
         wrong = problem(request, spec) or self._too_large(seq)
         if wrong is not None:
             return self._end(seq, Finish(kind="abort", message=wrong, status=400))
-        if queue.full:
+        if request.delivered is not None and (finish := seq.resume()) is not None:
+            return self._end(seq, finish)
+        if queue.full and not seq.replayed:
             self._admit()
-        if queue.full:
+        if queue.full and not seq.replayed:
             message = (
                 f"the queue of model {self._names[model]} is full ({len(queue)} waiting); "
                 "retry later"
@@ -124,7 +127,8 @@ class SchedulerCore:
         if request.grammar is None:
             queue.push(seq)
         else:
-            queue.push_after(seq, self._grammars[model].compile(request.grammar))
+            output = (request.delivered or ())[seq.stopping.reasoning_tokens :]
+            queue.push_after(seq, self._grammars[model].compile(request.grammar, output))
 
     def abort(
         self,
@@ -242,12 +246,13 @@ class SchedulerCore:
             for seq, compiled in queue.take_compiled():
                 grammar, error = seq.request.grammar, compiled.exception()
                 assert grammar is not None
-                if error is None:
-                    seq.stopping.matcher = compiled.result()
-                    queue.push(seq)
-                else:
+                if error is not None:
                     message = f"the {grammar.kind} {grammar.source[:200]!r} cannot be used: {error}"
                     self._end(seq, Finish(kind="abort", message=message, status=400))
+                elif (finish := seq.stopping.follow(compiled.result())) is not None:
+                    self._end(seq, finish)
+                else:
+                    queue.push(seq)
 
     def _decide(self, now: float) -> None:
         """Goes on with requests whose grammar has followed their token, and ends those whose
