@@ -181,9 +181,16 @@ def test_requests_that_come_while_there_is_no_scheduler_are_served(server: Front
         loads = threads.submit(server.request, f"/m/{MODELS[0]}/v1/loads")
         time.sleep(0.3)
         server.processes["scheduler"].kill()
+        server.processes["scheduler"].wait(10)
         after = threads.submit(server.request, "/v1/completions", body)
-        time.sleep(0.3)
-        server.replace("scheduler")
+        server.replace("scheduler", start_devices=False)
+        deadline = time.monotonic() + 20
+        while (health := server.request("/health?strict=1"))[0] != 503:
+            assert time.monotonic() < deadline, server.log.read_text()
+        assert health[1]["message"] == "the scheduler is a new one: loading on cpu"
+        assert server.request("/health")[0] == 200
+        assert not before.done() and not after.done()
+        server.devices[0].start()
         assert [answer.result(20)[1]["choices"] for answer in (before, after)] == [expected] * 2
         assert loads.result(20)[0] == 200, loads.result()
     assert_quiet(server)

@@ -108,9 +108,9 @@ class FrontEndServer:
                 raise RuntimeError(f"{spec.name} did not start:\n{self.log.read_text()}")
         return psutil.Process(children[0].pid)
 
-    def replace(self, name: str) -> None:
+    def replace(self, name: str, *, start_devices: bool = True) -> None:
         """Kills the process ``name``, and starts the next one in its place as the launcher does:
-        with the scheduler also the detokenizer and the devices."""
+        with the scheduler also the detokenizer and, if told, the devices."""
         with_it = ("detokenizer",) if name == "scheduler" else ()
         devices, self.devices = self.devices, []
         if name == "scheduler":
@@ -118,12 +118,13 @@ class FrontEndServer:
                 device.stop()
             devices = [device.again() for device in devices]
         for killed in (name, *with_it):
-            self.processes[killed].kill()
+            if not has_ended(self.processes[killed]):
+                self.processes[killed].kill()
             self.processes[killed].wait(10)
         for started in (name, *with_it):
             self._start_again(started)
         self.devices = devices
-        if name == "scheduler":
+        if name == "scheduler" and start_devices:
             for device in devices:
                 device.start()
 
