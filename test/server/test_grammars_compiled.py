@@ -143,10 +143,12 @@ class Endless:
         return True
 
 
-def test_a_long_output_that_takes_too_long_to_follow_is_given_up_on_the_way() -> None:
+def test_a_long_output_that_takes_too_long_to_follow_is_given_up_on_the_way(
+    tokenizers: Any,
+) -> None:
     endless = Endless()
     kept = KeptGrammar(grammar=endless, first=NextMask(mask=b"", seconds=0.0), size=1)  # type: ignore[arg-type]
-    with grammars(None) as made:
+    with grammars(tokenizers[0]) as made:
         grammar = Grammar(kind="regex", source="a*")
         made.cache.put((0, grammar), kept)
         matcher = made.compile(0, grammar, [1] * 1000).result(30)
