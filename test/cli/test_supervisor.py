@@ -309,9 +309,10 @@ def test_a_process_takes_those_of_later_stages_along(run, forked: str) -> None:
 def test_processes_that_die_together_with_the_one_that_takes_them_are_replaced_once(run) -> None:
     server = run("http;scheduler takes;device", restart_limit=5)
     server.wait_for("ready")
+    both = [find(server, name) for name in ("device", "scheduler")]
     os.kill(server.process.pid, signal.SIGSTOP)
-    for name in ("device", "scheduler"):
-        find(server, name).kill()
+    for process in both:
+        process.kill()
     os.kill(server.process.pid, signal.SIGCONT)
     for name in ("device", "scheduler"):
         server.wait_for(f"{name} start 2")
