@@ -310,10 +310,13 @@ def test_processes_that_die_together_with_the_one_that_takes_them_are_replaced_o
     server = run("http;scheduler takes;device", restart_limit=5)
     server.wait_for("ready")
     both = [find(server, name) for name in ("device", "scheduler")]
-    os.kill(server.process.pid, signal.SIGSTOP)
+    launcher = psutil.Process(server.process.pid)
+    launcher.suspend()
+    while launcher.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
     for process in both:
         process.kill()
-    os.kill(server.process.pid, signal.SIGCONT)
+    launcher.resume()
     for name in ("device", "scheduler"):
         server.wait_for(f"{name} start 2")
     time.sleep(1)
