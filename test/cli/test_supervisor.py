@@ -316,6 +316,8 @@ def test_processes_that_die_together_with_the_one_that_takes_them_are_replaced_o
         time.sleep(0.01)
     for process in both:
         process.kill()
+    while any(map(is_alive, both)):
+        time.sleep(0.01)
     launcher.resume()
     for name in ("device", "scheduler"):
         server.wait_for(f"{name} start 2")
