@@ -323,6 +323,10 @@ def test_processes_that_die_together_with_the_one_that_takes_them_are_replaced_o
         server.wait_for(f"{name} start 2")
     time.sleep(1)
     assert sum(" start " in line for line in server.log) == 2
+    assert [line for line in server.log if line.startswith(("gone", "say"))] == [
+        "say scheduler was killed by SIGKILL; it is started again (restart 1)",
+        "gone None 1: scheduler was killed by SIGKILL",
+    ]
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0
 
