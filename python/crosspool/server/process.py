@@ -45,11 +45,11 @@ def _http(deployment: Deployment, place: Place) -> None:
 def _scheduler(deployment: Deployment, place: Place) -> None:
     _close(place)
     compat.install()
-    from crosspool.server.scheduler_loop import Broken, SchedulerLoop
+    from crosspool.server.scheduler_loop import CannotGoOn, SchedulerLoop
 
     try:
         SchedulerLoop(deployment, place.incarnation).run()
-    except Broken as error:
+    except CannotGoOn as error:
         logging.getLogger(__name__).error("%s: another scheduler has to take over", error)
         leave(1)
 

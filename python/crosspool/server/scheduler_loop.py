@@ -45,7 +45,7 @@ _SETTLE_SECONDS = 0.002
 pace with the others of their batch; a request whose grammar takes longer misses a step."""
 
 
-class Broken(RuntimeError):
+class CannotGoOn(RuntimeError):
     """The scheduler process cannot go on, but another one in its place can."""
 
 
@@ -119,7 +119,7 @@ class SchedulerLoop:
             self._front_ends.connect_own(incarnation)
 
     def run(self) -> None:
-        """Returns after SIGTERM or SIGINT. Raises Broken when another scheduler has to go on."""
+        """Returns after SIGTERM or SIGINT. Raises CannotGoOn when another scheduler has to go on."""
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
         freeze_heap()
@@ -154,7 +154,7 @@ class SchedulerLoop:
         if overdue is not None:
             self._fail(overdue)
         if self._grammars.lost:
-            raise Broken("the process that compiles grammars has ended")
+            raise CannotGoOn("the process that compiles grammars has ended")
         if not self._serves and self._devices.have_started:
             self._serves = True
             self._front_ends.connect_own(self._incarnation)
