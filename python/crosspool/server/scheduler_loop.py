@@ -119,7 +119,7 @@ class SchedulerLoop:
             self._front_ends.connect_own(incarnation)
 
     def run(self) -> None:
-        """Returns after SIGTERM or SIGINT. Raises CannotGoOn when another scheduler has to go on."""
+        """Returns after SIGTERM or SIGINT. Raises CannotGoOn when another one has to."""
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
         freeze_heap()
