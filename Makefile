@@ -37,7 +37,7 @@ NODEPS := requirements/frontend-nodeps.txt
 TRITON := $(abspath $(VENV))/triton
 TRITON_TESTS := test/test_bare_gpu_machine.py test/test_gpu_bundle.py test/kernels/test_triton.py \
   test/kernels/test_triton_compile.py test/kernels/test_triton_exchange.py \
-  test/kernels/test_triton_residency.py \
+  test/kernels/test_triton_residency.py test/kernels/gpu \
   test/ranks/test_gpu_interpreted.py test/ranks/test_gpu_compile.py \
   test/benchmark/test_gpu_benchmark.py test/benchmark/test_gpu_kernels.py \
   test/benchmark/test_gpu_report.py

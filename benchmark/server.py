@@ -53,7 +53,7 @@ class Server:
         for model in models:
             path = DEMO / model if (DEMO / model).is_dir() else Path(model)
             self._command += ["--model-path", str(path), "--served-model-name", path.name]
-        if "--packed-cache-bytes" not in flags:
+        if not {"--packed-cache-bytes", "--config"}.intersection(flags):
             self._command += ["--packed-cache-bytes", "0"]
         self._command += flags
         self._ready_timeout = ready_timeout

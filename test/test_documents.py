@@ -217,7 +217,8 @@ def known_flags() -> set[str]:
     from crosspool.config.flags import make_parser
 
     found = {flag for action in make_parser("x")._actions for flag in action.option_strings}
-    folders = (PACKAGE, ROOT / "benchmark", ROOT / "scripts", ROOT / "examples", NATIVE / "model")
+    folders = [ROOT / name for name in ("benchmark", "scripts", "examples", "test/scheduler")]
+    folders += [PACKAGE, NATIVE / "model"]
     for path in (path for folder in folders for path in folder.rglob("*.py")):
         found |= set(re.findall(r"""["'](--[a-z][\w-]+)["']""", path.read_text()))
     return found

@@ -72,13 +72,6 @@ def test_only_the_named_failure_is_excused() -> None:
     assert reason_for(known, "a::test_ab", "got 5") is None
 
 
-def test_a_library_that_is_installed_excuses_nothing() -> None:
-    here = Known("a", "b", "not installed", "It is missing.", library="pytest")
-    missing = Known("a", "b", "not installed", "It is missing.", library="no_such_library")
-    assert reason_for((here,), "a", "b") is None
-    assert reason_for((missing,), "a", "b") is missing
-
-
 @pytest.mark.parametrize("project", [sglang.PROJECT, vllm.PROJECT], ids=lambda p: p.name)
 def test_a_checkout_without_the_files_is_refused(
     project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]

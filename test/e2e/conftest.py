@@ -53,6 +53,7 @@ def split_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "kv_pool_devices": first,
         "weight_pool_devices": [second, first],
         "kv_pool_bytes": "128MiB",
+        "packed_cache_bytes": 0,
     }
     file = tmp_path_factory.mktemp("split") / "deployment.yaml"
     file.write_text(yaml.safe_dump(deployment))

@@ -53,13 +53,11 @@ def check(storm: Storm) -> None:
 def _check_work(storm: Storm, rank: RankState) -> None:
     if rank.flights:
         return
-    could = [
-        seq.request.rid
-        for model, running in enumerate(rank.running)
-        for seq in running.values()
-        if model not in rank.suspended and not seq.undecided
-    ]
-    require(not could, "requests run, but no step is under way", could)
+    running = [seq for of_model in rank.running for seq in of_model.values()]
+    able = [seq for seq in running if seq.model not in rank.suspended and not seq.undecided]
+    if len(able) < len(running):  # who waits for pages may wait for one of the others to end
+        able = [seq for seq in able if seq.number not in rank.paused[seq.model]]
+    require(not able, "requests run, but no step is under way", [seq.request.rid for seq in able])
 
 
 def _check_pages(rank: RankState) -> None:

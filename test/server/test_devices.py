@@ -63,13 +63,14 @@ class Bed:
         socket.send(
             Ready(version=PROTOCOL_VERSION, device=name, pid=100 + incarnation, ranks=[rank])
         )
-        self.hear()
+        self.hear(wait=20)
         return socket
 
-    def hear(self) -> list[tuple[int, StepResult]]:
-        """Results of steps in what has come within a moment."""
+    def hear(self, *, wait: float = 0.2) -> list[tuple[int, StepResult]]:
+        """Results of steps in what has come. If nothing has, it waits for that many seconds."""
         results = []
-        while self.devices.socket.poll(100):
+        while self.devices.socket.poll(wait * 1000):
+            wait = 0
             result = self.devices.receive()
             if result is not None:
                 results.append(result)
@@ -93,9 +94,17 @@ def bed(tmp_path: Path) -> Iterator[Bed]:
     made.close()
 
 
-def received(socket: DeviceSocket) -> ToDevice | None:
+def received(socket: DeviceSocket) -> ToDevice:
+    """The next message, which is on its way."""
+    socket.wait(20)
+    message = socket.receive()
+    assert message is not None
+    return message
+
+
+def receives_nothing(socket: DeviceSocket) -> bool:
     socket.wait(0.2)
-    return socket.receive()
+    return socket.receive() is None
 
 
 def test_an_identity_is_a_device_and_the_number_of_its_process() -> None:
@@ -129,14 +138,14 @@ def test_a_device_that_is_away_comes_back_with_another_process(bed: Bed) -> None
     assert bed.devices.status()[0].seconds_away == back.seconds_away
     bed.devices.send(0, Recall(step=2))
     assert received(new) == Recall(step=2)
-    assert received(old) is None and received(other) is None
+    assert receives_nothing(old) and receives_nothing(other)
 
 
 def test_nothing_of_a_dead_process_counts_any_more(bed: Bed) -> None:
     old, _ = bed.started()
     late = StepResult(step=7, rows=[])
     old.send(late)
-    assert bed.hear() == [(0, late)]
+    assert bed.hear(wait=20) == [(0, late)]
     bed.devices.gone(KV, 1, "it was killed")
     old.send(late)
     old.send(Failed(device=KV, message="too late"))
@@ -145,7 +154,7 @@ def test_nothing_of_a_dead_process_counts_any_more(bed: Bed) -> None:
     old.send(late)
     assert bed.hear() == []
     new.send(late)
-    assert bed.hear() == [(0, late)]
+    assert bed.hear(wait=20) == [(0, late)]
 
 
 def test_nothing_is_sent_to_a_device_that_is_away(bed: Bed) -> None:
@@ -154,7 +163,7 @@ def test_nothing_is_sent_to_a_device_that_is_away(bed: Bed) -> None:
     new = bed.process(KV, 2)  # connected, not ready
     bed.hear()
     bed.devices.send(0, Recall(step=1))
-    assert received(new) is None
+    assert receives_nothing(new)
 
 
 def test_a_process_that_cannot_be_reached_is_no_failure(bed: Bed) -> None:
@@ -203,7 +212,7 @@ def test_a_crash_while_coming_back_is_one_absence(bed: Bed) -> None:
 def test_a_process_says_why_it_ends(bed: Bed) -> None:
     old, _ = bed.started()
     old.send(Failed(device=KV, message="no memory"))
-    assert bed.hear() == []
+    assert bed.hear(wait=20) == []
     assert bed.devices.gone(KV, 1, "it exited with status 1") == (
         "it exited with status 1: no memory"
     )
@@ -213,7 +222,7 @@ def test_a_process_that_fails_before_all_have_started_ends_the_deployment(bed: B
     bed.ready(KV)
     bed.process(WEIGHTS).send(Failed(device=WEIGHTS, message="no memory"))
     with pytest.raises(DeviceFailed, match="no memory"):
-        bed.hear()
+        bed.hear(wait=20)
 
 
 def test_questions_are_answered_for_those_who_are_there(bed: Bed) -> None:
@@ -225,7 +234,7 @@ def test_questions_are_answered_for_those_who_are_there(bed: Bed) -> None:
         assert isinstance(question, Inspect)
         report = Report(pools=[DevicePools(device=name, rss_bytes=1)])
         socket.send(Inspected(id=question.id, device=name, report=report))
-        bed.hear()
+        bed.hear(wait=20)
 
     def ask() -> None:
         bed.devices.inspect("pools", lambda report, error: answers.append((report, error)))

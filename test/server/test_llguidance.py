@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 from crosspool.scheduler.request import Grammar
 from crosspool.server.grammar_choice import compiler_of
+from crosspool.server.grammar_source import ANY_JSON, MAX_WHITESPACE
 from crosspool.server.grammars import Grammars, ModelGrammars
 from support.front_end import MODELS
 from support.server import DEMO
@@ -49,6 +50,18 @@ def test_json_schema(backend: ModelGrammars, tokenizer: Any) -> None:
     }
     text = write(backend, Grammar(kind="json_schema", source=json.dumps(schema)), tokenizer)
     jsonschema.validate(json.loads(text), schema)
+
+
+@pytest.mark.parametrize("source", ['{"const": {"a": true}}', ANY_JSON])
+def test_whitespace_between_the_tokens_of_json_is_bounded(tokenizer: Any, source: str) -> None:
+    """A model that writes blanks as long as it may would write nothing else."""
+    compiler = compiler_of("llguidance")(tokenizer, SPEC, any_whitespace=True)
+    prepared = compiler.prepare(Grammar(kind="json_schema", source=source))
+    walk = compiler.build(prepared).walk()
+    brace, blank = (tokenizer.encode(text, add_special_tokens=False)[0] for text in ("{", "\n"))
+    assert walk.accept(brace)
+    assert [walk.accept(blank) for _ in range(MAX_WHITESPACE)] == [True] * MAX_WHITESPACE
+    assert not walk.accept(blank)
 
 
 def test_ebnf_and_each_mask_against_the_text_of_every_token(

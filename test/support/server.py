@@ -64,7 +64,7 @@ class Server:
         for model in models:
             path = Path(model) if Path(model).is_absolute() else DEMO / model
             command += ["--model-path", str(path), "--served-model-name", path.name]
-        if "--packed-cache-bytes" not in flags:
+        if not {"--packed-cache-bytes", "--config"}.intersection(flags):
             command += ["--packed-cache-bytes", "0"]
         self.process = subprocess.Popen(
             [*command, *flags],

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -93,19 +91,20 @@ def test_a_file_that_takes_more_than_half_of_the_disk_is_not_begun(tmp_path: Pat
     assert names(tmp_path) == []
 
 
-@pytest.fixture
-def _no_file_above_a_page() -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+WITHOUT_ROOM = """
+import resource, sys
+from pathlib import Path
+from crosspool.weightpool.packed_cache import PackedCache
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+with PackedCache(Path(sys.argv[1]), 1 << 20, 0.0).begun("a", 8192):
+    pass
+"""
 
 
-@pytest.mark.usefixtures("_no_file_above_a_page")
 def test_without_room_nothing_is_left(tmp_path: Path) -> None:
-    cache = PackedCache(tmp_path, 1 << 20, LONG_AGO)
-    with pytest.raises(OSError, match="File too large"), cache.begun("a", 8192):
-        pass
+    command = [sys.executable, "-c", WITHOUT_ROOM, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "OSError: [Errno 27] File too large" in ended.stderr
     assert names(tmp_path) == []
 
 

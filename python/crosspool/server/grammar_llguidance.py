@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from crosspool.config.errors import ConfigError
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.request import Grammar
-from crosspool.server.grammar_source import ANY_JSON, parse_json
+from crosspool.server.grammar_source import ANY_JSON, MAX_WHITESPACE, parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,12 +45,17 @@ class LLGuidanceCompiler:
         if grammar.kind in ("regex", "ebnf"):
             return str(grammar_from(grammar.kind, grammar.source))
         if grammar.source == ANY_JSON:
-            return str(grammar_from("json_schema", "{}"))
+            return self._json("{}")
         parsed = parse_json(grammar.source)
         if grammar.kind == "json_schema":
-            defaults: Any = {"whitespace_flexible": self._any_whitespace}
-            return str(LLMatcher.grammar_from_json_schema(grammar.source, defaults=defaults))
+            return self._json(grammar.source)
         return _structural_tag(parsed)
+
+    def _json(self, schema: str) -> str:
+        defaults: Any = {"whitespace_flexible": self._any_whitespace}
+        if self._any_whitespace:
+            defaults["whitespace_pattern"] = rf"[ \n\r\t]{{0,{MAX_WHITESPACE}}}"
+        return str(LLMatcher.grammar_from_json_schema(schema, defaults=defaults))
 
     def build(self, grammar: Grammar) -> LLGuidanceCompiled:
         matcher = LLMatcher(self._tokenizer, grammar.source, log_level=0)

@@ -13,6 +13,9 @@ MAX_DEPTH = 128
 """Most levels of lists and objects in the JSON of a schema or structural tag. In xgrammar compiling
 takes time that grows with the third power of the depth: 200 nested objects, which are 400 levels,
 took 4 s."""
+MAX_WHITESPACE = 16
+"""Most whitespace characters between two tokens of JSON: enough for indentation, and a model that
+would go on writing blanks until its tokens run out cannot."""
 ANY_JSON = "$$ANY$$"
 """Source of a ``json_schema`` that allows any JSON value."""
 TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"

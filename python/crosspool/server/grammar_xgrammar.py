@@ -11,14 +11,11 @@ import xgrammar
 
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.request import Grammar
-from crosspool.server.grammar_source import ANY_JSON, parse_json
+from crosspool.server.grammar_source import ANY_JSON, MAX_WHITESPACE, parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_WHITESPACE = 16
-"""Most whitespace characters between two tokens of JSON: enough for indentation, and a model that
-would go on writing blanks until its tokens run out cannot."""
 
 _NATIVE_PLACE = re.compile(r"^\[[\d:]+\] \S+: ")
 """The place in xgrammar's source with which its error messages begin."""

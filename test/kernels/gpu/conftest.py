@@ -1,13 +1,18 @@
 """Each test here runs twice: on a GPU (``pytest -m gpu test/kernels/gpu``), and where it is not
-itself marked ``gpu``, by test/kernels/test_triton.py in Triton's interpreter, on CPU tensors."""
+itself marked ``gpu``, by test/kernels/test_triton.py in Triton's interpreter, on CPU tensors. Where
+Triton cannot be imported, none of them is collected."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if importlib.util.find_spec("triton") is None:
+    collect_ignore_glob = ["test_*.py"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

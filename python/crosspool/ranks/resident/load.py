@@ -69,7 +69,8 @@ def load_resident_weights(
     """Reads the weights of a device, packs those that no earlier process has packed, and has these
     kept. No thread is left.
 
-    Raises ConfigError for a bad checkpoint."""
+    Raises ConfigError for a bad checkpoint, and kernels that this machine cannot run."""
+    log.info("%d threads with %s kernels", len(device.cores), default_isa())
     weights = ResidentWeights([], {})
     keeper = _keeper(deployment)
     tokens = cache_tokens(deployment, specs)
@@ -91,7 +92,6 @@ def load_resident_ranks(
 ) -> DeviceRanks:
     """Loads the ranks of a device for the resident loop; see
     :func:`crosspool.ranks.device_process.load_ranks`."""
-    log.info("%d threads with %s kernels", len(device.cores), default_isa())
     resources = contextlib.ExitStack()
     resources.callback(weights.close)
     team = resources.enter_context(Team(device.cores))
