@@ -39,7 +39,9 @@ print(json.dumps([{name: version(name) for name in sys.argv[2:]}, tests]))
 def main() -> int:
     """Return 0 where every test passed."""
     parser = argparse.ArgumentParser(prog="python -m benchmark.clients", description=__doc__)
-    parser.add_argument("--python", required=True, help="Python of the clients' environment")
+    parser.add_argument(
+        "--python", type=os.path.abspath, required=True, help="Python of the clients' environment"
+    )
     parser.add_argument("--table", type=Path, help="file that gets the table in Markdown")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

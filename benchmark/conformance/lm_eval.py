@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -120,7 +121,9 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[list[str], bo
 def main() -> int:
     """Return 0 where both give the same numbers, 1 where they do not."""
     parser = argparse.ArgumentParser(prog="python -m benchmark.conformance.lm_eval")
-    parser.add_argument("--python", required=True, help="Python that has lm_eval")
+    parser.add_argument(
+        "--python", type=os.path.abspath, required=True, help="Python that has lm_eval"
+    )
     parser.add_argument("--model", choices=TINY_MODELS, default=TINY_MODELS[0])
     arguments = parser.parse_args()
     path = DEMO / arguments.model

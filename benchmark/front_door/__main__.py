@@ -120,7 +120,12 @@ def main() -> int:
     given = programs.add_parser("fuzz", help="fuzzed requests to every route")
     given.add_argument("--requests", type=int, default=100_000)
     given.add_argument("--seed", type=int, help="random unless given")
-    given.add_argument("--schemathesis", metavar="PYTHON", help="Python that has schemathesis")
+    given.add_argument(
+        "--schemathesis",
+        type=os.path.abspath,
+        metavar="PYTHON",
+        help="Python that has schemathesis",
+    )
     programs.add_parser("ending", help="SIGTERM while the worst requests run")
     options = parser.parse_args()
     if options.program == "hostile":

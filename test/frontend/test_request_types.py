@@ -110,6 +110,9 @@ def test_what_follows_a_refused_stream_finds_no_generation(server: FrontEndServe
         ("/encode", {"input_ids": []}, "/encode"),
         ("/classify", {"text": "a"}, "/classify"),
         ("/v1/detokenize", {"tokens": [[5, -2147483649]]}, "vocabulary"),
+        ("/v1/detokenize", {"tokens": [["5" * 50, 5]]}, "must be an integer"),
+        ("/v1/detokenize", {"tokens": ["5" * 50]}, "must be an integer"),
+        ("/v1/tokenize", {"prompt": "a", "stream": "yes"}, "does not support streaming"),
     ],
 )
 def test_other_routes(server: FrontEndServer, path: str, body: dict[str, Any], word: str) -> None:

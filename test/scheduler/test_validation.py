@@ -22,6 +22,7 @@ from simulation import VOCAB, Simulation, deployment, request, spec
         ({"sampling": Sampling(temperature=-0.1)}, "temperature .* got -0.1"),
         ({"sampling": Sampling(temperature=math.nan)}, "temperature .* got nan"),
         ({"sampling": Sampling(temperature=math.inf)}, "temperature .* got inf"),
+        ({"sampling": Sampling(temperature=1e308)}, r"temperature .* to 1e\+06, got 1e\+308"),
         ({"sampling": Sampling(top_p=0.0)}, "top_p .* got 0.0"),
         ({"sampling": Sampling(top_p=1.1)}, "top_p .* got 1.1"),
         ({"sampling": Sampling(top_k=0)}, "top_k .* got 0"),

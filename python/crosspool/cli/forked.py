@@ -33,7 +33,7 @@ class ForkServer:
     (:func:`crosspool.config.process.adopt_orphans`).
 
     The process of ``spec`` gets one more argument, ``--launcher-fd N``, which is a socket; see
-    :mod:`crosspool.server.fork_server`. It is started when it is first needed, and again when it
+    :mod:`crosspool.transport.forking`. It is started when it is first needed, and again when it
     has ended and is needed."""
 
     def __init__(self, spec: ProcessSpec) -> None:

@@ -9,6 +9,9 @@ from crosspool.scheduler.request import GenerateRequest, StopRules
 from crosspool.scheduler.stop_regex import compile_pattern
 from crosspool.transport.messages import Logprobs, Sampling
 
+_MOST_TEMPERATURE = 1e6
+"""Far beyond it, a logit of minus infinity, which bars a token, would be divided by infinity."""
+
 
 def problem(request: GenerateRequest, spec: ModelSpec) -> str | None:
     """The first thing that is wrong with ``request``; None when its model can serve it.
@@ -61,8 +64,8 @@ def _stop_problem(stop: StopRules) -> str | None:
 
 def _sampling_problem(sampling: Sampling, vocab: int) -> str | None:
     s = sampling
-    if not (math.isfinite(s.temperature) and s.temperature >= 0):
-        return f"temperature must be a number from 0 on, got {s.temperature}"
+    if not 0 <= s.temperature <= _MOST_TEMPERATURE:
+        return f"temperature must be a number from 0 to {_MOST_TEMPERATURE:g}, got {s.temperature}"
     if not 0 < s.top_p <= 1:
         return f"top_p must be greater than 0 and at most 1, got {s.top_p}"
     if s.top_k < 1 and s.top_k != -1:

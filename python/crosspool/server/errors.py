@@ -176,7 +176,9 @@ class ErrorShaper:
             return
         assert self._start is not None
         headers = MutableHeaders(raw=list(self._start["headers"]))
-        if self.status >= 500 and self.status != HTTPStatus.SERVICE_UNAVAILABLE:
+        if self.status == HTTPStatus.NOT_IMPLEMENTED:
+            self.status = HTTPStatus.BAD_REQUEST  # a request can be asked without what it asks for
+        elif self.status >= 500 and self.status != HTTPStatus.SERVICE_UNAVAILABLE:
             text = self._body.decode(errors="replace")
             log.error("%s: an application answered %d: %s", self._path, self.status, text)
             self.status = HTTPStatus.SERVICE_UNAVAILABLE
@@ -263,12 +265,10 @@ def _with_error(status: int, body: bytes, path: str) -> bytes:
         # FastAPI tells where in SGLang's source the route is; that is not for the client.
         data["message"] = data["message"].partition('\n\n  File "')[0]
     error = data.get("error", data.get("message"))
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:  # it may have been another one
-        data.pop("code", None)
+    _drop_other_status(data, status)
     if isinstance(error, dict):
         given = {key: value for key, value in error.items() if value is not None}
-        if status == HTTPStatus.SERVICE_UNAVAILABLE:
-            given.pop("code", None)
+        _drop_other_status(given, status)
         error = {**_error(status, str(error.get("message", ""))), **given}
     else:
         error = _error(status, str(error or _phrase(status)), param=data.get("param"))
@@ -278,6 +278,13 @@ def _with_error(status: int, body: bytes, path: str) -> bytes:
     else:
         data["error"] = error
     return msgspec.json.encode(data)
+
+
+def _drop_other_status(error: dict[str, Any], status: int) -> None:
+    """Drops the ``code`` of an application whose own status does not leave the server. Where the
+    code is a name, it stays."""
+    if isinstance(error.get("code"), int) and error["code"] != status:
+        del error["code"]
 
 
 def _phrase(status: int) -> str:

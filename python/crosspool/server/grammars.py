@@ -47,7 +47,7 @@ class KeptGrammar:
 
 
 class GrammarCache:
-    """KeptGrammar grammars of all models, the most recently used ones, ``limit`` bytes at most."""
+    """Compiled grammars of all models, the most recently used ones, ``limit`` bytes at most."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit

@@ -152,7 +152,7 @@ class RequestBounds:
         if not isinstance(value, list):
             self._check_any(field, value)
             return 1
-        if value and type(value[0]) is int:
+        if value and _are_ids(field, value):
             self._check_token_ids(field, value)
             return 1
         if value and isinstance(value[0], dict):  # messages, or documents with a text each
@@ -163,7 +163,7 @@ class RequestBounds:
                 f"`{field}` has {len(value)} prompts; at most {self.samples} are allowed"
             )
         for index, one in enumerate(value):
-            if isinstance(one, list) and one and type(one[0]) is int:
+            if isinstance(one, list) and one and _are_ids(field, one):
                 self._check_token_ids(f"{field}[{index}]", one)
             else:
                 self._check_any(f"{field}[{index}]", one)
@@ -177,7 +177,7 @@ class RequestBounds:
             )
         for index, token in enumerate(ids):
             if type(token) is not int:
-                raise _refused(f"`{field}[{index}]` must be an integer, as the entries before it")
+                raise _refused(f"`{field}[{index}]` must be an integer")
             if not 0 <= token < self.vocabulary:
                 raise _refused(
                     f"`{field}[{index}]` is {token}, which is out of vocabulary; "
@@ -233,3 +233,9 @@ def _size(text: str) -> int:
 
 def _refused(message: str) -> RequestError:
     return RequestError(HTTPStatus.BAD_REQUEST, message)
+
+
+def _are_ids(field: str, values: list[Any]) -> bool:
+    """Whether a list that is not empty has token ids. ``tokens`` can hold nothing else, and SGLang
+    would take strings there, of any number of digits."""
+    return type(values[0]) is int or (field == "tokens" and not isinstance(values[0], list))
