@@ -281,6 +281,17 @@ def test_a_dead_device_is_started_again_and_the_others_go_on(run) -> None:
     assert server.log[-1] == "device end" and not server.orphans()
 
 
+def wait_for_child(server: Run) -> psutil.Process:
+    """The child of a process that is a parent."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        server.look()
+        for process in server.seen.values():
+            if "time.sleep(600)" in " ".join(process.cmdline()):
+                return process
+    raise AssertionError("there is none")
+
+
 @pytest.mark.parametrize("forked", ["", " forked"])
 def test_a_process_takes_those_of_later_stages_along(run, forked: str) -> None:
     server = run(f"http;scheduler takes{forked};detokenizer{forked};device,other", restart_limit=5)
@@ -304,6 +315,20 @@ def test_a_process_takes_those_of_later_stages_along(run, forked: str) -> None:
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0
     assert not server.orphans()
+
+
+def test_the_children_of_a_replaced_process_leave_nothing_behind(run) -> None:
+    """The launcher is their parent once their own has died, so it has to look at how they ended."""
+    server = run("http;scheduler takes forked parent", restart_limit=5)
+    server.wait_for("ready")
+    for number in (1, 2):
+        child = wait_for_child(server)
+        child.parent().kill()
+        server.wait_for(f"scheduler start {number + 1}")
+        assert not psutil.pid_exists(child.pid)
+        server.seen.clear()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
 
 
 def test_processes_that_die_together_with_the_one_that_takes_them_are_replaced_once(run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -102,4 +103,8 @@ class Child:
         -n for a process killed by signal n."""
         if self._process.returncode is None:
             os.killpg(self.pid, signal.SIGKILL)
+            self._process.wait()
+            with contextlib.suppress(ChildProcessError):
+                while True:  # its children, which are ours now if we adopt orphans
+                    os.waitpid(-self.pid, 0)
         return self._process.wait()

@@ -7,7 +7,6 @@ import contextvars
 import copy
 import functools
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -22,11 +21,11 @@ from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
 from starlette.background import BackgroundTasks
 
 from crosspool.frontend import field_types, loads, private, refusal
-from crosspool.frontend.control_requests import ANSWERED, FORWARDED
 from crosspool.frontend.messages import seed_of_sample
-from crosspool.frontend.own_messages import Delivered, Disown, Resume, SchedulerReplaced
+from crosspool.frontend.own_messages import Delivered, Disown, SchedulerReplaced
 from crosspool.frontend.received import Received
 from crosspool.frontend.request_ids import RequestIds
+from crosspool.frontend.told import Told
 from crosspool.frontend.turns import Turns
 from crosspool.observability.bounded_log import BoundedLog
 
@@ -106,10 +105,7 @@ class PooledTokenizerManager(TokenizerManager):
         self._failure: tuple[str, int] | None = None
         self._confirms = False
         """Whether the scheduler is about to hear of ends."""
-        self._unanswered: deque[Any] = deque()
-        """What the scheduler was asked beside requests, and has not answered, in order."""
-        self._pause: io_struct.PauseGenerationReqInput | None = None
-        """What has paused the model, while it is paused."""
+        self._told = Told(self)
         self.mark(1)
 
     def mark(self, incarnation: int, scheduler: int = 1) -> None:
@@ -120,24 +116,6 @@ class PooledTokenizerManager(TokenizerManager):
         # SGLang's own mark, for which of several processes a request came from.
         self.tokenizer_ipc_name = f"http#{incarnation}.{scheduler}"
         self._received = Received(self, self.tokenizer_ipc_name)
-
-    def _hand_in(self, scheduler: int) -> None:
-        """Has a new scheduler go on with every request of the one before it, behind the tokens that
-        have come, and tells it whatever else that one knew or has not answered."""
-        self.mark(self._incarnation, scheduler)
-        private.tell_scheduler(self, Disown())
-        if self._pause is not None:
-            private.tell_scheduler(self, self._pause)
-        unanswered, self._unanswered = self._unanswered, deque()
-        for message in unanswered:
-            private.tell_scheduler(self, message)
-        taken = private.sent_requests(self)
-        for message, state in taken:
-            message.http_worker_ipc = self.tokenizer_ipc_name
-            private.tell_scheduler(self, Resume(message=message, output_ids=state.output_ids))
-            if state.abort_sent:
-                private.tell_scheduler(self, io_struct.AbortReq(rid=message.rid))
-        log.warning("the scheduler is a new one: it goes on with %d requests", len(taken))
 
     def disown_former(self) -> None:
         """Has the scheduler abort the requests of the process that had this one's place, and go on
@@ -169,13 +147,12 @@ class PooledTokenizerManager(TokenizerManager):
             await asyncio.sleep(0)  # there may be many of them
 
     async def _take(self, message: Any) -> None:
-        match message:
-            case SchedulerReplaced():
-                return self._hand_in(message.incarnation)
-            case io_struct.AbortReq():
-                self._received.note_end(message.rid)
-            case io_struct.BaseReq() if self._unanswered and not isinstance(message, FORWARDED):
-                self._unanswered.popleft()  # answers come in the order of the questions
+        if isinstance(message, SchedulerReplaced):
+            self.mark(self._incarnation, message.incarnation)
+            return self._told.tell_again(self.tokenizer_ipc_name)
+        if isinstance(message, io_struct.AbortReq):
+            self._received.note_end(message.rid)
+        self._told.note_answer(message)
         if not isinstance(message, io_struct.BatchStrOutput) or self._received.cut(message):
             await private.take_output(self, message)
         if self._received.has_ended and not self._confirms:
@@ -311,9 +288,7 @@ class PooledTokenizerManager(TokenizerManager):
         elif isinstance(message, io_struct.BatchTokenizedGenerateReqInput):
             messages = message.batch
         else:
-            if isinstance(message, ANSWERED):
-                self._unanswered.append(message)
-            return
+            return self._told.note(message)
         for one in messages:
             if text := field_types.message_problem(one):
                 raise _refused(text, HTTPStatus.BAD_REQUEST)
@@ -326,7 +301,7 @@ class PooledTokenizerManager(TokenizerManager):
                     "(max_logprobs)"
                 )
                 raise _refused(text, HTTPStatus.BAD_REQUEST)
-        private.note_sent(self, messages)
+        self._told.note_requests(messages)
 
     def detokenize_logprob_tokens(
         self, token_logprobs_val: list[float], token_logprobs_idx: list[int], decode_to_text: bool
@@ -350,8 +325,7 @@ class PooledTokenizerManager(TokenizerManager):
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
         """Ends the request that has this id, whether the client or SGLang gave it, or all."""
         if abort_all:
-            for _, state in private.sent_requests(self):
-                state.abort_sent = True
+            self._told.note_abort_of_all()
             super().abort_request(abort_all=True)
             return
         for one in self._ids.abort(rid):
@@ -362,11 +336,11 @@ class PooledTokenizerManager(TokenizerManager):
             text = "`mode`: 'retract' is not supported; 'in_place' and 'abort' are"
             raise fastapi.HTTPException(status_code=HTTPStatus.BAD_REQUEST, detail=text)
         if obj.mode == "in_place":
-            self._pause = obj
+            self._told.pause = obj
         await super().pause_generation(obj)
 
     async def continue_generation(self, obj: io_struct.ContinueGenerationReqInput) -> None:
-        self._pause = None
+        self._told.pause = None
         await super().continue_generation(obj)
 
     def create_abort_task(self, obj: Any) -> BackgroundTasks:
