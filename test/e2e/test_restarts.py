@@ -151,10 +151,9 @@ def test_another_scheduler_goes_on_with_every_request(server: Server, victim: st
             kill(server, f"crosspool::{victim}")
             number += 1
             wait_for_scheduler(server, number)
-        answered = load.answers
         time.sleep(1)
     assert not load.problems, load.problems[0]
-    assert load.answers > answered > 0
+    assert load.answers >= len(load.asks)
     status = server.get("/crosspool/status")
     assert all(rank["promised_bytes"] == 0 for rank in status["ranks"])
     assert not any(model["running"] or model["waiting"] for model in status["models"])

@@ -71,10 +71,11 @@ def test_silence_is_a_problem_then_ends_requests_then_is_for_good(liveness: Live
 
 
 def test_a_scheduler_that_starts_again_is_waited_for(liveness: Liveness) -> None:
-    """Requests in flight wait as long as for nobody else, but not for ever."""
+    """Requests in flight wait as long as for nobody else, but not for ever, and new ones as long as
+    those in flight would wait for a scheduler that is silent."""
     liveness.told(SchedulerGone())
     for second in range(40):
-        assert (liveness.problem is not None) == (second >= UNHEALTHY_SECONDS)
+        assert (liveness.problem is not None) == (second >= SILENCE_SECONDS)
         assert liveness.lost is None and not liveness.is_long
         liveness.answered(status(ready=False), 1.0)
     liveness.answered(status(ready=True), 1.0)

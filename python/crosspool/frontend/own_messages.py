@@ -10,7 +10,7 @@ class Delivered(io_struct.BaseBatchReq):
     """The ends of the requests ``rids`` have come: what was sent of them need not be kept."""
 
 
-class SchedulerReplaced(io_struct.BaseReq, kw_only=True):
+class SchedulerReplaced(io_struct.BaseReq):
     """The scheduler is a new one, which knows of no request. It hears nothing before a
     :class:`Disown`, which is to be followed by all that is still to be done."""
 
@@ -18,7 +18,7 @@ class SchedulerReplaced(io_struct.BaseReq, kw_only=True):
     """Its number among the deployment's schedulers."""
 
 
-class Resume(io_struct.BaseReq, kw_only=True):
+class Resume(io_struct.BaseReq):
     """Go on with a request that an earlier scheduler had taken."""
 
     message: io_struct.TokenizedGenerateReqInput

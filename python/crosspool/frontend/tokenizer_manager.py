@@ -17,7 +17,6 @@ from typing import Any
 import fastapi
 from sglang.srt.managers import io_struct, tokenizer_manager
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
-from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
 from starlette.background import BackgroundTasks
 
 from crosspool.frontend import field_types, loads, private, refusal
@@ -400,31 +399,3 @@ def _logprobs(message: io_struct.TokenizedGenerateReqInput, context: int) -> int
     if at_position <= 1 + _FREE_TOP_LOGPROBS:
         outputs = 0
     return at_position * (outputs + (max(prompt - start, 0) if start >= 0 else 0))
-
-
-def _shared(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``make`` so that it makes a metric once per name and returns the same one later."""
-    made: dict[str, Any] = {}
-
-    def get(**arguments: Any) -> Any:
-        name = arguments["name"]
-        if name not in made:
-            made[name] = make(**arguments)
-        return made[name]
-
-    return get
-
-
-@functools.cache
-def shared_metrics() -> type[TokenizerMetricsCollector]:
-    """SGLang's metrics of a tokenizer manager, with one set of metrics for all models of the
-    process. The label ``model_name`` tells them apart."""
-    # Here, because it may be imported only once PROMETHEUS_MULTIPROC_DIR is set.
-    import prometheus_client
-
-    return private.with_metric_classes(
-        TokenizerMetricsCollector,
-        _shared(prometheus_client.Counter),
-        _shared(prometheus_client.Gauge),
-        _shared(prometheus_client.Histogram),
-    )

@@ -9,10 +9,11 @@ from crosspool.transport.inspection import Status
 from crosspool.transport.notices import Continued, Lost, Notice, SchedulerGone
 
 UNHEALTHY_SECONDS = 3.0
-"""Silence of the scheduler after which no new request is taken until it answers."""
+"""Silence of the scheduler after which no new request is taken until it answers, unless the
+launcher is known to start another one."""
 SILENCE_SECONDS = 15.0
-"""Silence of the scheduler after which requests in flight end, unless another one takes its
-place."""
+"""Silence of the scheduler after which requests in flight end; those wait for longer that know of
+another one's start, but new ones do not."""
 STOPPED_SECONDS = 1.0
 """Time for which a process is stopped after which requests in flight end."""
 
@@ -74,7 +75,7 @@ class Liveness:
             return self.lost
         if self._stopped:
             return f"{', '.join(self._stopped)} is stopped by a signal"
-        if self._silence >= UNHEALTHY_SECONDS:
+        if self._silence >= (SILENCE_SECONDS if self._restarts else UNHEALTHY_SECONDS):
             return f"the scheduler has not answered for {self._silence:g} s"
         return None
 
