@@ -74,9 +74,15 @@ def spec(name, *words):
     argv = [sys.executable, str(folder / "stand_in.py"), str(log), name, *words]
     device = name if name == "device" else None
     group = "group" if "grouped" in words else None
-    restartable = bool(device or group) or "forked" in words
+    takes = "takes" in words
+    restartable = bool(device or group) or "forked" in words or takes
     return ProcessSpec(
-        name=name, argv=argv, device=device, restartable=restartable, group=group
+        name=name,
+        argv=argv,
+        device=device,
+        restartable=restartable,
+        group=group,
+        takes_later=takes,
     )
 def note(word):
     with log.open("a") as file:
@@ -289,6 +295,81 @@ def test_a_dead_device_is_started_again_and_the_others_go_on(run) -> None:
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0
     assert server.log[-1] == "device end" and not server.orphans()
+
+
+def wait_for_child(server: Run) -> psutil.Process:
+    """The child of a process that is a parent."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        server.look()
+        for process in server.seen.values():
+            if "time.sleep(600)" in " ".join(process.cmdline()):
+                return process
+    raise AssertionError("there is none")
+
+
+@pytest.mark.parametrize("forked", ["", " forked"])
+def test_a_process_takes_those_of_later_stages_along(run, forked: str) -> None:
+    server = run(f"http;scheduler takes{forked};detokenizer{forked};device,other", restart_limit=5)
+    server.wait_for("ready")
+    for number in (1, 2):
+        dead = [int(file.read_text()) for file in server.log_file.parent.glob("[!h]*.pid")]
+        assert len(dead) == 4
+        os.kill(int((server.log_file.parent / "scheduler.pid").read_text()), signal.SIGKILL)
+        for name in ("scheduler", "detokenizer", "device", "other"):
+            server.wait_for(f"{name} start {number + 1}")
+        assert not any(map(psutil.pid_exists, dead))
+        for pid in dead:
+            server.seen.pop(pid, None)
+    assert sum(line.startswith("http start") for line in server.log) == 1
+    said = [line for line in server.log if line.startswith("say")]
+    assert said == [
+        f"say scheduler was killed by SIGKILL; it is started again (restart {number})"
+        for number in (1, 2)
+    ]
+    assert not any(line.startswith("gone device") for line in server.log)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert not server.orphans()
+
+
+def test_the_children_of_a_replaced_process_leave_nothing_behind(run) -> None:
+    """The launcher is their parent once their own has died, so it has to look at how they ended."""
+    server = run("http;scheduler takes forked parent", restart_limit=5)
+    server.wait_for("ready")
+    for number in (1, 2):
+        child = wait_for_child(server)
+        child.parent().kill()
+        server.wait_for(f"scheduler start {number + 1}")
+        assert not psutil.pid_exists(child.pid)
+        server.seen.clear()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+
+
+def test_processes_that_die_together_with_the_one_that_takes_them_are_replaced_once(run) -> None:
+    server = run("http;scheduler takes;device", restart_limit=5)
+    server.wait_for("ready")
+    both = [find(server, name) for name in ("device", "scheduler")]
+    launcher = psutil.Process(server.process.pid)
+    launcher.suspend()
+    while launcher.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
+    for process in both:
+        process.kill()
+    while any(map(is_alive, both)):
+        time.sleep(0.01)
+    launcher.resume()
+    for name in ("device", "scheduler"):
+        server.wait_for(f"{name} start 2")
+    time.sleep(1)
+    assert sum(" start " in line for line in server.log) == 2
+    assert [line for line in server.log if line.startswith(("gone", "say"))] == [
+        "say scheduler was killed by SIGKILL; it is started again (restart 1)",
+        "gone None 1: scheduler was killed by SIGKILL",
+    ]
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
 
 
 def test_a_device_that_dies_at_each_start_ends_the_server_with_the_cause(run) -> None:

@@ -238,13 +238,13 @@ def test_front_end_processes_that_are_killed_are_replaced() -> None:
 
 
 def test_a_server_whose_scheduler_cannot_go_on_ends_with_the_cause() -> None:
-    """The HTTP process, which finds that nothing can be served, is not replaced: another one would
-    find the same."""
-    with Server([*SMALL, "--failure-grace", "0.5"], models=TINY_MODELS[:1]) as server:
+    """Where another one may not take its place."""
+    flags = [*SMALL, "--failure-grace", "0.5", "--restart-limit", "0"]
+    with Server(flags, models=TINY_MODELS[:1]) as server:
         family = server.processes()
         server.find("crosspool::grammars").kill()
         assert server.process.wait(30) == 1
         assert "the process that compiles grammars has ended" in server.log
-        assert "http exited with status 3" in server.log
+        assert "scheduler exited with status 1" in server.log
         _, alive = psutil.wait_procs(family, timeout=5)
         assert not alive

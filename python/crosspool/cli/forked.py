@@ -102,6 +102,10 @@ class ForkServer:
             return self.end(), child.reap()
         return self._handed_over(), None
 
+    def collect(self) -> list[Child]:
+        """The processes that are there now and were not at the last call, as :meth:`poll`."""
+        return [] if self._socket is None else self._handed_over()
+
     def end(self) -> list[Child]:
         """Ends the fork server. Returns the processes that are there and were not at the last
         :meth:`poll`; those that it has not handed over end with it."""

@@ -142,7 +142,10 @@ def device_processes(
 
 def front_end(deployment: Deployment, listener_fds: Sequence[int]) -> list[ProcessSpec]:
     """The front end's processes, in the order in which they are stopped. They are forked by one
-    that imports SGLang: this takes longer than anything else at the start."""
+    that imports SGLang: this takes longer than anything else at the start.
+
+    What the devices and the detokenizer know of requests is of no use to another scheduler, so they
+    start anew with it; who holds the devices' weights stays."""
     listeners = ["--listeners", *map(str, listener_fds)]
     forks = ProcessSpec(
         name="front end",
@@ -157,7 +160,8 @@ def front_end(deployment: Deployment, listener_fds: Sequence[int]) -> list[Proce
             name=name,
             argv=[*_module("server.process", deployment), name],
             env={**_OFFLINE, **_threads(1)},
-            restartable=name != "scheduler",
+            restartable=True,
+            takes_later=name == "scheduler",
             forked_by=forks,
         )
         for name in ("http", "scheduler", "detokenizer")
@@ -259,22 +263,27 @@ class _Face:
         are as soon as they are there: nobody waits for them but other processes."""
         if spec.name == "http":
             return self._http_ready(_GLANCE_SECONDS)
-        if spec.device is None:
+        if spec.name != "scheduler" and spec.device is None:
             return True
         try:
             status = admin.status(self._deployment.admin_address, _GLANCE_SECONDS)
         except admin.AdminError:
             return False
+        if spec.name == "scheduler":
+            return status.ready and status.incarnation == spec.incarnation
         return any(
             device.ready and (device.name, device.incarnation) == (spec.device, spec.incarnation)
             for device in status.devices
         )
 
     def tell_of_restart(self, loss: Loss) -> None:
-        """Removes the metrics of the dead process, and tells the scheduler that a device is away
-        until its next process is ready."""
+        """Removes the metrics of the dead process. Tells the scheduler that a device is away until
+        its next process is ready, and the HTTP process that there is no scheduler until the next
+        one is."""
         if loss.pid is not None:
             remove_metrics(self._deployment, loss.pid)
+        if loss.spec.name == "scheduler":
+            self._http.tell(notices.SchedulerGone())
         self._tell_scheduler(loss, final=False)
 
     def tell_of_loss(self, loss: Loss) -> None:

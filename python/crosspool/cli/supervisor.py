@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, dropwhile, islice
 from types import FrameType
 
 from crosspool.cli.child import Child, ProcessSpec
@@ -76,7 +77,8 @@ class Supervisor:
     A restartable process that is lost later is started again as ``restarts`` says, and
     ``on_restart`` is called before; ``is_back`` is then called again and again until it returns
     True for the new one. All others of its group are ended and started again with it; this counts
-    once. One that ends with status 2, a user's mistake, or 3, another's failure, is
+    once. One that ``takes_later`` ends the processes of later stages, of which new ones are started
+    with it. One that ends with status 2, a user's mistake, or 3, another's failure, is
     not started again.
     ``on_loss`` is called for every other process that is lost later; the others then go on for
     ``failure_grace`` seconds, unless the lost one was of the first stage.
@@ -133,6 +135,9 @@ class Supervisor:
         """Processes that wait for their start after a death, by name."""
         self._not_back: dict[str, ProcessSpec] = {}
         """Processes that were started again and are not ready yet, by name."""
+        self._latest: dict[str, int] = {}
+        """The incarnation of each process that has been replaced, by name; no fork server's, which
+        have none."""
         self._ready = False
         self._draining = False
         """Whether the first stage has been asked to end, and the others have not."""
@@ -184,7 +189,7 @@ class Supervisor:
             for loss in [*self._start_due(losses), *self._new_losses(losses)]:
                 # Requests may have come in since the last call.
                 self._ready = self._ready or self._is_ready()
-                if self._ready and not losses and self._replaces(loss):
+                if self._is_past(loss) or (self._ready and not losses and self._replaces(loss)):
                     continue
                 losses.append(loss)
                 self._say(loss.cause)
@@ -251,8 +256,6 @@ class Supervisor:
         """Has the lost process started again, unless there is no use in it; returns whether it
         is."""
         name, group = loss.spec.name, loss.spec.group
-        if name in self._starts:  # as one of a group of which another one has been lost
-            return True
         if not self._can_replace(loss.spec) or loss.status in (USER_MISTAKE, CANNOT_SERVE):
             return False
         others = [
@@ -271,13 +274,41 @@ class Supervisor:
                 child.reap()  # it may live
         due = time.monotonic() + wait
         for one in losses:
-            spec = one.spec.again()
-            self._not_back.pop(spec.name, None)
-            self._stopped.pop(spec.name, None)
-            self._say(f"{one.cause}; it is started again (restart {spec.incarnation - 1})")
+            self._say(f"{one.cause}; it is started again (restart {one.spec.incarnation})")
             self._on_restart(one)
-            self._starts[spec.name] = _Start(spec, due)
+            self._plan_start(one.spec, due)
+            if one.spec.takes_later:
+                self._replace_later_than(one.spec, due)
         return True
+
+    def _plan_start(self, dead: ProcessSpec, due: float) -> None:
+        spec = dead.again()
+        self._not_back.pop(spec.name, None)
+        self._stopped.pop(spec.name, None)
+        if spec.name not in self._fork_servers:
+            self._latest[spec.name] = spec.incarnation
+        self._starts[spec.name] = _Start(spec, due)
+
+    def _replace_later_than(self, spec: ProcessSpec, due: float) -> None:
+        """Ends the processes of the stages behind that of ``spec``, and has others started.
+
+        Those that do not run are about to be started, and have not spoken to the dead process: fork
+        servers tell of a process before it does anything."""
+        for server in self._fork_servers.values():
+            self._take_over(server.collect())
+        places = zip(self._stages, self._children, strict=True)
+        behind = dropwhile(lambda place: spec.name not in [s.name for s in place[0]], places)
+        later = chain.from_iterable(children for _, children in islice(behind, 1, None))
+        running = [child for child in later if child.spec.name not in self._starts]
+        for child in running:
+            child.signal(signal.SIGKILL)
+        for child in running:
+            child.reap()
+            self._plan_start(child.spec, due)
+
+    def _is_past(self, loss: Loss) -> bool:
+        """Whether another process has taken, or is to take, the place of the lost one already."""
+        return loss.spec.incarnation < self._latest.get(loss.spec.name, 1)
 
     def _start_due(self, known: Sequence[Loss]) -> list[Loss]:
         """Starts the processes whose time has come, unless the others are about to end; returns
@@ -395,7 +426,7 @@ class Supervisor:
         others that are not, since nothing can be done about them."""
         lost = []
         for loss in [*self._start_due([]), *self._new_losses([])]:
-            if self._is_of_first_stage(loss.spec) or self._replaces(loss):
+            if self._is_of_first_stage(loss.spec) or self._is_past(loss) or self._replaces(loss):
                 continue
             lost.append(loss)
             self._say(loss.cause)

@@ -98,7 +98,9 @@ class Devices:
     :meth:`receive` when it is readable.
 
     ``on_away`` and ``on_back`` are called with the name of a device when its process is gone, and
-    when another one is ready in its place. While a device is away, nothing is sent to it."""
+    when another one is ready in its place. While a device is away, nothing is sent to it.
+    ``is_first``: whether no scheduler has had these devices before, so that one that cannot start
+    ends the server."""
 
     def __init__(
         self,
@@ -106,7 +108,10 @@ class Devices:
         deployment: Deployment,
         on_away: Callable[[str], None],
         on_back: Callable[[str], None],
+        *,
+        is_first: bool = True,
     ) -> None:
+        self._is_first = is_first
         self._devices = {device.name: _Device(device.name) for device in deployment.devices}
         self._kv_names = [device.name for device in deployment.kv_pool_devices]
         self._on_away = on_away
@@ -176,8 +181,8 @@ class Devices:
 
     def receive(self) -> tuple[int, StepResult] | None:
         """Handles messages up to the next result of a step; returns that with its attention rank,
-        or None when no message is left. Raises DeviceFailed for a device that fails before all are
-        ready, and for one that does not speak the protocol."""
+        or None when no message is left. Raises DeviceFailed for a device that fails before all were
+        ever ready, and for one that does not speak the protocol."""
         while True:
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -204,7 +209,7 @@ class Devices:
     def _handle(self, device: _Device, incarnation: int, message: FromDevice) -> None:
         match message:
             case Failed():
-                if not self.have_started:
+                if self._is_first and not self.have_started:
                     raise DeviceFailed(f"device {device.name}: {message.message}")
                 log.error("device %s: %s", device.name, message.message)
                 device.complaint = message.message

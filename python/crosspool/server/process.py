@@ -46,9 +46,13 @@ def _http(deployment: Deployment, place: Place) -> None:
 def _scheduler(deployment: Deployment, place: Place) -> None:
     _close(place)
     compat.install()
-    from crosspool.server.scheduler_loop import SchedulerLoop
+    from crosspool.server.scheduler_loop import CannotGoOn, SchedulerLoop
 
-    SchedulerLoop(deployment).run()
+    try:
+        SchedulerLoop(deployment, place.incarnation).run()
+    except CannotGoOn as error:
+        logging.getLogger(__name__).error("%s: another scheduler has to take over", error)
+        leave(1)
 
 
 def _detokenizer(deployment: Deployment, place: Place) -> None:
