@@ -216,6 +216,23 @@ def test_a_device_that_dies_while_a_model_wakes_loses_nothing(fleet: Server) -> 
             time.sleep(0.05)
 
 
+def test_a_scheduler_that_takes_the_place_of_a_dead_one_knows_who_is_resident(
+    fleet: Server,
+) -> None:
+    expected = {model: generate(fleet, model)["output_ids"] for model in TINY_MODELS}
+    with ThreadPoolExecutor(len(TINY_MODELS)) as threads:
+        answers = {model: threads.submit(generate, fleet, model) for model in TINY_MODELS}
+        scheduler = fleet.find("crosspool::scheduler")
+        scheduler.kill()
+        psutil.wait_procs([scheduler], timeout=10)
+        for model, answer in answers.items():
+            assert answer.result()["output_ids"] == expected[model]
+    for model in TINY_MODELS:
+        assert generate(fleet, model)["output_ids"] == expected[model]
+    held = [m for m, told in told_of(fleet).items() if told["state"] != "asleep"]
+    assert 0 < sum(FFN_BYTES[model] for model in held) <= FOR_TWO
+
+
 @pytest.fixture(scope="module")
 def cramped(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Serves them on two devices that hold the weights of one model at a time, of both parts."""
