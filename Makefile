@@ -55,7 +55,7 @@ GPU_ENV := PYTHONPATH=python:.$(if $(PYTHONPATH),:$(PYTHONPATH)) CUDA_MODULE_LOA
 GPU_BUILD := build/gpu
 
 .PHONY: help env dev serve test test-all $(GROUPS:%=test-%) lint format \
-  bench bench-peers clients front-door lm-eval sglang-tests vllm-tests \
+  bench bench-peers clients front-door chaos lm-eval sglang-tests vllm-tests \
   native-gpu gpu-report gpu-bundle test-gpu bench-gpu sanitize-gpu clean force
 
 help: ## Prints this list.
@@ -152,6 +152,9 @@ front-door: dev ## Sends hostile requests, 10^5 fuzzed ones and SIGTERM to a ser
 	  $(VENV)/schemathesis/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) schemathesis || exit 1; \
 	  echo "==> fuzzed requests"; $(BIN)/python -m benchmark.front_door fuzz $(ARGS) \
 	  --schemathesis $(abspath $(VENV))/schemathesis/bin/python && exit $$status
+
+chaos: dev ## Kills, stops and slows a server's processes under load: ARGS="--minutes 15".
+	@$(BIN)/python -m benchmark.chaos $(ARGS)
 
 # Environments of their own: they want other versions of what CrossPool needs. Evaluation sees the
 # project's environment, for transformers.

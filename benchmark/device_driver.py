@@ -137,6 +137,7 @@ class DeviceDriver:
         self.logs: dict[str, Path] = {}
         self.ready: dict[str, Ready] = {}
         self._lanes_fd: int | None = None
+        self._kept = links.keep_memory(self.deployment)
         self._incarnations = {device.name: 1 for device in self.deployment.devices}
         self._early: list[tuple[str, FromDevice]] = []
         self._messages: list[tuple[str, FromDevice]] = []
@@ -168,6 +169,10 @@ class DeviceDriver:
 
     def _spawn_device(self, device: Device) -> None:
         lanes = [] if self._lanes_fd is None else ["--lanes-fd", str(self._lanes_fd)]
+        kept = self._kept.fds
+        shared = [] if self._lanes_fd is None else [self._lanes_fd]
+        if kept:
+            lanes += ["--link-memory-fds", ",".join(map(str, kept))]
         with self.logs[device.name].open("ab") as out:
             self.processes[device.name] = subprocess.Popen(
                 [
@@ -185,7 +190,7 @@ class DeviceDriver:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                pass_fds=() if self._lanes_fd is None else (self._lanes_fd,),
+                pass_fds=[*shared, *kept],
                 preexec_fn=die_with_parent,  # noqa: PLW1509
             )
 
@@ -423,6 +428,7 @@ class DeviceDriver:
             if process.poll() is None:
                 process.kill()
             process.wait()
+        self._kept.close()
         if self._lanes_fd is not None:
             os.close(self._lanes_fd)
             self._lanes_fd = None

@@ -133,10 +133,12 @@ class Server:
         """Return the launcher and every process below it, by title."""
         assert self._process is not None
         launcher = psutil.Process(self._process.pid)
-        return {
-            process.cmdline()[0].rpartition("/")[2]: process
-            for process in (launcher, *launcher.children(recursive=True))
-        }
+        found: dict[str, psutil.Process] = {}
+        for process in (launcher, *launcher.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                words = process.cmdline()  # none of one that has ended
+                found |= {words[0].rpartition("/")[2]: process} if words else {}
+        return found
 
     @property
     def log(self) -> str:

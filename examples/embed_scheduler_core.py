@@ -8,6 +8,7 @@ it carries out every step at once and samples the position's number as the token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Decoder:
 class NoGrammars:
     """A grammar backend that refuses every grammar."""
 
-    def compile(self, grammar: Grammar) -> Future[GrammarMatcher]:
+    def compile(self, grammar: Grammar, output: Sequence[int] = ()) -> Future[GrammarMatcher]:
         future: Future[GrammarMatcher] = Future()
         future.set_exception(ValueError(f"no {grammar.kind} here"))
         return future

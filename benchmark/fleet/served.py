@@ -92,7 +92,10 @@ class Fleet(Server):
         return told
 
     def pack_all(self) -> None:
-        """Wake every model once, so that the packed weights of all of them are on disk."""
+        """Wake every model from sleep once, so that the packed weights of all of them are on disk:
+        those that are resident from the start are packed meanwhile. All sleep then."""
+        for name in self.names:
+            self.do("sleep", name)
         for name in self.names:
             self.do("wake", name)
             self.do("sleep", name)

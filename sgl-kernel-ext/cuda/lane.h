@@ -176,7 +176,8 @@ class GPULane {
     return true;
   }
 
-  // Waits for a peer or for the host, within the bound of waits.
+  // Waits for a peer, or for the host. The wait for a peer has no bound here: a process that has died
+  // may take long to load again, and the launcher looks for devices that wait for one another.
   CROSSPOOL_CALLED Action wait(std::uint64_t now) {
     if (!waits_) {
       waits_ = true;
@@ -185,6 +186,7 @@ class GPULane {
       return leave();
     }
     if (leaving_) return leave();
+    if (phase_ == Phase::kPeers || phase_ == Phase::kStage) return {Action::kWait, 0};
     // The difference is signed: another multiprocessor's clock may be a little behind.
     const auto waited = static_cast<std::int64_t>(now - since_);
     if (waited < static_cast<std::int64_t>(at_.wait_ns)) return {Action::kWait, 0};

@@ -52,7 +52,7 @@ struct GPULoopDescription {
   std::uint32_t reserved;
   std::uint64_t epoch;    // incarnation of the attention rank
   std::uint64_t spin_ns;  // how long a pass polls before it launches the next; below wait_ns
-  std::uint64_t wait_ns;  // bound of each wait for a peer or for the host
+  std::uint64_t wait_ns;  // bound of each wait for the host, and of a stage
 };
 
 }  // namespace crosspool::gpu

@@ -1,12 +1,13 @@
-"""Checks the models of the lanes and of the command ring with spin (``apt-get install spin``; a C
-compiler beside it).
+"""Checks the models of the lanes, the command ring and the replay of steps with spin
+(``apt-get install spin``; a C compiler beside it).
 
     python sgl-kernel-ext/model/check.py [--seconds 0.5]
 
-Small deployments, and a host with its loop, are searched exhaustively (spin's partial-order
-reduction, states compressed). Then every deployment of 1 to 3 attention ranks, 1 to 3 FFN ranks and
-1 to 4 lanes gets a search of bounded time over hashed states (bitstate), in a random order: it
-visits hundreds of thousands of states of each, not all. Exit status 1 when anything is found.
+Small deployments, a host with its loop, and a scheduler with ranks that die are searched
+exhaustively (spin's partial-order reduction, states compressed). Then every deployment of 1 to 3
+attention ranks, 1 to 3 FFN ranks and 1 to 4 lanes gets a search of bounded time over hashed states
+(bitstate), in a random order: it visits hundreds of thousands of states of each, not all. Exit
+status 1 when anything is found.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 
-MODEL = Path(__file__).parent / "lanes.pml"
-COMMANDS_MODEL = Path(__file__).parent / "commands.pml"
+_FOLDER = Path(__file__).parent
 _LOOK_S = 0.05
 """Seconds between two looks at a bounded search."""
 
@@ -37,6 +38,7 @@ _LOOK_S = 0.05
 class Case:
     """One deployment, and what happens in it."""
 
+    model: ClassVar[Path] = _FOLDER / "lanes.pml"
     attention_ranks: int
     ffn_ranks: int
     lanes: int
@@ -54,12 +56,30 @@ class Case:
 class CommandCase:
     """One host with its loop."""
 
+    model: ClassVar[Path] = _FOLDER / "commands.pml"
     lanes: int
     steps: int
     lease: int
     """Number of steps of a lease."""
     spare: int
     """Slots of the event ring beyond its reserve."""
+
+    def __str__(self) -> str:
+        return " ".join(f"{value} {name}" for name, value in asdict(self).items())
+
+
+@dataclass(frozen=True)
+class ReplayCase:
+    """A scheduler with attention ranks that die."""
+
+    model: ClassVar[Path] = _FOLDER / "replay.pml"
+    ranks: int
+    requests: int
+    tokens: int
+    """Number of tokens of each request."""
+    lease: int
+    """Number of tokens of a lease."""
+    restarts: int
 
     def __str__(self) -> str:
         return " ".join(f"{value} {name}" for name, value in asdict(self).items())
@@ -76,15 +96,35 @@ class Report:
     output: str
 
 
-EXHAUSTIVE = [
+AnyCase = Case | CommandCase | ReplayCase
+
+SMALL: list[AnyCase] = [
+    Case(1, 1, 1, 2, 2, 1),
+    Case(1, 1, 2, 2, 1, 1),
+    Case(1, 2, 1, 1, 1, 1),
+    Case(2, 1, 1, 1, 1, 0),
+    CommandCase(1, 2, 2, 1),
+    CommandCase(2, 1, 2, 1),
+    ReplayCase(1, 1, 2, 2, 1),
+    ReplayCase(1, 2, 2, 2, 1),
+    ReplayCase(2, 1, 2, 2, 1),
+    ReplayCase(2, 2, 1, 1, 1),
+]
+"""What the tests search, too: less than a second each."""
+LARGE: list[AnyCase] = [
     Case(1, 1, 1, 2, 2, 2),
     Case(1, 1, 2, 2, 2, 1),
     Case(1, 2, 1, 2, 1, 1),
     Case(2, 1, 1, 1, 1, 1),
     Case(1, 1, 3, 3, 2, 0),
     Case(2, 2, 1, 1, 1, 0),
+    CommandCase(1, 2, 3, 1),
+    CommandCase(1, 2, 3, 2),
+    CommandCase(2, 2, 2, 1),
+    ReplayCase(1, 1, 2, 2, 2),
+    ReplayCase(1, 2, 2, 2, 2),
+    ReplayCase(2, 1, 2, 2, 2),
 ]
-COMMANDS = [CommandCase(1, 2, 3, 1), CommandCase(1, 2, 3, 2), CommandCase(2, 2, 2, 1)]
 SWEEP = [
     Case(attention_ranks, ffn_ranks, lanes, lanes + 1, 2, 1)
     for attention_ranks, ffn_ranks, lanes in itertools.product((1, 2, 3), (1, 2, 3), (1, 2, 3, 4))
@@ -95,28 +135,26 @@ def available() -> bool:
     return shutil.which("spin") is not None and _compiler() is not None
 
 
-def verify(case: Case | CommandCase, text: str, seconds: float | None = None) -> Report:
-    """Searches the model ``text`` exhaustively, or its hashed states for about ``seconds`` of
-    processor time, whatever else the machine does."""
+def verify(case: AnyCase, text: str | None = None, seconds: float | None = None) -> Report:
+    """Searches the model of ``case``, or ``text`` in its place, exhaustively, or its hashed states
+    for about ``seconds`` of processor time, whatever else the machine does."""
     with tempfile.TemporaryDirectory(prefix="crosspool-spin-") as name:
         folder = Path(name)
-        (folder / "model.pml").write_text(text)
+        (folder / "model.pml").write_text(case.model.read_text() if text is None else text)
         defines = [f"-D{field.upper()}={value}" for field, value in asdict(case).items()]
         _run(["spin", "-a", *defines, "model.pml"], folder)
-        if seconds is None:
-            options = ["-O2", "-DCOLLAPSE"]
-        else:  # compiling takes longer than the search
-            options = ["-O1", "-DBITSTATE", "-DT_RAND", "-DP_RAND"]
-        _run([_compiler() or "cc", "-w", "-DSAFETY", *options, "-o", "pan", "pan.c"], folder)
+        options = ["-DCOLLAPSE"] if seconds is None else ["-DBITSTATE", "-DT_RAND", "-DP_RAND"]
+        # Better code would save less of most searches than its compilation takes.
+        _run([_compiler() or "cc", "-w", "-O0", "-DSAFETY", *options, "-o", "pan", "pan.c"], folder)
         search = ["-w22"] if seconds is None else ["-w27", f"-RS{hash(case) % 10**6}"]
         return _search([str(folder / "pan"), "-n", "-m1000000", *search], folder, seconds)
 
 
-def sweep(text: str, seconds: float) -> Iterator[tuple[Case, Report]]:
-    """A bounded search of every deployment, as many at a time as there are cores."""
+def sweep(cases: Sequence[Case], seconds: float) -> Iterator[tuple[Case, Report]]:
+    """A bounded search of each of ``cases``, as many at a time as there are cores."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        reports = pool.map(lambda case: verify(case, text, seconds), SWEEP)
-        yield from zip(SWEEP, reports, strict=True)
+        reports = pool.map(lambda case: verify(case, seconds=seconds), cases)
+        yield from zip(cases, reports, strict=True)
 
 
 def _compiler() -> str | None:
@@ -153,13 +191,10 @@ def _search(command: list[str], folder: Path, seconds: float | None) -> Report:
     )
 
 
-def _rows(seconds: float) -> Iterator[tuple[Case | CommandCase, Report]]:
-    text = MODEL.read_text()
-    for case in EXHAUSTIVE:
-        yield case, verify(case, text)
-    for commands in COMMANDS:
-        yield commands, verify(commands, COMMANDS_MODEL.read_text())
-    yield from sweep(text, seconds)
+def _rows(seconds: float) -> Iterator[tuple[AnyCase, Report]]:
+    for case in (*SMALL, *LARGE):
+        yield case, verify(case)
+    yield from sweep(SWEEP, seconds)
 
 
 def main() -> int:

@@ -24,6 +24,8 @@ def note(word):
     with log.open("a") as file:
         file.write(f"{name} {word}\\n")
 def end(*_):
+    while "drains" in sys.argv and "device start 2" not in log.read_text():
+        time.sleep(0.02)
     note("end")
     sys.exit(0)
 signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in sys.argv else end)
@@ -67,12 +69,21 @@ from crosspool.cli.child import ProcessSpec
 from crosspool.cli.restarts import Restarts
 from crosspool.cli.supervisor import Supervisor
 folder = Path(sys.argv[1])
-log = folder / "log"
+log, hang = folder / "log", folder / "hang"
 def spec(name, *words):
     argv = [sys.executable, str(folder / "stand_in.py"), str(log), name, *words]
     device = name if name == "device" else None
-    restartable = device is not None or "forked" in words
-    return ProcessSpec(name=name, argv=argv, device=device, restartable=restartable)
+    group = "group" if "grouped" in words else None
+    takes = "takes" in words
+    restartable = bool(device or group) or "forked" in words or takes
+    return ProcessSpec(
+        name=name,
+        argv=argv,
+        device=device,
+        restartable=restartable,
+        group=group,
+        takes_later=takes,
+    )
 def note(word):
     with log.open("a") as file:
         file.write(word + "\\n")
@@ -83,6 +94,7 @@ fork_server = ProcessSpec(
     name="fork server",
     argv=[sys.executable, str(folder / "fork_server.py"), json.dumps(plan)],
     restartable=True,
+    kept="kept" in sys.argv,
 )
 supervisor = Supervisor(
     [
@@ -96,10 +108,13 @@ supervisor = Supervisor(
     on_restart=lambda loss: note(f"gone {loss.spec.device} {loss.spec.incarnation}: {loss.cause}"),
     on_loss=lambda loss: note(f"lost {loss.spec.device}: {loss.cause}"),
     on_stop=lambda spec, stopped: note(f"{spec.name} {'stopped' if stopped else 'continued'}"),
+    hangs=lambda stopped: (
+        {("device", 1): "it does nothing"} if hang.exists() and not stopped else {}
+    ),
     say=lambda text: note(f"say {text}"),
     watchdog_timeout=1.5,
     failure_grace=float(sys.argv[3]),
-    drain_timeout=1.0,
+    drain_timeout=float(sys.argv[6]),
 )
 sys.exit(supervisor.run())
 """
@@ -117,12 +132,16 @@ class Run:
         self,
         folder: Path,
         stages: str,
+        *,
         grace: float = 0.0,
         fork_server: tuple[float, int] = (0, 0),
         restart_limit: int = 0,
+        drain_timeout: float = 1.0,
+        kept: bool = False,
     ) -> None:
         """``stages``: processes and their words, one stage after the other; ``fork_server``:
-        seconds that it sleeps first, and the exit status with which it then fails, if not 0."""
+        seconds that it sleeps first, and the exit status with which it then fails, if not 0;
+        ``kept``: whether it is started again before it is needed."""
         (folder / "stand_in.py").write_text(textwrap.dedent(STAND_IN))
         (folder / "fork_server.py").write_text(FORK_SERVER)
         (folder / "launcher.py").write_text(textwrap.dedent(LAUNCHER))
@@ -130,7 +149,7 @@ class Run:
         self.process = subprocess.Popen(
             [
                 *[sys.executable, str(folder / "launcher.py"), str(folder), stages, str(grace)],
-                *[json.dumps(fork_server), str(restart_limit)],
+                *[json.dumps(fork_server), str(restart_limit), str(drain_timeout), "kept" * kept],
             ]
         )
         self.seen: dict[int, psutil.Process] = {}
@@ -278,6 +297,81 @@ def test_a_dead_device_is_started_again_and_the_others_go_on(run) -> None:
     assert server.log[-1] == "device end" and not server.orphans()
 
 
+def wait_for_child(server: Run) -> psutil.Process:
+    """The child of a process that is a parent."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        server.look()
+        for process in server.seen.values():
+            if "time.sleep(600)" in " ".join(process.cmdline()):
+                return process
+    raise AssertionError("there is none")
+
+
+@pytest.mark.parametrize("forked", ["", " forked"])
+def test_a_process_takes_those_of_later_stages_along(run, forked: str) -> None:
+    server = run(f"http;scheduler takes{forked};detokenizer{forked};device,other", restart_limit=5)
+    server.wait_for("ready")
+    for number in (1, 2):
+        dead = [int(file.read_text()) for file in server.log_file.parent.glob("[!h]*.pid")]
+        assert len(dead) == 4
+        os.kill(int((server.log_file.parent / "scheduler.pid").read_text()), signal.SIGKILL)
+        for name in ("scheduler", "detokenizer", "device", "other"):
+            server.wait_for(f"{name} start {number + 1}")
+        assert not any(map(psutil.pid_exists, dead))
+        for pid in dead:
+            server.seen.pop(pid, None)
+    assert sum(line.startswith("http start") for line in server.log) == 1
+    said = [line for line in server.log if line.startswith("say")]
+    assert said == [
+        f"say scheduler was killed by SIGKILL; it is started again (restart {number})"
+        for number in (1, 2)
+    ]
+    assert not any(line.startswith("gone device") for line in server.log)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert not server.orphans()
+
+
+def test_the_children_of_a_replaced_process_leave_nothing_behind(run) -> None:
+    """The launcher is their parent once their own has died, so it has to look at how they ended."""
+    server = run("http;scheduler takes forked parent", restart_limit=5)
+    server.wait_for("ready")
+    for number in (1, 2):
+        child = wait_for_child(server)
+        child.parent().kill()
+        server.wait_for(f"scheduler start {number + 1}")
+        assert not psutil.pid_exists(child.pid)
+        server.seen.clear()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+
+
+def test_processes_that_die_together_with_the_one_that_takes_them_are_replaced_once(run) -> None:
+    server = run("http;scheduler takes;device", restart_limit=5)
+    server.wait_for("ready")
+    both = [find(server, name) for name in ("device", "scheduler")]
+    launcher = psutil.Process(server.process.pid)
+    launcher.suspend()
+    while launcher.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
+    for process in both:
+        process.kill()
+    while any(map(is_alive, both)):
+        time.sleep(0.01)
+    launcher.resume()
+    for name in ("device", "scheduler"):
+        server.wait_for(f"{name} start 2")
+    time.sleep(1)
+    assert sum(" start " in line for line in server.log) == 2
+    assert [line for line in server.log if line.startswith(("gone", "say"))] == [
+        "say scheduler was killed by SIGKILL; it is started again (restart 1)",
+        "gone None 1: scheduler was killed by SIGKILL",
+    ]
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+
+
 def test_a_device_that_dies_at_each_start_ends_the_server_with_the_cause(run) -> None:
     server = run("http;device fails 1", restart_limit=3)
     server.wait_for("ready")
@@ -329,6 +423,44 @@ def test_a_device_that_stays_stopped_is_killed_and_replaced(run) -> None:
     assert server.end() == 0
 
 
+def test_a_device_that_hangs_is_killed_and_replaced(run) -> None:
+    server = run("http;device", restart_limit=5)
+    server.wait_for("ready")
+    device = find(server, "device")
+    server.log_file.with_name("hang").touch()
+    server.wait_for("gone device 1: device hangs: it does nothing")
+    server.wait_for("device start 2")
+    assert not is_alive(device)
+    time.sleep(0.5)  # the next one does not count as hanging, since it is another one
+    assert "gone device 2" not in server.log
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+
+
+def test_a_device_that_hangs_ends_the_server_where_none_is_replaced(run) -> None:
+    server = run("http;device")
+    server.wait_for("ready")
+    server.log_file.with_name("hang").touch()
+    assert server.end() == 1
+    assert "lost device: device hangs: it does nothing" in server.log
+
+
+def test_a_stopped_device_does_not_hang(run) -> None:
+    server = run("http;device", restart_limit=5)
+    server.wait_for("ready")
+    device = find(server, "device")
+    device.send_signal(signal.SIGSTOP)
+    server.wait_for("say device was stopped by a signal")
+    server.log_file.with_name("hang").touch()
+    time.sleep(0.5)
+    assert is_alive(device)
+    server.log_file.with_name("hang").unlink()
+    device.send_signal(signal.SIGCONT)
+    server.wait_for("say device continues")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+
+
 def test_a_device_that_was_stopped_for_a_moment_is_not_replaced(run) -> None:
     server = run("http;device", restart_limit=5)
     server.wait_for("ready")
@@ -342,6 +474,29 @@ def test_a_device_that_was_stopped_for_a_moment_is_not_replaced(run) -> None:
     assert is_alive(device)
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0
+
+
+@pytest.mark.parametrize("words", ["", " forked"])
+def test_a_device_that_dies_while_requests_drain_is_replaced(run, words: str) -> None:
+    server = run(f"http drains;device{words}", restart_limit=5, drain_timeout=15.0)
+    server.wait_for("ready")
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_for("say stopping once requests in flight are done; a second signal stops at once")
+    os.kill(int((server.log_file.parent / "device.pid").read_text()), signal.SIGKILL)
+    server.wait_for("http end")
+    assert server.end() == 0
+    assert "gone device 1: device was killed by SIGKILL" in server.log
+    assert "device end" in server.log and not server.orphans()
+
+
+def test_a_loss_that_nothing_replaces_is_told_while_requests_drain(run) -> None:
+    server = run("http stubborn;device", drain_timeout=3.0)
+    server.wait_for("ready")
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_for("say stopping once requests in flight are done; a second signal stops at once")
+    find(server, "device").kill()
+    server.wait_for("lost device: device was killed by SIGKILL")
+    assert server.end() == 0 and not server.orphans()
 
 
 def test_stubborn_process_is_killed_after_the_drain_timeout(run) -> None:
@@ -496,6 +651,26 @@ def test_a_fork_server_that_has_died_is_started_again_when_a_process_is_to_be_fo
     assert not server.orphans()
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_kept_fork_server_is_started_again_before_it_is_needed(run, number: int) -> None:
+    server = run(FORKED, restart_limit=5, kept=True)
+    server.wait_for("ready")
+    before = find_fork_server(server)
+    before.send_signal(number)
+    server.wait_for("say fork server was killed by SIGKILL; it is started again (restart 1)")
+    assert "http start 2" not in server.log
+    deadline = time.monotonic() + 10
+    launcher = psutil.Process(server.process.pid)
+    while before in (children := launcher.children()) or len(children) != 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(pid_of(server, "http"), signal.SIGKILL)
+    server.wait_for("http start 2")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert not server.orphans()
+
+
 def test_a_fork_server_that_dies_while_it_is_waited_for_is_started_again(run) -> None:
     server = run(FORKED, restart_limit=5)
     server.wait_for("ready")
@@ -566,3 +741,39 @@ def test_what_is_forked_leaves_when_it_is_not_adopted(tmp_path: Path) -> None:
         assert server.poll() is None
     assert server.wait(10) == 0
     assert not (tmp_path / "ran").exists()
+
+
+GROUPED = "http;one grouped,two grouped"
+
+
+def test_a_group_is_replaced_as_one(run) -> None:
+    server = run(GROUPED, restart_limit=5)
+    server.wait_for("ready")
+    first = {name: pid_of(server, name) for name in ("one", "two")}
+    os.kill(first["one"], signal.SIGKILL)
+    for name in first:
+        server.wait_for(f"{name} start 2")
+    assert not any(psutil.pid_exists(pid) for pid in first.values())
+    gone = [line.partition(": ")[2] for line in server.log if line.startswith("gone")]
+    assert gone == ["one was killed by SIGKILL", "two cannot go on without one"]
+    for name in first:  # both die at once, as such processes do
+        os.kill(pid_of(server, name), signal.SIGKILL)
+    for name in first:
+        server.wait_for(f"{name} start 3")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert [line for line in server.log if line.startswith("http")] == ["http start", "http end"]
+    assert not server.orphans()
+
+
+def test_a_group_counts_as_one(run) -> None:
+    server = run(GROUPED, restart_limit=2)
+    server.wait_for("ready")
+    for name, again in (("one", 2), ("two", 3)):
+        os.kill(pid_of(server, name), signal.SIGKILL)
+        server.wait_for(f"one start {again}")
+        server.wait_for(f"two start {again}")
+    os.kill(pid_of(server, "one"), signal.SIGKILL)
+    assert server.end() == 1
+    assert "lost None: one was killed by SIGKILL" in server.log
+    assert not server.orphans()

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from crosspool.config.runtime_dir import find_running, metrics_folder
 from support.marks import slow_but
 from support.server import TINY_MODELS, Server, two_device_flags
 
@@ -61,20 +62,27 @@ def test_a_dead_rank_is_told_answered_503_and_ends_the_server(pool: str) -> None
 
 
 def test_sigterm_drains_running_requests() -> None:
-    with Server(SMALL, models=TINY_MODELS[:1]) as server:
+    """Although their device dies meanwhile."""
+    with Server([*SMALL, "--loop", "host"], models=TINY_MODELS[:1]) as server:
         body = {
             "text": "The import statement",
-            "sampling_params": {"max_new_tokens": 400, "ignore_eos": True},
+            "sampling_params": {"max_new_tokens": 1500, "ignore_eos": True},
         }
         answers: list[int] = []
         thread = threading.Thread(
             target=lambda: answers.append(server.post("/generate", body)[0]), daemon=True
         )
         thread.start()
-        time.sleep(0.5)
-        assert server.stop() == 0
+        while not server.get("/crosspool/status")["models"][0]["running"]:
+            assert not answers, "it ended before it was seen"
+        server.process.terminate()
+        while "stopping once requests in flight are done" not in server.log:
+            time.sleep(0.01)
+        server.find("crosspool::device").kill()
+        assert server.process.wait(60) == 0
         thread.join(10)
         assert answers == [200]
+        assert "it is started again (restart 1)" in server.log
 
 
 def test_killed_launcher_leaves_nothing_behind() -> None:
@@ -192,8 +200,8 @@ def text_of(server: Server, model: str) -> str:
 
 def test_front_end_processes_that_are_killed_are_replaced() -> None:
     """Streams go on as if nothing had happened when the detokenizer is killed; they break when the
-    HTTP process is, and those who come after that are served."""
-    with Server(SMALL, models=TINY_MODELS[:2]) as server:
+    HTTP process is, and those who come after that are served. Nothing is left of its metrics."""
+    with Server([*SMALL, "--enable-metrics"], models=TINY_MODELS[:2]) as server:
         family = {process.pid for process in server.processes()}
         expected = [text_of(server, model) for model in TINY_MODELS[:2]]
         with ThreadPoolExecutor(4) as threads:
@@ -208,13 +216,19 @@ def test_front_end_processes_that_are_killed_are_replaced() -> None:
             assert [text.result() for text in texts] == expected * 2
 
         with streaming(server) as (_, thread):
-            server.find("crosspool::http").kill()
+            http_process = server.find("crosspool::http")
+            metrics = metrics_folder(find_running(server.port))
+            assert list(metrics.glob(f"*_{http_process.pid}.db"))
+            http_process.kill()
             killed = time.monotonic()
             thread.join(10)
             assert not thread.is_alive()
         status, answer = server.post("/v1/completions", {**GREEDY, "model": TINY_MODELS[1]})
         assert status == 200 and answer["choices"][0]["text"] == expected[1]
         assert time.monotonic() - killed < 20
+        writers = {int(file.stem.rsplit("_", 1)[-1]) for file in metrics.iterdir()}
+        assert server.find("crosspool::http").pid in writers
+        assert writers <= {process.pid for process in server.processes()}
         assert server.manage("/flush_cache", {})[0] == 200
         models = server.get("/crosspool/status")["models"]
         assert not any(model["running"] or model["waiting"] for model in models)
@@ -224,13 +238,13 @@ def test_front_end_processes_that_are_killed_are_replaced() -> None:
 
 
 def test_a_server_whose_scheduler_cannot_go_on_ends_with_the_cause() -> None:
-    """The HTTP process, which finds that nothing can be served, is not replaced: another one would
-    find the same."""
-    with Server([*SMALL, "--failure-grace", "0.5"], models=TINY_MODELS[:1]) as server:
+    """Where another one may not take its place."""
+    flags = [*SMALL, "--failure-grace", "0.5", "--restart-limit", "0"]
+    with Server(flags, models=TINY_MODELS[:1]) as server:
         family = server.processes()
         server.find("crosspool::grammars").kill()
         assert server.process.wait(30) == 1
         assert "the process that compiles grammars has ended" in server.log
-        assert "http exited with status 3" in server.log
+        assert "scheduler exited with status 1" in server.log
         _, alive = psutil.wait_procs(family, timeout=5)
         assert not alive

@@ -114,6 +114,84 @@ def test_a_stopped_device_is_replaced_in_seconds(server: Server) -> None:
     assert load.answers > 0
 
 
+def incarnation(server: Server) -> int:
+    """The number of the scheduler; 0 while none answers."""
+    try:
+        return int(server.get("/crosspool/status")["incarnation"])
+    except (OSError, KeyError, AssertionError):
+        return 0
+
+
+def wait_for_scheduler(server: Server, number: int, limit: float = 60) -> None:
+    deadline = time.monotonic() + limit
+    while incarnation(server) != number or server.status("/health?strict=1") != 200:
+        assert time.monotonic() < deadline, server.log
+        time.sleep(0.05)
+
+
+def kill(server: Server, name: str) -> None:
+    """Kills the process ``name`` as soon as there is one."""
+    deadline = time.monotonic() + 30
+    while True:
+        with contextlib.suppress(StopIteration, psutil.NoSuchProcess):
+            next(p for p in server.processes() if name in " ".join(p.cmdline())).kill()
+            return
+        assert time.monotonic() < deadline, server.log
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("victim", ["scheduler", "grammars"])
+def test_another_scheduler_goes_on_with_every_request(server: Server, victim: str) -> None:
+    """One that is killed, or that gives up since nobody compiles grammars for it any more."""
+    load = Load(server, asks(TINY_MODELS, 12))
+    number = incarnation(server)
+    with load.running():
+        for pause in (1.0, 1.7):
+            time.sleep(pause)
+            kill(server, f"crosspool::{victim}")
+            number += 1
+            wait_for_scheduler(server, number)
+        time.sleep(1)
+    assert not load.problems, load.problems[0]
+    assert load.answers >= len(load.asks)
+    status = server.get("/crosspool/status")
+    assert all(rank["promised_bytes"] == 0 for rank in status["ranks"])
+    assert not any(model["running"] or model["waiting"] for model in status["models"])
+
+
+def test_the_scheduler_dies_with_everything_else_and_once_more(server: Server) -> None:
+    load = Load(server, asks(TINY_MODELS, 9))
+    number = incarnation(server)
+    with load.running():
+        time.sleep(1)
+        for others in (["crosspool::device"], ["crosspool::detokenizer", "crosspool::device"]):
+            for name in (*others, "crosspool::scheduler"):
+                kill(server, name)
+            time.sleep(0.6)
+        wait_for_scheduler(server, number + 2)
+        devices(server)[-1].kill()  # while its requests are being computed again
+        time.sleep(0.1)
+        kill(server, "crosspool::scheduler")
+        wait_for_scheduler(server, number + 3)
+        time.sleep(1)
+    assert not load.problems, load.problems[0]
+    assert load.answers > 0
+
+
+def test_a_stopped_scheduler_is_replaced_in_seconds(server: Server) -> None:
+    load = Load(server, asks(TINY_MODELS, 6))
+    number = incarnation(server)
+    with load.running():
+        time.sleep(1)
+        process = server.find("crosspool::scheduler")
+        process.suspend()
+        _, alive = psutil.wait_procs([process], timeout=5)
+        assert not alive
+        wait_for_scheduler(server, number + 1)
+    assert not load.problems, load.problems[0]
+    assert load.answers > 0
+
+
 def test_a_device_that_dies_at_each_start_ends_the_server() -> None:
     flags = ["--kv-pool-bytes", "64MiB", "--restart-limit", "2"]
     with Server(flags, models=TINY_MODELS[:1]) as server:

@@ -54,4 +54,5 @@ def slow(server: FrontEndServer) -> Iterator[None]:
     (device,) = server.devices
     device.step_seconds = 0.05
     yield
-    device.step_seconds = 0.0
+    for device in server.devices:  # the scheduler may have been replaced, and they with it
+        device.step_seconds = 0.0

@@ -118,6 +118,128 @@ def test_a_replaced_detokenizer_goes_on_where_the_dead_one_was(
     assert "the state was deleted" not in log and "Traceback" not in log, log
 
 
+def ask_all(server: FrontEndServer) -> Callable[[], list[Any]]:
+    """Begins requests of every kind, and returns what waits for their answers."""
+    whole: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/completions", {"model": MODELS[0], "prompt": "x", "max_tokens": 90, "logprobs": 1}),
+        ("/v1/completions", {"model": MODELS[1], "prompt": "x", "max_tokens": 60, "n": 2}),
+    ]
+    grammar = {"regex": "[a-z ]{80,120}", "temperature": 0}
+    streams = [
+        *STREAMS,
+        {"model": MODELS[0], "prompt": "x", "max_tokens": 120, **grammar},
+        {"model": MODELS[0], "prompt": "x", "max_tokens": 90, "stop": [" dog and then it walks"]},
+    ]
+    threads = ThreadPoolExecutor(len(streams) + len(whole))
+    told_of = [threads.submit(server.events, "/v1/completions", body) for body in streams]
+    answers = [threads.submit(server.request, *ask) for ask in whole]
+
+    def wait() -> list[Any]:
+        with threads:
+            found = [told(stream.result(60)) for stream in told_of]
+            return [*found, *(answer.result(60)[1]["choices"] for answer in answers)]
+
+    return wait
+
+
+def assert_quiet(server: FrontEndServer) -> None:
+    log = server.log.read_text()
+    assert "the state was deleted" not in log and "Traceback" not in log, log
+    wait_running(server, 0)
+    ranks = server.request("/crosspool/status")[1]["ranks"]
+    assert not any(rank["promised_bytes"] for rank in ranks)
+
+
+@pytest.mark.parametrize("pause", [0.5, 0.05], ids=["apart", "twice in a row"])
+def test_another_scheduler_goes_on_with_every_request(
+    server: FrontEndServer, slow: None, pause: float
+) -> None:
+    """Tokens, text, log-probabilities, stop strings and ends are those of a server whose scheduler
+    lives; ``/health`` never fails."""
+    expected = ask_all(server)()
+    before = server.request("/crosspool/status")[1]["incarnation"]
+    wait = ask_all(server)
+    wait_running(server, len(STREAMS) + 6)
+    for _ in range(2):
+        time.sleep(pause)
+        server.replace("scheduler")
+        assert server.request("/health")[0] == 200
+    deadline = time.monotonic() + 20
+    while server.request("/crosspool/status")[1].get("incarnation") != before + 2:
+        assert time.monotonic() < deadline, server.log.read_text()
+    assert wait() == expected
+    assert server.request("/health")[0] == 200
+    assert_quiet(server)
+
+
+def test_requests_that_come_while_there_is_no_scheduler_are_served(server: FrontEndServer) -> None:
+    body = {"model": MODELS[0], "prompt": "x", "max_tokens": 5}
+    expected = server.request("/v1/completions", body)[1]["choices"]
+    server.processes["scheduler"].suspend()
+    with ThreadPoolExecutor(3) as threads:
+        before = threads.submit(server.request, "/v1/completions", body)
+        loads = threads.submit(server.request, f"/m/{MODELS[0]}/v1/loads")
+        time.sleep(0.3)
+        server.processes["scheduler"].kill()
+        server.processes["scheduler"].wait(10)
+        after = threads.submit(server.request, "/v1/completions", body)
+        server.replace("scheduler", start_devices=False)
+        deadline = time.monotonic() + 20
+        while (health := server.request("/health?strict=1"))[0] != 503:
+            assert time.monotonic() < deadline, server.log.read_text()
+        assert health[1]["message"] == "the scheduler is a new one: loading on cpu"
+        assert server.request("/health")[0] == 200
+        assert not before.done() and not after.done()
+        server.devices[0].start()
+        assert [answer.result(20)[1]["choices"] for answer in (before, after)] == [expected] * 2
+        assert loads.result(20)[0] == 200, loads.result()
+    assert_quiet(server)
+
+
+def test_what_was_aborted_and_paused_stays_so_under_another_scheduler(
+    server: FrontEndServer, slow: None
+) -> None:
+    with ThreadPoolExecutor(3) as threads:
+        paused = threads.submit(
+            server.request, "/v1/completions", {**LONG, "rid": "paused", "max_tokens": 30}
+        )
+        aborted = threads.submit(server.request, "/v1/completions", {**LONG, "rid": "aborted"})
+        wait_running(server, 2)
+        assert server.manage(f"/m/{MODELS[0]}/pause_generation", {"mode": "in_place"}) == 200
+        server.processes["scheduler"].suspend()
+        assert server.request("/abort_request", {"rid": "aborted"})[0] == 200
+        time.sleep(0.2)
+        server.replace("scheduler")
+        assert aborted.result(20)[0] != 0
+        wait_running(server, 1)
+        time.sleep(1)
+        assert not paused.done(), "the model is still paused"
+        assert server.manage(f"/m/{MODELS[0]}/continue_generation", {}) == 200
+        status, answer, _ = paused.result(20)
+        assert status == 200 and answer["usage"]["completion_tokens"] == 30
+    assert_quiet(server)
+
+
+def test_scheduler_and_http_process_are_replaced_together(
+    server: FrontEndServer, slow: None
+) -> None:
+    body = {**LONG, "max_tokens": 8}
+    expected = server.request("/v1/completions", {**body, "rid": "other"})[1]["choices"]
+    with ThreadPoolExecutor(1) as threads:
+        lost = threads.submit(server.request, "/v1/completions", LONG)
+        wait_running(server, 1)
+        server.processes["http"].kill()
+        server.replace("scheduler")
+        server.replace("http")
+        assert lost.result(20)[0] == 0
+    status, answer, _ = server.request("/v1/completions", body)
+    assert status == 200 and answer["choices"] == expected, (answer, server.log.read_text())
+    server.replace("scheduler")
+    status, answer, _ = server.request("/v1/completions", body)
+    assert status == 200 and answer["choices"] == expected, (answer, server.log.read_text())
+    assert_quiet(server)
+
+
 def test_what_the_detokenizer_had_at_its_end_is_not_lost(server: FrontEndServer) -> None:
     """It has the outputs of requests, ends included, and has passed none of them on."""
     body = {"model": MODELS[0], "prompt": "x", "max_tokens": 20}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from crosspool.frontend import private, tokenizer_manager
 from crosspool.frontend.tokenizer_manager import PooledTokenizerManager
+from crosspool.frontend.told import Told
 from crosspool.frontend.turns import Turns
 
 
@@ -76,7 +77,7 @@ def test_who_is_cancelled_while_it_waits_holds_nobody_up() -> None:
 def manager(**fields: Any) -> Any:
     """A tokenizer manager without sockets."""
     made = PooledTokenizerManager.__new__(PooledTokenizerManager)
-    vars(made).update(turns=Turns(), **fields)
+    vars(made).update(turns=Turns(), _told=Told(made), **fields)
     return made
 
 

@@ -92,8 +92,40 @@ def test_mla() -> None:
             np.testing.assert_allclose(found[rows, head], expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 6, 37, 200])
+def test_a_row_has_the_same_bits_in_a_chunk_of_any_length(
+    dtype: torch.dtype, window: int | None
+) -> None:
+    """Keys that are not written yet are NaN when a row is computed alone."""
+    heads, kv_heads, head_dim = 6, 2, 20
+    kv, segments, _ = _paged(2 * kv_heads * head_dim)
+    pages, length = segments[2].pages, segments[2].start + segments[2].rows
+    kv = kv.to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(length, heads, head_dim, generator=generator).to(dtype)
+    latent_q = torch.randn(length, heads, kv.shape[3], generator=generator).to(dtype)
+
+    def attended(start: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        known = kv.clone()
+        later = torch.arange(start + rows, len(pages) * PAGE_SIZE)
+        known[pages[later // PAGE_SIZE], :, later % PAGE_SIZE] = math.nan
+        chunk = [RowSpan(first_row=0, rows=rows, start=start, pages=pages)]
+        some = slice(start, start + rows)
+        return (
+            gqa_attention(q[some], known, 1, chunk, kv_heads=kv_heads, scale=0.3, window=window),
+            mla_attention(latent_q[some], known, 1, chunk, latent=24, scale=0.2),
+        )
+
+    whole = attended(0, length)
+    for start, rows in ((0, 1), (1, 1), (15, 1), (16, 1), (302, 1), (290, 13), (5, 40), (33, 200)):
+        for found, expected in zip(attended(start, rows), whole, strict=True):
+            assert torch.equal(found, expected[start : start + rows]), (start, rows)
+
+
 @pytest.mark.parametrize(("start", "end"), [(0, 1), (0, 8), (7, 9), (8, 16), (13, 44)])
 def test_gather_takes_exactly_the_asked_tokens(start: int, end: int) -> None:
     kv, segments, tokens = _paged(4)
     found = gather_kv(kv, 1, segments[2].pages, start, end)
-    torch.testing.assert_close(found, tokens[2][start:end], atol=0, rtol=0)
+    torch.testing.assert_close(found[: end - start], tokens[2][start:end], atol=0, rtol=0)
+    assert (start + len(found)) % 16 == 0 and not found[end - start :].any()

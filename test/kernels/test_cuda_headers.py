@@ -12,7 +12,6 @@ from crosspool.kernels import cuda_loop, dlpack, nvshmem
 from crosspool.kernels import cuda_loop_structs as cs
 from support import fake_cuda_graphs
 from support.headers import COMPILER, assert_holds, same_functions, same_layout
-from support.loop_bench import Phase
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
@@ -34,8 +33,8 @@ def test_the_loop(tmp_path: Path) -> None:
     for structure in cs.MIRRORED:
         claims += same_layout(structure)
     claims += same_functions(cs.SIGNATURES)
-    for members in (cuda_loop.GPUStage, Phase):
-        claims += enumeration(members, members.__name__)
+    for members in (cuda_loop.GPUStage, cuda_loop.LanePhase):
+        claims += enumeration(members, members.__name__.removeprefix("Lane"))
     for constant, value in (
         ("kStages", len(cuda_loop.GPUStage)),
         ("kMaxHeld", cuda_loop.MAX_HELD),

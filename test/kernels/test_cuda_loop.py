@@ -12,11 +12,11 @@ from itertools import pairwise
 
 import pytest
 from crosspool.kernels import cuda_loop
-from crosspool.kernels.cuda_loop import CudaLoopError, GPUStage
+from crosspool.kernels.cuda_loop import CudaLoopError, GPUStage, LanePhase
 from crosspool.kernels.engine_structs import DONE, LOGITS, TOKENS
 from support import fake_cuda_graphs
 from support.fake_cuda_graphs import FakeCuda
-from support.loop_bench import STAGES, LoopBench, Phase
+from support.loop_bench import STAGES, LoopBench
 
 pytestmark = pytest.mark.skipif(fake_cuda_graphs.COMPILER is None, reason="no C++ compiler")
 
@@ -73,7 +73,7 @@ def test_the_host_may_look_at_logits(driver: FakeCuda) -> None:
     bench.loop.push_step(0, bench.step(2))
     bench.loop.start()
     assert bench.events() == [(LOGITS, 1, 0)]
-    assert bench.loop.status(0).phase == Phase.HOST
+    assert bench.loop.status(0).phase == LanePhase.HOST
     bench.loop.push_resume(0, 1)
     assert bench.events() == [(DONE, 1, 0), (DONE, 2, 0)]
     bench.close()
@@ -88,7 +88,10 @@ def test_quiesced_nothing_runs_and_nothing_is_lost(driver: FakeCuda) -> None:
     with pytest.raises(CudaLoopError, match="quiesce"):
         bench.loop.add_graph(0, 0, GPUStage.DISPATCH, 0, driver.graph())
     with bench.loop.quiesced():
-        assert [bench.loop.status(lane).phase for lane in range(2)] == [Phase.NEXT, Phase.NEXT]
+        assert [bench.loop.status(lane).phase for lane in range(2)] == [
+            LanePhase.NEXT,
+            LanePhase.NEXT,
+        ]
         ran = len(bench.ran)
         driver.run(1000)
         assert len(bench.ran) == ran

@@ -5,12 +5,15 @@ That rows arrive in every interleaving of two ends is checked by the native test
 
 from __future__ import annotations
 
+import time
+
 import pytest
-from crosspool.kernels.cuda_loop import CudaLoopError, GPUStage
+from crosspool.kernels.cuda_loop import CudaLoopError, GPUStage, LanePhase
 from crosspool.kernels.engine_structs import DONE
+from crosspool.transport.heartbeats import Activity
 from support import fake_cuda_graphs
 from support.fake_cuda_graphs import FakeCuda
-from support.loop_bench import ROW_BYTES, FakeLink, LoopBench, Phase
+from support.loop_bench import ROW_BYTES, FakeLink, LoopBench
 
 pytestmark = pytest.mark.skipif(fake_cuda_graphs.COMPILER is None, reason="no C++ compiler")
 
@@ -23,14 +26,14 @@ def test_a_predecessors_dispatch_is_answered_first(driver: FakeCuda) -> None:
     bench.loop.push_step(0, bench.step(3))
     bench.loop.start()
     assert bench.events() == []
-    assert bench.loop.status(0).phase == Phase.STAGE
+    assert bench.loop.status(0).phase == LanePhase.STAGE
     with bench.loop.quiesced():
         link.combined.value = 1
     for layer in range(2):
         assert bench.events() == []
         assert (link.dispatched.value, link.combined.value) == (2 + layer, 1 + layer)
         assert link.dispatch[2:] == [0, layer, 2, ROW_BYTES]
-        assert bench.loop.status(0).phase == Phase.PEERS
+        assert bench.loop.status(0).phase == LanePhase.PEERS
         link.reply()
     assert bench.events() == [(DONE, 3, 0)]
     assert [stage for _, stage, _, _ in bench.ran] == [
@@ -64,13 +67,38 @@ def test_an_answer_of_another_dispatch_fails_the_lane(driver: FakeCuda) -> None:
     bench.loop.close()
 
 
-def test_an_answer_that_never_comes_fails_the_lane(driver: FakeCuda) -> None:
-    bench = LoopBench(driver, link=FakeLink(), wait_s=1e-3)
-    bench.loop.push_step(0, bench.step())
+def test_an_answer_may_be_long_in_coming(driver: FakeCuda) -> None:
+    """The process of an FFN rank that has died loads again, and then replies."""
+    link = FakeLink()
+    bench = LoopBench(driver, link=link, wait_s=1e-4)
+    bench.loop.push_step(0, bench.step(3))
     bench.loop.start()
-    with pytest.raises(CudaLoopError, match="waited too long in phase 4"):
-        bench.events()
-    bench.loop.close()
+    for _ in range(2):
+        end = time.monotonic() + 0.05
+        while time.monotonic() < end:
+            assert bench.events() == []
+        assert bench.loop.activity([0])[0] == Activity.WAITING
+        link.reply()
+    assert bench.events() == [(DONE, 3, 0)]
+    bench.close()
+
+
+def test_a_predecessors_answer_may_be_long_in_coming(driver: FakeCuda) -> None:
+    link = FakeLink()
+    link.dispatched.value = 1
+    bench = LoopBench(driver, link=link, wait_s=1e-4)
+    bench.loop.push_step(0, bench.step(3))
+    bench.loop.start()
+    end = time.monotonic() + 0.05
+    while time.monotonic() < end:
+        assert bench.events() == []
+    assert bench.loop.activity([0])[0] == Activity.WAITING
+    link.combined.value = 1
+    for _ in range(2):
+        assert bench.events() == []
+        link.reply()
+    assert bench.events() == [(DONE, 3, 0)]
+    bench.close()
 
 
 def test_a_trace_tells_what_was_served(driver: FakeCuda) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -167,3 +169,44 @@ def test_gated_mlp_with_no_columns_adds_nothing() -> None:
     out = gated_mlp(torch.randn(3, HIDDEN), torch.empty(0, HIDDEN), torch.empty(HIDDEN, 0))
     assert out.shape == (3, HIDDEN)
     assert not out.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_row_has_the_same_bits_in_a_batch_of_any_size(
+    dtype: torch.dtype, score: Literal["softmax", "sigmoid"]
+) -> None:
+    hidden, width, top_k = 100, 72, 6
+    generator = torch.Generator().manual_seed(4)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    router, gate_up = random(EXPERTS, hidden), random(EXPERTS, 2 * width, hidden)
+    down, dense_gate_up, dense_down = (
+        random(EXPERTS, hidden, width),
+        random(2 * 520, hidden),
+        random(hidden, 520),
+    )
+
+    def computed(x: torch.Tensor) -> list[torch.Tensor]:
+        experts, weights = route(
+            x,
+            router,
+            torch.linspace(-1, 1, EXPERTS),
+            score=score,
+            top_k=top_k,
+            groups=4,
+            top_groups=3,
+            group_score="top2_sum",
+            renormalize=True,
+            scale=2.0,
+        )
+        out = moe_experts(x, experts, weights, gate_up=gate_up, down=down, first_expert=0)
+        return [experts, weights, out, gated_mlp(x, dense_gate_up, dense_down)]
+
+    x = random(130, hidden)
+    whole = computed(x)
+    for first, rows in ((0, 1), (77, 1), (129, 1), (5, 3), (60, 16), (20, 65)):
+        for found, expected in zip(computed(x[first : first + rows]), whole, strict=True):
+            assert torch.equal(found, expected[first : first + rows]), (first, rows)

@@ -1,6 +1,8 @@
+from pathlib import Path
 from typing import get_args
 
-from crosspool.observability.metrics import render, sglang_gauges
+import pytest
+from crosspool.observability.metrics import of_all_processes, render, sglang_gauges
 from crosspool.transport.inspection import (
     DeviceCounters,
     LinkCounts,
@@ -10,6 +12,7 @@ from crosspool.transport.inspection import (
     RankSnapshot,
     Status,
 )
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.parser import text_string_to_metric_families
 
 MODEL = {
@@ -192,3 +195,24 @@ def test_before_the_scheduler_answers_there_is_only_the_flag() -> None:
         for family in text_string_to_metric_families(render(None, []).decode())
         for sample in family.samples
     ] == [("crosspool_ready", 0.0)]
+
+
+def test_a_process_that_dies_between_two_looks_at_its_metrics_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are listed, and then they are gone."""
+    for pid, value in ((1, 2.0), (2, 3.0)):
+        file = MmapedDict(str(tmp_path / f"counter_{pid}.db"))
+        key = mmap_key("sglang:requests_total", "sglang:requests_total", [], [], "Requests.")
+        file.write_value(key, value, 0.0)
+        file.close()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    assert b"sglang:requests_total 5.0" in of_all_processes()
+    read = MmapedDict.read_all_values_from_file
+
+    def read_after_a_death(name: str):
+        (tmp_path / "counter_1.db").unlink(missing_ok=True)
+        return read(name)
+
+    monkeypatch.setattr(MmapedDict, "read_all_values_from_file", read_after_a_death)
+    assert b"sglang:requests_total 3.0" in of_all_processes()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from crosspool.config.deployment import Deployment, ModelConfig, save
+from crosspool.config.device import Device
 from crosspool.transport.messages import Failed, Row, Step
 from make_random_checkpoint import make_random_checkpoint
 from safetensors.torch import load_file, save_file
@@ -99,6 +102,38 @@ def test_weights_that_do_not_fit_are_the_users_error(checkpoint: Path) -> None:
     )
     assert "weight_pool_bytes" in failed.message
     assert LoggingDriver.outcome[0] == 2
+
+
+@pytest.mark.parametrize(("incarnation", "status"), [(1, 2), (2, 1)])
+def test_too_little_memory_is_the_users_error_at_the_first_start_alone(
+    checkpoint: Path, tmp_path: Path, incarnation: int, status: int
+) -> None:
+    """The first process of a device has had the memory, so that a later one may get it again."""
+    deployment = Deployment(
+        models=(ModelConfig(name="model", path=str(checkpoint)),),
+        kv_pool_devices=(Device(FIRST),),
+        weight_pool_devices=(Device(FIRST),),
+        runtime_dir=str(tmp_path),
+        kv_pool_bytes=1 << 44,
+        weight_pool_bytes=1 << 28,
+        chunk_bytes=1 << 33,
+        loop="host",
+    )
+    save(deployment)
+    ended = subprocess.run(
+        [
+            *[sys.executable, "-m", "crosspool.ranks.device_process"],
+            *["--deployment", str(deployment.file), "--device", FIRST],
+            *["--incarnation", str(incarnation)],
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == status
+    assert "kv_pool_bytes" in ended.stderr and "make the KV pool smaller" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_gpu_that_torch_does_not_see_is_refused(checkpoint: Path) -> None:

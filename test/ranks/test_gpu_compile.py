@@ -49,6 +49,7 @@ from crosspool.ranks.gpu.compile import (
     telling_of_compilation,
 )
 from crosspool.ranks.gpu.host_side import HostSide
+from crosspool.transport.kept_descriptors import KeptDescriptors
 from crosspool.transport.lane_layout import LinkPlace
 from crosspool.weightpool.placement import place
 
@@ -246,7 +247,9 @@ def test_a_device_process_compiles_before_it_takes_memory(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(filled.folder))
     specs = specs_of(SPLIT)
     with pytest.raises(RuntimeError, match="no GPU 1"):
-        load.load_gpu_ranks(SPLIT, Device("cuda:1"), specs, place(SPLIT, specs), None)
+        load.load_gpu_ranks(
+            SPLIT, Device("cuda:1"), specs, place(SPLIT, specs), None, kept=KeptDescriptors([])
+        )
     assert [(call.compiled, call.found) for call in calls] == [(0, filled.first.compiled)]
 
 

@@ -20,6 +20,7 @@ from crosspool.ranks.gpu.links import Crossing, crossing_of
 from crosspool.ranks.gpu.loop import HostLaunchedLoop
 from crosspool.ranks.gpu.shares import check_share
 from crosspool.transport.data_path import DispatchHeader, LaneError
+from crosspool.transport.heartbeats import Activity
 from crosspool.transport.messages import Release
 from crosspool.weightpool.placement import FFNShard
 from support.link_ends import Ends, NeverRings
@@ -219,3 +220,45 @@ def test_shares_that_the_kernels_do_not_take() -> None:
         check_share(model, of_moe, FFNShard(rank=1, ranks=2, parallel="tp"))
     with pytest.raises(ConfigError, match="m: 2 experts cannot be dealt to 3 GPUs"):
         check_share(model, of_moe, FFNShard(rank=0, ranks=3, parallel="ep"))
+
+
+def test_the_loop_tells_whether_it_waits_for_the_device_or_for_a_peer() -> None:
+    launches: Any = Launches()
+    ends = [Ends(lane=0)]
+    exchange = HostExchange(NeverRings(), [ends])
+    loop = HostLaunchedLoop([crossing((0,), False)], 1, launches, exchange=exchange)
+    assert loop.activity([]) == (Activity.IDLE, 1, 0)
+    loop.push_step(0, GPUStepArguments(step=1, model=0, rows=3, lease=1))
+    assert loop.activity([0])[0] == Activity.COMPUTING
+    turn(loop)
+    computing, _, begun = loop.activity([0])
+    assert computing == Activity.COMPUTING and begun > 0
+    turn(loop)
+    assert loop.activity([0])[::2] == (Activity.COMPUTING, begun)  # the device hangs
+    launches.busy.clear()
+    turn(loop)
+    waiting, looks, later = loop.activity([0])
+    assert waiting == Activity.WAITING and later > begun
+    turn(loop)
+    assert loop.activity([0]) == (Activity.WAITING, looks + 1, later)
+    for _ in KINDS:
+        ends[0].announce_reply()
+        turn(loop)
+        launches.busy.clear()
+        turn(loop)
+    assert loop.activity([])[0] == Activity.IDLE
+
+
+def test_an_ffn_rank_without_a_dispatch_is_idle() -> None:
+    launches: Any = Launches()
+    end = Ends(lane=0)
+    exchange = HostExchange(NeverRings(), (), [[end]], frozenset({0}), [4])
+    loop = HostLaunchedLoop([crossing((), True)], 0, launches, exchange=exchange)
+    turn(loop)
+    assert loop.activity([])[0] == Activity.IDLE
+    end.announce(DispatchHeader(epoch=0, model=0, layer=0, rows=3), ROW_BYTES)
+    turn(loop)
+    assert loop.activity([])[0] == Activity.COMPUTING
+    launches.busy.clear()
+    turn(loop)
+    assert end.ready() and loop.activity([])[0] == Activity.IDLE

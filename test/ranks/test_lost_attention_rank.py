@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
@@ -69,7 +69,7 @@ class Alternating:
 
 
 class Grammars:
-    def compile(self, grammar: Grammar) -> Future[Any]:
+    def compile(self, grammar: Grammar, output: Sequence[int] = ()) -> Future[Any]:
         future: Future[Any] = Future()
         future.set_result(Alternating())
         return future
@@ -215,30 +215,52 @@ def test_tokens_and_log_probabilities_are_the_same(
     assert all(model.replayed_requests and model.replayed_tokens for model in counts)
 
 
-@pytest.mark.skipif(default_isa() == "amx", reason="tiles round otherwise than vectors do")
-def test_bfloat16_is_the_same_bit_for_bit(tmp_path: Path) -> None:
-    """Under the resident loop, a row comes out the same in a chunk of any length and alone."""
+@pytest.mark.parametrize(
+    ("loop", "dtype"),
+    [
+        pytest.param(
+            "resident",
+            "bfloat16",
+            marks=pytest.mark.skipif(default_isa() == "amx", reason="tiles round otherwise"),
+        ),
+        ("host", "bfloat16"),
+        ("host", "float32"),
+    ],
+)
+def test_they_are_the_same_to_the_bit(
+    tmp_path: Path, loop: Literal["host", "resident"], dtype: str
+) -> None:
+    """A row comes out the same in a chunk of any length and alone, be it of a model with a window,
+    with latent attention, or with experts that are chosen by sigmoids."""
     shape = {"vocab_size": VOCAB, "max_position_embeddings": 512, "num_hidden_layers": 2}
-    path = make_random_checkpoint("mixtral", tmp_path, shape, "bfloat16", 5)
+    names = ["mixtral"] if loop == "resident" else ["qwen3-yarn-window", "v3-groups-q-lora"]
+    families = {"mixtral": ("mixtral", {}), **SHAPES}
+    paths = [
+        make_random_checkpoint(
+            families[name][0], tmp_path / name, families[name][1] | shape, dtype, 5
+        )
+        for name in names
+    ]
     random = np.random.default_rng(2)
     made = [
         GenerateRequest(
-            rid=f"{i}",
-            model=0,
+            rid=f"{model}-{i}",
+            model=model,
             input_ids=[int(token) for token in random.integers(0, VOCAB, 245 + 9 * i)],
             sampling=Sampling(temperature=0.8 * (i % 2), seed=i),
             stop=StopRules(max_new_tokens=24, ignore_eos=True),
             logprobs=Logprobs(output=True, top=5),
         )
+        for model in range(len(names))
         for i in range(6)
     ]
 
     def yielded(losses: list[int]) -> list[Any]:
-        it = Served([path], "resident", chunked_prefill_size=96, chunks_per_model=8)
+        it = Served(paths, loop, chunked_prefill_size=96, chunks_per_model=8)
         it.run(made, losses)
         it.machine.close()
         return [it.yielded(request.rid) for request in made]
 
     calm = yielded([])
-    for losses in ([18], [25], [33], [20, 30, 44]):
+    for losses in ([18], [25], [33], [40, 60, 84]):
         assert yielded(losses) == calm, losses

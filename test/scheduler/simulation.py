@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -424,8 +424,11 @@ class ToyGrammars:
 
     def __init__(self) -> None:
         self.futures: list[Future[Any]] = []
+        self.outputs: list[list[int]] = []
+        """Tokens that each matcher is to have followed."""
 
-    def compile(self, grammar: Grammar) -> Future[Any]:
+    def compile(self, grammar: Grammar, output: Sequence[int] = ()) -> Future[Any]:
+        self.outputs.append(list(output))
         self.futures.append(Future())
         return self.futures[-1]
 

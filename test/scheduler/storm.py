@@ -1,5 +1,6 @@
 """The simulator of faults: the scheduler's core over simulated attention and FFN ranks that crash,
-hang, are slow and come back, on a virtual clock, with models that sleep and wake. One seed decides
+hang, are slow and come back, on a virtual clock, with models that sleep and wake; the scheduler
+crashes, too, and another one gets the requests from those who have them. One seed decides
 everything: the deployment, the requests, every delay and every fault. Whatever happens, every
 request that no client aborts ends with exactly the tokens that it has when nothing fails, unless
 its model cannot be woken.
@@ -11,13 +12,14 @@ its model cannot be woken.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
 from random import Random
 from typing import Any
@@ -71,13 +73,7 @@ class Storm:
         self.counts: Counter[str] = Counter()
         d, self.specs = random_deployment(random)
         self.deployment = d
-        self.core = SchedulerCore(
-            d,
-            self.specs,
-            [WordDecoder() for _ in self.specs],
-            [StormGrammars(self.pending, self.compiling) for _ in self.specs],
-            lambda: self.now,
-        )
+        self.core = self.scheduler()
         self.ranks = [self.incarnation() for _ in d.kv_pool_devices]
         self.noticed = [True for _ in self.ranks]
         """Whether the core knows what has become of each attention rank."""
@@ -97,6 +93,10 @@ class Storm:
         self.opened: set[int] = set()
         """Seeds of requests that some rank was told of."""
         self.aborted: set[str] = set()
+        self.suspended: set[int] = set()
+        """Models that the clients have suspended."""
+        self.handed_in: set[str] = set()
+        """Requests of which nothing has come since they were handed in to another scheduler."""
         self.woken_at = 0.0
         span = random.choice([2.0, 10.0])
         self.over_at = self.now + span
@@ -119,9 +119,7 @@ class Storm:
         require(not self.open, "nothing goes on, but requests have not ended", self.open)
         for rid in self.requests:
             self.check_end(rid)
-        for model in self.core.snapshot().models:
-            self.counts["requests replayed"] += model.replayed_requests
-            self.counts["tokens replayed"] += model.replayed_tokens
+        self.count_replays()
         self.core.flush()
         self.turn()
         while self.events:
@@ -130,6 +128,20 @@ class Storm:
         for rank in self.ranks:
             left = rank.rank.model or any(rank.rank.mapped) or rank.rank.steps
             require(not left, "a rank keeps pages or requests at the end", left)
+
+    def scheduler(self) -> SchedulerCore:
+        return SchedulerCore(
+            self.deployment,
+            self.specs,
+            [WordDecoder() for _ in self.specs],
+            [StormGrammars(self.pending, self.compiling) for _ in self.specs],
+            lambda: self.now,
+        )
+
+    def count_replays(self) -> None:
+        for model in self.core.snapshot().models:
+            self.counts["requests replayed"] += model.replayed_requests
+            self.counts["tokens replayed"] += model.replayed_tokens
 
     def after(self, seconds: float, what: Callable[..., None], *args: Any) -> None:
         heappush(self.events, (self.now + seconds, next(self._order), what, args))
@@ -170,11 +182,13 @@ class Storm:
         elif kind < 0.6:
             self.order(model)
         else:
+            self.suspended.add(model)
             self.core.suspend(model)
             self.after(self.random.uniform(0, 5), self.resume, model)
         self.turn()
 
     def resume(self, model: int) -> None:
+        self.suspended.discard(model)
         self.core.resume(model)
         self.turn()
 
@@ -243,6 +257,8 @@ class Storm:
     def take(self, output: Output) -> None:
         rid, before = output.rid, self.received[output.rid]
         require(rid in self.open, "output after a request's end", rid)
+        if rid in self.handed_in:
+            output = self.without_known(output)
         require(output.first == (not before), "a first output that is not the first", rid)
         had = sum(len(o.token_ids) for o in before)
         told = output.completion_tokens - len(output.token_ids)
@@ -256,6 +272,17 @@ class Storm:
         if output.finish is not None:
             self.open.discard(rid)
         self.counts["tokens"] += len(output.token_ids)
+
+    def without_known(self, output: Output) -> Output:
+        """The first output of another scheduler without what the client has."""
+        self.handed_in.discard(output.rid)
+        before = self.received[output.rid]
+        had = [token for earlier in before for token in earlier.token_ids]
+        require(output.first, "the first output of another scheduler is not whole", output.rid)
+        require(output.token_ids[: len(had)] == had, "a token changes", output.rid)
+        repeated = bool(had) and bool(output.prompt_logprobs)
+        require(not repeated, "the prompt's log-probabilities come twice", output.rid)
+        return dataclasses.replace(output, first=not before, token_ids=output.token_ids[len(had) :])
 
     def check_end(self, rid: str) -> None:
         """What came out of a request that has ended is what it must yield."""
@@ -341,7 +368,33 @@ class Storm:
 
     def fault(self) -> None:
         kinds = [self.crash, self.crash, self.hang, self.slow, self.crash_ffn, self.crash_ffn]
-        self.random.choice(kinds)()
+        self.random.choice([*kinds, self.crash_scheduler])()
+
+    def crash_scheduler(self) -> None:
+        """The scheduler dies, and with it all devices and what is on the way to the clients."""
+        self.counts["scheduler losses"] += 1
+        self.count_replays()
+        of_clients = (self.arrive, self.fault, self.disturb, self.resume, self.abort)
+        self.events = [event for event in self.events if event[2] in of_clients]
+        heapify(self.events)
+        for it in self.ranks:
+            it.alive = False
+        self.ranks = [self.incarnation() for _ in self.ranks]
+        self.noticed = [True for _ in self.ranks]
+        self.ffn_away.clear()
+        self.woken_at = 0.0
+        self.core = self.scheduler()
+        for model in self.suspended:
+            self.core.suspend(model)
+        self.handed_in = set(self.open)
+        for rid in [rid for rid in self.requests if rid in self.open]:
+            outputs = self.received[rid]
+            del outputs[self.random.randint(max(0, len(outputs) - 2), len(outputs)) :]
+            had = tuple(token for output in outputs for token in output.token_ids)
+            self.core.add(dataclasses.replace(self.requests[rid], delivered=had))
+            if rid in self.aborted:
+                self.core.abort(rid)
+        self.turn()
 
     def crash(self) -> None:
         index = self.random.randrange(len(self.ranks))

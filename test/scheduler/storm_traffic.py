@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from random import Random
@@ -65,6 +65,13 @@ class StormMatcher:
         self.pending = False
         self.accepted = True
 
+    error: str | None = None
+
+    def follow(self, output: Sequence[int]) -> None:
+        for token in output:
+            assert _allows(self._mask, token)
+            self._fed += 1
+
     def feed(self, token: int) -> None:
         assert not self.pending
         self.accepted = _allows(self._mask, token)
@@ -94,9 +101,11 @@ class StormGrammars:
     on_pending: Callable[[StormMatcher], None]
     on_compile: Callable[[Future[Any], StormMatcher], None]
 
-    def compile(self, grammar: Grammar) -> Future[Any]:
+    def compile(self, grammar: Grammar, output: Sequence[int] = ()) -> Future[Any]:
         future: Future[Any] = Future()
-        self.on_compile(future, matcher(grammar, self.on_pending))
+        made = matcher(grammar, self.on_pending)
+        made.follow(output)
+        self.on_compile(future, made)
         return future
 
 

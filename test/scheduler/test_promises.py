@@ -211,7 +211,7 @@ def test_scattered_cached_pages_keep_nobody_below_a_ceiling_out():
         sim.add(request(f"fills the chunk {turn}", [10 + turn] * 60, 0))
         sim.run()
     matched = sim.core._ranks[0].promises.match(
-        sim.core._sequence(request("probe", [5] * 20 + [6], 0))
+        sim.core._intake.sequence(request("probe", [5] * 20 + [6], 0))
     )
     assert len(matched) == len({entry.page // 16 for entry in matched}) == 5
     sim.add(request("next", [5] * 20 + [6], 2))

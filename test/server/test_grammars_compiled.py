@@ -15,9 +15,10 @@ import pytest
 from crosspool.models.registry import read_model
 from crosspool.scheduler.protocols import GrammarMatcher
 from crosspool.scheduler.request import Grammar
+from crosspool.server.grammar_library import NextMask
 from crosspool.server.grammar_process import CompileLimits
 from crosspool.server.grammar_xgrammar import XGrammarCompiler
-from crosspool.server.grammars import Grammars, ModelGrammars
+from crosspool.server.grammars import Grammars, KeptGrammar, ModelGrammars
 from support.front_end import MODELS
 from support.server import DEMO
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -99,6 +100,60 @@ def test_a_token_that_is_not_allowed_is_refused(backend: ModelGrammars) -> None:
     other = next(t for t in range(SPEC.vocab) if t not in allowed(matcher))
     matcher.feed(other)
     assert not settled(matcher).accepted
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["new", "kept"])
+def test_a_matcher_that_has_followed_an_output_goes_on_behind_it(
+    backend: ModelGrammars, known: bool
+) -> None:
+    grammar = Grammar(kind="regex", source="[a-z]{3}[0-9]{4}(x|y)")
+    if known:
+        backend.compile(grammar).result(30)
+    slow = backend.compile(Grammar(kind="regex", source="[a-z]{3}[0-9]{4}(?:x|y)")).result(30)
+    tokens: list[int] = []
+    while not settled(slow).is_terminated:
+        after = backend.compile(grammar, tokens).result(30)
+        assert not after.pending and after.error is None and after.accepted
+        assert after.bitmask() == slow.bitmask()
+        tokens.append(allowed(slow)[len(tokens) % len(allowed(slow))])
+        slow.feed(tokens[-1])
+    assert backend.compile(grammar, tokens).result(30).is_terminated
+    wrong = next(t for t in range(SPEC.vocab) if t not in (tokens[0], *allowed(after)))
+    assert not backend.compile(grammar, [wrong, *tokens]).result(30).accepted
+
+
+class Endless:
+    """A grammar whose every token takes a tenth of a second."""
+
+    size = 1
+    taken = 0
+    is_terminated = False
+
+    def build(self, grammar: Grammar) -> Endless:
+        return self
+
+    def walk(self) -> Endless:
+        return self
+
+    def accept(self, token: int) -> bool:
+        self.taken += 1
+        began = time.thread_time()
+        while time.thread_time() - began < 0.1:
+            pass
+        return True
+
+
+def test_a_long_output_that_takes_too_long_to_follow_is_given_up_on_the_way(
+    tokenizers: Any,
+) -> None:
+    endless = Endless()
+    kept = KeptGrammar(grammar=endless, first=NextMask(mask=b"", seconds=0.0), size=1)  # type: ignore[arg-type]
+    with grammars(tokenizers[0]) as made:
+        grammar = Grammar(kind="regex", source="a*")
+        made.cache.put((0, grammar), kept)
+        matcher = made.compile(0, grammar, [1] * 1000).result(30)
+    assert matcher.error is not None and "grammar_mask_timeout" in matcher.error
+    assert endless.taken < 10
 
 
 def test_each_request_has_its_own_matcher(backend: ModelGrammars) -> None:

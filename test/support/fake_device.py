@@ -100,6 +100,12 @@ class FakeDevice(threading.Thread):
         finally:
             socket.close()
 
+    def again(self) -> FakeDevice:
+        """The device that takes the place of this one."""
+        return FakeDevice(
+            self._deployment, self._device, self._script, self.step_seconds, self._incarnation + 1
+        )
+
     def stop(self) -> None:
         self._stop_event.set()
         self.join(10)

@@ -47,9 +47,7 @@ class FakeResident:
         """Takes the place of :func:`crosspool.ranks.gpu.lanes.join_loop`."""
         assert exchange is None
         # All devices are one for the fake driver. Loops that run leave it until this one starts.
-        self._paused += [other for other in self.loops if other.residency.resident]
-        for other in self._paused:
-            other.quiesce()
+        self.pause()
         places, residency = loop_places(lanes), host.residency
         loop = _Driven(self, models, places, buckets, epoch=epoch, residency=residency)
         for (lane, model, bucket), of_model in stages.items():
@@ -59,10 +57,20 @@ class FakeResident:
                 loop.add_graph(lane, model, stage, bucket, graph)
         return loop
 
+    def pause(self, loops: Sequence[_Driven] | None = None) -> None:
+        """Has loops, all of them unless given, leave the device until another one starts."""
+        chosen = self.loops if loops is None else loops
+        running = [loop for loop in chosen if loop.residency.resident]
+        for loop in running:
+            loop.quiesce()
+        self._paused += running
+
     def resume(self) -> None:
-        """Starts the loops again that have left the device for another one."""
+        """Starts the loops again that have left the device for another one and are not closed."""
         while self._paused:
-            self._paused.pop().start()
+            loop = self._paused.pop()
+            if loop in self.loops:
+                loop.start()
 
     def _kept(self, call: Callable[[], None], tail: Tail | None) -> Callable[[], None]:
         """An exception cannot pass through native code."""

@@ -108,10 +108,27 @@ class FrontEndServer:
                 raise RuntimeError(f"{spec.name} did not start:\n{self.log.read_text()}")
         return psutil.Process(children[0].pid)
 
-    def replace(self, name: str) -> None:
-        """Kills the process ``name``, and starts the next one in its place as the launcher does."""
-        self.processes[name].kill()
-        self.processes[name].wait(10)
+    def replace(self, name: str, *, start_devices: bool = True) -> None:
+        """Kills the process ``name``, and starts the next one in its place as the launcher does:
+        with the scheduler also the detokenizer and, if told, the devices."""
+        with_it = ("detokenizer",) if name == "scheduler" else ()
+        devices, self.devices = self.devices, []
+        if name == "scheduler":
+            for device in devices:
+                device.stop()
+            devices = [device.again() for device in devices]
+        for killed in (name, *with_it):
+            if not has_ended(self.processes[killed]):
+                self.processes[killed].kill()
+            self.processes[killed].wait(10)
+        for started in (name, *with_it):
+            self._start_again(started)
+        self.devices = devices
+        if name == "scheduler" and start_devices:
+            for device in devices:
+                device.start()
+
+    def _start_again(self, name: str) -> None:
         incarnation = self._incarnations[name] = self._incarnations[name] + 1
         spec = ProcessSpec(name=name, argv=(), incarnation=incarnation)
         self.processes[name] = self._fork(spec)

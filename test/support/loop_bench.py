@@ -4,7 +4,6 @@ that it has."""
 from __future__ import annotations
 
 import ctypes
-import enum
 from collections.abc import Callable
 
 from crosspool.kernels import cuda_loop_structs as cs
@@ -29,20 +28,6 @@ STAGES = (
     GPUStage.MOE_FFN,
     GPUStage.HEAD,
 )
-
-
-class Phase(enum.IntEnum):
-    """crosspool::gpu::Phase."""
-
-    NEW = 0
-    IDLE = 1
-    STAGE = 2
-    RUNNING = 3
-    PEERS = 4
-    HOST = 5
-    EVENT = 6
-    NEXT = 7
-    FAILED = 8
 
 
 class FakeLink:

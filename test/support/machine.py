@@ -96,16 +96,10 @@ class Machine:
         self.specs = [read_model(path, dtype=dtype) for path in models]
         placement = place(deployment, self.specs)
         self.fd = links.create(deployment, self.specs)
-        self.devices: list[DeviceRanks] = [
-            load(
-                deployment,
-                device,
-                self.specs,
-                placement,
-                None if self.fd is None else os.dup(self.fd),
-            )
-            for device in deployment.devices
-        ]
+        self._load, self._placement = load, placement
+        self.devices: list[DeviceRanks] = []
+        for index in range(len(deployment.devices)):
+            self.load(index)
         self.first = self.devices[0]
         assert self.first.attention is not None
         virtualizer: Any = self.first.attention.virtualizer
@@ -114,13 +108,31 @@ class Machine:
         self._chunks = chunks_per_model
         self._layouts = [KVLayout(spec, 4, deployment.chunk_bytes) for spec in self.specs]
         self._mapped: set[int] = set()
-        self._free_pages = [
-            random.Random(1).sample(range(pages), pages)
-            for pages in (layout.pages_in(chunks_per_model) for layout in self._layouts)
-        ]
+        self.forget_memory()
         self._numbers = 0
         self.results_taken = 0
         self.steps_sent = 0
+
+    def load(self, index: int) -> None:
+        """Loads the ranks of a device, for the first time or in the place of those that were
+        closed."""
+        self.devices[index : index + 1] = [
+            self._load(
+                self.deployment,
+                self.deployment.devices[index],
+                self.specs,
+                self._placement,
+                None if self.fd is None else os.dup(self.fd),
+            )
+        ]
+
+    def forget_memory(self) -> None:
+        """Takes back all pages, for an attention rank that was loaded again."""
+        self._mapped.clear()
+        self._free_pages = [
+            random.Random(1).sample(range(pages), pages)
+            for pages in (layout.pages_in(self._chunks) for layout in self._layouts)
+        ]
 
     def step(self, sequences: Sequence[Stream], lease: int = 1) -> Step:
         """The next tokens of ``sequences``, of one model, and up to ``lease - 1`` more."""

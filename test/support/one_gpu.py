@@ -13,6 +13,7 @@ from crosspool.ranks.gpu.flight import GPURank
 from crosspool.ranks.gpu.host_side import HostSide
 from crosspool.ranks.gpu.inputs import HostInputs, HostMemory, InputLayout
 from crosspool.transport.data_path import LinkCounters
+from crosspool.transport.heartbeats import Heartbeat
 from crosspool.transport.messages import Logprobs, Open, Row, Sampling, Step
 
 VOCAB, LAYERS, PAGE_SIZE, PAGES, SEQUENCES, LEASE = 32, 3, 4, 16, 4, 5
@@ -61,6 +62,7 @@ class OneGPU:
         *,
         virtualizer: Any = None,
         kv: Sequence[torch.Tensor] = (),
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         """``virtualizer``: instead of one that keeps a log; ``kv``: its caches of the models."""
         self.log: list[Any] = []
@@ -88,6 +90,7 @@ class OneGPU:
             stages=stages,
             memory=self.memory,
             counters=[[[own]] * 2 for own in self.counters],
+            heartbeat=heartbeat,
         )
 
     def inputs(self, lane: int, bucket: int) -> HostInputs:

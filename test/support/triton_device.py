@@ -22,6 +22,7 @@ from crosspool.ranks.gpu.join import join_lanes
 from crosspool.ranks.gpu.load import load_gpu_ranks, load_parts
 from crosspool.ranks.kv_memory import kv_pool_by
 from crosspool.transport.device_links import DeviceLinks, linked_ffn_ranks, links_bytes
+from crosspool.transport.kept_descriptors import KeptDescriptors
 from crosspool.transport.lane_layout import LINK_HEAD_BYTES, PAGE_BYTES, LinkLayout, round_up
 from crosspool.transport.links import GPUPeers, max_row_bytes
 from crosspool.transport.nvshmem import SymmetricLinks
@@ -39,6 +40,7 @@ class Interpreted:
     def __init__(self) -> None:
         self._links: dict[int, Tensor] = {}
         """Memory of the links of each FFN rank."""
+        self._laid_out: list[tuple[Tensor, LinkLayout]] = []
 
     def load(
         self,
@@ -59,6 +61,19 @@ class Interpreted:
             peers = GPUPeers(links, host)
         return load_on_cpu(deployment, device, specs, placement, peers)
 
+    @property
+    def outstanding(self) -> int:
+        """Number of dispatches that have no reply, on all links."""
+        found = 0
+        for memory, layout in self._laid_out:
+            first = round_up(memory.data_ptr(), PAGE_BYTES) - memory.data_ptr()
+            for at in range(first, len(memory) - LINK_HEAD_BYTES, layout.link_bytes):
+                dispatched, combined = (
+                    int(memory[at + line : at + line + 8].view(torch.int64)) for line in (0, 128)
+                )
+                found += dispatched - combined
+        return found
+
     def _reach(self, deployment: Deployment, device: Device, layout: LinkLayout) -> DeviceLinks:
         bases = {}
         for rank in linked_ffn_ranks(deployment, device):
@@ -66,6 +81,7 @@ class Interpreted:
                 size = links_bytes(deployment, layout, rank)
                 self._links[rank] = torch.full((size + PAGE_BYTES,), 0xFF, dtype=torch.uint8)
                 clear_heads(self._links[rank], layout)
+                self._laid_out.append((self._links[rank], layout))
             bases[rank] = round_up(self._links[rank].data_ptr(), PAGE_BYTES)
         return DeviceLinks(deployment, device, layout, bases, CPU)
 
@@ -156,7 +172,8 @@ def load_compiled(
     lanes_fd: int | None,
 ) -> DeviceRanks:
     """A GPU's ranks, with the KV memory that is mapped first full of NaN."""
-    ranks = load_gpu_ranks(deployment, device, specs, placement, lanes_fd)
+    kept = KeptDescriptors([])
+    ranks = load_gpu_ranks(deployment, device, specs, placement, lanes_fd, kept=kept)
     assert ranks.attention is not None and isinstance(ranks.executor, GPUExecutor)
     virtualizer = ranks.attention.virtualizer
     for model, kv in enumerate(ranks.attention.kv):

@@ -1,9 +1,10 @@
 """The other process of test_peer_memory: an FFN rank whose links lie in memory of its own device,
 which it exports.
 
-Arguments: file descriptor of the lanes' segment, deployment as JSON, device, rounds of each lane,
-whether CUDA is real. The reply to a dispatch is 2 x + layer + lane / 4; then the first byte of
-every link's head is set to 77, as the resident loop's signals would be."""
+Arguments: file descriptor of the lanes' segment, those that keep memory, deployment as JSON,
+device, rounds of each lane, whether CUDA is real. The reply to a dispatch is 2 x + layer +
+lane / 4; then the first byte of every link's head is set to 77, as the resident loop's signals
+would be."""
 
 import contextlib
 import sys
@@ -14,6 +15,7 @@ from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.kernels.dlpack import tensor_at
 from crosspool.transport import peer_memory
+from crosspool.transport.kept_descriptors import KeptDescriptors
 from crosspool.transport.lane_layout import LinkLayout
 from crosspool.transport.shared_memory import SharedMemoryTransport
 
@@ -34,11 +36,21 @@ def driver_of(device: Device, real: bool):
     return FakeCuda(total=64 << 20, name=device.name)
 
 
-def serve(fd: int, deployment: Deployment, device: Device, rounds: int, real: bool) -> None:
+def serve(
+    fd: int,
+    kept: KeptDescriptors,
+    deployment: Deployment,
+    device: Device,
+    *,
+    rounds: int,
+    real: bool,
+) -> None:
     driver = driver_of(device, real)
     layout = LinkLayout(deployment.max_step_tokens, MAX_ROW_BYTES)
     with contextlib.ExitStack() as stack:
-        links = peer_memory.join(deployment, device, layout, driver, resources=stack, timeout=30.0)
+        links = peer_memory.join(
+            deployment, device, layout, driver, kept, resources=stack, timeout=30.0
+        )
         transport = SharedMemoryTransport(fd, deployment, device, on_gpu=links)
         ends = [
             transport.ffn_link(attention, lane)
@@ -72,8 +84,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     serve(
         int(sys.argv[1]),
-        msgspec.json.decode(sys.argv[2], type=Deployment),
-        Device(sys.argv[3]),
-        int(sys.argv[4]),
-        sys.argv[5] == "real",
+        KeptDescriptors([int(number) for number in sys.argv[2].split(",")]),
+        msgspec.json.decode(sys.argv[3], type=Deployment),
+        Device(sys.argv[4]),
+        rounds=int(sys.argv[5]),
+        real=sys.argv[6] == "real",
     )

@@ -1,5 +1,5 @@
-"""The models of the lanes and of the command ring under spin, and that the search finds faults that
-are put into them."""
+"""The models of the lanes, of the command ring and of replay under spin, and that the search finds
+faults that are put into them."""
 
 from __future__ import annotations
 
@@ -30,17 +30,21 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("case", slow_but(check.EXHAUSTIVE[:1], check.EXHAUSTIVE), ids=str)
-def test_every_state_of_a_small_deployment_is_right(case: Any) -> None:
-    report = check.verify(case, check.MODEL.read_text())
+_FEW = [case for case in check.SWEEP if case.lanes == 4 and case.ffn_ranks != 2]
+"""Of every number of attention ranks, the deployments with the fewest and the most FFN ranks."""
+
+
+@pytest.mark.parametrize("case", slow_but(check.SMALL[:1], check.SMALL), ids=str)
+def test_every_state_of_something_small_is_right(case: Any) -> None:
+    report = check.verify(case)
     assert report.errors == 0, report.output
     assert report.complete
     assert report.states > 1000
 
 
 @pytest.mark.slow
-def test_part_of_the_states_of_every_deployment_is_right() -> None:
-    for case, report in check.sweep(check.MODEL.read_text(), seconds=0.5):
+def test_part_of_the_states_of_large_deployments_is_right() -> None:
+    for case, report in check.sweep(_FEW, seconds=0.3):
         assert report.errors == 0, f"{case}\n{report.output}"
         assert report.states > 1000
 
@@ -76,23 +80,6 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", slow_but([*FAULTS][:1], FAULTS))
-def test_a_fault_is_found(fault: str) -> None:
-    right, wrong = FAULTS[fault]
-    text = check.MODEL.read_text()
-    assert text.count(right) == 1
-    report = check.verify(check.Case(1, 1, 1, 2, 2, 1), text.replace(right, wrong))
-    assert report.errors > 0, report.output
-
-
-@pytest.mark.parametrize("case", slow_but(check.COMMANDS[:1], check.COMMANDS), ids=str)
-def test_every_state_of_a_host_and_its_loop_is_right(case: Any) -> None:
-    report = check.verify(case, check.COMMANDS_MODEL.read_text())
-    assert report.errors == 0, report.output
-    assert report.complete
-    assert report.states > 1000
-
-
 COMMAND_FAULTS = {
     "the host empties the eventfd after it looked": (
         "     atomic { signalled -> signalled = false }\n     do\n",
@@ -123,12 +110,48 @@ COMMAND_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", slow_but([*COMMAND_FAULTS][:1], COMMAND_FAULTS))
-def test_a_fault_of_the_rings_is_found(fault: str) -> None:
-    text = check.COMMANDS_MODEL.read_text()
-    changes = COMMAND_FAULTS[fault]
+REPLAY_FAULTS = {
+    "late results of a dead process count": (
+        "        :: i < incarnation[a] /* the process is gone */\n",
+        "        :: i < incarnation[a] && kind == ready\n",
+        "        :: i == incarnation[a] && kind == result ->\n",
+        "        :: kind == result ->\n",
+        "           :: flight[request] == step ->\n",
+        "           :: flight[request] != 0 ->\n",
+    ),
+    "late news of a death make its successor go away": (
+        "        :: i >= incarnation[a] -> goto lose\n",
+        "        :: true -> goto lose\n",
+    ),
+    "a successor that reports first is taken for its predecessor": (
+        "              i = i - 1;\n              goto lose\n",
+        "              incarnation[a] = i;\n              away[a] = false\n",
+    ),
+    "steps in flight are not taken back": (
+        "            flight[r] = 0;\n            place[r] = NOWHERE\n",
+        "            place[r] = NOWHERE\n",
+    ),
+    "a request goes on where nothing is known of it": (
+        "            flight[r] = 0;\n            place[r] = NOWHERE\n",
+        "            flight[r] = 0\n",
+    ),
+}
+
+
+ALL_FAULTS = {
+    **{name: (check.Case(1, 1, 1, 2, 2, 1), changes) for name, changes in FAULTS.items()},
+    **{name: (check.CommandCase(1, 2, 3, 1), changes) for name, changes in COMMAND_FAULTS.items()},
+    **{name: (check.ReplayCase(1, 1, 2, 2, 1), changes) for name, changes in REPLAY_FAULTS.items()},
+}
+_FIRST = [next(iter(faults)) for faults in (FAULTS, COMMAND_FAULTS, REPLAY_FAULTS)]
+
+
+@pytest.mark.parametrize("fault", slow_but(_FIRST, ALL_FAULTS))
+def test_a_fault_is_found(fault: str) -> None:
+    case, changes = ALL_FAULTS[fault]
+    text = case.model.read_text()
     for right, wrong in zip(changes[::2], changes[1::2], strict=True):
         assert text.count(right) == 1
         text = text.replace(right, wrong)
-    report = check.verify(check.COMMANDS[0], text)
+    report = check.verify(case, text)
     assert report.errors > 0, report.output

@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-import threading
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,8 +27,9 @@ from crosspool.transport.device_links import (
     linked_ffn_ranks,
     links_bytes,
 )
+from crosspool.transport.kept_descriptors import KeptDescriptors
 from crosspool.transport.lane_layout import LinkLayout
-from crosspool.transport.peer_memory import PeerMemory
+from crosspool.transport.peer_memory import PeerMemory, Share
 from crosspool.transport.rendezvous import RendezvousError
 from crosspool.transport.shared_memory import SharedMemoryTransport
 from support.fake_cuda_memory import CPU, FakeCuda
@@ -59,13 +60,20 @@ def exchange_with_peers(folder: Path, weights: tuple[str, ...], real: bool) -> N
     device, layout = Device("cuda:0"), LinkLayout(deployment.max_step_tokens, MAX_ROW_BYTES)
     fd = shared_memory.create(deployment, MAX_ROW_BYTES)
     driver = driver_of(device, real)
+    kept = KeptDescriptors.create(1 + len(weights))
+    numbers = ",".join(map(str, kept.fds))
     peers = [
         subprocess.Popen(
             [
-                *[sys.executable, str(PEER), str(fd), msgspec.json.encode(deployment).decode()],
-                *[name, str(ROUNDS), "real" if real else "fake"],
+                *[sys.executable, str(PEER), str(fd), numbers],
+                *[
+                    msgspec.json.encode(deployment).decode(),
+                    name,
+                    str(ROUNDS),
+                    "real" if real else "fake",
+                ],
             ],
-            pass_fds=[fd],
+            pass_fds=[fd, *kept.fds],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -75,7 +83,7 @@ def exchange_with_peers(folder: Path, weights: tuple[str, ...], real: bool) -> N
     ]
     with contextlib.ExitStack() as resources:
         links = peer_memory.join(
-            deployment, device, layout, driver, resources=resources, timeout=30.0
+            deployment, device, layout, driver, kept, resources=resources, timeout=30.0
         )
         transport = SharedMemoryTransport(fd, deployment, device, on_gpu=links)
         rows = dispatch_to_all(transport, deployment, links)
@@ -94,6 +102,7 @@ def exchange_with_peers(folder: Path, weights: tuple[str, ...], real: bool) -> N
         for start in range(links_at, len(segment), layout.link_bytes):
             assert segment[start : start + 8] != bytes(8)
             assert not any(segment[start + 256 : start + layout.link_bytes])
+    kept.close()
     os.close(fd)
     if not real:
         assert driver.is_clean
@@ -170,58 +179,119 @@ def test_links_lie_side_by_side_without_overlap(tmp_path):
     assert min(gaps) == layout.link_bytes
 
 
-def meet(tmp_path, driver, results, me="cuda:1", nbytes=100) -> threading.Thread:
-    def run() -> None:
-        try:
-            memory = PeerMemory(driver, tmp_path / "m", me, ["cuda:0", "cuda:1"], own_bytes=nbytes)
-            results.append(memory)
-        except Exception as error:
-            results.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread
+SHARES = {"cuda:1": Share(1, UNIT + 1)}
 
 
-def test_memory_is_zero_and_outlives_its_owner(tmp_path):
-    drivers = [FakeCuda(total=2 * UNIT, name=f"cuda:{index}") for index in range(2)]
-    results: list[PeerMemory] = []
-    thread = meet(tmp_path, drivers[1], results, nbytes=UNIT + 1)
-    with contextlib.closing(
-        PeerMemory(drivers[0], tmp_path / "m", "cuda:0", ["cuda:0", "cuda:1"], own_bytes=0)
-    ) as here:
-        thread.join()
+@pytest.fixture
+def kept() -> Iterator[KeptDescriptors]:
+    with contextlib.closing(KeptDescriptors.create(2)) as made:
+        yield made
+
+
+def devices() -> list[FakeCuda]:
+    return [FakeCuda(total=2 * UNIT, name=f"cuda:{index}") for index in range(2)]
+
+
+def test_memory_is_zero_and_outlives_its_owner(kept):
+    drivers = devices()
+    owner = PeerMemory(drivers[1], kept, "cuda:1", SHARES)
+    with contextlib.closing(PeerMemory(drivers[0], kept, "cuda:0", SHARES)) as here:
         assert list(here.addresses) == ["cuda:1"]
         mine = tensor_at(here.addresses["cuda:1"], (2 * UNIT,), torch.uint8, CPU)
-        theirs = tensor_at(results[0].addresses["cuda:1"], (2 * UNIT,), torch.uint8, CPU)
+        theirs = tensor_at(owner.addresses["cuda:1"], (2 * UNIT,), torch.uint8, CPU)
         assert not mine.any()
         theirs[-1] = 5
         assert mine[-1] == 5
-        results[0].close()
+        owner.close()
         assert drivers[1].is_clean
         mine[0] = 6
         assert mine.sum() == 11
     assert drivers[0].is_clean
 
 
-def test_a_peer_out_of_reach_names_both_devices(tmp_path):
-    drivers = [FakeCuda(total=2 * UNIT, name=f"cuda:{index}") for index in range(2)]
-    results: list[PeerMemory] = []
-    thread = meet(tmp_path, drivers[1], results)
-    drivers[0].fail["set_access"] = 0, "CUDA_ERROR_INVALID_DEVICE"
-    with pytest.raises(ConfigError, match=r"cuda:0 cannot reach memory of cuda:1 .*INVALID_DEVICE"):
-        PeerMemory(drivers[0], tmp_path / "m", "cuda:0", ["cuda:0", "cuda:1"], own_bytes=0)
-    thread.join()
-    results[0].close()
+def test_the_next_owner_finds_the_memory_as_it_was_left(kept):
+    """Its peers keep the addresses that they have; what they wrote meanwhile is there."""
+    drivers = devices()
+    owner = PeerMemory(drivers[1], kept, "cuda:1", SHARES)
+    with contextlib.closing(PeerMemory(drivers[0], kept, "cuda:0", SHARES)) as here:
+        mine = tensor_at(here.addresses["cuda:1"], (2 * UNIT,), torch.uint8, CPU)
+        tensor_at(owner.addresses["cuda:1"], (1,), torch.uint8, CPU)[0] = 5
+        owner.close()
+        mine[1] = 6
+        drivers[1] = FakeCuda(total=0, name="cuda:1")  # nothing is made anew
+        with contextlib.closing(PeerMemory(drivers[1], kept, "cuda:1", SHARES)) as next_owner:
+            theirs = tensor_at(next_owner.addresses["cuda:1"], (2 * UNIT,), torch.uint8, CPU)
+            assert theirs[:2].tolist() == [5, 6]
+            theirs[2] = 7
+            assert mine[:3].tolist() == [5, 6, 7]
     assert all(driver.is_clean for driver in drivers)
 
 
-def test_nothing_is_left_when_a_peer_does_not_come(tmp_path):
+MAKER = """
+import sys
+from crosspool.transport.kept_descriptors import KeptDescriptors
+from crosspool.transport.peer_memory import PeerMemory, Share
+from support.fake_cuda_memory import FakeCuda
+numbers, nbytes = [int(word) for word in sys.argv[1].split(",")], int(sys.argv[2])
+driver = FakeCuda(total=nbytes + (2 << 20), name="cuda:1")
+PeerMemory(driver, KeptDescriptors(numbers), "cuda:1", {"cuda:1": Share(1, nbytes)})
+print("made", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_memory_of_a_killed_process_is_found_though_nobody_had_mapped_it(kept):
+    fds = ",".join(map(str, kept.fds))
+    maker = subprocess.Popen(
+        [sys.executable, "-c", MAKER, fds, str(SHARES["cuda:1"].nbytes)],
+        pass_fds=kept.fds,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert maker.stdout is not None and maker.stdout.readline() == "made\n"
+    maker.kill()
+    maker.wait()
+    before = os.listdir("/proc/self/fd")
+    for name in ("cuda:0", "cuda:1"):
+        driver = FakeCuda(total=0, name=name)
+        with contextlib.closing(PeerMemory(driver, kept, name, SHARES)) as memory:
+            whole = tensor_at(memory.addresses["cuda:1"], (2 * UNIT,), torch.uint8, CPU)
+            assert int(whole.sum()) == (1 if name == "cuda:1" else 0)
+            whole[0] = 1
+        assert driver.is_clean
+    assert os.listdir("/proc/self/fd") == before
+    maker.communicate()
+
+
+def test_a_peer_out_of_reach_names_both_devices(kept):
+    drivers = devices()
+    owner = PeerMemory(drivers[1], kept, "cuda:1", SHARES)
+    drivers[0].fail["set_access"] = 0, "CUDA_ERROR_INVALID_DEVICE"
+    with pytest.raises(ConfigError, match=r"cuda:0 cannot reach memory of cuda:1 .*INVALID_DEVICE"):
+        PeerMemory(drivers[0], kept, "cuda:0", SHARES)
+    owner.close()
+    assert all(driver.is_clean for driver in drivers)
+
+
+def test_nothing_is_left_when_a_peer_does_not_come(kept):
+    driver = FakeCuda(total=2 * UNIT)
+    shares = {**SHARES, "cuda:0": Share(0, 100)}
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(RendezvousError, match="cuda:1 did not make the memory of its links"):
+        PeerMemory(driver, kept, "cuda:0", shares, timeout=0.2)
+    assert driver.is_clean
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_memory_of_another_size_is_refused(kept):
     driver = FakeCuda(total=2 * UNIT)
     before = os.listdir("/proc/self/fd")
-    with pytest.raises(RendezvousError, match="cuda:1 did not come"):
-        PeerMemory(
-            driver, tmp_path / "m", "cuda:0", ["cuda:0", "cuda:1"], own_bytes=100, timeout=0.2
-        )
+    descriptor = os.memfd_create("short")
+    kept.keep(1, descriptor, UNIT)
+    os.close(descriptor)
+    with pytest.raises(RendezvousError, match=f"cuda:1 has {UNIT} bytes for its links"):
+        PeerMemory(driver, kept, "cuda:0", SHARES)
     assert driver.is_clean
     assert os.listdir("/proc/self/fd") == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -26,8 +27,17 @@ class ProcessSpec:
     """Name of the device that it drives, if it is a device process."""
     restartable: bool = False
     """Whether another process can take its place after it has died."""
+    group: str | None = None
+    """Name of the processes of its stage that can only be replaced together with it, if there are
+    any."""
     forked_by: ProcessSpec | None = None
     """The fork server that forks it, if it is not started as a program of its own."""
+    kept: bool = False
+    """Whether this fork server, when it is lost, is started again before a process is asked of it.
+    """
+    takes_later: bool = False
+    """Whether the processes of later stages are of no use without it, so that they end with it, and
+    are started again with it."""
     incarnation: int = 1
     """How many processes there have been in this place, this one included."""
 
@@ -99,4 +109,8 @@ class Child:
         -n for a process killed by signal n."""
         if self._process.returncode is None:
             os.killpg(self.pid, signal.SIGKILL)
+            self._process.wait()
+            with contextlib.suppress(ChildProcessError):
+                while True:  # its children, which are ours now if we adopt orphans
+                    os.waitpid(-self.pid, 0)
         return self._process.wait()

@@ -73,8 +73,10 @@ class ForkServer:
             self._ask(spec)
 
     def start(self) -> None:
-        """Starts it, and asks for the processes that are not there yet; call it when it has ended
-        while it was needed. Raises OSError."""
+        """Starts it unless it runs, and asks for the processes that are not there yet; call it when
+        it has ended while it was needed. Raises OSError."""
+        if self._child is not None:  # a process was asked of it meanwhile
+            return
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             fd = theirs.fileno()
@@ -99,6 +101,10 @@ class ForkServer:
         if child.has_ended():
             return self.end(), child.reap()
         return self._handed_over(), None
+
+    def collect(self) -> list[Child]:
+        """The processes that are there now and were not at the last call, as :meth:`poll`."""
+        return [] if self._socket is None else self._handed_over()
 
     def end(self) -> list[Child]:
         """Ends the fork server. Returns the processes that are there and were not at the last

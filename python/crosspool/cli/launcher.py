@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from crosspool.cli.child import ProcessSpec
+from crosspool.cli.hangs import HangWatch
 from crosspool.cli.pools import describe
 from crosspool.cli.prepare import Prepared, prepare
 from crosspool.cli.restarts import Restarts
@@ -21,11 +22,13 @@ from crosspool.config.deployment import Deployment, save
 from crosspool.config.device import Device
 from crosspool.config.options import Options
 from crosspool.config.process import allow_descriptors, set_title
-from crosspool.config.runtime_dir import RuntimeDir
+from crosspool.config.runtime_dir import RuntimeDir, remove_metrics
 from crosspool.config.sizes import format_size
 from crosspool.observability.pools_table import make_console, pools_tables
 from crosspool.server.listeners import Listeners
 from crosspool.transport import admin, links, notices
+from crosspool.transport.heartbeats import Heartbeats
+from crosspool.transport.kept_descriptors import KeptDescriptors
 
 _CHECK_SECONDS = 2.0
 _GLANCE_SECONDS = 0.5
@@ -44,16 +47,25 @@ def launch(options: Options) -> int:
     prepared = prepare(options)
     runtime = RuntimeDir(len(prepared.specs))
     lanes_fd: int | None = None
+    kept: KeptDescriptors | None = None
     listeners: Listeners | None = None
+    heartbeats: Heartbeats | None = None
     try:
         deployment = msgspec.structs.replace(prepared.deployment, runtime_dir=str(runtime.path))
         save(deployment)
         listeners = Listeners.bind(deployment)
         lanes_fd = links.create(deployment, prepared.specs)
+        kept = links.keep_memory(deployment)
+        heartbeats = Heartbeats(deployment.devices)
+        names = [device.name for device in deployment.devices]
+        watch = HangWatch(heartbeats, names, deployment.hang_timeout)
         face = _Face(prepared, deployment)
         front = front_end(deployment, listeners.fds)
         supervisor = Supervisor(
-            [*([spec] for spec in front), device_processes(deployment, lanes_fd)],
+            [
+                *([spec] for spec in front),
+                device_processes(deployment, lanes_fd, heartbeats.fd, kept.fds),
+            ],
             restarts=Restarts(deployment.restart_limit),
             is_ready=face.is_ready,
             is_back=face.is_back,
@@ -61,6 +73,7 @@ def launch(options: Options) -> int:
             on_restart=face.tell_of_restart,
             on_loss=face.tell_of_loss,
             on_stop=face.tell_of_stop,
+            hangs=watch.look,
             say=face.say,
             watchdog_timeout=deployment.watchdog_timeout,
             failure_grace=deployment.failure_grace,
@@ -70,27 +83,39 @@ def launch(options: Options) -> int:
     finally:
         if lanes_fd is not None:
             os.close(lanes_fd)
+        if kept is not None:
+            kept.close()
         if listeners is not None:
             listeners.close()
+        if heartbeats is not None:
+            heartbeats.close()
         runtime.close()
 
 
-def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[ProcessSpec]:
+def device_processes(
+    deployment: Deployment, lanes_fd: int | None, heartbeats_fd: int, kept_fds: Sequence[int]
+) -> list[ProcessSpec]:
     """One process for each device. Those of CPUs are forked by one that holds the device's weights.
+    If that is lost, the next one is started when the device's process is lost, too: until then,
+    memory would hold the weights twice.
 
-    Devices whose links lie in the memory of GPUs make them together, once, so that none of them can
-    be replaced alone."""
-    alone = len(deployment.devices) == 1
-    restartable = alone or all(device.is_cpu for device in deployment.devices)
-    lanes = [] if lanes_fd is None else ["--lanes-fd", str(lanes_fd)]
-    pass_fds = [] if lanes_fd is None else [lanes_fd]
+    Devices that NVSHMEM joins are replaced all at once: it cannot go on without one of them, nor
+    take another in its place."""
+    joined = len(deployment.devices) > 1 and deployment.gpu_links == "nvshmem"
+    shared = ["--heartbeats-fd", str(heartbeats_fd)]
+    pass_fds = [heartbeats_fd, *kept_fds]
+    if kept_fds:
+        shared += ["--link-memory-fds", ",".join(map(str, kept_fds))]
+    if lanes_fd is not None:
+        shared += ["--lanes-fd", str(lanes_fd)]
+        pass_fds.append(lanes_fd)
 
     def holder(device: Device) -> ProcessSpec:
         return ProcessSpec(
             name=f"weights of {device.name}",
             argv=[
                 *_module("ranks.weight_holder", deployment),
-                *["--device", device.name, *lanes],
+                *["--device", device.name, *shared],
             ],
             env={**_OFFLINE, **_threads(1)},
             pass_fds=pass_fds,
@@ -102,12 +127,13 @@ def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[Proce
             name=device.process_name,
             argv=[
                 *_module("ranks.device_process", deployment),
-                *["--device", device.name, *lanes],
+                *["--device", device.name, *shared],
             ],
             env={**_OFFLINE, **_device_environment(device)},
             pass_fds=pass_fds,
             device=device.name,
-            restartable=restartable,
+            restartable=True,
+            group="NVSHMEM" if joined and not device.is_cpu else None,
             forked_by=holder(device) if device.is_cpu else None,
         )
         for device in deployment.devices
@@ -116,7 +142,10 @@ def device_processes(deployment: Deployment, lanes_fd: int | None) -> list[Proce
 
 def front_end(deployment: Deployment, listener_fds: Sequence[int]) -> list[ProcessSpec]:
     """The front end's processes, in the order in which they are stopped. They are forked by one
-    that imports SGLang: this takes longer than anything else at the start."""
+    that imports SGLang: this takes longer than anything else at the start.
+
+    What the devices and the detokenizer know of requests is of no use to another scheduler, so they
+    start anew with it; who holds the devices' weights stays."""
     listeners = ["--listeners", *map(str, listener_fds)]
     forks = ProcessSpec(
         name="front end",
@@ -124,13 +153,15 @@ def front_end(deployment: Deployment, listener_fds: Sequence[int]) -> list[Proce
         pass_fds=listener_fds,
         env={**_OFFLINE, **_threads(1)},
         restartable=True,
+        kept=True,
     )
     return [
         ProcessSpec(
             name=name,
             argv=[*_module("server.process", deployment), name],
             env={**_OFFLINE, **_threads(1)},
-            restartable=name != "scheduler",
+            restartable=True,
+            takes_later=name == "scheduler",
             forked_by=forks,
         )
         for name in ("http", "scheduler", "detokenizer")
@@ -232,19 +263,27 @@ class _Face:
         are as soon as they are there: nobody waits for them but other processes."""
         if spec.name == "http":
             return self._http_ready(_GLANCE_SECONDS)
-        if spec.device is None:
+        if spec.name != "scheduler" and spec.device is None:
             return True
         try:
             status = admin.status(self._deployment.admin_address, _GLANCE_SECONDS)
         except admin.AdminError:
             return False
+        if spec.name == "scheduler":
+            return status.ready and status.incarnation == spec.incarnation
         return any(
             device.ready and (device.name, device.incarnation) == (spec.device, spec.incarnation)
             for device in status.devices
         )
 
     def tell_of_restart(self, loss: Loss) -> None:
-        """Tells the scheduler that a device is away until its next process is ready."""
+        """Removes the metrics of the dead process. Tells the scheduler that a device is away until
+        its next process is ready, and the HTTP process that there is no scheduler until the next
+        one is."""
+        if loss.pid is not None:
+            remove_metrics(self._deployment, loss.pid)
+        if loss.spec.name == "scheduler":
+            self._http.tell(notices.SchedulerGone())
         self._tell_scheduler(loss, final=False)
 
     def tell_of_loss(self, loss: Loss) -> None:

@@ -7,9 +7,10 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, dropwhile, islice
 from types import FrameType
 
 from crosspool.cli.child import Child, ProcessSpec
@@ -34,10 +35,21 @@ class Loss:
 
     spec: ProcessSpec
     status: int | None
-    """Its exit status; None if a signal has stopped it, for too long."""
+    """Its exit status; None while it has not ended."""
+    pid: int | None = None
+    """None if it was never started."""
+    hang: str | None = None
+    """What it does not do, if it hangs; None if it has not ended since a signal has stopped it, for
+    too long."""
+    lost_with: str | None = None
+    """The process of its group that was lost, if it was ended for that reason."""
 
     @property
     def cause(self) -> str:
+        if self.lost_with is not None:
+            return f"{self.spec.name} cannot go on without {self.lost_with}"
+        if self.hang is not None:
+            return f"{self.spec.name} hangs: {self.hang}"
         if self.status is None:
             return f"{self.spec.name} was stopped by a signal and did not continue in time"
         if self.status < 0:
@@ -59,20 +71,26 @@ class Supervisor:
     ``stages`` are the processes in the order in which they are stopped; those of one stage are
     stopped together. They are started from the last stage to the first, without waiting for one
     another. A fork server is started with the first process that it forks, and stays; if it is lost
-    while no process is asked of it, it is started again when one is.
+    while no process is asked of it, it is started again when one is, or at once if it is ``kept``.
     ``is_ready`` is called again and again until it returns True; then ``on_ready`` is called once.
     A loss before that ends all processes, unless ``is_ready``, called at once, returns True.
     A restartable process that is lost later is started again as ``restarts`` says, and
     ``on_restart`` is called before; ``is_back`` is then called again and again until it returns
-    True for the new one. One that ends with status 2, a user's mistake, or 3, another's failure, is
+    True for the new one. All others of its group are ended and started again with it; this counts
+    once. One that ``takes_later`` ends the processes of later stages, of which new ones are started
+    with it. One that ends with status 2, a user's mistake, or 3, another's failure, is
     not started again.
     ``on_loss`` is called for every other process that is lost later; the others then go on for
     ``failure_grace`` seconds, unless the lost one was of the first stage.
 
     A process that a signal stops for two seconds counts as lost if it can be started again.
     ``on_stop`` is called when a signal stops one that cannot, and when that continues; if it stays
-    stopped for ``watchdog_timeout`` seconds, it counts as lost. When the processes are stopped, the
-    first stage gets ``drain_timeout`` seconds to end. ``say`` prints a line for the user."""
+    stopped for ``watchdog_timeout`` seconds, it counts as lost. ``hangs`` is called again and again
+    with the devices whose processes a signal has stopped, and returns the devices and incarnations
+    that hang, with what they do not do; they count as lost. When the processes are stopped, the
+    first stage gets ``drain_timeout`` seconds to end; after a signal, those of the other stages are
+    replaced as before until it has ended, since it may still need them. ``say`` prints a line for
+    the user."""
 
     def __init__(
         self,
@@ -85,6 +103,7 @@ class Supervisor:
         on_restart: Callable[[Loss], None],
         on_loss: Callable[[Loss], None],
         on_stop: Callable[[ProcessSpec, bool], None],
+        hangs: Callable[[Collection[str]], Mapping[tuple[str, int], str]],
         say: Callable[[str], None],
         watchdog_timeout: float,
         failure_grace: float,
@@ -104,6 +123,7 @@ class Supervisor:
         self._on_restart = on_restart
         self._on_loss = on_loss
         self._on_stop = on_stop
+        self._hangs = hangs
         self._say = say
         self._watchdog_timeout = watchdog_timeout
         self._failure_grace = failure_grace
@@ -115,6 +135,12 @@ class Supervisor:
         """Processes that wait for their start after a death, by name."""
         self._not_back: dict[str, ProcessSpec] = {}
         """Processes that were started again and are not ready yet, by name."""
+        self._latest: dict[str, int] = {}
+        """The incarnation of each process that has been replaced, by name; no fork server's, which
+        have none."""
+        self._ready = False
+        self._draining = False
+        """Whether the first stage has been asked to end, and the others have not."""
         self._signals = 0
         self._news: socket.socket
         """Readable when a signal has come, that of a child's end included."""
@@ -134,6 +160,8 @@ class Supervisor:
                 self._say(
                     "stopping once requests in flight are done; a second signal stops at once"
                 )
+                # Requests may have come in since the last call.
+                self._draining = self._ready or self._is_ready()
                 self._stop(self._drain_timeout)
                 return 0
             finally:
@@ -154,37 +182,41 @@ class Supervisor:
 
     def _watch(self) -> list[Loss]:
         """Returns the losses, or an empty list when a signal asks to stop."""
-        ready = False
         next_check = 0.0
         losses: list[Loss] = []
         deadline = float("inf")
         while not self._signals and time.monotonic() < deadline:
             for loss in [*self._start_due(losses), *self._new_losses(losses)]:
                 # Requests may have come in since the last call.
-                ready = ready or self._is_ready()
-                if ready and not losses and self._replaces(loss):
+                self._ready = self._ready or self._is_ready()
+                if self._is_past(loss) or (self._ready and not losses and self._replaces(loss)):
                     continue
                 losses.append(loss)
                 self._say(loss.cause)
-                if not ready or loss.spec.name in [spec.name for spec in self._stages[0]]:
+                if not self._ready or self._is_of_first_stage(loss.spec):
                     deadline = 0.0
                 else:
                     self._on_loss(loss)
                     deadline = min(deadline, time.monotonic() + self._failure_grace)
             if not losses and time.monotonic() >= next_check:
-                if not ready and (ready := self._is_ready()):
+                if not self._ready and self._is_ready():
+                    self._ready = True
                     self._on_ready()
                 self._look_for_returns()
                 next_check = time.monotonic() + _CHECK_SECONDS
-            if ready:
+            if self._ready:
                 self._look_for_stopped()
                 self._end_stopped_fork_servers()
-            due = [] if losses else [start.due for start in self._starts.values()]
-            self._wait_for_news(min(due, default=math.inf))
+            self._wait_for_news([] if losses else self._starts.values())
         return losses
 
-    def _wait_for_news(self, due: float) -> None:
-        """Returns when it is time to look at the processes again: at ``due``, or before."""
+    def _is_of_first_stage(self, spec: ProcessSpec) -> bool:
+        return spec.name in [first.name for first in self._stages[0]]
+
+    def _wait_for_news(self, starts: Iterable[_Start]) -> None:
+        """Returns when it is time to look at the processes again, at the latest when one of
+        ``starts`` is due."""
+        due = min((start.due for start in starts), default=math.inf)
         seconds = min(_POLL_SECONDS, max(0.0, due - time.monotonic()))
         tellers = [server.teller for server in self._fork_servers.values()]
         sources = [self._news, *(teller for teller in tellers if teller is not None)]
@@ -196,16 +228,22 @@ class Supervisor:
         lost = self._adopt_forked()
         names = {*self._starts, *(loss.spec.name for loss in known)}
         now = time.monotonic()
+        hangs = self._hangs({child.spec.device or "" for child in self._stopped_children()})
         for child in self._all_children():
             spec = child.spec
-            if spec.name in names:
+            if spec.name in names or (self._draining and self._is_of_first_stage(spec)):
                 continue
             patience = _STOPPED_SECONDS if self._can_replace(spec) else self._watchdog_timeout
             if child.has_ended():
-                lost.append(Loss(spec=spec, status=child.reap()))
+                lost.append(Loss(spec=spec, status=child.reap(), pid=child.pid))
             elif now - self._stopped.get(spec.name, now) >= patience:
-                lost.append(Loss(spec=spec, status=None))
+                lost.append(Loss(spec=spec, status=None, pid=child.pid))
+            elif (hang := hangs.get((spec.device or "", spec.incarnation))) is not None:
+                lost.append(Loss(spec=spec, status=None, pid=child.pid, hang=hang))
         return lost
+
+    def _stopped_children(self) -> Iterator[Child]:
+        return (child for child in self._all_children() if child.spec.name in self._stopped)
 
     def _all_children(self) -> Iterator[Child]:
         for stage in self._children:
@@ -217,22 +255,60 @@ class Supervisor:
     def _replaces(self, loss: Loss) -> bool:
         """Has the lost process started again, unless there is no use in it; returns whether it
         is."""
-        name = loss.spec.name
+        name, group = loss.spec.name, loss.spec.group
         if not self._can_replace(loss.spec) or loss.status in (USER_MISTAKE, CANNOT_SERVE):
             return False
-        was_ready = self._not_back.pop(name, None) is None
-        wait = self._restarts.wait(name, was_ready=was_ready)
+        others = [
+            child.spec
+            for child in self._all_children()
+            if group is not None and child.spec.group == group and child.spec.name != name
+        ]
+        losses = [loss, *(Loss(spec=spec, status=None, lost_with=name) for spec in others)]
+        names = [one.spec.name for one in losses]
+        was_ready = self._not_back.keys().isdisjoint(names)
+        wait = self._restarts.wait(group or name, was_ready=was_ready)
         if wait is None:
             return False
         for child in self._all_children():
-            if child.spec.name == name:
-                child.reap()  # it may only be stopped
-        self._stopped.pop(name, None)
-        spec = loss.spec.again()
-        self._say(f"{loss.cause}; it is started again (restart {spec.incarnation - 1})")
-        self._on_restart(loss)
-        self._starts[name] = _Start(spec, time.monotonic() + wait)
+            if child.spec.name in names:
+                child.reap()  # it may live
+        due = time.monotonic() + wait
+        for one in losses:
+            self._say(f"{one.cause}; it is started again (restart {one.spec.incarnation})")
+            self._on_restart(one)
+            self._plan_start(one.spec, due)
+            if one.spec.takes_later:
+                self._replace_later_than(one.spec, due)
         return True
+
+    def _plan_start(self, dead: ProcessSpec, due: float) -> None:
+        spec = dead.again()
+        self._not_back.pop(spec.name, None)
+        self._stopped.pop(spec.name, None)
+        if spec.name not in self._fork_servers:
+            self._latest[spec.name] = spec.incarnation
+        self._starts[spec.name] = _Start(spec, due)
+
+    def _replace_later_than(self, spec: ProcessSpec, due: float) -> None:
+        """Ends the processes of the stages behind that of ``spec``, and has others started.
+
+        Those that do not run are about to be started, and have not spoken to the dead process: fork
+        servers tell of a process before it does anything."""
+        for server in self._fork_servers.values():
+            self._take_over(server.collect())
+        places = zip(self._stages, self._children, strict=True)
+        behind = dropwhile(lambda place: spec.name not in [s.name for s in place[0]], places)
+        later = chain.from_iterable(children for _, children in islice(behind, 1, None))
+        running = [child for child in later if child.spec.name not in self._starts]
+        for child in running:
+            child.signal(signal.SIGKILL)
+        for child in running:
+            child.reap()
+            self._plan_start(child.spec, due)
+
+    def _is_past(self, loss: Loss) -> bool:
+        """Whether another process has taken, or is to take, the place of the lost one already."""
+        return loss.spec.incarnation < self._latest.get(loss.spec.name, 1)
 
     def _start_due(self, known: Sequence[Loss]) -> list[Loss]:
         """Starts the processes whose time has come, unless the others are about to end; returns
@@ -279,17 +355,17 @@ class Supervisor:
                 self._on_stop(child.spec, stopped)
 
     def _end_stopped_fork_servers(self) -> None:
-        """Kills those that a signal has stopped for too long while somebody waits for them."""
+        """Kills those that a signal has stopped for too long while they are missed."""
         now = time.monotonic()
         for name, server in self._fork_servers.items():
-            if not (server.is_needed and server.is_stopped):
+            if not (self._is_missed(server) and server.is_stopped):
                 self._stopped.pop(name, None)
             elif now - self._stopped.setdefault(name, now) >= _STOPPED_SECONDS:
                 server.kill()
 
     def _adopt_forked(self) -> list[Loss]:
         """Takes over what the fork servers have forked; returns the losses of those that have ended
-        while somebody waits for them."""
+        and are missed."""
         lost = []
         for server in self._fork_servers.values():
             children, status = server.poll()
@@ -297,11 +373,14 @@ class Supervisor:
             if status is None:
                 continue
             loss = Loss(spec=server.spec, status=status)
-            if server.is_needed:
+            if self._is_missed(server):
                 lost.append(loss)
             else:
                 self._say(f"{loss.cause}; it is started again when it is needed")
         return lost
+
+    def _is_missed(self, server: ForkServer) -> bool:
+        return server.is_needed or (server.spec.kept and self._can_replace(server.spec))
 
     def _take_over(self, children: Sequence[Child]) -> None:
         for child in children:
@@ -316,7 +395,9 @@ class Supervisor:
 
     def _stop(self, first_stage_seconds: float) -> None:
         signals = self._signals
-        self._end_fork_servers()
+        losses: list[Loss] = []
+        if not self._draining:
+            self._end_fork_servers()
         for index, stage in enumerate(self._children):
             deadline = time.monotonic() + (first_stage_seconds if index == 0 else _STOP_SECONDS)
             for child in stage:
@@ -329,9 +410,30 @@ class Supervisor:
                     late = ", ".join(c.spec.name for c in stage if not c.has_ended())
                     self._say(f"killing {late}, which did not end after SIGTERM")
                     break
-                time.sleep(_POLL_SECONDS)
+                if self._draining and not losses:
+                    losses += self._replace_while_draining()
+                    self._wait_for_news(self._starts.values())
+                else:
+                    time.sleep(_POLL_SECONDS)
             for child in stage:
                 child.reap()
+            if self._draining:
+                self._draining = False
+                self._end_fork_servers()
+
+    def _replace_while_draining(self) -> list[Loss]:
+        """Has lost processes started again, except those of the first stage; returns the losses of
+        others that are not, since nothing can be done about them."""
+        lost = []
+        for loss in [*self._start_due([]), *self._new_losses([])]:
+            if self._is_of_first_stage(loss.spec) or self._is_past(loss) or self._replaces(loss):
+                continue
+            lost.append(loss)
+            self._say(loss.cause)
+            self._on_loss(loss)
+        self._look_for_stopped()
+        self._end_stopped_fork_servers()
+        return lost
 
     def _end_fork_servers(self) -> None:
         for server in self._fork_servers.values():

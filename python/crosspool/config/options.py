@@ -254,6 +254,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         "How often a device process that has died is started again within a minute, and how many "
         "starts in a row may fail, before the server ends; 0: it ends with the first death.",
         _SERVER, least=0)] = 5
+    hang_timeout: Annotated[float, Option(
+        "Time without any progress, also within a step, after which a device process is killed and "
+        "replaced.",
+        _SERVER, unit="s", least=2)] = 4.0
     failure_grace: Annotated[float, Option(
         "Time for which the server answers 503 after a process that is not started again has died "
         "or counts as dead, before it ends.",

@@ -78,6 +78,19 @@ class RuntimeDir:
         shutil.rmtree(self.path)
 
 
+def metrics_folder(deployment: Deployment) -> Path:
+    """The folder of the files through which processes share SGLang's metrics, each named by its
+    writer's pid: see prometheus_client's multiprocess mode."""
+    return Path(deployment.runtime_dir) / "metrics"
+
+
+def remove_metrics(deployment: Deployment, pid: int) -> None:
+    """Removes what a process that has ended told of its metrics. Gauges of it would be shown for
+    ever, and its counters start anew with the process that takes its place."""
+    for file in metrics_folder(deployment).glob(f"*_{pid}.db"):
+        file.unlink()
+
+
 def _unusable(parent: Path, error: OSError) -> ConfigError:
     return ConfigError(
         f"the server's files cannot be made in {parent}: {error.strerror}: make room there, or set "

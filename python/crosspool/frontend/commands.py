@@ -14,7 +14,7 @@ from sglang.srt.managers import io_struct as io
 from crosspool.frontend.control_requests import FLUSHED, FORWARDED, NO_CACHE, REPLIES, WITHOUT_REPLY
 from crosspool.frontend.front_end import FrontEnd
 from crosspool.frontend.messages import OpenRequest, to_request
-from crosspool.frontend.own_messages import Delivered, Disown
+from crosspool.frontend.own_messages import Delivered, Disown, Resume
 from crosspool.scheduler.request import GenerateRequest
 from crosspool.transport.inspection import ModelStatus
 
@@ -24,9 +24,15 @@ log = logging.getLogger(__name__)
 class Generate:
     """Generate from one prompt."""
 
-    def __init__(self, message: io.TokenizedGenerateReqInput, stream_interval: int) -> None:
+    def __init__(
+        self,
+        message: io.TokenizedGenerateReqInput,
+        stream_interval: int,
+        delivered: tuple[int, ...] | None = None,
+    ) -> None:
         self._message = message
         self._stream_interval = stream_interval
+        self._delivered = delivered
         self.rid = message.rid
         """None in a message that is not SGLang's own."""
 
@@ -37,7 +43,7 @@ class Generate:
     def request(self, model: int, seed: int) -> GenerateRequest:
         """``seed`` serves a request that brings none. Raises ValueError, with a text for the
         client, for what CrossPool does not do."""
-        return to_request(self._message, model, seed)
+        return to_request(self._message, model, seed, self._delivered)
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Pause:
 
 
 class DisownAll:
-    """Nobody waits for the front end's requests: abort them, and go on with the model."""
+    """Nobody waits for the front end's requests so far: abort them, and go on with the model."""
 
 
 class Leave:
@@ -84,6 +90,8 @@ def commands(front_end: FrontEnd, message: Any, stream_interval: int) -> Iterato
         case io.BatchTokenizedGenerateReqInput():
             for one in message:
                 yield Generate(one, stream_interval)
+        case Resume() if not front_end.attached:
+            yield Generate(message.message, stream_interval, tuple(message.output_ids))
         case io.AbortReq():
             if message.abort_all or message.rid:
                 rid = None if message.abort_all else message.rid

@@ -70,6 +70,9 @@ REPLIES: dict[type, Maker] = {
 }
 """Functions that make the reply to a request from the request alone, by its type."""
 
+ANSWERED: tuple[type, ...] = (*REPLIES, io.GetInternalStateReq, io.FlushCacheReqInput)
+"""Requests to which the scheduler itself replies, each in its turn."""
+
 FORWARDED: tuple[type, ...] = (io.FreezeGCReq, io.ConfigureLoggingReq)
 """Requests for the detokenizer, which a tokenizer manager can reach only through the scheduler."""
 

@@ -15,6 +15,7 @@ from sglang.srt.managers import io_struct
 
 from crosspool.frontend import private, unreadable
 from crosspool.frontend.messages import OpenRequest, finish_reason, to_token_id_output
+from crosspool.frontend.own_messages import SchedulerReplaced
 from crosspool.frontend.sent import Sent
 from crosspool.observability.bounded_log import BoundedLog
 from crosspool.scheduler.request import Finish, Output
@@ -49,6 +50,9 @@ class FrontEnd:
         """True for a stock SGLang server, False for the deployment's own HTTP process."""
         self.pauses = False
         """Whether it wants the model to make no steps."""
+        self.awaited = False
+        """Whether it has yet to hand in its requests, since the scheduler is a new one; what else
+        it says was meant for an earlier scheduler, and will be said again."""
         self.requests: dict[str, OpenRequest] = {}
         """Requests of this front end that are not finished, by request id."""
         self._sent = None if attached else Sent()
@@ -86,6 +90,12 @@ class FrontEnd:
         for item in items:  # together they may be more than a message can hold
             self.to_detokenizer(to_token_id_output([item]))
         return len(items)
+
+    def ask_for_requests(self, scheduler: int) -> None:
+        """Has it hand in its requests to this scheduler, which has the number ``scheduler``. Raises
+        FrontEndLost."""
+        self.awaited = True
+        self.to_tokenizer(SchedulerReplaced(incarnation=scheduler))
 
     def open(self, request: OpenRequest) -> None:
         """Notes a request until it has finished. The front end may have had another of this id,

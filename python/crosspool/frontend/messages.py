@@ -85,8 +85,14 @@ def seeds(random_seed: int | None) -> Iterator[int]:
         counter += 1
 
 
-def to_request(message: TokenizedGenerateReqInput, model: int, seed: int) -> GenerateRequest:
-    """``seed`` is used where the request has none. Raises ValueError, with a text for the client,
+def to_request(
+    message: TokenizedGenerateReqInput,
+    model: int,
+    seed: int,
+    delivered: tuple[int, ...] | None = None,
+) -> GenerateRequest:
+    """``seed`` is used where the request has none; ``delivered`` are the output tokens that its
+    client has, if an earlier scheduler had taken it. Raises ValueError, with a text for the client,
     for what CrossPool does not do. The scheduler checks the values."""
     for field, what in _UNSUPPORTED:
         if getattr(message, field):
@@ -120,6 +126,7 @@ def to_request(message: TokenizedGenerateReqInput, model: int, seed: int) -> Gen
         thinks_first=message.require_reasoning,
         is_probe=message.rid.startswith(HEALTH_CHECK_RID_PREFIX),
         stream=message.stream,
+        delivered=delivered,
         cache_namespace=(message.cache_salt or "", message.extra_key or ""),
     )
 

@@ -19,7 +19,8 @@ from crosspool.frontend.anthropic import Anthropic
 from crosspool.frontend.ollama import Ollama
 from crosspool.frontend.response_store import ResponseStore
 from crosspool.frontend.server_args import port_args, server_args
-from crosspool.frontend.tokenizer_manager import PooledTokenizerManager, native_api, shared_metrics
+from crosspool.frontend.shared_metrics import shared_metrics
+from crosspool.frontend.tokenizer_manager import PooledTokenizerManager, native_api
 from crosspool.frontend.turns import Turns
 
 _SMALL_BODY = 4 << 10

@@ -53,7 +53,10 @@ def _attach(address: str, server_args: Any, port_args: Any) -> Any:
         tokenizer=port_args.tokenizer_ipc_name,
         detokenizer=port_args.detokenizer_ipc_name,
     )
-    threading.Thread(target=_watch, args=(address,), name="crosspool watch", daemon=True).start()
+    watch = threading.Thread(
+        target=_watch, args=(address, attached.scheduler), name="crosspool watch", daemon=True
+    )
+    watch.start()
     ready = {
         "status": "ready",
         "max_total_num_tokens": attached.max_total_tokens,
@@ -63,8 +66,10 @@ def _attach(address: str, server_args: Any, port_args: Any) -> Any:
     return SchedulerInitResult(scheduler_infos=[ready]), None
 
 
-def _watch(address: str) -> None:
-    """Ends this server when the deployment has failed or is gone and could finish no request."""
+def _watch(address: str, scheduler: int) -> None:
+    """Ends this server when the deployment has failed or is gone and could finish no request, or
+    when another scheduler has taken the place of the one with the number ``scheduler``, to which
+    this server is attached."""
     heard = time.monotonic()
     while time.monotonic() - heard < _SILENCE_SECONDS:
         time.sleep(_PING_SECONDS)
@@ -75,6 +80,9 @@ def _watch(address: str) -> None:
         heard = time.monotonic()
         if not status.ready:
             log.error("this server ends, since CrossPool cannot serve: %s", status.message)
+            break
+        if status.incarnation != scheduler:
+            log.error("this server ends, since CrossPool's scheduler is a new one: start it again")
             break
     else:
         log.error("this server ends, since CrossPool at %s does not answer", address)

@@ -22,11 +22,11 @@ from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.utils import msgpack_utils
 
-from crosspool.frontend.own_messages import Delivered, Disown
+from crosspool.frontend.own_messages import Delivered, Disown, Resume, SchedulerReplaced
 
 if TYPE_CHECKING:
     from sglang.srt.managers.detokenizer_manager import DetokenizerManager
-    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+    from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
     from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
 
 MAX_MESSAGE_BYTES = 256 << 20
@@ -52,7 +52,7 @@ def _arrays_only(code: int, data: memoryview) -> Any:
 
 
 _decoder = msgspec.msgpack.Decoder(
-    Union[(*io_struct._all_types, Delivered, Disown)],
+    Union[(*io_struct._all_types, Delivered, Disown, Resume, SchedulerReplaced)],
     dec_hook=msgpack_utils.dec_hook,
     ext_hook=_arrays_only,
 )
@@ -152,6 +152,31 @@ def detokenize(manager: DetokenizerManager, message: Any) -> Any:
 def tell_scheduler(manager: TokenizerManager, message: Any) -> None:
     """Sends the scheduler a message, in order with the manager's own."""
     manager._dispatch_to_scheduler(message)
+
+
+def note_sent(
+    manager: TokenizerManager, messages: Iterable[io_struct.TokenizedGenerateReqInput]
+) -> None:
+    """Keeps the messages with which requests are sent to the scheduler, as long as SGLang keeps
+    the requests."""
+    for message in messages:
+        if (state := manager.rid_to_state.get(message.rid)) is not None:
+            state.crosspool_sent = message
+
+
+def sent_requests(
+    manager: TokenizerManager,
+) -> list[tuple[io_struct.TokenizedGenerateReqInput, ReqState]]:
+    """The requests that were sent to the scheduler and have not ended, in the order in which they
+    came: the messages, and what SGLang keeps of each request. The messages can be sent again."""
+    states = [
+        (state.crosspool_sent, state)
+        for state in manager.rid_to_state.values()
+        if not state.finished and hasattr(state, "crosspool_sent")
+    ]
+    for message, _ in states:
+        message.time_stats = None  # an object that SGLang pickles for its own scheduler
+    return states
 
 
 def abort(manager: TokenizerManager, request: io_struct.AbortReq) -> None:

@@ -24,7 +24,7 @@ _LOGPROBS = tuple(
 
 class Received:
     """Cuts from outputs what ``manager`` has, and what is not its own. ``mark`` is on the outputs
-    of its own requests; others were asked for by a process that has died."""
+    of its own requests; others were asked for by a process that has died, or of one."""
 
     def __init__(self, manager: TokenizerManager, mark: str) -> None:
         self._manager = manager
@@ -36,14 +36,12 @@ class Received:
 
     def cut(self, output: Any) -> bool:
         """Returns whether anything is left of ``output``."""
-        for rid, reason in zip(output.rids, output.finished_reasons, strict=True):
-            if reason is not None:
+        marks = output.http_worker_ipcs or [self._mark] * len(output.rids)
+        own = [mark == self._mark for mark in marks]
+        for rid, reason, is_own in zip(output.rids, output.finished_reasons, own, strict=True):
+            if reason is not None and is_own:
                 self._ended[rid] = None
-        marks = output.http_worker_ipcs
-        kept = [
-            (marks is None or marks[index] == self._mark) and self._is_new(output, index)
-            for index in range(len(output.rids))
-        ]
+        kept = [is_own and self._is_new(output, index) for index, is_own in enumerate(own)]
         if not all(kept):
             private.keep_only(output, kept)
         return any(kept)

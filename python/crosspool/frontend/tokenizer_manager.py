@@ -17,14 +17,14 @@ from typing import Any
 import fastapi
 from sglang.srt.managers import io_struct, tokenizer_manager
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
-from sglang.srt.observability.metrics_collector import TokenizerMetricsCollector
 from starlette.background import BackgroundTasks
 
 from crosspool.frontend import field_types, loads, private, refusal
 from crosspool.frontend.messages import seed_of_sample
-from crosspool.frontend.own_messages import Delivered, Disown
+from crosspool.frontend.own_messages import Delivered, Disown, SchedulerReplaced
 from crosspool.frontend.received import Received
 from crosspool.frontend.request_ids import RequestIds
+from crosspool.frontend.told import Told
 from crosspool.frontend.turns import Turns
 from crosspool.observability.bounded_log import BoundedLog
 
@@ -104,13 +104,16 @@ class PooledTokenizerManager(TokenizerManager):
         self._failure: tuple[str, int] | None = None
         self._confirms = False
         """Whether the scheduler is about to hear of ends."""
+        self._told = Told(self)
         self.mark(1)
 
-    def mark(self, incarnation: int) -> None:
-        """Marks requests as those of the process with this number. Outputs of requests that have
-        another mark are dropped: they were those of a process that has died."""
+    def mark(self, incarnation: int, scheduler: int = 1) -> None:
+        """Marks requests as those of the process with this number to the scheduler with that one.
+        Outputs of requests that have another mark are dropped: they were those of a process that
+        has died, or that process is not to go on with them."""
+        self._incarnation = incarnation
         # SGLang's own mark, for which of several processes a request came from.
-        self.tokenizer_ipc_name = f"http#{incarnation}"
+        self.tokenizer_ipc_name = f"http#{incarnation}.{scheduler}"
         self._received = Received(self, self.tokenizer_ipc_name)
 
     def disown_former(self) -> None:
@@ -143,8 +146,12 @@ class PooledTokenizerManager(TokenizerManager):
             await asyncio.sleep(0)  # there may be many of them
 
     async def _take(self, message: Any) -> None:
+        if isinstance(message, SchedulerReplaced):
+            self.mark(self._incarnation, message.incarnation)
+            return self._told.tell_again(self.tokenizer_ipc_name)
         if isinstance(message, io_struct.AbortReq):
             self._received.note_end(message.rid)
+        self._told.note_answer(message)
         if not isinstance(message, io_struct.BatchStrOutput) or self._received.cut(message):
             await private.take_output(self, message)
         if self._received.has_ended and not self._confirms:
@@ -273,13 +280,14 @@ class PooledTokenizerManager(TokenizerManager):
 
     def on_message(self, message: Any) -> None:
         """Refuses what the scheduler could not decode, and more log-probabilities than an answer
-        may have; see :func:`private.shows_messages`."""
+        may have; notes what another scheduler would have to be told. See
+        :func:`private.shows_messages`."""
         if isinstance(message, io_struct.TokenizedGenerateReqInput):
             messages = [message]
         elif isinstance(message, io_struct.BatchTokenizedGenerateReqInput):
             messages = message.batch
         else:
-            return
+            return self._told.note(message)
         for one in messages:
             if text := field_types.message_problem(one):
                 raise _refused(text, HTTPStatus.BAD_REQUEST)
@@ -292,6 +300,7 @@ class PooledTokenizerManager(TokenizerManager):
                     "(max_logprobs)"
                 )
                 raise _refused(text, HTTPStatus.BAD_REQUEST)
+        self._told.note_requests(messages)
 
     def detokenize_logprob_tokens(
         self, token_logprobs_val: list[float], token_logprobs_idx: list[int], decode_to_text: bool
@@ -315,6 +324,7 @@ class PooledTokenizerManager(TokenizerManager):
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
         """Ends the request that has this id, whether the client or SGLang gave it, or all."""
         if abort_all:
+            self._told.note_abort_of_all()
             super().abort_request(abort_all=True)
             return
         for one in self._ids.abort(rid):
@@ -324,7 +334,13 @@ class PooledTokenizerManager(TokenizerManager):
         if obj.mode == "retract":
             text = "`mode`: 'retract' is not supported; 'in_place' and 'abort' are"
             raise fastapi.HTTPException(status_code=HTTPStatus.BAD_REQUEST, detail=text)
+        if obj.mode == "in_place":
+            self._told.pause = obj
         await super().pause_generation(obj)
+
+    async def continue_generation(self, obj: io_struct.ContinueGenerationReqInput) -> None:
+        self._told.pause = None
+        await super().continue_generation(obj)
 
     def create_abort_task(self, obj: Any) -> BackgroundTasks:
         """What follows the response to ``obj``: its generation is aborted if it has not ended. Its
@@ -383,31 +399,3 @@ def _logprobs(message: io_struct.TokenizedGenerateReqInput, context: int) -> int
     if at_position <= 1 + _FREE_TOP_LOGPROBS:
         outputs = 0
     return at_position * (outputs + (max(prompt - start, 0) if start >= 0 else 0))
-
-
-def _shared(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``make`` so that it makes a metric once per name and returns the same one later."""
-    made: dict[str, Any] = {}
-
-    def get(**arguments: Any) -> Any:
-        name = arguments["name"]
-        if name not in made:
-            made[name] = make(**arguments)
-        return made[name]
-
-    return get
-
-
-@functools.cache
-def shared_metrics() -> type[TokenizerMetricsCollector]:
-    """SGLang's metrics of a tokenizer manager, with one set of metrics for all models of the
-    process. The label ``model_name`` tells them apart."""
-    # Here, because it may be imported only once PROMETHEUS_MULTIPROC_DIR is set.
-    import prometheus_client
-
-    return private.with_metric_classes(
-        TokenizerMetricsCollector,
-        _shared(prometheus_client.Counter),
-        _shared(prometheus_client.Gauge),
-        _shared(prometheus_client.Histogram),
-    )

@@ -2,19 +2,22 @@
 
 A model's KV cache is ``kv`` [pages, layers, page_size, kv_width]. Slots that a request has not
 written hold whatever another model left there, NaN included, so they are never read into a sum.
+
+A row comes out with the same bits whatever rows are beside it: a sequence's rows are computed in
+blocks that begin at multiples of the block's size, whichever of them the batch has, so that a row's
+place in its block, its keys and the shape of the call depend on its position alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-_BLOCK = 128
-"""Query rows that are computed at a time. Blocks bound the mask's size, and keys that no row of a
-block sees are skipped."""
+from crosspool.kernels.advance import advance
+from crosspool.kernels.linear import BLOCK_ROWS, at_once
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,17 @@ def append_kv(
 def gather_kv(
     kv: torch.Tensor, layer: int, pages: torch.Tensor, start: int, end: int
 ) -> torch.Tensor:
-    """Returns the KV of one request's positions ``start`` to ``end``: [end - start, kv_width],
-    contiguous."""
+    """Returns the KV of one request's positions ``start`` to ``end``, then zeros for those that are
+    left of the last block of rows: [whole blocks from start, kv_width], contiguous."""
     page_size = kv.shape[2]
     first = start // page_size
     used = pages[first : -(-end // page_size)]
-    tokens = kv[:, layer].index_select(0, used).view(-1, kv.shape[3])
-    return tokens[start - first * page_size : end - first * page_size]
+    tokens = kv[:, layer].index_select(0, used).view(-1, kv.shape[3])[start - first * page_size :]
+    padded = _block_end(end) - start
+    if len(tokens) < padded:
+        tokens = F.pad(tokens, (0, 0, 0, padded - len(tokens)))
+    tokens[end - start :] = 0.0
+    return tokens[:padded]
 
 
 def gqa_attention(
@@ -65,18 +72,16 @@ def gqa_attention(
     K and V, among them the batch's own. Returns [T, q_heads, head_dim].
 
     ``window``: number of tokens that a query sees, itself included; None: all."""
-    heads, head_dim = q.shape[1:]
+    head_dim = q.shape[2]
     out = torch.empty_like(q)
     for segment in segments:
-        end = segment.start + segment.rows
-        begin = 0 if window is None else max(0, segment.start - window + 1)
-        tokens = gather_kv(kv, layer, segment.pages, begin, end)
+        begin = _first_key(_block_start(segment.start), window)
+        tokens = gather_kv(kv, layer, segment.pages, begin, segment.start + segment.rows)
         k, v = tokens.view(-1, 2, kv_heads, head_dim).permute(1, 2, 0, 3)
         rows = slice(segment.first_row, segment.first_row + segment.rows)
-        # [rows, q_heads, d] -> [kv_heads, queries of a KV head, rows, d]
-        queries = q[rows].transpose(0, 1).reshape(kv_heads, heads // kv_heads, -1, head_dim)
-        result = _attend(queries, k, v, scale=scale, start=segment.start - begin, window=window)
-        out[rows] = result.reshape(heads, -1, head_dim).transpose(0, 1)
+        out[rows] = _attend(
+            q[rows], k, v, scale=scale, start=segment.start, begin=begin, window=window
+        )
     return out
 
 
@@ -91,15 +96,15 @@ def mla_attention(
 ) -> torch.Tensor:
     """Causal attention in the absorbed form: ``q`` [T, heads, kv_width] are queries against the
     cached latents and rope keys; returns the weighted latents [T, heads, latent]."""
-    heads, width = q.shape[1:]
-    out = q.new_empty(q.shape[0], heads, latent)
+    out = q.new_empty(*q.shape[:2], latent)
     for segment in segments:
         tokens = gather_kv(kv, layer, segment.pages, 0, segment.start + segment.rows)[None]
         rows = slice(segment.first_row, segment.first_row + segment.rows)
         # The rope keys ride along as values: with equal widths torch takes its fused kernel.
-        queries = q[rows].transpose(0, 1)[None]
-        result = _attend(queries, tokens, tokens, scale=scale, start=segment.start, window=None)
-        out[rows] = result.reshape(heads, -1, width)[..., :latent].transpose(0, 1)
+        weighted = _attend(
+            q[rows], tokens, tokens, scale=scale, start=segment.start, begin=0, window=None
+        )
+        out[rows] = weighted[..., :latent]
     return out
 
 
@@ -110,27 +115,62 @@ def _attend(
     *,
     scale: float,
     start: int,
+    begin: int,
     window: int | None,
 ) -> torch.Tensor:
-    """``q`` [kv_heads, group, rows, d], whose first row stands at key ``start``; ``k`` and ``v``
-    [kv_heads, start + rows, d]. Returns [kv_heads, group, rows, d]."""
-    kv_heads, group, rows, width = q.shape
-    k, v = k[:, None], v[:, None]
-    if rows == 1:  # a KV head's queries take the place of rows: its keys are read once
-        queries = q.reshape(kv_heads, 1, group, width)
-        return F.scaled_dot_product_attention(queries, k, v, scale=scale).view(q.shape)
-    k, v = k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1)
-    out = torch.empty_like(q)
-    for low in range(0, rows, _BLOCK):
-        high = min(low + _BLOCK, rows)
-        first = 0 if window is None else max(0, start + low - window + 1)
-        last = start + high
-        positions = torch.arange(start + low, last)[:, None]
+    """``q`` [rows, heads, d] at the positions from ``start``; ``k`` and ``v`` [kv_heads, whole
+    blocks, d] at those from ``begin``. Returns [rows, heads, d].
+
+    Rows of a block that are not in ``q`` are computed from zeros, and keys that a row must not see
+    get a weight of zero, so that neither changes a bit of the others."""
+    rows, heads, width = q.shape
+    low, high = _block_start(start), _block_end(start + rows)
+    group = heads // len(k)
+    k, v = (x[:, None].expand(-1, group, -1, -1) for x in (k, v))
+    queries = F.pad(q, (0, 0, 0, 0, start - low, high - start - rows))
+    # [rows, heads, d] -> [kv_heads, queries of a KV head, rows, d]
+    queries = queries.transpose(0, 1).reshape(len(k), group, -1, width)
+    out = torch.empty_like(queries)
+    for done in range(0, high - low, BLOCK_ROWS):
+        at = low + done
+        first, last = _first_key(at, window), at + BLOCK_ROWS
         keys = torch.arange(first, last)
+        positions = torch.arange(at, last)[:, None]
         mask = keys <= positions
         if window is not None:
             mask &= keys > positions - window
-        out[:, :, low:high] = F.scaled_dot_product_attention(
-            q[:, :, low:high], k[:, :, first:last], v[:, :, first:last], attn_mask=mask, scale=scale
-        )
-    return out
+        of_block = (slice(None), slice(None), slice(done, done + BLOCK_ROWS))
+        of_keys = (slice(None), slice(None), slice(first - begin, last - begin))
+        most = at_once(BLOCK_ROWS * (last - first) * 2 * width)
+        for piece in _pieces(len(k), group, most):
+            advance()
+            out[piece][of_block] = F.scaled_dot_product_attention(
+                queries[piece][of_block],
+                k[piece][of_keys],
+                v[piece][of_keys],
+                attn_mask=mask,
+                scale=scale,
+            )
+    skipped = start % BLOCK_ROWS
+    return out.reshape(heads, -1, width).transpose(0, 1)[skipped : skipped + rows]
+
+
+def _pieces(kv_heads: int, group: int, heads: int) -> Iterator[tuple[slice, slice]]:
+    """Divides query heads [kv_heads, group] into pieces of at most ``heads``."""
+    kv_step, step = max(1, heads // group), min(group, heads)
+    for kv_low in range(0, kv_heads, kv_step):
+        for low in range(0, group, step):
+            yield slice(kv_low, kv_low + kv_step), slice(low, low + step)
+
+
+def _block_start(position: int) -> int:
+    return position // BLOCK_ROWS * BLOCK_ROWS
+
+
+def _block_end(position: int) -> int:
+    return -(-position // BLOCK_ROWS) * BLOCK_ROWS
+
+
+def _first_key(low: int, window: int | None) -> int:
+    """Start of the first block with a key that a row of the block at ``low`` sees."""
+    return 0 if window is None else _block_start(max(0, low - window + 1))

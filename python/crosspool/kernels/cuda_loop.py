@@ -29,7 +29,7 @@ import contextlib
 import ctypes
 import enum
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from ctypes import byref
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ from crosspool.kernels import cuda_loop_structs as cs
 from crosspool.kernels import native
 from crosspool.kernels.engine_structs import RECALL, RESUME, Command, Event
 from crosspool.kernels.residency import Residency
+from crosspool.transport.heartbeats import Activity
 
 LIBRARY = "libcrosspool_cuda.so"
 MAX_HELD = 8
@@ -65,6 +66,20 @@ class GPUStage(enum.IntEnum):
     HEAD = 5
     DISPATCH = 6
     COMBINE = 7
+
+
+class LanePhase(enum.IntEnum):
+    """crosspool::gpu::Phase."""
+
+    NEW = 0
+    IDLE = 1
+    STAGE = 2
+    RUNNING = 3
+    PEERS = 4
+    HOST = 5
+    EVENT = 6
+    NEXT = 7
+    FAILED = 8
 
 
 class CudaLoopError(RuntimeError):
@@ -155,7 +170,7 @@ class CudaLoop:
         native: ctypes.CDLL | None = None,
     ) -> None:
         """``bucket_rows``: ascending; ``spin_s``: how long a pass polls before it launches
-        the next. ``wait_s``: bound of each wait of a lane for a peer or for the host.
+        the next. ``wait_s``: bound of each wait of a lane for the host, and of a stage.
         ``residency``: the device's guard, which is told when the loop is on the device.
 
         Raises CudaLoopError."""
@@ -281,6 +296,21 @@ class CudaLoop:
         status = LaneStatus()
         self._check(self._native.crosspool_cuda_loop_status(self._address, lane, byref(status)))
         return status
+
+    def activity(self, stepping: Collection[int]) -> tuple[Activity, int, int]:
+        """Returns what the lanes of the FFN rank and those in ``stepping``, which have steps, do,
+        how often all lanes have looked for work or replies, and how many stages they have launched.
+        Raises CudaLoopError."""
+        statuses = [self.status(lane) for lane in range(self.lanes)]
+        found = Activity.IDLE
+        for lane in (*stepping, *self._serving):
+            phase = statuses[lane].phase
+            if phase in (LanePhase.STAGE, LanePhase.PEERS):  # STAGE: it waits for the reply to
+                found = found or Activity.WAITING  # a predecessor, or for a moment
+            elif phase != LanePhase.HOST and (phase != LanePhase.IDLE or lane not in self._serving):
+                found = Activity.COMPUTING
+        looks = sum(status.heartbeat for status in statuses)
+        return found, looks, sum(status.launches for status in statuses)
 
     def trace_start(self) -> None:
         """Makes the lanes record their stages from now on; a lane in a step begins at its end.

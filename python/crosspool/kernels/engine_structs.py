@@ -106,7 +106,7 @@ class LoopDescription(ctypes.Structure):
     _fields_ = (
         ("models", POINTER(ModelTable)),
         *fields(POINTER(LinkDescription), "outgoing incoming"),
-        *fields(c_void_p, "local_counters doorbell"),
+        *fields(c_void_p, "local_counters doorbell heartbeat"),
         ("epoch", c_uint64),
         *fields(c_int64, "spin_ns busy_spin_ns"),
         *fields(c_int32, "model_count outgoing_count incoming_count lanes max_rows"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 from crosspool.kernels.linear import linear
 
@@ -14,7 +13,13 @@ def gated_mlp(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> tor
     """down(silu(gate(x)) * up(x)): ``x`` [T, H], ``gate_up`` [2I, H] with the gate first, ``down``
     [H, I]; returns [T, H]."""
     gate, up = linear(x, gate_up).chunk(2, dim=-1)
-    return linear(F.silu(gate) * up, down)
+    return linear((gate * _sigmoid(gate)).to(x.dtype) * up, down)
+
+
+def _sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """Returns the sigmoid in float32. Torch's own, and its silu, round an element otherwise at the
+    end of a tensor than in the middle; its exp does not."""
+    return 1.0 / (1.0 + torch.exp(-x.float()))
 
 
 def route(
@@ -37,7 +42,7 @@ def route(
     choice, not the weights. The other rules are those of
     :class:`crosspool.models.spec.RouterSpec`."""
     logits = linear(x.to(weight.dtype), weight).float()
-    scores = logits.softmax(dim=-1) if score == "softmax" else logits.sigmoid()
+    scores = logits.softmax(dim=-1) if score == "softmax" else _sigmoid(logits)
     choice = scores if bias is None else scores + bias
     if groups > 1:
         choice = _limit_groups(choice, groups, top_groups, group_score)
@@ -92,4 +97,7 @@ def moe_experts(
         torch.mul(result, weights[begin:end], out=by_expert[begin:end])
         begin = end
     by_row = by_expert[order.argsort()]
-    return by_row.view(-1, top_k, x.shape[1]).sum(dim=1)
+    first, *others = by_row.view(-1, top_k, x.shape[1]).unbind(dim=1)
+    for other in others:  # in one order, which a sum over the dimension does not promise
+        first += other
+    return first

@@ -99,7 +99,10 @@ def of_all_processes() -> bytes:
     """SGLang's own metrics, summed over all processes, which share ``PROMETHEUS_MULTIPROC_DIR``."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry)
-    return generate_latest(registry)
+    try:
+        return generate_latest(registry)
+    except FileNotFoundError:  # a process has died after its files were listed, and they are gone
+        return generate_latest(registry)
 
 
 def sglang_gauges(status: Status | None) -> bytes:

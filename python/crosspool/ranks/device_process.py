@@ -1,10 +1,11 @@
 r"""A device process: the ranks of one device, and their end of the control path.
 
     python -m crosspool.ranks.device_process --deployment FILE --device cpu:0 [--lanes-fd N] \
-        [--incarnation N]
+        [--link-memory-fds N,N,...] [--heartbeats-fd N] [--incarnation N]
 
 Exit status 0 after ``Shutdown`` or SIGTERM, 2 for a user's mistake (its message is on stderr and in
-:class:`Failed`), 1 for anything else.
+:class:`Failed`), 1 for anything else, as when a later process of the device finds no memory for
+what an earlier one had.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +25,12 @@ from crosspool.config import gpu
 from crosspool.config.cores import CONTROL_SLICE_NS, DEFAULT_SLICE_NS, keep_off, set_slice
 from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.device import Device
-from crosspool.config.process import die_with_parent, freeze_heap, set_title
+from crosspool.config.process import USER_MISTAKE, die_with_parent, freeze_heap, set_title
+from crosspool.kernels.advance import count_advances
 from crosspool.models.registry import read_model
 from crosspool.transport.device_socket import DeviceSocket
+from crosspool.transport.heartbeats import Heartbeat
+from crosspool.transport.kept_descriptors import KeptDescriptors
 from crosspool.transport.messages import (
     PROTOCOL_VERSION,
     Failed,
@@ -67,19 +72,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", required=True, help="name of the device to drive")
     parser.add_argument("--lanes-fd", type=int, help="shared memory of the data path")
     parser.add_argument(
+        "--link-memory-fds", default="", help="what keeps the memory of the links of GPUs"
+    )
+    parser.add_argument("--heartbeats-fd", type=int, help="where it shows that it goes on")
+    parser.add_argument(
         "--incarnation",
         type=int,
         default=1,
         help="how many processes the device has had, with this",
     )
     args = parser.parse_args(argv)
-    return drive(load(args.deployment), Device(args.device), args.lanes_fd, None, args.incarnation)
+    deployment, device = load(args.deployment), Device(args.device)
+    kept = tuple(int(fd) for fd in args.link_memory_fds.split(",") if fd)
+    descriptors = Descriptors(lanes=args.lanes_fd, heartbeats=args.heartbeats_fd, kept=kept)
+    return drive(deployment, device, descriptors, None, args.incarnation)
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """What a device process inherits from the launcher."""
+
+    lanes: int | None
+    """Shared memory of the data path; None: every link lies within the device."""
+    heartbeats: int | None
+    """See :mod:`crosspool.transport.heartbeats`; None: nobody looks."""
+    kept: tuple[int, ...] = ()
+    """See :mod:`crosspool.transport.kept_descriptors`."""
 
 
 def drive(
     deployment: Deployment,
     device: Device,
-    lanes_fd: int | None,
+    descriptors: Descriptors,
     weights: ResidentWeights | None,
     incarnation: int,
 ) -> int:
@@ -93,11 +117,14 @@ def drive(
     socket = DeviceSocket(deployment.control_address, device.name, incarnation)
     set_slice(DEFAULT_SLICE_NS)
     try:
-        return DeviceProcess(deployment, device, lanes_fd, socket).run(weights)
+        heartbeat = Heartbeat(deployment.devices, device, descriptors.heartbeats, incarnation)
+        return DeviceProcess(deployment, device, descriptors, heartbeat, socket).run(weights)
     except ConfigError as error:
         print(f"device {device.name}: {error}", file=sys.stderr)
         socket.send(Failed(device=device.name, message=str(error)))
-        return 2
+        # Where an earlier process could start, the user has made no mistake: memory that it had may
+        # not be free yet.
+        return USER_MISTAKE if incarnation == 1 else 1
     except Exception as error:
         log.exception("the device process cannot go on")
         message = f"{type(error).__name__}: {error}"
@@ -120,11 +147,17 @@ class DeviceProcess:
     """Carries messages between the scheduler and the device's ranks until it is told to end."""
 
     def __init__(
-        self, deployment: Deployment, device: Device, lanes_fd: int | None, socket: DeviceSocket
+        self,
+        deployment: Deployment,
+        device: Device,
+        descriptors: Descriptors,
+        heartbeat: Heartbeat,
+        socket: DeviceSocket,
     ) -> None:
         self._deployment = deployment
         self._device = device
-        self._lanes_fd = lanes_fd
+        self._descriptors = descriptors
+        self._heartbeat = heartbeat
         self._socket = socket
         self._ending = False
         self._drains = True
@@ -151,6 +184,7 @@ class DeviceProcess:
             self._work(ranks)
             return self._drain(ranks)
         finally:
+            self._heartbeat.rest()
             ranks.close()
 
     def _load(self, weights: ResidentWeights | None) -> DeviceRanks:
@@ -162,13 +196,21 @@ class DeviceProcess:
             # started by hand.
             os.environ.update(gpu.ENVIRONMENT)
             _set_torch_threads(1)
-            return load_ranks(deployment, device, specs, placement, self._lanes_fd)
+            return load_ranks(
+                *(deployment, device, specs, placement, self._descriptors.lanes),
+                kept_fds=self._descriptors.kept,
+                heartbeat=self._heartbeat,
+            )
         elsewhere = os.sched_getaffinity(0)
         # Torch's threads keep the cores that they find when it is imported, so that comes next.
         os.sched_setaffinity(0, device.cores)
         # Under the resident loop the cores are its team's.
         _set_torch_threads(len(device.cores) if deployment.loop == "host" else 1)
-        ranks = load_ranks(deployment, device, specs, placement, self._lanes_fd, weights=weights)
+        ranks = load_ranks(
+            *(deployment, device, specs, placement, self._descriptors.lanes),
+            weights=weights,
+            heartbeat=self._heartbeat,
+        )
         if deployment.loop == "resident":  # this thread only carries messages
             set_slice(CONTROL_SLICE_NS)
             if elsewhere.isdisjoint(device.cores):
@@ -182,6 +224,7 @@ class DeviceProcess:
         executor = ranks.executor
         patience = _IDLE_WAIT if ranks.attention is None else _BUSY_WAIT
         while not self._ending:
+            self._heartbeat.beat()
             while (message := self._socket.receive()) is not None:
                 self._handle(message, ranks)
             self._tell(ranks)
@@ -191,6 +234,7 @@ class DeviceProcess:
                 continue
             if executor.quiet:
                 self._socket.wait(_IDLE_WAIT if ranks.residency.busy else _SLEEP)
+                self._send(executor.run(0.0))  # shows that the loop of a GPU is there
                 continue
             idle = ranks.attention is not None and executor.drained
             self._send(executor.run(_IDLE_WAIT / 5 if idle else patience))
@@ -228,6 +272,7 @@ class DeviceProcess:
                     "steps in flight have not ended after %.0f s; giving up", _SHUTDOWN_SECONDS
                 )
                 return 1
+            self._heartbeat.beat()
             self._send(ranks.executor.run(_BUSY_WAIT))
             message = self._socket.receive()
             if isinstance(message, Shutdown):
@@ -251,28 +296,41 @@ def load_ranks(
     placement: Placement,
     lanes_fd: int | None,
     *,
+    kept_fds: Sequence[int] = (),
     weights: ResidentWeights | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> DeviceRanks:
     """Loads the device's ranks with the engine that the deployment names for such a device: takes
     the KV pool's memory, reads the weights, opens the links.
 
     ``lanes_fd``: the data path's shared memory, needed when a peer lives on another device; it is
-    closed. ``weights``: those of the resident loop, if they have been loaded. Raises ConfigError
-    for a bad checkpoint, or a KV pool for which there is no memory."""
+    closed, like ``kept_fds``, which keep the memory of the links of GPUs. ``weights``: those of the
+    resident loop, if they have been loaded. ``heartbeat``: where the process's thread and the loop
+    show that they go on. Raises ConfigError for a bad checkpoint, or a KV pool for which there is
+    no memory."""
     if not device.is_cpu:
         check_visible(device)
         from crosspool.ranks.gpu.load import load_gpu_ranks
 
-        return load_gpu_ranks(deployment, device, specs, placement, lanes_fd)
-    if deployment.loop == "host":
+        ranks = load_gpu_ranks(
+            *(deployment, device, specs, placement, lanes_fd),
+            kept=KeptDescriptors(kept_fds),
+            heartbeat=heartbeat,
+        )
+    elif deployment.loop == "host":
         from crosspool.ranks.host.load import load_host_ranks
 
-        return load_host_ranks(deployment, device, specs, placement, lanes_fd)
-    from crosspool.ranks.resident.load import load_resident_ranks, load_resident_weights
+        ranks = load_host_ranks(deployment, device, specs, placement, lanes_fd)
+    else:
+        from crosspool.ranks.resident.load import load_resident_ranks, load_resident_weights
 
-    if weights is None:
-        weights = load_resident_weights(deployment, device, specs, placement)
-    return load_resident_ranks(deployment, device, specs, weights, lanes_fd)
+        if weights is None:
+            weights = load_resident_weights(deployment, device, specs, placement)
+        ranks = load_resident_ranks(
+            deployment, device, specs, weights, lanes_fd, heartbeat=heartbeat
+        )
+    count_advances(None if heartbeat is None else heartbeat.beat)
+    return ranks
 
 
 def _set_torch_threads(count: int) -> None:

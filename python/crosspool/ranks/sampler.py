@@ -18,11 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crosspool.kernels.advance import advance
 from crosspool.transport.messages import Sampling, TokenLogprobs
 
 _BEST = 1024
 """Number of candidates that are sorted first. A row is sorted whole only if its filters reach
 further."""
+_SORTED_ROWS = 8
+"""Number of rows that are sorted whole at a time, which takes a thread 0.2 s for 150,000 tokens."""
 
 
 @dataclass(frozen=True)
@@ -174,9 +177,10 @@ def _draw(probs: Tensor, samplings: Sequence[Sampling], draws: Tensor) -> Tensor
         )
         if enough.any():
             draw_filtered(some[enough], best[enough], ids[enough])
-        if not enough.all():
-            whole, whole_ids = probs[some[~enough]].sort(dim=-1, descending=True, stable=True)
-            draw_filtered(some[~enough], whole, whole_ids)
+        for chosen in some[~enough].split(_SORTED_ROWS):
+            advance()
+            whole, whole_ids = probs[chosen].sort(dim=-1, descending=True, stable=True)
+            draw_filtered(chosen, whole, whole_ids)
     return tokens
 
 

@@ -1,7 +1,7 @@
 """Holds the weights of a CPU device, and forks the device's process whenever it is asked.
 
     python -m crosspool.ranks.weight_holder --deployment FILE --device cpu:0 --launcher-fd N
-        [--lanes-fd N]
+        [--lanes-fd N] [--heartbeats-fd N]
 
 A forked process shares the memory of the weights, huge pages and all, and has torch imported. So a
 device whose process has died is back as soon as it has its KV pool and its links, however large the
@@ -28,7 +28,7 @@ from pathlib import Path
 from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.device import Device
 from crosspool.config.process import die_with_parent, freeze_heap, leave, set_title
-from crosspool.ranks.device_process import configure_logging, drive, read_specs
+from crosspool.ranks.device_process import Descriptors, configure_logging, drive, read_specs
 from crosspool.ranks.resident.holder import HolderLink
 from crosspool.ranks.resident.load import load_resident_weights
 from crosspool.ranks.resident.weights import ResidentWeights
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", required=True, help="name of the device")
     parser.add_argument("--launcher-fd", type=int, required=True, help="socket to the launcher")
     parser.add_argument("--lanes-fd", type=int, help="shared memory of the data path")
+    parser.add_argument("--heartbeats-fd", type=int, help="where the device shows that it goes on")
     arguments = parser.parse_args(argv)
 
     die_with_parent()
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _warn_of_threads()
     freeze_heap()  # the collector, writing to every object, would soon have copied all pages too
-    run = partial(drive, deployment, device, arguments.lanes_fd, weights)
+    descriptors = Descriptors(lanes=arguments.lanes_fd, heartbeats=arguments.heartbeats_fd)
+    run = partial(drive, deployment, device, descriptors, weights)
     if weights is None or weights.holder is None:
         serve_forks({device.process_name: run}, arguments.launcher_fd)
     else:

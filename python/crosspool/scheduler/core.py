@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Seq
-from itertools import chain, count
+from itertools import chain
 
 from crosspool.config.deployment import Deployment
 from crosspool.config.options import Keep
@@ -31,6 +31,7 @@ from crosspool.scheduler.batching import (
 from crosspool.scheduler.budgets import Budgets
 from crosspool.scheduler.chunk_budget import chunk_budget
 from crosspool.scheduler.counters import ModelCounters
+from crosspool.scheduler.intake import Intake
 from crosspool.scheduler.promises import Promises
 from crosspool.scheduler.protocols import GrammarBackend, TextDecoder
 from crosspool.scheduler.queue_order import queue_order
@@ -41,7 +42,6 @@ from crosspool.scheduler.request import Finish, GenerateRequest, Output
 from crosspool.scheduler.residency import ResidencyPolicy, WakeRefusal
 from crosspool.scheduler.sequence import Sequence
 from crosspool.scheduler.snapshot import snapshot
-from crosspool.scheduler.stopping import Stopping
 from crosspool.scheduler.validation import problem
 from crosspool.scheduler.worth import HALF_LIFE_PER_MODEL, RecentRate
 from crosspool.transport.inspection import Snapshot
@@ -72,22 +72,29 @@ class SchedulerCore:
         d = deployment
         self._deployment = d
         self._specs = specs
-        self._decoders = decoders
         self._grammars = grammars
         self._clock = clock
-        self._think_ends = think_ends or [()] * len(specs)
         self._lease_steps = d.lease_steps if d.loop == "resident" else 1
         self._names = [model.name for model in d.models]
-        self._layouts = [KVLayout(spec, d.page_size, d.chunk_bytes) for spec in specs]
-        self._bounds = Bounds.of(d)
+        layouts = [KVLayout(spec, d.page_size, d.chunk_bytes) for spec in specs]
+        bounds = Bounds.of(d)
+        self._intake = Intake(
+            d,
+            specs=specs,
+            decoders=decoders,
+            layouts=layouts,
+            bounds=bounds,
+            think_ends=think_ends or [()] * len(specs),
+            clock=clock,
+        )
         self._suspended: set[int] = set()
         self._ffn_away: set[int] = set()
         """FFN ranks that are lost and not back yet."""
         self._ranks = [
             RankState(
                 index,
-                Promises(d, self._bounds, self._layouts),
-                self._layouts,
+                Promises(d, bounds, layouts),
+                layouts,
                 chunk_budget(d),
             )
             for index in range(len(d.kv_pool_devices))
@@ -110,7 +117,6 @@ class SchedulerCore:
         they are to be told again."""
         self._counters = [ModelCounters() for _ in specs]
         self._rates = [ModelRates() for _ in specs]
-        self._numbers = count(1)
         self._messages: list[tuple[int, ToDevice]] = []
         self._device_messages: list[tuple[int, Wake | Sleep]] = []
         self._outputs: list[Output] = []
@@ -124,23 +130,26 @@ class SchedulerCore:
         """Queues ``request``, or refuses it at once with an abort output: status 400 for a request
         that the model can never serve, 429 when its queue is full, 503 when the model sleeps and
         cannot be woken, the failure's status after :meth:`fail_all`. Waiting time counts from this
-        call."""
+        call. A request that an earlier scheduler had taken goes on where it was; it is never
+        refused for want of room."""
         model = request.model
         spec, queue = self._specs[model], self._queues[model]
-        seq = self._sequence(request)
+        seq = self._intake.sequence(request)
         self._counters[model].requests += 1
         if self._failure is not None:
             return self._end(seq, self._failure)
-        wrong = problem(request, spec) or self._too_large(seq)
+        wrong = problem(request, spec) or self._intake.too_large(seq)
         if wrong is not None:
             return self._end(seq, Finish(kind="abort", message=wrong, status=400))
+        if request.delivered is not None and (finish := seq.resume()) is not None:
+            return self._end(seq, finish)
         if (refusal := self._residency.refusal(model, self._clock())) is not None:
             return self._end(seq, self._unavailable(refusal))
         if not request.is_probe:
             self._residency.used(model, self._clock())
-        if queue.full:
+        if queue.full and not seq.replayed:
             self._admit()
-        if queue.full:
+        if queue.full and not seq.replayed:
             message = (
                 f"the queue of model {self._names[model]} is full ({len(queue)} waiting); "
                 "retry later"
@@ -149,7 +158,8 @@ class SchedulerCore:
         if request.grammar is None:
             queue.push(seq)
         else:
-            queue.push_after(seq, self._grammars[model].compile(request.grammar))
+            output = (request.delivered or ())[seq.stopping.reasoning_tokens :]
+            queue.push_after(seq, self._grammars[model].compile(request.grammar, output))
 
     def abort(
         self,
@@ -321,12 +331,13 @@ class SchedulerCore:
             for seq, compiled in queue.take_compiled():
                 grammar, error = seq.request.grammar, compiled.exception()
                 assert grammar is not None
-                if error is None:
-                    seq.stopping.matcher = compiled.result()
-                    queue.push(seq)
-                else:
+                if error is not None:
                     message = f"the {grammar.kind} {grammar.source[:200]!r} cannot be used: {error}"
                     self._end(seq, Finish(kind="abort", message=message, status=400))
+                elif (finish := seq.stopping.follow(compiled.result())) is not None:
+                    self._end(seq, finish)
+                else:
+                    queue.push(seq)
 
     def _decide(self, now: float) -> None:
         """Goes on with requests whose grammar has followed their token, and ends those whose
@@ -505,8 +516,7 @@ class SchedulerCore:
     def max_tokens(self, model: int) -> int:
         """Longest sequence of ``model`` that can ever be served, in tokens: its context, or what
         the model may have of one attention rank's KV pool."""
-        pages = self._layouts[model].pages_in(self._bounds.reach(model))
-        return min(self._specs[model].context, pages * self._deployment.page_size)
+        return self._intake.max_tokens(model)
 
     def snapshot(self) -> Snapshot:
         """The state now and the counters since the start."""
@@ -531,41 +541,3 @@ class SchedulerCore:
         for rank in self._ranks:
             for running in rank.running:
                 yield from running.values()
-
-    def _sequence(self, request: GenerateRequest) -> Sequence:
-        model, stop = request.model, request.stop
-        prompt_len = len(request.input_ids)
-        if stop.max_new_tokens is None:
-            limit = self.max_tokens(model)
-        else:
-            limit = min(prompt_len + stop.max_new_tokens, self._specs[model].context)
-        stopping = Stopping(
-            stop,
-            self._specs[model],
-            limit - prompt_len,
-            self._decoders[model],
-            request.input_ids,
-            think_end=self._think_ends[model] if request.thinks_first else (),
-        )
-        return Sequence(
-            next(self._numbers),
-            request,
-            limit=limit,
-            deadline=self._clock() + self._deployment.queue_timeout,
-            stopping=stopping,
-            page_size=self._deployment.page_size,
-        )
-
-    def _too_large(self, seq: Sequence) -> str | None:
-        least = seq.prompt_len + (seq.request.stop.max_new_tokens != 0)
-        tokens = max(seq.limit, least)
-        pages = self._layouts[seq.model].pages_for(tokens)
-        if pages <= self._layouts[seq.model].pages_in(self._bounds.reach(seq.model)):
-            return None
-        need = pages * self._layouts[seq.model].page_bytes
-        most = self._bounds.reach(seq.model) * self._deployment.chunk_bytes
-        return (
-            f"prompt and max_new_tokens together are {tokens} tokens and need {need} bytes of KV "
-            f"cache; the model may have {most} bytes per attention rank, "
-            f"enough for {self.max_tokens(seq.model)} tokens"
-        )

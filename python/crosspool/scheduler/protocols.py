@@ -3,6 +3,7 @@ the models' tokenizers and xgrammar."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -53,7 +54,8 @@ class GrammarMatcher(Protocol):
 class GrammarBackend(Protocol):
     """One model's grammar compiler."""
 
-    def compile(self, grammar: Grammar) -> Future[GrammarMatcher]:
+    def compile(self, grammar: Grammar, output: Sequence[int] = ()) -> Future[GrammarMatcher]:
         """Starts to compile ``grammar`` and returns at once. The future gives a matcher for one
-        request, which is not pending; its exception says what is wrong with the grammar."""
+        request, which has followed the tokens of ``output`` and is not pending; its exception says
+        what is wrong with the grammar."""
         ...

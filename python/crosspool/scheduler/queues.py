@@ -18,8 +18,8 @@ _MOVES = 64
 class WaitingQueue:
     """Requests in the order of their numbers, ``bound`` at most. A request whose grammar is being
     compiled waits beside the queue and takes its place in the order when that is done; it counts
-    for the bound. Requests that come back from a lost rank go before all others; they count neither
-    for the bound nor for any deadline."""
+    for the bound. Requests that come back from a lost rank or an earlier scheduler go before all
+    others; they count neither for the bound nor for any deadline."""
 
     def __init__(self, bound: int) -> None:
         self._bound = bound
@@ -73,7 +73,8 @@ class WaitingQueue:
 
     @property
     def full(self) -> bool:
-        return len(self._ready) + len(self._compiling) >= self._bound
+        compiling = sum(not seq.replayed for seq, _ in self._compiling.values())
+        return len(self._ready) + compiling >= self._bound
 
     @property
     def head(self) -> Sequence | None:
@@ -89,14 +90,19 @@ class WaitingQueue:
     @property
     def oldest(self) -> Sequence | None:
         """The request that is the next to reach its deadline."""
-        compiling, ready = next(iter(self._compiling.values()), None), self._first_ready
-        if compiling is None or (ready and ready.number < compiling[0].number):
+        new = (seq for seq, _ in self._compiling.values() if not seq.replayed)
+        compiling, ready = next(new, None), self._first_ready
+        if compiling is None or (ready and ready.number < compiling.number):
             return ready
-        return compiling[0]
+        return compiling
 
     def push(self, seq: Sequence) -> None:
-        self._ready[seq.number] = seq
-        heapq.heappush(self._order, seq.number)
+        """Queues ``seq``, before all others if it comes back."""
+        if seq.replayed:
+            self.give_back([seq])
+        else:
+            self._ready[seq.number] = seq
+            heapq.heappush(self._order, seq.number)
 
     def give_back(self, seqs: Iterable[Sequence]) -> None:
         """Takes requests back that have been admitted before."""

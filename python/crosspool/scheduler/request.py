@@ -51,6 +51,9 @@ class GenerateRequest:
     stream: bool = False
     is_probe: bool = False
     """Whether it is a health check: it does not count as use of the model."""
+    delivered: tuple[int, ...] | None = None
+    """Output tokens that the client has of a request that an earlier scheduler had taken; None in a
+    new request."""
     cache_namespace: tuple[str, str] = ("", "")
     """SGLang's ``cache_salt`` and ``extra_key``; prefixes are shared only within one namespace."""
 
@@ -82,17 +85,18 @@ class Output:
     first: bool
     """Whether this is the request's first output, which carries the prompt's log-probabilities."""
     token_ids: list[int]
-    """New output tokens. While streaming, tokens whose text may be the beginning of a stop string
-    are held back until that is decided."""
+    """New output tokens; in the first output also those that the client has. While streaming,
+    tokens whose text may be the beginning of a stop string are held back until that is decided."""
     finish: Finish | None
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     """Prompt tokens found in the prefix cache."""
     output_logprobs: list[TokenLogprobs]
-    """One entry for each new token if the request asks for them, else empty. A request that
-    generates nothing and asks for the most likely tokens, or for tokens by their ids, has one entry
-    for the token that could come next: it has no token (-1) and no log-probability of its own."""
+    """One entry for each token that the client does not have if the request asks for them, else
+    empty. A request that generates nothing and asks for the most likely tokens, or for tokens by
+    their ids, has one entry for the token that could come next: it has no token (-1) and no
+    log-probability of its own."""
     prompt_logprobs: list[TokenLogprobs]
     """Log-probabilities of the prompt, in the first output only."""
     reasoning_tokens: int = 0

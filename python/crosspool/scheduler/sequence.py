@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from crosspool.scheduler.prefix_cache import Entry, PageKeys
@@ -13,7 +15,8 @@ from crosspool.transport.messages import Logprobs, Open, Row, TokenLogprobs
 class Sequence:
     """A request waits while it has no ``pages``, and runs on attention rank ``rank`` once it has.
     When it is ``over``, a last step of it may still be ``in_flight``. If its rank is lost, it waits
-    again, and is *replayed*: all its tokens are computed again wherever it is admitted next."""
+    again, and is *replayed*: all its tokens are computed again wherever it is admitted next. So is
+    a request that an earlier scheduler had taken."""
 
     def __init__(
         self,
@@ -39,7 +42,7 @@ class Sequence:
         """Number of tokens that are computed in chunks, before the others one at a time: the
         prompt, and in a replay what had been sampled before it."""
         self.replayed = False
-        """Whether the request was admitted before, to a rank that was lost."""
+        """Whether the request was admitted before, to a rank that was lost, or may have been."""
         self.reached = 0
         """Tokens that had been computed on the rank that was lost."""
         self.cached = 0
@@ -107,6 +110,18 @@ class Sequence:
         last = self.prompt_len if start < 0 else min(start, self.prompt_len)
         return max(last - 1, 0)
 
+    def resume(self) -> Finish | None:
+        """Takes the tokens that an earlier scheduler has delivered. Returns how the request ends if
+        they end it."""
+        delivered = self.request.delivered or ()
+        self.tokens += delivered
+        self.prefill_len = self._delivered = len(self.tokens)
+        self.replayed = True
+        self.deadline = math.inf
+        self.reached = len(self.tokens) if delivered else 0
+        ends = (self.stopping.after(token) for token in delivered)
+        return next((finish for finish in ends if finish is not None), None)
+
     def page_keys(self, first: int, tokens: int) -> list[bytes]:
         """Keys of the full pages of the first ``tokens`` tokens, from page number ``first`` on."""
         known = len(self._keys)
@@ -132,6 +147,8 @@ class Sequence:
     def _wanted(self) -> Logprobs:
         """The log-probabilities that the request has yet to yield."""
         wanted, taken = self.request.logprobs, len(self._prompt_logprobs)
+        if self.request.delivered:  # the prompt's came with them
+            return msgspec.structs.replace(wanted, prompt_start=-1)
         if not taken:
             return wanted
         start = wanted.prompt_start + taken
@@ -198,13 +215,15 @@ class Sequence:
         return len(self.tokens) - self.stopping.held - self._delivered
 
     def output(self, finish: Finish | None) -> Output:
-        """The output since the last call: what is deliverable, or everything with ``finish``."""
+        """The output since the last call: what is deliverable, or everything with ``finish``. The
+        first one begins with what an earlier scheduler has delivered."""
         count = len(self.tokens) - self._delivered if finish else self.deliverable
+        start = self.prompt_len if self._first else self._delivered
         output = Output(
             rid=self.request.rid,
             model=self.model,
             first=self._first,
-            token_ids=self.tokens[self._delivered : self._delivered + count],
+            token_ids=self.tokens[start : self._delivered + count],
             finish=finish,
             prompt_tokens=self.prompt_len,
             completion_tokens=self._delivered + count - self.prompt_len,

@@ -69,6 +69,12 @@ class Stopping:
         """Whether ``stop_tokens`` and the number of tokens alone decide."""
         return self.matcher is None and self._text is None
 
+    def follow(self, matcher: GrammarMatcher) -> Finish | None:
+        """Has the output follow a grammar from now on; ``matcher`` has followed it so far. Returns
+        how the request ends if the grammar ends it."""
+        self.matcher = matcher
+        return self._grammar_problem(matcher, "what was delivered")
+
     def feed(self, token: int) -> None:
         """Begins to take the next output token; to be called before :meth:`after`."""
         if self.matcher is not None and self._thinking is None:
@@ -87,11 +93,8 @@ class Stopping:
             self.reasoning_tokens += 1
             if self._thinking.feed(token):
                 self._thinking = None
-        if matcher and not matcher.accepted:
-            message = f"the grammar does not allow the sampled token {token}"
-            return Finish(kind="abort", message=message, status=500)
-        if matcher and matcher.error is not None:
-            return Finish(kind="abort", message=matcher.error, status=400)
+        if matcher and (finish := self._grammar_problem(matcher, f"the sampled token {token}")):
+            return finish
         try:
             matched = self._text.feed(token) if self._text else None
         except TooSlow:
@@ -106,6 +109,14 @@ class Stopping:
             return Finish(kind="stop", matched=matched)
         if self._count >= self._max_new_tokens:
             return Finish(kind="length")
+        return None
+
+    def _grammar_problem(self, matcher: GrammarMatcher, what: str) -> Finish | None:
+        if not matcher.accepted:
+            message = f"the grammar does not allow {what}"
+            return Finish(kind="abort", message=message, status=500)
+        if matcher.error is not None:
+            return Finish(kind="abort", message=matcher.error, status=400)
         return None
 
     def bitmask(self) -> bytes | None:

@@ -131,11 +131,14 @@ class App(Starlette):
     # --- CrossPool's own routes
 
     async def _health(self, request: Request) -> Response:
-        """Healthy while requests are taken; with ``strict``, while no device is away either."""
+        """Healthy while requests are taken; with ``strict``, while neither a device is away nor the
+        scheduler."""
         if self._serving:
-            told = self._state.status
-            devices = told.devices if told and _is_set(request, "strict") else []
+            told = self._state.status if _is_set(request, "strict") else None
+            devices = told.devices if told else []
             away = [device.absence for device in devices if device.absence is not None]
+            if told and not told.ready:
+                away.append(f"the scheduler is a new one: {told.message}")
             if away:
                 return JSON({"status": "degraded", "message": "; ".join(away)}, 503)
             return JSON({"status": "ok"})

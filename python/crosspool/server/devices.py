@@ -105,7 +105,8 @@ class Devices:
     ``on_ready`` is called with the name of each device that is ready and the models whose weights
     it has; ``on_away`` and ``on_back`` with that name when its process is gone, and when another
     one is ready in its place; ``on_told`` with what a device tells of a model's weights. While a
-    device is away, nothing is sent to it."""
+    device is away, nothing is sent to it. ``is_first``: whether no scheduler has had these devices
+    before, so that one that cannot start ends the server."""
 
     def __init__(
         self,
@@ -116,7 +117,9 @@ class Devices:
         on_away: Callable[[str], None],
         on_back: Callable[[str], None],
         on_told: Told,
+        is_first: bool = True,
     ) -> None:
+        self._is_first = is_first
         self._devices = {device.name: _Device(device.name) for device in deployment.devices}
         self._kv_names = [device.name for device in deployment.kv_pool_devices]
         self._on_ready = on_ready
@@ -192,8 +195,8 @@ class Devices:
 
     def receive(self) -> tuple[int, StepResult] | None:
         """Handles messages up to the next result of a step; returns that with its attention rank,
-        or None when no message is left. Raises DeviceFailed for a device that fails before all are
-        ready, and for one that does not speak the protocol."""
+        or None when no message is left. Raises DeviceFailed for a device that fails before all were
+        ever ready, and for one that does not speak the protocol."""
         while True:
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -220,7 +223,7 @@ class Devices:
     def _handle(self, device: _Device, incarnation: int, message: FromDevice) -> None:
         match message:
             case Failed():
-                if not self.have_started:
+                if self._is_first and not self.have_started:
                     raise DeviceFailed(f"device {device.name}: {message.message}")
                 log.error("device %s: %s", device.name, message.message)
                 device.complaint = message.message

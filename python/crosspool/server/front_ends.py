@@ -68,7 +68,23 @@ class FrontEnds:
         self._owner: dict[tuple[int, str], FrontEnd] = {}
         """Front end of every request that is not finished, indexed [model, request id]."""
 
-    def connect(self, model: int, *, attached: bool, **sockets: str) -> None:
+    def connect_own(self, scheduler: int) -> None:
+        """Serves the deployment's own front ends. If ``scheduler``, the number of this scheduler
+        among the deployment's, is above 1, they first hand in the requests that the one before it
+        had taken."""
+        for model in range(len(self._names)):
+            ports = port_args(self._deployment, model, self._detokenizer)
+            front_end = self.connect(
+                model,
+                scheduler_input=ports.scheduler_input_ipc_name,
+                tokenizer=ports.tokenizer_ipc_name,
+                detokenizer=ports.detokenizer_ipc_name,
+                attached=False,
+            )
+            if scheduler > 1:
+                front_end.ask_for_requests(scheduler)
+
+    def connect(self, model: int, *, attached: bool, **sockets: str) -> FrontEnd:
         """Serves one more front end of ``model``, which binds ``sockets`` (see FrontEnd).
 
         Raises ValueError for an address to which nothing can connect, and when
@@ -80,6 +96,7 @@ class FrontEnds:
         front_end = FrontEnd(self._context, model, attached=attached, **sockets)
         self._by_socket[front_end.socket] = front_end
         self._poller.register(front_end.socket, zmq.POLLIN)
+        return front_end
 
     def attached(self, model: int) -> int:
         """Number of stock SGLang servers that serve ``model``."""
@@ -98,7 +115,8 @@ class FrontEnds:
                     return
                 interval = self._stream_intervals[front_end.model]
                 for command in commands(front_end, message, interval):
-                    self._carry_out(front_end, command)
+                    if not front_end.awaited or isinstance(command, DisownAll):
+                        self._carry_out(front_end, command)
             except FrontEndLost as error:
                 self._drop(front_end, str(error))
                 return
@@ -124,7 +142,9 @@ class FrontEnds:
                 front_end.pauses = command.on
                 self._pause_or_go_on(front_end.model)
             case DisownAll():
+                front_end.awaited = False
                 self._abort_all(front_end, "the HTTP process has died")
+                self.send(self._core.drain_outputs())  # their ids may be those of the next requests
                 front_end.forget_ended()
                 front_end.pauses = False
                 self._pause_or_go_on(front_end.model)

@@ -8,7 +8,7 @@ until it takes minutes, and xgrammar cannot be interrupted. It does release Pyth
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from crosspool.server.grammar_library import CompiledGrammar, GrammarWalk, NextMask, next_mask
@@ -91,16 +91,29 @@ class WalkingMatcher:
         self.pending = False
 
     def feed(self, token: int) -> None:
+        self.follow([token])
+
+    def follow(self, tokens: Sequence[int]) -> Future[None]:
+        """Begins to advance by several tokens; the future is done when it has."""
         self.pending = True
-        self._threads.start(lambda: self._follow(token), slow=self._slow)
+        return self._threads.start(lambda: self._follow(tokens), slow=self._slow)
 
     def bitmask(self) -> bytes:
         return self._next.mask
 
-    def _follow(self, token: int) -> None:
+    def _follow(self, tokens: Sequence[int]) -> None:
+        for token in tokens[:-1]:
+            self._take(token, last=False)
+            if self.error is not None or not self.accepted:
+                break
+        else:
+            self._take(tokens[-1], last=True)
+        self.pending = False
+
+    def _take(self, token: int, *, last: bool) -> None:
         began = time.thread_time()
         try:
-            self._advance(token)
+            self._advance(token, last=last)
         except ValueError as error:
             self.error = str(error)
         except Exception as error:
@@ -110,12 +123,12 @@ class WalkingMatcher:
         self._beyond = max(0.0, self._beyond + _beyond(seconds))
         if self._beyond > self._threads.most_seconds:
             self.error = _takes_too_long(self._threads.most_seconds)
-        self.pending = False
 
-    def _advance(self, token: int) -> None:
+    def _advance(self, token: int, *, last: bool) -> None:
+        """Accepts ``token`` and finds the mask of the next one, if ``token`` is the ``last``."""
         if self._walk is None:
             self._walk = self._compiled.walk()
         self.accepted = self._walk.accept(token)
         self.is_terminated = self._walk.is_terminated
-        if self.accepted and not self.is_terminated:
+        if last and self.accepted and not self.is_terminated:
             self._next = next_mask(self._walk)

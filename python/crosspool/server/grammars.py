@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 from crosspool.scheduler.protocols import GrammarMatcher
@@ -70,10 +71,17 @@ class GrammarCache:
             self.size -= self._kept.popitem(last=False)[1].size
 
 
+@dataclass(frozen=True)
+class _Waiter:
+    future: Future[GrammarMatcher]
+    output: Sequence[int]
+    """Tokens that the matcher is to have followed."""
+
+
 @dataclass
 class _Waiting:
     job: int
-    futures: list[Future[GrammarMatcher]] = field(default_factory=list)
+    waiters: list[_Waiter] = field(default_factory=list)
 
 
 class Grammars:
@@ -116,7 +124,9 @@ class Grammars:
     def close(self) -> None:
         self._process.close()
 
-    def compile(self, model: int, grammar: Grammar) -> Future[GrammarMatcher]:
+    def compile(
+        self, model: int, grammar: Grammar, output: Sequence[int] = ()
+    ) -> Future[GrammarMatcher]:
         """See :meth:`GrammarBackend.compile`. Requests with the same grammar share a job."""
         future: Future[GrammarMatcher] = Future()
         if (problem := source_problem(grammar)) is not None:
@@ -126,27 +136,27 @@ class Grammars:
         with self._lock:
             compiled = self.cache.get(key)
             if compiled is None:
-                self._wait_for(key, future)
+                self._wait_for(key, _Waiter(future, output))
         if compiled is None:
             future.add_done_callback(lambda f: self._cancel(key) if f.cancelled() else None)
         else:
-            self._give(compiled, [future])
+            self._give(compiled, [_Waiter(future, output)])
         return future
 
-    def _wait_for(self, key: Key, future: Future[GrammarMatcher]) -> None:
+    def _wait_for(self, key: Key, waiter: _Waiter) -> None:
         waiting = self._waiting.get(key)
         if waiting is None:
             model, grammar = key
             waiting = self._waiting[key] = _Waiting(next(self._jobs))
             self._keys[waiting.job] = key
             self._process.send(Job(id=waiting.job, model=model, grammar=grammar))
-        waiting.futures.append(future)
+        waiting.waiters.append(waiter)
 
     def _cancel(self, key: Key) -> None:
         """A request that waited for ``key`` has ended."""
         with self._lock:
             waiting = self._waiting.get(key)
-            if waiting is None or not all(future.cancelled() for future in waiting.futures):
+            if waiting is None or not all(w.future.cancelled() for w in waiting.waiters):
                 return
             del self._waiting[key], self._keys[waiting.job]
         self._process.send(Cancel(id=waiting.job))
@@ -189,22 +199,34 @@ class Grammars:
 
     # --- in any thread
 
-    def _done(self, job: int) -> list[Future[GrammarMatcher]]:
+    def _done(self, job: int) -> list[_Waiter]:
         """Forgets the job and returns those that wait for it."""
         with self._lock:
             key = self._keys.pop(job, None)
-            return [] if key is None else self._waiting.pop(key).futures
+            return [] if key is None else self._waiting.pop(key).waiters
 
-    def _give(self, compiled: KeptGrammar, futures: Sequence[Future[GrammarMatcher]]) -> None:
-        for future in futures:
-            if future.set_running_or_notify_cancel():
-                future.set_result(WalkingMatcher(compiled.grammar, compiled.first, self._threads))
+    def _give(self, compiled: KeptGrammar, waiters: Sequence[_Waiter]) -> None:
+        for waiter in waiters:
+            if not waiter.future.set_running_or_notify_cancel():
+                continue
+            matcher = WalkingMatcher(compiled.grammar, compiled.first, self._threads)
+            if waiter.output:
+                done = partial(self._give_one, waiter.future, matcher)
+                matcher.follow(waiter.output).add_done_callback(done)
+            else:
+                waiter.future.set_result(matcher)
         self._on_change()
 
-    def _fail(self, futures: Sequence[Future[GrammarMatcher]], message: str) -> None:
-        for future in futures:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(ValueError(message))
+    def _give_one(
+        self, future: Future[GrammarMatcher], matcher: WalkingMatcher, _: Future[None]
+    ) -> None:
+        future.set_result(matcher)
+        self._on_change()
+
+    def _fail(self, waiters: Sequence[_Waiter], message: str) -> None:
+        for waiter in waiters:
+            if waiter.future.set_running_or_notify_cancel():
+                waiter.future.set_exception(ValueError(message))
         self._on_change()
 
 
@@ -215,5 +237,5 @@ class ModelGrammars:
         self._grammars = grammars
         self._model = model
 
-    def compile(self, grammar: Grammar) -> Future[GrammarMatcher]:
-        return self._grammars.compile(self._model, grammar)
+    def compile(self, grammar: Grammar, output: Sequence[int] = ()) -> Future[GrammarMatcher]:
+        return self._grammars.compile(self._model, grammar, output)

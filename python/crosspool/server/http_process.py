@@ -196,7 +196,7 @@ class HttpProcess:
                     self._liveness.silent(_ANSWER_SECONDS)
                 continue
             if self._prepared.is_set():
-                self._liveness.answered(status)
+                self._liveness.answered(status, _STATUS_SECONDS)
             await asyncio.sleep(_STATUS_SECONDS)
 
     async def _listen_to_launcher(self) -> None:

@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from crosspool.transport.inspection import Status
-from crosspool.transport.notices import Continued, Lost, Notice
+from crosspool.transport.notices import Continued, Lost, Notice, SchedulerGone
 
 UNHEALTHY_SECONDS = 3.0
-"""Silence of the scheduler after which no new request is taken until it answers."""
+"""Silence of the scheduler after which no new request is taken until it answers, unless the
+launcher is known to start another one."""
 SILENCE_SECONDS = 15.0
-"""Silence of the scheduler after which requests in flight end."""
+"""Silence of the scheduler after which requests in flight end; those wait for longer that know of
+another one's start, but new ones do not."""
 STOPPED_SECONDS = 1.0
 """Time for which a process is stopped after which requests in flight end."""
 
@@ -31,6 +33,8 @@ class Liveness:
         self._stopped: dict[str, float] = {}
         """When each process that is stopped was stopped."""
         self._silence = 0.0
+        self._restarts = False
+        """Whether the scheduler has died, and another one is not ready yet."""
         self.lost: str | None = None
         """Why nothing can ever be served again; None while it can."""
         self.launcher_knows = False
@@ -41,16 +45,22 @@ class Liveness:
         if isinstance(notice, Lost):
             self.launcher_knows = True
             self.lost = self.lost or notice.cause
+        elif isinstance(notice, SchedulerGone):
+            self._restarts = True
         elif isinstance(notice, Continued):
             self._stopped.pop(notice.process, None)
         else:
             self._stopped.setdefault(notice.process, self._clock())
 
-    def answered(self, status: Status) -> None:
-        """Takes what the scheduler answers, once it has been ready."""
-        self._silence = 0.0
-        if not status.ready:
-            self.lost = self.lost or status.message
+    def answered(self, status: Status, seconds: float) -> None:
+        """Takes what the scheduler answers, once it has been ready, ``seconds`` after the last
+        look. One that is not ready any more is another one, which will be."""
+        if status.failure is not None:
+            self.lost = self.lost or status.failure
+        elif status.ready:
+            self._silence, self._restarts = 0.0, False
+        else:
+            self.silent(seconds)
 
     def silent(self, seconds: float) -> None:
         """Notes that the scheduler has not answered for ``seconds`` more."""
@@ -65,7 +75,7 @@ class Liveness:
             return self.lost
         if self._stopped:
             return f"{', '.join(self._stopped)} is stopped by a signal"
-        if self._silence >= UNHEALTHY_SECONDS:
+        if self._silence >= (SILENCE_SECONDS if self._restarts else UNHEALTHY_SECONDS):
             return f"the scheduler has not answered for {self._silence:g} s"
         return None
 
@@ -76,5 +86,5 @@ class Liveness:
         return (
             self.lost is not None
             or self._clock() - stopped >= STOPPED_SECONDS
-            or self._silence >= SILENCE_SECONDS
+            or (self._silence >= SILENCE_SECONDS and not self._restarts)
         )

@@ -20,6 +20,7 @@ from pathlib import Path
 from crosspool.config.cores import CONTROL_SLICE_NS, keep_off, set_slice
 from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.process import CANNOT_SERVE, USER_MISTAKE, die_with_parent, leave, set_title
+from crosspool.config.runtime_dir import metrics_folder
 from crosspool.frontend import compat
 from crosspool.server.listeners import Listeners
 from crosspool.server.liveness import CannotServe
@@ -45,9 +46,13 @@ def _http(deployment: Deployment, place: Place) -> None:
 def _scheduler(deployment: Deployment, place: Place) -> None:
     _close(place)
     compat.install()
-    from crosspool.server.scheduler_loop import SchedulerLoop
+    from crosspool.server.scheduler_loop import CannotGoOn, SchedulerLoop
 
-    SchedulerLoop(deployment).run()
+    try:
+        SchedulerLoop(deployment, place.incarnation).run()
+    except CannotGoOn as error:
+        logging.getLogger(__name__).error("%s: another scheduler has to take over", error)
+        leave(1)
 
 
 def _detokenizer(deployment: Deployment, place: Place) -> None:
@@ -106,7 +111,7 @@ def prepare(name: str, file: Path) -> Deployment:
     if deployment.sglang.get("enable_metrics"):
         # SGLang's metrics of all processes go through files; prometheus_client reads this when it
         # is imported.
-        folder = Path(deployment.runtime_dir) / "metrics"
+        folder = metrics_folder(deployment)
         folder.mkdir(exist_ok=True)
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
     return deployment

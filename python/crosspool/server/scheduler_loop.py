@@ -20,7 +20,6 @@ import zmq
 
 from crosspool.config.deployment import Deployment
 from crosspool.config.process import freeze_heap
-from crosspool.frontend.server_args import port_args
 from crosspool.frontend.tokenizer import load_tokenizer, think_end
 from crosspool.models.registry import read_model
 from crosspool.scheduler.core import SchedulerCore
@@ -48,13 +47,20 @@ _SETTLE_SECONDS = 0.002
 pace with the others of their batch; a request whose grammar takes longer misses a step."""
 
 
+class CannotGoOn(RuntimeError):
+    """The scheduler process cannot go on, but another one in its place can."""
+
+
 class SchedulerLoop:
-    """Owns the core and every socket of the scheduler process.
+    """Owns the core and every socket of the scheduler process. ``incarnation`` is its number among
+    the deployment's schedulers, from 1 on. A later one takes no request before all devices are
+    ready, and first those that the one before it had taken.
 
     Raises ConfigError when a model or its tokenizer cannot be read."""
 
-    def __init__(self, deployment: Deployment) -> None:
+    def __init__(self, deployment: Deployment, incarnation: int = 1) -> None:
         self._deployment = deployment
+        self._incarnation = incarnation
         self._names = [model.name for model in deployment.models]
         self._stopping = False
         self._failure: str | None = None
@@ -93,6 +99,7 @@ class SchedulerLoop:
             on_away=self._device_away,
             on_back=self._device_back,
             on_told=self._told_of_weights,
+            is_first=incarnation == 1,
         )
         self._poller.register(self._devices.socket, zmq.POLLIN)
 
@@ -110,18 +117,13 @@ class SchedulerLoop:
         self._front_ends = FrontEnds(
             self._context, self._poller, deployment, self._core, self._starting
         )
-        for index in range(len(deployment.models)):
-            ports = port_args(deployment, index)
-            self._front_ends.connect(
-                index,
-                scheduler_input=ports.scheduler_input_ipc_name,
-                tokenizer=ports.tokenizer_ipc_name,
-                detokenizer=ports.detokenizer_ipc_name,
-                attached=False,
-            )
+        self._serves = incarnation == 1
+        """Whether the front ends are connected."""
+        if self._serves:
+            self._front_ends.connect_own(incarnation)
 
     def run(self) -> None:
-        """Returns after SIGTERM or SIGINT."""
+        """Returns after SIGTERM or SIGINT. Raises CannotGoOn when another one has to."""
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
         freeze_heap()
@@ -156,7 +158,10 @@ class SchedulerLoop:
         if overdue is not None:
             self._fail(overdue)
         if self._grammars.lost:
-            self._fail("the process that compiles grammars has ended")
+            raise CannotGoOn("the process that compiles grammars has ended")
+        if not self._serves and self._devices.have_started:
+            self._serves = True
+            self._front_ends.connect_own(self._incarnation)
         self._devices.expire_questions()
         self._grammars.settle(_SETTLE_SECONDS)
         self._core.schedule()
@@ -330,6 +335,7 @@ class SchedulerLoop:
             max_total_tokens=self._deployment.kv_pool_bytes
             // self._specs[model].kv_bytes_per_token,
             max_input_tokens=self._core.max_tokens(model) - 1,
+            scheduler=self._incarnation,
         )
 
     def status(self) -> Status:
@@ -343,4 +349,5 @@ class SchedulerLoop:
             ready=self._devices.have_started and self._failure is None,
             message=self._failure or self._devices.progress,
             devices=self._devices.status(),
+            incarnation=self._incarnation,
         )

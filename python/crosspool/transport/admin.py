@@ -101,6 +101,9 @@ class Attached(msgspec.Struct, frozen=True, kw_only=True, tag="attached"):
     """Number of the model's tokens that the whole KV pool can hold."""
     max_input_tokens: int
     """Longest prompt that the model takes, in tokens."""
+    scheduler: int
+    """The scheduler's number among those that there have been: another one knows nothing of the
+    front end."""
 
 
 ToScheduler = Ask | Attach | RankGone | DetokenizerReplaced | Manage

@@ -345,3 +345,5 @@ class Status(Snapshot, frozen=True, kw_only=True):
     message: str
     """What the deployment waits for, or why it has failed."""
     devices: list[DeviceStatus]
+    incarnation: int = 1
+    """The scheduler's number among those that there have been, from 1 on. Each counts anew."""

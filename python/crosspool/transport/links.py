@@ -22,6 +22,7 @@ from crosspool.models.spec import DTYPE_BYTES, ModelSpec
 from crosspool.transport import nvshmem, peer_memory, shared_memory
 from crosspool.transport.data_path import AttentionLink, FFNLink, remote_pairs
 from crosspool.transport.device_links import DeviceLinks
+from crosspool.transport.kept_descriptors import KeptDescriptors
 from crosspool.transport.lane_layout import LinkLayout, LinkPlace
 from crosspool.transport.shared_memory import SharedMemoryTransport
 
@@ -119,6 +120,15 @@ def create(deployment: Deployment, specs: Sequence[ModelSpec]) -> int | None:
     return shared_memory.create(deployment, max_row_bytes(specs))
 
 
+def keep_memory(deployment: Deployment) -> KeptDescriptors:
+    """Makes, in the launcher, what keeps the memory of the devices' links when a device process
+    dies; each of them inherits it and passes it to :func:`join_gpus`. It has no place where links
+    lie elsewhere. Raises OSError when the system refuses."""
+    in_peers = deployment.gpu_links == "peer" and not any(d.is_cpu for d in deployment.devices)
+    needed = in_peers and bool(remote_pairs(deployment))
+    return KeptDescriptors.create(len(deployment.devices) if needed else 0)
+
+
 def join(deployment: Deployment, device: Device, lanes_fd: int | None) -> Interconnect | None:
     """Returns the CPU device's ends of the links to other devices; None where it has none.
 
@@ -138,6 +148,7 @@ class JoinsGPUs(Protocol):
         device: Device,
         layout: LinkLayout,
         driver: CudaDriver,
+        kept: KeptDescriptors,
         *,
         resources: contextlib.ExitStack,
         timeout: float,
@@ -162,6 +173,7 @@ def join_gpus(
     deployment: Deployment,
     device: Device,
     lanes_fd: int | None,
+    kept: KeptDescriptors,
     *,
     specs: Sequence[ModelSpec],
     driver: CudaDriver,
@@ -169,15 +181,17 @@ def join_gpus(
 ) -> GPUPeers | None:
     """Returns the GPU's ends of its links to other devices; None where it has none.
 
-    ``lanes_fd``: as for :func:`join`. Raises ConfigError when a GPU cannot be reached so,
-    RendezvousError when a device does not come."""
+    ``lanes_fd``: as for :func:`join`; ``kept``: what :func:`keep_memory` made; it is closed. Raises
+    ConfigError when a GPU cannot be reached so, RendezvousError when a device does not come."""
     if lanes_fd is None:
         return None
-    with _taken(lanes_fd):
+    with _taken(lanes_fd), contextlib.closing(kept):
         layout = LinkLayout(deployment.max_step_tokens, max_row_bytes(specs))
         make = GPU_LINKS[deployment.gpu_links]
         links = make(
-            deployment, device, layout, driver, resources=resources, timeout=_MEETING_SECONDS
+            *(deployment, device, layout, driver, kept),
+            resources=resources,
+            timeout=_MEETING_SECONDS,
         )
         host = None
         if deployment.loop == "host":

@@ -25,6 +25,10 @@ class Lost(msgspec.Struct, frozen=True, kw_only=True, tag="lost"):
     cause: str
 
 
+class SchedulerGone(msgspec.Struct, frozen=True, kw_only=True, tag="scheduler_gone"):
+    """The scheduler has ended; another one takes its place."""
+
+
 class Stopped(msgspec.Struct, frozen=True, kw_only=True, tag="stopped"):
     """A signal has stopped a process, which may continue."""
 
@@ -37,7 +41,7 @@ class Continued(msgspec.Struct, frozen=True, kw_only=True, tag="continued"):
     process: str
 
 
-Notice = Lost | Stopped | Continued
+Notice = Lost | SchedulerGone | Stopped | Continued
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Notice)

@@ -21,11 +21,12 @@ from crosspool.config.gpu import check_loop
 from crosspool.kernels.nvshmem import UNIQUE_ID_BYTES, LinkEnd, Nvshmem, device_ends
 from crosspool.transport.device_links import DeviceLinks, Tail, linked_ffn_ranks, links_bytes
 from crosspool.transport.lane_layout import LinkLayout, LinkPlace
-from crosspool.transport.rendezvous import Brought, RendezvousError, exchange
+from crosspool.transport.rendezvous import RendezvousError, exchange
 
 if TYPE_CHECKING:
     from crosspool.kernels.cuda_driver import CudaDriver
     from crosspool.kernels.dlpack import DLPackDevice
+    from crosspool.transport.kept_descriptors import KeptDescriptors
 
 ENVIRONMENT = {"NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME": "lo", "NVSHMEM_CUMEM_GRANULARITY": str(2 << 20)}
 """Settings for NVSHMEM on one host: its bootstrap stays on the loopback interface, and its heap
@@ -38,12 +39,14 @@ def join(
     device: Device,
     layout: LinkLayout,
     driver: CudaDriver,
+    kept: KeptDescriptors,
     *,
     resources: contextlib.ExitStack,
     timeout: float = 60.0,
 ) -> SymmetricLinks:
     """Makes the device's links to all others of the deployment; every device process calls this.
-    Their memory stays until the process ends: giving it back would need all processes at once.
+    Their memory stays until the process ends, ``kept`` has none of it: giving it back would need
+    all processes at once.
 
     Raises ConfigError where NVSHMEM is missing or the loop cannot use it, RendezvousError when a
     device does not come within ``timeout`` seconds, RuntimeError when symmetric memory has no
@@ -68,10 +71,9 @@ def initialise(
     initialisation has no bound; the launcher ends a process that does not become ready."""
     members = [member.name for member in deployment.devices]
     pe = members.index(device.name)
-    mine = Brought(library.unique_id() if pe == 0 else b"")
+    mine = library.unique_id() if pe == 0 else b""
     meeting = Path(deployment.runtime_dir) / _MEETING
-    with exchange(meeting, device.name, members, mine, timeout) as found:
-        unique_id = found[members[0]].payload
+    unique_id = exchange(meeting, device.name, members, mine, timeout)[members[0]]
     if len(unique_id) != UNIQUE_ID_BYTES:
         raise RendezvousError(
             f"{members[0]} told an NVSHMEM id of {len(unique_id)} bytes, not {UNIQUE_ID_BYTES}"

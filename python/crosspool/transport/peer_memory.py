@@ -1,67 +1,78 @@
 """GPU memory that the device processes of one host share. Each process exports its memory as a file
-descriptor and maps what its peers exported; loads and stores then go straight to the peer's GPU,
-over NVLink or PCIe.
+descriptor, and its peers map it; loads and stores then go straight to the peer's GPU, over NVLink
+or PCIe.
+
+The launcher keeps the descriptors (:mod:`crosspool.transport.kept_descriptors`), so the memory
+outlives the process that made it. The process that takes its place maps the same memory with all
+that its peers have written there meanwhile, and they go on with the addresses that they have.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from pathlib import Path
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.config.errors import ConfigError
 from crosspool.transport.device_links import DeviceLinks, linked_ffn_ranks, links_bytes
+from crosspool.transport.kept_descriptors import KeptDescriptors
 from crosspool.transport.lane_layout import LinkLayout, round_up
-from crosspool.transport.rendezvous import Brought, RendezvousError, exchange
+from crosspool.transport.rendezvous import RendezvousError
 
 if TYPE_CHECKING:
     from crosspool.kernels.cuda_driver import CudaDriver
 
-_MEETING = "lane-memory"
+
+@dataclass(frozen=True)
+class Share:
+    """The memory of one member."""
+
+    place: int
+    """Where its descriptor is kept."""
+    nbytes: int
+    """At least so many bytes, in units of the driver's."""
 
 
 class PeerMemory:
-    """Zeroed memory on this device, and the memory of its peers, all mapped here."""
+    """Memory on this device, zeroed when it was made, and the memory of its peers, all mapped
+    here."""
 
     def __init__(
         self,
         driver: CudaDriver,
-        meeting: Path,
+        kept: KeptDescriptors,
         me: str,
-        members: Sequence[str],
+        shares: Mapping[str, Share],
         *,
-        own_bytes: int,
         timeout: float = 60.0,
     ) -> None:
-        """Makes ``own_bytes`` of memory (rounded up; 0: none), and meets the other ``members`` at
-        the socket ``meeting``. Several members may use one GPU.
+        """Maps every member's share. That of ``me``, if there is one, is made unless an earlier
+        process of this member has made it. Several members may use one GPU.
 
         Raises ConfigError when a peer's memory cannot be reached from this GPU, RendezvousError
-        when a member does not come within ``timeout`` seconds, CudaError otherwise."""
+        when a peer does not make its own within ``timeout`` seconds, CudaError otherwise."""
         self.addresses: dict[str, int] = {}
-        """Address on this device of the first byte of each member that has memory."""
+        """Address on this device of the first byte of each member's memory."""
         self._driver = driver
+        self._kept = kept
         self._resources = contextlib.ExitStack()
+        deadline = time.monotonic() + timeout
         with contextlib.ExitStack() as failed:
             failed.callback(self.close)
-            mine = Brought()
-            failed.callback(mine.close)
-            if own_bytes:
-                nbytes = round_up(own_bytes, driver.granularity)
-                handle = driver.create(nbytes)
-                self._resources.callback(driver.release, handle)
-                self.addresses[me] = self._map(handle, nbytes)
-                self._zero(self.addresses[me], nbytes)
-                mine.descriptors.append(driver.export(handle))
-                mine.payload = nbytes.to_bytes(8, "little")
-            with exchange(meeting, me, members, mine, timeout) as found:
-                for name, brought in found.items():
-                    if name != me and brought.payload:
-                        self.addresses[name] = self._import(name, brought)
-            mine.close()
+            for name in sorted(shares, key=lambda name: name != me):  # a peer may wait for ours
+                left = 0.0 if name == me else deadline - time.monotonic()
+                found = self._find(name, shares[name], left)
+                if found is not None:
+                    self.addresses[name] = self._import(name, *found)
+                elif name == me:
+                    self.addresses[name] = self._make(shares[name])
+                else:
+                    raise RendezvousError(f"{name} did not make the memory of its links in time")
             failed.pop_all()
 
     def close(self) -> None:
@@ -80,14 +91,33 @@ class PeerMemory:
         allow_access(driver, address, nbytes)
         return address
 
-    def _import(self, name: str, brought: Brought) -> int:
+    def _make(self, share: Share) -> int:
+        driver, nbytes = self._driver, round_up(share.nbytes, self._driver.granularity)
+        handle = driver.create(nbytes)
+        self._resources.callback(driver.release, handle)
+        address = self._map(handle, nbytes)
+        self._zero(address, nbytes)
+        descriptor = driver.export(handle)
+        try:
+            self._kept.keep(share.place, descriptor, nbytes)
+        finally:
+            os.close(descriptor)
+        return address
+
+    def _find(self, name: str, share: Share, timeout: float) -> tuple[int, int] | None:
+        """Returns descriptor and bytes of memory that is there. Raises RendezvousError when it is
+        not the member's."""
+        found = self._kept.find(share.place, timeout)
+        if found is not None and found[1] < share.nbytes:
+            os.close(found[0])
+            raise RendezvousError(f"{name} has {found[1]} bytes for its links, not {share.nbytes}")
+        return found
+
+    def _import(self, name: str, descriptor: int, nbytes: int) -> int:
         from crosspool.kernels.cuda_driver import CudaError
 
-        if len(brought.descriptors) != 1 or len(brought.payload) != 8:
-            raise RendezvousError(f"{name} sent no memory handle to map")
-        nbytes = int.from_bytes(brought.payload, "little")
         try:
-            handle = self._driver.import_descriptor(brought.descriptors[0])
+            handle = self._driver.import_descriptor(descriptor)
             self._resources.callback(self._driver.release, handle)
             return self._map(handle, nbytes)
         except CudaError as error:
@@ -96,6 +126,8 @@ class PeerMemory:
                 f" {name} ({error}): choose GPUs with peer access to each other, or"
                 " gpu_links: nvshmem"
             ) from error
+        finally:
+            os.close(descriptor)
 
     def _zero(self, address: int, nbytes: int) -> None:
         import torch
@@ -113,24 +145,23 @@ def join(
     device: Device,
     layout: LinkLayout,
     driver: CudaDriver,
+    kept: KeptDescriptors,
     *,
     resources: contextlib.ExitStack,
     timeout: float = 60.0,
 ) -> DeviceLinks:
     """Makes the device's links to all others of the deployment, on one host; every device process
-    calls this. Their memory is unmapped with ``resources``. Raises as :class:`PeerMemory` does."""
-    own = [rank for rank, other in enumerate(deployment.weight_pool_devices) if other == device]
-    memory = PeerMemory(
-        driver,
-        Path(deployment.runtime_dir) / _MEETING,
-        device.name,
-        [member.name for member in deployment.devices],
-        own_bytes=sum(links_bytes(deployment, layout, rank) for rank in own),
-        timeout=timeout,
-    )
-    resources.callback(memory.close)
-    bases = {
-        rank: memory.addresses[deployment.weight_pool_devices[rank].name]
-        for rank in linked_ffn_ranks(deployment, device)
+    calls this. Their memory is unmapped with ``resources``. ``kept`` has a place for each device,
+    in the order of ``deployment.devices``. Raises as :class:`PeerMemory` does."""
+    ranks = {
+        deployment.weight_pool_devices[rank]: rank for rank in linked_ffn_ranks(deployment, device)
     }
+    shares = {
+        other.name: Share(place, links_bytes(deployment, layout, ranks[other]))
+        for place, other in enumerate(deployment.devices)
+        if other in ranks
+    }
+    memory = PeerMemory(driver, kept, device.name, shares, timeout=timeout)
+    resources.callback(memory.close)
+    bases = {rank: memory.addresses[other.name] for other, rank in ranks.items()}
     return DeviceLinks(deployment, device, layout, bases, driver.dlpack_device)

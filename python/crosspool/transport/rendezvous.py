@@ -1,10 +1,10 @@
 """The meeting at which the device processes of one host tell each other, once, what the data path
-needs: some bytes, and file descriptors of memory.
+needs: some bytes.
 
 All of them name the same socket in the deployment's runtime folder, and the same members. The first
 member listens, collects what every member brings, and gives all of it to all. A message is one
-SOCK_SEQPACKET packet of msgpack; descriptors travel beside it (SCM_RIGHTS). Processes of other
-users are refused, even if they could reach the folder.
+SOCK_SEQPACKET packet of msgpack. Processes of other users are refused, even if they could reach the
+folder.
 """
 
 from __future__ import annotations
@@ -15,74 +15,48 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 MAX_BYTES = 60_000
 """Most bytes that one member brings."""
-MAX_DESCRIPTORS = 64
 
 _PACKET_BYTES = MAX_BYTES + 1024
 _RETRY_S = 0.02
 _CREDENTIALS = struct.Struct("3i")
 """struct ucred: process, user and group."""
-_decoder = msgspec.msgpack.Decoder(tuple[str, int, bytes])
-"""Name of the member, number of descriptors, and bytes brought."""
+_decoder = msgspec.msgpack.Decoder(tuple[str, bytes])
+"""Name of the member, and what it brings."""
 
 
 class RendezvousError(RuntimeError):
     """Some members did not come, or a process came that is no member."""
 
 
-@dataclass
-class Brought:
-    """What one member tells the others. Its owner closes the descriptors."""
-
-    payload: bytes = b""
-    descriptors: list[int] = field(default_factory=list)
-
-    def close(self) -> None:
-        while self.descriptors:
-            os.close(self.descriptors.pop())
-
-
-@contextlib.contextmanager
 def exchange(
-    address: Path, me: str, members: Sequence[str], mine: Brought, timeout: float
-) -> Iterator[dict[str, Brought]]:
-    """Yields what every member brought, ``mine`` included, by its name. Descriptors are closed when
-    the context ends; those of ``mine`` stay the caller's.
+    address: Path, me: str, members: Sequence[str], mine: bytes, timeout: float
+) -> dict[str, bytes]:
+    """Returns what every member brought, ``mine`` included, by its name.
 
     Raises RendezvousError when a member does not come within ``timeout`` seconds, a process comes
     that is no member, or a member comes twice; ValueError when ``mine`` is too large."""
-    if len(mine.payload) > MAX_BYTES or len(mine.descriptors) > MAX_DESCRIPTORS:
-        raise ValueError(
-            f"{len(mine.payload)} bytes and {len(mine.descriptors)} descriptors: at most"
-            f" {MAX_BYTES} and {MAX_DESCRIPTORS} can be brought"
-        )
+    if len(mine) > MAX_BYTES:
+        raise ValueError(f"{len(mine)} bytes: at most {MAX_BYTES} can be brought")
     deadline = time.monotonic() + timeout
-    found: dict[str, Brought] = {}
-    try:
-        if me == members[0]:
-            found[me] = Brought(mine.payload, [os.dup(fd) for fd in mine.descriptors])
-            _lead(address, members, deadline, found)
-        else:
-            _follow(address, (me, mine), members, deadline, found)
-        yield found
-    finally:
-        for brought in found.values():
-            brought.close()
+    if me == members[0]:
+        return _lead(address, (me, mine), members, deadline)
+    return _follow(address, (me, mine), members, deadline)
 
 
 def _lead(
-    address: Path, members: Sequence[str], deadline: float, found: dict[str, Brought]
-) -> None:
-    """Collects what the followers bring in ``found``, beside what the leader brings, and tells all
-    of them."""
+    address: Path, mine: tuple[str, bytes], members: Sequence[str], deadline: float
+) -> dict[str, bytes]:
+    """Collects what the followers bring, and tells all of them."""
+    found = dict([mine])
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_socket())
+        address.unlink(missing_ok=True)  # of a leader that was killed
         listener.bind(str(address))
         stack.callback(address.unlink)
         listener.listen(len(members))
@@ -96,7 +70,6 @@ def _lead(
             with _within(follower, deadline, waited):
                 name, brought = _receive(follower)
             if name not in missing:
-                brought.close()
                 raise RendezvousError(f"{name} came to {address}, of {', '.join(missing)}")
             found[name] = brought
             followers.append(follower)
@@ -104,15 +77,13 @@ def _lead(
             for name, brought in found.items():
                 with _within(follower, deadline, f"a member left {address}"):
                     _send(follower, name, brought)
+    return found
 
 
 def _follow(
-    address: Path,
-    mine: tuple[str, Brought],
-    members: Sequence[str],
-    deadline: float,
-    found: dict[str, Brought],
-) -> None:
+    address: Path, mine: tuple[str, bytes], members: Sequence[str], deadline: float
+) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
     with _socket() as leader:
         waited = f"{members[0]} does not listen at {address}"
         while True:
@@ -130,9 +101,9 @@ def _follow(
             with _within(leader, deadline, f"{missing} did not come to {address}"):
                 name, brought = _receive(leader)
             if name not in members or name in found:
-                brought.close()
                 raise RendezvousError(f"{members[0]} tells of {name} at {address}")
             found[name] = brought
+    return found
 
 
 def _socket() -> socket.socket:
@@ -162,28 +133,18 @@ def _check_user(peer: socket.socket) -> None:
         raise RendezvousError(f"a process of user {user} came")
 
 
-def _send(peer: socket.socket, name: str, brought: Brought) -> None:
-    packet = msgspec.msgpack.encode((name, len(brought.descriptors), brought.payload))
-    socket.send_fds(peer, [packet], brought.descriptors)
+def _send(peer: socket.socket, name: str, brought: bytes) -> None:
+    peer.send(msgspec.msgpack.encode((name, brought)))
 
 
-def _receive(peer: socket.socket) -> tuple[str, Brought]:
+def _receive(peer: socket.socket) -> tuple[str, bytes]:
     """Raises RendezvousError for a packet that no member sent."""
-    packet, descriptors, flags, _ = socket.recv_fds(peer, _PACKET_BYTES, MAX_DESCRIPTORS)
-    brought = Brought(b"", descriptors)
+    packet, _, flags, _ = peer.recvmsg(_PACKET_BYTES)
+    if not packet:
+        raise RendezvousError("a member left before it had told anything")
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        raise RendezvousError("a packet came that no member sent whole")
     try:
-        # Before Python 3.12 recv_fds does not pass MSG_CMSG_CLOEXEC on.
-        for descriptor in descriptors:
-            os.set_inheritable(descriptor, False)
-        if not packet:
-            raise RendezvousError("a member left before it had told anything")
-        name, count, brought.payload = _decoder.decode(packet)
-        if count != len(descriptors) or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise RendezvousError("a packet came that no member sent whole")
-        return name, brought
+        return _decoder.decode(packet)
     except msgspec.DecodeError as error:
-        brought.close()
         raise RendezvousError(f"a packet came that no member sent: {error}") from None
-    except BaseException:
-        brought.close()
-        raise

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../kernels/advance.h"
 #include "attention_part.h"
 
 namespace crosspool {
@@ -62,6 +63,7 @@ void draw(const Part& part, Lane& lane) {
   for (std::int32_t i = share.begin; i < share.end; ++i) {
     const WantedRow& wanted = lane.step->wanted[lane.head_row + i];
     if (wanted.choice != Choice::kDraw) continue;
+    advance();
     lane.step->chosen_now()[lane.head_row + i] =
         part.k.sample(lane.logits.as<float>() + std::int64_t{i} * model.vocab, model.vocab,
                       wanted.rule, uniform(wanted.seed, wanted.position), part.scratch());

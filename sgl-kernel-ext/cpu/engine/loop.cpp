@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "../kernels/advance.h"
 #include "../wait.h"
 #include "attention_part.h"
 
@@ -90,11 +91,16 @@ void Loop::set_present(std::int32_t model, WeightPart part, std::int32_t layers)
 }
 
 void Loop::run(int thread) {
+  if (description_.heartbeat != nullptr) {
+    count_advances(description_.heartbeat->advances(thread));
+  }
   for (;;) {
     team_.meet(thread, [this] { choose(); });
-    if (chosen_.kind == PartKind::kStop) return;
+    if (chosen_.kind == PartKind::kStop) break;
+    advance();
     run_part(thread);
   }
+  count_advances(nullptr);
 }
 
 void Loop::run_part(int thread) {
@@ -113,12 +119,15 @@ void Loop::run_part(int thread) {
 }
 
 void Loop::choose() {
+  advance();
+  tell(Activity::kComputing);
   finish();
   chosen_.kind = PartKind::kStop;
   for (;;) {
     const std::uint32_t seen = crosspool_doorbell_rings(description_.doorbell);
     if (!take_commands()) return;
     if (!failed_) {
+      waits_for_weights_ = false;
       begin_steps();
       if (choose_ready()) {
         chosen_.start_ns = trace_.on() ? now_ns() : 0;
@@ -351,7 +360,17 @@ void Loop::wait(std::uint32_t seen) {
   const std::int64_t spin =
       in_flight || just_served ? description_.busy_spin_ns : description_.spin_ns;
   team_.set_patience(std::max(spin, meeting_ns_));
+  if (description_.heartbeat != nullptr) description_.heartbeat->count_look();
+  tell(failed_              ? Activity::kIdle
+       : waits_for_weights_ ? Activity::kReading
+       : in_flight          ? Activity::kWaiting
+                            : Activity::kIdle);
   crosspool_doorbell_wait(description_.doorbell, seen, spin, kIdleWaitNs);
+  tell(Activity::kComputing);
+}
+
+void Loop::tell(Activity activity) {
+  if (description_.heartbeat != nullptr) description_.heartbeat->set(activity);
 }
 
 void Loop::publish(const Event& event) {

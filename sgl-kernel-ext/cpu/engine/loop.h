@@ -5,6 +5,7 @@
 #define CROSSPOOL_CPU_ENGINE_LOOP_H
 
 #include <crosspool/command_ring.h>
+#include <crosspool/heartbeat.h>
 #include <crosspool/signal.h>
 
 #include <cstdint>
@@ -32,7 +33,8 @@ struct LoopDescription {
       incoming;                  // [incoming_count], each a lane's of an attention rank elsewhere
   LinkCounters* local_counters;  // [lanes], of the links that do not leave the device; or null
   crosspool_doorbell* doorbell;  // of this device
-  std::uint64_t epoch;           // incarnation of the attention rank
+  LoopHeartbeat* heartbeat;  // of this device, with as many lines of threads as the team; or null
+  std::uint64_t epoch;       // incarnation of the attention rank
   std::int64_t spin_ns;  // how long the team may spin before it sleeps while nothing is in flight
   std::int64_t busy_spin_ns;  // ... while other devices compute for it, or did just now
   std::int32_t model_count;
@@ -88,6 +90,7 @@ class Loop {
   bool may_begin(const StepArguments& step);
   bool links_free(const Lane& lane, const ModelTable& model);
   void wait(std::uint32_t seen);
+  void tell(Activity activity);
   void finish();
   void finish_attention(Lane& lane);
   void finish_local(Lane& lane);
@@ -96,8 +99,11 @@ class Loop {
   void collect(Lane& lane);
   void end_step(Lane& lane);
   void refuse_step(Lane& lane);
+  // Whether weights are there, which somebody waits for otherwise.
   Presence presence(const ModelTable& model, WeightPart part, std::int32_t layer) {
-    return present_[&model - models_.data()].of_layer(part, layer);
+    const Presence found = present_[&model - models_.data()].of_layer(part, layer);
+    waits_for_weights_ = waits_for_weights_ || found == Presence::kLater;
+    return found;
   }
   bool lease_goes_on(const StepArguments& step);
   void recall(std::uint64_t step);
@@ -128,6 +134,7 @@ class Loop {
   std::vector<StepArguments*> queue_;
   std::int64_t meeting_ns_ = 0;  // how long threads spin at a meeting at least
   std::size_t next_source_ = 0;
+  bool waits_for_weights_ = false;
   bool stopping_ = false;
   bool failed_ = false;
   std::string message_;

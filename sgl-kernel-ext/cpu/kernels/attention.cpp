@@ -3,6 +3,7 @@
 // between them. A decode row per head runs the same code with few queries; it is then bound by
 // reading the cache, not by packing. Blocks and ranges of keys lie where they do for every row, so
 // a row comes out the same in a prompt chunk and alone, but for tiles.
+#include "advance.h"
 #include "attention_block.h"
 #include "families.h"
 
@@ -52,6 +53,7 @@ class Task {
                      values_at(kv_end_));
       for (std::int64_t kv_head = kv_begin_; kv_head < kv_end_; ++kv_head) {
         const std::int64_t query = (kv_head - kv_begin_) * rows_ * heads_;
+        advance();
         pack_keys<T>(block, keys_at(kv_head), shape_.qk_dim, room_, ahead);
         pack_values<T>(block, values_at(kv_head), shape_.v_dim, room_, ahead);
         score(query, key, block.count, ahead);

@@ -4,6 +4,7 @@
 #ifndef CROSSPOOL_CPU_KERNELS_PRODUCT_H
 #define CROSSPOOL_CPU_KERNELS_PRODUCT_H
 
+#include "advance.h"
 #include "multiply.h"
 
 namespace crosspool::CROSSPOOL_ISA {
@@ -145,6 +146,7 @@ CROSSPOOL_INLINE void product(const Matrix& weight, const Rows& x, std::int64_t 
                : then == nullptr    ? group
                                     : static_cast<const std::byte*>(then);
       }
+      advance();
       for (int p = 0; expanded && p < panels; ++p) {
         expand(group + p * panel_bytes, weight.header_bytes(), weight.depth(),
                plain + p * weight.plain_panel_bytes());

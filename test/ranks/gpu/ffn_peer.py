@@ -1,9 +1,9 @@
 """The process of an FFN device for test_gpu_processes: its ranks, whose links lie in memory that it
 exports.
 
-Arguments: deployment file, device, descriptor of the lanes' segment, "fake" (CPU tensors, Triton's
-interpreter, a fake driver) or "real" (GPU 0, whatever the device's number). It says "ready", serves
-until its standard input ends, and says what it served."""
+Arguments: deployment file, device, descriptor of the lanes' segment, those that keep the memory of
+links, "fake" (CPU tensors, Triton's interpreter, a fake driver) or "real" (GPU 0, whatever the
+device's number). It says "ready", serves until its standard input ends, and says what it served."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from crosspool.models.registry import read_model
 from crosspool.ranks.gpu.host_side import HostSide
 from crosspool.ranks.gpu.join import join_lanes
 from crosspool.ranks.gpu.load import load_parts
+from crosspool.transport.kept_descriptors import KeptDescriptors
 from crosspool.transport.links import join_gpus
 from crosspool.weightpool.placement import place
 
@@ -41,7 +42,8 @@ def driver_of(device: Device, real: bool) -> tuple[Any, torch.device]:
 
 def main() -> None:
     deployment, device = load(Path(sys.argv[1])), Device(sys.argv[2])
-    real = sys.argv[4] == "real"
+    kept = KeptDescriptors([int(number) for number in sys.argv[4].split(",")])
+    real = sys.argv[5] == "real"
     if not real:
         from support.triton_interpreter import repair
 
@@ -54,6 +56,7 @@ def main() -> None:
             deployment,
             device,
             int(sys.argv[3]),
+            kept,
             specs=specs,
             driver=driver,
             resources=resources,

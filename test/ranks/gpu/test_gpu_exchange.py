@@ -149,6 +149,49 @@ def test_resident_loops_whose_links_are_carried(
     assert carried[0] == sum(carried[1:]) > 0
 
 
+@pytest.mark.parametrize(
+    "dying",
+    [(ONE, "cuda:1"), (ONE, "cuda:0"), (MIXED, "cuda:0"), (MIXED, "cuda:1")],
+    ids=["FFN rank", "attention rank", "both ranks of a device", "a peer with both"],
+)
+def test_a_resident_loop_is_replaced_with_steps_in_flight(
+    models: list[Path],
+    expected: list[Stream],
+    dying: tuple[dict[str, Any], str],
+    fake: FakeResident,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loop ends wherever it is, also with dispatches that have no reply, and another one is
+    made over the same links. The steps of the attention rank that goes on end as if nothing had
+    happened; those of one that has died are asked for again."""
+    monkeypatch.setattr(join, "join_loop", fake.join_loop)
+    (place, dead), gpus = dying, Interpreted()
+    with Machine(models, loop="resident", load=gpus.load, **place, **LIMITS) as machine:
+        own = [Stream(**stream) for stream in streams()]
+        flying = {}
+        for batch in ([own[0]], own[1:]):
+            sent = machine.step(batch)
+            flying[sent.step] = batch
+            machine.submit(sent)
+        _, peer = fake.loops
+        fake.pause([peer])
+        fake.cuda.run(3000)
+        assert gpus.outstanding == len(flying)
+        fake.pause()
+        index = [device.device.name for device in machine.devices].index(dead)
+        machine.devices[index].close()
+        machine.load(index)
+        machine.first = machine.devices[0]
+        if index == 0:
+            own = [Stream(**stream) for stream in streams()]
+            machine.forget_memory()
+        else:
+            for result in machine.results(len(flying)):
+                machine.take(flying[result.step], result)
+        machine.generate(own, 3)
+        assert_alike(own, expected)
+
+
 def assert_alike(found: list[Stream], expected: list[Stream]) -> None:
     assert [s.output for s in found] == [s.output for s in expected]
     assert any(row.prompt for s in found for row in s.results)

@@ -32,7 +32,7 @@ from crosspool.ranks.gpu.host_side import HostSide
 from crosspool.ranks.gpu.join import join_lanes
 from crosspool.ranks.gpu.load import load_parts
 from crosspool.ranks.kv_memory import kv_pool, kv_pool_by
-from crosspool.transport.links import join_gpus
+from crosspool.transport.links import join_gpus, keep_memory
 from crosspool.transport.messages import Sampling
 from crosspool.weightpool.placement import Placement
 from make_random_checkpoint import make_random_checkpoint
@@ -54,16 +54,25 @@ LIMITS: dict[str, Any] = {
 class _Process:
     """An FFN device's process, in the place of its ranks."""
 
-    def __init__(self, command: Sequence[str], fd: int) -> None:
+    def __init__(self, command: Sequence[str], fds: Sequence[int], kill_after: int) -> None:
+        """``kill_after``: how often it is let run before it is killed; another takes its place."""
+        self._command, self._fds, self._left = command, fds, kill_after
+        self.restarts = 0
+        self.served: list[dict[str, int]] = []
+        self._start()
+
+    def _start(self) -> None:
         self.process = subprocess.Popen(
-            [*command],
-            pass_fds=[fd],
+            [*self._command],
+            pass_fds=[*self._fds],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.served: list[dict[str, int]] = []
+
+    def wait_ready(self) -> None:
+        assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n"
 
     @property
     def executor(self) -> _Process:
@@ -71,19 +80,30 @@ class _Process:
 
     def run(self, _timeout: float) -> list[Any]:
         assert self.process.poll() is None, "the FFN device's process has ended"
+        self._left -= 1
+        if self._left == 0:
+            self.process.kill()
+            self.process.communicate()
+            self.restarts += 1
+            self._start()
+            self.wait_ready()
         return []
 
     def close(self) -> None:
         said, _ = self.process.communicate("\n", timeout=60)
         assert self.process.returncode == 0
         self.served = json.loads(said.splitlines()[-1])
+        for fd in self._fds:
+            os.close(fd)
 
 
 class Processes:
     """Loads the attention device here, and starts a process for each other one."""
 
-    def __init__(self) -> None:
+    def __init__(self, kill_after: int = 0) -> None:
+        """``kill_after``: as for :class:`_Process`; 0: none is killed."""
         self.started: dict[str, _Process] = {}
+        self._kill_after = kill_after
 
     def load(
         self,
@@ -95,20 +115,23 @@ class Processes:
     ) -> DeviceRanks | _Process:
         if device in deployment.weight_pool_devices:
             os.close(lanes_fd)
-            process = self.started[device.name].process
-            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            self.started[device.name].wait_ready()
             return self.started[device.name]
         save(deployment)
         kind = "fake" if INTERPRETED else "real"
+        kept = keep_memory(deployment)
         for peer in deployment.weight_pool_devices:
-            words = [str(PEER), str(deployment.file), peer.name, str(lanes_fd), kind]
-            self.started[peer.name] = _Process([sys.executable, *words], lanes_fd)
+            fds = [os.dup(fd) for fd in (lanes_fd, *kept.fds)]
+            numbers = [str(fds[0]), ",".join(map(str, fds[1:]))]
+            command = [sys.executable, str(PEER), str(deployment.file), peer.name, *numbers, kind]
+            self.started[peer.name] = _Process(command, fds, self._kill_after)
         driver, on = driver_of(device, real=not INTERPRETED)
         resources = contextlib.ExitStack()
         peers = join_gpus(
             deployment,
             device,
             lanes_fd,
+            kept,
             specs=specs,
             driver=driver,
             resources=resources,
@@ -185,3 +208,28 @@ def test_processes_exchange_rows(
     assert sorted(served, key=lambda link: [link[k] for k in key]) == sorted(
         sent, key=lambda link: [link[k] for k in key]
     )
+
+
+@pytest.mark.parametrize("loop", ["host"] if INTERPRETED else ["host", "resident"])
+def test_an_ffn_process_that_is_killed_is_replaced_within_a_step(
+    models: list[Path], loop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attention device and its steps know nothing of it: the memory of the links is kept, and
+    the next process finds the dispatch to which the first did not reply."""
+    if INTERPRETED:
+        with_few_multiprocessors(monkeypatch)
+    with Machine(models, loop="host", **LIMITS) as cpu:
+        expected = outputs(cpu, 1)
+    processes = Processes(kill_after=5)
+    load: Any = processes.load
+    with Machine(
+        models,
+        loop=loop,
+        kv="cuda:0",
+        weights=("cuda:1",),
+        load=load,
+        runtime_dir=str(tmp_path),
+        **LIMITS,
+    ) as machine:
+        assert outputs(machine, 8) == expected
+    assert processes.started["cuda:1"].restarts == 1

@@ -18,6 +18,7 @@ from crosspool.ranks.gpu.inputs import HostMemory, InputLayout
 from crosspool.ranks.gpu.loop import DeviceLoop
 from crosspool.ranks.weights import TORCH_DTYPES
 from crosspool.transport.data_path import LinkCounters
+from crosspool.transport.heartbeats import Activity, Heartbeat
 from crosspool.transport.messages import Step, StepResult
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 _LONGEST_WAIT = 100e-6
 """Longest wait of :meth:`GPUExecutor.run` while steps are in flight, in seconds. A new step for a
 free lane may stay unnoticed for as long."""
+_SHOW_SECONDS = 0.05
+"""Seconds between two looks at what the loop does, for its heartbeat."""
 
 
 class GPUExecutor(LoopExecutor[GPURank, GPUFlight]):
@@ -45,14 +48,19 @@ class GPUExecutor(LoopExecutor[GPURank, GPUFlight]):
         counters: Sequence[Sequence[Sequence[LinkCounters]]] = (),
         host: HostSide | None = None,
         polls_peers: bool = False,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         """A device without an attention rank needs ``polls_peers`` alone.
 
         ``buckets``: rows, ascending; ``stages``: by lane, model and bucket; ``memory``: what each
         lane shares with the host; ``counters``: counters of the links to a model's FFN ranks,
-        indexed [lane][model]; ``host``: the host's side of the device (None: CPU tensors)."""
+        indexed [lane][model]; ``host``: the host's side of the device (None: CPU tensors);
+        ``heartbeat``: where :meth:`run` shows what the loop does."""
         super().__init__(attention, loop, polls_peers=polls_peers)
         self._closed = False
+        self._heartbeat = heartbeat
+        self._next_show = 0.0
+        self._looks = 0
         self._buckets = buckets
         self._stages = stages or {}
         specs = [] if attention is None else attention.specs
@@ -73,7 +81,24 @@ class GPUExecutor(LoopExecutor[GPURank, GPUFlight]):
             self._loop.wait(min(timeout, _LONGEST_WAIT))
         elif self._polls_peers:
             self._loop.wait(timeout)
-        return self._take_events()
+        results = self._take_events()
+        if self._heartbeat is not None:
+            self._show(self._heartbeat)
+        return results
+
+    def _show(self, heartbeat: Heartbeat) -> None:
+        """Shows what the loop does, now and then, and in any case that it has nothing to do: the
+        next call may be long in coming. While a lane computes, it does not count that others look
+        for work: its stage may never end."""
+        now = time.monotonic()
+        if now < self._next_show and not self.quiet:
+            return
+        self._next_show = now + _SHOW_SECONDS
+        stepping = {flight.lane for flight in self._flights.values()}
+        activity, looks, advances = self._loop.activity(stepping)
+        if activity != Activity.COMPUTING:
+            self._looks = looks
+        heartbeat.show(activity, self._looks, advances)
 
     def quiesced(self) -> contextlib.AbstractContextManager[None]:
         """Keeps the loop off the device, for driver calls that may wait for what runs there."""

@@ -29,6 +29,7 @@ from crosspool.ranks.gpu.scratch import LaneBuffers
 from crosspool.ranks.gpu.stages import HasStages, Stages, buckets_up_to
 from crosspool.ranks.gpu.trace import GPUTrace, ResidentGPUTrace
 from crosspool.ranks.gpu.weights import GPUFFN
+from crosspool.transport.heartbeats import Heartbeat
 from crosspool.transport.links import GPUPeers, open_ends
 
 
@@ -62,12 +63,14 @@ def join_lanes(
     virtualizer: Virtualizer | None,
     host: HostSide,
     resources: contextlib.ExitStack,
+    heartbeat: Heartbeat | None = None,
 ) -> tuple[DeviceRanks, GPUExecutor]:
     """Makes the device's lanes, and the loop over them, which is closed with ``resources``. A
     resident loop is started last, when nothing is left to allocate or to load.
 
     ``peers``: the links to other devices, if there are any; ``virtualizer``: the attention rank's;
-    ``host``: the host's side of the device on which tensors lie. Raises ConfigError for a model
+    ``host``: the host's side of the device on which tensors lie; ``heartbeat``: where the loop
+    shows that it goes on. Raises ConfigError for a model
     whose layers a GPU does not drive, CudaLoopError where the loop cannot be made."""
     on = host.device
     buckets, held = buckets_up_to(deployment.max_step_tokens), frozenset(parts.ffns)
@@ -138,6 +141,7 @@ def join_lanes(
         ],
         host=host,
         polls_peers=bool(links.incoming),
+        heartbeat=heartbeat,
     )
     resources.callback(executor.close)
     if isinstance(virtualizer, CudaVirtualizer):

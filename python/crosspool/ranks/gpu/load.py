@@ -25,6 +25,8 @@ from crosspool.ranks.gpu.shares import check_share
 from crosspool.ranks.gpu.weights import GPUFFN, GPUAttention
 from crosspool.ranks.kv_memory import kv_pool_by
 from crosspool.ranks.weights import held_models
+from crosspool.transport.heartbeats import Heartbeat
+from crosspool.transport.kept_descriptors import KeptDescriptors
 from crosspool.transport.links import join_gpus
 from crosspool.weightpool.placement import Placement
 
@@ -35,9 +37,13 @@ def load_gpu_ranks(
     specs: Sequence[ModelSpec],
     placement: Placement,
     lanes_fd: int | None,
+    *,
+    kept: KeptDescriptors,
+    heartbeat: Heartbeat | None = None,
 ) -> DeviceRanks:
-    """Does what :func:`crosspool.ranks.device_process.load_ranks` says, on a GPU. The processes of
-    all GPUs of a deployment call it at once: they meet, to share the memory of their links."""
+    """Does what :func:`crosspool.ranks.device_process.load_ranks` says, on a GPU. At the start the
+    processes of all GPUs of a deployment call it at once: they wait for the memory of each other's
+    links."""
     check_alike(deployment.devices)
     torch.cuda.set_device(device.gpu)
     major, minor = torch.cuda.get_device_capability(device.gpu)
@@ -52,6 +58,7 @@ def load_gpu_ranks(
             deployment,
             device,
             lanes_fd,
+            kept,
             specs=specs,
             driver=driver,
             resources=resources,
@@ -66,7 +73,11 @@ def load_gpu_ranks(
         made = resources.enter_context(contextlib.ExitStack())
         with telling_of_compilation():
             ranks, _ = join_lanes(
-                deployment, device, parts, peers, virtualizer=virtualizer, host=host, resources=made
+                *(deployment, device, parts, peers),
+                virtualizer=virtualizer,
+                host=host,
+                resources=made,
+                heartbeat=heartbeat,
             )
         ranks.resources = resources.pop_all()
     return ranks

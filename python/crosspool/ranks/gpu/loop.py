@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,6 +23,7 @@ from crosspool.kernels.cuda_loop_structs import GPUStepArguments
 from crosspool.kernels.engine_structs import DONE, LOGITS, TOKENS, Event
 from crosspool.ranks.gpu.exchange import DispatchEnd, HostExchange, ReplyEnd
 from crosspool.transport.data_path import DispatchHeader, LaneError
+from crosspool.transport.heartbeats import Activity
 
 if TYPE_CHECKING:
     from crosspool.ranks.gpu.launch import Launcher
@@ -49,6 +50,8 @@ class DeviceLoop(Protocol):
     def quiesced(self) -> contextlib.AbstractContextManager[None]: ...
 
     def close(self) -> None: ...
+
+    def activity(self, stepping: Collection[int]) -> tuple[Activity, int, int]: ...
 
     @property
     def served(self) -> int: ...
@@ -87,6 +90,8 @@ class HostLaunchedLoop:
         self._exchange = exchange
         self._events: deque[Event] = deque()
         self._next = 0
+        self._advances = 0
+        self._looks = 0
         self.served = 0
         """Dispatches of other devices to which the FFN rank has replied."""
         self._lanes = list(self._steps)
@@ -142,6 +147,20 @@ class HostLaunchedLoop:
         for lane in range(len(self._lanes)):
             self._launcher.synchronize(lane)
 
+    def activity(self, stepping: Collection[int]) -> tuple[Activity, int, int]:
+        """Returns what the lanes of the FFN rank and those in ``stepping`` do, how often this was
+        asked, and how many parts have been launched."""
+        found = Activity.IDLE
+        self._looks += 1
+        for lane, state in enumerate(self._lanes):
+            is_step = lane in stepping
+            ready = is_step and (state.work is None or state.until is _at_once)
+            if state.on_device or ready:
+                return Activity.COMPUTING, self._looks, self._advances
+            if is_step and not state.with_host:
+                found = Activity.WAITING
+        return found, self._looks, self._advances
+
     def _advance_one(self) -> bool:
         for _ in self._lanes:
             lane = self._next
@@ -159,6 +178,7 @@ class HostLaunchedLoop:
             state.work = self._step(lane, state, state.step)
         elif state.until is not None and not state.until():
             return False
+        self._advances += 1
         state.on_device = False
         state.until = next(state.work, None)
         if state.until is None:

@@ -33,6 +33,7 @@ from crosspool.ranks.resident.trace import ResidentTrace
 from crosspool.ranks.resident.weights import ResidentWeights, file_name, keeper_of
 from crosspool.ranks.weights import TORCH_DTYPES, HeldModel, held_models
 from crosspool.transport.data_path import spin_ns_of
+from crosspool.transport.heartbeats import Heartbeat
 from crosspool.weightpool.placement import Placement, initially_resident
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ def load_resident_ranks(
     specs: Sequence[ModelSpec],
     weights: ResidentWeights,
     lanes_fd: int | None,
+    *,
+    heartbeat: Heartbeat | None = None,
 ) -> DeviceRanks:
     """Loads the ranks of a device for the resident loop; see
     :func:`crosspool.ranks.device_process.load_ranks`."""
@@ -102,6 +105,7 @@ def load_resident_ranks(
         ffn = ResidentFFN(links.ffn_rank, weights.ffn, links.ffn)
     description = es.LoopDescription(
         models=tables,
+        heartbeat=None if heartbeat is None else heartbeat.loop_address,
         epoch=time.time_ns(),
         spin_ns=spin_ns_of(deployment, device),
         model_count=len(specs),
@@ -110,7 +114,7 @@ def load_resident_ranks(
     )
     links.describe(description)
     # What the loop reads goes after the loop has ended.
-    resources.callback(lambda: (tables, links, description))
+    resources.callback(lambda: (tables, links, description, heartbeat))
     executor = ResidentLoop(attention, team, description)
     resources.callback(executor.close)
     residency = SleepingModels(

@@ -1,0 +1,274 @@
+"""Kills one kind of process again and again under streams, and tells what the streams notice.
+
+    python -m benchmark.chaos.kills [--quick] [--kills 20] [--placements two-devices ...]
+        [--victims FFN ...] [--loops resident host] [--dtype bfloat16] [--large] [--seed 0]
+
+Every server runs the three bundled models, or two checkpoints of 1.7 billion parameters with
+--large, of which --clients (20) streams read answers without a
+break. Each question has been asked once before, alone and without kills. A process is killed at a
+random moment after everything is back from the kill before. Exit status 1 where an answer was lost
+or has other tokens, or log-probabilities that differ by more than 0.001.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmark import checkpoint, machine
+from benchmark.chaos.campaign import PLACEMENTS, flags, judge, pools
+from benchmark.chaos.faults import Fault, processes_titled
+from benchmark.chaos.traffic import Traffic, questions
+from benchmark.records import Recorder
+from benchmark.server import TINY_MODELS, Server
+
+CONSOLE = Console(width=150, soft_wrap=True, highlight=False)
+_TOKENS = 150
+_CALM_SECONDS = 10.0
+_BACK_SECONDS = 60.0
+"""Time that everything gets to be back after a kill."""
+_MOMENTS = (0.3, 1.5)
+"""A kill comes so many seconds after everything is back."""
+_OTHERS = {
+    "detokenizer": "crosspool::detokenizer",
+    "HTTP": "crosspool::http",
+}
+VICTIMS = ("attention", "FFN", "both", *_OTHERS)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the streams of a server noticed of kills of one kind of process."""
+
+    kills: int
+    answers: int
+    """Number of answers that ended after the first kill."""
+    interrupted: int
+    """Number of answers that were under way at a kill, each kill counted."""
+    outcomes: Counter[str]
+    logprob_difference: float
+    pauses: list[float]
+    """Longest pause of any stream for each kill, in seconds."""
+    calm_pause: float
+    """The longest pause of any stream while nothing was killed, in seconds."""
+    problems: list[str]
+
+
+def victims(placement: str) -> dict[str, list[str]]:
+    """Return the titles of the processes of each kind: devices of attention ranks, of FFN ranks, of
+    both, and the others."""
+    kv, weights = pools(placement)
+    devices = {
+        "attention": [name for name in kv if name not in weights],
+        "FFN": [name for name in weights if name not in kv],
+        "both": [name for name in kv if name in weights],
+    }
+    titles = {kind: [f"crosspool::device {n}" for n in names] for kind, names in devices.items()}
+    found = {kind: names for kind, names in titles.items() if names}
+    return {**found, **{kind: [title] for kind, title in _OTHERS.items()}}
+
+
+def large_models() -> list[str]:
+    """Return the folders of two checkpoints of 1.7 billion parameters."""
+    return [str(folder) for folder in checkpoint.models(2)]
+
+
+class Killer:
+    """Kills processes of ``server`` while ``clients`` streams are read."""
+
+    def __init__(self, server: Server, clients: int, tokens: int, seed: int) -> None:
+        self._server = server
+        self._launcher = server.processes()["crosspool::launcher"]
+        models = [model["name"] for model in server.status()["models"]]
+        streams = [one for one in questions(models, tokens) if one.streams]
+        self._traffic = Traffic(server.url, streams, clients, seed, left_share=0.0)
+        self._rng = random.Random(seed)
+        self._killed: set[psutil.Process] = set()
+
+    async def learn(self) -> None:
+        """Ask every question without kills."""
+        await self._traffic.learn()
+
+    async def kill(self, titles: Sequence[str], kills: int, calm_seconds: float) -> Found:
+        """Kill a process with one of ``titles`` so many times, and read all answers to their end.
+        Raises RuntimeError where it is not there in time."""
+        traffic = self._traffic
+        traffic.outcomes.clear()
+        reading = asyncio.create_task(traffic.run())
+        faults: list[Fault] = []
+        try:
+            await asyncio.sleep(calm_seconds)
+            for _ in range(kills):
+                title = self._rng.choice(titles)
+                await self._back(title)
+                await asyncio.sleep(self._rng.uniform(*_MOMENTS))
+                process = self._processes(title)[0]
+                process.kill()
+                self._killed.add(process)
+                name = "kill-http" if title == _OTHERS["HTTP"] else "kill"
+                faults.append(Fault(name, title, process.pid, time.monotonic()))
+            await self._back(faults[-1].process)
+        finally:
+            traffic.end()
+            await reading
+        (calm, *rows), problems = judge(traffic.outcomes, faults)
+        outcomes = sum((row.outcomes for row in rows), Counter[str]())
+        return Found(
+            kills=len(faults),
+            answers=outcomes.total(),
+            interrupted=sum(row.requests for row in rows),
+            outcomes=outcomes,
+            logprob_difference=max((o.logprob_difference for o in traffic.outcomes), default=0.0),
+            pauses=[pause for row in rows for pause in row.pauses],
+            calm_pause=calm.worst,
+            problems=problems,
+        )
+
+    def _processes(self, title: str) -> list[psutil.Process]:
+        found = (process for _, process in processes_titled(self._launcher, title))
+        return [process for process in found if process not in self._killed]
+
+    async def _back(self, title: str) -> None:
+        """Wait until a process with that title is there, and every device is."""
+        deadline = time.monotonic() + _BACK_SECONDS
+        while not await asyncio.to_thread(self._is_there, title):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"not everything is back in time:\n{self._server.log[-2000:]}")
+            await asyncio.sleep(0.05)
+
+    def _is_there(self, title: str) -> bool:
+        try:
+            return (
+                bool(self._processes(title))
+                and self._server.request("GET", "/health?strict=1")[0] == 200
+            )
+        except OSError:
+            return False
+
+
+def measure(
+    placement: str, loop: str, options: argparse.Namespace
+) -> Iterator[tuple[str, Found, dict[str, float]]]:
+    """Yield what the kills of each kind of process came to, and what the measurement took."""
+    wanted = {k: t for k, t in victims(placement).items() if k in options.victims}
+    if not wanted:
+        return
+    words = flags(placement, loop, options.dtype, "512MiB" if options.large else "64MiB")
+    with Server(words, large_models() if options.large else TINY_MODELS, 600.0) as server:
+        killer = Killer(server, options.clients, options.tokens, options.seed)
+        with asyncio.Runner() as runner:
+            runner.run(killer.learn())
+            for kind, titles in wanted.items():
+                load1, began, cpu = machine.load1(), time.monotonic(), server.cpu_seconds()
+                found = runner.run(killer.kill(titles, options.kills, options.calm_seconds))
+                used = sum(server.cpu_seconds().values()) - sum(cpu.values())
+                wall = time.monotonic() - began
+                yield kind, found, {"load1": load1, "wall_s": wall, "cpu_s": max(0.0, used)}
+
+
+def table() -> Table:
+    made = Table("placement", "loop", "killed", "kills", "answers", "interrupted", "cut", "failed")
+    made.add_column("other tokens", justify="right")
+    made.add_column("log-probabilities off by", justify="right")
+    for name in ("longest pause: median", "worst", "without kills"):
+        made.add_column(name, justify="right")
+    return made
+
+
+def row(placement: str, loop: str, kind: str, found: Found) -> list[str]:
+    pauses = sorted(found.pauses)
+    median = pauses[len(pauses) // 2]
+    counts = [found.kills, found.answers, found.interrupted]
+    counts += [found.outcomes[name] for name in ("cut", "failed", "wrong")]
+    seconds = [f"{value:.2f} s" for value in (median, pauses[-1], found.calm_pause)]
+    return [
+        *[placement, loop, kind, *map(str, counts)],
+        *[f"{found.logprob_difference:.2g}", *seconds],
+    ]
+
+
+def record(
+    recorder: Recorder,
+    kind: str,
+    found: Found,
+    parameters: dict[str, Any],
+    usage: dict[str, float],
+) -> None:
+    recorder.add(
+        f"longest pause, {kind} killed",
+        found.pauses,
+        "s",
+        parameters=parameters,
+        worst=max(found.pauses),
+        without_kills=found.calm_pause,
+        answers=found.answers,
+        interrupted=found.interrupted,
+        outcomes=dict(found.outcomes),
+        logprob_difference=found.logprob_difference,
+        load1=usage["load1"],
+        cpu_s=usage["cpu_s"],
+        wall_s=usage["wall_s"],
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.chaos.kills",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--kills", type=int, default=20, help="of each kind and server")
+    parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS))
+    parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=list(VICTIMS))
+    loops = ("resident", "host")
+    parser.add_argument("--loops", nargs="+", choices=loops, default=list(loops))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument(
+        "--large", action="store_true", help="two checkpoints of 1.7 billion parameters instead"
+    )
+    parser.add_argument("--clients", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=_TOKENS, help="of a long answer")
+    parser.add_argument("--calm-seconds", type=float, default=_CALM_SECONDS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="3 kills, which are not recorded")
+    options = parser.parse_args()
+    if options.quick:
+        options.kills, options.calm_seconds = 3, 3.0
+    models = "large" if options.large else "bundled"
+    recorder, made, problems = Recorder(f"kills_{models}"), table(), 0
+    for placement in options.placements:
+        for loop in options.loops:
+            for kind, found, usage in measure(placement, loop, options):
+                made.add_row(*(cells := row(placement, loop, kind, found)))
+                CONSOLE.print("  ".join(cells))
+                for problem in found.problems[:5]:
+                    CONSOLE.print(problem[:2000], style="red", markup=False)
+                problems += len(found.problems)
+                parameters = {
+                    "placement": placement,
+                    "loop": loop,
+                    "dtype": options.dtype,
+                    "clients": options.clients,
+                    "tokens": options.tokens,
+                    "seed": options.seed,
+                }
+                record(recorder, kind, found, parameters, usage)
+    CONSOLE.print(made)
+    if not options.quick:
+        CONSOLE.print(f"written to {recorder.write()}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

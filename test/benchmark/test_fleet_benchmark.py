@@ -1,0 +1,104 @@
+"""What the benchmark of a fleet sends, and what it makes of the answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from benchmark.fleet import beside, popularity
+from benchmark.fleet.completions import Completion, Outcome, Sent, send
+from benchmark.fleet.served import States, sizes
+from benchmark.server import DEMO
+from benchmark.usage import Usage
+
+NAMES = ("a", "b", "c", "d")
+
+
+def test_popular_models_get_the_requests_that_zipf_gives_them() -> None:
+    assert popularity.zipf(3, 1.0) == pytest.approx([6 / 11, 3 / 11, 2 / 11])
+    load = popularity.make_load(NAMES, 50.0, 60.0, 1.0, 0)
+    counts = Counter(request.model for request in load)
+    shares = [counts[name] / len(load) for name in NAMES]
+    assert shares == pytest.approx(popularity.zipf(4, 1.0), abs=0.05)
+    assert load == popularity.make_load(NAMES, 50.0, 60.0, 1.0, 0)
+    assert [r.arrival for r in load] == sorted(r.arrival for r in load)
+
+
+def outcome(name: str, arrival: float, first: float | None) -> Outcome:
+    made = Outcome(Completion(arrival, name, "x", 2), 200 if first is not None else 503)
+    made.times = [] if first is None else [first, first + 0.5]
+    return made
+
+
+def test_times_to_the_first_token_by_state_and_against_the_other_server() -> None:
+    ours = [outcome("a", 0.0, 1.0), outcome("b", 1.0, 4.0), outcome("a", 2.0, None)]
+    theirs = [outcome("a", 0.0, 5.0), outcome("b", 1.0, 12.0), outcome("a", 2.0, 2.5)]
+    usage: Any = Usage.__new__(Usage)
+    result = popularity.Result(
+        Sent(ours, 0.0, 9.0), ["resident", "asleep", "resident"], 1, 1.0, usage
+    )
+    assert result.ratio is None
+    assert (result.ttft("resident"), result.ttft("asleep")) == ([1.0], [3.0])
+    result.theirs = Sent(theirs, 0.0, 9.0)
+    assert result.ratio == pytest.approx((1 + 3) / (5 + 11))
+    assert popularity.failures(ours) == {"503 ": 1}
+
+
+def test_a_state_is_the_one_that_was_seen_last() -> None:
+    states = States(None)  # type: ignore[arg-type]
+    states.seen = [(1.0, {"a": "asleep"}), (2.0, {"a": "waking"}), (3.0, {"a": "resident"})]
+    assert [states.at(when, "a") for when in (0.5, 1.5, 2.0, 9.0)] == [
+        *("asleep", "asleep", "waking", "resident")
+    ]
+
+
+def test_a_pair_of_turns_gives_a_ratio() -> None:
+    result = beside.Result()
+    result.tbt = {"without": [[1.0, 2.0], [1.0, 1.0]], "beside": [[2.0, 3.0], [1.0, 4.0]]}
+    assert result.ratio(0.99) == 1.5
+    assert result.ratio(0.5) == 1.0
+
+
+def test_streams_of_completions_are_timed_and_broken_ones_are_told() -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        if body["model"] == "gone":
+            return web.Response(status=404, text="no such model")
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for text in ("", "x", "y"):
+            event = {"choices": [{"text": text}]}
+            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            await asyncio.sleep(0.05)
+        if body["model"] != "broken":
+            await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def run() -> list[Outcome]:
+        application = web.Application()
+        application.router.add_post("/v1/completions", answer)
+        runner = web.AppRunner(application)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        load = [Completion(0.0, name, "x", 2) for name in ("good", "broken", "gone")]
+        try:
+            return (await asyncio.to_thread(send, url, load, 10.0)).outcomes
+        finally:
+            await runner.cleanup()
+
+    good, broken, gone = asyncio.run(run())
+    assert good.complete and len(good.times) == 2 and good.tbt[0] > 0.02
+    assert not broken.complete and broken.error == "the stream ended early"
+    assert (gone.status, gone.error) == (404, "no such model")
+
+
+def test_sizes_are_those_of_the_placement() -> None:
+    ffn, attention = sizes(DEMO / "tiny-qwen3-moe")
+    assert ffn > attention > 0
