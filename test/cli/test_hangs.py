@@ -138,13 +138,15 @@ def test_devices_that_wait_for_one_another_all_hang() -> None:
         assert m.live(60) == {FIRST: why, SECOND: why}
 
 
-@pytest.mark.parametrize("change", ["computing", "loading", "stopped"])
+@pytest.mark.parametrize("change", ["computing", "reading", "loading", "stopped"])
 def test_a_device_may_wait_for_one_that_is_away(change: str) -> None:
     with machine() as m:
         m.loops[0].is_(Activity.WAITING)
-        m.loops[1].deaf = change != "computing"
+        m.loops[1].deaf = change in ("loading", "stopped")
         if change == "computing":
             m.loops[1].is_(Activity.COMPUTING, counts=True)
+        if change == "reading":
+            m.loops[1].is_(Activity.READING)
         if change == "loading":
             m.loops[1].begin(2)
         assert not m.live(60, (DEVICES[1].name,) if change == "stopped" else ())

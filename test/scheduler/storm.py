@@ -384,6 +384,8 @@ class Storm:
         self.ffn_away.clear()
         self.woken_at = 0.0
         self.core = self.scheduler()
+        for device in self.weights.devices:
+            self.weights.come_back(device)
         for model in self.suspended:
             self.core.suspend(model)
         self.handed_in = set(self.open)

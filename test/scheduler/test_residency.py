@@ -333,9 +333,9 @@ def test_a_device_that_is_back_gets_what_it_lacks():
     pool.held[1] = set()
     pool.residency.restore(1, [], pool.now)
     assert pool.awake() == set() and pool.state(0) == "waking"
-    assert pool.residency.stand_still([0])
+    assert pool.residency.stand_still(0, [0])
     pool.turn()
-    assert pool.awake() == {0} and not pool.residency.stand_still([0])
+    assert pool.awake() == {0} and not pool.residency.stand_still(0, [0])
     assert pool.residency.status(0, pool.now).wakes == 2
 
 
@@ -361,9 +361,9 @@ def test_steps_in_flight_get_weights_back_that_nobody_wants_any_more():
     pool.pass_time(QUANTUM + 1)
     pool.held[1] = set()
     pool.residency.restore(1, [], pool.now)
-    assert pool.residency.stand_still(pool.in_flight)
+    assert pool.residency.stand_still(0, pool.in_flight)
     pool.turn()
-    assert pool.held[1] == {0} and not pool.residency.stand_still(pool.in_flight)
+    assert pool.held[1] == {0} and not pool.residency.stand_still(0, pool.in_flight)
     pool.in_flight = set()
     pool.turn()
     assert pool.awake() == {1}

@@ -32,7 +32,8 @@ class HangWatch:
     A device hangs when for ``patience`` seconds its process's main thread has not counted, or no
     thread of its loop has. Neither depends on the length of a step or of a part of one: threads
     count within it, and a loop without work counts how often it looks for some. When a loop has
-    waited for so long while no device was computing, a reply is lost, and all devices hang.
+    waited for so long while no device was computing or reading weights, a reply is lost, and all
+    devices hang.
     ``clock`` gives seconds that only grow."""
 
     def __init__(
@@ -58,7 +59,7 @@ class HangWatch:
         beats = [self._heartbeats.read(index) for index in range(len(self._devices))]
         all_wait = all(
             beat.looks
-            and beat.activity != Activity.COMPUTING
+            and beat.activity not in (Activity.COMPUTING, Activity.READING)
             and seen.process < _SHOWS_LIFE
             and name not in stopped
             for name, seen, beat in zip(self._devices, self._seen, beats, strict=True)

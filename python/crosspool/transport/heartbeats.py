@@ -37,6 +37,8 @@ class Activity(enum.IntEnum):
     COMPUTING = 1
     WAITING = 2
     """It has steps in flight, and only other devices' replies can let it go on."""
+    READING = 3
+    """It has work that waits for weights, which are being read."""
 
 
 @dataclass(frozen=True)

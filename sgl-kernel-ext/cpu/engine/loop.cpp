@@ -127,6 +127,7 @@ void Loop::choose() {
     const std::uint32_t seen = crosspool_doorbell_rings(description_.doorbell);
     if (!take_commands()) return;
     if (!failed_) {
+      waits_for_weights_ = false;
       begin_steps();
       if (choose_ready()) {
         chosen_.start_ns = trace_.on() ? now_ns() : 0;
@@ -360,7 +361,10 @@ void Loop::wait(std::uint32_t seen) {
       in_flight || just_served ? description_.busy_spin_ns : description_.spin_ns;
   team_.set_patience(std::max(spin, meeting_ns_));
   if (description_.heartbeat != nullptr) description_.heartbeat->count_look();
-  tell(in_flight && !failed_ ? Activity::kWaiting : Activity::kIdle);
+  tell(failed_              ? Activity::kIdle
+       : waits_for_weights_ ? Activity::kReading
+       : in_flight          ? Activity::kWaiting
+                            : Activity::kIdle);
   crosspool_doorbell_wait(description_.doorbell, seen, spin, kIdleWaitNs);
   tell(Activity::kComputing);
 }

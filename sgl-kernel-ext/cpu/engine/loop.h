@@ -99,8 +99,11 @@ class Loop {
   void collect(Lane& lane);
   void end_step(Lane& lane);
   void refuse_step(Lane& lane);
+  // Whether weights are there, which somebody waits for otherwise.
   Presence presence(const ModelTable& model, WeightPart part, std::int32_t layer) {
-    return present_[&model - models_.data()].of_layer(part, layer);
+    const Presence found = present_[&model - models_.data()].of_layer(part, layer);
+    waits_for_weights_ = waits_for_weights_ || found == Presence::kLater;
+    return found;
   }
   bool lease_goes_on(const StepArguments& step);
   void recall(std::uint64_t step);
@@ -131,6 +134,7 @@ class Loop {
   std::vector<StepArguments*> queue_;
   std::int64_t meeting_ns_ = 0;  // how long threads spin at a meeting at least
   std::size_t next_source_ = 0;
+  bool waits_for_weights_ = false;
   bool stopping_ = false;
   bool failed_ = false;
   std::string message_;

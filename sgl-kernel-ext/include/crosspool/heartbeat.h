@@ -14,6 +14,7 @@ enum class Activity : std::uint32_t {
   kIdle = 0,       // nothing to do, or waits for its host
   kComputing = 1,  // some of its threads count
   kWaiting = 2,    // waits for other devices' replies alone
+  kReading = 3,    // waits for weights that are being read
 };
 
 // A number that a thread of the loop counts up while it computes, in a line of memory of its own.
