@@ -1,6 +1,6 @@
 """Measures how fast a model wakes beside another one that answers, and what that one notices.
 
-    python -m benchmark.waking [--quick] [--rounds 5]
+    python -m benchmark.waking [--quick] [--layers N] [--rounds 5]
 
 One CPU device on one core, so that one core is left to everybody else, drives two checkpoints of
 1.72 billion parameters (``--quick``: the tiny ones, for a test). The first decodes a batch without
@@ -198,11 +198,12 @@ def measure(bench: Bench, rounds: int, *, busy: bool, cold: bool) -> Measured:
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.waking", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny models, one round")
+    parser.add_argument("--layers", type=int, help="layers of the checkpoints; 16 unless given")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of records")
     given = parser.parse_args(words)
     rounds = 1 if given.quick else given.rounds
-    paths = models(2, tiny=given.quick)
+    paths = models(2, tiny=given.quick, layers=given.layers)
     recorder = Recorder("waking", told=_tell)
     table = Table("wake", "GB/s", "file alone, GB/s", "share", "TBT P50", "TBT P99")
     with (
