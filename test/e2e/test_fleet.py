@@ -189,7 +189,8 @@ def test_other_servers_routes_do_the_same(fleet: Server) -> None:
 
 
 def test_metrics_tell_states_and_wakes(fleet: Server) -> None:
-    do(fleet, "sleep", GLM)
+    for what in ("sleep", "wake", "sleep"):
+        do(fleet, what, GLM)
     with fleet.admin() as client:
         text = client.get("/metrics").text
     found = {
