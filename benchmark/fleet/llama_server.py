@@ -21,7 +21,7 @@ from benchmark.peers.llama_peer import gguf_path
 from benchmark.records import ROOT
 
 _READY_SECONDS = 600.0
-_CONTEXT = 1024
+_CONTEXT_TOKENS = 1024
 
 
 class LlamaServer:
@@ -52,7 +52,7 @@ class LlamaServer:
                 {
                     "model": str(gguf_path(folder)),
                     "model_alias": folder.name,
-                    "n_ctx": _CONTEXT,
+                    "n_ctx": _CONTEXT_TOKENS,
                     "n_threads": len(cores),
                     "n_threads_batch": len(cores),
                     "verbose": False,
