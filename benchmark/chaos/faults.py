@@ -19,6 +19,8 @@ VICTIMS = {
     "device": "crosspool::device ",
     "weights": "crosspool::weights ",
     "http": "crosspool::http",
+    "scheduler": "crosspool::scheduler",
+    "grammars": "crosspool::grammars",
     "detokenizer": "crosspool::detokenizer",
     "front-end": "crosspool::front end",
 }

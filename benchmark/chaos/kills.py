@@ -42,6 +42,7 @@ _MOMENTS = (0.3, 1.5)
 """A kill comes so many seconds after everything is back."""
 _OTHERS = {
     "detokenizer": "crosspool::detokenizer",
+    "scheduler": "crosspool::scheduler",
     "HTTP": "crosspool::http",
 }
 VICTIMS = ("attention", "FFN", "both", *_OTHERS)

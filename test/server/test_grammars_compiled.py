@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from crosspool.models.registry import read_model
 from crosspool.scheduler.protocols import GrammarMatcher
@@ -198,6 +199,14 @@ def test_what_is_wrong_is_said(backend: ModelGrammars, kind: Any, source: str, w
     error = backend.compile(Grammar(kind=kind, source=source)).exception(60)
     assert isinstance(error, ValueError)
     assert words in str(error) and ".cc" not in str(error)
+
+
+def test_a_process_that_a_signal_has_stopped_is_killed(tokenizers: Any) -> None:
+    changed = threading.Event()
+    with grammars(tokenizers[0], on_change=changed.set) as made:
+        (process,) = psutil.Process().children()
+        process.suspend()
+        assert changed.wait(30) and made.lost
 
 
 def test_the_loop_is_woken(tokenizers: Any) -> None:

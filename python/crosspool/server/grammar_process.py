@@ -44,6 +44,9 @@ _PATIENCE = 2
 the clock they count as over, so that a client has its answer soon."""
 _LOOK_SECONDS = 0.005
 """Shortest time between two looks at the processor time of a child."""
+_STOPPED_SECONDS = 1.0
+"""Time between two looks at whether a signal has stopped the process; it is killed at the second.
+"""
 _ERROR_CHARACTERS = 500
 """Some messages of the compiler have the whole grammar in them."""
 _NICENESS = 5
@@ -109,7 +112,7 @@ class GrammarProcess:
     thread starts.
 
     ``on_compiled`` is called for each result, and ``on_lost`` once when the process has ended
-    unasked, both from a thread of this object."""
+    unasked, both from a thread of this object. A process that a signal has stopped is killed."""
 
     def __init__(
         self,
@@ -156,10 +159,17 @@ class GrammarProcess:
                 return
 
     def _receive(self) -> None:
+        was_stopped = False
         while True:
             try:
+                if not self._connection.poll(_STOPPED_SECONDS):
+                    is_stopped = psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+                    if was_stopped and is_stopped:
+                        os.kill(self.pid, signal.SIGKILL)
+                    was_stopped = is_stopped
+                    continue
                 frame = self._connection.recv_bytes()
-            except (EOFError, OSError):
+            except (EOFError, OSError, psutil.NoSuchProcess):
                 break
             self._on_compiled(_from_process.decode(frame))
         if not self._closing:
@@ -338,6 +348,7 @@ class _Children:
         die_with_parent()
         if os.getppid() != parent:
             os._exit(1)
+        set_title("one grammar")
         self._scheduler.close()
         _bound_memory(self._limits.memory_bytes)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # C++ writes there why it aborts
