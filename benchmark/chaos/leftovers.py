@@ -27,7 +27,8 @@ class Held:
     """What one process holds, or all with one title together."""
 
     memory: int
-    """Bytes that it shares with no other."""
+    """Resident bytes, those that it shares with others included: which of them it shares depends
+    on whether the process that forked it still lives."""
     descriptors: int
     threads: int
 
@@ -59,7 +60,7 @@ class Holdings:
         for title in self.processes.keys() & before.processes.keys():
             now, then = self.processes[title], before.processes[title]
             if now.memory > then.memory + MEMORY_ROOM:
-                yield f"{title}: {now.memory >> 20} MiB of its own, before {then.memory >> 20}"
+                yield f"{title}: {now.memory >> 20} MiB, before {then.memory >> 20}"
             if now.descriptors > then.descriptors + DESCRIPTOR_ROOM:
                 yield f"{title}: {now.descriptors} descriptors, before {then.descriptors}"
             if now.threads > then.threads + THREAD_ROOM:
@@ -78,7 +79,7 @@ def measure(launcher: psutil.Process, folder: Path) -> Holdings:
     for process in (launcher, *launcher.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
             title = title_of(process)
-            memory = process.memory_full_info().uss
+            memory = process.memory_info().rss
             held = Held(memory, process.num_fds(), process.num_threads())
             while title in processes:
                 title += " (one more)"

@@ -176,8 +176,8 @@ class GPULane {
     return true;
   }
 
-  // Waits for a peer, or for the host. The wait for a peer has no bound here: a process that has died
-  // may take long to load again, and the launcher looks for devices that wait for one another.
+  // Waits for a peer, or for the host. The wait for a peer has no bound here: a process that has
+  // died may take long to load again, and the launcher looks for devices that wait for one another.
   CROSSPOOL_CALLED Action wait(std::uint64_t now) {
     if (!waits_) {
       waits_ = true;

@@ -31,10 +31,10 @@ struct Command {
 };
 
 enum class EventKind : std::uint32_t {
-  kDone = 1,    // the step has ended; its tokens are in its arguments
-  kLogits = 2,  // logits of the step's wanted rows [first, first + count) wait for the host
-  kFailed = 3,  // the loop, or the GPU's lane, cannot go on
-  kTokens = 4,  // a step of a lease has ended and another follows; its tokens are in its arguments
+  kDone = 1,     // the step has ended; its tokens are in its arguments
+  kLogits = 2,   // logits of the step's wanted rows [first, first + count) wait for the host
+  kFailed = 3,   // the loop, or the GPU's lane, cannot go on
+  kTokens = 4,   // a step of a lease has ended and another follows; its tokens are in its arguments
   kRefused = 5,  // the step has ended without a result, for weights that it needs are not there
   kClosed = 6,   // the loop reads no weights of model `lane` any more
 };
