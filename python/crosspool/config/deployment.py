@@ -49,7 +49,11 @@ class Deployment(ServerOptions, frozen=True, kw_only=True):
 
     def ffn_ranks(self, model: int) -> tuple[int, ...]:
         """FFN ranks that share the FFN weights of a model, ascending."""
-        own = self.models[model].weight_pool_devices
+        return self.ranks_of(self.models[model])
+
+    def ranks_of(self, model: ModelConfig) -> tuple[int, ...]:
+        """FFN ranks that share the FFN weights of a model of this configuration, ascending."""
+        own = model.weight_pool_devices
         return tuple(
             rank
             for rank, device in enumerate(self.weight_pool_devices)
