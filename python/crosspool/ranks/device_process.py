@@ -326,7 +326,9 @@ def load_ranks(
         if weights is None:
             weights = load_resident_weights(deployment, device, specs, placement)
         ranks = load_resident_ranks(
-            deployment, device, specs, weights, lanes_fd, heartbeat=heartbeat
+            *(deployment, device, specs, placement, weights),
+            lanes_fd=lanes_fd,
+            heartbeat=heartbeat,
         )
     count_advances(None if heartbeat is None else heartbeat.beat)
     return ranks

@@ -1,4 +1,4 @@
-"""Models that come to a device while it runs: what it holds of them, and whether it can take them."""
+"""Models that come to a device while it runs: what it holds of them, and whether it can."""
 
 from __future__ import annotations
 
