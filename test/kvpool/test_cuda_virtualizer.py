@@ -32,7 +32,9 @@ def calls(driver: FakeCuda, *names: str) -> list[tuple[str, tuple[int, ...]]]:
 
 def test_all_memory_is_created_ahead(driver):
     seen = []
-    with CudaVirtualizer(driver, 6 * CHUNK + 5, CHUNK, {0: CHUNK, 1: 3 * CHUNK - 1}, seen.append) as pool:
+    with CudaVirtualizer(
+        driver, 6 * CHUNK + 5, CHUNK, {0: CHUNK, 1: 3 * CHUNK - 1}, seen.append
+    ) as pool:
         assert driver.used == pool.budget_bytes == pool.free_bytes == 6 * CHUNK
         assert seen == [CHUNK] * 6
         driver.calls.clear()

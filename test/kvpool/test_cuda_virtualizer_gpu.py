@@ -29,7 +29,9 @@ def pool(driver, request):
     from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 
     chunk = request.param * driver.granularity
-    with CudaVirtualizer(driver, CHUNKS * chunk, chunk, dict.fromkeys(range(2), CHUNKS * chunk)) as pool:
+    with CudaVirtualizer(
+        driver, CHUNKS * chunk, chunk, dict.fromkeys(range(2), CHUNKS * chunk)
+    ) as pool:
         pool.chunk = chunk
         yield pool
         torch.cuda.synchronize()

@@ -175,7 +175,11 @@ class ResidentModels:
         weights = ResidentWeights({}, {}, {})
         if held is not None:
             positions = min(spec.context, cache_tokens(self._deployment, spec))
-            weights.declare(held, positions, self._keeper)
+            try:
+                weights.declare(held, positions, self._keeper)
+            except BaseException:
+                weights.close()
+                raise
         return _Arrival(model, config, spec, weights)
 
     def _enter(self, arrival: _Arrival) -> None:
