@@ -26,8 +26,8 @@ from crosspool.models.registry import spec_of, specs_of
 from crosspool.transport import links
 from crosspool.transport.device_socket import identity_of, read_identity
 from crosspool.transport.messages import (
-    AddModel,
     Added,
+    AddModel,
     Failed,
     FromDevice,
     Inspect,
@@ -36,8 +36,8 @@ from crosspool.transport.messages import (
     Open,
     Ready,
     Release,
-    RemoveModel,
     Removed,
+    RemoveModel,
     Row,
     RowResult,
     Sampling,

@@ -16,11 +16,11 @@ import pytest
 from crosspool.config import deployment as deployment_module
 from crosspool.config.deployment import MAX_MODELS
 from crosspool.transport.messages import (
-    AddModel,
     Added,
+    AddModel,
     Logprobs,
-    RemoveModel,
     Removed,
+    RemoveModel,
     StepResult,
     Wake,
     Waking,

@@ -265,7 +265,7 @@ class SchedulerCore(FleetControl):
             self._suspended.discard(change.model)
             self._demand.changed()
             self._changes.append(change)
-        self._device_messages += self._devices.orders()
+        self._device_messages += self._devices.orders(self._residency.holds)
 
     def _may_go(self, model: int) -> bool:
         """Whether nothing is left of a model without requests. Messages to ranks that have not been

@@ -35,8 +35,9 @@ class FleetControl:
         return self._roster.deployment
 
     def take_number(self) -> int:
-        """Returns a number for a further model, and never again. Raises ConfigError when there are
-        too many models."""
+        """Returns a number for a further model, and never again; nor does a later scheduler, if
+        :attr:`deployment` is written before anybody is told of the number. Raises ConfigError when
+        there are too many models."""
         return self._roster.take_number()
 
     def add_model(self, number: int, config: ModelConfig, tools: ModelTools) -> None:

@@ -61,7 +61,8 @@ class SleepingModels:
         given_up: Callable[[int], None],
     ) -> None:
         """``models``: the device's parts of each model that it has a share of, and where their
-        weights are kept; None: nowhere. ``descriptor``: an eventfd that is written to when :meth:`news` has some.
+        weights are kept; None: nowhere. ``descriptor``: an eventfd that is written to when
+        :meth:`news` has some.
         ``given_up`` is called in a thread after the weights of a model went."""
         self._models = {index: _Model(*parts) for index, parts in models.items()}
         self._loop = loop
