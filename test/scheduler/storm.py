@@ -380,13 +380,15 @@ class Storm:
                 )
             elif finish.status in (404, 503) and "unloaded" in finish.message:
                 require(r.model in self.leaving, "a request is refused", finish)
+                self.counts["unloaded"] += 1
+                return
             elif finish.status == 503:
                 broken = r.model in self.weights.failed and FAILURE in finish.message
                 crowded = self.pinned and "models that are pinned" in finish.message
                 require(broken or crowded, "a request is refused", finish)
             else:
                 require(rid in self.aborted, "a request is aborted", finish)
-            self.counts["refused" if finish.status in (404, 503) else "aborted"] += 1
+            self.counts["aborted" if finish.status != 503 else "refused"] += 1
             return
         tokens = [token for output in outputs for token in output.token_ids]
         require((tokens, finish) == (want.tokens, want.finish), "a request ends wrongly", rid)
