@@ -370,7 +370,10 @@ def forgets_a_refusal(patch):
         (sleeps_under_steps, "weights are given up under a step"),
         (wakes_beside_what_leaves, "more weights than the budget"),
         (steps_of_what_sleeps, "a step of a model that sleeps"),
-        (forgets_what_died_while_waking, "has not finished step|nothing goes on|wait for ever"),
+        (
+            forgets_what_died_while_waking,
+            "has not finished step|nothing goes on|wait for ever|sleeps that is not awake",
+        ),
         (never_gives_way, "a model waits though there is room for it"),
         (caches_what_was_refused, "that was not computed here|wrong KV|are free|a gap"),
         (forgets_who_waits_for_a_failed_wake, "nothing goes on|requests wait for ever|is idle"),
