@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ _RESPONSES = "/v1/responses/"
 MISSING_HEADER = "x-crosspool-missing"
 """Names the devices that are away, of which an answer tells nothing."""
 _HEALTH = ("/health", "/ready", "/ping", "/health_generate")
+_LOOK_SECONDS = 0.05
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -68,6 +70,8 @@ class State:
     message: str = "starting"
     """What is being waited for, or why nothing is served."""
     ready: bool = False
+    recovers: bool = False
+    """Whether processes that have died are being replaced, and requests wait for that."""
     draining: bool = False
     in_flight: int = 0
     """Number of requests that models' applications are working on."""
@@ -127,6 +131,14 @@ class App(Starlette):
     def _check_serving(self) -> None:
         if not self._serving:
             raise RequestError(503, f"the server takes no requests now: {self._state.message}")
+
+    async def _recovered(self) -> None:
+        """Returns when requests are taken, for which it waits while processes are replaced, as
+        those wait that were taken before. Raises RequestError when they are not."""
+        deadline = time.monotonic() + self._deployment.queue_timeout
+        while self._state.recovers and not self._serving and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK_SECONDS)
+        self._check_serving()
 
     # --- CrossPool's own routes
 
@@ -232,7 +244,7 @@ class App(Starlette):
         if rule.answerer == "nobody":
             text = f"CrossPool does not support {rule.path}: {rule.reason}"
             raise RequestError(400, text, code="unsupported")
-        self._check_serving()
+        await self._recovered()
         request = Request(scope, receive)
         longest_context = max(model.context_length for model in self._state.models.values())
         async with self._bodies.read(request, longest_context) as body:

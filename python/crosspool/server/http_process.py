@@ -152,6 +152,7 @@ class HttpProcess:
         """Imports SGLang and, in the first HTTP process, has every model whose weights are in the
         pools generate a token. Never returns by itself."""
         self._state.message = "importing SGLang"
+        self._state.recovers = self._incarnation > 1
         model_app = await asyncio.to_thread(_import_model_app)
         models: list[ModelApp] = []
         responses = ResponseStore(
@@ -176,7 +177,7 @@ class HttpProcess:
         freeze_heap()
         self._state.models = {model.name: model for model in models}
         self._state.message = "ready"
-        self._state.ready = True
+        self._state.ready, self._state.recovers = True, False
         self._prepared.set()
         log.info("ready on http://%s:%d", self._deployment.host, self._deployment.port)
         await asyncio.Event().wait()
@@ -233,6 +234,7 @@ class HttpProcess:
             log.error("%s: new requests get 503", problem)
         if not self._state.draining:
             self._state.message = problem or "ready"
+        self._state.recovers = self._liveness.restarts
         self._state.ready = problem is None
 
     def _fail(self, cause: str) -> None:
