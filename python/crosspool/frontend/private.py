@@ -8,6 +8,7 @@ of the package uses.
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from itertools import compress
@@ -22,7 +23,13 @@ from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.utils import msgpack_utils
 
-from crosspool.frontend.own_messages import Delivered, Disown, Resume, SchedulerReplaced
+from crosspool.frontend.own_messages import (
+    Delivered,
+    Disown,
+    ModelGone,
+    Resume,
+    SchedulerReplaced,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.managers.detokenizer_manager import DetokenizerManager
@@ -31,6 +38,8 @@ if TYPE_CHECKING:
 
 MAX_MESSAGE_BYTES = 256 << 20
 """A peer that sends one of SGLang's sockets more is cut off."""
+
+_LINGER_SECONDS = 5.0
 
 _Manager = TypeVar("_Manager", bound=type)
 _OUTPUTS = (
@@ -52,7 +61,7 @@ def _arrays_only(code: int, data: memoryview) -> Any:
 
 
 _decoder = msgspec.msgpack.Decoder(
-    Union[(*io_struct._all_types, Delivered, Disown, Resume, SchedulerReplaced)],
+    Union[(*io_struct._all_types, Delivered, Disown, ModelGone, Resume, SchedulerReplaced)],
     dec_hook=msgpack_utils.dec_hook,
     ext_hook=_arrays_only,
 )
@@ -147,6 +156,31 @@ def detokenize(manager: DetokenizerManager, message: Any) -> Any:
     """What the detokenizer makes of one message, or None: a step of its event loop, which serves
     one manager and never returns."""
     return manager._request_dispatcher(message)
+
+
+def close_detokenizer(manager: DetokenizerManager) -> None:
+    """Ends a detokenizer: what it has sent arrives, unless nobody reads it for
+    :data:`_LINGER_SECONDS`. Nothing of it can be used afterwards."""
+    sockets = manager.recv_from_scheduler, manager.send_to_tokenizer
+    for socket in sockets:
+        socket.close(linger=int(1000 * _LINGER_SECONDS))
+    # It waits for the sockets.
+    threading.Thread(target=sockets[0].context.term, name="zmq end", daemon=True).start()
+    _empty(manager)
+
+
+def close_manager(manager: TokenizerManager) -> None:
+    """Closes the sockets of a tokenizer manager whose tasks have ended. Nothing of it can be used
+    afterwards."""
+    manager.recv_from_detokenizer.context.destroy(linger=0)
+    _empty(manager)
+
+
+def _empty(manager: object) -> None:
+    """Takes everything out of an object that is part of many circles of references, which the
+    collector of garbage would not look at before long, or never where they are older than
+    :func:`crosspool.config.process.freeze_heap`."""
+    vars(manager).clear()
 
 
 def tell_scheduler(manager: TokenizerManager, message: Any) -> None:
