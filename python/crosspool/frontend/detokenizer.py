@@ -105,9 +105,14 @@ class Detokenizers:
             elif source == self._loaded:
                 os.eventfd_read(self._loaded)
                 self._take_loaded()
-            elif (number := self._numbers.get(source)) is not None:
-                if _take(self._managers[number], source.recv_multipart()):
-                    self._remove(number)
+            elif source in self._numbers:
+                self._take(self._numbers[source])
+
+    def _take(self, number: int) -> None:
+        manager = self._managers[number]
+        is_gone = _take(manager, manager.recv_from_scheduler.recv_multipart())
+        if is_gone:
+            self._remove(number)
 
     def _make(self, deployment: Deployment, number: int) -> DetokenizerManager:
         args = server_args(deployment, number)

@@ -29,8 +29,8 @@ milliseconds then, and checking the schemas of as many tools as it can hold some
 
 
 class ModelApp:
-    """The application of model ``number``, which keeps responses in ``responses`` and begins work in
-    ``turns``. It can be called, as ASGI has it, between :meth:`start` and :meth:`stop`. It asks for
+    """The application of model ``number``, which keeps responses in ``responses`` and begins work
+    in ``turns``. It can be called, as ASGI has it, between :meth:`start` and :meth:`stop`. It asks for
     no keys: the server does, before it calls it. ``incarnation`` is the number of its process among
     those that have had this place, from 1 on: the scheduler still works on requests of earlier
     ones.

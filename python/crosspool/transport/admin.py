@@ -98,8 +98,8 @@ class Unload(msgspec.Struct, frozen=True, kw_only=True, tag="unload"):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer", omit_defaults=True):
-    """The reply to an Ask, a RankGone, a Manage, a Load or an Unload, or the refusal of any request;
-    ``error`` says why there is nothing else in it."""
+    """The reply to any request but an Attach, or the refusal of one; ``error`` says why there is
+    nothing else in it."""
 
     id: int
     status: Status | None = None
