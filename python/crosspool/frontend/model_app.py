@@ -30,10 +30,10 @@ milliseconds then, and checking the schemas of as many tools as it can hold some
 
 class ModelApp:
     """The application of model ``number``, which keeps responses in ``responses`` and begins work
-    in ``turns``. It can be called, as ASGI has it, between :meth:`start` and :meth:`stop`. It asks for
-    no keys: the server does, before it calls it. ``incarnation`` is the number of its process among
-    those that have had this place, from 1 on: the scheduler still works on requests of earlier
-    ones.
+    in ``turns``. It can be called, as ASGI has it, between :meth:`start` and :meth:`stop`. It asks
+    for no keys: the server does, before it calls it. ``incarnation`` is the number of its process
+    among those that have had this place, from 1 on: the scheduler still works on requests of
+    earlier ones.
 
     It can be constructed in any thread, but only one at a time. Raises ConfigError for wrong
     SGLang arguments."""

@@ -173,8 +173,9 @@ def _failing_fast(schema: Any) -> Any:
 
 def take_work_elsewhere(module: Any, run: Callable[..., Awaitable[Any]]) -> None:
     """Has the OpenAI and Anthropic routes of a started copy from :func:`take_http_server_copy` keep
-    the event loop free. Where :data:`large_body` is set, functions that check or tokenize the body are
-    called by ``run(function, *arguments)``. Answers are encoded at one go, not value by value."""
+    the event loop free. Where :data:`large_body` is set, functions that check or tokenize the body
+    are called by ``run(function, *arguments)``. Answers are encoded at one go, not value by value.
+    """
     state = module.app.state
     chat, anthropic = state.openai_serving_chat, state.anthropic_serving
     prepared: ContextVar[dict[Any, Any]] = ContextVar("prepared")

@@ -25,8 +25,8 @@ from crosspool.transport.detokenizer_link import (
     AddTokenizer,
     DetokenizerStarted,
     RemoveTokenizer,
-    TokenizerAdded,
     ToDetokenizer,
+    TokenizerAdded,
 )
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class FleetChanges:
         core: SchedulerCore,
         grammars: Grammars,
         front_ends: FrontEnds,
+        *,
         specs: dict[int, ModelSpec],
         tell: Callable[[bytes, ToDetokenizer], None],
         on_change: Callable[[], None],

@@ -108,9 +108,9 @@ class SchedulerLoop:
             self._core,
             self._grammars,
             self._front_ends,
-            {number: tools.spec for number, tools in read.items()},
-            self._admin.reply,
-            changed,
+            specs={number: tools.spec for number, tools in read.items()},
+            tell=self._admin.reply,
+            on_change=changed,
         )
         self._serves = incarnation == 1
         """Whether the front ends are connected."""

@@ -124,7 +124,8 @@ class Attached(msgspec.Struct, frozen=True, kw_only=True, tag="attached"):
     front end."""
 
 
-ToScheduler = Ask | Attach | RankGone | Manage | Load | Unload | FromDetokenizer
+Question = Ask | Attach | RankGone | Manage | Load | Unload
+ToScheduler = Question | FromDetokenizer
 FromScheduler = Answer | Attached
 
 _encoder = msgspec.msgpack.Encoder()
@@ -192,7 +193,7 @@ def _no_answer(address: str, timeout: float) -> AdminError:
     return AdminError(f"the deployment at {address} did not answer within {timeout:g} s")
 
 
-def _exchange(address: str, message: ToScheduler, timeout: float) -> FromScheduler:
+def _exchange(address: str, message: Question, timeout: float) -> FromScheduler:
     socket: zmq.Socket[Any]
     with zmq.Context.instance().socket(zmq.DEALER) as socket:
         _connect(socket, address)
@@ -302,7 +303,7 @@ class AsyncAdmin:
         message = Unload(id=next(_ids), model=model, timeout=timeout)
         _checked(await self._exchange(message, timeout + LEAVE_SECONDS), Answer)
 
-    async def _exchange(self, message: ToScheduler, timeout: float) -> FromScheduler:
+    async def _exchange(self, message: Question, timeout: float) -> FromScheduler:
         with self._context.socket(zmq.DEALER) as socket:
             _connect(socket, self._address)
             await socket.send(encode(message))
