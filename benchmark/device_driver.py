@@ -21,7 +21,7 @@ from crosspool.config.device import Device
 from crosspool.config.process import die_with_parent
 from crosspool.kvpool.allocator import PageAllocator
 from crosspool.kvpool.layout import KVLayout
-from crosspool.models.registry import read_model
+from crosspool.models.registry import specs_of
 from crosspool.transport import links
 from crosspool.transport.device_socket import identity_of, read_identity
 from crosspool.transport.messages import (
@@ -109,8 +109,8 @@ class DeviceDriver:
             "packed_cache_bytes": 0,
         } | fields
         self.deployment = Deployment(
-            models=tuple(
-                ModelConfig(
+            models={
+                i: ModelConfig(
                     name=f"{path.name}-{i}",
                     path=str(path),
                     weight_pool_devices=None
@@ -121,14 +121,15 @@ class DeviceDriver:
                 for i, (path, own) in enumerate(
                     zip(models, places or [None] * len(models), strict=True)
                 )
-            ),
+            },
+            next_model=len(models),
             kv_pool_devices=tuple(Device(name) for name in kv),
             weight_pool_devices=tuple(Device(name) for name in weights),
             runtime_dir=str(self.runtime_dir),
             **settings,
         )
         deployment_module.save(self.deployment)
-        self.specs = [read_model(path) for path in models]
+        self.specs = specs_of(self.deployment.models)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -154,9 +155,10 @@ class DeviceDriver:
     def _allocator(self) -> PageAllocator:
         """Return the pages of an attention rank that holds none yet."""
         deployment = self.deployment
-        layouts = [
-            KVLayout(spec, deployment.page_size, deployment.chunk_bytes) for spec in self.specs
-        ]
+        layouts = {
+            number: KVLayout(spec, deployment.page_size, deployment.chunk_bytes)
+            for number, spec in self.specs.items()
+        }
         ranks = len(deployment.kv_pool_devices)
         return PageAllocator(deployment.kv_pool_bytes // ranks // deployment.chunk_bytes, layouts)
 

@@ -26,6 +26,8 @@ class ModelRemoved:
     """Nothing is left of the model on any device."""
 
     model: int
+    error: str | None = None
+    """Why it has left without anybody's word, for users."""
 
 
 Change = ModelAdded | ModelRefused | ModelRemoved
