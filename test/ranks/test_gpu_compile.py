@@ -63,9 +63,7 @@ FEW = {"chunked_prefill_size": 2, "max_running_requests": 2}
 
 def deployment(kv_pool: str, weight_pool: str, **options: Any) -> Deployment:
     return Deployment(
-        models={
-            n: ModelConfig(path=str(path), name=path.name) for n, path in enumerate(MODELS)
-        },
+        models={n: ModelConfig(path=str(path), name=path.name) for n, path in enumerate(MODELS)},
         next_model=len(MODELS),
         kv_pool_devices=tuple(map(Device, kv_pool.split(","))),
         weight_pool_devices=tuple(map(Device, weight_pool.split(","))),

@@ -17,7 +17,7 @@ from crosspool.server.grammar_library import GrammarCompiler
 from crosspool.server.grammars import Grammars, ModelGrammars
 from crosspool.server.text import HFTextDecoder
 from crosspool.weightpool.placement import place
-from crosspool.weightpool.sleeping import check_sleeping
+from crosspool.weightpool.sleeping import check_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,10 +63,11 @@ def read_compiler(deployment: Deployment, model: int) -> GrammarCompiler:
 
 def read_further(deployment: Deployment, model: int, others: Mapping[int, ModelSpec]) -> ReadTools:
     """Reads a model that is to be served beside the ``others`` of the deployment. Raises
-    ConfigError when it cannot be read, or when its weights never fit into the pools."""
+    ConfigError when it cannot be read, when its weights never fit into the pools, and when no
+    model can be loaded here."""
     try:
         read = read_tools(deployment, model)
-        check_sleeping(deployment, place(deployment, {**others, model: read.spec}))
+        check_loading(deployment, place(deployment, {**others, model: read.spec}))
     except ConfigError:
         raise
     except Exception as error:  # of a library, over the files of a user

@@ -21,10 +21,10 @@ from crosspool.config.process import freeze_heap
 from crosspool.scheduler.core import SchedulerCore
 from crosspool.server.admin_socket import AdminSocket
 from crosspool.server.devices import DeviceFailed, Devices, ToldOfModel
-from crosspool.server.fleet_changes import FleetChanges, Problem
 from crosspool.server.front_ends import FrontEnds
 from crosspool.server.grammar_process import CompileLimits
 from crosspool.server.grammars import Grammars
+from crosspool.server.model_loader import ModelLoader, Problem
 from crosspool.server.model_tools import read_compiler, read_tools
 from crosspool.transport import admin
 from crosspool.transport.detokenizer_link import DetokenizerStarted, TokenizerAdded
@@ -104,7 +104,7 @@ class SchedulerLoop:
         self._front_ends = FrontEnds(
             self._context, self._poller, deployment, self._core, self._starting
         )
-        self._changes = FleetChanges(
+        self._loader = ModelLoader(
             self._core,
             self._grammars,
             self._front_ends,
@@ -159,7 +159,7 @@ class SchedulerLoop:
             self._front_ends.connect_own(self._incarnation)
         self._devices.expire_questions()
         self._grammars.settle(_SETTLE_SECONDS)
-        self._changes.go_on()
+        self._loader.go_on()
         self._core.schedule()
         # A model that is woken may have steps at once.
         for device, message in self._core.drain_device_messages():
@@ -167,7 +167,7 @@ class SchedulerLoop:
         for rank, step in self._core.drain_messages():
             self._devices.send(rank, step)
         self._front_ends.send(self._core.drain_outputs())
-        self._changes.take_changes()
+        self._loader.take_changes()
 
     def _fail(self, cause: str) -> None:
         """Ends every request, and every later one, with 503."""
@@ -175,7 +175,7 @@ class SchedulerLoop:
             self._failure = cause
             log.error("%s", cause)
             self._core.fail_all(cause, 503)
-            self._changes.fail(cause)
+            self._loader.fail(cause)
 
     def _starting(self) -> str | None:
         """What the deployment waits for before it takes requests; None once it takes them."""
@@ -253,10 +253,10 @@ class SchedulerLoop:
                 case admin.Attach():
                     self._admin.reply(sender, self._attach(message))
                 case DetokenizerStarted():
-                    self._changes.detokenizer_started(sender, message)
+                    self._loader.detokenizer_started(sender, message)
                     self._front_ends.replace_detokenizer(message.incarnation)
                 case TokenizerAdded():
-                    self._changes.tokenizer_added(message)
+                    self._loader.tokenizer_added(message)
                 case admin.RankGone():
                     self._admin.reply(sender, self._rank_gone(message))
                 case admin.Manage():
@@ -294,7 +294,7 @@ class SchedulerLoop:
 
         if (cannot := self._cannot_change()) is not None:
             return done(Problem(cannot, is_mistake=False))
-        return self._changes.load(message.config, done)
+        return self._loader.load(message.config, done)
 
     def _unload(self, sender: bytes, message: admin.Unload) -> None:
         def done(problem: Problem | None) -> None:
@@ -307,7 +307,7 @@ class SchedulerLoop:
             number = self._model(message.model)
         except ValueError as error:
             return done(Problem(str(error), is_mistake=True))
-        return self._changes.unload(number, message.timeout, done)
+        return self._loader.unload(number, message.timeout, done)
 
     def _cannot_change(self) -> str | None:
         """Why nothing can be done about models now; None while it can."""
@@ -371,7 +371,7 @@ class SchedulerLoop:
         return admin.Attached(
             id=message.id,
             max_total_tokens=self._deployment.kv_pool_bytes
-            // self._changes.specs[model].kv_bytes_per_token,
+            // self._loader.specs[model].kv_bytes_per_token,
             max_input_tokens=self._core.max_tokens(model) - 1,
             scheduler=self._incarnation,
         )

@@ -1,4 +1,4 @@
-"""Models that come to the scheduler process and leave it while it runs.
+"""Loads models into the scheduler process and unloads them while it runs.
 
 A further model is read in a thread and made known to the process that compiles grammars and to the
 detokenizer; then the core adds it on every device. What cannot be added is taken back everywhere.
@@ -60,7 +60,7 @@ class _Load:
     """Whether the devices are being told."""
 
 
-class FleetChanges:
+class ModelLoader:
     """``specs`` are those of the models that there are, by number. ``tell`` sends a message to the
     detokenizer whose sender it is given, and ``on_change`` is called, from another thread, when
     there is something to do in :meth:`go_on`."""
@@ -205,7 +205,7 @@ class FleetChanges:
                     load = self._loads[change.model]
                     self._take_back(change.model, load, change.error, is_mistake=True)
                 case ModelRemoved():
-                    self._removed(change.model)
+                    self._removed(change)
 
     def _added(self, number: int) -> None:
         load = self._loads.pop(number)
@@ -218,8 +218,10 @@ class FleetChanges:
         self._unloads[number] = lambda _: load.done(problem)
         return None
 
-    def _removed(self, number: int) -> None:
-        problem = self._save()
+    def _removed(self, change: ModelRemoved) -> None:
+        number, problem = change.model, self._save()
+        if change.error is not None:
+            log.error("model %d cannot be served any more: %s", number, change.error)
         self._front_ends.remove(self._core.deployment, number)
         self._grammars.remove(number)
         self._detokenized.discard(number)
