@@ -24,19 +24,27 @@ from crosspool.transport.inspection import (
 )
 from crosspool.transport.messages import (
     PROTOCOL_VERSION,
+    Added,
+    AddModel,
     Failed,
     Inspect,
     Inspected,
     Open,
     Ready,
     Release,
+    Removed,
+    RemoveModel,
     Row,
     RowResult,
     Shutdown,
+    Sleep,
+    Slept,
     Step,
     StepResult,
     ToDevice,
     TokenLogprobs,
+    Wake,
+    Woken,
 )
 
 Script = Callable[[int, list[int], int], int]
@@ -73,7 +81,9 @@ class FakeDevice(threading.Thread):
         self._deployment = deployment
         self._device = name
         self._incarnation = incarnation
-        self._models = [model.name for model in deployment.models]
+        self._models = deployment.names
+        self.refuses: str | None = None
+        """Why it takes no further model; None while it does."""
         self._script = script
         self.step_seconds = step_seconds
         self._requests: dict[int, FakeRequest] = {}
@@ -127,7 +137,8 @@ class FakeDevice(threading.Thread):
             device=self._device,
             pid=0,
             ranks=ranks,
-            resident=list(range(len(d.models))),
+            models=list(self._models),
+            resident=list(self._models),
         )
 
     def _handle(self, socket: DeviceSocket, message: ToDevice) -> None:
@@ -141,6 +152,17 @@ class FakeDevice(threading.Thread):
             case Release():
                 for number in message.requests:
                     self._requests.pop(number, None)
+            case Wake():
+                socket.send(Woken(model=message.model))
+            case Sleep():
+                socket.send(Slept(model=message.model))
+            case AddModel():
+                if self.refuses is None:
+                    self._models[message.model] = message.config.name
+                socket.send(Added(model=message.model, error=self.refuses))
+            case RemoveModel():
+                self._models.pop(message.model, None)
+                socket.send(Removed(model=message.model))
             case Inspect():
                 report = self._report(message.what)
                 socket.send(Inspected(id=message.id, device=self._device, report=report))
@@ -189,14 +211,14 @@ class FakeDevice(threading.Thread):
         match what:
             case "tensors":
                 router = TensorInfo(
-                    device=self._device, role="ffn", rank=0, model=self._models[0], layer=0,
+                    device=self._device, role="ffn", rank=0, model=next(iter(self._models.values())), layer=0,
                     key="router", name="router", shape=(2,), dtype="float32", bytes=8,
                 )  # fmt: skip
                 return Report(tensors=[router])
             case "pools":
                 pools = DevicePools(
                     device=self._device,
-                    mapped_bytes=dict.fromkeys(self._models, 0),
+                    mapped_bytes=dict.fromkeys(self._models.values(), 0),
                     free_bytes=1,
                     budget_bytes=1,
                     rss_bytes=1,
