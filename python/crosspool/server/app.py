@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ _RESPONSES = "/v1/responses/"
 MISSING_HEADER = "x-crosspool-missing"
 """Names the devices that are away, of which an answer tells nothing."""
 _HEALTH = ("/health", "/ready", "/ping", "/health_generate")
+_LOOK_SECONDS = 0.05
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -122,6 +124,14 @@ class App(Starlette):
     def _check_serving(self) -> None:
         if not self._serving:
             raise RequestError(503, f"the server takes no requests now: {self._state.message}")
+
+    async def _recovered(self) -> None:
+        """Returns when requests are taken, for which it waits while processes are replaced, as
+        those wait that were taken before. Raises RequestError when they are not."""
+        deadline = time.monotonic() + self._deployment.queue_timeout
+        while self._state.recovers and not self._serving and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK_SECONDS)
+        self._check_serving()
 
     # --- CrossPool's own routes
 
@@ -232,7 +242,7 @@ class App(Starlette):
         if rule.answerer == "nobody":
             text = f"CrossPool does not support {rule.path}: {rule.reason}"
             raise RequestError(400, text, code="unsupported")
-        self._check_serving()
+        await self._recovered()
         request = Request(scope, receive)
         contexts = (model.context_length for model in self._state.models.values())
         longest_context = max(contexts, default=0)

@@ -161,6 +161,7 @@ class HttpProcess:
         """Imports SGLang and, in the first HTTP process, has every model whose weights are in the
         pools generate a token. Never returns by itself."""
         self._state.message = "importing SGLang"
+        self._state.recovers = self._incarnation > 1
         await asyncio.to_thread(compat.install)
         apps: dict[int, ModelApp] = {}
         for number, config in self._deployment.models.items():
@@ -172,16 +173,15 @@ class HttpProcess:
         self._state.message = "warming up"
         told = {model.model: model for model in status.models}
         for number, app in apps.items():
-            now = told.get(number)  # the model may have been unloaded since
-            await app.start(
-                self._deployment.kv_pool_bytes // (now.kv_bytes_per_token if now else 1)
-            )
+            now = told.get(number)  # None: the model has been unloaded since
+            token_bytes = now.kv_bytes_per_token if now else 1
+            await app.start(self._deployment.kv_pool_bytes // token_bytes)
             if now and now.residency.state == "resident" and self._warms_up:
                 await app.warm_up()
         freeze_heap()
         self._apps.begin(apps)
         self._state.message = "ready"
-        self._state.ready = True
+        self._state.ready, self._state.recovers = True, False
         self._prepared.set()
         log.info("ready on http://%s:%d", self._deployment.host, self._deployment.port)
         await asyncio.Event().wait()
@@ -255,6 +255,7 @@ class HttpProcess:
             log.error("%s: new requests get 503", problem)
         if not self._state.draining:
             self._state.message = problem or "ready"
+        self._state.recovers = self._liveness.restarts
         self._state.ready = problem is None
 
     def _fail(self, cause: str) -> None:

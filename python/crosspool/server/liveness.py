@@ -69,6 +69,11 @@ class Liveness:
             self.lost = self.lost or f"the scheduler has not answered for {self._watchdog:g} s"
 
     @property
+    def restarts(self) -> bool:
+        """Whether another scheduler is about to take the place of a dead one."""
+        return self._restarts and self.lost is None
+
+    @property
     def problem(self) -> str | None:
         """Why nothing can be served now; None while all is well."""
         if self.lost is not None:

@@ -26,6 +26,8 @@ class State:
     message: str = "starting"
     """What is being waited for, or why nothing is served."""
     ready: bool = False
+    recovers: bool = False
+    """Whether processes that have died are being replaced, and requests wait for that."""
     draining: bool = False
     in_flight: Counter[str] = field(default_factory=Counter)
     """Number of requests that each model's application is working on."""

@@ -23,8 +23,10 @@ import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from crosspool.config.device import Device
+if TYPE_CHECKING:
+    from crosspool.config.device import Device
 
 LINE_BYTES = 64
 _FIRST_THREAD = 2
