@@ -210,8 +210,9 @@ class FakeDevice(threading.Thread):
     def _report(self, what: str) -> Report:
         match what:
             case "tensors":
+                first = next(iter(self._models.values()))
                 router = TensorInfo(
-                    device=self._device, role="ffn", rank=0, model=next(iter(self._models.values())), layer=0,
+                    device=self._device, role="ffn", rank=0, model=first, layer=0,
                     key="router", name="router", shape=(2,), dtype="float32", bytes=8,
                 )  # fmt: skip
                 return Report(tensors=[router])
