@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 MODEL = {
     "name": 'odd "name"\\',
+    "model": 0,
     "waiting": 3,
     "running": 2,
     "paused": 1,

@@ -11,9 +11,15 @@ from crosspool.server.state import State
 
 
 def http_app(deployment: Deployment, state: State, scheduler: Any) -> App:
-    """The application over the models of ``state``, beside which none can be made."""
+    """The application over the models of ``state``, beside which none can be made. Where all have
+    their names, they can leave."""
 
     def make(deployment: Deployment, number: int) -> Any:
         raise AssertionError(f"model {number} of {deployment.names} has no application")
 
-    return App(deployment, state, scheduler, ModelApps(deployment, state, scheduler, make))
+    models = list(state.models.values())
+    apps = ModelApps(deployment, state, scheduler, make)
+    app = App(deployment, state, scheduler, apps)
+    if all(hasattr(model, "name") for model in models):
+        apps.begin(dict(enumerate(models)))
+    return app
