@@ -10,7 +10,7 @@ from typing import Any
 from crosspool.cli import managing
 from crosspool.config.flags import Parser, add_flag
 from crosspool.config.option import Option
-from crosspool.config.options import MODEL_OPTIONS, SERVER_OPTIONS
+from crosspool.config.options import MODEL_OPTIONS
 from crosspool.config.sglang_flags import FLAGS
 from crosspool.config.sizes import format_size
 
@@ -54,10 +54,8 @@ def run(words: Sequence[str], prog: str) -> int:
 
 
 def _options() -> list[Option]:
-    """The options of one model that have a flag."""
-    own = [
-        o for name, o in MODEL_OPTIONS.items() if name not in (*SERVER_OPTIONS, *_GIVEN_OTHERWISE)
-    ]
+    """The options that one model can have."""
+    own = [option for name, option in MODEL_OPTIONS.items() if name not in _GIVEN_OTHERWISE]
     return [*own, *(flag for flag in FLAGS if flag.per_model and flag.effect == "sglang")]
 
 
