@@ -34,7 +34,7 @@ def test_flags_become_the_options_of_the_model(
     words += ["--tool-call-parser", "qwen25", "--trust-remote-code", "--priority", "3"]
     words += ["--default-chat-template-kwargs", '{"enable_thinking": false}']
     assert load.run(words, "crosspool load") == 0
-    assert capsys.readouterr().out == "m is falling asleep; its weights take 2 MiB\n"
+    assert capsys.readouterr().out == "m is falling asleep; its weights take 2.0 MiB\n"
     ((port, method, path, body),) = calls
     assert (port, method, path) == (7, "POST", "")
     options = to_model_options(body, "body")  # as the server reads it

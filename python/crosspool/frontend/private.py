@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from itertools import compress
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, Union
 
@@ -162,6 +163,7 @@ def close_detokenizer(manager: DetokenizerManager) -> None:
     """Ends a detokenizer: what it has sent arrives, unless nobody reads it for
     :data:`_LINGER_SECONDS`. Nothing of it can be used afterwards."""
     sockets = manager.recv_from_scheduler, manager.send_to_tokenizer
+    _remove_file(manager.recv_from_scheduler)
     for socket in sockets:
         socket.close(linger=int(1000 * _LINGER_SECONDS))
     # It waits for the sockets.
@@ -172,8 +174,17 @@ def close_detokenizer(manager: DetokenizerManager) -> None:
 def close_manager(manager: TokenizerManager) -> None:
     """Closes the sockets of a tokenizer manager whose tasks have ended. Nothing of it can be used
     afterwards."""
-    manager.recv_from_detokenizer.context.destroy(linger=0)
+    for socket in (manager.recv_from_detokenizer, manager.send_to_scheduler):
+        _remove_file(socket)
+        socket.close(linger=0)
+    manager.recv_from_detokenizer.context.term()
     _empty(manager)
+
+
+def _remove_file(socket: zmq.Socket[Any]) -> None:
+    """Removes the file of a bound socket, which outlives it."""
+    address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+    Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 def _empty(manager: object) -> None:

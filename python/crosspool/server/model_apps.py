@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from crosspool.config.deployment import Deployment, load
@@ -114,8 +113,6 @@ class ModelApps:
             if not await self._rests(app):
                 log.warning("model %s: requests are left that do not end", app.name)
         await app.close()
-        for socket in Path(self._file.parent).glob(f"m{number}.*"):
-            socket.unlink(missing_ok=True)
         log.info("model %s is not served any more", app.name)
 
     async def _rests(self, app: ModelApp) -> bool:
