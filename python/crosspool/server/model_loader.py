@@ -12,13 +12,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from crosspool.config.deployment import ConfigError, ModelConfig, save
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.changes import ModelAdded, ModelRefused, ModelRemoved
-from crosspool.scheduler.core import SchedulerCore
-from crosspool.server.front_ends import FrontEnds
-from crosspool.server.grammars import Grammars
 from crosspool.server.model_tools import ReadTools, read_further
 from crosspool.transport.admin import LOAD_SECONDS
 from crosspool.transport.detokenizer_link import (
@@ -28,6 +26,11 @@ from crosspool.transport.detokenizer_link import (
     ToDetokenizer,
     TokenizerAdded,
 )
+
+if TYPE_CHECKING:
+    from crosspool.scheduler.core import SchedulerCore
+    from crosspool.server.front_ends import FrontEnds
+    from crosspool.server.grammars import Grammars
 
 log = logging.getLogger(__name__)
 
