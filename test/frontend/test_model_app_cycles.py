@@ -102,6 +102,30 @@ def test_applications_live_beside_each_other_and_go_one_by_one(folder: Deploymen
     asyncio.run(run())
 
 
+def test_an_application_that_cannot_be_made_leaves_nothing(folder: Deployment) -> None:
+    """Collecting what is left of it would wait for its sockets for ever."""
+    from crosspool.frontend.model_app import ModelApp
+
+    arguments = {"chat_template": "/nowhere.jinja"}
+    config = ModelConfig(name="new", path=str(DEMO / MODELS[0]), sglang=arguments)
+    process = psutil.Process()
+
+    async def run() -> None:
+        def fails() -> None:
+            with pytest.raises(Exception, match="nowhere"):
+                ModelApp(folder.with_model(3, config), 3, 1, ResponseStore(1, 1), Turns())
+            gc.collect()
+
+        await asyncio.wait_for(asyncio.to_thread(fails), 60)
+        before = process.num_fds()
+        for _ in range(3):
+            await asyncio.wait_for(asyncio.to_thread(fails), 60)
+        assert process.num_fds() == before
+        assert list(Path(folder.runtime_dir).glob("m3.*")) == []
+
+    asyncio.run(run())
+
+
 @pytest.mark.slow
 def test_memory_stays_flat(folder: Deployment) -> None:
     process = psutil.Process()

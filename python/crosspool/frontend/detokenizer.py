@@ -121,7 +121,8 @@ class Detokenizers:
         for earlier in range(1, self._incarnation):
             address = port_args(deployment, number, earlier).detokenizer_ipc_name
             Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
-        return DetokenizerManager(args, port_args(deployment, number, self._incarnation))
+        with private.making():
+            return DetokenizerManager(args, port_args(deployment, number, self._incarnation))
 
     def _keep(self, number: int, manager: DetokenizerManager) -> None:
         self._managers[number] = manager

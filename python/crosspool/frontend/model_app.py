@@ -14,7 +14,7 @@ from sglang.srt.parser.template_detection import resolve_auto_parsers
 from starlette.exceptions import HTTPException
 
 from crosspool.config.deployment import Deployment
-from crosspool.frontend import model_context, private_routes, responses_api
+from crosspool.frontend import model_context, private, private_routes, responses_api
 from crosspool.frontend.anthropic import Anthropic
 from crosspool.frontend.ollama import Ollama
 from crosspool.frontend.response_store import ResponseStore
@@ -53,7 +53,7 @@ class ModelApp:
         self._responses = responses
         self._responses_handler: Any = None
         self._context = model_context.new()
-        with model_context.use(self._context):
+        with model_context.use(self._context), private.making():
             args = server_args(deployment, number)
             resolve_auto_parsers(args)
             runtime_context.publish(args, role="tokenizer")

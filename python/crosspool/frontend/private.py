@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import compress
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +43,8 @@ MAX_MESSAGE_BYTES = 256 << 20
 """A peer that sends one of SGLang's sockets more is cut off."""
 
 _LINGER_SECONDS = 5.0
+_made: ContextVar[list[tuple[zmq.Socket[Any], bool]] | None] = ContextVar("made", default=None)
+"""The sockets of the manager that is being made, and whether each is bound."""
 
 _Manager = TypeVar("_Manager", bound=type)
 _OUTPUTS = (
@@ -123,11 +127,34 @@ def bounded_messages(module: ModuleType) -> None:
     than :data:`MAX_MESSAGE_BYTES`, before memory is taken for it."""
     make = module.get_zmq_socket
 
-    def bounded(context: zmq.Context[Any], *arguments: Any, **named: Any) -> Any:
+    def bounded(context: zmq.Context[Any], kind: Any, endpoint: str, bind: bool) -> Any:
         context.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)  # the default of its sockets
-        return make(context, *arguments, **named)
+        socket = make(context, kind, endpoint, bind)
+        if (made := _made.get()) is not None:
+            made.append((socket, bind))
+        return socket
 
     module.get_zmq_socket = bounded  # type: ignore[attr-defined]
+
+
+@contextmanager
+def making() -> Iterator[None]:
+    """Within it, a manager is made. If that fails, its sockets are closed, with the files of those
+    that are bound: the collector of garbage would wait for them for ever."""
+    sockets: list[tuple[zmq.Socket[Any], bool]] = []
+    token = _made.set(sockets)
+    try:
+        yield
+    except BaseException:
+        for socket, is_bound in sockets:
+            if is_bound:
+                _remove_file(socket)
+            socket.close(linger=0)
+        for context in {socket.context for socket, _ in sockets}:
+            context.term()
+        raise
+    finally:
+        _made.reset(token)
 
 
 def keep_only(output: Any, kept: Sequence[bool]) -> None:
