@@ -19,7 +19,8 @@ class SchedulerReplaced(io_struct.BaseReq):
 
 
 class ModelGone(io_struct.BaseReq):
-    """For the detokenizer: the model is not served any more, and there is no output behind this."""
+    """The model is not served any more, and there is no output behind this. The detokenizer alone
+    gets it."""
 
 
 class Resume(io_struct.BaseReq):

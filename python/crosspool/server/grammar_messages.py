@@ -42,7 +42,7 @@ class GrammarResult(msgspec.Struct, frozen=True, kw_only=True, tag="result"):
     id: int
     first: NextMask | None = None
     prepared: Grammar | None = None
-    """The grammar as :meth:`GrammarCompiler.build` takes it."""
+    """The grammar as its compiler builds it."""
     grown_bytes: int = 0
     """Memory that compiling it took."""
     error: str = ""
