@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from crosspool.config.deployment import Deployment
+from crosspool.config.deployment import Deployment, load
 from crosspool.config.device import Device
 from crosspool.observability.trace import LaneEvent
 from crosspool.transport.device_socket import DeviceSocket
@@ -84,6 +84,8 @@ class FakeDevice(threading.Thread):
         self._models = deployment.names
         self.refuses: str | None = None
         """Why it takes no further model; None while it does."""
+        self.adding_seconds = 0.0
+        """How long it takes to make ready for a further model."""
         self._script = script
         self.step_seconds = step_seconds
         self._requests: dict[int, FakeRequest] = {}
@@ -111,9 +113,10 @@ class FakeDevice(threading.Thread):
             socket.close()
 
     def again(self) -> FakeDevice:
-        """The device that takes the place of this one."""
+        """The device that takes the place of this one. It reads which models there are."""
+        deployment = load(self._deployment.file)
         return FakeDevice(
-            self._deployment, self._device, self._script, self.step_seconds, self._incarnation + 1
+            deployment, self._device, self._script, self.step_seconds, self._incarnation + 1
         )
 
     def stop(self) -> None:
@@ -157,6 +160,7 @@ class FakeDevice(threading.Thread):
             case Sleep():
                 socket.send(Slept(model=message.model))
             case AddModel():
+                time.sleep(self.adding_seconds)
                 if self.refuses is None:
                     self._models[message.model] = message.config.name
                 socket.send(Added(model=message.model, error=self.refuses))
