@@ -10,11 +10,13 @@ import pytest
 import zmq.asyncio
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
-from crosspool.server.app import App, State
+from crosspool.server.app import App
 from crosspool.server.routes import split
+from crosspool.server.state import State
 from crosspool.transport import admin
 from starlette.responses import JSONResponse
 from starlette.types import Message
+from support.http_app import http_app
 
 NAMES = ("first", "Qwen", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B/fine", "a:b/c+d.e", "Über/x")
 
@@ -43,7 +45,7 @@ def application(**changes: Any) -> tuple[App, State]:
     models = {name: model(name) for name in NAMES}
     state = State(models=models, **({"ready": True} | changes))
     scheduler = admin.AsyncAdmin(zmq.asyncio.Context(), "ipc:///nowhere")
-    return App(deployment, state, scheduler), state
+    return http_app(deployment, state, scheduler), state
 
 
 async def get(app: App, path: str) -> tuple[int, Any]:

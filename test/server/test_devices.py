@@ -52,7 +52,7 @@ class Bed:
         self.devices = Devices(
             self.context,
             self.deployment,
-            on_ready=lambda name, resident: self.resident.append((name, list(resident))),
+            on_ready=lambda name, ready: self.resident.append((name, ready.resident)),
             on_away=lambda name: self.events.append(f"{name} away"),
             on_back=lambda name: self.events.append(f"{name} back"),
             on_told=lambda name, told: self.told.append((name, told)),

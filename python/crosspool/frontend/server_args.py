@@ -11,12 +11,12 @@ from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.sglang_flags import BY_NAME, reason_refused, without_secrets
 
 
-def server_args(deployment: Deployment, index: int) -> ServerArgs:
-    """ServerArgs of model ``index``, resolved and checked by SGLang.
+def server_args(deployment: Deployment, number: int) -> ServerArgs:
+    """ServerArgs of model ``number``, resolved and checked by SGLang.
 
     They hold no secrets: whoever needs one takes it from the deployment. Raises ConfigError for an
     argument that CrossPool does not take or that SGLang finds wrong."""
-    model = deployment.models[index]
+    model = deployment.models[number]
     arguments = without_secrets({**deployment.sglang, **model.sglang})
     for name in arguments:
         flag = BY_NAME.get(name)
@@ -48,13 +48,13 @@ def server_args(deployment: Deployment, index: int) -> ServerArgs:
     return args
 
 
-def port_args(deployment: Deployment, index: int, detokenizer: int = 1) -> PortArgs:
-    """The sockets of model ``index``: files in the runtime folder, by names that every process
+def port_args(deployment: Deployment, number: int, detokenizer: int = 1) -> PortArgs:
+    """The sockets of model ``number``: files in the runtime folder, by names that every process
     can work out. Each detokenizer, of which this is the number, binds a socket of its own name, so
     that it gets nothing that was meant for the one before it."""
 
     def socket(name: str) -> str:
-        return f"ipc://{deployment.runtime_dir}/m{index}.{name}"
+        return f"ipc://{deployment.runtime_dir}/m{number}.{name}"
 
     return PortArgs(
         tokenizer_ipc_name=socket("tokenizer"),
@@ -65,5 +65,5 @@ def port_args(deployment: Deployment, index: int, detokenizer: int = 1) -> PortA
         nccl_port=0,
         tokenizer_worker_ipc_name=None,
         decoupled_spec_ipc_config=None,
-        instance_id=f"crosspool-{index}",
+        instance_id=f"crosspool-{number}",
     )

@@ -75,9 +75,11 @@ ROUTES: tuple[RouteRule, ...] = (
     *_rules("observer", "server", _SEEN,
         "/crosspool/status", "/crosspool/pools", "/crosspool/tensors", "/crosspool/counters",
         "/crosspool/models"),
+    *_rules("admin", "server", _POST, "/crosspool/models"),
     *_rules("admin", "server", _POST, "/crosspool/trace/start", "/crosspool/trace/stop",
         "/crosspool/models/{name:path}/sleep", "/crosspool/models/{name:path}/wake",
         "/crosspool/models/{name:path}/pin"),
+    *_rules("admin", "server", ("DELETE",), "/crosspool/models/{name:path}"),
 
     *_rules("client", "model", _SEEN,
         "/", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"),
@@ -136,14 +138,15 @@ _PATTERNS = {rule.path: compile_path(rule.path)[0] for rule in ROUTES}
 def find(method: str, path: str, *, of_model: bool) -> RouteRule:
     """The rule of a request; ``path`` is decoded and, with ``of_model``, what follows
     ``/m/<model>``. Raises RequestError where there is none."""
-    rule = next((rule for rule in ROUTES if rule.fits(path, of_model=of_model)), None)
-    if rule is None:
+    rules = [rule for rule in ROUTES if rule.fits(path, of_model=of_model)]
+    if not rules:
         raise RequestError(404, f"there is no route {path[:200]!r}{_like(path)}", "no_such_route")
-    if method not in rule.methods and rule.answerer != "nobody":
-        allowed = ", ".join(rule.methods)
-        text = f"{rule.path} takes {allowed}, not {method}"
-        raise RequestError(405, text, headers={"allow": allowed})
-    return rule
+    for rule in rules:
+        if method in rule.methods or rule.answerer == "nobody":
+            return rule
+    allowed = ", ".join(dict.fromkeys(method for rule in rules for method in rule.methods))
+    text = f"{rules[0].path} takes {allowed}, not {method}"
+    raise RequestError(405, text, headers={"allow": allowed})
 
 
 def _like(path: str) -> str:
