@@ -54,7 +54,11 @@ class Deployment(ServerOptions, frozen=True, kw_only=True):
 
     def ffn_ranks(self, model: int) -> tuple[int, ...]:
         """FFN ranks that share the FFN weights of a model, ascending."""
-        own = self.models[model].weight_pool_devices
+        return self.ranks_of(self.models[model])
+
+    def ranks_of(self, model: ModelConfig) -> tuple[int, ...]:
+        """FFN ranks that share the FFN weights of a model of this configuration, ascending."""
+        own = model.weight_pool_devices
         return tuple(
             rank
             for rank, device in enumerate(self.weight_pool_devices)
@@ -120,11 +124,16 @@ class Deployment(ServerOptions, frozen=True, kw_only=True):
 
 def save(deployment: Deployment) -> None:
     """Writes the deployment where its processes read it, for nobody else: it has the keys. Who
-    reads meanwhile gets the earlier one. Raises OSError."""
-    new = deployment.file.with_suffix(".new")
+    reads meanwhile gets the earlier one. The file's time stays that of the first writing, at which
+    the server began. Raises OSError."""
+    file = deployment.file
+    new = file.with_suffix(".new")
     new.touch(mode=0o600)
     new.write_bytes(msgspec.json.encode(deployment))
-    os.replace(new, deployment.file)
+    if file.exists():
+        began_ns = file.stat().st_mtime_ns
+        os.utime(new, ns=(began_ns, began_ns))
+    new.replace(file)
 
 
 def load(path: Path) -> Deployment:

@@ -25,7 +25,7 @@ from crosspool.scheduler.batching import (
     prompt_reader,
 )
 from crosspool.scheduler.changes import Change
-from crosspool.scheduler.demand import Demand
+from crosspool.scheduler.demand import WeightDemand
 from crosspool.scheduler.fleet_control import FleetControl, FleetMessage
 from crosspool.scheduler.following import Following, compiled
 from crosspool.scheduler.intake import Intake
@@ -63,7 +63,7 @@ class SchedulerCore(FleetControl):
         self._ffn_away: set[int] = set()
         """FFN ranks that are lost and not back yet."""
         self._admission = Admission(self._queues, roster.order, self._ranks, d.max_running_requests)
-        self._demand = Demand(d, self._residency, self._ranks)
+        self._demand = WeightDemand(d, self._residency, self._ranks)
         self._following = Following(d.grammar_timeout)
         self._messages: list[tuple[int, ToDevice]] = []
         self._outputs: list[Output] = []
@@ -265,7 +265,7 @@ class SchedulerCore(FleetControl):
             self._suspended.discard(change.model)
             self._demand.changed()
             self._changes.append(change)
-        self._device_messages += self._devices.orders()
+        self._device_messages += self._devices.orders(self._residency.holds)
 
     def _may_go(self, model: int) -> bool:
         """Whether nothing is left of a model without requests. Messages to ranks that have not been

@@ -8,7 +8,7 @@ process knows; what that tells when it comes is taken from there.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from enum import Enum, auto
 
 from crosspool.config.deployment import ModelConfig
@@ -80,14 +80,14 @@ class FleetChanges:
     # --- what devices say
 
     def added(self, device: int, model: int, error: str | None) -> None:
-        """The device is ready for the model, or tells why it cannot be. If that is a later process
-        of the device, the model, which is served, leaves at once."""
+        """The device is ready for the model, or tells why it cannot be, and knows it all the same.
+        If that is a later process of the device, the model, which is served, leaves at once."""
         if self._told[device].get(model) is not _Told.ADD:
             return
         del self._told[device][model]
         self._unsettled = True
+        self._known[device].add(model)
         if error is None:
-            self._known[device].add(model)
             return
         it = self._models[model]
         it.error = error
@@ -135,8 +135,11 @@ class FleetChanges:
                 else:
                     yield ModelRefused(model, error)
 
-    def orders(self) -> Iterator[tuple[int, AddModel | RemoveModel]]:
-        """Yields pairs (device, message) to send now."""
+    def orders(
+        self, holds: Callable[[int, int], bool]
+    ) -> Iterator[tuple[int, AddModel | RemoveModel]]:
+        """Yields pairs (device, message) to send now. ``holds(device, model)`` says whether the
+        device has weights of the model: one that was started again may, though the model goes."""
         if not self._unsettled:
             return
         self._unsettled = False
@@ -151,7 +154,11 @@ class FleetChanges:
                     yield device, AddModel(model=model, config=it.config)
             for model in [*known, *told]:
                 state = self._models[model].state if model in self._models else _State.GOING
-                if state is _State.GOING and told.get(model) is not _Told.REMOVE:
+                if state is not _State.GOING or told.get(model) is _Told.REMOVE:
+                    continue
+                if holds(device, model):
+                    self._unsettled = True
+                else:
                     told[model] = _Told.REMOVE
                     yield device, RemoveModel(model=model)
 

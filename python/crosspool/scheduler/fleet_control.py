@@ -35,15 +35,16 @@ class FleetControl:
         return self._roster.deployment
 
     def take_number(self) -> int:
-        """Returns a number for a further model, and never again. Raises ConfigError when there are
-        too many models."""
+        """Returns a number for a further model, and never again; nor does a later scheduler, if
+        :attr:`deployment` is written before anybody is told of the number. Raises ConfigError when
+        there are too many models."""
         return self._roster.take_number()
 
     def add_model(self, number: int, config: ModelConfig, tools: ModelTools) -> None:
-        """Has all devices make ready for a further model; :class:`ModelAdded` or
-        :class:`ModelRefused` comes among the changes, and requests for it may come after the
-        former. It is asleep then; a pinned one is woken. ``number`` is one that
-        :meth:`take_number` gave.
+        """Has all devices make ready for a further model. Among the changes comes
+        :class:`~crosspool.scheduler.changes.ModelAdded`, after which it may have requests, or
+        :class:`~crosspool.scheduler.changes.ModelRefused`. It is asleep then; a pinned one is
+        woken. ``number`` is one that :meth:`take_number` gave.
 
         Raises ConfigError when its name is taken, or when it does not fit into the pools; nothing
         has changed then."""
@@ -51,9 +52,9 @@ class FleetControl:
 
     def remove_model(self, model: int, timeout: float) -> None:
         """Has the model leave: new requests end with status 404, and those that it has with 503
-        after ``timeout`` seconds. :class:`ModelRemoved` comes among the changes when nothing of it
-        is left anywhere. Raises ValueError, with a text for users, for one that is being loaded or
-        leaves already."""
+        after ``timeout`` seconds. :class:`~crosspool.scheduler.changes.ModelRemoved` comes among
+        the changes when nothing of it is left anywhere. Raises ValueError, with a text for users,
+        for one that is being loaded or leaves already."""
         self._devices.leave(model, self._clock() + timeout)
 
     def on_added(self, device: int, model: int, error: str | None) -> None:

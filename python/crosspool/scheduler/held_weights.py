@@ -128,6 +128,10 @@ class HeldWeights:
     def has(self, device: int, model: int) -> bool:
         return self._held[device].get(model) == "present"
 
+    def holds(self, device: int, model: int) -> bool:
+        """Whether the device has weights of the model, all or some."""
+        return model in self._held[device]
+
     def is_waking(self, device: int, model: int) -> bool:
         return self._held[device].get(model) == "waking"
 

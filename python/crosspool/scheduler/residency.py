@@ -86,6 +86,10 @@ class ResidencyPolicy:
             self._models[model].keep = "demand"
         self.sleep(model, now)
 
+    def holds(self, device: int, model: int) -> bool:
+        """Whether the device has weights of the model, all or some."""
+        return self._held.holds(device, model)
+
     def is_gone(self, model: int) -> bool:
         """Whether no device has weights of the model, or is to have any."""
         return not self._models[model].wanted and self._held.gone(model)
