@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 from crosspool.config.deployment import Deployment, ModelConfig, load, save
 from crosspool.config.device import Device
@@ -115,7 +116,8 @@ class Bed:
         self.scheduler.write(deployment)
         self.apps = {name: ModelApp(name) for name in ("a", "b")}
         self.cannot_make: Exception | None = None
-        state, scheduler = State(ready=True), cast("Any", self.scheduler)
+        self.state = state = State(ready=True)
+        scheduler = cast("Any", self.scheduler)
         self.model_apps = ModelApps(deployment, state, scheduler, self._make)
         self.app = App(deployment, state, scheduler, self.model_apps)
         self.model_apps.begin(cast("Any", dict(enumerate(self.apps.values()))))
@@ -331,6 +333,22 @@ def test_a_timeout_out_of_bounds_is_refused(bed: Bed, timeout: str) -> None:
         status, answer = await bed.call("DELETE", f"{MODELS}/a?timeout={timeout}")
         assert status == 400 and "`timeout`" in answer["error"]["message"]
         assert bed.file == await bed.names() == ["a", "b"]
+
+    run(test())
+
+
+def test_nobody_waits_for_a_scheduler_that_is_replaced(bed: Bed) -> None:
+    async def test() -> None:
+        told = await bed.scheduler.status()
+        bed.state.status = told
+        bed.scheduler.may_unload.clear()
+        leaving = asyncio.create_task(bed.call("DELETE", f"{MODELS}/a"))
+        await asyncio.sleep(0.3)
+        assert not leaving.done()
+        bed.state.status = msgspec.structs.replace(told, incarnation=2)
+        status, answer = await leaving
+        assert status == 503 and "was replaced meanwhile" in answer["error"]["message"]
+        assert await bed.call("GET", "/m/a/model_info") == (200, ["a", "/model_info"])
 
     run(test())
 

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 from crosspool.config.deployment import ConfigError, Deployment, ModelConfig, load, save
 from crosspool.config.device import Device
@@ -35,11 +36,11 @@ class Core:
         self.leaving: list[tuple[int, float]] = []
         self.changes: list[Change] = []
         self.refuses: str | None = None
-        self._next = deployment.next_model
 
     def take_number(self) -> int:
-        self._next += 1
-        return self._next - 1
+        number = self.deployment.next_model
+        self.deployment = msgspec.structs.replace(self.deployment, next_model=number + 1)
+        return number
 
     def add_model(self, number: int, config: ModelConfig, tools: Any) -> None:
         if self.refuses is not None:
@@ -279,6 +280,19 @@ def test_a_file_that_cannot_be_written_takes_the_model_back(
     assert bed.file == {0: "first"} and bed.front_ends.served == [0] and not bed.grammars.known
 
 
+def test_no_load_begins_where_the_file_cannot_be_written(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(deployment: Deployment) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_loader, "save", full)
+    bed.load()
+    (problem,) = bed.outcomes
+    assert "No space left" in problem.text and not problem.is_mistake
+    assert not bed.told and not bed.grammars.known
+
+
 def test_a_model_leaves_once_nothing_is_left_of_it(bed: Bed) -> None:
     bed.to_core()
     bed.change(ModelAdded(1))
@@ -291,7 +305,8 @@ def test_a_model_leaves_once_nothing_is_left_of_it(bed: Bed) -> None:
     assert bed.outcomes[-1] is None
     assert bed.file == {0: "first"} and bed.front_ends.served == [0] and not bed.grammars.known
     bed.load()
-    assert load(bed.deployment.file).next_model == 2  # and its number is given to nobody again
+    assert bed.told[-1] == AddTokenizer(model=2, config=NEW)  # nobody is given its number again
+    assert load(bed.deployment.file).next_model == 3
 
 
 def test_a_model_that_leaves_by_itself_is_forgotten(bed: Bed) -> None:

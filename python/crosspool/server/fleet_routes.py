@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,6 +22,11 @@ from crosspool.server.state import State
 from crosspool.transport.inspection import Status
 
 _LONGEST_TIMEOUT = 86400.0
+_LOOK_SECONDS = 0.2
+_REPLACED = (
+    "the scheduler was replaced meanwhile; GET /crosspool/models tells which models are served now"
+)
+_Answer = TypeVar("_Answer")
 
 
 class Changes(Protocol):
@@ -68,12 +73,10 @@ class FleetRoutes:
             config = await asyncio.to_thread(_checked, given, self._file)
         except ConfigError as error:
             raise RequestError(400, str(error)) from None
-        with scheduler_errors():
-            number = await self._scheduler.load(config)
+        number = await self._answer(self._scheduler.load(config))
         await self._apps.follow()
         if (problem := self._apps.problem(number)) is not None:
-            with scheduler_errors():
-                await self._scheduler.unload(config.name, 0)
+            await self._answer(self._scheduler.unload(config.name, 0))
             raise RequestError(400, f"{config.name} cannot be served: {problem}")
         with scheduler_errors():
             models = (await self._scheduler.status()).models
@@ -90,13 +93,30 @@ class FleetRoutes:
             raise unknown_model(name)
         self._apps.leave(name)
         try:
-            with scheduler_errors():
-                await self._scheduler.unload(name, timeout)
+            await self._answer(self._scheduler.unload(name, timeout))
         except BaseException:
             self._apps.stay(name)
             raise
         await self._apps.follow()
         return JSON({"name": name, "state": "unloaded"})
+
+    async def _answer(self, asking: Coroutine[Any, Any, _Answer]) -> _Answer:
+        """The scheduler's answer. Raises RequestError where it refuses, and where another scheduler
+        takes its place meanwhile, which knows nothing of the question."""
+        before = self._incarnation
+        asked = asyncio.create_task(asking)
+        while not asked.done():
+            await asyncio.wait([asked], timeout=_LOOK_SECONDS)
+            if self._incarnation != before:
+                asked.cancel()
+                raise RequestError(503, _REPLACED)
+        with scheduler_errors():
+            return asked.result()
+
+    @property
+    def _incarnation(self) -> int | None:
+        """The scheduler's number, as it told when it was last asked."""
+        return self._state.status.incarnation if self._state.status else None
 
 
 def _checked(given: dict[str, Any], file: Path) -> ModelConfig:

@@ -104,6 +104,8 @@ class ModelLoader:
             number = self._core.take_number()
         except ConfigError as error:
             return done(Problem(str(error), is_mistake=True))
+        if (problem := self._save()) is not None:  # so that nobody is given the number again
+            return done(problem)
         deployment = self._core.deployment.with_model(number, config)
         reading = self._threads.submit(read_further, deployment, number, dict(self.specs))
         deadline = time.monotonic() + LOAD_SECONDS

@@ -133,7 +133,7 @@ class ResidencyRoutes:
         self._check_serving()
         path = request.scope["path"]
         async with self._bodies.read(request, 0) as body:
-            return await self.answer(path, request.query_params, body.raw, self._names)
+            return await self.answer(path, request.query_params, body.raw, list(self._names))
 
     async def answer(
         self, path: str, query: QueryParams, body: bytes, names: Collection[str]
