@@ -258,7 +258,9 @@ class SchedulerCore(FleetControl):
                 self._end_model(model, Finish(kind="abort", message=message, status=503))
             self._residency.dismiss(model, now)
             if not self._roster.has_requests(model):
-                self.flush(model)
+                for rank in self._ranks:
+                    if rank.promises.allocator.cached_pages(model):
+                        rank.promises.flush(model)
                 if self._may_go(model):
                     self._devices.let_go(model)
         for change in self._roster.settle(now):
