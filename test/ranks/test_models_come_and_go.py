@@ -21,6 +21,8 @@ from crosspool.transport.messages import (
     Logprobs,
     Removed,
     RemoveModel,
+    Sleep,
+    Slept,
     StepResult,
     Wake,
     Waking,
@@ -240,12 +242,15 @@ def test_a_step_of_a_model_that_a_device_cannot_take_any_more_is_refused(tmp_pat
         (own / "config.json").rename(own / "away")
         waiting = generations(number, 0)
         flying = on.step(waiting)
-        errors = on.tell(number, "cpu:1")
-        assert errors["cpu:1"] is not None and str(own) in errors["cpu:1"]
-        _, message = on.receive()
-        assert message == StepResult(step=flying, rows=[], refused=True)
+        on.send("cpu:1", AddModel(model=number, config=on.deployment.models[number]))
+        said = [on.receive()[1] for _ in range(2)]
+        assert StepResult(step=flying, rows=[], refused=True) in said
+        (added,) = [one for one in said if isinstance(one, Added)]
+        assert added.error is not None and str(own) in added.error
         on.release(waiting)
-        leave(on, number)
+        on.send("cpu:0", Sleep(model=number))
+        assert on.receive() == ("cpu:0", Slept(model=number))
+        on.remove(number)
         assert answers(on, 0) == expected
 
 

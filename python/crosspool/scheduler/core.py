@@ -360,8 +360,8 @@ class SchedulerCore(FleetControl):
         seq.over = True
         if seq.rank >= 0:
             self._ranks[seq.rank].retire(seq)
-        elif seq in self._queues[seq.model]:
-            self._queues[seq.model].remove(seq)
+        elif seq in self._models[seq.model].queue:
+            self._models[seq.model].queue.remove(seq)
         self._models[seq.model].counters.end(finish)
         self._outputs.append(seq.output(finish))
 

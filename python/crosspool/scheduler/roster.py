@@ -64,7 +64,7 @@ class Roster:
     @property
     def deployment(self) -> Deployment:
         """The deployment with the models that have come, those that leave included."""
-        models = {number: self._deployment.models[number] for number in self.queues}
+        models = {number: self._deployment.models[number] for number in sorted(self.queues)}
         return msgspec.structs.replace(self._deployment, models=models)
 
     @property

@@ -39,7 +39,7 @@ class DispatchHeader(NamedTuple):
     """Incarnation of the attention rank; :meth:`AttentionLink.combine` refuses the reply to another
     incarnation's dispatch."""
     model: int
-    """Index into the deployment's models."""
+    """The model's number."""
     layer: int
     rows: int
 

@@ -121,6 +121,8 @@ class HostModels:
             self._enter(model, config)
         except ConfigError as reason:
             error = str(reason)
+        except OSError as reason:
+            error = f"there is no room for its KV cache: {reason}"
         self._news.append(Added(model=model, error=error))
 
     def _enter(self, model: int, config: ModelConfig) -> None:
