@@ -257,6 +257,18 @@ def test_a_detokenizer_that_starts_meanwhile_learns_of_the_model(bed: Bed) -> No
     assert bed.core.coming
 
 
+def test_a_later_detokenizer_that_cannot_serve_the_model_has_it_leave(bed: Bed) -> None:
+    bed.to_core()
+    bed.loader.detokenizer_started(b"2", DetokenizerStarted(incarnation=2, models=[0]))
+    bed.loader.tokenizer_added(TokenizerAdded(model=1, error="its files are gone"))
+    assert not bed.outcomes
+    bed.change(ModelAdded(1))
+    assert bed.core.leaving == [(1, 0)] and not bed.outcomes
+    bed.change(ModelRemoved(1))
+    assert bed.outcomes == [Problem("its files are gone", is_mistake=True)]
+    assert bed.file == {0: "first"} and bed.front_ends.served == [0] and not bed.grammars.known
+
+
 def test_a_detokenizer_that_has_read_an_older_file_forgets_what_is_gone(bed: Bed) -> None:
     bed.loader.detokenizer_started(b"2", DetokenizerStarted(incarnation=2, models=[0, 7]))
     assert bed.told == [RemoveTokenizer(model=7)]

@@ -268,10 +268,10 @@ class App(Starlette):
             text = "no model is served; POST /crosspool/models has one served"
             raise RequestError(404, text, code="model_not_found", param="model")
         if name is None and rule.answerer == "every model":
-            *others, last = models.values()
-            for model in others:
-                await model(dict(inner), body.replay(receive), _ignore)
-            name = last.name
+            *others, name = models
+            for other in others:
+                if other in self._state.models:  # it may have left meanwhile
+                    await models[other](dict(inner), body.replay(receive), _ignore)
         elif name in (None, "", DEFAULT_MODEL) and name not in models:
             name = next(iter(models))
         if name not in models:

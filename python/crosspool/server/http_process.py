@@ -13,7 +13,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -163,14 +163,29 @@ class HttpProcess:
         self._state.message = "importing SGLang"
         self._state.recovers = self._incarnation > 1
         await asyncio.to_thread(compat.install)
-        apps: dict[int, ModelApp] = {}
-        for number, config in self._deployment.models.items():
-            self._state.message = f"preparing {config.name}"
-            apps[number] = await asyncio.to_thread(self._make_app, self._deployment, number)
+        apps = await self._first_apps()
         while (status := self._state.status) is None or not status.ready:
             self._state.message = status.message if status else "waiting for the scheduler"
             await asyncio.sleep(0.05)
         self._state.message = "warming up"
+        await self._start(apps, status)
+        freeze_heap()
+        self._apps.begin(apps)
+        del apps  # or those of models that go would stay
+        self._state.message = "ready"
+        self._state.ready, self._state.recovers = True, False
+        self._prepared.set()
+        log.info("ready on http://%s:%d", self._deployment.host, self._deployment.port)
+        await asyncio.Event().wait()
+
+    async def _first_apps(self) -> dict[int, ModelApp]:
+        apps = {}
+        for number, config in self._deployment.models.items():
+            self._state.message = f"preparing {config.name}"
+            apps[number] = await asyncio.to_thread(self._make_app, self._deployment, number)
+        return apps
+
+    async def _start(self, apps: Mapping[int, ModelApp], status: Status) -> None:
         told = {model.model: model for model in status.models}
         for number, app in apps.items():
             now = told.get(number)  # None: the model has been unloaded since
@@ -178,13 +193,6 @@ class HttpProcess:
             await app.start(self._deployment.kv_pool_bytes // token_bytes)
             if now and now.residency.state == "resident" and self._warms_up:
                 await app.warm_up()
-        freeze_heap()
-        self._apps.begin(apps)
-        self._state.message = "ready"
-        self._state.ready, self._state.recovers = True, False
-        self._prepared.set()
-        log.info("ready on http://%s:%d", self._deployment.host, self._deployment.port)
-        await asyncio.Event().wait()
 
     def _make_app(self, deployment: Deployment, number: int) -> ModelApp:
         # Here, because SGLang may be imported only once compat is installed.

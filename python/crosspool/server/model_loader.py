@@ -61,6 +61,8 @@ class _Load:
     """Done when the process that compiles grammars knows the model; None until it is told."""
     is_with_core: bool = False
     """Whether the devices are being told."""
+    error: str | None = None
+    """Why the model is to leave as soon as the devices have it."""
 
 
 class ModelLoader:
@@ -151,10 +153,12 @@ class ModelLoader:
     def tokenizer_added(self, message: TokenizerAdded) -> None:
         if message.error is None:
             self._detokenized.add(message.model)
-        elif (load := self._loads.get(message.model)) is not None:
-            self._take_back(message.model, load, message.error, is_mistake=True)
-        else:
+        elif (load := self._loads.get(message.model)) is None:
             log.error("the detokenizer cannot serve model %d: %s", message.model, message.error)
+        elif load.is_with_core:  # the detokenizer has taken the place of one that could
+            load.error = message.error
+        else:
+            self._take_back(message.model, load, message.error, is_mistake=True)
 
     def _tell_detokenizer(self, message: ToDetokenizer) -> None:
         if self._detokenizer is not None:
@@ -216,7 +220,8 @@ class ModelLoader:
         load = self._loads.pop(number)
         self.specs[number] = load.reading.result().spec
         self._front_ends.add(self._core.deployment, number)
-        if (problem := self._save()) is None:
+        problem = Problem(load.error, is_mistake=True) if load.error else self._save()
+        if problem is None:
             log.info("model %s is there", load.config.name)
             return load.done(number)
         self._core.remove_model(number, 0)

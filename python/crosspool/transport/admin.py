@@ -291,7 +291,10 @@ class AsyncAdmin:
     async def load(self, config: ModelConfig) -> int:
         """Has the scheduler serve a further model; returns its number. Raises AdminMistake where
         that cannot be, and AdminError when nobody answers in time."""
-        answer = await self._exchange(Load(id=next(_ids), config=config), LOAD_SECONDS + 10)
+        message = Load(id=next(_ids), config=config)
+        if len(encode(message)) > MAX_QUESTION_BYTES:
+            raise AdminMistake(f"the model's options take more than {MAX_QUESTION_BYTES} bytes")
+        answer = await self._exchange(message, LOAD_SECONDS + 10)
         number = _checked(answer, Answer).model
         assert number is not None
         return number

@@ -12,7 +12,7 @@ import zmq
 
 from crosspool.config.deployment import ModelConfig
 
-MAX_LINK_BYTES = 1 << 20
+MAX_LINK_BYTES = 2 << 20
 """A scheduler that sends more is cut off."""
 
 
