@@ -155,7 +155,7 @@ class HostLoop(QueuedExecutor[AttentionRank, Batch]):
     @torch.inference_mode()
     def submit(self, operation: Step | Release) -> None:
         waiting = self._held.get(operation.model)
-        if waiting is None:
+        if waiting is None or (isinstance(operation, Release) and not waiting):
             super().submit(operation)
         else:
             waiting.append(operation)
