@@ -38,8 +38,8 @@ SLOW_SIZES = {
     "num_hidden_layers": 1,
     "hidden_size": 512,
     "moe_intermediate_size": 4096,
-    "num_experts": 2,
-    "num_experts_per_tok": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 8,
     "max_position_embeddings": LONGEST_PROMPT + 64,
 }
 _SEIZE, _INTERRUPT = 0x4206, 0x4207

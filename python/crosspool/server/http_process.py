@@ -51,8 +51,8 @@ request that meets a closing connection is lost (aiohttp gives up after 15 s, op
 _LINGER_SECONDS = 5
 """Time for open connections to close after the last request has ended."""
 _UNSEEN_SECONDS = 10
-"""Time for which connections wait for the process that takes the place of a dead one, rather than
-hear that it starts."""
+"""Time for which connections wait for the process that takes the place of a dead one; later, health
+checks hear that it starts, and requests still wait."""
 _BACKLOG = 2048
 
 
@@ -260,7 +260,7 @@ class HttpProcess:
                 log.info("all is well again")
                 self._resume()
         elif self._state.ready:
-            log.error("%s: new requests get 503", problem)
+            log.error("%s: no new request is taken", problem)
         if not self._state.draining:
             self._state.message = problem or "ready"
         self._state.recovers = self._liveness.restarts

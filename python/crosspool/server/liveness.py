@@ -9,11 +9,11 @@ from crosspool.transport.inspection import Status
 from crosspool.transport.notices import Continued, Lost, Notice, SchedulerGone
 
 UNHEALTHY_SECONDS = 3.0
-"""Silence of the scheduler after which no new request is taken until it answers, unless the
-launcher is known to start another one."""
+"""Silence of the scheduler after which new requests get 503 until it answers, unless the launcher
+is known to start another one, for which they wait."""
 SILENCE_SECONDS = 15.0
-"""Silence of the scheduler after which requests in flight end; those wait for longer that know of
-another one's start, but new ones do not."""
+"""Silence of the scheduler after which requests in flight end, unless the launcher is known to
+start another one. The server is not healthy then either way."""
 STOPPED_SECONDS = 1.0
 """Time for which a process is stopped after which requests in flight end."""
 

@@ -237,8 +237,7 @@ bool Loop::choose_local(Lane& lane) {
                  .rows = lane.step->rows,
                  .x = lane.payload.data(),
                  .residual = alone ? lane.residual.as<float>() : nullptr,
-                 .partial = alone ? nullptr : lane.partial.as<float>(),
-                 .reply = nullptr};
+                 .reply = alone ? nullptr : lane.partial.data()};
   return true;
 }
 
@@ -292,7 +291,6 @@ bool Loop::choose_incoming(std::int32_t index) {
                  .rows = static_cast<std::int32_t>(header.rows),
                  .x = link.end.payload(),
                  .residual = nullptr,
-                 .partial = nullptr,
                  .reply = link.end.partial_sum()};
   return true;
 }

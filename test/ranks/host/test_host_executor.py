@@ -198,6 +198,25 @@ def test_a_batch_goes_to_its_models_ffn_ranks_only() -> None:
         assert dispatches == len(log) == 4 * sum(LAYERS[model] for model in own)
 
 
+def test_chunks_of_a_model_that_sleeps_are_given_back_at_once() -> None:
+    """Others need them while it sleeps. What comes behind a step that waits for its weights waits
+    with it."""
+    device = Device()
+    device.loop.submit(step(1, 0))
+    device.run(1)
+    device.loop.hold(0)
+    device.loop.submit(Release(model=0, requests=[1], unmap_chunks=[1]))
+    unmapped = ("unmap", 0, 1)
+    assert device.log.count(unmapped) == 1
+    device.loop.submit(step(2, 0))
+    device.loop.submit(Release(model=0, requests=[2], unmap_chunks=[2]))
+    assert device.log.count(unmapped) == 1
+    device.loop.resume(0)
+    device.run(1)
+    device.loop.run(0.0)
+    assert device.log.count(unmapped) == 2
+
+
 def test_a_dispatch_of_a_model_that_lies_elsewhere_is_an_error() -> None:
     link = LocalLink(0, 0, 1)
     parts: Any = {1: OneHot(1, [])}
