@@ -5,6 +5,8 @@ Import :mod:`crosspool.frontend.compat` and call ``install()`` before this modul
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from crosspool.config.deployment import ConfigError, Deployment
@@ -67,3 +69,12 @@ def port_args(deployment: Deployment, number: int, detokenizer: int = 1) -> Port
         decoupled_spec_ipc_config=None,
         instance_id=f"crosspool-{number}",
     )
+
+
+def remove_left_sockets(deployment: Deployment, *names: str) -> None:
+    """Removes the files of sockets whose names begin with one of ``names``, of models that there
+    are no more: a process that was killed while they came or went has left them."""
+    for file in Path(deployment.runtime_dir).glob("m*.*"):
+        model, _, name = file.name.partition(".")
+        if name.startswith(names) and int(model[1:]) not in deployment.models:
+            file.unlink(missing_ok=True)
