@@ -88,7 +88,6 @@ class Detokenizers:
         """Readable when a model's detokenizer has been made, or could not be."""
         self._poller.register(self._link.socket, zmq.POLLIN)
         self._poller.register(self._loaded, zmq.POLLIN)
-        remove_left_sockets(deployment, "detok")
         for number in deployment.models:
             try:
                 self._keep(number, self._make(deployment, number))
@@ -97,6 +96,7 @@ class Detokenizers:
                     raise
                 # The scheduler, which asks for it again, is told why.
                 log.error("%s cannot be detokenized: %r", deployment.models[number].name, error)
+        remove_left_sockets(deployment, self._managers, "detok")
 
     def start(self) -> None:
         """Tells the scheduler which models are served."""

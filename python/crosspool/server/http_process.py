@@ -182,7 +182,6 @@ class HttpProcess:
         # Here, because SGLang may be imported only once compat is installed.
         from crosspool.frontend.server_args import remove_left_sockets
 
-        remove_left_sockets(self._deployment, "scheduler", "tokenizer")
         apps = {}
         for number, config in self._deployment.models.items():
             self._state.message = f"preparing {config.name}"
@@ -193,6 +192,7 @@ class HttpProcess:
                     raise
                 log.error("model %s cannot be served any more: %r", config.name, error)
                 self._apps.has_problem(number, str(error) or repr(error))
+        remove_left_sockets(self._deployment, apps, "scheduler", "tokenizer")
         return apps
 
     async def _start(self, apps: Mapping[int, ModelApp], status: Status) -> None:
