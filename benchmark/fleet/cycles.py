@@ -34,8 +34,8 @@ MOST_REGISTERED = 20 << 20
 class Held:
     """What one process holds."""
 
-    rss: int
-    """Bytes of its own memory: the private part of what is resident."""
+    memory: int
+    """Bytes of its resident memory; of what several processes share, its part."""
     descriptors: int
     threads: int
 
@@ -52,8 +52,9 @@ class Holding:
     """Files in the runtime folder."""
 
     @property
-    def rss(self) -> int:
-        return sum(held.rss for held in self.processes.values())
+    def memory(self) -> int:
+        """Bytes of memory of all processes."""
+        return sum(held.memory for held in self.processes.values())
 
     def difference(self, before: Holding) -> list[str]:
         """Return what has changed in number since ``before``, in words; memory is not looked at."""
@@ -76,6 +77,8 @@ class Result:
     cycles: int
     before: Holding
     after: Holding
+    halfway: Holding | None = None
+    """What it held after half of the cycles."""
     registered: int = 0
     """Models that were loaded at the end, none of which was ever woken."""
     with_registered: Holding | None = None
@@ -89,14 +92,14 @@ class Result:
 
     @property
     def bytes_per_cycle(self) -> float:
-        return (self.after.rss - self.before.rss) / self.cycles
+        return (self.after.memory - self.before.memory) / self.cycles
 
     @property
     def bytes_per_model(self) -> float:
         """Return the bytes that each registered model takes of all processes together."""
         if self.with_registered is None:
             return 0.0
-        return (self.with_registered.rss - self.after.rss) / self.registered
+        return (self.with_registered.memory - self.after.memory) / self.registered
 
 
 def holding(server: Fleet) -> Holding:
@@ -108,7 +111,7 @@ def holding(server: Fleet) -> Holding:
             continue
         memory = process.memory_full_info()
         found[title] = Held(
-            rss=memory.uss, descriptors=process.num_fds(), threads=process.num_threads()
+            memory=memory.pss, descriptors=process.num_fds(), threads=process.num_threads()
         )
     folder = Path(find_running(server.port).runtime_dir)
     return Holding(
@@ -174,11 +177,12 @@ def run(*, cycles: int, registered: int) -> Result:
         result.load_seconds.clear()
         result.unload_seconds.clear()
         result.before = holding(server)
-        with Usage(server) as usage, _answering(server, server.names, result):
-            for number in track(range(cycles), "cycles"):
-                cycle(number)
-        result.after = holding(server)
-        result.usages.append(usage)
+        for half in range(2):
+            with Usage(server) as usage, _answering(server, server.names, result):
+                for number in track(range(cycles // 2), f"cycles, half {half + 1}"):
+                    cycle(number)
+            result.halfway, result.after = result.after, holding(server)
+            result.usages.append(usage)
         for number in track(range(registered), "registered models"):
             server.load(DEMO / "tiny-qwen3-moe", f"registered-{number}")
         if registered:
@@ -194,7 +198,9 @@ def record(result: Result, model: str, parameters: dict[str, Any]) -> Recorder:
     recorder.add(
         "memory per cycle", [result.bytes_per_cycle], "B", model=model, parameters=parameters,
         changes=result.after.difference(result.before), beside=result.beside,
-        failed=len(result.failed), before=result.before.rss, after=result.after.rss, **usage,
+        failed=len(result.failed), before=result.before.memory,
+        halfway=result.halfway.memory if result.halfway else None, after=result.after.memory,
+        **usage,
     )  # fmt: skip
     if result.with_registered is not None:
         recorder.add(
@@ -211,13 +217,14 @@ def told(result: Result) -> str:
     text = (
         f"{result.cycles} cycles: load {quantile(result.load_seconds, 0.5):.3f} s, unload "
         f"{quantile(result.unload_seconds, 0.5):.3f} s; {result.bytes_per_cycle / 1024:.1f} KiB of "
-        f"memory per cycle ({result.before.rss >> 20} MiB before, {result.after.rss >> 20} MiB "
-        f"after); {changes}; {result.beside} requests of two models beside, "
+        f"memory per cycle ({result.before.memory >> 20} MiB before, {result.after.memory >> 20} "
+        f"MiB after); {changes}; {result.beside} requests of two models beside, "
         f"{len(result.failed)} failed"
     )
-    for title, held in result.after.processes.items():
-        grown = (held.rss - result.before.processes[title].rss) / result.cycles
-        text += f"\n  {title}: {grown / 1024:+.2f} KiB per cycle, {held.rss >> 20} MiB now"
+    at = [result.before, result.halfway or result.before, result.after]
+    for title in result.after.processes:
+        sizes = ", ".join(f"{held.processes[title].memory / (1 << 20):.1f}" for held in at)
+        text += f"\n  {title}: {sizes} MiB before, halfway and after"
     if result.failed:
         text += f"\n  {result.failed[0]}"
     if result.with_registered is not None:
