@@ -255,11 +255,25 @@ def test_a_served_model_that_a_later_device_cannot_take_leaves_by_itself():
     sim.devices.has[1].discard(1)
     sim.devices.takes[1].discard(1)
     sim.schedule()
+    assert kinds(sim) == [(1, AddModel)], "it cannot wake what it does not know"
     (device, order) = next(o for o in sim.devices.orders if isinstance(o[1], AddModel))
     sim.devices.orders = [o for o in sim.devices.orders if o[1] is not order]
     sim.core.on_added(device, order.model, "its folder is gone")
     sim.schedule()
     assert sim.finish("a").status == 503
+
+
+def test_a_later_device_wakes_a_served_model_once_it_knows_it():
+    sim = Simulation(deployment(2), [spec()] * 2, never_ending)
+    sim.core.lose_device(1)
+    sim.core.restore_device(1, [0], [0])
+    sim.devices.has[1].discard(1)
+    sim.devices.takes[1].discard(1)
+    sim.schedule()
+    assert kinds(sim) == [(1, AddModel)]
+    sim.core.on_added(1, 1, None)
+    sim.schedule()
+    assert kinds(sim) == [(1, AddModel), (1, Wake)]
 
 
 def test_numbers_are_never_equal_modulo_the_devices_places():

@@ -60,6 +60,8 @@ class FleetControl:
     def on_added(self, device: int, model: int, error: str | None) -> None:
         """The device is ready for the model, or tells why it cannot be."""
         self._devices.added(device, model, error)
+        if error is None:
+            self._residency.knows(device, model, self._clock())
 
     def on_removed(self, device: int, model: int) -> None:
         """The device has let go of the model."""
@@ -108,7 +110,7 @@ class FleetControl:
         is told of further models, and to read what it should have besides. To be called beside what
         is called for its ranks."""
         self._devices.restore(device, models)
-        self._residency.restore(device, resident, self._clock())
+        self._residency.restore(device, models, resident, self._clock())
 
     def _check_served(self, model: int) -> None:
         """Raises ValueError, with a text for users, for a model that leaves."""

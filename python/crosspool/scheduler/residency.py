@@ -149,10 +149,17 @@ class ResidencyPolicy:
         """The device is gone; what it had counts as there until it is back."""
         self._held.lose(device)
 
-    def restore(self, device: int, resident: Collection[int], now: float) -> None:
-        """The device is there, with the weights of the models in ``resident``; it gets those that
-        it should have besides."""
-        self._held.restore(device, resident)
+    def knows(self, device: int, model: int, now: float) -> None:
+        """The device has learnt of the model, and gets its weights if it should have them."""
+        self._held.knows(device, model)
+        self._next = now
+
+    def restore(
+        self, device: int, models: Collection[int], resident: Collection[int], now: float
+    ) -> None:
+        """The device is there, knows ``models``, and has the weights of those in ``resident``; it
+        gets those that it should have besides, once it knows their models."""
+        self._held.restore(device, models, resident)
         for number, it in self._models.items():
             lacks = it.wanted and device in it.devices and number not in resident
             if lacks and it.wake_began is None:
