@@ -68,7 +68,7 @@ class ResidencyPolicy:
         """Clock time at which something else may have to be decided."""
         for device in {spot.device for spot in budgets.places}:
             shared = {n for spot in budgets.places if spot.device == device for n in spot.held}
-            self._held.restore(device, shared.intersection(resident))
+            self._held.restore(device, models, shared.intersection(resident))
         for number in sorted(resident):
             self._want(number, now)
 
