@@ -2,7 +2,7 @@
 
     python -m benchmark.fleet first-token [--layers 16] [--rounds 5]
     python -m benchmark.fleet beside [--layers 4] [--rate 0.5] [--seconds 20] [--rounds 5] [--loads]
-    python -m benchmark.fleet cycles [--layers 4] [--cycles 1000] [--registered 100]
+    python -m benchmark.fleet cycles [--cycles 1000] [--registered 100]
     python -m benchmark.fleet turns [--layers 4] [--seconds 30] [--quantum 2]
     python -m benchmark.fleet popularity [--models 8] [--room 3] [--layers 4] [--rate 1]
                                          [--seconds 900] [--llama]
@@ -10,10 +10,11 @@
 ``first-token`` takes the time from a request to its first token while its model is resident and
 while it is asleep, and the bytes/s of the wake. ``beside`` compares the time between tokens of two
 models while a third wakes and sleeps all the time with that without; with ``--loads``, the third
-is loaded before and unloaded after each time. ``cycles`` loads and unloads a model many times and
-tells what is left of it, and what models take that are registered and never woken. ``turns`` has
-two models asked all the time that do not fit together. ``popularity`` has requests for many models,
-of which some are more popular (Zipf), and with ``--llama`` the same ones for ``llama_cpp.server``.
+is loaded before and unloaded after each time. ``cycles`` loads, wakes and unloads a tiny model
+many times beside two that answer, and tells what is left of it, and what models take that are
+registered and never woken. ``turns`` has two models asked all the time that do not fit together.
+``popularity`` has requests for many models, of which some are more popular (Zipf), and with
+``--llama`` the same ones for ``llama_cpp.server``.
 
 The models are those of ``benchmark.checkpoint``, cut to ``--layers``. The device has all cores but
 one, which is left to the front end. With ``--quick`` the models are tiny, the runs are short, and
@@ -92,10 +93,8 @@ def _measure(given: argparse.Namespace) -> tuple[str, Recorder]:
             )  # fmt: skip
             return beside.told(paired), beside.record(paired, model, parameters)
         case "cycles":
-            cycled = cycles.run(
-                layers=layers, tiny=tiny, cycles=given.cycles, registered=given.registered
-            )
-            return cycles.told(cycled), cycles.record(cycled, model, parameters)
+            cycled = cycles.run(cycles=given.cycles, registered=given.registered)
+            return cycles.told(cycled), cycles.record(cycled, "moe-tiny", parameters)
         case "turns":
             turns = taking_turns.run(
                 layers=layers, tiny=tiny, seconds=given.seconds, quantum=given.quantum

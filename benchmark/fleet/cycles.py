@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from benchmark.usage import Usage, total
 _WARM_UP = 20
 """Cycles after which what is made once has been made."""
 _SETTLE_SECONDS = 3.0
+_PAUSE_SECONDS = 0.1
+"""Time between an answer of a model beside and its next request."""
 MOST_REGISTERED = 20 << 20
 """Bytes that a model may take of all processes together while it sleeps."""
 
@@ -29,13 +34,13 @@ MOST_REGISTERED = 20 << 20
 class Held:
     """What one process holds."""
 
-    rss: int
-    """Bytes of its own memory: the private part of what is resident."""
+    memory: int
+    """Bytes of its resident memory; of what several processes share, its part."""
     descriptors: int
     threads: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Holding:
     """What the whole server holds."""
 
@@ -47,8 +52,9 @@ class Holding:
     """Files in the runtime folder."""
 
     @property
-    def rss(self) -> int:
-        return sum(held.rss for held in self.processes.values())
+    def memory(self) -> int:
+        """Bytes of memory of all processes."""
+        return sum(held.memory for held in self.processes.values())
 
     def difference(self, before: Holding) -> list[str]:
         """Return what has changed in number since ``before``, in words; memory is not looked at."""
@@ -71,23 +77,29 @@ class Result:
     cycles: int
     before: Holding
     after: Holding
+    halfway: Holding | None = None
+    """What it held after half of the cycles."""
     registered: int = 0
     """Models that were loaded at the end, none of which was ever woken."""
     with_registered: Holding | None = None
     load_seconds: list[float] = field(default_factory=list)
     unload_seconds: list[float] = field(default_factory=list)
     usages: list[Usage] = field(default_factory=list)
+    beside: int = 0
+    """Requests that the other models have answered meanwhile."""
+    failed: list[str] = field(default_factory=list)
+    """What went wrong with any request."""
 
     @property
     def bytes_per_cycle(self) -> float:
-        return (self.after.rss - self.before.rss) / self.cycles
+        return (self.after.memory - self.before.memory) / self.cycles
 
     @property
     def bytes_per_model(self) -> float:
         """Return the bytes that each registered model takes of all processes together."""
         if self.with_registered is None:
             return 0.0
-        return (self.with_registered.rss - self.after.rss) / self.registered
+        return (self.with_registered.memory - self.after.memory) / self.registered
 
 
 def holding(server: Fleet) -> Holding:
@@ -99,7 +111,7 @@ def holding(server: Fleet) -> Holding:
             continue
         memory = process.memory_full_info()
         found[title] = Held(
-            rss=memory.uss, descriptors=process.num_fds(), threads=process.num_threads()
+            memory=memory.pss, descriptors=process.num_fds(), threads=process.num_threads()
         )
     folder = Path(find_running(server.port).runtime_dir)
     return Holding(
@@ -109,32 +121,68 @@ def holding(server: Fleet) -> Holding:
     )
 
 
-def run(*, layers: int | None, tiny: bool, cycles: int, registered: int) -> Result:
-    """Load and unload one model ``cycles`` times beside another one; then load ``registered``
-    models, copies of a tiny one."""
-    served, coming = checkpoint.models(2, tiny=tiny, layers=layers)
-    load_seconds: list[float] = []
-    unload_seconds: list[float] = []
+def _problem(server: Fleet, name: str) -> str | None:
+    """Have a model generate some tokens; return what is wrong with the answer."""
+    body = {"model": name, "prompt": "import", "max_tokens": 8, "temperature": 0}
+    status, told = server.request("POST", "/v1/completions", body)
+    return None if status == 200 else f"{name}: {status} {told}"
+
+
+@contextmanager
+def _answering(server: Fleet, names: Sequence[str], result: Result) -> Iterator[None]:
+    """Ask the models ``names`` all the time within the ``with``."""
+    over = threading.Event()
+    lock = threading.Lock()
+
+    def ask(name: str) -> None:
+        while not over.wait(_PAUSE_SECONDS):
+            try:
+                problem = _problem(server, name)
+            except OSError as error:
+                problem = f"{name}: {error!r}"
+            with lock:
+                result.beside += 1
+                result.failed += [] if problem is None else [problem]
+
+    threads = [threading.Thread(target=ask, args=(name,), daemon=True) for name in names]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def run(*, cycles: int, registered: int) -> Result:
+    """Load a tiny model, ask it, so that it wakes, and unload it, ``cycles`` times beside two
+    others that are asked all the time; then load ``registered`` models that are never asked."""
+    *served, coming = checkpoint.models(3, tiny=True)
+    result = Result(cycles, Holding({}, 0, 0), Holding({}, 0, 0), registered)
 
     def cycle(number: int) -> None:
         name = f"{coming.name}-{number % 10}"
-        with timed(load_seconds):
+        with timed(result.load_seconds):
             server.load(coming, name)
-        with timed(unload_seconds):
+        problem = _problem(server, name)
+        result.failed += [] if problem is None else [problem]
+        with timed(result.unload_seconds):
             server.unload(name)
 
-    with Fleet([served], 2, ["--kv-pool-bytes", "1GiB"]) as server:
-        for number in range(_WARM_UP):
-            cycle(number)
-        load_seconds.clear()
-        unload_seconds.clear()
-        before = holding(server)
-        with Usage(server) as usage:
-            for number in track(range(cycles), "cycles"):
+    with Fleet(served, 3, ["--kv-pool-bytes", "1GiB"]) as server:
+        with _answering(server, server.names, Result(0, result.before, result.after)):
+            for number in range(_WARM_UP):
                 cycle(number)
-        result = Result(cycles, before, holding(server), registered)
-        result.load_seconds, result.unload_seconds = load_seconds, unload_seconds
-        result.usages.append(usage)
+        result.load_seconds.clear()
+        result.unload_seconds.clear()
+        result.before = holding(server)
+        for half in range(2):
+            with Usage(server) as usage, _answering(server, server.names, result):
+                for number in track(range(cycles // 2), f"cycles, half {half + 1}"):
+                    cycle(number)
+            result.halfway, result.after = result.after, holding(server)
+            result.usages.append(usage)
         for number in track(range(registered), "registered models"):
             server.load(DEMO / "tiny-qwen3-moe", f"registered-{number}")
         if registered:
@@ -149,7 +197,10 @@ def record(result: Result, model: str, parameters: dict[str, Any]) -> Recorder:
     recorder.add("unload", result.unload_seconds, "s", model=model, parameters=parameters, **usage)
     recorder.add(
         "memory per cycle", [result.bytes_per_cycle], "B", model=model, parameters=parameters,
-        changes=result.after.difference(result.before), **usage,
+        changes=result.after.difference(result.before), beside=result.beside,
+        failed=len(result.failed), before=result.before.memory,
+        halfway=result.halfway.memory if result.halfway else None, after=result.after.memory,
+        **usage,
     )  # fmt: skip
     if result.with_registered is not None:
         recorder.add(
@@ -166,10 +217,17 @@ def told(result: Result) -> str:
     text = (
         f"{result.cycles} cycles: load {quantile(result.load_seconds, 0.5):.3f} s, unload "
         f"{quantile(result.unload_seconds, 0.5):.3f} s; {result.bytes_per_cycle / 1024:.1f} KiB of "
-        f"memory per cycle ({result.before.rss >> 20} MiB before, {result.after.rss >> 20} MiB "
-        f"after); {changes}"
+        f"memory per cycle ({result.before.memory >> 20} MiB before, {result.after.memory >> 20} "
+        f"MiB after); {changes}; {result.beside} requests of two models beside, "
+        f"{len(result.failed)} failed"
     )
+    at = [result.before, result.halfway or result.before, result.after]
+    for title in result.after.processes:
+        sizes = ", ".join(f"{held.processes[title].memory / (1 << 20):.1f}" for held in at)
+        text += f"\n  {title}: {sizes} MiB before, halfway and after"
+    if result.failed:
+        text += f"\n  {result.failed[0]}"
     if result.with_registered is not None:
         per_model = result.bytes_per_model / (1 << 20)
-        text += f"; {result.registered} registered models take {per_model:.1f} MiB each (< 20)"
+        text += f"\n{result.registered} registered models take {per_model:.1f} MiB each (< 20)"
     return text

@@ -66,7 +66,7 @@ def test_a_pair_of_turns_gives_a_ratio() -> None:
 
 def test_what_is_left_of_cycles_is_told_by_process() -> None:
     def holding(descriptors: int, rss: int, files: int) -> cycles.Holding:
-        http = cycles.Held(rss=rss, descriptors=descriptors, threads=7)
+        http = cycles.Held(memory=rss, descriptors=descriptors, threads=7)
         return cycles.Holding(processes={"crosspool::http": http}, shared=3, files=files)
 
     result = cycles.Result(10, holding(9, 1000, 4), holding(9, 3000, 4), registered=2)

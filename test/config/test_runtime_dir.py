@@ -53,6 +53,12 @@ def test_a_running_deployment_is_found_by_its_lock() -> None:
     first.close()
     assert not first.path.exists()
     assert find_running().port == 2
+    third = RuntimeDir()
+    (third.path / "deployment.json").write_text('{"models": [], "port": 3}')
+    assert find_running().port == 2
+    with pytest.raises(ConfigError, match=f"port 3; another version of it uses {third.path}"):
+        find_running(port=3)
+    third.close()
     second.close()
 
 

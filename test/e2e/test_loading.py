@@ -186,6 +186,28 @@ def test_processes_that_die_later_serve_what_was_loaded(changing: Server) -> Non
     assert is_as_at_the_start(changing)
 
 
+@pytest.mark.parametrize("titles", ["device", "weights device", "scheduler"])
+def test_a_model_whose_folder_is_gone_does_not_end_the_others(
+    changing: Server, titles: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "gone"
+    shutil.copytree(DEMO / GLM, folder)
+    assert bring(changing, "gone", str(folder))[0] == 201
+    assert generate(changing, "gone")
+    expected = generate(changing, QWEN)["output_ids"]
+    shutil.rmtree(folder)
+    processes = [changing.find(f"crosspool::{title}") for title in titles.split()]
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes, timeout=10)
+    assert generate(changing, QWEN)["output_ids"] == expected
+    deadline = time.monotonic() + 30
+    while not is_as_at_the_start(changing):
+        assert time.monotonic() < deadline, changing.log[-3000:]
+        time.sleep(0.1)
+    assert bring(changing, "gone", GLM)[0] == 201 and take(changing, "gone")[0] == 200
+
+
 def test_where_weights_cannot_be_read_again_no_model_is_loaded(server: Server) -> None:
     """A server that keeps no packed weights."""
     status, answer = bring(server, "no", GLM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -23,10 +24,10 @@ ROUTE = "/crosspool/models"
 def server(
     scripted: list[list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[FrontEndServer]:
-    """A model of an even number answers like the first one, others like the second."""
+    """Every model but the second answers like the first one, whose checkpoint they have."""
 
     def script(model: int, tokens: list[int], prompt: int) -> int:
-        text = scripted[model % 2]
+        text = scripted[int(model == 1)]
         return text[(len(tokens) - prompt) % len(text)]
 
     folder = tmp_path_factory.mktemp("packed")
@@ -173,14 +174,41 @@ def test_a_process_that_is_replaced_knows_what_was_loaded(
 ) -> None:
     expected = text(server, MODELS[0])
     assert bring(server, "third")[0] == 201
+    with server.admin() as client:
+        assert client.post(f"{ROUTE}/third/pin", json={"keep": "pinned"}).status_code == 200
     server.replace(name)
     server.wait_ready()
     assert served(server) == in_file(server) == [*MODELS, "third"]
+    kept = {model["name"]: model["keep"] for model in server.request(ROUTE)[1]}
+    assert kept == {MODELS[0]: "demand", MODELS[1]: "demand", "third": "pinned"}
     assert text(server, "third") == expected == text(server, MODELS[0])
     assert text(server, "third", regex="[0-9]{4}", max_tokens=20).isdigit()
     assert bring(server, "fourth")[0] == 201
     assert text(server, "fourth")
     assert take(server, "third")[0] == take(server, "fourth")[0] == 200
+    assert is_as_at_the_start(server)
+
+
+@pytest.mark.parametrize("name", ["http", "detokenizer", "scheduler"])
+def test_a_model_whose_folder_is_gone_does_not_end_the_others(
+    server: FrontEndServer, name: str, tmp_path: Path
+) -> None:
+    """The process that is started in the place of another cannot serve it, and it is unloaded."""
+    folder = tmp_path / "third"
+    shutil.copytree(DEMO / MODELS[0], folder)
+    expected = text(server, MODELS[0])
+    assert bring(server, "third", path=str(folder))[0] == 201
+    assert text(server, "third") == expected
+    shutil.rmtree(folder)
+    server.replace(name)
+    server.wait_ready()
+    assert text(server, MODELS[0]) == expected
+    deadline = time.monotonic() + 15
+    while in_file(server) != list(MODELS) or served(server) != list(MODELS):
+        assert time.monotonic() < deadline, (in_file(server), served(server))
+        time.sleep(0.1)
+    assert complete(server, "third")[0] == 404
+    assert bring(server, "third")[0] == 201 and take(server, "third")[0] == 200
     assert is_as_at_the_start(server)
 
 

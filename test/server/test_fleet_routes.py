@@ -159,6 +159,9 @@ class Bed:
         }
         await cast("Any", self.app(scope, receive, send))
         text = b"".join(message.get("body", b"") for message in sent[1:]).decode()
+        if text.startswith("data: "):
+            events = text.removesuffix("\n\n").split("\n\n")
+            return sent[0]["status"], [json.loads(one.removeprefix("data: ")) for one in events]
         return sent[0]["status"], json.loads(text)
 
     async def names(self) -> list[str]:
@@ -186,6 +189,28 @@ def test_a_model_that_is_loaded_can_be_asked(bed: Bed) -> None:
         for path, inner in (("/m/org/new/model_info", "/model_info"), ("/m/org/new", "/")):
             assert await bed.call("GET", path) == (200, ["org/new", inner])
         assert await bed.call("GET", "/m/a/model_info") == (200, ["a", "/model_info"])
+
+    run(test())
+
+
+@pytest.mark.parametrize("problem", [None, "its chat template is wrong"])
+def test_a_load_tells_how_far_it_is(bed: Bed, problem: str | None) -> None:
+    async def test() -> None:
+        bed.cannot_make = None if problem is None else ValueError(problem)
+        body = {"path": PATH, "name": "new"}
+        status, told = await bed.call("POST", f"{MODELS}?stream=1", body)
+        *steps, end = told
+        assert status == 200
+        assert steps == [{"name": "new", "state": state} for state in ("loading", "starting")]
+        if problem is None:
+            assert (end["name"], end["state"]) == ("new", "asleep")
+            assert await bed.names() == ["a", "b", "new"]
+        else:
+            assert end["error"]["code"] == 400 and problem in end["error"]["message"]
+            assert await bed.names() == bed.file == ["a", "b"]
+        bed.cannot_make = None
+        status, _ = await bed.call("POST", f"{MODELS}?stream=1", {"path": "/nowhere"})
+        assert status == 400
 
     run(test())
 

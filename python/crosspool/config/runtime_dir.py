@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from crosspool.config.deployment import ConfigError, Deployment, load
 
 _LOCK = "launcher.lock"
@@ -130,17 +132,21 @@ def remove_stale() -> None:
 def find_running(port: int | None = None) -> Deployment:
     """Returns the deployment that this user runs on this machine, on ``port`` if given.
 
-    Raises ConfigError when there is none, or several and no ``port`` to choose by."""
-    found = [
-        load(folder / "deployment.json")
-        for folder in _folders()
-        if (folder / "deployment.json").exists() and _is_locked(folder)
-    ]
+    Raises ConfigError when there is none of this version of CrossPool, or several and no ``port``
+    to choose by."""
+    found, others = [], []
+    for folder in _folders():
+        if (folder / "deployment.json").exists() and _is_locked(folder):
+            try:
+                found.append(load(folder / "deployment.json"))
+            except msgspec.DecodeError:
+                others.append(str(folder))
     if port is not None:
         found = [deployment for deployment in found if deployment.port == port]
     if not found:
         where = "" if port is None else f" on port {port}"
-        raise ConfigError(f"no CrossPool server of this user runs on this machine{where}")
+        older = f"; another version of it uses {', '.join(others)}" if others else ""
+        raise ConfigError(f"no CrossPool server of this user runs on this machine{where}{older}")
     if len(found) > 1:
         ports = ", ".join(str(deployment.port) for deployment in found)
         raise ConfigError(f"several servers run on this machine: choose one with --port ({ports})")

@@ -25,7 +25,7 @@ from crosspool.config.process import freeze_heap
 from crosspool.frontend import private
 from crosspool.frontend.messages import finish_reason
 from crosspool.frontend.own_messages import ModelGone
-from crosspool.frontend.server_args import port_args, server_args
+from crosspool.frontend.server_args import port_args, remove_left_sockets, server_args
 from crosspool.observability.bounded_log import BoundedLog
 from crosspool.scheduler.request import Finish
 from crosspool.transport.detokenizer_link import (
@@ -89,7 +89,14 @@ class Detokenizers:
         self._poller.register(self._link.socket, zmq.POLLIN)
         self._poller.register(self._loaded, zmq.POLLIN)
         for number in deployment.models:
-            self._keep(number, self._make(deployment, number))
+            try:
+                self._keep(number, self._make(deployment, number))
+            except Exception as error:
+                if incarnation == 1:
+                    raise
+                # The scheduler, which asks for it again, is told why.
+                log.error("%s cannot be detokenized: %r", deployment.models[number].name, error)
+        remove_left_sockets(deployment, self._managers, "detok")
 
     def start(self) -> None:
         """Tells the scheduler which models are served."""

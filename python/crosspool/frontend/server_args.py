@@ -5,6 +5,9 @@ Import :mod:`crosspool.frontend.compat` and call ``install()`` before this modul
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
+
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from crosspool.config.deployment import ConfigError, Deployment
@@ -67,3 +70,12 @@ def port_args(deployment: Deployment, number: int, detokenizer: int = 1) -> Port
         decoupled_spec_ipc_config=None,
         instance_id=f"crosspool-{number}",
     )
+
+
+def remove_left_sockets(deployment: Deployment, served: Collection[int], *names: str) -> None:
+    """Removes the files of sockets whose names begin with one of ``names``, of all models but those
+    that are ``served``: a process in whose place another one is has left them."""
+    for file in Path(deployment.runtime_dir).glob("m*.*"):
+        model, _, name = file.name.partition(".")
+        if name.startswith(names) and int(model[1:]) not in served:
+            file.unlink(missing_ok=True)

@@ -80,11 +80,12 @@ class FleetControl:
         self._residency.sleep(model, self._clock())
 
     def pin(self, model: int, keep: Keep) -> None:
-        """Changes when the model is in memory: ``pinned`` wakes it, ``asleep`` has it sleep. Raises
-        ValueError, with a text for users, when it leaves or the pinned models do not fit
-        together."""
+        """Changes when the model is in memory, in :attr:`deployment` as well: ``pinned`` wakes it,
+        ``asleep`` has it sleep. Raises ValueError, with a text for users, when it leaves or the
+        pinned models do not fit together."""
         self._check_served(model)
         self._residency.pin(model, keep, self._clock())
+        self._roster.note_keep(model, keep)
 
     def on_waking(self, device: int, model: int, read: int, total: int) -> None:
         """The device has read ``read`` of ``total`` bytes of the model's weights."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
+from crosspool.config.options import Keep
 from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import ModelSpec
@@ -97,6 +98,11 @@ class Roster:
             raise
         self._deployment = d
         self.devices.add(number, config)
+
+    def note_keep(self, model: int, keep: Keep) -> None:
+        """Has the deployment say when the model is in memory."""
+        config = msgspec.structs.replace(self._deployment.models[model], keep=keep)
+        self._deployment = self._deployment.with_model(model, config)
 
     def settle(self, now: float) -> Iterator[Change]:
         """Yields the models that have come, been refused or left."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ from crosspool.config.deployment_file import to_model_options
 from crosspool.server.body import Bodies, decoded
 from crosspool.server.errors import JSON, RequestError, unknown_model
 from crosspool.server.model_apps import ModelApps
+from crosspool.server.progress import events, wants_events
 from crosspool.server.scheduler_errors import scheduler_errors
 from crosspool.server.state import State
 from crosspool.transport.inspection import Status
@@ -73,17 +74,26 @@ class FleetRoutes:
             config = await asyncio.to_thread(_checked, given, self._file)
         except ConfigError as error:
             raise RequestError(400, str(error)) from None
+        steps = self._steps(config)
+        if wants_events(request):
+            return events(steps)
+        *_, told = [step async for step in steps]
+        return JSON(told, 201)
+
+    async def _steps(self, config: ModelConfig) -> AsyncIterator[dict[str, Any]]:
+        """Has the model served; tells what is done."""
+        yield {"name": config.name, "state": "loading"}
         number = await self._answer(self._scheduler.load(config))
+        yield {"name": config.name, "state": "starting"}
         await self._apps.follow()
         if (problem := self._apps.problem(number)) is not None:
-            await self._answer(self._scheduler.unload(config.name, 0))
             raise RequestError(400, f"{config.name} cannot be served: {problem}")
         with scheduler_errors():
             models = (await self._scheduler.status()).models
-        for model in models:
-            if model.model == number:
-                return JSON(model.summary(), 201)
-        raise RequestError(503, f"{config.name} has been unloaded since")
+        told = next((model for model in models if model.model == number), None)
+        if told is None:
+            raise RequestError(503, f"{config.name} has been unloaded since")
+        yield told.summary()
 
     async def _unload(self, request: Request) -> Response:
         self._check_serving()
@@ -105,13 +115,15 @@ class FleetRoutes:
         takes its place meanwhile, which knows nothing of the question."""
         before = self._incarnation
         asked = asyncio.create_task(asking)
-        while not asked.done():
-            await asyncio.wait([asked], timeout=_LOOK_SECONDS)
-            if self._incarnation != before:
-                asked.cancel()
-                raise RequestError(503, _REPLACED)
-        with scheduler_errors():
-            return asked.result()
+        try:
+            while not asked.done():
+                await asyncio.wait([asked], timeout=_LOOK_SECONDS)
+                if self._incarnation != before:
+                    raise RequestError(503, _REPLACED)
+            with scheduler_errors():
+                return asked.result()
+        finally:
+            asked.cancel()
 
     @property
     def _incarnation(self) -> int | None:

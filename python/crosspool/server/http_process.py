@@ -179,10 +179,20 @@ class HttpProcess:
         await asyncio.Event().wait()
 
     async def _first_apps(self) -> dict[int, ModelApp]:
+        # Here, because SGLang may be imported only once compat is installed.
+        from crosspool.frontend.server_args import remove_left_sockets
+
         apps = {}
         for number, config in self._deployment.models.items():
             self._state.message = f"preparing {config.name}"
-            apps[number] = await asyncio.to_thread(self._make_app, self._deployment, number)
+            try:
+                apps[number] = await asyncio.to_thread(self._make_app, self._deployment, number)
+            except Exception as error:
+                if self._incarnation == 1:
+                    raise
+                log.error("model %s cannot be served any more: %r", config.name, error)
+                self._apps.has_problem(number, str(error) or repr(error))
+        remove_left_sockets(self._deployment, apps, "scheduler", "tokenizer")
         return apps
 
     async def _start(self, apps: Mapping[int, ModelApp], status: Status) -> None:
@@ -195,7 +205,6 @@ class HttpProcess:
                 await app.warm_up()
 
     def _make_app(self, deployment: Deployment, number: int) -> ModelApp:
-        # Here, because SGLang may be imported only once compat is installed.
         from crosspool.frontend.model_app import ModelApp
 
         return ModelApp(deployment, number, self._incarnation, self._responses, self._state.turns)

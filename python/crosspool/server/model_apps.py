@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from crosspool.config.deployment import Deployment, load
 from crosspool.server.state import State
+from crosspool.transport.admin import AdminError, AdminMistake
 from crosspool.transport.inspection import Status
 
 if TYPE_CHECKING:
@@ -23,10 +24,12 @@ left are ended; and then the same again."""
 _LOOK_SECONDS = 0.02
 
 
-class KnowsStatus(Protocol):
+class Scheduler(Protocol):
     """What is needed of :class:`~crosspool.transport.admin.AsyncAdmin`."""
 
     async def status(self) -> Status: ...
+
+    async def unload(self, model: str, timeout: float) -> None: ...
 
 
 class ModelApps:
@@ -37,7 +40,7 @@ class ModelApps:
         self,
         deployment: Deployment,
         state: State,
-        scheduler: KnowsStatus,
+        scheduler: Scheduler,
         make: Callable[[Deployment, int], ModelApp],
     ) -> None:
         self._file = deployment.file
@@ -57,12 +60,17 @@ class ModelApps:
         self._show()
 
     def are_those_of(self, status: Status) -> bool:
-        """Whether there is an application for each model that the scheduler serves, and no other;
-        models without one since it could not be made do not count."""
-        return {told.model for told in status.models} - self._problems.keys() == self._apps.keys()
+        """Whether there is an application for each model that the scheduler serves, and no
+        other."""
+        return {told.model for told in status.models} == self._apps.keys()
+
+    def has_problem(self, model: int, problem: str) -> None:
+        """Notes that no application can be made for the model: :meth:`follow` will have it
+        unloaded."""
+        self._problems[model] = problem
 
     def problem(self, model: int) -> str | None:
-        """Why there is no application for the model; None where there is, or need not be."""
+        """Why there was no application for the model; None where there was, or need not be."""
         return self._problems.get(model)
 
     def leave(self, name: str) -> None:
@@ -76,15 +84,21 @@ class ModelApps:
 
     async def follow(self) -> None:
         """Makes the applications of models that have come, and ends those of models that have
-        gone."""
+        gone. A model whose application cannot be made is unloaded."""
         async with self._lock:
             deployment = await asyncio.to_thread(load, self._file)
             models = deployment.models
-            self._problems = {n: text for n, text in self._problems.items() if n in models}
             for number in sorted(self._apps.keys() - models.keys()):
                 await self._end(number)
             for number in sorted(models.keys() - self._apps.keys() - self._problems.keys()):
                 await self._begin(deployment, number)
+        for number in models.keys() & self._problems.keys():
+            try:
+                await self._scheduler.unload(models[number].name, 0)
+            except AdminMistake:
+                continue  # it leaves already
+            except AdminError as error:
+                log.error("model %s cannot be unloaded: %s", models[number].name, error)
 
     async def _begin(self, deployment: Deployment, number: int) -> None:
         name = deployment.models[number].name
@@ -96,7 +110,7 @@ class ModelApps:
             await app.start(deployment.kv_pool_bytes // max(sizes, default=1))
         except Exception as error:
             log.exception("model %s cannot be served", name)
-            self._problems[number] = str(error) or repr(error)
+            self.has_problem(number, str(error) or repr(error))
             if app is not None:
                 await app.close()
             return

@@ -7,6 +7,7 @@ deployment.json, which every process reads that is started later, is written ane
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -106,7 +107,7 @@ class ModelLoader:
             number = self._core.take_number()
         except ConfigError as error:
             return done(Problem(str(error), is_mistake=True))
-        if (problem := self._save()) is not None:  # so that nobody is given the number again
+        if (problem := self.save()) is not None:  # so that nobody is given the number again
             return done(problem)
         deployment = self._core.deployment.with_model(number, config)
         reading = self._threads.submit(read_further, deployment, number, dict(self.specs))
@@ -155,6 +156,8 @@ class ModelLoader:
             self._detokenized.add(message.model)
         elif (load := self._loads.get(message.model)) is None:
             log.error("the detokenizer cannot serve model %d: %s", message.model, message.error)
+            with contextlib.suppress(ValueError):  # it leaves already
+                self._core.remove_model(message.model, 0)
         elif load.is_with_core:  # the detokenizer has taken the place of one that could
             load.error = message.error
         else:
@@ -220,7 +223,7 @@ class ModelLoader:
         load = self._loads.pop(number)
         self.specs[number] = load.reading.result().spec
         self._front_ends.add(self._core.deployment, number)
-        problem = Problem(load.error, is_mistake=True) if load.error else self._save()
+        problem = Problem(load.error, is_mistake=True) if load.error else self.save()
         if problem is None:
             log.info("model %s is there", load.config.name)
             return load.done(number)
@@ -229,7 +232,7 @@ class ModelLoader:
         return None
 
     def _removed(self, change: ModelRemoved) -> None:
-        number, problem = change.model, self._save()
+        number, problem = change.model, self.save()
         if change.error is not None:
             log.error("model %d cannot be served any more: %s", number, change.error)
         self._front_ends.remove(self._core.deployment, number)
@@ -240,7 +243,8 @@ class ModelLoader:
         if (done := self._unloads.pop(number, None)) is not None:
             done(problem)
 
-    def _save(self) -> Problem | None:
+    def save(self) -> Problem | None:
+        """Writes the models that there are now where processes that start later read them."""
         deployment = self._core.deployment
         try:
             save(deployment)

@@ -3,6 +3,7 @@ grammars."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ from crosspool.weightpool.sleeping import check_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,23 @@ def read_tools(deployment: Deployment, model: int) -> ReadTools:
     )
 
 
+def read_all(
+    deployment: Deployment, *, leaves_out: bool
+) -> tuple[Deployment, dict[int, ReadTools]]:
+    """Reads all models of the deployment. If it ``leaves_out``, those that cannot be read leave the
+    deployment that is returned; else ConfigError is raised."""
+    read: dict[int, ReadTools] = {}
+    for number, config in deployment.models.items():
+        try:
+            read[number] = _read(deployment, number)
+        except ConfigError as error:
+            if not leaves_out:
+                raise
+            log.error("model %s cannot be served any more: %s", config.name, error)
+            deployment = deployment.without_model(number)
+    return deployment, read
+
+
 def read_compiler(deployment: Deployment, model: int) -> GrammarCompiler:
     """Reads what compiles the grammars of a model. Raises ConfigError as :func:`read_tools`
     does."""
@@ -65,15 +85,20 @@ def read_further(deployment: Deployment, model: int, others: Mapping[int, ModelS
     """Reads a model that is to be served beside the ``others`` of the deployment. Raises
     ConfigError when it cannot be read, when its weights never fit into the pools, and when no
     model can be loaded here."""
+    read = _read(deployment, model)
+    check_loading(deployment, place(deployment, {**others, model: read.spec}))
+    return read
+
+
+def _read(deployment: Deployment, model: int) -> ReadTools:
+    """Raises ConfigError, whatever a library finds wrong with a user's files."""
     try:
-        read = read_tools(deployment, model)
-        check_loading(deployment, place(deployment, {**others, model: read.spec}))
+        return read_tools(deployment, model)
     except ConfigError:
         raise
-    except Exception as error:  # of a library, over the files of a user
+    except Exception as error:
         name = deployment.models[model].name
         raise ConfigError(f"{name}: its tokenizer cannot be used: {error!r}") from error
-    return read
 
 
 def _compiler(

@@ -11,12 +11,13 @@ from typing import Any, Literal, Protocol
 import msgspec
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
 from crosspool.config.options import Keep
 from crosspool.server.body import Bodies, decoded
-from crosspool.server.errors import JSON, RequestError, error_response, unknown_model
+from crosspool.server.errors import JSON, RequestError, unknown_model
+from crosspool.server.progress import events, wants_events
 from crosspool.server.scheduler_errors import scheduler_errors
 from crosspool.transport.admin import Managing
 from crosspool.transport.inspection import ModelResidency, ModelStatus, Status
@@ -96,8 +97,8 @@ class ResidencyRoutes:
 
     async def _wake_one(self, request: Request) -> Response:
         name = self._named(request)
-        if request.query_params.get("stream", "").lower() in ("1", "true"):
-            return StreamingResponse(self._events(name), media_type="text/event-stream")
+        if wants_events(request):
+            return events(self._steps(name))
         async for _ in self._wake(name):
             pass
         return JSON((await self._model(name)).summary())
@@ -116,16 +117,10 @@ class ResidencyRoutes:
             raise unknown_model(name)
         return name
 
-    async def _events(self, name: str) -> AsyncIterator[bytes]:
-        """Server-sent events: how the model wakes, until it is resident or cannot be."""
-        last = None
-        try:
-            async for now in self._wake(name):
-                if now != last:
-                    last = now
-                    yield _event({"name": name, **msgspec.to_builtins(now)})
-        except RequestError as error:
-            yield b"data: " + bytes(error_response(error.status_code, error.detail).body) + b"\n\n"
+    async def _steps(self, name: str) -> AsyncIterator[dict[str, Any]]:
+        """How the model wakes, until it is resident."""
+        async for now in self._wake(name):
+            yield {"name": name, **msgspec.to_builtins(now)}
 
     # --- those of other servers
 
@@ -220,7 +215,3 @@ def _check_arguments(query: QueryParams, body: _Occupation) -> None:
             "the model sleeps, and go on when it is woken"
         )
         raise RequestError(400, text)
-
-
-def _event(told: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(told) + b"\n\n"

@@ -108,7 +108,7 @@ ROUTES: tuple[RouteRule, ...] = (
         "/v1/realtime", "/v1/rerank"),
     *_nobody("LoRA adapters are not supported",
         "/load_lora_adapter", "/load_lora_adapter_from_tensors", "/unload_lora_adapter"),
-    *_nobody("weights are loaded once, when the server starts",
+    *_nobody("weights of a model that is served are not changed; load another model in its place",
         "/begin_weight_update", "/destroy_weights_update_group", "/end_weight_update",
         "/get_remote_instance_transfer_engine_info", "/get_weights_by_name",
         "/init_weights_send_group_for_remote_instance", "/init_weights_update_group",

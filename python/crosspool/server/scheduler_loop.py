@@ -16,7 +16,7 @@ from typing import Any
 
 import zmq
 
-from crosspool.config.deployment import Deployment
+from crosspool.config.deployment import Deployment, save
 from crosspool.config.process import freeze_heap
 from crosspool.scheduler.core import SchedulerCore
 from crosspool.server.admin_socket import AdminSocket
@@ -25,7 +25,7 @@ from crosspool.server.front_ends import FrontEnds
 from crosspool.server.grammar_process import CompileLimits
 from crosspool.server.grammars import Grammars
 from crosspool.server.model_loader import ModelLoader, Problem
-from crosspool.server.model_tools import read_compiler, read_tools
+from crosspool.server.model_tools import read_all, read_compiler
 from crosspool.transport import admin
 from crosspool.transport.detokenizer_link import DetokenizerStarted, TokenizerAdded
 from crosspool.transport.inspection import Report, Status
@@ -53,14 +53,18 @@ class SchedulerLoop:
     the deployment's schedulers, from 1 on. A later one takes no request before all devices are
     ready, and first those that the one before it had taken.
 
-    Raises ConfigError when a model or its tokenizer cannot be read."""
+    Models that cannot be read any more then are served no more; the first scheduler raises
+    ConfigError for them."""
 
     def __init__(self, deployment: Deployment, incarnation: int = 1) -> None:
+        given = deployment
+        deployment, read = read_all(deployment, leaves_out=incarnation > 1)
+        if deployment is not given:
+            save(deployment)
         self._deployment = deployment
         self._incarnation = incarnation
         self._stopping = False
         self._failure: str | None = None
-        read = {number: read_tools(deployment, number) for number in deployment.models}
         self._changed = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         """Readable when a grammar has been compiled or has followed a token, and when another
         thread has done something for a model that comes."""
@@ -328,9 +332,10 @@ class SchedulerLoop:
                     self._core.sleep(model)
                 case "pin":
                     self._core.pin(model, message.keep or "pinned")
-        except ValueError as problem:
-            return admin.Answer(id=message.id, error=str(problem), is_mistake=True)
-        return admin.Answer(id=message.id)
+        except ValueError as mistake:
+            return admin.Answer(id=message.id, error=str(mistake), is_mistake=True)
+        problem = self._loader.save() if message.what == "pin" else None
+        return _problem(message.id, problem) if problem else admin.Answer(id=message.id)
 
     def _check_may_sleep(self, message: admin.Manage) -> None:
         """Raises ValueError, with a text for users, where a model is to sleep and none can."""
