@@ -303,6 +303,6 @@ def test_many_that_come_and_leave_use_nothing_up(tmp_path: Path, loop: str) -> N
         assert late.descriptors == early.descriptors and late.threads == early.threads
         assert late.mappings <= early.mappings + 20, (early.mappings, late.mappings)
         assert late.resident <= early.resident + (8 << 20), (early.resident, late.resident)
-        # The C library keeps an arena of 64 MiB and a stack for each of the threads that there were.
+        # The C library keeps an arena of 64 MiB and a stack for each thread that there was.
         assert late.address_space <= early.address_space + 2 * (72 << 20)
         assert answers(on, 0) == expected
