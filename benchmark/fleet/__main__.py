@@ -93,6 +93,7 @@ def _measure(given: argparse.Namespace) -> tuple[str, Recorder]:
             )  # fmt: skip
             return beside.told(paired), beside.record(paired, model, parameters)
         case "cycles":
+            del parameters["layers"]  # its models are tiny
             cycled = cycles.run(cycles=given.cycles, registered=given.registered)
             return cycles.told(cycled), cycles.record(cycled, "moe-tiny", parameters)
         case "turns":
