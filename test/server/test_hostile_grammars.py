@@ -8,6 +8,8 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import psutil
@@ -61,6 +63,22 @@ def test_a_grammar_that_takes_too_long_is_refused_and_its_process_ended(tokenize
         assert "0.6 s" in str(error) and "`grammar_timeout`" in str(error)
         assert not children(made)
         made.compile(0, regex("a")).result(30)
+
+
+def test_a_grammar_whose_process_gets_no_processor_is_not_refused(tokenizer: Any) -> None:
+    limits = dataclasses.replace(LIMITS, seconds=0.6, memory_bytes=8 << 30)
+    with grammars(tokenizer, limits=limits) as made:
+        for number in count():
+            future = made.compile(0, left_recursive(60, chr(ord("c") + number)))
+            while not future.done() and not (found := children(made)):
+                pass
+            if not future.done():
+                with suppress(psutil.NoSuchProcess):
+                    found[0].suspend()
+                    time.sleep(1.5)
+                    found[0].resume()
+                    break
+        future.result(30)
 
 
 @pytest.mark.parametrize(
