@@ -64,6 +64,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, tag="job"):
     id: int
     model: int
     grammar: Grammar
+    was_killed: bool = False
+    """Whether a child that compiled it was killed by somebody else."""
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
@@ -310,7 +312,11 @@ class _Children:
                 frame = child.result.recv_bytes()
                 child.end()
             except EOFError:
-                frame = self._encode(child.job, error=self._cause(child.end()))
+                status = child.end()
+                if os.WTERMSIG(status) == signal.SIGKILL and not child.job.was_killed:
+                    lane.queue.push(msgspec.structs.replace(child.job, was_killed=True))
+                else:
+                    frame = self._encode(child.job, error=self._cause(status))
         elif child.left(lane.seconds) > 0:
             return
         elif following is None:
