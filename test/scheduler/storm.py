@@ -238,7 +238,7 @@ class Storm:
             self.take(output)
         check(self)
         deadline = self.core.next_deadline()
-        if deadline is not None and not self.now <= self.woken_at <= deadline:
+        if deadline is not None and not self.now < self.woken_at <= deadline:
             self.woken_at = deadline
             self.after(max(0.0, deadline - self.now), self.wake)
 
