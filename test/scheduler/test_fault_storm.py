@@ -23,8 +23,8 @@ from crosspool.scheduler.sequence import Sequence
 from crosspool.transport.messages import Step
 from msgspec import structs
 
-SEEDS = 4000
-PARTS = 8
+SEEDS = 2400
+PARTS = 4
 SEEDS_FOR_A_BUG = 600
 
 

@@ -90,7 +90,7 @@ def _import_for_host_loop(deployment: Deployment) -> None:
     from crosspool.ranks.host.attention import frequencies
 
     for model, spec in zip(deployment.models, read_specs(deployment), strict=True):
-        frequencies(spec, Path(model.path))  # transformers imports what a model's config takes
+        frequencies(spec, Path(model.path))  # imports what the model's config takes of transformers
 
 
 def _warn_of_threads() -> None:
