@@ -97,11 +97,11 @@ $(VENV)/.dev: $(VENV)/.env
 serve: env ## Serves the three bundled models.
 	@$(BIN)/crosspool demo --port $(PORT) $(ARGS)
 
-# With ARGS one pytest, of what they name. Without, one for each group, three at a time and those
+# With ARGS one pytest, of what they name. Without, one for each group, two at a time and those
 # that take longest first: much of the time in groups that start processes is waiting. Each writes a
 # log, which ends with what took longest, and is printed when a test of it has failed; the summaries
 # come last.
-ALL = $(MAKE) --no-print-directory --keep-going -j3 $(GROUPS:%=test-%); status=$$?; \
+ALL = $(MAKE) --no-print-directory --keep-going -j2 $(GROUPS:%=test-%); status=$$?; \
   for group in $(GROUPS); do echo "==> $$group"; grep '^=.* in .*=$$' $(VENV)/test-$$group.log | tail -1; \
   done; exit $$status
 

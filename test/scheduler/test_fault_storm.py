@@ -23,7 +23,7 @@ from crosspool.scheduler.sequence import Sequence
 from crosspool.transport.messages import Step
 from msgspec import structs
 
-SEEDS = 2400
+SEEDS = 4000
 PARTS = 4
 SEEDS_FOR_A_BUG = 600
 
