@@ -10,11 +10,13 @@ import pytest
 import zmq.asyncio
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
-from crosspool.server.app import App, State
+from crosspool.server.app import App
 from crosspool.server.routes import split
+from crosspool.server.state import State
 from crosspool.transport import admin
 from starlette.responses import JSONResponse
 from starlette.types import Message
+from support.http_app import http_app
 
 NAMES = ("first", "Qwen", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B/fine", "a:b/c+d.e", "Über/x")
 
@@ -33,7 +35,8 @@ def application(**changes: Any) -> tuple[App, State]:
         return answer
 
     deployment = Deployment(
-        models=tuple(ModelConfig(name=name, path=f"/{name}") for name in NAMES),
+        models={n: ModelConfig(name=name, path=f"/{name}") for n, name in enumerate(NAMES)},
+        next_model=len(NAMES),
         kv_pool_devices=(Device("cpu"),),
         weight_pool_devices=(Device("cpu"),),
         kv_pool_bytes=1,
@@ -42,7 +45,7 @@ def application(**changes: Any) -> tuple[App, State]:
     models = {name: model(name) for name in NAMES}
     state = State(models=models, **({"ready": True} | changes))
     scheduler = admin.AsyncAdmin(zmq.asyncio.Context(), "ipc:///nowhere")
-    return App(deployment, state, scheduler), state
+    return http_app(deployment, state, scheduler), state
 
 
 async def get(app: App, path: str) -> tuple[int, Any]:

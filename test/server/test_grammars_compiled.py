@@ -44,7 +44,7 @@ def grammars(tokenizer: Any, **changes: Any) -> Iterator[Grammars]:
         "on_change": lambda: None,
     }
     compiler = XGrammarCompiler(tokenizer, SPEC, any_whitespace=True)
-    made = Grammars([compiler] * 2, **(fields | changes))
+    made = Grammars({0: compiler, 1: compiler}, lambda *_: compiler, **(fields | changes))
     try:
         yield made
     finally:
