@@ -149,8 +149,7 @@ def find_running(port: int | None = None) -> Deployment:
     found = [file for file in files if port in (None, ports[file])]
     if not found:
         where = "" if port is None else f" on port {port}"
-        older = f"; another version of it uses {', '.join(others)}" if others else ""
-        raise ConfigError(f"no CrossPool server of this user runs on this machine{where}{older}")
+        raise ConfigError(f"no CrossPool server of this user runs on this machine{where}")
     if len(found) > 1:
         known = ", ".join(str(ports[file]) for file in found)
         raise ConfigError(f"several servers run on this machine: choose one with --port ({known})")
