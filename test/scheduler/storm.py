@@ -321,7 +321,7 @@ class Storm:
             self.changed(change)
         check(self)
         deadline = self.core.next_deadline()
-        if deadline is not None and not self.now <= self.woken_at <= deadline:
+        if deadline is not None and not self.now < self.woken_at <= deadline:
             self.woken_at = deadline
             self.after(max(0.0, deadline - self.now), self.wake)
 

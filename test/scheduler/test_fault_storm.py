@@ -25,7 +25,7 @@ from crosspool.transport.messages import Step
 from msgspec import structs
 
 SEEDS = 4000
-PARTS = 8
+PARTS = 4
 SEEDS_FOR_A_BUG = 2000
 
 
