@@ -97,8 +97,7 @@ def _import_for_host_loop(deployment: Deployment) -> None:
     from crosspool.ranks.host.attention import frequencies
 
     for model in deployment.models.values():
-        # Transformers imports what a model's config takes.
-        frequencies(spec_of(model), Path(model.path))
+        frequencies(spec_of(model), Path(model.path))  # imports what the config takes
 
 
 def _warn_of_threads() -> None:

@@ -15,6 +15,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, tag="job"):
     id: int
     model: int
     grammar: Grammar
+    was_killed: bool = False
+    """Whether a child that compiled it was killed by somebody else."""
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):

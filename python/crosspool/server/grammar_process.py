@@ -29,6 +29,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NoReturn
 
+import msgspec
 import psutil
 
 from crosspool.config.deployment import ModelConfig
@@ -54,9 +55,14 @@ MakesModelCompiler = Callable[[int, ModelConfig], GrammarCompiler]
 """Makes the compiler of the model with this number."""
 
 _FIRST_SECONDS = 0.25
-_PATIENCE = 2
-"""Times are processor times, since others may have the cores; but after so many times as long on
-the clock they count as over, so that a client has its answer soon."""
+_CLOCK_SHARE = 1 / 2
+"""Times are processor times, since others may have the cores. But such a share of the clock counts,
+too, so that a client has its answer soon."""
+_STARVED_FACTOR = 3
+"""The clock counts for at most so many times the processor time, lest a simple grammar is refused
+where its child got none."""
+_STARVED_SHARE = 1 / 20
+"""The share of the clock that counts in any case."""
 _LOOK_SECONDS = 0.005
 """Shortest time between two looks at the processor time of a child."""
 _STOPPED_SECONDS = 1.0
@@ -218,11 +224,12 @@ class _Child:
     """Time of the monotonic clock."""
 
     def left(self, seconds: float) -> float:
-        """How long it may go on before it has used ``seconds`` of a processor, or the clock so many
-        times as much."""
+        """How long it may go on before it has used up ``seconds``."""
         times = psutil.Process(self.pid).cpu_times()
-        clock = self.started + _PATIENCE * seconds - time.monotonic()
-        return min(seconds - float(times.user + times.system), clock)
+        used = float(times.user + times.system)
+        clock = time.monotonic() - self.started
+        slowly = min(_CLOCK_SHARE * clock, _STARVED_FACTOR * used)
+        return seconds - max(used, slowly, _STARVED_SHARE * clock)
 
     def end(self) -> int:
         """Kills and reaps it; returns its wait status."""
@@ -321,7 +328,11 @@ class _Children:
                 frame = child.result.recv_bytes()
                 child.end()
             except EOFError:
-                frame = self._encode(child.job, error=self._cause(child.end()))
+                status = child.end()
+                if os.WTERMSIG(status) == signal.SIGKILL and not child.job.was_killed:
+                    lane.queue.push(msgspec.structs.replace(child.job, was_killed=True))
+                else:
+                    frame = self._encode(child.job, error=self._cause(status))
         elif child.left(lane.seconds) > 0:
             return
         elif following is None:
