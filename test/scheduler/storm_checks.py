@@ -63,12 +63,14 @@ def _check_turns(storm: Storm) -> None:
         number
         for number, it in models.items()
         if it.keep == "pinned"  # its room is kept also while it cannot be woken
-        or it.wanted
-        and (
-            it.asked
-            or (
-                number in residency._work
-                and (it.awake_since is None or storm.now < it.awake_since + residency._quantum)
+        or (
+            it.wanted
+            and (
+                it.asked
+                or (
+                    number in residency._work
+                    and (it.awake_since is None or storm.now < it.awake_since + residency._quantum)
+                )
             )
         )
     }
