@@ -159,7 +159,7 @@ def run(*, cycles: int, registered: int) -> Result:
     """Load a tiny model, ask it, so that it wakes, and unload it, ``cycles`` times beside two
     others that are asked all the time; then load ``registered`` models that are never asked."""
     *served, coming = checkpoint.models(3, tiny=True)
-    result = Result(cycles, Holding({}, 0, 0), Holding({}, 0, 0), registered)
+    result = Result(cycles, Holding({}, 0, 0), Holding({}, 0, 0), registered=registered)
 
     def cycle(number: int) -> None:
         name = f"{coming.name}-{number % 10}"

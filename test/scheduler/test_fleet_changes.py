@@ -4,6 +4,7 @@ import pytest
 from crosspool.config.deployment import MAX_MODELS, ConfigError
 from crosspool.scheduler.changes import ModelAdded, ModelRefused, ModelRemoved
 from crosspool.transport.messages import AddModel, Release, RemoveModel, Sleep, Wake
+from crosspool.weightpool.placement import place
 from simulation import Simulation, deployment, expected_tokens, request, spec
 
 
@@ -49,6 +50,20 @@ def test_a_pinned_model_that_comes_is_woken():
     sim.follow()
     assert sim.snapshot()["models"][1]["residency"]["state"] == "resident"
     assert sim.devices.has[0] >= {number}
+
+
+def test_models_are_pinned_only_where_they_fit_beside_those_that_come_pinned():
+    """Else a later scheduler could not begin with the deployment."""
+    of_one = place(deployment(1), {0: spec()}).pool_bytes
+    sim = simulation(weight_pool_bytes=of_one)
+    number = sim.load(spec(), keep="pinned")
+    with pytest.raises(ValueError, match=r"pinned models model0 .*, further"):
+        sim.core.pin(0, "pinned")
+    sim.follow()
+    assert [model.keep for model in sim.core.deployment.models.values()] == ["demand", "pinned"]
+    sim.core.pin(number, "demand")
+    sim.core.pin(0, "pinned")
+    place(sim.core.deployment, sim.specs)
 
 
 def test_others_go_on_while_a_model_comes_and_leaves():

@@ -86,8 +86,10 @@ class FleetControl:
         ``asleep`` has it sleep. Raises ValueError, with a text for users, when it leaves or the
         pinned models do not fit together."""
         self._check_served(model)
-        self._residency.pin(model, keep, self._clock())
+        if keep == "pinned":
+            self._residency.check_room(model)
         self._roster.note_keep(model, keep)
+        self._residency.pin(model, keep, self._clock())
 
     def on_waking(self, device: int, model: int, read: int, total: int) -> None:
         """The device has read ``read`` of ``total`` bytes of the model's weights."""

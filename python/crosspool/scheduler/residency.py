@@ -172,13 +172,17 @@ class ResidencyPolicy:
     def wake(self, model: int, now: float) -> None:
         """Wakes the model, requests or not, as if it had some. Raises ValueError when it does not
         fit beside the pinned models."""
-        if (refusal := self._impossible(model)) is not None:
-            raise ValueError(refusal.message)
+        self.check_room(model)
         it = self._models[model]
         it.asked = not it.wanted
         it.dismissed = False
         it.retry_at = -math.inf
         self._next = now
+
+    def check_room(self, model: int) -> None:
+        """Raises ValueError when the model does not fit beside the pinned models."""
+        if (refusal := self._impossible(model)) is not None:
+            raise ValueError(refusal.message)
 
     def sleep(self, model: int, now: float) -> None:
         """Has the model sleep as soon as it has no requests; later ones wake it. Raises ValueError

@@ -100,9 +100,13 @@ class Roster:
         self.devices.add(number, config)
 
     def note_keep(self, model: int, keep: Keep) -> None:
-        """Has the deployment say when the model is in memory."""
+        """Has the deployment say when the model is in memory. Raises ConfigError when the pinned
+        models do not fit together, those included that are being added or leave: a later scheduler
+        could not begin. Nothing has changed then."""
         config = msgspec.structs.replace(self._deployment.models[model], keep=keep)
-        self._deployment = self._deployment.with_model(model, config)
+        d = self._deployment.with_model(model, config)
+        place(d, self._specs)
+        self._deployment = d
 
     def settle(self, now: float) -> Iterator[Change]:
         """Yields the models that have come, been refused or left."""

@@ -24,7 +24,7 @@ left are ended; and then the same again."""
 _LOOK_SECONDS = 0.02
 
 
-class Scheduler(Protocol):
+class Unloads(Protocol):
     """What is needed of :class:`~crosspool.transport.admin.AsyncAdmin`."""
 
     async def status(self) -> Status: ...
@@ -40,7 +40,7 @@ class ModelApps:
         self,
         deployment: Deployment,
         state: State,
-        scheduler: Scheduler,
+        scheduler: Unloads,
         make: Callable[[Deployment, int], ModelApp],
     ) -> None:
         self._file = deployment.file
