@@ -30,6 +30,7 @@ def changing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     packed.chmod(0o700)
     flags = ["--dtype", "float32", "--kv-pool-bytes", "64MiB", "--weight-pool-bytes", "11500000"]
     flags += ["--packed-cache-dir", str(packed), "--packed-cache-bytes", "1GiB"]
+    flags += ["--restart-limit", "100"]
     with Server(flags, models=[QWEN]) as running:
         yield running
 
