@@ -67,15 +67,13 @@ def _check_turns(storm: Storm) -> None:
     keep = {
         number
         for number, it in models.items()
-        if it.keep == "pinned"  # its room is kept also while it cannot be woken
-        or (
-            it.wanted
-            and (
-                it.asked
-                or (
-                    number in residency._work
-                    and (it.awake_since is None or storm.now < it.awake_since + residency._quantum)
-                )
+        if it.wanted
+        and (
+            it.keep == "pinned"
+            or it.asked
+            or (
+                number in residency._work
+                and (it.awake_since is None or storm.now < it.awake_since + residency._quantum)
             )
         )
     }
