@@ -131,6 +131,7 @@ void Loop::choose() {
       begin_steps();
       if (choose_ready()) {
         chosen_.start_ns = trace_.on() ? now_ns() : 0;
+        if (is_whole(*chosen_.model)) idle_since_.store(kBusy, std::memory_order_relaxed);
         return;
       }
     }
@@ -358,6 +359,12 @@ void Loop::wait(std::uint32_t seen) {
   const std::int64_t spin =
       in_flight || just_served ? description_.busy_spin_ns : description_.spin_ns;
   team_.set_patience(std::max(spin, meeting_ns_));
+  const bool runs = std::any_of(lanes_.begin(), lanes_.end(), [this](const Lane& lane) {
+    return lane.stage == Stage::kWaiting && is_whole(*lane.model);
+  });
+  if (!runs && idle_since_.load(std::memory_order_relaxed) == kBusy) {
+    idle_since_.store(now_ns(), std::memory_order_relaxed);
+  }
   if (description_.heartbeat != nullptr) description_.heartbeat->count_look();
   tell(failed_              ? Activity::kIdle
        : waits_for_weights_ ? Activity::kReading

@@ -10,10 +10,12 @@
 
 #include <cstdint>
 #include <deque>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "../wait.h"
 #include "ffn_part.h"
 #include "lane.h"
 #include "links.h"
@@ -65,6 +67,9 @@ class Loop {
   void set_present(std::int32_t model, WeightPart part, std::int32_t layers);
   // CLOCK_MONOTONIC time of the last reply to another device, in ns; 0 before the first.
   std::int64_t last_served_ns() const { return last_served_.load(std::memory_order_relaxed); }
+  // How long no step has run but of models that are being read, in ns; negative while one runs.
+  std::int64_t idle_ns() const { return now_ns() - idle_since_.load(std::memory_order_relaxed); }
+  const std::vector<int>& cores() const { return team_.cores(); }
 
  private:
   enum class PartKind { kStop, kAttention, kHead, kLocalFFN, kRemoteFFN };
@@ -75,6 +80,8 @@ class Loop {
     FFNTask ffn{};
     std::int64_t start_ns = 0;
   };
+
+  static constexpr std::int64_t kBusy = std::numeric_limits<std::int64_t>::max();
 
   void run(int thread);
   void run_part(int thread);
@@ -105,6 +112,15 @@ class Loop {
     waits_for_weights_ = waits_for_weights_ || found == Presence::kLater;
     return found;
   }
+  // Whether all weights of a model that this device has a part of are there.
+  bool is_whole(const ModelTable& model) {
+    PresentLayers& present = present_[&model - models_.data()];
+    const auto has = [&](WeightPart part, std::int32_t layer) {
+      return present.of_layer(part, layer) == Presence::kHere;
+    };
+    return (model.attention == nullptr || has(WeightPart::kAttention, model.layers)) &&
+           (model.ffn == nullptr || has(WeightPart::kFFN, model.layers - 1));
+  }
   bool lease_goes_on(const StepArguments& step);
   void recall(std::uint64_t step);
   void publish(const Event& event);
@@ -128,6 +144,7 @@ class Loop {
   EventRing events_{};
   Trace trace_;
   std::atomic<std::int64_t> last_served_{0};
+  std::atomic<std::int64_t> idle_since_{0};  // kBusy while a step runs
 
   ChosenPart chosen_;
   std::vector<unsigned char*> copies_;  // of the payload of the attention part under way

@@ -22,6 +22,13 @@ std::uint64_t mixed(std::uint64_t state, std::uint64_t word) {
   return std::rotl(state ^ word, 29) * kOdd;
 }
 
+// Unrolled, so that lanes stay in registers: summing is a third of what reading from the page cache
+// costs even so.
+void mix(std::uint64_t (&lanes)[kLanes], const std::uint64_t (&words)[kLanes]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; ++i) lanes[i] = mixed(lanes[i], words[i]);
+}
+
 std::uint64_t unit_checksum(const std::byte* data, std::int64_t bytes, std::int32_t number) {
   std::uint64_t lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = kOdd * static_cast<std::uint64_t>(i + 1);
@@ -29,12 +36,12 @@ std::uint64_t unit_checksum(const std::byte* data, std::int64_t bytes, std::int3
   std::int64_t at = 0;
   for (; at + static_cast<std::int64_t>(sizeof(words)) <= bytes; at += sizeof(words)) {
     std::memcpy(words, data + at, sizeof(words));
-    for (int i = 0; i < kLanes; ++i) lanes[i] = mixed(lanes[i], words[i]);
+    mix(lanes, words);
   }
   if (at < bytes) {
     std::memset(words, 0, sizeof(words));
     std::memcpy(words, data + at, static_cast<std::size_t>(bytes - at));
-    for (int i = 0; i < kLanes; ++i) lanes[i] = mixed(lanes[i], words[i]);
+    mix(lanes, words);
   }
   std::uint64_t sum = mixed(static_cast<std::uint64_t>(bytes), static_cast<std::uint64_t>(number));
   for (const std::uint64_t lane : lanes) sum = mixed(sum, lane);
