@@ -78,13 +78,13 @@ std::uint64_t checksum(const Span& span, Range units) {
   return sum;
 }
 
-std::int32_t units_at_once(const Span& span) {
-  return static_cast<std::int32_t>(std::clamp<std::int64_t>(
-      kPieceBytes / std::max<std::int64_t>(span.unit_bytes, 1), 1, 1 << 20));
+std::int32_t units_in(std::int64_t bytes, const Span& span) {
+  return static_cast<std::int32_t>(
+      std::clamp<std::int64_t>(bytes / std::max<std::int64_t>(span.unit_bytes, 1), 1, 1 << 20));
 }
 
 int read_units(int file, Span& span, Range units) {
-  const std::int32_t step = units_at_once(span);
+  const std::int32_t step = units_in(kPieceBytes, span);
   std::uint64_t sum = 0;
   for (std::int32_t begin = units.begin; begin < units.end; begin += step) {
     const Range piece{begin, std::min(units.end, begin + step)};

@@ -24,7 +24,8 @@ namespace {
 // Requests wait for it: on a busy core it has a tenth of what others have, and not less.
 constexpr int kLowPriority = 10;
 constexpr std::int64_t kTellNs = 200'000'000;
-constexpr int kMostThreads = 4;  // take what memory gives; more would only be in the way
+constexpr std::int64_t kPieceBytes = 2 << 20;  // a huge page, which one thread should touch first
+constexpr int kMostHelpers = 3;                // four threads take what memory gives
 constexpr std::chrono::milliseconds kNap{10};
 
 // The stages of a reading, each read by several threads, one stage after another.
@@ -45,7 +46,7 @@ class Stages {
     if (Atomic<std::int32_t>(reading_.stop).load(kRelaxed) != 0) fail(-ECANCELED);
     if (ended()) return false;
     const Span& span = reading_.spans[span_];
-    const std::int32_t end = std::min(span.units, unit_ + units_at_once(span));
+    const std::int32_t end = std::min(span.units, unit_ + units_in(kPieceBytes, span));
     piece = {stage().file, span_, {unit_, end}};
     unit_ = end;
     if (unit_ == span.units) next_span();
@@ -133,26 +134,35 @@ bool read_piece(Stages& stages, Span* spans) {
   return true;
 }
 
-// The cores that this thread and the loop's may run on.
-cpu_set_t all_cores(const Loop& loop) {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  sched_getaffinity(0, sizeof(set), &set);
+// Threads that read beside the first one, and their cores: the loop's, which compute nothing then,
+// or, where the first may run on these anyway, all that it may run on.
+struct Helpers {
+  int count;
+  cpu_set_t cores;
+};
+
+Helpers helpers_of(const Loop& loop) {
+  cpu_set_t mine, others;
+  CPU_ZERO(&mine);
+  CPU_ZERO(&others);
+  sched_getaffinity(0, sizeof(mine), &mine);
   for (const int core : loop.cores()) {
-    if (core >= 0) CPU_SET(static_cast<unsigned>(core), &set);
+    if (core < 0 || CPU_ISSET(static_cast<unsigned>(core), &mine)) continue;
+    CPU_SET(static_cast<unsigned>(core), &others);
   }
-  return set;
+  const int count = CPU_COUNT(&others) > 0 ? CPU_COUNT(&others) : CPU_COUNT(&mine) - 1;
+  return {std::clamp(count, 0, kMostHelpers), CPU_COUNT(&others) > 0 ? others : mine};
 }
 
 }  // namespace
 
 int read_stages(Loop& loop, StagedReading& reading) {
-  const cpu_set_t everywhere = all_cores(loop);
+  const Helpers helpers = helpers_of(loop);
   Stages stages(loop, reading);
   const auto read = [&](bool helps) {
     // Of Linux's threads each has a priority of its own; that of the caller stays.
     setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kLowPriority);
-    if (helps) sched_setaffinity(0, sizeof(everywhere), &everywhere);
+    if (helps) sched_setaffinity(0, sizeof(helpers.cores), &helpers.cores);
     Pace pace(loop);
     for (;;) {
       if (helps && !pace.quiet()) {
@@ -164,8 +174,7 @@ int read_stages(Loop& loop, StagedReading& reading) {
     }
   };
   std::vector<std::thread> threads;
-  const int count = std::clamp(CPU_COUNT(&everywhere), 1, kMostThreads);
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i <= helpers.count; ++i) {
     threads.emplace_back(read, i > 0);
     pthread_setname_np(threads.back().native_handle(), "waking");
   }
