@@ -131,7 +131,7 @@ void Loop::choose() {
       begin_steps();
       if (choose_ready()) {
         chosen_.start_ns = trace_.on() ? now_ns() : 0;
-        if (is_whole(*chosen_.model)) idle_since_.store(kBusy, std::memory_order_relaxed);
+        if (is_whole(*chosen_.model)) idle_.work();
         return;
       }
     }
@@ -362,9 +362,7 @@ void Loop::wait(std::uint32_t seen) {
   const bool runs = std::any_of(lanes_.begin(), lanes_.end(), [this](const Lane& lane) {
     return lane.stage == Stage::kWaiting && is_whole(*lane.model);
   });
-  if (!runs && idle_since_.load(std::memory_order_relaxed) == kBusy) {
-    idle_since_.store(now_ns(), std::memory_order_relaxed);
-  }
+  if (!runs) idle_.rest();
   if (description_.heartbeat != nullptr) description_.heartbeat->count_look();
   tell(failed_              ? Activity::kIdle
        : waits_for_weights_ ? Activity::kReading

@@ -10,13 +10,12 @@
 
 #include <cstdint>
 #include <deque>
-#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "../wait.h"
 #include "ffn_part.h"
+#include "idle_clock.h"
 #include "lane.h"
 #include "links.h"
 #include "present_layers.h"
@@ -67,8 +66,8 @@ class Loop {
   void set_present(std::int32_t model, WeightPart part, std::int32_t layers);
   // CLOCK_MONOTONIC time of the last reply to another device, in ns; 0 before the first.
   std::int64_t last_served_ns() const { return last_served_.load(std::memory_order_relaxed); }
-  // How long no step has run but of models that are being read, in ns; negative while one runs.
-  std::int64_t idle_ns() const { return now_ns() - idle_since_.load(std::memory_order_relaxed); }
+  // Of steps but those of models that are being read.
+  IdleClock& idle() { return idle_; }
   const std::vector<int>& cores() const { return team_.cores(); }
 
  private:
@@ -80,8 +79,6 @@ class Loop {
     FFNTask ffn{};
     std::int64_t start_ns = 0;
   };
-
-  static constexpr std::int64_t kBusy = std::numeric_limits<std::int64_t>::max();
 
   void run(int thread);
   void run_part(int thread);
@@ -144,7 +141,7 @@ class Loop {
   EventRing events_{};
   Trace trace_;
   std::atomic<std::int64_t> last_served_{0};
-  std::atomic<std::int64_t> idle_since_{0};  // kBusy while a step runs
+  IdleClock idle_;
 
   ChosenPart chosen_;
   std::vector<unsigned char*> copies_;  // of the payload of the attention part under way

@@ -163,7 +163,7 @@ int read_stages(Loop& loop, StagedReading& reading) {
     // Of Linux's threads each has a priority of its own; that of the caller stays.
     setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kLowPriority);
     if (helps) sched_setaffinity(0, sizeof(helpers.cores), &helpers.cores);
-    Pace pace(loop);
+    Pace pace(loop.idle());
     for (;;) {
       if (helps && !pace.quiet()) {
         if (stages.ends_within(kNap)) return;
