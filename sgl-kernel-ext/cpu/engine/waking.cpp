@@ -25,7 +25,7 @@ namespace {
 constexpr int kLowPriority = 10;
 constexpr std::int64_t kTellNs = 200'000'000;
 constexpr std::int64_t kPieceBytes = 2 << 20;  // a huge page, which one thread should touch first
-constexpr int kMostHelpers = 3;                // four threads take what memory gives
+constexpr int kMostHelpers = 3;                // each adds less than the one before
 constexpr std::chrono::milliseconds kNap{10};
 
 // The stages of a reading, each read by several threads, one stage after another.
