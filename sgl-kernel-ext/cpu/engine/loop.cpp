@@ -154,6 +154,7 @@ void Loop::choose() {
       begin_steps();
       if (choose_ready()) {
         chosen_.start_ns = trace_.on() ? now_ns() : 0;
+        if (is_whole(*chosen_.model)) idle_.work();
         return;
       }
     }
@@ -410,6 +411,10 @@ void Loop::wait(std::uint32_t seen) {
   const std::int64_t spin =
       in_flight || just_served ? description_.busy_spin_ns : description_.spin_ns;
   team_.set_patience(std::max(spin, meeting_ns_));
+  const bool runs = std::any_of(lanes_.begin(), lanes_.end(), [this](const Lane& lane) {
+    return lane.stage == Stage::kWaiting && is_whole(*lane.model);
+  });
+  if (!runs) idle_.rest();
   if (description_.heartbeat != nullptr) description_.heartbeat->count_look();
   tell(failed_              ? Activity::kIdle
        : waits_for_weights_ ? Activity::kReading
