@@ -43,8 +43,10 @@ class Rig {
 
   explicit Rig(std::int64_t bytes) : team_({-1, -1}), memory_(bytes), file_(std::tmpfile()) {
     LoopDescription description{};
-    description.models = &model_.view(cache_.data(), 0, TinyModel::kExperts, true, {})->table;
-    description.model_count = 1;
+    ModelTable& table = model_.view(cache_.data(), 0, TinyModel::kExperts, true, {})->table;
+    table.weights = Weights::kLater;
+    description.models = &table;
+    description.model_count = description.model_places = 1;
     description.doorbell = &bell_.doorbell;
     description.attention_rank = description.ffn_rank = -1;
     description.max_rows = 8;

@@ -143,6 +143,19 @@ def test_a_floor_for_which_running_requests_leave_no_room_is_refused_for_now(pro
     assert sim.core.max_tokens(0) < 900, "the floor counts from now on"
 
 
+def test_a_floor_that_leaves_too_little_for_a_request_that_waits_is_refused_for_now():
+    sim = Simulation(deployment(1, kv_pool_bytes=20 * 4096), [spec(context=1000)], never_ending)
+    sim.lose()
+    sim.add(request("long", 10, 900))
+    before = sim.snapshot()
+    with pytest.raises(ConfigError, match=r"requests that wait for model model0; try again later"):
+        sim.load(spec(), kv_floor_bytes=12 * 4096)
+    assert sim.snapshot() == before
+    sim.core.abort("long")
+    sim.schedule()
+    assert sim.load(spec(), kv_floor_bytes=12 * 4096)
+
+
 def test_a_model_leaves_when_its_requests_have_ended():
     sim = simulation(2)
     asked = request("a", 10, 8, model=1)

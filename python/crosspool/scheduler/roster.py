@@ -90,6 +90,7 @@ class Roster:
         self.bounds.add(d, number)
         ready: list[RankState] = []
         try:
+            self._check_waiting()
             for rank in self.ranks:
                 rank.add_model(number)
                 ready.append(rank)
@@ -98,6 +99,16 @@ class Roster:
             raise
         self._deployment = d
         self.devices.add(number, config)
+
+    def _check_waiting(self) -> None:
+        """Raises ConfigError when a request that waits could not be promised its pages any more."""
+        for number, model in self.models.items():
+            most = model.layout.pages_in(self.bounds.reach(number))
+            if any(model.layout.pages_for(seq.most_tokens) > most for seq in model.queue):
+                raise ConfigError(
+                    f"kv_floor_bytes: the floor of a further model leaves too little for requests "
+                    f"that wait for model {model.name}; try again later, or give it a smaller floor"
+                )
 
     def note_keep(self, model: int, keep: Keep) -> None:
         """Has the deployment say when the model is in memory. Raises ConfigError when the pinned
