@@ -393,7 +393,7 @@ def forgets_a_refusal(patch):
         (is_let_go_with_its_weights, "a model leaves with its weights"),
         (
             thinks_that_all_is_known,
-            "of a model that the rank does not know|that the device does not know|wait for ever|nothing",
+            "that the (rank|device) does not know|wait for ever|nothing",
         ),
         (wakes_what_is_unknown, "a model is woken that the device does not know"),
         (forgets_a_refusal, "a model neither comes nor is refused"),
