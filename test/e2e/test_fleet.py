@@ -80,7 +80,7 @@ def test_requests_of_sleeping_models_wait_and_get_the_tokens_they_would_have_had
 
 def test_the_prefix_cache_survives_sleep(fleet: Server) -> None:
     """Of requests with a common beginning, as many tokens are found in the cache when their model
-    sleeps before each of them as when it never does, by word or since others take its room."""
+    sleeps before each of them as when it never does, by word or since others need its room."""
 
     def answers(before: Callable[[], None]) -> list[tuple[list[int], int]]:
         assert fleet.manage(f"/m/{GLM}/flush_cache")[0] == 200
@@ -95,10 +95,11 @@ def test_the_prefix_cache_survives_sleep(fleet: Server) -> None:
         assert do(fleet, "sleep", GLM)["state"] == "asleep"
 
     def give_way() -> None:
-        for model in (QWEN, DEEPSEEK) * 3:
-            generate(fleet, model)
+        for keep in ("pinned", "demand"):
+            for model in (QWEN, DEEPSEEK):
+                do(fleet, "pin", model, {"keep": keep})
         for model in (QWEN, DEEPSEEK):
-            do(fleet, "wake", model)
+            generate(fleet, model)
         assert state_of(fleet, GLM) == "asleep"
 
     do(fleet, "wake", GLM)
