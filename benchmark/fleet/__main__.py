@@ -15,8 +15,7 @@ models while a third wakes and sleeps all the time with that without; with ``--l
 is loaded before and unloaded after each time. ``cycles`` loads, wakes and unloads a tiny model
 many times beside two that answer, and tells what is left of it, and what models take that are
 registered and never woken. ``registered`` compares a server of one model with one that has
-``--registered`` tiny models more: their start, their memory, and the time between tokens of the
-one. ``prefixes`` asks for a cached prefix of a model that has slept, of one that has not, and of
+``--registered`` tiny models more: their start, their memory, and what a token of the one takes. ``prefixes`` asks for a cached prefix of a model that has slept, of one that has not, and of
 one whose cache was lost. ``turns`` has two models asked all the time that do not fit together.
 ``popularity`` has requests for many models, of which some are more popular (Zipf), and with
 ``--llama`` the same ones for ``llama_cpp.server``.

@@ -1,5 +1,5 @@
-"""A cached prefix that is asked for after its model has slept: hit rate, time to the first token and
-tokens, against those of a model that never sleeps, and of one whose cache was lost."""
+"""A cached prefix that is asked for after its model has slept: hit rate, time to the first token
+and tokens, against those of a model that never sleeps, and of one whose cache was lost."""
 
 from __future__ import annotations
 
