@@ -29,7 +29,7 @@ class State:
     recovers: bool = False
     """Whether processes that have died are being replaced, and requests wait for that."""
     draining: bool = False
-    in_flight: Counter[str] = field(default_factory=Counter)
-    """Number of requests that each model's application is working on; none of them is 0."""
+    in_flight: Counter[ModelApp] = field(default_factory=Counter)
+    """Number of requests that each application is working on; none of them is 0."""
     turns: Turns = field(default_factory=Turns)
     """The turns that requests, and the samples of each, take to begin."""
