@@ -366,6 +366,7 @@ def replacing(bed: Bed, keep: Keep = "demand") -> None:
     first = msgspec.structs.replace(FIRST, keep=keep)
     bed.core.deployment = bed.core.deployment.with_model(0, first)
     save(bed.core.deployment)
+    bed.grammars.known[0] = Future()
     bed.to_core(config=OTHER, replaces=True)
     bed.change(ModelAdded(1))
     assert bed.core.replacing == (0, 1) and not bed.outcomes

@@ -310,13 +310,14 @@ class App(Starlette):
         model = self._state.models.get(name)
         if model is None:
             raise unknown_model(name)
-        self._state.in_flight[model] += 1
+        key = id(model)
+        self._state.in_flight[key] += 1
         try:
             await model(scope, receive, send)
         finally:
-            self._state.in_flight[model] -= 1
-            if not self._state.in_flight[model]:
-                del self._state.in_flight[model]
+            self._state.in_flight[key] -= 1
+            if not self._state.in_flight[key]:
+                del self._state.in_flight[key]
 
 
 def _inner(scope: Scope) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class ModelApps:
     async def _rests(self, app: ModelApp, seconds: float) -> bool:
         """Waits until the application works on no request; returns whether it does so in time."""
         deadline = time.monotonic() + seconds
-        while self._state.in_flight[app] or app.is_working:
+        while self._state.in_flight[id(app)] or app.is_working:
             if time.monotonic() >= deadline:
                 return False
             await asyncio.sleep(_LOOK_SECONDS)
