@@ -116,9 +116,11 @@ def simulated(
         Visit(request.arrival, names.index(request.model), float(service))
         for request, service in zip(load, services, strict=True)
     ]
+    ffn, attention = sizes
+    every = range(len(names))
     places = [
-        WeightPlace(0, role, room * size, dict.fromkeys(range(len(names)), size))
-        for role, size in zip(("ffn", "attention"), sizes, strict=True)
+        WeightPlace(0, "ffn", room * ffn, dict.fromkeys(every, ffn)),
+        WeightPlace(0, "attention", room * attention, dict.fromkeys(every, attention)),
     ]
     found = serve(
         visits,
