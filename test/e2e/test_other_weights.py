@@ -179,3 +179,12 @@ def test_running_requests_may_be_ended_before(serving: Server, tmp_path: Path) -
         status, told = running.result()
     assert status != 200 or told["meta_info"]["finish_reason"]["type"] == "abort", told
     assert update(serving, GLM, DEMO / GLM)[0] == 200
+
+
+def test_where_weights_cannot_be_read_again_they_are_not_changed(
+    server: Server, tmp_path: Path
+) -> None:
+    """A server that keeps no packed weights."""
+    status, told = update(server, GLM, other_checkpoint(GLM, tmp_path / "other"))
+    assert status == 400 and "packed_cache_bytes: 0" in told["error"]["message"], told
+    assert generate(server, GLM)
