@@ -3,10 +3,8 @@ they had been there from the start, and leave nothing behind."""
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from crosspool.config.deployment import MAX_MODELS
 from crosspool.transport.messages import (
     Added,
     AddModel,
-    Logprobs,
     Removed,
     RemoveModel,
     Sleep,
@@ -28,51 +25,26 @@ from crosspool.transport.messages import (
     Waking,
     Woken,
 )
+from support.fleet_devices import (
+    LOOPS_AND_PLACES,
+    MODELS,
+    PLACES,
+    SPLIT,
+    Places,
+    answers,
+    driver,
+    generations,
+)
 
 from benchmark.checkpoint import Shape, write
 from benchmark.device_driver import DeviceDriver, Generation
-from benchmark.server import DEMO, TINY_MODELS
 
-FIRST, SECOND, THIRD = MODELS = [DEMO / name for name in TINY_MODELS]
-PLACES = [(("cpu:0",), ("cpu:0",)), (("cpu:0",), ("cpu:1",)), (("cpu:0",), ("cpu:1", "cpu:0"))]
-SPLIT = (("cpu:0",), ("cpu:1",))
+FIRST, SECOND, THIRD = MODELS
 LARGER = Shape("larger", 512, 3, 16, 2, 96, 8, 2, 64, 3000, context=128)
 """A model that needs larger arrays than the tiny ones."""
 WIDEST = Shape("widest", 16384, 1, 4, 2, 8, 8, 1, 16, 300, context=64)
 """A model whose rows in float32 are wider than links have room for."""
 CYCLES = 60
-
-
-def driver(
-    folder: Path, places: tuple[Sequence[str], Sequence[str]], models: Sequence[Path], **fields: Any
-) -> DeviceDriver:
-    cache = {"packed_cache_dir": str(folder / "cache"), "packed_cache_bytes": 1 << 30}
-    return DeviceDriver(models, *places, **(cache | fields))
-
-
-def generations(model: int, seed: int) -> list[Generation]:
-    return [
-        Generation(
-            model,
-            [3 + seed, 7, 11, 2 + 5 * i, 19],
-            new_tokens=8,
-            logprobs=Logprobs(output=True, prompt_start=0, top=3),
-            chunk=3,
-        )
-        for i in range(2)
-    ]
-
-
-def answers(on: DeviceDriver, *models: int, seed: int = 0) -> list[Any]:
-    """Tokens and log-probabilities by model, to the bit."""
-    asked = [generations(model, seed) for model in models]
-    on.generate(itertools.chain.from_iterable(asked))
-    return [
-        msgspec.to_builtins(
-            [(one.output, one.output_logprobs, one.prompt_logprobs) for one in of_model]
-        )
-        for of_model in asked
-    ]
 
 
 def come(on: DeviceDriver, path: Path, **options: Any) -> int:
@@ -88,11 +60,9 @@ def leave(on: DeviceDriver, number: int) -> None:
     on.remove(number)
 
 
-@pytest.mark.parametrize(
-    ("loop", "places"), [*(("resident", one) for one in PLACES), ("host", SPLIT)]
-)
+@pytest.mark.parametrize(("loop", "places"), LOOPS_AND_PLACES)
 def test_a_model_that_comes_answers_as_one_that_was_there(
-    tmp_path: Path, loop: str, places: tuple[Sequence[str], Sequence[str]]
+    tmp_path: Path, loop: str, places: Places
 ) -> None:
     fields: dict[str, Any] = {"loop": loop, "lanes": 2}
     with driver(tmp_path, places, MODELS, **fields) as on:
@@ -215,7 +185,7 @@ def test_a_device_that_starts_again_has_what_the_file_has(
         on.replace("cpu:1")
         assert on.ready["cpu:1"].models == ([0, number] if is_saved else [0])
         assert on.ready["cpu:1"].resident == ([0, number] if is_saved else [0])
-        waiting = generations(number, 0)
+        waiting = generations(number)
         if not is_saved:
             flying = on.step(waiting)
             time.sleep(0.3)
@@ -243,7 +213,7 @@ def test_a_step_of_a_model_that_a_device_cannot_take_any_more_is_refused(
         number = come(on, own)
         on.replace("cpu:1")
         (own / "config.json").rename(own / "away")
-        waiting = generations(number, 0)
+        waiting = generations(number)
         flying = on.step(waiting)
         on.send("cpu:1", AddModel(model=number, config=on.deployment.models[number]))
         said = [on.receive()[1] for _ in range(2)]
