@@ -28,7 +28,11 @@ DEPLOYMENTS = {
         *["--ffn-parallel", "ep"],
     ],
 }
-PLACES = [(name, loop) for name in DEPLOYMENTS for loop in ("resident", "host")]
+HOST_LOOPS = ("both ranks on one device", "two of each, TP")
+"""Where devices that run the host loop die: with no other device, and with ranks of either kind
+beside those that live. The server does the same under either loop; what the host loop does when it
+comes back is the device's own matter, and has its tests in test/ranks."""
+PLACES = [(name, "resident") for name in DEPLOYMENTS] + [(name, "host") for name in HOST_LOOPS]
 FAST = [("two devices", "resident")]
 
 

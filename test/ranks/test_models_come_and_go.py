@@ -3,8 +3,10 @@ they had been there from the start, and leave nothing behind."""
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,27 @@ WIDEST = Shape("widest", 16384, 1, 4, 2, 8, 8, 1, 16, 300, context=64)
 CYCLES = 60
 
 
+Answers = Callable[[str, Places], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights that were packed for one test are there for the next."""
+    return tmp_path_factory.mktemp("packed")
+
+
+@pytest.fixture(scope="module")
+def answers_from_the_start(folder: Path) -> Answers:
+    """The answers, under a loop and in places, of models that are there from the start."""
+
+    @functools.cache
+    def found(loop: str, places: Places) -> list[Any]:
+        with driver(folder, places, MODELS, loop=loop, lanes=2) as on:
+            return answers(on, 0, 1, 2)
+
+    return found
+
+
 def come(on: DeviceDriver, path: Path, **options: Any) -> int:
     """A model comes and is woken; returns its number."""
     number, errors = on.add(path, **options)
@@ -62,12 +85,10 @@ def leave(on: DeviceDriver, number: int) -> None:
 
 @pytest.mark.parametrize(("loop", "places"), LOOPS_AND_PLACES)
 def test_a_model_that_comes_answers_as_one_that_was_there(
-    tmp_path: Path, loop: str, places: Places
+    folder: Path, loop: str, places: Places, answers_from_the_start: Answers
 ) -> None:
-    fields: dict[str, Any] = {"loop": loop, "lanes": 2}
-    with driver(tmp_path, places, MODELS, **fields) as on:
-        expected = answers(on, 0, 1, 2)
-    with driver(tmp_path, places, [FIRST], **fields) as on:
+    expected = answers_from_the_start(loop, places)
+    with driver(folder, places, [FIRST], loop=loop, lanes=2) as on:
         assert all(ready.models == [0] for ready in on.ready.values())
         numbers = [0]
         for path in (SECOND, THIRD):
@@ -171,13 +192,13 @@ def test_rows_that_links_have_no_room_for_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("loop", ["resident", "host"])
 @pytest.mark.parametrize("is_saved", [True, False])
 def test_a_device_that_starts_again_has_what_the_file_has(
-    tmp_path: Path, loop: str, is_saved: bool
+    folder: Path, loop: str, is_saved: bool, answers_from_the_start: Answers
 ) -> None:
     """What the file does not have yet, it is told. Steps of a model that it has yet to be told of
     wait there."""
-    with driver(tmp_path, SPLIT, MODELS, loop=loop) as on:
-        expected = answers(on, 0, 2)
-    with driver(tmp_path, SPLIT, [FIRST], loop=loop) as on:
+    first, _, third = answers_from_the_start(loop, SPLIT)
+    expected = [first, third]
+    with driver(folder, SPLIT, [FIRST], loop=loop) as on:
         number = come(on, THIRD)
         assert answers(on, 0, number) == expected
         if is_saved:
