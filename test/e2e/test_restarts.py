@@ -29,9 +29,9 @@ DEPLOYMENTS = {
     ],
 }
 HOST_LOOPS = ("both ranks on one device", "two of each, TP")
-"""Where devices that run the host loop die: with no other device, and with ranks of either kind
-beside those that live. The server does the same under either loop; what the host loop does when it
-comes back is the device's own matter, and has its tests in test/ranks."""
+"""Places in which the host loop is tried: a device without peers, and devices with ranks of either
+kind. The server does the same under either loop, and what a device does that comes back is tried in
+every place by test/ranks/test_device_process.py."""
 PLACES = [(name, "resident") for name in DEPLOYMENTS] + [(name, "host") for name in HOST_LOOPS]
 FAST = [("two devices", "resident")]
 

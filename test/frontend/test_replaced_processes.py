@@ -40,7 +40,7 @@ def wait_running(server: FrontEndServer, count: int) -> None:
 
 @contextmanager
 def at_full_speed(server: FrontEndServer) -> Iterator[None]:
-    """For answers to compare with, which do not depend on how long a step takes."""
+    """Devices take no time. What they answer does not depend on it."""
     seconds = server.devices[0].step_seconds
     for device in server.devices:
         device.step_seconds = 0.0
