@@ -26,7 +26,10 @@ def driver(
     folder: Path, places: Places, models: Sequence[Path] = MODELS, **fields: Any
 ) -> DeviceDriver:
     """Starts the device processes of a deployment, which keep packed weights below ``folder``."""
-    cache = {"packed_cache_dir": str(folder / "cache"), "packed_cache_bytes": 1 << 30}
+    cache: dict[str, Any] = {
+        "packed_cache_dir": str(folder / "cache"),
+        "packed_cache_bytes": 1 << 30,
+    }
     return DeviceDriver(models, *places, **(cache | fields))
 
 
