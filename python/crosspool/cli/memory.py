@@ -16,6 +16,7 @@ from crosspool.config.sizes import exact_size, format_size
 from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import ModelSpec
+from crosspool.weightpool.experts import share_of
 from crosspool.weightpool.placement import Placement, rooms
 
 KV_POOL_SHARE = 0.2
@@ -143,6 +144,9 @@ def _weights(memory: SystemMemory, deployment: Deployment, placement: Placement)
         if room.device in memory.devices:
             every = sum(room.needed)
             most[room.option] += every if room.bytes is None else min(every, room.bytes)
+    most["weight_pool_bytes"] += share_of(deployment) * _count(
+        memory, deployment.weight_pool_devices
+    )
     return most["weight_pool_bytes"], most["attention_weight_bytes"]
 
 

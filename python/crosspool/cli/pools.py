@@ -21,6 +21,7 @@ from crosspool.observability.pools_table import (
 )
 from crosspool.transport import admin
 from crosspool.transport.inspection import Status, TensorInfo
+from crosspool.weightpool.experts import share_of
 from crosspool.weightpool.placement import Placement, attention_bytes, place
 
 _EPILOG = """\
@@ -109,7 +110,7 @@ def describe(
         RankRow(
             rank=f"FFN {rank}",
             device=device.name,
-            weights=sum(weights),
+            weights=sum(weights) + share_of(deployment),
             kv_budget=None,
             process=devices.get(device.name),
         )
@@ -126,7 +127,9 @@ def describe(
                 name=model.name,
                 dtype=spec.dtype,
                 attention_weights=attention[index],
-                ffn_weights=sum(held[index] for held in placement.weight_bytes),
+                ffn_weights=sum(
+                    held[index] for held in (*placement.weight_bytes, *placement.expert_bytes)
+                ),
                 ffn_ranks=deployment.ffn_ranks(index),
                 kv_per_token=spec.kv_bytes_per_token,
                 pages=pages,

@@ -29,6 +29,7 @@ class Deployment(Options, frozen=True, kw_only=True):
     models: tuple[ModelConfig, ...]
     kv_pool_bytes: int
     weight_pool_bytes: int
+    expert_pool_bytes: int = 0
     runtime_dir: str = ""
     """Folder of sockets and of this file; set by the launcher."""
 

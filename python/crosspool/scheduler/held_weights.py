@@ -47,8 +47,9 @@ class HeldWeights:
         return True
 
     def failed(self, device: int, model: int) -> bool:
-        """The device has none of the model's weights after all; False if it was not to have any."""
-        if self._held[device].get(model) != "waking":
+        """The device has none of the model's weights after all, or none any more, since it could
+        not read its experts; False if it was not to have any."""
+        if self._held[device].get(model) not in ("waking", "present"):
             return False
         del self._held[device][model]
         self._failed.add((device, model))

@@ -41,12 +41,15 @@ def check_sleeping(deployment: Deployment, placement: Placement) -> None:
 
 
 def _why_some_sleep(deployment: Deployment, placement: Placement) -> str | None:
-    """Returns the first reason for which a model will sleep; None where none will by itself."""
+    """Returns the first reason for which weights will be read again; None where none will by
+    themselves."""
     for model in deployment.models:
         if model.keep == "asleep":
             return f"keep: {model.name} shall be asleep until requests come"
         if model.ttl is not None:
             return f"ttl: {model.name} shall sleep after {model.ttl:g} s without a request"
+        if model.experts == "demand":
+            return f"experts: those of {model.name} shall be read on demand"
     every = range(len(deployment.models))
     for room in rooms(deployment, placement):
         if not room.holds(every):
@@ -61,6 +64,7 @@ def _why_some_sleep(deployment: Deployment, placement: Placement) -> str | None:
 def _check_cache(deployment: Deployment, placement: Placement) -> None:
     """Raises ConfigError when the packed cache cannot hold all models."""
     needed = sum(map(sum, placement.weight_bytes)) + sum(placement.attention_bytes)
+    needed += sum(map(sum, placement.expert_bytes))
     if needed > deployment.packed_cache_bytes:
         raise ConfigError(
             f"packed_cache_bytes: {format_size(deployment.packed_cache_bytes)} are too few for the "

@@ -8,8 +8,8 @@
 
 namespace crosspool {
 
-// Experts have numbers; that of a removed one is used again. An expert is worth the bytes that would
-// be read if it went: its own, times how often it is used, where a use counts half after
+// Experts have numbers; that of a removed one is used again. An expert is worth the bytes that
+// would be read if it went: its own, times how often it is used, where a use counts half after
 // `half_life` ticks. Not for several threads at once.
 class ExpertMemory {
  public:

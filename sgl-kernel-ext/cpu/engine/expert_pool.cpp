@@ -72,19 +72,28 @@ ExpertPool::ExpertPool(void* memory, std::int64_t bytes, std::span<const std::in
     pthread_setname_np(readers_.back().native_handle(), "experts");
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  for (std::thread& reader : readers_) run_on(reader.native_handle(), cores);
+  try {
+    for (std::thread& reader : readers_) run_on(reader.native_handle(), cores);
+  } catch (...) {
+    end();
+    throw;
+  }
 }
 
 ExpertPool::~ExpertPool() {
+  end();
+  for (const std::unique_ptr<Model>& model : models_) {
+    if (model != nullptr) close(model->file);
+  }
+}
+
+void ExpertPool::end() {
   {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
   }
   work_.notify_all();
   for (std::thread& reader : readers_) reader.join();
-  for (const std::unique_ptr<Model>& model : models_) {
-    if (model != nullptr) close(model->file);
-  }
 }
 
 // ---- The host's end
@@ -158,6 +167,22 @@ ExpertCounters ExpertPool::counters(std::int32_t model) {
   return models_[model] == nullptr ? ExpertCounters{} : models_[model]->counters;
 }
 
+std::int32_t ExpertPool::failed() {
+  if (!failed_.exchange(false, std::memory_order_relaxed)) return -1;
+  const std::lock_guard lock(mutex_);
+  std::int32_t found = -1;
+  for (std::size_t i = 0; i < models_.size(); ++i) {
+    if (models_[i] == nullptr || !models_[i]->failed) continue;
+    if (found >= 0) {
+      failed_.store(true, std::memory_order_relaxed);
+      break;
+    }
+    models_[i]->failed = false;
+    found = static_cast<std::int32_t>(i);
+  }
+  return found;
+}
+
 void ExpertPool::set_half_life() {
   std::int64_t layers = 0;
   for (const std::unique_ptr<Model>& model : models_) {
@@ -197,9 +222,9 @@ bool ExpertPool::acquire(ExpertNeed& need, std::int32_t model, std::int32_t laye
   need.numbers_.clear();
   bool complete = true;
   for (std::int32_t g = 0; g < plan.group_count; ++g) {
-    const std::ptrdiff_t index = plan.groups[g].gate_up - ffn.gate_up;
-    if (plan.groups[g].gate_up == ffn.shared_gate_up) continue;
-    const std::int32_t number = of.numbers[index];
+    const Matrix* const gate_up = plan.groups[g].gate_up;
+    if (gate_up == ffn.shared_gate_up) continue;
+    const std::int32_t number = of.numbers[gate_up - ffn.gate_up];
     Expert& expert = experts_[number];
     const bool there = expert.presence == Presence::kPresent;
     ++(there ? it.counters.hits : it.counters.misses);
@@ -455,6 +480,10 @@ void ExpertPool::end_read(std::int32_t number, int error) {
     model.counters.read_bytes += static_cast<std::uint64_t>(bytes_of(expert.it));
     model.counters.present_bytes += static_cast<std::uint64_t>(bytes_of(expert.it));
   } else {
+    if (model.counters.error == 0) {
+      model.failed = true;
+      failed_.store(true, std::memory_order_relaxed);
+    }
     model.counters.error = -error;
     memory_.drop(number);
     leave(number);

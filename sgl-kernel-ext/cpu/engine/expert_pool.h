@@ -53,8 +53,8 @@ struct ExpertCounters {
 
 class ExpertPool {
  public:
-  // `memory`: `bytes` that nobody else uses, as long as the pool. Starts `readers` threads, which may
-  // run on `cores` alone. `models`: the most that can be added. Throws std::system_error.
+  // `memory`: `bytes` that nobody else uses, as long as the pool. Starts `readers` threads, which
+  // may run on `cores` alone. `models`: the most that can be added. Throws std::system_error.
   ExpertPool(void* memory, std::int64_t bytes, std::span<const std::int32_t> cores,
              std::int32_t readers, std::int32_t models);
   // Nobody may use it any more.
@@ -71,6 +71,8 @@ class ExpertPool {
   // Takes the experts of a model, after what is being read; no loop may use them any more.
   void remove(std::int32_t model);
   ExpertCounters counters(std::int32_t model);
+  // A model of which an expert could not be read, which is told once; -1 if there is none.
+  std::int32_t failed();
 
   // The loop's end. Its doorbell rings when a need is ready or has failed; `event_fd` is written to
   // when one has failed. Null: there is no loop any more.
@@ -117,6 +119,7 @@ class ExpertPool {
     std::int32_t layers = 0;
     std::unique_ptr<Layer[]> by_layer;
     std::int32_t reads = 0;  // under way
+    bool failed = false;     // and nobody was told
     ExpertCounters counters{};
   };
 
@@ -127,6 +130,7 @@ class ExpertPool {
   };
 
   void run();
+  void end();
   // The functions below want the lock.
   void end_read(std::int32_t number, int error);
   void schedule();
@@ -155,12 +159,12 @@ class ExpertPool {
   std::condition_variable read_;  // for whoever waits until reads have ended
   ExpertMemory memory_;
   std::vector<std::unique_ptr<Model>> models_;
-  std::vector<Expert> experts_;       // by number
-  std::deque<ExpertNeed*> waiting_;   // in the order in which they came
-  ExpertNeed* alone_ = nullptr;       // the only one that gets memory now
-  std::deque<std::int32_t> wanted_;   // experts to read
-  std::deque<std::int32_t> early_;    // ... when there are no others
-  std::deque<Expected> expected_;     // experts that are held until a part needs them
+  std::vector<Expert> experts_;      // by number
+  std::deque<ExpertNeed*> waiting_;  // in the order in which they came
+  ExpertNeed* alone_ = nullptr;      // the only one that gets memory now
+  std::deque<std::int32_t> wanted_;  // experts to read
+  std::deque<std::int32_t> early_;   // ... when there are no others
+  std::deque<Expected> expected_;    // experts that are held until a part needs them
   std::int64_t expected_bytes_ = 0;
   std::int64_t parts_ = 0;  // that have needed experts
   std::vector<std::int32_t> gone_;
@@ -168,6 +172,7 @@ class ExpertPool {
   int reads_ = 0;    // under way
   crosspool_doorbell* doorbell_ = nullptr;
   int event_fd_ = -1;
+  std::atomic<bool> failed_{false};  // that of some model is set
   bool stopping_ = false;
   std::vector<std::thread> readers_;
 };

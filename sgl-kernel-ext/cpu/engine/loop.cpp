@@ -67,6 +67,10 @@ Loop::Loop(Team& team, const LoopDescription& description)
       }
     }
   }
+  for (std::size_t i = 0; i < lanes_.size() + incoming_.size(); ++i) needs_.emplace_back();
+  if (description.experts != nullptr) {
+    description.experts->attach(description.doorbell, description.event_fd);
+  }
   meeting_ns_ = description.spin_ns > 0 ? kMeetingNs : kSharedMeetingNs;
   team_.set_patience(meeting_ns_);
   copies_.reserve(ffn_ranks_);
@@ -77,6 +81,9 @@ Loop::Loop(Team& team, const LoopDescription& description)
 Loop::~Loop() {
   push({CommandKind::kStop, 0, 0, 0, 0});
   team_.wait();
+  if (description_.experts == nullptr) return;
+  for (ExpertNeed& need : needs_) description_.experts->release(need);
+  description_.experts->attach(nullptr, -1);
 }
 
 bool Loop::push(const Command& command) {
@@ -127,7 +134,7 @@ void Loop::choose() {
     const std::uint32_t seen = crosspool_doorbell_rings(description_.doorbell);
     if (!take_commands()) return;
     if (!failed_) {
-      waits_for_weights_ = false;
+      waits_for_weights_ = waits_for_experts_ = false;
       begin_steps();
       if (choose_ready()) {
         chosen_.start_ns = trace_.on() ? now_ns() : 0;
@@ -198,8 +205,11 @@ bool Loop::choose_lane(Lane& lane) {
 
 bool Loop::choose_local(Lane& lane) {
   if (lane.stage != Stage::kWaiting || !lane.local_pending) return false;
-  const Presence found = presence(*lane.model, WeightPart::kFFN, lane.layer);
+  ExpertNeed& need = need_of(lane);
+  const Presence found =
+      std::max(presence(*lane.model, WeightPart::kFFN, lane.layer), experts(need));
   if (found == Presence::kRefused) {
+    if (description_.experts != nullptr) description_.experts->release(need);
     lane.local_pending = false;
     lane.refused = true;
     return choose_lane(lane);
@@ -216,7 +226,49 @@ bool Loop::choose_local(Lane& lane) {
                  .residual = alone ? lane.residual.as<float>() : nullptr,
                  .partial = alone ? nullptr : lane.partial.as<float>(),
                  .reply = nullptr};
+  take_experts(chosen_.ffn, need, *lane.model);
   return true;
+}
+
+// Whether a part may run, as far as routed experts are concerned: one that has not chosen any yet
+// may.
+Presence Loop::experts(const ExpertNeed& need) {
+  switch (need.state()) {
+    case ExpertNeed::State::kWaiting:
+      waits_for_experts_ = true;
+      return Presence::kLater;
+    case ExpertNeed::State::kFailed:
+      return Presence::kRefused;
+    default:
+      return Presence::kHere;
+  }
+}
+
+// Tells a part that begins of the pool, where its layer has routed experts there.
+void Loop::take_experts(FFNTask& task, ExpertNeed& need, const ModelTable& model) {
+  ExpertPool* const pool = description_.experts;
+  const auto number = static_cast<std::int32_t>(&model - models_.data());
+  if (pool == nullptr || !pool->has(number, task.layer)) return;
+  task.pool = pool;
+  task.need = &need;
+  task.model = number;
+  task.chosen = need.state() == ExpertNeed::State::kReady;
+  if (task.chosen) {
+    pool->begin(need);
+  } else if (task.rows <= kForetoldRows && pool->lacks(number, task.layer + 1)) {
+    const FFNTable* const next = &model.ffn[task.layer + 1];
+    const bool alike = next->router_weight->dtype == model.ffn[task.layer].router_weight->dtype;
+    if (alike) task.next = next;
+  }
+}
+
+// Whether a part that has run lacks experts, and is to run again. If not, they may go.
+bool Loop::experts_missing(ExpertNeed& need) {
+  if (chosen_.ffn.pool == nullptr) return false;
+  // The workspace is that of the part: the need may be ready meanwhile.
+  if (workspace_.experts_missing && !chosen_.ffn.chosen) return true;
+  chosen_.ffn.pool->release(need);
+  return false;
 }
 
 bool Loop::choose_incoming(std::int32_t index) {
@@ -245,8 +297,12 @@ bool Loop::choose_incoming(std::int32_t index) {
          std::to_string(row_bytes) + " bytes");
     return false;
   }
-  const Presence presence = this->presence(model, WeightPart::kFFN, header.layer);
+  ExpertNeed& need = need_of(link);
+  const Presence presence =
+      std::max(this->presence(model, WeightPart::kFFN, static_cast<std::int32_t>(header.layer)),
+               experts(need));
   if (presence == Presence::kRefused) {
+    if (description_.experts != nullptr) description_.experts->release(need);
     link.end.refuse();
     crosspool_doorbell_ring(link.peer);
   }
@@ -260,6 +316,7 @@ bool Loop::choose_incoming(std::int32_t index) {
                  .residual = nullptr,
                  .partial = nullptr,
                  .reply = link.end.partial_sum()};
+  take_experts(chosen_.ffn, need, model);
   return true;
 }
 
@@ -357,14 +414,16 @@ void Loop::wait(std::uint32_t seen) {
       lanes_.begin(), lanes_.end(), [](const Lane& lane) { return lane.stage == Stage::kWaiting; });
   const bool just_served =
       now_ns() - last_served_.load(std::memory_order_relaxed) < description_.busy_spin_ns;
-  const std::int64_t spin =
-      in_flight || just_served ? description_.busy_spin_ns : description_.spin_ns;
+  // Threads that read may have no other core than this one.
+  const std::int64_t spin = waits_for_experts_         ? 0
+                            : in_flight || just_served ? description_.busy_spin_ns
+                                                       : description_.spin_ns;
   team_.set_patience(std::max(spin, meeting_ns_));
   if (description_.heartbeat != nullptr) description_.heartbeat->count_look();
-  tell(failed_              ? Activity::kIdle
-       : waits_for_weights_ ? Activity::kReading
-       : in_flight          ? Activity::kWaiting
-                            : Activity::kIdle);
+  tell(failed_                                    ? Activity::kIdle
+       : waits_for_weights_ || waits_for_experts_ ? Activity::kReading
+       : in_flight                                ? Activity::kWaiting
+                                                  : Activity::kIdle);
   crosspool_doorbell_wait(description_.doorbell, seen, spin, kIdleWaitNs);
   tell(Activity::kComputing);
 }

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "ffn_part.h"
+
 namespace crosspool {
 
 namespace {
@@ -96,6 +98,9 @@ Workspace::Workspace(std::span<const ModelTable> models, std::int32_t max_rows,
   router_logits = Buffer(rows * sizes.experts * kWidestElement);
   experts = Buffer(rows * sizes.top_k * kWidestElement);
   weights = Buffer(rows * sizes.top_k * kWidestElement);
+  next_logits = Buffer(kForetoldRows * sizes.experts * kWidestElement);
+  next_experts = Buffer(kForetoldRows * sizes.top_k * kWidestElement);
+  next_weights = Buffer(kForetoldRows * sizes.top_k * kWidestElement);
   activation = Buffer(rows * sizes.activation * kWidestElement);
   groups = Buffer(sizes.held * static_cast<std::int64_t>(sizeof(ExpertGroup)));
   slot_row = Buffer(rows * sizes.top_k * kWidestElement);

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
+from crosspool.config.errors import ConfigError
 from crosspool.config.sizes import format_size
 from crosspool.kernels import engine_structs as es
 from crosspool.kernels.engine import Team
@@ -22,18 +23,21 @@ from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.kv_memory import cache_tokens, kv_pool
 from crosspool.ranks.resident.executor import ResidentLoop
+from crosspool.ranks.resident.experts import ExpertPool
 from crosspool.ranks.resident.ffn import PackedFFN
 from crosspool.ranks.resident.flight import ResidentRank
 from crosspool.ranks.resident.kept_weights import WeightKeeper
 from crosspool.ranks.resident.links import ResidentLink, ResidentLinks
 from crosspool.ranks.resident.packer import packer_command
 from crosspool.ranks.resident.packing import NATIVE_DTYPES
+from crosspool.ranks.resident.reading import pack_missing
 from crosspool.ranks.resident.residency import SleepingModels
 from crosspool.ranks.resident.trace import ResidentTrace
 from crosspool.ranks.resident.weights import ResidentWeights, file_name, keeper_of
 from crosspool.ranks.weights import TORCH_DTYPES, HeldModel, held_models
 from crosspool.transport.data_path import spin_ns_of
 from crosspool.transport.heartbeats import Heartbeat
+from crosspool.weightpool.experts import share_of
 from crosspool.weightpool.placement import Placement, initially_resident
 
 log = logging.getLogger(__name__)
@@ -62,7 +66,7 @@ def load_resident_weights(
     tokens = cache_tokens(deployment, specs)
     resident = initially_resident(deployment, specs)
     with Team(device.cores) as team:
-        loading = _Loading(device, team, keeper, weights)
+        loading = _Loading(deployment, device, team, keeper, weights)
         for held in held_models(deployment, device, specs, placement):
             weights.declare(held, min(held.spec.context, tokens[held.index]), keeper)
             if held.index in resident:
@@ -80,11 +84,16 @@ def load_resident_ranks(
     lanes_fd: int | None,
     *,
     heartbeat: Heartbeat | None = None,
+    elsewhere: Collection[int] = (),
 ) -> DeviceRanks:
     """Loads the ranks of a device for the resident loop; see
-    :func:`crosspool.ranks.device_process.load_ranks`."""
+    :func:`crosspool.ranks.device_process.load_ranks`. ``elsewhere``: cores for threads that do not
+    compute; without any they have the device's."""
     resources = contextlib.ExitStack()
     resources.callback(weights.close)
+    pool = _expert_pool(deployment, device, weights, elsewhere)
+    if pool is not None:
+        resources.callback(pool.close)
     team = resources.enter_context(Team(device.cores))
     tables = _tables(deployment, specs)
     kv: Sequence[Tensor] = ()
@@ -106,6 +115,7 @@ def load_resident_ranks(
     description = es.LoopDescription(
         models=tables,
         heartbeat=None if heartbeat is None else heartbeat.loop_address,
+        experts=None if pool is None else pool.address,
         epoch=time.time_ns(),
         spin_ns=spin_ns_of(deployment, device),
         model_count=len(specs),
@@ -127,6 +137,7 @@ def load_resident_ranks(
         executor.descriptor,
         partial(packer_command, deployment, device),
         (lambda model: None) if weights.holder is None else weights.holder.give_up,
+        pool=pool,
     )
     executor.on_closed = residency.closed
     resources.callback(residency.close)
@@ -134,6 +145,7 @@ def load_resident_ranks(
     return DeviceRanks(
         *(deployment, device, executor, attention, ffn, links.attention, trace, resources),
         residency,
+        pool,
     )
 
 
@@ -141,6 +153,7 @@ def load_resident_ranks(
 class _Loading:
     """Loads models, one after another."""
 
+    deployment: Deployment
     device: Device
     team: Team
     keeper: WeightKeeper | None
@@ -149,6 +162,8 @@ class _Loading:
     def load(self, held: HeldModel) -> None:
         """Loads the device's part of a model."""
         parts = self.weights.parts(held.index)
+        if held.experts_on_demand:
+            self._pack(held)
         with held.loading(self.device) as loaded:
             for part in parts:
                 kept = None if self.keeper is None else self.keeper.of(file_name(held.path, part))
@@ -159,6 +174,42 @@ class _Loading:
                 loaded.notes.append(f"{compact} of packed matrices read")
             else:
                 loaded.notes.append(f"{plain} of matrices packed into {compact}")
+
+    def _pack(self, held: HeldModel) -> None:
+        """Has the model packed by another process, if it is not yet: its experts have no room in
+        this one. Raises ConfigError."""
+        sleeping = self.weights.sleeping.get(held.index)
+        if sleeping is None:
+            raise ConfigError(
+                f"experts: those of {held.path.name} are read from packed weights, which are not "
+                "kept: give a packed_cache_dir that can be written to"
+            )
+        keys = [one.key for one in sleeping]
+        pack_missing(sleeping, packer_command(self.deployment, self.device, held.index, keys))
+
+
+def _expert_pool(
+    deployment: Deployment, device: Device, weights: ResidentWeights, elsewhere: Collection[int]
+) -> ExpertPool | None:
+    """Returns the device's memory for routed experts on demand, with those of the models that are
+    in memory; None where there are none. Raises ConfigError, OSError."""
+    on_demand = {index: part for index, part in weights.ffn.items() if part.on_demand}
+    if not on_demand:
+        return None
+    pool = ExpertPool(share_of(deployment), elsewhere or device.cores, len(deployment.models))
+    try:
+        for index, part in on_demand.items():
+            if part.weights.arena.taken:
+                kept = next(one for one in weights.sleeping[index] if one.part is part)
+                opened = kept.kept.open(kept.key, part.weights.image())
+                if opened is None:
+                    raise ConfigError(f"the packed weights of model {index} are gone")
+                with opened:
+                    pool.add(index, part, opened)
+    except BaseException:
+        pool.close()
+        raise
+    return pool
 
 
 def _tables(deployment: Deployment, specs: Sequence[ModelSpec]) -> ctypes.Array[es.ModelTable]:

@@ -1,0 +1,94 @@
+"""The memory of a device for routed experts that are in memory on demand."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Collection
+
+from crosspool.config.errors import ConfigError
+from crosspool.kernels import native
+from crosspool.kernels.engine import NativeExpertPool
+from crosspool.ranks.resident.ffn import PackedFFN
+from crosspool.ranks.resident.kept_weights import OpenWeights
+from crosspool.transport.inspection import ExpertCounts
+
+_READERS = 4
+"""Threads that read experts. Each asks the storage for a whole expert at once."""
+
+
+class ExpertPool:
+    """Experts of all models of a device, in memory that never grows. The loop that uses them is
+    closed before the pool."""
+
+    def __init__(self, nbytes: int, cores: Collection[int], models: int) -> None:
+        """``nbytes``: a multiple of 2 MiB. ``cores``: where threads that read may run. ``models``:
+        numbers of models are below. Raises OSError, EngineError."""
+        self._nbytes = nbytes
+        self._memory = native.reserve_range(nbytes)
+        native.take_arena(self._memory, nbytes)
+        self._native = NativeExpertPool(
+            self._memory, nbytes, cores=sorted(cores), readers=_READERS, models=models
+        )
+        self._added: set[int] = set()
+
+    @property
+    def address(self) -> int:
+        """Of the native pool, for the loop's description."""
+        return self._native.address
+
+    def add(self, model: int, part: PackedFFN, opened: OpenWeights) -> None:
+        """Takes over the experts of a part that is on demand, which will be read from ``opened``.
+
+        Raises ConfigError where those of one layer have no room."""
+        try:
+            self._native.add(model, opened.file, part.pooled(opened))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise ConfigError(
+                f"the device's share of expert_pool_bytes, {self._nbytes}, does not hold the "
+                "routed experts of one of its layers"
+            ) from None
+        self._added.add(model)
+
+    def remove(self, model: int) -> None:
+        """Gives up the experts of a model, if there are any; the loop uses them no more."""
+        if model in self._added:
+            self._added.remove(model)
+            self._native.remove(model)
+
+    def failure(self) -> tuple[int, OSError] | None:
+        """Returns a model, and why an expert of it could not be read; once for each model, until it
+        is added anew."""
+        model = self._native.failed()
+        if model < 0:
+            return None
+        number = self._native.counters(model).error
+        reason = os.strerror(number)
+        if number == errno.EBADMSG:
+            reason = "its weights have another checksum"
+        return model, OSError(number, reason)
+
+    def counts(self, model: int, name: str) -> ExpertCounts | None:
+        """Returns what has happened to the experts of a model, which is called ``name``; None if
+        they are not here."""
+        if model not in self._added:
+            return None
+        counters = self._native.counters(model)
+        return ExpertCounts(
+            model=name,
+            hits=counters.hits,
+            misses=counters.misses,
+            early=counters.early,
+            early_used=counters.early_used,
+            read_bytes=counters.read_bytes,
+            evictions=counters.evictions,
+            stall_seconds=counters.stall_ns / 1e9,
+            present_bytes=counters.present_bytes,
+        )
+
+    def close(self) -> None:
+        """Ends the threads and gives the memory back."""
+        self._native.close()
+        native.release(self._memory, self._nbytes)

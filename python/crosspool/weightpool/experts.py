@@ -1,0 +1,100 @@
+"""The expert pool: the part of the weight pool for routed experts that are in memory on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from crosspool.config.errors import ConfigError
+from crosspool.config.sizes import exact_size
+from crosspool.models.spec import DTYPE_BYTES, ModelSpec, MoEFFN
+from crosspool.weightpool.placement import FFNShard, Placement
+
+if TYPE_CHECKING:
+    from crosspool.config.deployment import Deployment
+
+GRANULE = 2 << 20
+"""A device's share of the pool is a multiple of this many bytes: a huge page."""
+_COLUMNS, _DEPTH, _LINE = 16, 32, 64
+"""Packed matrices are padded to so many columns and to such a depth, and each begins on a line."""
+
+
+def expert_pool_bytes(
+    deployment: Deployment, placement: Placement, *, given: int | None, weights: int | None
+) -> int:
+    """Returns the bytes of the expert pool over all devices: ``given``, or else what the other FFN
+    weights of all models leave of ``weights``, the bytes of the weight pool; or else as many as all
+    experts take. 0 where no model has experts on demand."""
+    if not any(map(any, placement.expert_bytes)):
+        return 0
+    ranks = len(deployment.weight_pool_devices)
+    if given is not None:
+        return given
+    if weights is None:
+        share = -(-placement.all_expert_bytes // ranks)
+        return ranks * -(-share // GRANULE) * GRANULE
+    return ranks * (max(0, weights - placement.pool_bytes) // ranks // GRANULE) * GRANULE
+
+
+def share_of(deployment: Deployment) -> int:
+    """Returns the bytes of one device's share of the expert pool."""
+    return deployment.expert_pool_bytes // len(deployment.weight_pool_devices) // GRANULE * GRANULE
+
+
+def check_experts(deployment: Deployment, specs: Sequence[ModelSpec], placement: Placement) -> None:
+    """Raises ConfigError when experts cannot be in memory on demand: says for which reason, and
+    what would be right."""
+    for model, spec in zip(deployment.models, specs, strict=True):
+        if model.experts == "demand" and not any(isinstance(ffn, MoEFFN) for ffn in spec.ffn):
+            raise ConfigError(f"experts: {model.name} has no routed experts: give it experts: all")
+    on_demand = [i for i, model in enumerate(deployment.models) if model.experts == "demand"]
+    if not on_demand:
+        return
+    first = deployment.models[on_demand[0]].name
+    if deployment.loop != "resident":
+        raise ConfigError(
+            f"experts: those of {first} are in memory on demand under the resident loop alone, "
+            f"not under loop: {deployment.loop}"
+        )
+    if deployment.expert_pool_bytes > deployment.weight_pool_bytes:
+        raise ConfigError(
+            f"expert_pool_bytes: {exact_size(deployment.expert_pool_bytes)} are more than "
+            f"weight_pool_bytes, {exact_size(deployment.weight_pool_bytes)}, of which they are part"
+        )
+    ranks = len(deployment.weight_pool_devices)
+    share = share_of(deployment)
+    for of_rank in placement.shards:
+        for model in on_demand:
+            needed = largest_layer(specs[model], of_rank[model]) if model in of_rank else 0
+            if needed > share:
+                least = ranks * -(-needed // GRANULE) * GRANULE
+                raise ConfigError(
+                    f"expert_pool_bytes: {exact_size(deployment.expert_pool_bytes)} on {ranks} "
+                    "device(s) do not hold the routed experts of one layer of "
+                    f"{deployment.models[model].name}, which a long prompt needs together: give "
+                    f"at least {exact_size(least)}, and weight_pool_bytes of at least "
+                    f"{exact_size(least + placement.pool_bytes)}"
+                )
+
+
+def largest_layer(spec: ModelSpec, shard: FFNShard) -> int:
+    """Returns bytes of the routed experts of one layer on a rank in packed form, of the layer that
+    has most; compact weights take less."""
+    element = DTYPE_BYTES[spec.dtype]
+
+    def matrix(columns: int, depth: int) -> int:
+        elements = _up(columns, _COLUMNS) * _up(depth, _DEPTH)
+        return _up(elements * element, _LINE)
+
+    most = 0
+    for ffn in spec.ffn:
+        if isinstance(ffn, MoEFFN):
+            whole = shard.parallel == "ep"
+            width = ffn.intermediate if whole else shard.width(ffn.intermediate)
+            one = matrix(2 * _up(width, _DEPTH), spec.hidden) + matrix(spec.hidden, width)
+            most = max(most, len(shard.experts(ffn)) * one)
+    return most
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
