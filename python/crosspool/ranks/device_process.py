@@ -308,8 +308,9 @@ def load_ranks(
     ``lanes_fd``: the data path's shared memory, needed when a peer lives on another device; it is
     closed, like ``kept_fds``, which keep the memory of the links of GPUs. ``weights``: those of the
     resident loop, if they have been loaded. ``heartbeat``: where the process's thread and the loop
-    show that they go on. ``elsewhere``: cores for threads that do not compute. Raises ConfigError for
-    a bad checkpoint, or a KV pool for which there is no memory."""
+    show that they go on. ``elsewhere``: cores for threads that do not compute.
+
+    Raises ConfigError for a bad checkpoint, or a KV pool for which there is no memory."""
     if not device.is_cpu:
         check_visible(device)
         from crosspool.ranks.gpu.load import load_gpu_ranks

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 
 from crosspool.config.errors import ConfigError
 from crosspool.config.sizes import exact_size
+from crosspool.kernels import native
+from crosspool.kernels import native_structs as ns
 from crosspool.models.spec import DTYPE_BYTES, ModelSpec, MoEFFN
 from crosspool.weightpool.placement import FFNShard, Placement
 
 if TYPE_CHECKING:
     from crosspool.config.deployment import Deployment
 
-GRANULE = 2 << 20
-"""A device's share of the pool is a multiple of this many bytes: a huge page."""
-_COLUMNS, _DEPTH, _LINE = 16, 32, 64
-"""Packed matrices are padded to so many columns and to such a depth, and each begins on a line."""
+GRANULE = native.HUGE_PAGE
+"""A device's share of the pool is a multiple of this many bytes."""
+_LINE = 64
 
 
 def expert_pool_bytes(
@@ -83,18 +84,14 @@ def largest_layer(spec: ModelSpec, shard: FFNShard) -> int:
     element = DTYPE_BYTES[spec.dtype]
 
     def matrix(columns: int, depth: int) -> int:
-        elements = _up(columns, _COLUMNS) * _up(depth, _DEPTH)
-        return _up(elements * element, _LINE)
+        elements = ns.round_up(columns, ns.PANEL) * ns.round_up(depth, ns.DEPTH)
+        return ns.round_up(elements * element, _LINE)
 
     most = 0
     for ffn in spec.ffn:
         if isinstance(ffn, MoEFFN):
             whole = shard.parallel == "ep"
             width = ffn.intermediate if whole else shard.width(ffn.intermediate)
-            one = matrix(2 * _up(width, _DEPTH), spec.hidden) + matrix(spec.hidden, width)
+            one = matrix(2 * ns.round_up(width, ns.DEPTH), spec.hidden) + matrix(spec.hidden, width)
             most = max(most, len(shard.experts(ffn)) * one)
     return most
-
-
-def _up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit
