@@ -1,12 +1,14 @@
 // Whole loops on tiny models, for sanitizers. Requests of two models run in one lane on one thread.
 // Their tokens must be the same with any number of threads and lanes, with the FFN rank on another
 // device, with two FFN ranks, while FFN ranks or the attention rank are replaced, and with leases,
-// some of them recalled. The steps of a model that sleeps wait for each of its layers.
+// some of them recalled, and with routed experts in memory on demand, however few have room. The
+// steps of a model that sleeps wait for each of its layers.
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
 #include <array>
+#include <cerrno>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -20,10 +22,12 @@
 #include "../cpu/engine/loop.h"
 #include "bell.h"
 #include "check.h"
+#include "pooled_models.h"
 #include "tiny_model.h"
 
 using namespace crosspool;
 using crosspool::test::kPageSize;
+using crosspool::test::PooledModels;
 using crosspool::test::TinyModel;
 
 namespace {
@@ -173,6 +177,7 @@ struct Setup {
   bool replace_attention = false;
   std::int64_t spin_ns = 0;
   std::size_t lease = 1;
+  std::int64_t room = 0;  // for so many experts in a pool of each device; 0: all are in memory
 };
 
 class Device {
@@ -229,8 +234,15 @@ class Device {
 
 // The devices of a setup, and all that they share.
 struct Rig {
-  Rig(std::array<TinyModel, 2>& models, const Setup& setup, bool asleep = false)
+  Rig(std::array<TinyModel, 2>& models, const Setup& setup, bool asleep = false,
+      bool damaged = false)
       : caches{models[0].cache(), models[1].cache()}, memory(setup.lanes), local(setup.lanes) {
+    // The tables of an FFN rank, with a pool for its experts.
+    const auto pooled = [&](std::vector<ModelTable> tables, LoopDescription& of) {
+      if (setup.room == 0) return tables;
+      of.experts = &pools.emplace_back(tables, setup.room, damaged).pool();
+      return tables;
+    };
     const bool split = setup.placement == Placement::kSplit;
     const bool one = setup.placement == Placement::kOne;
     const std::int32_t remote = split ? 1 : 0;
@@ -255,28 +267,44 @@ struct Rig {
       tables[0].asleep = asleep ? 1 : 0;
       return tables;
     };
-    attention = std::make_unique<Device>(setup.threads,
-                                         sleeping(tables(models, caches, 0, held, true, ranks)),
-                                         description, outgoing, std::vector<LinkDescription>{});
+    auto own = pooled(sleeping(tables(models, caches, 0, held, true, ranks)), description);
+    attention = std::make_unique<Device>(setup.threads, std::move(own), description, outgoing,
+                                         std::vector<LinkDescription>{});
     if (one) return;
     LoopDescription other{};
     other.spin_ns = other.busy_spin_ns = setup.spin_ns;
     other.attention_rank = -1;
     other.ffn_rank = remote;
     other.doorbell = &ffn_bell.doorbell;
-    ffn = std::make_unique<Device>(
-        setup.threads,
-        sleeping(split ? tables(models, nullptr, kHalf, kHalf, false, ranks)
-                       : tables(models, nullptr, 0, TinyModel::kExperts, true, ranks)),
-        other, std::vector<LinkDescription>{}, incoming);
+    auto others =
+        pooled(sleeping(split ? tables(models, nullptr, kHalf, kHalf, false, ranks)
+                              : tables(models, nullptr, 0, TinyModel::kExperts, true, ranks)),
+               other);
+    ffn = std::make_unique<Device>(setup.threads, std::move(others), other,
+                                   std::vector<LinkDescription>{}, incoming);
   }
 
   std::vector<float> caches[2];
   Memory memory;
   Bell attention_bell, ffn_bell;
   std::vector<LinkCounters> local;
+  std::deque<PooledModels> pools;
   std::unique_ptr<Device> attention, ffn;
 };
+
+// Whether a run has read experts again that had gone, and has had no more in memory than there was
+// room for.
+void check_pools(Rig& rig, const Setup& setup) {
+  for (PooledModels& models : rig.pools) {
+    const ExpertCounters found = models.counters();
+    if (found.misses == 0 || found.stall_ns == 0) fail("engine_stress: no step waited for experts");
+    if (found.present_bytes > static_cast<std::uint64_t>(models.bytes())) {
+      fail("engine_stress: more experts than there is room for");
+    }
+    const bool all = setup.room >= 5 * TinyModel::kExperts;  // five layers of both models have some
+    if (all != (found.evictions == 0)) fail("engine_stress: experts went, or none did");
+  }
+}
 
 std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, const Setup& setup,
                                            std::size_t new_tokens) {
@@ -340,6 +368,7 @@ std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, con
       ++events;
     }
   }
+  check_pools(rig, setup);
   ffn.reset();
   if ((leased > 0) != (setup.lease > 1))
     fail("engine_stress: there are leases where none was asked for, or none where some were");
@@ -443,6 +472,24 @@ void run_asleep(std::array<TinyModel, 2>& models, const Setup& setup) {
   }
 }
 
+// Steps of a model whose experts cannot be read are refused, and another model goes on.
+void run_damaged(std::array<TinyModel, 2>& models, const Setup& setup) {
+  Rig rig(models, setup, false, true);
+  Device& attention = *rig.attention;
+  std::vector<Request> requests = make_requests();
+  std::uint64_t number = 0;
+  for (int round = 0; round < 3; ++round) {
+    const auto refused = send_all(attention, requests, 0, ++number);
+    if (expect(attention, EventKind::kRefused).step != number) fail("engine_stress: not refused");
+    const auto other = send_all(attention, requests, 1, ++number);
+    expect(attention, EventKind::kDone);
+  }
+  ExpertPool& pool = rig.pools.back().pool();
+  if (pool.failed() != 0 || pool.failed() != -1 || pool.counters(0).error != EBADMSG) {
+    fail("engine_stress: nobody is told of experts that cannot be read");
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -454,6 +501,18 @@ int main(int argc, char** argv) {
     const char* name;
     Setup setup;
   } cases[] = {
+      {"all experts in a pool",
+       {.placement = Placement::kOne, .threads = 2, .lanes = 2, .room = 20}},
+      {"half of the experts in a pool",
+       {.placement = Placement::kOne, .threads = 2, .lanes = 2, .room = 10}},
+      {"one layer's experts in a pool",
+       {.placement = Placement::kOne, .threads = 1, .lanes = 2, .room = 4}},
+      {"few experts in a pool on another device",
+       {.placement = Placement::kTwo, .threads = 2, .lanes = 3, .lease = 4, .room = 5}},
+      {"few experts in pools of two FFN ranks",
+       {.placement = Placement::kSplit, .threads = 1, .lanes = 2, .room = 3}},
+      {"few experts in a pool whose FFN rank is replaced",
+       {.placement = Placement::kTwo, .threads = 1, .lanes = 2, .replace_ffn = true, .room = 5}},
       {"three threads, two lanes", {Placement::kOne, 3, 2}},
       {"spinning", {.placement = Placement::kOne, .threads = 2, .lanes = 2, .spin_ns = 20'000}},
       {"two devices", {Placement::kTwo, 1, 2}},
@@ -482,6 +541,9 @@ int main(int argc, char** argv) {
     run_asleep(models, setup);
   }
   std::printf("a model that sleeps: its steps wait for their layers, or are refused\n");
+  run_damaged(models, {.placement = Placement::kOne, .threads = 2, .lanes = 2, .room = 8});
+  run_damaged(models, {.placement = Placement::kTwo, .threads = 1, .lanes = 2, .room = 8});
+  std::printf("experts that cannot be read: steps are refused, and others go on\n");
   std::size_t different = 0;
   for (const auto& tokens : expected) different += tokens.back() != expected[0].back();
   if (different == 0) fail("engine_stress: all requests end alike, so the models do nothing");
