@@ -60,7 +60,7 @@ def test_decisions_are_those_of_the_reference(program: Path, seed: int) -> None:
     """Experts of one size or of several come, are used, held, given up and removed."""
     draw = random.Random(seed)
     sizes = [64 * draw.randint(2, 9) for _ in range(1 if seed % 3 == 0 else 4)]
-    both = Both(64 * draw.randint(40, 120))
+    both = Both(64 * draw.randint(12, 30))
     both.do("half_life", draw.choice([1, 8, 100]))
     held: list[int] = []
     experts: list[int] = []
@@ -70,7 +70,7 @@ def test_decisions_are_those_of_the_reference(program: Path, seed: int) -> None:
         loose = [one for one in experts if one not in held]
         match draw.choices(
             ("add", "remove", "tick", "use", "hold", "release", "drop", "place"),
-            (2, 1, 4, 8, 2, 2, 1, 12),
+            (3, 1, 4, 8, 2, 3, 1, 12),
         )[0]:
             case "add":
                 both.do("add", draw.choice(sizes))
