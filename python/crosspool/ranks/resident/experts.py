@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Collection
 
 from crosspool.config.errors import ConfigError
+from crosspool.config.sizes import format_size
 from crosspool.kernels import native
 from crosspool.kernels.engine import NativeExpertPool
 from crosspool.ranks.resident.ffn import PackedFFN
 from crosspool.ranks.resident.kept_weights import OpenWeights
 from crosspool.transport.inspection import ExpertCounts
+
+log = logging.getLogger(__name__)
 
 _READERS = 4
 """Threads that read experts. Each asks the storage for a whole expert at once."""
@@ -31,6 +35,7 @@ class ExpertPool:
             self._memory, nbytes, cores=sorted(cores), readers=_READERS, models=models
         )
         self._added: set[int] = set()
+        log.info("%s for routed experts on demand at %#x", format_size(nbytes), self._memory)
 
     @property
     def address(self) -> int:
