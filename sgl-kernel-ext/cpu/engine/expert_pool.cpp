@@ -19,7 +19,7 @@ namespace {
 
 constexpr std::int64_t kLine = 64;
 // A use of an expert counts half after so many steps of all models that have experts in the pool.
-constexpr double kHalfLifeSteps = 64.0;
+constexpr double kHalfLifeSteps = 32.0;
 // Reads that have memory and wait for a thread. More would fix too early which experts go.
 constexpr std::size_t kMostQueued = 16;
 // The share of the memory that may be held for parts that are only expected, and for how many parts

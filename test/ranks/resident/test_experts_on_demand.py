@@ -187,12 +187,14 @@ def test_a_process_that_is_replaced_reads_its_experts_again(
         assert answers(on, *range(MODELS)) == right
 
 
-def test_experts_that_cannot_be_read_are_packed_again(models: list[Path], right: list[Any]) -> None:
+def test_experts_that_cannot_be_read_are_packed_again(
+    tmp_path: Path, models: list[Path], right: list[Any]
+) -> None:
     """The model's steps are refused, and it is given up; another goes on. Woken again, it answers
     as before."""
-    with driver(models, 0.25, ONE) as on:
+    with driver(models, 0.25, ONE, packed_cache_dir=str(tmp_path)) as on:
         assert answers(on, *range(MODELS)) == right
-        (file,) = (models[0].parent / "cache").glob(f"{models[0].name}-ffn.*.packed")
+        (file,) = tmp_path.glob(f"{models[0].name}-ffn.*.packed")
         whole = file.read_bytes()
         with file.open("r+b") as damaged:
             for at in range(len(whole) // 8, len(whole), 64 << 10):
