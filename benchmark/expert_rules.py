@@ -3,10 +3,10 @@ over routings that a model has made.
 
     python -m benchmark.expert_rules [--quick] [--skew 0.5] [--checkpoint DIR]
 
-Transformers generates answers to random prompts, drawn at temperature 1, and what its routers choose
-is recorded, decode step after decode step. Any Qwen3-MoE, OLMoE or Mixtral checkpoint will do;
-without one it is that of the benchmarks with skewed routers. The first third of the routings fills
-the pool and is not counted.
+Transformers generates answers to random prompts, drawn at temperature 1, and what routers choose is
+recorded, decode step after decode step. Any Qwen3-MoE, OLMoE or Mixtral checkpoint will do; without
+one it is that of the benchmarks with skewed routers. The first third of the routings fills the pool
+and is not counted.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def measure(on: DeviceDriver, batch: int, amount: Amount) -> Run:
         cpu, start = _cpu_seconds(on), time.perf_counter()
         times = _decode(on, group)
         if counted:
-            run.step_ms += [1e3 * (b - a) for a, b in zip(times, times[1:], strict=False)]
+            run.step_ms += [1e3 * (b - a) for a, b in pairwise(times)]
             run.cpu_s += _cpu_seconds(on) - cpu
             run.wall_s += time.perf_counter() - start
             for name, value in _counts(on, device).items():

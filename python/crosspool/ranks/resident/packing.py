@@ -75,7 +75,7 @@ class PackedWeights:
         self._arrays: list[Tensor] = []
         self._matrix_stages: list[int] = []
         self._on_demand: list[bool] = []
-        """Of each matrix."""
+        """Whether each matrix is on demand."""
         self._array_stages: list[int] = []
         self._computed: list[tuple[Tensor, Callable[[], Tensor]]] = []
         self._team: Team | None = None
