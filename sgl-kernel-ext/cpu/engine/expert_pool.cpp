@@ -62,7 +62,10 @@ int read_expert(int file, const PooledExpert& expert, std::byte* data) {
 
 ExpertPool::ExpertPool(void* memory, std::int64_t bytes, std::span<const std::int32_t> cores,
                        std::int32_t readers, std::int32_t models)
-    : data_(static_cast<std::byte*>(memory)), memory_(bytes), models_(models) {
+    : data_(static_cast<std::byte*>(memory)),
+      memory_(bytes),
+      models_(models),
+      most_early_(std::max(1, readers / 2)) {
   // Signals are for the program's own threads.
   sigset_t all, before;
   sigfillset(&all);
@@ -448,20 +451,23 @@ void ExpertPool::end_waiting(std::size_t place_in_line, ExpertNeed::State state)
 void ExpertPool::run() {
   std::unique_lock lock(mutex_);
   for (;;) {
-    work_.wait(lock, [&] { return stopping_ || !wanted_.empty() || !early_.empty(); });
+    work_.wait(lock, [&] { return stopping_ || may_read(); });
     if (stopping_) return;
-    std::deque<std::int32_t>& queue = wanted_.empty() ? early_ : wanted_;
+    const int early = wanted_.empty() ? 1 : 0;
+    std::deque<std::int32_t>& queue = early != 0 ? early_ : wanted_;
     const std::int32_t number = queue.front();
     queue.pop_front();
     Model& model = model_of(number);
     ++model.reads;
     ++reads_;
+    early_reads_ += early;
     const PooledExpert expert = experts_[number].it;
     const int file = model.file;
     std::byte* const data = data_ + memory_.offset(number);
     lock.unlock();
     const int error = read_expert(file, expert, data);
     lock.lock();
+    early_reads_ -= early;
     end_read(number, error);
   }
 }

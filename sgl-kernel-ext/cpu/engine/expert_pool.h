@@ -132,6 +132,9 @@ class ExpertPool {
   void run();
   void end();
   // The functions below want the lock.
+  bool may_read() const {
+    return !wanted_.empty() || (!early_.empty() && early_reads_ < most_early_);
+  }
   void end_read(std::int32_t number, int error);
   void schedule();
   bool serve(std::size_t place_in_line, bool& short_of_memory);
@@ -168,8 +171,10 @@ class ExpertPool {
   std::int64_t expected_bytes_ = 0;
   std::int64_t parts_ = 0;  // that have needed experts
   std::vector<std::int32_t> gone_;
-  int running_ = 0;  // needs that are ready or running
-  int reads_ = 0;    // under way
+  int running_ = 0;      // needs that are ready or running
+  int reads_ = 0;        // under way
+  int early_reads_ = 0;  // those of them that nothing waited for at their beginning
+  const int most_early_;
   crosspool_doorbell* doorbell_ = nullptr;
   int event_fd_ = -1;
   std::atomic<bool> failed_{false};  // that of some model is set

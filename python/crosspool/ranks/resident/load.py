@@ -178,14 +178,12 @@ class _Loading:
     def _pack(self, held: HeldModel) -> None:
         """Has the model packed by another process, if it is not yet: its experts have no room in
         this one. Raises ConfigError."""
-        sleeping = self.weights.sleeping.get(held.index)
-        if sleeping is None:
+        if held.index not in self.weights.sleeping:
             raise ConfigError(
                 f"experts: those of {held.path.name} are read from packed weights, which are not "
                 "kept: give a packed_cache_dir that can be written to"
             )
-        keys = [one.key for one in sleeping]
-        pack_missing(sleeping, packer_command(self.deployment, self.device, held.index, keys))
+        _pack_missing(self.deployment, self.device, self.weights, held.index)
 
 
 def _expert_pool(
@@ -200,6 +198,7 @@ def _expert_pool(
     try:
         for index, part in on_demand.items():
             if part.weights.arena.taken:
+                _pack_missing(deployment, device, weights, index)
                 kept = next(one for one in weights.sleeping[index] if one.part is part)
                 opened = kept.kept.open(kept.key, part.weights.image())
                 if opened is None:
@@ -210,6 +209,15 @@ def _expert_pool(
         pool.close()
         raise
     return pool
+
+
+def _pack_missing(
+    deployment: Deployment, device: Device, weights: ResidentWeights, model: int
+) -> None:
+    """Has what the folder of packed weights lacks of a model packed. Raises ConfigError."""
+    sleeping = weights.sleeping[model]
+    keys = [one.key for one in sleeping]
+    pack_missing(sleeping, packer_command(deployment, device, model, keys))
 
 
 def _tables(deployment: Deployment, specs: Sequence[ModelSpec]) -> ctypes.Array[es.ModelTable]:
