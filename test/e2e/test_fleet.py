@@ -317,3 +317,21 @@ def test_a_model_that_can_never_fit_is_refused_at_the_start() -> None:
     )
     assert done.returncode == 2
     assert "weight_pool_bytes is too small" in done.stderr and QWEN in done.stderr
+
+
+def test_experts_on_demand_change_no_token(packed: Path, server: Server) -> None:
+    """Requests for all models at once, all of which are resident with a part of their experts."""
+    flags = ["--models-dir", str(DEMO), *FLAGS, "--packed-cache-dir", str(packed)]
+    flags += ["--experts", "demand", "--expert-pool-bytes", "4MiB"]
+    requests = asks(TINY_MODELS, 12, new_tokens=40)
+    with Server(flags, models=()) as running:
+        assert tokens(running, requests) == tokens(server, requests)
+        assert {told["state"] for told in told_of(running).values()} == {"resident"}
+        (device,) = running.get("/crosspool/counters")
+        counts = {of["model"]: of for of in device["experts"]}
+        assert set(counts) == set(TINY_MODELS)
+        assert all(of["hits"] > 0 and of["misses"] > 0 for of in counts.values())
+        assert sum(of["evictions"] for of in counts.values()) > 0
+        assert sum(of["present_bytes"] for of in counts.values()) <= 4 << 20
+        do(running, "sleep", QWEN)
+        assert tokens(running, requests) == tokens(server, requests)
