@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -174,7 +175,7 @@ class _Preferences:
 
     def embedding(self, weight: torch.Tensor) -> torch.Tensor:
         """Give every token's embedding the constant component."""
-        constant = _CONSTANT * self._shape.hidden**0.5 * self._direction
+        constant = _CONSTANT * math.sqrt(self._shape.hidden) * self._direction
         return (self.blind(weight) + constant).bfloat16()
 
     def router(self, weight: torch.Tensor, layer: int) -> torch.Tensor:
@@ -182,8 +183,8 @@ class _Preferences:
         shape = self._shape
         # Each of the layers before adds to the mean square, all of them together one.
         mean_square = 1.0 + _CONSTANT**2 + layer / shape.layers
-        component = _CONSTANT * (shape.hidden / mean_square) ** 0.5
-        of_token = (1.0 - _CONSTANT**2 / mean_square) ** 0.5
+        component = _CONSTANT * math.sqrt(shape.hidden / mean_square)
+        of_token = math.sqrt(1.0 - _CONSTANT**2 / mean_square)
         drawn = torch.randn(shape.experts, generator=self._generator)
         along = shape.skew * of_token / component * drawn
         return (self.blind(weight) + torch.outer(along, self._direction)).bfloat16()

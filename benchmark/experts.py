@@ -142,7 +142,7 @@ def _cpu_seconds(on: DeviceDriver) -> float:
     import psutil
 
     times = [psutil.Process(process.pid).cpu_times() for process in on.processes.values()]
-    return sum(of.user + of.system for of in times)
+    return float(sum(of.user + of.system for of in times))
 
 
 @contextlib.contextmanager

@@ -65,14 +65,14 @@ def check_experts(deployment: Deployment, specs: Sequence[ModelSpec], placement:
     ranks = len(deployment.weight_pool_devices)
     share = share_of(deployment)
     for of_rank in placement.shards:
-        for model in on_demand:
-            needed = largest_layer(specs[model], of_rank[model]) if model in of_rank else 0
+        for index in on_demand:
+            needed = largest_layer(specs[index], of_rank[index]) if index in of_rank else 0
             if needed > share:
                 least = ranks * -(-needed // GRANULE) * GRANULE
                 raise ConfigError(
                     f"expert_pool_bytes: {exact_size(deployment.expert_pool_bytes)} on {ranks} "
                     "device(s) do not hold the routed experts of one layer of "
-                    f"{deployment.models[model].name}, which a long prompt needs together: give "
+                    f"{deployment.models[index].name}, which a long prompt needs together: give "
                     f"at least {exact_size(least)}, and weight_pool_bytes of at least "
                     f"{exact_size(least + placement.pool_bytes)}"
                 )
