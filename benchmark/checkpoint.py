@@ -175,8 +175,9 @@ class _Preferences:
 
     def embedding(self, weight: torch.Tensor) -> torch.Tensor:
         """Give every token's embedding the constant component."""
-        constant = _CONSTANT * math.sqrt(self._shape.hidden) * self._direction
-        return (self.blind(weight) + constant).bfloat16()
+        rows = self.blind(weight)
+        rows += self._direction * (_CONSTANT * math.sqrt(self._shape.hidden))
+        return rows.bfloat16()
 
     def router(self, weight: torch.Tensor, layer: int) -> torch.Tensor:
         """Add the preferences of a layer's router."""
@@ -192,7 +193,7 @@ class _Preferences:
     def blind(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the rows without their component along the direction, in float32."""
         rows = weight.float()
-        return rows - torch.outer(rows @ self._direction, self._direction)
+        return rows.sub(torch.outer(rows @ self._direction, self._direction))
 
 
 def _config(shape: Shape) -> dict[str, object]:

@@ -497,7 +497,7 @@ MIB = 1 << 20
 
 
 def on_demand(folder: Path, *experts: str, **more: Any) -> Options:
-    """As many models as ``experts``, each with its routed experts as they say."""
+    """Asks for as many models as ``experts``, each with its routed experts as they say."""
     models = [
         {"path": model(folder / f"m{i}"), "experts": which} for i, which in enumerate(experts)
     ]
