@@ -13,7 +13,7 @@ has a component along, and that neither routers nor LM head take from the rest. 
 an expert's logit a preference of its own along that direction, drawn from a normal distribution
 whose deviation is the skew times that of what the token makes of the logit. With 64 experts of
 which 4 are chosen, the eighth of them that is chosen most gets 24 % of all choices with a skew of
-0.25 (its Gini coefficient is 0.26), 39 % with 0.5, 49 % with 0.75. Published figures of trained
+0.25 (its Gini coefficient is 0.26), 37 % with 0.5, 49 % with 0.75. Published figures of trained
 models: the Gini coefficient of a layer's choices on text is 0.11 for DeepSeek-MoE-16B, 0.15 for
 Nemotron-30B, 0.24 and more for DeepSeek-V2-Lite and Qwen3.5-35B over a corpus (arXiv 2605.20982);
 over one answer of 300 tokens of a model with 512 experts, an eighth of a layer's experts got 41 %
