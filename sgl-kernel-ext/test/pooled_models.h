@@ -2,10 +2,10 @@
 #ifndef CROSSPOOL_TEST_POOLED_MODELS_H
 #define CROSSPOOL_TEST_POOLED_MODELS_H
 
-#include <sched.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -16,6 +16,7 @@
 #include "../cpu/engine/spans.h"
 #include "../cpu/engine/tables.h"
 #include "check.h"
+#include "usable_cores.h"
 
 namespace crosspool::test {
 
@@ -54,7 +55,7 @@ class PooledModels {
     auto* const memory = reinterpret_cast<void*>(
         static_cast<std::uintptr_t>(round_up(static_cast<std::int64_t>(address), 64)));
     bytes_ = room * largest;
-    pool_ = std::make_unique<ExpertPool>(memory, bytes_, cores(), 2,
+    pool_ = std::make_unique<ExpertPool>(memory, bytes_, usable_cores(), 2,
                                          static_cast<std::int32_t>(models.size()));
     for (std::size_t model = 0; model < models.size(); ++model) {
       if (experts[model].empty()) continue;
@@ -91,16 +92,6 @@ class PooledModels {
   std::int64_t bytes() const { return bytes_; }
 
  private:
-  static std::vector<std::int32_t> cores() {
-    cpu_set_t set;
-    sched_getaffinity(0, sizeof(set), &set);
-    std::vector<std::int32_t> found;
-    for (int core = 0; core < CPU_SETSIZE; ++core) {
-      if (CPU_ISSET(static_cast<unsigned>(core), &set)) found.push_back(core);
-    }
-    return found;
-  }
-
   std::vector<Matrix>& own(const Matrix* matrices, std::int32_t count) {
     return matrices_.emplace_back(matrices, matrices + count);
   }
