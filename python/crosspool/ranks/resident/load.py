@@ -183,6 +183,8 @@ class _Loading:
                 f"experts: those of {held.path.name} are read from packed weights, which are not "
                 "kept: give a packed_cache_dir that can be written to"
             )
+        if not all(one.kept.touch(one.key) for one in self.weights.sleeping[held.index]):
+            log.info("%s: packed first, by a process of its own", held.what)
         _pack_missing(self.deployment, self.device, self.weights, held.index)
 
 
