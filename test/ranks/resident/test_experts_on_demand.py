@@ -6,19 +6,27 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from crosspool.kernels import native_structs as ns
 from crosspool.models.registry import read_model
+from crosspool.models.spec import MoEFFN
+from crosspool.ranks.resident.arena import round_up
 from crosspool.ranks.resident.ffn import PackedFFN
+from crosspool.ranks.resident.kept_weights import OpenWeights, placed
 from crosspool.transport.messages import Logprobs, StepResult, Waking, Woken
+from crosspool.weightpool.checkpoint import Checkpoint
 from crosspool.weightpool.experts import GRANULE, largest_layer
+from crosspool.weightpool.packed_file import PackedMatrix, PackedTable
 from crosspool.weightpool.placement import FFNShard, ffn_bytes
 
 from benchmark.checkpoint import Shape, write
 from benchmark.device_driver import DeviceDriver, Generation
+from benchmark.server import DEMO, TINY_MODELS
 
 SHAPE = Shape("moe-70m", 512, 4, 16, 2, 256, 8, 2, 64, 8000, context=512, skew=0.5)
 MODELS = 2
@@ -236,3 +244,46 @@ def test_what_a_layer_takes_is_counted_as_it_is_packed(models: list[Path]) -> No
         assert experts == SHAPE.layers * largest_layer(spec, shard)
         part.close()
         fixed.close()
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_file_is_the_same_with_experts_on_demand(name: str) -> None:
+    """Packed weights have one key and one file, whatever of them is in memory; what is not on
+    demand lies closely in the arena, and experts are found where the file has them."""
+    spec = read_model(DEMO / name)
+    parts = [PackedFFN(spec, DEMO / name, WHOLE, on_demand=demand) for demand in (False, True)]
+    forms = [part.weights.form(Checkpoint(DEMO / name)) for part in parts]
+    assert forms[0].key() == forms[1].key()
+
+    images = [part.weights.image() for part in parts]
+    sizes = [round_up(matrix.bytes, 64) for matrix in images[0].matrices]
+    ends = list(accumulate(reversed(sizes)))
+    offsets = [end - size for end, size in zip(reversed(ends), sizes, strict=True)]
+    table = PackedTable(
+        key="key",
+        arena_bytes=ends[-1],
+        matrices=[PackedMatrix(at, ns.PLAIN, 1000 + i) for i, at in enumerate(offsets)],
+        arrays=[7] * len(images[0].arrays),
+        weight_bytes=ends[-1],
+        broken=[],
+    )
+    every, rest = (OpenWeights(-1, table, placed(table, image), 4096) for image in images)
+    right = {
+        span.offset: checksum for span, checksum in zip(every.spans, every.checksums, strict=True)
+    }
+    assert len(rest.spans) == len(rest.stages)
+    for span, checksum in zip(rest.spans, rest.checksums, strict=True):
+        assert right[span.offset] == checksum
+    assert rest.image.bytes == parts[1].weights.plain_bytes
+    experts = parts[1].pooled(rest)
+    assert len(experts) == sum(ffn.experts for ffn in spec.ffn if isinstance(ffn, MoEFFN))
+    assert 2 * len(experts) == len(every.spans) - len(rest.spans)
+    for expert in experts:
+        assert right[expert.gate_up_offset] == expert.gate_up_checksum
+        assert right[expert.down_offset] == expert.down_checksum
+        assert expert.gate_up.contents.data is None and expert.down.contents.data is None
+    assert sum(one.bytes for one in parts[1].weights.listing) == ffn_bytes(
+        spec, WHOLE, experts=False
+    )
+    for part in parts:
+        part.close()

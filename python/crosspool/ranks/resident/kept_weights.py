@@ -162,7 +162,7 @@ class KeptWeights:
                 return None
             try:
                 table, begin = packed_file.read(file, key)
-                held = _place(table, image)
+                held = placed(table, image)
             except (DamagedFile, OSError) as error:
                 self.discard(key, error)
                 return None
@@ -260,7 +260,7 @@ class OpenWeights:
         os.close(self.file)
 
 
-def _place(table: PackedTable, image: Image) -> Image:
+def placed(table: PackedTable, image: Image) -> Image:
     """Tells matrices where they lie, and returns the image with its bytes. Raises DamagedFile."""
     counts = len(table.matrices), len(table.arrays)
     if counts != (len(image.matrices), len(image.arrays)):
