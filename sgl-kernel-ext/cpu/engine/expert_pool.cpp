@@ -20,8 +20,9 @@ namespace {
 constexpr std::int64_t kLine = 64;
 // A use of an expert counts half after so many steps of all models that have experts in the pool.
 constexpr double kHalfLifeSteps = 32.0;
-// Reads that have memory and wait for a thread. More would fix too early which experts go.
-constexpr std::size_t kMostQueued = 16;
+// Reads that have memory and wait for a thread. More would fix too early which experts go, and keep
+// the loop busy with it: every thread that reads finds memory for the next read first.
+constexpr std::size_t kMostQueued = 1;
 // The share of the memory that may be held for parts that are only expected, and for how many parts
 // at most: a request may have ended.
 constexpr std::int64_t kExpectedShare = 4;
@@ -138,20 +139,19 @@ int ExpertPool::add(std::int32_t model, int file, std::span<const PooledExpert> 
 void ExpertPool::remove(std::int32_t model) {
   std::unique_lock lock(mutex_);
   Model& it = *models_[model];
-  for (std::deque<std::int32_t>* queue : {&wanted_, &early_}) {
-    std::erase_if(*queue, [&](std::int32_t number) {
-      if (experts_[number].model != model) return false;
-      memory_.release(number);
-      memory_.drop(number);
-      leave(number);
-      return true;
-    });
-  }
+  std::erase_if(wanted_, [&](std::int32_t number) {
+    if (experts_[number].model != model) return false;
+    memory_.release(number);
+    memory_.drop(number);
+    leave(number);
+    return true;
+  });
   for (std::size_t i = waiting_.size(); i-- > 0;) {
     if (waiting_[i]->model_ == model) end_waiting(i, ExpertNeed::State::kFailed);
   }
   read_.wait(lock, [&] { return it.reads == 0; });
   for (std::int32_t layer = 0; layer < it.layers; ++layer) {
+    forget_wishes(model, layer);
     for (const std::int32_t number : it.by_layer[layer].numbers) {
       if (experts_[number].expected) forget_expected(number);
       if (experts_[number].presence == Presence::kPresent) leave(number);
@@ -238,7 +238,8 @@ bool ExpertPool::acquire(ExpertNeed& need, std::int32_t model, std::int32_t laye
     need.numbers_.push_back(number);
   }
   hold(need);
-  if (!expected_.empty()) {  // this is the part that was expected
+  forget_wishes(model, layer);  // this is the part that was expected
+  if (!expected_.empty()) {
     for (const std::int32_t number : of.numbers) {
       if (experts_[number].expected) forget_expected(number);
     }
@@ -320,9 +321,7 @@ bool ExpertPool::serve(std::size_t place_in_line, bool& short_of_memory) {
     const Presence presence = experts_[number].presence;
     if (presence == Presence::kPresent) continue;
     complete = false;
-    if (presence == Presence::kReading) {
-      prefer(number);
-    } else if (!short_of_memory && wanted_.size() < kMostQueued) {
+    if (presence == Presence::kAbsent && !short_of_memory && wanted_.size() < kMostQueued) {
       short_of_memory = !fetch(number, place_in_line);
     }
   }
@@ -349,7 +348,8 @@ bool ExpertPool::make_way(std::size_t place_in_line) {
     forget_expected(expected_.front().number);
     return true;
   }
-  if (place_in_line != 0 || !idle() || memory_.present().empty()) return false;
+  const bool in_use = running_ > 0 || reads_ > 0 || !wanted_.empty();
+  if (place_in_line != 0 || in_use || memory_.present().empty()) return false;
   // All that is held is what the first in line has itself, and it lies so that no hole is large
   // enough. Alone and from the beginning, its experts have room: add() has looked.
   alone_ = waiting_.front();
@@ -374,30 +374,39 @@ bool ExpertPool::place(std::int32_t number) {
   return true;
 }
 
-// A part waits for an expert that was to be read when there was nothing else to do.
-void ExpertPool::prefer(std::int32_t number) {
-  const auto found = std::find(early_.begin(), early_.end(), number);
-  if (found == early_.end()) return;
-  early_.erase(found);
-  wanted_.push_back(number);
-}
-
 void ExpertPool::expect_one(std::int32_t number) {
   Expert& expert = experts_[number];
-  if (expert.presence != Presence::kAbsent || alone_ != nullptr) return;
+  if (expert.presence != Presence::kAbsent || expert.wished) return;
+  expert.wished = true;
+  wishes_.push_back({number, parts_});
+  work_.notify_one();
+}
+
+void ExpertPool::forget_wishes(std::int32_t model, std::int32_t layer) {
+  std::erase_if(wishes_, [&](const Expected& wish) {
+    Expert& expert = experts_[wish.number];
+    if (expert.model != model || expert.it.layer != layer) return false;
+    expert.wished = false;
+    return true;
+  });
+}
+
+// Gives memory to an expert that was wished for, if there is some to spare; it is held until its
+// part comes.
+bool ExpertPool::read_early(std::int32_t number) {
+  Expert& expert = experts_[number];
+  if (expert.presence != Presence::kAbsent || alone_ != nullptr) return false;
   while (!expected_.empty() && parts_ - expected_.front().since > kExpectedParts) {
     forget_expected(expected_.front().number);
   }
   const std::int64_t bytes = bytes_of(expert.it);
-  if ((expected_bytes_ + bytes) * kExpectedShare > memory_.bytes()) return;
-  if (early_.size() >= kMostQueued || !place(number)) return;
+  if ((expected_bytes_ + bytes) * kExpectedShare > memory_.bytes() || !place(number)) return false;
   memory_.hold(number);
   expert.early = expert.expected = true;
   expected_bytes_ += bytes;
   expected_.push_back({number, parts_});
   ++model_of(number).counters.early;
-  early_.push_back(number);
-  work_.notify_one();
+  return true;
 }
 
 void ExpertPool::forget_expected(std::int32_t number) {
@@ -448,19 +457,36 @@ void ExpertPool::end_waiting(std::size_t place_in_line, ExpertNeed::State state)
 
 // ---- Threads that read
 
+// Takes the next expert to read, or returns -1.
+std::int32_t ExpertPool::next_read() {
+  if (!wanted_.empty()) {
+    const std::int32_t number = wanted_.front();
+    wanted_.pop_front();
+    return number;
+  }
+  while (!wishes_.empty()) {
+    const Expected wish = wishes_.front();
+    wishes_.pop_front();
+    experts_[wish.number].wished = false;
+    const bool current = parts_ - wish.since <= kExpectedParts;
+    if (current && read_early(wish.number)) return wish.number;
+  }
+  return -1;
+}
+
 void ExpertPool::run() {
   std::unique_lock lock(mutex_);
   for (;;) {
     work_.wait(lock, [&] { return stopping_ || may_read(); });
     if (stopping_) return;
     const int early = wanted_.empty() ? 1 : 0;
-    std::deque<std::int32_t>& queue = early != 0 ? early_ : wanted_;
-    const std::int32_t number = queue.front();
-    queue.pop_front();
+    const std::int32_t number = next_read();
+    if (number < 0) continue;
     Model& model = model_of(number);
     ++model.reads;
     ++reads_;
     early_reads_ += early;
+    if (!waiting_.empty()) schedule();  // finds memory for the next thread's read
     const PooledExpert expert = experts_[number].it;
     const int file = model.file;
     std::byte* const data = data_ + memory_.offset(number);

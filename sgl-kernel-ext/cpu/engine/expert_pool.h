@@ -106,6 +106,7 @@ class ExpertPool {
     PooledExpert it{};
     std::int32_t model = -1;
     Presence presence = Presence::kAbsent;
+    bool wished = false;    // it shall be read before a part needs it
     bool early = false;     // it was read, or is being read, before a part needed it
     bool expected = false;  // ... and is held until then
   };
@@ -123,7 +124,7 @@ class ExpertPool {
     ExpertCounters counters{};
   };
 
-  // An expert that is held until a part needs it.
+  // An expert that a part will probably need.
   struct Expected {
     std::int32_t number;
     std::int64_t since;  // the number of parts before
@@ -133,16 +134,18 @@ class ExpertPool {
   void end();
   // The functions below want the lock.
   bool may_read() const {
-    return !wanted_.empty() || (!early_.empty() && early_reads_ < most_early_);
+    return !wanted_.empty() || (!wishes_.empty() && early_reads_ < most_early_);
   }
+  std::int32_t next_read();
+  bool read_early(std::int32_t number);
   void end_read(std::int32_t number, int error);
   void schedule();
   bool serve(std::size_t place_in_line, bool& short_of_memory);
   bool fetch(std::int32_t number, std::size_t place_in_line);
   bool make_way(std::size_t place_in_line);
   bool place(std::int32_t number);
-  void prefer(std::int32_t number);
   void expect_one(std::int32_t number);
+  void forget_wishes(std::int32_t model, std::int32_t layer);
   void forget_expected(std::int32_t number);
   void leave(std::int32_t number);
   void hold(ExpertNeed& need);
@@ -150,7 +153,6 @@ class ExpertPool {
   void end_waiting(std::size_t place_in_line, ExpertNeed::State state);
   void set_half_life();
   std::int64_t bytes_of(const PooledExpert& expert) const;
-  bool idle() const { return running_ + reads_ == 0 && wanted_.empty() && early_.empty(); }
   Model& model_of(std::int32_t number) { return *models_[experts_[number].model]; }
   Layer& layer_of(std::int32_t number) {
     return model_of(number).by_layer[experts_[number].it.layer];
@@ -165,8 +167,8 @@ class ExpertPool {
   std::vector<Expert> experts_;      // by number
   std::deque<ExpertNeed*> waiting_;  // in the order in which they came
   ExpertNeed* alone_ = nullptr;      // the only one that gets memory now
-  std::deque<std::int32_t> wanted_;  // experts to read
-  std::deque<std::int32_t> early_;   // ... when there are no others
+  std::deque<std::int32_t> wanted_;  // experts to read, which have memory
+  std::deque<Expected> wishes_;      // experts to read when there are no others, without memory yet
   std::deque<Expected> expected_;    // experts that are held until a part needs them
   std::int64_t expected_bytes_ = 0;
   std::int64_t parts_ = 0;  // that have needed experts
