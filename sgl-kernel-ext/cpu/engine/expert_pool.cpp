@@ -139,6 +139,7 @@ int ExpertPool::add(std::int32_t model, int file, std::span<const PooledExpert> 
 void ExpertPool::remove(std::int32_t model) {
   std::unique_lock lock(mutex_);
   Model& it = *models_[model];
+  for (std::int32_t layer = 0; layer < it.layers; ++layer) forget_wishes(model, layer);
   std::erase_if(wanted_, [&](std::int32_t number) {
     if (experts_[number].model != model) return false;
     memory_.release(number);
@@ -151,7 +152,6 @@ void ExpertPool::remove(std::int32_t model) {
   }
   read_.wait(lock, [&] { return it.reads == 0; });
   for (std::int32_t layer = 0; layer < it.layers; ++layer) {
-    forget_wishes(model, layer);
     for (const std::int32_t number : it.by_layer[layer].numbers) {
       if (experts_[number].expected) forget_expected(number);
       if (experts_[number].presence == Presence::kPresent) leave(number);
