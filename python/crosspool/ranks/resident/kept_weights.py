@@ -274,9 +274,9 @@ def placed(table: PackedTable, image: Image) -> Image:
         matrix.encoding = packed.encoding
         if not 0 <= packed.offset <= end - matrix.bytes:
             raise DamagedFile("a matrix lies outside the arena")
-        if on_demand:
-            matrix.data = None
-        elif packs:  # what lies between them in the file has no room here
+        if on_demand:  # whoever reads it says where
+            continue
+        if packs:  # what lies between them in the file has no room here
             matrix.data = image.arena + at
             at += round_up(matrix.bytes, _LINE)
         else:
