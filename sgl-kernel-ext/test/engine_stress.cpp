@@ -239,7 +239,7 @@ struct Rig {
       : caches{models[0].cache(), models[1].cache()}, memory(setup.lanes), local(setup.lanes) {
     // The tables of an FFN rank, with a pool for its experts.
     const auto pooled = [&](std::vector<ModelTable> tables, LoopDescription& of) {
-      if (setup.room == 0) return tables;
+      if (setup.room == 0 || tables[0].ffn == nullptr) return tables;
       of.experts = &pools.emplace_back(tables, setup.room, damaged).pool();
       return tables;
     };
