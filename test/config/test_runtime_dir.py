@@ -23,7 +23,8 @@ def temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 def deployment(folder: RuntimeDir, port: int) -> Deployment:
     return Deployment(
-        models=(ModelConfig(name="a", path="/a"),),
+        models={0: ModelConfig(name="a", path="/a")},
+        next_model=1,
         kv_pool_devices=(Device("cpu"),),
         weight_pool_devices=(Device("cpu"),),
         kv_pool_bytes=1,

@@ -16,9 +16,9 @@ import psutil
 import pytest
 from crosspool.config.device import Device
 from crosspool.config.runtime_dir import find_running
-from crosspool.models.registry import read_model
+from crosspool.models.registry import specs_of
 from crosspool.transport.lane_layout import LinkPlace
-from crosspool.transport.links import max_row_bytes
+from crosspool.transport.links import ROW_ROOM, max_row_bytes
 from crosspool.transport.shared_memory import _Segment
 from make_random_checkpoint import make_random_checkpoint
 from support.marks import slow_but
@@ -151,8 +151,8 @@ def device_name(place: int) -> str:
 def link_of(server: Server) -> tuple[mmap.mmap, LinkPlace]:
     """The segment of the server's lanes, and the place of the only link."""
     deployment = find_running(server.port)
-    specs = [read_model(Path(m.path), m.context_length, m.dtype) for m in deployment.models]
-    segment = _Segment(deployment, max_row_bytes(specs))
+    room = max(max_row_bytes(specs_of(deployment.models)), ROW_ROOM)
+    segment = _Segment(deployment, room)
     folder = Path(f"/proc/{server.process.pid}/fd")
     for fd in folder.iterdir():
         if fd.stat().st_size == segment.total_bytes:

@@ -99,17 +99,20 @@ class Machine(RuleBasedStateMachine):
         self.pool.close()
 
 
+def ranges():
+    return {model: chunks * CHUNK for model, chunks in enumerate(RANGES)}
+
+
 class MremapMachine(Machine):
     def make(self) -> MremapVirtualizer:
-        return MremapVirtualizer(BUDGET * CHUNK, CHUNK, [chunks * CHUNK for chunks in RANGES])
+        return MremapVirtualizer(BUDGET * CHUNK, CHUNK, ranges())
 
 
 class CudaMachine(Machine):
     def make(self) -> CudaVirtualizer:
         self.driver = FakeCuda(total=10 * CHUNK)
         self.quiet = 0
-        ranges = [chunks * CHUNK for chunks in RANGES]
-        pool = CudaVirtualizer(self.driver, BUDGET * CHUNK, CHUNK, ranges)
+        pool = CudaVirtualizer(self.driver, BUDGET * CHUNK, CHUNK, ranges())
         pool.quiesced = self.quiesced
         return pool
 

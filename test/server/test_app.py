@@ -32,7 +32,8 @@ def application() -> App:
         return answer
 
     deployment = Deployment(
-        models=tuple(ModelConfig(name=name, path=f"/{name}") for name in NAMES),
+        models={n: ModelConfig(name=name, path=f"/{name}") for n, name in enumerate(NAMES)},
+        next_model=len(NAMES),
         kv_pool_devices=(Device("cpu"),),
         weight_pool_devices=(Device("cpu"),),
         kv_pool_bytes=1,

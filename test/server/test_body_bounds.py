@@ -56,7 +56,8 @@ class Client:
 
     def __init__(self, **options: int) -> None:
         deployment = Deployment(
-            models=(ModelConfig(name="first", path="/first"),),
+            models={0: ModelConfig(name="first", path="/first")},
+            next_model=1,
             kv_pool_devices=(Device("cpu"),),
             weight_pool_devices=(Device("cpu"),),
             kv_pool_bytes=1,

@@ -37,7 +37,8 @@ class Bed:
 
     def __init__(self, folder: Path) -> None:
         self.deployment = Deployment(
-            models=(ModelConfig(name="a", path="/a"),),
+            models={0: ModelConfig(name="a", path="/a")},
+            next_model=1,
             kv_pool_devices=(Device(KV),),
             weight_pool_devices=(Device(WEIGHTS),),
             kv_pool_bytes=1,

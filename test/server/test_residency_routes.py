@@ -77,7 +77,8 @@ def model_status(name: str, residency: ModelResidency) -> ModelStatus:
 class Bed:
     def __init__(self, queue_timeout: float = 5.0) -> None:
         deployment = Deployment(
-            models=tuple(ModelConfig(name=name, path="/nowhere") for name in NAMES),
+            models={n: ModelConfig(name=name, path="/nowhere") for n, name in enumerate(NAMES)},
+            next_model=len(NAMES),
             kv_pool_devices=(Device("cpu"),),
             weight_pool_devices=(Device("cpu"),),
             kv_pool_bytes=1,

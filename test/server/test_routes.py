@@ -53,7 +53,8 @@ async def let_in(scope: Any, receive: Any, send: Any) -> None:
 def application(keys: tuple[str | None, str | None]) -> App:
     named = ModelConfig(name=MODEL, path="/nowhere")
     deployment = Deployment(
-        models=(named,),
+        models={0: named},
+        next_model=1,
         kv_pool_devices=(Device("cpu"),),
         weight_pool_devices=(Device("cpu"),),
         kv_pool_bytes=1,

@@ -24,19 +24,27 @@ from crosspool.transport.inspection import (
 )
 from crosspool.transport.messages import (
     PROTOCOL_VERSION,
+    Added,
+    AddModel,
     Failed,
     Inspect,
     Inspected,
     Open,
     Ready,
     Release,
+    Removed,
+    RemoveModel,
     Row,
     RowResult,
     Shutdown,
+    Sleep,
+    Slept,
     Step,
     StepResult,
     ToDevice,
     TokenLogprobs,
+    Wake,
+    Woken,
 )
 
 Script = Callable[[int, list[int], int], int]
@@ -73,7 +81,7 @@ class FakeDevice(threading.Thread):
         self._deployment = deployment
         self._device = name
         self._incarnation = incarnation
-        self._models = [model.name for model in deployment.models]
+        self._models = {number: model.name for number, model in deployment.models.items()}
         self._script = script
         self.step_seconds = step_seconds
         self._requests: dict[int, FakeRequest] = {}
@@ -82,6 +90,8 @@ class FakeDevice(threading.Thread):
         self._stop_event = threading.Event()
         self.failure: str | None = None
         """Set it to make the device report Failed and fall silent."""
+        self.refusal: str | None = None
+        """Why no model can come to the device."""
         self.received: list[ToDevice] = []
 
     def run(self) -> None:
@@ -127,7 +137,8 @@ class FakeDevice(threading.Thread):
             device=self._device,
             pid=0,
             ranks=ranks,
-            resident=list(range(len(d.models))),
+            models=sorted(d.models),
+            resident=sorted(d.models),
         )
 
     def _handle(self, socket: DeviceSocket, message: ToDevice) -> None:
@@ -141,6 +152,18 @@ class FakeDevice(threading.Thread):
             case Release():
                 for number in message.requests:
                     self._requests.pop(number, None)
+            case Wake():
+                socket.send(Woken(model=message.model))
+            case Sleep():
+                socket.send(Slept(model=message.model))
+            case AddModel():
+                error = self.refusal
+                if error is None:
+                    self._models[message.model] = message.config.name
+                socket.send(Added(model=message.model, error=error))
+            case RemoveModel():
+                self._models.pop(message.model, None)
+                socket.send(Removed(model=message.model))
             case Inspect():
                 report = self._report(message.what)
                 socket.send(Inspected(id=message.id, device=self._device, report=report))
@@ -196,7 +219,7 @@ class FakeDevice(threading.Thread):
             case "pools":
                 pools = DevicePools(
                     device=self._device,
-                    mapped_bytes=dict.fromkeys(self._models, 0),
+                    mapped_bytes=dict.fromkeys(self._models.values(), 0),
                     free_bytes=1,
                     budget_bytes=1,
                     rss_bytes=1,

@@ -35,7 +35,10 @@ _PR_SET_CHILD_SUBREAPER = 36
 def deployment(**changes: Any) -> Deployment:
     """Two bundled models on one device, in a fresh runtime folder."""
     fields: dict[str, Any] = {
-        "models": tuple(ModelConfig(name=name, path=str(DEMO / name)) for name in MODELS),
+        "models": {
+            n: ModelConfig(name=name, path=str(DEMO / name)) for n, name in enumerate(MODELS)
+        },
+        "next_model": len(MODELS),
         "kv_pool_devices": (Device("cpu"),),
         "weight_pool_devices": (Device("cpu"),),
         "kv_pool_bytes": 64 << 20,

@@ -23,7 +23,8 @@ PEER = Path(__file__).with_name("lane_ffn_peer.py")
 
 def deployment_of(kv: tuple[str, ...], weights: tuple[str, ...], lanes: int = 2) -> Deployment:
     return Deployment(
-        models=(ModelConfig(name="m", path="m"),),
+        models={0: ModelConfig(name="m", path="m")},
+        next_model=1,
         kv_pool_devices=tuple(map(Device, kv)),
         weight_pool_devices=tuple(map(Device, weights)),
         kv_pool_bytes=1,

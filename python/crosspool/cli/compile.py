@@ -186,7 +186,8 @@ def _deployment(options: Options) -> Deployment:
         one = (Device("cuda:0"),)
         options = replace(options, kv_pool_devices=one, weight_pool_devices=one)
     settled = {
-        "models": model_configs(options),
+        "models": dict(enumerate(model_configs(options))),
+        "next_model": len(options.models),
         "kv_pool_bytes": options.kv_pool_bytes or 0,
         "weight_pool_bytes": sys.maxsize,
         "expert_pool_bytes": 0,

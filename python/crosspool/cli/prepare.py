@@ -57,7 +57,8 @@ def prepare(options: Options) -> Prepared:
         read_model(Path(model.path), model.context_length, model.dtype) for model in models
     )
     settled = {
-        "models": models,
+        "models": dict(enumerate(models)),
+        "next_model": len(models),
         "kv_pool_bytes": options.kv_pool_bytes or 0,
         "weight_pool_bytes": sys.maxsize,
         "expert_pool_bytes": 0,

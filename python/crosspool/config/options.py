@@ -79,10 +79,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Arguments for SGLang of this model alone, by ServerArgs field."""
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """A server as the user asks for it; None where it is left open."""
-
-    models: tuple[ModelOptions, ...]
+class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """A server but for its models, as the user asks for it; None where it is left open."""
 
     models_dir: Annotated[str | None, Option(
         "Folder of which every checkpoint is served, beside the models that are named: DIR/NAME as "
@@ -281,5 +279,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 # fmt: on
 
 
+class Options(ServerOptions, frozen=True, kw_only=True):
+    """A server as the user asks for it."""
+
+    models: tuple[ModelOptions, ...]
+
+
 MODEL_OPTIONS = options_of(ModelOptions, per_model=True)
-SERVER_OPTIONS = options_of(Options, per_model=False)
+SERVER_OPTIONS = options_of(ServerOptions, per_model=False)

@@ -10,9 +10,11 @@ Example::
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crosspool.config.errors import ConfigError
 from crosspool.models import families
@@ -20,6 +22,9 @@ from crosspool.models.config_file import ConfigFile
 from crosspool.models.family import Family
 from crosspool.models.spec import DType, ModelSpec, TensorRef
 from crosspool.models.tensors import attention_part, ffn_part
+
+if TYPE_CHECKING:
+    from crosspool.config.deployment import ModelConfig
 
 
 def _found() -> dict[str, Family]:
@@ -59,6 +64,16 @@ def read_model(path: Path, context_length: int | None = None, dtype: str = "auto
             )
     spec = read_spec(config, family, _dtype(config, dtype))
     return replace(spec, context=_limited(config, spec.context, context_length))
+
+
+def spec_of(model: ModelConfig) -> ModelSpec:
+    """Reads a model of the deployment. Raises ConfigError as :func:`read_model` does."""
+    return read_model(Path(model.path), model.context_length, model.dtype)
+
+
+def specs_of(models: Mapping[int, ModelConfig]) -> dict[int, ModelSpec]:
+    """Reads the models of the deployment, by number. Raises ConfigError."""
+    return {number: spec_of(model) for number, model in models.items()}
 
 
 def family_of(config: ConfigFile) -> Family | None:

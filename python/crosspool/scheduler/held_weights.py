@@ -36,6 +36,13 @@ class HeldWeights:
         self.version += 1
         self._unsettled = True
 
+    def forget(self, model: int) -> None:
+        """The model is gone, with all its weights."""
+        for held in self._held.values():
+            held.pop(model, None)
+        self._failed = {pair for pair in self._failed if pair[1] != model}
+        self.changed()
+
     # --- what devices say
 
     def came(self, device: int, model: int) -> bool:
@@ -74,7 +81,8 @@ class HeldWeights:
         """The device is there, with the weights of the models in ``resident``."""
         self._away.discard(device)
         self._failed = {pair for pair in self._failed if pair[0] != device}
-        self._held[device] = dict.fromkeys(resident, "present")
+        known = [model for model in resident if model in self._models]
+        self._held[device] = dict.fromkeys(known, "present")
         self.changed()
 
     # --- what to tell them
@@ -120,6 +128,10 @@ class HeldWeights:
 
     def has(self, device: int, model: int) -> bool:
         return self._held[device].get(model) == "present"
+
+    def holds(self, device: int, model: int) -> bool:
+        """Whether the device has weights of the model, all or some."""
+        return model in self._held[device]
 
     def is_waking(self, device: int, model: int) -> bool:
         return self._held[device].get(model) == "waking"

@@ -58,20 +58,9 @@ class ResidencyPolicy:
         self._quantum = quantum
         self._worth = worth
         self._turns = count(1)
-        self._models = {
-            number: FleetModel(
-                name=options.name,
-                keep=options.keep,
-                ttl=options.ttl,
-                priority=options.priority,
-                attention_bytes=budgets.bytes_of(number, "attention"),
-                ffn_bytes=budgets.bytes_of(number, "ffn"),
-                attention_devices=budgets.devices_of(number, "attention"),
-                ffn_devices=budgets.devices_of(number, "ffn"),
-                asked=options.keep == "pinned",
-            )
-            for number, options in models.items()
-        }
+        self._models: dict[int, FleetModel] = {}
+        for number, options in models.items():
+            self._enter(number, options)
         self._held = HeldWeights(budgets, self._models)
         self._work: set[int] = set()
         """Models with requests to serve."""
@@ -82,6 +71,47 @@ class ResidencyPolicy:
             self._held.restore(device, shared.intersection(resident))
         for number in sorted(resident):
             self._want(number, now)
+
+    # --- models that come and go
+
+    def add(self, model: int, options: ModelConfig, now: float) -> None:
+        """A further model comes, which sleeps; the budgets have it already."""
+        self._enter(model, options)
+        self._held.changed()
+        self._next = now
+
+    def dismiss(self, model: int, now: float) -> None:
+        """The model is to leave: it sleeps as soon as it has no requests, pinned or not."""
+        if self._models[model].keep == "pinned":
+            self._models[model].keep = "demand"
+        self.sleep(model, now)
+
+    def holds(self, device: int, model: int) -> bool:
+        """Whether the device has weights of the model, all or some."""
+        return self._held.holds(device, model)
+
+    def is_gone(self, model: int) -> bool:
+        """Whether no device has weights of the model, or is to have any."""
+        return not self._models[model].wanted and self._held.gone(model)
+
+    def remove(self, model: int) -> None:
+        """The model is gone."""
+        del self._models[model]
+        self._work.discard(model)
+        self._held.forget(model)
+
+    def _enter(self, number: int, options: ModelConfig) -> None:
+        self._models[number] = FleetModel(
+            name=options.name,
+            keep=options.keep,
+            ttl=options.ttl,
+            priority=options.priority,
+            attention_bytes=self._budgets.bytes_of(number, "attention"),
+            ffn_bytes=self._budgets.bytes_of(number, "ffn"),
+            attention_devices=self._budgets.devices_of(number, "attention"),
+            ffn_devices=self._budgets.devices_of(number, "ffn"),
+            asked=options.keep == "pinned",
+        )
 
     # --- what devices say
 

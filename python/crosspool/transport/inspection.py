@@ -144,10 +144,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         ]
 
 
-ModelState = Literal["asleep", "waking", "resident", "falling_asleep"]
+ModelState = Literal["asleep", "waking", "resident", "falling_asleep", "leaving"]
 """Where a model's weights are. ``asleep``: on disk alone; ``waking``: on their way into the pools;
 ``resident``: in the pools of every device that has a share of them; ``falling_asleep``: given up,
-but not everywhere yet."""
+but not everywhere yet; ``leaving``: the model takes no requests any more and will be gone."""
 
 
 class ModelResidency(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,6 +193,8 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
 class KVShare(msgspec.Struct, frozen=True, kw_only=True):
     """What one model has of one attention rank now."""
 
+    model: int
+    """The model's number."""
     running: int
     """Requests admitted and not finished."""
     paused: int
@@ -227,7 +229,7 @@ class RankSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     cached_bytes: int
     mapped_bytes: int
     models: list[KVShare]
-    """Entries in the deployment's order."""
+    """Entries in ascending order of the models' numbers."""
 
 
 class ModelCounts(msgspec.Struct, kw_only=True):
@@ -265,6 +267,8 @@ class ModelStatus(ModelCounts, kw_only=True):
     """One model: its requests and KV memory now, over all attention ranks, its counters, and what
     is known about it from its config and the deployment."""
 
+    model: int
+    """The model's number."""
     name: str
     waiting: int
     """Requests queued, those included whose grammar is being compiled."""
@@ -325,7 +329,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The scheduler's state at one moment."""
 
     models: list[ModelStatus]
-    """Entries in the deployment's order."""
+    """Entries in ascending order of the models' numbers. A model that is being loaded is none of
+    them yet."""
     ranks: list[RankSnapshot]
     failure: str | None
     """Why every request is refused; None while all is well."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from crosspool.config.errors import ConfigError
@@ -26,7 +26,7 @@ def expert_pool_bytes(
     """Returns the bytes of the expert pool over all devices: ``given``, or else what the other FFN
     weights of all models leave of ``weights``, the bytes of the weight pool; or else as many as all
     experts take. 0 where no model has experts on demand."""
-    if not any(map(any, placement.expert_bytes)):
+    if not placement.all_expert_bytes:
         return 0
     ranks = len(deployment.weight_pool_devices)
     if given is not None:
@@ -42,13 +42,16 @@ def share_of(deployment: Deployment) -> int:
     return deployment.expert_pool_bytes // len(deployment.weight_pool_devices) // GRANULE * GRANULE
 
 
-def check_experts(deployment: Deployment, specs: Sequence[ModelSpec], placement: Placement) -> None:
+def check_experts(
+    deployment: Deployment, specs: Mapping[int, ModelSpec], placement: Placement
+) -> None:
     """Raises ConfigError when experts cannot be in memory on demand: says for which reason, and
     what would be right."""
-    for model, spec in zip(deployment.models, specs, strict=True):
-        if model.experts == "demand" and not any(isinstance(ffn, MoEFFN) for ffn in spec.ffn):
+    for index, model in deployment.models.items():
+        has_experts = any(isinstance(ffn, MoEFFN) for ffn in specs[index].ffn)
+        if model.experts == "demand" and not has_experts:
             raise ConfigError(f"experts: {model.name} has no routed experts: give it experts: all")
-    on_demand = [i for i, model in enumerate(deployment.models) if model.experts == "demand"]
+    on_demand = [i for i, model in deployment.models.items() if model.experts == "demand"]
     if not on_demand:
         return
     first = deployment.models[on_demand[0]].name

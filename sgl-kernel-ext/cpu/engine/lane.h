@@ -3,7 +3,6 @@
 #define CROSSPOOL_CPU_ENGINE_LANE_H
 
 #include <cstdint>
-#include <span>
 #include <vector>
 
 #include "../kernels/attention_plan.h"
@@ -29,10 +28,9 @@ struct Partial {
 };
 
 struct Lane {
-  Lane(std::int32_t index, std::span<const ModelTable> models, std::int32_t max_rows,
-       std::int32_t threads);
+  Lane(std::int32_t index, std::int32_t max_rows, std::int32_t threads);
 
-  // Puts a batch on the free lane.
+  // Puts a batch on the free lane, whose arrays grow where the model needs larger ones.
   void take(StepArguments* arguments, const ModelTable* of, std::int32_t threads);
 
   std::int32_t index;

@@ -26,9 +26,9 @@
 
 namespace crosspool {
 
-// A loop as the host describes it. Pointers stay valid as long as the loop.
+// A loop as the host describes it. Pointers stay valid as long as the loop, but for `models`.
 struct LoopDescription {
-  const ModelTable* models;
+  const ModelTable* models;         // [model_count], those that are there from the start
   const LinkDescription* outgoing;  // [outgoing_count], each a lane's to an FFN rank elsewhere
   const LinkDescription*
       incoming;                  // [incoming_count], each a lane's of an attention rank elsewhere
@@ -47,6 +47,7 @@ struct LoopDescription {
   std::int32_t attention_rank;  // -1: none on this device
   std::int32_t ffn_rank;        // -1: none on this device
   std::int32_t event_fd;        // written to after every event
+  std::int32_t model_places;    // at no time do two models have numbers that are equal modulo it
 };
 
 class Loop {
@@ -63,7 +64,7 @@ class Loop {
   bool pop(Event* event) { return events_.pop(event); }
   Trace& trace() { return trace_; }
   // Tells that the first `layers` layers of a model's part have their weights, from any thread. The
-  // attention part has one layer more, the LM head.
+  // attention part has one layer more, the LM head. The loop has the model.
   void set_present(std::int32_t model, WeightPart part, std::int32_t layers);
   // CLOCK_MONOTONIC time of the last reply to another device, in ns; 0 before the first.
   std::int64_t last_served_ns() const { return last_served_.load(std::memory_order_relaxed); }
@@ -101,6 +102,13 @@ class Loop {
   void collect(Lane& lane);
   void end_step(Lane& lane);
   void refuse_step(Lane& lane);
+  // Throws std::runtime_error when the table contradicts the lanes or another one.
+  void add_model(const ModelTable& model);
+  // The model of this number, or null.
+  const ModelTable* find(std::int64_t number) const {
+    const ModelTable& found = models_[number % description_.model_places];
+    return found.number == number ? &found : nullptr;
+  }
   // Whether weights are there, which somebody waits for otherwise.
   Presence presence(const ModelTable& model, WeightPart part, std::int32_t layer) {
     const Presence found = present_[&model - models_.data()].of_layer(part, layer);
@@ -126,8 +134,9 @@ class Loop {
 
   Team& team_;
   LoopDescription description_;
-  std::vector<ModelTable> models_;
-  std::vector<PresentLayers> present_;  // by model
+  std::vector<ModelTable> models_;      // by their numbers, modulo the number of places
+  std::vector<PresentLayers> present_;  // by place
+  std::int64_t newest_ = -1;            // largest number that a model here has had
   std::size_t ffn_ranks_ = 1;
   Workspace workspace_;
   std::deque<Lane> lanes_;

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Collection
 
+from crosspool.config.deployment import MAX_MODELS
 from crosspool.config.errors import ConfigError
 from crosspool.config.sizes import format_size
 from crosspool.kernels import native
@@ -25,16 +26,17 @@ class ExpertPool:
     """Experts of all models of a device, in memory that never grows. The loop that uses them is
     closed before the pool."""
 
-    def __init__(self, nbytes: int, cores: Collection[int], models: int) -> None:
-        """``nbytes``: a multiple of 2 MiB. ``cores``: where threads that read may run. ``models``:
-        numbers of models are below. Raises OSError, EngineError."""
+    def __init__(self, nbytes: int, cores: Collection[int]) -> None:
+        """``nbytes``: a multiple of 2 MiB. ``cores``: where threads that read may run. Raises OSError,
+        EngineError."""
         self._nbytes = nbytes
         self._memory = native.reserve_range(nbytes)
         native.take_arena(self._memory, nbytes)
         self._native = NativeExpertPool(
-            self._memory, nbytes, cores=sorted(cores), readers=_READERS, models=models
+            self._memory, nbytes, cores=sorted(cores), readers=_READERS, models=MAX_MODELS
         )
-        self._added: set[int] = set()
+        self._added: dict[int, int] = {}
+        """The models that are here, by their places in the loop's table."""
         log.info("%s for routed experts on demand at %#x", format_size(nbytes), self._memory)
 
     @property
@@ -47,7 +49,7 @@ class ExpertPool:
 
         Raises ConfigError where those of one layer have no room."""
         try:
-            self._native.add(model, opened.file, part.pooled(opened))
+            self._native.add(model % MAX_MODELS, opened.file, part.pooled(opened))
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -55,32 +57,32 @@ class ExpertPool:
                 f"the device's share of expert_pool_bytes, {self._nbytes}, does not hold the "
                 "routed experts of one of its layers"
             ) from None
-        self._added.add(model)
+        self._added[model % MAX_MODELS] = model
 
     def remove(self, model: int) -> None:
         """Gives up the experts of a model, if there are any; the loop uses them no more."""
-        if model in self._added:
-            self._added.remove(model)
-            self._native.remove(model)
+        if self._has(model):
+            del self._added[model % MAX_MODELS]
+            self._native.remove(model % MAX_MODELS)
 
     def failure(self) -> tuple[int, OSError] | None:
         """Returns a model, and why an expert of it could not be read; once for each model, until it
         is added anew."""
-        model = self._native.failed()
-        if model < 0:
+        place = self._native.failed()
+        if place < 0:
             return None
-        number = self._native.counters(model).error
+        number = self._native.counters(place).error
         reason = os.strerror(number)
         if number == errno.EBADMSG:
             reason = "its weights have another checksum"
-        return model, OSError(number, reason)
+        return self._added[place], OSError(number, reason)
 
     def counts(self, model: int, name: str) -> ExpertCounts | None:
         """Returns what has happened to the experts of a model, which is called ``name``; None if
         they are not here."""
-        if model not in self._added:
+        if not self._has(model):
             return None
-        counters = self._native.counters(model)
+        counters = self._native.counters(model % MAX_MODELS)
         return ExpertCounts(
             model=name,
             hits=counters.hits,
@@ -92,6 +94,9 @@ class ExpertPool:
             stall_seconds=counters.stall_ns / 1e9,
             present_bytes=counters.present_bytes,
         )
+
+    def _has(self, model: int) -> bool:
+        return self._added.get(model % MAX_MODELS) == model
 
     def close(self) -> None:
         """Ends the threads and gives the memory back."""
