@@ -192,14 +192,14 @@ def _expert_pool(
     deployment: Deployment, device: Device, weights: ResidentWeights, elsewhere: Collection[int]
 ) -> ExpertPool | None:
     """Returns the device's memory for routed experts on demand, with those of the models that are
-    in memory; None where there are none. Raises ConfigError, OSError."""
-    on_demand = {index: part for index, part in weights.ffn.items() if part.on_demand}
-    if not on_demand:
+    in memory; None where it has none. Raises ConfigError, OSError."""
+    share = share_of(deployment)
+    if not share or device not in deployment.weight_pool_devices:
         return None
-    pool = ExpertPool(share_of(deployment), elsewhere or device.cores, len(deployment.models))
+    pool = ExpertPool(share, elsewhere or device.cores, len(deployment.models))
     try:
-        for index, part in on_demand.items():
-            if part.weights.arena.taken:
+        for index, part in weights.ffn.items():
+            if part.on_demand and part.weights.arena.taken:
                 _pack_missing(deployment, device, weights, index)
                 kept = next(one for one in weights.sleeping[index] if one.part is part)
                 opened = kept.kept.open(kept.key, part.weights.image())
