@@ -25,12 +25,10 @@ def expert_pool_bytes(
 ) -> int:
     """Returns the bytes of the expert pool over all devices: ``given``, or else what the other FFN
     weights of all models leave of ``weights``, the bytes of the weight pool; or else as many as all
-    experts take. 0 where no model has experts on demand."""
-    if not any(map(any, placement.expert_bytes)):
-        return 0
+    experts take. 0 where none are given and no model has experts on demand."""
+    if given is not None or not placement.all_expert_bytes:
+        return given or 0
     ranks = len(deployment.weight_pool_devices)
-    if given is not None:
-        return given
     if weights is None:
         share = -(-placement.all_expert_bytes // ranks)
         return ranks * -(-share // GRANULE) * GRANULE
@@ -48,6 +46,11 @@ def check_experts(deployment: Deployment, specs: Sequence[ModelSpec], placement:
     for model, spec in zip(deployment.models, specs, strict=True):
         if model.experts == "demand" and not any(isinstance(ffn, MoEFFN) for ffn in spec.ffn):
             raise ConfigError(f"experts: {model.name} has no routed experts: give it experts: all")
+    if deployment.expert_pool_bytes > deployment.weight_pool_bytes:
+        raise ConfigError(
+            f"expert_pool_bytes: {exact_size(deployment.expert_pool_bytes)} are more than "
+            f"weight_pool_bytes, {exact_size(deployment.weight_pool_bytes)}, of which they are part"
+        )
     on_demand = [i for i, model in enumerate(deployment.models) if model.experts == "demand"]
     if not on_demand:
         return
@@ -56,11 +59,6 @@ def check_experts(deployment: Deployment, specs: Sequence[ModelSpec], placement:
         raise ConfigError(
             f"experts: those of {first} are in memory on demand under the resident loop alone, "
             f"not under loop: {deployment.loop}"
-        )
-    if deployment.expert_pool_bytes > deployment.weight_pool_bytes:
-        raise ConfigError(
-            f"expert_pool_bytes: {exact_size(deployment.expert_pool_bytes)} are more than "
-            f"weight_pool_bytes, {exact_size(deployment.weight_pool_bytes)}, of which they are part"
         )
     ranks = len(deployment.weight_pool_devices)
     share = share_of(deployment)
