@@ -134,8 +134,7 @@ def test_answers_are_the_same_whatever_has_room(
             assert sum(of["evictions"] for of in second) > 0
 
 
-@pytest.mark.parametrize("places", [TWO, SPLIT])
-@pytest.mark.parametrize("parallel", ["tp", "ep"])
+@pytest.mark.parametrize(("places", "parallel"), [(TWO, "tp"), (SPLIT, "tp"), (SPLIT, "ep")])
 def test_answers_are_the_same_on_several_devices(
     models: list[Path], places: Places, parallel: str
 ) -> None:
