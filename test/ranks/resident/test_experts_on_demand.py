@@ -229,6 +229,10 @@ def test_experts_that_cannot_be_read_are_packed_again(
         assert on.wake(0) == {0: None}
         assert answers(on, *range(MODELS)) == right
         assert file.read_bytes() == whole
+    file.write_bytes(whole[:-9])
+    with driver(models, 0.25, ONE, packed_cache_dir=str(tmp_path)) as on:
+        assert answers(on, *range(MODELS)) == right
+        assert file.read_bytes() == whole
 
 
 def test_what_a_layer_takes_is_counted_as_it_is_packed(models: list[Path]) -> None:
