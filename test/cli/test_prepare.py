@@ -525,6 +525,9 @@ def test_the_expert_pool_is_what_other_weights_leave(tmp_path: Path) -> None:
     assert resident == {0}, "what is set aside for experts is no room for whole models"
 
     assert prepare(on_demand(tmp_path, "all")).deployment.expert_pool_bytes == 0
+    prepared = prepare(on_demand(tmp_path, "all", expert_pool_bytes="2MiB"))
+    assert prepared.deployment.expert_pool_bytes == 2 * MIB, "for models to come"
+    assert prepared.deployment.weight_pool_bytes == 2 * MIB + FFN_BYTES
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,10 @@ def expert_pool_bytes(
 ) -> int:
     """Returns the bytes of the expert pool over all devices: ``given``, or else what the other FFN
     weights of all models leave of ``weights``, the bytes of the weight pool; or else as many as all
-    experts take. 0 where no model has experts on demand."""
-    if not placement.all_expert_bytes:
-        return 0
+    experts take. 0 where none are given and no model has experts on demand."""
+    if given is not None or not placement.all_expert_bytes:
+        return given or 0
     ranks = len(deployment.weight_pool_devices)
-    if given is not None:
-        return given
     if weights is None:
         share = -(-placement.all_expert_bytes // ranks)
         return ranks * -(-share // GRANULE) * GRANULE
@@ -51,6 +49,11 @@ def check_experts(
         has_experts = any(isinstance(ffn, MoEFFN) for ffn in specs[index].ffn)
         if model.experts == "demand" and not has_experts:
             raise ConfigError(f"experts: {model.name} has no routed experts: give it experts: all")
+    if deployment.expert_pool_bytes > deployment.weight_pool_bytes:
+        raise ConfigError(
+            f"expert_pool_bytes: {exact_size(deployment.expert_pool_bytes)} are more than "
+            f"weight_pool_bytes, {exact_size(deployment.weight_pool_bytes)}, of which they are part"
+        )
     on_demand = [i for i, model in deployment.models.items() if model.experts == "demand"]
     if not on_demand:
         return
@@ -59,11 +62,6 @@ def check_experts(
         raise ConfigError(
             f"experts: those of {first} are in memory on demand under the resident loop alone, "
             f"not under loop: {deployment.loop}"
-        )
-    if deployment.expert_pool_bytes > deployment.weight_pool_bytes:
-        raise ConfigError(
-            f"expert_pool_bytes: {exact_size(deployment.expert_pool_bytes)} are more than "
-            f"weight_pool_bytes, {exact_size(deployment.weight_pool_bytes)}, of which they are part"
         )
     ranks = len(deployment.weight_pool_devices)
     share = share_of(deployment)

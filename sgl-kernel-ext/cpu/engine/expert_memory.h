@@ -2,6 +2,7 @@
 #ifndef CROSSPOOL_CPU_ENGINE_EXPERT_MEMORY_H
 #define CROSSPOOL_CPU_ENGINE_EXPERT_MEMORY_H
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <vector>

@@ -134,8 +134,7 @@ def test_answers_are_the_same_whatever_has_room(
             assert sum(of["evictions"] for of in second) > 0
 
 
-@pytest.mark.parametrize("places", [TWO, SPLIT])
-@pytest.mark.parametrize("parallel", ["tp", "ep"])
+@pytest.mark.parametrize(("places", "parallel"), [(TWO, "tp"), (SPLIT, "tp"), (SPLIT, "ep")])
 def test_answers_are_the_same_on_several_devices(
     models: list[Path], places: Places, parallel: str
 ) -> None:
@@ -228,6 +227,10 @@ def test_experts_that_cannot_be_read_are_packed_again(
         on.release(ours)
         assert answers(on, 1) == right[1:]
         assert on.wake(0) == {0: None}
+        assert answers(on, *range(MODELS)) == right
+        assert file.read_bytes() == whole
+    file.write_bytes(whole[:-9])
+    with driver(models, 0.25, ONE, packed_cache_dir=str(tmp_path)) as on:
         assert answers(on, *range(MODELS)) == right
         assert file.read_bytes() == whole
 

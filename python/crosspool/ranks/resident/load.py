@@ -28,6 +28,7 @@ from crosspool.ranks.resident.kept_weights import WeightKeeper
 from crosspool.ranks.resident.links import ResidentLink, ResidentLinks
 from crosspool.ranks.resident.models import ResidentModels
 from crosspool.ranks.resident.packer import packer_command
+from crosspool.ranks.resident.packing import NotKept
 from crosspool.ranks.resident.reading import pack_missing
 from crosspool.ranks.resident.residency import SleepingModels
 from crosspool.ranks.resident.tables import model_table
@@ -179,7 +180,11 @@ class _Loading:
         with held.loading(self.device) as loaded:
             for part in parts:
                 kept = None if self.keeper is None else self.keeper.of(file_name(held.path, part))
-                part.load(self.team, loaded.progress, kept)
+                try:
+                    part.load(self.team, loaded.progress, kept)
+                except NotKept:  # its file was damaged, and is gone now
+                    self._pack(held)
+                    part.load(self.team, loaded.progress, kept)
             plain = format_size(sum(part.weights.plain_bytes for part in parts))
             compact = format_size(sum(part.weights.held_bytes for part in parts))
             if all(part.weights.was_kept for part in parts):

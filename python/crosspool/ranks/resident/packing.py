@@ -51,6 +51,10 @@ class _Declared:
     """Whether they are no part of what is in memory with the model."""
 
 
+class NotKept(ConfigError):
+    """Weights on demand that are not kept, or were damaged."""
+
+
 class PackedWeights:
     """One part of one model in packed form.
 
@@ -229,8 +233,8 @@ class PackedWeights:
         """Reads everything from ``kept``, if it has it, or reads the checkpoint and packs it;
         ``progress`` is called with bytes read. No loop may run on the team.
 
-        Raises ConfigError when the checkpoint lacks a tensor or has another shape, and when it
-        would have to be packed and some of the weights are on demand."""
+        Raises ConfigError when the checkpoint lacks a tensor or has another shape, and NotKept when
+        it would have to be packed and some of the weights are on demand."""
         checkpoint = Checkpoint(path)
         self._team = team
         self.held_bytes = 0
@@ -243,9 +247,7 @@ class PackedWeights:
             progress(sum(listing.bytes for listing in self.listing))
             return
         if any(self._on_demand):
-            raise ConfigError(
-                f"the packed weights of {path} cannot be read, as its experts must be"
-            )
+            raise NotKept(f"{path} has no packed weights to read its experts from")
         self._pack(checkpoint, progress)
         if kept:
             kept.keep_later(form, self.image(), checkpoint.broken)

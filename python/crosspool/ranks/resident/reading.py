@@ -140,7 +140,8 @@ class Reading:
             return
         for one, file in zip(self._parts, opened, strict=True):
             if isinstance(one.part, PackedFFN) and one.part.on_demand:
-                assert self._pool is not None
+                if self._pool is None:
+                    raise ConfigError("there is no room for its experts: give expert_pool_bytes")
                 self._pool.add(self._model, one.part, file)
         self._has_experts = True
 
