@@ -27,8 +27,9 @@ class ExpertPool:
     closed before the pool."""
 
     def __init__(self, nbytes: int, cores: Collection[int]) -> None:
-        """``nbytes``: a multiple of 2 MiB. ``cores``: where threads that read may run. Raises OSError,
-        EngineError."""
+        """``nbytes``: a multiple of 2 MiB. ``cores``: where threads that read may run.
+
+        Raises OSError, EngineError."""
         self._nbytes = nbytes
         self._memory = native.reserve_range(nbytes)
         native.take_arena(self._memory, nbytes)
