@@ -399,11 +399,16 @@ std::unique_ptr<SentStep> send_all(Device& device, std::vector<Request>& request
   return step;
 }
 
-Event expect(Device& device, EventKind kind) {
+Event next_event(Device& device) {
   Event event{};
   for (int silence = 0; !device.next(&event, 20); ++silence) {
     if (silence > 1000) fail("engine_stress: no event came in 20 s");
   }
+  return event;
+}
+
+Event expect(Device& device, EventKind kind) {
+  const Event event = next_event(device);
   if (event.kind != kind) {
     fail("engine_stress: event %u instead of %u", static_cast<unsigned>(event.kind),
          static_cast<unsigned>(kind));
@@ -521,13 +526,13 @@ void run_coming(std::array<TinyModel, 2>& models, const Setup& setup) {
   for (std::int32_t model : {1, 3, 6, 9}) {  // of 4 places; the first has model 0
     const auto before = send_all(attention, requests, 0, ++number);
     change(attention, CommandKind::kAdd, model, &rig.attention_tables[1]);
-    Event events[2] = {{}, {}};
-    for (Event& event : events) {
-      while (!attention.next(&event, 20)) {
-      }
+    bool came = false, done = false;  // in any order
+    for (int i = 0; i < 2; ++i) {
+      const EventKind kind = next_event(attention).kind;
+      came |= kind == EventKind::kAdded;
+      done |= kind == EventKind::kDone;
     }
-    const bool came = events[0].kind == EventKind::kAdded || events[1].kind == EventKind::kAdded;
-    if (!came) fail("engine_stress: a model has not come");
+    if (!came || !done) fail("engine_stress: a model has not come, or a step has not ended");
     const auto step = send_all(attention, requests, 1, ++number, model);
     if (rig.ffn != nullptr) {
       change(*rig.ffn, CommandKind::kAdd, model, &rig.ffn_tables[1]);

@@ -56,7 +56,7 @@ def test_a_device_need_not_wait_for_a_step_whose_peer_is_dead(loop: str, checkpo
         time.sleep(0.2)
         began = time.monotonic()
         assert driver.shutdown(drain=False) == {FIRST: 0}
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
 
 
 def failure(driver: type[DeviceDriver], *args: Any, **fields: Any) -> Failed:

@@ -83,10 +83,10 @@ class Storm:
         self.leaving: set[int] = set()
         """Models that have been unloaded at any time."""
         self.core = self.scheduler()
-        self.ranks = [self.incarnation() for _ in d.kv_pool_devices]
+        self.weights = StormWeights(self)
+        self.ranks = [self.incarnation(index) for index in range(len(d.kv_pool_devices))]
         self.noticed = [True for _ in self.ranks]
         """Whether the core knows what has become of each attention rank."""
-        self.weights = StormWeights(self)
         self.ffn_away: set[int] = set()
         self.shared_device = d.weight_pool_devices[0] == d.kv_pool_devices[0]
         """Whether FFN rank 0 lives in the process of attention rank 0."""
@@ -170,8 +170,8 @@ class Storm:
     def after(self, seconds: float, what: Callable[..., None], *args: Any) -> None:
         heappush(self.events, (self.now + seconds, next(self._order), what, args))
 
-    def incarnation(self) -> Incarnation:
-        specs = {number: self.specs[number] for number in self.file.models}
+    def incarnation(self, index: int) -> Incarnation:
+        specs = {number: self.specs[number] for number in self.weights.next_knows(index)}
         return Incarnation(StormRank(self.deployment, specs, lambda tokens: 0))
 
     def short(self) -> float:
@@ -234,6 +234,7 @@ class Storm:
                 self.core.sleep(model)
             else:
                 self.core.pin(model, word)
+                self.file = self.core.deployment
                 self.pinned |= {model} if word == "pinned" else set()
         except ValueError as error:
             require("pinned" in str(error), "an operator's word is refused", error)
@@ -320,7 +321,7 @@ class Storm:
             self.changed(change)
         check(self)
         deadline = self.core.next_deadline()
-        if deadline is not None and not self.now <= self.woken_at <= deadline:
+        if deadline is not None and not self.now < self.woken_at <= deadline:
             self.woken_at = deadline
             self.after(max(0.0, deadline - self.now), self.wake)
 
@@ -468,7 +469,8 @@ class Storm:
         heapify(self.events)
         for it in self.ranks:
             it.alive = False
-        self.ranks = [self.incarnation() for _ in self.ranks]
+        self.weights.read_early.clear()
+        self.ranks = [self.incarnation(index) for index in range(len(self.ranks))]
         self.noticed = [True for _ in self.ranks]
         self.ffn_away.clear()
         self.woken_at = 0.0
@@ -524,7 +526,7 @@ class Storm:
         self.turn()
 
     def come_back(self, index: int) -> None:
-        self.ranks[index] = self.incarnation()
+        self.ranks[index] = self.incarnation(index)
         self.noticed[index] = True
         self.core.restore_attention_rank(index)
         if self.shared_device and index == 0:

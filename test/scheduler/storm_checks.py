@@ -52,10 +52,15 @@ def check(storm: Storm) -> None:
 
 
 def _check_turns(storm: Storm) -> None:
-    """Who has waited longest for its weights waits for room that others may keep for now."""
+    """Who has waited longest for its weights waits for room that others may keep for now, or does
+    not fit beside those that are pinned."""
     residency: Any = storm.core._residency
     models = residency._models
-    waiting = [(it.waits_since, n) for n, it in models.items() if it.waits_since is not None]
+    waiting = [
+        (it.waits_since, n)
+        for n, it in models.items()
+        if it.waits_since is not None and not residency.refusal(n, storm.now)
+    ]
     if not waiting:
         return
     _, first = min(waiting)

@@ -34,6 +34,8 @@ class DeviceWeights:
     last_in: float = 0.0
     last_out: float = 0.0
     """Arrival of the latest message each way; they do not overtake each other."""
+    last_change: float = 0.0
+    """When the latest model has come or left; one after another does."""
 
     def __post_init__(self) -> None:
         self.takes |= self.has
@@ -56,6 +58,8 @@ class StormWeights:
         self.processes = {
             device: DeviceWeights(set(self.kept[device]), set(d.models)) for device in self.devices
         }
+        self.read_early: dict[int, set[int]] = {}
+        """By device that is away, the models in the file as its next process has read it."""
         self.attention = [d.devices.index(device) for device in d.kv_pool_devices]
         self.ffn = [d.devices.index(device) for device in d.weight_pool_devices]
         self.failing = storm.random.random() < 0.3
@@ -78,7 +82,11 @@ class StormWeights:
         self.budgets.add(number, d, specs)
 
     def change(self, device: int, to: DeviceWeights, order: AddModel | RemoveModel) -> None:
-        """A device is told of a model that comes or leaves."""
+        """A device is told of a model that comes or leaves, which takes it a while."""
+        to.last_change = max(to.last_change, self.storm.now + self.storm.short())
+        self.storm.after(to.last_change - self.storm.now, self.take_change, device, to, order)
+
+    def take_change(self, device: int, to: DeviceWeights, order: AddModel | RemoveModel) -> None:
         if not to.alive:
             return
         storm, model, error = self.storm, order.model, None
@@ -127,6 +135,7 @@ class StormWeights:
         random, model = self.storm.random, order.model
         require(self.shares(device, model), "an order to a device without a share", device)
         if isinstance(order, Wake):
+            require(model in to.knows, "a model is woken that the device does not know", model)
             require(model not in to.takes, "a model is woken twice", model)
             to.takes.add(model)
             self.check_budgets(device)
@@ -202,10 +211,19 @@ class StormWeights:
     # --- deaths
 
     def die(self, device: int) -> None:
+        """The next process has read the deployment's file early or late when it is there."""
         self.processes[device].alive = False
+        if self.storm.random.random() < 0.5:
+            self.read_early[device] = set(self.storm.file.models)
+
+    def next_knows(self, device: int) -> set[int]:
+        """The models that the device's next process knows when it is there."""
+        now = set(self.storm.file.models)
+        return now & self.read_early.get(device, now)
 
     def come_back(self, device: int) -> None:
-        known = set(self.storm.file.models)
+        known = self.next_knows(device)
+        self.read_early.pop(device, None)
         self.kept[device] &= known
         self.processes[device] = DeviceWeights(set(self.kept[device]), known)
         self.storm.core.restore_device(device, sorted(known), sorted(self.kept[device]))

@@ -120,6 +120,7 @@ def test_a_model_that_does_not_fit_beside_pinned_ones_is_refused_at_once():
     assert sim.finish("a").status == 503
     assert "models that are pinned (model0) take" in sim.finish("a").message
     sim.core.pin(0, "demand")
+    assert [model.keep for model in sim.core.deployment.models.values()] == ["demand"] * 2
     sim.add(request("b", 5, 6, model=1))
     assert not sim.finished("b")
     sim.follow()

@@ -25,7 +25,7 @@ from crosspool.transport.messages import Step
 from msgspec import structs
 
 SEEDS = 4000
-PARTS = 8
+PARTS = 4
 SEEDS_FOR_A_BUG = 2000
 
 
@@ -287,7 +287,7 @@ def steps_of_what_sleeps(patch):
 def forgets_what_died_while_waking(patch):
     patch.setattr(HeldWeights, "lose", lambda self, device: self._away.add(device))
 
-    def wrong(self, device, resident):
+    def wrong(self, device, models, resident):
         self._away.discard(device)
         self._held[device] = dict.fromkeys(resident, "present") | self._held[device]
         self.changed()
@@ -338,6 +338,15 @@ def thinks_that_all_is_known(patch):
     patch.setattr(FleetChanges, "restore", wrong)
 
 
+def wakes_what_is_unknown(patch):
+    restore = HeldWeights.restore
+    patch.setattr(
+        HeldWeights,
+        "restore",
+        lambda self, device, models, resident: restore(self, device, self._models, resident),
+    )
+
+
 def forgets_a_refusal(patch):
     added = FleetChanges.added
 
@@ -370,13 +379,17 @@ def forgets_a_refusal(patch):
         (sleeps_under_steps, "weights are given up under a step"),
         (wakes_beside_what_leaves, "more weights than the budget"),
         (steps_of_what_sleeps, "a step of a model that sleeps"),
-        (forgets_what_died_while_waking, "has not finished step|nothing goes on|wait for ever"),
+        (
+            forgets_what_died_while_waking,
+            "has not finished step|nothing goes on|wait for ever|sleeps that is not awake",
+        ),
         (never_gives_way, "a model waits though there is room for it"),
         (caches_what_was_refused, "that was not computed here|wrong KV|are free|a gap"),
         (forgets_who_waits_for_a_failed_wake, "nothing goes on|requests wait for ever|is idle"),
         (is_let_go_with_its_pages, "a model is removed with (chunks|requests)"),
         (is_let_go_with_its_weights, "a model leaves with its weights"),
         (thinks_that_all_is_known, "of a model that the rank does not know|wait for ever|nothing"),
+        (wakes_what_is_unknown, "a model is woken that the device does not know"),
         (forgets_a_refusal, "a model neither comes nor is refused"),
     ],
 )

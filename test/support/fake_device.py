@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from crosspool.config.deployment import Deployment
+from crosspool.config.deployment import Deployment, load
 from crosspool.config.device import Device
 from crosspool.observability.trace import LaneEvent
 from crosspool.transport.device_socket import DeviceSocket
@@ -81,7 +81,11 @@ class FakeDevice(threading.Thread):
         self._deployment = deployment
         self._device = name
         self._incarnation = incarnation
-        self._models = {number: model.name for number, model in deployment.models.items()}
+        self._models = deployment.names
+        self.refuses: str | None = None
+        """Why it takes no further model; None while it does."""
+        self.adding_seconds = 0.0
+        """How long it takes to make ready for a further model."""
         self._script = script
         self.step_seconds = step_seconds
         self._requests: dict[int, FakeRequest] = {}
@@ -90,8 +94,6 @@ class FakeDevice(threading.Thread):
         self._stop_event = threading.Event()
         self.failure: str | None = None
         """Set it to make the device report Failed and fall silent."""
-        self.refusal: str | None = None
-        """Why no model can come to the device."""
         self.received: list[ToDevice] = []
 
     def run(self) -> None:
@@ -111,9 +113,10 @@ class FakeDevice(threading.Thread):
             socket.close()
 
     def again(self) -> FakeDevice:
-        """The device that takes the place of this one."""
+        """The device that takes the place of this one. It reads which models there are."""
+        deployment = load(self._deployment.file)
         return FakeDevice(
-            self._deployment, self._device, self._script, self.step_seconds, self._incarnation + 1
+            deployment, self._device, self._script, self.step_seconds, self._incarnation + 1
         )
 
     def stop(self) -> None:
@@ -137,8 +140,8 @@ class FakeDevice(threading.Thread):
             device=self._device,
             pid=0,
             ranks=ranks,
-            models=sorted(d.models),
-            resident=sorted(d.models),
+            models=list(self._models),
+            resident=list(self._models),
         )
 
     def _handle(self, socket: DeviceSocket, message: ToDevice) -> None:
@@ -157,10 +160,10 @@ class FakeDevice(threading.Thread):
             case Sleep():
                 socket.send(Slept(model=message.model))
             case AddModel():
-                error = self.refusal
-                if error is None:
+                time.sleep(self.adding_seconds)
+                if self.refuses is None:
                     self._models[message.model] = message.config.name
-                socket.send(Added(model=message.model, error=error))
+                socket.send(Added(model=message.model, error=self.refuses))
             case RemoveModel():
                 self._models.pop(message.model, None)
                 socket.send(Removed(model=message.model))
@@ -211,8 +214,9 @@ class FakeDevice(threading.Thread):
     def _report(self, what: str) -> Report:
         match what:
             case "tensors":
+                first = next(iter(self._models.values()))
                 router = TensorInfo(
-                    device=self._device, role="ffn", rank=0, model=self._models[0], layer=0,
+                    device=self._device, role="ffn", rank=0, model=first, layer=0,
                     key="router", name="router", shape=(2,), dtype="float32", bytes=8,
                 )  # fmt: skip
                 return Report(tensors=[router])

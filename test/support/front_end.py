@@ -24,6 +24,7 @@ from crosspool.config.deployment import Deployment, ModelConfig, save
 from crosspool.config.device import Device
 from crosspool.config.process import adopt_orphans
 from crosspool.server.listeners import Listeners
+from crosspool.transport import notices
 from support.fake_device import FakeDevice, Script
 from support.server import DEMO, ROOT, free_port
 
@@ -76,6 +77,7 @@ class FrontEndServer:
         self.url = f"http://127.0.0.1:{deployment.port}"
         self.log = Path(deployment.runtime_dir) / "log"
         save(deployment)
+        self._http = notices.Teller(deployment.notice_address)
         self.devices = [FakeDevice(deployment, d.name, script) for d in deployment.devices]
         self.processes = self._start()
         if start_devices:
@@ -113,7 +115,8 @@ class FrontEndServer:
 
     def replace(self, name: str, *, start_devices: bool = True) -> None:
         """Kills the process ``name``, and starts the next one in its place as the launcher does:
-        with the scheduler also the detokenizer and, if told, the devices."""
+        with the scheduler also the detokenizer and, if told, the devices. The HTTP process is told
+        that the scheduler is gone."""
         with_it = ("detokenizer",) if name == "scheduler" else ()
         devices, self.devices = self.devices, []
         if name == "scheduler":
@@ -124,6 +127,8 @@ class FrontEndServer:
             if not has_ended(self.processes[killed]):
                 self.processes[killed].kill()
             self.processes[killed].wait(10)
+        if name == "scheduler":
+            self._http.tell(notices.SchedulerGone())
         for started in (name, *with_it):
             self._start_again(started)
         self.devices = devices

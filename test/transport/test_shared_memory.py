@@ -171,6 +171,23 @@ def test_a_new_attention_rank_waits_for_the_answer_to_its_predecessor(
     assert there.poll() == header(1, epoch=1)
 
 
+def test_a_dispatch_can_be_refused(attention, ffn):
+    """The lane is free again, as after a reply, and the next dispatch is not refused with it."""
+    here, there = attention.attention_link(0, 0), ffn.ffn_link(0, 0)
+    with pytest.raises(LaneError, match="no dispatch to refuse"):
+        there.refuse()
+    here.dispatch(header(2), torch.ones(2, HIDDEN))
+    assert there.poll() == header(2)
+    there.refuse()
+    assert there.poll() is None
+    assert here.ready() and here.take_refusal() and here.free
+    here.dispatch(header(2), torch.ones(2, HIDDEN))
+    assert there.poll() == header(2)
+    there.reply(torch.full((2, HIDDEN), 3.0))
+    assert here.ready() and not here.take_refusal()
+    assert (here.combine((2, HIDDEN), torch.float32) == 3).all()
+
+
 def test_every_pair_and_lane_has_its_own_link():
     deployment = deployment_of(("cpu:0", "cpu:1"), ("cpu:1", "cpu:2", "cpu:3"), lanes=3)
     fd = shared_memory.create(deployment, HIDDEN * 4)

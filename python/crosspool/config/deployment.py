@@ -48,6 +48,11 @@ class Deployment(ServerOptions, frozen=True, kw_only=True):
         """Every device once, KV pool first."""
         return tuple(dict.fromkeys((*self.kv_pool_devices, *self.weight_pool_devices)))
 
+    @property
+    def names(self) -> dict[int, str]:
+        """The models' names, by number."""
+        return {number: model.name for number, model in self.models.items()}
+
     def ffn_ranks(self, model: int) -> tuple[int, ...]:
         """FFN ranks that share the FFN weights of a model, ascending."""
         return self.ranks_of(self.models[model])

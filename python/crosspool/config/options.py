@@ -214,9 +214,10 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         "and outputs.",
         _REQUESTS, least=1)] = 1 << 16
     grammar_timeout: Annotated[float, Option(
-        "Processor time that a regex, JSON schema, EBNF or structural tag may take to be compiled, "
-        "half of the time that it may take on the clock. A longer one is refused with status 400; "
-        "so is one that takes so long on the clock to follow a token.",
+        "Processor time that a regex, JSON schema, EBNF or structural tag may take to be compiled. "
+        "On the clock it may take twice as long, and longer where other processes have the "
+        "processors. A longer one is refused with status 400; so is one that takes so long on the "
+        "clock to follow a token.",
         _REQUESTS, unit="s", least=0.1)] = 0.75
     grammar_mask_timeout: Annotated[float, Option(
         "Processor time that a grammar may take to find which tokens may come next, beyond 10 ms "

@@ -69,13 +69,19 @@ class CudaVirtualizer(Virtualizer):
             raise
 
     def add(self, model: int, nbytes: int) -> None:
-        self._ranges[model] = self._driver.reserve(self._table.add(model, nbytes))
+        size = self._table.add(model, nbytes)
+        try:
+            self._ranges[model] = self._driver.reserve(size)
+        except CudaError:
+            self._table.remove(model)
+            raise
 
     def remove(self, model: int) -> None:
-        nbytes = self._table.range_bytes(model)
-        self._table.remove(model)
+        self._table.check_empty(model)
         with self.quiesced():
-            self._driver.free_reservation(self._ranges.pop(model), nbytes)
+            self._driver.free_reservation(self._ranges[model], self._table.range_bytes(model))
+        del self._ranges[model]
+        self._table.remove(model)
 
     def map(self, model: int, chunks: Sequence[int]) -> None:
         """Maps as :meth:`~crosspool.kvpool.virtualizer.Virtualizer.map` does. Raises CudaError, and

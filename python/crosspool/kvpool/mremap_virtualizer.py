@@ -71,9 +71,9 @@ class MremapVirtualizer(Virtualizer):
             raise
 
     def remove(self, model: int) -> None:
-        nbytes = self._table.range_bytes(model)
+        self._table.check_empty(model)
+        native.release(self._ranges.pop(model), self._table.range_bytes(model))
         self._table.remove(model)
-        native.release(self._ranges.pop(model), nbytes)
 
     def map(self, model: int, chunks: Sequence[int]) -> None:
         slots = self._table.slots_for(model, chunks)

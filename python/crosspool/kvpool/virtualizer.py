@@ -116,10 +116,13 @@ class ChunkTable:
         self._slot_of[model] = {}
         return self.range_bytes(model)
 
-    def remove(self, model: int) -> None:
-        """Forgets a model. Raises ValueError as :meth:`Virtualizer.remove` does."""
+    def check_empty(self, model: int) -> None:
+        """Raises ValueError as :meth:`Virtualizer.remove` does."""
         if self._slot_of[model]:
-            raise ValueError(f"model {model} has {len(self._slot_of[model])} mapped chunks")
+            raise ValueError(f"model {model}: {len(self._slot_of[model])} chunks are mapped")
+
+    def remove(self, model: int) -> None:
+        """Forgets a model, of which nothing is mapped."""
         del self._slot_of[model], self.range_chunks[model]
 
     def slots_for(self, model: int, chunks: Sequence[int]) -> list[int]:

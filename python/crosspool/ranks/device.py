@@ -69,8 +69,9 @@ class DeviceModels(Protocol):
     """The models that a device knows, and those whose weights it has; both come and go while others
     are in use."""
 
-    configs: Mapping[int, ModelConfig]
-    """The models that the device knows."""
+    @property
+    def configs(self) -> Mapping[int, ModelConfig]:
+        """The models that the device knows."""
 
     def resident(self) -> list[int]:
         """Returns the models whose weights the device has."""

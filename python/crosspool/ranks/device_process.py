@@ -28,6 +28,7 @@ from crosspool.config.device import Device
 from crosspool.config.process import USER_MISTAKE, die_with_parent, freeze_heap, set_title
 from crosspool.kernels.advance import count_advances
 from crosspool.models.registry import specs_of
+from crosspool.ranks.further import still_readable
 from crosspool.transport.device_socket import DeviceSocket
 from crosspool.transport.heartbeats import Heartbeat
 from crosspool.transport.kept_descriptors import KeptDescriptors
@@ -118,6 +119,8 @@ def drive(
     set_slice(CONTROL_SLICE_NS)
     socket = DeviceSocket(deployment.control_address, device.name, incarnation)
     set_slice(DEFAULT_SLICE_NS)
+    if incarnation > 1:
+        deployment = still_readable(deployment)
     try:
         heartbeat = Heartbeat(deployment.devices, device, descriptors.heartbeats, incarnation)
         return DeviceProcess(deployment, device, descriptors, heartbeat, socket).run(weights)

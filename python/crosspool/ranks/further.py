@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import msgspec
 
 from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
@@ -11,6 +13,8 @@ from crosspool.models.spec import ModelSpec
 from crosspool.ranks.weights import HeldModel, held_models
 from crosspool.transport.links import row_bytes
 from crosspool.weightpool.placement import place
+
+log = logging.getLogger(__name__)
 
 
 def further_model(
@@ -34,3 +38,15 @@ def check_row(spec: ModelSpec, name: str, room: int | None) -> None:
             f"model {name}: its hidden states take {needed} bytes per token, and the links between "
             f"devices were made for {room} when the server began: start the server with this model"
         )
+
+
+def still_readable(deployment: Deployment) -> Deployment:
+    """Returns the deployment without the models whose folders cannot be read any more, for a
+    process that takes the place of another: such a model is not to end all the others."""
+    for number, config in deployment.models.items():
+        try:
+            spec_of(config)
+        except ConfigError as error:
+            log.error("model %s cannot be served any more: %s", config.name, error)
+            deployment = deployment.without_model(number)
+    return deployment

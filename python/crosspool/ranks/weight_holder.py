@@ -30,6 +30,7 @@ from crosspool.config.device import Device
 from crosspool.config.process import die_with_parent, freeze_heap, leave, set_title
 from crosspool.models.registry import spec_of, specs_of
 from crosspool.ranks.device_process import Descriptors, configure_logging, drive
+from crosspool.ranks.further import still_readable
 from crosspool.ranks.resident.holder import HolderLink
 from crosspool.ranks.resident.load import load_resident_weights
 from crosspool.ranks.resident.weights import ResidentWeights
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     deployment, device = load(arguments.deployment), Device(arguments.device)
     configure_logging(device)
     try:
-        weights = _load(deployment, device)
+        # What was wrong at the start, the launcher has found before.
+        weights = _load(still_readable(deployment), device)
     except ConfigError as error:
         print(f"device {device.name}: {error}", file=sys.stderr)
         return 2
@@ -95,8 +97,7 @@ def _import_for_host_loop(deployment: Deployment) -> None:
     from crosspool.ranks.host.attention import frequencies
 
     for model in deployment.models.values():
-        # Transformers imports what a model's config takes.
-        frequencies(spec_of(model), Path(model.path))
+        frequencies(spec_of(model), Path(model.path))  # imports what the config takes
 
 
 def _warn_of_threads() -> None:

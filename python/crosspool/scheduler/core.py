@@ -25,7 +25,7 @@ from crosspool.scheduler.batching import (
     prompt_reader,
 )
 from crosspool.scheduler.changes import Change
-from crosspool.scheduler.demand import Demand
+from crosspool.scheduler.demand import WeightDemand
 from crosspool.scheduler.fleet_control import FleetControl, FleetMessage
 from crosspool.scheduler.following import Following, compiled
 from crosspool.scheduler.intake import Intake
@@ -63,7 +63,7 @@ class SchedulerCore(FleetControl):
         self._ffn_away: set[int] = set()
         """FFN ranks that are lost and not back yet."""
         self._admission = Admission(self._queues, roster.order, self._ranks, d.max_running_requests)
-        self._demand = Demand(d, self._residency, self._ranks)
+        self._demand = WeightDemand(d, self._residency, self._ranks)
         self._following = Following(d.grammar_timeout)
         self._messages: list[tuple[int, ToDevice]] = []
         self._outputs: list[Output] = []
@@ -258,7 +258,9 @@ class SchedulerCore(FleetControl):
                 self._end_model(model, Finish(kind="abort", message=message, status=503))
             self._residency.dismiss(model, now)
             if not self._roster.has_requests(model):
-                self.flush(model)
+                for rank in self._ranks:
+                    if rank.promises.allocator.cached_pages(model):
+                        rank.promises.flush(model)
                 if self._may_go(model):
                     self._devices.let_go(model)
         for change in self._roster.settle(now):
@@ -360,8 +362,8 @@ class SchedulerCore(FleetControl):
         seq.over = True
         if seq.rank >= 0:
             self._ranks[seq.rank].retire(seq)
-        elif seq in self._queues[seq.model]:
-            self._queues[seq.model].remove(seq)
+        elif seq in self._models[seq.model].queue:
+            self._models[seq.model].queue.remove(seq)
         self._models[seq.model].counters.end(finish)
         self._outputs.append(seq.output(finish))
 

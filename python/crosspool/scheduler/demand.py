@@ -11,7 +11,7 @@ from crosspool.scheduler.residency import ResidencyPolicy, WakeRefusal
 from crosspool.transport.messages import Sleep, Wake
 
 
-class Demand:
+class WeightDemand:
     """Tells ``policy`` who has work, and the attention ranks and devices what it decides."""
 
     def __init__(

@@ -80,14 +80,14 @@ class FleetChanges:
     # --- what devices say
 
     def added(self, device: int, model: int, error: str | None) -> None:
-        """The device is ready for the model, or tells why it cannot be. If that is a later process
-        of the device, the model, which is served, leaves at once."""
+        """The device is ready for the model, or tells why it cannot be, and knows it all the same.
+        If that is a later process of the device, the model, which is served, leaves at once."""
         if self._told[device].get(model) is not _Told.ADD:
             return
         del self._told[device][model]
         self._unsettled = True
+        self._known[device].add(model)
         if error is None:
-            self._known[device].add(model)
             return
         it = self._models[model]
         it.error = error

@@ -41,10 +41,10 @@ class FleetControl:
         return self._roster.take_number()
 
     def add_model(self, number: int, config: ModelConfig, tools: ModelTools) -> None:
-        """Has all devices make ready for a further model; :class:`ModelAdded` or
-        :class:`ModelRefused` comes among the changes, and requests for it may come after the
-        former. It is asleep then; a pinned one is woken. ``number`` is one that
-        :meth:`take_number` gave.
+        """Has all devices make ready for a further model. Among the changes comes
+        :class:`~crosspool.scheduler.changes.ModelAdded`, after which it may have requests, or
+        :class:`~crosspool.scheduler.changes.ModelRefused`. It is asleep then; a pinned one is
+        woken. ``number`` is one that :meth:`take_number` gave.
 
         Raises ConfigError when its name is taken, or when it does not fit into the pools; nothing
         has changed then."""
@@ -52,14 +52,16 @@ class FleetControl:
 
     def remove_model(self, model: int, timeout: float) -> None:
         """Has the model leave: new requests end with status 404, and those that it has with 503
-        after ``timeout`` seconds. :class:`ModelRemoved` comes among the changes when nothing of it
-        is left anywhere. Raises ValueError, with a text for users, for one that is being loaded or
-        leaves already."""
+        after ``timeout`` seconds. :class:`~crosspool.scheduler.changes.ModelRemoved` comes among
+        the changes when nothing of it is left anywhere. Raises ValueError, with a text for users,
+        for one that is being loaded or leaves already."""
         self._devices.leave(model, self._clock() + timeout)
 
     def on_added(self, device: int, model: int, error: str | None) -> None:
         """The device is ready for the model, or tells why it cannot be."""
         self._devices.added(device, model, error)
+        if error is None:
+            self._residency.knows(device, model, self._clock())
 
     def on_removed(self, device: int, model: int) -> None:
         """The device has let go of the model."""
@@ -80,10 +82,13 @@ class FleetControl:
         self._residency.sleep(model, self._clock())
 
     def pin(self, model: int, keep: Keep) -> None:
-        """Changes when the model is in memory: ``pinned`` wakes it, ``asleep`` has it sleep. Raises
-        ValueError, with a text for users, when it leaves or the pinned models do not fit
-        together."""
+        """Changes when the model is in memory, in :attr:`deployment` as well: ``pinned`` wakes it,
+        ``asleep`` has it sleep. Raises ValueError, with a text for users, when it leaves or the
+        pinned models do not fit together."""
         self._check_served(model)
+        if keep == "pinned":
+            self._residency.check_room(model)
+        self._roster.note_keep(model, keep)
         self._residency.pin(model, keep, self._clock())
 
     def on_waking(self, device: int, model: int, read: int, total: int) -> None:
@@ -107,7 +112,7 @@ class FleetControl:
         is told of further models, and to read what it should have besides. To be called beside what
         is called for its ranks."""
         self._devices.restore(device, models)
-        self._residency.restore(device, resident, self._clock())
+        self._residency.restore(device, models, resident, self._clock())
 
     def _check_served(self, model: int) -> None:
         """Raises ValueError, with a text for users, for a model that leaves."""

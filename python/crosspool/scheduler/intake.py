@@ -63,16 +63,14 @@ class Intake:
 
     def too_large(self, seq: Sequence) -> str | None:
         """Why the KV pool can never hold ``seq``, for the client; None when it can."""
-        least = seq.prompt_len + (seq.request.stop.max_new_tokens != 0)
-        tokens = max(seq.limit, least)
         layout = self._models[seq.model].layout
-        pages = layout.pages_for(tokens)
+        pages = layout.pages_for(seq.most_tokens)
         if pages <= layout.pages_in(self._bounds.reach(seq.model)):
             return None
         need = pages * layout.page_bytes
         most = self._bounds.reach(seq.model) * self._deployment.chunk_bytes
         return (
-            f"prompt and max_new_tokens together are {tokens} tokens and need {need} bytes of KV "
-            f"cache; the model may have {most} bytes per attention rank, "
+            f"prompt and max_new_tokens together are {seq.most_tokens} tokens and need {need} "
+            f"bytes of KV cache; the model may have {most} bytes per attention rank, "
             f"enough for {self.max_tokens(seq.model)} tokens"
         )

@@ -51,6 +51,12 @@ class Promises:
     def add_model(self, model: int) -> None:
         """A further model comes, which has a layout and bounds. Raises ConfigError when it could
         not be promised one page, or what is promised now leaves no room for its floor."""
+        floors, budget = sum(self._bounds.floors.values()), self._bounds.budget
+        if floors > budget:
+            raise ConfigError(
+                f"kv_floor_bytes: the floors of all models come to {floors} chunks per attention "
+                f"rank, and there are {budget}: lower them, or enlarge the KV pool"
+            )
         self.allocator.add(model, self._layouts[model])
         if not (self.allocator.within_bounds() and self.rule.is_safe()):
             self.allocator.remove(model)

@@ -68,7 +68,7 @@ class ResidencyPolicy:
         """Clock time at which something else may have to be decided."""
         for device in {spot.device for spot in budgets.places}:
             shared = {n for spot in budgets.places if spot.device == device for n in spot.held}
-            self._held.restore(device, shared.intersection(resident))
+            self._held.restore(device, models, shared.intersection(resident))
         for number in sorted(resident):
             self._want(number, now)
 
@@ -149,10 +149,17 @@ class ResidencyPolicy:
         """The device is gone; what it had counts as there until it is back."""
         self._held.lose(device)
 
-    def restore(self, device: int, resident: Collection[int], now: float) -> None:
-        """The device is there, with the weights of the models in ``resident``; it gets those that
-        it should have besides."""
-        self._held.restore(device, resident)
+    def knows(self, device: int, model: int, now: float) -> None:
+        """The device has learnt of the model, and gets its weights if it should have them."""
+        self._held.knows(device, model)
+        self._next = now
+
+    def restore(
+        self, device: int, models: Collection[int], resident: Collection[int], now: float
+    ) -> None:
+        """The device is there, knows ``models``, and has the weights of those in ``resident``; it
+        gets those that it should have besides, once it knows their models."""
+        self._held.restore(device, models, resident)
         for number, it in self._models.items():
             lacks = it.wanted and device in it.devices and number not in resident
             if lacks and it.wake_began is None:
@@ -165,13 +172,17 @@ class ResidencyPolicy:
     def wake(self, model: int, now: float) -> None:
         """Wakes the model, requests or not, as if it had some. Raises ValueError when it does not
         fit beside the pinned models."""
-        if (refusal := self._impossible(model)) is not None:
-            raise ValueError(refusal.message)
+        self.check_room(model)
         it = self._models[model]
         it.asked = not it.wanted
         it.dismissed = False
         it.retry_at = -math.inf
         self._next = now
+
+    def check_room(self, model: int) -> None:
+        """Raises ValueError when the model does not fit beside the pinned models."""
+        if (refusal := self._impossible(model)) is not None:
+            raise ValueError(refusal.message)
 
     def sleep(self, model: int, now: float) -> None:
         """Has the model sleep as soon as it has no requests; later ones wake it. Raises ValueError

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
+from crosspool.config.options import Keep
 from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import ModelSpec
@@ -64,7 +65,7 @@ class Roster:
     @property
     def deployment(self) -> Deployment:
         """The deployment with the models that have come, those that leave included."""
-        models = {number: self._deployment.models[number] for number in self.queues}
+        models = {number: self._deployment.models[number] for number in sorted(self.queues)}
         return msgspec.structs.replace(self._deployment, models=models)
 
     @property
@@ -89,6 +90,7 @@ class Roster:
         self.bounds.add(d, number)
         ready: list[RankState] = []
         try:
+            self._check_waiting()
             for rank in self.ranks:
                 rank.add_model(number)
                 ready.append(rank)
@@ -97,6 +99,25 @@ class Roster:
             raise
         self._deployment = d
         self.devices.add(number, config)
+
+    def _check_waiting(self) -> None:
+        """Raises ConfigError when a request that waits could not be promised its pages any more."""
+        for number, model in self.models.items():
+            most = model.layout.pages_in(self.bounds.reach(number))
+            if any(model.layout.pages_for(seq.most_tokens) > most for seq in model.queue):
+                raise ConfigError(
+                    f"kv_floor_bytes: the floor of a further model leaves too little for requests "
+                    f"that wait for model {model.name}; try again later, or give it a smaller floor"
+                )
+
+    def note_keep(self, model: int, keep: Keep) -> None:
+        """Has the deployment say when the model is in memory. Raises ConfigError when the pinned
+        models do not fit together, those included that are being added or leave: a later scheduler
+        could not begin. Nothing has changed then."""
+        config = msgspec.structs.replace(self._deployment.models[model], keep=keep)
+        d = self._deployment.with_model(model, config)
+        place(d, self._specs)
+        self._deployment = d
 
     def settle(self, now: float) -> Iterator[Change]:
         """Yields the models that have come, been refused or left."""

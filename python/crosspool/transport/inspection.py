@@ -6,7 +6,7 @@ The front end sends them to HTTP clients as JSON objects with the same field nam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -132,14 +132,15 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         fields = cls.__struct_fields__
         return cls(**{f: [e for report in reports for e in getattr(report, f)] for f in fields})
 
-    def plain(self, what: InspectWhat, models: Sequence[str]) -> list[Any]:
+    def plain(self, what: InspectWhat, models: Mapping[int, str]) -> list[Any]:
         """The field ``what`` as HTTP clients see it, for the JSON encoder. Lane events become one
-        list, in order of their start, with the names of ``models`` for their indices."""
+        list, in order of their start, with the names of ``models`` for their numbers; a model that
+        has gone since has none."""
         if what != "trace_stop":
             return list(msgspec.to_builtins(getattr(self, what)))
         events = [(of.device, event) for of in self.trace_stop for event in of.events]
         return [
-            {"device": device, **msgspec.structs.asdict(event), "model": models[event.model]}
+            {"device": device, **msgspec.structs.asdict(event), "model": models.get(event.model)}
             for device, event in sorted(events, key=lambda entry: entry[1].start_ns)
         ]
 

@@ -236,7 +236,8 @@ class Slept(msgspec.Struct, frozen=True, kw_only=True, tag="slept"):
 
 
 class Added(msgspec.Struct, frozen=True, kw_only=True, tag="added"):
-    """The reply to :class:`AddModel`: the device is ready for the model, or as it was before."""
+    """The reply to :class:`AddModel`: the device is ready for the model, or refuses all steps of it
+    until it has left."""
 
     model: int
     error: str | None = None

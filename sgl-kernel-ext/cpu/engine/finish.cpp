@@ -68,7 +68,7 @@ void Loop::collect(Lane& lane) {
       continue;
     }
     if (link.local) {
-      if (!lane.local_added) lane.partials.push_back({lane.partial.as<float>(), nullptr});
+      if (!lane.local_added) lane.partials.push_back(lane.partial.data());
       continue;
     }
     const unsigned char* const reply = link.end.combine();
@@ -76,7 +76,7 @@ void Loop::collect(Lane& lane) {
       return fail("lane " + std::to_string(lane.index) + ": the reply of FFN rank " +
                   std::to_string(model.ffn_ranks[i]) + " does not fit the dispatch");
     }
-    lane.partials.push_back({nullptr, reply});
+    lane.partials.push_back(reply);
   }
 }
 

@@ -161,6 +161,7 @@ void Loop::choose() {
       begin_steps();
       if (choose_ready()) {
         chosen_.start_ns = trace_.on() ? now_ns() : 0;
+        if (is_whole(*chosen_.model)) idle_.work();
         return;
       }
     }
@@ -247,8 +248,7 @@ bool Loop::choose_local(Lane& lane) {
                  .rows = lane.step->rows,
                  .x = lane.payload.data(),
                  .residual = alone ? lane.residual.as<float>() : nullptr,
-                 .partial = alone ? nullptr : lane.partial.as<float>(),
-                 .reply = nullptr};
+                 .reply = alone ? nullptr : lane.partial.data()};
   take_experts(chosen_.ffn, need, *lane.model);
   return true;
 }
@@ -348,7 +348,6 @@ bool Loop::choose_incoming(std::int32_t index) {
                  .rows = static_cast<std::int32_t>(header.rows),
                  .x = link.end.payload(),
                  .residual = nullptr,
-                 .partial = nullptr,
                  .reply = link.end.partial_sum()};
   take_experts(chosen_.ffn, need, model);
   return true;
@@ -471,6 +470,10 @@ void Loop::wait(std::uint32_t seen) {
                             : in_flight || just_served ? description_.busy_spin_ns
                                                        : description_.spin_ns;
   team_.set_patience(std::max(spin, meeting_ns_));
+  const bool runs = std::any_of(lanes_.begin(), lanes_.end(), [this](const Lane& lane) {
+    return lane.stage == Stage::kWaiting && is_whole(*lane.model);
+  });
+  if (!runs) idle_.rest();
   if (description_.heartbeat != nullptr) description_.heartbeat->count_look();
   tell(failed_                                    ? Activity::kIdle
        : waits_for_weights_ || waits_for_experts_ ? Activity::kReading

@@ -16,6 +16,7 @@
 
 #include "expert_pool.h"
 #include "ffn_part.h"
+#include "idle_clock.h"
 #include "lane.h"
 #include "links.h"
 #include "present_layers.h"
@@ -68,6 +69,9 @@ class Loop {
   void set_present(std::int32_t model, WeightPart part, std::int32_t layers);
   // CLOCK_MONOTONIC time of the last reply to another device, in ns; 0 before the first.
   std::int64_t last_served_ns() const { return last_served_.load(std::memory_order_relaxed); }
+  // Of steps but those of models that are being read.
+  IdleClock& idle() { return idle_; }
+  const std::vector<int>& cores() const { return team_.cores(); }
 
  private:
   enum class PartKind { kStop, kAttention, kHead, kLocalFFN, kRemoteFFN };
@@ -115,6 +119,15 @@ class Loop {
     waits_for_weights_ = waits_for_weights_ || found == Presence::kLater;
     return found;
   }
+  // Whether all weights of a model that this device has a part of are there.
+  bool is_whole(const ModelTable& model) {
+    PresentLayers& present = present_[&model - models_.data()];
+    const auto has = [&](WeightPart part, std::int32_t layer) {
+      return present.of_layer(part, layer) == Presence::kHere;
+    };
+    return (model.attention == nullptr || has(WeightPart::kAttention, model.layers)) &&
+           (model.ffn == nullptr || has(WeightPart::kFFN, model.layers - 1));
+  }
   bool lease_goes_on(const StepArguments& step);
   void recall(std::uint64_t step);
   void publish(const Event& event);
@@ -147,6 +160,7 @@ class Loop {
   EventRing events_{};
   Trace trace_;
   std::atomic<std::int64_t> last_served_{0};
+  IdleClock idle_;
 
   ChosenPart chosen_;
   std::vector<unsigned char*> copies_;  // of the payload of the attention part under way

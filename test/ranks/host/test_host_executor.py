@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -219,9 +219,57 @@ def test_a_dispatch_of_a_model_that_has_yet_to_come_waits() -> None:
     assert ffn.serve(link)
 
 
+def test_a_dispatch_of_a_model_that_has_left_is_refused() -> None:
+    """An attention rank that died has left it behind, and its successor needs the lane."""
+    link = LocalLink(0, 0, 1)
+    specs, parts = {0: spec(1), 7: spec(1)}, {0: OneHot(0, []), 7: OneHot(7, [])}
+    ffn = FFNRank(1, specs, cast(Any, parts), {0, 7}, LaneTrace())
+    link.dispatch(DispatchHeader(epoch=0, model=7, layer=0, rows=1), torch.zeros(1, VOCAB))
+    del specs[7], parts[7]
+    assert ffn.serve(link) and not ffn.serve(link)
+    assert link.ready() and link.take_refusal() and link.free
+
+
+def test_a_step_that_one_of_its_ffn_ranks_refuses_ends_without_rows() -> None:
+    """The other rank replies; the lane takes the next step."""
+    device = Device(lanes=1)
+    links = [LocalLink(0, 0, rank) for rank in (0, 1)]
+    specs = {0: spec(LAYERS[0])}
+    here: dict[int, Any] = {}
+    ffn = [
+        FFNRank(rank, specs, parts, {0}, LaneTrace())
+        for rank, parts in enumerate(({0: cast(Any, OneHot(0, []))}, here))
+    ]
+    loop = HostLoop(
+        *(device.attention, [links], None),
+        ffn_ranks={0: (0, 1)},
+        doorbell=None,
+        serves_peers=False,
+        trace=LaneTrace(),
+    )
+
+    def results() -> list[StepResult]:
+        found = []
+        for _ in range(20):
+            found += loop.run(0.0)
+            for rank, link in zip(ffn, links, strict=True):
+                rank.serve(link)
+        return found
+
+    loop.submit(step(1, 0))
+    assert results() == []
+    ffn[1].refusing.add(0)
+    assert results() == [StepResult(step=1, rows=[], refused=True)]
+    assert not loop.has(0)
+    ffn[1].refusing.clear()
+    here[0] = OneHot(0, [])
+    loop.submit(step(2, 0))
+    assert [r.step for r in results() if not r.refused] == [2]
+
+
 def test_chunks_of_a_model_that_sleeps_are_given_back_at_once() -> None:
-    """Others need them while it sleeps. What comes behind a step that waits for its weights, does
-    so, too."""
+    """Others need them while it sleeps. What comes behind a step that waits for its weights waits
+    with it."""
     device = Device()
     device.loop.submit(step(1, 0))
     device.run(1)

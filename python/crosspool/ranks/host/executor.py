@@ -83,8 +83,17 @@ class Lane:
         links = self.links(batch.model)
         start = self._trace.now()
         if self._dispatched:
-            shape = batch.residual.shape
-            self._rank.combine(batch, [link.combine(shape, batch.residual.dtype) for link in links])
+            refused = [link.take_refusal() for link in links]
+            shape, dtype = batch.residual.shape, batch.residual.dtype
+            partials = [
+                link.combine(shape, dtype)
+                for link, no in zip(links, refused, strict=True)
+                if not no
+            ]
+            if any(refused):
+                self.batch = None
+                return StepResult(step=batch.step, rows=[], refused=True)
+            self._rank.combine(batch, partials)
             self._dispatched = False
             self._layer += 1
         if self._layer < self._rank.specs[batch.model].layers:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -117,10 +116,14 @@ class HostModels:
 
     def add(self, model: int, config: ModelConfig) -> None:
         error = None
+        if self._ffn is not None:
+            self._ffn.newest = max(self._ffn.newest, model)
         try:
             self._enter(model, config)
         except ConfigError as reason:
             error = str(reason)
+        except OSError as reason:
+            error = f"there is no room for its KV cache: {reason}"
         self._news.append(Added(model=model, error=error))
 
     def _enter(self, model: int, config: ModelConfig) -> None:
@@ -159,12 +162,15 @@ class HostModels:
                     self._executor.forget(model)
                 if self._ffn is not None:
                     self._ffn.models.discard(model)
+                    self._ffn.refusing.discard(model)
             self._news.append(Removed(model=model))
 
     def wake(self, model: int) -> None:
         if model in self._weights:
             self._news.append(Woken(model=model))
             return
+        if self._ffn is not None:
+            self._ffn.refusing.discard(model)
         loading = self._loading[model] = _Loading(self._held[model])
         # It ends with the process, whatever it is at.
         threading.Thread(target=self._load, args=(loading,), daemon=True).start()
@@ -188,10 +194,12 @@ class HostModels:
             except Empty:
                 break
             del self._loading[model]
-            end: Callable[[int], None] = self._executor.refuse
             if error is None:
-                end = self._executor.resume
-            end(model)
+                self._executor.resume(model)
+            else:
+                self._executor.refuse(model)
+                if self._ffn is not None:
+                    self._ffn.refusing.add(model)
             self._news.append(Woken(model=model, error=error))
         news, self._news = self._news, []
         return news

@@ -8,11 +8,11 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
 from torch import Tensor
 
-from crosspool.config.deployment import MAX_MODELS, Deployment
+from crosspool.config.deployment import MAX_MODELS, ConfigError, Deployment
 from crosspool.config.device import Device
-from crosspool.config.errors import ConfigError
 from crosspool.config.sizes import format_size
 from crosspool.kernels import engine_structs as es
 from crosspool.kernels.engine import Team
@@ -88,14 +88,25 @@ def load_resident_ranks(
 ) -> DeviceRanks:
     """Loads the ranks of a device for the resident loop; see
     :func:`crosspool.ranks.device_process.load_ranks`. ``weights`` may be of the models that there
-    were earlier: those that have come since are asleep, and those that have left are forgotten.
-    ``elsewhere``: cores for threads that do not compute; without any they have the device's."""
+    were earlier: those that have come since are asleep, and those that have left are forgotten, as
+    are those whose checkpoints have gone since. ``elsewhere``: cores for threads that do not
+    compute; without any they have the device's."""
     specs, keeper = dict(specs), keeper_of(deployment)
     for model in weights.models - specs.keys():
         weights.forget(model)
+        if weights.holder is not None:
+            weights.holder.give_up(model)
     for held in held_models(deployment, device, specs, placement):
         if held.index not in weights.models:
-            weights.declare(held, positions_of(deployment, held), keeper)
+            try:
+                weights.declare(held, positions_of(deployment, held), keeper)
+            except ConfigError as error:
+                log.error("%s cannot be served any more: %s", held.what, error)
+                weights.forget(held.index)
+                del specs[held.index]
+    deployment = msgspec.structs.replace(
+        deployment, models={model: deployment.models[model] for model in specs}
+    )
     resources = contextlib.ExitStack()
     resources.callback(weights.close)
     pool = _expert_pool(deployment, device, weights, elsewhere)
