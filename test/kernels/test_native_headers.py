@@ -16,7 +16,7 @@ from support.headers import COMPILER, assert_holds, same_functions, same_layout
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 HEADERS = ("cpu/engine/engine.h", "cpu/kernels/attention_plan.h", "crosspool/virtual_memory.h")
-RENAMED = {es.NativeLinkCounters: "LinkCounters"}
+RENAMED = {es.NativeLinkCounters: "LinkCounters", es.NativeExpertCounters: "ExpertCounters"}
 NUMBERS = {
     "DType::kBFloat16": ns.BFLOAT16,
     "DType::kFloat32": ns.FLOAT32,
