@@ -96,7 +96,7 @@ class Model {
 };
 
 // A source of parts, one after another.
-struct Source {
+struct Origin {
   ExpertNeed need;
   std::int32_t model = -1;  // of the part on its way; -1: none
   std::int32_t layer = 0;
@@ -123,9 +123,9 @@ int main(int argc, char** argv) {
   const auto draw = [&](std::int32_t below) {
     return static_cast<std::int32_t>(random() % static_cast<std::uint32_t>(below));
   };
-  std::array<Source, kSources> sources;
+  std::array<Origin, kSources> sources;
   std::uint64_t waited = 0, evictions = 0;
-  const auto run = [&](Source& source) {
+  const auto run = [&](Origin& source) {
     for (const std::int32_t expert : source.experts) {
       if (!models[source.model].right(source.layer, expert)) {
         fail("expert_pool_check: a part has other bytes than the file");
@@ -134,7 +134,7 @@ int main(int argc, char** argv) {
     pool.release(source.need);
     source.model = -1;
   };
-  const auto start = [&](Source& source) {
+  const auto start = [&](Origin& source) {
     source.model = draw(2);
     source.layer = draw(kLayers);
     source.experts.clear();
@@ -162,7 +162,7 @@ int main(int argc, char** argv) {
         return;
     }
   };
-  const auto step = [&](Source& source) {
+  const auto step = [&](Origin& source) {
     if (source.model < 0) return start(source);
     switch (source.need.state()) {
       case ExpertNeed::State::kReady:
@@ -184,9 +184,9 @@ int main(int argc, char** argv) {
     }
     if (draw(200) != 0) continue;
     const std::int64_t begin = now_ns();
-    const auto busy = [](const Source& source) { return source.model >= 0; };
+    const auto busy = [](const Origin& source) { return source.model >= 0; };
     while (std::any_of(sources.begin(), sources.end(), busy)) {
-      for (Source& source : sources) {
+      for (Origin& source : sources) {
         if (busy(source)) step(source);
       }
       if (now_ns() - begin > 20 * kSecond) fail("expert_pool_check: a part waits for ever");
@@ -204,7 +204,7 @@ int main(int argc, char** argv) {
     const Model& again = models[static_cast<std::size_t>(removed)];
     if (pool.add(removed, again.file, again.experts) != 0) fail("expert_pool_check: not added");
   }
-  for (Source& source : sources) pool.release(source.need);
+  for (Origin& source : sources) pool.release(source.need);
   pool.attach(nullptr, -1);
   if (waited == 0 || evictions == 0) fail("expert_pool_check: no part waited, or no expert went");
   std::printf("%d steps, %llu parts waited\n", parts, static_cast<unsigned long long>(waited));

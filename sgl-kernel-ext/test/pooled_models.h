@@ -25,8 +25,8 @@ class PooledModels {
   // Points `models` to matrices of their own, whose data the pool sets. `room`: the number of
   // experts of the largest size for which the pool has memory. If `damaged`, those of model 0 have
   // other checksums than the file.
-  PooledModels(std::vector<ModelTable>& models, std::int64_t room, bool damaged) {
-    std::vector<std::vector<PooledExpert>> experts(models.size());
+  PooledModels(std::vector<ModelTable>& models, std::int64_t room, bool damaged)
+      : experts_(models.size()) {
     std::int64_t largest = 0;
     for (std::size_t model = 0; model < models.size(); ++model) {
       if (models[model].ffn == nullptr) continue;
@@ -43,7 +43,7 @@ class PooledModels {
           expert.gate_up_checksum = put(gate_up[i], &expert.gate_up_offset);
           expert.down_checksum = put(down[i], &expert.down_offset);
           if (damaged && model == 0) expert.down_checksum ^= 4;
-          experts[model].push_back(expert);
+          experts_[model].push_back(expert);
           largest = std::max(largest, gate_up[i].bytes() + down[i].bytes());
         }
         ffn.gate_up = gate_up.data();
@@ -58,10 +58,9 @@ class PooledModels {
     pool_ = std::make_unique<ExpertPool>(memory, bytes_, usable_cores(), 2,
                                          static_cast<std::int32_t>(models.size()));
     for (std::size_t model = 0; model < models.size(); ++model) {
-      if (experts[model].empty()) continue;
+      if (experts_[model].empty()) continue;
       added_.push_back(static_cast<std::int32_t>(model));
-      if (pool_->add(added_.back(), file_, experts[model]) != 0)
-        fail("an expert pool is too small");
+      add(added_.back());
     }
   }
   // No loop may use the models any more.
@@ -73,6 +72,11 @@ class PooledModels {
   PooledModels& operator=(const PooledModels&) = delete;
 
   ExpertPool& pool() { return *pool_; }
+  // A model goes and comes again, with none of its experts in memory.
+  void renew(std::int32_t model) {
+    pool_->remove(model);
+    add(model);
+  }
   // Sums over all models.
   ExpertCounters counters() {
     ExpertCounters sum{};
@@ -92,6 +96,12 @@ class PooledModels {
   std::int64_t bytes() const { return bytes_; }
 
  private:
+  void add(std::int32_t model) {
+    if (pool_->add(model, file_, experts_[static_cast<std::size_t>(model)]) != 0) {
+      fail("an expert pool is too small");
+    }
+  }
+
   std::vector<Matrix>& own(const Matrix* matrices, std::int32_t count) {
     return matrices_.emplace_back(matrices, matrices + count);
   }
@@ -110,6 +120,7 @@ class PooledModels {
 
   int file_ = memfd_create("experts", MFD_CLOEXEC);
   std::uint64_t end_ = 128;
+  std::vector<std::vector<PooledExpert>> experts_;  // by model
   std::deque<std::vector<FFNTable>> tables_;
   std::deque<std::vector<Matrix>> matrices_;
   std::vector<std::byte> memory_;

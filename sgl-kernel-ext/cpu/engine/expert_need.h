@@ -21,6 +21,8 @@ class ExpertNeed {
   };
 
   State state() const { return state_.load(std::memory_order_acquire); }
+  // The model of the last part that asked for experts, by its number in the pool; -1 before.
+  std::int32_t model() const { return model_; }
 
   // The choice of a part that waits.
   std::vector<std::int32_t> experts;  // [rows, top_k]

@@ -147,9 +147,6 @@ void ExpertPool::remove(std::int32_t model) {
     leave(number);
     return true;
   });
-  for (std::size_t i = waiting_.size(); i-- > 0;) {
-    if (waiting_[i]->model_ == model) end_waiting(i, ExpertNeed::State::kFailed);
-  }
   read_.wait(lock, [&] { return it.reads == 0; });
   for (std::int32_t layer = 0; layer < it.layers; ++layer) {
     for (const std::int32_t number : it.by_layer[layer].numbers) {

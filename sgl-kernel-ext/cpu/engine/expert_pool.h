@@ -68,7 +68,7 @@ class ExpertPool {
   // tables. `file` is duplicated. Returns 0; -ENOSPC when a layer's experts have no room together;
   // or -errno.
   int add(std::int32_t model, int file, std::span<const PooledExpert> experts);
-  // Takes the experts of a model, after what is being read; no loop may use them any more.
+  // Takes the experts of a model, after what is being read; no part may need them any more.
   void remove(std::int32_t model);
   ExpertCounters counters(std::int32_t model);
   // A model of which an expert could not be read, which is told once; -1 if there is none.

@@ -281,7 +281,18 @@ void Loop::take_experts(FFNTask& task, ExpertNeed& need, const ModelTable& model
   } else if (task.rows <= kForetoldRows && pool->lacks(number, task.layer + 1)) {
     const FFNTable* const next = &model.ffn[task.layer + 1];
     const bool alike = next->router_weight->dtype == model.ffn[task.layer].router_weight->dtype;
-    if (alike) task.next = next;
+    // While the model is being read, its router may be still to come.
+    const bool here = present_[static_cast<std::size_t>(number)].of_layer(
+                          WeightPart::kFFN, task.layer + 1) == Presence::kHere;
+    if (alike && here) task.next = next;
+  }
+}
+
+// A model is closed: a dispatch of it that is left behind is to choose its experts anew.
+void Loop::release_experts(std::int32_t place) {
+  if (description_.experts == nullptr) return;
+  for (ExpertNeed& need : needs_) {
+    if (need.model() == place) description_.experts->release(need);
   }
 }
 
@@ -372,11 +383,13 @@ bool Loop::take_commands() {
       case CommandKind::kRecall:
         recall(command.step);
         break;
-      case CommandKind::kClose:
-        present_[command.lane % description_.model_places].set_all(
-            command.arguments != 0 ? PresentLayers::kNone : 0);
+      case CommandKind::kClose: {
+        const std::uint32_t place = command.lane % description_.model_places;
+        present_[place].set_all(command.arguments != 0 ? PresentLayers::kNone : 0);
+        release_experts(static_cast<std::int32_t>(place));
         publish({EventKind::kClosed, command.lane, 0, 0, 0, 0});
         break;
+      }
       case CommandKind::kAdd:
         try {
           add_model(*reinterpret_cast<const ModelTable*>(command.arguments));
@@ -473,7 +486,7 @@ void Loop::wait(std::uint32_t seen) {
   const bool runs = std::any_of(lanes_.begin(), lanes_.end(), [this](const Lane& lane) {
     return lane.stage == Stage::kWaiting && is_whole(*lane.model);
   });
-  if (!runs) idle_.rest();
+  if (!runs && !waits_for_experts_) idle_.rest();
   if (description_.heartbeat != nullptr) description_.heartbeat->count_look();
   tell(failed_                                    ? Activity::kIdle
        : waits_for_weights_ || waits_for_experts_ ? Activity::kReading
