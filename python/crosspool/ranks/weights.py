@@ -75,7 +75,7 @@ class HeldModel:
     bytes: int
     """Bytes of all tensors, but for routed experts on demand."""
     experts_on_demand: bool = False
-    """Whether the FFN rank has the routed experts in its expert pool."""
+    """Whether the FFN rank has its routed experts in the expert pool."""
 
     def loading(self, device: Device) -> contextlib.AbstractContextManager[Loading]:
         """Shows a progress bar for the model, and logs one line at the end."""
@@ -104,5 +104,5 @@ def held_models(
         if ranks:
             what = f"{model.name} on {' and '.join(ranks)}"
             held = attention_rank is not None
-            demand = model.experts == "demand"
+            demand = shard is not None and model.experts == "demand"
             yield HeldModel(index, Path(model.path), spec, held, shard, what, total, demand)

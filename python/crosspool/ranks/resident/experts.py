@@ -70,13 +70,14 @@ class ExpertPool:
         """Returns a model, and why an expert of it could not be read; once for each model, until it
         is added anew."""
         place = self._native.failed()
-        if place < 0:
+        model = self._added.get(place)
+        if model is None:  # there is none, or it has just been removed
             return None
         number = self._native.counters(place).error
         reason = os.strerror(number)
         if number == errno.EBADMSG:
             reason = "its weights have another checksum"
-        return self._added[place], OSError(number, reason)
+        return model, OSError(number, reason)
 
     def counts(self, model: int, name: str) -> ExpertCounts | None:
         """Returns what has happened to the experts of a model, which is called ``name``; None if

@@ -213,42 +213,42 @@ class _Loading:
             )
         if not all(one.kept.touch(one.key) for one in self.weights.sleeping[held.index]):
             log.info("%s: packed first, by a process of its own", held.what)
-        _pack_missing(self.deployment, self.device, self.weights, held.index)
+        sleeping = self.weights.sleeping[held.index]
+        keys = [one.key for one in sleeping]
+        config = self.deployment.models[held.index]
+        pack_missing(
+            sleeping, packer_command(self.deployment, self.device, held.index, config, keys)
+        )
 
 
 def _expert_pool(
     deployment: Deployment, device: Device, weights: ResidentWeights, elsewhere: Collection[int]
 ) -> ExpertPool | None:
     """Returns the device's memory for routed experts on demand, with those of the models that are
-    in memory; None where it has none. Raises ConfigError, OSError."""
+    in memory; None where it has none. A model whose packed weights have gone since sleeps. Raises
+    ConfigError, OSError."""
     share = share_of(deployment)
     if not share or device not in deployment.weight_pool_devices:
         return None
     pool = ExpertPool(share, elsewhere or device.cores)
     try:
         for model, part in weights.ffn.items():
-            if part.on_demand and part.weights.arena.taken:
-                _pack_missing(deployment, device, weights, model)
-                kept = next(one for one in weights.sleeping[model] if one.part is part)
-                opened = kept.kept.open(kept.key, part.weights.image())
-                if opened is None:
-                    raise ConfigError(f"the packed weights of model {model} are gone")
-                with opened:
-                    pool.add(model, part, opened)
+            if not part.on_demand or not part.weights.arena.taken:
+                continue
+            kept = next(one for one in weights.sleeping[model] if one.part is part)
+            opened = kept.kept.open(kept.key, part.weights.image())
+            if opened is None:
+                log.warning("the packed weights of model %d are gone, and so it sleeps", model)
+                weights.drop(model)
+                if weights.holder is not None:
+                    weights.holder.give_up(model)
+                continue
+            with opened:
+                pool.add(model, part, opened)
     except BaseException:
         pool.close()
         raise
     return pool
-
-
-def _pack_missing(
-    deployment: Deployment, device: Device, weights: ResidentWeights, model: int
-) -> None:
-    """Has what the folder of packed weights lacks of a model packed. Raises ConfigError."""
-    sleeping = weights.sleeping[model]
-    keys = [one.key for one in sleeping]
-    config = deployment.models[model]
-    pack_missing(sleeping, packer_command(deployment, device, model, config, keys))
 
 
 def positions_of(deployment: Deployment, held: HeldModel) -> int:
