@@ -12,13 +12,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from crosspool.config.deployment import MAX_MODELS
 from crosspool.kernels import native_structs as ns
 from crosspool.models.registry import read_model
 from crosspool.models.spec import MoEFFN
 from crosspool.ranks.resident.arena import round_up
 from crosspool.ranks.resident.ffn import PackedFFN
 from crosspool.ranks.resident.kept_weights import OpenWeights, placed
-from crosspool.transport.messages import Logprobs, StepResult, Waking, Woken
+from crosspool.transport.messages import Logprobs, StepResult, Wake, Waking, Woken
 from crosspool.weightpool.checkpoint import Checkpoint
 from crosspool.weightpool.experts import GRANULE, largest_layer
 from crosspool.weightpool.packed_file import PackedMatrix, PackedTable
@@ -84,9 +85,12 @@ def generations(model: int) -> list[Generation]:
     ]
 
 
-def answers(on: DeviceDriver, *models: int) -> list[Any]:
-    """Tokens and log-probabilities by model, to the bit."""
+def answers(on: DeviceDriver, *models: int, number: int | None = None) -> list[Any]:
+    """Tokens and log-probabilities by model, to the bit. ``number``: that of the only model, where
+    it is another one now."""
     asked = [generations(model) for model in models]
+    for sequence in asked[0] if number is not None else ():
+        sequence.model = number
     on.generate(sequence for of_model in asked for sequence in of_model)
     return [
         msgspec.to_builtins(
@@ -183,6 +187,66 @@ def test_models_sleep_and_wake_with_their_experts(models: list[Path], right: lis
         assert on.wake(0) == {0: None}
         assert counts(on, "cpu:1")[0]["present_bytes"] == 0
         assert answers(on, *range(MODELS)) == right
+
+
+def test_steps_that_come_with_a_wake_wait_for_layers_and_experts(
+    models: list[Path], right: list[Any]
+) -> None:
+    """Routers of layers that are still to come foretell nothing."""
+    with driver(models, 0.25, ONE) as on:
+        for _ in range(4):
+            on.sleep(0)
+            on.send("cpu:0", Wake(model=0))
+            ours, woken = generations(0), False
+            going = list(ours)
+            on.step(going)
+            while going or not woken:
+                _, message = on.receive()
+                if isinstance(message, StepResult):
+                    on.take(going, message)
+                    going = [one for one in ours if not one.done]
+                    if going:
+                        on.step(going)
+                    continue
+                assert message == Woken(model=0) or isinstance(message, Waking), message
+                woken = woken or isinstance(message, Woken)
+            on.release(ours)
+            assert [one.output for one in ours] == [output for output, _, _ in right[0]]
+
+
+def test_a_model_that_comes_brings_its_experts_and_takes_them_along(
+    models: list[Path], right: list[Any]
+) -> None:
+    """Also under a later number that has the same place in the tables of devices."""
+    with driver(models[:1], 1.0, TWO) as on:
+        assert answers(on, 0) == right[:1]
+        for later in (1, 1 + MAX_MODELS):
+            on.deployment = msgspec.structs.replace(on.deployment, next_model=later)
+            number, errors = on.add(models[1], experts="demand")
+            assert number == later and not any(errors.values()), errors
+            assert on.wake(number) == {number: None}
+            assert answers(on, 1, number=number) == right[1:]
+            assert answers(on, 0) == right[:1]
+            assert [of["model"] for of in counts(on, "cpu:1")] == [
+                f"{models[0].name}-0",
+                f"{models[1].name}-{number}",
+            ]
+            on.sleep(number)
+            on.remove(number)
+            (left,) = counts(on, "cpu:1")
+            assert left["model"] == f"{models[0].name}-0"
+        assert answers(on, 0) == right[:1]
+
+
+def test_a_model_whose_experts_have_no_pool_is_told_so(
+    models: list[Path], right: list[Any]
+) -> None:
+    with driver(models[:1], None, ONE) as on:
+        number, errors = on.add(models[1], experts="demand")
+        assert errors == {"cpu:0": None}
+        error = on.wake(number)[number]
+        assert error is not None and "expert_pool_bytes" in error
+        assert answers(on, 0) == right[:1]
 
 
 def test_a_process_that_is_replaced_reads_its_experts_again(
