@@ -62,7 +62,7 @@ class Shape:
 
 
 _CONSTANT = 0.5
-"""Of an embedding's component along the constant direction, over the root mean square of the
+"""An embedding's component along the constant direction, over the root mean square of the
 others times the root of the hidden size."""
 FULL = Shape("moe-1.7b", 1024, 16, 64, 4, 512, 16, 4, 64, 32000)
 TINY = Shape("moe-tiny", 256, 2, 8, 2, 128, 4, 2, 64, 512)

@@ -217,7 +217,7 @@ def test_steps_that_come_with_a_wake_wait_for_layers_and_experts(
 def test_a_model_that_comes_brings_its_experts_and_takes_them_along(
     models: list[Path], right: list[Any]
 ) -> None:
-    """Also under a later number that has the same place in the tables of devices."""
+    """The later number has the same place in the tables of devices."""
     with driver(models[:1], 1.0, TWO) as on:
         assert answers(on, 0) == right[:1]
         for later in (1, 1 + MAX_MODELS):

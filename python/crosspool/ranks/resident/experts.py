@@ -42,7 +42,7 @@ class ExpertPool:
 
     @property
     def address(self) -> int:
-        """Of the native pool, for the loop's description."""
+        """The native pool's, for the loop's description."""
         return self._native.address
 
     def add(self, model: int, part: PackedFFN, opened: OpenWeights) -> None:
