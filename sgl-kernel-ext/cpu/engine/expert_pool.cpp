@@ -17,7 +17,7 @@ namespace crosspool {
 
 namespace {
 
-constexpr std::int64_t kLine = 64;
+constexpr std::int64_t kAlignment = 64;  // of a matrix in the memory
 // A use of an expert counts half after so many steps of all models that have experts in the pool.
 constexpr double kHalfLifeSteps = 32.0;
 // Reads that have memory and wait for a thread. More would fix too early which experts go, and keep
@@ -56,7 +56,7 @@ int read_expert(int file, const PooledExpert& expert, std::byte* data) {
     return error;
   }
   return read_matrix(file, *expert.down, expert.down_offset, expert.down_checksum,
-                     data + round_up(expert.gate_up->bytes(), kLine));
+                     data + round_up(expert.gate_up->bytes(), kAlignment));
 }
 
 }  // namespace
@@ -103,7 +103,7 @@ void ExpertPool::end() {
 // ---- The host's end
 
 std::int64_t ExpertPool::bytes_of(const PooledExpert& expert) const {
-  return round_up(expert.gate_up->bytes(), kLine) + round_up(expert.down->bytes(), kLine);
+  return round_up(expert.gate_up->bytes(), kAlignment) + round_up(expert.down->bytes(), kAlignment);
 }
 
 int ExpertPool::add(std::int32_t model, int file, std::span<const PooledExpert> experts) {
@@ -504,7 +504,7 @@ void ExpertPool::end_read(std::int32_t number, int error) {
   if (error == 0) {
     std::byte* const data = data_ + memory_.offset(number);
     expert.it.gate_up->data = data;
-    expert.it.down->data = data + round_up(expert.it.gate_up->bytes(), kLine);
+    expert.it.down->data = data + round_up(expert.it.gate_up->bytes(), kAlignment);
     expert.presence = Presence::kPresent;
     model.counters.read_bytes += static_cast<std::uint64_t>(bytes_of(expert.it));
     model.counters.present_bytes += static_cast<std::uint64_t>(bytes_of(expert.it));
