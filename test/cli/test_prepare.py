@@ -509,14 +509,14 @@ def on_demand(folder: Path, *experts: str, **more: Any) -> Options:
 def test_the_expert_pool_is_what_other_weights_leave(tmp_path: Path) -> None:
     prepared = prepare(on_demand(tmp_path, "demand"))
     rest = FFN_BYTES - EXPERT_BYTES
-    assert prepared.placement.weight_bytes == ((rest,),)
-    assert prepared.placement.expert_bytes == ((EXPERT_BYTES,),)
+    assert prepared.placement.weight_bytes == ({0: rest},)
+    assert prepared.placement.expert_bytes == ({0: EXPERT_BYTES},)
     assert prepared.deployment.expert_pool_bytes == 2 * MIB
     assert prepared.deployment.weight_pool_bytes == 2 * MIB + rest
 
     prepared = prepare(on_demand(tmp_path, "demand", "all", weight_pool_bytes="5MiB"))
-    assert prepared.placement.weight_bytes == ((rest, FFN_BYTES),)
-    assert prepared.placement.expert_bytes == ((EXPERT_BYTES, 0),)
+    assert prepared.placement.weight_bytes == ({0: rest, 1: FFN_BYTES},)
+    assert prepared.placement.expert_bytes == ({0: EXPERT_BYTES, 1: 0},)
     assert prepared.deployment.expert_pool_bytes == 4 * MIB
 
     given = {"weight_pool_bytes": 2 * MIB + FFN_BYTES, "expert_pool_bytes": "2MiB"}
