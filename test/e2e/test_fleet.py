@@ -326,7 +326,7 @@ def experts_of(server: Server) -> dict[str, Any]:
 def test_experts_on_demand_change_no_token(packed: Path, server: Server) -> None:
     """Requests for all models at once, all of which are resident with a part of their experts."""
     flags = ["--models-dir", str(DEMO), *FLAGS, "--packed-cache-dir", str(packed)]
-    flags += ["--experts", "demand", "--expert-pool-bytes", "4MiB"]
+    flags += ["--experts", "demand", "--weight-pool-bytes", "64MiB", "--expert-pool-bytes", "4MiB"]
     requests = asks(TINY_MODELS, 12, new_tokens=40)
     with Server(flags, models=()) as running:
         assert tokens(running, requests) == tokens(server, requests)

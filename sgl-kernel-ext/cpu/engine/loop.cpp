@@ -288,12 +288,25 @@ void Loop::take_experts(FFNTask& task, ExpertNeed& need, const ModelTable& model
   }
 }
 
-// A model is closed: a dispatch of it that is left behind is to choose its experts anew.
-void Loop::release_experts(std::int32_t place) {
+// The weights of a model go. Nobody has steps of it in flight, so that dispatches of it were left
+// behind by attention ranks that have died; their lanes are wanted for other models.
+void Loop::close_model(std::uint32_t model) {
+  const std::uint32_t place = model % description_.model_places;
+  for (IncomingLink& link : incoming_) {
+    if (link.end.poll() == Poll::kDispatch && link.end.header().model == model) refuse(link);
+  }
   if (description_.experts == nullptr) return;
   for (ExpertNeed& need : needs_) {
-    if (need.model() == place) description_.experts->release(need);
+    if (need.model() == static_cast<std::int32_t>(place)) description_.experts->release(need);
   }
+}
+
+// Returns false, as there is no part to run.
+bool Loop::refuse(IncomingLink& link) {
+  if (description_.experts != nullptr) description_.experts->release(need_of(link));
+  link.end.refuse();
+  crosspool_doorbell_ring(link.peer);
+  return false;
 }
 
 // Whether a part that has run lacks experts, and is to run again. If not, they may go.
@@ -316,23 +329,16 @@ bool Loop::choose_incoming(std::int32_t index) {
     return false;
   }
   const DispatchHeader& header = link.end.header();
-  ExpertNeed& need = need_of(link);
-  const auto refuse = [&] {
-    if (description_.experts != nullptr) description_.experts->release(need);
-    link.end.refuse();
-    crosspool_doorbell_ring(link.peer);
-    return false;
-  };
   const ModelTable* const found_model = find(header.model);
   if (found_model == nullptr) {
     // Of a model that has left, an attention rank that died may have left a dispatch behind. One
     // that is still to come is waited for: this device was started again, and has yet to be told.
-    if (std::int64_t{header.model} <= newest_) return refuse();
+    if (std::int64_t{header.model} <= newest_) return refuse(link);
     waits_for_weights_ = true;
     return false;
   }
   const ModelTable& model = *found_model;
-  if (model.weights == Weights::kNever) return refuse();
+  if (model.weights == Weights::kNever) return refuse(link);
   if (model.ffn == nullptr) {
     fail("FFN rank " + std::to_string(description_.ffn_rank) + " holds nothing of model " +
          std::to_string(header.model));
@@ -349,8 +355,8 @@ bool Loop::choose_incoming(std::int32_t index) {
   }
   const Presence presence =
       std::max(this->presence(model, WeightPart::kFFN, static_cast<std::int32_t>(header.layer)),
-               experts(need));
-  if (presence == Presence::kRefused) return refuse();
+               experts(need_of(link)));
+  if (presence == Presence::kRefused) return refuse(link);
   if (presence == Presence::kLater) return false;
   chosen_.kind = PartKind::kRemoteFFN;
   chosen_.index = index;
@@ -360,7 +366,7 @@ bool Loop::choose_incoming(std::int32_t index) {
                  .x = link.end.payload(),
                  .residual = nullptr,
                  .reply = link.end.partial_sum()};
-  take_experts(chosen_.ffn, need, model);
+  take_experts(chosen_.ffn, need_of(link), model);
   return true;
 }
 
@@ -386,7 +392,7 @@ bool Loop::take_commands() {
       case CommandKind::kClose: {
         const std::uint32_t place = command.lane % description_.model_places;
         present_[place].set_all(command.arguments != 0 ? PresentLayers::kNone : 0);
-        release_experts(static_cast<std::int32_t>(place));
+        close_model(command.lane);
         publish({EventKind::kClosed, command.lane, 0, 0, 0, 0});
         break;
       }

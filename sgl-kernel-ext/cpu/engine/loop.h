@@ -136,7 +136,8 @@ class Loop {
   Presence experts(const ExpertNeed& need);
   void take_experts(FFNTask& task, ExpertNeed& need, const ModelTable& model);
   bool experts_missing(ExpertNeed& need);
-  void release_experts(std::int32_t place);
+  void close_model(std::uint32_t model);
+  bool refuse(IncomingLink& link);
   ExpertNeed& need_of(const Lane& lane) { return needs_[static_cast<std::size_t>(lane.index)]; }
   ExpertNeed& need_of(const IncomingLink& link) {
     return needs_[lanes_.size() + static_cast<std::size_t>(&link - incoming_.data())];
