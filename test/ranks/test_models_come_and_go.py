@@ -291,7 +291,10 @@ def test_many_that_come_and_leave_use_nothing_up(tmp_path: Path, loop: str) -> N
             seen.append(Usage(pid))
         assert number > MAX_MODELS
         early, late = seen[CYCLES // 3 - 1], seen[-1]
-        assert late.descriptors == early.descriptors and late.threads == early.threads
+        assert late.descriptors == early.descriptors
+        # The system may still count a thread that has just ended.
+        least = [min(one.threads for one in part) for part in (seen[: CYCLES // 3], seen[-20:])]
+        assert least[0] == least[1], least
         assert late.mappings <= early.mappings + 20, (early.mappings, late.mappings)
         assert late.resident <= early.resident + (8 << 20), (early.resident, late.resident)
         # The C library keeps an arena of 64 MiB and a stack for each thread that there was.
