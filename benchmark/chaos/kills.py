@@ -34,6 +34,7 @@ from benchmark.chaos.faults import Fault, processes_titled
 from benchmark.chaos.traffic import Traffic, questions
 from benchmark.records import Recorder
 from benchmark.server import TINY_MODELS, Server
+from benchmark.summary import quantile
 
 CONSOLE = Console(width=150, soft_wrap=True, highlight=False)
 _TOKENS = 150
@@ -116,7 +117,9 @@ class Killer:
                 title = self._rng.choice(titles)
                 await self._back(title)
                 await asyncio.sleep(self._rng.uniform(*self._moments))
-                process = self._processes(title)[0]
+                if not (found := self._processes(title)):
+                    raise RuntimeError(f"no {title} is there:\n{self._server.log[-6000:]}")
+                process = found[0]
                 process.kill()
                 self._killed.add(process)
                 name = "kill-http" if title == _OTHERS["HTTP"] else "kill"
@@ -190,11 +193,10 @@ def table() -> Table:
 
 
 def row(placement: str, loop: str, kind: str, found: Found) -> list[str]:
-    pauses = sorted(found.pauses)
-    median = pauses[len(pauses) // 2]
     counts = [found.kills, found.answers, found.interrupted]
     counts += [found.outcomes[name] for name in ("cut", "failed", "wrong")]
-    seconds = [f"{value:.2f} s" for value in (median, pauses[-1], found.calm_pause)]
+    pauses = (quantile(found.pauses, 0.5), max(found.pauses), found.calm_pause)
+    seconds = [f"{value:.2f} s" for value in pauses]
     return [
         *[placement, loop, kind, *map(str, counts)],
         *[f"{found.logprob_difference:.2g}", *seconds],

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from crosspool.config.errors import ConfigError
 from crosspool.kernels import native_structs as ns
 from crosspool.kernels.engine import Team
 from crosspool.models.spec import TensorRef
@@ -46,6 +47,12 @@ class _Declared:
     parts: list[tuple[TensorRef, Index]]
     dtype: torch.dtype
     finish: Pack
+    on_demand: bool = False
+    """Whether they are no part of what is in memory with the model."""
+
+
+class NotKept(ConfigError):
+    """Weights on demand that are not kept, or were damaged."""
 
 
 class PackedWeights:
@@ -59,6 +66,9 @@ class PackedWeights:
 
     Every declaration has a stage: the layer that needs the tensors first, 0 for what all layers
     need, and the number of layers for the LM head. Weights are read in the order of their stages.
+
+    Matrices may be declared on demand. They have no room in the arena, and somebody else reads them
+    from where the packed weights are kept; such weights cannot be packed here.
     """
 
     def __init__(self, dtype: str) -> None:
@@ -68,6 +78,8 @@ class PackedWeights:
         self._matrices: list[ns.Matrix] = []
         self._arrays: list[Tensor] = []
         self._matrix_stages: list[int] = []
+        self._on_demand: list[bool] = []
+        """Whether each matrix is on demand."""
         self._array_stages: list[int] = []
         self._computed: list[tuple[Tensor, Callable[[], Tensor]]] = []
         self._team: Team | None = None
@@ -77,18 +89,32 @@ class PackedWeights:
         self.held_bytes = 0
         """Bytes of the arena that packed matrices take."""
         self.listing: list[TensorListing] = []
-        """Every tensor that is declared, by the checkpoint's names and shapes."""
+        """Every tensor that is declared, but for those on demand, by the checkpoint's names and
+        shapes."""
         self.was_kept = False
         """Whether they were read in packed form."""
 
+    @property
+    def count(self) -> int:
+        """The number of matrices that are declared so far."""
+        return len(self._matrices)
+
     def matrices(
-        self, stage: int, count: int, n: int, k: int, dtype: torch.dtype | None = None
+        self,
+        stage: int,
+        count: int,
+        n: int,
+        k: int,
+        dtype: torch.dtype | None = None,
+        *,
+        on_demand: bool = False,
     ) -> ctypes.Array[ns.Matrix]:
         """Returns ``count`` matrices of one shape in an array, to be filled by a declaration."""
         number = NATIVE_DTYPES[dtype or self._dtype]
         array = (ns.Matrix * count)(*(ns.Matrix(None, n, k, number) for _ in range(count)))
         self._matrices += [array[i] for i in range(count)]
         self._matrix_stages += [stage] * count
+        self._on_demand += [on_demand] * count
         return array
 
     def stacked(
@@ -98,6 +124,7 @@ class PackedWeights:
         into: ns.Matrix | None = None,
         *,
         stage: int | None = None,
+        on_demand: bool = False,
     ) -> ns.Matrix:
         """Declares a matrix of tensors [n_i, k] that follow one another along n, and returns it.
 
@@ -112,7 +139,7 @@ class PackedWeights:
         def finish(tensors: list[Tensor]) -> None:
             self.pack(matrix, [source(tensor) for tensor in tensors])
 
-        self._declared.append(_Declared(layer, list(parts), dtype, finish))
+        self._declared.append(_Declared(layer, list(parts), dtype, finish, on_demand))
         return matrix
 
     def gated(
@@ -121,6 +148,8 @@ class PackedWeights:
         gate: tuple[TensorRef, Index],
         up: tuple[TensorRef, Index],
         into: ns.Matrix,
+        *,
+        on_demand: bool = False,
     ) -> None:
         """Declares that a matrix of n = 2 x :func:`gated_columns` is filled from a gated MLP's gate
         and up."""
@@ -130,7 +159,7 @@ class PackedWeights:
             self._packers.pack_gated(into, *(source(tensor) for tensor in tensors))
             self.held_bytes += round_up(into.bytes, _LINE)
 
-        self._declared.append(_Declared(layer, [gate, up], self._dtype, finish))
+        self._declared.append(_Declared(layer, [gate, up], self._dtype, finish, on_demand))
 
     def floats(self, layer: int | None, part: TensorRef, *, stage: int | None = None) -> Tensor:
         """Declares a vector in float32, rounded to the model's dtype, and returns it."""
@@ -189,8 +218,13 @@ class PackedWeights:
             _listing(one.layer, ref, index, one.dtype)
             for one in self._declared
             for ref, index in one.parts
+            if not one.on_demand
         ]
-        self.plain_bytes = sum(round_up(matrix.bytes, _LINE) for matrix in self._matrices)
+        self.plain_bytes = sum(
+            round_up(matrix.bytes, _LINE)
+            for matrix, on_demand in zip(self._matrices, self._on_demand, strict=True)
+            if not on_demand
+        )
         self._base = self.arena.reserve(self.plain_bytes)
 
     def load(
@@ -199,7 +233,8 @@ class PackedWeights:
         """Reads everything from ``kept``, if it has it, or reads the checkpoint and packs it;
         ``progress`` is called with bytes read. No loop may run on the team.
 
-        Raises ConfigError when the checkpoint lacks a tensor or has another shape."""
+        Raises ConfigError when the checkpoint lacks a tensor or has another shape, and NotKept when
+        it would have to be packed and some of the weights are on demand."""
         checkpoint = Checkpoint(path)
         self._team = team
         self.held_bytes = 0
@@ -211,6 +246,8 @@ class PackedWeights:
             self.held_bytes = image.bytes
             progress(sum(listing.bytes for listing in self.listing))
             return
+        if any(self._on_demand):
+            raise NotKept(f"{path} has no packed weights to read its experts from")
         self._pack(checkpoint, progress)
         if kept:
             kept.keep_later(form, self.image(), checkpoint.broken)
@@ -224,12 +261,9 @@ class PackedWeights:
                 [(matrix.n, matrix.k, matrix.dtype) for matrix in self._matrices],
                 [(list(array.shape), str(array.dtype)) for array in self._arrays],
                 [
-                    (listing.name, listing.key, listing.dtype, _bounds(index))
-                    for listing, index in zip(
-                        self.listing,
-                        (index for one in self._declared for _, index in one.parts),
-                        strict=True,
-                    )
+                    (ref.name, ref.key, _dtype_name(one.dtype), _bounds(index))
+                    for one in self._declared
+                    for ref, index in one.parts
                 ],
             ),
         )
@@ -266,6 +300,7 @@ class PackedWeights:
             matrices=self._matrices,
             arrays=self._arrays,
             stages=self._matrix_stages + self._array_stages,
+            on_demand=self._on_demand,
         )
 
     def close(self) -> None:
@@ -317,6 +352,10 @@ def _listing(layer: int | None, ref: TensorRef, index: Index, dtype: torch.dtype
         key=ref.key,
         name=ref.name,
         shape=shape,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_dtype_name(dtype),
         bytes=torch.Size(shape).numel() * dtype.itemsize,
     )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
