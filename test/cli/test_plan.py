@@ -324,3 +324,18 @@ def test_planning_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_weight_pool_for_fewer_models(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = [*(f"{name}={DEMO / name}" for name in TINY), "--devices", "1GB"]
+    words += ["--rate", "2", "--popularity", "zipf:1", "--prompt", "100", "--output", "20"]
+    words += ["--weight-pool-bytes", "6MB", "--wake-bytes-per-s", "1GB", *QUICK]
+    file = tmp_path / "deployment.yaml"
+    status, out, err = called(capsys, *words, "--yaml", str(file), "--device-names", "cpu")
+    assert status == 0, err
+    assert "find it resident" in out and "are woken per hour" in out
+    assert read(file).weight_pool_bytes == 6_000_000
+    found = planned(capsys, *words)["residency"]["found"]
+    assert 0.2 < found["hit_share"] < 1 and len(found["models"]) == 3
+    status, _, err = called(capsys, *words, "--weight-pool-bytes", "1MB")
+    assert status == 2 and "could never be resident" in err and "Traceback" not in err
