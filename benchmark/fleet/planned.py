@@ -116,9 +116,10 @@ def simulated(
         Visit(request.arrival, names.index(request.model), float(service))
         for request, service in zip(load, services, strict=True)
     ]
+    ffn, attention = (dict.fromkeys(range(len(names)), size) for size in sizes)
     places = [
-        WeightPlace(0, role, room * size, dict.fromkeys(range(len(names)), size))
-        for role, size in zip(("ffn", "attention"), sizes, strict=True)
+        WeightPlace(0, "ffn", room * sizes[0], ffn),
+        WeightPlace(0, "attention", room * sizes[1], attention),
     ]
     found = serve(
         visits,
