@@ -385,6 +385,25 @@ def test_steps_in_flight_get_weights_back_that_nobody_wants_any_more():
     assert pool.awake() == {1}
 
 
+def test_steps_in_flight_get_weights_back_before_models_that_come_instead():
+    """A step of model 1 waits for one of model 0, and both wait for a device that comes back
+    without weights, in which model 2 has been promised the room of model 1. Model 0 is wanted again
+    since then, but gets its turn after model 2."""
+    pool = Pool([4, 4, 4], budget=8, resident={0, 1})
+    pool.in_flight = {0, 1}
+    pool.ask(0, 1, 2)
+    pool.residency.lose(1)
+    pool.pass_time(QUANTUM + 1)
+    assert [pool.residency._models[n].wanted for n in range(3)] == [True, False, True]
+    pool.held[1] = set()
+    pool.residency.restore(1, pool.residency._models, [], pool.now)
+    pool.turn()
+    assert pool.held[1] == {0, 1}
+    pool.in_flight = set()
+    pool.turn()
+    assert pool.awake() == {0, 2}
+
+
 # --- no starvation, no livelock
 
 models = st.lists(

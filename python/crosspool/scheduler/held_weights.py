@@ -123,9 +123,9 @@ class HeldWeights:
 
     def _lacking(self, device: int, in_flight: Set[int]) -> list[int]:
         """Models that the device is to have and has not, in the order in which to wake them: first
-        those that are not wanted any more, but have steps in flight that need them. Such a device
-        has come back without them; there is room, as it has no more than before. If a wake has
-        failed there, the device refuses those steps."""
+        those that have steps in flight, wanted or not, which another one of these may wait for.
+        Such a device has come back without them; there is room, as it has no more than before. If
+        a wake has failed there, the device refuses those steps."""
         lacking = [
             model
             for model, it in self._models.items()
@@ -134,7 +134,7 @@ class HeldWeights:
             and (device, model) not in self._unknown
             and (it.wanted or (model in in_flight and (device, model) not in self._failed))
         ]
-        return sorted(lacking, key=lambda m: (self._models[m].wanted, self._models[m].turn))
+        return sorted(lacking, key=lambda m: (m not in in_flight, self._models[m].turn))
 
     # --- state
 
