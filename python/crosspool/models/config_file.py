@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -32,10 +33,21 @@ class ConfigFile:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.values = read_json(file)
+        self._within = ""
+
+    def section(self, field: str) -> ConfigFile:
+        """Returns the fields of an object within the file, which errors name with the object."""
+        values = self.values.get(field)
+        if not isinstance(values, dict):
+            raise self.error(field, "must be an object")
+        inner = copy.copy(self)
+        inner.values, inner._within = values, f"{self._within}{field}."
+        return inner
 
     def error(self, field: str, what: str) -> ConfigError:
         """Returns the error that a caller raises when a field's value is wrong."""
-        return ConfigError(f"{self.file}: {field}={self.values.get(field)!r}: {what}")
+        value = self.values.get(field)
+        return ConfigError(f"{self.file}: {self._within}{field}={value!r}: {what}")
 
     def spelling(self, *names: str) -> str:
         """Returns the first of a field's names that the file uses, or the first of all."""
