@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 _GIB = 1 << 30
 
 
-def _share(size: int, rank: int, ranks: int) -> slice:
-    return slice(size * rank // ranks, size * (rank + 1) // ranks)
+def _share(size: int, rank: int, ranks: int, unit: int = 1) -> slice:
+    """A rank's share of ``size``, cut at multiples of ``unit``."""
+    units = -(-size // unit)
+    begin, end = units * rank // ranks, units * (rank + 1) // ranks
+    return slice(min(begin * unit, size), min(end * unit, size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class FFNShard:
     ranks: int
     """Number of FFN ranks that share the model."""
     parallel: Literal["tp", "ep"]
+    unit: int = 1
+    """Multiple at which intermediate dimensions are cut (:attr:`ModelSpec.cut_unit`)."""
 
     def experts(self, ffn: MoEFFN) -> range:
         """Routed experts of which this rank holds anything."""
@@ -47,7 +52,7 @@ class FFNShard:
 
     def width(self, intermediate: int) -> int:
         """This rank's columns of an intermediate dimension that the ranks share."""
-        share = _share(intermediate, self.rank, self.ranks)
+        share = _share(intermediate, self.rank, self.ranks, self.unit)
         return int(share.stop - share.start)
 
     def slice(self, ref: TensorRef, ffn: FFNSpec) -> tuple[slice, ...] | None:
@@ -58,7 +63,7 @@ class FFNShard:
             return whole if ref.expert in self.experts(ffn) else None
         if ref.split is None:
             return whole
-        share = _share(ref.shape[ref.split], self.rank, self.ranks)
+        share = _share(ref.shape[ref.split], self.rank, self.ranks, self.unit)
         return (*whole[: ref.split], share, *whole[ref.split + 1 :])
 
 
@@ -116,7 +121,10 @@ def place(deployment: Deployment, specs: Sequence[ModelSpec]) -> Placement:
         ranks = deployment.ffn_ranks(model)
         for index, rank in enumerate(ranks):
             shards[rank][model] = FFNShard(
-                rank=index, ranks=len(ranks), parallel=deployment.ffn_parallel
+                rank=index,
+                ranks=len(ranks),
+                parallel=deployment.ffn_parallel,
+                unit=specs[model].cut_unit,
             )
     weight_bytes = tuple(
         tuple(
