@@ -124,7 +124,7 @@ def _awq(section: ConfigFile) -> Quantization:
         raise section.error(spelling, "supported is gemm")
     if not section.boolean("zero_point", True):
         raise section.error("zero_point", "must be true: gemm has zero points")
-    scheme = AWQ(bits=_bits(section, (4,)), block=(1, _group_size(section)))
+    scheme = AWQ(bits=_bits(section, (4,), default=4), block=(1, _group_size(section)))
     # AutoAWQ leaves out names that have one of these as a part, but keeps gate_proj in spite of
     # "gate".
     field = "modules_to_not_convert"
@@ -234,8 +234,13 @@ def _of_one_scheme(method: str, scheme: Scheme, plain: Names) -> Quantization:
     return Quantization(method=method, schemes=((None, scheme),), plain=plain)
 
 
-def _bits(section: ConfigFile, supported: tuple[Any, ...], field: str = "bits") -> Any:
-    bits = section.integer(field, None)
+def _bits(
+    section: ConfigFile,
+    supported: tuple[Any, ...],
+    field: str = "bits",
+    default: int | None = None,
+) -> Any:
+    bits = section.integer(field, default)
     if bits not in supported:
         raise section.error(field, f"supported are {' and '.join(map(str, supported))}")
     return bits
