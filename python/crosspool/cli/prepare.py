@@ -24,7 +24,7 @@ from crosspool.config.gpu import check_alike, check_loop, gpus_of, loop_of
 from crosspool.config.options import ModelOptions, Options
 from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
 from crosspool.models.spec import ModelSpec
-from crosspool.weightpool.checkpoint import Checkpoint
+from crosspool.weightpool.gguf_checkpoint import open_checkpoint
 from crosspool.weightpool.placement import Placement, place
 from crosspool.weightpool.sleeping import check_sleeping
 
@@ -155,7 +155,7 @@ def _check_tensors(models: Sequence[ModelConfig], specs: Sequence[ModelSpec]) ->
     for path, (model, spec) in named.items():
         layers = (ffn_tensors(spec, layer) for layer in range(spec.layers))
         attention = (ref for _, ref in attention_tensors(spec))
-        dtypes = Checkpoint(Path(path)).check(chain(attention, chain.from_iterable(layers)))
+        dtypes = open_checkpoint(Path(path)).check(chain(attention, chain.from_iterable(layers)))
         halves = [name for name, dtype in dtypes.items() if dtype == "F16"]
         if halves and spec.dtype == "bfloat16":
             log.warning(

@@ -30,9 +30,10 @@ class ConfigFile:
     """The fields of one JSON file. Every reader takes the default for a missing field, and raises
     ConfigError that names file and field when the field cannot have its value."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, values: dict[str, Any] | None = None) -> None:
+        """``values``: the fields of a file that holds them in another form; None: it is read."""
         self.file = file
-        self.values = read_json(file)
+        self.values = read_json(file) if values is None else values
         self._within = ""
 
     def section(self, field: str) -> ConfigFile:

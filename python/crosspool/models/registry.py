@@ -18,6 +18,7 @@ from crosspool.config.errors import ConfigError
 from crosspool.models import families
 from crosspool.models.config_file import ConfigFile
 from crosspool.models.family import Family
+from crosspool.models.gguf_config import config_of
 from crosspool.models.quantization import read_quantization
 from crosspool.models.spec import DType, ModelSpec, TensorRef
 from crosspool.models.tensors import attention_part, ffn_part
@@ -45,7 +46,7 @@ def read_model(path: Path, context_length: int | None = None, dtype: str = "auto
     ``float32``, or ``auto`` for the one in the file, where bfloat16 stands for float16. Raises
     ConfigError that names file and field when the architecture is not supported, a value makes no
     sense, or the checkpoint is quantised in a way that is not supported."""
-    config = ConfigFile(path / "config.json")
+    config = config_of(path)
     family = family_of(config)
     if family is None:
         raise ConfigError(

@@ -12,7 +12,8 @@ import torch
 
 from crosspool.models.spec import ModelSpec
 from crosspool.observability.progress import Loading, Progress, loading
-from crosspool.weightpool.checkpoint import Checkpoint, Read
+from crosspool.weightpool.checkpoint import Read
+from crosspool.weightpool.gguf_checkpoint import open_checkpoint
 from crosspool.weightpool.placement import FFNShard, Placement, attention_bytes
 
 if TYPE_CHECKING:  # a machine that runs the GPU's tests alone has no msgspec
@@ -42,7 +43,7 @@ def fill(
     """Checks that the checkpoint has every tensor as expected, and reads all of them into place.
 
     Raises ConfigError that names the wrong tensor or file."""
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(path)
     checkpoint.check([read.ref for _, read in reads])
     checkpoint.load([read for _, read in reads], progress)
     return [

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from safetensors import SafetensorError, safe_open
 
@@ -53,7 +53,7 @@ def _expected(ref: TensorRef) -> dict[str, StoredTensor]:
     return ref.scheme.stored(ref.module, n, k, ref.stack)
 
 
-def _is_finite(part: torch.Tensor) -> bool:
+def is_finite(part: torch.Tensor) -> bool:
     """Whether all values are finite. It reads memory once: 60 ms for a GB on one core, much less
     than reading the file and packing the weights."""
     return not part.numel() or all(math.isfinite(bound) for bound in part.aminmax())
@@ -69,6 +69,22 @@ def warn_of_broken(path: Path, names: Sequence[str]) -> None:
             len(names),
             names[0],
         )
+
+
+FileIdentity: TypeAlias = tuple[str, int, int, int, str]
+"""Name, size, times of change of content and of inode in ns, and SHA-256 of the header of a file.
+Content that is replaced has another time of change of inode, which nobody can set."""
+
+
+def file_identity(file: Path, header_bytes: int) -> FileIdentity:
+    """Returns what tells a file from others. Raises ConfigError when it cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            stat = os.fstat(opened.fileno())
+            header = hashlib.sha256(opened.read(min(header_bytes, stat.st_size))).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+    return file.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, header
 
 
 class Checkpoint:
@@ -88,7 +104,7 @@ class Checkpoint:
 
         Raises ConfigError that names the first tensor that is missing, or has another shape or a
         dtype that cannot be used."""
-        dtypes = {}
+        dtypes: dict[str, str] = {}
         for _, group in self._by_file(refs, lambda ref: ref):
             with _Files(self.path, "np") as files:
                 for ref in group:
@@ -129,7 +145,7 @@ class Checkpoint:
             with _Files(self.path, "pt") as files:
                 for number, (ref, index) in group:
                     part = self._part(files, ref, index)
-                    if not _is_finite(part):
+                    if not is_finite(part):
                         self.broken.append(ref.name)
                     yield number, part
         warn_of_broken(self.path, self.broken)
@@ -177,11 +193,9 @@ class Checkpoint:
             return f"{missing}, but {found}: config.json does not say that it is quantised"
         return missing
 
-    def identity(self, refs: Iterable[TensorRef]) -> list[tuple[str, int, int, int, str]]:
-        """Returns what tells the files of ``refs`` from others, and from themselves after a change:
-        of each its name, size, times of change of content and of inode in ns, and the SHA-256 of
-        its header. Content that is replaced has another time of change of inode, which nobody can
-        set. Reads only the headers.
+    def identity(self, refs: Iterable[TensorRef]) -> list[FileIdentity]:
+        """Returns what tells the files of ``refs`` from others, and from themselves after a change.
+        Reads only the headers.
 
         Raises ConfigError for a tensor that is missing, or a file that cannot be read."""
         found = []
@@ -190,12 +204,10 @@ class Checkpoint:
             path = self.path / file
             try:
                 with path.open("rb") as opened:
-                    stat = os.fstat(opened.fileno())
-                    size = int.from_bytes(opened.read(8), "little")
-                    header = hashlib.sha256(opened.read(min(size, stat.st_size))).hexdigest()
+                    header = int.from_bytes(opened.read(8), "little")
             except OSError as error:
                 raise ConfigError(f"{path} cannot be read: {error}") from None
-            found.append((file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, header))
+            found.append(file_identity(path, 8 + header))
         return found
 
     def _by_file(

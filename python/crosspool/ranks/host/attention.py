@@ -11,7 +11,7 @@ from crosspool.kernels.attention import append_kv, gqa_attention, mla_attention
 from crosspool.kernels.linear import bmm, linear
 from crosspool.kernels.norm import rms_norm
 from crosspool.kernels.rope import rope_frequencies, rope_tables, rotate
-from crosspool.models.config_file import read_json
+from crosspool.models.gguf_config import config_of
 from crosspool.models.registry import attention_tensors
 from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, RopeSpec
 from crosspool.observability.progress import Progress
@@ -102,7 +102,7 @@ def frequencies(spec: ModelSpec, path: Path) -> tuple[torch.Tensor, float]:
     part, or finds the frequencies beside its packed weights, goes without."""
     from transformers import AutoConfig
 
-    fields = read_json(path / "config.json")
+    fields = dict(config_of(path).values)
     fields.pop("model_type", None)
     config = AutoConfig.for_model(spec.family, **fields)
     return rope_frequencies(config, spec.attention.rope.dim)

@@ -28,6 +28,7 @@ from crosspool.ranks.resident.arena import Arena, round_up
 from crosspool.ranks.resident.kept_weights import Form, Image, KeptWeights
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
 from crosspool.weightpool.checkpoint import Checkpoint
+from crosspool.weightpool.gguf_checkpoint import open_checkpoint
 
 _LINE = 64
 BEFORE_ALL = -1
@@ -200,7 +201,7 @@ class PackedWeights:
         ``progress`` is called with bytes read. No loop may run on the team.
 
         Raises ConfigError when the checkpoint lacks a tensor or has another shape."""
-        checkpoint = Checkpoint(path)
+        checkpoint = open_checkpoint(path)
         self._team = team
         self.held_bytes = 0
         self.arena.take()
