@@ -7,6 +7,7 @@ into weights. Which matrices of a model are stored how is a :class:`Quantization
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -279,6 +280,11 @@ class Quantization:
     """Modules that are not quantised."""
     head: bool = False
     """Whether the LM head is quantised, unless it is among the plain modules."""
+
+    @property
+    def cut_unit(self) -> int:
+        """Multiple at which rows and columns can be cut, so that no block of any scheme is."""
+        return math.lcm(*(unit for _, scheme in self.schemes for unit in scheme.unit))
 
     def scheme(self, module: str, *, head: bool) -> Scheme | None:
         """Returns how a matrix is stored; None: unquantised. ``head``: it is the LM head."""

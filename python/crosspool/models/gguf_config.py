@@ -14,6 +14,9 @@ from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import ConfigFile
 from crosspool.models.gguf_header import GGUFHeader, gguf_files, read_header
 
+FFN_BLOCK = "gguf_ffn_block"
+"""Field for the largest block of weights of FFN tensors that share a scale, which no config.json
+has."""
 _SIGMOID = 2
 """Value of ``expert_gating_func`` for DeepSeek-V3's routing."""
 _ALL_F32 = 0
@@ -53,6 +56,7 @@ def _fields(header: GGUFHeader) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "eos_token_id": header.metadata.get("tokenizer.ggml.eos_token_id"),
         "bos_token_id": header.metadata.get("tokenizer.ggml.bos_token_id"),
+        FFN_BLOCK: _ffn_block(header),
         "dtype": "float32" if header.metadata.get("general.file_type") == _ALL_F32 else "bfloat16",
     }
     fields = common | _ARCHITECTURES[architecture](get)
@@ -71,6 +75,13 @@ class _Keys:
 
     def __call__(self, key: str, default: Any = None) -> Any:
         return self.header.metadata.get(f"{self._architecture}.{key}", default)
+
+
+def _ffn_block(header: GGUFHeader) -> int:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    types = {tensor.type for name, tensor in header.tensors.items() if ".ffn_" in name}
+    return max((GGML_QUANT_SIZES[GGMLQuantizationType[name]][0] for name in types), default=1)
 
 
 def _rope_scaling(get: _Keys) -> dict[str, Any] | None:

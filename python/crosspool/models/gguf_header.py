@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from crosspool.config.errors import ConfigError
 
 _MAGIC = b"GGUF"
@@ -31,7 +33,7 @@ _SCALARS = {
     11: "q",
     12: "d",
 }
-_STRING, _ARRAY = 8, 9
+_FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -169,6 +171,8 @@ class _File:
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
             return self._string()
+        if kind == _FLOAT32:  # the decimal that was meant: 1e-05, not 9.999999747378752e-06
+            return float(str(np.float32(self._scalar("f"))))
         if kind != _ARRAY:
             return self._scalar(_SCALARS[kind])
         of, count = self._scalar("I"), self._scalar("Q")

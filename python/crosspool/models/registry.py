@@ -18,7 +18,7 @@ from crosspool.config.errors import ConfigError
 from crosspool.models import families
 from crosspool.models.config_file import ConfigFile
 from crosspool.models.family import Family
-from crosspool.models.gguf_config import config_of
+from crosspool.models.gguf_config import FFN_BLOCK, config_of
 from crosspool.models.quantization import read_quantization
 from crosspool.models.spec import DType, ModelSpec, TensorRef
 from crosspool.models.tensors import attention_part, ffn_part
@@ -55,10 +55,12 @@ def read_model(path: Path, context_length: int | None = None, dtype: str = "auto
             + ", ".join(sorted(_BY_ARCHITECTURE))
         )
     spec = read_spec(config, family, _dtype(config, dtype))
+    quantization = read_quantization(config)
     spec = replace(
         spec,
         context=_limited(config, spec.context, context_length),
-        quantization=read_quantization(config),
+        quantization=quantization,
+        cut_unit=config.integer(FFN_BLOCK, 1) if quantization is None else quantization.cut_unit,
     )
     _check_quantized(config, spec)
     return spec

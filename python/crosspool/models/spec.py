@@ -7,7 +7,6 @@ the planner, the scheduler and the launcher read models in milliseconds.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,19 +129,14 @@ class ModelSpec:
     """The FFN of each layer."""
     eos_token_ids: tuple[int, ...]
     quantization: Quantization | None = None
-    """How matrices of the checkpoint are quantised; None when none is."""
+    """How matrices of the checkpoint are quantised; None when none is, and for GGUF."""
+    cut_unit: int = 1
+    """Multiple at which ranks cut intermediate dimensions, so that no two ranks need weights that
+    share a scale."""
 
     @property
     def layers(self) -> int:
         return len(self.ffn)
-
-    @property
-    def cut_unit(self) -> int:
-        """Multiple at which ranks cut intermediate dimensions, so that no two ranks need weights
-        that share a scale."""
-        if self.quantization is None:
-            return 1
-        return math.lcm(*(unit for _, one in self.quantization.schemes for unit in one.unit))
 
     @property
     def kv_width(self) -> int:

@@ -108,7 +108,8 @@ def _awq(
     def unpacked(role: str, index: Index) -> Tensor:
         """The values [n, k], or [n, groups]."""
         values = _unpacked(read(role, (*index, over)), scheme.bits).unflatten(1, (-1, 8))
-        return values[:, :, list(_AWQ_PLACES)].flatten(1)[:, within].T
+        ordered: Tensor = values[:, :, list(_AWQ_PLACES)].flatten(1)
+        return ordered[:, within].T
 
     groups = _groups_of(scheme.block[1] or shape[1], False, columns, read)
     values, zeros = unpacked("weight", (columns,)), unpacked("zeros", (slice(None),))

@@ -94,7 +94,7 @@ class GGUFCheckpoint(Checkpoint):
 
         for number in sorted(range(len(parts)), key=where):
             ref, index = parts[number]
-            part = torch.from_numpy(self._part(ref, places[number], index))
+            part = torch.from_numpy(self._floats_of(ref, places[number], index))
             if not is_finite(part):
                 self.broken.append(ref.name)
             yield number, part
@@ -148,7 +148,7 @@ class GGUFCheckpoint(Checkpoint):
         nope = place.tensors[0].shape[-1]
         return [(place.heads, latent, nope), (place.heads, rows - nope, latent)]
 
-    def _part(self, ref: TensorRef, place: _Place, index: Index) -> np.ndarray[Any, Any]:
+    def _floats_of(self, ref: TensorRef, place: _Place, index: Index) -> np.ndarray[Any, Any]:
         import numpy as np
 
         if len(place.tensors) == 2:
@@ -198,7 +198,7 @@ def _floats(
     part = stored[(*outer, slice(begin // block * size, -(-end // block) * size))]
     values = dequantize(np.ascontiguousarray(part), kind)
     first = begin // block * block
-    return np.ascontiguousarray(values[..., begin - first : end - first], dtype=np.float32)
+    return np.require(values[..., begin - first : end - first], np.float32, ["C", "W"])
 
 
 def _unpermuted(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:

@@ -64,6 +64,8 @@ class FFNShard:
         if ref.split is None:
             return whole
         share = _share(ref.shape[ref.split], self.rank, self.ranks, self.unit)
+        if share.start == share.stop:
+            return None
         return (*whole[: ref.split], share, *whole[ref.split + 1 :])
 
 
