@@ -6,6 +6,7 @@
 
 #include "compact.h"
 #include "families.h"
+#include "grouped.h"
 #include "transpose.h"
 
 namespace crosspool::CROSSPOOL_ISA {
@@ -162,10 +163,43 @@ bool pack_gated(const Matrix& matrix, const Source& gate, const Source& up, std:
   });
 }
 
+// Writes panels [begin, end) of a grouped matrix.
+void pack_grouped(const Matrix& matrix, const CodeSource& source, std::int32_t begin,
+                  std::int32_t end) {
+  const std::int64_t groups = matrix.groups(), planes = matrix.planes();
+  const std::int64_t size = matrix.scales == ScaleType::kFloat32 ? 4 : 2;
+  for (std::int32_t panel = begin; panel < end; ++panel) {
+    std::byte* const out = panel_of(matrix, panel);
+    std::memset(out, 0, static_cast<std::size_t>(matrix.panel_bytes()));
+    for (std::int64_t c = 0; c < kPanel; ++c) {
+      const std::int64_t row = std::int64_t{panel} * kPanel + c;
+      if (row >= source.rows) continue;
+      for (std::int64_t group = 0; group < groups; ++group) {
+        const std::int64_t from = (row * groups + group) * size;
+        const std::int64_t to = (group * kPanel + c) * size;
+        std::memcpy(out + to, source.scales + from, size);
+        if (matrix.minima == 0) continue;
+        std::memcpy(out + matrix.scale_bytes() + to, source.minima + from, size);
+      }
+      const std::uint8_t* const codes = source.codes + row * source.stride;
+      for (std::int64_t k = 0; k < matrix.k; ++k) {
+        const CodePlace place = code_place(k, c);
+        std::byte* const line = out + matrix.header_bytes() +
+                                k / kGroupedDepths * planes * kPlaneBytes + place.byte;
+        for (std::int64_t plane = 0; plane < planes; ++plane) {
+          const int nibble = codes[k] >> (4 * (planes - 1 - plane)) & 15;
+          line[plane * kPlaneBytes] |= static_cast<std::byte>(nibble << place.shift);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 template <class T>
 void add_pack(Kernels& table) {
+  table.pack_grouped = pack_grouped;
   table.pack = pack<T>;
   table.pack_gated = pack_gated<T>;
 }

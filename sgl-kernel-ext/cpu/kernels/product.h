@@ -5,6 +5,7 @@
 #define CROSSPOOL_CPU_KERNELS_PRODUCT_H
 
 #include "advance.h"
+#include "grouped.h"
 #include "multiply.h"
 
 namespace crosspool::CROSSPOOL_ISA {
@@ -18,9 +19,12 @@ CROSSPOOL_INLINE std::int64_t operand_scratch(std::int64_t k) {
   return max(kOperandScratch, kFewestOperandRows * round_up(k, kDepth) * 4);
 }
 
-// Bytes behind the rows, for an expanded group of compact panels.
+// Bytes behind the rows, for an expanded group of compact panels, or the sums of few rows over
+// groups.
 CROSSPOOL_INLINE std::int64_t product_scratch(std::int64_t k) {
-  return operand_scratch(k) + (kReadsCompact ? kGroup * round_up(k, kDepth) * kPanel * 2 : 0);
+  const std::int64_t expanded = kReadsCompact ? kGroup * round_up(k, kDepth) * kPanel * 2 : 0;
+  const std::int64_t sums = kMostGroupedRows * (round_up(k, kDepth) / kGroupedDepths) * 4;
+  return operand_scratch(k) + max(expanded, sums);
 }
 
 // Rows that are worked on while a weight is read once: as many as stay in the second-level cache
@@ -115,6 +119,31 @@ CROSSPOOL_INLINE void add_exceptions(const std::byte* group, std::int64_t panel_
   }
 }
 
+// The product with a grouped matrix: a stretch of few rows at a time, whose weights are decoded for
+// each stretch.
+template <class T, class Done>
+CROSSPOOL_INLINE void grouped_product(const Matrix& weight, const Rows& x, std::int64_t rows,
+                                      int begin, int end, void* scratch, Done done) {
+  const std::int64_t k = weight.k, panel_bytes = weight.panel_bytes();
+  const bool copy = needs_copy<T>(x, 1, k) || k % kGroupedDepths != 0;
+  auto* const sums = reinterpret_cast<float*>(static_cast<std::byte*>(scratch) + operand_scratch(k));
+  alignas(64) Tile tile;
+  for (std::int64_t row = 0; row < rows; row += kMostGroupedRows) {
+    const std::int64_t count = min(kMostGroupedRows, rows - row);
+    const Operand operand = ready_rows<T>(x, row, count, k, copy, scratch);
+    for (std::int64_t i = 0; weight.minima != 0 && i < count; ++i) {
+      sum_groups<T>(operand.row(i), weight, sums + i * weight.groups());
+    }
+    for (int panel = begin; panel < end; panel += kGroup) {
+      const int panels = static_cast<int>(min(kGroup, end - panel));
+      advance();
+      const auto* const data = static_cast<const std::byte*>(weight.data) + panel * panel_bytes;
+      multiply_grouped<T>({&weight, data, panels, operand, 0, count, sums}, tile.at);
+      done(row, count, panel, panels, tile.at);
+    }
+  }
+}
+
 // Calls done(row, rows, panel, panels, c) for tiles that cover rows [0, rows) and panels
 // [begin, end): element (row + i, panel * 16 + j) is c[i * kTileWidth + j]. A tile never begins or
 // ends inside a pair of panels that begins at an even distance from `begin`. `then`: weights that
@@ -122,6 +151,9 @@ CROSSPOOL_INLINE void add_exceptions(const std::byte* group, std::int64_t panel_
 template <class T, class Done>
 CROSSPOOL_INLINE void product(const Matrix& weight, const Rows& x, std::int64_t rows, int begin,
                               int end, const void* then, void* scratch, Done done) {
+  if (weight.encoding == Encoding::kGrouped) {
+    return grouped_product<T>(weight, x, rows, begin, end, scratch, done);
+  }
   const std::int64_t k = weight.k, panel_bytes = weight.panel_bytes();
   const auto* const data = static_cast<const std::byte*>(weight.data);
   const bool copy = needs_copy<T>(x, rows, k);

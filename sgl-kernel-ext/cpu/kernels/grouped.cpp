@@ -1,0 +1,226 @@
+#include "grouped.h"
+
+#include <bit>
+
+namespace crosspool::CROSSPOOL_ISA {
+namespace {
+
+// As many bytes as a vector has.
+typedef std::uint8_t B __attribute__((vector_size(4 * kLanes)));
+typedef B UnalignedB __attribute__((aligned(1), may_alias));
+
+CROSSPOOL_INLINE B load_bytes(const void* p) { return *static_cast<const UnalignedB*>(p); }
+
+// Of each 16 bytes: byte i of the result is table[index[i]]; indices are below 16.
+CROSSPOOL_INLINE B lookup(B table, B index) {
+#if defined(__AVX512BF16__)
+  return (B)_mm512_shuffle_epi8((__m512i)table, (__m512i)index);
+#elif defined(__AVX2__)
+  return (B)_mm256_shuffle_epi8((__m256i)table, (__m256i)index);
+#elif defined(__aarch64__)
+  return (B)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)index);
+#else
+  B out;
+  for (int i = 0; i < 16; ++i) out[i] = table[index[i]];
+  return out;
+#endif
+}
+
+// Of each 16 bytes: the first or the last 8 of `a` and of `b`, byte by byte in turn.
+CROSSPOOL_INLINE U interleave_first(B a, B b) {
+#if defined(__AVX512BF16__)
+  return (U)_mm512_unpacklo_epi8((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (U)_mm256_unpacklo_epi8((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (U)_mm_unpacklo_epi8((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+  return (U)vzip1q_u8((uint8x16_t)a, (uint8x16_t)b);
+#else
+  B out;
+  for (int i = 0; i < 8; ++i) out[2 * i] = a[i], out[2 * i + 1] = b[i];
+  return (U)out;
+#endif
+}
+CROSSPOOL_INLINE U interleave_last(B a, B b) {
+#if defined(__AVX512BF16__)
+  return (U)_mm512_unpackhi_epi8((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (U)_mm256_unpackhi_epi8((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (U)_mm_unpackhi_epi8((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+  return (U)vzip2q_u8((uint8x16_t)a, (uint8x16_t)b);
+#else
+  B out;
+  for (int i = 0; i < 8; ++i) out[2 * i] = a[8 + i], out[2 * i + 1] = b[8 + i];
+  return (U)out;
+#endif
+}
+
+constexpr CodeTable table_of(const float (&values)[16]) {
+  CodeTable table{};
+  for (int i = 0; i < 16; ++i) {
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(values[i]);
+    table.upper[i] = static_cast<std::uint8_t>(bits >> 24);
+    table.lower[i] = static_cast<std::uint8_t>(bits >> 16);
+  }
+  return table;
+}
+
+// By crosspool::Codes, and by plane.
+constexpr CodeTable kTables[4][2] = {
+    {table_of({-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7}), {}},
+    {table_of({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}), {}},
+    {table_of({0, .5F, 1, 1.5F, 2, 3, 4, 6, -0.F, -.5F, -1, -1.5F, -2, -3, -4, -6}), {}},
+    {table_of({0, 16, 32, 48, 64, 80, 96, 112, -128, -112, -96, -80, -64, -48, -32, -16}),
+     table_of({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})},
+};
+
+CROSSPOOL_INLINE B repeated(const std::uint8_t (&bytes)[16]) {
+  std::uint8_t all[4 * kLanes];
+  for (int i = 0; i < 4 * kLanes; ++i) all[i] = bytes[i % 16];
+  return load_bytes(all);
+}
+
+// Adds the products of a line: pairs of depths of kLanes columns, times a row's pair.
+template <class T>
+CROSSPOOL_INLINE V add_line(V sum, U line, const std::byte* row, std::int64_t pair) {
+#if defined(__AVX512BF16__)
+  if constexpr (T::kDType == DType::kBFloat16) {
+    std::int32_t bits;
+    std::memcpy(&bits, row + pair * 4, 4);
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(bits), (__m512bh)line);
+  }
+#endif
+  float x[2];
+  std::memcpy(x, row + pair * 8, 8);
+  sum = fma((V)(line << 16), splat(x[0]), sum);
+  return fma((V)(line & splat_bits(0xffff0000U)), splat(x[1]), sum);
+}
+
+// kLanes scales, the first of which is number `at`.
+CROSSPOOL_INLINE V load_scales(const std::byte* scales, ScaleType type, std::int64_t at) {
+  if (type == ScaleType::kFloat32) {
+    return load(reinterpret_cast<const float*>(scales) + at);
+  }
+  const auto* const halves = reinterpret_cast<const std::uint16_t*>(scales) + at;
+  if (type == ScaleType::kBFloat16) return BFloat16::load(halves);
+#if defined(__AVX512BF16__)
+  return (V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
+#elif defined(__AVX2__)
+  return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+#else
+  V out;
+  for (int i = 0; i < kLanes; ++i) {
+    // Shifted into place, a half is a float that is 2^112 too small.
+    const std::uint32_t half = halves[i];
+    const auto bits = (half & 0x8000U) << 16 | (half & 0x7fffU) << 13;
+    out[i] = std::bit_cast<float>(bits) * 0x1p112F;
+  }
+  return out;
+#endif
+}
+
+template <class T, int kRows, int kPanels, int kPlanes>
+CROSSPOOL_INLINE void micro_grouped(const GroupedMultiply& m, int first_panel, float* tile) {
+  constexpr std::int64_t kAhead = 1024;
+  const Matrix& w = *m.weight;
+  const std::int64_t panel_bytes = w.panel_bytes(), codes_begin = w.header_bytes();
+  const std::byte* const panels = m.panels + first_panel * panel_bytes;
+  const std::int64_t blocks = w.group / kGroupedDepths, groups = w.groups();
+  const std::byte* x[kRows];
+  for (int r = 0; r < kRows; ++r) x[r] = m.x.row(m.first + r);
+  B upper[kPlanes], lower[kPlanes];
+  for (int plane = 0; plane < kPlanes; ++plane) {
+    const CodeTable& table = kTables[static_cast<int>(w.codes)][plane];
+    upper[plane] = repeated(table.upper);
+    lower[plane] = repeated(table.lower);
+  }
+
+  V total[kRows][kPanels][kParts];
+  for (int r = 0; r < kRows; ++r) {
+    for (int p = 0; p < kPanels; ++p) {
+      for (int v = 0; v < kParts; ++v) total[r][p][v] = V{};
+    }
+  }
+  for (std::int64_t g = 0; g < groups; ++g) {
+    V sum[kRows][kPanels][kParts];
+    for (int r = 0; r < kRows; ++r) {
+      for (int p = 0; p < kPanels; ++p) {
+        for (int v = 0; v < kParts; ++v) sum[r][p][v] = V{};
+      }
+    }
+    for (std::int64_t b = g * blocks; b < (g + 1) * blocks; ++b) {
+      for (int p = 0; p < kPanels; ++p) {
+        const std::byte* const codes =
+            panels + p * panel_bytes + codes_begin + b * kPlanes * kPlaneBytes;
+        for (int plane = 0; plane < kPlanes; ++plane) {
+          __builtin_prefetch(codes + kAhead + plane * kPlaneBytes, 0, 3);
+          for (int v = 0; v < kParts; ++v) {
+            const B both = load_bytes(codes + plane * kPlaneBytes + v * 4 * kLanes);
+            for (int half = 0; half < 2; ++half) {
+              const B index = half == 0 ? both & 15 : (B)((U)both >> 4) & 15;
+              const B high = lookup(upper[plane], index), low = lookup(lower[plane], index);
+              const U first = interleave_first(low, high), last = interleave_last(low, high);
+              const std::int64_t pair = b * 4 + half * 2;
+              for (int r = 0; r < kRows; ++r) {
+                sum[r][p][v] = add_line<T>(sum[r][p][v], first, x[r], pair);
+                sum[r][p][v] = add_line<T>(sum[r][p][v], last, x[r], pair + 1);
+              }
+            }
+          }
+        }
+      }
+    }
+    for (int p = 0; p < kPanels; ++p) {
+      const std::byte* const scales = panels + p * panel_bytes;
+      for (int v = 0; v < kParts; ++v) {
+        const std::int64_t at = g * kPanel + v * kLanes;
+        const V scale = load_scales(scales, w.scales, at);
+        for (int r = 0; r < kRows; ++r) total[r][p][v] = fma(sum[r][p][v], scale, total[r][p][v]);
+        if (w.minima == 0) continue;
+        const V minimum = load_scales(scales + w.scale_bytes(), w.scales, at);
+        for (int r = 0; r < kRows; ++r) {
+          total[r][p][v] = fma(splat(-m.sums[r * groups + g]), minimum, total[r][p][v]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int p = 0; p < kPanels; ++p) {
+      for (int v = 0; v < kParts; ++v) {
+        store(tile + r * kTileWidth + (first_panel + p) * kPanel + v * kLanes, total[r][p][v]);
+      }
+    }
+  }
+}
+
+// Panels whose sums, for the group and in all, fit into registers.
+constexpr int grouped_panels_at_once(int rows) {
+  const int fit = (kLanes == 16 ? 16 : 8) / (2 * rows * kParts);
+  return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+}
+
+template <class T, int kPlanes, int kRows = kMostGroupedRows>
+void of_rows(const GroupedMultiply& m, float* tile) {
+  if constexpr (kRows > 1) {
+    if (m.rows != kRows) return of_rows<T, kPlanes, kRows - 1>(m, tile);
+  }
+  constexpr int kAtOnce = grouped_panels_at_once(kRows);
+  int p = 0;
+  for (; p + kAtOnce <= m.count; p += kAtOnce) micro_grouped<T, kRows, kAtOnce, kPlanes>(m, p, tile);
+  for (; p < m.count; ++p) micro_grouped<T, kRows, 1, kPlanes>(m, p, tile);
+}
+
+}  // namespace
+
+template <class T>
+void multiply_grouped(const GroupedMultiply& m, float* tile) {
+  if (m.weight->planes() == 1) return of_rows<T, 1>(m, tile);
+  of_rows<T, 2>(m, tile);
+}
+template void multiply_grouped<BFloat16>(const GroupedMultiply& m, float* tile);
+template void multiply_grouped<Float32>(const GroupedMultiply& m, float* tile);
+
+}  // namespace crosspool::CROSSPOOL_ISA

@@ -1,0 +1,77 @@
+// Grouped panels: codes that stand for bfloat16 values, and a scale for each group of k of every
+// column. docs/decisions/0008-formats.md says which formats become such panels.
+//
+// A panel is [groups][16] scales, where the format has them [groups][16] minima, and behind them,
+// 64-byte aligned, the codes: for every 8 depths a line for each plane of 4 bits. The nibbles of a
+// line lie as in compact panels (compact.h), so that a lookup of the upper and the lower bytes, and
+// the instruction that interleaves bytes, give the four plain lines of those 8 depths. Codes of 8
+// bits have two planes; a value is the sum of what its two nibbles stand for.
+#ifndef CROSSPOOL_CPU_KERNELS_GROUPED_H
+#define CROSSPOOL_CPU_KERNELS_GROUPED_H
+
+#include <type_traits>
+
+#include "multiply.h"
+
+namespace crosspool::CROSSPOOL_ISA {
+
+inline constexpr int kGroupedDepths = 8;
+inline constexpr std::int64_t kPlaneBytes = 64;  // of 8 depths
+
+// Rows of a call, and floats of scratch for each of them: the sums of x over every group.
+inline constexpr int kMostGroupedRows = 6;
+
+// The values of a plane's nibbles.
+struct CodeTable {
+  std::uint8_t upper[16];
+  std::uint8_t lower[16];
+};
+
+// Where depth `depth` of column `column` lies within a plane's line of its 8 depths.
+struct CodePlace {
+  std::int64_t byte;
+  int shift;
+};
+inline CodePlace code_place(std::int64_t depth, std::int64_t column) {
+  const std::int64_t word = column * 2 + depth % 2;
+  return {word / 8 * 16 + depth / 2 % 2 * 8 + word % 8, depth / 4 % 2 == 0 ? 0 : 4};
+}
+
+// A product of up to kMostGroupedRows rows with up to kGroup panels.
+struct GroupedMultiply {
+  const Matrix* weight;
+  const std::byte* panels;  // weight->panel_bytes() apart
+  int count;
+  Operand x;
+  std::int64_t first;
+  std::int64_t rows;
+  const float* sums;  // [rows][groups] from row `first` on; read where the format has minima
+};
+
+// Leaves the product in floats [rows][kTileWidth].
+template <class T>
+void multiply_grouped(const GroupedMultiply& m, float* tile);
+
+// Writes the sums of a row of operand elements over every group.
+template <class T>
+CROSSPOOL_INLINE void sum_groups(const std::byte* row, const Matrix& weight, float* sums) {
+  using Element = std::conditional_t<kReadsModelDType<T>, typename T::Element, float>;
+  for (std::int64_t g = 0; g < weight.groups(); ++g) {
+    float sum = 0;
+    const std::int64_t end = min((g + 1) * weight.group, weight.k);
+    for (std::int64_t k = g * weight.group; k < end; ++k) {
+      Element element;
+      std::memcpy(&element, row + k * static_cast<std::int64_t>(sizeof(element)), sizeof(element));
+      if constexpr (std::is_same_v<Element, float>) {
+        sum += element;
+      } else {
+        sum += widened(element);
+      }
+    }
+    sums[g] = sum;
+  }
+}
+
+}  // namespace crosspool::CROSSPOOL_ISA
+
+#endif
