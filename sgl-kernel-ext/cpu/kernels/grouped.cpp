@@ -213,7 +213,72 @@ void of_rows(const GroupedMultiply& m, float* tile) {
   for (; p < m.count; ++p) micro_grouped<T, kRows, 1, kPlanes>(m, p, tile);
 }
 
+// Writes the weights of one depth, or for bfloat16 of a pair of depths, of kLanes columns.
+template <class T>
+CROSSPOOL_INLINE void store_pair(std::byte* out, std::int64_t pair, int part, V even, V odd) {
+  if constexpr (T::kDType == DType::kBFloat16) {
+    const U words = (U)T::round(even) >> 16 | (U)T::round(odd);
+    store_bits(out + pair * 64 + part * 4 * kLanes, words);
+  } else {
+    store(reinterpret_cast<float*>(out + pair * 128) + part * kLanes, even);
+    store(reinterpret_cast<float*>(out + pair * 128 + 64) + part * kLanes, odd);
+  }
+}
+
+template <class T, int kPlanes>
+CROSSPOOL_INLINE void expand_planes(const Matrix& w, const std::byte* panel, std::byte* out) {
+  const std::int64_t blocks = w.group / kGroupedDepths, groups = w.groups();
+  const std::byte* codes = panel + w.header_bytes();
+  B upper[kPlanes], lower[kPlanes];
+  for (int plane = 0; plane < kPlanes; ++plane) {
+    const CodeTable& table = kTables[static_cast<int>(w.codes)][plane];
+    upper[plane] = repeated(table.upper);
+    lower[plane] = repeated(table.lower);
+  }
+  for (std::int64_t g = 0; g < groups; ++g) {
+    V scale[kParts], minimum[kParts];
+    for (int v = 0; v < kParts; ++v) {
+      const std::int64_t at = g * kPanel + v * kLanes;
+      scale[v] = load_scales(panel, w.scales, at);
+      minimum[v] = w.minima != 0 ? load_scales(panel + w.scale_bytes(), w.scales, at) : V{};
+    }
+    for (std::int64_t b = g * blocks; b < (g + 1) * blocks; ++b, codes += kPlanes * kPlaneBytes) {
+      for (int v = 0; v < kParts; ++v) {
+        for (int half = 0; half < 2; ++half) {
+          V even[2] = {}, odd[2] = {};
+          for (int plane = 0; plane < kPlanes; ++plane) {
+            const B both = load_bytes(codes + plane * kPlaneBytes + v * 4 * kLanes);
+            const B index = half == 0 ? both & 15 : (B)((U)both >> 4) & 15;
+            const B high = lookup(upper[plane], index), low = lookup(lower[plane], index);
+            const U lines[2] = {interleave_first(low, high), interleave_last(low, high)};
+            for (int line = 0; line < 2; ++line) {
+              even[line] += (V)(lines[line] << 16);
+              odd[line] += (V)(lines[line] & splat_bits(0xffff0000U));
+            }
+          }
+          for (int line = 0; line < 2; ++line) {
+            store_pair<T>(out, b * 4 + half * 2 + line, v, fma(even[line], scale[v], -minimum[v]),
+                          fma(odd[line], scale[v], -minimum[v]));
+          }
+        }
+      }
+    }
+  }
+  const std::int64_t row_bytes = kPanel * element_bytes(w.dtype), written = groups * w.group;
+  std::memset(out + written * row_bytes, 0,
+              static_cast<std::size_t>((w.depth() - written) * row_bytes));
+}
+
 }  // namespace
+
+template <class T>
+void expand_grouped(const Matrix& weight, const std::byte* panel, std::byte* out) {
+  if (weight.planes() == 1) return expand_planes<T, 1>(weight, panel, out);
+  expand_planes<T, 2>(weight, panel, out);
+}
+template void expand_grouped<BFloat16>(const Matrix& weight, const std::byte* panel,
+                                       std::byte* out);
+template void expand_grouped<Float32>(const Matrix& weight, const std::byte* panel, std::byte* out);
 
 template <class T>
 void multiply_grouped(const GroupedMultiply& m, float* tile) {

@@ -18,8 +18,10 @@ namespace crosspool::CROSSPOOL_ISA {
 inline constexpr int kGroupedDepths = 8;
 inline constexpr std::int64_t kPlaneBytes = 64;  // of 8 depths
 
-// Rows of a call, and floats of scratch for each of them: the sums of x over every group.
+// Rows of a call, and rows up to which weights are decoded for every call. More rows take them from
+// panels that are expanded once.
 inline constexpr int kMostGroupedRows = 6;
+inline constexpr int kFewGroupedRows = 12;
 
 // The values of a plane's nibbles.
 struct CodeTable {
@@ -51,6 +53,10 @@ struct GroupedMultiply {
 // Leaves the product in floats [rows][kTileWidth].
 template <class T>
 void multiply_grouped(const GroupedMultiply& m, float* tile);
+
+// Writes a plain panel from a grouped one. Its bfloat16 weights are rounded to the nearest.
+template <class T>
+void expand_grouped(const Matrix& weight, const std::byte* panel, std::byte* out);
 
 // Writes the sums of a row of operand elements over every group.
 template <class T>

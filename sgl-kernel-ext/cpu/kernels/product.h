@@ -19,12 +19,10 @@ CROSSPOOL_INLINE std::int64_t operand_scratch(std::int64_t k) {
   return max(kOperandScratch, kFewestOperandRows * round_up(k, kDepth) * 4);
 }
 
-// Bytes behind the rows, for an expanded group of compact panels, or the sums of few rows over
-// groups.
+// Bytes behind the rows, for the plain form of a group of panels. There is room for the sums of few
+// rows over groups, too.
 CROSSPOOL_INLINE std::int64_t product_scratch(std::int64_t k) {
-  const std::int64_t expanded = kReadsCompact ? kGroup * round_up(k, kDepth) * kPanel * 2 : 0;
-  const std::int64_t sums = kMostGroupedRows * (round_up(k, kDepth) / kGroupedDepths) * 4;
-  return operand_scratch(k) + max(expanded, sums);
+  return operand_scratch(k) + kGroup * round_up(k, kDepth) * kPanel * 4;
 }
 
 // Rows that are worked on while a weight is read once: as many as stay in the second-level cache
@@ -119,8 +117,7 @@ CROSSPOOL_INLINE void add_exceptions(const std::byte* group, std::int64_t panel_
   }
 }
 
-// The product with a grouped matrix: a stretch of few rows at a time, whose weights are decoded for
-// each stretch.
+// The product of few rows with a grouped matrix, whose weights are decoded for each stretch of them.
 template <class T, class Done>
 CROSSPOOL_INLINE void grouped_product(const Matrix& weight, const Rows& x, std::int64_t rows,
                                       int begin, int end, void* scratch, Done done) {
@@ -151,7 +148,8 @@ CROSSPOOL_INLINE void grouped_product(const Matrix& weight, const Rows& x, std::
 template <class T, class Done>
 CROSSPOOL_INLINE void product(const Matrix& weight, const Rows& x, std::int64_t rows, int begin,
                               int end, const void* then, void* scratch, Done done) {
-  if (weight.encoding == Encoding::kGrouped) {
+  const bool grouped = weight.encoding == Encoding::kGrouped;
+  if (grouped && rows <= kFewGroupedRows) {
     return grouped_product<T>(weight, x, rows, begin, end, scratch, done);
   }
   const std::int64_t k = weight.k, panel_bytes = weight.panel_bytes();
@@ -167,7 +165,7 @@ CROSSPOOL_INLINE void product(const Matrix& weight, const Rows& x, std::int64_t 
     const std::int64_t block = min(at_once, rows - row);
     const Operand operand = ready_rows<T>(x, row, block, k, copy, scratch);
     const MultiplyScope<T> scope(block);
-    const bool expanded = compact && !scope.reads_compact();
+    const bool expanded = grouped || (compact && !scope.reads_compact());
     const std::int64_t steps = compact && !expanded ? panel_bytes / 64 : plain_steps;
     for (int panel = begin, panels; panel < end; panel += panels) {
       panels = scope.panels(end - panel);
@@ -180,8 +178,12 @@ CROSSPOOL_INLINE void product(const Matrix& weight, const Rows& x, std::int64_t 
       }
       advance();
       for (int p = 0; expanded && p < panels; ++p) {
-        expand(group + p * panel_bytes, weight.header_bytes(), weight.depth(),
-               plain + p * weight.plain_panel_bytes());
+        std::byte* const to = plain + p * weight.plain_panel_bytes();
+        if (grouped) {
+          expand_grouped<T>(weight, group + p * panel_bytes, to);
+        } else {
+          expand(group + p * panel_bytes, weight.header_bytes(), weight.depth(), to);
+        }
       }
       for (std::int64_t i = 0; i < scope.stretches(); ++i) {
         const std::int64_t first = scope.begin(i), count = scope.begin(i + 1) - first;
