@@ -209,7 +209,8 @@ void of_rows(const GroupedMultiply& m, float* tile) {
   }
   constexpr int kAtOnce = grouped_panels_at_once(kRows);
   int p = 0;
-  for (; p + kAtOnce <= m.count; p += kAtOnce) micro_grouped<T, kRows, kAtOnce, kPlanes>(m, p, tile);
+  for (; p + kAtOnce <= m.count; p += kAtOnce)
+    micro_grouped<T, kRows, kAtOnce, kPlanes>(m, p, tile);
   for (; p < m.count; ++p) micro_grouped<T, kRows, 1, kPlanes>(m, p, tile);
 }
 

@@ -184,8 +184,8 @@ void pack_grouped(const Matrix& matrix, const CodeSource& source, std::int32_t b
       const std::uint8_t* const codes = source.codes + row * source.stride;
       for (std::int64_t k = 0; k < matrix.k; ++k) {
         const CodePlace place = code_place(k, c);
-        std::byte* const line = out + matrix.header_bytes() +
-                                k / kGroupedDepths * planes * kPlaneBytes + place.byte;
+        std::byte* const line =
+            out + matrix.header_bytes() + k / kGroupedDepths * planes * kPlaneBytes + place.byte;
         for (std::int64_t plane = 0; plane < planes; ++plane) {
           const int nibble = codes[k] >> (4 * (planes - 1 - plane)) & 15;
           line[plane * kPlaneBytes] |= static_cast<std::byte>(nibble << place.shift);

@@ -117,13 +117,15 @@ CROSSPOOL_INLINE void add_exceptions(const std::byte* group, std::int64_t panel_
   }
 }
 
-// The product of few rows with a grouped matrix, whose weights are decoded for each stretch of them.
+// The product of few rows with a grouped matrix, whose weights are decoded for each stretch of
+// them.
 template <class T, class Done>
 CROSSPOOL_INLINE void grouped_product(const Matrix& weight, const Rows& x, std::int64_t rows,
                                       int begin, int end, void* scratch, Done done) {
   const std::int64_t k = weight.k, panel_bytes = weight.panel_bytes();
   const bool copy = needs_copy<T>(x, 1, k) || k % kGroupedDepths != 0;
-  auto* const sums = reinterpret_cast<float*>(static_cast<std::byte*>(scratch) + operand_scratch(k));
+  auto* const sums =
+      reinterpret_cast<float*>(static_cast<std::byte*>(scratch) + operand_scratch(k));
   alignas(64) Tile tile;
   for (std::int64_t row = 0; row < rows; row += kMostGroupedRows) {
     const std::int64_t count = min(kMostGroupedRows, rows - row);
