@@ -31,22 +31,28 @@ def _weights(
     kind: str,
     shape: tuple[int, int, int],
     scale_dtype: torch.dtype,
-    minima: bool,
+    offset: str,
 ) -> tuple[GroupedMatrix, Tensor]:
     """A random matrix, and the weights that it stands for in float64."""
     n, k, group = shape
     groups = math.ceil(k / group)
     codes = torch.randint(len(TABLES[kind]), (n, k)).to(torch.uint8)
     scales = ((torch.rand(n, groups) + 0.5) / 8).to(scale_dtype)
-    lowest = torch.randn(n, groups).to(scale_dtype) if minima else None
+    offsets = None
+    if offset == "zero point":
+        offsets = torch.randint(16, (n, groups)).to(scale_dtype)
+    elif offset == "minimum":
+        offsets = torch.randn(n, groups).to(scale_dtype)
     of = torch.arange(k) // group
-    weights = TABLES[kind][codes.long()] * scales.double()[:, of]
-    if lowest is not None:
-        weights -= lowest.double()[:, of]
-    return native.pack_grouped(kind, codes, scales, group, lowest), weights
+    values, scale = TABLES[kind][codes.long()], scales.double()[:, of]
+    packed = native.pack_grouped(kind, codes, scales, group, offsets=offsets, offset=offset)
+    if offsets is None:
+        return packed, values * scale
+    taken = offsets.double()[:, of]
+    return packed, values * scale - taken * (scale if offset == "zero point" else 1)
 
 
-@pytest.mark.parametrize("minima", [False, True], ids=["", "minima"])
+@pytest.mark.parametrize("offset", ["none", "minimum", "zero point"])
 @pytest.mark.parametrize("scale_dtype", SCALES, ids=str)
 @pytest.mark.parametrize("kind", TABLES)
 def test_product(
@@ -54,23 +60,24 @@ def test_product(
     dtype: torch.dtype,
     kind: str,
     scale_dtype: torch.dtype,
-    minima: bool,
+    offset: str,
 ) -> None:
     """Few rows are multiplied with exact weights, more rows with weights that are rounded to the
     model's dtype."""
     half = 2**-8 if dtype == torch.bfloat16 else 0.0
     for shape in SHAPES:
-        packed, weights = _weights(native, kind, shape, scale_dtype, minima)
+        packed, weights = _weights(native, kind, shape, scale_dtype, offset)
         for rows in ROWS:
             x = torch.randn(rows, shape[1]).to(dtype)
-            exact, size = x.double() @ weights.T, x.double().abs() @ weights.abs().T
+            exact = x.double() @ weights.T
+            size = x.double().abs() @ (weights.abs() + 2).T  # offsets cancel what is summed
             bound = 1e-6 * size + half * exact.abs() + (half * size if rows > FEW else 0)
             assert ((native.gemm(x, packed).double() - exact).abs() <= bound).all()
 
 
 def test_few_rows_have_exact_weights(native: NativeKernels, dtype: torch.dtype) -> None:
     """A row that picks one column of the weights finds them as they are."""
-    packed, weights = _weights(native, "int4", (32, 256, 32), torch.float32, False)
+    packed, weights = _weights(native, "int4", (32, 256, 32), torch.float32, "none")
     x = torch.zeros(1, 256, dtype=dtype)
     x[0, 77] = 1.0
     found = native.gemm(x, packed)
@@ -80,7 +87,7 @@ def test_few_rows_have_exact_weights(native: NativeKernels, dtype: torch.dtype) 
 def test_shares_and_other_rows_do_not_change_the_result(
     native: NativeKernels, whole: NativeKernels, dtype: torch.dtype
 ) -> None:
-    packed, _ = _weights(whole, "uint4", (272, 320, 32), torch.float16, True)
+    packed, _ = _weights(whole, "uint4", (272, 320, 32), torch.float16, "minimum")
     x = torch.randn(12, 320).to(dtype)
     together = native.gemm(x, packed)
     assert torch.equal(together, whole.gemm(x, packed))
@@ -89,15 +96,15 @@ def test_shares_and_other_rows_do_not_change_the_result(
 
 
 def test_rows_by_an_index(native: NativeKernels, dtype: torch.dtype) -> None:
-    packed, _ = _weights(native, "e2m1", (48, 64, 32), torch.bfloat16, False)
+    packed, _ = _weights(native, "e2m1", (48, 64, 32), torch.bfloat16, "none")
     x, index = torch.randn(20, 64).to(dtype), torch.tensor([3, 19, 0], dtype=torch.int32)
     assert torch.equal(native.gemm(x, packed, index=index), native.gemm(x[index], packed))
 
 
 def test_bytes(native: NativeKernels) -> None:
     """4.5 bits a weight in groups of 32, 8 in whole rows."""
-    assert 8 * _weights(native, "int4", (64, 1024, 32), torch.float16, False)[0].struct.bytes == (
+    assert 8 * _weights(native, "int4", (64, 1024, 32), torch.float16, "none")[0].struct.bytes == (
         4.5 * 64 * 1024
     )
-    whole = _weights(native, "int8", (64, 1024, 1024), torch.float16, False)[0].struct.bytes
+    whole = _weights(native, "int8", (64, 1024, 1024), torch.float16, "none")[0].struct.bytes
     assert whole == 64 * 1024 + 4 * 64

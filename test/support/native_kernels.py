@@ -93,10 +93,13 @@ class NativeKernels:
         codes: Tensor,
         scales: Tensor,
         group: int,
-        minima: Tensor | None = None,
+        *,
+        offsets: Tensor | None = None,
+        offset: str = "none",
     ) -> GroupedMatrix:
         """Packs ``codes`` (uint8 [n, k]) of the ``kind`` ``int4``, ``uint4``, ``e2m1`` or ``int8``
-        with their scales and minima [n, groups]."""
+        with their scales and, where ``offset`` is ``minimum`` or ``zero point``, their offsets
+        [n, groups]."""
         n, k = codes.shape
         packed = GroupedMatrix(
             n,
@@ -105,9 +108,11 @@ class NativeKernels:
             codes=kind,
             scales=scales,
             group=group,
-            minima=minima is not None,
+            offset=offset,
         )
-        source = ns.CodeSource(pointer(codes), n, codes.stride(0), pointer(scales), pointer(minima))
+        source = ns.CodeSource(
+            pointer(codes), n, codes.stride(0), pointer(scales), pointer(offsets)
+        )
         for begin, end in self._ranges(packed.panels):
             self.table.pack_grouped(packed.struct, source, begin, end)
         return packed

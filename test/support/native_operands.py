@@ -49,13 +49,13 @@ class GroupedMatrix(PackedMatrix):
         codes: str,
         scales: Tensor,
         group: int,
-        minima: bool,
+        offset: str,
     ) -> None:
         """``scales``: of the type and number [n, groups] that the matrix has."""
         self.struct = ns.Matrix(None, n, k, DTYPES[dtype], ns.GROUPED)
         self.struct.codes = ns.CODES[codes]
         self.struct.scales = ns.SCALE_TYPES[str(scales.dtype).removeprefix("torch.")]
-        self.struct.group, self.struct.minima = group, minima
+        self.struct.group, self.struct.offset = group, ns.OFFSETS[offset]
         self.memory = aligned(self.struct.bytes)
         self.struct.data = pointer(self.memory)
         self.panels = ns.round_up(n, ns.PANEL) // ns.PANEL

@@ -13,6 +13,8 @@ PLAIN, COMPACT, GROUPED = 0, 1, 2
 """Values of ``crosspool::Encoding``."""
 CODES = {"int4": 0, "uint4": 1, "e2m1": 2, "int8": 3}
 """Values of ``crosspool::Codes``."""
+OFFSETS = {"none": 0, "minimum": 1, "zero point": 2}
+"""Values of ``crosspool::Offset``."""
 SCALE_TYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 """Values of ``crosspool::ScaleType``."""
 SCORES = {"softmax": 0, "sigmoid": 1}
@@ -39,7 +41,7 @@ class Matrix(ctypes.Structure):
     _fields_ = (
         ("data", c_void_p),
         *fields(c_int32, "n k dtype encoding"),
-        *fields(c_int32, "codes scales group minima"),
+        *fields(c_int32, "codes scales group offset"),
     )
 
     @property
@@ -52,7 +54,7 @@ class Matrix(ctypes.Structure):
         if self.encoding == GROUPED:
             groups = -(-self.k // self.group)
             size = 4 if self.scales == SCALE_TYPES["float32"] else 2
-            scales = round_up(groups * PANEL * size, 64) * (2 if self.minima else 1)
+            scales = round_up(groups * PANEL * size, 64) * (2 if self.offset else 1)
             return panels * (scales + groups * self.group * 8 * (1 + (self.codes == CODES["int8"])))
         return panels * (64 * max(3, 1 + depth // 512) + depth * PANEL * 3 // 2)
 
@@ -65,7 +67,7 @@ class CodeSource(ctypes.Structure):
     _fields_ = (
         ("codes", c_void_p),
         *fields(c_int64, "rows stride"),
-        *fields(c_void_p, "scales minima"),
+        *fields(c_void_p, "scales offsets"),
     )
 
 

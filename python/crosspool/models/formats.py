@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 Shape: TypeAlias = tuple[int, ...]
@@ -18,6 +18,8 @@ Shape: TypeAlias = tuple[int, ...]
 _FLOATS = ("F32", "BF16", "F16")
 _EXPONENTS = ("U8", "F8_E8M0")
 _WORD_BITS = 32
+_DEPTHS = 8
+"""Columns that a line of codes has."""
 MXFP4_GROUP = 32
 """Weights of MXFP4 that share an exponent (OCP Microscaling Formats 1.0)."""
 
@@ -50,6 +52,18 @@ class Stack:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldForm:
+    """How kernels read a quantised matrix: codes, and for each group of a row a scale and perhaps an
+    offset. docs/decisions/0008-formats.md has the reasons."""
+
+    codes: Literal["int4", "uint4", "e2m1", "int8"]
+    group: int
+    """Columns that share a scale, a multiple of 8."""
+    scales: Literal["float16", "bfloat16", "float32"]
+    offset: Literal["none", "zero point"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scheme(ABC):
     """One way to store a matrix."""
 
@@ -75,6 +89,11 @@ class Scheme(ABC):
             return f"groups of {group} do not divide its {k} columns"
         return None
 
+    def held(self, k: int) -> HeldForm | None:
+        """Returns how kernels read ``k`` columns of the matrix as they are stored; None where they
+        need floats."""
+        return None
+
     @abstractmethod
     def stored(
         self, module: str, n: int, k: int, stack: Stack | None = None
@@ -82,6 +101,13 @@ class Scheme(ABC):
         """Returns the tensors of a matrix by their roles: ``weight``, ``scale``, and ``zeros`` and
         ``groups`` where the scheme has them. ``module``: the name of what they belong to, such as
         ``model.layers.0.self_attn.q_proj``."""
+
+
+def _held_group(group: int | None, k: int) -> int | None:
+    """The group that kernels have for ``k`` columns; None where they cannot have it."""
+    if group is None:
+        return -(-k // _DEPTHS) * _DEPTHS
+    return None if group % _DEPTHS or k % group else group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +127,13 @@ class Elements(Scheme):
 
     def wrong_shape(self, n: int, k: int) -> str | None:
         return None  # blocks at the borders may be smaller
+
+    def held(self, k: int) -> HeldForm | None:
+        group = _held_group(self.block[1], k)
+        if self.values != "int8" or self.block[0] not in (1, None) or group is None:
+            return None
+        offset: Literal["none", "zero point"] = "none" if self.symmetric else "zero point"
+        return HeldForm(codes="int8", group=group, scales="float32", offset=offset)
 
     def stored(
         self, module: str, n: int, k: int, stack: Stack | None = None
@@ -145,6 +178,13 @@ class _Integers(Scheme):
     def unit(self) -> tuple[int, int]:
         return 1, 1 if self.act_order else self.block[1] or 1
 
+    def held(self, k: int) -> HeldForm | None:
+        group = _held_group(self.block[1], k)
+        if self.act_order or group is None:
+            return None
+        codes: Literal["uint4", "int8"] = "uint4" if self.bits == 4 else "int8"
+        return HeldForm(codes=codes, group=group, scales="float32", offset="zero point")
+
     def _groups(self, k: int) -> int:
         return k // (self.block[1] or k)
 
@@ -155,6 +195,12 @@ class PackedWords(_Integers):
     each raised by half its range; zero points likewise along n."""
 
     symmetric: bool = True
+
+    def held(self, k: int) -> HeldForm | None:
+        form = super().held(k)
+        if form is None or not self.symmetric:
+            return form
+        return replace(form, codes="int4" if self.bits == 4 else "int8", offset="none")
 
     def stored(
         self, module: str, n: int, k: int, stack: Stack | None = None
@@ -235,6 +281,11 @@ class MXFP4(Scheme):
     @property
     def format(self) -> str:
         return "mxfp4"
+
+    def held(self, k: int) -> HeldForm | None:
+        if k % MXFP4_GROUP:
+            return None
+        return HeldForm(codes="e2m1", group=MXFP4_GROUP, scales="bfloat16")
 
     def stored(
         self, module: str, n: int, k: int, stack: Stack | None = None

@@ -162,10 +162,10 @@ class Checkpoint:
 
         if ref.scheme is None:
             return read("weight", index)
-        from crosspool.weightpool.dequantize import dequantize
+        from crosspool.weightpool.dequantize import read_grouped
 
         n, k = ref.shape
-        return dequantize(ref.scheme, (n, k), index, ref.stack, read)
+        return read_grouped(ref.scheme, (n, k), index, ref.stack, read).floats()
 
     def _tensors(self, ref: TensorRef) -> dict[str, str]:
         """Returns the names of the tensors of which a tensor consists, by their roles.

@@ -1,4 +1,5 @@
-"""Turns the tensors of a quantised matrix into float32 weights, for any rows and columns of it.
+"""Turns the tensors of a quantised matrix into float32 weights, or into the codes, scales and zero
+points that kernels read, for any rows and columns of it.
 
 This is the reference of every format: plain operations of torch, in the order in which the format's
 rule is written. :mod:`crosspool.models.formats` says which tensors there are.
@@ -7,6 +8,7 @@ rule is written. :mod:`crosspool.models.formats` says which tensors there are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -18,6 +20,7 @@ from crosspool.models.formats import (
     MXFP4,
     MXFP4_GROUP,
     Elements,
+    HeldForm,
     PackedWords,
     Scheme,
     Stack,
@@ -29,13 +32,69 @@ ReadTensor: TypeAlias = Callable[[str, Index], Tensor]
 
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Place within a word of each of eight neighbouring values."""
+_INT8_MAX = 127
+_SCALE_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def dequantize(
+@dataclass(frozen=True)
+class Grouped:
+    """A part of a quantised matrix: weight [i, j] is (value[i, j] - zero[i, g]) * scale[i, g], where
+    g is the group of column j."""
+
+    values: Tensor
+    """[n, k]; with a table, places in it."""
+    scale: Tensor
+    """float32 [n, groups]."""
+    groups: Tensor
+    """int64 [k]."""
+    zeros: Tensor | None = None
+    """[n, groups]."""
+    table: Tensor | None = None
+
+    def floats(self) -> Tensor:
+        """Returns the weights in float32."""
+        values = self.values if self.table is None else self.table[self.values.long()]
+        if self.zeros is not None:
+            values = values - self.zeros[:, self.groups]
+        return values.float() * self.scale[:, self.groups]
+
+    def coded(self, form: HeldForm) -> Coded:
+        """Returns the part as kernels read it. It begins and ends with a group."""
+        held = slice(int(self.groups[0]), int(self.groups[-1]) + 1)
+        values, zeros = self.values, self.zeros
+        if form.codes == "int4":
+            values = values + 8
+        elif form.codes == "int8" and values.max() > _INT8_MAX:
+            values, zeros = values - 128, None if zeros is None else zeros - 128
+        dtype = _SCALE_DTYPES[form.scales]
+        return Coded(
+            values.to(torch.int8).view(torch.uint8).contiguous(),
+            self.scale[:, held].to(dtype).contiguous(),
+            None if zeros is None else zeros[:, held].to(dtype).contiguous(),
+        )
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A part of a matrix as kernels read it."""
+
+    codes: Tensor
+    """uint8 [n, k]; int8 as two's complement."""
+    scales: Tensor
+    """[n, groups], of the form's type."""
+    zeros: Tensor | None
+    """Zero points, likewise."""
+
+
+def read_grouped(
     scheme: Scheme, shape: tuple[int, int], index: Index, stack: Stack | None, read: ReadTensor
-) -> Tensor:
-    """Returns the part ``index`` of a matrix of ``shape`` in float32."""
+) -> Grouped:
+    """Reads the part ``index`` of a matrix of ``shape``."""
     rows, columns = (slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
     if isinstance(scheme, Elements):
         return _elements(scheme, shape, rows, columns, read)
@@ -51,42 +110,40 @@ def dequantize(
 
 def _elements(
     scheme: Elements, shape: tuple[int, int], rows: slice, columns: slice, read: ReadTensor
-) -> Tensor:
+) -> Grouped:
     n, k = shape
-    row_size, column_size = scheme.block[0] or n, scheme.block[1] or k
-    grid = scheme.grid(n, k)
+    row_blocks = torch.arange(rows.start, rows.stop) // (scheme.block[0] or n)
 
-    def of_blocks(role: str) -> Tensor:
-        """One value for each of the part's weights."""
-        values = _floats(read(role, ())).reshape(grid)
-        row_blocks = torch.arange(rows.start, rows.stop) // row_size
-        column_blocks = torch.arange(columns.start, columns.stop) // column_size
-        return values[row_blocks][:, column_blocks]
+    def of_rows(role: str) -> Tensor:
+        return _floats(read(role, ())).reshape(scheme.grid(n, k))[row_blocks]
 
-    weight = read("weight", (rows, columns)).float()
-    if not scheme.symmetric:
-        weight -= of_blocks("zeros")
-    return weight * of_blocks("scale")
+    values = read("weight", (rows, columns))
+    return Grouped(
+        values.float() if values.dtype == torch.float8_e4m3fn else values.int(),
+        of_rows("scale"),
+        torch.arange(columns.start, columns.stop) // (scheme.block[1] or k),
+        None if scheme.symmetric else of_rows("zeros").int(),
+    )
 
 
 def _packed_words(
     scheme: PackedWords, shape: tuple[int, int], rows: slice, columns: slice, read: ReadTensor
-) -> Tensor:
+) -> Grouped:
     half = 1 << (scheme.bits - 1)
     packed = read("weight", (rows, _over(columns, scheme.per_word)))
     values = _unpacked(packed, scheme.bits)[:, _within(columns, scheme.per_word)] - half
     groups = _groups_of(scheme.block[1] or shape[1], scheme.act_order, columns, read)
-    scale = read("scale", (rows,)).float()[:, groups]
+    scale = read("scale", (rows,)).float()
     if scheme.symmetric:
-        return values * scale
+        return Grouped(values, scale, groups)
     packed = read("zeros", (_over(rows, scheme.per_word),))
-    zeros = _unpacked(packed.T, scheme.bits).T[_within(rows, scheme.per_word)] - half
-    return (values - zeros[:, groups]) * scale
+    zeros = _unpacked(packed.T, scheme.bits).T[_within(rows, scheme.per_word)]
+    return Grouped(values + half, scale, groups, zeros)
 
 
 def _gptq(
     scheme: GPTQ, shape: tuple[int, int], rows: slice, columns: slice, read: ReadTensor
-) -> Tensor:
+) -> Grouped:
     packed = read("weight", (_over(columns, scheme.per_word), rows))
     values = _unpacked(packed.T, scheme.bits)[:, _within(columns, scheme.per_word)]
     packed = read("zeros", (slice(None), _over(rows, scheme.per_word)))
@@ -97,12 +154,12 @@ def _gptq(
     zeros = _unpacked(packed, scheme.bits)[:, _within(rows, scheme.per_word)].T
     scale = read("scale", (slice(None), rows)).float().T
     groups = _groups_of(scheme.block[1] or shape[1], scheme.act_order, columns, read)
-    return (values - zeros[:, groups]) * scale[:, groups]
+    return Grouped(values, scale, groups, zeros)
 
 
 def _awq(
     scheme: AWQ, shape: tuple[int, int], rows: slice, columns: slice, read: ReadTensor
-) -> Tensor:
+) -> Grouped:
     over, within = _over(rows, scheme.per_word), _within(rows, scheme.per_word)
 
     def unpacked(role: str, index: Index) -> Tensor:
@@ -111,31 +168,35 @@ def _awq(
         ordered: Tensor = values[:, :, list(_AWQ_PLACES)].flatten(1)
         return ordered[:, within].T
 
-    groups = _groups_of(scheme.block[1] or shape[1], False, columns, read)
-    values, zeros = unpacked("weight", (columns,)), unpacked("zeros", (slice(None),))
-    scale = read("scale", (slice(None), rows)).float().T
-    return (values - zeros[:, groups]) * scale[:, groups]
+    return Grouped(
+        unpacked("weight", (columns,)),
+        read("scale", (slice(None), rows)).float().T,
+        _groups_of(scheme.block[1] or shape[1], False, columns, read),
+        unpacked("zeros", (slice(None),)),
+    )
 
 
-def _mxfp4(rows: slice, columns: slice, stack: Stack | None, read: ReadTensor) -> Tensor:
+def _mxfp4(rows: slice, columns: slice, stack: Stack | None, read: ReadTensor) -> Grouped:
+    over = _over(columns, MXFP4_GROUP)
     if stack is None:
         packed = read("weight", (rows, _over(columns, 2)))
-        exponents = read("scale", (rows, _over(columns, MXFP4_GROUP)))
+        exponents = read("scale", (rows, over))
         first_column = columns.start // 2 * 2
     else:
         stored = slice(
             stack.first + rows.start * stack.step, stack.first + rows.stop * stack.step, stack.step
         )
-        expert, groups = slice(stack.index, stack.index + 1), _over(columns, MXFP4_GROUP)
-        packed = read("weight", (expert, stored, groups))[0].flatten(1)
-        exponents = read("scale", (expert, stored, groups))[0]
-        first_column = groups.start * MXFP4_GROUP
-    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
-    values = table[torch.stack((packed & 15, packed >> 4), dim=2).flatten(1).long()]
-    values = values[:, columns.start - first_column : columns.stop - first_column]
-    first_group = columns.start // MXFP4_GROUP
-    groups_of = torch.arange(columns.start, columns.stop) // MXFP4_GROUP - first_group
-    return values * _floats(exponents)[:, groups_of]
+        expert = slice(stack.index, stack.index + 1)
+        packed = read("weight", (expert, stored, over))[0].flatten(1)
+        exponents = read("scale", (expert, stored, over))[0]
+        first_column = over.start * MXFP4_GROUP
+    values = torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)
+    return Grouped(
+        values[:, columns.start - first_column : columns.stop - first_column],
+        _floats(exponents),
+        torch.arange(columns.start, columns.stop) // MXFP4_GROUP - over.start,
+        table=torch.tensor([*_E2M1, *(-value for value in _E2M1)]),
+    )
 
 
 def _floats(values: Tensor) -> Tensor:

@@ -33,6 +33,12 @@ enum class Codes : std::int32_t {
   kE2M1 = 2,   // sign, two bits of exponent, one of mantissa
   kInt8 = 3,   // -128 .. 127, as two's complement
 };
+// What the second number of a group is.
+enum class Offset : std::int32_t {
+  kNone = 0,       // there is none: a weight is value * scale
+  kMinimum = 1,    // value * scale - minimum
+  kZeroPoint = 2,  // (value - zero point) * scale
+};
 enum class ScaleType : std::int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };
 
 // Weights W [n, k] of y = x W^T, packed: [n / 16] panels, 64-byte aligned, each
@@ -46,8 +52,8 @@ enum class ScaleType : std::int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 
 // The few other weights are zeros there and stand in a list of exceptions (compact.h). A matrix
 // with a panel that has too many exceptions stays plain.
 //
-// Grouped panels hold quantised weights: codes, a scale for each group of k of a column and, where
-// minima is not 0, a minimum that is taken off (grouped.h). A group is a multiple of 8; groups of
+// Grouped panels hold quantised weights: codes, and a scale and perhaps an offset for each group of
+// k of a column (grouped.h). A group is a multiple of 8; groups of
 // less than all of k divide k.
 //
 // Gated pairs (gate and up of a gated MLP of width I) are one matrix of n = 2 * round_up(I, 32)
@@ -62,21 +68,21 @@ struct Matrix {
   Codes codes = Codes::kInt4;
   ScaleType scales = ScaleType::kFloat16;
   std::int32_t group = 0;
-  std::int32_t minima = 0;
+  Offset offset = Offset::kNone;
 
   std::int32_t panels() const { return (n + kPanel - 1) / kPanel; }
   std::int64_t depth() const { return round_up(k, kDepth); }
   std::int64_t plain_panel_bytes() const { return depth() * kPanel * element_bytes(dtype); }
   std::int64_t groups() const { return (k + group - 1) / group; }
   int planes() const { return codes == Codes::kInt8 ? 2 : 1; }
-  // Bytes of a grouped panel's scales, and of its minima.
+  // Bytes of a grouped panel's scales, and of its offsets.
   std::int64_t scale_bytes() const {
     return round_up(groups() * kPanel * (scales == ScaleType::kFloat32 ? 4 : 2), 64);
   }
   // Bytes at the head of a compact panel, for codes and exceptions, or of a grouped one, for scales
-  // and minima. There is room for one exception in some hundred weights.
+  // and offsets. There is room for one exception in some hundred weights.
   std::int64_t header_bytes() const {
-    if (encoding == Encoding::kGrouped) return scale_bytes() * (minima != 0 ? 2 : 1);
+    if (encoding == Encoding::kGrouped) return scale_bytes() * (offset == Offset::kNone ? 1 : 2);
     const std::int64_t lines = 1 + depth() / 512;
     return 64 * (lines < 3 ? 3 : lines);
   }
@@ -97,13 +103,13 @@ struct Source {
   std::int64_t column_stride;
 };
 
-// The rows of a quantised matrix: a code in each byte, and scales and minima of the matrix's type.
+// The rows of a quantised matrix: a code in each byte, and scales and offsets of the matrix's type.
 struct CodeSource {
   const std::uint8_t* codes;  // [rows, stride]
   std::int64_t rows;
   std::int64_t stride;
-  const std::byte* scales;  // [rows, groups]
-  const std::byte* minima;  // the same, or null
+  const std::byte* scales;   // [rows, groups]
+  const std::byte* offsets;  // the same, or null
 };
 
 // Rows of activations. Row i begins at element (index ? index[i] : i) * stride.

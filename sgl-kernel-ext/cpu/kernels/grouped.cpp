@@ -178,11 +178,17 @@ CROSSPOOL_INLINE void micro_grouped(const GroupedMultiply& m, int first_panel, f
       for (int v = 0; v < kParts; ++v) {
         const std::int64_t at = g * kPanel + v * kLanes;
         const V scale = load_scales(scales, w.scales, at);
-        for (int r = 0; r < kRows; ++r) total[r][p][v] = fma(sum[r][p][v], scale, total[r][p][v]);
-        if (w.minima == 0) continue;
-        const V minimum = load_scales(scales + w.scale_bytes(), w.scales, at);
+        V offset{};
+        if (w.offset != Offset::kNone) offset = load_scales(scales + w.scale_bytes(), w.scales, at);
         for (int r = 0; r < kRows; ++r) {
-          total[r][p][v] = fma(splat(-m.sums[r * groups + g]), minimum, total[r][p][v]);
+          V of_group = sum[r][p][v];
+          V& in_all = total[r][p][v];
+          if (w.offset != Offset::kNone) {
+            const V taken = splat(-m.sums[r * groups + g]);
+            (w.offset == Offset::kZeroPoint ? of_group : in_all) =
+                fma(taken, offset, w.offset == Offset::kZeroPoint ? of_group : in_all);
+          }
+          in_all = fma(of_group, scale, in_all);
         }
       }
     }
@@ -237,11 +243,15 @@ CROSSPOOL_INLINE void expand_planes(const Matrix& w, const std::byte* panel, std
     lower[plane] = repeated(table.lower);
   }
   for (std::int64_t g = 0; g < groups; ++g) {
+    // A weight is value * scale - minimum.
     V scale[kParts], minimum[kParts];
     for (int v = 0; v < kParts; ++v) {
       const std::int64_t at = g * kPanel + v * kLanes;
       scale[v] = load_scales(panel, w.scales, at);
-      minimum[v] = w.minima != 0 ? load_scales(panel + w.scale_bytes(), w.scales, at) : V{};
+      minimum[v] = V{};
+      if (w.offset != Offset::kNone)
+        minimum[v] = load_scales(panel + w.scale_bytes(), w.scales, at);
+      if (w.offset == Offset::kZeroPoint) minimum[v] *= scale[v];
     }
     for (std::int64_t b = g * blocks; b < (g + 1) * blocks; ++b, codes += kPlanes * kPlaneBytes) {
       for (int v = 0; v < kParts; ++v) {

@@ -1,7 +1,7 @@
 // Grouped panels: codes that stand for bfloat16 values, and a scale for each group of k of every
 // column. docs/decisions/0008-formats.md says which formats become such panels.
 //
-// A panel is [groups][16] scales, where the format has them [groups][16] minima, and behind them,
+// A panel is [groups][16] scales, where the format has them [groups][16] offsets, and behind them,
 // 64-byte aligned, the codes: for every 8 depths a line for each plane of 4 bits. The nibbles of a
 // line lie as in compact panels (compact.h), so that a lookup of the upper and the lower bytes, and
 // the instruction that interleaves bytes, give the four plain lines of those 8 depths. Codes of 8
@@ -47,7 +47,7 @@ struct GroupedMultiply {
   Operand x;
   std::int64_t first;
   std::int64_t rows;
-  const float* sums;  // [rows][groups] from row `first` on; read where the format has minima
+  const float* sums;  // [rows][groups] from row `first` on; read where the format has offsets
 };
 
 // Leaves the product in floats [rows][kTileWidth].

@@ -178,8 +178,8 @@ void pack_grouped(const Matrix& matrix, const CodeSource& source, std::int32_t b
         const std::int64_t from = (row * groups + group) * size;
         const std::int64_t to = (group * kPanel + c) * size;
         std::memcpy(out + to, source.scales + from, size);
-        if (matrix.minima == 0) continue;
-        std::memcpy(out + matrix.scale_bytes() + to, source.minima + from, size);
+        if (matrix.offset == Offset::kNone) continue;
+        std::memcpy(out + matrix.scale_bytes() + to, source.offsets + from, size);
       }
       const std::uint8_t* const codes = source.codes + row * source.stride;
       for (std::int64_t k = 0; k < matrix.k; ++k) {

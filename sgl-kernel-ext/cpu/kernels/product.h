@@ -130,7 +130,7 @@ CROSSPOOL_INLINE void grouped_product(const Matrix& weight, const Rows& x, std::
   for (std::int64_t row = 0; row < rows; row += kMostGroupedRows) {
     const std::int64_t count = min(kMostGroupedRows, rows - row);
     const Operand operand = ready_rows<T>(x, row, count, k, copy, scratch);
-    for (std::int64_t i = 0; weight.minima != 0 && i < count; ++i) {
+    for (std::int64_t i = 0; weight.offset != Offset::kNone && i < count; ++i) {
       sum_groups<T>(operand.row(i), weight, sums + i * weight.groups());
     }
     for (int panel = begin; panel < end; panel += kGroup) {
