@@ -3,7 +3,6 @@ that the quantised ones stand for, with shares cut along groups."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,79 +10,18 @@ import pytest
 import torch
 from crosspool.models.registry import ffn_tensors, read_model
 from crosspool.weightpool.placement import FFNShard
-from make_random_checkpoint import make_random_checkpoint
-from support import quantized
 from support.families import reference_model
 from support.parts import Parts
-from support.quantized import Written
-from torch import Tensor
+from support.quantized_models import CASES, make_quantized
 
 PROMPT, DECODE_STEPS = 19, 32
-_LINEAR = {"targets": ["Linear"]}
-
-
-def _compressed(format_: str, ignore: list[str], **weights: Any) -> dict[str, Any]:
-    return {
-        "quant_method": "compressed-tensors",
-        "format": format_,
-        "config_groups": {"group_0": _LINEAR | {"weights": weights}},
-        "ignore": ignore,
-    }
-
-
-_INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}
-_INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
-_MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
-_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
-
-CASES: dict[str, tuple[str, dict[str, Any], Callable[[Tensor], Written]]] = {
-    "qwen3 gptq": ("qwen3_moe", _GPTQ, quantized.gptq),
-    "v3 gptq desc_act": (
-        "deepseek_v3",
-        _GPTQ | {"desc_act": True},
-        lambda w: quantized.gptq(w, desc_act=True),
-    ),
-    "mixtral awq": (
-        "mixtral",
-        {"quant_method": "awq", "bits": 4, "group_size": 32, "modules_to_not_convert": ["gate"]},
-        quantized.awq,
-    ),
-    "v3 fp8": (
-        "deepseek_v3",
-        {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"},
-        quantized.fp8_block,
-    ),
-    "v2 int4": (
-        "deepseek_v2",
-        _compressed("pack-quantized", ["re:.*mlp.gate$", "lm_head"], **_INT4),
-        lambda w: quantized.compressed(w, "pack-quantized", **_INT4),
-    ),
-    "olmoe int8": (
-        "olmoe",
-        _compressed("int-quantized", ["lm_head"], **_INT8),
-        lambda w: quantized.compressed(w, "int-quantized", **_INT8),
-    ),
-    "glm mxfp4": (
-        "glm4_moe_lite",
-        _compressed("mxfp4-pack-quantized", ["lm_head"], **_MXFP4),
-        lambda w: quantized.compressed(
-            w, "mxfp4-pack-quantized", scale_dtype=torch.uint8, **_MXFP4
-        ),
-    ),
-}
 
 
 @pytest.fixture(scope="module", params=CASES)
 def folders(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    family, config, write = CASES[request.param]
-    out = tmp_path_factory.mktemp("quantized")
-    sizes = {"vocab_size": 160, "intermediate_size": 96}
-    if family not in ("mixtral", "olmoe"):
-        sizes["moe_intermediate_size"] = 96
-    path = make_random_checkpoint(family, out / "random", sizes, "float32", seed=3)
-    return quantized.quantize_checkpoint(path, out, write, config)
+    return make_quantized(request.param, tmp_path_factory.mktemp("quantized"))
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), [(2, "tp"), (2, "ep")])

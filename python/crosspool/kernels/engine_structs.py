@@ -201,6 +201,10 @@ SIGNATURES: Signatures = {
         None,
         (c_void_p, POINTER(ns.Matrix), POINTER(ns.Source), POINTER(ns.Source)),
     ),
+    "crosspool_team_pack_grouped": (
+        None,
+        (c_void_p, POINTER(ns.Matrix), POINTER(ns.CodeSource)),
+    ),
     "crosspool_team_read": (c_int32, (c_void_p, c_int32, POINTER(Span), c_int32)),
     "crosspool_checksums": (None, (POINTER(Span), c_int32)),
     "crosspool_loop_create": (c_void_p, (c_void_p, POINTER(LoopDescription))),

@@ -52,10 +52,11 @@ class Matrix(ctypes.Structure):
         if self.encoding == PLAIN:
             return panels * depth * PANEL * (2 if self.dtype == BFLOAT16 else 4)
         if self.encoding == GROUPED:
-            groups = -(-self.k // self.group)
+            groups: int = -(-self.k // self.group)
             size = 4 if self.scales == SCALE_TYPES["float32"] else 2
+            planes = 2 if self.codes == CODES["int8"] else 1
             scales = round_up(groups * PANEL * size, 64) * (2 if self.offset else 1)
-            return panels * (scales + groups * self.group * 8 * (1 + (self.codes == CODES["int8"])))
+            return int(panels * (scales + groups * self.group * 8 * planes))
         return panels * (64 * max(3, 1 + depth // 512) + depth * PANEL * 3 // 2)
 
 

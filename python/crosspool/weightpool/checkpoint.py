@@ -13,22 +13,24 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from safetensors import SafetensorError, safe_open
 
 from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import read_json
-from crosspool.models.formats import StoredTensor
+from crosspool.models.formats import HeldForm, StoredTensor
 from crosspool.models.spec import TensorRef
 from crosspool.observability.progress import Progress
 
 if TYPE_CHECKING:
     import torch
+
+    from crosspool.weightpool.dequantize import Coded
 
 log = logging.getLogger(__name__)
 
@@ -141,16 +143,38 @@ class Checkpoint:
         """Yields every part with its number, in the checkpoint's dtype (a quantised one in float32)
         and in the order of the files, and warns at the end of tensors that hold NaN or infinite
         values. Call :meth:`check` first."""
+        for number, part in self.stream_as(parts, {}):
+            yield number, cast("torch.Tensor", part)
+
+    def stream_as(
+        self, parts: Sequence[tuple[TensorRef, tuple[slice, ...]]], forms: Mapping[int, HeldForm]
+    ) -> Iterator[tuple[int, torch.Tensor | Coded]]:
+        """The same, but parts whose numbers have a form come in that form."""
+        from crosspool.weightpool.dequantize import read_grouped
+
         for _, group in self._by_file(list(enumerate(parts)), lambda item: item[1][0]):
             with _Files(self.path, "pt") as files:
                 for number, (ref, index) in group:
-                    part = self._part(files, ref, index)
-                    if not is_finite(part):
+                    read = self._reader(files, ref)
+                    part: torch.Tensor | Coded
+                    if ref.scheme is None:
+                        part = read("weight", index)
+                        finite = is_finite(part)
+                    else:
+                        n, k = ref.shape
+                        grouped = read_grouped(ref.scheme, (n, k), index, ref.stack, read)
+                        finite = is_finite(grouped.scale)
+                        form = forms.get(number)
+                        part = grouped.floats() if form is None else grouped.coded(form)
+                    if not finite:
                         self.broken.append(ref.name)
                     yield number, part
         warn_of_broken(self.path, self.broken)
 
-    def _part(self, files: _Files, ref: TensorRef, index: tuple[slice, ...]) -> torch.Tensor:
+    def _reader(
+        self, files: _Files, ref: TensorRef
+    ) -> Callable[[str, tuple[slice, ...]], torch.Tensor]:
+        """Returns what reads parts of the tensors of which a tensor consists, by their roles."""
         names = self._tensors(ref)
 
         def read(role: str, part: tuple[slice, ...]) -> torch.Tensor:
@@ -160,12 +184,7 @@ class Checkpoint:
                 tensor: torch.Tensor = slices[part or (...,)]
             return tensor
 
-        if ref.scheme is None:
-            return read("weight", index)
-        from crosspool.weightpool.dequantize import read_grouped
-
-        n, k = ref.shape
-        return read_grouped(ref.scheme, (n, k), index, ref.stack, read).floats()
+        return read
 
     def _tensors(self, ref: TensorRef) -> dict[str, str]:
         """Returns the names of the tensors of which a tensor consists, by their roles.

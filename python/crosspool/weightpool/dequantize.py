@@ -43,8 +43,8 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @dataclass(frozen=True)
 class Grouped:
-    """A part of a quantised matrix: weight [i, j] is (value[i, j] - zero[i, g]) * scale[i, g], where
-    g is the group of column j."""
+    """A part of a quantised matrix: weight [i, j] is (value[i, j] - zero[i, g]) * scale[i, g],
+    where g is the group of column j."""
 
     values: Tensor
     """[n, k]; with a table, places in it."""

@@ -9,12 +9,13 @@ and turns blocks into floats.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosspool.config.errors import ConfigError
+from crosspool.models.formats import HeldForm
 from crosspool.models.gguf_header import GGUFTensor, gguf_files, read_header
 from crosspool.models.spec import TensorRef
 from crosspool.weightpool.checkpoint import (
@@ -28,6 +29,8 @@ from crosspool.weightpool.checkpoint import (
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from crosspool.weightpool.dequantize import Coded
 
 Index = tuple[slice, ...]
 GGUF_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
@@ -79,11 +82,11 @@ class GGUFCheckpoint(Checkpoint):
             types[ref.name] = place.tensors[0].type
         return types
 
-    def stream(
-        self, parts: Sequence[tuple[TensorRef, Index]]
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yields every part with its number, in float32 and in the order of the files. Call
-        :meth:`check` first."""
+    def stream_as(
+        self, parts: Sequence[tuple[TensorRef, Index]], forms: Mapping[int, HeldForm]
+    ) -> Iterator[tuple[int, torch.Tensor | Coded]]:
+        """Yields every part with its number, in float32 and in the order of the files; no tensor of
+        GGUF has a form yet."""
         import torch
 
         places = [self._place(ref) for ref, _ in parts]

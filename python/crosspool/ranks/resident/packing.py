@@ -16,18 +16,21 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crosspool.kernels import native_structs as ns
 from crosspool.kernels.engine import Team
+from crosspool.models.formats import HeldForm
 from crosspool.models.spec import TensorRef
 from crosspool.observability.progress import Progress
 from crosspool.ranks.resident.arena import Arena, round_up
 from crosspool.ranks.resident.kept_weights import Form, Image, KeptWeights
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
 from crosspool.weightpool.checkpoint import Checkpoint
+from crosspool.weightpool.dequantize import Coded
 from crosspool.weightpool.gguf_checkpoint import open_checkpoint
 
 _LINE = 64
@@ -37,6 +40,7 @@ NATIVE_DTYPES = {torch.bfloat16: ns.BFLOAT16, torch.float32: ns.FLOAT32}
 
 Index = tuple[slice, ...]
 Pack = Callable[[list[Tensor]], object]
+PackCodes = Callable[[list[Coded]], object]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,17 @@ class _Declared:
     parts: list[tuple[TensorRef, Index]]
     dtype: torch.dtype
     finish: Pack
+    form: HeldForm | None = None
+    """The form in which the parts are read, of a matrix that is held as codes."""
+    finish_codes: PackCodes | None = None
+
+    def take(self, parts: list[Any]) -> None:
+        """Takes the tensors, or codes, when all have been read."""
+        if self.form is None:
+            self.finish(parts)
+        else:
+            assert self.finish_codes is not None
+            self.finish_codes(parts)
 
 
 class PackedWeights:
@@ -113,7 +128,11 @@ class PackedWeights:
         def finish(tensors: list[Tensor]) -> None:
             self.pack(matrix, [source(tensor) for tensor in tensors])
 
-        self._declared.append(_Declared(layer, list(parts), dtype, finish))
+        def finish_codes(coded: list[Coded]) -> None:
+            self._pack_codes(matrix, joined(coded))
+
+        form = _hold_as_codes(matrix, parts)
+        self._declared.append(_Declared(layer, list(parts), dtype, finish, form, finish_codes))
         return matrix
 
     def gated(
@@ -131,7 +150,11 @@ class PackedWeights:
             self._packers.pack_gated(into, *(source(tensor) for tensor in tensors))
             self.held_bytes += round_up(into.bytes, _LINE)
 
-        self._declared.append(_Declared(layer, [gate, up], self._dtype, finish))
+        def finish_codes(coded: list[Coded]) -> None:
+            self._pack_codes(into, alternating(*coded))
+
+        form = _hold_as_codes(into, [gate, up])
+        self._declared.append(_Declared(layer, [gate, up], self._dtype, finish, form, finish_codes))
 
     def floats(self, layer: int | None, part: TensorRef, *, stage: int | None = None) -> Tensor:
         """Declares a vector in float32, rounded to the model's dtype, and returns it."""
@@ -169,6 +192,22 @@ class PackedWeights:
         self._declared.append(
             _Declared(layer, [(part, whole(part))], self._held_dtype(part), finish)
         )
+
+    def _pack_codes(self, matrix: ns.Matrix, coded: Coded) -> None:
+        """Packs one matrix from codes."""
+        self._place(matrix)
+        codes = coded.codes
+        self._packers.pack_grouped(
+            matrix,
+            ns.CodeSource(
+                codes.data_ptr(),
+                codes.shape[0],
+                codes.stride(0),
+                coded.scales.data_ptr(),
+                pointer(coded.zeros),
+            ),
+        )
+        self.held_bytes += round_up(matrix.bytes, _LINE)
 
     def pack(self, matrix: ns.Matrix, sources: Sequence[ns.Source]) -> None:
         """Packs one matrix, from within a :meth:`custom` declaration."""
@@ -222,7 +261,10 @@ class PackedWeights:
             checkpoint,
             tuple(ref for one in self._declared for ref, _ in one.parts),
             (
-                [(matrix.n, matrix.k, matrix.dtype) for matrix in self._matrices],
+                [
+                    (matrix.n, matrix.k, matrix.dtype, matrix.encoding == ns.GROUPED)
+                    for matrix in self._matrices
+                ],
                 [(list(array.shape), str(array.dtype)) for array in self._arrays],
                 [
                     (listing.name, listing.key, listing.dtype, _bounds(index))
@@ -238,19 +280,26 @@ class PackedWeights:
     def _pack(self, checkpoint: Checkpoint, progress: Progress) -> None:
         flat = [(i, part) for i, one in enumerate(self._declared) for part in one.parts]
         checkpoint.check([ref for _, (ref, _) in flat])
-        waiting: dict[int, dict[int, Tensor]] = {}
+        waiting: dict[int, dict[int, Tensor | Coded]] = {}
         first: dict[int, int] = {}
         for number, (owner, _) in enumerate(flat):
             first.setdefault(owner, number)
-        for number, tensor in checkpoint.stream([part for _, part in flat]):
+        forms = {
+            number: form
+            for number, (owner, _) in enumerate(flat)
+            if (form := self._declared[owner].form) is not None
+        }
+        for number, read in checkpoint.stream_as([part for _, part in flat], forms):
             owner = flat[number][0]
             declared = self._declared[owner]
             here = waiting.setdefault(owner, {})
-            here[number - first[owner]] = tensor.to(declared.dtype)
+            here[number - first[owner]] = (
+                read.to(declared.dtype) if isinstance(read, Tensor) else read
+            )
             if len(here) == len(declared.parts):
-                declared.finish([here[i] for i in range(len(here))])
+                declared.take([here[i] for i in range(len(here))])
                 del waiting[owner]
-            progress(here[number - first[owner]].nbytes)
+            progress(self.listing[number].bytes)
         for out, compute in self._computed:
             out.copy_(compute())
 
@@ -275,6 +324,47 @@ class PackedWeights:
 
     def _held_dtype(self, ref: TensorRef) -> torch.dtype:
         return torch.float32 if ref.keep_fp32 else self._dtype
+
+
+def _hold_as_codes(matrix: ns.Matrix, parts: Sequence[tuple[TensorRef, Index]]) -> HeldForm | None:
+    """Has a matrix hold codes where all its parts are stored so that it can, in one form; returns
+    the form."""
+    forms = {
+        None if ref.scheme is None else ref.scheme.held(_shape(index)[1]) for ref, index in parts
+    }
+    form = forms.pop()
+    if form is None or forms:
+        return None
+    matrix.encoding = ns.GROUPED
+    matrix.codes, matrix.scales = ns.CODES[form.codes], ns.SCALE_TYPES[form.scales]
+    matrix.group, matrix.offset = form.group, ns.OFFSETS[form.offset]
+    return form
+
+
+def joined(coded: Sequence[Coded]) -> Coded:
+    """Rows of matrices that follow one another."""
+    zeros = [one.zeros for one in coded if one.zeros is not None]
+    return Coded(
+        torch.cat([one.codes for one in coded]),
+        torch.cat([one.scales for one in coded]),
+        torch.cat(zeros) if zeros else None,
+    )
+
+
+def alternating(gate: Coded, up: Coded) -> Coded:
+    """Rows of a gated pair: 16 of gate, 16 of up, with padding."""
+
+    def both(first: Tensor, second: Tensor) -> Tensor:
+        rows = gated_columns(first.shape[0])
+        pair = torch.zeros(2, rows, first.shape[1], dtype=first.dtype)
+        pair[0, : len(first)], pair[1, : len(second)] = first, second
+        panels: Tensor = pair.unflatten(1, (-1, ns.PANEL)).transpose(0, 1)
+        return panels.flatten(0, 2).contiguous()
+
+    zeros = None
+    if gate.zeros is not None and up.zeros is not None:
+        zeros = both(gate.zeros, up.zeros)
+    return Coded(both(gate.codes, up.codes), both(gate.scales, up.scales), zeros)
 
 
 def whole(ref: TensorRef) -> Index:

@@ -1,0 +1,72 @@
+"""The resident loop with weights that are held as codes: the tokens of the host loop, which
+multiplies the floats that they stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from crosspool.kernels import native_structs as ns
+from crosspool.models.registry import read_model
+from crosspool.ranks.resident.attention import PackedAttention
+from crosspool.ranks.resident.ffn import PackedFFN
+from crosspool.weightpool.placement import FFNShard
+from support.machine import CORES, Machine, Stream
+from support.quantized_models import CASES, make_quantized
+
+FIRST, SECOND = f"cpu:{CORES[0]}", f"cpu:{CORES[-1]}"
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "one device": {},
+    "two FFN ranks, TP": {"kv": FIRST, "weights": [FIRST, SECOND]},
+    "two FFN ranks, EP": {"kv": FIRST, "weights": [FIRST, SECOND], "ffn_parallel": "ep"},
+}
+FLOATS = ("v3 fp8", "v3 gptq desc_act")
+"""Cases whose matrices are held as floats."""
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    name = str(request.param)
+    return name, make_quantized(name, tmp_path_factory.mktemp("quantized"))[0]
+
+
+def _generated(
+    loop: Literal["host", "resident"], path: Path, of: list[Stream], **fields: Any
+) -> list[list[int]]:
+    copies = [dataclasses.replace(s, output=[], results=[], pages=[]) for s in of]
+    with Machine([path], loop=loop, **fields) as machine:
+        machine.generate(copies, 1)
+    return [stream.output for stream in copies]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_tokens_are_those_of_the_host_loop(case: tuple[str, Path], placement: str) -> None:
+    """Prompts of more and of fewer rows than those whose weights are expanded, and decode."""
+    random = np.random.default_rng(3)
+    prompts = [[int(token) for token in random.integers(0, 160, n)] for n in (40, 1, 8, 30)]
+    streams = [Stream(0, prompt, 14, chunk=26) for prompt in prompts]
+    path = case[1]
+    expected = _generated("host", path, streams)
+    assert _generated("resident", path, streams, **PLACEMENTS[placement]) == expected
+
+
+def test_matrices_are_held_as_codes(case: tuple[str, Path]) -> None:
+    name, path = case
+    spec = read_model(path)
+    shard = FFNShard(rank=0, ranks=1, parallel="tp", unit=spec.cut_unit)
+    for part in (PackedAttention(spec, path, 64), PackedFFN(spec, path, shard)):
+        image = part.weights.image()
+        grouped = [matrix for matrix in image.matrices if matrix.encoding == ns.GROUPED]
+        assert bool(grouped) == (name not in FLOATS)
+        if part.role == "ffn" and grouped:
+            routers = sum(hasattr(ffn, "router") for ffn in spec.ffn)
+            assert len(grouped) == len(image.matrices) - routers
+            floats = sum(matrix.n * matrix.k * 4 for matrix in grouped)
+            bits = 10 if "int8" in name else 8
+            assert sum(matrix.bytes for matrix in grouped) < floats * bits / 32
+        part.close()
