@@ -21,7 +21,7 @@ from crosspool.observability.pools_table import (
 )
 from crosspool.transport import admin
 from crosspool.transport.inspection import Status, TensorInfo
-from crosspool.weightpool.placement import Placement, attention_bytes, place
+from crosspool.weightpool.placement import Placement, place
 
 _EPILOG = """\
 examples:
@@ -92,7 +92,7 @@ def describe(
     """The rows of the pools' tables, with the memory in use now where ``status`` is known."""
     ranks = len(deployment.kv_pool_devices)
     chunks = deployment.kv_pool_bytes // ranks // deployment.chunk_bytes
-    attention = [attention_bytes(spec) for spec in specs]
+    attention = placement.attention_bytes
     devices = {} if status is None else {device.name: device for device in status.devices}
     by_rank = [
         RankRow(

@@ -62,6 +62,11 @@ class HeldForm:
     scales: Literal["float16", "bfloat16", "float32"]
     offset: Literal["none", "zero point"] = "none"
 
+    def bytes(self, n: int, k: int) -> int:
+        """Bytes of a matrix [n, k] in this form, without the padding of panels."""
+        per_group = (4 if self.scales == "float32" else 2) * (1 if self.offset == "none" else 2)
+        return n * k * (8 if self.codes == "int8" else 4) // 8 + n * -(-k // self.group) * per_group
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme(ABC):

@@ -14,7 +14,7 @@ from crosspool.models.spec import ModelSpec
 from crosspool.observability.progress import Loading, Progress, loading
 from crosspool.weightpool.checkpoint import Read
 from crosspool.weightpool.gguf_checkpoint import open_checkpoint
-from crosspool.weightpool.placement import FFNShard, Placement, attention_bytes
+from crosspool.weightpool.placement import FFNShard, Placement
 
 if TYPE_CHECKING:  # a machine that runs the GPU's tests alone has no msgspec
     from crosspool.config.deployment import Deployment
@@ -94,7 +94,7 @@ def held_models(
         ranks, total, shard = [], 0, None
         if attention_rank is not None:
             ranks.append(f"attention rank {attention_rank}")
-            total += attention_bytes(spec)
+            total += placement.attention_bytes[index]
         if ffn_rank is not None and index in placement.shards[ffn_rank]:
             ranks.append(f"FFN rank {ffn_rank}")
             shard = placement.shards[ffn_rank][index]

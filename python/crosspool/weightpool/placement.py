@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from crosspool.config.errors import ConfigError
+from crosspool.models.formats import HeldForm
 from crosspool.models.registry import attention_tensors, ffn_tensors
 from crosspool.models.spec import DTYPE_BYTES, FFNSpec, ModelSpec, MoEFFN, TensorRef
 
@@ -87,27 +88,46 @@ class Placement:
         return len(self.weight_bytes) * max(map(sum, self.weight_bytes))
 
 
-def held_bytes(ref: TensorRef, spec: ModelSpec, index: tuple[slice, ...]) -> int:
-    """Bytes of a part of a tensor in memory."""
+def holds_codes(deployment: Deployment) -> bool:
+    """Whether ranks hold quantised matrices as codes: those of the resident loop on CPUs."""
+    return deployment.loop == "resident" and all(device.is_cpu for device in deployment.devices)
+
+
+def held_form(ref: TensorRef, index: tuple[slice, ...]) -> HeldForm | None:
+    """Returns the codes as which a rank of the resident loop holds a part of a matrix; None where
+    it holds floats. Attention absorbs ``kv_b_proj`` head by head, as floats."""
+    if ref.scheme is None or ref.key == "kv_b_proj":
+        return None
+    return ref.scheme.held(index[1].stop - index[1].start)
+
+
+def held_bytes(
+    ref: TensorRef, spec: ModelSpec, index: tuple[slice, ...], codes: bool = False
+) -> int:
+    """Bytes of a part of a tensor in memory. ``codes``: whether ranks hold codes."""
+    if codes and (form := held_form(ref, index)) is not None:
+        n, k = (part.stop - part.start for part in index)
+        return form.bytes(n, k)
     dtype = "float32" if ref.keep_fp32 else spec.dtype
     elements: int = math.prod(part.stop - part.start for part in index)
     return elements * DTYPE_BYTES[dtype]
 
 
-def ffn_bytes(spec: ModelSpec, shard: FFNShard) -> int:
-    """Bytes of a model's FFN weights on one rank."""
+def ffn_bytes(spec: ModelSpec, shard: FFNShard, codes: bool = False) -> int:
+    """Bytes of a model's FFN weights on one rank. ``codes``: whether ranks hold codes."""
     return sum(
-        held_bytes(ref, spec, index)
+        held_bytes(ref, spec, index, codes)
         for layer, ffn in enumerate(spec.ffn)
         for ref in ffn_tensors(spec, layer)
         if (index := shard.slice(ref, ffn)) is not None
     )
 
 
-def attention_bytes(spec: ModelSpec) -> int:
-    """Bytes of a model's attention part, which every attention rank holds."""
+def attention_bytes(spec: ModelSpec, codes: bool = False) -> int:
+    """Bytes of a model's attention part, which every attention rank holds. ``codes``: whether ranks
+    hold codes."""
     return sum(
-        held_bytes(ref, spec, tuple(slice(0, size) for size in ref.shape))
+        held_bytes(ref, spec, tuple(slice(0, size) for size in ref.shape), codes)
         for _, ref in attention_tensors(spec)
     )
 
@@ -128,9 +148,10 @@ def place(deployment: Deployment, specs: Sequence[ModelSpec]) -> Placement:
                 parallel=deployment.ffn_parallel,
                 unit=specs[model].cut_unit,
             )
+    codes = holds_codes(deployment)
     weight_bytes = tuple(
         tuple(
-            ffn_bytes(spec, of_rank[model]) if model in of_rank else 0
+            ffn_bytes(spec, of_rank[model], codes) if model in of_rank else 0
             for model, spec in enumerate(specs)
         )
         for of_rank in shards
@@ -138,7 +159,7 @@ def place(deployment: Deployment, specs: Sequence[ModelSpec]) -> Placement:
     placement = Placement(
         shards=shards,
         weight_bytes=weight_bytes,
-        attention_bytes=tuple(attention_bytes(spec) for spec in specs),
+        attention_bytes=tuple(attention_bytes(spec, codes) for spec in specs),
     )
     for room in rooms(deployment, placement):
         _check_room(deployment, room)

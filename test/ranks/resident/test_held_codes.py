@@ -13,7 +13,7 @@ from crosspool.kernels import native_structs as ns
 from crosspool.models.registry import read_model
 from crosspool.ranks.resident.attention import PackedAttention
 from crosspool.ranks.resident.ffn import PackedFFN
-from crosspool.weightpool.placement import FFNShard
+from crosspool.weightpool.placement import FFNShard, attention_bytes, ffn_bytes
 from support.machine import CORES, Machine, Stream
 from support.quantized_models import CASES, make_quantized
 
@@ -63,6 +63,10 @@ def test_matrices_are_held_as_codes(case: tuple[str, Path]) -> None:
         image = part.weights.image()
         grouped = [matrix for matrix in image.matrices if matrix.encoding == ns.GROUPED]
         assert bool(grouped) == (name not in FLOATS)
+        planned = (
+            ffn_bytes(spec, shard, True) if part.role == "ffn" else attention_bytes(spec, True)
+        )
+        assert sum(listing.bytes for listing in part.weights.listing) == planned
         if part.role == "ffn" and grouped:
             routers = sum(hasattr(ffn, "router") for ffn in spec.ffn)
             assert len(grouped) == len(image.matrices) - routers

@@ -32,6 +32,7 @@ from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
 from crosspool.weightpool.checkpoint import Checkpoint
 from crosspool.weightpool.dequantize import Coded
 from crosspool.weightpool.gguf_checkpoint import open_checkpoint
+from crosspool.weightpool.placement import held_form
 
 _LINE = 64
 BEFORE_ALL = -1
@@ -226,7 +227,7 @@ class PackedWeights:
     def settle(self) -> None:
         """Reserves room for the matrices, once everything is declared."""
         self.listing = [
-            _listing(one.layer, ref, index, one.dtype)
+            _listing(one.layer, ref, index, one.dtype, one.form)
             for one in self._declared
             for ref, index in one.parts
         ]
@@ -329,9 +330,7 @@ class PackedWeights:
 def _hold_as_codes(matrix: ns.Matrix, parts: Sequence[tuple[TensorRef, Index]]) -> HeldForm | None:
     """Has a matrix hold codes where all its parts are stored so that it can, in one form; returns
     the form."""
-    forms = {
-        None if ref.scheme is None else ref.scheme.held(_shape(index)[1]) for ref, index in parts
-    }
+    forms = {held_form(ref, index) for ref, index in parts}
     form = forms.pop()
     if form is None or forms:
         return None
@@ -398,13 +397,17 @@ def _stage(layer: int | None) -> int:
     return 0 if layer is None else layer
 
 
-def _listing(layer: int | None, ref: TensorRef, index: Index, dtype: torch.dtype) -> TensorListing:
+def _listing(
+    layer: int | None, ref: TensorRef, index: Index, dtype: torch.dtype, form: HeldForm | None
+) -> TensorListing:
     shape = _shape(index)
     return TensorListing(
         layer=layer,
         key=ref.key,
         name=ref.name,
         shape=shape,
-        dtype=str(dtype).removeprefix("torch."),
-        bytes=torch.Size(shape).numel() * dtype.itemsize,
+        dtype=str(dtype).removeprefix("torch.") if form is None else form.codes,
+        bytes=torch.Size(shape).numel() * dtype.itemsize
+        if form is None
+        else form.bytes(shape[0], shape[1]),
     )
