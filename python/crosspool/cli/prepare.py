@@ -22,6 +22,7 @@ from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.config.gpu import check_alike, check_loop, gpus_of, loop_of
 from crosspool.config.options import ModelOptions, Options
+from crosspool.models.gguf_header import gguf_files
 from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
 from crosspool.models.spec import ModelSpec
 from crosspool.weightpool.gguf_checkpoint import open_checkpoint
@@ -52,6 +53,8 @@ def prepare(options: Options) -> Prepared:
     _check_chunks(options)
     _check_bodies(options)
     _check_grammar_backend(options)
+    for model in models:
+        _check_served(model)
     specs = tuple(
         read_model(Path(model.path), model.context_length, model.dtype) for model in models
     )
@@ -144,6 +147,15 @@ def _check_bodies(options: Options) -> None:
     if largest > total:
         raise ConfigError(
             f"max_total_body_bytes: {total} bytes must not be less than max_body_bytes, {largest}"
+        )
+
+
+def _check_served(model: ModelConfig) -> None:
+    """Raises ConfigError for a GGUF model: ranks can read it, the front end cannot."""
+    if gguf_files(Path(model.path)):
+        raise ConfigError(
+            f"{model.name}: {model.path}: GGUF files cannot be served yet, since their tokenizers "
+            "are not read: name a checkpoint folder in Hugging Face format"
         )
 
 
