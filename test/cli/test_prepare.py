@@ -301,6 +301,25 @@ def test_weights_that_do_not_fit_the_config_are_told_before_anything_starts(
         prepare(draft(first, second))
 
 
+def test_quantised_weights_take_the_bytes_of_their_codes(tmp_path: Path) -> None:
+    """Codes of 4 bits, and a scale and a zero point in float32 for each group of 32; the router is
+    not quantised."""
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    path = model(tmp_path / "a", quantization_config=gptq)
+    held = 2 * (4 * 3 * (64 * 32 // 2 + 64 * 32 // 32 * 8) + 4 * 64 * 2)
+    resident = prepare(draft(path)).placement.weight_bytes
+    host = prepare(draft(path, loop="host")).placement.weight_bytes
+    assert sum(map(sum, host)) == FFN_BYTES
+    assert sum(map(sum, resident)) == held
+
+
+def test_gguf_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match=r"a\.gguf: GGUF files cannot be served yet"):
+        prepare(draft(str(file)))
+
+
 def test_float16_weights_under_bfloat16_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -110,8 +110,9 @@ class Checkpoint:
         for _, group in self._by_file(refs, lambda ref: ref):
             with _Files(self.path, "np") as files:
                 for ref in group:
-                    for role, name in self._tensors(ref).items():
-                        dtype = self._check_tensor(files, name, _expected(ref)[role])
+                    expected = _expected(ref)
+                    for role, name in self._tensors(ref, expected).items():
+                        dtype = self._check_tensor(files, name, expected[role])
                         dtypes.setdefault(ref.name, dtype)
         return dtypes
 
@@ -186,15 +187,17 @@ class Checkpoint:
 
         return read
 
-    def _tensors(self, ref: TensorRef) -> dict[str, str]:
+    def _tensors(
+        self, ref: TensorRef, expected: dict[str, StoredTensor] | None = None
+    ) -> dict[str, str]:
         """Returns the names of the tensors of which a tensor consists, by their roles.
 
         Raises ConfigError for one that is missing."""
         found = {}
-        for role, expected in _expected(ref).items():
-            name = next((name for name in expected.names if name in self._files), None)
+        for role, tensor in (expected or _expected(ref)).items():
+            name = next((name for name in tensor.names if name in self._files), None)
             if name is None:
-                raise ConfigError(f"{self.path}: {self._missing(ref, ' or '.join(expected.names))}")
+                raise ConfigError(f"{self.path}: {self._missing(ref, ' or '.join(tensor.names))}")
             found[role] = name
         return found
 

@@ -33,6 +33,7 @@ ReadTensor: TypeAlias = Callable[[str, Index], Tensor]
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Place within a word of each of eight neighbouring values."""
 _INT8_MAX = 127
+_ROWS_AT_ONCE = 256
 _SCALE_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -47,7 +48,7 @@ class Grouped:
     where g is the group of column j."""
 
     values: Tensor
-    """[n, k]; with a table, places in it."""
+    """[n, k], int16, or float8; with a table, places in it."""
     scale: Tensor
     """float32 [n, groups]."""
     groups: Tensor
@@ -57,11 +58,18 @@ class Grouped:
     table: Tensor | None = None
 
     def floats(self) -> Tensor:
-        """Returns the weights in float32."""
-        values = self.values if self.table is None else self.table[self.values.long()]
-        if self.zeros is not None:
-            values = values - self.zeros[:, self.groups]
-        return values.float() * self.scale[:, self.groups]
+        """Returns the weights in float32. Some rows are made at a time, so that memory holds little
+        beside the result."""
+        out = torch.empty(self.values.shape, dtype=torch.float32)
+        for begin in range(0, len(out), _ROWS_AT_ONCE):
+            rows = slice(begin, begin + _ROWS_AT_ONCE)
+            values = self.values[rows]
+            if self.table is not None:
+                values = self.table[values.long()]
+            elif self.zeros is not None:
+                values = values - self.zeros[rows][:, self.groups]
+            torch.mul(values.float(), self.scale[rows][:, self.groups], out=out[rows])
+        return out
 
     def coded(self, form: HeldForm) -> Coded:
         """Returns the part as kernels read it. It begins and ends with a group."""
@@ -119,10 +127,10 @@ def _elements(
 
     values = read("weight", (rows, columns))
     return Grouped(
-        values.float() if values.dtype == torch.float8_e4m3fn else values.int(),
+        values if values.dtype == torch.float8_e4m3fn else values.to(torch.int16),
         of_rows("scale"),
         torch.arange(columns.start, columns.stop) // (scheme.block[1] or k),
-        None if scheme.symmetric else of_rows("zeros").int(),
+        None if scheme.symmetric else of_rows("zeros").to(torch.int16),
     )
 
 
@@ -148,9 +156,9 @@ def _gptq(
     values = _unpacked(packed.T, scheme.bits)[:, _within(columns, scheme.per_word)]
     packed = read("zeros", (slice(None), _over(rows, scheme.per_word)))
     if scheme.zeros_less_one:
-        # The inverse of what the writers do: they take one from each value of a word at once.
-        ones = sum(1 << bit for bit in range(0, 32, scheme.bits))
-        packed = (packed.long() + ones) & 0xFFFFFFFF
+        # The inverse of what the writers do: they take one from each value of a word at once, and
+        # what is borrowed comes back as the sum wraps around.
+        packed = packed + sum(1 << bit for bit in range(0, 32, scheme.bits))
     zeros = _unpacked(packed, scheme.bits)[:, _within(rows, scheme.per_word)].T
     scale = read("scale", (slice(None), rows)).float().T
     groups = _groups_of(scheme.block[1] or shape[1], scheme.act_order, columns, read)
@@ -207,9 +215,11 @@ def _floats(values: Tensor) -> Tensor:
 
 
 def _unpacked(words: Tensor, bits: int) -> Tensor:
-    """The values of words [r, c], the first in the lowest bits: int32 [r, c * values per word]."""
-    shifts = torch.arange(0, 32, bits)
-    return (words.unsqueeze(2).long() >> shifts & ((1 << bits) - 1)).int().flatten(1)
+    """The values of words [r, c], the first in the lowest bits: int16 [r, c * values per word]."""
+    values = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        values = torch.stack((values & 15, values >> 4), dim=2).flatten(1)
+    return values.to(torch.int16)
 
 
 def _over(part: slice, unit: int) -> slice:
