@@ -11,7 +11,17 @@ from typing import Literal
 from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
 from crosspool.models.spec import TensorRef
 
-_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8, "I8": 1, "U8": 1, "F8_E4M3": 1}
+_BYTES = {
+    "BF16": 2,
+    "F16": 2,
+    "F32": 4,
+    "I32": 4,
+    "I64": 8,
+    "I8": 1,
+    "U8": 1,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+}
 Change = Callable[[TensorRef], TensorRef | None]
 
 
