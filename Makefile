@@ -41,7 +41,7 @@ TRITON_TESTS := test/test_bare_gpu_machine.py test/test_gpu_bundle.py test/kerne
   test/ranks/test_gpu_interpreted.py test/ranks/test_gpu_compile.py \
   test/benchmark/test_gpu_benchmark.py test/benchmark/test_gpu_kernels.py \
   test/benchmark/test_gpu_report.py
-GROUPS := triton e2e rest kernels front
+GROUPS := e2e rest triton front kernels
 FRONT_TESTS := test/cli test/frontend test/server
 NATIVE := $(shell find sgl-kernel-ext -type f)
 CXX_FILES := $(filter %.h %.hpp %.c %.cpp %.cu,$(NATIVE))
@@ -97,9 +97,10 @@ $(VENV)/.dev: $(VENV)/.env
 serve: env ## Serves the three bundled models.
 	@$(BIN)/crosspool demo --port $(PORT) $(ARGS)
 
-# With ARGS one pytest, of what they name. Without, one for each group, two at a time and those that
-# take longest first: most of the time in groups that start servers is waiting. Each writes a log,
-# which is printed when a test of it has failed; the summaries come last.
+# With ARGS one pytest, of what they name. Without, one for each group, two at a time and those
+# that take longest first: much of the time in groups that start processes is waiting. Each writes a
+# log, which ends with what took longest, and is printed when a test of it has failed; the summaries
+# come last.
 ALL = $(MAKE) --no-print-directory --keep-going -j2 $(GROUPS:%=test-%); status=$$?; \
   for group in $(GROUPS); do echo "==> $$group"; grep '^=.* in .*=$$' $(VENV)/test-$$group.log | tail -1; \
   done; exit $$status
@@ -119,7 +120,7 @@ test-triton: export PYTHONPATH = $(TRITON)
 
 $(GROUPS:%=test-%): test-%: dev
 	@echo "==> tests in $(VENV)/$@.log"
-	@$(BIN)/python -m pytest -p no:cacheprovider $(SELECT) $(TESTS) >$(VENV)/$@.log 2>&1 || \
+	@$(BIN)/python -m pytest -p no:cacheprovider --durations=60 $(SELECT) $(TESTS) >$(VENV)/$@.log 2>&1 || \
 	  { status=$$?; cat $(VENV)/$@.log; exit $$status; }
 
 lint: dev ## Checks style, types and formatting.

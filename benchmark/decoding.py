@@ -132,7 +132,7 @@ class Engine:
 
     @property
     def specs(self) -> list[ModelSpec]:
-        return self._driver.specs
+        return list(self._driver.specs.values())
 
     def decode(
         self,

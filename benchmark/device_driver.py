@@ -20,11 +20,14 @@ from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.config.process import die_with_parent
 from crosspool.kvpool.allocator import PageAllocator
+from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
-from crosspool.models.registry import read_model
+from crosspool.models.registry import spec_of, specs_of
 from crosspool.transport import links
 from crosspool.transport.device_socket import identity_of, read_identity
 from crosspool.transport.messages import (
+    Added,
+    AddModel,
     Failed,
     FromDevice,
     Inspect,
@@ -33,6 +36,8 @@ from crosspool.transport.messages import (
     Open,
     Ready,
     Release,
+    Removed,
+    RemoveModel,
     Row,
     RowResult,
     Sampling,
@@ -109,8 +114,8 @@ class DeviceDriver:
             "packed_cache_bytes": 0,
         } | fields
         self.deployment = Deployment(
-            models=tuple(
-                ModelConfig(
+            models={
+                i: ModelConfig(
                     name=f"{path.name}-{i}",
                     path=str(path),
                     weight_pool_devices=None
@@ -121,14 +126,15 @@ class DeviceDriver:
                 for i, (path, own) in enumerate(
                     zip(models, places or [None] * len(models), strict=True)
                 )
-            ),
+            },
+            next_model=len(models),
             kv_pool_devices=tuple(Device(name) for name in kv),
             weight_pool_devices=tuple(Device(name) for name in weights),
             runtime_dir=str(self.runtime_dir),
             **settings,
         )
         deployment_module.save(self.deployment)
-        self.specs = [read_model(path) for path in models]
+        self.specs = specs_of(self.deployment.models)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -149,16 +155,17 @@ class DeviceDriver:
         except BaseException:
             self.close()
             raise
+        self._bounds = Bounds.of(self.deployment)
         self.allocators = [self._allocator() for _ in kv]
 
     def _allocator(self) -> PageAllocator:
         """Return the pages of an attention rank that holds none yet."""
         deployment = self.deployment
-        layouts = [
-            KVLayout(spec, deployment.page_size, deployment.chunk_bytes) for spec in self.specs
-        ]
-        ranks = len(deployment.kv_pool_devices)
-        return PageAllocator(deployment.kv_pool_bytes // ranks // deployment.chunk_bytes, layouts)
+        layouts = {
+            number: KVLayout(spec, deployment.page_size, deployment.chunk_bytes)
+            for number, spec in self.specs.items()
+        }
+        return PageAllocator(self._bounds.budget, layouts, self._bounds)
 
     def _spawn(self) -> None:
         deployment = self.deployment
@@ -410,6 +417,48 @@ class DeviceDriver:
             device, message = self.receive()
             assert isinstance(message, Slept), message
             waiting.remove((device, message.model))
+
+    def add(self, path: Path, *devices: str, **options: Any) -> tuple[int, dict[str, str | None]]:
+        """Have all devices, or those that are named, make ready for a further model. Return its
+        number, and what each device has against it."""
+        number = self.deployment.free_number()
+        config = ModelConfig(name=f"{path.name}-{number}", path=str(path), **options)
+        self.deployment = self.deployment.with_model(number, config)
+        errors = self.tell(number, *devices)
+        if not any(errors.values()):
+            self.specs[number] = spec_of(config)
+            self._bounds.add(self.deployment, number)
+            size = self.deployment.page_size, self.deployment.chunk_bytes
+            for allocator in self.allocators:
+                allocator.add(number, KVLayout(self.specs[number], *size))
+        return number, errors
+
+    def tell(self, number: int, *devices: str) -> dict[str, str | None]:
+        """Tell all devices, or those that are named, of a model that has come."""
+        names = devices or tuple(self.processes)
+        for name in names:
+            self.send(name, AddModel(model=number, config=self.deployment.models[number]))
+        errors: dict[str, str | None] = {}
+        while len(errors) < len(names):
+            device, message = self.receive()
+            assert isinstance(message, Added) and message.model == number, message
+            errors[device] = message.error
+        return errors
+
+    def remove(self, number: int) -> None:
+        """Have every device let go of a model that sleeps and has no pages."""
+        for name in self.processes:
+            self.send(name, RemoveModel(model=number))
+        waiting = set(self.processes)
+        while waiting:
+            device, message = self.receive()
+            assert isinstance(message, Removed) and message.model == number, message
+            waiting.remove(device)
+        self.deployment = self.deployment.without_model(number)
+        if self.specs.pop(number, None) is not None:
+            for allocator in self.allocators:
+                allocator.remove(number)
+            self._bounds.remove(number)
 
     def _devices_of(self, model: int) -> list[str]:
         """Return the devices that have a share of a model."""

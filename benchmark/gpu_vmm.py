@@ -165,7 +165,7 @@ def measure_pool(
         load1, began, busy = machine.load1(), time.monotonic(), time.process_time()
         us: dict[str, list[float]] = {"pool map": [], "pool unmap": []}
         with CudaVirtualizer(
-            driver, chunks * chunk_bytes, chunk_bytes, [2 * chunks * chunk_bytes]
+            driver, chunks * chunk_bytes, chunk_bytes, {0: 2 * chunks * chunk_bytes}
         ) as pool:
             for first in range(0, 2 * chunks, _RUN * step):
                 taken = list(range(first, first + _RUN * step, step))

@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from crosspool.config.cores import keep_off
+from crosspool.config.device import Device
 from crosspool.transport.messages import Sleep, Slept, StepResult, Wake, Waking, Woken
 from rich.console import Console
 from rich.table import Table
@@ -203,6 +205,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of records")
     given = parser.parse_args(words)
     rounds = 1 if given.quick else given.rounds
+    keep_off([Device("cpu:0")])  # as the launcher does
     paths = models(2, tiny=given.quick, layers=given.layers)
     recorder = Recorder("waking", told=_tell)
     table = Table("wake", "GB/s", "file alone, GB/s", "share", "TBT P50", "TBT P99")

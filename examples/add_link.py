@@ -24,6 +24,8 @@ from crosspool.transport.data_path import (
 
 _HEADER = struct.Struct("<QIII")
 """Epoch, model, layer and rows, as DispatchHeader has them."""
+_REPLIED, _REFUSED = b"+", b"-"
+"""A partial sum follows; none does."""
 
 
 class End:
@@ -61,7 +63,15 @@ class AttentionEnd(End):
     def ready(self) -> bool:
         return bool(select.select([self._peer], [], [], 0)[0])
 
+    def take_refusal(self) -> bool:
+        refused = self._peer.recv(1, socket.MSG_PEEK) == _REFUSED
+        if refused:
+            self._peer.recv(1)
+            self.free = True
+        return refused
+
     def combine(self, out_shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        assert self._peer.recv(1) == _REPLIED
         partial = self._receive_rows(out_shape[0])
         assert partial.shape == tuple(out_shape) and partial.dtype == dtype
         self._count(self._dispatched, partial)
@@ -89,7 +99,12 @@ class FFNEnd(End):
     def reply(self, partial: torch.Tensor) -> None:
         self._count(self.hidden(partial.dtype), partial)
         self._polled = None
-        self._peer.sendall(partial.numpy().tobytes())
+        self._peer.sendall(_REPLIED + partial.numpy().tobytes())
+
+    def refuse(self) -> None:
+        assert self._polled is not None
+        self._polled = None
+        self._peer.sendall(_REFUSED)
 
 
 def main() -> None:
@@ -106,6 +121,7 @@ def main() -> None:
     ffn.reply(2 * ffn.hidden(torch.float32))
     while not attention.ready():
         pass
+    assert not attention.take_refusal()
     partial = attention.combine(rows.shape, torch.float32)
     assert torch.equal(partial, 2 * rows)
     print(f"the attention rank combines {tuple(partial.shape)}; {attention.counters}")

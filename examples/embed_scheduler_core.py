@@ -15,9 +15,9 @@ from pathlib import Path
 import crosspool
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
-from crosspool.models.registry import read_model
+from crosspool.models.registry import specs_of
 from crosspool.scheduler.core import SchedulerCore
-from crosspool.scheduler.protocols import GrammarMatcher
+from crosspool.scheduler.protocols import GrammarMatcher, ModelTools
 from crosspool.scheduler.request import GenerateRequest, Grammar, StopRules
 from crosspool.transport.messages import RowResult, Sampling, Step, StepResult
 
@@ -53,15 +53,19 @@ def carried_out(step: Step) -> StepResult:
 def main() -> None:
     now = 0.0
     deployment = Deployment(
-        models=tuple(ModelConfig(name=name, path=str(DEMO / name)) for name in NAMES),
+        models={n: ModelConfig(name=name, path=str(DEMO / name)) for n, name in enumerate(NAMES)},
+        next_model=len(NAMES),
         kv_pool_devices=(Device("cpu:0"),),
         weight_pool_devices=(Device("cpu:0"),),
         kv_pool_bytes=16 << 20,
         weight_pool_bytes=64 << 20,
         loop="host",  # so that steps come one by one, without leases
     )
-    specs = [read_model(DEMO / name) for name in NAMES]
-    core = SchedulerCore(deployment, specs, [Decoder()] * 2, [NoGrammars()] * 2, clock=lambda: now)
+    tools = {
+        number: ModelTools(spec=spec, decoder=Decoder(), grammars=NoGrammars())
+        for number, spec in specs_of(deployment.models).items()
+    }
+    core = SchedulerCore(deployment, tools, clock=lambda: now)
     for number, prompt in enumerate(([1, 2, 3], [4, 5, 6, 7], [8, 9])):
         core.add(
             GenerateRequest(

@@ -11,6 +11,7 @@ PACKAGE = Path(crosspool.__file__).parent
 LEAVES = {"config", "transport", "observability"}
 ABOVE = {
     "cli": {
+        "checks",
         "server",
         "frontend",
         "scheduler",
@@ -22,7 +23,8 @@ ABOVE = {
         "models",
         "kernels",
     },
-    "server": {"frontend", "scheduler", "weightpool", "models"},
+    "checks": {"kvpool", "weightpool", "models"},
+    "server": {"checks", "frontend", "scheduler", "weightpool", "models"},
     "frontend": {"scheduler", "models"},
     "scheduler": {"kvpool", "weightpool", "models"},
     "ranks": {"kvpool", "weightpool", "models", "kernels"},
@@ -39,6 +41,7 @@ ABOVE = {
 """What each package may import beside the leaves and itself."""
 HEAVY = {"torch", "transformers", "sglang"}
 LIGHT = (
+    "checks/",
     "cli/",
     "config/",
     "scheduler/",

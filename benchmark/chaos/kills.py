@@ -2,12 +2,14 @@
 
     python -m benchmark.chaos.kills [--quick] [--kills 20] [--placements two-devices ...]
         [--victims FFN ...] [--loops resident host] [--dtype bfloat16] [--large] [--seed 0]
+        [--apart 0.3 1.5]
 
 Every server runs the three bundled models, or two checkpoints of 1.7 billion parameters with
---large, of which --clients (20) streams read answers without a
-break. Each question has been asked once before, alone and without kills. A process is killed at a
-random moment after everything is back from the kill before. Exit status 1 where an answer was lost
-or has other tokens, or log-probabilities that differ by more than 0.001.
+--large, of which --clients (20) streams read answers without a break. Each question has been asked
+once before, alone and without kills. A process is killed at a random moment, --apart seconds after
+everything is back from the kill before. What a new request waits for its first token counts as a
+pause, too. Exit status 1 where an answer was lost or has other tokens, or log-probabilities that
+differ by more than 0.001.
 """
 
 from __future__ import annotations
@@ -39,7 +41,6 @@ _CALM_SECONDS = 10.0
 _BACK_SECONDS = 60.0
 """Time that everything gets to be back after a kill."""
 _MOMENTS = (0.3, 1.5)
-"""A kill comes so many seconds after everything is back."""
 _OTHERS = {
     "detokenizer": "crosspool::detokenizer",
     "scheduler": "crosspool::scheduler",
@@ -88,12 +89,13 @@ def large_models() -> list[str]:
 class Killer:
     """Kills processes of ``server`` while ``clients`` streams are read."""
 
-    def __init__(self, server: Server, clients: int, tokens: int, seed: int) -> None:
-        self._server = server
+    def __init__(self, server: Server, options: argparse.Namespace) -> None:
+        self._server, self._moments = server, options.apart
         self._launcher = server.processes()["crosspool::launcher"]
         models = [model["name"] for model in server.status()["models"]]
-        streams = [one for one in questions(models, tokens) if one.streams]
-        self._traffic = Traffic(server.url, streams, clients, seed, left_share=0.0)
+        streams = [one for one in questions(models, options.tokens) if one.streams]
+        seed = options.seed
+        self._traffic = Traffic(server.url, streams, options.clients, seed, left_share=0.0)
         self._rng = random.Random(seed)
         self._killed: set[psutil.Process] = set()
 
@@ -113,7 +115,7 @@ class Killer:
             for _ in range(kills):
                 title = self._rng.choice(titles)
                 await self._back(title)
-                await asyncio.sleep(self._rng.uniform(*_MOMENTS))
+                await asyncio.sleep(self._rng.uniform(*self._moments))
                 process = self._processes(title)[0]
                 process.kill()
                 self._killed.add(process)
@@ -167,7 +169,7 @@ def measure(
         return
     words = flags(placement, loop, options.dtype, "512MiB" if options.large else "64MiB")
     with Server(words, large_models() if options.large else TINY_MODELS, 600.0) as server:
-        killer = Killer(server, options.clients, options.tokens, options.seed)
+        killer = Killer(server, options)
         with asyncio.Runner() as runner:
             runner.run(killer.learn())
             for kind, titles in wanted.items():
@@ -241,6 +243,14 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=_TOKENS, help="of a long answer")
     parser.add_argument("--calm-seconds", type=float, default=_CALM_SECONDS)
+    parser.add_argument(
+        "--apart",
+        nargs=2,
+        type=float,
+        default=_MOMENTS,
+        metavar=("FROM", "TO"),
+        help="seconds between the moment when everything is back and the next kill",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="3 kills, which are not recorded")
     options = parser.parse_args()
@@ -263,6 +273,7 @@ def main() -> int:
                     "clients": options.clients,
                     "tokens": options.tokens,
                     "seed": options.seed,
+                    "apart_s": list(options.apart),
                 }
                 record(recorder, kind, found, parameters, usage)
     CONSOLE.print(made)

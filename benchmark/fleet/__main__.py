@@ -1,16 +1,20 @@
 """Measures more models than fit into the weight pool.
 
     python -m benchmark.fleet first-token [--layers 16] [--rounds 5]
-    python -m benchmark.fleet beside [--layers 4] [--rate 0.5] [--seconds 20] [--rounds 5]
+    python -m benchmark.fleet beside [--layers 4] [--rate 0.5] [--seconds 20] [--rounds 5] [--loads]
+    python -m benchmark.fleet cycles [--cycles 1000] [--registered 100]
     python -m benchmark.fleet turns [--layers 4] [--seconds 30] [--quantum 2]
     python -m benchmark.fleet popularity [--models 8] [--room 3] [--layers 4] [--rate 1]
                                          [--seconds 900] [--llama]
 
 ``first-token`` takes the time from a request to its first token while its model is resident and
 while it is asleep, and the bytes/s of the wake. ``beside`` compares the time between tokens of two
-models while a third wakes and sleeps all the time with that without. ``turns`` has two models asked
-all the time that do not fit together. ``popularity`` has requests for many models, of which some
-are more popular (Zipf), and with ``--llama`` the same ones for ``llama_cpp.server``.
+models while a third wakes and sleeps all the time with that without; with ``--loads``, the third
+is loaded before and unloaded after each time. ``cycles`` loads, wakes and unloads a tiny model
+many times beside two that answer, and tells what is left of it, and what models take that are
+registered and never woken. ``turns`` has two models asked all the time that do not fit together.
+``popularity`` has requests for many models, of which some are more popular (Zipf), and with
+``--llama`` the same ones for ``llama_cpp.server``.
 
 The models are those of ``benchmark.checkpoint``, cut to ``--layers``. The device has all cores but
 one, which is left to the front end. With ``--quick`` the models are tiny, the runs are short, and
@@ -25,7 +29,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmark.fleet import beside, first_token, popularity, taking_turns
+from benchmark.fleet import beside, cycles, first_token, popularity, taking_turns
 from benchmark.fleet.served import cores
 from benchmark.records import Recorder
 
@@ -47,6 +51,10 @@ def main() -> int:
     given.add_argument("--rate", type=float, default=0.5, help="requests/s of each model")
     given.add_argument("--seconds", type=float, default=20.0, help="length of a turn")
     given.add_argument("--rounds", type=int, default=5)
+    given.add_argument("--loads", action="store_true", help="load and unload the third, too")
+    given = programs.add_parser("cycles", parents=[common])
+    given.add_argument("--cycles", type=int, default=1000)
+    given.add_argument("--registered", type=int, default=100, help="models loaded at the end")
     given = programs.add_parser("turns", parents=[common])
     given.add_argument("--seconds", type=float, default=30.0, help="length of each part")
     given.add_argument("--quantum", type=float, default=2.0, help="residency_quantum, in seconds")
@@ -81,9 +89,13 @@ def _measure(given: argparse.Namespace) -> tuple[str, Recorder]:
         case "beside":
             paired = beside.run(
                 layers=layers, tiny=tiny, rate=given.rate, seconds=given.seconds,
-                rounds=given.rounds,
+                rounds=given.rounds, loads=given.loads,
             )  # fmt: skip
             return beside.told(paired), beside.record(paired, model, parameters)
+        case "cycles":
+            del parameters["layers"]  # its models are tiny
+            cycled = cycles.run(cycles=given.cycles, registered=given.registered)
+            return cycles.told(cycled), cycles.record(cycled, "moe-tiny", parameters)
         case "turns":
             turns = taking_turns.run(
                 layers=layers, tiny=tiny, seconds=given.seconds, quantum=given.quantum

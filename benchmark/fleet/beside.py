@@ -1,4 +1,5 @@
-"""Time between tokens of two models while a third wakes and sleeps, against none doing so."""
+"""Time between tokens of two models while a third wakes and sleeps, or comes and goes, against none
+doing so."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from rich.progress import Progress
 
 from benchmark import checkpoint
 from benchmark.client import replay
-from benchmark.fleet.served import Fleet
+from benchmark.fleet.served import Fleet, timed
 from benchmark.http_tbt import make_load
 from benchmark.records import Recorder
 from benchmark.summary import quantile
@@ -32,6 +34,8 @@ class Result:
     """Seconds between tokens, by case and turn."""
     failed: list[str] = field(default_factory=list)
     wake_seconds: list[float] = field(default_factory=list)
+    load_seconds: list[float] = field(default_factory=list)
+    unload_seconds: list[float] = field(default_factory=list)
     usages: list[Usage] = field(default_factory=list)
 
     def ratio(self, q: float) -> float:
@@ -41,16 +45,24 @@ class Result:
 
 
 @contextmanager
-def _waking(server: Fleet, name: str, result: Result) -> Iterator[None]:
-    """Have the model wake and sleep all the time within the ``with``."""
+def _changing(server: Fleet, folder: Path, result: Result, *, loads: bool) -> Iterator[None]:
+    """Have the model wake and sleep all the time within the ``with``; if it ``loads``, it is loaded
+    before and unloaded after each time."""
+    name = folder.name
     over = threading.Event()
     problems: list[Exception] = []
 
     def go_on() -> None:
         try:
             while not over.is_set():
+                if loads:
+                    with timed(result.load_seconds):
+                        server.load(folder)
                 result.wake_seconds.append(server.do("wake", name)["last_wake_seconds"])
                 server.do("sleep", name)
+                if loads:
+                    with timed(result.unload_seconds):
+                        server.unload(name)
         except (RuntimeError, OSError) as error:
             problems.append(error)
 
@@ -65,13 +77,17 @@ def _waking(server: Fleet, name: str, result: Result) -> Iterator[None]:
         raise problems[0]
 
 
-def run(*, layers: int | None, tiny: bool, rate: float, seconds: float, rounds: int) -> Result:
+def run(
+    *, layers: int | None, tiny: bool, rate: float, seconds: float, rounds: int, loads: bool = False
+) -> Result:
     """Take ``rounds`` turns of both cases, each with the same requests at the same times."""
     folders = checkpoint.models(3, tiny=tiny, layers=layers)
     result = Result()
     with Fleet(folders, 3, ["--lanes", "3"]) as server, Progress(refresh_per_second=2) as progress:
-        *busy, sleeper = server.names
+        busy = server.names[:2]
         server.pack_all()
+        if loads:
+            server.unload(folders[2].name)
         for name in busy:
             server.do("pin", name)
         replay(server.url, make_load(busy, rate, 3.0, np.random.default_rng(99)))
@@ -81,8 +97,12 @@ def run(*, layers: int | None, tiny: bool, rate: float, seconds: float, rounds: 
             for case in CASES[:: -1 if turn % 2 else 1]:
                 progress.update(task, description=f"round {turn + 1}: {case}")
                 server.wait_idle()
-                waking = _waking(server, sleeper, result) if case == "beside" else nullcontext()
-                with Usage(server) as usage, waking:
+                changing = (
+                    _changing(server, folders[2], result, loads=loads)
+                    if case == "beside"
+                    else nullcontext()
+                )
+                with Usage(server) as usage, changing:
                     answers = replay(server.url, load).answers
                 result.usages.append(usage)
                 result.failed += [a.error or str(a.status) for a in answers if not a.complete]
@@ -98,6 +118,7 @@ def record(result: Result, model: str, parameters: dict[str, Any]) -> Recorder:
         if case == "beside":
             ratios = {"ratio": result.ratio(0.5), "ratio_p99": result.ratio(0.99)}
             wakes = {"wakes": len(result.wake_seconds), "failed": len(result.failed)}
+            wakes["loads"] = len(result.load_seconds)
             more = {"ratio_to": "without", "limit": LIMIT, **ratios, **wakes}
         gaps = [gap for turn in result.tbt[case] for gap in turn]
         recorder.add(
@@ -113,9 +134,15 @@ def told(result: Result) -> str:
         for case, turns in result.tbt.items()
     }
     wakes = result.wake_seconds
+    loads = ""
+    if result.load_seconds:
+        loads = (
+            f", {len(result.load_seconds)} loads of {quantile(result.load_seconds, 0.5):.2f} s and "
+            f"unloads of {quantile(result.unload_seconds, 0.5):.2f} s"
+        )
     return (
         f"TBT P99 {p99['without']:.1f} ms without, {p99['beside']:.1f} ms beside "
-        f"{len(wakes)} wakes of {quantile(wakes, 0.5):.2f} s; paired ratio P50 "
+        f"{len(wakes)} wakes of {quantile(wakes, 0.5):.2f} s{loads}; paired ratio P50 "
         f"{result.ratio(0.5):.2f}, P99 {result.ratio(0.99):.2f} (<= {LIMIT}); "
         f"{len(result.failed)} failed"
     )

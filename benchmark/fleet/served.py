@@ -77,18 +77,30 @@ class Fleet(Server):
     def do(self, what: str, name: str) -> dict[str, Any]:
         """Wake the model, put it to ``sleep`` or ``pin`` it; return what is told of it then. Raises
         RuntimeError when that fails."""
+        return self._call("POST", f"/{name}/{what}")
+
+    def load(self, folder: Path, name: str | None = None) -> dict[str, Any]:
+        """Have a further model served; return what is told of it. Raises RuntimeError when that
+        fails."""
+        return self._call("POST", "", {"path": str(folder), "name": name or folder.name})
+
+    def unload(self, name: str) -> None:
+        """Have a model served no more. Raises RuntimeError when that fails."""
+        self._call("DELETE", f"/{name}")
+
+    def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         connection = http.client.HTTPConnection("admin", timeout=_WAIT_SECONDS)
         connection.sock = socket.socket(socket.AF_UNIX)
         connection.sock.settimeout(_WAIT_SECONDS)
         connection.sock.connect(str(find_running(self.port).admin_socket))
         try:
-            connection.request("POST", f"/crosspool/models/{name}/{what}")
+            connection.request(method, f"/crosspool/models{path}", json.dumps(body or {}))
             answer = connection.getresponse()
             told: dict[str, Any] = json.loads(answer.read())
         finally:
             connection.close()
-        if answer.status != 200:
-            raise RuntimeError(f"{what} {name}: {told['error']['message']}")
+        if answer.status not in (200, 201):
+            raise RuntimeError(f"{method} {path}: {told['error']['message']}")
         return told
 
     def pack_all(self) -> None:
@@ -99,6 +111,14 @@ class Fleet(Server):
         for name in self.names:
             self.do("wake", name)
             self.do("sleep", name)
+
+
+@contextmanager
+def timed(seconds: list[float]) -> Iterator[None]:
+    """Add the time within the ``with`` to ``seconds``."""
+    began = time.perf_counter()
+    yield
+    seconds.append(time.perf_counter() - began)
 
 
 class States:

@@ -32,8 +32,8 @@ def _pool(platform: Platform, name: str) -> Iterator[tuple[CudaVirtualizer, torc
     driver, shape = platform.driver(), kv_shape(spec_of(platform, name))
     chunk = driver.granularity
     own = -(-math.prod(shape) * torch.float32.itemsize // chunk)
-    ranges = [own * chunk, _OTHER_CHUNKS * chunk]
-    with CudaVirtualizer(driver, sum(ranges), chunk, ranges) as pool:
+    ranges = {0: own * chunk, 1: _OTHER_CHUNKS * chunk}
+    with CudaVirtualizer(driver, sum(ranges.values()), chunk, ranges) as pool:
         yield pool, pool.tensor(0, shape, torch.float32), own
 
 

@@ -161,6 +161,7 @@ void engine(int steps) {
   LoopDescription description{};
   description.models = &table;
   description.model_count = 1;
+  description.model_places = 1;
   description.lanes = 1;
   description.max_rows = 8;
   description.doorbell = &doorbell;

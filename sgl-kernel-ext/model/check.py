@@ -35,7 +35,17 @@ _LOOK_S = 0.05
 
 
 @dataclass(frozen=True)
-class Case:
+class _Case:
+    """What all cases have in common."""
+
+    model: ClassVar[Path]
+
+    def __str__(self) -> str:
+        return " ".join(f"{value} {name.replace('_', ' ')}" for name, value in asdict(self).items())
+
+
+@dataclass(frozen=True)
+class Case(_Case):
     """One deployment, and what happens in it."""
 
     model: ClassVar[Path] = _FOLDER / "lanes.pml"
@@ -48,12 +58,9 @@ class Case:
     """The largest number of layers of a step."""
     restarts: int
 
-    def __str__(self) -> str:
-        return " ".join(f"{value} {name.replace('_', ' ')}" for name, value in asdict(self).items())
-
 
 @dataclass(frozen=True)
-class CommandCase:
+class CommandCase(_Case):
     """One host with its loop."""
 
     model: ClassVar[Path] = _FOLDER / "commands.pml"
@@ -64,12 +71,9 @@ class CommandCase:
     spare: int
     """Slots of the event ring beyond its reserve."""
 
-    def __str__(self) -> str:
-        return " ".join(f"{value} {name}" for name, value in asdict(self).items())
-
 
 @dataclass(frozen=True)
-class ReplayCase:
+class ReplayCase(_Case):
     """A scheduler with attention ranks that die."""
 
     model: ClassVar[Path] = _FOLDER / "replay.pml"
@@ -80,9 +84,6 @@ class ReplayCase:
     lease: int
     """Number of tokens of a lease."""
     restarts: int
-
-    def __str__(self) -> str:
-        return " ".join(f"{value} {name}" for name, value in asdict(self).items())
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,7 @@ std::vector<ModelTable> tables(std::array<TinyModel, 2>& models, std::vector<flo
   for (int i = 0; i < 2; ++i) {
     float* kv = caches == nullptr ? nullptr : caches[i].data();
     out.push_back(models[i].view(kv, first, held, shared, ranks)->table);
+    out.back().number = i;
   }
   return out;
 }
@@ -186,6 +187,7 @@ class Device {
         description_(description) {
     description_.models = models_.data();
     description_.model_count = static_cast<std::int32_t>(models_.size());
+    description_.model_places = 4;
     description_.outgoing = outgoing_.data();
     description_.outgoing_count = static_cast<std::int32_t>(outgoing_.size());
     description_.incoming = incoming_.data();
@@ -229,7 +231,8 @@ class Device {
 
 // The devices of a setup, and all that they share.
 struct Rig {
-  Rig(std::array<TinyModel, 2>& models, const Setup& setup, bool asleep = false)
+  // `known`: how many of the models are there from the start.
+  Rig(std::array<TinyModel, 2>& models, const Setup& setup, bool asleep = false, int known = 2)
       : caches{models[0].cache(), models[1].cache()}, memory(setup.lanes), local(setup.lanes) {
     const bool split = setup.placement == Placement::kSplit;
     const bool one = setup.placement == Placement::kOne;
@@ -252,26 +255,30 @@ struct Rig {
     if (description.ffn_rank == 0) description.local_counters = local.data();
     const std::int32_t held = one ? TinyModel::kExperts : split ? kHalf : -1;
     const auto sleeping = [&](std::vector<ModelTable> tables) {
-      tables[0].asleep = asleep ? 1 : 0;
+      tables[0].weights = asleep ? Weights::kLater : Weights::kHere;
       return tables;
     };
-    attention = std::make_unique<Device>(setup.threads,
-                                         sleeping(tables(models, caches, 0, held, true, ranks)),
-                                         description, outgoing, std::vector<LinkDescription>{});
+    const auto start = [&](std::vector<ModelTable> tables) {
+      tables.resize(static_cast<std::size_t>(known));
+      return tables;
+    };
+    attention_tables = sleeping(tables(models, caches, 0, held, true, ranks));
+    attention = std::make_unique<Device>(setup.threads, start(attention_tables), description,
+                                         outgoing, std::vector<LinkDescription>{});
     if (one) return;
     LoopDescription other{};
     other.spin_ns = other.busy_spin_ns = setup.spin_ns;
     other.attention_rank = -1;
     other.ffn_rank = remote;
     other.doorbell = &ffn_bell.doorbell;
-    ffn = std::make_unique<Device>(
-        setup.threads,
-        sleeping(split ? tables(models, nullptr, kHalf, kHalf, false, ranks)
-                       : tables(models, nullptr, 0, TinyModel::kExperts, true, ranks)),
-        other, std::vector<LinkDescription>{}, incoming);
+    ffn_tables = sleeping(split ? tables(models, nullptr, kHalf, kHalf, false, ranks)
+                                : tables(models, nullptr, 0, TinyModel::kExperts, true, ranks));
+    ffn = std::make_unique<Device>(setup.threads, start(ffn_tables), other,
+                                   std::vector<LinkDescription>{}, incoming);
   }
 
   std::vector<float> caches[2];
+  std::vector<ModelTable> attention_tables, ffn_tables;
   Memory memory;
   Bell attention_bell, ffn_bell;
   std::vector<LinkCounters> local;
@@ -348,24 +355,30 @@ std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, con
   return out;
 }
 
-// Sends a step with all requests of a model.
+// Sends a step with all requests of a model; `as`: the number that it has, if it is another one.
 std::unique_ptr<SentStep> send_all(Device& device, std::vector<Request>& requests, int model,
-                                   std::uint64_t number) {
+                                   std::uint64_t number, std::int32_t as = -1) {
   std::vector<Request*> batch;
   for (Request& request : requests) {
     if (request.model == model) batch.push_back(&request);
   }
   auto step = std::make_unique<SentStep>(number, batch, 64, 1);
+  if (as >= 0) step->arguments.model = as;
   device.loop().push(
       {CommandKind::kStep, 0, number, reinterpret_cast<std::uintptr_t>(&step->arguments), 0});
   return step;
 }
 
-Event expect(Device& device, EventKind kind) {
+Event next_event(Device& device) {
   Event event{};
   for (int silence = 0; !device.next(&event, 20); ++silence) {
     if (silence > 1000) fail("engine_stress: no event came in 20 s");
   }
+  return event;
+}
+
+Event expect(Device& device, EventKind kind) {
+  const Event event = next_event(device);
   if (event.kind != kind) {
     fail("engine_stress: event %u instead of %u", static_cast<unsigned>(event.kind),
          static_cast<unsigned>(kind));
@@ -443,6 +456,62 @@ void run_asleep(std::array<TinyModel, 2>& models, const Setup& setup) {
   }
 }
 
+// The second model comes while steps of the first are under way, leaves, and comes again under
+// further numbers, each time with the same tokens. An FFN rank that has not been told of it yet has
+// its dispatches wait, and refuses those of a model that it cannot take or that has left.
+void run_coming(std::array<TinyModel, 2>& models, const Setup& setup) {
+  Rig rig(models, setup, false, 1);
+  Device& attention = *rig.attention;
+  std::vector<Request> requests = make_requests();
+  std::vector<std::int32_t> first;
+  std::uint64_t number = 0;
+  const auto change = [](Device& device, CommandKind kind, std::int32_t model, ModelTable* table) {
+    if (table != nullptr) table->number = model;
+    device.loop().push(
+        {kind, static_cast<std::uint32_t>(model), 0, reinterpret_cast<std::uintptr_t>(table), 0});
+  };
+  const auto expect_change = [](Device& device, EventKind kind, std::int32_t model) {
+    if (expect(device, kind).lane != static_cast<std::uint32_t>(model)) {
+      fail("engine_stress: another model has come or left");
+    }
+  };
+  for (std::int32_t model : {1, 3, 6, 9}) {  // of 4 places; the first has model 0
+    const auto before = send_all(attention, requests, 0, ++number);
+    change(attention, CommandKind::kAdd, model, &rig.attention_tables[1]);
+    bool came = false, done = false;  // in any order
+    for (int i = 0; i < 2; ++i) {
+      const EventKind kind = next_event(attention).kind;
+      came |= kind == EventKind::kAdded;
+      done |= kind == EventKind::kDone;
+    }
+    if (!came || !done) fail("engine_stress: a model has not come, or a step has not ended");
+    const auto step = send_all(attention, requests, 1, ++number, model);
+    if (rig.ffn != nullptr) {
+      change(*rig.ffn, CommandKind::kAdd, model, &rig.ffn_tables[1]);
+      expect_change(*rig.ffn, EventKind::kAdded, model);
+    }
+    expect(attention, EventKind::kDone);
+    if (first.empty()) first = step->chosen;
+    if (step->chosen != first) fail("engine_stress: a model that comes again has other tokens");
+    if (rig.ffn != nullptr) {
+      change(*rig.ffn, CommandKind::kRemove, model, nullptr);
+      expect_change(*rig.ffn, EventKind::kRemoved, model);
+      const auto late = send_all(attention, requests, 1, ++number, model);
+      expect(attention, EventKind::kRefused);
+      ModelTable never{};
+      never.weights = Weights::kNever;
+      change(*rig.ffn, CommandKind::kAdd, model, &never);
+      expect_change(*rig.ffn, EventKind::kAdded, model);
+      const auto refused = send_all(attention, requests, 1, ++number, model);
+      expect(attention, EventKind::kRefused);
+      change(*rig.ffn, CommandKind::kRemove, model, nullptr);
+      expect_change(*rig.ffn, EventKind::kRemoved, model);
+    }
+    change(attention, CommandKind::kRemove, model, nullptr);
+    expect_change(attention, EventKind::kRemoved, model);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -480,8 +549,10 @@ int main(int argc, char** argv) {
   for (const Setup& setup : {Setup{Placement::kOne, 2, 2}, Setup{Placement::kOne, 1, 1},
                              Setup{Placement::kTwo, 2, 2}, Setup{Placement::kSplit, 1, 2}}) {
     run_asleep(models, setup);
+    run_coming(models, setup);
   }
   std::printf("a model that sleeps: its steps wait for their layers, or are refused\n");
+  std::printf("a model that comes and leaves, under numbers of its own: the same tokens\n");
   std::size_t different = 0;
   for (const auto& tokens : expected) different += tokens.back() != expected[0].back();
   if (different == 0) fail("engine_stress: all requests end alike, so the models do nothing");

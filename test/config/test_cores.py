@@ -100,7 +100,8 @@ def test_a_device_s_core_is_left_to_its_team() -> None:
 def test_front_end_processes_keep_off_the_devices_cores(tmp_path: Path) -> None:
     save(
         Deployment(
-            models=(ModelConfig(name="m", path=str(DEMO / "tiny-qwen3-moe")),),
+            models={0: ModelConfig(name="m", path=str(DEMO / "tiny-qwen3-moe"))},
+            next_model=1,
             kv_pool_devices=(Device(FIRST),),
             weight_pool_devices=(Device(FIRST),),
             kv_pool_bytes=1 << 24,

@@ -32,6 +32,19 @@ def test_full_collections_are_rare() -> None:
     )
 
 
+def test_nothing_is_collected_while_something_is_imported() -> None:
+    run_alone(
+        "import gc; from crosspool.config.process import without_collections;"
+        "begun = [now['collections'] for now in gc.get_stats()];"
+        "keep = without_collections(); keep.__enter__();"
+        "kept = [[] for _ in range(100_000)];"
+        "assert [now['collections'] for now in gc.get_stats()] == begun;"
+        "keep.__exit__(None, None, None);"
+        "kept += [[] for _ in range(100_000)];"
+        "assert gc.get_stats()[0]['collections'] > begun[0] + 10"
+    )
+
+
 def run_alone(code: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False

@@ -23,7 +23,8 @@ def temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 def deployment(folder: RuntimeDir, port: int) -> Deployment:
     return Deployment(
-        models=(ModelConfig(name="a", path="/a"),),
+        models={0: ModelConfig(name="a", path="/a")},
+        next_model=1,
         kv_pool_devices=(Device("cpu"),),
         weight_pool_devices=(Device("cpu"),),
         kv_pool_bytes=1,
@@ -53,6 +54,21 @@ def test_a_running_deployment_is_found_by_its_lock() -> None:
     assert not first.path.exists()
     assert find_running().port == 2
     second.close()
+
+
+def test_a_server_of_another_version_hides_no_other() -> None:
+    other, own = RuntimeDir(), RuntimeDir()
+    save(deployment(other, 1))
+    save(deployment(own, 2))
+    file = other.path / "deployment.json"
+    file.write_text(file.read_text().replace('"models":{', '"models":{"new":0,'))
+    assert find_running(port=2) == deployment(own, 2)
+    with pytest.raises(ConfigError, match="on port 1 is of another version of CrossPool"):
+        find_running(port=1)
+    own.close()
+    with pytest.raises(ConfigError, match="on port 1 is of another version of CrossPool"):
+        find_running()
+    other.close()
 
 
 def test_what_a_killed_launcher_left_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:

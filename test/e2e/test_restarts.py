@@ -29,6 +29,7 @@ DEPLOYMENTS = {
     ],
 }
 PLACES = [(name, loop) for name in DEPLOYMENTS for loop in ("resident", "host")]
+FAST = [("two devices", "resident")]
 
 
 def devices(server: Server) -> list[psutil.Process]:
@@ -50,7 +51,7 @@ def wait_until_back(server: Server, count: int, limit: float = 60) -> None:
 
 @pytest.fixture(
     scope="module",
-    params=slow_but([("two devices", "resident")], PLACES),
+    params=slow_but(FAST, PLACES),
     ids=", ".join,
 )
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
@@ -65,15 +66,14 @@ def test_killed_devices_lose_no_request_and_change_no_token(server: Server) -> N
     load = Load(server, asks(TINY_MODELS, 12))
     before = restarts(server)
     with load.running():
-        for number in range(4):
-            time.sleep(1 + 0.3 * number)
+        for number in range(3):
+            load.flow()
+            time.sleep(0.1 * number)
             processes = devices(server)
             processes[number % len(processes)].kill()
             wait_until_back(server, before + number + 1)
-        answered = load.answers
-        time.sleep(1)
+        load.answer_all()
     assert not load.problems, load.problems[0]
-    assert load.answers > answered > 0
     status = server.get("/crosspool/status")
     assert sum(device["seconds_away"] for device in status["devices"]) > 0
     assert sum(model["replayed_requests"] for model in status["models"]) > 0
@@ -89,29 +89,28 @@ def test_all_devices_die_at_once_and_once_more_while_they_come_back(server: Serv
     load = Load(server, asks(TINY_MODELS, 6))
     before, count = restarts(server), len(devices(server))
     with load.running():
-        time.sleep(1)
+        load.flow()
         for _ in range(2):
             for process in devices(server):
                 process.kill()
             time.sleep(0.8)
         wait_until_back(server, before + count)
-        time.sleep(1)
+        load.answer_all()
     assert not load.problems, load.problems[0]
-    assert load.answers > 0
 
 
 def test_a_stopped_device_is_replaced_in_seconds(server: Server) -> None:
     load = Load(server, asks(TINY_MODELS, 6))
     before = restarts(server)
     with load.running():
-        time.sleep(1)
         for number, process in enumerate(devices(server)):
+            load.flow()
             process.suspend()
-            _, alive = psutil.wait_procs([process], timeout=5)
+            _, alive = psutil.wait_procs([process], timeout=10)
             assert not alive
             wait_until_back(server, before + number + 1)
+        load.answer_all()
     assert not load.problems, load.problems[0]
-    assert load.answers > 0
 
 
 def incarnation(server: Server) -> int:
@@ -140,30 +139,39 @@ def kill(server: Server, name: str) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("victim", ["scheduler", "grammars"])
-def test_another_scheduler_goes_on_with_every_request(server: Server, victim: str) -> None:
-    """One that is killed, or that gives up since nobody compiles grammars for it any more."""
+# A scheduler does not know how the FFN ranks of a model share its weights.
+in_places_that_schedulers_tell_apart = pytest.mark.parametrize(
+    "server",
+    slow_but(FAST, [place for place in PLACES if "EP" not in place[0]]),
+    ids=", ".join,
+    indirect=True,
+)
+
+
+@in_places_that_schedulers_tell_apart
+def test_another_scheduler_goes_on_with_every_request(server: Server) -> None:
+    """One is killed, and one gives up since nobody compiles grammars for it any more."""
     load = Load(server, asks(TINY_MODELS, 12))
     number = incarnation(server)
     with load.running():
-        for pause in (1.0, 1.7):
-            time.sleep(pause)
+        for victim in ("scheduler", "grammars"):
+            load.flow()
             kill(server, f"crosspool::{victim}")
             number += 1
             wait_for_scheduler(server, number)
-        time.sleep(1)
+        load.answer_all()
     assert not load.problems, load.problems[0]
-    assert load.answers >= len(load.asks)
     status = server.get("/crosspool/status")
     assert all(rank["promised_bytes"] == 0 for rank in status["ranks"])
     assert not any(model["running"] or model["waiting"] for model in status["models"])
 
 
+@in_places_that_schedulers_tell_apart
 def test_the_scheduler_dies_with_everything_else_and_once_more(server: Server) -> None:
     load = Load(server, asks(TINY_MODELS, 9))
     number = incarnation(server)
     with load.running():
-        time.sleep(1)
+        load.flow()
         for others in (["crosspool::device"], ["crosspool::detokenizer", "crosspool::device"]):
             for name in (*others, "crosspool::scheduler"):
                 kill(server, name)
@@ -173,23 +181,23 @@ def test_the_scheduler_dies_with_everything_else_and_once_more(server: Server) -
         time.sleep(0.1)
         kill(server, "crosspool::scheduler")
         wait_for_scheduler(server, number + 3)
-        time.sleep(1)
+        load.answer_all()
     assert not load.problems, load.problems[0]
-    assert load.answers > 0
 
 
+@in_places_that_schedulers_tell_apart
 def test_a_stopped_scheduler_is_replaced_in_seconds(server: Server) -> None:
     load = Load(server, asks(TINY_MODELS, 6))
     number = incarnation(server)
     with load.running():
-        time.sleep(1)
+        load.flow()
         process = server.find("crosspool::scheduler")
         process.suspend()
-        _, alive = psutil.wait_procs([process], timeout=5)
+        _, alive = psutil.wait_procs([process], timeout=10)
         assert not alive
         wait_for_scheduler(server, number + 1)
+        load.answer_all()
     assert not load.problems, load.problems[0]
-    assert load.answers > 0
 
 
 def test_a_device_that_dies_at_each_start_ends_the_server() -> None:

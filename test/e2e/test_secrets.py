@@ -21,8 +21,9 @@ from crosspool.config.deployment import Deployment
 from crosspool.config.runtime_dir import find_running
 from crosspool.config.sglang_flags import HIDDEN
 from crosspool.frontend import compat
-from crosspool.server.app import App, State
+from crosspool.server.state import State
 from crosspool.transport import admin
+from support.http_app import http_app
 from support.server import TINY_MODELS, Server
 
 MODEL = TINY_MODELS[0]
@@ -99,7 +100,7 @@ def mounted(deployment: Deployment) -> set[str]:
     from sglang.srt.entrypoints import http_server
 
     scheduler = admin.AsyncAdmin(zmq.asyncio.Context(), deployment.admin_address)
-    own = App(deployment, State(), scheduler)
+    own = http_app(deployment, State(), scheduler)
     routes: list[Any] = [*own.routes, *http_server.app.routes]
     routers = [route.original_router for route in routes if not hasattr(route, "path")]
     routes += [route for router in routers for route in router.routes]

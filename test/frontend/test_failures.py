@@ -235,7 +235,7 @@ def test_a_device_that_goes_away_and_comes_back_loses_no_request(
             status, answer, _ = run.result()
             assert status == 200, answer
             assert answer["choices"] == expected
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while server.request("/health?strict=1")[0] != 200:
         assert time.monotonic() < deadline
     (back,) = server.request("/crosspool/status", headers=ADMIN)[1]["devices"]
@@ -375,11 +375,11 @@ def test_a_silent_device_ends_the_server_within_watchdog_and_grace(
         status, answer, _ = running.request("/v1/completions", COMPLETION)
         assert status == 503 and "has not finished step" in answer["error"]["message"]
         while running.request("/health")[0] == 200:
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 40
         status, answer, _ = running.request("/health")
         assert status in (0, 503)
         assert running.processes["http"].wait(20) == CANNOT_SERVE
-        assert 2.0 <= time.monotonic() - began < 20
+        assert 2.0 <= time.monotonic() - began < 60
         assert "the http process ends: attention rank 0" in running.log.read_text()
     finally:
         running.stop()

@@ -67,6 +67,7 @@ THROUGH_VALUES = {
         "max_req_input_len",
         "recv_from_detokenizer",
         "rid_to_state",
+        "send_to_scheduler",
         "server_status",
         "soft_watchdog",
         "startup_time",

@@ -41,10 +41,20 @@ NUMBERS = {
     "CommandKind::kStep": es.STEP,
     "CommandKind::kResume": es.RESUME,
     "CommandKind::kRecall": es.RECALL,
+    "CommandKind::kClose": es.CLOSE,
+    "CommandKind::kAdd": es.ADD,
+    "CommandKind::kRemove": es.REMOVE,
     "EventKind::kDone": es.DONE,
     "EventKind::kLogits": es.LOGITS,
     "EventKind::kTokens": es.TOKENS,
     "EventKind::kFailed": es.FAILED,
+    "EventKind::kRefused": es.REFUSED,
+    "EventKind::kClosed": es.CLOSED,
+    "EventKind::kAdded": es.ADDED,
+    "EventKind::kRemoved": es.REMOVED,
+    "Weights::kHere": es.HERE,
+    "Weights::kLater": es.LATER,
+    "Weights::kNever": es.NEVER,
     "kPanel": ns.PANEL,
     "kDepth": ns.DEPTH,
     "CROSSPOOL_ABI_VERSION": native.ABI_VERSION,
@@ -62,7 +72,7 @@ def mirrors() -> list[type[ctypes.Structure]]:
 
 
 def test_every_field_lies_where_the_header_has_it(tmp_path: Path) -> None:
-    assert len(mirrors()) == 36 and set(es.MIRRORED) < set(mirrors())
+    assert len(mirrors()) == 38 and set(es.MIRRORED) < set(mirrors())
     claims = []
     for mirror in mirrors():
         claims += same_layout(mirror, RENAMED.get(mirror))

@@ -53,12 +53,12 @@ class AgainstBruteForce(RuleBasedStateMachine):
         self.ceilings = [ceiling for _, ceiling in bounds[:models]] if bounds else [99] * models
         # a page of 320 bytes has room beside other models' floors
         self.budget = max(budget, 6 + sum(self.floors))
-        layouts = [KVLayout(model(nbytes), 1, chunk_bytes) for nbytes in page_bytes]
+        layouts = {n: KVLayout(model(size), 1, chunk_bytes) for n, size in enumerate(page_bytes)}
         self.allocator = (
             PageAllocator(
                 self.budget,
                 layouts,
-                Bounds(self.budget, tuple(self.floors), tuple(self.ceilings)),
+                Bounds(self.budget, dict(enumerate(self.floors)), dict(enumerate(self.ceilings))),
             )
             if bounds
             else PageAllocator(self.budget, layouts)
@@ -200,7 +200,7 @@ TestAllocator = AgainstBruteForce.TestCase
 
 
 def test_the_whole_budget_is_one_models_when_it_is_alone():
-    layouts = [KVLayout(model(104), 16, 4096), KVLayout(model(8), 16, 4096)]
+    layouts = {0: KVLayout(model(104), 16, 4096), 1: KVLayout(model(8), 16, 4096)}
     allocator = PageAllocator(13, layouts)
     everything = allocator.take(0, allocator.capacity(0))
     assert everything == list(range(13 * 4096 // (104 * 16)))
@@ -213,8 +213,8 @@ def test_the_whole_budget_is_one_models_when_it_is_alone():
 
 
 def test_a_floor_is_kept_from_others_promises_but_not_from_what_they_cache():
-    layouts = [KVLayout(model(64), 1, 64)] * 2
-    allocator = PageAllocator(10, layouts, Bounds(10, floors=(0, 4), ceilings=(10, 10)))
+    layouts = dict.fromkeys(range(2), KVLayout(model(64), 1, 64))
+    allocator = PageAllocator(10, layouts, Bounds(10, floors={0: 0, 1: 4}, ceilings={0: 10, 1: 10}))
     assert allocator.capacity(0) == 6 and not allocator.fits(0, 7)
     first = allocator.take(0, 6)
     assert not allocator.fits(0, 1) and allocator.fits(1, 4)
@@ -225,8 +225,8 @@ def test_a_floor_is_kept_from_others_promises_but_not_from_what_they_cache():
 
 
 def test_a_ceiling_bounds_promises_only():
-    layouts = [KVLayout(model(64), 1, 64)] * 2
-    allocator = PageAllocator(10, layouts, Bounds(10, floors=(0, 0), ceilings=(3, 10)))
+    layouts = dict.fromkeys(range(2), KVLayout(model(64), 1, 64))
+    allocator = PageAllocator(10, layouts, Bounds(10, floors={0: 0, 1: 0}, ceilings={0: 3, 1: 10}))
     assert allocator.capacity(0) == 3
     for _ in range(3):
         allocator.keep(0, allocator.take(0, 3))
@@ -235,12 +235,12 @@ def test_a_ceiling_bounds_promises_only():
 
 def test_a_budget_without_one_page_names_the_field():
     with pytest.raises(ConfigError, match=r"kv_pool_bytes.*model 1"):
-        PageAllocator(1, [KVLayout(model(8), 1, 64), KVLayout(model(72), 1, 64)])
+        PageAllocator(1, {0: KVLayout(model(8), 1, 64), 1: KVLayout(model(72), 1, 64)})
 
 
 def test_taking_among_100k_pages_is_fast():
     layout = KVLayout(model(20_000), 10, 2 << 20)
-    allocator = PageAllocator(10_000, [layout] * 3)
+    allocator = PageAllocator(10_000, dict.fromkeys(range(3), layout))
     assert allocator.capacity(0) > 100_000
     live, seconds = [], []
     for turn in range(200):
@@ -254,3 +254,32 @@ def test_taking_among_100k_pages_is_fast():
             allocator.keep(index, pages[::2])
             allocator.free(index, pages[1::2])
     assert sorted(seconds)[len(seconds) // 2] < 0.004
+
+
+def test_models_come_and_go_while_others_have_pages():
+    layouts = {3: KVLayout(model(64), 1, 64)}
+    bounds = Bounds.without_floors(10, layouts)
+    allocator = PageAllocator(10, layouts, bounds)
+    others = allocator.take(3, 4)
+    bounds.floors[260], bounds.ceilings[260] = 2, 10
+    allocator.add(260, KVLayout(model(128), 1, 64))
+    assert allocator.within_bounds()
+    assert not allocator.fits(3, 5) and allocator.fits(3, 4), "the floor of the other counts"
+    pages = allocator.take(260, 3)
+    with pytest.raises(ValueError, match="model 260 has 3 pages"):
+        allocator.remove(260)
+    allocator.free(260, pages)
+    allocator.remove(260)
+    bounds.remove(260)
+    assert allocator.fits(3, 6) and allocator.free_chunks == 6
+    allocator.free(3, others)
+
+
+def test_a_floor_that_others_have_taken_is_noticed():
+    layouts = {0: KVLayout(model(64), 1, 64)}
+    bounds = Bounds.without_floors(10, layouts)
+    allocator = PageAllocator(10, layouts, bounds)
+    allocator.take(0, 8)
+    bounds.floors[1], bounds.ceilings[1] = 3, 10
+    allocator.add(1, KVLayout(model(64), 1, 64))
+    assert not allocator.within_bounds()

@@ -32,7 +32,9 @@ def calls(driver: FakeCuda, *names: str) -> list[tuple[str, tuple[int, ...]]]:
 
 def test_all_memory_is_created_ahead(driver):
     seen = []
-    with CudaVirtualizer(driver, 6 * CHUNK + 5, CHUNK, [CHUNK, 3 * CHUNK - 1], seen.append) as pool:
+    with CudaVirtualizer(
+        driver, 6 * CHUNK + 5, CHUNK, {0: CHUNK, 1: 3 * CHUNK - 1}, seen.append
+    ) as pool:
         assert driver.used == pool.budget_bytes == pool.free_bytes == 6 * CHUNK
         assert seen == [CHUNK] * 6
         driver.calls.clear()
@@ -44,7 +46,7 @@ def test_all_memory_is_created_ahead(driver):
 
 
 def test_access_is_set_once_for_each_run_of_neighbours(driver):
-    with CudaVirtualizer(driver, 16 * CHUNK, CHUNK, [16 * CHUNK]) as pool:
+    with CudaVirtualizer(driver, 16 * CHUNK, CHUNK, {0: 16 * CHUNK}) as pool:
         base = pool.tensor(0, (1,), torch.uint8).data_ptr()
         driver.calls.clear()
         pool.map(0, [7, 2, 3, 1, 9, 8, 12])
@@ -65,7 +67,7 @@ def test_what_may_wait_for_kernels_happens_while_the_loop_is_stopped(driver):
         yield
         stopped.append([name for name, _ in driver.calls[before:]])
 
-    pool = CudaVirtualizer(driver, 4 * CHUNK, CHUNK, [4 * CHUNK])
+    pool = CudaVirtualizer(driver, 4 * CHUNK, CHUNK, {0: 4 * CHUNK})
     pool.quiesced = quiesced
     driver.calls.clear()
     pool.map(0, [1, 2])
@@ -79,7 +81,7 @@ def test_what_may_wait_for_kernels_happens_while_the_loop_is_stopped(driver):
 
 
 def test_access_is_asked_for_again_while_work_is_queued(driver):
-    with CudaVirtualizer(driver, 4 * CHUNK, CHUNK, [4 * CHUNK]) as pool:
+    with CudaVirtualizer(driver, 4 * CHUNK, CHUNK, {0: 4 * CHUNK}) as pool:
         kv = pool.tensor(0, (4, CHUNK), torch.uint8)
         driver.calls.clear()
         driver.not_ready = 3
@@ -92,7 +94,7 @@ def test_access_is_asked_for_again_while_work_is_queued(driver):
 def test_work_that_never_ends_is_an_error_and_nothing_is_mapped(driver, monkeypatch):
     soon = functools.partial(allow_access, patience_s=0.05)
     monkeypatch.setattr(cuda_virtualizer, "allow_access", soon)
-    with CudaVirtualizer(driver, 4 * CHUNK, CHUNK, [4 * CHUNK]) as pool:
+    with CudaVirtualizer(driver, 4 * CHUNK, CHUNK, {0: 4 * CHUNK}) as pool:
         driver.not_ready = 10**6
         said = r"set_access: CUDA_ERROR_NOT_READY \(for 0.05 s: the work queued on cuda:0 does not"
         with pytest.raises(CudaError, match=said):
@@ -114,14 +116,14 @@ def test_work_that_never_ends_is_an_error_and_nothing_is_mapped(driver, monkeypa
 )
 def test_bad_sizes_name_the_field_and_leave_nothing(driver, budget, chunk, message):
     with pytest.raises(ConfigError, match=message):
-        CudaVirtualizer(driver, budget, chunk, [CHUNK])
+        CudaVirtualizer(driver, budget, chunk, {0: CHUNK})
     assert driver.is_clean
 
 
 def test_memory_that_ends_while_it_is_taken_names_the_field(driver):
     driver.fail["create"] = 3, OUT_OF_MEMORY
     with pytest.raises(ConfigError, match=r"kv_pool_bytes: .* that cuda:0 has free"):
-        CudaVirtualizer(driver, 8 * CHUNK, CHUNK, [CHUNK])
+        CudaVirtualizer(driver, 8 * CHUNK, CHUNK, {0: CHUNK})
     assert driver.is_clean
 
 
@@ -129,12 +131,12 @@ def test_memory_that_ends_while_it_is_taken_names_the_field(driver):
 def test_another_failure_at_the_start_leaves_nothing(driver, call):
     driver.fail[call] = 1, "CUDA_ERROR_UNKNOWN"
     with pytest.raises(CudaError, match=f"{call}: CUDA_ERROR_UNKNOWN"):
-        CudaVirtualizer(driver, 8 * CHUNK, CHUNK, [CHUNK, CHUNK])
+        CudaVirtualizer(driver, 8 * CHUNK, CHUNK, {0: CHUNK, 1: CHUNK})
     assert driver.is_clean
 
 
 def test_closing_goes_on_where_it_failed(driver):
-    pool = CudaVirtualizer(driver, 4 * CHUNK, CHUNK, [4 * CHUNK, CHUNK])
+    pool = CudaVirtualizer(driver, 4 * CHUNK, CHUNK, {0: 4 * CHUNK, 1: CHUNK})
     pool.map(0, [1, 3])
     for call, after in (("unmap", 1), ("release", 2), ("free_reservation", 1)):
         driver.fail[call] = after, "CUDA_ERROR_UNKNOWN"
@@ -148,7 +150,7 @@ TOUCH = """
 import sys, torch
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from support.fake_cuda_memory import FakeCuda
-pool = CudaVirtualizer(FakeCuda(total=8 << 20), 8 << 20, 2 << 20, [8 << 20])
+pool = CudaVirtualizer(FakeCuda(total=8 << 20), 8 << 20, 2 << 20, {0: 8 << 20})
 kv = pool.tensor(0, (4, 1 << 20), torch.bfloat16)
 pool.map(0, [1, 2])
 kv[1:3] = 1

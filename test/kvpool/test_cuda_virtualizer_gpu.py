@@ -29,7 +29,9 @@ def pool(driver, request):
     from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 
     chunk = request.param * driver.granularity
-    with CudaVirtualizer(driver, CHUNKS * chunk, chunk, [CHUNKS * chunk] * 2) as pool:
+    with CudaVirtualizer(
+        driver, CHUNKS * chunk, chunk, dict.fromkeys(range(2), CHUNKS * chunk)
+    ) as pool:
         pool.chunk = chunk
         yield pool
         torch.cuda.synchronize()
@@ -100,7 +102,7 @@ def test_a_budget_beyond_the_device_names_the_field(driver):
 
     free, total = driver.memory()
     with pytest.raises(ConfigError, match=r"kv_pool_bytes: .* that cuda:0 has free"):
-        CudaVirtualizer(driver, 2 * total, 1 << 30, [1 << 30])
+        CudaVirtualizer(driver, 2 * total, 1 << 30, {0: 1 << 30})
     assert driver.memory()[0] >= free - (64 << 20)
 
 
@@ -116,7 +118,7 @@ def test_caches_of_two_models_hold_their_pages(driver, family):
     spec, chunk = SPECS[family], 2 * driver.granularity
     pool, caches = take_kv_pool(
         partial(CudaVirtualizer, driver),
-        [spec, spec],
+        {0: spec, 1: spec},
         budget_bytes=16 * chunk,
         chunk_bytes=chunk,
         page_size=16,
@@ -124,12 +126,12 @@ def test_caches_of_two_models_hold_their_pages(driver, family):
     with pool:
         layout = KVLayout(spec, 16, chunk)
         pages = [0, 5, caches[0].shape[0] - 1]
-        for model, cache in enumerate(caches):
+        for model, cache in caches.items():
             chunks = sorted({c for page in pages for c in layout.chunks_of_pages(page)})
             pool.map(model, chunks)
             for page in pages:
                 cache[page] = 10 * model + page % 7
-        for model, cache in enumerate(caches):
+        for model, cache in caches.items():
             for page in pages:
                 assert bool((cache[page] == 10 * model + page % 7).all())
         torch.cuda.synchronize()

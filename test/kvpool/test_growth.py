@@ -29,7 +29,7 @@ def test_no_number_of_pages_costs_more_than_the_bound_however_scattered(page_byt
     closest = 99
     for _ in range(150):
         budget = random.randint(4, 40)
-        allocator = PageAllocator(budget, [one])
+        allocator = PageAllocator(budget, {0: one})
         held = allocator.take(0, allocator.capacity(0))
         # what stays lies anywhere: single pages, or stretches of them
         stretch = random.choice((1, 2, 7))
@@ -54,15 +54,15 @@ def brute_force(bounds, layouts, claims):
     def ends(order):
         for place, claim in enumerate(order):
             left = order[place:]
-            promised = [
-                len({int(chunk) for c in left if c.model == index for chunk in c.chunks})
-                for index, one in enumerate(layouts)
-            ]
+            promised = {
+                index: len({int(chunk) for c in left if c.model == index for chunk in c.chunks})
+                for index in layouts
+            }
             cost = most_chunks(layouts[claim.model], claim.need, bounds.budget)
             promised[claim.model] += cost
             if cost and not (
-                all(p <= c for p, c in zip(promised, bounds.ceilings, strict=True))
-                and sum(max(p, f) for p, f in zip(promised, bounds.floors, strict=True))
+                all(chunks <= bounds.ceilings[index] for index, chunks in promised.items())
+                and sum(max(chunks, bounds.floors[index]) for index, chunks in promised.items())
                 <= bounds.budget
             ):
                 return False
@@ -73,15 +73,20 @@ def brute_force(bounds, layouts, claims):
 
 def random_state(random):
     """Bounds, layouts, and (model, pages, need) of requests that hold what the bounds allow."""
-    layouts = [layout(random.choice((24, 40, 104, 200))) for _ in range(2)]
+    numbers = random.choice([(0, 1), (3, 1), (7, 300)])
+    layouts = {number: layout(random.choice((24, 40, 104, 200))) for number in numbers}
     budget = random.randint(12, 24)
     floors = random.choice(((0, 0), (3, 0), (2, 4)))
     ceilings = random.choice(((budget, budget), (8, budget)))
-    bounds = Bounds(budget, floors, ceilings)
+    bounds = Bounds(
+        budget,
+        dict(zip(numbers, floors, strict=True)),
+        dict(zip(numbers, ceilings, strict=True)),
+    )
     allocator = PageAllocator(budget, layouts, bounds)
     held = []
     for _ in range(random.randint(1, 5)):
-        index, count = random.randrange(2), random.randint(1, 8)
+        index, count = random.choice(numbers), random.randint(1, 8)
         shared = [p for model, pages, _ in held if model == index for p in pages[:2]][:2]
         shared = shared if random.random() < 0.3 else []
         if not allocator.shortage(index, count):
@@ -157,10 +162,11 @@ def greedy(one, held, count, budget):
 def test_two_that_could_wait_for_each_other_are_not_both_let_in():
     """The textbook's deadlock: each request holds half and needs the other half."""
     one = layout(96)
-    bounds = Bounds.without_floors(10, 1)
+    bounds = Bounds.without_floors(10, [0])
 
     def is_safe(*held):
-        return safe(bounds, [one], claims_of([one], [(0, [*pages], need) for pages, need in held]))
+        claims = claims_of([one], [(0, [*pages], need) for pages, need in held])
+        return safe(bounds, {0: one}, claims)
 
     assert is_safe((range(5), 5))
     assert not is_safe((range(5), 5), (range(5, 10), 5))

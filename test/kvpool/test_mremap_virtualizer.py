@@ -22,7 +22,7 @@ CHUNKS = 40
 
 @pytest.fixture
 def pool():
-    with MremapVirtualizer(CHUNKS * CHUNK, CHUNK, [CHUNKS * CHUNK] * 2) as pool:
+    with MremapVirtualizer(CHUNKS * CHUNK, CHUNK, dict.fromkeys(range(2), CHUNKS * CHUNK)) as pool:
         yield pool
 
 
@@ -135,7 +135,7 @@ def test_ranges_never_have_a_hole_that_another_mapping_takes(pool):
 TOUCH = """
 import sys, torch
 from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
-pool = MremapVirtualizer(8 << 20, 2 << 20, [8 << 20])
+pool = MremapVirtualizer(8 << 20, 2 << 20, {0: 8 << 20})
 kv = pool.tensor(0, (4, 1 << 20), torch.bfloat16)
 pool.map(0, [1, 2])
 kv[1:3] = 1
@@ -158,7 +158,7 @@ def test_touching_what_is_not_mapped_is_a_fault(chunk):
 
 def test_progress_reaches_the_rounded_budget():
     seen = []
-    with MremapVirtualizer(130 * (1 << 20) + 12345, CHUNK, [1], progress=seen.append) as pool:
+    with MremapVirtualizer(130 * (1 << 20) + 12345, CHUNK, {0: 1}, progress=seen.append) as pool:
         assert pool.budget_bytes == pool.free_bytes == 130 << 20
         pool.map(0, [0])
     assert sum(seen) == 130 << 20
@@ -175,7 +175,7 @@ def test_the_pool_is_there_before_its_first_use(pool):
 
 def test_closing_gives_the_memory_back():
     before = resident_bytes()
-    pool = MremapVirtualizer(CHUNKS * CHUNK, CHUNK, [CHUNKS * CHUNK])
+    pool = MremapVirtualizer(CHUNKS * CHUNK, CHUNK, {0: CHUNKS * CHUNK})
     pool.map(0, [0, 7])
     assert resident_bytes() - before > (CHUNKS - 2) * CHUNK
     pool.close()
@@ -185,7 +185,7 @@ def test_closing_gives_the_memory_back():
 
 def test_more_than_the_available_memory_is_refused_before_it_is_touched():
     with pytest.raises(ConfigError, match=r"kv_pool_bytes: \d+ bytes"):
-        MremapVirtualizer(2 * available_bytes() + (1 << 30), 1 << 30, [1 << 30])
+        MremapVirtualizer(2 * available_bytes() + (1 << 30), 1 << 30, {0: 1 << 30})
 
 
 def test_refused_address_space_names_the_field():
@@ -195,7 +195,7 @@ from crosspool.config.errors import ConfigError
 from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 try:
-    MremapVirtualizer(4 << 30, 2 << 20, [4 << 30])
+    MremapVirtualizer(4 << 30, 2 << 20, {0: 4 << 30})
 except ConfigError as error:
     print(error)
 """
@@ -209,7 +209,7 @@ except ConfigError as error:
 def test_more_chunks_than_mappings_names_the_chunk_size():
     most = int(Path("/proc/sys/vm/max_map_count").read_text())
     with pytest.raises(ConfigError, match=r"chunk_bytes: .* chunk_bytes of [0-9]+ would do"):
-        MremapVirtualizer(most * CHUNK, CHUNK, [CHUNK])
+        MremapVirtualizer(most * CHUNK, CHUNK, {0: CHUNK})
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_more_chunks_than_mappings_names_the_chunk_size():
 )
 def test_bad_sizes_name_the_field(budget, chunk, field):
     with pytest.raises(ConfigError, match=field):
-        MremapVirtualizer(budget, chunk, [CHUNK])
+        MremapVirtualizer(budget, chunk, {0: CHUNK})
 
 
 def test_a_control_groups_limit_counts(tmp_path, monkeypatch):
@@ -235,4 +235,4 @@ def test_a_control_groups_limit_counts(tmp_path, monkeypatch):
     monkeypatch.setattr("crosspool.kvpool.memory.MEMBERSHIP", tmp_path / "self")
     assert available_bytes() == 150_000
     with pytest.raises(ConfigError, match="150000 bytes of memory"):
-        MremapVirtualizer(CHUNK, CHUNK, [CHUNK])
+        MremapVirtualizer(CHUNK, CHUNK, {0: CHUNK})

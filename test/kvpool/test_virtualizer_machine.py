@@ -1,6 +1,6 @@
-"""Both virtualizers through random maps and unmaps: what is mapped holds what was written, and
-every byte of the budget is in one place. The GPU's runs on the fake driver, which refuses whatever
-the real one would, and fails at any call."""
+"""Both virtualizers through random maps and unmaps, and models that come and go: what is mapped
+holds what was written, and every byte of the budget is in one place. The GPU's runs on the fake
+driver, which refuses whatever the real one would, and fails at any call."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = self.make()
+        self.numbers = list(range(len(RANGES)))
+        """The number of the model that has each range now."""
         self.written: list[dict[int, int]] = [{} for _ in RANGES]
         self.tensors = [
             self.pool.tensor(model, (chunks, CHUNK // 8), torch.int64)
@@ -53,10 +55,10 @@ class Machine(RuleBasedStateMachine):
             and self.mapped + len(chunks) <= BUDGET
         )
         if not fits:
-            with pytest.raises(ValueError, match=f"model {model}: "):
-                self.pool.map(model, chunks)
+            with pytest.raises(ValueError, match=f"model {self.numbers[model]}: "):
+                self.pool.map(self.numbers[model], chunks)
             return
-        self.pool.map(model, chunks)
+        self.pool.map(self.numbers[model], chunks)
         for chunk in chunks:
             self.write(model, chunk)
 
@@ -65,9 +67,9 @@ class Machine(RuleBasedStateMachine):
         written = self.written[model]
         if any(c not in written for c in chunks) or len(set(chunks)) != len(chunks):
             with pytest.raises(ValueError, match="not mapped"):
-                self.pool.unmap(model, chunks)
+                self.pool.unmap(self.numbers[model], chunks)
             return
-        self.pool.unmap(model, chunks)
+        self.pool.unmap(self.numbers[model], chunks)
         for chunk in chunks:
             del written[chunk]
 
@@ -75,6 +77,19 @@ class Machine(RuleBasedStateMachine):
     def unmap_some(self, model: int, data: st.DataObject) -> None:
         if self.written[model]:
             self.unmap(model, data.draw(st.lists(st.sampled_from([*self.written[model]]))))
+
+    @rule(model=MODELS)
+    def another_comes(self, model: int) -> None:
+        """Another model comes in the place of one, if that has nothing mapped."""
+        number, chunks = self.numbers[model], RANGES[model]
+        if self.written[model]:
+            with pytest.raises(ValueError, match=f"model {number}: .* chunks are mapped"):
+                self.pool.remove(number)
+            return
+        self.pool.remove(number)
+        number = self.numbers[model] = 1 + max(self.numbers)
+        self.pool.add(number, chunks * CHUNK - 5)
+        self.tensors[model] = self.pool.tensor(number, (chunks, CHUNK // 8), torch.int64)
 
     def write(self, model: int, chunk: int) -> None:
         self.stamp += 1
@@ -90,7 +105,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def bytes_are_counted(self) -> None:
         for model, written in enumerate(self.written):
-            assert self.pool.mapped_bytes(model) == len(written) * CHUNK
+            assert self.pool.mapped_bytes(self.numbers[model]) == len(written) * CHUNK
         assert self.pool.free_bytes == (BUDGET - self.mapped) * CHUNK
         assert self.pool.budget_bytes == BUDGET * CHUNK
 
@@ -99,17 +114,20 @@ class Machine(RuleBasedStateMachine):
         self.pool.close()
 
 
+def ranges():
+    return {model: chunks * CHUNK for model, chunks in enumerate(RANGES)}
+
+
 class MremapMachine(Machine):
     def make(self) -> MremapVirtualizer:
-        return MremapVirtualizer(BUDGET * CHUNK, CHUNK, [chunks * CHUNK for chunks in RANGES])
+        return MremapVirtualizer(BUDGET * CHUNK, CHUNK, ranges())
 
 
 class CudaMachine(Machine):
     def make(self) -> CudaVirtualizer:
         self.driver = FakeCuda(total=10 * CHUNK)
         self.quiet = 0
-        ranges = [chunks * CHUNK for chunks in RANGES]
-        pool = CudaVirtualizer(self.driver, BUDGET * CHUNK, CHUNK, ranges)
+        pool = CudaVirtualizer(self.driver, BUDGET * CHUNK, CHUNK, ranges())
         pool.quiesced = self.quiesced
         return pool
 
@@ -139,7 +157,7 @@ class CudaMachine(Machine):
         calls = len(chunks) if call == "map" else runs
         self.driver.fail[call] = data.draw(st.integers(0, calls - 1)), OUT_OF_MEMORY
         with pytest.raises(CudaError, match=f"{call}: {OUT_OF_MEMORY}"):
-            self.pool.map(model, chunks)
+            self.pool.map(self.numbers[model], chunks)
         assert self.driver.fail == {}
 
     @precondition(lambda self: self.mapped > 0)
@@ -152,9 +170,20 @@ class CudaMachine(Machine):
         done = data.draw(st.integers(0, len(chunks) - 1))
         self.driver.fail["unmap"] = done, "CUDA_ERROR_UNKNOWN"
         with pytest.raises(CudaError, match="unmap: CUDA_ERROR_UNKNOWN"):
-            self.pool.unmap(model, chunks)
+            self.pool.unmap(self.numbers[model], chunks)
         for chunk in chunks[:done]:
             del self.written[model][chunk]
+
+    @rule(model=MODELS, call=st.sampled_from(["reserve", "free_reservation"]))
+    def coming_fails(self, model: int, call: str) -> None:
+        if self.written[model]:
+            return
+        self.driver.fail[call] = 0, OUT_OF_MEMORY
+        with pytest.raises(CudaError, match=f"{call}: {OUT_OF_MEMORY}"):
+            if call == "reserve":
+                self.pool.add(1 + max(self.numbers), CHUNK)
+            else:
+                self.pool.remove(self.numbers[model])
 
     @invariant()
     def the_driver_agrees(self) -> None:

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 MODEL = {
     "name": 'odd "name"\\',
+    "model": 0,
     "waiting": 3,
     "running": 2,
     "paused": 1,
@@ -207,7 +208,7 @@ def test_a_process_that_dies_between_two_looks_at_its_metrics_is_left_out(
         file.write_value(key, value, 0.0)
         file.close()
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    assert b"sglang:requests_total 5.0" in of_all_processes()
+    assert b"sglang:requests_total 5.0" in of_all_processes(())
     read = MmapedDict.read_all_values_from_file
 
     def read_after_a_death(name: str):
@@ -215,4 +216,18 @@ def test_a_process_that_dies_between_two_looks_at_its_metrics_is_left_out(
         return read(name)
 
     monkeypatch.setattr(MmapedDict, "read_all_values_from_file", read_after_a_death)
-    assert b"sglang:requests_total 3.0" in of_all_processes()
+    assert b"sglang:requests_total 3.0" in of_all_processes(())
+
+
+def test_models_that_have_gone_have_no_metrics_of_sglangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = MmapedDict(str(tmp_path / "counter_1.db"))
+    for model in ("here", "gone"):
+        name = "sglang:requests_total"
+        file.write_value(mmap_key(name, name, ["model_name"], [model], "Requests."), 2.0, 0.0)
+    file.close()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    text = of_all_processes(["here"])
+    assert b'model_name="here"' in text and b"gone" not in text
+    assert b"sglang:requests_total" not in of_all_processes([])

@@ -23,7 +23,8 @@ def model(name: str, **residency: Any) -> ModelStatus:
 def shown(models: list[ModelStatus]) -> tuple[dict[str, list[str]], str]:
     """The cells of each row by the model's name, and what stands below them."""
     deployment = Deployment(
-        models=tuple(ModelConfig(name=m.name, path="/x") for m in models),
+        models={n: ModelConfig(name=m.name, path="/x") for n, m in enumerate(models)},
+        next_model=len(models),
         kv_pool_devices=(Device("cpu"),),
         weight_pool_devices=(Device("cpu"),),
         kv_pool_bytes=1 << 30,

@@ -58,7 +58,7 @@ def test_chrome_form():
     record(trace, 0, role="attention", part="attention", lane=1)
     record(trace, 0)
     record(trace, -1, role="attention", part="lm_head", lane=1)
-    document = json.loads(json.dumps(to_chrome(trace.stop(), ["a", "b"])))
+    document = json.loads(json.dumps(to_chrome(trace.stop(), {0: "a", 1: "b"})))
     spans = [e for e in document["traceEvents"] if e["ph"] == "X"]
     assert [s["name"] for s in spans] == ["b: attention 0", "b: ffn 0", "b: LM head"]
     assert spans[0]["pid"] == spans[2]["pid"] != spans[1]["pid"]

@@ -56,7 +56,7 @@ def test_a_device_need_not_wait_for_a_step_whose_peer_is_dead(loop: str, checkpo
         time.sleep(0.2)
         began = time.monotonic()
         assert driver.shutdown(drain=False) == {FIRST: 0}
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
 
 
 def failure(driver: type[DeviceDriver], *args: Any, **fields: Any) -> Failed:
@@ -110,7 +110,8 @@ def test_too_little_memory_is_the_users_error_at_the_first_start_alone(
 ) -> None:
     """The first process of a device has had the memory, so that a later one may get it again."""
     deployment = Deployment(
-        models=(ModelConfig(name="model", path=str(checkpoint)),),
+        models={0: ModelConfig(name="model", path=str(checkpoint))},
+        next_model=1,
         kv_pool_devices=(Device(FIRST),),
         weight_pool_devices=(Device(FIRST),),
         runtime_dir=str(tmp_path),

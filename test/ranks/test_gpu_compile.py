@@ -37,8 +37,7 @@ from crosspool.kernels.triton_cache.kernel_cache import CompileError, KernelCach
 from crosspool.kernels.triton_cache.launches import Launch, recording
 from crosspool.kernels.triton_cache.manifest import Manifest
 from crosspool.kernels.triton_cache.toolchain import Toolchain
-from crosspool.models.registry import read_model
-from crosspool.models.spec import ModelSpec
+from crosspool.models.registry import specs_of
 from crosspool.ranks.gpu import join, load
 from crosspool.ranks.gpu.compile import (
     Compiled,
@@ -63,7 +62,8 @@ FEW = {"chunked_prefill_size": 2, "max_running_requests": 2}
 
 def deployment(kv_pool: str, weight_pool: str, **options: Any) -> Deployment:
     return Deployment(
-        models=tuple(ModelConfig(path=str(path), name=path.name) for path in MODELS),
+        models={n: ModelConfig(path=str(path), name=path.name) for n, path in enumerate(MODELS)},
+        next_model=len(MODELS),
         kv_pool_devices=tuple(map(Device, kv_pool.split(","))),
         weight_pool_devices=tuple(map(Device, weight_pool.split(","))),
         kv_pool_bytes=64 << 20,
@@ -72,12 +72,8 @@ def deployment(kv_pool: str, weight_pool: str, **options: Any) -> Deployment:
     )
 
 
-def specs_of(of: Deployment) -> list[ModelSpec]:
-    return [read_model(Path(model.path)) for model in of.models]
-
-
 def ahead(of: Deployment) -> dict[str, list[Launch]]:
-    specs = specs_of(of)
+    specs = specs_of(of.models)
     return deployment_launches(of, specs, place(of, specs), 90)
 
 
@@ -104,15 +100,13 @@ class Places:
 
 def product_launches(of: Deployment, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """What the devices launch, as the product loads and joins them, over CPU tensors."""
-    specs, launches = specs_of(of), list[Launch]()
+    specs, launches = specs_of(of.models), list[Launch]()
     for device in of.devices:
-        kv = []
-        if device in of.kv_pool_devices:
-            pages = [of.kv_pool_bytes // (s.kv_bytes_per_token * of.page_size) for s in specs]
-            kv = [
-                torch.empty(n, s.layers, of.page_size, s.kv_width, dtype=getattr(torch, s.dtype))
-                for n, s in zip(pages, specs, strict=True)
-            ]
+        kv = {}
+        for model, s in specs.items() if device in of.kv_pool_devices else ():
+            pages = of.kv_pool_bytes // (s.kv_bytes_per_token * of.page_size)
+            shape = (pages, s.layers, of.page_size, s.kv_width)
+            kv[model] = torch.empty(shape, dtype=getattr(torch, s.dtype))
         parts = load.load_parts(of, device, specs, place(of, specs), kv, on=CPU)
         peers: Any = SimpleNamespace(links=Places(), host=None)
         joined: list[Any] = []
@@ -245,7 +239,7 @@ def test_a_device_process_compiles_before_it_takes_memory(
     monkeypatch.setattr(load, "CudaBindings", no_driver)
     monkeypatch.setattr(load, "compile_deployment", compiling)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(filled.folder))
-    specs = specs_of(SPLIT)
+    specs = specs_of(SPLIT.models)
     with pytest.raises(RuntimeError, match="no GPU 1"):
         load.load_gpu_ranks(
             SPLIT, Device("cuda:1"), specs, place(SPLIT, specs), None, kept=KeptDescriptors([])

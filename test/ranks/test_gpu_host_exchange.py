@@ -193,11 +193,12 @@ def test_a_dispatch_that_does_not_fit(header: DispatchHeader, row_bytes: int, pr
 def test_where_a_models_rows_go() -> None:
     first, second, third = (Device(f"cuda:{i}") for i in range(3))
     deployment = Deployment(
-        models=(
-            ModelConfig(name="everywhere", path=""),
-            ModelConfig(name="here", path="", weight_pool_devices=(second,)),
-            ModelConfig(name="away", path="", weight_pool_devices=(third,)),
-        ),
+        models={
+            0: ModelConfig(name="everywhere", path=""),
+            1: ModelConfig(name="here", path="", weight_pool_devices=(second,)),
+            2: ModelConfig(name="away", path="", weight_pool_devices=(third,)),
+        },
+        next_model=3,
         kv_pool_devices=(second, first),
         weight_pool_devices=(first, second, third),
         kv_pool_bytes=1,

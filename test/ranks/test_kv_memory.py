@@ -26,7 +26,7 @@ def makes():
 
 @pytest.mark.parametrize("kind", ["mremap", "cuda"])
 def test_pages_lie_where_the_layout_says(kind):
-    specs = [SPECS["gqa"], SPECS["mla"]]
+    specs = {0: SPECS["gqa"], 1: SPECS["mla"]}
     seen = []
     pool, caches = take_kv_pool(
         makes()[kind],
@@ -39,7 +39,8 @@ def test_pages_lie_where_the_layout_says(kind):
     with pool:
         assert sum(seen) == CHUNKS * CHUNK
         mapped = 0
-        for model, (spec, cache) in enumerate(zip(specs, caches, strict=True)):
+        for model, spec in specs.items():
+            cache = caches[model]
             layout = KVLayout(spec, 4, CHUNK)
             assert cache.shape == (layout.pages_in(CHUNKS), 27, 4, spec.kv_width)
             assert cache.dtype == torch.bfloat16
@@ -49,7 +50,7 @@ def test_pages_lie_where_the_layout_says(kind):
             pool.map(model, chunks)
             mapped += len(chunks)
             cache[page] = model + 1
-        assert all((cache[cache.shape[0] - 1 - m] == m + 1).all() for m, cache in enumerate(caches))
+        assert all((cache[cache.shape[0] - 1 - m] == m + 1).all() for m, cache in caches.items())
         assert pool.free_bytes == (CHUNKS - mapped) * CHUNK
 
 
@@ -59,7 +60,7 @@ def test_a_range_that_is_refused_leaves_nothing():
     with pytest.raises(CudaError, match="reserve"):
         take_kv_pool(
             partial(CudaVirtualizer, driver),
-            [SPECS["gqa"], SPECS["mla"]],
+            {0: SPECS["gqa"], 1: SPECS["mla"]},
             budget_bytes=CHUNKS * CHUNK,
             chunk_bytes=CHUNK,
             page_size=4,
@@ -72,7 +73,7 @@ def test_a_chunk_that_the_gpu_cannot_map_names_the_field():
     with pytest.raises(ConfigError, match=f"chunk_bytes: {CHUNK} is no multiple of {3 * CHUNK}"):
         take_kv_pool(
             partial(CudaVirtualizer, driver),
-            [SPECS["gqa"]],
+            {0: SPECS["gqa"]},
             budget_bytes=CHUNKS * CHUNK,
             chunk_bytes=CHUNK,
             page_size=4,

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from crosspool.kernels.isa import default_isa
 from crosspool.scheduler.core import SchedulerCore
+from crosspool.scheduler.protocols import ModelTools
 from crosspool.scheduler.request import GenerateRequest, Grammar, Output, StopRules
 from crosspool.transport.messages import (
     Logprobs,
@@ -116,9 +117,10 @@ class Served:
         self.machine = self._start()
         self.core = SchedulerCore(
             self.machine.deployment,
-            self.machine.specs,
-            [Silent()] * len(models),
-            [Grammars()] * len(models),
+            {
+                number: ModelTools(spec=spec, decoder=Silent(), grammars=Grammars())
+                for number, spec in self.machine.specs.items()
+            },
             lambda: 0.0,
         )
         self.outputs: dict[str, list[Output]] = defaultdict(list)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from crosspool.config.deployment import Deployment
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.budgets import Budgets
-from crosspool.transport.messages import Sleep, Wake
+from crosspool.transport.messages import AddModel, RemoveModel, Sleep, Wake
 from crosspool.weightpool.placement import initially_resident
 
 
@@ -15,10 +15,10 @@ class SimulatedDevices:
     """The devices of a deployment, by their index; they start with the models that are resident
     from the start."""
 
-    def __init__(self, d: Deployment, specs: list[ModelSpec]) -> None:
-        self._places = Budgets.of(d, specs).places
+    def __init__(self, d: Deployment, specs: Mapping[int, ModelSpec]) -> None:
+        self._budgets = Budgets.of(d, specs)
+        self._places = self._budgets.places
         self._attention = [d.devices.index(device) for device in d.kv_pool_devices]
-        self.models = range(len(specs))
         resident = initially_resident(d, specs)
         self.has = {
             spot.device: {m for m in resident if self._shares(spot.device, m)}
@@ -27,8 +27,12 @@ class SimulatedDevices:
         """Models of which a device has all weights."""
         self.takes = {device: set(models) for device, models in self.has.items()}
         """Models for which a device takes memory."""
-        self.orders: list[tuple[int, Wake | Sleep]] = []
+        self.orders: list[tuple[int, Wake | Sleep | AddModel | RemoveModel]] = []
         """What they have yet to do."""
+
+    def know(self, number: int, d: Deployment, specs: Mapping[int, ModelSpec]) -> None:
+        """A further model of the deployment comes."""
+        self._budgets.add(number, d, specs)
 
     def _shares(self, device: int, model: int) -> bool:
         return any(spot.device == device and model in spot.held for spot in self._places)
@@ -47,11 +51,13 @@ class SimulatedDevices:
             self.has[device].discard(model)
         self.orders.append((device, order))
 
-    def carry_out(self, device: int, order: Wake | Sleep, error: str | None = None) -> None:
+    def carry_out(self, device: int, order: Wake | Sleep, error: str | None = None) -> bool:
+        """Returns whether it was an order to sleep."""
         if isinstance(order, Wake) and error is None:
             self.has[device].add(order.model)
         else:
             self.takes[device].discard(order.model)
+        return isinstance(order, Sleep)
 
     def check_budgets(self, device: int) -> None:
         for spot in self._places:

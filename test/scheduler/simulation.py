@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -15,16 +15,19 @@ from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import DenseFFN, GQASpec, ModelSpec, RopeSpec
+from crosspool.scheduler.changes import Change
 from crosspool.scheduler.core import SchedulerCore
+from crosspool.scheduler.protocols import ModelTools
 from crosspool.scheduler.request import GenerateRequest, Grammar, Output, StopRules
 from crosspool.transport.messages import (
+    AddModel,
     Logprobs,
     Recall,
     Release,
+    RemoveModel,
     Row,
     RowResult,
     Sampling,
-    Sleep,
     Step,
     StepResult,
     TokenLogprobs,
@@ -86,10 +89,11 @@ def deployment(
         "weight_pool_bytes": 1 << 30,
     }
     return Deployment(
-        models=tuple(
-            ModelConfig(name=f"model{i}", path="/none", **(bounds or {}).get(i, {}))
+        models={
+            i: ModelConfig(name=f"model{i}", path="/none", **(bounds or {}).get(i, {}))
             for i in range(models)
-        ),
+        },
+        next_model=models,
         kv_pool_devices=tuple(Device(f"cuda:{i}") for i in range(ranks)),
         **(defaults | fields),
     )
@@ -147,12 +151,14 @@ def digest(before: int, token: int) -> int:
 class SimulatedRank:
     """One attention rank: carries messages out in order and asserts that they may be sent."""
 
-    def __init__(self, d: Deployment, specs: list[ModelSpec], next_token: NextToken) -> None:
+    def __init__(
+        self, d: Deployment, specs: Mapping[int, ModelSpec], next_token: NextToken
+    ) -> None:
         self.deployment = d
         self.next_token = next_token
-        self.layouts = [KVLayout(s, d.page_size, d.chunk_bytes) for s in specs]
+        self.layouts: dict[int, KVLayout] = {}
         self.budget = d.kv_pool_bytes // len(d.kv_pool_devices) // d.chunk_bytes
-        self.mapped: list[set[int]] = [set() for _ in specs]
+        self.mapped: dict[int, set[int]] = {}
         self.steps: list[Step] = []
         self.served: list[int] = []
         """The models of all steps received, in order."""
@@ -170,9 +176,24 @@ class SimulatedRank:
         self.pages: dict[int, list[int]] = {}
         self.own: dict[int, set[int]] = {}
         """Pages of a request that it may write to."""
-        self.written: list[dict[int, list[Slot]]] = [{} for _ in specs]
+        self.written: dict[int, dict[int, list[Slot]]] = {}
         """What was written to each page since it was mapped, indexed [model][page]."""
         self.ever_opened: set[int] = set()
+        for number, each in specs.items():
+            self.add_model(number, each)
+
+    def add_model(self, number: int, each: ModelSpec) -> None:
+        assert number not in self.layouts, "a model is added twice"
+        self.layouts[number] = KVLayout(
+            each, self.deployment.page_size, self.deployment.chunk_bytes
+        )
+        self.mapped[number], self.written[number] = set(), {}
+
+    def remove_model(self, number: int) -> None:
+        assert not self.mapped[number], "a model is removed with chunks"
+        assert number not in self.model.values(), "a model is removed with requests"
+        assert number not in [step.model for step in self.steps], "a model is removed under a step"
+        del self.layouts[number], self.mapped[number], self.written[number]
 
     def receive(self, message: Any) -> None:
         if isinstance(message, Step):
@@ -186,6 +207,7 @@ class SimulatedRank:
     def take_step(self, step: Step) -> None:
         assert step.step > self.last_step, "a step came out of order"
         self.last_step = step.step
+        assert step.model in self.layouts, "a step of a model that the rank does not know"
         assert step.model not in [s.model for s in self.steps], "two steps of one model"
         assert len(self.steps) < self.deployment.lanes + 1
         self.map_chunks(step.model, step.map_chunks)
@@ -216,7 +238,7 @@ class SimulatedRank:
         assert not self.mapped[model] & set(chunks), "mapped twice"
         assert len(set(chunks)) == len(chunks)
         self.mapped[model] |= set(chunks)
-        assert sum(len(chunks) for chunks in self.mapped) <= self.budget, "over budget"
+        assert sum(map(len, self.mapped.values())) <= self.budget, "over budget"
 
     def take_recall(self, recall: Recall) -> None:
         assert recall.step <= self.last_step
@@ -444,16 +466,24 @@ class Simulation:
         think_ends: list[tuple[int, ...]] | None = None,
     ) -> None:
         self.now = 1000.0
-        self.specs = specs
+        self.specs = dict(enumerate(specs))
         self.deployment = d
         self.grammars = [ToyGrammars() for _ in specs]
-        decoders = [WordDecoder() for _ in specs]
-        self.core = SchedulerCore(
-            d, specs, decoders, self.grammars, lambda: self.now, think_ends=think_ends
-        )
+        tools = {
+            number: ModelTools(
+                spec=each,
+                decoder=WordDecoder(),
+                grammars=self.grammars[number],
+                think_end=think_ends[number] if think_ends else (),
+            )
+            for number, each in self.specs.items()
+        }
+        self.core = SchedulerCore(d, tools, lambda: self.now)
         self.next_token = next_token
-        self.ranks = [SimulatedRank(d, specs, next_token) for _ in d.kv_pool_devices]
-        self.devices = SimulatedDevices(d, specs)
+        self.ranks = [SimulatedRank(d, self.specs, next_token) for _ in d.kv_pool_devices]
+        self.devices = SimulatedDevices(d, self.specs)
+        self.changes: list[Change] = []
+        """Models that have come, been refused or left."""
         self.started: list[str] = []
         """Request ids in the order in which the requests were opened on a rank."""
         self._rid_of_seed: dict[int, str] = {}
@@ -469,7 +499,10 @@ class Simulation:
         self.core.schedule()
         for device, order in self.core.drain_device_messages():
             busy = {step.model for rank in self.ranks for step in rank.steps}
-            self.devices.receive(device, order, busy)
+            if isinstance(order, AddModel | RemoveModel):
+                self.change(device, order)
+            else:
+                self.devices.receive(device, order, busy)
         for rank, message in self.core.drain_messages():
             if isinstance(message, Step):
                 self.devices.check_step(rank, message.model)
@@ -484,6 +517,35 @@ class Simulation:
             assert not (news and output.prompt_logprobs)
             news.append(output)
             assert output.completion_tokens == len(self.tokens(output.rid))
+        self.changes += self.core.drain_changes()
+
+    def load(self, each: ModelSpec, name: str = "further", **options: Any) -> int:
+        """Adds a model; returns its number."""
+        number = self.core.take_number()
+        self.specs[number] = each
+        self.grammars.append(ToyGrammars())
+        config = ModelConfig(name=name, path="/none", **options)
+        tools = ModelTools(spec=each, decoder=WordDecoder(), grammars=self.grammars[-1])
+        self.core.add_model(number, config, tools)
+        self.devices.know(number, self.core.deployment.with_model(number, config), self.specs)
+        self.schedule()
+        return number
+
+    def unload(self, number: int, timeout: float = 60.0) -> None:
+        self.core.remove_model(number, timeout)
+        self.schedule()
+
+    def change(self, device: int, order: AddModel | RemoveModel) -> None:
+        """A device is told of a model that comes or leaves; it answers in :meth:`follow`."""
+        for index, own in enumerate(self.deployment.kv_pool_devices):
+            if self.deployment.devices.index(own) == device:
+                if isinstance(order, AddModel):
+                    self.ranks[index].add_model(order.model, self.specs[order.model])
+                else:
+                    self.ranks[index].remove_model(order.model)
+        if isinstance(order, RemoveModel):
+            assert order.model not in self.devices.takes[device], "a model is removed with weights"
+        self.devices.orders.append((device, order))
 
     def answer(self, rank: int = 0, index: int = 0) -> None:
         """Ends one step of ``rank``."""
@@ -491,11 +553,15 @@ class Simulation:
         self.schedule()
 
     def follow(self, error: str | None = None) -> None:
-        """Has the devices do all that they were told to; wakes fail with ``error``, if given."""
+        """Has the devices do all that they were told to; wakes and loads fail with ``error``, if
+        given."""
         while self.devices.orders:
             device, order = self.devices.orders.pop(0)
-            self.devices.carry_out(device, order, error)
-            if isinstance(order, Sleep):
+            if isinstance(order, AddModel):
+                self.core.on_added(device, order.model, error)
+            elif isinstance(order, RemoveModel):
+                self.core.on_removed(device, order.model)
+            elif self.devices.carry_out(device, order, error):
                 self.core.on_slept(device, order.model)
             else:
                 self.core.on_woken(device, order.model, error)
@@ -564,7 +630,7 @@ class Simulation:
         self.core.flush()
         self.schedule()
         for rank in self.ranks:
-            assert not rank.model and not any(rank.mapped) and not rank.steps
+            assert not rank.model and not any(rank.mapped.values()) and not rank.steps
         for rank in self.snapshot()["ranks"]:
             assert rank["free_chunks"] == rank["budget_chunks"]
             assert rank["promised_chunks"] == rank["mapped_chunks"] == rank["cached_chunks"] == 0

@@ -1,9 +1,9 @@
 """The simulator of faults: the scheduler's core over simulated attention and FFN ranks that crash,
-hang, are slow and come back, on a virtual clock, with models that sleep and wake; the scheduler
-crashes, too, and another one gets the requests from those who have them. One seed decides
-everything: the deployment, the requests, every delay and every fault. Whatever happens, every
-request that no client aborts ends with exactly the tokens that it has when nothing fails, unless
-its model cannot be woken.
+hang, are slow and come back, on a virtual clock, with models that sleep and wake, come and leave;
+the scheduler crashes, too, and another one gets the requests from those who have them. One seed
+decides everything: the deployment, the requests, every delay and every fault. Whatever happens,
+every request that no client aborts ends with exactly the tokens that it has when nothing fails,
+unless its model cannot be woken or is unloaded; and of a model that has left, nothing stays.
 
     PYTHONPATH=test/scheduler python -m storm --seeds 10000      # or --hours 1
     PYTHONPATH=test/scheduler python -m storm --first 1234 --seeds 1 --log
@@ -24,7 +24,10 @@ from itertools import count
 from random import Random
 from typing import Any
 
+from crosspool.config.errors import ConfigError
+from crosspool.scheduler.changes import Change, ModelAdded, ModelRefused
 from crosspool.scheduler.core import SchedulerCore
+from crosspool.scheduler.protocols import ModelTools
 from crosspool.scheduler.request import GenerateRequest, Output
 from crosspool.transport.messages import Step, StepResult, ToDevice
 from simulation import WordDecoder
@@ -36,9 +39,10 @@ from storm_traffic import (
     StormRank,
     expected,
     random_deployment,
+    random_model,
     random_requests,
 )
-from storm_weights import FAILURE, DeviceWeights, StormWeights
+from storm_weights import FAILURE, REFUSAL, DeviceWeights, StormWeights
 
 HANG_SECONDS = 4.0
 """Time until a device that hangs is noticed and killed."""
@@ -72,16 +76,21 @@ class Storm:
         self.done = 0
         self.counts: Counter[str] = Counter()
         d, self.specs = random_deployment(random)
-        self.deployment = d
+        self.deployment = self.file = d
+        """The deployment as the scheduler has written it last, from which processes begin."""
+        self.coming: set[int] = set()
+        """Models that have been loaded, but have not come."""
+        self.leaving: set[int] = set()
+        """Models that have been unloaded at any time."""
         self.core = self.scheduler()
-        self.ranks = [self.incarnation() for _ in d.kv_pool_devices]
+        self.weights = StormWeights(self)
+        self.ranks = [self.incarnation(index) for index in range(len(d.kv_pool_devices))]
         self.noticed = [True for _ in self.ranks]
         """Whether the core knows what has become of each attention rank."""
-        self.weights = StormWeights(self)
         self.ffn_away: set[int] = set()
         self.shared_device = d.weight_pool_devices[0] == d.kv_pool_devices[0]
         """Whether FFN rank 0 lives in the process of attention rank 0."""
-        self.pinned = {n for n, model in enumerate(d.models) if model.keep == "pinned"}
+        self.pinned = {n for n, model in d.models.items() if model.keep == "pinned"}
         """Models that have been pinned at any time."""
         self.delay = random.choice([0.001, 0.01, 0.1])
         self.step_seconds = random.choice([0.01, 0.1])
@@ -106,6 +115,8 @@ class Storm:
             self.after(random.uniform(0, span), self.fault)
         for _ in range(random.randint(0, 2)):
             self.after(random.uniform(0, span), self.disturb)
+        for _ in range(random.choice([0, 0, 1, 3])):
+            self.after(random.uniform(0, span), self.change_fleet)
 
     def run(self) -> None:
         while self.events:
@@ -122,21 +133,34 @@ class Storm:
         self.count_replays()
         self.core.flush()
         self.turn()
+        self.settle()
+        for rank in self.ranks:
+            left = rank.rank.model or any(rank.rank.mapped.values()) or rank.rank.steps
+            require(not left, "a rank keeps pages or requests at the end", left)
+        require(not self.coming, "a model neither comes nor is refused", self.coming)
+        for model in self.served():
+            self.unload(model)
+        self.turn()
+        self.settle()
+        left = [
+            *self.file.models,
+            *self.core._models,
+            *(n for r in self.ranks for n in r.rank.layouts),
+        ]
+        require(not left, "something is left of a model that has left", left)
+
+    def settle(self) -> None:
         while self.events:
             self.now, _, what, args = heappop(self.events)
             what(*args)
-        for rank in self.ranks:
-            left = rank.rank.model or any(rank.rank.mapped) or rank.rank.steps
-            require(not left, "a rank keeps pages or requests at the end", left)
+
+    def tools(self, number: int) -> ModelTools:
+        grammars = StormGrammars(self.pending, self.compiling)
+        return ModelTools(spec=self.specs[number], decoder=WordDecoder(), grammars=grammars)
 
     def scheduler(self) -> SchedulerCore:
-        return SchedulerCore(
-            self.deployment,
-            self.specs,
-            [WordDecoder() for _ in self.specs],
-            [StormGrammars(self.pending, self.compiling) for _ in self.specs],
-            lambda: self.now,
-        )
+        tools = {number: self.tools(number) for number in self.file.models}
+        return SchedulerCore(self.file, tools, lambda: self.now)
 
     def count_replays(self) -> None:
         for model in self.core.snapshot().models:
@@ -146,8 +170,9 @@ class Storm:
     def after(self, seconds: float, what: Callable[..., None], *args: Any) -> None:
         heappush(self.events, (self.now + seconds, next(self._order), what, args))
 
-    def incarnation(self) -> Incarnation:
-        return Incarnation(StormRank(self.deployment, self.specs, lambda tokens: 0))
+    def incarnation(self, index: int) -> Incarnation:
+        specs = {number: self.specs[number] for number in self.weights.next_knows(index)}
+        return Incarnation(StormRank(self.deployment, specs, lambda tokens: 0))
 
     def short(self) -> float:
         """A delay, rarely a long one."""
@@ -157,7 +182,10 @@ class Storm:
     # --- clients
 
     def arrive(self) -> None:
-        made = random_requests(self.random, len(self.requests), self.deployment, self.specs)
+        if not self.file.models:
+            return
+        model = self.random.choice(sorted(self.file.models))
+        made = random_requests(self.random, len(self.requests), model)
         for request in made:
             rid, spec = request.rid, self.specs[request.model]
             self.requests[rid] = request
@@ -175,7 +203,10 @@ class Storm:
 
     def disturb(self) -> None:
         """A flush, a model that is suspended for a while, or an operator's word."""
-        model = self.random.randrange(len(self.specs))
+        served = self.served()
+        if not served:
+            return
+        model = self.random.choice(served)
         kind = self.random.random()
         if kind < 0.3:
             self.core.flush(model)
@@ -189,7 +220,8 @@ class Storm:
 
     def resume(self, model: int) -> None:
         self.suspended.discard(model)
-        self.core.resume(model)
+        if model in self.file.models:
+            self.core.resume(model)
         self.turn()
 
     def order(self, model: int) -> None:
@@ -202,9 +234,58 @@ class Storm:
                 self.core.sleep(model)
             else:
                 self.core.pin(model, word)
+                self.file = self.core.deployment
                 self.pinned |= {model} if word == "pinned" else set()
         except ValueError as error:
             require("pinned" in str(error), "an operator's word is refused", error)
+
+    # --- models that come and leave
+
+    def change_fleet(self) -> None:
+        """A model is loaded or unloaded."""
+        served = self.served()
+        if served and self.random.random() < 0.5:
+            self.unload(self.random.choice(served))
+        else:
+            self.load()
+        self.turn()
+
+    def served(self) -> list[int]:
+        """Models that do not leave."""
+        devices = self.core._devices
+        return [number for number in sorted(self.file.models) if devices.is_served(number)]
+
+    def load(self) -> None:
+        number = self.core.take_number()
+        self.file = self.core.deployment  # so that a later scheduler does not give it again
+        require(number not in self.specs, "a number is used again", number)
+        config, self.specs[number] = random_model(self.random, f"model{number}", self.deployment)
+        try:
+            self.core.add_model(number, config, self.tools(number))
+        except ConfigError as error:
+            require("_bytes" in str(error), "a model is refused", error)
+            self.counts["loads that do not fit"] += 1
+            return
+        self.coming.add(number)
+        self.weights.know(number, self.file.with_model(number, config), self.specs)
+        self.pinned |= {number} if config.keep == "pinned" else set()
+
+    def unload(self, model: int) -> None:
+        self.leaving.add(model)
+        self.core.remove_model(model, self.random.choice([0.0, 1.0, 1e4]))
+
+    def changed(self, change: Change) -> None:
+        """The scheduler writes the file anew."""
+        self.file = self.core.deployment
+        self.coming.discard(change.model)
+        if isinstance(change, ModelAdded):
+            self.counts["models come"] += 1
+        elif isinstance(change, ModelRefused):
+            require(change.error == REFUSAL, "a model is refused", change.error)
+            self.counts["models refused"] += 1
+        else:
+            require(change.model in self.leaving, "a model leaves by itself", change)
+            self.counts["models leave"] += 1
 
     # --- grammars
 
@@ -236,9 +317,11 @@ class Storm:
             self.send(rank, message)
         for output in self.core.drain_outputs():
             self.take(output)
+        for change in self.core.drain_changes():
+            self.changed(change)
         check(self)
         deadline = self.core.next_deadline()
-        if deadline is not None and not self.now <= self.woken_at <= deadline:
+        if deadline is not None and not self.now < self.woken_at <= deadline:
             self.woken_at = deadline
             self.after(max(0.0, deadline - self.now), self.wake)
 
@@ -248,10 +331,12 @@ class Storm:
     def send(self, index: int, message: ToDevice) -> None:
         to = self.ranks[index]
         if isinstance(message, Step):
-            state = self.core.snapshot().models[message.model].residency.state
+            state = self.core._residency.state(message.model)
             require(state in ("waking", "resident"), "a step of a model that sleeps", message.model)
             self.counts["early steps"] += state == "waking"
-        to.last_in = max(to.last_in, self.now + self.short())
+        socket = self.weights.processes[self.weights.attention[index]]
+        to.last_in = max(to.last_in, socket.last_in, self.now + self.short())
+        socket.last_in = to.last_in
         self.after(to.last_in - self.now, self.deliver, index, to, message)
 
     def take(self, output: Output) -> None:
@@ -294,6 +379,10 @@ class Storm:
                 require(
                     r.sampling.seed not in self.opened, "an admitted request is refused", finish
                 )
+            elif finish.status in (404, 503) and "unloaded" in finish.message:
+                require(r.model in self.leaving, "a request is refused", finish)
+                self.counts["unloaded"] += 1
+                return
             elif finish.status == 503:
                 broken = r.model in self.weights.failed and FAILURE in finish.message
                 crowded = self.pinned and "models that are pinned" in finish.message
@@ -375,18 +464,21 @@ class Storm:
         self.counts["scheduler losses"] += 1
         self.count_replays()
         of_clients = (self.arrive, self.fault, self.disturb, self.resume, self.abort)
+        of_clients += (self.change_fleet,)
         self.events = [event for event in self.events if event[2] in of_clients]
         heapify(self.events)
         for it in self.ranks:
             it.alive = False
-        self.ranks = [self.incarnation() for _ in self.ranks]
+        self.weights.read_early.clear()
+        self.ranks = [self.incarnation(index) for index in range(len(self.ranks))]
         self.noticed = [True for _ in self.ranks]
         self.ffn_away.clear()
         self.woken_at = 0.0
+        self.coming.clear()
         self.core = self.scheduler()
         for device in self.weights.devices:
             self.weights.come_back(device)
-        for model in self.suspended:
+        for model in self.suspended & self.file.models.keys():
             self.core.suspend(model)
         self.handed_in = set(self.open)
         for rid in [rid for rid in self.requests if rid in self.open]:
@@ -434,7 +526,7 @@ class Storm:
         self.turn()
 
     def come_back(self, index: int) -> None:
-        self.ranks[index] = self.incarnation()
+        self.ranks[index] = self.incarnation(index)
         self.noticed[index] = True
         self.core.restore_attention_rank(index)
         if self.shared_device and index == 0:

@@ -34,28 +34,33 @@ def check(storm: Storm) -> None:
     require(not lost, "a request is lost", lost)
     for rank in core._ranks:
         if rank.away:
-            held = rank.flights or any(rank.running) or rank._ended
+            held = rank.flights or any(rank.running.values()) or rank._ended
             require(not held, "a rank that is away has requests", rank.index)
         else:
             _check_work(storm, rank)
         _check_pages(rank)
-    for queue in core._queues:
+    for queue in core._queues.values():
         for seq in chain(queue._ready.values(), (seq for seq, _ in queue._compiling.values())):
             require(seq.deadline > storm.now, "a request waits past its deadline", seq.number)
     for rank in core._ranks:
-        idle = not (rank.away or rank.flights or any(rank.running) or rank._ended)
+        idle = not (rank.away or rank.flights or any(rank.running.values()) or rank._ended)
         if idle:
-            for model, queue in enumerate(core._queues):
+            for model, queue in core._queues.items():
                 waits = queue.head is not None and model not in rank.barred
                 require(not waits, "a request waits though a rank is idle", model)
     _check_turns(storm)
 
 
 def _check_turns(storm: Storm) -> None:
-    """Who has waited longest for its weights waits for room that others may keep for now."""
+    """Who has waited longest for its weights waits for room that others may keep for now, or does
+    not fit beside those that are pinned."""
     residency: Any = storm.core._residency
     models = residency._models
-    waiting = [(it.waits_since, n) for n, it in models.items() if it.waits_since is not None]
+    waiting = [
+        (it.waits_since, n)
+        for n, it in models.items()
+        if it.waits_since is not None and not residency.refusal(n, storm.now)
+    ]
     if not waiting:
         return
     _, first = min(waiting)
@@ -81,7 +86,7 @@ def _check_turns(storm: Storm) -> None:
 def _check_work(storm: Storm, rank: RankState) -> None:
     if rank.flights:
         return
-    running = [seq for of_model in rank.running for seq in of_model.values()]
+    running = [seq for of_model in rank.running.values() for seq in of_model.values()]
     held = rank.barred | rank.early
     able = [seq for seq in running if seq.model not in held and not seq.undecided]
     if len(able) < len(running):  # who waits for pages may wait for one of the others to end
@@ -94,13 +99,13 @@ def _check_pages(rank: RankState) -> None:
     in the prefix cache; cached ones are those that nobody uses."""
     allocator: Any = rank.promises.allocator
     seqs: dict[int, Sequence] = {}
-    for running in rank.running:
+    for running in rank.running.values():
         seqs |= running
     for flight in rank.flights.values():
         seqs |= {seq.number: seq for seq in flight.sequences}
-    models = len(rank.running)
-    own: list[list[int]] = [[] for _ in range(models)]
-    shared: list[set[int]] = [set() for _ in range(models)]
+    models = list(rank.running)
+    own: dict[int, list[int]] = {model: [] for model in models}
+    shared: dict[int, set[int]] = {model: set() for model in models}
     for seq in seqs.values():
         own[seq.model] += seq.pages[len(seq.path) :]
         shared[seq.model] |= {entry.page for entry in seq.path}
@@ -108,11 +113,11 @@ def _check_pages(rank: RankState) -> None:
             reached = seq.computed if rank.promises.rule.grows else seq.limit
             require(rank.promises.holds(seq, reached), "a promise is too small", seq.number)
     cache: Any = rank.promises._cache
-    idle: list[set[int]] = [set() for _ in range(models)]
+    idle: dict[int, set[int]] = {model: set() for model in models}
     for entry in cache._idle if cache else ():
         idle[entry.model].add(entry.page)
     free = allocator.budget_chunks
-    for model in range(models):
+    for model in models:
         pages = allocator._models[model]
         mine = set(own[model])
         require(len(mine) == len(own[model]), "a page has two owners", own[model])

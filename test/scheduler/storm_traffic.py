@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 import msgspec
-from crosspool.config.deployment import Deployment
+from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.config.errors import ConfigError
 from crosspool.models.spec import ModelSpec
@@ -114,9 +114,11 @@ def matcher(grammar: Grammar, on_pending: Callable[[StormMatcher], None]) -> Sto
     return StormMatcher(length, set(slow), on_pending)
 
 
-def random_deployment(random: Random) -> tuple[Deployment, list[ModelSpec]]:
+SHAPES = ({}, {"head_dim": 12, "context": 90}, {"layers": 5, "head_dim": 14, "context": 60})
+
+
+def random_deployment(random: Random) -> tuple[Deployment, dict[int, ModelSpec]]:
     models, ranks = random.choice([1, 1, 2, 3]), random.choice([1, 1, 2])
-    shapes = [{}, {"head_dim": 12, "context": 90}, {"layers": 5, "head_dim": 14, "context": 60}]
     fields: dict[str, Any] = {
         "kv_pool_bytes": ranks * random.choice([8, 12, 30]) * 4096,
         "max_running_requests": random.choice([2, 4, 8]),
@@ -133,11 +135,16 @@ def random_deployment(random: Random) -> tuple[Deployment, list[ModelSpec]]:
     if random.random() < 0.5:
         fields |= {"promise": "growth", "growth_tokens": random.choice([1, 4, 9])}
     d = deployment(models, ranks=ranks, **fields)
-    specs = [spec(**({"context": 120} | shape)) for shape in random.sample(shapes, models)]
+    specs = {
+        number: spec(**({"context": 120} | shape))
+        for number, shape in enumerate(random.sample(SHAPES, models))
+    }
     return with_weights(random, d, specs, tight=random.random() < 0.35), specs
 
 
-def with_weights(random: Random, d: Deployment, specs: list[ModelSpec], tight: bool) -> Deployment:
+def with_weights(
+    random: Random, d: Deployment, specs: dict[int, ModelSpec], tight: bool
+) -> Deployment:
     """``d`` with FFN ranks, the first sometimes in the process of attention rank 0. If ``tight``,
     budgets hold each model, but maybe not all, and models differ in when they are kept."""
     first = d.kv_pool_devices[0] if random.random() < 0.3 else Device("cuda:8")
@@ -151,18 +158,17 @@ def with_weights(random: Random, d: Deployment, specs: list[ModelSpec], tight: b
         "priority": [0, 0, 1],
         "weight_pool_devices": [None, None, devices[:1]],
     }
-    models = [
-        msgspec.structs.replace(
+    models = {
+        number: msgspec.structs.replace(
             m, **{name: random.choice(those) for name, those in options.items()}
         )
-        for m in d.models
-    ]
-    d = msgspec.structs.replace(
-        d, models=tuple(models), residency_quantum=random.choice([0.2, 1.0, 5.0])
-    )
+        for number, m in d.models.items()
+    }
+    d = msgspec.structs.replace(d, models=models, residency_quantum=random.choice([0.2, 1.0, 5.0]))
     needed = {
-        "weight_pool_bytes": place(d, specs).weight_bytes,
-        "attention_weight_bytes": [place(d, specs).attention_bytes] * len(d.kv_pool_devices),
+        "weight_pool_bytes": [list(of.values()) for of in place(d, specs).weight_bytes],
+        "attention_weight_bytes": [list(place(d, specs).attention_bytes.values())]
+        * len(d.kv_pool_devices),
     }
     for name, ranks in needed.items():
         least, most = max(map(max, ranks)), max(map(sum, ranks))
@@ -171,14 +177,29 @@ def with_weights(random: Random, d: Deployment, specs: list[ModelSpec], tight: b
     try:
         place(d, specs)
     except ConfigError:  # the pinned models do not fit together
-        models = [msgspec.structs.replace(model, keep="demand") for model in d.models]
-        d = msgspec.structs.replace(d, models=tuple(models))
+        models = {
+            number: msgspec.structs.replace(model, keep="demand")
+            for number, model in d.models.items()
+        }
+        d = msgspec.structs.replace(d, models=models)
     return d
 
 
-def random_requests(random: Random, number: int, d: Deployment, specs: list[ModelSpec]) -> Any:
-    """A request, or several with one prompt; ``number`` is the first one's."""
-    model = random.randrange(len(specs))
+def random_model(random: Random, name: str, d: Deployment) -> tuple[ModelConfig, ModelSpec]:
+    """A model that comes while others are served."""
+    config = ModelConfig(
+        name=name,
+        path="/none",
+        keep=random.choice(["demand", "demand", "asleep", "pinned"]),
+        ttl=random.choice([None, None, 2.0]),
+        kv_floor_bytes=random.choice([0, 0, 0, 2 * 4096]),
+        weight_pool_devices=random.choice([None, None, d.weight_pool_devices[:1]]),
+    )
+    return config, spec(**({"context": 120} | random.choice(SHAPES)))
+
+
+def random_requests(random: Random, number: int, model: int) -> Any:
+    """A request for a model, or several with one prompt; ``number`` is the first one's."""
     length = random.choice([random.randint(1, 6), random.randint(1, 40)])
     family = random.randrange(3)  # prompts of one family begin alike
     prompt = [(family or number + i) % 256 for i in range(length)]

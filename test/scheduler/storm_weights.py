@@ -6,8 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from crosspool.config.deployment import Deployment
+from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.budgets import Budgets
-from crosspool.transport.messages import Sleep, Wake
+from crosspool.transport.messages import AddModel, RemoveModel, Sleep, Wake
 from crosspool.weightpool.placement import initially_resident
 from storm_checks import require
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from storm import Storm
 
 FAILURE = "the checkpoint is gone"
+REFUSAL = "the model is broken"
 Gate = Literal["open", "waits", "refuses"]
 
 
@@ -23,12 +26,16 @@ class DeviceWeights:
     """The weights of one device process, as they are."""
 
     has: set[int]
+    knows: set[int] = field(default_factory=set)
+    """Models that it was told of, or read in the deployment's file."""
     takes: set[int] = field(default_factory=set)
     """Models for which it takes memory."""
     alive: bool = True
     last_in: float = 0.0
     last_out: float = 0.0
     """Arrival of the latest message each way; they do not overtake each other."""
+    last_change: float = 0.0
+    """When the latest model has come or left; one after another does."""
 
     def __post_init__(self) -> None:
         self.takes |= self.has
@@ -40,14 +47,19 @@ class StormWeights:
 
     def __init__(self, storm: Storm) -> None:
         d, self.storm = storm.deployment, storm
-        self.places = Budgets.of(d, storm.specs).places
+        self.budgets = Budgets.of(d, storm.specs)
+        self.places = self.budgets.places
         resident = initially_resident(d, storm.specs)
         self.devices = range(len(d.devices))
         self.kept = {
             device: {model for model in resident if self.shares(device, model)}
             for device in self.devices
         }
-        self.processes = {device: DeviceWeights(set(self.kept[device])) for device in self.devices}
+        self.processes = {
+            device: DeviceWeights(set(self.kept[device]), set(d.models)) for device in self.devices
+        }
+        self.read_early: dict[int, set[int]] = {}
+        """By device that is away, the models in the file as its next process has read it."""
         self.attention = [d.devices.index(device) for device in d.kv_pool_devices]
         self.ffn = [d.devices.index(device) for device in d.weight_pool_devices]
         self.failing = storm.random.random() < 0.3
@@ -57,16 +69,65 @@ class StormWeights:
         """Whether a device refuses steps of a model that it was not told to read."""
         self.failed: set[int] = set()
         """Models of which some wake has failed."""
+        self.refusing = storm.random.random() < 0.3
+        """Whether devices may refuse a model that comes."""
 
     def shares(self, device: int, model: int) -> bool:
         return any(spot.device == device and model in spot.held for spot in self.places)
 
+    # --- models that come and leave
+
+    def know(self, number: int, d: Deployment, specs: dict[int, ModelSpec]) -> None:
+        """A further model of the deployment comes."""
+        self.budgets.add(number, d, specs)
+
+    def change(self, device: int, to: DeviceWeights, order: AddModel | RemoveModel) -> None:
+        """A device is told of a model that comes or leaves, which takes it a while."""
+        to.last_change = max(to.last_change, self.storm.now + self.storm.short())
+        self.storm.after(to.last_change - self.storm.now, self.take_change, device, to, order)
+
+    def take_change(self, device: int, to: DeviceWeights, order: AddModel | RemoveModel) -> None:
+        if not to.alive:
+            return
+        storm, model, error = self.storm, order.model, None
+        rank = self.attention.index(device) if device in self.attention else None
+        if isinstance(order, AddModel):
+            require(model not in to.knows, "a model comes twice", model)
+            if self.refusing and model in storm.coming and storm.random.random() < 0.3:
+                error = REFUSAL
+            else:
+                to.knows.add(model)
+                if rank is not None:
+                    storm.ranks[rank].rank.add_model(model, storm.specs[model])
+        elif model in to.knows:
+            require(model not in to.takes, "a model leaves with its weights", model)
+            require(model not in self.under_way(device), "a model leaves under a step", model)
+            to.knows.discard(model)
+            if rank is not None:
+                storm.ranks[rank].rank.remove_model(model)
+        self.reply(device, to, self.changed, order, error)
+
+    def changed(
+        self, device: int, to: DeviceWeights, order: AddModel | RemoveModel, error: str | None
+    ) -> None:
+        if not to.alive:
+            return
+        if isinstance(order, AddModel):
+            self.storm.core.on_added(device, order.model, error)
+        else:
+            self.storm.core.on_removed(device, order.model)
+        self.storm.turn()
+
     # --- orders
 
-    def send(self, device: int, order: Wake | Sleep) -> None:
+    def send(self, device: int, order: Wake | Sleep | AddModel | RemoveModel) -> None:
         to = self.processes[device]
         to.last_in = max(to.last_in, self.storm.now + self.storm.short())
-        self.storm.after(to.last_in - self.storm.now, self.receive, device, to, order)
+        if device in self.attention:  # a device has one socket for both
+            rank = self.storm.ranks[self.attention.index(device)]
+            to.last_in = rank.last_in = max(to.last_in, rank.last_in)
+        receive = self.change if isinstance(order, AddModel | RemoveModel) else self.receive
+        self.storm.after(to.last_in - self.storm.now, receive, device, to, order)
 
     def receive(self, device: int, to: DeviceWeights, order: Wake | Sleep) -> None:
         if not to.alive:
@@ -74,6 +135,7 @@ class StormWeights:
         random, model = self.storm.random, order.model
         require(self.shares(device, model), "an order to a device without a share", device)
         if isinstance(order, Wake):
+            require(model in to.knows, "a model is woken that the device does not know", model)
             require(model not in to.takes, "a model is woken twice", model)
             to.takes.add(model)
             self.check_budgets(device)
@@ -149,11 +211,22 @@ class StormWeights:
     # --- deaths
 
     def die(self, device: int) -> None:
+        """The next process has read the deployment's file early or late when it is there."""
         self.processes[device].alive = False
+        if self.storm.random.random() < 0.5:
+            self.read_early[device] = set(self.storm.file.models)
+
+    def next_knows(self, device: int) -> set[int]:
+        """The models that the device's next process knows when it is there."""
+        now = set(self.storm.file.models)
+        return now & self.read_early.get(device, now)
 
     def come_back(self, device: int) -> None:
-        self.processes[device] = DeviceWeights(set(self.kept[device]))
-        self.storm.core.restore_device(device, sorted(self.kept[device]))
+        known = self.next_knows(device)
+        self.read_early.pop(device, None)
+        self.kept[device] &= known
+        self.processes[device] = DeviceWeights(set(self.kept[device]), known)
+        self.storm.core.restore_device(device, sorted(known), sorted(self.kept[device]))
 
     # --- steps
 
@@ -163,6 +236,9 @@ class StormWeights:
         for device in {self.attention[rank], *self.ffn}:
             it = self.processes[device]
             if not self.shares(device, model) or (it.alive and model in it.has):
+                continue
+            if it.alive and model not in it.knows:
+                gate = "waits"
                 continue
             if it.alive and model not in it.takes and (model in self.failed or self.refuses_early):
                 return "refuses"

@@ -26,10 +26,10 @@ def simulation(models=2, room=1, keep=None, next_token=None, **fields):
     d = deployment(models, weight_pool_bytes=room * bytes_of_one(specs), **fields)
     d = msgspec.structs.replace(
         d,
-        models=tuple(
-            msgspec.structs.replace(model, keep=(keep or {}).get(index, "demand"))
-            for index, model in enumerate(d.models)
-        ),
+        models={
+            number: msgspec.structs.replace(model, keep=(keep or {}).get(number, "demand"))
+            for number, model in d.models.items()
+        },
     )
     return Simulation(d, specs, *([next_token] if next_token else []))
 
@@ -120,6 +120,7 @@ def test_a_model_that_does_not_fit_beside_pinned_ones_is_refused_at_once():
     assert sim.finish("a").status == 503
     assert "models that are pinned (model0) take" in sim.finish("a").message
     sim.core.pin(0, "demand")
+    assert [model.keep for model in sim.core.deployment.models.values()] == ["demand"] * 2
     sim.add(request("b", 5, 6, model=1))
     assert not sim.finished("b")
     sim.follow()
@@ -176,7 +177,7 @@ def test_a_restarted_ffn_device_is_told_what_it_lacks_and_steps_in_flight_wait()
     sim.devices.has[1].clear(), sim.devices.takes[1].clear()
     sim.schedule()
     sim.core.restore_ffn_rank(0)
-    sim.core.restore_device(1, [])
+    sim.core.restore_device(1, range(2), [])
     sim.schedule()
     assert state(sim, 0) == "waking"
     sim.now += 30.0
@@ -199,7 +200,7 @@ def test_one_attention_rank_that_lacks_a_model_leaves_the_others_going():
     sim.core.lose_device(0)
     sim.devices.has[0].clear(), sim.devices.takes[0].clear()
     sim.restore(0)
-    sim.core.restore_device(0, [])
+    sim.core.restore_device(0, range(1), [])
     sim.schedule()
     assert not sim.ranks[0].steps
     while sim.ranks[1].steps:

@@ -13,6 +13,7 @@ import pytest
 import storm
 from crosspool.scheduler.budgets import Budgets
 from crosspool.scheduler.core import SchedulerCore
+from crosspool.scheduler.fleet_changes import FleetChanges
 from crosspool.scheduler.held_weights import HeldWeights
 from crosspool.scheduler.promise_rules import Growth
 from crosspool.scheduler.promises import Promises
@@ -24,8 +25,8 @@ from crosspool.transport.messages import Step
 from msgspec import structs
 
 SEEDS = 4000
-PARTS = 8
-SEEDS_FOR_A_BUG = 600
+PARTS = 4
+SEEDS_FOR_A_BUG = 2000
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -42,6 +43,9 @@ def test_every_request_ends_as_if_nothing_had_failed(part):
     assert seen["wakes"] > SEEDS // PARTS // 2 and seen["sleeps"] > SEEDS // PARTS // 2
     assert seen["early steps"] > SEEDS // PARTS // 5
     assert seen["failed wakes"] > SEEDS // PARTS // 30
+    assert seen["models come"] > SEEDS // PARTS // 5
+    assert seen["models refused"] > SEEDS // PARTS // 30
+    assert seen["finished"] > 5 * seen["unloaded"] > SEEDS // PARTS // 2
 
 
 def program(*words: str, hashes: str = "0") -> subprocess.CompletedProcess[str]:
@@ -178,7 +182,7 @@ def still_cached(patch):
     def unmapped(self):
         if not hasattr(self, "allocator"):
             return forget(self)
-        for model in self.allocator._models:
+        for model in self.allocator._models.values():
             model.mapped[:] = False
         return self._unmap.clear()
 
@@ -186,7 +190,7 @@ def still_cached(patch):
         seqs = {seq.number: seq for seq in self._ended}
         for flight in self.flights.values():
             seqs |= {seq.number: seq for seq in flight.sequences}
-        for running in self.running:
+        for running in self.running.values():
             seqs |= running
         for seq in seqs.values():
             self.promises.take_back(seq)
@@ -227,7 +231,7 @@ def forgets_the_undecided(patch):
 
     def wrong(self, rank):
         lose(self, rank)
-        self._undecided.clear()
+        self._following.clear()
 
     patch.setattr(SchedulerCore, "lose_attention_rank", wrong)
 
@@ -283,7 +287,7 @@ def steps_of_what_sleeps(patch):
 def forgets_what_died_while_waking(patch):
     patch.setattr(HeldWeights, "lose", lambda self, device: self._away.add(device))
 
-    def wrong(self, device, resident):
+    def wrong(self, device, models, resident):
         self._away.discard(device)
         self._held[device] = dict.fromkeys(resident, "present") | self._held[device]
         self.changed()
@@ -313,7 +317,44 @@ def caches_what_was_refused(patch):
 
 
 def forgets_who_waits_for_a_failed_wake(patch):
-    patch.setattr(SchedulerCore, "_end_all", lambda self, model, refusal: None)
+    patch.setattr(SchedulerCore, "_end_model", lambda self, model, finish: None)
+
+
+def is_let_go_with_its_pages(patch):
+    patch.setattr(RankState, "has_left", lambda self, model: not self.running[model])
+
+
+def is_let_go_with_its_weights(patch):
+    orders = FleetChanges.orders
+    patch.setattr(FleetChanges, "orders", lambda self, holds: orders(self, lambda *_: False))
+
+
+def thinks_that_all_is_known(patch):
+    restore = FleetChanges.restore
+
+    def wrong(self, device, models):
+        restore(self, device, {*models, *self._models})
+
+    patch.setattr(FleetChanges, "restore", wrong)
+
+
+def wakes_what_is_unknown(patch):
+    restore = HeldWeights.restore
+    patch.setattr(
+        HeldWeights,
+        "restore",
+        lambda self, device, models, resident: restore(self, device, self._models, resident),
+    )
+
+
+def forgets_a_refusal(patch):
+    added = FleetChanges.added
+
+    def wrong(self, device, model, error):
+        if error is None:
+            added(self, device, model, error)
+
+    patch.setattr(FleetChanges, "added", wrong)
 
 
 @pytest.mark.parametrize(
@@ -338,10 +379,18 @@ def forgets_who_waits_for_a_failed_wake(patch):
         (sleeps_under_steps, "weights are given up under a step"),
         (wakes_beside_what_leaves, "more weights than the budget"),
         (steps_of_what_sleeps, "a step of a model that sleeps"),
-        (forgets_what_died_while_waking, "has not finished step|nothing goes on|wait for ever"),
+        (
+            forgets_what_died_while_waking,
+            "has not finished step|nothing goes on|wait for ever|sleeps that is not awake",
+        ),
         (never_gives_way, "a model waits though there is room for it"),
         (caches_what_was_refused, "that was not computed here|wrong KV|are free|a gap"),
         (forgets_who_waits_for_a_failed_wake, "nothing goes on|requests wait for ever|is idle"),
+        (is_let_go_with_its_pages, "a model is removed with (chunks|requests)"),
+        (is_let_go_with_its_weights, "a model leaves with its weights"),
+        (thinks_that_all_is_known, "of a model that the rank does not know|wait for ever|nothing"),
+        (wakes_what_is_unknown, "a model is woken that the device does not know"),
+        (forgets_a_refusal, "a model neither comes nor is refused"),
     ],
 )
 def test_a_planted_bug_is_found_and_named(monkeypatch, plant, name):

@@ -226,7 +226,7 @@ def test_shares_of_floors_and_ceilings_on_two_ranks_are_whole_chunks():
         ranks=2,
         bounds={0: {"kv_floor_bytes": 4096 * 3}, 1: {"kv_ceiling_bytes": 4096 * 5}},
     )
-    assert Bounds.of(d) == Bounds(budget=64, floors=(2, 0), ceilings=(64, 2))
+    assert Bounds.of(d) == Bounds(budget=64, floors={0: 2, 1: 0}, ceilings={0: 64, 1: 2})
 
 
 # --- what a refused request is told

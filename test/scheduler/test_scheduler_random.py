@@ -121,10 +121,10 @@ class Traffic(RuleBasedStateMachine):
             used = rank["promised_chunks"] + rank["cached_chunks"]
             assert rank["free_chunks"] + used == rank["budget_chunks"]
             assert [m["mapped_chunks"] for m in rank["models"]] == [
-                len(chunks) for chunks in simulated.mapped
+                len(chunks) for chunks in simulated.mapped.values()
             ]
             assert rank["steps_in_flight"] == len(simulated.steps)
-            promised = [m["promised_chunks"] for m in rank["models"]]
+            promised = {m["model"]: m["promised_chunks"] for m in rank["models"]}
             assert self.bounds.allow(promised)
             assert rank["steps_in_flight"] or not rank["running"], "everybody is stuck"
         unfinished = sum(not self.sim.finished(rid) for rid in self.requests)

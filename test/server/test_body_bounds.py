@@ -13,10 +13,11 @@ import zmq.asyncio
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.server import json_shape
-from crosspool.server.app import App, State
+from crosspool.server.state import State
 from crosspool.transport import admin
 from starlette.responses import Response
 from starlette.types import Message
+from support.http_app import http_app
 
 CONTEXT, LONGEST_TOKEN, VOCABULARY = 64, 8, 100
 TEXT_BYTES = CONTEXT * LONGEST_TOKEN
@@ -56,7 +57,8 @@ class Client:
 
     def __init__(self, **options: int) -> None:
         deployment = Deployment(
-            models=(ModelConfig(name="first", path="/first"),),
+            models={0: ModelConfig(name="first", path="/first")},
+            next_model=1,
             kv_pool_devices=(Device("cpu"),),
             weight_pool_devices=(Device("cpu"),),
             kv_pool_bytes=1,
@@ -66,7 +68,7 @@ class Client:
         self.model = Model()
         state = self.state = State(models=cast("Any", {"first": self.model}), ready=True)
         scheduler = admin.AsyncAdmin(zmq.asyncio.Context(), "ipc:///nowhere")
-        self._app = App(deployment, state, scheduler)
+        self._app = http_app(deployment, state, scheduler)
         self.received = 0
         """Bytes that were read of the last body."""
 

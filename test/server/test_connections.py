@@ -27,7 +27,8 @@ STREAM = b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n"
 
 def deployment(**options: Any) -> Deployment:
     return Deployment(
-        models=(ModelConfig(name="first", path="/first"),),
+        models={0: ModelConfig(name="first", path="/first")},
+        next_model=1,
         kv_pool_devices=(Device("cpu"),),
         weight_pool_devices=(Device("cpu"),),
         kv_pool_bytes=1,

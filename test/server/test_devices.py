@@ -10,16 +10,19 @@ import pytest
 import zmq
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
-from crosspool.server.devices import DeviceFailed, Devices
+from crosspool.server.devices import DeviceFailed, Devices, ToldOfModel
 from crosspool.transport.device_socket import DeviceSocket, identity_of, read_identity
 from crosspool.transport.inspection import DevicePools, RankInfo, Report
 from crosspool.transport.messages import (
     PROTOCOL_VERSION,
+    Added,
+    AddModel,
     Failed,
     Inspect,
     Inspected,
     Ready,
     Recall,
+    Removed,
     Sleep,
     Slept,
     StepResult,
@@ -37,7 +40,8 @@ class Bed:
 
     def __init__(self, folder: Path) -> None:
         self.deployment = Deployment(
-            models=(ModelConfig(name="a", path="/a"),),
+            models={0: ModelConfig(name="a", path="/a")},
+            next_model=1,
             kv_pool_devices=(Device(KV),),
             weight_pool_devices=(Device(WEIGHTS),),
             kv_pool_bytes=1,
@@ -47,11 +51,11 @@ class Bed:
         self.context = zmq.Context()
         self.events: list[str] = []
         self.resident: list[tuple[str, list[int]]] = []
-        self.told: list[tuple[str, Waking | Woken | Slept]] = []
+        self.told: list[tuple[str, ToldOfModel]] = []
         self.devices = Devices(
             self.context,
             self.deployment,
-            on_ready=lambda name, resident: self.resident.append((name, list(resident))),
+            on_ready=lambda name, ready: self.resident.append((name, ready.resident)),
             on_away=lambda name: self.events.append(f"{name} away"),
             on_back=lambda name: self.events.append(f"{name} back"),
             on_told=lambda name, told: self.told.append((name, told)),
@@ -75,6 +79,7 @@ class Bed:
                 device=name,
                 pid=100 + incarnation,
                 ranks=[rank],
+                models=[0],
                 resident=[0],
             )
         )
@@ -307,3 +312,21 @@ def test_what_a_device_tells_of_weights_arrives_in_order_while_it_counts(bed: Be
     back.send(Slept(model=0))
     bed.hear(wait=20)
     assert bed.told[-1] == (WEIGHTS, Slept(model=0))
+
+
+def test_what_a_device_tells_of_models_that_come_and_go_counts_while_it_does(bed: Bed) -> None:
+    kv, weights = bed.started()
+    config = ModelConfig(name="b", path="/b", kv_floor_bytes=4096)
+    bed.devices.tell(WEIGHTS, AddModel(model=7, config=config))
+    assert received(weights) == AddModel(model=7, config=config)
+    weights.send(Added(model=7, error="no room"))
+    kv.send(Removed(model=7))
+    while len(bed.told) < 2:
+        bed.hear(wait=20)
+    told = [(WEIGHTS, Added(model=7, error="no room")), (KV, Removed(model=7))]
+    assert sorted(bed.told, key=str) == sorted(told, key=str)
+    bed.devices.gone(WEIGHTS, 1, "it was killed")
+    bed.ready(WEIGHTS, 2)
+    weights.send(Added(model=7))  # of the dead one
+    bed.hear()
+    assert len(bed.told) == 2

@@ -8,6 +8,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import psutil
@@ -61,6 +64,34 @@ def test_a_grammar_that_takes_too_long_is_refused_and_its_process_ended(tokenize
         assert "0.6 s" in str(error) and "`grammar_timeout`" in str(error)
         assert not children(made)
         made.compile(0, regex("a")).result(30)
+
+
+def compile_and(made: Grammars, act: Callable[[psutil.Process], None]) -> Any:
+    """Compiles a grammar, does something to the child that compiles it, and returns the future."""
+    for number in count():
+        future = made.compile(0, left_recursive(60, chr(ord("c") + number)))
+        while not future.done():
+            for child in children(made):
+                with suppress(psutil.NoSuchProcess):
+                    act(child)
+                    return future
+    raise AssertionError
+
+
+def test_a_grammar_whose_process_gets_no_processor_is_not_refused(tokenizer: Any) -> None:
+    def starve(child: psutil.Process) -> None:
+        child.suspend()
+        time.sleep(1.5)
+        child.resume()
+
+    limits = dataclasses.replace(LIMITS, seconds=0.6, memory_bytes=8 << 30)
+    with grammars(tokenizer, limits=limits) as made:
+        compile_and(made, starve).result(30)
+
+
+def test_a_grammar_whose_process_is_killed_is_compiled_again(tokenizer: Any) -> None:
+    with grammars(tokenizer, limits=dataclasses.replace(LIMITS, seconds=20)) as made:
+        compile_and(made, psutil.Process.kill).result(30)
 
 
 @pytest.mark.parametrize(

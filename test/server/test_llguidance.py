@@ -29,7 +29,9 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def backend(tokenizer: Any) -> Iterator[ModelGrammars]:
     compiler = compiler_of("llguidance")(tokenizer, SPEC, any_whitespace=False)
-    made = Grammars([compiler], LIMITS, cache_bytes=64 << 20, on_change=lambda: None)
+    made = Grammars(
+        {0: compiler}, lambda *_: compiler, LIMITS, cache_bytes=64 << 20, on_change=lambda: None
+    )
     yield ModelGrammars(made, 0)
     made.close()
 

@@ -11,12 +11,13 @@ import msgspec
 import pytest
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
-from crosspool.server.app import App, State
 from crosspool.server.keys import ADMIN_SOCKET
+from crosspool.server.state import State
 from crosspool.transport.admin import AdminError, AdminMistake
 from crosspool.transport.inspection import ModelResidency, ModelStatus, Status
 from starlette.responses import JSONResponse
 from starlette.types import Message
+from support.http_app import http_app
 
 NAMES = ("org/a", "b")
 Change = Callable[[str, str], dict[str, Any]]
@@ -70,14 +71,21 @@ def model_status(name: str, residency: ModelResidency) -> ModelStatus:
         0,
     )
     return ModelStatus(
-        **numbers, name=name, path="/x", dtype="float32", ffn_ranks=(0,), residency=residency
+        **numbers,
+        model=NAMES.index(name),
+        name=name,
+        path="/x",
+        dtype="float32",
+        ffn_ranks=(0,),
+        residency=residency,
     )
 
 
 class Bed:
     def __init__(self, queue_timeout: float = 5.0) -> None:
         deployment = Deployment(
-            models=tuple(ModelConfig(name=name, path="/nowhere") for name in NAMES),
+            models={n: ModelConfig(name=name, path="/nowhere") for n, name in enumerate(NAMES)},
+            next_model=len(NAMES),
             kv_pool_devices=(Device("cpu"),),
             weight_pool_devices=(Device("cpu"),),
             kv_pool_bytes=1,
@@ -87,7 +95,7 @@ class Bed:
         self.scheduler = Scheduler()
         self.asked: list[str] = []
         self.state = State(models={name: self.model(name) for name in NAMES}, ready=True)
-        self.app = App(deployment, self.state, cast("Any", self.scheduler))
+        self.app = http_app(deployment, self.state, cast("Any", self.scheduler))
 
     def model(self, name: str) -> Any:
         async def answer(scope: Any, receive: Any, send: Any) -> None:

@@ -15,13 +15,15 @@ import pytest
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.frontend import compat
-from crosspool.server.app import App, State
+from crosspool.server.app import App
 from crosspool.server.errors import RequestError
 from crosspool.server.keys import ADMIN_SOCKET
 from crosspool.server.routes import ROUTES, RouteRule, find
+from crosspool.server.state import State
 from crosspool.transport import admin
 from starlette.responses import JSONResponse
 from starlette.types import Message
+from support.http_app import http_app
 
 SERVING = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
 MODEL = "some/model"
@@ -44,6 +46,9 @@ class Scheduler:
     async def manage(self, model: str, what: str, keep: str | None = None) -> None:
         raise admin.AdminError("nobody answers")
 
+    async def unload(self, model: str, timeout: float) -> None:
+        raise admin.AdminError("nobody answers")
+
 
 async def let_in(scope: Any, receive: Any, send: Any) -> None:
     message = await receive()
@@ -53,7 +58,8 @@ async def let_in(scope: Any, receive: Any, send: Any) -> None:
 def application(keys: tuple[str | None, str | None]) -> App:
     named = ModelConfig(name=MODEL, path="/nowhere")
     deployment = Deployment(
-        models=(named,),
+        models={0: named},
+        next_model=1,
         kv_pool_devices=(Device("cpu"),),
         weight_pool_devices=(Device("cpu"),),
         kv_pool_bytes=1,
@@ -67,7 +73,7 @@ def application(keys: tuple[str | None, str | None]) -> App:
 
     bounds = {"context_length": 16, "longest_token": 4, "vocabulary": 32}
     model: Any = Model(name=MODEL, created=0, **bounds)
-    return App(deployment, State(models={MODEL: model}, ready=True), cast("Any", Scheduler()))
+    return http_app(deployment, State(models={MODEL: model}, ready=True), cast("Any", Scheduler()))
 
 
 async def call(
@@ -143,7 +149,8 @@ def test_the_table_has_every_route_of_ours_and_no_other(stock: list[Any]) -> Non
     table = {re.sub(r"\{[^}]*\}", "{}", rule.path) for rule in ROUTES}
     assert known <= table
     assert all(path.startswith("/crosspool/") for path in table - known)
-    assert len({rule.path for rule in ROUTES}) == len(ROUTES)
+    calls = [(rule.path, method) for rule in ROUTES for method in rule.methods]
+    assert len(set(calls)) == len(calls)
 
 
 def test_the_documents_have_the_table() -> None:
@@ -193,6 +200,8 @@ def test_every_route_is_for_its_callers_alone(keys: tuple[str | None, str | None
                 elif rule.answerer == "nobody":
                     assert status == 400, (rule, given, status)
                     assert rule.reason in answer["error"]["message"]
+                elif (method, rule.path) == ("POST", "/crosspool/models"):
+                    assert status == 400 and "path is missing" in answer["error"]["message"]
                 else:
                     assert status in (200, 503), (rule, given, status)
                 count += 1

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from crosspool.config.deployment import Deployment
+from crosspool.config.deployment import Deployment, load
 from crosspool.config.device import Device
 from crosspool.observability.trace import LaneEvent
 from crosspool.transport.device_socket import DeviceSocket
@@ -24,19 +24,27 @@ from crosspool.transport.inspection import (
 )
 from crosspool.transport.messages import (
     PROTOCOL_VERSION,
+    Added,
+    AddModel,
     Failed,
     Inspect,
     Inspected,
     Open,
     Ready,
     Release,
+    Removed,
+    RemoveModel,
     Row,
     RowResult,
     Shutdown,
+    Sleep,
+    Slept,
     Step,
     StepResult,
     ToDevice,
     TokenLogprobs,
+    Wake,
+    Woken,
 )
 
 Script = Callable[[int, list[int], int], int]
@@ -73,7 +81,11 @@ class FakeDevice(threading.Thread):
         self._deployment = deployment
         self._device = name
         self._incarnation = incarnation
-        self._models = [model.name for model in deployment.models]
+        self._models = deployment.names
+        self.refuses: str | None = None
+        """Why it takes no further model; None while it does."""
+        self.adding_seconds = 0.0
+        """How long it takes to make ready for a further model."""
         self._script = script
         self.step_seconds = step_seconds
         self._requests: dict[int, FakeRequest] = {}
@@ -101,9 +113,10 @@ class FakeDevice(threading.Thread):
             socket.close()
 
     def again(self) -> FakeDevice:
-        """The device that takes the place of this one."""
+        """The device that takes the place of this one. It reads which models there are."""
+        deployment = load(self._deployment.file)
         return FakeDevice(
-            self._deployment, self._device, self._script, self.step_seconds, self._incarnation + 1
+            deployment, self._device, self._script, self.step_seconds, self._incarnation + 1
         )
 
     def stop(self) -> None:
@@ -127,7 +140,8 @@ class FakeDevice(threading.Thread):
             device=self._device,
             pid=0,
             ranks=ranks,
-            resident=list(range(len(d.models))),
+            models=list(self._models),
+            resident=list(self._models),
         )
 
     def _handle(self, socket: DeviceSocket, message: ToDevice) -> None:
@@ -141,6 +155,18 @@ class FakeDevice(threading.Thread):
             case Release():
                 for number in message.requests:
                     self._requests.pop(number, None)
+            case Wake():
+                socket.send(Woken(model=message.model))
+            case Sleep():
+                socket.send(Slept(model=message.model))
+            case AddModel():
+                time.sleep(self.adding_seconds)
+                if self.refuses is None:
+                    self._models[message.model] = message.config.name
+                socket.send(Added(model=message.model, error=self.refuses))
+            case RemoveModel():
+                self._models.pop(message.model, None)
+                socket.send(Removed(model=message.model))
             case Inspect():
                 report = self._report(message.what)
                 socket.send(Inspected(id=message.id, device=self._device, report=report))
@@ -188,15 +214,16 @@ class FakeDevice(threading.Thread):
     def _report(self, what: str) -> Report:
         match what:
             case "tensors":
+                first = next(iter(self._models.values()))
                 router = TensorInfo(
-                    device=self._device, role="ffn", rank=0, model=self._models[0], layer=0,
+                    device=self._device, role="ffn", rank=0, model=first, layer=0,
                     key="router", name="router", shape=(2,), dtype="float32", bytes=8,
                 )  # fmt: skip
                 return Report(tensors=[router])
             case "pools":
                 pools = DevicePools(
                     device=self._device,
-                    mapped_bytes=dict.fromkeys(self._models, 0),
+                    mapped_bytes=dict.fromkeys(self._models.values(), 0),
                     free_bytes=1,
                     budget_bytes=1,
                     rss_bytes=1,

@@ -24,6 +24,7 @@ from crosspool.config.deployment import Deployment, ModelConfig, save
 from crosspool.config.device import Device
 from crosspool.config.process import adopt_orphans
 from crosspool.server.listeners import Listeners
+from crosspool.transport import notices
 from support.fake_device import FakeDevice, Script
 from support.server import DEMO, ROOT, free_port
 
@@ -35,7 +36,10 @@ _PR_SET_CHILD_SUBREAPER = 36
 def deployment(**changes: Any) -> Deployment:
     """Two bundled models on one device, in a fresh runtime folder."""
     fields: dict[str, Any] = {
-        "models": tuple(ModelConfig(name=name, path=str(DEMO / name)) for name in MODELS),
+        "models": {
+            n: ModelConfig(name=name, path=str(DEMO / name)) for n, name in enumerate(MODELS)
+        },
+        "next_model": len(MODELS),
         "kv_pool_devices": (Device("cpu"),),
         "weight_pool_devices": (Device("cpu"),),
         "kv_pool_bytes": 64 << 20,
@@ -73,6 +77,7 @@ class FrontEndServer:
         self.url = f"http://127.0.0.1:{deployment.port}"
         self.log = Path(deployment.runtime_dir) / "log"
         save(deployment)
+        self._http = notices.Teller(deployment.notice_address)
         self.devices = [FakeDevice(deployment, d.name, script) for d in deployment.devices]
         self.processes = self._start()
         if start_devices:
@@ -110,7 +115,8 @@ class FrontEndServer:
 
     def replace(self, name: str, *, start_devices: bool = True) -> None:
         """Kills the process ``name``, and starts the next one in its place as the launcher does:
-        with the scheduler also the detokenizer and, if told, the devices."""
+        with the scheduler also the detokenizer and, if told, the devices. The HTTP process is told
+        that the scheduler is gone."""
         with_it = ("detokenizer",) if name == "scheduler" else ()
         devices, self.devices = self.devices, []
         if name == "scheduler":
@@ -121,6 +127,8 @@ class FrontEndServer:
             if not has_ended(self.processes[killed]):
                 self.processes[killed].kill()
             self.processes[killed].wait(10)
+        if name == "scheduler":
+            self._http.tell(notices.SchedulerGone())
         for started in (name, *with_it):
             self._start_again(started)
         self.devices = devices

@@ -15,7 +15,7 @@ from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.kvpool.layout import KVLayout
 from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
-from crosspool.models.registry import read_model
+from crosspool.models.registry import specs_of
 from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.device_process import load_ranks
 from crosspool.transport import links
@@ -84,16 +84,17 @@ class Machine:
             "loop": loop,
         } | fields
         self.deployment = Deployment(
-            models=tuple(
-                ModelConfig(name=f"{path.name}-{i}", path=str(path), dtype=dtype)
+            models={
+                i: ModelConfig(name=f"{path.name}-{i}", path=str(path), dtype=dtype)
                 for i, path in enumerate(models)
-            ),
+            },
+            next_model=len(models),
             kv_pool_devices=tuple(map(Device, ranks)),
             weight_pool_devices=tuple(map(Device, weights)),
             **settings,
         )
         deployment = self.deployment
-        self.specs = [read_model(path, dtype=dtype) for path in models]
+        self.specs = specs_of(deployment.models)
         placement = place(deployment, self.specs)
         self.fd = links.create(deployment, self.specs)
         self._load, self._placement = load, placement
@@ -106,7 +107,9 @@ class Machine:
         if isinstance(virtualizer, MremapVirtualizer):
             ctypes.memset(virtualizer._parking, 0xFF, virtualizer.budget_bytes)
         self._chunks = chunks_per_model
-        self._layouts = [KVLayout(spec, 4, deployment.chunk_bytes) for spec in self.specs]
+        self._layouts = {
+            number: KVLayout(spec, 4, deployment.chunk_bytes) for number, spec in self.specs.items()
+        }
         self._mapped: set[int] = set()
         self.forget_memory()
         self._numbers = 0
@@ -131,7 +134,7 @@ class Machine:
         self._mapped.clear()
         self._free_pages = [
             random.Random(1).sample(range(pages), pages)
-            for pages in (layout.pages_in(self._chunks) for layout in self._layouts)
+            for pages in (layout.pages_in(self._chunks) for layout in self._layouts.values())
         ]
 
     def step(self, sequences: Sequence[Stream], lease: int = 1) -> Step:

@@ -80,11 +80,11 @@ class OneGPU:
             for bucket, layout in enumerate(layouts)
         }
         parts: Any = [SimpleNamespace(positions=PAGES * PAGE_SIZE)] * 2
-        kv = kv or [torch.empty(PAGES, LAYERS, PAGE_SIZE, 1)] * 2
+        caches = dict(enumerate(kv or [torch.empty(PAGES, LAYERS, PAGE_SIZE, 1)] * 2))
         chunks: Any = virtualizer or Chunks(self.log)
         self.counters = [LinkCounters() for _ in range(lanes)]
         self.executor = GPUExecutor(
-            GPURank(0, [spec(), spec()], dict(enumerate(parts)), chunks, kv),
+            GPURank(0, {0: spec(), 1: spec()}, dict(enumerate(parts)), chunks, caches),
             loop,
             buckets=BUCKETS,
             stages=stages,

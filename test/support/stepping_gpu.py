@@ -32,7 +32,10 @@ class SteppingGPU(OneGPU):
         self._fake, self._next_token = fake, next_token
         self.driver = FakeCuda(MODELS * PAGES * CHUNKS_OF_PAGE * CHUNK, granularity=CHUNK)
         self.pool = CudaVirtualizer(
-            self.driver, self.driver.total, CHUNK, [PAGES * CHUNKS_OF_PAGE * CHUNK] * MODELS
+            self.driver,
+            self.driver.total,
+            CHUNK,
+            dict.fromkeys(range(MODELS), PAGES * CHUNKS_OF_PAGE * CHUNK),
         )
         shape = (PAGES, LAYERS, PAGE_SIZE, WIDTH)
         self.kv = [self.pool.tensor(model, shape, torch.float32) for model in range(MODELS)]

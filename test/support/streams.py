@@ -1,20 +1,27 @@
-"""Streams of a server whose processes die meanwhile: what each answered, and its longest pause."""
+"""Streams of a server whose processes die meanwhile, and what each answered."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import threading
-import time
 import urllib.request
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import ge
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from support.server import Server
 
+_PATIENCE = 120.0
+"""Seconds."""
 _PROMPTS = ("The import statement", "A list of", "x", "While the module is")
+
+
+Answer = list[tuple[int, float]]
+"""Pairs (token, log-probability)."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +31,9 @@ class Ask:
     model: str
     body: Any
 
-    def tokens(self, server: Server, times: list[float] | None = None) -> list[tuple[int, float]]:
-        """The pairs (token, log-probability) of a whole answer; adds to ``times`` when each part of
-        it came. Raises AssertionError or OSError when the request fails."""
+    def tokens(self, server: Server, heard: Callable[[], None] = lambda: None) -> Answer:
+        """The whole answer; calls ``heard`` at each part of it. Raises AssertionError or OSError
+        when the request fails."""
         request = urllib.request.Request(
             f"{server.url}/m/{self.model}/generate",
             data=json.dumps(self.body).encode(),
@@ -38,8 +45,7 @@ class Ask:
                 word = line.decode().strip().removeprefix("data: ")
                 if not word or word == "[DONE]":
                     continue
-                if times is not None:
-                    times.append(time.monotonic())
+                heard()
                 last = json.loads(word)
                 assert "error" not in last, last
         info = last["meta_info"]
@@ -67,28 +73,38 @@ def asks(models: Sequence[str], count: int, new_tokens: int = 150) -> list[Ask]:
     return found
 
 
-@dataclass
+_alone: WeakKeyDictionary[Server, dict[str, Answer]] = WeakKeyDictionary()
+
+
+def alone(server: Server, ask: Ask) -> Answer:
+    """What ``server`` answers when it has no other request; it is asked only the first time."""
+    answers = _alone.setdefault(server, {})
+    key = json.dumps([ask.model, ask.body])
+    if key not in answers:
+        answers[key] = ask.tokens(server)
+    return answers[key]
+
+
 class Load:
-    """Clients that ask the same again and again, and compare each answer with the first."""
+    """Clients that ask the same again and again, and compare each answer with the one that the
+    server gave when it had no other request."""
 
-    server: Server
-    asks: Sequence[Ask]
-    answers: int = 0
-    problems: list[str] = field(default_factory=list)
-    pauses: list[tuple[float, float]] = field(default_factory=list)
-    """Pairs (when it ended, how long it was) of the pauses between two parts of an answer that
-    lasted more than a tenth of a second."""
-
-    def __post_init__(self) -> None:
+    def __init__(self, server: Server, asks: Sequence[Ask]) -> None:
+        self.asks = asks
+        self.answers = 0
+        self.problems: list[str] = []
+        self._server = server
+        self._expected = [alone(server, ask) for ask in asks]
         self._ending = threading.Event()
-        self._expected = [ask.tokens(self.server) for ask in self.asks]
-        self._lock = threading.Lock()
+        self._news = threading.Condition()
+        self._parts = [0] * len(asks)
+        """How many parts of answers each client has got."""
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Load]:
         threads = [
-            threading.Thread(target=self._ask_on, args=pair, daemon=True)
-            for pair in zip(self.asks, self._expected, strict=True)
+            threading.Thread(target=self._ask_on, args=(client,), daemon=True)
+            for client in range(len(self.asks))
         ]
         for thread in threads:
             thread.start()
@@ -97,23 +113,50 @@ class Load:
         finally:
             self._ending.set()
             for thread in threads:
-                thread.join(120)
+                thread.join(_PATIENCE)
         assert not any(thread.is_alive() for thread in threads), "a stream hangs"
 
-    def _ask_on(self, ask: Ask, expected: list[tuple[int, float]]) -> None:
+    def flow(self, parts: int = 30) -> None:
+        """Returns once every client has got so many further parts: it most likely is in the midst
+        of an answer, however fast the machine is."""
+        with self._news:
+            awaited = [had + parts for had in self._parts]
+            self._wait(lambda: all(map(ge, self._parts, awaited)))
+
+    def answer_all(self) -> None:
+        """Returns once there are as many further answers as clients."""
+        with self._news:
+            awaited = self.answers + len(self.asks)
+            self._wait(lambda: self.answers >= awaited)
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        came = self._news.wait_for(lambda: self.problems or done(), _PATIENCE)
+        assert not self.problems, self.problems[0]
+        assert came, f"nothing came: {self._parts} parts of {self.answers} answers"
+
+    def _hear(self, client: int) -> None:
+        with self._news:
+            self._parts[client] += 1
+            self._news.notify_all()
+
+    def _ask_on(self, client: int) -> None:
+        ask, expected = self.asks[client], self._expected[client]
         while not self._ending.is_set():
-            times = [time.monotonic()]
+            problem = None
             try:
-                got = ask.tokens(self.server, times)
+                got = ask.tokens(self._server, partial(self._hear, client))
             except (AssertionError, OSError, ValueError) as error:
-                with self._lock:
-                    self.problems.append(f"{ask}: {type(error).__name__}: {error}")
-                return
-            pauses = [(b, b - a) for a, b in itertools.pairwise(times) if b - a > 0.1]
-            with self._lock:
-                self.answers += 1
-                self.pauses += pauses
+                problem = f"{ask}: {type(error).__name__}: {error}"
+            else:
                 if [token for token, _ in got] != [token for token, _ in expected]:
-                    self.problems.append(f"{ask}: {got} instead of {expected}")
+                    problem = f"{ask}: {got} instead of {expected}"
                 elif any(abs(a - b) > 1e-3 for (_, a), (_, b) in zip(got, expected, strict=True)):
-                    self.problems.append(f"{ask}: log-probabilities {got} instead of {expected}")
+                    problem = f"{ask}: log-probabilities {got} instead of {expected}"
+            with self._news:
+                if problem is None:
+                    self.answers += 1
+                else:
+                    self.problems.append(problem)
+                self._news.notify_all()
+            if problem is not None:
+                return

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -46,7 +46,7 @@ class Interpreted:
         self,
         deployment: Deployment,
         device: Device,
-        specs: Sequence[ModelSpec],
+        specs: Mapping[int, ModelSpec],
         placement: Placement,
         lanes_fd: int | None,
     ) -> DeviceRanks:
@@ -105,7 +105,7 @@ class Symmetric(Interpreted):
         self,
         deployment: Deployment,
         device: Device,
-        specs: Sequence[ModelSpec],
+        specs: Mapping[int, ModelSpec],
         placement: Placement,
         lanes_fd: int | None,
     ) -> DeviceRanks:
@@ -127,7 +127,7 @@ class Symmetric(Interpreted):
 def load_on_cpu(
     deployment: Deployment,
     device: Device,
-    specs: Sequence[ModelSpec],
+    specs: Mapping[int, ModelSpec],
     placement: Placement,
     peers: GPUPeers | None,
 ) -> DeviceRanks:
@@ -135,7 +135,7 @@ def load_on_cpu(
     cpu = torch.device("cpu")
     resources = contextlib.ExitStack()
     virtualizer: CudaVirtualizer | None = None
-    kv: list[Tensor] = []
+    kv: Mapping[int, Tensor] = {}
     if device in deployment.kv_pool_devices:
         make = functools.partial(CudaVirtualizer, FakeCuda(deployment.kv_pool_bytes))
         virtualizer, kv = kv_pool_by(make, deployment, device, specs)
@@ -156,7 +156,7 @@ def load_on_cpu(
 def load_interpreted(
     deployment: Deployment,
     device: Device,
-    specs: Sequence[ModelSpec],
+    specs: Mapping[int, ModelSpec],
     placement: Placement,
     lanes_fd: int | None,
 ) -> DeviceRanks:
@@ -167,7 +167,7 @@ def load_interpreted(
 def load_compiled(
     deployment: Deployment,
     device: Device,
-    specs: Sequence[ModelSpec],
+    specs: Mapping[int, ModelSpec],
     placement: Placement,
     lanes_fd: int | None,
 ) -> DeviceRanks:
@@ -176,7 +176,7 @@ def load_compiled(
     ranks = load_gpu_ranks(deployment, device, specs, placement, lanes_fd, kept=kept)
     assert ranks.attention is not None and isinstance(ranks.executor, GPUExecutor)
     virtualizer = ranks.attention.virtualizer
-    for model, kv in enumerate(ranks.attention.kv):
+    for model, kv in ranks.attention.kv.items():
         chunks = list(range(virtualizer.free_bytes // deployment.chunk_bytes))
         virtualizer.map(model, chunks)
         pages = len(chunks) * deployment.chunk_bytes // (kv[0].nbytes)

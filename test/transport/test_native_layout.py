@@ -21,7 +21,8 @@ from support.headers import COMPILER, assert_holds
 def test_links_lie_where_the_header_says(lanes: int, row_bytes: int, tmp_path: Path) -> None:
     kv, weights = ("cpu:0", "cpu:1"), ("cpu:1", "cpu:2", "cpu:3")
     deployment = Deployment(
-        models=(ModelConfig(name="m", path="m"),),
+        models={0: ModelConfig(name="m", path="m")},
+        next_model=1,
         kv_pool_devices=tuple(map(Device, kv)),
         weight_pool_devices=tuple(map(Device, weights)),
         kv_pool_bytes=1,

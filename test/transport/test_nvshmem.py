@@ -61,7 +61,8 @@ class FakeNvshmem:
 @pytest.fixture
 def deployment(tmp_path):
     return Deployment(
-        models=(ModelConfig(name="m", path="m"),),
+        models={0: ModelConfig(name="m", path="m")},
+        next_model=1,
         kv_pool_devices=(Device("cuda:0"), Device("cuda:1")),
         weight_pool_devices=(Device("cuda:2"), Device("cuda:1")),
         kv_pool_bytes=1,

@@ -43,7 +43,8 @@ UNIT = 2 << 20
 
 def deployment_of(folder: Path, kv: tuple[str, ...], weights: tuple[str, ...]) -> Deployment:
     return Deployment(
-        models=(ModelConfig(name="m", path="m"),),
+        models={0: ModelConfig(name="m", path="m")},
+        next_model=1,
         kv_pool_devices=tuple(map(Device, kv)),
         weight_pool_devices=tuple(map(Device, weights)),
         kv_pool_bytes=1,

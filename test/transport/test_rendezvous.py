@@ -77,7 +77,7 @@ def test_who_is_missing_is_named(address):
         exchange(address, "cuda:0", MEMBERS, b"", 1.0)
     thread.join()
     assert isinstance(got[0], RendezvousError)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     with pytest.raises(RendezvousError, match=r"cuda:0 does not listen at .* in time"):
         exchange(address, "cuda:1", MEMBERS, b"", 0.2)
 

@@ -23,7 +23,8 @@ PEER = Path(__file__).with_name("lane_ffn_peer.py")
 
 def deployment_of(kv: tuple[str, ...], weights: tuple[str, ...], lanes: int = 2) -> Deployment:
     return Deployment(
-        models=(ModelConfig(name="m", path="m"),),
+        models={0: ModelConfig(name="m", path="m")},
+        next_model=1,
         kv_pool_devices=tuple(map(Device, kv)),
         weight_pool_devices=tuple(map(Device, weights)),
         kv_pool_bytes=1,
@@ -168,6 +169,23 @@ def test_a_new_attention_rank_waits_for_the_answer_to_its_predecessor(
     assert not successor.ready()
     successor.dispatch(header(1, epoch=1), torch.ones(1, HIDDEN))
     assert there.poll() == header(1, epoch=1)
+
+
+def test_a_dispatch_can_be_refused(attention, ffn):
+    """The lane is free again, as after a reply, and the next dispatch is not refused with it."""
+    here, there = attention.attention_link(0, 0), ffn.ffn_link(0, 0)
+    with pytest.raises(LaneError, match="no dispatch to refuse"):
+        there.refuse()
+    here.dispatch(header(2), torch.ones(2, HIDDEN))
+    assert there.poll() == header(2)
+    there.refuse()
+    assert there.poll() is None
+    assert here.ready() and here.take_refusal() and here.free
+    here.dispatch(header(2), torch.ones(2, HIDDEN))
+    assert there.poll() == header(2)
+    there.reply(torch.full((2, HIDDEN), 3.0))
+    assert here.ready() and not here.take_refusal()
+    assert (here.combine((2, HIDDEN), torch.float32) == 3).all()
 
 
 def test_every_pair_and_lane_has_its_own_link():

@@ -44,15 +44,16 @@ def deployment(
 ) -> Deployment:
     """``ranks`` FFN ranks; ``places``: the ranks of each model, or None for all."""
     return Deployment(
-        models=tuple(
-            ModelConfig(
+        models={
+            index: ModelConfig(
                 name=f"model-{index}",
                 path="",
                 keep="demand" if keep is None else keep[index],
                 weight_pool_devices=None if own is None else tuple(Device(f"cpu:{i}") for i in own),
             )
             for index, own in enumerate(places)
-        ),
+        },
+        next_model=len(places),
         kv_pool_devices=(Device("cpu"),),
         weight_pool_devices=tuple(Device(f"cpu:{rank}") for rank in range(ranks)),
         kv_pool_bytes=1 << 30,
@@ -131,7 +132,11 @@ def test_pinned_models_that_do_not_fit_together_are_refused(spec: ModelSpec) -> 
     places = [[1], [0], [1]]
     pinned = ["pinned"] * 3
     placed = place(deployment(3, places), [spec] * 3)
-    assert placed.weight_bytes == ((0, whole, 0), (whole, 0, whole), (0, 0, 0))
+    assert [list(held.values()) for held in placed.weight_bytes] == [
+        [0, whole, 0],
+        [whole, 0, whole],
+        [0, 0, 0],
+    ]
     assert placed.pool_bytes == 3 * 2 * whole
     assert place(deployment(3, places, placed.pool_bytes, keep=pinned), [spec] * 3) == placed
     with pytest.raises(ConfigError) as caught:

@@ -21,7 +21,7 @@ from crosspool.config.device import Device
 from crosspool.config.flags import Parser
 from crosspool.config.options import Options
 from crosspool.config.sizes import format_size
-from crosspool.models.registry import read_model
+from crosspool.models.registry import specs_of
 from crosspool.weightpool.placement import place
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _compile(given: argparse.Namespace, options: Options, toolchain: Toolchain) 
                 "the Python to which the Triton belongs"
             )
     deployment = _deployment(options)
-    specs = [read_model(Path(m.path), m.context_length, m.dtype) for m in deployment.models]
+    specs = specs_of(deployment.models)
     placement = place(deployment, specs)
     launches: dict[str, list[Launch]] = {}
     for capability in given.capability:
@@ -187,6 +187,7 @@ def _deployment(options: Options) -> Deployment:
         options = replace(options, kv_pool_devices=one, weight_pool_devices=one)
     settled = {
         "models": model_configs(options),
+        "next_model": len(options.models),
         "kv_pool_bytes": options.kv_pool_bytes or 0,
         "weight_pool_bytes": sys.maxsize,
     }

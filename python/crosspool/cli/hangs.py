@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from crosspool.cli.held_up import held_up
 from crosspool.transport.heartbeats import Activity, Beat, Heartbeats
 
 _LONGEST_LOOK = 0.5
 """Seconds that count at most between two looks: while the launcher itself could not run, devices
 may not have run either."""
+_LEAST_SHARE = 0.1
+"""Share of the time for which a process stands still that counts although the system holds it up.
+"""
 _SHOWS_LIFE = 1.5
 """Seconds within which the main thread of a device that lives counts."""
 
@@ -24,6 +28,8 @@ class _Seen:
     """Seconds for which the loop has neither computed nor looked for work."""
     waiting: float = 0.0
     """Seconds for which the loop has waited for other devices, none of which was computing."""
+    held_up: Mapping[str, float] = field(default_factory=dict)
+    """What ``held_up`` told at the last look, if something stood still."""
 
 
 class HangWatch:
@@ -33,8 +39,10 @@ class HangWatch:
     thread of its loop has. Neither depends on the length of a step or of a part of one: threads
     count within it, and a loop without work counts how often it looks for some. When a loop has
     waited for so long while no device was computing or reading weights, a reply is lost, and all
-    devices hang.
-    ``clock`` gives seconds that only grow."""
+    devices hang. Time for which the system held a thread up does not count, but for a tenth: a
+    machine with too much to do or too little memory is no hang.
+    ``clock`` gives seconds that only grow; ``held_up`` tells for a pid how many of them the system
+    has held each of its threads up."""
 
     def __init__(
         self,
@@ -42,11 +50,13 @@ class HangWatch:
         devices: Sequence[str],
         patience: float,
         clock: Callable[[], float] = time.monotonic,
+        held_up: Callable[[int], Mapping[str, float]] = held_up,
     ) -> None:
         self._heartbeats = heartbeats
         self._devices = devices
         self._patience = patience
         self._clock = clock
+        self._held_up = held_up
         self._seen = [_Seen() for _ in devices]
         self._looked = clock()
 
@@ -84,11 +94,16 @@ class HangWatch:
         is_new = before is None or before.incarnation != beat.incarnation
         if is_new or is_stopped or not beat.process:
             seen.process = seen.loop = seen.waiting = 0.0
+            seen.held_up = {}
             return None
         assert before is not None
         same = beat.advances == before.advances
         stands = same and beat.looks and beat.looks == before.looks
         waits = same and beat.activity == before.activity == Activity.WAITING and all_wait
+        if stands or beat.process == before.process:
+            seconds = max(_LEAST_SHARE * seconds, seconds - self._newly_held_up(seen, beat.pid))
+        else:
+            seen.held_up = {}
         seen.process = seen.process + seconds if beat.process == before.process else 0.0
         seen.loop = seen.loop + seconds if stands else 0.0
         seen.waiting = seen.waiting + seconds if waits else 0.0
@@ -97,3 +112,10 @@ class HangWatch:
         if seen.loop >= self._patience:
             return f"its loop has stood still for {self._patience:g} s"
         return None
+
+    def _newly_held_up(self, seen: _Seen, pid: int) -> float:
+        """The most seconds for which the system has held a thread up since the last look."""
+        before, seen.held_up = seen.held_up, self._held_up(pid)
+        return max(
+            (now - before.get(thread, now) for thread, now in seen.held_up.items()), default=0
+        )

@@ -244,7 +244,7 @@ class _Face:
         self._console.print()
         self._console.print(pools_tables(*self._rows))
         body = {
-            "model": self._deployment.models[0].name,
+            "model": next(iter(self._deployment.names.values())),
             "prompt": "The import statement",
             "max_tokens": 40,
         }

@@ -19,6 +19,8 @@ COMMANDS = {
     "compile": "Compile the kernels that GPUs will launch, ahead and without a GPU.",
     "plan": "Plan pools, KV budget and placement for models, devices and traffic.",
     "ps": "Show the models of a running server: which are awake, and who uses them.",
+    "load": "Have a running server serve a further model.",
+    "unload": "Have a running server serve a model no more.",
     "wake": "Have a model of a running server read its weights.",
     "sleep": "Have a model of a running server give up the memory of its weights.",
     "pin": "Say when a model of a running server has its weights in memory.",
@@ -33,6 +35,7 @@ examples:
   crosspool plan Qwen3-30B-A3B GLM-4.7-Flash --devices 5x40GB --rate 1 --prompt 800 --output 200
   crosspool compile --capability 90 --model-path models/Qwen3-30B-A3B
   crosspool ps --watch
+  crosspool load models/qwen --name qwen
   crosspool pools --tensors
   crosspool trace --seconds 2 --out trace.json
 

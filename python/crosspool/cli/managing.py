@@ -1,5 +1,5 @@
-"""What the commands have in common that say where a running server's models have their weights:
-they call its routes over the admin socket."""
+"""What the commands have in common that say which models a running server has, and where their
+weights are: they call its routes over the admin socket."""
 
 from __future__ import annotations
 
@@ -39,8 +39,14 @@ def post(port: int | None, name: str, what: str, body: Any = None) -> dict[str, 
     """Has the server do ``what`` with the model ``name``; returns what it tells of the model then.
 
     Raises ConfigError for a mistake, and AdminError when the server cannot do it."""
-    deployment = find_running(port)
-    with _Call(deployment, name, what, body) as answer:
+    return call(port, "POST", f"/{quote(name)}/{what}", body)
+
+
+def call(port: int | None, method: str, path: str, body: Any = None) -> dict[str, Any]:
+    """Has the server answer a call of ``path`` below the one of its models; returns the answer.
+
+    Raises ConfigError for a mistake, and AdminError when the server cannot do it."""
+    with _Call(find_running(port), method, path, body) as answer:
         told: dict[str, Any] = json.load(answer)
         return told
 
@@ -49,7 +55,7 @@ def events(port: int | None, name: str, what: str) -> Iterator[dict[str, Any]]:
     """Yields what the server tells of the model while it works on it, and else is like
     :func:`post`."""
     deployment = find_running(port)
-    with _Call(deployment, name, f"{what}?stream=1") as answer:
+    with _Call(deployment, "POST", f"/{quote(name)}/{what}?stream=1") as answer:
         for line in _lines(answer):
             if line.startswith(b"data: "):
                 event = json.loads(line.removeprefix(b"data: "))
@@ -66,21 +72,22 @@ def _lines(answer: http.client.HTTPResponse) -> Iterator[bytes]:
 
 
 class _Call:
-    """A POST over the admin socket; within the ``with``, its response is read."""
+    """A call over the admin socket; within the ``with``, its response is read."""
 
-    def __init__(self, deployment: Deployment, name: str, what: str, body: Any = None) -> None:
+    def __init__(self, deployment: Deployment, method: str, path: str, body: Any = None) -> None:
         self._connection = _UnixConnection(deployment.admin_socket)
-        self._path = f"/crosspool/models/{quote(name)}/{what}"
+        self._method = method
+        self._path = f"/crosspool/models{path}"
         self._body = json.dumps(body or {})
 
     def __enter__(self) -> http.client.HTTPResponse:
         headers = {"Content-Type": "application/json"}
         try:
-            self._connection.request("POST", self._path, self._body, headers)
+            self._connection.request(self._method, self._path, self._body, headers)
             answer = self._connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             raise AdminError(f"the server does not answer: {error}") from None
-        if answer.status == http.client.OK:
+        if answer.status in (http.client.OK, http.client.CREATED):
             return answer
         message = json.load(answer)["error"]["message"]
         raise (ConfigError if answer.status in _MISTAKES else AdminError)(message)

@@ -1,6 +1,6 @@
 """The memories that a deployment's devices draw from: the host's, which all CPU devices share, and
-each GPU's own. Here is what each must hold, how much the KV pool takes when the user names no size,
-and whether it holds the requests that it must."""
+each GPU's own. Here is what each must hold, and how much the KV pool takes when the user names no
+size."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ import psutil
 from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.device import Device
 from crosspool.config.gpu import GPU
-from crosspool.config.sizes import exact_size, format_size
-from crosspool.kvpool.bounds import Bounds
-from crosspool.kvpool.layout import KVLayout
-from crosspool.models.spec import ModelSpec
+from crosspool.config.sizes import format_size
 from crosspool.weightpool.placement import Placement, rooms
 
 KV_POOL_SHARE = 0.2
@@ -89,59 +86,12 @@ def check_memory(
             )
 
 
-def check_kv_bounds(d: Deployment, specs: Sequence[ModelSpec]) -> None:
-    """Raises ConfigError when the floors do not fit into the pool together, or when the KV memory
-    that a model can be promised on one attention rank does not hold a request as long as its
-    context."""
-    bounds, ranks = Bounds.of(d), len(d.kv_pool_devices)
-    if sum(bounds.floors) > bounds.budget:
-        floors = sum(bounds.floors) * d.chunk_bytes * ranks
-        raise ConfigError(
-            f"kv_floor_bytes: the floors of all models come to {format_size(floors)} in whole "
-            f"chunks, more than the KV pool's {format_size(d.kv_pool_bytes)}: lower them or give "
-            "a larger --kv-pool-bytes"
-        )
-    for index, (model, spec) in enumerate(zip(d.models, specs, strict=True)):
-        if bounds.ceilings[index] < bounds.floors[index]:
-            raise ConfigError(
-                f"kv_ceiling_bytes of {model.name}: {exact_size(model.kv_ceiling_bytes or 0)} is "
-                f"below its kv_floor_bytes, {exact_size(model.kv_floor_bytes)} (in whole chunks of "
-                "each device): raise the ceiling or lower the floor"
-            )
-        _check_longest(d, bounds, index, spec)
-
-
-def _check_longest(d: Deployment, bounds: Bounds, index: int, spec: ModelSpec) -> None:
-    """Raises ConfigError that says what would be enough when one request as long as the model's
-    context does not fit."""
-    model, ranks = d.models[index], len(d.kv_pool_devices)
-    layout = KVLayout(spec, d.page_size, d.chunk_bytes)
-    chunks = -(-layout.pages_for(spec.context) * layout.page_bytes // layout.chunk_bytes)
-    if chunks <= bounds.reach(index):
-        return
-    tokens = layout.pages_in(bounds.reach(index)) * layout.page_size
-    shorter = f"--context-length {tokens}, or " if tokens else ""
-    needed = chunks * d.chunk_bytes * ranks
-    request = f"do not hold one request of {spec.context} tokens, the context of {model.name}"
-    if chunks > bounds.ceilings[index] and model.kv_ceiling_bytes is not None:
-        raise ConfigError(
-            f"kv_ceiling_bytes of {model.name}: {format_size(model.kv_ceiling_bytes)} on {ranks} "
-            f"device(s) {request}: give {shorter}a ceiling of {exact_size(needed)}"
-        )
-    others = (sum(bounds.floors) - bounds.floors[index]) * d.chunk_bytes * ranks
-    beside = f" beside the floors of other models, {format_size(others)}," if others else ""
-    raise ConfigError(
-        f"kv_pool_bytes: {format_size(d.kv_pool_bytes)} on {ranks} device(s){beside} {request}: "
-        f"give {shorter}--kv-pool-bytes {exact_size(needed + others)}"
-    )
-
-
 def _weights(memory: SystemMemory, deployment: Deployment, placement: Placement) -> tuple[int, int]:
     """Most bytes of FFN weights and of attention weights in one memory at once."""
     most = {"weight_pool_bytes": 0, "attention_weight_bytes": 0}
     for room in rooms(deployment, placement):
         if room.device in memory.devices:
-            every = sum(room.needed)
+            every = sum(room.needed.values())
             most[room.option] += every if room.bytes is None else min(every, room.bytes)
     return most["weight_pool_bytes"], most["attention_weight_bytes"]
 

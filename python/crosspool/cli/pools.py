@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from crosspool.config.deployment import Deployment
 from crosspool.config.runtime_dir import find_running
 from crosspool.config.sizes import format_size
 from crosspool.kvpool.layout import KVLayout
-from crosspool.models.registry import read_model
+from crosspool.models.registry import specs_of
 from crosspool.models.spec import ModelSpec
 from crosspool.observability.pools_table import (
     ModelRow,
@@ -46,10 +45,7 @@ def run(words: Sequence[str], prog: str) -> int:
     arguments = parser.parse_args(words)
 
     deployment = find_running(arguments.port)
-    specs = [
-        read_model(Path(model.path), model.context_length, model.dtype)
-        for model in deployment.models
-    ]
+    specs = specs_of(deployment.models)
     placement = place(deployment, specs)
     status = admin.status(deployment.admin_address)
     rows = describe(deployment, specs, placement, status)
@@ -85,20 +81,19 @@ def _print_tensors(tensors: Sequence[TensorInfo]) -> None:
 
 def describe(
     deployment: Deployment,
-    specs: Sequence[ModelSpec],
+    specs: Mapping[int, ModelSpec],
     placement: Placement,
     status: Status | None = None,
 ) -> tuple[list[RankRow], list[ModelRow]]:
     """The rows of the pools' tables, with the memory in use now where ``status`` is known."""
     ranks = len(deployment.kv_pool_devices)
     chunks = deployment.kv_pool_bytes // ranks // deployment.chunk_bytes
-    attention = placement.attention_bytes
     devices = {} if status is None else {device.name: device for device in status.devices}
     by_rank = [
         RankRow(
             rank=f"attention {rank}",
             device=device.name,
-            weights=sum(attention),
+            weights=sum(placement.attention_bytes.values()),
             kv_budget=chunks * deployment.chunk_bytes,
             now=None if status is None else status.ranks[rank],
             process=devices.get(device.name),
@@ -109,7 +104,7 @@ def describe(
         RankRow(
             rank=f"FFN {rank}",
             device=device.name,
-            weights=sum(weights),
+            weights=sum(weights.values()),
             kv_budget=None,
             process=devices.get(device.name),
         )
@@ -118,16 +113,17 @@ def describe(
         )
     ]
     by_model = []
-    for index, (model, spec) in enumerate(zip(deployment.models, specs, strict=True)):
+    for number, model in deployment.models.items():
+        spec = specs[number]
         layout = KVLayout(spec, deployment.page_size, deployment.chunk_bytes)
         pages = ranks * layout.pages_in(chunks)
         by_model.append(
             ModelRow(
                 name=model.name,
                 dtype=spec.dtype,
-                attention_weights=attention[index],
-                ffn_weights=sum(held[index] for held in placement.weight_bytes),
-                ffn_ranks=deployment.ffn_ranks(index),
+                attention_weights=placement.attention_bytes[number],
+                ffn_weights=sum(held[number] for held in placement.weight_bytes),
+                ffn_ranks=deployment.ffn_ranks(number),
                 kv_per_token=spec.kv_bytes_per_token,
                 pages=pages,
                 tokens=pages * deployment.page_size,

@@ -40,8 +40,7 @@ def run(words: Sequence[str], prog: str) -> int:
     admin.inspect(deployment.admin_address, "trace_start", _ANSWER_SECONDS)
     time.sleep(arguments.seconds)
     report = admin.inspect(deployment.admin_address, "trace_stop", _ANSWER_SECONDS)
-    names = [model.name for model in deployment.models]
     events = [event for device in report.trace_stop for event in device.events]
-    arguments.out.write_text(json.dumps(to_chrome(events, names)))
+    arguments.out.write_text(json.dumps(to_chrome(events, deployment.names)))
     print(f"wrote {len(events)} events to {arguments.out}")
     return 0

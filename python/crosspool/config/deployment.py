@@ -1,20 +1,26 @@
-"""What is deployed: models, pools, devices, lanes. Validated once, then frozen.
+"""What is deployed: models, pools, devices, lanes. Validated, then frozen.
 
 The launcher makes a :class:`Deployment` from flags or a YAML file and writes it as JSON into the
-runtime directory; every process reads it from there.
+runtime directory; every process reads it from there. Models come and go while the server runs: the
+scheduler writes the file anew each time, so that a process that starts later reads those of then.
 """
 
 from __future__ import annotations
 
+import os
+from itertools import count
 from pathlib import Path
 
 import msgspec
 
 from crosspool.config.device import Device
 from crosspool.config.errors import ConfigError
-from crosspool.config.options import ModelOptions, Options
+from crosspool.config.options import ModelOptions, ServerOptions
 
-__all__ = ["ConfigError", "Deployment", "ModelConfig", "load", "save"]
+__all__ = ["MAX_MODELS", "ConfigError", "Deployment", "ModelConfig", "load", "save"]
+
+MAX_MODELS = 256
+"""Most models at a time."""
 
 
 class ModelConfig(ModelOptions, frozen=True, kw_only=True):
@@ -23,10 +29,14 @@ class ModelConfig(ModelOptions, frozen=True, kw_only=True):
     name: str
 
 
-class Deployment(Options, frozen=True, kw_only=True):
+class Deployment(ServerOptions, frozen=True, kw_only=True):
     """The options of a server, with none left open that must be known."""
 
-    models: tuple[ModelConfig, ...]
+    models: dict[int, ModelConfig]
+    """Every model by its number, ascending. A number is never used again, and at no time have two
+    models numbers that are equal modulo ``MAX_MODELS``: devices keep tables of so many places."""
+    next_model: int
+    """Every number that has been used is less."""
     kv_pool_bytes: int
     weight_pool_bytes: int
     runtime_dir: str = ""
@@ -37,14 +47,45 @@ class Deployment(Options, frozen=True, kw_only=True):
         """Every device once, KV pool first."""
         return tuple(dict.fromkeys((*self.kv_pool_devices, *self.weight_pool_devices)))
 
+    @property
+    def names(self) -> dict[int, str]:
+        """The models' names, by number."""
+        return {number: model.name for number, model in self.models.items()}
+
     def ffn_ranks(self, model: int) -> tuple[int, ...]:
-        """FFN ranks that share the FFN weights of the model at index ``model``, ascending."""
-        own = self.models[model].weight_pool_devices
+        """FFN ranks that share the FFN weights of a model, ascending."""
+        return self.ranks_of(self.models[model])
+
+    def ranks_of(self, model: ModelConfig) -> tuple[int, ...]:
+        """FFN ranks that share the FFN weights of a model of this configuration, ascending."""
+        own = model.weight_pool_devices
         return tuple(
             rank
             for rank, device in enumerate(self.weight_pool_devices)
             if own is None or device in own
         )
+
+    def free_number(self) -> int:
+        """Returns the number for a further model.
+
+        Raises ConfigError when there are ``MAX_MODELS`` models already."""
+        places = {number % MAX_MODELS for number in self.models}
+        if len(places) == MAX_MODELS:
+            raise ConfigError(
+                f"models: there are {MAX_MODELS}, and no more can be served at a time"
+            )
+        return next(n for n in count(self.next_model) if n % MAX_MODELS not in places)
+
+    def with_model(self, number: int, model: ModelConfig) -> Deployment:
+        """Returns the deployment with a further model."""
+        models = {**self.models, number: model}
+        after = max(self.next_model, number + 1)
+        return msgspec.structs.replace(self, models=models, next_model=after)
+
+    def without_model(self, number: int) -> Deployment:
+        """Returns the deployment with one model less."""
+        models = {other: model for other, model in self.models.items() if other != number}
+        return msgspec.structs.replace(self, models=models)
 
     @property
     def max_step_tokens(self) -> int:
@@ -82,9 +123,17 @@ class Deployment(Options, frozen=True, kw_only=True):
 
 
 def save(deployment: Deployment) -> None:
-    """Writes the deployment where its processes read it, for nobody else: it has the keys."""
-    deployment.file.touch(mode=0o600)
-    deployment.file.write_bytes(msgspec.json.encode(deployment))
+    """Writes the deployment where its processes read it, for nobody else: it has the keys. Who
+    reads meanwhile gets the earlier one. The file's time stays that of the first writing, at which
+    the server began. Raises OSError."""
+    file = deployment.file
+    new = file.with_suffix(".new")
+    new.touch(mode=0o600)
+    new.write_bytes(msgspec.json.encode(deployment))
+    if file.exists():
+        began_ns = file.stat().st_mtime_ns
+        os.utime(new, ns=(began_ns, began_ns))
+    new.replace(file)
 
 
 def load(path: Path) -> Deployment:

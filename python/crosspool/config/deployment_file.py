@@ -71,6 +71,13 @@ def to_options(data: Any, source: str) -> Options:
     )
 
 
+def to_model_options(data: Any, source: str) -> ModelOptions:
+    """Turns one model, as JSON or YAML has it, into ModelOptions.
+
+    Raises ConfigError that names ``source``, the key, what was given and what would be right."""
+    return ModelOptions(**_values(data, MODEL_OPTIONS, source, "model"))
+
+
 def _converted(value: Any, kind: Any, where: str) -> Any:
     try:
         return msgspec.convert(value, kind)

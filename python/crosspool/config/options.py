@@ -72,10 +72,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Arguments for SGLang of this model alone, by ServerArgs field."""
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """A server as the user asks for it; None where it is left open."""
-
-    models: tuple[ModelOptions, ...]
+class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """A server but for its models, as the user asks for it; None where it is left open."""
 
     models_dir: Annotated[str | None, Option(
         "Folder of which every checkpoint is served, beside the models that are named: DIR/NAME as "
@@ -205,9 +203,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         "and outputs.",
         _REQUESTS, least=1)] = 1 << 16
     grammar_timeout: Annotated[float, Option(
-        "Processor time that a regex, JSON schema, EBNF or structural tag may take to be compiled, "
-        "half of the time that it may take on the clock. A longer one is refused with status 400; "
-        "so is one that takes so long on the clock to follow a token.",
+        "Processor time that a regex, JSON schema, EBNF or structural tag may take to be compiled. "
+        "On the clock it may take twice as long, and longer where other processes have the "
+        "processors. A longer one is refused with status 400; so is one that takes so long on the "
+        "clock to follow a token.",
         _REQUESTS, unit="s", least=0.1)] = 0.75
     grammar_mask_timeout: Annotated[float, Option(
         "Processor time that a grammar may take to find which tokens may come next, beyond 10 ms "
@@ -270,5 +269,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 # fmt: on
 
 
+class Options(ServerOptions, frozen=True, kw_only=True):
+    """A server as the user asks for it."""
+
+    models: tuple[ModelOptions, ...]
+
+
 MODEL_OPTIONS = options_of(ModelOptions, per_model=True)
-SERVER_OPTIONS = options_of(Options, per_model=False)
+SERVER_OPTIONS = options_of(ServerOptions, per_model=False)

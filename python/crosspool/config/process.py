@@ -10,6 +10,8 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from crosspool.config.errors import ConfigError
@@ -54,6 +56,17 @@ def set_title(title: str) -> None:
     from setproctitle import setproctitle
 
     setproctitle(f"crosspool::{title}")
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Collects no garbage meanwhile. An import makes objects that stay, and of SGLang's the
+    collector, which walks through them again and again, took more than a quarter."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def freeze_heap() -> None:

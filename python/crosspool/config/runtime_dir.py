@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from crosspool.config.deployment import ConfigError, Deployment, load
 
 _LOCK = "launcher.lock"
@@ -35,6 +37,12 @@ def _parent() -> Path:
 
 def _prefix() -> str:
     return f"crosspool-{os.getuid()}-"
+
+
+class _Address(msgspec.Struct):
+    """What is read of the servers that are not looked for, which may be of other versions."""
+
+    port: int
 
 
 class RuntimeDir:
@@ -130,18 +138,24 @@ def remove_stale() -> None:
 def find_running(port: int | None = None) -> Deployment:
     """Returns the deployment that this user runs on this machine, on ``port`` if given.
 
-    Raises ConfigError when there is none, or several and no ``port`` to choose by."""
-    found = [
-        load(folder / "deployment.json")
+    Raises ConfigError when there is none, or several and no ``port`` to choose by, or when it is of
+    another version of CrossPool."""
+    files = [
+        folder / "deployment.json"
         for folder in _folders()
         if (folder / "deployment.json").exists() and _is_locked(folder)
     ]
-    if port is not None:
-        found = [deployment for deployment in found if deployment.port == port]
+    ports = {file: msgspec.json.decode(file.read_bytes(), type=_Address).port for file in files}
+    found = [file for file in files if port in (None, ports[file])]
     if not found:
         where = "" if port is None else f" on port {port}"
         raise ConfigError(f"no CrossPool server of this user runs on this machine{where}")
     if len(found) > 1:
-        ports = ", ".join(str(deployment.port) for deployment in found)
-        raise ConfigError(f"several servers run on this machine: choose one with --port ({ports})")
-    return found[0]
+        known = ", ".join(str(ports[file]) for file in found)
+        raise ConfigError(f"several servers run on this machine: choose one with --port ({known})")
+    try:
+        return load(found[0])
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            f"the server on port {ports[found[0]]} is of another version of CrossPool: {error}"
+        ) from None

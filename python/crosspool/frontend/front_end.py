@@ -15,13 +15,15 @@ from sglang.srt.managers import io_struct
 
 from crosspool.frontend import private, unreadable
 from crosspool.frontend.messages import OpenRequest, finish_reason, to_token_id_output
-from crosspool.frontend.own_messages import SchedulerReplaced
+from crosspool.frontend.own_messages import ModelGone, SchedulerReplaced
 from crosspool.frontend.sent import Sent
 from crosspool.observability.bounded_log import BoundedLog
 from crosspool.scheduler.request import Finish, Output
 
 log = BoundedLog(logging.getLogger(__name__))
 
+_PART_MS = 10_000
+"""Time that the last messages of a model have to be read."""
 _UNREAD_MESSAGES = 100_000
 """A peer that leaves this many messages unread is taken for dead."""
 
@@ -176,6 +178,13 @@ class FrontEnd:
         if self._sent is not None:
             self._sent.add(request, due)
         return request, due
+
+    def part(self) -> None:
+        """Closes the front end of a model that has gone. Its detokenizer is told once it has all
+        outputs, and what was sent arrives. Raises FrontEndLost."""
+        self.to_detokenizer(ModelGone())
+        for socket in self._sockets:
+            socket.close(linger=_PART_MS)
 
     def close(self) -> None:
         for socket in self._sockets:

@@ -33,6 +33,7 @@ reads can depend on those before it."""
 CLIENT_ABORT = 499
 _ERROR_TYPES = {
     400: "BadRequestError",
+    404: "NotFoundError",
     429: "RateLimitError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",

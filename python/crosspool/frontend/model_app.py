@@ -14,7 +14,7 @@ from sglang.srt.parser.template_detection import resolve_auto_parsers
 from starlette.exceptions import HTTPException
 
 from crosspool.config.deployment import Deployment
-from crosspool.frontend import model_context, private_routes, responses_api
+from crosspool.frontend import model_context, private, private_routes, responses_api
 from crosspool.frontend.anthropic import Anthropic
 from crosspool.frontend.ollama import Ollama
 from crosspool.frontend.response_store import ResponseStore
@@ -29,38 +29,39 @@ milliseconds then, and checking the schemas of as many tools as it can hold some
 
 
 class ModelApp:
-    """The application of model ``index``, which keeps responses in ``responses`` and begins work in
-    ``turns``. It can be called, as ASGI has it, between :meth:`start` and :meth:`stop`. It asks for
-    no keys: the server does, before it calls it. ``incarnation`` is the number of its process among
-    those that have had this place, from 1 on: the scheduler still works on requests of earlier
-    ones.
+    """The application of model ``number``, which keeps responses in ``responses`` and begins work
+    in ``turns``. It can be called, as ASGI has it, between :meth:`start` and :meth:`stop`. It asks
+    for no keys: the server does, before it calls it. ``incarnation`` is the number of its process
+    among those that have had this place, from 1 on: the scheduler still works on requests of
+    earlier ones.
 
-    Construct it on the event loop. Raises ConfigError for wrong SGLang arguments."""
+    It can be constructed in any thread, but only one at a time. Raises ConfigError for wrong
+    SGLang arguments."""
 
     def __init__(
         self,
         deployment: Deployment,
-        index: int,
+        number: int,
         incarnation: int,
         responses: ResponseStore,
         turns: Turns,
     ) -> None:
-        self.name = deployment.models[index].name
+        self.name = deployment.models[number].name
         self.created = int(time.time())
         self._incarnation = incarnation
         self._lifespan = AsyncExitStack()
         self._responses = responses
         self._responses_handler: Any = None
         self._context = model_context.new()
-        with model_context.use(self._context):
-            args = server_args(deployment, index)
+        with model_context.use(self._context), private.making():
+            args = server_args(deployment, number)
             resolve_auto_parsers(args)
             runtime_context.publish(args, role="tokenizer")
             if args.enable_metrics:
                 collectors = {"tokenizer": shared_metrics()}
                 runtime_context.get_context().override("crosspool", stat_loggers=collectors)
             self.manager, templates = init_tokenizer_manager(
-                args, port_args(deployment, index), TokenizerManagerClass=PooledTokenizerManager
+                args, port_args(deployment, number), TokenizerManagerClass=PooledTokenizerManager
             )
             self.context_length = self.manager.context_len
             """The longest sequence, in tokens."""
@@ -68,7 +69,7 @@ class ModelApp:
             """Length in bytes of the longest token in the vocabulary."""
             self.vocabulary = self.manager.model_config.vocab_size
             """Number of token ids."""
-            self._module = private_routes.http_server_copy(f"{__name__}.http_server_{index}")
+            self._module = private_routes.take_http_server_copy()
         self.manager.mark(incarnation)
         self.manager.turns = turns
         running = deployment.max_running_requests * len(deployment.kv_pool_devices)
@@ -108,14 +109,28 @@ class ModelApp:
         if self._responses_handler is not None:
             responses_api.adopt(self._responses_handler, self.name, self._responses)
 
+    @property
+    def is_working(self) -> bool:
+        """Whether it works on any request, in the background as well."""
+        handler = self._responses_handler
+        return bool(self.manager.rid_to_state or (handler and handler.background_tasks))
+
     def works_on(self, response_id: str) -> bool:
         """Whether the model is generating this response in the background."""
         handler = self._responses_handler
         return handler is not None and response_id in handler.background_tasks
 
     async def stop(self) -> None:
+        """Ends the application, with its process."""
         with model_context.use(self._context):
             await self._lifespan.aclose()
+
+    async def close(self) -> None:
+        """Ends the application, and gives up what it holds while the process goes on. No request
+        may be in progress, and none may come."""
+        await self.stop()
+        await self.manager.close()
+        private_routes.give_copy_back(self._module)
 
     async def warm_up(self) -> None:
         """Generates one token, through every process. Raises what a client would get."""

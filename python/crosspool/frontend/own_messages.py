@@ -18,6 +18,11 @@ class SchedulerReplaced(io_struct.BaseReq):
     """Its number among the deployment's schedulers."""
 
 
+class ModelGone(io_struct.BaseReq):
+    """The model is not served any more, and there is no output behind this. The detokenizer alone
+    gets it."""
+
+
 class Resume(io_struct.BaseReq):
     """Go on with a request that an earlier scheduler had taken."""
 

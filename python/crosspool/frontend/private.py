@@ -8,9 +8,13 @@ of the package uses.
 from __future__ import annotations
 
 import functools
+import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import compress
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, Union
 
@@ -22,7 +26,13 @@ from sglang.srt.observability.cpu_monitor import start_cpu_monitor_thread
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.utils import msgpack_utils
 
-from crosspool.frontend.own_messages import Delivered, Disown, Resume, SchedulerReplaced
+from crosspool.frontend.own_messages import (
+    Delivered,
+    Disown,
+    ModelGone,
+    Resume,
+    SchedulerReplaced,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.managers.detokenizer_manager import DetokenizerManager
@@ -31,6 +41,10 @@ if TYPE_CHECKING:
 
 MAX_MESSAGE_BYTES = 256 << 20
 """A peer that sends one of SGLang's sockets more is cut off."""
+
+_LINGER_SECONDS = 5.0
+_made: ContextVar[list[tuple[zmq.Socket[Any], bool]] | None] = ContextVar("made", default=None)
+"""The sockets of the manager that is being made, and whether each is bound."""
 
 _Manager = TypeVar("_Manager", bound=type)
 _OUTPUTS = (
@@ -52,7 +66,7 @@ def _arrays_only(code: int, data: memoryview) -> Any:
 
 
 _decoder = msgspec.msgpack.Decoder(
-    Union[(*io_struct._all_types, Delivered, Disown, Resume, SchedulerReplaced)],
+    Union[(*io_struct._all_types, Delivered, Disown, ModelGone, Resume, SchedulerReplaced)],
     dec_hook=msgpack_utils.dec_hook,
     ext_hook=_arrays_only,
 )
@@ -113,11 +127,34 @@ def bounded_messages(module: ModuleType) -> None:
     than :data:`MAX_MESSAGE_BYTES`, before memory is taken for it."""
     make = module.get_zmq_socket
 
-    def bounded(context: zmq.Context[Any], *arguments: Any, **named: Any) -> Any:
+    def bounded(context: zmq.Context[Any], kind: Any, endpoint: str, bind: bool) -> Any:
         context.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)  # the default of its sockets
-        return make(context, *arguments, **named)
+        socket = make(context, kind, endpoint, bind)
+        if (made := _made.get()) is not None:
+            made.append((socket, bind))
+        return socket
 
     module.get_zmq_socket = bounded  # type: ignore[attr-defined]
+
+
+@contextmanager
+def making() -> Iterator[None]:
+    """Within it, a manager is made. If that fails, its sockets are closed, with the files of those
+    that are bound: the collector of garbage would wait for them for ever."""
+    sockets: list[tuple[zmq.Socket[Any], bool]] = []
+    token = _made.set(sockets)
+    try:
+        yield
+    except BaseException:
+        for socket, is_bound in sockets:
+            if is_bound:
+                _remove_file(socket)
+            socket.close(linger=0)
+        for context in {socket.context for socket, _ in sockets}:
+            context.term()
+        raise
+    finally:
+        _made.reset(token)
 
 
 def keep_only(output: Any, kept: Sequence[bool]) -> None:
@@ -147,6 +184,41 @@ def detokenize(manager: DetokenizerManager, message: Any) -> Any:
     """What the detokenizer makes of one message, or None: a step of its event loop, which serves
     one manager and never returns."""
     return manager._request_dispatcher(message)
+
+
+def close_detokenizer(manager: DetokenizerManager) -> None:
+    """Ends a detokenizer: what it has sent arrives, unless nobody reads it for
+    :data:`_LINGER_SECONDS`. Nothing of it can be used afterwards."""
+    sockets = manager.recv_from_scheduler, manager.send_to_tokenizer
+    _remove_file(manager.recv_from_scheduler)
+    for socket in sockets:
+        socket.close(linger=int(1000 * _LINGER_SECONDS))
+    # It waits for the sockets.
+    threading.Thread(target=sockets[0].context.term, name="zmq end", daemon=True).start()
+    _empty(manager)
+
+
+def close_manager(manager: TokenizerManager) -> None:
+    """Closes the sockets of a tokenizer manager whose tasks have ended. Nothing of it can be used
+    afterwards."""
+    for socket in (manager.recv_from_detokenizer, manager.send_to_scheduler):
+        _remove_file(socket)
+        socket.close(linger=0)
+    manager.recv_from_detokenizer.context.term()
+    _empty(manager)
+
+
+def _remove_file(socket: zmq.Socket[Any]) -> None:
+    """Removes the file of a bound socket, which outlives it."""
+    address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+    Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
+
+
+def _empty(manager: object) -> None:
+    """Takes everything out of an object that is part of many circles of references, which the
+    collector of garbage would not look at before long, or never where they are older than
+    :func:`crosspool.config.process.freeze_heap`."""
+    vars(manager).clear()
 
 
 def tell_scheduler(manager: TokenizerManager, message: Any) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import itertools
 import json
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,6 +20,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic_core import SchemaValidator
 from sglang.srt.observability.func_timer import enable_func_timer
+from starlette.datastructures import State
 from starlette.middleware.cors import CORSMiddleware
 
 from crosspool.frontend import private, private_answers, validation_errors
@@ -32,10 +34,34 @@ large_body: ContextVar[bool] = ContextVar("large_body", default=False)
 _enable_func_timer_once = functools.cache(enable_func_timer)
 
 
-def http_server_copy(name: str) -> Any:
+_spare_copies: list[Any] = []
+"""Copies of SGLang's ``http_server`` that models had which are gone: making one takes some tenths
+of a second, and a module is never wholly forgotten."""
+_copy_numbers = itertools.count()
+
+
+def take_http_server_copy() -> Any:
     """A copy of SGLang's ``http_server`` module, whose application and state are module globals,
-    for one model. It neither warms up, serves /metrics nor adds CORS headers: CrossPool does so
-    once for all models."""
+    for one model, until :func:`give_copy_back`. It neither warms up, serves /metrics nor adds CORS
+    headers: CrossPool does so once for all models."""
+    if _spare_copies:
+        return _spare_copies.pop()
+    return _http_server_copy(f"{__name__}.http_server_{next(_copy_numbers)}")
+
+
+def give_copy_back(module: Any) -> None:
+    """Forgets the model of a copy from :func:`take_http_server_copy`, whose lifespan has ended, and
+    keeps the copy for another one."""
+    module.set_global_state(None)
+    app = module.app
+    app.state = State()
+    app.dependency_overrides.clear()
+    app.openapi_schema = None
+    del app.server_args, app.warmup_thread_kwargs
+    _spare_copies.append(module)
+
+
+def _http_server_copy(name: str) -> Any:
     http_server = mended_http_server()
     assert http_server.__file__ is not None
     spec = importlib.util.spec_from_file_location(name, http_server.__file__)
@@ -146,9 +172,10 @@ def _failing_fast(schema: Any) -> Any:
 
 
 def take_work_elsewhere(module: Any, run: Callable[..., Awaitable[Any]]) -> None:
-    """Has the OpenAI and Anthropic routes of a started copy from :func:`http_server_copy` keep the
-    event loop free. Where :data:`large_body` is set, functions that check or tokenize the body are
-    called by ``run(function, *arguments)``. Answers are encoded at one go, not value by value."""
+    """Has the OpenAI and Anthropic routes of a started copy from :func:`take_http_server_copy` keep
+    the event loop free. Where :data:`large_body` is set, functions that check or tokenize the body
+    are called by ``run(function, *arguments)``. Answers are encoded at one go, not value by value.
+    """
     state = module.app.state
     chat, anthropic = state.openai_serving_chat, state.anthropic_serving
     prepared: ContextVar[dict[Any, Any]] = ContextVar("prepared")
@@ -230,7 +257,7 @@ def _encoded(answer: Any) -> Any:
 def set_state(
     module: Any, manager: TokenizerManager, templates: Any, scheduler_info: dict[str, Any]
 ) -> None:
-    """Gives a copy from :func:`http_server_copy` what its routes serve from."""
+    """Gives a copy from :func:`take_http_server_copy` what its routes serve from."""
     module.set_global_state(
         module._GlobalState(
             tokenizer_manager=manager, template_manager=templates, scheduler_info=scheduler_info

@@ -5,18 +5,21 @@ Import :mod:`crosspool.frontend.compat` and call ``install()`` before this modul
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
+
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.sglang_flags import BY_NAME, reason_refused, without_secrets
 
 
-def server_args(deployment: Deployment, index: int) -> ServerArgs:
-    """ServerArgs of model ``index``, resolved and checked by SGLang.
+def server_args(deployment: Deployment, number: int) -> ServerArgs:
+    """ServerArgs of model ``number``, resolved and checked by SGLang.
 
     They hold no secrets: whoever needs one takes it from the deployment. Raises ConfigError for an
     argument that CrossPool does not take or that SGLang finds wrong."""
-    model = deployment.models[index]
+    model = deployment.models[number]
     arguments = without_secrets({**deployment.sglang, **model.sglang})
     for name in arguments:
         flag = BY_NAME.get(name)
@@ -48,13 +51,13 @@ def server_args(deployment: Deployment, index: int) -> ServerArgs:
     return args
 
 
-def port_args(deployment: Deployment, index: int, detokenizer: int = 1) -> PortArgs:
-    """The sockets of model ``index``: files in the runtime folder, by names that every process
+def port_args(deployment: Deployment, number: int, detokenizer: int = 1) -> PortArgs:
+    """The sockets of model ``number``: files in the runtime folder, by names that every process
     can work out. Each detokenizer, of which this is the number, binds a socket of its own name, so
     that it gets nothing that was meant for the one before it."""
 
     def socket(name: str) -> str:
-        return f"ipc://{deployment.runtime_dir}/m{index}.{name}"
+        return f"ipc://{deployment.runtime_dir}/m{number}.{name}"
 
     return PortArgs(
         tokenizer_ipc_name=socket("tokenizer"),
@@ -65,5 +68,14 @@ def port_args(deployment: Deployment, index: int, detokenizer: int = 1) -> PortA
         nccl_port=0,
         tokenizer_worker_ipc_name=None,
         decoupled_spec_ipc_config=None,
-        instance_id=f"crosspool-{index}",
+        instance_id=f"crosspool-{number}",
     )
+
+
+def remove_left_sockets(deployment: Deployment, served: Collection[int], *names: str) -> None:
+    """Removes the files of sockets whose names begin with one of ``names``, of all models but those
+    that are ``served``: a process in whose place another one is has left them."""
+    for file in Path(deployment.runtime_dir).glob("m*.*"):
+        model, _, name = file.name.partition(".")
+        if name.startswith(names) and int(model[1:]) not in served:
+            file.unlink(missing_ok=True)

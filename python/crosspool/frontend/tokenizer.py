@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 def think_end(
-    deployment: Deployment, index: int, tokenizer: PreTrainedTokenizerBase
+    deployment: Deployment, number: int, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, ...]:
-    """The tokens with which model ``index`` ends its thinking; none without a reasoning parser.
+    """The tokens with which model ``number`` ends its thinking; none without a reasoning parser.
 
     Raises ConfigError when SGLang has no such parser."""
     from sglang.srt.parser.reasoning_parser import ReasoningParser
 
-    model = deployment.models[index]
+    model = deployment.models[number]
     name = {**deployment.sglang, **model.sglang}.get("reasoning_parser")
     if not name:
         return ()
@@ -29,13 +29,13 @@ def think_end(
     return tuple(parser.detector.get_think_end_token_ids(tokenizer))
 
 
-def load_tokenizer(deployment: Deployment, index: int) -> PreTrainedTokenizerBase:
-    """The tokenizer of model ``index``, as SGLang's tokenizer manager would load it.
+def load_tokenizer(deployment: Deployment, number: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of model ``number``, as SGLang's tokenizer manager would load it.
 
     Raises ConfigError when its folder has none."""
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
-    model = deployment.models[index]
+    model = deployment.models[number]
     arguments: dict[str, Any] = {**deployment.sglang, **model.sglang}
     path = arguments.get("tokenizer_path") or model.path
     try:

@@ -104,6 +104,7 @@ class PooledTokenizerManager(TokenizerManager):
         self._failure: tuple[str, int] | None = None
         self._confirms = False
         """Whether the scheduler is about to hear of ends."""
+        self._confirmation: asyncio.TimerHandle | None = None
         self._told = Told(self)
         self.mark(1)
 
@@ -156,7 +157,8 @@ class PooledTokenizerManager(TokenizerManager):
             await private.take_output(self, message)
         if self._received.has_ended and not self._confirms:
             self._confirms = True
-            asyncio.get_running_loop().call_later(_CONFIRM_SECONDS, self._confirm)
+            loop = asyncio.get_running_loop()
+            self._confirmation = loop.call_later(_CONFIRM_SECONDS, self._confirm)
 
     def _confirm(self) -> None:
         """Tells the scheduler which requests' ends have come: few messages for many requests."""
@@ -366,6 +368,17 @@ class PooledTokenizerManager(TokenizerManager):
             return []
         (state,) = await self.get_internal_state()
         return [loads.load_of(state, self.server_args.max_running_requests)]
+
+    async def close(self) -> None:
+        """Gives up everything. No request may be in progress, and none may come."""
+        tasks = list(self.asyncio_tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._confirmation is not None:
+            self._confirmation.cancel()
+        self._threads.shutdown(wait=False)
+        private.close_manager(self)
 
     def fail_all(self, message: str, status: int) -> None:
         """Ends every request with an error, and every later one until :meth:`resume`. For when

@@ -125,6 +125,16 @@ class Loop:
         What needs them is refused, or waits until they are there again."""
         self._push(es.Command(es.CLOSE, model, 0, int(refuse), 0))
 
+    def push_add(self, model: int, table: es.ModelTable) -> None:
+        """Has the loop take a further model, which it confirms with ``ADDED``. The table must stay
+        in place until then, and what it points to until ``REMOVED``."""
+        self._push(es.Command(es.ADD, model, 0, ctypes.addressof(table), 0))
+
+    def push_remove(self, model: int) -> None:
+        """Has the loop forget a model of which nothing is under way, which it confirms with
+        ``REMOVED``."""
+        self._push(es.Command(es.REMOVE, model, 0, None, 0))
+
     def set_present(self, model: int, part: int, layers: int) -> None:
         """Tells that the weights of the first ``layers`` layers of a part of a model are there. The
         attention part has one layer more, the LM head."""

@@ -17,12 +17,14 @@ GQA, MLA = 0, 1
 """Values of ``crosspool::AttentionKind``."""
 GREEDY, DRAW, HOST = 0, 1, 2
 """Values of ``crosspool::Choice``."""
-STEP, RESUME, RECALL, CLOSE = 1, 2, 4, 6
+STEP, RESUME, RECALL, CLOSE, ADD, REMOVE = 1, 2, 4, 6, 7, 8
 """Values of ``crosspool::CommandKind``."""
-DONE, LOGITS, FAILED, TOKENS, REFUSED, CLOSED = 1, 2, 3, 4, 5, 6
+DONE, LOGITS, FAILED, TOKENS, REFUSED, CLOSED, ADDED, REMOVED = 1, 2, 3, 4, 5, 6, 7, 8
 """Values of ``crosspool::EventKind``."""
 ATTENTION_WEIGHTS, FFN_WEIGHTS = 0, 1
 """Values of ``crosspool::WeightPart``."""
+HERE, LATER, NEVER = 0, 1, 2
+"""Values of ``crosspool::Weights``."""
 
 
 class AttentionLayer(ctypes.Structure):
@@ -64,7 +66,7 @@ class ModelTable(ctypes.Structure):
         ("head", POINTER(ns.Matrix)),
         ("ffn", POINTER(FFNTable)),
         ("ffn_ranks", POINTER(c_int32)),
-        *fields(c_int32, "ffn_rank_count asleep"),
+        *fields(c_int32, "ffn_rank_count weights number"),
     )
 
 
@@ -110,7 +112,7 @@ class LoopDescription(ctypes.Structure):
         ("epoch", c_uint64),
         *fields(c_int64, "spin_ns busy_spin_ns"),
         *fields(c_int32, "model_count outgoing_count incoming_count lanes max_rows"),
-        *fields(c_int32, "attention_rank ffn_rank event_fd"),
+        *fields(c_int32, "attention_rank ffn_rank event_fd model_places"),
     )
 
 

@@ -18,8 +18,13 @@ def rope_frequencies(config: PreTrainedConfig, dim: int) -> tuple[torch.Tensor, 
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    return unscaled_frequencies(rope["rope_theta"], dim), 1.0
+
+
+def unscaled_frequencies(base: float, dim: int) -> torch.Tensor:
+    """Returns the inverse frequencies, float32 [dim / 2], of rotations that nothing scales."""
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
-    return 1.0 / (rope["rope_theta"] ** exponents), 1.0
+    return 1.0 / (base**exponents)
 
 
 def rope_tables(

@@ -12,7 +12,7 @@ for neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -149,7 +149,7 @@ def _first(mask: _Mask, count: int) -> _Ints:
 class PageAllocator:
     """Pages and chunks of one attention rank.
 
-    >>> allocator = PageAllocator(budget_chunks=8, layouts=[layout])
+    >>> allocator = PageAllocator(budget_chunks=8, layouts={0: layout})
     >>> allocator.fits(model=0, count=3)       # False: wait
     True
     >>> allocator.shortage(model=0, count=3)   # so many cached pages have to be freed first
@@ -165,26 +165,37 @@ class PageAllocator:
     def __init__(
         self,
         budget_chunks: int,
-        layouts: Sequence[KVLayout],
+        layouts: Mapping[int, KVLayout],
         bounds: Bounds | None = None,
     ) -> None:
-        """``layouts``: one per model, in the deployment's order. ``bounds``: None for no floors
-        and no ceilings.
+        """``layouts``: by the model. ``bounds``: None for no floors and no ceilings; else they have
+        every model, now and when it is added, and change with the models.
 
         Raises ConfigError when some model could not hold one page."""
-        self._models = [_Model(layout, budget_chunks) for layout in layouts]
+        self._models: dict[int, _Model] = {}
         self.budget_chunks = budget_chunks
-        self._bounds = bounds or Bounds.without_floors(budget_chunks, len(layouts))
-        for index, layout in enumerate(layouts):
-            if self.capacity(index) <= 0:
-                raise ConfigError(
-                    f"kv_pool_bytes: {budget_chunks} chunks of {layout.chunk_bytes} bytes per"
-                    f" attention rank hold no page of model {index}, which takes"
-                    f" {layout.page_bytes} bytes, beside the floors of other models and below its"
-                    " own ceiling; enlarge the KV pool"
-                )
+        self._bounds = bounds or Bounds.without_floors(budget_chunks, layouts)
         self.free_chunks = budget_chunks
         """Chunks of the budget that no promised or cached page of any model touches."""
+        for model, layout in layouts.items():
+            self.add(model, layout)
+
+    def add(self, model: int, layout: KVLayout) -> None:
+        """A further model comes. Raises ConfigError when it could not hold one page."""
+        if layout.pages_in(self._bounds.reach(model)) <= 0:
+            raise ConfigError(
+                f"kv_pool_bytes: {self.budget_chunks} chunks of {layout.chunk_bytes} bytes per"
+                f" attention rank hold no page of model {model}, which takes"
+                f" {layout.page_bytes} bytes, beside the floors of other models and below its"
+                " own ceiling; enlarge the KV pool"
+            )
+        self._models[model] = _Model(layout, self.budget_chunks)
+
+    def remove(self, model: int) -> None:
+        """A model goes. Raises ValueError while any of its pages is promised or cached."""
+        if self._models[model].taken.size:
+            raise ValueError(f"model {model} has {self._models[model].taken.size} pages")
+        del self._models[model]
 
     def capacity(self, model: int) -> int:
         """Pages that the model could be promised if nobody else were promised any."""
@@ -203,7 +214,7 @@ class PageAllocator:
             return count - len(pages)
         missing = m.taken.new_chunks(pages) - self.free_chunks
         if missing > 0:
-            return -(-missing // max(other.widest for other in self._models))
+            return -(-missing // max(other.widest for other in self._models.values()))
         # Free pages may lie so scattered between cached ones that they cost more.
         return 0 if self._may_promise(model, pages, guard) else 1
 
@@ -256,6 +267,14 @@ class PageAllocator:
         """Chunks that the model's promised pages touch, mapped or not."""
         return self._models[model].promised.chunks
 
+    def taken_pages(self, model: int) -> int:
+        """Number of the model's pages that are promised or cached."""
+        return self._models[model].taken.size
+
+    def within_bounds(self) -> bool:
+        """Whether what is promised is within the bounds, which may have changed since."""
+        return self._bounds.allow({n: m.promised.chunks for n, m in self._models.items()})
+
     def cached_pages(self, model: int) -> int:
         return self._models[model].taken.size - self._models[model].promised.size
 
@@ -269,7 +288,7 @@ class PageAllocator:
 
     def _may_promise(self, model: int, pages: _Ints, guard: Guard | None) -> bool:
         """Whether bounds and guard let free or cached ``pages`` be promised."""
-        promised = [m.promised.chunks for m in self._models]
+        promised = {other: m.promised.chunks for other, m in self._models.items()}
         promised[model] += self._models[model].promised.new_chunks(pages)
         return self._bounds.allow(promised) and (guard is None or guard(pages.tolist()))
 

@@ -10,7 +10,7 @@ Each chunk is a mapping of its own, because the driver takes back whole mappings
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -28,7 +28,7 @@ class CudaVirtualizer(Virtualizer):
     cuMemUnmap may take memory from under a kernel; nothing else is asked of the kernels. A slot of
     the table is a handle.
 
-    >>> with CudaVirtualizer(CudaBindings(0), 8 << 30, 16 << 20, [8 << 30, 8 << 30]) as pool:
+    >>> with CudaVirtualizer(CudaBindings(0), 8 << 30, 16 << 20, {0: 8 << 30, 1: 8 << 30}) as pool:
     ...     pool.map(0, [0, 1])
     ...     kv = pool.tensor(0, (pages, layers, page_size, kv_width), torch.bfloat16)
     """
@@ -38,7 +38,7 @@ class CudaVirtualizer(Virtualizer):
         driver: CudaDriver,
         budget_bytes: int,
         chunk_bytes: int,
-        ranges: Sequence[int],
+        ranges: Mapping[int, int],
         progress: Progress | None = None,
     ) -> None:
         """Reserves the ranges and creates the whole budget's handles; ``progress`` is called with
@@ -57,15 +57,31 @@ class CudaVirtualizer(Virtualizer):
         loop on this device sets it to what stops the loop meanwhile, or leaves it where the driver
         is known not to wait for one."""
         self._driver = driver
-        self._table = ChunkTable(chunk_bytes, ranges)
-        self._ranges: list[int] = []
+        self._table = ChunkTable(chunk_bytes)
+        self._ranges: dict[int, int] = {}
+        """The address of each model's range."""
         try:
-            for model in range(len(ranges)):
-                self._ranges.append(driver.reserve(self._table.range_bytes(model)))
+            for model, nbytes in ranges.items():
+                self.add(model, nbytes)
             self._take_memory(progress or (lambda done: None))
         except BaseException:
             self.close()
             raise
+
+    def add(self, model: int, nbytes: int) -> None:
+        size = self._table.add(model, nbytes)
+        try:
+            self._ranges[model] = self._driver.reserve(size)
+        except CudaError:
+            self._table.remove(model)
+            raise
+
+    def remove(self, model: int) -> None:
+        self._table.check_empty(model)
+        with self.quiesced():
+            self._driver.free_reservation(self._ranges[model], self._table.range_bytes(model))
+        del self._ranges[model]
+        self._table.remove(model)
 
     def map(self, model: int, chunks: Sequence[int]) -> None:
         """Maps as :meth:`~crosspool.kvpool.virtualizer.Virtualizer.map` does. Raises CudaError, and
@@ -103,16 +119,16 @@ class CudaVirtualizer(Virtualizer):
         """Gives ranges and handles back to the system. Raises CudaError when the driver refuses;
         another call then goes on where this one failed."""
         table, driver = self._table, self._driver
-        for model in range(len(self._ranges)):
+        for model in self._ranges:
             self.unmap(model, table.mapped(model))
         with self.quiesced():
             while table.free:
                 driver.release(table.free[-1])
                 table.free.pop()
             while self._ranges:
-                model = len(self._ranges) - 1
-                driver.free_reservation(self._ranges[model], table.range_bytes(model))
-                self._ranges.pop()
+                model, address = next(reversed(self._ranges.items()))
+                driver.free_reservation(address, table.range_bytes(model))
+                del self._ranges[model]
 
     def _address(self, model: int, chunk: int) -> int:
         return self._ranges[model] + chunk * self._table.chunk_bytes

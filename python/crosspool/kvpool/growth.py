@@ -35,7 +35,7 @@ up before a promise is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,15 +66,17 @@ def touched(layout: KVLayout, pages: Sequence[int]) -> _Ints:
     return np.unique(np.minimum(first[:, None] + steps, last[:, None]))
 
 
-def safe(bounds: Bounds, layouts: Sequence[KVLayout], claims: Sequence[Claim]) -> bool:
+def safe(bounds: Bounds, layouts: Mapping[int, KVLayout], claims: Sequence[Claim]) -> bool:
     """Whether all claims (at least one) can be met one after another, as the module's text has it;
     what is held now is within the bounds."""
     cost = np.array([most_chunks(layouts[c.model], c.need, bounds.budget) for c in claims])
     order = np.argsort(cost, kind="stable")
     claims, cost = [claims[i] for i in order], cost[order]
-    models = np.array([claim.model for claim in claims])
-    floors, ceilings = np.array(bounds.floors), np.array(bounds.ceilings)
-    held = _held(claims, len(layouts))
+    columns = {model: column for column, model in enumerate(bounds.floors)}
+    models = np.array([columns[claim.model] for claim in claims])
+    floors = np.array([bounds.floors[model] for model in columns])
+    ceilings = np.array([bounds.ceilings[model] for model in columns])
+    held = _held(claims, columns)
     before = held[np.arange(len(claims)), models]
     after = before + cost
     floor = floors[models]
@@ -91,9 +93,10 @@ def most_chunks(layout: KVLayout, pages: int, budget: int) -> int:
     return -(-(pages * layout.page_bytes + tail) // layout.chunk_bytes)
 
 
-def _held(claims: Sequence[Claim], models: int) -> _Ints:
-    """Returns how many chunks each claim and those after it touch, int64 [claims, models]."""
-    held = np.zeros((len(claims), models), dtype=np.int64)
+def _held(claims: Sequence[Claim], columns: Mapping[int, int]) -> _Ints:
+    """Returns how many chunks each claim and those after it touch, int64 [claims, columns], in the
+    column of each model."""
+    held = np.zeros((len(claims), len(columns)), dtype=np.int64)
     of_model: dict[int, list[int]] = {}
     for place, claim in enumerate(claims):
         of_model.setdefault(claim.model, []).append(place)
@@ -104,5 +107,5 @@ def _held(claims: Sequence[Claim], models: int) -> _Ints:
         for place, touches in zip(places, chunks, strict=True):
             last[touches] = place
         ends = np.bincount(last[last >= 0], minlength=len(claims))
-        held[:, model] = np.cumsum(ends[::-1])[::-1]
+        held[:, columns[model]] = np.cumsum(ends[::-1])[::-1]
     return held

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ _OTHER_MAPPINGS = 4096
 class MremapVirtualizer(Virtualizer):
     """The KV pool of one CPU device: huge-page chunks moved with ``mremap`` (no copy, no zeroing).
 
-    >>> with MremapVirtualizer(1 << 30, 2 << 20, [1 << 30, 1 << 30]) as pool:
+    >>> with MremapVirtualizer(1 << 30, 2 << 20, {0: 1 << 30, 1: 1 << 30}) as pool:
     ...     pool.map(0, [0, 1])
     ...     kv = pool.tensor(0, (pages, layers, page_size, kv_width), torch.bfloat16)
     """
@@ -37,7 +37,7 @@ class MremapVirtualizer(Virtualizer):
         self,
         budget_bytes: int,
         chunk_bytes: int,
-        ranges: Sequence[int],
+        ranges: Mapping[int, int],
         progress: Progress | None = None,
     ) -> None:
         """Reserves the ranges and takes the whole budget from the system, which may take seconds
@@ -50,16 +50,30 @@ class MremapVirtualizer(Virtualizer):
         slots = whole_chunks(budget_bytes, chunk_bytes, native.HUGE_PAGE)
         _check_mappings(slots, chunk_bytes)
         self.budget_bytes = slots * chunk_bytes
-        self._table = ChunkTable(chunk_bytes, ranges)
+        self._table = ChunkTable(chunk_bytes)
         self._table.free = list(range(slots - 1, -1, -1))
-        self._ranges: list[int] = []
+        self._ranges: dict[int, int] = {}
+        """The address of each model's range."""
         self._parking = 0
         try:
-            self._reserve()
+            self._reserve(ranges)
             self._take_memory(progress or (lambda done: None))
         except BaseException:
             self.close()
             raise
+
+    def add(self, model: int, nbytes: int) -> None:
+        size = self._table.add(model, nbytes)
+        try:
+            self._ranges[model] = native.reserve_range(size)
+        except OSError:
+            self._table.remove(model)
+            raise
+
+    def remove(self, model: int) -> None:
+        self._table.check_empty(model)
+        native.release(self._ranges.pop(model), self._table.range_bytes(model))
+        self._table.remove(model)
 
     def map(self, model: int, chunks: Sequence[int]) -> None:
         slots = self._table.slots_for(model, chunks)
@@ -86,18 +100,18 @@ class MremapVirtualizer(Virtualizer):
         return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(*shape)
 
     def close(self) -> None:
-        for model, address in enumerate(self._ranges):
+        for model, address in self._ranges.items():
             native.release(address, self._table.range_bytes(model))
-        self._ranges = []
+        self._ranges = {}
         if self._parking:
             native.release(self._parking, self.budget_bytes)
             self._parking = 0
         self._table.clear()
 
-    def _reserve(self) -> None:
+    def _reserve(self, ranges: Mapping[int, int]) -> None:
         try:
-            for model in range(len(self._table.range_chunks)):
-                self._ranges.append(native.reserve_range(self._table.range_bytes(model)))
+            for model, nbytes in ranges.items():
+                self.add(model, nbytes)
             self._parking = native.reserve_parking(self.budget_bytes)
         except OSError as error:
             raise ConfigError(

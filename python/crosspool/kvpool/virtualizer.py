@@ -55,6 +55,17 @@ class Virtualizer(ABC):
         Raises ValueError when the range is too small for it."""
 
     @abstractmethod
+    def add(self, model: int, nbytes: int) -> None:
+        """Reserves the range of a further model, rounded up to whole chunks. Raises OSError or
+        CudaError when the system has no address space."""
+
+    @abstractmethod
+    def remove(self, model: int) -> None:
+        """Gives a model's range back to the system; no tensor of it may be touched from now on.
+
+        Raises ValueError while any chunk of it is mapped."""
+
+    @abstractmethod
     def close(self) -> None:
         """Gives ranges and budget back to the system. A second call does nothing."""
 
@@ -90,13 +101,29 @@ class ChunkTable:
     table tells what may be done; the virtualizer does it, and notes in the table what it has done.
     """
 
-    def __init__(self, chunk_bytes: int, ranges: Sequence[int]) -> None:
-        """``ranges``: bytes per model, rounded up to whole chunks."""
+    def __init__(self, chunk_bytes: int) -> None:
         self.chunk_bytes = chunk_bytes
-        self.range_chunks = [-(-nbytes // chunk_bytes) for nbytes in ranges]
+        self.range_chunks: dict[int, int] = {}
+        """Chunks of each model's range."""
         self.free: list[int] = []
         """Slots under no chunk; the last is used first."""
-        self._slot_of: list[dict[int, int]] = [{} for _ in ranges]
+        self._slot_of: dict[int, dict[int, int]] = {}
+
+    def add(self, model: int, nbytes: int) -> int:
+        """Notes a further model with a range of ``nbytes``; returns them rounded up to whole
+        chunks."""
+        self.range_chunks[model] = -(-nbytes // self.chunk_bytes)
+        self._slot_of[model] = {}
+        return self.range_bytes(model)
+
+    def check_empty(self, model: int) -> None:
+        """Raises ValueError as :meth:`Virtualizer.remove` does."""
+        if self._slot_of[model]:
+            raise ValueError(f"model {model}: {len(self._slot_of[model])} chunks are mapped")
+
+    def remove(self, model: int) -> None:
+        """Forgets a model, of which nothing is mapped."""
+        del self._slot_of[model], self.range_chunks[model]
 
     def slots_for(self, model: int, chunks: Sequence[int]) -> list[int]:
         """Returns free slots to map under ``chunks``, one each.
@@ -138,7 +165,7 @@ class ChunkTable:
     def clear(self) -> None:
         """Forgets all slots, mapped or free."""
         self.free = []
-        self._slot_of = [{} for _ in self._slot_of]
+        self._slot_of = {model: {} for model in self._slot_of}
 
     def mapped_bytes(self, model: int) -> int:
         return len(self._slot_of[model]) * self.chunk_bytes

@@ -54,7 +54,7 @@ class Stack:
 @dataclass(frozen=True, kw_only=True)
 class HeldForm:
     """How kernels read a quantised matrix: codes, and for each group of a row a scale and perhaps
-    an offset. docs/decisions/0008-formats.md has the reasons."""
+    an offset. docs/decisions/0010-formats.md has the reasons."""
 
     codes: Literal["int4", "uint4", "e2m1", "int8"]
     group: int

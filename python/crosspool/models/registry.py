@@ -10,9 +10,11 @@ Example::
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crosspool.config.errors import ConfigError
 from crosspool.models import families
@@ -22,6 +24,9 @@ from crosspool.models.gguf_config import FFN_BLOCK, config_of
 from crosspool.models.quantization import read_quantization
 from crosspool.models.spec import DType, ModelSpec, TensorRef
 from crosspool.models.tensors import attention_part, ffn_part
+
+if TYPE_CHECKING:
+    from crosspool.config.deployment import ModelConfig
 
 
 def _found() -> dict[str, Family]:
@@ -64,6 +69,16 @@ def read_model(path: Path, context_length: int | None = None, dtype: str = "auto
     )
     _check_quantized(config, spec)
     return spec
+
+
+def spec_of(model: ModelConfig) -> ModelSpec:
+    """Reads a model of the deployment. Raises ConfigError as :func:`read_model` does."""
+    return read_model(Path(model.path), model.context_length, model.dtype)
+
+
+def specs_of(models: Mapping[int, ModelConfig]) -> dict[int, ModelSpec]:
+    """Reads the models of the deployment, by number. Raises ConfigError."""
+    return {number: spec_of(model) for number, model in models.items()}
 
 
 def family_of(config: ConfigFile) -> Family | None:

@@ -41,6 +41,14 @@ def check_rope(config: ConfigFile) -> dict[str, Any]:
     return rope
 
 
+def unscaled_base(config: ConfigFile) -> float | None:
+    """Returns the base of rotations that nothing scales; None where they are scaled, or where the
+    base is left to the family."""
+    rope = check_rope(config)
+    base = rope.get("rope_theta", config.values.get("rope_theta"))
+    return base if rope["rope_type"] == "default" else None
+
+
 def _check_positive(config: ConfigFile, field: str, name: str, value: object) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0:  # type: ignore[operator, arg-type]

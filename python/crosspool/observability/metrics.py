@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
@@ -95,10 +95,11 @@ def render(status: Status | None, counters: Sequence[DeviceCounters]) -> bytes:
     return generate_latest(registry)
 
 
-def of_all_processes() -> bytes:
-    """SGLang's own metrics, summed over all processes, which share ``PROMETHEUS_MULTIPROC_DIR``."""
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry)
+def of_all_processes(models: Collection[str]) -> bytes:
+    """SGLang's own metrics of ``models``, summed over all processes, which share
+    ``PROMETHEUS_MULTIPROC_DIR``. The processes' files have those of models that have gone, too."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_OfModels(models))
     try:
         return generate_latest(registry)
     except FileNotFoundError:  # a process has died after its files were listed, and they are gone
@@ -110,6 +111,21 @@ def sglang_gauges(status: Status | None) -> bytes:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_SGLangGauges(status.models if status else []))
     return generate_latest(registry)
+
+
+class _OfModels(Collector):
+    def __init__(self, models: Collection[str]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in MultiProcessCollector(None).collect():
+            metric.samples = [
+                sample
+                for sample in metric.samples
+                if sample.labels.get("model_name") in (None, *self._models)
+            ]
+            if metric.samples:
+                yield metric
 
 
 class _SGLangGauges(Collector):

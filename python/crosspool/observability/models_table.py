@@ -15,7 +15,7 @@ _COLUMNS = (
     *("used", "wakes", "took"),
 )
 _WORDS = ("state", "keep")
-_IN_MEMORY = ("waking", "resident", "falling_asleep")
+_IN_MEMORY = ("waking", "resident", "falling_asleep", "leaving")
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 
 

@@ -8,7 +8,7 @@ of all processes of a host share one time axis; :func:`to_chrome` makes a file t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from time import monotonic_ns
 from typing import Any, Literal
 
@@ -107,10 +107,10 @@ class LaneTrace:
         )
 
 
-def to_chrome(events: Iterable[LaneEvent], models: Sequence[str]) -> dict[str, Any]:
+def to_chrome(events: Iterable[LaneEvent], models: Mapping[int, str]) -> dict[str, Any]:
     """Returns a JSON object in Chrome's trace format: a process per rank, a thread per lane.
 
-    ``models``: the deployment's model names, by index."""
+    ``models``: the deployment's model names, by number; a model that has gone since has none."""
     rows: list[dict[str, Any]] = []
     processes: dict[tuple[str, int], int] = {}
     threads: set[tuple[int, int]] = set()
@@ -125,7 +125,7 @@ def to_chrome(events: Iterable[LaneEvent], models: Sequence[str]) -> dict[str, A
         rows.append(
             {
                 "ph": "X",
-                "name": f"{models[event.model]}: {what}",
+                "name": f"{models.get(event.model)}: {what}",
                 "cat": event.part,
                 "pid": pid,
                 "tid": tid,

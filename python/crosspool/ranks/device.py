@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 import psutil
 
-from crosspool.config.deployment import Deployment
+from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.observability.trace import LaneEvent
 from crosspool.ranks.executor import Executor
@@ -25,7 +25,10 @@ from crosspool.transport.inspection import (
     Report,
     TensorInfo,
 )
-from crosspool.transport.messages import Slept, Waking, Woken
+from crosspool.transport.messages import Added, Removed, Slept, Waking, Woken
+
+ModelNews = Waking | Woken | Slept | Added | Removed
+"""What a device tells of a model."""
 
 
 class Counted(Protocol):
@@ -46,7 +49,7 @@ class HostsFFN(Protocol):
 
     @property
     def parts(self) -> Mapping[int, ListsTensors]:
-        """The parts that lie on the rank, by the model's index."""
+        """The parts that lie on the rank, by the model."""
 
     @property
     def links(self) -> Sequence[Counted]:
@@ -61,11 +64,23 @@ class Traces(Protocol):
     def stop(self) -> list[LaneEvent]: ...
 
 
-class SleepsAndWakes(Protocol):
-    """Which models' weights the device has; weights come and go while others are in use."""
+class DeviceModels(Protocol):
+    """The models that a device knows, and those whose weights it has; both come and go while others
+    are in use."""
+
+    @property
+    def configs(self) -> Mapping[int, ModelConfig]:
+        """The models that the device knows."""
 
     def resident(self) -> list[int]:
-        """Returns the models whose weights the device has, by their index."""
+        """Returns the models whose weights the device has."""
+
+    def add(self, model: int, config: ModelConfig) -> None:
+        """Begins to make ready for a further model, which is asleep then."""
+
+    def remove(self, model: int) -> None:
+        """Begins to let go of a model, which is asleep and has no mapped chunks, or which the
+        device does not know."""
 
     def wake(self, model: int) -> None:
         """Begins to read the weights of a model."""
@@ -73,7 +88,7 @@ class SleepsAndWakes(Protocol):
     def sleep(self, model: int) -> None:
         """Begins to give up the weights of a model."""
 
-    def news(self) -> list[Waking | Woken | Slept]:
+    def news(self) -> list[ModelNews]:
         """Returns what there is to tell since the last call."""
 
     @property
@@ -82,13 +97,25 @@ class SleepsAndWakes(Protocol):
 
 
 @dataclass(frozen=True)
-class AlwaysResident:
-    """The residency of a device on which no model sleeps."""
+class FixedModels:
+    """The models of a device on which none sleeps, and to which none comes."""
 
-    models: Sequence[int]
+    configs: Mapping[int, ModelConfig]
+    held: Sequence[int]
+    """Those that the device has a share of."""
+    _news: list[ModelNews] = field(default_factory=list)
 
     def resident(self) -> list[int]:
-        return list(self.models)
+        return list(self.held)
+
+    def add(self, model: int, config: ModelConfig) -> None:
+        error = "no model can come to a GPU while the server runs"
+        self._news.append(Added(model=model, error=error))
+
+    def remove(self, model: int) -> None:
+        if model in self.configs:
+            raise RuntimeError(f"model {model} cannot leave this device")
+        self._news.append(Removed(model=model))
 
     def wake(self, model: int) -> None:
         raise RuntimeError(f"model {model} never sleeps on this device")
@@ -96,8 +123,10 @@ class AlwaysResident:
     def sleep(self, model: int) -> None:
         raise RuntimeError(f"model {model} cannot sleep on this device")
 
-    def news(self) -> list[Waking | Woken | Slept]:
-        return []
+    def news(self) -> list[ModelNews]:
+        news = list(self._news)
+        self._news.clear()
+        return news
 
     @property
     def busy(self) -> bool:
@@ -118,7 +147,7 @@ class DeviceRanks:
     trace: Traces
     resources: contextlib.ExitStack
     """Memory and threads that :meth:`close` gives back."""
-    residency: SleepsAndWakes
+    models: DeviceModels
 
     def infos(self) -> list[RankInfo]:
         """Returns what :class:`~crosspool.transport.messages.Ready` tells of the ranks."""
@@ -181,8 +210,8 @@ class DeviceRanks:
         return DevicePools(
             device=self.device.name,
             mapped_bytes={
-                model.name: virtualizer.mapped_bytes(index)
-                for index, model in enumerate(self.deployment.models)
+                config.name: virtualizer.mapped_bytes(model)
+                for model, config in self.models.configs.items()
             },
             free_bytes=virtualizer.free_bytes,
             budget_bytes=self.attention.budget_bytes,
@@ -208,7 +237,7 @@ class DeviceRanks:
                 device=self.device.name,
                 role=role,
                 rank=rank,
-                model=self.deployment.models[model].name,
+                model=self.models.configs[model].name,
                 **asdict(listing),
             )
 

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,18 +27,21 @@ from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.device import Device
 from crosspool.config.process import USER_MISTAKE, die_with_parent, freeze_heap, set_title
 from crosspool.kernels.advance import count_advances
-from crosspool.models.registry import read_model
+from crosspool.models.registry import specs_of
+from crosspool.ranks.further import still_readable
 from crosspool.transport.device_socket import DeviceSocket
 from crosspool.transport.heartbeats import Heartbeat
 from crosspool.transport.kept_descriptors import KeptDescriptors
 from crosspool.transport.messages import (
     PROTOCOL_VERSION,
+    AddModel,
     Failed,
     Inspect,
     Inspected,
     Ready,
     Recall,
     Release,
+    RemoveModel,
     Shutdown,
     Sleep,
     Step,
@@ -116,6 +119,8 @@ def drive(
     set_slice(CONTROL_SLICE_NS)
     socket = DeviceSocket(deployment.control_address, device.name, incarnation)
     set_slice(DEFAULT_SLICE_NS)
+    if incarnation > 1:
+        deployment = still_readable(deployment)
     try:
         heartbeat = Heartbeat(deployment.devices, device, descriptors.heartbeats, incarnation)
         return DeviceProcess(deployment, device, descriptors, heartbeat, socket).run(weights)
@@ -176,7 +181,8 @@ class DeviceProcess:
                 device=self._device.name,
                 pid=os.getpid(),
                 ranks=ranks.infos(),
-                resident=ranks.residency.resident(),
+                models=sorted(ranks.models.configs),
+                resident=ranks.models.resident(),
             )
         )
         log.info("ready")
@@ -189,7 +195,7 @@ class DeviceProcess:
 
     def _load(self, weights: ResidentWeights | None) -> DeviceRanks:
         deployment, device = self._deployment, self._device
-        specs = read_specs(deployment)
+        specs = specs_of(deployment.models)
         placement = place(deployment, specs)
         if not device.is_cpu:
             # CUDA reads these when it is loaded. The launcher sets them too, but a process may be
@@ -233,7 +239,7 @@ class DeviceProcess:
                 self._send(executor.run(0.0))
                 continue
             if executor.quiet:
-                self._socket.wait(_IDLE_WAIT if ranks.residency.busy else _SLEEP)
+                self._socket.wait(_IDLE_WAIT if ranks.models.busy else _SLEEP)
                 self._send(executor.run(0.0))  # shows that the loop of a GPU is there
                 continue
             idle = ranks.attention is not None and executor.drained
@@ -244,7 +250,7 @@ class DeviceProcess:
             self._socket.send(result)
 
     def _tell(self, ranks: DeviceRanks) -> None:
-        for news in ranks.residency.news():
+        for news in ranks.models.news():
             self._socket.send(news)
 
     def _handle(self, message: ToDevice, ranks: DeviceRanks) -> None:
@@ -254,9 +260,13 @@ class DeviceProcess:
             case Recall():
                 ranks.executor.recall(message)
             case Wake():
-                ranks.residency.wake(message.model)
+                ranks.models.wake(message.model)
             case Sleep():
-                ranks.residency.sleep(message.model)
+                ranks.models.sleep(message.model)
+            case AddModel():
+                ranks.models.add(message.model, message.config)
+            case RemoveModel():
+                ranks.models.remove(message.model)
             case Inspect():
                 report = ranks.inspect(message.what)
                 self._socket.send(Inspected(id=message.id, device=self._device.name, report=report))
@@ -281,18 +291,10 @@ class DeviceProcess:
         return 0
 
 
-def read_specs(deployment: Deployment) -> list[ModelSpec]:
-    """Reads what the models of a deployment are. Raises ConfigError."""
-    return [
-        read_model(Path(model.path), model.context_length, model.dtype)
-        for model in deployment.models
-    ]
-
-
 def load_ranks(
     deployment: Deployment,
     device: Device,
-    specs: Sequence[ModelSpec],
+    specs: Mapping[int, ModelSpec],
     placement: Placement,
     lanes_fd: int | None,
     *,
@@ -327,7 +329,9 @@ def load_ranks(
         if weights is None:
             weights = load_resident_weights(deployment, device, specs, placement)
         ranks = load_resident_ranks(
-            deployment, device, specs, weights, lanes_fd, heartbeat=heartbeat
+            *(deployment, device, specs, placement, weights),
+            lanes_fd=lanes_fd,
+            heartbeat=heartbeat,
         )
     count_advances(None if heartbeat is None else heartbeat.beat)
     return ranks

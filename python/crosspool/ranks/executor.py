@@ -15,7 +15,16 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-from crosspool.kernels.engine_structs import CLOSED, DONE, LOGITS, REFUSED, TOKENS, Event
+from crosspool.kernels.engine_structs import (
+    ADDED,
+    CLOSED,
+    DONE,
+    LOGITS,
+    REFUSED,
+    REMOVED,
+    TOKENS,
+    Event,
+)
 from crosspool.ranks.flight import Flight
 from crosspool.ranks.kv_rank import KVRank
 from crosspool.transport.messages import Recall, Release, Step, StepResult
@@ -111,6 +120,12 @@ class QueuedExecutor(ABC, Generic[R, F]):
     @abstractmethod
     def run(self, timeout: float) -> list[StepResult]: ...
 
+    def has(self, model: int) -> bool:
+        """Whether an operation of the model is in flight or waits."""
+        return any(operation.model == model for operation in self._queue) or any(
+            flight.model == model for flight in self._flights.values()
+        )
+
     @property
     def drained(self) -> bool:
         return self._idle and time.monotonic() - self._last_served() > DRAIN_SECONDS
@@ -178,8 +193,8 @@ class LoopExecutor(QueuedExecutor[R, FL]):
     def __init__(self, attention: R | None, loop: StepLoop, *, polls_peers: bool) -> None:
         super().__init__(attention, polls_peers=polls_peers)
         self._loop = loop
-        self.on_closed: Callable[[int], None] | None = None
-        """Called with a model whose weights the loop reads no more."""
+        self.on_change: dict[int, Callable[[int], None]] = {}
+        """Called with a model, by the kind of the event: ``CLOSED``, ``ADDED``, ``REMOVED``."""
 
     @abstractmethod
     def _look(self, flight: FL, event: Event) -> None:
@@ -195,8 +210,8 @@ class LoopExecutor(QueuedExecutor[R, FL]):
         Raises what the loop's ``pop`` does when the loop cannot go on."""
         results = []
         while (event := self._loop.pop()) is not None:
-            if event.kind == CLOSED and self.on_closed is not None:
-                self.on_closed(event.lane)
+            if event.kind in (CLOSED, ADDED, REMOVED):
+                self.on_change[event.kind](event.lane)
                 continue
             flight = self._flights[event.step]
             if event.kind == REFUSED:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Protocol, TypeVar
 
 import torch
@@ -27,15 +27,15 @@ class Make(Protocol[V_co]):
         self,
         budget_bytes: int,
         chunk_bytes: int,
-        ranges: Sequence[int],
+        ranges: Mapping[int, int],
         progress: Progress | None = None,
     ) -> V_co: ...
 
 
-def cache_tokens(deployment: Deployment, specs: Sequence[ModelSpec]) -> list[int]:
-    """Returns for each model the tokens that its cache on one attention rank has room for."""
-    layouts = (KVLayout(spec, deployment.page_size, deployment.chunk_bytes) for spec in specs)
-    return [layout.pages_in(_chunks(deployment)) * deployment.page_size for layout in layouts]
+def cache_tokens(deployment: Deployment, spec: ModelSpec) -> int:
+    """Returns the tokens that a model's cache on one attention rank has room for."""
+    layout = KVLayout(spec, deployment.page_size, deployment.chunk_bytes)
+    return layout.pages_in(_chunks(deployment)) * deployment.page_size
 
 
 def _chunks(deployment: Deployment) -> int:
@@ -44,8 +44,8 @@ def _chunks(deployment: Deployment) -> int:
 
 
 def kv_pool(
-    deployment: Deployment, device: Device, specs: Sequence[ModelSpec]
-) -> tuple[MremapVirtualizer, list[torch.Tensor]]:
+    deployment: Deployment, device: Device, specs: Mapping[int, ModelSpec]
+) -> tuple[MremapVirtualizer, dict[int, torch.Tensor]]:
     """Takes the KV memory of the attention rank on a CPU device, as :func:`take_kv_pool` does.
 
     Raises ConfigError when the system has no memory for it."""
@@ -53,8 +53,8 @@ def kv_pool(
 
 
 def kv_pool_by(
-    make: Make[V], deployment: Deployment, device: Device, specs: Sequence[ModelSpec]
-) -> tuple[V, list[torch.Tensor]]:
+    make: Make[V], deployment: Deployment, device: Device, specs: Mapping[int, ModelSpec]
+) -> tuple[V, dict[int, torch.Tensor]]:
     """Takes the device's share of the KV pool, as :func:`take_kv_pool` does, with a progress bar.
 
     Raises ConfigError when the device has no memory for it."""
@@ -73,33 +73,48 @@ def kv_pool_by(
 
 def take_kv_pool(
     make: Make[V],
-    specs: Sequence[ModelSpec],
+    specs: Mapping[int, ModelSpec],
     *,
     budget_bytes: int,
     chunk_bytes: int,
     page_size: int,
     progress: Progress | None = None,
-) -> tuple[V, list[torch.Tensor]]:
+) -> tuple[V, dict[int, torch.Tensor]]:
     """Takes the memory of one attention rank, ``budget_bytes`` in whole chunks.
 
-    Returns its virtualizer, and for each model a cache [pages, layers, page_size, kv_width] that is
-    long enough for all of the budget. Only mapped chunks of a cache may be touched.
+    Returns its virtualizer, and by model a cache [pages, layers, page_size, kv_width] that is long
+    enough for all of the budget. Only mapped chunks of a cache may be touched.
 
     Raises ConfigError when the device has no memory for it."""
-    layouts = [KVLayout(spec, page_size, chunk_bytes) for spec in specs]
+    layouts = {model: KVLayout(spec, page_size, chunk_bytes) for model, spec in specs.items()}
     chunks = budget_bytes // chunk_bytes
-    ranges = [layout.range_bytes(chunks) for layout in layouts]
+    ranges = {model: layout.range_bytes(chunks) for model, layout in layouts.items()}
     virtualizer = make(budget_bytes, chunk_bytes, ranges, progress)
     try:
-        caches = [
-            virtualizer.tensor(
-                model,
-                (layout.pages_in(chunks), spec.layers, page_size, spec.kv_width),
-                TORCH_DTYPES[spec.dtype],
-            )
-            for model, (spec, layout) in enumerate(zip(specs, layouts, strict=True))
-        ]
+        caches = {
+            model: cache_of(virtualizer, model, spec, layouts[model], chunks)
+            for model, spec in specs.items()
+        }
     except BaseException:
         virtualizer.close()
         raise
     return virtualizer, caches
+
+
+def cache_of(
+    virtualizer: Virtualizer, model: int, spec: ModelSpec, layout: KVLayout, chunks: int
+) -> torch.Tensor:
+    """Returns a model's cache [pages, layers, page_size, kv_width] over its range, which has room
+    for ``chunks`` chunks."""
+    shape = (layout.pages_in(chunks), spec.layers, layout.page_size, spec.kv_width)
+    return virtualizer.tensor(model, shape, TORCH_DTYPES[spec.dtype])
+
+
+def further_cache(
+    virtualizer: Virtualizer, deployment: Deployment, model: int, spec: ModelSpec
+) -> torch.Tensor:
+    """Reserves a further model's range, and returns its cache over it. Raises OSError."""
+    layout = KVLayout(spec, deployment.page_size, deployment.chunk_bytes)
+    chunks = _chunks(deployment)
+    virtualizer.add(model, layout.range_bytes(chunks))
+    return cache_of(virtualizer, model, spec, layout, chunks)

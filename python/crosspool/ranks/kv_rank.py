@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -44,17 +44,17 @@ R = TypeVar("R", bound=Request)
 class KVRank(Generic[P, R]):
     """One attention rank: its requests, of type R, and its memory.
 
-    ``parts``, of type P, has the models whose weights are in memory, by index; ``kv`` is indexed by
-    model, too. Each cache in ``kv`` is [pages, layers,
-    page_size, kv_width]; only its mapped chunks may be touched."""
+    By the model: ``specs`` and ``kv`` have those that there are, ``parts``, of type P, those whose
+    weights are in memory. Each cache in ``kv`` is [pages, layers, page_size, kv_width]; only its
+    mapped chunks may be touched."""
 
     def __init__(
         self,
         rank: int,
-        specs: Sequence[ModelSpec],
+        specs: dict[int, ModelSpec],
         parts: Mapping[int, P],
         virtualizer: Virtualizer,
-        kv: Sequence[Tensor],
+        kv: dict[int, Tensor],
     ) -> None:
         self.rank = rank
         self.specs = specs
@@ -68,13 +68,22 @@ class KVRank(Generic[P, R]):
     @property
     def budget_bytes(self) -> int:
         """KV memory of this rank, mapped or free."""
-        mapped = sum(self.virtualizer.mapped_bytes(model) for model in range(len(self.specs)))
+        mapped = sum(self.virtualizer.mapped_bytes(model) for model in self.kv)
         return mapped + self.virtualizer.free_bytes
 
     @property
     def requests(self) -> int:
         """Number of requests that live here."""
         return len(self._requests)
+
+    def add_model(self, model: int, spec: ModelSpec, kv: Tensor) -> None:
+        """A further model comes; ``kv`` lies over its range of the virtualizer."""
+        self.specs[model], self.kv[model] = spec, kv
+
+    def remove_model(self, model: int) -> None:
+        """A model goes, and its range with it. Raises ValueError while it has mapped chunks."""
+        del self.specs[model], self.kv[model]
+        self.virtualizer.remove(model)
 
     def release(self, release: Release) -> None:
         """Forgets requests and gives chunks back."""
@@ -84,7 +93,10 @@ class KVRank(Generic[P, R]):
             self.virtualizer.unmap(release.model, release.unmap_chunks)
 
     def _open(self, step: Step, make: Callable[[int, Sampling, Logprobs], R]) -> None:
-        """Maps the step's chunks and opens its requests."""
+        """Maps the step's chunks and opens its requests. Raises RuntimeError for a step of a model
+        that is not here."""
+        if step.model not in self.specs:
+            raise RuntimeError(f"step {step.step} is of model {step.model}, which is not here")
         if step.map_chunks:
             self.virtualizer.map(step.model, step.map_chunks)
         for opened in step.opens:

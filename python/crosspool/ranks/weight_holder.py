@@ -28,7 +28,9 @@ from pathlib import Path
 from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.device import Device
 from crosspool.config.process import die_with_parent, freeze_heap, leave, set_title
-from crosspool.ranks.device_process import Descriptors, configure_logging, drive, read_specs
+from crosspool.models.registry import spec_of, specs_of
+from crosspool.ranks.device_process import Descriptors, configure_logging, drive
+from crosspool.ranks.further import still_readable
 from crosspool.ranks.resident.holder import HolderLink
 from crosspool.ranks.resident.load import load_resident_weights
 from crosspool.ranks.resident.weights import ResidentWeights
@@ -54,14 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     deployment, device = load(arguments.deployment), Device(arguments.device)
     configure_logging(device)
     try:
-        weights = _load(deployment, device)
+        # What was wrong at the start, the launcher has found before.
+        weights = _load(still_readable(deployment), device)
     except ConfigError as error:
         print(f"device {device.name}: {error}", file=sys.stderr)
         return 2
     _warn_of_threads()
     freeze_heap()  # the collector, writing to every object, would soon have copied all pages too
     descriptors = Descriptors(lanes=arguments.lanes_fd, heartbeats=arguments.heartbeats_fd)
-    run = partial(drive, deployment, device, descriptors, weights)
+
+    def run(incarnation: int) -> int:
+        """Is the device's process, with the models that there are when it begins."""
+        return drive(load(arguments.deployment), device, descriptors, weights, incarnation)
+
     if weights is None or weights.holder is None:
         serve_forks({device.process_name: run}, arguments.launcher_fd)
     else:
@@ -78,7 +85,7 @@ def _load(deployment: Deployment, device: Device) -> ResidentWeights | None:
     everywhere = os.sched_getaffinity(0)
     os.sched_setaffinity(0, device.cores)  # memory comes from the node of whoever touches it first
     try:
-        specs = read_specs(deployment)
+        specs = specs_of(deployment.models)
         loaded = load_resident_weights(deployment, device, specs, place(deployment, specs))
         return replace(loaded, holder=HolderLink())
     finally:
@@ -89,8 +96,8 @@ def _import_for_host_loop(deployment: Deployment) -> None:
     import crosspool.ranks.host.load  # noqa: F401 - forked processes use it
     from crosspool.ranks.host.attention import frequencies
 
-    for model, spec in zip(deployment.models, read_specs(deployment), strict=True):
-        frequencies(spec, Path(model.path))  # transformers imports what a model's config takes
+    for model in deployment.models.values():
+        frequencies(spec_of(model), Path(model.path))  # imports what the config takes
 
 
 def _warn_of_threads() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +64,7 @@ class HeldModel:
     """What the ranks of one device hold of a model."""
 
     index: int
-    """The model's index in the deployment."""
+    """The model's number."""
     path: Path
     spec: ModelSpec
     attention: bool
@@ -82,7 +82,7 @@ class HeldModel:
 
 
 def held_models(
-    deployment: Deployment, device: Device, specs: Sequence[ModelSpec], placement: Placement
+    deployment: Deployment, device: Device, specs: Mapping[int, ModelSpec], placement: Placement
 ) -> Iterator[HeldModel]:
     """The models of which the device holds weights."""
     attention_rank = ffn_rank = None
@@ -90,7 +90,8 @@ def held_models(
         attention_rank = deployment.kv_pool_devices.index(device)
     if device in deployment.weight_pool_devices:
         ffn_rank = deployment.weight_pool_devices.index(device)
-    for index, (model, spec) in enumerate(zip(deployment.models, specs, strict=True)):
+    for index, model in deployment.models.items():
+        spec = specs[index]
         ranks, total, shard = [], 0, None
         if attention_rank is not None:
             ranks.append(f"attention rank {attention_rank}")

@@ -10,7 +10,7 @@ admitted again before any that has only waited.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from crosspool.scheduler.queue_order import QueueOrder
 from crosspool.scheduler.queues import WaitingQueue
@@ -21,12 +21,13 @@ from crosspool.scheduler.sequence import Sequence
 class Admission:
     def __init__(
         self,
-        queues: list[WaitingQueue],
+        queues: Mapping[int, WaitingQueue],
         order: QueueOrder,
         ranks: list[RankState],
         max_running: int,
     ) -> None:
-        """``max_running``: requests of one model that may run on one rank at once."""
+        """``queues``: by the model, those that there are at any time. ``max_running``: requests of
+        one model that may run on one rank at once."""
         self._queues = queues
         self._order = order
         self._ranks = ranks
@@ -61,14 +62,14 @@ class Admission:
     def _state(self) -> object:
         """The first request of each queue and the ranks' versions: everything that an admission
         depends on besides the admissions before it."""
-        heads = [queue.head and queue.head.number for queue in self._queues]
+        heads = [(n, queue.head and queue.head.number) for n, queue in self._queues.items()]
         return heads, [rank.version for rank in self._ranks]
 
     def _heads(self, blocked: set[int]) -> list[Sequence]:
         """The first request of each queue that is not blocked; only replayed ones, if there are."""
         heads = [
             queue.head
-            for model, queue in enumerate(self._queues)
+            for model, queue in self._queues.items()
             if model not in blocked and queue.head is not None
         ]
         return [seq for seq in heads if seq.replayed] or heads

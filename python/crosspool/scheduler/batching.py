@@ -22,7 +22,7 @@ def lease_steps(rank: RankState, lanes: int, most: int) -> int:
     """Longest lease for the next step, in steps: ``most``, or 1 where a lease would keep another
     model's step from being launched."""
     busy = sum(
-        bool(running) and model not in rank.barred for model, running in enumerate(rank.running)
+        bool(running) and model not in rank.barred for model, running in rank.running.items()
     )
     return most if busy <= lanes + 1 else 1
 
@@ -49,7 +49,7 @@ def _with_work(rank: RankState, lanes: int) -> Iterator[int]:
     """Models with a request that could be in a step and is in none."""
     reader = prompt_reader(rank)
     early = _may_begin_early(rank, lanes)
-    for model, running in enumerate(rank.running):
+    for model, running in rank.running.items():
         if (
             model not in rank.barred
             and (early or model not in rank.early)
@@ -68,7 +68,7 @@ def _may_begin_early(rank: RankState, lanes: int) -> bool:
     """Whether a step that holds a lane until its weights are read is in nobody's way: there is
     another lane, no other such step, and no request whose steps would go on."""
     held = rank.barred | rank.early
-    others = any(running and model not in held for model, running in enumerate(rank.running))
+    others = any(running and model not in held for model, running in rank.running.items())
     return lanes > 1 and not others and rank.early.isdisjoint(rank.flights)
 
 
@@ -90,7 +90,7 @@ def prompt_reader(rank: RankState) -> int | None:
         return NOBODY
     reading = (
         model
-        for model, running in enumerate(rank.running)
+        for model, running in rank.running.items()
         if model not in rank.barred
         and model not in rank.early
         and any(not seq.decoding for seq in running.values())

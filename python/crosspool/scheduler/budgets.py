@@ -23,7 +23,7 @@ class WeightPlace:
     role: Role
     budget: int | None
     """Bytes; None without a bound."""
-    held: Mapping[int, int]
+    held: dict[int, int]
     """Bytes that each model takes here while its weights are in memory; a model that has no share
     of the place is left out."""
 
@@ -35,7 +35,7 @@ class Budgets:
         self.places = places
 
     @classmethod
-    def of(cls, deployment: Deployment, specs: Seq[ModelSpec]) -> Budgets:
+    def of(cls, deployment: Deployment, specs: Mapping[int, ModelSpec]) -> Budgets:
         """The devices' rooms. Raises ConfigError when a model can never be resident."""
         devices = list(deployment.devices)
         return cls(
@@ -44,11 +44,21 @@ class Budgets:
                     device=devices.index(room.device),
                     role="ffn" if room.option == "weight_pool_bytes" else "attention",
                     budget=room.bytes,
-                    held={model: size for model, size in enumerate(room.needed) if size},
+                    held={model: size for model, size in room.needed.items() if size},
                 )
                 for room in rooms(deployment, place(deployment, specs))
             ]
         )
+
+    def add(self, model: int, deployment: Deployment, specs: Mapping[int, ModelSpec]) -> None:
+        """A further model of the deployment comes."""
+        for spot, further in zip(self.places, Budgets.of(deployment, specs).places, strict=True):
+            if model in further.held:
+                spot.held[model] = further.held[model]
+
+    def remove(self, model: int) -> None:
+        for spot in self.places:
+            spot.held.pop(model, None)
 
     def bytes_of(self, model: int, role: Role) -> int:
         """Bytes of the model over all places of ``role``."""

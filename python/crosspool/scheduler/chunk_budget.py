@@ -8,6 +8,7 @@ option.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Protocol
@@ -111,6 +112,10 @@ class ChunkBudget(Protocol):
         """``flight`` is to be forgotten: it was taken back, or a rank that it needs was away."""
         ...
 
+    def forget(self, model: int) -> None:
+        """The model is gone."""
+        ...
+
 
 class TargetedChunks:
     """Keeps the time between tokens to ``tbt_target_ms``: learns what the rank's steps cost, and
@@ -126,8 +131,8 @@ class TargetedChunks:
         self._page_size = deployment.page_size
         self._most_tokens = deployment.chunked_prefill_size
         self._target = deployment.tbt_target_ms / 1e3
-        self._step = [_Estimate(1e-3) for _ in deployment.models]
-        self._chunk = [_ChunkCost() for _ in deployment.models]
+        self._step: dict[int, _Estimate] = defaultdict(lambda: _Estimate(1e-3))
+        self._chunk: dict[int, _ChunkCost] = defaultdict(_ChunkCost)
         self._spent: dict[int, float] = {}
         """Seconds that a step in flight has had, by its number."""
         self._seen = 0.0
@@ -165,6 +170,10 @@ class TargetedChunks:
 
     def dropped(self, flight: StepInFlight) -> None:
         self._spent.pop(flight.step, None)
+
+    def forget(self, model: int) -> None:
+        self._step.pop(model, None)
+        self._chunk.pop(model, None)
 
     def _expected(self, flight: StepInFlight) -> float:
         step = self._step[flight.model].value

@@ -26,6 +26,8 @@ class HeldWeights:
         self._away: set[int] = set()
         self._failed: set[tuple[int, int]] = set()
         """Pairs (device, model) of wakes that have failed, until the model is wanted again."""
+        self._unknown: set[tuple[int, int]] = set()
+        """Pairs (device, model): the device has come back and is yet to learn of the model."""
         self._unsettled = True
         """Whether some device has not been told everything yet."""
         self.version = 0
@@ -35,6 +37,14 @@ class HeldWeights:
         """Something else is wanted."""
         self.version += 1
         self._unsettled = True
+
+    def forget(self, model: int) -> None:
+        """The model is gone, with all its weights."""
+        for held in self._held.values():
+            held.pop(model, None)
+        self._failed = {pair for pair in self._failed if pair[1] != model}
+        self._unknown = {pair for pair in self._unknown if pair[1] != model}
+        self.changed()
 
     # --- what devices say
 
@@ -69,11 +79,19 @@ class HeldWeights:
         self._held[device] = {model: how for model, how in held.items() if how == "present"}
         self.changed()
 
-    def restore(self, device: int, resident: Collection[int]) -> None:
-        """The device is there, with the weights of the models in ``resident``."""
+    def knows(self, device: int, model: int) -> None:
+        """The device has learnt of the model."""
+        self._unknown.discard((device, model))
+        self.changed()
+
+    def restore(self, device: int, models: Collection[int], resident: Collection[int]) -> None:
+        """The device is there, knows ``models``, and has the weights of those in ``resident``."""
         self._away.discard(device)
         self._failed = {pair for pair in self._failed if pair[0] != device}
-        self._held[device] = dict.fromkeys(resident, "present")
+        self._unknown = {pair for pair in self._unknown if pair[0] != device}
+        self._unknown |= {(device, model) for model in self._models if model not in models}
+        known = [model for model in resident if model in self._models]
+        self._held[device] = dict.fromkeys(known, "present")
         self.changed()
 
     # --- what to tell them
@@ -111,6 +129,7 @@ class HeldWeights:
             for model, it in self._models.items()
             if device in it.devices
             and model not in self._held[device]
+            and (device, model) not in self._unknown
             and (it.wanted or (model in in_flight and (device, model) not in self._failed))
         ]
         return sorted(lacking, key=lambda m: (self._models[m].wanted, self._models[m].turn))
@@ -119,6 +138,10 @@ class HeldWeights:
 
     def has(self, device: int, model: int) -> bool:
         return self._held[device].get(model) == "present"
+
+    def holds(self, device: int, model: int) -> bool:
+        """Whether the device has weights of the model, all or some."""
+        return model in self._held[device]
 
     def is_waking(self, device: int, model: int) -> bool:
         return self._held[device].get(model) == "waking"

@@ -2,64 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Mapping
 from itertools import count
 
 from crosspool.config.deployment import Deployment
 from crosspool.kvpool.bounds import Bounds
-from crosspool.kvpool.layout import KVLayout
-from crosspool.models.spec import ModelSpec
-from crosspool.scheduler.protocols import TextDecoder
 from crosspool.scheduler.request import GenerateRequest
 from crosspool.scheduler.sequence import Sequence
+from crosspool.scheduler.served_model import ServedModel
 from crosspool.scheduler.stopping import Stopping
 
 
 class Intake:
-    """Makes the sequences of requests, and knows how long they may be. All arguments but
-    ``deployment``, ``bounds`` and ``clock`` have one entry for each model."""
+    """Makes the sequences of requests, and knows how long they may be. ``models`` and ``bounds``
+    are those of the models that there are at any time."""
 
     def __init__(
         self,
         deployment: Deployment,
-        *,
-        specs: Seq[ModelSpec],
-        decoders: Seq[TextDecoder],
-        layouts: Seq[KVLayout],
+        models: Mapping[int, ServedModel],
         bounds: Bounds,
-        think_ends: Seq[tuple[int, ...]],
         clock: Callable[[], float],
     ) -> None:
         self._deployment = deployment
-        self._specs = specs
-        self._decoders = decoders
-        self._layouts = layouts
+        self._models = models
         self._bounds = bounds
-        self._think_ends = think_ends
         self._clock = clock
         self._numbers = count(1)
 
     def max_tokens(self, model: int) -> int:
         """Longest sequence of ``model`` that can ever be served, in tokens."""
-        pages = self._layouts[model].pages_in(self._bounds.reach(model))
-        return min(self._specs[model].context, pages * self._deployment.page_size)
+        pages = self._models[model].layout.pages_in(self._bounds.reach(model))
+        return min(self._models[model].spec.context, pages * self._deployment.page_size)
 
     def sequence(self, request: GenerateRequest) -> Sequence:
         """The sequence of ``request``, which has the next number and waits from now on."""
         model, stop = request.model, request.stop
+        tools = self._models[model].tools
         prompt_len = len(request.input_ids)
         if stop.max_new_tokens is None:
             limit = self.max_tokens(model)
         else:
-            limit = min(prompt_len + stop.max_new_tokens, self._specs[model].context)
+            limit = min(prompt_len + stop.max_new_tokens, tools.spec.context)
         stopping = Stopping(
             stop,
-            self._specs[model],
+            tools.spec,
             limit - prompt_len,
-            self._decoders[model],
+            tools.decoder,
             request.input_ids,
-            think_end=self._think_ends[model] if request.thinks_first else (),
+            think_end=tools.think_end if request.thinks_first else (),
         )
         return Sequence(
             next(self._numbers),
@@ -72,15 +63,14 @@ class Intake:
 
     def too_large(self, seq: Sequence) -> str | None:
         """Why the KV pool can never hold ``seq``, for the client; None when it can."""
-        least = seq.prompt_len + (seq.request.stop.max_new_tokens != 0)
-        tokens = max(seq.limit, least)
-        pages = self._layouts[seq.model].pages_for(tokens)
-        if pages <= self._layouts[seq.model].pages_in(self._bounds.reach(seq.model)):
+        layout = self._models[seq.model].layout
+        pages = layout.pages_for(seq.most_tokens)
+        if pages <= layout.pages_in(self._bounds.reach(seq.model)):
             return None
-        need = pages * self._layouts[seq.model].page_bytes
+        need = pages * layout.page_bytes
         most = self._bounds.reach(seq.model) * self._deployment.chunk_bytes
         return (
-            f"prompt and max_new_tokens together are {tokens} tokens and need {need} bytes of KV "
-            f"cache; the model may have {most} bytes per attention rank, "
+            f"prompt and max_new_tokens together are {seq.most_tokens} tokens and need {need} "
+            f"bytes of KV cache; the model may have {most} bytes per attention rank, "
             f"enough for {self.max_tokens(seq.model)} tokens"
         )

@@ -7,7 +7,7 @@ option ``promise``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping
 
 from crosspool.config.deployment import Deployment
 from crosspool.kvpool.allocator import Guard
@@ -23,8 +23,10 @@ class PromiseRule(ABC):
     grows = False
     """Whether running requests may need more pages than they have been promised."""
 
-    def __init__(self, deployment: Deployment, bounds: Bounds, layouts: Seq[KVLayout]) -> None:
-        """``layouts`` has one entry for each model, in the deployment's order."""
+    def __init__(
+        self, deployment: Deployment, bounds: Bounds, layouts: Mapping[int, KVLayout]
+    ) -> None:
+        """``bounds`` and ``layouts`` are those of the models that there are at any time."""
         self._deployment = deployment
         self._bounds = bounds
         self._layouts = layouts
@@ -38,6 +40,10 @@ class PromiseRule(ABC):
         """A check of the pages that ``seq``, which holds ``pages``, would be promised in addition;
         None where every promise within the bounds is allowed."""
         return None
+
+    def is_safe(self) -> bool:
+        """Whether every running request can still end within the bounds."""
+        return True
 
     def promised(self, seq: Sequence) -> None:  # noqa: B027 - most rules keep no account
         """``seq.pages`` has just grown."""
@@ -59,7 +65,9 @@ class Growth(PromiseRule):
 
     grows = True
 
-    def __init__(self, deployment: Deployment, bounds: Bounds, layouts: Seq[KVLayout]) -> None:
+    def __init__(
+        self, deployment: Deployment, bounds: Bounds, layouts: Mapping[int, KVLayout]
+    ) -> None:
         super().__init__(deployment, bounds, layouts)
         self._claims: dict[int, Claim] = {}
         """The claim of every request that holds pages, by the request's number."""
@@ -78,6 +86,10 @@ class Growth(PromiseRule):
             return safe(self._bounds, self._layouts, [*others, self._claim(seq, pages + more)])
 
         return is_safe
+
+    def is_safe(self) -> bool:
+        claims = list(self._claims.values())
+        return not claims or safe(self._bounds, self._layouts, claims)
 
     def promised(self, seq: Sequence) -> None:
         self._claims[seq.number] = self._claim(seq, seq.pages)

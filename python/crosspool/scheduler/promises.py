@@ -8,8 +8,9 @@ request waits.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
-from crosspool.config.deployment import Deployment
+from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.kvpool.allocator import PageAllocator
 from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
@@ -21,9 +22,12 @@ from crosspool.scheduler.sequence import Sequence
 class Promises:
     """Gives pages to requests by the deployment's promise rule, and takes them back."""
 
-    def __init__(self, deployment: Deployment, bounds: Bounds, layouts: list[KVLayout]) -> None:
-        """Raises ConfigError when some model could not be promised one page."""
-        self.evicted_pages = [0] * len(layouts)
+    def __init__(
+        self, deployment: Deployment, bounds: Bounds, layouts: Mapping[int, KVLayout]
+    ) -> None:
+        """``bounds`` and ``layouts`` are those of the models that there are at any time. Raises
+        ConfigError when some model could not be promised one page."""
+        self.evicted_pages = dict.fromkeys(layouts, 0)
         """Cached pages given up for promises, by model."""
         self._deployment = deployment
         self._bounds = bounds
@@ -40,7 +44,38 @@ class Promises:
 
     @property
     def promised_chunks(self) -> int:
-        return sum(map(self.allocator.promised_chunks, range(len(self._layouts))))
+        return sum(map(self.allocator.promised_chunks, self._layouts))
+
+    # --- models that come and go
+
+    def add_model(self, model: int) -> None:
+        """A further model comes, which has a layout and bounds. Raises ConfigError when it could
+        not be promised one page, or what is promised now leaves no room for its floor."""
+        floors, budget = sum(self._bounds.floors.values()), self._bounds.budget
+        if floors > budget:
+            raise ConfigError(
+                f"kv_floor_bytes: the floors of all models come to {floors} chunks per attention "
+                f"rank, and there are {budget}: lower them, or enlarge the KV pool"
+            )
+        self.allocator.add(model, self._layouts[model])
+        if not (self.allocator.within_bounds() and self.rule.is_safe()):
+            self.allocator.remove(model)
+            raise ConfigError(
+                f"kv_floor_bytes: what running requests hold leaves no {self._bounds.floors[model]}"
+                " free chunks per attention rank for the floor of a further model now; try again"
+                " later, or give it a smaller floor"
+            )
+        self.evicted_pages[model] = 0
+
+    def holds_any(self, model: int) -> bool:
+        """Whether any page of the model is promised or cached, or any chunk is yet to be
+        unmapped."""
+        return bool(self.allocator.taken_pages(model) or self._unmap.get(model))
+
+    def remove_model(self, model: int) -> None:
+        """A model goes, of which nothing is held."""
+        self.allocator.remove(model)
+        del self.evicted_pages[model]
 
     # --- giving
 

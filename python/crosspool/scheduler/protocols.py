@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol
 
+from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.request import Grammar
 
 
@@ -59,3 +61,14 @@ class GrammarBackend(Protocol):
         request, which has followed the tokens of ``output`` and is not pending; its exception says
         what is wrong with the grammar."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTools:
+    """What the scheduler knows of one model besides its options."""
+
+    spec: ModelSpec
+    decoder: TextDecoder
+    grammars: GrammarBackend
+    think_end: tuple[int, ...] = ()
+    """Tokens with which the model's thinking ends; empty where nothing tells its end."""

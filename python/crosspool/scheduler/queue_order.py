@@ -24,23 +24,33 @@ class QueueOrder(Protocol):
         """``seq`` has been admitted."""
         ...
 
+    def forget(self, model: int) -> None:
+        """The model is gone."""
+        ...
+
 
 class ModelsInTurn:
     """The model whose last admission lies furthest back goes first, and among models that have had
     none, the one whose request came first. A flood of requests for one model so delays another
     model's request by one admission, not by the flood."""
 
-    def __init__(self, models: int) -> None:
+    def __init__(self) -> None:
         self._turns = count(1)
-        self._last_turn = [0] * models
+        self._last_turn: dict[int, int] = {}
 
     def next(self, heads: Iterable[Sequence]) -> Sequence | None:
-        return min(heads, key=lambda seq: (self._last_turn[seq.model], seq.number), default=None)
+        def place(seq: Sequence) -> tuple[int, int]:
+            return self._last_turn.get(seq.model, 0), seq.number
+
+        return min(heads, key=place, default=None)
 
     def admitted(self, seq: Sequence) -> None:
         self._last_turn[seq.model] = next(self._turns)
 
+    def forget(self, model: int) -> None:
+        self._last_turn.pop(model, None)
+
 
 def queue_order(deployment: Deployment) -> QueueOrder:
     """The order that ``deployment`` asks for. There is one so far."""
-    return ModelsInTurn(len(deployment.models))
+    return ModelsInTurn()

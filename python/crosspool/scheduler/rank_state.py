@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import count
 
@@ -16,14 +16,14 @@ from crosspool.transport.messages import Open, Recall, Release, Row, Step, StepR
 
 
 class RankState:
-    """Indices and numbers: ``model`` is an index into the deployment's models, a request's number
-    is ``Sequence.number``, a step's is counted by the rank."""
+    """Numbers: ``model`` is the model's in the deployment, a request's is ``Sequence.number``, a
+    step's is counted by the rank."""
 
     def __init__(
         self,
         index: int,
         promises: Promises,
-        layouts: list[KVLayout],
+        layouts: Mapping[int, KVLayout],
         budget: ChunkBudget,
     ) -> None:
         self.index = index
@@ -38,15 +38,15 @@ class RankState:
         requests is admitted; those that run stay as they are."""
         self.early: frozenset[int] = frozenset()
         """Models that may make a step here, though some of their weights are yet to be read."""
-        self.running: list[dict[int, Sequence]] = [{} for _ in layouts]
+        self.running: dict[int, dict[int, Sequence]] = {model: {} for model in layouts}
         """Requests that run here, indexed [model][number], in order of admission."""
-        self.paused: list[dict[int, Sequence]] = [{} for _ in layouts]
+        self.paused: dict[int, dict[int, Sequence]] = {model: {} for model in layouts}
         """Running requests that wait for more pages, indexed [model][number]."""
         self.flights: dict[int, StepInFlight] = {}
         """The step in flight of each model that has one."""
-        self.last_step = [-1] * len(layouts)
+        self.last_step = dict.fromkeys(layouts, -1)
         """Number of each model's latest step; -1 before its first."""
-        self.last_prompt_step = [-1] * len(layouts)
+        self.last_prompt_step = dict.fromkeys(layouts, -1)
         """Number of each model's latest step that took prompt tokens; -1 before its first."""
         self.delayed: set[int] = set()
         """Models whose requests have waited for a prompt chunk and not had a token since."""
@@ -64,6 +64,35 @@ class RankState:
         self._asked = -1
         """The version at which the paused requests last asked in vain."""
 
+    # --- models that come and go
+
+    def add_model(self, model: int) -> None:
+        """A further model comes, which has a layout. Raises ConfigError when the budget holds no
+        page of it."""
+        self.promises.add_model(model)
+        self.running[model], self.paused[model] = {}, {}
+        self.last_step[model] = self.last_prompt_step[model] = -1
+
+    def has_left(self, model: int) -> bool:
+        """Whether nothing of the model is left here: no request, step, page or chunk, and nothing
+        that the rank has yet to be told of it."""
+        return not (
+            self.running[model]
+            or model in self.flights
+            or any(seq.model == model for seq in self._ended)
+            or self._forget.get(model)
+            or self.promises.holds_any(model)
+        )
+
+    def remove_model(self, model: int) -> None:
+        """A model goes, of which nothing is left."""
+        self.promises.remove_model(model)
+        for by_model in (self.running, self.paused, self.last_step, self.last_prompt_step):
+            del by_model[model]
+        self.delayed.discard(model)
+        self.budget.forget(model)
+        self.version += 1
+
     # --- ranks that go and come back
 
     def lose(self) -> list[Sequence]:
@@ -72,10 +101,10 @@ class RankState:
         self.away = True
         for flight in self.flights.values():
             self.budget.dropped(flight)
-        lost = [seq for running in self.running for seq in running.values()]
+        lost = [seq for running in self.running.values() for seq in running.values()]
         for seq in lost:
             seq.lose_rank()
-        for requests in (*self.running, *self.paused):
+        for requests in (*self.running.values(), *self.paused.values()):
             requests.clear()
         self.flights.clear()
         self.delayed.clear()
@@ -115,7 +144,7 @@ class RankState:
     def admit(self, seq: Sequence) -> bool:
         """Admits ``seq`` if it can be promised pages; nobody is admitted while a running request
         waits for pages."""
-        if any(self.paused) or not self.promises.admit(seq):
+        if any(self.paused.values()) or not self.promises.admit(seq):
             return False
         seq.rank = self.index
         self.running[seq.model][seq.number] = seq
@@ -126,7 +155,8 @@ class RankState:
         them; yields each request that is paused from now on."""
         if not self.promises.rule.grows:
             return
-        for running, paused in zip(self.running, self.paused, strict=True):
+        for model, running in self.running.items():
+            paused = self.paused[model]
             for seq in running.values():
                 if seq.decoding and not seq.in_flight and seq.number not in paused:
                     if self.promises.holds(seq, seq.computed + 1):
@@ -136,9 +166,9 @@ class RankState:
                     else:
                         paused[seq.number] = seq
                         yield seq
-        while any(self.paused) and self._asked != self.version:
+        while any(self.paused.values()) and self._asked != self.version:
             self._asked = self.version
-            waiting = [seq for paused in self.paused for seq in paused.values()]
+            waiting = [seq for paused in self.paused.values() for seq in paused.values()]
             for seq in sorted(waiting, key=lambda seq: seq.number):
                 if self.promises.extend(seq):
                     del self.paused[seq.model][seq.number]
@@ -151,7 +181,7 @@ class RankState:
         """Models with a request that has output and waits for its next token, and weights."""
         return {
             model
-            for model, running in enumerate(self.running)
+            for model, running in self.running.items()
             if model not in self.barred
             and model not in self.early
             and any(
@@ -309,6 +339,6 @@ class RankState:
         unmap = self.promises.chunks_to_unmap()
         return [
             Release(model=model, requests=forget[model], unmap_chunks=unmap[model])
-            for model in range(len(self._layouts))
+            for model in sorted({*forget, *unmap})
             if forget[model] or unmap[model]
         ]

@@ -40,7 +40,7 @@ class GenerateRequest:
     rid: str
     """The front end's name for the request, which no other unfinished request of the model has."""
     model: int
-    """Index into the deployment's models."""
+    """The model's number."""
     input_ids: list[int]
     sampling: Sampling
     stop: StopRules

@@ -58,20 +58,9 @@ class ResidencyPolicy:
         self._quantum = quantum
         self._worth = worth
         self._turns = count(1)
-        self._models = {
-            number: FleetModel(
-                name=options.name,
-                keep=options.keep,
-                ttl=options.ttl,
-                priority=options.priority,
-                attention_bytes=budgets.bytes_of(number, "attention"),
-                ffn_bytes=budgets.bytes_of(number, "ffn"),
-                attention_devices=budgets.devices_of(number, "attention"),
-                ffn_devices=budgets.devices_of(number, "ffn"),
-                asked=options.keep == "pinned",
-            )
-            for number, options in models.items()
-        }
+        self._models: dict[int, FleetModel] = {}
+        for number, options in models.items():
+            self._enter(number, options)
         self._held = HeldWeights(budgets, self._models)
         self._work: set[int] = set()
         """Models with requests to serve."""
@@ -79,9 +68,50 @@ class ResidencyPolicy:
         """Clock time at which something else may have to be decided."""
         for device in {spot.device for spot in budgets.places}:
             shared = {n for spot in budgets.places if spot.device == device for n in spot.held}
-            self._held.restore(device, shared.intersection(resident))
+            self._held.restore(device, models, shared.intersection(resident))
         for number in sorted(resident):
             self._want(number, now)
+
+    # --- models that come and go
+
+    def add(self, model: int, options: ModelConfig, now: float) -> None:
+        """A further model comes, which sleeps; the budgets have it already."""
+        self._enter(model, options)
+        self._held.changed()
+        self._next = now
+
+    def dismiss(self, model: int, now: float) -> None:
+        """The model is to leave: it sleeps as soon as it has no requests, pinned or not."""
+        if self._models[model].keep == "pinned":
+            self._models[model].keep = "demand"
+        self.sleep(model, now)
+
+    def holds(self, device: int, model: int) -> bool:
+        """Whether the device has weights of the model, all or some."""
+        return self._held.holds(device, model)
+
+    def is_gone(self, model: int) -> bool:
+        """Whether no device has weights of the model, or is to have any."""
+        return not self._models[model].wanted and self._held.gone(model)
+
+    def remove(self, model: int) -> None:
+        """The model is gone."""
+        del self._models[model]
+        self._work.discard(model)
+        self._held.forget(model)
+
+    def _enter(self, number: int, options: ModelConfig) -> None:
+        self._models[number] = FleetModel(
+            name=options.name,
+            keep=options.keep,
+            ttl=options.ttl,
+            priority=options.priority,
+            attention_bytes=self._budgets.bytes_of(number, "attention"),
+            ffn_bytes=self._budgets.bytes_of(number, "ffn"),
+            attention_devices=self._budgets.devices_of(number, "attention"),
+            ffn_devices=self._budgets.devices_of(number, "ffn"),
+            asked=options.keep == "pinned",
+        )
 
     # --- what devices say
 
@@ -119,10 +149,17 @@ class ResidencyPolicy:
         """The device is gone; what it had counts as there until it is back."""
         self._held.lose(device)
 
-    def restore(self, device: int, resident: Collection[int], now: float) -> None:
-        """The device is there, with the weights of the models in ``resident``; it gets those that
-        it should have besides."""
-        self._held.restore(device, resident)
+    def knows(self, device: int, model: int, now: float) -> None:
+        """The device has learnt of the model, and gets its weights if it should have them."""
+        self._held.knows(device, model)
+        self._next = now
+
+    def restore(
+        self, device: int, models: Collection[int], resident: Collection[int], now: float
+    ) -> None:
+        """The device is there, knows ``models``, and has the weights of those in ``resident``; it
+        gets those that it should have besides, once it knows their models."""
+        self._held.restore(device, models, resident)
         for number, it in self._models.items():
             lacks = it.wanted and device in it.devices and number not in resident
             if lacks and it.wake_began is None:
@@ -135,13 +172,17 @@ class ResidencyPolicy:
     def wake(self, model: int, now: float) -> None:
         """Wakes the model, requests or not, as if it had some. Raises ValueError when it does not
         fit beside the pinned models."""
-        if (refusal := self._impossible(model)) is not None:
-            raise ValueError(refusal.message)
+        self.check_room(model)
         it = self._models[model]
         it.asked = not it.wanted
         it.dismissed = False
         it.retry_at = -math.inf
         self._next = now
+
+    def check_room(self, model: int) -> None:
+        """Raises ValueError when the model does not fit beside the pinned models."""
+        if (refusal := self._impossible(model)) is not None:
+            raise ValueError(refusal.message)
 
     def sleep(self, model: int, now: float) -> None:
         """Has the model sleep as soon as it has no requests; later ones wake it. Raises ValueError

@@ -70,6 +70,11 @@ class Sequence:
         self._first = True
 
     @property
+    def most_tokens(self) -> int:
+        """Number of tokens, prompt included, for which it may need pages."""
+        return max(self.limit, self.prompt_len + (self.request.stop.max_new_tokens != 0))
+
+    @property
     def model(self) -> int:
         return self.request.model
 

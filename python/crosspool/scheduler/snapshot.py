@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from copy import deepcopy
 from typing import Any
@@ -10,12 +10,9 @@ from typing import Any
 import msgspec
 
 from crosspool.config.deployment import Deployment
-from crosspool.models.spec import ModelSpec
-from crosspool.scheduler.counters import ModelCounters
-from crosspool.scheduler.queues import WaitingQueue
 from crosspool.scheduler.rank_state import RankState
-from crosspool.scheduler.rates import ModelRates
 from crosspool.scheduler.residency import ResidencyPolicy
+from crosspool.scheduler.served_model import ServedModel
 from crosspool.transport.inspection import (
     KVShare,
     ModelStatus,
@@ -28,61 +25,67 @@ _SUMMED = ("running", "paused", "promised_chunks", "cached_chunks", "mapped_chun
 
 def snapshot(
     deployment: Deployment,
-    specs: Seq[ModelSpec],
+    served: Mapping[int, ServedModel],
     *,
-    queues: Seq[WaitingQueue],
     ranks: Seq[RankState],
-    counters: Seq[ModelCounters],
-    rates: Seq[ModelRates],
     residency: ResidencyPolicy,
+    leaving: Collection[int],
     now: float,
-    max_tokens: Seq[int],
+    max_tokens: Mapping[int, int],
     failure: str | None,
 ) -> Snapshot:
+    """``served``: the models that have come; those in ``leaving`` take no requests any more."""
     size = deployment.chunk_bytes
-    by_rank = [_rank(rank, deployment.kv_pool_devices[rank.index].name, size) for rank in ranks]
+    by_rank = [_rank(rank, served, deployment, size) for rank in ranks]
     models = []
-    for index, (model, spec) in enumerate(zip(deployment.models, specs, strict=True)):
-        shares = [rank.models[index] for rank in by_rank]
+    for place, (number, model) in enumerate(sorted(served.items())):
+        shares = [rank.models[place] for rank in by_rank]
+        where = residency.status(number, now)
+        if number in leaving:
+            where = msgspec.structs.replace(where, state="leaving")
         models.append(
             ModelStatus(
+                model=number,
                 name=model.name,
-                waiting=len(queues[index]),
-                waiting_tokens=sum(seq.prompt_len for seq in queues[index]),
-                compiling=queues[index].compiling,
-                tokens_per_second=rates[index].tokens_per_second(now),
-                cache_hit_rate=rates[index].cache_hit_rate(now),
+                waiting=len(model.queue),
+                waiting_tokens=sum(seq.prompt_len for seq in model.queue),
+                compiling=model.queue.compiling,
+                tokens_per_second=model.rates.tokens_per_second(now),
+                cache_hit_rate=model.rates.cache_hit_rate(now),
                 evicted_pages=sum(share.evicted_pages for share in shares),
-                path=model.path,
-                context=spec.context,
-                dtype=spec.dtype,
-                kv_bytes_per_token=spec.kv_bytes_per_token,
-                max_tokens=max_tokens[index],
-                pool_tokens=deployment.kv_pool_bytes // spec.kv_bytes_per_token,
-                ffn_ranks=deployment.ffn_ranks(index),
-                residency=residency.status(index, now),
+                path=deployment.models[number].path,
+                context=model.spec.context,
+                dtype=model.spec.dtype,
+                kv_bytes_per_token=model.spec.kv_bytes_per_token,
+                max_tokens=max_tokens[number],
+                pool_tokens=deployment.kv_pool_bytes // model.spec.kv_bytes_per_token,
+                ffn_ranks=deployment.ffn_ranks(number),
+                residency=where,
                 **_sums(shares, size),
-                **msgspec.structs.asdict(deepcopy(counters[index])),
+                **msgspec.structs.asdict(deepcopy(model.counters)),
             )
         )
     return Snapshot(models=models, ranks=by_rank, failure=failure)
 
 
-def _rank(rank: RankState, device: str, chunk_bytes: int) -> RankSnapshot:
+def _rank(
+    rank: RankState, served: Collection[int], deployment: Deployment, chunk_bytes: int
+) -> RankSnapshot:
     allocator = rank.promises.allocator
     models = [
         KVShare(
-            running=len(running),
+            model=model,
+            running=len(rank.running[model]),
             paused=len(rank.paused[model]),
             promised_chunks=allocator.promised_chunks(model),
             cached_chunks=allocator.cached_chunks(model),
             mapped_chunks=allocator.mapped_chunks(model),
             evicted_pages=rank.promises.evicted_pages[model],
         )
-        for model, running in enumerate(rank.running)
+        for model in sorted(served)
     ]
     return RankSnapshot(
-        device=device,
+        device=deployment.kv_pool_devices[rank.index].name,
         away=rank.away,
         steps_in_flight=len(rank.flights),
         budget_chunks=allocator.budget_chunks,

@@ -37,7 +37,7 @@ class RecentRate:
     LRU, LFU, or GreedyDual (``python -m benchmark.residency``)."""
 
     def __init__(self, half_life: float) -> None:
-        self._decay = 0.5 ** (1 / half_life)
+        self.half_life = half_life
         self._clock = count(1)
         self._now = 0
         self._sums: dict[int, tuple[int, float]] = {}
@@ -50,6 +50,10 @@ class RecentRate:
     def gave_way(self, model: int) -> None:
         pass
 
+    def forget(self, model: int) -> None:
+        """The model is gone."""
+        self._sums.pop(model, None)
+
     def of(self, model: int) -> float:
         since, worth = self._sums.get(model, (self._now, 0.0))
-        return float(worth * self._decay ** (self._now - since))
+        return float(worth * 0.5 ** ((self._now - since) / self.half_life))

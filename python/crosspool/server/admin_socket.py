@@ -9,6 +9,7 @@ import zmq
 
 from crosspool.observability.bounded_log import BoundedLog
 from crosspool.transport import admin
+from crosspool.transport.detokenizer_link import ToDetokenizer
 
 log = BoundedLog(logging.getLogger(__name__))
 
@@ -35,7 +36,7 @@ class AdminSocket:
             except (msgspec.DecodeError, RecursionError) as error:
                 log.error("dropped an admin message that cannot be read: %s", error)
 
-    def reply(self, sender: bytes, message: admin.FromScheduler) -> None:
+    def reply(self, sender: bytes, message: admin.FromScheduler | ToDetokenizer) -> None:
         """Sends ``message``, which is lost if its receiver is gone or does not read."""
         try:
             self.socket.send_multipart([sender, admin.encode(message)], zmq.NOBLOCK)

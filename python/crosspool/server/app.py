@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
+import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +24,18 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from crosspool.config.deployment import Deployment
-from crosspool.frontend.turns import Turns
 from crosspool.server.body import Bodies, Body
 from crosspool.server.errors import JSON, RequestError, handle_error, unknown_model
+from crosspool.server.fleet_routes import FleetRoutes
 from crosspool.server.gate import Gate
 from crosspool.server.keys import Keys
+from crosspool.server.model_apps import ModelApps
 from crosspool.server.request_bounds import RequestBounds
 from crosspool.server.residency_routes import OTHER_SERVERS, ResidencyRoutes
 from crosspool.server.routes import DEFAULT_MODEL, RouteRule, split
+from crosspool.server.state import State
 from crosspool.transport import admin
-from crosspool.transport.inspection import DeviceCounters, ModelState, Status
+from crosspool.transport.inspection import DeviceCounters, ModelState
 
 if TYPE_CHECKING:
     from crosspool.frontend.model_app import ModelApp
@@ -54,25 +56,8 @@ _RESPONSES = "/v1/responses/"
 MISSING_HEADER = "x-crosspool-missing"
 """Names the devices that are away, of which an answer tells nothing."""
 _HEALTH = ("/health", "/ready", "/ping", "/health_generate")
+_LOOK_SECONDS = 0.05
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-
-@dataclass
-class State:
-    """What the HTTP process knows of the deployment; it writes, the application reads."""
-
-    models: dict[str, ModelApp] = field(default_factory=dict)
-    """Applications by model name; empty until SGLang is imported."""
-    status: Status | None = None
-    """The scheduler's last status; None before its first answer."""
-    message: str = "starting"
-    """What is being waited for, or why nothing is served."""
-    ready: bool = False
-    draining: bool = False
-    in_flight: int = 0
-    """Number of requests that models' applications are working on."""
-    turns: Turns = field(default_factory=Turns)
-    """The turns that requests, and the samples of each, take to begin."""
 
 
 class _Abort(msgspec.Struct):
@@ -83,12 +68,23 @@ class _Abort(msgspec.Struct):
 class App(Starlette):
     """CrossPool's own routes; every other path is a model's."""
 
-    def __init__(self, deployment: Deployment, state: State, scheduler: admin.AsyncAdmin) -> None:
-        names = self._names = [model.name for model in deployment.models]
+    def __init__(
+        self, deployment: Deployment, state: State, scheduler: admin.AsyncAdmin, apps: ModelApps
+    ) -> None:
+        names = state.names
+        names[:] = deployment.names.values()
         keys = self._keys = Keys(*deployment.keys)
         self._bodies = Bodies(deployment, state.turns)
         self._residency = ResidencyRoutes(
             scheduler, names, self._bodies, self._check_serving, deployment.queue_timeout
+        )
+        fleet = FleetRoutes(
+            deployment,
+            state,
+            scheduler,
+            apps=apps,
+            bodies=self._bodies,
+            check_serving=self._check_serving,
         )
         super().__init__(
             routes=[
@@ -99,6 +95,7 @@ class App(Starlette):
                 Route("/v1/models/{name:path}", self._models),
                 Route("/api/tags", self._tags),
                 *self._residency.routes,
+                *fleet.routes,
                 Route("/crosspool/{route:path}", self._crosspool, methods=["GET", "POST"]),
             ],
             exception_handlers={HTTPException: handle_error, ClientDisconnect: _gone},
@@ -127,6 +124,14 @@ class App(Starlette):
     def _check_serving(self) -> None:
         if not self._serving:
             raise RequestError(503, f"the server takes no requests now: {self._state.message}")
+
+    async def _recovered(self) -> None:
+        """Returns when requests are taken, for which it waits while processes are replaced, as
+        those wait that were taken before. Raises RequestError when they are not."""
+        deadline = time.monotonic() + self._deployment.queue_timeout
+        while self._state.recovers and not self._serving and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK_SECONDS)
+        self._check_serving()
 
     # --- CrossPool's own routes
 
@@ -166,7 +171,7 @@ class App(Starlette):
             log.warning("metrics are not complete: %s", error)
         text = metrics.render(status, counters)
         if self._sglang_metrics:
-            text += metrics.of_all_processes() + metrics.sglang_gauges(status)
+            text += metrics.of_all_processes(self._state.names) + metrics.sglang_gauges(status)
         return Response(text, media_type=_METRICS_TYPE)
 
     async def _models(self, request: Request) -> Response:
@@ -190,6 +195,11 @@ class App(Starlette):
         if name not in cards:
             raise unknown_model(name)
         return JSON(cards[name])
+
+    def _numbers(self) -> dict[int, str]:
+        """The models' names, by number, as far as the scheduler has told them."""
+        models = self._state.status.models if self._state.status else ()
+        return {model.model: model.name for model in models}
 
     def _state_of(self, name: str) -> ModelState | None:
         """Where the model's weights were when the scheduler was last asked, half a second ago at
@@ -221,7 +231,7 @@ class App(Starlette):
                 return JSON(msgspec.to_builtins(await self._scheduler.status()))
             report = await self._scheduler.inspect(what)
             headers = {MISSING_HEADER: ", ".join(report.missing)} if report.missing else None
-            return JSON(report.plain(what, self._names), headers=headers)
+            return JSON(report.plain(what, self._numbers()), headers=headers)
         except admin.AdminError as error:
             raise RequestError(503, str(error)) from None
 
@@ -232,9 +242,10 @@ class App(Starlette):
         if rule.answerer == "nobody":
             text = f"CrossPool does not support {rule.path}: {rule.reason}"
             raise RequestError(400, text, code="unsupported")
-        self._check_serving()
+        await self._recovered()
         request = Request(scope, receive)
-        longest_context = max(model.context_length for model in self._state.models.values())
+        contexts = (model.context_length for model in self._state.models.values())
+        longest_context = max(contexts, default=0)
         async with self._bodies.read(request, longest_context) as body:
             await self._pass_on(request, body, send)
 
@@ -244,7 +255,7 @@ class App(Starlette):
         receive, inner, models = request.receive, _inner(request.scope), self._state.models
         name: Any = None
         if inner["path"].startswith("/m/"):
-            name, path = split(inner["path"].removeprefix("/m/"), self._names)
+            name, path = split(inner["path"].removeprefix("/m/"), self._state.names)
             inner |= {"path": path, "raw_path": path.encode()}
         elif request.method in ("POST", "PUT"):
             name = body.model
@@ -253,13 +264,16 @@ class App(Starlette):
         if rule.path == "/abort_request":
             body.raw = self._one_abort(body.raw, request.scope)
 
+        if not models:
+            text = "no model is served; POST /crosspool/models has one served"
+            raise RequestError(404, text, code="model_not_found", param="model")
         if name is None and rule.answerer == "every model":
-            *others, last = models.values()
-            for model in others:
-                await model(dict(inner), body.replay(receive), _ignore)
-            name = last.name
+            *others, name = models
+            for other in others:
+                if other in self._state.models:  # it may have left meanwhile
+                    await models[other](dict(inner), body.replay(receive), _ignore)
         elif name in (None, "", DEFAULT_MODEL) and name not in models:
-            name = self._names[0]
+            name = next(iter(models))
         if name not in models:
             raise unknown_model(name)
         model = models[name]
@@ -270,7 +284,7 @@ class App(Starlette):
         if rule.path in _HEALTH and self._state_of(name) != "resident":
             return await Response()(inner, receive, send)
         await self._bodies.check(body, RequestBounds.of(self._deployment, model))
-        await self._serve(model, inner, body.replay(receive), send)
+        await self._serve(name, inner, body.replay(receive), send)
 
     def _worker_on(self, path: str) -> str | None:
         """The model that generates the response which ``path`` names, in the background."""
@@ -288,12 +302,18 @@ class App(Starlette):
             return body
         return msgspec.json.encode(abort)
 
-    async def _serve(self, model: ModelApp, scope: Scope, receive: Receive, send: Send) -> None:
-        self._state.in_flight += 1
+    async def _serve(self, name: str, scope: Scope, receive: Receive, send: Send) -> None:
+        # What has been waited for since the model was found may have seen it leave.
+        model = self._state.models.get(name)
+        if model is None:
+            raise unknown_model(name)
+        self._state.in_flight[name] += 1
         try:
             await model(scope, receive, send)
         finally:
-            self._state.in_flight -= 1
+            self._state.in_flight[name] -= 1
+            if not self._state.in_flight[name]:
+                del self._state.in_flight[name]
 
 
 def _inner(scope: Scope) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -19,9 +19,18 @@ from crosspool.server import json_shape
 from crosspool.server.errors import RequestError
 from crosspool.server.request_bounds import RequestBounds
 
+_Kind = TypeVar("_Kind")
 _SMALL = 32 << 10
 """Bytes of a body that is looked at within the event loop: it takes less than a millisecond. Such
 bodies are not counted either, since the number of connections bounds them all."""
+
+
+def decoded(raw: bytes, kind: type[_Kind]) -> _Kind:
+    """A body of one of CrossPool's own routes, which may be empty. Raises RequestError."""
+    try:
+        return msgspec.json.decode(raw or b"{}", type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise RequestError(400, f"the body is not as it should be: {error}") from None
 
 
 class Body:

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,13 @@ from crosspool.transport.inspection import DeviceStatus, InspectWhat, Report
 from crosspool.transport.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
+    Added,
     Failed,
     FromDevice,
     Inspect,
     Inspected,
     Ready,
+    Removed,
     Slept,
     StepResult,
     ToDevice,
@@ -46,8 +48,9 @@ class DeviceFailed(RuntimeError):
     """A device makes it impossible to go on; the message is meant for the user."""
 
 
-Told = Callable[[str, Waking | Woken | Slept], None]
-"""Takes the name of a device, and what it tells of a model's weights."""
+ToldOfModel = Waking | Woken | Slept | Added | Removed
+Told = Callable[[str, ToldOfModel], None]
+"""Takes the name of a device, and what it tells of a model."""
 Done = Callable[[Report | None, str | None], None]
 """Takes what all devices replied, or the reason why there is no reply."""
 
@@ -102,9 +105,9 @@ class Devices:
     """Binds ``deployment.control_address``. Register :attr:`socket` with a poller and call
     :meth:`receive` when it is readable.
 
-    ``on_ready`` is called with the name of each device that is ready and the models whose weights
-    it has; ``on_away`` and ``on_back`` with that name when its process is gone, and when another
-    one is ready in its place; ``on_told`` with what a device tells of a model's weights. While a
+    ``on_ready`` is called with the name of each device that is ready and what it has told;
+    ``on_away`` and ``on_back`` with that name when its process is gone, and when another
+    one is ready in its place; ``on_told`` with what a device tells of a model. While a
     device is away, nothing is sent to it. ``is_first``: whether no scheduler has had these devices
     before, so that one that cannot start ends the server."""
 
@@ -113,7 +116,7 @@ class Devices:
         context: zmq.Context[zmq.Socket[bytes]],
         deployment: Deployment,
         *,
-        on_ready: Callable[[str, Collection[int]], None],
+        on_ready: Callable[[str, Ready], None],
         on_away: Callable[[str], None],
         on_back: Callable[[str], None],
         on_told: Told,
@@ -237,7 +240,9 @@ class Devices:
                     self.gone(device.name, incarnation - 1, "another process has taken its place")
                 device.incarnation = incarnation
                 self._is_ready(device, message)
-            case Waking() | Woken() | Slept() if incarnation == device.incarnation:
+            case Waking() | Woken() | Slept() | Added() | Removed() if (
+                incarnation == device.incarnation
+            ):
                 self._on_told(device.name, message)
             case Inspected() if message.id in self._questions:
                 question = self._questions[message.id]
@@ -247,7 +252,7 @@ class Devices:
 
     def _is_ready(self, device: _Device, told: Ready) -> None:
         device.ready = device.known = told
-        self._on_ready(device.name, told.resident)
+        self._on_ready(device.name, told)
         if device.away_since is None:
             ready = sum(d.ready is not None for d in self._devices.values())
             log.info("device %s is ready (%d of %d)", device.name, ready, len(self._devices))

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from crosspool.config.process import die_with_parent, freeze_heap, leave
+from crosspool.config.process import die_with_parent, freeze_heap, leave, without_collections
 from crosspool.frontend import compat
 from crosspool.server.listeners import Listeners
 from crosspool.server.process import PROCESSES, Place, prepare, run
@@ -49,11 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _import_everything() -> None:
-    compat.install()
-    from crosspool.frontend import detokenizer, model_app, private_routes  # noqa: F401
-    from crosspool.server import http_process, scheduler_loop  # noqa: F401
+    with without_collections():
+        compat.install()
+        from crosspool.frontend import detokenizer, model_app, private_routes  # noqa: F401
+        from crosspool.server import http_process, scheduler_loop  # noqa: F401
 
-    private_routes.mended_http_server()
+        private_routes.mended_http_server()
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
         log.warning("importing SGLang started %d threads, which forked processes lack", threads - 1)

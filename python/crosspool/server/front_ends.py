@@ -53,11 +53,8 @@ class FrontEnds:
     ) -> None:
         self._context = context
         self._poller = poller
-        self._names = [model.name for model in deployment.models]
-        self._stream_intervals = [
-            int({**deployment.sglang, **model.sglang}.get("stream_interval", 1))
-            for model in deployment.models
-        ]
+        self._names: dict[int, str] = {}
+        self._stream_intervals: dict[int, int] = {}
         self._core = core
         self._starting = starting
         self._deployment = deployment
@@ -67,29 +64,62 @@ class FrontEnds:
         self._by_socket: dict[Any, FrontEnd] = {}
         self._owner: dict[tuple[int, str], FrontEnd] = {}
         """Front end of every request that is not finished, indexed [model, request id]."""
+        for model in deployment.models:
+            self._note(model)
 
     def connect_own(self, scheduler: int) -> None:
         """Serves the deployment's own front ends. If ``scheduler``, the number of this scheduler
         among the deployment's, is above 1, they first hand in the requests that the one before it
         had taken."""
-        for model in range(len(self._names)):
-            ports = port_args(self._deployment, model, self._detokenizer)
-            front_end = self.connect(
-                model,
-                scheduler_input=ports.scheduler_input_ipc_name,
-                tokenizer=ports.tokenizer_ipc_name,
-                detokenizer=ports.detokenizer_ipc_name,
-                attached=False,
-            )
+        for model in self._deployment.models:
+            front_end = self._connect_own(model)
             if scheduler > 1:
                 front_end.ask_for_requests(scheduler)
+
+    def add(self, deployment: Deployment, model: int) -> None:
+        """A further model has come, and ``deployment`` has it."""
+        self._deployment = deployment
+        self._note(model)
+        self._connect_own(model)
+
+    def remove(self, deployment: Deployment, model: int) -> None:
+        """A model has gone, and all its requests have ended."""
+        for front_end in [f for f in self._by_socket.values() if f.model == model]:
+            if front_end.attached:
+                self._drop(front_end, "the model is not served any more")
+                continue
+            self._poller.unregister(front_end.socket)
+            del self._by_socket[front_end.socket]
+            try:
+                front_end.part()
+            except FrontEndLost as error:
+                log.warning("model %s: %s", self._names[model], error)
+                front_end.close()
+        self._deployment = deployment
+        del self._names[model], self._stream_intervals[model]
+
+    def _note(self, model: int) -> None:
+        config = self._deployment.models[model]
+        self._names[model] = config.name
+        arguments = {**self._deployment.sglang, **config.sglang}
+        self._stream_intervals[model] = int(arguments.get("stream_interval", 1))
+
+    def _connect_own(self, model: int) -> FrontEnd:
+        ports = port_args(self._deployment, model, self._detokenizer)
+        return self.connect(
+            model,
+            scheduler_input=ports.scheduler_input_ipc_name,
+            tokenizer=ports.tokenizer_ipc_name,
+            detokenizer=ports.detokenizer_ipc_name,
+            attached=False,
+        )
 
     def connect(self, model: int, *, attached: bool, **sockets: str) -> FrontEnd:
         """Serves one more front end of ``model``, which binds ``sockets`` (see FrontEnd).
 
         Raises ValueError for an address to which nothing can connect, and when
         :data:`MOST_ATTACHED` servers are attached; the text is meant for the user."""
-        if attached and sum(self.attached(m) for m in range(len(self._names))) >= MOST_ATTACHED:
+        if attached and sum(f.attached for f in self._by_socket.values()) >= MOST_ATTACHED:
             raise ValueError(
                 f"{MOST_ATTACHED} servers are attached, which is the most there can be"
             )
@@ -135,7 +165,9 @@ class FrontEnds:
                     if rid in front_end.requests:
                         self._core.abort(rid, front_end.model, message=command.message)
             case TellState():
-                tell_state(front_end, self._core.snapshot().models[front_end.model])
+                models = self._core.snapshot().models
+                state = next(told for told in models if told.model == front_end.model)
+                tell_state(front_end, state)
             case FlushCache():
                 tell_flushed(front_end, has_cache=self._core.flush(front_end.model))
             case Pause():

@@ -1,10 +1,10 @@
 """The process that compiles grammars, for what clients send may take for ever or all memory.
 
-It is forked from the scheduler before that has threads, keeps the tokenizers of all models, and
-forks a child for each grammar, which it can kill. The child tries whether the grammar can be
-compiled, and tells which tokens may come first; the scheduler then compiles it again. That costs
-less than handing the compiled grammar over: xgrammar's serialized form of a JSON schema of 300
-properties has 167 MB and takes 5 s to write.
+It is forked from the scheduler before that has threads, keeps the tokenizers of all models, reads
+those of models that come later, and forks a child for each grammar, which it can kill. The child
+tries whether the grammar can be compiled, and tells which tokens may come first; the scheduler then
+compiles it again. That costs less than handing the compiled grammar over: xgrammar's serialized
+form of a JSON schema of 300 properties has 167 MB and takes 5 s to write.
 
 Two children work at most, one in each lane. In the first lane a grammar gets a short time, which
 nearly all need less than; one that needs more goes on in the second if that is free, and otherwise
@@ -22,7 +22,7 @@ import signal
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -32,16 +32,37 @@ from typing import NoReturn
 import msgspec
 import psutil
 
+from crosspool.config.deployment import ModelConfig
 from crosspool.config.process import die_with_parent, set_title
 from crosspool.config.sizes import exact_size
-from crosspool.scheduler.request import Grammar
-from crosspool.server.grammar_library import GrammarCompiler, NextMask, next_mask
+from crosspool.server.grammar_library import GrammarCompiler, next_mask
 from crosspool.server.grammar_matcher import first_mask_problem
+from crosspool.server.grammar_messages import (
+    AddCompiler,
+    Cancel,
+    CompilerAdded,
+    FromGrammarProcess,
+    GrammarResult,
+    Job,
+    RemoveCompiler,
+    ToGrammarProcess,
+    decode_from_process,
+    decode_to_process,
+    encode,
+)
+
+MakesModelCompiler = Callable[[int, ModelConfig], GrammarCompiler]
+"""Makes the compiler of the model with this number."""
 
 _FIRST_SECONDS = 0.25
-_PATIENCE = 2
-"""Times are processor times, since others may have the cores; but after so many times as long on
-the clock they count as over, so that a client has its answer soon."""
+_CLOCK_SHARE = 1 / 2
+"""Times are processor times, since others may have the cores. But such a share of the clock counts,
+too, so that a client has its answer soon."""
+_STARVED_FACTOR = 3
+"""The clock counts for at most so many times the processor time, lest a simple grammar is refused
+where its child got none."""
+_STARVED_SHARE = 1 / 20
+"""The share of the clock that counts in any case."""
 _LOOK_SECONDS = 0.005
 """Shortest time between two looks at the processor time of a child."""
 _STOPPED_SECONDS = 1.0
@@ -51,36 +72,6 @@ _ERROR_CHARACTERS = 500
 """Some messages of the compiler have the whole grammar in them."""
 _NICENESS = 5
 """What takes long leaves processors to the ranks."""
-
-
-class Job(msgspec.Struct, frozen=True, kw_only=True, tag="job"):
-    """Compile this grammar; exactly one :class:`GrammarResult` follows unless it is cancelled."""
-
-    id: int
-    model: int
-    grammar: Grammar
-
-
-class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
-    """Nobody waits for this job any more. Its :class:`GrammarResult` may be on the way."""
-
-    id: int
-
-
-class GrammarResult(msgspec.Struct, frozen=True, kw_only=True):
-    """Either ``first`` and ``prepared``, or ``error``: what is wrong with the grammar."""
-
-    id: int
-    first: NextMask | None = None
-    prepared: Grammar | None = None
-    """The grammar as :meth:`GrammarCompiler.build` takes it."""
-    grown_bytes: int = 0
-    """Memory that compiling it took."""
-    error: str = ""
-
-
-_to_process: msgspec.msgpack.Decoder[Job | Cancel] = msgspec.msgpack.Decoder(Job | Cancel)
-_from_process = msgspec.msgpack.Decoder(GrammarResult)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,20 +100,23 @@ class CompileLimits:
 
 class GrammarProcess:
     """The scheduler's side: forks the process when it is made, which must be before the first
-    thread starts.
+    thread starts. ``compilers`` are those of the models that there are, by number; ``make`` makes
+    that of a model that comes later, in the process, and raises ValueError where it cannot.
 
-    ``on_compiled`` is called for each result, and ``on_lost`` once when the process has ended
-    unasked, both from a thread of this object. A process that a signal has stopped is killed."""
+    ``on_told`` is called with what the process tells, and ``on_lost`` once when the process has
+    ended unasked, both from a thread of this object. A process that a signal has stopped is killed.
+    """
 
     def __init__(
         self,
-        compilers: Sequence[GrammarCompiler],
+        compilers: Mapping[int, GrammarCompiler],
+        make: MakesModelCompiler,
         limits: CompileLimits,
         *,
-        on_compiled: Callable[[GrammarResult], None],
+        on_told: Callable[[FromGrammarProcess], None],
         on_lost: Callable[[], None],
     ) -> None:
-        self._on_compiled = on_compiled
+        self._on_told = on_told
         self._on_lost = on_lost
         self._connection, theirs = Pipe()
         scheduler = os.getpid()
@@ -131,7 +125,7 @@ class GrammarProcess:
             try:
                 self._connection.close()
                 _become(scheduler)
-                _Children(theirs, compilers, limits).run()
+                _Children(theirs, dict(compilers), make, limits).run()
             finally:
                 os._exit(0)
         theirs.close()
@@ -140,9 +134,9 @@ class GrammarProcess:
         for name, target in (("send", self._send), ("receive", self._receive)):
             threading.Thread(target=target, name=f"grammars {name}", daemon=True).start()
 
-    def send(self, message: Job | Cancel) -> None:
+    def send(self, message: ToGrammarProcess) -> None:
         """Returns at once."""
-        self._frames.put(msgspec.msgpack.encode(message))
+        self._frames.put(encode(message))
 
     def close(self) -> None:
         """Ends the process and waits until it has ended."""
@@ -171,7 +165,7 @@ class GrammarProcess:
                 frame = self._connection.recv_bytes()
             except (EOFError, OSError, psutil.NoSuchProcess):
                 break
-            self._on_compiled(_from_process.decode(frame))
+            self._on_told(decode_from_process(frame))
         if not self._closing:
             self._on_lost()
 
@@ -184,7 +178,8 @@ def _become(scheduler: int) -> None:
     set_title("grammars")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # it ends when the scheduler does
-    gc.disable()  # the collector would copy the scheduler's pages
+    gc.freeze()  # the collector would copy the scheduler's pages
+    gc.disable()
     ctypes.CDLL(None).malloc_trim(0)  # what is free would hide how much memory a grammar takes
 
 
@@ -214,6 +209,9 @@ class _FairQueue:
             else:
                 del self._jobs[model]
 
+    def remove_model(self, model: int) -> None:
+        self._jobs.pop(model, None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Child:
@@ -226,11 +224,12 @@ class _Child:
     """Time of the monotonic clock."""
 
     def left(self, seconds: float) -> float:
-        """How long it may go on before it has used ``seconds`` of a processor, or the clock so many
-        times as much."""
+        """How long it may go on before it has used up ``seconds``."""
         times = psutil.Process(self.pid).cpu_times()
-        clock = self.started + _PATIENCE * seconds - time.monotonic()
-        return min(seconds - float(times.user + times.system), clock)
+        used = float(times.user + times.system)
+        clock = time.monotonic() - self.started
+        slowly = min(_CLOCK_SHARE * clock, _STARVED_FACTOR * used)
+        return seconds - max(used, slowly, _STARVED_SHARE * clock)
 
     def end(self) -> int:
         """Kills and reaps it; returns its wait status."""
@@ -252,11 +251,13 @@ class _Children:
     def __init__(
         self,
         scheduler: Connection,
-        compilers: Sequence[GrammarCompiler],
+        compilers: dict[int, GrammarCompiler],
+        make: MakesModelCompiler,
         limits: CompileLimits,
     ) -> None:
         self._scheduler = scheduler
         self._compilers = compilers
+        self._make = make
         self._limits = limits
         self._lanes = [_Lane(seconds=min(_FIRST_SECONDS, limits.seconds))]
         if limits.seconds > _FIRST_SECONDS:
@@ -280,18 +281,41 @@ class _Children:
     def _take(self) -> bool:
         """Takes one message; returns False when there will be none."""
         try:
-            message = _to_process.decode(self._scheduler.recv_bytes())
+            message = decode_to_process(self._scheduler.recv_bytes())
         except (EOFError, OSError):
             return False
-        if isinstance(message, Job):
-            self._lanes[0].queue.push(message)
-            return True
+        match message:
+            case Job():
+                self._lanes[0].queue.push(message)
+            case Cancel():
+                for lane in self._lanes:
+                    lane.queue.remove(message.id)
+                self._end_children(lambda job: job.id == message.id)
+            case AddCompiler():
+                self._scheduler.send_bytes(encode(self._add(message)))
+            case RemoveCompiler():
+                self._remove(message.model)
+        return True
+
+    def _end_children(self, whose: Callable[[Job], bool]) -> None:
         for lane in self._lanes:
-            lane.queue.remove(message.id)
-            if lane.child is not None and lane.child.job.id == message.id:
+            if lane.child is not None and whose(lane.child.job):
                 lane.child.end()
                 lane.child = None
-        return True
+
+    def _add(self, message: AddCompiler) -> CompilerAdded:
+        try:
+            self._compilers[message.model] = self._make(message.model, message.config)
+        except Exception as error:  # of a library, over the files of a user
+            return CompilerAdded(model=message.model, error=str(error) or repr(error))
+        return CompilerAdded(model=message.model)
+
+    def _remove(self, model: int) -> None:
+        for lane in self._lanes:
+            lane.queue.remove_model(model)
+        self._end_children(lambda job: job.model == model)
+        self._compilers.pop(model, None)
+        gc.collect()
 
     def _look(self, lane: _Lane, following: _Lane | None, readable: Sequence[object]) -> None:
         """Takes the result of the lane's child, or ends it when its time is over."""
@@ -304,7 +328,11 @@ class _Children:
                 frame = child.result.recv_bytes()
                 child.end()
             except EOFError:
-                frame = self._encode(child.job, error=self._cause(child.end()))
+                status = child.end()
+                if os.WTERMSIG(status) == signal.SIGKILL and not child.job.was_killed:
+                    lane.queue.push(msgspec.structs.replace(child.job, was_killed=True))
+                else:
+                    frame = self._encode(child.job, error=self._cause(status))
         elif child.left(lane.seconds) > 0:
             return
         elif following is None:
@@ -328,7 +356,7 @@ class _Children:
 
     @staticmethod
     def _encode(job: Job, *, error: str) -> bytes:
-        return msgspec.msgpack.encode(GrammarResult(id=job.id, error=error))
+        return encode(GrammarResult(id=job.id, error=error))
 
     def _fork(self, job: Job) -> _Child:
         ours, theirs = Pipe(duplex=False)
@@ -363,7 +391,7 @@ class _Children:
             if grown > self._limits.memory_bytes:  # some came from what the heap had free
                 raise MemoryError
             made = GrammarResult(id=job.id, first=first, prepared=prepared, grown_bytes=grown)
-            frame = msgspec.msgpack.encode(made)
+            frame = encode(made)
         except MemoryError:
             frame = self._encode(job, error=self._limits.too_large)
         except ValueError as error:

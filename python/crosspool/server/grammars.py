@@ -6,34 +6,39 @@ import ctypes
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 
+from crosspool.config.deployment import ModelConfig
 from crosspool.scheduler.protocols import GrammarMatcher
 from crosspool.scheduler.request import Grammar
 from crosspool.server.grammar_library import CompiledGrammar, GrammarCompiler, NextMask
 from crosspool.server.grammar_matcher import MaskThreads, WalkingMatcher
-from crosspool.server.grammar_process import (
+from crosspool.server.grammar_messages import (
+    AddCompiler,
     Cancel,
-    CompileLimits,
-    GrammarProcess,
+    CompilerAdded,
+    FromGrammarProcess,
     GrammarResult,
     Job,
+    RemoveCompiler,
 )
+from crosspool.server.grammar_process import CompileLimits, GrammarProcess, MakesModelCompiler
 from crosspool.server.grammar_source import source_problem
 
 log = logging.getLogger(__name__)
 
 _LARGE_BYTES = 8 << 20
 """Memory for compiling a grammar above which what is left of it is given back at once."""
+_GONE = "its model is not served any more"
 _BUILDERS = 2
 """Threads that compile what a child has tried: one for each child that works."""
 
 Key = tuple[int, Grammar]
-"""A model's index and a grammar."""
+"""A model's number and a grammar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,11 @@ class GrammarCache:
         self._kept.move_to_end(key)
         return self._kept[key]
 
+    def forget(self, model: int) -> None:
+        """Gives up the grammars of a model."""
+        for key in [key for key in self._kept if key[0] == model]:
+            self.size -= self._kept.pop(key).size
+
     def put(self, key: Key, compiled: KeptGrammar) -> None:
         self._kept[key] = compiled
         self.size += compiled.size
@@ -85,20 +95,24 @@ class _Waiting:
 
 
 class Grammars:
-    """The grammars of all models. It forks, so it is to be made before the first thread.
+    """The grammars of all models, which come and go. It forks, so it is to be made before the
+    first thread; see :class:`GrammarProcess` for ``compilers`` and ``make``.
 
     ``on_change`` is called, from other threads, whenever a future or the work of a matcher is done,
     and when the compiling process is :attr:`lost`."""
 
     def __init__(
         self,
-        compilers: Sequence[GrammarCompiler],
+        compilers: Mapping[int, GrammarCompiler],
+        make: MakesModelCompiler,
         limits: CompileLimits,
         *,
         cache_bytes: int,
         on_change: Callable[[], None],
     ) -> None:
-        self._compilers = compilers
+        self._compilers = dict(compilers)
+        self._added: dict[int, Future[None]] = {}
+        """Models of which the compiling process is about to learn."""
         self._on_change = on_change
         self.lost = False
         """Whether the compiling process has ended, so that no grammar can be compiled any more."""
@@ -110,8 +124,9 @@ class Grammars:
         self._lock = threading.Lock()
         self._process = GrammarProcess(
             compilers,
+            make,
             limits,
-            on_compiled=self._take,
+            on_told=self._hear,
             on_lost=self._lose,
         )
         self._builders = ThreadPoolExecutor(_BUILDERS, "builders")
@@ -123,6 +138,29 @@ class Grammars:
 
     def close(self) -> None:
         self._process.close()
+
+    def add(self, model: int, config: ModelConfig, compiler: GrammarCompiler) -> Future[None]:
+        """A further model comes, of which ``compiler`` compiles the grammars in this process. The
+        future is done when the compiling process has one as well; its ValueError says why it cannot
+        have, with a text for users. Whatever comes of it, :meth:`remove` takes it back."""
+        future: Future[None] = Future()
+        with self._lock:
+            self._compilers[model] = compiler
+            self._added[model] = future
+        self._process.send(AddCompiler(model=model, config=config))
+        return future
+
+    def remove(self, model: int) -> None:
+        """A model goes, with its grammars."""
+        with self._lock:
+            self._compilers.pop(model, None)
+            self._added.pop(model, None)
+            self.cache.forget(model)
+            keys = [key for key in self._waiting if key[0] == model]
+            jobs = [self._waiting[key].job for key in keys]
+        for job in jobs:
+            self._fail(self._done(job), _GONE)
+        self._process.send(RemoveCompiler(model=model))
 
     def compile(
         self, model: int, grammar: Grammar, output: Sequence[int] = ()
@@ -163,6 +201,21 @@ class Grammars:
 
     # --- in the thread of the compiling process
 
+    def _hear(self, told: FromGrammarProcess) -> None:
+        if isinstance(told, GrammarResult):
+            return self._take(told)
+        return self._take_addition(told)
+
+    def _take_addition(self, told: CompilerAdded) -> None:
+        with self._lock:
+            future = self._added.pop(told.model, None)
+        if future is not None:
+            if told.error:
+                future.set_exception(ValueError(told.error))
+            else:
+                future.set_result(None)
+            self._on_change()
+
     def _take(self, result: GrammarResult) -> None:
         with self._lock:
             key = self._keys.get(result.id)
@@ -183,8 +236,11 @@ class Grammars:
         """Compiles what a child has compiled before, so that its cost is known."""
         model, grammar = key
         assert result.prepared is not None and result.first is not None
+        compiler = self._compilers.get(model)
+        if compiler is None:
+            return self._fail(self._done(result.id), _GONE)
         try:
-            built = self._compilers[model].build(result.prepared)
+            built = compiler.build(result.prepared)
         except Exception as error:
             log.exception("a grammar could be compiled once, and not again")
             self._fail(self._done(result.id), f"it cannot be compiled: {error!r}")
@@ -192,7 +248,8 @@ class Grammars:
         size = built.size + len(grammar.source) + len(result.first.mask)
         compiled = KeptGrammar(grammar=built, first=result.first, size=size)
         with self._lock:
-            self.cache.put(key, compiled)
+            if model in self._compilers:
+                self.cache.put(key, compiled)
         self._give(compiled, self._done(result.id))
         if result.grown_bytes > _LARGE_BYTES:
             ctypes.CDLL(None).malloc_trim(0)

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -27,10 +27,13 @@ from crosspool.frontend import compat
 from crosspool.frontend.response_store import ResponseStore
 from crosspool.observability.bounded_log import BoundedLog
 from crosspool.server import connections
-from crosspool.server.app import App, State
+from crosspool.server.app import App
 from crosspool.server.listeners import Listeners
 from crosspool.server.liveness import CannotServe, Liveness
+from crosspool.server.model_apps import ModelApps
+from crosspool.server.state import State
 from crosspool.transport import admin, notices
+from crosspool.transport.inspection import Status
 
 if TYPE_CHECKING:
     from crosspool.frontend.model_app import ModelApp
@@ -48,8 +51,8 @@ request that meets a closing connection is lost (aiohttp gives up after 15 s, op
 _LINGER_SECONDS = 5
 """Time for open connections to close after the last request has ended."""
 _UNSEEN_SECONDS = 10
-"""Time for which connections wait for the process that takes the place of a dead one, rather than
-hear that it starts."""
+"""Time for which connections wait for the process that takes the place of a dead one; later, health
+checks hear that it starts, and requests still wait."""
 _BACKLOG = 2048
 
 
@@ -72,10 +75,16 @@ class HttpProcess:
         self._state = State()
         self._context = zmq.asyncio.Context()
         self._scheduler = admin.AsyncAdmin(self._context, deployment.admin_address)
-        self._app = App(deployment, self._state, self._scheduler)
+        self._apps = ModelApps(deployment, self._state, self._scheduler, self._make_app)
+        self._following: asyncio.Task[None] | None = None
+        """Makes and ends applications; None while the fleet has not changed."""
+        self._app = App(deployment, self._state, self._scheduler, self._apps)
         self._liveness = Liveness(deployment.watchdog_timeout, time.monotonic)
         self._notices = notices.bind(self._context, deployment.notice_address)
         self._prepared = asyncio.Event()
+        self._responses = ResponseStore(
+            deployment.response_store_size, deployment.response_store_bytes
+        )
         self._warms_up = incarnation == 1 and not deployment.sglang.get("skip_server_warmup")
         self._failed = False
         """Whether requests in flight have been ended, and later ones are refused."""
@@ -140,46 +149,65 @@ class HttpProcess:
         if self._state.in_flight:
             log.info(
                 "%d requests in flight have %g s to finish",
-                self._state.in_flight,
+                self._state.in_flight.total(),
                 self._deployment.drain_timeout,
             )
         while self._state.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         if self._state.in_flight:
-            log.warning("%d requests did not finish in time", self._state.in_flight)
+            log.warning("%d requests did not finish in time", self._state.in_flight.total())
 
     async def _prepare(self) -> None:
         """Imports SGLang and, in the first HTTP process, has every model whose weights are in the
         pools generate a token. Never returns by itself."""
         self._state.message = "importing SGLang"
-        model_app = await asyncio.to_thread(_import_model_app)
-        models: list[ModelApp] = []
-        responses = ResponseStore(
-            self._deployment.response_store_size, self._deployment.response_store_bytes
-        )
-        for index, config in enumerate(self._deployment.models):
-            self._state.message = f"preparing {config.name}"
-            await asyncio.sleep(0)  # lets health checks in between
-            turns = self._state.turns
-            made = model_app.ModelApp(self._deployment, index, self._incarnation, responses, turns)
-            models.append(made)
+        self._state.recovers = self._incarnation > 1
+        await asyncio.to_thread(compat.install)
+        apps = await self._first_apps()
         while (status := self._state.status) is None or not status.ready:
             self._state.message = status.message if status else "waiting for the scheduler"
             await asyncio.sleep(0.05)
         self._state.message = "warming up"
-        for model, now in zip(models, status.models, strict=True):
-            pool_tokens = self._deployment.kv_pool_bytes // now.kv_bytes_per_token
-            await model.start(pool_tokens)
-            is_resident = now.residency.state == "resident"
-            if is_resident and self._warms_up:
-                await model.warm_up()
+        await self._start(apps, status)
         freeze_heap()
-        self._state.models = {model.name: model for model in models}
+        self._apps.begin(apps)
+        del apps  # or those of models that go would stay
         self._state.message = "ready"
-        self._state.ready = True
+        self._state.ready, self._state.recovers = True, False
         self._prepared.set()
         log.info("ready on http://%s:%d", self._deployment.host, self._deployment.port)
         await asyncio.Event().wait()
+
+    async def _first_apps(self) -> dict[int, ModelApp]:
+        # Here, because SGLang may be imported only once compat is installed.
+        from crosspool.frontend.server_args import remove_left_sockets
+
+        apps = {}
+        for number, config in self._deployment.models.items():
+            self._state.message = f"preparing {config.name}"
+            try:
+                apps[number] = await asyncio.to_thread(self._make_app, self._deployment, number)
+            except Exception as error:
+                if self._incarnation == 1:
+                    raise
+                log.error("model %s cannot be served any more: %r", config.name, error)
+                self._apps.has_problem(number, str(error) or repr(error))
+        remove_left_sockets(self._deployment, apps, "scheduler", "tokenizer")
+        return apps
+
+    async def _start(self, apps: Mapping[int, ModelApp], status: Status) -> None:
+        told = {model.model: model for model in status.models}
+        for number, app in apps.items():
+            now = told.get(number)  # None: the model has been unloaded since
+            token_bytes = now.kv_bytes_per_token if now else 1
+            await app.start(self._deployment.kv_pool_bytes // token_bytes)
+            if now and now.residency.state == "resident" and self._warms_up:
+                await app.warm_up()
+
+    def _make_app(self, deployment: Deployment, number: int) -> ModelApp:
+        from crosspool.frontend.model_app import ModelApp
+
+        return ModelApp(deployment, number, self._incarnation, self._responses, self._state.turns)
 
     async def _watch(self) -> None:
         """Keeps the status fresh and notices when the deployment cannot serve. Raises CannotServe
@@ -197,7 +225,18 @@ class HttpProcess:
                 continue
             if self._prepared.is_set():
                 self._liveness.answered(status, _STATUS_SECONDS)
+                self._follow_fleet(status)
             await asyncio.sleep(_STATUS_SECONDS)
+
+    def _follow_fleet(self, status: Status) -> None:
+        """Has applications made and ended where the scheduler serves others: a process in whose
+        place this one is may have had them loaded."""
+        if self._following is not None and self._following.done():
+            if not self._following.cancelled() and (error := self._following.exception()):
+                bounded.error("the fleet cannot be followed: %r", error)
+            self._following = None
+        if self._following is None and status.ready and not self._apps.are_those_of(status):
+            self._following = asyncio.create_task(self._apps.follow())
 
     async def _listen_to_launcher(self) -> None:
         while True:
@@ -230,9 +269,10 @@ class HttpProcess:
                 log.info("all is well again")
                 self._resume()
         elif self._state.ready:
-            log.error("%s: new requests get 503", problem)
+            log.error("%s: no new request is taken", problem)
         if not self._state.draining:
             self._state.message = problem or "ready"
+        self._state.recovers = self._liveness.restarts
         self._state.ready = problem is None
 
     def _fail(self, cause: str) -> None:
@@ -248,13 +288,6 @@ class HttpProcess:
         self._failed = False
         for model in self._state.models.values():
             model.manager.resume()
-
-
-def _import_model_app() -> Any:
-    compat.install()
-    from crosspool.frontend import model_app
-
-    return model_app
 
 
 async def _first_of(ending: asyncio.Task[Any], *tasks: asyncio.Task[Any]) -> None:

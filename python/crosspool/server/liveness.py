@@ -9,11 +9,11 @@ from crosspool.transport.inspection import Status
 from crosspool.transport.notices import Continued, Lost, Notice, SchedulerGone
 
 UNHEALTHY_SECONDS = 3.0
-"""Silence of the scheduler after which no new request is taken until it answers, unless the
-launcher is known to start another one."""
+"""Silence of the scheduler after which new requests get 503 until it answers, unless the launcher
+is known to start another one, for which they wait."""
 SILENCE_SECONDS = 15.0
-"""Silence of the scheduler after which requests in flight end; those wait for longer that know of
-another one's start, but new ones do not."""
+"""Silence of the scheduler after which requests in flight end, unless the launcher is known to
+start another one. The server is not healthy then either way."""
 STOPPED_SECONDS = 1.0
 """Time for which a process is stopped after which requests in flight end."""
 
@@ -67,6 +67,11 @@ class Liveness:
         self._silence += seconds
         if self._silence >= self._watchdog:
             self.lost = self.lost or f"the scheduler has not answered for {self._watchdog:g} s"
+
+    @property
+    def restarts(self) -> bool:
+        """Whether another scheduler is about to take the place of a dead one."""
+        return self._restarts and self.lost is None
 
     @property
     def problem(self) -> str | None:

@@ -6,24 +6,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import msgspec
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
 from crosspool.config.options import Keep
-from crosspool.server.body import Bodies
-from crosspool.server.errors import JSON, RequestError, error_response, unknown_model
-from crosspool.transport.admin import AdminError, AdminMistake, Managing
+from crosspool.server.body import Bodies, decoded
+from crosspool.server.errors import JSON, RequestError, unknown_model
+from crosspool.server.progress import events, wants_events
+from crosspool.server.scheduler_errors import scheduler_errors
+from crosspool.transport.admin import Managing
 from crosspool.transport.inspection import ModelResidency, ModelStatus, Status
 
 _LOOK_SECONDS = 0.1
 """Time between two looks at a model that is to wake or to fall asleep."""
 
-_Kind = TypeVar("_Kind")
 _Verb = Literal["sleep", "wake", "tell"]
 OTHER_SERVERS: dict[str, tuple[_Verb, tuple[str, ...]]] = {
     "/release_memory_occupation": ("sleep", ("GET", "POST")),
@@ -54,8 +55,9 @@ class _Occupation(msgspec.Struct):
 
 
 class ResidencyRoutes:
-    """``check_serving`` raises RequestError while the server takes no requests; ``longest_wait``
-    bounds how long a request waits for a model to wake or to fall asleep, in seconds."""
+    """``names`` are those of the models that there are, at any time. ``check_serving`` raises
+    RequestError while the server takes no requests; ``longest_wait`` bounds how long a request
+    waits for a model to wake or to fall asleep, in seconds."""
 
     def __init__(
         self,
@@ -95,8 +97,8 @@ class ResidencyRoutes:
 
     async def _wake_one(self, request: Request) -> Response:
         name = self._named(request)
-        if request.query_params.get("stream", "").lower() in ("1", "true"):
-            return StreamingResponse(self._events(name), media_type="text/event-stream")
+        if wants_events(request):
+            return events(self._steps(name))
         async for _ in self._wake(name):
             pass
         return JSON((await self._model(name)).summary())
@@ -104,7 +106,7 @@ class ResidencyRoutes:
     async def _pin_one(self, request: Request) -> Response:
         name = self._named(request)
         async with self._bodies.read(request, 0) as body:
-            keep = _decoded(body.raw, _Pin).keep
+            keep = decoded(body.raw, _Pin).keep
         await self._manage(name, "pin", keep)
         return JSON((await self._model(name)).summary())
 
@@ -115,16 +117,10 @@ class ResidencyRoutes:
             raise unknown_model(name)
         return name
 
-    async def _events(self, name: str) -> AsyncIterator[bytes]:
-        """Server-sent events: how the model wakes, until it is resident or cannot be."""
-        last = None
-        try:
-            async for now in self._wake(name):
-                if now != last:
-                    last = now
-                    yield _event({"name": name, **msgspec.to_builtins(now)})
-        except RequestError as error:
-            yield b"data: " + bytes(error_response(error.status_code, error.detail).body) + b"\n\n"
+    async def _steps(self, name: str) -> AsyncIterator[dict[str, Any]]:
+        """How the model wakes, until it is resident."""
+        async for now in self._wake(name):
+            yield {"name": name, **msgspec.to_builtins(now)}
 
     # --- those of other servers
 
@@ -132,7 +128,7 @@ class ResidencyRoutes:
         self._check_serving()
         path = request.scope["path"]
         async with self._bodies.read(request, 0) as body:
-            return await self.answer(path, request.query_params, body.raw, self._names)
+            return await self.answer(path, request.query_params, body.raw, list(self._names))
 
     async def answer(
         self, path: str, query: QueryParams, body: bytes, names: Collection[str]
@@ -142,7 +138,7 @@ class ResidencyRoutes:
         if verb == "tell":
             states = [(await self._model(name)).residency.state for name in names]
             return JSON({"is_sleeping": all(state != "resident" for state in states)})
-        _check_arguments(query, _decoded(body, _Occupation))
+        _check_arguments(query, decoded(body, _Occupation))
         for name in names:
             if verb == "sleep":
                 await self._sleep(name)
@@ -187,21 +183,19 @@ class ResidencyRoutes:
         await asyncio.sleep(_LOOK_SECONDS)
 
     async def _manage(self, name: str, what: Managing, keep: Keep | None = None) -> None:
-        try:
+        with scheduler_errors():
             await self._scheduler.manage(name, what, keep)
-        except AdminMistake as error:
-            raise RequestError(400, str(error)) from None
-        except AdminError as error:
-            raise RequestError(503, str(error)) from None
 
     async def _model(self, name: str) -> ModelStatus:
-        return next(model for model in (await self._status()).models if model.name == name)
+        models = (await self._status()).models
+        found = next((model for model in models if model.name == name), None)
+        if found is None:  # it has been unloaded since
+            raise unknown_model(name)
+        return found
 
     async def _status(self) -> Status:
-        try:
+        with scheduler_errors():
             return await self._scheduler.status()
-        except AdminError as error:
-            raise RequestError(503, str(error)) from None
 
 
 def _check_arguments(query: QueryParams, body: _Occupation) -> None:
@@ -221,15 +215,3 @@ def _check_arguments(query: QueryParams, body: _Occupation) -> None:
             "the model sleeps, and go on when it is woken"
         )
         raise RequestError(400, text)
-
-
-def _event(told: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(told) + b"\n\n"
-
-
-def _decoded(raw: bytes, kind: type[_Kind]) -> _Kind:
-    """The body of a request, which may be empty. Raises RequestError."""
-    try:
-        return msgspec.json.decode(raw or b"{}", type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise RequestError(400, f"the body is not as it should be: {error}") from None

@@ -75,9 +75,11 @@ ROUTES: tuple[RouteRule, ...] = (
     *_rules("observer", "server", _SEEN,
         "/crosspool/status", "/crosspool/pools", "/crosspool/tensors", "/crosspool/counters",
         "/crosspool/models"),
+    *_rules("admin", "server", _POST, "/crosspool/models"),
     *_rules("admin", "server", _POST, "/crosspool/trace/start", "/crosspool/trace/stop",
         "/crosspool/models/{name:path}/sleep", "/crosspool/models/{name:path}/wake",
         "/crosspool/models/{name:path}/pin"),
+    *_rules("admin", "server", ("DELETE",), "/crosspool/models/{name:path}"),
 
     *_rules("client", "model", _SEEN,
         "/", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"),
@@ -106,7 +108,7 @@ ROUTES: tuple[RouteRule, ...] = (
         "/v1/realtime", "/v1/rerank"),
     *_nobody("LoRA adapters are not supported",
         "/load_lora_adapter", "/load_lora_adapter_from_tensors", "/unload_lora_adapter"),
-    *_nobody("weights are loaded once, when the server starts",
+    *_nobody("weights of a model that is served are not changed; load another model in its place",
         "/begin_weight_update", "/destroy_weights_update_group", "/end_weight_update",
         "/get_remote_instance_transfer_engine_info", "/get_weights_by_name",
         "/init_weights_send_group_for_remote_instance", "/init_weights_update_group",
@@ -136,14 +138,15 @@ _PATTERNS = {rule.path: compile_path(rule.path)[0] for rule in ROUTES}
 def find(method: str, path: str, *, of_model: bool) -> RouteRule:
     """The rule of a request; ``path`` is decoded and, with ``of_model``, what follows
     ``/m/<model>``. Raises RequestError where there is none."""
-    rule = next((rule for rule in ROUTES if rule.fits(path, of_model=of_model)), None)
-    if rule is None:
+    rules = [rule for rule in ROUTES if rule.fits(path, of_model=of_model)]
+    if not rules:
         raise RequestError(404, f"there is no route {path[:200]!r}{_like(path)}", "no_such_route")
-    if method not in rule.methods and rule.answerer != "nobody":
-        allowed = ", ".join(rule.methods)
-        text = f"{rule.path} takes {allowed}, not {method}"
-        raise RequestError(405, text, headers={"allow": allowed})
-    return rule
+    for rule in rules:
+        if method in rule.methods or rule.answerer == "nobody":
+            return rule
+    allowed = ", ".join(dict.fromkeys(method for rule in rules for method in rule.methods))
+    text = f"{rules[0].path} takes {allowed}, not {method}"
+    raise RequestError(405, text, headers={"allow": allowed})
 
 
 def _like(path: str) -> str:

@@ -11,28 +11,25 @@ import os
 import re
 import signal
 import time
-from collections.abc import Collection
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import zmq
 
-from crosspool.config.deployment import Deployment
+from crosspool.config.deployment import Deployment, save
 from crosspool.config.process import freeze_heap
-from crosspool.frontend.tokenizer import load_tokenizer, think_end
-from crosspool.models.registry import read_model
 from crosspool.scheduler.core import SchedulerCore
 from crosspool.server.admin_socket import AdminSocket
-from crosspool.server.devices import DeviceFailed, Devices
+from crosspool.server.devices import DeviceFailed, Devices, ToldOfModel
 from crosspool.server.front_ends import FrontEnds
-from crosspool.server.grammar_choice import compiler_of
 from crosspool.server.grammar_process import CompileLimits
-from crosspool.server.grammars import Grammars, ModelGrammars
-from crosspool.server.text import HFTextDecoder
+from crosspool.server.grammars import Grammars
+from crosspool.server.model_loader import ModelLoader, Problem
+from crosspool.server.model_tools import read_all, read_compiler
 from crosspool.transport import admin
+from crosspool.transport.detokenizer_link import DetokenizerStarted, TokenizerAdded
 from crosspool.transport.inspection import Report, Status
-from crosspool.transport.messages import Shutdown, Slept, Waking, Woken
+from crosspool.transport.messages import Added, Ready, Removed, Shutdown, Slept, Waking, Woken
 from crosspool.weightpool.sleeping import why_none_sleeps
 
 log = logging.getLogger(__name__)
@@ -56,40 +53,40 @@ class SchedulerLoop:
     the deployment's schedulers, from 1 on. A later one takes no request before all devices are
     ready, and first those that the one before it had taken.
 
-    Raises ConfigError when a model or its tokenizer cannot be read."""
+    Models that cannot be read any more then are served no more; the first scheduler raises
+    ConfigError for them."""
 
     def __init__(self, deployment: Deployment, incarnation: int = 1) -> None:
+        given = deployment
+        deployment, read = read_all(deployment, leaves_out=incarnation > 1)
+        if deployment is not given:
+            save(deployment)
         self._deployment = deployment
         self._incarnation = incarnation
-        self._names = [model.name for model in deployment.models]
         self._stopping = False
         self._failure: str | None = None
-        self._specs = [
-            read_model(Path(model.path), model.context_length, model.dtype)
-            for model in deployment.models
-        ]
-        tokenizers = [load_tokenizer(deployment, i) for i in range(len(deployment.models))]
-        self._compiled = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        """Readable when a grammar has been compiled or has followed a token."""
+        self._changed = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        """Readable when a grammar has been compiled or has followed a token, and when another
+        thread has done something for a model that comes."""
+
+        def changed() -> None:
+            os.eventfd_write(self._changed, 1)
+
         # This forks, and below threads begin.
-        compiler = compiler_of(deployment.sglang.get("grammar_backend", "xgrammar"))
-        any_whitespace = not deployment.sglang.get("constrained_json_disable_any_whitespace", False)
         self._grammars = Grammars(
-            [
-                compiler(tokenizer, spec, any_whitespace=any_whitespace)
-                for tokenizer, spec in zip(tokenizers, self._specs, strict=True)
-            ],
+            {number: tools.compiler for number, tools in read.items()},
+            lambda number, config: read_compiler(deployment.with_model(number, config), number),
             CompileLimits(
                 seconds=deployment.grammar_timeout,
                 memory_bytes=deployment.grammar_memory_bytes,
                 mask_seconds=deployment.grammar_mask_timeout,
             ),
             cache_bytes=deployment.grammar_cache_bytes,
-            on_change=lambda: os.eventfd_write(self._compiled, 1),
+            on_change=changed,
         )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
-        self._poller.register(self._compiled, zmq.POLLIN)
+        self._poller.register(self._changed, zmq.POLLIN)
         self._admin = AdminSocket(self._context, deployment.admin_address)
         self._poller.register(self._admin.socket, zmq.POLLIN)
         self._devices = Devices(
@@ -98,24 +95,26 @@ class SchedulerLoop:
             on_ready=self._device_ready,
             on_away=self._device_away,
             on_back=self._device_back,
-            on_told=self._told_of_weights,
+            on_told=self._told_of_model,
             is_first=incarnation == 1,
         )
         self._poller.register(self._devices.socket, zmq.POLLIN)
 
         self._core = SchedulerCore(
             deployment,
-            self._specs,
-            [HFTextDecoder(tokenizer) for tokenizer in tokenizers],
-            [ModelGrammars(self._grammars, index) for index in range(len(self._names))],
+            {number: tools.with_grammars(self._grammars, number) for number, tools in read.items()},
             time.monotonic,
-            think_ends=[
-                think_end(deployment, index, tokenizer)
-                for index, tokenizer in enumerate(tokenizers)
-            ],
         )
         self._front_ends = FrontEnds(
             self._context, self._poller, deployment, self._core, self._starting
+        )
+        self._loader = ModelLoader(
+            self._core,
+            self._grammars,
+            self._front_ends,
+            specs={number: tools.spec for number, tools in read.items()},
+            tell=self._admin.reply,
+            on_change=changed,
         )
         self._serves = incarnation == 1
         """Whether the front ends are connected."""
@@ -150,8 +149,8 @@ class SchedulerLoop:
                 self._take_results()
             elif source is self._admin.socket:
                 self._take_questions()
-            elif source == self._compiled:
-                os.eventfd_read(self._compiled)
+            elif source == self._changed:
+                os.eventfd_read(self._changed)
             else:
                 self._front_ends.take(source)
         overdue = self._core.overdue(time.monotonic())
@@ -164,6 +163,7 @@ class SchedulerLoop:
             self._front_ends.connect_own(self._incarnation)
         self._devices.expire_questions()
         self._grammars.settle(_SETTLE_SECONDS)
+        self._loader.go_on()
         self._core.schedule()
         # A model that is woken may have steps at once.
         for device, message in self._core.drain_device_messages():
@@ -171,6 +171,7 @@ class SchedulerLoop:
         for rank, step in self._core.drain_messages():
             self._devices.send(rank, step)
         self._front_ends.send(self._core.drain_outputs())
+        self._loader.take_changes()
 
     def _fail(self, cause: str) -> None:
         """Ends every request, and every later one, with 503."""
@@ -178,6 +179,7 @@ class SchedulerLoop:
             self._failure = cause
             log.error("%s", cause)
             self._core.fail_all(cause, 503)
+            self._loader.fail(cause)
 
     def _starting(self) -> str | None:
         """What the deployment waits for before it takes requests; None once it takes them."""
@@ -204,8 +206,10 @@ class SchedulerLoop:
         for rank in ffn:
             self._core.lose_ffn_rank(rank)
 
-    def _device_ready(self, name: str, resident: Collection[int]) -> None:
-        self._core.restore_device(self._index_of(name), resident)
+    def _device_ready(self, name: str, ready: Ready) -> None:
+        self._core.restore_device(
+            self._index_of(name), models=ready.models, resident=ready.resident
+        )
 
     def _device_back(self, name: str) -> None:
         attention, ffn = self._ranks_of(name)
@@ -214,9 +218,7 @@ class SchedulerLoop:
         for rank in ffn:
             self._core.restore_ffn_rank(rank)
 
-    def _told_of_weights(self, name: str, told: Waking | Woken | Slept) -> None:
-        if not 0 <= told.model < len(self._names):
-            raise DeviceFailed(f"device {name} tells of model {told.model}, which is not there")
+    def _told_of_model(self, name: str, told: ToldOfModel) -> None:
         device = self._index_of(name)
         match told:
             case Waking():
@@ -225,6 +227,10 @@ class SchedulerLoop:
                 self._core.on_woken(device, told.model, told.error)
             case Slept():
                 self._core.on_slept(device, told.model)
+            case Added():
+                self._core.on_added(device, told.model, told.error)
+            case Removed():
+                self._core.on_removed(device, told.model)
 
     def _index_of(self, name: str) -> int:
         return next(i for i, d in enumerate(self._deployment.devices) if d.name == name)
@@ -250,13 +256,19 @@ class SchedulerLoop:
                     self._ask(sender, message)
                 case admin.Attach():
                     self._admin.reply(sender, self._attach(message))
-                case admin.DetokenizerReplaced():
+                case DetokenizerStarted():
+                    self._loader.detokenizer_started(sender, message)
                     self._front_ends.replace_detokenizer(message.incarnation)
-                    self._admin.reply(sender, admin.Answer(id=message.id))
+                case TokenizerAdded():
+                    self._loader.tokenizer_added(message)
                 case admin.RankGone():
                     self._admin.reply(sender, self._rank_gone(message))
                 case admin.Manage():
                     self._admin.reply(sender, self._manage(message))
+                case admin.Load():
+                    self._load(sender, message)
+                case admin.Unload():
+                    self._unload(sender, message)
 
     def _ask(self, sender: bytes, ask: admin.Ask) -> None:
         if ask.what == "status":
@@ -276,11 +288,40 @@ class SchedulerLoop:
             self._fail(f"device {message.device} is gone: {cause}")
         return admin.Answer(id=message.id)
 
+    def _load(self, sender: bytes, message: admin.Load) -> None:
+        def done(outcome: int | Problem) -> None:
+            if isinstance(outcome, Problem):
+                answer = _problem(message.id, outcome)
+            else:
+                answer = admin.Answer(id=message.id, model=outcome)
+            self._admin.reply(sender, answer)
+
+        if (cannot := self._cannot_change()) is not None:
+            return done(Problem(cannot, is_mistake=False))
+        return self._loader.load(message.config, done)
+
+    def _unload(self, sender: bytes, message: admin.Unload) -> None:
+        def done(problem: Problem | None) -> None:
+            answer = _problem(message.id, problem) if problem else admin.Answer(id=message.id)
+            self._admin.reply(sender, answer)
+
+        if (cannot := self._cannot_change()) is not None:
+            return done(Problem(cannot, is_mistake=False))
+        try:
+            number = self._model(message.model)
+        except ValueError as error:
+            return done(Problem(str(error), is_mistake=True))
+        return self._loader.unload(number, message.timeout, done)
+
+    def _cannot_change(self) -> str | None:
+        """Why nothing can be done about models now; None while it can."""
+        if self._failure is None and not self._devices.have_started:
+            return f"starting: {self._devices.progress}"
+        return self._failure
+
     def _manage(self, message: admin.Manage) -> admin.Answer:
-        if self._failure is not None:
-            return admin.Answer(id=message.id, error=self._failure)
-        if not self._devices.have_started:
-            return admin.Answer(id=message.id, error=f"starting: {self._devices.progress}")
+        if (cannot := self._cannot_change()) is not None:
+            return admin.Answer(id=message.id, error=cannot)
         try:
             model = self._model(message.model)
             self._check_may_sleep(message)
@@ -291,9 +332,10 @@ class SchedulerLoop:
                     self._core.sleep(model)
                 case "pin":
                     self._core.pin(model, message.keep or "pinned")
-        except ValueError as problem:
-            return admin.Answer(id=message.id, error=str(problem), is_mistake=True)
-        return admin.Answer(id=message.id)
+        except ValueError as mistake:
+            return admin.Answer(id=message.id, error=str(mistake), is_mistake=True)
+        problem = self._loader.save() if message.what == "pin" else None
+        return _problem(message.id, problem) if problem else admin.Answer(id=message.id)
 
     def _check_may_sleep(self, message: admin.Manage) -> None:
         """Raises ValueError, with a text for users, where a model is to sleep and none can."""
@@ -303,10 +345,11 @@ class SchedulerLoop:
 
     def _model(self, name: str) -> int:
         """The number of the model of this name. Raises ValueError, with a text for users."""
-        if name not in self._names:
-            names = ", ".join(self._names)
+        numbers = {name: number for number, name in self._core.deployment.names.items()}
+        if name not in numbers:
+            names = ", ".join(numbers) or "none"
             raise ValueError(f"no model {name!r} is served here; there are {names}")
-        return self._names.index(name)
+        return numbers[name]
 
     def _attach(self, message: admin.Attach) -> admin.FromScheduler:
         error = None
@@ -321,8 +364,8 @@ class SchedulerLoop:
             return admin.Answer(id=message.id, error=str(problem))
         if wrong := [name for name, address in sockets.items() if not _SOCKET.fullmatch(address)]:
             error = f"`{wrong[0]}` must be the address of a socket file, ipc:///PATH"
-        elif not self._devices.have_started or self._failure is not None:
-            error = self._failure or f"starting: {self._devices.progress}"
+        else:
+            error = self._cannot_change()
         if error is not None:
             return admin.Answer(id=message.id, error=error)
         try:
@@ -333,15 +376,15 @@ class SchedulerLoop:
         return admin.Attached(
             id=message.id,
             max_total_tokens=self._deployment.kv_pool_bytes
-            // self._specs[model].kv_bytes_per_token,
+            // self._loader.specs[model].kv_bytes_per_token,
             max_input_tokens=self._core.max_tokens(model) - 1,
             scheduler=self._incarnation,
         )
 
     def status(self) -> Status:
         snapshot = self._core.snapshot()
-        for index, model in enumerate(snapshot.models):
-            model.attached = self._front_ends.attached(index)
+        for model in snapshot.models:
+            model.attached = self._front_ends.attached(model.model)
         return Status(
             models=snapshot.models,
             ranks=snapshot.ranks,
@@ -351,3 +394,7 @@ class SchedulerLoop:
             devices=self._devices.status(),
             incarnation=self._incarnation,
         )
+
+
+def _problem(number: int, problem: Problem) -> admin.Answer:
+    return admin.Answer(id=number, error=problem.text, is_mistake=problem.is_mistake)

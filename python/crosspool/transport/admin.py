@@ -17,13 +17,20 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from crosspool.config.deployment import ModelConfig
 from crosspool.config.options import Keep
+from crosspool.transport.detokenizer_link import FromDetokenizer, ToDetokenizer
 from crosspool.transport.inspection import InspectWhat, Report, Status
 
 MAX_MESSAGE_BYTES = 64 << 20
 """A scheduler that answers with more is cut off."""
 MAX_QUESTION_BYTES = 1 << 20
 """Who asks the scheduler with more is cut off."""
+
+LOAD_SECONDS = 120.0
+"""Longest time that loading a model can take."""
+LEAVE_SECONDS = 60.0
+"""Time that a model may take to be gone once its requests have ended."""
 
 What = Literal["status", InspectWhat]
 Managing = Literal["wake", "sleep", "pin"]
@@ -62,14 +69,6 @@ class RankGone(msgspec.Struct, frozen=True, kw_only=True, tag="rank_gone"):
     """Whether no other process takes its place, so that the deployment ends."""
 
 
-class DetokenizerReplaced(msgspec.Struct, frozen=True, kw_only=True, tag="detokenizer_replaced"):
-    """A detokenizer, the one of this number, has taken the place of a dead one, and listens; the
-    answer to it is empty."""
-
-    id: int
-    incarnation: int
-
-
 class Manage(msgspec.Struct, frozen=True, kw_only=True, tag="manage"):
     """The admin's word about where a model's weights are. It is answered at once, with nothing in
     the answer; the status tells how the model wakes or falls asleep."""
@@ -81,13 +80,32 @@ class Manage(msgspec.Struct, frozen=True, kw_only=True, tag="manage"):
     """What holds from now on; it is given to ``pin`` alone."""
 
 
+class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
+    """A further model is to be served. It is answered, with the model's number, when all processes
+    but the HTTP process are ready for it; its weights sleep."""
+
+    id: int
+    config: ModelConfig
+
+
+class Unload(msgspec.Struct, frozen=True, kw_only=True, tag="unload"):
+    """The model is not to be served any more: it takes no new requests, and those that it has get
+    ``timeout`` seconds to end. It is answered when nothing of the model is left."""
+
+    id: int
+    model: str
+    timeout: float
+
+
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer", omit_defaults=True):
-    """The reply to an Ask, a RankGone or a Manage, or the refusal of any request; ``error`` says
-    why there is nothing else in it."""
+    """The reply to any request but an Attach, or the refusal of one; ``error`` says why there is
+    nothing else in it."""
 
     id: int
     status: Status | None = None
     report: Report | None = None
+    model: int | None = None
+    """The number of the model that has been loaded."""
     error: str | None = None
     is_mistake: bool = False
     """Whether the error is a mistake of whoever has asked."""
@@ -106,7 +124,8 @@ class Attached(msgspec.Struct, frozen=True, kw_only=True, tag="attached"):
     front end."""
 
 
-ToScheduler = Ask | Attach | RankGone | DetokenizerReplaced | Manage
+Question = Ask | Attach | RankGone | Manage | Load | Unload
+ToScheduler = Question | FromDetokenizer
 FromScheduler = Answer | Attached
 
 _encoder = msgspec.msgpack.Encoder()
@@ -124,7 +143,7 @@ class AdminMistake(AdminError):
     """What was asked for cannot be; the message says why."""
 
 
-def encode(message: ToScheduler | FromScheduler) -> bytes:
+def encode(message: ToScheduler | FromScheduler | ToDetokenizer) -> bytes:
     return _encoder.encode(message)
 
 
@@ -174,7 +193,7 @@ def _no_answer(address: str, timeout: float) -> AdminError:
     return AdminError(f"the deployment at {address} did not answer within {timeout:g} s")
 
 
-def _exchange(address: str, message: ToScheduler, timeout: float) -> FromScheduler:
+def _exchange(address: str, message: Question, timeout: float) -> FromScheduler:
     socket: zmq.Socket[Any]
     with zmq.Context.instance().socket(zmq.DEALER) as socket:
         _connect(socket, address)
@@ -228,13 +247,6 @@ def rank_gone(
     _checked(_exchange(address, message, timeout), Answer)
 
 
-def detokenizer_replaced(address: str, incarnation: int, timeout: float = 2.0) -> None:
-    """Tells the scheduler of another detokenizer, which is to get what the one before it has not
-    passed on. Raises AdminError when the scheduler does not confirm it."""
-    message = DetokenizerReplaced(id=next(_ids), incarnation=incarnation)
-    _checked(_exchange(address, message, timeout), Answer)
-
-
 def attach(
     address: str,
     *,
@@ -258,7 +270,7 @@ def attach(
 
 
 class AsyncAdmin:
-    """:func:`status`, :func:`inspect` and :func:`manage` for programs with an event loop."""
+    """:func:`status`, :func:`inspect`, :func:`manage` and more for programs with an event loop."""
 
     def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
         self._context = context
@@ -276,7 +288,25 @@ class AsyncAdmin:
         message = Manage(id=next(_ids), model=model, what=what, keep=keep)
         _checked(await self._exchange(message, timeout), Answer)
 
-    async def _exchange(self, message: ToScheduler, timeout: float) -> FromScheduler:
+    async def load(self, config: ModelConfig) -> int:
+        """Has the scheduler serve a further model; returns its number. Raises AdminMistake where
+        that cannot be, and AdminError when nobody answers in time."""
+        message = Load(id=next(_ids), config=config)
+        if len(encode(message)) > MAX_QUESTION_BYTES:
+            raise AdminMistake(f"the model's options take more than {MAX_QUESTION_BYTES} bytes")
+        answer = await self._exchange(message, LOAD_SECONDS + 10)
+        number = _checked(answer, Answer).model
+        assert number is not None
+        return number
+
+    async def unload(self, model: str, timeout: float) -> None:
+        """Has the scheduler serve the model no more, and returns when nothing of it is left there:
+        its requests get ``timeout`` seconds to end. Raises AdminMistake where that cannot be, and
+        AdminError when nobody answers in time."""
+        message = Unload(id=next(_ids), model=model, timeout=timeout)
+        _checked(await self._exchange(message, timeout + LEAVE_SECONDS), Answer)
+
+    async def _exchange(self, message: Question, timeout: float) -> FromScheduler:
         with self._context.socket(zmq.DEALER) as socket:
             _connect(socket, self._address)
             await socket.send(encode(message))

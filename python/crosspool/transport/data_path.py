@@ -39,7 +39,7 @@ class DispatchHeader(NamedTuple):
     """Incarnation of the attention rank; :meth:`AttentionLink.combine` refuses the reply to another
     incarnation's dispatch."""
     model: int
-    """Index into the deployment's models."""
+    """The model's number."""
     layer: int
     rows: int
 
@@ -85,6 +85,11 @@ class AttentionLink(Protocol):
         Raises LaneError when it is not :meth:`ready`, of another epoch, or not of this size."""
         ...
 
+    def take_refusal(self) -> bool:
+        """Whether the FFN rank has refused the dispatch, which is over then. The link must be
+        :meth:`ready`."""
+        ...
+
 
 class FFNLink(Protocol):
     """The FFN rank's end of one lane of one attention rank."""
@@ -109,6 +114,11 @@ class FFNLink(Protocol):
         stays as it is until the next dispatch.
 
         Raises LaneError when nothing was polled, or on a wrong shape or size."""
+        ...
+
+    def refuse(self) -> None:
+        """Replies to the polled dispatch that its model is not here and does not come. Raises
+        LaneError when nothing was polled."""
         ...
 
 
@@ -143,6 +153,7 @@ class LocalLink:
         self._header: DispatchHeader | None = None
         self._hidden: Tensor | None = None
         self._partial: Tensor | None = None
+        self._refused = False
 
     @property
     def free(self) -> bool:
@@ -158,7 +169,7 @@ class LocalLink:
         self.counters.dispatch_bytes += hidden.nbytes
 
     def ready(self) -> bool:
-        return self._partial is not None
+        return self._partial is not None or self._refused
 
     def combine(self, out_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         partial = self._partial
@@ -193,6 +204,17 @@ class LocalLink:
                 f" not fit {tuple(self._hidden.shape)} of {self._hidden.dtype}"
             )
         self._header, self._partial = None, partial
+
+    def take_refusal(self) -> bool:
+        refused, self._refused = self._refused, False
+        if refused:
+            self._hidden = None
+        return refused
+
+    def refuse(self) -> None:
+        if self._header is None:
+            raise LaneError(f"lane {self.lane}: no dispatch to refuse")
+        self._header, self._refused = None, True
 
 
 def check_rows(header: DispatchHeader, hidden: Tensor) -> None:

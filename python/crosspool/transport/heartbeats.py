@@ -7,6 +7,7 @@ beginning is used::
 
     line 0   64-bit number   counted up by the process's main thread; 0: nobody is to look
              32-bit number   the process's incarnation
+             32-bit number   its pid
          1   32-bit number   what the resident loop does: :class:`Activity`
              32-bit number   counted up by it when it finds no work; 0: there is no such loop
       2, …   64-bit number   counted up by a thread of the resident loop, one line each; of a GPU
@@ -23,8 +24,10 @@ import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from crosspool.config.device import Device
+if TYPE_CHECKING:
+    from crosspool.config.device import Device
 
 LINE_BYTES = 64
 _FIRST_THREAD = 2
@@ -47,6 +50,7 @@ class Beat:
 
     incarnation: int
     """Of the process that shows it, which may be dead; 0: there was none."""
+    pid: int
     process: int
     """0 while nobody is to look at it: it is loading, or ending."""
     activity: int
@@ -83,6 +87,7 @@ class Heartbeats:
         lines = range(_FIRST_THREAD, _FIRST_THREAD + _threads(self._devices[index]))
         return Beat(
             incarnation=self._number(at + 8, 4),
+            pid=self._number(at + 12, 4),
             process=self._number(at),
             activity=self._number(at + LINE_BYTES, 4),
             looks=self._number(at + LINE_BYTES + 4, 4),
@@ -113,6 +118,7 @@ class Heartbeat:
         ctypes.memset(self._record, 0, size)
         self._process = ctypes.c_uint64.from_buffer(self._record)
         ctypes.c_uint32.from_buffer(self._record, 8).value = incarnation
+        ctypes.c_uint32.from_buffer(self._record, 12).value = os.getpid()
         self._activity = ctypes.c_uint32.from_buffer(self._record, LINE_BYTES)
         self._looks = ctypes.c_uint32.from_buffer(self._record, LINE_BYTES + 4)
         self._advances = ctypes.c_uint64.from_buffer(self._record, _FIRST_THREAD * LINE_BYTES)

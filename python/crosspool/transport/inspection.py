@@ -6,7 +6,7 @@ The front end sends them to HTTP clients as JSON objects with the same field nam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -108,22 +108,23 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         fields = cls.__struct_fields__
         return cls(**{f: [e for report in reports for e in getattr(report, f)] for f in fields})
 
-    def plain(self, what: InspectWhat, models: Sequence[str]) -> list[Any]:
+    def plain(self, what: InspectWhat, models: Mapping[int, str]) -> list[Any]:
         """The field ``what`` as HTTP clients see it, for the JSON encoder. Lane events become one
-        list, in order of their start, with the names of ``models`` for their indices."""
+        list, in order of their start, with the names of ``models`` for their numbers; a model that
+        has gone since has none."""
         if what != "trace_stop":
             return list(msgspec.to_builtins(getattr(self, what)))
         events = [(of.device, event) for of in self.trace_stop for event in of.events]
         return [
-            {"device": device, **msgspec.structs.asdict(event), "model": models[event.model]}
+            {"device": device, **msgspec.structs.asdict(event), "model": models.get(event.model)}
             for device, event in sorted(events, key=lambda entry: entry[1].start_ns)
         ]
 
 
-ModelState = Literal["asleep", "waking", "resident", "falling_asleep"]
+ModelState = Literal["asleep", "waking", "resident", "falling_asleep", "leaving"]
 """Where a model's weights are. ``asleep``: on disk alone; ``waking``: on their way into the pools;
 ``resident``: in the pools of every device that has a share of them; ``falling_asleep``: given up,
-but not everywhere yet."""
+but not everywhere yet; ``leaving``: the model takes no requests any more and will be gone."""
 
 
 class ModelResidency(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,6 +170,8 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
 class KVShare(msgspec.Struct, frozen=True, kw_only=True):
     """What one model has of one attention rank now."""
 
+    model: int
+    """The model's number."""
     running: int
     """Requests admitted and not finished."""
     paused: int
@@ -203,7 +206,7 @@ class RankSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     cached_bytes: int
     mapped_bytes: int
     models: list[KVShare]
-    """Entries in the deployment's order."""
+    """Entries in ascending order of the models' numbers."""
 
 
 class ModelCounts(msgspec.Struct, kw_only=True):
@@ -241,6 +244,8 @@ class ModelStatus(ModelCounts, kw_only=True):
     """One model: its requests and KV memory now, over all attention ranks, its counters, and what
     is known about it from its config and the deployment."""
 
+    model: int
+    """The model's number."""
     name: str
     waiting: int
     """Requests queued, those included whose grammar is being compiled."""
@@ -301,7 +306,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The scheduler's state at one moment."""
 
     models: list[ModelStatus]
-    """Entries in the deployment's order."""
+    """Entries in ascending order of the models' numbers. A model that is being loaded is none of
+    them yet."""
     ranks: list[RankSnapshot]
     failure: str | None
     """Why every request is refused; None while all is well."""

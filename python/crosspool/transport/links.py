@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -29,6 +29,9 @@ from crosspool.transport.shared_memory import SharedMemoryTransport
 if TYPE_CHECKING:
     from crosspool.kernels.cuda_driver import CudaDriver
 
+ROW_ROOM = 32 << 10
+"""Bytes of a row for which links between CPU devices have room at least, for models that come
+later: 8,192 numbers of float32. Room that nothing is written to takes no memory."""
 _MEETING_SECONDS = 120.0
 """Seconds that a device process waits for the others to come to the meeting."""
 
@@ -57,6 +60,10 @@ class Interconnect(OpensLinks[AttentionLink, FFNLink], Protocol):
 
     def ffn_place(self, attention_rank: int, lane: int) -> LinkPlace:
         """Where the link of :meth:`ffn_link` lies."""
+
+    @property
+    def max_row_bytes(self) -> int:
+        """Bytes of the widest row that a link has room for."""
 
     @property
     def doorbell_address(self) -> int:
@@ -105,19 +112,24 @@ def open_ends(
     return outgoing, served
 
 
-def max_row_bytes(specs: Sequence[ModelSpec]) -> int:
-    """Bytes of the widest row that crosses a link: one hidden state."""
-    return max(spec.hidden * DTYPE_BYTES[spec.dtype] for spec in specs)
+def row_bytes(spec: ModelSpec) -> int:
+    """Bytes of a row of the model that crosses a link: one hidden state."""
+    return spec.hidden * DTYPE_BYTES[spec.dtype]
 
 
-def create(deployment: Deployment, specs: Sequence[ModelSpec]) -> int | None:
+def max_row_bytes(specs: Mapping[int, ModelSpec]) -> int:
+    """Bytes of the widest row of any model that crosses a link."""
+    return max((row_bytes(spec) for spec in specs.values()), default=0)
+
+
+def create(deployment: Deployment, specs: Mapping[int, ModelSpec]) -> int | None:
     """Makes, in the launcher, what the device processes inherit to reach each other.
 
     Returns the file descriptor that each of them passes to :func:`join` or :func:`join_gpus`; None:
     every link lies within a device. Raises OSError when the system refuses."""
     if not remote_pairs(deployment):
         return None
-    return shared_memory.create(deployment, max_row_bytes(specs))
+    return shared_memory.create(deployment, max(max_row_bytes(specs), ROW_ROOM))
 
 
 def keep_memory(deployment: Deployment) -> KeptDescriptors:
@@ -175,7 +187,7 @@ def join_gpus(
     lanes_fd: int | None,
     kept: KeptDescriptors,
     *,
-    specs: Sequence[ModelSpec],
+    specs: Mapping[int, ModelSpec],
     driver: CudaDriver,
     resources: contextlib.ExitStack,
 ) -> GPUPeers | None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import msgspec
 
+from crosspool.config.deployment import ModelConfig
 from crosspool.transport.inspection import InspectWhat, RankInfo, Report
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 """The version that :class:`Ready` carries; any change of a message below raises it."""
 MAX_MESSAGE_BYTES = 256 << 20
 """A peer that sends more is cut off."""
@@ -90,7 +91,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     step: int
     """The step's number, which grows on each attention rank; the result carries it."""
     model: int
-    """Index into the deployment's models."""
+    """The model's number, as in the deployment; so in all messages."""
     map_chunks: list[int]
     """Chunks of the model's virtual range to map before the step."""
     opens: list[Open]
@@ -131,6 +132,22 @@ class Sleep(msgspec.Struct, frozen=True, kw_only=True, tag="sleep"):
     model: int
 
 
+class AddModel(msgspec.Struct, frozen=True, kw_only=True, tag="add_model"):
+    """A further model, of which the device may have a share, comes to the fleet; :class:`Added` is
+    the reply. The device makes ready for it, without its weights: a :class:`Wake` brings these."""
+
+    model: int
+    config: ModelConfig
+
+
+class RemoveModel(msgspec.Struct, frozen=True, kw_only=True, tag="remove_model"):
+    """A model leaves the fleet; :class:`Removed` is the reply, also of a device that does not know
+    the model. It comes when no device has a step of the model in flight, and this one has neither
+    weights of it nor mapped chunks."""
+
+    model: int
+
+
 class Inspect(msgspec.Struct, frozen=True, kw_only=True, tag="inspect"):
     """A question about the device process; :class:`Inspected` with the same id is the reply."""
 
@@ -145,7 +162,7 @@ class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
     """False when nobody waits for the steps in flight, and a rank that they need may be dead."""
 
 
-ToDevice = Step | Recall | Release | Wake | Sleep | Inspect | Shutdown
+ToDevice = Step | Recall | Release | Wake | Sleep | AddModel | RemoveModel | Inspect | Shutdown
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -190,6 +207,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     device: str
     pid: int
     ranks: list[RankInfo]
+    models: list[int]
+    """Models that the device knows: those of the deployment that it has read."""
     resident: list[int]
     """Models whose weights the device has, of those that it has a share of."""
 
@@ -216,6 +235,21 @@ class Slept(msgspec.Struct, frozen=True, kw_only=True, tag="slept"):
     model: int
 
 
+class Added(msgspec.Struct, frozen=True, kw_only=True, tag="added"):
+    """The reply to :class:`AddModel`: the device is ready for the model, or refuses all steps of it
+    until it has left."""
+
+    model: int
+    error: str | None = None
+    """Why the device cannot take the model, in words for users."""
+
+
+class Removed(msgspec.Struct, frozen=True, kw_only=True, tag="removed"):
+    """The reply to :class:`RemoveModel`: nothing of the model is left."""
+
+    model: int
+
+
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """The device process cannot go on and exits, with status 2 for a bad checkpoint, configuration
     or budget; ``message`` is meant for the user."""
@@ -232,7 +266,7 @@ class Inspected(msgspec.Struct, frozen=True, kw_only=True, tag="inspected"):
     report: Report
 
 
-FromDevice = StepResult | Ready | Waking | Woken | Slept | Failed | Inspected
+FromDevice = StepResult | Ready | Waking | Woken | Slept | Added | Removed | Failed | Inspected
 
 _encoder = msgspec.msgpack.Encoder()
 _to_device = msgspec.msgpack.Decoder(ToDevice)

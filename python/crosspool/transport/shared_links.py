@@ -154,6 +154,15 @@ class SharedMemoryAttentionLink(_End):
         self._outstanding = None
         self.counters.combine_bytes += header.rows * self._row_bytes
 
+    def take_refusal(self) -> bool:
+        header = self._outstanding
+        assert header is not None, "no dispatch is outstanding"
+        reply = _COMBINE_HEADER.unpack_from(self._link.memory, self._link.combine_header)
+        refused = reply == (header.epoch, 0, 0)
+        if refused:
+            self._outstanding = None
+        return refused
+
     def _replied_to(self) -> DispatchHeader:
         """The dispatch that the FFN rank has replied to."""
         link, header = self._link, self._outstanding
@@ -230,12 +239,21 @@ class SharedMemoryFFNLink(_End):
         if header is None:
             raise link.error("no dispatch to reply to")
         rows, row_bytes = header.rows, self._row_bytes
-        _COMBINE_HEADER.pack_into(link.memory, link.combine_header, header.epoch, rows, row_bytes)
-        self._replied += 1
-        self._polled = None
-        link.combined.store(self._replied)
-        self._peer.ring()
+        self._publish(header.epoch, rows, row_bytes)
         self.counters.dispatches += 1
         self.counters.rows += rows
         self.counters.dispatch_bytes += rows * row_bytes
         self.counters.combine_bytes += rows * row_bytes
+
+    def refuse(self) -> None:
+        if self._polled is None:
+            raise self._link.error("no dispatch to refuse")
+        self._publish(self._polled.epoch, 0, 0)
+
+    def _publish(self, epoch: int, rows: int, row_bytes: int) -> None:
+        link = self._link
+        _COMBINE_HEADER.pack_into(link.memory, link.combine_header, epoch, rows, row_bytes)
+        self._replied += 1
+        self._polled = None
+        link.combined.store(self._replied)
+        self._peer.ring()

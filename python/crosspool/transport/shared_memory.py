@@ -203,6 +203,11 @@ class SharedMemoryTransport:
         return SharedMemoryFFNLink(link, peer)
 
     @property
+    def max_row_bytes(self) -> int:
+        """Bytes of the widest row that a link has room for."""
+        return self._segment.layout.max_row_bytes
+
+    @property
     def doorbell_address(self) -> int:
         """Address of this device's doorbell. The memory is mapped as long as the transport is."""
         return self._base + self._segment.doorbell(self._device)

@@ -9,8 +9,9 @@ routed experts go whole to one rank each, in contiguous runs; the rest is as bef
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from crosspool.config.errors import ConfigError
@@ -74,18 +75,18 @@ class FFNShard:
 class Placement:
     shards: tuple[dict[int, FFNShard], ...]
     """Shares of the models that lie on each FFN rank, indexed [FFN rank][model]."""
-    weight_bytes: tuple[tuple[int, ...], ...]
+    weight_bytes: tuple[dict[int, int], ...]
     """Bytes that each FFN rank holds of each model, indexed [FFN rank][model]; 0 where it holds
     nothing."""
 
-    attention_bytes: tuple[int, ...]
-    """Bytes of each model's attention part, which every attention rank holds."""
+    attention_bytes: dict[int, int]
+    """Bytes of each model's attention part, which every attention rank holds, by the model."""
 
     @property
     def pool_bytes(self) -> int:
         """Bytes of the smallest weight pool that holds everything. Ranks share the pool evenly, so
         it gives every rank what the fullest needs."""
-        return len(self.weight_bytes) * max(map(sum, self.weight_bytes))
+        return len(self.weight_bytes) * max(sum(of.values()) for of in self.weight_bytes)
 
 
 def holds_codes(deployment: Deployment) -> bool:
@@ -113,6 +114,7 @@ def held_bytes(
     return elements * DTYPE_BYTES[dtype]
 
 
+@lru_cache(maxsize=1024)  # of many experts, there are many tensors
 def ffn_bytes(spec: ModelSpec, shard: FFNShard, codes: bool = False) -> int:
     """Bytes of a model's FFN weights on one rank. ``codes``: whether ranks hold codes."""
     return sum(
@@ -123,6 +125,7 @@ def ffn_bytes(spec: ModelSpec, shard: FFNShard, codes: bool = False) -> int:
     )
 
 
+@lru_cache(maxsize=1024)
 def attention_bytes(spec: ModelSpec, codes: bool = False) -> int:
     """Bytes of a model's attention part, which every attention rank holds. ``codes``: whether ranks
     hold codes."""
@@ -132,14 +135,14 @@ def attention_bytes(spec: ModelSpec, codes: bool = False) -> int:
     )
 
 
-def place(deployment: Deployment, specs: Sequence[ModelSpec]) -> Placement:
-    """Shares every model's FFN weights among its FFN ranks.
+def place(deployment: Deployment, specs: Mapping[int, ModelSpec]) -> Placement:
+    """Shares every model's FFN weights among its FFN ranks. ``specs``: by the model.
 
     Raises ConfigError for models that can never be served: one that does not fit into a device's
     share of ``weight_pool_bytes`` or ``attention_weight_bytes`` alone, or pinned ones that do not
     fit together."""
     shards: tuple[dict[int, FFNShard], ...] = tuple({} for _ in deployment.weight_pool_devices)
-    for model in range(len(specs)):
+    for model in deployment.models:
         ranks = deployment.ffn_ranks(model)
         for index, rank in enumerate(ranks):
             shards[rank][model] = FFNShard(
@@ -150,16 +153,18 @@ def place(deployment: Deployment, specs: Sequence[ModelSpec]) -> Placement:
             )
     codes = holds_codes(deployment)
     weight_bytes = tuple(
-        tuple(
-            ffn_bytes(spec, of_rank[model], codes) if model in of_rank else 0
-            for model, spec in enumerate(specs)
-        )
+        {
+            model: ffn_bytes(specs[model], of_rank[model], codes) if model in of_rank else 0
+            for model in deployment.models
+        }
         for of_rank in shards
     )
     placement = Placement(
         shards=shards,
         weight_bytes=weight_bytes,
-        attention_bytes=tuple(attention_bytes(spec, codes) for spec in specs),
+        attention_bytes={
+            model: attention_bytes(specs[model], codes) for model in deployment.models
+        },
     )
     for room in rooms(deployment, placement):
         _check_room(deployment, room)
@@ -179,7 +184,7 @@ class WeightRoom:
     """Number of devices that share the pool's bytes evenly."""
     bytes: int | None
     """Bytes that the device has; None: as many as all models need."""
-    needed: tuple[int, ...]
+    needed: Mapping[int, int]
     """Bytes of each model; 0 where the device has no share of it."""
 
     def holds(self, models: Iterable[int]) -> bool:
@@ -216,26 +221,30 @@ def rooms(deployment: Deployment, placement: Placement) -> list[WeightRoom]:
     ]
 
 
-def initially_resident(deployment: Deployment, specs: Sequence[ModelSpec]) -> frozenset[int]:
-    """Returns the models that are in memory from the start, by their index: pinned ones, then, in
-    the order of the file, each of those on demand for which every device has room left.
+def initially_resident(deployment: Deployment, specs: Mapping[int, ModelSpec]) -> frozenset[int]:
+    """Returns the models that are in memory from the start: pinned ones, then, in the order of
+    their numbers, each of those on demand for which every device has room left.
 
     Raises ConfigError as :func:`place` does."""
     found = rooms(deployment, place(deployment, specs))
-    chosen = {index for index, model in enumerate(deployment.models) if model.keep == "pinned"}
-    for index, model in enumerate(deployment.models):
-        if model.keep == "demand" and all(room.holds(chosen | {index}) for room in found):
-            chosen.add(index)
+    chosen = _pinned(deployment)
+    for number, model in deployment.models.items():
+        if model.keep == "demand" and all(room.holds(chosen | {number}) for room in found):
+            chosen.add(number)
     return frozenset(chosen)
+
+
+def _pinned(deployment: Deployment) -> set[int]:
+    return {number for number, model in deployment.models.items() if model.keep == "pinned"}
 
 
 def _check_room(deployment: Deployment, room: WeightRoom) -> None:
     """Raises ConfigError when a model does not fit alone, or those that are pinned do not fit
     together."""
-    if room.bytes is None:
+    if room.bytes is None or not room.needed:
         return
-    largest = max(range(len(room.needed)), key=lambda model: room.needed[model])
-    pinned = [index for index, model in enumerate(deployment.models) if model.keep == "pinned"]
+    largest = max(room.needed, key=lambda model: room.needed[model])
+    pinned = sorted(_pinned(deployment))
     if not room.holds([largest]):
         models, advice = [largest], ""
     elif not room.holds(pinned):

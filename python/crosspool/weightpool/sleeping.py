@@ -40,17 +40,27 @@ def check_sleeping(deployment: Deployment, placement: Placement) -> None:
         _check_cache(deployment, placement)
 
 
+def check_loading(deployment: Deployment, placement: Placement) -> None:
+    """Raises ConfigError when no model can be loaded while the server runs: it is asleep at first,
+    and its packed weights must be kept beside those of all others. ``deployment`` and ``placement``
+    are those with the further model."""
+    cannot = why_none_sleeps(deployment)
+    if cannot is not None:
+        raise ConfigError(f"no model can be loaded while the server runs: {cannot}")
+    if deployment.loop == "resident":
+        _check_cache(deployment, placement)
+
+
 def _why_some_sleep(deployment: Deployment, placement: Placement) -> str | None:
     """Returns the first reason for which a model will sleep; None where none will by itself."""
-    for model in deployment.models:
+    for model in deployment.models.values():
         if model.keep == "asleep":
             return f"keep: {model.name} shall be asleep until requests come"
         if model.ttl is not None:
             return f"ttl: {model.name} shall sleep after {model.ttl:g} s without a request"
-    every = range(len(deployment.models))
     for room in rooms(deployment, placement):
-        if not room.holds(every):
-            needed = sum(room.needed) * room.devices
+        if not room.holds(deployment.models):
+            needed = sum(room.needed.values()) * room.devices
             return (
                 f"{room.option} is too small for all models at once, whose {room.what} need "
                 f"{exact_size(needed)}, so that some of them must sleep"
@@ -60,7 +70,8 @@ def _why_some_sleep(deployment: Deployment, placement: Placement) -> str | None:
 
 def _check_cache(deployment: Deployment, placement: Placement) -> None:
     """Raises ConfigError when the packed cache cannot hold all models."""
-    needed = sum(map(sum, placement.weight_bytes)) + sum(placement.attention_bytes)
+    needed = sum(sum(of.values()) for of in placement.weight_bytes)
+    needed += sum(placement.attention_bytes.values())
     if needed > deployment.packed_cache_bytes:
         raise ConfigError(
             f"packed_cache_bytes: {format_size(deployment.packed_cache_bytes)} are too few for the "

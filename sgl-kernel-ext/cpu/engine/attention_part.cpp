@@ -12,29 +12,19 @@ void combine(const Part& part, Lane& lane, Range rows) {
   const std::int32_t hidden = part.model.hidden, count = rows.end - rows.begin;
   const std::int64_t offset = std::int64_t{rows.begin} * hidden;
   float* const residual = lane.residual.as<float>() + offset;
-  const Partial& first = lane.partials.front();
+  const auto rows_of = [&](const void* partial) {
+    return element(partial, offset, part.model.dtype);
+  };
   if (lane.partials.size() == 1) {
-    if (first.floats != nullptr) {
-      part.k.add(residual, hidden, first.floats + offset, hidden, count, 0, hidden);
-    } else {
-      part.k.add_model(residual, hidden, element(first.elements, offset, part.model.dtype), hidden,
-                       count, 0, hidden);
-    }
+    part.k.add_model(residual, hidden, rows_of(lane.partials[0]), hidden, count, 0, hidden);
     return;
   }
   const std::int64_t elements = std::int64_t{count} * hidden;
   float* const sum = part.work.sum.as<float>() + offset;
   float* const wide = part.work.wide.as<float>() + offset;
-  const auto floats = [&](const Partial& partial, float* into) {
-    if (partial.floats != nullptr) {
-      std::memcpy(into, partial.floats + offset, elements * sizeof(float));
-    } else {
-      part.k.to_float(element(partial.elements, offset, part.model.dtype), into, elements);
-    }
-  };
-  floats(first, sum);
+  part.k.to_float(rows_of(lane.partials[0]), sum, elements);
   for (std::size_t i = 1; i < lane.partials.size(); ++i) {
-    floats(lane.partials[i], wide);
+    part.k.to_float(rows_of(lane.partials[i]), wide, elements);
     for (std::int64_t j = 0; j < elements; ++j) sum[j] += wide[j];
   }
   part.k.add(residual, hidden, sum, hidden, count, 0, hidden);

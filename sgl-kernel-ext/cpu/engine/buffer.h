@@ -39,6 +39,12 @@ class Buffer {
     if (data_ != nullptr) munmap(data_, bytes_);
   }
 
+  // Makes room for so many bytes. Where there was less, what was there is lost. Throws
+  // std::bad_alloc, and leaves it as it was.
+  void reserve(std::int64_t bytes) {
+    if (data_ == nullptr || static_cast<std::int64_t>(bytes_) < bytes) *this = Buffer(bytes);
+  }
+
   void* data() const { return data_; }
   template <class T>
   T* as() const {

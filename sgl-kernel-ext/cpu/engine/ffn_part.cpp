@@ -74,7 +74,7 @@ void run_ffn_part(const Part& part, const FFNTask& task) {
     });
   }
 
-  float* const out = task.partial != nullptr ? task.partial : work.sum.as<float>();
+  float* const out = work.sum.as<float>();
   const Experts experts{.plan = &work.plan,
                         .x = task.x,
                         .x_stride = model.hidden,

@@ -6,13 +6,12 @@
 
 namespace crosspool {
 
-// A dispatch, and one of three places for its partial sum.
+// A dispatch, and one of two places for its partial sum.
 struct FFNTask {
   std::int32_t layer;
   std::int32_t rows;
   const void* x;    // model dtype [rows, hidden]
   float* residual;  // rounded floats [rows, hidden], to which it is added
-  float* partial;   // floats [rows, hidden]
   void* reply;      // model dtype [rows, hidden]
 };
 

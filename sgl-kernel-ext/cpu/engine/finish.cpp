@@ -45,7 +45,7 @@ void Loop::finish_attention(Lane& lane) {
       lane.local_pending = true;
       continue;
     }
-    link.end.dispatch({description_.epoch, static_cast<std::uint32_t>(&model - models_.data()),
+    link.end.dispatch({description_.epoch, static_cast<std::uint32_t>(model.number),
                        static_cast<std::uint32_t>(lane.layer), rows, row_bytes});
     crosspool_doorbell_ring(link.peer);
   }
@@ -67,7 +67,7 @@ void Loop::collect(Lane& lane) {
       continue;
     }
     if (link.local) {
-      if (!lane.local_added) lane.partials.push_back({lane.partial.as<float>(), nullptr});
+      if (!lane.local_added) lane.partials.push_back(lane.partial.data());
       continue;
     }
     const unsigned char* const reply = link.end.combine();
@@ -75,7 +75,7 @@ void Loop::collect(Lane& lane) {
       return fail("lane " + std::to_string(lane.index) + ": the reply of FFN rank " +
                   std::to_string(model.ffn_ranks[i]) + " does not fit the dispatch");
     }
-    lane.partials.push_back({nullptr, reply});
+    lane.partials.push_back(reply);
   }
 }
 
@@ -167,7 +167,7 @@ void Loop::record(const ChosenPart& part) {
   TraceEvent event{};
   event.start_ns = part.start_ns;
   event.end_ns = now_ns();
-  event.model = static_cast<std::int32_t>(part.model - models_.data());
+  event.model = part.model->number;
   event.attention_rank = description_.attention_rank;
   event.lane = part.index;
   if (part.kind == PartKind::kLocalFFN || part.kind == PartKind::kRemoteFFN) {

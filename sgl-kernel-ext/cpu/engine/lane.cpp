@@ -10,22 +10,8 @@ constexpr std::int64_t kLogitsBytes = std::int64_t{32} << 20;
 
 }  // namespace
 
-Lane::Lane(std::int32_t lane, std::span<const ModelTable> models, std::int32_t max_rows,
-           std::int32_t threads)
+Lane::Lane(std::int32_t lane, std::int32_t max_rows, std::int32_t threads)
     : index(lane), places(max_rows) {
-  std::int64_t hidden = 0, vocab = 0;
-  for (const ModelTable& model : models) {
-    hidden = std::max<std::int64_t>(hidden, model.hidden);
-    vocab = std::max<std::int64_t>(vocab, model.vocab);
-    partials.reserve(std::max<std::size_t>(partials.capacity(), model.ffn_rank_count));
-  }
-  const std::int64_t bytes = max_rows * hidden * kWidestElement;
-  residual = Buffer(bytes);
-  payload = Buffer(bytes);
-  partial = Buffer(bytes);
-  logits = Buffer(std::max(kLogitsBytes, vocab * kWidestElement));
-  // All rows of a prompt may be wanted, for their log-probabilities.
-  head_normed = Buffer(bytes);
   best.resize(static_cast<std::size_t>(threads) * max_rows);
 }
 
@@ -36,6 +22,14 @@ void Lane::take(StepArguments* arguments, const ModelTable* of, std::int32_t thr
   stage = Stage::kBegun;
   local_pending = local_added = refused = false;
   partials.clear();
+  partials.reserve(static_cast<std::size_t>(model->ffn_rank_count));
+  const std::int64_t bytes =
+      static_cast<std::int64_t>(places.size()) * model->hidden * kWidestElement;
+  residual.reserve(bytes);
+  payload.reserve(bytes);
+  partial.reserve(bytes);
+  head_normed.reserve(bytes);  // all rows of a prompt may be wanted, for their log-probabilities
+  logits.reserve(std::max(kLogitsBytes, model->vocab * kWidestElement));
   const std::int32_t page_size = model->kv.page_size;
   for (std::int32_t i = 0; i < step->segment_count; ++i) {
     const Segment& segment = step->segments[i];

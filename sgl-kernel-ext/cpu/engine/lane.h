@@ -3,7 +3,6 @@
 #define CROSSPOOL_CPU_ENGINE_LANE_H
 
 #include <cstdint>
-#include <span>
 #include <vector>
 
 #include "../kernels/attention_plan.h"
@@ -21,18 +20,10 @@ enum class Stage {
   kHost,     // in the LM head; waits for the host to be done with the logits
 };
 
-// A partial sum that is to be added to the residual: floats of the local FFN rank, or elements of
-// the model's dtype of a remote one.
-struct Partial {
-  const float* floats = nullptr;
-  const void* elements = nullptr;
-};
-
 struct Lane {
-  Lane(std::int32_t index, std::span<const ModelTable> models, std::int32_t max_rows,
-       std::int32_t threads);
+  Lane(std::int32_t index, std::int32_t max_rows, std::int32_t threads);
 
-  // Puts a batch on the free lane.
+  // Puts a batch on the free lane, whose arrays grow where the model needs larger ones.
   void take(StepArguments* arguments, const ModelTable* of, std::int32_t threads);
 
   std::int32_t index;
@@ -47,11 +38,13 @@ struct Lane {
   Buffer payload;   // the dispatch, in the model's dtype [rows, hidden]
 
   // The dispatch under way.
-  bool local_pending = false;     // this device's FFN rank has not computed its sum yet
-  bool local_added = false;       // its sum is in the residual already
-  bool refused = false;           // an FFN rank has no weights for it
-  Buffer partial;                 // its sum otherwise: floats [rows, hidden]
-  std::vector<Partial> partials;  // to be added before the next part, in the order of FFN ranks
+  bool local_pending = false;  // this device's FFN rank has not computed its sum yet
+  bool local_added = false;    // its sum is in the residual already
+  bool refused = false;        // an FFN rank has no weights for it
+  Buffer partial;              // its sum otherwise, in the model's dtype [rows, hidden]
+  // Sums that are to be added to the residual before the next part, in the order of FFN ranks. All
+  // have the model's dtype, the local rank's too: a row comes out the same on any attention rank.
+  std::vector<const void*> partials;
 
   // The LM head works on wanted rows [head_row, head_row + head_rows), from panel head_panel on.
   std::int32_t head_row = 0;

@@ -21,8 +21,20 @@ constexpr std::int64_t kIdleWaitNs = kSecond;
 constexpr std::int64_t kMeetingNs = 50'000;
 constexpr std::int64_t kSharedMeetingNs = 2'000;
 
-std::vector<ModelTable> copied(const LoopDescription& description) {
-  return {description.models, description.models + description.model_count};
+constexpr std::int32_t kNoModel = -1;
+
+ModelTable empty_place() {
+  ModelTable place{};
+  place.number = kNoModel;
+  return place;
+}
+
+std::size_t ffn_ranks_of(const LoopDescription& description) {
+  std::int32_t ranks = 1;
+  for (std::int32_t i = 0; i < description.outgoing_count; ++i) {
+    ranks = std::max(ranks, description.outgoing[i].ffn_rank + 1);
+  }
+  return static_cast<std::size_t>(std::max(ranks, description.ffn_rank + 1));
 }
 
 }  // namespace
@@ -30,24 +42,19 @@ std::vector<ModelTable> copied(const LoopDescription& description) {
 Loop::Loop(Team& team, const LoopDescription& description)
     : team_(team),
       description_(description),
-      models_(copied(description)),
+      models_(static_cast<std::size_t>(description.model_places), empty_place()),
       present_(models_.size()),
-      workspace_(models_, description.max_rows, team.size()) {
-  for (const ModelTable& model : models_) {
-    if (model.asleep == 0) present_[&model - models_.data()].set_all(model.layers + 1);
-    for (std::int32_t i = 0; i < model.ffn_rank_count; ++i) {
-      ffn_ranks_ = std::max<std::size_t>(ffn_ranks_, model.ffn_ranks[i] + 1);
-    }
-  }
+      ffn_ranks_(ffn_ranks_of(description)),
+      workspace_(description.max_rows, team.size()) {
   outgoing_.resize(description.lanes * ffn_ranks_);
   for (std::int32_t lane = 0; lane < description.lanes; ++lane) {
-    lanes_.emplace_back(lane, models_, description.max_rows, team.size());
+    lanes_.emplace_back(lane, description.max_rows, team.size());
     if (description.local_counters == nullptr) continue;
     outgoing(lanes_.back(), description.ffn_rank).counters = &description.local_counters[lane];
   }
   for (std::int32_t i = 0; i < description.outgoing_count; ++i) {
     const LinkDescription& link = description.outgoing[i];
-    if (link.lane >= description.lanes || link.ffn_rank >= static_cast<int>(ffn_ranks_)) continue;
+    if (link.lane >= description.lanes) continue;
     outgoing(lanes_[link.lane], link.ffn_rank) = {false, AttentionEnd(link.memory()), link.peer,
                                                   link.counters};
   }
@@ -56,17 +63,7 @@ Loop::Loop(Team& team, const LoopDescription& description)
     incoming_.push_back(
         {FFNEnd(link.memory()), link.peer, link.counters, link.attention_rank, link.lane});
   }
-  for (const Lane& lane : lanes_) {
-    for (const ModelTable& model : models_) {
-      for (std::int32_t i = 0; i < model.ffn_rank_count; ++i) {
-        if (outgoing(lane, model.ffn_ranks[i]).counters == nullptr) {
-          throw std::runtime_error("lane " + std::to_string(lane.index) +
-                                   " has no link to FFN rank " +
-                                   std::to_string(model.ffn_ranks[i]));
-        }
-      }
-    }
-  }
+  for (std::int32_t i = 0; i < description.model_count; ++i) add_model(description.models[i]);
   meeting_ns_ = description.spin_ns > 0 ? kMeetingNs : kSharedMeetingNs;
   team_.set_patience(meeting_ns_);
   copies_.reserve(ffn_ranks_);
@@ -85,8 +82,34 @@ bool Loop::push(const Command& command) {
   return pushed;
 }
 
+void Loop::add_model(const ModelTable& model) {
+  ModelTable& place = models_[model.number % description_.model_places];
+  if (place.number != kNoModel) {
+    throw std::runtime_error("models " + std::to_string(place.number) + " and " +
+                             std::to_string(model.number) + " have one place");
+  }
+  if (model.weights != Weights::kNever) {
+    for (const Lane& lane : lanes_) {
+      for (std::int32_t i = 0; i < model.ffn_rank_count; ++i) {
+        const auto rank = static_cast<std::size_t>(model.ffn_ranks[i]);
+        if (rank >= ffn_ranks_ || outgoing(lane, model.ffn_ranks[i]).counters == nullptr) {
+          throw std::runtime_error("lane " + std::to_string(lane.index) +
+                                   " has no link to FFN rank " + std::to_string(rank));
+        }
+      }
+    }
+    workspace_.cover(model);
+  }
+  place = model;
+  newest_ = std::max<std::int64_t>(newest_, model.number);
+  present_[&place - models_.data()].set_all(model.weights == Weights::kHere ? model.layers + 1
+                                            : model.weights == Weights::kLater
+                                                ? 0
+                                                : PresentLayers::kNone);
+}
+
 void Loop::set_present(std::int32_t model, WeightPart part, std::int32_t layers) {
-  present_[model].set(part, layers);
+  present_[model % description_.model_places].set(part, layers);
   crosspool_doorbell_ring(description_.doorbell);
 }
 
@@ -131,6 +154,7 @@ void Loop::choose() {
       begin_steps();
       if (choose_ready()) {
         chosen_.start_ns = trace_.on() ? now_ns() : 0;
+        if (is_whole(*chosen_.model)) idle_.work();
         return;
       }
     }
@@ -214,8 +238,7 @@ bool Loop::choose_local(Lane& lane) {
                  .rows = lane.step->rows,
                  .x = lane.payload.data(),
                  .residual = alone ? lane.residual.as<float>() : nullptr,
-                 .partial = alone ? nullptr : lane.partial.as<float>(),
-                 .reply = nullptr};
+                 .reply = alone ? nullptr : lane.partial.data()};
   return true;
 }
 
@@ -230,12 +253,26 @@ bool Loop::choose_incoming(std::int32_t index) {
     return false;
   }
   const DispatchHeader& header = link.end.header();
-  if (header.model >= models_.size() || models_[header.model].ffn == nullptr) {
+  const auto refuse = [&link] {
+    link.end.refuse();
+    crosspool_doorbell_ring(link.peer);
+    return false;
+  };
+  const ModelTable* const found_model = find(header.model);
+  if (found_model == nullptr) {
+    // Of a model that has left, an attention rank that died may have left a dispatch behind. One
+    // that is still to come is waited for: this device was started again, and has yet to be told.
+    if (std::int64_t{header.model} <= newest_) return refuse();
+    waits_for_weights_ = true;
+    return false;
+  }
+  const ModelTable& model = *found_model;
+  if (model.weights == Weights::kNever) return refuse();
+  if (model.ffn == nullptr) {
     fail("FFN rank " + std::to_string(description_.ffn_rank) + " holds nothing of model " +
          std::to_string(header.model));
     return false;
   }
-  const ModelTable& model = models_[header.model];
   const std::int64_t row_bytes = model.hidden * element_bytes(model.dtype);
   if (header.layer >= static_cast<std::uint32_t>(model.layers) || header.row_bytes != row_bytes ||
       header.rows > static_cast<std::uint32_t>(description_.max_rows)) {
@@ -246,11 +283,8 @@ bool Loop::choose_incoming(std::int32_t index) {
     return false;
   }
   const Presence presence = this->presence(model, WeightPart::kFFN, header.layer);
-  if (presence == Presence::kRefused) {
-    link.end.refuse();
-    crosspool_doorbell_ring(link.peer);
-  }
-  if (presence != Presence::kHere) return false;
+  if (presence == Presence::kRefused) return refuse();
+  if (presence == Presence::kLater) return false;
   chosen_.kind = PartKind::kRemoteFFN;
   chosen_.index = index;
   chosen_.model = &model;
@@ -258,7 +292,6 @@ bool Loop::choose_incoming(std::int32_t index) {
                  .rows = static_cast<std::int32_t>(header.rows),
                  .x = link.end.payload(),
                  .residual = nullptr,
-                 .partial = nullptr,
                  .reply = link.end.partial_sum()};
   return true;
 }
@@ -283,8 +316,21 @@ bool Loop::take_commands() {
         recall(command.step);
         break;
       case CommandKind::kClose:
-        present_[command.lane].set_all(command.arguments != 0 ? PresentLayers::kNone : 0);
+        present_[command.lane % description_.model_places].set_all(
+            command.arguments != 0 ? PresentLayers::kNone : 0);
         publish({EventKind::kClosed, command.lane, 0, 0, 0, 0});
+        break;
+      case CommandKind::kAdd:
+        try {
+          add_model(*reinterpret_cast<const ModelTable*>(command.arguments));
+          publish({EventKind::kAdded, command.lane, 0, 0, 0, 0});
+        } catch (const std::exception& error) {
+          fail("model " + std::to_string(command.lane) + " cannot be added: " + error.what());
+        }
+        break;
+      case CommandKind::kRemove:
+        models_[command.lane % description_.model_places] = empty_place();
+        publish({EventKind::kRemoved, command.lane, 0, 0, 0, 0});
         break;
       default:
         fail("command " + std::to_string(static_cast<std::uint32_t>(command.kind)) +
@@ -309,7 +355,12 @@ void Loop::recall(std::uint64_t step) {
 void Loop::begin_steps() {
   for (std::size_t i = 0; i < queue_.size();) {
     StepArguments* step = queue_[i];
-    const ModelTable& model = models_[step->model];
+    const ModelTable* const found = find(step->model);
+    if (found == nullptr) {
+      return fail("step " + std::to_string(step->step) + " is of model " +
+                  std::to_string(step->model) + ", which is not here");
+    }
+    const ModelTable& model = *found;
     const bool first =
         std::none_of(queue_.begin(), queue_.begin() + static_cast<std::ptrdiff_t>(i),
                      [&](const StepArguments* earlier) { return earlier->model == step->model; });
@@ -334,7 +385,7 @@ bool Loop::may_begin(const StepArguments& step) {
     if (found != Presence::kHere || model.ffn == nullptr) return found;
     return presence(model, WeightPart::kFFN, model.layers - 1);
   };
-  const ModelTable& model = models_[step.model];
+  const ModelTable& model = *find(step.model);
   if (last_layer_of(model) != Presence::kLater) return true;
   if (presence(model, WeightPart::kAttention, 0) != Presence::kHere) return false;
   const auto waiting = std::count_if(lanes_.begin(), lanes_.end(), [&](const Lane& lane) {
@@ -360,6 +411,10 @@ void Loop::wait(std::uint32_t seen) {
   const std::int64_t spin =
       in_flight || just_served ? description_.busy_spin_ns : description_.spin_ns;
   team_.set_patience(std::max(spin, meeting_ns_));
+  const bool runs = std::any_of(lanes_.begin(), lanes_.end(), [this](const Lane& lane) {
+    return lane.stage == Stage::kWaiting && is_whole(*lane.model);
+  });
+  if (!runs) idle_.rest();
   if (description_.heartbeat != nullptr) description_.heartbeat->count_look();
   tell(failed_              ? Activity::kIdle
        : waits_for_weights_ ? Activity::kReading

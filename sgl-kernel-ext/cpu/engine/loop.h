@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "ffn_part.h"
+#include "idle_clock.h"
 #include "lane.h"
 #include "links.h"
 #include "present_layers.h"
@@ -25,9 +26,9 @@
 
 namespace crosspool {
 
-// A loop as the host describes it. Pointers stay valid as long as the loop.
+// A loop as the host describes it. Pointers stay valid as long as the loop, but for `models`.
 struct LoopDescription {
-  const ModelTable* models;
+  const ModelTable* models;         // [model_count], those that are there from the start
   const LinkDescription* outgoing;  // [outgoing_count], each a lane's to an FFN rank elsewhere
   const LinkDescription*
       incoming;                  // [incoming_count], each a lane's of an attention rank elsewhere
@@ -45,6 +46,7 @@ struct LoopDescription {
   std::int32_t attention_rank;  // -1: none on this device
   std::int32_t ffn_rank;        // -1: none on this device
   std::int32_t event_fd;        // written to after every event
+  std::int32_t model_places;    // at no time do two models have numbers that are equal modulo it
 };
 
 class Loop {
@@ -61,10 +63,13 @@ class Loop {
   bool pop(Event* event) { return events_.pop(event); }
   Trace& trace() { return trace_; }
   // Tells that the first `layers` layers of a model's part have their weights, from any thread. The
-  // attention part has one layer more, the LM head.
+  // attention part has one layer more, the LM head. The loop has the model.
   void set_present(std::int32_t model, WeightPart part, std::int32_t layers);
   // CLOCK_MONOTONIC time of the last reply to another device, in ns; 0 before the first.
   std::int64_t last_served_ns() const { return last_served_.load(std::memory_order_relaxed); }
+  // Of steps but those of models that are being read.
+  IdleClock& idle() { return idle_; }
+  const std::vector<int>& cores() const { return team_.cores(); }
 
  private:
   enum class PartKind { kStop, kAttention, kHead, kLocalFFN, kRemoteFFN };
@@ -99,11 +104,27 @@ class Loop {
   void collect(Lane& lane);
   void end_step(Lane& lane);
   void refuse_step(Lane& lane);
+  // Throws std::runtime_error when the table contradicts the lanes or another one.
+  void add_model(const ModelTable& model);
+  // The model of this number, or null.
+  const ModelTable* find(std::int64_t number) const {
+    const ModelTable& found = models_[number % description_.model_places];
+    return found.number == number ? &found : nullptr;
+  }
   // Whether weights are there, which somebody waits for otherwise.
   Presence presence(const ModelTable& model, WeightPart part, std::int32_t layer) {
     const Presence found = present_[&model - models_.data()].of_layer(part, layer);
     waits_for_weights_ = waits_for_weights_ || found == Presence::kLater;
     return found;
+  }
+  // Whether all weights of a model that this device has a part of are there.
+  bool is_whole(const ModelTable& model) {
+    PresentLayers& present = present_[&model - models_.data()];
+    const auto has = [&](WeightPart part, std::int32_t layer) {
+      return present.of_layer(part, layer) == Presence::kHere;
+    };
+    return (model.attention == nullptr || has(WeightPart::kAttention, model.layers)) &&
+           (model.ffn == nullptr || has(WeightPart::kFFN, model.layers - 1));
   }
   bool lease_goes_on(const StepArguments& step);
   void recall(std::uint64_t step);
@@ -117,8 +138,9 @@ class Loop {
 
   Team& team_;
   LoopDescription description_;
-  std::vector<ModelTable> models_;
-  std::vector<PresentLayers> present_;  // by model
+  std::vector<ModelTable> models_;      // by their numbers, modulo the number of places
+  std::vector<PresentLayers> present_;  // by place
+  std::int64_t newest_ = -1;            // largest number that a model here has had
   std::size_t ffn_ranks_ = 1;
   Workspace workspace_;
   std::deque<Lane> lanes_;
@@ -128,6 +150,7 @@ class Loop {
   EventRing events_{};
   Trace trace_;
   std::atomic<std::int64_t> last_served_{0};
+  IdleClock idle_;
 
   ChosenPart chosen_;
   std::vector<unsigned char*> copies_;  // of the payload of the attention part under way

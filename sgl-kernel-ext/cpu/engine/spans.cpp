@@ -22,6 +22,13 @@ std::uint64_t mixed(std::uint64_t state, std::uint64_t word) {
   return std::rotl(state ^ word, 29) * kOdd;
 }
 
+// Unrolled, so that lanes stay in registers: summing is a third of what reading from the page cache
+// costs even so.
+void mix(std::uint64_t (&lanes)[kLanes], const std::uint64_t (&words)[kLanes]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; ++i) lanes[i] = mixed(lanes[i], words[i]);
+}
+
 std::uint64_t unit_checksum(const std::byte* data, std::int64_t bytes, std::int32_t number) {
   std::uint64_t lanes[kLanes];
   for (int i = 0; i < kLanes; ++i) lanes[i] = kOdd * static_cast<std::uint64_t>(i + 1);
@@ -29,12 +36,12 @@ std::uint64_t unit_checksum(const std::byte* data, std::int64_t bytes, std::int3
   std::int64_t at = 0;
   for (; at + static_cast<std::int64_t>(sizeof(words)) <= bytes; at += sizeof(words)) {
     std::memcpy(words, data + at, sizeof(words));
-    for (int i = 0; i < kLanes; ++i) lanes[i] = mixed(lanes[i], words[i]);
+    mix(lanes, words);
   }
   if (at < bytes) {
     std::memset(words, 0, sizeof(words));
     std::memcpy(words, data + at, static_cast<std::size_t>(bytes - at));
-    for (int i = 0; i < kLanes; ++i) lanes[i] = mixed(lanes[i], words[i]);
+    mix(lanes, words);
   }
   std::uint64_t sum = mixed(static_cast<std::uint64_t>(bytes), static_cast<std::uint64_t>(number));
   for (const std::uint64_t lane : lanes) sum = mixed(sum, lane);
@@ -71,13 +78,13 @@ std::uint64_t checksum(const Span& span, Range units) {
   return sum;
 }
 
-std::int32_t units_at_once(const Span& span) {
-  return static_cast<std::int32_t>(std::clamp<std::int64_t>(
-      kPieceBytes / std::max<std::int64_t>(span.unit_bytes, 1), 1, 1 << 20));
+std::int32_t units_in(std::int64_t bytes, const Span& span) {
+  return static_cast<std::int32_t>(
+      std::clamp<std::int64_t>(bytes / std::max<std::int64_t>(span.unit_bytes, 1), 1, 1 << 20));
 }
 
 int read_units(int file, Span& span, Range units) {
-  const std::int32_t step = units_at_once(span);
+  const std::int32_t step = units_in(kPieceBytes, span);
   std::uint64_t sum = 0;
   for (std::int32_t begin = units.begin; begin < units.end; begin += step) {
     const Range piece{begin, std::min(units.end, begin + step)};

@@ -29,8 +29,8 @@ Range pairs(std::int32_t units, int thread, int threads);
 // Any change within 8 bytes of a unit changes it.
 std::uint64_t checksum(const Span& span, Range units);
 
-// The number of a span's units that come to a few hundred KiB, or one.
-std::int32_t units_at_once(const Span& span);
+// The number of a span's units that come to at most `bytes`, or one.
+std::int32_t units_in(std::int64_t bytes, const Span& span);
 
 // Reads units of a span from a file and adds their checksum to the span's. Returns 0, or -errno;
 // -ENODATA where the file ends too early.

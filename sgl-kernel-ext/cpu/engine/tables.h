@@ -1,6 +1,6 @@
 // What the engine knows of a model: pointers to packed weights and tables, and the numbers of
 // crosspool.models.spec. Python fills them in (crosspool/kernels/engine_structs.py mirrors them)
-// and keeps what they point to alive as long as the loop.
+// and keeps what they point to alive as long as the loop has the model.
 #ifndef CROSSPOOL_CPU_ENGINE_TABLES_H
 #define CROSSPOOL_CPU_ENGINE_TABLES_H
 
@@ -44,6 +44,13 @@ struct FFNTable {
 
 enum class AttentionKind : std::int32_t { kGQA = 0, kMLA = 1 };
 
+// Which weights of a model are there when it comes to the loop.
+enum class Weights : std::int32_t {
+  kHere = 0,
+  kLater = 1,  // only their shapes are known
+  kNever = 2,  // neither weights nor shapes: what needs them is refused
+};
+
 struct ModelTable {
   DType dtype;
   std::int32_t hidden;
@@ -72,7 +79,10 @@ struct ModelTable {
 
   const std::int32_t* ffn_ranks;  // that share the model, ascending
   std::int32_t ffn_rank_count;
-  std::int32_t asleep;  // 1: no weights are there yet, only their shapes
+  Weights weights;
+
+  // Of the model, in the whole deployment; no other model ever has it.
+  std::int32_t number;
 };
 
 // ---- A step
@@ -110,7 +120,7 @@ struct Keep {
 // then rewrites tokens, segments and wanted rows.
 struct StepArguments {
   std::uint64_t step;
-  std::int32_t model;
+  std::int32_t model;  // its number
   std::int32_t rows;
   std::int32_t segment_count;
   std::int32_t wanted_count;

@@ -25,6 +25,7 @@ class Team {
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
 
+  const std::vector<int>& cores() const { return cores_; }
   int size() const { return static_cast<int>(cores_.size()); }
 
   // Begins job(thread) on every thread; wait() returns when all are done.

@@ -31,8 +31,9 @@ struct StagedReading {
   std::int32_t stop;         // in: set to 1 by any thread to end it with -ECANCELED
 };
 
-// Reads the stages in order, in a thread that yields to all others, and tells the loop of each.
-// Returns 0, -errno, or -EBADMSG where a checksum is another one.
+// Reads the stages in order and tells the loop of each. One thread reads, which yields to all
+// others; while no step runs, more help it, also on the loop's cores. Returns 0, -errno, or
+// -EBADMSG where a checksum is another one.
 int read_stages(Loop& loop, StagedReading& reading);
 
 }  // namespace crosspool

@@ -74,32 +74,31 @@ struct Sizes {
 
 }  // namespace
 
-Workspace::Workspace(std::span<const ModelTable> models, std::int32_t max_rows,
-                     std::int32_t threads) {
+void Workspace::cover(const ModelTable& model) {
   Sizes sizes;
-  for (const ModelTable& model : models) sizes.add(model);
+  sizes.add(model);
   for (const DType dtype : {DType::kBFloat16, DType::kFloat32}) {
-    scratch_bytes = std::max(scratch_bytes, kernels(dtype).scratch_bytes(sizes.limits));
+    scratch_bytes =
+        std::max(scratch_bytes, round_up(kernels(dtype).scratch_bytes(sizes.limits), 4096));
   }
-  scratch_bytes = round_up(scratch_bytes, 4096);
-  scratches = Buffer(scratch_bytes * threads);
-  const std::int64_t rows = max_rows;
-  normed = Buffer(rows * sizes.hidden * kWidestElement);
-  projected = Buffer(rows * sizes.projected * kWidestElement);
-  latent_q = Buffer(rows * sizes.latent_q * kWidestElement);
-  plain_q = Buffer(rows * sizes.plain_q * kWidestElement);
-  q = Buffer(rows * sizes.q * kWidestElement);
-  attended = Buffer(rows * sizes.attended * kWidestElement);
-  values = Buffer(rows * sizes.values * kWidestElement);
-  sum = Buffer(rows * sizes.hidden * kWidestElement);
-  wide = Buffer(rows * sizes.hidden * kWidestElement);
-  router_logits = Buffer(rows * sizes.experts * kWidestElement);
-  experts = Buffer(rows * sizes.top_k * kWidestElement);
-  weights = Buffer(rows * sizes.top_k * kWidestElement);
-  activation = Buffer(rows * sizes.activation * kWidestElement);
-  groups = Buffer(sizes.held * static_cast<std::int64_t>(sizeof(ExpertGroup)));
-  slot_row = Buffer(rows * sizes.top_k * kWidestElement);
-  slot_weight = Buffer(rows * sizes.top_k * kWidestElement);
+  scratches.reserve(scratch_bytes * threads_);
+  const std::int64_t rows = max_rows_;
+  normed.reserve(rows * sizes.hidden * kWidestElement);
+  projected.reserve(rows * sizes.projected * kWidestElement);
+  latent_q.reserve(rows * sizes.latent_q * kWidestElement);
+  plain_q.reserve(rows * sizes.plain_q * kWidestElement);
+  q.reserve(rows * sizes.q * kWidestElement);
+  attended.reserve(rows * sizes.attended * kWidestElement);
+  values.reserve(rows * sizes.values * kWidestElement);
+  sum.reserve(rows * sizes.hidden * kWidestElement);
+  wide.reserve(rows * sizes.hidden * kWidestElement);
+  router_logits.reserve(rows * sizes.experts * kWidestElement);
+  experts.reserve(rows * sizes.top_k * kWidestElement);
+  weights.reserve(rows * sizes.top_k * kWidestElement);
+  activation.reserve(rows * sizes.activation * kWidestElement);
+  groups.reserve(sizes.held * static_cast<std::int64_t>(sizeof(ExpertGroup)));
+  slot_row.reserve(rows * sizes.top_k * kWidestElement);
+  slot_weight.reserve(rows * sizes.top_k * kWidestElement);
   plan = {groups.as<ExpertGroup>(), slot_row.as<std::int32_t>(), slot_weight.as<float>(), 0, 0};
 }
 

@@ -1,11 +1,9 @@
 // The arrays that a part needs while it runs. Parts run one at a time, so one set serves all lanes
-// and models; it is sized for the largest model before the first step.
+// and models. Between parts it grows for each model that comes and needs more.
 #ifndef CROSSPOOL_CPU_ENGINE_WORKSPACE_H
 #define CROSSPOOL_CPU_ENGINE_WORKSPACE_H
 
 #include <cstdint>
-#include <span>
-#include <vector>
 
 #include "buffer.h"
 #include "tables.h"
@@ -13,7 +11,10 @@
 namespace crosspool {
 
 struct Workspace {
-  Workspace(std::span<const ModelTable> models, std::int32_t max_rows, std::int32_t threads);
+  Workspace(std::int32_t max_rows, std::int32_t threads) : max_rows_(max_rows), threads_(threads) {}
+
+  // Grows for a model, while no part runs. Throws std::bad_alloc.
+  void cover(const ModelTable& model);
 
   void* scratch(int thread) const {
     return scratches.as<char>() + static_cast<std::int64_t>(thread) * scratch_bytes;
@@ -42,6 +43,10 @@ struct Workspace {
 
   Buffer scratches;  // by thread
   std::int64_t scratch_bytes = 0;
+
+ private:
+  std::int32_t max_rows_;
+  std::int32_t threads_;
 };
 
 }  // namespace crosspool

@@ -1,5 +1,5 @@
 // Grouped panels: codes that stand for bfloat16 values, and a scale for each group of k of every
-// column. docs/decisions/0008-formats.md says which formats become such panels.
+// column. docs/decisions/0010-formats.md says which formats become such panels.
 //
 // A panel is [groups][16] scales, where the format has them [groups][16] offsets, and behind them,
 // 64-byte aligned, the codes: for every 8 depths a line for each plane of 4 bits. The nibbles of a

@@ -20,6 +20,8 @@ enum class CommandKind : std::uint32_t {
   kTrace = 5,   // for a GPU's lane only: record stages from now on (`arguments` is 1), or no more
   kClose = 6,   // for a CPU's loop only: it reads no weights of model `lane` from now on. If
                 // `arguments` is 1, it refuses what needs them, else that waits for them
+  kAdd = 7,     // for a CPU's loop only: model `lane` comes; `arguments`: its ModelTable
+  kRemove = 8,  // for a CPU's loop only: model `lane` leaves; nothing of it is under way
 };
 
 struct Command {
@@ -37,6 +39,8 @@ enum class EventKind : std::uint32_t {
   kTokens = 4,   // a step of a lease has ended and another follows; its tokens are in its arguments
   kRefused = 5,  // the step has ended without a result, for weights that it needs are not there
   kClosed = 6,   // the loop reads no weights of model `lane` any more
+  kAdded = 7,  // the loop takes steps of model `lane`, and has no more use for the command's table
+  kRemoved = 8,  // the loop has forgotten model `lane`, and reads nothing of it any more
 };
 
 // `address`: with kLogits, a CPU's loop has the logits there, float [count, vocab]; with kFailed, a

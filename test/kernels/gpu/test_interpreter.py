@@ -87,7 +87,7 @@ def test_a_tensor_over_memory_that_is_not_mapped_is_refused() -> None:
     chunk = 1 << 16
     driver = FakeCuda(total=2 * chunk, granularity=chunk)
     numbers, target = torch.arange(8, dtype=torch.float32), torch.zeros(1)
-    with CudaVirtualizer(driver, 2 * chunk, chunk, [2 * chunk]) as pool:
+    with CudaVirtualizer(driver, 2 * chunk, chunk, {0: 2 * chunk}) as pool:
         kv = pool.tensor(0, (2, chunk // 4), torch.float32)
         for chunks in ([], [1]):
             pool.map(0, chunks)

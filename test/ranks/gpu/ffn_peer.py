@@ -18,7 +18,7 @@ import msgspec
 import torch
 from crosspool.config.deployment import load
 from crosspool.config.device import Device
-from crosspool.models.registry import read_model
+from crosspool.models.registry import specs_of
 from crosspool.ranks.gpu.host_side import HostSide
 from crosspool.ranks.gpu.join import join_lanes
 from crosspool.ranks.gpu.load import load_parts
@@ -49,7 +49,7 @@ def main() -> None:
 
         repair()
     torch.set_num_threads(1)
-    specs = [read_model(Path(model.path), dtype=model.dtype) for model in deployment.models]
+    specs = specs_of(deployment.models)
     driver, on = driver_of(device, real)
     with contextlib.ExitStack() as resources:
         peers = join_gpus(
@@ -61,7 +61,7 @@ def main() -> None:
             driver=driver,
             resources=resources,
         )
-        parts = load_parts(deployment, device, specs, place(deployment, specs), (), on=on)
+        parts = load_parts(deployment, device, specs, place(deployment, specs), {}, on=on)
         lanes = resources.enter_context(contextlib.ExitStack())
         ranks, executor = join_lanes(
             deployment, device, parts, peers, virtualizer=None, host=HostSide(on), resources=lanes

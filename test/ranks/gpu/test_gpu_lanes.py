@@ -340,7 +340,9 @@ def test_a_resident_loop_goes_on_while_memory_is_mapped(lane_count: int, quiesce
     own = -(-torch.Size(shape).numel() * 4 // chunk)
     with contextlib.ExitStack() as resources:
         pool = resources.enter_context(
-            CudaVirtualizer(CudaBindings(0), (own + 8) * chunk, chunk, [own * chunk, 64 * chunk])
+            CudaVirtualizer(
+                CudaBindings(0), (own + 8) * chunk, chunk, {0: own * chunk, 1: 64 * chunk}
+            )
         )
         pool.map(0, list(range(own)))
         kv = pool.tensor(0, shape, torch.float32)

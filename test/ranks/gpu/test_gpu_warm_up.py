@@ -56,7 +56,7 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.fixture
 def pool_and_model(driver: CudaDriver, path: Path) -> Iterator[tuple[CudaVirtualizer, GPUModel]]:
     spec, chunk = read_model(path, dtype="float32"), driver.granularity
-    pool = CudaVirtualizer(driver, CHUNKS * chunk, chunk, [CHUNKS * chunk])
+    pool = CudaVirtualizer(driver, CHUNKS * chunk, chunk, {0: CHUNKS * chunk})
     layout = KVLayout(spec, PAGE_SIZE, chunk)
     shape = (layout.pages_in(CHUNKS), spec.layers, PAGE_SIZE, spec.kv_width)
     kv = pool.tensor(0, shape, torch.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -86,20 +86,20 @@ class Device:
 
     def __init__(self, lanes: int = 2) -> None:
         self.log: list[tuple[str, int, int]] = []
-        specs = [spec(layers) for layers in LAYERS]
+        specs = {model: spec(layers) for model, layers in enumerate(LAYERS)}
         parts: list[Any] = [OneHot(model, self.log) for model in range(len(LAYERS))]
         chunks: Any = Chunks(self.log)
-        kv = [torch.empty(8, 1, 4, 1) for _ in LAYERS]
+        kv = {model: torch.empty(8, 1, 4, 1) for model in specs}
         self.trace = LaneTrace()
         self.attention = AttentionRank(0, specs, dict(enumerate(parts)), chunks, kv)
-        ffn = FFNRank(0, specs, dict(enumerate(parts)), range(len(parts)), self.trace)
+        ffn = FFNRank(0, specs, dict(enumerate(parts)), set(specs), self.trace)
         links = [LocalLink(0, lane, 0) for lane in range(lanes)]
         ffn.links = links
         self.loop = HostLoop(
             self.attention,
             [[link] for link in links],
             ffn,
-            ffn_ranks=[[0]] * len(LAYERS),
+            ffn_ranks=dict.fromkeys(specs, (0,)),
             doorbell=None,
             serves_peers=False,
             trace=self.trace,
@@ -167,18 +167,18 @@ def test_a_batch_goes_to_its_models_ffn_ranks_only() -> None:
     device = Device()
     ffn_ranks = [[0], [1], [0, 1]]
     links = [[LocalLink(0, lane, rank) for rank in (0, 1)] for lane in (0, 1)]
-    specs = [spec(layers) for layers in LAYERS]
+    specs = {model: spec(layers) for model, layers in enumerate(LAYERS)}
     loops = []
     logs: list[list[tuple[str, int, int]]] = [[], []]
     for rank, log in enumerate(logs):
         parts: Any = {m: OneHot(m, log) for m, ranks in enumerate(ffn_ranks) if rank in ranks}
-        ffn = FFNRank(rank, specs, parts, list(parts), LaneTrace())
+        ffn = FFNRank(rank, specs, parts, set(parts), LaneTrace())
         ffn.links = [of_lane[rank] for of_lane in links]
         loops.append(
             HostLoop(
                 *((device.attention, links) if rank == 0 else (None, [])),
                 ffn,
-                ffn_ranks=ffn_ranks,
+                ffn_ranks=dict(enumerate(ffn_ranks)),
                 doorbell=None,
                 serves_peers=rank == 1,
                 trace=LaneTrace(),
@@ -200,10 +200,91 @@ def test_a_batch_goes_to_its_models_ffn_ranks_only() -> None:
 
 def test_a_dispatch_of_a_model_that_lies_elsewhere_is_an_error() -> None:
     link = LocalLink(0, 0, 1)
-    ffn = FFNRank(1, [spec(1)] * 2, {1: OneHot(1, [])}, [1], LaneTrace())  # type: ignore[dict-item]
+    parts: Any = {1: OneHot(1, [])}
+    ffn = FFNRank(1, dict.fromkeys(range(2), spec(1)), parts, {1}, LaneTrace())
     link.dispatch(DispatchHeader(epoch=0, model=0, layer=0, rows=1), torch.zeros(1, VOCAB))
     with pytest.raises(LaneError, match="FFN rank 1 holds nothing of model 0"):
         ffn.serve(link)
+
+
+def test_a_dispatch_of_a_model_that_has_yet_to_come_waits() -> None:
+    link = LocalLink(0, 0, 1)
+    specs, models = {0: spec(1)}, {0}
+    parts: Any = {0: OneHot(0, []), 7: OneHot(7, [])}
+    ffn = FFNRank(1, specs, parts, models, LaneTrace())
+    link.dispatch(DispatchHeader(epoch=0, model=7, layer=0, rows=1), torch.zeros(1, VOCAB))
+    assert not ffn.serve(link)
+    specs[7] = spec(1)
+    models.add(7)
+    assert ffn.serve(link)
+
+
+def test_a_dispatch_of_a_model_that_has_left_is_refused() -> None:
+    """An attention rank that died has left it behind, and its successor needs the lane."""
+    link = LocalLink(0, 0, 1)
+    specs, parts = {0: spec(1), 7: spec(1)}, {0: OneHot(0, []), 7: OneHot(7, [])}
+    ffn = FFNRank(1, specs, cast(Any, parts), {0, 7}, LaneTrace())
+    link.dispatch(DispatchHeader(epoch=0, model=7, layer=0, rows=1), torch.zeros(1, VOCAB))
+    del specs[7], parts[7]
+    assert ffn.serve(link) and not ffn.serve(link)
+    assert link.ready() and link.take_refusal() and link.free
+
+
+def test_a_step_that_one_of_its_ffn_ranks_refuses_ends_without_rows() -> None:
+    """The other rank replies; the lane takes the next step."""
+    device = Device(lanes=1)
+    links = [LocalLink(0, 0, rank) for rank in (0, 1)]
+    specs = {0: spec(LAYERS[0])}
+    here: dict[int, Any] = {}
+    ffn = [
+        FFNRank(rank, specs, parts, {0}, LaneTrace())
+        for rank, parts in enumerate(({0: cast(Any, OneHot(0, []))}, here))
+    ]
+    loop = HostLoop(
+        *(device.attention, [links], None),
+        ffn_ranks={0: (0, 1)},
+        doorbell=None,
+        serves_peers=False,
+        trace=LaneTrace(),
+    )
+
+    def results() -> list[StepResult]:
+        found = []
+        for _ in range(20):
+            found += loop.run(0.0)
+            for rank, link in zip(ffn, links, strict=True):
+                rank.serve(link)
+        return found
+
+    loop.submit(step(1, 0))
+    assert results() == []
+    ffn[1].refusing.add(0)
+    assert results() == [StepResult(step=1, rows=[], refused=True)]
+    assert not loop.has(0)
+    ffn[1].refusing.clear()
+    here[0] = OneHot(0, [])
+    loop.submit(step(2, 0))
+    assert [r.step for r in results() if not r.refused] == [2]
+
+
+def test_chunks_of_a_model_that_sleeps_are_given_back_at_once() -> None:
+    """Others need them while it sleeps. What comes behind a step that waits for its weights waits
+    with it."""
+    device = Device()
+    device.loop.submit(step(1, 0))
+    device.run(1)
+    device.loop.hold(0)
+    device.loop.submit(Release(model=0, requests=[1], unmap_chunks=[1]))
+    assert ("unmap", 0, 1) in device.log
+    device.loop.submit(step(2, 0))
+    device.loop.submit(Release(model=0, requests=[2], unmap_chunks=[2]))
+    assert device.log.count(("unmap", 0, 1)) == 1 and device.loop.has(0)
+    device.loop.resume(0)
+    device.run(1)
+    device.loop.run(0.0)
+    assert device.log.count(("unmap", 0, 1)) == 2 and not device.loop.has(0)
+    device.loop.hold(0)
+    device.loop.forget(0)
 
 
 def test_steps_wait_for_a_lane_in_order() -> None:
@@ -302,7 +383,7 @@ def test_waits_on_the_doorbell_when_nothing_is_ready() -> None:
         device.attention,
         [[link]],
         None,
-        ffn_ranks=[[0]] * len(LAYERS),
+        ffn_ranks=dict.fromkeys(range(len(LAYERS)), (0,)),
         doorbell=Doorbell(),
         serves_peers=False,
         trace=LaneTrace(),

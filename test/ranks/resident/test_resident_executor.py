@@ -218,7 +218,7 @@ def test_a_batch_that_ends_is_replaced_at_once(checkpoints: list[Path]) -> None:
                 break
         else:
             pytest.skip("this machine is too busy: a step's first part was always over")
-    assert [spec.layers for spec in machine.specs] == [2, 4, 2]
+    assert [spec.layers for spec in machine.specs.values()] == [2, 4, 2]
     spans = {
         step.step: [e for e in events if e.role == "attention" and e.step == step.step]
         for step in steps

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+from crosspool.config import deployment as deployment_module
 from crosspool.config.device import Device
 from crosspool.config.process import adopt_orphans, die_with_parent
 from crosspool.transport.forks import Fork, Forked
@@ -169,3 +170,35 @@ def test_memory_and_restarts(tmp_path: Path, models: list[Path]) -> None:
                 pass
             assert message == Woken(model=0)
         assert outputs(on) == right
+
+
+def test_a_later_process_knows_the_models_of_its_time(tmp_path: Path, models: list[Path]) -> None:
+    """The holder was started with others, whose memory is the system's when they have left."""
+    device = "cpu:0"
+    with HeldDriver(
+        models,
+        [device],
+        [device],
+        packed_cache_dir=str(tmp_path / "cache"),
+        packed_cache_bytes=1 << 30,
+        kv_pool_bytes=32 << 20,
+    ) as on:
+        right = outputs(on)
+        keepers = [c for h, _ in on.holders.values() for c in psutil.Process(h.pid).children()]
+        psutil.wait_procs(keepers, 60)
+        packed = sum(file.stat().st_size for file in (tmp_path / "cache").glob("m1-*.packed"))
+        before = on.memory(device)
+        on.sleep(1)
+        on.remove(1)
+        for was, now in zip(before, on.memory(device), strict=True):
+            assert was - now > 0.95 * packed, (was, now)
+        number, errors = on.add(models[1])
+        assert errors == {device: None}
+        deployment_module.save(on.deployment)
+        on.replace(device)
+        assert on.ready[device].models == [0, number]
+        assert on.ready[device].resident == [0], "the holder has it no more"
+        assert on.wake(number) == {number: None}
+        asked = [Generation(model, [5, 6, 7, 8, 9, 10], 6) for model in (0, number)]
+        on.generate(asked)
+        assert [one.output for one in asked] == right

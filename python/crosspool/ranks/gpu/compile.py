@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,7 +126,7 @@ def compile_ahead(
 
 
 def compile_deployment(
-    deployment: Deployment, specs: Sequence[ModelSpec], placement: Placement, capability: int
+    deployment: Deployment, specs: Mapping[int, ModelSpec], placement: Placement, capability: int
 ) -> Compiled:
     """Compiles every kernel of a deployment that is not in the folder of compiled kernels yet, and
     makes Triton look there. All device processes of a host may call it at once: the first one
@@ -141,7 +141,7 @@ def compile_deployment(
 
 
 def deployment_launches(
-    deployment: Deployment, specs: Sequence[ModelSpec], placement: Placement, capability: int
+    deployment: Deployment, specs: Mapping[int, ModelSpec], placement: Placement, capability: int
 ) -> dict[str, list[Launch]]:
     """Returns what the devices of a deployment launch on GPUs of ``capability`` (90: sm_90), by
     model.
@@ -159,7 +159,7 @@ def deployment_launches(
 
 
 def _stages(
-    deployment: Deployment, device: Device, specs: Sequence[ModelSpec], held: HeldModel
+    deployment: Deployment, device: Device, specs: Mapping[int, ModelSpec], held: HeldModel
 ) -> Iterator[HasStages]:
     """The stages of a model on a device, as :mod:`crosspool.ranks.gpu.join` makes them, without
     memory."""
@@ -188,7 +188,7 @@ def _stages(
     if ffn is not None and any(peer != device for peer in deployment.kv_pool_devices):
         counts = ServedCounts(1, HostSide(NOWHERE))
         _, served = make_serving(
-            specs,
+            list(specs.values()),
             {held.index: ffn},
             buckets,
             [LinkMemory()],

@@ -63,7 +63,7 @@ class GPUExecutor(LoopExecutor[GPURank, GPUFlight]):
         self._looks = 0
         self._buckets = buckets
         self._stages = stages or {}
-        specs = [] if attention is None else attention.specs
+        specs = [] if attention is None else list(attention.specs.values())
         self._layouts: list[list[InputLayout]] = [
             [self._stages[0, model, bucket].layout for bucket in range(len(buckets))]
             for model in range(len(specs))

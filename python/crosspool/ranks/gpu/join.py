@@ -17,7 +17,7 @@ from crosspool.kernels.cuda_loop import CudaLoop
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.kvpool.virtualizer import Virtualizer
 from crosspool.models.spec import ModelSpec
-from crosspool.ranks.device import AlwaysResident, Counted, DeviceRanks, Traces
+from crosspool.ranks.device import Counted, DeviceRanks, FixedModels, Traces
 from crosspool.ranks.gpu.executor import GPUExecutor
 from crosspool.ranks.gpu.flight import GPURank
 from crosspool.ranks.gpu.host_side import HostSide, start
@@ -38,7 +38,7 @@ class GPUParts:
     """Weights and KV cache that lie on one GPU."""
 
     specs: Sequence[ModelSpec]
-    """All models of the deployment."""
+    """All models of the deployment, whose numbers count from 0: none comes or goes on GPUs."""
     models: list[GPUModel] = field(default_factory=list)
     """All models, where there is an attention rank; none without."""
     ffns: dict[int, GPUFFN] = field(default_factory=dict)
@@ -123,9 +123,10 @@ def join_lanes(
         assert links.attention_rank is not None
         held_parts, kv = (
             {i: m.attention for i, m in enumerate(parts.models)},
-            [m.kv for m in parts.models],
+            {i: m.kv for i, m in enumerate(parts.models)},
         )
-        attention = GPURank(links.attention_rank, parts.specs, held_parts, virtualizer, kv)
+        specs = dict(enumerate(parts.specs))
+        attention = GPURank(links.attention_rank, specs, held_parts, virtualizer, kv)
     if links.ffn_rank is not None:
         ffn = GPUFFNRank(links.ffn_rank, parts.ffns, served)
     ranks = [deployment.ffn_ranks(model) for model in models]
@@ -152,7 +153,7 @@ def join_lanes(
     start(loop, host)
     return DeviceRanks(
         *(deployment, device, executor, attention, ffn, outgoing, trace, resources),
-        AlwaysResident(models),
+        FixedModels(deployment.models, models),
     ), executor
 
 

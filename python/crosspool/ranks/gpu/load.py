@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -34,7 +34,7 @@ from crosspool.weightpool.placement import Placement
 def load_gpu_ranks(
     deployment: Deployment,
     device: Device,
-    specs: Sequence[ModelSpec],
+    specs: Mapping[int, ModelSpec],
     placement: Placement,
     lanes_fd: int | None,
     *,
@@ -63,7 +63,7 @@ def load_gpu_ranks(
             driver=driver,
             resources=resources,
         )
-        kv: Sequence[torch.Tensor] = ()
+        kv: Mapping[int, torch.Tensor] = {}
         virtualizer: CudaVirtualizer | None = None
         if device in deployment.kv_pool_devices:
             make = functools.partial(CudaVirtualizer, driver)
@@ -86,9 +86,9 @@ def load_gpu_ranks(
 def load_parts(
     deployment: Deployment,
     device: Device,
-    specs: Sequence[ModelSpec],
+    specs: Mapping[int, ModelSpec],
     placement: Placement,
-    caches: Sequence[torch.Tensor],
+    caches: Mapping[int, torch.Tensor],
     *,
     on: torch.device,
 ) -> GPUParts:
@@ -96,7 +96,7 @@ def load_parts(
     attention rank.
 
     Raises ConfigError for a bad checkpoint, or a share that the kernels do not take."""
-    parts = GPUParts(specs)
+    parts = GPUParts(list(specs.values()))
     for held in held_models(deployment, device, specs, placement):
         if held.ffn is not None:
             check_share(deployment.models[held.index], held.spec, held.ffn)

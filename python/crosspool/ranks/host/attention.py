@@ -10,9 +10,15 @@ import torch.nn.functional as F
 from crosspool.kernels.attention import append_kv, gqa_attention, mla_attention
 from crosspool.kernels.linear import bmm, linear
 from crosspool.kernels.norm import rms_norm
-from crosspool.kernels.rope import rope_frequencies, rope_tables, rotate
+from crosspool.kernels.rope import (
+    rope_frequencies,
+    rope_tables,
+    rotate,
+    unscaled_frequencies,
+)
 from crosspool.models.gguf_config import config_of
 from crosspool.models.registry import attention_tensors
+from crosspool.models.rope import unscaled_base
 from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, RopeSpec
 from crosspool.observability.progress import Progress
 from crosspool.ranks.host.step_batch import StepBatch
@@ -98,14 +104,17 @@ class AttentionPart:
 
 def frequencies(spec: ModelSpec, path: Path) -> tuple[torch.Tensor, float]:
     """Returns rope frequencies, as transformers reads them from the config, and the factor on cos
-    and sin. Importing transformers takes about as long as torch; a device that holds no attention
-    part, or finds the frequencies beside its packed weights, goes without."""
+    and sin. Importing transformers takes longer than torch: it is needed only where the
+    frequencies are scaled or the config leaves their base to the family."""
+    dim, config = spec.attention.rope.dim, config_of(path)
+    base = unscaled_base(config)
+    if base is not None:
+        return unscaled_frequencies(base, dim), 1.0
     from transformers import AutoConfig
 
-    fields = dict(config_of(path).values)
+    fields = dict(config.values)
     fields.pop("model_type", None)
-    config = AutoConfig.for_model(spec.family, **fields)
-    return rope_frequencies(config, spec.attention.rope.dim)
+    return rope_frequencies(AutoConfig.for_model(spec.family, **fields), dim)
 
 
 def _rotate(x: torch.Tensor, batch: StepBatch, rope: RopeSpec) -> torch.Tensor:

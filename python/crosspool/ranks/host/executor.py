@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -30,19 +30,22 @@ from crosspool.transport.messages import Release, Step, StepResult
 class Lane:
     """One of an attention rank's lanes, and the batch on it.
 
-    ``links``: the lane's links to the FFN ranks of each model, indexed by model; ``epoch``: the
-    incarnation of the attention rank, which no other one of it has had."""
+    ``links``: the lane's links, by FFN rank; ``ffn_ranks``: those that share each model there is at
+    any time; ``epoch``: the incarnation of the attention rank, which no other one of it has had."""
 
     def __init__(
         self,
         index: int,
-        links: Sequence[Sequence[AttentionLink]],
+        links: Sequence[AttentionLink],
+        ffn_ranks: Mapping[int, Sequence[int]],
         rank: AttentionRank,
+        *,
         epoch: int,
         trace: LaneTrace,
     ) -> None:
         self.index = index
-        self.links = links
+        self._links = links
+        self._ffn_ranks = ffn_ranks
         self.batch: Batch | None = None
         self._rank = rank
         self._epoch = epoch
@@ -50,6 +53,10 @@ class Lane:
         self._layer = 0
         self._dispatched = False
         self._head: LMHead | None = None
+
+    def links(self, model: int) -> list[AttentionLink]:
+        """The links to the FFN ranks of a model."""
+        return [self._links[rank] for rank in self._ffn_ranks[model]]
 
     def take(self, batch: Batch) -> None:
         """Puts a batch on the free lane."""
@@ -61,23 +68,32 @@ class Lane:
     def is_free_for(self, model: int) -> bool:
         """Whether a batch of the model may be put on the lane: there is none, and no dispatch of
         this attention rank's predecessor still waits for its reply."""
-        return self.batch is None and all(link.free for link in self.links[model])
+        return self.batch is None and all(link.free for link in self.links(model))
 
     @property
     def ready(self) -> bool:
         if self.batch is None:
             return False
-        return not self._dispatched or all(link.ready() for link in self.links[self.batch.model])
+        return not self._dispatched or all(link.ready() for link in self.links(self.batch.model))
 
     def advance(self) -> StepResult | None:
         """Computes the ready part. After the last one, returns the result and is free."""
         batch = self.batch
         assert batch is not None
-        links = self.links[batch.model]
+        links = self.links(batch.model)
         start = self._trace.now()
         if self._dispatched:
-            shape = batch.residual.shape
-            self._rank.combine(batch, [link.combine(shape, batch.residual.dtype) for link in links])
+            refused = [link.take_refusal() for link in links]
+            shape, dtype = batch.residual.shape, batch.residual.dtype
+            partials = [
+                link.combine(shape, dtype)
+                for link, no in zip(links, refused, strict=True)
+                if not no
+            ]
+            if any(refused):
+                self.batch = None
+                return StepResult(step=batch.step, rows=[], refused=True)
+            self._rank.combine(batch, partials)
             self._dispatched = False
             self._layer += 1
         if self._layer < self._rank.specs[batch.model].layers:
@@ -120,8 +136,8 @@ class HostLoop(QueuedExecutor[AttentionRank, Batch]):
     first step.
 
     A device without an attention rank has neither ``attention`` nor ``links`` ([lane][FFN rank]),
-    one without an FFN rank has no ``ffn``. ``ffn_ranks``: the FFN ranks that share each model,
-    indexed by model. ``doorbell``: None when no peer lives on another device."""
+    one without an FFN rank has no ``ffn``. ``ffn_ranks``: the FFN ranks that share each model that
+    there is at any time. ``doorbell``: None when no peer lives on another device."""
 
     def __init__(
         self,
@@ -129,7 +145,7 @@ class HostLoop(QueuedExecutor[AttentionRank, Batch]):
         links: Sequence[Sequence[AttentionLink]],
         ffn: FFNRank | None,
         *,
-        ffn_ranks: Sequence[Sequence[int]],
+        ffn_ranks: Mapping[int, Sequence[int]],
         doorbell: PeerDoorbell | None,
         serves_peers: bool,
         trace: LaneTrace,
@@ -139,8 +155,9 @@ class HostLoop(QueuedExecutor[AttentionRank, Batch]):
         if attention is not None:
             epoch = time.time_ns()
             for index, of_lane in enumerate(links):
-                by_model = [[of_lane[rank] for rank in ranks] for ranks in ffn_ranks]
-                self._lanes.append(Lane(index, by_model, attention, epoch, trace))
+                self._lanes.append(
+                    Lane(index, of_lane, ffn_ranks, attention, epoch=epoch, trace=trace)
+                )
         self._doorbell = doorbell
         self._results: list[StepResult] = []
         self._held: dict[int, list[Step | Release]] = {}
@@ -155,10 +172,17 @@ class HostLoop(QueuedExecutor[AttentionRank, Batch]):
     @torch.inference_mode()
     def submit(self, operation: Step | Release) -> None:
         waiting = self._held.get(operation.model)
-        if waiting is None:
+        if waiting is None or (isinstance(operation, Release) and not waiting):
             super().submit(operation)
         else:
             waiting.append(operation)
+
+    def has(self, model: int) -> bool:
+        return bool(self._held.get(model)) or super().has(model)
+
+    def forget(self, model: int) -> None:
+        """A model is gone, which slept."""
+        del self._held[model]
 
     def hold(self, model: int) -> None:
         """Lets the operations of a model wait from now on, since its weights go."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -15,40 +15,54 @@ from crosspool.transport.data_path import FFNLink, LaneError
 class FFNRank:
     """One FFN rank. It never waits for an attention rank.
 
-    ``models``: those that lie on the rank, by their index; ``parts``: of these, what is in
-    memory."""
+    By the model: ``specs`` has those that there are at any time, ``models`` those of them that lie
+    on the rank, and ``parts``, of these, what is in memory."""
 
     def __init__(
         self,
         rank: int,
-        specs: Sequence[ModelSpec],
+        specs: Mapping[int, ModelSpec],
         parts: Mapping[int, FFNPart],
-        models: Collection[int],
+        models: set[int],
         trace: LaneTrace,
     ) -> None:
         self.rank = rank
         self.parts = parts
         self.links: Sequence[FFNLink] = ()
         """The rank's ends of the lanes of all attention ranks."""
-        self._models = models
-        self._dtypes = [getattr(torch, spec.dtype) for spec in specs]
+        self.models = models
+        self.newest = max(specs, default=-1)
+        """Largest number of a model that this device has been told of."""
+        self.refusing: set[int] = set()
+        """Models whose weights cannot be read."""
+        self._specs = specs
         self._trace = trace
 
     def serve(self, link: FFNLink) -> bool:
-        """Carries out the link's dispatch, if there is one and its model does not sleep; returns
-        whether there was.
+        """Carries out or refuses the link's dispatch, if there is one and it need not wait for its
+        model to come or to be woken; returns whether it did.
 
         Raises LaneError for a model that does not lie here."""
         header = link.poll()
         if header is None:
             return False
-        if header.model not in self._models:
+        if header.model not in self._specs:
+            # One that is still to come is waited for: this device was started again, and has yet to
+            # be told. Of others, an attention rank that died may have left a dispatch behind.
+            if header.model > self.newest:
+                return False
+            link.refuse()
+            return True
+        if header.model not in self.models:
             raise LaneError(f"FFN rank {self.rank} holds nothing of model {header.model}")
         part = self.parts.get(header.model)
         if part is None:
-            return False  # it waits until the model has been woken
+            if header.model not in self.refusing:
+                return False  # it waits until the model has been woken
+            link.refuse()
+            return True
         start = self._trace.now()
-        hidden = link.hidden(self._dtypes[header.model])
+        hidden = link.hidden(getattr(torch, self._specs[header.model].dtype))
         link.reply(part.forward(header.layer, hidden))
         if self._trace.on:
             self._trace.record(

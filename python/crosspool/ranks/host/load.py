@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
@@ -13,7 +13,7 @@ from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.host.attention_rank import AttentionRank
 from crosspool.ranks.host.executor import HostLoop
 from crosspool.ranks.host.ffn_rank import FFNRank
-from crosspool.ranks.host.residency import HostSleepingModels, HostWeights
+from crosspool.ranks.host.residency import HostModels, HostWeights
 from crosspool.ranks.kv_memory import kv_pool
 from crosspool.ranks.weights import held_models
 from crosspool.transport.data_path import LocalLink
@@ -24,13 +24,13 @@ from crosspool.weightpool.placement import Placement, initially_resident
 def load_host_ranks(
     deployment: Deployment,
     device: Device,
-    specs: Sequence[ModelSpec],
+    specs: Mapping[int, ModelSpec],
     placement: Placement,
     lanes_fd: int | None,
 ) -> DeviceRanks:
     """Loads the ranks of a device for the host loop; see
     :func:`crosspool.ranks.device_process.load_ranks`."""
-    trace = LaneTrace()
+    trace, specs = LaneTrace(), dict(specs)
     weights = HostWeights({}, {})
     held = {one.index: one for one in held_models(deployment, device, specs, placement)}
     for index in sorted(initially_resident(deployment, specs) & held.keys()):
@@ -48,13 +48,14 @@ def load_host_ranks(
     links, served = ends
     if device in deployment.weight_pool_devices:
         rank = deployment.weight_pool_devices.index(device)
-        ffn = FFNRank(rank, specs, weights.ffn, placement.shards[rank], trace)
+        ffn = FFNRank(rank, specs, weights.ffn, {m for m, h in held.items() if h.ffn}, trace)
         ffn.links = served
+    ffn_ranks = {model: deployment.ffn_ranks(model) for model in deployment.models}
     executor = HostLoop(
         attention,
         links,
         ffn,
-        ffn_ranks=[deployment.ffn_ranks(model) for model in range(len(specs))],
+        ffn_ranks=ffn_ranks,
         doorbell=transport,
         serves_peers=ffn is not None and any(d != device for d in deployment.kv_pool_devices),
         trace=trace,
@@ -63,5 +64,12 @@ def load_host_ranks(
         executor.hold(index)
     return DeviceRanks(
         *(deployment, device, executor, attention, ffn, links, trace, resources),
-        HostSleepingModels(held, weights, executor),
+        HostModels(
+            *(deployment, device, held, weights, executor),
+            attention=attention,
+            ffn=ffn,
+            specs=specs,
+            ffn_ranks=ffn_ranks,
+            row_room=None if transport is None else transport.max_row_bytes,
+        ),
     )

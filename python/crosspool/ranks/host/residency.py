@@ -1,22 +1,29 @@
-"""Models that sleep and wake on a device of the host loop: weights are read from the checkpoint, in
-a thread, and dropped."""
+"""The models of a device of the host loop: they come and leave, and their weights are read from the
+checkpoint, in a thread, and dropped."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
+from crosspool.config.deployment import Deployment, ModelConfig
+from crosspool.config.device import Device
 from crosspool.config.errors import ConfigError
+from crosspool.models.spec import ModelSpec
 from crosspool.observability.progress import Progress
+from crosspool.ranks.device import ModelNews
+from crosspool.ranks.further import check_row, further_model
 from crosspool.ranks.host.attention import AttentionPart
+from crosspool.ranks.host.attention_rank import AttentionRank
 from crosspool.ranks.host.executor import HostLoop
 from crosspool.ranks.host.ffn import FFNPart
+from crosspool.ranks.host.ffn_rank import FFNRank
+from crosspool.ranks.kv_memory import further_cache
 from crosspool.ranks.weights import HeldModel
-from crosspool.transport.messages import Slept, Waking, Woken
+from crosspool.transport.messages import Added, Removed, Slept, Waking, Woken
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +32,7 @@ _TELL_SECONDS = 0.2
 
 @dataclass
 class HostWeights:
-    """The parts of the models whose weights a device has, by the model's index."""
+    """The parts of the models whose weights a device has, by the model."""
 
     attention: dict[int, AttentionPart]
     ffn: dict[int, FFNPart]
@@ -62,31 +69,108 @@ class _Loading:
         self.bytes += done
 
 
-class HostSleepingModels:
-    """What the device process asks to wake and to sleep. All methods are for its own thread."""
+class HostModels:
+    """The :class:`~crosspool.ranks.device.DeviceModels` of the host loop. All methods are for the
+    device process's own thread."""
 
     def __init__(
-        self, held: Mapping[int, HeldModel], weights: HostWeights, executor: HostLoop
+        self,
+        deployment: Deployment,
+        device: Device,
+        held: dict[int, HeldModel],
+        weights: HostWeights,
+        executor: HostLoop,
+        *,
+        attention: AttentionRank | None,
+        ffn: FFNRank | None,
+        specs: dict[int, ModelSpec],
+        ffn_ranks: dict[int, tuple[int, ...]],
+        row_room: int | None,
     ) -> None:
-        """``held``: the models that the device has a share of."""
+        """``held``: the models that the device has a share of. What else is by the model, the ranks
+        and the executor read, too. ``row_room``: bytes of a row that the links have room for; None:
+        there are none."""
+        self._deployment = deployment
+        self._device = device
+        self.configs = dict(deployment.models)
         self._held = held
         self._weights = weights
         self._executor = executor
+        self._attention = attention
+        self._ffn = ffn
+        self._specs = specs
+        self._ffn_ranks = ffn_ranks
+        self._row_room = row_room
+        self._leaving: list[int] = []
+        """Models that leave as soon as nothing of them waits."""
         self._loading: dict[int, _Loading] = {}
         self._ended: SimpleQueue[tuple[int, str | None]] = SimpleQueue()
-        self._news: list[Waking | Woken | Slept] = []
+        self._news: list[ModelNews] = []
 
     def resident(self) -> list[int]:
         return sorted(m for m in self._held if m in self._weights and m not in self._loading)
 
     @property
     def busy(self) -> bool:
-        return bool(self._loading or self._news)
+        return bool(self._loading or self._news or self._leaving)
+
+    def add(self, model: int, config: ModelConfig) -> None:
+        error = None
+        if self._ffn is not None:
+            self._ffn.newest = max(self._ffn.newest, model)
+        try:
+            self._enter(model, config)
+        except ConfigError as reason:
+            error = str(reason)
+        except OSError as reason:
+            error = f"there is no room for its KV cache: {reason}"
+        self._news.append(Added(model=model, error=error))
+
+    def _enter(self, model: int, config: ModelConfig) -> None:
+        """Raises ConfigError for a model that the device cannot take."""
+        spec, held = further_model(self._deployment, self._device, model, config)
+        check_row(spec, config.name, self._row_room)
+        if self._attention is not None:
+            # The attention rank's map of specs is ours.
+            virtualizer = self._attention.virtualizer
+            cache = further_cache(virtualizer, self._deployment, model, spec)
+            self._attention.add_model(model, spec, cache)
+        self._specs[model] = spec
+        self._ffn_ranks[model] = self._deployment.ranks_of(config)
+        self.configs[model] = config
+        if held is not None:
+            self._held[model] = held
+            self._executor.hold(model)
+            if held.ffn is not None and self._ffn is not None:
+                self._ffn.models.add(model)
+
+    def remove(self, model: int) -> None:
+        if model in self._weights or model in self._loading:
+            raise RuntimeError(f"model {model} is not asleep, and cannot leave")
+        self._leaving.append(model)
+
+    def _leave(self) -> None:
+        """Lets go of models of which nothing waits."""
+        for model in [m for m in self._leaving if not self._executor.has(m)]:
+            self._leaving.remove(model)
+            if model in self.configs:
+                if self._attention is not None:
+                    self._attention.remove_model(model)
+                self._specs.pop(model, None)
+                del self._ffn_ranks[model], self.configs[model]
+                if self._held.pop(model, None) is not None:
+                    self._executor.forget(model)
+                if self._ffn is not None:
+                    self._ffn.models.discard(model)
+                    self._ffn.refusing.discard(model)
+            self._news.append(Removed(model=model))
 
     def wake(self, model: int) -> None:
         if model in self._weights:
             self._news.append(Woken(model=model))
             return
+        if self._ffn is not None:
+            self._ffn.refusing.discard(model)
         loading = self._loading[model] = _Loading(self._held[model])
         # It ends with the process, whatever it is at.
         threading.Thread(target=self._load, args=(loading,), daemon=True).start()
@@ -96,7 +180,8 @@ class HostSleepingModels:
         self._weights.drop(model)
         self._news.append(Slept(model=model))
 
-    def news(self) -> list[Waking | Woken | Slept]:
+    def news(self) -> list[ModelNews]:
+        self._leave()
         now = time.monotonic()
         for model, loading in self._loading.items():
             if now >= loading.tell_at:
@@ -109,10 +194,12 @@ class HostSleepingModels:
             except Empty:
                 break
             del self._loading[model]
-            end: Callable[[int], None] = self._executor.refuse
             if error is None:
-                end = self._executor.resume
-            end(model)
+                self._executor.resume(model)
+            else:
+                self._executor.refuse(model)
+                if self._ffn is not None:
+                    self._ffn.refusing.add(model)
             self._news.append(Woken(model=model, error=error))
         news, self._news = self._news, []
         return news

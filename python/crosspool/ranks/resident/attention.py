@@ -43,7 +43,7 @@ class PackedAttention:
         self._layers = (es.AttentionLayer * spec.layers)()
         self._vectors: list[Tensor] = []
         self._declare()
-        # Kept with the weights: computing them takes the import of transformers.
+        # Kept with the weights: computing them may take the import of transformers.
         self._frequency = self.weights.computed(
             (spec.attention.rope.dim // 2,), torch.float32, lambda: frequencies(spec, path)[0]
         )

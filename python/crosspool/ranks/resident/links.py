@@ -50,6 +50,11 @@ class ResidentLinks:
         # A device without peers rings for itself; its doorbell has a cache line of its own.
         self._alone = ctypes.create_string_buffer(2 * LINE_BYTES)
 
+    @property
+    def max_row_bytes(self) -> int | None:
+        """Bytes of the widest row that a link has room for; None where there are no links."""
+        return None if self._interconnect is None else self._interconnect.max_row_bytes
+
     def describe(self, description: es.LoopDescription) -> None:
         """Fills in links, counters, doorbell and ranks."""
         description.outgoing = (es.LinkDescription * len(self._outgoing))(*self._outgoing)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
+import msgspec
 from torch import Tensor
 
-from crosspool.config.deployment import Deployment
+from crosspool.config.deployment import MAX_MODELS, ConfigError, Deployment
 from crosspool.config.device import Device
 from crosspool.config.sizes import format_size
 from crosspool.kernels import engine_structs as es
@@ -26,12 +25,13 @@ from crosspool.ranks.resident.ffn import PackedFFN
 from crosspool.ranks.resident.flight import ResidentRank
 from crosspool.ranks.resident.kept_weights import WeightKeeper
 from crosspool.ranks.resident.links import ResidentLink, ResidentLinks
+from crosspool.ranks.resident.models import ResidentModels
 from crosspool.ranks.resident.packer import packer_command
-from crosspool.ranks.resident.packing import NATIVE_DTYPES
 from crosspool.ranks.resident.residency import SleepingModels
+from crosspool.ranks.resident.tables import model_table
 from crosspool.ranks.resident.trace import ResidentTrace
 from crosspool.ranks.resident.weights import ResidentWeights, file_name, keeper_of
-from crosspool.ranks.weights import TORCH_DTYPES, HeldModel, held_models
+from crosspool.ranks.weights import HeldModel, held_models
 from crosspool.transport.data_path import spin_ns_of
 from crosspool.transport.heartbeats import Heartbeat
 from crosspool.weightpool.placement import Placement, initially_resident
@@ -45,12 +45,12 @@ class ResidentFFN:
 
     rank: int
     parts: dict[int, PackedFFN]
-    """The models that lie on the rank, by their index."""
+    """The models that lie on the rank."""
     links: Sequence[ResidentLink]
 
 
 def load_resident_weights(
-    deployment: Deployment, device: Device, specs: Sequence[ModelSpec], placement: Placement
+    deployment: Deployment, device: Device, specs: Mapping[int, ModelSpec], placement: Placement
 ) -> ResidentWeights:
     """Reads the weights of the models that are in memory from the start, packs those that no
     earlier process has packed, and has these kept. No thread is left.
@@ -59,12 +59,11 @@ def load_resident_weights(
     log.info("%d threads with %s kernels", len(device.cores), default_isa())
     weights = ResidentWeights({}, {}, {})
     keeper = keeper_of(deployment)
-    tokens = cache_tokens(deployment, specs)
     resident = initially_resident(deployment, specs)
     with Team(device.cores) as team:
         loading = _Loading(device, team, keeper, weights)
         for held in held_models(deployment, device, specs, placement):
-            weights.declare(held, min(held.spec.context, tokens[held.index]), keeper)
+            weights.declare(held, positions_of(deployment, held), keeper)
             if held.index in resident:
                 loading.load(held)
     if keeper is not None:
@@ -75,28 +74,44 @@ def load_resident_weights(
 def load_resident_ranks(
     deployment: Deployment,
     device: Device,
-    specs: Sequence[ModelSpec],
+    specs: Mapping[int, ModelSpec],
+    placement: Placement,
     weights: ResidentWeights,
-    lanes_fd: int | None,
     *,
+    lanes_fd: int | None,
     heartbeat: Heartbeat | None = None,
 ) -> DeviceRanks:
     """Loads the ranks of a device for the resident loop; see
-    :func:`crosspool.ranks.device_process.load_ranks`."""
+    :func:`crosspool.ranks.device_process.load_ranks`. ``weights`` may be of the models that there
+    were earlier: those that have come since are asleep, and those that have left are forgotten, as
+    are those whose checkpoints have gone since."""
+    specs, keeper = dict(specs), keeper_of(deployment)
+    for model in weights.models - specs.keys():
+        weights.forget(model)
+        if weights.holder is not None:
+            weights.holder.give_up(model)
+    for held in held_models(deployment, device, specs, placement):
+        if held.index not in weights.models:
+            try:
+                weights.declare(held, positions_of(deployment, held), keeper)
+            except ConfigError as error:
+                log.error("%s cannot be served any more: %s", held.what, error)
+                weights.forget(held.index)
+                del specs[held.index]
+    deployment = msgspec.structs.replace(
+        deployment, models={model: deployment.models[model] for model in specs}
+    )
     resources = contextlib.ExitStack()
     resources.callback(weights.close)
     team = resources.enter_context(Team(device.cores))
-    tables = _tables(deployment, specs)
-    kv: Sequence[Tensor] = ()
+    kv: dict[int, Tensor] = {}
     if device in deployment.kv_pool_devices:
         virtualizer, kv = kv_pool(deployment, device, specs)
         resources.callback(virtualizer.close)
-    for index, attention_part in weights.attention.items():
-        attention_part.fill(tables[index], kv[index])
-    for index, ffn_part in weights.ffn.items():
-        ffn_part.fill(tables[index])
-    for index, table in enumerate(tables):
-        table.asleep = any(not part.weights.arena.taken for part in weights.parts(index))
+    tables = {
+        model: model_table(model, spec, deployment.ffn_ranks(model), weights, kv.get(model))
+        for model, spec in specs.items()
+    }
     links = ResidentLinks(deployment, device, lanes_fd)
     attention = ffn = None
     if links.attention_rank >= 0:
@@ -104,11 +119,12 @@ def load_resident_ranks(
     if links.ffn_rank >= 0:
         ffn = ResidentFFN(links.ffn_rank, weights.ffn, links.ffn)
     description = es.LoopDescription(
-        models=tables,
+        models=(es.ModelTable * len(tables))(*tables.values()),
         heartbeat=None if heartbeat is None else heartbeat.loop_address,
         epoch=time.time_ns(),
         spin_ns=spin_ns_of(deployment, device),
-        model_count=len(specs),
+        model_count=len(tables),
+        model_places=MAX_MODELS,
         lanes=deployment.lanes if attention else 0,
         max_rows=deployment.max_step_tokens,
     )
@@ -117,23 +133,31 @@ def load_resident_ranks(
     resources.callback(lambda: (tables, links, description, heartbeat))
     executor = ResidentLoop(attention, team, description)
     resources.callback(executor.close)
-    residency = SleepingModels(
-        {
-            index: (weights.parts(index), weights.sleeping.get(index))
-            for index in range(len(specs))
-            if weights.parts(index)
-        },
+
+    def packer(model: int, keys: Sequence[str]) -> list[str]:
+        return packer_command(deployment, device, model, models.configs[model], keys)
+
+    sleeping = SleepingModels(
+        {model: (weights.parts(model), weights.sleeping.get(model)) for model in weights.models},
         executor.loop,
         executor.descriptor,
-        partial(packer_command, deployment, device),
+        packer,
         (lambda model: None) if weights.holder is None else weights.holder.give_up,
     )
-    executor.on_closed = residency.closed
-    resources.callback(residency.close)
+    models = ResidentModels(
+        *(deployment, device, weights),
+        tables=tables,
+        sleeping=sleeping,
+        executor=executor,
+        attention=attention,
+        keeper=keeper,
+        row_room=links.max_row_bytes,
+    )
+    resources.callback(models.close)
     trace = ResidentTrace(executor.loop, links.attention_rank, links.ffn_rank)
     return DeviceRanks(
         *(deployment, device, executor, attention, ffn, links.attention, trace, resources),
-        residency,
+        models,
     )
 
 
@@ -161,14 +185,6 @@ class _Loading:
                 loaded.notes.append(f"{plain} of matrices packed into {compact}")
 
 
-def _tables(deployment: Deployment, specs: Sequence[ModelSpec]) -> ctypes.Array[es.ModelTable]:
-    """A table for each model, without its weights."""
-    tables = (es.ModelTable * len(specs))()
-    for model, (table, spec) in enumerate(zip(tables, specs, strict=True)):
-        table.dtype = NATIVE_DTYPES[TORCH_DTYPES[spec.dtype]]
-        table.hidden, table.vocab, table.layers = spec.hidden, spec.vocab, spec.layers
-        table.norm_eps = spec.norm_eps
-        ranks = deployment.ffn_ranks(model)
-        table.ffn_ranks = (ctypes.c_int32 * len(ranks))(*ranks)
-        table.ffn_rank_count = len(ranks)
-    return tables
+def positions_of(deployment: Deployment, held: HeldModel) -> int:
+    """Tokens of the longest sequence of a model that may come."""
+    return min(held.spec.context, cache_tokens(deployment, held.spec))

@@ -320,8 +320,11 @@ class PackedWeights:
         )
 
     def close(self) -> None:
-        """Gives the memory back, after the loop that reads it was closed."""
+        """Gives the memory back, which no loop reads any more. What was declared goes with it: it
+        refers to itself, and would wait for the garbage collector."""
         self.arena.close()
+        for declared in (self._declared, self._computed, self._arrays, self._matrices):
+            declared.clear()
 
     def _held_dtype(self, ref: TensorRef) -> torch.dtype:
         return torch.float32 if ref.keep_fp32 else self._dtype

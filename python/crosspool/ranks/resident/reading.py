@@ -192,4 +192,4 @@ def _stages(
 
 
 Packer = Callable[[int, Sequence[str]], Sequence[str]]
-"""The command that packs the weights of a model, by its index, which must have these keys."""
+"""The command that packs the weights of a model, by its number, which must have these keys."""

@@ -60,8 +60,9 @@ class SleepingModels:
         packer: Packer,
         given_up: Callable[[int], None],
     ) -> None:
-        """``models``: by index, the device's parts of each model, and where their weights are kept;
-        None: nowhere. ``descriptor``: an eventfd that is written to when :meth:`news` has some.
+        """``models``: the device's parts of each model that it has a share of, and where their
+        weights are kept; None: nowhere. ``descriptor``: an eventfd that is written to when
+        :meth:`news` has some.
         ``given_up`` is called in a thread after the weights of a model went."""
         self._models = {index: _Model(*parts) for index, parts in models.items()}
         self._loop = loop
@@ -72,6 +73,16 @@ class SleepingModels:
         """Models whose thread is done, and why they could not be read."""
         self._news: list[Waking | Woken | Slept] = []
         self._threads: dict[int, threading.Thread] = {}
+
+    def enter(self, index: int, parts: Sequence[Part], kept: Sequence[SleepingPart] | None) -> None:
+        """A further model comes, which is asleep."""
+        self._models[index] = _Model(parts, kept)
+
+    def leave(self, index: int) -> None:
+        """A model goes, which is asleep. Its parts may be closed then."""
+        if index in self._models:
+            self._expect(index, _State.ASLEEP)
+            del self._models[index]
 
     def resident(self) -> list[int]:
         return sorted(i for i, model in self._models.items() if model.state is _State.RESIDENT)

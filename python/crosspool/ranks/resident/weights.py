@@ -28,9 +28,9 @@ class ResidentWeights:
     """What a device holds of all models, in packed form. Forked processes share it."""
 
     attention: dict[int, PackedAttention]
-    """Every model's by its index, if the device has an attention rank."""
+    """Every model's, if the device has an attention rank."""
     ffn: dict[int, PackedFFN]
-    """The models that lie on the FFN rank, by their index."""
+    """Those of the models that lie on the FFN rank."""
     sleeping: dict[int, list[SleepingPart]]
     """By model, the parts that can be read again; empty where packed weights are not kept."""
     holder: HolderLink | None = None
@@ -51,6 +51,25 @@ class ResidentWeights:
             kept, key = keeper.of(file_name(held.path, part)), part.weights.form(checkpoint).key()
             kept.touch(key)  # so that it is not given up for others
             sleeping.append(SleepingPart(part, kept, key))
+
+    def merge(self, further: ResidentWeights) -> None:
+        """Takes the parts of further models."""
+        self.attention.update(further.attention)
+        self.ffn.update(further.ffn)
+        self.sleeping.update(further.sleeping)
+
+    def forget(self, model: int) -> None:
+        """Gives back everything of a model, of which the loop reads nothing any more."""
+        for part in self.parts(model):
+            part.close()
+        self.attention.pop(model, None)
+        self.ffn.pop(model, None)
+        self.sleeping.pop(model, None)
+
+    @property
+    def models(self) -> set[int]:
+        """The models of which the device holds a part, with its weights or without."""
+        return {*self.attention, *self.ffn}
 
     def parts(self, model: int) -> list[PackedPart]:
         """The device's parts of a model."""

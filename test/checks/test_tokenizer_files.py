@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crosspool.cli.tokenizer_files import check_tokenizer
+from crosspool.checks.tokenizer_files import check_tokenizer
 from crosspool.config.deployment import ConfigError, ModelConfig
 from support.server import DEMO, TINY_MODELS
 from transformers import AutoTokenizer

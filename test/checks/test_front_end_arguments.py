@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crosspool.cli.front_end_arguments import check_front_end
+from crosspool.checks.front_end_arguments import check_model_arguments, check_server_arguments
 from crosspool.config.deployment import ConfigError, ModelConfig
 from support.server import DEMO
 
@@ -31,7 +31,7 @@ COMPLETION = {
 
 
 def check(path: Path = MODEL, **arguments: Any) -> None:
-    check_front_end({}, [ModelConfig(name="m", path=str(path), sglang=arguments)])
+    check_model_arguments(arguments, ModelConfig(name="m", path=str(path)))
 
 
 @pytest.mark.parametrize(
@@ -127,16 +127,16 @@ def test_a_name_among_several_chat_templates(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["log_level", "log_level_http"])
 def test_levels_of_logs(key: str) -> None:
-    check_front_end({key: "INFO"}, ())
+    check_server_arguments({key: "INFO"})
     with pytest.raises(ConfigError, match=f"^{key}: 'loud' is not one of debug, info"):
-        check_front_end({key: "loud"}, ())
+        check_server_arguments({key: "loud"})
 
 
 def test_folders_of_request_logs(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
-    check_front_end({"log_requests_target": ["stdout", str(folder)]}, ())
+    check_server_arguments({"log_requests_target": ["stdout", str(folder)]})
     assert folder.is_dir() and not list(folder.iterdir())
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(ConfigError, match=r"^log_requests_target: no log .*/file/c: Not a dir"):
-        check_front_end({"log_requests_target": [str(file / "c")]}, ())
+        check_server_arguments({"log_requests_target": [str(file / "c")]})

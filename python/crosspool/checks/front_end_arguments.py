@@ -41,10 +41,10 @@ class _Generation(jinja2.ext.Extension):
         return nodes.Scope(body).set_lineno(line)
 
 
-def check_front_end(server: Mapping[str, Any], models: Sequence[ModelConfig]) -> None:
-    """Checks the server's arguments for SGLang and those of every model.
+def check_server_arguments(server: Mapping[str, Any]) -> None:
+    """Checks the server's own arguments for SGLang.
 
-    Raises ConfigError that names the argument, the model, and what would be right."""
+    Raises ConfigError that names the argument and what would be right."""
     for key in ("log_level", "log_level_http"):
         level = server.get(key)
         if level is not None and level.lower() not in _LOG_LEVELS:
@@ -52,11 +52,12 @@ def check_front_end(server: Mapping[str, Any], models: Sequence[ModelConfig]) ->
     for target in server.get("log_requests_target") or ():
         if target != "stdout":
             _check_log_folder(Path(target))
-    for model in models:
-        _check_model({**server, **model.sglang}, model)
 
 
-def _check_model(arguments: Mapping[str, Any], model: ModelConfig) -> None:
+def check_model_arguments(arguments: Mapping[str, Any], model: ModelConfig) -> None:
+    """Checks the arguments for SGLang that hold for a model.
+
+    Raises ConfigError that names the argument, the model, and what would be right."""
     parsers = {
         "tool_call_parser": sglang_names.TOOL_CALL_PARSERS,
         "reasoning_parser": sglang_names.REASONING_PARSERS,

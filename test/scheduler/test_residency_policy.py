@@ -331,7 +331,7 @@ def test_a_device_that_is_back_gets_what_it_lacks():
     pool.residency.lose(1)
     assert pool.awake() == {0}, "steps stand still, but are not lost"
     pool.held[1] = set()
-    pool.residency.restore(1, [], pool.now)
+    pool.residency.restore(1, pool.residency._models, [], pool.now)
     assert pool.awake() == set() and pool.state(0) == "waking"
     assert pool.residency.stand_still(0, [0])
     pool.turn()
@@ -345,7 +345,7 @@ def test_a_device_that_is_back_with_too_much_gives_it_up_first():
     pool.held[1] = {0}
     pool.ask(1)
     assert pool.held[0] == {1}
-    pool.residency.restore(1, [0], pool.now)
+    pool.residency.restore(1, pool.residency._models, [0], pool.now)
     pool.turn()
     assert pool.held[1] == {1} and pool.awake() == {1}
 
@@ -360,7 +360,7 @@ def test_steps_in_flight_get_weights_back_that_nobody_wants_any_more():
     pool.residency.lose(1)
     pool.pass_time(QUANTUM + 1)
     pool.held[1] = set()
-    pool.residency.restore(1, [], pool.now)
+    pool.residency.restore(1, pool.residency._models, [], pool.now)
     assert pool.residency.stand_still(0, pool.in_flight)
     pool.turn()
     assert pool.held[1] == {0} and not pool.residency.stand_still(0, pool.in_flight)

@@ -1,0 +1,394 @@
+"""Routes by which models come and go, before a scheduler that a test directs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+from crosspool.config.deployment import Deployment, ModelConfig, load, save
+from crosspool.config.device import Device
+from crosspool.server import model_apps
+from crosspool.server.app import App
+from crosspool.server.keys import ADMIN_SOCKET
+from crosspool.server.model_apps import ModelApps
+from crosspool.server.state import State
+from crosspool.transport.admin import AdminError, AdminMistake
+from crosspool.transport.inspection import ModelResidency, ModelStatus, Status
+from starlette.responses import JSONResponse
+from starlette.types import Message
+from support.server import DEMO
+from test_residency_routes import model_status
+
+MODELS = "/crosspool/models"
+PATH = str(DEMO / "tiny-qwen3-moe")
+RESIDENCY = ModelResidency(
+    state="asleep", keep="demand", ttl=None, priority=0, attention_bytes=1, ffn_bytes=2
+)
+
+
+class ModelApp:
+    """An application that answers with its name, a slow one once it may."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.created = 0
+        self.context_length, self.longest_token, self.vocabulary = 16, 4, 32
+        self.is_working = False
+        self.may_answer = asyncio.Event()
+        self.pool_tokens = 0
+        self.closed = False
+        self.failure: str | None = None
+        self.manager = self
+
+    async def start(self, max_total_tokens: int) -> None:
+        self.pool_tokens = max_total_tokens
+
+    async def close(self) -> None:
+        self.closed = True
+
+    def fail_all(self, message: str, status: int) -> None:
+        self.failure = message
+        self.may_answer.set()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        assert not self.closed
+        if scope["path"] == "/server_info":
+            await self.may_answer.wait()
+        await JSONResponse([self.name, scope["path"]])(scope, receive, send)
+
+
+class Scheduler:
+    """Does at once what it is told, or refuses it."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.deployment = deployment
+        self.refuses: Exception | None = None
+        self.unloads: list[tuple[str, float]] = []
+        self.may_unload = asyncio.Event()
+        self.may_unload.set()
+
+    async def load(self, config: ModelConfig) -> int:
+        if self.refuses is not None:
+            raise self.refuses
+        number = self.deployment.free_number()
+        self.write(self.deployment.with_model(number, config))
+        return number
+
+    async def unload(self, model: str, timeout: float) -> None:
+        self.unloads.append((model, timeout))
+        if self.refuses is not None:
+            raise self.refuses
+        await self.may_unload.wait()
+        number = next(n for n, name in self.deployment.names.items() if name == model)
+        self.write(self.deployment.without_model(number))
+
+    def write(self, deployment: Deployment) -> None:
+        self.deployment = deployment
+        save(deployment)
+
+    async def status(self) -> Status:
+        models = []
+        for number, name in self.deployment.names.items():
+            told: ModelStatus = model_status("b", RESIDENCY)
+            told.model, told.name, told.kv_bytes_per_token = number, name, 1024
+            models.append(told)
+        return Status(models=models, ranks=[], failure=None, ready=True, message="", devices=[])
+
+
+class Bed:
+    def __init__(self, folder: Path) -> None:
+        deployment = Deployment(
+            models={n: ModelConfig(name=name, path="/x") for n, name in enumerate(("a", "b"))},
+            next_model=2,
+            kv_pool_devices=(Device("cpu"),),
+            weight_pool_devices=(Device("cpu"),),
+            kv_pool_bytes=64 << 20,
+            weight_pool_bytes=64 << 20,
+            runtime_dir=str(folder),
+        )
+        self.scheduler = Scheduler(deployment)
+        self.scheduler.write(deployment)
+        self.apps = {name: ModelApp(name) for name in ("a", "b")}
+        self.cannot_make: Exception | None = None
+        self.state = state = State(ready=True)
+        scheduler = cast("Any", self.scheduler)
+        self.model_apps = ModelApps(deployment, state, scheduler, self._make)
+        self.app = App(deployment, state, scheduler, self.model_apps)
+        self.model_apps.begin(cast("Any", dict(enumerate(self.apps.values()))))
+
+    def _make(self, deployment: Deployment, number: int) -> Any:
+        if self.cannot_make is not None:
+            raise self.cannot_make
+        name = deployment.models[number].name
+        self.apps[name] = ModelApp(name)
+        return self.apps[name]
+
+    @property
+    def file(self) -> list[str]:
+        return list(load(self.scheduler.deployment.file).names.values())
+
+    async def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        """Status and body of a request over the admin socket."""
+        sent: list[Message] = []
+        raw = (
+            b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        )
+        unread = [raw]
+
+        async def receive() -> Message:
+            if not unread:
+                await asyncio.Event().wait()  # the client stays
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        path, _, query = path.partition("?")
+        scope = {
+            **{"type": "http", "method": method, "path": path, "raw_path": path.encode()},
+            **{"query_string": query.encode(), "root_path": "", "scheme": "http"},
+            **{"headers": [(b"content-length", str(len(raw)).encode())], "http_version": "1.1"},
+            **{"server": ("127.0.0.1", 1), "client": ("127.0.0.1", 2)},
+            "state": {ADMIN_SOCKET: True},
+        }
+        await cast("Any", self.app(scope, receive, send))
+        text = b"".join(message.get("body", b"") for message in sent[1:]).decode()
+        if text.startswith("data: "):
+            events = text.removesuffix("\n\n").split("\n\n")
+            return sent[0]["status"], [json.loads(one.removeprefix("data: ")) for one in events]
+        return sent[0]["status"], json.loads(text)
+
+    async def names(self) -> list[str]:
+        status, answer = await self.call("GET", "/v1/models")
+        assert status == 200
+        return [card["id"] for card in answer["data"]]
+
+
+@pytest.fixture
+def bed(tmp_path: Path) -> Bed:
+    return Bed(tmp_path)
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 60))
+
+
+def test_a_model_that_is_loaded_can_be_asked(bed: Bed) -> None:
+    async def test() -> None:
+        status, told = await bed.call("POST", MODELS, {"path": PATH, "name": "org/new"})
+        assert (status, told["name"], told["state"]) == (201, "org/new", "asleep")
+        assert bed.apps["org/new"].pool_tokens == (64 << 20) // 1024
+        assert await bed.names() == ["a", "b", "org/new"]
+        assert bed.scheduler.deployment.models[2].path == PATH
+        for path, inner in (("/m/org/new/model_info", "/model_info"), ("/m/org/new", "/")):
+            assert await bed.call("GET", path) == (200, ["org/new", inner])
+        assert await bed.call("GET", "/m/a/model_info") == (200, ["a", "/model_info"])
+
+    run(test())
+
+
+@pytest.mark.parametrize("problem", [None, "its chat template is wrong"])
+def test_a_load_tells_how_far_it_is(bed: Bed, problem: str | None) -> None:
+    async def test() -> None:
+        bed.cannot_make = None if problem is None else ValueError(problem)
+        body = {"path": PATH, "name": "new"}
+        status, told = await bed.call("POST", f"{MODELS}?stream=1", body)
+        *steps, end = told
+        assert status == 200
+        assert steps == [{"name": "new", "state": state} for state in ("loading", "starting")]
+        if problem is None:
+            assert (end["name"], end["state"]) == ("new", "asleep")
+            assert await bed.names() == ["a", "b", "new"]
+        else:
+            assert end["error"]["code"] == 400 and problem in end["error"]["message"]
+            assert await bed.names() == bed.file == ["a", "b"]
+        bed.cannot_make = None
+        status, _ = await bed.call("POST", f"{MODELS}?stream=1", {"path": "/nowhere"})
+        assert status == 400
+
+    run(test())
+
+
+def test_the_folder_names_a_model_without_a_name(bed: Bed) -> None:
+    async def test() -> None:
+        status, told = await bed.call("POST", MODELS, {"path": PATH, "keep": "pinned"})
+        assert (status, told["name"]) == (201, "tiny-qwen3-moe")
+        assert bed.scheduler.deployment.models[2].keep == "pinned"
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"[", "body is not as it should be"),
+        ([], "the body must be a JSON object"),
+        ({}, "model.path is missing"),
+        ({"path": 3}, "model.path"),
+        ({"path": "models/x"}, "must be an absolute path"),
+        ({"path": "/nowhere"}, "/nowhere: no such folder"),
+        ({"path": str(DEMO)}, "no config.json"),
+        ({"path": PATH, "name": "a"}, "another model is named 'a'"),
+        ({"path": PATH, "name": "a b"}, "a name consists of letters"),
+        ({"path": PATH, "nmae": "x"}, "did you mean name?"),
+        ({"path": PATH, "keep": "always"}, "pinned, demand, asleep"),
+        ({"path": PATH, "ttl": -1}, "model.ttl: -1 must be at least 0"),
+        ({"path": PATH, "weight_pool_devices": "cuda:7"}, "cuda:7 is none of weight_pool_devices"),
+        ({"path": PATH, "context_length": 1 << 40}, "context length"),
+        ({"path": PATH, "kv_floor_bytes": "1GiB"}, "floors of all models come to"),
+        ({"path": PATH, "kv_ceiling_bytes": "1KiB"}, "kv_ceiling_bytes"),
+        ({"path": PATH, "sglang": {"tool_call_parser": "nobodys"}}, "is no parser"),
+        ({"path": PATH, "sglang": {"api_key": "x"}}, "is the whole server's"),
+        ({"path": PATH, "sglang": {"tokenizer_path": "/nowhere"}}, "/nowhere is no folder"),
+    ],
+)
+def test_a_mistake_is_named_and_changes_nothing(bed: Bed, body: Any, told: str) -> None:
+    async def test() -> None:
+        status, answer = await bed.call("POST", MODELS, body)
+        assert status == 400 and told in answer["error"]["message"], answer
+        assert bed.file == await bed.names() == ["a", "b"]
+
+    run(test())
+
+
+def test_a_broken_checkpoint_is_refused(bed: Bed, tmp_path: Path) -> None:
+    async def test() -> None:
+        folder = tmp_path / "broken"
+        shutil.copytree(PATH, folder)
+        (folder / "model.safetensors").write_bytes(b"\0" * 64)
+        status, answer = await bed.call("POST", MODELS, {"path": str(folder)})
+        assert status == 400 and "model.safetensors" in answer["error"]["message"], answer
+        assert bed.file == ["a", "b"]
+
+    run(test())
+
+
+@pytest.mark.parametrize(("error", "status"), [(AdminMistake("no"), 400), (AdminError("no"), 503)])
+def test_what_the_scheduler_refuses_reaches_the_client(
+    bed: Bed, error: Exception, status: int
+) -> None:
+    async def test() -> None:
+        bed.scheduler.refuses = error
+        got, answer = await bed.call("POST", MODELS, {"path": PATH})
+        assert (got, answer["error"]["message"]) == (status, "no")
+        got, answer = await bed.call("DELETE", f"{MODELS}/a")
+        assert (got, answer["error"]["message"]) == (status, "no")
+        assert await bed.names() == ["a", "b"]
+        assert await bed.call("GET", "/m/a/model_info") == (200, ["a", "/model_info"])
+
+    run(test())
+
+
+def test_a_model_without_an_application_is_taken_back(bed: Bed) -> None:
+    async def test() -> None:
+        bed.cannot_make = ValueError("its chat template is wrong")
+        status, answer = await bed.call("POST", MODELS, {"path": PATH, "name": "new"})
+        assert status == 400 and "its chat template is wrong" in answer["error"]["message"]
+        assert bed.scheduler.unloads == [("new", 0)]
+        assert bed.file == await bed.names() == ["a", "b"]
+        bed.cannot_make = None
+        assert (await bed.call("POST", MODELS, {"path": PATH, "name": "new"}))[0] == 201
+
+    run(test())
+
+
+def test_a_model_that_leaves_answers_what_it_has_and_nothing_more(bed: Bed) -> None:
+    async def test() -> None:
+        old = bed.apps["a"]
+        bed.scheduler.may_unload.clear()
+        running = asyncio.create_task(bed.call("GET", "/m/a/server_info"))
+        await asyncio.sleep(0.05)
+        unload = asyncio.create_task(bed.call("DELETE", f"{MODELS}/a?timeout=2.5"))
+        await asyncio.sleep(0.05)
+        assert bed.scheduler.unloads == [("a", 2.5)]
+        for path in ("/m/a/model_info", "/model_info?model=a"):
+            status, answer = await bed.call("GET", path)
+            assert (status, answer["error"]["code"]) == (404, "model_not_found")
+        assert await bed.call("GET", "/model_info") == (200, ["b", "/model_info"])  # the first now
+        assert (await bed.call("DELETE", f"{MODELS}/a"))[0] == 404
+        bed.scheduler.may_unload.set()
+        await asyncio.sleep(0.1)
+        assert not unload.done() and not old.closed  # until its answer is out
+        old.may_answer.set()
+        assert await running == (200, ["a", "/server_info"])
+        assert await unload == (200, {"name": "a", "state": "unloaded"})
+        assert old.closed and old.failure is None
+        assert bed.file == await bed.names() == ["b"]
+
+    run(test())
+
+
+def test_answers_that_do_not_come_are_ended(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_apps, "_END_SECONDS", 0.1)
+
+    async def test() -> None:
+        old = bed.apps["a"]
+        running = asyncio.create_task(bed.call("GET", "/m/a/server_info"))
+        await asyncio.sleep(0.05)
+        assert (await bed.call("DELETE", f"{MODELS}/a"))[0] == 200
+        assert old.failure is not None and old.closed
+        await running
+
+    run(test())
+
+
+def test_a_server_without_models_says_so_and_takes_one(bed: Bed) -> None:
+    async def test() -> None:
+        for name in ("a", "b"):
+            assert (await bed.call("DELETE", f"{MODELS}/{name}"))[0] == 200
+        assert await bed.names() == []
+        for path in ("/v1/completions", "/generate", "/abort_request"):
+            status, answer = await bed.call("POST", path, {"prompt": "x"})
+            assert (status, answer["error"]["code"]) == (404, "model_not_found")
+        assert (await bed.call("POST", MODELS, {"path": PATH, "name": "a"}))[0] == 201
+        assert await bed.call("GET", "/m/default/model_info") == (200, ["a", "/model_info"])
+
+    run(test())
+
+
+@pytest.mark.parametrize("timeout", ["-1", "x", "nan", "1e9"])
+def test_a_timeout_out_of_bounds_is_refused(bed: Bed, timeout: str) -> None:
+    async def test() -> None:
+        status, answer = await bed.call("DELETE", f"{MODELS}/a?timeout={timeout}")
+        assert status == 400 and "`timeout`" in answer["error"]["message"]
+        assert bed.file == await bed.names() == ["a", "b"]
+
+    run(test())
+
+
+def test_nobody_waits_for_a_scheduler_that_is_replaced(bed: Bed) -> None:
+    async def test() -> None:
+        told = await bed.scheduler.status()
+        bed.state.status = told
+        bed.scheduler.may_unload.clear()
+        leaving = asyncio.create_task(bed.call("DELETE", f"{MODELS}/a"))
+        await asyncio.sleep(0.3)
+        assert not leaving.done()
+        bed.state.status = msgspec.structs.replace(told, incarnation=2)
+        status, answer = await leaving
+        assert status == 503 and "was replaced meanwhile" in answer["error"]["message"]
+        assert await bed.call("GET", "/m/a/model_info") == (200, ["a", "/model_info"])
+
+    run(test())
+
+
+def test_what_is_loaded_and_unloaded_by_others_is_followed(bed: Bed) -> None:
+    """The HTTP process in whose place this one is may have asked for it, and got no answer."""
+
+    async def test() -> None:
+        assert bed.model_apps.are_those_of(await bed.scheduler.status())
+        fleet = bed.scheduler.deployment.with_model(2, ModelConfig(name="new", path=PATH))
+        bed.scheduler.write(fleet.without_model(0))
+        assert not bed.model_apps.are_those_of(await bed.scheduler.status())
+        await bed.model_apps.follow()
+        assert bed.model_apps.are_those_of(await bed.scheduler.status())
+        assert await bed.names() == ["b", "new"]
+        assert bed.apps["a"].closed and not bed.apps["b"].closed
+
+    run(test())
