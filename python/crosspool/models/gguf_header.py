@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from crosspool.config.errors import ConfigError
 
 _MAGIC = b"GGUF"
@@ -172,7 +170,9 @@ class _File:
         if kind == _STRING:
             return self._string()
         if kind == _FLOAT32:  # the decimal that was meant: 1e-05, not 9.999999747378752e-06
-            return float(str(np.float32(self._scalar("f"))))
+            from numpy import float32
+
+            return float(str(float32(self._scalar("f"))))
         if kind != _ARRAY:
             return self._scalar(_SCALARS[kind])
         of, count = self._scalar("I"), self._scalar("Q")
