@@ -28,6 +28,7 @@ from crosspool.transport.messages import (
     Waking,
     Woken,
 )
+from support.quantized_models import make_quantized
 
 from benchmark.checkpoint import Shape, write
 from benchmark.device_driver import DeviceDriver, Generation
@@ -167,6 +168,25 @@ def test_a_larger_model_comes(tmp_path: Path) -> None:
             assert answers(on, 0, number) == expected
             leave(on, number)
             assert answers(on, 0) == expected[:1]
+
+
+@pytest.mark.parametrize("places", [PLACES[0], PLACES[2]])
+@pytest.mark.parametrize("case", ["v2 int4", "glm mxfp4", "v3 fp8"])
+def test_a_quantised_model_comes(
+    tmp_path: Path, case: str, places: tuple[Sequence[str], Sequence[str]]
+) -> None:
+    """Its codes are packed by another process, and read again each time that it is woken."""
+    quantised, _ = make_quantized(case, tmp_path / "quantised")
+    with driver(tmp_path / "there", places, [FIRST, quantised], lanes=2) as on:
+        expected = answers(on, 0, 1)
+    with driver(tmp_path / "coming", places, [FIRST], lanes=2) as on:
+        number = come(on, quantised)
+        assert answers(on, 0, number) == expected
+        on.sleep(number)
+        assert on.wake(number) == {number: None}
+        assert answers(on, 0, number) == expected
+        leave(on, number)
+        assert answers(on, 0) == expected[:1]
 
 
 @pytest.mark.parametrize("loop", ["resident", "host"])

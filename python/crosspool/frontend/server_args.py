@@ -13,6 +13,10 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.sglang_flags import BY_NAME, reason_refused, without_secrets
 
+_NOT_QUANTIZED = '{"quantization_config": null, "compression_config": null}'
+"""How the checkpoint is quantised concerns ranks alone. SGLang would refuse what it has no kernels
+for on this machine, such as GPTQ."""
+
 
 def server_args(deployment: Deployment, number: int) -> ServerArgs:
     """ServerArgs of model ``number``, resolved and checked by SGLang.
@@ -30,6 +34,7 @@ def server_args(deployment: Deployment, number: int) -> ServerArgs:
         served_model_name=model.name,
         context_length=model.context_length,
         dtype=model.dtype,
+        json_model_override_args=_NOT_QUANTIZED,
         device="cpu",
         host=deployment.host,
         port=deployment.port,
