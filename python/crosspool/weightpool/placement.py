@@ -9,10 +9,11 @@ routed experts go whole to one rank each, in contiguous runs; the rest is as bef
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from crosspool.config.errors import ConfigError
 from crosspool.models.formats import HeldForm
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
     from crosspool.config.deployment import Deployment
     from crosspool.config.device import Device
 
+Index: TypeAlias = tuple[slice, ...]
+
 _GIB = 1 << 30
+_JOINED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate": "gate_up", "up": "gate_up"}
+"""Tensors that ranks hold as one matrix, whose name this is."""
 
 
 def _share(size: int, rank: int, ranks: int, unit: int = 1) -> slice:
@@ -94,7 +99,7 @@ def holds_codes(deployment: Deployment) -> bool:
     return deployment.loop == "resident" and all(device.is_cpu for device in deployment.devices)
 
 
-def held_form(ref: TensorRef, index: tuple[slice, ...]) -> HeldForm | None:
+def held_form(ref: TensorRef, index: Index) -> HeldForm | None:
     """Returns the codes as which a rank of the resident loop holds a part of a matrix; None where
     it holds floats. Attention absorbs ``kv_b_proj`` head by head, as floats."""
     if ref.scheme is None or ref.key == "kv_b_proj":
@@ -102,9 +107,7 @@ def held_form(ref: TensorRef, index: tuple[slice, ...]) -> HeldForm | None:
     return ref.scheme.held(index[1].stop - index[1].start)
 
 
-def held_bytes(
-    ref: TensorRef, spec: ModelSpec, index: tuple[slice, ...], codes: bool = False
-) -> int:
+def held_bytes(ref: TensorRef, spec: ModelSpec, index: Index, codes: bool = False) -> int:
     """Bytes of a part of a tensor in memory. ``codes``: whether ranks hold codes."""
     if codes and (form := held_form(ref, index)) is not None:
         n, k = (part.stop - part.start for part in index)
@@ -117,22 +120,45 @@ def held_bytes(
 @lru_cache(maxsize=1024)  # of many experts, there are many tensors
 def ffn_bytes(spec: ModelSpec, shard: FFNShard, codes: bool = False) -> int:
     """Bytes of a model's FFN weights on one rank. ``codes``: whether ranks hold codes."""
-    return sum(
-        held_bytes(ref, spec, index, codes)
+    parts = [
+        (layer, ref, index)
         for layer, ffn in enumerate(spec.ffn)
         for ref in ffn_tensors(spec, layer)
         if (index := shard.slice(ref, ffn)) is not None
-    )
+    ]
+    return _held_bytes(spec, parts, codes)
 
 
 @lru_cache(maxsize=1024)
 def attention_bytes(spec: ModelSpec, codes: bool = False) -> int:
     """Bytes of a model's attention part, which every attention rank holds. ``codes``: whether ranks
     hold codes."""
+    parts = [
+        (layer, ref, tuple(slice(0, size) for size in ref.shape))
+        for layer, ref in attention_tensors(spec)
+    ]
+    return _held_bytes(spec, parts, codes)
+
+
+def _held_bytes(
+    spec: ModelSpec, parts: Sequence[tuple[int | None, TensorRef, Index]], codes: bool
+) -> int:
+    """Bytes of parts of tensors, with their layers. Tensors that are one matrix are held as floats
+    unless all of them have the same codes."""
+    forms: defaultdict[tuple[int | None, str], set[HeldForm | None]] = defaultdict(set)
+    matrices = [(layer, _matrix_of(ref)) for layer, ref, _ in parts]
+    for matrix, (_, ref, index) in zip(matrices, parts, strict=True):
+        forms[matrix].add(held_form(ref, index))
     return sum(
-        held_bytes(ref, spec, tuple(slice(0, size) for size in ref.shape), codes)
-        for _, ref in attention_tensors(spec)
+        held_bytes(ref, spec, index, codes and len(forms[matrix]) == 1)
+        for matrix, (_, ref, index) in zip(matrices, parts, strict=True)
     )
+
+
+def _matrix_of(ref: TensorRef) -> str:
+    """Names the matrix of its layer that a tensor is, or is a part of."""
+    of, _, last = ref.key.rpartition(".")
+    return f"{of}.{_JOINED.get(last, last)}"
 
 
 def place(deployment: Deployment, specs: Mapping[int, ModelSpec]) -> Placement:

@@ -14,6 +14,8 @@ from crosspool.models.registry import read_model
 from crosspool.ranks.resident.attention import PackedAttention
 from crosspool.ranks.resident.ffn import PackedFFN
 from crosspool.weightpool.placement import FFNShard, attention_bytes, ffn_bytes
+from make_random_checkpoint import make_random_checkpoint
+from support import quantized
 from support.machine import CORES, Machine, Stream
 from support.quantized_models import CASES, make_quantized
 
@@ -66,7 +68,7 @@ def test_matrices_are_held_as_codes(case: tuple[str, Path]) -> None:
         planned = (
             ffn_bytes(spec, shard, True) if part.role == "ffn" else attention_bytes(spec, True)
         )
-        assert sum(listing.bytes for listing in part.weights.listing) == planned
+        assert _bytes(part) == planned
         if part.role == "ffn" and grouped:
             routers = sum(hasattr(ffn, "router") for ffn in spec.ffn)
             assert len(grouped) == len(image.matrices) - routers
@@ -74,3 +76,30 @@ def test_matrices_are_held_as_codes(case: tuple[str, Path]) -> None:
             bits = 10 if "int8" in name else 8
             assert sum(matrix.bytes for matrix in grouped) < floats * bits / 32
         part.close()
+
+
+def test_a_matrix_of_different_tensors_is_held_and_planned_as_floats(tmp_path: Path) -> None:
+    plain = ["gate", "k_proj", "up_proj", "lm_head"]
+    config = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 32,
+        "modules_to_not_convert": ["gate", "k_proj", "up_proj"],
+    }
+    path = make_random_checkpoint("qwen3_moe", tmp_path / "random", {}, "float32")
+    path, _ = quantized.quantize_checkpoint(
+        path, tmp_path / "made", quantized.awq, config, ["embed_tokens", *plain]
+    )
+    spec = read_model(path)
+    shard = FFNShard(rank=0, ranks=1, parallel="tp", unit=spec.cut_unit)
+    attention, ffn = PackedAttention(spec, path, 64), PackedFFN(spec, path, shard)
+    assert _bytes(attention) == attention_bytes(spec, True)
+    assert _bytes(ffn) == ffn_bytes(spec, shard, True)
+    held = {listing.key: listing.dtype for listing in attention.weights.listing}
+    assert [held[f"{key}_proj"] for key in "qkvo"] == ["float32"] * 3 + ["uint4"]
+    attention.close()
+    ffn.close()
+
+
+def _bytes(part: PackedAttention | PackedFFN) -> int:
+    return sum(listing.bytes for listing in part.weights.listing)
