@@ -13,15 +13,20 @@ from typing import Any
 import psutil
 import pytest
 from crosspool.config.deployment import Deployment, ModelConfig
+from crosspool.frontend import model_context
 from crosspool.frontend.response_store import ResponseStore
 from crosspool.frontend.turns import Turns
+from sglang.srt import runtime_context
 from starlette.types import Message
 from support.front_end import MODELS, deployment
 from support.server import DEMO
 
 
 @pytest.fixture
-def folder() -> Iterator[Deployment]:
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployment]:
+    # An application puts a stand-in where SGLang's context is; other tests find it as it was.
+    monkeypatch.setattr(runtime_context, "_CONTEXT", runtime_context._CONTEXT)
+    monkeypatch.setattr(model_context, "_first", [])
     made = deployment()
     yield made
     shutil.rmtree(made.runtime_dir)

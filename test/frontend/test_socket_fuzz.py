@@ -210,11 +210,12 @@ def refused_outputs() -> list[io_struct.BatchTokenIDOutput]:
 
 def test_control(fuzzed: FrontEndServer) -> None:
     result = messages.StepResult(step=1, rows=[messages.RowResult(request=1, token=5)])
+    ready = messages.Ready(version=7, device="cpu", pid=1, ranks=[], models=[], resident=[])
     valid = [
         messages.encode(result),
         messages.encode(messages.Failed(device="cpu", message="it burned")),
         messages.encode(messages.Inspected(id=1, device="cpu", report=Report())),
-        messages.encode(messages.Ready(version=6, device="cpu", pid=1, ranks=[], resident=[])),
+        messages.encode(ready),
     ]
     with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
         peer.setsockopt(zmq.LINGER, 0)

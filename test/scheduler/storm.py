@@ -46,6 +46,8 @@ from storm_weights import FAILURE, REFUSAL, DeviceWeights, StormWeights
 
 HANG_SECONDS = 4.0
 """Time until a device that hangs is noticed and killed."""
+SPINS = 50
+"""Turns on end that may be due at once."""
 PATIENCE = 2000.0
 """Longest time from the last fault until every request has ended, in seconds of the clock."""
 
@@ -107,6 +109,8 @@ class Storm:
         self.handed_in: set[str] = set()
         """Requests of which nothing has come since they were handed in to another scheduler."""
         self.woken_at = 0.0
+        self.spins = 0
+        """Turns on end after which the next one was due at once."""
         span = random.choice([2.0, 10.0])
         self.over_at = self.now + span
         for _ in range(random.randint(1, 7)):
@@ -321,6 +325,8 @@ class Storm:
             self.changed(change)
         check(self)
         deadline = self.core.next_deadline()
+        self.spins = self.spins + 1 if deadline is not None and deadline <= self.now else 0
+        require(self.spins < SPINS, "the scheduler is woken again and again", deadline)
         if deadline is not None and not self.now < self.woken_at <= deadline:
             self.woken_at = deadline
             self.after(max(0.0, deadline - self.now), self.wake)

@@ -385,10 +385,16 @@ def forgets_a_refusal(patch):
         ),
         (never_gives_way, "a model waits though there is room for it"),
         (caches_what_was_refused, "that was not computed here|wrong KV|are free|a gap"),
-        (forgets_who_waits_for_a_failed_wake, "nothing goes on|requests wait for ever|is idle"),
+        (
+            forgets_who_waits_for_a_failed_wake,
+            "nothing goes on|requests wait for ever|is idle|again and again",
+        ),
         (is_let_go_with_its_pages, "a model is removed with (chunks|requests)"),
         (is_let_go_with_its_weights, "a model leaves with its weights"),
-        (thinks_that_all_is_known, "of a model that the rank does not know|wait for ever|nothing"),
+        (
+            thinks_that_all_is_known,
+            "that the (rank|device) does not know|wait for ever|nothing",
+        ),
         (wakes_what_is_unknown, "a model is woken that the device does not know"),
         (forgets_a_refusal, "a model neither comes nor is refused"),
     ],
