@@ -27,8 +27,7 @@ class Held:
     """What one process holds, or all with one title together."""
 
     memory: int
-    """Resident bytes, those that it shares with others included: which of them it shares depends
-    on whether the process that forked it still lives."""
+    """Bytes of resident memory. Whoever measures it says what of shared memory counts."""
     descriptors: int
     threads: int
 

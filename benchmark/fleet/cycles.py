@@ -15,6 +15,7 @@ from crosspool.config.runtime_dir import find_running
 from rich.progress import track
 
 from benchmark import checkpoint
+from benchmark.chaos.leftovers import Held
 from benchmark.fleet.served import Fleet, timed
 from benchmark.records import Recorder
 from benchmark.server import DEMO
@@ -30,22 +31,13 @@ MOST_REGISTERED = 20 << 20
 """Bytes that a model may take of all processes together while it sleeps."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """What one process holds."""
-
-    memory: int
-    """Bytes of its resident memory; of what several processes share, its part."""
-    descriptors: int
-    threads: int
-
-
 @dataclass(frozen=True)
 class Holding:
     """What the whole server holds."""
 
     processes: dict[str, Held]
-    """By title, without the processes that compile one grammar."""
+    """By title, without the processes that compile one grammar. Of memory that several share, each
+    has its part."""
     shared: int
     """Files in /dev/shm."""
     files: int
@@ -171,9 +163,10 @@ def run(*, cycles: int, registered: int) -> Result:
             server.unload(name)
 
     with Fleet(served, 3, ["--kv-pool-bytes", "1GiB"]) as server:
-        with _answering(server, server.names, Result(0, result.before, result.after)):
+        with _answering(server, server.names, result):
             for number in range(_WARM_UP):
                 cycle(number)
+        result.beside = 0
         result.load_seconds.clear()
         result.unload_seconds.clear()
         result.before = holding(server)

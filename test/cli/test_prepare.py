@@ -359,6 +359,7 @@ def test_models_must_exist_and_have_names_of_their_own(tmp_path: Path) -> None:
         ([str(tmp_path / "nowhere")], "nowhere: no such folder"),
         ([str(tmp_path / "empty")], r"empty: there is no config\.json"),
         ([path, path], "two models are named 'a'"),
+        ([path] * 257, "there are 257, and at most 256"),
         ([path, model(tmp_path / "sub" / "a")], "two models are named 'a'"),
         ([model(tmp_path / "x y")], "model name 'x y'"),
         ([model(tmp_path / "x:y")], "model name 'x:y'"),  # SGLang has adapters after a colon

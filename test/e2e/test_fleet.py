@@ -66,15 +66,6 @@ def do(server: Server, what: str, model: str, body: Any = None) -> Any:
     return json.loads(text)
 
 
-def command(server: Server, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "crosspool.cli.main", *words, "--port", str(server.port)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def generate(server: Server, model: str, prompt: str = PROMPT) -> Any:
     sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
     body = {"text": prompt, "sampling_params": sampling}
@@ -159,22 +150,22 @@ def test_health_checks_wake_nobody(fleet: Server) -> None:
 
 
 def test_the_commands_tell_and_change_where_models_are(fleet: Server) -> None:
-    done = command(fleet, "sleep", GLM)
+    done = fleet.command("sleep", GLM)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{GLM} is asleep")
-    done = command(fleet, "wake", GLM)
+    done = fleet.command("wake", GLM)
     assert done.returncode == 0 and done.stdout.startswith(f"{GLM} is resident"), done
-    done = command(fleet, "pin", GLM)
+    done = fleet.command("pin", GLM)
     assert done.returncode == 0 and "keep is pinned" in done.stdout
-    done = command(fleet, "sleep", GLM)
+    done = fleet.command("sleep", GLM)
     assert done.returncode == 2 and "is pinned" in done.stderr and not done.stdout
-    done = command(fleet, "pin", GLM, "--keep", "demand")
+    done = fleet.command("pin", GLM, "--keep", "demand")
     assert done.returncode == 0 and "keep is demand" in done.stdout
-    done = command(fleet, "wake", "nobody")
+    done = fleet.command("wake", "nobody")
     assert done.returncode == 2 and "`nobody` does not exist" in done.stderr
-    done = command(fleet, "ps", "--json")
+    done = fleet.command("ps", "--json")
     assert {m["name"]: m["state"] for m in json.loads(done.stdout)}[GLM] == "resident"
-    done = command(fleet, "ps")
+    done = fleet.command("ps")
     assert done.returncode == 0 and all(model in done.stdout for model in TINY_MODELS)
 
 

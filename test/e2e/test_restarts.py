@@ -139,7 +139,7 @@ def kill(server: Server, name: str) -> None:
         time.sleep(0.01)
 
 
-# A scheduler does not know how the FFN ranks of a model share its weights.
+# For a scheduler, EP differs from TP in the bytes that ranks hold alone.
 in_places_that_schedulers_tell_apart = pytest.mark.parametrize(
     "server",
     slow_but(FAST, [place for place in PLACES if "EP" not in place[0]]),

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from crosspool.config.deployment import load
@@ -240,8 +241,6 @@ def test_a_process_that_dies_in_the_midst_of_a_load_leaves_no_half_of_a_model(
 
 def bring_or_not(server: FrontEndServer, name: str) -> int:
     """Status of the answer to a load; 0 where the connection breaks."""
-    import httpx
-
     try:
         return bring(server, name)[0]
     except httpx.HTTPError:

@@ -107,6 +107,17 @@ def test_applications_live_beside_each_other_and_go_one_by_one(folder: Deploymen
     asyncio.run(run())
 
 
+def test_an_application_that_never_began_can_be_closed(folder: Deployment) -> None:
+    from crosspool.frontend.model_app import ModelApp
+
+    async def run() -> None:
+        app = ModelApp(folder, 0, 1, ResponseStore(10, 1 << 20), Turns())
+        await app.close()
+        await cycle(folder, 2, DEMO / MODELS[0])  # the module of its routes serves another one
+
+    asyncio.run(run())
+
+
 def test_an_application_that_cannot_be_made_leaves_nothing(folder: Deployment) -> None:
     """Collecting what is left of it would wait for its sockets for ever."""
     from crosspool.frontend.model_app import ModelApp

@@ -69,6 +69,11 @@ class Scheduler:
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
         self.refuses: Exception | None = None
+        self.silence: Exception | None = None
+        """What is raised for a question about the status."""
+        self.ready = True
+        self.lacks: set[int] = set()
+        """Models of the file that it does not serve."""
         self.unloads: list[tuple[str, float]] = []
         self.may_unload = asyncio.Event()
         self.may_unload.set()
@@ -93,16 +98,21 @@ class Scheduler:
         save(deployment)
 
     async def status(self) -> Status:
+        if self.silence is not None:
+            raise self.silence
         models = []
-        for number, name in self.deployment.names.items():
+        for number, name in self.deployment.names.items() if self.ready else ():
+            if number in self.lacks:
+                continue
             told: ModelStatus = model_status("b", RESIDENCY)
             told.model, told.name, told.kv_bytes_per_token = number, name, 1024
             models.append(told)
-        return Status(models=models, ranks=[], failure=None, ready=True, message="", devices=[])
+        ready = self.ready
+        return Status(models=models, ranks=[], failure=None, ready=ready, message="", devices=[])
 
 
 class Bed:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **fields: Any) -> None:
         deployment = Deployment(
             models={n: ModelConfig(name=name, path="/x") for n, name in enumerate(("a", "b"))},
             next_model=2,
@@ -111,6 +121,7 @@ class Bed:
             kv_pool_bytes=64 << 20,
             weight_pool_bytes=64 << 20,
             runtime_dir=str(folder),
+            **fields,
         )
         self.scheduler = Scheduler(deployment)
         self.scheduler.write(deployment)
@@ -298,6 +309,62 @@ def test_a_model_without_an_application_is_taken_back(bed: Bed) -> None:
     run(test())
 
 
+@pytest.mark.parametrize("silence", [AdminError("it did not answer in 10 s"), None])
+def test_a_scheduler_that_does_not_answer_loses_no_model(
+    bed: Bed, silence: Exception | None
+) -> None:
+    """It has loaded the model, and then there is none for a while, or another one that begins."""
+
+    async def test() -> None:
+        bed.scheduler.silence, bed.scheduler.ready = silence, silence is not None
+        status, answer = await bed.call("POST", MODELS, {"path": PATH, "name": "new"})
+        assert status == 503, answer
+        assert bed.scheduler.unloads == [] and bed.file == ["a", "b", "new"]
+        assert not any(app.closed for app in bed.apps.values())
+        bed.scheduler.silence, bed.scheduler.ready = None, True
+        await bed.model_apps.follow()
+        assert await bed.names() == ["a", "b", "new"]
+
+    run(test())
+
+
+def test_a_model_of_the_file_that_no_scheduler_serves_is_ended(bed: Bed) -> None:
+    async def test() -> None:
+        bed.scheduler.lacks = {0}
+        await bed.model_apps.follow()
+        assert await bed.names() == ["b"] and bed.apps["a"].closed
+
+    run(test())
+
+
+def test_the_servers_own_time_to_end_may_be_long(tmp_path: Path) -> None:
+    bed = Bed(tmp_path, drain_timeout=1e6)
+
+    async def test() -> None:
+        assert (await bed.call("DELETE", f"{MODELS}/a"))[0] == 200
+        assert bed.scheduler.unloads == [("a", 1e6)]
+
+    run(test())
+
+
+def test_each_application_works_on_what_goes_to_all(bed: Bed) -> None:
+    found: list[dict[str, int]] = []
+
+    async def noting(scope: Any, receive: Any, send: Any) -> None:
+        found.append(dict(bed.state.in_flight))
+        await JSONResponse([])(scope, receive, send)
+
+    async def test() -> None:
+        bed.state.models = cast("Any", dict.fromkeys(("a", "b"), noting))
+        for model in bed.state.models.values():
+            cast("Any", model).context_length = 16
+            cast("Any", model).longest_token, cast("Any", model).vocabulary = 4, 32
+        assert (await bed.call("POST", "/flush_cache", {}))[0] == 200
+        assert found == [{"a": 1}, {"b": 1}]
+
+    run(test())
+
+
 def test_a_model_that_leaves_answers_what_it_has_and_nothing_more(bed: Bed) -> None:
     async def test() -> None:
         old = bed.apps["a"]
@@ -315,6 +382,7 @@ def test_a_model_that_leaves_answers_what_it_has_and_nothing_more(bed: Bed) -> N
         bed.scheduler.may_unload.set()
         await asyncio.sleep(0.1)
         assert not unload.done() and not old.closed  # until its answer is out
+        assert old in bed.model_apps.apps  # and if all fails, it is told
         old.may_answer.set()
         assert await running == (200, ["a", "/server_info"])
         assert await unload == (200, {"name": "a", "state": "unloaded"})

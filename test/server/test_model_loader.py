@@ -171,7 +171,7 @@ class Bed:
             and self.front_ends.served == [0]
             and not self.grammars.known
             and self.loader.specs.keys() == {0}
-            and self.told[-1:] in ([], [RemoveTokenizer(model=1)])
+            and self.told[-1] == RemoveTokenizer(model=1)
         )
 
 

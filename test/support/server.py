@@ -123,6 +123,15 @@ class Server:
         except ValueError:
             return status, payload.decode(errors="replace")
 
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Runs ``crosspool`` with ``words`` against this server."""
+        return subprocess.run(
+            [sys.executable, "-m", "crosspool.cli.main", *words, "--port", str(self.port)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
     def manage(self, path: str, body: Any = None) -> tuple[int, Any]:
         """HTTP status and text of a POST over the admin socket."""
         with self.admin() as client:

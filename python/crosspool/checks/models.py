@@ -56,8 +56,7 @@ def model_config(options: ModelOptions, pool: Sequence[Device], where: str = "")
 def check_further_model(options: ModelOptions, deployment: Deployment) -> ModelConfig:
     """Checks a model that is to be served beside those of a running ``deployment``, and returns it
     with its name and absolute path. It reads the headers of the checkpoint's files, which can take
-    seconds. Whether its weights fit into the pools
-    is not looked at.
+    seconds. Whether its weights fit into the pools is not looked at.
 
     Raises ConfigError that names what is wrong and what would be right."""
     model = model_config(options, deployment.weight_pool_devices)

@@ -15,7 +15,7 @@ from crosspool.checks.kv_bounds import check_kv_bounds
 from crosspool.checks.models import check_tensors, model_config
 from crosspool.checks.tokenizer_files import check_tokenizer
 from crosspool.cli.memory import check_memory, default_kv_bytes, memories
-from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
+from crosspool.config.deployment import MAX_MODELS, ConfigError, Deployment, ModelConfig
 from crosspool.config.gpu import check_alike, check_loop, gpus_of, loop_of
 from crosspool.config.options import Options
 from crosspool.models.registry import specs_of
@@ -81,6 +81,11 @@ def model_configs(options: Options) -> dict[int, ModelConfig]:
     """Returns the models with their names and absolute paths, by number. Raises ConfigError."""
     if not options.models:
         raise ConfigError("models: name at least one model")
+    if len(options.models) > MAX_MODELS:
+        raise ConfigError(
+            f"models: there are {len(options.models)}, and at most {MAX_MODELS} can be served at "
+            "a time"
+        )
     models: dict[int, ModelConfig] = {}
     for number, given in enumerate(options.models):
         model = model_config(given, options.weight_pool_devices, f"models[{number}].")

@@ -262,7 +262,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         "or counts as dead, before it ends.",
         _SERVER, unit="s", least=0)] = 5.0
     drain_timeout: Annotated[float, Option(
-        "Time that requests in flight get to finish after SIGTERM.",
+        "Time that requests in flight get to finish after SIGTERM, and those of a model that is "
+        "unloaded.",
         _SERVER, unit="s", least=0)] = 60.0
     sglang: dict[str, Any] = {}
     """Arguments for SGLang that hold for every model, by ServerArgs field."""

@@ -50,14 +50,15 @@ def take_http_server_copy() -> Any:
 
 
 def give_copy_back(module: Any) -> None:
-    """Forgets the model of a copy from :func:`take_http_server_copy`, whose lifespan has ended, and
-    keeps the copy for another one."""
+    """Forgets the model of a copy from :func:`take_http_server_copy`, whose lifespan has ended
+    or never began, and keeps the copy for another one."""
     module.set_global_state(None)
     app = module.app
     app.state = State()
     app.dependency_overrides.clear()
     app.openapi_schema = None
-    del app.server_args, app.warmup_thread_kwargs
+    for name in ("server_args", "warmup_thread_kwargs"):
+        vars(app).pop(name, None)
     _spare_copies.append(module)
 
 

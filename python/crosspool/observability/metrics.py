@@ -115,14 +115,14 @@ def sglang_gauges(status: Status | None) -> bytes:
 
 class _OfModels(Collector):
     def __init__(self, models: Collection[str]) -> None:
-        self._models = models
+        self._models = {None, *models}
 
     def collect(self) -> Iterator[Metric]:
         for metric in MultiProcessCollector(None).collect():
             metric.samples = [
                 sample
                 for sample in metric.samples
-                if sample.labels.get("model_name") in (None, *self._models)
+                if sample.labels.get("model_name") in self._models
             ]
             if metric.samples:
                 yield metric

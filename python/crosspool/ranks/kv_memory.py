@@ -32,10 +32,11 @@ class Make(Protocol[V_co]):
     ) -> V_co: ...
 
 
-def cache_tokens(deployment: Deployment, spec: ModelSpec) -> int:
-    """Returns the tokens that a model's cache on one attention rank has room for."""
+def positions_of(deployment: Deployment, spec: ModelSpec) -> int:
+    """Returns the tokens of the longest sequence of a model that may come: its context, or what its
+    cache on one attention rank has room for."""
     layout = KVLayout(spec, deployment.page_size, deployment.chunk_bytes)
-    return layout.pages_in(_chunks(deployment)) * deployment.page_size
+    return min(spec.context, layout.pages_in(_chunks(deployment)) * deployment.page_size)
 
 
 def _chunks(deployment: Deployment) -> int:

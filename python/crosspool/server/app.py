@@ -271,7 +271,7 @@ class App(Starlette):
             *others, name = models
             for other in others:
                 if other in self._state.models:  # it may have left meanwhile
-                    await models[other](dict(inner), body.replay(receive), _ignore)
+                    await self._serve(other, dict(inner), body.replay(receive), _ignore)
         elif name in (None, "", DEFAULT_MODEL) and name not in models:
             name = next(iter(models))
         if name not in models:

@@ -16,11 +16,10 @@ from crosspool.config.deployment import ConfigError, Deployment, ModelConfig, lo
 from crosspool.config.deployment_file import to_model_options
 from crosspool.server.body import Bodies, decoded
 from crosspool.server.errors import JSON, RequestError, unknown_model
-from crosspool.server.model_apps import ModelApps
+from crosspool.server.model_apps import ModelApps, Unloads
 from crosspool.server.progress import events, wants_events
 from crosspool.server.scheduler_errors import scheduler_errors
 from crosspool.server.state import State
-from crosspool.transport.inspection import Status
 
 _LONGEST_TIMEOUT = 86400.0
 _LOOK_SECONDS = 0.2
@@ -30,14 +29,10 @@ _REPLACED = (
 _Answer = TypeVar("_Answer")
 
 
-class Changes(Protocol):
+class Changes(Unloads, Protocol):
     """What is needed of :class:`~crosspool.transport.admin.AsyncAdmin`."""
 
-    async def status(self) -> Status: ...
-
     async def load(self, config: ModelConfig) -> int: ...
-
-    async def unload(self, model: str, timeout: float) -> None: ...
 
 
 class FleetRoutes:
@@ -85,7 +80,8 @@ class FleetRoutes:
         yield {"name": config.name, "state": "loading"}
         number = await self._answer(self._scheduler.load(config))
         yield {"name": config.name, "state": "starting"}
-        await self._apps.follow()
+        with scheduler_errors():
+            await self._apps.follow()
         if (problem := self._apps.problem(number)) is not None:
             raise RequestError(400, f"{config.name} cannot be served: {problem}")
         with scheduler_errors():
@@ -107,7 +103,8 @@ class FleetRoutes:
         except BaseException:
             self._apps.stay(name)
             raise
-        await self._apps.follow()
+        with scheduler_errors():
+            await self._apps.follow()
         return JSON({"name": name, "state": "unloaded"})
 
     async def _answer(self, asking: Coroutine[Any, Any, _Answer]) -> _Answer:
@@ -141,8 +138,10 @@ def _checked(given: dict[str, Any], file: Path) -> ModelConfig:
 
 def _timeout(request: Request, default: float) -> float:
     given = request.query_params.get("timeout")
+    if given is None:
+        return default
     try:
-        seconds = default if given is None else float(given)
+        seconds = float(given)
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds <= _LONGEST_TIMEOUT:

@@ -178,7 +178,7 @@ def _become(scheduler: int) -> None:
     set_title("grammars")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # it ends when the scheduler does
-    gc.freeze()  # the collector would copy the scheduler's pages
+    gc.freeze()  # when a model goes, the collector runs, and would copy the scheduler's pages
     gc.disable()
     ctypes.CDLL(None).malloc_trim(0)  # what is free would hide how much memory a grammar takes
 

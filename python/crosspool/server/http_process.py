@@ -127,8 +127,8 @@ class HttpProcess:
                 self._listeners.refuse()
             server.should_exit = True
             await serving
-            for model in self._state.models.values():
-                await model.stop()
+            for app in self._apps.apps:
+                await app.stop()
             self._context.destroy(linger=0)
 
     async def _serve(self, server: _Server) -> None:
@@ -281,13 +281,13 @@ class HttpProcess:
             return
         self._failed = True
         log.error("%s: every request ends with 503", cause)
-        for model in self._state.models.values():
-            model.manager.fail_all(cause, 503)
+        for app in self._apps.apps:
+            app.manager.fail_all(cause, 503)
 
     def _resume(self) -> None:
         self._failed = False
-        for model in self._state.models.values():
-            model.manager.resume()
+        for app in self._apps.apps:
+            app.manager.resume()
 
 
 async def _first_of(ending: asyncio.Task[Any], *tasks: asyncio.Task[Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from crosspool.config.deployment import Deployment, load
@@ -59,6 +59,11 @@ class ModelApps:
         self._apps.update(apps)
         self._show()
 
+    @property
+    def apps(self) -> Collection[ModelApp]:
+        """The applications that work, those included that take no requests any more."""
+        return self._apps.values()
+
     def are_those_of(self, status: Status) -> bool:
         """Whether there is an application for each model that the scheduler serves, and no
         other."""
@@ -84,15 +89,21 @@ class ModelApps:
 
     async def follow(self) -> None:
         """Makes the applications of models that have come, and ends those of models that have
-        gone. A model whose application cannot be made is unloaded."""
+        gone. A model whose application cannot be made is unloaded. Raises AdminError where the
+        scheduler does not answer, or another one is taking its place."""
         async with self._lock:
+            status = await self._scheduler.status()
+            if not status.ready:
+                raise AdminError(f"the scheduler is not ready: {status.message}")
+            told = {model.model: model for model in status.models}
             deployment = await asyncio.to_thread(load, self._file)
             models = deployment.models
-            for number in sorted(self._apps.keys() - models.keys()):
+            served = models.keys() & told.keys()
+            for number in sorted(self._apps.keys() - served):
                 await self._end(number)
-            for number in sorted(models.keys() - self._apps.keys() - self._problems.keys()):
-                await self._begin(deployment, number)
-        for number in models.keys() & self._problems.keys():
+            for number in sorted(served - self._apps.keys() - self._problems.keys()):
+                await self._begin(deployment, number, told[number].kv_bytes_per_token)
+        for number in served & self._problems.keys():
             try:
                 await self._scheduler.unload(models[number].name, 0)
             except AdminMistake:
@@ -100,14 +111,12 @@ class ModelApps:
             except AdminError as error:
                 log.error("model %s cannot be unloaded: %s", models[number].name, error)
 
-    async def _begin(self, deployment: Deployment, number: int) -> None:
+    async def _begin(self, deployment: Deployment, number: int, kv_bytes_per_token: int) -> None:
         name = deployment.models[number].name
         app = None
         try:
             app = await asyncio.to_thread(self._make, deployment, number)
-            told = (await self._scheduler.status()).models
-            sizes = [model.kv_bytes_per_token for model in told if model.model == number]
-            await app.start(deployment.kv_pool_bytes // max(sizes, default=1))
+            await app.start(deployment.kv_pool_bytes // kv_bytes_per_token)
         except Exception as error:
             log.exception("model %s cannot be served", name)
             self.has_problem(number, str(error) or repr(error))
@@ -119,24 +128,25 @@ class ModelApps:
         log.info("model %s is served", name)
 
     async def _end(self, number: int) -> None:
-        app = self._apps.pop(number)
-        self._leaving.discard(app.name)
-        self._show()
+        app = self._apps[number]
+        self.leave(app.name)
         if not await self._rests(app):
             app.manager.fail_all(f"the model {app.name} is not served any more", 503)
             if not await self._rests(app):
                 log.warning("model %s: requests are left that do not end", app.name)
+        del self._apps[number]
+        self.stay(app.name)
         await app.close()
         log.info("model %s is not served any more", app.name)
 
     async def _rests(self, app: ModelApp) -> bool:
         """Waits until the application works on no request; returns whether it does so in time."""
         deadline = time.monotonic() + _END_SECONDS
-        while (busy := self._state.in_flight[app.name] > 0 or app.is_working) and (
-            time.monotonic() < deadline
-        ):
+        while self._state.in_flight[app.name] or app.is_working:
+            if time.monotonic() >= deadline:
+                return False
             await asyncio.sleep(_LOOK_SECONDS)
-        return not busy
+        return True
 
     def _show(self) -> None:
         apps = [app for _, app in sorted(self._apps.items()) if app.name not in self._leaving]

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from crosspool.checks.models import check_name
 from crosspool.config.deployment import ConfigError, ModelConfig, save
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.changes import ModelAdded, ModelRefused, ModelRemoved
@@ -98,12 +99,10 @@ class ModelLoader:
     # --- what the admin asks for
 
     def load(self, config: ModelConfig, done: Loaded) -> None:
-        """Begins to load a model, and calls ``done`` within :data:`LOAD_SECONDS`."""
-        coming = {load.config.name for load in self._loads.values()}
-        if config.name in {*self._core.deployment.names.values(), *coming}:
-            text = f"name: another model is named {config.name!r}: give this one a name of its own"
-            return done(Problem(text, is_mistake=True))
+        """Begins to load a model; ``done`` is called when it is served or cannot be."""
+        coming = [load.config.name for load in self._loads.values()]
         try:
+            check_name(config.name, [*self._core.deployment.names.values(), *coming])
             number = self._core.take_number()
         except ConfigError as error:
             return done(Problem(str(error), is_mistake=True))

@@ -291,7 +291,7 @@ class SchedulerLoop:
     def _load(self, sender: bytes, message: admin.Load) -> None:
         def done(outcome: int | Problem) -> None:
             if isinstance(outcome, Problem):
-                answer = _problem(message.id, outcome)
+                answer = _answer(message.id, outcome)
             else:
                 answer = admin.Answer(id=message.id, model=outcome)
             self._admin.reply(sender, answer)
@@ -302,7 +302,7 @@ class SchedulerLoop:
 
     def _unload(self, sender: bytes, message: admin.Unload) -> None:
         def done(problem: Problem | None) -> None:
-            answer = _problem(message.id, problem) if problem else admin.Answer(id=message.id)
+            answer = _answer(message.id, problem)
             self._admin.reply(sender, answer)
 
         if (cannot := self._cannot_change()) is not None:
@@ -335,7 +335,7 @@ class SchedulerLoop:
         except ValueError as mistake:
             return admin.Answer(id=message.id, error=str(mistake), is_mistake=True)
         problem = self._loader.save() if message.what == "pin" else None
-        return _problem(message.id, problem) if problem else admin.Answer(id=message.id)
+        return _answer(message.id, problem)
 
     def _check_may_sleep(self, message: admin.Manage) -> None:
         """Raises ValueError, with a text for users, where a model is to sleep and none can."""
@@ -396,5 +396,7 @@ class SchedulerLoop:
         )
 
 
-def _problem(number: int, problem: Problem) -> admin.Answer:
-    return admin.Answer(id=number, error=problem.text, is_mistake=problem.is_mistake)
+def _answer(question: int, problem: Problem | None) -> admin.Answer:
+    if problem is None:
+        return admin.Answer(id=question)
+    return admin.Answer(id=question, error=problem.text, is_mistake=problem.is_mistake)

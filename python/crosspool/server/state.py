@@ -30,6 +30,6 @@ class State:
     """Whether processes that have died are being replaced, and requests wait for that."""
     draining: bool = False
     in_flight: Counter[str] = field(default_factory=Counter)
-    """Number of requests that each model's application is working on."""
+    """Number of requests that each model's application is working on; none of them is 0."""
     turns: Turns = field(default_factory=Turns)
     """The turns that requests, and the samples of each, take to begin."""

@@ -28,7 +28,7 @@ MAX_QUESTION_BYTES = 1 << 20
 """Who asks the scheduler with more is cut off."""
 
 LOAD_SECONDS = 120.0
-"""Longest time that loading a model can take."""
+"""Time that a model may take to be read, before the devices are told of it."""
 LEAVE_SECONDS = 60.0
 """Time that a model may take to be gone once its requests have ended."""
 

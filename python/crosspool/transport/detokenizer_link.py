@@ -74,6 +74,3 @@ class SchedulerLink:
             return _to_detokenizer.decode(self.socket.recv(zmq.NOBLOCK))
         except zmq.Again:
             return None
-
-    def close(self) -> None:
-        self.socket.close()

@@ -19,7 +19,7 @@ from crosspool.kernels.engine import Team
 from crosspool.kernels.isa import default_isa
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
-from crosspool.ranks.kv_memory import cache_tokens, kv_pool
+from crosspool.ranks.kv_memory import kv_pool, positions_of
 from crosspool.ranks.resident.executor import ResidentLoop
 from crosspool.ranks.resident.ffn import PackedFFN
 from crosspool.ranks.resident.flight import ResidentRank
@@ -63,7 +63,7 @@ def load_resident_weights(
     with Team(device.cores) as team:
         loading = _Loading(device, team, keeper, weights)
         for held in held_models(deployment, device, specs, placement):
-            weights.declare(held, positions_of(deployment, held), keeper)
+            weights.declare(held, positions_of(deployment, held.spec), keeper)
             if held.index in resident:
                 loading.load(held)
     if keeper is not None:
@@ -93,7 +93,7 @@ def load_resident_ranks(
     for held in held_models(deployment, device, specs, placement):
         if held.index not in weights.models:
             try:
-                weights.declare(held, positions_of(deployment, held), keeper)
+                weights.declare(held, positions_of(deployment, held.spec), keeper)
             except ConfigError as error:
                 log.error("%s cannot be served any more: %s", held.what, error)
                 weights.forget(held.index)
@@ -183,8 +183,3 @@ class _Loading:
                 loaded.notes.append(f"{compact} of packed matrices read")
             else:
                 loaded.notes.append(f"{plain} of matrices packed into {compact}")
-
-
-def positions_of(deployment: Deployment, held: HeldModel) -> int:
-    """Tokens of the longest sequence of a model that may come."""
-    return min(held.spec.context, cache_tokens(deployment, held.spec))

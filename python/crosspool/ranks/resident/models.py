@@ -17,7 +17,7 @@ from crosspool.kernels import engine_structs as es
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import ModelNews
 from crosspool.ranks.further import check_row, further_model
-from crosspool.ranks.kv_memory import cache_tokens, further_cache
+from crosspool.ranks.kv_memory import further_cache, positions_of
 from crosspool.ranks.resident.executor import ResidentLoop
 from crosspool.ranks.resident.flight import ResidentRank
 from crosspool.ranks.resident.kept_weights import WeightKeeper
@@ -174,9 +174,8 @@ class ResidentModels:
         check_row(spec, config.name, self._row_room)
         weights = ResidentWeights({}, {}, {})
         if held is not None:
-            positions = min(spec.context, cache_tokens(self._deployment, spec))
             try:
-                weights.declare(held, positions, self._keeper)
+                weights.declare(held, positions_of(self._deployment, spec), self._keeper)
             except BaseException:
                 weights.close()
                 raise
