@@ -35,7 +35,7 @@ def hollow_weights(
     asked += [ref for layer in range(spec.layers) for ref in ffn_tensors(spec, layer)]
     header, end = {}, 0
     for ref in filter(None, map(change, asked)):
-        stored = {ref.name: (dtype, ref.shape)}
+        stored: dict[str, tuple[str, tuple[int, ...]]] = {ref.name: (dtype, ref.shape)}
         if ref.scheme is not None:
             n, k = ref.shape
             tensors = ref.scheme.stored(ref.module, n, k, ref.stack).values()
