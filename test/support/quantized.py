@@ -160,7 +160,7 @@ def quantize_checkpoint(
     config: dict[str, Any],
     plain: Collection[str] = ("embed_tokens", "lm_head", "gate"),
 ) -> tuple[Path, Path]:
-    """Writes two checkpoints from one in float32 of one file: with its matrices quantised, and with
+    """Writes two checkpoints from one of floats in one file: with its matrices quantised, and with
     the floats that these stand for. ``config``: the former's ``quantization_config``. ``plain``:
     last parts of the names of modules that stay as they are."""
     stored, floats = {}, {}
@@ -169,7 +169,7 @@ def quantize_checkpoint(
         if tensor.dim() != 2 or module.rpartition(".")[2] in plain:
             stored[name] = floats[name] = tensor
             continue
-        written, floats[name] = write(tensor)
+        written, floats[name] = write(tensor.float())
         stored |= {f"{module}.{ending}": one for ending, one in written.items()}
     folders = out / "quantized", out / "floats"
     for folder, tensors in zip(folders, (stored, floats), strict=True):

@@ -15,7 +15,9 @@ from torch import Tensor
 _LINEAR = {"targets": ["Linear"]}
 
 
-def _compressed(format_: str, ignore: list[str], **weights: Any) -> dict[str, Any]:
+def compressed_config(format_: str, ignore: list[str], **weights: Any) -> dict[str, Any]:
+    """The ``quantization_config`` of compressed-tensors for one way to store all matrices.
+    ``ignore``: modules that stay as they are. ``weights``: fields of QuantizationArgs."""
     return {
         "quant_method": "compressed-tensors",
         "format": format_,
@@ -25,8 +27,8 @@ def _compressed(format_: str, ignore: list[str], **weights: Any) -> dict[str, An
 
 
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}
-_INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
-_MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+INT8_OF_CHANNELS = {"num_bits": 8, "type": "int", "strategy": "channel"}
+MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
 _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
 
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[Tensor], Written]]] = {
@@ -48,20 +50,18 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[Tensor], Written]]] = {
     ),
     "v2 int4": (
         "deepseek_v2",
-        _compressed("pack-quantized", ["re:.*mlp.gate$", "lm_head"], **_INT4),
+        compressed_config("pack-quantized", ["re:.*mlp.gate$", "lm_head"], **_INT4),
         lambda w: quantized.compressed(w, "pack-quantized", **_INT4),
     ),
     "olmoe int8": (
         "olmoe",
-        _compressed("int-quantized", ["lm_head"], **_INT8),
-        lambda w: quantized.compressed(w, "int-quantized", **_INT8),
+        compressed_config("int-quantized", ["lm_head"], **INT8_OF_CHANNELS),
+        lambda w: quantized.compressed(w, "int-quantized", **INT8_OF_CHANNELS),
     ),
     "glm mxfp4": (
         "glm4_moe_lite",
-        _compressed("mxfp4-pack-quantized", ["lm_head"], **_MXFP4),
-        lambda w: quantized.compressed(
-            w, "mxfp4-pack-quantized", scale_dtype=torch.uint8, **_MXFP4
-        ),
+        compressed_config("mxfp4-pack-quantized", ["lm_head"], **MXFP4),
+        lambda w: quantized.compressed(w, "mxfp4-pack-quantized", scale_dtype=torch.uint8, **MXFP4),
     ),
 }
 
