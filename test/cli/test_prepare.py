@@ -313,13 +313,6 @@ def test_quantised_weights_take_the_bytes_of_their_codes(tmp_path: Path) -> None
     assert [sum(of.values()) for of in resident] == [held]
 
 
-def test_gguf_is_refused_by_name(tmp_path: Path) -> None:
-    file = tmp_path / "a.gguf"
-    file.write_bytes(b"GGUF")
-    with pytest.raises(ConfigError, match=r"a\.gguf: GGUF files cannot be served yet"):
-        prepare(draft(str(file)))
-
-
 def test_float16_weights_under_bfloat16_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 _ROUND = {"Q4_0", "Q8_0", "BF16", "F16", "MXFP4"}
@@ -68,13 +70,18 @@ def convert(
     file = out / "model.gguf"
     writer = gguf.GGUFWriter(file, architecture, split_max_tensors=max_tensors)
     _metadata(writer, config, architecture)
+    if (path / "tokenizer.json").exists():
+        add_tokenizer(writer, path)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list([f"token {i}" for i in range(config["vocab_size"])])
 
     floats: dict[str, Tensor] = {}
     experts: dict[str, dict[int, tuple[str, Tensor]]] = {}
 
     def add(name: str, tensor: Tensor) -> Tensor:
         kind = kind_of(name) if tensor.dim() > 1 and ".ffn_gate_inp" not in name else "F32"
-        stored = blocks(np.ascontiguousarray(tensor.numpy()), kind)
+        stored = blocks(np.ascontiguousarray(tensor.float().numpy()), kind)
         writer.add_tensor(name, stored, raw_dtype=Type[kind])
         values = dequantize(stored, Type[kind]) if kind != "F32" else stored
         return torch.from_numpy(np.ascontiguousarray(values, np.float32)).view(tensor.shape)
@@ -117,14 +124,51 @@ def convert(
     writer.close()
 
     reference = out / "floats"
-    reference.mkdir()
-    (reference / "config.json").write_text(json.dumps(config))
+    shutil.copytree(path, reference)
     save_file(
         {name: tensor.contiguous() for name, tensor in floats.items()},
         reference / "model.safetensors",
         {"format": "pt"},
     )
     return next(iter(sorted(out.glob("*.gguf")))), reference
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, path: Path) -> None:
+    """Writes a tokenizer as the converter's ``_set_vocab_gpt2`` or ``_set_vocab_sentencepiece``
+    does: tokens, their kinds, and merges or scores. ``path``: a folder with one that cuts text as
+    GPT-2's does, or with a tokenizer.model."""
+    fast = json.loads((path / "tokenizer.json").read_text())
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    numbers = {
+        **fast["model"]["vocab"],
+        **{one["content"]: one["id"] for one in fast["added_tokens"]},
+    }
+    tokens = sorted(numbers, key=lambda token: int(numbers[token]))
+    kinds = [gguf.TokenType.NORMAL] * len(tokens)
+    if (path / "tokenizer.model").exists():
+        pieces = SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+        scores = [-1000.0] * len(tokens)
+        for number in range(pieces.vocab_size()):
+            assert tokens[number] == pieces.id_to_piece(number)
+            scores[number] = pieces.get_score(number)
+            if pieces.is_byte(number):
+                kinds[number] = gguf.TokenType.BYTE
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(scores)
+        writer.add_add_bos_token(settings["add_bos_token"])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_merges([" ".join(pair) for pair in fast["model"]["merges"]])
+    for one in fast["added_tokens"]:
+        kinds[one["id"]] = gguf.TokenType.CONTROL if one["special"] else gguf.TokenType.USER_DEFINED
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    if settings["bos_token"] is not None:
+        writer.add_bos_token_id(numbers[settings["bos_token"]])
+    writer.add_pad_token_id(numbers[settings["pad_token"]])
+    writer.add_chat_template((path / "chat_template.jinja").read_text())
 
 
 def _permuted(weight: Tensor, heads: int) -> Tensor:
@@ -135,9 +179,11 @@ def _permuted(weight: Tensor, heads: int) -> Tensor:
 
 def _metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture: str) -> None:
     writer.add_file_type(7)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"token {i}" for i in range(config["vocab_size"])])
-    writer.add_eos_token_id(config["eos_token_id"])
+    ends = config["eos_token_id"]
+    first, *others = ends if isinstance(ends, list) else [ends]
+    writer.add_eos_token_id(first)
+    for other in others:
+        writer.add_eot_token_id(other)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])

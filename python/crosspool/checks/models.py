@@ -33,16 +33,14 @@ def model_config(options: ModelOptions, pool: Sequence[Device], where: str = "")
     """Returns the model with its name and absolute path. ``pool`` are the devices of the weight
     pool; ``where`` is what stands before a key in messages. Raises ConfigError."""
     folder = Path(options.path).absolute()
-    if gguf_files(folder):
+    files = gguf_files(folder)
+    if not files and not folder.is_dir():
         raise ConfigError(
-            f"model path {options.path}: GGUF files cannot be served yet, since their tokenizers "
-            "are not read: name a checkpoint folder in Hugging Face format"
+            f"model path {options.path}: no such folder (models are local folders, or GGUF files)"
         )
-    if not folder.is_dir():
-        raise ConfigError(f"model path {options.path}: no such folder (models are local folders)")
-    if not (folder / "config.json").is_file():
+    if not files and not (folder / "config.json").is_file():
         raise ConfigError(f"model path {options.path}: there is no config.json in this folder")
-    name = folder.name if options.name is None else options.name
+    name = folder.name.removesuffix(".gguf") if options.name is None else options.name
     if not _NAME.fullmatch(name):
         raise ConfigError(f"model name {name!r}: a name consists of letters, digits and . _ + - /")
     for device in options.weight_pool_devices or ():

@@ -54,7 +54,7 @@ def _fields(header: GGUFHeader) -> dict[str, Any]:
         "rope_theta": get("rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(get),
         "tie_word_embeddings": "output.weight" not in header.tensors,
-        "eos_token_id": header.metadata.get("tokenizer.ggml.eos_token_id"),
+        "eos_token_id": _ends(header),
         "bos_token_id": header.metadata.get("tokenizer.ggml.bos_token_id"),
         FFN_BLOCK: _ffn_block(header),
         "dtype": "float32" if header.metadata.get("general.file_type") == _ALL_F32 else "bfloat16",
@@ -82,6 +82,13 @@ def _ffn_block(header: GGUFHeader) -> int:
 
     types = {tensor.type for name, tensor in header.tensors.items() if ".ffn_" in name}
     return max((GGML_QUANT_SIZES[GGMLQuantizationType[name]][0] for name in types), default=1)
+
+
+def _ends(header: GGUFHeader) -> list[int] | None:
+    """The tokens that end an answer: those that end a text and a turn."""
+    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot"))
+    found = dict.fromkeys(header.metadata[key] for key in keys if key in header.metadata)
+    return list(found) or None
 
 
 def _rope_scaling(get: _Keys) -> dict[str, Any] | None:
