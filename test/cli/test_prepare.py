@@ -302,11 +302,11 @@ def test_weights_that_do_not_fit_the_config_are_told_before_anything_starts(
 
 
 def test_quantised_weights_take_the_bytes_of_their_codes(tmp_path: Path) -> None:
-    """Codes of 4 bits, and a scale and a zero point in float32 for each group of 32; the router is
+    """Codes of 4 bits, and a scale and a zero point in float16 for each group of 32; the router is
     not quantised."""
     gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     path = model(tmp_path / "a", quantization_config=gptq)
-    held = 2 * (4 * 3 * (64 * 32 // 2 + 64 * 32 // 32 * 8) + 4 * 64 * 2)
+    held = 2 * (4 * 3 * (64 * 32 // 2 + 64 * 32 // 32 * 4) + 4 * 64 * 2)
     resident = prepare(draft(path)).placement.weight_bytes
     host = prepare(draft(path, loop="host")).placement.weight_bytes
     assert [sum(of.values()) for of in host] == [FFN_BYTES]

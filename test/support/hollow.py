@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from crosspool.models.formats import Stored
 from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
 from crosspool.models.spec import TensorRef
 
@@ -36,7 +37,7 @@ def hollow_weights(
     header, end = {}, 0
     for ref in filter(None, map(change, asked)):
         stored: dict[str, tuple[str, tuple[int, ...]]] = {ref.name: (dtype, ref.shape)}
-        if ref.scheme is not None:
+        if isinstance(ref.scheme, Stored):
             n, k = ref.shape
             tensors = ref.scheme.stored(ref.module, n, k, ref.stack).values()
             stored = {one.names[0]: (one.dtypes[-1], one.shapes[0]) for one in tensors}

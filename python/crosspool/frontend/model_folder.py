@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from crosspool.config.deployment import Deployment
-from crosspool.models.gguf_config import FFN_BLOCK, config_of
+from crosspool.models.gguf_config import GGUF, config_of
 from crosspool.models.gguf_header import gguf_files, read_header
 from crosspool.models.gguf_tokenizer import GGUFTokenizer
 from crosspool.models.registry import family_of
@@ -46,7 +46,7 @@ def _files(path: Path, own_tokenizer: bool) -> dict[str, dict[str, Any]]:
     config = config_of(path)
     family = family_of(config)
     assert family is not None
-    fields = {name: value for name, value in config.values.items() if name != FFN_BLOCK}
+    fields = {name: value for name, value in config.values.items() if name != GGUF}
     files = {"config.json": fields | {"architectures": [family.architecture]}}
     ids = {name: fields[name] for name in ("eos_token_id", "bos_token_id") if name in fields}
     files["generation_config.json"] = ids

@@ -14,6 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 Shape: TypeAlias = tuple[int, ...]
+Codes: TypeAlias = Literal["int4", "uint4", "e2m1", "int8"]
+OffsetKind: TypeAlias = Literal["none", "minimum", "zero point"]
+ScaleType: TypeAlias = Literal["float16", "bfloat16", "float32"]
 
 _FLOATS = ("F32", "BF16", "F16")
 _EXPONENTS = ("U8", "F8_E8M0")
@@ -54,13 +57,13 @@ class Stack:
 @dataclass(frozen=True, kw_only=True)
 class HeldForm:
     """How kernels read a quantised matrix: codes, and for each group of a row a scale and perhaps
-    an offset. docs/decisions/0010-formats.md has the reasons."""
+    an offset, which is of the scale's type. docs/decisions/0010-formats.md has the reasons."""
 
-    codes: Literal["int4", "uint4", "e2m1", "int8"]
+    codes: Codes
     group: int
     """Columns that share a scale, a multiple of 8."""
-    scales: Literal["float16", "bfloat16", "float32"]
-    offset: Literal["none", "zero point"] = "none"
+    scales: ScaleType
+    offset: OffsetKind = "none"
 
     def bytes(self, n: int, k: int) -> int:
         """Bytes of a matrix [n, k] in this form, without the padding of panels."""
@@ -94,10 +97,15 @@ class Scheme(ABC):
             return f"groups of {group} do not divide its {k} columns"
         return None
 
-    def held(self, k: int) -> HeldForm | None:
+    def held(self, k: int, scales: ScaleType) -> HeldForm | None:
         """Returns how kernels read ``k`` columns of the matrix as they are stored; None where they
-        need floats."""
+        need floats. ``scales``: the type of scales (:func:`scale_type`)."""
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored(Scheme):
+    """One way to store a matrix as tensors of safetensors."""
 
     @abstractmethod
     def stored(
@@ -108,6 +116,12 @@ class Scheme(ABC):
         ``model.layers.0.self_attn.q_proj``."""
 
 
+def scale_type(dtype: str) -> ScaleType:
+    """Returns the type in which scales are held for a model's dtype. Where the kernels round to
+    bfloat16, float16 is exact for what most tools write and else errs by less than they do."""
+    return "float32" if dtype == "float32" else "float16"
+
+
 def _held_group(group: int | None, k: int) -> int | None:
     """The group that kernels have for ``k`` columns; None where they cannot have it."""
     if group is None:
@@ -116,7 +130,7 @@ def _held_group(group: int | None, k: int) -> int | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Elements(Scheme):
+class Elements(Stored):
     """A byte for each weight, and scales for blocks of them: FP8 in blocks, per channel or per
     tensor, and int8 of compressed-tensors. A weight is (value - zero point) * scale."""
 
@@ -133,12 +147,12 @@ class Elements(Scheme):
     def wrong_shape(self, n: int, k: int) -> str | None:
         return None  # blocks at the borders may be smaller
 
-    def held(self, k: int) -> HeldForm | None:
+    def held(self, k: int, scales: ScaleType) -> HeldForm | None:
         group = _held_group(self.block[1], k)
         if self.values != "int8" or self.block[0] not in (1, None) or group is None:
             return None
-        offset: Literal["none", "zero point"] = "none" if self.symmetric else "zero point"
-        return HeldForm(codes="int8", group=group, scales="float32", offset=offset)
+        offset: OffsetKind = "none" if self.symmetric else "zero point"
+        return HeldForm(codes="int8", group=group, scales=scales, offset=offset)
 
     def stored(
         self, module: str, n: int, k: int, stack: Stack | None = None
@@ -164,7 +178,7 @@ class Elements(Scheme):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Integers(Scheme):
+class _Integers(Stored):
     """Integers in int32 words. A weight is (value - zero point) * scale."""
 
     act_order: bool = False
@@ -183,12 +197,12 @@ class _Integers(Scheme):
     def unit(self) -> tuple[int, int]:
         return 1, 1 if self.act_order else self.block[1] or 1
 
-    def held(self, k: int) -> HeldForm | None:
+    def held(self, k: int, scales: ScaleType) -> HeldForm | None:
         group = _held_group(self.block[1], k)
         if self.act_order or group is None:
             return None
-        codes: Literal["uint4", "int8"] = "uint4" if self.bits == 4 else "int8"
-        return HeldForm(codes=codes, group=group, scales="float32", offset="zero point")
+        codes: Codes = "uint4" if self.bits == 4 else "int8"
+        return HeldForm(codes=codes, group=group, scales=scales, offset="zero point")
 
     def _groups(self, k: int) -> int:
         return k // (self.block[1] or k)
@@ -201,8 +215,8 @@ class PackedWords(_Integers):
 
     symmetric: bool = True
 
-    def held(self, k: int) -> HeldForm | None:
-        form = super().held(k)
+    def held(self, k: int, scales: ScaleType) -> HeldForm | None:
+        form = super().held(k, scales)
         if form is None or not self.symmetric:
             return form
         return replace(form, codes="int4" if self.bits == 4 else "int8", offset="none")
@@ -275,7 +289,7 @@ class AWQ(_Integers):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MXFP4(Scheme):
+class MXFP4(Stored):
     """MXFP4: two values of e2m1 in a byte, the first in the lower half, and an exponent of two for
     each 32 of a row (OCP Microscaling Formats 1.0). compressed-tensors names the tensors of each
     matrix; gpt-oss has tensors for all experts of a layer, whose rows are cut into groups."""
@@ -287,7 +301,7 @@ class MXFP4(Scheme):
     def format(self) -> str:
         return "mxfp4"
 
-    def held(self, k: int) -> HeldForm | None:
+    def held(self, k: int, scales: ScaleType) -> HeldForm | None:
         if k % MXFP4_GROUP:
             return None
         return HeldForm(codes="e2m1", group=MXFP4_GROUP, scales="bfloat16")
@@ -309,10 +323,59 @@ class MXFP4(Scheme):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Blocks(Scheme):
+    """The blocks of a type of GGUF, each with scales of its own."""
+
+    type: str
+    """Name of the type, one of :data:`GGUF_BLOCKS`."""
+
+    @property
+    def format(self) -> str:
+        return self.type
+
+    def held(self, k: int, scales: ScaleType) -> HeldForm | None:
+        form = GGUF_BLOCKS[self.type].held
+        if k % form.group:
+            return None
+        return form if form.codes == "e2m1" else replace(form, scales=scales)
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """A type of GGUF that consists of blocks."""
+
+    bits: int
+    """Bits of a value, without its share of a scale."""
+    block: int
+    """Values of a block."""
+    held: HeldForm
+    """How kernels read it."""
+
+
+def _held(codes: Codes, group: int, offset: OffsetKind = "none") -> HeldForm:
+    scales: ScaleType = "bfloat16" if codes == "e2m1" else "float32"
+    return HeldForm(codes=codes, group=group, scales=scales, offset=offset)
+
+
+GGUF_BLOCKS = {
+    "Q4_0": BlockType(4, 32, _held("int4", 32)),
+    "Q8_0": BlockType(8, 32, _held("int8", 32)),
+    "Q4_K": BlockType(4, 256, _held("uint4", 32, "minimum")),
+    "Q5_K": BlockType(5, 256, _held("int8", 32, "minimum")),
+    "Q6_K": BlockType(6, 256, _held("int8", 16)),
+    "MXFP4": BlockType(4, MXFP4_GROUP, _held("e2m1", MXFP4_GROUP)),
+}
+"""The types of blocks that are read, by their names. A K-quant's scales of scales are multiplied
+out; values of five and six bits are held as bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Names:
     """A set of modules by their names in the checkpoint, which end before the tensors' own names
     (``model.layers.0.self_attn.q_proj``)."""
 
+    modules: frozenset[str] = frozenset()
+    """Whole names."""
     pattern: re.Pattern[str] | None = None
     """Matches names from their beginning."""
     ends: tuple[str, ...] = ()
@@ -320,7 +383,7 @@ class Names:
 
     def __contains__(self, name: str) -> bool:
         matches = self.pattern is not None and self.pattern.match(name) is not None
-        return matches or name.endswith(self.ends)
+        return matches or name in self.modules or name.endswith(self.ends)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,7 +392,7 @@ class Quantization:
     biases never are."""
 
     method: str
-    """``quant_method`` of the config: ``fp8``, ``gptq``, ..."""
+    """``quant_method`` of the config, such as ``fp8`` or ``gptq``, or ``gguf``."""
     schemes: tuple[tuple[Names | None, Scheme], ...]
     """Schemes and the modules that have them, the first that fits; None: all modules."""
     plain: Names

@@ -12,11 +12,13 @@ from typing import Any
 
 from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import ConfigFile
+from crosspool.models.formats import GGUF_BLOCKS
 from crosspool.models.gguf_header import GGUFHeader, gguf_files, read_header
 
-FFN_BLOCK = "gguf_ffn_block"
-"""Field for the largest block of weights of FFN tensors that share a scale, which no config.json
-has."""
+GGUF = "gguf"
+"""Field for what no config.json has: the file's ``architecture``, its number of ``layers``, the
+``types`` of its tensors by their names in the file, and the ``ffn_group``, the most weights of FFN
+tensors that share a scale."""
 _SIGMOID = 2
 """Value of ``expert_gating_func`` for DeepSeek-V3's routing."""
 _ALL_F32 = 0
@@ -56,7 +58,12 @@ def _fields(header: GGUFHeader) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "eos_token_id": _ends(header),
         "bos_token_id": header.metadata.get("tokenizer.ggml.bos_token_id"),
-        FFN_BLOCK: _ffn_block(header),
+        GGUF: {
+            "architecture": architecture,
+            "layers": get("block_count"),
+            "types": {name: tensor.type for name, tensor in header.tensors.items()},
+            "ffn_group": _ffn_group(header),
+        },
         "dtype": "float32" if header.metadata.get("general.file_type") == _ALL_F32 else "bfloat16",
     }
     fields = common | _ARCHITECTURES[architecture](get)
@@ -77,11 +84,9 @@ class _Keys:
         return self.header.metadata.get(f"{self._architecture}.{key}", default)
 
 
-def _ffn_block(header: GGUFHeader) -> int:
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
+def _ffn_group(header: GGUFHeader) -> int:
     types = {tensor.type for name, tensor in header.tensors.items() if ".ffn_" in name}
-    return max((GGML_QUANT_SIZES[GGMLQuantizationType[name]][0] for name in types), default=1)
+    return max((GGUF_BLOCKS[name].held.group for name in types if name in GGUF_BLOCKS), default=1)
 
 
 def _ends(header: GGUFHeader) -> list[int] | None:

@@ -10,7 +10,7 @@ Example::
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +20,9 @@ from crosspool.config.errors import ConfigError
 from crosspool.models import families
 from crosspool.models.config_file import ConfigFile
 from crosspool.models.family import Family
-from crosspool.models.gguf_config import FFN_BLOCK, config_of
+from crosspool.models.formats import Quantization
+from crosspool.models.gguf_config import GGUF, config_of
+from crosspool.models.gguf_quantization import gguf_quantization
 from crosspool.models.quantization import read_quantization
 from crosspool.models.spec import DType, ModelSpec, TensorRef
 from crosspool.models.tensors import attention_part, ffn_part
@@ -60,13 +62,15 @@ def read_model(path: Path, context_length: int | None = None, dtype: str = "auto
             + ", ".join(sorted(_BY_ARCHITECTURE))
         )
     spec = read_spec(config, family, _dtype(config, dtype))
-    quantization = read_quantization(config)
-    spec = replace(
-        spec,
-        context=_limited(config, spec.context, context_length),
-        quantization=quantization,
-        cut_unit=config.integer(FFN_BLOCK, 1) if quantization is None else quantization.cut_unit,
-    )
+    spec = replace(spec, context=_limited(config, spec.context, context_length))
+    if config.file.suffix == ".gguf":
+        refs = (ref for ref in _tensors(spec) if _can_be_quantized(ref))
+        quantization: Quantization | None = gguf_quantization(config, refs)
+        cut_unit = config.values[GGUF]["ffn_group"]
+    else:
+        quantization = read_quantization(config)
+        cut_unit = 1 if quantization is None else quantization.cut_unit
+    spec = replace(spec, quantization=quantization, cut_unit=cut_unit)
     _check_quantized(config, spec)
     return spec
 
@@ -123,9 +127,19 @@ def ffn_tensors(spec: ModelSpec, layer: int) -> list[TensorRef]:
     return [_as_stored(spec, ref) for ref in ffn_part(spec, layer, FAMILIES[spec.family].names)]
 
 
+def _tensors(spec: ModelSpec) -> Iterator[TensorRef]:
+    yield from (ref for _, ref in attention_tensors(spec))
+    for layer in range(spec.layers):
+        yield from ffn_tensors(spec, layer)
+
+
+def _can_be_quantized(ref: TensorRef) -> bool:
+    return len(ref.shape) == 2 and ref.key not in _NEVER_QUANTIZED
+
+
 def _as_stored(spec: ModelSpec, ref: TensorRef) -> TensorRef:
     """Adds how the checkpoint stores a tensor."""
-    if spec.quantization is None or len(ref.shape) != 2 or ref.key in _NEVER_QUANTIZED:
+    if spec.quantization is None or not _can_be_quantized(ref):
         return ref
     scheme = spec.quantization.scheme(ref.module, head=ref.key == "lm_head")
     return ref if scheme is None else replace(ref, scheme=scheme)
@@ -135,10 +149,7 @@ def _check_quantized(config: ConfigFile, spec: ModelSpec) -> None:
     """Raises ConfigError for a matrix whose shape its scheme cannot have."""
     if spec.quantization is None:
         return
-    refs = [ref for _, ref in attention_tensors(spec)]
-    for layer in range(spec.layers):
-        refs += ffn_tensors(spec, layer)
-    for ref in refs:
+    for ref in _tensors(spec):
         if ref.scheme is not None and (why := ref.scheme.wrong_shape(*ref.shape)):
             raise ConfigError(
                 f"{config.file}: {spec.quantization.method} cannot hold {ref.name}: {why}"

@@ -129,7 +129,7 @@ class ModelSpec:
     """The FFN of each layer."""
     eos_token_ids: tuple[int, ...]
     quantization: Quantization | None = None
-    """How matrices of the checkpoint are quantised; None when none is, and for GGUF."""
+    """How matrices of the checkpoint are quantised; None when none is."""
     cut_unit: int = 1
     """Multiple at which ranks cut intermediate dimensions, so that no two ranks need weights that
     share a scale."""

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import read_json
-from crosspool.models.formats import HeldForm, StoredTensor
+from crosspool.models.formats import HeldForm, Stored, StoredTensor
 from crosspool.models.spec import TensorRef
 from crosspool.observability.progress import Progress
 
@@ -51,6 +51,7 @@ def _expected(ref: TensorRef) -> dict[str, StoredTensor]:
     """Returns the tensors of which a tensor consists, by their roles."""
     if ref.scheme is None:
         return {"weight": StoredTensor((ref.name,), (ref.shape,), _DTYPES)}
+    assert isinstance(ref.scheme, Stored)
     n, k = ref.shape
     return ref.scheme.stored(ref.module, n, k, ref.stack)
 
@@ -151,7 +152,7 @@ class Checkpoint:
         self, parts: Sequence[tuple[TensorRef, tuple[slice, ...]]], forms: Mapping[int, HeldForm]
     ) -> Iterator[tuple[int, torch.Tensor | Coded]]:
         """The same, but parts whose numbers have a form come in that form."""
-        from crosspool.weightpool.dequantize import read_grouped
+        from crosspool.weightpool.dequantize import Coded, read_grouped
 
         for _, group in self._by_file(list(enumerate(parts)), lambda item: item[1][0]):
             with _Files(self.path, "pt") as files:
@@ -167,6 +168,11 @@ class Checkpoint:
                         finite = is_finite(grouped.scale)
                         form = forms.get(number)
                         part = grouped.floats() if form is None else grouped.coded(form)
+                        if finite and isinstance(part, Coded) and not is_finite(part.scales):
+                            raise ConfigError(
+                                f"{self.path}: a scale of {ref.module} is more than float16 can "
+                                "hold: serve the model with --dtype float32"
+                            )
                     if not finite:
                         self.broken.append(ref.name)
                     yield number, part

@@ -79,11 +79,10 @@ class Grouped:
             values = values + 8
         elif form.codes == "int8" and values.max() > _INT8_MAX:
             values, zeros = values - 128, None if zeros is None else zeros - 128
-        dtype = _SCALE_DTYPES[form.scales]
         return Coded(
             values.to(torch.int8).view(torch.uint8).contiguous(),
-            self.scale[:, held].to(dtype).contiguous(),
-            None if zeros is None else zeros[:, held].to(dtype).contiguous(),
+            in_type(self.scale[:, held], form),
+            None if zeros is None else in_type(zeros[:, held], form),
         )
 
 
@@ -95,8 +94,13 @@ class Coded:
     """uint8 [n, k]; int8 as two's complement."""
     scales: Tensor
     """[n, groups], of the form's type."""
-    zeros: Tensor | None
-    """Zero points, likewise."""
+    offsets: Tensor | None
+    """Zero points or minima, likewise."""
+
+
+def in_type(scales: Tensor, form: HeldForm) -> Tensor:
+    """Returns scales, or offsets, in the type of a form."""
+    return scales.to(_SCALE_DTYPES[form.scales]).contiguous()
 
 
 def read_grouped(

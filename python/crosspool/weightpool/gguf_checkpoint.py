@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosspool.config.errors import ConfigError
-from crosspool.models.formats import HeldForm
+from crosspool.models.formats import GGUF_BLOCKS, HeldForm
 from crosspool.models.gguf_header import GGUFTensor, gguf_files, read_header
+from crosspool.models.gguf_names import GGUFNames
 from crosspool.models.spec import TensorRef
 from crosspool.weightpool.checkpoint import (
     Checkpoint,
@@ -33,8 +34,7 @@ if TYPE_CHECKING:
     from crosspool.weightpool.dequantize import Coded
 
 Index = tuple[slice, ...]
-GGUF_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
+GGUF_TYPES = ("F32", "F16", "BF16", *GGUF_BLOCKS)
 _ROTATED = re.compile(r"blk\.\d+\.attn_([qk])\.(weight|bias)")
 
 
@@ -58,7 +58,7 @@ class GGUFCheckpoint(Checkpoint):
         self.broken = []
         self._header = read_header(gguf_files(path))
         self._architecture = str(self._header.metadata.get("general.architecture"))
-        self._names = _name_map(self._architecture, self._of("block_count"))
+        self._names = GGUFNames(self._architecture, self._of("block_count"))
 
     def check(self, refs: Iterable[TensorRef]) -> dict[str, str]:
         """Returns each tensor's type as GGUF names it (``F32``, ``Q4_K``), by the tensor's name.
@@ -85,8 +85,8 @@ class GGUFCheckpoint(Checkpoint):
     def stream_as(
         self, parts: Sequence[tuple[TensorRef, Index]], forms: Mapping[int, HeldForm]
     ) -> Iterator[tuple[int, torch.Tensor | Coded]]:
-        """Yields every part with its number, in float32 and in the order of the files; no tensor of
-        GGUF has a form yet."""
+        """Yields every part with its number, in the order of the files, in float32 or in the form
+        that its number has."""
         import torch
 
         places = [self._place(ref) for ref, _ in parts]
@@ -97,8 +97,14 @@ class GGUFCheckpoint(Checkpoint):
 
         for number in sorted(range(len(parts)), key=where):
             ref, index = parts[number]
-            part = torch.from_numpy(self._floats_of(ref, places[number], index))
-            if not is_finite(part):
+            part: torch.Tensor | Coded
+            if number in forms:
+                part = self._codes_of(places[number], index, forms[number])
+                finite = is_finite(part.scales)
+            else:
+                part = torch.from_numpy(self._floats_of(ref, places[number], index))
+                finite = is_finite(part)
+            if not finite:
                 self.broken.append(ref.name)
             yield number, part
         warn_of_broken(self.path, self.broken)
@@ -121,11 +127,7 @@ class GGUFCheckpoint(Checkpoint):
         return value
 
     def _place(self, ref: TensorRef) -> _Place:
-        name, expert = ref.name, None
-        if match := _EXPERT.match(name):
-            name, expert = f"{match[1]}.{match[3]}.weight", int(match[2])
-        name = name.replace("e_score_correction_bias", "e_score_correction.bias")
-        found = self._names.get_name(name, (".weight", ".bias"))
+        found, expert = self._names.of(ref.name)
         if found is None:
             raise ConfigError(f"{self.path}: {self._architecture} has no name for {ref.name}")
         if found not in self._header.tensors and ref.key == "kv_b_proj":
@@ -164,10 +166,22 @@ class GGUFCheckpoint(Checkpoint):
             return np.ascontiguousarray(_unpermuted(values, place.heads)[index])
         rows, columns = index
         if not place.heads:
-            outer = (rows,) if place.expert is None else (place.expert, rows)
-            return _floats(tensor, outer, columns)
+            return _floats(tensor, _outer(place, rows), columns)
         every = _floats(tensor, (slice(None),), columns)
         return np.ascontiguousarray(_unpermuted(every, place.heads)[rows])
+
+    def _codes_of(self, place: _Place, index: Index, form: HeldForm) -> Coded:
+        from crosspool.weightpool.gguf_codes import coded_blocks
+
+        (tensor,) = place.tensors
+        rows, columns = index
+        outer = (slice(None),) if place.heads else _outer(place, rows)
+        stored, within = _stored(tensor, outer, columns)
+        if place.heads:
+            stored = _unpermuted(stored, place.heads)[rows]
+        _, size = _sizes(tensor.type)
+        blocks = stored.reshape(stored.shape[0], -1, size)
+        return coded_blocks(blocks, tensor.type, form, within)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -175,13 +189,33 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return GGUFCheckpoint(path) if gguf_files(path) else Checkpoint(path)
 
 
-def _name_map(architecture: str, layers: int) -> Any:
-    """What ``gguf`` calls the tensors of Hugging Face checkpoints."""
-    from gguf.constants import MODEL_ARCH_NAMES
-    from gguf.tensor_mapping import get_tensor_name_map
+def _outer(place: _Place, rows: slice) -> tuple[int | slice, ...]:
+    """The part of all dimensions but the last."""
+    return (rows,) if place.expert is None else (place.expert, rows)
 
-    numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-    return get_tensor_name_map(numbers[architecture], layers)
+
+def _sizes(kind: str) -> tuple[int, int]:
+    """Values and bytes of a block of a type."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    return GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+
+
+def _stored(
+    tensor: GGUFTensor, outer: tuple[int | slice, ...], columns: slice
+) -> tuple[np.ndarray[Any, Any], slice]:
+    """Reads the blocks in which a part of a tensor lies. Returns their bytes, and where the columns
+    are within their values."""
+    import numpy as np
+
+    block, size = _sizes(tensor.type)
+    *rows, width = tensor.shape
+    begin, end, _ = columns.indices(width)
+    shape = (*rows, width // block * size)
+    stored = np.memmap(tensor.file, np.uint8, "r", tensor.offset, shape)
+    part = stored[(*outer, slice(begin // block * size, -(-end // block) * size))]
+    first = begin // block * block
+    return np.ascontiguousarray(part), slice(begin - first, end - first)
 
 
 def _floats(
@@ -189,19 +223,12 @@ def _floats(
 ) -> np.ndarray[Any, Any]:
     """Reads a part of a tensor in float32. ``outer``: the part of all dimensions but the last."""
     import numpy as np
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    kind = GGMLQuantizationType[tensor.type]
-    block, size = GGML_QUANT_SIZES[kind]
-    *rows, width = tensor.shape
-    begin, end, _ = columns.indices(width)
-    shape = (*rows, width // block * size)
-    stored = np.memmap(tensor.file, np.uint8, "r", tensor.offset, shape)
-    part = stored[(*outer, slice(begin // block * size, -(-end // block) * size))]
-    values = dequantize(np.ascontiguousarray(part), kind)
-    first = begin // block * block
-    return np.require(values[..., begin - first : end - first], np.float32, ["C", "W"])
+    stored, within = _stored(tensor, outer, columns)
+    values = dequantize(stored, GGMLQuantizationType[tensor.type])
+    return np.require(values[..., within], np.float32, ["C", "W"])
 
 
 def _unpermuted(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from crosspool.config.errors import ConfigError
-from crosspool.models.formats import HeldForm
+from crosspool.models.formats import HeldForm, scale_type
 from crosspool.models.registry import attention_tensors, ffn_tensors
 from crosspool.models.spec import DTYPE_BYTES, FFNSpec, ModelSpec, MoEFFN, TensorRef
 
@@ -99,17 +99,18 @@ def holds_codes(deployment: Deployment) -> bool:
     return deployment.loop == "resident" and all(device.is_cpu for device in deployment.devices)
 
 
-def held_form(ref: TensorRef, index: Index) -> HeldForm | None:
-    """Returns the codes as which a rank of the resident loop holds a part of a matrix; None where
-    it holds floats. Attention absorbs ``kv_b_proj`` head by head, as floats."""
+def held_form(ref: TensorRef, dtype: str, index: Index) -> HeldForm | None:
+    """Returns the codes as which a rank of the resident loop holds a part of a matrix of a model
+    of ``dtype``; None where it holds floats. Attention absorbs ``kv_b_proj`` head by head, as
+    floats."""
     if ref.scheme is None or ref.key == "kv_b_proj":
         return None
-    return ref.scheme.held(index[1].stop - index[1].start)
+    return ref.scheme.held(index[1].stop - index[1].start, scale_type(dtype))
 
 
 def held_bytes(ref: TensorRef, spec: ModelSpec, index: Index, codes: bool = False) -> int:
     """Bytes of a part of a tensor in memory. ``codes``: whether ranks hold codes."""
-    if codes and (form := held_form(ref, index)) is not None:
+    if codes and (form := held_form(ref, spec.dtype, index)) is not None:
         n, k = (part.stop - part.start for part in index)
         return form.bytes(n, k)
     dtype = "float32" if ref.keep_fp32 else spec.dtype
@@ -148,7 +149,7 @@ def _held_bytes(
     forms: defaultdict[tuple[int | None, str], set[HeldForm | None]] = defaultdict(set)
     matrices = [(layer, _matrix_of(ref)) for layer, ref, _ in parts]
     for matrix, (_, ref, index) in zip(matrices, parts, strict=True):
-        forms[matrix].add(held_form(ref, index))
+        forms[matrix].add(held_form(ref, spec.dtype, index))
     return sum(
         held_bytes(ref, spec, index, codes and len(forms[matrix]) == 1)
         for matrix, (_, ref, index) in zip(matrices, parts, strict=True)

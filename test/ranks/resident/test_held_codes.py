@@ -16,6 +16,8 @@ from crosspool.ranks.resident.ffn import PackedFFN
 from crosspool.weightpool.placement import FFNShard, attention_bytes, ffn_bytes
 from make_random_checkpoint import make_random_checkpoint
 from support import quantized
+from support.gguf_models import CASES as GGUF_CASES
+from support.gguf_models import make_gguf
 from support.machine import CORES, Machine, Stream
 from support.quantized_models import CASES, make_quantized
 
@@ -29,19 +31,21 @@ FLOATS = ("v3 fp8", "v3 gptq desc_act")
 """Cases whose matrices are held as floats."""
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[*CASES, *(f"gguf {name}" for name in GGUF_CASES)])
 def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
-    name = str(request.param)
-    return name, make_quantized(name, tmp_path_factory.mktemp("quantized"))[0]
+    name, folder = str(request.param), tmp_path_factory.mktemp("quantized")
+    if name in CASES:
+        return name, make_quantized(name, folder)[0]
+    return name, make_gguf(name.removeprefix("gguf "), folder)[0]
 
 
 def _generated(
     loop: Literal["host", "resident"], path: Path, of: list[Stream], **fields: Any
 ) -> list[list[int]]:
     copies = [dataclasses.replace(s, output=[], results=[], pages=[]) for s in of]
-    with Machine([path], loop=loop, **fields) as machine:
+    with Machine([path], loop=loop, dtype="float32", **fields) as machine:
         machine.generate(copies, 1)
     return [stream.output for stream in copies]
 
@@ -59,7 +63,7 @@ def test_tokens_are_those_of_the_host_loop(case: tuple[str, Path], placement: st
 
 def test_matrices_are_held_as_codes(case: tuple[str, Path]) -> None:
     name, path = case
-    spec = read_model(path)
+    spec = read_model(path, dtype="float32")
     shard = FFNShard(rank=0, ranks=1, parallel="tp", unit=spec.cut_unit)
     for part in (PackedAttention(spec, path, 64), PackedFFN(spec, path, shard)):
         image = part.weights.image()
@@ -73,7 +77,8 @@ def test_matrices_are_held_as_codes(case: tuple[str, Path]) -> None:
             routers = sum(hasattr(ffn, "router") for ffn in spec.ffn)
             assert len(grouped) == len(image.matrices) - routers
             floats = sum(matrix.n * matrix.k * 4 for matrix in grouped)
-            bits = 10 if "int8" in name else 8
+            bytes_ = "int8" in name or name.startswith("gguf")
+            bits = 10 if bytes_ else 8
             assert sum(matrix.bytes for matrix in grouped) < floats * bits / 32
         part.close()
 

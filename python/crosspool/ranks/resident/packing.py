@@ -80,6 +80,7 @@ class PackedWeights:
 
     def __init__(self, dtype: str) -> None:
         self.arena = Arena()
+        self._model_dtype = dtype
         self._dtype = TORCH_DTYPES[dtype]
         self._declared: list[_Declared] = []
         self._matrices: list[ns.Matrix] = []
@@ -132,7 +133,7 @@ class PackedWeights:
         def finish_codes(coded: list[Coded]) -> None:
             self._pack_codes(matrix, joined(coded))
 
-        form = _hold_as_codes(matrix, parts)
+        form = self._hold_as_codes(matrix, parts)
         self._declared.append(_Declared(layer, list(parts), dtype, finish, form, finish_codes))
         return matrix
 
@@ -154,7 +155,7 @@ class PackedWeights:
         def finish_codes(coded: list[Coded]) -> None:
             self._pack_codes(into, alternating(*coded))
 
-        form = _hold_as_codes(into, [gate, up])
+        form = self._hold_as_codes(into, [gate, up])
         self._declared.append(_Declared(layer, [gate, up], self._dtype, finish, form, finish_codes))
 
     def floats(self, layer: int | None, part: TensorRef, *, stage: int | None = None) -> Tensor:
@@ -205,7 +206,7 @@ class PackedWeights:
                 codes.shape[0],
                 codes.stride(0),
                 coded.scales.data_ptr(),
-                pointer(coded.zeros),
+                pointer(coded.offsets),
             ),
         )
         self.held_bytes += round_up(matrix.bytes, _LINE)
@@ -262,10 +263,7 @@ class PackedWeights:
             checkpoint,
             tuple(ref for one in self._declared for ref, _ in one.parts),
             (
-                [
-                    (matrix.n, matrix.k, matrix.dtype, matrix.encoding == ns.GROUPED)
-                    for matrix in self._matrices
-                ],
+                [_declared(matrix) for matrix in self._matrices],
                 [(list(array.shape), str(array.dtype)) for array in self._arrays],
                 [
                     (listing.name, listing.key, listing.dtype, _bounds(index))
@@ -326,30 +324,31 @@ class PackedWeights:
         for declared in (self._declared, self._computed, self._arrays, self._matrices):
             declared.clear()
 
+    def _hold_as_codes(
+        self, matrix: ns.Matrix, parts: Sequence[tuple[TensorRef, Index]]
+    ) -> HeldForm | None:
+        """Has a matrix hold codes where all its parts are stored so that it can, in one form;
+        returns the form."""
+        forms = {held_form(ref, self._model_dtype, index) for ref, index in parts}
+        form = forms.pop()
+        if form is None or forms:
+            return None
+        matrix.encoding = ns.GROUPED
+        matrix.codes, matrix.scales = ns.CODES[form.codes], ns.SCALE_TYPES[form.scales]
+        matrix.group, matrix.offset = form.group, ns.OFFSETS[form.offset]
+        return form
+
     def _held_dtype(self, ref: TensorRef) -> torch.dtype:
         return torch.float32 if ref.keep_fp32 else self._dtype
 
 
-def _hold_as_codes(matrix: ns.Matrix, parts: Sequence[tuple[TensorRef, Index]]) -> HeldForm | None:
-    """Has a matrix hold codes where all its parts are stored so that it can, in one form; returns
-    the form."""
-    forms = {held_form(ref, index) for ref, index in parts}
-    form = forms.pop()
-    if form is None or forms:
-        return None
-    matrix.encoding = ns.GROUPED
-    matrix.codes, matrix.scales = ns.CODES[form.codes], ns.SCALE_TYPES[form.scales]
-    matrix.group, matrix.offset = form.group, ns.OFFSETS[form.offset]
-    return form
-
-
 def joined(coded: Sequence[Coded]) -> Coded:
     """Rows of matrices that follow one another."""
-    zeros = [one.zeros for one in coded if one.zeros is not None]
+    offsets = [one.offsets for one in coded if one.offsets is not None]
     return Coded(
         torch.cat([one.codes for one in coded]),
         torch.cat([one.scales for one in coded]),
-        torch.cat(zeros) if zeros else None,
+        torch.cat(offsets) if offsets else None,
     )
 
 
@@ -363,10 +362,10 @@ def alternating(gate: Coded, up: Coded) -> Coded:
         panels: Tensor = pair.unflatten(1, (-1, ns.PANEL)).transpose(0, 1)
         return panels.flatten(0, 2).contiguous()
 
-    zeros = None
-    if gate.zeros is not None and up.zeros is not None:
-        zeros = both(gate.zeros, up.zeros)
-    return Coded(both(gate.codes, up.codes), both(gate.scales, up.scales), zeros)
+    offsets = None
+    if gate.offsets is not None and up.offsets is not None:
+        offsets = both(gate.offsets, up.offsets)
+    return Coded(both(gate.codes, up.codes), both(gate.scales, up.scales), offsets)
 
 
 def whole(ref: TensorRef) -> Index:
@@ -394,6 +393,14 @@ def _shape(index: Index) -> tuple[int, ...]:
 
 def _bounds(index: Index) -> list[tuple[int, int]]:
     return [(part.start, part.stop) for part in index]
+
+
+def _declared(matrix: ns.Matrix) -> tuple[int, ...]:
+    """What is known of a matrix before it is packed: whether it is compact is not."""
+    shape = (matrix.n, matrix.k, matrix.dtype)
+    if matrix.encoding != ns.GROUPED:
+        return shape
+    return (*shape, matrix.codes, matrix.scales, matrix.group, matrix.offset)
 
 
 def _stage(layer: int | None) -> int:
