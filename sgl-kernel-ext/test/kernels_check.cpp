@@ -41,10 +41,10 @@ class Check {
             const auto whole = static_cast<std::int32_t>(round_up(k, 8));
             for (const std::int32_t group : {16, whole}) {
               if (group != whole && k % group != 0) continue;
-              grouped_product(rows, {nullptr, n, k, dtype_, Encoding::kGrouped, Codes::kInt4,
-                                     scales, group, offset});
-              grouped_product(rows, {nullptr, n, k, dtype_, Encoding::kGrouped, Codes::kInt8,
-                                     scales, group, offset});
+              for (const Codes codes : {Codes::kInt4, Codes::kInt8, Codes::kE4M3}) {
+                grouped_product(rows, {nullptr, n, k, dtype_, Encoding::kGrouped, codes, scales,
+                                       group, offset});
+              }
             }
           }
         }
@@ -109,14 +109,24 @@ class Check {
     }
   }
 
+  static double value_of(Codes codes, std::uint8_t code) {
+    if (codes == Codes::kInt4) return code - 8.0;
+    if (codes == Codes::kInt8) return static_cast<std::int8_t>(code);
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    const double size =
+        exponent ? std::ldexp(1 + mantissa / 8.0, exponent - 7) : std::ldexp(mantissa, -9);
+    return code & 0x80 ? -size : size;
+  }
+
   // Scales are halves of one, and offsets are one, which all types of scales have.
   void grouped_product(std::int32_t rows, Matrix matrix) {
     const std::int32_t n = matrix.n, k = matrix.k;
     const std::int64_t groups = matrix.groups();
-    const bool bytes = matrix.codes == Codes::kInt8;
+    const bool bytes = matrix.nibbles() == 2;
     std::vector<std::uint8_t> codes(static_cast<std::size_t>(n) * static_cast<std::size_t>(k));
     for (std::uint8_t& code : codes) {
       code = static_cast<std::uint8_t>(random_bits() % (bytes ? 256 : 16));
+      if (matrix.codes == Codes::kE4M3 && (code & 0x7f) == 0x7f) code = 0;  // no NaN
     }
     const auto filled = [&](float value) {
       const auto count = static_cast<std::size_t>(n * groups);
@@ -152,7 +162,7 @@ class Check {
         double sum = 0, size = 0;
         for (std::int64_t d = 0; d < k; ++d) {
           const std::uint8_t code = codes[static_cast<std::size_t>(j * k + d)];
-          const double value = bytes ? static_cast<std::int8_t>(code) : code - 8.0;
+          const double value = value_of(matrix.codes, code);
           sum += x[i * k + d] * (value * 0.5 - offset);
           size += std::abs(x[i * k + d]) * (std::abs(value) * 0.5 + offset);
         }

@@ -20,6 +20,7 @@ TABLES = {
     "uint4": torch.arange(16, dtype=torch.float64),
     "e2m1": torch.cat((_E2M1, -_E2M1)),
     "int8": torch.cat((torch.arange(128), torch.arange(-128, 0))).double(),
+    "e4m3": torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).double(),
 }
 FEW = 12
 """Rows up to which no weight is rounded."""
@@ -37,6 +38,7 @@ def _weights(
     n, k, group = shape
     groups = math.ceil(k / group)
     codes = torch.randint(len(TABLES[kind]), (n, k)).to(torch.uint8)
+    codes[TABLES[kind][codes.long()].isnan()] = 1
     scales = ((torch.rand(n, groups) + 0.5) / 8).to(scale_dtype)
     offsets = None
     if offset == "zero point":
@@ -75,13 +77,19 @@ def test_product(
             assert ((native.gemm(x, packed).double() - exact).abs() <= bound).all()
 
 
-def test_few_rows_have_exact_weights(native: NativeKernels, dtype: torch.dtype) -> None:
-    """A row that picks one column of the weights finds them as they are."""
-    packed, weights = _weights(native, "int4", (32, 256, 32), torch.float32, "none")
-    x = torch.zeros(1, 256, dtype=dtype)
-    x[0, 77] = 1.0
-    found = native.gemm(x, packed)
-    assert torch.equal(found, weights[:, 77].float().to(dtype)[None])
+@pytest.mark.parametrize("kind", TABLES)
+def test_few_rows_have_exact_weights(native: NativeKernels, dtype: torch.dtype, kind: str) -> None:
+    """A row that picks one column of the weights finds all codes as they are."""
+    table = TABLES[kind]
+    codes = torch.arange(len(table)).to(torch.uint8)[:, None].repeat(1, 128)
+    codes[table[codes.long()].isnan()] = 0
+    scales = torch.rand(len(table), 4) + 0.5
+    packed = native.pack_grouped(kind, codes, scales, 32)
+    for column in (0, 6, 77):
+        x = torch.zeros(1, 128, dtype=dtype)
+        x[0, column] = 1.0
+        expected = table[codes[:, column].long()].float() * scales[:, column // 32]
+        assert torch.equal(native.gemm(x, packed), expected.to(dtype)[None])
 
 
 def test_shares_and_other_rows_do_not_change_the_result(

@@ -97,9 +97,9 @@ class NativeKernels:
         offsets: Tensor | None = None,
         offset: str = "none",
     ) -> GroupedMatrix:
-        """Packs ``codes`` (uint8 [n, k]) of the ``kind`` ``int4``, ``uint4``, ``e2m1`` or ``int8``
-        with their scales and, where ``offset`` is ``minimum`` or ``zero point``, their offsets
-        [n, groups]."""
+        """Packs ``codes`` (uint8 [n, k]) of the ``kind`` ``int4``, ``uint4``, ``e2m1``, ``int8`` or
+        ``e4m3`` with their scales and, where ``offset`` is ``minimum`` or ``zero point``, their
+        offsets [n, groups]."""
         n, k = codes.shape
         packed = GroupedMatrix(
             n,

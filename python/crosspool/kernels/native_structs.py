@@ -11,7 +11,7 @@ BFLOAT16, FLOAT32 = 0, 1
 """Values of ``crosspool::DType``."""
 PLAIN, COMPACT, GROUPED = 0, 1, 2
 """Values of ``crosspool::Encoding``."""
-CODES = {"int4": 0, "uint4": 1, "e2m1": 2, "int8": 3}
+CODES = {"int4": 0, "uint4": 1, "e2m1": 2, "int8": 3, "e4m3": 4}
 """Values of ``crosspool::Codes``."""
 OFFSETS = {"none": 0, "minimum": 1, "zero point": 2}
 """Values of ``crosspool::Offset``."""
@@ -54,9 +54,9 @@ class Matrix(ctypes.Structure):
         if self.encoding == GROUPED:
             groups: int = -(-self.k // self.group)
             size = 4 if self.scales == SCALE_TYPES["float32"] else 2
-            planes = 2 if self.codes == CODES["int8"] else 1
+            nibbles = 2 if self.codes in (CODES["int8"], CODES["e4m3"]) else 1
             scales = round_up(groups * PANEL * size, 64) * (2 if self.offset else 1)
-            return int(panels * (scales + groups * self.group * 8 * planes))
+            return int(panels * (scales + groups * self.group * 8 * nibbles))
         return panels * (64 * max(3, 1 + depth // 512) + depth * PANEL * 3 // 2)
 
 

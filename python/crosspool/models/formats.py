@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 Shape: TypeAlias = tuple[int, ...]
-Codes: TypeAlias = Literal["int4", "uint4", "e2m1", "int8"]
+Codes: TypeAlias = Literal["int4", "uint4", "e2m1", "int8", "e4m3"]
 OffsetKind: TypeAlias = Literal["none", "minimum", "zero point"]
 ScaleType: TypeAlias = Literal["float16", "bfloat16", "float32"]
 
@@ -68,7 +68,8 @@ class HeldForm:
     def bytes(self, n: int, k: int) -> int:
         """Bytes of a matrix [n, k] in this form, without the padding of panels."""
         per_group = (4 if self.scales == "float32" else 2) * (1 if self.offset == "none" else 2)
-        return n * k * (8 if self.codes == "int8" else 4) // 8 + n * -(-k // self.group) * per_group
+        bits = 8 if self.codes in ("int8", "e4m3") else 4
+        return n * k * bits // 8 + n * -(-k // self.group) * per_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +150,12 @@ class Elements(Stored):
 
     def held(self, k: int, scales: ScaleType) -> HeldForm | None:
         group = _held_group(self.block[1], k)
-        if self.values != "int8" or self.block[0] not in (1, None) or group is None:
+        if group is None:
             return None
+        if self.values == "fp8":  # scales are that small that float16 would have few bits of them
+            return HeldForm(codes="e4m3", group=group, scales="float32")
+        if self.block[1] is None:
+            scales = "float32"
         offset: OffsetKind = "none" if self.symmetric else "zero point"
         return HeldForm(codes="int8", group=group, scales=scales, offset=offset)
 
@@ -201,6 +206,8 @@ class _Integers(Stored):
         group = _held_group(self.block[1], k)
         if self.act_order or group is None:
             return None
+        if self.block[1] is None:
+            scales = "float32"
         codes: Codes = "uint4" if self.bits == 4 else "int8"
         return HeldForm(codes=codes, group=group, scales=scales, offset="zero point")
 

@@ -165,7 +165,7 @@ class Checkpoint:
                     else:
                         n, k = ref.shape
                         grouped = read_grouped(ref.scheme, (n, k), index, ref.stack, read)
-                        finite = is_finite(grouped.scale)
+                        finite = grouped.is_finite()
                         form = forms.get(number)
                         part = grouped.floats() if form is None else grouped.coded(form)
                         if finite and isinstance(part, Coded) and not is_finite(part.scales):

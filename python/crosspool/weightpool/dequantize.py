@@ -33,6 +33,7 @@ ReadTensor: TypeAlias = Callable[[str, Index], Tensor]
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Place within a word of each of eight neighbouring values."""
 _INT8_MAX = 127
+_E4M3_NAN = 0x7F
 _ROWS_AT_ONCE = 256
 _SCALE_DTYPES = {
     "float16": torch.float16,
@@ -57,6 +58,14 @@ class Grouped:
     """[n, groups]."""
     table: Tensor | None = None
 
+    def is_finite(self) -> bool:
+        """Whether all weights are finite."""
+        if self.values.dtype == torch.float8_e4m3fn:
+            numbers = self.values.view(torch.uint8) & _E4M3_NAN
+            if numbers.numel() and int(numbers.max()) == _E4M3_NAN:
+                return False
+        return bool(self.scale.isfinite().all())
+
     def floats(self) -> Tensor:
         """Returns the weights in float32. Some rows are made at a time, so that memory holds little
         beside the result."""
@@ -75,6 +84,9 @@ class Grouped:
         """Returns the part as kernels read it. It begins and ends with a group."""
         held = slice(int(self.groups[0]), int(self.groups[-1]) + 1)
         values, zeros = self.values, self.zeros
+        if form.codes == "e4m3":
+            codes = values.view(torch.uint8).contiguous()
+            return Coded(codes, in_type(self.scale[:, held], form), None)
         if form.codes == "int4":
             values = values + 8
         elif form.codes == "int8" and values.max() > _INT8_MAX:

@@ -32,6 +32,7 @@ enum class Codes : std::int32_t {
   kUInt4 = 1,  // 0 .. 15
   kE2M1 = 2,   // sign, two bits of exponent, one of mantissa
   kInt8 = 3,   // -128 .. 127, as two's complement
+  kE4M3 = 4,   // sign, four bits of exponent, three of mantissa; no infinity, no NaN
 };
 // What the second number of a group is.
 enum class Offset : std::int32_t {
@@ -74,7 +75,8 @@ struct Matrix {
   std::int64_t depth() const { return round_up(k, kDepth); }
   std::int64_t plain_panel_bytes() const { return depth() * kPanel * element_bytes(dtype); }
   std::int64_t groups() const { return (k + group - 1) / group; }
-  int planes() const { return codes == Codes::kInt8 ? 2 : 1; }
+  // Halves of bytes that a code takes.
+  int nibbles() const { return codes == Codes::kInt8 || codes == Codes::kE4M3 ? 2 : 1; }
   // Bytes of a grouped panel's scales, and of its offsets.
   std::int64_t scale_bytes() const {
     return round_up(groups() * kPanel * (scales == ScaleType::kFloat32 ? 4 : 2), 64);
@@ -88,7 +90,7 @@ struct Matrix {
   }
   std::int64_t panel_bytes() const {
     if (encoding == Encoding::kPlain) return plain_panel_bytes();
-    if (encoding == Encoding::kGrouped) return header_bytes() + groups() * group * 8 * planes();
+    if (encoding == Encoding::kGrouped) return header_bytes() + groups() * group * 8 * nibbles();
     return header_bytes() + depth() * kPanel * 3 / 2;
   }
   std::int64_t bytes() const { return panels() * panel_bytes(); }

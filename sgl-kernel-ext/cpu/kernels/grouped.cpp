@@ -11,7 +11,7 @@ typedef B UnalignedB __attribute__((aligned(1), may_alias));
 
 CROSSPOOL_INLINE B load_bytes(const void* p) { return *static_cast<const UnalignedB*>(p); }
 
-// Of each 16 bytes: byte i of the result is table[index[i]]; indices are below 16.
+// Of each 16 bytes: byte i of the result is table[index[i]], for indices below 16.
 CROSSPOOL_INLINE B lookup(B table, B index) {
 #if defined(__AVX512BF16__)
   return (B)_mm512_shuffle_epi8((__m512i)table, (__m512i)index);
@@ -21,7 +21,7 @@ CROSSPOOL_INLINE B lookup(B table, B index) {
   return (B)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)index);
 #else
   B out;
-  for (int i = 0; i < 16; ++i) out[i] = table[index[i]];
+  for (int i = 0; i < 16; ++i) out[i] = table[index[i] & 15];
   return out;
 #endif
 }
@@ -68,7 +68,7 @@ constexpr CodeTable table_of(const float (&values)[16]) {
   return table;
 }
 
-// By crosspool::Codes, and by plane.
+// By crosspool::Codes of nibbles, and by the nibble, the upper one first where there are two.
 constexpr CodeTable kTables[4][2] = {
     {table_of({-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7}), {}},
     {table_of({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}), {}},
@@ -82,6 +82,83 @@ CROSSPOOL_INLINE B repeated(const std::uint8_t (&bytes)[16]) {
   for (int i = 0; i < 4 * kLanes; ++i) all[i] = bytes[i % 16];
   return load_bytes(all);
 }
+
+// What turns nibbles into plain lines. A code has kNibbles of them, whose values add up.
+template <int kNibbles>
+struct Nibbles {
+  static constexpr int kSummands = kNibbles;  // what adds up to a plain line
+  static constexpr int kCodeLines = kNibbles;
+
+  explicit CROSSPOOL_INLINE Nibbles(Codes codes) {
+    for (int i = 0; i < kNibbles; ++i) {
+      const CodeTable& table = kTables[static_cast<int>(codes)][i];
+      upper[i] = repeated(table.upper);
+      lower[i] = repeated(table.lower);
+    }
+  }
+  // Plain lines 2 * half and 2 * half + 1 of 8 depths, or the share that a nibble has in them.
+  CROSSPOOL_INLINE void lines(const std::byte* codes, int part, int nibble, int half,
+                              U (&out)[2]) const {
+    const B both = load_bytes(codes + nibble * kCodeLine + part * 4 * kLanes);
+    const B index = half == 0 ? both & 15 : (B)((U)both >> 4) & 15;
+    const B high = lookup(upper[nibble], index), low = lookup(lower[nibble], index);
+    out[0] = interleave_first(low, high);
+    out[1] = interleave_last(low, high);
+  }
+
+  B upper[kNibbles], lower[kNibbles];
+};
+
+typedef std::uint16_t Words __attribute__((vector_size(4 * kLanes)));
+
+// The same for floats of 8 bits: e4m3 is the bits 4 to 10 of a bfloat16 whose exponent is 120 less,
+// but for the multiples of 2^-9 without an exponent, which are looked up.
+struct Float8 {
+  static constexpr int kSummands = 1;
+  static constexpr int kCodeLines = 2;
+
+  explicit CROSSPOOL_INLINE Float8(Codes) {
+    constexpr std::uint16_t kSmall[8] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
+#if defined(__AVX512BF16__)
+    std::uint16_t words[32];
+    for (int i = 0; i < 32; ++i) words[i] = kSmall[i % 8];
+    small = load_bytes(words);
+#else
+    std::uint8_t bytes[16];
+    for (int i = 0; i < 8; ++i) {
+      bytes[i] = static_cast<std::uint8_t>(kSmall[i]);
+      bytes[8 + i] = static_cast<std::uint8_t>(kSmall[i] >> 8);
+    }
+    small = repeated(bytes);
+#endif
+  }
+  CROSSPOOL_INLINE void lines(const std::byte* codes, int part, int, int half, U (&out)[2]) const {
+    const Words words = (Words)load_bytes(codes + half * kCodeLine + part * 4 * kLanes);
+    out[0] = of_lower_bytes(words);
+    out[1] = of_lower_bytes(words >> 8);
+  }
+  CROSSPOOL_INLINE U of_lower_bytes(Words words) const {
+    const Words shifted = (words << 4) & 0x07f0;
+    const Words sign = words << 8;
+#if defined(__AVX512BF16__)
+    const __mmask32 is_small = _mm512_testn_epi16_mask((__m512i)words, _mm512_set1_epi16(0x0078));
+    const __m512i bits = _mm512_mask_permutexvar_epi16((__m512i)(shifted + 0x3c00), is_small,
+                                                       (__m512i)words, (__m512i)small);
+    constexpr int kOrOfAnd = 0xf8;
+    return (U)_mm512_ternarylogic_epi32(bits, (__m512i)sign,
+                                        _mm512_set1_epi16(static_cast<short>(0x8000)), kOrOfAnd);
+#else
+    const Words is_small = (Words)((shifted & 0x0780) == 0);
+    // A byte to look up the lower half of a word with, and one for the upper half.
+    const Words index = shifted >> 4 | shifted << 4 | 0x0800;
+    const Words found = (Words)lookup(small, (B)index);
+    const Words bits = (is_small & found) | (~is_small & (shifted + 0x3c00));
+    return (U)(bits | (sign & 0x8000));
+#endif
+  }
+
+  B small;
+};
 
 // Adds the products of a line: pairs of depths of kLanes columns, times a row's pair.
 template <class T>
@@ -122,21 +199,17 @@ CROSSPOOL_INLINE V load_scales(const std::byte* scales, ScaleType type, std::int
 #endif
 }
 
-template <class T, int kRows, int kPanels, int kPlanes>
+template <class T, int kRows, int kPanels, class Decoder>
 CROSSPOOL_INLINE void micro_grouped(const GroupedMultiply& m, int first_panel, float* tile) {
   constexpr std::int64_t kAhead = 1024;
+  constexpr std::int64_t kBlockBytes = Decoder::kCodeLines * kCodeLine;
   const Matrix& w = *m.weight;
   const std::int64_t panel_bytes = w.panel_bytes(), codes_begin = w.header_bytes();
   const std::byte* const panels = m.panels + first_panel * panel_bytes;
   const std::int64_t blocks = w.group / kGroupedDepths, groups = w.groups();
   const std::byte* x[kRows];
   for (int r = 0; r < kRows; ++r) x[r] = m.x.row(m.first + r);
-  B upper[kPlanes], lower[kPlanes];
-  for (int plane = 0; plane < kPlanes; ++plane) {
-    const CodeTable& table = kTables[static_cast<int>(w.codes)][plane];
-    upper[plane] = repeated(table.upper);
-    lower[plane] = repeated(table.lower);
-  }
+  const Decoder decoder(w.codes);
 
   V total[kRows][kPanels][kParts];
   for (int r = 0; r < kRows; ++r) {
@@ -153,20 +226,19 @@ CROSSPOOL_INLINE void micro_grouped(const GroupedMultiply& m, int first_panel, f
     }
     for (std::int64_t b = g * blocks; b < (g + 1) * blocks; ++b) {
       for (int p = 0; p < kPanels; ++p) {
-        const std::byte* const codes =
-            panels + p * panel_bytes + codes_begin + b * kPlanes * kPlaneBytes;
-        for (int plane = 0; plane < kPlanes; ++plane) {
-          __builtin_prefetch(codes + kAhead + plane * kPlaneBytes, 0, 3);
+        const std::byte* const codes = panels + p * panel_bytes + codes_begin + b * kBlockBytes;
+        for (int line = 0; line < Decoder::kCodeLines; ++line) {
+          __builtin_prefetch(codes + kAhead + line * kCodeLine, 0, 3);
+        }
+        for (int part = 0; part < Decoder::kSummands; ++part) {
           for (int v = 0; v < kParts; ++v) {
-            const B both = load_bytes(codes + plane * kPlaneBytes + v * 4 * kLanes);
             for (int half = 0; half < 2; ++half) {
-              const B index = half == 0 ? both & 15 : (B)((U)both >> 4) & 15;
-              const B high = lookup(upper[plane], index), low = lookup(lower[plane], index);
-              const U first = interleave_first(low, high), last = interleave_last(low, high);
+              U lines[2];
+              decoder.lines(codes, v, part, half, lines);
               const std::int64_t pair = b * 4 + half * 2;
               for (int r = 0; r < kRows; ++r) {
-                sum[r][p][v] = add_line<T>(sum[r][p][v], first, x[r], pair);
-                sum[r][p][v] = add_line<T>(sum[r][p][v], last, x[r], pair + 1);
+                sum[r][p][v] = add_line<T>(sum[r][p][v], lines[0], x[r], pair);
+                sum[r][p][v] = add_line<T>(sum[r][p][v], lines[1], x[r], pair + 1);
               }
             }
           }
@@ -208,16 +280,17 @@ constexpr int grouped_panels_at_once(int rows) {
   return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
 }
 
-template <class T, int kPlanes, int kRows = kMostGroupedRows>
+template <class T, class Decoder, int kRows = kMostGroupedRows>
 void of_rows(const GroupedMultiply& m, float* tile) {
   if constexpr (kRows > 1) {
-    if (m.rows != kRows) return of_rows<T, kPlanes, kRows - 1>(m, tile);
+    if (m.rows != kRows) return of_rows<T, Decoder, kRows - 1>(m, tile);
   }
   constexpr int kAtOnce = grouped_panels_at_once(kRows);
   int p = 0;
-  for (; p + kAtOnce <= m.count; p += kAtOnce)
-    micro_grouped<T, kRows, kAtOnce, kPlanes>(m, p, tile);
-  for (; p < m.count; ++p) micro_grouped<T, kRows, 1, kPlanes>(m, p, tile);
+  for (; p + kAtOnce <= m.count; p += kAtOnce) {
+    micro_grouped<T, kRows, kAtOnce, Decoder>(m, p, tile);
+  }
+  for (; p < m.count; ++p) micro_grouped<T, kRows, 1, Decoder>(m, p, tile);
 }
 
 // Writes the weights of one depth, or for bfloat16 of a pair of depths, of kLanes columns.
@@ -232,16 +305,11 @@ CROSSPOOL_INLINE void store_pair(std::byte* out, std::int64_t pair, int part, V 
   }
 }
 
-template <class T, int kPlanes>
-CROSSPOOL_INLINE void expand_planes(const Matrix& w, const std::byte* panel, std::byte* out) {
+template <class T, class Decoder>
+CROSSPOOL_INLINE void expand_with(const Matrix& w, const std::byte* panel, std::byte* out) {
   const std::int64_t blocks = w.group / kGroupedDepths, groups = w.groups();
   const std::byte* codes = panel + w.header_bytes();
-  B upper[kPlanes], lower[kPlanes];
-  for (int plane = 0; plane < kPlanes; ++plane) {
-    const CodeTable& table = kTables[static_cast<int>(w.codes)][plane];
-    upper[plane] = repeated(table.upper);
-    lower[plane] = repeated(table.lower);
-  }
+  const Decoder decoder(w.codes);
   for (std::int64_t g = 0; g < groups; ++g) {
     // A weight is value * scale - minimum.
     V scale[kParts], minimum[kParts];
@@ -253,15 +321,13 @@ CROSSPOOL_INLINE void expand_planes(const Matrix& w, const std::byte* panel, std
         minimum[v] = load_scales(panel + w.scale_bytes(), w.scales, at);
       if (w.offset == Offset::kZeroPoint) minimum[v] *= scale[v];
     }
-    for (std::int64_t b = g * blocks; b < (g + 1) * blocks; ++b, codes += kPlanes * kPlaneBytes) {
+    for (std::int64_t b = g * blocks; b < (g + 1) * blocks; ++b) {
       for (int v = 0; v < kParts; ++v) {
         for (int half = 0; half < 2; ++half) {
           V even[2] = {}, odd[2] = {};
-          for (int plane = 0; plane < kPlanes; ++plane) {
-            const B both = load_bytes(codes + plane * kPlaneBytes + v * 4 * kLanes);
-            const B index = half == 0 ? both & 15 : (B)((U)both >> 4) & 15;
-            const B high = lookup(upper[plane], index), low = lookup(lower[plane], index);
-            const U lines[2] = {interleave_first(low, high), interleave_last(low, high)};
+          for (int part = 0; part < Decoder::kSummands; ++part) {
+            U lines[2];
+            decoder.lines(codes, v, part, half, lines);
             for (int line = 0; line < 2; ++line) {
               even[line] += (V)(lines[line] << 16);
               odd[line] += (V)(lines[line] & splat_bits(0xffff0000U));
@@ -273,6 +339,7 @@ CROSSPOOL_INLINE void expand_planes(const Matrix& w, const std::byte* panel, std
           }
         }
       }
+      codes += Decoder::kCodeLines * kCodeLine;
     }
   }
   const std::int64_t row_bytes = kPanel * element_bytes(w.dtype), written = groups * w.group;
@@ -284,8 +351,9 @@ CROSSPOOL_INLINE void expand_planes(const Matrix& w, const std::byte* panel, std
 
 template <class T>
 void expand_grouped(const Matrix& weight, const std::byte* panel, std::byte* out) {
-  if (weight.planes() == 1) return expand_planes<T, 1>(weight, panel, out);
-  expand_planes<T, 2>(weight, panel, out);
+  if (weight.codes == Codes::kE4M3) return expand_with<T, Float8>(weight, panel, out);
+  if (weight.codes == Codes::kInt8) return expand_with<T, Nibbles<2>>(weight, panel, out);
+  expand_with<T, Nibbles<1>>(weight, panel, out);
 }
 template void expand_grouped<BFloat16>(const Matrix& weight, const std::byte* panel,
                                        std::byte* out);
@@ -293,8 +361,9 @@ template void expand_grouped<Float32>(const Matrix& weight, const std::byte* pan
 
 template <class T>
 void multiply_grouped(const GroupedMultiply& m, float* tile) {
-  if (m.weight->planes() == 1) return of_rows<T, 1>(m, tile);
-  of_rows<T, 2>(m, tile);
+  if (m.weight->codes == Codes::kE4M3) return of_rows<T, Float8>(m, tile);
+  if (m.weight->codes == Codes::kInt8) return of_rows<T, Nibbles<2>>(m, tile);
+  of_rows<T, Nibbles<1>>(m, tile);
 }
 template void multiply_grouped<BFloat16>(const GroupedMultiply& m, float* tile);
 template void multiply_grouped<Float32>(const GroupedMultiply& m, float* tile);

@@ -2,10 +2,13 @@
 // column. docs/decisions/0010-formats.md says which formats become such panels.
 //
 // A panel is [groups][16] scales, where the format has them [groups][16] offsets, and behind them,
-// 64-byte aligned, the codes: for every 8 depths a line for each plane of 4 bits. The nibbles of a
-// line lie as in compact panels (compact.h), so that a lookup of the upper and the lower bytes, and
-// the instruction that interleaves bytes, give the four plain lines of those 8 depths. Codes of 8
-// bits have two planes; a value is the sum of what its two nibbles stand for.
+// 64-byte aligned, the codes: for every 8 depths a line of 64 bytes, or two for codes of 8 bits.
+//
+// Codes of 4 bits: the nibbles of a line lie as in compact panels (compact.h), so that a lookup of
+// the upper and the lower bytes, and the instruction that interleaves bytes, give the four plain
+// lines of those 8 depths. Integers of 8 bits have a line of their upper and one of their lower
+// nibbles; a value is the sum of what the two stand for. Floats of 8 bits are the lower and the
+// upper bytes of words, which shifts turn into the words of two plain lines.
 #ifndef CROSSPOOL_CPU_KERNELS_GROUPED_H
 #define CROSSPOOL_CPU_KERNELS_GROUPED_H
 
@@ -16,27 +19,33 @@
 namespace crosspool::CROSSPOOL_ISA {
 
 inline constexpr int kGroupedDepths = 8;
-inline constexpr std::int64_t kPlaneBytes = 64;  // of 8 depths
+inline constexpr std::int64_t kCodeLine = 64;
 
 // Rows of a call, and rows up to which weights are decoded for every call. More rows take them from
 // panels that are expanded once.
-inline constexpr int kMostGroupedRows = 6;
+inline constexpr int kMostGroupedRows = kLanes == 16 ? 8 : 6;
 inline constexpr int kFewGroupedRows = 12;
 
-// The values of a plane's nibbles.
+// The values of nibbles.
 struct CodeTable {
   std::uint8_t upper[16];
   std::uint8_t lower[16];
 };
 
-// Where depth `depth` of column `column` lies within a plane's line of its 8 depths.
-struct CodePlace {
+// Where the nibble of depth `depth` of column `column` lies within a line of its 8 depths.
+struct NibblePlace {
   std::int64_t byte;
   int shift;
 };
-inline CodePlace code_place(std::int64_t depth, std::int64_t column) {
+inline NibblePlace nibble_place(std::int64_t depth, std::int64_t column) {
   const std::int64_t word = column * 2 + depth % 2;
   return {word / 8 * 16 + depth / 2 % 2 * 8 + word % 8, depth / 4 % 2 == 0 ? 0 : 4};
+}
+
+// Where a float of 8 bits lies within the two lines of its 8 depths.
+inline std::int64_t float8_place(std::int64_t depth, std::int64_t column) {
+  const std::int64_t word = column * 2 + depth % 2;
+  return depth / 4 % 2 * kCodeLine + word * 2 + depth / 2 % 2;
 }
 
 // A product of up to kMostGroupedRows rows with up to kGroup panels.

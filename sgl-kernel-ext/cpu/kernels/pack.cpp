@@ -166,7 +166,7 @@ bool pack_gated(const Matrix& matrix, const Source& gate, const Source& up, std:
 // Writes panels [begin, end) of a grouped matrix.
 void pack_grouped(const Matrix& matrix, const CodeSource& source, std::int32_t begin,
                   std::int32_t end) {
-  const std::int64_t groups = matrix.groups(), planes = matrix.planes();
+  const std::int64_t groups = matrix.groups(), nibbles = matrix.nibbles();
   const std::int64_t size = matrix.scales == ScaleType::kFloat32 ? 4 : 2;
   for (std::int32_t panel = begin; panel < end; ++panel) {
     std::byte* const out = panel_of(matrix, panel);
@@ -183,12 +183,16 @@ void pack_grouped(const Matrix& matrix, const CodeSource& source, std::int32_t b
       }
       const std::uint8_t* const codes = source.codes + row * source.stride;
       for (std::int64_t k = 0; k < matrix.k; ++k) {
-        const CodePlace place = code_place(k, c);
-        std::byte* const line =
-            out + matrix.header_bytes() + k / kGroupedDepths * planes * kPlaneBytes + place.byte;
-        for (std::int64_t plane = 0; plane < planes; ++plane) {
-          const int nibble = codes[k] >> (4 * (planes - 1 - plane)) & 15;
-          line[plane * kPlaneBytes] |= static_cast<std::byte>(nibble << place.shift);
+        std::byte* const lines =
+            out + matrix.header_bytes() + k / kGroupedDepths * nibbles * kCodeLine;
+        if (matrix.codes == Codes::kE4M3) {
+          lines[float8_place(k, c)] = static_cast<std::byte>(codes[k]);
+          continue;
+        }
+        const NibblePlace place = nibble_place(k, c);
+        for (std::int64_t line = 0; line < nibbles; ++line) {
+          const int nibble = codes[k] >> (4 * (nibbles - 1 - line)) & 15;
+          lines[line * kCodeLine + place.byte] |= static_cast<std::byte>(nibble << place.shift);
         }
       }
     }

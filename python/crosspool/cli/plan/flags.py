@@ -8,7 +8,7 @@ from pathlib import Path
 from crosspool.cli.plan import inputs
 from crosspool.planner.devices.systems import DEVICE_RESERVE, WEIGHT_DEVICE_RESERVE
 from crosspool.planner.request import PlanRequest
-from crosspool.planner.shapes.held import FORMATS
+from crosspool.planner.shapes.held import WEIGHT_FORMATS
 from crosspool.planner.traffic.lengths import PUBLISHED
 from crosspool.planner.traffic.trace_files import FORMATS
 
@@ -69,7 +69,7 @@ def _add_devices(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--weights",
-        choices=FORMATS,
+        choices=WEIGHT_FORMATS,
         help="format in which CPUs hold the matrices of all models (default: that of the "
         "checkpoint, which is the dtype for models of the catalogue)",
     )

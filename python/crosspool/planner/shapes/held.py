@@ -33,7 +33,7 @@ _SCHEMES: dict[str, Scheme] = {
         for name, kind in GGUF_BLOCKS.items()
     },
 }
-FORMATS = tuple(_SCHEMES)
+WEIGHT_FORMATS = tuple(_SCHEMES)
 """Formats in which all matrices but embeddings, routers and LM head can be counted: int4 in groups
 of 128 with zero points, as GPTQ and AWQ have them, int8 with a scale for each row, and others by
 their names."""
@@ -41,7 +41,7 @@ their names."""
 
 def held_shape(shape: ModelShape, file: Path, format_: str | None) -> ModelShape:
     """Returns the shape with the bytes of its codes. ``file``: the config.json that it was read
-    from. ``format_``: one of :data:`FORMATS`; None: what the config says.
+    from. ``format_``: one of :data:`WEIGHT_FORMATS`; None: what the config says.
 
     Raises ConfigError for a model of a family that the server does not run, when a format is asked
     for, and for a quantisation that the server does not read."""
