@@ -31,6 +31,7 @@ class AttentionLayer(ctypes.Structure):
     _fields_ = (
         *fields(c_void_p, "input_norm post_norm"),
         ("qkv", POINTER(ns.Matrix)),
+        ("qkv_matrices", c_int64),
         *fields(c_void_p, "qkv_bias q_norm k_norm"),
         ("q_a", POINTER(ns.Matrix)),
         *fields(c_void_p, "q_a_bias q_a_norm"),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Index: TypeAlias = tuple[slice, ...]
 
 _GIB = 1 << 30
-_JOINED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate": "gate_up", "up": "gate_up"}
+_JOINED = {"gate": "gate_up", "up": "gate_up"}
 """Tensors that ranks hold as one matrix, whose name this is."""
 
 

@@ -83,7 +83,9 @@ def test_matrices_are_held_as_codes(case: tuple[str, Path]) -> None:
         part.close()
 
 
-def test_a_matrix_of_different_tensors_is_held_and_planned_as_floats(tmp_path: Path) -> None:
+def test_gate_and_up_of_different_forms_are_held_and_planned_as_floats(
+    tmp_path: Path,
+) -> None:
     plain = ["gate", "k_proj", "up_proj", "lm_head"]
     config = {
         "quant_method": "awq",
@@ -101,7 +103,7 @@ def test_a_matrix_of_different_tensors_is_held_and_planned_as_floats(tmp_path: P
     assert _bytes(attention) == attention_bytes(spec, True)
     assert _bytes(ffn) == ffn_bytes(spec, shard, True)
     held = {listing.key: listing.dtype for listing in attention.weights.listing}
-    assert [held[f"{key}_proj"] for key in "qkvo"] == ["float32"] * 3 + ["uint4"]
+    assert [held[f"{key}_proj"] for key in "qkvo"] == ["uint4", "float32", "uint4", "uint4"]
     attention.close()
     ffn.close()
 

@@ -103,8 +103,14 @@ class PackedWeights:
         self, stage: int, count: int, n: int, k: int, dtype: torch.dtype | None = None
     ) -> ctypes.Array[ns.Matrix]:
         """Returns ``count`` matrices of one shape in an array, to be filled by a declaration."""
-        number = NATIVE_DTYPES[dtype or self._dtype]
-        array = (ns.Matrix * count)(*(ns.Matrix(None, n, k, number) for _ in range(count)))
+        return self.matrices_of(stage, [(n, k)] * count, dtype)
+
+    def matrices_of(
+        self, stage: int, shapes: Sequence[tuple[int, int]], dtype: torch.dtype | None = None
+    ) -> ctypes.Array[ns.Matrix]:
+        """The same for matrices [n, k] of different shapes."""
+        number, count = NATIVE_DTYPES[dtype or self._dtype], len(shapes)
+        array = (ns.Matrix * count)(*(ns.Matrix(None, n, k, number) for n, k in shapes))
         self._matrices += [array[i] for i in range(count)]
         self._matrix_stages += [stage] * count
         return array
@@ -324,12 +330,16 @@ class PackedWeights:
         for declared in (self._declared, self._computed, self._arrays, self._matrices):
             declared.clear()
 
+    def forms(self, parts: Sequence[tuple[TensorRef, Index]]) -> set[HeldForm | None]:
+        """Returns the forms as which parts can be held; None among them: as floats."""
+        return {held_form(ref, self._model_dtype, index) for ref, index in parts}
+
     def _hold_as_codes(
         self, matrix: ns.Matrix, parts: Sequence[tuple[TensorRef, Index]]
     ) -> HeldForm | None:
         """Has a matrix hold codes where all its parts are stored so that it can, in one form;
         returns the form."""
-        forms = {held_form(ref, self._model_dtype, index) for ref, index in parts}
+        forms = self.forms(parts)
         form = forms.pop()
         if form is None or forms:
             return None
