@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from crosspool.config.errors import ConfigError
-from crosspool.models.formats import AWQ, GPTQ, MXFP4, Elements, PackedWords, Scheme, Stack
+from crosspool.models.formats import AWQ, GPTQ, MXFP4, ROUNDED, Elements, PackedWords, Scheme, Stack
 from crosspool.models.spec import TensorRef
 from crosspool.weightpool.checkpoint import Checkpoint
 from safetensors.torch import save_file
@@ -130,6 +130,31 @@ def test_weights_are_what_the_format_means(case: str, tmp_path: Path) -> None:
     for part, found in zip(PARTS, _read(tmp_path, _ref(scheme), PARTS), strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected[part], atol=1e-7, rtol=1e-6)
+
+
+def _largest_errors(values: str, weight: Tensor) -> Tensor:
+    """Half of the steps between the values of a format, for every weight."""
+    if values == "int4":
+        groups = weight.view(N, K // 32, 32)
+        steps = (groups.amax(2).clamp(min=0) - groups.amin(2).clamp(max=0)) / 15
+        return steps.repeat_interleave(32, 1) / 2
+    scale = weight.abs().amax(1, keepdim=True)
+    if values == "int8":
+        return (scale / 127 / 2).expand_as(weight)
+    # Three bits of mantissa, and the step of the least exponent.
+    return torch.maximum(weight.abs() / 16, scale / 448 * 2**-10)
+
+
+@pytest.mark.parametrize("values", ROUNDED)
+def test_floats_are_rounded_to_the_nearest(values: str, tmp_path: Path) -> None:
+    weight = _weight()
+    weight[3], weight[7, 40:50] = 0, weight[7, 40:50].abs()
+    save_file({"m.weight": weight}, tmp_path / "model.safetensors")
+    whole, *parts = _read(tmp_path, _ref(ROUNDED[values]), PARTS)
+    assert ((whole - weight).abs() <= 1.001 * _largest_errors(values, weight)).all()
+    assert (whole[3] == 0).all() and not torch.equal(whole, weight)
+    for part, found in zip(PARTS[1:], parts, strict=True):
+        assert torch.equal(found, whole[part])
 
 
 @pytest.mark.parametrize(("first", "step"), [(0, 1), (1, 2)])

@@ -45,6 +45,11 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], Option(
         "Data type of weights and KV cache; auto takes the one in config.json.",
         sglang="dtype", example="float32")] = "auto"
+    quantization: Annotated[Literal["int4", "int8", "fp8"] | None, Option(
+        "Format to which the matrices of a checkpoint of floats are rounded when they are read: "
+        "int4 in groups of 32, int8 and fp8 with a scale for each row. If none is given, weights "
+        "stay as the checkpoint stores them.",
+        sglang="quantization", example="int8")] = None
     weight_pool_devices: Annotated[tuple[Device, ...] | None, Option(
         "Devices of the weight pool that share this model's FFN weights. If none are given, all of "
         "them do.",

@@ -105,7 +105,6 @@ _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
      "parallelism follows from the weight pool's devices"),
     (("dp", "dp_size", "data_parallel_size", "pp", "pp_size", "pipeline_parallel_size"),
      "parallelism follows from the pools' devices"),
-    (("quantization",), "weights are read as the checkpoint stores them"),
     (("kv_cache_dtype",), "the KV cache has the model's dtype"),
     (("load_format",), "only safetensors are served"),
     (("speculative",), "speculative decoding is not supported"),

@@ -330,6 +330,40 @@ class MXFP4(Stored):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rounded(Stored):
+    """Floats, which are rounded to the nearest values when they are read: integers of 4 bits in
+    groups with zero points, integers or floats of 8 bits with a scale for each row."""
+
+    values: Literal["int4", "int8", "fp8"]
+
+    @property
+    def format(self) -> str:
+        return self.values
+
+    def held(self, k: int, scales: ScaleType) -> HeldForm | None:
+        group = _held_group(self.block[1], k)
+        if group is None:
+            return None
+        if self.values == "int4":
+            return HeldForm(codes="uint4", group=group, scales=scales, offset="zero point")
+        codes: Codes = "int8" if self.values == "int8" else "e4m3"
+        return HeldForm(codes=codes, group=group, scales="float32")
+
+    def stored(
+        self, module: str, n: int, k: int, stack: Stack | None = None
+    ) -> dict[str, StoredTensor]:
+        return {"weight": StoredTensor((f"{module}.weight",), ((n, k),), _FLOATS)}
+
+
+ROUNDED = {
+    "int4": Rounded(bits=4, block=(1, 32), values="int4"),
+    "int8": Rounded(bits=8, block=(1, None), values="int8"),
+    "fp8": Rounded(bits=8, block=(1, None), values="fp8"),
+}
+"""The formats to which a checkpoint of floats can be rounded, by their names."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Blocks(Scheme):
     """The blocks of a type of GGUF, each with scales of its own."""
 

@@ -20,7 +20,7 @@ from crosspool.config.errors import ConfigError
 from crosspool.models import families
 from crosspool.models.config_file import ConfigFile
 from crosspool.models.family import Family
-from crosspool.models.formats import Quantization
+from crosspool.models.formats import ROUNDED, Names, Quantization
 from crosspool.models.gguf_config import GGUF, config_of
 from crosspool.models.gguf_quantization import gguf_quantization
 from crosspool.models.quantization import read_quantization
@@ -46,13 +46,21 @@ _NEVER_QUANTIZED = ("embed", "router")
 _BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES.values()}
 
 
-def read_model(path: Path, context_length: int | None = None, dtype: str = "auto") -> ModelSpec:
+def read_model(
+    path: Path,
+    context_length: int | None = None,
+    dtype: str = "auto",
+    rounded: str | None = None,
+) -> ModelSpec:
     """Reads ``config.json`` and ``generation_config.json`` of a checkpoint folder.
 
     ``context_length`` is a limit in tokens below the model's own. ``dtype`` is ``bfloat16``,
-    ``float32``, or ``auto`` for the one in the file, where bfloat16 stands for float16. Raises
-    ConfigError that names file and field when the architecture is not supported, a value makes no
-    sense, or the checkpoint is quantised in a way that is not supported."""
+    ``float32``, or ``auto`` for the one in the file, where bfloat16 stands for float16.
+    ``rounded``: the format to which matrices of floats are rounded when they are read.
+
+    Raises ConfigError that names file and field when the architecture is not supported, a value
+    makes no sense, the checkpoint is quantised in a way that is not supported, or is to be
+    rounded and is quantised already."""
     config = config_of(path)
     family = family_of(config)
     if family is None:
@@ -69,7 +77,16 @@ def read_model(path: Path, context_length: int | None = None, dtype: str = "auto
         cut_unit = config.values[GGUF]["ffn_group"]
     else:
         quantization = read_quantization(config)
+        if rounded is not None and quantization is None:
+            schemes = ((None, ROUNDED[rounded]),)
+            quantization = Quantization(method=rounded, schemes=schemes, plain=Names())
+            rounded = None
         cut_unit = 1 if quantization is None else quantization.cut_unit
+    if rounded is not None:
+        raise ConfigError(
+            f"{config.file}: quantization={rounded!r}: the checkpoint is quantised already, and is "
+            "served as it is without this option"
+        )
     spec = replace(spec, quantization=quantization, cut_unit=cut_unit)
     _check_quantized(config, spec)
     return spec
@@ -77,7 +94,7 @@ def read_model(path: Path, context_length: int | None = None, dtype: str = "auto
 
 def spec_of(model: ModelConfig) -> ModelSpec:
     """Reads a model of the deployment. Raises ConfigError as :func:`read_model` does."""
-    return read_model(Path(model.path), model.context_length, model.dtype)
+    return read_model(Path(model.path), model.context_length, model.dtype, model.quantization)
 
 
 def specs_of(models: Mapping[int, ModelConfig]) -> dict[int, ModelSpec]:

@@ -22,6 +22,7 @@ from crosspool.models.formats import (
     Elements,
     HeldForm,
     PackedWords,
+    Rounded,
     Scheme,
     Stack,
 )
@@ -128,6 +129,8 @@ def read_grouped(
         return _gptq(scheme, shape, rows, columns, read)
     if isinstance(scheme, AWQ):
         return _awq(scheme, shape, rows, columns, read)
+    if isinstance(scheme, Rounded):
+        return _rounded(scheme, shape, rows, columns, read)
     assert isinstance(scheme, MXFP4)
     return _mxfp4(rows, columns, stack, read)
 
@@ -221,6 +224,37 @@ def _mxfp4(rows: slice, columns: slice, stack: Stack | None, read: ReadTensor) -
         torch.arange(columns.start, columns.stop) // MXFP4_GROUP - over.start,
         table=torch.tensor([*_E2M1, *(-value for value in _E2M1)]),
     )
+
+
+def _rounded(
+    scheme: Rounded, shape: tuple[int, int], rows: slice, columns: slice, read: ReadTensor
+) -> Grouped:
+    size = scheme.block[1] or shape[1]
+    over = _over(columns, size)
+    first, last = over.start * size, min(over.stop * size, shape[1])
+    weight = read("weight", (rows, slice(first, last))).float()
+    within = slice(columns.start - first, columns.stop - first)
+    groups = torch.arange(columns.start, columns.stop) // size - over.start
+    grouped = weight.unflatten(1, (-1, size))
+    if scheme.values == "int4":
+        low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+        # Of 16 bits, so that the scale that is held is the one that values were rounded with.
+        scale = _of_zeros((high - low).div(15).half().float())
+        zeros = (-low / scale).round().clamp(0, 15)
+        values = (grouped / scale[..., None]).round() + zeros[..., None]
+        values = values.clamp(0, 15).flatten(1).to(torch.int16)
+        return Grouped(values[:, within], scale, groups, zeros.to(torch.int16))
+    most = _INT8_MAX if scheme.values == "int8" else torch.finfo(torch.float8_e4m3fn).max
+    scale = _of_zeros(grouped.abs().amax(2) / most)
+    values = (grouped / scale[..., None]).flatten(1)[:, within]
+    if scheme.values == "int8":
+        return Grouped(values.round().to(torch.int16), scale, groups)
+    return Grouped(values.to(torch.float8_e4m3fn), scale, groups)
+
+
+def _of_zeros(scale: Tensor) -> Tensor:
+    """Scales, with one for groups of zeros."""
+    return torch.where(scale == 0, 1.0, scale)
 
 
 def _floats(values: Tensor) -> Tensor:

@@ -61,6 +61,23 @@ def test_tokens_are_those_of_the_host_loop(case: tuple[str, Path], placement: st
     assert _generated("resident", path, streams, **PLACEMENTS[placement]) == expected
 
 
+@pytest.mark.parametrize("quantization", ["int4", "int8", "fp8"])
+def test_floats_that_are_rounded_have_the_tokens_of_the_host_loop(
+    quantization: str, tmp_path: Path
+) -> None:
+    path = make_random_checkpoint(
+        "deepseek_v2", tmp_path / "random", {"vocab_size": 160}, "float32"
+    )
+    random = np.random.default_rng(3)
+    streams = [Stream(0, random.integers(0, 160, n).tolist(), 14) for n in (40, 3)]
+    plain = _generated("host", path, streams)
+    expected = _generated("host", path, streams, quantization=quantization)
+    assert expected != plain or quantization == "int8"
+    placement = PLACEMENTS["two FFN ranks, TP"]
+    found = _generated("resident", path, streams, quantization=quantization, **placement)
+    assert found == expected
+
+
 def test_matrices_are_held_as_codes(case: tuple[str, Path]) -> None:
     name, path = case
     spec = read_model(path, dtype="float32")
