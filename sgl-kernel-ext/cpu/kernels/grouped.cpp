@@ -11,11 +11,11 @@ typedef B UnalignedB __attribute__((aligned(1), may_alias));
 
 CROSSPOOL_INLINE B load_bytes(const void* p) { return *static_cast<const UnalignedB*>(p); }
 
+#if !defined(__AVX512BF16__)  // which looks words up
+
 // Of each 16 bytes: byte i of the result is table[index[i]], for indices below 16.
 CROSSPOOL_INLINE B lookup(B table, B index) {
-#if defined(__AVX512BF16__)
-  return (B)_mm512_shuffle_epi8((__m512i)table, (__m512i)index);
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   return (B)_mm256_shuffle_epi8((__m256i)table, (__m256i)index);
 #elif defined(__aarch64__)
   return (B)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)index);
@@ -28,9 +28,7 @@ CROSSPOOL_INLINE B lookup(B table, B index) {
 
 // Of each 16 bytes: the first or the last 8 of `a` and of `b`, byte by byte in turn.
 CROSSPOOL_INLINE U interleave_first(B a, B b) {
-#if defined(__AVX512BF16__)
-  return (U)_mm512_unpacklo_epi8((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   return (U)_mm256_unpacklo_epi8((__m256i)a, (__m256i)b);
 #elif defined(__x86_64__)
   return (U)_mm_unpacklo_epi8((__m128i)a, (__m128i)b);
@@ -43,9 +41,7 @@ CROSSPOOL_INLINE U interleave_first(B a, B b) {
 #endif
 }
 CROSSPOOL_INLINE U interleave_last(B a, B b) {
-#if defined(__AVX512BF16__)
-  return (U)_mm512_unpackhi_epi8((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   return (U)_mm256_unpackhi_epi8((__m256i)a, (__m256i)b);
 #elif defined(__x86_64__)
   return (U)_mm_unpackhi_epi8((__m128i)a, (__m128i)b);
@@ -57,6 +53,14 @@ CROSSPOOL_INLINE U interleave_last(B a, B b) {
   return (U)out;
 #endif
 }
+
+CROSSPOOL_INLINE B repeated(const std::uint8_t (&bytes)[16]) {
+  std::uint8_t all[4 * kLanes];
+  for (int i = 0; i < 4 * kLanes; ++i) all[i] = bytes[i % 16];
+  return load_bytes(all);
+}
+
+#endif
 
 constexpr CodeTable table_of(const float (&values)[16]) {
   CodeTable table{};
@@ -77,11 +81,7 @@ constexpr CodeTable kTables[4][2] = {
      table_of({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})},
 };
 
-CROSSPOOL_INLINE B repeated(const std::uint8_t (&bytes)[16]) {
-  std::uint8_t all[4 * kLanes];
-  for (int i = 0; i < 4 * kLanes; ++i) all[i] = bytes[i % 16];
-  return load_bytes(all);
-}
+typedef std::uint16_t Words __attribute__((vector_size(4 * kLanes)));
 
 // What turns nibbles into plain lines. A code has kNibbles of them, whose values add up.
 template <int kNibbles>
@@ -92,24 +92,43 @@ struct Nibbles {
   explicit CROSSPOOL_INLINE Nibbles(Codes codes) {
     for (int i = 0; i < kNibbles; ++i) {
       const CodeTable& table = kTables[static_cast<int>(codes)][i];
+#if defined(__AVX512BF16__)
+      std::uint16_t all[32];
+      for (int word = 0; word < 32; ++word) {
+        all[word] =
+            static_cast<std::uint16_t>(table.upper[word % 16] << 8 | table.lower[word % 16]);
+      }
+      words[i] = load_bytes(all);
+#else
       upper[i] = repeated(table.upper);
       lower[i] = repeated(table.lower);
+#endif
     }
   }
+
   // Plain lines 2 * half and 2 * half + 1 of 8 depths, or the share that a nibble has in them.
   CROSSPOOL_INLINE void lines(const std::byte* codes, int part, int nibble, int half,
                               U (&out)[2]) const {
     const B both = load_bytes(codes + nibble * kCodeLine + part * 4 * kLanes);
+#if defined(__AVX512BF16__)
+    // The lookup takes five bits of a word, of which the table ignores the uppermost.
+    const Words first = half == 0 ? (Words)both : (Words)both >> 8;
+    out[0] = (U)_mm512_permutexvar_epi16((__m512i)first, (__m512i)words[nibble]);
+    out[1] = (U)_mm512_permutexvar_epi16((__m512i)(first >> 4), (__m512i)words[nibble]);
+#else
     const B index = half == 0 ? both & 15 : (B)((U)both >> 4) & 15;
     const B high = lookup(upper[nibble], index), low = lookup(lower[nibble], index);
     out[0] = interleave_first(low, high);
     out[1] = interleave_last(low, high);
+#endif
   }
 
+#if defined(__AVX512BF16__)
+  B words[kNibbles];
+#else
   B upper[kNibbles], lower[kNibbles];
+#endif
 };
-
-typedef std::uint16_t Words __attribute__((vector_size(4 * kLanes)));
 
 // The same for floats of 8 bits: e4m3 is the bits 4 to 10 of a bfloat16 whose exponent is 120 less,
 // but for the multiples of 2^-9 without an exponent, which are looked up.

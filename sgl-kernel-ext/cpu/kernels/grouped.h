@@ -4,11 +4,13 @@
 // A panel is [groups][16] scales, where the format has them [groups][16] offsets, and behind them,
 // 64-byte aligned, the codes: for every 8 depths a line of 64 bytes, or two for codes of 8 bits.
 //
-// Codes of 4 bits: the nibbles of a line lie as in compact panels (compact.h), so that a lookup of
-// the upper and the lower bytes, and the instruction that interleaves bytes, give the four plain
-// lines of those 8 depths. Integers of 8 bits have a line of their upper and one of their lower
-// nibbles; a value is the sum of what the two stand for. Floats of 8 bits are the lower and the
-// upper bytes of words, which shifts turn into the words of two plain lines.
+// Codes of 4 bits: where an instruction looks words up (AVX512), word i of a line has the nibbles
+// of words i of the four plain lines of those 8 depths, the first in its lowest bits. Elsewhere the
+// nibbles lie as in compact panels (compact.h), so that a lookup of the upper and the lower bytes,
+// and the instruction that interleaves bytes, give the plain lines. Integers of 8 bits have a line
+// of their upper and one of their lower nibbles; a value is the sum of what the two stand for.
+// Floats of 8 bits are the lower and the upper bytes of words, which shifts turn into the words of
+// two plain lines.
 #ifndef CROSSPOOL_CPU_KERNELS_GROUPED_H
 #define CROSSPOOL_CPU_KERNELS_GROUPED_H
 
@@ -20,6 +22,11 @@ namespace crosspool::CROSSPOOL_ISA {
 
 inline constexpr int kGroupedDepths = 8;
 inline constexpr std::int64_t kCodeLine = 64;
+#if defined(__AVX512BF16__)
+inline constexpr bool kLooksUpWords = true;
+#else
+inline constexpr bool kLooksUpWords = false;
+#endif
 
 // Rows of a call, and rows up to which weights are decoded for every call. More rows take them from
 // panels that are expanded once.
@@ -39,6 +46,7 @@ struct NibblePlace {
 };
 inline NibblePlace nibble_place(std::int64_t depth, std::int64_t column) {
   const std::int64_t word = column * 2 + depth % 2;
+  if (kLooksUpWords) return {word * 2 + depth / 4 % 2, depth / 2 % 2 == 0 ? 0 : 4};
   return {word / 8 * 16 + depth / 2 % 2 * 8 + word % 8, depth / 4 % 2 == 0 ? 0 : 4};
 }
 
