@@ -186,6 +186,14 @@ class Engine:
         self._driver.release([sequence])
         return seconds
 
+    def tokens(self, prompt: Sequence[int], steps: int) -> list[int]:
+        """Return the first model's greedy continuation of a prompt."""
+        sequence = Generation(0, list(prompt), steps + self.setup.lease, chunk=self.setup.chunk)
+        self._prompt(sequence)
+        self._steps([[sequence]], steps)
+        self._driver.release([sequence])
+        return sequence.output[:steps]
+
     def close(self) -> None:
         self._driver.close()
 

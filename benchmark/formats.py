@@ -17,7 +17,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import takewhile
 from pathlib import Path
+from statistics import fmean
 
 from rich.console import Console
 from rich.progress import Progress
@@ -27,6 +29,8 @@ from benchmark.decoding import Engine, one_device
 from benchmark.peers import gguf_file
 from benchmark.peers.install import PEERS
 from benchmark.peers.llama_peer import gguf_path
+from benchmark.peers.protocol import Contestant, random_ids
+from benchmark.programs import Stopwatch
 from benchmark.records import ROOT, Recorder
 from benchmark.side_by_side import CONTEXT, QUICK, Match, Plan, Processes
 from benchmark.turns import Case, Comparison, Measured, record, table
@@ -39,6 +43,7 @@ LIMITS = {
 }
 """Highest ratio to llama.cpp that is good, by type and batch."""
 BFLOAT16 = "bfloat16"
+PROMPTS, TOKENS = 20, 32
 
 
 def quantized(kind: str, *, tiny: bool) -> Path:
@@ -58,8 +63,11 @@ def quantized(kind: str, *, tiny: bool) -> Path:
 class Bench:
     """Measures one type at a time."""
 
-    def __init__(self, plan: Plan, cores: Sequence[int], progress: Progress) -> None:
+    def __init__(
+        self, plan: Plan, cores: Sequence[int], progress: Progress, recorder: Recorder
+    ) -> None:
         self._plan = plan
+        self._recorder = recorder
         self._cores = cores
         self._progress = progress
 
@@ -77,6 +85,7 @@ class Bench:
             for batch in (1, 8):
                 match.decode(kind, ours, theirs, batch=batch)
             match.prefill(f"{kind}, prompt of 2048 tokens", ours, theirs[0])
+            self._agreement(kind, ours, theirs[0])
             extra = [self._plain(plain, batch) for batch in (1, 8)]
             extra += [self._floor(kind, ours, batch) for batch in (1, 8)]
             compared = match.play(self._progress, extra)
@@ -89,6 +98,28 @@ class Bench:
             found.append(Comparison(case))
             found.append(Comparison(of_batch[case.batch], case))
         return found
+
+    def _agreement(self, kind: str, ours: Engine, theirs: Contestant) -> None:
+        """Records how many greedy tokens are llama.cpp's, of which activations are rounded to 8
+        bits: of every prompt's, those before the first that differs."""
+        watch, shares = Stopwatch(), []
+        for seed in range(PROMPTS):
+            prompt = random_ids(ours.specs[0].vocab, CONTEXT // 4, seed)
+            asked = {"do": "tokens", "prompt": prompt, "steps": TOKENS}
+            pairs = zip(
+                theirs.ask(asked, 300.0)["tokens"], ours.tokens(prompt, TOKENS), strict=True
+            )
+            shares.append(
+                sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) / TOKENS
+            )
+        self._recorder.add(
+            f"greedy tokens of {kind} that are llama.cpp's, before the first other one",
+            shares,
+            "share",
+            parameters={"prompts": PROMPTS, "tokens": TOKENS},
+            mean=fmean(shares),
+            **watch.read(),
+        )
 
     def _plain(self, engine: Engine, batch: int) -> Case:
         steps = self._plan.steps if batch == 1 else self._plan.batched_steps
@@ -128,7 +159,7 @@ def main(words: Sequence[str] | None = None) -> int:
     console = Console(width=200)
     recorder = Recorder("formats")
     with Progress(console=console, refresh_per_second=2) as progress:
-        bench = Bench(plan, cores, progress)
+        bench = Bench(plan, cores, progress, recorder)
         for kind in given.types:
             comparisons = bench.type(kind)
             for comparison in comparisons:
