@@ -38,10 +38,11 @@ class Check {
         for (const Offset offset : {Offset::kNone, Offset::kMinimum, Offset::kZeroPoint}) {
           for (const ScaleType scales :
                {ScaleType::kFloat32, ScaleType::kBFloat16, ScaleType::kFloat16}) {
-            const auto whole = static_cast<std::int32_t>(round_up(k, 8));
+            const auto whole = static_cast<std::int32_t>(round_up(k, 16));
             for (const std::int32_t group : {16, whole}) {
               if (group != whole && k % group != 0) continue;
-              for (const Codes codes : {Codes::kInt4, Codes::kInt8, Codes::kE4M3}) {
+              for (const Codes codes :
+                   {Codes::kInt4, Codes::kInt8, Codes::kE4M3, Codes::kInt6, Codes::kUInt6}) {
                 grouped_product(rows, {nullptr, n, k, dtype_, Encoding::kGrouped, codes, scales,
                                        group, offset});
               }
@@ -111,6 +112,8 @@ class Check {
 
   static double value_of(Codes codes, std::uint8_t code) {
     if (codes == Codes::kInt4) return code - 8.0;
+    if (codes == Codes::kInt6) return code - 32.0;
+    if (codes == Codes::kUInt6) return code;
     if (codes == Codes::kInt8) return static_cast<std::int8_t>(code);
     const int exponent = code >> 3 & 15, mantissa = code & 7;
     const double size =
@@ -122,10 +125,9 @@ class Check {
   void grouped_product(std::int32_t rows, Matrix matrix) {
     const std::int32_t n = matrix.n, k = matrix.k;
     const std::int64_t groups = matrix.groups();
-    const bool bytes = matrix.nibbles() == 2;
     std::vector<std::uint8_t> codes(static_cast<std::size_t>(n) * static_cast<std::size_t>(k));
     for (std::uint8_t& code : codes) {
-      code = static_cast<std::uint8_t>(random_bits() % (bytes ? 256 : 16));
+      code = static_cast<std::uint8_t>(random_bits() % (1U << matrix.code_bits()));
       if (matrix.codes == Codes::kE4M3 && (code & 0x7f) == 0x7f) code = 0;  // no NaN
     }
     const auto filled = [&](float value) {

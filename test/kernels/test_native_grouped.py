@@ -20,6 +20,8 @@ TABLES = {
     "uint4": torch.arange(16, dtype=torch.float64),
     "e2m1": torch.cat((_E2M1, -_E2M1)),
     "int8": torch.cat((torch.arange(128), torch.arange(-128, 0))).double(),
+    "int6": torch.arange(64, dtype=torch.float64) - 32,
+    "uint6": torch.arange(64, dtype=torch.float64),
     "e4m3": torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).double(),
 }
 FEW = 12
@@ -36,6 +38,8 @@ def _weights(
 ) -> tuple[GroupedMatrix, Tensor]:
     """A random matrix, and the weights that it stands for in float64."""
     n, k, group = shape
+    if kind in ("int6", "uint6"):  # whose groups are multiples of 16
+        group = -(-group // 16) * 16
     groups = math.ceil(k / group)
     codes = torch.randint(len(TABLES[kind]), (n, k)).to(torch.uint8)
     codes[TABLES[kind][codes.long()].isnan()] = 1

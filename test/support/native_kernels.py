@@ -97,9 +97,8 @@ class NativeKernels:
         offsets: Tensor | None = None,
         offset: str = "none",
     ) -> GroupedMatrix:
-        """Packs ``codes`` (uint8 [n, k]) of the ``kind`` ``int4``, ``uint4``, ``e2m1``, ``int8`` or
-        ``e4m3`` with their scales and, where ``offset`` is ``minimum`` or ``zero point``, their
-        offsets [n, groups]."""
+        """Packs ``codes`` (uint8 [n, k]) of a ``kind`` of ``native_structs.CODES`` with their
+        scales and, where ``offset`` is ``minimum`` or ``zero point``, their offsets [n, groups]."""
         n, k = codes.shape
         packed = GroupedMatrix(
             n,

@@ -19,6 +19,8 @@ TABLES = {
     "int4": torch.arange(16.0) - 8,
     "uint4": torch.arange(16.0),
     "e2m1": torch.cat((_E2M1, -_E2M1)),
+    "int6": torch.arange(64.0) - 32,
+    "uint6": torch.arange(64.0),
     "int8": torch.cat((torch.arange(128.0), torch.arange(-128.0, 0))),
 }
 

@@ -11,8 +11,10 @@ BFLOAT16, FLOAT32 = 0, 1
 """Values of ``crosspool::DType``."""
 PLAIN, COMPACT, GROUPED = 0, 1, 2
 """Values of ``crosspool::Encoding``."""
-CODES = {"int4": 0, "uint4": 1, "e2m1": 2, "int8": 3, "e4m3": 4}
+CODES = {"int4": 0, "uint4": 1, "e2m1": 2, "int8": 3, "e4m3": 4, "int6": 5, "uint6": 6}
 """Values of ``crosspool::Codes``."""
+CODE_BITS = {"int4": 4, "uint4": 4, "e2m1": 4, "int8": 8, "e4m3": 8, "int6": 6, "uint6": 6}
+"""Bits of a code."""
 OFFSETS = {"none": 0, "minimum": 1, "zero point": 2}
 """Values of ``crosspool::Offset``."""
 SCALE_TYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
@@ -54,9 +56,9 @@ class Matrix(ctypes.Structure):
         if self.encoding == GROUPED:
             groups: int = -(-self.k // self.group)
             size = 4 if self.scales == SCALE_TYPES["float32"] else 2
-            nibbles = 2 if self.codes in (CODES["int8"], CODES["e4m3"]) else 1
+            bits = next(CODE_BITS[name] for name, code in CODES.items() if code == self.codes)
             scales = round_up(groups * PANEL * size, 64) * (2 if self.offset else 1)
-            return int(panels * (scales + groups * self.group * 8 * nibbles))
+            return int(panels * (scales + groups * self.group * 2 * bits))
         return panels * (64 * max(3, 1 + depth // 512) + depth * PANEL * 3 // 2)
 
 

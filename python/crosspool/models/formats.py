@@ -13,8 +13,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
+_CODE_BITS = {"int4": 4, "uint4": 4, "e2m1": 4, "int6": 6, "uint6": 6, "int8": 8, "e4m3": 8}
 Shape: TypeAlias = tuple[int, ...]
-Codes: TypeAlias = Literal["int4", "uint4", "e2m1", "int8", "e4m3"]
+Codes: TypeAlias = Literal["int4", "uint4", "e2m1", "int8", "e4m3", "int6", "uint6"]
 OffsetKind: TypeAlias = Literal["none", "minimum", "zero point"]
 ScaleType: TypeAlias = Literal["float16", "bfloat16", "float32"]
 
@@ -61,15 +62,14 @@ class HeldForm:
 
     codes: Codes
     group: int
-    """Columns that share a scale, a multiple of 8."""
+    """Columns that share a scale, a multiple of 8, and of 16 for codes of 6 bits."""
     scales: ScaleType
     offset: OffsetKind = "none"
 
     def bytes(self, n: int, k: int) -> int:
         """Bytes of a matrix [n, k] in this form, without the padding of panels."""
         per_group = (4 if self.scales == "float32" else 2) * (1 if self.offset == "none" else 2)
-        bits = 8 if self.codes in ("int8", "e4m3") else 4
-        return n * k * bits // 8 + n * -(-k // self.group) * per_group
+        return n * k * _CODE_BITS[self.codes] // 8 + n * -(-k // self.group) * per_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,12 +402,12 @@ GGUF_BLOCKS = {
     "Q4_0": BlockType(4, 32, _held("int4", 32)),
     "Q8_0": BlockType(8, 32, _held("int8", 32)),
     "Q4_K": BlockType(4, 256, _held("uint4", 32, "minimum")),
-    "Q5_K": BlockType(5, 256, _held("int8", 32, "minimum")),
-    "Q6_K": BlockType(6, 256, _held("int8", 16)),
+    "Q5_K": BlockType(5, 256, _held("uint6", 32, "minimum")),
+    "Q6_K": BlockType(6, 256, _held("int6", 16)),
     "MXFP4": BlockType(4, MXFP4_GROUP, _held("e2m1", MXFP4_GROUP)),
 }
 """The types of blocks that are read, by their names. A K-quant's scales of scales are multiplied
-out; values of five and six bits are held as bytes."""
+out; values of five bits are held with six."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,9 +87,9 @@ def _q6_k(stored: Array) -> Parts:
     lower = _nibbles(stored[..., :128], 64)
     pairs = stored[..., 128:192].reshape(*stored.shape[:-1], 2, 1, 32)
     upper = pairs >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
-    codes = (lower | upper.reshape(lower.shape) << 4).astype(np.int8) - 32
+    codes = lower | upper.reshape(lower.shape) << 4
     scales = np.ascontiguousarray(stored[..., 192:208]).view(np.int8).astype(np.float32)
-    return codes.astype(np.int8), _halves(stored, 208) * scales, None
+    return codes, _halves(stored, 208) * scales, None
 
 
 def _mxfp4(stored: Array) -> Parts:

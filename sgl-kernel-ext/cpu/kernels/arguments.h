@@ -33,6 +33,8 @@ enum class Codes : std::int32_t {
   kE2M1 = 2,   // sign, two bits of exponent, one of mantissa
   kInt8 = 3,   // -128 .. 127, as two's complement
   kE4M3 = 4,   // sign, four bits of exponent, three of mantissa; no infinity, no NaN
+  kInt6 = 5,   // -32 .. 31
+  kUInt6 = 6,  // 0 .. 63
 };
 // What the second number of a group is.
 enum class Offset : std::int32_t {
@@ -54,8 +56,8 @@ enum class ScaleType : std::int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 
 // with a panel that has too many exceptions stays plain.
 //
 // Grouped panels hold quantised weights: codes, and a scale and perhaps an offset for each group of
-// k of a column (grouped.h). A group is a multiple of 8; groups of
-// less than all of k divide k.
+// k of a column (grouped.h). A group is a multiple of code_depths(); groups of less than all of k
+// divide k.
 //
 // Gated pairs (gate and up of a gated MLP of width I) are one matrix of n = 2 * round_up(I, 32)
 // columns: panel 2j holds the columns 16j.. of gate, panel 2j + 1 those of up.
@@ -75,8 +77,12 @@ struct Matrix {
   std::int64_t depth() const { return round_up(k, kDepth); }
   std::int64_t plain_panel_bytes() const { return depth() * kPanel * element_bytes(dtype); }
   std::int64_t groups() const { return (k + group - 1) / group; }
-  // Halves of bytes that a code takes.
-  int nibbles() const { return codes == Codes::kInt8 || codes == Codes::kE4M3 ? 2 : 1; }
+  int code_bits() const {
+    if (codes == Codes::kInt6 || codes == Codes::kUInt6) return 6;
+    return codes == Codes::kInt8 || codes == Codes::kE4M3 ? 8 : 4;
+  }
+  // Depths of which codes lie together.
+  int code_depths() const { return code_bits() == 6 ? 16 : 8; }
   // Bytes of a grouped panel's scales, and of its offsets.
   std::int64_t scale_bytes() const {
     return round_up(groups() * kPanel * (scales == ScaleType::kFloat32 ? 4 : 2), 64);
@@ -90,7 +96,7 @@ struct Matrix {
   }
   std::int64_t panel_bytes() const {
     if (encoding == Encoding::kPlain) return plain_panel_bytes();
-    if (encoding == Encoding::kGrouped) return header_bytes() + groups() * group * 8 * nibbles();
+    if (encoding == Encoding::kGrouped) return header_bytes() + groups() * group * 2 * code_bits();
     return header_bytes() + depth() * kPanel * 3 / 2;
   }
   std::int64_t bytes() const { return panels() * panel_bytes(); }

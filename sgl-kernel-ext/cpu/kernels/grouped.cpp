@@ -88,6 +88,7 @@ template <int kNibbles>
 struct Nibbles {
   static constexpr int kSummands = kNibbles;  // what adds up to a plain line
   static constexpr int kCodeLines = kNibbles;
+  static constexpr int kDepths = 8;
 
   explicit CROSSPOOL_INLINE Nibbles(Codes codes) {
     for (int i = 0; i < kNibbles; ++i) {
@@ -130,11 +131,77 @@ struct Nibbles {
 #endif
 };
 
+constexpr std::uint16_t bfloat16_of(float value) {
+  return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16);
+}
+
+// The same for integers of 6 bits: lines 2 * half and 2 * half + 1 of 16 depths.
+struct SixBits {
+  static constexpr int kCodeLines = 3;
+  static constexpr int kDepths = 16;
+
+#if defined(__AVX512BF16__)
+  static constexpr int kSummands = 1;
+
+  explicit CROSSPOOL_INLINE SixBits(Codes codes) {
+    std::uint16_t all[64];
+    for (int i = 0; i < 64; ++i) {
+      all[i] = bfloat16_of(static_cast<float>(codes == Codes::kInt6 ? i - 32 : i));
+    }
+    first_values = load_bytes(all);
+    last_values = load_bytes(all + 32);
+  }
+  CROSSPOOL_INLINE void lines(const std::byte* codes, int, int, int half, U (&out)[2]) const {
+    const Words nibbles = (Words)load_bytes(codes + half / 2 * kCodeLine);
+    const Words all = (Words)load_bytes(codes + 2 * kCodeLine);
+    const Words uppers = half < 2 ? all : all >> 8;
+    // The two bits of each line come to the places 4 and 5.
+    const Words moved[4] = {uppers << 4, uppers << 2, uppers, uppers >> 2};
+    for (int i = 0; i < 2; ++i) {
+      const int line = half % 2 * 2 + i;
+      constexpr int kSelect = 0xca;  // the second where the first has bits, the third elsewhere
+      const __m512i index = _mm512_ternarylogic_epi32(
+          _mm512_set1_epi16(15), (__m512i)(nibbles >> (4 * line)), (__m512i)moved[line], kSelect);
+      out[i] = (U)_mm512_permutex2var_epi16((__m512i)first_values, index, (__m512i)last_values);
+    }
+  }
+
+  B first_values, last_values;
+#else
+  static constexpr int kSummands = 2;
+
+  explicit CROSSPOOL_INLINE SixBits(Codes codes) : lower(Codes::kUInt4) {
+    std::uint8_t high[16] = {}, low[16] = {};
+    for (int i = 0; i < 4; ++i) {
+      const std::uint16_t bits =
+          bfloat16_of(static_cast<float>(16 * i - (codes == Codes::kInt6 ? 32 : 0)));
+      high[i] = static_cast<std::uint8_t>(bits >> 8);
+      low[i] = static_cast<std::uint8_t>(bits);
+    }
+    upper_high = repeated(high);
+    upper_low = repeated(low);
+  }
+  CROSSPOOL_INLINE void lines(const std::byte* codes, int part, int summand, int half,
+                              U (&out)[2]) const {
+    if (summand == 0) return lower.lines(codes + half / 2 * kCodeLine, part, 0, half % 2, out);
+    const B all = load_bytes(codes + 2 * kCodeLine + part * 4 * kLanes);
+    const B index = (B)((U)all >> (2 * half)) & 3;
+    const B high = lookup(upper_high, index), low = lookup(upper_low, index);
+    out[0] = interleave_first(low, high);
+    out[1] = interleave_last(low, high);
+  }
+
+  Nibbles<1> lower;
+  B upper_high, upper_low;
+#endif
+};
+
 // The same for floats of 8 bits: e4m3 is the bits 4 to 10 of a bfloat16 whose exponent is 120 less,
 // but for the multiples of 2^-9 without an exponent, which are looked up.
 struct Float8 {
   static constexpr int kSummands = 1;
   static constexpr int kCodeLines = 2;
+  static constexpr int kDepths = 8;
 
   explicit CROSSPOOL_INLINE Float8(Codes) {
     constexpr std::uint16_t kSmall[8] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
@@ -225,7 +292,7 @@ CROSSPOOL_INLINE void micro_grouped(const GroupedMultiply& m, int first_panel, f
   const Matrix& w = *m.weight;
   const std::int64_t panel_bytes = w.panel_bytes(), codes_begin = w.header_bytes();
   const std::byte* const panels = m.panels + first_panel * panel_bytes;
-  const std::int64_t blocks = w.group / kGroupedDepths, groups = w.groups();
+  const std::int64_t blocks = w.group / Decoder::kDepths, groups = w.groups();
   const std::byte* x[kRows];
   for (int r = 0; r < kRows; ++r) x[r] = m.x.row(m.first + r);
   const Decoder decoder(w.codes);
@@ -251,10 +318,10 @@ CROSSPOOL_INLINE void micro_grouped(const GroupedMultiply& m, int first_panel, f
         }
         for (int part = 0; part < Decoder::kSummands; ++part) {
           for (int v = 0; v < kParts; ++v) {
-            for (int half = 0; half < 2; ++half) {
+            for (int half = 0; half < Decoder::kDepths / 4; ++half) {
               U lines[2];
               decoder.lines(codes, v, part, half, lines);
-              const std::int64_t pair = b * 4 + half * 2;
+              const std::int64_t pair = b * Decoder::kDepths / 2 + half * 2;
               for (int r = 0; r < kRows; ++r) {
                 sum[r][p][v] = add_line<T>(sum[r][p][v], lines[0], x[r], pair);
                 sum[r][p][v] = add_line<T>(sum[r][p][v], lines[1], x[r], pair + 1);
@@ -326,7 +393,7 @@ CROSSPOOL_INLINE void store_pair(std::byte* out, std::int64_t pair, int part, V 
 
 template <class T, class Decoder>
 CROSSPOOL_INLINE void expand_with(const Matrix& w, const std::byte* panel, std::byte* out) {
-  const std::int64_t blocks = w.group / kGroupedDepths, groups = w.groups();
+  const std::int64_t blocks = w.group / Decoder::kDepths, groups = w.groups();
   const std::byte* codes = panel + w.header_bytes();
   const Decoder decoder(w.codes);
   for (std::int64_t g = 0; g < groups; ++g) {
@@ -342,7 +409,7 @@ CROSSPOOL_INLINE void expand_with(const Matrix& w, const std::byte* panel, std::
     }
     for (std::int64_t b = g * blocks; b < (g + 1) * blocks; ++b) {
       for (int v = 0; v < kParts; ++v) {
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < Decoder::kDepths / 4; ++half) {
           V even[2] = {}, odd[2] = {};
           for (int part = 0; part < Decoder::kSummands; ++part) {
             U lines[2];
@@ -353,7 +420,8 @@ CROSSPOOL_INLINE void expand_with(const Matrix& w, const std::byte* panel, std::
             }
           }
           for (int line = 0; line < 2; ++line) {
-            store_pair<T>(out, b * 4 + half * 2 + line, v, fma(even[line], scale[v], -minimum[v]),
+            store_pair<T>(out, b * Decoder::kDepths / 2 + half * 2 + line, v,
+                          fma(even[line], scale[v], -minimum[v]),
                           fma(odd[line], scale[v], -minimum[v]));
           }
         }
@@ -371,6 +439,7 @@ CROSSPOOL_INLINE void expand_with(const Matrix& w, const std::byte* panel, std::
 template <class T>
 void expand_grouped(const Matrix& weight, const std::byte* panel, std::byte* out) {
   if (weight.codes == Codes::kE4M3) return expand_with<T, Float8>(weight, panel, out);
+  if (weight.code_bits() == 6) return expand_with<T, SixBits>(weight, panel, out);
   if (weight.codes == Codes::kInt8) return expand_with<T, Nibbles<2>>(weight, panel, out);
   expand_with<T, Nibbles<1>>(weight, panel, out);
 }
@@ -381,6 +450,7 @@ template void expand_grouped<Float32>(const Matrix& weight, const std::byte* pan
 template <class T>
 void multiply_grouped(const GroupedMultiply& m, float* tile) {
   if (m.weight->codes == Codes::kE4M3) return of_rows<T, Float8>(m, tile);
+  if (m.weight->code_bits() == 6) return of_rows<T, SixBits>(m, tile);
   if (m.weight->codes == Codes::kInt8) return of_rows<T, Nibbles<2>>(m, tile);
   of_rows<T, Nibbles<1>>(m, tile);
 }

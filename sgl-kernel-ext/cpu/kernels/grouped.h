@@ -2,7 +2,8 @@
 // column. docs/decisions/0010-formats.md says which formats become such panels.
 //
 // A panel is [groups][16] scales, where the format has them [groups][16] offsets, and behind them,
-// 64-byte aligned, the codes: for every 8 depths a line of 64 bytes, or two for codes of 8 bits.
+// 64-byte aligned, the codes: for every 8 depths a line of 64 bytes, or two for codes of 8 bits;
+// for every 16 depths three for codes of 6 bits.
 //
 // Codes of 4 bits: where an instruction looks words up (AVX512), word i of a line has the nibbles
 // of words i of the four plain lines of those 8 depths, the first in its lowest bits. Elsewhere the
@@ -10,7 +11,8 @@
 // and the instruction that interleaves bytes, give the plain lines. Integers of 8 bits have a line
 // of their upper and one of their lower nibbles; a value is the sum of what the two stand for.
 // Floats of 8 bits are the lower and the upper bytes of words, which shifts turn into the words of
-// two plain lines.
+// two plain lines. Integers of 6 bits have two lines of their lower nibbles, and one of their upper
+// two bits in the same order.
 #ifndef CROSSPOOL_CPU_KERNELS_GROUPED_H
 #define CROSSPOOL_CPU_KERNELS_GROUPED_H
 
@@ -20,7 +22,6 @@
 
 namespace crosspool::CROSSPOOL_ISA {
 
-inline constexpr int kGroupedDepths = 8;
 inline constexpr std::int64_t kCodeLine = 64;
 #if defined(__AVX512BF16__)
 inline constexpr bool kLooksUpWords = true;
@@ -48,6 +49,17 @@ inline NibblePlace nibble_place(std::int64_t depth, std::int64_t column) {
   const std::int64_t word = column * 2 + depth % 2;
   if (kLooksUpWords) return {word * 2 + depth / 4 % 2, depth / 2 % 2 == 0 ? 0 : 4};
   return {word / 8 * 16 + depth / 2 % 2 * 8 + word % 8, depth / 4 % 2 == 0 ? 0 : 4};
+}
+
+// Where the upper two bits of a code of 6 lie within their line of 16 depths.
+inline NibblePlace upper_place(std::int64_t depth, std::int64_t column) {
+  const NibblePlace lower = nibble_place(depth % 8, column);
+  const auto block = static_cast<int>(depth / 8 % 2);
+  if (kLooksUpWords) {
+    const std::int64_t word = column * 2 + depth % 2;
+    return {word * 2 + block, static_cast<int>(depth / 2 % 4) * 2};
+  }
+  return {lower.byte, block * 4 + lower.shift / 2};
 }
 
 // Where a float of 8 bits lies within the two lines of its 8 depths.

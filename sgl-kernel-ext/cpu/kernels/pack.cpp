@@ -166,7 +166,8 @@ bool pack_gated(const Matrix& matrix, const Source& gate, const Source& up, std:
 // Writes panels [begin, end) of a grouped matrix.
 void pack_grouped(const Matrix& matrix, const CodeSource& source, std::int32_t begin,
                   std::int32_t end) {
-  const std::int64_t groups = matrix.groups(), nibbles = matrix.nibbles();
+  const std::int64_t groups = matrix.groups(), bits = matrix.code_bits();
+  const std::int64_t depths = matrix.code_depths(), step_bytes = depths * 2 * bits;
   const std::int64_t size = matrix.scales == ScaleType::kFloat32 ? 4 : 2;
   for (std::int32_t panel = begin; panel < end; ++panel) {
     std::byte* const out = panel_of(matrix, panel);
@@ -182,17 +183,22 @@ void pack_grouped(const Matrix& matrix, const CodeSource& source, std::int32_t b
         std::memcpy(out + matrix.scale_bytes() + to, source.offsets + from, size);
       }
       const std::uint8_t* const codes = source.codes + row * source.stride;
+      const auto put = [](std::byte* line, NibblePlace place, int value) {
+        line[place.byte] |= static_cast<std::byte>(value << place.shift);
+      };
       for (std::int64_t k = 0; k < matrix.k; ++k) {
-        std::byte* const lines =
-            out + matrix.header_bytes() + k / kGroupedDepths * nibbles * kCodeLine;
+        std::byte* const lines = out + matrix.header_bytes() + k / depths * step_bytes;
+        const int code = codes[k];
         if (matrix.codes == Codes::kE4M3) {
-          lines[float8_place(k, c)] = static_cast<std::byte>(codes[k]);
-          continue;
-        }
-        const NibblePlace place = nibble_place(k, c);
-        for (std::int64_t line = 0; line < nibbles; ++line) {
-          const int nibble = codes[k] >> (4 * (nibbles - 1 - line)) & 15;
-          lines[line * kCodeLine + place.byte] |= static_cast<std::byte>(nibble << place.shift);
+          lines[float8_place(k, c)] = static_cast<std::byte>(code);
+        } else if (bits == 8) {
+          put(lines, nibble_place(k, c), code >> 4);
+          put(lines + kCodeLine, nibble_place(k, c), code & 15);
+        } else if (bits == 6) {
+          put(lines + k / 8 % 2 * kCodeLine, nibble_place(k, c), code & 15);
+          put(lines + 2 * kCodeLine, upper_place(k, c), code >> 4);
+        } else {
+          put(lines, nibble_place(k, c), code);
         }
       }
     }

@@ -123,7 +123,7 @@ template <class T, class Done>
 CROSSPOOL_INLINE void grouped_product(const Matrix& weight, const Rows& x, std::int64_t rows,
                                       int begin, int end, void* scratch, Done done) {
   const std::int64_t k = weight.k, panel_bytes = weight.panel_bytes();
-  const bool copy = needs_copy<T>(x, 1, k) || k % kGroupedDepths != 0;
+  const bool copy = needs_copy<T>(x, 1, k) || k % weight.code_depths() != 0;
   auto* const sums =
       reinterpret_cast<float*>(static_cast<std::byte*>(scratch) + operand_scratch(k));
   alignas(64) Tile tile;
