@@ -287,11 +287,13 @@ CROSSPOOL_INLINE V load_scales(const std::byte* scales, ScaleType type, std::int
 
 template <class T, int kRows, int kPanels, class Decoder>
 CROSSPOOL_INLINE void micro_grouped(const GroupedMultiply& m, int first_panel, float* tile) {
-  constexpr std::int64_t kAhead = 1024;
+  constexpr std::int64_t kAhead = 1024;  // bytes of every panel
   constexpr std::int64_t kBlockBytes = Decoder::kCodeLines * kCodeLine;
   const Matrix& w = *m.weight;
   const std::int64_t panel_bytes = w.panel_bytes(), codes_begin = w.header_bytes();
   const std::byte* const panels = m.panels + first_panel * panel_bytes;
+  const std::byte* const next =
+      first_panel + kPanels < m.count ? panels + kPanels * panel_bytes : m.next;
   const std::int64_t blocks = w.group / Decoder::kDepths, groups = w.groups();
   const std::byte* x[kRows];
   for (int r = 0; r < kRows; ++r) x[r] = m.x.row(m.first + r);
@@ -311,10 +313,13 @@ CROSSPOOL_INLINE void micro_grouped(const GroupedMultiply& m, int first_panel, f
       }
     }
     for (std::int64_t b = g * blocks; b < (g + 1) * blocks; ++b) {
+      const std::int64_t at = codes_begin + b * kBlockBytes, later = at + kAhead;
+      const std::byte* const ahead =
+          later < panel_bytes ? panels + later : next + (later - panel_bytes);
       for (int p = 0; p < kPanels; ++p) {
-        const std::byte* const codes = panels + p * panel_bytes + codes_begin + b * kBlockBytes;
+        const std::byte* const codes = panels + p * panel_bytes + at;
         for (int line = 0; line < Decoder::kCodeLines; ++line) {
-          __builtin_prefetch(codes + kAhead + line * kCodeLine, 0, 3);
+          __builtin_prefetch(ahead + p * panel_bytes + line * kCodeLine, 0, 3);
         }
         for (int part = 0; part < Decoder::kSummands; ++part) {
           for (int v = 0; v < kParts; ++v) {

@@ -73,6 +73,7 @@ struct GroupedMultiply {
   const Matrix* weight;
   const std::byte* panels;  // weight->panel_bytes() apart
   int count;
+  const std::byte* next;  // what is read after them
   Operand x;
   std::int64_t first;
   std::int64_t rows;
@@ -91,19 +92,14 @@ void expand_grouped(const Matrix& weight, const std::byte* panel, std::byte* out
 template <class T>
 CROSSPOOL_INLINE void sum_groups(const std::byte* row, const Matrix& weight, float* sums) {
   using Element = std::conditional_t<kReadsModelDType<T>, typename T::Element, float>;
+  using Reader = std::conditional_t<kReadsModelDType<T>, T, Float32>;
+  const auto* const elements = reinterpret_cast<const Element*>(row);
   for (std::int64_t g = 0; g < weight.groups(); ++g) {
-    float sum = 0;
+    V sum{};
     const std::int64_t end = min((g + 1) * weight.group, weight.k);
-    for (std::int64_t k = g * weight.group; k < end; ++k) {
-      Element element;
-      std::memcpy(&element, row + k * static_cast<std::int64_t>(sizeof(element)), sizeof(element));
-      if constexpr (std::is_same_v<Element, float>) {
-        sum += element;
-      } else {
-        sum += widened(element);
-      }
-    }
-    sums[g] = sum;
+    for_lanes(g * weight.group, end,
+              [&](std::int64_t k, auto lanes) { sum += Reader::load(elements + k, lanes); });
+    sums[g] = reduce_add(sum);
   }
 }
 

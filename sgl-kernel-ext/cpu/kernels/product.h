@@ -121,7 +121,8 @@ CROSSPOOL_INLINE void add_exceptions(const std::byte* group, std::int64_t panel_
 // them.
 template <class T, class Done>
 CROSSPOOL_INLINE void grouped_product(const Matrix& weight, const Rows& x, std::int64_t rows,
-                                      int begin, int end, void* scratch, Done done) {
+                                      int begin, int end, const void* then, void* scratch,
+                                      Done done) {
   const std::int64_t k = weight.k, panel_bytes = weight.panel_bytes();
   const bool copy = needs_copy<T>(x, 1, k) || k % weight.code_depths() != 0;
   auto* const sums =
@@ -137,7 +138,10 @@ CROSSPOOL_INLINE void grouped_product(const Matrix& weight, const Rows& x, std::
       const int panels = static_cast<int>(min(kGroup, end - panel));
       advance();
       const auto* const data = static_cast<const std::byte*>(weight.data) + panel * panel_bytes;
-      multiply_grouped<T>({&weight, data, panels, operand, 0, count, sums}, tile.at);
+      const auto* next =
+          panel + panels < end ? data + panels * panel_bytes : static_cast<const std::byte*>(then);
+      if (next == nullptr) next = data;
+      multiply_grouped<T>({&weight, data, panels, next, operand, 0, count, sums}, tile.at);
       done(row, count, panel, panels, tile.at);
     }
   }
@@ -152,7 +156,7 @@ CROSSPOOL_INLINE void product(const Matrix& weight, const Rows& x, std::int64_t 
                               int end, const void* then, void* scratch, Done done) {
   const bool grouped = weight.encoding == Encoding::kGrouped;
   if (grouped && rows <= kFewGroupedRows) {
-    return grouped_product<T>(weight, x, rows, begin, end, scratch, done);
+    return grouped_product<T>(weight, x, rows, begin, end, then, scratch, done);
   }
   const std::int64_t k = weight.k, panel_bytes = weight.panel_bytes();
   const auto* const data = static_cast<const std::byte*>(weight.data);
