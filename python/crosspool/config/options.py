@@ -33,7 +33,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """One model as the user asks for it."""
 
     path: Annotated[str, Option(
-        "Local folder with the model's config.json, safetensors files and tokenizer.",
+        "Local folder with the model's config.json, safetensors files and tokenizer, or a GGUF "
+        "file.",
         sglang="model_path", example="python/crosspool/demo/tiny-deepseek-v2")]
     name: Annotated[str | None, Option(
         "Name that clients give as `model`. If none is given, it is the folder's name.",
@@ -81,8 +82,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """A server but for its models, as the user asks for it; None where it is left open."""
 
     models_dir: Annotated[str | None, Option(
-        "Folder of which every checkpoint is served, beside the models that are named: DIR/NAME as "
-        "NAME, and DIR/ORG/NAME as ORG/NAME.",
+        "Folder of which every checkpoint is served, beside the models that are named: DIR/NAME, or "
+        "DIR/NAME.gguf, as NAME, and DIR/ORG/NAME as ORG/NAME.",
         _MODELS)] = None
 
     kv_pool_devices: Annotated[tuple[Device, ...], Option(
