@@ -26,7 +26,12 @@ def models_in(folder: str, named: Collection[str] = ()) -> list[ModelOptions]:
         raise ConfigError(f"models_dir: {folder}: no such folder")
     paths = [file.parent for depth in ("*", "*/*") for file in root.glob(f"{depth}/config.json")]
     files = [file for depth in ("", "*/") for file in root.glob(f"{depth}*.gguf")]
-    paths += [file for file in files if file == gguf_files(file)[0]]  # of a split, its first one
+    paths += [
+        file
+        for file in files
+        # Of a split only the first; what lies beside a config.json belongs to that model.
+        if file == gguf_files(file)[0] and not file.with_name("config.json").exists()
+    ]
     others = {Path(path).expanduser().resolve() for path in named}
     found = []
     for path in sorted(paths):

@@ -82,8 +82,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """A server but for its models, as the user asks for it; None where it is left open."""
 
     models_dir: Annotated[str | None, Option(
-        "Folder of which every checkpoint is served, beside the models that are named: DIR/NAME, or "
-        "DIR/NAME.gguf, as NAME, and DIR/ORG/NAME as ORG/NAME.",
+        "Folder of which every checkpoint is served, beside the models that are named: DIR/NAME or "
+        "DIR/NAME.gguf as NAME, and DIR/ORG/NAME as ORG/NAME.",
         _MODELS)] = None
 
     kv_pool_devices: Annotated[tuple[Device, ...], Option(
