@@ -90,7 +90,7 @@ struct Nibbles {
   static constexpr int kCodeLines = kNibbles;
   static constexpr int kDepths = 8;
 
-  explicit CROSSPOOL_INLINE Nibbles(Codes codes) {
+  CROSSPOOL_INLINE explicit Nibbles(Codes codes) {
     for (int i = 0; i < kNibbles; ++i) {
       const CodeTable& table = kTables[static_cast<int>(codes)][i];
 #if defined(__AVX512BF16__)
@@ -143,7 +143,7 @@ struct SixBits {
 #if defined(__AVX512BF16__)
   static constexpr int kSummands = 1;
 
-  explicit CROSSPOOL_INLINE SixBits(Codes codes) {
+  CROSSPOOL_INLINE explicit SixBits(Codes codes) {
     std::uint16_t all[64];
     for (int i = 0; i < 64; ++i) {
       all[i] = bfloat16_of(static_cast<float>(codes == Codes::kInt6 ? i - 32 : i));
@@ -170,7 +170,7 @@ struct SixBits {
 #else
   static constexpr int kSummands = 2;
 
-  explicit CROSSPOOL_INLINE SixBits(Codes codes) : lower(Codes::kUInt4) {
+  CROSSPOOL_INLINE explicit SixBits(Codes codes) : lower(Codes::kUInt4) {
     std::uint8_t high[16] = {}, low[16] = {};
     for (int i = 0; i < 4; ++i) {
       const std::uint16_t bits =
@@ -203,7 +203,7 @@ struct Float8 {
   static constexpr int kCodeLines = 2;
   static constexpr int kDepths = 8;
 
-  explicit CROSSPOOL_INLINE Float8(Codes) {
+  CROSSPOOL_INLINE explicit Float8(Codes) {
     constexpr std::uint16_t kSmall[8] = {0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
 #if defined(__AVX512BF16__)
     std::uint16_t words[32];
