@@ -21,7 +21,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, str], dict[str, Any]]] = {
     "olmoe split": ("olmoe", {}, {"token_embd": "BF16", "": "Q8_0"}, {"max_tensors": 11}),
     "v2": (
         "deepseek_v2",
-        {"kv_lora_rank": 32, "qk_nope_head_dim": 32},
+        {"kv_lora_rank": 64, "qk_nope_head_dim": 32},
         {"": "Q8_0"},
         {"split_kv_b": True},
     ),

@@ -157,7 +157,7 @@ class GGUFCheckpoint(Checkpoint):
         import numpy as np
 
         if len(place.tensors) == 2:
-            k, v = (_floats(tensor, (slice(None),), slice(None)) for tensor in place.tensors)
+            k, v = (_floats(tensor, (), slice(None)) for tensor in place.tensors)
             joined = np.concatenate((k.swapaxes(1, 2), v), axis=1).reshape(ref.shape)
             return np.ascontiguousarray(joined[index])
         (tensor,) = place.tensors
@@ -213,7 +213,7 @@ def _stored(
     begin, end, _ = columns.indices(width)
     shape = (*rows, width // block * size)
     stored = np.memmap(tensor.file, np.uint8, "r", tensor.offset, shape)
-    part = stored[(*outer, slice(begin // block * size, -(-end // block) * size))]
+    part = stored[(*outer, ..., slice(begin // block * size, -(-end // block) * size))]
     first = begin // block * block
     return np.ascontiguousarray(part), slice(begin - first, end - first)
 
