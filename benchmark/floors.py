@@ -18,7 +18,7 @@ _PASSES = 20
 def step_bytes(spec: ModelSpec, batch: int, context: int) -> float:
     """Bytes of weights and cached tokens that one decode step reads. Of a layer's experts it counts
     those that ``batch`` rows choose on the average when each row chooses at random."""
-    total = sum(
+    total: float = sum(
         _bytes(ref, spec) for _, ref in attention_tensors(spec) if not _one_row_of(ref, spec)
     )
     for layer in range(spec.layers):

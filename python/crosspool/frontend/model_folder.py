@@ -48,8 +48,8 @@ def _files(path: Path, own_tokenizer: bool) -> dict[str, dict[str, Any]]:
     assert family is not None
     fields = {name: value for name, value in config.values.items() if name != GGUF}
     files = {"config.json": fields | {"architectures": [family.architecture]}}
-    ids = {name: fields[name] for name in ("eos_token_id", "bos_token_id") if name in fields}
-    files["generation_config.json"] = ids
+    names = ("eos_token_id", "bos_token_id")
+    files["generation_config.json"] = {k: v for k, v in fields.items() if k in names}
     if own_tokenizer:
         tokenizer = GGUFTokenizer(read_header(gguf_files(path)))
         files["tokenizer.json"] = tokenizer.tokenizer_json()

@@ -149,7 +149,7 @@ def test_codes_are_counted_as_the_pools_count_them(tmp_path: Path) -> None:
     assert shape.ffn_bytes == ffn_bytes(spec, WHOLE, codes=True) < floats.ffn_bytes / 2
     assert shape.attention_bytes == attention_bytes(spec, codes=True) < floats.attention_bytes
     share = shape.active_ffn_bytes_per_token / floats.active_ffn_bytes_per_token
-    assert share == pytest.approx(shape.ffn_bytes / floats.ffn_bytes)
+    assert share == pytest.approx(shape.ffn_bytes / floats.ffn_bytes, rel=1e-3)
     assert shape.parameters == floats.parameters
 
 
