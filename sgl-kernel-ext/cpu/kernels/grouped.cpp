@@ -296,7 +296,12 @@ CROSSPOOL_INLINE void micro_grouped(const GroupedMultiply& m, int first_panel, f
       first_panel + kPanels < m.count ? panels + kPanels * panel_bytes : m.next;
   const std::int64_t blocks = w.group / Decoder::kDepths, groups = w.groups();
   const std::byte* x[kRows];
-  for (int r = 0; r < kRows; ++r) x[r] = m.x.row(m.first + r);
+  const float* sums[kRows];
+  for (int r = 0; r < kRows; ++r) {  // the last row stands for those that are not there
+    const std::int64_t row = min(r, m.rows - 1);
+    x[r] = m.x.row(m.first + row);
+    sums[r] = m.sums + row * groups;
+  }
   const Decoder decoder(w.codes);
 
   V total[kRows][kPanels][kParts];
@@ -347,7 +352,7 @@ CROSSPOOL_INLINE void micro_grouped(const GroupedMultiply& m, int first_panel, f
           V of_group = sum[r][p][v];
           V& in_all = total[r][p][v];
           if (w.offset != Offset::kNone) {
-            const V taken = splat(-m.sums[r * groups + g]);
+            const V taken = splat(-sums[r][g]);
             (w.offset == Offset::kZeroPoint ? of_group : in_all) =
                 fma(taken, offset, w.offset == Offset::kZeroPoint ? of_group : in_all);
           }
@@ -373,8 +378,8 @@ constexpr int grouped_panels_at_once(int rows) {
 
 template <class T, class Decoder, int kRows = kMostGroupedRows>
 void of_rows(const GroupedMultiply& m, float* tile) {
-  if constexpr (kRows > 1) {
-    if (m.rows != kRows) return of_rows<T, Decoder, kRows - 1>(m, tile);
+  if constexpr (kRows > 1) {  // fewer variants compile sooner, and few rows are bound by memory
+    if (m.rows <= kRows / 2) return of_rows<T, Decoder, kRows / 2>(m, tile);
   }
   constexpr int kAtOnce = grouped_panels_at_once(kRows);
   int p = 0;

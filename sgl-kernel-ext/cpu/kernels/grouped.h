@@ -31,7 +31,7 @@ inline constexpr bool kLooksUpWords = false;
 
 // Rows of a call, and rows up to which weights are decoded for every call. More rows take them from
 // panels that are expanded once.
-inline constexpr int kMostGroupedRows = kLanes == 16 ? 8 : 6;
+inline constexpr int kMostGroupedRows = kLanes == 16 ? 8 : 4;
 inline constexpr int kFewGroupedRows = 12;
 
 // The values of nibbles.
