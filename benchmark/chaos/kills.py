@@ -34,6 +34,7 @@ from benchmark.chaos.faults import Fault, processes_titled
 from benchmark.chaos.traffic import Traffic, questions
 from benchmark.records import Recorder
 from benchmark.server import TINY_MODELS, Server
+from benchmark.summary import quantile
 
 CONSOLE = Console(width=150, soft_wrap=True, highlight=False)
 _TOKENS = 150
@@ -190,11 +191,10 @@ def table() -> Table:
 
 
 def row(placement: str, loop: str, kind: str, found: Found) -> list[str]:
-    pauses = sorted(found.pauses)
-    median = pauses[len(pauses) // 2]
     counts = [found.kills, found.answers, found.interrupted]
     counts += [found.outcomes[name] for name in ("cut", "failed", "wrong")]
-    seconds = [f"{value:.2f} s" for value in (median, pauses[-1], found.calm_pause)]
+    pauses = (quantile(found.pauses, 0.5), max(found.pauses), found.calm_pause)
+    seconds = [f"{value:.2f} s" for value in pauses]
     return [
         *[placement, loop, kind, *map(str, counts)],
         *[f"{found.logprob_difference:.2g}", *seconds],
