@@ -41,7 +41,7 @@ TRITON_TESTS := test/test_bare_gpu_machine.py test/test_gpu_bundle.py test/kerne
   test/ranks/test_gpu_interpreted.py test/ranks/test_gpu_compile.py \
   test/benchmark/test_gpu_benchmark.py test/benchmark/test_gpu_kernels.py \
   test/benchmark/test_gpu_report.py
-GROUPS := e2e rest triton front kernels
+GROUPS := e2e rest front triton kernels
 FRONT_TESTS := test/cli test/frontend test/server
 NATIVE := $(shell find sgl-kernel-ext -type f)
 CXX_FILES := $(filter %.h %.hpp %.c %.cpp %.cu,$(NATIVE))

@@ -99,11 +99,12 @@ class DeviceDriver:
         *,
         loops: Mapping[str, Literal["host", "resident"]] | None = None,
         keep: Sequence[Literal["pinned", "demand", "asleep"]] | None = None,
+        experts: Literal["all", "demand"] = "all",
         **fields: Any,
     ) -> None:
         """``places`` gives for each model the devices of its FFN weights, None for all of
         ``weights``; ``loops`` the loop of single devices where it is not the deployment's; ``keep``
-        when each model's weights are in memory;
+        when each model's weights are in memory, ``experts`` which of their routed experts are then;
         ``fields`` further fields of the deployment."""
         self._loops = loops or {}
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="crosspool-test-"))
@@ -122,6 +123,7 @@ class DeviceDriver:
                     if own is None
                     else tuple(Device(name) for name in own),
                     keep="demand" if keep is None else keep[i],
+                    experts=experts,
                 )
                 for i, (path, own) in enumerate(
                     zip(models, places or [None] * len(models), strict=True)

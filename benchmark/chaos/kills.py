@@ -117,7 +117,9 @@ class Killer:
                 title = self._rng.choice(titles)
                 await self._back(title)
                 await asyncio.sleep(self._rng.uniform(*self._moments))
-                process = self._processes(title)[0]
+                if not (found := self._processes(title)):
+                    raise RuntimeError(f"no {title} is there:\n{self._server.log[-6000:]}")
+                process = found[0]
                 process.kill()
                 self._killed.add(process)
                 name = "kill-http" if title == _OTHERS["HTTP"] else "kill"

@@ -1,12 +1,14 @@
 // Whole loops on tiny models, for sanitizers. Requests of two models run in one lane on one thread.
 // Their tokens must be the same with any number of threads and lanes, with the FFN rank on another
 // device, with two FFN ranks, while FFN ranks or the attention rank are replaced, and with leases,
-// some of them recalled. The steps of a model that sleeps wait for each of its layers.
+// some of them recalled, and with routed experts in memory on demand, however few have room. The
+// steps of a model that sleeps wait for each of its layers.
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
 #include <array>
+#include <cerrno>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -14,16 +16,19 @@
 #include <deque>
 #include <memory>
 #include <optional>
+#include <random>
 #include <utility>
 #include <vector>
 
 #include "../cpu/engine/loop.h"
 #include "bell.h"
 #include "check.h"
+#include "pooled_models.h"
 #include "tiny_model.h"
 
 using namespace crosspool;
 using crosspool::test::kPageSize;
+using crosspool::test::PooledModels;
 using crosspool::test::TinyModel;
 
 namespace {
@@ -38,11 +43,14 @@ struct Memory {
       : layout{2, static_cast<std::uint32_t>(lanes), kMaxRows, TinyModel::kHidden * 4, 1},
         bytes(layout.bytes() + kPage) {}
 
-  LinkDescription link(std::int32_t lane, std::int32_t ffn_rank, Bell& peer) {
+  Link* at(std::int32_t lane) {
     auto* const base = reinterpret_cast<unsigned char*>(
         aligned_up(reinterpret_cast<std::uintptr_t>(bytes.data()), kPage));
+    return reinterpret_cast<Link*>(base + layout.link(0, static_cast<std::uint32_t>(lane)));
+  }
+  LinkDescription link(std::int32_t lane, std::int32_t ffn_rank, Bell& peer) {
     LinkDescription out{};
-    out.link = reinterpret_cast<Link*>(base + layout.link(0, static_cast<std::uint32_t>(lane)));
+    out.link = at(lane);
     out.payload_bytes = layout.payload_bytes();
     out.max_rows = layout.max_rows;
     out.max_row_bytes = layout.max_row_bytes;
@@ -174,6 +182,7 @@ struct Setup {
   bool replace_attention = false;
   std::int64_t spin_ns = 0;
   std::size_t lease = 1;
+  std::int64_t room = 0;  // for so many experts in a pool of each device; 0: all are in memory
 };
 
 class Device {
@@ -232,8 +241,15 @@ class Device {
 // The devices of a setup, and all that they share.
 struct Rig {
   // `known`: how many of the models are there from the start.
-  Rig(std::array<TinyModel, 2>& models, const Setup& setup, bool asleep = false, int known = 2)
+  Rig(std::array<TinyModel, 2>& models, const Setup& setup, bool asleep = false, int known = 2,
+      bool damaged = false)
       : caches{models[0].cache(), models[1].cache()}, memory(setup.lanes), local(setup.lanes) {
+    // The tables of an FFN rank, with a pool for its experts.
+    const auto pooled = [&](std::vector<ModelTable> tables, LoopDescription& of) {
+      if (setup.room == 0 || tables[0].ffn == nullptr) return tables;
+      of.experts = &pools.emplace_back(tables, setup.room, damaged).pool();
+      return tables;
+    };
     const bool split = setup.placement == Placement::kSplit;
     const bool one = setup.placement == Placement::kOne;
     const std::int32_t remote = split ? 1 : 0;
@@ -262,7 +278,7 @@ struct Rig {
       tables.resize(static_cast<std::size_t>(known));
       return tables;
     };
-    attention_tables = sleeping(tables(models, caches, 0, held, true, ranks));
+    attention_tables = pooled(sleeping(tables(models, caches, 0, held, true, ranks)), description);
     attention = std::make_unique<Device>(setup.threads, start(attention_tables), description,
                                          outgoing, std::vector<LinkDescription>{});
     if (one) return;
@@ -271,8 +287,10 @@ struct Rig {
     other.attention_rank = -1;
     other.ffn_rank = remote;
     other.doorbell = &ffn_bell.doorbell;
-    ffn_tables = sleeping(split ? tables(models, nullptr, kHalf, kHalf, false, ranks)
-                                : tables(models, nullptr, 0, TinyModel::kExperts, true, ranks));
+    ffn_tables =
+        pooled(sleeping(split ? tables(models, nullptr, kHalf, kHalf, false, ranks)
+                              : tables(models, nullptr, 0, TinyModel::kExperts, true, ranks)),
+               other);
     ffn = std::make_unique<Device>(setup.threads, start(ffn_tables), other,
                                    std::vector<LinkDescription>{}, incoming);
   }
@@ -282,8 +300,23 @@ struct Rig {
   Memory memory;
   Bell attention_bell, ffn_bell;
   std::vector<LinkCounters> local;
+  std::deque<PooledModels> pools;
   std::unique_ptr<Device> attention, ffn;
 };
+
+// Whether a run has read experts again that had gone, and has had no more in memory than there was
+// room for.
+void check_pools(Rig& rig, const Setup& setup) {
+  for (PooledModels& models : rig.pools) {
+    const ExpertCounters found = models.counters();
+    if (found.misses == 0 || found.stall_ns == 0) fail("engine_stress: no step waited for experts");
+    if (found.present_bytes > static_cast<std::uint64_t>(models.bytes())) {
+      fail("engine_stress: more experts than there is room for");
+    }
+    const bool all = setup.room >= 5 * TinyModel::kExperts;  // five layers of both models have some
+    if (all != (found.evictions == 0)) fail("engine_stress: experts went, or none did");
+  }
+}
 
 std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, const Setup& setup,
                                            std::size_t new_tokens) {
@@ -347,6 +380,7 @@ std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, con
       ++events;
     }
   }
+  check_pools(rig, setup);
   ffn.reset();
   if ((leased > 0) != (setup.lease > 1))
     fail("engine_stress: there are leases where none was asked for, or none where some were");
@@ -456,6 +490,70 @@ void run_asleep(std::array<TinyModel, 2>& models, const Setup& setup) {
   }
 }
 
+// Steps of a model whose experts cannot be read are refused, and another model goes on.
+void run_damaged(std::array<TinyModel, 2>& models, const Setup& setup) {
+  Rig rig(models, setup, false, 2, true);
+  Device& attention = *rig.attention;
+  std::vector<Request> requests = make_requests();
+  std::uint64_t number = 0;
+  for (int round = 0; round < 3; ++round) {
+    const auto refused = send_all(attention, requests, 0, ++number);
+    if (expect(attention, EventKind::kRefused).step != number) fail("engine_stress: not refused");
+    const auto other = send_all(attention, requests, 1, ++number);
+    expect(attention, EventKind::kDone);
+  }
+  ExpertPool& pool = rig.pools.back().pool();
+  if (pool.failed() != 0 || pool.failed() != -1 || pool.counters(0).error != EBADMSG) {
+    fail("engine_stress: nobody is told of experts that cannot be read");
+  }
+}
+
+// The weights of a model go, its experts with them, while a dispatch of it is under way, as one is
+// that an attention rank has left behind which died. It is refused, and right when it comes again.
+void run_closed(std::array<TinyModel, 2>& models, const Setup& setup) {
+  Rig rig(models, setup);
+  Device &attention = *rig.attention, &ffn = *rig.ffn;
+  std::vector<Request> requests = make_requests();
+  std::vector<std::int32_t> first;
+  std::mt19937 random(5);
+  std::uint64_t done = 0;
+  for (std::uint64_t number = 1; done < 60; ++number) {
+    const auto step = send_all(attention, requests, 0, number);
+    if (number % 3 != 0) {
+      usleep(static_cast<useconds_t>(random() % 300));
+      close_model(ffn, false);
+      rig.pools.back().renew(0);
+      ffn.loop().set_present(0, WeightPart::kFFN, models[0].layers());
+    }
+    const EventKind kind = next_event(attention).kind;
+    if (kind == EventKind::kRefused) continue;
+    if (kind != EventKind::kDone) fail("engine_stress: a step is neither done nor refused");
+    ++done;
+    if (first.empty()) first = step->chosen;
+    if (step->chosen != first) fail("engine_stress: other tokens where weights have come again");
+  }
+}
+
+// An attention rank dies and leaves a dispatch behind, whose model then sleeps. Its lane, of which
+// there is one, is free for the other model; and for the same one, once it is woken.
+void run_left_behind(std::array<TinyModel, 2>& models, const Setup& setup) {
+  Rig rig(models, setup, true);
+  Device &attention = *rig.attention, &ffn = *rig.ffn;
+  std::vector<Request> requests = make_requests();
+  const std::int32_t layers = models[0].layers();
+  attention.loop().set_present(0, WeightPart::kAttention, layers + 1);
+  const auto lost = send_all(attention, requests, 0, 1);
+  while (rig.memory.at(0)->dispatched.load() == 0) usleep(100);
+  attention.replace();
+  close_model(ffn, false);
+  const auto other = send_all(attention, requests, 1, 2);
+  expect(attention, EventKind::kDone);
+  attention.loop().set_present(0, WeightPart::kAttention, layers + 1);
+  const auto again = send_all(attention, requests, 0, 3);
+  ffn.loop().set_present(0, WeightPart::kFFN, layers);
+  expect(attention, EventKind::kDone);
+}
+
 // The second model comes while steps of the first are under way, leaves, and comes again under
 // further numbers, each time with the same tokens. An FFN rank that has not been told of it yet has
 // its dispatches wait, and refuses those of a model that it cannot take or that has left.
@@ -523,6 +621,18 @@ int main(int argc, char** argv) {
     const char* name;
     Setup setup;
   } cases[] = {
+      {"all experts in a pool",
+       {.placement = Placement::kOne, .threads = 2, .lanes = 2, .room = 20}},
+      {"half of the experts in a pool",
+       {.placement = Placement::kOne, .threads = 2, .lanes = 2, .room = 10}},
+      {"one layer's experts in a pool",
+       {.placement = Placement::kOne, .threads = 1, .lanes = 2, .room = 4}},
+      {"few experts in a pool on another device",
+       {.placement = Placement::kTwo, .threads = 2, .lanes = 3, .lease = 4, .room = 5}},
+      {"few experts in pools of two FFN ranks",
+       {.placement = Placement::kSplit, .threads = 1, .lanes = 2, .room = 3}},
+      {"few experts in a pool whose FFN rank is replaced",
+       {.placement = Placement::kTwo, .threads = 1, .lanes = 2, .replace_ffn = true, .room = 5}},
       {"three threads, two lanes", {Placement::kOne, 3, 2}},
       {"spinning", {.placement = Placement::kOne, .threads = 2, .lanes = 2, .spin_ns = 20'000}},
       {"two devices", {Placement::kTwo, 1, 2}},
@@ -553,6 +663,13 @@ int main(int argc, char** argv) {
   }
   std::printf("a model that sleeps: its steps wait for their layers, or are refused\n");
   std::printf("a model that comes and leaves, under numbers of its own: the same tokens\n");
+  run_damaged(models, {.placement = Placement::kOne, .threads = 2, .lanes = 2, .room = 8});
+  run_damaged(models, {.placement = Placement::kTwo, .threads = 1, .lanes = 2, .room = 8});
+  std::printf("experts that cannot be read: steps are refused, and others go on\n");
+  run_closed(models, {.placement = Placement::kTwo, .threads = 1, .lanes = 2, .room = 5});
+  std::printf("experts that go under a dispatch, and come again: the same tokens\n");
+  run_left_behind(models, {Placement::kTwo, 1, 1});
+  std::printf("a model that sleeps under a dispatch that was left behind: its lane is free\n");
   std::size_t different = 0;
   for (const auto& tokens : expected) different += tokens.back() != expected[0].back();
   if (different == 0) fail("engine_stress: all requests end alike, so the models do nothing");

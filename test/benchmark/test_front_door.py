@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import pytest
+from crosspool.config.deployment import Deployment
 
 from benchmark.front_door import hostile
 from benchmark.front_door.cases import Case, case_of, operations, valid_bodies
 from benchmark.front_door.exchange import Outcome, post
 from benchmark.front_door.fuzz import Answer, Tally, fuzz
 from benchmark.front_door.fuzz_program import harmless
-from benchmark.front_door.hostile_bodies import nested_schema
+from benchmark.front_door.hostile_bodies import Row, nested_schema
 from benchmark.front_door.mutation import Mutator
 from benchmark.front_door.observer import Window
 
@@ -79,6 +81,38 @@ def test_silence_is_no_answer() -> None:
 )
 def test_a_good_answer_is_served_or_refused_soon(status: int, seconds: float, good: bool) -> None:
     assert Outcome(status, seconds).answered_well(2.0) is good
+
+
+SPENT = "finding which token may come next has taken more than the server's `grammar_mask_timeout`"
+
+
+@pytest.mark.parametrize(
+    ("budget", "status", "seconds", "note", "good"),
+    [
+        ("grammar_mask_timeout", 200, 4.0, "{}", True),
+        ("grammar_mask_timeout", 400, 6.5, SPENT, True),
+        ("grammar_mask_timeout", 400, 11.0, SPENT, False),
+        ("grammar_mask_timeout", 400, 6.5, "`grammar_timeout`", False),
+        ("grammar_mask_timeout", 500, 0.1, SPENT, False),
+        (None, 400, 6.5, SPENT, False),
+    ],
+)
+def test_a_row_that_needs_its_whole_budget_may_be_served_or_refused_for_it(
+    budget: str | None, status: int, seconds: float, note: str, good: bool
+) -> None:
+    outcome = Outcome(status, seconds, note)
+    row = Row("a", False, lambda _: outcome, budget=budget)
+    within = hostile.refused_within(row, outcome)
+    verdict = hostile.Verdict(
+        *("a", False, outcome, window(), window(), (), True, 1.0, 0.0, 0.0), refused_within=within
+    )
+    assert (verdict.faults == []) is good
+
+
+def test_rows_with_a_budget_name_an_option() -> None:
+    budgets = {row.name: row.budget for row in hostile.rows() if row.budget is not None}
+    assert {"EBNF S ::= S S S", "EBNF of nullable rules"} <= budgets.keys()
+    assert set(budgets.values()) <= {field.name for field in msgspec.structs.fields(Deployment)}
 
 
 def window(**seen: Any) -> Window:

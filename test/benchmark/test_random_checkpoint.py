@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from crosspool.models.registry import read_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmark import checkpoint
+from benchmark import checkpoint, expert_rules
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +69,36 @@ def test_models_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     made = [(folder / "config.json").stat().st_mtime_ns for folder in folders]
     assert checkpoint.models(2, tiny=True) == folders
     assert [(folder / "config.json").stat().st_mtime_ns for folder in folders] == made
+
+
+SKEWED = checkpoint.Shape("moe-skewed", 256, 3, 32, 4, 32, 4, 2, 64, 512)
+
+
+@pytest.mark.parametrize(("skew", "least", "most"), [(0.0, 0.1, 0.2), (0.5, 0.28, 0.5)])
+def test_routers_prefer_experts_as_much_as_the_skew_says(
+    tmp_path: Path, skew: float, least: float, most: float
+) -> None:
+    """Transformers' choices over two answers: an eighth of the experts gets an eighth of them
+    without skew, but for chance, and with 0.5 more than a third."""
+    checkpoint.write(tmp_path, replace(SKEWED, skew=skew))
+    choices = expert_rules.recorded(tmp_path, answers=2, tokens=61)
+    assert choices.shape == (120, SKEWED.layers, SKEWED.top_k)
+    top, gini = expert_rules.concentration(choices, SKEWED.experts)
+    assert least < top < most
+    assert (gini > 0.35) == (skew > 0)
+
+
+def test_a_skew_changes_routers_embeddings_and_head_alone(tmp_path: Path) -> None:
+    tensors = []
+    for skew in (0.0, 0.5):
+        folder = tmp_path / str(skew)
+        checkpoint.write(folder, replace(checkpoint.TINY, skew=skew))
+        files = sorted(folder.glob("*.safetensors"))
+        tensors.append({name: t for file in files for name, t in load_file(file).items()})
+    flat, skewed = tensors
+    changed = {name for name, tensor in flat.items() if not torch.equal(tensor, skewed[name])}
+    assert changed == {
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        *(f"model.layers.{i}.mlp.gate.weight" for i in range(checkpoint.TINY.layers)),
+    }

@@ -518,3 +518,66 @@ def test_no_model_sleeps_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ConfigError, match=r"weight_pool_bytes.*so that some of them must sleep.*GPU"
     ):
         prepare(sleepers(path, models=[{}, {}], weight_pool_bytes=FFN_BYTES, **gpu_pools))
+
+
+# 2 layers x 4 experts x 3 matrices of 64 x 32 in bf16
+EXPERT_BYTES = 2 * 4 * 3 * 64 * 32 * 2
+MIB = 1 << 20
+
+
+def on_demand(folder: Path, *experts: str, **more: Any) -> Options:
+    """Asks for as many models as ``experts``, each with its routed experts as they say."""
+    models = [
+        {"path": model(folder / f"m{i}"), "experts": which} for i, which in enumerate(experts)
+    ]
+    cache = {"packed_cache_dir": str(folder / "cache")}
+    return to_options({"models": models, "port": 0, **cache, **more}, "test")
+
+
+def test_the_expert_pool_is_what_other_weights_leave(tmp_path: Path) -> None:
+    prepared = prepare(on_demand(tmp_path, "demand"))
+    rest = FFN_BYTES - EXPERT_BYTES
+    assert prepared.placement.weight_bytes == ({0: rest},)
+    assert prepared.placement.expert_bytes == ({0: EXPERT_BYTES},)
+    assert prepared.deployment.expert_pool_bytes == 2 * MIB
+    assert prepared.deployment.weight_pool_bytes == 2 * MIB + rest
+
+    prepared = prepare(on_demand(tmp_path, "demand", "all", weight_pool_bytes="5MiB"))
+    assert prepared.placement.weight_bytes == ({0: rest, 1: FFN_BYTES},)
+    assert prepared.placement.expert_bytes == ({0: EXPERT_BYTES, 1: 0},)
+    assert prepared.deployment.expert_pool_bytes == 4 * MIB
+
+    given = {"weight_pool_bytes": 2 * MIB + FFN_BYTES, "expert_pool_bytes": "2MiB"}
+    prepared = prepare(on_demand(tmp_path, "demand", "all", **given))
+    assert prepared.deployment.expert_pool_bytes == 2 * MIB
+    resident = initially_resident(prepared.deployment, prepared.specs)
+    assert resident == {0}, "what is set aside for experts is no room for whole models"
+
+    assert prepare(on_demand(tmp_path, "all")).deployment.expert_pool_bytes == 0
+    prepared = prepare(on_demand(tmp_path, "all", expert_pool_bytes="2MiB"))
+    assert prepared.deployment.expert_pool_bytes == 2 * MIB, "for models to come"
+    assert prepared.deployment.weight_pool_bytes == 2 * MIB + FFN_BYTES
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"weight_pool_bytes": "1MiB"}, "expert_pool_bytes: 0 on 1 .* at least 2MiB"),
+        ({"expert_pool_bytes": "1MiB"}, "expert_pool_bytes: 1MiB .* one layer of m0"),
+        (
+            {"weight_pool_bytes": "4MiB", "expert_pool_bytes": "6MiB"},
+            "expert_pool_bytes: 6MiB are more than weight_pool_bytes, 4MiB",
+        ),
+        (
+            {"weight_pool_bytes": "2MiB", "expert_pool_bytes": "2MiB"},
+            "weight_pool_bytes is too small: .* beside its share of expert_pool_bytes",
+        ),
+        ({"loop": "host"}, "experts: those of m0 .* the resident loop alone"),
+        ({"packed_cache_bytes": 0}, "experts: those of m0 .* packed_cache_bytes: 0"),
+    ],
+)
+def test_experts_on_demand_that_cannot_be_are_refused(
+    tmp_path: Path, more: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        prepare(on_demand(tmp_path, "demand", **more))

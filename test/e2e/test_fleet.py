@@ -315,3 +315,39 @@ def test_a_model_that_can_never_fit_is_refused_at_the_start() -> None:
     )
     assert done.returncode == 2
     assert "weight_pool_bytes is too small" in done.stderr and QWEN in done.stderr
+
+
+def experts_of(server: Server) -> dict[str, Any]:
+    """What has happened to the experts of the models that have them on demand."""
+    (device,) = server.get("/crosspool/counters")
+    return {of["model"]: of for of in device["experts"]}
+
+
+def test_experts_on_demand_change_no_token(packed: Path, server: Server) -> None:
+    """Requests for all models at once, all of which are resident with a part of their experts."""
+    flags = ["--models-dir", str(DEMO), *FLAGS, "--packed-cache-dir", str(packed)]
+    flags += ["--experts", "demand", "--weight-pool-bytes", "64MiB", "--expert-pool-bytes", "4MiB"]
+    requests = asks(TINY_MODELS, 12, new_tokens=40)
+    with Server(flags, models=()) as running:
+        assert tokens(running, requests) == tokens(server, requests)
+        assert {told["state"] for told in told_of(running).values()} == {"resident"}
+        counts = experts_of(running)
+        assert set(counts) == set(TINY_MODELS)
+        assert all(of["hits"] > 0 and of["misses"] > 0 for of in counts.values())
+        assert sum(of["evictions"] for of in counts.values()) > 0
+        assert sum(of["present_bytes"] for of in counts.values()) <= 4 << 20
+        do(running, "sleep", QWEN)
+        assert tokens(running, requests) == tokens(server, requests)
+        further = {"path": str(DEMO / QWEN), "name": "further", "dtype": "float32"}
+        with running.admin() as client:
+            told = client.post(
+                "/crosspool/models", json=further | {"experts": "demand"}, timeout=120
+            )
+            assert told.status_code == 201, told.text
+        expected = generate(server, QWEN)["output_ids"]
+        assert generate(running, "further")["output_ids"] == expected
+        assert set(experts_of(running)) == {*TINY_MODELS, "further"}
+        with running.admin() as client:
+            assert client.delete("/crosspool/models/further", timeout=120).status_code == 200
+        assert set(experts_of(running)) == set(TINY_MODELS)
+        assert generate(running, QWEN)["output_ids"] == expected

@@ -118,6 +118,7 @@ def test_what_cannot_be_served_is_refused_and_leaves_everything(
         ({"context_length": 1 << 19}, "context length"),
         ({"kv_ceiling_bytes": "4KiB"}, "kv_ceiling_bytes"),
         ({"kv_floor_bytes": "1GiB"}, "kv_floor_bytes"),
+        ({"experts": "demand"}, "expert_pool_bytes: 0"),
     ):
         status, answer = bring(changing, "no", GLM, **body)
         assert status == 400 and told in answer["error"]["message"], answer

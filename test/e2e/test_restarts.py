@@ -28,7 +28,11 @@ DEPLOYMENTS = {
         *["--ffn-parallel", "ep"],
     ],
 }
-PLACES = [(name, loop) for name in DEPLOYMENTS for loop in ("resident", "host")]
+HOST_LOOPS = ("both ranks on one device", "two of each, TP")
+"""Places in which the host loop is tried: a device without peers, and devices with ranks of either
+kind. The server does the same under either loop, and what a device does that comes back is tried in
+every place by test/ranks/test_device_process.py."""
+PLACES = [(name, "resident") for name in DEPLOYMENTS] + [(name, "host") for name in HOST_LOOPS]
 FAST = [("two devices", "resident")]
 
 

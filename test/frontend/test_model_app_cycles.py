@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,8 @@ from crosspool.frontend import model_context
 from crosspool.frontend.response_store import ResponseStore
 from crosspool.frontend.turns import Turns
 from sglang.srt import runtime_context
-from starlette.types import Message
 from support.front_end import MODELS, deployment
+from support.http_app import call
 from support.server import DEMO
 
 
@@ -34,22 +33,9 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployment]:
 
 async def model_info(app: Any) -> Any:
     """What the application says of its model."""
-    sent: list[Message] = []
-
-    async def receive() -> Message:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    scope = {
-        **{"type": "http", "method": "GET", "path": "/model_info", "raw_path": b"/model_info"},
-        **{"query_string": b"", "headers": [], "root_path": "", "scheme": "http"},
-        **{"http_version": "1.1", "server": ("127.0.0.1", 1), "client": ("127.0.0.1", 2)},
-    }
-    await app(scope, receive, send)
-    assert sent[0]["status"] == 200
-    return json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
+    answer = await call(app, "GET", "/model_info", headers=())
+    assert answer.status == 200
+    return answer.content
 
 
 async def cycle(base: Deployment, number: int, path: Path) -> None:

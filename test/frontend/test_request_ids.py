@@ -41,7 +41,7 @@ def test_an_abort_ends_all_that_stands_for_an_id_and_nothing_else() -> None:
 @pytest.fixture
 def start(server: FrontEndServer, slow: None) -> Iterator[Start]:
     """Starts a stream in a thread: the future of its events."""
-    with ThreadPoolExecutor(8) as threads:
+    with ThreadPoolExecutor(20) as threads:
 
         def begin(rid: Any, tokens: int, n: int = 1, text: Any = "x") -> Future[Any]:
             params = {"temperature": 0, "max_new_tokens": tokens, "n": n, "ignore_eos": True}
@@ -65,27 +65,29 @@ def reasons(stream: Future[Any]) -> list[str]:
     return [reason["type"] for reason in metas if reason is not None]
 
 
-@pytest.mark.parametrize(
-    ("named", "parts"),
-    [
-        ({"rid": "b", "text": ["x", "y"]}, 2),
-        ({"rid": "b", "n": 2}, 2),
-        ({"rid": "b", "n": 2, "text": ["x", "y"]}, 4),
-        ({"rid": ["b", "b2"], "n": 2, "text": ["x", "y"]}, 2),
-        ({"rid": ["b", "b2"], "text": ["x", "y"]}, 1),
-    ],
-    ids=["batch", "samples", "batch of samples", "one prompt's samples", "one prompt"],
-)
 def test_abort_ends_every_part_of_the_request_that_is_named(
-    server: FrontEndServer, start: Start, named: dict[str, Any], parts: int
+    server: FrontEndServer, start: Start
 ) -> None:
-    others = [start(rid, LASTING) for rid in ("b_00", "bb")]
-    stream = start(tokens=LASTING, **named)
-    size = len(named.get("text", "x")) * named.get("n", 1)
-    wait_running(server, len(others) + size)
-    assert server.request(f"/m/{MODELS[0]}/abort_request", {"rid": "b"})[0] == 200
-    assert sorted(reasons(stream)) == ["abort"] * parts + ["length"] * (size - parts)
-    assert [reasons(other) for other in others] == [["length"], ["length"]]
+    """Requests of every kind run at once, and each is ended by its own id."""
+    kinds: dict[str, tuple[dict[str, Any], int]] = {
+        "a batch": ({"rid": "a", "text": ["x", "y"]}, 2),
+        "samples": ({"rid": "b", "n": 2}, 2),
+        "samples of a batch": ({"rid": "c", "n": 2, "text": ["x", "y"]}, 4),
+        "one prompt's samples": ({"rid": ["d", "d2"], "n": 2, "text": ["x", "y"]}, 2),
+        "one prompt": ({"rid": ["e", "e2"], "text": ["x", "y"]}, 1),
+    }
+    others = [start(rid, LASTING) for name in "abcde" for rid in (f"{name}_00", name * 2)]
+    streams = {kind: start(tokens=LASTING, **named) for kind, (named, _) in kinds.items()}
+    sizes = {kind: len(named.get("text", "x")) * named.get("n", 1)
+             for kind, (named, _) in kinds.items()}  # fmt: skip
+    wait_running(server, len(others) + sum(sizes.values()))
+    for named, _ in kinds.values():
+        first = named["rid"][0]
+        assert server.request(f"/m/{MODELS[0]}/abort_request", {"rid": first})[0] == 200
+    for kind, (_, parts) in kinds.items():
+        ended = ["abort"] * parts + ["length"] * (sizes[kind] - parts)
+        assert sorted(reasons(streams[kind])) == ended, kind
+    assert [reasons(other) for other in others] == [["length"]] * len(others)
 
 
 def test_a_disconnect_ends_every_sample_and_nothing_else(
@@ -119,26 +121,24 @@ def test_samples_of_an_aborted_prompt_are_not_begun(server: FrontEndServer, star
     wait_running(server, 0)
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
+def test_an_id_in_use_is_refused_and_its_request_goes_on(
+    server: FrontEndServer, start: Start
+) -> None:
+    first = start("d", LASTING)
+    wait_running(server, 1)
+    for path, body in (
         (GENERATE, {"text": "x", "rid": "d"}),
         (GENERATE, {"text": "x", "rid": "d", "stream": True}),
         (GENERATE, {"text": ["x", "y"], "rid": ["e", "d"], "stream": True}),
         ("/v1/completions", {"prompt": "x", "rid": "d"}),
         ("/v1/completions", {"prompt": "x", "rid": "d", "n": 2, "stream": True}),
-    ],
-)
-def test_an_id_in_use_is_refused_and_its_request_goes_on(
-    server: FrontEndServer, start: Start, path: str, body: dict[str, Any]
-) -> None:
-    first = start("d", LASTING)
-    wait_running(server, 1)
-    status, answer, _ = server.request(path, body)
-    assert status == 400, answer
-    message = answer["error"]["message"]
-    assert "`rid`" in message and "'d'" in message
-    assert "Duplicate request ID" in message, "clients of SGLang look for these words"
+    ):
+        status, answer, _ = server.request(path, body)
+        assert status == 400, answer
+        message = answer["error"]["message"]
+        assert "`rid`" in message and "'d'" in message
+        assert "Duplicate request ID" in message, "clients of SGLang look for these words"
+        assert not first.done()
     assert reasons(first) == ["length"]
     other = {"text": "x", "rid": "e", "sampling_params": {"max_new_tokens": 1}}
     assert server.request(GENERATE, other)[0] == 200, "refused whole"

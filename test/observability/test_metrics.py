@@ -5,6 +5,7 @@ import pytest
 from crosspool.observability.metrics import of_all_processes, render, sglang_gauges
 from crosspool.transport.inspection import (
     DeviceCounters,
+    ExpertCounts,
     LinkCounts,
     ModelResidency,
     ModelState,
@@ -97,6 +98,17 @@ LINK = {
     "dispatch_bytes": 7000,
     "combine_bytes": 7001,
 }
+EXPERTS = {
+    "model": MODEL["name"],
+    "hits": 21,
+    "misses": 22,
+    "early": 23,
+    "early_used": 24,
+    "read_bytes": 25 << 20,
+    "evictions": 26,
+    "stall_seconds": 27.5,
+    "present_bytes": 28 << 20,
+}
 
 
 def test_gauges_of_sglangs_scheduler_have_its_names_and_labels() -> None:
@@ -137,7 +149,10 @@ def samples(*, ready: bool = True, counters: bool = True) -> dict[tuple[str, ...
         devices=[],
     )
     links = [LinkCounts(**LINK), LinkCounts(**{**LINK, "lane": 0})]
-    devices = [DeviceCounters(device="cpu:0", links=links, served=links[:1])] if counters else []
+    of_device = DeviceCounters(
+        device="cpu:0", links=links, served=links[:1], experts=[ExpertCounts(**EXPERTS)]
+    )
+    devices = [of_device] if counters else []
     text = render(status, devices).decode()
     return {
         (sample.name, *(f"{k}={v}" for k, v in sorted(sample.labels.items()))): sample.value
@@ -174,6 +189,15 @@ def test_every_number_arrives_under_its_labels() -> None:
     assert found["crosspool_sleeps_total", model] == 15
     assert found["crosspool_waking_seconds_total", model] == 16.5
     assert found["crosspool_idle_seconds", model] == 0
+    experts = ("device=cpu:0", model)
+    assert found["crosspool_expert_hits_total", *experts] == 21
+    assert found["crosspool_expert_misses_total", *experts] == 22
+    assert found["crosspool_experts_read_early_total", *experts] == 23
+    assert found["crosspool_early_experts_used_total", *experts] == 24
+    assert found["crosspool_expert_read_bytes_total", *experts] == 25 << 20
+    assert found["crosspool_expert_evictions_total", *experts] == 26
+    assert found["crosspool_expert_stall_seconds_total", *experts] == 27.5
+    assert found["crosspool_expert_bytes", *experts] == 28 << 20
     assert ("crosspool_last_wake_seconds", model) not in found  # it was never woken
     rank = ("attention_rank=0", "device=cpu:0")
     assert found["crosspool_kv_free_bytes", *rank] == 58 << 20

@@ -94,6 +94,9 @@ class Storm:
         """Whether FFN rank 0 lives in the process of attention rank 0."""
         self.pinned = {n for n, model in d.models.items() if model.keep == "pinned"}
         """Models that have been pinned at any time."""
+        self.floors = False
+        """Whether a model has come that keeps memory from the others, who may then refuse requests
+        that they took before."""
         self.delay = random.choice([0.001, 0.01, 0.1])
         self.step_seconds = random.choice([0.01, 0.1])
         self.requests: dict[str, GenerateRequest] = {}
@@ -273,6 +276,7 @@ class Storm:
         self.coming.add(number)
         self.weights.know(number, self.file.with_model(number, config), self.specs)
         self.pinned |= {number} if config.keep == "pinned" else set()
+        self.floors |= bool(config.kv_floor_bytes)
 
     def unload(self, model: int) -> None:
         self.leaving.add(model)
@@ -381,10 +385,11 @@ class Storm:
         finish = outputs[-1].finish
         assert finish is not None
         if finish.kind == "abort":
-            if finish.status == 429:
-                require(
-                    r.sampling.seed not in self.opened, "an admitted request is refused", finish
-                )
+            if finish.status in (400, 429):
+                admitted = r.sampling.seed in self.opened
+                require(not admitted, "an admitted request is refused", finish)
+                narrow = self.floors and "of KV cache" in finish.message
+                require(finish.status == 429 or narrow, "a request is refused", finish)
             elif finish.status in (404, 503) and "unloaded" in finish.message:
                 require(r.model in self.leaving, "a request is refused", finish)
                 self.counts["unloaded"] += 1

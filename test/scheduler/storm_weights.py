@@ -217,16 +217,20 @@ class StormWeights:
             self.read_early[device] = set(self.storm.file.models)
 
     def next_knows(self, device: int) -> set[int]:
-        """The models that the device's next process knows when it is there."""
-        now = set(self.storm.file.models)
-        return now & self.read_early.get(device, now)
+        """The models that the device's next process knows when it is there: where it has read the
+        file early, also such that are gone meanwhile."""
+        return self.read_early.get(device, set(self.storm.file.models))
 
     def come_back(self, device: int) -> None:
         known = self.next_knows(device)
         self.read_early.pop(device, None)
         self.kept[device] &= known
-        self.processes[device] = DeviceWeights(set(self.kept[device]), known)
-        self.storm.core.restore_device(device, sorted(known), sorted(self.kept[device]))
+        has = set(self.kept[device])
+        for model in sorted(known - self.storm.file.models.keys()):
+            if self.shares(device, model) and self.storm.random.random() < 0.5:
+                has.add(model)
+        self.processes[device] = DeviceWeights(has, known)
+        self.storm.core.restore_device(device, sorted(known), sorted(has))
 
     # --- steps
 

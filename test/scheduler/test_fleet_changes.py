@@ -272,6 +272,36 @@ def test_a_device_that_has_read_an_older_file_lets_go_of_what_has_left():
     assert sim.changes[1:] == [ModelRemoved(number)]
 
 
+def test_a_device_that_has_read_an_older_file_lets_go_of_what_is_gone():
+    """Nobody else knows the model any more."""
+    sim = simulation()
+    number = sim.load(spec())
+    sim.follow()
+    sim.unload(number)
+    sim.follow()
+    assert sim.changes[1:] == [ModelRemoved(number)]
+    sim.core.lose_device(1)
+    sim.core.restore_device(1, [0, number], [0, number])
+    sim.core.on_woken(1, number, "an expert cannot be read")
+    sim.devices.has[1] |= {number}
+    sim.devices.takes[1] |= {number}
+    sim.schedule()
+    assert kinds(sim) == [(1, Sleep)], "a device lets go of models without weights alone"
+    sim.core.lose_device(1)
+    sim.core.restore_device(1, [0, number], [0, number])
+    sim.devices.has[1] |= {number}
+    sim.devices.orders.clear()
+    sim.schedule()
+    assert kinds(sim) == [(1, Sleep)], "its next process as well"
+    device, order = sim.devices.orders.pop()
+    assert sim.devices.carry_out(device, order)
+    sim.core.on_slept(device, order.model)
+    sim.schedule()
+    assert kinds(sim) == [(1, RemoveModel)]
+    sim.follow()
+    assert sim.changes[2:] == []
+
+
 def test_a_served_model_that_a_later_device_cannot_take_leaves_by_itself():
     sim = Simulation(deployment(2), [spec()] * 2, never_ending)
     sim.add(request("a", 10, 100, model=1))

@@ -315,6 +315,22 @@ def test_a_failed_wake_is_not_tried_again_for_a_while_and_longer_each_time():
     assert status.last_error is None
 
 
+def test_a_model_that_a_device_has_given_up_is_as_if_its_wake_had_failed():
+    """A device could not read experts of a resident model, and has nothing of it any more."""
+    pool = Pool([4, 4], budget=8, resident={0, 1})
+    pool.ask(0, 1)
+    pool.held[1].discard(0)
+    assert pool.residency.failed(1, 0, "its file is damaged", pool.now)
+    pool.turn()
+    assert pool.awake() == {1}
+    refusal = pool.residency.refusal(0, pool.now)
+    assert refusal is not None and "its file is damaged" in refusal.message
+    pool.done(0)
+    pool.pass_time(QUANTUM)
+    pool.ask(0)
+    assert pool.awake() == {0, 1}
+
+
 def test_a_pinned_model_whose_wake_failed_is_tried_again_without_requests():
     pool = Pool([4], budget=4, keep={0: "pinned"})
     pool.broken[0] = "its file is gone"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import zmq.asyncio
@@ -15,8 +14,7 @@ from crosspool.server.routes import split
 from crosspool.server.state import State
 from crosspool.transport import admin
 from starlette.responses import JSONResponse
-from starlette.types import Message
-from support.http_app import http_app
+from support.http_app import call, http_app
 
 NAMES = ("first", "Qwen", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B/fine", "a:b/c+d.e", "Über/x")
 
@@ -50,21 +48,8 @@ def application(**changes: Any) -> tuple[App, State]:
 
 async def get(app: App, path: str) -> tuple[int, Any]:
     """Status and body of a GET of a path that the HTTP server has decoded."""
-    sent: list[Message] = []
-
-    async def receive() -> Message:
-        return {"type": "http.disconnect"}
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    scope = {
-        **{"state": {}, "type": "http", "method": "GET", "path": path, "raw_path": path.encode()},
-        **{"query_string": b"", "headers": [], "root_path": "", "scheme": "http"},
-        **{"http_version": "1.1", "server": ("127.0.0.1", 1), "client": ("127.0.0.1", 2)},
-    }
-    await app(scope, receive, send)
-    return cast("int", sent[0]["status"]), json.loads(sent[1]["body"])
+    answer = await call(app, "GET", path, headers=())
+    return answer.status, answer.content
 
 
 @pytest.mark.parametrize(

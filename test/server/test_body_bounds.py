@@ -17,7 +17,7 @@ from crosspool.server.state import State
 from crosspool.transport import admin
 from starlette.responses import Response
 from starlette.types import Message
-from support.http_app import http_app
+from support.http_app import Answer, call, http_app
 
 CONTEXT, LONGEST_TOKEN, VOCABULARY = 64, 8, 100
 TEXT_BYTES = CONTEXT * LONGEST_TOKEN
@@ -84,7 +84,7 @@ class Client:
         """Status and body of the answer. Without ``parts``, the body's length is announced."""
         exchange = self.exchange(path, body, method=method, parts=parts, announced=announced)
         answer, self.received = asyncio.run(exchange)
-        return answer.status_code, bytes(answer.body)
+        return answer.status, answer.body
 
     async def exchange(
         self,
@@ -96,7 +96,7 @@ class Client:
         announced: int | None = None,
         sends: asyncio.Event | None = None,
         leaves: bool = False,
-    ) -> tuple[Response, int]:
+    ) -> tuple[Answer, int]:
         """The answer, and how many bytes of the body were read. The body is sent once ``sends`` is
         set, where it is given. A client that ``leaves`` has gone once its body is read."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -104,7 +104,6 @@ class Client:
         sized = [(b"content-length", length)]
         framing = sized if parts is None else [(b"transfer-encoding", b"chunked")]
         left = iter([data] if parts is None else parts)
-        sent: list[Message] = []
         received = 0
 
         async def receive() -> Message:
@@ -119,19 +118,8 @@ class Client:
                 return {"type": "http.request", "body": part, "more_body": False}
             return {"type": "http.request", "body": part, "more_body": bool(part)}
 
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        scope = {
-            **{"type": "http", "method": method, "path": path, "raw_path": path.encode()},
-            **{"query_string": b"", "root_path": "", "scheme": "http", "http_version": "1.1"},
-            **{"server": ("127.0.0.1", 1), "client": ("127.0.0.1", 2)},
-            "headers": [(b"content-type", b"application/json"), *framing],
-        }
-        await self._app(scope, receive, send)
-        content = b"".join(message.get("body", b"") for message in sent[1:])
-        answer = Response(content, sent[0]["status"])
-        answer.raw_headers = sent[0]["headers"]
+        headers = [(b"content-type", b"application/json"), *framing]
+        answer = await call(self._app, method, path, headers=headers, receive=receive)
         return answer, received
 
 
@@ -195,7 +183,7 @@ class Holding:
         self._goes_on.set()
         for task in self._held:
             answer, _ = await task
-            assert answer.status_code == 200
+            assert answer.status == 200
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -208,7 +196,7 @@ def test_bodies_of_all_requests_have_a_bound(client: Client, path: str) -> None:
                 chunked, read = await client.exchange(path, parts=[b" " * 10_000] * 9)
             assert unread == 0 and read <= TOTAL_BYTES - 2 * len(Holding.BODY) + 10_000
             for answer in (announced, chunked):
-                assert answer.status_code == 503 and answer.headers["retry-after"]
+                assert answer.status == 503 and answer.headers["retry-after"]
                 assert b"250000 bytes (max_total_body_bytes)" in answer.body
             assert client.model.requests == 2
 
@@ -224,7 +212,7 @@ def test_small_bodies_find_room_beside_large_ones(client: Client) -> None:
             await holding.arrived(42)
         for task in tasks:
             answer, _ = await task
-            assert answer.status_code == 200
+            assert answer.status == 200
 
     asyncio.run(scenario())
 
@@ -240,7 +228,7 @@ def test_a_body_that_is_announced_and_does_not_come_takes_no_room(client: Client
         async with Holding(client):
             pass
         sends.set()
-        statuses = [answer.status_code for answer, _ in await asyncio.gather(*silent)]
+        statuses = [answer.status for answer, _ in await asyncio.gather(*silent)]
         assert 2 <= statuses.count(200) < 20 and statuses.count(503) == 20 - statuses.count(200)
 
     asyncio.run(scenario())
@@ -419,7 +407,7 @@ def test_of_many_requests_one_begins_in_a_turn_of_the_loop(client: Client) -> No
         counting = asyncio.create_task(count())
         answers = await asyncio.gather(*(client.exchange("/generate", {}) for _ in range(10)))
         counting.cancel()
-        assert [answer.status_code for answer, _ in answers] == [200] * 10
+        assert [answer.status for answer, _ in answers] == [200] * 10
         assert len(set(begun)) == 10
 
     asyncio.run(main())

@@ -21,7 +21,7 @@ from crosspool.server.state import State
 from crosspool.transport.admin import AdminError, AdminMistake
 from crosspool.transport.inspection import ModelResidency, ModelStatus, Status
 from starlette.responses import JSONResponse
-from starlette.types import Message
+from support.http_app import call
 from support.server import DEMO
 from test_residency_routes import model_status
 
@@ -146,34 +146,15 @@ class Bed:
 
     async def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         """Status and body of a request over the admin socket."""
-        sent: list[Message] = []
         raw = (
             b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         )
-        unread = [raw]
-
-        async def receive() -> Message:
-            if not unread:
-                await asyncio.Event().wait()  # the client stays
-            return {"type": "http.request", "body": unread.pop(), "more_body": False}
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        path, _, query = path.partition("?")
-        scope = {
-            **{"type": "http", "method": method, "path": path, "raw_path": path.encode()},
-            **{"query_string": query.encode(), "root_path": "", "scheme": "http"},
-            **{"headers": [(b"content-length", str(len(raw)).encode())], "http_version": "1.1"},
-            **{"server": ("127.0.0.1", 1), "client": ("127.0.0.1", 2)},
-            "state": {ADMIN_SOCKET: True},
-        }
-        await cast("Any", self.app(scope, receive, send))
-        text = b"".join(message.get("body", b"") for message in sent[1:]).decode()
+        answer = await call(self.app, method, path, raw, state={ADMIN_SOCKET: True})
+        text = answer.body.decode()
         if text.startswith("data: "):
             events = text.removesuffix("\n\n").split("\n\n")
-            return sent[0]["status"], [json.loads(one.removeprefix("data: ")) for one in events]
-        return sent[0]["status"], json.loads(text)
+            return answer.status, [json.loads(one.removeprefix("data: ")) for one in events]
+        return answer.status, answer.content
 
     async def names(self) -> list[str]:
         status, answer = await self.call("GET", "/v1/models")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import pytest
 from crosspool.config.deployment import Deployment
-from crosspool.server.grammar_process import CompileLimits
+from crosspool.server.grammar_children import CompileLimits
 from support.front_end import MODELS, deployment
 from support.server import DEMO
 from test_grammars_compiled import grammars

@@ -16,8 +16,8 @@ import pytest
 from crosspool.models.registry import read_model
 from crosspool.scheduler.protocols import GrammarMatcher
 from crosspool.scheduler.request import Grammar
+from crosspool.server.grammar_children import CompileLimits
 from crosspool.server.grammar_library import NextMask
-from crosspool.server.grammar_process import CompileLimits
 from crosspool.server.grammar_xgrammar import XGrammarCompiler
 from crosspool.server.grammars import Grammars, KeptGrammar, ModelGrammars
 from support.front_end import MODELS

@@ -36,6 +36,7 @@ class Core:
         self.leaving: list[tuple[int, float]] = []
         self.changes: list[Change] = []
         self.refuses: str | None = None
+        self.fails: Exception | None = None
 
     def take_number(self) -> int:
         number = self.deployment.next_model
@@ -45,6 +46,8 @@ class Core:
     def add_model(self, number: int, config: ModelConfig, tools: Any) -> None:
         if self.refuses is not None:
             raise ConfigError(self.refuses)
+        if self.fails is not None:
+            raise self.fails
         assert tools == "tools"
         self.coming[number] = config
 
@@ -224,6 +227,26 @@ def test_whoever_refuses_the_model_leaves_everything_as_it_was(bed: Bed, who: st
     assert bed.is_as_before()
     bed.load()  # the name is free again
     assert len(bed.outcomes) == 1
+
+
+@pytest.mark.parametrize("who", ["files", "grammars", "core"])
+def test_an_error_that_no_check_foresaw_takes_back_that_model_alone(bed: Bed, who: str) -> None:
+    """It would end the scheduler otherwise, and each that takes its place as soon as somebody
+    loads the model again."""
+    if who == "files":
+        bed.unreadable = ZeroDivisionError("integer division")
+    bed.load()
+    bed.read()
+    if who == "grammars":
+        bed.grammars.known[1].set_exception(RuntimeError("integer division"))
+    elif who == "core":
+        bed.core.fails = KeyError("integer division")
+        bed.grammars.known[1].set_result(None)
+    bed.loader.tokenizer_added(TokenizerAdded(model=1))
+    bed.loader.go_on()
+    (problem,) = bed.outcomes
+    assert "integer division" in problem.text and not problem.is_mistake
+    assert bed.is_as_before()
 
 
 def test_a_name_is_given_once(bed: Bed) -> None:

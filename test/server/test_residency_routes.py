@@ -16,8 +16,7 @@ from crosspool.server.state import State
 from crosspool.transport.admin import AdminError, AdminMistake
 from crosspool.transport.inspection import ModelResidency, ModelStatus, Status
 from starlette.responses import JSONResponse
-from starlette.types import Message
-from support.http_app import http_app
+from support.http_app import call, http_app
 
 NAMES = ("org/a", "b")
 Change = Callable[[str, str], dict[str, Any]]
@@ -108,31 +107,9 @@ class Bed:
 
     def call(self, method: str, path: str, body: bytes = b"") -> tuple[int, Any]:
         """Status and body of a request over the admin socket."""
-        sent: list[Message] = []
-        unread = [body]
-
-        async def receive() -> Message:
-            if not unread:
-                await asyncio.Event().wait()  # the client stays
-            return {"type": "http.request", "body": unread.pop(), "more_body": False}
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        path, _, query = path.partition("?")
-        scope = {
-            **{"type": "http", "method": method, "path": path, "raw_path": path.encode()},
-            **{"query_string": query.encode(), "root_path": "", "scheme": "http"},
-            **{"headers": [(b"content-length", str(len(body)).encode())], "http_version": "1.1"},
-            **{"server": ("127.0.0.1", 1), "client": ("127.0.0.1", 2)},
-            "state": {ADMIN_SOCKET: True},
-        }
-        asyncio.run(cast("Any", self.app(scope, receive, send)))
-        text = b"".join(message.get("body", b"") for message in sent[1:]).decode()
-        try:
-            return sent[0]["status"], json.loads(text)
-        except ValueError:
-            return sent[0]["status"], text
+        state = {ADMIN_SOCKET: True}
+        answer = asyncio.run(call(self.app, method, path, body, state=state))
+        return answer.status, answer.content
 
 
 @pytest.fixture

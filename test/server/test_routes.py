@@ -22,8 +22,7 @@ from crosspool.server.routes import ROUTES, RouteRule, find
 from crosspool.server.state import State
 from crosspool.transport import admin
 from starlette.responses import JSONResponse
-from starlette.types import Message
-from support.http_app import http_app
+from support.http_app import call, http_app, length_of
 
 SERVING = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
 MODEL = "some/model"
@@ -76,34 +75,16 @@ def application(keys: tuple[str | None, str | None]) -> App:
     return http_app(deployment, State(models={MODEL: model}, ready=True), cast("Any", Scheduler()))
 
 
-async def call(
+async def ask(
     app: App, method: str, path: str, given: str = NOTHING, body: bytes = b"{}"
 ) -> tuple[int, Any, dict[str, str]]:
-    sent: list[Message] = []
-
-    async def receive() -> Message:
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
     headers = [(b"content-type", b"application/json"), (b"origin", b"http://page")]
-    headers.append((b"content-length", str(len(body)).encode()))
+    headers.append(length_of(body))
     if given not in (NOTHING, SOCKET):
         headers.append((b"authorization", f"Bearer {given}".encode()))
-    scope = {
-        **{"type": "http", "method": method, "path": path, "raw_path": path.encode()},
-        **{"query_string": b"", "headers": headers, "root_path": "", "scheme": "http"},
-        **{"http_version": "1.1", "server": ("127.0.0.1", 1), "client": ("127.0.0.1", 2)},
-        "state": {ADMIN_SOCKET: True} if given == SOCKET else {},
-    }
-    await app(scope, receive, send)
-    text = b"".join(message.get("body", b"") for message in sent[1:])
-    got = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
-    try:
-        return sent[0]["status"], json.loads(text), got
-    except ValueError:
-        return sent[0]["status"], text.decode(), got
+    state = {ADMIN_SOCKET: True} if given == SOCKET else {}
+    answer = await call(app, method, path, body, headers=headers, state=state)
+    return answer.status, answer.content, answer.headers
 
 
 def concrete(rule: RouteRule) -> str:
@@ -192,7 +173,7 @@ def test_every_route_is_for_its_callers_alone(keys: tuple[str | None, str | None
             if prefix and rule.answerer == "server":
                 continue
             for method in rule.methods:
-                status, answer, _ = await call(app, method, prefix + concrete(rule), given)
+                status, answer, _ = await ask(app, method, prefix + concrete(rule), given)
                 want = expected(rule.caller, keys, given)
                 if want != 200:
                     assert status == want, (rule, given, status)
@@ -225,12 +206,12 @@ def test_what_changes_the_server_is_off_without_keys() -> None:
         f"/m/{MODEL}/release_memory_occupation",
         f"/m/{MODEL}/configure_logging",
     ):
-        status, answer, _ = asyncio.run(call(app, "POST", path))
+        status, answer, _ = asyncio.run(ask(app, "POST", path))
         assert status == 403, path
         assert "admin socket" in answer["error"]["message"]
-        assert asyncio.run(call(app, "POST", path, SOCKET))[0] in (200, 503)
+        assert asyncio.run(ask(app, "POST", path, SOCKET))[0] in (200, 503)
     for path in ("/update_weights_from_disk", "/load_lora_adapter_from_tensors", "/start_profile"):
-        assert asyncio.run(call(app, "POST", path, SOCKET))[0] == 400
+        assert asyncio.run(ask(app, "POST", path, SOCKET))[0] == 400
 
 
 @pytest.mark.parametrize(
@@ -248,18 +229,18 @@ def test_what_changes_the_server_is_off_without_keys() -> None:
 @pytest.mark.parametrize("path", ["/abort_request", f"/m/{MODEL}/abort_request"])
 def test_only_the_admin_aborts_all(path: str, body: bytes) -> None:
     app = application((KEY, ADMIN_KEY))
-    assert asyncio.run(call(app, "POST", path, KEY, body))[0] == 401
-    assert asyncio.run(call(application((None, None)), "POST", path, NOTHING, body))[0] == 403
+    assert asyncio.run(ask(app, "POST", path, KEY, body))[0] == 401
+    assert asyncio.run(ask(application((None, None)), "POST", path, NOTHING, body))[0] == 403
     for given in (ADMIN_KEY, SOCKET):
-        assert asyncio.run(call(app, "POST", path, given, body))[1] == {"body": body.decode()}
+        assert asyncio.run(ask(app, "POST", path, given, body))[1] == {"body": body.decode()}
 
 
 def test_a_client_aborts_one_request() -> None:
     app = application((KEY, ADMIN_KEY))
     body = b'{"abort_all": true, "rid": "b", "abort_all": false, "abort_message": "x"}'
-    status, seen, _ = asyncio.run(call(app, "POST", "/abort_request", KEY, body))
+    status, seen, _ = asyncio.run(ask(app, "POST", "/abort_request", KEY, body))
     assert (status, json.loads(seen["body"])) == (200, {"rid": "b", "abort_all": False})
-    status, answer, _ = asyncio.run(call(app, "POST", "/abort_request", KEY, b"["))
+    status, answer, _ = asyncio.run(ask(app, "POST", "/abort_request", KEY, b"["))
     assert status == 400 and answer["error"]["type"] == "invalid_request_error"
 
 
@@ -274,16 +255,16 @@ def test_a_client_aborts_one_request() -> None:
 )
 def test_no_other_path_is_a_route(path: str) -> None:
     for method in ("GET", "HEAD", "POST", "DELETE", "PATCH", "TRACE"):
-        assert asyncio.run(call(application((None, None)), method, path, SOCKET))[0] == 404
+        assert asyncio.run(ask(application((None, None)), method, path, SOCKET))[0] == 404
 
 
 def test_a_wrong_method_names_the_right_ones() -> None:
     app = application((None, None))
-    status, answer, headers = asyncio.run(call(app, "GET", "/v1/completions"))
+    status, answer, headers = asyncio.run(ask(app, "GET", "/v1/completions"))
     assert (status, headers["allow"]) == (405, "POST")
     assert "POST" in answer["error"]["message"]
     for method in ("POST", "DELETE"):
-        assert asyncio.run(call(app, method, "/health_generate"))[0] == 405
+        assert asyncio.run(ask(app, method, "/health_generate"))[0] == 405
     with pytest.raises(RequestError):
         find("OPTIONS", "/flush_cache", of_model=False)
 
@@ -294,6 +275,6 @@ def test_a_wrong_method_names_the_right_ones() -> None:
      ("POST", "/v1/completions"), ("GET", f"/m/{MODEL}/model_info")],
 )  # fmt: skip
 def test_pages_may_read_every_answer(method: str, path: str) -> None:
-    _, _, headers = asyncio.run(call(application((None, None)), method, path))
+    _, _, headers = asyncio.run(ask(application((None, None)), method, path))
     assert headers["access-control-allow-origin"] == "http://page"
     assert headers["access-control-allow-credentials"] == "true"

@@ -6,8 +6,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import enum
+import functools
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,12 +75,22 @@ def compile_sources(sources: Sequence[str | Path], into: Path, flags: Sequence[s
 
 
 def build(into: Path) -> Path:
-    """The library: the host's side of the loop, its C face, and the fake driver."""
-    sources = (*HOST_SIDE, "cuda/c_face.cpp", "cpu/version.cpp", "test/fake_face.cpp")
-    objects = compile_sources(sources, into, ("-O1", "-fPIC"))
+    """The library: the host's side of the loop, its C face, and the fake driver. Each copy has a
+    driver of its own when it is loaded."""
     library = into / "libcrosspool_cuda_fake.so"
-    subprocess.run([str(COMPILER), "-shared", *objects, "-o", library], check=True, timeout=120)
+    library.write_bytes(_built())
     return library
+
+
+@functools.cache
+def _built() -> bytes:
+    """The library's file, which this process compiles once."""
+    sources = (*HOST_SIDE, "cuda/c_face.cpp", "cpu/version.cpp", "test/fake_face.cpp")
+    with tempfile.TemporaryDirectory(prefix="crosspool-test-") as name:
+        objects = compile_sources(sources, Path(name), ("-O1", "-fPIC"))
+        library = Path(name) / "library.so"
+        subprocess.run([str(COMPILER), "-shared", *objects, "-o", library], check=True, timeout=120)
+        return library.read_bytes()
 
 
 class FakeCuda:

@@ -147,7 +147,7 @@ class FakeDevice(threading.Thread):
     def _handle(self, socket: DeviceSocket, message: ToDevice) -> None:
         match message:
             case Step():
-                time.sleep(self.step_seconds)
+                self._stop_event.wait(self.step_seconds)
                 for opened in message.opens:
                     self._requests[opened.request] = FakeRequest(message.model, opened)
                 rows = [self._row(row) for row in message.rows]

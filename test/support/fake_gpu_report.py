@@ -9,7 +9,6 @@ LIB is what :func:`support.fake_cuda_graphs.build` makes. The report's processes
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import os
 import sys
@@ -84,20 +83,12 @@ class FakePlatform:
     @functools.cached_property
     def device(self) -> torch.device:
         import torch
-        from crosspool.kernels.triton import attention, experts, linear, tiles
         from support import triton_interpreter
+        from support.few_programs import use_few_programs
 
         triton_interpreter.repair()
         torch.set_num_threads(1)
-
-        def wide_tile(*arguments: Any, **named: Any) -> Any:
-            return dataclasses.replace(tiles.product_tile(*arguments, **named), columns=64)
-
-        # Fewer programs are interpreted.
-        for kernels in (experts, linear):
-            vars(kernels)["product_tile"] = wide_tile
-        for kernels in (attention, linear):
-            vars(kernels)["MULTIPROCESSORS"] = 4
+        use_few_programs(setattr)
         return torch.device("cpu")
 
     @functools.cached_property

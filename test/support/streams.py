@@ -54,7 +54,7 @@ class Ask:
         return [(token, logprob) for logprob, token, _ in info["output_token_logprobs"]]
 
 
-def asks(models: Sequence[str], count: int, new_tokens: int = 150) -> list[Ask]:
+def asks(models: Sequence[str], count: int, new_tokens: int = 100) -> list[Ask]:
     """Different requests, over ``models`` in turn: greedy ones, and ones that are drawn, with
     penalties or under a grammar."""
     found = []

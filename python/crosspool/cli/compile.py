@@ -190,6 +190,7 @@ def _deployment(options: Options) -> Deployment:
         "next_model": len(options.models),
         "kv_pool_bytes": options.kv_pool_bytes or 0,
         "weight_pool_bytes": sys.maxsize,
+        "expert_pool_bytes": 0,
     }
     return Deployment(**{**asdict(options), **settled})
 

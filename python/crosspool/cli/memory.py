@@ -13,6 +13,7 @@ from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.device import Device
 from crosspool.config.gpu import GPU
 from crosspool.config.sizes import format_size
+from crosspool.weightpool.experts import share_of
 from crosspool.weightpool.placement import Placement, rooms
 
 KV_POOL_SHARE = 0.2
@@ -93,6 +94,9 @@ def _weights(memory: SystemMemory, deployment: Deployment, placement: Placement)
         if room.device in memory.devices:
             every = sum(room.needed.values())
             most[room.option] += every if room.bytes is None else min(every, room.bytes)
+    most["weight_pool_bytes"] += share_of(deployment) * _count(
+        memory, deployment.weight_pool_devices
+    )
     return most["weight_pool_bytes"], most["attention_weight_bytes"]
 
 

@@ -20,6 +20,7 @@ from crosspool.observability.pools_table import (
 )
 from crosspool.transport import admin
 from crosspool.transport.inspection import Status, TensorInfo
+from crosspool.weightpool.experts import share_of
 from crosspool.weightpool.placement import Placement, place
 
 _EPILOG = """\
@@ -104,7 +105,7 @@ def describe(
         RankRow(
             rank=f"FFN {rank}",
             device=device.name,
-            weights=sum(weights.values()),
+            weights=sum(weights.values()) + share_of(deployment),
             kv_budget=None,
             process=devices.get(device.name),
         )
@@ -122,7 +123,9 @@ def describe(
                 name=model.name,
                 dtype=spec.dtype,
                 attention_weights=placement.attention_bytes[number],
-                ffn_weights=sum(held[number] for held in placement.weight_bytes),
+                ffn_weights=sum(
+                    held[number] for held in (*placement.weight_bytes, *placement.expert_bytes)
+                ),
                 ffn_ranks=deployment.ffn_ranks(number),
                 kv_per_token=spec.kv_bytes_per_token,
                 pages=pages,

@@ -20,6 +20,7 @@ from crosspool.config.gpu import check_alike, check_loop, gpus_of, loop_of
 from crosspool.config.options import Options
 from crosspool.models.registry import specs_of
 from crosspool.models.spec import ModelSpec
+from crosspool.weightpool.experts import check_experts, expert_pool_bytes
 from crosspool.weightpool.placement import Placement, place
 from crosspool.weightpool.sleeping import check_sleeping
 
@@ -52,6 +53,7 @@ def prepare(options: Options) -> Prepared:
         "next_model": len(models),
         "kv_pool_bytes": options.kv_pool_bytes or 0,
         "weight_pool_bytes": sys.maxsize,
+        "expert_pool_bytes": 0,
         "port": _free_port(options.host, options.port),
     }
     deployment = Deployment(**{**asdict(options), **settled})
@@ -65,8 +67,16 @@ def prepare(options: Options) -> Prepared:
         kv_pool_bytes = default_kv_bytes(deployment, placement, found)
         deployment = replace(deployment, kv_pool_bytes=kv_pool_bytes)
     check_kv_bounds(deployment, specs)
-    weight_pool_bytes = options.weight_pool_bytes or placement.pool_bytes
-    deployment = replace(deployment, weight_pool_bytes=weight_pool_bytes)
+    expert_bytes = expert_pool_bytes(
+        *(deployment, placement),
+        given=options.expert_pool_bytes,
+        weights=options.weight_pool_bytes,
+    )
+    weight_pool_bytes = options.weight_pool_bytes or placement.pool_bytes + expert_bytes
+    deployment = replace(
+        deployment, weight_pool_bytes=weight_pool_bytes, expert_pool_bytes=expert_bytes
+    )
+    check_experts(deployment, specs, placement)
     placement = place(deployment, specs)  # raises ConfigError where the weight pool is too small
     check_sleeping(deployment, placement)
     check_memory(deployment, placement, found)

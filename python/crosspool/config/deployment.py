@@ -39,6 +39,7 @@ class Deployment(ServerOptions, frozen=True, kw_only=True):
     """Every number that has been used is less."""
     kv_pool_bytes: int
     weight_pool_bytes: int
+    expert_pool_bytes: int = 0
     runtime_dir: str = ""
     """Folder of sockets and of this file; set by the launcher."""
 

@@ -25,6 +25,9 @@ _SERVER = "server"
 Keep = Literal["pinned", "demand", "asleep"]
 """When a model's weights are in memory."""
 
+Experts = Literal["all", "demand"]
+"""Which routed experts of a resident model are in memory."""
+
 # A formatter would give every row ten lines.
 # fmt: off
 
@@ -66,6 +69,10 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
         "When the model's weights are in memory: pinned is always; demand is from the start while "
         "there is room, and whenever requests come; asleep is only once requests have come.",
         )] = "demand"
+    experts: Annotated[Experts, Option(
+        "Which routed experts are in memory while the model is: all of them, or on demand those "
+        "that tokens choose most, in expert_pool_bytes together with those of other models.",
+        )] = "all"
     ttl: Annotated[float | None, Option(
         "Time without a request after which the model sleeps. If none is given, it sleeps when "
         "another model needs its room.",
@@ -101,6 +108,10 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     weight_pool_bytes: Annotated[int | None, Option(
         "Memory for FFN weights, over all devices of the weight pool. If none is given, it is what "
         "the models need. If it is less, models sleep and are woken for their requests.",
+        _POOLS, unit="bytes")] = None
+    expert_pool_bytes: Annotated[int | None, Option(
+        "Part of weight_pool_bytes for the routed experts of models whose experts are in memory on "
+        "demand. If none is given, it is what the other FFN weights of all models leave.",
         _POOLS, unit="bytes")] = None
     attention_weight_bytes: Annotated[int | None, Option(
         "Memory for the weights of attention parts, over all devices of the KV pool and beside "

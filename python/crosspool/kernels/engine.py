@@ -96,6 +96,57 @@ class Team:
         self.close()
 
 
+class NativeExpertPool:
+    """Memory in which routed experts lie that are read on demand, with the threads that read
+    them. Loops whose description names its :attr:`address` must be closed before it."""
+
+    def __init__(
+        self, memory: int, nbytes: int, *, cores: Sequence[int], readers: int, models: int
+    ) -> None:
+        """``memory``: address of ``nbytes`` that nobody else uses. ``cores``: where the ``readers``
+        threads may run. ``models``: numbers of models are below. Raises EngineError when a core
+        does not exist."""
+        self._native = _library()
+        numbers = (ctypes.c_int32 * len(cores))(*cores)
+        self.address = _created(
+            self._native.crosspool_experts_create(
+                memory, nbytes, numbers, len(cores), readers, models
+            )
+        )
+
+    def add(self, model: int, file: int, experts: ctypes.Array[es.PooledExpert]) -> None:
+        """Adds the experts of a model, which are in an open file; it is duplicated. The experts of
+        a layer follow one another as in its tables, and what they point to outlives them.
+
+        Raises OSError, with ENOSPC when those of a layer do not fit together."""
+        status = self._native.crosspool_experts_add(
+            self.address, model, file, experts, len(experts)
+        )
+        if status < 0:
+            raise OSError(-status, os.strerror(-status))
+
+    def remove(self, model: int) -> None:
+        """Takes the experts of a model, which no loop uses any more."""
+        self._native.crosspool_experts_remove(self.address, model)
+
+    def failed(self) -> int:
+        """Returns a model of which an expert could not be read, which is told once; -1 if there is
+        none."""
+        return int(self._native.crosspool_experts_failed(self.address))
+
+    def counters(self, model: int) -> es.NativeExpertCounters:
+        """Returns what has happened since the model was added; zeros if it is not there."""
+        counters = es.NativeExpertCounters()
+        self._native.crosspool_experts_counters(self.address, model, byref(counters))
+        return counters
+
+    def close(self) -> None:
+        """Ends the threads."""
+        if self.address:
+            self._native.crosspool_experts_free(self.address)
+            self.address = 0
+
+
 class Loop:
     """A running resident loop. The caller keeps what its description points to."""
 

@@ -109,7 +109,7 @@ class LoopDescription(ctypes.Structure):
     _fields_ = (
         ("models", POINTER(ModelTable)),
         *fields(POINTER(LinkDescription), "outgoing incoming"),
-        *fields(c_void_p, "local_counters doorbell heartbeat"),
+        *fields(c_void_p, "local_counters doorbell heartbeat experts"),
         ("epoch", c_uint64),
         *fields(c_int64, "spin_ns busy_spin_ns"),
         *fields(c_int32, "model_count outgoing_count incoming_count lanes max_rows"),
@@ -170,6 +170,22 @@ class StagedReading(ctypes.Structure):
     )
 
 
+class PooledExpert(ctypes.Structure):
+    _fields_ = (
+        *fields(POINTER(ns.Matrix), "gate_up down"),
+        *fields(c_uint64, "gate_up_offset down_offset gate_up_checksum down_checksum"),
+        ("layer", c_int32),
+    )
+
+
+class NativeExpertCounters(ctypes.Structure):
+    _fields_ = (
+        *fields(c_uint64, "hits misses early early_used read_bytes evictions stall_ns"),
+        ("present_bytes", c_uint64),
+        ("error", c_int32),
+    )
+
+
 MIRRORED: tuple[type[ctypes.Structure], ...] = (
     AttentionLayer,
     FFNTable,
@@ -186,6 +202,8 @@ MIRRORED: tuple[type[ctypes.Structure], ...] = (
     Span,
     ReadStage,
     StagedReading,
+    PooledExpert,
+    NativeExpertCounters,
 )
 """Structures whose sizes ``crosspool_engine_sizes`` tells, in its order."""
 
@@ -210,6 +228,18 @@ SIGNATURES: Signatures = {
     ),
     "crosspool_team_read": (c_int32, (c_void_p, c_int32, POINTER(Span), c_int32)),
     "crosspool_checksums": (None, (POINTER(Span), c_int32)),
+    "crosspool_experts_create": (
+        c_void_p,
+        (c_void_p, c_int64, POINTER(c_int32), c_int32, c_int32, c_int32),
+    ),
+    "crosspool_experts_free": (None, (c_void_p,)),
+    "crosspool_experts_add": (
+        c_int32,
+        (c_void_p, c_int32, c_int32, POINTER(PooledExpert), c_int32),
+    ),
+    "crosspool_experts_remove": (None, (c_void_p, c_int32)),
+    "crosspool_experts_failed": (c_int32, (c_void_p,)),
+    "crosspool_experts_counters": (None, (c_void_p, c_int32, POINTER(NativeExpertCounters))),
     "crosspool_loop_create": (c_void_p, (c_void_p, POINTER(LoopDescription))),
     "crosspool_loop_free": (None, (c_void_p,)),
     "crosspool_loop_push": (c_int32, (c_void_p, POINTER(Command))),

@@ -70,6 +70,15 @@ _LINK_COUNTERS = (
     ("dispatch_bytes", "crosspool_dispatch_bytes", "Hidden-state bytes dispatched."),
     ("combine_bytes", "crosspool_combine_bytes", "Hidden-state bytes combined."),
 )
+_EXPERT_COUNTERS = (
+    ("hits", "crosspool_expert_hits", "Routed experts on demand that a step found in memory."),
+    ("misses", "crosspool_expert_misses", "Routed experts on demand that a step waited for."),
+    ("early", "crosspool_experts_read_early", "Experts that were read before a step needed them."),
+    ("early_used", "crosspool_early_experts_used", "Experts read early that a step then needed."),
+    ("read_bytes", "crosspool_expert_read_bytes", "Bytes read of routed experts on demand."),
+    ("evictions", "crosspool_expert_evictions", "Times that an expert went for another one."),
+    ("stall_seconds", "crosspool_expert_stall_seconds", "Seconds that steps waited for experts."),
+)
 _SGLANG_GAUGES: tuple[tuple[str, str, Callable[[ModelStatus], float]], ...] = (
     ("num_running_reqs", "Requests admitted and not finished.", lambda m: m.running),
     ("num_queue_reqs", "Requests queued.", lambda m: m.waiting - m.compiling),
@@ -155,6 +164,7 @@ class _Snapshot(Collector):
         yield from self._ranks(self._status.ranks if self._status else [])
         yield from self._devices(self._status.devices if self._status else [])
         yield from self._links()
+        yield from self._experts()
 
     def _models(self, models: Sequence[ModelStatus]) -> Iterator[Metric]:
         for key, name, text in _MODEL_GAUGES:
@@ -234,3 +244,18 @@ class _Snapshot(Collector):
                 total = sum(getattr(link, key) for link in device.links)
                 counter.add_metric([device.device], total)
             yield counter
+
+    def _experts(self) -> Iterator[Metric]:
+        labels = ["model", "device"]
+        found = [(of.device, counts) for of in self._counters for counts in of.experts]
+        for key, name, text in _EXPERT_COUNTERS:
+            counter = CounterMetricFamily(name, text, labels=labels)
+            for device, counts in found:
+                counter.add_metric([counts.model, device], getattr(counts, key))
+            yield counter
+        present = GaugeMetricFamily(
+            "crosspool_expert_bytes", "Memory of routed experts on demand.", labels=labels
+        )
+        for device, counts in found:
+            present.add_metric([counts.model, device], counts.present_bytes)
+        yield present

@@ -19,6 +19,7 @@ from crosspool.transport.inspection import (
     DeviceCounters,
     DeviceEvents,
     DevicePools,
+    ExpertCounts,
     InspectWhat,
     LinkCounts,
     RankInfo,
@@ -96,6 +97,14 @@ class DeviceModels(Protocol):
         """Whether there will be news soon, of which only :meth:`news` tells."""
 
 
+class UsesExperts(Protocol):
+    """Where the routed experts of models are in memory on demand."""
+
+    def counts(self, model: int, name: str) -> ExpertCounts | None:
+        """Returns what has happened to the experts of a model, which is called ``name``; None if
+        they are not there."""
+
+
 @dataclass(frozen=True)
 class FixedModels:
     """The models of a device on which none sleeps, and to which none comes."""
@@ -148,6 +157,7 @@ class DeviceRanks:
     resources: contextlib.ExitStack
     """Memory and threads that :meth:`close` gives back."""
     models: DeviceModels
+    experts: UsesExperts | None = None
 
     def infos(self) -> list[RankInfo]:
         """Returns what :class:`~crosspool.transport.messages.Ready` tells of the ranks."""
@@ -227,7 +237,15 @@ class DeviceRanks:
             requests=0 if attention is None else attention.requests,
             links=[_counted(link) for lane in self.links for link in lane],
             served=[_counted(link) for link in served],
+            experts=list(self._expert_counts()),
         )
+
+    def _expert_counts(self) -> Iterator[ExpertCounts]:
+        if self.experts is None:
+            return
+        for index, model in self.models.configs.items():
+            if (counts := self.experts.counts(index, model.name)) is not None:
+                yield counts
 
     def _listed(
         self, role: Literal["attention", "ffn"], rank: int, model: int, part: ListsTensors

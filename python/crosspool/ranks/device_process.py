@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -216,6 +216,7 @@ class DeviceProcess:
             *(deployment, device, specs, placement, self._descriptors.lanes),
             weights=weights,
             heartbeat=self._heartbeat,
+            elsewhere=elsewhere - set(device.cores),
         )
         if deployment.loop == "resident":  # this thread only carries messages
             set_slice(CONTROL_SLICE_NS)
@@ -301,6 +302,7 @@ def load_ranks(
     kept_fds: Sequence[int] = (),
     weights: ResidentWeights | None = None,
     heartbeat: Heartbeat | None = None,
+    elsewhere: Collection[int] = (),
 ) -> DeviceRanks:
     """Loads the device's ranks with the engine that the deployment names for such a device: takes
     the KV pool's memory, reads the weights, opens the links.
@@ -308,8 +310,9 @@ def load_ranks(
     ``lanes_fd``: the data path's shared memory, needed when a peer lives on another device; it is
     closed, like ``kept_fds``, which keep the memory of the links of GPUs. ``weights``: those of the
     resident loop, if they have been loaded. ``heartbeat``: where the process's thread and the loop
-    show that they go on. Raises ConfigError for a bad checkpoint, or a KV pool for which there is
-    no memory."""
+    show that they go on. ``elsewhere``: cores for threads that do not compute.
+
+    Raises ConfigError for a bad checkpoint, or a KV pool for which there is no memory."""
     if not device.is_cpu:
         check_visible(device)
         from crosspool.ranks.gpu.load import load_gpu_ranks
@@ -332,6 +335,7 @@ def load_ranks(
             *(deployment, device, specs, placement, weights),
             lanes_fd=lanes_fd,
             heartbeat=heartbeat,
+            elsewhere=elsewhere,
         )
     count_advances(None if heartbeat is None else heartbeat.beat)
     return ranks

@@ -74,7 +74,9 @@ class HeldModel:
     what: str
     """Model and ranks, as the log names them."""
     bytes: int
-    """Bytes of all tensors."""
+    """Bytes of all tensors, but for routed experts on demand."""
+    experts_on_demand: bool = False
+    """Whether the FFN rank has its routed experts in the expert pool."""
 
     def loading(self, device: Device) -> contextlib.AbstractContextManager[Loading]:
         """Shows a progress bar for the model, and logs one line at the end."""
@@ -103,4 +105,5 @@ def held_models(
         if ranks:
             what = f"{model.name} on {' and '.join(ranks)}"
             held = attention_rank is not None
-            yield HeldModel(index, Path(model.path), spec, held, shard, what, total)
+            demand = shard is not None and model.experts == "demand"
+            yield HeldModel(index, Path(model.path), spec, held, shard, what, total, demand)

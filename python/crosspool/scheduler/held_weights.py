@@ -16,8 +16,9 @@ Held = Literal["waking", "present", "leaving"]
 
 class HeldWeights:
     """Follows ``models``: what is not wanted sleeps once it has no step in flight, and what is
-    wanted is woken on each device as soon as there is room. Devices are those of ``budgets``
-    places."""
+    wanted is woken on each device as soon as there is room. So does what is not among them: a
+    device that has begun from an older deployment file may have weights of a model that is gone.
+    Devices are those of ``budgets`` places."""
 
     def __init__(self, budgets: Budgets, models: Mapping[int, FleetModel]) -> None:
         self._budgets = budgets
@@ -57,8 +58,10 @@ class HeldWeights:
         return True
 
     def failed(self, device: int, model: int) -> bool:
-        """The device has none of the model's weights after all; False if it was not to have any."""
-        if self._held[device].get(model) != "waking":
+        """The device has none of the model's weights after all, or none any more, since it could
+        not read its experts; False if it was not to have any."""
+        had = self._held[device].get(model) in ("waking", "present")
+        if not had or model not in self._models:
             return False
         del self._held[device][model]
         self._failed.add((device, model))
@@ -90,8 +93,7 @@ class HeldWeights:
         self._failed = {pair for pair in self._failed if pair[0] != device}
         self._unknown = {pair for pair in self._unknown if pair[0] != device}
         self._unknown |= {(device, model) for model in self._models if model not in models}
-        known = [model for model in resident if model in self._models]
-        self._held[device] = dict.fromkeys(known, "present")
+        self._held[device] = dict.fromkeys(resident, "present")
         self.changed()
 
     # --- what to tell them
@@ -106,7 +108,7 @@ class HeldWeights:
             if device in self._away:
                 continue
             for model, how in held.items():
-                if how == "present" and not self._models[model].wanted:
+                if how == "present" and not self._is_wanted(model):
                     if model in in_flight:
                         self._unsettled = True
                     else:
@@ -135,6 +137,9 @@ class HeldWeights:
         return sorted(lacking, key=lambda m: (self._models[m].wanted, self._models[m].turn))
 
     # --- state
+
+    def _is_wanted(self, model: int) -> bool:
+        return model in self._models and self._models[model].wanted
 
     def has(self, device: int, model: int) -> bool:
         return self._held[device].get(model) == "present"

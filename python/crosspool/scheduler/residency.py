@@ -124,8 +124,10 @@ class ResidencyPolicy:
     def failed(self, device: int, model: int, error: str, now: float) -> bool:
         """The device could not read the model's weights, and has none of them. The model is not
         wanted then; returns whether it was."""
+        if not self._held.failed(device, model):
+            return False
         it = self._models[model]
-        if not self._held.failed(device, model) or not it.wanted:
+        if not it.wanted:
             return False
         it.has_failed(error, self._quantum, now)
         self._drop(model)

@@ -15,6 +15,7 @@ from itertools import count
 from crosspool.config.deployment import ModelConfig
 from crosspool.scheduler.protocols import GrammarMatcher
 from crosspool.scheduler.request import Grammar
+from crosspool.server.grammar_children import CompileLimits, MakesModelCompiler
 from crosspool.server.grammar_library import CompiledGrammar, GrammarCompiler, NextMask
 from crosspool.server.grammar_matcher import MaskThreads, WalkingMatcher
 from crosspool.server.grammar_messages import (
@@ -26,7 +27,7 @@ from crosspool.server.grammar_messages import (
     Job,
     RemoveCompiler,
 )
-from crosspool.server.grammar_process import CompileLimits, GrammarProcess, MakesModelCompiler
+from crosspool.server.grammar_process import GrammarProcess
 from crosspool.server.grammar_source import source_problem
 
 log = logging.getLogger(__name__)

@@ -181,6 +181,10 @@ class ModelLoader:
                 self._hand_to_core(number, load)
             except ValueError as error:
                 self._take_back(number, load, str(error), is_mistake=True)
+            except Exception as error:
+                # What one model's files bring about must not end what the others are served by.
+                log.exception("model %s: an error that no check foresaw", load.config.name)
+                self._take_back(number, load, f"it cannot be served: {error!r}", is_mistake=False)
 
     def _hand_to_core(self, number: int, load: _Load) -> None:
         """Has the core add the model, once the other processes know it. Raises ValueError, with a

@@ -17,6 +17,7 @@ from crosspool.server.grammar_choice import compiler_of
 from crosspool.server.grammar_library import GrammarCompiler
 from crosspool.server.grammars import Grammars, ModelGrammars
 from crosspool.server.text import HFTextDecoder
+from crosspool.weightpool.experts import check_experts
 from crosspool.weightpool.placement import place
 from crosspool.weightpool.sleeping import check_loading
 
@@ -83,10 +84,13 @@ def read_compiler(deployment: Deployment, model: int) -> GrammarCompiler:
 
 def read_further(deployment: Deployment, model: int, others: Mapping[int, ModelSpec]) -> ReadTools:
     """Reads a model that is to be served beside the ``others`` of the deployment. Raises
-    ConfigError when it cannot be read, when its weights never fit into the pools, and when no
-    model can be loaded here."""
+    ConfigError when it cannot be read, when its weights never fit into the pools, or its experts
+    into the expert pool, and when no model can be loaded here."""
     read = _read(deployment, model)
-    check_loading(deployment, place(deployment, {**others, model: read.spec}))
+    specs = {**others, model: read.spec}
+    placement = place(deployment, specs)
+    check_experts(deployment, specs, placement)
+    check_loading(deployment, placement)
     return read
 
 

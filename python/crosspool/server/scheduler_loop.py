@@ -22,7 +22,7 @@ from crosspool.scheduler.core import SchedulerCore
 from crosspool.server.admin_socket import AdminSocket
 from crosspool.server.devices import DeviceFailed, Devices, ToldOfModel
 from crosspool.server.front_ends import FrontEnds
-from crosspool.server.grammar_process import CompileLimits
+from crosspool.server.grammar_children import CompileLimits
 from crosspool.server.grammars import Grammars
 from crosspool.server.model_loader import ModelLoader, Problem
 from crosspool.server.model_tools import read_all, read_compiler

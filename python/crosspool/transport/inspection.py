@@ -63,6 +63,28 @@ class LinkCounts(msgspec.Struct, frozen=True, kw_only=True):
     combine_bytes: int
 
 
+class ExpertCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """What has happened on one FFN rank to the routed experts of a model that has them in memory on
+    demand, since the model was woken."""
+
+    model: str
+    hits: int
+    """Experts that a layer of a step needed and found in memory."""
+    misses: int
+    """Experts that a layer of a step needed and waited for."""
+    early: int
+    """Experts that were read before a layer needed them, ..."""
+    early_used: int
+    """... and that were still there when one did."""
+    read_bytes: int
+    evictions: int
+    """Times that an expert went to make room, for one of any model."""
+    stall_seconds: float
+    """Seconds for which layers waited for experts, added up."""
+    present_bytes: int
+    """Bytes of the experts that are in memory now."""
+
+
 class DeviceCounters(msgspec.Struct, frozen=True, kw_only=True):
     """What one device's ranks have done since they were loaded."""
 
@@ -75,6 +97,8 @@ class DeviceCounters(msgspec.Struct, frozen=True, kw_only=True):
     """The links of its attention rank, as that end counts."""
     served: list[LinkCounts] = []
     """The links of its FFN rank, as that end counts."""
+    experts: list[ExpertCounts] = []
+    """One entry for each model whose experts its FFN rank has in memory on demand."""
 
 
 class DeviceEvents(msgspec.Struct, frozen=True, kw_only=True):

@@ -82,16 +82,24 @@ class Placement:
     """Shares of the models that lie on each FFN rank, indexed [FFN rank][model]."""
     weight_bytes: tuple[dict[int, int], ...]
     """Bytes that each FFN rank holds of each model, indexed [FFN rank][model]; 0 where it holds
-    nothing."""
+    nothing. Routed experts on demand are not counted."""
+    expert_bytes: tuple[dict[int, int], ...]
+    """Bytes of each model's routed experts on demand that lie on each FFN rank, indexed likewise,
+    in memory or not."""
 
     attention_bytes: dict[int, int]
     """Bytes of each model's attention part, which every attention rank holds, by the model."""
 
     @property
     def pool_bytes(self) -> int:
-        """Bytes of the smallest weight pool that holds everything. Ranks share the pool evenly, so
-        it gives every rank what the fullest needs."""
+        """Bytes of the smallest weight pool that holds everything but routed experts on demand.
+        Ranks share the pool evenly, so it gives every rank what the fullest needs."""
         return len(self.weight_bytes) * max(sum(of.values()) for of in self.weight_bytes)
+
+    @property
+    def all_expert_bytes(self) -> int:
+        """Bytes of the smallest expert pool that holds all routed experts on demand."""
+        return len(self.expert_bytes) * max(sum(of.values()) for of in self.expert_bytes)
 
 
 def holds_codes(deployment: Deployment) -> bool:
@@ -119,13 +127,17 @@ def held_bytes(ref: TensorRef, spec: ModelSpec, index: Index, codes: bool = Fals
 
 
 @lru_cache(maxsize=1024)  # of many experts, there are many tensors
-def ffn_bytes(spec: ModelSpec, shard: FFNShard, codes: bool = False) -> int:
-    """Bytes of a model's FFN weights on one rank. ``codes``: whether ranks hold codes."""
+def ffn_bytes(
+    spec: ModelSpec, shard: FFNShard, codes: bool = False, *, experts: bool | None = None
+) -> int:
+    """Bytes of a model's FFN weights on one rank: of all of them, of its routed experts
+    (``experts`` is true), or of the others. ``codes``: whether ranks hold codes."""
     parts = [
         (layer, ref, index)
         for layer, ffn in enumerate(spec.ffn)
         for ref in ffn_tensors(spec, layer)
-        if (index := shard.slice(ref, ffn)) is not None
+        if experts in (None, ref.expert is not None)
+        and (index := shard.slice(ref, ffn)) is not None
     ]
     return _held_bytes(spec, parts, codes)
 
@@ -179,16 +191,29 @@ def place(deployment: Deployment, specs: Mapping[int, ModelSpec]) -> Placement:
                 unit=specs[model].cut_unit,
             )
     codes = holds_codes(deployment)
-    weight_bytes = tuple(
-        {
-            model: ffn_bytes(specs[model], of_rank[model], codes) if model in of_rank else 0
-            for model in deployment.models
-        }
-        for of_rank in shards
-    )
+
+    def counted(of_rank: dict[int, FFNShard], model: int, experts: bool | None) -> int:
+        if model not in of_rank:
+            return 0
+        return ffn_bytes(specs[model], of_rank[model], codes, experts=experts)
+
+    on_demand = {model: config.experts == "demand" for model, config in deployment.models.items()}
     placement = Placement(
         shards=shards,
-        weight_bytes=weight_bytes,
+        weight_bytes=tuple(
+            {
+                model: counted(of_rank, model, False if demand else None)
+                for model, demand in on_demand.items()
+            }
+            for of_rank in shards
+        ),
+        expert_bytes=tuple(
+            {
+                model: counted(of_rank, model, True) if demand else 0
+                for model, demand in on_demand.items()
+            }
+            for of_rank in shards
+        ),
         attention_bytes={
             model: attention_bytes(specs[model], codes) for model in deployment.models
         },
@@ -220,9 +245,10 @@ class WeightRoom:
 
 
 def rooms(deployment: Deployment, placement: Placement) -> list[WeightRoom]:
-    """Returns the rooms of all devices: those of the weight pool, then those for attention
-    weights."""
+    """Returns the rooms of all devices: those of the weight pool, without what is set aside for
+    routed experts on demand, then those for attention weights."""
     weights, kv = deployment.weight_pool_devices, deployment.kv_pool_devices
+    pool = deployment.weight_pool_bytes - deployment.expert_pool_bytes
     given = deployment.attention_weight_bytes
     found = [
         WeightRoom(
@@ -230,7 +256,7 @@ def rooms(deployment: Deployment, placement: Placement) -> list[WeightRoom]:
             what="FFN weights",
             device=device,
             devices=len(weights),
-            bytes=deployment.weight_pool_bytes // len(weights),
+            bytes=pool // len(weights),
             needed=needed,
         )
         for device, needed in zip(weights, placement.weight_bytes, strict=True)
@@ -290,8 +316,11 @@ def _check_room(deployment: Deployment, room: WeightRoom) -> None:
         if room.devices > 1 and room.option == "weight_pool_bytes"
         else ""
     )
+    aside = deployment.expert_pool_bytes if room.option == "weight_pool_bytes" else 0
+    beside = f" beside its share of expert_pool_bytes, {aside}" if aside else ""
     raise ConfigError(
         f"{room.option} is too small: the {room.what} on {room.device.name} of the {are} {named} "
-        f"need {needed} bytes, and each of the pool's {room.devices} device(s) has {room.bytes}. "
-        f"Raise it to {needed * room.devices}{elsewhere}{advice}, or serve fewer models"
+        f"need {needed} bytes, and each of the pool's {room.devices} device(s) has {room.bytes}"
+        f"{beside}. Raise it to {needed * room.devices + aside}{elsewhere}{advice}, or serve "
+        "fewer models"
     )

@@ -52,12 +52,15 @@ def check_loading(deployment: Deployment, placement: Placement) -> None:
 
 
 def _why_some_sleep(deployment: Deployment, placement: Placement) -> str | None:
-    """Returns the first reason for which a model will sleep; None where none will by itself."""
+    """Returns the first reason for which weights will be read again; None where none will by
+    themselves."""
     for model in deployment.models.values():
         if model.keep == "asleep":
             return f"keep: {model.name} shall be asleep until requests come"
         if model.ttl is not None:
             return f"ttl: {model.name} shall sleep after {model.ttl:g} s without a request"
+        if model.experts == "demand":
+            return f"experts: those of {model.name} shall be read on demand"
     for room in rooms(deployment, placement):
         if not room.holds(deployment.models):
             needed = sum(room.needed.values()) * room.devices
@@ -70,7 +73,7 @@ def _why_some_sleep(deployment: Deployment, placement: Placement) -> str | None:
 
 def _check_cache(deployment: Deployment, placement: Placement) -> None:
     """Raises ConfigError when the packed cache cannot hold all models."""
-    needed = sum(sum(of.values()) for of in placement.weight_bytes)
+    needed = sum(sum(of.values()) for of in (*placement.weight_bytes, *placement.expert_bytes))
     needed += sum(placement.attention_bytes.values())
     if needed > deployment.packed_cache_bytes:
         raise ConfigError(

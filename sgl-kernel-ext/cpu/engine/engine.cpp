@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+using crosspool::ExpertPool;
 using crosspool::Loop;
 using crosspool::Team;
 
@@ -64,7 +65,9 @@ std::int32_t crosspool_engine_sizes(std::uint64_t* sizes, std::int32_t count) {
                                sizeof(crosspool::LinkCounters),
                                sizeof(crosspool::Span),
                                sizeof(crosspool::ReadStage),
-                               sizeof(crosspool::StagedReading)};
+                               sizeof(crosspool::StagedReading),
+                               sizeof(crosspool::PooledExpert),
+                               sizeof(crosspool::ExpertCounters)};
   std::copy_n(all, std::min<std::size_t>(std::size(all), count), sizes);
   return static_cast<std::int32_t>(std::size(all));
 }
@@ -109,6 +112,29 @@ void crosspool_checksums(crosspool::Span* spans, std::int32_t count) {
   for (crosspool::Span& span : std::span(spans, static_cast<std::size_t>(count))) {
     span.checksum = crosspool::checksum(span, crosspool::Range{0, span.units});
   }
+}
+
+ExpertPool* crosspool_experts_create(void* memory, std::int64_t bytes, const std::int32_t* cores,
+                                     std::int32_t core_count, std::int32_t readers,
+                                     std::int32_t models) {
+  const std::span<const std::int32_t> span(cores, static_cast<std::size_t>(core_count));
+  return caught([&] { return new ExpertPool(memory, bytes, span, readers, models); });
+}
+
+void crosspool_experts_free(ExpertPool* pool) { delete pool; }
+
+std::int32_t crosspool_experts_add(ExpertPool* pool, std::int32_t model, std::int32_t file,
+                                   const crosspool::PooledExpert* experts, std::int32_t count) {
+  return pool->add(model, file, std::span(experts, static_cast<std::size_t>(count)));
+}
+
+void crosspool_experts_remove(ExpertPool* pool, std::int32_t model) { pool->remove(model); }
+
+std::int32_t crosspool_experts_failed(ExpertPool* pool) { return pool->failed(); }
+
+void crosspool_experts_counters(ExpertPool* pool, std::int32_t model,
+                                crosspool::ExpertCounters* counters) {
+  *counters = pool->counters(model);
 }
 
 Loop* crosspool_loop_create(Team* team, const crosspool::LoopDescription* description) {

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../kernels/kernels.h"
+#include "expert_pool.h"
 #include "loop.h"
 #include "spans.h"
 #include "team.h"
@@ -43,6 +44,22 @@ CROSSPOOL_API std::int32_t crosspool_team_read(crosspool::Team* team, std::int32
                                                crosspool::Span* spans, std::int32_t count);
 // Sets the checksums of spans from memory, in the calling thread.
 CROSSPOOL_API void crosspool_checksums(crosspool::Span* spans, std::int32_t count);
+
+// See ExpertPool. No loop that knows a pool may live longer than the pool.
+CROSSPOOL_API crosspool::ExpertPool* crosspool_experts_create(void* memory, std::int64_t bytes,
+                                                              const std::int32_t* cores,
+                                                              std::int32_t core_count,
+                                                              std::int32_t readers,
+                                                              std::int32_t models);
+CROSSPOOL_API void crosspool_experts_free(crosspool::ExpertPool* pool);
+CROSSPOOL_API std::int32_t crosspool_experts_add(crosspool::ExpertPool* pool, std::int32_t model,
+                                                 std::int32_t file,
+                                                 const crosspool::PooledExpert* experts,
+                                                 std::int32_t count);
+CROSSPOOL_API void crosspool_experts_remove(crosspool::ExpertPool* pool, std::int32_t model);
+CROSSPOOL_API std::int32_t crosspool_experts_failed(crosspool::ExpertPool* pool);
+CROSSPOOL_API void crosspool_experts_counters(crosspool::ExpertPool* pool, std::int32_t model,
+                                              crosspool::ExpertCounters* counters);
 
 CROSSPOOL_API crosspool::Loop* crosspool_loop_create(crosspool::Team* team,
                                                      const crosspool::LoopDescription* description);

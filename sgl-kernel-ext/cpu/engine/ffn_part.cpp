@@ -9,9 +9,74 @@ namespace {
 // Batches of so few rows choose their experts on one thread, which saves a meeting.
 constexpr std::int32_t kFewRows = 2;
 
-// Computes the logits of the experts, then plans the batch.
-void choose_experts(const Part& part, const FFNTask& task, const FFNTable& table) {
+void plan_batch(const Part& part, const FFNTask& task, const FFNTable& table,
+                const std::int32_t* experts, const float* weights) {
+  part.k.plan_experts(table.layer, experts, weights, task.rows, &part.work.plan, part.scratch());
+}
+
+void compute_logits(const Part& part, const FFNTask& task, const FFNTable& table, const Rows& x,
+                    float* logits) {
+  const Range panels = part.share(table.router_weight->panels());
+  const Gemm gemm{.weight = table.router_weight,
+                  .bias = nullptr,
+                  .x = x,
+                  .out = logits,
+                  .out_stride = table.router.experts,
+                  .rows = task.rows,
+                  .store = Store::kFloat};
+  kernels(table.router_weight->dtype).gemm(gemm, panels.begin, panels.end, part.scratch());
+}
+
+// Has the experts read that the next layer will probably choose: what its router says of this
+// layer's rows, all of them for many rows, and behind the last layer those of the step before.
+void expect_experts(const Part& part, const FFNTask& task) {
   Workspace& work = part.work;
+  ExpertPool& pool = *task.pool;
+  const std::int32_t next = task.layer + 1;
+  if (task.next != nullptr) {
+    auto* const experts = work.next_experts.as<std::int32_t>();
+    part.k.route(task.next->router, work.next_logits.as<float>(), task.next->router.experts,
+                 experts, work.next_weights.as<float>(), 0, task.rows, part.scratch());
+    const auto count = static_cast<std::size_t>(task.rows) * task.next->router.top_k;
+    pool.expect(task.model, next, task.next->layer, {experts, count});
+  } else if (task.rows > kForetoldRows) {
+    if (pool.lacks(task.model, next)) pool.expect_all(task.model, next);
+  } else if (next == part.model.layers) {
+    std::int32_t first = 0;
+    while (!pool.has(task.model, first)) ++first;
+    if (pool.lacks(task.model, first)) pool.expect_again(task.model, first);
+  }
+}
+
+// Plans the batch for a choice of experts, and asks the pool for them. Runs on thread 0 while the
+// others wait.
+void plan_and_acquire(const Part& part, const FFNTask& task, const FFNTable& table) {
+  Workspace& work = part.work;
+  const auto* const experts = work.experts.as<std::int32_t>();
+  const auto* const weights = work.weights.as<float>();
+  plan_batch(part, task, table, experts, weights);
+  work.experts_missing = false;
+  if (task.pool == nullptr) return;
+  ExpertNeed& need = *task.need;
+  if (!task.pool->acquire(need, task.model, task.layer, table.layer, work.plan)) {
+    work.experts_missing = true;
+    const std::ptrdiff_t count = static_cast<std::ptrdiff_t>(task.rows) * table.layer.top_k;
+    need.experts.assign(experts, experts + count);
+    need.weights.assign(weights, weights + count);
+  }
+  expect_experts(part, task);
+}
+
+// Computes the logits of the experts, then plans the batch. Returns false where experts are
+// missing.
+bool choose_experts(const Part& part, const FFNTask& task, const FFNTable& table) {
+  Workspace& work = part.work;
+  if (task.chosen) {
+    part.team.meet(part.thread, [&] {
+      plan_batch(part, task, table, task.need->experts.data(), task.need->weights.data());
+    });
+    return true;
+  }
   const DType router_dtype = table.router_weight->dtype;
   Rows x{task.x, part.model.hidden, nullptr};
   if (router_dtype != part.model.dtype) {
@@ -22,15 +87,10 @@ void choose_experts(const Part& part, const FFNTask& task, const FFNTable& table
     part.meet();
     x.data = work.wide.data();
   }
-  const Range panels = part.share(table.router_weight->panels());
-  const Gemm gemm{.weight = table.router_weight,
-                  .bias = nullptr,
-                  .x = x,
-                  .out = work.router_logits.data(),
-                  .out_stride = table.router.experts,
-                  .rows = task.rows,
-                  .store = Store::kFloat};
-  kernels(router_dtype).gemm(gemm, panels.begin, panels.end, part.scratch());
+  compute_logits(part, task, table, x, work.router_logits.as<float>());
+  if (task.next != nullptr) {
+    compute_logits(part, task, *task.next, x, work.next_logits.as<float>());
+  }
 
   auto* const experts = work.experts.as<std::int32_t>();
   auto* const weights = work.weights.as<float>();
@@ -38,20 +98,18 @@ void choose_experts(const Part& part, const FFNTask& task, const FFNTable& table
     part.k.route(table.router, work.router_logits.as<float>(), table.router.experts, experts,
                  weights, begin, end, part.scratch());
   };
-  const auto plan = [&] {
-    part.k.plan_experts(table.layer, experts, weights, task.rows, &work.plan, part.scratch());
-  };
   if (task.rows <= kFewRows) {
     part.team.meet(part.thread, [&] {
       route(0, task.rows);
-      plan();
+      plan_and_acquire(part, task, table);
     });
-    return;
+  } else {
+    part.meet();
+    const Range rows = part.share(task.rows);
+    route(rows.begin, rows.end);
+    part.team.meet(part.thread, [&] { plan_and_acquire(part, task, table); });
   }
-  part.meet();
-  const Range rows = part.share(task.rows);
-  route(rows.begin, rows.end);
-  part.team.meet(part.thread, plan);
+  return !work.experts_missing;
 }
 
 std::int64_t activation_width(const FFNLayer& layer) {
@@ -67,11 +125,9 @@ void run_ffn_part(const Part& part, const FFNTask& task) {
   const FFNTable& table = model.ffn[task.layer];
   Workspace& work = part.work;
   if (table.router_weight != nullptr) {
-    choose_experts(part, task, table);
+    if (!choose_experts(part, task, table)) return;
   } else {
-    part.team.meet(part.thread, [&] {
-      part.k.plan_experts(table.layer, nullptr, nullptr, task.rows, &work.plan, part.scratch());
-    });
+    part.team.meet(part.thread, [&] { plan_batch(part, task, table, nullptr, nullptr); });
   }
 
   float* const out = work.sum.as<float>();

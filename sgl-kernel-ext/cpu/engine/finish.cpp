@@ -52,6 +52,7 @@ void Loop::finish_attention(Lane& lane) {
 }
 
 void Loop::finish_local(Lane& lane) {
+  if (experts_missing(need_of(lane))) return;
   lane.local_pending = false;
   lane.local_added = chosen_.ffn.residual != nullptr;
 }
@@ -80,6 +81,7 @@ void Loop::collect(Lane& lane) {
 }
 
 void Loop::finish_incoming(IncomingLink& link) {
+  if (experts_missing(need_of(link))) return;
   const std::uint64_t rows = link.end.header().rows;
   const std::uint64_t bytes = rows * link.end.header().row_bytes;
   link.end.reply();

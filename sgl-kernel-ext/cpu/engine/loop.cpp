@@ -63,7 +63,11 @@ Loop::Loop(Team& team, const LoopDescription& description)
     incoming_.push_back(
         {FFNEnd(link.memory()), link.peer, link.counters, link.attention_rank, link.lane});
   }
+  for (std::size_t i = 0; i < lanes_.size() + incoming_.size(); ++i) needs_.emplace_back();
   for (std::int32_t i = 0; i < description.model_count; ++i) add_model(description.models[i]);
+  if (description.experts != nullptr) {
+    description.experts->attach(description.doorbell, description.event_fd);
+  }
   meeting_ns_ = description.spin_ns > 0 ? kMeetingNs : kSharedMeetingNs;
   team_.set_patience(meeting_ns_);
   copies_.reserve(ffn_ranks_);
@@ -74,6 +78,9 @@ Loop::Loop(Team& team, const LoopDescription& description)
 Loop::~Loop() {
   push({CommandKind::kStop, 0, 0, 0, 0});
   team_.wait();
+  if (description_.experts == nullptr) return;
+  for (ExpertNeed& need : needs_) description_.experts->release(need);
+  description_.experts->attach(nullptr, -1);
 }
 
 bool Loop::push(const Command& command) {
@@ -150,7 +157,7 @@ void Loop::choose() {
     const std::uint32_t seen = crosspool_doorbell_rings(description_.doorbell);
     if (!take_commands()) return;
     if (!failed_) {
-      waits_for_weights_ = false;
+      waits_for_weights_ = waits_for_experts_ = false;
       begin_steps();
       if (choose_ready()) {
         chosen_.start_ns = trace_.on() ? now_ns() : 0;
@@ -222,8 +229,11 @@ bool Loop::choose_lane(Lane& lane) {
 
 bool Loop::choose_local(Lane& lane) {
   if (lane.stage != Stage::kWaiting || !lane.local_pending) return false;
-  const Presence found = presence(*lane.model, WeightPart::kFFN, lane.layer);
+  ExpertNeed& need = need_of(lane);
+  const Presence found =
+      std::max(presence(*lane.model, WeightPart::kFFN, lane.layer), experts(need));
   if (found == Presence::kRefused) {
+    if (description_.experts != nullptr) description_.experts->release(need);
     lane.local_pending = false;
     lane.refused = true;
     return choose_lane(lane);
@@ -239,7 +249,73 @@ bool Loop::choose_local(Lane& lane) {
                  .x = lane.payload.data(),
                  .residual = alone ? lane.residual.as<float>() : nullptr,
                  .reply = alone ? nullptr : lane.partial.data()};
+  take_experts(chosen_.ffn, need, *lane.model);
   return true;
+}
+
+// Whether a part may run, as far as routed experts are concerned: one that has not chosen any yet
+// may.
+Presence Loop::experts(const ExpertNeed& need) {
+  switch (need.state()) {
+    case ExpertNeed::State::kWaiting:
+      waits_for_experts_ = true;
+      return Presence::kLater;
+    case ExpertNeed::State::kFailed:
+      return Presence::kRefused;
+    default:
+      return Presence::kHere;
+  }
+}
+
+// Tells a part that begins of the pool, where its layer has routed experts there.
+void Loop::take_experts(FFNTask& task, ExpertNeed& need, const ModelTable& model) {
+  ExpertPool* const pool = description_.experts;
+  const auto number = static_cast<std::int32_t>(&model - models_.data());
+  if (pool == nullptr || !pool->has(number, task.layer)) return;
+  task.pool = pool;
+  task.need = &need;
+  task.model = number;
+  task.chosen = need.state() == ExpertNeed::State::kReady;
+  if (task.chosen) {
+    pool->begin(need);
+  } else if (task.rows <= kForetoldRows && pool->lacks(number, task.layer + 1)) {
+    const FFNTable* const next = &model.ffn[task.layer + 1];
+    const bool alike = next->router_weight->dtype == model.ffn[task.layer].router_weight->dtype;
+    // While the model is being read, its router may be still to come.
+    const bool here = present_[static_cast<std::size_t>(number)].of_layer(
+                          WeightPart::kFFN, task.layer + 1) == Presence::kHere;
+    if (alike && here) task.next = next;
+  }
+}
+
+// The weights of a model go. Nobody has steps of it in flight, so that dispatches of it were left
+// behind by attention ranks that have died; their lanes are wanted for other models.
+void Loop::close_model(std::uint32_t model) {
+  const std::uint32_t place = model % description_.model_places;
+  for (IncomingLink& link : incoming_) {
+    if (link.end.poll() == Poll::kDispatch && link.end.header().model == model) refuse(link);
+  }
+  if (description_.experts == nullptr) return;
+  for (ExpertNeed& need : needs_) {
+    if (need.model() == static_cast<std::int32_t>(place)) description_.experts->release(need);
+  }
+}
+
+// Returns false, as there is no part to run.
+bool Loop::refuse(IncomingLink& link) {
+  if (description_.experts != nullptr) description_.experts->release(need_of(link));
+  link.end.refuse();
+  crosspool_doorbell_ring(link.peer);
+  return false;
+}
+
+// Whether a part that has run lacks experts, and is to run again. If not, they may go.
+bool Loop::experts_missing(ExpertNeed& need) {
+  if (chosen_.ffn.pool == nullptr) return false;
+  // The workspace is that of the part: the need may be ready meanwhile.
+  if (workspace_.experts_missing && !chosen_.ffn.chosen) return true;
+  chosen_.ffn.pool->release(need);
+  return false;
 }
 
 bool Loop::choose_incoming(std::int32_t index) {
@@ -253,21 +329,16 @@ bool Loop::choose_incoming(std::int32_t index) {
     return false;
   }
   const DispatchHeader& header = link.end.header();
-  const auto refuse = [&link] {
-    link.end.refuse();
-    crosspool_doorbell_ring(link.peer);
-    return false;
-  };
   const ModelTable* const found_model = find(header.model);
   if (found_model == nullptr) {
     // Of a model that has left, an attention rank that died may have left a dispatch behind. One
     // that is still to come is waited for: this device was started again, and has yet to be told.
-    if (std::int64_t{header.model} <= newest_) return refuse();
+    if (std::int64_t{header.model} <= newest_) return refuse(link);
     waits_for_weights_ = true;
     return false;
   }
   const ModelTable& model = *found_model;
-  if (model.weights == Weights::kNever) return refuse();
+  if (model.weights == Weights::kNever) return refuse(link);
   if (model.ffn == nullptr) {
     fail("FFN rank " + std::to_string(description_.ffn_rank) + " holds nothing of model " +
          std::to_string(header.model));
@@ -282,8 +353,10 @@ bool Loop::choose_incoming(std::int32_t index) {
          std::to_string(row_bytes) + " bytes");
     return false;
   }
-  const Presence presence = this->presence(model, WeightPart::kFFN, header.layer);
-  if (presence == Presence::kRefused) return refuse();
+  const Presence presence =
+      std::max(this->presence(model, WeightPart::kFFN, static_cast<std::int32_t>(header.layer)),
+               experts(need_of(link)));
+  if (presence == Presence::kRefused) return refuse(link);
   if (presence == Presence::kLater) return false;
   chosen_.kind = PartKind::kRemoteFFN;
   chosen_.index = index;
@@ -293,6 +366,7 @@ bool Loop::choose_incoming(std::int32_t index) {
                  .x = link.end.payload(),
                  .residual = nullptr,
                  .reply = link.end.partial_sum()};
+  take_experts(chosen_.ffn, need_of(link), model);
   return true;
 }
 
@@ -315,11 +389,13 @@ bool Loop::take_commands() {
       case CommandKind::kRecall:
         recall(command.step);
         break;
-      case CommandKind::kClose:
-        present_[command.lane % description_.model_places].set_all(
-            command.arguments != 0 ? PresentLayers::kNone : 0);
+      case CommandKind::kClose: {
+        const std::uint32_t place = command.lane % description_.model_places;
+        present_[place].set_all(command.arguments != 0 ? PresentLayers::kNone : 0);
+        close_model(command.lane);
         publish({EventKind::kClosed, command.lane, 0, 0, 0, 0});
         break;
+      }
       case CommandKind::kAdd:
         try {
           add_model(*reinterpret_cast<const ModelTable*>(command.arguments));
@@ -408,18 +484,20 @@ void Loop::wait(std::uint32_t seen) {
       lanes_.begin(), lanes_.end(), [](const Lane& lane) { return lane.stage == Stage::kWaiting; });
   const bool just_served =
       now_ns() - last_served_.load(std::memory_order_relaxed) < description_.busy_spin_ns;
-  const std::int64_t spin =
-      in_flight || just_served ? description_.busy_spin_ns : description_.spin_ns;
+  // Threads that read may have no other core than this one.
+  const std::int64_t spin = waits_for_experts_         ? 0
+                            : in_flight || just_served ? description_.busy_spin_ns
+                                                       : description_.spin_ns;
   team_.set_patience(std::max(spin, meeting_ns_));
   const bool runs = std::any_of(lanes_.begin(), lanes_.end(), [this](const Lane& lane) {
     return lane.stage == Stage::kWaiting && is_whole(*lane.model);
   });
-  if (!runs) idle_.rest();
+  if (!runs && !waits_for_experts_) idle_.rest();
   if (description_.heartbeat != nullptr) description_.heartbeat->count_look();
-  tell(failed_              ? Activity::kIdle
-       : waits_for_weights_ ? Activity::kReading
-       : in_flight          ? Activity::kWaiting
-                            : Activity::kIdle);
+  tell(failed_                                    ? Activity::kIdle
+       : waits_for_weights_ || waits_for_experts_ ? Activity::kReading
+       : in_flight                                ? Activity::kWaiting
+                                                  : Activity::kIdle);
   crosspool_doorbell_wait(description_.doorbell, seen, spin, kIdleWaitNs);
   tell(Activity::kComputing);
 }

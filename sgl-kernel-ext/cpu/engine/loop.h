@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "expert_pool.h"
 #include "ffn_part.h"
 #include "idle_clock.h"
 #include "lane.h"
@@ -35,6 +36,7 @@ struct LoopDescription {
   LinkCounters* local_counters;  // [lanes], of the links that do not leave the device; or null
   crosspool_doorbell* doorbell;  // of this device
   LoopHeartbeat* heartbeat;  // of this device, with as many lines of threads as the team; or null
+  ExpertPool* experts;       // of models whose routed experts are in memory on demand; or null
   std::uint64_t epoch;       // incarnation of the attention rank
   std::int64_t spin_ns;  // how long the team may spin before it sleeps while nothing is in flight
   std::int64_t busy_spin_ns;  // ... while other devices compute for it, or did just now
@@ -131,6 +133,15 @@ class Loop {
   void publish(const Event& event);
   void fail(const std::string& message);
   void record(const ChosenPart& part);
+  Presence experts(const ExpertNeed& need);
+  void take_experts(FFNTask& task, ExpertNeed& need, const ModelTable& model);
+  bool experts_missing(ExpertNeed& need);
+  void close_model(std::uint32_t model);
+  bool refuse(IncomingLink& link);
+  ExpertNeed& need_of(const Lane& lane) { return needs_[static_cast<std::size_t>(lane.index)]; }
+  ExpertNeed& need_of(const IncomingLink& link) {
+    return needs_[lanes_.size() + static_cast<std::size_t>(&link - incoming_.data())];
+  }
   OutgoingLink& outgoing(const Lane& lane, std::int32_t ffn_rank) {
     return outgoing_[static_cast<std::size_t>(lane.index) * ffn_ranks_ + ffn_rank];
   }
@@ -146,6 +157,7 @@ class Loop {
   std::deque<Lane> lanes_;
   std::vector<OutgoingLink> outgoing_;  // [lanes, FFN ranks]
   std::vector<IncomingLink> incoming_;
+  std::deque<ExpertNeed> needs_;  // of the lanes, then of the incoming links
   CommandRing commands_{};
   EventRing events_{};
   Trace trace_;
@@ -158,6 +170,7 @@ class Loop {
   std::int64_t meeting_ns_ = 0;  // how long threads spin at a meeting at least
   std::size_t next_source_ = 0;
   bool waits_for_weights_ = false;
+  bool waits_for_experts_ = false;
   bool stopping_ = false;
   bool failed_ = false;
   std::string message_;

@@ -12,7 +12,7 @@ namespace crosspool {
 
 enum class WeightPart : std::int32_t { kAttention = 0, kFFN = 1 };
 
-// Whether a part may run.
+// Whether a part may run, ascending: the largest of several counts.
 enum class Presence {
   kHere,
   kLater,    // its weights are being read, or will be

@@ -24,7 +24,7 @@ namespace {
 // Requests wait for it: on a busy core it has a tenth of what others have, and not less.
 constexpr int kLowPriority = 10;
 constexpr std::int64_t kTellNs = 200'000'000;
-constexpr std::int64_t kPieceBytes = 2 << 20;  // a huge page, which one thread should touch first
+constexpr std::int64_t kSliceBytes = 2 << 20;  // a huge page, which one thread should touch first
 constexpr int kMostHelpers = 3;                // each adds less than the one before
 constexpr std::chrono::milliseconds kNap{10};
 
@@ -46,7 +46,7 @@ class Stages {
     if (Atomic<std::int32_t>(reading_.stop).load(kRelaxed) != 0) fail(-ECANCELED);
     if (ended()) return false;
     const Span& span = reading_.spans[span_];
-    const std::int32_t end = std::min(span.units, unit_ + units_in(kPieceBytes, span));
+    const std::int32_t end = std::min(span.units, unit_ + units_in(kSliceBytes, span));
     piece = {stage().file, span_, {unit_, end}};
     unit_ = end;
     if (unit_ == span.units) next_span();

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "ffn_part.h"
+
 namespace crosspool {
 
 namespace {
@@ -95,6 +97,9 @@ void Workspace::cover(const ModelTable& model) {
   router_logits.reserve(rows * sizes.experts * kWidestElement);
   experts.reserve(rows * sizes.top_k * kWidestElement);
   weights.reserve(rows * sizes.top_k * kWidestElement);
+  next_logits.reserve(kForetoldRows * sizes.experts * kWidestElement);
+  next_experts.reserve(kForetoldRows * sizes.top_k * kWidestElement);
+  next_weights.reserve(kForetoldRows * sizes.top_k * kWidestElement);
   activation.reserve(rows * sizes.activation * kWidestElement);
   groups.reserve(sizes.held * static_cast<std::int64_t>(sizeof(ExpertGroup)));
   slot_row.reserve(rows * sizes.top_k * kWidestElement);

@@ -40,6 +40,10 @@ struct Workspace {
   Buffer slot_row;       // int32, by slot
   Buffer slot_weight;    // float, by slot
   ExpertPlan plan{};
+  bool experts_missing = false;  // written by thread 0
+  Buffer next_logits;            // float [experts] of few rows: what the next layer's router says
+  Buffer next_experts;           // int32 [top_k] of few rows
+  Buffer next_weights;           // float [top_k] of few rows
 
   Buffer scratches;  // by thread
   std::int64_t scratch_bytes = 0;

@@ -45,9 +45,11 @@ def main() -> None:
     kept = KeptDescriptors([int(number) for number in sys.argv[4].split(",")])
     real = sys.argv[5] == "real"
     if not real:
+        from support.few_programs import use_few_programs
         from support.triton_interpreter import repair
 
         repair()
+        use_few_programs(setattr)
     torch.set_num_threads(1)
     specs = specs_of(deployment.models)
     driver, on = driver_of(device, real)

@@ -25,8 +25,9 @@ from crosspool.transport.messages import Logprobs, Sampling
 from make_random_checkpoint import make_random_checkpoint
 from support import fake_cuda_graphs
 from support.fake_resident import FakeResident
+from support.few_programs import use_few_programs
 from support.machine import Machine, Stream
-from support.poisoned import poison_lanes, with_few_multiprocessors
+from support.poisoned import poison_lanes
 from support.triton_device import Interpreted, Symmetric
 
 pytestmark = pytest.mark.skipif(
@@ -94,7 +95,7 @@ def expected(models: list[Path]) -> list[Stream]:
 @pytest.fixture(autouse=True)
 def _lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     poison_lanes(monkeypatch)
-    with_few_multiprocessors(monkeypatch)
+    use_few_programs(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="module")

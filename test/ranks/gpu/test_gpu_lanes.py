@@ -41,8 +41,9 @@ from support.changing_steps import (
     with_stops,
 )
 from support.exchanging_lanes import ExchangingLanes
+from support.few_programs import use_few_programs
 from support.parts import Parts
-from support.poisoned import poison_lanes, with_few_multiprocessors
+from support.poisoned import poison_lanes
 
 from benchmark.gpu_lanes import Lanes, Row
 
@@ -143,7 +144,7 @@ def test_two_loops_on_one_device_exchange_rows(
     buckets = [2] if INTERPRETED else [1, 8, 64]
     poison_lanes(monkeypatch)
     if INTERPRETED:
-        with_few_multiprocessors(monkeypatch)
+        use_few_programs(monkeypatch.setattr)
     models = [load(name) for name in names]
     with ExchangingLanes(
         models, lanes=2, buckets=buckets, device=DEVICE, resident=resident, lease=tokens
@@ -205,7 +206,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallModel:
     if not INTERPRETED:
         pytest.skip("of the interpreter alone: the test of 10^5 steps is the GPU's")
     with pytest.MonkeyPatch.context() as patch:
-        with_few_multiprocessors(patch)
+        use_few_programs(patch.setattr)
         return SmallModel(tmp_path_factory.mktemp("small"))
 
 
@@ -217,7 +218,7 @@ def test_changing_inputs_under_the_resident_loops_own_code(
 
     if fake_cuda_graphs.COMPILER is None:
         pytest.skip("no C++ compiler")
-    with_few_multiprocessors(monkeypatch)
+    use_few_programs(monkeypatch.setattr)
     fake, draw = FakeResident(tmp_path), random.Random(4)
     join = functools.partial(fake.join_loop, watch=None, exchange=None, epoch=1, tails={})
     with small.lanes(2, join) as lanes:
@@ -239,7 +240,7 @@ def test_a_stale_input_would_be_noticed(
 ) -> None:
     """One field of every step keeps what the lane's step before had there, as a device might see
     it that reads the host's memory too late or from a cache."""
-    with_few_multiprocessors(monkeypatch)
+    use_few_programs(monkeypatch.setattr)
     draw = random.Random(3)
     with small.lanes() as lanes:
         memory, layout = lanes.memory[0], lanes.stages[0, 0, 0].layout

@@ -37,8 +37,9 @@ from crosspool.transport.messages import Sampling
 from crosspool.weightpool.placement import Placement
 from make_random_checkpoint import make_random_checkpoint
 from ranks.gpu.ffn_peer import driver_of
+from support.few_programs import use_few_programs
 from support.machine import Machine, Stream
-from support.poisoned import poison_lanes, with_few_multiprocessors
+from support.poisoned import poison_lanes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PEER = Path(__file__).with_name("ffn_peer.py")
@@ -187,7 +188,7 @@ def test_processes_exchange_rows(
     """An attention device and two FFN devices; both on GPU 0, if there is one."""
     poison_lanes(monkeypatch)
     if INTERPRETED:
-        with_few_multiprocessors(monkeypatch)
+        use_few_programs(monkeypatch.setattr)
     with Machine(models, loop="host", **LIMITS) as cpu:
         expected = outputs(cpu, 1)
     processes = Processes()
@@ -217,7 +218,7 @@ def test_an_ffn_process_that_is_killed_is_replaced_within_a_step(
     """The attention device and its steps know nothing of it: the memory of the links is kept, and
     the next process finds the dispatch to which the first did not reply."""
     if INTERPRETED:
-        with_few_multiprocessors(monkeypatch)
+        use_few_programs(monkeypatch.setattr)
     with Machine(models, loop="host", **LIMITS) as cpu:
         expected = outputs(cpu, 1)
     processes = Processes(kill_after=5)

@@ -19,6 +19,7 @@ pytest.importorskip("msgspec", reason="msgspec is not installed (the messages of
 
 import msgspec
 from crosspool.transport.messages import Logprobs, Sampling, TokenLogprobs
+from support.few_programs import use_few_programs
 from support.machine import Machine, Stream
 from support.shallow import shallow
 from support.triton_device import load_compiled, load_interpreted
@@ -53,8 +54,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def gpu(models: list[Path], request: pytest.FixtureRequest) -> Iterator[Machine]:
     if not INTERPRETED and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    with Machine(models, dtype="float32", **PLACES[request.param], **LIMITS) as machine:
-        yield machine
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:
+            use_few_programs(patch.setattr)
+        with Machine(models, dtype="float32", **PLACES[request.param], **LIMITS) as machine:
+            yield machine
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,8 @@ from make_random_checkpoint import make_random_checkpoint
 from support import fake_cuda_graphs
 from support.fake_cuda_graphs import Node
 from support.fake_resident import FakeResident
+from support.few_programs import use_few_programs
 from support.machine import Machine, Stream
-from support.poisoned import with_few_multiprocessors
 from support.triton_device import load_interpreted
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -106,7 +106,7 @@ def test_nothing_is_allocated_beside_the_loop(
     tmp_path: Path, cuda: FakeResident, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A device from its making to its end, with steps in which the host looks at logits."""
-    with_few_multiprocessors(monkeypatch)
+    use_few_programs(monkeypatch.setattr)
     vocab = 32
     path = make_random_checkpoint("qwen3_moe", tmp_path / "m", {"vocab_size": vocab}, "float32")
     monkeypatch.setattr(join, "join_loop", cuda.join_loop)

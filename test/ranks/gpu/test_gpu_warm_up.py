@@ -25,8 +25,8 @@ from crosspool.ranks.gpu.model import GPUModel
 from crosspool.ranks.gpu.weights import GPUFFN, GPUAttention
 from crosspool.weightpool.placement import FFNShard
 from support.fake_cuda_memory import FakeCuda
+from support.few_programs import use_few_programs
 from support.parts import Parts
-from support.poisoned import with_few_multiprocessors
 from support.shallow import shallow
 
 from benchmark.gpu_lanes import Lanes, Row
@@ -75,7 +75,7 @@ def test_stages_are_warmed_up_before_a_chunk_is_mapped(
 ) -> None:
     """Then chunks are mapped, and the same stages give the reference's tokens."""
     if INTERPRETED:
-        with_few_multiprocessors(monkeypatch)
+        use_few_programs(monkeypatch.setattr)
     pool, model = pool_and_model
     with Lanes([model], lanes=1, buckets=BUCKETS, device=DEVICE, resident=resident) as lanes:
         if INTERPRETED:

@@ -230,6 +230,18 @@ def test_a_dispatch_of_a_model_that_has_left_is_refused() -> None:
     assert link.ready() and link.take_refusal() and link.free
 
 
+def test_dispatches_that_are_left_of_a_model_that_falls_asleep_are_refused() -> None:
+    links = [LocalLink(0, lane, 1) for lane in range(3)]
+    parts: Any = {0: OneHot(0, []), 7: OneHot(7, [])}
+    ffn = FFNRank(1, dict.fromkeys(parts, spec(1)), parts, set(parts), LaneTrace())
+    ffn.links = links
+    for link, model in zip(links, (7, 0), strict=False):
+        link.dispatch(DispatchHeader(epoch=0, model=model, layer=0, rows=1), torch.zeros(1, VOCAB))
+    ffn.refuse_left(7)
+    assert links[0].ready() and links[0].take_refusal() and links[0].free
+    assert not links[1].ready() and ffn.serve(links[1]), "another model's waits for its turn"
+
+
 def test_a_step_that_one_of_its_ffn_ranks_refuses_ends_without_rows() -> None:
     """The other rank replies; the lane takes the next step."""
     device = Device(lanes=1)

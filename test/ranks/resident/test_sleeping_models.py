@@ -3,57 +3,27 @@ meanwhile, and what cannot be woken says why."""
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
-from crosspool.transport.messages import Logprobs, StepResult, Wake, Waking, Woken
+from crosspool.transport.messages import StepResult, Wake, Waking, Woken
+from support.fleet_devices import (
+    LOOPS_AND_PLACES,
+    MODELS,
+    PLACES,
+    SPLIT,
+    Places,
+    answers,
+    driver,
+    generations,
+)
 
-from benchmark.device_driver import DeviceDriver, Generation
-from benchmark.server import DEMO, TINY_MODELS
+from benchmark.device_driver import DeviceDriver
 
-MODELS = [DEMO / name for name in TINY_MODELS]
 EVERY = list(range(len(MODELS)))
-PLACES = [(("cpu:0",), ("cpu:0",)), (("cpu:0",), ("cpu:1",)), (("cpu:0",), ("cpu:1", "cpu:0"))]
-SPLIT = (("cpu:0",), ("cpu:1",))
-
-
-def driver(
-    folder: Path, places: tuple[Sequence[str], Sequence[str]], **fields: Any
-) -> DeviceDriver:
-    cache = {"packed_cache_dir": str(folder / "cache"), "packed_cache_bytes": 1 << 30}
-    models = fields.pop("models", MODELS)
-    return DeviceDriver(models, *places, **(cache | fields))
-
-
-def generations(model: int) -> list[Generation]:
-    return [
-        Generation(
-            model,
-            [3 + model, 7, 11, 2 + 5 * i, 19],
-            new_tokens=8,
-            logprobs=Logprobs(output=True, prompt_start=0, top=3),
-            chunk=3,
-        )
-        for i in range(2)
-    ]
-
-
-def answers(on: DeviceDriver, *models: int) -> list[Any]:
-    """Tokens and log-probabilities by model, to the bit."""
-    asked = [generations(model) for model in models]
-    on.generate(itertools.chain.from_iterable(asked))
-    return [
-        msgspec.to_builtins(
-            [(one.output, one.output_logprobs, one.prompt_logprobs) for one in of_model]
-        )
-        for of_model in asked
-    ]
 
 
 def packed(folder: Path, model: int, role: str) -> Path:
@@ -67,12 +37,8 @@ def packed(folder: Path, model: int, role: str) -> Path:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-    ("loop", "places"), [*(("resident", one) for one in PLACES), ("host", SPLIT)]
-)
-def test_the_same_answers_after_sleep(
-    tmp_path: Path, loop: str, places: tuple[Sequence[str], Sequence[str]]
-) -> None:
+@pytest.mark.parametrize(("loop", "places"), LOOPS_AND_PLACES)
+def test_the_same_answers_after_sleep(tmp_path: Path, loop: str, places: Places) -> None:
     with driver(tmp_path, places, lanes=2, loop=loop) as on:
         assert all(ready.resident == EVERY for ready in on.ready.values())
         before = answers(on, *EVERY)
@@ -211,7 +177,7 @@ def test_a_checkpoint_that_has_changed_is_told(tmp_path: Path, own: Path) -> Non
     ("role", "places"), [("attention", PLACES[0]), ("ffn", PLACES[1]), ("ffn", PLACES[2])]
 )
 def test_steps_that_wait_for_weights_that_never_come_are_refused(
-    tmp_path: Path, own: Path, role: str, places: tuple[Sequence[str], Sequence[str]]
+    tmp_path: Path, own: Path, role: str, places: Places
 ) -> None:
     """The last layer's weights are damaged, and there is nothing to pack them from."""
     with driver(tmp_path, places, models=[own, *MODELS[1:]], lanes=2) as on:

@@ -4,10 +4,12 @@ weights give it up, and a device that is replaced has what its holder still has.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -112,8 +114,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return folders
 
 
-def outputs(on: DeviceDriver) -> list[list[int]]:
-    asked = [Generation(model, [5, 6, 7, 8, 9, 10], 6) for model in range(MODELS)]
+def outputs(on: DeviceDriver, models: Iterable[int] = range(MODELS)) -> list[list[int]]:
+    asked = [Generation(model, [5, 6, 7, 8, 9, 10], 6) for model in models]
     on.generate(asked)
     return [one.output for one in asked]
 
@@ -202,3 +204,32 @@ def test_a_later_process_knows_the_models_of_its_time(tmp_path: Path, models: li
         asked = [Generation(model, [5, 6, 7, 8, 9, 10], 6) for model in (0, number)]
         on.generate(asked)
         assert [one.output for one in asked] == right
+
+
+def test_a_later_process_begins_without_a_model_whose_experts_are_gone(
+    tmp_path: Path, models: list[Path]
+) -> None:
+    """Nor can they be packed again, since the checkpoint is another one now."""
+    device, own = "cpu:0", Path(shutil.copytree(models[0], tmp_path / "m0"))
+    with HeldDriver(
+        [own, models[1]],
+        [device],
+        [device],
+        packed_cache_dir=str(tmp_path / "cache"),
+        packed_cache_bytes=1 << 30,
+        weight_pool_bytes=1 << 30,
+        kv_pool_bytes=32 << 20,
+        expert_pool_bytes=64 << 20,
+        experts="demand",
+    ) as on:
+        right = outputs(on)
+        for file in (tmp_path / "cache").glob("m0-ffn.*.packed"):
+            file.unlink()
+        for file in own.glob("*.safetensors"):
+            file.touch()
+        on.replace(device)
+        assert on.ready[device].models == [0, 1] and on.ready[device].resident == [1]
+        assert outputs(on, [1]) == right[1:]
+        error = on.wake(0)[0]
+        assert error is not None and "has changed since the server began" in error
+        assert outputs(on, [1]) == right[1:]

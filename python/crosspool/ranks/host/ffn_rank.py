@@ -78,3 +78,11 @@ class FFNRank:
                 start_ns=start,
             )
         return True
+
+    def refuse_left(self, model: int) -> None:
+        """Refuses dispatches of a model whose weights go. Nobody has steps of it in flight, so that
+        attention ranks have left them behind which died."""
+        for link in self.links:
+            header = link.poll()
+            if header is not None and header.model == model:
+                link.refuse()

@@ -177,6 +177,8 @@ class HostModels:
 
     def sleep(self, model: int) -> None:
         self._executor.hold(model)
+        if self._ffn is not None:
+            self._ffn.refuse_left(model)
         self._weights.drop(model)
         self._news.append(Slept(model=model))
 

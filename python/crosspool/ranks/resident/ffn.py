@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -13,10 +14,21 @@ from crosspool.kernels.engine import Team
 from crosspool.models.registry import ffn_tensors
 from crosspool.models.spec import FFNSpec, ModelSpec, MoEFFN, RouterSpec, TensorRef
 from crosspool.observability.progress import Progress
-from crosspool.ranks.resident.kept_weights import KeptWeights
+from crosspool.ranks.resident.kept_weights import KeptWeights, OpenWeights
 from crosspool.ranks.resident.packing import Index, PackedWeights, gated_columns, pointer, whole
 from crosspool.ranks.weights import TensorListing
 from crosspool.weightpool.placement import FFNShard
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """The routed experts of one layer."""
+
+    layer: int
+    gate_up: ctypes.Array[ns.Matrix]
+    down: ctypes.Array[ns.Matrix]
+    first: int
+    """Number of the first matrix; those of ``down`` follow those of ``gate_up``."""
 
 
 class PackedFFN:
@@ -30,13 +42,18 @@ class PackedFFN:
         spec: ModelSpec,
         path: Path,
         shard: FFNShard,
+        *,
+        on_demand: bool = False,
     ) -> None:
+        """``on_demand``: whether a pool has the routed experts, see :meth:`pooled`."""
         self._spec = spec
         self._path = path
         self._shard = shard
+        self.on_demand = on_demand
         self.weights = PackedWeights(spec.dtype)
         self._layers = (es.FFNTable * spec.layers)()
         self._biases: list[Tensor] = []
+        self._experts: list[_Experts] = []
         for layer, ffn in enumerate(spec.ffn):
             self._declare(layer, ffn)
         self.weights.settle()
@@ -54,8 +71,25 @@ class PackedFFN:
     def fill(self, table: es.ModelTable) -> None:
         table.ffn = self._layers
 
+    def pooled(self, opened: OpenWeights) -> ctypes.Array[es.PooledExpert]:
+        """Returns where the routed experts are in an open file, layer after layer."""
+        found = []
+        for of in self._experts:
+            for i in range(len(of.gate_up)):
+                places = (of.first + i, of.first + len(of.gate_up) + i)
+                (gate_up, gate_up_sum), (down, down_sum) = map(opened.place_of, places)
+                found.append(
+                    es.PooledExpert(
+                        ctypes.pointer(of.gate_up[i]),
+                        ctypes.pointer(of.down[i]),
+                        *(gate_up, down, gate_up_sum, down_sum, of.layer),
+                    )
+                )
+        return (es.PooledExpert * len(found))(*found)
+
     def tensors(self) -> list[TensorListing]:
-        """Lists every share of a tensor that the rank holds; none while the model sleeps."""
+        """Lists every share of a tensor that the rank holds, but for experts on demand; none while
+        the model sleeps."""
         return self.weights.held()
 
     def close(self) -> None:
@@ -76,9 +110,13 @@ class PackedFFN:
         whole_experts = self._shard.parallel == "ep"
         width = ffn.intermediate if whole_experts else self._shard.width(ffn.intermediate)
         if width > 0 and len(held) > 0:
-            gate_up, down = self._pair(layer, len(held), width)
+            first = self.weights.count
+            gate_up, down = self._pair(layer, len(held), width, on_demand=self.on_demand)
             for i, expert in enumerate(held):
-                self._fill_mlp(layer, f"experts.{expert}", parts, gate_up[i], down[i])
+                key = f"experts.{expert}"
+                self._fill_mlp(layer, key, parts, gate_up[i], down[i], on_demand=self.on_demand)
+            if self.on_demand:
+                self._experts.append(_Experts(layer, gate_up, down, first))
             table.layer.gate_up, table.layer.down = gate_up, down
             table.layer.first_expert, table.layer.held = held.start, len(held)
         table.layer.top_k = ffn.router.top_k
@@ -102,13 +140,15 @@ class PackedFFN:
         table.shared_gate_up, table.shared_down = gate_up, down
 
     def _pair(
-        self, layer: int, count: int, width: int
+        self, layer: int, count: int, width: int, *, on_demand: bool = False
     ) -> tuple[ctypes.Array[ns.Matrix], ctypes.Array[ns.Matrix]]:
         """Returns the matrices of ``count`` gated MLPs: gate and up in one, and down."""
         hidden = self._spec.hidden
         return (
-            self.weights.matrices(layer, count, 2 * gated_columns(width), hidden),
-            self.weights.matrices(layer, count, hidden, width),
+            self.weights.matrices(
+                layer, count, 2 * gated_columns(width), hidden, on_demand=on_demand
+            ),
+            self.weights.matrices(layer, count, hidden, width, on_demand=on_demand),
         )
 
     def _fill_mlp(
@@ -118,9 +158,12 @@ class PackedFFN:
         parts: dict[str, tuple[TensorRef, Index]],
         gate_up: ns.Matrix,
         down: ns.Matrix,
+        *,
+        on_demand: bool = False,
     ) -> None:
-        self.weights.gated(layer, parts[f"{key}.gate"], parts[f"{key}.up"], gate_up)
-        self.weights.stacked(layer, [parts[f"{key}.down"]], down)
+        gate, up = parts[f"{key}.gate"], parts[f"{key}.up"]
+        self.weights.gated(layer, gate, up, gate_up, on_demand=on_demand)
+        self.weights.stacked(layer, [parts[f"{key}.down"]], down, on_demand=on_demand)
 
     def _router(
         self,

@@ -29,6 +29,7 @@ from crosspool.kernels.engine import Team, set_checksums
 from crosspool.kernels.isa import default_isa
 from crosspool.models.gguf_config import config_of
 from crosspool.models.spec import TensorRef
+from crosspool.ranks.resident.arena import round_up
 from crosspool.weightpool import packed_file
 from crosspool.weightpool.checkpoint import Checkpoint, warn_of_broken
 from crosspool.weightpool.packed_cache import PackedCache, Unusable
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _LAYOUT = 1
 """Counts changes of what the files hold that neither the native library nor a declaration shows."""
+_LINE = 64
 _PIECE_BYTES = 64 << 20
 """Bytes that are written at a time and brought to the disk, so that not much waits to be."""
 _LOWEST_PRIORITY = 19
@@ -83,6 +85,8 @@ class Image:
     arrays: Sequence[Tensor]
     stages: Sequence[int]
     """Stages of the matrices, then of the arrays: in their order they are read while others run."""
+    on_demand: Sequence[bool]
+    """Which of the matrices are no part of the arena, since they are read on demand."""
 
 
 class WeightKeeper:
@@ -155,11 +159,11 @@ class KeptWeights:
                 return None
             try:
                 table, begin = packed_file.read(file, key)
-                held = _place(table, image)
+                held = placed(table, image)
             except (DamagedFile, OSError) as error:
                 self.discard(key, error)
                 return None
-            return OpenWeights(os.dup(file), table, held, _spans(held, begin))
+            return OpenWeights(os.dup(file), table, held, begin)
 
     def discard(self, key: str, error: Exception) -> None:
         """Removes a damaged file, and logs why."""
@@ -207,16 +211,40 @@ class OpenWeights:
     file: int
     table: PackedTable
     image: Image
-    spans: ctypes.Array[es.Span]
-    """Matrices, then arrays, as they lie in the file and in memory."""
+    begin: int
+    """Place in the file at which the weights begin, in bytes."""
+
+    @functools.cached_property
+    def spans(self) -> ctypes.Array[es.Span]:
+        """Matrices that are not on demand, then arrays, as they lie in the file and in memory."""
+        offsets = [packed.offset for packed in self.table.matrices]
+        return _spans(self.image, self.begin, offsets, self.table.arena_bytes)
 
     @property
     def checksums(self) -> list[int]:
         """What the spans must have when they have been read."""
-        return [packed.checksum for packed in self.table.matrices] + self.table.arrays
+        return self._of_spans([packed.checksum for packed in self.table.matrices]) + (
+            self.table.arrays
+        )
+
+    @property
+    def stages(self) -> list[int]:
+        """The stages of the spans."""
+        return self._of_spans(self.image.stages)
+
+    def place_of(self, matrix: int) -> tuple[int, int]:
+        """Returns where in the file a matrix begins, by its number, and its checksum."""
+        packed = self.table.matrices[matrix]
+        return self.begin + packed.offset, packed.checksum
+
+    def _of_spans(self, of_all: Sequence[int]) -> list[int]:
+        """What there is for matrices and perhaps arrays, without the matrices on demand."""
+        matrices = len(self.image.matrices)
+        of_matrices = zip(of_all[:matrices], self.image.on_demand, strict=True)
+        return [one for one, on_demand in of_matrices if not on_demand] + list(of_all[matrices:])
 
     def read(self, team: Team) -> None:
-        """Reads all weights into memory. Raises DamagedFile, OSError."""
+        """Reads all weights into memory that are not on demand. Raises DamagedFile, OSError."""
         team.read(self.file, self.spans)
         found = (span.checksum for span in self.spans)
         if any(sum_ != right for sum_, right in zip(found, self.checksums, strict=True)):
@@ -229,16 +257,30 @@ class OpenWeights:
         os.close(self.file)
 
 
-def _place(table: PackedTable, image: Image) -> Image:
+def placed(table: PackedTable, image: Image) -> Image:
     """Tells matrices where they lie, and returns the image with its bytes. Raises DamagedFile."""
     counts = len(table.matrices), len(table.arrays)
     if counts != (len(image.matrices), len(image.arrays)):
         raise DamagedFile("it has another number of matrices")
-    for matrix, packed in zip(image.matrices, table.matrices, strict=True):
-        matrix.data, matrix.encoding = image.arena + packed.offset, packed.encoding
-        if not 0 <= packed.offset <= image.room - matrix.bytes:
+    packs = any(image.on_demand)
+    end = table.arena_bytes if packs else image.room
+    at = 0
+    for matrix, packed, on_demand in zip(
+        image.matrices, table.matrices, image.on_demand, strict=True
+    ):
+        matrix.encoding = packed.encoding
+        if not 0 <= packed.offset <= end - matrix.bytes:
             raise DamagedFile("a matrix lies outside the arena")
-    return replace(image, bytes=table.arena_bytes)
+        if on_demand:  # whoever reads it says where
+            continue
+        if packs:  # what lies between them in the file has no room here
+            matrix.data = image.arena + at
+            at += round_up(matrix.bytes, _LINE)
+        else:
+            matrix.data = image.arena + packed.offset
+    if at > image.room:
+        raise DamagedFile("its matrices have no room in the arena")
+    return replace(image, bytes=at if packs else table.arena_bytes)
 
 
 @dataclass(frozen=True)
@@ -277,7 +319,8 @@ class _Job:
             )
 
     def _table(self) -> PackedTable:
-        spans = _spans(self.image, 0)
+        offsets = [(matrix.data or 0) - self.image.arena for matrix in self.image.matrices]
+        spans = _spans(self.image, 0, offsets, self.image.bytes)
         set_checksums(spans)
         sums = [span.checksum for span in spans]
         count = len(self.image.matrices)
@@ -285,7 +328,7 @@ class _Job:
             key=self.key,
             arena_bytes=self.image.bytes,
             matrices=[
-                PackedMatrix((matrix.data or 0) - self.image.arena, matrix.encoding, sums[i])
+                PackedMatrix(offsets[i], matrix.encoding, sums[i])
                 for i, matrix in enumerate(self.image.matrices)
             ],
             arrays=sums[count:],
@@ -294,14 +337,19 @@ class _Job:
         )
 
 
-def _spans(image: Image, begin: int) -> ctypes.Array[es.Span]:
-    """Matrices and arrays, in memory and in a file whose weights begin at ``begin``."""
+def _spans(
+    image: Image, begin: int, offsets: Sequence[int], arena_bytes: int
+) -> ctypes.Array[es.Span]:
+    """Matrices that are not on demand, and arrays, in memory and in a file whose weights begin at
+    ``begin``: the matrices at ``offsets`` from there, the arrays behind ``arena_bytes``."""
     spans = []
-    for matrix in image.matrices:
+    for matrix, offset, on_demand in zip(image.matrices, offsets, image.on_demand, strict=True):
+        if on_demand:
+            continue
         panels = ns.round_up(matrix.n, ns.PANEL) // ns.PANEL
-        data = matrix.data or 0
-        spans.append(es.Span(data, begin + data - image.arena, 0, matrix.bytes // panels, panels))
-    offset = begin + image.bytes
+        unit = matrix.bytes // panels
+        spans.append(es.Span(matrix.data, begin + offset, 0, unit, panels))
+    offset = begin + arena_bytes
     for array in image.arrays:
         rows = array.shape[0] if array.dim() > 1 else 1
         spans.append(es.Span(array.data_ptr(), offset, 0, array.nbytes // rows, rows))

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -74,7 +75,7 @@ def _pack(deployment: Deployment, held: HeldModel, keys: Sequence[str]) -> None:
     keeper = keeper_of(deployment)
     assert keeper is not None, "only a device whose packed weights are kept asks for more"
     weights = ResidentWeights({}, {}, {})
-    weights.declare(held, 1, keeper)
+    weights.declare(replace(held, experts_on_demand=False), 1, keeper)
     kept = weights.sleeping[held.index]
     if [one.key for one in kept] != list(keys):
         raise ConfigError(f"{held.path} has changed since the server began")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crosspool.config.errors import ConfigError
 from crosspool.kernels import native_structs as ns
 from crosspool.kernels.engine import Team
 from crosspool.models.formats import HeldForm
@@ -32,6 +33,7 @@ from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
 from crosspool.weightpool.checkpoint import Checkpoint
 from crosspool.weightpool.dequantize import Coded
 from crosspool.weightpool.gguf_checkpoint import open_checkpoint
+from crosspool.weightpool.held_matrix import hold_codes
 from crosspool.weightpool.placement import held_form
 
 _LINE = 64
@@ -52,6 +54,8 @@ class _Declared:
     parts: list[tuple[TensorRef, Index]]
     dtype: torch.dtype
     finish: Pack
+    on_demand: bool = False
+    """Whether they are no part of what is in memory with the model."""
     form: HeldForm | None = None
     """The form in which the parts are read, of a matrix that is held as codes."""
     finish_codes: PackCodes | None = None
@@ -65,6 +69,10 @@ class _Declared:
             self.finish_codes(parts)
 
 
+class NotKept(ConfigError):
+    """Weights on demand that are not kept, or were damaged."""
+
+
 class PackedWeights:
     """One part of one model in packed form.
 
@@ -76,6 +84,9 @@ class PackedWeights:
 
     Every declaration has a stage: the layer that needs the tensors first, 0 for what all layers
     need, and the number of layers for the LM head. Weights are read in the order of their stages.
+
+    Matrices may be declared on demand. They have no room in the arena, and somebody else reads them
+    from where the packed weights are kept; such weights cannot be packed here.
     """
 
     def __init__(self, dtype: str) -> None:
@@ -86,6 +97,8 @@ class PackedWeights:
         self._matrices: list[ns.Matrix] = []
         self._arrays: list[Tensor] = []
         self._matrix_stages: list[int] = []
+        self._on_demand: list[bool] = []
+        """Whether each matrix is on demand."""
         self._array_stages: list[int] = []
         self._computed: list[tuple[Tensor, Callable[[], Tensor]]] = []
         self._team: Team | None = None
@@ -95,24 +108,43 @@ class PackedWeights:
         self.held_bytes = 0
         """Bytes of the arena that packed matrices take."""
         self.listing: list[TensorListing] = []
-        """Every tensor that is declared, by the checkpoint's names and shapes."""
+        """Every tensor that is declared, but for those on demand, by the checkpoint's names and
+        shapes."""
         self.was_kept = False
         """Whether they were read in packed form."""
 
+    @property
+    def count(self) -> int:
+        """The number of matrices that are declared so far."""
+        return len(self._matrices)
+
     def matrices(
-        self, stage: int, count: int, n: int, k: int, dtype: torch.dtype | None = None
+        self,
+        stage: int,
+        count: int,
+        n: int,
+        k: int,
+        dtype: torch.dtype | None = None,
+        *,
+        on_demand: bool = False,
     ) -> ctypes.Array[ns.Matrix]:
         """Returns ``count`` matrices of one shape in an array, to be filled by a declaration."""
-        return self.matrices_of(stage, [(n, k)] * count, dtype)
+        return self.matrices_of(stage, [(n, k)] * count, dtype, on_demand=on_demand)
 
     def matrices_of(
-        self, stage: int, shapes: Sequence[tuple[int, int]], dtype: torch.dtype | None = None
+        self,
+        stage: int,
+        shapes: Sequence[tuple[int, int]],
+        dtype: torch.dtype | None = None,
+        *,
+        on_demand: bool = False,
     ) -> ctypes.Array[ns.Matrix]:
         """The same for matrices [n, k] of different shapes."""
         number, count = NATIVE_DTYPES[dtype or self._dtype], len(shapes)
         array = (ns.Matrix * count)(*(ns.Matrix(None, n, k, number) for n, k in shapes))
         self._matrices += [array[i] for i in range(count)]
         self._matrix_stages += [stage] * count
+        self._on_demand += [on_demand] * count
         return array
 
     def stacked(
@@ -122,6 +154,7 @@ class PackedWeights:
         into: ns.Matrix | None = None,
         *,
         stage: int | None = None,
+        on_demand: bool = False,
     ) -> ns.Matrix:
         """Declares a matrix of tensors [n_i, k] that follow one another along n, and returns it.
 
@@ -140,7 +173,9 @@ class PackedWeights:
             self._pack_codes(matrix, joined(coded))
 
         form = self._hold_as_codes(matrix, parts)
-        self._declared.append(_Declared(layer, list(parts), dtype, finish, form, finish_codes))
+        self._declared.append(
+            _Declared(layer, list(parts), dtype, finish, on_demand, form, finish_codes)
+        )
         return matrix
 
     def gated(
@@ -149,6 +184,8 @@ class PackedWeights:
         gate: tuple[TensorRef, Index],
         up: tuple[TensorRef, Index],
         into: ns.Matrix,
+        *,
+        on_demand: bool = False,
     ) -> None:
         """Declares that a matrix of n = 2 x :func:`gated_columns` is filled from a gated MLP's gate
         and up."""
@@ -162,7 +199,9 @@ class PackedWeights:
             self._pack_codes(into, alternating(*coded))
 
         form = self._hold_as_codes(into, [gate, up])
-        self._declared.append(_Declared(layer, [gate, up], self._dtype, finish, form, finish_codes))
+        self._declared.append(
+            _Declared(layer, [gate, up], self._dtype, finish, on_demand, form, finish_codes)
+        )
 
     def floats(self, layer: int | None, part: TensorRef, *, stage: int | None = None) -> Tensor:
         """Declares a vector in float32, rounded to the model's dtype, and returns it."""
@@ -237,8 +276,13 @@ class PackedWeights:
             _listing(one.layer, ref, index, one.dtype, one.form)
             for one in self._declared
             for ref, index in one.parts
+            if not one.on_demand
         ]
-        self.plain_bytes = sum(round_up(matrix.bytes, _LINE) for matrix in self._matrices)
+        self.plain_bytes = sum(
+            round_up(matrix.bytes, _LINE)
+            for matrix, on_demand in zip(self._matrices, self._on_demand, strict=True)
+            if not on_demand
+        )
         self._base = self.arena.reserve(self.plain_bytes)
 
     def load(
@@ -247,7 +291,8 @@ class PackedWeights:
         """Reads everything from ``kept``, if it has it, or reads the checkpoint and packs it;
         ``progress`` is called with bytes read. No loop may run on the team.
 
-        Raises ConfigError when the checkpoint lacks a tensor or has another shape."""
+        Raises ConfigError when the checkpoint lacks a tensor or has another shape, and NotKept when
+        it would have to be packed and some of the weights are on demand."""
         checkpoint = open_checkpoint(path)
         self._team = team
         self.held_bytes = 0
@@ -259,6 +304,8 @@ class PackedWeights:
             self.held_bytes = image.bytes
             progress(sum(listing.bytes for listing in self.listing))
             return
+        if any(self._on_demand):
+            raise NotKept(f"{path} has no packed weights to read its experts from")
         self._pack(checkpoint, progress)
         if kept:
             kept.keep_later(form, self.image(), checkpoint.broken)
@@ -272,12 +319,9 @@ class PackedWeights:
                 [_declared(matrix) for matrix in self._matrices],
                 [(list(array.shape), str(array.dtype)) for array in self._arrays],
                 [
-                    (listing.name, listing.key, listing.dtype, _bounds(index))
-                    for listing, index in zip(
-                        self.listing,
-                        (index for one in self._declared for _, index in one.parts),
-                        strict=True,
-                    )
+                    (ref.name, ref.key, _held_as(one.dtype, one.form), _bounds(index))
+                    for one in self._declared
+                    for ref, index in one.parts
                 ],
             ),
         )
@@ -321,6 +365,7 @@ class PackedWeights:
             matrices=self._matrices,
             arrays=self._arrays,
             stages=self._matrix_stages + self._array_stages,
+            on_demand=self._on_demand,
         )
 
     def close(self) -> None:
@@ -343,9 +388,7 @@ class PackedWeights:
         form = forms.pop()
         if form is None or forms:
             return None
-        matrix.encoding = ns.GROUPED
-        matrix.codes, matrix.scales = ns.CODES[form.codes], ns.SCALE_TYPES[form.scales]
-        matrix.group, matrix.offset = form.group, ns.OFFSETS[form.offset]
+        hold_codes(matrix, form)
         return form
 
     def _held_dtype(self, ref: TensorRef) -> torch.dtype:
@@ -426,8 +469,12 @@ def _listing(
         key=ref.key,
         name=ref.name,
         shape=shape,
-        dtype=str(dtype).removeprefix("torch.") if form is None else form.codes,
+        dtype=_held_as(dtype, form),
         bytes=torch.Size(shape).numel() * dtype.itemsize
         if form is None
         else form.bytes(shape[0], shape[1]),
     )
+
+
+def _held_as(dtype: torch.dtype, form: HeldForm | None) -> str:
+    return str(dtype).removeprefix("torch.") if form is None else form.codes

@@ -14,6 +14,8 @@ from typing import Protocol
 from crosspool.config.errors import ConfigError
 from crosspool.kernels import engine_structs as es
 from crosspool.kernels.engine import Loop
+from crosspool.ranks.resident.experts import ExpertPool
+from crosspool.ranks.resident.ffn import PackedFFN
 from crosspool.ranks.resident.kept_weights import KeptWeights, OpenWeights
 from crosspool.ranks.resident.packing import BEFORE_ALL, PackedWeights
 from crosspool.weightpool.packed_file import DamagedFile, PackedTable
@@ -45,13 +47,22 @@ class Reading:
     :meth:`stop`."""
 
     def __init__(
-        self, loop: Loop, model: int, parts: Sequence[SleepingPart], packer: Sequence[str]
+        self,
+        loop: Loop,
+        model: int,
+        parts: Sequence[SleepingPart],
+        packer: Sequence[str],
+        pool: ExpertPool | None,
     ) -> None:
         """``packer``: the command that packs what the cache does not have. It ends with status 2
-        and a message on stderr when the checkpoint cannot be used."""
+        and a message on stderr when the checkpoint cannot be used. ``pool``: for the routed experts
+        of a part that has them on demand."""
         self._loop = loop
+        self._model = model
         self._parts = parts
         self._packer = packer
+        self._pool = pool
+        self._has_experts = False
         self._native = es.StagedReading(model=model)
         self._tables: list[PackedTable] = []
         self._process: subprocess.Popen[str] | None = None
@@ -83,6 +94,7 @@ class Reading:
                 for one in self._parts:
                     opened.append(self._opened(one))
                 self._check_unchanged([one.table for one in opened])
+                self._add_experts(opened)
                 self._read(opened)
                 return
             except (DamagedFile, OSError) as error:
@@ -105,20 +117,13 @@ class Reading:
             self._process.kill()
 
     def _pack_missing(self) -> None:
-        """Has a process pack the parts that the cache does not have."""
-        if all(one.kept.touch(one.key) for one in self._parts):
-            return
-        with subprocess.Popen(
-            self._packer, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ) as process:
+        def begun(process: subprocess.Popen[str]) -> None:
             self._process = process
             if self._stopped:
                 process.kill()
-            said = process.communicate()[1].strip()
+
+        pack_missing(self._parts, self._packer, begun)
         self._process = None
-        if process.returncode:
-            sys.stderr.write(said + "\n")
-            raise ConfigError(said.rpartition("\n")[2] or "packing its weights was ended")
 
     def _opened(self, one: SleepingPart) -> OpenWeights:
         """Raises DamagedFile."""
@@ -127,6 +132,18 @@ class Reading:
             raise DamagedFile("a file of packed weights was no file of these weights")
         one.part.weights.held_bytes = opened.image.bytes
         return opened
+
+    def _add_experts(self, opened: Sequence[OpenWeights]) -> None:
+        """Has the pool read routed experts from now on. It goes on with the first file where that
+        was damaged, since steps may be using it. Raises ConfigError, OSError."""
+        if self._has_experts:
+            return
+        for one, file in zip(self._parts, opened, strict=True):
+            if isinstance(one.part, PackedFFN) and one.part.on_demand:
+                if self._pool is None:
+                    raise ConfigError("there is no room for its experts: give expert_pool_bytes")
+                self._pool.add(self._model, one.part, file)
+        self._has_experts = True
 
     def _check_unchanged(self, tables: list[PackedTable]) -> None:
         """Raises DamagedFile when a second file has its weights elsewhere than the first, of which
@@ -163,6 +180,26 @@ class Reading:
             one.part.derive()
 
 
+def pack_missing(
+    parts: Sequence[SleepingPart],
+    packer: Sequence[str],
+    begun: Callable[[subprocess.Popen[str]], None] = lambda process: None,
+) -> None:
+    """Has a process pack the parts that the cache does not have; ``begun`` is called with it.
+
+    Raises ConfigError with what it says on stderr."""
+    if all(one.kept.touch(one.key) for one in parts):
+        return
+    with subprocess.Popen(
+        packer, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        begun(process)
+        said = process.communicate()[1].strip()
+    if process.returncode:
+        sys.stderr.write(said + "\n")
+        raise ConfigError(said.rpartition("\n")[2] or "packing its weights was ended")
+
+
 def _nothing() -> None:
     """Follows the last stage."""
 
@@ -175,7 +212,7 @@ def _stages(
     order = sorted(
         (stage, number, span.offset, i)
         for number, one in enumerate(opened)
-        for i, (stage, span) in enumerate(zip(one.image.stages, one.spans, strict=True))
+        for i, (stage, span) in enumerate(zip(one.stages, one.spans, strict=True))
     )
     checksums = [one.checksums for one in opened]
     stages: list[es.ReadStage] = []

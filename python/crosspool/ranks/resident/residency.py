@@ -12,7 +12,9 @@ from enum import Enum, auto
 from queue import Empty, SimpleQueue
 
 from crosspool.config.errors import ConfigError
+from crosspool.kernels import engine_structs as es
 from crosspool.kernels.engine import Loop
+from crosspool.ranks.resident.experts import ExpertPool
 from crosspool.ranks.resident.reading import Packer, Part, Reading, SleepingPart
 from crosspool.transport.messages import Slept, Waking, Woken
 
@@ -59,16 +61,20 @@ class SleepingModels:
         descriptor: int,
         packer: Packer,
         given_up: Callable[[int], None],
+        *,
+        pool: ExpertPool | None = None,
     ) -> None:
         """``models``: the device's parts of each model that it has a share of, and where their
         weights are kept; None: nowhere. ``descriptor``: an eventfd that is written to when
         :meth:`news` has some.
-        ``given_up`` is called in a thread after the weights of a model went."""
+        ``given_up`` is called in a thread after the weights of a model went. ``pool``: for routed
+        experts on demand."""
         self._models = {index: _Model(*parts) for index, parts in models.items()}
         self._loop = loop
         self._descriptor = descriptor
         self._packer = packer
         self._given_up = given_up
+        self._pool = pool
         self._ended: SimpleQueue[tuple[int, str | None]] = SimpleQueue()
         """Models whose thread is done, and why they could not be read."""
         self._news: list[Waking | Woken | Slept] = []
@@ -99,7 +105,8 @@ class SleepingModels:
             return
         model.state, model.error = _State.WAKING, None
         keys = [one.key for one in model.kept]
-        model.reading = Reading(self._loop, index, model.kept, self._packer(index, keys))
+        packer = self._packer(index, keys)
+        model.reading = Reading(self._loop, index, model.kept, packer, self._pool)
         for part in model.parts:
             self._loop.set_present(index, part.native, 0)
         self._start(index, self._read)
@@ -109,6 +116,9 @@ class SleepingModels:
         model = self._models[index]
         if model.state is _State.ASLEEP:
             self._tell(Slept(model=index))
+            return
+        if model.state is _State.ENDING and model.error is not None:
+            model.error = None  # it goes already, since an expert could not be read
             return
         self._expect(index, _State.RESIDENT)
         model.state = _State.ENDING
@@ -128,6 +138,7 @@ class SleepingModels:
                 break
             self._threads.pop(index).join()
             self._end(index, error)
+        self._look_at_experts()
         now = time.monotonic()
         for index, model in self._models.items():
             if model.reading is not None and now >= model.tell_at:
@@ -150,9 +161,28 @@ class SleepingModels:
         for thread in self._threads.values():
             thread.join()
 
+    def _look_at_experts(self) -> None:
+        """Gives up a model of which an expert could not be read. Steps that need its experts are
+        refused; it is packed anew when it is woken."""
+        if self._pool is None or (failure := self._pool.failure()) is None:
+            return
+        index, error = failure
+        model = self._models[index]
+        for one in model.kept or ():
+            if one.part.native == es.FFN_WEIGHTS:
+                one.kept.discard(one.key, error)
+        text = f"its packed weights cannot be read: {error.strerror}"
+        if model.state is _State.RESIDENT:
+            model.state, model.error = _State.ENDING, text
+            self._loop.push_close(index, refuse=True)
+        elif model.reading is not None:
+            model.error = text
+            model.reading.stop()
+
     def _end(self, index: int, error: str | None) -> None:
         """A thread is done."""
         model = self._models[index]
+        error = error if model.error is None else model.error
         if model.state is _State.WAKING and error is None:
             model.state, model.reading = _State.RESIDENT, None
             self._news.append(Woken(model=index))
@@ -178,6 +208,8 @@ class SleepingModels:
         return None
 
     def _drop(self, index: int) -> None:
+        if self._pool is not None:
+            self._pool.remove(index)
         for part in self._models[index].parts:
             part.weights.arena.drop()
         self._given_up(index)

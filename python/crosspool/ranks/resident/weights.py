@@ -42,7 +42,9 @@ class ResidentWeights:
         if held.attention:
             self.attention[held.index] = PackedAttention(held.spec, held.path, positions)
         if held.ffn is not None:
-            self.ffn[held.index] = PackedFFN(held.spec, held.path, held.ffn)
+            self.ffn[held.index] = PackedFFN(
+                held.spec, held.path, held.ffn, on_demand=held.experts_on_demand
+            )
         if keeper is None:
             return
         checkpoint = open_checkpoint(held.path)
