@@ -112,8 +112,10 @@ class Bench:
             shares.append(
                 sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) / TOKENS
             )
+        name = f"greedy tokens of {kind} that are llama.cpp's, before the first other one"
+        self._progress.console.print(f"{name}: {fmean(shares):.0%}")
         self._recorder.add(
-            f"greedy tokens of {kind} that are llama.cpp's, before the first other one",
+            name,
             shares,
             "share",
             parameters={"prompts": PROMPTS, "tokens": TOKENS},
