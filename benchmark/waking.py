@@ -205,9 +205,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of records")
     given = parser.parse_args(words)
     rounds = 1 if given.quick else given.rounds
+    recorder = Recorder("waking", told=_tell)  # which counts the cores that may be used
     keep_off([Device("cpu:0")])  # as the launcher does
     paths = models(2, tiny=given.quick, layers=given.layers)
-    recorder = Recorder("waking", told=_tell)
     table = Table("wake", "GB/s", "file alone, GB/s", "share", "TBT P50", "TBT P99")
     with (
         tempfile.TemporaryDirectory(prefix="crosspool-waking-", dir=paths[0].parent) as cache,

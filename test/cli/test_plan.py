@@ -341,3 +341,18 @@ def test_weights_as_codes_need_cpus(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = called(capsys, *PAPER, *FIVE, *RATE, "--weights", "int4")
     assert status == 2
     assert "--weights: only CPUs hold weights as codes" in err
+
+
+def test_a_weight_pool_for_fewer_models(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = [*(f"{name}={DEMO / name}" for name in TINY), "--devices", "1GB"]
+    words += ["--rate", "2", "--popularity", "zipf:1", "--prompt", "100", "--output", "20"]
+    words += ["--weight-pool-bytes", "6MB", "--wake-bytes-per-s", "1GB", *QUICK]
+    file = tmp_path / "deployment.yaml"
+    status, out, err = called(capsys, *words, "--yaml", str(file), "--device-names", "cpu")
+    assert status == 0, err
+    assert "find it resident" in out and "are woken per hour" in out
+    assert read(file).weight_pool_bytes == 6_000_000
+    found = planned(capsys, *words)["residency"]["found"]
+    assert 0.2 < found["hit_share"] < 1 and len(found["models"]) == 3
+    status, _, err = called(capsys, *words, "--weight-pool-bytes", "1MB")
+    assert status == 2 and "could never be resident" in err and "Traceback" not in err

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,25 @@ import psutil
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from support.fleet import (
+    DEEPSEEK,
+    FFN_BYTES,
+    FLAGS,
+    FOR_TWO,
+    GLM,
+    PROMPT,
+    QWEN,
+    do,
+    generate,
+    restarts,
+    state_of,
+    told_of,
+)
 from support.server import DEMO, TINY_MODELS, Server, two_device_flags
 from support.streams import Ask, Load, asks
 
-QWEN, DEEPSEEK, GLM = TINY_MODELS
-FFN_BYTES = {QWEN: 6_307_840, DEEPSEEK: 5_025_792, GLM: 4_583_520}
-FOR_TWO = FFN_BYTES[QWEN] + FFN_BYTES[DEEPSEEK]
-"""Bytes of the smallest weight pool that holds any two of the models."""
-FLAGS = ("--dtype", "float32", "--kv-pool-bytes", "64MiB", "--packed-cache-bytes", "1GiB")
 QUANTUM = 0.4
 """Seconds for which a model stays in the weight pool of ``cramped`` at least."""
-PROMPT = "The import statement combines two operations; it searches for the named module. " * 4
 
 
 @pytest.fixture(scope="module")
@@ -46,32 +54,6 @@ def fleet(packed: Path) -> Iterator[Server]:
         states = {model: told["state"] for model, told in told_of(running).items()}
         assert sorted(states.values()) == ["asleep", "resident", "resident"]  # no warm-up woke one
         yield running
-
-
-def told_of(server: Server) -> dict[str, Any]:
-    return {model["name"]: model for model in server.get("/crosspool/models")}
-
-
-def state_of(server: Server, model: str) -> str:
-    return str(told_of(server)[model]["state"])
-
-
-def restarts(server: Server) -> int:
-    return sum(device["restarts"] for device in server.get("/crosspool/status")["devices"])
-
-
-def do(server: Server, what: str, model: str, body: Any = None) -> Any:
-    status, text = server.manage(f"/crosspool/models/{model}/{what}", body)
-    assert status == 200, text
-    return json.loads(text)
-
-
-def generate(server: Server, model: str, prompt: str = PROMPT) -> Any:
-    sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
-    body = {"text": prompt, "sampling_params": sampling}
-    status, answer = server.post(f"/m/{model}/generate", body)
-    assert status == 200, answer
-    return answer
 
 
 def tokens(server: Server, requests: Sequence[Ask]) -> list[list[int]]:
@@ -98,14 +80,39 @@ def test_requests_of_sleeping_models_wait_and_get_the_tokens_they_would_have_had
 
 
 def test_the_prefix_cache_survives_sleep(fleet: Server) -> None:
-    first = generate(fleet, GLM)
-    again = generate(fleet, GLM)
-    assert again["meta_info"]["cached_tokens"] > 32
-    assert do(fleet, "sleep", GLM)["state"] == "asleep"
+    """Of requests with a common beginning, as many tokens are found in the cache when their model
+    sleeps before each of them as when it never does, by word or since others need its room."""
+
+    def answers(before: Callable[[], None]) -> list[tuple[list[int], int]]:
+        assert fleet.manage(f"/m/{GLM}/flush_cache")[0] == 200
+        found = []
+        for number in range(4):
+            before()
+            answer = generate(fleet, GLM, PROMPT + f"{number} more words follow. " * (number % 2))
+            found.append((answer["output_ids"], answer["meta_info"]["cached_tokens"]))
+        return found
+
+    def sleep() -> None:
+        assert do(fleet, "sleep", GLM)["state"] == "asleep"
+
+    def give_way() -> None:
+        for keep in ("pinned", "demand"):
+            for model in (QWEN, DEEPSEEK):
+                do(fleet, "pin", model, {"keep": keep})
+        for model in (QWEN, DEEPSEEK):
+            generate(fleet, model)
+        assert state_of(fleet, GLM) == "asleep"
+
+    do(fleet, "wake", GLM)
+    expected = answers(lambda: None)
+    cached = [tokens for _, tokens in expected]
+    assert cached[0] == 0 and min(cached[1:]) > 32
+    for before in (sleep, give_way):
+        wakes = told_of(fleet)[GLM]["wakes"]
+        assert answers(before) == expected
+        assert told_of(fleet)[GLM]["wakes"] == wakes + 4
+    sleep()
     assert told_of(fleet)[GLM]["kv_bytes"] > 0
-    woken = generate(fleet, GLM)  # by the request itself
-    assert woken["output_ids"] == again["output_ids"] == first["output_ids"]
-    assert woken["meta_info"]["cached_tokens"] == again["meta_info"]["cached_tokens"]
 
 
 def test_models_sleep_and_wake_beside_streams_of_another(fleet: Server) -> None:

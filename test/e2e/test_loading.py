@@ -8,17 +8,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from crosspool.config.runtime_dir import find_running
-from support.server import DEMO, TINY_MODELS, Server
+from support.fleet import DEEPSEEK, GLM, QWEN, bring, generate, take, told_of
+from support.server import DEMO, Server
 from support.streams import Load, asks
-
-QWEN, DEEPSEEK, GLM = TINY_MODELS
-ROUTE = "/crosspool/models"
-PROMPT = "The import statement combines two operations; it searches for the named module. " * 4
 
 
 @pytest.fixture(scope="module")
@@ -31,32 +27,6 @@ def changing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags += ["--restart-limit", "100"]
     with Server(flags, models=[QWEN]) as running:
         yield running
-
-
-def bring(server: Server, name: str, model: str, **options: Any) -> tuple[int, Any]:
-    """Status and body of the answer to a load."""
-    body = {"path": str(DEMO / model), "name": name, "dtype": "float32", **options}
-    with server.admin() as client:
-        answer = client.post(ROUTE, json=body, timeout=120)
-        return answer.status_code, answer.json()
-
-
-def take(server: Server, name: str) -> tuple[int, Any]:
-    with server.admin() as client:
-        answer = client.delete(f"{ROUTE}/{name}", timeout=120)
-        return answer.status_code, answer.json()
-
-
-def told_of(server: Server) -> dict[str, Any]:
-    return {model["name"]: model for model in server.get(ROUTE)}
-
-
-def generate(server: Server, model: str) -> Any:
-    sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
-    body = {"text": PROMPT, "sampling_params": sampling}
-    status, answer = server.post(f"/m/{model}/generate", body)
-    assert status == 200, (answer, server.log[-3000:])
-    return answer
 
 
 def is_as_at_the_start(server: Server) -> bool:

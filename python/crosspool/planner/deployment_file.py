@@ -71,8 +71,11 @@ def deployment_yaml(
         "page_size": request.page_size,
         "chunk_bytes": request.chunk_bytes,
     }
-    for field in ("page_size", "chunk_bytes"):
-        if data[field] == getattr(PlanRequest, field):
+    if request.models_sleep:
+        data["weight_pool_bytes"] = request.weight_pool_bytes
+        data["residency_quantum"] = request.residency_quantum
+    for field in ("page_size", "chunk_bytes", "residency_quantum"):
+        if data.get(field) == getattr(PlanRequest, field):
             del data[field]
     head = (
         f"# crosspool plan: P{100 * plan.quantile:g} of KV demand at "

@@ -20,11 +20,12 @@ from crosspool.planner.demand.kv_model import KVModel
 from crosspool.planner.demand.monte_carlo import DemandSamples, monte_carlo
 from crosspool.planner.demand.peaks import peak_report
 from crosspool.planner.demand.replay import ReplayDemand, replay
-from crosspool.planner.devices.groups import FFNLoad, group
+from crosspool.planner.devices.groups import FFNLoad, everywhere, group
 from crosspool.planner.devices.parallelism import parallelism, served
 from crosspool.planner.devices.systems import System, crosspool
 from crosspool.planner.monolithic import shared_monolithic
 from crosspool.planner.request import PlanRequest
+from crosspool.planner.residency import residency_plan
 from crosspool.planner.result import ModelPlan, Plan, Saved
 
 _CURVE_POINTS = 200
@@ -35,7 +36,7 @@ def make_plan(request: PlanRequest) -> Plan:
     right."""
     shapes = [model.shape for model in request.models]
     shared, kv_devices, weight_devices, weight_needed = _split(request)
-    beside = sum(shape.ffn_bytes for shape in shapes) if shared else 0
+    beside = request.pooled_ffn_bytes if shared else 0
     system = crosspool(shapes, kv_devices, request.devices, beside)
     _check_room(request, system, shared)
     longest = [longest_in(request, index, system.free[0]) for index in range(len(shapes))]
@@ -71,7 +72,10 @@ def make_plan(request: PlanRequest) -> Plan:
         shared_monolithic(request, wanted),
         pooled(request, system, (tuple(range(kv_devices)),) * len(shapes), needed),
     )
-    groups = group(_ffn_loads(request), weight_devices, request.devices.usable_for_weights)
+    if request.models_sleep:
+        groups = everywhere(_ffn_loads(request), weight_devices, request.pooled_ffn_bytes)
+    else:
+        groups = group(_ffn_loads(request), weight_devices, request.devices.usable_for_weights)
     return Plan(
         devices=request.devices,
         shared_device=shared,
@@ -110,6 +114,7 @@ def make_plan(request: PlanRequest) -> Plan:
             for index, model in enumerate(request.models)
         ),
         groups=groups,
+        residency=residency_plan(request, kv_devices, weight_devices, shared=shared),
         systems=systems,
         saved=_saved(budget, systems),
         peaks=(
@@ -127,7 +132,7 @@ def _split(request: PlanRequest) -> tuple[bool, int, int, int]:
     """Returns whether the pools share one device, the numbers of KV pool and of weight pool
     devices, and the number that the weight pool needs."""
     devices = request.devices
-    ffn = sum(model.shape.ffn_bytes for model in request.models)
+    ffn = request.pooled_ffn_bytes
     room = devices.usable_for_weights
     if room < 1:
         raise ConfigError("weight device reserve: it leaves no room for FFN weights; lower it")
@@ -142,7 +147,7 @@ def _split(request: PlanRequest) -> tuple[bool, int, int, int]:
     if weight < needed or kv < 1 or kv + weight > devices.count:
         given = request.kv_pool_devices or 1
         raise ConfigError(
-            f"devices {devices.count}: the FFN weights take {format_size(ffn)}, so they need "
+            f"devices {devices.count}: the weight pool takes {format_size(ffn)}, so it needs "
             f"{needed} device(s) with room for {format_size(room)} each, and the KV pool needs "
             f"{given}: give at least {needed + given}, larger devices, or fewer models"
             + (
@@ -159,7 +164,7 @@ def _check_room(request: PlanRequest, system: System, shared: bool) -> None:
     if system.free[0] >= request.chunk_bytes:
         return
     attention = sum(model.shape.attention_bytes for model in request.models)
-    ffn = sum(model.shape.ffn_bytes for model in request.models)
+    ffn = request.pooled_ffn_bytes
     held = f"attention weights of all models ({format_size(attention)})"
     if shared:
         held += f" and, as both pools share it, the FFN weights ({format_size(ffn)})"

@@ -12,6 +12,7 @@ from crosspool.planner.demand.quantile import QuantileEstimate
 from crosspool.planner.devices.groups import Groups
 from crosspool.planner.devices.parallelism import Parallelism
 from crosspool.planner.devices.systems import EqualDevices
+from crosspool.planner.residency import ResidencyPlan
 
 
 class ModelPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +79,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The exact quantile over the trace's own time; None without arrival times."""
     models: tuple[ModelPlan, ...]
     groups: Groups
+    residency: ResidencyPlan | None
+    """What requests find in the weight pool; None where it holds all models."""
     systems: tuple[SystemPlan, ...]
     """Results of static partition, monolithic serving with shared KV memory, and CrossPool."""
     saved: Saved

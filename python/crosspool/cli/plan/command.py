@@ -70,6 +70,13 @@ def _plan(arguments: argparse.Namespace) -> None:
         traffic=traffic,
         kv_pool_devices=arguments.kv_pool_devices,
         weight_pool_devices=arguments.weight_pool_devices,
+        weight_pool_bytes=(
+            None
+            if arguments.weight_pool_bytes is None
+            else size_of(arguments.weight_pool_bytes, "--weight-pool-bytes")
+        ),
+        wake_bytes_per_s=size_of(arguments.wake_bytes_per_s, "--wake-bytes-per-s"),
+        residency_quantum=arguments.residency_quantum,
         quantile=arguments.quantile,
         level=arguments.level,
         samples=arguments.samples,

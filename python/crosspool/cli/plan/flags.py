@@ -29,6 +29,8 @@ examples:
       --output 200 --context code=32768 --yaml deployment.yaml
   crosspool plan Qwen3-30B-A3B GLM-4.7-Flash DeepSeek-V2-Lite --weights int4 --devices 64GB \\
       --device-names cpu --rate 0.2 --lengths azure-conversation
+  crosspool plan 20xQwen3-30B-A3B --devices 6x141GB --weight-pool-bytes 300GB --rate 0.5 \\
+      --popularity openrouter --lengths azure-conversation
   crosspool plan --reproduce figure6 --plot figure6.svg
   crosspool plan --catalogue
 """
@@ -84,6 +86,27 @@ def _add_devices(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="N",
         help="devices of the weight pool (default: the fewest that hold the FFN weights)",
+    )
+    group.add_argument(
+        "--weight-pool-bytes",
+        metavar="SIZE",
+        help="memory for FFN weights over the whole weight pool; models sleep where it holds fewer "
+        "of them than there are (default: room for all)",
+    )
+    group.add_argument(
+        "--wake-bytes-per-s",
+        default="2GB",
+        metavar="SIZE",
+        help="bytes per second at which a device reads the weights of a model that is woken "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--residency-quantum",
+        type=float,
+        default=PlanRequest.residency_quantum,
+        metavar="SECONDS",
+        help="time for which a woken model with requests keeps its room while others wait for it "
+        "(default: %(default)g)",
     )
     group.add_argument(
         "--device-reserve",

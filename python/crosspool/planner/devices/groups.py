@@ -98,6 +98,21 @@ def group(models: Sequence[FFNLoad], devices: int, bytes_per_device: int) -> Gro
     return search.result(found)
 
 
+def everywhere(models: Sequence[FFNLoad], devices: int, pool_bytes: int) -> Groups:
+    """Puts every model on all devices, where they hold ``pool_bytes`` of them at a time: models
+    that take each other's room share all of it."""
+    run = tuple(range(devices))
+    table = _Table(models, devices)
+    for index in range(len(models)):
+        table.add(index, run, 1)
+    return Groups(
+        devices=(run,) * len(models),
+        device_bytes=(pool_bytes // devices,) * devices,
+        device_load=tuple(float(load) for load in table.sums[1]),
+        cost=table.cost(),
+    )
+
+
 def cost(models: Sequence[FFNLoad], places: Sequence[Sequence[int]], devices: int) -> Cost:
     """Returns the cost of an arrangement; ``places`` has the devices of each model."""
     table = _Table(models, devices)

@@ -9,6 +9,7 @@ from rich.text import Text
 from crosspool.config.sizes import format_size
 from crosspool.planner.compare import SystemPlan
 from crosspool.planner.demand.peaks import PeakReport
+from crosspool.planner.residency import ResidencyPlan
 from crosspool.planner.result import ModelPlan, Plan
 
 SYSTEM_NAMES = {
@@ -21,6 +22,8 @@ _MODELS_SHOWN = 24
 
 def plan_tables(plan: Plan) -> Group:
     parts: list[RenderableType] = [_pools(plan), _budget(plan), Text(), _models(plan)]
+    if plan.residency is not None:
+        parts += [Text(), _residency(plan, plan.residency), Text()]
     parts += [_reasons(plan), Text(), _systems(plan), _saved(plan)]
     if plan.peaks is not None:
         parts += [Text(), _peaks(plan.peaks)]
@@ -133,6 +136,38 @@ def _models(plan: Plan) -> Table:
 
 def _span(devices: tuple[int, ...]) -> str:
     return f"{devices[0]}" if len(devices) == 1 else f"{devices[0]}-{devices[-1]}"
+
+
+def _residency(plan: Plan, residency: ResidencyPlan) -> Group:
+    found = residency.found
+    every = sum(model.ffn_bytes for model in plan.models)
+    made = table(
+        f"Residency: the weight pool holds {format_size(residency.weight_pool_bytes)} of "
+        f"{format_size(every)}",
+        "model",
+        "requests/s",
+        "find it resident",
+        "wakes / hour",
+        "TTFT longer by",
+    )
+    for planned, model in list(zip(plan.models, found.models, strict=True))[:_MODELS_SHOWN]:
+        made.add_row(
+            model.name,
+            number(planned.rate),
+            "" if model.hit_share is None else share(model.hit_share),
+            number(model.wakes_per_hour),
+            "" if model.wait_s is None else f"{number(model.wait_s)} s",
+        )
+    lines = [
+        f"{share(found.hit_share)} of the requests find their model resident, and "
+        f"{number(found.wakes_per_hour)} models are woken per hour. TTFT is "
+        f"{number(found.wait_s)} s longer in the mean, {number(found.wait_p99_s)} s at P99, and "
+        f"{number(found.missed_wait_s)} s in the mean of requests that find their model asleep",
+        f"(the server's own rule over {found.requests:,} simulated requests in "
+        f"{found.seconds / 3600:.3g} hours; weights are read at "
+        f"{format_size(residency.wake_bytes_per_s)}/s)",
+    ]
+    return Group(made, Text("\n".join(lines)))
 
 
 def _reasons(plan: Plan) -> Text:
