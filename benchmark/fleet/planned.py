@@ -116,10 +116,11 @@ def simulated(
         Visit(request.arrival, names.index(request.model), float(service))
         for request, service in zip(load, services, strict=True)
     ]
-    ffn, attention = (dict.fromkeys(range(len(names)), size) for size in sizes)
+    ffn, attention = sizes
+    every = range(len(names))
     places = [
-        WeightPlace(0, "ffn", room * sizes[0], ffn),
-        WeightPlace(0, "attention", room * sizes[1], attention),
+        WeightPlace(0, "ffn", room * ffn, dict.fromkeys(every, ffn)),
+        WeightPlace(0, "attention", room * attention, dict.fromkeys(every, attention)),
     ]
     found = serve(
         visits,

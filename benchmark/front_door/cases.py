@@ -60,7 +60,7 @@ _TEXT = "The import statement"
 NEVER = {
     "/pause_generation": "stops every model until somebody continues it",
     "/configure_logging": "writes prompts into a folder of the caller's choice",
-    "/update_weights_from_disk": "ends every request before it answers",
+    "/update_weights_from_disk": "has a folder of the caller's choice served",
     "/update_weight_version": "ends every request before it answers",
     "/start_profile": "writes profiles into a folder of the caller's choice",
 }

@@ -7,14 +7,17 @@ import json
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 from aiohttp import web
 
-from benchmark.fleet import beside, cycles, popularity
+from benchmark.client import Answer
+from benchmark.fleet import beside, cycles, planned, popularity, prefixes, registered
 from benchmark.fleet.completions import Completion, Outcome, Sent, send
 from benchmark.fleet.served import States, sizes
 from benchmark.server import DEMO
 from benchmark.usage import Usage
+from benchmark.workload import Request
 
 NAMES = ("a", "b", "c", "d")
 
@@ -119,3 +122,55 @@ def test_streams_of_completions_are_timed_and_broken_ones_are_told() -> None:
 def test_sizes_are_those_of_the_placement() -> None:
     ffn, attention = sizes(DEMO / "tiny-qwen3-moe")
     assert ffn > attention > 0
+
+
+def answer(ttft: float, cached: int, tokens: list[int]) -> Answer:
+    made = Answer(Request(0.0, "a", [1] * 100, 2), status=200, tokens=tokens)
+    made.pieces, made.prompt_tokens, made.cached_tokens = [(ttft, 2)], 100, cached
+    return made
+
+
+def test_prefixes_are_compared_with_those_of_a_model_that_never_slept() -> None:
+    result = prefixes.Result()
+    result.answers = {
+        "never slept": [answer(1.0, 64, [1, 2]), answer(2.0, 96, [3, 4])],
+        "slept": [answer(1.5, 64, [1, 2]), answer(2.5, 96, [3, 5])],
+        "cache lost": [answer(4.0, 0, [1, 2]), answer(5.0, 0, [3, 4])],
+    }
+    assert [result.hit_rate(case) for case in prefixes.CASES] == [0.8, 0.8, 0.0]
+    assert [result.differing(case) for case in prefixes.CASES] == [0, 1, 0]
+    assert result.ttft("slept") == [1.5, 2.5]
+    assert "slept: 80.0% of prompt tokens cached" in prefixes.told(result)
+
+
+def test_registered_models_are_counted_by_the_difference_of_two_servers() -> None:
+    result = registered.Result(10)
+    for case, seconds, memory in (("one model", 20.0, 1000), ("among others", 21.5, 21000)):
+        held = cycles.Held(memory=memory, descriptors=9, threads=7)
+        result.start_seconds[case] = seconds
+        result.holdings[case] = cycles.Holding({"crosspool::http": held}, 3, 4)
+    result.per_token = {"one model": [1.0, 2.0, 4.0], "among others": [1.1, 2.0, 5.0]}
+    assert result.bytes_per_model == 2000
+    assert result.seconds_per_model == pytest.approx(0.15)
+    assert result.ratios == pytest.approx([1.1, 1.0, 1.25])
+    assert "ratio in pairs 1.100" in registered.told(result)
+
+
+def test_a_fleet_is_compared_with_its_plan() -> None:
+    load = [Completion(float(second), NAMES[second // 4 % 2], "x", 2) for second in range(0, 40, 4)]
+    learned = planned.Learned(wake_bytes_per_s=10.0, ttft=0.25, service=[1.0])
+    figures = planned.simulated(
+        load, NAMES[:2], 1, (10, 5), learned,
+        after=8.0, quantum=10.0, rng=np.random.default_rng(0),
+    )  # fmt: skip
+    # each finds the other one resident, and waits for 15 bytes
+    assert list(figures.values()) == pytest.approx([0.0, 8 * 3600 / 28, 1.75, 1.75])
+    outcomes = [outcome("a", 0.0, 0.5), outcome("b", 1.0, 3.0), outcome("a", 2.0, None)]
+    sent = Sent(outcomes, 0.0, 9.0)
+    found = planned.measured(sent, ["resident", "asleep", "waking"], 2, 36.0)
+    assert list(found.values()) == pytest.approx([1 / 3, 200.0, 1.25, 2.0])
+    usage: Any = Usage.__new__(Usage)
+    result = planned.Result(
+        learned, {name: (1.0, 10.0) for name in figures}, figures, found, 3, {}, usage
+    )
+    assert [result.is_within(name) for name in figures] == [False, False, True, True]

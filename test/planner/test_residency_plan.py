@@ -23,7 +23,7 @@ NAMES = [f"model {number}" for number in range(8)]
 
 def planned(pool: int | None, *, count: int = 2, **changes: object) -> Plan:
     speed = DecodeSpeed(tbt_s=0.01)
-    rates = 0.5 * openrouter(len(NAMES))
+    rates = 0.1 * openrouter(len(NAMES))
     traffic = by_lengths(PUBLISHED["azure-conversation"], rates, NAMES, 2000, 0, speed=speed)
     values: dict = {
         "models": tuple(PlanModel(name=name, shape=SHAPE, context=4096) for name in NAMES),
@@ -59,7 +59,7 @@ def test_figures_fit_together() -> None:
     plan = planned(3 * SHAPE.ffn_bytes)
     told = found(plan)
     assert 17_000 < told.requests < 19_000  # of 20,000, a tenth of which warms up
-    assert told.requests / told.seconds == pytest.approx(0.5, rel=0.05)
+    assert told.requests / told.seconds == pytest.approx(0.1, rel=0.05)
     assert told.wait_s == pytest.approx((1 - told.hit_share) * told.missed_wait_s)
     rates = np.array([model.rate for model in plan.models]) / plan.rate
     shares = np.array([model.hit_share for model in told.models], dtype=float)
@@ -68,7 +68,7 @@ def test_figures_fit_together() -> None:
     wakes = sum(model.wakes_per_hour for model in told.models)
     assert wakes == pytest.approx(told.wakes_per_hour)
     # each wake is at most for the first of the requests that find the model asleep
-    assert told.wakes_per_hour <= (1 - told.hit_share) * 0.5 * 3600
+    assert told.wakes_per_hour <= (1 - told.hit_share) * 0.1 * 3600
     seconds = (SHAPE.ffn_bytes + SHAPE.attention_bytes) / 10e9
     assert told.missed_wait_s > 0.8 * SHAPE.ffn_bytes / 10e9
     assert told.missed_wait_s < 20 * seconds

@@ -519,14 +519,16 @@ class Simulation:
             assert output.completion_tokens == len(self.tokens(output.rid))
         self.changes += self.core.drain_changes()
 
-    def load(self, each: ModelSpec, name: str = "further", **options: Any) -> int:
+    def load(
+        self, each: ModelSpec, name: str = "further", replaces: int | None = None, **options: Any
+    ) -> int:
         """Adds a model; returns its number."""
         number = self.core.take_number()
         self.specs[number] = each
         self.grammars.append(ToyGrammars())
         config = ModelConfig(name=name, path="/none", **options)
         tools = ModelTools(spec=each, decoder=WordDecoder(), grammars=self.grammars[-1])
-        self.core.add_model(number, config, tools)
+        self.core.add_model(number, config, tools, replaces)
         self.devices.know(number, self.core.deployment.with_model(number, config), self.specs)
         self.schedule()
         return number

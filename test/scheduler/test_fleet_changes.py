@@ -371,3 +371,38 @@ def test_a_thousand_models_come_and_leave_and_leave_nothing():
     assert max(map(len, kept)) <= 1
     assert roster.residency._held._failed == set()
     sim.assert_empty()
+
+
+@pytest.mark.parametrize("error", [None, "its folder is gone"])
+def test_another_model_of_the_name_takes_the_room_of_one_that_is_pinned(error):
+    """Nobody else is refused the name, and where it cannot be woken, all is as before."""
+    of_one = place(deployment(1), {0: spec()}).pool_bytes
+    sim = simulation(weight_pool_bytes=of_one)
+    sim.core.pin(0, "pinned")
+    number = sim.load(spec(), name="model0", replaces=0)
+    with pytest.raises(ConfigError, match="there is a model of this name"):
+        sim.load(spec(), name="model0")
+    sim.follow()
+    assert not sim.core.is_resident(number)
+    sim.core.begin_replacing(0, number)
+    sim.schedule()
+    sim.follow(error)
+    asked = request("a", 10, 8)
+    if error is None:
+        assert sim.core.is_resident(number) and not sim.core.is_resident(0)
+    else:
+        with pytest.raises(ValueError, match="cannot be read: its folder is gone"):
+            sim.core.is_resident(number)
+        sim.core.end_replacing(0)
+        sim.schedule()
+        sim.follow()
+        assert sim.core.is_resident(0)
+        with pytest.raises(ValueError, match="is pinned"):
+            sim.core.sleep(0)
+    sim.add(asked)  # the one that is there already goes on until it is unloaded
+    sim.follow()
+    sim.run()
+    assert sim.tokens("a") == expected_tokens(asked, sim.specs[0])
+    sim.unload(0)
+    sim.follow()
+    assert ModelRemoved(0) in sim.changes

@@ -74,24 +74,33 @@ class Scheduler:
         self.ready = True
         self.lacks: set[int] = set()
         """Models of the file that it does not serve."""
-        self.unloads: list[tuple[str, float]] = []
+        self.unloads: list[tuple[str | int, float]] = []
+        self.former: set[int] = set()
+        """Models in whose place others are served."""
         self.may_unload = asyncio.Event()
         self.may_unload.set()
 
-    async def load(self, config: ModelConfig) -> int:
+    async def load(self, config: ModelConfig, *, replaces: bool = False) -> int:
         if self.refuses is not None:
             raise self.refuses
         number = self.deployment.free_number()
-        self.write(self.deployment.with_model(number, config))
+        deployment = self.deployment.with_model(number, config)
+        if replaces:
+            (old,) = (n for n, name in self.deployment.names.items() if name == config.name)
+            self.former.add(old)
+            deployment = deployment.without_model(old)
+        self.write(deployment)
         return number
 
-    async def unload(self, model: str, timeout: float) -> None:
+    async def unload(self, model: str | int, timeout: float) -> None:
         self.unloads.append((model, timeout))
         if self.refuses is not None:
             raise self.refuses
         await self.may_unload.wait()
+        if isinstance(model, int):
+            return self.former.remove(model)
         number = next(n for n, name in self.deployment.names.items() if name == model)
-        self.write(self.deployment.without_model(number))
+        return self.write(self.deployment.without_model(number))
 
     def write(self, deployment: Deployment) -> None:
         self.deployment = deployment
@@ -329,10 +338,10 @@ def test_the_servers_own_time_to_end_may_be_long(tmp_path: Path) -> None:
 
 
 def test_each_application_works_on_what_goes_to_all(bed: Bed) -> None:
-    found: list[dict[str, int]] = []
+    found: list[int] = []
 
     async def noting(scope: Any, receive: Any, send: Any) -> None:
-        found.append(dict(bed.state.in_flight))
+        found.append(bed.state.in_flight.total())
         await JSONResponse([])(scope, receive, send)
 
     async def test() -> None:
@@ -341,7 +350,7 @@ def test_each_application_works_on_what_goes_to_all(bed: Bed) -> None:
             cast("Any", model).context_length = 16
             cast("Any", model).longest_token, cast("Any", model).vocabulary = 4, 32
         assert (await bed.call("POST", "/flush_cache", {}))[0] == 200
-        assert found == [{"a": 1}, {"b": 1}]
+        assert found == [1, 1]
 
     run(test())
 
@@ -439,5 +448,107 @@ def test_what_is_loaded_and_unloaded_by_others_is_followed(bed: Bed) -> None:
         assert bed.model_apps.are_those_of(await bed.scheduler.status())
         assert await bed.names() == ["b", "new"]
         assert bed.apps["a"].closed and not bed.apps["b"].closed
+
+    run(test())
+
+
+WEIGHTS = "/m/new/update_weights_from_disk"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Another checkpoint of the model that ``PATH`` has."""
+    return Path(shutil.copytree(PATH, tmp_path / "other"))
+
+
+def test_other_weights_take_the_place_of_a_model_s(bed: Bed, folder: Path) -> None:
+    async def test() -> None:
+        assert (await bed.call("POST", MODELS, {"path": PATH, "name": "new"}))[0] == 201
+        old = bed.apps["new"]
+        running = asyncio.create_task(bed.call("GET", "/m/new/server_info"))
+        await asyncio.sleep(0.05)
+        body = {"model_path": str(folder), "weight_version": "2", "torch_empty_cache": True}
+        update = asyncio.create_task(bed.call("POST", WEIGHTS, body))
+        while bed.apps["new"] is old:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        new = bed.apps["new"]
+        assert not update.done() and not old.closed  # until its answer is out
+        assert bed.state.models["new"] is cast("Any", new) and await bed.names() == [
+            "a",
+            "b",
+            "new",
+        ]
+        assert await bed.call("GET", "/m/new/model_info") == (200, ["new", "/model_info"])
+        old.may_answer.set()
+        assert (await running)[0] == 200
+        status, told = await update
+        assert (status, told["success"]) == (200, True)
+        assert old.closed and not new.closed and old.failure is None
+        config = bed.scheduler.deployment.models[3]
+        assert (config.path, config.sglang) == (str(folder), {"weight_version": "2"})
+        assert bed.scheduler.unloads == [(2, 0)] and not bed.scheduler.former
+        assert (await bed.call("DELETE", f"{MODELS}/new"))[0] == 200 and new.closed
+
+    run(test())
+
+
+def test_requests_of_old_weights_get_the_servers_time_to_end(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_apps, "_END_SECONDS", 0.05)
+    bed = Bed(tmp_path, drain_timeout=0.4)
+
+    async def test() -> None:
+        assert (await bed.call("POST", MODELS, {"path": PATH, "name": "new"}))[0] == 201
+        old = bed.apps["new"]
+        running = asyncio.create_task(bed.call("GET", "/m/new/server_info"))
+        await asyncio.sleep(0.05)
+        update = asyncio.create_task(bed.call("POST", WEIGHTS, {"model_path": str(folder)}))
+        while bed.apps["new"] is old:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        assert old.failure is None
+        assert (await update)[0] == 200 and old.failure is not None
+        await running
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({}, "model_path"),
+        ({"model_path": "relative"}, "absolute"),
+        ({"model_path": "/nowhere"}, "no such folder"),
+        ({"model_path": str(DEMO / "tiny-deepseek-v2")}, "another model"),
+        ({"model_path": PATH, "load_format": "dummy"}, "`load_format`"),
+        ({"model_path": PATH, "flush_cache": False}, "`flush_cache`"),
+        ({"model_path": PATH, "keep_pause": True}, "`keep_pause`"),
+        ({"model_path": PATH, "manifest": {"a": 1}}, "`manifest`"),
+    ],
+)
+def test_weights_that_cannot_be_served_are_refused(bed: Bed, body: Any, told: str) -> None:
+    async def test() -> None:
+        assert (await bed.call("POST", MODELS, {"path": PATH, "name": "new"}))[0] == 201
+        app = bed.apps["new"]
+        status, answer = await bed.call("POST", WEIGHTS, body)
+        assert status == 400 and told in answer["error"]["message"], answer
+        assert bed.apps["new"] is app and await bed.names() == ["a", "b", "new"]
+        assert bed.scheduler.deployment.models[2].path == PATH
+
+    run(test())
+
+
+def test_weights_that_the_scheduler_cannot_read_change_nothing(bed: Bed, folder: Path) -> None:
+    async def test() -> None:
+        assert (await bed.call("POST", MODELS, {"path": PATH, "name": "new"}))[0] == 201
+        app = bed.apps["new"]
+        bed.scheduler.refuses = AdminMistake("its weights cannot be read: no")
+        status, answer = await bed.call("POST", WEIGHTS, {"model_path": str(folder)})
+        assert status == 400 and "cannot be read: no" in answer["error"]["message"]
+        bed.scheduler.refuses = None
+        assert bed.apps["new"] is app and not app.closed
+        assert await bed.call("GET", "/m/new/model_info") == (200, ["new", "/model_info"])
 
     run(test())

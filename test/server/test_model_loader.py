@@ -12,9 +12,11 @@ import msgspec
 import pytest
 from crosspool.config.deployment import ConfigError, Deployment, ModelConfig, load, save
 from crosspool.config.device import Device
+from crosspool.config.options import Keep
 from crosspool.scheduler.changes import Change, ModelAdded, ModelRefused, ModelRemoved
-from crosspool.server import model_loader
-from crosspool.server.model_loader import ModelLoader, Problem
+from crosspool.server import model_loader, replacements
+from crosspool.server.model_loader import ModelLoader
+from crosspool.server.problem import Problem
 from crosspool.transport.detokenizer_link import (
     AddTokenizer,
     DetokenizerStarted,
@@ -25,6 +27,7 @@ from crosspool.transport.detokenizer_link import (
 
 FIRST = ModelConfig(name="first", path="/first")
 NEW = ModelConfig(name="new", path="/new")
+OTHER = ModelConfig(name="first", path="/other")
 
 
 class Core:
@@ -36,6 +39,10 @@ class Core:
         self.leaving: list[tuple[int, float]] = []
         self.changes: list[Change] = []
         self.refuses: str | None = None
+        self.unreadable: str | None = None
+        self.resident: set[int] = set()
+        self.replacing: tuple[int, int] | None = None
+        self.pinned: list[tuple[int, str]] = []
         self.fails: Exception | None = None
 
     def take_number(self) -> int:
@@ -43,18 +50,35 @@ class Core:
         self.deployment = msgspec.structs.replace(self.deployment, next_model=number + 1)
         return number
 
-    def add_model(self, number: int, config: ModelConfig, tools: Any) -> None:
+    def add_model(self, number: int, config: ModelConfig, tools: Any, replaces: int | None) -> None:
         if self.refuses is not None:
             raise ConfigError(self.refuses)
         if self.fails is not None:
             raise self.fails
-        assert tools == "tools"
+        assert tools == "tools" and replaces == (0 if config.name == "first" else None)
         self.coming[number] = config
 
     def remove_model(self, number: int, timeout: float) -> None:
         if number not in self.deployment.models:
             raise ValueError("no such model")
         self.leaving.append((number, timeout))
+
+    def begin_replacing(self, old: int, new: int) -> None:
+        self.replacing = (old, new)
+        if self.refuses is not None:
+            raise ValueError(self.refuses)
+
+    def end_replacing(self, old: int) -> None:
+        assert self.replacing is not None and self.replacing[0] == old
+        self.replacing = None
+
+    def is_resident(self, model: int) -> bool:
+        if self.unreadable is not None:
+            raise ValueError(self.unreadable)
+        return model in self.resident
+
+    def pin(self, model: int, keep: str) -> None:
+        self.pinned.append((model, keep))
 
     def change(self, change: Change) -> None:
         match change:
@@ -136,7 +160,7 @@ class Bed:
         self.loader.detokenizer_started(b"1", DetokenizerStarted(incarnation=1, models=[0]))
 
     def _read(self, deployment: Deployment, number: int, others: Any) -> Any:
-        assert deployment.models[number] == NEW and others == {0: "spec of the first"}
+        assert deployment.models[number] in (NEW, OTHER) and others == {0: "spec of the first"}
         assert self.may_read.wait(10)
         if self.unreadable is not None:
             raise self.unreadable
@@ -150,9 +174,11 @@ class Bed:
         self.loader._threads.submit(int).result(10)
         self.loader.go_on()
 
-    def to_core(self, number: int = 1) -> None:
+    def to_core(
+        self, number: int = 1, config: ModelConfig = NEW, *, replaces: bool = False
+    ) -> None:
         """Has a model get as far as to the devices."""
-        self.load()
+        self.loader.load(config, self.outcomes.append, replaces=replaces)
         self.read()
         self.grammars.known[number].set_result(None)
         self.loader.tokenizer_added(TokenizerAdded(model=number))
@@ -356,3 +382,104 @@ def test_a_server_that_fails_answers_whoever_waits(bed: Bed) -> None:
     bed.loader.unload(0, 9, bed.outcomes.append)
     bed.loader.fail("the device is gone")
     assert bed.outcomes == [Problem("the device is gone", is_mistake=False)] * 2
+
+
+def replacing(bed: Bed, keep: Keep = "demand") -> None:
+    """Has another checkpoint come in the place of the first model, whose weights are being read."""
+    first = msgspec.structs.replace(FIRST, keep=keep)
+    bed.core.deployment = bed.core.deployment.with_model(0, first)
+    save(bed.core.deployment)
+    bed.grammars.known[0] = Future()
+    bed.to_core(config=OTHER, replaces=True)
+    bed.change(ModelAdded(1))
+    assert bed.core.replacing == (0, 1) and not bed.outcomes
+
+
+def paths(bed: Bed) -> dict[int, str]:
+    return {number: model.path for number, model in load(bed.deployment.file).models.items()}
+
+
+def test_other_weights_are_served_once_they_have_been_read(bed: Bed) -> None:
+    replacing(bed, "pinned")
+    for _ in range(2):
+        assert bed.loader.hidden == {1} and paths(bed) == {0: "/first"}
+        assert bed.loader.served.names == {0: "first"}
+        bed.loader.go_on()
+    bed.core.resident.add(1)
+    bed.loader.go_on()
+    assert bed.outcomes == [1]
+    assert bed.loader.hidden == {0} and paths(bed) == {1: "/other"}
+    assert not bed.core.leaving  # it has requests yet
+    done: list[Any] = []
+    bed.loader.let_go(0, done.append)
+    assert bed.core.leaving == [(0, 0)] and not done
+    bed.change(ModelRemoved(0))
+    assert done == [None] and bed.front_ends.served == [1] and not bed.loader.hidden
+    assert bed.core.pinned == [(1, "pinned")]
+    bed.loader.let_go(0, done.append)
+    assert done == [None, None]
+
+
+def test_a_former_model_leaves_when_nobody_tells_it_to(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replacements, "FORMER_SECONDS", 0.0)
+    replacing(bed)
+    bed.core.resident.add(1)
+    bed.loader.go_on()
+    bed.loader.go_on()
+    assert bed.core.leaving == [(0, 0)]
+    bed.change(ModelRemoved(0))
+    assert not bed.loader.hidden and not bed.core.pinned
+
+
+@pytest.mark.parametrize("who", ["pool", "weights", "clock", "device", "file"])
+def test_weights_that_cannot_be_had_leave_the_old_ones(
+    bed: Bed, who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(deployment: Deployment) -> None:
+        raise OSError(28, "No space left on device")
+
+    if who == "clock":
+        monkeypatch.setattr(replacements, "WEIGHTS_SECONDS", 0.0)
+    if who == "pool":
+        bed.to_core(config=OTHER, replaces=True)
+        bed.core.refuses = "no"
+        bed.change(ModelAdded(1))
+    else:
+        replacing(bed)
+    if who == "weights":
+        bed.core.unreadable = "no"
+    if who == "device":
+        bed.change(ModelRemoved(1, "no"))
+    if who == "file":
+        bed.core.resident.add(1)
+        monkeypatch.setattr(model_loader, "save", full)
+    bed.loader.go_on()
+    monkeypatch.undo()
+    assert bed.core.replacing is None
+    if who != "device":
+        assert bed.loader.hidden == {1} and bed.core.leaving == [(1, 0)] and not bed.outcomes
+        bed.change(ModelRemoved(1))
+    assert len(bed.outcomes) == 1 and bed.outcomes[0].is_mistake == (who not in ("clock", "file"))
+    assert not bed.loader.hidden and paths(bed) == {0: "/first"}
+    assert bed.front_ends.served == [0]
+
+
+def test_weights_are_changed_once_at_a_time_and_not_of_models_that_leave(bed: Bed) -> None:
+    bed.loader.load(NEW, bed.outcomes.append, replaces=True)
+    assert "no model 'new'" in bed.outcomes.pop().text
+    bed.loader.load(OTHER, bed.outcomes.append, replaces=True)
+    for _ in range(2):
+        bed.loader.load(OTHER, bed.outcomes.append, replaces=True)
+        assert "being changed already" in bed.outcomes.pop().text
+        bed.loader.unload(0, 1.0, bed.outcomes.append)
+        assert "being changed" in bed.outcomes.pop().text
+        if 1 not in bed.core.deployment.models:
+            bed.read()
+            bed.grammars.known[1].set_result(None)
+            bed.loader.tokenizer_added(TokenizerAdded(model=1))
+            bed.loader.go_on()
+            bed.change(ModelAdded(1))
+    bed.loader.fail("the server ends")
+    assert bed.outcomes == [Problem("the server ends", is_mistake=False)]

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 
 def pool(sizes, budget):
-    return Budgets([WeightPlace(0, "ffn", budget, dict(enumerate(sizes)))])
+    """A device with a budget for models of these sizes, whose attention parts take nothing."""
+    ffn = WeightPlace(0, "ffn", budget, dict(enumerate(sizes)))
+    return Budgets([ffn, WeightPlace(0, "attention", None, dict.fromkeys(range(len(sizes)), 0))])
 
 
 def models(count, **options):

@@ -38,7 +38,7 @@ def do(server: Server, what: str, model: str, body: Any = None) -> Any:
     return json.loads(text)
 
 
-def bring(server: Server, name: str, path: str | Path, **options: Any) -> tuple[int, Any]:
+def bring(server: Server, name: str, path: str | Path, /, **options: Any) -> tuple[int, Any]:
     """Status and body of the answer to a load of a bundled model, or of a checkpoint elsewhere."""
     body = {"path": str(DEMO / path), "name": name, "dtype": "float32", **options}
     with server.admin() as client:

@@ -67,6 +67,25 @@ def check_further_model(options: ModelOptions, deployment: Deployment) -> ModelC
     return model
 
 
+def check_other_weights(
+    options: ModelOptions, old: ModelConfig, deployment: Deployment
+) -> ModelConfig:
+    """Checks a checkpoint that is to be served in the place of that of ``old``, and returns it with
+    its absolute path. It reads the headers of the checkpoint's files, which can take seconds.
+
+    Raises ConfigError that names what is wrong, also where it has other shapes."""
+    model = model_config(options, deployment.weight_pool_devices)
+    check_model(model, deployment.sglang)
+    spec = spec_of(model)
+    if spec != spec_of(old):
+        raise ConfigError(
+            f"model path {model.path}: this is another model than that in {old.path}; only a "
+            "checkpoint of the same shapes can take its place. Load it as a model of its own"
+        )
+    check_tensors(model, spec)
+    return model
+
+
 def check_name(name: str, others: Collection[str]) -> None:
     """Raises ConfigError when another model has the name."""
     if name in others:

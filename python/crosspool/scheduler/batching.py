@@ -51,7 +51,8 @@ def _with_work(rank: RankState, lanes: int) -> Iterator[int]:
     early = _may_begin_early(rank, lanes)
     for model, running in rank.running.items():
         if (
-            model not in rank.barred
+            running
+            and model not in rank.barred
             and (early or model not in rank.early)
             and any(
                 not seq.in_flight
@@ -91,7 +92,8 @@ def prompt_reader(rank: RankState) -> int | None:
     reading = (
         model
         for model, running in rank.running.items()
-        if model not in rank.barred
+        if running
+        and model not in rank.barred
         and model not in rank.early
         and any(not seq.decoding for seq in running.values())
     )

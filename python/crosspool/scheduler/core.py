@@ -228,6 +228,8 @@ class SchedulerCore(FleetControl):
         now = self._clock()
         self._change_fleet(now)
         for model in self._models.values():
+            if not model.queue.compiling:
+                continue
             for seq, finish in compiled(model.queue):
                 if finish is not None:
                     self._end(seq, finish)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection
 
 from crosspool.config.deployment import Deployment, ModelConfig
@@ -40,15 +41,42 @@ class FleetControl:
         there are too many models."""
         return self._roster.take_number()
 
-    def add_model(self, number: int, config: ModelConfig, tools: ModelTools) -> None:
+    def add_model(
+        self, number: int, config: ModelConfig, tools: ModelTools, replaces: int | None = None
+    ) -> None:
         """Has all devices make ready for a further model. Among the changes comes
         :class:`~crosspool.scheduler.changes.ModelAdded`, after which it may have requests, or
         :class:`~crosspool.scheduler.changes.ModelRefused`. It is asleep then; a pinned one is
-        woken. ``number`` is one that :meth:`take_number` gave.
+        woken. ``number`` is one that :meth:`take_number` gave. A model that ``replaces`` another
+        one may have its name.
 
         Raises ConfigError when its name is taken, or when it does not fit into the pools; nothing
         has changed then."""
-        self._roster.add(number, config, tools)
+        self._roster.add(number, config, tools, replaces)
+
+    def begin_replacing(self, old: int, new: int) -> None:
+        """Wakes ``new``, which is to take the place of ``old`` and may take its room, too, also if
+        ``old`` is pinned. Raises ValueError, with a text for users, when it does not fit beside
+        other pinned models."""
+        if self._roster.deployment.models[old].keep == "pinned":
+            self._residency.pin(old, "demand", self._clock())
+        self.wake(new)
+
+    def end_replacing(self, old: int) -> None:
+        """The model, in whose place no other one comes after all, is kept in memory as before."""
+        config = self._roster.deployment.models.get(old)
+        if config is not None and config.keep == "pinned":
+            # Models that have been pinned meanwhile may have its room.
+            with contextlib.suppress(ValueError):
+                self._residency.pin(old, "pinned", self._clock())
+
+    def is_resident(self, model: int) -> bool:
+        """Whether the model's weights are in memory. Raises ValueError, with a text for users, when
+        they could not be read."""
+        now = self._residency.status(model, self._clock())
+        if now.failed_wakes:
+            raise ValueError(f"its weights cannot be read: {now.last_error}")
+        return now.state == "resident"
 
     def remove_model(self, model: int, timeout: float) -> None:
         """Has the model leave: new requests end with status 404, and those that it has with 503

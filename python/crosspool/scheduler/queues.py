@@ -53,8 +53,9 @@ class WaitingQueue:
     def look(self, now: float) -> None:
         """Nobody more can be admitted at clock time ``now``; requests that are still here wait."""
         if self.head is None:
-            self._stalled_at = None
-            self._moves.clear()
+            if self._stalled_at is not None:
+                self._stalled_at = None
+                self._moves.clear()
         elif self._stalled_at is None:
             self._stalled_at = now
 
@@ -79,6 +80,8 @@ class WaitingQueue:
     @property
     def head(self) -> Sequence | None:
         """The request to admit next; it is none of those that are being compiled."""
+        if not self._returned and not self._ready:  # as of most models, whenever anything happens
+            return None
         return next(iter(self._returned.values()), None) or self._first_ready
 
     @property
@@ -90,6 +93,8 @@ class WaitingQueue:
     @property
     def oldest(self) -> Sequence | None:
         """The request that is the next to reach its deadline."""
+        if not self._ready and not self._compiling:
+            return None
         new = (seq for seq, _ in self._compiling.values() if not seq.replayed)
         compiling, ready = next(new, None), self._first_ready
         if compiling is None or (ready and ready.number < compiling.number):

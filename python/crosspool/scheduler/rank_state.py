@@ -182,7 +182,8 @@ class RankState:
         return {
             model
             for model, running in self.running.items()
-            if model not in self.barred
+            if running
+            and model not in self.barred
             and model not in self.early
             and any(
                 seq.has_output and not seq.undecided and seq.number not in self.paused[model]

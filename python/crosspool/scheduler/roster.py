@@ -79,10 +79,13 @@ class Roster:
         self._deployment = msgspec.structs.replace(self._deployment, next_model=number + 1)
         return number
 
-    def add(self, number: int, config: ModelConfig, tools: ModelTools) -> None:
-        """Has devices made ready for a further model. Raises ConfigError when its name is taken,
-        or when it does not fit into the pools; nothing has changed then."""
-        if config.name in (model.name for model in self.models.values()):
+    def add(
+        self, number: int, config: ModelConfig, tools: ModelTools, replaces: int | None
+    ) -> None:
+        """Has devices made ready for a further model. Raises ConfigError when its name is taken, by
+        another one than that which it ``replaces``, or when it does not fit into the pools; nothing
+        has changed then."""
+        if config.name in (model.name for n, model in self.models.items() if n != replaces):
             raise ConfigError(f"model name {config.name!r}: there is a model of this name")
         d = self._deployment.with_model(number, config)
         place(d, {**self._specs, number: tools.spec})

@@ -26,7 +26,7 @@ from starlette.types import Message, Receive, Scope, Send
 from crosspool.config.deployment import Deployment
 from crosspool.server.body import Bodies, Body
 from crosspool.server.errors import JSON, RequestError, handle_error, unknown_model
-from crosspool.server.fleet_routes import FleetRoutes
+from crosspool.server.fleet_routes import UPDATE_WEIGHTS, FleetRoutes
 from crosspool.server.gate import Gate
 from crosspool.server.keys import Keys
 from crosspool.server.model_apps import ModelApps
@@ -78,7 +78,7 @@ class App(Starlette):
         self._residency = ResidencyRoutes(
             scheduler, names, self._bodies, self._check_serving, deployment.queue_timeout
         )
-        fleet = FleetRoutes(
+        self._fleet = FleetRoutes(
             deployment,
             state,
             scheduler,
@@ -95,7 +95,7 @@ class App(Starlette):
                 Route("/v1/models/{name:path}", self._models),
                 Route("/api/tags", self._tags),
                 *self._residency.routes,
-                *fleet.routes,
+                *self._fleet.routes,
                 Route("/crosspool/{route:path}", self._crosspool, methods=["GET", "POST"]),
             ],
             exception_handlers={HTTPException: handle_error, ClientDisconnect: _gone},
@@ -281,6 +281,9 @@ class App(Starlette):
             raw, query = body.raw, request.query_params
             response = await self._residency.answer(rule.path, query, raw, [name])
             return await response(inner, receive, send)
+        if rule.path == UPDATE_WEIGHTS:
+            response = await self._fleet.update_weights(name, body.raw)
+            return await response(inner, receive, send)
         if rule.path in _HEALTH and self._state_of(name) != "resident":
             return await Response()(inner, receive, send)
         await self._bodies.check(body, RequestBounds.of(self._deployment, model))
@@ -307,13 +310,14 @@ class App(Starlette):
         model = self._state.models.get(name)
         if model is None:
             raise unknown_model(name)
-        self._state.in_flight[name] += 1
+        key = id(model)
+        self._state.in_flight[key] += 1
         try:
             await model(scope, receive, send)
         finally:
-            self._state.in_flight[name] -= 1
-            if not self._state.in_flight[name]:
-                del self._state.in_flight[name]
+            self._state.in_flight[key] -= 1
+            if not self._state.in_flight[key]:
+                del self._state.in_flight[key]
 
 
 def _inner(scope: Scope) -> dict[str, Any]:

@@ -1,17 +1,20 @@
-"""Routes by which the admin has further models served, and models served no more."""
+"""Routes by which the admin has further models served, other weights in the place of a model's,
+and models served no more."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from crosspool.checks.models import check_further_model
+from crosspool.checks.models import check_further_model, check_other_weights
 from crosspool.config.deployment import ConfigError, Deployment, ModelConfig, load
 from crosspool.config.deployment_file import to_model_options
 from crosspool.server.body import Bodies, decoded
@@ -20,7 +23,9 @@ from crosspool.server.model_apps import ModelApps, Unloads
 from crosspool.server.progress import events, wants_events
 from crosspool.server.scheduler_errors import scheduler_errors
 from crosspool.server.state import State
+from crosspool.transport.admin import AdminError
 
+UPDATE_WEIGHTS = "/update_weights_from_disk"
 _LONGEST_TIMEOUT = 86400.0
 _LOOK_SECONDS = 0.2
 _REPLACED = (
@@ -32,7 +37,19 @@ _Answer = TypeVar("_Answer")
 class Changes(Unloads, Protocol):
     """What is needed of :class:`~crosspool.transport.admin.AsyncAdmin`."""
 
-    async def load(self, config: ModelConfig) -> int: ...
+    async def load(self, config: ModelConfig, *, replaces: bool = False) -> int: ...
+
+
+class _Weights(msgspec.Struct):
+    """The body of SGLang's route for other weights; what it has besides changes nothing here."""
+
+    model_path: str
+    load_format: str | None = None
+    abort_all_requests: bool = False
+    weight_version: str | None = None
+    flush_cache: bool = True
+    keep_pause: bool = False
+    manifest: dict[str, Any] | None = None
 
 
 class FleetRoutes:
@@ -97,15 +114,40 @@ class FleetRoutes:
         timeout = _timeout(request, self._timeout)
         if name not in self._state.names:
             raise unknown_model(name)
-        self._apps.leave(name)
+        number = self._apps.number(name)
+        self._apps.leave(number)
         try:
             await self._answer(self._scheduler.unload(name, timeout))
         except BaseException:
-            self._apps.stay(name)
+            self._apps.stay(number)
             raise
         with scheduler_errors():
             await self._apps.follow()
         return JSON({"name": name, "state": "unloaded"})
+
+    async def update_weights(self, name: str, raw: bytes) -> Response:
+        """Has another checkpoint of the same shapes served in the place of a model's, and answers
+        when no request is left that the old weights serve. Raises RequestError where that cannot
+        be; the model has its old weights then."""
+        given = decoded(raw, _Weights)
+        _check_supported(given)
+        try:
+            config = await asyncio.to_thread(_with_weights, given, name, self._file)
+        except ConfigError as error:
+            raise RequestError(400, str(error)) from None
+        former = self._apps.number(name)
+        if given.abort_all_requests:
+            self._state.models[name].manager.abort_request(abort_all=True)
+        number = await self._answer(self._scheduler.load(config, replaces=True))
+        with scheduler_errors():
+            await self._apps.follow()
+        if (problem := self._apps.problem(number)) is not None:
+            raise RequestError(503, f"{name} is not served any more: {problem}")
+        # If the scheduler does not answer, it has the former one leave by itself.
+        with contextlib.suppress(AdminError):
+            await self._scheduler.unload(former, 0)
+        message = f"Succeeded to update model weights from {config.path}."
+        return JSON({"success": True, "message": message, "num_paused_requests": 0})
 
     async def _answer(self, asking: Coroutine[Any, Any, _Answer]) -> _Answer:
         """The scheduler's answer. Raises RequestError where it refuses, and where another scheduler
@@ -134,6 +176,36 @@ def _checked(given: dict[str, Any], file: Path) -> ModelConfig:
     if not Path(options.path).is_absolute():
         raise ConfigError(f"body: model.path: {options.path!r} must be an absolute path")
     return check_further_model(options, load(file))
+
+
+def _check_supported(given: _Weights) -> None:
+    """Raises RequestError for what would change more than the weights."""
+    if given.load_format not in (None, "auto", "safetensors"):
+        text = f"`load_format` must be auto or safetensors, not {given.load_format!r}"
+        raise RequestError(400, text)
+    if not given.flush_cache:
+        text = "`flush_cache` must be true: KV cache of the old weights is of no use to the new"
+        raise RequestError(400, text)
+    for field in ("keep_pause", "manifest"):
+        if getattr(given, field):
+            raise RequestError(400, f"`{field}` is not supported; leave it out")
+
+
+def _with_weights(given: _Weights, name: str, file: Path) -> ModelConfig:
+    """Reads and checks the checkpoint that is to be in the place of a model's. Raises
+    ConfigError."""
+    if not Path(given.model_path).is_absolute():
+        raise ConfigError(f"model_path: {given.model_path!r} must be an absolute path")
+    deployment = load(file)
+    number = next((n for n, other in deployment.names.items() if other == name), None)
+    if number is None:
+        raise ConfigError(f"model {name} is not served any more")
+    old = deployment.models[number]
+    new = msgspec.structs.replace(old, path=given.model_path)
+    if given.weight_version is not None:
+        sglang = {**old.sglang, "weight_version": given.weight_version}
+        new = msgspec.structs.replace(new, sglang=sglang)
+    return check_other_weights(new, old, deployment)
 
 
 def _timeout(request: Request, default: float) -> float:

@@ -29,7 +29,7 @@ class Unloads(Protocol):
 
     async def status(self) -> Status: ...
 
-    async def unload(self, model: str, timeout: float) -> None: ...
+    async def unload(self, model: str | int, timeout: float) -> None: ...
 
 
 class ModelApps:
@@ -44,11 +44,12 @@ class ModelApps:
         make: Callable[[Deployment, int], ModelApp],
     ) -> None:
         self._file = deployment.file
+        self._drain_seconds = max(deployment.drain_timeout, _END_SECONDS)
         self._state = state
         self._scheduler = scheduler
         self._make = make
         self._apps: dict[int, ModelApp] = {}
-        self._leaving: set[str] = set()
+        self._leaving: set[int] = set()
         """Models that take no requests any more and may still have some."""
         self._problems: dict[int, str] = {}
         """Models whose applications could not be made, and why."""
@@ -78,13 +79,17 @@ class ModelApps:
         """Why there was no application for the model; None where there was, or need not be."""
         return self._problems.get(model)
 
-    def leave(self, name: str) -> None:
+    def number(self, name: str) -> int:
+        """The number of the model that is served under this name."""
+        return max(number for number, app in self._apps.items() if app.name == name)
+
+    def leave(self, number: int) -> None:
         """Takes no requests for the model any more, until :meth:`stay`."""
-        self._leaving.add(name)
+        self._leaving.add(number)
         self._show()
 
-    def stay(self, name: str) -> None:
-        self._leaving.discard(name)
+    def stay(self, number: int) -> None:
+        self._leaving.discard(number)
         self._show()
 
     async def follow(self) -> None:
@@ -99,10 +104,12 @@ class ModelApps:
             deployment = await asyncio.to_thread(load, self._file)
             models = deployment.models
             served = models.keys() & told.keys()
-            for number in sorted(self._apps.keys() - served):
-                await self._end(number)
+            gone = sorted(self._apps.keys() - served)
+            # Before others end, in whose place some may come.
             for number in sorted(served - self._apps.keys() - self._problems.keys()):
                 await self._begin(deployment, number, told[number].kv_bytes_per_token)
+            for number in gone:
+                await self._end(number)
         for number in served & self._problems.keys():
             try:
                 await self._scheduler.unload(models[number].name, 0)
@@ -129,26 +136,29 @@ class ModelApps:
 
     async def _end(self, number: int) -> None:
         app = self._apps[number]
-        self.leave(app.name)
-        if not await self._rests(app):
+        names = [other.name for other in self._apps.values()]
+        # Requests of a model in whose place another one has come have no end set yet.
+        is_replaced = names.count(app.name) > 1
+        self.leave(number)
+        if not await self._rests(app, self._drain_seconds if is_replaced else _END_SECONDS):
             app.manager.fail_all(f"the model {app.name} is not served any more", 503)
-            if not await self._rests(app):
+            if not await self._rests(app, _END_SECONDS):
                 log.warning("model %s: requests are left that do not end", app.name)
         del self._apps[number]
-        self.stay(app.name)
+        self.stay(number)
         await app.close()
         log.info("model %s is not served any more", app.name)
 
-    async def _rests(self, app: ModelApp) -> bool:
+    async def _rests(self, app: ModelApp, seconds: float) -> bool:
         """Waits until the application works on no request; returns whether it does so in time."""
-        deadline = time.monotonic() + _END_SECONDS
-        while self._state.in_flight[app.name] or app.is_working:
+        deadline = time.monotonic() + seconds
+        while self._state.in_flight[id(app)] or app.is_working:
             if time.monotonic() >= deadline:
                 return False
             await asyncio.sleep(_LOOK_SECONDS)
         return True
 
     def _show(self) -> None:
-        apps = [app for _, app in sorted(self._apps.items()) if app.name not in self._leaving]
+        apps = [app for n, app in sorted(self._apps.items()) if n not in self._leaving]
         self._state.models = {app.name: app for app in apps}
         self._state.names[:] = self._state.models

@@ -15,11 +15,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from crosspool.checks.models import check_name
-from crosspool.config.deployment import ConfigError, ModelConfig, save
+from crosspool.config.deployment import ConfigError, Deployment, ModelConfig, save
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.changes import ModelAdded, ModelRefused, ModelRemoved
 from crosspool.server.model_tools import ReadTools, read_further
+from crosspool.server.problem import Loaded, Problem, Unloaded
+from crosspool.server.replacements import Replacements
 from crosspool.transport.admin import LOAD_SECONDS
 from crosspool.transport.detokenizer_link import (
     AddTokenizer,
@@ -37,20 +41,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Why a model was not loaded or not unloaded."""
-
-    text: str
-    is_mistake: bool
-    """Whether it is a mistake of whoever has asked."""
-
-
-Loaded = Callable[[int | Problem], None]
-"""Takes the number of the model that has been loaded."""
-Unloaded = Callable[[Problem | None], None]
-
-
 @dataclass
 class _Load:
     """A model that is on its way into the fleet."""
@@ -65,6 +55,8 @@ class _Load:
     """Whether the devices are being told."""
     error: str | None = None
     """Why the model is to leave as soon as the devices have it."""
+    replaces: int | None = None
+    """The model whose place it is to take."""
 
 
 class ModelLoader:
@@ -95,14 +87,40 @@ class ModelLoader:
         """The sender of the detokenizer's messages; None until it has started."""
         self._detokenized: set[int] = set()
         """Models that the detokenizer serves."""
+        self._replacements = Replacements(core, self.save, self._retire)
 
     # --- what the admin asks for
 
-    def load(self, config: ModelConfig, done: Loaded) -> None:
-        """Begins to load a model; ``done`` is called when it is served or cannot be."""
+    @property
+    def hidden(self) -> set[int]:
+        """Models that are there, while another one is served under their name."""
+        return self._replacements.hidden
+
+    @property
+    def served(self) -> Deployment:
+        """The deployment without the models that are hidden."""
+        deployment = self._core.deployment
+        for number in self.hidden & deployment.models.keys():
+            deployment = deployment.without_model(number)
+        return deployment
+
+    def load(self, config: ModelConfig, done: Loaded, *, replaces: bool = False) -> None:
+        """Begins to load a model; ``done`` is called when it is served or cannot be. A model that
+        ``replaces`` that of its name is served once its weights have been read."""
         coming = [load.config.name for load in self._loads.values()]
+        names = self.served.names
+        old = None
+        if replaces:
+            old = next((n for n, name in names.items() if name == config.name), None)
+            if old is None:
+                return done(Problem(f"no model {config.name!r} is served here", is_mistake=True))
+            if config.name in coming or old in self._replacements.replaced:
+                text = f"the weights of model {config.name} are being changed already"
+                return done(Problem(text, is_mistake=True))
+            # It is pinned, or put to sleep, once the other one is gone.
+            config = msgspec.structs.replace(config, keep="demand")
         try:
-            check_name(config.name, [*self._core.deployment.names.values(), *coming])
+            check_name(config.name, [*(names[n] for n in names if n != old), *coming])
             number = self._core.take_number()
         except ConfigError as error:
             return done(Problem(str(error), is_mistake=True))
@@ -111,7 +129,7 @@ class ModelLoader:
         deployment = self._core.deployment.with_model(number, config)
         reading = self._threads.submit(read_further, deployment, number, dict(self.specs))
         deadline = time.monotonic() + LOAD_SECONDS
-        self._loads[number] = _Load(config, done, deadline, reading)
+        self._loads[number] = _Load(config, done, deadline, reading, replaces=old)
         reading.add_done_callback(lambda _: self._on_change())
         self._tell_detokenizer(AddTokenizer(model=number, config=config))
         log.info("model %s comes, as number %d", config.name, number)
@@ -121,6 +139,9 @@ class ModelLoader:
         nothing is left of it in this process and on the devices."""
         if number in self._unloads:
             return done(Problem("the model is being unloaded already", is_mistake=True))
+        coming = {load.replaces for load in self._loads.values()}
+        if number in self._replacements.replaced | coming:
+            return done(Problem("the model's weights are being changed", is_mistake=True))
         try:
             self._core.remove_model(number, timeout)
         except ValueError as error:
@@ -128,10 +149,22 @@ class ModelLoader:
         self._unloads[number] = done
         log.info("model %s leaves", self._core.deployment.names.get(number, number))
 
+    def let_go(self, number: int, done: Unloaded) -> None:
+        """Has a model leave in whose place another one is served; calls ``done`` when nothing is
+        left of it."""
+        self._replacements.let_go(number, done)
+
+    def _retire(self, number: int, done: Unloaded) -> None:
+        """Has a hidden model leave at once."""
+        self._unloads[number] = done
+        with contextlib.suppress(ValueError):  # it leaves already
+            self._core.remove_model(number, 0)
+
     def fail(self, cause: str) -> None:
         """Nothing can be loaded or unloaded any more."""
         loads, self._loads = self._loads, {}
         unloads, self._unloads = self._unloads, {}
+        self._replacements.fail(cause)
         for load in loads.values():
             load.done(Problem(cause, is_mistake=False))
         for done in unloads.values():
@@ -185,6 +218,7 @@ class ModelLoader:
                 # What one model's files bring about must not end what the others are served by.
                 log.exception("model %s: an error that no check foresaw", load.config.name)
                 self._take_back(number, load, f"it cannot be served: {error!r}", is_mistake=False)
+        self._replacements.go_on()
 
     def _hand_to_core(self, number: int, load: _Load) -> None:
         """Has the core add the model, once the other processes know it. Raises ValueError, with a
@@ -198,7 +232,7 @@ class ModelLoader:
             return
         load.compiler.result()
         tools = read.with_grammars(self._grammars, number)
-        self._core.add_model(number, load.config, tools)
+        self._core.add_model(number, load.config, tools, load.replaces)
         load.is_with_core = True
 
     def _take_back(self, number: int, load: _Load, error: str, *, is_mistake: bool) -> None:
@@ -226,6 +260,8 @@ class ModelLoader:
         load = self._loads.pop(number)
         self.specs[number] = load.reading.result().spec
         self._front_ends.add(self._core.deployment, number)
+        if load.replaces is not None:
+            return self._replacements.arrive(number, load.replaces, load.done, load.error)
         problem = Problem(load.error, is_mistake=True) if load.error else self.save()
         if problem is None:
             log.info("model %s is there", load.config.name)
@@ -235,7 +271,9 @@ class ModelLoader:
         return None
 
     def _removed(self, change: ModelRemoved) -> None:
-        number, problem = change.model, self.save()
+        number = change.model
+        self._replacements.gone(number, change.error)
+        problem = self.save()
         if change.error is not None:
             log.error("model %d cannot be served any more: %s", number, change.error)
         self._front_ends.remove(self._core.deployment, number)
@@ -248,7 +286,7 @@ class ModelLoader:
 
     def save(self) -> Problem | None:
         """Writes the models that there are now where processes that start later read them."""
-        deployment = self._core.deployment
+        deployment = self.served
         try:
             save(deployment)
         except OSError as error:

@@ -24,8 +24,9 @@ from crosspool.server.devices import DeviceFailed, Devices, ToldOfModel
 from crosspool.server.front_ends import FrontEnds
 from crosspool.server.grammar_children import CompileLimits
 from crosspool.server.grammars import Grammars
-from crosspool.server.model_loader import ModelLoader, Problem
+from crosspool.server.model_loader import ModelLoader
 from crosspool.server.model_tools import read_all, read_compiler
+from crosspool.server.problem import Problem
 from crosspool.transport import admin
 from crosspool.transport.detokenizer_link import DetokenizerStarted, TokenizerAdded
 from crosspool.transport.inspection import Report, Status
@@ -298,7 +299,7 @@ class SchedulerLoop:
 
         if (cannot := self._cannot_change()) is not None:
             return done(Problem(cannot, is_mistake=False))
-        return self._loader.load(message.config, done)
+        return self._loader.load(message.config, done, replaces=message.replaces)
 
     def _unload(self, sender: bytes, message: admin.Unload) -> None:
         def done(problem: Problem | None) -> None:
@@ -307,6 +308,8 @@ class SchedulerLoop:
 
         if (cannot := self._cannot_change()) is not None:
             return done(Problem(cannot, is_mistake=False))
+        if isinstance(message.model, int):
+            return self._loader.let_go(message.model, done)
         try:
             number = self._model(message.model)
         except ValueError as error:
@@ -345,7 +348,7 @@ class SchedulerLoop:
 
     def _model(self, name: str) -> int:
         """The number of the model of this name. Raises ValueError, with a text for users."""
-        numbers = {name: number for number, name in self._core.deployment.names.items()}
+        numbers = {name: number for number, name in self._loader.served.names.items()}
         if name not in numbers:
             names = ", ".join(numbers) or "none"
             raise ValueError(f"no model {name!r} is served here; there are {names}")
@@ -386,7 +389,7 @@ class SchedulerLoop:
         for model in snapshot.models:
             model.attached = self._front_ends.attached(model.model)
         return Status(
-            models=snapshot.models,
+            models=[model for model in snapshot.models if model.model not in self._loader.hidden],
             ranks=snapshot.ranks,
             failure=snapshot.failure,
             ready=self._devices.have_started and self._failure is None,

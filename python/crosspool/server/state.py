@@ -29,7 +29,8 @@ class State:
     recovers: bool = False
     """Whether processes that have died are being replaced, and requests wait for that."""
     draining: bool = False
-    in_flight: Counter[str] = field(default_factory=Counter)
-    """Number of requests that each model's application is working on; none of them is 0."""
+    in_flight: Counter[int] = field(default_factory=Counter)
+    """Number of requests that each application, by its ``id()``, is working on; none of them is
+    0. Two may have the same name."""
     turns: Turns = field(default_factory=Turns)
     """The turns that requests, and the samples of each, take to begin."""

@@ -80,6 +80,7 @@ def serve(
 ) -> Visits:
     """Has the visits, which come in order, served by the scheduler's rule.
 
+    ``budgets`` have a place for attention weights, without which no model makes steps.
     ``bytes_per_s``: at which a device reads weights. ``quantum``: seconds for which a woken model
     with requests keeps its room. At the start, those models are resident that fit together, in the
     order of their numbers."""
@@ -115,7 +116,7 @@ class _Server:
         self._wakes: list[tuple[float, int]] = []
 
     def run(self) -> Visits:
-        self._look(0.0)
+        self._decide(0.0)
         for visit in self._visits:
             self._go_on(visit.arrival)
             policy, model = self._policy, self._models[visit.model]

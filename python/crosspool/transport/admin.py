@@ -29,6 +29,10 @@ MAX_QUESTION_BYTES = 1 << 20
 
 LOAD_SECONDS = 120.0
 """Time that a model may take to be read, before the devices are told of it."""
+WEIGHTS_SECONDS = 1800.0
+"""Time that the weights of a model may take to be read that is to take another one's place."""
+FORMER_SECONDS = 300.0
+"""Time that a model may have requests after another one has taken its place, at most."""
 LEAVE_SECONDS = 60.0
 """Time that a model may take to be gone once its requests have ended."""
 
@@ -86,6 +90,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
 
     id: int
     config: ModelConfig
+    replaces: bool = False
+    """Whether it is to take the place of the model of its name, which goes on serving until the
+    weights of this one have been read. It is answered then. The other one has the requests that it
+    has, until an :class:`Unload` names it by its number."""
 
 
 class Unload(msgspec.Struct, frozen=True, kw_only=True, tag="unload"):
@@ -93,7 +101,8 @@ class Unload(msgspec.Struct, frozen=True, kw_only=True, tag="unload"):
     ``timeout`` seconds to end. It is answered when nothing of the model is left."""
 
     id: int
-    model: str
+    model: str | int
+    """Its name; the number of one in whose place another one is served."""
     timeout: float
 
 
@@ -288,18 +297,20 @@ class AsyncAdmin:
         message = Manage(id=next(_ids), model=model, what=what, keep=keep)
         _checked(await self._exchange(message, timeout), Answer)
 
-    async def load(self, config: ModelConfig) -> int:
-        """Has the scheduler serve a further model; returns its number. Raises AdminMistake where
-        that cannot be, and AdminError when nobody answers in time."""
-        message = Load(id=next(_ids), config=config)
+    async def load(self, config: ModelConfig, *, replaces: bool = False) -> int:
+        """Has the scheduler serve a further model, or one that ``replaces`` that of its name;
+        returns its number. Raises AdminMistake where that cannot be, and AdminError when nobody
+        answers in time."""
+        message = Load(id=next(_ids), config=config, replaces=replaces)
         if len(encode(message)) > MAX_QUESTION_BYTES:
             raise AdminMistake(f"the model's options take more than {MAX_QUESTION_BYTES} bytes")
-        answer = await self._exchange(message, LOAD_SECONDS + 10)
+        weights = WEIGHTS_SECONDS if replaces else 0.0
+        answer = await self._exchange(message, LOAD_SECONDS + weights + 10)
         number = _checked(answer, Answer).model
         assert number is not None
         return number
 
-    async def unload(self, model: str, timeout: float) -> None:
+    async def unload(self, model: str | int, timeout: float) -> None:
         """Has the scheduler serve the model no more, and returns when nothing of it is left there:
         its requests get ``timeout`` seconds to end. Raises AdminMistake where that cannot be, and
         AdminError when nobody answers in time."""
