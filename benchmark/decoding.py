@@ -114,7 +114,7 @@ class Engine:
         """``tokens`` is what the KV pool holds of the model with the largest KV cache per token."""
         self.setup = setup
         chunk_bytes = 2 << 20
-        weights = sum(file.stat().st_size for p in checkpoints for file in p.glob("*.safetensors"))
+        weights = sum(map(_stored_bytes, checkpoints))
         self._driver = DeviceDriver(
             checkpoints,
             kv=setup.kv,
@@ -185,6 +185,14 @@ class Engine:
         seconds = time.perf_counter() - start
         self._driver.release([sequence])
         return seconds
+
+    def tokens(self, prompt: Sequence[int], steps: int) -> list[int]:
+        """Return the first model's greedy continuation of a prompt."""
+        sequence = Generation(0, list(prompt), steps + self.setup.lease, chunk=self.setup.chunk)
+        self._prompt(sequence)
+        self._steps([[sequence]], steps)
+        self._driver.release([sequence])
+        return sequence.output[:steps]
 
     def close(self) -> None:
         self._driver.close()
@@ -293,6 +301,12 @@ def hand_overs(events: Sequence[LaneEvent]) -> tuple[list[float], list[float]]:
             elif first.part == "ffn" and then.part != "ffn":
                 back.append(gap)
     return there, back
+
+
+def _stored_bytes(checkpoint: Path) -> int:
+    """Bytes of a GGUF file, or of the safetensors of a folder."""
+    files = [checkpoint] if checkpoint.is_file() else checkpoint.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
 
 
 def _kv_bytes(checkpoints: Sequence[Path], tokens: int, chunk_bytes: int) -> int:

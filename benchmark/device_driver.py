@@ -100,12 +100,14 @@ class DeviceDriver:
         loops: Mapping[str, Literal["host", "resident"]] | None = None,
         keep: Sequence[Literal["pinned", "demand", "asleep"]] | None = None,
         experts: Literal["all", "demand"] = "all",
+        quantization: Literal["int4", "int8", "fp8"] | None = None,
         **fields: Any,
     ) -> None:
         """``places`` gives for each model the devices of its FFN weights, None for all of
         ``weights``; ``loops`` the loop of single devices where it is not the deployment's; ``keep``
-        when each model's weights are in memory, ``experts`` which of their routed experts are then;
-        ``fields`` further fields of the deployment."""
+        when each model's weights are in memory, ``experts`` which of their routed experts are then,
+        and ``quantization`` the format to which they are rounded; ``fields`` further fields of the
+        deployment."""
         self._loops = loops or {}
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="crosspool-test-"))
         settings: dict[str, Any] = {
@@ -124,6 +126,7 @@ class DeviceDriver:
                     else tuple(Device(name) for name in own),
                     keep="demand" if keep is None else keep[i],
                     experts=experts,
+                    quantization=quantization,
                 )
                 for i, (path, own) in enumerate(
                     zip(models, places or [None] * len(models), strict=True)

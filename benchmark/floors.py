@@ -7,7 +7,8 @@ import subprocess
 from collections.abc import Sequence
 
 from crosspool.models.registry import attention_tensors, ffn_tensors
-from crosspool.models.spec import DTYPE_BYTES, ModelSpec, MoEFFN, TensorRef
+from crosspool.models.spec import ModelSpec, MoEFFN, TensorRef
+from crosspool.weightpool.placement import held_bytes
 
 from benchmark.programs import build
 
@@ -17,7 +18,7 @@ _PASSES = 20
 def step_bytes(spec: ModelSpec, batch: int, context: int) -> float:
     """Bytes of weights and cached tokens that one decode step reads. Of a layer's experts it counts
     those that ``batch`` rows choose on the average when each row chooses at random."""
-    total = sum(
+    total: float = sum(
         _bytes(ref, spec) for _, ref in attention_tensors(spec) if not _one_row_of(ref, spec)
     )
     for layer in range(spec.layers):
@@ -32,11 +33,9 @@ def step_bytes(spec: ModelSpec, batch: int, context: int) -> float:
     return total + batch * context * spec.kv_bytes_per_token
 
 
-def _bytes(ref: TensorRef, spec: ModelSpec) -> float:
-    count = 1
-    for size in ref.shape:
-        count *= size
-    return count * DTYPE_BYTES["float32" if ref.keep_fp32 else spec.dtype]
+def _bytes(ref: TensorRef, spec: ModelSpec) -> int:
+    """Bytes of a tensor as the resident loop holds it."""
+    return held_bytes(ref, spec, tuple(slice(0, size) for size in ref.shape), codes=True)
 
 
 def _one_row_of(ref: TensorRef, spec: ModelSpec) -> bool:

@@ -190,8 +190,9 @@ class Match:
             Pair(what, case(f"{OURS} beside {self.peer}", ours), case(self.peer, theirs))
         )
 
-    def play(self, progress: Progress) -> list[Comparison]:
-        cases = [case for pair in self.pairs for case in (pair.theirs, pair.ours)]
+    def play(self, progress: Progress, others: Sequence[Case] = ()) -> list[Comparison]:
+        """Measures all pairs, and ``others`` in turns with them; returns the pairs' comparisons."""
+        cases = [case for pair in self.pairs for case in (pair.theirs, pair.ours)] + [*others]
         take_turns(cases, self.plan.rounds, progress)
         comparisons = []
         for pair in self.pairs:

@@ -35,6 +35,20 @@ class Check {
       for (const auto& [n, k] : {std::pair{64, 32}, {100, 70}, {7, 33}, {48, 96}, {16, 1}}) {
         product(rows, n, k);
         product(rows, n, k);
+        for (const Offset offset : {Offset::kNone, Offset::kMinimum, Offset::kZeroPoint}) {
+          for (const ScaleType scales :
+               {ScaleType::kFloat32, ScaleType::kBFloat16, ScaleType::kFloat16}) {
+            const auto whole = static_cast<std::int32_t>(round_up(k, 16));
+            for (const std::int32_t group : {16, whole}) {
+              if (group != whole && k % group != 0) continue;
+              for (const Codes codes :
+                   {Codes::kInt4, Codes::kInt8, Codes::kE4M3, Codes::kInt6, Codes::kUInt6}) {
+                grouped_product(rows, {nullptr, n, k, dtype_, Encoding::kGrouped, codes, scales,
+                                       group, offset});
+              }
+            }
+          }
+        }
       }
       experts(rows);
     }
@@ -92,6 +106,69 @@ class Check {
         double sum = bias[j];
         for (std::int64_t d = 0; d < k; ++d) sum += x[(rows - 1 - i) * k + d] * weights[j * k + d];
         near(out[i * n + j], sum, std::sqrt(k), "a product");
+      }
+    }
+  }
+
+  static double value_of(Codes codes, std::uint8_t code) {
+    if (codes == Codes::kInt4) return code - 8.0;
+    if (codes == Codes::kInt6) return code - 32.0;
+    if (codes == Codes::kUInt6) return code;
+    if (codes == Codes::kInt8) return static_cast<std::int8_t>(code);
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    const double size =
+        exponent ? std::ldexp(1 + mantissa / 8.0, exponent - 7) : std::ldexp(mantissa, -9);
+    return code & 0x80 ? -size : size;
+  }
+
+  // Scales are halves of one, and offsets are one, which all types of scales have.
+  void grouped_product(std::int32_t rows, Matrix matrix) {
+    const std::int32_t n = matrix.n, k = matrix.k;
+    const std::int64_t groups = matrix.groups();
+    std::vector<std::uint8_t> codes(static_cast<std::size_t>(n) * static_cast<std::size_t>(k));
+    for (std::uint8_t& code : codes) {
+      code = static_cast<std::uint8_t>(random_bits() % (1U << matrix.code_bits()));
+      if (matrix.codes == Codes::kE4M3 && (code & 0x7f) == 0x7f) code = 0;  // no NaN
+    }
+    const auto filled = [&](float value) {
+      const auto count = static_cast<std::size_t>(n * groups);
+      const auto bits = std::bit_cast<std::uint32_t>(value);
+      const bool half = matrix.scales == ScaleType::kFloat16;
+      std::vector<std::uint16_t> words(matrix.scales == ScaleType::kFloat32 ? 2 * count : count);
+      for (std::size_t i = 0; i < words.size(); ++i) {
+        const bool upper = matrix.scales != ScaleType::kFloat32 || i % 2 != 0;
+        words[i] = half ? value == 0.5F ? 0x3800 : 0x3c00
+                        : static_cast<std::uint16_t>(upper ? bits >> 16 : bits);
+      }
+      return words;
+    };
+    const std::vector<std::uint16_t> scales = filled(0.5F), offsets = filled(1);
+    const Numbers memory(dtype_, matrix.bytes() / element_bytes(dtype_), false);
+    matrix.data = memory.data();
+    k_.pack_grouped(matrix,
+                    {codes.data(), n, k, reinterpret_cast<const std::byte*>(scales.data()),
+                     reinterpret_cast<const std::byte*>(offsets.data())},
+                    0, matrix.panels());
+    const Numbers x(dtype_, std::int64_t{rows} * k);
+    const Numbers out(DType::kFloat32, std::int64_t{rows} * n, false);
+    const Numbers room = scratch({k, 0, 0, 0, 0});
+    const Gemm gemm{&matrix, nullptr, {x.data(), k, nullptr}, out.data(), n, rows, Store::kFloat};
+    const std::int32_t middle = matrix.panels() / 2;
+    k_.gemm(gemm, 0, middle, room.data());
+    k_.gemm(gemm, middle, matrix.panels(), room.data());
+    const double offset = matrix.offset == Offset::kNone        ? 0
+                          : matrix.offset == Offset::kZeroPoint ? 0.5
+                                                                : 1;
+    for (std::int64_t i = 0; i < rows; ++i) {
+      for (std::int64_t j = 0; j < n; ++j) {
+        double sum = 0, size = 0;
+        for (std::int64_t d = 0; d < k; ++d) {
+          const std::uint8_t code = codes[static_cast<std::size_t>(j * k + d)];
+          const double value = value_of(matrix.codes, code);
+          sum += x[i * k + d] * (value * 0.5 - offset);
+          size += std::abs(x[i * k + d]) * (std::abs(value) * 0.5 + offset);
+        }
+        near(out[i * n + j], sum, size, "a product with codes");
       }
     }
   }

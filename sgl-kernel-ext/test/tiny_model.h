@@ -131,6 +131,7 @@ class TinyModel {
     weights.o_bias = vector(kHidden, 0.0F);
     if (kind_ == AttentionKind::kGQA) {
       weights.qkv = pack((kHeads + 2 * kKVHeads) * kHeadDim, kHidden);
+      weights.qkv_matrices = 1;
       weights.q_norm = vector(kHeadDim, 1.0F);
       weights.k_norm = vector(kHeadDim, 1.0F);
     } else {

@@ -156,6 +156,17 @@ def test_bytes_of_a_step(tmp_path: Path) -> None:
     assert floors.step_bytes(spec, 8, 256) == pytest.approx(eight, rel=1e-3)
 
 
+def test_codes_are_read_by_a_step(tmp_path: Path) -> None:
+    """Codes of 4 bits with scale and zero point for 32 of them are 5 bits; routers and embeddings
+    stay as they are."""
+    checkpoint.write(tmp_path, checkpoint.TINY)
+    plain, codes = read_model(tmp_path), read_model(tmp_path, rounded="int4")
+    kv = 256 * plain.kv_bytes_per_token
+    before, after = (floors.step_bytes(spec, 1, 256) - kv for spec in (plain, codes))
+    kept = 2 * (plain.vocab * plain.hidden + plain.layers * 8 * plain.hidden)
+    assert after - kept == pytest.approx((before - kept) * 5 / 16, rel=0.03)
+
+
 def test_the_report_takes_rows_of_kernels_and_of_steps(tmp_path: Path) -> None:
     recorder = Recorder("trial")
     common = {"cpu_s": 1.0, "wall_s": 2.0, "load1": 0.5}

@@ -326,6 +326,23 @@ def test_planning_imports_nothing_heavy() -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
+def test_weights_are_counted_as_codes_on_cpus(capsys: pytest.CaptureFixture[str]) -> None:
+    """Three models of 61, 58 and 31 GB fit into one host of 64 GB at four bits."""
+    words = (*PAPER, "--devices", "64GB", *RATE)
+    status, _, err = called(capsys, *words, "--device-names", "cpu")
+    assert status == 2 and "weights" in err
+    plan = planned(capsys, *words, "--device-names", "cpu", "--weights", "int4")
+    held = {model["name"]: model["ffn_bytes"] for model in plan["models"]}
+    for name, held_bytes in held.items():
+        assert held_bytes / catalogue.load(name).ffn_bytes == pytest.approx(4.25 / 16, rel=0.01)
+
+
+def test_weights_as_codes_need_cpus(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = called(capsys, *PAPER, *FIVE, *RATE, "--weights", "int4")
+    assert status == 2
+    assert "--weights: only CPUs hold weights as codes" in err
+
+
 def test_a_weight_pool_for_fewer_models(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = [*(f"{name}={DEMO / name}" for name in TINY), "--devices", "1GB"]
     words += ["--rate", "2", "--popularity", "zipf:1", "--prompt", "100", "--output", "20"]

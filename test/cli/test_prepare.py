@@ -301,6 +301,34 @@ def test_weights_that_do_not_fit_the_config_are_told_before_anything_starts(
         prepare(draft(first, second))
 
 
+def test_quantised_weights_take_the_bytes_of_their_codes(tmp_path: Path) -> None:
+    """Codes of 4 bits, and a scale and a zero point in float16 for each group of 32; the router is
+    not quantised."""
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    path = model(tmp_path / "a", quantization_config=gptq)
+    held = 2 * (4 * 3 * (64 * 32 // 2 + 64 * 32 // 32 * 4) + 4 * 64 * 2)
+    resident = prepare(draft(path)).placement.weight_bytes
+    host = prepare(draft(path, loop="host")).placement.weight_bytes
+    assert [sum(of.values()) for of in host] == [FFN_BYTES]
+    assert [sum(of.values()) for of in resident] == [held]
+
+
+def test_floats_that_are_rounded_take_the_bytes_of_their_codes(tmp_path: Path) -> None:
+    path = model(tmp_path / "a")
+    models = [{"path": path, "quantization": "int4"}]
+    prepared = prepare(to_options({"models": models, "port": 0}, "test"))
+    held = 2 * (4 * 3 * (64 * 32 // 2 + 64 * 32 // 32 * 4) + 4 * 64 * 2)
+    assert [sum(of.values()) for of in prepared.placement.weight_bytes] == [held]
+
+
+def test_what_is_quantised_already_is_not_rounded(tmp_path: Path) -> None:
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    path = model(tmp_path / "a", quantization_config=gptq)
+    models = [{"path": path, "quantization": "int4"}]
+    with pytest.raises(ConfigError, match="quantization='int4': the checkpoint is quantised"):
+        prepare(to_options({"models": models, "port": 0}, "test"))
+
+
 def test_float16_weights_under_bfloat16_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from crosspool.config import deployment_file
 from crosspool.config.errors import ConfigError
 from crosspool.config.flags import parse
 from crosspool.config.options import Options
+from make_random_checkpoint import make_random_checkpoint
+from support import gguf_files
 
 
 @pytest.fixture
@@ -43,6 +46,27 @@ def test_every_checkpoint_that_can_be_served_is_found(
     assert {(model.dtype, model.keep) for model in options.models} == {("float32", "asleep")}
     left_out = f"{folder / 'bert'} is left out: ['BertModel'] is not supported"
     assert left_out in capsys.readouterr().err
+
+
+def test_gguf_files_are_found(folder: Path) -> None:
+    sizes = {"vocab_size": 160}
+    path = make_random_checkpoint("olmoe", folder.parent / "random", sizes, "float32")
+    made = folder.parent / "made"
+    gguf_files.convert(path, made, lambda name: "Q8_0", max_tensors=20)
+    parts = sorted(made.glob("*.gguf"))
+    assert len(parts) > 1
+    for part in parts:
+        shutil.copy(part, folder / "org" / part.name)
+    whole, _ = gguf_files.convert(path, folder.parent / "whole", lambda name: "Q8_0")
+    shutil.copy(whole, folder / "one.gguf")
+    found = named(parse(["--models-dir", str(folder)]))
+    first = parts[0].name
+    assert found == {
+        "one": str(folder / "one.gguf"),
+        "org/mixtral": str(folder / "org/mixtral"),
+        f"org/{first.removesuffix('.gguf')}": str(folder / "org" / first),
+        "qwen": str(folder / "qwen"),
+    }
 
 
 def test_models_that_are_named_come_first_and_once(folder: Path) -> None:

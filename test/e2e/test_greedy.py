@@ -8,18 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support.prompts import sentences
+from support.greedy import NEW_TOKENS, PROMPTS, generate, prompts_of
 from support.server import DEMO, TINY_MODELS, Server
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-PROMPTS = 20
-NEW_TOKENS = 64
-
-
-@functools.cache
-def prompts_of(model: str) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(DEMO / model)
-    return [tokenizer.encode(text) for text in sentences(PROMPTS)]
+from transformers import AutoModelForCausalLM
 
 
 @functools.cache
@@ -28,7 +19,7 @@ def reference_tokens(model: str) -> list[list[int]]:
     reference = AutoModelForCausalLM.from_pretrained(DEMO / model, dtype=torch.float32).eval()
     answers = []
     with torch.inference_mode():
-        for prompt in prompts_of(model):
+        for prompt in prompts_of(DEMO / model):
             cache, tokens, ids = None, [], torch.tensor([prompt])
             for _ in range(NEW_TOKENS):
                 out = reference(ids, past_key_values=cache, use_cache=True)
@@ -38,24 +29,8 @@ def reference_tokens(model: str) -> list[list[int]]:
     return answers
 
 
-def generate(server: Server, model: str, prompt: list[int]) -> list[int]:
-    status, answer = server.post(
-        f"/m/{model}/generate",
-        {
-            "input_ids": prompt,
-            "sampling_params": {
-                "temperature": 0,
-                "max_new_tokens": NEW_TOKENS,
-                "ignore_eos": True,
-            },
-        },
-    )
-    assert status == 200, answer
-    return list(answer["output_ids"])
-
-
 def check_model(server: Server, model: str) -> None:
-    prompts, expected = prompts_of(model), reference_tokens(model)
+    prompts, expected = prompts_of(DEMO / model), reference_tokens(model)
     over = threading.Event()
 
     def load(other: str) -> int:

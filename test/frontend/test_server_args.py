@@ -1,16 +1,24 @@
-"""What SGLang gets to know of a deployment's secrets: that they are set."""
+"""What SGLang gets to know of a deployment: that its secrets are set, and nothing of how weights
+are stored."""
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
+import shutil
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+from crosspool.config.deployment import ModelConfig
 from crosspool.config.sglang_flags import BY_NAME, HIDDEN
 from crosspool.frontend.server_args import server_args
+from sglang.srt.configs import model_config
 from sglang.srt.server_args import ServerArgs
 from support.front_end import MODELS, deployment
+from support.server import DEMO
 
 CANARY = "canary-97531"
 SECRET = re.compile(r"password|secret|credential|(^|_)key(_|$)|(^|_)token$")
@@ -34,3 +42,22 @@ def test_every_secret_that_sglang_has_is_refused_or_marked() -> None:
     assert {"api_key", "admin_api_key", "ssl_keyfile_password"} <= set(secrets)
     taken = {name for name in secrets if name in BY_NAME}
     assert taken == {name for name, flag in BY_NAME.items() if flag.is_secret}
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}},
+        {"quantization_config": {"quant_method": "mxfp4"}},
+        {"compression_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
+    ],
+)
+def test_quantised_checkpoints_are_like_others(
+    tmp_path: Path, quantization: dict[str, Any]
+) -> None:
+    path = Path(shutil.copytree(DEMO / MODELS[0], tmp_path / "quantised"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | quantization))
+    models = {0: ModelConfig(name="quantised", path=str(path))}
+    args = server_args(deployment(models=models, next_model=1), 0)
+    assert model_config.ModelConfig.from_server_args(args).quantization is None

@@ -37,6 +37,7 @@ from support.fleet_devices import (
     driver,
     generations,
 )
+from support.quantized_models import make_quantized
 
 from benchmark.checkpoint import Shape, write
 from benchmark.device_driver import DeviceDriver, Generation
@@ -158,6 +159,25 @@ def test_a_larger_model_comes(tmp_path: Path) -> None:
             assert answers(on, 0, number) == expected
             leave(on, number)
             assert answers(on, 0) == expected[:1]
+
+
+@pytest.mark.parametrize(
+    ("case", "places"),
+    [("v2 int4", PLACES[0]), ("glm mxfp4", PLACES[2]), ("v3 fp8", PLACES[0])],
+)
+def test_a_quantised_model_comes(tmp_path: Path, case: str, places: Places) -> None:
+    """Its codes are packed by another process, and read again each time that it is woken."""
+    quantised, _ = make_quantized(case, tmp_path / "quantised")
+    with driver(tmp_path / "there", places, [FIRST, quantised], lanes=2) as on:
+        expected = answers(on, 0, 1)
+    with driver(tmp_path / "coming", places, [FIRST], lanes=2) as on:
+        number = come(on, quantised)
+        assert answers(on, 0, number) == expected
+        on.sleep(number)
+        assert on.wake(number) == {number: None}
+        assert answers(on, 0, number) == expected
+        leave(on, number)
+        assert answers(on, 0) == expected[:1]
 
 
 @pytest.mark.parametrize("loop", ["resident", "host"])

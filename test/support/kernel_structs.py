@@ -145,6 +145,7 @@ class Kernels(ctypes.Structure):
         ("compact", c_int32),
         ("pack", _function(ns.Matrix, ns.Source, c_int32, *_Range, result=c_bool)),
         ("pack_gated", _function(ns.Matrix, ns.Source, ns.Source, *_Range, result=c_bool)),
+        ("pack_grouped", _function(ns.Matrix, ns.CodeSource, *_Range)),
         ("gemm", _function(Gemm, *_Range, c_void_p)),
         ("rms_norm", _function(*_Array, c_void_p, c_int32, c_float, *_Array, *_Range)),
         *fields(_function(*_Array, *_Array, c_int32, *_Range), "add add_model"),

@@ -71,6 +71,7 @@ class Machine:
         kv: str | Sequence[str] = "cpu",
         weights: Sequence[str] = ("cpu",),
         dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+        quantization: Literal["int4", "int8", "fp8"] | None = None,
         chunks_per_model: int = 2,
         load: Load = load_ranks,
         **fields: Any,
@@ -85,7 +86,12 @@ class Machine:
         } | fields
         self.deployment = Deployment(
             models={
-                i: ModelConfig(name=f"{path.name}-{i}", path=str(path), dtype=dtype)
+                i: ModelConfig(
+                    name=f"{path.name}-{i}",
+                    path=str(path),
+                    dtype=dtype,
+                    quantization=quantization,
+                )
                 for i, path in enumerate(models)
             },
             next_model=len(models),

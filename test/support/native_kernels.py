@@ -29,6 +29,7 @@ from crosspool.kernels.isa import ISAS, available_isas, default_isa
 from support import kernel_structs as ks
 from support.native_operands import (
     DTYPES,
+    GroupedMatrix,
     PackedMatrix,
     RopeTables,
     RowPlaces,
@@ -85,6 +86,35 @@ class NativeKernels:
             return bool(self.table.pack_gated(packed.struct, source, other, begin, end))
 
         return self._packed(2 * ns.round_up(gate.shape[0], 32), gate.shape[1], plain, write)
+
+    def pack_grouped(
+        self,
+        kind: str,
+        codes: Tensor,
+        scales: Tensor,
+        group: int,
+        *,
+        offsets: Tensor | None = None,
+        offset: str = "none",
+    ) -> GroupedMatrix:
+        """Packs ``codes`` (uint8 [n, k]) of a ``kind`` of ``native_structs.CODES`` with their
+        scales and, where ``offset`` is ``minimum`` or ``zero point``, their offsets [n, groups]."""
+        n, k = codes.shape
+        packed = GroupedMatrix(
+            n,
+            k,
+            self.dtype,
+            codes=kind,
+            scales=scales,
+            group=group,
+            offset=offset,
+        )
+        source = ns.CodeSource(
+            pointer(codes), n, codes.stride(0), pointer(scales), pointer(offsets)
+        )
+        for begin, end in self._ranges(packed.panels):
+            self.table.pack_grouped(packed.struct, source, begin, end)
+        return packed
 
     def gemm(
         self,

@@ -37,6 +37,30 @@ class PackedMatrix:
         self.panels = ns.round_up(n, ns.PANEL) // ns.PANEL
 
 
+class GroupedMatrix(PackedMatrix):
+    """Quantised weights in the kernels' layout."""
+
+    def __init__(
+        self,
+        n: int,
+        k: int,
+        dtype: torch.dtype,
+        *,
+        codes: str,
+        scales: Tensor,
+        group: int,
+        offset: str,
+    ) -> None:
+        """``scales``: of the type and number [n, groups] that the matrix has."""
+        self.struct = ns.Matrix(None, n, k, DTYPES[dtype], ns.GROUPED)
+        self.struct.codes = ns.CODES[codes]
+        self.struct.scales = ns.SCALE_TYPES[str(scales.dtype).removeprefix("torch.")]
+        self.struct.group, self.struct.offset = group, ns.OFFSETS[offset]
+        self.memory = aligned(self.struct.bytes)
+        self.struct.data = pointer(self.memory)
+        self.panels = ns.round_up(n, ns.PANEL) // ns.PANEL
+
+
 @dataclass(frozen=True)
 class RowPlaces:
     """Where a batch's rows stand: position in the sequence, page, offset in the page; int32 [T]

@@ -33,7 +33,7 @@ class Parts:
             FFNPart(
                 self.spec,
                 path,
-                FFNShard(rank=rank, ranks=ranks, parallel=parallel),
+                FFNShard(rank=rank, ranks=ranks, parallel=parallel, unit=self.spec.cut_unit),
                 lambda _: None,
             )
             for rank in range(ranks)

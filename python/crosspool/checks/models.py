@@ -19,9 +19,10 @@ from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.config.options import ModelOptions
 from crosspool.config.process import allow_descriptors
+from crosspool.models.gguf_header import gguf_files
 from crosspool.models.registry import attention_tensors, ffn_tensors, spec_of
 from crosspool.models.spec import ModelSpec
-from crosspool.weightpool.checkpoint import Checkpoint
+from crosspool.weightpool.gguf_checkpoint import open_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +33,14 @@ def model_config(options: ModelOptions, pool: Sequence[Device], where: str = "")
     """Returns the model with its name and absolute path. ``pool`` are the devices of the weight
     pool; ``where`` is what stands before a key in messages. Raises ConfigError."""
     folder = Path(options.path).absolute()
-    if not folder.is_dir():
-        raise ConfigError(f"model path {options.path}: no such folder (models are local folders)")
-    if not (folder / "config.json").is_file():
+    files = gguf_files(folder)
+    if not files and not folder.is_dir():
+        raise ConfigError(
+            f"model path {options.path}: no such folder (models are local folders, or GGUF files)"
+        )
+    if not files and not (folder / "config.json").is_file():
         raise ConfigError(f"model path {options.path}: there is no config.json in this folder")
-    name = folder.name if options.name is None else options.name
+    name = folder.name.removesuffix(".gguf") if options.name is None else options.name
     if not _NAME.fullmatch(name):
         raise ConfigError(f"model name {name!r}: a name consists of letters, digits and . _ + - /")
     for device in options.weight_pool_devices or ():
@@ -102,7 +106,7 @@ def check_tensors(model: ModelConfig, spec: ModelSpec) -> None:
     that the model's cannot hold."""
     layers = (ffn_tensors(spec, layer) for layer in range(spec.layers))
     attention = (ref for _, ref in attention_tensors(spec))
-    dtypes = Checkpoint(Path(model.path)).check(chain(attention, chain.from_iterable(layers)))
+    dtypes = open_checkpoint(Path(model.path)).check(chain(attention, chain.from_iterable(layers)))
     halves = [name for name, dtype in dtypes.items() if dtype == "F16"]
     if halves and spec.dtype == "bfloat16":
         log.warning(

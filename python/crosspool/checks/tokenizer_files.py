@@ -3,12 +3,15 @@ folder that has none, which then takes no prompt."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from crosspool.config.deployment import ConfigError, ModelConfig
 from crosspool.models.config_file import read_json
+from crosspool.models.gguf_header import gguf_files, read_header
+from crosspool.models.gguf_tokenizer import GGUFTokenizer
 
 _CONFIG = "tokenizer_config.json"
 _SETTINGS = (_CONFIG, "special_tokens_map.json", "added_tokens.json")
@@ -27,7 +30,10 @@ def check_tokenizer(model: ModelConfig, arguments: Mapping[str, Any]) -> None:
     where = f"tokenizer_path of {model.name}" if given else f"tokenizer of {model.name}"
     path = Path(given or model.path)
     try:
-        if path.suffix == ".json":  # SGLang takes such a file for one in tiktoken's format
+        if not given and gguf_files(path):
+            tokenizer = GGUFTokenizer(read_header(gguf_files(path))).tokenizer_json()
+            _check_content(json.dumps(tokenizer).encode(), path)
+        elif path.suffix == ".json":  # SGLang takes such a file for one in tiktoken's format
             read_json(path)
         elif not path.is_dir():
             raise ConfigError(f"{path} is no folder")
@@ -59,9 +65,12 @@ def _check_folder(folder: Path, trust_remote_code: bool) -> None:
 
 
 def _check_fast(file: Path) -> None:
+    _check_content(file.read_bytes(), file)
+
+
+def _check_content(text: bytes, file: Path) -> None:
     from tokenizers import Tokenizer
 
-    text = file.read_bytes()
     try:
         size = Tokenizer.from_buffer(text).get_vocab_size()
     except Exception as error:  # the library raises nothing more special

@@ -36,7 +36,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """One model as the user asks for it."""
 
     path: Annotated[str, Option(
-        "Local folder with the model's config.json, safetensors files and tokenizer.",
+        "Local folder with the model's config.json, safetensors files and tokenizer, or a GGUF "
+        "file.",
         sglang="model_path", example="python/crosspool/demo/tiny-deepseek-v2")]
     name: Annotated[str | None, Option(
         "Name that clients give as `model`. If none is given, it is the folder's name.",
@@ -48,6 +49,11 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], Option(
         "Data type of weights and KV cache; auto takes the one in config.json.",
         sglang="dtype", example="float32")] = "auto"
+    quantization: Annotated[Literal["int4", "int8", "fp8"] | None, Option(
+        "Format to which the matrices of a checkpoint of floats are rounded when they are read: "
+        "int4 in groups of 32, int8 and fp8 with a scale for each row. If none is given, weights "
+        "stay as the checkpoint stores them.",
+        sglang="quantization", example="int8")] = None
     weight_pool_devices: Annotated[tuple[Device, ...] | None, Option(
         "Devices of the weight pool that share this model's FFN weights. If none are given, all of "
         "them do.",
@@ -83,8 +89,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """A server but for its models, as the user asks for it; None where it is left open."""
 
     models_dir: Annotated[str | None, Option(
-        "Folder of which every checkpoint is served, beside the models that are named: DIR/NAME as "
-        "NAME, and DIR/ORG/NAME as ORG/NAME.",
+        "Folder of which every checkpoint is served, beside the models that are named: DIR/NAME or "
+        "DIR/NAME.gguf as NAME, and DIR/ORG/NAME as ORG/NAME.",
         _MODELS)] = None
 
     kv_pool_devices: Annotated[tuple[Device, ...], Option(

@@ -12,6 +12,11 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.sglang_flags import BY_NAME, reason_refused, without_secrets
+from crosspool.frontend.model_folder import model_folder
+
+_NOT_QUANTIZED = '{"quantization_config": null, "compression_config": null}'
+"""How the checkpoint is quantised concerns ranks alone. SGLang would refuse what it has no kernels
+for on this machine, such as GPTQ."""
 
 
 def server_args(deployment: Deployment, number: int) -> ServerArgs:
@@ -26,10 +31,11 @@ def server_args(deployment: Deployment, number: int) -> ServerArgs:
         if flag is None or flag.effect != "sglang":
             raise ConfigError(f"{model.name}: {name}: {reason_refused(name)}")
     arguments.update(
-        model_path=model.path,
+        model_path=str(model_folder(deployment, number)),
         served_model_name=model.name,
         context_length=model.context_length,
         dtype=model.dtype,
+        json_model_override_args=_NOT_QUANTIZED,
         device="cpu",
         host=deployment.host,
         port=deployment.port,

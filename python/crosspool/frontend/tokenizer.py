@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from crosspool.config.deployment import ConfigError, Deployment
+from crosspool.frontend.model_folder import model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ def load_tokenizer(deployment: Deployment, number: int) -> PreTrainedTokenizerBa
 
     model = deployment.models[number]
     arguments: dict[str, Any] = {**deployment.sglang, **model.sglang}
-    path = arguments.get("tokenizer_path") or model.path
+    path = arguments.get("tokenizer_path") or str(model_folder(deployment, number))
     try:
         tokenizer: PreTrainedTokenizerBase = get_tokenizer(
             path,

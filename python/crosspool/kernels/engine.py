@@ -65,6 +65,10 @@ class Team:
         """Packs a gated MLP's gate and up into ``matrix.data``."""
         self._native.crosspool_team_pack_gated(self.address, byref(matrix), byref(gate), byref(up))
 
+    def pack_grouped(self, matrix: ns.Matrix, source: ns.CodeSource) -> None:
+        """Packs codes, scales and offsets into ``matrix.data``."""
+        self._native.crosspool_team_pack_grouped(self.address, byref(matrix), byref(source))
+
     def read(self, file: int, spans: ctypes.Array[es.Span]) -> None:
         """Reads spans from an open file into memory, each thread those units that it packs
         otherwise, and sets their checksums.

@@ -31,6 +31,7 @@ class AttentionLayer(ctypes.Structure):
     _fields_ = (
         *fields(c_void_p, "input_norm post_norm"),
         ("qkv", POINTER(ns.Matrix)),
+        ("qkv_matrices", c_int64),
         *fields(c_void_p, "qkv_bias q_norm k_norm"),
         ("q_a", POINTER(ns.Matrix)),
         *fields(c_void_p, "q_a_bias q_a_norm"),
@@ -220,6 +221,10 @@ SIGNATURES: Signatures = {
     "crosspool_team_pack_gated": (
         None,
         (c_void_p, POINTER(ns.Matrix), POINTER(ns.Source), POINTER(ns.Source)),
+    ),
+    "crosspool_team_pack_grouped": (
+        None,
+        (c_void_p, POINTER(ns.Matrix), POINTER(ns.CodeSource)),
     ),
     "crosspool_team_read": (c_int32, (c_void_p, c_int32, POINTER(Span), c_int32)),
     "crosspool_checksums": (None, (POINTER(Span), c_int32)),

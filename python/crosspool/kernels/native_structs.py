@@ -9,8 +9,16 @@ from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
 
 BFLOAT16, FLOAT32 = 0, 1
 """Values of ``crosspool::DType``."""
-PLAIN, COMPACT = 0, 1
+PLAIN, COMPACT, GROUPED = 0, 1, 2
 """Values of ``crosspool::Encoding``."""
+CODES = {"int4": 0, "uint4": 1, "e2m1": 2, "int8": 3, "e4m3": 4, "int6": 5, "uint6": 6}
+"""Values of ``crosspool::Codes``."""
+CODE_BITS = {"int4": 4, "uint4": 4, "e2m1": 4, "int8": 8, "e4m3": 8, "int6": 6, "uint6": 6}
+"""Bits of a code."""
+OFFSETS = {"none": 0, "minimum": 1, "zero point": 2}
+"""Values of ``crosspool::Offset``."""
+SCALE_TYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
+"""Values of ``crosspool::ScaleType``."""
 SCORES = {"softmax": 0, "sigmoid": 1}
 """Values of ``crosspool::Score``."""
 GROUP_SCORES = {"max": 0, "top2_sum": 1}
@@ -32,7 +40,11 @@ def round_up(value: int, multiple: int) -> int:
 
 
 class Matrix(ctypes.Structure):
-    _fields_ = (("data", c_void_p), *fields(c_int32, "n k dtype encoding"))
+    _fields_ = (
+        ("data", c_void_p),
+        *fields(c_int32, "n k dtype encoding"),
+        *fields(c_int32, "codes scales group offset"),
+    )
 
     @property
     def bytes(self) -> int:
@@ -41,11 +53,25 @@ class Matrix(ctypes.Structure):
         panels = round_up(self.n, PANEL) // PANEL
         if self.encoding == PLAIN:
             return panels * depth * PANEL * (2 if self.dtype == BFLOAT16 else 4)
+        if self.encoding == GROUPED:
+            groups: int = -(-self.k // self.group)
+            size = 4 if self.scales == SCALE_TYPES["float32"] else 2
+            bits = next(CODE_BITS[name] for name, code in CODES.items() if code == self.codes)
+            scales = round_up(groups * PANEL * size, 64) * (2 if self.offset else 1)
+            return int(panels * (scales + groups * self.group * 2 * bits))
         return panels * (64 * max(3, 1 + depth // 512) + depth * PANEL * 3 // 2)
 
 
 class Source(ctypes.Structure):
     _fields_ = (("data", c_void_p), *fields(c_int64, "rows row_stride column_stride"))
+
+
+class CodeSource(ctypes.Structure):
+    _fields_ = (
+        ("codes", c_void_p),
+        *fields(c_int64, "rows stride"),
+        *fields(c_void_p, "scales offsets"),
+    )
 
 
 class Router(ctypes.Structure):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -29,13 +30,25 @@ class ConfigFile:
     """The fields of one JSON file. Every reader takes the default for a missing field, and raises
     ConfigError that names file and field when the field cannot have its value."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, values: dict[str, Any] | None = None) -> None:
+        """``values``: the fields of a file that holds them in another form; None: it is read."""
         self.file = file
-        self.values = read_json(file)
+        self.values = read_json(file) if values is None else values
+        self._within = ""
+
+    def section(self, field: str) -> ConfigFile:
+        """Returns the fields of an object within the file, which errors name with the object."""
+        values = self.values.get(field)
+        if not isinstance(values, dict):
+            raise self.error(field, "must be an object")
+        inner = copy.copy(self)
+        inner.values, inner._within = values, f"{self._within}{field}."
+        return inner
 
     def error(self, field: str, what: str) -> ConfigError:
         """Returns the error that a caller raises when a field's value is wrong."""
-        return ConfigError(f"{self.file}: {field}={self.values.get(field)!r}: {what}")
+        value = self.values.get(field)
+        return ConfigError(f"{self.file}: {self._within}{field}={value!r}: {what}")
 
     def spelling(self, *names: str) -> str:
         """Returns the first of a field's names that the file uses, or the first of all."""

@@ -10,7 +10,7 @@ Example::
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +20,10 @@ from crosspool.config.errors import ConfigError
 from crosspool.models import families
 from crosspool.models.config_file import ConfigFile
 from crosspool.models.family import Family
+from crosspool.models.formats import ROUNDED, Names, Quantization
+from crosspool.models.gguf_config import GGUF, config_of
+from crosspool.models.gguf_quantization import gguf_quantization
+from crosspool.models.quantization import read_quantization
 from crosspool.models.spec import DType, ModelSpec, TensorRef
 from crosspool.models.tensors import attention_part, ffn_part
 
@@ -38,17 +42,26 @@ def _found() -> dict[str, Family]:
 
 
 FAMILIES = _found()
+_NEVER_QUANTIZED = ("embed", "router")
 _BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES.values()}
 
 
-def read_model(path: Path, context_length: int | None = None, dtype: str = "auto") -> ModelSpec:
+def read_model(
+    path: Path,
+    context_length: int | None = None,
+    dtype: str = "auto",
+    rounded: str | None = None,
+) -> ModelSpec:
     """Reads ``config.json`` and ``generation_config.json`` of a checkpoint folder.
 
     ``context_length`` is a limit in tokens below the model's own. ``dtype`` is ``bfloat16``,
-    ``float32``, or ``auto`` for the one in the file. Raises ConfigError that names file and field
-    when the architecture is not supported, a value makes no sense, or the checkpoint is
-    quantised."""
-    config = ConfigFile(path / "config.json")
+    ``float32``, or ``auto`` for the one in the file, where bfloat16 stands for float16.
+    ``rounded``: the format to which matrices of floats are rounded when they are read.
+
+    Raises ConfigError that names file and field when the architecture is not supported, a value
+    makes no sense, the checkpoint is quantised in a way that is not supported, or is to be
+    rounded and is quantised already."""
+    config = config_of(path)
     family = family_of(config)
     if family is None:
         raise ConfigError(
@@ -56,19 +69,32 @@ def read_model(path: Path, context_length: int | None = None, dtype: str = "auto
             f"model_type={config.values.get('model_type')!r} is not supported; supported are "
             + ", ".join(sorted(_BY_ARCHITECTURE))
         )
-    for field in ("quantization_config", "compression_config"):
-        if config.values.get(field):
-            raise ConfigError(
-                f"{config.file}: {field} is set: quantised checkpoints are not supported, "
-                "use one in bfloat16 or float32"
-            )
     spec = read_spec(config, family, _dtype(config, dtype))
-    return replace(spec, context=_limited(config, spec.context, context_length))
+    spec = replace(spec, context=_limited(config, spec.context, context_length))
+    if config.file.suffix == ".gguf":
+        refs = (ref for ref in _tensors(spec) if _can_be_quantized(ref))
+        quantization: Quantization | None = gguf_quantization(config, refs)
+        cut_unit = config.values[GGUF]["ffn_group"]
+    else:
+        quantization = read_quantization(config)
+        if rounded is not None and quantization is None:
+            schemes = ((None, ROUNDED[rounded]),)
+            quantization = Quantization(method=rounded, schemes=schemes, plain=Names())
+            rounded = None
+        cut_unit = 1 if quantization is None else quantization.cut_unit
+    if rounded is not None:
+        raise ConfigError(
+            f"{config.file}: quantization={rounded!r}: the checkpoint is quantised already, and is "
+            "served as it is without this option"
+        )
+    spec = replace(spec, quantization=quantization, cut_unit=cut_unit)
+    _check_quantized(config, spec)
+    return spec
 
 
 def spec_of(model: ModelConfig) -> ModelSpec:
     """Reads a model of the deployment. Raises ConfigError as :func:`read_model` does."""
-    return read_model(Path(model.path), model.context_length, model.dtype)
+    return read_model(Path(model.path), model.context_length, model.dtype, model.quantization)
 
 
 def specs_of(models: Mapping[int, ModelConfig]) -> dict[int, ModelSpec]:
@@ -110,12 +136,41 @@ def read_spec(config: ConfigFile, family: Family, dtype: DType) -> ModelSpec:
 def attention_tensors(spec: ModelSpec) -> list[tuple[int | None, TensorRef]]:
     """Lists every tensor of the attention part with its layer, which is None for embeddings, final
     norm and LM head."""
-    return list(attention_part(spec))
+    return [(layer, _as_stored(spec, ref)) for layer, ref in attention_part(spec)]
 
 
 def ffn_tensors(spec: ModelSpec, layer: int) -> list[TensorRef]:
     """Lists every whole tensor of one layer's FFN part; an FFNShard selects a rank's share."""
-    return list(ffn_part(spec, layer, FAMILIES[spec.family].names))
+    return [_as_stored(spec, ref) for ref in ffn_part(spec, layer, FAMILIES[spec.family].names)]
+
+
+def _tensors(spec: ModelSpec) -> Iterator[TensorRef]:
+    yield from (ref for _, ref in attention_tensors(spec))
+    for layer in range(spec.layers):
+        yield from ffn_tensors(spec, layer)
+
+
+def _can_be_quantized(ref: TensorRef) -> bool:
+    return len(ref.shape) == 2 and ref.key not in _NEVER_QUANTIZED
+
+
+def _as_stored(spec: ModelSpec, ref: TensorRef) -> TensorRef:
+    """Adds how the checkpoint stores a tensor."""
+    if spec.quantization is None or not _can_be_quantized(ref):
+        return ref
+    scheme = spec.quantization.scheme(ref.module, head=ref.key == "lm_head")
+    return ref if scheme is None else replace(ref, scheme=scheme)
+
+
+def _check_quantized(config: ConfigFile, spec: ModelSpec) -> None:
+    """Raises ConfigError for a matrix whose shape its scheme cannot have."""
+    if spec.quantization is None:
+        return
+    for ref in _tensors(spec):
+        if ref.scheme is not None and (why := ref.scheme.wrong_shape(*ref.shape)):
+            raise ConfigError(
+                f"{config.file}: {spec.quantization.method} cannot hold {ref.name}: {why}"
+            )
 
 
 def _limited(config: ConfigFile, longest: int, wanted: int | None) -> int:
@@ -132,7 +187,8 @@ def _limited(config: ConfigFile, longest: int, wanted: int | None) -> int:
 def _dtype(config: ConfigFile, wanted: str) -> DType:
     field = config.spelling("dtype", "torch_dtype")
     name = config.values.get(field) if wanted == "auto" else wanted
-    if name == "bfloat16":
+    # Kernels multiply no float16; its weights lose three of their eleven bits.
+    if name == "bfloat16" or (name == "float16" and wanted == "auto"):
         return "bfloat16"
     if name == "float32":
         return "float32"

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from crosspool.models.formats import Quantization, Scheme, Stack
+
 DType = Literal["bfloat16", "float32"]
 DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4}
 
@@ -126,6 +128,11 @@ class ModelSpec:
     ffn: tuple[FFNSpec, ...]
     """The FFN of each layer."""
     eos_token_ids: tuple[int, ...]
+    quantization: Quantization | None = None
+    """How matrices of the checkpoint are quantised; None when none is."""
+    cut_unit: int = 1
+    """Multiple at which ranks cut intermediate dimensions, so that no two ranks need weights that
+    share a scale."""
 
     @property
     def layers(self) -> int:
@@ -160,3 +167,14 @@ class TensorRef:
     """Index of the routed expert that it belongs to, or None."""
     keep_fp32: bool = False
     """Whether it is held in float32 whatever the model's dtype."""
+    stack: Stack | None = None
+    """Where it lies in a tensor of all experts, whose name ``name`` is; None: it is one of its
+    own."""
+    scheme: Scheme | None = None
+    """How the checkpoint stores the matrix; None: as a tensor of floats."""
+
+    @property
+    def module(self) -> str:
+        """The name of what the tensor belongs to, by which checkpoints name the tensors of a
+        quantised matrix."""
+        return self.name.removesuffix(".weight")

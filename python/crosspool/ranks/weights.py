@@ -12,8 +12,9 @@ import torch
 
 from crosspool.models.spec import ModelSpec
 from crosspool.observability.progress import Loading, Progress, loading
-from crosspool.weightpool.checkpoint import Checkpoint, Read
-from crosspool.weightpool.placement import FFNShard, Placement, attention_bytes
+from crosspool.weightpool.checkpoint import Read
+from crosspool.weightpool.gguf_checkpoint import open_checkpoint
+from crosspool.weightpool.placement import FFNShard, Placement
 
 if TYPE_CHECKING:  # a machine that runs the GPU's tests alone has no msgspec
     from crosspool.config.deployment import Deployment
@@ -42,7 +43,7 @@ def fill(
     """Checks that the checkpoint has every tensor as expected, and reads all of them into place.
 
     Raises ConfigError that names the wrong tensor or file."""
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(path)
     checkpoint.check([read.ref for _, read in reads])
     checkpoint.load([read for _, read in reads], progress)
     return [
@@ -96,7 +97,7 @@ def held_models(
         ranks, total, shard = [], 0, None
         if attention_rank is not None:
             ranks.append(f"attention rank {attention_rank}")
-            total += attention_bytes(spec)
+            total += placement.attention_bytes[index]
         if ffn_rank is not None and index in placement.shards[ffn_rank]:
             ranks.append(f"FFN rank {ffn_rank}")
             shard = placement.shards[ffn_rank][index]

@@ -1,8 +1,9 @@
 """Reads tensors, or parts of them, from a folder of safetensors.
 
 Shard files are read one after another and a tensor at a time, so that memory holds at most one
-tensor beyond the result, and a rank touches only the bytes that are its own. Checking reads headers
-only and needs no torch: the launcher does it before anything starts.
+tensor beyond the result, and a rank touches only the bytes that are its own. A quantised matrix
+consists of several tensors, which may lie in different files; it is read as float32. Checking reads
+headers only and needs no torch: the launcher does it before anything starts.
 """
 
 from __future__ import annotations
@@ -12,21 +13,24 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from safetensors import SafetensorError, safe_open
 
 from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import read_json
+from crosspool.models.formats import HeldForm, Stored, StoredTensor
 from crosspool.models.spec import TensorRef
 from crosspool.observability.progress import Progress
 
 if TYPE_CHECKING:
     import torch
+
+    from crosspool.weightpool.dequantize import Coded
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +47,16 @@ class Read:
     """A tensor of the part's shape; the values are converted to its dtype."""
 
 
-def _is_finite(part: torch.Tensor) -> bool:
+def _expected(ref: TensorRef) -> dict[str, StoredTensor]:
+    """Returns the tensors of which a tensor consists, by their roles."""
+    if ref.scheme is None:
+        return {"weight": StoredTensor((ref.name,), (ref.shape,), _DTYPES)}
+    assert isinstance(ref.scheme, Stored)
+    n, k = ref.shape
+    return ref.scheme.stored(ref.module, n, k, ref.stack)
+
+
+def is_finite(part: torch.Tensor) -> bool:
     """Whether all values are finite. It reads memory once: 60 ms for a GB on one core, much less
     than reading the file and packing the weights."""
     return not part.numel() or all(math.isfinite(bound) for bound in part.aminmax())
@@ -61,6 +74,22 @@ def warn_of_broken(path: Path, names: Sequence[str]) -> None:
         )
 
 
+FileIdentity: TypeAlias = tuple[str, int, int, int, str]
+"""Name, size, times of change of content and of inode in ns, and SHA-256 of the header of a file.
+Content that is replaced has another time of change of inode, which nobody can set."""
+
+
+def file_identity(file: Path, header_bytes: int) -> FileIdentity:
+    """Returns what tells a file from others. Raises ConfigError when it cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            stat = os.fstat(opened.fileno())
+            header = hashlib.sha256(opened.read(min(header_bytes, stat.st_size))).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+    return file.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, header
+
+
 class Checkpoint:
     """A folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and shards."""
 
@@ -73,31 +102,35 @@ class Checkpoint:
 
     def check(self, refs: Iterable[TensorRef]) -> dict[str, str]:
         """Returns each tensor's dtype as safetensors names it (``BF16``, ``F16``, ``F32``), by the
-        tensor's name. Reads only the files' headers.
+        tensor's name; of a quantised matrix that of its values (``F8_E4M3``, ``I32``). Reads only
+        the files' headers.
 
         Raises ConfigError that names the first tensor that is missing, or has another shape or a
         dtype that cannot be used."""
-        dtypes = {}
-        for file, group in self._by_file(refs, lambda ref: ref):
-            with self._open(file) as opened:
-                present = set(opened.keys())
+        dtypes: dict[str, str] = {}
+        for _, group in self._by_file(refs, lambda ref: ref):
+            with _Files(self.path, "np") as files:
                 for ref in group:
-                    if ref.name not in present:
-                        raise ConfigError(f"{self.path / file}: tensor {ref.name} is missing")
-                    found = opened.get_slice(ref.name)
-                    shape = tuple(found.get_shape())
-                    if shape != ref.shape:
-                        raise ConfigError(
-                            f"{self.path / file}: tensor {ref.name} has shape {list(shape)}, "
-                            f"config.json asks for {list(ref.shape)}"
-                        )
-                    dtypes[ref.name] = found.get_dtype()
-                    if dtypes[ref.name] not in _DTYPES:
-                        raise ConfigError(
-                            f"{self.path / file}: tensor {ref.name} is {dtypes[ref.name]}, "
-                            f"it must be one of {', '.join(_DTYPES)}"
-                        )
+                    expected = _expected(ref)
+                    for role, name in self._tensors(ref, expected).items():
+                        dtype = self._check_tensor(files, name, expected[role])
+                        dtypes.setdefault(ref.name, dtype)
         return dtypes
+
+    def _check_tensor(self, files: _Files, name: str, expected: StoredTensor) -> str:
+        file = self.path / self._files[name]
+        found = files.slices(self._files[name], name)
+        shape, dtype = tuple(found.get_shape()), str(found.get_dtype())
+        if shape not in expected.shapes:
+            raise ConfigError(
+                f"{file}: tensor {name} has shape {list(shape)}, config.json asks for "
+                + " or ".join(str(list(one)) for one in expected.shapes)
+            )
+        if dtype not in expected.dtypes:
+            raise ConfigError(
+                f"{file}: tensor {name} is {dtype}, it must be one of {', '.join(expected.dtypes)}"
+            )
+        return dtype
 
     def load(self, reads: Sequence[Read], progress: Progress) -> None:
         """Fills every ``into``. Call :meth:`check` first."""
@@ -109,36 +142,100 @@ class Checkpoint:
     def stream(
         self, parts: Sequence[tuple[TensorRef, tuple[slice, ...]]]
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yields every part with its number, in the checkpoint's dtype and in the order of the
-        files, and warns at the end of tensors that hold NaN or infinite values. Call :meth:`check`
-        first."""
-        for file, group in self._by_file(list(enumerate(parts)), lambda item: item[1][0]):
-            with self._open(file, "pt") as opened:
+        """Yields every part with its number, in the checkpoint's dtype (a quantised one in float32)
+        and in the order of the files, and warns at the end of tensors that hold NaN or infinite
+        values. Call :meth:`check` first."""
+        for number, part in self.stream_as(parts, {}):
+            yield number, cast("torch.Tensor", part)
+
+    def stream_as(
+        self, parts: Sequence[tuple[TensorRef, tuple[slice, ...]]], forms: Mapping[int, HeldForm]
+    ) -> Iterator[tuple[int, torch.Tensor | Coded]]:
+        """The same, but parts whose numbers have a form come in that form."""
+        from crosspool.weightpool.dequantize import Coded, read_grouped
+
+        for _, group in self._by_file(list(enumerate(parts)), lambda item: item[1][0]):
+            with _Files(self.path, "pt") as files:
                 for number, (ref, index) in group:
-                    part = opened.get_slice(ref.name)[index]
-                    if not _is_finite(part):
+                    read = self._reader(files, ref)
+                    part: torch.Tensor | Coded
+                    if ref.scheme is None:
+                        part = read("weight", index)
+                        finite = is_finite(part)
+                    else:
+                        n, k = ref.shape
+                        grouped = read_grouped(ref.scheme, (n, k), index, ref.stack, read)
+                        finite = grouped.is_finite()
+                        form = forms.get(number)
+                        part = grouped.floats() if form is None else grouped.coded(form)
+                        if finite and isinstance(part, Coded) and not is_finite(part.scales):
+                            raise ConfigError(
+                                f"{self.path}: a scale of {ref.module} is more than float16 can "
+                                "hold: serve the model with --dtype float32"
+                            )
+                    if not finite:
                         self.broken.append(ref.name)
                     yield number, part
         warn_of_broken(self.path, self.broken)
 
-    def identity(self, refs: Iterable[TensorRef]) -> list[tuple[str, int, int, int, str]]:
-        """Returns what tells the files of ``refs`` from others, and from themselves after a change:
-        of each its name, size, times of change of content and of inode in ns, and the SHA-256 of
-        its header. Content that is replaced has another time of change of inode, which nobody can
-        set. Reads only the headers.
+    def _reader(
+        self, files: _Files, ref: TensorRef
+    ) -> Callable[[str, tuple[slice, ...]], torch.Tensor]:
+        """Returns what reads parts of the tensors of which a tensor consists, by their roles."""
+        names = self._tensors(ref)
+
+        def read(role: str, part: tuple[slice, ...]) -> torch.Tensor:
+            file = self._files[names[role]]
+            slices = files.slices(file, names[role])
+            with _reading(self.path / file):
+                tensor: torch.Tensor = slices[part or (...,)]
+            return tensor
+
+        return read
+
+    def _tensors(
+        self, ref: TensorRef, expected: dict[str, StoredTensor] | None = None
+    ) -> dict[str, str]:
+        """Returns the names of the tensors of which a tensor consists, by their roles.
+
+        Raises ConfigError for one that is missing."""
+        found = {}
+        for role, tensor in (expected or _expected(ref)).items():
+            name = next((name for name in tensor.names if name in self._files), None)
+            if name is None:
+                raise ConfigError(f"{self.path}: {self._missing(ref, ' or '.join(tensor.names))}")
+            found[role] = name
+        return found
+
+    def _missing(self, ref: TensorRef, name: str) -> str:
+        missing = f"the checkpoint has no tensor {name}"
+        if ref.scheme is not None:
+            if ref.name in self._files and ref.name != name:
+                return (
+                    f"{missing}, but {ref.name}: name {ref.module} in config.json among the "
+                    "modules that are not quantised"
+                )
+            return f"{missing}, which {ref.module} has as {ref.scheme.format} of config.json"
+        packed = f"{ref.module}.qweight", f"{ref.module}.weight_packed"
+        if found := next((one for one in packed if one in self._files), None):
+            return f"{missing}, but {found}: config.json does not say that it is quantised"
+        return missing
+
+    def identity(self, refs: Iterable[TensorRef]) -> list[FileIdentity]:
+        """Returns what tells the files of ``refs`` from others, and from themselves after a change.
+        Reads only the headers.
 
         Raises ConfigError for a tensor that is missing, or a file that cannot be read."""
         found = []
-        for file, _ in self._by_file(refs, lambda ref: ref):
+        names = [name for ref in refs for name in self._tensors(ref).values()]
+        for file in sorted({self._files[name] for name in names}):
             path = self.path / file
             try:
                 with path.open("rb") as opened:
-                    stat = os.fstat(opened.fileno())
-                    size = int.from_bytes(opened.read(8), "little")
-                    header = hashlib.sha256(opened.read(min(size, stat.st_size))).hexdigest()
+                    header = int.from_bytes(opened.read(8), "little")
             except OSError as error:
                 raise ConfigError(f"{path} cannot be read: {error}") from None
-            found.append((file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, header))
+            found.append(file_identity(path, 8 + header))
         return found
 
     def _by_file(
@@ -146,19 +243,9 @@ class Checkpoint:
     ) -> Iterator[tuple[str, list[Any]]]:
         groups: dict[str, list[Any]] = defaultdict(list)
         for item in items:
-            name = ref(item).name
-            if name not in self._files:
-                raise ConfigError(f"{self.path}: the checkpoint has no tensor {name}")
+            name = self._tensors(ref(item))["weight"]
             groups[self._files[name]].append(item)
         yield from sorted(groups.items())
-
-    @contextmanager
-    def _open(self, file: str, framework: Literal["np", "pt"] = "np") -> Iterator[Any]:
-        try:
-            with safe_open(self.path / file, framework=framework) as opened:
-                yield opened
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{self.path / file} cannot be read: {error}") from None
 
     def _index(self) -> dict[str, str]:
         """Returns the file of each tensor, by the tensor's name."""
@@ -176,5 +263,42 @@ class Checkpoint:
             raise ConfigError(
                 f"{self.path} holds neither {single} nor {index.name}: only safetensors are read"
             )
-        with self._open(single) as opened:
+        with _reading(self.path / single), safe_open(self.path / single, "np") as opened:
             return dict.fromkeys(opened.keys(), single)
+
+
+class _Files:
+    """Files of a checkpoint, each opened when a tensor of it is asked for first."""
+
+    def __init__(self, folder: Path, framework: Literal["np", "pt"]) -> None:
+        self._folder = folder
+        self._framework = framework
+        self._opened: dict[str, tuple[Any, frozenset[str]]] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def slices(self, file: str, name: str) -> Any:
+        """Returns a tensor of which parts can be read. Raises ConfigError when it is missing, or
+        the file cannot be read."""
+        with _reading(self._folder / file):
+            if file not in self._opened:
+                opened = safe_open(self._folder / file, framework=self._framework)
+                tensors = self._stack.enter_context(opened)
+                self._opened[file] = tensors, frozenset(tensors.keys())
+            tensors, names = self._opened[file]
+            if name not in names:
+                raise ConfigError(f"{self._folder / file}: tensor {name} is missing")
+            return tensors.get_slice(name)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None

@@ -9,8 +9,10 @@ from crosspool.config.errors import ConfigError
 from crosspool.config.sizes import exact_size
 from crosspool.kernels import native
 from crosspool.kernels import native_structs as ns
-from crosspool.models.spec import DTYPE_BYTES, ModelSpec, MoEFFN
-from crosspool.weightpool.placement import FFNShard, Placement
+from crosspool.models.registry import ffn_tensors
+from crosspool.models.spec import ModelSpec, MoEFFN
+from crosspool.weightpool.held_matrix import hold_codes
+from crosspool.weightpool.placement import FFNShard, Placement, held_form
 
 if TYPE_CHECKING:
     from crosspool.config.deployment import Deployment
@@ -81,17 +83,34 @@ def check_experts(
 def largest_layer(spec: ModelSpec, shard: FFNShard) -> int:
     """Returns bytes of the routed experts of one layer on a rank in packed form, of the layer that
     has most; compact weights take less."""
-    element = DTYPE_BYTES[spec.dtype]
-
-    def matrix(columns: int, depth: int) -> int:
-        elements = ns.round_up(columns, ns.PANEL) * ns.round_up(depth, ns.DEPTH)
-        return ns.round_up(elements * element, _LINE)
-
     most = 0
-    for ffn in spec.ffn:
-        if isinstance(ffn, MoEFFN):
-            whole = shard.parallel == "ep"
-            width = ffn.intermediate if whole else shard.width(ffn.intermediate)
-            one = matrix(2 * ns.round_up(width, ns.DEPTH), spec.hidden) + matrix(spec.hidden, width)
-            most = max(most, len(shard.experts(ffn)) * one)
+    for layer, ffn in enumerate(spec.ffn):
+        held = shard.experts(ffn) if isinstance(ffn, MoEFFN) else range(0)
+        if not held:
+            continue
+        key = f"experts.{held.start}."
+        parts = {
+            ref.key.removeprefix(key): (ref, shard.slice(ref, ffn))
+            for ref in ffn_tensors(spec, layer)
+            if ref.key.startswith(key)
+        }
+        (gate, index), (up, _), (down, down_index) = (
+            parts[name] for name in ("gate", "up", "down")
+        )
+        if index is None or down_index is None:
+            continue
+        width = index[0].stop - index[0].start
+        gate_up = _matrix(spec, 2 * ns.round_up(width, ns.DEPTH), spec.hidden)
+        forms = {held_form(ref, spec.dtype, index) for ref in (gate, up)}
+        if len(forms) == 1 and (form := forms.pop()) is not None:
+            hold_codes(gate_up, form)
+        packed_down = _matrix(spec, spec.hidden, width)
+        if (form := held_form(down, spec.dtype, down_index)) is not None:
+            hold_codes(packed_down, form)
+        one = sum(ns.round_up(matrix.bytes, _LINE) for matrix in (gate_up, packed_down))
+        most = max(most, len(held) * one)
     return most
+
+
+def _matrix(spec: ModelSpec, n: int, k: int) -> ns.Matrix:
+    return ns.Matrix(None, n, k, ns.BFLOAT16 if spec.dtype == "bfloat16" else ns.FLOAT32)

@@ -9,12 +9,14 @@ routed experts go whole to one rank each, in contiguous runs; the rest is as bef
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from crosspool.config.errors import ConfigError
+from crosspool.models.formats import HeldForm, scale_type
 from crosspool.models.registry import attention_tensors, ffn_tensors
 from crosspool.models.spec import DTYPE_BYTES, FFNSpec, ModelSpec, MoEFFN, TensorRef
 
@@ -22,11 +24,18 @@ if TYPE_CHECKING:
     from crosspool.config.deployment import Deployment
     from crosspool.config.device import Device
 
+Index: TypeAlias = tuple[slice, ...]
+
 _GIB = 1 << 30
+_JOINED = {"gate": "gate_up", "up": "gate_up"}
+"""Tensors that ranks hold as one matrix, whose name this is."""
 
 
-def _share(size: int, rank: int, ranks: int) -> slice:
-    return slice(size * rank // ranks, size * (rank + 1) // ranks)
+def _share(size: int, rank: int, ranks: int, unit: int = 1) -> slice:
+    """A rank's share of ``size``, cut at multiples of ``unit``."""
+    units = -(-size // unit)
+    begin, end = units * rank // ranks, units * (rank + 1) // ranks
+    return slice(min(begin * unit, size), min(end * unit, size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +47,8 @@ class FFNShard:
     ranks: int
     """Number of FFN ranks that share the model."""
     parallel: Literal["tp", "ep"]
+    unit: int = 1
+    """Multiple at which intermediate dimensions are cut (:attr:`ModelSpec.cut_unit`)."""
 
     def experts(self, ffn: MoEFFN) -> range:
         """Routed experts of which this rank holds anything."""
@@ -48,7 +59,7 @@ class FFNShard:
 
     def width(self, intermediate: int) -> int:
         """This rank's columns of an intermediate dimension that the ranks share."""
-        share = _share(intermediate, self.rank, self.ranks)
+        share = _share(intermediate, self.rank, self.ranks, self.unit)
         return int(share.stop - share.start)
 
     def slice(self, ref: TensorRef, ffn: FFNSpec) -> tuple[slice, ...] | None:
@@ -59,7 +70,9 @@ class FFNShard:
             return whole if ref.expert in self.experts(ffn) else None
         if ref.split is None:
             return whole
-        share = _share(ref.shape[ref.split], self.rank, self.ranks)
+        share = _share(ref.shape[ref.split], self.rank, self.ranks, self.unit)
+        if share.start == share.stop:
+            return None
         return (*whole[: ref.split], share, *whole[ref.split + 1 :])
 
 
@@ -89,33 +102,76 @@ class Placement:
         return len(self.expert_bytes) * max(sum(of.values()) for of in self.expert_bytes)
 
 
-def held_bytes(ref: TensorRef, spec: ModelSpec, index: tuple[slice, ...]) -> int:
-    """Bytes of a part of a tensor in memory."""
+def holds_codes(deployment: Deployment) -> bool:
+    """Whether ranks hold quantised matrices as codes: those of the resident loop on CPUs."""
+    return deployment.loop == "resident" and all(device.is_cpu for device in deployment.devices)
+
+
+def held_form(ref: TensorRef, dtype: str, index: Index) -> HeldForm | None:
+    """Returns the codes as which a rank of the resident loop holds a part of a matrix of a model
+    of ``dtype``; None where it holds floats. Attention absorbs ``kv_b_proj`` head by head, as
+    floats."""
+    if ref.scheme is None or ref.key == "kv_b_proj":
+        return None
+    return ref.scheme.held(index[1].stop - index[1].start, scale_type(dtype))
+
+
+def held_bytes(ref: TensorRef, spec: ModelSpec, index: Index, codes: bool = False) -> int:
+    """Bytes of a part of a tensor in memory. ``codes``: whether ranks hold codes."""
+    if codes and (form := held_form(ref, spec.dtype, index)) is not None:
+        n, k = (part.stop - part.start for part in index)
+        return form.bytes(n, k)
     dtype = "float32" if ref.keep_fp32 else spec.dtype
     elements: int = math.prod(part.stop - part.start for part in index)
     return elements * DTYPE_BYTES[dtype]
 
 
 @lru_cache(maxsize=1024)  # of many experts, there are many tensors
-def ffn_bytes(spec: ModelSpec, shard: FFNShard, *, experts: bool | None = None) -> int:
+def ffn_bytes(
+    spec: ModelSpec, shard: FFNShard, codes: bool = False, *, experts: bool | None = None
+) -> int:
     """Bytes of a model's FFN weights on one rank: of all of them, of its routed experts
-    (``experts`` is true), or of the others."""
-    return sum(
-        held_bytes(ref, spec, index)
+    (``experts`` is true), or of the others. ``codes``: whether ranks hold codes."""
+    parts = [
+        (layer, ref, index)
         for layer, ffn in enumerate(spec.ffn)
         for ref in ffn_tensors(spec, layer)
         if experts in (None, ref.expert is not None)
         and (index := shard.slice(ref, ffn)) is not None
-    )
+    ]
+    return _held_bytes(spec, parts, codes)
 
 
 @lru_cache(maxsize=1024)
-def attention_bytes(spec: ModelSpec) -> int:
-    """Bytes of a model's attention part, which every attention rank holds."""
+def attention_bytes(spec: ModelSpec, codes: bool = False) -> int:
+    """Bytes of a model's attention part, which every attention rank holds. ``codes``: whether ranks
+    hold codes."""
+    parts = [
+        (layer, ref, tuple(slice(0, size) for size in ref.shape))
+        for layer, ref in attention_tensors(spec)
+    ]
+    return _held_bytes(spec, parts, codes)
+
+
+def _held_bytes(
+    spec: ModelSpec, parts: Sequence[tuple[int | None, TensorRef, Index]], codes: bool
+) -> int:
+    """Bytes of parts of tensors, with their layers. Tensors that are one matrix are held as floats
+    unless all of them have the same codes."""
+    forms: defaultdict[tuple[int | None, str], set[HeldForm | None]] = defaultdict(set)
+    matrices = [(layer, _matrix_of(ref)) for layer, ref, _ in parts]
+    for matrix, (_, ref, index) in zip(matrices, parts, strict=True):
+        forms[matrix].add(held_form(ref, spec.dtype, index))
     return sum(
-        held_bytes(ref, spec, tuple(slice(0, size) for size in ref.shape))
-        for _, ref in attention_tensors(spec)
+        held_bytes(ref, spec, index, codes and len(forms[matrix]) == 1)
+        for matrix, (_, ref, index) in zip(matrices, parts, strict=True)
     )
+
+
+def _matrix_of(ref: TensorRef) -> str:
+    """Names the matrix of its layer that a tensor is, or is a part of."""
+    of, _, last = ref.key.rpartition(".")
+    return f"{of}.{_JOINED.get(last, last)}"
 
 
 def place(deployment: Deployment, specs: Mapping[int, ModelSpec]) -> Placement:
@@ -129,11 +185,17 @@ def place(deployment: Deployment, specs: Mapping[int, ModelSpec]) -> Placement:
         ranks = deployment.ffn_ranks(model)
         for index, rank in enumerate(ranks):
             shards[rank][model] = FFNShard(
-                rank=index, ranks=len(ranks), parallel=deployment.ffn_parallel
+                rank=index,
+                ranks=len(ranks),
+                parallel=deployment.ffn_parallel,
+                unit=specs[model].cut_unit,
             )
+    codes = holds_codes(deployment)
 
     def counted(of_rank: dict[int, FFNShard], model: int, experts: bool | None) -> int:
-        return ffn_bytes(specs[model], of_rank[model], experts=experts) if model in of_rank else 0
+        if model not in of_rank:
+            return 0
+        return ffn_bytes(specs[model], of_rank[model], codes, experts=experts)
 
     on_demand = {model: config.experts == "demand" for model, config in deployment.models.items()}
     placement = Placement(
@@ -152,7 +214,9 @@ def place(deployment: Deployment, specs: Mapping[int, ModelSpec]) -> Placement:
             }
             for of_rank in shards
         ),
-        attention_bytes={model: attention_bytes(specs[model]) for model in deployment.models},
+        attention_bytes={
+            model: attention_bytes(specs[model], codes) for model in deployment.models
+        },
     )
     for room in rooms(deployment, placement):
         _check_room(deployment, room)

@@ -92,6 +92,17 @@ void crosspool_team_pack_gated(Team* team, crosspool::Matrix* matrix, const cros
   });
 }
 
+void crosspool_team_pack_grouped(Team* team, crosspool::Matrix* matrix,
+                                 const crosspool::CodeSource* source) {
+  matrix->encoding = crosspool::Encoding::kGrouped;
+  const crosspool::Kernels& kernels = crosspool::kernels(matrix->dtype);
+  team->launch([&](int thread) {
+    const crosspool::Range panels = crosspool::pairs(matrix->panels(), thread, team->size());
+    kernels.pack_grouped(*matrix, *source, panels.begin, panels.end);
+  });
+  team->wait();
+}
+
 std::int32_t crosspool_team_read(Team* team, std::int32_t file, crosspool::Span* spans,
                                  std::int32_t count) {
   return crosspool::read_spans(*team, file, spans, count);

@@ -35,6 +35,9 @@ CROSSPOOL_API void crosspool_team_pack(crosspool::Team* team, crosspool::Matrix*
 CROSSPOOL_API void crosspool_team_pack_gated(crosspool::Team* team, crosspool::Matrix* matrix,
                                              const crosspool::Source* gate,
                                              const crosspool::Source* up);
+// The same for a quantised matrix, whose codes, scales, group and offset are set already.
+CROSSPOOL_API void crosspool_team_pack_grouped(crosspool::Team* team, crosspool::Matrix* matrix,
+                                               const crosspool::CodeSource* source);
 // Reads spans of a file with the whole team, each thread what it packs otherwise, and sets their
 // checksums; no loop may run. Returns 0 or -errno.
 CROSSPOOL_API std::int32_t crosspool_team_read(crosspool::Team* team, std::int32_t file,

@@ -53,17 +53,23 @@ Rows run_gqa(const Part& part, Lane& lane) {
   const AttentionShape& shape = model.shape;
   const AttentionLayer& weights = model.attention[lane.layer];
   const std::int32_t rows = lane.step->rows;
-  part.product({.weight = weights.qkv,
-                .bias = weights.qkv_bias,
-                .x = {part.work.normed.data(), model.hidden, nullptr},
-                .out = part.work.projected.data(),
-                .out_stride = weights.qkv->n,
-                .rows = rows,
-                .store = Store::kFloat});
+  const std::int64_t width = (shape.q_heads + 2 * std::int64_t{shape.kv_heads}) * shape.qk_dim;
+  std::int64_t column = 0;
+  for (std::int64_t i = 0; i < weights.qkv_matrices; ++i) {
+    const Matrix& matrix = weights.qkv[i];
+    part.product({.weight = &matrix,
+                  .bias = weights.qkv_bias != nullptr ? weights.qkv_bias + column : nullptr,
+                  .x = {part.work.normed.data(), model.hidden, nullptr},
+                  .out = part.work.projected.as<float>() + column,
+                  .out_stride = width,
+                  .rows = rows,
+                  .store = Store::kFloat});
+    column += matrix.n;
+  }
   part.meet();
 
   const GQAPrepare prepare{.qkv = part.work.projected.as<float>(),
-                           .qkv_stride = weights.qkv->n,
+                           .qkv_stride = width,
                            .q_norm = weights.q_norm,
                            .k_norm = weights.k_norm,
                            .places = lane.places.data(),

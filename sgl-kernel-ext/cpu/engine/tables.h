@@ -16,7 +16,10 @@ struct AttentionLayer {
   const float* input_norm;  // [hidden]
   const float* post_norm;   // [hidden]
 
-  const Matrix* qkv;  // GQA: q, k and v one after another
+  // GQA: q, k and v one after another, in one matrix, or in one each where they are held in
+  // different forms.
+  const Matrix* qkv;
+  std::int64_t qkv_matrices;
   const float* qkv_bias;
   const float* q_norm;
   const float* k_norm;

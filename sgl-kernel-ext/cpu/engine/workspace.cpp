@@ -42,7 +42,7 @@ struct Sizes {
         cover_k(matrix);
       }
       if (model.attention_kind == AttentionKind::kGQA) {
-        cover(projected, weights.qkv->n);
+        cover(projected, (heads + 2 * shape.kv_heads) * shape.qk_dim);
         continue;
       }
       const std::int64_t compressed = weights.q_a != nullptr ? weights.q_a->n : 0;

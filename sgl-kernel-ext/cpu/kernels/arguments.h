@@ -24,7 +24,25 @@ constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
 inline constexpr std::int32_t kPanel = 16;
 inline constexpr std::int32_t kDepth = 32;  // k is padded with zeros to a multiple
 
-enum class Encoding : std::int32_t { kPlain = 0, kCompact = 1 };
+enum class Encoding : std::int32_t { kPlain = 0, kCompact = 1, kGrouped = 2 };
+
+// What the codes of grouped panels stand for.
+enum class Codes : std::int32_t {
+  kInt4 = 0,   // -8 .. 7
+  kUInt4 = 1,  // 0 .. 15
+  kE2M1 = 2,   // sign, two bits of exponent, one of mantissa
+  kInt8 = 3,   // -128 .. 127, as two's complement
+  kE4M3 = 4,   // sign, four bits of exponent, three of mantissa; no infinity, no NaN
+  kInt6 = 5,   // -32 .. 31
+  kUInt6 = 6,  // 0 .. 63
+};
+// What the second number of a group is.
+enum class Offset : std::int32_t {
+  kNone = 0,       // there is none: a weight is value * scale
+  kMinimum = 1,    // value * scale - minimum
+  kZeroPoint = 2,  // (value - zero point) * scale
+};
+enum class ScaleType : std::int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };
 
 // Weights W [n, k] of y = x W^T, packed: [n / 16] panels, 64-byte aligned, each
 //   bfloat16: [k / 2][16 columns][2 of k]   (what vdpbf16ps and a tile of AMX read)
@@ -37,6 +55,10 @@ enum class Encoding : std::int32_t { kPlain = 0, kCompact = 1 };
 // The few other weights are zeros there and stand in a list of exceptions (compact.h). A matrix
 // with a panel that has too many exceptions stays plain.
 //
+// Grouped panels hold quantised weights: codes, and a scale and perhaps an offset for each group of
+// k of a column (grouped.h). A group is a multiple of code_depths(); groups of less than all of k
+// divide k.
+//
 // Gated pairs (gate and up of a gated MLP of width I) are one matrix of n = 2 * round_up(I, 32)
 // columns: panel 2j holds the columns 16j.. of gate, panel 2j + 1 those of up.
 struct Matrix {
@@ -45,18 +67,36 @@ struct Matrix {
   std::int32_t k;
   DType dtype;
   Encoding encoding = Encoding::kPlain;
+  // Of grouped panels:
+  Codes codes = Codes::kInt4;
+  ScaleType scales = ScaleType::kFloat16;
+  std::int32_t group = 0;
+  Offset offset = Offset::kNone;
 
   std::int32_t panels() const { return (n + kPanel - 1) / kPanel; }
   std::int64_t depth() const { return round_up(k, kDepth); }
   std::int64_t plain_panel_bytes() const { return depth() * kPanel * element_bytes(dtype); }
-  // Bytes of codes and exceptions at the head of a compact panel. There is room for one exception
-  // in some hundred weights.
+  std::int64_t groups() const { return (k + group - 1) / group; }
+  int code_bits() const {
+    if (codes == Codes::kInt6 || codes == Codes::kUInt6) return 6;
+    return codes == Codes::kInt8 || codes == Codes::kE4M3 ? 8 : 4;
+  }
+  // Depths of which codes lie together.
+  int code_depths() const { return code_bits() == 6 ? 16 : 8; }
+  // Bytes of a grouped panel's scales, and of its offsets.
+  std::int64_t scale_bytes() const {
+    return round_up(groups() * kPanel * (scales == ScaleType::kFloat32 ? 4 : 2), 64);
+  }
+  // Bytes at the head of a compact panel, for codes and exceptions, or of a grouped one, for scales
+  // and offsets. There is room for one exception in some hundred weights.
   std::int64_t header_bytes() const {
+    if (encoding == Encoding::kGrouped) return scale_bytes() * (offset == Offset::kNone ? 1 : 2);
     const std::int64_t lines = 1 + depth() / 512;
     return 64 * (lines < 3 ? 3 : lines);
   }
   std::int64_t panel_bytes() const {
     if (encoding == Encoding::kPlain) return plain_panel_bytes();
+    if (encoding == Encoding::kGrouped) return header_bytes() + groups() * group * 2 * code_bits();
     return header_bytes() + depth() * kPanel * 3 / 2;
   }
   std::int64_t bytes() const { return panels() * panel_bytes(); }
@@ -69,6 +109,15 @@ struct Source {
   std::int64_t rows;
   std::int64_t row_stride;
   std::int64_t column_stride;
+};
+
+// The rows of a quantised matrix: a code in each byte, and scales and offsets of the matrix's type.
+struct CodeSource {
+  const std::uint8_t* codes;  // [rows, stride]
+  std::int64_t rows;
+  std::int64_t stride;
+  const std::byte* scales;   // [rows, groups]
+  const std::byte* offsets;  // the same, or null
 };
 
 // Rows of activations. Row i begins at element (index ? index[i] : i) * stride.

@@ -46,6 +46,10 @@ struct Kernels {
   bool (*pack_gated)(const Matrix& matrix, const Source& gate, const Source& up, std::int32_t begin,
                      std::int32_t end);
 
+  // Writes panels [begin, end) of a grouped matrix.
+  void (*pack_grouped)(const Matrix& matrix, const CodeSource& source, std::int32_t begin,
+                       std::int32_t end);
+
   // Computes panels [begin, end) of the product.
   void (*gemm)(const Gemm& gemm, std::int32_t begin, std::int32_t end, void* scratch);
 

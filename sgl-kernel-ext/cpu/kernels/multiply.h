@@ -45,7 +45,7 @@ CROSSPOOL_INLINE constexpr bool uses_tiles(std::int64_t rows) {
 
 // Where a call leaves its result: floats [rows][kTileWidth].
 struct alignas(64) Tile {
-  float at[(kHasTiles ? 2 * kTileRows : kMostRows) * kTileWidth];
+  float at[(kHasTiles ? 2 * kTileRows : kMostRows < 8 ? 8 : kMostRows) * kTileWidth];
 };
 
 // Whether the micro-kernels read x in the model's dtype, as they do where an instruction multiplies

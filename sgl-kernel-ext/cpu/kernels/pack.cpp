@@ -6,6 +6,7 @@
 
 #include "compact.h"
 #include "families.h"
+#include "grouped.h"
 #include "transpose.h"
 
 namespace crosspool::CROSSPOOL_ISA {
@@ -162,10 +163,53 @@ bool pack_gated(const Matrix& matrix, const Source& gate, const Source& up, std:
   });
 }
 
+// Writes panels [begin, end) of a grouped matrix.
+void pack_grouped(const Matrix& matrix, const CodeSource& source, std::int32_t begin,
+                  std::int32_t end) {
+  const std::int64_t groups = matrix.groups(), bits = matrix.code_bits();
+  const std::int64_t depths = matrix.code_depths(), step_bytes = depths * 2 * bits;
+  const std::int64_t size = matrix.scales == ScaleType::kFloat32 ? 4 : 2;
+  for (std::int32_t panel = begin; panel < end; ++panel) {
+    std::byte* const out = panel_of(matrix, panel);
+    std::memset(out, 0, static_cast<std::size_t>(matrix.panel_bytes()));
+    for (std::int64_t c = 0; c < kPanel; ++c) {
+      const std::int64_t row = std::int64_t{panel} * kPanel + c;
+      if (row >= source.rows) continue;
+      for (std::int64_t group = 0; group < groups; ++group) {
+        const std::int64_t from = (row * groups + group) * size;
+        const std::int64_t to = (group * kPanel + c) * size;
+        std::memcpy(out + to, source.scales + from, size);
+        if (matrix.offset == Offset::kNone) continue;
+        std::memcpy(out + matrix.scale_bytes() + to, source.offsets + from, size);
+      }
+      const std::uint8_t* const codes = source.codes + row * source.stride;
+      const auto put = [](std::byte* line, NibblePlace place, int value) {
+        line[place.byte] |= static_cast<std::byte>(value << place.shift);
+      };
+      for (std::int64_t k = 0; k < matrix.k; ++k) {
+        std::byte* const lines = out + matrix.header_bytes() + k / depths * step_bytes;
+        const int code = codes[k];
+        if (matrix.codes == Codes::kE4M3) {
+          lines[float8_place(k, c)] = static_cast<std::byte>(code);
+        } else if (bits == 8) {
+          put(lines, nibble_place(k, c), code >> 4);
+          put(lines + kCodeLine, nibble_place(k, c), code & 15);
+        } else if (bits == 6) {
+          put(lines + k / 8 % 2 * kCodeLine, nibble_place(k, c), code & 15);
+          put(lines + 2 * kCodeLine, upper_place(k, c), code >> 4);
+        } else {
+          put(lines, nibble_place(k, c), code);
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 template <class T>
 void add_pack(Kernels& table) {
+  table.pack_grouped = pack_grouped;
   table.pack = pack<T>;
   table.pack_gated = pack_gated<T>;
 }

@@ -5,6 +5,7 @@
 #define CROSSPOOL_CPU_KERNELS_PRODUCT_H
 
 #include "advance.h"
+#include "grouped.h"
 #include "multiply.h"
 
 namespace crosspool::CROSSPOOL_ISA {
@@ -18,9 +19,10 @@ CROSSPOOL_INLINE std::int64_t operand_scratch(std::int64_t k) {
   return max(kOperandScratch, kFewestOperandRows * round_up(k, kDepth) * 4);
 }
 
-// Bytes behind the rows, for an expanded group of compact panels.
+// Bytes behind the rows, for the plain form of a group of panels. There is room for the sums of few
+// rows over groups, too.
 CROSSPOOL_INLINE std::int64_t product_scratch(std::int64_t k) {
-  return operand_scratch(k) + (kReadsCompact ? kGroup * round_up(k, kDepth) * kPanel * 2 : 0);
+  return operand_scratch(k) + kGroup * round_up(k, kDepth) * kPanel * 4;
 }
 
 // Rows that are worked on while a weight is read once: as many as stay in the second-level cache
@@ -115,6 +117,36 @@ CROSSPOOL_INLINE void add_exceptions(const std::byte* group, std::int64_t panel_
   }
 }
 
+// The product of few rows with a grouped matrix, whose weights are decoded for each stretch of
+// them.
+template <class T, class Done>
+CROSSPOOL_INLINE void grouped_product(const Matrix& weight, const Rows& x, std::int64_t rows,
+                                      int begin, int end, const void* then, void* scratch,
+                                      Done done) {
+  const std::int64_t k = weight.k, panel_bytes = weight.panel_bytes();
+  const bool copy = needs_copy<T>(x, 1, k) || k % weight.code_depths() != 0;
+  auto* const sums =
+      reinterpret_cast<float*>(static_cast<std::byte*>(scratch) + operand_scratch(k));
+  alignas(64) Tile tile;
+  for (std::int64_t row = 0; row < rows; row += kMostGroupedRows) {
+    const std::int64_t count = min(kMostGroupedRows, rows - row);
+    const Operand operand = ready_rows<T>(x, row, count, k, copy, scratch);
+    for (std::int64_t i = 0; weight.offset != Offset::kNone && i < count; ++i) {
+      sum_groups<T>(operand.row(i), weight, sums + i * weight.groups());
+    }
+    for (int panel = begin; panel < end; panel += kGroup) {
+      const int panels = static_cast<int>(min(kGroup, end - panel));
+      advance();
+      const auto* const data = static_cast<const std::byte*>(weight.data) + panel * panel_bytes;
+      const auto* next =
+          panel + panels < end ? data + panels * panel_bytes : static_cast<const std::byte*>(then);
+      if (next == nullptr) next = data;
+      multiply_grouped<T>({&weight, data, panels, next, operand, 0, count, sums}, tile.at);
+      done(row, count, panel, panels, tile.at);
+    }
+  }
+}
+
 // Calls done(row, rows, panel, panels, c) for tiles that cover rows [0, rows) and panels
 // [begin, end): element (row + i, panel * 16 + j) is c[i * kTileWidth + j]. A tile never begins or
 // ends inside a pair of panels that begins at an even distance from `begin`. `then`: weights that
@@ -122,6 +154,10 @@ CROSSPOOL_INLINE void add_exceptions(const std::byte* group, std::int64_t panel_
 template <class T, class Done>
 CROSSPOOL_INLINE void product(const Matrix& weight, const Rows& x, std::int64_t rows, int begin,
                               int end, const void* then, void* scratch, Done done) {
+  const bool grouped = weight.encoding == Encoding::kGrouped;
+  if (grouped && rows <= kFewGroupedRows) {
+    return grouped_product<T>(weight, x, rows, begin, end, then, scratch, done);
+  }
   const std::int64_t k = weight.k, panel_bytes = weight.panel_bytes();
   const auto* const data = static_cast<const std::byte*>(weight.data);
   const bool copy = needs_copy<T>(x, rows, k);
@@ -135,7 +171,7 @@ CROSSPOOL_INLINE void product(const Matrix& weight, const Rows& x, std::int64_t 
     const std::int64_t block = min(at_once, rows - row);
     const Operand operand = ready_rows<T>(x, row, block, k, copy, scratch);
     const MultiplyScope<T> scope(block);
-    const bool expanded = compact && !scope.reads_compact();
+    const bool expanded = grouped || (compact && !scope.reads_compact());
     const std::int64_t steps = compact && !expanded ? panel_bytes / 64 : plain_steps;
     for (int panel = begin, panels; panel < end; panel += panels) {
       panels = scope.panels(end - panel);
@@ -148,8 +184,12 @@ CROSSPOOL_INLINE void product(const Matrix& weight, const Rows& x, std::int64_t 
       }
       advance();
       for (int p = 0; expanded && p < panels; ++p) {
-        expand(group + p * panel_bytes, weight.header_bytes(), weight.depth(),
-               plain + p * weight.plain_panel_bytes());
+        std::byte* const to = plain + p * weight.plain_panel_bytes();
+        if (grouped) {
+          expand_grouped<T>(weight, group + p * panel_bytes, to);
+        } else {
+          expand(group + p * panel_bytes, weight.header_bytes(), weight.depth(), to);
+        }
       }
       for (std::int64_t i = 0; i < scope.stretches(); ++i) {
         const std::int64_t first = scope.begin(i), count = scope.begin(i + 1) - first;

@@ -12,6 +12,7 @@ import torch
 from crosspool.config.errors import ConfigError
 from crosspool.models.registry import read_model
 from crosspool.planner.shapes import catalogue
+from crosspool.planner.shapes.held import held_shape
 from crosspool.planner.shapes.reader import shape_of_config
 from crosspool.planner.shapes.shape import ModelShape
 from crosspool.weightpool.placement import FFNShard, attention_bytes, ffn_bytes
@@ -136,6 +137,37 @@ def test_families_are_counted_as_the_pools_count_them(
     assert shape.ffn_bytes == ffn_bytes(spec, WHOLE)
     assert shape.attention_bytes == attention_bytes(spec)
     assert shape.kv_bytes_per_token == spec.kv_bytes_per_token
+
+
+def test_codes_are_counted_as_the_pools_count_them(tmp_path: Path) -> None:
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    path = make_random_checkpoint("qwen3_moe", tmp_path / "c", {}, dtype="bfloat16")
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": gptq}))
+    floats, spec = shape_of_config(path), read_model(path)
+    shape = held_shape(floats, file, None)
+    assert shape.ffn_bytes == ffn_bytes(spec, WHOLE, codes=True) < floats.ffn_bytes / 2
+    assert shape.attention_bytes == attention_bytes(spec, codes=True) < floats.attention_bytes
+    share = shape.active_ffn_bytes_per_token / floats.active_ffn_bytes_per_token
+    assert share == pytest.approx(shape.ffn_bytes / floats.ffn_bytes, rel=1e-3)
+    assert shape.parameters == floats.parameters
+
+
+@pytest.mark.parametrize(
+    ("format_", "bits"), [("int4", 4.25), ("int8", 8), ("mxfp4", 4.5), ("Q4_K", 5), ("Q6_K", 7)]
+)
+def test_a_model_of_the_catalogue_is_counted_in_a_format(format_: str, bits: float) -> None:
+    floats = catalogue.load("Qwen3-30B-A3B")
+    shape = held_shape(floats, catalogue.file_of("Qwen3-30B-A3B"), format_)
+    assert 16 * shape.ffn_bytes / floats.ffn_bytes == pytest.approx(bits, rel=0.01)
+    assert shape.attention_bytes > floats.embedding_bytes
+
+
+def test_a_family_that_is_not_served_has_no_codes() -> None:
+    shape, file = catalogue.load("gpt-oss-20b"), catalogue.file_of("gpt-oss-20b")
+    assert held_shape(shape, file, None) == shape
+    with pytest.raises(ConfigError, match="gpt-oss-20b: how its weights are held in int4"):
+        held_shape(shape, file, "int4")
 
 
 def test_a_served_family_has_a_shape_in_any_dtype_and_quantisation(tmp_path: Path) -> None:

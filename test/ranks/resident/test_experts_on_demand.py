@@ -299,10 +299,25 @@ def test_experts_that_cannot_be_read_are_packed_again(
         assert file.read_bytes() == whole
 
 
-def test_what_a_layer_takes_is_counted_as_it_is_packed(models: list[Path]) -> None:
+def test_codes_may_be_on_demand(models: list[Path]) -> None:
+    with driver(models, None, ONE, quantization="int4") as on:
+        expected = answers(on, *range(MODELS))
+    # Experts of 4 bits take a third of those in bfloat16, so this is room for half of them.
+    with driver(models, 1 / 6, ONE, quantization="int4") as on:
+        assert answers(on, *range(MODELS)) == expected
+        assert answers(on, *range(MODELS)) == expected
+        found = counts(on, "cpu:0")
+        assert sum(of["evictions"] for of in found) > 0
+        assert sum(of["present_bytes"] for of in found) <= on.deployment.expert_pool_bytes
+
+
+@pytest.mark.parametrize("rounded", [None, "int4"])
+def test_what_a_layer_takes_is_counted_as_it_is_packed(
+    models: list[Path], rounded: str | None
+) -> None:
     """The least budget is that of the largest layer, of which plain weights fill all."""
-    spec = read_model(models[0], None, "float32")
-    shards = [FFNShard(rank=rank, ranks=3, parallel="tp") for rank in range(3)]
+    spec = read_model(models[0], None, "float32", rounded)
+    shards = [FFNShard(rank=rank, ranks=3, parallel="tp", unit=spec.cut_unit) for rank in range(3)]
     for shard in (WHOLE, *shards, FFNShard(rank=1, ranks=3, parallel="ep")):
         part, fixed = (
             PackedFFN(spec, models[0], shard, on_demand=on_demand) for on_demand in (False, True)

@@ -40,7 +40,20 @@ def run_plan(words: Sequence[str], prog: str) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    models, folders = inputs.models(arguments.models, arguments.context, arguments.model_path)
+    given = None if arguments.device_names is None else arguments.device_names.split(",")
+    cpus = given is not None and all(name.partition(":")[0] == "cpu" for name in given)
+    if arguments.weights is not None and not cpus:
+        raise ConfigError(
+            "--weights: only CPUs hold weights as codes: name them, such as "
+            "--device-names cpu:0-7,cpu:8-15"
+        )
+    models, folders = inputs.models(
+        arguments.models,
+        arguments.context,
+        arguments.model_path,
+        weights=arguments.weights,
+        codes=cpus,
+    )
     if not models:
         raise ConfigError(
             "models: name at least one, such as Qwen3-30B-A3B, or the path of a config.json "
@@ -49,8 +62,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     devices = inputs.devices(
         arguments.devices, arguments.device_reserve, arguments.weight_device_reserve
     )
-    given = arguments.device_names
-    names = device_names(devices.count, None if given is None else given.split(","))
+    names = device_names(devices.count, given)
     traffic, window, notes = inputs.traffic(arguments, [model.name for model in models])
     request = PlanRequest(
         models=tuple(models),

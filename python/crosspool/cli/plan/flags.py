@@ -8,6 +8,7 @@ from pathlib import Path
 from crosspool.cli.plan import inputs
 from crosspool.planner.devices.systems import DEVICE_RESERVE, WEIGHT_DEVICE_RESERVE
 from crosspool.planner.request import PlanRequest
+from crosspool.planner.shapes.held import WEIGHT_FORMATS
 from crosspool.planner.traffic.lengths import PUBLISHED
 from crosspool.planner.traffic.trace_files import FORMATS
 
@@ -26,6 +27,8 @@ examples:
   crosspool plan chat=models/a/config.json code=models/b --devices 2x64GB \\
       --device-names cpu:0-15,cpu:16-31 --rate chat=2,code=0.1 --prompt mean=800,sigma=1 \\
       --output 200 --context code=32768 --yaml deployment.yaml
+  crosspool plan Qwen3-30B-A3B GLM-4.7-Flash DeepSeek-V2-Lite --weights int4 --devices 64GB \\
+      --device-names cpu --rate 0.2 --lengths azure-conversation
   crosspool plan 20xQwen3-30B-A3B --devices 6x141GB --weight-pool-bytes 300GB --rate 0.5 \\
       --popularity openrouter --lengths azure-conversation
   crosspool plan --reproduce figure6 --plot figure6.svg
@@ -65,6 +68,12 @@ def _add_devices(group: argparse._ArgumentGroup) -> None:
         metavar="NAMES",
         help="names that --yaml writes, the KV pool's first, such as cpu:0-7,cpu:8-15 (default: "
         "cuda:0,cuda:1,...)",
+    )
+    group.add_argument(
+        "--weights",
+        choices=WEIGHT_FORMATS,
+        help="format in which CPUs hold the matrices of all models (default: that of the "
+        "checkpoint, which is the dtype for models of the catalogue)",
     )
     group.add_argument(
         "--kv-pool-devices",

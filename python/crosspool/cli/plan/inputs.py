@@ -14,6 +14,7 @@ from crosspool.config.sizes import size_of
 from crosspool.planner.devices.systems import EqualDevices
 from crosspool.planner.request import PlanModel
 from crosspool.planner.shapes import catalogue
+from crosspool.planner.shapes.held import held_shape
 from crosspool.planner.traffic.lengths import PUBLISHED, Lengths, LogNormal, read_length
 from crosspool.planner.traffic.popularity import read_popularity
 from crosspool.planner.traffic.samples import Traffic
@@ -35,12 +36,19 @@ _T = TypeVar("_T")
 
 
 def models(
-    words: Sequence[str], context: Sequence[str], paths: Sequence[str]
+    words: Sequence[str],
+    context: Sequence[str],
+    paths: Sequence[str],
+    *,
+    weights: str | None = None,
+    codes: bool = False,
 ) -> tuple[list[PlanModel], dict[str, Path]]:
     """Returns the models, and the checkpoint folders of those that have one.
 
     Each of ``words`` is ``MODEL``, ``NAME=MODEL`` or ``NxMODEL``, where a model is a name from the
-    catalogue or the path of a config.json or of its folder. Raises ConfigError."""
+    catalogue or the path of a config.json or of its folder. ``weights``: the format in which all of
+    them are held. ``codes``: whether devices hold quantised checkpoints as codes. Raises
+    ConfigError."""
     found: list[PlanModel] = []
     folders: dict[str, Path] = {}
     for word in words:
@@ -53,6 +61,8 @@ def models(
             )
         source = copies.group(2) if copies else model
         shape = catalogue.find(source)
+        if weights is not None or codes:
+            shape = held_shape(shape, catalogue.file_of(source), weights)
         is_path = Path(source).suffix == ".json" or Path(source).is_dir()
         base = name or shape.id
         for copy in range(number):

@@ -19,9 +19,9 @@ _FP32_BYTES = 4
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes of one model. Weights are counted in ``dtype_bytes``, as the server holds them: a
-    checkpoint's quantisation does not change the count, and layers for multi-token prediction,
-    which some checkpoints carry, are left out."""
+    """Sizes of one model. Weights are counted in ``dtype_bytes``, as GPUs hold them, unless the
+    bytes of their codes are given, which CPUs hold. Layers for multi-token prediction, which some
+    checkpoints carry, are left out."""
 
     id: str
     layers: int
@@ -57,6 +57,11 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     dense_intermediate: int = 0
     tied_embeddings: bool = False
     dtype_bytes: int = 2
+    held_attention_bytes: int | None = None
+    """Bytes of weights outside the FFNs where quantised ones are held as codes; None: all are in
+    the dtype."""
+    held_ffn_bytes: int | None = None
+    """The same for FFN weights."""
 
     qkv_bias: bool = False
     """The q, k and v projections have biases; with MLA, the projections into the latents."""
@@ -120,11 +125,13 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def ffn_bytes(self) -> int:
         """Bytes of FFN weights, which the weight pool holds."""
-        return self.ffn_parameters * self.dtype_bytes + self.moe_layers * self._router_fp32_bytes
+        return self._float_ffn_bytes if self.held_ffn_bytes is None else self.held_ffn_bytes
 
     @property
     def attention_bytes(self) -> int:
         """Bytes of all weights outside the FFNs, which every attention rank holds."""
+        if self.held_attention_bytes is not None:
+            return self.held_attention_bytes
         return self.attention_parameters * self.dtype_bytes
 
     @property
@@ -143,8 +150,15 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def active_ffn_bytes_per_token(self) -> int:
-        """Bytes of FFN weights that are read for one token in all layers."""
-        return self._active_ffn * self.dtype_bytes + self.moe_layers * self._router_fp32_bytes
+        """Bytes of FFN weights that are read for one token in all layers. Codes are taken to be
+        spread over all FFN weights alike."""
+        active = self._active_ffn * self.dtype_bytes + self.moe_layers * self._router_fp32_bytes
+        return active * self.ffn_bytes // self._float_ffn_bytes
+
+    @property
+    def _float_ffn_bytes(self) -> int:
+        """Bytes of FFN weights in the dtype."""
+        return self.ffn_parameters * self.dtype_bytes + self.moe_layers * self._router_fp32_bytes
 
     @property
     def _norm(self) -> int:

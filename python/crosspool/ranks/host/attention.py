@@ -16,7 +16,7 @@ from crosspool.kernels.rope import (
     rotate,
     unscaled_frequencies,
 )
-from crosspool.models.config_file import ConfigFile, read_json
+from crosspool.models.gguf_config import config_of
 from crosspool.models.registry import attention_tensors
 from crosspool.models.rope import unscaled_base
 from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, RopeSpec
@@ -106,13 +106,13 @@ def frequencies(spec: ModelSpec, path: Path) -> tuple[torch.Tensor, float]:
     """Returns rope frequencies, as transformers reads them from the config, and the factor on cos
     and sin. Importing transformers takes longer than torch: it is needed only where the
     frequencies are scaled or the config leaves their base to the family."""
-    dim, file = spec.attention.rope.dim, path / "config.json"
-    base = unscaled_base(ConfigFile(file))
+    dim, config = spec.attention.rope.dim, config_of(path)
+    base = unscaled_base(config)
     if base is not None:
         return unscaled_frequencies(base, dim), 1.0
     from transformers import AutoConfig
 
-    fields = read_json(file)
+    fields = dict(config.values)
     fields.pop("model_type", None)
     return rope_frequencies(AutoConfig.for_model(spec.family, **fields), dim)
 

@@ -157,7 +157,7 @@ class PackedAttention:
         table.input_norm, table.post_norm = vector("input_norm"), vector("post_norm")
         table.o, table.o_bias = matrix("o_proj"), vector("o_bias")
         if isinstance(attention, GQASpec):
-            table.qkv = matrix("q_proj", "k_proj", "v_proj")
+            table.qkv, table.qkv_matrices = self._qkv(layer, refs)
             table.q_norm, table.k_norm = vector("q_norm"), vector("k_norm")
             if attention.qkv_bias:
                 table.qkv_bias = self._stacked_bias(layer, refs)
@@ -170,6 +170,18 @@ class PackedAttention:
         table.kv_a = matrix("kv_a_proj")
         table.kv_a_bias, table.kv_a_norm = vector("kv_a_bias"), vector("kv_a_norm")
         table.keys_up, table.values_up = self._absorbed(layer, refs["kv_b_proj"], attention)
+
+    def _qkv(self, layer: int, refs: dict[str, TensorRef]) -> tuple[ctypes.Array[ns.Matrix], int]:
+        """One matrix of q, k and v, or one of each where they are held in different forms."""
+        weights = self.weights
+        parts = [(refs[key], whole(refs[key])) for key in ("q_proj", "k_proj", "v_proj")]
+        apart = [[part] for part in parts] if len(weights.forms(parts)) > 1 else [parts]
+        k = parts[0][0].shape[1]
+        shapes = [(sum(ref.shape[0] for ref, _ in of), k) for of in apart]
+        matrices = weights.matrices_of(layer, shapes)
+        for matrix, of in zip(matrices, apart, strict=True):
+            weights.stacked(layer, of, matrix)
+        return matrices, len(apart)
 
     def _stacked_bias(self, layer: int, refs: dict[str, TensorRef]) -> int:
         biases = [refs[f"{letter}_bias"] for letter in "qkv"]

@@ -27,6 +27,7 @@ from crosspool.kernels import native
 from crosspool.kernels import native_structs as ns
 from crosspool.kernels.engine import Team, set_checksums
 from crosspool.kernels.isa import default_isa
+from crosspool.models.gguf_config import config_of
 from crosspool.models.spec import TensorRef
 from crosspool.ranks.resident.arena import round_up
 from crosspool.weightpool import packed_file
@@ -59,16 +60,12 @@ class Form:
         native library, and the instruction set that weights are packed for.
 
         Raises ConfigError when a file cannot be read."""
-        config = self.checkpoint.path / "config.json"
-        try:
-            content = config.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"{config} cannot be read: {error.strerror}") from None
+        fields = msgspec.json.encode(config_of(self.checkpoint.path).values, order="deterministic")
         identity = (
             _LAYOUT,
             _library_digest(),
             default_isa(),
-            hashlib.sha256(content).hexdigest(),
+            hashlib.sha256(fields).hexdigest(),
             self.checkpoint.identity(self.refs),
             self.declared,
         )

@@ -16,6 +16,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,17 @@ from torch import Tensor
 from crosspool.config.errors import ConfigError
 from crosspool.kernels import native_structs as ns
 from crosspool.kernels.engine import Team
+from crosspool.models.formats import HeldForm
 from crosspool.models.spec import TensorRef
 from crosspool.observability.progress import Progress
 from crosspool.ranks.resident.arena import Arena, round_up
 from crosspool.ranks.resident.kept_weights import Form, Image, KeptWeights
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
 from crosspool.weightpool.checkpoint import Checkpoint
+from crosspool.weightpool.dequantize import Coded
+from crosspool.weightpool.gguf_checkpoint import open_checkpoint
+from crosspool.weightpool.held_matrix import hold_codes
+from crosspool.weightpool.placement import held_form
 
 _LINE = 64
 BEFORE_ALL = -1
@@ -37,6 +43,7 @@ NATIVE_DTYPES = {torch.bfloat16: ns.BFLOAT16, torch.float32: ns.FLOAT32}
 
 Index = tuple[slice, ...]
 Pack = Callable[[list[Tensor]], object]
+PackCodes = Callable[[list[Coded]], object]
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,17 @@ class _Declared:
     finish: Pack
     on_demand: bool = False
     """Whether they are no part of what is in memory with the model."""
+    form: HeldForm | None = None
+    """The form in which the parts are read, of a matrix that is held as codes."""
+    finish_codes: PackCodes | None = None
+
+    def take(self, parts: list[Any]) -> None:
+        """Takes the tensors, or codes, when all have been read."""
+        if self.form is None:
+            self.finish(parts)
+        else:
+            assert self.finish_codes is not None
+            self.finish_codes(parts)
 
 
 class NotKept(ConfigError):
@@ -73,6 +91,7 @@ class PackedWeights:
 
     def __init__(self, dtype: str) -> None:
         self.arena = Arena()
+        self._model_dtype = dtype
         self._dtype = TORCH_DTYPES[dtype]
         self._declared: list[_Declared] = []
         self._matrices: list[ns.Matrix] = []
@@ -110,8 +129,19 @@ class PackedWeights:
         on_demand: bool = False,
     ) -> ctypes.Array[ns.Matrix]:
         """Returns ``count`` matrices of one shape in an array, to be filled by a declaration."""
-        number = NATIVE_DTYPES[dtype or self._dtype]
-        array = (ns.Matrix * count)(*(ns.Matrix(None, n, k, number) for _ in range(count)))
+        return self.matrices_of(stage, [(n, k)] * count, dtype, on_demand=on_demand)
+
+    def matrices_of(
+        self,
+        stage: int,
+        shapes: Sequence[tuple[int, int]],
+        dtype: torch.dtype | None = None,
+        *,
+        on_demand: bool = False,
+    ) -> ctypes.Array[ns.Matrix]:
+        """The same for matrices [n, k] of different shapes."""
+        number, count = NATIVE_DTYPES[dtype or self._dtype], len(shapes)
+        array = (ns.Matrix * count)(*(ns.Matrix(None, n, k, number) for n, k in shapes))
         self._matrices += [array[i] for i in range(count)]
         self._matrix_stages += [stage] * count
         self._on_demand += [on_demand] * count
@@ -139,7 +169,13 @@ class PackedWeights:
         def finish(tensors: list[Tensor]) -> None:
             self.pack(matrix, [source(tensor) for tensor in tensors])
 
-        self._declared.append(_Declared(layer, list(parts), dtype, finish, on_demand))
+        def finish_codes(coded: list[Coded]) -> None:
+            self._pack_codes(matrix, joined(coded))
+
+        form = self._hold_as_codes(matrix, parts)
+        self._declared.append(
+            _Declared(layer, list(parts), dtype, finish, on_demand, form, finish_codes)
+        )
         return matrix
 
     def gated(
@@ -159,7 +195,13 @@ class PackedWeights:
             self._packers.pack_gated(into, *(source(tensor) for tensor in tensors))
             self.held_bytes += round_up(into.bytes, _LINE)
 
-        self._declared.append(_Declared(layer, [gate, up], self._dtype, finish, on_demand))
+        def finish_codes(coded: list[Coded]) -> None:
+            self._pack_codes(into, alternating(*coded))
+
+        form = self._hold_as_codes(into, [gate, up])
+        self._declared.append(
+            _Declared(layer, [gate, up], self._dtype, finish, on_demand, form, finish_codes)
+        )
 
     def floats(self, layer: int | None, part: TensorRef, *, stage: int | None = None) -> Tensor:
         """Declares a vector in float32, rounded to the model's dtype, and returns it."""
@@ -198,6 +240,22 @@ class PackedWeights:
             _Declared(layer, [(part, whole(part))], self._held_dtype(part), finish)
         )
 
+    def _pack_codes(self, matrix: ns.Matrix, coded: Coded) -> None:
+        """Packs one matrix from codes."""
+        self._place(matrix)
+        codes = coded.codes
+        self._packers.pack_grouped(
+            matrix,
+            ns.CodeSource(
+                codes.data_ptr(),
+                codes.shape[0],
+                codes.stride(0),
+                coded.scales.data_ptr(),
+                pointer(coded.offsets),
+            ),
+        )
+        self.held_bytes += round_up(matrix.bytes, _LINE)
+
     def pack(self, matrix: ns.Matrix, sources: Sequence[ns.Source]) -> None:
         """Packs one matrix, from within a :meth:`custom` declaration."""
         self._place(matrix)
@@ -215,7 +273,7 @@ class PackedWeights:
     def settle(self) -> None:
         """Reserves room for the matrices, once everything is declared."""
         self.listing = [
-            _listing(one.layer, ref, index, one.dtype)
+            _listing(one.layer, ref, index, one.dtype, one.form)
             for one in self._declared
             for ref, index in one.parts
             if not one.on_demand
@@ -235,7 +293,7 @@ class PackedWeights:
 
         Raises ConfigError when the checkpoint lacks a tensor or has another shape, and NotKept when
         it would have to be packed and some of the weights are on demand."""
-        checkpoint = Checkpoint(path)
+        checkpoint = open_checkpoint(path)
         self._team = team
         self.held_bytes = 0
         self.arena.take()
@@ -258,10 +316,10 @@ class PackedWeights:
             checkpoint,
             tuple(ref for one in self._declared for ref, _ in one.parts),
             (
-                [(matrix.n, matrix.k, matrix.dtype) for matrix in self._matrices],
+                [_declared(matrix) for matrix in self._matrices],
                 [(list(array.shape), str(array.dtype)) for array in self._arrays],
                 [
-                    (ref.name, ref.key, _dtype_name(one.dtype), _bounds(index))
+                    (ref.name, ref.key, _held_as(one.dtype, one.form), _bounds(index))
                     for one in self._declared
                     for ref, index in one.parts
                 ],
@@ -271,19 +329,26 @@ class PackedWeights:
     def _pack(self, checkpoint: Checkpoint, progress: Progress) -> None:
         flat = [(i, part) for i, one in enumerate(self._declared) for part in one.parts]
         checkpoint.check([ref for _, (ref, _) in flat])
-        waiting: dict[int, dict[int, Tensor]] = {}
+        waiting: dict[int, dict[int, Tensor | Coded]] = {}
         first: dict[int, int] = {}
         for number, (owner, _) in enumerate(flat):
             first.setdefault(owner, number)
-        for number, tensor in checkpoint.stream([part for _, part in flat]):
+        forms = {
+            number: form
+            for number, (owner, _) in enumerate(flat)
+            if (form := self._declared[owner].form) is not None
+        }
+        for number, read in checkpoint.stream_as([part for _, part in flat], forms):
             owner = flat[number][0]
             declared = self._declared[owner]
             here = waiting.setdefault(owner, {})
-            here[number - first[owner]] = tensor.to(declared.dtype)
+            here[number - first[owner]] = (
+                read.to(declared.dtype) if isinstance(read, Tensor) else read
+            )
             if len(here) == len(declared.parts):
-                declared.finish([here[i] for i in range(len(here))])
+                declared.take([here[i] for i in range(len(here))])
                 del waiting[owner]
-            progress(here[number - first[owner]].nbytes)
+            progress(self.listing[number].bytes)
         for out, compute in self._computed:
             out.copy_(compute())
 
@@ -310,8 +375,50 @@ class PackedWeights:
         for declared in (self._declared, self._computed, self._arrays, self._matrices):
             declared.clear()
 
+    def forms(self, parts: Sequence[tuple[TensorRef, Index]]) -> set[HeldForm | None]:
+        """Returns the forms as which parts can be held; None among them: as floats."""
+        return {held_form(ref, self._model_dtype, index) for ref, index in parts}
+
+    def _hold_as_codes(
+        self, matrix: ns.Matrix, parts: Sequence[tuple[TensorRef, Index]]
+    ) -> HeldForm | None:
+        """Has a matrix hold codes where all its parts are stored so that it can, in one form;
+        returns the form."""
+        forms = self.forms(parts)
+        form = forms.pop()
+        if form is None or forms:
+            return None
+        hold_codes(matrix, form)
+        return form
+
     def _held_dtype(self, ref: TensorRef) -> torch.dtype:
         return torch.float32 if ref.keep_fp32 else self._dtype
+
+
+def joined(coded: Sequence[Coded]) -> Coded:
+    """Rows of matrices that follow one another."""
+    offsets = [one.offsets for one in coded if one.offsets is not None]
+    return Coded(
+        torch.cat([one.codes for one in coded]),
+        torch.cat([one.scales for one in coded]),
+        torch.cat(offsets) if offsets else None,
+    )
+
+
+def alternating(gate: Coded, up: Coded) -> Coded:
+    """Rows of a gated pair: 16 of gate, 16 of up, with padding."""
+
+    def both(first: Tensor, second: Tensor) -> Tensor:
+        rows = gated_columns(first.shape[0])
+        pair = torch.zeros(2, rows, first.shape[1], dtype=first.dtype)
+        pair[0, : len(first)], pair[1, : len(second)] = first, second
+        panels: Tensor = pair.unflatten(1, (-1, ns.PANEL)).transpose(0, 1)
+        return panels.flatten(0, 2).contiguous()
+
+    offsets = None
+    if gate.offsets is not None and up.offsets is not None:
+        offsets = both(gate.offsets, up.offsets)
+    return Coded(both(gate.codes, up.codes), both(gate.scales, up.scales), offsets)
 
 
 def whole(ref: TensorRef) -> Index:
@@ -341,21 +448,33 @@ def _bounds(index: Index) -> list[tuple[int, int]]:
     return [(part.start, part.stop) for part in index]
 
 
+def _declared(matrix: ns.Matrix) -> tuple[int, ...]:
+    """What is known of a matrix before it is packed: whether it is compact is not."""
+    shape = (matrix.n, matrix.k, matrix.dtype)
+    if matrix.encoding != ns.GROUPED:
+        return shape
+    return (*shape, matrix.codes, matrix.scales, matrix.group, matrix.offset)
+
+
 def _stage(layer: int | None) -> int:
     return 0 if layer is None else layer
 
 
-def _listing(layer: int | None, ref: TensorRef, index: Index, dtype: torch.dtype) -> TensorListing:
+def _listing(
+    layer: int | None, ref: TensorRef, index: Index, dtype: torch.dtype, form: HeldForm | None
+) -> TensorListing:
     shape = _shape(index)
     return TensorListing(
         layer=layer,
         key=ref.key,
         name=ref.name,
         shape=shape,
-        dtype=_dtype_name(dtype),
-        bytes=torch.Size(shape).numel() * dtype.itemsize,
+        dtype=_held_as(dtype, form),
+        bytes=torch.Size(shape).numel() * dtype.itemsize
+        if form is None
+        else form.bytes(shape[0], shape[1]),
     )
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _held_as(dtype: torch.dtype, form: HeldForm | None) -> str:
+    return str(dtype).removeprefix("torch.") if form is None else form.codes

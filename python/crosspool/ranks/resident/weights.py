@@ -15,7 +15,7 @@ from crosspool.ranks.resident.holder import HolderLink
 from crosspool.ranks.resident.kept_weights import WeightKeeper
 from crosspool.ranks.resident.reading import SleepingPart
 from crosspool.ranks.weights import HeldModel
-from crosspool.weightpool.checkpoint import Checkpoint
+from crosspool.weightpool.gguf_checkpoint import open_checkpoint
 from crosspool.weightpool.packed_cache import PackedCache, Unusable, folder_of
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class ResidentWeights:
             )
         if keeper is None:
             return
-        checkpoint = Checkpoint(held.path)
+        checkpoint = open_checkpoint(held.path)
         sleeping = self.sleeping[held.index] = []
         for part in self.parts(held.index):
             kept, key = keeper.of(file_name(held.path, part)), part.weights.form(checkpoint).key()

@@ -53,10 +53,16 @@ def origin(name: str) -> Origin:
 
 def find(name_or_path: str) -> ModelShape:
     """Returns the shape of a catalogue entry, or of a ``config.json`` or a folder that has one."""
+    return shape_of_config(file_of(name_or_path))
+
+
+def file_of(name_or_path: str) -> Path:
+    """Returns the ``config.json`` of a catalogue entry, or that of a path or a folder. Raises
+    ConfigError for a name that the catalogue does not have."""
     path = Path(name_or_path)
-    if path.suffix == ".json" or path.is_dir():
-        return shape_of_config(path)
-    return load(name_or_path)
+    if path.suffix == ".json" and not path.is_dir():
+        return path
+    return path / "config.json" if path.is_dir() else _file(name_or_path)
 
 
 @functools.cache

@@ -1,0 +1,224 @@
+"""Writes GGUF files from Hugging Face checkpoints, by the rules of llama.cpp's converter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from gguf.quants import dequantize, quantize
+from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+
+_ROUND = {"Q4_0", "Q8_0", "BF16", "F16", "MXFP4"}
+"""Types that the ``gguf`` package itself can write."""
+_ARCHITECTURES = {
+    "qwen3_moe": "qwen3moe",
+    "mixtral": "llama",
+    "olmoe": "olmoe",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+}
+
+
+def blocks(values: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
+    """Values in blocks of a type. K-quants get random codes and scales of about the right size:
+    ``gguf`` cannot write them, and any code stands for a value."""
+    if kind == "F32":
+        return values.astype(np.float32)
+    if kind in _ROUND:
+        return quantize(values.astype(np.float32), Type[kind])
+    block, size = gguf.GGML_QUANT_SIZES[Type[kind]]
+    *outer, width = values.shape
+    random = np.random.default_rng(abs(int(values.flat[0] * 1e6)))
+    stored = random.integers(0, 256, (*outer, width // block, size), np.uint8)
+    scale = np.abs(values).reshape(*outer, width // block, block).max(-1, keepdims=True)
+    if kind == "Q6_K":  # scales are signed bytes, d comes last
+        stored[..., -2:] = (scale / 2**12).astype(np.float16).view(np.uint8)
+    else:  # d and dmin, for scales and minima of six bits
+        stored[..., :2] = (scale / 2**9).astype(np.float16).view(np.uint8)
+        stored[..., 2:4] = (scale / 2**6).astype(np.float16).view(np.uint8)
+    return stored.reshape(*outer, -1)
+
+
+def convert(
+    path: Path,
+    out: Path,
+    kind_of: Callable[[str], str],
+    *,
+    split_kv_b: bool = True,
+    max_tensors: int = 0,
+) -> tuple[Path, Path]:
+    """Writes a GGUF model from a checkpoint in float32 of one file, and a checkpoint of the floats
+    that the GGUF stands for; returns the (first) GGUF file and the checkpoint.
+
+    ``kind_of``: type of each tensor by its name in the GGUF. ``split_kv_b``: as the converter does
+    since MLA is absorbed. ``max_tensors``: tensors of a file of a split; 0: one file."""
+    config = json.loads((path / "config.json").read_text())
+    architecture = _ARCHITECTURES[config["model_type"]]
+    layers = config["num_hidden_layers"]
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(numbers[architecture], layers)
+    out.mkdir(parents=True)
+    file = out / "model.gguf"
+    writer = gguf.GGUFWriter(file, architecture, split_max_tensors=max_tensors)
+    _metadata(writer, config, architecture)
+    if (path / "tokenizer.json").exists():
+        add_tokenizer(writer, path)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list([f"token {i}" for i in range(config["vocab_size"])])
+
+    floats: dict[str, Tensor] = {}
+    experts: dict[str, dict[int, tuple[str, Tensor]]] = {}
+
+    def add(name: str, tensor: Tensor) -> Tensor:
+        kind = kind_of(name) if tensor.dim() > 1 and ".ffn_gate_inp" not in name else "F32"
+        stored = blocks(np.ascontiguousarray(tensor.float().numpy()), kind)
+        writer.add_tensor(name, stored, raw_dtype=Type[kind])
+        values = dequantize(stored, Type[kind]) if kind != "F32" else stored
+        return torch.from_numpy(np.ascontiguousarray(values, np.float32)).view(tensor.shape)
+
+    for name, tensor in load_file(path / "model.safetensors").items():
+        parts = name.split(".")
+        if "experts" in parts:
+            at = parts.index("experts")
+            merged = ".".join((*parts[: at + 1], *parts[at + 2 :]))
+            experts.setdefault(merged, {})[int(parts[at + 1])] = name, tensor
+            continue
+        key = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        new = names.get_name(key, (".weight", ".bias"))
+        assert new is not None, name
+        if architecture == "llama" and parts[-2] in ("q_proj", "k_proj"):
+            which = "num_attention_heads" if parts[-2] == "q_proj" else "num_key_value_heads"
+            heads = config[which]
+            stored = add(new, _permuted(tensor, heads))
+            half = tensor.shape[0] // heads // 2
+            floats[name] = stored.view(heads, half, 2, -1).transpose(1, 2).reshape(tensor.shape)
+        elif parts[-2] == "kv_b_proj" and split_kv_b:
+            nope, heads = config["qk_nope_head_dim"], config["num_attention_heads"]
+            k, v = tensor.view(heads, -1, tensor.shape[1]).split(
+                [nope, config["v_head_dim"]], dim=1
+            )
+            k = add(new.replace("kv_b", "k_b"), k.transpose(1, 2).contiguous())
+            v = add(new.replace("kv_b", "v_b"), v.contiguous())
+            floats[name] = torch.cat((k.transpose(1, 2), v), dim=1).reshape(tensor.shape)
+        else:
+            floats[name] = add(new, tensor)
+    for merged, of_expert in experts.items():
+        new = names.get_name(merged, (".weight",))
+        assert new is not None, merged
+        stacked = add(new, torch.stack([of_expert[i][1] for i in range(len(of_expert))]))
+        for i, (name, _) in of_expert.items():
+            floats[name] = stacked[i]
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    reference = out / "floats"
+    shutil.copytree(path, reference)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in floats.items()},
+        reference / "model.safetensors",
+        {"format": "pt"},
+    )
+    return next(iter(sorted(out.glob("*.gguf")))), reference
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, path: Path) -> None:
+    """Writes a tokenizer as the converter's ``_set_vocab_gpt2`` or ``_set_vocab_sentencepiece``
+    does: tokens, their kinds, and merges or scores. ``path``: a folder with one that cuts text as
+    GPT-2's does, or with a tokenizer.model."""
+    fast = json.loads((path / "tokenizer.json").read_text())
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    numbers = {
+        **fast["model"]["vocab"],
+        **{one["content"]: one["id"] for one in fast["added_tokens"]},
+    }
+    tokens = sorted(numbers, key=lambda token: int(numbers[token]))
+    kinds = [gguf.TokenType.NORMAL] * len(tokens)
+    if (path / "tokenizer.model").exists():
+        pieces = SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+        scores = [-1000.0] * len(tokens)
+        for number in range(pieces.vocab_size()):
+            assert tokens[number] == pieces.id_to_piece(number)
+            scores[number] = pieces.get_score(number)
+            if pieces.is_byte(number):
+                kinds[number] = gguf.TokenType.BYTE
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(scores)
+        writer.add_add_bos_token(settings["add_bos_token"])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_merges([" ".join(pair) for pair in fast["model"]["merges"]])
+    for one in fast["added_tokens"]:
+        kinds[one["id"]] = gguf.TokenType.CONTROL if one["special"] else gguf.TokenType.USER_DEFINED
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    if settings["bos_token"] is not None:
+        writer.add_bos_token_id(numbers[settings["bos_token"]])
+    writer.add_pad_token_id(numbers[settings["pad_token"]])
+    writer.add_chat_template((path / "chat_template.jinja").read_text())
+
+
+def _permuted(weight: Tensor, heads: int) -> Tensor:
+    """The converter's ``LlamaModel.permute``."""
+    halves = weight.view(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def _metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture: str) -> None:
+    writer.add_file_type(7)
+    ends = config["eos_token_id"]
+    first, *others = ends if isinstance(ends, list) else [ends]
+    writer.add_eos_token_id(first)
+    for other in others:
+        writer.add_eot_token_id(other)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    if architecture == "deepseek2":
+        nope, rope = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+        writer.add_head_count_kv(1)
+        writer.add_kv_lora_rank(config["kv_lora_rank"])
+        if config.get("q_lora_rank"):
+            writer.add_q_lora_rank(config["q_lora_rank"])
+        writer.add_key_length(config["kv_lora_rank"] + rope)
+        writer.add_value_length(config["kv_lora_rank"])
+        writer.add_key_length_mla(nope + rope)
+        writer.add_value_length_mla(config["v_head_dim"])
+        writer.add_rope_dimension_count(rope)
+        writer.add_expert_count(config["n_routed_experts"])
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(bool(config["norm_topk_prob"]))
+        sigmoid = config["model_type"] == "deepseek_v3"
+        writer.add_expert_gating_func(
+            gguf.ExpertGatingFuncType.SIGMOID if sigmoid else gguf.ExpertGatingFuncType.SOFTMAX
+        )
+        return
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
+    if architecture == "qwen3moe":
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
