@@ -10,7 +10,7 @@ from crosspool.config.deployment import ModelConfig
 from crosspool.scheduler.budgets import Budgets, WeightPlace
 from crosspool.scheduler.residency import ResidencyPolicy
 from crosspool.scheduler.worth import RecentRate
-from crosspool.transport.messages import Wake
+from crosspool.transport.messages import Sleep, Wake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -402,6 +402,17 @@ def test_steps_in_flight_get_weights_back_before_models_that_come_instead():
     pool.in_flight = set()
     pool.turn()
     assert pool.awake() == {0, 2}
+
+
+def test_a_device_that_is_back_with_what_is_gone_gives_it_up_first():
+    pool = Pool([6], budget=8)
+    pool.ask(0)
+    pool.residency.lose(1)
+    pool.residency.restore(1, pool.residency._models, [7], pool.now)
+    orders = list(pool.residency.orders(set()))
+    assert orders == [(1, Sleep(model=7))], "its bytes are not known"
+    pool.residency.slept(1, 7)
+    assert list(pool.residency.orders(set())) == [(1, Wake(model=0))]
 
 
 # --- no starvation, no livelock

@@ -115,7 +115,9 @@ class HeldWeights:
                         held[model] = "leaving"
                         yield device, Sleep(model=model)
             for model in self._lacking(device, in_flight):
-                if self._budgets.crowded({*held, model}, device):
+                # Nobody knows how much a model takes that is gone.
+                unknown = held.keys() - self._models.keys()
+                if unknown or self._budgets.crowded({*held, model}, device):
                     self._unsettled = True
                     break
                 held[model] = "waking"
