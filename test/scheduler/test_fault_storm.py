@@ -24,7 +24,7 @@ from crosspool.scheduler.sequence import Sequence
 from crosspool.transport.messages import Step
 from msgspec import structs
 
-SEEDS = 4000
+SEEDS = 10_000
 PARTS = 4
 SEEDS_FOR_A_BUG = 2000
 
