@@ -24,7 +24,7 @@ from torch import Tensor
 from crosspool.config.errors import ConfigError
 from crosspool.kernels import native_structs as ns
 from crosspool.kernels.engine import Team
-from crosspool.models.formats import HeldForm
+from crosspool.models.held_forms import HeldForm
 from crosspool.models.spec import TensorRef
 from crosspool.observability.progress import Progress
 from crosspool.ranks.resident.arena import Arena, round_up
