@@ -2,15 +2,19 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
+#include <system_error>
+#include <thread>
+
+#include "engine/giving_back.h"
+#include "engine/low_priority.h"
+#include "engine/pace.h"
 
 namespace {
 
 constexpr std::uint64_t kAlignment = std::uint64_t{2} << 20;
-constexpr std::uint64_t kDropBytes = std::uint64_t{32} << 20;
 constexpr int kAnonymous = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 
 std::byte* at(void* base, std::uint64_t index, std::uint64_t chunk_bytes) {
@@ -68,13 +72,26 @@ int crosspool_arena_take(void* address, std::uint64_t bytes) {
 }
 
 int crosspool_arena_drop(void* address, std::uint64_t bytes) {
-  // Piece by piece, so that other threads that need new memory do not wait for all of it.
-  for (std::uint64_t offset = 0; offset < bytes; offset += kDropBytes) {
-    const std::uint64_t piece = std::min(kDropBytes, bytes - offset);
-    if (madvise(static_cast<std::byte*>(address) + offset, piece, MADV_DONTNEED) != 0) {
-      return -errno;
-    }
+  int error = 0;
+  const auto give_back = [&] {
+    crosspool::yield_to_others();
+    // It cannot know whether steps run, and so it rests as if they did.
+    crosspool::IdleClock steps;
+    steps.work();
+    crosspool::Pace pace(steps);
+    error = crosspool::give_back_in_pieces(
+        static_cast<std::byte*>(address), bytes,
+        [](std::byte* piece, std::uint64_t size) {
+          return madvise(piece, size, MADV_DONTNEED) == 0 ? 0 : -errno;
+        },
+        [&] { pace.rest(); });
+  };
+  try {
+    std::thread(give_back).join();
+  } catch (const std::system_error& problem) {
+    return -problem.code().value();
   }
+  if (error != 0) return error;
   void* left = mmap(address, bytes, PROT_NONE, kAnonymous | MAP_FIXED, -1, 0);
   return left == MAP_FAILED ? -errno : 0;
 }

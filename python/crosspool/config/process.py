@@ -1,5 +1,6 @@
 """What every process of a deployment does: it takes a title, dies with the launcher, keeps what it
-has loaded from the garbage collector, and inherits how many descriptors it may open."""
+has loaded from the garbage collector, has its threads share the interpreter, and inherits how many
+descriptors it may open."""
 
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ _ENOUGH_DESCRIPTORS = 1 << 16
 _MIDDLE_COLLECTIONS = 100
 """Garbage collections of the middle generation between two that walk through all objects: ten
 times as many as Python's default."""
+_SWITCH_SECONDS = 1e-4
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 
 
@@ -77,6 +79,13 @@ def freeze_heap() -> None:
     gc.freeze()
     young, middle, _ = gc.get_threshold()
     gc.set_threshold(young, middle, _MIDDLE_COLLECTIONS)
+
+
+def share_interpreter() -> None:
+    """Has a thread that computes in Python hand the interpreter over soon to one that has a message
+    to carry. By default that waits for 5 ms, longer than a step may take, and for each message
+    several times."""
+    sys.setswitchinterval(_SWITCH_SECONDS)
 
 
 def allow_descriptors(models: int) -> None:

@@ -25,7 +25,13 @@ from crosspool.config import gpu
 from crosspool.config.cores import CONTROL_SLICE_NS, DEFAULT_SLICE_NS, keep_off, set_slice
 from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.device import Device
-from crosspool.config.process import USER_MISTAKE, die_with_parent, freeze_heap, set_title
+from crosspool.config.process import (
+    USER_MISTAKE,
+    die_with_parent,
+    freeze_heap,
+    set_title,
+    share_interpreter,
+)
 from crosspool.kernels.advance import count_advances
 from crosspool.models.registry import specs_of
 from crosspool.ranks.further import still_readable
@@ -116,6 +122,7 @@ def drive(
     set_title(f"device {device.name}")
     configure_logging(device)
     keep_off(deployment.devices)
+    share_interpreter()
     set_slice(CONTROL_SLICE_NS)
     socket = DeviceSocket(deployment.control_address, device.name, incarnation)
     set_slice(DEFAULT_SLICE_NS)

@@ -25,6 +25,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from crosspool.config.cores import keep_off
 from crosspool.config.deployment import ConfigError, Deployment, load
 from crosspool.config.device import Device
 from crosspool.config.process import die_with_parent, freeze_heap, leave, set_title
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"device {device.name}: {error}", file=sys.stderr)
         return 2
+    keep_off(deployment.devices)  # giving weights up is no work for cores that compute
     _warn_of_threads()
     freeze_heap()  # the collector, writing to every object, would soon have copied all pages too
     descriptors = Descriptors(lanes=arguments.lanes_fd, heartbeats=arguments.heartbeats_fd)

@@ -19,7 +19,14 @@ from pathlib import Path
 
 from crosspool.config.cores import CONTROL_SLICE_NS, keep_off, set_slice
 from crosspool.config.deployment import ConfigError, Deployment, load
-from crosspool.config.process import CANNOT_SERVE, USER_MISTAKE, die_with_parent, leave, set_title
+from crosspool.config.process import (
+    CANNOT_SERVE,
+    USER_MISTAKE,
+    die_with_parent,
+    leave,
+    set_title,
+    share_interpreter,
+)
 from crosspool.config.runtime_dir import metrics_folder
 from crosspool.frontend import compat
 from crosspool.server.listeners import Listeners
@@ -104,6 +111,7 @@ def prepare(name: str, file: Path) -> Deployment:
     deployment = load(file)
     keep_off(deployment.devices)
     set_slice(CONTROL_SLICE_NS)
+    share_interpreter()
     configure_logging(name, deployment)
     os.environ["SGLANG_USE_PICKLE_IPC"] = "0"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

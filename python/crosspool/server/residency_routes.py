@@ -20,7 +20,7 @@ from crosspool.server.errors import JSON, RequestError, unknown_model
 from crosspool.server.progress import events, wants_events
 from crosspool.server.scheduler_errors import scheduler_errors
 from crosspool.transport.admin import Managing
-from crosspool.transport.inspection import ModelResidency, ModelStatus, Status
+from crosspool.transport.inspection import ModelStatus, Status
 
 _LOOK_SECONDS = 0.1
 """Time between two looks at a model that is to wake or to fall asleep."""
@@ -91,17 +91,13 @@ class ResidencyRoutes:
         return JSON([model.summary() for model in (await self._status()).models])
 
     async def _sleep_one(self, request: Request) -> Response:
-        name = await self._named(request)
-        await self._sleep(name)
-        return JSON((await self._model(name)).summary())
+        return JSON((await self._sleep(await self._named(request))).summary())
 
     async def _wake_one(self, request: Request) -> Response:
         name = await self._named(request)
         if wants_events(request):
             return events(self._steps(name))
-        async for _ in self._wake(name):
-            pass
-        return JSON((await self._model(name)).summary())
+        return JSON([now async for now in self._wake(name)][-1].summary())
 
     async def _pin_one(self, request: Request) -> Response:
         name = await self._named(request)
@@ -120,7 +116,7 @@ class ResidencyRoutes:
     async def _steps(self, name: str) -> AsyncIterator[dict[str, Any]]:
         """How the model wakes, until it is resident."""
         async for now in self._wake(name):
-            yield {"name": name, **msgspec.to_builtins(now)}
+            yield {"name": name, **msgspec.to_builtins(now.residency)}
 
     # --- those of other servers
 
@@ -149,32 +145,34 @@ class ResidencyRoutes:
 
     # --- the scheduler's part
 
-    async def _wake(self, name: str) -> AsyncIterator[ModelResidency]:
+    async def _wake(self, name: str) -> AsyncIterator[ModelStatus]:
         """Wakes the model, and yields several times a second how far that is, the last time when it
         is resident. Raises RequestError where it cannot be, or has not been in time."""
         before = (await self._model(name)).residency
         await self._manage(name, "wake")
         deadline = time.monotonic() + self._longest_wait
         while True:
-            now = (await self._model(name)).residency
+            model = await self._model(name)
+            now = model.residency
             if now.failed_wakes > before.failed_wakes:
                 raise RequestError(503, f"{name} cannot be woken: {now.last_error}")
-            yield now
+            yield model
             if now.state == "resident" or now.wakes > before.wakes:
                 return
             await self._pause(deadline, f"{name} is not resident yet ({now.state})")
 
-    async def _sleep(self, name: str) -> None:
+    async def _sleep(self, name: str) -> ModelStatus:
         """Returns when the memory of the model's weights is free; requests may have woken it since.
         Raises RequestError where it may not sleep, or does not in time."""
         before = (await self._model(name)).residency
         await self._manage(name, "sleep")
         deadline = time.monotonic() + self._longest_wait
         while True:
-            now = (await self._model(name)).residency
+            model = await self._model(name)
+            now = model.residency
             has_slept = now.sleeps > before.sleeps and now.state != "falling_asleep"
             if now.state == "asleep" or has_slept:
-                return
+                return model
             await self._pause(deadline, f"{name} is not asleep yet ({now.state})")
 
     async def _pause(self, deadline: float, late: str) -> None:

@@ -55,12 +55,18 @@ def encode(table: PackedTable) -> bytes:
     return (head + data).ljust(_begin(len(data)), b"\0")
 
 
+def read_head(file: int) -> bytes:
+    """Returns the head of an open file, which no two files of different weights have alike. Raises
+    OSError."""
+    return os.pread(file, _HEAD.size, 0)
+
+
 def read(file: int, key: str) -> tuple[PackedTable, int]:
     """Returns the table of an open file, and the place in bytes at which its weights begin.
 
     Raises DamagedFile when it is not whole, or holds something else than ``key``. Raises
     OSError."""
-    head = os.pread(file, _HEAD.size, 0)
+    head = read_head(file)
     if len(head) < _HEAD.size:
         raise DamagedFile("it has no head")
     magic, size, digest = _HEAD.unpack(head)

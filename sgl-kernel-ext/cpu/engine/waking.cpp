@@ -2,8 +2,6 @@
 
 #include <pthread.h>
 #include <sched.h>
-#include <sys/resource.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,14 +13,13 @@
 #include <vector>
 
 #include "../wait.h"
+#include "low_priority.h"
 #include "pace.h"
 
 namespace crosspool {
 
 namespace {
 
-// Requests wait for it: on a busy core it has a tenth of what others have, and not less.
-constexpr int kLowPriority = 10;
 constexpr std::int64_t kTellNs = 200'000'000;
 constexpr std::int64_t kSliceBytes = 2 << 20;  // a huge page, which one thread should touch first
 constexpr int kMostHelpers = 3;                // each adds less than the one before
@@ -160,8 +157,7 @@ int read_stages(Loop& loop, StagedReading& reading) {
   const Helpers helpers = helpers_of(loop);
   Stages stages(loop, reading);
   const auto read = [&](bool helps) {
-    // Of Linux's threads each has a priority of its own; that of the caller stays.
-    setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kLowPriority);
+    yield_to_others();
     if (helps) sched_setaffinity(0, sizeof(helpers.cores), &helpers.cores);
     Pace pace(loop.idle());
     for (;;) {

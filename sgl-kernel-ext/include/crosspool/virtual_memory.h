@@ -31,7 +31,8 @@ CROSSPOOL_API int crosspool_parking_reserve(uint64_t bytes, void** address);
 CROSSPOOL_API int crosspool_arena_take(void* address, uint64_t bytes);
 
 /* Gives the memory back to the system, as far as no other process shares it; the range stays
- * reserved. */
+ * reserved. A thread of low priority does it piece by piece and rests as long as it works, so that
+ * neither threads that need memory wait for it nor those that share its core. */
 CROSSPOOL_API int crosspool_arena_drop(void* address, uint64_t bytes);
 
 /* Makes the memory under [address, address + bytes) exist by writing a byte of every page. */

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -22,6 +23,10 @@ from crosspool.ranks.resident.kept_weights import KeptWeights
 from crosspool.ranks.resident.pack_sources import pointer, source
 from crosspool.ranks.resident.packing import PackedWeights
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
+
+_BLOCK_BYTES = 1 << 16
+"""Bytes of a table that are computed at a time. Larger tensors in between would each be new memory
+from the system."""
 
 
 class PackedAttention:
@@ -67,10 +72,14 @@ class PackedAttention:
         self.derive()
 
     def derive(self) -> None:
-        """Computes what follows from the stage before all others: the tables of the rotations."""
-        cos, sin = _rope(self._spec, self.positions, self._frequency, float(self._scaling))
-        self._cos.copy_(cos)
-        self._sin.copy_(sin)
+        """Computes what follows from the stage before all others: the tables of the rotations. It
+        rests as long as it computes, since steps may share the core."""
+        scaling, rows = float(self._scaling), _BLOCK_BYTES // self._cos[:1].nbytes
+        for block in torch.arange(self.positions).split(max(rows, 1)):
+            began = time.thread_time()
+            at = slice(int(block[0]), int(block[-1]) + 1)
+            self._cos[at], self._sin[at] = _rope(self._spec, block, self._frequency, scaling)
+            time.sleep(time.thread_time() - began)
 
     def fill(self, table: es.ModelTable, kv: Tensor) -> None:
         """Fills in the attention part. ``kv``: the model's cache, [pages, layers, page_size,
@@ -213,11 +222,11 @@ class PackedAttention:
 
 
 def _rope(
-    spec: ModelSpec, positions: int, frequency: Tensor, scaling: float
+    spec: ModelSpec, positions: Tensor, frequency: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns cos and sin of the rotations by position, float32 [positions, dim / 2] each."""
-    cos, sin = rope_tables(torch.arange(positions), frequency, scaling)
+    """Returns cos and sin of the rotations at ``positions`` [T], float32 [T, dim / 2] each."""
+    cos, sin = rope_tables(positions, frequency, scaling)
     if spec.attention.rope.fp32:
-        return cos.contiguous(), sin.contiguous()
+        return cos, sin
     dtype = TORCH_DTYPES[spec.dtype]
-    return cos.to(dtype).float().contiguous(), sin.to(dtype).float().contiguous()
+    return cos.to(dtype).float(), sin.to(dtype).float()

@@ -79,7 +79,7 @@ class PackedFFN:
         for of in self._experts:
             for i in range(len(of.gate_up)):
                 places = (of.first + i, of.first + len(of.gate_up) + i)
-                (gate_up, gate_up_sum), (down, down_sum) = map(opened.place_of, places)
+                (gate_up, gate_up_sum), (down, down_sum) = map(opened.layout.place_of, places)
                 found.append(
                     es.PooledExpert(
                         ctypes.pointer(of.gate_up[i]),

@@ -150,20 +150,23 @@ class KeptWeights:
     _name: str
     _jobs: list[_Job]
 
-    def open(self, key: str, image: Image) -> OpenWeights | None:
+    def open(self, key: str, image: Image, known: PackedLayout | None = None) -> OpenWeights | None:
         """Opens the file of ``key`` and tells the matrices of ``image`` where they will lie; None
-        when the cache does not have it, or a damaged file, which is removed. Nothing is read."""
+        when the cache does not have it, or a damaged file, which is removed. No weights are read.
+        ``known``: the layout of an earlier file of the same key and image."""
         name = _file_name(self._name, key)
         with self._cache.opened(name) as file:
             if file is None:
                 return None
             try:
-                table, begin = packed_file.read(file, key)
-                held = placed(table, image)
+                head = packed_file.read_head(file)
+                if known is None or known.head != head:
+                    table, begin = packed_file.read(file, key)
+                    known = PackedLayout(head, table, placed(table, image), begin)
             except (DamagedFile, OSError) as error:
                 self.discard(key, error)
                 return None
-            return OpenWeights(os.dup(file), table, held, begin)
+            return OpenWeights(os.dup(file), known)
 
     def discard(self, key: str, error: Exception) -> None:
         """Removes a damaged file, and logs why."""
@@ -196,8 +199,8 @@ class KeptWeights:
             except (DamagedFile, OSError) as error:
                 self.discard(key, error)
                 return None
-        warn_of_broken(form.checkpoint.path, opened.table.broken)
-        return opened.image
+        warn_of_broken(form.checkpoint.path, opened.layout.table.broken)
+        return opened.layout.image
 
     def keep_later(self, form: Form, image: Image, broken: Sequence[str]) -> None:
         """Notes what :meth:`WeightKeeper.write` shall write."""
@@ -205,10 +208,11 @@ class KeptWeights:
 
 
 @dataclass(frozen=True)
-class OpenWeights:
-    """A file of packed weights that is open for reading."""
+class PackedLayout:
+    """Where the weights of a file lie, in it and in memory."""
 
-    file: int
+    head: bytes
+    """The file's head."""
     table: PackedTable
     image: Image
     begin: int
@@ -243,11 +247,20 @@ class OpenWeights:
         of_matrices = zip(of_all[:matrices], self.image.on_demand, strict=True)
         return [one for one, on_demand in of_matrices if not on_demand] + list(of_all[matrices:])
 
+
+@dataclass(frozen=True)
+class OpenWeights:
+    """A file of packed weights that is open for reading."""
+
+    file: int
+    layout: PackedLayout
+
     def read(self, team: Team) -> None:
         """Reads all weights into memory that are not on demand. Raises DamagedFile, OSError."""
-        team.read(self.file, self.spans)
-        found = (span.checksum for span in self.spans)
-        if any(sum_ != right for sum_, right in zip(found, self.checksums, strict=True)):
+        spans = self.layout.spans
+        team.read(self.file, spans)
+        found = (span.checksum for span in spans)
+        if any(sum_ != right for sum_, right in zip(found, self.layout.checksums, strict=True)):
             raise DamagedFile("its weights have another checksum")
 
     def __enter__(self) -> Self:

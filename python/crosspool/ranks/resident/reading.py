@@ -17,7 +17,7 @@ from crosspool.kernels.engine import Loop
 from crosspool.ranks.resident.declarations import BEFORE_ALL
 from crosspool.ranks.resident.experts import ExpertPool
 from crosspool.ranks.resident.ffn import PackedFFN
-from crosspool.ranks.resident.kept_weights import KeptWeights, OpenWeights
+from crosspool.ranks.resident.kept_weights import KeptWeights, OpenWeights, PackedLayout
 from crosspool.ranks.resident.packing import PackedWeights
 from crosspool.weightpool.packed_file import DamagedFile, PackedTable
 
@@ -43,6 +43,47 @@ class SleepingPart:
     """Key of the weights in the cache, as they were when the server began."""
 
 
+Staged = tuple[ctypes.Array[es.Span], ctypes.Array[ctypes.c_uint64], ctypes.Array[es.ReadStage]]
+"""Spans in the order of reading, their checksums, and the stages."""
+
+
+class ReadingOrder:
+    """Opens the files of a model's parts, and says in which order they are read: stage after stage,
+    the parts of a stage after each other, and within one as the file has them.
+
+    What follows from the files' tables stays from wake to wake. Computing it keeps other threads
+    from the interpreter, for milliseconds where there are many experts."""
+
+    def __init__(self, parts: Sequence[SleepingPart]) -> None:
+        self.parts = parts
+        self._layouts: list[PackedLayout | None] = [None] * len(parts)
+        self._staged: tuple[list[PackedLayout], Staged] | None = None
+
+    def open(self, number: int) -> OpenWeights:
+        """Opens the file of a part. Raises DamagedFile."""
+        one = self.parts[number]
+        opened = one.kept.open(one.key, one.part.weights.image(), self._layouts[number])
+        if opened is None:
+            self._layouts[number] = None
+            raise DamagedFile("a file of packed weights was no file of these weights")
+        self._layouts[number] = opened.layout
+        one.part.weights.held_bytes = opened.layout.image.bytes
+        return opened
+
+    def staged(self, opened: Sequence[OpenWeights]) -> Staged:
+        """Returns what native code reads; ``opened`` has the file of each part."""
+        layouts = [one.layout for one in opened]
+        if self._staged is None or any(
+            now is not before for now, before in zip(layouts, self._staged[0], strict=True)
+        ):
+            self._staged = layouts, _stages(self.parts, layouts)
+        staged = self._staged[1]
+        files = {one.part.native: file.file for one, file in zip(self.parts, opened, strict=True)}
+        for stage in staged[2]:
+            stage.file = files[stage.part]
+        return staged
+
+
 class Reading:
     """The reading of a model's parts, in one thread. Others look at :attr:`bytes`, and may call
     :meth:`stop`."""
@@ -51,7 +92,7 @@ class Reading:
         self,
         loop: Loop,
         model: int,
-        parts: Sequence[SleepingPart],
+        order: ReadingOrder,
         packer: Sequence[str],
         pool: ExpertPool | None,
     ) -> None:
@@ -60,7 +101,8 @@ class Reading:
         of a part that has them on demand."""
         self._loop = loop
         self._model = model
-        self._parts = parts
+        self._order = order
+        self._parts = order.parts
         self._packer = packer
         self._pool = pool
         self._has_experts = False
@@ -92,9 +134,9 @@ class Reading:
                     one.part.weights.arena.take()
             opened: list[OpenWeights] = []
             try:
-                for one in self._parts:
-                    opened.append(self._opened(one))
-                self._check_unchanged([one.table for one in opened])
+                for number in range(len(self._parts)):
+                    opened.append(self._order.open(number))
+                self._check_unchanged([one.layout.table for one in opened])
                 self._add_experts(opened)
                 self._read(opened)
                 return
@@ -126,14 +168,6 @@ class Reading:
         pack_missing(self._parts, self._packer, begun)
         self._process = None
 
-    def _opened(self, one: SleepingPart) -> OpenWeights:
-        """Raises DamagedFile."""
-        opened = one.kept.open(one.key, one.part.weights.image())
-        if opened is None:
-            raise DamagedFile("a file of packed weights was no file of these weights")
-        one.part.weights.held_bytes = opened.image.bytes
-        return opened
-
     def _add_experts(self, opened: Sequence[OpenWeights]) -> None:
         """Has the pool read routed experts from now on. It goes on with the first file where that
         was damaged, since steps may be using it. Raises ConfigError, OSError."""
@@ -155,7 +189,7 @@ class Reading:
 
     def _read(self, opened: Sequence[OpenWeights]) -> None:
         """Raises DamagedFile, OSError."""
-        spans, checksums, stages = _stages(self._parts, opened)
+        spans, checksums, stages = self._order.staged(opened)
         native = self._native
         native.spans, native.checksums, native.stages = spans, checksums, stages
         first = sum(stage.layers == BEFORE_ALL + 1 for stage in stages)
@@ -205,25 +239,22 @@ def _nothing() -> None:
     """Follows the last stage."""
 
 
-def _stages(
-    parts: Sequence[SleepingPart], opened: Sequence[OpenWeights]
-) -> tuple[ctypes.Array[es.Span], ctypes.Array[ctypes.c_uint64], ctypes.Array[es.ReadStage]]:
-    """Spans in the order of reading: stage after stage, the parts of a stage after each other, and
-    within one as the file has them. With them their checksums, and the stages."""
+def _stages(parts: Sequence[SleepingPart], layouts: Sequence[PackedLayout]) -> Staged:
+    """See :class:`ReadingOrder`. The stages have no files yet."""
     order = sorted(
         (stage, number, span.offset, i)
-        for number, one in enumerate(opened)
+        for number, one in enumerate(layouts)
         for i, (stage, span) in enumerate(zip(one.stages, one.spans, strict=True))
     )
-    checksums = [one.checksums for one in opened]
+    checksums = [one.checksums for one in layouts]
     stages: list[es.ReadStage] = []
     for at, (stage, number, _, _) in enumerate(order):
         part = parts[number].part.native
         if not stages or (stages[-1].part, stages[-1].layers) != (part, stage + 1):
-            stages.append(es.ReadStage(opened[number].file, at, 0, part, stage + 1))
+            stages.append(es.ReadStage(-1, at, 0, part, stage + 1))
         stages[-1].count += 1
     return (
-        (es.Span * len(order))(*(opened[number].spans[i] for _, number, _, i in order)),
+        (es.Span * len(order))(*(layouts[number].spans[i] for _, number, _, i in order)),
         (ctypes.c_uint64 * len(order))(*(checksums[number][i] for _, number, _, i in order)),
         (es.ReadStage * len(stages))(*stages),
     )

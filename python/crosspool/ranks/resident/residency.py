@@ -15,7 +15,7 @@ from crosspool.config.errors import ConfigError
 from crosspool.kernels import engine_structs as es
 from crosspool.kernels.engine import Loop
 from crosspool.ranks.resident.experts import ExpertPool
-from crosspool.ranks.resident.reading import Packer, Part, Reading, SleepingPart
+from crosspool.ranks.resident.reading import Packer, Part, Reading, ReadingOrder, SleepingPart
 from crosspool.transport.messages import Slept, Waking, Woken
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ class _Model:
 
     def __init__(self, parts: Sequence[Part], kept: Sequence[SleepingPart] | None) -> None:
         self.parts = parts
-        self.kept = kept
+        self.order = None if kept is None else ReadingOrder(kept)
+        """How its weights are read; None: they are not kept."""
         taken = all(part.weights.arena.taken for part in parts)
         self.state = _State.RESIDENT if taken else _State.ASLEEP
         self.reading: Reading | None = None
@@ -100,13 +101,13 @@ class SleepingModels:
             self._tell(Woken(model=index))
             return
         self._expect(index, _State.ASLEEP)
-        if model.kept is None:
+        if model.order is None:
             self._tell(Woken(model=index, error=_NOT_KEPT))
             return
         model.state, model.error = _State.WAKING, None
-        keys = [one.key for one in model.kept]
+        keys = [one.key for one in model.order.parts]
         packer = self._packer(index, keys)
-        model.reading = Reading(self._loop, index, model.kept, packer, self._pool)
+        model.reading = Reading(self._loop, index, model.order, packer, self._pool)
         for part in model.parts:
             self._loop.set_present(index, part.native, 0)
         self._start(index, self._read)
@@ -168,7 +169,7 @@ class SleepingModels:
             return
         index, error = failure
         model = self._models[index]
-        for one in model.kept or ():
+        for one in model.order.parts if model.order else ():
             if one.part.native == es.FFN_WEIGHTS:
                 one.kept.discard(one.key, error)
         text = f"its packed weights cannot be read: {error.strerror}"
