@@ -48,7 +48,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
         "config.json.",
         unit="tokens", sglang="context_length", example=1024)] = None
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], Option(
-        "Data type of weights and KV cache; auto takes the one in config.json.",
+        "Data type of weights, and of KV cache where kv_cache_dtype is auto; auto takes the one in "
+        "config.json.",
         sglang="dtype", example="float32")] = "auto"
     kv_cache_dtype: Annotated[KVCacheDType, Option(
         "Data type to which keys and values are rounded in the KV cache, without a scale; auto is "
