@@ -7,7 +7,8 @@ Two tables are printed and recorded. The first shows the machine: how fast one c
 read memory, and how long a team's barrier takes. The second shows the kernels; the floor of each is
 measured in the same run, in turns with it. The shapes are those of a Qwen3-MoE (hidden 1024, 64
 experts of width 512, top-4, 16 q and 4 kv heads of 64), of a dense layer of width 3072, and of MLA
-with 16 heads over latents of 512.
+with 16 heads over latents of 512. Attention is measured with a KV cache of the model's dtype, and
+of floats of 8 bits (``_e4m3``, ``_e5m2``), whose floors are those of half the bytes.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@
 #include <functional>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../cpu/kernels/attention_plan.h"
@@ -264,21 +265,31 @@ class Benchmark {
   void attention() {
     const AttentionShape gqa{kQHeads, kKVHeads, kHeadDim, kHeadDim, kKVHeads * kHeadDim, 0, 0.125F};
     const AttentionShape mla{16, 1, 576, 512, 0, 0, 0.07F};
-    for (const std::int32_t context : {256, 4096}) {
-      attend("gqa_decode", gqa, 2 * kKVHeads * kHeadDim, context, 1);
-      attend("mla_decode", mla, 576, context, 1);
+    const std::pair<const char*, KVDType> held[] = {
+        {"", KVDType::kModel}, {"_e4m3", KVDType::kE4M3}, {"_e5m2", KVDType::kE5M2}};
+    for (const auto& [suffix, dtype] : held) {
+      const std::string kind = suffix;
+      for (const std::int32_t context : {256, 4096}) {
+        attend("gqa_decode" + kind, gqa, 2 * kKVHeads * kHeadDim, context, 1, dtype);
+        attend("mla_decode" + kind, mla, 576, context, 1, dtype);
+      }
+      attend("gqa_prefill" + kind, gqa, 2 * kKVHeads * kHeadDim, 0, 2048, dtype);
+      attend("mla_prefill" + kind, mla, 576, 0, 512, dtype);
     }
-    attend("gqa_prefill", gqa, 2 * kKVHeads * kHeadDim, 0, 2048);
-    attend("mla_prefill", mla, 576, 0, 512);
   }
 
-  void attend(const char* name, const AttentionShape& shape, std::int32_t width, std::int32_t start,
-              std::int32_t rows) {
+  void attend(const std::string& name, const AttentionShape& shape, std::int32_t width,
+              std::int32_t start, std::int32_t rows, KVDType held) {
     const std::int32_t length = start + rows, pages = (length + kPageSize - 1) / kPageSize;
     constexpr std::int32_t kCacheLayers = 16;
     const std::size_t cache = static_cast<std::size_t>(pages) * kCacheLayers * kPageSize * width;
-    KVCache kv{memory(cache * static_cast<std::size_t>(size_), dtype_), kCacheLayers, kPageSize,
-               width};
+    const std::int64_t element = held == KVDType::kModel ? size_ : 1;
+    const std::size_t bytes = cache * static_cast<std::size_t>(element);
+    KVCache kv{memory(bytes, dtype_), kCacheLayers, kPageSize, width, held};
+    // Of codes of 8 bits, numbers below 2.
+    for (std::size_t i = 0; held != KVDType::kModel && i < bytes; ++i) {
+      static_cast<std::byte*>(kv.data)[i] &= std::byte{0xbf};
+    }
     std::vector<std::int32_t> table(static_cast<std::size_t>(pages));
     for (std::int32_t i = 0; i < pages; ++i) table[i] = i;
     std::shuffle(table.begin(), table.end(), random_);
@@ -300,7 +311,7 @@ class Benchmark {
                call.layer = (call.layer + 1) % kCacheLayers;
                k_.attend(call, plan.tasks(0), plan.task_count(0), scratch_);
              },
-             static_cast<double>(length) * width * size_});
+             static_cast<double>(length) * width * element});
   }
 
   // Runs a case and the reading of as many bytes in turns.

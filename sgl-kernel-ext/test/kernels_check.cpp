@@ -54,8 +54,10 @@ class Check {
     }
     const AttentionShape gqa{6, 2, 20, 20, 40, 0, 0.3F}, windowed{6, 2, 20, 20, 40, 9, 0.3F};
     const AttentionShape wide{8, 2, 64, 64, 128, 0, 0.1F}, mla{5, 1, 41, 33, 0, 0, 0.2F};
-    for (const AttentionShape& shape : {gqa, windowed, wide, mla}) {
-      attention(shape, {{0, 40}, {70, 1}, {5, 3}, {300, 1}, {0, 1}});
+    for (const KVDType held : {KVDType::kModel, KVDType::kE4M3, KVDType::kE5M2}) {
+      for (const AttentionShape& shape : {gqa, windowed, wide, mla}) {
+        attention(shape, {{0, 40}, {70, 1}, {5, 3}, {300, 1}, {0, 1}}, held);
+      }
     }
     prepare();
     others();
@@ -252,7 +254,19 @@ class Check {
     std::int32_t start, rows;
   };
 
-  void attention(const AttentionShape& shape, const std::vector<CachedRows>& requests) const {
+  // The number that a code of a cache stands for.
+  static float widened(KVDType held, unsigned code) {
+    const int mantissa = held == KVDType::kE4M3 ? 3 : 2, bias = held == KVDType::kE4M3 ? 7 : 15;
+    const unsigned one = 1U << mantissa, magnitude = code & 0x7fU;
+    const int exponent = static_cast<int>(magnitude / one);
+    const unsigned digits = magnitude % one + (exponent > 0 ? one : 0);
+    const float value =
+        std::ldexp(static_cast<float>(digits), std::max(exponent, 1) - bias - mantissa);
+    return (code & 0x80U) != 0 ? -value : value;
+  }
+
+  void attention(const AttentionShape& shape, const std::vector<CachedRows>& requests,
+                 KVDType held) const {
     constexpr std::int32_t kPageSize = 12, kLayers = 2, kLayer = 1;
     const std::int32_t width =
         std::max(shape.v_begin + shape.kv_heads * shape.v_dim, shape.kv_heads * shape.qk_dim);
@@ -269,6 +283,7 @@ class Check {
     for (std::size_t s = 0; s < segments.size(); ++s) segments[s].pages = tables[s].data();
     // Slots that no request wrote are NaN, those of the last pages included.
     Numbers kv(dtype_, std::int64_t{all_pages} * kLayers * kPageSize * width, false);
+    std::vector<std::uint8_t> codes(held == KVDType::kModel ? 0 : kv.size(), 0x7f);
     const auto slot = [&](std::size_t s, std::int64_t position) {
       const std::int64_t page = tables[s][position / kPageSize];
       return ((page * kLayers + kLayer) * kPageSize + position % kPageSize) * width;
@@ -276,7 +291,14 @@ class Check {
     std::normal_distribution<float> normal;
     for (std::size_t s = 0; s < segments.size(); ++s) {
       for (std::int64_t p = 0; p < segments[s].start + segments[s].rows; ++p) {
-        for (std::int64_t i = 0; i < width; ++i) kv.set(slot(s, p) + i, normal(random_bits));
+        for (std::int64_t i = slot(s, p); i < slot(s, p) + width; ++i) {
+          if (codes.empty()) {
+            kv.set(i, normal(random_bits));
+            continue;
+          }
+          codes[i] = static_cast<std::uint8_t>(random_bits() % 0x40 + random_bits() % 2 * 0x80);
+          kv.set(i, widened(held, codes[i]));
+        }
       }
     }
     const std::int64_t q_width = std::int64_t{shape.q_heads} * shape.qk_dim;
@@ -286,9 +308,10 @@ class Check {
     AttentionPlan plan;
     constexpr int kThreads = 3;
     plan.make(shape, segments.data(), static_cast<std::int32_t>(segments.size()), kThreads);
+    void* const cache = codes.empty() ? kv.data() : codes.data();
     const Attention call{&shape,          segments.data(), q.data(),
                          q_width,         out.data(),      out_width,
-                         plan.partials(), plan.arrivals(), {kv.data(), kLayers, kPageSize, width},
+                         plan.partials(), plan.arrivals(), {cache, kLayers, kPageSize, width, held},
                          kLayer};
     for (int t = 0; t < kThreads; ++t) {
       k_.attend(call, plan.tasks(t), plan.task_count(t), room.data());
@@ -344,6 +367,18 @@ class Check {
     k_.gqa_prepare(gqa, 0, kRows, 1, kKVHeads);
     finite(q, q.size(), "a query");
     finite(kv, kRows * width, "a key");
+    for (const KVDType held : {KVDType::kE4M3, KVDType::kE5M2}) {
+      std::vector<std::uint8_t> codes(2 * 3 * width, 0x7f);
+      GQAPrepare rounded = gqa;
+      rounded.kv = {codes.data(), 1, 3, width, held};
+      k_.gqa_prepare(rounded, 0, kRows, 0, kKVHeads);
+      for (std::int64_t i = 0; i < kRows * width; ++i) {
+        const double size = std::abs(kv[i]);
+        if (std::abs(widened(held, codes[i]) - kv[i]) > size / 8 + 1e-3) {
+          fail("%s: %g is held as code %d", name_.c_str(), kv[i], codes[i]);
+        }
+      }
+    }
 
     const Numbers compressed(DType::kFloat32, kRows * (kLatent + kDim));
     const Numbers latent_norm(DType::kFloat32, kLatent);
@@ -359,6 +394,13 @@ class Check {
                            1e-6F};
     k_.mla_append(append, 0, kRows);
     finite(latents, kRows * (kLatent + kDim), "a latent");
+    std::vector<std::uint8_t> codes(2 * 3 * (kLatent + kDim), 0x7f);
+    MLAAppend rounded = append;
+    rounded.kv = {codes.data(), 1, 3, kLatent + kDim, KVDType::kE4M3};
+    k_.mla_append(rounded, 0, kRows);
+    if (std::count(codes.begin(), codes.begin() + kRows * (kLatent + kDim), 0x7f) > 0) {
+      fail("%s: a latent was not written", name_.c_str());
+    }
 
     const Numbers x(dtype_, kRows * kQHeads * kDim), turned(dtype_, kRows * kQHeads * kDim, false);
     const Rotate rotate{x.data(), kQHeads * kDim, kDim, turned.data(), kQHeads * kDim,

@@ -343,6 +343,22 @@ def test_weights_as_codes_need_cpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--weights: only CPUs hold weights as codes" in err
 
 
+def test_kv_cache_in_floats_of_8_bits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A token takes half the bytes, and the deployment says so."""
+    words = [*(f"{name}={DEMO / name}" for name in TINY), "--devices", "1GB", *RATE]
+    cpus, file = ["--device-names", "cpu"], tmp_path / "deployment.yaml"
+    plain = planned(capsys, *words, *cpus)
+    written = ["--kv-cache-dtype", "fp8_e5m2", "--yaml", str(file)]
+    rounded = planned(capsys, *words, *cpus, *written)
+    for one, other in zip(plain["models"], rounded["models"], strict=True):
+        assert one["kv_bytes_per_token"] == 2 * other["kv_bytes_per_token"]
+    half = plain["budget"]["demand"]["value"] / 2
+    assert rounded["budget"]["demand"]["value"] == pytest.approx(half, rel=0.2)
+    assert [model.kv_cache_dtype for model in read(file).models] == ["fp8_e5m2"] * 3
+    status, _, err = called(capsys, *words, "--kv-cache-dtype", "fp8_e4m3")
+    assert status == 2 and "--kv-cache-dtype: only CPUs hold KV cache in fp8_e4m3" in err
+
+
 def test_a_weight_pool_for_fewer_models(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = [*(f"{name}={DEMO / name}" for name in TINY), "--devices", "1GB"]
     words += ["--rate", "2", "--popularity", "zipf:1", "--prompt", "100", "--output", "20"]

@@ -415,6 +415,34 @@ def test_old_gpus_are_driven_by_the_host(
     )
 
 
+def test_float8_kv_is_refused_on_gpus_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pretend_gpus(monkeypatch, tmp_path, 1000)
+    models = [
+        {"path": model(tmp_path / "a"), "kv_cache_dtype": "fp8_e5m2"},
+        {"path": model(tmp_path / "b"), "kv_cache_dtype": "auto"},
+    ]
+    places = {"kv_pool_devices": "cuda:0", "weight_pool_devices": "cuda:0", "port": 0}
+    with pytest.raises(ConfigError, match=r"^kv_cache_dtype: fp8_e5m2, which a is given, .*cuda:0"):
+        prepare(to_options({"models": models, **places}, "test"))
+    prepared = prepare(to_options({"models": models[1:], **places}, "test"))
+    assert prepared.specs[0].kv_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("loop", ["host", "resident"])
+def test_float8_kv_takes_a_byte_per_element(tmp_path: Path, loop: str) -> None:
+    path = model(tmp_path / "a")
+    kinds = ("auto", "fp8_e4m3", "fp8_e5m2")
+    models = [{"path": path, "name": kind, "kv_cache_dtype": kind} for kind in kinds]
+    plain, *rounded = prepare(
+        to_options({"models": models, "port": 0, "loop": loop}, "test")
+    ).specs.values()
+    assert (plain.kv_dtype, plain.kv_bytes_per_token) == ("bfloat16", KV_PER_TOKEN)
+    assert [spec.kv_dtype for spec in rounded] == ["fp8_e4m3", "fp8_e5m2"]
+    assert all(2 * spec.kv_bytes_per_token == KV_PER_TOKEN for spec in rounded)
+
+
 @pytest.mark.parametrize(("kv", "lanes"), [("cuda:0", 30), ("cuda:0,cuda:1", 26)])
 def test_lanes_need_connections(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kv: str, lanes: int

@@ -15,6 +15,7 @@ from support.fake_cuda_graphs import FakeCuda
 from support.native_kernels import NativeKernels
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -33,6 +34,17 @@ def native(path: tuple[str, str]) -> NativeKernels:
 @pytest.fixture
 def dtype(path: tuple[str, str]) -> torch.dtype:
     return DTYPES[path[1]]
+
+
+@pytest.fixture(params=["auto", *FLOAT8])
+def kv_dtype(request: pytest.FixtureRequest, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a KV cache: the model's, or floats of 8 bits."""
+    return FLOAT8.get(request.param, dtype)
+
+
+@pytest.fixture(params=FLOAT8)
+def float8(request: pytest.FixtureRequest) -> torch.dtype:
+    return FLOAT8[request.param]
 
 
 @pytest.fixture

@@ -126,6 +126,6 @@ def test_a_row_has_the_same_bits_in_a_chunk_of_any_length(
 @pytest.mark.parametrize(("start", "end"), [(0, 1), (0, 8), (7, 9), (8, 16), (13, 44)])
 def test_gather_takes_exactly_the_asked_tokens(start: int, end: int) -> None:
     kv, segments, tokens = _paged(4)
-    found = gather_kv(kv, 1, segments[2].pages, start, end)
+    found = gather_kv(kv, 1, segments[2].pages, range(start, end), kv.dtype)
     torch.testing.assert_close(found[: end - start], tokens[2][start:end], atol=0, rtol=0)
     assert (start + len(found)) % 16 == 0 and not found[end - start :].any()

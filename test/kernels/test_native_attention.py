@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from crosspool.kernels.attention import RowSpan, append_kv
+from crosspool.kernels.attention import RowSpan, append_kv, as_cached
 from support.native_kernels import NativeKernels
 
 # (cached tokens, rows of the batch) of each request. Keys of decode rows fill less than a block,
@@ -36,7 +36,7 @@ def _reference(
 def _paged(
     width: int, dtype: torch.dtype, requests: tuple[tuple[int, int], ...]
 ) -> tuple[torch.Tensor, list[RowSpan], list[torch.Tensor]]:
-    """Makes a cache full of NaN but for every request's tokens in one layer."""
+    """Makes a cache of a dtype, full of NaN but for every request's tokens in one layer."""
     pages = sum(-(-sum(request) // PAGE_SIZE) for request in requests) + 3
     kv = torch.full((pages, LAYERS, PAGE_SIZE, width), math.nan, dtype=dtype)
     free = torch.randperm(pages)
@@ -44,7 +44,7 @@ def _paged(
     for start, rows in requests:
         length = start + rows
         used, free = free.tensor_split([-(-length // PAGE_SIZE)])
-        values = torch.randn(length, width).to(dtype)
+        values = as_cached(torch.randn(length, width), dtype)
         positions = torch.arange(length)
         append_kv(kv, LAYER, (used[positions // PAGE_SIZE], positions % PAGE_SIZE), values)
         segments.append(RowSpan(first_row=row, rows=rows, start=start, pages=used))
@@ -62,10 +62,14 @@ def _check(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("window", [None, 1, 6, 200])
 @pytest.mark.parametrize("heads", [(6, 2, 20), (4, 4, 64), (5, 1, 33)], ids=str)
 def test_gqa(
-    native: NativeKernels, dtype: torch.dtype, heads: tuple[int, int, int], window: int | None
+    native: NativeKernels,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    window: int | None,
 ) -> None:
     q_heads, kv_heads, dim = heads
-    kv, segments, tokens = _paged(2 * kv_heads * dim, dtype, RAGGED)
+    kv, segments, tokens = _paged(2 * kv_heads * dim, kv_dtype, RAGGED)
     rows = sum(segment.rows for segment in segments)
     q = torch.randn(rows, q_heads, dim).to(dtype)
     found = native.attend(
@@ -96,10 +100,10 @@ def test_gqa(
 
 
 @pytest.mark.parametrize("heads", [3, 100])
-def test_mla(native: NativeKernels, dtype: torch.dtype, heads: int) -> None:
+def test_mla(native: NativeKernels, dtype: torch.dtype, kv_dtype: torch.dtype, heads: int) -> None:
     latent, rope = 72, 10
     requests = ((0, 30), (5, 1), (400, 1))
-    kv, segments, tokens = _paged(latent + rope, dtype, requests)
+    kv, segments, tokens = _paged(latent + rope, kv_dtype, requests)
     q = torch.randn(sum(rows for _, rows in requests), heads, latent + rope).to(dtype)
     found = native.attend(q, kv, LAYER, segments, kv_heads=1, v_dim=latent, v_begin=0, scale=0.11)
     for segment, values in zip(segments, tokens, strict=True):
@@ -118,9 +122,9 @@ def test_mla(native: NativeKernels, dtype: torch.dtype, heads: int) -> None:
 
 
 def test_shares_do_not_change_the_result(
-    native: NativeKernels, whole: NativeKernels, dtype: torch.dtype
+    native: NativeKernels, whole: NativeKernels, dtype: torch.dtype, kv_dtype: torch.dtype
 ) -> None:
-    kv, segments, _ = _paged(2 * 2 * 16, dtype, RAGGED)
+    kv, segments, _ = _paged(2 * 2 * 16, kv_dtype, RAGGED)
     q = torch.randn(sum(rows for _, rows in RAGGED), 4, 16).to(dtype)
     shape = {"kv_heads": 2, "v_dim": 16, "v_begin": 32, "scale": 0.25}
     one, three = (
@@ -131,9 +135,9 @@ def test_shares_do_not_change_the_result(
 
 
 def test_a_decode_row_does_not_depend_on_the_others(
-    native: NativeKernels, dtype: torch.dtype
+    native: NativeKernels, dtype: torch.dtype, kv_dtype: torch.dtype
 ) -> None:
-    kv, segments, _ = _paged(2 * 2 * 16, dtype, RAGGED)
+    kv, segments, _ = _paged(2 * 2 * 16, kv_dtype, RAGGED)
     q = torch.randn(sum(rows for _, rows in RAGGED), 4, 16).to(dtype)
     shape = {"kv_heads": 2, "v_dim": 16, "v_begin": 32, "scale": 0.25}
     together = native.attend(q, kv, LAYER, segments, **shape)  # type: ignore[arg-type]
@@ -161,7 +165,7 @@ def test_large_scores(native: NativeKernels, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("window", [None, 6, 200])
 @pytest.mark.parametrize(
-    ("heads", "width", "shape"),
+    "sizes",
     [
         ((8, 24), 96, {"kv_heads": 2, "v_dim": 24, "v_begin": 48}),
         ((100, 40), 40, {"kv_heads": 1, "v_dim": 32, "v_begin": 0}),
@@ -170,14 +174,13 @@ def test_large_scores(native: NativeKernels, dtype: torch.dtype) -> None:
 )
 def test_a_row_comes_out_the_same_in_chunks_of_any_length(
     native: NativeKernels,
-    heads: tuple[int, int],
-    width: int,
-    shape: dict[str, int],
+    kv_dtype: torch.dtype,
+    sizes: tuple[tuple[int, int], int, dict[str, int]],
     window: int | None,
 ) -> None:
     """A request that is computed again after its rank was lost goes on as it would have."""
-    length = 420
-    kv, (whole,), _ = _paged(width, native.dtype, ((0, length),))
+    (heads, width, shape), length = sizes, 420
+    kv, (whole,), _ = _paged(width, kv_dtype, ((0, length),))
     q = torch.randn(length, *heads).to(native.dtype)
 
     def attend(chunk: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,9 @@ def test_kv_width_and_bytes() -> None:
         eos_token_ids=(),
     )
     assert spec.kv_width == 2 * 2 * 16
-    assert spec.kv_bytes_per_token == 3 * 64 * 2
+    assert (spec.kv_dtype, spec.kv_bytes_per_token) == ("bfloat16", 3 * 64 * 2)
+    rounded = replace(spec, kv_cache_dtype="fp8_e5m2")
+    assert (rounded.kv_dtype, rounded.kv_bytes_per_token) == ("fp8_e5m2", 3 * 64)
 
 
 def test_qwen3_dense_layers(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ MODEL = {
     "path": "/models/odd",
     "context": 256,
     "dtype": "float32",
+    "kv_dtype": "float32",
     "kv_bytes_per_token": 64,
     "max_tokens": 256,
     "ffn_ranks": (0,),

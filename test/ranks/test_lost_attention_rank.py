@@ -217,20 +217,22 @@ def test_tokens_and_log_probabilities_are_the_same(
     assert all(model.replayed_requests and model.replayed_tokens for model in counts)
 
 
+_NOT_WITH_TILES = pytest.mark.skipif(default_isa() == "amx", reason="tiles round otherwise")
+
+
 @pytest.mark.parametrize(
-    ("loop", "dtype"),
+    ("loop", "dtype", "kv_cache_dtype"),
     [
-        pytest.param(
-            "resident",
-            "bfloat16",
-            marks=pytest.mark.skipif(default_isa() == "amx", reason="tiles round otherwise"),
-        ),
-        ("host", "bfloat16"),
-        ("host", "float32"),
+        pytest.param("resident", "bfloat16", "auto", marks=_NOT_WITH_TILES),
+        pytest.param("resident", "bfloat16", "fp8_e4m3", marks=_NOT_WITH_TILES),
+        pytest.param("resident", "bfloat16", "fp8_e5m2", marks=_NOT_WITH_TILES),
+        ("host", "bfloat16", "auto"),
+        ("host", "bfloat16", "fp8_e4m3"),
+        ("host", "float32", "auto"),
     ],
 )
 def test_they_are_the_same_to_the_bit(
-    tmp_path: Path, loop: Literal["host", "resident"], dtype: str
+    tmp_path: Path, loop: Literal["host", "resident"], dtype: str, kv_cache_dtype: str
 ) -> None:
     """A row comes out the same in a chunk of any length and alone, be it of a model with a window,
     with latent attention, or with experts that are chosen by sigmoids."""
@@ -258,7 +260,9 @@ def test_they_are_the_same_to_the_bit(
     ]
 
     def yielded(losses: list[int]) -> list[Any]:
-        it = Served(paths, loop, chunked_prefill_size=96, chunks_per_model=8)
+        it = Served(
+            paths, loop, chunked_prefill_size=96, chunks_per_model=8, kv_cache_dtype=kv_cache_dtype
+        )
         it.run(made, losses)
         it.machine.close()
         return [it.yielded(request.rid) for request in made]
@@ -266,3 +270,34 @@ def test_they_are_the_same_to_the_bit(
     calm = yielded([])
     for losses in ([18], [25], [33], [40, 60, 84]):
         assert yielded(losses) == calm, losses
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("loop", ["host", "resident"])
+def test_cached_prefixes_give_the_same_tokens(
+    pair: list[Path], loop: Literal["host", "resident"], kv_cache_dtype: str
+) -> None:
+    """Rows that the prefix cache holds are those that the prompt would be computed to."""
+    random = np.random.default_rng(2)
+    prompts = [random.integers(0, VOCAB, 40).tolist() for _ in pair]
+    made = [
+        GenerateRequest(
+            rid=f"{model}-{i}",
+            model=model,
+            input_ids=[*prompt[: 40 - 8 * (i % 2)], *([7, i] * (i % 2))],
+            sampling=Sampling(temperature=0.8 * (i % 2), seed=i),
+            stop=StopRules(max_new_tokens=10, ignore_eos=True),
+        )
+        for model, prompt in enumerate(prompts)
+        for i in range(4)
+    ]
+    found: dict[bool, list[Any]] = {}
+    for prefix_cache in (False, True):
+        it = Served(pair, loop, prefix_cache=prefix_cache, kv_cache_dtype=kv_cache_dtype)
+        for request in made:
+            it.run([request])
+        it.machine.close()
+        found[prefix_cache] = [it.yielded(request.rid)[0] for request in made]
+        cached = [model.cached_tokens for model in it.core.snapshot().models]
+        assert all(tokens > 60 for tokens in cached) if prefix_cache else not any(cached)
+    assert found[True] == found[False]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+from crosspool.models.spec import KVCacheDType
 from crosspool.scheduler.rates import HIT_RATE_SECONDS, THROUGHPUT_SECONDS, RecentSum
 from simulation import Simulation, deployment, request, spec
 
@@ -47,6 +50,24 @@ def test_the_snapshot_tells_rates_of_each_model() -> None:
     assert sim.core.snapshot().models[0].tokens_per_second == 0.0
     sim.now += HIT_RATE_SECONDS
     assert sim.core.snapshot().models[0].cache_hit_rate == 0.0
+
+
+def test_a_pool_takes_twice_the_tokens_in_floats_of_8_bits() -> None:
+    """Requests that run at the same time, in a pool that no other model uses."""
+    most: dict[str, tuple[int, int]] = {}
+    kinds: tuple[KVCacheDType, ...] = ("auto", "fp8_e4m3", "fp8_e5m2")
+    for kind in kinds:
+        of = dataclasses.replace(spec(), kv_cache_dtype=kind)
+        sim = Simulation(deployment(1, max_running_requests=200), [of])
+        sim.add(*(request(f"{kind}-{i}", 100, 28) for i in range(200)))
+        model = sim.core.snapshot().models[0]
+        assert model.waiting > 0 and model.kv_dtype == of.kv_dtype
+        most[kind] = (model.running, model.pool_tokens)
+    running, tokens = most["auto"]
+    assert running > 20
+    for kind in kinds[1:]:
+        assert most[kind][1] == 2 * tokens
+        assert most[kind][0] == 2 * running
 
 
 def test_the_snapshot_tells_what_waits_and_how_full_the_pool_is() -> None:

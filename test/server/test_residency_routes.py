@@ -75,6 +75,7 @@ def model_status(name: str, residency: ModelResidency) -> ModelStatus:
         name=name,
         path="/x",
         dtype="float32",
+        kv_dtype="float32",
         ffn_ranks=(0,),
         residency=residency,
     )

@@ -16,6 +16,7 @@ from crosspool.config.device import Device
 from crosspool.kvpool.layout import KVLayout
 from crosspool.kvpool.mremap_virtualizer import MremapVirtualizer
 from crosspool.models.registry import specs_of
+from crosspool.models.spec import KVCacheDType
 from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.device_process import load_ranks
 from crosspool.transport import links
@@ -72,6 +73,7 @@ class Machine:
         weights: Sequence[str] = ("cpu",),
         dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         quantization: Literal["int4", "int8", "fp8"] | None = None,
+        kv_cache_dtype: KVCacheDType = "auto",
         chunks_per_model: int = 2,
         load: Load = load_ranks,
         **fields: Any,
@@ -91,6 +93,7 @@ class Machine:
                     path=str(path),
                     dtype=dtype,
                     quantization=quantization,
+                    kv_cache_dtype=kv_cache_dtype,
                 )
                 for i, path in enumerate(models)
             },

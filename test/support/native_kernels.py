@@ -29,6 +29,7 @@ from crosspool.kernels.isa import ISAS, available_isas, default_isa
 from support import kernel_structs as ks
 from support.native_operands import (
     DTYPES,
+    KV_DTYPES,
     GroupedMatrix,
     PackedMatrix,
     RopeTables,
@@ -453,7 +454,10 @@ class NativeKernels:
         return pointer(x)
 
     def _cache(self, kv: Tensor) -> ns.KVCache:
-        return ns.KVCache(self._data(kv), *kv.shape[1:])
+        """``kv``: of the model's dtype, or of floats of 8 bits."""
+        if kv.dtype not in KV_DTYPES:
+            return ns.KVCache(self._data(kv), *kv.shape[1:])
+        return ns.KVCache(pointer(kv), *kv.shape[1:], KV_DTYPES[kv.dtype])
 
     def _ranges(self, total: int) -> list[tuple[int, int]]:
         edges = [total * share // self._shares for share in range(self._shares + 1)]

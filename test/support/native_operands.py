@@ -12,6 +12,11 @@ from support import kernel_structs as ks
 from torch import Tensor
 
 DTYPES = {torch.bfloat16: ns.BFLOAT16, torch.float32: ns.FLOAT32}
+KV_DTYPES = {
+    torch.float8_e4m3fn: ns.KV_DTYPES["fp8_e4m3"],
+    torch.float8_e5m2: ns.KV_DTYPES["fp8_e5m2"],
+}
+"""Of caches that are not of the model's dtype."""
 
 
 def pointer(tensor: Tensor | None) -> int | None:

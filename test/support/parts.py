@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from crosspool.models.registry import read_model
+from crosspool.models.spec import KVCacheDType
 from crosspool.ranks.host.attention import AttentionPart
 from crosspool.ranks.host.ffn import FFNPart
 from crosspool.ranks.host.step_batch import RowSpan, StepBatch
@@ -28,8 +29,10 @@ class Parts:
         parallel: Literal["tp", "ep"] = "tp",
         pages: int = 128,
         dtype: str = "auto",
+        *,
+        kv_cache_dtype: KVCacheDType = "auto",
     ) -> None:
-        self.spec = read_model(path, dtype=dtype)
+        self.spec = read_model(path, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
         self.attention = AttentionPart(self.spec, path, lambda _: None)
         self.ffn = [
             FFNPart(
@@ -41,7 +44,7 @@ class Parts:
             for rank in range(ranks)
         ]
         shape = (pages, self.spec.layers, PAGE_SIZE, self.spec.kv_width)
-        self.kv = torch.full(shape, torch.nan, dtype=TORCH_DTYPES[self.spec.dtype])
+        self.kv = torch.full(shape, torch.nan, dtype=TORCH_DTYPES[self.spec.kv_dtype])
         self._free = torch.randperm(pages, generator=torch.Generator().manual_seed(1)).tolist()
         self._sequences: dict[int, tuple[int, list[int]]] = {}
 

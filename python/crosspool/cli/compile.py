@@ -19,6 +19,7 @@ from crosspool.cli.serve import read_options
 from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.device import Device
 from crosspool.config.flags import Parser
+from crosspool.config.gpu import check_kv_cache_dtype
 from crosspool.config.options import Options
 from crosspool.config.sizes import format_size
 from crosspool.models.registry import specs_of
@@ -155,6 +156,7 @@ def _compile(given: argparse.Namespace, options: Options, toolchain: Toolchain) 
                 "the Python to which the Triton belongs"
             )
     deployment = _deployment(options)
+    check_kv_cache_dtype(deployment)
     specs = specs_of(deployment.models)
     placement = place(deployment, specs)
     launches: dict[str, list[Launch]] = {}

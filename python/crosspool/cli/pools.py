@@ -122,6 +122,7 @@ def describe(
             ModelRow(
                 name=model.name,
                 dtype=spec.dtype,
+                kv_dtype=spec.kv_dtype,
                 attention_weights=placement.attention_bytes[number],
                 ffn_weights=sum(
                     held[number] for held in (*placement.weight_bytes, *placement.expert_bytes)

@@ -16,7 +16,13 @@ from crosspool.checks.models import check_tensors, model_config
 from crosspool.checks.tokenizer_files import check_tokenizer
 from crosspool.cli.memory import check_memory, default_kv_bytes, memories
 from crosspool.config.deployment import MAX_MODELS, ConfigError, Deployment, ModelConfig
-from crosspool.config.gpu import check_alike, check_loop, gpus_of, loop_of
+from crosspool.config.gpu import (
+    check_alike,
+    check_kv_cache_dtype,
+    check_loop,
+    gpus_of,
+    loop_of,
+)
 from crosspool.config.options import Options
 from crosspool.models.registry import specs_of
 from crosspool.models.spec import ModelSpec
@@ -58,6 +64,7 @@ def prepare(options: Options) -> Prepared:
     }
     deployment = Deployment(**{**asdict(options), **settled})
     check_alike(deployment.devices)
+    check_kv_cache_dtype(deployment)
     gpus = gpus_of(deployment.devices)
     deployment = replace(deployment, loop=loop_of(deployment, gpus))
     check_loop(deployment)

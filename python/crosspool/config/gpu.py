@@ -106,6 +106,19 @@ def check_alike(devices: Sequence[Device]) -> None:
         )
 
 
+def check_kv_cache_dtype(deployment: Deployment) -> None:
+    """Raises ConfigError for a KV cache in floats of 8 bits on GPUs, whose kernels read the model's
+    dtype alone."""
+    gpus = [device.name for device in deployment.kv_pool_devices if not device.is_cpu]
+    for model in deployment.models.values() if gpus else ():
+        if model.kv_cache_dtype != "auto":
+            raise ConfigError(
+                f"kv_cache_dtype: {model.kv_cache_dtype}, which {model.name} is given, is for KV "
+                f"pools on CPUs, and this one is on {', '.join(gpus)}, where KV cache has the "
+                "model's dtype: write auto, or leave it out"
+            )
+
+
 def gpus_of(devices: Sequence[Device]) -> dict[Device, GPU]:
     """Returns the GPU of each device that is none of the CPU's. Raises ConfigError for one that is
     not there."""

@@ -15,6 +15,7 @@ import msgspec
 
 from crosspool.config.device import Device
 from crosspool.config.option import Option, options_of
+from crosspool.models.spec import KVCacheDType
 
 _MODELS = "models"
 _POOLS = "pools"
@@ -47,8 +48,13 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
         "config.json.",
         unit="tokens", sglang="context_length", example=1024)] = None
     dtype: Annotated[Literal["auto", "bfloat16", "float32"], Option(
-        "Data type of weights and KV cache; auto takes the one in config.json.",
+        "Data type of weights, and of KV cache where kv_cache_dtype is auto; auto takes the one in "
+        "config.json.",
         sglang="dtype", example="float32")] = "auto"
+    kv_cache_dtype: Annotated[KVCacheDType, Option(
+        "Data type to which keys and values are rounded in the KV cache, without a scale; auto is "
+        "the model's dtype. Floats of 8 bits are for CPUs.",
+        sglang="kv_cache_dtype", example="fp8_e4m3")] = "auto"
     quantization: Annotated[Literal["int4", "int8", "fp8"] | None, Option(
         "Format to which the matrices of a checkpoint of floats are rounded when they are read: "
         "int4 in groups of 32, int8 and fp8 with a scale for each row. If none is given, weights "

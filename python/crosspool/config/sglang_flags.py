@@ -105,7 +105,6 @@ _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
      "parallelism follows from the weight pool's devices"),
     (("dp", "dp_size", "data_parallel_size", "pp", "pp_size", "pipeline_parallel_size"),
      "parallelism follows from the pools' devices"),
-    (("kv_cache_dtype",), "the KV cache has the model's dtype"),
     (("load_format",), "the path tells: a folder of safetensors, or a GGUF file"),
     (("speculative",), "speculative decoding is not supported"),
     (("lora", "enable_lora", "max_lora", "max_loras"), "LoRA adapters are not supported"),

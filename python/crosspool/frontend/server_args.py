@@ -35,6 +35,7 @@ def server_args(deployment: Deployment, number: int) -> ServerArgs:
         served_model_name=model.name,
         context_length=model.context_length,
         dtype=model.dtype,
+        kv_cache_dtype=model.kv_cache_dtype,
         json_model_override_args=_NOT_QUANTIZED,
         device="cpu",
         host=deployment.host,

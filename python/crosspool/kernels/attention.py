@@ -1,7 +1,8 @@
 """Paged attention over ragged batches: the reference kernels, in torch.
 
-A model's KV cache is ``kv`` [pages, layers, page_size, kv_width]. Slots that a request has not
-written hold whatever another model left there, NaN included, so they are never read into a sum.
+A model's KV cache is ``kv`` [pages, layers, page_size, kv_width], of the model's dtype or of floats
+of 8 bits. Slots that a request has not written hold whatever another model left there, NaN
+included, so they are never read into a sum.
 
 A row comes out with the same bits whatever rows are beside it: a sequence's rows are computed in
 blocks that begin at multiples of the block's size, whichever of them the batch has, so that a row's
@@ -39,18 +40,30 @@ def append_kv(
     values: torch.Tensor,
 ) -> None:
     """Writes ``values`` [T, kv_width] to the slots (page, offset in the page), int64 [T] each."""
-    kv[slots[0], layer, slots[1]] = values
+    kv[slots[0], layer, slots[1]] = as_cached(values, kv.dtype)
+
+
+def as_cached(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns values as a cache of ``dtype`` holds them: floats of 8 bits are rounded to the
+    nearest, ties to even, and those beyond the largest finite one become it. There is no scale."""
+    if dtype == values.dtype:
+        return values
+    largest = torch.finfo(dtype).max
+    return values.clamp(-largest, largest).to(dtype)
 
 
 def gather_kv(
-    kv: torch.Tensor, layer: int, pages: torch.Tensor, start: int, end: int
+    kv: torch.Tensor, layer: int, pages: torch.Tensor, positions: range, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Returns the KV of one request's positions ``start`` to ``end``, then zeros for those that are
-    left of the last block of rows: [whole blocks from start, kv_width], contiguous."""
+    """Returns the KV of one request's positions, which follow one another, then zeros for those
+    that are left of the last block of rows: [whole blocks from the first, kv_width] of ``dtype``,
+    contiguous."""
+    start, end = positions.start, positions.stop
     page_size = kv.shape[2]
     first = start // page_size
     used = pages[first : -(-end // page_size)]
-    tokens = kv[:, layer].index_select(0, used).view(-1, kv.shape[3])[start - first * page_size :]
+    tokens = kv[:, layer].index_select(0, used).to(dtype)
+    tokens = tokens.view(-1, kv.shape[3])[start - first * page_size :]
     padded = _block_end(end) - start
     if len(tokens) < padded:
         tokens = F.pad(tokens, (0, 0, 0, padded - len(tokens)))
@@ -76,7 +89,8 @@ def gqa_attention(
     out = torch.empty_like(q)
     for segment in segments:
         begin = _first_key(_block_start(segment.start), window)
-        tokens = gather_kv(kv, layer, segment.pages, begin, segment.start + segment.rows)
+        positions = range(begin, segment.start + segment.rows)
+        tokens = gather_kv(kv, layer, segment.pages, positions, q.dtype)
         k, v = tokens.view(-1, 2, kv_heads, head_dim).permute(1, 2, 0, 3)
         rows = slice(segment.first_row, segment.first_row + segment.rows)
         out[rows] = _attend(
@@ -98,7 +112,8 @@ def mla_attention(
     cached latents and rope keys; returns the weighted latents [T, heads, latent]."""
     out = q.new_empty(*q.shape[:2], latent)
     for segment in segments:
-        tokens = gather_kv(kv, layer, segment.pages, 0, segment.start + segment.rows)[None]
+        positions = range(segment.start + segment.rows)
+        tokens = gather_kv(kv, layer, segment.pages, positions, q.dtype)[None]
         rows = slice(segment.first_row, segment.first_row + segment.rows)
         # The rope keys ride along as values: with equal widths torch takes its fused kernel.
         weighted = _attend(

@@ -25,6 +25,8 @@ GROUP_SCORES = {"max": 0, "top2_sum": 1}
 """Values of ``crosspool::GroupScore``."""
 QK_NORMS = {"none": 0, "head": 1, "full": 2}
 """Values of ``crosspool::QKNorm``."""
+KV_DTYPES = {"auto": 0, "fp8_e4m3": 1, "fp8_e5m2": 2}
+"""Values of ``crosspool::KVDType``."""
 PANEL, DEPTH = 16, 32
 """Columns of a panel, and the multiple to which the depth of a matrix is padded."""
 
@@ -90,7 +92,7 @@ class FFNLayer(ctypes.Structure):
 
 
 class KVCache(ctypes.Structure):
-    _fields_ = (("data", c_void_p), *fields(c_int32, "layers page_size kv_width"))
+    _fields_ = (("data", c_void_p), *fields(c_int32, "layers page_size kv_width dtype"))
 
 
 class Rope(ctypes.Structure):

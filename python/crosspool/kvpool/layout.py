@@ -21,7 +21,7 @@ class KVLayout:
     """The KV pages of one model on one attention rank, in bytes of its virtual range.
 
     Page p covers bytes [p * page_bytes, (p + 1) * page_bytes), seen as [layers, page_size,
-    kv_width] of the model's dtype; chunk c covers [c * chunk_bytes, (c + 1) * chunk_bytes)."""
+    kv_width] of the cache's dtype; chunk c covers [c * chunk_bytes, (c + 1) * chunk_bytes)."""
 
     def __init__(self, model: KVSize, page_size: int, chunk_bytes: int) -> None:
         """``page_size``: tokens per page; ``chunk_bytes``: the unit of physical memory."""

@@ -24,7 +24,7 @@ from crosspool.models.gguf_config import GGUF, config_of
 from crosspool.models.gguf_quantization import gguf_quantization
 from crosspool.models.quantization import read_quantization
 from crosspool.models.schemes import ROUNDED, Names, Quantization
-from crosspool.models.spec import DType, ModelSpec, TensorRef
+from crosspool.models.spec import DType, KVCacheDType, ModelSpec, TensorRef
 from crosspool.models.tensors import attention_part, ffn_part
 
 if TYPE_CHECKING:
@@ -51,12 +51,14 @@ def read_model(
     context_length: int | None = None,
     dtype: str = "auto",
     rounded: str | None = None,
+    kv_cache_dtype: KVCacheDType = "auto",
 ) -> ModelSpec:
     """Reads ``config.json`` and ``generation_config.json`` of a checkpoint folder.
 
     ``context_length`` is a limit in tokens below the model's own. ``dtype`` is ``bfloat16``,
     ``float32``, or ``auto`` for the one in the file, where bfloat16 stands for float16.
     ``rounded``: the format to which matrices of floats are rounded when they are read.
+    ``kv_cache_dtype``: how the KV cache is held.
 
     Raises ConfigError that names file and field when the architecture is not supported, a value
     makes no sense, the checkpoint is quantised in a way that is not supported, or is to be
@@ -87,14 +89,22 @@ def read_model(
             f"{config.file}: quantization={rounded!r}: the checkpoint is quantised already, and is "
             "served as it is without this option"
         )
-    spec = replace(spec, quantization=quantization, cut_unit=cut_unit)
+    spec = replace(
+        spec, quantization=quantization, cut_unit=cut_unit, kv_cache_dtype=kv_cache_dtype
+    )
     _check_quantized(config, spec)
     return spec
 
 
 def spec_of(model: ModelConfig) -> ModelSpec:
     """Reads a model of the deployment. Raises ConfigError as :func:`read_model` does."""
-    return read_model(Path(model.path), model.context_length, model.dtype, model.quantization)
+    return read_model(
+        Path(model.path),
+        model.context_length,
+        model.dtype,
+        model.quantization,
+        model.kv_cache_dtype,
+    )
 
 
 def specs_of(models: Mapping[int, ModelConfig]) -> dict[int, ModelSpec]:

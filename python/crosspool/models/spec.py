@@ -13,7 +13,9 @@ from typing import Literal
 from crosspool.models.schemes import Quantization, Scheme, Stack
 
 DType = Literal["bfloat16", "float32"]
-DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4}
+KVCacheDType = Literal["auto", "fp8_e4m3", "fp8_e5m2"]
+"""SGLang's names of the dtypes of a KV cache; auto stands for the model's."""
+DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,8 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     quantization: Quantization | None = None
     """How matrices of the checkpoint are quantised; None when none is."""
+    kv_cache_dtype: KVCacheDType = "auto"
+    """How elements of the KV cache are held."""
     cut_unit: int = 1
     """Multiple at which ranks cut intermediate dimensions, so that no two ranks need weights that
     share a scale."""
@@ -149,7 +153,12 @@ class ModelSpec:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of KV cache per token over all layers (the paper's kappa)."""
-        return self.layers * self.kv_width * DTYPE_BYTES[self.dtype]
+        return self.layers * self.kv_width * DTYPE_BYTES[self.kv_dtype]
+
+    @property
+    def kv_dtype(self) -> str:
+        """The dtype of the KV cache's elements, a key of :data:`DTYPE_BYTES`."""
+        return self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,8 @@ class ModelRow:
 
     name: str
     dtype: str
+    kv_dtype: str
+    """Data type of its KV cache."""
     attention_weights: int
     """Bytes on each attention rank."""
     ffn_weights: int
@@ -78,6 +80,7 @@ def pools_tables(
         "attention weights",
         "FFN weights",
         "FFN ranks",
+        "KV dtype",
         "KV / token",
         "KV pages",
         "tokens",
@@ -90,6 +93,7 @@ def pools_tables(
             format_size(model.attention_weights),
             format_size(model.ffn_weights),
             ", ".join(map(str, model.ffn_ranks)),
+            model.kv_dtype,
             format_size(model.kv_per_token),
             f"{model.pages:,}",
             f"{model.tokens:,}",

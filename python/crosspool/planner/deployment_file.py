@@ -59,6 +59,8 @@ def deployment_yaml(
         entry: dict[str, Any] = {"path": str(folders[model.name].absolute()), "name": model.name}
         if model.context < asked.shape.context:
             entry["context_length"] = model.context
+        if asked.shape.kv_cache_dtype != "auto":
+            entry["kv_cache_dtype"] = asked.shape.kv_cache_dtype
         if len(model.weight_devices) < len(weight):
             entry["weight_pool_devices"] = [weight[number] for number in model.weight_devices]
         models.append(entry)

@@ -105,10 +105,10 @@ def take_kv_pool(
 def cache_of(
     virtualizer: Virtualizer, model: int, spec: ModelSpec, layout: KVLayout, chunks: int
 ) -> torch.Tensor:
-    """Returns a model's cache [pages, layers, page_size, kv_width] over its range, which has room
-    for ``chunks`` chunks."""
+    """Returns a model's cache [pages, layers, page_size, kv_width] of the spec's ``kv_dtype`` over
+    its range, which has room for ``chunks`` chunks."""
     shape = (layout.pages_in(chunks), spec.layers, layout.page_size, spec.kv_width)
-    return virtualizer.tensor(model, shape, TORCH_DTYPES[spec.dtype])
+    return virtualizer.tensor(model, shape, TORCH_DTYPES[spec.kv_dtype])
 
 
 def further_cache(

@@ -20,7 +20,12 @@ if TYPE_CHECKING:  # a machine that runs the GPU's tests alone has no msgspec
     from crosspool.config.deployment import Deployment
     from crosspool.config.device import Device
 
-TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+TORCH_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

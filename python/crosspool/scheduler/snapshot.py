@@ -56,6 +56,7 @@ def snapshot(
                 path=deployment.models[number].path,
                 context=model.spec.context,
                 dtype=model.spec.dtype,
+                kv_dtype=model.spec.kv_dtype,
                 kv_bytes_per_token=model.spec.kv_bytes_per_token,
                 max_tokens=max_tokens[number],
                 pool_tokens=deployment.kv_pool_bytes // model.spec.kv_bytes_per_token,

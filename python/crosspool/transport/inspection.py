@@ -294,6 +294,8 @@ class ModelStatus(ModelCounts, kw_only=True):
     context: int
     """Longest sequence of the model, in tokens."""
     dtype: str
+    kv_dtype: str
+    """Data type of its KV cache."""
     kv_bytes_per_token: int
     max_tokens: int
     """Longest sequence that can be served: ``context``, or what one rank's KV pool holds."""

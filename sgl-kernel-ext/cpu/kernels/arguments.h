@@ -206,12 +206,16 @@ struct Experts {
   std::int32_t rows;
 };
 
-// One model's KV on one rank: [pages, layers, page_size, kv_width] of the model's dtype.
+// How a cache's elements are held: in the model's dtype, or as floats of 8 bits (e4m3fn, e5m2).
+enum class KVDType : std::int32_t { kModel = 0, kE4M3 = 1, kE5M2 = 2 };
+
+// One model's KV on one rank: [pages, layers, page_size, kv_width].
 struct KVCache {
   void* data;
   std::int32_t layers;
   std::int32_t page_size;
   std::int32_t kv_width;
+  KVDType dtype = KVDType::kModel;
 };
 
 // Where a row of the batch stands: its position in its sequence, and the slot of its KV.

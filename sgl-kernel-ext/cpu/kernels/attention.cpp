@@ -12,7 +12,7 @@ namespace {
 
 constexpr float kNothing = -__builtin_huge_valf();
 
-template <class T>
+template <class T, class K>
 class Task {
   using Element = typename T::Element;
 
@@ -36,12 +36,12 @@ class Task {
 
   void run() {
     ready();
-    KeyBlock<T> blocks[2];
+    KeyBlock<K> blocks[2];
     find(t_, t_.key_begin, blocks[0]);
     int turn = 0;
     for (std::int64_t key = t_.key_begin; key < t_.key_end; key += kKeys, turn ^= 1) {
-      const KeyBlock<T>& block = blocks[turn];
-      KeyBlock<T>& after = blocks[turn ^ 1];
+      const KeyBlock<K>& block = blocks[turn];
+      KeyBlock<K>& after = blocks[turn ^ 1];
       if (key + kKeys < t_.key_end) {
         find(t_, key + kKeys, after);
       } else if (next_ != nullptr) {
@@ -49,13 +49,13 @@ class Task {
       } else {
         after.count = 0;
       }
-      Ahead<T> ahead(after, keys_at(kv_begin_), keys_at(kv_end_), values_at(kv_begin_),
+      Ahead<K> ahead(after, keys_at(kv_begin_), keys_at(kv_end_), values_at(kv_begin_),
                      values_at(kv_end_));
       for (std::int64_t kv_head = kv_begin_; kv_head < kv_end_; ++kv_head) {
         const std::int64_t query = (kv_head - kv_begin_) * rows_ * heads_;
         advance();
-        pack_keys<T>(block, keys_at(kv_head), shape_.qk_dim, room_, ahead);
-        pack_values<T>(block, values_at(kv_head), shape_.v_dim, room_, ahead);
+        pack_keys(block, keys_at(kv_head), shape_.qk_dim, room_, ahead);
+        pack_values(block, values_at(kv_head), shape_.v_dim, room_, ahead);
         score(query, key, block.count, ahead);
         accumulate(query, block.count);
       }
@@ -68,7 +68,7 @@ class Task {
 
  private:
   // The block of a task that begins at `key`.
-  void find(const AttentionTask& task, std::int64_t key, KeyBlock<T>& block) const {
+  void find(const AttentionTask& task, std::int64_t key, KeyBlock<K>& block) const {
     block.find(a_.kv, a_.layer, a_.segments[task.segment].pages, key, task.key_end);
   }
 
@@ -127,10 +127,10 @@ class Task {
 
   // Computes the scores and probabilities of the block of `count` keys from `key` on, for the
   // queries of one KV head.
-  void score(std::int64_t query, std::int64_t key, std::int64_t count, Ahead<T>& ahead) const {
+  void score(std::int64_t query, std::int64_t key, std::int64_t count, Ahead<K>& ahead) const {
     // Packing has prefetched somewhat more than half as many lines as it read. (Many queries leave
     // enough time for the others.)
-    const std::int64_t row_bytes = (shape_.qk_dim + shape_.v_dim) * sizeof(Element);
+    const std::int64_t row_bytes = (shape_.qk_dim + shape_.v_dim) * sizeof(typename K::Element);
     const std::int64_t lines = count * row_bytes / 64 * 7 / 16 / (rows_ * heads_);
     const int panels = count > kDepth ? 4 : 2;  // columns behind `count` are masked below
     multiply(room_.q + query * room_.q_stride, room_.q_stride, room_.keys, room_.k_panel, panels,
@@ -308,10 +308,12 @@ class Task {
 template <class T>
 void attend(const Attention& attention, const AttentionTask* tasks, std::int32_t count,
             void* scratch) {
-  for (std::int32_t i = 0; i < count; ++i) {
-    const AttentionTask* const next = i + 1 < count ? tasks + i + 1 : nullptr;
-    Task<T>(attention, tasks[i], next, scratch).run();
-  }
+  with_elements<T>(attention.kv, [&]<class K>(K) {
+    for (std::int32_t i = 0; i < count; ++i) {
+      const AttentionTask* const next = i + 1 < count ? tasks + i + 1 : nullptr;
+      Task<T, K>(attention, tasks[i], next, scratch).run();
+    }
+  });
 }
 
 }  // namespace

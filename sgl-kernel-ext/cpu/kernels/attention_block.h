@@ -3,8 +3,8 @@
 #define CROSSPOOL_CPU_KERNELS_ATTENTION_BLOCK_H
 
 #include "attention_plan.h"
+#include "kv_elements.h"
 #include "product.h"
-#include "transpose.h"
 
 namespace crosspool::CROSSPOOL_ISA {
 
@@ -59,10 +59,11 @@ struct Room {
   float* merged;                    // [queries][v_stride + 2]: of the ranges before
 };
 
-// The slots of up to kKeys consecutive keys of one request.
-template <class T>
+// The slots of up to kKeys consecutive keys of one request. Here and below, K says how elements of
+// the cache lie in memory (kv_elements.h).
+template <class K>
 struct KeyBlock {
-  using Element = typename T::Element;
+  using Element = typename K::Element;
 
   std::int64_t count;
   const Element* slots[kKeys];
@@ -84,11 +85,11 @@ struct KeyBlock {
 
 // Prefetches the lines of a block, in two stretches of its slots, while another block is worked on:
 // a few lines at a time, since processors drop prefetches that come in a burst.
-template <class T>
+template <class K>
 class Ahead {
  public:
   // Elements [k_begin, k_end) and [v_begin, v_end) of the slots.
-  Ahead(const KeyBlock<T>& block, std::int64_t k_begin, std::int64_t k_end, std::int64_t v_begin,
+  Ahead(const KeyBlock<K>& block, std::int64_t k_begin, std::int64_t k_end, std::int64_t v_begin,
         std::int64_t v_end)
       : block_(&block), stretches_{{k_begin, k_end}, {v_begin, v_end}} {
     if (v_begin <= k_end) {  // values follow the keys, or are part of them
@@ -125,7 +126,7 @@ class Ahead {
     turn_ += stretches_[1].begin == stretches_[1].end ? 2 : 1;
   }
 
-  const KeyBlock<T>* block_;
+  const KeyBlock<K>* block_;
   Stretch stretches_[2];
   std::int64_t turn_ = 0;
   std::int64_t step_ = 64;
@@ -134,34 +135,36 @@ class Ahead {
 };
 
 // Packs a block's keys, at elements [begin, begin + qk_dim) of their slots, into panels.
-template <class T>
-CROSSPOOL_INLINE void pack_keys(const KeyBlock<T>& block, std::int64_t begin, std::int64_t qk_dim,
-                                const Room<T>& room, Ahead<T>& asked) {
-  constexpr std::int64_t kBytes = sizeof(typename T::Element);
-  Ahead<T> ahead = asked;  // in registers
+template <class T, class K>
+CROSSPOOL_INLINE void pack_keys(const KeyBlock<K>& block, std::int64_t begin, std::int64_t qk_dim,
+                                const Room<T>& room, Ahead<K>& asked) {
+  Ahead<K> ahead = asked;  // in registers
   for (std::int64_t first = 0; first < block.count; first += kPanel) {
     const void* rows[kPanel];
     for (std::int64_t r = 0; r < kPanel; ++r) {
       const bool there = first + r < block.count;
       rows[r] = there ? static_cast<const void*>(block.slots[first + r] + begin) : room.zeros;
     }
-    pack_rows(rows, qk_dim * kBytes, round_up(qk_dim, kDepth) * kBytes,
-              room.keys + first / kPanel * room.k_panel, [&] { ahead.lines(10); });
+    K::pack(rows, qk_dim, round_up(qk_dim, kDepth), room.keys + first / kPanel * room.k_panel,
+            [&] { ahead.lines(K::kKeyLines); });
   }
   asked = ahead;
 }
 
 // Packs a block's values, at elements [begin, begin + v_dim) of their slots: keys are the depth of
 // that product.
-template <class T>
-CROSSPOOL_INLINE void pack_values(const KeyBlock<T>& block, std::int64_t begin, std::int64_t v_dim,
-                                  const Room<T>& room, Ahead<T>& asked) {
-  using Element = typename T::Element;
-  constexpr std::int64_t kPerWord = 4 / sizeof(Element);
+template <class T, class K>
+CROSSPOOL_INLINE void pack_values(const KeyBlock<K>& block, std::int64_t begin, std::int64_t v_dim,
+                                  const Room<T>& room, Ahead<K>& asked) {
+  using Element = typename K::Element;
+  constexpr std::int64_t kPerWord = 4 / sizeof(typename T::Element);
+  // Elements of a key, or of a pair of them, for which a line is prefetched.
+  constexpr std::int64_t kPerLine = kRun * sizeof(typename T::Element) / sizeof(Element);
   const auto* const zeros = reinterpret_cast<const Element*>(room.zeros);
   const std::int64_t padded = round_up(block.count, kDepth), panel = room.v_panel;
   const std::int64_t width = room.v_stride;
-  Ahead<T> ahead = asked;  // in registers
+  alignas(64) typename T::Element first_room[kRun], second_room[kRun];
+  Ahead<K> ahead = asked;  // in registers
   for (std::int64_t key = 0; key < padded; key += kPerWord) {
     const Element* const first = key < block.count ? block.slots[key] + begin : zeros;
     const Element* second = zeros;
@@ -169,14 +172,18 @@ CROSSPOOL_INLINE void pack_values(const KeyBlock<T>& block, std::int64_t begin, 
     std::byte* const line = room.values + key / kPerWord * 64;
     std::byte* to = line;
     std::int64_t i = 0;
-    for (; i + 2 * kPanel <= v_dim; i += 2 * kPanel, to += 2 * panel) {
-      ahead.line();
-      T::interleave_panels(first + i, second + i, to, to + panel);
+    for (; i + kRun <= v_dim; i += kRun, to += 2 * panel) {
+      if (i % kPerLine == 0) ahead.line();
+      T::interleave_panels(K::read(first + i, kRun, first_room),
+                           K::read(second + i, kRun, second_room), to, to + panel);
     }
+    if (i == width) continue;
+    const auto* const firsts = K::read(first + i, v_dim - i, first_room) - i;
+    const auto* const seconds = K::read(second + i, v_dim - i, second_room) - i;
     for (; i < width; i += kLanes) {
       const std::int64_t left = max(0, min(kLanes, v_dim - i));
       store_bits(line + i / kPanel * panel + i % kPanel * 4,
-                 T::interleaved(first + i, second + i, left));
+                 T::interleaved(firsts + i, seconds + i, left));
     }
   }
   asked = ahead;

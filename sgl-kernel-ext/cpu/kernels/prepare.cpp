@@ -1,14 +1,15 @@
 // The work between projections and attention: QK-norm, clip, rotation, KV append.
 #include "families.h"
+#include "kv_elements.h"
 #include "norm.h"
 
 namespace crosspool::CROSSPOOL_ISA {
 namespace {
 
-template <class T>
-typename T::Element* slot_of(const KVCache& kv, std::int32_t layer, const RowPlace& place) {
+template <class K>
+typename K::Element* slot_of(const KVCache& kv, std::int32_t layer, const RowPlace& place) {
   const std::int64_t plane = std::int64_t{place.page} * kv.layers + layer;
-  return static_cast<typename T::Element*>(kv.data) +
+  return static_cast<typename K::Element*>(kv.data) +
          (plane * kv.page_size + place.offset) * kv.kv_width;
 }
 
@@ -62,9 +63,10 @@ struct Plain {
   }
 };
 
-template <class T, class Features>
+// The rotated head goes to `out` as K, a kind of KV cache, has its elements.
+template <class T, class K, class Features>
 CROSSPOOL_INLINE void rotate_head(const Features& x, const Rope& rope, std::int32_t position,
-                                  typename T::Element* out) {
+                                  typename K::Element* out) {
   const std::int64_t half = rope.dim / 2;
   const float* const cosines = rope.cos + position * half;
   const float* const sines = rope.sin + position * half;
@@ -76,12 +78,12 @@ CROSSPOOL_INLINE void rotate_head(const Features& x, const Rope& rope, std::int3
     const V first = rope.interleaved != 0 ? x.every_other(2 * i, n) : x.at(i, n);
     const V second = rope.interleaved != 0 ? x.every_other(2 * i + 1, n) : x.at(half + i, n);
     const V c = load(cosines + i, n), s = load(sines + i, n);
-    T::store(out + i, product(first, c) - product(second, s), n);
-    T::store(out + half + i, product(second, c) + product(first, s), n);
+    K::store(out + i, product(first, c) - product(second, s), n);
+    K::store(out + half + i, product(second, c) + product(first, s), n);
   });
 }
 
-template <class T>
+template <class T, class K>
 void gqa_prepare(const GQAPrepare& p, std::int32_t row_begin, std::int32_t row_end,
                  std::int32_t head_begin, std::int32_t head_end) {
   const std::int64_t dim = p.head_dim, group = p.q_heads / p.kv_heads;
@@ -92,7 +94,7 @@ void gqa_prepare(const GQAPrepare& p, std::int32_t row_begin, std::int32_t row_e
     const float* const k = q + q_width;
     const float* const v = k + k_width;
     auto* const q_out = static_cast<typename T::Element*>(p.q) + row * p.q_stride;
-    auto* const slot = slot_of<T>(p.kv, p.layer, place);
+    auto* const slot = slot_of<K>(p.kv, p.layer, place);
     const bool full = p.qk_norm == QKNorm::kFull;
     const float q_inverse = full ? inverse_rms(q, q_width, p.eps) : 0.0F;
     const float k_inverse = full ? inverse_rms(k, k_width, p.eps) : 0.0F;
@@ -106,28 +108,29 @@ void gqa_prepare(const GQAPrepare& p, std::int32_t row_begin, std::int32_t row_e
       return features;
     };
     for (std::int64_t h = head_begin * group; h < head_end * group; ++h) {
-      rotate_head<T>(head(q, p.q_norm, q_inverse, h), p.rope, place.position, q_out + h * dim);
+      rotate_head<T, PlainKV<T>>(head(q, p.q_norm, q_inverse, h), p.rope, place.position,
+                                 q_out + h * dim);
     }
     for (std::int64_t h = head_begin; h < head_end; ++h) {
-      rotate_head<T>(head(k, p.k_norm, k_inverse, h), p.rope, place.position, slot + h * dim);
+      rotate_head<T, K>(head(k, p.k_norm, k_inverse, h), p.rope, place.position, slot + h * dim);
       const Normed<T> values{v + h * dim, nullptr, 0.0F, p.clip};
       auto* const v_slot = slot + k_width + h * dim;
-      for_lanes(0, dim, [&](std::int64_t i, auto n) { T::store(v_slot + i, values.at(i, n), n); });
+      for_lanes(0, dim, [&](std::int64_t i, auto n) { K::store(v_slot + i, values.at(i, n), n); });
     }
   }
 }
 
-template <class T>
+template <class T, class K>
 void mla_append(const MLAAppend& a, std::int32_t row_begin, std::int32_t row_end) {
   for (std::int64_t row = row_begin; row < row_end; ++row) {
     const RowPlace& place = a.places[row];
     const float* const latent = a.compressed + row * a.compressed_stride;
-    auto* const slot = slot_of<T>(a.kv, a.layer, place);
+    auto* const slot = slot_of<K>(a.kv, a.layer, place);
     const float inverse = inverse_rms(latent, a.latent, a.eps);
     for_lanes(0, a.latent, [&](std::int64_t i, auto n) {
-      T::store(slot + i, scaled<T>(load(latent + i, n), inverse, load(a.norm + i, n)), n);
+      K::store(slot + i, scaled<T>(load(latent + i, n), inverse, load(a.norm + i, n)), n);
     });
-    rotate_head<T>(Plain<Float32>{latent + a.latent}, a.rope, place.position, slot + a.latent);
+    rotate_head<T, K>(Plain<Float32>{latent + a.latent}, a.rope, place.position, slot + a.latent);
   }
 }
 
@@ -139,8 +142,8 @@ void rotate(const Rotate& r, std::int32_t row_begin, std::int32_t row_end, std::
     const auto* const x = static_cast<const Element*>(r.x) + row * r.x_stride;
     auto* const out = static_cast<Element*>(r.out) + row * r.out_stride;
     for (std::int64_t h = head_begin; h < head_end; ++h) {
-      rotate_head<T>(Plain<T>{x + h * r.x_head_stride}, r.rope, r.places[row].position,
-                     out + h * r.out_head_stride);
+      rotate_head<T, PlainKV<T>>(Plain<T>{x + h * r.x_head_stride}, r.rope, r.places[row].position,
+                                 out + h * r.out_head_stride);
     }
   }
 }
@@ -149,8 +152,12 @@ void rotate(const Rotate& r, std::int32_t row_begin, std::int32_t row_end, std::
 
 template <class T>
 void add_prepare(Kernels& table) {
-  table.gqa_prepare = gqa_prepare<T>;
-  table.mla_append = mla_append<T>;
+  table.gqa_prepare = [](const GQAPrepare& p, auto... share) {
+    with_elements<T>(p.kv, [&]<class K>(K) { gqa_prepare<T, K>(p, share...); });
+  };
+  table.mla_append = [](const MLAAppend& a, auto... share) {
+    with_elements<T>(a.kv, [&]<class K>(K) { mla_append<T, K>(a, share...); });
+  };
   table.rotate = rotate<T>;
 }
 template void add_prepare<BFloat16>(Kernels& table);

@@ -47,12 +47,18 @@ def _plan(arguments: argparse.Namespace) -> None:
             "--weights: only CPUs hold weights as codes: name them, such as "
             "--device-names cpu:0-7,cpu:8-15"
         )
+    if arguments.kv_cache_dtype != "auto" and not cpus:
+        raise ConfigError(
+            f"--kv-cache-dtype: only CPUs hold KV cache in {arguments.kv_cache_dtype}: name them, "
+            "such as --device-names cpu:0-7,cpu:8-15"
+        )
     models, folders = inputs.models(
         arguments.models,
         arguments.context,
         arguments.model_path,
         weights=arguments.weights,
         codes=cpus,
+        kv_cache_dtype=arguments.kv_cache_dtype,
     )
     if not models:
         raise ConfigError(

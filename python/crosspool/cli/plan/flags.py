@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from crosspool.cli.plan import inputs
+from crosspool.models.spec import KVCacheDType
 from crosspool.planner.devices.systems import DEVICE_RESERVE, WEIGHT_DEVICE_RESERVE
 from crosspool.planner.request import PlanRequest
 from crosspool.planner.shapes.held import WEIGHT_FORMATS
@@ -28,7 +30,7 @@ examples:
       --device-names cpu:0-15,cpu:16-31 --rate chat=2,code=0.1 --prompt mean=800,sigma=1 \\
       --output 200 --context code=32768 --yaml deployment.yaml
   crosspool plan Qwen3-30B-A3B GLM-4.7-Flash DeepSeek-V2-Lite --weights int4 --devices 64GB \\
-      --device-names cpu --rate 0.2 --lengths azure-conversation
+      --device-names cpu --kv-cache-dtype fp8_e4m3 --rate 0.2 --lengths azure-conversation
   crosspool plan 20xQwen3-30B-A3B --devices 6x141GB --weight-pool-bytes 300GB --rate 0.5 \\
       --popularity openrouter --lengths azure-conversation
   crosspool plan --reproduce figure6 --plot figure6.svg
@@ -74,6 +76,13 @@ def _add_devices(group: argparse._ArgumentGroup) -> None:
         choices=WEIGHT_FORMATS,
         help="format in which CPUs hold the matrices of all models (default: that of the "
         "checkpoint, which is the dtype for models of the catalogue)",
+    )
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=get_args(KVCacheDType),
+        default="auto",
+        help="data type of the KV cache of all models on CPUs: the model's, or floats of 8 bits "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--kv-pool-devices",

@@ -9,8 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from crosspool.config.errors import ConfigError
 from crosspool.config.sizes import size_of
+from crosspool.models.spec import KVCacheDType
 from crosspool.planner.devices.systems import EqualDevices
 from crosspool.planner.request import PlanModel
 from crosspool.planner.shapes import catalogue
@@ -42,13 +45,14 @@ def models(
     *,
     weights: str | None = None,
     codes: bool = False,
+    kv_cache_dtype: KVCacheDType = "auto",
 ) -> tuple[list[PlanModel], dict[str, Path]]:
     """Returns the models, and the checkpoint folders of those that have one.
 
     Each of ``words`` is ``MODEL``, ``NAME=MODEL`` or ``NxMODEL``, where a model is a name from the
     catalogue or the path of a config.json or of its folder. ``weights``: the format in which all of
-    them are held. ``codes``: whether devices hold quantised checkpoints as codes. Raises
-    ConfigError."""
+    them are held. ``codes``: whether devices hold quantised checkpoints as codes.
+    ``kv_cache_dtype``: how the KV caches of all of them are held. Raises ConfigError."""
     found: list[PlanModel] = []
     folders: dict[str, Path] = {}
     for word in words:
@@ -63,6 +67,7 @@ def models(
         shape = catalogue.find(source)
         if weights is not None or codes:
             shape = held_shape(shape, catalogue.file_of(source), weights)
+        shape = msgspec.structs.replace(shape, kv_cache_dtype=kv_cache_dtype)
         is_path = Path(source).suffix == ".json" or Path(source).is_dir()
         base = name or shape.id
         for copy in range(number):

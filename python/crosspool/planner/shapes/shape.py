@@ -14,6 +14,8 @@ from typing import Literal
 
 import msgspec
 
+from crosspool.models.spec import KVCacheDType
+
 AttentionKind = Literal["mha", "gqa", "mqa", "mla"]
 _FP32_BYTES = 4
 
@@ -57,6 +59,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     dense_intermediate: int = 0
     tied_embeddings: bool = False
     dtype_bytes: int = 2
+    kv_cache_dtype: KVCacheDType = "auto"
+    """How the KV cache is held; auto: in the dtype."""
     held_attention_bytes: int | None = None
     """Bytes of weights outside the FFNs where quantised ones are held as codes; None: all are in
     the dtype."""
@@ -98,7 +102,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     def kv_bytes_per_token(self) -> int:
         """Bytes of KV cache per token over all layers (the paper's kappa). Layers with a sliding
         window count in full: the paged cache holds every token of a request in every layer."""
-        return self.layers * self.kv_width * self.dtype_bytes
+        each = self.dtype_bytes if self.kv_cache_dtype == "auto" else 1
+        return self.layers * self.kv_width * each
 
     @property
     def embedding_parameters(self) -> int:

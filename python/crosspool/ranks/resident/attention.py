@@ -93,7 +93,8 @@ class PackedAttention:
         table.rope = ns.Rope(
             pointer(self._cos), pointer(self._sin), rope.dim, rope.interleaved, rope.fp32
         )
-        table.kv = ns.KVCache(kv.data_ptr(), *kv.shape[1:])
+        kv_dtype = ns.KV_DTYPES[self._spec.kv_cache_dtype]
+        table.kv = ns.KVCache(kv.data_ptr(), *kv.shape[1:], kv_dtype)
         table.qkv_clip = math.inf
         if isinstance(attention, GQASpec):
             table.attention_kind = es.GQA
