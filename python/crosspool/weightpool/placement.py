@@ -68,6 +68,8 @@ class FFNShard:
         whole = tuple(slice(0, size) for size in ref.shape)
         if ref.expert is not None and isinstance(ffn, MoEFFN) and self.parallel == "ep":
             return whole if ref.expert in self.experts(ffn) else None
+        if ref.once and self.rank != self.ranks - 1:  # the last one holds something of every layer
+            return None
         if ref.split is None:
             return whole
         share = _share(ref.shape[ref.split], self.rank, self.ranks, self.unit)
