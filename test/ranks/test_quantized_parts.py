@@ -10,9 +10,11 @@ import pytest
 import torch
 from crosspool.models.registry import ffn_tensors, read_model
 from crosspool.weightpool.placement import FFNShard
+from safetensors.torch import load_file
 from support.families import reference_model
 from support.parts import Parts
 from support.quantized_models import CASES, make_quantized
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 PROMPT, DECODE_STEPS = 19, 32
 
@@ -39,6 +41,17 @@ def test_logits_are_those_of_the_floats(
     found = [parts.step({0: tokens[:PROMPT].tolist()})[0]]
     found += [parts.step({0: [int(token)]})[0] for token in tokens[PROMPT:]]
     torch.testing.assert_close(torch.cat(found), expected, atol=1e-3, rtol=0)
+
+
+def test_gpt_oss_has_the_weights_that_transformers_reads(tmp_path: Path) -> None:
+    """The floats of these tests are those of transformers' own reader of MXFP4."""
+    path, floats = make_quantized("gpt-oss mxfp4", tmp_path)
+    stored, expected = (load_file(of / "model.safetensors") for of in (path, floats))
+    for name in (name for name in expected if name.endswith(("gate_up_proj", "down_proj"))):
+        found = convert_moe_packed_tensors(
+            stored[f"{name}_blocks"], stored[f"{name}_scales"], dtype=torch.float32
+        )
+        assert torch.equal(found, expected[name])
 
 
 def test_shares_are_cut_along_groups(folders: tuple[Path, Path]) -> None:

@@ -193,6 +193,12 @@ class TensorRef:
     """How the checkpoint stores the matrix; None: as a tensor of floats."""
 
     @property
+    def on_demand(self) -> bool:
+        """Whether it is a matrix of a routed expert, which may be in memory on demand; its biases
+        are in memory with the model."""
+        return self.expert is not None and len(self.shape) > 1
+
+    @property
     def module(self) -> str:
         """The name of what the tensor belongs to, by which checkpoints name the tensors of a
         quantised matrix."""

@@ -132,14 +132,13 @@ def held_bytes(ref: TensorRef, spec: ModelSpec, index: Index, codes: bool = Fals
 def ffn_bytes(
     spec: ModelSpec, shard: FFNShard, codes: bool = False, *, experts: bool | None = None
 ) -> int:
-    """Bytes of a model's FFN weights on one rank: of all of them, of its routed experts
+    """Bytes of a model's FFN weights on one rank: of all of them, of its routed experts' matrices
     (``experts`` is true), or of the others. ``codes``: whether ranks hold codes."""
     parts = [
         (layer, ref, index)
         for layer, ffn in enumerate(spec.ffn)
         for ref in ffn_tensors(spec, layer)
-        if experts in (None, ref.expert is not None)
-        and (index := shard.slice(ref, ffn)) is not None
+        if experts in (None, ref.on_demand) and (index := shard.slice(ref, ffn)) is not None
     ]
     return _held_bytes(spec, parts, codes)
 
