@@ -92,6 +92,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": _MLA | _SIGMOID_ROUTER | {"routed_scaling_factor": 2.5},
     "glm4_moe_lite": _MLA | _SIGMOID_ROUTER | {"routed_scaling_factor": 1.8},
     "mixtral": _COMMON | {"num_key_value_heads": 2, "num_local_experts": 4},
+    "gpt_oss": _COMMON
+    | {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "intermediate_size": 32,
+        "sliding_window": 8,
+    },
     "olmoe": _COMMON | {"num_key_value_heads": 4, "num_experts": 4, "intermediate_size": 32},
 }
 # Of these any other family takes the fields that its configuration class has.
@@ -149,7 +157,9 @@ def hub_tensors(config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, torch
             continue
         name = fused_name.replace(".mlp.", ".block_sparse_moe.") if mixtral else fused_name
         prefix, _, fused = name.rpartition(".experts.")
-        if fused == "gate_up_proj":
+        if config.model_type == "gpt_oss":  # published as transformers has them
+            tensors[name] = tensor
+        elif fused == "gate_up_proj":
             half = tensor.shape[1] // 2
             for expert in range(tensor.shape[0]):
                 tensors[f"{prefix}.experts.{expert}.{gate}.weight"] = tensor[expert, :half]
@@ -174,8 +184,10 @@ def _draw(name: str, like: torch.Tensor, seed: int) -> torch.Tensor:
         values = (1 + 0.2 * values).clamp(min=0.3)
     elif re.search(r"(embed_tokens|lm_head)\.weight$", name):
         values *= 3 * like.shape[-1] ** -0.5
-    elif name.endswith(".gate.weight"):
+    elif name.endswith((".gate.weight", ".router.weight")):
         values *= 2 * like.shape[-1] ** -0.5
+    elif like.dim() == 3:  # fused experts, [experts, k, n]
+        values *= (3 if "gate_up" in name else 0.2) * like.shape[1] ** -0.5  # some are clamped
     else:
         values *= like.shape[-1] ** -0.5
     return values.to(like.dtype)

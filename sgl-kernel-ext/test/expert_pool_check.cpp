@@ -143,7 +143,7 @@ int main(int argc, char** argv) {
     for (std::int32_t expert = 0; expert < kExperts; ++expert) {
       if (draw(3) == 0) continue;
       source.experts.push_back(expert);
-      groups.push_back({ffn.gate_up + expert, ffn.down + expert, 0, 1});
+      groups.push_back({.gate_up = ffn.gate_up + expert, .down = ffn.down + expert, .slots = 1});
     }
     ExpertPlan plan{};
     plan.groups = groups.data();

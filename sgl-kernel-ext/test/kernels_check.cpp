@@ -50,13 +50,15 @@ class Check {
           }
         }
       }
-      experts(rows);
+      experts(rows, 0.0F);
+      experts(rows, 1.5F);
     }
     const AttentionShape gqa{6, 2, 20, 20, 40, 0, 0.3F}, windowed{6, 2, 20, 20, 40, 9, 0.3F};
     const AttentionShape wide{8, 2, 64, 64, 128, 0, 0.1F}, mla{5, 1, 41, 33, 0, 0, 0.2F};
     for (const KVDType held : {KVDType::kModel, KVDType::kE4M3, KVDType::kE5M2}) {
       for (const AttentionShape& shape : {gqa, windowed, wide, mla}) {
-        attention(shape, {{0, 40}, {70, 1}, {5, 3}, {300, 1}, {0, 1}}, held);
+        attention(shape, {{0, 40}, {70, 1}, {5, 3}, {300, 1}, {0, 1}}, held, false);
+        attention(shape, {{0, 40}, {70, 1}, {5, 3}, {300, 1}, {0, 1}}, held, true);
       }
     }
     prepare();
@@ -175,7 +177,8 @@ class Check {
     }
   }
 
-  void experts(std::int32_t rows) {
+  // With a `limit` routed experts are clamped and have biases.
+  void experts(std::int32_t rows, float limit) {
     constexpr std::int32_t kHidden = 70, kWidth = 40, kHeld = 5, kTopK = 2;
     std::vector<Numbers> gates, ups, downs;
     std::vector<Packed> packed_gates, packed_downs;
@@ -193,8 +196,19 @@ class Check {
       packed_downs.push_back(packed(downs[e], kHidden, kWidth));
       down.push_back(packed_downs.back().matrix);
     }
-    const FFNLayer layer{gate_up.data(), down.data(), &gate_up[kHeld], &down[kHeld], 1,
-                         kHeld,          kTopK};
+    constexpr std::int64_t kColumns = round_up(kWidth, 32);
+    const Numbers gate_up_bias(DType::kFloat32, kHeld * 2 * kColumns);
+    const Numbers down_bias(DType::kFloat32, kHeld * kHidden);
+    const FFNLayer layer{gate_up.data(),
+                         down.data(),
+                         &gate_up[kHeld],
+                         &down[kHeld],
+                         limit > 0 ? gate_up_bias.floats() : nullptr,
+                         limit > 0 ? down_bias.floats() : nullptr,
+                         1,
+                         kHeld,
+                         kTopK,
+                         limit};
     const Numbers x(dtype_, rows * kHidden), weights(DType::kFloat32, rows * kTopK);
     std::vector<std::int32_t> ids;
     for (int i = 0; i < rows; ++i) {  // chosen of experts 0 to 6; this rank has 1 to 5
@@ -230,12 +244,22 @@ class Check {
             gate += x[i * kHidden + h] * gates[e][w * kHidden + h];
             up += x[i * kHidden + h] * ups[e][w * kHidden + h];
           }
-          const double hidden = gate / (1 + std::exp(-gate)) * up * weight;
+          double hidden = gate / (1 + std::exp(-gate)) * up * weight;
+          if (limit > 0 && e < kHeld) {
+            const std::int64_t column = e * 2 * kColumns + w / kPanel * 2 * kPanel + w % kPanel;
+            gate = std::min<double>(gate + gate_up_bias[column], limit);
+            up = std::clamp<double>(up + gate_up_bias[column + kPanel], -limit, limit);
+            hidden = (up + 1) * gate / (1 + std::exp(-1.702 * gate)) * weight;
+          }
           for (std::int64_t h = 0; h < kHidden; ++h) {
             const double part = hidden * downs[e][h * kWidth + w];
             expected[h] += part;
             sizes[h] += std::abs(part);
           }
+        }
+        for (std::int64_t h = 0; limit > 0 && e < kHeld && h < kHidden; ++h) {
+          expected[h] += weight * down_bias[e * kHidden + h];
+          sizes[h] += std::abs(weight * down_bias[e * kHidden + h]);
         }
       };
       for (int c = 0; c < kTopK; ++c) {
@@ -266,7 +290,7 @@ class Check {
   }
 
   void attention(const AttentionShape& shape, const std::vector<CachedRows>& requests,
-                 KVDType held) const {
+                 KVDType held, bool has_sinks) const {
     constexpr std::int32_t kPageSize = 12, kLayers = 2, kLayer = 1;
     const std::int32_t width =
         std::max(shape.v_begin + shape.kv_heads * shape.v_dim, shape.kv_heads * shape.qk_dim);
@@ -309,10 +333,18 @@ class Check {
     constexpr int kThreads = 3;
     plan.make(shape, segments.data(), static_cast<std::int32_t>(segments.size()), kThreads);
     void* const cache = codes.empty() ? kv.data() : codes.data();
-    const Attention call{&shape,          segments.data(), q.data(),
-                         q_width,         out.data(),      out_width,
-                         plan.partials(), plan.arrivals(), {cache, kLayers, kPageSize, width, held},
-                         kLayer};
+    const Numbers sinks(DType::kFloat32, shape.q_heads);
+    const Attention call{&shape,
+                         segments.data(),
+                         q.data(),
+                         q_width,
+                         out.data(),
+                         out_width,
+                         plan.partials(),
+                         plan.arrivals(),
+                         {cache, kLayers, kPageSize, width, held},
+                         kLayer,
+                         has_sinks ? sinks.floats() : nullptr};
     for (int t = 0; t < kThreads; ++t) {
       k_.attend(call, plan.tasks(t), plan.task_count(t), room.data());
     }
@@ -324,7 +356,7 @@ class Check {
               shape.window == 0 ? 0 : std::max<std::int64_t>(0, position + 1 - shape.window);
           const std::int64_t head = h / (shape.q_heads / shape.kv_heads);
           std::vector<double> sums(static_cast<std::size_t>(shape.v_dim));
-          double total = 0;
+          double total = has_sinks ? std::exp(sinks[h]) : 0;
           for (std::int64_t p = first; p <= position; ++p) {
             double score = 0;
             for (std::int64_t i = 0; i < shape.qk_dim; ++i) {

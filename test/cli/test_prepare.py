@@ -20,6 +20,7 @@ from crosspool.config.options import Options
 from crosspool.config.sizes import exact_size
 from crosspool.kernels.cuda_loop import MAX_LINKS
 from crosspool.weightpool.placement import initially_resident
+from make_random_checkpoint import make_random_checkpoint
 from support.gpus import pretend_gpus
 from support.hollow import Change, hollow_weights
 from support.server import DEMO
@@ -390,6 +391,24 @@ def test_a_gpu_for_both_pools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert deployment.kv_pool_bytes % (2 << 20) == 0
     with pytest.raises(ConfigError, match="of memory of cuda:0 are available"):
         prepare(draft(path, kv_pool_bytes=usable, **both))
+
+
+def test_what_gpus_do_not_compute_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pretend_gpus(monkeypatch, tmp_path, 1000)
+    both: dict[str, Any] = {"kv_pool_devices": "cuda:0", "weight_pool_devices": "cuda:0"}
+    path = str(make_random_checkpoint("gpt_oss", tmp_path / "oss", {"vocab_size": 160}))
+    with pytest.raises(ConfigError) as caught:
+        prepare(draft(model(tmp_path / "a"), path, **both))
+    for text in (
+        "oss: ",
+        "config.json: model_type='gpt_oss'",
+        "attention sinks, sliding windows",
+        "clamped SwiGLU, biases of experts",
+        "name CPUs in kv_pool_devices",
+    ):
+        assert text in str(caught.value)
 
 
 def test_old_gpus_are_driven_by_the_host(

@@ -19,15 +19,25 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-def _attend(q: Array, k: Array, v: Array, *, scale: float, start: int, window: int | None) -> Array:
+def _attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    start: int,
+    window: int | None,
+    sink: float = -math.inf,
+) -> Array:
     """One head: q [rows, d], k [len, d], v [len, dv]."""
     out = np.zeros((len(q), v.shape[1]))
     for row in range(len(q)):
         last = start + row
         first = 0 if window is None else max(0, last - window + 1)
         scores = k[first : last + 1] @ q[row] * scale
-        weights = np.exp(scores - scores.max())
-        out[row] = weights / weights.sum() @ v[first : last + 1]
+        most = max(scores.max(), sink)
+        weights = np.exp(scores - most)
+        out[row] = weights / (weights.sum() + np.exp(sink - most)) @ v[first : last + 1]
     return out
 
 
@@ -57,13 +67,17 @@ def _paged(width: int) -> tuple[torch.Tensor, list[RowSpan], list[torch.Tensor]]
     return kv, segments, tokens
 
 
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 6, 200])
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
-def test_gqa(window: int | None, q_heads: int, kv_heads: int) -> None:
+def test_gqa(window: int | None, q_heads: int, kv_heads: int, has_sinks: bool) -> None:
     head_dim, scale = 16, 0.3
     kv, segments, tokens = _paged(2 * kv_heads * head_dim)
     q = torch.randn(sum(rows for _, rows in RAGGED), q_heads, head_dim)
-    found = gqa_attention(q, kv, 1, segments, kv_heads=kv_heads, scale=scale, window=window).numpy()
+    sinks = torch.linspace(-2, 4, q_heads) if has_sinks else None
+    found = gqa_attention(
+        q, kv, 1, segments, kv_heads=kv_heads, scale=scale, window=window, sinks=sinks
+    ).numpy()
     for segment, values in zip(segments, tokens, strict=True):
         rows = slice(segment.first_row, segment.first_row + segment.rows)
         k, v = values.double().numpy().reshape(-1, 2, kv_heads, head_dim).swapaxes(0, 1)
@@ -71,7 +85,13 @@ def test_gqa(window: int | None, q_heads: int, kv_heads: int) -> None:
             of_kv = head // (q_heads // kv_heads)
             queries = q[rows, head].double().numpy()
             expected = _attend(
-                queries, k[:, of_kv], v[:, of_kv], scale=scale, start=segment.start, window=window
+                queries,
+                k[:, of_kv],
+                v[:, of_kv],
+                scale=scale,
+                start=segment.start,
+                window=window,
+                sink=-math.inf if sinks is None else float(sinks[head]),
             )
             np.testing.assert_allclose(found[rows, head], expected, atol=2e-5)
 
@@ -106,7 +126,7 @@ def test_a_row_has_the_same_bits_in_a_chunk_of_any_length(
     q = torch.randn(length, heads, head_dim, generator=generator).to(dtype)
     latent_q = torch.randn(length, heads, kv.shape[3], generator=generator).to(dtype)
 
-    def attended(start: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def attended(start: int, rows: int) -> tuple[torch.Tensor, ...]:
         known = kv.clone()
         later = torch.arange(start + rows, len(pages) * PAGE_SIZE)
         known[pages[later // PAGE_SIZE], :, later % PAGE_SIZE] = math.nan
@@ -114,6 +134,13 @@ def test_a_row_has_the_same_bits_in_a_chunk_of_any_length(
         some = slice(start, start + rows)
         return (
             gqa_attention(q[some], known, 1, chunk, kv_heads=kv_heads, scale=0.3, window=window),
+            gqa_attention(
+                *(q[some], known, 1, chunk),
+                kv_heads=kv_heads,
+                scale=0.3,
+                window=window,
+                sinks=torch.linspace(-1, 2, heads).to(dtype),
+            ),
             mla_attention(latent_q[some], known, 1, chunk, latent=24, scale=0.2),
         )
 

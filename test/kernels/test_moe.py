@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from crosspool.kernels.moe import gated_mlp, moe_experts, route
-from transformers import DeepseekV2Config, DeepseekV3Config, Qwen3MoeConfig
+from transformers import DeepseekV2Config, DeepseekV3Config, GptOssConfig, Qwen3MoeConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 HIDDEN, EXPERTS, TOP_K = 16, 12, 3
@@ -121,6 +122,54 @@ def test_sigmoid_router_with_bias(top_groups: int, renormalize: bool) -> None:
         scale=2.5,
     )
     _same_choice(found, reference.route_tokens_to_experts(reference.gate(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_gpt_oss_layer(dtype: torch.dtype) -> None:
+    """Router with a bias, and experts with biases and clamped activations."""
+    config = GptOssConfig(
+        hidden_size=HIDDEN,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        intermediate_size=24,
+        experts_implementation="eager",
+    )
+    reference = GptOssMLP(config).to(dtype)
+    for parameter in reference.parameters():
+        parameter.copy_(torch.randn(parameter.shape) * (2.0 if parameter.dim() == 3 else 0.7))
+    router, experts = reference.router, reference.experts
+    x = torch.randn(50, HIDDEN, dtype=dtype)
+    fused = experts.gate_up_proj.transpose(1, 2)
+    assert (x @ experts.gate_up_proj[0]).abs().max() > experts.limit
+    chosen = route(
+        x,
+        router.weight,
+        None,
+        logit_bias=router.bias,
+        score="softmax",
+        top_k=TOP_K,
+        groups=1,
+        top_groups=1,
+        group_score="max",
+        renormalize=True,
+        scale=1.0,
+    )
+    found = moe_experts(
+        x,
+        *chosen,
+        gate_up=torch.cat((fused[:, ::2], fused[:, 1::2]), dim=1),
+        down=experts.down_proj.transpose(1, 2).contiguous(),
+        first_expert=0,
+        gate_up_bias=torch.cat(
+            (experts.gate_up_proj_bias[:, ::2], experts.gate_up_proj_bias[:, 1::2]), dim=1
+        ),
+        down_bias=experts.down_proj_bias,
+        swiglu_limit=experts.limit,
+    )
+    expected = reference(x[None])[0][0].float()
+    error = (found - expected).norm() / expected.norm()
+    assert error < (1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 300])

@@ -23,6 +23,7 @@ def _reference(
     scale: float,
     start: int,
     window: int | None,
+    sink: float = -math.inf,
 ) -> torch.Tensor:
     """One head: q [rows, d], k [len, d], v [len, dv], float64."""
     positions = torch.arange(start, start + len(q))[:, None]
@@ -30,7 +31,9 @@ def _reference(
     seen = keys <= positions
     if window is not None:
         seen &= keys > positions - window
-    return (q @ k.T * scale).masked_fill(~seen, -math.inf).softmax(dim=1) @ v
+    scores = (q @ k.T * scale).masked_fill(~seen, -math.inf)
+    scores = torch.cat((scores, torch.full((len(q), 1), sink).to(scores)), dim=1)
+    return scores.softmax(dim=1)[:, :-1] @ v
 
 
 def _paged(
@@ -95,6 +98,33 @@ def test_gqa(
                 scale=0.3,
                 start=segment.start,
                 window=window,
+            )
+            _check(found[at, head], expected, dtype)
+
+
+@pytest.mark.parametrize("window", [None, 6, 200])
+def test_sinks(native: NativeKernels, dtype: torch.dtype, window: int | None) -> None:
+    """A sink far below all scores changes nothing, one far above them leaves nothing."""
+    sinks = torch.tensor([0.5, -200.0, 3.0, 150.0])
+    kv, segments, tokens = _paged(2 * 2 * 20, dtype, RAGGED)
+    q = torch.randn(sum(segment.rows for segment in segments), 4, 20).to(dtype)
+    shape = {"kv_heads": 2, "v_dim": 20, "v_begin": 40, "scale": 0.3, "window": window}
+    found = native.attend(q, kv, LAYER, segments, sinks=sinks, **shape)  # type: ignore[arg-type]
+    plain = native.attend(q, kv, LAYER, segments, **shape)  # type: ignore[arg-type]
+    assert torch.equal(found[:, 1], plain[:, 1])
+    assert not found[:, 3].any()
+    for segment, values in zip(segments, tokens, strict=True):
+        k, v = values.double().view(-1, 2, 2, 20).unbind(1)
+        at = slice(segment.first_row, segment.first_row + segment.rows)
+        for head in range(4):
+            expected = _reference(
+                q[at, head].double(),
+                k[:, head // 2],
+                v[:, head // 2],
+                scale=0.3,
+                start=segment.start,
+                window=window,
+                sink=float(sinks[head]),
             )
             _check(found[at, head], expected, dtype)
 
@@ -181,7 +211,7 @@ def test_a_row_comes_out_the_same_in_chunks_of_any_length(
     """A request that is computed again after its rank was lost goes on as it would have."""
     (heads, width, shape), length = sizes, 420
     kv, (whole,), _ = _paged(width, kv_dtype, ((0, length),))
-    q = torch.randn(length, *heads).to(native.dtype)
+    q, sinks = torch.randn(length, *heads).to(native.dtype), torch.randn(heads[0])
 
     def attend(chunk: int) -> torch.Tensor:
         parts = []
@@ -189,7 +219,9 @@ def test_a_row_comes_out_the_same_in_chunks_of_any_length(
             rows = q[start : start + chunk]
             segment = RowSpan(first_row=0, rows=len(rows), start=start, pages=whole.pages)
             parts.append(
-                native.attend(rows, kv, LAYER, [segment], scale=0.3, window=window, **shape)
+                native.attend(
+                    rows, kv, LAYER, [segment], scale=0.3, window=window, sinks=sinks, **shape
+                )
             )
         return torch.cat(parts)
 

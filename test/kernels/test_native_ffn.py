@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from crosspool.kernels.isa import available_isas
 from crosspool.kernels.moe import gated_mlp, moe_experts, route
 from support.native_kernels import NativeKernels
@@ -66,6 +67,8 @@ class _Weights:
         self.down = (torch.randn(EXPERTS, HIDDEN, WIDTH) / 6).to(dtype)
         self.shared_gate_up = (torch.randn(2 * SHARED, HIDDEN) / 9).to(dtype)
         self.shared_down = (torch.randn(HIDDEN, SHARED) / 7).to(dtype)
+        self.gate_up_bias = torch.randn(EXPERTS, 2 * WIDTH).to(dtype)
+        self.down_bias = torch.randn(EXPERTS, HIDDEN).to(dtype)
 
 
 def _batch(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -116,6 +119,67 @@ def test_experts_in_float64(native: NativeKernels, dtype: torch.dtype) -> None:
     found = _native_sum(native, batch, w, slice(0, EXPERTS), shared=False)
     error = (found.double() - expected).norm() / expected.norm()
     assert error < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+LIMIT = 1.5
+"""Of clamped experts; gates and ups are about 1.4 in size."""
+
+
+def _clamped_sum(
+    native: NativeKernels,
+    batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    w: _Weights,
+    down_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    x, experts, weights = batch
+    halves = F.pad(w.gate_up_bias.view(EXPERTS, 2, WIDTH), (0, 64 - WIDTH)).float()
+    panels = halves.unflatten(2, (-1, 16)).transpose(1, 2)  # 16 of gate, 16 of up
+    return native.experts(
+        x,
+        experts.to(torch.int32),
+        weights,
+        gate_up=[native.pack_gated(*gate_up.chunk(2)) for gate_up in w.gate_up],
+        down=[native.pack(down) for down in w.down],
+        gate_up_bias=panels.reshape(EXPERTS, -1).contiguous(),
+        down_bias=down_bias,
+        swiglu_limit=LIMIT,
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_clamped_experts_with_biases_in_float64(
+    native: NativeKernels, dtype: torch.dtype, rows: int
+) -> None:
+    w, batch = _Weights(dtype), _batch(rows, dtype)
+    x, experts, weights = batch
+    expected = torch.zeros(rows, HIDDEN, dtype=torch.float64)
+    biases = torch.zeros(rows, HIDDEN, dtype=torch.float64)
+    clamped = 0
+    for row in range(rows):
+        for expert, weight in zip(experts[row].tolist(), weights[row].tolist(), strict=True):
+            both = w.gate_up[expert].double() @ x[row].double() + w.gate_up_bias[expert].double()
+            clamped += int((both.abs() > LIMIT).sum())
+            gate, up = both.chunk(2)
+            gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+            hidden = (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
+            expected[row] += weight * (w.down[expert].double() @ hidden)
+            biases[row] += weight * w.down_bias[expert].double()
+    assert clamped > 20 * rows
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    # Without the bias of `down`, as on all tensor-parallel ranks but one, and with it.
+    for bias, sums in ((None, expected), (w.down_bias.float(), expected + biases)):
+        found = _clamped_sum(native, batch, w, bias).double()
+        assert (found - sums).norm() < tolerance * sums.norm()
+    from_host = moe_experts(
+        *batch,
+        gate_up=w.gate_up,
+        down=w.down,
+        first_expert=0,
+        gate_up_bias=w.gate_up_bias,
+        down_bias=w.down_bias,
+        swiglu_limit=LIMIT,
+    ).double()
+    assert (from_host - expected - biases).norm() < tolerance * (expected + biases).norm()
 
 
 @pytest.mark.parametrize("rows", [1, 40])

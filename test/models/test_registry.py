@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from crosspool.config.deployment import ConfigError
 from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
+from crosspool.models.schemes import MXFP4
 from crosspool.models.spec import DenseFFN, GQASpec, MLASpec, ModelSpec, MoEFFN, RopeSpec
 from make_random_checkpoint import hub_tensors, make_random_checkpoint
 from support.families import FAMILIES
@@ -59,6 +60,10 @@ def _check_against(spec: ModelSpec, config: PreTrainedConfig) -> None:
         slides = "sliding_attention" in getattr(config, "layer_types", ["sliding_attention"])
         window = getattr(config, "sliding_window", None)
         assert attention.sliding_window == (window if slides else None)
+        kinds = getattr(config, "layer_types", ["sliding_attention"] * spec.layers)
+        assert [attention.window(layer) for layer in range(spec.layers)] == [
+            window if kind == "sliding_attention" else None for kind in kinds
+        ]
         assert attention.qkv_clip == getattr(config, "clip_qkv", None)
     for ffn in spec.ffn:
         if isinstance(ffn, DenseFFN):
@@ -104,8 +109,9 @@ def test_tensors_are_those_of_a_published_checkpoint(
     expected = {name: tuple(t.shape) for name, t in hub_tensors(config, config.dtype).items()}
     refs = [ref for _, ref in attention_tensors(spec)]
     refs += [ref for layer in range(spec.layers) for ref in ffn_tensors(spec, layer)]
-    assert {ref.name: ref.shape for ref in refs} == expected
-    assert len({ref.name for ref in refs}) == len(refs)
+    stored = {r.name: r.shape if r.stack is None else r.stack.floats(r.shape) for r in refs}
+    assert stored == expected
+    assert len({(ref.name, ref.stack) for ref in refs}) == len(refs)
 
 
 def test_kv_width_and_bytes() -> None:
@@ -147,6 +153,41 @@ def test_deepseek_v3_yarn_sharpens_the_softmax(tmp_path: Path) -> None:
     path = _write(tmp_path, "deepseek_v3", rope_scaling=scaling, max_position_embeddings=163840)
     # DeepSeek-V3's published value: 192 ** -0.5 * (0.1 * ln 40 + 1) ** 2
     assert read_model(path).attention.scale == pytest.approx(0.1352337788608801)
+
+
+def test_gpt_oss_as_published(tmp_path: Path) -> None:
+    """The fields of openai/gpt-oss-20b's config.json that transformers does not write itself."""
+    plain = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens"]
+    fields = {
+        "num_hidden_layers": 24,
+        "num_local_experts": 32,
+        "experts_per_token": 4,
+        "initial_context_length": 4096,
+        "swiglu_limit": 7.0,
+        "rope_theta": 150000,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "eos_token_id": 200002,
+        "quantization_config": {
+            "modules_to_not_convert": [*plain, "lm_head"],
+            "quant_method": "mxfp4",
+        },
+    }
+    spec = read_model(_write(tmp_path, "gpt_oss", **fields))
+    _check_against(spec, AutoConfig.from_pretrained(tmp_path))
+    moe = spec.ffn[0]
+    assert isinstance(moe, MoEFFN) and spec.ffn == (moe,) * 24
+    assert (moe.swiglu_limit, moe.biases, moe.router.logit_bias) == (7.0, True, True)
+    assert isinstance(spec.attention, GQASpec) and spec.attention.sinks
+    refs = [ref for _, ref in attention_tensors(spec)] + ffn_tensors(spec, 3)
+    held = {ref.name for ref in refs if ref.scheme == MXFP4()}
+    assert held == {f"model.layers.3.mlp.experts.{n}_proj" for n in ("gate_up", "down")}
 
 
 def test_eos_ids_of_both_files(tmp_path: Path) -> None:
@@ -204,6 +245,16 @@ def test_context_length_and_dtype_given_by_the_user(tmp_path: Path) -> None:
         ("deepseek_v3", {"topk_group": 9}, "topk_group=9: must be at most n_group=8"),
         ("deepseek_v3", {"qk_rope_head_dim": 3}, "qk_rope_head_dim"),
         ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, "mlp_layer_types"),
+        ("gpt_oss", {"layer_types": ["full_attention"]}, "layer_types=['full_attention']: must"),
+        ("gpt_oss", {"layer_types": ["linear_attention"] * 36}, "for 36 layers"),
+        ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit=0: must be a number above 0"),
+        ("gpt_oss", {"rope_theta": 1e4}, "rope_theta=10000.0: must come with rope_scaling"),
+        ("gpt_oss", {"head_dim": 33}, "head_dim=33: heads of 33 features cannot rotate"),
+        (
+            "gpt_oss",
+            {"quantization_config": {"quant_method": "fp8"}},
+            "fp8 cannot hold model.layers.0.mlp.experts.gate_up_proj: tensors of all experts",
+        ),
     ],
 )
 def test_nonsense_is_named(

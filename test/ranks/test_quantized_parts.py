@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 from crosspool.models.registry import ffn_tensors, read_model
 from crosspool.weightpool.placement import FFNShard
+from safetensors.torch import load_file
 from support.parts import Parts, assert_logits_of_floats
 from support.quantized_models import CASES, make_quantized
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -26,6 +29,17 @@ def test_logits_are_those_of_the_floats(
 ) -> None:
     path, floats = folders
     assert_logits_of_floats(Parts(path, ranks, parallel), floats)
+
+
+def test_gpt_oss_has_the_weights_that_transformers_reads(tmp_path: Path) -> None:
+    """The floats of these tests are those of transformers' own reader of MXFP4."""
+    path, floats = make_quantized("gpt-oss mxfp4", tmp_path)
+    stored, expected = (load_file(of / "model.safetensors") for of in (path, floats))
+    for name in (name for name in expected if name.endswith(("gate_up_proj", "down_proj"))):
+        found = convert_moe_packed_tensors(
+            stored[f"{name}_blocks"], stored[f"{name}_scales"], dtype=torch.float32
+        )
+        assert torch.equal(found, expected[name])
 
 
 def test_shares_are_cut_along_groups(folders: tuple[Path, Path]) -> None:

@@ -109,6 +109,33 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
         },
     ),
+    "gpt-oss": (
+        "gpt_oss",
+        {
+            "num_hidden_layers": 3,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "num_attention_heads": 6,
+            "intermediate_size": 40,
+        },
+    ),
+    "gpt-oss-kinds": (
+        "gpt_oss",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": [
+                "full_attention",
+                "sliding_attention",
+                "sliding_attention",
+                "full_attention",
+            ],
+            "sliding_window": 5,
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+        },
+    ),
     "olmoe": ("olmoe", {"num_key_value_heads": 2, "clip_qkv": 1.5, "attention_bias": True}),
     "olmoe-norm": (
         "olmoe",

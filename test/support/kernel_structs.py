@@ -28,7 +28,12 @@ class Gemm(ctypes.Structure):
 
 
 class ExpertGroup(ctypes.Structure):
-    _fields_ = (*fields(POINTER(ns.Matrix), "gate_up down"), *fields(c_int32, "first_slot slots"))
+    _fields_ = (
+        *fields(POINTER(ns.Matrix), "gate_up down"),
+        *fields(c_void_p, "gate_up_bias down_bias"),
+        ("swiglu_limit", c_float),
+        *fields(c_int32, "first_slot slots"),
+    )
 
 
 class ExpertPlan(ctypes.Structure):
@@ -115,6 +120,7 @@ class Attention(ctypes.Structure):
         *fields(c_void_p, "partials arrivals"),
         ("kv", ns.KVCache),
         ("layer", c_int32),
+        ("sinks", c_void_p),
     )
 
 

@@ -231,9 +231,14 @@ class NativeKernels:
         down: Sequence[PackedMatrix],
         first_expert: int = 0,
         shared: tuple[PackedMatrix, PackedMatrix] | None = None,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        swiglu_limit: float = 0.0,
     ) -> Tensor:
         """Sum of the chosen experts among those held (``first_expert`` and following) and of the
-        shared one: float32 [T, hidden]. ``experts`` int32, ``weights`` float32 [T, top_k]."""
+        shared one: float32 [T, hidden]. ``experts`` int32, ``weights`` float32 [T, top_k].
+        ``gate_up_bias`` [held, columns of gate_up] in their order, ``down_bias`` [held, hidden]:
+        float32."""
         rows, top_k = experts.shape
         hidden = x.shape[1]
         layer = ns.FFNLayer(
@@ -241,9 +246,12 @@ class NativeKernels:
             down=(ns.Matrix * len(down))(*(m.struct for m in down)),
             shared_gate_up=ctypes.pointer(shared[0].struct) if shared else None,
             shared_down=ctypes.pointer(shared[1].struct) if shared else None,
+            gate_up_bias=pointer(gate_up_bias),
+            down_bias=pointer(down_bias),
             first_expert=first_expert,
             held=len(gate_up),
             top_k=top_k,
+            swiglu_limit=swiglu_limit,
         )
         slot_row = torch.empty(rows * (top_k + 1), dtype=torch.int32)
         slot_weight = torch.empty(rows * (top_k + 1))
@@ -373,9 +381,11 @@ class NativeKernels:
         v_begin: int,
         scale: float,
         window: int | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of ``q`` [T, q_heads, qk_dim] over the requests' cached keys and
-        values: [T, q_heads, v_dim]. The segments' page tables are int64 as elsewhere in Python."""
+        values: [T, q_heads, v_dim]. The segments' page tables are int64 as elsewhere in Python.
+        ``sinks``: float32 [q_heads]."""
         rows, q_heads, qk_dim = q.shape
         shape = ns.AttentionShape(q_heads, kv_heads, qk_dim, v_dim, v_begin, window or 0, scale)
         pages = [segment.pages.to(torch.int32) for segment in segments]
@@ -395,6 +405,7 @@ class NativeKernels:
             out_stride=out.stride(0),
             kv=self._cache(kv),
             layer=layer,
+            sinks=pointer(sinks),
         )
         scratch = self._scratch(qk_dim=qk_dim, v_dim=v_dim)
         library = _library()

@@ -171,6 +171,31 @@ def quantize_checkpoint(
             continue
         written, floats[name] = write(tensor.float())
         stored |= {f"{module}.{ending}": one for ending, one in written.items()}
+    return _write_both(path, out, stored, floats, config)
+
+
+def quantize_gpt_oss(path: Path, out: Path, config: dict[str, Any]) -> tuple[Path, Path]:
+    """The same for gpt-oss, whose experts are MXFP4 as OpenAI publishes them: the rows of all
+    experts' transposed matrices in blocks."""
+    stored, floats = {}, {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        if tensor.dim() != 3:
+            stored[name] = floats[name] = tensor
+            continue
+        written = [mxfp4(of_expert.t().contiguous()) for of_expert in tensor.float()]
+        blocks, scales, values = (torch.stack(parts) for parts in zip(*written, strict=True))
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        floats[name] = values.transpose(1, 2)
+    return _write_both(path, out, stored, floats, config)
+
+
+def _write_both(
+    path: Path,
+    out: Path,
+    stored: dict[str, Tensor],
+    floats: dict[str, Tensor],
+    config: dict[str, Any],
+) -> tuple[Path, Path]:
     folders = out / "quantized", out / "floats"
     for folder, tensors in zip(folders, (stored, floats), strict=True):
         shutil.copytree(path, folder)

@@ -33,7 +33,18 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "modules_to_not_convert": ["gate"]}
 FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
 
-CASES: dict[str, tuple[str, dict[str, Any], Callable[[Tensor], Written]]] = {
+GPT_OSS = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+"""The ``quantization_config`` of OpenAI's checkpoints."""
+
+CASES: dict[str, tuple[str, dict[str, Any], Callable[[Tensor], Written] | None]] = {
     "qwen3 gptq": ("qwen3_moe", GPTQ, quantized.gptq),
     "v3 gptq desc_act": (
         "deepseek_v3",
@@ -57,6 +68,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[Tensor], Written]]] = {
         compressed_config("mxfp4-pack-quantized", ["lm_head"], **MXFP4),
         lambda w: quantized.compressed(w, "mxfp4-pack-quantized", scale_dtype=torch.uint8, **MXFP4),
     ),
+    "gpt-oss mxfp4": ("gpt_oss", GPT_OSS, None),
 }
 
 
@@ -64,7 +76,9 @@ def make_quantized(case: str, out: Path) -> tuple[Path, Path]:
     """Writes a quantised checkpoint and one of the floats that it stands for."""
     family, config, write = CASES[case]
     sizes = {"vocab_size": 160, "intermediate_size": 96}
-    if family not in ("mixtral", "olmoe"):
+    if family not in ("mixtral", "olmoe", "gpt_oss"):
         sizes["moe_intermediate_size"] = 96
     path = make_random_checkpoint(family, out / "random", sizes, "float32", seed=3)
+    if write is None:
+        return quantized.quantize_gpt_oss(path, out, config)
     return quantized.quantize_checkpoint(path, out, write, config)

@@ -13,6 +13,7 @@ from typing import Any
 from msgspec.structs import asdict
 
 from crosspool.checks.front_end_arguments import check_model_arguments
+from crosspool.checks.gpu_models import check_gpu_models
 from crosspool.checks.kv_bounds import check_kv_bounds
 from crosspool.checks.tokenizer_files import check_tokenizer
 from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
@@ -62,6 +63,7 @@ def check_further_model(options: ModelOptions, deployment: Deployment) -> ModelC
     allow_descriptors(len(deployment.models) + 1)
     check_model(model, deployment.sglang)
     number, spec = deployment.free_number(), spec_of(model)
+    check_gpu_models(deployment, [(model, spec)])
     check_kv_bounds(deployment.with_model(number, model), {number: spec})
     check_tensors(model, spec)
     return model

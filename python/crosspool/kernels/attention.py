@@ -80,11 +80,13 @@ def gqa_attention(
     kv_heads: int,
     scale: float,
     window: int | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal grouped-query attention of ``q`` [T, q_heads, head_dim] over the requests' cached
     K and V, among them the batch's own. Returns [T, q_heads, head_dim].
 
-    ``window``: number of tokens that a query sees, itself included; None: all."""
+    ``window``: number of tokens that a query sees, itself included; None: all. ``sinks``: a logit
+    of each query head that takes part in its softmaxes, [q_heads]; None: there are none."""
     head_dim = q.shape[2]
     out = torch.empty_like(q)
     for segment in segments:
@@ -94,7 +96,7 @@ def gqa_attention(
         k, v = tokens.view(-1, 2, kv_heads, head_dim).permute(1, 2, 0, 3)
         rows = slice(segment.first_row, segment.first_row + segment.rows)
         out[rows] = _attend(
-            q[rows], k, v, scale=scale, start=segment.start, begin=begin, window=window
+            q[rows], k, v, scale=scale, start=segment.start, begin=begin, window=window, sinks=sinks
         )
     return out
 
@@ -132,6 +134,7 @@ def _attend(
     start: int,
     begin: int,
     window: int | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``q`` [rows, heads, d] at the positions from ``start``; ``k`` and ``v`` [kv_heads, whole
     blocks, d] at those from ``begin``. Returns [rows, heads, d].
@@ -141,7 +144,7 @@ def _attend(
     rows, heads, width = q.shape
     low, high = _block_start(start), _block_end(start + rows)
     group = heads // len(k)
-    k, v = (x[:, None].expand(-1, group, -1, -1) for x in (k, v))
+    spread = (-1, group, -1, -1)
     queries = F.pad(q, (0, 0, 0, 0, start - low, high - start - rows))
     # [rows, heads, d] -> [kv_heads, queries of a KV head, rows, d]
     queries = queries.transpose(0, 1).reshape(len(k), group, -1, width)
@@ -155,19 +158,32 @@ def _attend(
         if window is not None:
             mask &= keys > positions - window
         of_block = (slice(None), slice(None), slice(done, done + BLOCK_ROWS))
-        of_keys = (slice(None), slice(None), slice(first - begin, last - begin))
+        of_keys = (slice(None), slice(first - begin, last - begin))
+        block_k, block_v = k[of_keys], v[of_keys]
+        if sinks is not None:  # the score of a key of zeros is what the mask adds to it
+            block_k, block_v = F.pad(block_k, (0, 0, 0, 1)), F.pad(block_v, (0, 0, 0, 1))
+        block_k, block_v = block_k[:, None].expand(spread), block_v[:, None].expand(spread)
         most = at_once(BLOCK_ROWS * (last - first) * 2 * width)
         for piece in _pieces(len(k), group, most):
             advance()
+            seen = mask if sinks is None else _with_sinks(mask, sinks.view(-1, group)[piece])
             out[piece][of_block] = F.scaled_dot_product_attention(
                 queries[piece][of_block],
-                k[piece][of_keys],
-                v[piece][of_keys],
-                attn_mask=mask,
+                block_k[piece],
+                block_v[piece],
+                attn_mask=seen,
                 scale=scale,
             )
     skipped = start % BLOCK_ROWS
     return out.reshape(heads, -1, width).transpose(0, 1)[skipped : skipped + rows]
+
+
+def _with_sinks(mask: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """Returns what is added to the scores of the keys of ``mask`` [rows, keys] and of one more,
+    whose score is the head's of ``sinks`` [kv_heads, group]: [kv_heads, group, rows, keys + 1]."""
+    seen = torch.zeros(mask.shape, dtype=sinks.dtype).masked_fill_(~mask, -torch.inf)
+    rows = (*sinks.shape, len(mask))
+    return torch.cat((seen.expand(*rows, -1), sinks[..., None, None].expand(*rows, 1)), dim=-1)
 
 
 def _pieces(kv_heads: int, group: int, heads: int) -> Iterator[tuple[slice, slice]]:

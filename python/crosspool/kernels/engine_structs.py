@@ -38,7 +38,8 @@ class AttentionLayer(ctypes.Structure):
         *fields(POINTER(ns.Matrix), "q kv_a"),
         *fields(c_void_p, "kv_a_bias kv_a_norm"),
         *fields(POINTER(ns.Matrix), "keys_up values_up o"),
-        ("o_bias", c_void_p),
+        *fields(c_void_p, "o_bias sinks"),
+        ("sees_all", c_int64),
     )
 
 
@@ -47,6 +48,7 @@ class FFNTable(ctypes.Structure):
         ("layer", ns.FFNLayer),
         ("router", ns.Router),
         ("router_weight", POINTER(ns.Matrix)),
+        ("router_bias", c_void_p),
     )
 
 

@@ -8,12 +8,28 @@ import torch
 
 from crosspool.kernels.linear import linear
 
+_ALPHA = 1.702
+"""Factor of the clamped SwiGLU's sigmoid."""
 
-def gated_mlp(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+
+def gated_mlp(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    swiglu_limit: float | None = None,
+) -> torch.Tensor:
     """down(silu(gate(x)) * up(x)): ``x`` [T, H], ``gate_up`` [2I, H] with the gate first, ``down``
-    [H, I]; returns [T, H]."""
-    gate, up = linear(x, gate_up).chunk(2, dim=-1)
-    return linear((gate * _sigmoid(gate)).to(x.dtype) * up, down)
+    [H, I]; returns [T, H]. ``gate_up_bias`` [2I] and ``down_bias`` [H]: those of the projections.
+    ``swiglu_limit``: see :attr:`crosspool.models.spec.MoEFFN.swiglu_limit`."""
+    gate, up = linear(x, gate_up, gate_up_bias).chunk(2, dim=-1)
+    if swiglu_limit is None:
+        return linear((gate * _sigmoid(gate)).to(x.dtype) * up, down, down_bias)
+    gate, up = gate.clamp(max=swiglu_limit).float(), up.clamp(-swiglu_limit, swiglu_limit).float()
+    activation = (up + 1.0) * (gate * _sigmoid(gate * _ALPHA))
+    return linear(activation.to(x.dtype), down, down_bias)
 
 
 def _sigmoid(x: torch.Tensor) -> torch.Tensor:
@@ -27,6 +43,7 @@ def route(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     *,
+    logit_bias: torch.Tensor | None = None,
     score: Literal["softmax", "sigmoid"],
     top_k: int,
     groups: int,
@@ -39,9 +56,9 @@ def route(
     float32 [T, top_k].
 
     The product runs in the dtype of ``weight`` [experts, H]. ``bias`` float32 [experts] changes the
-    choice, not the weights. The other rules are those of
-    :class:`crosspool.models.spec.RouterSpec`."""
-    logits = linear(x.to(weight.dtype), weight).float()
+    choice, not the weights; ``logit_bias`` [experts] is that of the product. The other rules are
+    those of :class:`crosspool.models.spec.RouterSpec`."""
+    logits = linear(x.to(weight.dtype), weight, logit_bias).float()
     scores = logits.softmax(dim=-1) if score == "softmax" else _sigmoid(logits)
     choice = scores if bias is None else scores + bias
     if groups > 1:
@@ -77,12 +94,16 @@ def moe_experts(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     first_expert: int,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    swiglu_limit: float | None = None,
 ) -> torch.Tensor:
     """Weighted sum of the chosen experts that are held here: float32 [T, H].
 
     ``x`` [T, H]; ``experts`` and ``weights`` [T, top_k] come from :func:`route`; ``gate_up``
-    [E, 2I, H] and ``down`` [E, H, I] are the weights of experts ``first_expert`` and following. The
-    weights of an expert are read once, and only if some row chose it."""
+    [E, 2I, H] and ``down`` [E, H, I] are the weights of experts ``first_expert`` and following,
+    ``gate_up_bias`` [E, 2I] and ``down_bias`` [E, H] their biases. The weights of an expert are
+    read once, and only if some row chose it."""
     held, top_k = gate_up.shape[0], experts.shape[1]
     chosen, order = experts.flatten().sort(stable=True)
     rows, weights = order // top_k, weights.flatten()[order, None]
@@ -93,7 +114,14 @@ def moe_experts(
         if count == 0:
             continue
         end = begin + count
-        result = gated_mlp(x[rows[begin:end]], gate_up[expert], down[expert])
+        result = gated_mlp(
+            x[rows[begin:end]],
+            gate_up[expert],
+            down[expert],
+            gate_up_bias=None if gate_up_bias is None else gate_up_bias[expert],
+            down_bias=None if down_bias is None else down_bias[expert],
+            swiglu_limit=swiglu_limit,
+        )
         torch.mul(result, weights[begin:end], out=by_expert[begin:end])
         begin = end
     by_row = by_expert[order.argsort()]

@@ -87,7 +87,9 @@ class Router(ctypes.Structure):
 class FFNLayer(ctypes.Structure):
     _fields_ = (
         *fields(POINTER(Matrix), "gate_up down shared_gate_up shared_down"),
+        *fields(c_void_p, "gate_up_bias down_bias"),
         *fields(c_int32, "first_expert held top_k"),
+        ("swiglu_limit", c_float),
     )
 
 

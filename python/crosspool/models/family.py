@@ -15,6 +15,11 @@ class FFNNames:
 
     block: str = "mlp"
     """Prefix of the router, the experts, and of a dense layer's projections."""
+    router: str = "gate"
+    """The router, beneath ``block``."""
+    fused: bool = False
+    """Whether the experts of a layer have their matrices in common tensors, gate and up in turns in
+    one of them; else every expert has tensors of its own."""
     shared: str = "mlp.shared_experts"
     gate: str = "gate_proj"
     up: str = "up_proj"

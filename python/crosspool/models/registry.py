@@ -177,7 +177,13 @@ def _check_quantized(config: ConfigFile, spec: ModelSpec) -> None:
     if spec.quantization is None:
         return
     for ref in _tensors(spec):
-        if ref.scheme is not None and (why := ref.scheme.wrong_shape(*ref.shape)):
+        if ref.scheme is None:
+            continue
+        if ref.stack is not None and not ref.scheme.stacks:
+            why: str | None = "tensors of all experts are read as floats or mxfp4"
+        else:
+            why = ref.scheme.wrong_shape(*ref.shape)
+        if why:
             raise ConfigError(
                 f"{config.file}: {spec.quantization.method} cannot hold {ref.name}: {why}"
             )

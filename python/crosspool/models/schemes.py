@@ -38,7 +38,8 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """A place in a tensor that holds the matrices of all experts of a layer."""
+    """A place in a tensor that holds a matrix, or a vector, of every expert of a layer: matrices of
+    floats as [experts, k, n], quantised ones as [experts, n, ...], vectors as [experts, n]."""
 
     index: int
     """The expert."""
@@ -49,6 +50,23 @@ class Stack:
     step: int = 1
     """Rows of the stored matrix from one row of this one to the next: 2 where gate and up
     alternate."""
+
+    def floats(self, shape: Shape) -> Shape:
+        """Returns the shape of the tensor in which a matrix [n, k] of floats, or a vector [n],
+        lies."""
+        n, *k = shape
+        return (self.count, *k, n * self.step)
+
+    def within(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Returns where a part of a matrix of floats, or of a vector, lies in that tensor, its n
+        last."""
+        rows, *columns = index
+        return (slice(self.index, self.index + 1), *columns, self.rows(rows))
+
+    def rows(self, part: slice) -> slice:
+        """Returns where rows of the matrix lie among those that are stored."""
+        begin, end = (self.first + row * self.step for row in (part.start, part.stop))
+        return slice(begin, end, self.step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +82,11 @@ class Scheme(ABC):
     @abstractmethod
     def format(self) -> str:
         """The format of the values: ``fp8``, ``int8``, ``int4``, ``mxfp4`` or a type of GGUF."""
+
+    @property
+    def stacks(self) -> bool:
+        """Whether one tensor may hold the matrices of all experts of a layer."""
+        return False
 
     @property
     def unit(self) -> tuple[int, int]:
@@ -274,6 +297,10 @@ class MXFP4(Stored):
     @property
     def format(self) -> str:
         return "mxfp4"
+
+    @property
+    def stacks(self) -> bool:
+        return True
 
     def held(self, k: int, scales: ScaleType) -> HeldForm | None:
         if k % MXFP4_GROUP:

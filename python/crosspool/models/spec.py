@@ -45,8 +45,17 @@ class GQASpec:
     o_bias: bool = False
     sliding_window: int | None = None
     """Number of tokens that a query sees, its own included; None for all."""
+    full_layers: frozenset[int] = frozenset()
+    """Layers in which a query sees all tokens in spite of ``sliding_window`` (gpt-oss)."""
+    sinks: bool = False
+    """Whether each query head has a learnt sink: one more logit in the softmax, without a value
+    (gpt-oss)."""
     qkv_clip: float | None = None
     """Bound to which q, k and v are clamped after their projections (OLMoE); None for no bound."""
+
+    def window(self, layer: int) -> int | None:
+        """Number of tokens that a query of a layer sees, its own included; None for all."""
+        return None if layer in self.full_layers else self.sliding_window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +88,8 @@ class RouterSpec:
     top_groups: int = 1
     group_score: Literal["max", "top2_sum"] = "max"
     """A group's score: that of its best expert (DeepSeek-V2), or the sum of its best two (V3)."""
+    logit_bias: bool = False
+    """Whether the projection to the logits has a bias (gpt-oss)."""
     correction_bias: bool = False
     """Whether a bias is added to the scores for the choice of experts only (DeepSeek-V3)."""
     renormalize: bool = False
@@ -107,6 +118,11 @@ class MoEFFN:
     router: RouterSpec
     shared_intermediate: int = 0
     """Intermediate size of all shared experts together; 0 without any."""
+    biases: bool = False
+    """Whether the projections of routed experts have biases."""
+    swiglu_limit: float | None = None
+    """Where experts compute down((up + 1) * gate * sigmoid(1.702 * gate)), with gate at most this
+    and up between minus this and this (gpt-oss); None: they are plain gated MLPs."""
 
 
 FFNSpec = DenseFFN | MoEFFN
@@ -174,6 +190,9 @@ class TensorRef:
     """Dimension along which tensor-parallel FFN ranks split it; None when every rank holds all."""
     expert: int | None = None
     """Index of the routed expert that it belongs to, or None."""
+    once: bool = False
+    """Whether one alone of the tensor-parallel FFN ranks holds it, since their outputs are summed:
+    the bias of a down projection."""
     keep_fp32: bool = False
     """Whether it is held in float32 whatever the model's dtype."""
     stack: Stack | None = None
@@ -181,6 +200,12 @@ class TensorRef:
     own."""
     scheme: Scheme | None = None
     """How the checkpoint stores the matrix; None: as a tensor of floats."""
+
+    @property
+    def on_demand(self) -> bool:
+        """Whether it is a matrix of a routed expert, which may be in memory on demand; its biases
+        are in memory with the model."""
+        return self.expert is not None and len(self.shape) > 1
 
     @property
     def module(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from crosspool.models.family import FFNNames
+from crosspool.models.schemes import Stack
 from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, MoEFFN, TensorRef
 
 
@@ -43,6 +44,8 @@ def _gqa(a: GQASpec, hidden: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     yield "o_proj", "o_proj.weight", (hidden, q)
     if a.o_bias:
         yield "o_bias", "o_proj.bias", (hidden,)
+    if a.sinks:
+        yield "sinks", "sinks", (a.q_heads,)
     if a.qk_norm != "none":
         per_head = a.qk_norm == "head"
         yield "q_norm", "q_norm.weight", (a.head_dim if per_head else q,)
@@ -81,10 +84,12 @@ def ffn_part(spec: ModelSpec, layer: int, names: FFNNames) -> Iterator[TensorRef
     router = ffn.router
     yield TensorRef(
         key="router",
-        name=f"{block}.gate.weight",
+        name=f"{block}.{names.router}.weight",
         shape=(ffn.experts, spec.hidden),
         keep_fp32=router.fp32_logits,
     )
+    if router.logit_bias:
+        yield TensorRef(key="logit_bias", name=f"{block}.{names.router}.bias", shape=(ffn.experts,))
     if router.correction_bias:
         yield TensorRef(
             key="router_bias",
@@ -93,6 +98,9 @@ def ffn_part(spec: ModelSpec, layer: int, names: FFNNames) -> Iterator[TensorRef
             keep_fp32=True,
         )
     for expert in range(ffn.experts):
+        if names.fused:
+            yield from _fused(f"{block}.experts", spec.hidden, ffn, expert)
+            continue
         prefix = f"{block}.experts.{expert}"
         yield from _gated(
             f"experts.{expert}", prefix, names, spec.hidden, ffn.intermediate, expert=expert
@@ -119,4 +127,48 @@ def _gated(
             shape=(hidden, intermediate) if down else (intermediate, hidden),
             split=1 if down else 0,
             expert=expert,
+        )
+
+
+def _fused(prefix: str, hidden: int, ffn: MoEFFN, expert: int) -> Iterator[TensorRef]:
+    """One expert's places in the tensors of all experts of a layer."""
+    key, width = f"experts.{expert}", ffn.intermediate
+    gate = Stack(index=expert, count=ffn.experts, step=2)
+    up = Stack(index=expert, count=ffn.experts, first=1, step=2)
+    down = Stack(index=expert, count=ffn.experts)
+    name = f"{prefix}.gate_up_proj"
+    for part, stack in (("gate", gate), ("up", up)):
+        yield TensorRef(
+            key=f"{key}.{part}",
+            name=name,
+            shape=(width, hidden),
+            split=0,
+            expert=expert,
+            stack=stack,
+        )
+        if ffn.biases:
+            yield TensorRef(
+                key=f"{key}.{part}_bias",
+                name=f"{name}_bias",
+                shape=(width,),
+                split=0,
+                expert=expert,
+                stack=stack,
+            )
+    yield TensorRef(
+        key=f"{key}.down",
+        name=f"{prefix}.down_proj",
+        shape=(hidden, width),
+        split=1,
+        expert=expert,
+        stack=down,
+    )
+    if ffn.biases:
+        yield TensorRef(
+            key=f"{key}.down_bias",
+            name=f"{prefix}.down_proj_bias",
+            shape=(hidden,),
+            expert=expert,
+            once=True,
+            stack=down,
         )

@@ -210,9 +210,7 @@ def _mxfp4(rows: slice, columns: slice, stack: Stack | None, read: ReadTensor) -
         exponents = read("scale", (rows, over))
         first_column = columns.start // 2 * 2
     else:
-        stored = slice(
-            stack.first + rows.start * stack.step, stack.first + rows.stop * stack.step, stack.step
-        )
+        stored = stack.rows(rows)
         expert = slice(stack.index, stack.index + 1)
         packed = read("weight", (expert, stored, over))[0].flatten(1)
         exponents = read("scale", (expert, stored, over))[0]

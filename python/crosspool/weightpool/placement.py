@@ -68,6 +68,8 @@ class FFNShard:
         whole = tuple(slice(0, size) for size in ref.shape)
         if ref.expert is not None and isinstance(ffn, MoEFFN) and self.parallel == "ep":
             return whole if ref.expert in self.experts(ffn) else None
+        if ref.once and self.rank != self.ranks - 1:  # the last one holds something of every layer
+            return None
         if ref.split is None:
             return whole
         share = _share(ref.shape[ref.split], self.rank, self.ranks, self.unit)
@@ -130,14 +132,13 @@ def held_bytes(ref: TensorRef, spec: ModelSpec, index: Index, codes: bool = Fals
 def ffn_bytes(
     spec: ModelSpec, shard: FFNShard, codes: bool = False, *, experts: bool | None = None
 ) -> int:
-    """Bytes of a model's FFN weights on one rank: of all of them, of its routed experts
+    """Bytes of a model's FFN weights on one rank: of all of them, of its routed experts' matrices
     (``experts`` is true), or of the others. ``codes``: whether ranks hold codes."""
     parts = [
         (layer, ref, index)
         for layer, ffn in enumerate(spec.ffn)
         for ref in ffn_tensors(spec, layer)
-        if experts in (None, ref.expert is not None)
-        and (index := shard.slice(ref, ffn)) is not None
+        if experts in (None, ref.on_demand) and (index := shard.slice(ref, ffn)) is not None
     ]
     return _held_bytes(spec, parts, codes)
 

@@ -18,7 +18,7 @@ void compute_logits(const Part& part, const FFNTask& task, const FFNTable& table
                     float* logits) {
   const Range panels = part.share(table.router_weight->panels());
   const Gemm gemm{.weight = table.router_weight,
-                  .bias = nullptr,
+                  .bias = table.router_bias,
                   .x = x,
                   .out = logits,
                   .out_stride = table.router.experts,

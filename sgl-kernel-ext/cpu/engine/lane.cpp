@@ -8,6 +8,12 @@ namespace {
 
 constexpr std::int64_t kLogitsBytes = std::int64_t{32} << 20;
 
+// Whether queries of some layers see more tokens than the window of the others.
+bool has_full_layers(const ModelTable& model) {
+  return std::any_of(model.attention, model.attention + model.layers,
+                     [](const AttentionLayer& layer) { return layer.sees_all != 0; });
+}
+
 }  // namespace
 
 Lane::Lane(std::int32_t lane, std::int32_t max_rows, std::int32_t threads)
@@ -40,6 +46,11 @@ void Lane::take(StepArguments* arguments, const ModelTable* of, std::int32_t thr
     }
   }
   plan.make(model->shape, step->segments, step->segment_count, threads);
+  AttentionShape all = model->shape;
+  all.window = 0;
+  if (has_full_layers(*model)) {
+    full_plan.make(all, step->segments, step->segment_count, threads);
+  }
   head_row = 0;
   head_panel = 0;
   const std::int64_t row_bytes = model->vocab * kWidestElement;

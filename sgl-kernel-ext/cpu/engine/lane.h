@@ -33,9 +33,10 @@ struct Lane {
   std::int32_t layer = 0;
 
   std::vector<RowPlace> places;  // [rows]
-  AttentionPlan plan;
-  Buffer residual;  // rounded floats [rows, hidden]
-  Buffer payload;   // the dispatch, in the model's dtype [rows, hidden]
+  AttentionPlan plan;            // of layers with the model's window, or of all where it has none
+  AttentionPlan full_plan;       // of layers whose queries see all tokens in spite of it
+  Buffer residual;               // rounded floats [rows, hidden]
+  Buffer payload;                // the dispatch, in the model's dtype [rows, hidden]
 
   // The dispatch under way.
   bool local_pending = false;  // this device's FFN rank has not computed its sum yet

@@ -8,19 +8,22 @@ namespace {
 
 // Attends from q to the lane's pages; the result goes to the workspace's `attended`.
 void attend(const Part& part, Lane& lane) {
-  const AttentionShape& shape = part.model.shape;
+  const AttentionLayer& layer = part.model.attention[lane.layer];
+  AttentionShape shape = part.model.shape;
+  if (layer.sees_all != 0) shape.window = 0;
+  AttentionPlan& plan = layer.sees_all != 0 ? lane.full_plan : lane.plan;
   const Attention attention{.shape = &shape,
                             .segments = lane.step->segments,
                             .q = part.work.q.data(),
                             .q_stride = std::int64_t{shape.q_heads} * shape.qk_dim,
                             .out = part.work.attended.data(),
                             .out_stride = std::int64_t{shape.q_heads} * shape.v_dim,
-                            .partials = lane.plan.partials(),
-                            .arrivals = lane.plan.arrivals(),
+                            .partials = plan.partials(),
+                            .arrivals = plan.arrivals(),
                             .kv = part.model.kv,
-                            .layer = lane.layer};
-  part.k.attend(attention, lane.plan.tasks(part.thread), lane.plan.task_count(part.thread),
-                part.scratch());
+                            .layer = lane.layer,
+                            .sinks = layer.sinks};
+  part.k.attend(attention, plan.tasks(part.thread), plan.task_count(part.thread), part.scratch());
   part.meet();
 }
 

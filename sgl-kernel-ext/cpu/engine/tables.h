@@ -36,6 +36,9 @@ struct AttentionLayer {
 
   const Matrix* o;
   const float* o_bias;
+
+  const float* sinks;     // [q_heads]
+  std::int64_t sees_all;  // 1: queries see all tokens, whatever ModelTable::shape says; or 0
 };
 
 // One layer's FFN weights on this rank.
@@ -43,6 +46,7 @@ struct FFNTable {
   FFNLayer layer;
   Router router;
   const Matrix* router_weight;  // of the model's dtype or of float32; null for a dense layer
+  const float* router_bias;     // [experts]: of the logits; or null
 };
 
 enum class AttentionKind : std::int32_t { kGQA = 0, kMLA = 1 };

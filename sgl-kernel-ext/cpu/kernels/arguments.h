@@ -169,15 +169,21 @@ struct FFNLayer {
   const Matrix* down;            // [held], n = hidden, k = I
   const Matrix* shared_gate_up;  // or null
   const Matrix* shared_down;
+  const float* gate_up_bias;  // [held][gate_up->n] in the order of its columns, or null
+  const float* down_bias;     // [held][hidden], or null
   std::int32_t first_expert;
   std::int32_t held;
   std::int32_t top_k;
+  float swiglu_limit;  // of the routed experts' clamped SwiGLU; 0: they are plain gated MLPs
 };
 
 // Rows that go through one gated MLP: `slots` slots of the plan from first_slot on.
 struct ExpertGroup {
   const Matrix* gate_up;
   const Matrix* down;
+  const float* gate_up_bias;  // [gate_up->n], or null
+  const float* down_bias;     // [down->n], or null
+  float swiglu_limit;         // 0: silu
   std::int32_t first_slot;
   std::int32_t slots;
 };
@@ -193,7 +199,8 @@ struct ExpertPlan {
   std::int32_t slot_count;
 };
 
-// activation[slot] = silu(gate(x[row of slot])) * up(x[row of slot]), then
+// activation[slot] = silu(gate(x[row of slot])) * up(x[row of slot]), or with a swiglu_limit
+// (up + 1) * gate * sigmoid(1.702 * gate), gate being at most the limit and up within it; then
 // out[row] = sum over the row's slots of weight * down(activation[slot]), in the plan's order.
 struct Experts {
   const ExpertPlan* plan;
@@ -338,6 +345,7 @@ struct Attention {
   std::uint32_t* arrivals;  // of the plan; zero, and zero again when all tasks are done
   KVCache kv;
   std::int32_t layer;
+  const float* sinks;  // [q_heads]: one more logit of each head's softmaxes; or null
 };
 
 struct Best {

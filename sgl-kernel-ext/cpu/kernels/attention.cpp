@@ -11,6 +11,7 @@ namespace crosspool::CROSSPOOL_ISA {
 namespace {
 
 constexpr float kNothing = -__builtin_huge_valf();
+constexpr float kLog2E = 1.44269504F;  // scores are powers of 2
 
 template <class T, class K>
 class Task {
@@ -150,7 +151,7 @@ class Task {
     const std::int64_t position = segment_.start + row_of(q);
     const std::int64_t end = min(count, position + 1 - key);
     const std::int64_t begin = shape_.window == 0 ? 0 : max(0, position + 1 - shape_.window - key);
-    const V scale = splat(shape_.scale * 1.44269504F), nothing = splat(kNothing);
+    const V scale = splat(shape_.scale * kLog2E), nothing = splat(kNothing);
     V s[kKeys / kLanes];
     V most = nothing;
     if (begin == 0 && end == kKeys) {
@@ -247,13 +248,24 @@ class Task {
         }
       }
     }
-    for (std::int64_t q = 0; q < queries_; ++q) write(q, merged(q) + 2, 1.0F / merged(q)[1]);
+    for (std::int64_t q = 0; q < queries_; ++q) {
+      write(q, merged(q) + 2, 1.0F / with_sink(q, merged(q)[0], merged(q)[1]));
+    }
   }
 
   __attribute__((noinline)) void write_all() const {
     for (std::int64_t q = 0; q < queries_; ++q) {
-      write(q, room_.sums + q * room_.v_stride, 1.0F / reduce_add(load(room_.total + q * kLanes)));
+      const float total = reduce_add(load(room_.total + q * kLanes));
+      write(q, room_.sums + q * room_.v_stride, 1.0F / with_sink(q, room_.highest[q], total));
     }
+  }
+
+  // A query's sum of p, with that of its head's sink, which has no value. Beside a sink that is so
+  // much larger than all scores that its p is infinite, their weights are zero.
+  float with_sink(std::int64_t q, float highest, float total) const {
+    if (a_.sinks == nullptr) return total;
+    const float difference = a_.sinks[head_of(q)] * kLog2E - highest;
+    return total + (difference < 126.0F ? power(splat(difference))[0] : -kNothing);
   }
 
   // Adds a range to a query's merged ones, scaled to the largest score of both. All fused products

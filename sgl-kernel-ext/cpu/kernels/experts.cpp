@@ -16,14 +16,20 @@ void plan_experts(const FFNLayer& layer, const std::int32_t* experts, const floa
   }
   plan->group_count = 0;
   plan->slot_count = 0;
-  const auto open = [&](const Matrix* gate_up, const Matrix* down, std::int32_t slots) {
-    plan->groups[plan->group_count++] = {gate_up, down, plan->slot_count, slots};
-    plan->slot_count += slots;
+  const auto open = [&](const ExpertGroup& group) {
+    plan->groups[plan->group_count++] = group;
+    plan->slot_count += group.slots;
   };
   for (std::int32_t e = 0; e < layer.held; ++e) {
     const std::int32_t slots = next[e];
     next[e] = plan->slot_count;
-    if (slots > 0) open(layer.gate_up + e, layer.down + e, slots);
+    if (slots == 0) continue;
+    const Matrix *const gate_up = layer.gate_up + e, *const down = layer.down + e;
+    const auto bias_of = [e](const float* biases, const Matrix* weight) {
+      return biases != nullptr ? biases + std::int64_t{e} * weight->n : nullptr;
+    };
+    open({gate_up, down, bias_of(layer.gate_up_bias, gate_up), bias_of(layer.down_bias, down),
+          layer.swiglu_limit, plan->slot_count, slots});
   }
   for (std::int64_t i = 0; i < choices; ++i) {
     const std::int32_t e = experts[i] - layer.first_expert;
@@ -36,12 +42,18 @@ void plan_experts(const FFNLayer& layer, const std::int32_t* experts, const floa
     plan->slot_row[plan->slot_count + row] = row;
     plan->slot_weight[plan->slot_count + row] = 1.0F;
   }
-  open(layer.shared_gate_up, layer.shared_down, rows);
+  open({layer.shared_gate_up, layer.shared_down, nullptr, nullptr, 0.0F, plan->slot_count, rows});
 }
 
 // The cost of a pair of panels, in no particular unit: reading its weights costs about as much as
 // multiplying sixteen rows.
 std::int64_t pair_cost(const ExpertGroup& group) { return 16 + group.slots; }
+
+template <class T>
+CROSSPOOL_INLINE V activated(V gate, V up, float swiglu_limit) {
+  if (swiglu_limit > 0) return clamped_swiglu(gate, up, splat(swiglu_limit));
+  return T::round(silu(gate)) * up;
+}
 
 template <class T>
 void activate(const Experts& e, const ExpertGroup& group, int begin, int end, const void* then,
@@ -55,9 +67,16 @@ void activate(const Experts& e, const ExpertGroup& group, int begin, int end, co
                  auto* const row = out + (first + i) * e.activation_stride + panel / 2 * kPanel;
                  for (int pair = 0; pair < panels / 2; ++pair) {
                    const float* const gate = c + i * kTileWidth + pair * 2 * kPanel;
+                   const float* bias = group.gate_up_bias;
+                   if (bias != nullptr) bias += (panel + 2 * pair) * kPanel;
                    for (int v = 0; v < kPanel; v += kLanes) {
-                     const V g = T::round(silu(T::round(load(gate + v))));
-                     T::store(row + pair * kPanel + v, g * T::round(load(gate + kPanel + v)));
+                     V g = load(gate + v), up = load(gate + kPanel + v);
+                     if (bias != nullptr) {
+                       g += load(bias + v);
+                       up += load(bias + kPanel + v);
+                     }
+                     T::store(row + pair * kPanel + v,
+                              activated<T>(T::round(g), T::round(up), group.swiglu_limit));
                    }
                  }
                }
@@ -114,7 +133,9 @@ void expert_down(const Experts& e, std::int32_t begin, std::int32_t end, void* s
                    float* const out = e.out + plan.slot_row[slot] * e.out_stride;
                    const V weight = splat(plan.slot_weight[slot]);
                    for_lanes(from, to, [&](std::int64_t column, auto n) {
-                     const V y = T::round(load(c + i * kTileWidth + column - from));
+                     V y = load(c + i * kTileWidth + column - from);
+                     if (group.down_bias != nullptr) y += load(group.down_bias + column, n);
+                     y = T::round(y);
                      // Rounded twice on purpose: the host loop multiplies, then adds.
                      store(out + column, load(out + column, n) + weight * y, n);
                    });

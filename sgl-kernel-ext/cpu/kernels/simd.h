@@ -194,6 +194,14 @@ CROSSPOOL_INLINE V exp2(V x) { return exp(x * splat(0.69314718F)); }
 
 CROSSPOOL_INLINE V silu(V x) { return x / (splat(1.0F) + exp(-x)); }
 
+// gpt-oss's activation: (up + 1) * gate * sigmoid(1.702 * gate), gate being at most `limit` and up
+// within it.
+CROSSPOOL_INLINE V clamped_swiglu(V gate, V up, V limit) {
+  gate = gate > limit ? limit : gate;  // a NaN stays one
+  up = max(-limit, up > limit ? limit : up);
+  return (up + splat(1.0F)) * (gate / (splat(1.0F) + exp(gate * splat(-1.702F))));
+}
+
 }  // namespace crosspool::CROSSPOOL_ISA
 
 #endif

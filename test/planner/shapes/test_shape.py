@@ -163,10 +163,20 @@ def test_a_model_of_the_catalogue_is_counted_in_a_format(format_: str, bits: flo
     assert shape.attention_bytes > floats.embedding_bytes
 
 
+def test_gpt_oss_in_the_format_in_which_it_is_published() -> None:
+    """Experts alone are codes, of 4.5 bits with their scales of 16 bits for each 32."""
+    for name, layers, experts in (("gpt-oss-20b", 24, 32), ("gpt-oss-120b", 36, 128)):
+        shape = catalogue.load(name)
+        held = held_shape(shape, catalogue.file_of(name), None)
+        weights = layers * experts * 3 * 2880 * 2880
+        assert held.ffn_bytes == pytest.approx(weights * 4.5 / 8, rel=0.003)
+        assert held.attention_bytes == shape.attention_bytes
+
+
 def test_a_family_that_is_not_served_has_no_codes() -> None:
-    shape, file = catalogue.load("gpt-oss-20b"), catalogue.file_of("gpt-oss-20b")
+    shape, file = catalogue.load("Phi-3.5-MoE"), catalogue.file_of("Phi-3.5-MoE")
     assert held_shape(shape, file, None) == shape
-    with pytest.raises(ConfigError, match="gpt-oss-20b: how its weights are held in int4"):
+    with pytest.raises(ConfigError, match=r"Phi-3\.5-MoE: how its weights are held in int4"):
         held_shape(shape, file, "int4")
 
 
@@ -212,6 +222,7 @@ def test_attention_kinds_and_window(tmp_path: Path) -> None:
     for name in ("Qwen1.5-MoE-A2.7B", "Phi-3.5-MoE"):  # not used; as long as the context
         assert catalogue.load(name).sliding_layers == 0
     alternating = MOE | {"model_type": "gpt_oss", "num_hidden_layers": 5, "sliding_window": 16}
+    alternating["num_key_value_heads"] = 2
     assert _read(tmp_path, alternating).sliding_layers == 3
 
 

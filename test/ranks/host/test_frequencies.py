@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from crosspool.config.errors import ConfigError
 from crosspool.kernels.rope import rope_frequencies
 from crosspool.models.registry import read_model
 from crosspool.ranks.host.attention import frequencies
@@ -37,6 +38,10 @@ SPELLINGS: dict[str, dict[str, Any]] = {
 def test_frequencies_are_transformers(family: str, spelling: str, tmp_path: Path) -> None:
     fields = {"model_type": family, "dtype": "float32", **FAMILIES[family], **SPELLINGS[spelling]}
     (tmp_path / "config.json").write_text(json.dumps(fields))
+    if family == "gpt_oss" and spelling == "base":  # transformers would scale the rotations
+        with pytest.raises(ConfigError, match="rope_theta=500: must come with rope_scaling"):
+            read_model(tmp_path)
+        return
     spec = read_model(tmp_path)
     found, scaling = frequencies(spec, tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)

@@ -24,6 +24,9 @@ from crosspool.weightpool.checkpoint import Checkpoint
 from crosspool.weightpool.experts import GRANULE, largest_layer
 from crosspool.weightpool.packed_file import PackedMatrix, PackedTable
 from crosspool.weightpool.placement import FFNShard, ffn_bytes
+from make_random_checkpoint import make_random_checkpoint
+from support.quantized import quantize_gpt_oss
+from support.quantized_models import GPT_OSS
 
 from benchmark.checkpoint import Shape, write
 from benchmark.device_driver import DeviceDriver, Generation
@@ -309,6 +312,30 @@ def test_codes_may_be_on_demand(models: list[Path]) -> None:
         found = counts(on, "cpu:0")
         assert sum(of["evictions"] for of in found) > 0
         assert sum(of["present_bytes"] for of in found) <= on.deployment.expert_pool_bytes
+
+
+@pytest.mark.parametrize("parallel", ["tp", "ep"])
+def test_experts_with_biases_may_be_on_demand(tmp_path: Path, parallel: str) -> None:
+    """gpt-oss in MXFP4; the biases are in memory with the model."""
+    shape = {
+        "vocab_size": 8000,
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_local_experts": 16,
+        "num_hidden_layers": 4,
+    }
+    path = make_random_checkpoint(
+        "gpt_oss", tmp_path / "random", shape, "float32", max_shard_size="1GB"
+    )
+    path, _ = quantize_gpt_oss(path, tmp_path / "made", GPT_OSS)
+    with driver([path], None, SPLIT, ffn_parallel=parallel) as on:
+        expected = answers(on, 0)
+    # Experts of 4 bits take an eighth of those in float32, so this is room for half of them.
+    with driver([path], 1 / 14, SPLIT, ffn_parallel=parallel) as on:
+        assert answers(on, 0) == expected
+        assert answers(on, 0) == expected
+        for device in SPLIT[1]:
+            assert any(of["evictions"] for of in counts(on, device))
 
 
 @pytest.mark.parametrize("rounded", [None, "int4"])

@@ -39,22 +39,13 @@ class _Habits(msgspec.Struct, frozen=True):
     o_bias: bool = True
     """The output projection has a bias where q, k and v have one."""
     qk_norm: Literal["none", "head", "full"] = "none"
-    sinks: bool = False
     norm_bias: bool = False
-    ffn_bias: bool = False
-    router_bias: bool = False
     correction_bias: bool = False
     router_fp32: bool = False
-    alternating: bool = False
-    """Every other layer has the sliding window, beginning with the first, unless ``layer_types``
-    says otherwise."""
 
 
 _HABITS = {
     "glm4_moe": _Habits(o_bias=False, correction_bias=True, router_fp32=True),
-    "gpt_oss": _Habits(
-        qkv_bias=True, sinks=True, ffn_bias=True, router_bias=True, alternating=True
-    ),
     "phimoe": _Habits(norm_bias=True),
     "qwen2": _Habits(qkv_bias=True, o_bias=False),
     "qwen2_moe": _Habits(qkv_bias=True, o_bias=False),
@@ -102,7 +93,12 @@ def shape_of_spec(spec: ModelSpec, name: str, dtype_bytes: int) -> ModelShape:
             "head_dim": attention.head_dim,
             "o_bias": attention.o_bias,
             "qk_norm": attention.qk_norm,
-            **_sliding(attention.sliding_window, spec.layers, spec.context),
+            "sinks": attention.sinks,
+            **_sliding(
+                attention.sliding_window,
+                sum(attention.window(layer) is not None for layer in range(spec.layers)),
+                spec.context,
+            ),
         }
     dense = [ffn for ffn in spec.ffn if isinstance(ffn, DenseFFN)]
     moe = next((ffn for ffn in spec.ffn if isinstance(ffn, MoEFFN)), None)
@@ -112,6 +108,8 @@ def shape_of_spec(spec: ModelSpec, name: str, dtype_bytes: int) -> ModelShape:
             "top_k": moe.router.top_k,
             "moe_intermediate": moe.intermediate,
             "shared_intermediate": moe.shared_intermediate,
+            "ffn_bias": moe.biases,
+            "router_bias": moe.router.logit_bias,
             "correction_bias": moe.router.correction_bias,
             "router_fp32": moe.router.fp32_logits,
         }
@@ -145,7 +143,7 @@ def _shape_of_fields(config: ConfigFile, name: str, dtype_bytes: int) -> ModelSh
         norm_bias=habits.norm_bias,
         lm_head_bias=config.boolean("lm_head_bias", False),
         **_attention(config, habits, _size(config, "hidden")),
-        **_window(config, habits, layers),
+        **_window(config, layers),
         **_ffn(config, habits, layers),
     )
 
@@ -171,7 +169,6 @@ def _attention(config: ConfigFile, habits: _Habits, hidden: int) -> dict[str, An
         "q_heads": heads,
         "qkv_bias": bias,
         "o_bias": bias and habits.o_bias,
-        "sinks": habits.sinks,
     }
     if config.values.get("kv_lora_rank") is not None:
         rope = config.integer("qk_rope_head_dim", None)
@@ -200,7 +197,7 @@ def _attention(config: ConfigFile, habits: _Habits, hidden: int) -> dict[str, An
     }
 
 
-def _window(config: ConfigFile, habits: _Habits, layers: int) -> dict[str, Any]:
+def _window(config: ConfigFile, layers: int) -> dict[str, Any]:
     kinds = config.values.get("layer_types")
     if kinds is not None:
         if not isinstance(kinds, list) or len(kinds) != layers:
@@ -214,12 +211,7 @@ def _window(config: ConfigFile, habits: _Habits, layers: int) -> dict[str, Any]:
     window = config.optional_integer("sliding_window", None, minimum=0) or None
     if not config.boolean("use_sliding_window", True):
         return {}
-    if kinds is not None:
-        sliding = sum(_LAYER_KINDS[kind] for kind in kinds)
-    elif habits.alternating:
-        sliding = (layers + 1) // 2
-    else:
-        sliding = layers
+    sliding = layers if kinds is None else sum(_LAYER_KINDS[kind] for kind in kinds)
     return _sliding(window, sliding, _size(config, "context"))
 
 
@@ -235,7 +227,7 @@ def _kind(q_heads: int, kv_heads: int) -> AttentionKind:
 
 
 def _ffn(config: ConfigFile, habits: _Habits, layers: int) -> dict[str, Any]:
-    bias = config.boolean("mlp_bias", habits.ffn_bias)
+    bias = config.boolean("mlp_bias", False)
     experts_field = config.spelling(*_SPELLINGS["experts"])
     experts = config.optional_integer(experts_field, None, minimum=0) or 0
     if not experts:
@@ -265,7 +257,6 @@ def _ffn(config: ConfigFile, habits: _Habits, layers: int) -> dict[str, Any]:
         "dense_layers": dense_layers,
         "dense_intermediate": config.integer("intermediate_size", None) if dense_layers else 0,
         "ffn_bias": bias,
-        "router_bias": habits.router_bias,
         "correction_bias": habits.correction_bias or config.values.get("topk_method") == "noaux_tc",
         "router_fp32": habits.router_fp32,
     }

@@ -142,7 +142,8 @@ class _GQA:
             batch.segments,
             kv_heads=spec.kv_heads,
             scale=spec.scale,
-            window=spec.sliding_window,
+            window=spec.window(layer),
+            sinks=w.get("sinks"),
         )
         return linear(out.flatten(1), w["o_proj"], w.get("o_bias"))
 

@@ -54,18 +54,30 @@ class FFNPart:
 class _GatedMLP:
     """Weights of one gated MLP, or of a stack of them: gate and up in one tensor, gate first."""
 
-    def __init__(self, spec: ModelSpec, width: int, stack: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, spec: ModelSpec, width: int, stack: tuple[int, ...] = (), *, biases: bool = False
+    ) -> None:
         dtype = TORCH_DTYPES[spec.dtype]
+        self._width = width
         self.gate_up = torch.empty(*stack, 2 * width, spec.hidden, dtype=dtype)
         self.down = torch.empty(*stack, spec.hidden, width, dtype=dtype)
+        self.gate_up_bias: torch.Tensor | None = None
+        self.down_bias: torch.Tensor | None = None
+        """Zeros where another rank holds it."""
+        if biases:
+            self.gate_up_bias = torch.empty(*stack, 2 * width, dtype=dtype)
+            self.down_bias = torch.zeros(*stack, spec.hidden, dtype=dtype)
 
     def place(self, ref: TensorRef, *index: int) -> torch.Tensor:
         """Returns the place of the tensor; ``index`` chooses from the stack."""
-        down = self.down[index]
-        if ref.key.endswith(".down"):
-            return down
-        gate, up = torch.split(self.gate_up[index], down.shape[1])
-        return gate if ref.key.endswith(".gate") else up
+        part = ref.key.rpartition(".")[2]
+        name, _, bias = part.partition("_")
+        down, gate_up = (self.down_bias, self.gate_up_bias) if bias else (self.down, self.gate_up)
+        assert down is not None and gate_up is not None, ref.key
+        if name == "down":
+            return down[index]
+        gate, up = torch.split(gate_up[index], self._width)
+        return gate if name == "gate" else up
 
 
 class _Dense:
@@ -82,13 +94,15 @@ class _Dense:
 class _MoE:
     def __init__(self, spec: ModelSpec, ffn: MoEFFN, shard: FFNShard) -> None:
         self._rules = ffn.router
+        self._swiglu_limit = ffn.swiglu_limit
         dtype = torch.float32 if ffn.router.fp32_logits else TORCH_DTYPES[spec.dtype]
         self._router = torch.empty(ffn.experts, spec.hidden, dtype=dtype)
         self._bias = torch.empty(ffn.experts) if ffn.router.correction_bias else None
+        self._logit_bias = torch.empty(ffn.experts, dtype=dtype) if ffn.router.logit_bias else None
         held = shard.experts(ffn)
         self._first_expert = held.start
         width = ffn.intermediate if shard.parallel == "ep" else shard.width(ffn.intermediate)
-        self._experts = _GatedMLP(spec, width, (len(held),))
+        self._experts = _GatedMLP(spec, width, (len(held),), biases=ffn.biases)
         self._shared: _GatedMLP | None = None
         if ffn.shared_intermediate:
             self._shared = _GatedMLP(spec, shard.width(ffn.shared_intermediate))
@@ -100,6 +114,8 @@ class _MoE:
             return self._router
         if ref.key == "router_bias" and self._bias is not None:
             return self._bias
+        if ref.key == "logit_bias" and self._logit_bias is not None:
+            return self._logit_bias
         assert self._shared is not None, ref.key
         return self._shared.place(ref)
 
@@ -109,6 +125,7 @@ class _MoE:
             x,
             self._router,
             self._bias,
+            logit_bias=self._logit_bias,
             score=rules.score,
             top_k=rules.top_k,
             groups=rules.groups,
@@ -124,6 +141,9 @@ class _MoE:
             gate_up=self._experts.gate_up,
             down=self._experts.down,
             first_expert=self._first_expert,
+            gate_up_bias=self._experts.gate_up_bias,
+            down_bias=self._experts.down_bias,
+            swiglu_limit=self._swiglu_limit,
         )
         if self._shared is not None:
             out += gated_mlp(x, self._shared.gate_up, self._shared.down)

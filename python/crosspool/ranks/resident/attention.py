@@ -169,6 +169,7 @@ class PackedAttention:
         table.input_norm, table.post_norm = vector("input_norm"), vector("post_norm")
         table.o, table.o_bias = matrix("o_proj"), vector("o_bias")
         if isinstance(attention, GQASpec):
+            table.sinks, table.sees_all = vector("sinks"), layer in attention.full_layers
             table.qkv, table.qkv_matrices = self._qkv(layer, refs)
             table.q_norm, table.k_norm = vector("q_norm"), vector("k_norm")
             if attention.qkv_bias:

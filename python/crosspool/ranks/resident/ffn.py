@@ -6,6 +6,8 @@ import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from crosspool.kernels import engine_structs as es
@@ -121,9 +123,43 @@ class PackedFFN:
                 self._experts.append(_Experts(layer, gate_up, down, first))
             table.layer.gate_up, table.layer.down = gate_up, down
             table.layer.first_expert, table.layer.held = held.start, len(held)
+            if ffn.biases:
+                self._expert_biases(table.layer, layer, width, held, parts)
+            table.layer.swiglu_limit = ffn.swiglu_limit or 0.0
         table.layer.top_k = ffn.router.top_k
         if ffn.shared_intermediate:
             self._shared(table.layer, layer, "shared", ffn.shared_intermediate, parts)
+
+    def _expert_biases(
+        self,
+        table: ns.FFNLayer,
+        layer: int,
+        width: int,
+        held: range,
+        parts: dict[str, tuple[TensorRef, Index]],
+    ) -> None:
+        """Declares the biases of the routed experts; those of ``down`` where they are held here."""
+        columns = gated_columns(width)
+        shape = (len(held), columns // ns.PANEL, 2, ns.PANEL)
+        gate_up = self.weights.array(layer, shape, torch.float32)
+        self._biases.append(gate_up)
+        table.gate_up_bias = pointer(gate_up)
+        for i, expert in enumerate(held):
+            for half, name in enumerate(("gate", "up")):
+                ref, index = parts[f"experts.{expert}.{name}_bias"]
+                into = gate_up[i, :, half]
+
+                def finish(tensors: list[Tensor], into: Tensor = into) -> None:
+                    into.copy_(F.pad(tensors[0], (0, columns - width)).view_as(into))
+
+                self.weights.custom(layer, ref, finish, index)
+        if f"experts.{held.start}.down_bias" not in parts:
+            return
+        down = self.weights.array(layer, (len(held), self._spec.hidden), torch.float32)
+        self._biases.append(down)
+        table.down_bias = pointer(down)
+        for i, expert in enumerate(held):
+            self.weights.copied(layer, parts[f"experts.{expert}.down_bias"][0], down[i])
 
     def _shared(
         self,
@@ -183,6 +219,9 @@ class PackedFFN:
             assert index == whole(ref)
             bias = self.weights.floats(layer, ref)
             self._biases.append(bias)
+        if rules.logit_bias:
+            self._biases.append(self.weights.floats(layer, parts["logit_bias"][0]))
+            table.router_bias = pointer(self._biases[-1])
         table.router = ns.Router(
             bias=pointer(bias),
             experts=ffn.experts,

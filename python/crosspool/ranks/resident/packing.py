@@ -215,15 +215,19 @@ class PackedWeights:
         self._computed.append((out, compute))
         return out
 
-    def copied(self, layer: int | None, part: TensorRef, into: Tensor) -> None:
-        """Declares that a tensor is copied into ``into``, in that dtype."""
-        self.custom(layer, part, lambda tensors: into.copy_(tensors[0]))
+    def copied(
+        self, layer: int | None, part: TensorRef, into: Tensor, index: Index | None = None
+    ) -> None:
+        """Declares that a tensor, or the part ``index`` of it, is copied into ``into``, in that
+        dtype."""
+        self.custom(layer, part, lambda tensors: into.copy_(tensors[0]), index)
 
-    def custom(self, layer: int | None, part: TensorRef, finish: Pack) -> None:
-        """Declares that ``finish`` is called with one tensor."""
-        self._declared.append(
-            Declaration(layer, [(part, whole(part))], self._held_dtype(part), finish)
-        )
+    def custom(
+        self, layer: int | None, part: TensorRef, finish: Pack, index: Index | None = None
+    ) -> None:
+        """Declares that ``finish`` is called with one tensor, or with the part ``index`` of it."""
+        parts = [(part, whole(part) if index is None else index)]
+        self._declared.append(Declaration(layer, parts, self._held_dtype(part), finish))
 
     def _pack_codes(self, matrix: ns.Matrix, coded: Coded) -> None:
         """Packs one matrix from codes."""
