@@ -22,6 +22,7 @@ from crosspool.config.process import allow_descriptors
 from crosspool.models.gguf_header import gguf_files
 from crosspool.models.registry import attention_tensors, ffn_tensors, spec_of
 from crosspool.models.spec import ModelSpec
+from crosspool.ranks.gpu.features import check_features
 from crosspool.weightpool.gguf_checkpoint import open_checkpoint
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ def check_further_model(options: ModelOptions, deployment: Deployment) -> ModelC
     allow_descriptors(len(deployment.models) + 1)
     check_model(model, deployment.sglang)
     number, spec = deployment.free_number(), spec_of(model)
+    check_engine(model, spec, deployment.devices)
     check_kv_bounds(deployment.with_model(number, model), {number: spec})
     check_tensors(model, spec)
     return model
@@ -98,6 +100,12 @@ def check_model(model: ModelConfig, server: Mapping[str, Any]) -> None:
     arguments = {**server, **model.sglang}
     check_model_arguments(arguments, model)
     check_tokenizer(model, arguments)
+
+
+def check_engine(model: ModelConfig, spec: ModelSpec, devices: Sequence[Device]) -> None:
+    """Raises ConfigError for a model that the engine of the devices does not compute."""
+    if any(not device.is_cpu for device in devices):
+        check_features(model, spec)
 
 
 def check_tensors(model: ModelConfig, spec: ModelSpec) -> None:

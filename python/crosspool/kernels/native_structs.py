@@ -23,7 +23,7 @@ SCORES = {"softmax": 0, "sigmoid": 1}
 """Values of ``crosspool::Score``."""
 GROUP_SCORES = {"max": 0, "top2_sum": 1}
 """Values of ``crosspool::GroupScore``."""
-QK_NORMS = {"none": 0, "head": 1, "full": 2}
+QK_NORMS = {"none": 0, "head": 1, "full": 2, "rotated head": 3}
 """Values of ``crosspool::QKNorm``."""
 PANEL, DEPTH = 16, 32
 """Columns of a panel, and the multiple to which the depth of a matrix is padded."""

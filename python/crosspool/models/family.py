@@ -14,8 +14,13 @@ class FFNNames:
     """Names of FFN tensors in a family's checkpoints, beneath ``model.layers.N.``."""
 
     block: str = "mlp"
-    """Prefix of the router, the experts, and of a dense layer's projections."""
+    """Prefix of the router, its bias, the experts, and of a dense layer's projections."""
+    router: str = "gate"
+    correction_bias: str = "gate.e_score_correction_bias"
+    bias_in_row: bool = False
+    """Whether the correction bias is a matrix of one row."""
     shared: str = "mlp.shared_experts"
+    shared_gate: str = "mlp.shared_expert_gate"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -38,4 +43,5 @@ class Family:
     layers: int
     context: int
     norm_eps: float
+    tied_embeddings: bool = False
     eos_token_id: int | None

@@ -42,7 +42,7 @@ def _found() -> dict[str, Family]:
 
 
 FAMILIES = _found()
-_NEVER_QUANTIZED = ("embed", "router")
+_NEVER_QUANTIZED = ("embed", "router", "router_bias", "shared_gate")
 _BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES.values()}
 
 
@@ -126,7 +126,7 @@ def read_spec(config: ConfigFile, family: Family, dtype: DType) -> ModelSpec:
         context=config.integer("max_position_embeddings", family.context),
         dtype=dtype,
         norm_eps=config.number("rms_norm_eps", family.norm_eps),
-        tied_embeddings=config.boolean("tie_word_embeddings", False),
+        tied_embeddings=config.boolean("tie_word_embeddings", family.tied_embeddings),
         attention=family.attention(config, hidden),
         ffn=family.ffn(config, layers),
         eos_token_ids=_eos(config, family.eos_token_id),

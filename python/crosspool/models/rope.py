@@ -35,10 +35,37 @@ def check_rope(config: ConfigFile) -> dict[str, Any]:
     if rope.get("rope_theta") is not None:
         _check_positive(config, field, "rope_theta", rope["rope_theta"])
     config.optional_number("rope_theta", None)
-    partial = given.get("partial_rotary_factor", config.values.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise config.error(field, "partial_rotary_factor must be 1: heads rotate in full")
     return rope
+
+
+def check_full_rope(config: ConfigFile) -> dict[str, Any]:
+    """The same for families whose heads rotate in full; another ``partial_rotary_factor`` is
+    refused."""
+    rope = check_rope(config)
+    name = "partial_rotary_factor"
+    if rope.get(name, config.values.get(name)) not in (None, 1, 1.0):
+        field = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
+        raise config.error(
+            field if name in rope else name, f"{name} must be 1: heads rotate in full"
+        )
+    return rope
+
+
+def rotated_features(config: ConfigFile, head_dim: int, default: float) -> int:
+    """Reads how many features of a head rotate: the first ones, of which ``partial_rotary_factor``
+    says the share. ``default`` is the family's. Raises ConfigError for a share that makes no
+    sense."""
+    name = "partial_rotary_factor"
+    share = check_rope(config).get(name, config.values.get(name, default))
+    features = 0
+    if isinstance(share, int | float) and not isinstance(share, bool) and 0 < share <= 1:
+        features = int(head_dim * share)
+    if features < 2 or features % 2:
+        raise ConfigError(
+            f"{config.file}: {name}={share!r}: must be a share of the head's {head_dim} features "
+            "above 0 and up to 1 that is an even number of them"
+        )
+    return features
 
 
 def unscaled_base(config: ConfigFile) -> float | None:

@@ -21,7 +21,8 @@ class RopeSpec:
     """Rotary position embedding. Ranks take its frequencies from transformers' functions."""
 
     dim: int
-    """Number of rotated features per head."""
+    """Number of rotated features per head, the first ones of a GQA head; the others stay as they
+    are."""
     interleaved: bool
     """Whether the rotated pairs are (0, 1), (2, 3), ... instead of (i, i + dim / 2)."""
     fp32: bool = False
@@ -37,14 +38,17 @@ class GQASpec:
     head_dim: int
     scale: float
     rope: RopeSpec
-    qk_norm: Literal["none", "head", "full"] = "none"
-    """RMSNorm of q and k: none, per head (Qwen3), or over all heads at once (OLMoE)."""
+    qk_norm: Literal["none", "head", "full", "rotated head"] = "none"
+    """RMSNorm of q and k: none, per head (Qwen3), over all heads at once (OLMoE), or per head
+    behind the rotation (Hunyuan)."""
     qkv_bias: bool = False
     o_bias: bool = False
     sliding_window: int | None = None
     """Number of tokens that a query sees, its own included; None for all."""
     qkv_clip: float | None = None
     """Bound to which q, k and v are clamped after their projections (OLMoE); None for no bound."""
+    out_scale: float = 1.0
+    """Factor on what the attention adds to the residual (Granite)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,8 @@ class MoEFFN:
     router: RouterSpec
     shared_intermediate: int = 0
     """Intermediate size of all shared experts together; 0 without any."""
+    shared_gate: bool = False
+    """Whether the shared expert's output is multiplied by the sigmoid of a gate (Qwen2-MoE)."""
 
 
 FFNSpec = DenseFFN | MoEFFN
@@ -130,6 +136,10 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     quantization: Quantization | None = None
     """How matrices of the checkpoint are quantised; None when none is."""
+    embed_scale: float = 1.0
+    """Factor on the embeddings (Granite)."""
+    logit_scale: float = 1.0
+    """Factor on the logits (Granite)."""
     cut_unit: int = 1
     """Multiple at which ranks cut intermediate dimensions, so that no two ranks need weights that
     share a scale."""

@@ -44,7 +44,7 @@ def _gqa(a: GQASpec, hidden: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     if a.o_bias:
         yield "o_bias", "o_proj.bias", (hidden,)
     if a.qk_norm != "none":
-        per_head = a.qk_norm == "head"
+        per_head = a.qk_norm != "full"
         yield "q_norm", "q_norm.weight", (a.head_dim if per_head else q,)
         yield "k_norm", "k_norm.weight", (a.head_dim if per_head else kv,)
 
@@ -81,15 +81,15 @@ def ffn_part(spec: ModelSpec, layer: int, names: FFNNames) -> Iterator[TensorRef
     router = ffn.router
     yield TensorRef(
         key="router",
-        name=f"{block}.gate.weight",
+        name=f"{block}.{names.router}.weight",
         shape=(ffn.experts, spec.hidden),
         keep_fp32=router.fp32_logits,
     )
     if router.correction_bias:
         yield TensorRef(
             key="router_bias",
-            name=f"{block}.gate.e_score_correction_bias",
-            shape=(ffn.experts,),
+            name=f"{block}.{names.correction_bias}",
+            shape=(1, ffn.experts) if names.bias_in_row else (ffn.experts,),
             keep_fp32=True,
         )
     for expert in range(ffn.experts):
@@ -100,6 +100,11 @@ def ffn_part(spec: ModelSpec, layer: int, names: FFNNames) -> Iterator[TensorRef
     if ffn.shared_intermediate:
         prefix = f"model.layers.{layer}.{names.shared}"
         yield from _gated("shared", prefix, names, spec.hidden, ffn.shared_intermediate)
+    if ffn.shared_gate:
+        name = f"model.layers.{layer}.{names.shared_gate}.weight"
+        yield TensorRef(
+            key="shared_gate", name=name, shape=(1, spec.hidden), keep_fp32=router.fp32_logits
+        )
 
 
 def _gated(

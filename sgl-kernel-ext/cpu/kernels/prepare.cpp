@@ -81,6 +81,27 @@ CROSSPOOL_INLINE void rotate_head(const Features& x, const Rope& rope, std::int3
   });
 }
 
+// Features [rope.dim, dim) of a head, which do not rotate.
+template <class T, class Features>
+CROSSPOOL_INLINE void pass_rest(const Features& x, const Rope& rope, std::int64_t dim,
+                                typename T::Element* out) {
+  for_lanes(rope.dim, dim, [&](std::int64_t i, auto n) { T::store(out + i, x.at(i, n), n); });
+}
+
+// Norms a head where it lies in memory.
+template <class T>
+void norm_in_place(typename T::Element* x, const float* weight, std::int64_t dim, float eps) {
+  V squares{};
+  for_lanes(0, dim, [&](std::int64_t i, auto n) {
+    const V v = T::load(x + i, n);
+    squares = fma(v, v, squares);
+  });
+  const float inverse = 1.0F / __builtin_sqrtf(reduce_add(squares) / static_cast<float>(dim) + eps);
+  for_lanes(0, dim, [&](std::int64_t i, auto n) {
+    T::store(x + i, scaled<T>(T::load(x + i, n), inverse, load(weight + i, n)), n);
+  });
+}
+
 template <class T>
 void gqa_prepare(const GQAPrepare& p, std::int32_t row_begin, std::int32_t row_end,
                  std::int32_t head_begin, std::int32_t head_end) {
@@ -105,11 +126,17 @@ void gqa_prepare(const GQAPrepare& p, std::int32_t row_begin, std::int32_t row_e
       }
       return features;
     };
+    const auto prepared = [&](const Normed<T>& features, const float* norm,
+                              typename T::Element* out) {
+      rotate_head<T>(features, p.rope, place.position, out);
+      pass_rest<T>(features, p.rope, dim, out);
+      if (p.qk_norm == QKNorm::kRotatedHead) norm_in_place<T>(out, norm, dim, p.eps);
+    };
     for (std::int64_t h = head_begin * group; h < head_end * group; ++h) {
-      rotate_head<T>(head(q, p.q_norm, q_inverse, h), p.rope, place.position, q_out + h * dim);
+      prepared(head(q, p.q_norm, q_inverse, h), p.q_norm, q_out + h * dim);
     }
     for (std::int64_t h = head_begin; h < head_end; ++h) {
-      rotate_head<T>(head(k, p.k_norm, k_inverse, h), p.rope, place.position, slot + h * dim);
+      prepared(head(k, p.k_norm, k_inverse, h), p.k_norm, slot + h * dim);
       const Normed<T> values{v + h * dim, nullptr, 0.0F, p.clip};
       auto* const v_slot = slot + k_width + h * dim;
       for_lanes(0, dim, [&](std::int64_t i, auto n) { T::store(v_slot + i, values.at(i, n), n); });

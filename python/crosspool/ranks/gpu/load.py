@@ -18,6 +18,7 @@ from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.gpu.compile import compile_deployment, telling_of_compilation
+from crosspool.ranks.gpu.features import check_features
 from crosspool.ranks.gpu.host_side import HostSide, allocations
 from crosspool.ranks.gpu.join import GPUParts, join_lanes
 from crosspool.ranks.gpu.model import GPUModel
@@ -98,6 +99,7 @@ def load_parts(
     Raises ConfigError for a bad checkpoint, or a share that the kernels do not take."""
     parts = GPUParts(list(specs.values()))
     for held in held_models(deployment, device, specs, placement):
+        check_features(deployment.models[held.index], held.spec)
         if held.ffn is not None:
             check_share(deployment.models[held.index], held.spec, held.ffn)
         with held.loading(device) as loaded:
