@@ -18,6 +18,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, str], dict[str, Any]]] = {
         {},
     ),
     "mixtral": ("mixtral", {}, {"token_embd": "F16", "ffn_down": "Q8_0", "": "Q4_0"}, {}),
+    "qwen2 moe": ("qwen2_moe", {"shared_expert_intermediate_size": 64}, {"": "Q8_0"}, {}),
+    "qwen3 dense": ("qwen3", {"tie_word_embeddings": True}, {"": "Q8_0"}, {}),
+    "glm4 moe": ("glm4_moe", {}, {"": "Q8_0"}, {}),
+    "llama dense": ("llama", {"num_key_value_heads": 4}, {"": "Q8_0"}, {}),
     "olmoe split": ("olmoe", {}, {"token_embd": "BF16", "": "Q8_0"}, {"max_tensors": 11}),
     "v2": (
         "deepseek_v2",

@@ -42,6 +42,8 @@ class Family:
     hidden: int
     layers: int
     context: int
+    qk_norms: tuple[str, str] = ("q_norm", "k_norm")
+    """Names of the norms of q and k beneath ``model.layers.N.self_attn.``, where there are any."""
     norm_eps: float
     tied_embeddings: bool = False
     eos_token_id: int | None

@@ -136,7 +136,8 @@ def read_spec(config: ConfigFile, family: Family, dtype: DType) -> ModelSpec:
 def attention_tensors(spec: ModelSpec) -> list[tuple[int | None, TensorRef]]:
     """Lists every tensor of the attention part with its layer, which is None for embeddings, final
     norm and LM head."""
-    return [(layer, _as_stored(spec, ref)) for layer, ref in attention_part(spec)]
+    part = attention_part(spec, FAMILIES[spec.family].qk_norms)
+    return [(layer, _as_stored(spec, ref)) for layer, ref in part]
 
 
 def ffn_tensors(spec: ModelSpec, layer: int) -> list[TensorRef]:

@@ -8,8 +8,11 @@ from crosspool.models.family import FFNNames
 from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, MoEFFN, TensorRef
 
 
-def attention_part(spec: ModelSpec) -> Iterator[tuple[int | None, TensorRef]]:
-    """Yields every tensor of the attention part with its layer, None for the whole model's."""
+def attention_part(
+    spec: ModelSpec, qk_norms: tuple[str, str]
+) -> Iterator[tuple[int | None, TensorRef]]:
+    """Yields every tensor of the attention part with its layer, None for the whole model's.
+    ``qk_norms``: the names of the norms of q and k, see :class:`Family`."""
     vocabulary = (spec.vocab, spec.hidden)
     yield None, TensorRef(key="embed", name="model.embed_tokens.weight", shape=vocabulary)
     for layer in range(spec.layers):
@@ -19,22 +22,26 @@ def attention_part(spec: ModelSpec) -> Iterator[tuple[int | None, TensorRef]]:
             ("post_norm", "post_attention_layernorm"),
         ):
             yield layer, TensorRef(key=key, name=f"{prefix}.{name}.weight", shape=(spec.hidden,))
-        for key, name, shape in _projections(spec):
+        for key, name, shape in _projections(spec, qk_norms):
             yield layer, TensorRef(key=key, name=f"{prefix}.self_attn.{name}", shape=shape)
     yield None, TensorRef(key="final_norm", name="model.norm.weight", shape=(spec.hidden,))
     if not spec.tied_embeddings:
         yield None, TensorRef(key="lm_head", name="lm_head.weight", shape=vocabulary)
 
 
-def _projections(spec: ModelSpec) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def _projections(
+    spec: ModelSpec, qk_norms: tuple[str, str]
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     attention = spec.attention
     if isinstance(attention, GQASpec):
-        yield from _gqa(attention, spec.hidden)
+        yield from _gqa(attention, spec.hidden, qk_norms)
     else:
         yield from _mla(attention, spec.hidden)
 
 
-def _gqa(a: GQASpec, hidden: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def _gqa(
+    a: GQASpec, hidden: int, qk_norms: tuple[str, str]
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     q, kv = a.q_heads * a.head_dim, a.kv_heads * a.head_dim
     for letter, width in (("q", q), ("k", kv), ("v", kv)):
         yield f"{letter}_proj", f"{letter}_proj.weight", (width, hidden)
@@ -45,8 +52,9 @@ def _gqa(a: GQASpec, hidden: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         yield "o_bias", "o_proj.bias", (hidden,)
     if a.qk_norm != "none":
         per_head = a.qk_norm != "full"
-        yield "q_norm", "q_norm.weight", (a.head_dim if per_head else q,)
-        yield "k_norm", "k_norm.weight", (a.head_dim if per_head else kv,)
+        q_norm, k_norm = qk_norms
+        yield "q_norm", f"{q_norm}.weight", (a.head_dim if per_head else q,)
+        yield "k_norm", f"{k_norm}.weight", (a.head_dim if per_head else kv,)
 
 
 def _mla(a: MLASpec, hidden: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:

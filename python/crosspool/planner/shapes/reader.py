@@ -51,14 +51,11 @@ class _Habits(msgspec.Struct, frozen=True):
 
 
 _HABITS = {
-    "glm4_moe": _Habits(o_bias=False, correction_bias=True, router_fp32=True),
     "gpt_oss": _Habits(
         qkv_bias=True, sinks=True, ffn_bias=True, router_bias=True, alternating=True
     ),
     "phimoe": _Habits(norm_bias=True),
     "qwen2": _Habits(qkv_bias=True, o_bias=False),
-    "qwen2_moe": _Habits(qkv_bias=True, o_bias=False),
-    "qwen3": _Habits(qk_norm="head"),
 }
 
 
@@ -101,7 +98,7 @@ def shape_of_spec(spec: ModelSpec, name: str, dtype_bytes: int) -> ModelShape:
             "kv_heads": attention.kv_heads,
             "head_dim": attention.head_dim,
             "o_bias": attention.o_bias,
-            "qk_norm": attention.qk_norm,
+            "qk_norm": "head" if attention.qk_norm == "rotated head" else attention.qk_norm,
             **_sliding(attention.sliding_window, spec.layers, spec.context),
         }
     dense = [ffn for ffn in spec.ffn if isinstance(ffn, DenseFFN)]
@@ -112,6 +109,7 @@ def shape_of_spec(spec: ModelSpec, name: str, dtype_bytes: int) -> ModelShape:
             "top_k": moe.router.top_k,
             "moe_intermediate": moe.intermediate,
             "shared_intermediate": moe.shared_intermediate,
+            "shared_gate": moe.shared_gate,
             "correction_bias": moe.router.correction_bias,
             "router_fp32": moe.router.fp32_logits,
         }

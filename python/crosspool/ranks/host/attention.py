@@ -107,7 +107,7 @@ def frequencies(spec: ModelSpec, path: Path) -> tuple[torch.Tensor, float]:
     and sin. Importing transformers takes longer than torch: it is needed only where the
     frequencies are scaled or the config leaves their base to the family."""
     dim, config = spec.attention.rope.dim, config_of(path)
-    base = unscaled_base(config)
+    base = unscaled_base(config, dim)
     if base is not None:
         return unscaled_frequencies(base, dim), 1.0
     from transformers import AutoConfig
