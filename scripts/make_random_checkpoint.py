@@ -139,6 +139,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "hunyuan_v1_moe": _DENSE
     | {"head_dim": 16, "num_experts": 4, "moe_topk": 2, "intermediate_size": 32},
+    "granitemoe": _COMMON
+    | {
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "intermediate_size": 32,
+        "embedding_multiplier": 1.5,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 2.0,
+    },
     "mixtral": _COMMON | {"num_key_value_heads": 2, "num_local_experts": 4},
     "olmoe": _COMMON | {"num_key_value_heads": 4, "num_experts": 4, "intermediate_size": 32},
 }
@@ -223,7 +233,7 @@ def _draw(name: str, like: torch.Tensor, seed: int) -> torch.Tensor:
         values = (1 + 0.2 * values).clamp(min=0.3)
     elif re.search(r"(embed_tokens|lm_head)\.weight$", name):
         values *= 3 * like.shape[-1] ** -0.5
-    elif re.search(r"\.gate(\.wg)?\.weight$", name):
+    elif re.search(r"\.(gate|gate\.wg|router\.layer)\.weight$", name):
         values *= 2 * like.shape[-1] ** -0.5
     else:
         values *= like.shape[-1] ** -0.5

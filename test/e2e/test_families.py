@@ -14,7 +14,16 @@ from support.families import SHAPES, reference_model
 from support.greedy import NEW_TOKENS, generate, prompts_of
 from support.server import DEMO, Server, two_device_flags
 
-FAMILIES = ("glm4-moe", "qwen2-moe", "qwen3", "llama3", "minimax-m2", "ernie", "hunyuan-alpha")
+FAMILIES = (
+    "glm4-moe",
+    "qwen2-moe",
+    "qwen3",
+    "llama3",
+    "minimax-m2",
+    "ernie",
+    "hunyuan-alpha",
+    "granite",
+)
 """Their shapes."""
 FLAGS = ("--kv-pool-bytes", "128MiB")
 FEW = 4

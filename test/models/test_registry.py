@@ -46,6 +46,8 @@ def _check_against(spec: ModelSpec, config: PreTrainedConfig) -> None:
     assert spec.tied_embeddings == config.tie_word_embeddings
     eos = config.eos_token_id
     assert spec.eos_token_ids == (() if eos is None else (eos,))
+    assert spec.embed_scale == getattr(config, "embedding_multiplier", 1.0)
+    assert spec.logit_scale == 1 / getattr(config, "logits_scaling", 1.0)
     attention = spec.attention
     assert attention.q_heads == config.num_attention_heads
     if isinstance(attention, MLASpec):
@@ -60,6 +62,9 @@ def _check_against(spec: ModelSpec, config: PreTrainedConfig) -> None:
         assert attention.rope.interleaved == getattr(config, "rope_interleave", True)
     else:
         assert attention.kv_heads == config.num_key_value_heads
+        assert attention.out_scale == getattr(config, "residual_multiplier", 1.0)
+        default = attention.head_dim**-0.5
+        assert attention.scale == getattr(config, "attention_multiplier", default)
         assert attention.head_dim == (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
@@ -91,7 +96,8 @@ def _check_against(spec: ModelSpec, config: PreTrainedConfig) -> None:
         assert ffn.shared_intermediate == (shared_size or shared * ffn.intermediate)
         assert ffn.shared_gate == (shared_size is not None)
         assert router.top_k == config.num_experts_per_tok
-        assert router.scale == getattr(config, "routed_scaling_factor", 1.0)
+        factor = getattr(config, "residual_multiplier", 1.0)
+        assert router.scale == getattr(config, "routed_scaling_factor", factor)
         assert router.renormalize == getattr(config, "norm_topk_prob", True)
         assert router.groups == (getattr(config, "n_group", 1) or 1)
         assert router.top_groups == (getattr(config, "topk_group", 1) or 1)
@@ -122,8 +128,9 @@ def test_tensors_are_those_of_a_published_checkpoint(
     expected = {name: tuple(t.shape) for name, t in hub_tensors(config, config.dtype).items()}
     refs = [ref for _, ref in attention_tensors(spec)]
     refs += [ref for layer in range(spec.layers) for ref in ffn_tensors(spec, layer)]
-    assert {ref.name: ref.shape for ref in refs} == expected
-    assert len({ref.name for ref in refs}) == len(refs)
+    stored = {ref.name: ref.stack.floats(ref.shape) if ref.stack else ref.shape for ref in refs}
+    assert stored == expected
+    assert len({(ref.name, ref.stack) for ref in refs}) == len(refs)
 
 
 def test_kv_width_and_bytes() -> None:
@@ -180,6 +187,12 @@ def test_hunyuan_lists_numbers_by_layer(tmp_path: Path) -> None:
     assert listed == read_model(_write(tmp_path, "hunyuan_v1_moe", **fields, moe_topk=2))
     assert isinstance(listed.ffn[0], MoEFFN)
     assert (listed.ffn[0].router.top_k, listed.ffn[0].shared_intermediate) == (2, 48)
+
+
+def test_experts_of_a_common_tensor_are_not_rounded(tmp_path: Path) -> None:
+    path = _write(tmp_path, "granitemoe")
+    with pytest.raises(ConfigError, match=r"input_linear\.weight: it holds all experts of a layer"):
+        read_model(path, rounded="int8")
 
 
 def test_eos_ids_of_both_files(tmp_path: Path) -> None:
@@ -248,6 +261,8 @@ def test_context_length_and_dtype_given_by_the_user(tmp_path: Path) -> None:
         ("ernie4_5_moe", {"use_bias": True}, "use_bias=True: must be false"),
         ("ernie4_5_moe", {"moe_norm_min": 0.1}, "moe_norm_min=0.1: must be at most 1e-06"),
         ("ernie4_5_moe", {"moe_k": 65}, "moe_k=65: must be at most moe_num_experts=64"),
+        ("granitemoe", {"embedding_multiplier": 0}, "embedding_multiplier=0: must be a number"),
+        ("granitemoe", {"logits_scaling": "8"}, "logits_scaling='8': must be a number above 0"),
         ("hunyuan_v1_moe", {"use_cla": True}, "use_cla=True: must be false"),
         ("hunyuan_v1_moe", {"moe_topk": [1, 2]}, "moe_topk=[1, 2]: must be the same for every"),
         ("hunyuan_v1_moe", {"moe_topk": 2}, "moe_topk=2: must be at most num_experts=1"),

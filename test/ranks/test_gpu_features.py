@@ -16,6 +16,7 @@ LACKING = {
     "glm4-moe": "heads that rotate in part",
     "qwen2-moe": "a shared expert with a gate",
     "minimax-m2": "heads that rotate in part",
+    "granite": "factors on embeddings, attention or logits",
     "hunyuan": "norms of rotated heads",
 }
 COMPUTED = ("qwen3", "llama3", "mixtral", "glm")

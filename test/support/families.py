@@ -167,6 +167,18 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": HUNYUAN_ALPHA,
         },
     ),
+    "granite": ("granitemoe", {"num_local_experts": 6, "num_experts_per_tok": 3}),
+    "granite-tied-biases": (
+        "granitemoe",
+        {
+            "num_hidden_layers": 3,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "embedding_multiplier": 3,
+            "logits_scaling": 0.7,
+            "residual_multiplier": 1.0,
+        },
+    ),
     "mixtral": ("mixtral", {"num_hidden_layers": 3}),
     "mixtral-window": (
         "mixtral",

@@ -20,9 +20,9 @@ from crosspool.config.device import Device
 from crosspool.config.options import ModelOptions
 from crosspool.config.process import allow_descriptors
 from crosspool.models.gguf_header import gguf_files
+from crosspool.models.gpu_features import check_features
 from crosspool.models.registry import attention_tensors, ffn_tensors, spec_of
 from crosspool.models.spec import ModelSpec
-from crosspool.ranks.gpu.features import check_features
 from crosspool.weightpool.gguf_checkpoint import open_checkpoint
 
 log = logging.getLogger(__name__)

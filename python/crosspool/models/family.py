@@ -19,6 +19,9 @@ class FFNNames:
     correction_bias: str = "gate.e_score_correction_bias"
     bias_in_row: bool = False
     """Whether the correction bias is a matrix of one row."""
+    stacks: tuple[str, str] | None = None
+    """Tensors that hold gate and up, in this order, and down of all experts of a layer; None: every
+    expert has tensors of its own."""
     shared: str = "mlp.shared_experts"
     shared_gate: str = "mlp.shared_expert_gate"
     gate: str = "gate_proj"
@@ -46,4 +49,8 @@ class Family:
     """Names of the norms of q and k beneath ``model.layers.N.self_attn.``, where there are any."""
     norm_eps: float
     tied_embeddings: bool = False
+    embed_factor: str | None = None
+    """The config's field for a factor on embeddings; None: there is none."""
+    logit_divisor: str | None = None
+    """Likewise for a divisor of logits."""
     eos_token_id: int | None

@@ -42,7 +42,8 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """A place in a tensor that holds the matrices of all experts of a layer."""
+    """A place in a tensor that holds the matrices of all experts of a layer; of floats it is
+    [experts, rows, k]."""
 
     index: int
     """The expert."""
@@ -53,6 +54,18 @@ class Stack:
     step: int = 1
     """Rows of the stored matrix from one row of this one to the next: 2 where gate and up
     alternate."""
+    rows: int = 0
+    """Rows of the stored matrix, where it is one of floats."""
+
+    def floats(self, shape: Shape) -> Shape:
+        """Returns the shape of the tensor in which a matrix [n, k] of floats lies."""
+        return (self.count, self.rows, *shape[1:])
+
+    def within(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Returns where a part of a matrix of floats lies in that tensor."""
+        rows, columns = index
+        begin, end = (self.first + row * self.step for row in (rows.start, rows.stop))
+        return (slice(self.index, self.index + 1), slice(begin, end, self.step), columns)
 
 
 @dataclass(frozen=True, kw_only=True)

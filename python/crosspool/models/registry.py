@@ -130,7 +130,13 @@ def read_spec(config: ConfigFile, family: Family, dtype: DType) -> ModelSpec:
         attention=family.attention(config, hidden),
         ffn=family.ffn(config, layers),
         eos_token_ids=_eos(config, family.eos_token_id),
+        embed_scale=_factor(config, family.embed_factor),
+        logit_scale=1.0 / _factor(config, family.logit_divisor),
     )
+
+
+def _factor(config: ConfigFile, field: str | None) -> float:
+    return 1.0 if field is None else config.number(field, 1.0)
 
 
 def attention_tensors(spec: ModelSpec) -> list[tuple[int | None, TensorRef]]:
@@ -168,7 +174,12 @@ def _check_quantized(config: ConfigFile, spec: ModelSpec) -> None:
     if spec.quantization is None:
         return
     for ref in _tensors(spec):
-        if ref.scheme is not None and (why := ref.scheme.wrong_shape(*ref.shape)):
+        if ref.scheme is None:
+            continue
+        why = ref.scheme.wrong_shape(*ref.shape)
+        if ref.stack is not None:
+            why = "it holds all experts of a layer, which are read as floats alone"
+        if why:
             raise ConfigError(
                 f"{config.file}: {spec.quantization.method} cannot hold {ref.name}: {why}"
             )

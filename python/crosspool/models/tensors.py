@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from crosspool.models.family import FFNNames
+from crosspool.models.formats import Stack
 from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, MoEFFN, TensorRef
 
 
@@ -12,7 +13,7 @@ def attention_part(
     spec: ModelSpec, qk_norms: tuple[str, str]
 ) -> Iterator[tuple[int | None, TensorRef]]:
     """Yields every tensor of the attention part with its layer, None for the whole model's.
-    ``qk_norms``: the names of the norms of q and k, see :class:`Family`."""
+    ``qk_norms``: the names of the norms of q and k."""
     vocabulary = (spec.vocab, spec.hidden)
     yield None, TensorRef(key="embed", name="model.embed_tokens.weight", shape=vocabulary)
     for layer in range(spec.layers):
@@ -101,6 +102,9 @@ def ffn_part(spec: ModelSpec, layer: int, names: FFNNames) -> Iterator[TensorRef
             keep_fp32=True,
         )
     for expert in range(ffn.experts):
+        if names.stacks is not None:
+            yield from _stacked(block, names.stacks, spec.hidden, ffn, expert)
+            continue
         prefix = f"{block}.experts.{expert}"
         yield from _gated(
             f"experts.{expert}", prefix, names, spec.hidden, ffn.intermediate, expert=expert
@@ -133,3 +137,28 @@ def _gated(
             split=1 if down else 0,
             expert=expert,
         )
+
+
+def _stacked(
+    block: str, names: tuple[str, str], hidden: int, ffn: MoEFFN, expert: int
+) -> Iterator[TensorRef]:
+    """One expert's places in the tensors of all experts of a layer."""
+    width = ffn.intermediate
+    both, down = names
+    for part, first in (("gate", 0), ("up", width)):
+        yield TensorRef(
+            key=f"experts.{expert}.{part}",
+            name=f"{block}.{both}.weight",
+            shape=(width, hidden),
+            split=0,
+            expert=expert,
+            stack=Stack(index=expert, count=ffn.experts, first=first, rows=2 * width),
+        )
+    yield TensorRef(
+        key=f"experts.{expert}.down",
+        name=f"{block}.{down}.weight",
+        shape=(hidden, width),
+        split=1,
+        expert=expert,
+        stack=Stack(index=expert, count=ffn.experts, rows=hidden),
+    )

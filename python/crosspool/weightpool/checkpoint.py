@@ -50,7 +50,8 @@ class Read:
 def _expected(ref: TensorRef) -> dict[str, StoredTensor]:
     """Returns the tensors of which a tensor consists, by their roles."""
     if ref.scheme is None:
-        return {"weight": StoredTensor((ref.name,), (ref.shape,), _DTYPES)}
+        shape = ref.shape if ref.stack is None else ref.stack.floats(ref.shape)
+        return {"weight": StoredTensor((ref.name,), (shape,), _DTYPES)}
     assert isinstance(ref.scheme, Stored)
     n, k = ref.shape
     return ref.scheme.stored(ref.module, n, k, ref.stack)
@@ -160,7 +161,7 @@ class Checkpoint:
                     read = self._reader(files, ref)
                     part: torch.Tensor | Coded
                     if ref.scheme is None:
-                        part = read("weight", index)
+                        part = _floats(ref, index, read)
                         finite = is_finite(part)
                     else:
                         n, k = ref.shape
@@ -265,6 +266,15 @@ class Checkpoint:
             )
         with _reading(self.path / single), safe_open(self.path / single, "np") as opened:
             return dict.fromkeys(opened.keys(), single)
+
+
+def _floats(
+    ref: TensorRef, index: tuple[slice, ...], read: Callable[[str, tuple[slice, ...]], torch.Tensor]
+) -> torch.Tensor:
+    """Reads a part of a tensor of floats."""
+    if ref.stack is None:
+        return read("weight", index)
+    return read("weight", ref.stack.within(index))[0]
 
 
 class _Files:

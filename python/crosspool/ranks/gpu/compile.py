@@ -20,8 +20,8 @@ from crosspool.kernels.triton_cache.launches import Launch, recording
 from crosspool.kernels.triton_cache.manifest import CacheEntry, Identity
 from crosspool.kernels.triton_cache.toolchain import Toolchain
 from crosspool.kvpool.layout import KVLayout
+from crosspool.models.gpu_features import check_features
 from crosspool.observability.progress import loading
-from crosspool.ranks.gpu.features import check_features
 from crosspool.ranks.gpu.host_side import HostSide
 from crosspool.ranks.gpu.lanes import make_serving, make_stages, model_stages
 from crosspool.ranks.gpu.links import ServedCounts, crossing_of, remote_ffn_ranks

@@ -15,10 +15,10 @@ from crosspool.config.gpu import check_alike
 from crosspool.kernels.cuda_driver import CudaBindings
 from crosspool.kernels.residency import Residency
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
+from crosspool.models.gpu_features import check_features
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.gpu.compile import compile_deployment, telling_of_compilation
-from crosspool.ranks.gpu.features import check_features
 from crosspool.ranks.gpu.host_side import HostSide, allocations
 from crosspool.ranks.gpu.join import GPUParts, join_lanes
 from crosspool.ranks.gpu.model import GPUModel
