@@ -180,6 +180,31 @@ def _glm4moe(get: _Keys) -> dict[str, Any]:
     }
 
 
+def _minimax_m2(get: _Keys) -> dict[str, Any]:
+    return {
+        "model_type": "minimax_m2",
+        "head_dim": get("attention.key_length"),
+        "rotary_dim": get("rope.dimension_count"),
+        "num_local_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "intermediate_size": get("expert_feed_forward_length"),
+    }
+
+
+def _hunyuan_moe(get: _Keys) -> dict[str, Any]:
+    """The file's ``rope.freq_base`` has the factor ``alpha`` already."""
+    return {
+        "model_type": "hunyuan_v1_moe",
+        "head_dim": get("attention.key_length"),
+        "attention_bias": get.has("blk.0.attn_q.bias"),
+        "num_experts": get("expert_count"),
+        "moe_topk": get("expert_used_count"),
+        "moe_intermediate_size": get("expert_feed_forward_length"),
+        "intermediate_size": get("expert_shared_feed_forward_length"),
+        "num_shared_expert": get("expert_shared_count"),
+    }
+
+
 def _llama(get: _Keys) -> dict[str, Any]:
     head_dim = get("attention.key_length", get("rope.dimension_count"))
     if not get("expert_count"):
@@ -237,6 +262,8 @@ _ARCHITECTURES: dict[str, Callable[[_Keys], dict[str, Any]]] = {
     "qwen2moe": _qwen2moe,
     "qwen3": _qwen3,
     "glm4moe": _glm4moe,
+    "minimax-m2": _minimax_m2,
+    "hunyuan-moe": _hunyuan_moe,
     "olmoe": _olmoe,
     "llama": _llama,
     "deepseek2": _deepseek2,

@@ -13,19 +13,24 @@ from crosspool.models.rope import check_full_rope
 from crosspool.models.spec import FFNSpec, GQASpec, MoEFFN, RouterSpec
 
 _TRUE = ("use_qk_norm", "norm_topk_prob")
+_LEAST_HEAD = 2
+"""Features of a head for which ``alpha`` raises the base without bound."""
 
 
 def _attention(config: ConfigFile, hidden: int) -> GQASpec:
-    check_full_rope(config, alpha=True)
+    rope = check_full_rope(config, alpha=True)
     for field in _TRUE:
         if not config.boolean(field, True):
             raise config.error(field, "must be true")
     if config.boolean("use_cla", False):
         raise config.error("use_cla", "must be false: every layer has keys and values of its own")
     q_heads, kv_heads = grouped_heads(config, 32, None, null_means_all=True)
+    head_dim = head_size(config, hidden, q_heads)
+    if rope["rope_type"] == "dynamic" and head_dim <= _LEAST_HEAD:
+        raise config.error("head_dim", f"must be above {_LEAST_HEAD} with a rope_type of dynamic")
     bias = config.boolean("attention_bias", False)
     return replace(
-        gqa(q_heads, kv_heads, head_size(config, hidden, q_heads)),
+        gqa(q_heads, kv_heads, head_dim),
         qk_norm="rotated head",
         qkv_bias=bias,
         o_bias=bias,
