@@ -56,6 +56,9 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": None,
 }
+_DENSE: dict[str, Any] = {n: v for n, v in _COMMON.items() if n != "num_experts_per_tok"} | {
+    "num_key_value_heads": 2,
+}
 _MLA: dict[str, Any] = _COMMON | {
     "num_key_value_heads": 4,
     "kv_lora_rank": 32,
@@ -91,6 +94,61 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": _MLA | {"q_lora_rank": None, "topk_method": "greedy", "scoring_func": "softmax"},
     "deepseek_v3": _MLA | _SIGMOID_ROUTER | {"routed_scaling_factor": 2.5},
     "glm4_moe_lite": _MLA | _SIGMOID_ROUTER | {"routed_scaling_factor": 1.8},
+    "glm4_moe": _COMMON
+    | {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+        "attention_bias": True,
+        "use_qk_norm": True,
+    },
+    "qwen2_moe": _COMMON
+    | {
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "norm_topk_prob": False,
+    },
+    "qwen3": _DENSE | {"head_dim": 16},
+    "llama": _DENSE,
+    "minimax_m2": _COMMON
+    | {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "intermediate_size": 32,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "ernie4_5_moe": _DENSE
+    | {
+        "moe_k": 2,
+        "moe_num_experts": 4,
+        "moe_num_shared_experts": 1,
+        "moe_intermediate_size": 32,
+        "tie_word_embeddings": False,
+    },
+    "hunyuan_v1_moe": _DENSE
+    | {"head_dim": 16, "num_experts": 4, "moe_topk": 2, "intermediate_size": 32},
+    "granitemoe": _COMMON
+    | {
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "intermediate_size": 32,
+        "embedding_multiplier": 1.5,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 2.0,
+    },
     "mixtral": _COMMON | {"num_key_value_heads": 2, "num_local_experts": 4},
     "gpt_oss": _COMMON
     | {
@@ -149,13 +207,14 @@ def hub_tensors(config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, torch
     """The tensors of a published checkpoint of this shape, on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    mixtral = config.model_type == "mixtral"
+    mixtral = config.model_type in ("mixtral", "minimax_m2")
     gate, down, up = ("w1", "w2", "w3") if mixtral else ("gate_proj", "down_proj", "up_proj")
     tensors: dict[str, torch.Tensor] = {}
     for fused_name, tensor in model.state_dict().items():
         if fused_name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         name = fused_name.replace(".mlp.", ".block_sparse_moe.") if mixtral else fused_name
+        name = name.replace(".gate.moe_statics.", ".moe_statics.")  # ERNIE
         prefix, _, fused = name.rpartition(".experts.")
         if config.model_type == "gpt_oss":  # published as transformers has them
             tensors[name] = tensor
@@ -184,7 +243,7 @@ def _draw(name: str, like: torch.Tensor, seed: int) -> torch.Tensor:
         values = (1 + 0.2 * values).clamp(min=0.3)
     elif re.search(r"(embed_tokens|lm_head)\.weight$", name):
         values *= 3 * like.shape[-1] ** -0.5
-    elif name.endswith((".gate.weight", ".router.weight")):
+    elif re.search(r"\.(gate|gate\.wg|router|router\.layer)\.weight$", name):
         values *= 2 * like.shape[-1] ** -0.5
     elif like.dim() == 3:  # fused experts, [experts, k, n]
         values *= (3 if "gate_up" in name else 0.2) * like.shape[1] ** -0.5  # some are clamped

@@ -289,8 +289,8 @@ class Check {
     return (code & 0x80U) != 0 ? -value : value;
   }
 
-  void attention(const AttentionShape& shape, const std::vector<CachedRows>& requests,
-                 KVDType held, bool has_sinks) const {
+  void attention(const AttentionShape& shape, const std::vector<CachedRows>& requests, KVDType held,
+                 bool has_sinks) const {
     constexpr std::int32_t kPageSize = 12, kLayers = 2, kLayer = 1;
     const std::int32_t width =
         std::max(shape.v_begin + shape.kv_heads * shape.v_dim, shape.kv_heads * shape.qk_dim);

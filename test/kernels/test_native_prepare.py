@@ -40,11 +40,13 @@ def _tables(dim: int, dtype: torch.dtype, interleaved: bool, fp32: bool) -> Rope
 
 
 def _rotated(x: torch.Tensor, places: RowPlaces, tables: RopeTables) -> torch.Tensor:
-    """Rotates ``x`` [T, heads, dim] with the host loop's kernel."""
+    """Rotates the first features of ``x`` [T, heads, dim] with the host loop's kernel, as many as
+    the tables have."""
     cos, sin = tables.cos[places.positions], tables.sin[places.positions]
     if not tables.fp32:
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return rotate(x, cos, sin, tables.interleaved)
+    dim = 2 * cos.shape[1]
+    return torch.cat((rotate(x[..., :dim], cos, sin, tables.interleaved), x[..., dim:]), dim=-1)
 
 
 def _values(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -68,6 +70,11 @@ def test_residual_sums(native: NativeKernels, dtype: torch.dtype) -> None:
         assert torch.equal(found, expected)
 
 
+def test_factors(native: NativeKernels, dtype: torch.dtype) -> None:
+    x = _values(dtype, 4, 77)
+    assert torch.equal(native.scale(x.clone(), 0.37), (x.to(dtype) * 0.37).float())
+
+
 def test_conversions(native: NativeKernels, dtype: torch.dtype) -> None:
     """Rounding follows torch: to nearest, ties to even; NaN and infinity stay."""
     x = torch.cat((torch.randn(1000), torch.tensor([math.inf, -math.inf, 1.00390625, 1.01171875])))
@@ -85,24 +92,29 @@ def test_rotation(native: NativeKernels, dtype: torch.dtype, interleaved: bool, 
         assert torch.equal(native.rotate(x, places, tables), _rotated(x, places, tables))
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    "rotation",
+    [(False, 10, 10), (True, 10, 10), (False, 10, 4), (True, 10, 6), (False, 40, 20)],
+    ids=lambda r: f"{'interleaved' if r[0] else 'halves'}-{r[2]}-of-{r[1]}",
+)
 @pytest.mark.parametrize("clip", [None, 0.7])
-@pytest.mark.parametrize("qk_norm", ["none", "head", "full"])
+@pytest.mark.parametrize("qk_norm", ["none", "head", "full", "rotated head"])
 def test_gqa_prepare(
     native: NativeKernels,
     dtype: torch.dtype,
-    qk_norm: Literal["none", "head", "full"],
+    qk_norm: Literal["none", "head", "full", "rotated head"],
     clip: float | None,
-    interleaved: bool,
+    rotation: tuple[bool, int, int],
 ) -> None:
-    rows, q_heads, kv_heads, dim = 9, 6, 3, 10
+    interleaved, dim, rotated = rotation
+    rows, q_heads, kv_heads = 9, 6, 3
     qkv = _values(dtype, rows, (q_heads + 2 * kv_heads) * dim)
-    places, tables = _places(rows), _tables(dim, dtype, interleaved, False)
+    places, tables = _places(rows), _tables(rotated, dtype, interleaved, False)
     q, k, v = qkv.to(dtype).split([q_heads * dim, kv_heads * dim, kv_heads * dim], dim=1)
     norms = []
     for projected in (q, k):
-        norms.append(_values(dtype, dim if qk_norm == "head" else projected.shape[1]))
-    if qk_norm != "none":
+        norms.append(_values(dtype, projected.shape[1] if qk_norm == "full" else dim))
+    if qk_norm in ("head", "full"):
         q, k = (
             rms_norm(x.unflatten(1, (-1, len(w))), w.to(dtype), 1e-5).flatten(1)
             for x, w in zip((q, k), norms, strict=True)
@@ -111,6 +123,11 @@ def test_gqa_prepare(
         q, k, v = (x.clamp(-clip, clip) for x in (q, k, v))
     expected_q = _rotated(q.unflatten(1, (-1, dim)), places, tables).flatten(1)
     expected_k = _rotated(k.unflatten(1, (-1, dim)), places, tables).flatten(1)
+    if qk_norm == "rotated head":
+        expected_q, expected_k = (
+            rms_norm(x.unflatten(1, (-1, dim)), w.to(dtype), 1e-5).flatten(1)
+            for x, w in zip((expected_q, expected_k), norms, strict=True)
+        )
 
     kv = torch.full((PAGES, LAYERS, PAGE_SIZE, 2 * kv_heads * dim), math.nan, dtype=dtype)
     found = native.gqa_prepare(

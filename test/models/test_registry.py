@@ -29,8 +29,13 @@ def _write(folder: Path, family: str, **fields: Any) -> Path:
     config = {"architectures": [ARCHITECTURES[family]], "model_type": family, "dtype": "bfloat16"}
     defaults = CONFIG_MAPPING[family]()
     needed = {n: value for n, value in _NEEDED.items() if getattr(defaults, n, value) is None}
+    needed |= _WITHOUT_DEFAULTS.get(family, {})
     (folder / "config.json").write_text(json.dumps(config | needed | fields))
     return folder
+
+
+_WITHOUT_DEFAULTS = {"glm4_moe": {"head_dim": 128}}
+"""Fields whose defaults in transformers make no model."""
 
 
 def _check_against(spec: ModelSpec, config: PreTrainedConfig) -> None:
@@ -43,6 +48,8 @@ def _check_against(spec: ModelSpec, config: PreTrainedConfig) -> None:
     assert spec.tied_embeddings == config.tie_word_embeddings
     eos = config.eos_token_id
     assert spec.eos_token_ids == (() if eos is None else (eos,))
+    assert spec.embed_scale == getattr(config, "embedding_multiplier", 1.0)
+    assert spec.logit_scale == 1 / getattr(config, "logits_scaling", 1.0)
     attention = spec.attention
     assert attention.q_heads == config.num_attention_heads
     if isinstance(attention, MLASpec):
@@ -57,6 +64,12 @@ def _check_against(spec: ModelSpec, config: PreTrainedConfig) -> None:
         assert attention.rope.interleaved == getattr(config, "rope_interleave", True)
     else:
         assert attention.kv_heads == config.num_key_value_heads
+        assert attention.out_scale == getattr(config, "residual_multiplier", 1.0)
+        default = attention.head_dim**-0.5
+        assert attention.scale == getattr(config, "attention_multiplier", default)
+        assert attention.head_dim == (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         slides = "sliding_attention" in getattr(config, "layer_types", ["sliding_attention"])
         window = getattr(config, "sliding_window", None)
         assert attention.sliding_window == (window if slides else None)
@@ -65,20 +78,32 @@ def _check_against(spec: ModelSpec, config: PreTrainedConfig) -> None:
             window if kind == "sliding_attention" else None for kind in kinds
         ]
         assert attention.qkv_clip == getattr(config, "clip_qkv", None)
+        share = config.rope_parameters.get("partial_rotary_factor", 1.0)
+        assert attention.rope.dim == int(attention.head_dim * share)
+        per_head = config.model_type.startswith(("qwen3", "hunyuan"))
+        per_head = getattr(config, "use_qk_norm", per_head)
+        assert (attention.qk_norm in ("head", "rotated head")) == per_head
     for ffn in spec.ffn:
         if isinstance(ffn, DenseFFN):
             assert ffn.intermediate == config.intermediate_size
             continue
+        shared_size = getattr(config, "shared_expert_intermediate_size", None)
         router = ffn.router
         v2 = config.model_type == "deepseek_v2"
-        assert ffn.experts == (config.n_routed_experts if v2 else config.num_local_experts)
+        experts = "n_routed_experts" if v2 else "num_local_experts"
+        assert ffn.experts == getattr(config, experts, getattr(config, "num_experts", None))
         assert ffn.intermediate == getattr(
             config, "moe_intermediate_size", config.intermediate_size
         )
         shared = getattr(config, "n_shared_experts", 0) or 0
-        assert ffn.shared_intermediate == shared * ffn.intermediate
+        shared = getattr(config, "moe_num_shared_experts", shared)
+        if config.model_type == "hunyuan_v1_moe":
+            shared = 1
+        assert ffn.shared_intermediate == (shared_size or shared * ffn.intermediate)
+        assert ffn.shared_gate == (shared_size is not None)
         assert router.top_k == config.num_experts_per_tok
-        assert router.scale == getattr(config, "routed_scaling_factor", 1.0)
+        factor = getattr(config, "residual_multiplier", 1.0)
+        assert router.scale == getattr(config, "routed_scaling_factor", factor)
         assert router.renormalize == getattr(config, "norm_topk_prob", True)
         assert router.groups == (getattr(config, "n_group", 1) or 1)
         assert router.top_groups == (getattr(config, "topk_group", 1) or 1)
@@ -109,7 +134,7 @@ def test_tensors_are_those_of_a_published_checkpoint(
     expected = {name: tuple(t.shape) for name, t in hub_tensors(config, config.dtype).items()}
     refs = [ref for _, ref in attention_tensors(spec)]
     refs += [ref for layer in range(spec.layers) for ref in ffn_tensors(spec, layer)]
-    stored = {r.name: r.shape if r.stack is None else r.stack.floats(r.shape) for r in refs}
+    stored = {ref.name: ref.stack.floats(ref.shape) if ref.stack else ref.shape for ref in refs}
     assert stored == expected
     assert len({(ref.name, ref.stack) for ref in refs}) == len(refs)
 
@@ -190,6 +215,29 @@ def test_gpt_oss_as_published(tmp_path: Path) -> None:
     assert held == {f"model.layers.3.mlp.experts.{n}_proj" for n in ("gate_up", "down")}
 
 
+def test_minimax_says_how_much_of_a_head_rotates(tmp_path: Path) -> None:
+    """Published configs have ``rotary_dim``, those of transformers ``partial_rotary_factor``."""
+    published = read_model(_write(tmp_path, "minimax_m2", head_dim=128, rotary_dim=64))
+    other = read_model(_write(tmp_path, "minimax_m2", head_dim=128, partial_rotary_factor=0.5))
+    assert published == other
+    assert published.attention.rope.dim == 64
+
+
+def test_hunyuan_lists_numbers_by_layer(tmp_path: Path) -> None:
+    fields = {"num_hidden_layers": 2, "intermediate_size": 48, "num_experts": 4}
+    lists = {"moe_topk": [2, 2], "moe_intermediate_size": [48, 48], "num_shared_expert": [1, 1]}
+    listed = read_model(_write(tmp_path, "hunyuan_v1_moe", **fields, **lists))
+    assert listed == read_model(_write(tmp_path, "hunyuan_v1_moe", **fields, moe_topk=2))
+    assert isinstance(listed.ffn[0], MoEFFN)
+    assert (listed.ffn[0].router.top_k, listed.ffn[0].shared_intermediate) == (2, 48)
+
+
+def test_experts_of_a_common_tensor_are_not_rounded(tmp_path: Path) -> None:
+    path = _write(tmp_path, "granitemoe")
+    with pytest.raises(ConfigError, match=r"input_linear\.weight: it holds all experts of a layer"):
+        read_model(path, rounded="int8")
+
+
 def test_eos_ids_of_both_files(tmp_path: Path) -> None:
     path = _write(tmp_path, "qwen3_moe", eos_token_id=7)
     (path / "generation_config.json").write_text('{"eos_token_id": [9, 7]}')
@@ -255,6 +303,28 @@ def test_context_length_and_dtype_given_by_the_user(tmp_path: Path) -> None:
             {"quantization_config": {"quant_method": "fp8"}},
             "fp8 cannot hold model.layers.0.mlp.experts.gate_up_proj: tensors of all experts",
         ),
+        ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window=True: must be false"),
+        ("qwen3", {"layer_types": ["sliding_attention"]}, "layer_types=['sliding_attention']"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True: must be false"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "alpha": 2.0}}, "rope_type must be one of"),
+        ("minimax_m2", {"rotary_dim": 130}, "rotary_dim=130: must be even and at most"),
+        ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func='softmax': must be sigmoid"),
+        ("minimax_m2", {"attn_type_list": [1, 0]}, "attn_type_list=[1, 0]: must be 1"),
+        ("minimax_m2", {"use_routing_bias": False}, "use_routing_bias=False: must be true"),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias=True: must be false"),
+        ("ernie4_5_moe", {"moe_norm_min": 0.1}, "moe_norm_min=0.1: must be at most 1e-06"),
+        ("ernie4_5_moe", {"moe_k": 65}, "moe_k=65: must be at most moe_num_experts=64"),
+        ("granitemoe", {"embedding_multiplier": 0}, "embedding_multiplier=0: must be a number"),
+        ("granitemoe", {"logits_scaling": "8"}, "logits_scaling='8': must be a number above 0"),
+        ("hunyuan_v1_moe", {"use_cla": True}, "use_cla=True: must be false"),
+        ("hunyuan_v1_moe", {"moe_topk": [1, 2]}, "moe_topk=[1, 2]: must be the same for every"),
+        ("hunyuan_v1_moe", {"moe_topk": 2}, "moe_topk=2: must be at most num_experts=1"),
+        ("hunyuan_v1_moe", {"num_shared_expert": [2, 2]}, "num_shared_expert=[2, 2]: must be 1"),
+        ("hunyuan_v1_moe", {"rope_scaling": {"type": "dynamic"}}, "rope_scaling.alpha=None"),
+        ("glm4_moe", {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5"),
+        ("glm4_moe", {"partial_rotary_factor": True}, "partial_rotary_factor=True"),
+        ("glm4_moe", {"rope_scaling": {"type": "default", "partial_rotary_factor": 0.01}}, "0.01"),
+        ("glm4_moe", {"use_qk_norm": 1}, "use_qk_norm=1: must be true or false"),
     ],
 )
 def test_nonsense_is_named(
@@ -269,7 +339,7 @@ def test_nonsense_is_named(
 @pytest.mark.parametrize(
     "fields",
     [
-        {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+        {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"},
         {"architectures": ["MixtralForSequenceClassification"]},
         {"architectures": None, "model_type": "mamba"},
         {"architectures": "MixtralForCausalLM"},

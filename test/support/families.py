@@ -19,6 +19,16 @@ YARN = {
 }
 DEEPSEEK_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 1.0}
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 1e4,
+}
+HUNYUAN_ALPHA = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10000.0}
+
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-tied-dense-between": (
         "qwen3_moe",
@@ -97,6 +107,78 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": True,
         },
     ),
+    "glm4-moe": ("glm4_moe", {"num_hidden_layers": 3, "n_routed_experts": 6}),
+    "glm4-moe-groups": (
+        "glm4_moe",
+        {
+            "use_qk_norm": False,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": False,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 0,
+            "rope_parameters": YARN | {"partial_rotary_factor": 0.25},
+        },
+    ),
+    "qwen2-moe": ("qwen2_moe", {"num_experts": 6, "num_experts_per_tok": 3}),
+    "qwen2-moe-dense-between": (
+        "qwen2_moe",
+        {
+            "num_hidden_layers": 3,
+            "decoder_sparse_step": 2,
+            "qkv_bias": False,
+            "norm_topk_prob": True,
+            "shared_expert_intermediate_size": 40,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3": ("qwen3", {"num_hidden_layers": 3, "rope_parameters": YARN}),
+    "qwen3-tied": (
+        "qwen3",
+        {"tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 4},
+    ),
+    "llama3": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "llama-biases": (
+        "llama",
+        {"num_hidden_layers": 3, "attention_bias": True, "head_dim": 24, "rms_norm_eps": 1e-5},
+    ),
+    "minimax-m2": ("minimax_m2", {"num_local_experts": 6, "num_experts_per_tok": 3}),
+    "ernie": ("ernie4_5_moe", {"num_hidden_layers": 3, "moe_num_experts": 6, "moe_k": 3}),
+    "ernie-tied-between": (
+        "ernie4_5_moe",
+        {
+            "num_hidden_layers": 5,
+            "moe_layer_interval": 2,
+            "moe_layer_end_index": 2,
+            "moe_num_shared_experts": 0,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "hunyuan": ("hunyuan_v1_moe", {"num_experts": 6, "moe_topk": 3}),
+    "hunyuan-alpha": (
+        "hunyuan_v1_moe",
+        {
+            "num_hidden_layers": 3,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": HUNYUAN_ALPHA,
+        },
+    ),
+    "granite": ("granitemoe", {"num_local_experts": 6, "num_experts_per_tok": 3}),
+    "granite-tied-biases": (
+        "granitemoe",
+        {
+            "num_hidden_layers": 3,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "embedding_multiplier": 3,
+            "logits_scaling": 0.7,
+            "residual_multiplier": 1.0,
+        },
+    ),
     "mixtral": ("mixtral", {"num_hidden_layers": 3}),
     "mixtral-window": (
         "mixtral",
@@ -143,14 +225,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts": 6,
             "norm_topk_prob": True,
             "num_experts_per_tok": 3,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "factor": 4.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 32,
-                "rope_theta": 1e4,
-            },
+            "rope_parameters": LLAMA3,
         },
     ),
 }

@@ -21,6 +21,12 @@ _ROUND = {"Q4_0", "Q8_0", "BF16", "F16", "MXFP4"}
 """Types that the ``gguf`` package itself can write."""
 _ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
+    "qwen2_moe": "qwen2moe",
+    "qwen3": "qwen3",
+    "glm4_moe": "glm4moe",
+    "minimax_m2": "minimax-m2",
+    "hunyuan_v1_moe": "hunyuan-moe",
+    "llama": "llama",
     "mixtral": "llama",
     "olmoe": "olmoe",
     "deepseek_v2": "deepseek2",
@@ -189,9 +195,15 @@ def _metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture: str
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
+    rotations = config["rope_parameters"]
+    base = config["rope_theta"]
+    if "alpha" in rotations:  # as the converter has it for Hunyuan
+        base *= rotations["alpha"] ** (config["head_dim"] / (config["head_dim"] - 2))
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+    writer.add_rope_freq_base(base)
     writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_expert_used_count(config["num_experts_per_tok"])
+    if chosen := config.get("num_experts_per_tok") or config.get("moe_topk"):
+        writer.add_expert_used_count(chosen)
     if architecture == "deepseek2":
         nope, rope = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
         writer.add_head_count_kv(1)
@@ -216,9 +228,28 @@ def _metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture: str
         return
     writer.add_head_count_kv(config["num_key_value_heads"])
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
-    if architecture == "qwen3moe":
+    rotated = rotations.get("partial_rotary_factor", 1.0)
+    writer.add_rope_dimension_count(int(head_dim * rotated))
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    if count := next((config[name] for name in experts if config.get(name)), 0):
+        writer.add_expert_count(count)
+    if config.get("head_dim") and architecture != "llama":
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
+    if "moe_intermediate_size" in config:
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if architecture == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    if architecture == "minimax-m2":
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if architecture == "hunyuan-moe":
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+        writer.add_expert_shared_feed_forward_length(config["intermediate_size"])
+        writer.add_expert_shared_count(1)
+    if architecture == "glm4moe":
+        writer.add_expert_shared_count(config["n_shared_experts"])
+        writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+        writer.add_expert_weights_scale(config["routed_scaling_factor"])
+        writer.add_expert_weights_norm(bool(config["norm_topk_prob"]))
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)

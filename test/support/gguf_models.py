@@ -7,6 +7,7 @@ from typing import Any
 
 from make_random_checkpoint import make_random_checkpoint
 from support import gguf_files
+from support.families import HUNYUAN_ALPHA
 
 _K = {"hidden_size": 256, "intermediate_size": 512}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, str], dict[str, Any]]] = {
@@ -18,6 +19,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, str], dict[str, Any]]] = {
         {},
     ),
     "mixtral": ("mixtral", {}, {"token_embd": "F16", "ffn_down": "Q8_0", "": "Q4_0"}, {}),
+    "qwen2 moe": ("qwen2_moe", {"shared_expert_intermediate_size": 64}, {"": "Q8_0"}, {}),
+    "qwen3 dense": ("qwen3", {"tie_word_embeddings": True}, {"": "Q8_0"}, {}),
+    "glm4 moe": ("glm4_moe", {}, {"": "Q8_0"}, {}),
+    "minimax": ("minimax_m2", {}, {"": "Q8_0"}, {}),
+    "hunyuan": ("hunyuan_v1_moe", {"rope_parameters": HUNYUAN_ALPHA}, {"": "Q8_0"}, {}),
+    "llama dense": ("llama", {"num_key_value_heads": 4}, {"": "Q8_0"}, {}),
     "olmoe split": ("olmoe", {}, {"token_embd": "BF16", "": "Q8_0"}, {"max_tensors": 11}),
     "v2": (
         "deepseek_v2",

@@ -173,6 +173,7 @@ class Kernels(ctypes.Structure):
             "sample",
             _function(c_void_p, c_int32, ns.SamplingRule, c_double, c_void_p, result=c_int32),
         ),
+        ("scale", _function(c_void_p, c_float, c_int64)),
     )
 
 

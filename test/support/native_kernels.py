@@ -174,6 +174,11 @@ class NativeKernels:
         self.table.from_float(pointer(x), pointer(out), x.numel())
         return out
 
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        """Multiplies rounded floats ``x`` in place, and returns them."""
+        self.table.scale(pointer(x), factor, x.numel())
+        return x
+
     def embed(self, table: Tensor | PackedMatrix, ids: Tensor) -> Tensor:
         """Rows ``ids`` (int32) of a table [vocab, hidden], plain or packed: float32."""
         hidden = table.struct.k if isinstance(table, PackedMatrix) else table.shape[1]
@@ -291,7 +296,7 @@ class NativeKernels:
         rope: RopeTables,
         q_heads: int,
         kv_heads: int,
-        qk_norm: Literal["none", "head", "full"] = "none",
+        qk_norm: Literal["none", "head", "full", "rotated head"] = "none",
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 0.0,

@@ -13,7 +13,6 @@ from typing import Any
 from msgspec.structs import asdict
 
 from crosspool.checks.front_end_arguments import check_model_arguments
-from crosspool.checks.gpu_models import check_gpu_models
 from crosspool.checks.kv_bounds import check_kv_bounds
 from crosspool.checks.tokenizer_files import check_tokenizer
 from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
@@ -21,6 +20,7 @@ from crosspool.config.device import Device
 from crosspool.config.options import ModelOptions
 from crosspool.config.process import allow_descriptors
 from crosspool.models.gguf_header import gguf_files
+from crosspool.models.gpu_features import check_features
 from crosspool.models.registry import attention_tensors, ffn_tensors, spec_of
 from crosspool.models.spec import ModelSpec
 from crosspool.weightpool.gguf_checkpoint import open_checkpoint
@@ -63,7 +63,7 @@ def check_further_model(options: ModelOptions, deployment: Deployment) -> ModelC
     allow_descriptors(len(deployment.models) + 1)
     check_model(model, deployment.sglang)
     number, spec = deployment.free_number(), spec_of(model)
-    check_gpu_models(deployment, [(model, spec)])
+    check_engine(model, spec, deployment.devices)
     check_kv_bounds(deployment.with_model(number, model), {number: spec})
     check_tensors(model, spec)
     return model
@@ -100,6 +100,12 @@ def check_model(model: ModelConfig, server: Mapping[str, Any]) -> None:
     arguments = {**server, **model.sglang}
     check_model_arguments(arguments, model)
     check_tokenizer(model, arguments)
+
+
+def check_engine(model: ModelConfig, spec: ModelSpec, devices: Sequence[Device]) -> None:
+    """Raises ConfigError for a model that the engine of the devices does not compute."""
+    if any(not device.is_cpu for device in devices):
+        check_features(model, spec)
 
 
 def check_tensors(model: ModelConfig, spec: ModelSpec) -> None:

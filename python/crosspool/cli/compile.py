@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import asdict, replace
 
-from crosspool.checks.gpu_models import check_gpu_models
 from crosspool.cli.prepare import model_configs
 from crosspool.cli.serve import read_options
 from crosspool.config.deployment import ConfigError, Deployment
@@ -159,8 +158,6 @@ def _compile(given: argparse.Namespace, options: Options, toolchain: Toolchain) 
     deployment = _deployment(options)
     check_kv_cache_dtype(deployment)
     specs = specs_of(deployment.models)
-    models = [(deployment.models[number], spec) for number, spec in specs.items()]
-    check_gpu_models(deployment, models)
     placement = place(deployment, specs)
     launches: dict[str, list[Launch]] = {}
     for capability in given.capability:

@@ -11,9 +11,8 @@ from importlib.util import find_spec
 from msgspec.structs import asdict, replace
 
 from crosspool.checks.front_end_arguments import check_model_arguments, check_server_arguments
-from crosspool.checks.gpu_models import check_gpu_models
 from crosspool.checks.kv_bounds import check_kv_bounds
-from crosspool.checks.models import check_tensors, model_config
+from crosspool.checks.models import check_engine, check_tensors, model_config
 from crosspool.checks.tokenizer_files import check_tokenizer
 from crosspool.cli.memory import check_memory, default_kv_bytes, memories
 from crosspool.config.deployment import MAX_MODELS, ConfigError, Deployment, ModelConfig
@@ -69,7 +68,8 @@ def prepare(options: Options) -> Prepared:
     gpus = gpus_of(deployment.devices)
     deployment = replace(deployment, loop=loop_of(deployment, gpus))
     check_loop(deployment)
-    check_gpu_models(deployment, [(models[number], spec) for number, spec in specs.items()])
+    for number, model in models.items():
+        check_engine(model, specs[number], deployment.devices)
     found = memories(deployment.devices, gpus)
     placement = place(deployment, specs)
     if options.kv_pool_bytes is None:

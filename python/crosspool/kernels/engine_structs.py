@@ -70,6 +70,7 @@ class ModelTable(ctypes.Structure):
         ("ffn", POINTER(FFNTable)),
         ("ffn_ranks", POINTER(c_int32)),
         *fields(c_int32, "ffn_rank_count weights number"),
+        *fields(c_float, "embed_scale attention_scale logit_scale"),
     )
 
 

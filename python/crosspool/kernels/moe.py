@@ -72,6 +72,12 @@ def route(
     return experts, weights * scale
 
 
+def shared_weights(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Returns the weight of the shared expert for every row of ``x`` [T, H], float32 [T, 1]: the
+    sigmoid of the product with ``gate`` [1, H], which runs in the dtype of the gate."""
+    return _sigmoid(linear(x.to(gate.dtype), gate))
+
+
 def _limit_groups(
     choice: torch.Tensor, groups: int, top_groups: int, group_score: Literal["max", "top2_sum"]
 ) -> torch.Tensor:

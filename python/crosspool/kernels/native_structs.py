@@ -23,7 +23,7 @@ SCORES = {"softmax": 0, "sigmoid": 1}
 """Values of ``crosspool::Score``."""
 GROUP_SCORES = {"max": 0, "top2_sum": 1}
 """Values of ``crosspool::GroupScore``."""
-QK_NORMS = {"none": 0, "head": 1, "full": 2}
+QK_NORMS = {"none": 0, "head": 1, "full": 2, "rotated head": 3}
 """Values of ``crosspool::QKNorm``."""
 KV_DTYPES = {"auto": 0, "fp8_e4m3": 1, "fp8_e5m2": 2}
 """Values of ``crosspool::KVDType``."""

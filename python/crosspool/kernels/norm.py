@@ -1,4 +1,4 @@
-"""RMSNorm."""
+"""RMSNorm, and factors on activations."""
 
 from __future__ import annotations
 
@@ -11,3 +11,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)
+
+
+def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """Returns ``x`` times ``factor``, in ``x``'s dtype."""
+    return x if factor == 1.0 else x * factor

@@ -83,6 +83,10 @@ class _Keys:
     def __call__(self, key: str, default: Any = None) -> Any:
         return self.header.metadata.get(f"{self._architecture}.{key}", default)
 
+    def has(self, tensor: str) -> bool:
+        """Whether the file has a tensor of this name."""
+        return tensor in self.header.tensors
+
 
 def _ffn_group(header: GGUFHeader) -> int:
     types = {tensor.type for name, tensor in header.tensors.items() if ".ffn_" in name}
@@ -132,14 +136,92 @@ def _olmoe(get: _Keys) -> dict[str, Any]:
     }
 
 
+def _qwen2moe(get: _Keys) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2_moe",
+        "num_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "moe_intermediate_size": get("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": get("expert_shared_feed_forward_length"),
+        "intermediate_size": get("feed_forward_length"),
+        "norm_topk_prob": False,
+        "qkv_bias": get.has("blk.0.attn_q.bias"),
+    }
+
+
+def _qwen3(get: _Keys) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3",
+        "head_dim": get("attention.key_length"),
+        "intermediate_size": get("feed_forward_length"),
+        "attention_bias": get.has("blk.0.attn_q.bias"),
+    }
+
+
+def _glm4moe(get: _Keys) -> dict[str, Any]:
+    head_dim, rotated = get("attention.key_length"), get("rope.dimension_count")
+    return {
+        "model_type": "glm4_moe",
+        "num_hidden_layers": get("block_count", 0) - get("nextn_predict_layers", 0),
+        "head_dim": head_dim,
+        "partial_rotary_factor": rotated / head_dim if rotated and head_dim else None,
+        "attention_bias": get.has("blk.0.attn_q.bias"),
+        "use_qk_norm": get.has("blk.0.attn_q_norm.weight"),
+        "n_routed_experts": get("expert_count"),
+        "n_shared_experts": get("expert_shared_count", 0),
+        "num_experts_per_tok": get("expert_used_count"),
+        "moe_intermediate_size": get("expert_feed_forward_length"),
+        "intermediate_size": get("feed_forward_length"),
+        "first_k_dense_replace": get("leading_dense_block_count", 0),
+        "routed_scaling_factor": get("expert_weights_scale", 1.0),
+        "norm_topk_prob": get("expert_weights_norm", False),
+        "n_group": get("expert_group_count", 1),
+        "topk_group": get("expert_group_used_count", 1),
+    }
+
+
+def _minimax_m2(get: _Keys) -> dict[str, Any]:
+    return {
+        "model_type": "minimax_m2",
+        "head_dim": get("attention.key_length"),
+        "rotary_dim": get("rope.dimension_count"),
+        "num_local_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "intermediate_size": get("expert_feed_forward_length"),
+    }
+
+
+def _hunyuan_moe(get: _Keys) -> dict[str, Any]:
+    """The file's ``rope.freq_base`` has the factor ``alpha`` already."""
+    return {
+        "model_type": "hunyuan_v1_moe",
+        "head_dim": get("attention.key_length"),
+        "attention_bias": get.has("blk.0.attn_q.bias"),
+        "num_experts": get("expert_count"),
+        "moe_topk": get("expert_used_count"),
+        "moe_intermediate_size": get("expert_feed_forward_length"),
+        "intermediate_size": get("expert_shared_feed_forward_length"),
+        "num_shared_expert": get("expert_shared_count"),
+    }
+
+
 def _llama(get: _Keys) -> dict[str, Any]:
+    head_dim = get("attention.key_length", get("rope.dimension_count"))
     if not get("expert_count"):
-        raise ConfigError(
-            f"{get.header.files[0]}: llama.expert_count is missing: dense models are not supported"
-        )
+        if get.has("rope_freqs.weight"):
+            raise ConfigError(
+                f"{get.header.files[0]}: the tensor rope_freqs.weight scales the rotations, as in "
+                "Llama 3.1: that is not supported in GGUF files; serve the Hugging Face folder"
+            )
+        return {
+            "model_type": "llama",
+            "head_dim": head_dim,
+            "intermediate_size": get("feed_forward_length"),
+            "attention_bias": get.has("blk.0.attn_q.bias"),
+        }
     return {
         "model_type": "mixtral",
-        "head_dim": get("attention.key_length", get("rope.dimension_count")),
+        "head_dim": head_dim,
         "num_local_experts": get("expert_count"),
         "num_experts_per_tok": get("expert_used_count"),
         "intermediate_size": get("feed_forward_length"),
@@ -177,6 +259,11 @@ def _deepseek2(get: _Keys) -> dict[str, Any]:
 
 _ARCHITECTURES: dict[str, Callable[[_Keys], dict[str, Any]]] = {
     "qwen3moe": _qwen3moe,
+    "qwen2moe": _qwen2moe,
+    "qwen3": _qwen3,
+    "glm4moe": _glm4moe,
+    "minimax-m2": _minimax_m2,
+    "hunyuan-moe": _hunyuan_moe,
     "olmoe": _olmoe,
     "llama": _llama,
     "deepseek2": _deepseek2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from crosspool.models.config_file import ConfigFile
-from crosspool.models.rope import check_rope, yarn_mscale
+from crosspool.models.rope import check_full_rope, yarn_mscale
 from crosspool.models.spec import MLASpec, RopeSpec
 
 
@@ -19,7 +19,7 @@ def read_mla(
 ) -> MLASpec:
     """Reads the attention; the numbers are the family's defaults. The softmax scale includes YaRN's
     ``mscale_all_dim``."""
-    rope = check_rope(config)
+    rope = check_full_rope(config)
     nope = config.integer("qk_nope_head_dim", qk_nope_head_dim)
     rope_dim = config.integer("qk_rope_head_dim", 64, minimum=2)
     if rope_dim % 2:

@@ -62,6 +62,15 @@ def leading_dense(
     return (dense,) * leading + (moe,) * (layers - leading)
 
 
+def alternating_dense(
+    config: ConfigFile, layers: int, dense: DenseFFN, moe: MoEFFN
+) -> tuple[FFNSpec, ...]:
+    """Returns the FFNs of all layers by the fields of Qwen's MoE models: dense are those that
+    ``mlp_only_layers`` lists, and those between every ``decoder_sparse_step``-th one."""
+    listed, step = config.integers("mlp_only_layers"), config.integer("decoder_sparse_step", 1)
+    return tuple(dense if layer in listed or (layer + 1) % step else moe for layer in range(layers))
+
+
 def check_router(config: ConfigFile, router: RouterSpec, experts: int) -> RouterSpec:
     """Returns the router. Raises ConfigError when its groups have too few experts for ``top_k``."""
     if experts % router.groups:

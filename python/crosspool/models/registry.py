@@ -42,7 +42,7 @@ def _found() -> dict[str, Family]:
 
 
 FAMILIES = _found()
-_NEVER_QUANTIZED = ("embed", "router")
+_NEVER_QUANTIZED = ("embed", "router", "router_bias", "shared_gate")
 _BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES.values()}
 
 
@@ -136,17 +136,24 @@ def read_spec(config: ConfigFile, family: Family, dtype: DType) -> ModelSpec:
         context=config.integer("max_position_embeddings", family.context),
         dtype=dtype,
         norm_eps=config.number("rms_norm_eps", family.norm_eps),
-        tied_embeddings=config.boolean("tie_word_embeddings", False),
+        tied_embeddings=config.boolean("tie_word_embeddings", family.tied_embeddings),
         attention=family.attention(config, hidden),
         ffn=family.ffn(config, layers),
         eos_token_ids=_eos(config, family.eos_token_id),
+        embed_scale=_factor(config, family.embed_factor),
+        logit_scale=1.0 / _factor(config, family.logit_divisor),
     )
+
+
+def _factor(config: ConfigFile, field: str | None) -> float:
+    return 1.0 if field is None else config.number(field, 1.0)
 
 
 def attention_tensors(spec: ModelSpec) -> list[tuple[int | None, TensorRef]]:
     """Lists every tensor of the attention part with its layer, which is None for embeddings, final
     norm and LM head."""
-    return [(layer, _as_stored(spec, ref)) for layer, ref in attention_part(spec)]
+    part = attention_part(spec, FAMILIES[spec.family].qk_norms)
+    return [(layer, _as_stored(spec, ref)) for layer, ref in part]
 
 
 def ffn_tensors(spec: ModelSpec, layer: int) -> list[TensorRef]:
@@ -180,7 +187,7 @@ def _check_quantized(config: ConfigFile, spec: ModelSpec) -> None:
         if ref.scheme is None:
             continue
         if ref.stack is not None and not ref.scheme.stacks:
-            why: str | None = "tensors of all experts are read as floats or mxfp4"
+            why: str | None = "it holds all experts of a layer, which are read as floats or mxfp4"
         else:
             why = ref.scheme.wrong_shape(*ref.shape)
         if why:

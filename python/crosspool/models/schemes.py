@@ -38,8 +38,9 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """A place in a tensor that holds a matrix, or a vector, of every expert of a layer: matrices of
-    floats as [experts, k, n], quantised ones as [experts, n, ...], vectors as [experts, n]."""
+    """A place in a tensor that holds a matrix, or a vector, of every expert of a layer: vectors as
+    [experts, height], quantised matrices as [experts, height, ...], matrices of floats as
+    [experts, height, k], or as [experts, k, height] where ``rows_last``."""
 
     index: int
     """The expert."""
@@ -50,18 +51,23 @@ class Stack:
     step: int = 1
     """Rows of the stored matrix from one row of this one to the next: 2 where gate and up
     alternate."""
+    height: int
+    """Rows of the stored matrix."""
+    rows_last: bool = False
 
     def floats(self, shape: Shape) -> Shape:
         """Returns the shape of the tensor in which a matrix [n, k] of floats, or a vector [n],
         lies."""
-        n, *k = shape
-        return (self.count, *k, n * self.step)
+        rest = shape[1:]
+        return (
+            (self.count, *rest, self.height) if self.rows_last else (self.count, self.height, *rest)
+        )
 
     def within(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        """Returns where a part of a matrix of floats, or of a vector, lies in that tensor, its n
-        last."""
-        rows, *columns = index
-        return (slice(self.index, self.index + 1), *columns, self.rows(rows))
+        """Returns where a part of a matrix of floats, or of a vector, lies in that tensor."""
+        rows, columns = self.rows(index[0]), index[1:]
+        stored = (*columns, rows) if self.rows_last else (rows, *columns)
+        return (slice(self.index, self.index + 1), *stored)
 
     def rows(self, part: slice) -> slice:
         """Returns where rows of the matrix lie among those that are stored."""
@@ -315,7 +321,7 @@ class MXFP4(Stored):
             weight = StoredTensor((f"{module}.weight_packed",), ((n, k // 2),), ("U8",))
             scale = StoredTensor((f"{module}.weight_scale",), ((n, groups),), _EXPONENTS)
             return {"weight": weight, "scale": scale}
-        stacked = (stack.count, n * stack.step, groups)
+        stacked = (stack.count, stack.height, groups)
         blocks = (*stacked, MXFP4_GROUP // 2)
         return {
             "weight": StoredTensor((f"{module}_blocks",), (blocks,), ("U8",)),

@@ -23,7 +23,8 @@ class RopeSpec:
     """Rotary position embedding. Ranks take its frequencies from transformers' functions."""
 
     dim: int
-    """Number of rotated features per head."""
+    """Number of rotated features per head, the first ones of a GQA head; the others stay as they
+    are."""
     interleaved: bool
     """Whether the rotated pairs are (0, 1), (2, 3), ... instead of (i, i + dim / 2)."""
     fp32: bool = False
@@ -39,8 +40,9 @@ class GQASpec:
     head_dim: int
     scale: float
     rope: RopeSpec
-    qk_norm: Literal["none", "head", "full"] = "none"
-    """RMSNorm of q and k: none, per head (Qwen3), or over all heads at once (OLMoE)."""
+    qk_norm: Literal["none", "head", "full", "rotated head"] = "none"
+    """RMSNorm of q and k: none, per head (Qwen3), over all heads at once (OLMoE), or per head
+    behind the rotation (Hunyuan)."""
     qkv_bias: bool = False
     o_bias: bool = False
     sliding_window: int | None = None
@@ -52,6 +54,8 @@ class GQASpec:
     (gpt-oss)."""
     qkv_clip: float | None = None
     """Bound to which q, k and v are clamped after their projections (OLMoE); None for no bound."""
+    out_scale: float = 1.0
+    """Factor on what the attention adds to the residual (Granite)."""
 
     def window(self, layer: int) -> int | None:
         """Number of tokens that a query of a layer sees, its own included; None for all."""
@@ -123,6 +127,8 @@ class MoEFFN:
     swiglu_limit: float | None = None
     """Where experts compute down((up + 1) * gate * sigmoid(1.702 * gate)), with gate at most this
     and up between minus this and this (gpt-oss); None: they are plain gated MLPs."""
+    shared_gate: bool = False
+    """Whether the shared expert's output is multiplied by the sigmoid of a gate (Qwen2-MoE)."""
 
 
 FFNSpec = DenseFFN | MoEFFN
@@ -150,6 +156,10 @@ class ModelSpec:
     """How matrices of the checkpoint are quantised; None when none is."""
     kv_cache_dtype: KVCacheDType = "auto"
     """How elements of the KV cache are held."""
+    embed_scale: float = 1.0
+    """Factor on the embeddings (Granite)."""
+    logit_scale: float = 1.0
+    """Factor on the logits (Granite)."""
     cut_unit: int = 1
     """Multiple at which ranks cut intermediate dimensions, so that no two ranks need weights that
     share a scale."""

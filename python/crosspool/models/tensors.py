@@ -9,8 +9,11 @@ from crosspool.models.schemes import Stack
 from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, MoEFFN, TensorRef
 
 
-def attention_part(spec: ModelSpec) -> Iterator[tuple[int | None, TensorRef]]:
-    """Yields every tensor of the attention part with its layer, None for the whole model's."""
+def attention_part(
+    spec: ModelSpec, qk_norms: tuple[str, str]
+) -> Iterator[tuple[int | None, TensorRef]]:
+    """Yields every tensor of the attention part with its layer, None for the whole model's.
+    ``qk_norms``: the names of the norms of q and k."""
     vocabulary = (spec.vocab, spec.hidden)
     yield None, TensorRef(key="embed", name="model.embed_tokens.weight", shape=vocabulary)
     for layer in range(spec.layers):
@@ -20,22 +23,26 @@ def attention_part(spec: ModelSpec) -> Iterator[tuple[int | None, TensorRef]]:
             ("post_norm", "post_attention_layernorm"),
         ):
             yield layer, TensorRef(key=key, name=f"{prefix}.{name}.weight", shape=(spec.hidden,))
-        for key, name, shape in _projections(spec):
+        for key, name, shape in _projections(spec, qk_norms):
             yield layer, TensorRef(key=key, name=f"{prefix}.self_attn.{name}", shape=shape)
     yield None, TensorRef(key="final_norm", name="model.norm.weight", shape=(spec.hidden,))
     if not spec.tied_embeddings:
         yield None, TensorRef(key="lm_head", name="lm_head.weight", shape=vocabulary)
 
 
-def _projections(spec: ModelSpec) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def _projections(
+    spec: ModelSpec, qk_norms: tuple[str, str]
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     attention = spec.attention
     if isinstance(attention, GQASpec):
-        yield from _gqa(attention, spec.hidden)
+        yield from _gqa(attention, spec.hidden, qk_norms)
     else:
         yield from _mla(attention, spec.hidden)
 
 
-def _gqa(a: GQASpec, hidden: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def _gqa(
+    a: GQASpec, hidden: int, qk_norms: tuple[str, str]
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     q, kv = a.q_heads * a.head_dim, a.kv_heads * a.head_dim
     for letter, width in (("q", q), ("k", kv), ("v", kv)):
         yield f"{letter}_proj", f"{letter}_proj.weight", (width, hidden)
@@ -47,9 +54,10 @@ def _gqa(a: GQASpec, hidden: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     if a.sinks:
         yield "sinks", "sinks", (a.q_heads,)
     if a.qk_norm != "none":
-        per_head = a.qk_norm == "head"
-        yield "q_norm", "q_norm.weight", (a.head_dim if per_head else q,)
-        yield "k_norm", "k_norm.weight", (a.head_dim if per_head else kv,)
+        per_head = a.qk_norm != "full"
+        q_norm, k_norm = qk_norms
+        yield "q_norm", f"{q_norm}.weight", (a.head_dim if per_head else q,)
+        yield "k_norm", f"{k_norm}.weight", (a.head_dim if per_head else kv,)
 
 
 def _mla(a: MLASpec, hidden: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -93,13 +101,13 @@ def ffn_part(spec: ModelSpec, layer: int, names: FFNNames) -> Iterator[TensorRef
     if router.correction_bias:
         yield TensorRef(
             key="router_bias",
-            name=f"{block}.gate.e_score_correction_bias",
-            shape=(ffn.experts,),
+            name=f"{block}.{names.correction_bias}",
+            shape=(1, ffn.experts) if names.bias_in_row else (ffn.experts,),
             keep_fp32=True,
         )
     for expert in range(ffn.experts):
-        if names.fused:
-            yield from _fused(f"{block}.experts", spec.hidden, ffn, expert)
+        if names.stacks is not None:
+            yield from _stacked(block, names, spec.hidden, ffn, expert)
             continue
         prefix = f"{block}.experts.{expert}"
         yield from _gated(
@@ -108,6 +116,11 @@ def ffn_part(spec: ModelSpec, layer: int, names: FFNNames) -> Iterator[TensorRef
     if ffn.shared_intermediate:
         prefix = f"model.layers.{layer}.{names.shared}"
         yield from _gated("shared", prefix, names, spec.hidden, ffn.shared_intermediate)
+    if ffn.shared_gate:
+        name = f"model.layers.{layer}.{names.shared_gate}.weight"
+        yield TensorRef(
+            key="shared_gate", name=name, shape=(1, spec.hidden), keep_fp32=router.fp32_logits
+        )
 
 
 def _gated(
@@ -130,17 +143,25 @@ def _gated(
         )
 
 
-def _fused(prefix: str, hidden: int, ffn: MoEFFN, expert: int) -> Iterator[TensorRef]:
+def _stacked(
+    block: str, names: FFNNames, hidden: int, ffn: MoEFFN, expert: int
+) -> Iterator[TensorRef]:
     """One expert's places in the tensors of all experts of a layer."""
-    key, width = f"experts.{expert}", ffn.intermediate
-    gate = Stack(index=expert, count=ffn.experts, step=2)
-    up = Stack(index=expert, count=ffn.experts, first=1, step=2)
-    down = Stack(index=expert, count=ffn.experts)
-    name = f"{prefix}.gate_up_proj"
-    for part, stack in (("gate", gate), ("up", up)):
+    assert names.stacks is not None
+    key, width, turns = f"experts.{expert}", ffn.intermediate, names.alternates
+    both, down = (f"{block}.{name}" for name in names.stacks)
+    for part, first in (("gate", 0), ("up", 1 if turns else width)):
+        stack = Stack(
+            index=expert,
+            count=ffn.experts,
+            height=2 * width,
+            first=first,
+            step=2 if turns else 1,
+            rows_last=turns,
+        )
         yield TensorRef(
             key=f"{key}.{part}",
-            name=name,
+            name=both,
             shape=(width, hidden),
             split=0,
             expert=expert,
@@ -149,26 +170,27 @@ def _fused(prefix: str, hidden: int, ffn: MoEFFN, expert: int) -> Iterator[Tenso
         if ffn.biases:
             yield TensorRef(
                 key=f"{key}.{part}_bias",
-                name=f"{name}_bias",
+                name=f"{both}_bias",
                 shape=(width,),
                 split=0,
                 expert=expert,
                 stack=stack,
             )
+    stack = Stack(index=expert, count=ffn.experts, height=hidden, rows_last=turns)
     yield TensorRef(
         key=f"{key}.down",
-        name=f"{prefix}.down_proj",
+        name=down,
         shape=(hidden, width),
         split=1,
         expert=expert,
-        stack=down,
+        stack=stack,
     )
     if ffn.biases:
         yield TensorRef(
             key=f"{key}.down_bias",
-            name=f"{prefix}.down_proj_bias",
+            name=f"{down}_bias",
             shape=(hidden,),
             expert=expert,
             once=True,
-            stack=down,
+            stack=stack,
         )

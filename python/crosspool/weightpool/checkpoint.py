@@ -276,7 +276,8 @@ def _floats(
     if ref.stack is None:
         return read("weight", index)
     whole = (slice(*part.indices(size)) for part, size in zip(index, ref.shape, strict=True))
-    return read("weight", ref.stack.within(tuple(whole)))[0].t().contiguous()
+    found = read("weight", ref.stack.within(tuple(whole)))[0]
+    return found.t().contiguous() if ref.stack.rows_last else found
 
 
 class _Files:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +138,10 @@ class GGUFCheckpoint(Checkpoint):
         heads = 0
         if self._architecture == "llama" and (match := _ROTATED.fullmatch(found)):
             heads = self._of(f"attention.head_count{'_kv' if match[1] == 'k' else ''}")
-        return _Place((self._tensor(found),), expert, heads)
+        tensor = self._tensor(found)
+        if tensor.shape == ref.shape[1:] and ref.shape[0] == 1:  # a matrix of one row
+            tensor = replace(tensor, shape=ref.shape)
+        return _Place((tensor,), expert, heads)
 
     def _tensor(self, name: str) -> GGUFTensor:
         if name not in self._header.tensors:

@@ -42,6 +42,21 @@ void embed(const Part& part, Lane& lane, Range rows) {
     part.k.embed_packed(*model.head, lane.step->tokens, lane.residual.as<float>(), model.hidden,
                         rows.begin, rows.end);
   }
+  if (model.embed_scale != 1.0F) {
+    const std::int64_t hidden = model.hidden, count = rows.end - rows.begin;
+    part.k.scale(lane.residual.as<float>() + rows.begin * hidden, model.embed_scale,
+                 count * hidden);
+  }
+}
+
+// Adds the attention's output, which the workspace's `sum` holds, to rows [begin, end) of the
+// residual.
+void add_scaled(const Part& part, Lane& lane, Range rows) {
+  const std::int64_t hidden = part.model.hidden, offset = rows.begin * hidden;
+  float* const out = part.work.sum.as<float>() + offset;
+  part.k.scale(out, part.model.attention_scale, (rows.end - rows.begin) * hidden);
+  part.k.add(lane.residual.as<float>() + offset, hidden, out, hidden, rows.end - rows.begin, 0,
+             part.model.hidden);
 }
 
 }  // namespace
@@ -68,14 +83,16 @@ void run_attention_part(const Part& part, Lane& lane, std::span<unsigned char* c
   } else {
     attended = run_mla(part, lane);
   }
+  const bool scaled = model.attention_scale != 1.0F;
   part.product({.weight = weights.o,
                 .bias = weights.o_bias,
                 .x = attended,
-                .out = residual,
+                .out = scaled ? part.work.sum.as<float>() : residual,
                 .out_stride = hidden,
                 .rows = lane.step->rows,
-                .store = Store::kResidual});
+                .store = scaled ? Store::kFloat : Store::kResidual});
   part.meet();
+  if (scaled) add_scaled(part, lane, rows);
 
   part.k.rms_norm(residual, hidden, weights.post_norm, hidden, model.norm_eps, lane.payload.data(),
                   hidden, rows.begin, rows.end);

@@ -27,6 +27,7 @@ class ExpertNeed {
   // The choice of a part that waits.
   std::vector<std::int32_t> experts;  // [rows, top_k]
   std::vector<float> weights;
+  std::vector<float> shared_weights;  // [rows]: of the shared expert, if it has a gate
 
  private:
   friend class ExpertPool;

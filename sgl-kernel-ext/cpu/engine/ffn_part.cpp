@@ -1,6 +1,7 @@
 #include "ffn_part.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace crosspool {
 
@@ -9,9 +10,23 @@ namespace {
 // Batches of so few rows choose their experts on one thread, which saves a meeting.
 constexpr std::int32_t kFewRows = 2;
 
+// `shared`: a weight of the shared expert for each row, if it has a gate.
 void plan_batch(const Part& part, const FFNTask& task, const FFNTable& table,
-                const std::int32_t* experts, const float* weights) {
-  part.k.plan_experts(table.layer, experts, weights, task.rows, &part.work.plan, part.scratch());
+                const std::int32_t* experts, const float* weights, const float* shared) {
+  ExpertPlan& plan = part.work.plan;
+  part.k.plan_experts(table.layer, experts, weights, task.rows, &plan, part.scratch());
+  if (!table.gates_shared() || table.layer.shared_gate_up == nullptr) return;
+  std::copy_n(shared, task.rows, plan.slot_weight + plan.slot_count - task.rows);
+}
+
+// Computes the weights of the shared expert for rows [begin, end).
+void weigh_shared(const FFNTable& table, const float* logits, float* shared, std::int32_t begin,
+                  std::int32_t end) {
+  if (!table.gates_shared()) return;
+  for (std::int64_t row = begin; row < end; ++row) {
+    const float logit = logits[row * table.router_weight->n + table.router.experts];
+    shared[row] = 1.0F / (1.0F + std::exp(-logit));
+  }
 }
 
 void compute_logits(const Part& part, const FFNTask& task, const FFNTable& table, const Rows& x,
@@ -21,7 +36,7 @@ void compute_logits(const Part& part, const FFNTask& task, const FFNTable& table
                   .bias = table.router_bias,
                   .x = x,
                   .out = logits,
-                  .out_stride = table.router.experts,
+                  .out_stride = table.router_weight->n,
                   .rows = task.rows,
                   .store = Store::kFloat};
   kernels(table.router_weight->dtype).gemm(gemm, panels.begin, panels.end, part.scratch());
@@ -35,7 +50,7 @@ void expect_experts(const Part& part, const FFNTask& task) {
   const std::int32_t next = task.layer + 1;
   if (task.next != nullptr) {
     auto* const experts = work.next_experts.as<std::int32_t>();
-    part.k.route(task.next->router, work.next_logits.as<float>(), task.next->router.experts,
+    part.k.route(task.next->router, work.next_logits.as<float>(), task.next->router_weight->n,
                  experts, work.next_weights.as<float>(), 0, task.rows, part.scratch());
     const auto count = static_cast<std::size_t>(task.rows) * task.next->router.top_k;
     pool.expect(task.model, next, task.next->layer, {experts, count});
@@ -54,7 +69,8 @@ void plan_and_acquire(const Part& part, const FFNTask& task, const FFNTable& tab
   Workspace& work = part.work;
   const auto* const experts = work.experts.as<std::int32_t>();
   const auto* const weights = work.weights.as<float>();
-  plan_batch(part, task, table, experts, weights);
+  const auto* const shared = work.shared_weights.as<float>();
+  plan_batch(part, task, table, experts, weights, shared);
   work.experts_missing = false;
   if (task.pool == nullptr) return;
   ExpertNeed& need = *task.need;
@@ -63,6 +79,7 @@ void plan_and_acquire(const Part& part, const FFNTask& task, const FFNTable& tab
     const std::ptrdiff_t count = static_cast<std::ptrdiff_t>(task.rows) * table.layer.top_k;
     need.experts.assign(experts, experts + count);
     need.weights.assign(weights, weights + count);
+    need.shared_weights.assign(shared, shared + task.rows);
   }
   expect_experts(part, task);
 }
@@ -73,7 +90,9 @@ bool choose_experts(const Part& part, const FFNTask& task, const FFNTable& table
   Workspace& work = part.work;
   if (task.chosen) {
     part.team.meet(part.thread, [&] {
-      plan_batch(part, task, table, task.need->experts.data(), task.need->weights.data());
+      const ExpertNeed& need = *task.need;
+      plan_batch(part, task, table, need.experts.data(), need.weights.data(),
+                 need.shared_weights.data());
     });
     return true;
   }
@@ -95,8 +114,10 @@ bool choose_experts(const Part& part, const FFNTask& task, const FFNTable& table
   auto* const experts = work.experts.as<std::int32_t>();
   auto* const weights = work.weights.as<float>();
   const auto route = [&](std::int32_t begin, std::int32_t end) {
-    part.k.route(table.router, work.router_logits.as<float>(), table.router.experts, experts,
-                 weights, begin, end, part.scratch());
+    const float* const logits = work.router_logits.as<float>();
+    part.k.route(table.router, logits, table.router_weight->n, experts, weights, begin, end,
+                 part.scratch());
+    weigh_shared(table, logits, work.shared_weights.as<float>(), begin, end);
   };
   if (task.rows <= kFewRows) {
     part.team.meet(part.thread, [&] {
@@ -127,7 +148,7 @@ void run_ffn_part(const Part& part, const FFNTask& task) {
   if (table.router_weight != nullptr) {
     if (!choose_experts(part, task, table)) return;
   } else {
-    part.team.meet(part.thread, [&] { plan_batch(part, task, table, nullptr, nullptr); });
+    part.team.meet(part.thread, [&] { plan_batch(part, task, table, nullptr, nullptr, nullptr); });
   }
 
   float* const out = work.sum.as<float>();

@@ -46,6 +46,9 @@ void compute_logits(const Part& part, Lane& lane, std::int32_t piece) {
   part.k.gemm(gemm, panels.begin, panels.end, part.scratch());
   const std::int32_t begin = panels.begin * kPanel;
   const std::int32_t end = std::min(model.vocab, panels.end * kPanel);
+  for (std::int64_t i = 0; i < lane.head_rows && model.logit_scale != 1.0F; ++i) {
+    part.k.scale(logits + i * model.vocab + begin, model.logit_scale, end - begin);
+  }
   for (std::int32_t i = 0; i < lane.head_rows; ++i) {
     if (lane.step->wanted[lane.head_row + i].choice != Choice::kGreedy) continue;
     Best found{};

@@ -47,6 +47,12 @@ struct FFNTable {
   Router router;
   const Matrix* router_weight;  // of the model's dtype or of float32; null for a dense layer
   const float* router_bias;     // [experts]: of the logits; or null
+
+  // Whether the router's weight has one row more, behind those of the experts: the shared expert's
+  // gate, whose sigmoid is the shared expert's weight.
+  bool gates_shared() const {
+    return router_weight != nullptr && router_weight->n > router.experts;
+  }
 };
 
 enum class AttentionKind : std::int32_t { kGQA = 0, kMLA = 1 };
@@ -90,6 +96,11 @@ struct ModelTable {
 
   // Of the model, in the whole deployment; no other model ever has it.
   std::int32_t number;
+
+  // Factors on embeddings, on what the attention of a layer adds to the residual, and on logits.
+  float embed_scale = 1.0F;
+  float attention_scale = 1.0F;
+  float logit_scale = 1.0F;
 };
 
 // ---- A step

@@ -66,7 +66,7 @@ struct Sizes {
     }
     if (ffn.router_weight != nullptr) {
       limits.experts = std::max(limits.experts, ffn.router.experts);
-      cover(experts, ffn.router.experts);
+      cover(experts, ffn.router_weight->n);
     }
     cover(top_k, layer.top_k + 1);
     cover(held, layer.held + 1);
@@ -97,6 +97,7 @@ void Workspace::cover(const ModelTable& model) {
   router_logits.reserve(rows * sizes.experts * kWidestElement);
   experts.reserve(rows * sizes.top_k * kWidestElement);
   weights.reserve(rows * sizes.top_k * kWidestElement);
+  shared_weights.reserve(rows * kWidestElement);
   next_logits.reserve(kForetoldRows * sizes.experts * kWidestElement);
   next_experts.reserve(kForetoldRows * sizes.top_k * kWidestElement);
   next_weights.reserve(kForetoldRows * sizes.top_k * kWidestElement);

@@ -31,19 +31,20 @@ struct Workspace {
   Buffer values;     // model [q_heads * value_dim] of MLA
   Buffer sum;        // float [hidden]: partial sums of several FFN ranks, or one before its reply
 
-  Buffer wide;           // float [hidden]: the rows for a router of float32 in a bfloat16 model
-  Buffer router_logits;  // float [experts]
-  Buffer experts;        // int32 [top_k]
-  Buffer weights;        // float [top_k]
-  Buffer activation;     // model, by slot of the plan
-  Buffer groups;         // ExpertGroup
-  Buffer slot_row;       // int32, by slot
-  Buffer slot_weight;    // float, by slot
+  Buffer wide;            // float [hidden]: the rows for a router of float32 in a bfloat16 model
+  Buffer router_logits;   // float [experts], and one more where the shared expert has a gate
+  Buffer experts;         // int32 [top_k]
+  Buffer weights;         // float [top_k]
+  Buffer shared_weights;  // float: of the shared expert, if it has a gate
+  Buffer activation;      // model, by slot of the plan
+  Buffer groups;          // ExpertGroup
+  Buffer slot_row;        // int32, by slot
+  Buffer slot_weight;     // float, by slot
   ExpertPlan plan{};
   bool experts_missing = false;  // written by thread 0
-  Buffer next_logits;            // float [experts] of few rows: what the next layer's router says
-  Buffer next_experts;           // int32 [top_k] of few rows
-  Buffer next_weights;           // float [top_k] of few rows
+  Buffer next_logits;   // like router_logits, of few rows: what the next layer's router says
+  Buffer next_experts;  // int32 [top_k] of few rows
+  Buffer next_weights;  // float [top_k] of few rows
 
   Buffer scratches;  // by thread
   std::int64_t scratch_bytes = 0;

@@ -243,10 +243,11 @@ struct Rope {
   std::int32_t fp32;         // 1: only the sum of the products is rounded, not the products
 };
 
-enum class QKNorm : std::int32_t { kNone = 0, kHead = 1, kFull = 2 };
+// kRotatedHead: of every head, after it was rotated.
+enum class QKNorm : std::int32_t { kNone = 0, kHead = 1, kFull = 2, kRotatedHead = 3 };
 
 // The work between a GQA layer's projections and its attention, in this order: QK-norm, clip,
-// rotation, KV append.
+// rotation, KV append. A norm of rotated heads comes behind the rotation.
 struct GQAPrepare {
   const float* qkv;  // rounded floats [rows, qkv_stride]: q heads, K heads, V heads
   std::int64_t qkv_stride;
@@ -256,7 +257,7 @@ struct GQAPrepare {
   void* q;                 // out, model dtype [rows, q_stride]
   std::int64_t q_stride;
   KVCache kv;  // out: the rows' slots of `layer`
-  Rope rope;   // dim == head_dim
+  Rope rope;   // of the first features of every head; dim <= head_dim
   std::int32_t layer;
   std::int32_t q_heads;
   std::int32_t kv_heads;

@@ -106,6 +106,9 @@ struct Kernels {
   // Returns a row's token by the rules of crosspool.ranks.sampler, for a draw in [0, 1).
   std::int32_t (*sample)(const float* logits, std::int32_t vocab, const SamplingRule& rule,
                          double draw, void* scratch);
+
+  // x = round(x * factor), for `count` rounded floats.
+  void (*scale)(float* x, float factor, std::int64_t count);
 };
 
 // Whether `a` beats `b`, whichever was found first.

@@ -58,6 +58,13 @@ void from_float(const float* x, void* out, std::int64_t count) {
   for_lanes(0, count, [&](std::int64_t i, auto n) { T::store(to + i, load(x + i, n), n); });
 }
 
+template <class T>
+void scale(float* x, float factor, std::int64_t count) {
+  for_lanes(0, count, [&](std::int64_t i, auto n) {
+    store(x + i, T::round(load(x + i, n) * splat(factor)), n);
+  });
+}
+
 }  // namespace
 
 template <class T>
@@ -67,6 +74,7 @@ void add_norm(Kernels& table) {
   table.add_model = add_model<T>;
   table.to_float = to_float<T>;
   table.from_float = from_float<T>;
+  table.scale = scale<T>;
 }
 template void add_norm<BFloat16>(Kernels& table);
 template void add_norm<Float32>(Kernels& table);

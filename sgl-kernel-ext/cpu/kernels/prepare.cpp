@@ -83,6 +83,28 @@ CROSSPOOL_INLINE void rotate_head(const Features& x, const Rope& rope, std::int3
   });
 }
 
+// Features [rope.dim, dim) of a head, which do not rotate, written as the format K.
+template <class T, class K, class Features>
+CROSSPOOL_INLINE void pass_rest(const Features& x, const Rope& rope, std::int64_t dim,
+                                typename K::Element* out) {
+  for_lanes(rope.dim, dim, [&](std::int64_t i, auto n) { K::store(out + i, x.at(i, n), n); });
+}
+
+// Norms a rotated head, which may lie where it is written to.
+template <class T, class K>
+void norm_head(const typename T::Element* x, const float* weight, std::int64_t dim, float eps,
+               typename K::Element* out) {
+  V squares{};
+  for_lanes(0, dim, [&](std::int64_t i, auto n) {
+    const V v = T::load(x + i, n);
+    squares = fma(v, v, squares);
+  });
+  const float inverse = 1.0F / __builtin_sqrtf(reduce_add(squares) / static_cast<float>(dim) + eps);
+  for_lanes(0, dim, [&](std::int64_t i, auto n) {
+    K::store(out + i, scaled<T>(T::load(x + i, n), inverse, load(weight + i, n)), n);
+  });
+}
+
 template <class T, class K>
 void gqa_prepare(const GQAPrepare& p, std::int32_t row_begin, std::int32_t row_end,
                  std::int32_t head_begin, std::int32_t head_end) {
@@ -107,15 +129,28 @@ void gqa_prepare(const GQAPrepare& p, std::int32_t row_begin, std::int32_t row_e
       }
       return features;
     };
-    for (std::int64_t h = head_begin * group; h < head_end * group; ++h) {
-      rotate_head<T, PlainKV<T>>(head(q, p.q_norm, q_inverse, h), p.rope, place.position,
-                                 q_out + h * dim);
-    }
+    const auto prepare = [&]<class To>(To, const Normed<T>& features, const float* norm,
+                                       typename T::Element* rotated, typename To::Element* out) {
+      if (p.qk_norm == QKNorm::kRotatedHead) {
+        rotate_head<T, PlainKV<T>>(features, p.rope, place.position, rotated);
+        pass_rest<T, PlainKV<T>>(features, p.rope, dim, rotated);
+        norm_head<T, To>(rotated, norm, dim, p.eps, out);
+      } else {
+        rotate_head<T, To>(features, p.rope, place.position, out);
+        pass_rest<T, To>(features, p.rope, dim, out);
+      }
+    };
+    // Keys come first: what is rotated and not normed yet lies where a head of q comes later.
+    auto* const rotated = q_out + head_begin * group * dim;
     for (std::int64_t h = head_begin; h < head_end; ++h) {
-      rotate_head<T, K>(head(k, p.k_norm, k_inverse, h), p.rope, place.position, slot + h * dim);
+      prepare(K{}, head(k, p.k_norm, k_inverse, h), p.k_norm, rotated, slot + h * dim);
       const Normed<T> values{v + h * dim, nullptr, 0.0F, p.clip};
       auto* const v_slot = slot + k_width + h * dim;
       for_lanes(0, dim, [&](std::int64_t i, auto n) { K::store(v_slot + i, values.at(i, n), n); });
+    }
+    for (std::int64_t h = head_begin * group; h < head_end * group; ++h) {
+      auto* const out = q_out + h * dim;
+      prepare(PlainKV<T>{}, head(q, p.q_norm, q_inverse, h), p.q_norm, out, out);
     }
   }
 }

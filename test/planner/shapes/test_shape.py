@@ -129,9 +129,9 @@ def test_bundled_models_are_counted_as_the_pools_count_them(folder: Path) -> Non
 def test_families_are_counted_as_the_pools_count_them(
     family: str, dtype: str, tmp_path: Path
 ) -> None:
-    fields = {"tie_word_embeddings": True, "attention_bias": True}
-    if family == "mixtral":
-        del fields["attention_bias"]
+    fields = {"tie_word_embeddings": True}
+    if family not in ("mixtral", "qwen2_moe", "minimax_m2", "ernie4_5_moe"):
+        fields["attention_bias"] = True
     path = make_random_checkpoint(family, tmp_path / "c", fields, dtype=dtype)
     shape, spec = shape_of_config(path), read_model(path)
     assert shape.ffn_bytes == ffn_bytes(spec, WHOLE)
@@ -193,7 +193,9 @@ def test_a_served_family_has_a_shape_in_any_dtype_and_quantisation(tmp_path: Pat
 @pytest.mark.parametrize(
     "fields",
     [
-        DENSE | {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
+        DENSE
+        | {"model_type": "granite", "attention_bias": True, "mlp_bias": True}
+        | {"num_key_value_heads": 1},
         DENSE | {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
         MOE | {"model_type": "glm4_moe", "use_qk_norm": True, "first_k_dense_replace": 1}
         | {"n_routed_experts": 4, "n_shared_experts": 2, "moe_intermediate_size": 16}

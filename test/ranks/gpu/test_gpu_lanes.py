@@ -41,6 +41,7 @@ from support.changing_steps import (
     with_stops,
 )
 from support.exchanging_lanes import ExchangingLanes
+from support.families import SHAPES
 from support.few_programs import use_few_programs
 from support.parts import Parts
 from support.poisoned import poison_lanes
@@ -131,6 +132,28 @@ def test_greedy_tokens_are_the_references(resident: bool) -> None:
             for number, prompt in enumerate(prompts(count, length)):
                 expected = reference(parts, number, prompt, tokens)
                 assert greedy(lanes, 0, index, prompt, tokens) == expected, (name, number)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "ernie"])
+def test_further_families_have_the_references_tokens(name: str, tmp_path: Path) -> None:
+    """A dense family, and one with pairs that rotate in float32 and a correction bias beside
+    softmax."""
+    family, shape = SHAPES[name]
+    shape = shape | {"vocab_size": 160, "num_hidden_layers": 2}
+    path = make_random_checkpoint(family, tmp_path / name, shape, "float32")
+    length, tokens = (2, 1) if INTERPRETED else (40, 24)
+    prompt = [token % 160 for token in prompts(1, length)[0]]
+    with Lanes(
+        [load(path)],
+        lanes=1,
+        buckets=[2] if INTERPRETED else [1, 64],
+        device=DEVICE,
+        resident=False,
+        lease=tokens,
+    ) as lanes:
+        poison(lanes)
+        expected = reference(Parts(path, pages=512), 0, prompt, tokens)
+        assert greedy(lanes, 0, 0, prompt, tokens) == expected
 
 
 @pytest.mark.parametrize("resident", [False] if INTERPRETED else [False, True])

@@ -107,6 +107,19 @@ def counts(on: DeviceDriver, device: str) -> list[dict[str, Any]]:
     return list(on.inspect(device, "counters")["experts"])
 
 
+def test_a_shared_expert_keeps_the_weight_of_its_gate_while_experts_are_read(
+    tmp_path: Path,
+) -> None:
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 4}
+    experts = {"vocab_size": 8000, "num_experts": 16, "num_experts_per_tok": 4}
+    path = make_random_checkpoint("qwen2_moe", tmp_path / "model", sizes | experts, "float32")
+    with driver([path], None, ONE) as on:
+        right = answers(on, 0)
+    with driver([path], 0.5, ONE) as on:
+        assert answers(on, 0) == right
+        assert counts(on, "cpu:0")[0]["misses"] > 0
+
+
 @pytest.fixture(scope="module")
 def right(models: list[Path]) -> list[Any]:
     """What the models answer with all experts in memory."""

@@ -79,7 +79,11 @@ GPT_OSS = Family(
     architecture="GptOssForCausalLM",
     attention=_attention,
     ffn=_ffn,
-    names=FFNNames(router="router", fused=True),
+    names=FFNNames(
+        router="router",
+        stacks=("experts.gate_up_proj", "experts.down_proj"),
+        alternates=True,
+    ),
     vocab=201088,
     hidden=2880,
     layers=_LAYERS,

@@ -8,12 +8,12 @@ from crosspool.models.config_file import ConfigFile
 from crosspool.models.family import Family
 from crosspool.models.gqa import gqa, grouped_heads, head_size
 from crosspool.models.moe import softmax_moe
-from crosspool.models.rope import check_rope
+from crosspool.models.rope import check_full_rope
 from crosspool.models.spec import FFNSpec, GQASpec
 
 
 def _attention(config: ConfigFile, hidden: int) -> GQASpec:
-    check_rope(config)
+    check_full_rope(config)
     q_heads, kv_heads = grouped_heads(config, 16, None, null_means_all=True)
     head_dim = head_size(config, hidden, q_heads)
     if q_heads * head_dim != hidden:

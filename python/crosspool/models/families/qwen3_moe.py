@@ -7,13 +7,13 @@ from dataclasses import replace
 from crosspool.models.config_file import ConfigFile
 from crosspool.models.family import Family
 from crosspool.models.gqa import gqa, grouped_heads, head_size
-from crosspool.models.moe import softmax_moe
-from crosspool.models.rope import check_rope
+from crosspool.models.moe import alternating_dense, softmax_moe
+from crosspool.models.rope import check_full_rope
 from crosspool.models.spec import DenseFFN, FFNSpec, GQASpec
 
 
 def _attention(config: ConfigFile, hidden: int) -> GQASpec:
-    check_rope(config)
+    check_full_rope(config)
     q_heads, kv_heads = grouped_heads(config, 32, 4, null_means_all=False)
     bias = config.boolean("attention_bias", False)
     window = config.optional_integer("sliding_window", 4096)
@@ -35,11 +35,7 @@ def _ffn(config: ConfigFile, layers: int) -> tuple[FFNSpec, ...]:
         renormalize=config.boolean("norm_topk_prob", False),
     )
     dense = DenseFFN(intermediate=config.integer("intermediate_size", 6144))
-    dense_layers = config.integers("mlp_only_layers")
-    step = config.integer("decoder_sparse_step", 1)
-    return tuple(
-        dense if layer in dense_layers or (layer + 1) % step else moe for layer in range(layers)
-    )
+    return alternating_dense(config, layers, dense, moe)
 
 
 QWEN3_MOE = Family(

@@ -45,11 +45,8 @@ class _Habits(msgspec.Struct, frozen=True):
 
 
 _HABITS = {
-    "glm4_moe": _Habits(o_bias=False, correction_bias=True, router_fp32=True),
     "phimoe": _Habits(norm_bias=True),
     "qwen2": _Habits(qkv_bias=True, o_bias=False),
-    "qwen2_moe": _Habits(qkv_bias=True, o_bias=False),
-    "qwen3": _Habits(qk_norm="head"),
 }
 
 
@@ -92,7 +89,7 @@ def shape_of_spec(spec: ModelSpec, name: str, dtype_bytes: int) -> ModelShape:
             "kv_heads": attention.kv_heads,
             "head_dim": attention.head_dim,
             "o_bias": attention.o_bias,
-            "qk_norm": attention.qk_norm,
+            "qk_norm": "head" if attention.qk_norm == "rotated head" else attention.qk_norm,
             "sinks": attention.sinks,
             **_sliding(
                 attention.sliding_window,
@@ -110,6 +107,7 @@ def shape_of_spec(spec: ModelSpec, name: str, dtype_bytes: int) -> ModelShape:
             "shared_intermediate": moe.shared_intermediate,
             "ffn_bias": moe.biases,
             "router_bias": moe.router.logit_bias,
+            "shared_gate": moe.shared_gate,
             "correction_bias": moe.router.correction_bias,
             "router_fp32": moe.router.fp32_logits,
         }

@@ -20,6 +20,7 @@ from crosspool.kernels.triton_cache.launches import Launch, recording
 from crosspool.kernels.triton_cache.manifest import CacheEntry, Identity
 from crosspool.kernels.triton_cache.toolchain import Toolchain
 from crosspool.kvpool.layout import KVLayout
+from crosspool.models.gpu_features import check_features
 from crosspool.observability.progress import loading
 from crosspool.ranks.gpu.host_side import HostSide
 from crosspool.ranks.gpu.lanes import make_serving, make_stages, model_stages
@@ -165,6 +166,7 @@ def _stages(
     memory."""
     spec, buckets = held.spec, buckets_up_to(deployment.max_step_tokens)
     crossing, ffn = crossing_of(deployment, device, held.index), None
+    check_features(deployment.models[held.index], spec)
     model_stages(spec, crossing)
     if held.ffn is not None:
         check_share(deployment.models[held.index], spec, held.ffn)

@@ -15,6 +15,7 @@ from crosspool.config.gpu import check_alike
 from crosspool.kernels.cuda_driver import CudaBindings
 from crosspool.kernels.residency import Residency
 from crosspool.kvpool.cuda_virtualizer import CudaVirtualizer
+from crosspool.models.gpu_features import check_features
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.gpu.compile import compile_deployment, telling_of_compilation
@@ -98,6 +99,7 @@ def load_parts(
     Raises ConfigError for a bad checkpoint, or a share that the kernels do not take."""
     parts = GPUParts(list(specs.values()))
     for held in held_models(deployment, device, specs, placement):
+        check_features(deployment.models[held.index], held.spec)
         if held.ffn is not None:
             check_share(deployment.models[held.index], held.spec, held.ffn)
         with held.loading(device) as loaded:

@@ -160,7 +160,7 @@ class _FFNLayer:
             return self.router
         if ref.key == "router_bias":
             assert self.bias is not None
-            return self.bias
+            return self.bias.view(ref.shape)
         pair = self.shared
         if ref.expert is not None:
             assert self.experts is not None

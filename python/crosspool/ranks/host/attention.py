@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from crosspool.kernels.attention import append_kv, gqa_attention, mla_attention
 from crosspool.kernels.linear import bmm, linear
-from crosspool.kernels.norm import rms_norm
+from crosspool.kernels.norm import rms_norm, scaled
 from crosspool.kernels.rope import (
     rope_frequencies,
     rope_tables,
@@ -69,7 +69,7 @@ class AttentionPart:
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeds tokens: int64 [T] -> [T, hidden] in the model's dtype."""
-        return F.embedding(token_ids, self._globals["embed"])
+        return scaled(F.embedding(token_ids, self._globals["embed"]), self._spec.embed_scale)
 
     def attend(
         self, layer: int, residual: torch.Tensor, batch: StepBatch, kv: torch.Tensor
@@ -88,7 +88,7 @@ class AttentionPart:
     def logits(self, residual_rows: torch.Tensor) -> torch.Tensor:
         """Final norm and LM head: [N, hidden] -> float32 [N, vocab]."""
         x = rms_norm(residual_rows, self._globals["final_norm"], self._spec.norm_eps)
-        return linear(x, self._lm_head).float()
+        return scaled(linear(x, self._lm_head), self._spec.logit_scale).float()
 
     def tensors(self) -> list[TensorListing]:
         """Lists every tensor that the part holds."""
@@ -107,7 +107,7 @@ def frequencies(spec: ModelSpec, path: Path) -> tuple[torch.Tensor, float]:
     and sin. Importing transformers takes longer than torch: it is needed only where the
     frequencies are scaled or the config leaves their base to the family."""
     dim, config = spec.attention.rope.dim, config_of(path)
-    base = unscaled_base(config)
+    base = unscaled_base(config, dim)
     if base is not None:
         return unscaled_frequencies(base, dim), 1.0
     from transformers import AutoConfig
@@ -118,8 +118,12 @@ def frequencies(spec: ModelSpec, path: Path) -> tuple[torch.Tensor, float]:
 
 
 def _rotate(x: torch.Tensor, batch: StepBatch, rope: RopeSpec) -> torch.Tensor:
+    """Rotates the first ``rope.dim`` features of the heads of ``x`` [T, heads, dim]."""
     assert batch.rope is not None
-    return rotate(x, *batch.rope, rope.interleaved)
+    if x.shape[-1] == rope.dim:
+        return rotate(x, *batch.rope, rope.interleaved)
+    rotated = rotate(x[..., : rope.dim], *batch.rope, rope.interleaved)
+    return torch.cat((rotated, x[..., rope.dim :]), dim=-1)
 
 
 class _GQA:
@@ -134,6 +138,9 @@ class _GQA:
         q, k, v = (self._project(x, w, letter) for letter in "qkv")
         q = _rotate(q.unflatten(1, (spec.q_heads, spec.head_dim)), batch, spec.rope)
         k = _rotate(k.unflatten(1, (spec.kv_heads, spec.head_dim)), batch, spec.rope)
+        if spec.qk_norm == "rotated head":
+            q = rms_norm(q, w["q_norm"], self._norm_eps)
+            k = rms_norm(k, w["k_norm"], self._norm_eps)
         append_kv(kv, layer, batch.slots(kv.shape[2]), torch.cat((k.flatten(1), v), dim=1))
         out = gqa_attention(
             q,
@@ -145,13 +152,13 @@ class _GQA:
             window=spec.window(layer),
             sinks=w.get("sinks"),
         )
-        return linear(out.flatten(1), w["o_proj"], w.get("o_bias"))
+        return scaled(linear(out.flatten(1), w["o_proj"], w.get("o_bias")), spec.out_scale)
 
     def _project(self, x: torch.Tensor, w: Weights, letter: str) -> torch.Tensor:
         """q, k or v of all heads [T, heads * head_dim], normed and clamped, not rotated."""
         spec = self._spec
         out = linear(x, w[f"{letter}_proj"], w.get(f"{letter}_bias"))
-        if letter != "v" and spec.qk_norm != "none":
+        if letter != "v" and spec.qk_norm in ("head", "full"):
             width = spec.head_dim if spec.qk_norm == "head" else out.shape[1]
             heads = out.unflatten(1, (-1, width))
             out = rms_norm(heads, w[f"{letter}_norm"], self._norm_eps).flatten(1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from crosspool.kernels.moe import gated_mlp, moe_experts, route
+from crosspool.kernels.moe import gated_mlp, moe_experts, route, shared_weights
 from crosspool.models.registry import ffn_tensors
 from crosspool.models.spec import DenseFFN, ModelSpec, MoEFFN, TensorRef
 from crosspool.observability.progress import Progress
@@ -106,6 +106,7 @@ class _MoE:
         self._shared: _GatedMLP | None = None
         if ffn.shared_intermediate:
             self._shared = _GatedMLP(spec, shard.width(ffn.shared_intermediate))
+        self._shared_gate = torch.empty(1, spec.hidden, dtype=dtype) if ffn.shared_gate else None
 
     def place(self, ref: TensorRef) -> torch.Tensor:
         if ref.expert is not None:
@@ -113,9 +114,11 @@ class _MoE:
         if ref.key == "router":
             return self._router
         if ref.key == "router_bias" and self._bias is not None:
-            return self._bias
+            return self._bias.view(ref.shape)
         if ref.key == "logit_bias" and self._logit_bias is not None:
             return self._logit_bias
+        if ref.key == "shared_gate" and self._shared_gate is not None:
+            return self._shared_gate
         assert self._shared is not None, ref.key
         return self._shared.place(ref)
 
@@ -146,5 +149,9 @@ class _MoE:
             swiglu_limit=self._swiglu_limit,
         )
         if self._shared is not None:
-            out += gated_mlp(x, self._shared.gate_up, self._shared.down)
+            shared = gated_mlp(x, self._shared.gate_up, self._shared.down)
+            if self._shared_gate is None:
+                out += shared
+            else:
+                out += shared_weights(x, self._shared_gate) * shared
         return out.to(x.dtype)

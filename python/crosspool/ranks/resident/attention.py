@@ -96,6 +96,8 @@ class PackedAttention:
         kv_dtype = ns.KV_DTYPES[self._spec.kv_cache_dtype]
         table.kv = ns.KVCache(kv.data_ptr(), *kv.shape[1:], kv_dtype)
         table.qkv_clip = math.inf
+        table.embed_scale, table.logit_scale = self._spec.embed_scale, self._spec.logit_scale
+        table.attention_scale = 1.0
         if isinstance(attention, GQASpec):
             table.attention_kind = es.GQA
             dim, heads = attention.head_dim, attention.kv_heads
@@ -109,6 +111,7 @@ class PackedAttention:
                 scale=attention.scale,
             )
             table.qk_norm = ns.QK_NORMS[attention.qk_norm]
+            table.attention_scale = attention.out_scale
             if attention.qkv_clip is not None:
                 table.qkv_clip = attention.qkv_clip
         else:

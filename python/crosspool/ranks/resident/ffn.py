@@ -211,7 +211,8 @@ class PackedFFN:
         parts: dict[str, tuple[TensorRef, Index]],
     ) -> None:
         rules: RouterSpec = ffn.router
-        matrix = self.weights.stacked(layer, [parts["router"]])
+        rows = ["router", "shared_gate"] if ffn.shared_gate else ["router"]
+        matrix = self.weights.stacked(layer, [parts[key] for key in rows])
         table.router_weight = ctypes.pointer(matrix)
         bias = None
         if rules.correction_bias:

@@ -1,0 +1,47 @@
+"""What a model may have that the GPU's kernels do not compute yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from crosspool.config.errors import ConfigError
+from crosspool.models.spec import GQASpec, ModelSpec, MoEFFN
+
+if TYPE_CHECKING:
+    from crosspool.config.deployment import ModelConfig
+
+
+def check_features(model: ModelConfig, spec: ModelSpec) -> None:
+    """Raises ConfigError that names what the GPU's kernels lack for the model."""
+    if lacking := ", ".join(_lacking(spec)):
+        raise ConfigError(
+            f"{model.name}: the GPU's kernels do not compute this model ({spec.family}) yet, since "
+            f"it has {lacking}: serve it on CPUs"
+        )
+
+
+def _lacking(spec: ModelSpec) -> Iterator[str]:
+    attention = spec.attention
+    moes = [ffn for ffn in dict.fromkeys(spec.ffn) if isinstance(ffn, MoEFFN)]
+    factors = {spec.embed_scale, spec.logit_scale}
+    if isinstance(attention, GQASpec):
+        if attention.rope.dim != attention.head_dim:
+            yield "heads that rotate in part"
+        if attention.qk_norm == "rotated head":
+            yield "norms of rotated heads"
+        if attention.sinks:
+            yield "attention sinks"
+        if attention.sliding_window is not None and attention.full_layers:
+            yield "sliding windows in some layers alone"
+        factors.add(attention.out_scale)
+    if factors != {1.0}:
+        yield "factors on embeddings, attention or logits"
+    if any(moe.shared_gate for moe in moes):
+        yield "a shared expert with a gate"
+    if any(moe.swiglu_limit is not None for moe in moes):
+        yield "clamped SwiGLU"
+    if any(moe.biases for moe in moes):
+        yield "biases of experts"
+    if any(moe.router.logit_bias for moe in moes):
+        yield "biases of routers"
