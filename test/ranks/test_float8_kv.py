@@ -124,6 +124,6 @@ def test_trained_models_choose_nearly_the_same_tokens(name: str) -> None:
             of.append((found - answer).abs().flatten())
             same[kv_cache_dtype] += int((found.argmax(dim=1) == answer.argmax(dim=1)).sum())
     e4m3, e5m2 = (float(torch.cat(of).mean()) for of in differences.values())
-    assert 0 < e4m3 < e5m2 < 0.4
-    assert e4m3 < 0.25
+    assert 0 < e4m3 < e5m2 < 0.35
+    assert e4m3 < 0.22
     assert chosen > 60 and min(same.values()) > 0.97 * chosen

@@ -42,15 +42,15 @@ class RoundedCache(DynamicCache):
 def logits_of(model: PreTrainedModel, tokens: list[int], kv_cache_dtype: str) -> Tensor:
     """Logits [tokens, vocab] of a sequence with a cache of the dtype."""
     if kv_cache_dtype == "auto":
-        logits: Tensor = model(torch.tensor([tokens])).logits
-        return logits[0]
+        plain: Tensor = model(torch.tensor([tokens])).logits[0]
+        return plain
     float8 = FLOAT8[kv_cache_dtype]
     norms = [m for name, m in model.named_modules() if name.endswith("kv_a_layernorm")]
     hooks = [norm.register_forward_hook(lambda _, __, out: rounded(out, float8)) for norm in norms]
     try:
         cache = RoundedCache(model, float8)
-        logits = model(torch.tensor([tokens]), past_key_values=cache).logits
-        return logits[0]
+        logits: Tensor = model(torch.tensor([tokens]), past_key_values=cache).logits[0]
+        return logits
     finally:
         for hook in hooks:
             hook.remove()
