@@ -22,7 +22,10 @@ from crosspool.models.registry import read_model
 from crosspool.ranks.resident.attention import PackedAttention
 from crosspool.ranks.resident.ffn import PackedFFN
 from crosspool.ranks.resident.kept_weights import WeightKeeper
+from crosspool.ranks.resident.reading import ReadingOrder, SleepingPart
+from crosspool.weightpool.gguf_checkpoint import open_checkpoint
 from crosspool.weightpool.packed_cache import PackedCache
+from crosspool.weightpool.packed_file import DamagedFile
 from crosspool.weightpool.placement import FFNShard
 from safetensors.torch import load_file, save_file
 
@@ -118,6 +121,52 @@ def test_the_same_bytes_as_packed_anew(
     assert len(files(folder)) == 1
     for one in (fresh, first, second):
         one.close()
+
+
+@pytest.mark.parametrize("model", TINY_MODELS)
+def test_the_order_of_reading_is_worked_out_once(team: Team, folder: Path, model: str) -> None:
+    path = DEMO / model
+    parts = [load(team, path, part, cache=folder) for part in ("attention", "whole")]
+    sleeping = [
+        SleepingPart(
+            part, keeper(folder).of(path.name), part.weights.form(open_checkpoint(path)).key()
+        )
+        for part in parts
+    ]
+    order, found = ReadingOrder(sleeping), []
+    for of in (order, order, ReadingOrder(sleeping)):
+        opened = [of.open(0), of.open(1)]
+        staged = of.staged(opened)
+        files_of = {part.native: one.file for part, one in zip(parts, opened, strict=True)}
+        assert all(stage.file == files_of[stage.part] for stage in staged[2])
+        found.append((staged, *map(_read_only, staged)))
+        for one in opened:
+            os.close(one.file)
+    assert found[0][0] is found[1][0]
+    assert found[0][0] is not found[2][0]
+    assert found[0][1:] == found[1][1:] == found[2][1:]
+    # Another file of the same name is looked at.
+    damaged = files(folder)[0]
+    data = bytearray(damaged.read_bytes())
+    data[20] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(DamagedFile):
+        for number in (0, 1):
+            os.close(order.open(number).file)
+    assert not damaged.exists()
+    for part in parts:
+        part.close()
+
+
+def _read_only(array: Any) -> list[tuple[Any, ...]]:
+    """What an array tells native code, but for open files and for checksums that it writes."""
+    left_out = ("file", "checksum")
+    return [
+        tuple(getattr(one, name) for name, _ in one._fields_ if name not in left_out)
+        if isinstance(one, ctypes.Structure)
+        else (one,)
+        for one in array
+    ]
 
 
 def test_every_part_dtype_and_share_has_a_file_of_its_own(team: Team, folder: Path) -> None:
