@@ -122,7 +122,7 @@ def test_experts_in_float64(native: NativeKernels, dtype: torch.dtype) -> None:
 
 
 LIMIT = 1.5
-"""Of clamped experts; gates and ups are about 1.4 in size."""
+"""Bound of clamped experts, whose gates and ups are about 1.4 in size."""
 
 
 def _clamped_sum(
