@@ -146,11 +146,14 @@ class Server:
         return self._log.read_text(errors="replace")
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Return the CPU time so far of each of its processes, by title."""
+        """Return the CPU time so far of each of its processes, by title, with that of its children
+        that have ended. The launcher is the parent of all that were killed."""
         used = {}
         for title, process in self.processes().items():
             times = process.cpu_times()
-            used[title] = times.user + times.system
+            used[title] = sum(
+                (times.user, times.system, times.children_user, times.children_system)
+            )
         return used
 
     def wait_idle(self, timeout: float = 120.0) -> None:

@@ -10,6 +10,9 @@ once before, alone and without kills. A process is killed at a random moment, --
 everything is back from the kill before. What a new request waits for its first token counts as a
 pause, too. Exit status 1 where an answer was lost or has other tokens, or log-probabilities that
 differ by more than 0.001.
+
+The record of each loop and kind of models is a file of its own. Rows of placements and processes
+that a run leaves out stay in it. benchmark.chaos.kill_tables prints the tables of the records.
 """
 
 from __future__ import annotations
@@ -28,13 +31,14 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmark import checkpoint, machine
+from benchmark import checkpoint
 from benchmark.chaos.campaign import PLACEMENTS, flags, judge, pools
 from benchmark.chaos.faults import Fault, processes_titled
 from benchmark.chaos.traffic import Traffic, questions
-from benchmark.records import Recorder
+from benchmark.records import RESULTS, Recorder, read_rows, write_rows
 from benchmark.server import TINY_MODELS, Server
 from benchmark.summary import quantile
+from benchmark.usage import Usage
 
 CONSOLE = Console(width=150, soft_wrap=True, highlight=False)
 _TOKENS = 150
@@ -165,7 +169,7 @@ class Killer:
 
 def measure(
     placement: str, loop: str, options: argparse.Namespace
-) -> Iterator[tuple[str, Found, dict[str, float]]]:
+) -> Iterator[tuple[str, Found, Usage]]:
     """Yield what the kills of each kind of process came to, and what the measurement took."""
     wanted = {k: t for k, t in victims(placement).items() if k in options.victims}
     if not wanted:
@@ -176,11 +180,9 @@ def measure(
         with asyncio.Runner() as runner:
             runner.run(killer.learn())
             for kind, titles in wanted.items():
-                load1, began, cpu = machine.load1(), time.monotonic(), server.cpu_seconds()
-                found = runner.run(killer.kill(titles, options.kills, options.calm_seconds))
-                used = sum(server.cpu_seconds().values()) - sum(cpu.values())
-                wall = time.monotonic() - began
-                yield kind, found, {"load1": load1, "wall_s": wall, "cpu_s": max(0.0, used)}
+                with Usage(server) as usage:
+                    found = runner.run(killer.kill(titles, options.kills, options.calm_seconds))
+                yield kind, found, usage
 
 
 def table() -> Table:
@@ -204,12 +206,9 @@ def row(placement: str, loop: str, kind: str, found: Found) -> list[str]:
 
 
 def record(
-    recorder: Recorder,
-    kind: str,
-    found: Found,
-    parameters: dict[str, Any],
-    usage: dict[str, float],
+    recorder: Recorder, kind: str, found: Found, parameters: dict[str, Any], usage: Usage
 ) -> None:
+    """Add a row for the kills of one kind of process."""
     recorder.add(
         f"longest pause, {kind} killed",
         found.pauses,
@@ -221,10 +220,19 @@ def record(
         interrupted=found.interrupted,
         outcomes=dict(found.outcomes),
         logprob_difference=found.logprob_difference,
-        load1=usage["load1"],
-        cpu_s=usage["cpu_s"],
-        wall_s=usage["wall_s"],
+        load1=usage.load1,
+        cpu_s=usage.cpu_s,
+        wall_s=usage.wall_s,
     )
+
+
+def merged(
+    recorded: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the rows of both: one that was measured takes the place of the recorded one of the
+    same placement and process."""
+    rows = {(row["parameters"]["placement"], row["name"]): row for row in [*recorded, *measured]}
+    return list(rows.values())
 
 
 def main() -> int:
@@ -259,7 +267,8 @@ def main() -> int:
     if options.quick:
         options.kills, options.calm_seconds = 3, 3.0
     models = "large" if options.large else "bundled"
-    recorder, made, problems = Recorder(f"kills_{models}"), table(), 0
+    recorders = {loop: Recorder(f"kills_{models}_{loop}") for loop in options.loops}
+    made, problems = table(), 0
     for placement in options.placements:
         for loop in options.loops:
             for kind, found, usage in measure(placement, loop, options):
@@ -277,10 +286,12 @@ def main() -> int:
                     "seed": options.seed,
                     "apart_s": list(options.apart),
                 }
-                record(recorder, kind, found, parameters, usage)
+                record(recorders[loop], kind, found, parameters, usage)
     CONSOLE.print(made)
-    if not options.quick:
-        CONSOLE.print(f"written to {recorder.write()}")
+    for recorder in [] if options.quick else recorders.values():
+        path = RESULTS / f"{recorder.benchmark}.jsonl"
+        write_rows(path, merged(read_rows(path) if path.is_file() else [], recorder.rows))
+        CONSOLE.print(f"written to {path}")
     return 1 if problems else 0
 
 

@@ -19,8 +19,11 @@ import pytest
 from benchmark.chaos.answers import Answer, Failed
 from benchmark.chaos.campaign import CALM, Plan, judge, run
 from benchmark.chaos.faults import KINDS, Fault, Injector
+from benchmark.chaos.kill_tables import RECORDS, recorded
+from benchmark.chaos.kills import merged
 from benchmark.chaos.leftovers import Held, Holdings, measure
 from benchmark.chaos.traffic import Outcome, Question
+from benchmark.records import ROOT
 
 QUESTION = Question("greedy", "/m/a/generate", {"stream": True})
 
@@ -157,6 +160,22 @@ def test_only_a_lost_http_process_may_cut_connections(
 def test_a_wrong_answer_is_a_problem_under_any_fault(kind: str) -> None:
     _, problems = judge([outcome(kind, 4.0, 6.0)], [fault("kill-http", 5.0)])
     assert problems == [f"{kind} (1 kill-http): greedy of /m/a/generate: why"]
+
+
+def killed(placement: str, kind: str, median: float) -> dict[str, Any]:
+    parameters = {"placement": placement}
+    return {"name": f"longest pause, {kind} killed", "parameters": parameters, "median": median}
+
+
+def test_a_record_of_kills_keeps_what_a_run_leaves_out() -> None:
+    recorded = [killed("tp", "FFN", 1.0), killed("tp", "both", 2.0), killed("ep", "FFN", 3.0)]
+    rows = merged(recorded, [killed("tp", "both", 4.0), killed("ep", "HTTP", 5.0)])
+    assert [row["median"] for row in rows] == [1.0, 4.0, 3.0, 5.0]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_documents_tables_of_kills_are_the_records(name: str) -> None:
+    assert recorded(name) in (ROOT / "docs" / "results.md").read_text()
 
 
 def holdings(**processes: Held) -> Holdings:

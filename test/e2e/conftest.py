@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,3 +60,11 @@ def split_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     file.write_text(yaml.safe_dump(deployment))
     with Server(["--config", str(file)], models=()) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of packed weights that the servers of a module share."""
+    folder = tmp_path_factory.mktemp("packed")
+    folder.chmod(0o700)
+    return folder

@@ -32,14 +32,6 @@ from support.streams import Load, asks
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of packed weights."""
-    folder = tmp_path_factory.mktemp("packed")
-    folder.chmod(0o700)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def split(packed: Path) -> Iterator[Server]:
     """Serves the bundled models on an attention device and an FFN device, which hold two."""
     if len(os.sched_getaffinity(0)) < 2:

@@ -38,14 +38,6 @@ QUANTUM = 0.4
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of packed weights that the servers share."""
-    folder = tmp_path_factory.mktemp("packed")
-    folder.chmod(0o700)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def fleet(packed: Path) -> Iterator[Server]:
     """Serves every bundled model in a weight pool that holds two of them."""
     flags = ["--models-dir", str(DEMO), *FLAGS, "--packed-cache-dir", str(packed)]

@@ -13,10 +13,10 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import psutil
 import pytest
 from crosspool.config.runtime_dir import find_running, metrics_folder
-from crosspool.server.liveness import UNHEALTHY_SECONDS
 from support.marks import slow_but
 from support.server import TINY_MODELS, Server, two_device_flags
 
@@ -132,12 +132,15 @@ def assert_ended_with_error(seen: list[str]) -> None:
     assert errors[0]["error"]["code"] == 503, errors
 
 
-def seconds_until(server: Server, status: int, limit: float) -> float:
-    began = time.monotonic()
-    while server.status("/health") != status:
-        assert time.monotonic() - began < limit, server.log
+def wait_for_health(server: Server, status: int, message: str) -> None:
+    """Returns once ``/health`` has that status, with a message that contains ``message``."""
+    deadline = time.monotonic() + 30
+    while True:
+        answer = httpx.get(f"{server.url}/health", timeout=30)
+        if answer.status_code == status and message in answer.text:
+            return
+        assert time.monotonic() < deadline, server.log
         time.sleep(0.02)
-    return time.monotonic() - began
 
 
 @pytest.mark.parametrize("name", ["scheduler", "detokenizer"])
@@ -147,10 +150,10 @@ def test_a_process_that_is_not_replaced_is_told_of_at_once_and_ends_the_server(n
         family, victim = server.processes(), server.find(f"crosspool::{name}")
         with streaming(server) as (seen, thread):
             victim.kill()
-            killed = time.monotonic()
-            assert seconds_until(server, 503, 5) < UNHEALTHY_SECONDS
-            thread.join(5)
-            assert not thread.is_alive() and time.monotonic() - killed < 4
+            # The launcher's word, not silence, from which nobody can tell the cause.
+            wait_for_health(server, 503, f"{name} was killed by SIGKILL")
+            thread.join(30)
+            assert not thread.is_alive()
         assert_ended_with_error(seen)
         status, answer = server.post("/v1/completions", {"model": TINY_MODELS[0], "prompt": "x"})
         assert status == 503 and f"{name} was killed by SIGKILL" in answer["error"]["message"]
@@ -167,13 +170,12 @@ def test_a_stopped_process_is_answered_503_until_it_continues_or_ends_the_server
             victim = server.find(f"crosspool::{name}")
             with streaming(server) as (seen, thread):
                 victim.suspend()
-                stopped = time.monotonic()
-                assert seconds_until(server, 503, 5) < UNHEALTHY_SECONDS
-                thread.join(WATCHDOG)
-                assert not thread.is_alive() and time.monotonic() - stopped < WATCHDOG
+                wait_for_health(server, 503, f"{name} is stopped by a signal")
+                thread.join(30)
+                assert not thread.is_alive()
             assert_ended_with_error(seen)
             victim.resume()
-            seconds_until(server, 200, 20)
+            wait_for_health(server, 200, "ok")
             body = {"model": TINY_MODELS[0], "prompt": "x", "max_tokens": 5}
             status, answer = server.post("/v1/completions", body)
             assert status == 200, answer

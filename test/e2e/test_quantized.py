@@ -13,28 +13,16 @@ import torch
 from support import gguf_files, quantized
 from support.greedy import NEW_TOKENS, PROMPTS, generate, prompts_of
 from support.quantized import Written
-from support.quantized_models import INT8_OF_CHANNELS, MXFP4, compressed_config
+from support.quantized_models import AWQ, FP8, GPTQ, INT8_OF_CHANNELS, MXFP4, compressed_config
 from support.server import DEMO, Server
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 _PLAIN = ["re:.*mlp.gate$", "lm_head"]
 MODELS: dict[str, tuple[str, dict[str, Any], Callable[[Tensor], Written]]] = {
-    "gptq": (
-        "tiny-qwen3-moe",
-        {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False},
-        quantized.gptq,
-    ),
-    "awq": (
-        "tiny-deepseek-v2",
-        {"quant_method": "awq", "bits": 4, "group_size": 32, "modules_to_not_convert": ["gate"]},
-        quantized.awq,
-    ),
-    "fp8": (
-        "tiny-glm4-moe-lite",
-        {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"},
-        quantized.fp8_block,
-    ),
+    "gptq": ("tiny-qwen3-moe", GPTQ, quantized.gptq),
+    "awq": ("tiny-deepseek-v2", AWQ, quantized.awq),
+    "fp8": ("tiny-glm4-moe-lite", FP8, quantized.fp8_block),
     "int8": (
         "tiny-deepseek-v2",
         compressed_config("int-quantized", _PLAIN, **INT8_OF_CHANNELS),

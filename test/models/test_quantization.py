@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from crosspool.config.errors import ConfigError
-from crosspool.models.formats import AWQ, GPTQ, MXFP4, Elements, PackedWords, Scheme
 from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
+from crosspool.models.schemes import AWQ, GPTQ, MXFP4, Elements, PackedWords, Scheme
 from crosspool.models.spec import ModelSpec
 from make_random_checkpoint import make_random_checkpoint
 from transformers.quantizers.quantizers_utils import should_convert_module

@@ -131,6 +131,22 @@ def request(
     )
 
 
+def mixed_requests(number: int) -> list[GenerateRequest]:
+    """Requests of six kinds in turn, of the models 0 and 1 in turn."""
+    kinds: list[dict[str, Any]] = [
+        {"stream": True},
+        {"logprobs": Logprobs(output=True, prompt_start=0)},
+        {"logprobs": Logprobs(output=True, prompt_start=21), "stream": True},
+        {"stop_strings": ("ab", "\x00"), "stream": True},
+        {"stop_strings": ("STOP",), "stream": True},
+        {},
+    ]
+    return [
+        request(f"{i}", 20 + 7 * i, 6 + i, model=i % 2, **kinds[i % len(kinds)])
+        for i in range(number)
+    ]
+
+
 class WordDecoder:
     """Decodes tokens to UTF-8 bytes, ``WORDS`` or nothing."""
 

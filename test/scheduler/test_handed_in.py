@@ -7,25 +7,18 @@ import dataclasses
 
 import pytest
 from crosspool.scheduler.request import Grammar
-from crosspool.transport.messages import Logprobs
-from simulation import EOS, Simulation, ToyMatcher, deployment, hashed_token, request, spec
+from simulation import (
+    EOS,
+    Simulation,
+    ToyMatcher,
+    deployment,
+    hashed_token,
+    mixed_requests,
+    request,
+    spec,
+)
 
 DIGITS = set(range(48, 58))
-
-
-def mixed(number):
-    kinds = [
-        {"stream": True},
-        {"logprobs": Logprobs(output=True, prompt_start=0)},
-        {"logprobs": Logprobs(output=True, prompt_start=21), "stream": True},
-        {"stop_strings": ("ab", "\x00"), "stream": True},
-        {"stop_strings": ("STOP",), "stream": True},
-        {},
-    ]
-    return [
-        request(f"{i}", 20 + 7 * i, 6 + i, model=i % 2, **kinds[i % len(kinds)])
-        for i in range(number)
-    ]
 
 
 class Client:
@@ -81,7 +74,7 @@ def test_other_schedulers_after_any_number_of_steps_change_no_answer(fields, lea
         2, loop="resident", lease_steps=lease, kv_pool_bytes=30 * 4096, chunked_prefill_size=16,
         **fields,
     )  # fmt: skip
-    requests = mixed(12)
+    requests = mixed_requests(12)
     expected = [client.answer for client in serve(d, requests, 0, 1)]
     for steps in range(0, 40, 3):
         for schedulers in (2, 3):

@@ -4,7 +4,15 @@ nothing had happened."""
 import pytest
 from crosspool.scheduler.request import Grammar
 from crosspool.transport.messages import Logprobs
-from simulation import Simulation, ToyMatcher, deployment, expected_tokens, request, spec
+from simulation import (
+    Simulation,
+    ToyMatcher,
+    deployment,
+    expected_tokens,
+    mixed_requests,
+    request,
+    spec,
+)
 
 DIGITS = set(range(48, 58))
 
@@ -16,21 +24,6 @@ def never_ending(tokens):
 def rows(sim, rank=0):
     """(request, first position, tokens) of each row of the rank's oldest step."""
     return [(row.request, row.start, len(row.tokens)) for row in sim.ranks[rank].steps[0].rows]
-
-
-def mixed(number):
-    """Requests of every kind, as many of each."""
-    kinds = [
-        {"stream": True},
-        {"logprobs": Logprobs(output=True, prompt_start=0)},
-        {"logprobs": Logprobs(output=True, prompt_start=21), "stream": True},
-        {"stop_strings": ("ab", "\x00"), "stream": True},
-        {},
-    ]
-    return [
-        request(f"{i}", 20 + 7 * i, 6 + i, model=i % 2, **kinds[i % len(kinds)])
-        for i in range(number)
-    ]
 
 
 def outcome(sim, r):
@@ -53,7 +46,7 @@ def test_a_loss_after_any_number_of_steps_changes_no_answer(fields, lease):
         **fields,
     )  # fmt: skip
     calm = Simulation(d, [spec()] * 2)
-    requests = mixed(10)
+    requests = mixed_requests(10)
     calm.add(*requests)
     calm.run()
     steps = 0

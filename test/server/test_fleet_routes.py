@@ -71,7 +71,9 @@ class Scheduler:
         self.refuses: Exception | None = None
         self.silence: Exception | None = None
         """What is raised for a question about the status."""
+        self.silence_after_load: Exception | None = None
         self.ready = True
+        self.incarnation = 1
         self.lacks: set[int] = set()
         """Models of the file that it does not serve."""
         self.unloads: list[tuple[str | int, float]] = []
@@ -90,6 +92,7 @@ class Scheduler:
             self.former.add(old)
             deployment = deployment.without_model(old)
         self.write(deployment)
+        self.silence = self.silence_after_load
         return number
 
     async def unload(self, model: str | int, timeout: float) -> None:
@@ -117,7 +120,15 @@ class Scheduler:
             told.model, told.name, told.kv_bytes_per_token = number, name, 1024
             models.append(told)
         ready = self.ready
-        return Status(models=models, ranks=[], failure=None, ready=ready, message="", devices=[])
+        return Status(
+            models=models,
+            ranks=[],
+            failure=None,
+            ready=ready,
+            message="",
+            devices=[],
+            incarnation=self.incarnation,
+        )
 
 
 class Bed:
@@ -306,7 +317,7 @@ def test_a_scheduler_that_does_not_answer_loses_no_model(
     """It has loaded the model, and then there is none for a while, or another one that begins."""
 
     async def test() -> None:
-        bed.scheduler.silence, bed.scheduler.ready = silence, silence is not None
+        bed.scheduler.silence_after_load, bed.scheduler.ready = silence, silence is not None
         status, answer = await bed.call("POST", MODELS, {"path": PATH, "name": "new"})
         assert status == 503, answer
         assert bed.scheduler.unloads == [] and bed.file == ["a", "b", "new"]
@@ -432,6 +443,34 @@ def test_nobody_waits_for_a_scheduler_that_is_replaced(bed: Bed) -> None:
         status, answer = await leaving
         assert status == 503 and "was replaced meanwhile" in answer["error"]["message"]
         assert await bed.call("GET", "/m/a/model_info") == (200, ["a", "/model_info"])
+
+    run(test())
+
+
+def test_another_scheduler_of_which_the_state_learns_late_is_no_replacement(bed: Bed) -> None:
+    async def test() -> None:
+        bed.state.status = await bed.scheduler.status()
+        bed.scheduler.incarnation = 2
+        bed.scheduler.may_unload.clear()
+        leaving = asyncio.create_task(bed.call("DELETE", f"{MODELS}/a"))
+        await asyncio.sleep(0.1)
+        bed.state.status = await bed.scheduler.status()
+        await asyncio.sleep(0.3)
+        assert not leaving.done()
+        bed.scheduler.may_unload.set()
+        assert (await leaving)[0] == 200
+
+    run(test())
+
+
+def test_a_load_waits_while_processes_are_replaced(bed: Bed) -> None:
+    async def test() -> None:
+        bed.state.ready, bed.state.recovers = False, True
+        loading = asyncio.create_task(bed.call("POST", MODELS, {"name": "c", "path": PATH}))
+        await asyncio.sleep(0.2)
+        assert not loading.done()
+        bed.state.ready = True
+        assert (await loading)[0] == 201
 
     run(test())
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from crosspool.models.formats import Stored
 from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
+from crosspool.models.schemes import Stored
 from crosspool.models.spec import TensorRef
 
 _BYTES = {

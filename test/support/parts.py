@@ -12,8 +12,10 @@ from crosspool.ranks.host.ffn import FFNPart
 from crosspool.ranks.host.step_batch import RowSpan, StepBatch
 from crosspool.ranks.weights import TORCH_DTYPES
 from crosspool.weightpool.placement import FFNShard
+from support.families import reference_model
 
 PAGE_SIZE = 4
+_PROMPT, _DECODE_STEPS = 19, 32
 
 
 class Parts:
@@ -64,3 +66,17 @@ class Parts:
             residual = residual + torch.stack(partial_sums).sum(0).to(residual.dtype)
         logits = self.attention.logits(residual)
         return dict(zip(rows, logits.split([len(new) for new in rows.values()]), strict=True))
+
+
+@torch.inference_mode()
+def assert_logits_of_floats(parts: Parts, floats: Path) -> None:
+    """Asserts that a prompt and the decode steps after it have the logits of transformers' model
+    on the checkpoint ``floats``, in float32."""
+    tokens = torch.randint(
+        parts.spec.vocab, (_PROMPT + _DECODE_STEPS,), generator=torch.Generator().manual_seed(5)
+    )
+    expected = reference_model(floats, torch.float32)(tokens[None]).logits[0]
+    assert expected.std() > 0.3  # else the tolerance would say nothing
+    found = [parts.step({0: tokens[:_PROMPT].tolist()})[0]]
+    found += [parts.step({0: [int(token)]})[0] for token in tokens[_PROMPT:]]
+    torch.testing.assert_close(torch.cat(found), expected, atol=1e-3, rtol=0)

@@ -29,25 +29,19 @@ def compressed_config(format_: str, ignore: list[str], **weights: Any) -> dict[s
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}
 INT8_OF_CHANNELS = {"num_bits": 8, "type": "int", "strategy": "channel"}
 MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
-_GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "modules_to_not_convert": ["gate"]}
+FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
 
 CASES: dict[str, tuple[str, dict[str, Any], Callable[[Tensor], Written]]] = {
-    "qwen3 gptq": ("qwen3_moe", _GPTQ, quantized.gptq),
+    "qwen3 gptq": ("qwen3_moe", GPTQ, quantized.gptq),
     "v3 gptq desc_act": (
         "deepseek_v3",
-        _GPTQ | {"desc_act": True},
+        GPTQ | {"desc_act": True},
         lambda w: quantized.gptq(w, desc_act=True),
     ),
-    "mixtral awq": (
-        "mixtral",
-        {"quant_method": "awq", "bits": 4, "group_size": 32, "modules_to_not_convert": ["gate"]},
-        quantized.awq,
-    ),
-    "v3 fp8": (
-        "deepseek_v3",
-        {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"},
-        quantized.fp8_block,
-    ),
+    "mixtral awq": ("mixtral", AWQ, quantized.awq),
+    "v3 fp8": ("deepseek_v3", FP8, quantized.fp8_block),
     "v2 int4": (
         "deepseek_v2",
         compressed_config("pack-quantized", ["re:.*mlp.gate$", "lm_head"], **_INT4),

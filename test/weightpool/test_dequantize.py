@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from crosspool.config.errors import ConfigError
-from crosspool.models.formats import AWQ, GPTQ, MXFP4, ROUNDED, Elements, PackedWords, Scheme, Stack
+from crosspool.models.schemes import AWQ, GPTQ, MXFP4, ROUNDED, Elements, PackedWords, Scheme, Stack
 from crosspool.models.spec import TensorRef
 from crosspool.weightpool.checkpoint import Checkpoint
 from safetensors.torch import save_file

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from crosspool.models.formats import GGUF_BLOCKS
+from crosspool.models.gguf_blocks import GGUF_BLOCKS
 from crosspool.weightpool.gguf_codes import coded_blocks
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize

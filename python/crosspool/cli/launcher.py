@@ -13,10 +13,11 @@ import msgspec
 
 from crosspool.cli.child import ProcessSpec
 from crosspool.cli.hangs import HangWatch
+from crosspool.cli.loss import Loss
 from crosspool.cli.pools import describe
 from crosspool.cli.prepare import Prepared, prepare
 from crosspool.cli.restarts import Restarts
-from crosspool.cli.supervisor import Loss, Supervisor
+from crosspool.cli.supervisor import Supervisor
 from crosspool.config import gpu
 from crosspool.config.deployment import Deployment, save
 from crosspool.config.device import Device

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import select
 import signal
-import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, dropwhile, islice
-from types import FrameType
 
 from crosspool.cli.child import Child, ProcessSpec
 from crosspool.cli.forked import ForkServer
+from crosspool.cli.loss import Loss
 from crosspool.cli.restarts import Restarts
+from crosspool.cli.signals import Signals
 from crosspool.config.process import CANNOT_SERVE, USER_MISTAKE, adopt_orphans
 
 _POLL_SECONDS = 0.1
@@ -24,37 +22,8 @@ _CHECK_SECONDS = 0.3
 _STOPPED_SECONDS = 2.0
 """Time for which a process that can be started again may be stopped by a signal before it counts
 as lost."""
-_NEWS_BYTES = 4096
 _STOP_SECONDS = 15.0
 """Time that a process gets to end after SIGTERM, before SIGKILL."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """A process that ended although nobody had asked it to end, or that does nothing any more."""
-
-    spec: ProcessSpec
-    status: int | None
-    """Its exit status; None while it has not ended."""
-    pid: int | None = None
-    """None if it was never started."""
-    hang: str | None = None
-    """What it does not do, if it hangs; None if it has not ended since a signal has stopped it, for
-    too long."""
-    lost_with: str | None = None
-    """The process of its group that was lost, if it was ended for that reason."""
-
-    @property
-    def cause(self) -> str:
-        if self.lost_with is not None:
-            return f"{self.spec.name} cannot go on without {self.lost_with}"
-        if self.hang is not None:
-            return f"{self.spec.name} hangs: {self.hang}"
-        if self.status is None:
-            return f"{self.spec.name} was stopped by a signal and did not continue in time"
-        if self.status < 0:
-            return f"{self.spec.name} was killed by {signal.Signals(-self.status).name}"
-        return f"{self.spec.name} exited with status {self.status}"
 
 
 @dataclass(frozen=True)
@@ -141,14 +110,12 @@ class Supervisor:
         self._ready = False
         self._draining = False
         """Whether the first stage has been asked to end, and the others have not."""
-        self._signals = 0
-        self._news: socket.socket
-        """Readable when a signal has come, that of a child's end included."""
+        self._signals = Signals()
 
     def run(self) -> int:
         """Returns the exit status: 0 after SIGTERM or SIGINT, 2 when a process ended with 2 (a
         mistake of the user, of which it has printed a message), else 1."""
-        with self._catching_signals():
+        with self._signals.caught():
             try:
                 self._start()
                 losses = self._watch()
@@ -185,7 +152,7 @@ class Supervisor:
         next_check = 0.0
         losses: list[Loss] = []
         deadline = float("inf")
-        while not self._signals and time.monotonic() < deadline:
+        while not self._signals.stops and time.monotonic() < deadline:
             for loss in [*self._start_due(losses), *self._new_losses(losses)]:
                 # Requests may have come in since the last call.
                 self._ready = self._ready or self._is_ready()
@@ -219,10 +186,7 @@ class Supervisor:
         due = min((start.due for start in starts), default=math.inf)
         seconds = min(_POLL_SECONDS, max(0.0, due - time.monotonic()))
         tellers = [server.teller for server in self._fork_servers.values()]
-        sources = [self._news, *(teller for teller in tellers if teller is not None)]
-        readable, _, _ = select.select(sources, [], [], seconds)
-        if self._news in readable:
-            self._news.recv(_NEWS_BYTES)
+        self._signals.wait([teller for teller in tellers if teller is not None], seconds)
 
     def _new_losses(self, known: Sequence[Loss]) -> list[Loss]:
         lost = self._adopt_forked()
@@ -394,7 +358,7 @@ class Supervisor:
         raise ValueError(f"{spec.name} is in no stage")
 
     def _stop(self, first_stage_seconds: float) -> None:
-        signals = self._signals
+        stops = self._signals.stops
         losses: list[Loss] = []
         if not self._draining:
             self._end_fork_servers()
@@ -404,7 +368,7 @@ class Supervisor:
                 child.signal(signal.SIGTERM)
                 child.signal(signal.SIGCONT)
             while not all(child.has_ended() for child in stage):
-                if self._signals > signals:
+                if self._signals.stops > stops:
                     return
                 if time.monotonic() > deadline:
                     late = ", ".join(c.spec.name for c in stage if not c.has_ended())
@@ -444,28 +408,3 @@ class Supervisor:
         for stage in self._children:
             for child in stage:
                 child.reap()
-
-    @contextmanager
-    def _catching_signals(self) -> Iterator[None]:
-        def count(number: int, frame: FrameType | None) -> None:
-            self._signals += 1
-
-        def ignore(number: int, frame: FrameType | None) -> None:
-            """Takes SIGCHLD, so that it comes to the wake-up descriptor."""
-
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
-        handlers = (count, count, ignore)
-        before = [signal.signal(n, handler) for n, handler in zip(numbers, handlers, strict=True)]
-        self._news, writer = socket.socketpair()
-        self._news.setblocking(False)
-        writer.setblocking(False)
-        outer = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        try:
-            with self._news, writer:
-                try:
-                    yield
-                finally:
-                    signal.set_wakeup_fd(outer)
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)

@@ -12,7 +12,7 @@ from typing import Any
 
 from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import ConfigFile
-from crosspool.models.formats import GGUF_BLOCKS
+from crosspool.models.gguf_blocks import GGUF_BLOCKS
 from crosspool.models.gguf_header import GGUFHeader, gguf_files, read_header
 
 GGUF = "gguf"

@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from crosspool.models.config_file import ConfigFile
-from crosspool.models.formats import GGUF_BLOCKS, Blocks, Names, Quantization
+from crosspool.models.gguf_blocks import GGUF_BLOCKS, Blocks
 from crosspool.models.gguf_config import GGUF
 from crosspool.models.gguf_names import GGUFNames
+from crosspool.models.schemes import Names, Quantization
 from crosspool.models.spec import TensorRef
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from crosspool.models.config_file import ConfigFile
-from crosspool.models.formats import (
+from crosspool.models.schemes import (
     AWQ,
     GPTQ,
     MXFP4,

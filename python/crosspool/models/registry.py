@@ -20,10 +20,10 @@ from crosspool.config.errors import ConfigError
 from crosspool.models import families
 from crosspool.models.config_file import ConfigFile
 from crosspool.models.family import Family
-from crosspool.models.formats import ROUNDED, Names, Quantization
 from crosspool.models.gguf_config import GGUF, config_of
 from crosspool.models.gguf_quantization import gguf_quantization
 from crosspool.models.quantization import read_quantization
+from crosspool.models.schemes import ROUNDED, Names, Quantization
 from crosspool.models.spec import DType, ModelSpec, TensorRef
 from crosspool.models.tensors import attention_part, ffn_part
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from crosspool.models.formats import Quantization, Scheme, Stack
+from crosspool.models.schemes import Quantization, Scheme, Stack
 
 DType = Literal["bfloat16", "float32"]
 DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from crosspool.models.family import FFNNames
-from crosspool.models.formats import Stack
+from crosspool.models.schemes import Stack
 from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, MoEFFN, TensorRef
 
 

@@ -76,7 +76,7 @@ class App(Starlette):
         keys = self._keys = Keys(*deployment.keys)
         self._bodies = Bodies(deployment, state.turns)
         self._residency = ResidencyRoutes(
-            scheduler, names, self._bodies, self._check_serving, deployment.queue_timeout
+            scheduler, names, self._bodies, self._recovered, deployment.queue_timeout
         )
         self._fleet = FleetRoutes(
             deployment,
@@ -84,7 +84,7 @@ class App(Starlette):
             scheduler,
             apps=apps,
             bodies=self._bodies,
-            check_serving=self._check_serving,
+            recovered=self._recovered,
         )
         super().__init__(
             routes=[

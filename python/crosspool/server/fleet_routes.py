@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -53,7 +53,7 @@ class _Weights(msgspec.Struct):
 
 
 class FleetRoutes:
-    """``check_serving`` raises RequestError while the server takes no requests."""
+    """``recovered`` returns when requests are taken, and raises RequestError when they are not."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class FleetRoutes:
         *,
         apps: ModelApps,
         bodies: Bodies,
-        check_serving: Callable[[], None],
+        recovered: Callable[[], Awaitable[None]],
     ) -> None:
         self._file = deployment.file
         self._timeout = deployment.drain_timeout
@@ -71,7 +71,7 @@ class FleetRoutes:
         self._scheduler = scheduler
         self._apps = apps
         self._bodies = bodies
-        self._check_serving = check_serving
+        self._recovered = recovered
         base = "/crosspool/models"
         self.routes = [
             Route(base, self._load, methods=["POST"]),
@@ -79,7 +79,7 @@ class FleetRoutes:
         ]
 
     async def _load(self, request: Request) -> Response:
-        self._check_serving()
+        await self._recovered()
         async with self._bodies.read(request, 0) as body:
             given = decoded(body.raw, dict[str, Any])
         try:
@@ -95,7 +95,7 @@ class FleetRoutes:
     async def _steps(self, config: ModelConfig) -> AsyncIterator[dict[str, Any]]:
         """Has the model served; tells what is done."""
         yield {"name": config.name, "state": "loading"}
-        number = await self._answer(self._scheduler.load(config))
+        number = await self._answer(lambda: self._scheduler.load(config))
         yield {"name": config.name, "state": "starting"}
         with scheduler_errors():
             await self._apps.follow()
@@ -109,7 +109,7 @@ class FleetRoutes:
         yield told.summary()
 
     async def _unload(self, request: Request) -> Response:
-        self._check_serving()
+        await self._recovered()
         name: str = request.path_params["name"]
         timeout = _timeout(request, self._timeout)
         if name not in self._state.names:
@@ -117,7 +117,7 @@ class FleetRoutes:
         number = self._apps.number(name)
         self._apps.leave(number)
         try:
-            await self._answer(self._scheduler.unload(name, timeout))
+            await self._answer(lambda: self._scheduler.unload(name, timeout))
         except BaseException:
             self._apps.stay(number)
             raise
@@ -138,7 +138,7 @@ class FleetRoutes:
         former = self._apps.number(name)
         if given.abort_all_requests:
             self._state.models[name].manager.abort_request(abort_all=True)
-        number = await self._answer(self._scheduler.load(config, replaces=True))
+        number = await self._answer(lambda: self._scheduler.load(config, replaces=True))
         with scheduler_errors():
             await self._apps.follow()
         if (problem := self._apps.problem(number)) is not None:
@@ -149,15 +149,17 @@ class FleetRoutes:
         message = f"Succeeded to update model weights from {config.path}."
         return JSON({"success": True, "message": message, "num_paused_requests": 0})
 
-    async def _answer(self, asking: Coroutine[Any, Any, _Answer]) -> _Answer:
+    async def _answer(self, ask: Callable[[], Coroutine[Any, Any, _Answer]]) -> _Answer:
         """The scheduler's answer. Raises RequestError where it refuses, and where another scheduler
         takes its place meanwhile, which knows nothing of the question."""
-        before = self._incarnation
-        asked = asyncio.create_task(asking)
+        with scheduler_errors():
+            # What the state has may still be the word of the one before.
+            before = (await self._scheduler.status()).incarnation
+        asked = asyncio.create_task(ask())
         try:
             while not asked.done():
                 await asyncio.wait([asked], timeout=_LOOK_SECONDS)
-                if self._incarnation != before:
+                if self._last_incarnation > before:
                     raise RequestError(503, _REPLACED)
             with scheduler_errors():
                 return asked.result()
@@ -165,9 +167,9 @@ class FleetRoutes:
             asked.cancel()
 
     @property
-    def _incarnation(self) -> int | None:
-        """The scheduler's number, as it told when it was last asked."""
-        return self._state.status.incarnation if self._state.status else None
+    def _last_incarnation(self) -> int:
+        """The scheduler's number, as the state has it; 0 before it has any."""
+        return self._state.status.incarnation if self._state.status else 0
 
 
 def _checked(given: dict[str, Any], file: Path) -> ModelConfig:

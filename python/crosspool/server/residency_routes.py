@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -55,22 +55,22 @@ class _Occupation(msgspec.Struct):
 
 
 class ResidencyRoutes:
-    """``names`` are those of the models that there are, at any time. ``check_serving`` raises
-    RequestError while the server takes no requests; ``longest_wait`` bounds how long a request
-    waits for a model to wake or to fall asleep, in seconds."""
+    """``names`` are those of the models that there are, at any time. ``recovered`` returns when
+    requests are taken, and raises RequestError when they are not; ``longest_wait`` bounds how long
+    a request waits for a model to wake or to fall asleep, in seconds."""
 
     def __init__(
         self,
         scheduler: Scheduler,
         names: Sequence[str],
         bodies: Bodies,
-        check_serving: Callable[[], None],
+        recovered: Callable[[], Awaitable[None]],
         longest_wait: float,
     ) -> None:
         self._scheduler = scheduler
         self._names = names
         self._bodies = bodies
-        self._check_serving = check_serving
+        self._recovered = recovered
         self._longest_wait = longest_wait
         base = "/crosspool/models"
         self.routes = [
@@ -87,16 +87,16 @@ class ResidencyRoutes:
     # --- CrossPool's own
 
     async def _list(self, request: Request) -> Response:
-        self._check_serving()
+        await self._recovered()
         return JSON([model.summary() for model in (await self._status()).models])
 
     async def _sleep_one(self, request: Request) -> Response:
-        name = self._named(request)
+        name = await self._named(request)
         await self._sleep(name)
         return JSON((await self._model(name)).summary())
 
     async def _wake_one(self, request: Request) -> Response:
-        name = self._named(request)
+        name = await self._named(request)
         if wants_events(request):
             return events(self._steps(name))
         async for _ in self._wake(name):
@@ -104,14 +104,14 @@ class ResidencyRoutes:
         return JSON((await self._model(name)).summary())
 
     async def _pin_one(self, request: Request) -> Response:
-        name = self._named(request)
+        name = await self._named(request)
         async with self._bodies.read(request, 0) as body:
             keep = decoded(body.raw, _Pin).keep
         await self._manage(name, "pin", keep)
         return JSON((await self._model(name)).summary())
 
-    def _named(self, request: Request) -> str:
-        self._check_serving()
+    async def _named(self, request: Request) -> str:
+        await self._recovered()
         name: str = request.path_params["name"]
         if name not in self._names:
             raise unknown_model(name)
@@ -125,7 +125,7 @@ class ResidencyRoutes:
     # --- those of other servers
 
     async def _for_all(self, request: Request) -> Response:
-        self._check_serving()
+        await self._recovered()
         path = request.scope["path"]
         async with self._bodies.read(request, 0) as body:
             return await self.answer(path, request.query_params, body.raw, list(self._names))

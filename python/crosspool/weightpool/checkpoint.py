@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 
 from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import read_json
-from crosspool.models.formats import HeldForm, Stored, StoredTensor
+from crosspool.models.held_forms import HeldForm
+from crosspool.models.schemes import Stored, StoredTensor
 from crosspool.models.spec import TensorRef
 from crosspool.observability.progress import Progress
 

@@ -2,7 +2,7 @@
 points that kernels read, for any rows and columns of it.
 
 This is the reference of every format: plain operations of torch, in the order in which the format's
-rule is written. :mod:`crosspool.models.formats` says which tensors there are.
+rule is written. :mod:`crosspool.models.schemes` says which tensors there are.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from crosspool.models.formats import (
+from crosspool.models.held_forms import HeldForm
+from crosspool.models.schemes import (
     AWQ,
     GPTQ,
     MXFP4,
     MXFP4_GROUP,
     Elements,
-    HeldForm,
     PackedWords,
     Rounded,
     Scheme,

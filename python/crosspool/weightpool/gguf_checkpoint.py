@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crosspool.config.errors import ConfigError
-from crosspool.models.formats import GGUF_BLOCKS, HeldForm
+from crosspool.models.gguf_blocks import GGUF_BLOCKS
 from crosspool.models.gguf_header import GGUFTensor, gguf_files, read_header
 from crosspool.models.gguf_names import GGUFNames
+from crosspool.models.held_forms import HeldForm
 from crosspool.models.spec import TensorRef
 from crosspool.weightpool.checkpoint import (
     Checkpoint,

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from crosspool.models.formats import HeldForm
+from crosspool.models.held_forms import HeldForm
 from crosspool.weightpool.dequantize import Coded, in_type
 
 Array: TypeAlias = np.ndarray[Any, Any]

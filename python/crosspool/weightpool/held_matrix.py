@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from crosspool.kernels import native_structs as ns
-from crosspool.models.formats import HeldForm
+from crosspool.models.held_forms import HeldForm
 
 
 def hold_codes(matrix: ns.Matrix, form: HeldForm) -> None:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from crosspool.config.errors import ConfigError
-from crosspool.models.formats import HeldForm, scale_type
+from crosspool.models.held_forms import HeldForm, scale_type
 from crosspool.models.registry import attention_tensors, ffn_tensors
 from crosspool.models.spec import DTYPE_BYTES, FFNSpec, ModelSpec, MoEFFN, TensorRef
 

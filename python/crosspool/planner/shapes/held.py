@@ -9,18 +9,10 @@ import msgspec
 
 from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import ConfigFile
-from crosspool.models.formats import (
-    GGUF_BLOCKS,
-    GPTQ,
-    MXFP4,
-    Blocks,
-    Elements,
-    Names,
-    Quantization,
-    Scheme,
-)
+from crosspool.models.gguf_blocks import GGUF_BLOCKS, Blocks
 from crosspool.models.quantization import read_quantization
 from crosspool.models.registry import family_of, read_spec
+from crosspool.models.schemes import GPTQ, MXFP4, Elements, Names, Quantization, Scheme
 from crosspool.planner.shapes.shape import ModelShape
 from crosspool.weightpool.placement import FFNShard, attention_bytes, ffn_bytes
 

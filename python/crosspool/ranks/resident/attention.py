@@ -17,8 +17,10 @@ from crosspool.models.registry import attention_tensors
 from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, TensorRef
 from crosspool.observability.progress import Progress
 from crosspool.ranks.host.attention import frequencies
+from crosspool.ranks.resident.declarations import whole
 from crosspool.ranks.resident.kept_weights import KeptWeights
-from crosspool.ranks.resident.packing import PackedWeights, pointer, source, whole
+from crosspool.ranks.resident.pack_sources import pointer, source
+from crosspool.ranks.resident.packing import PackedWeights
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
 
 

@@ -14,8 +14,10 @@ from crosspool.kernels.engine import Team
 from crosspool.models.registry import ffn_tensors
 from crosspool.models.spec import FFNSpec, ModelSpec, MoEFFN, RouterSpec, TensorRef
 from crosspool.observability.progress import Progress
+from crosspool.ranks.resident.declarations import Index, whole
 from crosspool.ranks.resident.kept_weights import KeptWeights, OpenWeights
-from crosspool.ranks.resident.packing import Index, PackedWeights, gated_columns, pointer, whole
+from crosspool.ranks.resident.pack_sources import gated_columns, pointer
+from crosspool.ranks.resident.packing import PackedWeights
 from crosspool.ranks.weights import TensorListing
 from crosspool.weightpool.placement import FFNShard
 

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +22,28 @@ from torch import Tensor
 from crosspool.config.errors import ConfigError
 from crosspool.kernels import native_structs as ns
 from crosspool.kernels.engine import Team
-from crosspool.models.formats import HeldForm
+from crosspool.models.held_forms import HeldForm
 from crosspool.models.spec import TensorRef
 from crosspool.observability.progress import Progress
 from crosspool.ranks.resident.arena import Arena, round_up
+from crosspool.ranks.resident.declarations import (
+    BEFORE_ALL,
+    Declaration,
+    Index,
+    Pack,
+    bounds,
+    shape_of,
+    stage_of,
+    whole,
+)
 from crosspool.ranks.resident.kept_weights import Form, Image, KeptWeights
+from crosspool.ranks.resident.pack_sources import (
+    NATIVE_DTYPES,
+    alternating,
+    code_source,
+    joined,
+    source,
+)
 from crosspool.ranks.weights import TORCH_DTYPES, TensorListing
 from crosspool.weightpool.checkpoint import Checkpoint
 from crosspool.weightpool.dequantize import Coded
@@ -37,36 +52,6 @@ from crosspool.weightpool.held_matrix import hold_codes
 from crosspool.weightpool.placement import held_form
 
 _LINE = 64
-BEFORE_ALL = -1
-"""The stage of what must be there before any layer."""
-NATIVE_DTYPES = {torch.bfloat16: ns.BFLOAT16, torch.float32: ns.FLOAT32}
-
-Index = tuple[slice, ...]
-Pack = Callable[[list[Tensor]], object]
-PackCodes = Callable[[list[Coded]], object]
-
-
-@dataclass(frozen=True)
-class _Declared:
-    """Tensors, or shares of them, and the function that takes them when all have been read."""
-
-    layer: int | None
-    parts: list[tuple[TensorRef, Index]]
-    dtype: torch.dtype
-    finish: Pack
-    on_demand: bool = False
-    """Whether they are no part of what is in memory with the model."""
-    form: HeldForm | None = None
-    """The form in which the parts are read, of a matrix that is held as codes."""
-    finish_codes: PackCodes | None = None
-
-    def take(self, parts: list[Any]) -> None:
-        """Takes the tensors, or codes, when all have been read."""
-        if self.form is None:
-            self.finish(parts)
-        else:
-            assert self.finish_codes is not None
-            self.finish_codes(parts)
 
 
 class NotKept(ConfigError):
@@ -93,7 +78,7 @@ class PackedWeights:
         self.arena = Arena()
         self._model_dtype = dtype
         self._dtype = TORCH_DTYPES[dtype]
-        self._declared: list[_Declared] = []
+        self._declared: list[Declaration] = []
         self._matrices: list[ns.Matrix] = []
         self._arrays: list[Tensor] = []
         self._matrix_stages: list[int] = []
@@ -160,9 +145,9 @@ class PackedWeights:
 
         ``into``: the matrix to fill; None: a new one. ``stage``: None stands for the layer."""
         dtype = self._held_dtype(parts[0][0])
-        shapes = [_shape(index) for _, index in parts]
+        shapes = [shape_of(index) for _, index in parts]
         if into is None:
-            stage = _stage(layer) if stage is None else stage
+            stage = stage_of(layer) if stage is None else stage
             into = self.matrices(stage, 1, sum(n for n, _ in shapes), shapes[0][1], dtype)[0]
         matrix = into
 
@@ -174,7 +159,7 @@ class PackedWeights:
 
         form = self._hold_as_codes(matrix, parts)
         self._declared.append(
-            _Declared(layer, list(parts), dtype, finish, on_demand, form, finish_codes)
+            Declaration(layer, list(parts), dtype, finish, on_demand, form, finish_codes)
         )
         return matrix
 
@@ -187,8 +172,8 @@ class PackedWeights:
         *,
         on_demand: bool = False,
     ) -> None:
-        """Declares that a matrix of n = 2 x :func:`gated_columns` is filled from a gated MLP's gate
-        and up."""
+        """Declares that a matrix is filled from a gated MLP's gate and up; its n is twice what
+        :func:`~crosspool.ranks.resident.pack_sources.gated_columns` gives."""
 
         def finish(tensors: list[Tensor]) -> None:
             self._place(into)
@@ -200,18 +185,18 @@ class PackedWeights:
 
         form = self._hold_as_codes(into, [gate, up])
         self._declared.append(
-            _Declared(layer, [gate, up], self._dtype, finish, on_demand, form, finish_codes)
+            Declaration(layer, [gate, up], self._dtype, finish, on_demand, form, finish_codes)
         )
 
     def floats(self, layer: int | None, part: TensorRef, *, stage: int | None = None) -> Tensor:
         """Declares a vector in float32, rounded to the model's dtype, and returns it."""
-        out = self.array(_stage(layer) if stage is None else stage, part.shape, torch.float32)
+        out = self.array(stage_of(layer) if stage is None else stage, part.shape, torch.float32)
         self.copied(layer, part, out)
         return out
 
     def plain(self, layer: int | None, part: TensorRef) -> Tensor:
         """Declares an unpacked tensor in the model's dtype, and returns it."""
-        out = self.array(_stage(layer), part.shape, self._held_dtype(part))
+        out = self.array(stage_of(layer), part.shape, self._held_dtype(part))
         self.copied(layer, part, out)
         return out
 
@@ -237,23 +222,13 @@ class PackedWeights:
     def custom(self, layer: int | None, part: TensorRef, finish: Pack) -> None:
         """Declares that ``finish`` is called with one tensor."""
         self._declared.append(
-            _Declared(layer, [(part, whole(part))], self._held_dtype(part), finish)
+            Declaration(layer, [(part, whole(part))], self._held_dtype(part), finish)
         )
 
     def _pack_codes(self, matrix: ns.Matrix, coded: Coded) -> None:
         """Packs one matrix from codes."""
         self._place(matrix)
-        codes = coded.codes
-        self._packers.pack_grouped(
-            matrix,
-            ns.CodeSource(
-                codes.data_ptr(),
-                codes.shape[0],
-                codes.stride(0),
-                coded.scales.data_ptr(),
-                pointer(coded.offsets),
-            ),
-        )
+        self._packers.pack_grouped(matrix, code_source(coded))
         self.held_bytes += round_up(matrix.bytes, _LINE)
 
     def pack(self, matrix: ns.Matrix, sources: Sequence[ns.Source]) -> None:
@@ -273,10 +248,7 @@ class PackedWeights:
     def settle(self) -> None:
         """Reserves room for the matrices, once everything is declared."""
         self.listing = [
-            _listing(one.layer, ref, index, one.dtype, one.form)
-            for one in self._declared
-            for ref, index in one.parts
-            if not one.on_demand
+            listing for one in self._declared if not one.on_demand for listing in one.listings()
         ]
         self.plain_bytes = sum(
             round_up(matrix.bytes, _LINE)
@@ -319,7 +291,7 @@ class PackedWeights:
                 [_declared(matrix) for matrix in self._matrices],
                 [(list(array.shape), str(array.dtype)) for array in self._arrays],
                 [
-                    (ref.name, ref.key, _held_as(one.dtype, one.form), _bounds(index))
+                    (ref.name, ref.key, one.held_as, bounds(index))
                     for one in self._declared
                     for ref, index in one.parts
                 ],
@@ -395,86 +367,9 @@ class PackedWeights:
         return torch.float32 if ref.keep_fp32 else self._dtype
 
 
-def joined(coded: Sequence[Coded]) -> Coded:
-    """Rows of matrices that follow one another."""
-    offsets = [one.offsets for one in coded if one.offsets is not None]
-    return Coded(
-        torch.cat([one.codes for one in coded]),
-        torch.cat([one.scales for one in coded]),
-        torch.cat(offsets) if offsets else None,
-    )
-
-
-def alternating(gate: Coded, up: Coded) -> Coded:
-    """Rows of a gated pair: 16 of gate, 16 of up, with padding."""
-
-    def both(first: Tensor, second: Tensor) -> Tensor:
-        rows = gated_columns(first.shape[0])
-        pair = torch.zeros(2, rows, first.shape[1], dtype=first.dtype)
-        pair[0, : len(first)], pair[1, : len(second)] = first, second
-        panels: Tensor = pair.unflatten(1, (-1, ns.PANEL)).transpose(0, 1)
-        return panels.flatten(0, 2).contiguous()
-
-    offsets = None
-    if gate.offsets is not None and up.offsets is not None:
-        offsets = both(gate.offsets, up.offsets)
-    return Coded(both(gate.codes, up.codes), both(gate.scales, up.scales), offsets)
-
-
-def whole(ref: TensorRef) -> Index:
-    """The index of a whole tensor."""
-    return tuple(slice(0, size) for size in ref.shape)
-
-
-def gated_columns(width: int) -> int:
-    """Columns that each half of a gated pair of ``width`` takes, with padding."""
-    return round_up(width, ns.DEPTH)
-
-
-def source(tensor: Tensor) -> ns.Source:
-    """Describes the rows of a tensor [n, k] of any strides, which must outlive its packing."""
-    return ns.Source(tensor.data_ptr(), tensor.shape[0], tensor.stride(0), tensor.stride(1))
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _shape(index: Index) -> tuple[int, ...]:
-    return tuple(part.stop - part.start for part in index)
-
-
-def _bounds(index: Index) -> list[tuple[int, int]]:
-    return [(part.start, part.stop) for part in index]
-
-
 def _declared(matrix: ns.Matrix) -> tuple[int, ...]:
     """What is known of a matrix before it is packed: whether it is compact is not."""
     shape = (matrix.n, matrix.k, matrix.dtype)
     if matrix.encoding != ns.GROUPED:
         return shape
     return (*shape, matrix.codes, matrix.scales, matrix.group, matrix.offset)
-
-
-def _stage(layer: int | None) -> int:
-    return 0 if layer is None else layer
-
-
-def _listing(
-    layer: int | None, ref: TensorRef, index: Index, dtype: torch.dtype, form: HeldForm | None
-) -> TensorListing:
-    shape = _shape(index)
-    return TensorListing(
-        layer=layer,
-        key=ref.key,
-        name=ref.name,
-        shape=shape,
-        dtype=_held_as(dtype, form),
-        bytes=torch.Size(shape).numel() * dtype.itemsize
-        if form is None
-        else form.bytes(shape[0], shape[1]),
-    )
-
-
-def _held_as(dtype: torch.dtype, form: HeldForm | None) -> str:
-    return str(dtype).removeprefix("torch.") if form is None else form.codes

@@ -14,10 +14,11 @@ from typing import Protocol
 from crosspool.config.errors import ConfigError
 from crosspool.kernels import engine_structs as es
 from crosspool.kernels.engine import Loop
+from crosspool.ranks.resident.declarations import BEFORE_ALL
 from crosspool.ranks.resident.experts import ExpertPool
 from crosspool.ranks.resident.ffn import PackedFFN
 from crosspool.ranks.resident.kept_weights import KeptWeights, OpenWeights
-from crosspool.ranks.resident.packing import BEFORE_ALL, PackedWeights
+from crosspool.ranks.resident.packing import PackedWeights
 from crosspool.weightpool.packed_file import DamagedFile, PackedTable
 
 

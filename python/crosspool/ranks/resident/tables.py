@@ -9,7 +9,7 @@ from torch import Tensor
 
 from crosspool.kernels import engine_structs as es
 from crosspool.models.spec import ModelSpec
-from crosspool.ranks.resident.packing import NATIVE_DTYPES
+from crosspool.ranks.resident.pack_sources import NATIVE_DTYPES
 from crosspool.ranks.resident.weights import ResidentWeights
 from crosspool.ranks.weights import TORCH_DTYPES
 

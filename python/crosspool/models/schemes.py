@@ -13,17 +13,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-_CODE_BITS = {"int4": 4, "uint4": 4, "e2m1": 4, "int6": 6, "uint6": 6, "int8": 8, "e4m3": 8}
+from crosspool.models.held_forms import Codes, HeldForm, OffsetKind, ScaleType, held_group
+
 Shape: TypeAlias = tuple[int, ...]
-Codes: TypeAlias = Literal["int4", "uint4", "e2m1", "int8", "e4m3", "int6", "uint6"]
-OffsetKind: TypeAlias = Literal["none", "minimum", "zero point"]
-ScaleType: TypeAlias = Literal["float16", "bfloat16", "float32"]
 
 _FLOATS = ("F32", "BF16", "F16")
 _EXPONENTS = ("U8", "F8_E8M0")
 _WORD_BITS = 32
-_DEPTHS = 8
-"""Columns that a line of codes has."""
 MXFP4_GROUP = 32
 """Weights of MXFP4 that share an exponent (OCP Microscaling Formats 1.0)."""
 
@@ -69,23 +65,6 @@ class Stack:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldForm:
-    """How kernels read a quantised matrix: codes, and for each group of a row a scale and perhaps
-    an offset, which is of the scale's type. docs/decisions/0010-formats.md has the reasons."""
-
-    codes: Codes
-    group: int
-    """Columns that share a scale, a multiple of 8, and of 16 for codes of 6 bits."""
-    scales: ScaleType
-    offset: OffsetKind = "none"
-
-    def bytes(self, n: int, k: int) -> int:
-        """Bytes of a matrix [n, k] in this form, without the padding of panels."""
-        per_group = (4 if self.scales == "float32" else 2) * (1 if self.offset == "none" else 2)
-        return n * k * _CODE_BITS[self.codes] // 8 + n * -(-k // self.group) * per_group
-
-
-@dataclass(frozen=True, kw_only=True)
 class Scheme(ABC):
     """One way to store a matrix."""
 
@@ -97,7 +76,7 @@ class Scheme(ABC):
     @property
     @abstractmethod
     def format(self) -> str:
-        """The format of the values: ``fp8``, ``int8``, ``int4`` or ``mxfp4``."""
+        """The format of the values: ``fp8``, ``int8``, ``int4``, ``mxfp4`` or a type of GGUF."""
 
     @property
     def unit(self) -> tuple[int, int]:
@@ -113,7 +92,8 @@ class Scheme(ABC):
 
     def held(self, k: int, scales: ScaleType) -> HeldForm | None:
         """Returns how kernels read ``k`` columns of the matrix as they are stored; None where they
-        need floats. ``scales``: the type of scales (:func:`scale_type`)."""
+        need floats. ``scales``: their type, as
+        :func:`~crosspool.models.held_forms.scale_type` gives it."""
         return None
 
 
@@ -128,19 +108,6 @@ class Stored(Scheme):
         """Returns the tensors of a matrix by their roles: ``weight``, ``scale``, and ``zeros`` and
         ``groups`` where the scheme has them. ``module``: the name of what they belong to, such as
         ``model.layers.0.self_attn.q_proj``."""
-
-
-def scale_type(dtype: str) -> ScaleType:
-    """Returns the type in which scales are held for a model's dtype. Where the kernels round to
-    bfloat16, float16 is exact for what most tools write and else errs by less than they do."""
-    return "float32" if dtype == "float32" else "float16"
-
-
-def _held_group(group: int | None, k: int) -> int | None:
-    """The group that kernels have for ``k`` columns; None where they cannot have it."""
-    if group is None:
-        return -(-k // _DEPTHS) * _DEPTHS
-    return None if group % _DEPTHS or k % group else group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +129,7 @@ class Elements(Stored):
         return None  # blocks at the borders may be smaller
 
     def held(self, k: int, scales: ScaleType) -> HeldForm | None:
-        group = _held_group(self.block[1], k)
+        group = held_group(self.block[1], k)
         if group is None:
             return None
         if self.values == "fp8":  # scales are that small that float16 would have few bits of them
@@ -216,7 +183,7 @@ class _Integers(Stored):
         return 1, 1 if self.act_order else self.block[1] or 1
 
     def held(self, k: int, scales: ScaleType) -> HeldForm | None:
-        group = _held_group(self.block[1], k)
+        group = held_group(self.block[1], k)
         if self.act_order or group is None:
             return None
         if self.block[1] is None:
@@ -354,7 +321,7 @@ class Rounded(Stored):
         return self.values
 
     def held(self, k: int, scales: ScaleType) -> HeldForm | None:
-        group = _held_group(self.block[1], k)
+        group = held_group(self.block[1], k)
         if group is None:
             return None
         if self.values == "int4":
@@ -374,53 +341,6 @@ ROUNDED = {
     "fp8": Rounded(bits=8, block=(1, None), values="fp8"),
 }
 """The formats to which a checkpoint of floats can be rounded, by their names."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blocks(Scheme):
-    """The blocks of a type of GGUF, each with scales of its own."""
-
-    type: str
-    """Name of the type, one of :data:`GGUF_BLOCKS`."""
-
-    @property
-    def format(self) -> str:
-        return self.type
-
-    def held(self, k: int, scales: ScaleType) -> HeldForm | None:
-        form = GGUF_BLOCKS[self.type].held
-        if k % form.group:
-            return None
-        return form if form.codes == "e2m1" else replace(form, scales=scales)
-
-
-@dataclass(frozen=True)
-class BlockType:
-    """A type of GGUF that consists of blocks."""
-
-    bits: int
-    """Bits of a value, without its share of a scale."""
-    block: int
-    """Values of a block."""
-    held: HeldForm
-    """How kernels read it."""
-
-
-def _held(codes: Codes, group: int, offset: OffsetKind = "none") -> HeldForm:
-    scales: ScaleType = "bfloat16" if codes == "e2m1" else "float32"
-    return HeldForm(codes=codes, group=group, scales=scales, offset=offset)
-
-
-GGUF_BLOCKS = {
-    "Q4_0": BlockType(4, 32, _held("int4", 32)),
-    "Q8_0": BlockType(8, 32, _held("int8", 32)),
-    "Q4_K": BlockType(4, 256, _held("uint4", 32, "minimum")),
-    "Q5_K": BlockType(5, 256, _held("uint6", 32, "minimum")),
-    "Q6_K": BlockType(6, 256, _held("int6", 16)),
-    "MXFP4": BlockType(4, MXFP4_GROUP, _held("e2m1", MXFP4_GROUP)),
-}
-"""The types of blocks that are read, by their names. A K-quant's scales of scales are multiplied
-out; values of five bits are held with six."""
 
 
 @dataclass(frozen=True, kw_only=True)
