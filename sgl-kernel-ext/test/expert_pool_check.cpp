@@ -50,9 +50,12 @@ class Model {
                         .down = down.data(),
                         .shared_gate_up = nullptr,
                         .shared_down = nullptr,
+                        .gate_up_bias = nullptr,
+                        .down_bias = nullptr,
                         .first_expert = 0,
                         .held = kExperts,
-                        .top_k = 2});
+                        .top_k = 2,
+                        .swiglu_limit = 0.0F});
     }
   }
   ~Model() { close(file); }
@@ -143,7 +146,7 @@ int main(int argc, char** argv) {
     for (std::int32_t expert = 0; expert < kExperts; ++expert) {
       if (draw(3) == 0) continue;
       source.experts.push_back(expert);
-      groups.push_back({.gate_up = ffn.gate_up + expert, .down = ffn.down + expert, .slots = 1});
+      groups.push_back({ffn.gate_up + expert, ffn.down + expert, nullptr, nullptr, 0.0F, 0, 1});
     }
     ExpertPlan plan{};
     plan.groups = groups.data();
