@@ -91,6 +91,7 @@ class Benchmark {
   void all() {
     norms();
     gemms();
+    formats();
     experts();
     dense();
     attention();
@@ -139,20 +140,70 @@ class Benchmark {
         copies.push_back(matrix(n, k));
       } while (std::ssize(copies) * copies[0].bytes() < std::int64_t{256} << 20);
       for (const std::int32_t rows : kRows) {
-        if (rows > 64 && n == kVocab) continue;
-        std::byte* const x = memory(static_cast<std::size_t>(rows) * k * 4, dtype_);
-        std::byte* const out = memory(static_cast<std::size_t>(rows) * n * 4, dtype_);
-        std::size_t turn = 0;
-        measure({name,
-                 rows,
-                 2.0 * rows * n * k,
-                 {},
-                 [&] {
-                   const Matrix& m = copies[turn++ % copies.size()];
-                   const Gemm gemm{&m, nullptr, {x, k, nullptr}, out, n, rows, Store::kFloat};
-                   k_.gemm(gemm, 0, m.panels(), scratch_);
-                 },
-                 static_cast<double>(copies[0].bytes())});
+        if (rows <= 64 || n < kVocab) multiply_by(name, copies, rows);
+      }
+    }
+  }
+  void multiply_by(const char* name, const std::vector<Matrix>& copies, std::int32_t rows) {
+    const std::int32_t n = copies[0].n, k = copies[0].k;
+    std::byte* const x = memory(static_cast<std::size_t>(rows) * k * 4, dtype_);
+    std::byte* const out = memory(static_cast<std::size_t>(rows) * n * 4, dtype_);
+    std::size_t turn = 0;
+    measure({name,
+             rows,
+             2.0 * rows * n * k,
+             {},
+             [&] {
+               const Matrix& m = copies[turn++ % copies.size()];
+               const Gemm gemm{&m, nullptr, {x, k, nullptr}, out, n, rows, Store::kFloat};
+               k_.gemm(gemm, 0, m.panels(), scratch_);
+             },
+             static_cast<double>(copies[0].bytes())});
+  }
+
+  // Products with codes of any value, as quantised models of each format hold them.
+  void formats() {
+    struct Format {
+      const char* name;
+      Codes codes;
+      ScaleType scales;
+      std::int32_t group;
+      Offset offset;
+    };
+    constexpr std::int32_t n = 1024, k = 1024;
+    for (const auto& [name, codes, scales, group, offset] :
+         {Format{"int4", Codes::kInt4, ScaleType::kFloat16, 128, Offset::kNone},
+          Format{"q4_0", Codes::kInt4, ScaleType::kFloat16, 32, Offset::kNone},
+          Format{"q4_k", Codes::kUInt4, ScaleType::kFloat16, 32, Offset::kMinimum},
+          Format{"mxfp4", Codes::kE2M1, ScaleType::kBFloat16, 32, Offset::kNone},
+          Format{"q6_k", Codes::kInt6, ScaleType::kFloat16, 16, Offset::kNone},
+          Format{"q8_0", Codes::kInt8, ScaleType::kFloat16, 32, Offset::kNone},
+          Format{"fp8", Codes::kE4M3, ScaleType::kFloat32, 128, Offset::kNone}}) {
+      Matrix m{nullptr, n, k, dtype_, Encoding::kGrouped, codes, scales, group, offset};
+      std::vector<std::uint8_t> values(std::size_t{n} * k);
+      for (auto& value : values) {
+        value = static_cast<std::uint8_t>(random_() % (1U << m.code_bits()));
+        if (codes == Codes::kE4M3 && value % 128 == 127) --value;  // no number
+      }
+      // Scales of 2^-8 and minima of 0.
+      std::vector<std::byte> of_groups(static_cast<std::size_t>(m.groups()) * n * 4);
+      const std::uint32_t one = scales == ScaleType::kFloat16    ? 0x1c00
+                                : scales == ScaleType::kBFloat16 ? 0x3b80
+                                                                 : 0x3b800000;
+      const std::size_t size = scales == ScaleType::kFloat32 ? 4 : 2;
+      for (std::size_t at = 0; at < of_groups.size(); at += size) {
+        std::memcpy(&of_groups[at], &one, size);
+      }
+      const std::vector<std::byte> minima(of_groups.size());
+      const CodeSource source{values.data(), n, k, of_groups.data(), minima.data()};
+      std::vector<Matrix> copies;
+      do {
+        m.data = memory(static_cast<std::size_t>(m.bytes()), dtype_);
+        k_.pack_grouped(m, source, 0, m.panels());
+        copies.push_back(m);
+      } while (std::ssize(copies) * m.bytes() < std::int64_t{128} << 20);
+      for (const std::int32_t rows : {1, 2, 4, 8, 64, 512}) {
+        multiply_by(name, copies, rows);
       }
     }
   }

@@ -26,6 +26,8 @@ TABLES = {
 }
 FEW = 12
 """Rows up to which no weight is rounded."""
+INTEGERS = frozenset(TABLES) - {"e4m3"}
+"""Codes that the avx2 path multiplies as integers, by rows of bfloat16 in fixed point."""
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -58,6 +60,17 @@ def _weights(
     return packed, values * scale - taken * (scale if offset == "zero point" else 1)
 
 
+def _rounding(native: NativeKernels, x: Tensor, kind: str, group: int) -> Tensor:
+    """The most by which elements of rows are rounded: in fixed point, those below 2^-7 of the
+    largest of their block of up to 32 by 2^-15 of it."""
+    if native.isa != "avx2" or x.dtype != torch.bfloat16 or kind not in INTEGERS:
+        return torch.zeros(x.shape, dtype=torch.float64)
+    block = math.gcd(32, -(-group // 16) * 16 if kind in ("int6", "uint6") else group)
+    sizes = torch.nn.functional.pad(x.double().abs(), (0, -x.shape[1] % block))
+    largest = sizes.unflatten(1, (-1, block)).amax(2).repeat_interleave(block, 1)
+    return (largest * 2**-15 * (sizes < largest * 2**-7))[:, : x.shape[1]]
+
+
 OFFSETS = ("none", "minimum", "zero point")
 FORMS = [
     *(("uint4", scales, offset) for scales in SCALES for offset in OFFSETS),
@@ -85,6 +98,7 @@ def test_product(
             exact = x.double() @ weights.T
             size = x.double().abs() @ (weights.abs() + 2).T  # offsets cancel what is summed
             bound = 1e-6 * size + half * exact.abs() + (half * size if rows > FEW else 0)
+            bound += _rounding(native, x, kind, shape[2]) @ (weights.abs() + 2).T
             assert ((native.gemm(x, packed).double() - exact).abs() <= bound).all()
 
 
@@ -103,10 +117,39 @@ def test_few_rows_have_exact_weights(native: NativeKernels, dtype: torch.dtype, 
         assert torch.equal(native.gemm(x, packed), expected.to(dtype)[None])
 
 
-def test_shares_and_other_rows_do_not_change_the_result(
-    native: NativeKernels, whole: NativeKernels, dtype: torch.dtype
+@pytest.mark.parametrize("kind", ["int4", "e2m1", "int8", "int6"])
+def test_rows_of_many_sizes(native: NativeKernels, dtype: torch.dtype, kind: str) -> None:
+    """Blocks of a row, and the elements of one, may differ by many powers of two."""
+    packed, weights = _weights(native, kind, (48, 256, 32), torch.float16, "none")
+    of_blocks = torch.exp2(torch.randint(-60, 60, (9, 8)).float()).repeat_interleave(32, 1)
+    x = (torch.randn(9, 256) * of_blocks * torch.exp2(-12 * torch.rand(9, 256))).to(dtype)
+    x[4] = 0
+    exact = x.double() @ weights.T
+    bound = 1e-6 * x.double().abs() @ weights.abs().T + _rounding(native, x, kind, 32) @ (
+        weights.abs().T
+    )
+    bound += (2**-8 if dtype == torch.bfloat16 else 0) * exact.abs()
+    assert ((native.gemm(x, packed).double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("kind", ["uint4", "int8", "e4m3"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_is_not_hidden(
+    native: NativeKernels, dtype: torch.dtype, kind: str, value: float
 ) -> None:
-    packed, _ = _weights(whole, "uint4", (272, 320, 32), torch.float16, "minimum")
+    packed, _ = _weights(native, kind, (48, 64, 32), torch.float16, "none")
+    x = torch.randn(3, 64).to(dtype)
+    x[1, 40] = value
+    found = native.gemm(x, packed).isfinite()
+    assert found[[0, 2]].all()
+    assert not found[1].any()
+
+
+@pytest.mark.parametrize("kind", ["uint4", "e4m3"])
+def test_shares_and_other_rows_do_not_change_the_result(
+    native: NativeKernels, whole: NativeKernels, dtype: torch.dtype, kind: str
+) -> None:
+    packed, _ = _weights(whole, kind, (272, 320, 32), torch.float16, "minimum")
     x = torch.randn(12, 320).to(dtype)
     together = native.gemm(x, packed)
     assert torch.equal(together, whole.gemm(x, packed))

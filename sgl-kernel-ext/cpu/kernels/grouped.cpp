@@ -2,65 +2,10 @@
 
 #include <bit>
 
+#include "nibbles.h"
+
 namespace crosspool::CROSSPOOL_ISA {
 namespace {
-
-// As many bytes as a vector has.
-typedef std::uint8_t B __attribute__((vector_size(4 * kLanes)));
-typedef B UnalignedB __attribute__((aligned(1), may_alias));
-
-CROSSPOOL_INLINE B load_bytes(const void* p) { return *static_cast<const UnalignedB*>(p); }
-
-#if !defined(__AVX512BF16__)  // which looks words up
-
-// Of each 16 bytes: byte i of the result is table[index[i]], for indices below 16.
-CROSSPOOL_INLINE B lookup(B table, B index) {
-#if defined(__AVX2__)
-  return (B)_mm256_shuffle_epi8((__m256i)table, (__m256i)index);
-#elif defined(__aarch64__)
-  return (B)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)index);
-#else
-  B out;
-  for (int i = 0; i < 16; ++i) out[i] = table[index[i] & 15];
-  return out;
-#endif
-}
-
-// Of each 16 bytes: the first or the last 8 of `a` and of `b`, byte by byte in turn.
-CROSSPOOL_INLINE U interleave_first(B a, B b) {
-#if defined(__AVX2__)
-  return (U)_mm256_unpacklo_epi8((__m256i)a, (__m256i)b);
-#elif defined(__x86_64__)
-  return (U)_mm_unpacklo_epi8((__m128i)a, (__m128i)b);
-#elif defined(__aarch64__)
-  return (U)vzip1q_u8((uint8x16_t)a, (uint8x16_t)b);
-#else
-  B out;
-  for (int i = 0; i < 8; ++i) out[2 * i] = a[i], out[2 * i + 1] = b[i];
-  return (U)out;
-#endif
-}
-CROSSPOOL_INLINE U interleave_last(B a, B b) {
-#if defined(__AVX2__)
-  return (U)_mm256_unpackhi_epi8((__m256i)a, (__m256i)b);
-#elif defined(__x86_64__)
-  return (U)_mm_unpackhi_epi8((__m128i)a, (__m128i)b);
-#elif defined(__aarch64__)
-  return (U)vzip2q_u8((uint8x16_t)a, (uint8x16_t)b);
-#else
-  B out;
-  for (int i = 0; i < 8; ++i) out[2 * i] = a[8 + i], out[2 * i + 1] = b[8 + i];
-  return (U)out;
-#endif
-}
-
-CROSSPOOL_INLINE B repeated(const std::uint8_t (&bytes)[16]) {
-  std::uint8_t all[4 * kLanes];
-  for (int i = 0; i < 4 * kLanes; ++i) all[i] = bytes[i % 16];
-  return load_bytes(all);
-}
-
-#endif
 
 constexpr CodeTable table_of(const float (&values)[16]) {
   CodeTable table{};
@@ -246,6 +191,41 @@ struct Float8 {
   B small;
 };
 
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
+
+// The same as floats of 32 bits that are 2^-120 of the values: e4m3 is the bits 20 to 26 of one,
+// without an exception. Its multiples of 2^-9 without an exponent are such floats too, which
+// ReadsSmallFloats keeps from being zeros, and rows are scaled up (kRowScale), so that no product
+// is too small.
+struct Float8Values {
+  static constexpr int kCodeLines = 2;
+  static constexpr int kDepths = 8;
+
+  CROSSPOOL_INLINE explicit Float8Values(Codes) {}
+  // Depth 4 * half + depth of 8, from a vector of float8_place's words.
+  CROSSPOOL_INLINE static V value(U words, int depth) {
+    const U at_top = depth == 0   ? words << 24
+                     : depth == 1 ? words << 8
+                     : depth == 2 ? words << 16
+                                  : words;
+    return (V)(((I)at_top >> 4) & (I)splat_bits(0x87f00000U));
+  }
+};
+
+class ReadsSmallFloats {
+ public:
+  ReadsSmallFloats() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~kDenormalsAreZero); }
+  ~ReadsSmallFloats() { _mm_setcsr(before_); }
+  ReadsSmallFloats(const ReadsSmallFloats&) = delete;
+  ReadsSmallFloats& operator=(const ReadsSmallFloats&) = delete;
+
+ private:
+  static constexpr unsigned kDenormalsAreZero = 0x0040;
+  unsigned before_;
+};
+
+#endif
+
 // Adds the products of a line: pairs of depths of kLanes columns, times a row's pair.
 template <class T>
 CROSSPOOL_INLINE V add_line(V sum, U line, const std::byte* row, std::int64_t pair) {
@@ -262,28 +242,8 @@ CROSSPOOL_INLINE V add_line(V sum, U line, const std::byte* row, std::int64_t pa
   return fma((V)(line & splat_bits(0xffff0000U)), splat(x[1]), sum);
 }
 
-// kLanes scales, the first of which is number `at`.
-CROSSPOOL_INLINE V load_scales(const std::byte* scales, ScaleType type, std::int64_t at) {
-  if (type == ScaleType::kFloat32) {
-    return load(reinterpret_cast<const float*>(scales) + at);
-  }
-  const auto* const halves = reinterpret_cast<const std::uint16_t*>(scales) + at;
-  if (type == ScaleType::kBFloat16) return BFloat16::load(halves);
-#if defined(__AVX512BF16__)
-  return (V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
-#elif defined(__AVX2__)
-  return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
-#else
-  V out;
-  for (int i = 0; i < kLanes; ++i) {
-    // Shifted into place, a half is a float that is 2^112 too small.
-    const std::uint32_t half = halves[i];
-    const auto bits = (half & 0x8000U) << 16 | (half & 0x7fffU) << 13;
-    out[i] = std::bit_cast<float>(bits) * 0x1p112F;
-  }
-  return out;
-#endif
-}
+template <class Decoder>
+inline constexpr bool kGivesValues = requires { &Decoder::value; };
 
 template <class T, int kRows, int kPanels, class Decoder>
 CROSSPOOL_INLINE void micro_grouped(const GroupedMultiply& m, int first_panel, float* tile) {
@@ -326,15 +286,35 @@ CROSSPOOL_INLINE void micro_grouped(const GroupedMultiply& m, int first_panel, f
         for (int line = 0; line < Decoder::kCodeLines; ++line) {
           __builtin_prefetch(ahead + p * panel_bytes + line * kCodeLine, 0, 3);
         }
-        for (int part = 0; part < Decoder::kSummands; ++part) {
-          for (int v = 0; v < kParts; ++v) {
-            for (int half = 0; half < Decoder::kDepths / 4; ++half) {
-              U lines[2];
-              decoder.lines(codes, v, part, half, lines);
-              const std::int64_t pair = b * Decoder::kDepths / 2 + half * 2;
+        if constexpr (kGivesValues<Decoder>) {
+          for (int half = 0; half < Decoder::kDepths / 4; ++half) {
+            U words[kParts];
+            for (int v = 0; v < kParts; ++v) {
+              words[v] = load_bits(codes + half * kCodeLine + v * 4 * kLanes);
+            }
+            for (int depth = 0; depth < 4; ++depth) {
+              V values[kParts];
+              for (int v = 0; v < kParts; ++v) values[v] = Decoder::value(words[v], depth);
               for (int r = 0; r < kRows; ++r) {
-                sum[r][p][v] = add_line<T>(sum[r][p][v], lines[0], x[r], pair);
-                sum[r][p][v] = add_line<T>(sum[r][p][v], lines[1], x[r], pair + 1);
+                const V of_row = splat(
+                    reinterpret_cast<const float*>(x[r])[b * Decoder::kDepths + half * 4 + depth]);
+                for (int v = 0; v < kParts; ++v) {
+                  sum[r][p][v] = in_register(fma(values[v], of_row, sum[r][p][v]));
+                }
+              }
+            }
+          }
+        } else {
+          for (int part = 0; part < Decoder::kSummands; ++part) {
+            for (int v = 0; v < kParts; ++v) {
+              for (int half = 0; half < Decoder::kDepths / 4; ++half) {
+                U lines[2];
+                decoder.lines(codes, v, part, half, lines);
+                const std::int64_t pair = b * Decoder::kDepths / 2 + half * 2;
+                for (int r = 0; r < kRows; ++r) {
+                  sum[r][p][v] = add_line<T>(sum[r][p][v], lines[0], x[r], pair);
+                  sum[r][p][v] = add_line<T>(sum[r][p][v], lines[1], x[r], pair + 1);
+                }
               }
             }
           }
@@ -345,7 +325,8 @@ CROSSPOOL_INLINE void micro_grouped(const GroupedMultiply& m, int first_panel, f
       const std::byte* const scales = panels + p * panel_bytes;
       for (int v = 0; v < kParts; ++v) {
         const std::int64_t at = g * kPanel + v * kLanes;
-        const V scale = load_scales(scales, w.scales, at);
+        V scale = load_scales(scales, w.scales, at);
+        if constexpr (kGivesValues<Decoder>) scale *= splat(0x1p120F / kRowScale);
         V offset{};
         if (w.offset != Offset::kNone) offset = load_scales(scales + w.scale_bytes(), w.scales, at);
         for (int r = 0; r < kRows; ++r) {
@@ -372,7 +353,7 @@ CROSSPOOL_INLINE void micro_grouped(const GroupedMultiply& m, int first_panel, f
 
 // Panels whose sums, for the group and in all, fit into registers.
 constexpr int grouped_panels_at_once(int rows) {
-  const int fit = (kLanes == 16 ? 16 : 8) / (2 * rows * kParts);
+  const int fit = (kLanes >= 8 ? 16 : 8) / (2 * rows * kParts);
   return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
 }
 
@@ -459,7 +440,14 @@ template void expand_grouped<Float32>(const Matrix& weight, const std::byte* pan
 
 template <class T>
 void multiply_grouped(const GroupedMultiply& m, float* tile) {
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
+  if (m.weight->codes == Codes::kE4M3) {
+    const ReadsSmallFloats scope;
+    return of_rows<T, Float8Values>(m, tile);
+  }
+#else
   if (m.weight->codes == Codes::kE4M3) return of_rows<T, Float8>(m, tile);
+#endif
   if (m.weight->code_bits() == 6) return of_rows<T, SixBits>(m, tile);
   if (m.weight->codes == Codes::kInt8) return of_rows<T, Nibbles<2>>(m, tile);
   of_rows<T, Nibbles<1>>(m, tile);

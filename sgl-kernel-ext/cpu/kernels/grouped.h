@@ -16,6 +16,7 @@
 #ifndef CROSSPOOL_CPU_KERNELS_GROUPED_H
 #define CROSSPOOL_CPU_KERNELS_GROUPED_H
 
+#include <bit>
 #include <type_traits>
 
 #include "multiply.h"
@@ -68,6 +69,29 @@ inline std::int64_t float8_place(std::int64_t depth, std::int64_t column) {
   return depth / 4 % 2 * kCodeLine + word * 2 + depth / 2 % 2;
 }
 
+// kLanes scales, the first of which is number `at`.
+CROSSPOOL_INLINE V load_scales(const std::byte* scales, ScaleType type, std::int64_t at) {
+  if (type == ScaleType::kFloat32) {
+    return load(reinterpret_cast<const float*>(scales) + at);
+  }
+  const auto* const halves = reinterpret_cast<const std::uint16_t*>(scales) + at;
+  if (type == ScaleType::kBFloat16) return BFloat16::load(halves);
+#if defined(__AVX512BF16__)
+  return (V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
+#elif defined(__AVX2__)
+  return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+#else
+  V out;
+  for (int i = 0; i < kLanes; ++i) {
+    // Shifted into place, a half is a float that is 2^112 too small.
+    const std::uint32_t half = halves[i];
+    const auto bits = (half & 0x8000U) << 16 | (half & 0x7fffU) << 13;
+    out[i] = std::bit_cast<float>(bits) * 0x1p112F;
+  }
+  return out;
+#endif
+}
+
 // A product of up to kMostGroupedRows rows with up to kGroup panels.
 struct GroupedMultiply {
   const Matrix* weight;
@@ -87,6 +111,14 @@ void multiply_grouped(const GroupedMultiply& m, float* tile);
 // Writes a plain panel from a grouped one. Its bfloat16 weights are rounded to the nearest.
 template <class T>
 void expand_grouped(const Matrix& weight, const std::byte* panel, std::byte* out);
+
+// What rows of floats are multiplied by before a product with floats of 8 bits, where these are
+// read as floats of 32 bits with the same exponent.
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
+inline constexpr float kRowScale = 0x1p60F;
+#else
+inline constexpr float kRowScale = 1.0F;
+#endif
 
 // Writes the sums of a row of operand elements over every group.
 template <class T>

@@ -40,7 +40,7 @@ struct DepthStep {
 #if defined(__AVX512BF16__)
     if constexpr (kPairs) return _mm512_dpbf16_ps(sum, (__m512bh)operand, (__m512bh)weights);
 #endif
-    return fma(weights, operand, sum);
+    return add_product(sum, weights, operand);
   }
 };
 
@@ -67,6 +67,8 @@ CROSSPOOL_INLINE void micro_panels(const Multiply& m, int first_panel, float* ti
         level.fetch(ahead + p * m.prefetch.panel_bytes + s * ahead_step);
       }
       for (int half = 0; half < S::kHalves; ++half) {
+        // What the odd depths need would take registers from the sums if it was read before.
+        if (half == 1) asm volatile("" ::: "memory");
         V weights[kPanels][kParts];
         for (int p = 0; p < kPanels; ++p) {
           for (int v = 0; v < kParts; ++v) {

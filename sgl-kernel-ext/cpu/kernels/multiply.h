@@ -17,15 +17,18 @@ inline constexpr int kTileWidth = kGroup * kPanel;
 // need the fewest loads.
 #if defined(__AVX512BF16__)
 inline constexpr int kMicroRows = 6, kMostRows = 12;
-#elif defined(__AVX2__) || defined(__aarch64__)
+#elif defined(__AVX2__)  // six rows fit too, but took half as long again for each
+inline constexpr int kMicroRows = 5, kMostRows = 5;
+#elif defined(__aarch64__)
 inline constexpr int kMicroRows = 6, kMostRows = 6;
 #else
 inline constexpr int kMicroRows = 2, kMostRows = 2;
 #endif
 
-// Panels whose sums fit into registers together with those of `rows` rows.
+// Panels whose sums fit into registers together with those of `rows` rows, and with the weights and
+// operands of a step.
 constexpr int panels_at_once(std::int64_t rows, int panels) {
-  const std::int64_t fit = (kLanes == 16 ? 24 : 12) / (rows * kParts);
+  const std::int64_t fit = (kLanes == 16 ? 24 : kLanes == 8 ? 8 : 12) / (rows * kParts);
   return fit >= 4 && panels >= 4 ? 4 : fit >= 2 && panels >= 2 ? 2 : 1;
 }
 

@@ -5,7 +5,7 @@
 #define CROSSPOOL_CPU_KERNELS_PRODUCT_H
 
 #include "advance.h"
-#include "grouped.h"
+#include "integers.h"
 #include "multiply.h"
 
 namespace crosspool::CROSSPOOL_ISA {
@@ -124,7 +124,8 @@ CROSSPOOL_INLINE void grouped_product(const Matrix& weight, const Rows& x, std::
                                       int begin, int end, const void* then, void* scratch,
                                       Done done) {
   const std::int64_t k = weight.k, panel_bytes = weight.panel_bytes();
-  const bool copy = needs_copy<T>(x, 1, k) || k % weight.code_depths() != 0;
+  const bool scaled = kRowScale != 1.0F && weight.codes == Codes::kE4M3;
+  const bool copy = scaled || needs_copy<T>(x, 1, k) || k % weight.code_depths() != 0;
   auto* const sums =
       reinterpret_cast<float*>(static_cast<std::byte*>(scratch) + operand_scratch(k));
   alignas(64) Tile tile;
@@ -133,6 +134,12 @@ CROSSPOOL_INLINE void grouped_product(const Matrix& weight, const Rows& x, std::
     const Operand operand = ready_rows<T>(x, row, count, k, copy, scratch);
     for (std::int64_t i = 0; weight.offset != Offset::kNone && i < count; ++i) {
       sum_groups<T>(operand.row(i), weight, sums + i * weight.groups());
+    }
+    if (scaled) {
+      auto* const floats = static_cast<float*>(scratch);
+      for_lanes(0, count * round_up(k, kDepth), [&](std::int64_t at, auto) {
+        store(floats + at, load(floats + at) * splat(kRowScale));
+      });
     }
     for (int panel = begin; panel < end; panel += kGroup) {
       const int panels = static_cast<int>(min(kGroup, end - panel));
@@ -147,6 +154,48 @@ CROSSPOOL_INLINE void grouped_product(const Matrix& weight, const Rows& x, std::
   }
 }
 
+// The product of any number of rows with a grouped matrix of integers.
+template <class Done>
+CROSSPOOL_INLINE void integer_product(const Matrix& weight, const Rows& x, std::int64_t rows,
+                                      int begin, int end, const void* then, void* scratch,
+                                      Done done) {
+  const std::int64_t panel_bytes = weight.panel_bytes();
+  const auto* const data = static_cast<const std::byte*>(weight.data);
+  const std::int64_t row_bytes = IntegerRows::row_bytes(weight);
+  const std::int64_t at_once = rows_at_once(rows, row_bytes);
+  alignas(64) Tile tile;
+  for (std::int64_t row = 0; row < rows; row += at_once) {
+    const std::int64_t block = min(at_once, rows - row);
+    const std::int64_t stretches = (block + kMostIntegerRows - 1) / kMostIntegerRows;
+    const auto stretch = [&](std::int64_t i) { return block * i / stretches; };
+    const auto integers = [&](std::int64_t i) {
+      return IntegerRows(weight, static_cast<std::byte*>(scratch) + stretch(i) * row_bytes,
+                         stretch(i + 1) - stretch(i));
+    };
+    for (std::int64_t i = 0; i < stretches; ++i) {
+      const IntegerRows of_stretch = integers(i);
+      for (std::int64_t j = 0; j < of_stretch.rows; ++j) {
+        const std::int64_t at = row + stretch(i) + j, from = x.index == nullptr ? at : x.index[at];
+        make_integers(weight, static_cast<const std::uint16_t*>(x.data) + from * x.stride,
+                      of_stretch, j);
+      }
+    }
+    for (int panel = begin; panel < end; panel += kGroup) {
+      const int panels = static_cast<int>(min(kGroup, end - panel));
+      const std::byte* const group = data + panel * panel_bytes;
+      const auto* next =
+          panel + panels < end ? group + panels * panel_bytes : static_cast<const std::byte*>(then);
+      if (next == nullptr) next = group;
+      advance();
+      for (std::int64_t i = 0; i < stretches; ++i) {
+        const IntegerRows of_stretch = integers(i);
+        multiply_integers({&weight, group, panels, next, of_stretch}, tile.at);
+        done(row + stretch(i), of_stretch.rows, panel, panels, tile.at);
+      }
+    }
+  }
+}
+
 // Calls done(row, rows, panel, panels, c) for tiles that cover rows [0, rows) and panels
 // [begin, end): element (row + i, panel * 16 + j) is c[i * kTileWidth + j]. A tile never begins or
 // ends inside a pair of panels that begins at an even distance from `begin`. `then`: weights that
@@ -155,6 +204,11 @@ template <class T, class Done>
 CROSSPOOL_INLINE void product(const Matrix& weight, const Rows& x, std::int64_t rows, int begin,
                               int end, const void* then, void* scratch, Done done) {
   const bool grouped = weight.encoding == Encoding::kGrouped;
+  if constexpr (kHasIntegers) {
+    if (grouped && multiplies_integers<T>(weight)) {
+      return integer_product(weight, x, rows, begin, end, then, scratch, done);
+    }
+  }
   if (grouped && rows <= kFewGroupedRows) {
     return grouped_product<T>(weight, x, rows, begin, end, then, scratch, done);
   }

@@ -6,6 +6,7 @@
 #ifndef CROSSPOOL_CPU_KERNELS_SIMD_H
 #define CROSSPOOL_CPU_KERNELS_SIMD_H
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -50,8 +51,9 @@ CROSSPOOL_INLINE H load_half(const std::uint16_t* p) {
 }
 CROSSPOOL_INLINE void store_half(std::uint16_t* p, H v) { *reinterpret_cast<UnalignedH*>(p) = v; }
 
-CROSSPOOL_INLINE V splat(float x) { return V{} + x; }
 CROSSPOOL_INLINE U splat_bits(std::uint32_t x) { return U{} + x; }
+// (V{} + x would be an addition, since zero has a sign.)
+CROSSPOOL_INLINE V splat(float x) { return (V)splat_bits(std::bit_cast<std::uint32_t>(x)); }
 
 // Zero-extended. (GCC makes detours of __builtin_convertvector here.)
 CROSSPOOL_INLINE U words(H h) {
@@ -111,6 +113,27 @@ CROSSPOOL_INLINE V fma(V a, V b, V c) {
   return vfmaq_f32(c, a, b);
 #else
   return a * b + c;
+#endif
+}
+
+// The same vector. With 16 registers, GCC neither computes it in another order than is written nor
+// later, for which it would need more of them.
+template <class Vector>
+CROSSPOOL_INLINE Vector in_register(Vector v) {
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
+// sum + a * b in the sum's register, in a loop that needs all registers: GCC would take the place
+// of `b` for the result and keep another sum in memory.
+CROSSPOOL_INLINE V add_product(V sum, V a, V b) {
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  return sum;
+#else
+  return fma(a, b, sum);
 #endif
 }
 
