@@ -18,7 +18,7 @@ from crosspool.models.registry import read_model
 from crosspool.models.spec import MoEFFN
 from crosspool.ranks.resident.arena import round_up
 from crosspool.ranks.resident.ffn import PackedFFN
-from crosspool.ranks.resident.kept_weights import OpenWeights, placed
+from crosspool.ranks.resident.kept_weights import OpenWeights, PackedLayout, placed
 from crosspool.transport.messages import Logprobs, StepResult, Wake, Waking, Woken
 from crosspool.weightpool.checkpoint import Checkpoint
 from crosspool.weightpool.experts import GRANULE, largest_layer
@@ -389,7 +389,7 @@ def test_a_file_is_the_same_with_experts_on_demand(name: str) -> None:
         weight_bytes=ends[-1],
         broken=[],
     )
-    every, rest = (OpenWeights(-1, table, placed(table, image), 4096) for image in images)
+    every, rest = (PackedLayout(b"", table, placed(table, image), 4096) for image in images)
     right = {
         span.offset: checksum for span, checksum in zip(every.spans, every.checksums, strict=True)
     }
@@ -397,7 +397,7 @@ def test_a_file_is_the_same_with_experts_on_demand(name: str) -> None:
     for span, checksum in zip(rest.spans, rest.checksums, strict=True):
         assert right[span.offset] == checksum
     assert rest.image.bytes == parts[1].weights.plain_bytes
-    experts = parts[1].pooled(rest)
+    experts = parts[1].pooled(OpenWeights(-1, rest))
     assert len(experts) == sum(ffn.experts for ffn in spec.ffn if isinstance(ffn, MoEFFN))
     assert 2 * len(experts) == len(every.spans) - len(rest.spans)
     for expert in experts:
