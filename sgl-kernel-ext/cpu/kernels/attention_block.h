@@ -178,12 +178,13 @@ CROSSPOOL_INLINE void pack_values(const KeyBlock<K>& block, std::int64_t begin, 
                            K::read(second + i, kRun, second_room), to, to + panel);
     }
     if (i == width) continue;
-    const auto* const firsts = K::read(first + i, v_dim - i, first_room) - i;
-    const auto* const seconds = K::read(second + i, v_dim - i, second_room) - i;
+    const std::int64_t whole = i;
+    const auto* const firsts = K::read(first + i, v_dim - i, first_room);
+    const auto* const seconds = K::read(second + i, v_dim - i, second_room);
     for (; i < width; i += kLanes) {
       const std::int64_t left = max(0, min(kLanes, v_dim - i));
       store_bits(line + i / kPanel * panel + i % kPanel * 4,
-                 T::interleaved(firsts + i, seconds + i, left));
+                 T::interleaved(firsts + (i - whole), seconds + (i - whole), left));
     }
   }
   asked = ahead;
