@@ -402,8 +402,7 @@ def test_what_gpus_do_not_compute_is_refused(
     with pytest.raises(ConfigError) as caught:
         prepare(draft(model(tmp_path / "a"), path, **both))
     for text in (
-        "oss: ",
-        "config.json: model_type='gpt_oss'",
+        "oss: model_type='gpt_oss' is served on CPUs alone",
         "attention sinks, sliding windows",
         "clamped SwiGLU, biases of experts",
         "name CPUs in kv_pool_devices",

@@ -31,5 +31,5 @@ def test_features(shape: str, tmp_path: Path) -> None:
     if shape in COMPUTED:
         check_engine(model, spec, gpus)
         return
-    with pytest.raises(ConfigError, match=f"mine: the GPU's kernels .* {LACKING[shape]}: serve"):
+    with pytest.raises(ConfigError, match=f"mine: model_type=.* {LACKING[shape]}"):
         check_engine(model, spec, gpus)

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
 
 def check_features(model: ModelConfig, spec: ModelSpec) -> None:
-    """Raises ConfigError that names what the GPU's kernels lack for the model."""
+    """Raises ConfigError that names what of the model the GPU's kernels do not compute."""
     if lacking := ", ".join(_lacking(spec)):
         raise ConfigError(
-            f"{model.name}: the GPU's kernels do not compute this model ({spec.family}) yet, since "
-            f"it has {lacking}: serve it on CPUs"
+            f"{model.name}: model_type={spec.family!r} is served on CPUs alone, since the GPU's "
+            f"kernels do not compute {lacking}: name CPUs in kv_pool_devices and "
+            "weight_pool_devices"
         )
 
 
