@@ -301,7 +301,7 @@ def test_context_length_and_dtype_given_by_the_user(tmp_path: Path) -> None:
         (
             "gpt_oss",
             {"quantization_config": {"quant_method": "fp8"}},
-            "fp8 cannot hold model.layers.0.mlp.experts.gate_up_proj: tensors of all experts",
+            "fp8 cannot hold model.layers.0.mlp.experts.gate_up_proj: it holds all experts",
         ),
         ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window=True: must be false"),
         ("qwen3", {"layer_types": ["sliding_attention"]}, "layer_types=['sliding_attention']"),

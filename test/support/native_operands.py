@@ -16,7 +16,7 @@ KV_DTYPES = {
     torch.float8_e4m3fn: ns.KV_DTYPES["fp8_e4m3"],
     torch.float8_e5m2: ns.KV_DTYPES["fp8_e5m2"],
 }
-"""Of caches that are not of the model's dtype."""
+"""Caches whose dtype is not the model's."""
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -173,7 +173,7 @@ def test_mxfp4_of_all_experts_in_one_tensor(first: int, step: int, tmp_path: Pat
         },
         tmp_path / "model.safetensors",
     )
-    stack = Stack(index=2, count=3, first=first, step=step)
+    stack = Stack(index=2, count=3, height=N * step, first=first, step=step)
     expected = written[2 * step + first][2]
     for part, found in zip(PARTS, _read(tmp_path, _ref(MXFP4(), stack), PARTS), strict=True):
         torch.testing.assert_close(found, expected[part], atol=0, rtol=0)

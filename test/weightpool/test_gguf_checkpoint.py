@@ -126,8 +126,9 @@ def _write(path: Path, architecture: str, tensors: dict[str, tuple[Any, Type]]) 
 def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"general\.architecture='gemma3' is not supported; sup"):
         read_model(_write(tmp_path / "a.gguf", "gemma3", {}))
-    with pytest.raises(ConfigError, match=r"llama\.expert_count is missing: dense"):
-        read_model(_write(tmp_path / "b.gguf", "llama", {}))
+    frequencies = {"rope_freqs.weight": (np.ones(32, np.float32), Type.F32)}
+    with pytest.raises(ConfigError, match=r"rope_freqs\.weight scales the rotations"):
+        read_model(_write(tmp_path / "b.gguf", "llama", frequencies))
     codes = np.zeros((16, 66), np.uint8)
     path = _write(tmp_path / "c.gguf", "qwen3moe", {"token_embd.weight": (codes, Type.IQ2_XXS)})
     checkpoint = open_checkpoint(path)
