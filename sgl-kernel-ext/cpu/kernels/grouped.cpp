@@ -325,12 +325,12 @@ CROSSPOOL_INLINE void micro_grouped(const GroupedMultiply& m, int first_panel, f
       const std::byte* const scales = panels + p * panel_bytes;
       for (int v = 0; v < kParts; ++v) {
         const std::int64_t at = g * kPanel + v * kLanes;
-        V scale = load_scales(scales, w.scales, at);
-        if constexpr (kGivesValues<Decoder>) scale *= splat(0x1p120F / kRowScale);
+        const V scale = load_scales(scales, w.scales, at);
         V offset{};
         if (w.offset != Offset::kNone) offset = load_scales(scales + w.scale_bytes(), w.scales, at);
         for (int r = 0; r < kRows; ++r) {
           V of_group = sum[r][p][v];
+          if constexpr (kGivesValues<Decoder>) of_group *= splat(0x1p120F / kRowScale);
           V& in_all = total[r][p][v];
           if (w.offset != Offset::kNone) {
             const V taken = splat(-sums[r][g]);
