@@ -158,15 +158,10 @@ def _qwen3(get: _Keys) -> dict[str, Any]:
     }
 
 
-def _glm4moe(get: _Keys) -> dict[str, Any]:
-    head_dim, rotated = get("attention.key_length"), get("rope.dimension_count")
+def _deepseek_ffn(get: _Keys) -> dict[str, Any]:
+    """The layers and their FFNs of the families that have DeepSeek's fields for them."""
     return {
-        "model_type": "glm4_moe",
         "num_hidden_layers": get("block_count", 0) - get("nextn_predict_layers", 0),
-        "head_dim": head_dim,
-        "partial_rotary_factor": rotated / head_dim if rotated and head_dim else None,
-        "attention_bias": get.has("blk.0.attn_q.bias"),
-        "use_qk_norm": get.has("blk.0.attn_q_norm.weight"),
         "n_routed_experts": get("expert_count"),
         "n_shared_experts": get("expert_shared_count", 0),
         "num_experts_per_tok": get("expert_used_count"),
@@ -178,6 +173,17 @@ def _glm4moe(get: _Keys) -> dict[str, Any]:
         "n_group": get("expert_group_count", 1),
         "topk_group": get("expert_group_used_count", 1),
     }
+
+
+def _glm4moe(get: _Keys) -> dict[str, Any]:
+    head_dim, rotated = get("attention.key_length"), get("rope.dimension_count")
+    return {
+        "model_type": "glm4_moe",
+        "head_dim": head_dim,
+        "partial_rotary_factor": rotated / head_dim if rotated and head_dim else None,
+        "attention_bias": get.has("blk.0.attn_q.bias"),
+        "use_qk_norm": get.has("blk.0.attn_q_norm.weight"),
+    } | _deepseek_ffn(get)
 
 
 def _minimax_m2(get: _Keys) -> dict[str, Any]:
@@ -232,28 +238,16 @@ def _deepseek2(get: _Keys) -> dict[str, Any]:
     rope = get("rope.dimension_count", 64)
     key = get("attention.key_length_mla", get("attention.key_length"))
     sigmoid = get("expert_gating_func") == _SIGMOID
-    groups = get("expert_group_count", 1)
     fields = {
-        "num_hidden_layers": get("block_count", 0) - get("nextn_predict_layers", 0),
         "num_key_value_heads": get("attention.head_count"),
         "q_lora_rank": get("attention.q_lora_rank"),
         "kv_lora_rank": get("attention.kv_lora_rank"),
         "qk_rope_head_dim": rope,
         "qk_nope_head_dim": None if key is None else key - rope,
         "v_head_dim": get("attention.value_length_mla", get("attention.value_length")),
-        "n_routed_experts": get("expert_count"),
-        "n_shared_experts": get("expert_shared_count", 0),
-        "num_experts_per_tok": get("expert_used_count"),
-        "moe_intermediate_size": get("expert_feed_forward_length"),
-        "intermediate_size": get("feed_forward_length"),
-        "first_k_dense_replace": get("leading_dense_block_count", 0),
-        "routed_scaling_factor": get("expert_weights_scale", 1.0),
-        "norm_topk_prob": get("expert_weights_norm", False),
-        "n_group": groups,
-        "topk_group": get("expert_group_used_count", 1),
-    }
+    } | _deepseek_ffn(get)
     if not sigmoid:
-        fields["topk_method"] = "group_limited_greedy" if groups > 1 else "greedy"
+        fields["topk_method"] = "group_limited_greedy" if fields["n_group"] > 1 else "greedy"
     return {"model_type": "deepseek_v3" if sigmoid else "deepseek_v2"} | fields
 
 

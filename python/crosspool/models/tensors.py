@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from crosspool.models.family import FFNNames
 from crosspool.models.schemes import Stack
@@ -148,49 +149,33 @@ def _stacked(
 ) -> Iterator[TensorRef]:
     """One expert's places in the tensors of all experts of a layer."""
     assert names.stacks is not None
-    key, width, turns = f"experts.{expert}", ffn.intermediate, names.alternates
+    width, turns = ffn.intermediate, names.alternates
     both, down = (f"{block}.{name}" for name in names.stacks)
-    for part, first in (("gate", 0), ("up", 1 if turns else width)):
-        stack = Stack(
-            index=expert,
-            count=ffn.experts,
-            height=2 * width,
-            first=first,
-            step=2 if turns else 1,
-            rows_last=turns,
-        )
+    gate = Stack(
+        index=expert,
+        count=ffn.experts,
+        height=2 * width,
+        step=2 if turns else 1,
+        rows_last=turns,
+    )
+    places = (
+        ("gate", both, (width, hidden), gate),
+        ("up", both, (width, hidden), replace(gate, first=1 if turns else width)),
+        ("down", down, (hidden, width), replace(gate, height=hidden, step=1)),
+    )
+    for part, name, shape, stack in places:
+        is_down = part == "down"
+        key = f"experts.{expert}.{part}"
         yield TensorRef(
-            key=f"{key}.{part}",
-            name=both,
-            shape=(width, hidden),
-            split=0,
-            expert=expert,
-            stack=stack,
+            key=key, name=name, shape=shape, split=1 if is_down else 0, expert=expert, stack=stack
         )
         if ffn.biases:
             yield TensorRef(
-                key=f"{key}.{part}_bias",
-                name=f"{both}_bias",
-                shape=(width,),
-                split=0,
+                key=f"{key}_bias",
+                name=f"{name}_bias",
+                shape=shape[:1],
+                split=None if is_down else 0,
                 expert=expert,
+                once=is_down,
                 stack=stack,
             )
-    stack = Stack(index=expert, count=ffn.experts, height=hidden, rows_last=turns)
-    yield TensorRef(
-        key=f"{key}.down",
-        name=down,
-        shape=(hidden, width),
-        split=1,
-        expert=expert,
-        stack=stack,
-    )
-    if ffn.biases:
-        yield TensorRef(
-            key=f"{key}.down_bias",
-            name=f"{down}_bias",
-            shape=(hidden,),
-            expert=expert,
-            once=True,
-            stack=stack,
-        )

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from crosspool.models.config_file import ConfigFile
 from crosspool.models.family import Family, FFNNames
-from crosspool.models.gqa import gqa, grouped_heads
+from crosspool.models.gqa import gqa, grouped_heads, head_size
 from crosspool.models.moe import check_router
 from crosspool.models.rope import check_rope
 from crosspool.models.spec import FFNSpec, GQASpec, MoEFFN, RouterSpec
@@ -22,13 +22,10 @@ _KINDS = ("sliding_attention", "full_attention")
 def _attention(config: ConfigFile, hidden: int) -> GQASpec:
     _check_rotation(config)
     q_heads, kv_heads = grouped_heads(config, 64, 8, null_means_all=True)
-    head_dim = config.integer("head_dim", 64, minimum=2)
-    if head_dim % 2:
-        raise config.error("head_dim", f"heads of {head_dim} features cannot rotate in pairs")
     bias = config.boolean("attention_bias", True)
     full = _full_layers(config, config.integer("num_hidden_layers", _LAYERS))
     return replace(
-        gqa(q_heads, kv_heads, head_dim),
+        gqa(q_heads, kv_heads, head_size(config, hidden, q_heads, 64)),
         qkv_bias=bias,
         o_bias=bias,
         sliding_window=config.optional_integer("sliding_window", 128),
