@@ -438,7 +438,7 @@ int main(int argc, char** argv) {
   using namespace crosspool;
   const double seconds = argc > 1 ? std::atof(argv[1]) : 0.3;
   Isa path = isa();
-  for (const Isa other : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
+  for (const Isa other : kIsas) {
     if (argc > 2 && std::strcmp(argv[2], isa_name(other)) == 0) path = other;
   }
   if (!isa_available(path)) {

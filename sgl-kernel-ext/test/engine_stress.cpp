@@ -1,10 +1,12 @@
 // Whole loops on tiny models, for sanitizers. Requests of two models run in one lane on one thread.
 // Their tokens must be the same with any number of threads and lanes, with the FFN rank on another
-// device, with two FFN ranks, while FFN ranks or the attention rank are replaced, and with leases,
-// some of them recalled, and with routed experts in memory on demand, however few have room. The
-// steps of a model that sleeps wait for each of its layers.
+// device, with two FFN ranks, while FFN ranks or the attention rank are replaced, over connections
+// between hosts that break, and with leases, some of them recalled, and with routed experts in
+// memory on demand, however few have room. The steps of a model that sleeps wait for each of its
+// layers.
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <array>
@@ -182,7 +184,36 @@ struct Setup {
   bool replace_attention = false;
   std::int64_t spin_ns = 0;
   std::size_t lease = 1;
-  std::int64_t room = 0;  // for so many experts in a pool of each device; 0: all are in memory
+  std::int64_t room = 0;   // for so many experts in a pool of each device; 0: all are in memory
+  bool two_hosts = false;  // the devices share no memory
+};
+
+// The connections of the lanes between devices that share no memory.
+struct Hosts {
+  Hosts(Memory& near, Memory& far, std::int32_t lanes, crosspool_doorbell* attention,
+        crosspool_doorbell* ffn)
+      : of_attention(attention), of_ffn(ffn) {
+    Bell unused;
+    for (std::int32_t lane = 0; lane < lanes; ++lane) {
+      here.push_back(&of_attention.add(near.link(lane, 0, unused).memory(), LinkEnd::kAttention));
+      there.push_back(&of_ffn.add(far.link(lane, 0, unused).memory(), LinkEnd::kFFN));
+    }
+  }
+
+  // Connects all lanes anew, whatever is under way.
+  void connect() {
+    for (std::size_t lane = 0; lane < here.size(); ++lane) {
+      int ends[2];
+      if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) {
+        fail("engine_stress: no socket: %s", std::strerror(errno));
+      }
+      of_attention.hand_over(*here[lane], ends[0]);
+      of_ffn.hand_over(*there[lane], ends[1]);
+    }
+  }
+
+  Network of_attention, of_ffn;
+  std::vector<Connection*> here, there;
 };
 
 class Device {
@@ -243,7 +274,14 @@ struct Rig {
   // `known`: how many of the models are there from the start.
   Rig(std::array<TinyModel, 2>& models, const Setup& setup, bool asleep = false, int known = 2,
       bool damaged = false)
-      : caches{models[0].cache(), models[1].cache()}, memory(setup.lanes), local(setup.lanes) {
+      : caches{models[0].cache(), models[1].cache()},
+        memory(setup.lanes),
+        far_memory(setup.lanes),
+        local(setup.lanes) {
+    if (setup.two_hosts) {
+      hosts.emplace(memory, far_memory, setup.lanes, &attention_bell.doorbell, &ffn_bell.doorbell);
+      hosts->connect();
+    }
     // The tables of an FFN rank, with a pool for its experts.
     const auto pooled = [&](std::vector<ModelTable> tables, LoopDescription& of) {
       if (setup.room == 0 || tables[0].ffn == nullptr) return tables;
@@ -256,7 +294,10 @@ struct Rig {
     std::vector<LinkDescription> outgoing, incoming;
     for (std::int32_t lane = 0; lane < setup.lanes && !one; ++lane) {
       outgoing.push_back(memory.link(lane, remote, ffn_bell));
-      incoming.push_back(memory.link(lane, remote, attention_bell));
+      incoming.push_back((hosts ? far_memory : memory).link(lane, remote, attention_bell));
+      if (!hosts) continue;
+      outgoing.back().connection = hosts->here[static_cast<std::size_t>(lane)];
+      incoming.back().connection = hosts->there[static_cast<std::size_t>(lane)];
     }
     const std::vector<std::int32_t> ranks =
         split ? std::vector<std::int32_t>{0, 1} : std::vector<std::int32_t>{0};
@@ -266,7 +307,9 @@ struct Rig {
     description.spin_ns = description.busy_spin_ns = setup.spin_ns;
     description.lanes = setup.lanes;
     description.attention_rank = 0;
+    description.epoch = 1;
     description.doorbell = &attention_bell.doorbell;
+    if (hosts) description.network = &hosts->of_attention;
     description.ffn_rank = setup.placement == Placement::kTwo ? -1 : 0;
     if (description.ffn_rank == 0) description.local_counters = local.data();
     const std::int32_t held = one ? TinyModel::kExperts : split ? kHalf : -1;
@@ -287,6 +330,7 @@ struct Rig {
     other.attention_rank = -1;
     other.ffn_rank = remote;
     other.doorbell = &ffn_bell.doorbell;
+    if (hosts) other.network = &hosts->of_ffn;
     ffn_tables =
         pooled(sleeping(split ? tables(models, nullptr, kHalf, kHalf, false, ranks)
                               : tables(models, nullptr, 0, TinyModel::kExperts, true, ranks)),
@@ -297,8 +341,9 @@ struct Rig {
 
   std::vector<float> caches[2];
   std::vector<ModelTable> attention_tables, ffn_tables;
-  Memory memory;
+  Memory memory, far_memory;
   Bell attention_bell, ffn_bell;
+  std::optional<Hosts> hosts;
   std::vector<LinkCounters> local;
   std::deque<PooledModels> pools;
   std::unique_ptr<Device> attention, ffn;
@@ -368,6 +413,7 @@ std::vector<std::vector<std::int32_t>> run(std::array<TinyModel, 2>& models, con
       flying[model].reset();
       send(model);
     }
+    if (rig.hosts && events % 2 == 0) rig.hosts->connect();
     if (setup.replace_ffn) ffn->replace();
     if (setup.replace_attention && events % 3 == 1) {
       // Steps in flight are lost and sent again.
@@ -646,6 +692,16 @@ int main(int argc, char** argv) {
        {.placement = Placement::kTwo, .threads = 1, .lanes = 2, .replace_ffn = true}},
       {"attention rank replaced",
        {.placement = Placement::kTwo, .threads = 2, .lanes = 2, .replace_attention = true}},
+      {"two hosts", {.placement = Placement::kTwo, .threads = 1, .lanes = 2, .two_hosts = true}},
+      {"two hosts, spinning, with leases",
+       {.placement = Placement::kTwo,
+        .threads = 2,
+        .lanes = 2,
+        .spin_ns = 20'000,
+        .lease = 4,
+        .two_hosts = true}},
+      {"an FFN rank here and one there",
+       {.placement = Placement::kSplit, .threads = 1, .lanes = 2, .two_hosts = true}},
   };
   for (const auto& one : cases) {
     const auto found = run(models, one.setup, new_tokens);

@@ -12,7 +12,7 @@ place in its block, its keys and the shape of the call depend on its position al
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ class RowSpan:
     """Position of the first row in the sequence."""
     pages: torch.Tensor
     """The request's page table, int64; it covers at least ``start + rows`` tokens."""
+    state: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """Pages of its recurrent state, int64; none where the model has no such state."""
 
 
 def append_kv(
@@ -80,23 +82,33 @@ def gqa_attention(
     kv_heads: int,
     scale: float,
     window: int | None,
+    chunked: bool = False,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal grouped-query attention of ``q`` [T, q_heads, head_dim] over the requests' cached
     K and V, among them the batch's own. Returns [T, q_heads, head_dim].
 
-    ``window``: number of tokens that a query sees, itself included; None: all. ``sinks``: a logit
+    ``window``: number of tokens that a query sees, itself included, or where ``chunked`` the size
+    of the chunks, of which it sees its own; None: it sees all. ``sinks``: a logit
     of each query head that takes part in its softmaxes, [q_heads]; None: there are none."""
     head_dim = q.shape[2]
     out = torch.empty_like(q)
     for segment in segments:
-        begin = _first_key(_block_start(segment.start), window)
+        begin = _first_key(_block_start(segment.start), window, chunked)
         positions = range(begin, segment.start + segment.rows)
         tokens = gather_kv(kv, layer, segment.pages, positions, q.dtype)
         k, v = tokens.view(-1, 2, kv_heads, head_dim).permute(1, 2, 0, 3)
         rows = slice(segment.first_row, segment.first_row + segment.rows)
         out[rows] = _attend(
-            q[rows], k, v, scale=scale, start=segment.start, begin=begin, window=window, sinks=sinks
+            q[rows],
+            k,
+            v,
+            scale=scale,
+            start=segment.start,
+            begin=begin,
+            window=window,
+            chunked=chunked,
+            sinks=sinks,
         )
     return out
 
@@ -134,6 +146,7 @@ def _attend(
     start: int,
     begin: int,
     window: int | None,
+    chunked: bool = False,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``q`` [rows, heads, d] at the positions from ``start``; ``k`` and ``v`` [kv_heads, whole
@@ -151,11 +164,13 @@ def _attend(
     out = torch.empty_like(queries)
     for done in range(0, high - low, BLOCK_ROWS):
         at = low + done
-        first, last = _first_key(at, window), at + BLOCK_ROWS
+        first, last = _first_key(at, window, chunked), at + BLOCK_ROWS
         keys = torch.arange(first, last)
         positions = torch.arange(at, last)[:, None]
         mask = keys <= positions
-        if window is not None:
+        if window is not None and chunked:
+            mask &= keys >= positions // window * window
+        elif window is not None:
             mask &= keys > positions - window
         of_block = (slice(None), slice(None), slice(done, done + BLOCK_ROWS))
         of_keys = (slice(None), slice(first - begin, last - begin))
@@ -202,6 +217,8 @@ def _block_end(position: int) -> int:
     return -(-position // BLOCK_ROWS) * BLOCK_ROWS
 
 
-def _first_key(low: int, window: int | None) -> int:
+def _first_key(low: int, window: int | None, chunked: bool) -> int:
     """Start of the first block with a key that a row of the block at ``low`` sees."""
+    if window is not None and chunked:
+        return _block_start(low // window * window)
     return 0 if window is None else _block_start(max(0, low - window + 1))

@@ -40,6 +40,11 @@ class AttentionLayer(ctypes.Structure):
         *fields(POINTER(ns.Matrix), "keys_up values_up o"),
         *fields(c_void_p, "o_bias sinks"),
         ("sees_all", c_int64),
+        *fields(c_void_p, "input_norm_bias post_norm_bias"),
+        *fields(POINTER(ns.Matrix), "qkvz rates"),
+        *fields(c_void_p, "taps decay decay_bias out_norm"),
+        ("delta_layers_before", c_int64),
+        ("unrotated", c_int64),
     )
 
 
@@ -71,6 +76,9 @@ class ModelTable(ctypes.Structure):
         ("ffn_ranks", POINTER(c_int32)),
         *fields(c_int32, "ffn_rank_count weights number"),
         *fields(c_float, "embed_scale attention_scale logit_scale"),
+        *fields(c_void_p, "final_norm_bias head_bias query_factors"),
+        ("gated", c_int32),
+        ("delta", ns.DeltaShape),
     )
 
 
@@ -103,7 +111,7 @@ class LinkDescription(ctypes.Structure):
         ("link", c_void_p),
         ("payload_bytes", c_uint64),
         *fields(c_uint32, "max_rows max_row_bytes"),
-        *fields(c_void_p, "peer counters"),
+        *fields(c_void_p, "peer counters connection"),
         *fields(c_int32, "attention_rank lane ffn_rank"),
     )
 
@@ -112,7 +120,7 @@ class LoopDescription(ctypes.Structure):
     _fields_ = (
         ("models", POINTER(ModelTable)),
         *fields(POINTER(LinkDescription), "outgoing incoming"),
-        *fields(c_void_p, "local_counters doorbell heartbeat experts"),
+        *fields(c_void_p, "local_counters doorbell heartbeat experts network"),
         ("epoch", c_uint64),
         *fields(c_int64, "spin_ns busy_spin_ns"),
         *fields(c_int32, "model_count outgoing_count incoming_count lanes max_rows"),

@@ -6,8 +6,9 @@ from crosspool.config.errors import ConfigError
 from crosspool.kernels import native
 from crosspool.kernels.native_structs import FLOAT32
 
-ISAS = ("portable", "avx2", "avx512", "amx")
-"""Names of the ISA paths in the order of ``crosspool::Isa``, slowest first."""
+ISAS = ("portable", "avx2", "avx512", "amx", "neon", "neon_bf16")
+"""Names of the ISA paths in the order of ``crosspool::Isa``, of each kind of processor the slowest
+first."""
 
 
 def default_isa() -> str:

@@ -17,7 +17,7 @@ import crosspool.kernels
 from crosspool.config.sizes import format_size
 
 LIBRARY = "libcrosspool_cpu.so"
-ABI_VERSION = 12
+ABI_VERSION = 14
 HUGE_PAGE = 2 << 20
 """Bytes of a huge page. Ranges are aligned to it, and chunks are multiples of it."""
 

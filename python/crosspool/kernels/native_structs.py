@@ -19,11 +19,11 @@ OFFSETS = {"none": 0, "minimum": 1, "zero point": 2}
 """Values of ``crosspool::Offset``."""
 SCALE_TYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 """Values of ``crosspool::ScaleType``."""
-SCORES = {"softmax": 0, "sigmoid": 1}
+SCORES = {"softmax": 0, "sigmoid": 1, "sparsemixer": 2}
 """Values of ``crosspool::Score``."""
 GROUP_SCORES = {"max": 0, "top2_sum": 1}
 """Values of ``crosspool::GroupScore``."""
-QK_NORMS = {"none": 0, "head": 1, "full": 2, "rotated head": 3}
+QK_NORMS = {"none": 0, "head": 1, "full": 2, "rotated head": 3, "unweighted rotated head": 3}
 """Values of ``crosspool::QKNorm``."""
 KV_DTYPES = {"auto": 0, "fp8_e4m3": 1, "fp8_e5m2": 2}
 """Values of ``crosspool::KVDType``."""
@@ -80,7 +80,7 @@ class Router(ctypes.Structure):
     _fields_ = (
         ("bias", c_void_p),
         *fields(c_int32, "experts top_k groups top_groups score group_score renormalize"),
-        ("scale", c_float),
+        *fields(c_float, "scale jitter"),
     )
 
 
@@ -90,6 +90,7 @@ class FFNLayer(ctypes.Structure):
         *fields(c_void_p, "gate_up_bias down_bias"),
         *fields(c_int32, "first_expert held top_k"),
         ("swiglu_limit", c_float),
+        ("weighs_input", c_int32),
     )
 
 
@@ -105,11 +106,20 @@ class AttentionShape(ctypes.Structure):
     _fields_ = (
         *fields(c_int32, "q_heads kv_heads qk_dim v_dim v_begin window"),
         ("scale", c_float),
+        ("chunked", c_int32),
     )
 
 
 class Segment(ctypes.Structure):
-    _fields_ = (("pages", c_void_p), *fields(c_int32, "first_row rows start"))
+    _fields_ = (
+        ("pages", c_void_p),
+        *fields(c_int32, "first_row rows start"),
+        ("state", c_void_p),
+    )
+
+
+class DeltaShape(ctypes.Structure):
+    _fields_ = tuple(fields(c_int32, "k_heads v_heads k_dim v_dim taps"))
 
 
 class SamplingRule(ctypes.Structure):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,8 +24,18 @@ def rope_frequencies(config: PreTrainedConfig, dim: int) -> tuple[torch.Tensor, 
 
 def unscaled_frequencies(base: float, dim: int) -> torch.Tensor:
     """Returns the inverse frequencies, float32 [dim / 2], of rotations that nothing scales."""
+    return 1.0 / _wavelengths(base, dim)
+
+
+def divided_frequencies(base: float, divisors: Sequence[float]) -> torch.Tensor:
+    """Returns the inverse frequencies, float32 [pairs], of rotations each of which has one of
+    ``divisors``, rounded as transformers rounds those of longrope."""
+    return 1.0 / (torch.tensor(divisors) * _wavelengths(base, 2 * len(divisors)))
+
+
+def _wavelengths(base: float, dim: int) -> torch.Tensor:
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
-    return 1.0 / (base**exponents)
+    return base**exponents
 
 
 def rope_tables(
@@ -33,6 +44,12 @@ def rope_tables(
     """Returns cos and sin, float32 [T, dim / 2] each, of int64 ``positions`` [T]."""
     angles = positions.float()[:, None] * inv_freq
     return angles.cos() * scaling, angles.sin() * scaling
+
+
+def query_factors(positions: torch.Tensor, scale: float, floor: int) -> torch.Tensor:
+    """Returns the factors of :class:`crosspool.models.spec.TemperatureTuning` on queries at int64
+    ``positions`` [T], float32 [T]."""
+    return torch.log1p(torch.floor((positions.float() + 1.0) / floor)) * scale + 1.0
 
 
 def rotate(

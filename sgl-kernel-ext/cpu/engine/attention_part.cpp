@@ -73,12 +73,13 @@ void run_attention_part(const Part& part, Lane& lane, std::span<unsigned char* c
   } else {
     combine(part, lane, rows);
   }
-  part.k.rms_norm(residual, hidden, weights.input_norm, hidden, model.norm_eps,
-                  part.work.normed.data(), hidden, rows.begin, rows.end);
+  part.norm(residual, weights.input_norm, weights.input_norm_bias, part.work.normed.data(), rows);
   part.meet();
 
   Rows attended{};
-  if (model.attention_kind == AttentionKind::kGQA) {
+  if (weights.qkvz != nullptr) {
+    attended = run_delta_net(part, lane);
+  } else if (model.attention_kind == AttentionKind::kGQA) {
     attended = run_gqa(part, lane);
   } else {
     attended = run_mla(part, lane);
@@ -94,8 +95,7 @@ void run_attention_part(const Part& part, Lane& lane, std::span<unsigned char* c
   part.meet();
   if (scaled) add_scaled(part, lane, rows);
 
-  part.k.rms_norm(residual, hidden, weights.post_norm, hidden, model.norm_eps, lane.payload.data(),
-                  hidden, rows.begin, rows.end);
+  part.norm(residual, weights.post_norm, weights.post_norm_bias, lane.payload.data(), rows);
   const std::int64_t offset = std::int64_t{rows.begin} * hidden;
   const std::int64_t bytes =
       std::int64_t{rows.end - rows.begin} * hidden * element_bytes(model.dtype);

@@ -151,15 +151,23 @@ void run_ffn_part(const Part& part, const FFNTask& task) {
     part.team.meet(part.thread, [&] { plan_batch(part, task, table, nullptr, nullptr, nullptr); });
   }
 
+  const bool weighs_input = table.layer.weighs_input != 0;
+  if (weighs_input) {
+    const Range slots = part.share(work.plan.slot_count);
+    part.k.weigh_slots(work.plan, task.x, model.hidden, work.weighed.data(), slots.begin,
+                       slots.end);
+    part.meet();
+  }
   float* const out = work.sum.as<float>();
   const Experts experts{.plan = &work.plan,
-                        .x = task.x,
+                        .x = weighs_input ? work.weighed.data() : task.x,
                         .x_stride = model.hidden,
                         .activation = work.activation.data(),
                         .activation_stride = activation_width(table.layer),
                         .out = out,
                         .out_stride = model.hidden,
-                        .rows = task.rows};
+                        .rows = task.rows,
+                        .by_slot = weighs_input ? 1 : 0};
   part.k.expert_gate_up(experts, part.thread, part.team.size(), part.scratch());
   part.meet();
 

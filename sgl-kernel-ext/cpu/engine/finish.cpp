@@ -45,9 +45,8 @@ void Loop::finish_attention(Lane& lane) {
       lane.local_pending = true;
       continue;
     }
-    link.end.dispatch({description_.epoch, static_cast<std::uint32_t>(model.number),
-                       static_cast<std::uint32_t>(lane.layer), rows, row_bytes});
-    crosspool_doorbell_ring(link.peer);
+    link.dispatch({description_.epoch, static_cast<std::uint32_t>(model.number),
+                   static_cast<std::uint32_t>(lane.layer), rows, row_bytes});
   }
 }
 
@@ -84,8 +83,7 @@ void Loop::finish_incoming(IncomingLink& link) {
   if (experts_missing(need_of(link))) return;
   const std::uint64_t rows = link.end.header().rows;
   const std::uint64_t bytes = rows * link.end.header().row_bytes;
-  link.end.reply();
-  crosspool_doorbell_ring(link.peer);
+  link.reply();
   link.counters->count_dispatch(rows, bytes);
   link.counters->count_combine(bytes);
   last_served_.store(now_ns(), std::memory_order_relaxed);

@@ -24,8 +24,7 @@ void gather(const Part& part, Lane& lane) {
       row = lane.residual.as<float>() + std::int64_t{wanted.row} * model.hidden;
     }
     void* const out = element(lane.head_normed.data(), std::int64_t{i} * model.hidden, model.dtype);
-    part.k.rms_norm(row, model.hidden, model.final_norm, model.hidden, model.norm_eps, out,
-                    model.hidden, 0, 1);
+    part.norm(row, model.final_norm, model.final_norm_bias, out, {0, 1});
   }
 }
 
@@ -37,7 +36,7 @@ void compute_logits(const Part& part, Lane& lane, std::int32_t piece) {
   if (panels.begin == panels.end) return;
   float* const logits = lane.logits.as<float>();
   const Gemm gemm{.weight = model.head,
-                  .bias = nullptr,
+                  .bias = model.head_bias,
                   .x = {lane.head_normed.data(), model.hidden, nullptr},
                   .out = logits,
                   .out_stride = model.vocab,

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "../links/connection.h"
+
 namespace crosspool {
 
 // The counters of crosspool.transport.data_path.LinkCounters. The loop writes, any thread reads.
@@ -37,8 +39,9 @@ struct LinkDescription {
   std::uint64_t payload_bytes;
   std::uint32_t max_rows;
   std::uint32_t max_row_bytes;
-  crosspool_doorbell* peer;  // the doorbell of the other end's device
+  crosspool_doorbell* peer;  // the doorbell of the other end's device; null with a connection
   LinkCounters* counters;
+  Connection* connection;  // to the memory of the other end, on another host; null on this one
   std::int32_t attention_rank;
   std::int32_t lane;
   std::int32_t ffn_rank;
@@ -46,21 +49,69 @@ struct LinkDescription {
   LinkMemory memory() const { return {link, payload_bytes, max_rows, max_row_bytes}; }
 };
 
+// How what one end does gets to the other.
+struct PeerDevice {
+  crosspool_doorbell* doorbell = nullptr;
+  Connection* connection = nullptr;
+
+  // Before a look at what the peer has published.
+  void look() const {
+    if (connection != nullptr) connection->progress();
+  }
+  // After something was published.
+  void tell() const {
+    if (connection != nullptr) {
+      connection->publish();
+    } else {
+      crosspool_doorbell_ring(doorbell);
+    }
+  }
+};
+
 // A lane's link to one FFN rank.
 struct OutgoingLink {
   bool local = true;
   AttentionEnd end;  // of a link to another device, as is `peer`
-  crosspool_doorbell* peer = nullptr;
+  PeerDevice peer;
   LinkCounters* counters = nullptr;
+
+  bool free() {
+    if (local) return true;
+    peer.look();
+    return end.free();
+  }
+  bool replied() {
+    if (local) return true;
+    peer.look();
+    return end.replied();
+  }
+  void dispatch(const DispatchHeader& header) {
+    if (peer.connection != nullptr) end.take_up();
+    end.dispatch(header);
+    peer.tell();
+  }
 };
 
 // A lane of an attention rank on another device.
 struct IncomingLink {
   FFNEnd end;
-  crosspool_doorbell* peer;
+  PeerDevice peer;
   LinkCounters* counters;
   std::int32_t attention_rank;
   std::int32_t lane;
+
+  Poll poll() {
+    peer.look();
+    return end.poll();
+  }
+  void reply() {
+    end.reply();
+    peer.tell();
+  }
+  void refuse() {
+    end.refuse();
+    peer.tell();
+  }
 };
 
 }  // namespace crosspool

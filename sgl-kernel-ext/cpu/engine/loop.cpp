@@ -55,13 +55,16 @@ Loop::Loop(Team& team, const LoopDescription& description)
   for (std::int32_t i = 0; i < description.outgoing_count; ++i) {
     const LinkDescription& link = description.outgoing[i];
     if (link.lane >= description.lanes) continue;
-    outgoing(lanes_[link.lane], link.ffn_rank) = {false, AttentionEnd(link.memory()), link.peer,
-                                                  link.counters};
+    outgoing(lanes_[link.lane], link.ffn_rank) = {
+        false, AttentionEnd(link.memory()), {link.peer, link.connection}, link.counters};
   }
   for (std::int32_t i = 0; i < description.incoming_count; ++i) {
     const LinkDescription& link = description.incoming[i];
-    incoming_.push_back(
-        {FFNEnd(link.memory()), link.peer, link.counters, link.attention_rank, link.lane});
+    incoming_.push_back({FFNEnd(link.memory()),
+                         {link.peer, link.connection},
+                         link.counters,
+                         link.attention_rank,
+                         link.lane});
   }
   for (std::size_t i = 0; i < lanes_.size() + incoming_.size(); ++i) needs_.emplace_back();
   for (std::int32_t i = 0; i < description.model_count; ++i) add_model(description.models[i]);
@@ -190,8 +193,7 @@ bool Loop::choose_lane(Lane& lane) {
   if (lane.stage == Stage::kWaiting) {
     if (lane.local_pending) return false;
     for (std::int32_t i = 0; i < model->ffn_rank_count; ++i) {
-      OutgoingLink& link = outgoing(lane, model->ffn_ranks[i]);
-      if (!link.local && !link.end.replied()) return false;
+      if (!outgoing(lane, model->ffn_ranks[i]).replied()) return false;
     }
     collect(lane);
     if (failed_) return false;
@@ -293,7 +295,7 @@ void Loop::take_experts(FFNTask& task, ExpertNeed& need, const ModelTable& model
 void Loop::close_model(std::uint32_t model) {
   const std::uint32_t place = model % description_.model_places;
   for (IncomingLink& link : incoming_) {
-    if (link.end.poll() == Poll::kDispatch && link.end.header().model == model) refuse(link);
+    if (link.poll() == Poll::kDispatch && link.end.header().model == model) refuse(link);
   }
   if (description_.experts == nullptr) return;
   for (ExpertNeed& need : needs_) {
@@ -304,8 +306,7 @@ void Loop::close_model(std::uint32_t model) {
 // Returns false, as there is no part to run.
 bool Loop::refuse(IncomingLink& link) {
   if (description_.experts != nullptr) description_.experts->release(need_of(link));
-  link.end.refuse();
-  crosspool_doorbell_ring(link.peer);
+  link.refuse();
   return false;
 }
 
@@ -320,7 +321,7 @@ bool Loop::experts_missing(ExpertNeed& need) {
 
 bool Loop::choose_incoming(std::int32_t index) {
   IncomingLink& link = incoming_[index];
-  const Poll found = link.end.poll();
+  const Poll found = link.poll();
   if (found == Poll::kNothing) return false;
   const std::string name = "attention rank " + std::to_string(link.attention_rank) + ", lane " +
                            std::to_string(link.lane);
@@ -473,8 +474,7 @@ bool Loop::may_begin(const StepArguments& step) {
 // Whether no dispatch of a predecessor of this attention rank is outstanding on the lane.
 bool Loop::links_free(const Lane& lane, const ModelTable& model) {
   for (std::int32_t i = 0; i < model.ffn_rank_count; ++i) {
-    const OutgoingLink& link = outgoing(lane, model.ffn_ranks[i]);
-    if (!link.local && !link.end.free()) return false;
+    if (!outgoing(lane, model.ffn_ranks[i]).free()) return false;
   }
   return true;
 }
@@ -498,7 +498,11 @@ void Loop::wait(std::uint32_t seen) {
        : waits_for_weights_ || waits_for_experts_ ? Activity::kReading
        : in_flight                                ? Activity::kWaiting
                                                   : Activity::kIdle);
-  crosspool_doorbell_wait(description_.doorbell, seen, spin, kIdleWaitNs);
+  if (description_.network != nullptr) {
+    description_.network->wait(&seen, spin, kIdleWaitNs);
+  } else {
+    crosspool_doorbell_wait(description_.doorbell, seen, spin, kIdleWaitNs);
+  }
   tell(Activity::kComputing);
 }
 

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "../links/network.h"
 #include "expert_pool.h"
 #include "ffn_part.h"
 #include "idle_clock.h"
@@ -37,6 +38,7 @@ struct LoopDescription {
   crosspool_doorbell* doorbell;  // of this device
   LoopHeartbeat* heartbeat;  // of this device, with as many lines of threads as the team; or null
   ExpertPool* experts;       // of models whose routed experts are in memory on demand; or null
+  Network* network;          // of the links to devices of other hosts; or null
   std::uint64_t epoch;       // incarnation of the attention rank
   std::int64_t spin_ns;  // how long the team may spin before it sleeps while nothing is in flight
   std::int64_t busy_spin_ns;  // ... while other devices compute for it, or did just now

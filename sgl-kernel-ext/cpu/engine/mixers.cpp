@@ -6,6 +6,12 @@ namespace crosspool {
 
 namespace {
 
+// The layer's place in the KV cache.
+std::int32_t kv_layer(const Part& part, const Lane& lane) {
+  const AttentionLayer& layer = part.model.attention[lane.layer];
+  return lane.layer - static_cast<std::int32_t>(layer.delta_layers_before);
+}
+
 // Attends from q to the lane's pages; the result goes to the workspace's `attended`.
 void attend(const Part& part, Lane& lane) {
   const AttentionLayer& layer = part.model.attention[lane.layer];
@@ -21,7 +27,7 @@ void attend(const Part& part, Lane& lane) {
                             .partials = plan.partials(),
                             .arrivals = plan.arrivals(),
                             .kv = part.model.kv,
-                            .layer = lane.layer,
+                            .layer = kv_layer(part, lane),
                             .sinks = layer.sinks};
   part.k.attend(attention, plan.tasks(part.thread), plan.task_count(part.thread), part.scratch());
   part.meet();
@@ -56,7 +62,9 @@ Rows run_gqa(const Part& part, Lane& lane) {
   const AttentionShape& shape = model.shape;
   const AttentionLayer& weights = model.attention[lane.layer];
   const std::int32_t rows = lane.step->rows;
-  const std::int64_t width = (shape.q_heads + 2 * std::int64_t{shape.kv_heads}) * shape.qk_dim;
+  const std::int64_t q_step = model.gated != 0 ? 2 * shape.qk_dim : shape.qk_dim;
+  const std::int64_t width =
+      shape.q_heads * q_step + 2 * std::int64_t{shape.kv_heads} * shape.qk_dim;
   std::int64_t column = 0;
   for (std::int64_t i = 0; i < weights.qkv_matrices; ++i) {
     const Matrix& matrix = weights.qkv[i];
@@ -71,6 +79,8 @@ Rows run_gqa(const Part& part, Lane& lane) {
   }
   part.meet();
 
+  Rope rope = model.rope;
+  if (weights.unrotated != 0) rope.dim = 0;
   const GQAPrepare prepare{.qkv = part.work.projected.as<float>(),
                            .qkv_stride = width,
                            .q_norm = weights.q_norm,
@@ -79,19 +89,33 @@ Rows run_gqa(const Part& part, Lane& lane) {
                            .q = part.work.q.data(),
                            .q_stride = std::int64_t{shape.q_heads} * shape.qk_dim,
                            .kv = model.kv,
-                           .rope = model.rope,
-                           .layer = lane.layer,
+                           .rope = rope,
+                           .layer = kv_layer(part, lane),
                            .q_heads = shape.q_heads,
                            .kv_heads = shape.kv_heads,
                            .head_dim = shape.qk_dim,
-                           .qk_norm = model.qk_norm,
+                           .qk_norm = weights.unrotated != 0 ? QKNorm::kNone : model.qk_norm,
                            .eps = model.norm_eps,
-                           .clip = model.qkv_clip};
+                           .clip = model.qkv_clip,
+                           .gated = model.gated,
+                           .factors = weights.unrotated != 0 ? model.query_factors : nullptr};
   part.blocks(rows, shape.kv_heads, [&](auto... block) { part.k.gqa_prepare(prepare, block...); });
   part.meet();
 
   attend(part, lane);
-  return {part.work.attended.data(), std::int64_t{shape.q_heads} * shape.v_dim, nullptr};
+  const Rows attended{part.work.attended.data(), std::int64_t{shape.q_heads} * shape.v_dim,
+                      nullptr};
+  if (model.gated != 0) {
+    const HeadGates gates{.x = part.work.attended.data(),
+                          .x_stride = attended.stride,
+                          .gates = part.work.projected.as<float>() + shape.qk_dim,
+                          .gates_stride = width,
+                          .gates_step = q_step,
+                          .dim = shape.v_dim};
+    part.blocks(rows, shape.q_heads, [&](auto... block) { part.k.gate_heads(gates, block...); });
+    part.meet();
+  }
+  return attended;
 }
 
 Rows run_mla(const Part& part, Lane& lane) {
@@ -138,7 +162,7 @@ Rows run_mla(const Part& part, Lane& lane) {
                          .places = lane.places.data(),
                          .kv = model.kv,
                          .rope = model.rope,
-                         .layer = lane.layer,
+                         .layer = kv_layer(part, lane),
                          .latent = latent,
                          .eps = model.latent_norm_eps};
   part.k.mla_append(append, share.begin, share.end);
@@ -174,6 +198,47 @@ Rows run_mla(const Part& part, Lane& lane) {
                 work.values.data(), std::int64_t{heads} * model.value_dim, model.value_dim, rows);
   part.meet();
   return {work.values.data(), std::int64_t{heads} * model.value_dim, nullptr};
+}
+
+Rows run_delta_net(const Part& part, Lane& lane) {
+  const ModelTable& model = part.model;
+  const DeltaShape& shape = model.delta;
+  const AttentionLayer& weights = model.attention[lane.layer];
+  const std::int64_t stride = std::int64_t{weights.qkvz->n} + weights.rates->n;
+  float* const projected = part.work.projected.as<float>();
+  const auto project = [&](const Matrix* weight, float* out) {
+    part.product({.weight = weight,
+                  .bias = nullptr,
+                  .x = {part.work.normed.data(), model.hidden, nullptr},
+                  .out = out,
+                  .out_stride = stride,
+                  .rows = lane.step->rows,
+                  .store = Store::kFloat});
+  };
+  project(weights.qkvz, projected);
+  project(weights.rates, projected + weights.qkvz->n);
+  part.meet();
+
+  const DeltaNet net{.shape = &shape,
+                     .segments = lane.step->segments,
+                     .segment_count = lane.step->segment_count,
+                     .layer = static_cast<std::int32_t>(weights.delta_layers_before),
+                     .qkvz = projected,
+                     .qkvz_stride = stride,
+                     .rates = projected + weights.qkvz->n,
+                     .rates_stride = stride,
+                     .taps = weights.taps,
+                     .decay = weights.decay,
+                     .decay_bias = weights.decay_bias,
+                     .out_norm = weights.out_norm,
+                     .eps = model.norm_eps,
+                     .kv = model.kv,
+                     .out = part.work.attended.data(),
+                     .out_stride = std::int64_t{shape.v_heads} * shape.v_dim};
+  const Range heads = part.share(shape.k_heads);
+  part.k.delta_net(net, heads.begin, heads.end, part.scratch());
+  part.meet();
+  return {part.work.attended.data(), net.out_stride, nullptr};
 }
 
 }  // namespace crosspool

@@ -1,4 +1,5 @@
-// The mixers of a request's rows: grouped-query attention and multi-head latent attention.
+// The mixers of a request's rows: grouped-query attention, multi-head latent attention, and gated
+// delta nets.
 #ifndef CROSSPOOL_CPU_ENGINE_MIXERS_H
 #define CROSSPOOL_CPU_ENGINE_MIXERS_H
 
@@ -11,6 +12,10 @@ namespace crosspool {
 // o_proj reads. Every thread calls; all have met at the end.
 Rows run_gqa(const Part& part, Lane& lane);
 Rows run_mla(const Part& part, Lane& lane);
+
+// Takes the workspace's normed rows, moves the requests' state on, and returns the rows that o_proj
+// reads. Every thread calls; all have met at the end.
+Rows run_delta_net(const Part& part, Lane& lane);
 
 }  // namespace crosspool
 

@@ -35,6 +35,17 @@ struct Part {
   void* scratch() const { return work.scratch(thread); }
   void meet() const { team.meet(thread); }
 
+  // Norms rows [begin, end) of hidden states (rounded floats) into `out`, of the model's dtype.
+  void norm(const float* x, const float* weight, const float* bias, void* out, Range rows) const {
+    const std::int32_t hidden = model.hidden;
+    if (bias == nullptr) {
+      k.rms_norm(x, hidden, weight, hidden, model.norm_eps, out, hidden, rows.begin, rows.end);
+    } else {
+      k.layer_norm(x, hidden, weight, bias, hidden, model.norm_eps, out, hidden, rows.begin,
+                   rows.end);
+    }
+  }
+
   // Computes this thread's panels of a product.
   void product(const Gemm& gemm) const {
     const Range panels = share(gemm.weight->panels());

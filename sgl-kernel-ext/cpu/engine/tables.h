@@ -39,6 +39,20 @@ struct AttentionLayer {
 
   const float* sinks;     // [q_heads]
   std::int64_t sees_all;  // 1: queries see all tokens, whatever ModelTable::shape says; or 0
+
+  const float* input_norm_bias;  // [hidden] where norms are LayerNorms; null: they are RMSNorms
+  const float* post_norm_bias;
+
+  // A gated delta net instead of attention; DeltaNet says what the arrays are.
+  const Matrix* qkvz;  // by key head: query, key, values, gates
+  const Matrix* rates;
+  const float* taps;
+  const float* decay;
+  const float* decay_bias;
+  const float* out_norm;
+  std::int64_t delta_layers_before;  // layers before this one that have a gated delta net
+
+  std::int64_t unrotated;  // 1: q and k are neither rotated nor normed; or 0
 };
 
 // One layer's FFN weights on this rank.
@@ -101,6 +115,12 @@ struct ModelTable {
   float embed_scale = 1.0F;
   float attention_scale = 1.0F;
   float logit_scale = 1.0F;
+
+  const float* final_norm_bias = nullptr;  // as AttentionLayer::input_norm_bias
+  const float* head_bias = nullptr;        // [vocab], or null
+  const float* query_factors = nullptr;    // by position, on q of unrotated layers; or null
+  std::int32_t gated = 0;  // 1: q heads of `qkv` have gates behind them (GQAPrepare::gated)
+  DeltaShape delta{};      // of the layers with a gated delta net
 };
 
 // ---- A step

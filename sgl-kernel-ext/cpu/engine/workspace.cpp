@@ -10,7 +10,7 @@ namespace {
 
 struct Sizes {
   std::int64_t hidden = 0, projected = 0, latent_q = 0, plain_q = 0, q = 0, attended = 0;
-  std::int64_t values = 0, experts = 0, top_k = 0, held = 0, activation = 0;
+  std::int64_t values = 0, experts = 0, top_k = 0, held = 0, activation = 0, weighed = 0;
   Limits limits{};
 
   void cover(std::int64_t& size, std::int64_t value) { size = std::max(size, value); }
@@ -37,12 +37,22 @@ struct Sizes {
     cover(attended, heads * shape.v_dim);
     for (std::int32_t layer = 0; layer < model.layers; ++layer) {
       const AttentionLayer& weights = model.attention[layer];
-      for (const Matrix* matrix : {weights.qkv, weights.q_a, weights.q, weights.kv_a,
-                                   weights.keys_up, weights.values_up, weights.o}) {
+      for (const Matrix* matrix :
+           {weights.qkv, weights.q_a, weights.q, weights.kv_a, weights.keys_up, weights.values_up,
+            weights.o, weights.qkvz, weights.rates}) {
         cover_k(matrix);
       }
+      if (weights.qkvz != nullptr) {
+        cover(projected, std::int64_t{weights.qkvz->n} + weights.rates->n);
+        cover(attended, std::int64_t{model.delta.v_heads} * model.delta.v_dim);
+        limits.delta_k_dim = std::max(limits.delta_k_dim, model.delta.k_dim);
+        limits.delta_inputs =
+            std::max(limits.delta_inputs, static_cast<std::int32_t>(model.delta.inputs()));
+        continue;
+      }
       if (model.attention_kind == AttentionKind::kGQA) {
-        cover(projected, (heads + 2 * shape.kv_heads) * shape.qk_dim);
+        const std::int64_t projections = (model.gated != 0 ? 2 : 1) * heads + 2 * shape.kv_heads;
+        cover(projected, projections * shape.qk_dim);
         continue;
       }
       const std::int64_t compressed = weights.q_a != nullptr ? weights.q_a->n : 0;
@@ -71,6 +81,7 @@ struct Sizes {
     cover(top_k, layer.top_k + 1);
     cover(held, layer.held + 1);
     cover(activation, (layer.top_k + 1) * width);
+    if (layer.weighs_input != 0) cover(weighed, (layer.top_k + 1) * hidden);
   }
 };
 
@@ -102,6 +113,7 @@ void Workspace::cover(const ModelTable& model) {
   next_experts.reserve(kForetoldRows * sizes.top_k * kWidestElement);
   next_weights.reserve(kForetoldRows * sizes.top_k * kWidestElement);
   activation.reserve(rows * sizes.activation * kWidestElement);
+  weighed.reserve(rows * sizes.weighed * kWidestElement);
   groups.reserve(sizes.held * static_cast<std::int64_t>(sizeof(ExpertGroup)));
   slot_row.reserve(rows * sizes.top_k * kWidestElement);
   slot_weight.reserve(rows * sizes.top_k * kWidestElement);

@@ -23,11 +23,12 @@ struct Workspace {
   // "model" below stands for elements of the model's dtype, with room for four bytes each. Shapes
   // are those of a row.
   Buffer normed;     // model [hidden]: the input of a part's first product
-  Buffer projected;  // float: q, k, v of GQA; the compressed query and KV of MLA
+  Buffer projected;  // float: q, k, v of GQA; the compressed query and KV of MLA; what a gated
+                     // delta net projects to
   Buffer latent_q;   // model: MLA's normed compressed query
   Buffer plain_q;    // model: MLA's queries before they are absorbed
   Buffer q;          // model [q_heads * qk_dim]
-  Buffer attended;   // model [q_heads * v_dim]
+  Buffer attended;   // model [q_heads * v_dim], or of a gated delta net [v_heads * v_dim]
   Buffer values;     // model [q_heads * value_dim] of MLA
   Buffer sum;        // float [hidden]: partial sums of several FFN ranks, or one before its reply
 
@@ -37,6 +38,7 @@ struct Workspace {
   Buffer weights;         // float [top_k]
   Buffer shared_weights;  // float: of the shared expert, if it has a gate
   Buffer activation;      // model, by slot of the plan
+  Buffer weighed;         // model [hidden], by slot: inputs with their weights
   Buffer groups;          // ExpertGroup
   Buffer slot_row;        // int32, by slot
   Buffer slot_weight;     // float, by slot

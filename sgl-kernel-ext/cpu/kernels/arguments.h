@@ -94,7 +94,8 @@ struct Matrix {
     const std::int64_t lines = 1 + depth() / 512;
     return 64 * (lines < 3 ? 3 : lines);
   }
-  std::int64_t panel_bytes() const {
+  // Inlined always: a function that is left as a call would be shared by the ISA paths.
+  [[gnu::always_inline]] std::int64_t panel_bytes() const {
     if (encoding == Encoding::kPlain) return plain_panel_bytes();
     if (encoding == Encoding::kGrouped) return header_bytes() + groups() * group * 2 * code_bits();
     return header_bytes() + depth() * kPanel * 3 / 2;
@@ -145,7 +146,7 @@ struct Gemm {
   Store store;
 };
 
-enum class Score : std::int32_t { kSoftmax = 0, kSigmoid = 1 };
+enum class Score : std::int32_t { kSoftmax = 0, kSigmoid = 1, kSparseMixer = 2 };
 enum class GroupScore : std::int32_t { kMax = 0, kTop2Sum = 1 };
 
 // crosspool.models.spec.RouterSpec says what the fields mean.
@@ -159,6 +160,7 @@ struct Router {
   GroupScore group_score;
   std::int32_t renormalize;  // 0 or 1
   float scale;
+  float jitter = 0.0F;  // of sparsemixer
 };
 
 // One layer's FFN weights on this rank: `held` routed experts from first_expert on, and at most one
@@ -175,6 +177,7 @@ struct FFNLayer {
   std::int32_t held;
   std::int32_t top_k;
   float swiglu_limit;  // of the routed experts' clamped SwiGLU; 0: they are plain gated MLPs
+  std::int32_t weighs_input = 0;  // 1: weights are factors on the routed experts' inputs
 };
 
 // Rows that go through one gated MLP: `slots` slots of the plan from first_slot on.
@@ -211,6 +214,7 @@ struct Experts {
   float* out;  // [rows, out_stride]; not rounded
   std::int64_t out_stride;
   std::int32_t rows;
+  std::int32_t by_slot = 0;  // 1: x has a row for each slot of the plan instead: [slots, x_stride]
 };
 
 // How a cache's elements are held: in the model's dtype, or as floats of 8 bits (e4m3fn, e5m2).
@@ -251,7 +255,8 @@ enum class QKNorm : std::int32_t { kNone = 0, kHead = 1, kFull = 2, kRotatedHead
 struct GQAPrepare {
   const float* qkv;  // rounded floats [rows, qkv_stride]: q heads, K heads, V heads
   std::int64_t qkv_stride;
-  const float* q_norm;  // [head_dim], [q_heads * head_dim] or null, as qk_norm says
+  // [head_dim], [q_heads * head_dim] or null, as qk_norm says. Rotated heads may be normed without.
+  const float* q_norm;
   const float* k_norm;
   const RowPlace* places;  // [rows]
   void* q;                 // out, model dtype [rows, q_stride]
@@ -264,7 +269,20 @@ struct GQAPrepare {
   std::int32_t head_dim;
   QKNorm qk_norm;
   float eps;
-  float clip;  // infinity: none
+  float clip;              // infinity: none
+  std::int32_t gated = 0;  // 1: behind each q head of qkv stands its gate, as wide; not with kFull
+  const float* factors = nullptr;  // by position: on q, the last of all; null: there are none
+};
+
+// Multiplies what heads attended to by the sigmoid of their gates. The gate of head h of row i is
+// at gates[i * gates_stride + h * gates_step].
+struct HeadGates {
+  void* x;  // in and out, model dtype [rows, x_stride]: heads of `dim`
+  std::int64_t x_stride;
+  const float* gates;  // rounded floats
+  std::int64_t gates_stride;
+  std::int64_t gates_step;
+  std::int32_t dim;
 };
 
 // What an MLA layer appends to the KV cache: the normed latent, then the rotated rope key.
@@ -305,6 +323,14 @@ struct AttentionShape {
   std::int32_t v_begin;
   std::int32_t window;  // number of tokens that a query sees, itself included; 0: all
   float scale;
+  std::int32_t chunked = 0;  // 1: a query sees those of its own chunk of `window` tokens
+
+  // The first key that the query at a position sees.
+  std::int32_t first_key(std::int64_t position) const {
+    if (window == 0) return 0;
+    if (chunked != 0) return static_cast<std::int32_t>(position / window * window);
+    return static_cast<std::int32_t>(position + 1 > window ? position + 1 - window : 0);
+  }
 };
 
 // One request's rows of a batch. Their own KV is in the cache already.
@@ -312,7 +338,53 @@ struct Segment {
   const std::int32_t* pages;  // covers start + rows tokens
   std::int32_t first_row;
   std::int32_t rows;
-  std::int32_t start;  // position of the first row
+  std::int32_t start;                   // position of the first row
+  const std::int32_t* state = nullptr;  // pages of recurrent state, where the model has any
+};
+
+// The sizes of a gated delta net (crosspool.models.spec.DeltaNetSpec).
+struct DeltaShape {
+  std::int32_t k_heads;  // divides v_heads
+  std::int32_t v_heads;
+  std::int32_t k_dim;
+  std::int32_t v_dim;
+  std::int32_t taps;  // of the convolution, the token's own included
+
+  std::int64_t group() const { return v_heads / k_heads; }
+  // Features that go through the convolution for one key head: query, key, and `group` values.
+  std::int64_t width() const { return 2 * std::int64_t{k_dim} + group() * v_dim; }
+  // Inputs of the convolution that the state of one key head keeps.
+  std::int64_t inputs() const { return (taps - 1) * width(); }
+  // Rows of v_dim floats of the state of one key head: `group` matrices [k_dim, v_dim], then the
+  // inputs [taps - 1, width].
+  std::int64_t rows() const { return group() * k_dim + (inputs() + v_dim - 1) / v_dim; }
+};
+
+// A layer's gated delta net between its projections. What it moves on is the requests' state:
+// rows of v_dim floats, those of a key head one after another, then those of the next one, then
+// those of the next layer. A page of the cache holds as many rows as it has room for. The state of
+// a segment that starts at position 0 is zero, whatever its pages hold.
+struct DeltaNet {
+  const DeltaShape* shape;
+  const Segment* segments;
+  std::int32_t segment_count;
+  std::int32_t layer;  // among those with a gated delta net
+  // Rounded floats [rows, qkvz_stride]: for each key head query, key, values and output gates.
+  // Queries, keys and values are written over.
+  float* qkvz;
+  std::int64_t qkvz_stride;
+  // Rounded floats [rows, rates_stride]: for each key head the rates beta and the decays of its
+  // value heads, before their functions. They are written over.
+  float* rates;
+  std::int64_t rates_stride;
+  const float* taps;        // [k_heads][taps][width], the oldest token's first
+  const float* decay;       // [v_heads], above 0
+  const float* decay_bias;  // [v_heads]
+  const float* out_norm;    // [v_dim]
+  float eps;                // of out_norm
+  KVCache kv;
+  void* out;  // model dtype [rows, out_stride]: v_heads of v_dim
+  std::int64_t out_stride;
 };
 
 // Work for one thread: some rows and q heads of a segment over the keys [key_begin, key_end). The

@@ -150,7 +150,7 @@ class Task {
                                std::int64_t count, std::int64_t written) const {
     const std::int64_t position = segment_.start + row_of(q);
     const std::int64_t end = min(count, position + 1 - key);
-    const std::int64_t begin = shape_.window == 0 ? 0 : max(0, position + 1 - shape_.window - key);
+    const std::int64_t begin = max(0, shape_.first_key(position) - key);
     const V scale = splat(shape_.scale * kLog2E), nothing = splat(kNothing);
     V s[kKeys / kLanes];
     V most = nothing;

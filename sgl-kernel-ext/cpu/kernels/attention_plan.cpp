@@ -24,8 +24,7 @@ std::int64_t splits_of(std::int64_t keys) {
 
 // The beginning of the block that has the first key that a row of a segment sees.
 std::int32_t first_key(const AttentionShape& shape, const Segment& segment, std::int32_t row) {
-  if (shape.window == 0) return 0;
-  return std::max(0, segment.start + row + 1 - shape.window) / kKeyStep * kKeyStep;
+  return shape.first_key(std::int64_t{segment.start} + row) / kKeyStep * kKeyStep;
 }
 
 }  // namespace

@@ -10,6 +10,8 @@
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 namespace crosspool {
@@ -17,7 +19,6 @@ namespace crosspool {
 namespace portable {
 const Kernels& table(DType dtype);
 }
-#if defined(__x86_64__)
 namespace avx2 {
 const Kernels& table(DType dtype);
 }
@@ -27,33 +28,24 @@ const Kernels& table(DType dtype);
 namespace amx {
 const Kernels& table(DType dtype);
 }
-#endif
+namespace neon {
+const Kernels& table(DType dtype);
+}
+namespace neon_bf16 {
+const Kernels& table(DType dtype);
+}
 
 namespace {
 
-constexpr Isa kAll[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
+bool has_portable() { return true; }
 
 #if defined(__x86_64__)
-// The paths that this build has (CROSSPOOL_KERNEL_PATHS).
-#if defined(CROSSPOOL_BUILT_avx2)
-constexpr bool kBuiltAvx2 = true;
-#else
-constexpr bool kBuiltAvx2 = false;
-#endif
-#if defined(CROSSPOOL_BUILT_avx512)
-constexpr bool kBuiltAvx512 = true;
-#else
-constexpr bool kBuiltAvx512 = false;
-#endif
-#if defined(CROSSPOOL_BUILT_amx)
-constexpr bool kBuiltAmx = true;
-#else
-constexpr bool kBuiltAmx = false;
-#endif
 
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+[[maybe_unused]] bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
 
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bf16");
@@ -61,56 +53,94 @@ bool has_avx512() {
 
 // Linux lets a process use the tiles only after it has asked. The permission holds for the threads
 // that exist by then, too.
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   static const bool granted = has_avx512() && __builtin_cpu_supports("amx-tile") &&
                               __builtin_cpu_supports("amx-bf16") &&
                               syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return granted;
 }
+
+#elif defined(__aarch64__)
+
+bool has_all(unsigned long kind, unsigned long features) {
+  return (getauxval(kind) & features) == features;
+}
+
+// The compiler may use all of Armv8.2, of which Linux names the parts that a program can use.
+[[maybe_unused]] bool has_neon() {
+  return has_all(AT_HWCAP, HWCAP_ASIMDDP | HWCAP_ATOMICS | HWCAP_ASIMDRDM | HWCAP_CRC32);
+}
+
+[[maybe_unused]] bool has_neon_bf16() {
+  return has_neon() && has_all(AT_HWCAP2, HWCAP2_BF16 | HWCAP2_I8MM);
+}
+
 #endif
+
+struct Path {
+  Isa isa;
+  bool (*available)();
+  const Kernels& (*table)(DType dtype);
+};
+
+// The paths that this build has (CROSSPOOL_KERNEL_PATHS), slowest first.
+constexpr Path kPaths[] = {
+    {Isa::kPortable, has_portable, portable::table},
+#if defined(CROSSPOOL_BUILT_avx2)
+    {Isa::kAvx2, has_avx2, avx2::table},
+#endif
+#if defined(CROSSPOOL_BUILT_avx512)
+    {Isa::kAvx512, has_avx512, avx512::table},
+#endif
+#if defined(CROSSPOOL_BUILT_amx)
+    {Isa::kAmx, has_amx, amx::table},
+#endif
+#if defined(CROSSPOOL_BUILT_neon)
+    {Isa::kNeon, has_neon, neon::table},
+#endif
+#if defined(CROSSPOOL_BUILT_neon_bf16)
+    {Isa::kNeonBf16, has_neon_bf16, neon_bf16::table},
+#endif
+};
+
+// Null when the machine, or this build, lacks the path.
+const Path* path_of(Isa isa) {
+  for (const Path& path : kPaths) {
+    if (path.isa == isa && path.available()) return &path;
+  }
+  return nullptr;
+}
 
 Isa decide() {
   const char* const asked = std::getenv("CROSSPOOL_CPU_ISA");
   if (asked == nullptr || *asked == '\0') {
     Isa best = Isa::kPortable;
-    for (const Isa isa : kAll) {
-      if (isa_available(isa)) best = isa;
+    for (const Path& path : kPaths) {
+      if (path.available()) best = path.isa;
     }
     return best;
   }
-  for (const Isa isa : kAll) {
-    if (std::string_view(asked) != isa_name(isa)) continue;
+  std::string names;
+  for (const Isa isa : kIsas) {
+    if (std::string_view(asked) != isa_name(isa)) {
+      names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
+      continue;
+    }
     if (isa_available(isa)) return isa;
     throw std::runtime_error("CROSSPOOL_CPU_ISA=" + std::string(asked) +
                              ": this machine, or this build, does not have it");
   }
-  throw std::runtime_error("CROSSPOOL_CPU_ISA=" + std::string(asked) +
-                           ": must be portable, avx2, avx512 or amx");
+  throw std::runtime_error("CROSSPOOL_CPU_ISA=" + std::string(asked) + ": must be one of " + names);
 }
 
 }  // namespace
 
-bool isa_available(Isa isa) {
-#if defined(__x86_64__)
-  switch (isa) {
-    case Isa::kPortable:
-      return true;
-    case Isa::kAvx2:
-      return kBuiltAvx2 && has_avx2();
-    case Isa::kAvx512:
-      return kBuiltAvx512 && has_avx512();
-    case Isa::kAmx:
-      return kBuiltAmx && has_amx();
-  }
-  return false;
-#else
-  return isa == Isa::kPortable;
-#endif
-}
+bool isa_available(Isa isa) { return path_of(isa) != nullptr; }
 
 const char* isa_name(Isa isa) {
-  static constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
+  static constexpr const char* kNames[] = {"portable", "avx2", "avx512",
+                                           "amx",      "neon", "neon_bf16"};
   return kNames[static_cast<int>(isa)];
 }
 
@@ -120,19 +150,8 @@ Isa isa() {
 }
 
 const Kernels* kernels_of(Isa isa, DType dtype) {
-  if (!isa_available(isa)) return nullptr;
-#if defined(__x86_64__)
-  if constexpr (kBuiltAvx2) {
-    if (isa == Isa::kAvx2) return &avx2::table(dtype);
-  }
-  if constexpr (kBuiltAvx512) {
-    if (isa == Isa::kAvx512) return &avx512::table(dtype);
-  }
-  if constexpr (kBuiltAmx) {
-    if (isa == Isa::kAmx) return &amx::table(dtype);
-  }
-#endif
-  return &portable::table(dtype);
+  const Path* const path = path_of(isa);
+  return path == nullptr ? nullptr : &path->table(dtype);
 }
 
 const Kernels& kernels(DType dtype) { return *kernels_of(isa(), dtype); }

@@ -51,7 +51,7 @@ struct BFloat16 {
   }
   // To the nearest, ties to even.
   CROSSPOOL_INLINE static V round(V v) {
-#if defined(__AVX512BF16__)
+#if defined(CROSSPOOL_MULTIPLIES_PAIRS)  // and rounds
     return widen(narrow(v));
 #else
     return (V)(rounded_bits(v) & splat_bits(0xffff0000U));
@@ -96,6 +96,8 @@ struct BFloat16 {
   CROSSPOOL_INLINE static V widen(H h) { return (V)(words(h) << 16); }
 #if defined(__AVX512BF16__)
   CROSSPOOL_INLINE static H narrow(V v) { return (H)_mm512_cvtneps_pbh(v); }
+#elif defined(CROSSPOOL_MULTIPLIES_PAIRS)
+  CROSSPOOL_INLINE static H narrow(V v) { return (H)vcvt_bf16_f32((float32x4_t)v); }
 #else
   CROSSPOOL_INLINE static U rounded_bits(V v) {
     const U bits = (U)v;

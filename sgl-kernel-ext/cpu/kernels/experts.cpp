@@ -58,7 +58,11 @@ CROSSPOOL_INLINE V activated(V gate, V up, float swiglu_limit) {
 template <class T>
 void activate(const Experts& e, const ExpertGroup& group, int begin, int end, const void* then,
               void* scratch) {
-  const Rows x{e.x, e.x_stride, e.plan->slot_row + group.first_slot};
+  Rows x{e.x, e.x_stride, e.plan->slot_row + group.first_slot};
+  if (e.by_slot != 0) {
+    const auto* const rows = static_cast<const typename T::Element*>(e.x);
+    x = {rows + group.first_slot * e.x_stride, e.x_stride, nullptr};
+  }
   auto* const out =
       static_cast<typename T::Element*>(e.activation) + group.first_slot * e.activation_stride;
   product<T>(*group.gate_up, x, group.slots, begin, end, then, scratch,
@@ -144,6 +148,21 @@ void expert_down(const Experts& e, std::int32_t begin, std::int32_t end, void* s
   }
 }
 
+template <class T>
+void weigh_slots(const ExpertPlan& plan, const void* x, std::int32_t n, void* out,
+                 std::int32_t begin, std::int32_t end) {
+  using Element = typename T::Element;
+  for (std::int64_t slot = begin; slot < end; ++slot) {
+    const auto* const from = static_cast<const Element*>(x) + std::int64_t{plan.slot_row[slot]} * n;
+    auto* const to = static_cast<Element*>(out) + slot * n;
+    const V weight = T::round(splat(plan.slot_weight[slot]));
+    for_lanes(0, n, [&](std::int64_t i, auto lanes) {
+      T::store(to + i, T::load(from + i, lanes) * weight, lanes);
+    });
+    plan.slot_weight[slot] = 1.0F;
+  }
+}
+
 }  // namespace
 
 template <class T>
@@ -151,6 +170,7 @@ void add_experts(Kernels& table) {
   table.plan_experts = plan_experts;
   table.expert_gate_up = expert_gate_up<T>;
   table.expert_down = expert_down<T>;
+  table.weigh_slots = weigh_slots<T>;
 }
 template void add_experts<BFloat16>(Kernels& table);
 template void add_experts<Float32>(Kernels& table);

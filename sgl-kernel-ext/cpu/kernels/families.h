@@ -25,11 +25,14 @@ template <class T>
 void add_attention(Kernels& table);
 template <class T>
 void add_sampling(Kernels& table);
+template <class T>
+void add_delta_net(Kernels& table);
 
 // Bytes of scratch that the families need.
 std::int64_t router_scratch(const Limits& limits);
 std::int64_t attention_scratch(const Limits& limits);
 std::int64_t sampling_scratch(const Limits& limits);
+std::int64_t delta_net_scratch(const Limits& limits);
 
 }  // namespace crosspool::CROSSPOOL_ISA
 

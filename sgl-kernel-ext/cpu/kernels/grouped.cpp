@@ -62,7 +62,7 @@ struct Nibbles {
     out[0] = (U)_mm512_permutexvar_epi16((__m512i)first, (__m512i)words[nibble]);
     out[1] = (U)_mm512_permutexvar_epi16((__m512i)(first >> 4), (__m512i)words[nibble]);
 #else
-    const B index = half == 0 ? both & 15 : (B)((U)both >> 4) & 15;
+    const B index = half == 0 ? both & 15 : upper_nibbles(both);
     const B high = lookup(upper[nibble], index), low = lookup(lower[nibble], index);
     out[0] = interleave_first(low, high);
     out[1] = interleave_last(low, high);
@@ -229,11 +229,11 @@ class ReadsSmallFloats {
 // Adds the products of a line: pairs of depths of kLanes columns, times a row's pair.
 template <class T>
 CROSSPOOL_INLINE V add_line(V sum, U line, const std::byte* row, std::int64_t pair) {
-#if defined(__AVX512BF16__)
+#if defined(CROSSPOOL_MULTIPLIES_PAIRS)
   if constexpr (T::kDType == DType::kBFloat16) {
-    std::int32_t bits;
+    std::uint32_t bits;
     std::memcpy(&bits, row + pair * 4, 4);
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(bits), (__m512bh)line);
+    return dot_pairs(sum, splat_bits(bits), line);
   }
 #endif
   float x[2];

@@ -80,6 +80,8 @@ CROSSPOOL_INLINE V load_scales(const std::byte* scales, ScaleType type, std::int
   return (V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
 #elif defined(__AVX2__)
   return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+#elif defined(__aarch64__)
+  return (V)vcvt_f32_f16((float16x4_t)load_half(halves));
 #else
   V out;
   for (int i = 0; i < kLanes; ++i) {

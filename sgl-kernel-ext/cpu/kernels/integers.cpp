@@ -3,11 +3,11 @@
 #include <bit>
 #include <limits>
 
-#include "nibbles.h"
+#include "block_sums.h"
 
 namespace crosspool::CROSSPOOL_ISA {
 
-#if defined(__AVX2__) && !defined(__AVX512BF16__)
+#if defined(CROSSPOOL_MULTIPLIES_INTEGERS)
 
 namespace {
 
@@ -23,7 +23,7 @@ constexpr IntegerScale integer_scale(Codes codes) {
     case Codes::kE2M1:
       return {12, .5F};
     case Codes::kInt8:
-      return {128, 1};
+      return {kSignedCodes ? 0 : 128, 1};
     case Codes::kInt6:
       return {32, 1};
     case Codes::kUInt4:
@@ -34,22 +34,16 @@ constexpr IntegerScale integer_scale(Codes codes) {
   return {0, 1};
 }
 
-// A decoder gives lines 2 * half and 2 * half + 1 of a block of codes: pairs of depths of kLanes
-// columns, as words.
-CROSSPOOL_INLINE void widened_lines(B values, U (&out)[2]) {
-  out[0] = interleave_first(values, B{});
-  out[1] = interleave_last(values, B{});
-}
-CROSSPOOL_INLINE B nibbles(B both, int half) {
-  return half == 0 ? both & 15 : (B)((U)both >> 4) & 15;
-}
+// A decoder gives the bytes of depths 4 * half to 4 * half + 3 of a block of codes, of kLanes
+// columns. Of each 16 of them, the first 8 are the first two depths of four columns.
+CROSSPOOL_INLINE B nibbles(B both, int half) { return half == 0 ? both & 15 : upper_nibbles(both); }
 
 struct PlainNibbles {
   static constexpr int kCodeLines = 1;
   static constexpr int kDepths = 8;
 
-  CROSSPOOL_INLINE void lines(const std::byte* codes, int half, U (&out)[2]) const {
-    widened_lines(nibbles(load_bytes(codes), half), out);
+  CROSSPOOL_INLINE B bytes(const std::byte* codes, int half) const {
+    return nibbles(load_bytes(codes), half);
   }
 };
 
@@ -57,8 +51,8 @@ struct E2M1Nibbles {
   static constexpr int kCodeLines = 1;
   static constexpr int kDepths = 8;
 
-  CROSSPOOL_INLINE void lines(const std::byte* codes, int half, U (&out)[2]) const {
-    widened_lines(lookup(values, nibbles(load_bytes(codes), half)), out);
+  CROSSPOOL_INLINE B bytes(const std::byte* codes, int half) const {
+    return lookup(values, nibbles(load_bytes(codes), half));
   }
 
   B values = repeated({12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0});
@@ -68,11 +62,11 @@ struct SixBitIntegers {
   static constexpr int kCodeLines = 3;
   static constexpr int kDepths = 16;
 
-  CROSSPOOL_INLINE void lines(const std::byte* codes, int half, U (&out)[2]) const {
+  CROSSPOOL_INLINE B bytes(const std::byte* codes, int half) const {
     const B lower = nibbles(load_bytes(codes + half / 2 * kCodeLine), half % 2);
     const U all = (U)load_bytes(codes + 2 * kCodeLine);
     const U moved = half == 0 ? all << 4 : half == 1 ? all << 2 : half == 2 ? all : all >> 2;
-    widened_lines(((B)moved & 0x30) | lower, out);
+    return ((B)moved & 0x30) | lower;
   }
 };
 
@@ -80,31 +74,13 @@ struct EightBitIntegers {
   static constexpr int kCodeLines = 2;
   static constexpr int kDepths = 8;
 
-  CROSSPOOL_INLINE void lines(const std::byte* codes, int half, U (&out)[2]) const {
-    const B upper = load_bytes(codes) ^ 0x88;  // the sign turned over is 128 more
+  CROSSPOOL_INLINE B bytes(const std::byte* codes, int half) const {
+    B upper = load_bytes(codes);
+    if constexpr (!kSignedCodes) upper ^= 0x88;  // the sign turned over is 128 more
     const B lower = nibbles(load_bytes(codes + kCodeLine), half);
-    widened_lines((half == 0 ? (B)((U)upper << 4) & 0xf0 : upper & 0xf0) | lower, out);
+    return (half == 0 ? (B)((U)upper << 4) & 0xf0 : upper & 0xf0) | lower;
   }
 };
-
-CROSSPOOL_INLINE I add_pairs(I sum, U line, const std::int16_t* pair) {
-  std::int32_t bits;
-  std::memcpy(&bits, pair, 4);
-  return in_register(sum + (I)_mm256_madd_epi16((__m256i)line, _mm256_set1_epi32(bits)));
-}
-
-CROSSPOOL_INLINE std::int32_t largest_lane(I v) {
-  const __m128i four =
-      _mm_max_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
-  const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
-}
-CROSSPOOL_INLINE std::int32_t sum_of_lanes(I v) {
-  const __m128i four =
-      _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
-  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
-}
 
 // Adds the products of the offsets.
 template <int kRows>
@@ -146,7 +122,7 @@ void of_rows(const IntegerMultiply& m, float* tile) {
     std::memset(tile + r * kTileWidth, 0, static_cast<std::size_t>(panel_count) * kPanel * 4);
   }
   // The products of block `b` of depths, of group `g`, which has `steps` blocks of codes.
-  const std::int16_t* pairs = m.x.pairs();
+  const std::int16_t* integers = m.x.integers();
   const float* scales = m.x.scales();
   const std::int32_t* begins = m.x.begins();
   std::int64_t at = codes_begin;
@@ -161,31 +137,23 @@ void of_rows(const IntegerMultiply& m, float* tile) {
       }
       for (int v = 0; v < kParts; ++v) {
         const std::byte* const codes = panel + at + v * 4 * kLanes;
-        I sum[kRows];
-        for (int r = 0; r < kRows; ++r) sum[r] = I{} + begins[r];
+        BlockSums<kRows> sums(begins);
 #pragma GCC unroll 4
         for (std::int64_t step = 0; step < count; ++step) {
-          for (int half = 0; half < Decoder::kDepths / 4; ++half) {
-            U lines[2];
-            decoder.lines(codes + step * kBlockBytes, half, lines);
-            const std::int16_t* const x = pairs + (step * Decoder::kDepths + half * 4) * kRows;
-            for (int line = 0; line < 2; ++line) {
-              for (int r = 0; r < kRows; ++r) {
-                sum[r] = add_pairs(sum[r], lines[line], x + (line * kRows + r) * 2);
-              }
-            }
+          for (int eight = 0; eight < Decoder::kDepths / 8; ++eight) {
+            sums.add(decoder, codes + step * kBlockBytes, eight,
+                     integers + (step * Decoder::kDepths + eight * 8) * kRows);
           }
         }
         const V scale = load_scales(panel, scale_type, g * kPanel + v * kLanes);
         for (int r = 0; r < kRows; ++r) {
           float* const total = tile + r * kTileWidth + p * kPanel + v * kLanes;
-          store(total,
-                fma((V)_mm256_cvtepi32_ps((__m256i)sum[r]), scale * splat(scales[r]), load(total)));
+          store(total, fma(sums.of_row(r), scale * splat(scales[r]), load(total)));
         }
       }
     }
     at += count * kBlockBytes;
-    pairs += count * Decoder::kDepths * kRows;
+    integers += count * Decoder::kDepths * kRows;
     scales += kRows;
     begins += kRows;
   };
@@ -216,7 +184,7 @@ void multiply_with(const IntegerMultiply& m, float* tile) {
 void make_integers(const Matrix& weight, const std::uint16_t* x, const IntegerRows& rows,
                    std::int64_t i) {
   const auto [bias, unit] = integer_scale(weight.codes);
-  std::int16_t* out = rows.pairs() + 2 * i;
+  std::int16_t* out = rows.integers();
   float* scales = rows.scales() + i;
   std::int32_t* begins = rows.begins() + i;
   float* sums = rows.sums() + i;
@@ -227,11 +195,11 @@ void make_integers(const Matrix& weight, const std::uint16_t* x, const IntegerRo
   const std::int64_t row_count = rows.rows, block = rows.block;
   // The exponents first, as floats have them, so that no block waits for its own.
   for (std::int64_t b = 0; b < rows.blocks; ++b) {
-    __m256i largest = _mm256_setzero_si256();
+    I largest{};
     for (std::int64_t k = b * block; k < (b + 1) * block; k += kLanes) {
-      largest = _mm256_max_epi32(largest, (__m256i)((I)elements(k) & 0x7fffffff));
+      largest = larger(largest, (I)elements(k) & 0x7fffffff);
     }
-    begins[b * row_count] = largest_lane((I)largest) >> 23;
+    begins[b * row_count] = largest_lane(largest) >> 23;
   }
   const std::int64_t groups = weight.groups(), per_group = weight.group / block;
   std::int64_t k = 0;
@@ -242,19 +210,14 @@ void make_integers(const Matrix& weight, const std::uint16_t* x, const IntegerRo
       const std::int32_t exponent = *begins, taken = exponent < 15 ? 15 : exponent;
       const V up = splat(std::bit_cast<float>((268 - taken) << 23));
       I sum{};
-      for (const std::int64_t end = k + block; k < end; k += kLanes) {
-        const __m256i integers = _mm256_cvtps_epi32(elements(k) * up);
-        sum += (I)integers;
-        const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128(integers),
-                                              _mm256_extracti128_si256(integers, 1));
-        for (int half = 0; half < 2; ++half) {
-          const std::int64_t two =
-              half == 0 ? _mm_cvtsi128_si64(pairs) : _mm_extract_epi64(pairs, 1);
-          const std::int64_t second = two >> 32;
-          std::memcpy(out, &two, 4);
-          std::memcpy(out + 2 * row_count, &second, 4);
-          out += 4 * row_count;
+      for (const std::int64_t end = k + block; k < end; out += 8 * row_count) {
+        I eight[8 / kLanes];
+        for (I& integers : eight) {
+          integers = to_integers(elements(k) * up);
+          sum += integers;
+          k += kLanes;
         }
+        store_integers(eight, out, i, row_count);
       }
       const std::int32_t of_block = sum_of_lanes(sum);
       const bool finite = exponent < 255;

@@ -1,9 +1,11 @@
-// Products of integers, where an instruction multiplies pairs of 16 bits: codes that stand for
-// integers, times rows of bfloat16 in fixed point. They take half as long as products of floats.
+// Products of integers, where an instruction multiplies pairs of 16 bits (AVX2) or fours of 8 bits
+// (dotprod) and adds them up: codes that stand for integers, times rows of bfloat16 in fixed point.
 //
 // Each block of up to 32 depths of a row has a scale, a power of two, by which its largest element
 // fills 15 bits and the sign. Elements down to 2^-7 of the largest are exact, and smaller ones err
 // by at most 2^-15 of it. A block's products are summed as integers of 32 bits, without rounding.
+// Where instructions take 8 bits, an element is two integers, the upper one worth 256; elements of
+// the largest size of all are then too small by 2^-15.
 #ifndef CROSSPOOL_CPU_KERNELS_INTEGERS_H
 #define CROSSPOOL_CPU_KERNELS_INTEGERS_H
 
@@ -11,7 +13,8 @@
 
 namespace crosspool::CROSSPOOL_ISA {
 
-#if defined(__AVX2__) && !defined(__AVX512BF16__)
+#if (defined(__AVX2__) && !defined(__AVX512BF16__)) || defined(__ARM_FEATURE_DOTPROD)
+#define CROSSPOOL_MULTIPLIES_INTEGERS
 inline constexpr bool kHasIntegers = true;
 #else
 inline constexpr bool kHasIntegers = false;
@@ -26,9 +29,9 @@ CROSSPOOL_INLINE bool multiplies_integers(const Matrix& weight) {
 inline constexpr int kMostIntegerRows = 8;  // of a stretch
 
 // The rows that are multiplied at once. Each number stands beside those of the other rows: pairs of
-// integers [depth / 2][rows], for each block a scale and the sum with which its products begin
-// [blocks][rows], and for each group the sum of its elements [groups][rows] (read where the format
-// has offsets).
+// integers [depth / 2][rows] (AVX2), or the upper and the lower halves of eight [depth / 8][rows]
+// (dotprod); for each block a scale and the sum with which its products begin [blocks][rows]; and
+// for each group the sum of its elements [groups][rows] (read where the format has offsets).
 struct IntegerRows {
   std::byte* data;
   std::int64_t rows;
@@ -45,9 +48,10 @@ struct IntegerRows {
   // An upper bound, as groups have 8 depths and more.
   static std::int64_t row_bytes(const Matrix& weight) { return weight.depth() * 4; }
 
-  CROSSPOOL_INLINE std::int16_t* pairs() const { return reinterpret_cast<std::int16_t*>(data); }
+  // Those of eight depths, of all rows, take 8 * rows places.
+  CROSSPOOL_INLINE std::int16_t* integers() const { return reinterpret_cast<std::int16_t*>(data); }
   CROSSPOOL_INLINE float* scales() const {
-    return reinterpret_cast<float*>(pairs() + depth * rows);
+    return reinterpret_cast<float*>(integers() + depth * rows);
   }
   CROSSPOOL_INLINE std::int32_t* begins() const {
     return reinterpret_cast<std::int32_t*>(scales() + blocks * rows);

@@ -29,6 +29,8 @@ struct Limits {
   std::int32_t v_dim;
   std::int32_t experts;
   std::int32_t vocab;
+  std::int32_t delta_k_dim = 0;   // of a gated delta net
+  std::int32_t delta_inputs = 0;  // DeltaShape::inputs
 };
 
 struct Kernels {
@@ -109,6 +111,23 @@ struct Kernels {
 
   // x = round(x * factor), for `count` rounded floats.
   void (*scale)(float* x, float factor, std::int64_t count);
+
+  // out (model dtype) = (x - mean) / sqrt(variance + eps) * weight + bias, rounded once, for rows
+  // [begin, end) of n features of rounded floats.
+  void (*layer_norm)(const float* x, std::int64_t x_stride, const float* weight, const float* bias,
+                     std::int32_t n, float eps, void* out, std::int64_t out_stride,
+                     std::int32_t begin, std::int32_t end);
+  // Gates rows [row_begin, row_end) of heads [head_begin, head_end).
+  void (*gate_heads)(const HeadGates& gates, std::int32_t row_begin, std::int32_t row_end,
+                     std::int32_t head_begin, std::int32_t head_end);
+  // Moves the state of key heads [head_begin, head_end) of all segments on, token by token: a row
+  // comes out the same in a segment of any length.
+  void (*delta_net)(const DeltaNet& net, std::int32_t head_begin, std::int32_t head_end,
+                    void* scratch);
+  // out[slot] = round(x[row of slot] * round(weight of slot)), for slots [begin, end) of a plan and
+  // n features, of the model's dtype; the slots' weights are 1 then.
+  void (*weigh_slots)(const ExpertPlan& plan, const void* x, std::int32_t n, void* out,
+                      std::int32_t begin, std::int32_t end);
 };
 
 // Whether `a` beats `b`, whichever was found first.
@@ -122,7 +141,18 @@ inline bool better(const Best& a, const Best& b) {
 // The draw of crosspool.ranks.sampler.uniform(seed, position), bit for bit.
 double uniform(std::uint64_t seed, std::uint64_t position);
 
-enum class Isa : std::int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+// Of x86-64: kAvx2, kAvx512 (with BF16) and kAmx. Of aarch64: kNeon (with dotprod) and kNeonBf16
+// (with bf16 and i8mm).
+enum class Isa : std::int32_t {
+  kPortable = 0,
+  kAvx2 = 1,
+  kAvx512 = 2,
+  kAmx = 3,
+  kNeon = 4,
+  kNeonBf16 = 5,
+};
+inline constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512,
+                                Isa::kAmx,      Isa::kNeon, Isa::kNeonBf16};
 
 // The path of this process, decided once: the one that CROSSPOOL_CPU_ISA names, or else the best
 // that the machine has. Throws std::runtime_error when CROSSPOOL_CPU_ISA names a path that does not

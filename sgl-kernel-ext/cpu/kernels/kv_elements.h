@@ -93,7 +93,7 @@ constexpr std::uint16_t widened_code(unsigned code) {
   return static_cast<std::uint16_t>(sign | bits);
 }
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__aarch64__)
 
 // The two bytes of a bfloat16 by the two halves of a code. Numbers with an exponent are sums of
 // what both halves stand for; what others differ in is looked up with the lower half, behind a
@@ -127,32 +127,57 @@ constexpr HalfTables half_tables() {
   return tables;
 }
 
+// Bytes that are looked up together: read as the interleaving needs them; by() gives 0 for indices
+// from 0x80 on.
+#if defined(__AVX2__)
+typedef std::uint8_t CodeBytes __attribute__((vector_size(32)));
+
+CROSSPOOL_INLINE CodeBytes read_codes(const std::uint8_t* p) {
+  const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (CodeBytes)_mm256_permute4x64_epi64(codes, 0xd8);  // interleaving works on halves
+}
+CROSSPOOL_INLINE CodeBytes upper_halves(CodeBytes codes) {
+  return (CodeBytes)_mm256_srli_epi16((__m256i)codes, 4) & 15;
+}
+CROSSPOOL_INLINE CodeBytes by(const std::uint8_t (&table)[16], CodeBytes index) {
+  const __m128i half = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+  return (CodeBytes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), (__m256i)index);
+}
+CROSSPOOL_INLINE void store_words(std::uint16_t* out, CodeBytes low, CodeBytes high) {
+  auto* const to = reinterpret_cast<__m256i*>(out);
+  _mm256_storeu_si256(to, _mm256_unpacklo_epi8((__m256i)low, (__m256i)high));
+  _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi8((__m256i)low, (__m256i)high));
+}
+#else
+typedef std::uint8_t CodeBytes __attribute__((vector_size(16)));
+
+CROSSPOOL_INLINE CodeBytes read_codes(const std::uint8_t* p) { return (CodeBytes)vld1q_u8(p); }
+CROSSPOOL_INLINE CodeBytes upper_halves(CodeBytes codes) { return codes >> 4; }
+CROSSPOOL_INLINE CodeBytes by(const std::uint8_t (&table)[16], CodeBytes index) {
+  return (CodeBytes)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)index);
+}
+CROSSPOOL_INLINE void store_words(std::uint16_t* out, CodeBytes low, CodeBytes high) {
+  const uint8x16_t lows = (uint8x16_t)low, highs = (uint8x16_t)high;
+  vst1q_u16(out, vreinterpretq_u16_u8(vzip1q_u8(lows, highs)));
+  vst1q_u16(out + 8, vreinterpretq_u16_u8(vzip2q_u8(lows, highs)));
+}
+#endif
+
 // Widens kRun codes to bfloat16.
 template <class F>
 CROSSPOOL_INLINE void widen_run(const std::uint8_t* p, std::uint16_t* out) {
   static constexpr HalfTables kTables = half_tables<F>();
-  const auto by = [](const std::uint8_t (&table)[16],
-                     __m256i index) __attribute__((always_inline)) {
-    const __m128i half = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), index);
-  };
-  const __m256i nibble = _mm256_set1_epi8(0x0f);
-  const __m256i given = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  // The interleaving below works on halves of a register.
-  const __m256i codes = _mm256_permute4x64_epi64(given, 0xd8);
-  const __m256i lower = _mm256_and_si256(codes, nibble);
-  const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble);
-  const __m256i small = _mm256_or_si256(lower, by(kTables.guard, upper));
-  const __m256i low = _mm256_xor_si256(by(kTables.low, lower), by(kTables.low_change, small));
-  const __m256i sum = _mm256_add_epi8(by(kTables.high, upper), by(kTables.carry, lower));
-  const __m256i ones = _mm256_set1_epi8(-1);
-  const __m256i is_nan =
-      _mm256_cmpeq_epi8(_mm256_or_si256(codes, _mm256_set1_epi8(static_cast<char>(0x80))), ones);
-  const __m256i high =
-      _mm256_or_si256(_mm256_xor_si256(sum, by(kTables.high_change, small)), is_nan);
-  auto* const to = reinterpret_cast<__m256i*>(out);
-  _mm256_storeu_si256(to, _mm256_unpacklo_epi8(low, high));
-  _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi8(low, high));
+  constexpr auto kAtOnce = static_cast<std::int64_t>(sizeof(CodeBytes));
+  for (std::int64_t i = 0; i < kRun; i += kAtOnce) {
+    const CodeBytes codes = read_codes(p + i);
+    const CodeBytes lower = codes & 15, upper = upper_halves(codes);
+    const CodeBytes small = lower | by(kTables.guard, upper);
+    const CodeBytes low = by(kTables.low, lower) ^ by(kTables.low_change, small);
+    const CodeBytes sum = by(kTables.high, upper) + by(kTables.carry, lower);
+    const CodeBytes is_nan = (CodeBytes)((codes | 0x80) == 0xff);
+    const CodeBytes high = (sum ^ by(kTables.high_change, small)) | is_nan;
+    store_words(out + i, low, high);
+  }
 }
 
 #else

@@ -37,8 +37,8 @@ struct DepthStep {
   }
 
   CROSSPOOL_INLINE static V dot(V sum, V weights, V operand) {
-#if defined(__AVX512BF16__)
-    if constexpr (kPairs) return _mm512_dpbf16_ps(sum, (__m512bh)operand, (__m512bh)weights);
+#if defined(CROSSPOOL_MULTIPLIES_PAIRS)
+    if constexpr (kPairs) return dot_pairs(sum, (U)operand, (U)weights);
 #endif
     return add_product(sum, weights, operand);
   }
@@ -158,9 +158,94 @@ CROSSPOOL_INLINE void micro_compact(const Multiply& m, int first_panel, float* t
 
 #endif
 
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+
+// The same for two rows and more, in squares: an instruction multiplies four depths of two rows by
+// those of two columns, in the order in which one row's pairs are added up.
+template <int kRows, int kPanels>
+CROSSPOOL_INLINE void micro_squares(const Multiply& m, int first_panel, float* tile) {
+  constexpr int kPairs = (kRows + 1) / 2;  // the last row stands for one that is not there
+  const std::byte* x[2 * kPairs];
+  for (int r = 0; r < 2 * kPairs; ++r) x[r] = m.x.row(m.first + min(r, kRows - 1));
+  const std::byte* const w = m.weights + first_panel * m.panel_bytes;
+  const std::int64_t lines = (m.k + 1) / 2;
+
+  float32x4_t sum[kPairs][kPanels][kParts][2];
+  for (int r = 0; r < kPairs; ++r) {
+    for (int p = 0; p < kPanels; ++p) {
+      for (int v = 0; v < kParts; ++v) sum[r][p][v][0] = sum[r][p][v][1] = vdupq_n_f32(0.0F);
+    }
+  }
+  // Two lines, or with `bytes` of 4 a last one, behind which the panel has zeros.
+  const auto step = [&](std::int64_t line, std::size_t bytes) __attribute__((always_inline)) {
+    bfloat16x8_t rows[kPairs];
+    for (int r = 0; r < kPairs; ++r) {
+      std::uint64_t two[2] = {};
+      for (int i = 0; i < 2; ++i) std::memcpy(&two[i], x[2 * r + i] + line * 4, bytes);
+      rows[r] = vreinterpretq_bf16_u64(vld1q_u64(two));
+    }
+    for (int p = 0; p < kPanels; ++p) {
+      const std::byte* const panel = w + p * m.panel_bytes + line * 64;
+      for (int v = 0; v < kParts; ++v) {
+        const auto first = (uint32x4_t)load_bits(panel + v * 4 * kLanes);
+        const auto last = (uint32x4_t)load_bits(panel + 64 + v * 4 * kLanes);
+        const bfloat16x8_t columns[2] = {vreinterpretq_bf16_u32(vzip1q_u32(first, last)),
+                                         vreinterpretq_bf16_u32(vzip2q_u32(first, last))};
+        for (int r = 0; r < kPairs; ++r) {
+          for (int i = 0; i < 2; ++i) {
+            sum[r][p][v][i] = vbfmmlaq_f32(sum[r][p][v][i], rows[r], columns[i]);
+          }
+        }
+      }
+    }
+  };
+  const std::int64_t pairs_end = lines / 2 * 2;
+  const auto stretch = [&](auto level, std::int64_t begin, std::int64_t end, const std::byte* ahead,
+                           std::int64_t ahead_step) __attribute__((always_inline)) {
+    for (std::int64_t line = begin; line < end; line += 2) {
+      for (int p = 0; p < kPanels; ++p) {
+        const std::byte* const at = ahead + p * m.prefetch.panel_bytes + line * ahead_step;
+        level.fetch(at);
+        level.fetch(at + ahead_step);
+      }
+      step(line, 8);
+    }
+  };
+  const std::int64_t skipped_ahead = first_panel * m.prefetch.panel_bytes;
+  const std::byte* const near = m.prefetch.near + skipped_ahead;
+  if (m.prefetch.far == nullptr) {
+    stretch(ToSecondLevel{}, 0, pairs_end, near, m.prefetch.near_step);
+  } else {
+    const std::int64_t split = min(m.prefetch.split / 2 * 2, pairs_end);
+    stretch(ToFirstLevel{}, 0, split, near, m.prefetch.near_step);
+    stretch(ToFirstLevel{}, split, pairs_end, m.prefetch.far + skipped_ahead, 64);
+  }
+  if (lines % 2 != 0) step(lines - 1, 4);
+
+  for (int r = 0; r < kRows; ++r) {
+    for (int p = 0; p < kPanels; ++p) {
+      for (int v = 0; v < kParts; ++v) {
+        const auto& of_pair = sum[r / 2][p][v];
+        const float32x2_t left = r % 2 == 0 ? vget_low_f32(of_pair[0]) : vget_high_f32(of_pair[0]);
+        const float32x2_t right = r % 2 == 0 ? vget_low_f32(of_pair[1]) : vget_high_f32(of_pair[1]);
+        vst1q_f32(tile + r * kTileWidth + (first_panel + p) * kPanel + v * kLanes,
+                  vcombine_f32(left, right));
+      }
+    }
+  }
+}
+
+#endif
+
 template <class T, int kRows, int kPanels>
 void micro(const Multiply& m, float* tile) {
   constexpr int kAtOnce = panels_at_once(kRows, kPanels);
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  if constexpr (T::kDType == DType::kBFloat16 && kRows > 1) {
+    for (int p = 0; p < kPanels; p += kAtOnce) micro_squares<kRows, kAtOnce>(m, p, tile);
+    return;
+  }
+#endif
 #if defined(__AVX512BF16__)
   if constexpr (T::kDType == DType::kBFloat16) {
     if (m.header_bytes != 0) {

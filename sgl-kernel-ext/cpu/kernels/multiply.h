@@ -54,7 +54,7 @@ struct alignas(64) Tile {
 // Whether the micro-kernels read x in the model's dtype, as they do where an instruction multiplies
 // pairs of bf16. Elsewhere x is converted to floats before.
 template <class T>
-inline constexpr bool kReadsModelDType = kLanes == 16 || T::kDType == DType::kFloat32;
+inline constexpr bool kReadsModelDType = kMultipliesPairs || T::kDType == DType::kFloat32;
 template <class T>
 inline constexpr std::int64_t kOperandBytes =
     kReadsModelDType<T> ? sizeof(typename T::Element) : sizeof(float);

@@ -55,6 +55,14 @@ CROSSPOOL_INLINE U interleave_last(B a, B b) {
 #endif
 }
 
+CROSSPOOL_INLINE B upper_nibbles(B both) {
+#if defined(__aarch64__)
+  return both >> 4;
+#else
+  return (B)((U)both >> 4) & 15;  // x86 shifts no bytes
+#endif
+}
+
 CROSSPOOL_INLINE B repeated(const std::uint8_t (&bytes)[16]) {
   std::uint8_t all[4 * kLanes];
   for (int i = 0; i < 4 * kLanes; ++i) all[i] = bytes[i % 16];

@@ -1,4 +1,4 @@
-// RMSNorm, residual sums and conversions between the model's dtype and floats.
+// RMSNorm, LayerNorm, residual sums and conversions between the model's dtype and floats.
 #include "norm.h"
 
 #include "families.h"
@@ -15,6 +15,31 @@ void rms_norm(const float* x, std::int64_t x_stride, const float* weight, std::i
     const float inverse = inverse_rms(from, n, eps);
     for_lanes(0, n, [&](std::int64_t i, auto lanes) {
       T::store(to + i, scaled<T>(load(from + i, lanes), inverse, load(weight + i, lanes)), lanes);
+    });
+  }
+}
+
+template <class T>
+void layer_norm(const float* x, std::int64_t x_stride, const float* weight, const float* bias,
+                std::int32_t n, float eps, void* out, std::int64_t out_stride, std::int32_t begin,
+                std::int32_t end) {
+  const float features = static_cast<float>(n);
+  for (std::int64_t row = begin; row < end; ++row) {
+    const float* const from = x + row * x_stride;
+    auto* const to = static_cast<typename T::Element*>(out) + row * out_stride;
+    V sums{}, squares{};
+    for_lanes(0, n, [&](std::int64_t i, auto lanes) { sums += load(from + i, lanes); });
+    const V mean = splat(reduce_add(sums) / features);
+    for_lanes(0, n, [&](std::int64_t i, auto lanes) {
+      // Lanes past the end stay zero, instead of minus the mean.
+      V distance{};
+      store(reinterpret_cast<float*>(&distance), load(from + i, lanes) - mean, lanes);
+      squares = fma(distance, distance, squares);
+    });
+    const V inverse = splat(1.0F / __builtin_sqrtf(reduce_add(squares) / features + eps));
+    for_lanes(0, n, [&](std::int64_t i, auto lanes) {
+      const V normed = (load(from + i, lanes) - mean) * inverse;
+      T::store(to + i, fma(normed, load(weight + i, lanes), load(bias + i, lanes)), lanes);
     });
   }
 }
@@ -75,6 +100,7 @@ void add_norm(Kernels& table) {
   table.to_float = to_float<T>;
   table.from_float = from_float<T>;
   table.scale = scale<T>;
+  table.layer_norm = layer_norm<T>;
 }
 template void add_norm<BFloat16>(Kernels& table);
 template void add_norm<Float32>(Kernels& table);

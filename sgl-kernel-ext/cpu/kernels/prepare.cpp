@@ -1,4 +1,5 @@
-// The work between projections and attention: QK-norm, clip, rotation, KV append.
+// The work between projections and attention: QK-norm, clip, rotation, KV append; and the gates
+// behind attention.
 #include "families.h"
 #include "kv_elements.h"
 #include "norm.h"
@@ -101,7 +102,8 @@ void norm_head(const typename T::Element* x, const float* weight, std::int64_t d
   });
   const float inverse = 1.0F / __builtin_sqrtf(reduce_add(squares) / static_cast<float>(dim) + eps);
   for_lanes(0, dim, [&](std::int64_t i, auto n) {
-    K::store(out + i, scaled<T>(T::load(x + i, n), inverse, load(weight + i, n)), n);
+    const V w = weight == nullptr ? splat(1.0F) : load(weight + i, n);
+    K::store(out + i, scaled<T>(T::load(x + i, n), inverse, w), n);
   });
 }
 
@@ -109,7 +111,8 @@ template <class T, class K>
 void gqa_prepare(const GQAPrepare& p, std::int32_t row_begin, std::int32_t row_end,
                  std::int32_t head_begin, std::int32_t head_end) {
   const std::int64_t dim = p.head_dim, group = p.q_heads / p.kv_heads;
-  const std::int64_t q_width = p.q_heads * dim, k_width = p.kv_heads * dim;
+  const std::int64_t q_step = p.gated != 0 ? 2 * dim : dim;
+  const std::int64_t q_width = p.q_heads * q_step, k_width = p.kv_heads * dim;
   for (std::int64_t row = row_begin; row < row_end; ++row) {
     const RowPlace& place = p.places[row];
     const float* const q = p.qkv + row * p.qkv_stride;
@@ -120,8 +123,9 @@ void gqa_prepare(const GQAPrepare& p, std::int32_t row_begin, std::int32_t row_e
     const bool full = p.qk_norm == QKNorm::kFull;
     const float q_inverse = full ? inverse_rms(q, q_width, p.eps) : 0.0F;
     const float k_inverse = full ? inverse_rms(k, k_width, p.eps) : 0.0F;
-    const auto head = [&](const float* x, const float* weight, float inverse, std::int64_t index) {
-      Normed<T> features{x + index * dim, nullptr, inverse, p.clip};
+    const auto head = [&](const float* x, std::int64_t step, const float* weight, float inverse,
+                          std::int64_t index) {
+      Normed<T> features{x + index * step, nullptr, inverse, p.clip};
       if (full) features.weight = weight + index * dim;
       if (p.qk_norm == QKNorm::kHead) {
         features.weight = weight;
@@ -143,14 +147,19 @@ void gqa_prepare(const GQAPrepare& p, std::int32_t row_begin, std::int32_t row_e
     // Keys come first: what is rotated and not normed yet lies where a head of q comes later.
     auto* const rotated = q_out + head_begin * group * dim;
     for (std::int64_t h = head_begin; h < head_end; ++h) {
-      prepare(K{}, head(k, p.k_norm, k_inverse, h), p.k_norm, rotated, slot + h * dim);
+      prepare(K{}, head(k, dim, p.k_norm, k_inverse, h), p.k_norm, rotated, slot + h * dim);
       const Normed<T> values{v + h * dim, nullptr, 0.0F, p.clip};
       auto* const v_slot = slot + k_width + h * dim;
       for_lanes(0, dim, [&](std::int64_t i, auto n) { K::store(v_slot + i, values.at(i, n), n); });
     }
     for (std::int64_t h = head_begin * group; h < head_end * group; ++h) {
       auto* const out = q_out + h * dim;
-      prepare(PlainKV<T>{}, head(q, p.q_norm, q_inverse, h), p.q_norm, out, out);
+      prepare(PlainKV<T>{}, head(q, q_step, p.q_norm, q_inverse, h), p.q_norm, out, out);
+      if (p.factors == nullptr) continue;
+      const V factor = splat(p.factors[place.position]);
+      for_lanes(0, dim, [&](std::int64_t i, auto n) {
+        T::store(out + i, T::load(out + i, n) * factor, n);
+      });
     }
   }
 }
@@ -183,6 +192,22 @@ void rotate(const Rotate& r, std::int32_t row_begin, std::int32_t row_end, std::
   }
 }
 
+template <class T>
+void gate_heads(const HeadGates& g, std::int32_t row_begin, std::int32_t row_end,
+                std::int32_t head_begin, std::int32_t head_end) {
+  for (std::int64_t row = row_begin; row < row_end; ++row) {
+    auto* const x = static_cast<typename T::Element*>(g.x) + row * g.x_stride;
+    for (std::int64_t h = head_begin; h < head_end; ++h) {
+      auto* const head = x + h * g.dim;
+      const float* const gate = g.gates + row * g.gates_stride + h * g.gates_step;
+      for_lanes(0, g.dim, [&](std::int64_t i, auto n) {
+        const V kept = splat(1.0F) + exp(-load(gate + i, n));
+        T::store(head + i, T::load(head + i, n) / kept, n);
+      });
+    }
+  }
+}
+
 }  // namespace
 
 template <class T>
@@ -194,6 +219,7 @@ void add_prepare(Kernels& table) {
     with_elements<T>(a.kv, [&]<class K>(K) { mla_append<T, K>(a, share...); });
   };
   table.rotate = rotate<T>;
+  table.gate_heads = gate_heads<T>;
 }
 template void add_prepare<BFloat16>(Kernels& table);
 template void add_prepare<Float32>(Kernels& table);

@@ -63,16 +63,45 @@ void limit_groups(const Router& router, float* choice, float* groups) {
   }
 }
 
+// Chooses experts one after another. The weight of one is its softmax over those of the experts
+// left whose logits are close to its own.
+void mix_sparsely(const Router& router, const float* logits, std::int32_t* experts, float* weights,
+                  float* scores, float* left, float* close) {
+  const std::int64_t n = router.experts;
+  std::memcpy(left, logits, static_cast<std::size_t>(n) * sizeof(float));
+  for (std::int32_t i = 0; i < router.top_k; ++i) {
+    const std::int64_t best = largest(left, n);
+    const float most = left[best];
+    for (std::int64_t e = 0; e < n; ++e) {
+      const float size = __builtin_fabsf(logits[e]), factor = size > most ? size : most;
+      const bool far = (most - logits[e]) / factor > 2.0F * router.jitter;
+      close[e] = far ? kBarred : left[e];
+    }
+    softmax(close, n, scores);
+    experts[i] = static_cast<std::int32_t>(best);
+    weights[i] = scores[best];
+    left[best] = kBarred;
+  }
+}
+
 void choose(const Router& router, const float* logits, std::int32_t* experts, float* weights,
             float* scores, float* choice, float* groups) {
   const std::int64_t n = router.experts;
+  if (router.score == Score::kSparseMixer) {
+    mix_sparsely(router, logits, experts, weights, scores, choice, groups);
+    return;
+  }
   if (router.score == Score::kSoftmax) {
     softmax(logits, n, scores);
   } else {
     sigmoid(logits, n, scores);
   }
+  // Without a bias sigmoids are chosen by their logits: far from zero these differ where scores do
+  // not.
+  const bool by_logits =
+      router.score == Score::kSigmoid && router.bias == nullptr && router.groups <= 1;
   for_lanes(0, n, [&](std::int64_t i, auto lanes) {
-    V v = load(scores + i, lanes);
+    V v = load((by_logits ? logits : scores) + i, lanes);
     if (router.bias != nullptr) v += load(router.bias + i, lanes);
     store(choice + i, v, lanes);
   });

@@ -23,6 +23,11 @@
 
 #define CROSSPOOL_INLINE [[gnu::always_inline]] inline
 
+// Whether an instruction multiplies pairs of bfloat16.
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define CROSSPOOL_MULTIPLIES_PAIRS
+#endif
+
 namespace crosspool::CROSSPOOL_ISA {
 
 #if defined(__AVX512BF16__)
@@ -110,11 +115,26 @@ CROSSPOOL_INLINE V fma(V a, V b, V c) {
 #elif defined(__AVX2__)
   return _mm256_fmadd_ps(a, b, c);
 #elif defined(__aarch64__)
-  return vfmaq_f32(c, a, b);
+  return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
 }
+
+#if defined(CROSSPOOL_MULTIPLIES_PAIRS)
+inline constexpr bool kMultipliesPairs = true;
+
+// sum + the products of both pairs of bfloat16 in each word.
+CROSSPOOL_INLINE V dot_pairs(V sum, U operand, U weights) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(sum, (__m512bh)operand, (__m512bh)weights);
+#else
+  return (V)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)operand, (bfloat16x8_t)weights);
+#endif
+}
+#else
+inline constexpr bool kMultipliesPairs = false;
+#endif
 
 // The same vector. With 16 registers, GCC neither computes it in another order than is written nor
 // later, for which it would need more of them.

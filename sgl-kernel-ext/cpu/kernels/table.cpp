@@ -8,7 +8,8 @@ namespace {
 
 std::int64_t scratch_bytes(const Limits& limits) {
   const std::int64_t needs[] = {product_scratch(limits.k), router_scratch(limits),
-                                attention_scratch(limits), sampling_scratch(limits)};
+                                attention_scratch(limits), sampling_scratch(limits),
+                                delta_net_scratch(limits)};
   std::int64_t most = 0;
   for (const std::int64_t bytes : needs) most = max(most, bytes);
   return most;
@@ -28,6 +29,7 @@ Kernels make() {
   add_prepare<T>(table);
   add_attention<T>(table);
   add_sampling<T>(table);
+  add_delta_net<T>(table);
   return table;
 }
 

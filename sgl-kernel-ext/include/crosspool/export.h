@@ -10,7 +10,7 @@ extern "C" {
 #endif
 
 /* Raised with every change of these headers; native.py refuses a library of another version. */
-#define CROSSPOOL_ABI_VERSION 12
+#define CROSSPOOL_ABI_VERSION 14
 CROSSPOOL_API uint32_t crosspool_abi_version(void);
 
 #ifdef __cplusplus

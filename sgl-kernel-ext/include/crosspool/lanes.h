@@ -14,8 +14,8 @@
 // state, and both ends can be made anew from it:
 // - A new FFN rank finds the dispatch that its predecessor did not reply to. Where its memory is
 // new
-//   too (all zero), the attention rank sends that dispatch again, under the same number. (The model
-//   does so. No loop does yet: a segment is the launcher's and outlives its ranks.)
+//   too (all zero), it gets that dispatch again, under the same number: between hosts, where each
+//   end has memory of its own (cpu/links/connection.h). A segment outlives its ranks.
 // - A new attention rank has a larger epoch. It leaves a link alone until the reply to the dispatch
 //   of its predecessor is there; a reply names the epoch that it belongs to.
 #ifndef CROSSPOOL_LANES_H
@@ -154,6 +154,10 @@ class AttentionEnd {
 
   // Where the rows go, before dispatch().
   CROSSPOOL_INLINE unsigned char* payload() const { return memory_.dispatch_payload(); }
+
+  // Takes the number of the last dispatch from memory that others have filled since. Requires
+  // free().
+  CROSSPOOL_INLINE void take_up() { sequence_ = memory_.link->dispatched.load(); }
 
   // Publishes the payload. Requires free() and rows that fit the memory; the caller then rings the
   // peer.
