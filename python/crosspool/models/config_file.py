@@ -26,6 +26,10 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
+_PARTS = ("text_config", "vision_config")
+"""Fields of a multimodal model for its parts."""
+
+
 class ConfigFile:
     """The fields of one JSON file. Every reader takes the default for a missing field, and raises
     ConfigError that names file and field when the field cannot have its value."""
@@ -44,6 +48,20 @@ class ConfigFile:
         inner = copy.copy(self)
         inner.values, inner._within = values, f"{self._within}{field}."
         return inner
+
+    def language_part(self) -> ConfigFile:
+        """Returns the fields of the language model of a multimodal one: those of ``text_config``,
+        and of the file itself where that has none. Of other models returns the file."""
+        text = self.values.get("text_config")
+        if not isinstance(text, dict):
+            return self
+        outer = {name: value for name, value in self.values.items() if name not in _PARTS}
+        inner = {
+            name: value
+            for name, value in text.items()
+            if name != "architectures" and (value is not None or name not in outer)
+        }
+        return ConfigFile(self.file, outer | inner)
 
     def error(self, field: str, what: str) -> ConfigError:
         """Returns the error that a caller raises when a field's value is wrong."""

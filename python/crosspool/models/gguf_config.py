@@ -26,13 +26,14 @@ _ALL_F32 = 0
 
 
 def config_of(path: Path) -> ConfigFile:
-    """Returns the config of a checkpoint: its config.json, or what a GGUF file says.
+    """Returns the config of a checkpoint: its config.json, of a multimodal model the part for its
+    language model, or what a GGUF file says.
 
     Raises ConfigError for a file that cannot be read, and for an architecture of GGUF that is not
     supported."""
     files = gguf_files(path)
     if not files:
-        return ConfigFile(path / "config.json")
+        return ConfigFile(path / "config.json").language_part()
     header = read_header(files)
     return ConfigFile(files[0], _fields(header))
 
@@ -111,6 +112,24 @@ def _rope_scaling(get: _Keys) -> dict[str, Any] | None:
     if multiplier := get("rope.scaling.yarn_log_multiplier"):
         scaling["mscale"] = scaling["mscale_all_dim"] = round(10 * multiplier, 6)
     return scaling
+
+
+def _divisors(get: _Keys) -> dict[str, Any] | None:
+    """The rotations of Llama 3.1, of which the file has the divisors that its converter computed.
+    Raises ConfigError where they are no floats, or the metadata scale the rotations, too."""
+    tensor = get.header.tensors.get("rope_freqs.weight")
+    if tensor is None:
+        return _rope_scaling(get)
+    where = f"{tensor.file}: the tensor {tensor.name}"
+    if tensor.type != "F32":
+        raise ConfigError(f"{where} is {tensor.type}, it must be F32")
+    if (scaling := _rope_scaling(get)) is not None:
+        raise ConfigError(f"{where} cannot be combined with rope.scaling.type={scaling['type']!r}")
+    from numpy import fromfile
+
+    count = tensor.bytes // 4
+    divisors = fromfile(tensor.file, "<f4", count, offset=tensor.offset).tolist()
+    return {"type": "divided", "divisors": divisors}
 
 
 def _qwen3moe(get: _Keys) -> dict[str, Any]:
@@ -212,22 +231,66 @@ def _hunyuan_moe(get: _Keys) -> dict[str, Any]:
 
 
 def _llama(get: _Keys) -> dict[str, Any]:
-    head_dim = get("attention.key_length", get("rope.dimension_count"))
+    common = {
+        "head_dim": get("attention.key_length", get("rope.dimension_count")),
+        "rope_scaling": _divisors(get),
+    }
     if not get("expert_count"):
-        if get.has("rope_freqs.weight"):
-            raise ConfigError(
-                f"{get.header.files[0]}: the tensor rope_freqs.weight scales the rotations, as in "
-                "Llama 3.1: that is not supported in GGUF files; serve the Hugging Face folder"
-            )
-        return {
+        return common | {
             "model_type": "llama",
-            "head_dim": head_dim,
             "intermediate_size": get("feed_forward_length"),
             "attention_bias": get.has("blk.0.attn_q.bias"),
         }
-    return {
+    return common | {
         "model_type": "mixtral",
-        "head_dim": head_dim,
+        "num_local_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "intermediate_size": get("feed_forward_length"),
+    }
+
+
+def _gpt_oss(get: _Keys) -> dict[str, Any]:
+    """The models' own YaRN does not round the ends of its ramp, whatever llama.cpp does."""
+    scaling = _rope_scaling(get)
+    return {
+        "model_type": "gpt_oss",
+        "head_dim": get("attention.key_length"),
+        "num_local_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "intermediate_size": get("expert_feed_forward_length"),
+        "sliding_window": get("attention.sliding_window"),
+        "attention_bias": get.has("blk.0.attn_q.bias"),
+        "rope_scaling": None if scaling is None else scaling | {"truncate": False},
+    }
+
+
+def _ernie4_5_moe(get: _Keys) -> dict[str, Any]:
+    return {
+        "model_type": "ernie4_5_moe",
+        "head_dim": get("attention.key_length"),
+        "moe_num_experts": get("expert_count"),
+        "moe_k": get("expert_used_count"),
+        "moe_num_shared_experts": get("expert_shared_count", 0),
+        "moe_intermediate_size": get("expert_feed_forward_length"),
+        "intermediate_size": get("feed_forward_length"),
+        "moe_layer_start_index": get("leading_dense_block_count", 0),
+        "moe_layer_interval": get("interleave_moe_layer_step", 1),
+    }
+
+
+def _granitemoe(get: _Keys) -> dict[str, Any]:
+    if shared := get("expert_shared_feed_forward_length"):
+        raise ConfigError(
+            f"{get.header.files[0]}: granitemoe.expert_shared_feed_forward_length={shared}: models "
+            "with a shared expert are not supported"
+        )
+    return {
+        "model_type": "granitemoe",
+        "attention_multiplier": get("attention.scale"),
+        "embedding_multiplier": get("embedding_scale"),
+        "residual_multiplier": get("residual_scale"),
+        "logits_scaling": get("logit_scale"),
+        "attention_bias": get.has("blk.0.attn_q.bias"),
         "num_local_experts": get("expert_count"),
         "num_experts_per_tok": get("expert_used_count"),
         "intermediate_size": get("feed_forward_length"),
@@ -261,4 +324,7 @@ _ARCHITECTURES: dict[str, Callable[[_Keys], dict[str, Any]]] = {
     "olmoe": _olmoe,
     "llama": _llama,
     "deepseek2": _deepseek2,
+    "gpt-oss": _gpt_oss,
+    "ernie4_5-moe": _ernie4_5_moe,
+    "granitemoe": _granitemoe,
 }

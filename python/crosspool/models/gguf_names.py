@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.(weight|bias)")
 
 
 class GGUFNames:
@@ -24,6 +24,8 @@ class GGUFNames:
         part of that tensor it is."""
         expert = None
         if match := _EXPERT.match(name):
-            name, expert = f"{match[1]}.{match[3]}.weight", int(match[2])
+            name, expert = f"{match[1]}.{match[3]}.{match[4]}", int(match[2])
+        if name.endswith(".sinks"):
+            name += ".weight"
         name = name.replace("e_score_correction_bias", "e_score_correction.bias")
         return self._names.get_name(name, (".weight", ".bias")), expert

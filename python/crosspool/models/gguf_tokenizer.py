@@ -38,6 +38,17 @@ _DEEPSEEK_LLM = (
     "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
     "\\p{N}",
 )
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_LARGE, _SMALL = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]", "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
+_O200K = (
+    f"[^\\r\\n\\p{{L}}\\p{{N}}]?{_LARGE}*{_SMALL}+{_CONTRACTIONS}"
+    f"|[^\\r\\n\\p{{L}}\\p{{N}}]?{_LARGE}+{_SMALL}*{_CONTRACTIONS}"
+    "|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+)
+_STARCODER = (
+    "\\p{N}",
+    "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+",
+)
 _GPT2: tuple[str, ...] = ()
 """The rule that byte-level tokenizers have of themselves."""
 _RULES = {
@@ -47,6 +58,9 @@ _RULES = {
     "glm4": (_THREE_DIGITS,),
     "deepseek-llm": _DEEPSEEK_LLM,
     "deepseek-v3": _DEEPSEEK_3,
+    "gpt-4o": (_O200K,),
+    "refact": _STARCODER,
+    "starcoder": _STARCODER,
     "gpt-2": _GPT2,
     "olmo": _GPT2,
 }

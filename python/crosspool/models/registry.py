@@ -43,7 +43,11 @@ def _found() -> dict[str, Family]:
 
 FAMILIES = _found()
 _NEVER_QUANTIZED = ("embed", "router", "router_bias", "shared_gate")
-_BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES.values()}
+_BY_ARCHITECTURE = {
+    name: family
+    for family in FAMILIES.values()
+    for name in (family.architecture, *family.further_architectures)
+}
 
 
 def read_model(
@@ -74,6 +78,7 @@ def read_model(
     spec = read_spec(config, family, _dtype(config, dtype))
     spec = replace(spec, context=_limited(config, spec.context, context_length))
     if config.file.suffix == ".gguf":
+        spec = replace(spec, gguf=True)
         refs = (ref for ref in _tensors(spec) if _can_be_quantized(ref))
         quantization: Quantization | None = gguf_quantization(config, refs)
         cut_unit = config.values[GGUF]["ffn_group"]
@@ -139,10 +144,28 @@ def read_spec(config: ConfigFile, family: Family, dtype: DType) -> ModelSpec:
         tied_embeddings=config.boolean("tie_word_embeddings", family.tied_embeddings),
         attention=family.attention(config, hidden),
         ffn=family.ffn(config, layers),
+        delta_net=family.delta_net(config, layers),
         eos_token_ids=_eos(config, family.eos_token_id),
         embed_scale=_factor(config, family.embed_factor),
         logit_scale=1.0 / _factor(config, family.logit_divisor),
+        renamed=_renamed(config, family),
+        layer_norms=family.layer_norms,
+        head_bias=family.head_bias is not None and config.boolean(family.head_bias, False),
     )
+
+
+def _renamed(config: ConfigFile, family: Family) -> tuple[str, str]:
+    names = config.values.get("architectures") or []
+    known = (name for name in names if name in _BY_ARCHITECTURE)
+    return family.further_architectures.get(next(known, family.architecture), ("", ""))
+
+
+def has_recurrent_state(path: Path) -> bool:
+    """Whether requests of a model have recurrent state, whatever its dtype and quantisation. Raises
+    ConfigError as :func:`read_spec` does."""
+    config = config_of(path)
+    family = family_of(config)
+    return family is not None and read_spec(config, family, "bfloat16").delta_net is not None
 
 
 def _factor(config: ConfigFile, field: str | None) -> float:
@@ -152,7 +175,8 @@ def _factor(config: ConfigFile, field: str | None) -> float:
 def attention_tensors(spec: ModelSpec) -> list[tuple[int | None, TensorRef]]:
     """Lists every tensor of the attention part with its layer, which is None for embeddings, final
     norm and LM head."""
-    part = attention_part(spec, FAMILIES[spec.family].qk_norms)
+    family = FAMILIES[spec.family]
+    part = attention_part(spec, family.qk_norms, zero_centred=family.zero_centred)
     return [(layer, _as_stored(spec, ref)) for layer, ref in part]
 
 
@@ -173,10 +197,22 @@ def _can_be_quantized(ref: TensorRef) -> bool:
 
 def _as_stored(spec: ModelSpec, ref: TensorRef) -> TensorRef:
     """Adds how the checkpoint stores a tensor."""
+    ref = _renamed_ref(ref, *spec.renamed)
     if spec.quantization is None or not _can_be_quantized(ref):
         return ref
     scheme = spec.quantization.scheme(ref.module, head=ref.key == "lm_head")
     return ref if scheme is None else replace(ref, scheme=scheme)
+
+
+def _renamed_ref(ref: TensorRef, begin: str, instead: str) -> TensorRef:
+    def renamed(name: str) -> str:
+        return instead + name.removeprefix(begin) if name.startswith(begin) else name
+
+    ref = replace(ref, name=renamed(ref.name))
+    if ref.joined is None:
+        return ref
+    parts = tuple(replace(part, name=renamed(part.name)) for part in ref.joined.parts)
+    return replace(ref, joined=replace(ref.joined, parts=parts))
 
 
 def _check_quantized(config: ConfigFile, spec: ModelSpec) -> None:
@@ -188,6 +224,8 @@ def _check_quantized(config: ConfigFile, spec: ModelSpec) -> None:
             continue
         if ref.stack is not None and not ref.scheme.stacks:
             why: str | None = "it holds all experts of a layer, which are read as floats or mxfp4"
+        elif ref.joined is not None:
+            why = "its rows lie in several tensors, which are read as floats"
         else:
             why = ref.scheme.wrong_shape(*ref.shape)
         if why:

@@ -75,6 +75,26 @@ class Stack:
         return slice(begin, end, self.step)
 
 
+@dataclass(frozen=True)
+class RowRange:
+    """Rows ``first`` to ``first + count`` of the tensor ``name``, which has ``height`` rows."""
+
+    name: str
+    height: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A matrix of floats of rows that lie in several tensors, or several places of one. Each part
+    is cut into ``groups`` runs of rows; the matrix has the first run of every part, then the second
+    of every part, and so on."""
+
+    groups: int
+    parts: tuple[RowRange, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scheme(ABC):
     """One way to store a matrix."""

@@ -6,15 +6,27 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from crosspool.models.family import FFNNames
-from crosspool.models.schemes import Stack
-from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, MoEFFN, TensorRef
+from crosspool.models.schemes import Joined, RowRange, Stack
+from crosspool.models.spec import DeltaNetSpec, GQASpec, MLASpec, ModelSpec, MoEFFN, TensorRef
+
+_NORMS = ("input_norm", "post_norm", "final_norm", "q_norm", "k_norm")
+"""Norms that may be zero-centred."""
 
 
 def attention_part(
-    spec: ModelSpec, qk_norms: tuple[str, str]
+    spec: ModelSpec, qk_norms: tuple[str, str], *, zero_centred: bool = False
 ) -> Iterator[tuple[int | None, TensorRef]]:
     """Yields every tensor of the attention part with its layer, None for the whole model's.
-    ``qk_norms``: the names of the norms of q and k."""
+    ``qk_norms``: the names of the norms of q and k. ``zero_centred``: whether the weights of norms
+    are stored as what is to be added to one."""
+    for layer, ref in _attention_part(spec, qk_norms):
+        centred = zero_centred and ref.key in _NORMS
+        yield layer, replace(ref, zero_centred=True, keep_fp32=True) if centred else ref
+
+
+def _attention_part(
+    spec: ModelSpec, qk_norms: tuple[str, str]
+) -> Iterator[tuple[int | None, TensorRef]]:
     vocabulary = (spec.vocab, spec.hidden)
     yield None, TensorRef(key="embed", name="model.embed_tokens.weight", shape=vocabulary)
     for layer in range(spec.layers):
@@ -23,12 +35,59 @@ def attention_part(
             ("input_norm", "input_layernorm"),
             ("post_norm", "post_attention_layernorm"),
         ):
-            yield layer, TensorRef(key=key, name=f"{prefix}.{name}.weight", shape=(spec.hidden,))
+            yield from ((layer, ref) for ref in _norm(spec, key, f"{prefix}.{name}"))
+        if spec.delta_net is not None and layer in spec.delta_net.layers:
+            yield from ((layer, ref) for ref in _delta_net(spec.delta_net, spec.hidden, prefix))
+            continue
         for key, name, shape in _projections(spec, qk_norms):
             yield layer, TensorRef(key=key, name=f"{prefix}.self_attn.{name}", shape=shape)
-    yield None, TensorRef(key="final_norm", name="model.norm.weight", shape=(spec.hidden,))
+    yield from ((None, ref) for ref in _norm(spec, "final_norm", "model.norm"))
     if not spec.tied_embeddings:
         yield None, TensorRef(key="lm_head", name="lm_head.weight", shape=vocabulary)
+    if spec.head_bias:
+        yield None, TensorRef(key="head_bias", name="lm_head.bias", shape=(spec.vocab,))
+
+
+def _norm(spec: ModelSpec, key: str, name: str) -> Iterator[TensorRef]:
+    """Yields the tensors of a norm of hidden states."""
+    yield TensorRef(key=key, name=f"{name}.weight", shape=(spec.hidden,))
+    if spec.layer_norms:
+        yield TensorRef(key=f"{key}_bias", name=f"{name}.bias", shape=(spec.hidden,))
+
+
+def _delta_net(d: DeltaNetSpec, hidden: int, prefix: str) -> Iterator[TensorRef]:
+    """The projection has for each key head its query, its key, and the values and output gates of
+    its value heads; that of the rates beta and decays likewise."""
+    keys, values = d.k_heads * d.k_dim, d.v_heads * d.v_dim
+    for key, name, shape, fp32 in (
+        ("qkvz_proj", "in_proj_qkvz.weight", (2 * keys + 2 * values, hidden), False),
+        ("ba_proj", "in_proj_ba.weight", (2 * d.v_heads, hidden), False),
+        ("conv", "conv1d.weight", (2 * keys + values, 1, d.taps), False),
+        ("decay", "A_log", (d.v_heads,), True),
+        ("decay_bias", "dt_bias", (d.v_heads,), True),
+        ("out_norm", "norm.weight", (d.v_dim,), False),
+        ("o_proj", "out_proj.weight", (hidden, values), False),
+    ):
+        ref = TensorRef(key=key, name=f"{prefix}.linear_attn.{name}", shape=shape, keep_fp32=fp32)
+        yield _by_kind(ref, d, f"{prefix}.linear_attn") if d.by_kind else ref
+
+
+def _by_kind(ref: TensorRef, d: DeltaNetSpec, block: str) -> TensorRef:
+    """Puts a projection in the order of key heads together from tensors by kind."""
+    keys, values = d.k_heads * d.k_dim, d.v_heads * d.v_dim
+    places = {
+        "qkvz_proj": (
+            ("qkv", 2 * keys + values, 0, keys),
+            ("qkv", 2 * keys + values, keys, keys),
+            ("qkv", 2 * keys + values, 2 * keys, values),
+            ("z", values, 0, values),
+        ),
+        "ba_proj": (("b", d.v_heads, 0, d.v_heads), ("a", d.v_heads, 0, d.v_heads)),
+    }.get(ref.key)
+    if places is None:
+        return ref
+    parts = tuple(RowRange(f"{block}.in_proj_{name}.weight", *place) for name, *place in places)
+    return replace(ref, name=parts[0].name, joined=Joined(groups=d.k_heads, parts=parts))
 
 
 def _projections(
@@ -45,7 +104,7 @@ def _gqa(
     a: GQASpec, hidden: int, qk_norms: tuple[str, str]
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     q, kv = a.q_heads * a.head_dim, a.kv_heads * a.head_dim
-    for letter, width in (("q", q), ("k", kv), ("v", kv)):
+    for letter, width in (("q", 2 * q if a.gated else q), ("k", kv), ("v", kv)):
         yield f"{letter}_proj", f"{letter}_proj.weight", (width, hidden)
         if a.qkv_bias:
             yield f"{letter}_bias", f"{letter}_proj.bias", (width,)
@@ -54,7 +113,7 @@ def _gqa(
         yield "o_bias", "o_proj.bias", (hidden,)
     if a.sinks:
         yield "sinks", "sinks", (a.q_heads,)
-    if a.qk_norm != "none":
+    if a.qk_norm not in ("none", "unweighted rotated head"):
         per_head = a.qk_norm != "full"
         q_norm, k_norm = qk_norms
         yield "q_norm", f"{q_norm}.weight", (a.head_dim if per_head else q,)
@@ -107,13 +166,14 @@ def ffn_part(spec: ModelSpec, layer: int, names: FFNNames) -> Iterator[TensorRef
             keep_fp32=True,
         )
     for expert in range(ffn.experts):
-        if names.stacks is not None:
+        if names.stacks is not None and not spec.gguf:
             yield from _stacked(block, names, spec.hidden, ffn, expert)
             continue
-        prefix = f"{block}.experts.{expert}"
-        yield from _gated(
-            f"experts.{expert}", prefix, names, spec.hidden, ffn.intermediate, expert=expert
-        )
+        key, prefix = f"experts.{expert}", f"{block}.experts.{expert}"
+        for ref in _gated(key, prefix, names, spec.hidden, ffn.intermediate, expert=expert):
+            yield ref
+            if ffn.biases:
+                yield _bias_of(ref, f"{ref.name.removesuffix('.weight')}.bias")
     if ffn.shared_intermediate:
         prefix = f"model.layers.{layer}.{names.shared}"
         yield from _gated("shared", prefix, names, spec.hidden, ffn.shared_intermediate)
@@ -156,7 +216,7 @@ def _stacked(
         count=ffn.experts,
         height=2 * width,
         step=2 if turns else 1,
-        rows_last=turns,
+        rows_last=names.rows_last,
     )
     places = (
         ("gate", both, (width, hidden), gate),
@@ -164,18 +224,27 @@ def _stacked(
         ("down", down, (hidden, width), replace(gate, height=hidden, step=1)),
     )
     for part, name, shape, stack in places:
-        is_down = part == "down"
-        key = f"experts.{expert}.{part}"
-        yield TensorRef(
-            key=key, name=name, shape=shape, split=1 if is_down else 0, expert=expert, stack=stack
+        ref = TensorRef(
+            key=f"experts.{expert}.{part}",
+            name=name,
+            shape=shape,
+            split=1 if part == "down" else 0,
+            expert=expert,
+            stack=stack,
         )
+        yield ref
         if ffn.biases:
-            yield TensorRef(
-                key=f"{key}_bias",
-                name=f"{name}_bias",
-                shape=shape[:1],
-                split=None if is_down else 0,
-                expert=expert,
-                once=is_down,
-                stack=stack,
-            )
+            yield _bias_of(ref, f"{name}_bias")
+
+
+def _bias_of(ref: TensorRef, name: str) -> TensorRef:
+    """The bias of a projection of an expert."""
+    down = ref.split == 1
+    return replace(
+        ref,
+        key=f"{ref.key}_bias",
+        name=name,
+        shape=ref.shape[:1],
+        split=None if down else 0,
+        once=down,
+    )

@@ -160,7 +160,7 @@ def longest_in(request: PlanRequest, index: int, group_bytes: int) -> int:
     shape = request.models[index].shape
     layout = KVLayout(shape, request.page_size, request.chunk_bytes)
     pages = layout.pages_in(max(0, group_bytes) // request.chunk_bytes)
-    return min(shape.context, pages * request.page_size)
+    return min(shape.context, layout.tokens_in(pages))
 
 
 def longest_of(request: PlanRequest, index: int, system: System, room: int) -> int:
@@ -206,7 +206,15 @@ def _shortage(request: PlanRequest, index: int, system: System, wanted: Requirem
 
 def kv_model(request: PlanRequest, index: int, context: int) -> KVModel:
     model = request.models[index]
-    return KVModel(model.name, model.shape.kv_bytes_per_token, request.page_size, max(2, context))
+    shape = model.shape
+    return KVModel(
+        name=model.name,
+        kv_bytes_per_token=shape.kv_bytes_per_token,
+        page_size=request.page_size,
+        context=max(2, context),
+        state_bytes=shape.state_bytes,
+        state_row=shape.state_row,
+    )
 
 
 def _sum(numbers: Sequence[int | None]) -> int | None:

@@ -11,6 +11,7 @@ from crosspool.config.sizes import format_size
 from crosspool.planner.compare import (
     Requirements,
     SystemPlan,
+    kv_model,
     longest_in,
     pooled,
     static_partition,
@@ -41,10 +42,7 @@ def make_plan(request: PlanRequest) -> Plan:
     _check_room(request, system, shared)
     longest = [longest_in(request, index, system.free[0]) for index in range(len(shapes))]
     contexts = tuple(_context(request, index, most) for index, most in enumerate(longest))
-    kv_models = [
-        KVModel(model.name, model.shape.kv_bytes_per_token, request.page_size, context)
-        for model, context in zip(request.models, contexts, strict=True)
-    ]
+    kv_models = [kv_model(request, index, context) for index, context in enumerate(contexts)]
     sampled = monte_carlo(
         request.traffic,
         kv_models,
@@ -102,6 +100,7 @@ def make_plan(request: PlanRequest) -> Plan:
                 shape=model.shape.id,
                 rate=request.traffic.models[index].rate,
                 kv_bytes_per_token=model.shape.kv_bytes_per_token,
+                state_bytes=model.shape.state_bytes,
                 attention_bytes=model.shape.attention_bytes,
                 ffn_bytes=model.shape.ffn_bytes,
                 context=contexts[index],

@@ -24,6 +24,8 @@ class ModelPlan(msgspec.Struct, frozen=True, kw_only=True):
     rate: float
     """Requests per second."""
     kv_bytes_per_token: int
+    state_bytes: int
+    """Recurrent state per request, beside KV."""
     attention_bytes: int
     """Weights on every KV pool device."""
     ffn_bytes: int

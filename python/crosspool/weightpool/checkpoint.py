@@ -2,7 +2,8 @@
 
 Shard files are read one after another and a tensor at a time, so that memory holds at most one
 tensor beyond the result, and a rank touches only the bytes that are its own. A quantised matrix
-consists of several tensors, which may lie in different files; it is read as float32. Checking reads
+consists of several tensors, which may lie in different files; it is read as float32. A matrix may
+consist of rows of several tensors, too; it is put together as a whole. Checking reads
 headers only and needs no torch: the launcher does it before anything starts.
 """
 
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import read_json
 from crosspool.models.held_forms import HeldForm
-from crosspool.models.schemes import Stored, StoredTensor
+from crosspool.models.schemes import Joined, Stored, StoredTensor
 from crosspool.models.spec import TensorRef
 from crosspool.observability.progress import Progress
 
@@ -49,7 +50,15 @@ class Read:
 
 
 def _expected(ref: TensorRef) -> dict[str, StoredTensor]:
-    """Returns the tensors of which a tensor consists, by their roles."""
+    """Returns the tensors of which a tensor consists, by their roles; those of rows that are joined
+    by their names, but the first."""
+    if ref.joined is not None:
+        return {
+            "weight" if part.name == ref.name else part.name: StoredTensor(
+                (part.name,), ((part.height, *ref.shape[1:]),), _DTYPES
+            )
+            for part in ref.joined.parts
+        }
     if ref.scheme is None:
         shape = ref.shape if ref.stack is None else ref.stack.floats(ref.shape)
         return {"weight": StoredTensor((ref.name,), (shape,), _DTYPES)}
@@ -193,7 +202,11 @@ class Checkpoint:
                 tensor: torch.Tensor = slices[part or (...,)]
             return tensor
 
-        return read
+        def read_joined(role: str, part: tuple[slice, ...]) -> torch.Tensor:
+            assert role == "weight" and ref.joined is not None
+            return _joined(ref.joined, ref.name, read)[part or (...,)]
+
+        return read if ref.joined is None else read_joined
 
     def _tensors(
         self, ref: TensorRef, expected: dict[str, StoredTensor] | None = None
@@ -273,11 +286,28 @@ def _floats(
     ref: TensorRef, index: tuple[slice, ...], read: Callable[[str, tuple[slice, ...]], torch.Tensor]
 ) -> torch.Tensor:
     """Reads a part of a tensor of floats."""
+    if ref.zero_centred:
+        return 1.0 + read("weight", index).float()
     if ref.stack is None:
         return read("weight", index)
     whole = (slice(*part.indices(size)) for part, size in zip(index, ref.shape, strict=True))
     found = read("weight", ref.stack.within(tuple(whole)))[0]
     return found.t().contiguous() if ref.stack.rows_last else found
+
+
+def _joined(
+    joined: Joined, first: str, read: Callable[[str, tuple[slice, ...]], torch.Tensor]
+) -> torch.Tensor:
+    """Reads a matrix of floats whose rows lie in several tensors, of which ``first`` has the role
+    of the weight."""
+    import torch
+
+    runs = []
+    for part in joined.parts:
+        role = "weight" if part.name == first else part.name
+        rows = read(role, (slice(part.first, part.first + part.count),))
+        runs.append(rows.unflatten(0, (joined.groups, -1)))
+    return torch.cat(runs, dim=1).flatten(0, 1)
 
 
 class _Files:

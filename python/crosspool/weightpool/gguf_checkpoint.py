@@ -1,9 +1,9 @@
 """Reads tensors, or parts of them, from GGUF files, by the names and in the order of rows that
 Hugging Face checkpoints have.
 
-llama.cpp's converter stacks the experts of a layer, permutes the rows of llama's q and k for its
-own rotation, and splits MLA's ``kv_b_proj``; all of that is undone here. ``gguf`` knows the names
-and turns blocks into floats.
+llama.cpp's converter stacks the experts of a layer, permutes the rows of q and k of llama and
+granitemoe for its own rotation, and splits MLA's ``kv_b_proj``; all of that is undone here.
+``gguf`` knows the names and turns blocks into floats.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 Index = tuple[slice, ...]
 GGUF_TYPES = ("F32", "F16", "BF16", *GGUF_BLOCKS)
+_PERMUTED = ("llama", "granitemoe")
+"""Architectures whose rows of q and k are permuted."""
 _ROTATED = re.compile(r"blk\.\d+\.attn_([qk])\.(weight|bias)")
 
 
@@ -136,7 +138,7 @@ class GGUFCheckpoint(Checkpoint):
             heads = self._of("attention.head_count")
             return _Place(tuple(map(self._tensor, halves)), heads=heads)
         heads = 0
-        if self._architecture == "llama" and (match := _ROTATED.fullmatch(found)):
+        if self._architecture in _PERMUTED and (match := _ROTATED.fullmatch(found)):
             heads = self._of(f"attention.head_count{'_kv' if match[1] == 'k' else ''}")
         tensor = self._tensor(found)
         if tensor.shape == ref.shape[1:] and ref.shape[0] == 1:  # a matrix of one row
@@ -166,7 +168,8 @@ class GGUFCheckpoint(Checkpoint):
             return np.ascontiguousarray(joined[index])
         (tensor,) = place.tensors
         if len(ref.shape) == 1:
-            values = _floats(tensor, (), slice(None))
+            outer = () if place.expert is None else (place.expert,)
+            values = _floats(tensor, outer, slice(None))
             return np.ascontiguousarray(_unpermuted(values, place.heads)[index])
         rows, columns = index
         if not place.heads:
@@ -236,8 +239,8 @@ def _floats(
 
 
 def _unpermuted(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Rows of llama's q or k as Hugging Face has them: the halves of each head after one another,
-    where llama.cpp has pairs."""
+    """Rows of a permuted q or k as Hugging Face has them: the halves of each head after one
+    another, where llama.cpp has pairs."""
     if not heads:
         return rows
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])

@@ -79,6 +79,7 @@ GPT_OSS = Family(
     names=FFNNames(
         router="router",
         stacks=("experts.gate_up_proj", "experts.down_proj"),
+        rows_last=True,
         alternates=True,
     ),
     vocab=201088,

@@ -52,6 +52,10 @@ GRANITEMOE = Family(
         block="block_sparse_moe",
         router="router.layer",
         stacks=("input_linear.weight", "output_linear.weight"),
+        # llama.cpp's converter takes them apart as Mixtral's, whose names GGUF has.
+        gate="w1",
+        up="w3",
+        down="w2",
     ),
     embed_factor="embedding_multiplier",
     logit_divisor="logits_scaling",

@@ -18,7 +18,7 @@ _LEAST_HEAD = 2
 
 
 def _attention(config: ConfigFile, hidden: int) -> GQASpec:
-    rope = check_full_rope(config, alpha=True)
+    rope = check_full_rope(config, also=("dynamic",))
     for field in _TRUE:
         if not config.boolean(field, True):
             raise config.error(field, "must be true")

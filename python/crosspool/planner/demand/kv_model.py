@@ -29,6 +29,10 @@ class KVModel:
     """Tokens per page; a request holds whole pages."""
     context: int
     """Most tokens of a request, prompt and output together."""
+    state_bytes: int = 0
+    """Bytes of recurrent state per request; 0 for none."""
+    state_row: int = 1
+    """Bytes of recurrent state that lie together in one page."""
 
     @property
     def page_bytes(self) -> int:
@@ -46,7 +50,7 @@ class Pages:
     holds ceil(first + growth * v) pages."""
 
     first: Floats
-    """[n] prompt / page_size, or the number of promised pages."""
+    """[n] prompt / page_size and the pages of recurrent state, or the number of promised pages."""
     growth: Floats
     """[n] output / page_size, or 0 where pages are promised."""
 
@@ -73,7 +77,7 @@ class KVLoad:
         size = self.kv.page_size
         prompt, output = self.samples.prompt, self.samples.output
         if charge == "active":
-            return Pages(prompt / size, output / size)
+            return Pages(self.layout.state_pages + prompt / size, output / size)
         pages = self.layout.pages_for(prompt + output)
         return Pages(pages.astype(np.float64), np.zeros(len(pages)))
 

@@ -96,15 +96,17 @@ def _model_timeline(load: KVLoad, charge: Charge, seconds: float) -> Timeline:
 def _page_changes(load: KVLoad, charge: Charge) -> tuple[Floats, Floats]:
     """Returns the times at which the model's pages change, and the changes.
 
-    A request starts with prompt // page_size + 1 pages, as its first output token is on its way,
-    and takes the next page when Q(u) passes a page's end. Promised pages are all there at once."""
+    A request starts with the pages of its recurrent state and prompt // page_size + 1 others, as
+    its first output token is on its way, and takes the next page when Q(u) passes a page's end.
+    Promised pages are all there at once."""
     assert load.arrivals is not None
     pages, service = load.pages(charge), load.samples.service
     leave = load.arrivals + service
     if charge == "promised":
         return np.concatenate((load.arrivals, leave)), np.concatenate((pages.first, -pages.first))
     prompt, output, size = load.samples.prompt, load.samples.output, load.kv.page_size
-    begin, last = prompt // size + 1, load.layout.pages_for(prompt + output)
+    begin = load.layout.state_pages + prompt // size + 1
+    last = load.layout.pages_for(prompt + output)
     more = last - begin
     row = np.repeat(np.arange(len(more)), more)
     nth = np.arange(len(row)) - np.repeat(np.cumsum(more) - more, more)

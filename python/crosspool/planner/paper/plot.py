@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from crosspool.observability.plots import new_figure, save_figure
 from crosspool.planner.paper.figure6 import BINS, LABELS, MODELS, READ_OFF, SYSTEMS, Figure6
-from crosspool.planner.report.plots import new_figure, save_figure
 
 _LOOKS: dict[str, dict[str, Any]] = {
     "crosspool": {"marker": "o", "linestyle": "-", "color": "#1b6ca8"},

@@ -5,26 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crosspool.config.errors import ConfigError
 from crosspool.config.sizes import format_size
+from crosspool.observability.plots import new_figure, save_figure
 from crosspool.planner.report.tables import SYSTEM_NAMES
 from crosspool.planner.result import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-SUFFIXES = (".svg", ".png")
 _HATCHES = {"static": "///", "monolithic": "...", "crosspool": ""}
 _GIB = 1 << 30
-
-
-def check_suffix(path: Path) -> None:
-    """Checks the name of a plot before anything is computed. Raises ConfigError."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"plot {path}: the name must end in .svg or .png")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"plot {path}: there is no folder {path.parent}")
 
 
 def plot_plan(plan: Plan, path: Path) -> None:
@@ -77,29 +67,3 @@ def _draw_demand(axes: Axes, plan: Plan) -> None:
     axes.set_ylim(0, 1.45 * plan.budget.static_bytes / _GIB)
     axes.set_title("KV demand of all models", fontsize=10)
     axes.legend(fontsize=8)
-
-
-def new_figure(columns: int, width: float) -> Figure:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    # the same plan gives the same file
-    matplotlib.rcParams["svg.hashsalt"] = "crosspool"
-    matplotlib.rcParams["svg.fonttype"] = "none"
-    figure, _ = pyplot.subplots(1, columns, figsize=(width * columns, 4.2))
-    return figure
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure.tight_layout()
-    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-    try:
-        figure.savefig(path, dpi=150, metadata=metadata)
-    except OSError as error:
-        raise ConfigError(f"plot {path}: {error.strerror}") from None
-    finally:
-        pyplot.close(figure)

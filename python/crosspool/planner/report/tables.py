@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from crosspool.config.sizes import format_size
+from crosspool.config.sizes import format_size, kv_sizes
 from crosspool.planner.compare import SystemPlan
 from crosspool.planner.demand.peaks import PeakReport
 from crosspool.planner.residency import ResidencyPlan
@@ -119,7 +119,7 @@ def _models(plan: Plan) -> Table:
             model.name,
             _span(model.weight_devices),
             number(model.rate),
-            format_size(model.kv_bytes_per_token),
+            kv_sizes(model.kv_bytes_per_token, model.state_bytes),
             format_size(model.attention_bytes),
             format_size(model.ffn_bytes),
             format_size(model.own_bytes),

@@ -37,7 +37,7 @@ def held_shape(shape: ModelShape, file: Path, format_: str | None) -> ModelShape
 
     Raises ConfigError for a model of a family that the server does not run, when a format is asked
     for, and for a quantisation that the server does not read."""
-    config = ConfigFile(file)
+    config = ConfigFile(file).language_part()
     family = family_of(config)
     if family is None:
         if format_ is None:

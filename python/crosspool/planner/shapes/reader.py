@@ -7,6 +7,7 @@ takes the sizes from the known spellings of their fields.
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +15,8 @@ import msgspec
 
 from crosspool.config.errors import ConfigError
 from crosspool.models.config_file import ConfigFile
-from crosspool.models.registry import family_of, read_spec
-from crosspool.models.spec import DenseFFN, MLASpec, ModelSpec, MoEFFN
+from crosspool.models.registry import attention_tensors, family_of, read_spec
+from crosspool.models.spec import DeltaNetSpec, DenseFFN, MLASpec, ModelSpec, MoEFFN
 from crosspool.planner.shapes.shape import AttentionKind, ModelShape
 
 _SPELLINGS = {
@@ -28,6 +29,8 @@ _SPELLINGS = {
     "dtype": ("dtype", "torch_dtype"),
 }
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_NORMS = {"rotated head": "head", "unweighted rotated head": "none"}
+"""Norms of q and k by where they lie, as norms by their weights."""
 _LAYER_KINDS = {"full_attention": False, "sliding_attention": True}
 
 
@@ -39,13 +42,11 @@ class _Habits(msgspec.Struct, frozen=True):
     o_bias: bool = True
     """The output projection has a bias where q, k and v have one."""
     qk_norm: Literal["none", "head", "full"] = "none"
-    norm_bias: bool = False
     correction_bias: bool = False
     router_fp32: bool = False
 
 
 _HABITS = {
-    "phimoe": _Habits(norm_bias=True),
     "qwen2": _Habits(qkv_bias=True, o_bias=False),
 }
 
@@ -58,7 +59,7 @@ def shape_of_config(path: Path, name: str | None = None) -> ModelShape:
     file = path if path.suffix == ".json" and not path.is_dir() else path / "config.json"
     by_folder = file.name == "config.json"
     name = name or (file.resolve().parent.name if by_folder else file.stem)
-    config = ConfigFile(file)
+    config = ConfigFile(file).language_part()
     if config.values.get("is_encoder_decoder"):
         raise config.error("is_encoder_decoder", "must be a decoder")
     dtype_bytes = _dtype_bytes(config)
@@ -89,8 +90,9 @@ def shape_of_spec(spec: ModelSpec, name: str, dtype_bytes: int) -> ModelShape:
             "kv_heads": attention.kv_heads,
             "head_dim": attention.head_dim,
             "o_bias": attention.o_bias,
-            "qk_norm": "head" if attention.qk_norm == "rotated head" else attention.qk_norm,
+            "qk_norm": _NORMS.get(attention.qk_norm, attention.qk_norm),
             "sinks": attention.sinks,
+            "gated": attention.gated,
             **_sliding(
                 attention.sliding_window,
                 sum(attention.window(layer) is not None for layer in range(spec.layers)),
@@ -111,6 +113,8 @@ def shape_of_spec(spec: ModelSpec, name: str, dtype_bytes: int) -> ModelShape:
             "correction_bias": moe.router.correction_bias,
             "router_fp32": moe.router.fp32_logits,
         }
+    if spec.delta_net is not None:
+        fields |= _delta_net(spec, spec.delta_net)
     return ModelShape(
         id=name,
         layers=spec.layers,
@@ -123,8 +127,25 @@ def shape_of_spec(spec: ModelSpec, name: str, dtype_bytes: int) -> ModelShape:
         dense_intermediate=dense[0].intermediate if dense else 0,
         tied_embeddings=spec.tied_embeddings,
         dtype_bytes=dtype_bytes,
+        norm_bias=spec.layer_norms,
+        lm_head_bias=spec.head_bias,
         **fields,
     )
+
+
+def _delta_net(spec: ModelSpec, delta_net: DeltaNetSpec) -> dict[str, Any]:
+    refs = attention_tensors(spec)
+    first = min(delta_net.layers)
+    norms = ("input_norm", "post_norm")
+    return {
+        "delta_layers": len(delta_net.layers),
+        "delta_parameters": sum(
+            prod(ref.shape) for layer, ref in refs if layer == first and ref.key not in norms
+        ),
+        "state_bytes": spec.state_bytes,
+        "state_row": spec.state_row,
+        "fp32_parameters": sum(prod(ref.shape) for _, ref in refs if ref.keep_fp32),
+    }
 
 
 def _shape_of_fields(config: ConfigFile, name: str, dtype_bytes: int) -> ModelShape:
@@ -138,7 +159,6 @@ def _shape_of_fields(config: ConfigFile, name: str, dtype_bytes: int) -> ModelSh
         context=_size(config, "context"),
         tied_embeddings=config.boolean("tie_word_embeddings", False),
         dtype_bytes=dtype_bytes,
-        norm_bias=habits.norm_bias,
         lm_head_bias=config.boolean("lm_head_bias", False),
         **_attention(config, habits, _size(config, "hidden")),
         **_window(config, layers),

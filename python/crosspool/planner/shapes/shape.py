@@ -85,6 +85,18 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     """The router's weight is held in float32 whatever the model's dtype."""
     shared_gate: bool = False
     """The shared experts have a gate of one output in front of them (Qwen1.5-MoE)."""
+    gated: bool = False
+    """What a query head attends to has a gate, so that ``q_proj`` is twice as wide (Qwen3-Next)."""
+    delta_layers: int = 0
+    """Number of layers with a gated delta net instead of attention."""
+    delta_parameters: int = 0
+    """Parameters of the gated delta net of one layer."""
+    state_bytes: int = 0
+    """Bytes of recurrent state per request over all layers; 0 for none."""
+    state_row: int = 1
+    """Bytes of recurrent state that lie together in one page."""
+    fp32_parameters: int = 0
+    """Parameters outside the FFNs that are held in float32 whatever the model's dtype."""
 
     @property
     def moe_layers(self) -> int:
@@ -103,7 +115,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         """Bytes of KV cache per token over all layers (the paper's kappa). Layers with a sliding
         window count in full: the paged cache holds every token of a request in every layer."""
         each = self.dtype_bytes if self.kv_cache_dtype == "auto" else 1
-        return self.layers * self.kv_width * each
+        return (self.layers - self.delta_layers) * self.kv_width * each
 
     @property
     def embedding_parameters(self) -> int:
@@ -114,8 +126,10 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def attention_parameters(self) -> int:
         """Parameters outside the FFNs: attention, norms, embeddings, LM head."""
-        per_layer = self._layer_attention + 2 * self._norm
-        return self.layers * per_layer + self._norm + self.embedding_parameters
+        mixers = (self.layers - self.delta_layers) * self._layer_attention
+        mixers += self.delta_layers * self.delta_parameters
+        norms = (2 * self.layers + 1) * self._norm
+        return mixers + norms + self.embedding_parameters
 
     @property
     def ffn_parameters(self) -> int:
@@ -137,7 +151,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         """Bytes of all weights outside the FFNs, which every attention rank holds."""
         if self.held_attention_bytes is not None:
             return self.held_attention_bytes
-        return self.attention_parameters * self.dtype_bytes
+        wider = max(0, _FP32_BYTES - self.dtype_bytes)
+        return self.attention_parameters * self.dtype_bytes + self.fp32_parameters * wider
 
     @property
     def embedding_bytes(self) -> int:
@@ -177,9 +192,10 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     def _gqa(self) -> int:
         q, kv = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
         norms = {"none": 0, "head": 2 * self.head_dim, "full": q + kv}[self.qk_norm]
-        biases = (q + 2 * kv if self.qkv_bias else 0) + (self.hidden if self.o_bias else 0)
+        projected = (2 * q if self.gated else q) + 2 * kv
+        biases = (projected if self.qkv_bias else 0) + (self.hidden if self.o_bias else 0)
         sinks = self.q_heads if self.sinks else 0
-        return self.hidden * (q + 2 * kv) + q * self.hidden + norms + biases + sinks
+        return self.hidden * (projected + q) + norms + biases + sinks
 
     @property
     def _mla(self) -> int:

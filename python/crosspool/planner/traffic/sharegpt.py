@@ -17,6 +17,7 @@ from crosspool.planner.traffic.trace_columns import JSON_ERRORS
 
 CHARACTERS_PER_TOKEN = 4.0
 """Rough average for English text, for an estimate where no tokenizer is given."""
+ESTIMATED = f"tokens are estimated at {CHARACTERS_PER_TOKEN:g} characters each"
 _BATCH = 1000
 
 CountTokens = Callable[[list[str]], Ints]
@@ -37,25 +38,40 @@ def read_sharegpt(file: Path, tokenizer: Path | None, progress: Callable[[float]
     one, are skipped. ``tokenizer`` is a ``tokenizer.json`` or its folder; None estimates tokens
     from the number of characters. ``progress`` is called with the share of the file, 0 to 1, that
     was just read. Raises ConfigError."""
-    count = _by_characters if tokenizer is None else _by_tokenizer(tokenizer)
+    count = token_counter(tokenizer)
     prompts, outputs = [], []
+    for pairs in read_turns(file, progress):
+        asked, answered = zip(*pairs, strict=True)
+        prompts.append(count(list(asked)))
+        outputs.append(count(list(answered)))
+    return Trace(
+        prompt=np.concatenate(prompts),
+        output=np.concatenate(outputs),
+        notes=(ESTIMATED,) if tokenizer is None else (),
+    )
+
+
+def read_turns(file: Path, progress: Callable[[float], object]) -> Iterator[list[tuple[str, str]]]:
+    """Yields the first two turns of the conversations that have both, in batches of at least one.
+    ``progress`` is called as :func:`read_sharegpt` does. Raises ConfigError, also when there are
+    none."""
     items = _items(file)
+    found = False
     for first in range(0, len(items), _BATCH):
         batch = items[first : first + _BATCH]
         pairs = [pair for pair in _turns(file, first, batch) if all(pair)]
         if pairs:
-            asked, answered = zip(*pairs, strict=True)
-            prompts.append(count(list(asked)))
-            outputs.append(count(list(answered)))
+            found = True
+            yield pairs
         progress(len(batch) / len(items))
-    if not prompts:
+    if not found:
         raise ConfigError(f"{file}: no conversation has a question and an answer")
-    note = f"tokens are estimated at {CHARACTERS_PER_TOKEN:g} characters each"
-    return Trace(
-        prompt=np.concatenate(prompts),
-        output=np.concatenate(outputs),
-        notes=(note,) if tokenizer is None else (),
-    )
+
+
+def token_counter(tokenizer: Path | None) -> CountTokens:
+    """Returns what counts tokens: the ``tokenizer``, which is a ``tokenizer.json`` or its folder,
+    or an estimate by characters for None. Raises ConfigError."""
+    return _by_characters if tokenizer is None else _by_tokenizer(tokenizer)
 
 
 def _items(file: Path) -> list[msgspec.Raw]:
@@ -85,6 +101,18 @@ def _by_characters(texts: list[str]) -> Ints:
 
 
 def _by_tokenizer(path: Path) -> CountTokens:
+    tokenizer = load_tokenizer(path)
+
+    def count(texts: list[str]) -> Ints:
+        encoded = tokenizer.encode_batch_fast(texts)
+        return np.maximum(1, np.fromiter(map(len, encoded), dtype=np.int64))
+
+    return count
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Returns the ``tokenizers.Tokenizer`` of a ``tokenizer.json`` or its folder, which neither
+    truncates nor pads. Raises ConfigError."""
     from tokenizers import Tokenizer
 
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -96,9 +124,4 @@ def _by_tokenizer(path: Path) -> CountTokens:
         raise ConfigError(f"tokenizer {file} cannot be read: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-
-    def count(texts: list[str]) -> Ints:
-        encoded = tokenizer.encode_batch_fast(texts)
-        return np.maximum(1, np.fromiter(map(len, encoded), dtype=np.int64))
-
-    return count
+    return tokenizer

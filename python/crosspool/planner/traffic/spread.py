@@ -18,7 +18,7 @@ import numpy as np
 
 from crosspool.config.errors import ConfigError
 from crosspool.planner.traffic.lengths import Lengths
-from crosspool.planner.traffic.samples import Floats, ModelTraffic, Samples, Traffic
+from crosspool.planner.traffic.samples import Floats, Ints, ModelTraffic, Samples, Traffic
 from crosspool.planner.traffic.service_time import DecodeSpeed, service_times
 from crosspool.planner.traffic.trace import Trace
 
@@ -43,6 +43,12 @@ def spread(
 def by_model(trace: Trace, models: Sequence[str], *, speed: DecodeSpeed | None) -> Traffic:
     """Returns the traffic of a trace that names its models, in any case. Raises ConfigError for a
     name that is not in ``models``."""
+    return _deal(trace, named_owners(trace, models), models, speed)
+
+
+def named_owners(trace: Trace, models: Sequence[str]) -> Ints:
+    """Returns [n] indices into ``models``: the models that the trace names, in any case. Raises
+    ConfigError for a name that is not in ``models``, and for a trace that names none."""
     if trace.model is None:
         raise ConfigError(
             "the trace does not say which model each request is for: give a popularity to deal "
@@ -57,8 +63,7 @@ def by_model(trace: Trace, models: Sequence[str], *, speed: DecodeSpeed | None) 
                 f"the trace has requests for {name!r}, which is not deployed; "
                 f"{'the closest name is' if close else 'deployed are'} " + ", ".join(known)
             )
-    owner = np.array([index[name.lower()] for name in trace.model])
-    return _deal(trace, owner, models, speed)
+    return np.array([index[name.lower()] for name in trace.model], dtype=np.int64)
 
 
 def at_rates(

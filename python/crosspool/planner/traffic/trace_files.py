@@ -75,7 +75,7 @@ def read_trace(
     shows a bar on stderr; None does so on a terminal when the file takes more than a moment. Raises
     ConfigError that names file, line and field."""
     size = _size(path)
-    name = trace_format or _detected(path)
+    name = trace_format or detected_format(path)
     if name not in FORMATS:
         raise ConfigError(f"trace format {name!r}: must be one of {', '.join(FORMATS)}")
     slow = size > (16 << 20 if tokenizer is None else 1 << 20)
@@ -102,7 +102,10 @@ def _size(path: Path) -> int:
     return size
 
 
-def _detected(path: Path) -> str:
+def detected_format(path: Path) -> str:
+    """Returns the name of the file's format. Raises ConfigError when it is none of them, or cannot
+    be read."""
+    _size(path)
     with path.open("rb") as stream:
         head = stream.read(_HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
     line = head.split(b"\n", 1)[0]
