@@ -15,6 +15,7 @@ import msgspec
 
 from crosspool.config.device import Device
 from crosspool.config.errors import ConfigError
+from crosspool.config.hosts import HostAddress, NetworkLinks, host_address
 from crosspool.config.options import ModelOptions, ServerOptions
 
 __all__ = ["MAX_MODELS", "ConfigError", "Deployment", "ModelConfig", "load", "save"]
@@ -40,6 +41,8 @@ class Deployment(ServerOptions, frozen=True, kw_only=True):
     kv_pool_bytes: int
     weight_pool_bytes: int
     expert_pool_bytes: int = 0
+    network_links: NetworkLinks | None = None
+    """How the hosts' devices are linked; None: no link leaves its host."""
     runtime_dir: str = ""
     """Folder of sockets and of this file; set by the launcher."""
 
@@ -47,6 +50,16 @@ class Deployment(ServerOptions, frozen=True, kw_only=True):
     def devices(self) -> tuple[Device, ...]:
         """Every device once, KV pool first."""
         return tuple(dict.fromkeys((*self.kv_pool_devices, *self.weight_pool_devices)))
+
+    @property
+    def own_devices(self) -> tuple[Device, ...]:
+        """The devices of this host, KV pool first."""
+        return tuple(device for device in self.devices if device.node == self.node_rank)
+
+    @property
+    def other_nodes(self) -> tuple[int, ...]:
+        """Numbers of the other hosts that have devices, ascending."""
+        return tuple(sorted({device.node for device in self.devices} - {self.node_rank}))
 
     @property
     def names(self) -> dict[int, str]:
@@ -95,8 +108,24 @@ class Deployment(ServerOptions, frozen=True, kw_only=True):
 
     @property
     def control_address(self) -> str:
-        """ROUTER of the scheduler for the device processes."""
+        """ROUTER of the scheduler for the device processes of its host."""
         return f"ipc://{self.runtime_dir}/control"
+
+    @property
+    def host_address(self) -> HostAddress:
+        """Where node 0 listens for other hosts. Raises ConfigError where there are none."""
+        return host_address(self.dist_init_addr or "")
+
+    @property
+    def control_keys(self) -> Path:
+        """File with the CURVE keys of the control path between hosts: on node 0 those of the
+        scheduler, on the others what their device processes need."""
+        return Path(self.runtime_dir) / "control.keys"
+
+    @property
+    def data_key(self) -> Path:
+        """File with the key of the data path between hosts, which has as many bytes."""
+        return Path(self.runtime_dir) / "data.key"
 
     @property
     def admin_address(self) -> str:
@@ -114,7 +143,7 @@ class Deployment(ServerOptions, frozen=True, kw_only=True):
         return f"ipc://{self.runtime_dir}/notices"
 
     @property
-    def keys(self) -> tuple[str | None, str | None]:
+    def api_keys(self) -> tuple[str | None, str | None]:
         """The ordinary key and the admin key that clients must send, where they are set."""
         return self.sglang.get("api_key"), self.sglang.get("admin_api_key")
 

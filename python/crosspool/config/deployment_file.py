@@ -47,6 +47,7 @@ def read(path: Path) -> Options:
         for name, folder in (
             ("packed_cache_dir", options.packed_cache_dir),
             ("models_dir", options.models_dir),
+            ("keys", options.keys),
         )
     }
     if folders["models_dir"] is not None:

@@ -17,7 +17,8 @@ from crosspool.config.sglang_flags import FLAGS, reason_refused
 _USAGE = """\
 %(prog)s --model-path DIR [--model-path DIR ...] [flags]
        %(prog)s --models-dir DIR [flags]
-       %(prog)s --config FILE [--host HOST] [--port PORT]"""
+       %(prog)s --config FILE [--host HOST] [--port PORT] [--node-rank N]
+       %(prog)s --nnodes N --node-rank N --dist-init-addr HOST:PORT --keys FILE"""
 EXAMPLES = """\
 examples:
   # two models; both pools are on all cores of this machine
@@ -132,7 +133,7 @@ def parse(argv: Sequence[str], prog: str = "crosspool serve", usage: str = _USAG
     found: list[ModelOptions] = []
     if "models_dir" in given:
         found = models_in(given["models_dir"], named)
-    elif not named:
+    elif not named and not given.get("node_rank"):  # other hosts are told by node 0
         raise ConfigError(
             "--model-path is missing: name the folder of at least one model, or give --models-dir "
             "DIR or --config FILE"

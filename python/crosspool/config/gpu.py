@@ -123,6 +123,11 @@ def gpus_of(devices: Sequence[Device]) -> dict[Device, GPU]:
     """Returns the GPU of each device that is none of the CPU's. Raises ConfigError for one that is
     not there."""
     named = [device for device in devices if not device.is_cpu]
+    if far := [device.name for device in named if device.node]:
+        raise ConfigError(
+            f"{', '.join(far)}: GPUs of other hosts than node 0 are not supported yet: name CPUs "
+            "there, or GPUs of node 0"
+        )
     try:
         gpus = visible_gpus() if named else []
     except ConfigError as error:

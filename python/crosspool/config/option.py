@@ -12,7 +12,7 @@ import msgspec
 from crosspool.config.device import parse_devices
 from crosspool.config.sizes import exact_size, parse_size
 
-Unit = Literal["", "bytes", "devices", "tokens", "steps", "requests", "ms", "s"]
+Unit = Literal["", "bytes", "devices", "tokens", "steps", "requests", "hosts", "ms", "s"]
 """``bytes`` are written as sizes (``2GiB``), ``devices`` as names (``cpu:0-7``)."""
 _METAVARS_OF_UNITS = {"bytes": "SIZE", "s": "SECONDS"}
 _METAVARS_OF_TYPES = {int: "N", float: "X", dict: "JSON"}

@@ -21,6 +21,7 @@ _MODELS = "models"
 _POOLS = "pools"
 _STEPS = "batches and steps"
 _REQUESTS = "requests"
+_HOSTS = "hosts"
 _SERVER = "server"
 
 Keep = Literal["pinned", "demand", "asleep"]
@@ -101,7 +102,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     kv_pool_devices: Annotated[tuple[Device, ...], Option(
         "Devices that compute attention and hold all KV cache: cpu (every core), cpu:0-7, "
-        "cpu:0-3+8-11 or cuda:0; several are separated by commas.",
+        "cpu:0-3+8-11 or cuda:0, and node1/cpu:0-7 for one of another host; several are separated "
+        "by commas.",
         _POOLS, unit="devices")] = (Device("cpu"),)
     weight_pool_devices: Annotated[tuple[Device, ...], Option(
         "Devices that hold the FFN weights and compute with them. They may be those of the KV "
@@ -253,12 +255,47 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
         "Most memory of those responses and the conversations that lead to them.",
         _REQUESTS, unit="bytes", least=1)] = 256 << 20
 
+    nnodes: Annotated[int, Option(
+        "Number of hosts. On each runs a launcher; that of node 0 has the front end and the "
+        "scheduler, the others the processes of their devices.",
+        _HOSTS, unit="hosts", least=1, most=1024, sglang="nnodes")] = 1
+    node_rank: Annotated[int, Option(
+        "Number of this host, from 0 on.",
+        _HOSTS, least=0, most=1023, sglang="node_rank")] = 0
+    dist_init_addr: Annotated[str | None, Option(
+        "Address of node 0, as HOST:PORT, at which it listens for the launchers of other hosts; "
+        "their devices speak to the port after it. It is needed where there are several hosts.",
+        _HOSTS, sglang="dist_init_addr")] = None
+    dist_timeout: Annotated[float, Option(
+        "Time that hosts have to find each other, at the start and when one was lost, before the "
+        "server ends.",
+        _HOSTS, unit="s", least=1, sglang="dist_timeout")] = 600.0
+    host_timeout: Annotated[float, Option(
+        "Time without a word from another host after which its devices count as lost until it is "
+        "back.",
+        _HOSTS, unit="s", least=1)] = 5.0
+    keys: Annotated[str | None, Option(
+        "File of `crosspool keys new`, the same on every host; it is needed where there are "
+        "several.",
+        _HOSTS)] = None
+
     host: Annotated[str, Option(
         "Address on which the server listens.",
         _SERVER, sglang="host")] = "127.0.0.1"
     port: Annotated[int, Option(
         "Port on which the server listens; 0 takes any free one.",
         _SERVER, least=0, most=65535, sglang="port")] = 30000
+    router_url: Annotated[str | None, Option(
+        "Router (`crosspool router`, or smg) at which the server registers its models, as "
+        "http://HOST:PORT, and takes them back when they or the server go.",
+        _SERVER)] = None
+    advertise_url: Annotated[str | None, Option(
+        "URL under which the router reaches this server. If none is given, it is made of host and "
+        "port.",
+        _SERVER)] = None
+    router_api_key: Annotated[str | None, Option(
+        "Key that the router asks for when its workers are changed.",
+        _SERVER, is_secret=True)] = None
     max_connections: Annotated[int, Option(
         "Most connections that are open at once; further ones are refused with status 503.",
         _SERVER, least=1)] = 4096

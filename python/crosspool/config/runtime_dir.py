@@ -43,6 +43,8 @@ class _Address(msgspec.Struct):
     """What is read of the servers that are not looked for, which may be of other versions."""
 
     port: int
+    node_rank: int = 0
+    """Number of the host; the folder of another host's launcher is none of a server."""
 
 
 class RuntimeDir:
@@ -145,8 +147,9 @@ def find_running(port: int | None = None) -> Deployment:
         for folder in _folders()
         if (folder / "deployment.json").exists() and _is_locked(folder)
     ]
-    ports = {file: msgspec.json.decode(file.read_bytes(), type=_Address).port for file in files}
-    found = [file for file in files if port in (None, ports[file])]
+    told = {file: msgspec.json.decode(file.read_bytes(), type=_Address) for file in files}
+    ports = {file: address.port for file, address in told.items() if address.node_rank == 0}
+    found = [file for file in ports if port in (None, ports[file])]
     if not found:
         where = "" if port is None else f" on port {port}"
         raise ConfigError(f"no CrossPool server of this user runs on this machine{where}")

@@ -94,10 +94,7 @@ FLAGS: tuple[Option, ...] = (
         ("max_prefill_tokens", int, "--chunked-prefill-size bounds the prompt tokens of a step."),
         ("mem_fraction_static", float, "The pools are sized in bytes, not as a fraction."),
         ("schedule_policy", Literal["fcfs"],
-         "Requests of a model are admitted in the order in which they come."),
-        ("nnodes", Literal[1], "All devices are on this host."),
-        ("node_rank", Literal[0], "All devices are on this host."),
-        ("dist_init_addr", str, "All devices are on this host.")),
+         "Requests of a model are admitted in the order in which they come.")),
 )
 
 _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (

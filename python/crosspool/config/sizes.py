@@ -54,6 +54,12 @@ def format_size(size: float) -> str:
     return f"{size / 1024:.1f} TiB"
 
 
+def kv_sizes(token: int, request: int) -> str:
+    """Returns what a request holds in the KV pool: bytes per token, and those of its recurrent
+    state where the model has one."""
+    return f"{format_size(token)} + {format_size(request)} each" if request else format_size(token)
+
+
 def exact_size(size: int) -> str:
     """Returns ``size`` bytes as :func:`parse_size` reads them, in the largest binary unit of which
     they are a whole number: ``2MiB``, ``4097``."""

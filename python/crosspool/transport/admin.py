@@ -19,6 +19,7 @@ import zmq.asyncio
 
 from crosspool.config.deployment import ModelConfig
 from crosspool.config.options import Keep
+from crosspool.observability.histograms import ModelHistograms
 from crosspool.transport.detokenizer_link import FromDetokenizer, ToDetokenizer
 from crosspool.transport.inspection import InspectWhat, Report, Status
 
@@ -36,14 +37,14 @@ FORMER_SECONDS = 300.0
 LEAVE_SECONDS = 60.0
 """Time that a model may take to be gone once its requests have ended."""
 
-What = Literal["status", InspectWhat]
+What = Literal["status", "histograms", InspectWhat]
 Managing = Literal["wake", "sleep", "pin"]
 """What can be done about a model's weights."""
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True, tag="ask"):
-    """A question about the deployment. The scheduler answers ``status`` at once, even while the
-    deployment starts, and puts the others to every device process."""
+    """A question about the deployment. The scheduler answers ``status`` and ``histograms`` at once,
+    even while the deployment starts, and puts the others to every device process."""
 
     id: int
     what: What
@@ -112,6 +113,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer", omit_defau
 
     id: int
     status: Status | None = None
+    histograms: list[ModelHistograms] | None = None
     report: Report | None = None
     model: int | None = None
     """The number of the model that has been loaded."""
@@ -287,6 +289,13 @@ class AsyncAdmin:
 
     async def status(self, timeout: float = 10.0) -> Status:
         return _status(await self._exchange(Ask(id=next(_ids), what="status"), timeout))
+
+    async def histograms(self, timeout: float = 10.0) -> list[ModelHistograms]:
+        """What the requests of each model took since the scheduler's start."""
+        reply = await self._exchange(Ask(id=next(_ids), what="histograms"), timeout)
+        histograms = _checked(reply, Answer).histograms
+        assert histograms is not None
+        return histograms
 
     async def inspect(self, what: InspectWhat, timeout: float = 10.0) -> Report:
         return _report(await self._exchange(Ask(id=next(_ids), what=what), timeout))

@@ -6,7 +6,8 @@ sum; the attention rank combines. At most one dispatch is outstanding on a link,
 never waits for an attention rank, so nothing can wait in a circle.
 
 Both ends see the same interface whatever lies between them: :class:`LocalLink` where both ranks
-live on one device, shared memory (:mod:`crosspool.transport.shared_memory`) between devices.
+live on one device, shared memory (:mod:`crosspool.transport.shared_memory`) between devices of one
+host, and a connection (:mod:`crosspool.transport.network_links`) between hosts.
 """
 
 from __future__ import annotations
@@ -132,9 +133,25 @@ def remote_pairs(deployment: Deployment) -> list[tuple[int, int]]:
     ]
 
 
+def between_hosts(deployment: Deployment) -> list[tuple[int, int]]:
+    """Those of :func:`remote_pairs` whose devices are on different hosts."""
+    kv_pool, weight_pool = deployment.kv_pool_devices, deployment.weight_pool_devices
+    return [
+        (attention_rank, ffn_rank)
+        for attention_rank, ffn_rank in remote_pairs(deployment)
+        if kv_pool[attention_rank].node != weight_pool[ffn_rank].node
+    ]
+
+
+def within_hosts(deployment: Deployment) -> list[tuple[int, int]]:
+    """Those of :func:`remote_pairs` whose devices are on the same host."""
+    apart = set(between_hosts(deployment))
+    return [pair for pair in remote_pairs(deployment) if pair not in apart]
+
+
 def spin_ns_of(deployment: Deployment, device: Device) -> int:
     """Longest spin of a waiting device: SPIN_NS if no other device has one of its cores, else 0."""
-    others = (d for d in deployment.devices if d.is_cpu and d != device)
+    others = (d for d in deployment.own_devices if d.is_cpu and d != device)
     shared = any(not set(device.cores).isdisjoint(other.cores) for other in others)
     return 0 if shared else SPIN_NS
 

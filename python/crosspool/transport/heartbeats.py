@@ -2,8 +2,8 @@
 counts.
 
 The segment (a memfd that the launcher creates and every device process inherits) holds a record per
-device, in the order of ``deployment.devices``. A record has lines of 64 bytes, of which only the
-beginning is used::
+device, in the order of ``deployment.own_devices``. A record has lines of 64 bytes, of which only
+the beginning is used::
 
     line 0   64-bit number   counted up by the process's main thread; 0: nobody is to look
              32-bit number   the process's incarnation
@@ -62,7 +62,8 @@ class Beat:
 
 
 def _record_bytes(devices: Sequence[Device]) -> int:
-    return LINE_BYTES * (_FIRST_THREAD + max(_threads(device) for device in devices))
+    most = max((_threads(device) for device in devices), default=0)
+    return LINE_BYTES * (_FIRST_THREAD + most)
 
 
 def _threads(device: Device) -> int:
@@ -78,8 +79,9 @@ class Heartbeats:
         self._devices = devices
         self._bytes = _record_bytes(devices)
         self.fd = os.memfd_create("crosspool heartbeats", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, self._bytes * len(devices))
-        self._memory = mmap.mmap(self.fd, self._bytes * len(devices))
+        size = self._bytes * max(1, len(devices))  # a host may have no devices
+        os.ftruncate(self.fd, size)
+        self._memory = mmap.mmap(self.fd, size)
 
     def read(self, index: int) -> Beat:
         """Returns what the device of that index shows."""

@@ -219,6 +219,10 @@ class RankSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     running: int
     paused: int
     steps_in_flight: int
+    lanes: int = 0
+    """Steps that can be in flight at once."""
+    busy_seconds: float = 0.0
+    """Seconds of all steps that have ended, added up."""
     budget_chunks: int
     free_chunks: int
     promised_chunks: int
@@ -328,6 +332,16 @@ class ModelStatus(ModelCounts, kw_only=True):
         return self.used_tokens / self.pool_tokens if self.pool_tokens else 0.0
 
 
+class WeightUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank holds of all models' weights now, those being read included."""
+
+    pool: Literal["kv", "weight"]
+    device: str
+    bytes: int
+    budget_bytes: int | None
+    """None without a bound."""
+
+
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The scheduler's state at one moment."""
 
@@ -335,6 +349,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Entries in ascending order of the models' numbers. A model that is being loaded is none of
     them yet."""
     ranks: list[RankSnapshot]
+    weights: list[WeightUse] = []
+    """One entry for each rank of either pool."""
     failure: str | None
     """Why every request is refused; None while all is well."""
 
@@ -344,6 +360,8 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     ready: bool
+    node: int = 0
+    """Number of its host."""
     pid: int | None
     """None while it is not ready."""
     ranks: list[RankInfo]

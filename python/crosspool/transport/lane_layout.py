@@ -43,3 +43,5 @@ class LinkPlace:
     max_row_bytes: int
     peer_doorbell: int
     """Doorbell of the other end's device; 0: it polls."""
+    connection: int = 0
+    """Native connection to the other end's memory, on another host; 0: the memory is shared."""

@@ -1,8 +1,9 @@
 """The one place that knows all interconnects: which links two devices share, and who opens them.
 
-Within a device nothing crosses. CPU devices share a segment of memory
-(:mod:`crosspool.transport.shared_memory`), which the launcher makes and every device process
-inherits. GPUs have what ``gpu_links`` names, one of GPU_LINKS, beside it.
+Within a device nothing crosses. CPU devices of one host share a segment of memory
+(:mod:`crosspool.transport.shared_memory`), which its launcher makes and every device process
+inherits; between hosts each link has a connection (:mod:`crosspool.transport.network_links`). GPUs
+of one host have what ``gpu_links`` names, one of GPU_LINKS, beside the segment.
 
 A further interconnect is a module with an :class:`Interconnect`, or for GPUs with a function like
 ``peer_memory.join``, and its line in :func:`create` and :func:`join`, or in GPU_LINKS.
@@ -12,18 +13,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
+from crosspool.config.errors import ConfigError
 from crosspool.models.spec import DTYPE_BYTES, ModelSpec
 from crosspool.transport import nvshmem, peer_memory, shared_memory
-from crosspool.transport.data_path import AttentionLink, FFNLink, remote_pairs
+from crosspool.transport.connector import Peers
+from crosspool.transport.data_path import (
+    AttentionLink,
+    FFNLink,
+    between_hosts,
+    remote_pairs,
+    within_hosts,
+)
 from crosspool.transport.device_links import DeviceLinks
+from crosspool.transport.handshake import Credentials
 from crosspool.transport.kept_descriptors import KeptDescriptors
 from crosspool.transport.lane_layout import LinkLayout, LinkPlace
+from crosspool.transport.network_links import NetworkTransport
 from crosspool.transport.shared_memory import SharedMemoryTransport
 
 if TYPE_CHECKING:
@@ -69,6 +81,11 @@ class Interconnect(OpensLinks[AttentionLink, FFNLink], Protocol):
     def doorbell_address(self) -> int:
         """Address of this device's doorbell, which stays there as long as the interconnect does."""
 
+    @property
+    def network_address(self) -> int:
+        """Address of the native network with which native loops wait; 0 where no peer is on another
+        host."""
+
     def wait(self, timeout: float) -> bool:
         """Returns when a peer has rung since the last call, or after ``timeout`` seconds; says
         whether one has."""
@@ -92,7 +109,9 @@ def open_ends(
     lanes = range(deployment.lanes)
     kv_pool, weight_pool = deployment.kv_pool_devices, deployment.weight_pool_devices
     if remote is None and len(deployment.devices) > 1:
-        raise RuntimeError(f"device {device.name} has peers on other devices: pass --lanes-fd")
+        raise RuntimeError(
+            f"device {device.name} has peers on other devices: pass --lanes-fd, or how to find them"
+        )
     own: dict[int, L] = {}
     if device in kv_pool and device in weight_pool:
         pair = kv_pool.index(device), weight_pool.index(device)
@@ -122,14 +141,36 @@ def max_row_bytes(specs: Mapping[int, ModelSpec]) -> int:
     return max((row_bytes(spec) for spec in specs.values()), default=0)
 
 
+def room_for_rows(specs: Mapping[int, ModelSpec]) -> int:
+    """Bytes of the widest row that links between CPU devices are made for."""
+    return max(max_row_bytes(specs), ROW_ROOM)
+
+
+def check_reach(deployment: Deployment) -> None:
+    """Raises ConfigError where ranks that share a link have none that reaches: on different hosts,
+    and on a GPU."""
+    for attention_rank, ffn_rank in between_hosts(deployment):
+        attention = deployment.kv_pool_devices[attention_rank]
+        ffn = deployment.weight_pool_devices[ffn_rank]
+        if not (attention.is_cpu and ffn.is_cpu):
+            raise ConfigError(
+                f"kv_pool_devices, weight_pool_devices: {attention.name} and {ffn.name} are on "
+                "different hosts, and only CPUs are linked over a network: name devices of one "
+                "host, or CPUs"
+            )
+
+
 def create(deployment: Deployment, specs: Mapping[int, ModelSpec]) -> int | None:
-    """Makes, in the launcher, what the device processes inherit to reach each other.
+    """Makes, in a host's launcher, what its device processes inherit to reach each other.
 
     Returns the file descriptor that each of them passes to :func:`join` or :func:`join_gpus`; None:
-    every link lies within a device. Raises OSError when the system refuses."""
-    if not remote_pairs(deployment):
+    every link lies within a device, or between hosts. Raises OSError when the system refuses,
+    ConfigError as :func:`check_reach` does."""
+    check_reach(deployment)
+    kv_pool, own = deployment.kv_pool_devices, deployment.own_devices
+    if not any(kv_pool[attention_rank] in own for attention_rank, _ in within_hosts(deployment)):
         return None
-    return shared_memory.create(deployment, max(max_row_bytes(specs), ROW_ROOM))
+    return shared_memory.create(deployment, room_for_rows(specs))
 
 
 def keep_memory(deployment: Deployment) -> KeptDescriptors:
@@ -141,14 +182,56 @@ def keep_memory(deployment: Deployment) -> KeptDescriptors:
     return KeptDescriptors.create(len(deployment.devices) if needed else 0)
 
 
-def join(deployment: Deployment, device: Device, lanes_fd: int | None) -> Interconnect | None:
-    """Returns the CPU device's ends of the links to other devices; None where it has none.
-
-    ``lanes_fd``: what :func:`create` made; it is closed."""
-    if lanes_fd is None:
+def find_peers(
+    deployment: Deployment, device: Device, listener_fd: int | None, incarnation: int
+) -> Peers | None:
+    """Returns how a device's process finds the devices of other hosts; None where it has no links
+    to them. ``listener_fd``: the socket at which it listens, if others connect to it; it stays
+    open. ``incarnation``: that of the process. Raises OSError."""
+    settled = deployment.network_links
+    ends = {
+        end
+        for attention_rank, ffn_rank in between_hosts(deployment)
+        for end in (
+            deployment.kv_pool_devices[attention_rank],
+            deployment.weight_pool_devices[ffn_rank],
+        )
+    }
+    if settled is None or device not in ends:
         return None
-    with _taken(lanes_fd):
-        return SharedMemoryTransport(lanes_fd, deployment, device)
+    credentials = Credentials(
+        key=deployment.data_key.read_bytes(),
+        deployment=bytes.fromhex(settled.start),
+        max_rows=deployment.max_step_tokens,
+        max_row_bytes=settled.max_row_bytes,
+        incarnation=incarnation,
+    )
+    listener = None if listener_fd is None else socket.socket(fileno=os.dup(listener_fd))
+    return Peers(credentials, listener, settled.addresses)
+
+
+def join(
+    deployment: Deployment,
+    device: Device,
+    lanes_fd: int | None,
+    peers: Peers | None,
+    *,
+    resources: contextlib.ExitStack,
+) -> Interconnect | None:
+    """Returns the CPU device's ends of the links to other devices, which may be used until
+    ``resources`` are given back; None where it has none.
+
+    ``lanes_fd``: what :func:`create` made; it is closed. ``peers``: how to find the devices of
+    other hosts; needed where the device has links to them."""
+    shared = None
+    if lanes_fd is not None:
+        with _taken(lanes_fd):
+            shared = SharedMemoryTransport(lanes_fd, deployment, device)
+    if peers is None:
+        return shared
+    network = NetworkTransport(deployment, device, peers, on_this_host=shared)
+    resources.callback(network.close)
+    return network
 
 
 class JoinsGPUs(Protocol):

@@ -6,9 +6,9 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from crosspool.kernels.native import Doorbell, Signal
+from crosspool.kernels.native import Signal
 from crosspool.transport.data_path import DispatchHeader, LaneError, LinkCounters, check_rows
 from crosspool.transport.device_links import DeviceLinks
 from crosspool.transport.lane_layout import LINK_HEAD_BYTES, LinkLayout
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 _DISPATCH_HEADER = struct.Struct("<QIIII")
 _COMBINE_HEADER = struct.Struct("<QII")
 _DISPATCH_SIGNAL, _DISPATCH, _COMBINE_SIGNAL, _COMBINE = 0, 64, 128, 192
+
+
+class Rings(Protocol):
+    """Tells a peer that there is something new."""
+
+    def ring(self) -> None: ...
 
 
 class SegmentLink:
@@ -78,8 +84,8 @@ class SegmentLink:
 class _End:
     """Either end of a link."""
 
-    def __init__(self, link: SegmentLink, peer: Doorbell) -> None:
-        """``peer``: doorbell of the other end's device."""
+    def __init__(self, link: SegmentLink, peer: Rings) -> None:
+        """``peer``: doorbell of the other end's device, or what stands for one."""
         self.attention_rank, self.lane, self.ffn_rank = (
             link.attention_rank,
             link.lane,
@@ -94,7 +100,7 @@ class _End:
 class SharedMemoryAttentionLink(_End):
     """The :class:`~crosspool.transport.data_path.AttentionLink` through the segment."""
 
-    def __init__(self, link: SegmentLink, peer: Doorbell) -> None:
+    def __init__(self, link: SegmentLink, peer: Rings) -> None:
         super().__init__(link, peer)
         self._sequence = link.dispatched.load()
         self._outstanding: DispatchHeader | None = None
@@ -102,7 +108,8 @@ class SharedMemoryAttentionLink(_End):
     @property
     def free(self) -> bool:
         """Whether a dispatch may be made and its payload written, because none is outstanding."""
-        return self._outstanding is None and self._link.combined.load() == self._sequence
+        link = self._link
+        return self._outstanding is None and link.combined.load() == link.dispatched.load()
 
     def dispatch(self, header: DispatchHeader, hidden: Tensor) -> None:
         link = self._link
@@ -128,7 +135,8 @@ class SharedMemoryAttentionLink(_End):
             header.rows,
             row_bytes,
         )
-        self._sequence += 1
+        # Not this end's own count: a peer's numbers may have come since.
+        self._sequence = link.dispatched.load() + 1
         self._outstanding, self._row_bytes = header, row_bytes
         link.dispatched.store(self._sequence)
         self._peer.ring()
@@ -184,9 +192,9 @@ class SharedMemoryAttentionLink(_End):
 class SharedMemoryFFNLink(_End):
     """The :class:`~crosspool.transport.data_path.FFNLink` through the segment."""
 
-    def __init__(self, link: SegmentLink, peer: Doorbell) -> None:
+    def __init__(self, link: SegmentLink, peer: Rings) -> None:
         super().__init__(link, peer)
-        self._replied = link.combined.load()
+        self._replied = self._number = link.combined.load()
         self._polled: DispatchHeader | None = None
 
     def poll(self) -> DispatchHeader | None:
@@ -196,13 +204,15 @@ class SharedMemoryFFNLink(_End):
         sequence = link.dispatched.load()
         if sequence == self._replied:
             return None
-        if sequence != self._replied + 1:
+        # New memory begins at 0, whatever number the first dispatch has.
+        if sequence != self._replied + 1 and self._replied:
             raise link.error(f"dispatch {sequence} came after reply {self._replied}")
         epoch, model, layer, rows, row_bytes = _DISPATCH_HEADER.unpack_from(
             link.memory, link.dispatch_header
         )
         link.check_size(rows, row_bytes)
         self._polled, self._row_bytes = DispatchHeader(epoch, model, layer, rows), row_bytes
+        self._number = sequence
         return self._polled
 
     def hidden(self, dtype: torch.dtype) -> Tensor:
@@ -253,7 +263,7 @@ class SharedMemoryFFNLink(_End):
     def _publish(self, epoch: int, rows: int, row_bytes: int) -> None:
         link = self._link
         _COMBINE_HEADER.pack_into(link.memory, link.combine_header, epoch, rows, row_bytes)
-        self._replied += 1
+        self._replied = self._number
         self._polled = None
         link.combined.store(self._replied)
         self._peer.ring()

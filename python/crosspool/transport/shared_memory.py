@@ -1,10 +1,10 @@
-"""The data path between devices of one host: one shared-memory segment for the whole deployment.
+"""The data path between devices of one host: one shared-memory segment for all of them.
 
 The segment (a memfd that the launcher creates and every device process inherits) holds
 
 - a header: what the segment was made for, checked by everyone who attaches;
 - one doorbell per device, in the order of ``deployment.devices``;
-- one link per pair of attention rank and FFN rank on different devices, and lane::
+- one link per pair of attention rank and FFN rank on different devices of one host, and lane::
 
       offset
            0  dispatch signal   64-bit number   written by the attention rank
@@ -45,7 +45,7 @@ from functools import cached_property
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.kernels.native import Doorbell
-from crosspool.transport.data_path import LaneError, remote_pairs, spin_ns_of
+from crosspool.transport.data_path import LaneError, spin_ns_of, within_hosts
 from crosspool.transport.device_links import DeviceLinks
 from crosspool.transport.lane_layout import (
     LINE_BYTES,
@@ -73,7 +73,7 @@ class _Segment:
 
     @cached_property
     def pairs(self) -> list[tuple[int, int]]:
-        return remote_pairs(self.deployment)
+        return within_hosts(self.deployment)
 
     @cached_property
     def layout(self) -> LinkLayout:
@@ -118,7 +118,7 @@ def create(deployment: Deployment, max_hidden_bytes: int) -> int:
     deployment needs no segment, OSError when the system refuses it."""
     segment = _Segment(deployment, max_hidden_bytes)
     if not segment.pairs:
-        raise ValueError("every attention rank shares its device with the only FFN rank")
+        raise ValueError("no two ranks on different devices of one host share a link")
     fd = os.memfd_create("crosspool-lanes", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, segment.total_bytes)
@@ -211,6 +211,11 @@ class SharedMemoryTransport:
     def doorbell_address(self) -> int:
         """Address of this device's doorbell. The memory is mapped as long as the transport is."""
         return self._base + self._segment.doorbell(self._device)
+
+    @property
+    def network_address(self) -> int:
+        """0: no peer of these links is on another host."""
+        return 0
 
     def attention_place(self, lane: int, ffn_rank: int) -> LinkPlace:
         """Where the link of :meth:`attention_link` lies, for native code.
