@@ -46,7 +46,10 @@ def _files(path: Path, own_tokenizer: bool) -> dict[str, dict[str, Any]]:
     config = config_of(path)
     family = family_of(config)
     assert family is not None
-    fields = {name: value for name, value in config.values.items() if name != GGUF}
+    left_out = {GGUF}
+    if (config.values.get("rope_scaling") or {}).get("type") == "divided":
+        left_out.add("rope_scaling")  # which no config.json has
+    fields = {name: value for name, value in config.values.items() if name not in left_out}
     files = {"config.json": fields | {"architectures": [family.architecture]}}
     names = ("eos_token_id", "bos_token_id")
     files["generation_config.json"] = {k: v for k, v in fields.items() if k in names}

@@ -13,6 +13,7 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.sglang_flags import BY_NAME, reason_refused, without_secrets
 from crosspool.frontend.model_folder import model_folder
+from crosspool.models.registry import has_recurrent_state
 
 _NOT_QUANTIZED = '{"quantization_config": null, "compression_config": null}'
 """How the checkpoint is quantised concerns ranks alone. SGLang would refuse what it has no kernels
@@ -47,7 +48,9 @@ def server_args(deployment: Deployment, number: int) -> ServerArgs:
         watchdog_timeout=deployment.watchdog_timeout,
         random_seed=deployment.random_seed,
         skip_server_warmup=True,
-        disable_radix_cache=not deployment.prefix_cache,
+        enable_multimodal=False,  # of multimodal models the language model alone is served
+        # SGLang's prefix cache of recurrent states needs a GPU; here there is none (kvpool.layout).
+        disable_radix_cache=not deployment.prefix_cache or has_recurrent_state(Path(model.path)),
     )
     try:
         args = ServerArgs(**arguments)

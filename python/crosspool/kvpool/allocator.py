@@ -13,6 +13,7 @@ for neither.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -28,15 +29,24 @@ _Mask = npt.NDArray[np.bool_]
 
 
 class _Geometry:
-    """The chunks that each page of a model touches: first and last, int64 [pages]."""
+    """The chunks that each page of a model touches: first and last, int64 [pages]; and what all
+    models have in common that have pages of this size and none of them taken."""
 
-    def __init__(self, layout: KVLayout, budget_chunks: int) -> None:
-        pages = np.arange(layout.pages_in(budget_chunks), dtype=np.int64)
-        self.layout = layout
-        self.pages = len(pages)
+    def __init__(self, page_bytes: int, chunk_bytes: int, budget_chunks: int) -> None:
+        self.page_bytes = page_bytes
+        self.chunk_bytes = chunk_bytes
         self.chunks = budget_chunks
-        self.first: _Ints = pages * layout.page_bytes // layout.chunk_bytes
-        self.last: _Ints = ((pages + 1) * layout.page_bytes - 1) // layout.chunk_bytes
+        pages = np.arange(budget_chunks * chunk_bytes // page_bytes, dtype=np.int64)
+        self.pages = len(pages)
+        self.first: _Ints = pages * page_bytes // chunk_bytes
+        self.last: _Ints = ((pages + 1) * page_bytes - 1) // chunk_bytes
+        self.widest = int((self.last - self.first).max(initial=0)) + 1
+        """Most chunks that one page touches."""
+
+    @cached_property
+    def unused(self) -> _Model:
+        """A model without any page, which must not be given one."""
+        return _Model(self)
 
     def touches(self, pages: _Ints) -> tuple[slice, _Ints]:
         """Returns a span of chunks, and for each of them how many of ``pages`` touch it."""
@@ -49,6 +59,10 @@ class _Geometry:
         return slice(low, high), np.cumsum(begins - ends)[:-1]
 
 
+_geometry = lru_cache(maxsize=256)(_Geometry)
+"""Ranks and models share those of pages of a size."""
+
+
 class _PageSet:
     """Some of a model's pages, and the chunks that they touch."""
 
@@ -56,7 +70,7 @@ class _PageSet:
         self._geometry = geometry
         self.has: _Mask = np.zeros(geometry.pages, dtype=bool)
         self.size = 0
-        self.touching = np.zeros(geometry.chunks, dtype=np.int64)
+        self.touching = np.zeros(geometry.chunks, dtype=np.int32)
         self.chunks = 0
         """Number of chunks that the set's pages touch."""
         self.costs: _Mask = np.ones(geometry.pages, dtype=bool)
@@ -91,8 +105,8 @@ class _PageSet:
         if span.start == span.stop:
             return
         g = self._geometry
-        low = span.start * g.layout.chunk_bytes // g.layout.page_bytes
-        high = min((span.stop * g.layout.chunk_bytes - 1) // g.layout.page_bytes + 1, g.pages)
+        low = span.start * g.chunk_bytes // g.page_bytes
+        high = min((span.stop * g.chunk_bytes - 1) // g.page_bytes + 1, g.pages)
         first, last = g.first[low:high], g.last[low:high]
         base = int(first[0])
         untouched = np.zeros(int(last[-1]) - base + 2, dtype=np.int64)
@@ -101,14 +115,14 @@ class _PageSet:
 
 
 class _Model:
-    def __init__(self, layout: KVLayout, budget_chunks: int) -> None:
-        self.geometry = _Geometry(layout, budget_chunks)
-        self.promised = _PageSet(self.geometry)
-        self.taken = _PageSet(self.geometry)
+    """The pages of one model."""
+
+    def __init__(self, geometry: _Geometry) -> None:
+        self.geometry = geometry
+        self.promised = _PageSet(geometry)
+        self.taken = _PageSet(geometry)
         """Promised and cached pages."""
-        self.mapped: _Mask = np.zeros(budget_chunks, dtype=bool)
-        self.widest = int((self.geometry.last - self.geometry.first).max(initial=0)) + 1
-        """Most chunks that one page touches."""
+        self.mapped: _Mask = np.zeros(geometry.chunks, dtype=bool)
 
     def best(self, count: int) -> _Ints:
         """Returns up to ``count`` free pages: first those that cost promises no further chunk, then
@@ -172,7 +186,9 @@ class PageAllocator:
         every model, now and when it is added, and change with the models.
 
         Raises ConfigError when some model could not hold one page."""
+        self._layouts: dict[int, KVLayout] = {}
         self._models: dict[int, _Model] = {}
+        """Models that have pages; of a thousand that are served, few have some on a rank."""
         self.budget_chunks = budget_chunks
         self._bounds = bounds or Bounds.without_floors(budget_chunks, layouts)
         self.free_chunks = budget_chunks
@@ -189,32 +205,32 @@ class PageAllocator:
                 f" {layout.page_bytes} bytes, beside the floors of other models and below its"
                 " own ceiling; enlarge the KV pool"
             )
-        self._models[model] = _Model(layout, self.budget_chunks)
+        self._layouts[model] = layout
 
     def remove(self, model: int) -> None:
         """A model goes. Raises ValueError while any of its pages is promised or cached."""
-        if self._models[model].taken.size:
+        if model in self._models:
             raise ValueError(f"model {model} has {self._models[model].taken.size} pages")
-        del self._models[model]
+        del self._layouts[model]
 
     def capacity(self, model: int) -> int:
         """Pages that the model could be promised if nobody else were promised any."""
-        return self._models[model].geometry.layout.pages_in(self._bounds.reach(model))
+        return self._layouts[model].pages_in(self._bounds.reach(model))
 
     def fits(self, model: int, count: int, guard: Guard | None = None) -> bool:
         """Whether ``count`` more pages could be promised if all cached pages were given up."""
-        pages = self._models[model].best_of_all(count)
+        pages = self._pages_of(model).best_of_all(count)
         return len(pages) == count and self._may_promise(model, pages, guard)
 
     def shortage(self, model: int, count: int, guard: Guard | None = None) -> int:
         """Returns how many cached pages must at least be freed before :meth:`take`; 0: none."""
-        m = self._models[model]
+        m = self._pages_of(model)
         pages = m.best(count)
         if len(pages) < count:
             return count - len(pages)
         missing = m.taken.new_chunks(pages) - self.free_chunks
         if missing > 0:
-            return -(-missing // max(other.widest for other in self._models.values()))
+            return -(-missing // max(other.geometry.widest for other in self._models.values()))
         # Free pages may lie so scattered between cached ones that they cost more.
         return 0 if self._may_promise(model, pages, guard) else 1
 
@@ -223,7 +239,9 @@ class PageAllocator:
         the guard is not asked again)."""
         if count < 1 or self.shortage(model, count):
             raise ValueError(f"model {model}: {count} pages cannot be promised now")
-        m = self._models[model]
+        m = self._models.get(model)
+        if m is None:
+            m = self._models[model] = _Model(self._geometry_of(model))
         pages = m.best(count)
         self.free_chunks -= m.taken.new_chunks(pages)
         m.taken.add(pages)
@@ -250,6 +268,8 @@ class PageAllocator:
         self.free_chunks += len(left)
         unmapped = left[m.mapped[left]]
         m.mapped[unmapped] = False
+        if not m.taken.size:
+            self._models.pop(model, None)
         chunks: list[int] = unmapped.tolist()
         return chunks
 
@@ -265,35 +285,46 @@ class PageAllocator:
 
     def promised_chunks(self, model: int) -> int:
         """Chunks that the model's promised pages touch, mapped or not."""
-        return self._models[model].promised.chunks
+        return self._pages_of(model).promised.chunks
 
     def taken_pages(self, model: int) -> int:
         """Number of the model's pages that are promised or cached."""
-        return self._models[model].taken.size
+        return self._pages_of(model).taken.size
 
     def within_bounds(self) -> bool:
         """Whether what is promised is within the bounds, which may have changed since."""
         return self._bounds.allow({n: m.promised.chunks for n, m in self._models.items()})
 
     def cached_pages(self, model: int) -> int:
-        return self._models[model].taken.size - self._models[model].promised.size
+        m = self._pages_of(model)
+        return m.taken.size - m.promised.size
 
     def cached_chunks(self, model: int) -> int:
         """Chunks that only cached pages of the model touch: what giving them up would free."""
-        return self._models[model].taken.chunks - self._models[model].promised.chunks
+        m = self._pages_of(model)
+        return m.taken.chunks - m.promised.chunks
 
     def mapped_chunks(self, model: int) -> int:
         """Chunks of the model that are mapped."""
-        return int(np.count_nonzero(self._models[model].mapped))
+        return int(np.count_nonzero(self._pages_of(model).mapped))
+
+    def _geometry_of(self, model: int) -> _Geometry:
+        layout = self._layouts[model]
+        return _geometry(layout.page_bytes, layout.chunk_bytes, self.budget_chunks)
+
+    def _pages_of(self, model: int) -> _Model:
+        """The model's pages, to be read; only one that has some is kept."""
+        return self._models.get(model) or self._geometry_of(model).unused
 
     def _may_promise(self, model: int, pages: _Ints, guard: Guard | None) -> bool:
         """Whether bounds and guard let free or cached ``pages`` be promised."""
         promised = {other: m.promised.chunks for other, m in self._models.items()}
-        promised[model] += self._models[model].promised.new_chunks(pages)
+        m = self._pages_of(model)
+        promised[model] = m.promised.chunks + m.promised.new_chunks(pages)
         return self._bounds.allow(promised) and (guard is None or guard(pages.tolist()))
 
     def _checked(self, model: int, pages: Sequence[int]) -> tuple[_Model, _Ints]:
-        m = self._models[model]
+        m = self._pages_of(model)
         array = np.asarray(pages, dtype=np.int64)
         if not m.taken.has[array].all():
             raise ValueError(f"some of pages {list(pages)} of model {model} are free")

@@ -53,9 +53,9 @@ class Bounds:
         return max(0, min(self.ceilings[model], self.budget - others))
 
     def allow(self, promised: Mapping[int, int]) -> bool:
-        """Whether the models' promises may touch so many chunks each."""
+        """Whether the models' promises may touch so many chunks each, and those of others none."""
         if any(chunks > self.ceilings[model] for model, chunks in promised.items()):
             return False
-        return sum(max(promised[model], floor) for model, floor in self.floors.items()) <= (
+        return sum(max(promised.get(model, 0), floor) for model, floor in self.floors.items()) <= (
             self.budget
         )

@@ -35,9 +35,11 @@ from crosspool.config.process import (
 from crosspool.kernels.advance import count_advances
 from crosspool.models.registry import specs_of
 from crosspool.ranks.further import still_readable
-from crosspool.transport.device_socket import DeviceSocket
+from crosspool.transport.connector import Peers
+from crosspool.transport.device_socket import DeviceSocket, SchedulerLost
 from crosspool.transport.heartbeats import Heartbeat
 from crosspool.transport.kept_descriptors import KeptDescriptors
+from crosspool.transport.links import find_peers
 from crosspool.transport.messages import (
     PROTOCOL_VERSION,
     AddModel,
@@ -83,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--link-memory-fds", default="", help="what keeps the memory of the links of GPUs"
     )
+    parser.add_argument("--links-fd", type=int, help="listens for links of other hosts")
     parser.add_argument("--heartbeats-fd", type=int, help="where it shows that it goes on")
     parser.add_argument(
         "--incarnation",
@@ -93,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     deployment, device = load(args.deployment), Device(args.device)
     kept = tuple(int(fd) for fd in args.link_memory_fds.split(",") if fd)
-    descriptors = Descriptors(lanes=args.lanes_fd, heartbeats=args.heartbeats_fd, kept=kept)
+    descriptors = Descriptors(
+        lanes=args.lanes_fd, heartbeats=args.heartbeats_fd, kept=kept, links=args.links_fd
+    )
     return drive(deployment, device, descriptors, None, args.incarnation)
 
 
@@ -107,6 +112,8 @@ class Descriptors:
     """See :mod:`crosspool.transport.heartbeats`; None: nobody looks."""
     kept: tuple[int, ...] = ()
     """See :mod:`crosspool.transport.kept_descriptors`."""
+    links: int | None = None
+    """Listens for the links of other hosts' attention ranks; None: there are none."""
 
 
 def drive(
@@ -121,22 +128,27 @@ def drive(
     die_with_parent()
     set_title(f"device {device.name}")
     configure_logging(device)
-    keep_off(deployment.devices)
+    keep_off(deployment.own_devices)
     share_interpreter()
     set_slice(CONTROL_SLICE_NS)
-    socket = DeviceSocket(deployment.control_address, device.name, incarnation)
+    socket = DeviceSocket.of(deployment, device.name, incarnation)
     set_slice(DEFAULT_SLICE_NS)
     if incarnation > 1:
         deployment = still_readable(deployment)
     try:
-        heartbeat = Heartbeat(deployment.devices, device, descriptors.heartbeats, incarnation)
-        return DeviceProcess(deployment, device, descriptors, heartbeat, socket).run(weights)
+        heartbeat = Heartbeat(deployment.own_devices, device, descriptors.heartbeats, incarnation)
+        peers = find_peers(deployment, device, descriptors.links, incarnation)
+        process = DeviceProcess(deployment, device, descriptors, heartbeat, socket, peers=peers)
+        return process.run(weights)
     except ConfigError as error:
         print(f"device {device.name}: {error}", file=sys.stderr)
         socket.send(Failed(device=device.name, message=str(error)))
         # Where an earlier process could start, the user has made no mistake: memory that it had may
         # not be free yet.
         return USER_MISTAKE if incarnation == 1 else 1
+    except SchedulerLost as error:
+        log.error("%s: another process has to take over", error)
+        return 1
     except Exception as error:
         log.exception("the device process cannot go on")
         message = f"{type(error).__name__}: {error}"
@@ -165,12 +177,15 @@ class DeviceProcess:
         descriptors: Descriptors,
         heartbeat: Heartbeat,
         socket: DeviceSocket,
+        *,
+        peers: Peers | None,
     ) -> None:
         self._deployment = deployment
         self._device = device
         self._descriptors = descriptors
         self._heartbeat = heartbeat
         self._socket = socket
+        self._peers = peers
         self._ending = False
         self._drains = True
 
@@ -221,6 +236,7 @@ class DeviceProcess:
         _set_torch_threads(len(device.cores) if deployment.loop == "host" else 1)
         ranks = load_ranks(
             *(deployment, device, specs, placement, self._descriptors.lanes),
+            peers=self._peers,
             weights=weights,
             heartbeat=self._heartbeat,
             elsewhere=elsewhere - set(device.cores),
@@ -307,6 +323,7 @@ def load_ranks(
     lanes_fd: int | None,
     *,
     kept_fds: Sequence[int] = (),
+    peers: Peers | None = None,
     weights: ResidentWeights | None = None,
     heartbeat: Heartbeat | None = None,
     elsewhere: Collection[int] = (),
@@ -315,7 +332,8 @@ def load_ranks(
     the KV pool's memory, reads the weights, opens the links.
 
     ``lanes_fd``: the data path's shared memory, needed when a peer lives on another device; it is
-    closed, like ``kept_fds``, which keep the memory of the links of GPUs. ``weights``: those of the
+    closed, like ``kept_fds``, which keep the memory of the links of GPUs. ``peers``: how to find
+    the devices of other hosts, needed when the device has links to them. ``weights``: those of the
     resident loop, if they have been loaded. ``heartbeat``: where the process's thread and the loop
     show that they go on. ``elsewhere``: cores for threads that do not compute.
 
@@ -332,7 +350,7 @@ def load_ranks(
     elif deployment.loop == "host":
         from crosspool.ranks.host.load import load_host_ranks
 
-        ranks = load_host_ranks(deployment, device, specs, placement, lanes_fd)
+        ranks = load_host_ranks(deployment, device, specs, placement, lanes_fd, peers=peers)
     else:
         from crosspool.ranks.resident.load import load_resident_ranks, load_resident_weights
 
@@ -341,6 +359,7 @@ def load_ranks(
         ranks = load_resident_ranks(
             *(deployment, device, specs, placement, weights),
             lanes_fd=lanes_fd,
+            peers=peers,
             heartbeat=heartbeat,
             elsewhere=elsewhere,
         )

@@ -36,7 +36,7 @@ def positions_of(deployment: Deployment, spec: ModelSpec) -> int:
     """Returns the tokens of the longest sequence of a model that may come: its context, or what its
     cache on one attention rank has room for."""
     layout = KVLayout(spec, deployment.page_size, deployment.chunk_bytes)
-    return min(spec.context, layout.pages_in(_chunks(deployment)) * deployment.page_size)
+    return min(spec.context, layout.tokens_in(layout.pages_in(_chunks(deployment))))
 
 
 def _chunks(deployment: Deployment) -> int:
@@ -83,7 +83,7 @@ def take_kv_pool(
 ) -> tuple[V, dict[int, torch.Tensor]]:
     """Takes the memory of one attention rank, ``budget_bytes`` in whole chunks.
 
-    Returns its virtualizer, and by model a cache [pages, layers, page_size, kv_width] that is long
+    Returns its virtualizer, and by model a cache as :func:`cache_of` has it that is long
     enough for all of the budget. Only mapped chunks of a cache may be touched.
 
     Raises ConfigError when the device has no memory for it."""
@@ -105,9 +105,10 @@ def take_kv_pool(
 def cache_of(
     virtualizer: Virtualizer, model: int, spec: ModelSpec, layout: KVLayout, chunks: int
 ) -> torch.Tensor:
-    """Returns a model's cache [pages, layers, page_size, kv_width] of the spec's ``kv_dtype`` over
-    its range, which has room for ``chunks`` chunks."""
-    shape = (layout.pages_in(chunks), spec.layers, layout.page_size, spec.kv_width)
+    """Returns a model's cache [pages, kv_layers, page_size, kv_width] of the spec's ``kv_dtype``
+    over its range, which has room for ``chunks`` chunks. Pages of recurrent state are of the same
+    size, and hold floats."""
+    shape = (layout.pages_in(chunks), spec.kv_layers, layout.page_size, spec.kv_width)
     return virtualizer.tensor(model, shape, TORCH_DTYPES[spec.kv_dtype])
 
 

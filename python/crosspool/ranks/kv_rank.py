@@ -8,6 +8,7 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from crosspool.kvpool.layout import state_pages
 from crosspool.kvpool.virtualizer import Virtualizer
 from crosspool.models.spec import ModelSpec
 from crosspool.ranks.weights import TensorListing
@@ -45,8 +46,9 @@ class KVRank(Generic[P, R]):
     """One attention rank: its requests, of type R, and its memory.
 
     By the model: ``specs`` and ``kv`` have those that there are, ``parts``, of type P, those whose
-    weights are in memory. Each cache in ``kv`` is [pages, layers, page_size, kv_width]; only its
-    mapped chunks may be touched."""
+    weights are in memory. Each cache in ``kv`` is [pages, kv_layers, page_size, kv_width]; only its
+    mapped chunks may be touched. The first pages of a request's table have its recurrent state,
+    where the model has any."""
 
     def __init__(
         self,
@@ -118,13 +120,17 @@ class KVRank(Generic[P, R]):
     def _check_pages(self, step: Step, row: Row, pages: int) -> None:
         """Raises RuntimeError when a page table of ``pages`` pages does not cover the row with all
         of its lease."""
-        slots = pages * self.kv[step.model].shape[2]
+        slots = (pages - self._state_pages(step.model)) * self.kv[step.model].shape[2]
         end = row.start + len(row.tokens) + step.lease - 1
         if slots < end:
             raise RuntimeError(
                 f"step {step.step}: request {row.request} has pages for {slots} tokens, not for"
                 f" {end}"
             )
+
+    def _state_pages(self, model: int) -> int:
+        """Pages of recurrent state of each of the model's requests."""
+        return state_pages(self.specs[model], self.kv[model].shape[2])
 
     def _check_row(self, step: Step, row: Row, positions: int) -> None:
         """Raises RuntimeError for a row that would lead native code or GPU kernels astray, which

@@ -1,7 +1,7 @@
 """Holds the weights of a CPU device, and forks the device's process whenever it is asked.
 
     python -m crosspool.ranks.weight_holder --deployment FILE --device cpu:0 --launcher-fd N
-        [--lanes-fd N] [--heartbeats-fd N]
+        [--lanes-fd N] [--links-fd N] [--heartbeats-fd N]
 
 A forked process shares the memory of the weights, huge pages and all, and has torch imported. So a
 device whose process has died is back as soon as it has its KV pool and its links, however large the
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", required=True, help="name of the device")
     parser.add_argument("--launcher-fd", type=int, required=True, help="socket to the launcher")
     parser.add_argument("--lanes-fd", type=int, help="shared memory of the data path")
+    parser.add_argument("--links-fd", type=int, help="listens for links of other hosts")
     parser.add_argument("--heartbeats-fd", type=int, help="where the device shows that it goes on")
     arguments = parser.parse_args(argv)
 
@@ -62,10 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"device {device.name}: {error}", file=sys.stderr)
         return 2
-    keep_off(deployment.devices)  # giving weights up is no work for cores that compute
+    keep_off(deployment.own_devices)  # giving weights up is no work for cores that compute
     _warn_of_threads()
     freeze_heap()  # the collector, writing to every object, would soon have copied all pages too
-    descriptors = Descriptors(lanes=arguments.lanes_fd, heartbeats=arguments.heartbeats_fd)
+    descriptors = Descriptors(
+        lanes=arguments.lanes_fd,
+        heartbeats=arguments.heartbeats_fd,
+        links=arguments.links_fd,
+    )
 
     def run(incarnation: int) -> int:
         """Is the device's process, with the models that there are when it begins."""

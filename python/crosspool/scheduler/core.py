@@ -15,7 +15,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 
+import msgspec
+
 from crosspool.config.deployment import Deployment
+from crosspool.observability.histograms import ModelHistograms
 from crosspool.scheduler.admission import Admission
 from crosspool.scheduler.batching import (
     form_batch,
@@ -322,6 +325,7 @@ class SchedulerCore(FleetControl):
         for seq in self._admission.admit():
             model = self._models[seq.model]
             model.counters.admit(seq)
+            model.times.admitted(seq, now)
             if not seq.replayed:
                 model.rates.admitted(seq.prompt_len, seq.cached, now)
             model.queue.moved(now)
@@ -352,6 +356,7 @@ class SchedulerCore(FleetControl):
         elif row.token >= 0:
             self._models[seq.model].counters.output_tokens += 1
             self._models[seq.model].rates.generated(now)
+            self._models[seq.model].times.sampled(seq, now)
             finish = seq.append(row.token, row.output)
 
         if finish is not None:
@@ -367,6 +372,7 @@ class SchedulerCore(FleetControl):
         elif seq in self._models[seq.model].queue:
             self._models[seq.model].queue.remove(seq)
         self._models[seq.model].counters.end(finish)
+        self._models[seq.model].times.ended(seq, finish, self._clock())
         self._outputs.append(seq.output(finish))
 
     # --- output
@@ -445,6 +451,18 @@ class SchedulerCore(FleetControl):
             max_tokens={number: self.max_tokens(number) for number in served},
             failure=self._failure.message if self._failure else None,
         )
+
+    def histograms(self) -> list[ModelHistograms]:
+        """What the requests of each model took since the start, as far as they are over. They go on
+        being filled."""
+        return [
+            msgspec.structs.replace(
+                self._models[number].times.histograms,
+                model=number,
+                name=self._models[number].name,
+            )
+            for number in sorted(self._queues)
+        ]
 
     # --- requests
 

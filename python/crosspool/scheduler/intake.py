@@ -32,14 +32,16 @@ class Intake:
 
     def max_tokens(self, model: int) -> int:
         """Longest sequence of ``model`` that can ever be served, in tokens."""
-        pages = self._models[model].layout.pages_in(self._bounds.reach(model))
-        return min(self._models[model].spec.context, pages * self._deployment.page_size)
+        layout = self._models[model].layout
+        tokens = layout.tokens_in(layout.pages_in(self._bounds.reach(model)))
+        return min(self._models[model].spec.context, tokens)
 
     def sequence(self, request: GenerateRequest) -> Sequence:
         """The sequence of ``request``, which has the next number and waits from now on."""
         model, stop = request.model, request.stop
         tools = self._models[model].tools
         prompt_len = len(request.input_ids)
+        now = self._clock()
         if stop.max_new_tokens is None:
             limit = self.max_tokens(model)
         else:
@@ -56,7 +58,8 @@ class Intake:
             next(self._numbers),
             request,
             limit=limit,
-            deadline=self._clock() + self._deployment.queue_timeout,
+            arrived=now,
+            deadline=now + self._deployment.queue_timeout,
             stopping=stopping,
             page_size=self._deployment.page_size,
         )

@@ -81,10 +81,11 @@ class Promises:
 
     def match(self, seq: Sequence) -> list[Entry]:
         """The cached beginning of ``seq``'s prompt, as far as ``seq`` may use it."""
-        if self._cache is None:
+        cache = self._cache_of(seq.model)
+        if cache is None:
             return []
         keys = seq.page_keys(0, seq.reusable)
-        return self._cache.match(seq.model, seq.request.cache_namespace, keys)
+        return cache.match(seq.model, seq.request.cache_namespace, keys)
 
     def admit(self, seq: Sequence) -> bool:
         """Promises ``seq`` pages for its uncached tokens and for what may follow, if there is room
@@ -146,10 +147,11 @@ class Promises:
     def share(self, seq: Sequence) -> bool:
         """The full pages of ``seq``'s prompt are computed; other requests may use them from now on.
         Returns whether there is a cache for them."""
-        if self._cache is None:
+        cache = self._cache_of(seq.model)
+        if cache is None:
             return False
         full = seq.prompt_len // self._layouts[seq.model].page_size
-        self._cache.grow(
+        cache.grow(
             seq.model,
             seq.request.cache_namespace,
             seq.path,
@@ -162,10 +164,11 @@ class Promises:
         """``seq`` has ended: its full pages of computed tokens are cached, its other pages free."""
         self.rule.ended(seq)
         spare = seq.pages
-        if self._cache is not None:
+        cache = self._cache_of(seq.model)
+        if cache is not None:
             full = seq.computed // self._layouts[seq.model].page_size
             shared = len(seq.path)
-            idle, twins = self._cache.leave(
+            idle, twins = cache.leave(
                 seq.model,
                 seq.request.cache_namespace,
                 seq.path,
@@ -180,6 +183,10 @@ class Promises:
         """Gives up every cached page (of ``model``, if given) that no request uses."""
         if self._cache is not None:
             self._free(self._cache.flush(model))
+
+    def _cache_of(self, model: int) -> PrefixCache | None:
+        """The prefix cache, unless the model has recurrent state, which no two requests share."""
+        return None if self._layouts[model].state_pages else self._cache
 
     def chunks_to_unmap(self) -> dict[int, list[int]]:
         """Chunks of each model that no page touches any more, since the last call."""

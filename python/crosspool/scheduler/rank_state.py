@@ -52,6 +52,8 @@ class RankState:
         """Models whose requests have waited for a prompt chunk and not had a token since."""
         self.version = 0
         """Changes whenever a request that was refused pages before might get them now."""
+        self.busy_seconds = 0.0
+        """Seconds of all steps that have ended, added up."""
         self._layouts = layouts
         self._step_numbers = count()
         self._first_step = 0
@@ -228,7 +230,7 @@ class RankState:
             known = len(seq.tokens)
             if not seq.leasable or seq.computed + tokens < known:
                 return 1
-            slots = len(seq.pages) * self._layouts[model].page_size
+            slots = self._layouts[model].tokens_in(len(seq.pages))
             most = min(most, seq.limit - known, slots - known + 1)
         return max(most, 1)
 
@@ -253,6 +255,7 @@ class RankState:
                 f"attention rank {self.index} goes on with step {result.step}, whose lease is over"
             )
         self.budget.share_out(self.flights.values(), now)
+        self.busy_seconds += now - flight.issued
         if self.stalled or flight.step < self._first_measured:
             self.budget.dropped(flight)
         else:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import count
 
@@ -23,7 +24,7 @@ from crosspool.scheduler.budgets import Budgets, WeightPlace
 from crosspool.scheduler.fleet import FleetModel
 from crosspool.scheduler.held_weights import HeldWeights
 from crosspool.scheduler.worth import Worth
-from crosspool.transport.inspection import ModelResidency, ModelState
+from crosspool.transport.inspection import ModelResidency, ModelState, WeightUse
 from crosspool.transport.messages import Sleep, Wake
 
 EARLY_SHARE = 0.75
@@ -89,6 +90,18 @@ class ResidencyPolicy:
     def holds(self, device: int, model: int) -> bool:
         """Whether the device has weights of the model, all or some."""
         return self._held.holds(device, model)
+
+    def weights(self, devices: Seq[str]) -> list[WeightUse]:
+        """What each rank holds of weights now. ``devices``: the names of all devices."""
+        return [
+            WeightUse(
+                pool="weight" if spot.role == "ffn" else "kv",
+                device=devices[spot.device],
+                bytes=sum(n for model, n in spot.held.items() if self.holds(spot.device, model)),
+                budget_bytes=spot.budget,
+            )
+            for spot in self._budgets.places
+        ]
 
     def is_gone(self, model: int) -> bool:
         """Whether no device has weights of the model, or is to have any."""

@@ -24,6 +24,7 @@ class Sequence:
         request: GenerateRequest,
         *,
         limit: int,
+        arrived: float,
         deadline: float,
         stopping: Stopping,
         page_size: int,
@@ -32,6 +33,8 @@ class Sequence:
         self.request = request
         self.limit = limit
         """Most tokens that the request may reach, prompt included."""
+        self.arrived = arrived
+        """Clock time at which the request came."""
         self.deadline = deadline
         """Clock time at which the request is refused if it still waits."""
         self.stopping = stopping
@@ -62,6 +65,10 @@ class Sequence:
         """Whether its last token was sampled and its grammar has not followed that token yet. Until
         it has, the request is in no step."""
         self.over = False
+        self.is_timed = not request.is_probe and request.delivered is None
+        """Whether what the request takes is counted."""
+        self.sampled_at: float | None = None
+        """Clock time at which its last token was sampled; None before the first."""
 
         self._keys = PageKeys(page_size)
         self._prompt_logprobs: list[TokenLogprobs] = []

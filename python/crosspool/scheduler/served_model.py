@@ -10,6 +10,7 @@ from crosspool.scheduler.counters import ModelCounters
 from crosspool.scheduler.protocols import ModelTools
 from crosspool.scheduler.queues import WaitingQueue
 from crosspool.scheduler.rates import ModelRates
+from crosspool.scheduler.request_times import RequestTimes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class ServedModel:
     queue: WaitingQueue
     counters: ModelCounters = field(default_factory=ModelCounters)
     rates: ModelRates = field(default_factory=ModelRates)
+    times: RequestTimes = field(default_factory=RequestTimes)
 
     @property
     def spec(self) -> ModelSpec:

@@ -66,7 +66,12 @@ def snapshot(
                 **msgspec.structs.asdict(deepcopy(model.counters)),
             )
         )
-    return Snapshot(models=models, ranks=by_rank, failure=failure)
+    return Snapshot(
+        models=models,
+        ranks=by_rank,
+        weights=residency.weights([device.name for device in deployment.devices]),
+        failure=failure,
+    )
 
 
 def _rank(
@@ -89,6 +94,8 @@ def _rank(
         device=deployment.kv_pool_devices[rank.index].name,
         away=rank.away,
         steps_in_flight=len(rank.flights),
+        lanes=deployment.lanes,
+        busy_seconds=rank.busy_seconds,
         budget_chunks=allocator.budget_chunks,
         budget_bytes=allocator.budget_chunks * chunk_bytes,
         free_chunks=allocator.free_chunks,

@@ -24,12 +24,14 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from crosspool.config.deployment import Deployment
+from crosspool.observability.histograms import ModelHistograms
 from crosspool.server.body import Bodies, Body
 from crosspool.server.errors import JSON, RequestError, handle_error, unknown_model
 from crosspool.server.fleet_routes import UPDATE_WEIGHTS, FleetRoutes
 from crosspool.server.gate import Gate
 from crosspool.server.keys import Keys
 from crosspool.server.model_apps import ModelApps
+from crosspool.server.registration import Registration
 from crosspool.server.request_bounds import RequestBounds
 from crosspool.server.residency_routes import OTHER_SERVERS, ResidencyRoutes
 from crosspool.server.routes import DEFAULT_MODEL, RouteRule, split
@@ -39,6 +41,7 @@ from crosspool.transport.inspection import DeviceCounters, ModelState
 
 if TYPE_CHECKING:
     from crosspool.frontend.model_app import ModelApp
+    from crosspool.observability.metrics import Measured
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ _QUESTIONS: dict[str, admin.What] = {
     "tensors": "tensors",
     "pools": "pools",
     "counters": "counters",
+    "histograms": "histograms",
     "trace/start": "trace_start",
     "trace/stop": "trace_stop",
 }
@@ -56,6 +60,7 @@ _RESPONSES = "/v1/responses/"
 MISSING_HEADER = "x-crosspool-missing"
 """Names the devices that are away, of which an answer tells nothing."""
 _HEALTH = ("/health", "/ready", "/ping", "/health_generate")
+_METRICS = "/metrics"
 _LOOK_SECONDS = 0.05
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -69,11 +74,16 @@ class App(Starlette):
     """CrossPool's own routes; every other path is a model's."""
 
     def __init__(
-        self, deployment: Deployment, state: State, scheduler: admin.AsyncAdmin, apps: ModelApps
+        self,
+        deployment: Deployment,
+        state: State,
+        scheduler: admin.AsyncAdmin,
+        apps: ModelApps,
+        registration: Registration | None,
     ) -> None:
         names = state.names
         names[:] = deployment.names.values()
-        keys = self._keys = Keys(*deployment.keys)
+        keys = self._keys = Keys(*deployment.api_keys)
         self._bodies = Bodies(deployment, state.turns)
         self._residency = ResidencyRoutes(
             scheduler, names, self._bodies, self._recovered, deployment.queue_timeout
@@ -85,11 +95,12 @@ class App(Starlette):
             apps=apps,
             bodies=self._bodies,
             recovered=self._recovered,
+            registration=registration,
         )
         super().__init__(
             routes=[
                 *(Route(path, self._health) for path in _HEALTH[:3]),
-                Route("/metrics", self._metrics),
+                Route(_METRICS, self._metrics),
                 Route("/health_generate", self._health_generate),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._models),
@@ -113,7 +124,7 @@ class App(Starlette):
         self.router.default = self._to_model
         self.router.redirect_slashes = False
         self._deployment = deployment
-        self._sglang_metrics = bool(deployment.sglang.get("enable_metrics"))
+        self._sglang_collects = bool(deployment.sglang.get("enable_metrics"))
         self._state = state
         self._scheduler = scheduler
 
@@ -162,17 +173,38 @@ class App(Starlette):
         # Here, because it may be imported only once PROMETHEUS_MULTIPROC_DIR is set.
         from crosspool.observability import metrics
 
-        status, counters = self._state.status, list[DeviceCounters]()
+        measured, names = await self._measured(), list(self._state.names)
+        # In a thread: many models have tens of thousands of lines.
+        text = await asyncio.to_thread(
+            metrics.render, measured, names, collects=self._sglang_collects
+        )
+        return Response(text, media_type=_METRICS_TYPE)
+
+    async def _metrics_of(self, name: str) -> Response:
+        """The metrics of one model, which routers ask for."""
+        from crosspool.observability import metrics
+
+        measured = await self._measured()
+        text = await asyncio.to_thread(
+            metrics.of_model, name, measured, collects=self._sglang_collects
+        )
+        return Response(text, media_type=_METRICS_TYPE)
+
+    async def _measured(self) -> Measured:
+        """What the scheduler and the devices tell, as far as it can be had."""
+        from crosspool.observability.metrics import Measured
+
+        status = self._state.status
+        counters: list[DeviceCounters] = []
+        histograms: list[ModelHistograms] = []
         try:
             if self._state.ready:
                 status = await self._scheduler.status()
+                histograms = await self._scheduler.histograms()
                 counters = (await self._scheduler.inspect("counters")).counters
         except admin.AdminError as error:
             log.warning("metrics are not complete: %s", error)
-        text = metrics.render(status, counters)
-        if self._sglang_metrics:
-            text += metrics.of_all_processes(self._state.names) + metrics.sglang_gauges(status)
-        return Response(text, media_type=_METRICS_TYPE)
+        return Measured(status, counters, histograms)
 
     async def _models(self, request: Request) -> Response:
         self._check_serving()
@@ -229,6 +261,8 @@ class App(Starlette):
         try:
             if what == "status":
                 return JSON(msgspec.to_builtins(await self._scheduler.status()))
+            if what == "histograms":
+                return JSON(msgspec.to_builtins(await self._scheduler.histograms()))
             report = await self._scheduler.inspect(what)
             headers = {MISSING_HEADER: ", ".join(report.missing)} if report.missing else None
             return JSON(report.plain(what, self._numbers()), headers=headers)
@@ -286,6 +320,8 @@ class App(Starlette):
             return await response(inner, receive, send)
         if rule.path in _HEALTH and self._state_of(name) != "resident":
             return await Response()(inner, receive, send)
+        if rule.path == _METRICS:
+            return await (await self._metrics_of(name))(inner, receive, send)
         await self._bodies.check(body, RequestBounds.of(self._deployment, model))
         await self._serve(name, inner, body.replay(receive), send)
 

@@ -16,6 +16,8 @@ import zmq
 
 from crosspool.config.deployment import Deployment
 from crosspool.observability.bounded_log import BoundedLog
+from crosspool.transport.control_keys import load_scheduler_keys
+from crosspool.transport.curve import ClientCheck, bind_server
 from crosspool.transport.device_socket import identity_of, read_identity
 from crosspool.transport.inspection import DeviceStatus, InspectWhat, Report
 from crosspool.transport.messages import (
@@ -60,6 +62,8 @@ class _Device:
     """A device, and the process that drives it or is expected to."""
 
     name: str
+    node: int
+    """Number of its host."""
     incarnation: int = 1
     ready: Ready | None = None
     """None while the process has not reported, or there is none."""
@@ -81,6 +85,7 @@ class _Device:
     def status(self) -> DeviceStatus:
         return DeviceStatus(
             name=self.name,
+            node=self.node,
             ready=self.ready is not None,
             pid=self.ready.pid if self.ready else None,
             ranks=self.known.ranks if self.known else [],
@@ -101,9 +106,19 @@ class _Question:
     does."""
 
 
+def _router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.LINGER, 500)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    return socket
+
+
 class Devices:
-    """Binds ``deployment.control_address``. Register :attr:`socket` with a poller and call
-    :meth:`receive` when it is readable.
+    """Binds ``deployment.control_address`` and, where other hosts have devices, a port for them.
+    Register :attr:`sockets` with a poller; when one is readable, call :meth:`admit` and
+    :meth:`receive`.
 
     ``on_ready`` is called with the name of each device that is ready and what it has told;
     ``on_away`` and ``on_back`` with that name when its process is gone, and when another
@@ -123,7 +138,7 @@ class Devices:
         is_first: bool = True,
     ) -> None:
         self._is_first = is_first
-        self._devices = {device.name: _Device(device.name) for device in deployment.devices}
+        self._devices = {d.name: _Device(d.name, d.node) for d in deployment.devices}
         self._kv_names = [device.name for device in deployment.kv_pool_devices]
         self._on_ready = on_ready
         self._on_away = on_away
@@ -131,14 +146,35 @@ class Devices:
         self._on_told = on_told
         self._questions: dict[int, _Question] = {}
         self._ids = itertools.count(1)
-        self.socket = context.socket(zmq.ROUTER)
-        self.socket.setsockopt(zmq.LINGER, 500)
-        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.socket.setsockopt(zmq.SNDHWM, 0)
-        self.socket.setsockopt(zmq.RCVHWM, 0)
-        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        self.socket.bind(deployment.control_address)
+        here = _router(context)
+        here.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        here.bind(deployment.control_address)
         os.chmod(Path(deployment.control_address.removeprefix("ipc://")), 0o600)
+        self._routers = {0: here}
+        """The socket of the devices of each host."""
+        self._check: ClientCheck | None = None
+        if deployment.other_nodes:
+            keys = load_scheduler_keys(deployment.control_keys)
+            self._check = ClientCheck(context, [keys.devices])
+            elsewhere = _router(context)
+            elsewhere.setsockopt(zmq.ROUTER_HANDOVER, 1)  # its host's connection may have broken
+            bind_server(
+                *(elsewhere, deployment.host_address.numeric.devices, keys.own),
+                silence=deployment.host_timeout,
+                max_bytes=MAX_MESSAGE_BYTES,
+            )
+            self._routers |= dict.fromkeys(deployment.other_nodes, elsewhere)
+
+    @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        """What to poll."""
+        routers = list(dict.fromkeys(self._routers.values()))
+        return routers if self._check is None else [*routers, self._check.socket]
+
+    def admit(self) -> None:
+        """Takes connections of device processes of other hosts, if any ask for it."""
+        if self._check is not None:
+            self._check.answer()
 
     @property
     def have_started(self) -> bool:
@@ -191,7 +227,8 @@ class Devices:
             return
         identity = identity_of(device.name, device.incarnation)
         try:
-            self.socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
+            router = self._routers[device.node]
+            router.send_multipart([identity, encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             # The launcher will say what has become of it.
             bounded.error("device %s cannot be reached: %s", device.name, error)
@@ -200,14 +237,22 @@ class Devices:
         """Handles messages up to the next result of a step; returns that with its attention rank,
         or None when no message is left. Raises DeviceFailed for a device that fails before all were
         ever ready, and for one that does not speak the protocol."""
+        for router in dict.fromkeys(self._routers.values()):
+            if (result := self._receive_from(router)) is not None:
+                return result
+        return None
+
+    def _receive_from(self, router: zmq.Socket[bytes]) -> tuple[int, StepResult] | None:
         while True:
             try:
-                frames = self.socket.recv_multipart(zmq.NOBLOCK)
+                frames = router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return None
             try:
                 name, incarnation = read_identity(frames[0])
                 device = self._devices[name]
+                if self._routers[device.node] is not router:
+                    raise ValueError(f"{name} is on another host")
                 (frame,) = frames[1:]
             except (ValueError, KeyError):
                 text = "dropped a message of %d parts from %r"

@@ -21,6 +21,7 @@ from crosspool.server.body import Bodies, decoded
 from crosspool.server.errors import JSON, RequestError, unknown_model
 from crosspool.server.model_apps import ModelApps, Unloads
 from crosspool.server.progress import events, wants_events
+from crosspool.server.registration import Registration
 from crosspool.server.scheduler_errors import scheduler_errors
 from crosspool.server.state import State
 from crosspool.transport.admin import AdminError
@@ -64,6 +65,7 @@ class FleetRoutes:
         apps: ModelApps,
         bodies: Bodies,
         recovered: Callable[[], Awaitable[None]],
+        registration: Registration | None,
     ) -> None:
         self._file = deployment.file
         self._timeout = deployment.drain_timeout
@@ -72,6 +74,7 @@ class FleetRoutes:
         self._apps = apps
         self._bodies = bodies
         self._recovered = recovered
+        self._registration = registration
         base = "/crosspool/models"
         self.routes = [
             Route(base, self._load, methods=["POST"]),
@@ -112,17 +115,20 @@ class FleetRoutes:
         await self._recovered()
         name: str = request.path_params["name"]
         timeout = _timeout(request, self._timeout)
-        if name not in self._state.names:
-            raise unknown_model(name)
-        number = self._apps.number(name)
-        self._apps.leave(number)
-        try:
-            await self._answer(lambda: self._scheduler.unload(name, timeout))
-        except BaseException:
-            self._apps.stay(number)
-            raise
-        with scheduler_errors():
-            await self._apps.follow()
+        async with contextlib.AsyncExitStack() as stack:
+            if self._registration is not None:
+                await stack.enter_async_context(self._registration.without(name))
+            if name not in self._state.names:
+                raise unknown_model(name)
+            number = self._apps.number(name)
+            self._apps.leave(number)
+            try:
+                await self._answer(lambda: self._scheduler.unload(name, timeout))
+            except BaseException:
+                self._apps.stay(number)
+                raise
+            with scheduler_errors():
+                await self._apps.follow()
         return JSON({"name": name, "state": "unloaded"})
 
     async def update_weights(self, name: str, raw: bytes) -> Response:

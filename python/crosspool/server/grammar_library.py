@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,6 +56,29 @@ class GrammarCompiler(Protocol):
         Raises a ValueError that says what is wrong with it, and MemoryError when the process may
         have no more memory."""
         ...
+
+
+class LaterCompiler:
+    """A GrammarCompiler that ``make`` makes when the first grammar asks for it. Reading a
+    tokenizer's vocabulary takes some tenths of a second in which no other thread runs, and most
+    models that are loaded never get a grammar."""
+
+    def __init__(self, make: Callable[[], GrammarCompiler]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._made: GrammarCompiler | None = None
+
+    def _compiler(self) -> GrammarCompiler:
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
+
+    def prepare(self, grammar: Grammar) -> Grammar:
+        return self._compiler().prepare(grammar)
+
+    def build(self, grammar: Grammar) -> CompiledGrammar:
+        return self._compiler().build(grammar)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ from crosspool.server.app import App
 from crosspool.server.listeners import Listeners
 from crosspool.server.liveness import CannotServe, Liveness
 from crosspool.server.model_apps import ModelApps
+from crosspool.server.registration import Registration
 from crosspool.server.state import State
 from crosspool.transport import admin, notices
 from crosspool.transport.inspection import Status
@@ -78,7 +79,10 @@ class HttpProcess:
         self._apps = ModelApps(deployment, self._state, self._scheduler, self._make_app)
         self._following: asyncio.Task[None] | None = None
         """Makes and ends applications; None while the fleet has not changed."""
-        self._app = App(deployment, self._state, self._scheduler, self._apps)
+        self._registration = (
+            None if deployment.router_url is None else Registration(deployment, self._state.names)
+        )
+        self._app = App(deployment, self._state, self._scheduler, self._apps, self._registration)
         self._liveness = Liveness(deployment.watchdog_timeout, time.monotonic)
         self._notices = notices.bind(self._context, deployment.notice_address)
         self._prepared = asyncio.Event()
@@ -119,7 +123,7 @@ class HttpProcess:
         ending = asyncio.create_task(self._ending.wait())
         try:
             await _first_of(ending, serving, prepare, watch)
-            await self._drain()
+            await asyncio.gather(self._drain(), self._take_back())
         finally:
             for task in (prepare, watch, ending):
                 task.cancel()
@@ -156,6 +160,16 @@ class HttpProcess:
             await asyncio.sleep(0.05)
         if self._state.in_flight:
             log.warning("%d requests did not finish in time", self._state.in_flight.total())
+
+    async def _take_back(self) -> None:
+        if self._registration is not None:
+            await self._registration.end()
+
+    async def _register(self) -> None:
+        """Keeps the models registered at the deployment's router, if it has one."""
+        if self._registration is not None:
+            await self._prepared.wait()
+            await self._registration.run()
 
     async def _prepare(self) -> None:
         """Imports SGLang and, in the first HTTP process, has every model whose weights are in the
@@ -212,7 +226,9 @@ class HttpProcess:
     async def _watch(self) -> None:
         """Keeps the status fresh and notices when the deployment cannot serve. Raises CannotServe
         when it never will again, after ``failure_grace`` seconds in which clients get 503."""
-        await asyncio.gather(self._ask(), self._listen_to_launcher(), self._judge())
+        await asyncio.gather(
+            self._ask(), self._listen_to_launcher(), self._judge(), self._register()
+        )
 
     async def _ask(self) -> None:
         while True:

@@ -1,7 +1,9 @@
 """Loads models into the scheduler process and unloads them while it runs.
 
-A further model is read in a thread and made known to the process that compiles grammars and to the
-detokenizer; then the core adds it on every device. What cannot be added is taken back everywhere.
+A further model is read in a thread, then made known to the detokenizer and to the process that
+compiles grammars; then the core adds it on every device, and the HTTP processes read it at last.
+Tokens pass each of these processes, and none goes on while the library reads a tokenizer in it: one
+after the other, they do not wait for a core besides. What cannot be added is taken back everywhere.
 deployment.json, which every process reads that is started later, is written anew with each change.
 """
 
@@ -49,6 +51,8 @@ class _Load:
     done: Loaded
     deadline: float
     reading: Future[ReadTools]
+    is_told: bool = False
+    """Whether the detokenizer is to read it."""
     compiler: Future[None] | None = None
     """Done when the process that compiles grammars knows the model; None until it is told."""
     is_with_core: bool = False
@@ -131,7 +135,6 @@ class ModelLoader:
         deadline = time.monotonic() + LOAD_SECONDS
         self._loads[number] = _Load(config, done, deadline, reading, replaces=old)
         reading.add_done_callback(lambda _: self._on_change())
-        self._tell_detokenizer(AddTokenizer(model=number, config=config))
         log.info("model %s comes, as number %d", config.name, number)
 
     def unload(self, number: int, timeout: float, done: Unloaded) -> None:
@@ -176,7 +179,7 @@ class ModelLoader:
         """Makes the models known to a detokenizer that came or went while it started."""
         self._detokenizer = sender
         self._detokenized = set(message.models)
-        configs = {number: load.config for number, load in self._loads.items()}
+        configs = {number: load.config for number, load in self._loads.items() if load.is_told}
         configs |= self._core.deployment.models
         for number in configs.keys() - self._detokenized:
             self._tell_detokenizer(AddTokenizer(model=number, config=configs[number]))
@@ -221,14 +224,19 @@ class ModelLoader:
         self._replacements.go_on()
 
     def _hand_to_core(self, number: int, load: _Load) -> None:
-        """Has the core add the model, once the other processes know it. Raises ValueError, with a
-        text for users."""
+        """Has the other processes read the model, one after the other, and then has the core add
+        it. Raises ValueError, with a text for users."""
         if not load.reading.done():
             return
         read = load.reading.result()
+        if not load.is_told:
+            load.is_told = True
+            self._tell_detokenizer(AddTokenizer(model=number, config=load.config))
+        if number not in self._detokenized:
+            return
         if load.compiler is None:
             load.compiler = self._grammars.add(number, load.config, read.compiler)
-        if not load.compiler.done() or number not in self._detokenized:
+        if not load.compiler.done():
             return
         load.compiler.result()
         tools = read.with_grammars(self._grammars, number)

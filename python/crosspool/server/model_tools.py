@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from crosspool.config.deployment import ConfigError, Deployment
@@ -14,7 +15,7 @@ from crosspool.models.registry import spec_of
 from crosspool.models.spec import ModelSpec
 from crosspool.scheduler.protocols import ModelTools
 from crosspool.server.grammar_choice import compiler_of
-from crosspool.server.grammar_library import GrammarCompiler
+from crosspool.server.grammar_library import GrammarCompiler, LaterCompiler
 from crosspool.server.grammars import Grammars, ModelGrammars
 from crosspool.server.text import HFTextDecoder
 from crosspool.weightpool.experts import check_experts
@@ -45,15 +46,16 @@ class ReadTools:
         )
 
 
-def read_tools(deployment: Deployment, model: int) -> ReadTools:
-    """Reads a model of the deployment. Raises ConfigError when it or its tokenizer cannot be
-    read."""
+def read_tools(deployment: Deployment, model: int, *, compiles_later: bool = False) -> ReadTools:
+    """Reads a model of the deployment; what compiles its grammars is made with the first of them
+    if it ``compiles_later``. Raises ConfigError when the model or its tokenizer cannot be read."""
     spec = spec_of(deployment.models[model])
     tokenizer = load_tokenizer(deployment, model)
+    make = partial(_compiler, deployment, tokenizer, spec)
     return ReadTools(
         spec=spec,
         decoder=HFTextDecoder(tokenizer),
-        compiler=_compiler(deployment, tokenizer, spec),
+        compiler=LaterCompiler(make) if compiles_later else make(),
         think_end=think_end(deployment, model, tokenizer),
     )
 
@@ -86,7 +88,7 @@ def read_further(deployment: Deployment, model: int, others: Mapping[int, ModelS
     """Reads a model that is to be served beside the ``others`` of the deployment. Raises
     ConfigError when it cannot be read, when its weights never fit into the pools, or its experts
     into the expert pool, and when no model can be loaded here."""
-    read = _read(deployment, model)
+    read = _read(deployment, model, compiles_later=True)
     specs = {**others, model: read.spec}
     placement = place(deployment, specs)
     check_experts(deployment, specs, placement)
@@ -94,10 +96,10 @@ def read_further(deployment: Deployment, model: int, others: Mapping[int, ModelS
     return read
 
 
-def _read(deployment: Deployment, model: int) -> ReadTools:
+def _read(deployment: Deployment, model: int, *, compiles_later: bool = False) -> ReadTools:
     """Raises ConfigError, whatever a library finds wrong with a user's files."""
     try:
-        return read_tools(deployment, model)
+        return read_tools(deployment, model, compiles_later=compiles_later)
     except ConfigError:
         raise
     except Exception as error:

@@ -109,7 +109,7 @@ def prepare(name: str, file: Path) -> Deployment:
     """Gives the process its title, its log and the environment in which SGLang is imported."""
     set_title(name)
     deployment = load(file)
-    keep_off(deployment.devices)
+    keep_off(deployment.own_devices)
     set_slice(CONTROL_SLICE_NS)
     share_interpreter()
     configure_logging(name, deployment)

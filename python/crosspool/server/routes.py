@@ -69,12 +69,12 @@ def _nobody(reason: str, *paths: str) -> Iterator[RouteRule]:
 
 # fmt: off
 ROUTES: tuple[RouteRule, ...] = (
-    *_rules("anyone", "either", _SEEN, "/health", "/ready", "/ping", "/health_generate"),
-    *_rules("anyone", "server", _SEEN, "/metrics"),
+    *_rules("anyone", "either", _SEEN,
+        "/health", "/ready", "/ping", "/health_generate", "/metrics"),
     *_rules("client", "either", _SEEN, "/v1/models", "/v1/models/{name:path}", "/api/tags"),
     *_rules("observer", "server", _SEEN,
         "/crosspool/status", "/crosspool/pools", "/crosspool/tensors", "/crosspool/counters",
-        "/crosspool/models"),
+        "/crosspool/histograms", "/crosspool/models"),
     *_rules("admin", "server", _POST, "/crosspool/models"),
     *_rules("admin", "server", _POST, "/crosspool/trace/start", "/crosspool/trace/stop",
         "/crosspool/models/{name:path}/sleep", "/crosspool/models/{name:path}/wake",

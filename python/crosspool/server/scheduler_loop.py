@@ -99,7 +99,9 @@ class SchedulerLoop:
             on_told=self._told_of_model,
             is_first=incarnation == 1,
         )
-        self._poller.register(self._devices.socket, zmq.POLLIN)
+        self._device_sockets = self._devices.sockets
+        for socket in self._device_sockets:
+            self._poller.register(socket, zmq.POLLIN)
 
         self._core = SchedulerCore(
             deployment,
@@ -146,7 +148,8 @@ class SchedulerLoop:
 
     def _turn(self, readable: list[tuple[Any, int]]) -> None:
         for source, _ in readable:
-            if source is self._devices.socket:
+            if any(source is socket for socket in self._device_sockets):
+                self._devices.admit()
                 self._take_results()
             elif source is self._admin.socket:
                 self._take_questions()
@@ -274,6 +277,10 @@ class SchedulerLoop:
     def _ask(self, sender: bytes, ask: admin.Ask) -> None:
         if ask.what == "status":
             return self._admin.reply(sender, admin.Answer(id=ask.id, status=self.status()))
+        if ask.what == "histograms":
+            hidden = self._loader.hidden
+            shown = [each for each in self._core.histograms() if each.model not in hidden]
+            return self._admin.reply(sender, admin.Answer(id=ask.id, histograms=shown))
 
         def done(report: Report | None, error: str | None) -> None:
             self._admin.reply(sender, admin.Answer(id=ask.id, report=report, error=error))
@@ -391,6 +398,7 @@ class SchedulerLoop:
         return Status(
             models=[model for model in snapshot.models if model.model not in self._loader.hidden],
             ranks=snapshot.ranks,
+            weights=snapshot.weights,
             failure=snapshot.failure,
             ready=self._devices.have_started and self._failure is None,
             message=self._failure or self._devices.progress,

@@ -79,6 +79,7 @@ def _stage(work: KindScratch, lane: LaneBuffers, s: FFNScratch) -> StageCall:
         if rules is not None:
             routed = s.experts, s.expert_weights
             assert kind.router is not None
+            assert rules.score != "sparsemixer", "check_features refuses it"
             linear(s.payload, kind.router, lane.layer, lane.count, s.router, lane.linear)
             route(
                 s.router,

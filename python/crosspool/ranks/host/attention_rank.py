@@ -50,13 +50,22 @@ class AttentionRank(KVRank["AttentionPart", PagedRequest]):
         Raises RuntimeError where the step contradicts earlier ones."""
         self._open(step, PagedRequest)
         requests, segments, positions = [], [], []
+        state = self._state_pages(step.model)
         tokens: list[int] = []
         for row in step.rows:
             request = self._request(step, row)
             if row.pages:
                 request.pages = torch.cat([request.pages, torch.tensor(row.pages)])
             self._check_pages(step, row, len(request.pages))
-            segments.append(RowSpan(len(tokens), len(row.tokens), row.start, request.pages))
+            segments.append(
+                RowSpan(
+                    first_row=len(tokens),
+                    rows=len(row.tokens),
+                    start=row.start,
+                    pages=request.pages[state:],
+                    state=request.pages[:state],
+                )
+            )
             positions.append(torch.arange(row.start, row.start + len(row.tokens)))
             tokens += row.tokens
             requests.append(request)

@@ -94,7 +94,7 @@ class _Dense:
 class _MoE:
     def __init__(self, spec: ModelSpec, ffn: MoEFFN, shard: FFNShard) -> None:
         self._rules = ffn.router
-        self._swiglu_limit = ffn.swiglu_limit
+        self._swiglu_limit, self._weighs_input = ffn.swiglu_limit, ffn.weighs_input
         dtype = torch.float32 if ffn.router.fp32_logits else TORCH_DTYPES[spec.dtype]
         self._router = torch.empty(ffn.experts, spec.hidden, dtype=dtype)
         self._bias = torch.empty(ffn.experts) if ffn.router.correction_bias else None
@@ -136,6 +136,7 @@ class _MoE:
             group_score=rules.group_score,
             renormalize=rules.renormalize,
             scale=rules.scale,
+            jitter=rules.jitter,
         )
         out = moe_experts(
             x,
@@ -147,6 +148,7 @@ class _MoE:
             gate_up_bias=self._experts.gate_up_bias,
             down_bias=self._experts.down_bias,
             swiglu_limit=self._swiglu_limit,
+            weighs_input=self._weighs_input,
         )
         if self._shared is not None:
             shared = gated_mlp(x, self._shared.gate_up, self._shared.down)

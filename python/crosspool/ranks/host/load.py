@@ -16,6 +16,7 @@ from crosspool.ranks.host.ffn_rank import FFNRank
 from crosspool.ranks.host.residency import HostModels, HostWeights
 from crosspool.ranks.kv_memory import kv_pool
 from crosspool.ranks.weights import held_models
+from crosspool.transport.connector import Peers
 from crosspool.transport.data_path import LocalLink
 from crosspool.transport.links import join, open_ends
 from crosspool.weightpool.placement import Placement, initially_resident
@@ -27,6 +28,8 @@ def load_host_ranks(
     specs: Mapping[int, ModelSpec],
     placement: Placement,
     lanes_fd: int | None,
+    *,
+    peers: Peers | None = None,
 ) -> DeviceRanks:
     """Loads the ranks of a device for the host loop; see
     :func:`crosspool.ranks.device_process.load_ranks`."""
@@ -43,7 +46,7 @@ def load_host_ranks(
         resources.callback(virtualizer.close)
         rank = deployment.kv_pool_devices.index(device)
         attention = AttentionRank(rank, specs, weights.attention, virtualizer, kv)
-    transport = join(deployment, device, lanes_fd)
+    transport = join(deployment, device, lanes_fd, peers, resources=resources)
     ends = open_ends(deployment, device, local=LocalLink, remote=transport)
     links, served = ends
     if device in deployment.weight_pool_devices:

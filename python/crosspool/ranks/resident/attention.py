@@ -12,10 +12,20 @@ from torch import Tensor
 
 from crosspool.kernels import engine_structs as es
 from crosspool.kernels import native_structs as ns
+from crosspool.kernels.delta_net import by_key_head
 from crosspool.kernels.engine import Team
-from crosspool.kernels.rope import rope_tables
+from crosspool.kernels.rope import query_factors, rope_tables
+from crosspool.models.gguf_config import config_of
 from crosspool.models.registry import attention_tensors
-from crosspool.models.spec import GQASpec, MLASpec, ModelSpec, TensorRef
+from crosspool.models.rope import is_long
+from crosspool.models.spec import (
+    DeltaNetSpec,
+    GQASpec,
+    MLASpec,
+    ModelSpec,
+    TemperatureTuning,
+    TensorRef,
+)
 from crosspool.observability.progress import Progress
 from crosspool.ranks.host.attention import frequencies
 from crosspool.ranks.resident.declarations import whole
@@ -51,18 +61,31 @@ class PackedAttention:
         self._vectors: list[Tensor] = []
         self._declare()
         # Kept with the weights: computing them may take the import of transformers.
+        long = is_long(config_of(path), spec.context)
         self._frequency = self.weights.computed(
-            (spec.attention.rope.dim // 2,), torch.float32, lambda: frequencies(spec, path)[0]
+            (spec.attention.rope.dim // 2,),
+            torch.float32,
+            lambda: frequencies(spec, path)[0],
+            of=long,
         )
         self._scaling = self.weights.computed(
             (1,),
             torch.float64,
             lambda: torch.tensor([frequencies(spec, path)[1]], dtype=torch.float64),
+            of=long,
         )
         table = (positions, spec.attention.rope.dim // 2)
         self._cos = self.weights.arena.tensor(table, torch.float32)
         self._sin = self.weights.arena.tensor(table, torch.float32)
+        self._query_factors: Tensor | None = None
+        if self._tuning is not None:
+            self._query_factors = self.weights.arena.tensor((positions,), torch.float32)
         self.weights.settle()
+
+    @property
+    def _tuning(self) -> TemperatureTuning | None:
+        attention = self._spec.attention
+        return attention.temperature if isinstance(attention, GQASpec) else None
 
     def load(self, team: Team, progress: Progress, kept: KeptWeights | None = None) -> None:
         """Loads the weights from ``kept``, or packs them; ``progress`` is called with bytes read.
@@ -72,13 +95,16 @@ class PackedAttention:
         self.derive()
 
     def derive(self) -> None:
-        """Computes what follows from the stage before all others: the tables of the rotations. It
-        rests as long as it computes, since steps may share the core."""
+        """Computes what follows from the stage before all others: the tables of the rotations, and
+        factors on queries. It rests as long as it computes, since steps may share the core."""
         scaling, rows = float(self._scaling), _BLOCK_BYTES // self._cos[:1].nbytes
         for block in torch.arange(self.positions).split(max(rows, 1)):
             began = time.thread_time()
             at = slice(int(block[0]), int(block[-1]) + 1)
             self._cos[at], self._sin[at] = _rope(self._spec, block, self._frequency, scaling)
+            if self._query_factors is not None and self._tuning is not None:
+                tuning = self._tuning
+                self._query_factors[at] = query_factors(block, tuning.scale, tuning.floor)
             time.sleep(time.thread_time() - began)
 
     def fill(self, table: es.ModelTable, kv: Tensor) -> None:
@@ -87,7 +113,8 @@ class PackedAttention:
         attention = self._spec.attention
         table.attention = self._layers
         table.embed = pointer(self._embed)
-        table.final_norm = pointer(self._final_norm)
+        table.final_norm, table.final_norm_bias = map(pointer, self._final_norm)
+        table.head_bias = pointer(self._head_bias)
         table.head = ctypes.pointer(self._head)
         rope = attention.rope
         table.rope = ns.Rope(
@@ -109,9 +136,11 @@ class PackedAttention:
                 v_begin=heads * dim,
                 window=attention.sliding_window or 0,
                 scale=attention.scale,
+                chunked=attention.chunked,
             )
+            table.query_factors = pointer(self._query_factors)
             table.qk_norm = ns.QK_NORMS[attention.qk_norm]
-            table.attention_scale = attention.out_scale
+            table.attention_scale, table.gated = attention.out_scale, attention.gated
             if attention.qkv_clip is not None:
                 table.qkv_clip = attention.qkv_clip
         else:
@@ -128,6 +157,10 @@ class PackedAttention:
             table.nope_dim = attention.qk_nope_head_dim
             table.value_dim = attention.v_head_dim
             table.latent_norm_eps = attention.latent_norm_eps
+        if (delta := self._spec.delta_net) is not None:
+            table.delta = ns.DeltaShape(
+                delta.k_heads, delta.v_heads, delta.k_dim, delta.v_dim, delta.taps
+            )
 
     def tensors(self) -> list[TensorListing]:
         """Lists every tensor that the part holds; none while the model sleeps."""
@@ -151,7 +184,11 @@ class PackedAttention:
             head, stage = of_model["lm_head"], last
             self._embed = weights.plain(None, of_model["embed"])
         self._head = weights.stacked(None, [(head, whole(head))], stage=stage)
-        self._final_norm = weights.floats(None, of_model["final_norm"], stage=last)
+        vectors = [
+            weights.floats(None, of_model[key], stage=last) if key in of_model else None
+            for key in ("final_norm", "final_norm_bias", "head_bias")
+        ]
+        *self._final_norm, self._head_bias = vectors
         for layer, refs in by_layer.items():
             assert layer is not None
             self._declare_layer(layer, refs)
@@ -170,9 +207,19 @@ class PackedAttention:
             return pointer(self._vectors[-1])
 
         table.input_norm, table.post_norm = vector("input_norm"), vector("post_norm")
+        table.input_norm_bias = vector("input_norm_bias")
+        table.post_norm_bias = vector("post_norm_bias")
         table.o, table.o_bias = matrix("o_proj"), vector("o_bias")
+        table.delta_layers_before = layer - self._spec.kv_layer(layer)
+        if self._spec.delta_net is not None and self._spec.has_delta_net(layer):
+            table.qkvz, table.rates = matrix("qkvz_proj"), matrix("ba_proj")
+            table.taps = self._taps(layer, refs["conv"], self._spec.delta_net)
+            table.decay = self._exponential(layer, refs["decay"])
+            table.decay_bias, table.out_norm = vector("decay_bias"), vector("out_norm")
+            return
         if isinstance(attention, GQASpec):
             table.sinks, table.sees_all = vector("sinks"), layer in attention.full_layers
+            table.unrotated = layer in attention.unrotated_layers
             table.qkv, table.qkv_matrices = self._qkv(layer, refs)
             table.q_norm, table.k_norm = vector("q_norm"), vector("k_norm")
             if attention.qkv_bias:
@@ -198,6 +245,24 @@ class PackedAttention:
         for matrix, of in zip(matrices, apart, strict=True):
             weights.stacked(layer, of, matrix)
         return matrices, len(apart)
+
+    def _taps(self, layer: int, ref: TensorRef, spec: DeltaNetSpec) -> int:
+        """The convolution's weights by key head and token."""
+        taps = self.weights.array(layer, (spec.k_heads, spec.taps, spec.group_width), torch.float32)
+        self._vectors.append(taps)
+
+        def finish(tensors: list[Tensor]) -> None:
+            sorted_ = by_key_head(tensors[0][:, 0], spec.k_heads, spec.k_dim)
+            taps.copy_(sorted_.transpose(1, 2))
+
+        self.weights.custom(layer, ref, finish)
+        return taps.data_ptr()
+
+    def _exponential(self, layer: int, ref: TensorRef) -> int:
+        out = self.weights.array(layer, ref.shape, torch.float32)
+        self._vectors.append(out)
+        self.weights.custom(layer, ref, lambda tensors: out.copy_(tensors[0].exp()))
+        return out.data_ptr()
 
     def _stacked_bias(self, layer: int, refs: dict[str, TensorRef]) -> int:
         biases = [refs[f"{letter}_bias"] for letter in "qkv"]

@@ -126,6 +126,7 @@ class PackedFFN:
             if ffn.biases:
                 self._expert_biases(table.layer, layer, width, held, parts)
             table.layer.swiglu_limit = ffn.swiglu_limit or 0.0
+            table.layer.weighs_input = ffn.weighs_input
         table.layer.top_k = ffn.router.top_k
         if ffn.shared_intermediate:
             self._shared(table.layer, layer, "shared", ffn.shared_intermediate, parts)
@@ -233,4 +234,5 @@ class PackedFFN:
             group_score=ns.GROUP_SCORES[rules.group_score],
             renormalize=rules.renormalize,
             scale=rules.scale,
+            jitter=rules.jitter,
         )

@@ -18,11 +18,18 @@ from crosspool.transport.messages import Row, Step
 class ResidentFlight(Flight):
     """A step on its way through the resident loop, and everything that native code reads of it."""
 
-    def __init__(self, step: Step, requests: Sequence[ResidentRequest], end: StepEnd) -> None:
+    def __init__(
+        self,
+        step: Step,
+        requests: Sequence[ResidentRequest],
+        end: StepEnd,
+        state_pages: int,
+    ) -> None:
+        """``state_pages``: the first pages of each request, which have its recurrent state."""
         super().__init__(step, requests, end)
         self._tokens = np.array([t for row in step.rows for t in row.tokens], dtype=np.int32)
         self._pages = [request.pages for request in requests]
-        self._segments = _segments(step.rows, self._pages)
+        self._segments = _segments(step.rows, self._pages, state_pages)
         self._stops = [np.array(r.sampling.stop_token_ids, dtype=np.int32) for r in requests]
         self._native_wanted = _wanted(end, self._choices, self._stops)
         self._keep = _keep(end)
@@ -65,14 +72,16 @@ class ResidentRank(LoopRank[PackedAttention]):
         requests, end = self._begin(step, max_rows)
         for kept, _ in end.kept:
             kept.last_residual = torch.empty(self.specs[step.model].hidden)
-        return ResidentFlight(step, requests, end)
+        return ResidentFlight(step, requests, end, self._state_pages(step.model))
 
 
-def _segments(rows: Sequence[Row], pages: Sequence[np.ndarray]) -> np.ndarray:
+def _segments(rows: Sequence[Row], pages: Sequence[np.ndarray], state_pages: int) -> np.ndarray:
     out = np.zeros(len(rows), dtype=es.SEGMENT)
     first = 0
     for i, (row, table) in enumerate(zip(rows, pages, strict=True)):
-        out[i] = (table.ctypes.data, first, len(row.tokens), row.start)
+        state = table.ctypes.data
+        kv = state + state_pages * table.itemsize
+        out[i] = (kv, first, len(row.tokens), row.start, state)
         first += len(row.tokens)
     return out
 

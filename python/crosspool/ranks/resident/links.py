@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from dataclasses import dataclass
 
 from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.kernels import engine_structs as es
+from crosspool.transport.connector import Peers
 from crosspool.transport.data_path import LinkCounters
 from crosspool.transport.lane_layout import LINE_BYTES, LinkPlace, round_up
 from crosspool.transport.links import join, open_ends
@@ -34,12 +36,19 @@ class ResidentLinks:
     """The links of one device's ranks, opened by :func:`crosspool.transport.links.open_ends` and
     described to native code, which may use them as long as this is there."""
 
-    def __init__(self, deployment: Deployment, device: Device, lanes_fd: int | None) -> None:
-        """``lanes_fd`` is what :func:`crosspool.transport.links.join` takes."""
+    def __init__(
+        self,
+        deployment: Deployment,
+        device: Device,
+        lanes_fd: int | None,
+        peers: Peers | None,
+        resources: contextlib.ExitStack,
+    ) -> None:
+        """The last three are what :func:`crosspool.transport.links.join` takes."""
         kv_pool, weight_pool = deployment.kv_pool_devices, deployment.weight_pool_devices
         self.attention_rank = kv_pool.index(device) if device in kv_pool else -1
         self.ffn_rank = weight_pool.index(device) if device in weight_pool else -1
-        self._interconnect = join(deployment, device, lanes_fd)
+        self._interconnect = join(deployment, device, lanes_fd, peers, resources=resources)
         self._local = (es.NativeLinkCounters * deployment.lanes)()
         self._outgoing: list[es.LinkDescription] = []
         self._incoming: list[es.LinkDescription] = []
@@ -68,6 +77,7 @@ class ResidentLinks:
             description.doorbell = round_up(ctypes.addressof(self._alone), LINE_BYTES)
         else:
             description.doorbell = self._interconnect.doorbell_address
+            description.network = self._interconnect.network_address
 
     def attention_link(self, lane: int, ffn_rank: int) -> ResidentLink:
         assert self._interconnect is not None
@@ -95,6 +105,7 @@ def _described(place: LinkPlace, link: ResidentLink) -> es.LinkDescription:
         max_row_bytes=place.max_row_bytes,
         peer=place.peer_doorbell,
         counters=ctypes.addressof(link._native),
+        connection=place.connection,
         attention_rank=link.attention_rank,
         lane=link.lane,
         ffn_rank=link.ffn_rank,

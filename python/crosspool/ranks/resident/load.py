@@ -35,6 +35,7 @@ from crosspool.ranks.resident.tables import model_table
 from crosspool.ranks.resident.trace import ResidentTrace
 from crosspool.ranks.resident.weights import ResidentWeights, file_name, keeper_of
 from crosspool.ranks.weights import HeldModel, held_models
+from crosspool.transport.connector import Peers
 from crosspool.transport.data_path import spin_ns_of
 from crosspool.transport.heartbeats import Heartbeat
 from crosspool.weightpool.experts import share_of
@@ -83,6 +84,7 @@ def load_resident_ranks(
     weights: ResidentWeights,
     *,
     lanes_fd: int | None,
+    peers: Peers | None = None,
     heartbeat: Heartbeat | None = None,
     elsewhere: Collection[int] = (),
 ) -> DeviceRanks:
@@ -121,7 +123,7 @@ def load_resident_ranks(
         model: model_table(model, spec, deployment.ffn_ranks(model), weights, kv.get(model))
         for model, spec in specs.items()
     }
-    links = ResidentLinks(deployment, device, lanes_fd)
+    links = ResidentLinks(deployment, device, lanes_fd, peers, resources)
     attention = ffn = None
     if links.attention_rank >= 0:
         attention = ResidentRank(links.attention_rank, specs, weights.attention, virtualizer, kv)

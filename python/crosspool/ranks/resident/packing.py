@@ -85,7 +85,7 @@ class PackedWeights:
         self._on_demand: list[bool] = []
         """Whether each matrix is on demand."""
         self._array_stages: list[int] = []
-        self._computed: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        self._computed: list[tuple[Tensor, Callable[[], Tensor], object]] = []
         self._team: Team | None = None
         self._base = 0
         self.plain_bytes = 0
@@ -207,12 +207,18 @@ class PackedWeights:
         return self._arrays[-1]
 
     def computed(
-        self, shape: Sequence[int], dtype: torch.dtype, compute: Callable[[], Tensor]
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        compute: Callable[[], Tensor],
+        *,
+        of: object = None,
     ) -> Tensor:
         """Declares a tensor that ``compute`` returns when weights are packed, and returns it. It is
-        there before all others, in stage -1."""
+        there before all others, in stage -1. ``of``: on what it depends beside the checkpoint, as
+        JSON can hold it."""
         out = self.array(BEFORE_ALL, shape, dtype)
-        self._computed.append((out, compute))
+        self._computed.append((out, compute, of))
         return out
 
     def copied(
@@ -299,6 +305,7 @@ class PackedWeights:
                     for one in self._declared
                     for ref, index in one.parts
                 ],
+                [of for _, _, of in self._computed],
             ),
         )
 
@@ -325,7 +332,7 @@ class PackedWeights:
                 declared.take([here[i] for i in range(len(here))])
                 del waiting[owner]
             progress(self.listing[number].bytes)
-        for out, compute in self._computed:
+        for out, compute, _ in self._computed:
             out.copy_(compute())
 
     def held(self) -> list[TensorListing]:
