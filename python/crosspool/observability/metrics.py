@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import get_args
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple, get_args
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from crosspool.observability.families import add_histogram
+from crosspool.observability.histograms import ModelHistograms
+from crosspool.observability.sglang_metrics import OfAllProcesses, SGLangNames
 from crosspool.transport.inspection import (
     DeviceCounters,
     DeviceStatus,
@@ -17,6 +20,7 @@ from crosspool.transport.inspection import (
     ModelStatus,
     RankSnapshot,
     Status,
+    WeightUse,
 )
 
 _MODEL_GAUGES = (
@@ -59,7 +63,9 @@ _RANK_GAUGES = (
     ("free_bytes", "crosspool_kv_free_bytes", "KV memory neither promised nor cached."),
     ("promised_bytes", "crosspool_kv_rank_promised_bytes", "KV memory promised to requests."),
     ("cached_bytes", "crosspool_kv_rank_cached_bytes", "KV memory of cached prefixes not in use."),
+    ("mapped_bytes", "crosspool_kv_rank_mapped_bytes", "KV memory mapped for all models."),
     ("steps_in_flight", "crosspool_steps_in_flight", "Steps sent to the rank and not finished."),
+    ("lanes", "crosspool_lanes", "Steps that can be in flight at once."),
 )
 _DEVICE_COUNTERS = (
     ("restarts", "crosspool_restarts", "Restarts of the rank's device process."),
@@ -79,81 +85,88 @@ _EXPERT_COUNTERS = (
     ("evictions", "crosspool_expert_evictions", "Times that an expert went for another one."),
     ("stall_seconds", "crosspool_expert_stall_seconds", "Seconds that steps waited for experts."),
 )
-_SGLANG_GAUGES: tuple[tuple[str, str, Callable[[ModelStatus], float]], ...] = (
-    ("num_running_reqs", "Requests admitted and not finished.", lambda m: m.running),
-    ("num_queue_reqs", "Requests queued.", lambda m: m.waiting - m.compiling),
-    ("num_grammar_queue_reqs", "Requests whose grammar is compiled.", lambda m: m.compiling),
-    ("num_used_tokens", "Tokens of KV memory promised to requests.", lambda m: m.used_tokens),
-    ("max_total_num_tokens", "Tokens that the KV pool could hold.", lambda m: m.pool_tokens),
-    ("token_usage", "Share of the KV pool promised to requests.", lambda m: m.token_usage),
-    ("gen_throughput", "Tokens sampled per second.", lambda m: m.tokens_per_second),
-    ("cache_hit_rate", "Share of prompt tokens found cached.", lambda m: m.cache_hit_rate),
+_HISTOGRAMS = (
+    ("queue_seconds", "crosspool_queue_seconds", "Time until a request was admitted."),
+    (
+        "first_token_seconds",
+        "crosspool_time_to_first_token_seconds",
+        "Time until the first token of a request was sampled.",
+    ),
+    (
+        "between_tokens_seconds",
+        "crosspool_time_between_tokens_seconds",
+        "Time from each token of a request to its next one.",
+    ),
+    (
+        "end_to_end_seconds",
+        "crosspool_end_to_end_seconds",
+        "Time until the end of requests that ended by themselves.",
+    ),
+    ("prompt_tokens", "crosspool_request_prompt_tokens", "Lengths of their prompts."),
+    ("output_tokens", "crosspool_request_output_tokens", "Lengths of their outputs."),
 )
-"""Gauges of SGLang's scheduler that its dashboards and routers look for."""
-_SGLANG_RANKS = {"engine_type": "unified", "tp_rank": "0", "pp_rank": "0", "moe_ep_rank": "0"}
-"""Labels that SGLang's scheduler gives each of them beside ``model_name``; there is one of ours."""
 
 
-def render(status: Status | None, counters: Sequence[DeviceCounters]) -> bytes:
-    """Metrics in Prometheus' text format.
+class Measured(NamedTuple):
+    """What metrics are made of."""
 
-    ``status`` is None until the scheduler process has told it; ``counters`` has one entry for each
-    device, and none while devices start."""
+    status: Status | None
+    """None until the scheduler process has told it."""
+    counters: Sequence[DeviceCounters] = ()
+    """One entry for each device, and none while devices start."""
+    histograms: Sequence[ModelHistograms] = ()
+
+
+def render(measured: Measured, models: Collection[str], *, collects: bool) -> bytes:
+    """Metrics in Prometheus' text format, under CrossPool's names and SGLang's. With ``collects``,
+    SGLang's own collectors work in the processes, and what they have counted of ``models`` is
+    told."""
+    return _text(_sources(measured, models, collects))
+
+
+def of_model(name: str, measured: Measured, *, collects: bool) -> bytes:
+    """What :func:`render` tells of one model. A router adds up what it reads of each model, so
+    nothing is here that the server has once for all of them."""
+    return _text([_OfOne(name, _sources(measured, [name], collects))])
+
+
+def _sources(measured: Measured, models: Collection[str], collects: bool) -> list[Collector]:
+    of_models = measured.status.models if measured.status else []
+    return [
+        _Snapshot(measured),
+        SGLangNames(of_models, measured.histograms, collects=collects),
+        *([OfAllProcesses(models)] if collects else []),
+    ]
+
+
+def _text(sources: Sequence[Collector]) -> bytes:
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Snapshot(status, counters))
+    for source in sources:
+        registry.register(source)
     return generate_latest(registry)
 
 
-def of_all_processes(models: Collection[str]) -> bytes:
-    """SGLang's own metrics of ``models``, summed over all processes, which share
-    ``PROMETHEUS_MULTIPROC_DIR``. The processes' files have those of models that have gone, too."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_OfModels(models))
-    try:
-        return generate_latest(registry)
-    except FileNotFoundError:  # a process has died after its files were listed, and they are gone
-        return generate_latest(registry)
+class _OfOne(Collector):
+    """What ``sources`` tell of the model ``name``."""
 
-
-def sglang_gauges(status: Status | None) -> bytes:
-    """What a scheduler of SGLang's own would have told of each model, under its names."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_SGLangGauges(status.models if status else []))
-    return generate_latest(registry)
-
-
-class _OfModels(Collector):
-    def __init__(self, models: Collection[str]) -> None:
-        self._models = {None, *models}
+    def __init__(self, name: str, sources: Sequence[Collector]) -> None:
+        self._name = name
+        self._sources = sources
 
     def collect(self) -> Iterator[Metric]:
-        for metric in MultiProcessCollector(None).collect():
+        for metric in itertools.chain.from_iterable(s.collect() for s in self._sources):
             metric.samples = [
                 sample
                 for sample in metric.samples
-                if sample.labels.get("model_name") in self._models
+                if self._name in (sample.labels.get("model"), sample.labels.get("model_name"))
             ]
             if metric.samples:
                 yield metric
 
 
-class _SGLangGauges(Collector):
-    def __init__(self, models: Sequence[ModelStatus]) -> None:
-        self._models = models
-
-    def collect(self) -> Iterator[Metric]:
-        labels = ["model_name", *_SGLANG_RANKS]
-        for name, text, value in _SGLANG_GAUGES:
-            gauge = GaugeMetricFamily(f"sglang:{name}", text, labels=labels)
-            for model in self._models:
-                gauge.add_metric([model.name, *_SGLANG_RANKS.values()], value(model))
-            yield gauge
-
-
 class _Snapshot(Collector):
-    def __init__(self, status: Status | None, counters: Sequence[DeviceCounters]) -> None:
-        self._status = status
-        self._counters = counters
+    def __init__(self, measured: Measured) -> None:
+        self._status, self._counters, self._histograms = measured
 
     def collect(self) -> Iterator[Metric]:
         ready = GaugeMetricFamily("crosspool_ready", "1 while requests are taken.")
@@ -161,7 +174,9 @@ class _Snapshot(Collector):
         yield ready
         yield from self._models(self._status.models if self._status else [])
         yield from self._residency(self._status.models if self._status else [])
+        yield from self._requests()
         yield from self._ranks(self._status.ranks if self._status else [])
+        yield from self._weights(self._status.weights if self._status else [])
         yield from self._devices(self._status.devices if self._status else [])
         yield from self._links()
         yield from self._experts()
@@ -187,12 +202,24 @@ class _Snapshot(Collector):
                     by.add_metric([model.name, value], number)
             yield by
 
+    def _requests(self) -> Iterator[Metric]:
+        for key, name, text in _HISTOGRAMS:
+            family = HistogramMetricFamily(name, text, labels=["model"])
+            for of in self._histograms:
+                add_histogram(family, [of.name], getattr(of, key))
+            yield family
+
     def _residency(self, models: Sequence[ModelStatus]) -> Iterator[Metric]:
         state = GaugeMetricFamily(
             "crosspool_model_state", "1 for the state of the model.", labels=["model", "state"]
         )
         weights = GaugeMetricFamily(
             "crosspool_weight_bytes", "Memory of the model's weights.", labels=["model", "pool"]
+        )
+        tiers = GaugeMetricFamily(
+            "crosspool_weight_tier_bytes",
+            "Bytes of the model's weights, by where they lie now.",
+            labels=["model", "tier"],
         )
         for model in models:
             for name in get_args(ModelState):
@@ -201,7 +228,10 @@ class _Snapshot(Collector):
             for pool, key in _WEIGHTS:
                 size = getattr(model.residency, key) if is_there else 0
                 weights.add_metric([model.name, pool], size)
-        yield from (state, weights)
+            size = model.residency.attention_bytes + model.residency.ffn_bytes
+            for tier, lies_there in (("pool", is_there), ("disk", not is_there)):
+                tiers.add_metric([model.name, tier], size if lies_there else 0)
+        yield from (state, weights, tiers)
         for key, name, text in _RESIDENCY_GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=["model"])
             for model in models:
@@ -220,6 +250,29 @@ class _Snapshot(Collector):
             for index, rank in enumerate(ranks):
                 gauge.add_metric([str(index), rank.device], getattr(rank, key))
             yield gauge
+
+        counter = CounterMetricFamily(
+            "crosspool_lane_busy_seconds",
+            "Seconds of all steps that have ended, added up over the rank's lanes.",
+            labels=["attention_rank", "device"],
+        )
+        for index, rank in enumerate(ranks):
+            counter.add_metric([str(index), rank.device], rank.busy_seconds)
+        yield counter
+
+    def _weights(self, weights: Sequence[WeightUse]) -> Iterator[Metric]:
+        labels = ["pool", "device"]
+        held = GaugeMetricFamily(
+            "crosspool_rank_weight_bytes", "Memory of all models' weights here.", labels=labels
+        )
+        budget = GaugeMetricFamily(
+            "crosspool_rank_weight_budget_bytes", "Bytes that they may have.", labels=labels
+        )
+        for use in weights:
+            held.add_metric([use.pool, use.device], use.bytes)
+            if use.budget_bytes is not None:
+                budget.add_metric([use.pool, use.device], use.budget_bytes)
+        yield from (held, budget)
 
     def _devices(self, devices: Sequence[DeviceStatus]) -> Iterator[Metric]:
         labels = ["role", "rank", "device"]

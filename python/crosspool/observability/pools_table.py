@@ -9,7 +9,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from crosspool.config.sizes import format_size
+from crosspool.config.sizes import format_size, kv_sizes
 from crosspool.transport.inspection import DeviceStatus, ModelStatus, RankSnapshot
 
 
@@ -43,6 +43,8 @@ class ModelRow:
     """Bytes on all of the model's FFN ranks together."""
     ffn_ranks: tuple[int, ...]
     kv_per_token: int
+    state: int
+    """Recurrent state of each request; 0 for none."""
     pages: int
     """KV pages that the whole KV pool holds if this model has it to itself."""
     tokens: int
@@ -94,7 +96,7 @@ def pools_tables(
             format_size(model.ffn_weights),
             ", ".join(map(str, model.ffn_ranks)),
             model.kv_dtype,
-            format_size(model.kv_per_token),
+            kv_sizes(model.kv_per_token, model.state),
             f"{model.pages:,}",
             f"{model.tokens:,}",
             f"{model.context:,}",
