@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from crosspool.config.deployment import ConfigError, Deployment
@@ -9,6 +10,8 @@ from crosspool.config.sizes import exact_size, format_size
 from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import ModelSpec
+
+log = logging.getLogger(__name__)
 
 
 def check_kv_bounds(d: Deployment, specs: Mapping[int, ModelSpec]) -> None:
@@ -32,6 +35,13 @@ def check_kv_bounds(d: Deployment, specs: Mapping[int, ModelSpec]) -> None:
                 "each device): raise the ceiling or lower the floor"
             )
         _check_longest(d, bounds, number, spec)
+        if spec.state_bytes and d.prefix_cache:
+            log.info(
+                "%s: there is no prefix cache for it: no two requests share a recurrent state, of "
+                "which each has %s",
+                model.name,
+                format_size(spec.state_bytes),
+            )
 
 
 def _check_longest(d: Deployment, bounds: Bounds, number: int, spec: ModelSpec) -> None:
@@ -42,7 +52,7 @@ def _check_longest(d: Deployment, bounds: Bounds, number: int, spec: ModelSpec) 
     chunks = -(-layout.pages_for(spec.context) * layout.page_bytes // layout.chunk_bytes)
     if chunks <= bounds.reach(number):
         return
-    tokens = layout.pages_in(bounds.reach(number)) * layout.page_size
+    tokens = layout.tokens_in(layout.pages_in(bounds.reach(number)))
     shorter = f"--context-length {tokens}, or " if tokens else ""
     needed = chunks * d.chunk_bytes * ranks
     request = f"do not hold one request of {spec.context} tokens, the context of {model.name}"

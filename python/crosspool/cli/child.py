@@ -38,6 +38,9 @@ class ProcessSpec:
     takes_later: bool = False
     """Whether the processes of later stages are of no use without it, so that they end with it, and
     are started again with it."""
+    is_told_to_end: bool = False
+    """Whether it ends, with status 0, when another process than the launcher tells it to, which is
+    no loss."""
     incarnation: int = 1
     """How many processes there have been in this place, this one included."""
 
@@ -96,9 +99,13 @@ class Child:
 
     def is_stopped(self) -> bool:
         """Whether a signal has stopped it, as SIGSTOP does, and none has had it continue."""
-        if self.has_ended():
+        if self._process.returncode is not None:
             return False
-        return os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+        # One question: it may end between two, and of a process that has ended Linux does not tell
+        # that it was never stopped, but that there is none.
+        flags = os.WEXITED | os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+        told = os.waitid(os.P_PID, self.pid, flags)
+        return told is not None and told.si_code in (os.CLD_STOPPED, os.CLD_TRAPPED)
 
     def signal(self, number: signal.Signals) -> None:
         if not self.has_ended():

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import msgspec
 
 from crosspool.cli.child import ProcessSpec
 from crosspool.cli.hangs import HangWatch
+from crosspool.cli.host_table import DeviceLost, HostLost
+from crosspool.cli.hosts import Hosts, HostsMissing
 from crosspool.cli.loss import Loss
+from crosspool.cli.network_links import listening
 from crosspool.cli.pools import describe
 from crosspool.cli.prepare import Prepared, prepare
 from crosspool.cli.restarts import Restarts
@@ -21,13 +26,16 @@ from crosspool.cli.supervisor import Supervisor
 from crosspool.config import gpu
 from crosspool.config.deployment import Deployment, save
 from crosspool.config.device import Device
+from crosspool.config.hosts import check_devices_of_hosts, check_hosts, host_address
 from crosspool.config.options import Options
 from crosspool.config.process import allow_descriptors, set_title
 from crosspool.config.runtime_dir import RuntimeDir, remove_metrics
 from crosspool.config.sizes import format_size
+from crosspool.config.urls import url_of
 from crosspool.observability.pools_table import make_console, pools_tables
 from crosspool.server.listeners import Listeners
 from crosspool.transport import admin, links, notices
+from crosspool.transport.deployment_keys import read_deployment_keys
 from crosspool.transport.heartbeats import Heartbeats
 from crosspool.transport.kept_descriptors import KeptDescriptors
 
@@ -45,27 +53,64 @@ def launch(options: Options) -> int:
     Raises ConfigError before anything is started when the options cannot work."""
     set_title("launcher")
     allow_descriptors(len(options.models))
-    prepared = prepare(options)
+    with _other_hosts(options) as hosts:
+        return _launch(options, hosts)
+
+
+@contextlib.contextmanager
+def _other_hosts(options: Options) -> Iterator[Hosts | None]:
+    """Listens for the launchers of other hosts, which end with this one; None: there are none.
+    Raises ConfigError."""
+    check_hosts(options)
+    check_devices_of_hosts(options)
+    if options.nnodes == 1:
+        yield None
+        return
+    assert options.dist_init_addr is not None and options.keys is not None
+    hosts = Hosts(
+        read_deployment_keys(Path(options.keys)),
+        host_address(options.dist_init_addr),
+        options.nnodes,
+        silence=options.host_timeout,
+        patience=options.dist_timeout,
+        say=_say,
+    )
+    try:
+        yield hosts
+    finally:
+        hosts.close()
+
+
+def _launch(options: Options, hosts: Hosts | None) -> int:
+    try:
+        prepared = prepare(options) if hosts is None else prepare(options, hosts.wait_for_all)
+    except HostsMissing as error:
+        _say(str(error))
+        return 1
     runtime = RuntimeDir(len(prepared.specs))
     lanes_fd: int | None = None
     kept: KeptDescriptors | None = None
     listeners: Listeners | None = None
     heartbeats: Heartbeats | None = None
+    resources = contextlib.ExitStack()
     try:
         deployment = msgspec.structs.replace(prepared.deployment, runtime_dir=str(runtime.path))
         save(deployment)
         listeners = Listeners.bind(deployment)
+        of_links = resources.enter_context(listening(deployment))
         lanes_fd = links.create(deployment, prepared.specs)
         kept = links.keep_memory(deployment)
-        heartbeats = Heartbeats(deployment.devices)
-        names = [device.name for device in deployment.devices]
+        heartbeats = Heartbeats(deployment.own_devices)
+        names = [device.name for device in deployment.own_devices]
         watch = HangWatch(heartbeats, names, deployment.hang_timeout)
-        face = _Face(prepared, deployment)
+        face = _Face(prepared, deployment, hosts)
+        if hosts is not None:
+            hosts.begin(deployment)
         front = front_end(deployment, listeners.fds)
         supervisor = Supervisor(
             [
                 *([spec] for spec in front),
-                device_processes(deployment, lanes_fd, heartbeats.fd, kept.fds),
+                device_processes(deployment, lanes_fd, heartbeats.fd, kept.fds, of_links),
             ],
             restarts=Restarts(deployment.restart_limit),
             is_ready=face.is_ready,
@@ -75,6 +120,7 @@ def launch(options: Options) -> int:
             on_loss=face.tell_of_loss,
             on_stop=face.tell_of_stop,
             hangs=watch.look,
+            elsewhere=face.look_elsewhere,
             say=face.say,
             watchdog_timeout=deployment.watchdog_timeout,
             failure_grace=deployment.failure_grace,
@@ -82,6 +128,7 @@ def launch(options: Options) -> int:
         )
         return supervisor.run()
     finally:
+        resources.close()
         if lanes_fd is not None:
             os.close(lanes_fd)
         if kept is not None:
@@ -94,14 +141,20 @@ def launch(options: Options) -> int:
 
 
 def device_processes(
-    deployment: Deployment, lanes_fd: int | None, heartbeats_fd: int, kept_fds: Sequence[int]
+    deployment: Deployment,
+    lanes_fd: int | None,
+    heartbeats_fd: int,
+    kept_fds: Sequence[int],
+    listeners: Mapping[str, int],
 ) -> list[ProcessSpec]:
-    """One process for each device. Those of CPUs are forked by one that holds the device's weights.
-    If that is lost, the next one is started when the device's process is lost, too: until then,
-    memory would hold the weights twice.
+    """One process for each device of this host. Those of CPUs are forked by one that holds the
+    device's weights. If that is lost, the next one is started when the device's process is lost,
+    too: until then, memory would hold the weights twice.
 
     Devices that NVSHMEM joins are replaced all at once: it cannot go on without one of them, nor
-    take another in its place."""
+    take another in its place.
+
+    ``listeners``: by the device, the socket at which it listens for links."""
     joined = len(deployment.devices) > 1 and deployment.gpu_links == "nvshmem"
     shared = ["--heartbeats-fd", str(heartbeats_fd)]
     pass_fds = [heartbeats_fd, *kept_fds]
@@ -111,15 +164,23 @@ def device_processes(
         shared += ["--lanes-fd", str(lanes_fd)]
         pass_fds.append(lanes_fd)
 
+    def own(device: Device) -> list[str]:
+        links_fd = listeners.get(device.name)
+        more = [] if links_fd is None else ["--links-fd", str(links_fd)]
+        return ["--device", device.name, *shared, *more]
+
+    def fds_of(device: Device) -> list[int]:
+        return [*pass_fds, *(fd for name, fd in listeners.items() if name == device.name)]
+
     def holder(device: Device) -> ProcessSpec:
         return ProcessSpec(
             name=f"weights of {device.name}",
             argv=[
                 *_module("ranks.weight_holder", deployment),
-                *["--device", device.name, *shared],
+                *own(device),
             ],
             env={**_OFFLINE, **_threads(1)},
-            pass_fds=pass_fds,
+            pass_fds=fds_of(device),
             restartable=True,
         )
 
@@ -128,16 +189,16 @@ def device_processes(
             name=device.process_name,
             argv=[
                 *_module("ranks.device_process", deployment),
-                *["--device", device.name, *shared],
+                *own(device),
             ],
             env={**_OFFLINE, **_device_environment(device)},
-            pass_fds=pass_fds,
+            pass_fds=fds_of(device),
             device=device.name,
             restartable=True,
             group="NVSHMEM" if joined and not device.is_cpu else None,
             forked_by=holder(device) if device.is_cpu else None,
         )
-        for device in deployment.devices
+        for device in deployment.own_devices
     ]
 
 
@@ -185,17 +246,26 @@ def _threads(count: int) -> dict[str, str]:
     return {**dict.fromkeys(_THREAD_VARIABLES, str(count)), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
+def _say(text: str) -> None:
+    make_console().print(f"crosspool: {text}", markup=False)
+
+
+def _elsewhere(name: str, cause: str) -> Loss:
+    return Loss(spec=ProcessSpec(name=name, argv=[]), status=None, told=cause)
+
+
 class _Face:
     """What the launcher prints for the user, asks the server and tells the scheduler."""
 
-    def __init__(self, prepared: Prepared, deployment: Deployment) -> None:
+    def __init__(self, prepared: Prepared, deployment: Deployment, hosts: Hosts | None) -> None:
         self._deployment = deployment
+        self._hosts = hosts
         self._console = make_console()
         self._began = time.monotonic()
         self._ready_devices: set[str] = set()
         self._http = notices.Teller(deployment.notice_address)
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(deployment.host, deployment.host)
-        self._url = f"http://{f'[{host}]' if ':' in host else host}:{deployment.port}"
+        self._url = url_of(host, deployment.port)
         self._scheduler_answers = False
         self._rows = describe(deployment, prepared.specs, prepared.placement)
         devices = ", ".join(device.name for device in deployment.devices)
@@ -207,14 +277,29 @@ class _Face:
         self.say("importing SGLang, which takes longer than anything else at the start")
 
     def say(self, text: str) -> None:
-        self._console.print(f"crosspool: {text}", markup=False)
+        _say(text)
+
+    def look_elsewhere(self) -> list[Loss]:
+        """Tells the scheduler of devices of other hosts whose processes have ended; returns the
+        losses after which the server ends."""
+        lost = []
+        for event in () if self._hosts is None else self._hosts.take_events():
+            match event:
+                case DeviceLost():
+                    if self._is_complete:
+                        self._tell_of_device(event.device, event.incarnation, event.cause)
+                    else:
+                        lost.append(_elsewhere(event.device, f"{event.device}: {event.cause}"))
+                case HostLost(is_final=True):
+                    lost.append(_elsewhere(f"node {event.node}", event.cause))
+        return lost
 
     def is_ready(self) -> bool:
         """Whether requests can be served; prints a line for each device that has become ready."""
         return self._all_devices_ready() and self._http_ready()
 
     def _all_devices_ready(self) -> bool:
-        if len(self._ready_devices) == len(self._deployment.devices):
+        if self._is_complete:
             return True
         try:
             status = admin.status(self._deployment.admin_address, _CHECK_SECONDS)
@@ -227,6 +312,11 @@ class _Face:
             if device.ready and device.name not in self._ready_devices:
                 self._ready_devices.add(device.name)
                 self.say(f"device {device.name} is ready ({self._elapsed})")
+        return self._is_complete
+
+    @property
+    def _is_complete(self) -> bool:
+        """Whether every device has been ready."""
         return len(self._ready_devices) == len(self._deployment.devices)
 
     def _http_ready(self, timeout: float = _CHECK_SECONDS) -> bool:
@@ -285,6 +375,8 @@ class _Face:
             remove_metrics(self._deployment, loss.pid)
         if loss.spec.name == "scheduler":
             self._http.tell(notices.SchedulerGone())
+            if self._hosts is not None:
+                self._hosts.begin(self._deployment)
         self._tell_scheduler(loss, final=False)
 
     def tell_of_loss(self, loss: Loss) -> None:
@@ -294,16 +386,16 @@ class _Face:
         self._tell_scheduler(loss, final=True)
 
     def _tell_scheduler(self, loss: Loss, *, final: bool) -> None:
-        if loss.spec.device is None:
-            return
+        if loss.spec.device is not None:
+            device, incarnation = loss.spec.device, loss.spec.incarnation
+            self._tell_of_device(device, incarnation, loss.cause, final=final)
+
+    def _tell_of_device(
+        self, device: str, incarnation: int, cause: str, *, final: bool = False
+    ) -> None:
+        address = self._deployment.admin_address
         try:
-            admin.rank_gone(
-                self._deployment.admin_address,
-                loss.spec.device,
-                loss.spec.incarnation,
-                loss.cause,
-                final=final,
-            )
+            admin.rank_gone(address, device, incarnation, cause, final=final)
         except admin.AdminError as error:
             self.say(f"the scheduler cannot be told of this loss: {error}")
 

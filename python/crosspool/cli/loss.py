@@ -23,8 +23,13 @@ class Loss:
     lost_with: str | None = None
     """The process of its group that was lost, if it was ended for that reason."""
 
+    told: str | None = None
+    """What another host has told of it, if it is not of this one."""
+
     @property
     def cause(self) -> str:
+        if self.told is not None:
+            return self.told
         if self.lost_with is not None:
             return f"{self.spec.name} cannot go on without {self.lost_with}"
         if self.hang is not None:

@@ -15,10 +15,13 @@ from crosspool.transport.admin import AdminError
 
 COMMANDS = {
     "serve": "Serve the models that flags or a deployment file name.",
+    "router": "Run a router in front of several servers.",
+    "keys": "Make the keys by which the hosts of a deployment know each other.",
     "demo": "Serve the three small models that come with CrossPool.",
     "compile": "Compile the kernels that GPUs will launch, ahead and without a GPU.",
     "plan": "Plan pools, KV budget and placement for models, devices and traffic.",
     "ps": "Show the models of a running server: which are awake, and who uses them.",
+    "top": "Watch a running server: pools, models, requests, latencies; wake and sleep models.",
     "load": "Have a running server serve a further model.",
     "unload": "Have a running server serve a model no more.",
     "wake": "Have a model of a running server read its weights.",
@@ -26,6 +29,7 @@ COMMANDS = {
     "pin": "Say when a model of a running server has its weights in memory.",
     "pools": "Show what the pools of a running server hold.",
     "trace": "Record what the lanes of a running server do.",
+    "bench": "Send load for many models to any OpenAI-compatible server, and time its answers.",
 }
 _EPILOG = """\
 examples:
@@ -35,9 +39,13 @@ examples:
   crosspool plan Qwen3-30B-A3B GLM-4.7-Flash --devices 5x40GB --rate 1 --prompt 800 --output 200
   crosspool compile --capability 90 --model-path models/Qwen3-30B-A3B
   crosspool ps --watch
+  crosspool top
   crosspool load models/qwen --name qwen
   crosspool pools --tensors
   crosspool trace --seconds 2 --out trace.json
+  crosspool bench http://127.0.0.1:30000 --rate 2 --popularity zipf:1.0
+  crosspool router --node http://10.0.0.1:30000 --node http://10.0.0.2:30000
+  crosspool keys new --out deployment.keys
 
 `crosspool COMMAND --help` lists the flags of a command. The exit status is 0 after an orderly end,
 2 for a mistake in the input (the message names it) and 1 when something failed.

@@ -75,7 +75,7 @@ class _Call:
     """A call over the admin socket; within the ``with``, its response is read."""
 
     def __init__(self, deployment: Deployment, method: str, path: str, body: Any = None) -> None:
-        self._connection = _UnixConnection(deployment.admin_socket)
+        self._connection = UnixConnection(deployment.admin_socket)
         self._method = method
         self._path = f"/crosspool/models{path}"
         self._body = json.dumps(body or {})
@@ -96,14 +96,15 @@ class _Call:
         self._connection.close()
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """A connection to the socket ``path``. Nothing bounds how long it waits for an answer, since
-    the server does."""
+class UnixConnection(http.client.HTTPConnection):
+    """A connection to the socket ``path``. Without a ``timeout``, nothing here bounds how many
+    seconds it waits for an answer, since the server does."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__("admin")
+    def __init__(self, path: Path, timeout: float | None = None) -> None:
+        super().__init__("admin", timeout=timeout)
         self._path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._path))

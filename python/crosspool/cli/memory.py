@@ -13,6 +13,7 @@ from crosspool.config.deployment import ConfigError, Deployment
 from crosspool.config.device import Device
 from crosspool.config.gpu import GPU
 from crosspool.config.sizes import format_size
+from crosspool.transport.host_messages import HostFacts
 from crosspool.weightpool.experts import share_of
 from crosspool.weightpool.placement import Placement, rooms
 
@@ -36,13 +37,22 @@ class SystemMemory:
     devices: tuple[Device, ...]
 
 
-def memories(devices: Sequence[Device], gpus: Mapping[Device, GPU]) -> list[SystemMemory]:
+def available_bytes() -> int:
+    """Returns the memory of this host that processes may take."""
+    return int(psutil.virtual_memory().available)
+
+
+def memories(
+    devices: Sequence[Device], gpus: Mapping[Device, GPU], hosts: Mapping[int, HostFacts]
+) -> list[SystemMemory]:
     """Returns the memories that the devices draw from; each device is in one.
-    ``gpus``: those among them."""
+    ``gpus``: those among them; ``hosts``: what each host has, by its number."""
     found = []
-    cpus = tuple(device for device in devices if device.is_cpu)
-    if cpus:
-        found.append(SystemMemory("memory", psutil.virtual_memory().available, cpus))
+    for node, facts in sorted(hosts.items()):
+        cpus = tuple(device for device in devices if device.is_cpu and device.node == node)
+        name = f"memory of node {node}" if node else "memory"
+        if cpus:
+            found.append(SystemMemory(name, facts.available_bytes, cpus))
     for device, gpu in gpus.items():
         free = int(gpu.free_bytes * GPU_SHARE)
         found.append(SystemMemory(f"memory of {device.name}", free, (device,)))
@@ -54,11 +64,13 @@ def default_kv_bytes(
     placement: Placement,
     found: Sequence[SystemMemory],
 ) -> int:
-    """Returns the bytes of the KV pool when the user names none: on the host a share of the
-    available memory, on GPUs as many on each as the weights leave on the fullest one."""
+    """Returns the bytes of the KV pool when the user names none: on hosts a share of the memory
+    that the fullest one has available, on GPUs as many on each as the weights leave on the fullest
+    one."""
     kv = deployment.kv_pool_devices
     if all(device.is_cpu for device in kv):
-        return min(int(found[0].available * KV_POOL_SHARE), KV_POOL_DEFAULT_LIMIT)
+        least = min(m.available for m in found if any(device in kv for device in m.devices))
+        return min(int(least * KV_POOL_SHARE), KV_POOL_DEFAULT_LIMIT)
     left = []
     for memory in found:
         if any(device in kv for device in memory.devices):

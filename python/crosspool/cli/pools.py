@@ -129,8 +129,9 @@ def describe(
                 ),
                 ffn_ranks=deployment.ffn_ranks(number),
                 kv_per_token=spec.kv_bytes_per_token,
+                state=spec.state_bytes,
                 pages=pages,
-                tokens=pages * deployment.page_size,
+                tokens=ranks * layout.tokens_in(layout.pages_in(chunks)),
                 context=spec.context,
             )
         )

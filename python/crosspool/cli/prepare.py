@@ -3,8 +3,9 @@ was left open, and refuses what cannot work, before any process exists."""
 
 from __future__ import annotations
 
-import socket
+import os
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -14,7 +15,8 @@ from crosspool.checks.front_end_arguments import check_model_arguments, check_se
 from crosspool.checks.kv_bounds import check_kv_bounds
 from crosspool.checks.models import check_engine, check_tensors, model_config
 from crosspool.checks.tokenizer_files import check_tokenizer
-from crosspool.cli.memory import check_memory, default_kv_bytes, memories
+from crosspool.cli.memory import available_bytes, check_memory, default_kv_bytes, memories
+from crosspool.cli.network_links import own_address, settle_links
 from crosspool.config.deployment import MAX_MODELS, ConfigError, Deployment, ModelConfig
 from crosspool.config.gpu import (
     check_alike,
@@ -23,12 +25,19 @@ from crosspool.config.gpu import (
     gpus_of,
     loop_of,
 )
+from crosspool.config.hosts import check_devices_of_hosts, check_hosts
 from crosspool.config.options import Options
+from crosspool.config.ports import free_port
+from crosspool.config.urls import base_url, url_of
 from crosspool.models.registry import specs_of
 from crosspool.models.spec import ModelSpec
+from crosspool.transport.host_messages import HostFacts
+from crosspool.transport.links import check_reach
 from crosspool.weightpool.experts import check_experts, expert_pool_bytes
 from crosspool.weightpool.placement import Placement, place
 from crosspool.weightpool.sleeping import check_sleeping
+
+_EVERY_ADDRESS = ("", "0.0.0.0", "::")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +50,23 @@ class Prepared:
     placement: Placement
 
 
-def prepare(options: Options) -> Prepared:
-    """Settles what the options leave open.
+def facts_of_this_host(address: str) -> HostFacts:
+    """Returns what this host has for its devices; ``address`` is its own."""
+    return HostFacts(
+        cores=tuple(sorted(os.sched_getaffinity(0))),
+        available_bytes=available_bytes(),
+        address=address,
+    )
+
+
+def prepare(options: Options, others: Callable[[], Mapping[int, HostFacts]] = dict) -> Prepared:
+    """Settles what the options leave open. ``others`` returns what the other hosts have, by their
+    numbers, once all are there; it is called when nothing but that is missing.
 
     Raises ConfigError for the first thing that is wrong; it names the field and what would be
     right."""
+    check_hosts(options)
+    check_devices_of_hosts(options)
     models = model_configs(options)
     check_server_arguments(options.sglang)
     for model in models.values():
@@ -54,23 +75,30 @@ def prepare(options: Options) -> Prepared:
     _check_bodies(options)
     _check_grammar_backend(options)
     specs = specs_of(models)
+    port = free_port(options.host, options.port)
     settled = {
         "models": models,
         "next_model": len(models),
         "kv_pool_bytes": options.kv_pool_bytes or 0,
         "weight_pool_bytes": sys.maxsize,
         "expert_pool_bytes": 0,
-        "port": _free_port(options.host, options.port),
+        "port": port,
+        **_router(options, port),
     }
     deployment = Deployment(**{**asdict(options), **settled})
     check_alike(deployment.devices)
     check_kv_cache_dtype(deployment)
+    check_reach(deployment)
     gpus = gpus_of(deployment.devices)
     deployment = replace(deployment, loop=loop_of(deployment, gpus))
     check_loop(deployment)
     for number, model in models.items():
         check_engine(model, specs[number], deployment.devices)
-    found = memories(deployment.devices, gpus)
+    address = own_address(deployment.host_address) if options.nnodes > 1 else "127.0.0.1"
+    hosts = {deployment.node_rank: facts_of_this_host(address), **others()}
+    check_cores(deployment, hosts)
+    deployment = replace(deployment, network_links=settle_links(deployment, specs, hosts))
+    found = memories(deployment.devices, gpus, hosts)
     placement = place(deployment, specs)
     if options.kv_pool_bytes is None:
         kv_pool_bytes = default_kv_bytes(deployment, placement, found)
@@ -117,6 +145,23 @@ def model_configs(options: Options) -> dict[int, ModelConfig]:
     return models
 
 
+def check_cores(deployment: Deployment, hosts: Mapping[int, HostFacts]) -> None:
+    """Raises ConfigError where a device has cores that its host has not. ``hosts``: what each host
+    has, by its number."""
+    pools = (
+        ("kv_pool_devices", deployment.kv_pool_devices),
+        ("weight_pool_devices", deployment.weight_pool_devices),
+    )
+    for field, devices in pools:
+        for device in devices:
+            named = device.named_cores if device.is_cpu else None
+            if missing := set(named or ()) - set(hosts[device.node].cores):
+                raise ConfigError(
+                    f"{field}: {device.name}: cores {sorted(missing)} are not available to its "
+                    "process"
+                )
+
+
 def _check_chunks(options: Options) -> None:
     """Raises ConfigError where a prompt chunk is no whole number of pages, as SGLang asks for."""
     size, page = options.chunked_prefill_size, options.page_size
@@ -147,16 +192,25 @@ def _check_bodies(options: Options) -> None:
         )
 
 
-def _free_port(host: str, port: int) -> int:
-    """Returns ``port`` if nothing listens there, or any free port for 0; else raises
-    ConfigError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"port {port} on {host}: {error.strerror}; choose another --port or --host"
-            ) from None
-        return int(probe.getsockname()[1])
+def _router(options: Options, port: int) -> dict[str, str]:
+    """Returns the URLs of the router and, for it, of the server, which listens on ``port``; empty
+    where there is no router. Raises ConfigError."""
+    if options.router_url is None:
+        for name in ("advertise_url", "router_api_key"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"{name}: it says something to a router: give router_url, too")
+        return {}
+    key = options.router_api_key or ""
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError("router_api_key: it must have printable ASCII characters alone")
+    router_url = base_url("router_url", options.router_url)
+    if options.advertise_url is not None:
+        advertise_url = base_url("advertise_url", options.advertise_url)
+    elif options.host in _EVERY_ADDRESS:
+        raise ConfigError(
+            f"advertise_url is missing: host {options.host} is every address of this machine, and "
+            "a router needs one: give --advertise-url http://HOST:PORT"
+        )
+    else:
+        advertise_url = url_of(options.host, port)
+    return {"router_url": router_url, "advertise_url": advertise_url}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import time
@@ -56,10 +57,11 @@ class Supervisor:
     ``on_stop`` is called when a signal stops one that cannot, and when that continues; if it stays
     stopped for ``watchdog_timeout`` seconds, it counts as lost. ``hangs`` is called again and again
     with the devices whose processes a signal has stopped, and returns the devices and incarnations
-    that hang, with what they do not do; they count as lost. When the processes are stopped, the
-    first stage gets ``drain_timeout`` seconds to end; after a signal, those of the other stages are
-    replaced as before until it has ended, since it may still need them. ``say`` prints a line for
-    the user."""
+    that hang, with what they do not do; they count as lost. ``elsewhere`` is called again and again
+    and returns what is lost on other hosts and does not come back. When the processes are stopped,
+    the first stage gets ``drain_timeout`` seconds to end; after a signal, those of the other stages
+    are replaced as before until it has ended, since it may still need them. ``say`` prints a line
+    for the user."""
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class Supervisor:
         on_loss: Callable[[Loss], None],
         on_stop: Callable[[ProcessSpec, bool], None],
         hangs: Callable[[Collection[str]], Mapping[tuple[str, int], str]],
+        elsewhere: Callable[[], Sequence[Loss]] = tuple,
         say: Callable[[str], None],
         watchdog_timeout: float,
         failure_grace: float,
@@ -93,6 +96,7 @@ class Supervisor:
         self._on_loss = on_loss
         self._on_stop = on_stop
         self._hangs = hangs
+        self._elsewhere = elsewhere
         self._say = say
         self._watchdog_timeout = watchdog_timeout
         self._failure_grace = failure_grace
@@ -134,6 +138,25 @@ class Supervisor:
             finally:
                 self._kill_all()
 
+    def replace_all(self, incarnation: Callable[[ProcessSpec], int]) -> bool:
+        """Ends all processes but the fork servers, and has others started in their places, of the
+        incarnations that ``incarnation`` tells; returns whether it could. It cannot before all are
+        ready, and while a fork server owes a process; ``elsewhere`` may call it."""
+        for server in self._fork_servers.values():
+            self._take_over(server.collect())
+        if not self._ready or any(server.is_needed for server in self._fork_servers.values()):
+            return False
+        running = [child for child in self._all_children() if child.spec.name not in self._starts]
+        for child in running:
+            child.signal(signal.SIGKILL)
+        for child in running:
+            child.reap()
+        planned = [s.spec for s in self._starts.values() if s.spec.name not in self._fork_servers]
+        now = time.monotonic()
+        for spec in [*(child.spec for child in running), *planned]:
+            self._plan_start(dataclasses.replace(spec, incarnation=incarnation(spec)), now)
+        return True
+
     def _start(self) -> None:
         if self._fork_servers:
             adopt_orphans()
@@ -153,7 +176,7 @@ class Supervisor:
         losses: list[Loss] = []
         deadline = float("inf")
         while not self._signals.stops and time.monotonic() < deadline:
-            for loss in [*self._start_due(losses), *self._new_losses(losses)]:
+            for loss in self._losses_now(losses):
                 # Requests may have come in since the last call.
                 self._ready = self._ready or self._is_ready()
                 if self._is_past(loss) or (self._ready and not losses and self._replaces(loss)):
@@ -188,6 +211,12 @@ class Supervisor:
         tellers = [server.teller for server in self._fork_servers.values()]
         self._signals.wait([teller for teller in tellers if teller is not None], seconds)
 
+    def _losses_now(self, known: Sequence[Loss]) -> list[Loss]:
+        """Starts what is due; returns what is lost here and not ``known``, or if nothing is, what
+        is lost on other hosts: of those, too, the scheduler is told, which may just have died."""
+        lost = [*self._start_due(known), *self._new_losses(known)]
+        return lost if lost or known else list(self._elsewhere())
+
     def _new_losses(self, known: Sequence[Loss]) -> list[Loss]:
         lost = self._adopt_forked()
         names = {*self._starts, *(loss.spec.name for loss in known)}
@@ -198,6 +227,8 @@ class Supervisor:
             if spec.name in names or (self._draining and self._is_of_first_stage(spec)):
                 continue
             patience = _STOPPED_SECONDS if self._can_replace(spec) else self._watchdog_timeout
+            if spec.is_told_to_end and child.has_ended() and child.reap() == 0:
+                continue
             if child.has_ended():
                 lost.append(Loss(spec=spec, status=child.reap(), pid=child.pid))
             elif now - self._stopped.get(spec.name, now) >= patience:
@@ -240,13 +271,12 @@ class Supervisor:
         for one in losses:
             self._say(f"{one.cause}; it is started again (restart {one.spec.incarnation})")
             self._on_restart(one)
-            self._plan_start(one.spec, due)
+            self._plan_start(one.spec.again(), due)
             if one.spec.takes_later:
                 self._replace_later_than(one.spec, due)
         return True
 
-    def _plan_start(self, dead: ProcessSpec, due: float) -> None:
-        spec = dead.again()
+    def _plan_start(self, spec: ProcessSpec, due: float) -> None:
         self._not_back.pop(spec.name, None)
         self._stopped.pop(spec.name, None)
         if spec.name not in self._fork_servers:
@@ -268,7 +298,7 @@ class Supervisor:
             child.signal(signal.SIGKILL)
         for child in running:
             child.reap()
-            self._plan_start(child.spec, due)
+            self._plan_start(child.spec.again(), due)
 
     def _is_past(self, loss: Loss) -> bool:
         """Whether another process has taken, or is to take, the place of the lost one already."""
@@ -389,7 +419,7 @@ class Supervisor:
         """Has lost processes started again, except those of the first stage; returns the losses of
         others that are not, since nothing can be done about them."""
         lost = []
-        for loss in [*self._start_due([]), *self._new_losses([])]:
+        for loss in self._losses_now([]):
             if self._is_of_first_stage(loss.spec) or self._is_past(loss) or self._replaces(loss):
                 continue
             lost.append(loss)

@@ -13,13 +13,14 @@ from rich.console import Group
 from crosspool.cli.plan import inputs
 from crosspool.cli.plan.flags import make_parser
 from crosspool.config.errors import ConfigError
-from crosspool.config.sizes import format_size, size_of
+from crosspool.config.sizes import format_size, kv_sizes, size_of
+from crosspool.observability.plots import check_suffix
 from crosspool.observability.pools_table import make_console
 from crosspool.planner.deployment_file import deployment_yaml, device_names
 from crosspool.planner.paper import reproduce
 from crosspool.planner.paper.plot import plot_figure6
 from crosspool.planner.plan import make_plan
-from crosspool.planner.report.plots import check_suffix, plot_plan
+from crosspool.planner.report.plots import plot_plan
 from crosspool.planner.report.tables import plan_tables, table
 from crosspool.planner.request import PlanRequest
 from crosspool.planner.shapes import catalogue
@@ -150,7 +151,7 @@ def _catalogue() -> Group:
             f"{shape.parameters / 1e9:.1f} B",
             format_size(shape.ffn_bytes),
             format_size(shape.attention_bytes),
-            format_size(shape.kv_bytes_per_token),
+            kv_sizes(shape.kv_bytes_per_token, shape.state_bytes),
             f"{shape.context:,}",
         )
     return Group(made)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
+from crosspool.cli.by_model import per_model, rate
 from crosspool.config.errors import ConfigError
 from crosspool.config.sizes import size_of
 from crosspool.models.spec import KVCacheDType
@@ -35,7 +35,6 @@ _DRAWN = 20_000
 _MOST_COPIES = 10_000
 _COPIES = re.compile(r"(\d+)x(.+)")
 _DEVICES = re.compile(r"(?:(-?\d+)\s*x\s*)?(.+)")
-_T = TypeVar("_T")
 
 
 def models(
@@ -175,51 +174,13 @@ def _rates(arguments: argparse.Namespace, names: Sequence[str]) -> list[float]:
             raise ConfigError(
                 "--popularity: --rate already gives each model its rate; leave one of the two out"
             )
-        found = per_model(text, names, "--rate", _rate)
+        found = per_model(text, names, "--rate", rate)
         return [found[name] for name in names]
     shares = read_popularity(arguments.popularity or "uniform", len(names))
-    total = _rate(text, "--rate")
+    total = rate(text, "--rate")
     if total == 0:
         raise ConfigError("--rate 0: must be above 0 requests per second")
     return [total * float(share) for share in shares]
-
-
-def per_model(
-    text: str,
-    names: Sequence[str],
-    flag: str,
-    read: Callable[[str, str], _T],
-    partial: bool = False,
-) -> dict[str, _T]:
-    """Reads ``VALUE`` for all models, or ``NAME=VALUE,NAME=VALUE``, which must name every model
-    unless ``partial``. Raises ConfigError."""
-    if "=" not in text:
-        return {name: read(text, flag) for name in names}
-    found: dict[str, _T] = {}
-    for part in text.split(","):
-        name, _, value = part.rpartition("=")
-        if name not in names:
-            raise ConfigError(f"{flag} {part!r}: there is no model {name!r}, only {_few(names)}")
-        found[name] = read(value, f"{flag} {name}")
-    missing = [name for name in names if name not in found]
-    if missing and not partial:
-        raise ConfigError(f"{flag}: {_few(missing)} has no value; give every model one")
-    return found
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-    return ", ".join(names[:6]) + more
-
-
-def _rate(text: str, where: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise ConfigError(f"{where} {text!r}: must be a number of requests per second, 0 or more")
-    return value
 
 
 def _tokens(text: str, where: str) -> int:
