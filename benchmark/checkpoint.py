@@ -29,7 +29,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -97,11 +97,19 @@ def models(
 
 def write(folder: Path, shape: Shape = FULL, seed: int = 0) -> None:
     """Write the checkpoint, one shard per layer. The same seed gives the same weights."""
+    write_shards(folder, shape, _shards(shape, seed), config(shape))
+
+
+def write_shards(
+    folder: Path, shape: Shape, shards: Iterable[Tensors], config: dict[str, object]
+) -> None:
+    """Write the files of a checkpoint of ``shape``, whose ``shards`` are one of each layer and one
+    of what is in no layer."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = shape.layers + 1
     index: dict[str, str] = {}
     size = 0
-    bar = tqdm(_shards(shape, seed), f"writing {shape.name}", parts, unit="shard", disable=None)
+    bar = tqdm(shards, f"writing {shape.name}", parts, unit="shard", disable=None)
     for number, tensors in enumerate(bar, 1):
         file = f"model-{number:05d}-of-{parts:05d}.safetensors"
         save_file(tensors, folder / file, {"format": "pt"})
@@ -115,7 +123,7 @@ def write(folder: Path, shape: Shape = FULL, seed: int = 0) -> None:
     _write_json(
         folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     )
-    _write_json(folder / "config.json", _config(shape))
+    _write_json(folder / "config.json", config)
 
 
 def _shards(shape: Shape, seed: int) -> Iterator[Tensors]:
@@ -196,7 +204,8 @@ class _Preferences:
         return rows.sub(torch.outer(rows @ self._direction, self._direction))
 
 
-def _config(shape: Shape) -> dict[str, object]:
+def config(shape: Shape) -> dict[str, object]:
+    """Return what config.json says of a bfloat16 checkpoint of ``shape``."""
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",

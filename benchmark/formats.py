@@ -1,11 +1,12 @@
 """Measures quantised models beside llama.cpp on the same GGUF files, beside the bfloat16 model that
 they were made from, and beside the time to read their bytes.
 
-    python -m benchmark.formats [--types Q4_K_M Q8_0 Q4_0] [--rounds 3] [--quick]
+    python -m benchmark.formats [--types Q4_K_M Q8_0 Q4_0] [--pairs Q4_K_M] [--rounds 3] [--quick]
 
 llama.cpp itself quantises the benchmark's checkpoint (``python -m benchmark.peers.install llama``).
 For each type there are decode steps at batch 1 and 8 and a prompt of 2,048 tokens, on two threads
-and in turns. Both programs get the file's path and nothing else of it.
+and in turns. Both programs get the file's path and nothing else of it. Of the types that
+``--pairs`` names, two models decode at once, beside two processes of llama.cpp.
 """
 
 from __future__ import annotations
@@ -32,7 +33,15 @@ from benchmark.peers.llama_peer import gguf_path
 from benchmark.peers.protocol import Contestant, random_ids
 from benchmark.programs import Stopwatch
 from benchmark.records import ROOT, Recorder
-from benchmark.side_by_side import CONTEXT, QUICK, Match, Plan, Processes
+from benchmark.side_by_side import (
+    CONTEXT,
+    QUICK,
+    TWO_PINNED,
+    TWO_SHARED,
+    Match,
+    Plan,
+    Processes,
+)
 from benchmark.turns import Case, Comparison, Measured, record, table
 
 LIMITS = {
@@ -42,6 +51,8 @@ LIMITS = {
     ("Q8_0", 8): 0.95,
 }
 """Highest ratio to llama.cpp that is good, by type and batch."""
+PAIR_LIMIT = 0.6
+"""Highest ratio that is good where two models decode at once."""
 BFLOAT16 = "bfloat16"
 PROMPTS, TOKENS = 20, 32
 
@@ -49,6 +60,11 @@ PROMPTS, TOKENS = 20, 32
 def quantized(kind: str, *, tiny: bool) -> Path:
     """Returns the benchmark's checkpoint as a GGUF file of a type; makes it if it is not there."""
     (folder,) = checkpoint.models(1, tiny=tiny)
+    return quantized_file(folder, kind)
+
+
+def quantized_file(folder: Path, kind: str) -> Path:
+    """Returns a checkpoint as a GGUF file of a type; has llama.cpp make it if it is not there."""
     path = folder.with_name(f"{folder.name}-{kind}.gguf")
     if path.is_file():
         return path
@@ -97,6 +113,27 @@ class Bench:
         for case in extra:
             found.append(Comparison(case))
             found.append(Comparison(of_batch[case.batch], case))
+        return found
+
+    def pair(self, kind: str) -> list[Comparison]:
+        """Compares two models of a type at once with two processes of llama.cpp, which have a core
+        each or share both."""
+        paths = [
+            quantized_file(folder, kind) for folder in checkpoint.models(2, tiny=self._plan.tiny)
+        ]
+        each, shared = [[core] for core in self._cores], [self._cores] * 2
+        found = list[Comparison]()
+        with Engine(paths, one_device(self._cores)) as ours:
+            for what, cores in ((TWO_PINNED, each), (TWO_SHARED, shared)):
+                with Processes("llama", [path.with_suffix("") for path in paths], cores) as theirs:
+                    match = Match("llama", paths[0].stem, self._plan)
+                    match.decode(f"{kind}, {what}", ours, theirs)
+                    compared = match.play(self._progress)
+                limits = (PAIR_LIMIT if one.to is not None else None for one in compared)
+                found += [
+                    Comparison(one.case, one.to, limit)
+                    for one, limit in zip(compared, limits, strict=True)
+                ]
         return found
 
     def _agreement(self, kind: str, ours: Engine, theirs: Contestant) -> None:
@@ -149,6 +186,7 @@ class Bench:
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.formats", description=__doc__)
     parser.add_argument("--types", nargs="+", metavar="TYPE", default=["Q4_K_M", "Q8_0", "Q4_0"])
+    parser.add_argument("--pairs", nargs="*", metavar="TYPE", default=["Q4_K_M"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--quick", action="store_true", help="a few steps of a tiny model; records nothing"
@@ -162,8 +200,10 @@ def main(words: Sequence[str] | None = None) -> int:
     recorder = Recorder("formats")
     with Progress(console=console, refresh_per_second=2) as progress:
         bench = Bench(plan, cores, progress, recorder)
-        for kind in given.types:
-            comparisons = bench.type(kind)
+        takes = [(kind, bench.type) for kind in given.types]
+        takes += [(kind, bench.pair) for kind in given.pairs]
+        for kind, take in takes:
+            comparisons = take(kind)
             for comparison in comparisons:
                 record(recorder, comparison)
             console.print(table(kind, comparisons))

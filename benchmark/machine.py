@@ -1,21 +1,12 @@
-"""Describes the machine that a figure comes from."""
+"""Describes the machine that a figure comes from, and how busy it is."""
 
 from __future__ import annotations
 
 import os
-import platform
-from pathlib import Path
 
+from crosspool.observability.machine import describe
 
-def describe() -> dict[str, str | int]:
-    """Return CPU model, usable cores, bytes of memory, system and Python version."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-    }
+__all__ = ["busy_seconds", "describe", "load1"]
 
 
 def load1() -> float:
@@ -30,9 +21,3 @@ def busy_seconds() -> float:
 
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
-
-
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")

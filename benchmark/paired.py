@@ -186,7 +186,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="folder of the records")
     parser.add_argument("--quick", action="store_true", help="tiny models; records nothing")
     given = parser.parse_args(words)
-    starts, rounds = (1, 2) if given.quick else (given.starts, given.rounds)
+    starts, rounds = (1, 1) if given.quick else (given.starts, given.rounds)
     plans = QUICK if given.quick else PLANS
     old, new = given.old.resolve(), given.new.resolve()
     for checkout in (old, new):

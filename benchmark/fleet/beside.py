@@ -112,7 +112,7 @@ def run(
 
 
 def record(result: Result, model: str, parameters: dict[str, Any]) -> Recorder:
-    recorder = Recorder("fleet_beside")
+    recorder = Recorder("fleet_loads" if result.load_seconds else "fleet_beside")
     for case in CASES:
         more: dict[str, Any] = {}
         if case == "beside":

@@ -50,8 +50,8 @@ class Tensors:
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, checkpoint: Path, config: dict[str, Any]) -> None:
-    """Adds a tokenizer of GPT-2's kind with the words of tokenizer.json, which has a token for each
-    byte and joins none of them."""
+    """Adds a tokenizer of GPT-2's kind with the words of tokenizer.json. It joins none of them:
+    llama.cpp gets token ids here, and no text."""
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
     words = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     special = {word["content"] for word in tokenizer["added_tokens"]}
@@ -62,9 +62,11 @@ def _add_vocabulary(writer: gguf.GGUFWriter, checkpoint: Path, config: dict[str,
     writer.add_token_types([control if word in special else normal for word in words])
     # llama.cpp wants one at least; what this one makes is no word, and so falls apart again.
     writer.add_token_merges(["Ā Ā"])
-    writer.add_bos_token_id(config["bos_token_id"])
-    writer.add_eos_token_id(config["eos_token_id"])
+    eos = config["eos_token_id"]
+    writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
     writer.add_pad_token_id(config["pad_token_id"])
+    if config["bos_token_id"] is not None:
+        writer.add_bos_token_id(config["bos_token_id"])
     writer.add_add_bos_token(False)
 
 

@@ -51,8 +51,6 @@ class LlamaEngine:
         }
 
     def start(self, prompts: Sequence[Sequence[int]], steps: int) -> Callable[[], list[int]]:
-        import numpy as np
-
         count, length = len(prompts), len(prompts[0])
         self._open(count, length + steps)
         for sequence, prompt in enumerate(prompts):
@@ -67,13 +65,7 @@ class LlamaEngine:
                 self._put(batch, row, token, position, row, logits=True)
             self._run(batch, count)
             position += 1
-            last = []
-            for row in range(count):
-                pointer = self._llama.llama_get_logits_ith(self._context, row)
-                logits = np.ctypeslib.as_array(
-                    ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (self.vocabulary,)
-                )
-                last.append(int(logits.argmax()))
+            last = [int(self._logits(row).argmax()) for row in range(count)]
             return last
 
         return step
@@ -81,6 +73,34 @@ class LlamaEngine:
     def prefill(self, prompt: Sequence[int]) -> None:
         self._open(1, len(prompt))
         self._read(prompt, 0, logits=True)
+
+    def losses(self, row: Sequence[int]) -> list[float]:
+        import numpy as np
+
+        if len(row) > LONGEST_READ:
+            raise ValueError(f"a row has {LONGEST_READ} tokens at most")
+        self._open(1, len(row))
+        batch = self._llama.llama_batch_init(LONGEST_READ, 0, 1)
+        for position, token in enumerate(row):
+            self._put(batch, position, token, position, 0, logits=True)
+        self._run(batch, len(row))
+        self._llama.llama_batch_free(batch)
+        found = []
+        for position, token in enumerate(row[1:]):
+            logits = self._logits(position).astype(np.float64)
+            most = logits.max()
+            found.append(float(most + np.log(np.exp(logits - most).sum()) - logits[token]))
+        return found
+
+    def _logits(self, row: int) -> Any:
+        """Return those of a row of the last batch, float32 [vocabulary]; the next one overwrites
+        them."""
+        import numpy as np
+
+        pointer = self._llama.llama_get_logits_ith(self._context, row)
+        return np.ctypeslib.as_array(
+            ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (self.vocabulary,)
+        )
 
     def _open(self, sequences: int, length: int) -> None:
         if self._context is not None:

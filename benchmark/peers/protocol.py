@@ -5,6 +5,7 @@
         -> {"step_ms": [...], "started_s": [...], "cpu_s": seconds}
     {"do": "prefill", "tokens": t, "repeats": r}                        -> {"seconds": [...]}
     {"do": "tokens", "prompt": [ids], "steps": n}                       -> {"tokens": [ids]}
+    {"do": "losses", "rows": [[ids], ...]}                              -> {"losses": [[nats], ...]}
     {"do": "moe", "batch": b, "repeats": layers}                        -> {"layer_us": [...]}
     {"do": "moe_error", "batch": b}                                     -> {"relative_error": e}
     {"do": "quit"}                                                      -> {}
@@ -14,7 +15,8 @@ imported. A step of ``decode`` makes one greedy token for every sequence, each w
 ``context`` tokens; four steps before are not counted. ``started_s`` are the steps' starts on the
 machine's monotonic clock, by which steps of two processes are matched. ``cpu_s`` is the CPU time of
 all threads of the process in the counted steps. ``tokens`` are greedy continuations, which show
-that an engine computes the same model. The reply to a request that fails is {"error": text}.
+that an engine computes the same model, and ``losses`` what each token of a row but the first costs
+after those before it. The reply to a request that fails is {"error": text}.
 
 The engines' environments contain nothing of this project: this module and those of the engines
 import the standard library, and an engine's packages when it is loaded.
@@ -58,6 +60,10 @@ class Engine(Protocol):
 
     def prefill(self, prompt: Sequence[int]) -> None:
         """Read one prompt, to its first token."""
+        ...
+
+    def losses(self, row: Sequence[int]) -> list[float]:
+        """Return the negative logarithm of the probability of each token but the first."""
         ...
 
     def cpu_seconds(self) -> float:
@@ -155,6 +161,10 @@ def _tokens(engine: Any, asked: Message) -> Message:
     return {"tokens": [step()[0] for _ in range(asked["steps"])]}
 
 
+def _losses(engine: Any, asked: Message) -> Message:
+    return {"losses": [engine.losses(row) for row in asked["rows"]]}
+
+
 def _moe(engine: Any, asked: Message) -> Message:
     cpu = _cpu_seconds(engine)
     layer_us = engine.moe(asked["batch"], asked["repeats"])
@@ -171,6 +181,7 @@ _ANSWERS: dict[str, Callable[[Any, Message], Message]] = {
     "decode": _decode,
     "prefill": _prefill,
     "tokens": _tokens,
+    "losses": _losses,
     "moe": _moe,
     "moe_error": _moe_error,
 }
