@@ -11,6 +11,7 @@ PACKAGE = Path(crosspool.__file__).parent
 LEAVES = {"config", "transport", "observability"}
 ABOVE = {
     "cli": {
+        "bench",
         "checks",
         "server",
         "frontend",
@@ -23,6 +24,7 @@ ABOVE = {
         "models",
         "kernels",
     },
+    "bench": {"planner"},
     "checks": {"kvpool", "weightpool", "models"},
     "server": {"checks", "frontend", "scheduler", "weightpool", "models"},
     "frontend": {"scheduler", "models"},
@@ -41,6 +43,7 @@ ABOVE = {
 """What each package may import beside the leaves and itself."""
 HEAVY = {"torch", "transformers", "sglang"}
 LIGHT = (
+    "bench/",
     "checks/",
     "cli/",
     "config/",

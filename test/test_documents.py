@@ -21,7 +21,8 @@ SUFFIXES = "py|md|h|cpp|cu|cuh|c|pml|yaml|toml|txt|json|jsonl"
 FOREIGN_FILES = {
     # of checkpoints and users
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),
-    *("deployment.yaml", "deployment.json", "trace.json", "plan.yaml"),
+    *("deployment.yaml", "deployment.json", "trace.json", "plan.yaml", "keys.yaml"),
+    *("sharegpt.json", "a.json", "b.json", "A.json", "B.json"),
     # of other projects
     *("llama.cpp", "dlpack.h", "cuda.h"),
     # a route
@@ -31,13 +32,15 @@ FOREIGN_FILES = {
 }
 FOREIGN_FLAGS = {
     *("--no-deps", "--editable", "--index-url", "--build", "--install", "--prefix"),
-    "--unix-socket",
+    *("--unix-socket", "--prometheus-port", "--rm", "--stop-timeout", "--build-arg", "--gpus"),
+    *("--cpuset-cpus", "--cpus", "--memory"),
 }
-"""Flags of pip, CMake and curl."""
+"""Flags of pip, CMake, curl, smg and Docker."""
 
 
 def documents() -> list[Path]:
-    folders = (ROOT, ROOT / "docs", ROOT / "docs" / "decisions", ROOT / "examples")
+    docs = ROOT / "docs"
+    folders = (ROOT, docs, docs / "decisions", docs / "deploy", ROOT / "examples")
     found = [path for folder in folders for path in sorted(folder.glob("*.md"))]
     assert len(found) >= 10
     return [path for path in found if path.name != "CHANGELOG.md"]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from crosspool.models.registry import read_model
+from crosspool.planner.shapes import catalogue
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmark import checkpoint, expert_rules
+from benchmark import checkpoint, expert_rules, int4_checkpoint, large
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +105,31 @@ def test_a_skew_changes_routers_embeddings_and_head_alone(tmp_path: Path) -> Non
         "lm_head.weight",
         *(f"model.layers.{i}.mlp.gate.weight" for i in range(checkpoint.TINY.layers)),
     }
+
+
+def test_int4_codes_are_those_of_compressed_tensors(tmp_path: Path) -> None:
+    shape = replace(checkpoint.TINY, layers=1)
+    int4_checkpoint.write(tmp_path, shape)
+    spec = read_model(tmp_path)
+    assert (spec.layers, spec.hidden) == (shape.layers, shape.hidden)
+    tensors = load_file(tmp_path / "model-00001-of-00002.safetensors")
+    name = "model.layers.0.mlp.experts.3.up_proj"
+    rows, columns = tensors[f"{name}.weight_shape"].tolist()
+    codes = unpack_from_int32(tensors[f"{name}.weight_packed"], 4, torch.Size((rows, columns)))
+    assert set(codes.unique().tolist()) == set(range(-8, 8))
+    scales = tensors[f"{name}.weight_scale"].float().repeat_interleave(int4_checkpoint.GROUP, 1)
+    weight = codes.float() * scales
+    assert weight.std().item() == pytest.approx(columns**-0.5, rel=0.05)
+    # Experts have the same codes, and weights of their own.
+    other = tensors["model.layers.0.mlp.experts.4.up_proj.weight_scale"]
+    assert not torch.equal(other, tensors[f"{name}.weight_scale"])
+
+
+def test_the_large_model_has_the_shape_of_qwen3_30b_a3b() -> None:
+    file = Path(catalogue.__file__).parent / "Qwen3-30B-A3B.json"
+    published, config = json.loads(file.read_text()), checkpoint.config(large.SHAPE)
+    for field in (
+        *("hidden_size", "num_hidden_layers", "num_experts", "num_experts_per_tok", "head_dim"),
+        *("moe_intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"),
+    ):
+        assert config[field] == published[field], field

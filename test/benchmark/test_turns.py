@@ -142,7 +142,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_bytes_of_a_step(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    config = checkpoint._config(checkpoint.FULL)
+    config = checkpoint.config(checkpoint.FULL)
     (folder / "config.json").write_text(json.dumps(config))
     spec = read_model(folder)
     layer = 2 * (1024 * (1024 + 512) + 1024 * 1024 + 64 * 1024)  # attention and router

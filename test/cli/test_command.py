@@ -50,7 +50,7 @@ def test_mistakes_end_with_status_2(tmp_path: Path, words: list[str], told: str)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["serve", "plan", "demo", "pools", "trace", *FLEET])
+@pytest.mark.parametrize("command", ["serve", "plan", "demo", "pools", "trace", "bench", *FLEET])
 def test_help_shows_an_example(tmp_path: Path, command: str) -> None:
     done = call("crosspool.cli.main", command, "--help", folder=tmp_path)
     assert done.returncode == 0

@@ -25,7 +25,7 @@ def deployment(kv: str, weights: str) -> Deployment:
 
 def test_one_device_process_for_a_device_of_both_pools() -> None:
     both = deployment("cpu", "cpu")
-    front, (device,) = front_end(both, []), device_processes(both, None, 5, [])
+    front, (device,) = front_end(both, []), device_processes(both, None, 5, [], {})
     assert [spec.name for spec in front] == ["http", "scheduler", "detokenizer"]
     assert device.name == "device process cpu"
     forking = {spec.forked_by.name: spec.forked_by for spec in (*front, device) if spec.forked_by}
@@ -44,7 +44,7 @@ def test_one_device_process_for_a_device_of_both_pools() -> None:
 
 def test_device_processes_share_the_lanes() -> None:
     first = f"cpu:{CORES[0]}"
-    devices = device_processes(deployment("cpu", first), 7, 5, [])
+    devices = device_processes(deployment("cpu", first), 7, 5, [], {})
     assert [spec.device for spec in devices] == ["cpu", first]
     for spec in devices:
         assert spec.argv[-4:] == ["--heartbeats-fd", "5", "--lanes-fd", "7"]
@@ -56,7 +56,7 @@ def test_device_processes_share_the_lanes() -> None:
 def test_gpus_that_map_each_others_memory_are_replaced_one_by_one() -> None:
     both = deployment("cuda:0", "cuda:1")
     with contextlib.closing(links.keep_memory(both)) as kept:
-        specs = device_processes(both, 7, 5, kept.fds)
+        specs = device_processes(both, 7, 5, kept.fds, {})
         assert len(kept.fds) == 2 * len(specs) == 4
         for spec in specs:
             assert spec.restartable and spec.group is None
@@ -68,9 +68,9 @@ def test_gpus_that_map_each_others_memory_are_replaced_one_by_one() -> None:
 def test_gpus_that_nvshmem_joins_are_replaced_together() -> None:
     carried = msgspec.structs.replace(deployment("cuda:0", "cuda:1"), gpu_links="nvshmem")
     assert links.keep_memory(carried).fds == []
-    specs = device_processes(carried, 7, 5, [])
+    specs = device_processes(carried, 7, 5, [], {})
     assert [(spec.restartable, spec.group) for spec in specs] == [(True, "NVSHMEM")] * 2
-    (alone,) = device_processes(deployment("cuda:0", "cuda:0"), None, 5, [])
+    (alone,) = device_processes(deployment("cuda:0", "cuda:0"), None, 5, [], {})
     assert alone.restartable and alone.group is None
 
 

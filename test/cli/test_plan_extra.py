@@ -33,7 +33,9 @@ def test_plan_says_in_one_line_what_to_install(word: str) -> None:
 @pytest.mark.usefixtures("without_the_extra")
 def test_a_server_answers_without_them() -> None:
     body = {"model": TINY_MODELS[0], "prompt": "The import statement", "max_tokens": 3}
-    with Server(["--kv-pool-bytes", "64MiB"], models=TINY_MODELS[:1]) as server:
+    body["ignore_eos"] = True
+    flags = ["--kv-pool-bytes", "64MiB"]
+    with Server(flags, models=TINY_MODELS[:1]) as server:
         status, reply = server.post("/v1/completions", body)
     assert status == 200, reply
     assert reply["usage"]["completion_tokens"] == 3

@@ -263,6 +263,10 @@ def test_port_in_use_is_refused(tmp_path: Path) -> None:
         ("weight_pool_bytes", "x", "weight_pool_bytes: 'x' is no size"),
         ("chunk_bytes", "3MiB", "chunk_bytes: 3MiB must be a multiple of 2MiB"),
         ("kv_pool_devices", "gpu", "kv_pool_devices: 'gpu' is no device"),
+        ("kv_pool_devices", "cpu:99999", r"kv_pool_devices: cpu:99999: cores \[99999\] are not"),
+        ("kv_pool_devices", "node1/cpu", "kv_pool_devices: node1/cpu is on node 1, and there is"),
+        ("node_rank", 1, "node_rank: 1 must be less than nnodes, 1"),
+        ("nnodes", 2, "dist_init_addr is missing: nnodes is 2"),
         ("weight_pool_devices", "cpu,cpu", "weight_pool_devices: cpu is named twice"),
         ("kv_pool_bytes", "900TiB", "of memory are available"),
         (
@@ -627,3 +631,37 @@ def test_experts_on_demand_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=problem):
         prepare(on_demand(tmp_path, "demand", **more))
+
+
+def test_a_router_is_told_where_the_server_is(tmp_path: Path) -> None:
+    path = model(tmp_path / "a")
+    alone = prepare(draft(path)).deployment
+    assert (alone.router_url, alone.advertise_url) == (None, None)
+    made = prepare(draft(path, router_url="http://10.0.0.9:30080/")).deployment
+    assert made.router_url == "http://10.0.0.9:30080"
+    assert made.advertise_url == f"http://127.0.0.1:{made.port}"
+    six = prepare(draft(path, router_url="http://[::1]:1", host="::1")).deployment
+    assert (six.router_url, six.advertise_url) == ("http://[::1]:1", f"http://[::1]:{six.port}")
+    given = {"router_url": "https://r", "host": "0.0.0.0", "advertise_url": "http://node-1:80/x/"}
+    assert prepare(draft(path, **given)).deployment.advertise_url == "http://node-1:80/x"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"router_url": "10.0.0.9:30080"}, "router_url: '10.0.0.9:30080' is no URL"),
+        ({"router_url": "http://u:canary@r"}, "router_url: a URL with a user or a password"),
+        ({"router_url": "http://r:99999"}, "router_url: 'http://r:99999' is no URL"),
+        ({"router_url": "http://r", "advertise_url": "node"}, "advertise_url: 'node' is no URL"),
+        ({"router_url": "http://r", "host": "0.0.0.0"}, "give --advertise-url"),
+        ({"router_url": "http://r", "router_api_key": "canary\n"}, "router_api_key: it must"),
+        ({"router_api_key": "canary"}, "router_api_key: .* give router_url, too"),
+        ({"advertise_url": "http://node"}, "advertise_url: .* give router_url, too"),
+    ],
+)
+def test_a_router_that_cannot_be_told_is_a_mistake(
+    tmp_path: Path, given: dict[str, str], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        prepare(draft(model(tmp_path / "a"), **given))
+    assert "canary" not in str(error.value)

@@ -67,10 +67,11 @@ import json, sys
 from dataclasses import replace
 from pathlib import Path
 from crosspool.cli.child import ProcessSpec
+from crosspool.cli.loss import Loss
 from crosspool.cli.restarts import Restarts
 from crosspool.cli.supervisor import Supervisor
 folder = Path(sys.argv[1])
-log, hang = folder / "log", folder / "hang"
+log, hang, anew = folder / "log", folder / "hang", folder / "anew"
 def spec(name, *words):
     argv = [sys.executable, str(folder / "stand_in.py"), str(log), name, *words]
     device = name if name == "device" else None
@@ -88,6 +89,14 @@ def spec(name, *words):
 def note(word):
     with log.open("a") as file:
         file.write(word + "\\n")
+def elsewhere():
+    if anew.exists() and supervisor.replace_all(lambda spec: spec.incarnation + 6):
+        anew.unlink()
+        note("all replaced")
+    if (folder / "far").exists():
+        (folder / "far").unlink()
+        return [Loss(spec=ProcessSpec(name="far", argv=[]), status=None, told="far is lost")]
+    return []
 stages = [[spec(*name.split()) for name in stage.split(",")] for stage in sys.argv[2].split(";")]
 forked = [spec for stage in stages for spec in stage if "forked" in spec.argv]
 plan = [*json.loads(sys.argv[4]), {spec.name: spec.argv[1:] for spec in forked}]
@@ -112,6 +121,7 @@ supervisor = Supervisor(
     hangs=lambda stopped: (
         {("device", 1): "it does nothing"} if hang.exists() and not stopped else {}
     ),
+    elsewhere=lambda: elsewhere(),
     say=lambda text: note(f"say {text}"),
     watchdog_timeout=1.5,
     failure_grace=float(sys.argv[3]),
@@ -230,6 +240,33 @@ def test_others_live_on_for_the_grace_period(run) -> None:
     assert "http end" not in server.log
     assert server.end() == 1
     assert time.monotonic() - began > 1.0
+    assert not server.orphans()
+
+
+def test_all_are_replaced_and_the_fork_server_stays(run, tmp_path: Path) -> None:
+    server = run("http;device forked", restart_limit=5)
+    server.wait_for("ready")
+    device = int((tmp_path / "device.pid").read_text())  # it has the fork server's command line
+    forks = (p for p in server.seen.values() if "fork_server.py" in " ".join(p.cmdline()))
+    (before,) = (p for p in forks if p.pid != device)
+    (tmp_path / "anew").touch()
+    server.wait_for("device start 7")
+    server.wait_for("http start 7")
+    assert server.log.count("all replaced") == 1
+    assert "device end" not in server.log  # killed, not asked
+    assert is_alive(before)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 0
+    assert not server.orphans()
+
+
+def test_a_loss_on_another_host_ends_the_processes_of_this_one(run, tmp_path: Path) -> None:
+    server = run("http;device", grace=0.5, restart_limit=5)
+    server.wait_for("ready")
+    (tmp_path / "far").touch()
+    server.wait_for("lost None: far is lost")
+    assert server.end() == 1
+    assert {"say far is lost", "http end", "device end"} <= set(server.log)
     assert not server.orphans()
 
 

@@ -95,7 +95,6 @@ def test_flags_without_effect_are_taken_with_a_warning(capsys: pytest.CaptureFix
         ([*TWO, "word"], "'word'"),
         ([*TWO, "--lanes", "two"], "--lanes: invalid int value: 'two'"),
         ([*TWO, "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
-        ([*TWO, "--nnodes", "2"], "--nnodes: invalid choice"),
         ([*TWO, "--ffn-parallel", "pp"], "--ffn-parallel: invalid choice: 'pp'"),
         ([*TWO, "--port"], "--port: expected one argument"),
         ([*TWO, "--lanes", "0"], "--lanes: 0 must be between 1 and 256"),

@@ -1,5 +1,5 @@
-"""Servers that the end-to-end tests share. A start takes about ten seconds, most of them SGLang's
-import, so a test has a server of its own only where it stops one or needs other flags."""
+"""Servers that the end-to-end tests share. A start takes seconds, so a test has a server of its own
+only where it stops one or needs other flags."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ SHARED = ("--tool-call-parser", "qwen25", "--enable-response-store", "--response
 @pytest.fixture(scope="package")
 def server() -> Iterator[Server]:
     """Serves the three bundled models with both pools on one device under the resident loop, in
-    float32, so that tokens can be compared with transformers'."""
+    float32, so that tokens can be compared with transformers'. It is started as a user starts it.
+    """
     with Server([*FLAGS, *SHARED]) as running:
         yield running
 

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from support.server import TINY_MODELS, Server
 
-TOKENS = 700
+TOKENS = 400
 FIRST, OTHER = TINY_MODELS[0], TINY_MODELS[1]
 BODY: dict[str, Any] = {
     "text": "The import statement",

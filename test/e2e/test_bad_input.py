@@ -6,10 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import warm, warm_launcher
 from support.server import DEMO, TINY_MODELS, Server
 
 MODEL = TINY_MODELS[0]
@@ -54,13 +56,12 @@ def test_bad_request(server: Server, path: str, body: Any, status: int, word: st
 
 
 def launch(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "crosspool.launch_server", "--port", "0", *flags],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    """Runs a launcher (:mod:`support.warm_launcher`) to its end."""
+    with tempfile.NamedTemporaryFile(mode="r") as log:
+        words = ["--port", "0", *flags]
+        process = warm.start([warm.TORCH, warm.SGLANG], warm_launcher.launch, Path(log.name), words)
+        status = process.wait(300)
+        return subprocess.CompletedProcess(words, status, stdout=log.read(), stderr="")
 
 
 def refused(run: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -106,7 +107,14 @@ def test_a_weight_pool_too_small_is_refused() -> None:
 
 
 def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
-    refused(launch("--model-path", str(tmp_path / "nowhere")), "nowhere")
+    command = [sys.executable, "-m", "crosspool.launch_server", "--port", "0"]
+    run = subprocess.run(
+        [*command, "--model-path", str(tmp_path / "nowhere")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    refused(run, "nowhere")
 
 
 def refused_at_once(run: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -17,7 +17,7 @@ from support.server import TINY_MODELS, Server
 
 MODEL = TINY_MODELS[0]
 GENERATE = f"/m/{MODEL}/generate"
-STREAMS = 6
+STREAMS = 3
 LONGEST_SILENCE = 5.0
 """Seconds. Each of these requests silenced the server for longer, most for more than a minute; on
 an idle machine, the longest silence is now below half a second."""
@@ -84,7 +84,7 @@ class Others:
         self._heard[index] = now
 
     def _stream(self, index: int) -> None:
-        params = {"max_new_tokens": 1500, "ignore_eos": True, "temperature": 0}
+        params = {"max_new_tokens": 500, "ignore_eos": True, "temperature": 0}
         body = json.dumps({"text": "import", "stream": True, "sampling_params": params})
         path = f"/m/{TINY_MODELS[index % len(TINY_MODELS)]}/generate"
         while not self._ending.is_set():

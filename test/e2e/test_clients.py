@@ -248,3 +248,20 @@ def test_bench_serving_on_two_models_at_once(server: Server, tmp_path: Path) -> 
         assert run.returncode == 0, printed[-3000:]
         record = json.loads(out.read_text().splitlines()[-1])
         assert record["completed"] == 16, printed[-3000:]
+
+
+def test_bench_counts_the_tokens_that_the_server_counts(server: Server, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    words = [server.url, "--rate", "20", "--requests", "12", "--ignore-eos", "--out", str(out)]
+    words += ["--dataset", "random:prompt=20,output=6"]
+    for model in TINY_MODELS:
+        words += ["--model", model, "--tokenizer", f"{model}={DEMO / model}"]
+    command = [sys.executable, "-m", "crosspool.cli.main", "bench", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(out.read_text())
+    assert set(made["models"]) == set(TINY_MODELS)
+    for request in made["requests"]:
+        assert request["prompt_tokens"] == request["wanted_prompt_tokens"] == 20
+        assert request["output_tokens"] == 6 and request["finish_reason"] == "length"
+        assert 0 < request["ttft"] <= request["e2e"]

@@ -1,5 +1,6 @@
 """Greedy tokens through HTTP equal transformers', for a small model of random weights of every
-family that has no bundled one. One server has them all."""
+family that has no bundled one, some of them as parts of multimodal models. One server has them
+all."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import torch
 from make_random_checkpoint import make_random_checkpoint
 from support.families import SHAPES, reference_model
 from support.greedy import NEW_TOKENS, generate, prompts_of
+from support.multimodal import as_multimodal
 from support.server import DEMO, Server, two_device_flags
 
 FAMILIES = (
@@ -23,11 +25,15 @@ FAMILIES = (
     "ernie",
     "hunyuan-alpha",
     "granite",
+    "phimoe-long",
+    "qwen3-next",
+    "qwen3.5",
+    "llama4",
 )
 """Their shapes."""
 FLAGS = ("--kv-pool-bytes", "128MiB")
 FEW = 4
-"""Prompts of each model in the fast run."""
+"""Prompts of each model."""
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +53,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def server(checkpoints: list[Path]) -> Iterator[Server]:
-    with Server(FLAGS, models=checkpoints) as server:
+def served(checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same, but those of language models of multimodal models as they are published."""
+    folder = tmp_path_factory.mktemp("served")
+    return [as_multimodal(path, folder / path.name) for path in checkpoints]
+
+
+@pytest.fixture(scope="module")
+def server(served: list[Path]) -> Iterator[Server]:
+    with Server(FLAGS, models=served) as server:
         yield server
 
 
@@ -77,9 +90,10 @@ def test_greedy_tokens_equal_transformers(
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", ["host loop", "two devices"])
 def test_greedy_tokens_equal_transformers_elsewhere(
-    checkpoints: list[Path], placement: str
+    checkpoints: list[Path], served: list[Path], placement: str
 ) -> None:
     flags = two_device_flags() if placement == "two devices" else ["--loop", "host"]
-    with Server([*FLAGS, *flags], models=checkpoints) as server:
+    with Server([*FLAGS, *flags], models=served) as server:
         for checkpoint in checkpoints:
-            check(server, checkpoint, prompts_of(checkpoint))
+            prompts = prompts_of(checkpoint)
+            check(server, checkpoint, prompts[:: len(prompts) // FEW])

@@ -5,38 +5,30 @@ from __future__ import annotations
 import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
-from support.greedy import NEW_TOKENS, PROMPTS, generate, prompts_of
+from support.greedy import NEW_TOKENS, generate, prompts_of
 from support.server import DEMO, TINY_MODELS, Server
 from transformers import AutoModelForCausalLM
 
 
 @functools.cache
-def reference_tokens(model: str) -> list[list[int]]:
-    """transformers' greedy continuation of every prompt in fp32, eos ignored."""
-    reference = AutoModelForCausalLM.from_pretrained(DEMO / model, dtype=torch.float32).eval()
-    answers = []
-    with torch.inference_mode():
-        for prompt in prompts_of(DEMO / model):
-            cache, tokens, ids = None, [], torch.tensor([prompt])
-            for _ in range(NEW_TOKENS):
-                out = reference(ids, past_key_values=cache, use_cache=True)
-                cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
-                tokens.append(int(ids))
-            answers.append(tokens)
-    return answers
+def reference(model: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(DEMO / model, dtype=torch.float32).eval()
 
 
-def check_model(server: Server, model: str) -> None:
-    prompts, expected = prompts_of(DEMO / model), reference_tokens(model)
+@torch.inference_mode()
+def check_model(server: Server, model: str, every: int = 1) -> None:
+    """Asks for one of ``every`` so many prompts."""
+    prompts = prompts_of(DEMO / model)[::every]
     over = threading.Event()
 
     def load(other: str) -> int:
         served = 0
         while not over.is_set():
-            generate(server, other, prompts[served % PROMPTS])
+            generate(server, other, prompts[served % len(prompts)])
             served += 1
         return served
 
@@ -47,9 +39,11 @@ def check_model(server: Server, model: str) -> None:
         finally:
             over.set()
         assert all(other.result() > 0 for other in others)
-    assert len({tuple(tokens) for tokens in expected}) > PROMPTS // 2
-    for prompt, got, want in zip(prompts, answers, expected, strict=True):
-        assert got == want, (model, prompt)
+    assert len({tuple(tokens) for tokens in answers}) > len(prompts) // 2
+    for prompt, got in zip(prompts, answers, strict=True):
+        # Each token is the likeliest after those before it, so the answer is the greedy one.
+        logits = reference(model)(torch.tensor([prompt + got[:-1]])).logits[0, -NEW_TOKENS:]
+        assert got == logits.argmax(-1).tolist(), (model, prompt)
 
 
 @pytest.mark.parametrize("model", TINY_MODELS)
@@ -62,7 +56,7 @@ def test_greedy_tokens_equal_transformers(server: Server, model: str) -> None:
 def test_greedy_tokens_equal_transformers_under_the_host_loop(
     host_server: Server, model: str
 ) -> None:
-    check_model(host_server, model)
+    check_model(host_server, model, every=4)
 
 
 @pytest.mark.parametrize("model", TINY_MODELS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import psutil
 import pytest
@@ -28,12 +28,17 @@ DEPLOYMENTS = {
         *["--ffn-parallel", "ep"],
     ],
 }
-HOST_LOOPS = ("both ranks on one device", "two of each, TP")
-"""Places in which the host loop is tried: a device without peers, and devices with ranks of either
-kind. The server does the same under either loop, and what a device does that comes back is tried in
-every place by test/ranks/test_device_process.py."""
-PLACES = [(name, "resident") for name in DEPLOYMENTS] + [(name, "host") for name in HOST_LOOPS]
+PLACES = [(name, "resident") for name in DEPLOYMENTS] + [("two of each, TP", "host")]
+"""The server does the same under either loop, so that the host loop is tried in one of them; what a
+device does that comes back is tried in every place by test/ranks/test_device_process.py."""
 FAST = [("two devices", "resident")]
+UNLIKE = [*FAST, ("two of each, TP", "host")]
+"""Places of either loop, with one rank on each device and with several."""
+
+
+def within(places: Sequence[tuple[str, str]]) -> pytest.MarkDecorator:
+    """Has a test try these places alone, where the others would show nothing else."""
+    return pytest.mark.parametrize("server", slow_but(FAST, places), ids=", ".join, indirect=True)
 
 
 def devices(server: Server) -> list[psutil.Process]:
@@ -89,6 +94,7 @@ def test_killed_devices_lose_no_request_and_change_no_token(server: Server) -> N
         assert server.log.count("of matrices packed into") == len(TINY_MODELS) * len(processes)
 
 
+@within([place for place in PLACES if place[0] != "both ranks on one device"])
 def test_all_devices_die_at_once_and_once_more_while_they_come_back(server: Server) -> None:
     load = Load(server, asks(TINY_MODELS, 6))
     before, count = restarts(server), len(devices(server))
@@ -103,6 +109,7 @@ def test_all_devices_die_at_once_and_once_more_while_they_come_back(server: Serv
     assert not load.problems, load.problems[0]
 
 
+@within(UNLIKE)
 def test_a_stopped_device_is_replaced_in_seconds(server: Server) -> None:
     load = Load(server, asks(TINY_MODELS, 6))
     before = restarts(server)
@@ -143,16 +150,7 @@ def kill(server: Server, name: str) -> None:
         time.sleep(0.01)
 
 
-# For a scheduler, EP differs from TP in the bytes that ranks hold alone.
-in_places_that_schedulers_tell_apart = pytest.mark.parametrize(
-    "server",
-    slow_but(FAST, [place for place in PLACES if "EP" not in place[0]]),
-    ids=", ".join,
-    indirect=True,
-)
-
-
-@in_places_that_schedulers_tell_apart
+@within(UNLIKE)
 def test_another_scheduler_goes_on_with_every_request(server: Server) -> None:
     """One is killed, and one gives up since nobody compiles grammars for it any more."""
     load = Load(server, asks(TINY_MODELS, 12))
@@ -170,7 +168,7 @@ def test_another_scheduler_goes_on_with_every_request(server: Server) -> None:
     assert not any(model["running"] or model["waiting"] for model in status["models"])
 
 
-@in_places_that_schedulers_tell_apart
+@within(UNLIKE)
 def test_the_scheduler_dies_with_everything_else_and_once_more(server: Server) -> None:
     load = Load(server, asks(TINY_MODELS, 9))
     number = incarnation(server)
@@ -189,7 +187,7 @@ def test_the_scheduler_dies_with_everything_else_and_once_more(server: Server) -
     assert not load.problems, load.problems[0]
 
 
-@in_places_that_schedulers_tell_apart
+@within(UNLIKE)
 def test_a_stopped_scheduler_is_replaced_in_seconds(server: Server) -> None:
     load = Load(server, asks(TINY_MODELS, 6))
     number = incarnation(server)

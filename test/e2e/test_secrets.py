@@ -133,7 +133,7 @@ def test_no_answer_has_a_key(watched: tuple[Server, Onlooker]) -> None:
 def test_arguments_tell_that_a_key_is_set(watched: tuple[Server, Onlooker]) -> None:
     server, _ = watched
     info = json.loads(ask(server, "GET", "/server_info", KEY)[1].partition("\n")[2])
-    is_set = find_running(server.port).keys[0] is not None
+    is_set = find_running(server.port).api_keys[0] is not None
     expected = {"api_key": HIDDEN if is_set else None, "admin_api_key": HIDDEN}
     assert {name: info[name] for name in expected} == expected
     for key, status in ((KEY, 401), (HIDDEN, 401), (ADMIN_KEY, 200)):

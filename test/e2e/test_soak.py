@@ -1,6 +1,6 @@
 """Mixed traffic with random aborts and disconnects: nothing may leak.
 
-``CROSSPOOL_SOAK_MINUTES`` sets the length (default 0.5); the figures are printed last."""
+``CROSSPOOL_SOAK_MINUTES`` sets the length (default 0.3); the figures are printed last."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from support.prompts import sentences
 from support.server import TINY_MODELS, Server
 
-MINUTES = float(os.environ.get("CROSSPOOL_SOAK_MINUTES", "0.5"))
+MINUTES = float(os.environ.get("CROSSPOOL_SOAK_MINUTES", "0.3"))
 CLIENTS = 6
 WARM_SHARE = 0.25
 """The first part of the run, in which caches and arenas may still grow."""

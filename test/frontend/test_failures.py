@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -84,6 +86,20 @@ def test_keys(server: FrontEndServer) -> None:
     assert server.manage("/v1/completions", COMPLETION) == 200
     assert server.request("/health")[0] == 200
     assert server.request("/metrics")[0] == 200
+
+
+def test_top_wants_the_admin_key(server: FrontEndServer) -> None:
+    def top(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "crosspool.cli.main", "top", "--once", *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    wrong = top("--url", server.url, "--admin-api-key", KEY)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    (line,) = wrong.stderr.splitlines()
+    assert "refuses the admin key" in line
+    right = top("--url", f"{server.url}/", "--admin-api-key", ADMIN_KEY, "--sort", "name")
+    assert (right.returncode, right.stderr) == (0, "")
+    assert all(name in right.stdout for name in MODELS)
 
 
 def test_the_dsl_flushes_with_the_admin_key(server: FrontEndServer) -> None:

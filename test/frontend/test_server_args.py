@@ -15,6 +15,7 @@ import pytest
 from crosspool.config.deployment import ModelConfig
 from crosspool.config.sglang_flags import BY_NAME, HIDDEN
 from crosspool.frontend.server_args import server_args
+from make_random_checkpoint import make_random_checkpoint
 from sglang.srt.configs import model_config
 from sglang.srt.server_args import ServerArgs
 from support.front_end import MODELS, deployment
@@ -42,6 +43,17 @@ def test_every_secret_that_sglang_has_is_refused_or_marked() -> None:
     assert {"api_key", "admin_api_key", "ssl_keyfile_password"} <= set(secrets)
     taken = {name for name in secrets if name in BY_NAME}
     assert taken == {name for name, flag in BY_NAME.items() if flag.is_secret}
+
+
+def test_models_with_recurrent_state_have_no_prefix_cache(tmp_path: Path) -> None:
+    path = make_random_checkpoint(
+        "qwen3_next", tmp_path / "next", tokenizer=DEMO / "tiny-qwen3-moe"
+    )
+    served = deployment()
+    assert served.prefix_cache and not server_args(served, 0).disable_radix_cache
+    model = ModelConfig(name="next", path=str(path))
+    args = server_args(deployment(models={0: model}, next_model=1), 0)
+    assert args.disable_radix_cache
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from crosspool.kernels.moe import gated_mlp, moe_experts, route
-from transformers import DeepseekV2Config, DeepseekV3Config, GptOssConfig, Qwen3MoeConfig
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    GptOssConfig,
+    Llama4TextConfig,
+    Qwen3MoeConfig,
+)
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+from transformers.models.phimoe.modeling_phimoe import sparsemixer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 HIDDEN, EXPERTS, TOP_K = 16, 12, 3
@@ -124,6 +132,29 @@ def test_sigmoid_router_with_bias(top_groups: int, renormalize: bool) -> None:
     _same_choice(found, reference.route_tokens_to_experts(reference.gate(x)))
 
 
+@pytest.mark.parametrize("jitter", [0.01, 0.3])
+@torch.inference_mode()
+def test_sparsemixer(jitter: float) -> None:
+    x, weight = torch.randn(50, HIDDEN), torch.randn(EXPERTS, HIDDEN)
+    found = route(
+        x,
+        weight,
+        None,
+        score="sparsemixer",
+        top_k=2,
+        groups=1,
+        top_groups=1,
+        group_score="max",
+        renormalize=False,
+        scale=1.0,
+        jitter=jitter,
+    )
+    weights, experts = sparsemixer(F.linear(x, weight), jitter, training=False)
+    assert torch.equal(found[0], experts)
+    torch.testing.assert_close(found[1], weights, atol=1e-6, rtol=0)
+    assert (found[1] < 1).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_gpt_oss_layer(dtype: torch.dtype) -> None:
@@ -170,6 +201,52 @@ def test_gpt_oss_layer(dtype: torch.dtype) -> None:
     expected = reference(x[None])[0][0].float()
     error = (found - expected).norm() / expected.norm()
     assert error < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_llama4_layer(dtype: torch.dtype) -> None:
+    """Weights of experts are factors on their inputs. Some sigmoids of a row are 1, whose logits
+    differ."""
+    config = Llama4TextConfig(
+        hidden_size=HIDDEN,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        intermediate_size=24,
+    )
+    reference = Llama4TextMoe(config).to(dtype)
+    for parameter in reference.parameters():
+        parameter.copy_(torch.randn(parameter.shape) * 0.7)
+    x = torch.randn(50, HIDDEN, dtype=dtype)
+    reference.router.weight *= 6
+    logits = F.linear(x, reference.router.weight)
+    assert ((logits.float().sigmoid() == 1).sum(dim=1) > TOP_K).any()
+    chosen = route(
+        x,
+        reference.router.weight,
+        None,
+        score="sigmoid",
+        top_k=TOP_K,
+        groups=1,
+        top_groups=1,
+        group_score="max",
+        renormalize=False,
+        scale=1.0,
+    )
+    experts, shared = reference.experts, reference.shared_expert
+    found = moe_experts(
+        x,
+        *chosen,
+        gate_up=experts.gate_up_proj.transpose(1, 2).contiguous(),
+        down=experts.down_proj.transpose(1, 2).contiguous(),
+        first_expert=0,
+        weighs_input=True,
+    )
+    both = torch.cat((shared.gate_proj.weight, shared.up_proj.weight))
+    found += gated_mlp(x, both, shared.down_proj.weight)
+    expected = reference(x[None])[0].float()
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    assert (found - expected).norm() < tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 300])

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from crosspool.kernels.attention import RowSpan, append_kv, as_cached
+from crosspool.kernels.attention import RowSpan, append_kv, as_cached, gqa_attention
 from support.native_kernels import NativeKernels
 
 # (cached tokens, rows of the batch) of each request. Keys of decode rows fill less than a block,
@@ -23,13 +23,16 @@ def _reference(
     scale: float,
     start: int,
     window: int | None,
+    chunked: bool = False,
     sink: float = -math.inf,
 ) -> torch.Tensor:
     """One head: q [rows, d], k [len, d], v [len, dv], float64."""
     positions = torch.arange(start, start + len(q))[:, None]
     keys = torch.arange(len(k))
     seen = keys <= positions
-    if window is not None:
+    if window is not None and chunked:
+        seen &= keys // window == positions // window
+    elif window is not None:
         seen &= keys > positions - window
     scores = (q @ k.T * scale).masked_fill(~seen, -math.inf)
     scores = torch.cat((scores, torch.full((len(q), 1), sink).to(scores)), dim=1)
@@ -100,6 +103,26 @@ def test_gqa(
                 window=window,
             )
             _check(found[at, head], expected, dtype)
+
+
+@pytest.mark.parametrize("chunk", [1, 6, 64, 200])
+def test_chunks(native: NativeKernels, dtype: torch.dtype, chunk: int) -> None:
+    """Chunks that end within blocks of keys and between them, some of them within a prompt."""
+    kv, segments, tokens = _paged(2 * 2 * 20, dtype, RAGGED)
+    q = torch.randn(sum(segment.rows for segment in segments), 4, 20).to(dtype)
+    shape = {"kv_heads": 2, "scale": 0.3, "window": chunk, "chunked": True}
+    found = native.attend(q, kv, LAYER, segments, v_dim=20, v_begin=40, **shape)  # type: ignore[arg-type]
+    from_host = gqa_attention(q, kv, LAYER, segments, **shape)  # type: ignore[arg-type]
+    for segment, values in zip(segments, tokens, strict=True):
+        k, v = values.double().view(-1, 2, 2, 20).unbind(1)
+        at = slice(segment.first_row, segment.first_row + segment.rows)
+        for head in range(4):
+            of_head = q[at, head].double(), k[:, head // 2], v[:, head // 2]
+            expected = _reference(
+                *of_head, scale=0.3, start=segment.start, window=chunk, chunked=True
+            )
+            _check(found[at, head], expected, dtype)
+            _check(from_host[at, head], expected, dtype)
 
 
 @pytest.mark.parametrize("window", [None, 6, 200])

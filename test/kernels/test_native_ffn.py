@@ -32,6 +32,22 @@ def test_router(isa: str, rules: dict[str, str | int], renormalize: bool) -> Non
     torch.testing.assert_close(found[1], expected[1], rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("jitter", [0.01, 0.3])
+@pytest.mark.parametrize("isa", available_isas())
+def test_sparsemixer(isa: str, jitter: float) -> None:
+    experts = 21
+    native = NativeKernels(torch.bfloat16, isa, shares=3)
+    x, weight = torch.randn(60, experts), torch.eye(experts)
+    x[::3] -= 4.0  # the largest logit is below zero
+    options = {"score": "sparsemixer", "top_k": 2, "groups": 1, "top_groups": 1}
+    options |= {"group_score": "max", "renormalize": False, "scale": 1.0, "jitter": jitter}
+    expected = route(x, weight, None, **options)  # type: ignore[arg-type]
+    found = native.route(x, None, **options)  # type: ignore[arg-type]
+    assert torch.equal(found[0].long(), expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=2e-6, atol=1e-7)
+    assert (found[1] < 1).any()
+
+
 @pytest.mark.parametrize("isa", available_isas())
 def test_among_equals_the_lower_index_wins(isa: str) -> None:
     native = NativeKernels(torch.float32, isa)
@@ -119,6 +135,34 @@ def test_experts_in_float64(native: NativeKernels, dtype: torch.dtype) -> None:
     found = _native_sum(native, batch, w, slice(0, EXPERTS), shared=False)
     error = (found.double() - expected).norm() / expected.norm()
     assert error < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_weights_on_inputs(native: NativeKernels, dtype: torch.dtype, rows: int) -> None:
+    """Weights of routed experts are on their inputs; the shared one takes its rows as they are."""
+    w, (x, experts, weights) = _Weights(dtype), _batch(rows, dtype)
+    expected = gated_mlp(x, w.shared_gate_up, w.shared_down).double()
+    for row in range(rows):
+        for expert, weight in zip(experts[row].tolist(), weights[row].to(dtype), strict=True):
+            gate, up = (w.gate_up[expert].double() @ (x[row] * weight).double()).chunk(2)
+            expected[row] += w.down[expert].double() @ (gate / (1 + torch.exp(-gate)) * up)
+    packed = native.pack_gated(*w.shared_gate_up.chunk(2)), native.pack(w.shared_down)
+    found = native.experts(
+        x,
+        experts.to(torch.int32),
+        weights,
+        gate_up=[native.pack_gated(*gate_up.chunk(2)) for gate_up in w.gate_up],
+        down=[native.pack(down) for down in w.down],
+        shared=packed,
+        weighs_input=True,
+    )
+    host = moe_experts(
+        x, experts, weights, gate_up=w.gate_up, down=w.down, first_expert=0, weighs_input=True
+    )
+    host += gated_mlp(x, w.shared_gate_up, w.shared_down)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    for of in (found, host):
+        assert (of.double() - expected).norm() < tolerance * expected.norm()
 
 
 LIMIT = 1.5

@@ -27,7 +27,8 @@ TABLES = {
 FEW = 12
 """Rows up to which no weight is rounded."""
 INTEGERS = frozenset(TABLES) - {"e4m3"}
-"""Codes that the avx2 path multiplies as integers, by rows of bfloat16 in fixed point."""
+"""Codes that some paths multiply as integers, by rows of bfloat16 in fixed point."""
+INTEGER_PATHS = ("avx2", "neon", "neon_bf16")
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -62,13 +63,17 @@ def _weights(
 
 def _rounding(native: NativeKernels, x: Tensor, kind: str, group: int) -> Tensor:
     """The most by which elements of rows are rounded: in fixed point, those below 2^-7 of the
-    largest of their block of up to 32 by 2^-15 of it."""
-    if native.isa != "avx2" or x.dtype != torch.bfloat16 or kind not in INTEGERS:
+    largest of their block of up to 32 by 2^-15 of it, and with integers of 8 bits also the largest
+    itself."""
+    if native.isa not in INTEGER_PATHS or x.dtype != torch.bfloat16 or kind not in INTEGERS:
         return torch.zeros(x.shape, dtype=torch.float64)
     block = math.gcd(32, -(-group // 16) * 16 if kind in ("int6", "uint6") else group)
     sizes = torch.nn.functional.pad(x.double().abs(), (0, -x.shape[1] % block))
     largest = sizes.unflatten(1, (-1, block)).amax(2).repeat_interleave(block, 1)
-    return (largest * 2**-15 * (sizes < largest * 2**-7))[:, : x.shape[1]]
+    rounded = sizes < largest * 2**-7
+    if native.isa != "avx2":
+        rounded |= sizes == largest
+    return (largest * 2**-15 * rounded)[:, : x.shape[1]]
 
 
 OFFSETS = ("none", "minimum", "zero point")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from crosspool.kernels import engine_structs as es
-from crosspool.kernels import native
+from crosspool.kernels import native, network
 from crosspool.kernels import native_structs as ns
 from crosspool.kernels.isa import ISAS
 from support import kernel_structs as ks
@@ -15,7 +15,12 @@ from support.headers import COMPILER, assert_holds, same_functions, same_layout
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
-HEADERS = ("cpu/engine/engine.h", "cpu/kernels/attention_plan.h", "crosspool/virtual_memory.h")
+HEADERS = (
+    "cpu/engine/engine.h",
+    "cpu/links/face.h",
+    "cpu/kernels/attention_plan.h",
+    "crosspool/virtual_memory.h",
+)
 RENAMED = {es.NativeLinkCounters: "LinkCounters", es.NativeExpertCounters: "ExpertCounters"}
 NUMBERS = {
     "DType::kBFloat16": ns.BFLOAT16,
@@ -47,6 +52,8 @@ NUMBERS = {
     "Isa::kAvx2": ISAS.index("avx2"),
     "Isa::kAvx512": ISAS.index("avx512"),
     "Isa::kAmx": ISAS.index("amx"),
+    "Isa::kNeon": ISAS.index("neon"),
+    "Isa::kNeonBf16": ISAS.index("neon_bf16"),
     "AttentionKind::kGQA": es.GQA,
     "AttentionKind::kMLA": es.MLA,
     "Choice::kGreedy": es.GREEDY,
@@ -69,6 +76,9 @@ NUMBERS = {
     "Weights::kHere": es.HERE,
     "Weights::kLater": es.LATER,
     "Weights::kNever": es.NEVER,
+    "LinkEnd::kAttention": network.ATTENTION,
+    "LinkEnd::kFFN": network.FFN,
+    **{f"LossReason::k{reason.name.title()}": reason.value for reason in network.LossReason},
     "kPanel": ns.PANEL,
     "kDepth": ns.DEPTH,
     "CROSSPOOL_ABI_VERSION": native.ABI_VERSION,
@@ -78,7 +88,7 @@ NUMBERS = {
 def mirrors() -> list[type[ctypes.Structure]]:
     found = {
         one
-        for module in (ns, es, ks)
+        for module in (ns, es, ks, network)
         for one in vars(module).values()
         if isinstance(one, type) and issubclass(one, ctypes.Structure)
     }
@@ -86,7 +96,7 @@ def mirrors() -> list[type[ctypes.Structure]]:
 
 
 def test_every_field_lies_where_the_header_has_it(tmp_path: Path) -> None:
-    assert len(mirrors()) == 41 and set(es.MIRRORED) < set(mirrors())
+    assert len(mirrors()) == 45 and set(es.MIRRORED) < set(mirrors())
     claims = []
     for mirror in mirrors():
         claims += same_layout(mirror, RENAMED.get(mirror))
@@ -101,7 +111,7 @@ def test_numbers_are_the_headers(tmp_path: Path) -> None:
 
 
 def test_functions_take_and_return_what_python_says(tmp_path: Path) -> None:
-    signatures = native._SIGNATURES | es.SIGNATURES | ks.SIGNATURES
+    signatures = native._SIGNATURES | es.SIGNATURES | ks.SIGNATURES | network.SIGNATURES
     assert len(signatures) > 25
     assert_holds(same_functions(signatures), tmp_path, *HEADERS)
 

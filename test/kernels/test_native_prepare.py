@@ -7,8 +7,8 @@ from typing import Literal
 
 import pytest
 import torch
-from crosspool.kernels.norm import rms_norm
-from crosspool.kernels.rope import rope_tables, rotate
+from crosspool.kernels.norm import layer_norm, rms_norm
+from crosspool.kernels.rope import query_factors, rope_tables, rotate
 from support.native_kernels import NativeKernels
 from support.native_operands import RopeTables, RowPlaces
 
@@ -59,6 +59,19 @@ def test_rms_norm(native: NativeKernels, dtype: torch.dtype, n: int) -> None:
     x, weight = _values(dtype, 5, n), _values(dtype, n)
     found = native.rms_norm(x, weight, 1e-6)
     _close(found, rms_norm(x.to(dtype), weight.to(dtype), 1e-6))
+
+
+@pytest.mark.parametrize("n", [1, 16, 100, 1024])
+def test_layer_norm(native: NativeKernels, dtype: torch.dtype, n: int) -> None:
+    """The rows have means of several times their spread, which leaves less digits of the rest."""
+    x, weight, bias = _values(dtype, 5, n) + 4.0, _values(dtype, n), _values(dtype, n)
+    x = x.to(dtype).float()
+    found = native.layer_norm(x, weight, bias, 1e-5)
+    expected = layer_norm(x.to(dtype), weight.to(dtype), bias.to(dtype), 1e-5)
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)
+    else:
+        _close(found, expected)
 
 
 def test_residual_sums(native: NativeKernels, dtype: torch.dtype) -> None:
@@ -151,6 +164,41 @@ def test_gqa_prepare(
     assert kv.isnan().all(), "a slot of another row or layer was written"
 
 
+def test_llama4_heads(native: NativeKernels, dtype: torch.dtype) -> None:
+    """Rotated heads are normed without weights; those of a layer without rotations have factors on
+    q that grow with the position."""
+    rows, dim, q_heads, kv_heads = 9, 16, 4, 2
+    qkv, places = _values(dtype, rows, (q_heads + 2 * kv_heads) * dim), _places(rows)
+    rotated = _tables(dim, dtype, True, True)
+    plain = RopeTables(torch.empty(90, 0), torch.empty(90, 0), True, True)
+    kv = torch.full((PAGES, LAYERS, PAGE_SIZE, 2 * kv_heads * dim), math.nan, dtype=dtype)
+    heads = {"places": places, "q_heads": q_heads, "kv_heads": kv_heads, "eps": 1e-5}
+    q = qkv[:, : q_heads * dim].to(dtype).unflatten(1, (-1, dim))
+    found = native.gqa_prepare(
+        qkv,
+        kv,
+        LAYER,
+        rope=rotated,
+        qk_norm="unweighted rotated head",
+        **heads,  # type: ignore[arg-type]
+    )
+    _close(found, rms_norm(_rotated(q, places, rotated), None, 1e-5).flatten(1))
+    factors = query_factors(torch.arange(90), 0.3, 8)
+    found = native.gqa_prepare(
+        qkv,
+        kv,
+        LAYER,
+        rope=plain,
+        factors=factors,
+        **heads,  # type: ignore[arg-type]
+    )
+    expected = (q * factors[places.positions.long()][:, None, None]).to(dtype)
+    assert factors.unique().numel() > 5
+    assert torch.equal(found, expected.flatten(1))
+    keys = qkv[:, q_heads * dim :].to(dtype)
+    assert torch.equal(kv[places.pages.long(), LAYER, places.offsets.long()], keys)
+
+
 def test_mla_append(native: NativeKernels, dtype: torch.dtype) -> None:
     rows, latent, dim = 5, 40, 6
     compressed, norm = _values(dtype, rows, latent + dim), _values(dtype, latent)
@@ -164,3 +212,32 @@ def test_mla_append(native: NativeKernels, dtype: torch.dtype) -> None:
     assert torch.equal(written[:, latent:], _rotated(keys[:, None], places, tables)[:, 0])
     kv[slots] = math.nan
     assert kv.isnan().all()
+
+
+def test_q_heads_with_gates_behind_them(native: NativeKernels, dtype: torch.dtype) -> None:
+    rows, q_heads, kv_heads, dim = 5, 4, 2, 16
+    q, gate = _values(dtype, 2, rows, q_heads, dim)
+    keys_values = _values(dtype, rows, 2 * kv_heads * dim)
+    norms = _values(dtype, 2, dim)
+    places, tables = _places(rows), _tables(8, dtype, False, False)
+    results = []
+    for gated in (False, True):
+        heads = torch.cat((q, gate), dim=2) if gated else q
+        kv = torch.zeros(PAGES, LAYERS, PAGE_SIZE, 2 * kv_heads * dim, dtype=dtype)
+        found = native.gqa_prepare(
+            torch.cat((heads.flatten(1), keys_values), dim=1),
+            kv,
+            LAYER,
+            places=places,
+            rope=tables,
+            q_heads=q_heads,
+            kv_heads=kv_heads,
+            qk_norm="head",
+            q_norm=norms[0],
+            k_norm=norms[1],
+            eps=1e-6,
+            gated=gated,
+        )
+        results.append((found, kv))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])

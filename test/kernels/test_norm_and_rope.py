@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from crosspool.kernels.norm import rms_norm
+from crosspool.kernels.norm import layer_norm, rms_norm
 from crosspool.kernels.rope import rope_frequencies, rope_tables, rotate
 from transformers import DeepseekV3Config, MixtralConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
@@ -28,6 +28,19 @@ def test_rms_norm(dtype: torch.dtype) -> None:
     norm.weight.copy_(torch.rand(48) + 0.5)
     x = torch.randn(7, 3, 48, dtype=dtype)
     torch.testing.assert_close(rms_norm(x, norm.weight, 1e-3), norm(x), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_layer_norm(dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.randn(*size).to(dtype) for size in ((7, 48), (48,), (48,)))
+    found = layer_norm(x + 3, weight, bias, 1e-5)
+    wide = (x + 3).double()
+    normed = (wide - wide.mean(1, keepdim=True)) / (wide.var(1, correction=0) + 1e-5).sqrt()[
+        :, None
+    ]
+    expected = (normed * weight + bias).to(dtype)
+    torch.testing.assert_close(found, expected)
 
 
 def test_rms_norm_sums_in_float32() -> None:

@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from crosspool.config.errors import ConfigError
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.spec import DenseFFN, MLASpec, ModelSpec, RopeSpec
 
@@ -64,3 +65,25 @@ def test_chunks_beneath_pages_in_a_row(spec):
     for pages in (1, 4, 5, 421, 422):
         assert layout.chunks_for(pages) == layout.chunks_of_pages(pages - 1).stop
     assert layout.chunks_for(np.array([0, 5])).tolist() == [0, layout.chunks_for(5)]
+
+
+class _Recurrent:
+    """A model of 24 bytes of KV per token, with 1000 rows of 512 bytes of recurrent state."""
+
+    kv_bytes_per_token = 24
+    state_bytes = 512_000
+    state_row = 512
+
+
+def test_recurrent_state_lies_in_the_first_pages_of_a_sequence():
+    layout = KVLayout(_Recurrent(), 64, 2 << 20)
+    assert layout.page_bytes == 1536 and layout.state_pages == 334  # 3 rows to a page
+    assert [layout.pages_for(tokens) for tokens in (1, 64, 65)] == [335, 335, 336]
+    assert [layout.tokens_in(pages) for pages in (0, 334, 335, 340)] == [0, 0, 64, 384]
+    narrow = KVLayout(_Recurrent(), 22, 2 << 20)
+    assert narrow.page_bytes == 528 and narrow.state_pages == 1000
+
+
+def test_a_page_that_holds_no_row_of_state_is_refused():
+    with pytest.raises(ConfigError, match=r"page_size: 21: a page of 504 bytes .* at least 22"):
+        KVLayout(_Recurrent(), 21, 2 << 20)

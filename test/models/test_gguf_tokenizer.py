@@ -76,6 +76,9 @@ def test_text_becomes_the_tokens_of_the_original(model: str, tmp_path: Path) -> 
         ("llama-bpe", "I'LL 1234", ["I", "'LL", " ", "123", "4"]),
         ("deepseek-v3", "1234 a!b", ["123", "4", " a", "!b"]),
         ("deepseek-llm", "ab 12\nc!", ["ab", " ", "1", "2", "\n", "c", "!"]),
+        ("gpt-4o", "I'LL seeHer 1234", ["I'LL", " see", "Her", " ", "123", "4"]),
+        ("gpt-4o", "a //\n", ["a", " //\n"]),
+        ("refact", "it's 12 a!", ["it", "'s", " ", "1", "2", " a", "!"]),
         ("gpt-2", "it's 123 a!", ["it", "'s", " 123", " a", "!"]),
     ],
 )

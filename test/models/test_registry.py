@@ -10,17 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from crosspool.config.deployment import ConfigError
+from crosspool.kernels.rope import unscaled_frequencies
 from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
 from crosspool.models.schemes import MXFP4
-from crosspool.models.spec import DenseFFN, GQASpec, MLASpec, ModelSpec, MoEFFN, RopeSpec
+from crosspool.models.spec import (
+    DenseFFN,
+    GQASpec,
+    MLASpec,
+    ModelSpec,
+    MoEFFN,
+    RopeSpec,
+    TemperatureTuning,
+)
+from crosspool.ranks.host.attention import frequencies
 from make_random_checkpoint import hub_tensors, make_random_checkpoint
-from support.families import FAMILIES
+from support.families import FAMILIES, longrope
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-ARCHITECTURES = {
-    family: CONFIG_MAPPING[family].__name__.replace("Config", "ForCausalLM") for family in FAMILIES
-}
+ARCHITECTURES = {family: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family] for family in FAMILIES}
 _NEEDED = {"num_experts_per_tok": 6, "n_routed_experts": 64}
 """Fields for which a family may have no default: transformers then cannot build the model."""
 
@@ -50,6 +60,9 @@ def _check_against(spec: ModelSpec, config: PreTrainedConfig) -> None:
     assert spec.eos_token_ids == (() if eos is None else (eos,))
     assert spec.embed_scale == getattr(config, "embedding_multiplier", 1.0)
     assert spec.logit_scale == 1 / getattr(config, "logits_scaling", 1.0)
+    mixes_sparsely = config.model_type == "phimoe"
+    assert spec.layer_norms == mixes_sparsely
+    assert spec.head_bias == getattr(config, "lm_head_bias", False)
     attention = spec.attention
     assert attention.q_heads == config.num_attention_heads
     if isinstance(attention, MLASpec):
@@ -70,41 +83,55 @@ def _check_against(spec: ModelSpec, config: PreTrainedConfig) -> None:
         assert attention.head_dim == (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
-        slides = "sliding_attention" in getattr(config, "layer_types", ["sliding_attention"])
-        window = getattr(config, "sliding_window", None)
-        assert attention.sliding_window == (window if slides else None)
+        limited = ("sliding_attention", "chunked_attention")
+        window = getattr(config, "sliding_window", getattr(config, "attention_chunk_size", None))
         kinds = getattr(config, "layer_types", ["sliding_attention"] * spec.layers)
+        slides = any(kind in limited for kind in kinds)
+        assert attention.sliding_window == (window if slides else None)
         assert [attention.window(layer) for layer in range(spec.layers)] == [
-            window if kind == "sliding_attention" else None for kind in kinds
+            window if kind in limited else None for kind in kinds
         ]
+        assert attention.chunked == hasattr(config, "attention_chunk_size")
+        rotates = getattr(config, "no_rope_layers", [1] * spec.layers)
+        assert [layer not in attention.unrotated_layers for layer in range(spec.layers)] == rotates
+        tuned = getattr(config, "attn_temperature_tuning", False)
+        assert attention.temperature == (
+            TemperatureTuning(config.attn_scale, config.floor_scale) if tuned else None
+        )
         assert attention.qkv_clip == getattr(config, "clip_qkv", None)
         share = config.rope_parameters.get("partial_rotary_factor", 1.0)
         assert attention.rope.dim == int(attention.head_dim * share)
         per_head = config.model_type.startswith(("qwen3", "hunyuan"))
         per_head = getattr(config, "use_qk_norm", per_head)
-        assert (attention.qk_norm in ("head", "rotated head")) == per_head
+        assert attention.qk_norm.endswith("head") == per_head
     for ffn in spec.ffn:
         if isinstance(ffn, DenseFFN):
-            assert ffn.intermediate == config.intermediate_size
+            size = getattr(config, "intermediate_size_mlp", config.intermediate_size)
+            assert ffn.intermediate == size
             continue
         shared_size = getattr(config, "shared_expert_intermediate_size", None)
         router = ffn.router
         v2 = config.model_type == "deepseek_v2"
         experts = "n_routed_experts" if v2 else "num_local_experts"
         assert ffn.experts == getattr(config, experts, getattr(config, "num_experts", None))
-        assert ffn.intermediate == getattr(
-            config, "moe_intermediate_size", config.intermediate_size
-        )
+        size = getattr(config, "intermediate_size", None)
+        assert ffn.intermediate == getattr(config, "moe_intermediate_size", size)
         shared = getattr(config, "n_shared_experts", 0) or 0
         shared = getattr(config, "moe_num_shared_experts", shared)
-        if config.model_type == "hunyuan_v1_moe":
+        llama4 = config.model_type == "llama4_text"
+        if llama4 or config.model_type == "hunyuan_v1_moe":
             shared = 1
+        assert ffn.weighs_input == llama4
         assert ffn.shared_intermediate == (shared_size or shared * ffn.intermediate)
         assert ffn.shared_gate == (shared_size is not None)
         assert router.top_k == config.num_experts_per_tok
         factor = getattr(config, "residual_multiplier", 1.0)
         assert router.scale == getattr(config, "routed_scaling_factor", factor)
-        assert router.renormalize == getattr(config, "norm_topk_prob", True)
+        assert router.renormalize == getattr(
+            config, "norm_topk_prob", not (mixes_sparsely or llama4)
+        )
+        assert (router.score == "sparsemixer") == mixes_sparsely
+        assert router.jitter == getattr(config, "router_jitter_noise", 0.0) * mixes_sparsely
         assert router.groups == (getattr(config, "n_group", 1) or 1)
         assert router.top_groups == (getattr(config, "topk_group", 1) or 1)
 
@@ -135,6 +162,8 @@ def test_tensors_are_those_of_a_published_checkpoint(
     refs = [ref for _, ref in attention_tensors(spec)]
     refs += [ref for layer in range(spec.layers) for ref in ffn_tensors(spec, layer)]
     stored = {ref.name: ref.stack.floats(ref.shape) if ref.stack else ref.shape for ref in refs}
+    parts = [part for ref in refs if ref.joined for part in ref.joined.parts]
+    stored |= {part.name: (part.height, spec.hidden) for part in parts}
     assert stored == expected
     assert len({(ref.name, ref.stack) for ref in refs}) == len(refs)
 
@@ -213,6 +242,117 @@ def test_gpt_oss_as_published(tmp_path: Path) -> None:
     refs = [ref for _, ref in attention_tensors(spec)] + ffn_tensors(spec, 3)
     held = {ref.name for ref in refs if ref.scheme == MXFP4()}
     assert held == {f"model.layers.3.mlp.experts.{n}_proj" for n in ("gate_up", "down")}
+
+
+def test_phi_as_published(tmp_path: Path) -> None:
+    """The fields of microsoft/Phi-3.5-MoE-instruct's config.json, but for values of its factors."""
+    fields = {
+        "architectures": ["PhiMoEForCausalLM"],
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "hidden_size": 64,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 131072,
+        "rope_theta": 10000.0,
+        "rope_scaling": longrope(4096) | {"type": "longrope"},
+        "torch_dtype": "bfloat16",
+    }
+    fields["rope_scaling"] = {
+        name: value
+        for name, value in fields["rope_scaling"].items()
+        if name not in ("rope_type", "rope_theta")
+    }
+    path = _write(tmp_path, "phimoe", **fields)
+    spec = read_model(path)
+    _check_against(spec, AutoConfig.from_pretrained(path))
+    for context, length in ((4096, "short"), (4097, "long")):
+        spec = read_model(path, context_length=context)
+        found, factor = frequencies(spec, path)
+        wanted = torch.tensor(fields["rope_scaling"][f"{length}_factor"])
+        assert factor == fields["rope_scaling"][f"{length}_mscale"]
+        torch.testing.assert_close(found * wanted, unscaled_frequencies(10000.0, 16))
+
+
+def test_llama4_as_published(tmp_path: Path) -> None:
+    """The shape of meta-llama/Llama-4-Scout-17B-16E's config.json, with less layers and vocabulary:
+    that of a multimodal model."""
+    text = {
+        "model_type": "llama4_text",
+        "hidden_size": 5120,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384,
+        "interleave_moe_layer_step": 1,
+        "max_position_embeddings": 10485760,
+        "no_rope_layers": [1, 1, 1, 0, 1, 1, 1, 0],
+        "num_experts_per_tok": 1,
+        "num_local_experts": 16,
+        "attention_chunk_size": 8192,
+        "attn_temperature_tuning": True,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "factor": 16.0,
+            "high_freq_factor": 1.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "eos_token_id": 200001,
+        "vocab_size": 1000,
+    }
+    fields = {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": "llama4",
+        "text_config": text,
+        "vision_config": {"model_type": "llama4_vision_model", "hidden_size": 1408},
+    }
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(fields | {"torch_dtype": "bfloat16"}))
+    spec = read_model(tmp_path)
+    _check_against(spec, AutoConfig.from_pretrained(tmp_path).text_config)
+    assert spec.attention.rope == RopeSpec(dim=128, interleaved=True, fp32=True)
+    names = [ref.name for _, ref in attention_tensors(spec)] + [
+        ref.name for ref in ffn_tensors(spec, 0)
+    ]
+    assert all(name.startswith("language_model.") for name in names)
+    assert "language_model.model.layers.0.feed_forward.shared_expert.up_proj.weight" in names
+    text["attn_temperature_tuning"] = 4  # as first published
+    file.write_text(json.dumps(fields | {"torch_dtype": "bfloat16"}))
+    assert read_model(tmp_path) == spec
+
+
+def test_qwen3_5_as_published(tmp_path: Path) -> None:
+    """A multimodal model names its language model's tensors otherwise, but for the LM head."""
+    config = CONFIG_MAPPING["qwen3_5_moe"]()
+    text = {"num_hidden_layers": 8, "eos_token_id": 248044}
+    file = tmp_path / "config.json"
+    fields = {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "text_config": config.text_config.to_dict() | text | {"layer_types": None},
+        "dtype": "bfloat16",
+    }
+    file.write_text(json.dumps(config.to_dict() | fields))
+    spec = read_model(tmp_path)
+    _check_against(spec, AutoConfig.from_pretrained(tmp_path).text_config)
+    refs = {(layer, ref.key): ref for layer, ref in attention_tensors(spec)}
+    joined = refs[0, "qkvz_proj"].joined
+    assert joined is not None
+    block = "model.language_model.layers.0.linear_attn"
+    assert {part.name for part in joined.parts} == {
+        f"{block}.in_proj_qkv.weight",
+        f"{block}.in_proj_z.weight",
+    }
+    assert refs[0, "decay"].name == f"{block}.A_log"
+    assert refs[None, "lm_head"].name == "lm_head.weight"
+    experts = {ref.name: ref for ref in ffn_tensors(spec, 0) if ref.expert == 3}
+    block = "model.language_model.layers.0.mlp.experts"
+    assert set(experts) == {f"{block}.gate_up_proj", f"{block}.down_proj"}
 
 
 def test_minimax_says_how_much_of_a_head_rotates(tmp_path: Path) -> None:
@@ -303,8 +443,17 @@ def test_context_length_and_dtype_given_by_the_user(tmp_path: Path) -> None:
             {"quantization_config": {"quant_method": "fp8"}},
             "fp8 cannot hold model.layers.0.mlp.experts.gate_up_proj: it holds all experts",
         ),
+        (
+            "qwen3_5_moe_text",
+            {"quantization_config": {"quant_method": "fp8"}},
+            "fp8 cannot hold model.layers.0.linear_attn.in_proj_qkv.weight: its rows lie in",
+        ),
         ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window=True: must be false"),
         ("qwen3", {"layer_types": ["sliding_attention"]}, "layer_types=['sliding_attention']"),
+        ("qwen3_next", {"layer_types": ["linear_attention"] * 3}, "for 48 layers"),
+        ("qwen3_next", {"full_attention_interval": 99}, "must have full_attention in some layer"),
+        ("qwen3_next", {"linear_num_value_heads": 24}, "must be a multiple of 16 key heads"),
+        ("qwen3_next", {"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim=1: must be an"),
         ("llama", {"mlp_bias": True}, "mlp_bias=True: must be false"),
         ("llama", {"rope_scaling": {"type": "dynamic", "alpha": 2.0}}, "rope_type must be one of"),
         ("minimax_m2", {"rotary_dim": 130}, "rotary_dim=130: must be even and at most"),
@@ -321,6 +470,30 @@ def test_context_length_and_dtype_given_by_the_user(tmp_path: Path) -> None:
         ("hunyuan_v1_moe", {"moe_topk": 2}, "moe_topk=2: must be at most num_experts=1"),
         ("hunyuan_v1_moe", {"num_shared_expert": [2, 2]}, "num_shared_expert=[2, 2]: must be 1"),
         ("hunyuan_v1_moe", {"rope_scaling": {"type": "dynamic"}}, "rope_scaling.alpha=None"),
+        (
+            "phimoe",
+            {"num_experts_per_tok": 1},
+            "num_experts_per_tok=1: must be 2, which sparsemixer",
+        ),
+        (
+            "phimoe",
+            {"rope_scaling": {"type": "yarn", "factor": 2}},
+            "must be one of default, longrope",
+        ),
+        ("phimoe", {"rope_scaling": longrope(0)}, "original_max_position_embeddings=0"),
+        ("phimoe", {"rope_scaling": longrope(9)}, "short_factor must list 64 numbers, one for"),
+        ("phimoe", {"router_jitter_noise": -1}, "router_jitter_noise=-1: must be a number above 0"),
+        (
+            "llama4_text",
+            {"no_rope_layers": [1]},
+            "no_rope_layers=[1]: must list 0 or 1 for each of 48",
+        ),
+        ("llama4_text", {"layer_types": ["full"] * 48}, "must list chunked_attention or full_att"),
+        (
+            "llama4_text",
+            {"attn_temperature_tuning": "x"},
+            "attn_temperature_tuning='x': must be true",
+        ),
         ("glm4_moe", {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5"),
         ("glm4_moe", {"partial_rotary_factor": True}, "partial_rotary_factor=True"),
         ("glm4_moe", {"rope_scaling": {"type": "default", "partial_rotary_factor": 0.01}}, "0.01"),

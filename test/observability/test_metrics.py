@@ -2,7 +2,8 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from crosspool.observability.metrics import of_all_processes, render, sglang_gauges
+from crosspool.observability.histograms import ModelHistograms
+from crosspool.observability.metrics import Measured, of_model, render
 from crosspool.transport.inspection import (
     DeviceCounters,
     ExpertCounts,
@@ -12,7 +13,9 @@ from crosspool.transport.inspection import (
     ModelStatus,
     RankSnapshot,
     Status,
+    WeightUse,
 )
+from prometheus_client import Metric
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -80,6 +83,8 @@ RANK = {
     "promised_bytes": 4 << 20,
     "cached_bytes": 2 << 20,
     "steps_in_flight": 1,
+    "lanes": 2,
+    "busy_seconds": 34.5,
     "running": 2,
     "paused": 1,
     "mapped_bytes": 4 << 20,
@@ -112,11 +117,30 @@ EXPERTS = {
 }
 
 
-def test_gauges_of_sglangs_scheduler_have_its_names_and_labels() -> None:
+def histograms(name: str = str(MODEL["name"])) -> ModelHistograms:
+    """Those of a model that has had a request of 3 tokens, and begun another one."""
+    made = ModelHistograms(name=name)
+    for value in (0.002, 0.5):
+        made.queue_seconds.observe(value)
+    made.first_token_seconds.observe(0.04)
+    for value in (0.01, 700.0):
+        made.between_tokens_seconds.observe(value)
+    made.end_to_end_seconds.observe(700.05)
+    made.prompt_tokens.observe(100)
+    made.output_tokens.observe(3)
+    return made
+
+
+def told(measured: Measured) -> dict[str, Metric]:
+    text = render(measured, (), collects=False).decode()
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def test_what_sglangs_scheduler_tells_has_its_names_and_labels() -> None:
     status = Status(
         models=[ModelStatus(**MODEL)], ranks=[], failure=None, ready=True, message="", devices=[]
     )
-    families = list(text_string_to_metric_families(sglang_gauges(status).decode()))
+    families = told(Measured(status, (), [histograms()]))
     labels = {
         "model_name": MODEL["name"],
         "engine_type": "unified",
@@ -124,20 +148,71 @@ def test_gauges_of_sglangs_scheduler_have_its_names_and_labels() -> None:
         "pp_rank": "0",
         "moe_ep_rank": "0",
     }
-    assert all(family.type == "gauge" for family in families)
-    assert all(sample.labels == labels for family in families for sample in family.samples)
     used = (6 << 20) // 64
-    assert {family.name: family.samples[0].value for family in families} == {
-        "sglang:num_running_reqs": 2,
-        "sglang:num_queue_reqs": 2,
-        "sglang:num_grammar_queue_reqs": 1,
-        "sglang:num_used_tokens": used,
-        "sglang:max_total_num_tokens": 1 << 20,
-        "sglang:token_usage": used / (1 << 20),
-        "sglang:gen_throughput": 2.5,
-        "sglang:cache_hit_rate": 0.375,
+    for name, value in {
+        "num_running_reqs": 2,
+        "num_queue_reqs": 2,
+        "num_grammar_queue_reqs": 1,
+        "num_used_tokens": used,
+        "max_total_num_tokens": 1 << 20,
+        "token_usage": used / (1 << 20),
+        "gen_throughput": 2.5,
+        "cache_hit_rate": 0.375,
+    }.items():
+        family = families[f"sglang:{name}"]
+        assert family.type == "gauge"
+        (sample,) = family.samples
+        assert (sample.labels, sample.value) == (labels, value)
+    queue = families["sglang:queue_time_seconds"]
+    assert all({**sample.labels, **labels} == sample.labels for sample in queue.samples)
+    assert {sample.name: sample.value for sample in queue.samples if "le" not in sample.labels} == {
+        "sglang:queue_time_seconds_count": 2,
+        "sglang:queue_time_seconds_sum": 0.502,
     }
-    assert not any(f.samples for f in text_string_to_metric_families(sglang_gauges(None).decode()))
+    assert not any(family.samples for name, family in told(Measured(None)).items()
+                   if name.startswith("sglang:"))  # fmt: skip
+
+
+def test_what_sglangs_tokenizer_managers_tell_has_its_names_and_labels() -> None:
+    families = told(Measured(None, (), [histograms(), ModelHistograms(name="never asked")]))
+    labels = {"model_name": MODEL["name"], "engine_type": "unified"}
+    values = {}
+    for name in (
+        *("time_to_first_token_seconds", "inter_token_latency_seconds"),
+        *("e2e_request_latency_seconds", "prompt_tokens_histogram", "generation_tokens_histogram"),
+    ):
+        family = families[f"sglang:{name}"]
+        assert family.type == "histogram"
+        for sample in family.samples:
+            bound = sample.labels.pop("le", "")
+            assert sample.labels == labels
+            values[name, sample.name.rpartition("_")[2], bound] = sample.value
+    assert values["time_to_first_token_seconds", "bucket", "0.03"] == 0
+    assert values["time_to_first_token_seconds", "bucket", "0.05"] == 1
+    assert values["inter_token_latency_seconds", "bucket", "0.01"] == 1  # bounds are included
+    assert values["inter_token_latency_seconds", "bucket", "600.0"] == 1
+    assert values["inter_token_latency_seconds", "bucket", "+Inf"] == 2
+    assert values["e2e_request_latency_seconds", "sum", ""] == 700.05
+    assert values["prompt_tokens_histogram", "bucket", "64.0"] == 0
+    assert values["prompt_tokens_histogram", "bucket", "128.0"] == 1
+    for name, value in {"prompt_tokens": 100, "generation_tokens": 3, "num_requests": 1}.items():
+        (sample,) = families[f"sglang:{name}"].samples
+        assert (sample.name, sample.labels, sample.value) == (f"sglang:{name}_total", labels, value)
+
+
+def test_with_sglangs_own_collectors_its_names_are_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = MmapedDict(str(tmp_path / "counter_1.db"))
+    key = ("sglang:num_requests_total", "sglang:num_requests_total", ["model_name"], ["x"], "R.")
+    file.write_value(mmap_key(*key), 5.0, 0.0)
+    file.close()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    text = render(Measured(None, (), [histograms("x")]), ["x"], collects=True).decode()
+    assert text.count("# TYPE sglang:num_requests_total") == 1
+    assert 'sglang:num_requests_total{model_name="x"} 5.0' in text
+    assert "sglang:time_to_first_token_seconds" not in text
+    assert "crosspool_time_to_first_token_seconds_count" in text
 
 
 def samples(*, ready: bool = True, counters: bool = True) -> dict[tuple[str, ...], float]:
@@ -148,17 +223,22 @@ def samples(*, ready: bool = True, counters: bool = True) -> dict[tuple[str, ...
         ready=ready,
         message="",
         devices=[],
+        weights=[
+            WeightUse(pool="kv", device="cpu:0", bytes=31 << 20, budget_bytes=None),
+            WeightUse(pool="weight", device="cpu:0", bytes=32 << 20, budget_bytes=33 << 20),
+        ],
     )
     links = [LinkCounts(**LINK), LinkCounts(**{**LINK, "lane": 0})]
     of_device = DeviceCounters(
         device="cpu:0", links=links, served=links[:1], experts=[ExpertCounts(**EXPERTS)]
     )
     devices = [of_device] if counters else []
-    text = render(status, devices).decode()
+    text = render(Measured(status, devices, [histograms()]), (), collects=False).decode()
     return {
         (sample.name, *(f"{k}={v}" for k, v in sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
+        if sample.name.startswith("crosspool_")
     }
 
 
@@ -206,6 +286,21 @@ def test_every_number_arrives_under_its_labels() -> None:
     assert found["crosspool_hidden_state_rows_total", device] == 2 * 70
     assert found["crosspool_dispatch_bytes_total", device] == 2 * 7000
     assert found["crosspool_combine_bytes_total", device] == 2 * 7001
+    assert found["crosspool_rank_weight_bytes", device, "pool=kv"] == 31 << 20
+    assert found["crosspool_rank_weight_bytes", device, "pool=weight"] == 32 << 20
+    assert found["crosspool_rank_weight_budget_bytes", device, "pool=weight"] == 33 << 20
+    assert ("crosspool_rank_weight_budget_bytes", device, "pool=kv") not in found
+    assert found["crosspool_weight_tier_bytes", model, "tier=pool"] == 24 << 20
+    assert found["crosspool_weight_tier_bytes", model, "tier=disk"] == 0
+    assert found["crosspool_lanes", *rank] == 2
+    assert found["crosspool_lane_busy_seconds_total", *rank] == 34.5
+    assert found["crosspool_kv_rank_mapped_bytes", *rank] == 4 << 20
+    assert found["crosspool_queue_seconds_sum", model] == 0.502
+    assert found["crosspool_time_to_first_token_seconds_bucket", "le=0.05", model] == 1
+    assert found["crosspool_time_between_tokens_seconds_count", model] == 2
+    assert found["crosspool_end_to_end_seconds_bucket", "le=600.0", model] == 0
+    assert found["crosspool_request_prompt_tokens_sum", model] == 100
+    assert found["crosspool_request_output_tokens_sum", model] == 3
     assert found["crosspool_ready",] == 1
 
 
@@ -218,7 +313,7 @@ def test_while_devices_start_there_are_no_links() -> None:
 def test_before_the_scheduler_answers_there_is_only_the_flag() -> None:
     assert [
         (sample.name, sample.value)
-        for family in text_string_to_metric_families(render(None, []).decode())
+        for family in told(Measured(None)).values()
         for sample in family.samples
     ] == [("crosspool_ready", 0.0)]
 
@@ -233,7 +328,7 @@ def test_a_process_that_dies_between_two_looks_at_its_metrics_is_left_out(
         file.write_value(key, value, 0.0)
         file.close()
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    assert b"sglang:requests_total 5.0" in of_all_processes(())
+    assert b"sglang:requests_total 5.0" in render(Measured(None), (), collects=True)
     read = MmapedDict.read_all_values_from_file
 
     def read_after_a_death(name: str):
@@ -241,7 +336,7 @@ def test_a_process_that_dies_between_two_looks_at_its_metrics_is_left_out(
         return read(name)
 
     monkeypatch.setattr(MmapedDict, "read_all_values_from_file", read_after_a_death)
-    assert b"sglang:requests_total 3.0" in of_all_processes(())
+    assert b"sglang:requests_total 3.0" in render(Measured(None), (), collects=True)
 
 
 def test_models_that_have_gone_have_no_metrics_of_sglangs(
@@ -253,6 +348,48 @@ def test_models_that_have_gone_have_no_metrics_of_sglangs(
         file.write_value(mmap_key(name, name, ["model_name"], [model], "Requests."), 2.0, 0.0)
     file.close()
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    text = of_all_processes(["here"])
+    text = render(Measured(None), ["here"], collects=True)
     assert b'model_name="here"' in text and b"gone" not in text
-    assert b"sglang:requests_total" not in of_all_processes([])
+    assert b"sglang:requests_total" not in render(Measured(None), [], collects=True)
+
+
+def test_the_metrics_of_one_model_have_its_own_samples_alone() -> None:
+    name = str(MODEL["name"])
+    models = [ModelStatus(**MODEL), ModelStatus(**{**MODEL, "name": "other"})]
+    status = Status(
+        models=models,
+        ranks=[RankSnapshot(**RANK)],
+        failure=None,
+        ready=True,
+        message="",
+        devices=[],
+    )
+    experts = [ExpertCounts(**EXPERTS), ExpertCounts(**{**EXPERTS, "model": "other"})]
+    counters = [DeviceCounters(device="cpu:0", links=[], served=[], experts=experts)]
+
+    def found(text: bytes) -> dict[tuple[str, str], float]:
+        return {
+            (sample.name, str(sample.labels)): sample.value
+            for family in text_string_to_metric_families(text.decode())
+            for sample in family.samples
+            if name in sample.labels.values()
+        }
+
+    measured = Measured(status, counters, [histograms(), histograms("other")])
+    text = of_model(name, measured, collects=False)
+    assert found(text) == found(render(measured, [name, "other"], collects=False))
+    assert b'"other"' not in text and b"crosspool_ready" not in text and b"kv_budget" not in text
+    assert of_model("third", measured, collects=False) == b""
+    assert of_model(name, Measured(None), collects=False) == b""
+
+
+def test_the_metrics_of_one_model_have_sglangs_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    models = [ModelStatus(**MODEL), ModelStatus(**{**MODEL, "name": "other"})]
+    status = Status(models=models, ranks=[], failure=None, ready=True, message="", devices=[])
+    text = of_model("other", Measured(status), collects=True).decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    (running,) = families["sglang:num_running_reqs"].samples
+    assert (running.labels["model_name"], running.value) == ("other", 2)

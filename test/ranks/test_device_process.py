@@ -23,6 +23,7 @@ from crosspool.transport.messages import (
 from make_random_checkpoint import make_random_checkpoint
 from safetensors.torch import load_file
 from support.marks import slow_but
+from support.warm_devices import WarmDriver
 from transformers import AutoModelForCausalLM
 
 from benchmark.device_driver import DeviceDriver, Generation
@@ -96,7 +97,7 @@ def driver(request: pytest.FixtureRequest, checkpoints: list[Path]) -> Iterator[
     placement = PLACEMENTS[request.param]
     if len(CORES) == 1 and request.param != "one device":
         pytest.skip("needs two cores")
-    with DeviceDriver(checkpoints, **placement) as devices:
+    with WarmDriver(checkpoints, **placement) as devices:
         yield devices
         assert_ends_in_order(devices, by_signal=request.param != "one device")
 
@@ -454,7 +455,7 @@ def test_a_dead_ffn_rank_is_replaced_under_a_step(
     loop: str, ranks: str, checkpoints: list[Path], references: list[Any]
 ) -> None:
     """The successor of a killed FFN rank finds what it had been sent, and the step goes on."""
-    with DeviceDriver(checkpoints, kv=[FIRST], loop=loop, **FFN_RANKS[ranks]) as driver:
+    with WarmDriver(checkpoints, kv=[FIRST], loop=loop, **FFN_RANKS[ranks]) as driver:
         generation = Generation(DEEPSEEK, prompt(40, 1), 8)
         driver.generate([Generation(QWEN, prompt(9, 2), 2)])
         for _ in range(2):
@@ -476,7 +477,7 @@ def test_a_new_attention_rank_waits_for_the_reply_to_its_predecessor(
     loop: str, checkpoints: list[Path], references: list[Any]
 ) -> None:
     """Although it has a step to begin, and the same lane for it."""
-    with DeviceDriver(checkpoints, kv=[FIRST], weights=[SECOND], loop=loop, lanes=1) as driver:
+    with WarmDriver(checkpoints, kv=[FIRST], weights=[SECOND], loop=loop, lanes=1) as driver:
         driver.processes[SECOND].send_signal(signal.SIGSTOP)
         driver.step([Generation(DEEPSEEK, prompt(40, 1), 8)])
         time.sleep(0.2)

@@ -18,6 +18,10 @@ LACKING = {
     "minimax-m2": "heads that rotate in part",
     "granite": "factors on embeddings, attention or logits",
     "hunyuan": "norms of rotated heads",
+    "llama4": "attention within chunks, layers without rotations, weights of experts on",
+    "phimoe-short": "LayerNorms, a bias of the LM head, routing by sparsemixer",
+    "qwen3-next": "gates on what heads attend to, gated delta nets",
+    "qwen3.5": "gates on what heads attend to, gated delta nets",
 }
 COMPUTED = ("qwen3", "llama3", "mixtral", "glm")
 

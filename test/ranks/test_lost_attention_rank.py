@@ -196,7 +196,7 @@ def close(found: list[TokenLogprobs], expected: list[TokenLogprobs]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("loop", "lease", "stride"), [("host", 1, 6), ("resident", 1, 3), ("resident", 5, 3)]
+    ("loop", "lease", "stride"), [("host", 1, 7), ("resident", 1, 5), ("resident", 5, 4)]
 )
 def test_tokens_and_log_probabilities_are_the_same(
     pair: list[Path], loop: Literal["host", "resident"], lease: int, stride: int
@@ -245,6 +245,26 @@ def test_they_are_the_same_to_the_bit(
         )
         for name in names
     ]
+    _check_bits(paths, loop, kv_cache_dtype)
+
+
+@pytest.mark.parametrize(
+    ("loop", "dtype"),
+    [
+        pytest.param("resident", "bfloat16", marks=_NOT_WITH_TILES),
+        ("host", "float32"),
+    ],
+)
+def test_recurrent_states_are_the_same_to_the_bit(
+    tmp_path: Path, loop: Literal["host", "resident"], dtype: str
+) -> None:
+    shape = SHAPES["qwen3-next"][1] | {"vocab_size": VOCAB, "max_position_embeddings": 512}
+    path = make_random_checkpoint("qwen3_next", tmp_path / "model", shape, dtype, 5)
+    _check_bits([path], loop, "auto")
+
+
+def _check_bits(paths: list[Path], loop: Literal["host", "resident"], kv_cache_dtype: str) -> None:
+    """Asserts that losses change no bit of what six requests of each model yield."""
     random = np.random.default_rng(2)
     made = [
         GenerateRequest(
@@ -255,7 +275,7 @@ def test_they_are_the_same_to_the_bit(
             stop=StopRules(max_new_tokens=24, ignore_eos=True),
             logprobs=Logprobs(output=True, top=5),
         )
-        for model in range(len(names))
+        for model in range(len(paths))
         for i in range(6)
     ]
 
@@ -268,7 +288,7 @@ def test_they_are_the_same_to_the_bit(
         return [it.yielded(request.rid) for request in made]
 
     calm = yielded([])
-    for losses in ([18], [25], [33], [40, 60, 84]):
+    for losses in ([18], [33], [40, 60, 84]):
         assert yielded(losses) == calm, losses
 
 

@@ -6,6 +6,8 @@ import os
 import time
 from pathlib import Path
 
+from support.warm_devices import WarmDriver
+
 from benchmark.device_driver import DeviceDriver, Generation
 from benchmark.server import DEMO, TINY_MODELS
 
@@ -24,7 +26,7 @@ def test_a_restart_reads_what_was_packed(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     models = [DEMO / model for model in TINY_MODELS]
     devices = list(dict.fromkeys((FIRST, LAST)))
-    with DeviceDriver(
+    with WarmDriver(
         models,
         kv=[FIRST],
         weights=[LAST],
@@ -48,7 +50,7 @@ def test_a_restart_reads_what_was_packed(tmp_path: Path) -> None:
 
 def test_a_bound_of_0_keeps_nothing(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    with DeviceDriver(
+    with WarmDriver(
         [DEMO / TINY_MODELS[0]],
         kv=[FIRST],
         weights=[FIRST],

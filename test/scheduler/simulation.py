@@ -14,7 +14,7 @@ import msgspec
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.kvpool.layout import KVLayout
-from crosspool.models.spec import DenseFFN, GQASpec, ModelSpec, RopeSpec
+from crosspool.models.spec import DeltaNetSpec, DenseFFN, GQASpec, ModelSpec, RopeSpec
 from crosspool.scheduler.changes import Change
 from crosspool.scheduler.core import SchedulerCore
 from crosspool.scheduler.protocols import ModelTools
@@ -48,8 +48,16 @@ def hashed_token(tokens: list[int]) -> int:
     return EOS if digest % 40 == 0 else digest // 40 % 256
 
 
-def spec(context: int = 256, layers: int = 2, head_dim: int = 8) -> ModelSpec:
-    """``layers * head_dim * 4`` bytes of KV per token."""
+DELTA_NET = DeltaNetSpec(layers=frozenset({0}), k_heads=1, v_heads=1, k_dim=16, v_dim=4, taps=2)
+
+
+def spec(
+    context: int = 256,
+    layers: int = 2,
+    head_dim: int = 8,
+    delta_net: DeltaNetSpec | None = None,
+) -> ModelSpec:
+    """``head_dim * 4`` bytes of KV per token and layer that has attention."""
     return ModelSpec(
         family="qwen3_moe",
         hidden=16,
@@ -66,6 +74,7 @@ def spec(context: int = 256, layers: int = 2, head_dim: int = 8) -> ModelSpec:
             rope=RopeSpec(dim=head_dim, interleaved=False),
         ),
         ffn=(DenseFFN(intermediate=8),) * layers,
+        delta_net=delta_net,
         eos_token_ids=(EOS,),
     )
 
@@ -272,6 +281,7 @@ class SimulatedRank:
             # what lies before its first row, it shares
             shared, rest = divmod(row.start, size)
             assert not rest and row.start < prompt_len
+            assert not (shared and layout.state_pages), "a recurrent state is shared"
             start = self.logprobs[row.request].prompt_start
             assert not (shared and 0 <= start <= row.start), "its log-probability was not computed"
             tokens += [token for page in row.pages[:shared] for token, _ in self.read(model, page)]
@@ -304,20 +314,25 @@ class SimulatedRank:
         return slots
 
     def check_read(self, model: int, pages: list[int], tokens: list[int]) -> None:
-        """Asserts that the pages hold the K and V of exactly these tokens."""
+        """Asserts that the pages hold the K and V, and the recurrent state, of exactly these
+        tokens."""
         size, chain = self.layouts[model].page_size, 0
+        state = self.layouts[model].state_pages
         for position, token in enumerate(tokens):
             chain = digest(chain, token)
-            slots = self.written[model].get(pages[position // size], [])
+            slots = self.written[model].get(pages[state + position // size], [])
             assert slots[position % size : position % size + 1] == [(token, chain)], "wrong KV"
+        if tokens:
+            for page in pages[:state]:
+                assert self.written[model].get(page) == [(len(tokens), chain)], "wrong state"
 
     def write(self, model: int, row: Row, tokens: list[int]) -> None:
-        size = self.layouts[model].page_size
+        size, state = self.layouts[model].page_size, self.layouts[model].state_pages
         chain = 0
         for token in tokens:
             chain = digest(chain, token)
         for position, token in enumerate(row.tokens, row.start):
-            page = self.pages[row.request][position // size]
+            page = self.pages[row.request][state + position // size]
             assert page in self.own[row.request], "a shared page is written"
             chain = digest(chain, token)
             slots = self.written[model].setdefault(page, [])
@@ -325,6 +340,8 @@ class SimulatedRank:
             assert len(slots) == position % size
             slots.append((token, chain))
         tokens += row.tokens
+        for page in self.pages[row.request][:state]:
+            self.written[model][page] = [(len(tokens), chain)]
 
     def take_release(self, release: Release) -> None:
         assert release.requests or release.unmap_chunks
@@ -360,8 +377,10 @@ class SimulatedRank:
         step = self.steps.pop(min(index, len(self.steps) - 1, self.deployment.lanes - 1))
         for row in step.rows:
             for position in range(row.start, row.start + len(row.tokens)):
-                page, slot = divmod(position, self.layouts[step.model].page_size)
-                del self.written[step.model][self.pages[row.request][page]][slot:]
+                layout = self.layouts[step.model]
+                page, slot = divmod(position, layout.page_size)
+                place = self.pages[row.request][layout.state_pages + page]
+                del self.written[step.model][place][slot:]
             self.ever_opened.discard(row.request)
             self.sampled.pop(row.request, None)
             del self.model[row.request], self.tokens[row.request]

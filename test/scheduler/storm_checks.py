@@ -118,7 +118,7 @@ def _check_pages(rank: RankState) -> None:
         idle[entry.model].add(entry.page)
     free = allocator.budget_chunks
     for model in models:
-        pages = allocator._models[model]
+        pages = allocator._pages_of(model)
         mine = set(own[model])
         require(len(mine) == len(own[model]), "a page has two owners", own[model])
         require(not mine & shared[model], "a shared page has an owner", mine & shared[model])

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import count
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -23,16 +23,18 @@ from crosspool.scheduler.residency import ResidencyPolicy
 from crosspool.scheduler.sequence import Sequence
 from crosspool.transport.messages import Step
 from msgspec import structs
+from support.marks import slow_but
 
 SEEDS = 10_000
 PARTS = 4
 SEEDS_FOR_A_BUG = 2000
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", slow_but([0], range(PARTS)))
 def test_every_request_ends_as_if_nothing_had_failed(part):
-    storms = [storm.run(seed) for seed in range(part * SEEDS // PARTS, (part + 1) * SEEDS // PARTS)]
-    seen = sum((each.counts for each in storms), storm.Counter())
+    seen = storm.Counter()
+    for seed in range(part * SEEDS // PARTS, (part + 1) * SEEDS // PARTS):
+        seen += storm.run(seed).counts
     assert seen["attention losses"] > SEEDS // PARTS // 2
     assert seen["FFN losses"] > SEEDS // PARTS // 4
     assert seen["losses while away"] > SEEDS // PARTS // 10
@@ -357,6 +359,16 @@ def forgets_a_refusal(patch):
     patch.setattr(FleetChanges, "added", wrong)
 
 
+TRIED_FIRST = {
+    "never_delivered": 657,
+    "caches_what_was_refused": 1504,
+    "is_let_go_with_its_pages": 296,
+    "wakes_what_is_unknown": 449,
+}
+"""Seeds that showed these bugs, which took longest to be found. Should one not show its bug any
+more, others do."""
+
+
 @pytest.mark.parametrize(
     ("plant", "name"),
     [
@@ -402,6 +414,6 @@ def forgets_a_refusal(patch):
 def test_a_planted_bug_is_found_and_named(monkeypatch, plant, name):
     plant(monkeypatch)
     with pytest.raises(storm.Failure, match=name):
-        for seed in count():
-            assert seed < SEEDS_FOR_A_BUG, "not found"
+        first = TRIED_FIRST.get(plant.__name__, 0)
+        for seed in chain([first], range(SEEDS_FOR_A_BUG)):
             storm.run(seed)

@@ -89,7 +89,7 @@ class Bed:
     def hear(self, *, wait: float = 0.2) -> list[tuple[int, StepResult]]:
         """Results of steps in what has come. If nothing has, it waits for that many seconds."""
         results = []
-        while self.devices.socket.poll(wait * 1000):
+        while self.devices.sockets[0].poll(wait * 1000):
             wait = 0
             result = self.devices.receive()
             if result is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any, cast
 
@@ -132,7 +133,7 @@ class Scheduler:
 
 
 class Bed:
-    def __init__(self, folder: Path, **fields: Any) -> None:
+    def __init__(self, folder: Path, registration: Any = None, **fields: Any) -> None:
         deployment = Deployment(
             models={n: ModelConfig(name=name, path="/x") for n, name in enumerate(("a", "b"))},
             next_model=2,
@@ -150,7 +151,7 @@ class Bed:
         self.state = state = State(ready=True)
         scheduler = cast("Any", self.scheduler)
         self.model_apps = ModelApps(deployment, state, scheduler, self._make)
-        self.app = App(deployment, state, scheduler, self.model_apps)
+        self.app = App(deployment, state, scheduler, self.model_apps, registration)
         self.model_apps.begin(cast("Any", dict(enumerate(self.apps.values()))))
 
     def _make(self, deployment: Deployment, number: int) -> Any:
@@ -589,5 +590,33 @@ def test_weights_that_the_scheduler_cannot_read_change_nothing(bed: Bed, folder:
         bed.scheduler.refuses = None
         assert bed.apps["new"] is app and not app.closed
         assert await bed.call("GET", "/m/new/model_info") == (200, ["new", "/model_info"])
+
+    run(test())
+
+
+def test_a_router_forgets_a_model_before_it_leaves(tmp_path: Path) -> None:
+    seen: list[tuple[str, list[str]]] = []
+
+    class Registration:
+        """Notes which models are served when one is taken back, and afterwards."""
+
+        @contextlib.asynccontextmanager
+        async def without(self, name: str) -> AsyncIterator[None]:
+            seen.append((name, await bed.names()))
+            try:
+                yield
+            finally:
+                seen.append((name, await bed.names()))
+
+    bed = Bed(tmp_path, Registration())
+
+    async def test() -> None:
+        assert (await bed.call("DELETE", f"{MODELS}/a"))[0] == 200
+        assert seen == [("a", ["a", "b"]), ("a", ["b"])]
+        seen.clear()
+        bed.scheduler.refuses = AdminMistake("no")
+        assert (await bed.call("DELETE", f"{MODELS}/b"))[0] == 400
+        assert seen == [("b", ["b"]), ("b", ["b"])]
+        assert (await bed.call("DELETE", f"{MODELS}/c"))[0] == 404
 
     run(test())

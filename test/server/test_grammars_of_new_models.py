@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +12,7 @@ import psutil
 import pytest
 from crosspool.config.deployment import ModelConfig
 from crosspool.scheduler.request import Grammar
-from crosspool.server.grammar_library import GrammarCompiler
+from crosspool.server.grammar_library import GrammarCompiler, LaterCompiler
 from crosspool.server.grammar_xgrammar import XGrammarCompiler
 from crosspool.server.grammars import Grammars, ModelGrammars
 from support.front_end import MODELS
@@ -59,6 +61,22 @@ def test_a_model_that_comes_has_its_grammars_compiled(tokenizer: Any) -> None:
         assert write(ModelGrammars(made, 7), grammar, tokenizer) in ("yes", "no")
 
 
+def test_what_compiles_is_made_with_the_first_grammar_and_once(tokenizer: Any) -> None:
+    made_at = list[int]()
+
+    def make() -> GrammarCompiler:
+        made_at.append(threading.get_ident())
+        return compiler(tokenizer)
+
+    with empty() as made:
+        made.add(7, CONFIG, LaterCompiler(make)).result(30)
+        assert not made_at
+        wanted = [made.compile(7, regex(f"[a-{end}]{{3}}")) for end in "xyz"]
+        for one in wanted:
+            one.result(30)
+        assert len(made_at) == 1 and made_at != [threading.get_ident()]
+
+
 def test_a_model_whose_tokenizer_the_process_cannot_read_is_refused(tokenizer: Any) -> None:
     with empty() as made:
         refused = made.add(3, ModelConfig(name="broken", path="/nowhere"), compiler(tokenizer))
@@ -98,10 +116,11 @@ def test_models_that_come_and_go_leave_nothing_behind(tokenizer: Any) -> None:
 
         for number in range(10):
             cycle(number)
+        gc.collect()  # what earlier tests left to it in this process
         before = [(p.memory_info().rss, p.num_fds(), p.num_threads()) for p in processes]
         for number in range(10, 60):
             cycle(number)
         for process, (size, descriptors, threads) in zip(processes, before, strict=True):
-            assert process.num_fds() == descriptors
-            assert process.num_threads() == threads
+            assert process.num_fds() <= descriptors
+            assert process.num_threads() <= threads
             assert process.memory_info().rss - size < 16 << 20

@@ -180,8 +180,9 @@ class Bed:
         """Has a model get as far as to the devices."""
         self.loader.load(config, self.outcomes.append, replaces=replaces)
         self.read()
-        self.grammars.known[number].set_result(None)
         self.loader.tokenizer_added(TokenizerAdded(model=number))
+        self.loader.go_on()
+        self.grammars.known[number].set_result(None)
         self.loader.go_on()
         assert number in self.core.coming and not self.outcomes
 
@@ -209,15 +210,17 @@ def bed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bed:
     return Bed(tmp_path, monkeypatch)
 
 
-def test_a_model_is_there_once_everybody_knows_it(bed: Bed) -> None:
+def test_a_model_is_there_once_everybody_has_read_it_one_after_the_other(bed: Bed) -> None:
     bed.may_read.clear()
     bed.load()
-    assert bed.told == [AddTokenizer(model=1, config=NEW)]
-    bed.loader.tokenizer_added(TokenizerAdded(model=1))
     bed.loader.go_on()
-    assert not bed.grammars.known  # it is still being read
+    assert not bed.told  # it is still being read
     bed.may_read.set()
     bed.read()
+    bed.loader.go_on()
+    assert bed.told == [AddTokenizer(model=1, config=NEW)] and not bed.grammars.known
+    bed.loader.tokenizer_added(TokenizerAdded(model=1))
+    bed.loader.go_on()
     bed.loader.go_on()
     assert not bed.core.coming
     bed.grammars.known[1].set_result(None)
@@ -242,12 +245,14 @@ def test_whoever_refuses_the_model_leaves_everything_as_it_was(bed: Bed, who: st
             bed.core.refuses = "no"
         bed.load()
         bed.read()
+        if who != "files":
+            error = "no" if who == "detokenizer" else None
+            bed.loader.tokenizer_added(TokenizerAdded(model=1, error=error))
+            bed.loader.go_on()
         if who == "grammars":
             bed.grammars.known[1].set_exception(ValueError("no"))
-        elif who in ("detokenizer", "core"):
+        elif who == "core":
             bed.grammars.known[1].set_result(None)
-        error = "no" if who == "detokenizer" else None
-        bed.loader.tokenizer_added(TokenizerAdded(model=1, error=error))
         bed.loader.go_on()
     assert bed.outcomes == [Problem("no", is_mistake=True)]
     assert bed.is_as_before()
@@ -263,12 +268,14 @@ def test_an_error_that_no_check_foresaw_takes_back_that_model_alone(bed: Bed, wh
         bed.unreadable = ZeroDivisionError("integer division")
     bed.load()
     bed.read()
+    if who != "files":
+        bed.loader.tokenizer_added(TokenizerAdded(model=1))
+        bed.loader.go_on()
     if who == "grammars":
         bed.grammars.known[1].set_exception(RuntimeError("integer division"))
     elif who == "core":
         bed.core.fails = KeyError("integer division")
         bed.grammars.known[1].set_result(None)
-    bed.loader.tokenizer_added(TokenizerAdded(model=1))
     bed.loader.go_on()
     (problem,) = bed.outcomes
     assert "integer division" in problem.text and not problem.is_mistake
@@ -293,15 +300,20 @@ def test_what_takes_too_long_is_taken_back(bed: Bed, monkeypatch: pytest.MonkeyP
 
 
 def test_a_detokenizer_that_starts_meanwhile_learns_of_the_model(bed: Bed) -> None:
+    bed.may_read.clear()
     bed.load()
-    bed.read()
-    bed.grammars.known[1].set_result(None)
-    bed.told.clear()
     bed.loader.detokenizer_started(b"2", DetokenizerStarted(incarnation=2, models=[0]))
+    assert not bed.told  # it is still being read
+    bed.may_read.set()
+    bed.read()
+    bed.told.clear()
+    bed.loader.detokenizer_started(b"3", DetokenizerStarted(incarnation=3, models=[0]))
     assert bed.told == [AddTokenizer(model=1, config=NEW)]
     bed.loader.go_on()
-    assert not bed.core.coming
+    assert not bed.grammars.known
     bed.loader.tokenizer_added(TokenizerAdded(model=1))
+    bed.loader.go_on()
+    bed.grammars.known[1].set_result(None)
     bed.loader.go_on()
     assert bed.core.coming
 
@@ -366,6 +378,7 @@ def test_a_model_leaves_once_nothing_is_left_of_it(bed: Bed) -> None:
     assert bed.outcomes[-1] is None
     assert bed.file == {0: "first"} and bed.front_ends.served == [0] and not bed.grammars.known
     bed.load()
+    bed.read()
     assert bed.told[-1] == AddTokenizer(model=2, config=NEW)  # nobody is given its number again
     assert load(bed.deployment.file).next_model == 3
 
@@ -477,8 +490,9 @@ def test_weights_are_changed_once_at_a_time_and_not_of_models_that_leave(bed: Be
         assert "being changed" in bed.outcomes.pop().text
         if 1 not in bed.core.deployment.models:
             bed.read()
-            bed.grammars.known[1].set_result(None)
             bed.loader.tokenizer_added(TokenizerAdded(model=1))
+            bed.loader.go_on()
+            bed.grammars.known[1].set_result(None)
             bed.loader.go_on()
             bed.change(ModelAdded(1))
     bed.loader.fail("the server ends")

@@ -39,6 +39,9 @@ class Scheduler:
     async def status(self) -> Any:
         raise admin.AdminError("nobody answers")
 
+    async def histograms(self) -> Any:
+        raise admin.AdminError("nobody answers")
+
     async def inspect(self, what: str) -> Any:
         raise admin.AdminError("nobody answers")
 
@@ -252,7 +255,7 @@ def test_a_client_aborts_one_request() -> None:
         *("//flush_cache", "/flush_cache/", "/flush_cache\n", "/FLUSH_CACHE", "/./flush_cache"),
         *(f"/m/{MODEL}//flush_cache", f"/m/{MODEL}/flush_cache/", f"/m/{MODEL}/../flush_cache"),
         *(f"/m/{MODEL}/m/{MODEL}/flush_cache", "/m/m/flush_cache/x", "/crosspool/trace/start/", ""),
-        *(f"/m/{MODEL}/metrics", f"/m/{MODEL}/crosspool/status", "/crosspool/nothing", "/v1/x\n"),
+        *(f"/m/{MODEL}/crosspool/status", "/crosspool/nothing", "/v1/x\n"),
     ],
 )
 def test_no_other_path_is_a_route(path: str) -> None:

@@ -29,6 +29,20 @@ LLAMA3 = {
 }
 HUNYUAN_ALPHA = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10000.0}
 
+
+def longrope(original: int) -> dict[str, Any]:
+    """Rotations of heads of 16 features; sequences of more than ``original`` tokens are long."""
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": original,
+        "short_factor": [1.0, 1.1, 1.3, 1.5, 1.7, 2.0, 2.2, 2.5],
+        "long_factor": [1.0, 1.6, 2.5, 4.0, 6.0, 9.0, 12.0, 16.0],
+        "short_mscale": 1.1,
+        "long_mscale": 1.25,
+    }
+
+
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-tied-dense-between": (
         "qwen3_moe",
@@ -134,6 +148,45 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "qwen3-next": ("qwen3_next", {"num_experts": 6, "num_experts_per_tok": 3}),
+    "qwen3-next-kinds": (
+        "qwen3_next",
+        {
+            "layer_types": [
+                "full_attention",
+                "linear_attention",
+                "linear_attention",
+                "full_attention",
+                "linear_attention",
+            ],
+            "num_hidden_layers": 5,
+            # Every token takes both. One that fell otherwise by rounding would show in the
+            # recurrent state of all later tokens.
+            "num_experts": 2,
+            "mlp_only_layers": [1],
+            "linear_conv_kernel_dim": 3,
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 24,
+            "tie_word_embeddings": True,
+            "norm_topk_prob": False,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "qwen3.5": (
+        "qwen3_5_moe_text",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 6,
+        },
+    ),
     "qwen3": ("qwen3", {"num_hidden_layers": 3, "rope_parameters": YARN}),
     "qwen3-tied": (
         "qwen3",
@@ -189,6 +242,41 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 5,
             "num_experts_per_tok": 1,
             "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+        },
+    ),
+    "phimoe-short": ("phimoe", {"num_local_experts": 6, "rope_parameters": longrope(4096)}),
+    # transformers chooses by the sequence, and those of all tests are longer than these few tokens.
+    "phimoe-long": (
+        "phimoe",
+        {
+            "num_hidden_layers": 3,
+            "rope_parameters": longrope(6),
+            "router_jitter_noise": 0.3,
+            "sliding_window": 11,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "phimoe-plain": (
+        "phimoe",
+        {"attention_bias": False, "lm_head_bias": False, "tie_word_embeddings": True},
+    ),
+    "llama4": (
+        "llama4_text",
+        {"num_hidden_layers": 4, "interleave_moe_layer_step": 2, "num_local_experts": 6},
+    ),
+    "llama4-plain": (
+        "llama4_text",
+        {
+            "num_hidden_layers": 3,
+            "no_rope_layers": [1, 0, 1],
+            "attention_chunk_size": 11,
+            "num_experts_per_tok": 2,
+            "use_qk_norm": False,
+            "attn_temperature_tuning": False,
+            "attention_bias": True,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "rope_parameters": LLAMA3,
         },
     ),
     "gpt-oss": (

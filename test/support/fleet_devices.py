@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 from crosspool.transport.messages import Logprobs
+from support.warm_devices import WarmDriver
 
 from benchmark.device_driver import DeviceDriver, Generation
 from benchmark.server import DEMO, TINY_MODELS
@@ -30,7 +31,7 @@ def driver(
         "packed_cache_dir": str(folder / "cache"),
         "packed_cache_bytes": 1 << 30,
     }
-    return DeviceDriver(models, *places, **(cache | fields))
+    return WarmDriver(models, *places, **(cache | fields))
 
 
 def generations(model: int) -> list[Generation]:

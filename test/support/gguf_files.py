@@ -16,6 +16,8 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 _ROUND = {"Q4_0", "Q8_0", "BF16", "F16", "MXFP4"}
 """Types that the ``gguf`` package itself can write."""
@@ -31,7 +33,11 @@ _ARCHITECTURES = {
     "olmoe": "olmoe",
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
+    "gpt_oss": "gpt-oss",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "granitemoe": "granitemoe",
 }
+_PERMUTED = ("llama", "granitemoe")
 
 
 def blocks(values: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
@@ -86,23 +92,38 @@ def convert(
     experts: dict[str, dict[int, tuple[str, Tensor]]] = {}
 
     def add(name: str, tensor: Tensor) -> Tensor:
-        kind = kind_of(name) if tensor.dim() > 1 and ".ffn_gate_inp" not in name else "F32"
+        matrix = tensor.dim() > 1 and not name.endswith(".bias")
+        kind = kind_of(name) if matrix and ".ffn_gate_inp" not in name else "F32"
         stored = blocks(np.ascontiguousarray(tensor.float().numpy()), kind)
         writer.add_tensor(name, stored, raw_dtype=Type[kind])
         values = dequantize(stored, Type[kind]) if kind != "F32" else stored
         return torch.from_numpy(np.ascontiguousarray(values, np.float32)).view(tensor.shape)
 
+    def named(name: str) -> str:
+        found = names.get_name(name, (".weight", ".bias"))
+        assert found is not None, name
+        return str(found)
+
     for name, tensor in load_file(path / "model.safetensors").items():
         parts = name.split(".")
+        if parts[-1].startswith("gate_up_proj") or parts[-2] == "input_linear":
+            floats[name] = _taken_apart(name, tensor, lambda of, part: add(named(of), part))
+            continue
+        if parts[-1] in ("down_proj", "down_proj_bias"):  # of gpt-oss
+            end = "bias" if parts[-1].endswith("_bias") else "weight"
+            new = named(".".join((*parts[:-1], "down_proj", end)))
+            floats[name] = _turned(add(new, _turned(tensor)))
+            continue
         if "experts" in parts:
             at = parts.index("experts")
             merged = ".".join((*parts[: at + 1], *parts[at + 2 :]))
             experts.setdefault(merged, {})[int(parts[at + 1])] = name, tensor
             continue
         key = name.replace("e_score_correction_bias", "e_score_correction.bias")
-        new = names.get_name(key, (".weight", ".bias"))
-        assert new is not None, name
-        if architecture == "llama" and parts[-2] in ("q_proj", "k_proj"):
+        if parts[-1] == "sinks":
+            key += ".weight"
+        new = named(key)
+        if architecture in _PERMUTED and parts[-2] in ("q_proj", "k_proj"):
             which = "num_attention_heads" if parts[-2] == "q_proj" else "num_key_value_heads"
             heads = config[which]
             stored = add(new, _permuted(tensor, heads))
@@ -116,12 +137,14 @@ def convert(
             k = add(new.replace("kv_b", "k_b"), k.transpose(1, 2).contiguous())
             v = add(new.replace("kv_b", "v_b"), v.contiguous())
             floats[name] = torch.cat((k.transpose(1, 2), v), dim=1).reshape(tensor.shape)
+        elif parts[-2] == "moe_statics":  # the converter has no rows of one
+            floats[name] = add(new, tensor[0])[None]
         else:
             floats[name] = add(new, tensor)
+    if config["rope_parameters"].get("rope_type") == "llama3":
+        add("rope_freqs.weight", _divisors(path))
     for merged, of_expert in experts.items():
-        new = names.get_name(merged, (".weight",))
-        assert new is not None, merged
-        stacked = add(new, torch.stack([of_expert[i][1] for i in range(len(of_expert))]))
+        stacked = add(named(merged), torch.stack([of_expert[i][1] for i in range(len(of_expert))]))
         for i, (name, _) in of_expert.items():
             floats[name] = stacked[i]
     writer.write_header_to_file()
@@ -137,6 +160,36 @@ def convert(
         {"format": "pt"},
     )
     return next(iter(sorted(out.glob("*.gguf")))), reference
+
+
+def _taken_apart(name: str, tensor: Tensor, add: Callable[[str, Tensor], Tensor]) -> Tensor:
+    """Writes gate and up of all experts, which the checkpoint has in one tensor, and returns what
+    was written in that order: rows in turns in gpt-oss, one half each in Granite-MoE."""
+    out = torch.empty(tensor.shape)
+    if "input_linear" in name:
+        half, stem = tensor.shape[1] // 2, name.removesuffix("input_linear.weight")
+        for at, part in ((slice(half), "w1"), (slice(half, None), "w3")):
+            out[:, at] = add(f"{stem}experts.{part}.weight", tensor[:, at].contiguous())
+        return out
+    stem, _, end = name.rpartition("gate_up_proj")
+    for first, part in enumerate(("gate_proj", "up_proj")):
+        stored = add(f"{stem}{part}.{'bias' if end else 'weight'}", _turned(tensor[..., first::2]))
+        out[..., first::2] = _turned(stored)
+    return out
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    """Matrices of all experts with rows and columns exchanged; biases as they are."""
+    return tensor.transpose(1, 2).contiguous() if tensor.dim() == 3 else tensor.contiguous()
+
+
+def _divisors(path: Path) -> Tensor:
+    """What divides the frequencies of the rotations, by transformers' own."""
+    config = AutoConfig.from_pretrained(path)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    exponents = torch.arange(0, 2 * len(scaled), 2) / (2 * len(scaled))
+    base = torch.tensor(config.rope_parameters["rope_theta"], dtype=torch.float64)
+    return (base ** -exponents.double() / scaled.double()).float()
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, path: Path) -> None:
@@ -202,7 +255,12 @@ def _metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture: str
         writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
     writer.add_rope_freq_base(base)
     writer.add_feed_forward_length(config["intermediate_size"])
-    if chosen := config.get("num_experts_per_tok") or config.get("moe_topk"):
+    if rotations.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rotations["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rotations["original_max_position_embeddings"])
+    top_k = ("num_experts_per_tok", "moe_topk", "moe_k")
+    if chosen := next((config[name] for name in top_k if config.get(name)), 0):
         writer.add_expert_used_count(chosen)
     if architecture == "deepseek2":
         nope, rope = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
@@ -230,7 +288,7 @@ def _metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture: str
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     rotated = rotations.get("partial_rotary_factor", 1.0)
     writer.add_rope_dimension_count(int(head_dim * rotated))
-    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     if count := next((config[name] for name in experts if config.get(name)), 0):
         writer.add_expert_count(count)
     if config.get("head_dim") and architecture != "llama":
@@ -247,6 +305,18 @@ def _metadata(writer: gguf.GGUFWriter, config: dict[str, Any], architecture: str
         writer.add_expert_feed_forward_length(config["intermediate_size"])
         writer.add_expert_shared_feed_forward_length(config["intermediate_size"])
         writer.add_expert_shared_count(1)
+    if architecture == "gpt-oss":
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+        writer.add_sliding_window(config["sliding_window"])
+    if architecture == "ernie4_5-moe":
+        writer.add_interleave_moe_layer_step(config["moe_layer_interval"])
+        writer.add_leading_dense_block_count(config["moe_layer_start_index"])
+        writer.add_expert_shared_count(config["moe_num_shared_experts"])
+    if architecture == "granitemoe":
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
     if architecture == "glm4moe":
         writer.add_expert_shared_count(config["n_shared_experts"])
         writer.add_leading_dense_block_count(config["first_k_dense_replace"])

@@ -7,7 +7,7 @@ from typing import Any
 
 from make_random_checkpoint import make_random_checkpoint
 from support import gguf_files
-from support.families import HUNYUAN_ALPHA
+from support.families import HUNYUAN_ALPHA, LLAMA3
 
 _K = {"hidden_size": 256, "intermediate_size": 512}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, str], dict[str, Any]]] = {
@@ -25,6 +25,16 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, str], dict[str, Any]]] = {
     "minimax": ("minimax_m2", {}, {"": "Q8_0"}, {}),
     "hunyuan": ("hunyuan_v1_moe", {"rope_parameters": HUNYUAN_ALPHA}, {"": "Q8_0"}, {}),
     "llama dense": ("llama", {"num_key_value_heads": 4}, {"": "Q8_0"}, {}),
+    "llama 3.1": ("llama", {"rope_parameters": LLAMA3}, {"": "Q8_0"}, {}),
+    "gpt-oss": (
+        "gpt_oss",
+        {"num_hidden_layers": 3, "intermediate_size": 64},
+        {"exps": "MXFP4", "": "Q8_0"},
+        {},
+    ),
+    "gpt-oss q8": ("gpt_oss", {}, {"": "Q8_0"}, {}),
+    "ernie": ("ernie4_5_moe", {"num_hidden_layers": 3}, {"": "Q8_0"}, {}),
+    "granite": ("granitemoe", {"num_local_experts": 6}, {"": "Q8_0"}, {}),
     "olmoe split": ("olmoe", {}, {"token_embd": "BF16", "": "Q8_0"}, {"max_tensors": 11}),
     "v2": (
         "deepseek_v2",

@@ -26,7 +26,7 @@ def http_app(deployment: Deployment, state: State, scheduler: Any) -> App:
 
     models = list(state.models.values())
     apps = ModelApps(deployment, state, scheduler, make)
-    app = App(deployment, state, scheduler, apps)
+    app = App(deployment, state, scheduler, apps, None)
     if all(hasattr(model, "name") for model in models):
         apps.begin(dict(enumerate(models)))
     return app

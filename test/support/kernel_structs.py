@@ -53,7 +53,7 @@ class Experts(ctypes.Structure):
         ("activation_stride", c_int64),
         ("out", c_void_p),
         ("out_stride", c_int64),
-        ("rows", c_int32),
+        *fields(c_int32, "rows by_slot"),
     )
 
 
@@ -73,6 +73,35 @@ class GQAPrepare(ctypes.Structure):
         ("rope", ns.Rope),
         *fields(c_int32, "layer q_heads kv_heads head_dim qk_norm"),
         *fields(c_float, "eps clip"),
+        ("gated", c_int32),
+        ("factors", c_void_p),
+    )
+
+
+class HeadGates(ctypes.Structure):
+    _fields_ = (
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("gates", c_void_p),
+        *fields(c_int64, "gates_stride gates_step"),
+        ("dim", c_int32),
+    )
+
+
+class DeltaNet(ctypes.Structure):
+    _fields_ = (
+        ("shape", POINTER(ns.DeltaShape)),
+        ("segments", POINTER(ns.Segment)),
+        *fields(c_int32, "segment_count layer"),
+        ("qkvz", c_void_p),
+        ("qkvz_stride", c_int64),
+        ("rates", c_void_p),
+        ("rates_stride", c_int64),
+        *fields(c_void_p, "taps decay decay_bias out_norm"),
+        ("eps", c_float),
+        ("kv", ns.KVCache),
+        ("out", c_void_p),
+        ("out_stride", c_int64),
     )
 
 
@@ -129,7 +158,7 @@ class Best(ctypes.Structure):
 
 
 class Limits(ctypes.Structure):
-    _fields_ = tuple(fields(c_int32, "k qk_dim v_dim experts vocab"))
+    _fields_ = tuple(fields(c_int32, "k qk_dim v_dim experts vocab delta_k_dim delta_inputs"))
 
 
 def _function(*takes: type, result: type | None = None) -> type:
@@ -174,6 +203,13 @@ class Kernels(ctypes.Structure):
             _function(c_void_p, c_int32, ns.SamplingRule, c_double, c_void_p, result=c_int32),
         ),
         ("scale", _function(c_void_p, c_float, c_int64)),
+        (
+            "layer_norm",
+            _function(*_Array, c_void_p, c_void_p, c_int32, c_float, *_Array, *_Range),
+        ),
+        ("gate_heads", _function(HeadGates, *_Range, *_Range)),
+        ("delta_net", _function(DeltaNet, *_Range, c_void_p)),
+        ("weigh_slots", _function(ExpertPlan, c_void_p, c_int32, c_void_p, *_Range)),
     )
 
 

@@ -20,6 +20,7 @@ from crosspool.models.spec import KVCacheDType
 from crosspool.ranks.device import DeviceRanks
 from crosspool.ranks.device_process import load_ranks
 from crosspool.transport import links
+from crosspool.transport.data_path import between_hosts
 from crosspool.transport.messages import (
     Logprobs,
     Open,
@@ -31,6 +32,7 @@ from crosspool.transport.messages import (
     StepResult,
 )
 from crosspool.weightpool.placement import place
+from support.hosts import Hosts
 
 GREEDY = Sampling(temperature=0.0)
 Load = Callable[..., DeviceRanks]
@@ -107,6 +109,9 @@ class Machine:
         placement = place(deployment, self.specs)
         self.fd = links.create(deployment, self.specs)
         self._load, self._placement = load, placement
+        self._hosts: Hosts | None = None
+        if between_hosts(deployment):
+            self._hosts = Hosts(deployment, links.room_for_rows(self.specs))
         self.devices: list[DeviceRanks] = []
         for index in range(len(deployment.devices)):
             self.load(index)
@@ -128,13 +133,16 @@ class Machine:
     def load(self, index: int) -> None:
         """Loads the ranks of a device, for the first time or in the place of those that were
         closed."""
+        device = self.deployment.devices[index]
+        peers: dict[str, Any] = {} if self._hosts is None else {"peers": self._hosts.peers(device)}
         self.devices[index : index + 1] = [
             self._load(
                 self.deployment,
-                self.deployment.devices[index],
+                device,
                 self.specs,
                 self._placement,
                 None if self.fd is None else os.dup(self.fd),
+                **peers,
             )
         ]
 
@@ -246,6 +254,8 @@ class Machine:
             device.close()
         if self.fd is not None:
             os.close(self.fd)
+        if self._hosts is not None:
+            self._hosts.close()
 
     def __enter__(self) -> Machine:
         return self

@@ -25,6 +25,7 @@ import torch
 from crosspool.kernels import native
 from crosspool.kernels import native_structs as ns
 from crosspool.kernels.attention import RowSpan
+from crosspool.kernels.delta_net import DeltaWeights
 from crosspool.kernels.isa import ISAS, available_isas, default_isa
 from support import kernel_structs as ks
 from support.native_operands import (
@@ -155,6 +156,15 @@ class NativeKernels:
             self.table.rms_norm(*of, pointer(weight), x.shape[1], eps, *to, begin, end)
         return out
 
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """The same by mean and variance, with a ``bias`` float32 [n]."""
+        out = torch.empty(x.shape, dtype=self.dtype)
+        of, to = (pointer(x), x.stride(0)), (pointer(out), out.stride(0))
+        by = pointer(weight), pointer(bias), x.shape[1], eps
+        for begin, end in self._ranges(len(x)):
+            self.table.layer_norm(*of, *by, *to, begin, end)
+        return out
+
     def add(self, residual: Tensor, x: Tensor) -> None:
         """Adds ``x`` (float32 or the model's dtype) to ``residual`` float32 [T, n] in place."""
         function = self.table.add if x.dtype == torch.float32 else self.table.add_model
@@ -196,13 +206,14 @@ class NativeKernels:
         logits: Tensor,
         bias: Tensor | None,
         *,
-        score: Literal["softmax", "sigmoid"],
+        score: Literal["softmax", "sigmoid", "sparsemixer"],
         top_k: int,
         groups: int,
         top_groups: int,
         group_score: Literal["max", "top2_sum"],
         renormalize: bool,
         scale: float,
+        jitter: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """Experts int32 and weights float32, [T, top_k], of float32 ``logits`` [T, experts]; the
         rules are those of :class:`crosspool.models.spec.RouterSpec`."""
@@ -217,6 +228,7 @@ class NativeKernels:
             group_score=ns.GROUP_SCORES[group_score],
             renormalize=renormalize,
             scale=scale,
+            jitter=jitter,
         )
         experts = torch.empty(rows, top_k, dtype=torch.int32)
         weights = torch.empty(rows, top_k)
@@ -239,11 +251,12 @@ class NativeKernels:
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
         swiglu_limit: float = 0.0,
+        weighs_input: bool = False,
     ) -> Tensor:
         """Sum of the chosen experts among those held (``first_expert`` and following) and of the
         shared one: float32 [T, hidden]. ``experts`` int32, ``weights`` float32 [T, top_k].
         ``gate_up_bias`` [held, columns of gate_up] in their order, ``down_bias`` [held, hidden]:
-        float32."""
+        float32. ``weighs_input``: whether weights are factors on inputs."""
         rows, top_k = experts.shape
         hidden = x.shape[1]
         layer = ns.FFNLayer(
@@ -268,6 +281,11 @@ class NativeKernels:
         self.table.plan_experts(
             layer, pointer(experts), pointer(weights), rows, plan, pointer(scratch)
         )
+        if weighs_input:
+            weighed = torch.empty(plan.slot_count, hidden, dtype=self.dtype)
+            for begin, end in self._ranges(plan.slot_count):
+                self.table.weigh_slots(plan, self._data(x), hidden, pointer(weighed), begin, end)
+            x = weighed
         activation = torch.empty(plan.slot_count, max(width, 1), dtype=self.dtype)
         out = torch.empty(rows, hidden, dtype=torch.float32)
         call = ks.Experts(
@@ -279,6 +297,7 @@ class NativeKernels:
             out=pointer(out),
             out_stride=out.stride(0),
             rows=rows,
+            by_slot=weighs_input,
         )
         for share in range(self._shares):
             self.table.expert_gate_up(call, share, self._shares, pointer(scratch))
@@ -296,15 +315,20 @@ class NativeKernels:
         rope: RopeTables,
         q_heads: int,
         kv_heads: int,
-        qk_norm: Literal["none", "head", "full", "rotated head"] = "none",
+        qk_norm: Literal[
+            "none", "head", "full", "rotated head", "unweighted rotated head"
+        ] = "none",
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 0.0,
         clip: float | None = None,
+        gated: bool = False,
+        factors: Tensor | None = None,
     ) -> Tensor:
         """QK-norm, clip and rotation of ``qkv`` float32 [T, (q_heads + 2 kv_heads) * head_dim];
-        writes K and V to ``kv``, returns q [T, q_heads * head_dim]."""
-        head_dim = qkv.shape[1] // (q_heads + 2 * kv_heads)
+        writes K and V to ``kv``, returns q [T, q_heads * head_dim]. ``gated``: behind each q head
+        stands its gate. ``factors`` on q, by position: float32."""
+        head_dim = qkv.shape[1] // (q_heads * (2 if gated else 1) + 2 * kv_heads)
         q = torch.empty(len(qkv), q_heads * head_dim, dtype=self.dtype)
         call = ks.GQAPrepare(
             qkv=pointer(qkv),
@@ -323,10 +347,74 @@ class NativeKernels:
             qk_norm=ns.QK_NORMS[qk_norm],
             eps=eps,
             clip=math.inf if clip is None else clip,
+            gated=gated,
+            factors=pointer(factors),
         )
         for begin, end in self._ranges(kv_heads):
             self.table.gqa_prepare(call, 0, len(qkv), begin, end)
         return q
+
+    def gate_heads(self, x: Tensor, gates: Tensor) -> None:
+        """Multiplies heads ``x`` [T, heads, dim] by the sigmoid of ``gates``, float32 of the same
+        shape and any strides."""
+        rows, heads, dim = x.shape
+        call = ks.HeadGates(
+            x=self._data(x),
+            x_stride=x.stride(0),
+            gates=pointer(gates),
+            gates_stride=gates.stride(0),
+            gates_step=gates.stride(1),
+            dim=dim,
+        )
+        for begin, end in self._ranges(heads):
+            self.table.gate_heads(call, 0, rows, begin, end)
+
+    def delta_net(
+        self,
+        shape: ns.DeltaShape,
+        weights: DeltaWeights,
+        kv: Tensor,
+        layer: int,
+        segments: Sequence[RowSpan],
+        *,
+        qkvz: Tensor,
+        rates: Tensor,
+    ) -> Tensor:
+        """Moves the states in ``kv`` on; ``qkvz`` float32 [T, k_heads, width + group * v_dim] and
+        ``rates`` float32 [T, k_heads, 2, group] are written over. Returns [T, v_heads * v_dim]."""
+        states = [segment.state.to(torch.int32) for segment in segments]
+        structs = (ns.Segment * len(segments))(
+            *(
+                ns.Segment(None, s.first_row, s.rows, s.start, pointer(state))
+                for s, state in zip(segments, states, strict=True)
+            )
+        )
+        out = torch.empty(len(qkvz), shape.v_heads * shape.v_dim, dtype=self.dtype)
+        taps = weights.taps.float().contiguous()
+        out_norm = weights.out_norm.float()
+        call = ks.DeltaNet(
+            shape=ctypes.pointer(shape),
+            segments=structs,
+            segment_count=len(segments),
+            layer=layer,
+            qkvz=pointer(qkvz),
+            qkvz_stride=qkvz.stride(0),
+            rates=pointer(rates),
+            rates_stride=rates.stride(0),
+            taps=pointer(taps),
+            decay=pointer(weights.decay),
+            decay_bias=pointer(weights.decay_bias),
+            out_norm=pointer(out_norm),
+            eps=weights.out_eps,
+            kv=self._cache(kv),
+            out=pointer(out),
+            out_stride=out.stride(0),
+        )
+        inputs = taps[0].numel() // shape.taps * (shape.taps - 1)
+        scratch = self._scratch(delta_k_dim=shape.k_dim, delta_inputs=inputs)
+        for begin, end in self._ranges(shape.k_heads):
+            self.table.delta_net(call, begin, end, pointer(scratch))
+        return out
 
     def mla_append(
         self,
@@ -386,13 +474,16 @@ class NativeKernels:
         v_begin: int,
         scale: float,
         window: int | None = None,
+        chunked: bool = False,
         sinks: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of ``q`` [T, q_heads, qk_dim] over the requests' cached keys and
         values: [T, q_heads, v_dim]. The segments' page tables are int64 as elsewhere in Python.
         ``sinks``: float32 [q_heads]."""
         rows, q_heads, qk_dim = q.shape
-        shape = ns.AttentionShape(q_heads, kv_heads, qk_dim, v_dim, v_begin, window or 0, scale)
+        shape = ns.AttentionShape(
+            q_heads, kv_heads, qk_dim, v_dim, v_begin, window or 0, scale, chunked
+        )
         pages = [segment.pages.to(torch.int32) for segment in segments]
         structs = (ns.Segment * len(segments))(
             *(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from crosspool.kvpool.layout import KVLayout
 from crosspool.models.registry import read_model
 from crosspool.models.spec import KVCacheDType
 from crosspool.ranks.host.attention import AttentionPart
@@ -43,7 +44,8 @@ class Parts:
             )
             for rank in range(ranks)
         ]
-        shape = (pages, self.spec.layers, PAGE_SIZE, self.spec.kv_width)
+        self._layout = KVLayout(self.spec, PAGE_SIZE, chunk_bytes=2 << 20)
+        shape = (pages, self.spec.kv_layers, PAGE_SIZE, self.spec.kv_width)
         self.kv = torch.full(shape, torch.nan, dtype=TORCH_DTYPES[self.spec.kv_dtype])
         self._free = torch.randperm(pages, generator=torch.Generator().manual_seed(1)).tolist()
         self._sequences: dict[int, tuple[int, list[int]]] = {}
@@ -55,9 +57,18 @@ class Parts:
         tokens: list[int] = []
         for request, new in rows.items():
             start, pages = self._sequences.get(request, (0, []))
-            while len(pages) * PAGE_SIZE < start + len(new):
+            while len(pages) < self._layout.pages_for(start + len(new)):
                 pages.append(self._free.pop())
-            segments.append(RowSpan(len(tokens), len(new), start, torch.tensor(pages)))
+            kv, state = pages[self._layout.state_pages :], pages[: self._layout.state_pages]
+            segments.append(
+                RowSpan(
+                    first_row=len(tokens),
+                    rows=len(new),
+                    start=start,
+                    pages=torch.tensor(kv),
+                    state=torch.tensor(state, dtype=torch.int64),
+                )
+            )
             positions += range(start, start + len(new))
             tokens += new
             self._sequences[request] = (start + len(new), pages)

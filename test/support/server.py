@@ -47,27 +47,29 @@ def two_device_flags() -> list[str]:
 
 
 class Server:
-    """Starts ``python -m crosspool.launch_server`` and waits until ``/health`` answers 200."""
+    """``python -m crosspool.launch_server``, which has answered ``/health`` with 200."""
 
     def __init__(
         self,
         flags: Sequence[str] = (),
         models: Sequence[str | Path] = TINY_MODELS,
         ready_timeout: float = 300.0,
+        port: int | None = None,
     ) -> None:
-        self.port = free_port()
+        self.port = free_port() if port is None else port
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = tempfile.NamedTemporaryFile(  # noqa: SIM115
             mode="w+", prefix="crosspool-test-", suffix=".log", delete=False
         )
-        command = [sys.executable, "-m", "crosspool.launch_server", "--port", str(self.port)]
+        words = ["--port", str(self.port)]
         for model in models:
             path = Path(model) if Path(model).is_absolute() else DEMO / model
-            command += ["--model-path", str(path), "--served-model-name", path.name]
+            words += ["--model-path", str(path), "--served-model-name", path.name]
         if not {"--packed-cache-bytes", "--config"}.intersection(flags):
-            command += ["--packed-cache-bytes", "0"]
-        self.process = subprocess.Popen(
-            [*command, *flags],
+            words += ["--packed-cache-bytes", "0"]
+        words += flags
+        self.process: subprocess.Popen[bytes] = subprocess.Popen(
+            [sys.executable, "-m", "crosspool.launch_server", *words],
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

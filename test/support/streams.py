@@ -54,7 +54,7 @@ class Ask:
         return [(token, logprob) for logprob, token, _ in info["output_token_logprobs"]]
 
 
-def asks(models: Sequence[str], count: int, new_tokens: int = 100) -> list[Ask]:
+def asks(models: Sequence[str], count: int, new_tokens: int = 60) -> list[Ask]:
     """Different requests, over ``models`` in turn: greedy ones, and ones that are drawn, with
     penalties or under a grammar."""
     found = []
@@ -116,7 +116,7 @@ class Load:
                 thread.join(_PATIENCE)
         assert not any(thread.is_alive() for thread in threads), "a stream hangs"
 
-    def flow(self, parts: int = 30) -> None:
+    def flow(self, parts: int = 20) -> None:
         """Returns once every client has got so many further parts: it most likely is in the midst
         of an answer, however fast the machine is."""
         with self._news:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
 from crosspool.transport import shared_memory
 from crosspool.transport.data_path import DispatchHeader
 from crosspool.transport.shared_memory import SharedMemoryTransport
 from support.headers import COMPILER, assert_holds
+from support.linked_devices import deployment_of
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
@@ -20,17 +20,7 @@ from support.headers import COMPILER, assert_holds
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_links_lie_where_the_header_says(lanes: int, row_bytes: int, tmp_path: Path) -> None:
     kv, weights = ("cpu:0", "cpu:1"), ("cpu:1", "cpu:2", "cpu:3")
-    deployment = Deployment(
-        models={0: ModelConfig(name="m", path="m")},
-        next_model=1,
-        kv_pool_devices=tuple(map(Device, kv)),
-        weight_pool_devices=tuple(map(Device, weights)),
-        kv_pool_bytes=1,
-        weight_pool_bytes=1,
-        lanes=lanes,
-        chunked_prefill_size=12,
-        max_running_requests=4,
-    )
+    deployment = deployment_of(kv, weights, lanes=lanes)
     fd = shared_memory.create(deployment, row_bytes)
     try:
         transport = SharedMemoryTransport(fd, deployment, Device("cpu:0"))

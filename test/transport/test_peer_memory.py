@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from crosspool.config.deployment import Deployment, ModelConfig
+from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.config.errors import ConfigError
 from crosspool.kernels.dlpack import tensor_at
@@ -33,6 +33,7 @@ from crosspool.transport.peer_memory import PeerMemory, Share
 from crosspool.transport.rendezvous import RendezvousError
 from crosspool.transport.shared_memory import SharedMemoryTransport
 from support.fake_cuda_memory import CPU, FakeCuda
+from support.linked_devices import deployment_of
 from transport.device_link_peer import DTYPES, MAX_ROW_BYTES, driver_of
 
 PEER = Path(__file__).with_name("device_link_peer.py")
@@ -41,23 +42,9 @@ ROUNDS = 40
 UNIT = 2 << 20
 
 
-def deployment_of(folder: Path, kv: tuple[str, ...], weights: tuple[str, ...]) -> Deployment:
-    return Deployment(
-        models={0: ModelConfig(name="m", path="m")},
-        next_model=1,
-        kv_pool_devices=tuple(map(Device, kv)),
-        weight_pool_devices=tuple(map(Device, weights)),
-        kv_pool_bytes=1,
-        weight_pool_bytes=1,
-        chunked_prefill_size=12,
-        max_running_requests=4,
-        runtime_dir=str(folder),
-    )
-
-
 def exchange_with_peers(folder: Path, weights: tuple[str, ...], real: bool) -> None:
     """Random dispatches to every FFN rank on all lanes, each of them a process."""
-    deployment = deployment_of(folder, ("cuda:0",), weights)
+    deployment = deployment_of(("cuda:0",), weights, runtime_dir=str(folder))
     device, layout = Device("cuda:0"), LinkLayout(deployment.max_step_tokens, MAX_ROW_BYTES)
     fd = shared_memory.create(deployment, MAX_ROW_BYTES)
     driver = driver_of(device, real)
@@ -140,9 +127,8 @@ def test_dispatch_and_combine_go_through_memory_of_the_ffn_ranks_device(tmp_path
 
 
 def test_links_lie_side_by_side_without_overlap(tmp_path):
-    deployment = deployment_of(
-        tmp_path, ("cuda:0", "cuda:1", "cuda:2"), ("cuda:1", "cuda:3", "cuda:0")
-    )
+    kv, weights = ("cuda:0", "cuda:1", "cuda:2"), ("cuda:1", "cuda:3", "cuda:0")
+    deployment = deployment_of(kv, weights, runtime_dir=str(tmp_path))
     layout = LinkLayout(deployment.max_step_tokens, MAX_ROW_BYTES)
     assert [attention_ranks_of(deployment, rank) for rank in range(3)] == [
         [0, 2],

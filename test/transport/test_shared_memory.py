@@ -11,28 +11,15 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from crosspool.config.deployment import Deployment, ModelConfig
+from crosspool.config.deployment import Deployment
 from crosspool.config.device import Device
 from crosspool.transport import shared_memory
 from crosspool.transport.data_path import DispatchHeader, LaneError
 from crosspool.transport.shared_memory import SharedMemoryTransport
+from support.linked_devices import deployment_of
 
 HIDDEN = 48
 PEER = Path(__file__).with_name("lane_ffn_peer.py")
-
-
-def deployment_of(kv: tuple[str, ...], weights: tuple[str, ...], lanes: int = 2) -> Deployment:
-    return Deployment(
-        models={0: ModelConfig(name="m", path="m")},
-        next_model=1,
-        kv_pool_devices=tuple(map(Device, kv)),
-        weight_pool_devices=tuple(map(Device, weights)),
-        kv_pool_bytes=1,
-        weight_pool_bytes=1,
-        lanes=lanes,
-        chunked_prefill_size=12,
-        max_running_requests=4,
-    )
 
 
 @pytest.fixture
@@ -222,7 +209,7 @@ def test_every_pair_and_lane_has_its_own_link():
 
 def test_one_device_needs_no_segment():
     deployment = deployment_of(("cpu:0",), ("cpu:0",))
-    with pytest.raises(ValueError, match="shares its device"):
+    with pytest.raises(ValueError, match="no two ranks on different devices"):
         shared_memory.create(deployment, HIDDEN * 4)
 
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from crosspool.config.deployment import ConfigError
+from crosspool.models.schemes import Joined, RowRange
 from crosspool.models.spec import TensorRef
 from crosspool.weightpool.checkpoint import Checkpoint, Read
 from safetensors.torch import save_file
@@ -53,6 +55,32 @@ def test_parts_of_tensors_go_where_they_belong(folder: Path) -> None:
     torch.testing.assert_close(stack[1], A[1:4, 2:4].to(torch.bfloat16), atol=0, rtol=0)
     torch.testing.assert_close(whole, B.float(), atol=0, rtol=0)
     assert sorted(progress) == [stack[1].nbytes, whole.nbytes]
+
+
+def test_rows_of_several_tensors(folder: Path) -> None:
+    """Two runs of rows of each part come in turns; the first two parts lie in one tensor."""
+    c = torch.randn(2, 6)
+    save_file({"c": c}, folder / "three.safetensors")
+    files = dict.fromkeys("ab", "model.safetensors")
+    if not (folder / "model.safetensors").exists():
+        files = {"a": "one.safetensors", "b": "two.safetensors"}
+    _index(folder, files)
+    parts = (RowRange("a", 4, 2, 2), RowRange("a", 4, 0, 2), RowRange("c", 2, 0, 2))
+    ref = replace(_ref("a", (6, 6)), joined=Joined(groups=2, parts=parts))
+    with pytest.raises(ConfigError, match="the checkpoint has no tensor c"):
+        Checkpoint(folder).check([ref])
+    _index(folder, files | {"c": "three.safetensors"})
+    checkpoint = Checkpoint(folder)
+    checkpoint.check([ref])
+    expected = torch.stack((A[2], A[0], c[0], A[3], A[1], c[1]))
+    whole, part = (slice(0, 6), slice(0, 6)), (slice(1, 5), slice(2, 4))
+    found = dict(checkpoint.stream([(ref, whole), (ref, part)]))
+    assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], expected[1:5, 2:4])
+    short = replace(parts[2], height=3)
+    wrong = replace(ref, joined=Joined(groups=2, parts=(*parts[:2], short)))
+    with pytest.raises(ConfigError, match=r"tensor c has shape \[2, 6\], config.json asks for"):
+        checkpoint.check([wrong])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

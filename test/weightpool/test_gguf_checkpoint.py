@@ -13,8 +13,15 @@ import numpy as np
 import pytest
 import torch
 from crosspool.config.errors import ConfigError
+from crosspool.models.gguf_config import config_of
 from crosspool.models.gguf_header import gguf_files, read_header
-from crosspool.models.registry import attention_tensors, ffn_tensors, read_model
+from crosspool.models.registry import (
+    FAMILIES,
+    attention_tensors,
+    ffn_tensors,
+    read_model,
+    read_spec,
+)
 from crosspool.models.spec import GQASpec, ModelSpec, TensorRef
 from crosspool.weightpool.checkpoint import Checkpoint
 from crosspool.weightpool.gguf_checkpoint import open_checkpoint
@@ -126,8 +133,8 @@ def _write(path: Path, architecture: str, tensors: dict[str, tuple[Any, Type]]) 
 def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"general\.architecture='gemma3' is not supported; sup"):
         read_model(_write(tmp_path / "a.gguf", "gemma3", {}))
-    frequencies = {"rope_freqs.weight": (np.ones(32, np.float32), Type.F32)}
-    with pytest.raises(ConfigError, match=r"rope_freqs\.weight scales the rotations"):
+    frequencies = {"rope_freqs.weight": (np.ones(32, np.float16), Type.F16)}
+    with pytest.raises(ConfigError, match=r"rope_freqs\.weight is F16, it must be F32"):
         read_model(_write(tmp_path / "b.gguf", "llama", frequencies))
     codes = np.zeros((16, 66), np.uint8)
     path = _write(tmp_path / "c.gguf", "qwen3moe", {"token_embd.weight": (codes, Type.IQ2_XXS)})
@@ -140,6 +147,20 @@ def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
     norm = TensorRef(key="final_norm", name="model.norm.weight", shape=(256,))
     with pytest.raises(ConfigError, match=r"c\.gguf: the file has no tensor output_norm\.weight"):
         checkpoint.check([norm])
+
+
+def test_divisors_of_rotations_fit_the_head(tmp_path: Path) -> None:
+    path = make_random_checkpoint("llama", tmp_path / "random", {"num_hidden_layers": 1}, "float32")
+    file, _ = made.convert(path, tmp_path / "made", lambda name: "Q8_0")
+    assert "rope_scaling" not in config_of(file).values
+    divisors = {"rope_freqs.weight": (np.arange(1, 8, dtype=np.float32), Type.F32)}
+    config = config_of(file)
+    config.values["rope_scaling"] = config_of(
+        _write(tmp_path / "d.gguf", "llama", divisors)
+    ).values["rope_scaling"]
+    assert config.values["rope_scaling"]["divisors"] == [1, 2, 3, 4, 5, 6, 7]
+    with pytest.raises(ConfigError, match=r"rope_scaling\.divisors must list 8 numbers"):
+        read_spec(config, FAMILIES["llama"], "float32")
 
 
 def test_a_large_vocabulary_is_read_in_time(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +17,10 @@ from crosspool.planner.traffic.samples import ModelTraffic, Samples, Traffic
 from support.replayed import GRID, MODELS, SECONDS, TRAFFIC, formula_timeline, model
 
 from benchmark.shifted_replays import rotated
+
+_STATE_PAGES = 3
+RECURRENT = tuple(replace(kv, state_bytes=100, state_row=20) for kv in MODELS)
+"""Models with recurrent state: five rows, two to a page of either model."""
 
 
 def by_hand(kv: KVModel, traffic: ModelTraffic, charge: Charge, chunk_bytes: int) -> np.ndarray:
@@ -30,15 +36,17 @@ def by_hand(kv: KVModel, traffic: ModelTraffic, charge: Charge, chunk_bytes: int
     ):
         age = GRID - arrival
         tokens = prompt + (output * age / service if charge == "active" else output)
-        pages += np.where((age >= 0) & (age < service), np.ceil(tokens / kv.page_size), 0)
+        held = np.ceil(tokens / kv.page_size) + (_STATE_PAGES if kv.state_bytes else 0)
+        pages += np.where((age >= 0) & (age < service), held, 0)
     return np.ceil(pages * kv.page_bytes / chunk_bytes) * chunk_bytes
 
 
+@pytest.mark.parametrize("models", [MODELS, RECURRENT], ids=["KV", "KV and state"])
 @pytest.mark.parametrize("charge", ["active", "promised"])
-def test_replay_is_the_sum_over_requests(charge: Charge) -> None:
-    demand = replay(TRAFFIC, MODELS, charge, chunk_bytes=200)
+def test_replay_is_the_sum_over_requests(charge: Charge, models: Sequence[KVModel]) -> None:
+    demand = replay(TRAFFIC, models, charge, chunk_bytes=200)
     pool = np.zeros(len(GRID))
-    for kv, traffic, path in zip(MODELS, TRAFFIC.models, demand.models, strict=True):
+    for kv, traffic, path in zip(models, TRAFFIC.models, demand.models, strict=True):
         values = by_hand(kv, traffic, charge, 200)
         assert np.array_equal(path.at(GRID), values)
         pool += values

@@ -27,6 +27,7 @@ from crosspool.weightpool.placement import FFNShard, ffn_bytes
 from make_random_checkpoint import make_random_checkpoint
 from support.quantized import quantize_gpt_oss
 from support.quantized_models import GPT_OSS
+from support.warm_devices import WarmDriver
 
 from benchmark.checkpoint import Shape, write
 from benchmark.device_driver import DeviceDriver, Generation
@@ -35,7 +36,7 @@ from benchmark.server import DEMO, TINY_MODELS
 SHAPE = Shape("moe-70m", 512, 4, 16, 2, 256, 8, 2, 64, 8000, context=512, skew=0.5)
 MODELS = 2
 WHOLE = FFNShard(rank=0, ranks=1, parallel="tp")
-SHARES = (1.0, 0.75, 0.5, 0.25)
+SHARES = (1.0, 0.5, 0.25)
 PAGE = 4096
 Places = tuple[Sequence[str], Sequence[str]]
 ONE: Places = (("cpu:0",), ("cpu:0",))
@@ -71,7 +72,7 @@ def driver(
         granule = GRANULE * len(places[1])
         room = -(-int(share * expert_bytes(models)) // granule) * granule
         fields |= {"experts": "demand", "expert_pool_bytes": room}
-    return DeviceDriver(models, *places, **(fields | more))
+    return WarmDriver(models, *places, **(fields | more))
 
 
 def generations(model: int) -> list[Generation]:

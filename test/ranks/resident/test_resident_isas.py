@@ -15,7 +15,9 @@ from crosspool.kernels.isa import available_isas, default_isa
 TESTS = [
     Path(__file__).with_name(f"test_{name}.py") for name in ("resident_executor", "kept_weights")
 ]
-CHOSEN = "same_bytes or greedy_tokens or every_sampling or bundled or bfloat16 or leases"
+GREEDY = "greedy_tokens and (core or TP)"
+"""In a placement in which matrices are whole, and in one in which they are cut."""
+CHOSEN = f"same_bytes or every_sampling or bundled or bfloat16 or leases or {GREEDY}"
 
 
 @pytest.mark.slow
@@ -31,4 +33,4 @@ def test_a_forced_path_passes_the_same_tests(isa: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) >= 36, done.stdout[-2000:]
+    assert passed is not None and int(passed[1]) >= 33, done.stdout[-2000:]
