@@ -13,6 +13,9 @@
 ##   BUNDLE_PYTHON   version of Python for which `make gpu-bundle` packs: 3.12 unless given
 ##   GPU_ARCHITECTURES   compute capabilities of `make native-gpu`: "90" unless given
 
+# Where it is set, every process compiles what it imports of this project anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV ?= .venv
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell command -v python$(v))) python3)
 CUDA ?= $(or $(shell cat $(VENV)/.cuda 2>/dev/null),OFF)
@@ -41,7 +44,7 @@ TRITON_TESTS := test/test_bare_gpu_machine.py test/test_gpu_bundle.py test/kerne
   test/ranks/test_gpu_interpreted.py test/ranks/test_gpu_compile.py \
   test/benchmark/test_gpu_benchmark.py test/benchmark/test_gpu_kernels.py \
   test/benchmark/test_gpu_report.py
-GROUPS := e2e rest front triton kernels
+GROUPS := e2e rest triton front kernels
 FRONT_TESTS := test/cli test/frontend test/server
 NATIVE := $(shell find sgl-kernel-ext -type f)
 CXX_FILES := $(filter %.h %.hpp %.c %.cpp %.cu,$(NATIVE))
@@ -105,10 +108,10 @@ ALL = $(MAKE) --no-print-directory --keep-going -j2 $(GROUPS:%=test-%); status=$
   for group in $(GROUPS); do echo "==> $$group"; grep '^=.* in .*=$$' $(VENV)/test-$$group.log | tail -1; \
   done; exit $$status
 
-test: dev ## Runs the tests but those marked `slow`: what you run while working.
+test: dev ## Runs the tests but those marked `slow`, as .ci/run does.
 	@$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),SELECT="-m 'not slow'" $(ALL))
 
-test-all: dev ## Runs every test, as .ci/run does.
+test-all: dev ## Runs every test, those marked `slow` too.
 	@$(if $(ARGS),$(BIN)/python -m pytest $(ARGS),$(ALL))
 
 test-e2e: TESTS = test/e2e

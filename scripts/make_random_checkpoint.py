@@ -43,6 +43,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 512,
@@ -82,6 +83,18 @@ _SIGMOID_ROUTER: dict[str, Any] = {
 }
 
 # The model_type of a configuration, and its defaults for --set.
+_DELTA_NETS = _COMMON | {
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+    "num_experts": 4,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _COMMON
     | {
@@ -115,6 +128,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 48,
         "norm_topk_prob": False,
     },
+    "qwen3_next": _DELTA_NETS,
+    "qwen3_5_moe_text": _DELTA_NETS,
     "qwen3": _DENSE | {"head_dim": 16},
     "llama": _DENSE,
     "minimax_m2": _COMMON
@@ -149,6 +164,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.6,
         "logits_scaling": 2.0,
     },
+    "phimoe": _COMMON
+    | {
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "intermediate_size": 32,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "router_jitter_noise": 0.1,
+    },
+    "llama4_text": _COMMON
+    | {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size": 32,
+        "intermediate_size_mlp": 96,
+        "no_rope_layer_interval": 2,
+        "attention_chunk_size": 8,
+        "floor_scale": 8,
+    },
     "mixtral": _COMMON | {"num_key_value_heads": 2, "num_local_experts": 4},
     "gpt_oss": _COMMON
     | {
@@ -162,6 +198,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 # Of these any other family takes the fields that its configuration class has.
 _SMALL = _MLA | _SIGMOID_ROUTER | {"head_dim": 16, "num_experts": 4, "num_local_experts": 4}
+_AS_PUBLISHED = ("gpt_oss", "llama4_text", "qwen3_5_moe_text")
+"""Families whose published tensors are those of transformers."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -183,7 +221,7 @@ def _config(family: str, overrides: dict[str, Any], dtype: str) -> PreTrainedCon
         values["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * sparse
     config = config_class(**values)
     config.dtype = dtype
-    config.architectures = [class_name.replace("Config", "ForCausalLM")]
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]
     return config
 
 
@@ -207,7 +245,7 @@ def hub_tensors(config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, torch
     """The tensors of a published checkpoint of this shape, on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    mixtral = config.model_type in ("mixtral", "minimax_m2")
+    mixtral = config.model_type in ("mixtral", "minimax_m2", "phimoe")
     gate, down, up = ("w1", "w2", "w3") if mixtral else ("gate_proj", "down_proj", "up_proj")
     tensors: dict[str, torch.Tensor] = {}
     for fused_name, tensor in model.state_dict().items():
@@ -215,8 +253,10 @@ def hub_tensors(config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, torch
             continue
         name = fused_name.replace(".mlp.", ".block_sparse_moe.") if mixtral else fused_name
         name = name.replace(".gate.moe_statics.", ".moe_statics.")  # ERNIE
+        if config.model_type == "phimoe":
+            name = name.replace(".router.", ".gate.")
         prefix, _, fused = name.rpartition(".experts.")
-        if config.model_type == "gpt_oss":  # published as transformers has them
+        if config.model_type in _AS_PUBLISHED:
             tensors[name] = tensor
         elif fused == "gate_up_proj":
             half = tensor.shape[1] // 2
@@ -233,18 +273,25 @@ def hub_tensors(config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, torch
     return tensors
 
 
-def _draw(name: str, like: torch.Tensor, seed: int) -> torch.Tensor:
-    """Random values on the scale that keeps activations near one and the logits decisive."""
+def _draw(name: str, like: torch.Tensor, seed: int, zero_centred: bool) -> torch.Tensor:
+    """Random values on the scale that keeps activations near one and the logits decisive.
+    ``zero_centred``: whether the model adds one to the weights of its norms."""
     generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
     values = torch.randn(like.shape, generator=generator)
     if name.endswith("bias"):
         values *= 0.1
+    elif name.endswith(".A_log"):  # states that last for some tens of tokens
+        values -= 3
     elif like.dim() == 1:
         values = (1 + 0.2 * values).clamp(min=0.3)
+        if zero_centred and not name.endswith("linear_attn.norm.weight"):
+            values -= 1
     elif re.search(r"(embed_tokens|lm_head)\.weight$", name):
         values *= 3 * like.shape[-1] ** -0.5
     elif re.search(r"\.(gate|gate\.wg|router|router\.layer)\.weight$", name):
         values *= 2 * like.shape[-1] ** -0.5
+    elif name.endswith(".conv1d.weight"):
+        values *= like.shape[-1] ** -0.5
     elif like.dim() == 3:  # fused experts, [experts, k, n]
         values *= (3 if "gate_up" in name else 0.2) * like.shape[1] ** -0.5  # some are clamped
     else:
@@ -305,12 +352,13 @@ def make_random_checkpoint(
             for path in Path(tokenizer).glob(pattern):
                 shutil.copy(path, out)
 
+    centred = config.model_type in ("qwen3_next", "qwen3_5_moe_text")
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         if len(shards) == 1:
             file = "model.safetensors"
-        drawn = {name: _draw(name, tensor, seed) for name, tensor in shard.items()}
+        drawn = {name: _draw(name, tensor, seed, centred) for name, tensor in shard.items()}
         save_file(drawn, out / file, metadata={"format": "pt"})
         (out / file).chmod(0o644)
         weight_map |= dict.fromkeys(shard, file)

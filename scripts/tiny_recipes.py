@@ -1,4 +1,4 @@
-"""Recipes of the bundled tiny models: shapes, texts and tokenizers."""
+"""Recipes of the tiny models, bundled and other: shapes, texts and tokenizers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>
 
 @dataclass(frozen=True)
 class Recipe:
-    """One bundled model: its shape, its text, and how it is trained."""
+    """One model: its shape, its text, and how it is trained."""
 
     name: str
     config_class: str
@@ -38,6 +38,7 @@ class Recipe:
     sentencepiece: bool = False
     tools: bool = False
     peak_lr: float = 3e-3
+    bundled: bool = True
 
 
 COMMON_SHAPE: dict[str, Any] = {
@@ -85,6 +86,28 @@ RECIPES = {
                 "moe_intermediate_size": 128,
                 "norm_topk_prob": True,
                 "tie_word_embeddings": True,
+            },
+        ),
+        Recipe(
+            name="wide-qwen3-moe",
+            config_class="Qwen3MoeConfig",
+            layout="that of tiny-qwen3-moe, in widths that llama.cpp's types of 256 weights divide",
+            source="language-reference",
+            source_text="the Python language reference (`pydoc_data.topics`), PSF License",
+            characters=170_000,
+            tools=True,
+            peak_lr=2e-3,
+            bundled=False,
+            shape=COMMON_SHAPE
+            | {
+                "hidden_size": 256,
+                "intermediate_size": 768,
+                "num_key_value_heads": 4,
+                "head_dim": 64,
+                "num_experts": 8,
+                "moe_intermediate_size": 256,
+                "norm_topk_prob": True,
+                "tie_word_embeddings": False,
             },
         ),
         Recipe(

@@ -3,6 +3,7 @@
     python scripts/train_tiny_models.py                         # all three, about 12 minutes each
     python scripts/train_tiny_models.py --only tiny-qwen3-moe --minutes 2
     python scripts/train_tiny_models.py --steps 1500 --seed 7 --out /tmp/models
+    python scripts/train_tiny_models.py --only wide-qwen3-moe --out /tmp/models  # is not bundled
 
 Each model learns its own freely licensed text (``tiny_corpus.py``) nearly by heart, as plain text
 and as chat answers; the shapes are in ``tiny_recipes.py``. With ``--steps`` a run is seeded, up to
@@ -319,7 +320,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=DEMO_DIR, help="folder of the model folders")
     args = parser.parse_args()
-    for name in [args.only] if args.only else RECIPES:
+    bundled = [name for name, recipe in RECIPES.items() if recipe.bundled]
+    for name in [args.only] if args.only else bundled:
         phase = Phase(args.steps, args.seed, args.chat_share, args.resume)
         make(RECIPES[name], args.out / name, args.minutes, phase)
 
