@@ -16,7 +16,7 @@ import psutil
 from crosspool.config.cores import CONTROL_SLICE_NS, DEFAULT_SLICE_NS, set_slice
 from crosspool.config.device import Device
 from crosspool.models.registry import read_model
-from crosspool.models.spec import ModelSpec
+from crosspool.models.spec import KVCacheDType, ModelSpec
 from crosspool.observability.trace import LaneEvent
 from crosspool.transport.messages import StepResult
 
@@ -46,6 +46,7 @@ class Setup:
     """Decode steps that one message covers under the resident loop."""
     chunk: int = 512
     """Most prompt tokens of one step."""
+    kv_cache_dtype: KVCacheDType = "auto"
 
     @property
     def cores(self) -> list[int]:
@@ -127,6 +128,7 @@ class Engine:
             chunked_prefill_size=setup.chunk,
             loop=setup.loop,
             lanes=setup.lanes,
+            kv_cache_dtype=setup.kv_cache_dtype,
         )
         self._rng = np.random.default_rng(0)
 

@@ -23,6 +23,7 @@ from crosspool.kvpool.allocator import PageAllocator
 from crosspool.kvpool.bounds import Bounds
 from crosspool.kvpool.layout import KVLayout
 from crosspool.models.registry import spec_of, specs_of
+from crosspool.models.spec import KVCacheDType
 from crosspool.transport import links
 from crosspool.transport.device_socket import identity_of, read_identity
 from crosspool.transport.messages import (
@@ -101,13 +102,14 @@ class DeviceDriver:
         keep: Sequence[Literal["pinned", "demand", "asleep"]] | None = None,
         experts: Literal["all", "demand"] = "all",
         quantization: Literal["int4", "int8", "fp8"] | None = None,
+        kv_cache_dtype: KVCacheDType = "auto",
         **fields: Any,
     ) -> None:
         """``places`` gives for each model the devices of its FFN weights, None for all of
         ``weights``; ``loops`` the loop of single devices where it is not the deployment's; ``keep``
         when each model's weights are in memory, ``experts`` which of their routed experts are then,
-        and ``quantization`` the format to which they are rounded; ``fields`` further fields of the
-        deployment."""
+        ``quantization`` the format to which they are rounded, and ``kv_cache_dtype`` that of their
+        KV cache; ``fields`` further fields of the deployment."""
         self._loops = loops or {}
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="crosspool-test-"))
         settings: dict[str, Any] = {
@@ -127,6 +129,7 @@ class DeviceDriver:
                     keep="demand" if keep is None else keep[i],
                     experts=experts,
                     quantization=quantization,
+                    kv_cache_dtype=kv_cache_dtype,
                 )
                 for i, (path, own) in enumerate(
                     zip(models, places or [None] * len(models), strict=True)
