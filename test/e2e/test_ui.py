@@ -3,6 +3,7 @@ hundred models."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import time
@@ -12,15 +13,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import httpx
 import pytest
 from crosspool.config.deployment import Deployment, ModelConfig
 from crosspool.config.device import Device
-from crosspool.config.runtime_dir import find_running
 from crosspool.server.state import State
 from support.browser import Browser
+from support.fleet import FLAGS
 from support.http_app import http_app
 from support.large_fleet import LargeFleet
-from support.seen_page import as_admin, served
+from support.served_app import served
 from support.server import TINY_MODELS, Server
 
 WIDTHS = {360: 740, 800: 1000, 1400: 900}
@@ -41,29 +43,25 @@ def browser() -> Iterator[Browser]:
     made.close()
 
 
+@pytest.fixture(scope="module")
+def keyed_server(packed: Path) -> Iterator[Server]:
+    """Serves the three bundled models, which can sleep, to those who have the key."""
+    flags = ["--admin-api-key", KEY, "--packed-cache-dir", str(packed)]
+    with Server([*FLAGS, *flags]) as running:
+        yield running
+
+
 @pytest.fixture
-def page(browser: Browser) -> Iterator[Browser]:
-    """The browser, as at its start. The console has no message in the end."""
-    browser.open("about:blank")
-    browser.look(1400, 900, "light")
-    browser.messages()
+def page(keyed_server: Server, browser: Browser) -> Iterator[Browser]:
+    """The server's page. Its console has no message in the end."""
+    enter(browser, keyed_server.url, len(TINY_MODELS))
     yield browser
     assert browser.messages() == []
 
 
-@pytest.fixture
-def admins(server: Server, page: Browser) -> Iterator[Browser]:
-    """The page of the shared server, on which everything may be done."""
-    with as_admin(find_running(server.port).admin_socket) as url:
-        page.open(f"{url}/ui")
-        page.wait_for(f"{ROWS} === 3")
-        yield page
-        page.open("about:blank")
-
-
-@pytest.fixture(scope="module")
-def large_fleet() -> Iterator[str]:
-    """The address of a server with a hundred models and a key, and without anything behind it."""
+@contextlib.contextmanager
+def large_fleet(admin_api_key: str | None) -> Iterator[str]:
+    """The address of a server with a hundred models, and without anything behind it."""
     names = [HOSTILE, *(f"org/model-{number:02}" for number in range(99))]
     deployment = Deployment(
         models={n: ModelConfig(name=name, path="/nowhere") for n, name in enumerate(names)},
@@ -72,11 +70,17 @@ def large_fleet() -> Iterator[str]:
         weight_pool_devices=(Device("cpu"),),
         kv_pool_bytes=1,
         weight_pool_bytes=1,
-        sglang={"admin_api_key": KEY},
+        sglang={"admin_api_key": admin_api_key},
     )
     models = {name: SimpleNamespace(name=name, context_length=16) for name in names}
     state = State(models=cast("Any", models), ready=True)
     with served(http_app(deployment, state, LargeFleet(names))) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[str]:
+    with large_fleet(KEY) as url:
         yield url
 
 
@@ -102,58 +106,62 @@ def check_looks(page: Browser, shots: Path, name: str) -> None:
             assert not found, (width, theme, found)
 
 
-def state_of(page: Browser, model: str) -> str:
-    script = "return document.querySelector(arguments[0]).closest('tr').cells[1].innerText"
-    return str(page.run(script, f'[aria-label$=" {model}"]'))
+def enter(browser: Browser, url: str, models: int) -> None:
+    """Opens the page of a server with its key."""
+    browser.look(1400, 900, "light")
+    browser.open(f"{url}/ui/icon.svg")
+    browser.run("sessionStorage.setItem('crosspool-key', arguments[0])", KEY)
+    browser.messages()
+    browser.open(f"{url}/ui")
+    browser.wait_for(f"{ROWS} === {models}")
 
 
 def press(page: Browser, order: str, model: str) -> None:
-    page.wait_for("document.querySelector(arguments[0])", f'[aria-label="{order} {model}"]')
-    page.click(f'[aria-label="{order} {model}"]')
+    button = f'[aria-label="{order} {model}"][aria-disabled="false"]'
+    page.wait_for("document.querySelector(arguments[0])", button)
+    page.click(button)
 
 
-def test_a_chat_answers_and_is_timed(admins: Browser, shots: Path) -> None:
-    admins.run("document.querySelector('#chat-tokens').value = 24")
-    admins.run("document.querySelector('#chat-model').value = arguments[0]", MODEL)
-    admins.type("#prompt", "What does import do?\n")
+def test_a_chat_answers_and_is_timed(page: Browser, shots: Path) -> None:
+    page.run("document.querySelector('#chat-tokens').value = 24")
+    page.run("document.querySelector('#chat-model').value = arguments[0]", MODEL)
+    page.type("#prompt", "What does import do?\n")
     figures = "document.querySelector('#chat-figures').textContent"
-    admins.wait_for(f"{figures}.includes('tokens')")
-    told = admins.run(f"return {figures}")
+    page.wait_for(f"{figures}.includes('tokens')")
+    told = page.run(f"return {figures}")
     assert "TTFT" in told and "tokens/s" in told
-    assert admins.run("return document.querySelector('.assistant .said').textContent.length") > 0
-    admins.click("#record")
-    admins.wait_for("!document.querySelector('#timeline').hidden")
-    admins.wait_for("document.querySelectorAll('#kv-chart .area').length > 0")
-    check_looks(admins, shots, "server")
+    assert page.run("return document.querySelector('.assistant .said').textContent.length") > 0
+    page.click("#record")
+    page.wait_for("!document.querySelector('#timeline').hidden")
+    page.wait_for("document.querySelectorAll('#kv-chart .area').length > 0")
+    check_looks(page, shots, "server")
 
 
-def test_buttons_have_models_sleep_and_wake(admins: Browser, server: Server) -> None:
+def test_buttons_have_models_sleep_and_wake(page: Browser, keyed_server: Server) -> None:
     for order, state in (("Sleep", "asleep"), ("Wake", "resident")):
-        press(admins, order, MODEL)
-        admins.wait_for(
-            "[...document.querySelectorAll('#models tr')].some((row) =>"
-            " row.textContent.includes(arguments[0]) && row.cells[1].innerText === arguments[1])",
-            *(MODEL, state),
-        )
-        told = {model["name"]: model["state"] for model in server.get("/crosspool/models")}
-        assert told[MODEL] == state == state_of(admins, MODEL)
-    told_events = admins.run("return document.querySelector('#events').textContent")
+        press(page, order, MODEL)
+        shown = "document.querySelector(arguments[0]).closest('tr').cells[1].innerText"
+        page.wait_for(f"{shown} === arguments[1]", f'[aria-label="Unload {MODEL}"]', state)
+        headers = {"Authorization": f"Bearer {KEY}"}
+        told = httpx.get(f"{keyed_server.url}/crosspool/models", headers=headers).json()
+        assert [model["state"] for model in told if model["name"] == MODEL] == [state]
+    told_events = page.run("return document.querySelector('#events').textContent")
     assert f"{MODEL} is asleep" in told_events and f"{MODEL} woke in" in told_events
 
 
-def test_who_is_not_the_admin_is_told_so(server: Server, browser: Browser) -> None:
-    browser.open(f"{server.url}/ui")
-    browser.wait_for(f"{ROWS} === 3")
-    press(browser, "Sleep", MODEL)
-    browser.wait_for("document.querySelector('#notice').textContent.includes('no admin key is')")
-    assert state_of(browser, MODEL) == "resident"
-    (message,) = browser.messages()
-    assert "403" in message
+def test_who_is_no_admin_is_told_so(browser: Browser) -> None:
+    with large_fleet(None) as url:
+        browser.open(f"{url}/ui")
+        press(browser, "Wake", "org/model-01")
+        browser.wait_for("document.querySelector('#notice').textContent.includes('no admin key')")
+        (message,) = browser.messages()
+        assert "403" in message
+        browser.open("about:blank")
 
 
-def test_a_key_is_asked_for_and_stays_in_the_tab(large_fleet: str, browser: Browser) -> None:
+def test_a_key_is_asked_for_and_stays_in_the_tab(fleet: str, browser: Browser) -> None:
     browser.messages()
-    browser.open(f"{large_fleet}/ui")
+    browser.open(f"{fleet}/ui")
     problem = "document.querySelector('#key-problem').textContent"
     browser.wait_for(f"{problem} === 'The server asks for a key.'")
     browser.type("#key-input", "another")
@@ -167,13 +175,9 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(large_fleet: str, browser: Brow
     assert all("401" in message for message in browser.messages())
 
 
-def test_a_hundred_models_stay_in_their_rows(
-    large_fleet: str, browser: Browser, shots: Path
-) -> None:
+def test_a_hundred_models_stay_in_their_rows(fleet: str, browser: Browser, shots: Path) -> None:
     """A look changes the texts that differ and no row, so that focus and place stay."""
-    browser.run("sessionStorage.setItem('crosspool-key', arguments[0])", KEY)
-    browser.open(f"{large_fleet}/ui")
-    browser.wait_for(f"{ROWS} === 100")
+    enter(browser, fleet, 100)
     assert browser.run("return [document.title, document.images.length]") == ["CrossPool", 0]
     assert HOSTILE in browser.run("return document.querySelector('#models').textContent")
     browser.run(
@@ -207,18 +211,19 @@ def test_a_hundred_models_stay_in_their_rows(
         "const filter = document.querySelector('#filter'); filter.value = '';"
         "filter.dispatchEvent(new Event('input'))"
     )
-    check_looks(browser, shots, "fleet")
+    check_looks(browser, shots, "many")
     press(browser, "Wake", "org/model-01")
     browser.wait_for("document.querySelector('#notice').textContent.includes('is not there')")
     assert all("503" in message for message in browser.messages())
 
 
-def test_looks_are_a_second_apart(large_fleet: str, browser: Browser) -> None:
+def test_looks_are_a_second_apart(fleet: str, browser: Browser) -> None:
     """The page asks for one status a second, and for nothing else."""
-    browser.run("performance.clearResourceTimings()")
+    enter(browser, fleet, 100)
     began = time.monotonic()
+    browser.run("performance.clearResourceTimings()")
     browser.wait_for("performance.getEntriesByType('resource').length >= 3")
     names = browser.run("return performance.getEntriesByType('resource').map((one) => one.name)")
     passed = time.monotonic() - began
-    assert set(names) == {f"{large_fleet}/crosspool/status"}
+    assert set(names) == {f"{fleet}/crosspool/status"}
     assert len(names) <= passed + 2

@@ -35,7 +35,7 @@ _HEADERS = {
 
 
 class UIRoutes:
-    """Answers with the files of the page, which are read once: a path names one of them or nothing."""
+    """Answers with the files of the page, which are read once; a path names one of them."""
 
     def __init__(self) -> None:
         self._files = {file.name: file.read_bytes() for file in FOLDER.iterdir()}

@@ -2,10 +2,12 @@
 // numbers, of now or of the moment to which the pointer points.
 
 import { drawn, element, mark, say } from "./dom.js";
+import { seconds } from "./format.js";
 import { SECONDS } from "./history.js";
 
 const WIDTH = 600;
 const HEIGHT = 150;
+const SPANS = [30, 60, 120, SECONDS]; // seconds that the width stands for, as the history grows
 const NAMED = 6; // series that a chart tells apart; the others are one
 
 export class Chart {
@@ -26,8 +28,8 @@ export class Chart {
     this.scale = element("span", { class: "scale" });
     this.legend = element("ul", { class: "legend" });
     const plot = element("div", { class: "plot" }, this.svg, this.scale);
-    const axis = element("p", { class: "axis", "aria-hidden": "true" });
-    axis.append(...["5 min ago", "now"].map((text) => element("span", {}, text)));
+    this.begin = element("span");
+    const axis = element("p", { class: "axis", "aria-hidden": "true" }, this.begin, element("span", {}, "now"));
     place.append(this.head, plot, axis, this.legend);
     plot.addEventListener("pointermove", (event) => this.point(event));
     plot.addEventListener("pointerleave", () => this.point(null));
@@ -36,12 +38,14 @@ export class Chart {
   /** `series`: objects with `name`, `colour` and `values`, one for each of `times`, in seconds. */
   draw(title, head, times, series) {
     this.times = times;
+    this.span = SPANS.find((span) => span >= times.at(-1) - times[0]) ?? SECONDS;
     this.series = this.stacked ? few(series) : series;
     const totals = times.map((_, i) => this.height(i));
     this.most = this.top ?? (1.15 * Math.max(...totals, 0) || 1);
     say(this.head, head);
     say(this.scale, this.format(this.most));
-    mark(this.svg, "aria-label", `${title} over the last 5 minutes; now ${head}`);
+    say(this.begin, `${seconds(this.span)} ago`);
+    mark(this.svg, "aria-label", `${title} over the last ${seconds(this.span)}; now ${head}`);
     while (this.paths.childElementCount > this.series.length) this.paths.lastChild.remove();
     while (this.paths.childElementCount < this.series.length) this.paths.append(drawn("path"));
     const floor = times.map(() => 0);
@@ -59,7 +63,7 @@ export class Chart {
   }
 
   x(i) {
-    return WIDTH * (1 - (this.times.at(-1) - this.times[i]) / SECONDS);
+    return WIDTH * (1 - (this.times.at(-1) - this.times[i]) / this.span);
   }
 
   y(value) {

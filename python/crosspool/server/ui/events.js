@@ -25,7 +25,7 @@ export class Events {
     const before = this.before;
     this.before = status;
     if (before === null) {
-      this.add(`watching ${status.models.length} models on ${status.devices.length} devices`);
+      this.add(`watching ${format.many(status.models.length, "model")} on ${format.many(status.devices.length, "device")}`);
       return;
     }
     if (status.incarnation !== before.incarnation) {
@@ -69,9 +69,9 @@ export class Events {
     if (is.keep !== was.keep) this.add(`${model.name}: keep is ${is.keep}`);
     for (const [status, count] of Object.entries(model.aborted)) {
       const more = count - (old.aborted[status] ?? 0);
-      if (more > 0) this.add(`${model.name}: ${more} ${more === 1 ? "request" : "requests"} ended with ${status}`, "bad");
+      if (more > 0) this.add(`${model.name}: ${format.many(more, "request")} ended with ${status}`, "bad");
     }
     const replayed = model.replayed_requests - old.replayed_requests;
-    if (replayed > 0) this.add(`${model.name}: ${replayed} ${replayed === 1 ? "request was" : "requests were"} replayed`);
+    if (replayed > 0) this.add(`${model.name}: ${format.many(replayed, "request was", "requests were")} replayed`);
   }
 }

@@ -31,5 +31,6 @@ export function ago(value) {
 const whole = new Intl.NumberFormat("en");
 export const count = (value) => whole.format(value);
 export const rate = (value) => (value === 0 ? "0" : value < 10 ? value.toFixed(1) : count(Math.round(value)));
+export const many = (number, one, more = `${one}s`) => `${count(number)} ${number === 1 ? one : more}`;
 export const share = (value) => `${Math.round(100 * value)} %`;
 export const clock = (date) => date.toTimeString().slice(0, 8);

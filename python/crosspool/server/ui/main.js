@@ -128,7 +128,7 @@ function draw() {
   const lanes = sum(ranks, (rank) => rank.lanes);
   const mean = lanes ? sum(ranks, (rank) => rank.lanes * busy[ranks.indexOf(rank)]) / lanes : 0;
   const perRank = ranks.map((rank, i) => ({
-    name: `${rankName(rank, i)}, ${rank.lanes} lanes`,
+    name: `${rankName(rank, i)}, ${format.many(rank.lanes, "lane")}`,
     colour: colour(i),
     values: history.samples.map((sample) => sample.busy[i] ?? 0),
   }));
