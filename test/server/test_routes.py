@@ -91,7 +91,9 @@ async def ask(
 
 
 def concrete(rule: RouteRule) -> str:
-    return re.sub(r"\{[^}]*\}", MODEL if "models" in rule.path else "x", rule.path)
+    meant = {"/v1/models/": MODEL, "/crosspool/models/": MODEL, "/ui/": "main.js"}
+    part = next((part for path, part in meant.items() if rule.path.startswith(path)), "x")
+    return re.sub(r"\{[^}]*\}", part, rule.path)
 
 
 def flat(routes: Iterable[Any]) -> Iterator[Any]:

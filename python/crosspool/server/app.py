@@ -36,6 +36,7 @@ from crosspool.server.request_bounds import RequestBounds
 from crosspool.server.residency_routes import OTHER_SERVERS, ResidencyRoutes
 from crosspool.server.routes import DEFAULT_MODEL, RouteRule, split
 from crosspool.server.state import State
+from crosspool.server.ui_routes import UIRoutes
 from crosspool.transport import admin
 from crosspool.transport.inspection import DeviceCounters, ModelState
 
@@ -107,6 +108,7 @@ class App(Starlette):
                 Route("/api/tags", self._tags),
                 *self._residency.routes,
                 *self._fleet.routes,
+                *UIRoutes().routes,
                 Route("/crosspool/{route:path}", self._crosspool, methods=["GET", "POST"]),
             ],
             exception_handlers={HTTPException: handle_error, ClientDisconnect: _gone},

@@ -71,6 +71,7 @@ def _nobody(reason: str, *paths: str) -> Iterator[RouteRule]:
 ROUTES: tuple[RouteRule, ...] = (
     *_rules("anyone", "either", _SEEN,
         "/health", "/ready", "/ping", "/health_generate", "/metrics"),
+    *_rules("anyone", "server", _SEEN, "/ui", "/ui/{file}"),
     *_rules("client", "either", _SEEN, "/v1/models", "/v1/models/{name:path}", "/api/tags"),
     *_rules("observer", "server", _SEEN,
         "/crosspool/status", "/crosspool/pools", "/crosspool/tensors", "/crosspool/counters",
