@@ -45,7 +45,7 @@ from benchmark.baselines import (
     names_of,
     weights_of,
 )
-from benchmark.client import STREAM_FLAGS, replay
+from benchmark.client import replay
 from benchmark.figure7_report import Phase, plot, record, rows_of, table, verdicts
 from benchmark.records import IMAGES
 from benchmark.server import Server
@@ -134,10 +134,11 @@ def start(way: Way, plan: Plan, folder: Path, stack: ExitStack) -> Server:
     options = deployment(way, plan.folders, plan.devices, kv)
     for model in options["models"]:
         model["context_length"] = CONTEXT
+    options["sglang"] = {"incremental_streaming_output": True}
     options["packed_cache_dir"] = str(folder / "packed")
     file = folder / f"{way}.yaml"
     file.write_text(yaml.safe_dump(options))
-    server = stack.enter_context(Server(["--config", str(file), *STREAM_FLAGS], models=()))
+    server = stack.enter_context(Server(["--config", str(file)], models=()))
     measure(server, way, plan, plan.backlog(2 * AT_ONCE, 1), share=0.0, turn=0)
     return server
 
