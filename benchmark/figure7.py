@@ -218,6 +218,13 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--shrink", type=int, default=4, help="divisor of all lengths")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of each rate's load")
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs="+",
+        default=SHARES,
+        help="rates, as shares of the saturation (default: 0.2 0.5 0.8 1)",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--quick", action="store_true", help="one short round of tiny models; records nothing"
@@ -241,6 +248,7 @@ def main(words: Sequence[str] | None = None) -> int:
         tuple(checkpoint.models(MODELS, tiny=given.quick, layers=None if given.quick else LAYERS)),
         tuple(f"cpu:{core}" for core in cores),
         lengths,
+        shares=tuple(given.shares),
         rounds=given.rounds,
         seconds=given.seconds,
     )

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from benchmark import plots
-from benchmark.baselines import TITLES, WAYS
+from benchmark.baselines import TITLES, WAYS, Way
 from benchmark.client import Replay
 from benchmark.records import Recorder
 from benchmark.summary import quantile
@@ -117,7 +117,7 @@ def record(rows: Sequence[Row], constant: dict[str, Any]) -> Recorder:
     return recorder
 
 
-def table(rows: Sequence[Row], saturation: Mapping[str, float]) -> Table:
+def table(rows: Sequence[Row], saturation: Mapping[Way, float]) -> Table:
     told = ", ".join(f"{TITLES[way]} {rate:.2f}" for way, rate in saturation.items())
     made = Table(
         title=f"Saturation, requests/s of each model: {told}", title_justify="left", box=box.SIMPLE

@@ -150,8 +150,8 @@ def figure_7(results: Path) -> str:
             "`python -m benchmark.figure7 --lengths FILE.csv`, with placements of this server as "
             f"in [baselines.md](baselines.md). {given['models']} models of {given['layers']} "
             f"layers on {len(given['devices'])} devices, {' and '.join(given['devices'])}, each a "
-            f"core with {given['device_bytes'] / 2**30:.2f} GiB of its own, which front end and client "
-            f"share. Lengths: {given['lengths']}, divided by {given['shrink']} (means "
+            f"core with {given['device_bytes'] / 2**30:.2f} GiB of its own; front end and client "
+            f"share the cores. Lengths: {given['lengths']}, divided by {given['shrink']} (means "
             f"{given['mean_prompt']:.0f} and {given['mean_output']:.0f} tokens). Poisson arrivals "
             f"of {given['seconds']:g} s a rate, {given['rounds']} rounds by turns. KV memory: "
             f"{kv}.",
