@@ -1,6 +1,6 @@
 """Serves the contended regime: what happens as the offered load exceeds what the KV pool holds.
 
-    python -m benchmark.contended [--quick] [--loop host] [--tbt-target-ms T]
+    python -m benchmark.contended [--quick] [--loop host] [--tbt-target-ms T] [--azure CONV.csv]
 
 Three models share a pool that a handful of requests fills. The load is counted in promised KV bytes
 per second, where a request is promised pages for its prompt and ``max_tokens``. A load of 1 is what
@@ -12,6 +12,11 @@ The resident loop serves the checkpoint that engines are compared on, cut to fou
 steps take milliseconds, and outputs have the length that was asked for. The host loop serves the
 bundled models, and half of what is promised for outputs goes unused: requests end by themselves, at
 a length that the load fixes by a logit bias (which the resident loop would leave to Python).
+
+With ``--azure`` lengths are those of the Azure conversation trace, divided so that 99 in a hundred
+requests fit into the models' context; the others are cut to it. The target is three times the
+median time between tokens of an uncontended load, which is measured first, and there are five
+rounds. This workload was chosen before anything of it was measured.
 
 Both promise policies get the same requests at the same times, in turns.
 """
@@ -28,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from crosspool.config.deployment import ConfigError
+from crosspool.planner.traffic.trace_files import read_trace
 from rich.console import Console
 from rich.progress import Progress
 
@@ -37,6 +44,7 @@ from benchmark.contended_report import PROMISES, Phase, plot, ratio, record, row
 from benchmark.pool_sampler import PoolSampler
 from benchmark.records import IMAGES
 from benchmark.server import DEMO, TINY_MODELS, Server, one_device
+from benchmark.summary import quantile
 from benchmark.usage import Usage
 from benchmark.workload import Request, eos_tokens, random_prompt
 
@@ -54,8 +62,9 @@ most experts of a layer."""
 LAYERS = 4
 GROWTH_TOKENS = 64
 """Tokens that the growth policy promises at a time."""
+CONTEXT = 1152
 FLAGS = (
-    *("--context-length", "1152", "--page-size", str(PAGE_SIZE)),
+    *("--context-length", str(CONTEXT), "--page-size", str(PAGE_SIZE)),
     *("--kv-pool-bytes", str(POOL_BYTES), "--queue-timeout", f"{QUEUE_TIMEOUT:g}"),
     *("--growth-tokens", str(GROWTH_TOKENS), "--lanes", str(len(TINY_MODELS))),
     *one_device(),
@@ -68,8 +77,12 @@ MAX_TOKENS = 320
 """Tokens that the host loop's requests ask for. The resident loop's ask for what they get."""
 _VOCAB = 2048
 """Size of the smallest vocabulary of the models."""
-_AT_ONCE = 12
+_AT_ONCE, _AZURE_AT_ONCE = 12, 36
 """Open requests while capacity is measured: more than the pool holds."""
+UNCONTENDED = 0.25
+"""Load whose median time between tokens the target is a multiple of, with ``--azure``."""
+TARGET_FACTOR = 3.0
+AZURE_ROUNDS, AZURE_SATURATING = 5, 90
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,12 @@ class Plan:
     loop: str = "resident"
     tbt_target_ms: float = TBT_TARGET_MS["resident"]
     chunk_tokens: int = CHUNK_TOKENS
+    lengths: tuple[tuple[int, int], ...] = ()
+    """Prompt and output tokens in pairs to draw from. Without any, both are uniform."""
+
+    @property
+    def at_once(self) -> int:
+        return _AZURE_AT_ONCE if self.lengths else _AT_ONCE
 
     @property
     def dtype(self) -> str:
@@ -96,6 +115,9 @@ class Plan:
         return checkpoint.models(len(TINY_MODELS), layers=LAYERS)
 
     def request(self, model: str, arrival: float, rng: np.random.Generator) -> Request:
+        if self.lengths:
+            tokens, length = self.lengths[int(rng.integers(len(self.lengths)))]
+            return Request(arrival, model, random_prompt(tokens, _VOCAB, rng), length)
         prompt = random_prompt(int(rng.integers(PROMPT[0], PROMPT[1] + 1)), _VOCAB, rng)
         length = int(rng.integers(OUTPUT[0], OUTPUT[1] + 1))
         if self.loop == "resident":
@@ -104,6 +126,18 @@ class Plan:
 
 
 QUICK = Plan(loads=(0.5, 2.0), rounds=1, seconds=6.0)
+
+
+def azure_lengths(trace: Path) -> tuple[tuple[int, int], ...]:
+    """Return the trace's pairs of prompt and output tokens, divided so that the 99th percentile of
+    their sums is the models' context; what is longer is cut. Raises ConfigError."""
+    found = read_trace(trace)
+    divisor = quantile((found.prompt + found.output).tolist(), 0.99) / CONTEXT
+    pairs = [
+        (max(1, int(p / divisor)), min(CONTEXT // 2, max(2, int(o / divisor))))
+        for p, o in zip(found.prompt, found.output, strict=True)
+    ]
+    return tuple((min(prompt, CONTEXT - output), output) for prompt, output in pairs)
 
 
 def promised_bytes(request: Request, per_token: dict[str, int]) -> int:
@@ -130,7 +164,7 @@ def capacity(plan: Plan, server: Server, per_token: dict[str, int], requests: in
     rng = np.random.default_rng(7)
     names = list(per_token)
     backlog = [plan.request(names[i % len(names)], 0.0, rng) for i in range(requests)]
-    answers = replay(server.url, backlog, at_once=_AT_ONCE).answers
+    answers = replay(server.url, backlog, at_once=plan.at_once).answers
     if failed := [answer.error for answer in answers if answer.error]:
         raise RuntimeError(f"while the pool's capacity was measured: {failed}")
     complete = [answer for answer in answers if answer.complete]
@@ -152,6 +186,35 @@ def _pauses(server: Server) -> int:
     return sum(model["pauses"] for model in server.status()["models"])
 
 
+def start(plan: Plan, promise: str, stack: ExitStack) -> Server:
+    """Start the server of one promise policy."""
+    flags = [
+        *(*FLAGS, "--loop", plan.loop, "--dtype", plan.dtype, "--promise", promise),
+        *("--tbt-target-ms", f"{plan.tbt_target_ms:g}"),
+        *("--chunked-prefill-size", str(plan.chunk_tokens)),
+    ]
+    return stack.enter_context(Server(flags, [str(path) for path in plan.models()]))
+
+
+def warmed(plan: Plan, server: Server) -> dict[str, int]:
+    """Have a server make every buffer that is made at first use; return the KV bytes of a token of
+    each model."""
+    per_token = {m["name"]: m["kv_bytes_per_token"] for m in server.status()["models"]}
+    capacity(plan, server, per_token, plan.at_once)
+    return per_token
+
+
+def target_of(plan: Plan, promise: str) -> float:
+    """Return the multiple, in ms, of the median time between tokens under an uncontended load."""
+    with ExitStack() as stack:
+        server = start(plan, promise, stack)
+        per_token = warmed(plan, server)
+        full = capacity(plan, server, per_token, plan.saturating)
+        rate = UNCONTENDED * full / _mean_promised(plan, per_token)
+        phase = measure(server, promise, UNCONTENDED, 0, make_load(plan, rate, (99,)))
+    return round(TARGET_FACTOR * 1e3 * quantile(phase.tbt, 0.5), 1)
+
+
 def run(plan: Plan, promises: Sequence[str], console: Console) -> tuple[list[Phase], list[float]]:
     """Return every phase, and the pool's capacity by round, in promised bytes per second."""
     phases: list[Phase] = []
@@ -159,27 +222,10 @@ def run(plan: Plan, promises: Sequence[str], console: Console) -> tuple[list[Pha
     turns = plan.rounds * (len(plan.loads) * len(promises) + 1)
     with Progress(console=console, refresh_per_second=2) as progress, ExitStack() as stack:
         task = progress.add_task("starting", total=turns)
-        models = [str(path) for path in plan.models()]
-        flags = [
-            *(
-                *FLAGS,
-                "--loop",
-                plan.loop,
-                "--dtype",
-                plan.dtype,
-                "--tbt-target-ms",
-                f"{plan.tbt_target_ms:g}",
-            ),
-            *("--chunked-prefill-size", str(plan.chunk_tokens)),
-        ]
-        servers = {
-            promise: stack.enter_context(Server([*flags, "--promise", promise], models))
-            for promise in promises
-        }
-        status = next(iter(servers.values())).status()
-        per_token = {m["name"]: m["kv_bytes_per_token"] for m in status["models"]}
+        servers = {promise: start(plan, promise, stack) for promise in promises}
+        per_token: dict[str, int] = {}
         for server in servers.values():
-            capacity(plan, server, per_token, 12)  # makes every buffer that is made at first use
+            per_token = warmed(plan, server)
         mean_bytes = _mean_promised(plan, per_token)
         for turn in range(plan.rounds):
             progress.update(task, description=f"round {turn + 1}, capacity of the pool")
@@ -204,6 +250,8 @@ def _mean_promised(plan: Plan, per_token: dict[str, int]) -> float:
 def name(plan: Plan) -> str:
     """Return the name of the record and the plot."""
     parts = ["contended"]
+    if plan.lengths:
+        return "contended_azure"
     if plan.loop != "resident":
         parts.append(plan.loop)
     if plan.tbt_target_ms != TBT_TARGET_MS[plan.loop]:
@@ -215,15 +263,18 @@ def name(plan: Plan) -> str:
 
 def constants(plan: Plan, capacities: Sequence[float]) -> dict[str, Any]:
     """Return the parameters of the run, which every record has."""
+    lengths: dict[str, Any] = {"prompt": PROMPT, "output": OUTPUT}
+    if plan.lengths:
+        means = np.mean(plan.lengths, axis=0).tolist()
+        lengths = {"trace": "azure-conversation", "mean_prompt": means[0], "mean_output": means[1]}
     return {
+        **lengths,
         "loop": plan.loop,
         "tbt_target_ms": plan.tbt_target_ms,
         "capacity_bytes_per_s": [round(full) for full in capacities],
         "kv_pool_bytes": POOL_BYTES,
         "chunked_prefill_size": plan.chunk_tokens,
         "growth_tokens": GROWTH_TOKENS,
-        "prompt": PROMPT,
-        "output": OUTPUT,
         "max_tokens": MAX_TOKENS,
         "queue_timeout": QUEUE_TIMEOUT,
         "rounds": plan.rounds,
@@ -244,6 +295,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--chunk-tokens", type=int, default=CHUNK_TOKENS, help="the servers' largest prompt chunk"
     )
+    parser.add_argument(
+        "--azure", type=Path, help="the Azure conversation trace (CSV), for lengths; five rounds"
+    )
     given = parser.parse_args(words)
     target = TBT_TARGET_MS[given.loop] if given.tbt_target_ms is None else given.tbt_target_ms
     plan = replace(
@@ -254,6 +308,15 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     console = Console(width=max(Console().width, 140))
     began = time.monotonic()
+    if given.azure is not None:
+        try:
+            plan = replace(plan, lengths=azure_lengths(given.azure), rounds=AZURE_ROUNDS)
+        except ConfigError as error:
+            console.print(f"error: {error}", markup=False)
+            return 2
+        plan = replace(plan, saturating=AZURE_SATURATING)
+        plan = replace(plan, tbt_target_ms=target_of(plan, given.promise[0]))
+        console.print(f"target: {plan.tbt_target_ms:g} ms")
     phases, capacities = run(plan, given.promise, console)
     rows = [
         row([p for p in phases if (p.promise, p.load) == (promise, load)])

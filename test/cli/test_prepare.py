@@ -10,16 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
-from crosspool.cli.prepare import prepare
+from crosspool.cli.prepare import model_configs, prepare
 from crosspool.config import gpu
 from crosspool.config.deployment import ConfigError
 from crosspool.config.deployment_file import to_options
 from crosspool.config.options import Options
 from crosspool.config.sizes import exact_size
 from crosspool.kernels.cuda_loop import MAX_LINKS
-from crosspool.weightpool.placement import initially_resident
+from crosspool.weightpool.placement import initially_resident, rooms
 from make_random_checkpoint import make_random_checkpoint
 from support.gpus import pretend_gpus
 from support.hollow import Change, hollow_weights
@@ -182,6 +183,59 @@ def test_a_models_devices_must_be_the_weight_pools(tmp_path: Path, own: Any, pro
     with pytest.raises(ConfigError) as error:
         prepare(placed((path, None), (path, own)))
     assert f"models[1].weight_pool_devices: {problem}" in str(error.value)
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores for two devices")
+def test_models_tied_to_devices_of_the_kv_pool(tmp_path: Path) -> None:
+    path = model(tmp_path / "a")
+    first, second = f"cpu:{CORES[0]}", f"cpu:{CORES[-1]}"
+    own: list[Any] = [{"kv_pool_devices": first}, {"kv_pool_devices": [second]}, {}]
+    pool = {"kv_pool_devices": [first, second], "weight_pool_devices": [first, second]}
+    prepared = prepare(bounded(path, *own, **pool))
+    deployment = prepared.deployment
+    assert [deployment.attention_ranks(i) for i in range(3)] == [(0,), (1,), (0, 1)]
+    held = prepared.placement.attention_bytes[0]
+    needed = [
+        room.needed
+        for room in rooms(deployment, prepared.placement)
+        if room.option == "attention_weight_bytes"
+    ]
+    assert needed == [{0: held, 1: 0, 2: held}, {0: 0, 1: held, 2: held}]
+    # Rooms are even shares, and two of the three models lie on each device.
+    options = bounded(path, *[{**model, "keep": "pinned"} for model in own], **pool)
+    assert prepare(msgspec.structs.replace(options, attention_weight_bytes=4 * held))
+    with pytest.raises(ConfigError, match=r"attention_weight_bytes.*with their kv_pool_devices"):
+        prepare(msgspec.structs.replace(options, attention_weight_bytes=4 * held - 2))
+
+
+@pytest.mark.parametrize(
+    ("own", "problem"),
+    [
+        ({"kv_pool_devices": "cuda:0"}, "kv_pool_devices: cuda:0 is none of kv_pool_devices: cpu"),
+        ({"kv_pool_devices": []}, "kv_pool_devices: '' is no device"),
+        (
+            {"kv_pool_devices": "cpu", "kv_floor_bytes": "2MiB"},
+            "kv_floor_bytes: this is a share of every device",
+        ),
+        (
+            {"kv_pool_devices": "cpu", "kv_ceiling_bytes": "4MiB"},
+            "kv_ceiling_bytes: this is a share of every device",
+        ),
+    ],
+)
+def test_a_models_devices_of_the_kv_pool_are_checked(
+    tmp_path: Path, own: dict[str, Any], problem: str
+) -> None:
+    path = model(tmp_path / "a")
+    with pytest.raises(ConfigError) as error:
+        prepare(bounded(path, {}, own))
+    assert f"models[1].{problem}" in str(error.value)
+
+
+def test_gpus_of_the_kv_pool_serve_every_model(tmp_path: Path) -> None:
+    path, gpu = model(tmp_path / "a"), {"kv_pool_devices": "cuda:0"}
+    with pytest.raises(ConfigError, match=r"models\[0\].kv_pool_devices: cuda:0: every GPU"):
+        model_configs(bounded(path, gpu, **gpu, weight_pool_devices="cuda:0"))
 
 
 def bounded(path: str, *bounds: dict[str, Any], **more: Any) -> Options:

@@ -46,6 +46,14 @@ def test_devices_of_a_model(tmp_path: Path) -> None:
     assert own == [(Device(LAST),), None, (Device("cpu"), Device(LAST))]
 
 
+def test_devices_of_the_kv_pool_that_serve_a_model(tmp_path: Path) -> None:
+    file = write(
+        tmp_path, f"models: [{{path: a, kv_pool_devices: ['cpu', '{LAST}']}}, {{path: b}}]"
+    )
+    own = [model.kv_pool_devices for model in read(file).models]
+    assert own == [(Device("cpu"), Device(LAST)), None]
+
+
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     file = write(tmp_path, "models: [{path: a}, {path: /b}, {path: ~/c}]")
     paths = [model.path for model in read(file).models]

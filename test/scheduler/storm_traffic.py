@@ -157,6 +157,7 @@ def with_weights(
         "ttl": [None, None, 2.0],
         "priority": [0, 0, 1],
         "weight_pool_devices": [None, None, devices[:1]],
+        "kv_pool_devices": [None, None, d.kv_pool_devices[:1]],
     }
     models = {
         number: msgspec.structs.replace(
@@ -194,6 +195,7 @@ def random_model(random: Random, name: str, d: Deployment) -> tuple[ModelConfig,
         ttl=random.choice([None, None, 2.0]),
         kv_floor_bytes=random.choice([0, 0, 0, 2 * 4096]),
         weight_pool_devices=random.choice([None, None, d.weight_pool_devices[:1]]),
+        kv_pool_devices=random.choice([None, None, d.kv_pool_devices[-1:]]),
     )
     return config, spec(**({"context": 120} | random.choice(SHAPES)))
 

@@ -236,6 +236,10 @@ class StormWeights:
 
     def gate(self, rank: int, model: int) -> Gate:
         """Whether a step of ``model`` on this attention rank goes on now."""
+        spot = next(
+            s for s in self.places if (s.device, s.role) == (self.attention[rank], "attention")
+        )
+        require(model in spot.held, "a step on a rank that does not serve the model", model)
         gate: Gate = "open"
         for device in {self.attention[rank], *self.ffn}:
             it = self.processes[device]

@@ -253,6 +253,7 @@ def test_the_folder_names_a_model_without_a_name(bed: Bed) -> None:
         ({"path": PATH, "keep": "always"}, "pinned, demand, asleep"),
         ({"path": PATH, "ttl": -1}, "model.ttl: -1 must be at least 0"),
         ({"path": PATH, "weight_pool_devices": "cuda:7"}, "cuda:7 is none of weight_pool_devices"),
+        ({"path": PATH, "kv_pool_devices": "cuda:7"}, "cuda:7 is none of kv_pool_devices"),
         ({"path": PATH, "context_length": 1 << 40}, "context length"),
         ({"path": PATH, "kv_floor_bytes": "1GiB"}, "floors of all models come to"),
         ({"path": PATH, "kv_ceiling_bytes": "1KiB"}, "kv_ceiling_bytes"),

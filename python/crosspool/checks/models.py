@@ -17,7 +17,7 @@ from crosspool.checks.kv_bounds import check_kv_bounds
 from crosspool.checks.tokenizer_files import check_tokenizer
 from crosspool.config.deployment import ConfigError, Deployment, ModelConfig
 from crosspool.config.device import Device
-from crosspool.config.options import ModelOptions
+from crosspool.config.options import ModelOptions, ServerOptions
 from crosspool.config.process import allow_descriptors
 from crosspool.models.gguf_header import gguf_files
 from crosspool.models.gpu_features import check_features
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 _NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)*")
 
 
-def model_config(options: ModelOptions, pool: Sequence[Device], where: str = "") -> ModelConfig:
-    """Returns the model with its name and absolute path. ``pool`` are the devices of the weight
-    pool; ``where`` is what stands before a key in messages. Raises ConfigError."""
+def model_config(options: ModelOptions, server: ServerOptions, where: str = "") -> ModelConfig:
+    """Returns the model with its name and absolute path. ``where`` is what stands before a key in
+    messages. Raises ConfigError."""
     folder = Path(options.path).absolute()
     files = gguf_files(folder)
     if not files and not folder.is_dir():
@@ -44,12 +44,33 @@ def model_config(options: ModelOptions, pool: Sequence[Device], where: str = "")
     name = folder.name.removesuffix(".gguf") if options.name is None else options.name
     if not _NAME.fullmatch(name):
         raise ConfigError(f"model name {name!r}: a name consists of letters, digits and . _ + - /")
-    for device in options.weight_pool_devices or ():
-        if device not in pool:
-            known = ", ".join(device.name for device in pool)
-            key = f"{where}weight_pool_devices"
-            raise ConfigError(f"{key}: {device.name} is none of weight_pool_devices: {known}")
+    _check_devices(options, server, where)
     return ModelConfig(**{**asdict(options), "name": name, "path": str(folder)})
+
+
+def _check_devices(options: ModelOptions, server: ServerOptions, where: str) -> None:
+    """Raises ConfigError for devices of a model that are not those of a pool, and for what a model
+    cannot have that is served by some devices of the KV pool alone."""
+    for pool in ("kv_pool_devices", "weight_pool_devices"):
+        own, of_server = getattr(options, pool), getattr(server, pool)
+        known = ", ".join(device.name for device in of_server)
+        for device in own or ():
+            if device not in of_server:
+                raise ConfigError(f"{where}{pool}: {device.name} is none of {pool}: {known}")
+    if options.kv_pool_devices is None:
+        return
+    for device in options.kv_pool_devices:
+        if not device.is_cpu:
+            raise ConfigError(
+                f"{where}kv_pool_devices: {device.name}: every GPU of the KV pool serves all "
+                "models: leave it out"
+            )
+    for bound in ("kv_floor_bytes", "kv_ceiling_bytes"):
+        if getattr(options, bound):
+            raise ConfigError(
+                f"{where}{bound}: this is a share of every device of the KV pool, and "
+                "kv_pool_devices gives the model some of them: give one of the two"
+            )
 
 
 def check_further_model(options: ModelOptions, deployment: Deployment) -> ModelConfig:
@@ -58,7 +79,7 @@ def check_further_model(options: ModelOptions, deployment: Deployment) -> ModelC
     seconds. Whether its weights fit into the pools is not looked at.
 
     Raises ConfigError that names what is wrong and what would be right."""
-    model = model_config(options, deployment.weight_pool_devices)
+    model = model_config(options, deployment)
     check_name(model.name, [other.name for other in deployment.models.values()])
     allow_descriptors(len(deployment.models) + 1)
     check_model(model, deployment.sglang)
@@ -76,7 +97,7 @@ def check_other_weights(
     its absolute path. It reads the headers of the checkpoint's files, which can take seconds.
 
     Raises ConfigError that names what is wrong, also where it has other shapes."""
-    model = model_config(options, deployment.weight_pool_devices)
+    model = model_config(options, deployment)
     check_model(model, deployment.sglang)
     spec = spec_of(model)
     if spec != spec_of(old):

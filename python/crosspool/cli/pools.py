@@ -94,7 +94,11 @@ def describe(
         RankRow(
             rank=f"attention {rank}",
             device=device.name,
-            weights=sum(placement.attention_bytes.values()),
+            weights=sum(
+                held
+                for number, held in placement.attention_bytes.items()
+                if rank in deployment.attention_ranks(number)
+            ),
             kv_budget=chunks * deployment.chunk_bytes,
             now=None if status is None else status.ranks[rank],
             process=devices.get(device.name),
@@ -117,7 +121,7 @@ def describe(
     for number, model in deployment.models.items():
         spec = specs[number]
         layout = KVLayout(spec, deployment.page_size, deployment.chunk_bytes)
-        pages = ranks * layout.pages_in(chunks)
+        own = len(deployment.attention_ranks(number))
         by_model.append(
             ModelRow(
                 name=model.name,
@@ -130,8 +134,8 @@ def describe(
                 ffn_ranks=deployment.ffn_ranks(number),
                 kv_per_token=spec.kv_bytes_per_token,
                 state=spec.state_bytes,
-                pages=pages,
-                tokens=ranks * layout.tokens_in(layout.pages_in(chunks)),
+                pages=own * layout.pages_in(chunks),
+                tokens=own * layout.tokens_in(layout.pages_in(chunks)),
                 context=spec.context,
             )
         )

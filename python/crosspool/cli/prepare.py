@@ -135,7 +135,7 @@ def model_configs(options: Options) -> dict[int, ModelConfig]:
         )
     models: dict[int, ModelConfig] = {}
     for number, given in enumerate(options.models):
-        model = model_config(given, options.weight_pool_devices, f"models[{number}].")
+        model = model_config(given, options, f"models[{number}].")
         if model.name in {earlier.name for earlier in models.values()}:
             raise ConfigError(
                 f"two models are named {model.name!r}: give each a name of its own, with "

@@ -66,6 +66,14 @@ class Deployment(ServerOptions, frozen=True, kw_only=True):
         """The models' names, by number."""
         return {number: model.name for number, model in self.models.items()}
 
+    def attention_ranks(self, model: int) -> tuple[int, ...]:
+        """Attention ranks that hold the attention part of a model and serve its requests,
+        ascending."""
+        own = self.models[model].kv_pool_devices
+        return tuple(
+            rank for rank, device in enumerate(self.kv_pool_devices) if own is None or device in own
+        )
+
     def ffn_ranks(self, model: int) -> tuple[int, ...]:
         """FFN ranks that share the FFN weights of a model, ascending."""
         return self.ranks_of(self.models[model])

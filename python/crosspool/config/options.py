@@ -61,6 +61,10 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
         "int4 in groups of 32, int8 and fp8 with a scale for each row. If none is given, weights "
         "stay as the checkpoint stores them.",
         sglang="quantization", example="int8")] = None
+    kv_pool_devices: Annotated[tuple[Device, ...] | None, Option(
+        "Devices of the KV pool that hold this model's attention part and serve its requests. If "
+        "none are given, all of them do.",
+        unit="devices")] = None
     weight_pool_devices: Annotated[tuple[Device, ...] | None, Option(
         "Devices of the weight pool that share this model's FFN weights. If none are given, all of "
         "them do.",

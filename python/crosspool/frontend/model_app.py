@@ -72,7 +72,7 @@ class ModelApp:
             self._module = private_routes.take_http_server_copy()
         self.manager.mark(incarnation)
         self.manager.turns = turns
-        running = deployment.max_running_requests * len(deployment.kv_pool_devices)
+        running = deployment.max_running_requests * len(deployment.attention_ranks(number))
         self.manager.max_outputs = deployment.max_queued_requests + running
         self.manager.max_logprobs = deployment.max_logprobs
         self.manager.startup_time = {}

@@ -73,7 +73,7 @@ class HeldModel:
     path: Path
     spec: ModelSpec
     attention: bool
-    """Whether the device has an attention rank, which holds the attention part."""
+    """Whether the device has an attention rank of the model, which holds the attention part."""
     ffn: FFNShard | None
     """The share of the FFN part; None: it lies on other devices."""
     what: str
@@ -100,7 +100,8 @@ def held_models(
     for index, model in deployment.models.items():
         spec = specs[index]
         ranks, total, shard = [], 0, None
-        if attention_rank is not None:
+        attends = attention_rank in deployment.attention_ranks(index)
+        if attends:
             ranks.append(f"attention rank {attention_rank}")
             total += placement.attention_bytes[index]
         if ffn_rank is not None and index in placement.shards[ffn_rank]:
@@ -109,6 +110,5 @@ def held_models(
             total += placement.weight_bytes[ffn_rank][index]
         if ranks:
             what = f"{model.name} on {' and '.join(ranks)}"
-            held = attention_rank is not None
             demand = shard is not None and model.experts == "demand"
-            yield HeldModel(index, Path(model.path), spec, held, shard, what, total, demand)
+            yield HeldModel(index, Path(model.path), spec, attends, shard, what, total, demand)

@@ -309,7 +309,8 @@ class SchedulerCore(FleetControl):
         timeout = f"{self._options.queue_timeout:g} s"
         if model in self._suspended:
             return f"the model is paused, and did not go on within {timeout}; retry later"
-        if all(rank.away for rank in self._ranks):
+        own = self.deployment.attention_ranks(model)
+        if all(rank.away for rank in self._ranks if rank.index in own):
             return f"the KV pool is restarting, and was not back in {timeout}; retry later"
         if self._residency.state(model) != "resident":
             return f"the model sleeps, and could not be woken in {timeout}; retry later"

@@ -163,14 +163,19 @@ class HeldWeights:
 
     def can_step(self, attention_device: int, model: int) -> bool:
         """Whether steps of the model that this attention rank makes would go on."""
-        ffn = self._models[model].ffn_devices
-        return self.has(attention_device, model) and all(self.has(d, model) for d in ffn)
+        it = self._models[model]
+        return attention_device in it.attention_devices and all(
+            self.has(d, model) for d in it.ffn_devices | {attention_device}
+        )
 
     def can_begin(self, attention_device: int, model: int) -> bool:
         """Whether steps of the model that this attention rank makes would begin, and end once the
         rest of the weights is read."""
-        devices = self._models[model].ffn_devices | {attention_device}
-        return all(self.has(d, model) or self.is_waking(d, model) for d in devices)
+        it = self._models[model]
+        return attention_device in it.attention_devices and all(
+            self.has(d, model) or self.is_waking(d, model)
+            for d in it.ffn_devices | {attention_device}
+        )
 
     def stand_still(self, attention_device: int, in_flight: Collection[int]) -> bool:
         """Whether steps in flight of some of these models, on this attention rank, wait for weights

@@ -90,7 +90,8 @@ class Placement:
     in memory or not."""
 
     attention_bytes: dict[int, int]
-    """Bytes of each model's attention part, which every attention rank holds, by the model."""
+    """Bytes of each model's attention part, which each of its attention ranks holds, by the
+    model."""
 
     @property
     def pool_bytes(self) -> int:
@@ -145,7 +146,7 @@ def ffn_bytes(
 
 @lru_cache(maxsize=1024)
 def attention_bytes(spec: ModelSpec, codes: bool = False) -> int:
-    """Bytes of a model's attention part, which every attention rank holds. ``codes``: whether ranks
+    """Bytes of a model's attention part, which is never cut. ``codes``: whether ranks
     hold codes."""
     parts = [
         (layer, ref, tuple(slice(0, size) for size in ref.shape))
@@ -269,9 +270,12 @@ def rooms(deployment: Deployment, placement: Placement) -> list[WeightRoom]:
             device=device,
             devices=len(kv),
             bytes=None if given is None else given // len(kv),
-            needed=placement.attention_bytes,
+            needed={
+                model: needed if rank in deployment.attention_ranks(model) else 0
+                for model, needed in placement.attention_bytes.items()
+            },
         )
-        for device in kv
+        for rank, device in enumerate(kv)
     ]
 
 
@@ -312,11 +316,8 @@ def _check_room(deployment: Deployment, room: WeightRoom) -> None:
         if room.needed[model]
     )
     are = "pinned models" if models == pinned and advice else "model"
-    elsewhere = (
-        ", place models elsewhere with their weight_pool_devices"
-        if room.devices > 1 and room.option == "weight_pool_bytes"
-        else ""
-    )
+    own = "weight_pool_devices" if room.option == "weight_pool_bytes" else "kv_pool_devices"
+    elsewhere = f", place models elsewhere with their {own}" if room.devices > 1 else ""
     aside = deployment.expert_pool_bytes if room.option == "weight_pool_bytes" else 0
     beside = f" beside its share of expert_pool_bytes, {aside}" if aside else ""
     raise ConfigError(

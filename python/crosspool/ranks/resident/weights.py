@@ -28,7 +28,7 @@ class ResidentWeights:
     """What a device holds of all models, in packed form. Forked processes share it."""
 
     attention: dict[int, PackedAttention]
-    """Every model's, if the device has an attention rank."""
+    """Those of the models that lie on the attention rank."""
     ffn: dict[int, PackedFFN]
     """Those of the models that lie on the FFN rank."""
     sleeping: dict[int, list[SleepingPart]]
