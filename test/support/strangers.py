@@ -141,7 +141,7 @@ async def recorded_link(own: Credentials, link: LinkName) -> bytes:
 
 
 class ControlStrangers:
-    """At a port of the control path: ``server`` and ``client`` are the keys that pass there."""
+    """Strangers at a port of the control path, where the keys ``server`` and ``client`` pass."""
 
     def __init__(
         self, address: Address, server: CurveKeys, client: CurveKeys, draw: random.Random
@@ -186,7 +186,7 @@ class ControlStrangers:
 
 
 class LinkStrangers:
-    """At a port where links are made, of which ``own`` are the credentials."""
+    """Strangers at a port where links are made, of which ``own`` are the credentials."""
 
     def __init__(self, address: Address, own: Credentials, draw: random.Random) -> None:
         self._address, self._own, self._draw = address, own, draw
@@ -223,7 +223,7 @@ class LinkStrangers:
 
 
 class HTTPStrangers:
-    """At the port of the front end: what is no request, and requests that it has no answer for."""
+    """Strangers at the port of the front end: what they send is no request, or has no answer."""
 
     def __init__(self, address: Address, draw: random.Random) -> None:
         self._address, self._draw = address, draw
