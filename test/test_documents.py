@@ -22,7 +22,7 @@ FOREIGN_FILES = {
     # of checkpoints and users
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"),
     *("deployment.yaml", "deployment.json", "trace.json", "plan.yaml", "keys.yaml"),
-    *("sharegpt.json", "a.json", "b.json", "A.json", "B.json"),
+    *("sharegpt.json", "a.json", "b.json", "A.json", "B.json", "hosts.txt"),
     # of other projects
     *("llama.cpp", "dlpack.h", "cuda.h"),
     # a route
@@ -34,8 +34,9 @@ FOREIGN_FLAGS = {
     *("--no-deps", "--editable", "--index-url", "--build", "--install", "--prefix"),
     *("--unix-socket", "--prometheus-port", "--rm", "--stop-timeout", "--build-arg", "--gpus"),
     *("--cpuset-cpus", "--cpus", "--memory"),
+    *("--nodes", "--ntasks-per-node", "--exclusive", "--mem", "--signal", "--time", "--batch"),
 }
-"""Flags of pip, CMake, curl, smg and Docker."""
+"""Flags of pip, CMake, curl, smg, Docker and Slurm."""
 
 
 def documents() -> list[Path]:

@@ -10,21 +10,21 @@ from collections.abc import Callable, Iterator
 import pytest
 from support.namespaces import Network
 from support.server import DEMO, TINY_MODELS, Server
-from support.two_hosts import (
+from support.several_hosts import (
     PROMPTS,
     SECONDS,
-    TwoHosts,
+    SeveralHosts,
     process_of,
     said_by_one_host,
-    two_hosts,
+    several_hosts,
 )
 
 LATER = "later"
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
-    with two_hosts(tmp_path_factory.mktemp("hosts")) as hosts:
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeveralHosts]:
+    with several_hosts(tmp_path_factory.mktemp("hosts")) as hosts:
         yield hosts
 
 
@@ -40,14 +40,14 @@ def listening(bed: Network, node: int) -> list[str]:
 
 
 def test_tokens_are_those_of_one_host(
-    hosts: TwoHosts, expected: dict[str, list[list[int]]]
+    hosts: SeveralHosts, expected: dict[str, list[list[int]]]
 ) -> None:
     for model in TINY_MODELS:
         assert [hosts.generate(model, prompt) for prompt in PROMPTS] == expected[model]
     assert [device["node"] for device in hosts.devices()] == [1, 1]
 
 
-def test_what_listens_is_what_the_document_says(hosts: TwoHosts) -> None:
+def test_what_listens_is_what_the_document_says(hosts: SeveralHosts) -> None:
     control = int(hosts.control)
     address = hosts.bed.address(0)
     assert listening(hosts.bed, 0) == sorted(
@@ -56,7 +56,9 @@ def test_what_listens_is_what_the_document_says(hosts: TwoHosts) -> None:
     assert listening(hosts.bed, 1) == []
 
 
-def lose_and_compare(hosts: TwoHosts, expected: list[list[int]], lose: Callable[[], None]) -> None:
+def lose_and_compare(
+    hosts: SeveralHosts, expected: list[list[int]], lose: Callable[[], None]
+) -> None:
     """Loses something while requests run; afterwards all devices work, one of them anew."""
     before = max(device["restarts"] for device in hosts.devices())
     hosts.lose(lose, expected)
@@ -64,7 +66,7 @@ def lose_and_compare(hosts: TwoHosts, expected: list[list[int]], lose: Callable[
 
 
 def test_a_device_that_is_killed_is_replaced(
-    hosts: TwoHosts, expected: dict[str, list[list[int]]]
+    hosts: SeveralHosts, expected: dict[str, list[list[int]]]
 ) -> None:
     device = hosts.devices()[0]["name"]
     victim = process_of(f"crosspool::device {device}", hosts.launchers[1].pid)
@@ -72,7 +74,7 @@ def test_a_device_that_is_killed_is_replaced(
 
 
 def test_a_scheduler_that_is_killed_is_replaced(
-    hosts: TwoHosts, expected: dict[str, list[list[int]]]
+    hosts: SeveralHosts, expected: dict[str, list[list[int]]]
 ) -> None:
     process_of("crosspool::scheduler", hosts.launchers[0].pid).kill()
     time.sleep(0.5)
@@ -81,7 +83,7 @@ def test_a_scheduler_that_is_killed_is_replaced(
     assert all(device["ready"] for device in hosts.devices())
 
 
-def test_a_model_may_come_later(hosts: TwoHosts, expected: dict[str, list[list[int]]]) -> None:
+def test_a_model_may_come_later(hosts: SeveralHosts, expected: dict[str, list[list[int]]]) -> None:
     body = {"path": str(DEMO / TINY_MODELS[1]), "name": LATER, "dtype": "float32"}
     with hosts.client() as client:
         answer = client.post("/crosspool/models", json=body)
@@ -90,7 +92,9 @@ def test_a_model_may_come_later(hosts: TwoHosts, expected: dict[str, list[list[i
 
 
 @pytest.mark.slow
-def test_a_short_cut_is_not_noticed(hosts: TwoHosts, expected: dict[str, list[list[int]]]) -> None:
+def test_a_short_cut_is_not_noticed(
+    hosts: SeveralHosts, expected: dict[str, list[list[int]]]
+) -> None:
     """It is shorter than ``--host-timeout``, and TCP sends again what was lost."""
     incarnations = [device["incarnation"] for device in hosts.devices()]
     hosts.cut_for(1)
@@ -101,7 +105,7 @@ def test_a_short_cut_is_not_noticed(hosts: TwoHosts, expected: dict[str, list[li
 
 @pytest.mark.slow
 def test_a_launcher_that_is_killed_may_come_back(
-    hosts: TwoHosts, expected: dict[str, list[list[int]]]
+    hosts: SeveralHosts, expected: dict[str, list[list[int]]]
 ) -> None:
     def lose() -> None:
         victim = hosts.launchers[1]
@@ -118,12 +122,12 @@ def test_a_launcher_that_is_killed_may_come_back(
 
 @pytest.mark.slow
 def test_a_host_that_is_cut_off_comes_back(
-    hosts: TwoHosts, expected: dict[str, list[list[int]]]
+    hosts: SeveralHosts, expected: dict[str, list[list[int]]]
 ) -> None:
     lose_and_compare(hosts, expected[TINY_MODELS[0]], lambda: hosts.cut_for(8))
 
 
-def test_hosts_end_together(hosts: TwoHosts) -> None:
+def test_hosts_end_together(hosts: SeveralHosts) -> None:
     """It is the last test of the module's hosts."""
     hosts.launchers[0].send_signal(signal.SIGTERM)
     assert hosts.launchers[0].wait(SECONDS) == 0, hosts.log

@@ -1,9 +1,9 @@
 """Hosts as network namespaces of this machine: each has a network interface of its own, all are
 plugged into one switch, and a test may pull a plug or slow a line down.
 
-It needs the programs ``ip`` and ``tc`` of iproute2, and the right to make namespaces; delay, loss
-and bandwidth need netem in the kernel as well. Tests are skipped, with the reason, where that is
-missing: see :func:`network` and :func:`needs_netem`.
+It needs the programs ``ip`` and ``tc`` of iproute2, and the right to make namespaces; delay and
+bandwidth need netem in the kernel as well, and lost packets nftables. Tests are skipped, with the
+reason, where that is missing: see :func:`network`, :func:`needs_netem` and :func:`needs_losses`.
 """
 
 from __future__ import annotations
@@ -103,6 +103,28 @@ class Network:
     def mend(self, node: int) -> None:
         _ip("-n", self._switch, "link", "set", self._plug(node), "master", "bridge")
 
+    def take_down(self, node: int) -> None:
+        """Takes the line of a host down, which notices that it has no way to others."""
+        _ip("-n", self._names[node], "link", "set", _LINE, "down")
+
+    def bring_up(self, node: int) -> None:
+        _ip("-n", self._names[node], "link", "set", _LINE, "up")
+
+    def lose(self, node: int, percent: int) -> None:
+        """Has so many of a hundred packets that come to a host over its line be lost, at random,
+        from now on. It needs nftables rather than netem."""
+        ruleset = (
+            "table inet lossy { chain come { type filter hook input priority 0; "
+            f"iifname {_LINE} numgen random mod 100 < {percent} counter drop; }}; }}"
+        )
+        _command(*self.words(node, "nft", ruleset))
+
+    def stop_losing(self, node: int) -> int:
+        """Ends what :meth:`lose` began on a host; returns how many packets it has taken."""
+        shown = self.run(node, "nft", "list", "table", "inet", "lossy")
+        self.run(node, "nft", "delete", "table", "inet", "lossy")
+        return int(shown.partition("packets ")[2].split()[0])
+
     def shape(self, node: int, *netem: str) -> None:
         """Has netem shape what a host sends: ``delay 50us``, ``loss 1%``, ``rate 1gbit``."""
         words = ["qdisc", "replace", "dev", _LINE, "root", "netem", *netem]
@@ -148,6 +170,21 @@ def why_no_netem() -> str | None:
         return f"netem: {error}"
 
 
+@functools.cache
+def why_no_losses() -> str | None:
+    """Why packets cannot be lost here; None where they can."""
+    if (reason := why_no_namespaces()) is not None:
+        return reason
+    if shutil.which("nft") is None:
+        return "lost packets: the program nft (nftables) is missing"
+    try:
+        with Network(1) as network:
+            network.lose(0, 1)
+            return None
+    except RuntimeError as error:
+        return f"lost packets: {error}"
+
+
 @contextlib.contextmanager
 def network(hosts: int) -> Iterator[Network]:
     """Makes hosts, or skips the test where that is not allowed."""
@@ -160,4 +197,10 @@ def network(hosts: int) -> Iterator[Network]:
 def needs_netem() -> None:
     """Skips the test where lines cannot be shaped."""
     if (reason := why_no_netem()) is not None:
+        pytest.skip(reason)
+
+
+def needs_losses() -> None:
+    """Skips the test where packets cannot be lost."""
+    if (reason := why_no_losses()) is not None:
         pytest.skip(reason)

@@ -156,12 +156,7 @@ class Hosts:
         while True:
             poller.poll(_TICK_MS)
             self._check.answer()
-            for happened in self._monitor.happened():
-                if happened == "failed":
-                    bounded.error(
-                        "a connection from another host was refused: its handshake failed, as when "
-                        "its file of keys is of another deployment"
-                    )
+            self._monitor.log_failures()
             with self._table_changes():
                 self._receive()
                 self._table.look()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from crosspool.planner.devices.groups import FFNLoad, everywhere, group
 from crosspool.planner.devices.parallelism import parallelism, served
 from crosspool.planner.devices.systems import System, crosspool
 from crosspool.planner.monolithic import shared_monolithic
+from crosspool.planner.network import NetworkPlan, network_plan
 from crosspool.planner.request import PlanRequest
 from crosspool.planner.residency import residency_plan
 from crosspool.planner.result import ModelPlan, Plan, Saved
@@ -114,6 +116,7 @@ def make_plan(request: PlanRequest) -> Plan:
         ),
         groups=groups,
         residency=residency_plan(request, kv_devices, weight_devices, shared=shared),
+        network=_network(request, kv_devices, [len(ranks) for ranks in groups.devices]),
         systems=systems,
         saved=_saved(budget, systems),
         peaks=(
@@ -212,6 +215,32 @@ def _ffn_loads(request: PlanRequest) -> list[FFNLoad]:
             )
         )
     return found
+
+
+def _network(
+    request: PlanRequest, kv_devices: int, ranks: Sequence[int]
+) -> tuple[NetworkPlan, ...]:
+    if request.network is None:
+        return ()
+    found = []
+    for model, traffic, count in zip(request.models, request.traffic.models, ranks, strict=True):
+        if traffic.rate == 0:
+            continue
+        service = float(traffic.samples.service.mean())
+        output = float(traffic.samples.output.mean())
+        found.append(
+            network_plan(
+                model.name,
+                model.shape,
+                request.network,
+                rows=max(1, math.ceil(traffic.rate * service / kv_devices)),
+                ranks=count,
+                lanes=request.lanes,
+                tbt_s=service / output,
+                fits_one=model.shape.ffn_bytes <= request.devices.usable_for_weights,
+            )
+        )
+    return tuple(found)
 
 
 def _replay(request: PlanRequest, kv_models: list[KVModel]) -> ReplayDemand | None:

@@ -13,6 +13,7 @@ from crosspool.config.sizes import format_size
 from crosspool.planner.demand.kv_model import Charge
 from crosspool.planner.demand.quantile import check_probability
 from crosspool.planner.devices.systems import EqualDevices
+from crosspool.planner.network import HostNetwork
 from crosspool.planner.shapes.shape import ModelShape
 from crosspool.planner.traffic.samples import Traffic
 
@@ -60,6 +61,11 @@ class PlanRequest:
     chunk_bytes: int = _DEFAULTS["chunk_bytes"]
     window: float | None = None
     """Seconds for which rates count as constant; None when they never change."""
+    network: HostNetwork | None = None
+    """The network that hidden states cross where the pools are on different hosts; None says
+    nothing of it."""
+    lanes: int = _DEFAULTS["lanes"]
+    """Batches in flight on each KV pool device; it counts for the network alone."""
     peaks: bool = False
     """Whether to analyse how the models' peaks in the trace coincide."""
     notes: tuple[str, ...] = ()
@@ -75,7 +81,8 @@ class PlanRequest:
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"two models are named {name!r}: write NAME={name} to rename one")
-        for field, least in (("samples", 100), ("page_size", 1), ("chunk_bytes", 1), ("seed", 0)):
+        least_of = {"samples": 100, "page_size": 1, "chunk_bytes": 1, "seed": 0, "lanes": 1}
+        for field, least in least_of.items():
             value = getattr(self, field)
             if value < least:
                 raise ConfigError(f"{field} {value}: must be at least {least}")

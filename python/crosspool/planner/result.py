@@ -12,6 +12,7 @@ from crosspool.planner.demand.quantile import QuantileEstimate
 from crosspool.planner.devices.groups import Groups
 from crosspool.planner.devices.parallelism import Parallelism
 from crosspool.planner.devices.systems import EqualDevices
+from crosspool.planner.network import NetworkPlan
 from crosspool.planner.residency import ResidencyPlan
 
 
@@ -83,6 +84,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     groups: Groups
     residency: ResidencyPlan | None
     """What requests find in the weight pool; None where it holds all models."""
+    network: tuple[NetworkPlan, ...]
+    """What a step of each model costs over the network; empty where none was given, and without
+    models that have no requests."""
     systems: tuple[SystemPlan, ...]
     """Results of static partition, monolithic serving with shared KV memory, and CrossPool."""
     saved: Saved

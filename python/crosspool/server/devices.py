@@ -17,7 +17,7 @@ import zmq
 from crosspool.config.deployment import Deployment
 from crosspool.observability.bounded_log import BoundedLog
 from crosspool.transport.control_keys import load_scheduler_keys
-from crosspool.transport.curve import ClientCheck, bind_server
+from crosspool.transport.curve import ClientCheck, ConnectionMonitor, bind_server
 from crosspool.transport.device_socket import identity_of, read_identity
 from crosspool.transport.inspection import DeviceStatus, InspectWhat, Report
 from crosspool.transport.messages import (
@@ -153,11 +153,13 @@ class Devices:
         self._routers = {0: here}
         """The socket of the devices of each host."""
         self._check: ClientCheck | None = None
+        self._monitor: ConnectionMonitor | None = None
         if deployment.other_nodes:
             keys = load_scheduler_keys(deployment.control_keys)
             self._check = ClientCheck(context, [keys.devices])
             elsewhere = _router(context)
             elsewhere.setsockopt(zmq.ROUTER_HANDOVER, 1)  # its host's connection may have broken
+            self._monitor = ConnectionMonitor(elsewhere)
             bind_server(
                 *(elsewhere, deployment.host_address.numeric.devices, keys.own),
                 silence=deployment.host_timeout,
@@ -169,12 +171,15 @@ class Devices:
     def sockets(self) -> list[zmq.Socket[bytes]]:
         """What to poll."""
         routers = list(dict.fromkeys(self._routers.values()))
-        return routers if self._check is None else [*routers, self._check.socket]
+        gates = [gate.socket for gate in (self._check, self._monitor) if gate is not None]
+        return [*routers, *gates]
 
     def admit(self) -> None:
-        """Takes connections of device processes of other hosts, if any ask for it."""
-        if self._check is not None:
+        """Takes connections of device processes of other hosts, if any ask for it, and logs which
+        have failed."""
+        if self._check is not None and self._monitor is not None:
             self._check.answer()
+            self._monitor.log_failures()
 
     @property
     def have_started(self) -> bool:

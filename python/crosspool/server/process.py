@@ -29,6 +29,7 @@ from crosspool.config.process import (
 )
 from crosspool.config.runtime_dir import metrics_folder
 from crosspool.frontend import compat
+from crosspool.observability.bounded_log import BoundedWarnings
 from crosspool.server.listeners import Listeners
 from crosspool.server.liveness import CannotServe
 
@@ -149,6 +150,8 @@ def configure_logging(name: str, deployment: Deployment) -> None:
     )
     for handler in logging.getLogger().handlers:
         handler.addFilter(lambda record: not any(n in record.getMessage() for n in _NOISE))
+    # One for each request that is none, and clients decide how many come.
+    logging.getLogger("uvicorn.error").addFilter(BoundedWarnings())
     warnings.filterwarnings("ignore", message="Only CUDA", module="sglang")
     warnings.filterwarnings("ignore", message="ORJSONResponse is deprecated")
 

@@ -120,6 +120,15 @@ class ConnectionMonitor:
             if event in _EVENTS:
                 yield _EVENTS[event]
 
+    def log_failures(self) -> None:
+        """Logs, within bounds, that handshakes have failed since the last call."""
+        for happened in self.happened():
+            if happened == "failed":
+                bounded.error(
+                    "a connection from another host was refused: its handshake failed, as when its "
+                    "file of keys is of another deployment"
+                )
+
     def close(self) -> None:
         self._watched.disable_monitor()
         self.socket.close(0)

@@ -92,6 +92,8 @@ def _plan(arguments: argparse.Namespace) -> None:
         page_size=arguments.page_size,
         chunk_bytes=size_of(arguments.chunk_bytes, "--chunk-bytes"),
         window=window,
+        network=None if arguments.network is None else inputs.network(arguments.network),
+        lanes=arguments.lanes,
         peaks=arguments.peaks,
         notes=notes,
     )

@@ -33,6 +33,8 @@ examples:
       --device-names cpu --kv-cache-dtype fp8_e4m3 --rate 0.2 --lengths azure-conversation
   crosspool plan 20xQwen3-30B-A3B --devices 6x141GB --weight-pool-bytes 300GB --rate 0.5 \\
       --popularity openrouter --lengths azure-conversation
+  crosspool plan Qwen3-30B-A3B --devices 3x141GB --rate 0.5 --lengths azure-conversation \\
+      --tbt-ms 20 --network 25Gbit,50us
   crosspool plan --reproduce figure6 --plot figure6.svg
   crosspool plan --catalogue
 """
@@ -116,6 +118,20 @@ def _add_devices(group: argparse._ArgumentGroup) -> None:
         metavar="SECONDS",
         help="time for which a woken model with requests keeps its room while others wait for it "
         "(default: %(default)g)",
+    )
+    group.add_argument(
+        "--network",
+        metavar="RATE,LATENCY",
+        help="network between hosts, such as 25Gbit,50us (latency one way): says what it costs "
+        "where the pools are on different hosts",
+    )
+    group.add_argument(
+        "--lanes",
+        type=int,
+        default=PlanRequest.lanes,
+        metavar="N",
+        help="batches in flight on each KV pool device, which hide the network (default: "
+        "%(default)s)",
     )
     group.add_argument(
         "--device-reserve",

@@ -15,6 +15,7 @@ from crosspool.config.errors import ConfigError
 from crosspool.config.sizes import size_of
 from crosspool.models.spec import KVCacheDType
 from crosspool.planner.devices.systems import EqualDevices
+from crosspool.planner.network import HostNetwork
 from crosspool.planner.request import PlanModel
 from crosspool.planner.shapes import catalogue
 from crosspool.planner.shapes.held import held_shape
@@ -34,6 +35,9 @@ _DRAWN = 20_000
 """Requests that are drawn for each model from its length statistics."""
 _MOST_COPIES = 10_000
 _COPIES = re.compile(r"(\d+)x(.+)")
+_NETWORK = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG])bit\s*,\s*(\d+(?:\.\d+)?)\s*(us|ms)")
+_BITS = {"k": 1e3, "M": 1e6, "G": 1e9}
+_PER_SECOND = {"us": 1e6, "ms": 1e3}
 _DEVICES = re.compile(r"(?:(-?\d+)\s*x\s*)?(.+)")
 
 
@@ -108,6 +112,20 @@ def devices(text: str | None, reserve: float, weight_reserve: float) -> EqualDev
         bytes=size_of(match.group(2), f"--devices {text!r}"),
         reserve=reserve,
         weight_reserve=weight_reserve,
+    )
+
+
+def network(text: str) -> HostNetwork:
+    """Reads ``25Gbit,50us``: bits per second, and the time of one way. Raises ConfigError."""
+    match = _NETWORK.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(
+            f"--network {text!r}: give bits per second and the latency of one way, such as "
+            "25Gbit,50us"
+        )
+    rate, bits, latency, seconds = match.groups()
+    return HostNetwork(
+        bytes_per_s=float(rate) * _BITS[bits] / 8, latency_s=float(latency) / _PER_SECOND[seconds]
     )
 
 

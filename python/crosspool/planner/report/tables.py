@@ -9,6 +9,7 @@ from rich.text import Text
 from crosspool.config.sizes import format_size, kv_sizes
 from crosspool.planner.compare import SystemPlan
 from crosspool.planner.demand.peaks import PeakReport
+from crosspool.planner.network import ACCEPTED_SHARE, NetworkPlan
 from crosspool.planner.residency import ResidencyPlan
 from crosspool.planner.result import ModelPlan, Plan
 
@@ -17,6 +18,11 @@ SYSTEM_NAMES = {
     "monolithic": "monolithic, shared KV",
     "crosspool": "CrossPool",
 }
+_SUITS = {
+    "apart": "apart",
+    "one_device": "apart, 1 FFN rank",
+    "together": "on one host",
+}
 _MODELS_SHOWN = 24
 
 
@@ -24,6 +30,8 @@ def plan_tables(plan: Plan) -> Group:
     parts: list[RenderableType] = [_pools(plan), _budget(plan), Text(), _models(plan)]
     if plan.residency is not None:
         parts += [Text(), _residency(plan, plan.residency), Text()]
+    if plan.network:
+        parts += [_network(plan.network), Text()]
     parts += [_reasons(plan), Text(), _systems(plan), _saved(plan)]
     if plan.peaks is not None:
         parts += [Text(), _peaks(plan.peaks)]
@@ -168,6 +176,39 @@ def _residency(plan: Plan, residency: ResidencyPlan) -> Group:
         f"{format_size(residency.wake_bytes_per_s)}/s)",
     ]
     return Group(made, Text("\n".join(lines)))
+
+
+def _network(found: tuple[NetworkPlan, ...]) -> Table:
+    made = table(
+        "Pools on different hosts",
+        "model",
+        "rows",
+        "FFN ranks",
+        "a layer, each way",
+        "a layer, there and back",
+        "a step of one lane alone",
+        "added to a step",
+        "to the time between tokens",
+        "pools lie best",
+    )
+    for model in found[:_MODELS_SHOWN]:
+        cost = model.planned
+        made.add_row(
+            model.name,
+            str(cost.rows),
+            str(cost.ranks),
+            format_size(cost.layer_bytes),
+            f"{number(1e6 * cost.layer_s)} us",
+            f"{number(1e3 * cost.serial_s)} ms",
+            f"{number(1e3 * cost.added_s)} ms",
+            f"+{share(cost.added_share)}",
+            _SUITS[model.suits],
+        )
+    made.caption = (
+        "other lanes hide what is not added; apart is on different hosts, where the network adds "
+        f"at most {ACCEPTED_SHARE:.0%}"
+    )
+    return made
 
 
 def _reasons(plan: Plan) -> Text:

@@ -1,4 +1,4 @@
-"""Launchers of one deployment on two hosts, which are network namespaces."""
+"""Launchers of one deployment on several hosts, which are network namespaces."""
 
 from __future__ import annotations
 
@@ -27,13 +27,25 @@ PROMPTS = prompts_of(DEMO / TINY_MODELS[0])[:4]
 SECONDS = 120.0
 
 
-class TwoHosts:
-    """``kv`` and ``weights``: the devices of the pools; by default both are on node 1."""
+class SeveralHosts:
+    """``kv`` and ``weights``: the devices of the pools; by default both are on node 1. ``models``
+    are served, and ``flags`` go to every launcher."""
 
     def __init__(
-        self, bed: Network, folder: Path, kv: str | None = None, weights: str | None = None
+        self,
+        bed: Network,
+        folder: Path,
+        kv: str | None = None,
+        weights: str | None = None,
+        *,
+        nodes: int = 2,
+        models: Sequence[str] = TINY_MODELS,
+        flags: Sequence[str] = (),
     ) -> None:
         self.bed = bed
+        self.nodes = range(nodes)
+        self.models = models
+        self._flags = flags
         cores = [f"node1/cpu:{core}" for core in sorted(os.sched_getaffinity(0))[:2]]
         self._pools = kv or cores[0], weights or cores[-1]
         self.port = free_port()
@@ -41,20 +53,27 @@ class TwoHosts:
         write_keys(self.keys, DeploymentKeys.new())
         self.control = free_port()
         self.launchers: dict[int, subprocess.Popen[bytes]] = {}
-        self.packed = {node: folder / f"packed{node}" for node in (0, 1)}
+        self.packed = {node: folder / f"packed{node}" for node in self.nodes}
         for packed in self.packed.values():
             packed.mkdir(mode=0o700)
-        self.logs = {node: folder / f"node{node}.log" for node in (0, 1)}
+        self.logs = {node: folder / f"node{node}.log" for node in self.nodes}
 
     def start(self, node: int) -> None:
-        words = [sys.executable, "-m", "crosspool.launch_server", *FLAGS]
-        words += ["--nnodes", "2", "--node-rank", str(node), "--keys", str(self.keys)]
+        words = [sys.executable, "-m", "crosspool.launch_server", *FLAGS, *self._flags]
+        words += [
+            "--nnodes",
+            str(len(self.nodes)),
+            "--node-rank",
+            str(node),
+            "--keys",
+            str(self.keys),
+        ]
         words += ["--dist-init-addr", f"{self.bed.address(0)}:{self.control}"]
         words += ["--host-timeout", "4", "--port", str(self.port)]
         words += ["--packed-cache-dir", str(self.packed[node])]
         kv, weights = self._pools
         words += ["--kv-pool-devices", kv, "--weight-pool-devices", weights]
-        for name in TINY_MODELS:
+        for name in self.models:
             words += ["--model-path", str(DEMO / name)]
         with self.logs[node].open("ab") as log:
             self.launchers[node] = self.bed.start(node, words, stdout=log, stderr=subprocess.STDOUT)
@@ -108,9 +127,10 @@ class TwoHosts:
         assert answer.status_code == 200, answer.text
         return list(answer.json()["output_ids"])
 
-    def lose(self, lose: Callable[[], None], expected: Sequence[list[int]]) -> None:
+    def lose(self, lose: Callable[[], None], expected: Sequence[list[int]]) -> float:
         """Loses something while requests of the first model run; none of them may fail or say
-        anything else than expected."""
+        anything else than expected. Returns the seconds from the end of ``lose`` to the last
+        answer."""
         answers: list[list[int] | None] = [None] * len(PROMPTS)
 
         def ask(index: int) -> None:
@@ -120,15 +140,24 @@ class TwoHosts:
         for thread in threads:
             thread.start()
         lose()
+        mended = time.monotonic()
         for thread in threads:
             thread.join(SECONDS)
+        seconds = time.monotonic() - mended
         assert answers == expected, self.log
+        return seconds
 
     def cut_for(self, seconds: float) -> None:
-        """Cuts node 1 off for so long."""
+        """Cuts node 1 off for so long: what it sends is lost, and its line stays up."""
         self.bed.cut(1)
         time.sleep(seconds)
         self.bed.mend(1)
+
+    def down_for(self, seconds: float) -> None:
+        """Takes the line of node 1 down for so long, as when a cable is pulled."""
+        self.bed.take_down(1)
+        time.sleep(seconds)
+        self.bed.bring_up(1)
 
     def close(self) -> None:
         for process in self.launchers.values():
@@ -141,13 +170,24 @@ class TwoHosts:
 
 
 @contextlib.contextmanager
-def two_hosts(
-    folder: Path, kv: str | None = None, weights: str | None = None
-) -> Iterator[TwoHosts]:
-    """Both hosts, ready."""
-    with network(2) as bed, contextlib.closing(TwoHosts(bed, folder, kv, weights)) as hosts:
-        hosts.start(1)
-        hosts.start(0)
+def several_hosts(
+    folder: Path,
+    kv: str | None = None,
+    weights: str | None = None,
+    *,
+    nodes: int = 2,
+    models: Sequence[str] = TINY_MODELS,
+    flags: Sequence[str] = (),
+) -> Iterator[SeveralHosts]:
+    """The hosts, ready."""
+    with (
+        network(nodes) as bed,
+        contextlib.closing(
+            SeveralHosts(bed, folder, kv, weights, nodes=nodes, models=models, flags=flags)
+        ) as hosts,
+    ):
+        for node in reversed(hosts.nodes):
+            hosts.start(node)
         hosts.wait_ready()
         yield hosts
 
