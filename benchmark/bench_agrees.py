@@ -6,11 +6,12 @@ installed, on the same load of one server.
 
 All send the same made conversations at the same rate to the first bundled model, in turns whose
 order is reversed from round to round. Arrivals are Poisson and each program draws its own, so
-single runs differ by chance; the medians over the rounds are compared. The server has no prefix cache,
-since all send the same prompts. The record is ``benchmark/results/bench_agrees.jsonl``. The status
-is 1 where a figure differs by more than 5 %, unless the run is a quick one, which records nothing.
+single runs differ by chance; the medians over the rounds are compared. The server has no prefix
+cache, since all send the same prompts. The record is ``benchmark/results/bench_agrees.jsonl``. The
+status is 1 where a figure differs by more than 5 %, unless the run is a quick one, which records
+nothing.
 
-GuideLLM needs torch, so `make guidellm` gives it an environment that sees the project's.
+`make bench-agrees` gives GuideLLM an environment that sees the project's, since it needs torch.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def by_guidellm(
         *("--constraint", f"kind=max_requests,count={amount.requests}"),
         *("--data", f"kind=json_file,path={folder / ROWS}"),
         *("--tokenizer", f"kind=hf_auto,model={DEMO / model}"),
-        *("--seed", f"kind=static,seed={seed}"),
+        *("--seed", f"kind=static,value={seed}"),
         *("--output", f"kind=json,path={out}", "--disable-console"),
     )
     (told,) = json.loads(out.read_text())["benchmarks"]

@@ -16,7 +16,7 @@ from crosspool.observability.request_spans import (
     read_traceparent,
     service_name,
 )
-from crosspool.scheduler.timeline import Phase
+from crosspool.scheduler.request_timeline import Phase
 
 pytest.importorskip("opentelemetry.sdk", reason="needs the extra otel")
 

@@ -175,7 +175,8 @@ class _Snapshot(Collector):
         dropped = CounterMetricFamily(
             "crosspool_spans_dropped", "Spans that will never reach the collector of traces."
         )
-        dropped.add_metric([], self._status.spans_dropped if self._status else 0)
+        if self._status is not None:
+            dropped.add_metric([], self._status.spans_dropped)
         yield dropped
         yield from self._models(self._status.models if self._status else [])
         yield from self._residency(self._status.models if self._status else [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from crosspool.scheduler.timeline import Timeline
+from crosspool.scheduler.request_timeline import RequestTimeline
 from crosspool.transport.messages import Logprobs, Sampling, TokenLogprobs
 
 
@@ -105,5 +105,5 @@ class Output:
     """Log-probabilities of the prompt, in the first output only."""
     reasoning_tokens: int = 0
     """Output tokens so far that are thinking, its end included."""
-    timeline: Timeline | None = None
+    timeline: RequestTimeline | None = None
     """The phases of a request that is traced, in its last output only."""

@@ -8,8 +8,8 @@ import msgspec
 
 from crosspool.scheduler.prefix_cache import Entry, PageKeys
 from crosspool.scheduler.request import Finish, GenerateRequest, Output
+from crosspool.scheduler.request_timeline import PhaseName, RequestTimeline
 from crosspool.scheduler.stopping import Stopping
-from crosspool.scheduler.timeline import PhaseName, Timeline
 from crosspool.transport.messages import Logprobs, Open, Row, TokenLogprobs
 
 
@@ -70,11 +70,11 @@ class Sequence:
         """Whether what the request takes is counted."""
         self.sampled_at: float | None = None
         """Clock time at which its last token was sampled; None before the first."""
-        self.timeline: Timeline | None = None
+        self.timeline: RequestTimeline | None = None
         """None where the request is not traced."""
         if request.traceparent is not None:
             first: PhaseName = "queue" if request.delivered is None else "replay"
-            self.timeline = Timeline(request.traceparent, first, arrived)
+            self.timeline = RequestTimeline(request.traceparent, first, arrived)
 
         self._keys = PageKeys(page_size)
         self._prompt_logprobs: list[TokenLogprobs] = []

@@ -31,7 +31,7 @@ from crosspool.observability.bounded_log import BoundedLog
 from crosspool.observability.request_spans import OTLP_ENDPOINT, RequestSpans, service_name
 from crosspool.scheduler.core import SchedulerCore
 from crosspool.scheduler.request import Output
-from crosspool.scheduler.timeline import Timeline
+from crosspool.scheduler.request_timeline import RequestTimeline
 
 log = logging.getLogger(__name__)
 bounded = BoundedLog(log)
@@ -294,7 +294,7 @@ class FrontEnds:
                 except FrontEndLost as error:
                     self._drop(front_end, str(error))
 
-    def _trace(self, output: Output, timeline: Timeline) -> None:
+    def _trace(self, output: Output, timeline: RequestTimeline) -> None:
         if self._spans is None or output.finish is None:
             return
         attributes: dict[str, str | int] = {

@@ -17,7 +17,7 @@ class Phase:
     end: float
 
 
-class Timeline:
+class RequestTimeline:
     """A request is in its ``queue``, in ``prefill`` from its admission to its first token, in
     ``decode`` until its last one, and in ``replay`` from the loss of its rank, or from its arrival
     at another scheduler, to the next token. These phases follow each other without a gap; the
